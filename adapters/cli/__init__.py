@@ -1,0 +1,1 @@
+"""The command line that every backend shares: options, progress, tables."""

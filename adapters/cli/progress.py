@@ -1,0 +1,76 @@
+"""What a run shows while it goes: a live bar on a terminal, a plain line an epoch elsewhere."""
+
+import math
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from became_core.continual import EpochEnd, TaskEnd
+
+__all__ = ["RunProgress"]
+
+
+class RunProgress:
+    """Shows one run's events; use as a context, and give it as the loop's observer."""
+
+    def __init__(self, console: Console, title: str, tasks: int) -> None:
+        """Prepare the display.
+
+        Args:
+            console: where it shows.
+            title: the run's name.
+            tasks: how many there are.
+        """
+        self._console = console
+        self._title = title
+        self._tasks = tasks
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.fields[state]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self._row = self._bar.add_task(title, total=float(tasks), state="")
+
+    def __enter__(self) -> Self:
+        """Start the display."""
+        self._bar.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        """End the display."""
+        self._bar.stop()
+
+    def __call__(self, event: EpochEnd | TaskEnd) -> None:
+        """Show an event."""
+        if isinstance(event, EpochEnd):
+            self._show_epoch(event)
+        else:
+            self._show_task(event)
+
+    def _show_epoch(self, event: EpochEnd) -> None:
+        state = (
+            f"task {event.task + 1}/{self._tasks}  stage {event.stage}  epoch {event.epoch}/{event.epochs}  "
+            f"loss {event.loss:.4f}  lr {event.rate:.2g}"
+        )
+        if not math.isnan(event.validation_loss):
+            state += f"  validation loss {event.validation_loss:.4f}"
+        # A task's own epochs move the bar by less than one task: stage 2 may or may not follow.
+        self._bar.update(self._row, completed=event.task + 0.9 * event.epoch / event.epochs, state=state)
+        if not self._console.is_terminal:
+            self._print(state)
+
+    def _show_task(self, event: TaskEnd) -> None:
+        alpha = "" if event.alpha is None else f"  alpha {event.alpha:.3f}"
+        scores = " ".join(f"{accuracy:.1f}" for accuracy in event.accuracy)
+        self._bar.update(self._row, completed=event.task + 1)
+        self._print(f"task {event.task + 1}/{self._tasks} learned{alpha}  accuracy {scores}")
+
+    def _print(self, text: str) -> None:
+        self._console.print(f"{self._title}  {text}", highlight=False, soft_wrap=True, markup=False)

@@ -1,0 +1,43 @@
+"""From two labelled parts to one data set: training rows first, and what inputs are normalised with.
+
+Convention: mean and standard deviation are per channel, over all pixels of the training part, scaled to [0, 1].
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from became_core.continual.stream import Dataset
+
+__all__ = ["Part", "assemble"]
+
+Part = tuple[NDArray[np.uint8], NDArray[np.int64]]
+"""Images, uint8 [N, C, H, W], and their labels, int64 [N]."""
+
+_ROWS_AT_ONCE = 1024  # counting widens every pixel to 8 bytes, so it is done in slices
+
+
+def assemble(name: str, train: Part, test: Part) -> Dataset:
+    """Return the data set of a training and a test part, whose images must have one shape."""
+    mean, std = _moments(train[0])
+    return Dataset(
+        name=name,
+        images=np.concatenate([train[0], test[0]]),
+        labels=np.concatenate([train[1], test[1]]),
+        train_size=len(train[0]),
+        mean=mean,
+        std=std,
+    )
+
+
+def _moments(images: NDArray[np.uint8]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    # A byte has 256 values, so a channel's histogram holds its exact mean and deviation.
+    levels = np.arange(256) / 255
+    mean, std = [], []
+    for channel in range(images.shape[1]):
+        counts = np.zeros(256)
+        for start in range(0, len(images), _ROWS_AT_ONCE):
+            counts += np.bincount(images[start : start + _ROWS_AT_ONCE, channel].ravel(), minlength=256)
+        average = float(np.average(levels, weights=counts))
+        mean.append(average)
+        std.append(float(np.sqrt(np.average((levels - average) ** 2, weights=counts))))
+    return tuple(mean), tuple(std)

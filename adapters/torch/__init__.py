@@ -1,0 +1,1 @@
+"""The PyTorch adapter: networks, a learner, and ``python -m adapters.torch.run``."""

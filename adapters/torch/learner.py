@@ -1,0 +1,227 @@
+"""The learner protocol on PyTorch: any module that maps images to features, with a head for each task.
+
+Convention: images stay on the device as uint8 [N, C, H, W] and are normalised there, batch by batch; parameters are named
+arrays, buffers stay in the module.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional
+
+from adapters.torch.dropout import use_stream
+from adapters.torch.networks import MultiHead
+from adapters.torch.projected import projected_inputs
+from adapters.torch.tapping import MATRIX_LAYERS, collect_taps, constant_statistics
+from became_core import BecameError
+from became_core.arrays import Params
+from became_core.continual import Batch, Constraint, TapMode, TaskStream, random_stream
+from became_core.continual.stream import Indices
+from became_core.curvature import Pushforward, Taps
+
+__all__ = ["TorchLearner"]
+
+
+class TorchLearner:
+    """A PyTorch network that learns continually; see ``became_core.continual.Learner`` for what each method promises."""
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        stream: TaskStream,
+        *,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
+        seed: int = 0,
+    ) -> None:
+        """Place a backbone, with a fresh head for each task, and the stream's data on a device.
+
+        Args:
+            backbone: images [N, C, H, W] to features [N, features]; used as it is, with the weights it has.
+            stream: the tasks; its images and targets go to the device once.
+            device: where all arithmetic happens, e.g. "cpu", "cuda", "cuda:1", "mps".
+            dtype: of the weights.
+            seed: names the draw of the heads' initial weights.
+
+        Raises:
+            BecameError: if the device does not exist, or the backbone does not return [N, features].
+        """
+        self.device = _checked_device(device)
+        dataset = stream.dataset
+        layout = torch.channels_last if self.device.type in ("cpu", "cuda") else torch.contiguous_format
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(int(random_stream(seed, "heads").integers(2**63)))
+            features = _feature_width(backbone, dataset.images.shape[1:])
+            network = MultiHead(backbone, features, len(stream.tasks), stream.classes_per_task)
+        self.network = network.to(device=self.device, dtype=dtype).to(memory_format=layout)
+        self._layout = layout
+        self._images = torch.from_numpy(dataset.images).to(self.device)
+        self._targets = torch.from_numpy(stream.targets).to(self.device)
+        shape = (1, -1, 1, 1)
+        self._mean = torch.tensor(dataset.mean, device=self.device, dtype=dtype).mul(255).view(shape)
+        self._std = torch.tensor(dataset.std, device=self.device, dtype=dtype).mul(255).view(shape)
+        self._named = {_canonical(name): parameter for name, parameter in self.network.named_parameters()}
+        self._layers = {module: _canonical(name) for name, module in self.network.named_modules()}
+        self.heads = [
+            frozenset(name for name in self._named if name.startswith(f"heads.{task}."))
+            for task in range(len(stream.tasks))
+        ]
+        self.projectable = frozenset(
+            f"{name}.weight"
+            for module, name in self._layers.items()
+            if isinstance(module, MATRIX_LAYERS) and not name.startswith("heads.")
+        )
+
+    def parameters(self) -> Params:
+        """Return a copy of all parameters by canonical name."""
+        return {name: parameter.detach().clone() for name, parameter in self._named.items()}
+
+    def assign(self, parameters: Params) -> None:
+        """Copy these values into the parameters."""
+        with torch.no_grad():
+            for name, parameter in self._named.items():
+                parameter.copy_(parameters[name])
+
+    def train(
+        self, batches: Sequence[Batch], rates: NDArray[np.float64], constraint: Constraint, stream: np.random.Generator
+    ) -> float:
+        """Take one SGD step on each batch; return the mean loss over samples."""
+        trained = {name: parameter for name, parameter in self._named.items() if name in constraint.trainable}
+        for name, parameter in self._named.items():
+            parameter.requires_grad_(name in trained)
+        optimiser = torch.optim.SGD(trained.values(), lr=0.0)
+        self.network.train()
+        self._draw_from(stream)
+        total = torch.zeros((), device=self.device)
+        # A penalty's pull must be projected too, so the short cut by inputs is for the loss's gradient alone.
+        by_inputs = constraint.projector if constraint.penalty is None else None
+        with projected_inputs(self._layers, by_inputs) as done:
+            for batch, rate in zip(batches, rates, strict=True):
+                images, targets = self._batch(batch.indices)
+                loss = functional.cross_entropy(self.network(images, batch.task), targets)
+                optimiser.zero_grad(set_to_none=True)
+                loss.backward()
+                _constrain(trained, constraint, float(rate), done)
+                optimiser.param_groups[0]["lr"] = float(rate)
+                optimiser.step()
+                total += loss.detach() * len(batch.indices)
+        samples = sum(len(batch.indices) for batch in batches)
+        self.network.requires_grad_(True)
+        return float(total) / samples
+
+    @torch.no_grad()
+    def logits(self, indices: Indices, batch_size: int) -> Tensor:
+        """Return all heads' logits, [samples, tasks, classes]."""
+        self.network.eval()
+        return torch.cat([self.network(self._batch(rows)[0]) for rows in _chunks(indices, batch_size)])
+
+    def targets(self, indices: Indices) -> Tensor:
+        """Return the labels within the task, [samples]."""
+        return self._targets[torch.from_numpy(indices).to(self.device)]
+
+    def taps(
+        self, task: int, indices: Indices, batch_size: int, mode: TapMode, stream: np.random.Generator
+    ) -> Iterator[Taps]:
+        """Yield each batch's taps."""
+        published = mode == "published"
+        self.network.train(published)
+        self._draw_from(stream)
+        for rows in _chunks(indices, batch_size):
+            images, targets = self._batch(rows)
+
+            def summed_loss(images: Tensor = images, targets: Tensor = targets) -> Tensor:
+                logits = self.network(images, task)
+                labels = logits.argmax(dim=1) if published else targets
+                return functional.cross_entropy(logits, labels, reduction="sum")
+
+            if published:
+                yield collect_taps(self.network, self._layers, summed_loss)
+            else:
+                with constant_statistics(self.network):
+                    yield collect_taps(self.network, self._layers, summed_loss)
+
+    @torch.no_grad()
+    def pushforward(self, task: int, indices: Indices, batch_size: int, direction: Params) -> Iterator[Pushforward]:
+        """Yield each batch's logits and their derivative along a direction."""
+        self.network.eval()
+        primals = dict(self.network.named_parameters())
+        tangents = {name: direction[_canonical(name)] for name in primals}
+        for rows in _chunks(indices, batch_size):
+            images, targets = self._batch(rows)
+
+            def logits(theta: dict[str, Tensor], images: Tensor = images) -> Tensor:
+                result: Tensor = torch.func.functional_call(self.network, theta, (images, task))
+                return result
+
+            outputs, derivative = torch.func.jvp(logits, (primals,), (tangents,))
+            yield Pushforward(outputs, derivative, targets)
+
+    def _batch(self, indices: Indices) -> tuple[Tensor, Tensor]:
+        rows = torch.from_numpy(indices).to(self.device)
+        images = self._images[rows].to(self._mean.dtype).sub_(self._mean).div_(self._std)
+        return images.contiguous(memory_format=self._layout), self._targets[rows]
+
+    def _draw_from(self, stream: np.random.Generator) -> None:
+        """Let every random draw of the network, our own dropout and the framework's layers, depend on the stream."""
+        torch.manual_seed(int(stream.integers(2**63)))
+        use_stream(self.network, stream)
+
+
+def _constrain(trained: dict[str, nn.Parameter], constraint: Constraint, rate: float, done: frozenset[str]) -> None:
+    """Add the penalty's gradient to the parameters' and project the sum, which for plain SGD is the update.
+
+    Args:
+        trained: the parameters with their gradients.
+        constraint: the penalty and the projector.
+        rate: the learning rate of the step to come.
+        done: names of the gradients that are projected already.
+    """
+    if constraint.penalty is None and constraint.projector is None:
+        return
+    with torch.no_grad():
+        gradients = {
+            name: parameter.grad
+            for name, parameter in trained.items()
+            if parameter.grad is not None and name not in done
+        }
+        if constraint.penalty is not None:
+            theta = {name: trained[name].detach() for name in gradients}
+            gradients = constraint.penalty.add_to(gradients, theta, rate)
+        if constraint.projector is not None:
+            gradients = constraint.projector.project(gradients)
+        for name, gradient in gradients.items():
+            trained[name].grad = gradient
+
+
+def _chunks(indices: Indices, size: int) -> Iterator[Indices]:
+    for start in range(0, len(indices), size):
+        yield indices[start : start + size]
+
+
+def _canonical(name: str) -> str:
+    return name.removeprefix("backbone.")
+
+
+def _checked_device(name: str | torch.device) -> torch.device:
+    try:
+        device = torch.device(name)
+        torch.zeros((), device=device)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise BecameError(f"PyTorch has no device '{name}' here; try cpu, or cuda on a machine with a GPU.") from None
+    return device
+
+
+def _feature_width(backbone: nn.Module, shape: tuple[int, ...]) -> int:
+    """Return the width of a backbone's output, found by one pass of two blank images."""
+    probe = next(backbone.parameters(), torch.zeros(()))
+    was_training = backbone.training
+    backbone.eval()
+    with torch.no_grad():
+        features = backbone(torch.zeros(2, *shape, device=probe.device, dtype=probe.dtype))
+    backbone.train(was_training)
+    if not isinstance(features, Tensor) or features.ndim != 2:
+        raise BecameError("the backbone must map images [N, C, H, W] to features [N, features].")
+    return int(features.shape[1])

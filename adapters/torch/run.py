@@ -1,0 +1,46 @@
+"""``python -m adapters.torch.run``: continual learning on PyTorch from the command line."""
+
+import sys
+
+try:
+    import torch
+
+    from adapters.cli.main import Backend, main
+    from adapters.torch.learner import TorchLearner
+    from adapters.torch.memory import keep_freed_memory
+    from adapters.torch.networks import build_backbone
+except ModuleNotFoundError as error:
+    print(f"error: the package '{error.name}' is missing; pip install 'became[torch]'.", file=sys.stderr)
+    sys.exit(2)
+
+from became_core.continual import TaskStream, random_stream
+
+__all__ = ["BACKEND", "build_learner"]
+
+
+def build_learner(network: str, stream: TaskStream, device: str, seed: int) -> TorchLearner:
+    """Return a fresh learner with a backbone known by name.
+
+    Args:
+        network: the backbone, as in ``adapters.torch.networks.BACKBONES``.
+        stream: what it will learn.
+        device: a PyTorch device, or "auto" for the first accelerator there is, else the CPU.
+        seed: names the draw of the initial weights.
+
+    Raises:
+        BecameError: if there is no such network or device.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    channels, height, width = stream.dataset.images.shape[1:]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int(random_stream(seed, "backbone").integers(2**63)))
+        backbone = build_backbone(network, (channels, height, width))
+    return TorchLearner(backbone, stream, device=device, seed=seed)
+
+
+BACKEND = Backend("torch", build_learner)
+
+if __name__ == "__main__":
+    keep_freed_memory()
+    sys.exit(main(BACKEND))

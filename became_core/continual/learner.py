@@ -1,0 +1,121 @@
+"""The learner protocol: the whole contract of an adapter.
+
+A learner holds a network, places a data set on its device once, and knows nothing of methods, schedules or tasks beyond
+which head a batch is for. Parameters are named arrays of the learner's framework; everything random that it does
+is a function of the stream it is given.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from became_core.arrays import Array, Params
+from became_core.continual.stream import Indices
+from became_core.curvature import Pushforward, Taps
+from became_core.laplace import LaplacePosterior
+from became_core.projection import Projector
+
+__all__ = ["Batch", "Constraint", "Learner", "Penalty", "TapMode"]
+
+# "frozen": labels as given, no dropout, batch statistics held constant, so that per-sample gradients exist.
+# "published": the model's most likely labels, dropout on, batch statistics part of the gradient.
+TapMode = Literal["frozen", "published"]
+
+
+class Batch(NamedTuple):
+    """One step's samples: all of one task, since a head and batch statistics belong to a task."""
+
+    task: int
+    indices: Indices
+
+
+@dataclass(frozen=True)
+class Penalty:
+    """A quadratic pull towards the old tasks' posterior: strength x 1/2 (theta - mean).P.(theta - mean)."""
+
+    posterior: LaplacePosterior
+    strength: float
+
+    def add_to(self, gradients: Params, theta: Params, rate: float) -> Params:
+        """Return the gradients of loss and penalty, such that a step of this rate is stable at any strength.
+
+        With S = strength x P the step is semi-implicit, theta <- theta - rate (g + S (theta - mean)) / (1 + rate S): the
+        loss is followed explicitly and the penalty, whose curvature is known, implicitly (a proximal step). Its fixed
+        points are those of the sum; explicit steps diverge wherever rate x S exceeds 2.
+
+        Args:
+            gradients: of the loss, by name.
+            theta: the parameters, of at least these names.
+            rate: the learning rate of the step to come.
+        """
+        pull = self.posterior.gradient({name: theta[name] for name in gradients})
+        stiffness = self.posterior.precision.values
+        return {
+            name: (gradient + self.strength * pull[name]) / (1 + rate * self.strength * stiffness[name])
+            for name, gradient in gradients.items()
+        }
+
+
+@dataclass(frozen=True)
+class Constraint:
+    """What a stage of training must respect.
+
+    Attributes:
+        trainable: names of the parameters that may change; all others keep their values to the bit.
+        projector: if given, every update is projected by it.
+        penalty: if given, every gradient has it added, before any projection.
+    """
+
+    trainable: frozenset[str]
+    projector: Projector | None = None
+    penalty: Penalty | None = None
+
+
+class Learner(Protocol):
+    """A network on a device, with the data it learns from."""
+
+    @property
+    def heads(self) -> Sequence[frozenset[str]]:
+        """For each task, the names of the parameters that are its own."""
+
+    @property
+    def projectable(self) -> frozenset[str]:
+        """Names of the shared weights that taps speak of as matrices, which a projector can protect."""
+
+    def parameters(self) -> Params:
+        """Return all parameters by canonical name; they do not change when training goes on."""
+
+    def assign(self, parameters: Params) -> None:
+        """Set the parameters."""
+
+    def train(
+        self, batches: Sequence[Batch], rates: NDArray[np.float64], constraint: Constraint, stream: np.random.Generator
+    ) -> float:
+        """Take one SGD step on the mean cross-entropy of each batch; return the mean loss over samples.
+
+        Args:
+            batches: in order.
+            rates: each step's learning rate.
+            constraint: what every step must respect.
+            stream: where dropout is drawn from.
+        """
+
+    def logits(self, indices: Indices, batch_size: int) -> Array:
+        """Return the logits of all heads, [samples, tasks, classes], computed without dropout, batch by batch."""
+
+    def targets(self, indices: Indices) -> Array:
+        """Return the labels within the task, integers [samples], on the device of the logits."""
+
+    def taps(
+        self, task: int, indices: Indices, batch_size: int, mode: TapMode, stream: np.random.Generator
+    ) -> Iterator[Taps]:
+        """Yield each batch's taps of all layers that the task's loss depends on."""
+
+    def pushforward(self, task: int, indices: Indices, batch_size: int, direction: Params) -> Iterator[Pushforward]:
+        """Yield each batch's logits of the task's head with their derivative along a direction in parameter space.
+
+        Without dropout; batch statistics are part of the function that is differentiated, as they are in evaluation.
+        """

@@ -1,0 +1,137 @@
+"""Learning-rate schedules, as frozen values that advance epoch by epoch.
+
+Convention: a schedule is its own state. ``rates`` gives the learning rate of each step of the coming epoch and
+``advance`` the schedule after it, so a run resumes from the value alone.
+"""
+
+import math
+from dataclasses import dataclass, replace
+from typing import Protocol, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from became_core.errors import BecameError
+
+__all__ = ["Annealed", "Patience", "Schedule"]
+
+
+class Schedule(Protocol):
+    """What a stage's training asks for between epochs."""
+
+    @property
+    def epoch(self) -> int:
+        """How many epochs are done."""
+
+    @property
+    def epochs(self) -> int:
+        """How many epochs there are at most."""
+
+    @property
+    def finished(self) -> bool:
+        """Whether training is over."""
+
+    @property
+    def needs_validation(self) -> bool:
+        """Whether ``advance`` wants the validation loss."""
+
+    @property
+    def restores_best(self) -> bool:
+        """Whether the stage ends on the weights with the best validation loss, rather than the last."""
+
+    def rates(self, steps: int) -> NDArray[np.float64]:
+        """Return the learning rate of each of the epoch's steps, [steps]."""
+
+    def advance(self, validation_loss: float) -> Self:
+        """Return the schedule after one more epoch; the loss is not looked at unless validation is needed."""
+
+    def joined(self, other: "Schedule") -> "Schedule":
+        """Return one schedule for the epochs of this stage and another together."""
+
+
+@dataclass(frozen=True)
+class Annealed:
+    """A cosine from ``lr`` down to ``final_lr``, reached at the last step of the last epoch."""
+
+    lr: float
+    epochs: int
+    final_lr: float = 0.0
+    epoch: int = 0
+    needs_validation: bool = False
+    restores_best: bool = False
+
+    def __post_init__(self) -> None:
+        """Check the numbers."""
+        if self.epochs < 1 or self.lr <= 0:
+            raise BecameError(f"a stage has {self.epochs} epochs at lr {self.lr}; give at least 1 and an lr above 0.")
+
+    @property
+    def finished(self) -> bool:
+        """Whether all epochs are done."""
+        return self.epoch >= self.epochs
+
+    def rates(self, steps: int) -> NDArray[np.float64]:
+        """Return ``final_lr + (lr - final_lr) * (1 + cos(pi * progress)) / 2`` for each step, [steps]."""
+        done = self.epoch * steps + np.arange(steps)
+        progress = done / max(self.epochs * steps - 1, 1)
+        return self.final_lr + (self.lr - self.final_lr) * (1 + np.cos(np.pi * progress)) / 2
+
+    def advance(self, validation_loss: float) -> Self:  # noqa: ARG002 - the protocol's signature
+        """Return the schedule one epoch on."""
+        return replace(self, epoch=self.epoch + 1)
+
+    def joined(self, other: Schedule) -> "Annealed":
+        """Return one annealing over both stages' epochs."""
+        return replace(self, epochs=self.epochs + other.epochs)
+
+
+@dataclass(frozen=True)
+class Patience:
+    """The published schedule: divide the rate when the validation loss has not improved for a while, stop when small.
+
+    Attributes:
+        lr: the current learning rate.
+        factor: what it is divided by.
+        patience: after how many epochs without a better validation loss.
+        minimum: training stops when the rate would fall below it.
+        epochs: and at the latest after so many epochs.
+        restores_best: whether the stage ends on the best validation model (stage 1) or the last (stage 2).
+    """
+
+    lr: float
+    factor: float = 2.0
+    patience: int = 6
+    minimum: float = 5e-5
+    epochs: int = 200
+    restores_best: bool = True
+    epoch: int = 0
+    best: float = math.inf
+    waited: int = 0
+    needs_validation: bool = True
+
+    def __post_init__(self) -> None:
+        """Check the numbers."""
+        if self.epochs < 1 or self.lr <= 0 or self.factor <= 1:
+            raise BecameError("a patience schedule needs at least 1 epoch, an lr above 0 and a factor above 1.")
+
+    @property
+    def finished(self) -> bool:
+        """Whether the rate has fallen below the minimum, or all epochs are done."""
+        return self.lr < self.minimum or self.epoch >= self.epochs
+
+    def rates(self, steps: int) -> NDArray[np.float64]:
+        """Return the current rate for each step, [steps]."""
+        return np.full(steps, self.lr)
+
+    def advance(self, validation_loss: float) -> Self:
+        """Return the schedule after an epoch that ended with this validation loss."""
+        after = replace(self, epoch=self.epoch + 1)
+        if validation_loss < self.best:
+            return replace(after, best=validation_loss, waited=0)
+        if self.waited + 1 < self.patience:
+            return replace(after, waited=self.waited + 1)
+        return replace(after, waited=0, lr=self.lr / self.factor)
+
+    def joined(self, other: Schedule) -> "Patience":  # noqa: ARG002 - the protocol's signature
+        """Return this schedule: it ends by itself, whatever its budget."""
+        return self

@@ -1,0 +1,90 @@
+"""One stage of training: batches, schedule, validation, best-model selection. The same for every method and backend."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from became_core.arrays import Params
+from became_core.continual.evaluation import mean_loss
+from became_core.continual.learner import Batch, Constraint, Learner
+from became_core.continual.schedule import Schedule
+from became_core.continual.seeding import random_stream
+from became_core.continual.stream import Task
+from became_core.errors import BecameError
+
+__all__ = ["EpochEnd", "epoch_batches", "train_stage"]
+
+
+@dataclass(frozen=True)
+class EpochEnd:
+    """What is known when an epoch ends; ``validation_loss`` is NaN where the schedule needs none."""
+
+    task: int
+    stage: int
+    epoch: int
+    epochs: int
+    loss: float
+    rate: float
+    validation_loss: float
+
+
+def epoch_batches(tasks: Sequence[Task], batch_size: int, stream: np.random.Generator) -> list[Batch]:
+    """Return one epoch's batches: each task's rows shuffled and cut, then the batches of all tasks shuffled.
+
+    A last, smaller batch is kept unless it would hold one sample alone, which has no batch statistics.
+    """
+    batches = [batch for task in tasks for batch in _task_batches(task, batch_size, stream)]
+    return [batches[position] for position in stream.permutation(len(batches))] if len(tasks) > 1 else batches
+
+
+def _task_batches(task: Task, batch_size: int, stream: np.random.Generator) -> Iterator[Batch]:
+    rows = stream.permutation(task.train)
+    for start in range(0, len(rows), batch_size):
+        indices = rows[start : start + batch_size]
+        if len(indices) > 1 or len(rows) == 1:
+            yield Batch(task.index, indices)
+
+
+def train_stage(
+    learner: Learner,
+    tasks: Sequence[Task],
+    schedule: Schedule,
+    constraint: Constraint,
+    *,
+    stage: int,
+    batch_size: int,
+    seed: int,
+    observe: Callable[[EpochEnd], None],
+) -> int:
+    """Train a learner on the last of these tasks (on all of them, if several are given); return the epochs taken.
+
+    Raises:
+        BecameError: if the loss is no longer finite, or validation is needed and the task has no validation rows.
+    """
+    task = tasks[-1]
+    if schedule.needs_validation and not len(task.validation):
+        raise BecameError(f"the schedule needs a validation loss, but task {task.index + 1} holds out no samples.")
+    best: Params | None = None
+    best_loss = math.inf
+    while not schedule.finished:
+        key = (task.index, stage, schedule.epoch)
+        batches = epoch_batches(tasks, batch_size, random_stream(seed, "batches", *key))
+        rates = schedule.rates(len(batches))
+        loss = learner.train(batches, rates, constraint, random_stream(seed, "dropout", *key))
+        if not math.isfinite(loss):
+            raise BecameError(
+                f"the training loss became {loss} in task {task.index + 1}, stage {stage}, "
+                f"epoch {schedule.epoch + 1}; try a smaller learning rate or penalty."
+            )
+        validation_loss = math.nan
+        if schedule.needs_validation:
+            validation_loss = mean_loss(learner, task.index, task.validation, batch_size)
+            if schedule.restores_best and validation_loss < best_loss:
+                best, best_loss = learner.parameters(), validation_loss
+        schedule = schedule.advance(validation_loss)
+        observe(EpochEnd(task.index, stage, schedule.epoch, schedule.epochs, loss, float(rates[-1]), validation_loss))
+    if best is not None:
+        learner.assign(best)
+    return schedule.epoch

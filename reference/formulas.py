@@ -1,0 +1,165 @@
+"""The formulas of the Laplace merge, the Fisher information, the GGN and GPM, each from its definition.
+
+Convention: float64; parameters are flat vectors [d] and curvatures dense matrices [d, d], so that a diagonal is
+``np.diag(values)`` here. Fisher matrices and the GGN are means over samples; ``squared_gradients`` is a sum.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = [
+    "alpha_in_circulation",
+    "alpha_star",
+    "brute_force_minimiser",
+    "cross_entropy",
+    "directional_derivatives",
+    "gpm_basis",
+    "laplace_loss",
+    "softmax",
+    "squared_gradients",
+    "squared_mean_gradient",
+]
+
+Array = NDArray[np.float64]
+
+
+def laplace_loss(
+    alpha: float,
+    theta_gp: Array,
+    theta_hat: Array,
+    precision_old: Array,
+    hessian_new: Array,
+    gradient: Array,
+    mean: Array,
+) -> float:
+    """Return the Laplace cumulative loss at (1 - alpha) theta_gp + alpha theta_hat, without the loss at theta_hat.
+
+    The old tasks are 1/2 (theta - mean)^T P (theta - mean); the new one is expanded at theta_hat to second order.
+    """
+    theta = (1 - alpha) * theta_gp + alpha * theta_hat
+    old = 0.5 * (theta - mean) @ precision_old @ (theta - mean)
+    new = gradient @ (theta - theta_hat) + 0.5 * (theta - theta_hat) @ hessian_new @ (theta - theta_hat)
+    return float(old + new)
+
+
+def alpha_star(
+    theta_gp: Array, theta_hat: Array, precision_old: Array, hessian_new: Array, gradient: Array, mean: Array
+) -> float:
+    """Return the stationary point of ``laplace_loss`` over alpha, not clipped; there must be curvature."""
+    delta = theta_hat - theta_gp
+    slope = gradient @ delta - delta @ hessian_new @ delta + (theta_gp - mean) @ precision_old @ delta
+    curvature = delta @ (precision_old + hessian_new) @ delta
+    return float(-slope / curvature)
+
+
+def alpha_in_circulation(
+    theta_gp: Array, theta_hat: Array, precision_old: Array, hessian_new: Array, gradient: Array
+) -> float:
+    """Return (delta.P.delta + grad L_new(theta_gp).delta) / delta.(P + H).delta, as some accounts print alpha*.
+
+    This is *not* the minimiser of the objective: the sign of the gradient is wrong, and so is the Hessian in the
+    numerator. It is kept for the test that shows so.
+    """
+    delta = theta_hat - theta_gp
+    gradient_at_gp = gradient - hessian_new @ delta
+    curvature = delta @ (precision_old + hessian_new) @ delta
+    return float((delta @ precision_old @ delta + gradient_at_gp @ delta) / curvature)
+
+
+def brute_force_minimiser(function: Callable[[float], float], low: float, high: float, points: int = 200) -> float:
+    """Return where a function is smallest in [low, high]: the best of a grid, refined by golden section.
+
+    The accuracy is that of comparing values: about the square root of rounding.
+    """
+    grid = np.linspace(low, high, points + 1)
+    best = int(np.argmin([function(float(alpha)) for alpha in grid]))
+    left, right = float(grid[max(best - 1, 0)]), float(grid[min(best + 1, points)])
+    ratio = (np.sqrt(5) - 1) / 2
+    while right - left > 1e-10 * (high - low):
+        inner_left, inner_right = right - ratio * (right - left), left + ratio * (right - left)
+        if function(inner_left) <= function(inner_right):
+            right = inner_right
+        else:
+            left = inner_left
+    return min((low, (left + right) / 2, high), key=function)
+
+
+def softmax(logits: Array) -> Array:
+    """Return the class probabilities, over the last axis."""
+    exponentials = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    return np.asarray(exponentials / exponentials.sum(axis=-1, keepdims=True))
+
+
+def cross_entropy(logits: Array, labels: NDArray[np.int64]) -> float:
+    """Return the mean over samples of -log softmax(logits)[label]; logits [samples, classes]."""
+    return float(np.mean([-np.log(softmax(z)[label]) for z, label in zip(logits, labels, strict=True)]))
+
+
+def directional_derivatives(
+    logits: Array, jacobians: Array, labels: NDArray[np.int64], delta: Array
+) -> tuple[float, float]:
+    """Return (g.delta, delta.GGN.delta) of the mean cross-entropy.
+
+    Args:
+        logits: [samples, classes].
+        jacobians: of each sample's logits by the parameters, [samples, classes, d].
+        labels: [samples].
+        delta: the direction, [d].
+    """
+    gradient = np.zeros(delta.size)
+    ggn = np.zeros((delta.size, delta.size))
+    for z, jacobian, label in zip(logits, jacobians, labels, strict=True):
+        p = softmax(z)
+        gradient += jacobian.T @ (p - np.eye(p.size)[label]) / len(labels)
+        ggn += jacobian.T @ (np.diag(p) - np.outer(p, p)) @ jacobian / len(labels)
+    return float(gradient @ delta), float(delta @ ggn @ delta)
+
+
+def squared_gradients(inputs: Array, output_gradients: Array) -> tuple[Array, Array]:
+    """Return the sum over samples of squared gradients of a layer y = W a + b: for W, [d_out, d_in], b, [d_out].
+
+    Args:
+        inputs: a, [samples, positions, d_in].
+        output_gradients: the gradient of each sample's own loss by y, [samples, positions, d_out].
+    """
+    weight = np.zeros((output_gradients.shape[2], inputs.shape[2]))
+    bias = np.zeros(output_gradients.shape[2])
+    for a, g in zip(inputs, output_gradients, strict=True):
+        weight += sum(np.outer(g_l, a_l) for a_l, g_l in zip(a, g, strict=True)) ** 2
+        bias += sum(g) ** 2
+    return weight, bias
+
+
+def squared_mean_gradient(inputs: Array, output_gradients: Array) -> tuple[Array, Array]:
+    """Return the published estimate for one batch: its size x (gradient of its mean loss)^2, for W and b."""
+    size = len(inputs)
+    weight = np.zeros((output_gradients.shape[2], inputs.shape[2]))
+    bias = np.zeros(output_gradients.shape[2])
+    for a, g in zip(inputs, output_gradients, strict=True):
+        weight += sum(np.outer(g_l, a_l) for a_l, g_l in zip(a, g, strict=True)) / size
+        bias += sum(g) / size
+    return size * weight**2, size * bias**2
+
+
+def gpm_basis(basis: Array | None, representation: Array, epsilon: float) -> Array:
+    """Return GPM's basis after one more task (Saha 2021, eqs. 5, 8 and 9), by the SVD of the stacked inputs.
+
+    Args:
+        basis: orthonormal columns [d_in, k] of the tasks so far; None before the first.
+        representation: the task's inputs (patches) as columns, [d_in, n].
+        epsilon: the share of the representation's energy that the basis must hold.
+    """
+    kept = np.zeros((len(representation), 0)) if basis is None else basis
+    residual = representation - kept @ kept.T @ representation
+    total = np.sum(representation**2)
+    captured = total - np.sum(residual**2)
+    if captured >= epsilon * total:
+        return kept
+    vectors, sigma, _ = np.linalg.svd(residual, full_matrices=False)
+    count = 0
+    while captured < epsilon * total and count < min(len(sigma), len(kept) - kept.shape[1]):
+        captured += sigma[count] ** 2
+        count += 1
+    return np.hstack([kept, vectors[:, :count]])

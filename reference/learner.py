@@ -1,0 +1,196 @@
+"""A learner in NumPy, float64: a ReLU network of two hidden layers with every derivative written by hand.
+
+Convention: images are flattened and normalised with the data set's mean and standard deviation; weights are
+[d_out, d_in]; output gradients are those of each sample's own loss, so a batch's mean gradient is their sum over its size.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from became_core.arrays import Params
+from became_core.continual import Batch, Constraint, TapMode, TaskStream, random_stream
+from became_core.continual.stream import Indices
+from became_core.curvature import Pushforward, Tap, Taps
+
+__all__ = ["ReferenceLearner"]
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """One forward pass: what entered each layer, what each hidden layer let through, and the head's logits."""
+
+    inputs: list[Array]
+    gates: list[Array]
+    logits: Array
+
+
+class ReferenceLearner:
+    """A multi-layer perceptron, fc1 - ReLU - fc2 - ReLU - a head per task; the heads have no bias."""
+
+    def __init__(
+        self,
+        stream: TaskStream,
+        *,
+        hidden: tuple[int, int] = (24, 16),
+        bias: bool = False,
+        dropout: float = 0.0,
+        seed: int = 0,
+    ) -> None:
+        """Draw the weights (He 2015) and normalise the stream's images once.
+
+        Args:
+            stream: the tasks.
+            hidden: the widths of the two hidden layers.
+            bias: whether they have biases, which begin at zero.
+            dropout: the probability with which a hidden unit is dropped in training.
+            seed: names the draw of the weights.
+        """
+        dataset = stream.dataset
+        channel = (1, -1, 1, 1)
+        mean, std = np.reshape(dataset.mean, channel), np.reshape(dataset.std, channel)
+        self._inputs: Array = ((dataset.images / 255 - mean) / std).reshape(len(dataset.images), -1)
+        self._targets = stream.targets
+        self._bias = bias
+        self._dropout = dropout
+        self._heads = [f"heads.{task}" for task in range(len(stream.tasks))]
+        draw = random_stream(seed, "weights")
+        self._parameters: dict[str, Array] = {}
+        shapes = {"fc1": (hidden[0], self._inputs.shape[1]), "fc2": (hidden[1], hidden[0])}
+        shapes |= dict.fromkeys(self._heads, (stream.classes_per_task, hidden[1]))
+        for layer, shape in shapes.items():
+            self._parameters[f"{layer}.weight"] = draw.normal(scale=np.sqrt(2 / shape[1]), size=shape)
+            if bias and layer not in self._heads:
+                self._parameters[f"{layer}.bias"] = np.zeros(shape[0])
+
+    @property
+    def heads(self) -> Sequence[frozenset[str]]:
+        """For each task, the name of its head's weight."""
+        return [frozenset({f"{head}.weight"}) for head in self._heads]
+
+    @property
+    def projectable(self) -> frozenset[str]:
+        """The weights of the two hidden layers."""
+        return frozenset({"fc1.weight", "fc2.weight"})
+
+    def parameters(self) -> Params:
+        """Return copies of all parameters."""
+        return {name: value.copy() for name, value in self._parameters.items()}
+
+    def assign(self, parameters: Params) -> None:
+        """Set the parameters to copies of these."""
+        self._parameters = {name: np.array(parameters[name], dtype=np.float64) for name in self._parameters}
+
+    def train(
+        self, batches: Sequence[Batch], rates: NDArray[np.float64], constraint: Constraint, stream: np.random.Generator
+    ) -> float:
+        """Take one SGD step on each batch; return the mean loss over samples."""
+        total, samples = 0.0, 0
+        # A diverging run overflows; the loop sees it in the loss and says so.
+        with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+            for batch, rate in zip(batches, rates, strict=True):
+                labels = self._targets[batch.indices]
+                forward = self._forward(batch.task, batch.indices, stream)
+                self._step(self._gradients(batch.task, forward, labels), float(rate), constraint)
+                total += float(np.sum(_losses(forward.logits, labels)))
+                samples += len(labels)
+        return total / samples
+
+    def logits(self, indices: Indices, batch_size: int) -> Array:
+        """Return all heads' logits, [samples, tasks, classes]."""
+        return np.concatenate(
+            [
+                np.stack([self._forward(task, rows).logits for task in range(len(self._heads))], axis=1)
+                for rows in _chunks(indices, batch_size)
+            ]
+        )
+
+    def targets(self, indices: Indices) -> Indices:
+        """Return the labels within the task, [samples]."""
+        return self._targets[indices]
+
+    def taps(
+        self, task: int, indices: Indices, batch_size: int, mode: TapMode, stream: np.random.Generator
+    ) -> Iterator[Taps]:
+        """Yield each batch's taps: one position a sample."""
+        for rows in _chunks(indices, batch_size):
+            forward = self._forward(task, rows, stream if mode == "published" else None)
+            labels = forward.logits.argmax(axis=1) if mode == "published" else self._targets[rows]
+            gradients = self._backward(task, forward, labels)
+            yield {
+                layer: Tap("matrix", a[:, None, :], g[:, None, :], has_bias=f"{layer}.bias" in self._parameters)
+                for layer, a, g in zip(self._layers(task), forward.inputs, gradients, strict=True)
+            }
+
+    def pushforward(self, task: int, indices: Indices, batch_size: int, direction: Params) -> Iterator[Pushforward]:
+        """Yield each batch's logits and their derivative along a direction."""
+        for rows in _chunks(indices, batch_size):
+            forward = self._forward(task, rows)
+            moved = np.zeros_like(forward.inputs[0])
+            for layer, a, gate in zip(self._layers(task), forward.inputs, [*forward.gates, 1.0], strict=True):
+                moved = moved @ self._parameters[f"{layer}.weight"].T + a @ direction[f"{layer}.weight"].T
+                if f"{layer}.bias" in self._parameters:
+                    moved = moved + direction[f"{layer}.bias"]
+                moved = moved * gate
+            yield Pushforward(forward.logits, moved, self._targets[rows])
+
+    def _layers(self, task: int) -> tuple[str, str, str]:
+        return ("fc1", "fc2", self._heads[task])
+
+    def _forward(self, task: int, rows: Indices, stream: np.random.Generator | None = None) -> _Pass:
+        """Run the network; with dropout if there is a stream to draw it from."""
+        inputs, gates = [self._inputs[rows]], []
+        for layer in self._layers(task)[:2]:
+            z = inputs[-1] @ self._parameters[f"{layer}.weight"].T + self._parameters.get(f"{layer}.bias", 0.0)
+            gate = (z > 0).astype(np.float64)
+            if stream is not None and self._dropout > 0:
+                gate = gate * (stream.random(z.shape) >= self._dropout) / (1 - self._dropout)
+            gates.append(gate)
+            inputs.append(z * gate)
+        return _Pass(inputs, gates, inputs[-1] @ self._parameters[f"{self._heads[task]}.weight"].T)
+
+    def _backward(self, task: int, forward: _Pass, labels: Indices) -> list[Array]:
+        """Return the gradient of each sample's loss by each layer's output, [samples, d_out], first layer first."""
+        _, fc2, head = self._layers(task)
+        at_head = np.exp(_log_softmax(forward.logits)) - np.eye(forward.logits.shape[1])[labels]
+        at_fc2 = at_head @ self._parameters[f"{head}.weight"] * forward.gates[1]
+        at_fc1 = at_fc2 @ self._parameters[f"{fc2}.weight"] * forward.gates[0]
+        return [at_fc1, at_fc2, at_head]
+
+    def _gradients(self, task: int, forward: _Pass, labels: Indices) -> dict[str, Array]:
+        """Return the gradient of the batch's mean loss by every parameter that takes part."""
+        gradients = {}
+        output_gradients = self._backward(task, forward, labels)
+        for layer, a, g in zip(self._layers(task), forward.inputs, output_gradients, strict=True):
+            gradients[f"{layer}.weight"] = g.T @ a / len(a)
+            if f"{layer}.bias" in self._parameters:
+                gradients[f"{layer}.bias"] = g.sum(axis=0) / len(a)
+        return gradients
+
+    def _step(self, gradients: dict[str, Array], rate: float, constraint: Constraint) -> None:
+        updates: Params = {name: value for name, value in gradients.items() if name in constraint.trainable}
+        if constraint.penalty is not None:
+            pull = constraint.penalty.gradient({name: self._parameters[name] for name in updates})
+            updates = {name: update + pull[name] for name, update in updates.items()}
+        if constraint.projector is not None:
+            updates = constraint.projector.project(updates)
+        for name, update in updates.items():
+            self._parameters[name] = self._parameters[name] - rate * update
+
+
+def _log_softmax(logits: Array) -> Array:
+    shifted = logits - logits.max(axis=1, keepdims=True)
+    return np.asarray(shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True)))
+
+
+def _losses(logits: Array, labels: Indices) -> Array:
+    return -_log_softmax(logits)[np.arange(len(labels)), labels]
+
+
+def _chunks(indices: Indices, size: int) -> Iterator[Indices]:
+    for start in range(0, len(indices), size):
+        yield indices[start : start + size]

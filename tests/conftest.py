@@ -1,0 +1,32 @@
+"""What every test may ask for: the backend's namespace ``xp``, and hypothesis in a fixed profile.
+
+``pytest --backend {numpy,strict,torch}`` chooses the backend. ``HYPOTHESIS_PROFILE=long`` searches longer, at random.
+"""
+
+import os
+from typing import Any
+
+import pytest
+from hypothesis import settings
+
+from tests.backends import BACKENDS, load
+
+settings.register_profile("ci", max_examples=50, deadline=None, derandomize=True, database=None)
+settings.register_profile("long", max_examples=2000, deadline=None)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--backend", choices=sorted(BACKENDS), default="numpy", help="whose arrays the tests use")
+
+
+@pytest.fixture(scope="session")
+def backend(request: pytest.FixtureRequest) -> str:
+    """The name of the backend."""
+    return str(request.config.getoption("--backend"))
+
+
+@pytest.fixture(scope="session")
+def xp(backend: str) -> Any:
+    """The Array API namespace of the backend."""
+    return load(backend)

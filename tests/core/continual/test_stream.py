@@ -1,0 +1,99 @@
+"""Task streams: every row in exactly one place, and the same draw for the same names."""
+
+from random import Random
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from became_core.continual.stream import Dataset, TaskStream, split_classes
+from became_core.errors import BecameError
+
+SHAPES = [(tasks, classes) for classes in (1, 4, 6, 10, 12) for tasks in range(1, classes + 1) if classes % tasks == 0]
+
+
+def make_dataset(classes: int, train: int = 40, test: int = 20) -> Dataset:
+    """Rows in random order, of classes of unequal size, each class in both parts."""
+    draw = np.random.default_rng(classes)
+    labels = [
+        draw.permutation(np.concatenate([np.arange(classes), draw.integers(0, classes, size - classes)]))
+        for size in (train, test)
+    ]
+    return Dataset(
+        name="toy",
+        images=np.zeros((train + test, 1, 2, 2), dtype=np.uint8),
+        labels=np.concatenate(labels).astype(np.int64),
+        train_size=train,
+        mean=(0.5,),
+        std=(0.5,),
+    )
+
+
+def rows(stream: TaskStream, *parts: str) -> list[int]:
+    return [int(row) for task in stream.tasks for part in parts for row in getattr(task, part)]
+
+
+@given(st.sampled_from(SHAPES), st.floats(0, 0.99), st.integers(0, 2**32 - 1))
+def test_every_row_is_in_one_part_of_one_task(shape: tuple[int, int], validation: float, seed: int) -> None:
+    dataset = make_dataset(shape[1])
+    stream = split_classes(dataset, shape[0], validation=validation, seed=seed)
+    assert sorted(rows(stream, "train", "validation")) == list(range(40))
+    assert sorted(rows(stream, "test")) == list(range(40, 60))
+
+
+@given(st.sampled_from(SHAPES), st.randoms(use_true_random=False))
+def test_tasks_hold_their_classes_in_the_order_given(shape: tuple[int, int], random: Random) -> None:
+    dataset = make_dataset(shape[1])
+    order = list(range(shape[1]))
+    random.shuffle(order)
+    stream = split_classes(dataset, shape[0], class_order=order)
+    assert [label for task in stream.tasks for label in task.classes] == order
+    for index, task in enumerate(stream.tasks):
+        assert task.index == index
+        for part in (task.train, task.validation, task.test):
+            assert set(dataset.labels[part].tolist()) <= set(task.classes)
+            # A target is a place in the task's own list of classes.
+            np.testing.assert_array_equal(np.asarray(task.classes)[stream.targets[part]], dataset.labels[part])
+
+
+def test_classes_come_in_label_order_unless_told_otherwise() -> None:
+    stream = split_classes(make_dataset(6), 3)
+    assert [task.classes for task in stream.tasks] == [(0, 1), (2, 3), (4, 5)]
+    assert stream.classes_per_task == 2
+
+
+@given(st.floats(0, 0.99))
+def test_the_validation_fraction_is_of_each_tasks_training_rows(validation: float) -> None:
+    for task in split_classes(make_dataset(6), 3, validation=validation).tasks:
+        assert len(task.validation) == round(validation * (len(task.train) + len(task.validation)))
+
+
+def test_validation_rows_are_drawn_across_the_task_and_by_seed() -> None:
+    dataset = make_dataset(4, train=400)
+    first, again, other = (split_classes(dataset, 2, validation=0.25, seed=seed) for seed in (0, 0, 1))
+    for task, same, different in zip(first.tasks, again.tasks, other.tasks, strict=True):
+        np.testing.assert_array_equal(task.validation, same.validation)
+        assert not np.array_equal(task.validation, different.validation)
+        np.testing.assert_array_equal(task.test, different.test)
+        # Neither a head nor a tail of the rows: both halves of the training part give some.
+        assert task.validation.min() < 200 <= task.validation.max()
+        assert set(dataset.labels[task.validation].tolist()) == set(task.classes)
+
+
+@pytest.mark.parametrize("tasks", [0, -2, 4, 7, 12])
+def test_a_number_of_tasks_that_does_not_divide_the_classes_is_an_error(tasks: int) -> None:
+    with pytest.raises(BecameError, match=f"{tasks} tasks do not divide the 6 classes of toy"):
+        split_classes(make_dataset(6), tasks)
+
+
+@pytest.mark.parametrize("validation", [-0.1, 1.0, 1.5, float("nan")])
+def test_a_validation_fraction_outside_zero_to_one_is_an_error(validation: float) -> None:
+    with pytest.raises(BecameError, match=f"the validation fraction is {validation}; it must be"):
+        split_classes(make_dataset(6), 3, validation=validation)
+
+
+@pytest.mark.parametrize("order", [[0, 1, 2], [0, 1, 2, 3, 4, 4], [1, 2, 3, 4, 5, 6], list(range(7))])
+def test_a_class_order_that_is_no_permutation_is_an_error(order: list[int]) -> None:
+    with pytest.raises(BecameError, match="not a permutation of the 6 classes of toy"):
+        split_classes(make_dataset(6), 3, class_order=order)

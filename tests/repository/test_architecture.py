@@ -1,0 +1,145 @@
+"""The packages' ranks, and what each may import; that modules explain themselves; that the public API is as published.
+
+Convention: a package may import from packages of lower rank and from itself. ``became_core``, the facade, ranks above
+all that is within it.
+"""
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import became_core
+
+ROOT = Path(__file__).parents[2]
+RANKS = {
+    "became_core.errors": 0,
+    "became_core.arrays": 1,
+    "became_core.laplace": 2,
+    "became_core.curvature": 2,
+    "became_core.projection": 2,
+    "became_core.continual": 3,
+    "became_core": 4,
+    "adapters": 5,
+}
+FRAMEWORKS = {"torch", "jax", "tensorflow", "keras", "flax"}
+WITHOUT_FRAMEWORK = ("became_core", "reference")
+
+
+def sources(*packages: str) -> Iterator[Path]:
+    for package in packages:
+        yield from sorted((ROOT / package).rglob("*.py"))
+
+
+def module_of(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def package_of(name: str) -> str | None:
+    """The ranked package that a dotted name lies in: the longest that is a part of it."""
+    return max((package for package in RANKS if f"{name}.".startswith(f"{package}.")), key=len, default=None)
+
+
+def imports(tree: ast.AST, *, lazy: bool) -> Iterator[str]:
+    """Every dotted name that is imported; those within functions only if ``lazy``."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            # A relative import would hide the rank; naming it so makes it a violation.
+            base = node.module if node.module and not node.level else "adapters.(relative)"
+            yield from (f"{base}.{alias.name}" for alias in node.names)
+        elif lazy or not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield from imports(node, lazy=lazy)
+
+
+def violations(module: str, source: str) -> list[str]:
+    """What a module imports although its rank, or its freedom from frameworks, forbids it."""
+    tree = ast.parse(source)
+    top, own = module.partition(".")[0], package_of(module)
+    found = []
+    for name in imports(tree, lazy=True):
+        other = package_of(name)
+        if own and other and other != own and RANKS[other] >= RANKS[own]:
+            found.append(f"{module} imports {name}")
+        if (top in {"became_core", "adapters"} and name.startswith("reference.")) or (
+            top == "reference" and other == "adapters"
+        ):
+            found.append(f"{module} imports {name}")
+    if top in WITHOUT_FRAMEWORK:
+        at_import = imports(tree, lazy=False)
+        found += [f"{module} imports {name}" for name in at_import if name.partition(".")[0] in FRAMEWORKS]
+    return found
+
+
+def test_no_module_imports_what_its_rank_forbids() -> None:
+    paths = list(sources("became_core", "adapters", "reference"))
+    assert {package_of(module_of(path)) for path in paths} >= set(RANKS)  # every rank has modules to look at
+    assert [line for path in paths for line in violations(module_of(path), path.read_text(encoding="utf-8"))] == []
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("became_core.errors", "from became_core.arrays import xp"),
+        ("became_core.arrays.trees", "import became_core.laplace.quadratic"),
+        ("became_core.laplace.merge", "from became_core.curvature.taps import taps"),
+        ("became_core.projection.gpm", "from became_core import laplace"),
+        ("became_core.curvature.fisher", "def f():\n    from became_core.continual import loop"),
+        ("became_core.continual.loop", "from became_core import merge"),
+        ("became_core.continual.loop", "from ..adapters import data"),
+        ("became_core.continual.loop", "def f():\n    import adapters.torch"),
+        ("became_core", "import adapters"),
+        ("became_core.arrays.trees", "try:\n    import torch.nn\nexcept ImportError:\n    pass"),
+        ("became_core.arrays.trees", "from reference.oracle import alpha"),
+        ("reference.oracle", "from jax import numpy"),
+        ("reference.oracle", "from adapters.data import mnist"),
+    ],
+)
+def test_a_forbidden_import_is_found(module: str, source: str) -> None:
+    assert len(violations(module, source)) == 1
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("became_core.laplace.merge", "from became_core.arrays import xp\nfrom became_core.laplace.path import trace"),
+        ("became_core.arrays.namespace", "def f():\n    import torch"),
+        ("became_core", "from became_core.laplace import merge"),
+        ("adapters.torch.run", "import torch\nfrom became_core import merge"),
+        ("reference.oracle", "import numpy\nfrom became_core.continual.learner import Learner"),
+    ],
+)
+def test_an_allowed_import_is_not(module: str, source: str) -> None:
+    assert violations(module, source) == []
+
+
+def test_importing_the_core_loads_no_framework_and_no_adapter() -> None:
+    loaded = "import sys, became_core; print(*sorted({name.partition('.')[0] for name in sys.modules}))"
+    done = subprocess.run([sys.executable, "-c", loaded], cwd=ROOT, capture_output=True, text=True, check=True)
+    names = set(done.stdout.split())
+    assert "became_core" in names
+    assert names.isdisjoint(FRAMEWORKS | {"adapters", "reference"})
+
+
+def test_every_module_says_what_it_holds() -> None:
+    silent = [
+        module_of(path)
+        for path in sources("became_core", "adapters", "reference")
+        if not ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
+    ]
+    assert silent == []
+
+
+def test_the_public_names_are_those_in_the_readme() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    section = re.search(r"^## API$(.*?)(?=^## |\Z)", readme, re.DOTALL | re.MULTILINE)
+    assert section, "README.md has no heading `## API`"
+    documented = re.findall(r"^\| `(\w+)", section[1], re.MULTILINE)
+    assert sorted(documented) == sorted(became_core.__all__)
+    assert all(hasattr(became_core, name) for name in documented)
