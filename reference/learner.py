@@ -174,8 +174,7 @@ class ReferenceLearner:
     def _step(self, gradients: dict[str, Array], rate: float, constraint: Constraint) -> None:
         updates: Params = {name: value for name, value in gradients.items() if name in constraint.trainable}
         if constraint.penalty is not None:
-            pull = constraint.penalty.gradient({name: self._parameters[name] for name in updates})
-            updates = {name: update + pull[name] for name, update in updates.items()}
+            updates = constraint.penalty.add_to(updates, dict(self._parameters), rate)
         if constraint.projector is not None:
             updates = constraint.projector.project(updates)
         for name, update in updates.items():

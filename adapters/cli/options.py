@@ -141,7 +141,7 @@ def _training(training: Training, options: Options) -> Training:
 
 
 def _schedule(schedule: Schedule, lr: float | None, epochs: int | None) -> Schedule:
-    return replace(schedule, lr=_given(lr, schedule.lr), epochs=_given(epochs, schedule.epochs))  # type: ignore[type-var]
+    return replace(schedule, lr=_given(lr, schedule.lr), epochs=_given(epochs, schedule.epochs))
 
 
 def _settings(settings: MethodSettings, options: Options) -> MethodSettings:

@@ -47,7 +47,7 @@ def _spread(values: Sequence[float], digits: int = 2) -> str:
 
 
 def _alphas(runs: Sequence[RunResult]) -> str:
-    """Return each task's coefficient, the mean over seeds, a dash where nothing was merged; blank if nothing ever was."""
+    """Return each task's mean coefficient over seeds, a dash where nothing was merged; blank if nothing ever was."""
     columns = list(zip(*(run.alpha for run in runs), strict=True))
     if all(alpha is None for column in columns for alpha in column):
         return ""

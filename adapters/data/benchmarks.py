@@ -46,7 +46,7 @@ class Benchmark:
 
 _SPLIT_MNIST = Benchmark(
     name="split-mnist",
-    load=lambda data_dir: load_mnist(),  # noqa: ARG005 - the images are embedded
+    load=lambda data_dir: load_mnist(),  # the images are embedded
     tasks=5,
     network="mlp",
     presets={

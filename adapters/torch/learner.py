@@ -1,7 +1,7 @@
 """The learner protocol on PyTorch: any module that maps images to features, with a head for each task.
 
-Convention: images stay on the device as uint8 [N, C, H, W] and are normalised there, batch by batch; parameters are named
-arrays, buffers stay in the module.
+Convention: images stay on the device as uint8 [N, C, H, W] and are normalised there, batch by batch; parameters are
+named arrays, buffers stay in the module.
 """
 
 from collections.abc import Iterator, Sequence
@@ -26,7 +26,7 @@ __all__ = ["TorchLearner"]
 
 
 class TorchLearner:
-    """A PyTorch network that learns continually; see ``became_core.continual.Learner`` for what each method promises."""
+    """A PyTorch network that learns continually; ``became_core.continual.Learner`` says what each method promises."""
 
     def __init__(
         self,
@@ -56,7 +56,8 @@ class TorchLearner:
             torch.manual_seed(int(random_stream(seed, "heads").integers(2**63)))
             features = _feature_width(backbone, dataset.images.shape[1:])
             network = MultiHead(backbone, features, len(stream.tasks), stream.classes_per_task)
-        self.network = network.to(device=self.device, dtype=dtype).to(memory_format=layout)
+        self.network = network.to(device=self.device, dtype=dtype)
+        self.network.to(memory_format=layout)  # type: ignore[call-overload] # PyTorch's own types lack it
         self._layout = layout
         self._images = torch.from_numpy(dataset.images).to(self.device)
         self._targets = torch.from_numpy(stream.targets).to(self.device)
@@ -103,7 +104,7 @@ class TorchLearner:
                 images, targets = self._batch(batch.indices)
                 loss = functional.cross_entropy(self.network(images, batch.task), targets)
                 optimiser.zero_grad(set_to_none=True)
-                loss.backward()
+                loss.backward()  # type: ignore[no-untyped-call]
                 _constrain(trained, constraint, float(rate), done)
                 optimiser.param_groups[0]["lr"] = float(rate)
                 optimiser.step()
@@ -156,7 +157,7 @@ class TorchLearner:
                 result: Tensor = torch.func.functional_call(self.network, theta, (images, task))
                 return result
 
-            outputs, derivative = torch.func.jvp(logits, (primals,), (tangents,))
+            outputs, derivative, *_ = torch.func.jvp(logits, (primals,), (tangents,))
             yield Pushforward(outputs, derivative, targets)
 
     def _batch(self, indices: Indices) -> tuple[Tensor, Tensor]:

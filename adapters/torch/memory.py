@@ -1,7 +1,7 @@
 """Keep freed memory in the process, where the C library can be told to (glibc).
 
-By default glibc gives a large block back to the kernel as soon as it is freed, so that every training step on the CPU pays
-for fresh pages anew: a sixth of the time of a small convolutional network's step.
+By default glibc gives a large block back to the kernel as soon as it is freed, so that every training step on the CPU
+pays for fresh pages anew: a sixth of the time of a small convolutional network's step.
 """
 
 import ctypes

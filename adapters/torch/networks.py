@@ -93,7 +93,7 @@ def build_backbone(name: str, shape: tuple[int, int, int]) -> nn.Module:
 
 
 class MultiHead(nn.Module):
-    """A backbone with a linear head for each task; parameters keep the backbone's names, beside ``heads.<task>.weight``."""
+    """A backbone with a linear head for each task, ``heads.<task>.weight``."""
 
     def __init__(self, backbone: nn.Module, features: int, tasks: int, classes: int) -> None:
         """Build the heads.

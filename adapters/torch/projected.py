@@ -48,21 +48,26 @@ def projected_inputs(layers: dict[nn.Module, str], projector: Projector | None) 
     Yields:
         The names of the weights whose gradients come out projected.
     """
-    known = {} if projector is None else projector.ranks
-    linear = [
-        (module, f"{name}.weight")
+    if projector is None:
+        yield frozenset()
+        return
+    known = projector.ranks
+    linear = {
+        f"{name}.weight": module
         for module, name in layers.items()
         if type(module) is nn.Linear and f"{name}.weight" in known
-    ]
-    for module, name in linear:
-        module.forward = partial(_forward, module, name, projector)
+    }
+    for name, module in linear.items():
+        vars(module)["forward"] = partial(_forward, module, name, projector)  # shows before the class's own
     try:
-        yield frozenset(name for _, name in linear)
+        yield frozenset(linear)
     finally:
-        for module, _ in linear:
-            del module.forward  # the class's own shows again
+        for module in linear.values():
+            del vars(module)["forward"]
 
 
 def _forward(module: nn.Linear, name: str, projector: Projector, inputs: Tensor) -> Tensor:
-    result: Tensor = _ProjectedLinear.apply(inputs, module.weight, module.bias, name, projector)
+    result: Tensor = _ProjectedLinear.apply(  # type: ignore[no-untyped-call]
+        inputs, module.weight, module.bias, name, projector
+    )
     return result

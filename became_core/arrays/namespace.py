@@ -70,7 +70,7 @@ def reduction_dtype(xp: Any, **arrays: Array) -> Any:
 def check_values(condition: Array, message: str) -> None:
     """Raise a BecameError with this message unless a 0-d boolean array is true.
 
-    Under a trace (``jax.jit``, ``torch.compile``, ``torch.func``) there is no value to look at: then nothing is checked.
+    Under a trace (``jax.jit``, ``torch.compile``, ``torch.func``) there is no value to look at, and nothing is checked.
     """
     if _is_concrete(condition) and not bool(condition):
         raise BecameError(message)

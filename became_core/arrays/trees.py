@@ -17,7 +17,7 @@ __all__ = ["Params", "Tree", "aligned_leaves", "map_leaves", "named_leaves"]
 # Any nesting of dicts, lists, tuples and registered nodes with arrays at its leaves.
 Tree = Any
 
-# What the package itself uses for parameters: arrays by canonical name (``conv1.weight`` OIHW, ``fc1.weight`` [out, in]).
+# The package's own form of parameters: arrays by canonical name (``conv1.weight`` OIHW, ``fc1.weight`` [out, in]).
 Params = dict[str, Array]
 
 
@@ -37,7 +37,8 @@ def aligned_leaves(**trees: Tree) -> Iterator[dict[str, Array]]:
         For each leaf, the arrays by labels fit for a message, ``"fisher_old 'conv1.weight'"``, in the order given.
 
     Raises:
-        BecameError: naming the first leaf that is missing, superfluous, of another shape or of another framework.
+        BecameError: naming the first leaf that is missing, superfluous, of another shape or framework, or the tree
+            whose containers differ.
     """
     reference_name, *_ = trees
     flat = {name: named_leaves(tree) for name, tree in trees.items()}
@@ -49,12 +50,25 @@ def aligned_leaves(**trees: Tree) -> Iterator[dict[str, Array]]:
         for path in leaves:
             if path not in reference:
                 raise BecameError(f"{name} has a leaf '{path}' that {reference_name} lacks; give equal structures.")
+    structure = optree.tree_structure(trees[reference_name])
+    for name, tree in trees.items():
+        if not _matches(structure, tree):
+            raise BecameError(f"{name} is nested otherwise than {reference_name}; give equal structures.")
     rows = [{_label(name, path): leaves[path] for name, leaves in flat.items()} for path in reference]
     if rows:
         namespace(**{label: array for row in rows for label, array in row.items()})
     for row in rows:
         _check_shapes(row)
     yield from rows
+
+
+def _matches(structure: Any, tree: Tree) -> bool:
+    """Whether a tree of the right names has the right containers too: {"a": {"b": x}} is not {"a.b": x}."""
+    try:
+        structure.flatten_up_to(tree)
+    except ValueError:
+        return False
+    return True
 
 
 def _label(name: str, path: str) -> str:

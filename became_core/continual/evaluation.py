@@ -32,7 +32,7 @@ def _task_accuracies(learner: Learner, task: Task, seen: int, batch_size: int) -
 
 def _percent(correct: Array) -> float:
     xp = namespace(correct=correct)
-    return 100.0 * int(xp.count_nonzero(correct)) / correct.shape[0]
+    return 100.0 * int(xp.count_nonzero(correct)) / int(correct.shape[0])
 
 
 def mean_loss(learner: Learner, task: int, indices: Indices, batch_size: int) -> float:

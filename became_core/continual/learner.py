@@ -42,9 +42,9 @@ class Penalty:
     def add_to(self, gradients: Params, theta: Params, rate: float) -> Params:
         """Return the gradients of loss and penalty, such that a step of this rate is stable at any strength.
 
-        With S = strength x P the step is semi-implicit, theta <- theta - rate (g + S (theta - mean)) / (1 + rate S): the
-        loss is followed explicitly and the penalty, whose curvature is known, implicitly (a proximal step). Its fixed
-        points are those of the sum; explicit steps diverge wherever rate x S exceeds 2.
+        With S = strength x P the step is semi-implicit, theta <- theta - rate (g + S (theta - mean)) / (1 + rate S):
+        the loss is followed explicitly and the penalty, whose curvature is known, implicitly (a proximal step). Its
+        fixed points are those of the sum; explicit steps diverge wherever rate x S exceeds 2.
 
         Args:
             gradients: of the loss, by name.

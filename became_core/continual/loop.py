@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from became_core.arrays import Array, Params
 from became_core.continual.evaluation import accuracies, mean_loss
-from became_core.continual.learner import Constraint, Learner, Penalty
+from became_core.continual.learner import Constraint, Learner, Penalty, TapMode
 from became_core.continual.methods import Method
 from became_core.continual.schedule import Schedule
 from became_core.continual.seeding import random_stream
@@ -148,7 +148,7 @@ class _Run:
         merges = method.rule is not None and task.index > 0
         first_stage = training.stage1
         if method.rule is not None and not merges:
-            first_stage = training.stage1.joined(training.stage2)
+            first_stage = training.stage1.extended(training.stage2.epochs)
         with self.phase("stage1"):
             epochs = self.train(task, first_stage, self.stable_constraint(task, memory), stage=1)
         alpha: float | None = None
@@ -233,7 +233,7 @@ class _Run:
 
     def fisher(self, task: Task, purpose: str) -> Diagonal:
         """Return the task's diagonal Fisher information at the learner's weights, of the method's kind."""
-        mode = "published" if self.method.fisher == "batch" else "frozen"
+        mode: TapMode = "published" if self.method.fisher == "batch" else "frozen"
         stream = random_stream(self.seed, f"fisher-{purpose}", task.index)
         taps = self.learner.taps(task.index, self.curvature_rows(task), self.training.batch_size, mode, stream)
         return Diagonal(diagonal_fisher(taps, self.learner.parameters(), self.method.fisher))

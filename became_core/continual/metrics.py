@@ -17,7 +17,7 @@ def average_accuracy(accuracy: Matrix) -> float:
 
 
 def backward_transfer(accuracy: Matrix) -> float:
-    """Return BWT: the mean over all tasks but the last of (accuracy at the end - accuracy just after it was learned)."""
+    """Return BWT: the mean over all tasks but the last of (accuracy at the end - accuracy when just learned)."""
     if len(accuracy) < 2:
         return 0.0
     return float(np.mean(accuracy[-1, :-1] - np.diagonal(accuracy)[:-1]))

@@ -1,12 +1,13 @@
 """Learning-rate schedules, as frozen values that advance epoch by epoch.
 
-Convention: a schedule is its own state. ``rates`` gives the learning rate of each step of the coming epoch and
-``advance`` the schedule after it, so a run resumes from the value alone.
+Convention: a schedule is its own state. ``rates`` gives the learning rate of each step of the coming epoch, ``advance``
+the schedule after it, until it is ``finished``; so a run resumes from the value alone. Where ``needs_validation``, the
+advance looks at the validation loss; where ``restores_best``, a stage ends on the weights with the best one.
 """
 
 import math
 from dataclasses import dataclass, replace
-from typing import Protocol, Self
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,39 +15,6 @@ from numpy.typing import NDArray
 from became_core.errors import BecameError
 
 __all__ = ["Annealed", "Patience", "Schedule"]
-
-
-class Schedule(Protocol):
-    """What a stage's training asks for between epochs."""
-
-    @property
-    def epoch(self) -> int:
-        """How many epochs are done."""
-
-    @property
-    def epochs(self) -> int:
-        """How many epochs there are at most."""
-
-    @property
-    def finished(self) -> bool:
-        """Whether training is over."""
-
-    @property
-    def needs_validation(self) -> bool:
-        """Whether ``advance`` wants the validation loss."""
-
-    @property
-    def restores_best(self) -> bool:
-        """Whether the stage ends on the weights with the best validation loss, rather than the last."""
-
-    def rates(self, steps: int) -> NDArray[np.float64]:
-        """Return the learning rate of each of the epoch's steps, [steps]."""
-
-    def advance(self, validation_loss: float) -> Self:
-        """Return the schedule after one more epoch; the loss is not looked at unless validation is needed."""
-
-    def joined(self, other: "Schedule") -> "Schedule":
-        """Return one schedule for the epochs of this stage and another together."""
 
 
 @dataclass(frozen=True)
@@ -76,13 +44,13 @@ class Annealed:
         progress = done / max(self.epochs * steps - 1, 1)
         return self.final_lr + (self.lr - self.final_lr) * (1 + np.cos(np.pi * progress)) / 2
 
-    def advance(self, validation_loss: float) -> Self:  # noqa: ARG002 - the protocol's signature
+    def advance(self, validation_loss: float) -> Self:
         """Return the schedule one epoch on."""
         return replace(self, epoch=self.epoch + 1)
 
-    def joined(self, other: Schedule) -> "Annealed":
-        """Return one annealing over both stages' epochs."""
-        return replace(self, epochs=self.epochs + other.epochs)
+    def extended(self, epochs: int) -> Self:
+        """Return one annealing over so many epochs more."""
+        return replace(self, epochs=self.epochs + epochs)
 
 
 @dataclass(frozen=True)
@@ -132,6 +100,9 @@ class Patience:
             return replace(after, waited=self.waited + 1)
         return replace(after, waited=0, lr=self.lr / self.factor)
 
-    def joined(self, other: Schedule) -> "Patience":  # noqa: ARG002 - the protocol's signature
+    def extended(self, epochs: int) -> Self:
         """Return this schedule: it ends by itself, whatever its budget."""
         return self
+
+
+Schedule = Annealed | Patience

@@ -16,4 +16,5 @@ def random_stream(seed: int, purpose: str, *indices: int) -> np.random.Generator
     Two calls with equal arguments draw equal numbers; any difference in them gives an independent stream.
     The purpose enters through its CRC-32, which, unlike ``hash``, is the same in every process.
     """
-    return np.random.default_rng([seed, zlib.crc32(purpose.encode()), *indices])
+    # Their number too: a seed sequence pads with zeros, so (1,) and (1, 0) would else be one stream.
+    return np.random.default_rng([seed, zlib.crc32(purpose.encode()), len(indices), *indices])

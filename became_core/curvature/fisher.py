@@ -11,7 +11,7 @@ Convention: a mean over samples.
 from collections.abc import Iterable
 from typing import Literal
 
-from became_core.arrays import Array, Params
+from became_core.arrays import Array, Params, namespace
 from became_core.curvature.taps import Taps, batch_gradient, per_sample_square_sum
 from became_core.errors import BecameError
 
@@ -36,7 +36,7 @@ def diagonal_fisher(batches: Iterable[Taps], parameters: Params, kind: FisherKin
     for taps in batches:
         size = next(iter(taps.values())).inputs.shape[0]
         samples += size
-        for name, value in _contribution(taps, kind, size).items():
+        for name, value in _contribution(taps, kind).items():
             total[name] = total[name] + value if name in total else value
     if not samples:
         raise BecameError("the Fisher information needs at least one sample; none was given.")
@@ -46,7 +46,7 @@ def diagonal_fisher(batches: Iterable[Taps], parameters: Params, kind: FisherKin
     return {name: _in_shape(total.get(name), like) / samples for name, like in parameters.items()}
 
 
-def _contribution(taps: Taps, kind: FisherKind, size: int) -> Params:
+def _contribution(taps: Taps, kind: FisherKind) -> Params:
     if kind == "empirical":
         return per_sample_square_sum(taps)
     # size x [ size x (sum / size)^2 ]: the batch's estimate, weighed by its samples.
@@ -54,4 +54,5 @@ def _contribution(taps: Taps, kind: FisherKind, size: int) -> Params:
 
 
 def _in_shape(value: Array | None, like: Array) -> Array:
-    return like * 0 if value is None else value.reshape(like.shape)
+    xp = namespace(parameter=like)
+    return xp.zeros_like(like) if value is None else xp.reshape(value, like.shape)

@@ -2,8 +2,8 @@
 
 Convention: ``inputs`` a [samples, positions, d_in] and ``output_gradients`` g [samples, positions, d_out], g being the
 gradient of each sample's own loss (a sum over samples, never a mean). A linear layer on flat inputs has one position; a
-convolution has one for each place of its kernel, and its patches are flattened as its weight is: (d_in = channels x
-height x width of the kernel). For an elementwise scale (a normalisation layer) a is the normalised input and d_in = d_out.
+convolution has one for each place of its kernel, and its patches are flattened as its weight is (d_in = channels x
+height x width of the kernel). For an elementwise scale (a normalisation layer) a is the normalised input, d_in = d_out.
 """
 
 from collections.abc import Mapping

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from became_core.arrays import Array, Tree, aligned_leaves, map_leaves, namespace, reduction_dtype
+from became_core.arrays import Array, Tree, aligned_leaves, device, map_leaves, namespace, reduction_dtype
 from became_core.laplace.quadratic import path_quadratic
 
 __all__ = ["merge", "optimal_alpha"]
@@ -47,7 +47,8 @@ def optimal_alpha(
 def merge(theta_gp: Tree, theta_hat: Tree, alpha: Array | float) -> Tree:
     """Return ``(1 - alpha) * theta_gp + alpha * theta_hat``, leaf by leaf, each in its own dtype.
 
-    The two ends are exact: alpha = 0 gives theta_gp and alpha = 1 gives theta_hat, to the bit.
+    The two ends are exact: alpha = 0 gives theta_gp and alpha = 1 gives theta_hat; so is every weight in which the two
+    models agree (another task's head, say), at any alpha.
 
     Args:
         theta_gp: the stable weights, an array or a tree of arrays.
@@ -67,4 +68,10 @@ def _combine(stable: Array, plastic: Array, alpha: Any) -> Array:
     xp = namespace(**arrays)
     dtype = reduction_dtype(xp, **arrays)
     stable_wide, plastic_wide = xp.astype(stable, dtype, copy=False), xp.astype(plastic, dtype, copy=False)
-    return xp.astype((1 - alpha) * stable_wide + alpha * plastic_wide, stable.dtype, copy=False)
+    if isinstance(alpha, int | float):
+        alpha = xp.asarray(alpha, dtype=dtype, device=device(stable))
+    # A step from the nearer end: (1 - alpha) x + alpha x is not always x in floating point, but x + weight * 0 is.
+    near_stable = alpha < 0.5
+    nearer = xp.where(near_stable, stable_wide, plastic_wide)
+    weight = xp.where(near_stable, alpha, alpha - 1)
+    return xp.astype(nearer + weight * (plastic_wide - stable_wide), stable.dtype, copy=False)

@@ -54,7 +54,7 @@ class Quadratic:
 
     @property
     def has_interior_optimum(self) -> Array:
-        """Whether slopes of opposite sign at the ends put the optimum strictly between them (the plasticity theorem)."""
+        """Whether slopes of opposite sign at the ends put the optimum between them (the plasticity theorem)."""
         return (self.slope < 0) & (self.slope_at(1.0) > 0)
 
     def minimiser(self, *, clip: bool = True) -> Array:
@@ -66,7 +66,8 @@ class Quadratic:
         """
         xp = namespace(slope=self.slope, curvature=self.curvature)
         zero, one = xp.zeros_like(self.slope), xp.ones_like(self.slope)
-        curved = self.curvature > 0 if clip else self.curvature != 0
+        # `not (c <= 0)` rather than `c > 0`: what is not a number must not pass for "no curvature".
+        curved = xp.logical_not(self.curvature <= 0) if clip else self.curvature != 0
         # The inner `where` keeps the branch not taken finite: its infinite gradient would poison the one that is.
         stationary = -self.slope / xp.where(curved, self.curvature, one)
         if not clip:

@@ -53,7 +53,7 @@ class Calibrated:
 
     A diagonal underestimates the curvature along delta, two- to eight-fold on convolutional networks. In a ratio of
     two diagonals that cancels; beside an exact curvature it does not. So the old diagonal is scaled by kappa, the
-    exact over the diagonal curvature of the new task along this very delta, which is the one place where both are known.
+    exact over the diagonal curvature of the new task along this very delta: the one place where both are known.
     """
 
     def quadratic(
@@ -67,7 +67,8 @@ class Calibrated:
         one = xp.ones_like(diagonal)
         kappa = xp.where(diagonal > 0, exact / xp.where(diagonal > 0, diagonal, one), one)
         new = Quadratic(slope=slope_at_hat - exact, curvature=exact)
-        return new + posterior.quadratic(theta_gp, delta) * kappa
+        old: Quadratic = posterior.quadratic(theta_gp, delta) * kappa
+        return new + old
 
 
 def difference(left: Params, right: Params) -> Params:

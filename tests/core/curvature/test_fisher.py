@@ -1,0 +1,74 @@
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from became_core import BecameError
+from became_core.curvature import Tap, diagonal_fisher
+from reference.formulas import squared_gradients, squared_mean_gradient
+from tests.backends import to_numpy, to_xp
+from tests.strategies import eighths
+
+# A convolution [2, 1, 2, 2] seen at three positions, in batches of four and two.
+PARAMETERS = {"conv.weight": np.zeros((2, 1, 2, 2)), "conv.bias": np.zeros(2)}
+BATCHES = st.tuples(*[st.tuples(eighths((n, 3, 4)), eighths((n, 3, 2))) for n in (4, 2)])
+
+
+def taps_of(xp: Any, batches: Any) -> Any:
+    return ({"conv": Tap("matrix", to_xp(xp, a), to_xp(xp, g), has_bias=True)} for a, g in batches)
+
+
+@given(batches=BATCHES)
+def test_empirical_is_the_mean_of_squared_per_sample_gradients(xp: Any, batches: Any) -> None:
+    fisher = diagonal_fisher(taps_of(xp, batches), to_xp(xp, PARAMETERS), "empirical")
+    weight, bias = squared_gradients(*(np.concatenate(part) for part in zip(*batches, strict=True)))
+    np.testing.assert_array_equal(to_numpy(fisher["conv.weight"]), (weight / 6).reshape(2, 1, 2, 2))
+    np.testing.assert_array_equal(to_numpy(fisher["conv.bias"]), bias / 6)
+
+
+@given(batches=BATCHES)
+def test_batch_is_the_published_estimate_weighed_by_samples(xp: Any, batches: Any) -> None:
+    fisher = diagonal_fisher(taps_of(xp, batches), to_xp(xp, PARAMETERS), "batch")
+    (first, first_bias), (second, second_bias) = (squared_mean_gradient(*batch) for batch in batches)
+    weight, bias = (4 * first + 2 * second) / 6, (4 * first_bias + 2 * second_bias) / 6
+    np.testing.assert_allclose(to_numpy(fisher["conv.weight"]), weight.reshape(2, 1, 2, 2), rtol=1e-13)
+    np.testing.assert_allclose(to_numpy(fisher["conv.bias"]), bias, rtol=1e-13)
+
+
+@given(batches=BATCHES)
+def test_batches_of_one_sample_make_the_two_kinds_equal(xp: Any, batches: Any) -> None:
+    singles = [(a[i : i + 1], g[i : i + 1]) for a, g in batches for i in range(len(a))]
+    kinds = [diagonal_fisher(taps_of(xp, singles), to_xp(xp, PARAMETERS), kind) for kind in ("empirical", "batch")]
+    for name in PARAMETERS:
+        np.testing.assert_array_equal(to_numpy(kinds[0][name]), to_numpy(kinds[1][name]))
+
+
+@given(batches=BATCHES)
+def test_how_samples_are_batched_does_not_matter(xp: Any, batches: Any) -> None:
+    whole = [tuple(np.concatenate(part) for part in zip(*batches, strict=True))]
+    split = diagonal_fisher(taps_of(xp, batches), to_xp(xp, PARAMETERS), "empirical")
+    together = diagonal_fisher(taps_of(xp, whole), to_xp(xp, PARAMETERS), "empirical")
+    for name in PARAMETERS:
+        np.testing.assert_array_equal(to_numpy(split[name]), to_numpy(together[name]))
+
+
+def test_parameters_without_a_tap_get_zeros_of_their_own_kind(xp: Any) -> None:
+    head = xp.full((3, 2), xp.nan, dtype=xp.float32)  # another task's head; its values play no part
+    parameters = to_xp(xp, PARAMETERS) | {"heads.1.weight": head}
+    fisher = diagonal_fisher(taps_of(xp, [(np.ones((1, 3, 4)), np.ones((1, 3, 2)))]), parameters, "empirical")
+    assert list(fisher) == list(parameters)
+    assert fisher["heads.1.weight"].dtype == xp.float32
+    np.testing.assert_array_equal(to_numpy(fisher["heads.1.weight"]), np.zeros((3, 2)))
+
+
+def test_no_samples_is_an_error(xp: Any) -> None:
+    with pytest.raises(BecameError, match=r"^the Fisher information needs at least one sample; none was given\.$"):
+        diagonal_fisher([], to_xp(xp, PARAMETERS), "empirical")
+
+
+def test_an_unknown_layer_is_an_error(xp: Any) -> None:
+    taps = taps_of(xp, [(np.ones((1, 3, 4)), np.ones((1, 3, 2)))])
+    with pytest.raises(BecameError, match=r"^a tap speaks of 'conv\.bias', which is no parameter of the model\.$"):
+        diagonal_fisher(taps, {"conv.weight": xp.zeros((2, 1, 2, 2))}, "empirical")
