@@ -35,6 +35,11 @@ class MethodSettings:
     gpm_increment: float = 0.003
     ewc_strength: float = 100.0
 
+    def __post_init__(self) -> None:
+        """Check the numbers that no part checks by itself."""
+        if self.ewc_strength < 0:
+            raise BecameError(f"the EWC strength is {self.ewc_strength}; it must be at least 0.")
+
 
 @dataclass(frozen=True)
 class Method:

@@ -44,7 +44,10 @@ def test_fisher_of_a_convolutional_network_equals_per_sample_autograd(
 ) -> None:
     torch.manual_seed(seed)
     network = nn.Sequential(
-        nn.Conv2d(2, 3, kernel, stride, padding, dilation, bias=bias), nn.Tanh(), nn.Flatten(), nn.LazyLinear(4, bias=bias)
+        nn.Conv2d(2, 3, kernel, stride, padding, dilation, bias=bias),
+        nn.Tanh(),
+        nn.Flatten(),
+        nn.LazyLinear(4, bias=bias),
     )
     images, labels = torch.randn(5, 2, 7, 6), torch.randint(0, 4, (5,))
     network(images)

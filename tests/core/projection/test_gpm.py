@@ -127,7 +127,9 @@ def test_the_threshold_grows_by_the_increment_and_ends_at_one(xp: Any) -> None:
 def test_a_saturated_memory_stops_every_update(xp: Any) -> None:
     memory = remember(xp, GPM(1.0), np.eye(4))
     assert memory.ranks == {"fc.weight": (4, 4)}
-    np.testing.assert_allclose(to_numpy(memory.project({"fc.weight": xp.ones((2, 4))})["fc.weight"]), 0, atol=1e-15)
+    np.testing.assert_allclose(
+        to_numpy(memory.project({"fc.weight": xp.ones((2, 4), dtype=xp.float64)})["fc.weight"]), 0, atol=1e-15
+    )
     assert remember(xp, memory, np.ones((4, 3))).ranks == {"fc.weight": (4, 4)}
 
 

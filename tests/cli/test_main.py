@@ -1,0 +1,106 @@
+"""The command, end to end, on the embedded images and one short epoch."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from adapters.cli.main import main
+from adapters.torch.run import BACKEND
+
+SHORT = ["--epochs", "1", "--stage2-epochs", "1", "--curvature-samples", "64", "--batch-size", "64", "--lr", "0.2"]
+
+
+def _files(out: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(out)): path.read_bytes() for path in sorted(out.rglob("*")) if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a finished run of two methods."""
+    out = tmp_path_factory.mktemp("runs")
+    assert main(BACKEND, [*SHORT, "--methods", "became", "finetune", "--out", str(out)]) == 0
+    return out
+
+
+def test_a_run_leaves_results_and_a_summary(finished: Path) -> None:
+    assert set(_files(finished)) == {"became-seed0/results.json", "finetune-seed0/results.json", "summary.csv"}
+    became = json.loads((finished / "became-seed0" / "results.json").read_text())
+    assert len(became["accuracy"]) == 5
+    assert all(len(row) == 5 for row in became["accuracy"])
+    assert became["alpha"][0] is None
+    assert all(0 <= alpha <= 1 for alpha in became["alpha"][1:])
+    assert set(became["seconds"]) == {"stage1", "stage2", "merge", "memory", "evaluation", "total"}
+    assert sum(became["epochs"]) == 10
+    assert became["acc"] > 70  # chance is 50
+
+
+def test_a_finished_run_is_shown_and_not_repeated(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = _files(finished)
+    assert main(BACKEND, [*SHORT, "--methods", "became", "finetune", "--out", str(finished)]) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("finished before") == 2
+    assert _files(finished) == before
+    became = json.loads(before["became-seed0/results.json"])
+    row = next(line for line in shown.splitlines() if "became" in line and "task" in line and "│" in line)
+    assert f"{became['acc']:.2f}" in row
+    assert " ".join(f"{alpha:.2f}" for alpha in became["alpha"][1:]) in row
+    assert "class" in shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--benchmark", "imagenet"], "there is no benchmark 'imagenet'"),
+        (["--methods", "gmp"], "there is no method 'gmp'"),
+        (["--tasks", "3"], "3 tasks do not divide the 10 classes of mnist"),
+        (["--validation", "1"], "the validation fraction is 1.0"),
+        (["--device", "quantum"], "PyTorch has no device 'quantum'"),
+        (["--benchmark", "split-cifar100", "--data-dir", "nowhere"], "there is no folder nowhere"),
+        (["--methods", "ewc", "--lr", "1e30"], "the training loss became"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_status_2(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(BACKEND, ["--epochs", "1", "--methods", "finetune", "--out", str(tmp_path / "out"), *arguments]) == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert len(said.splitlines()) == 1
+    assert not list(tmp_path.rglob("*.json"))
+
+
+def test_another_configurations_folder_is_refused_untouched(
+    finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = _files(finished)
+    assert main(BACKEND, [*SHORT, "--epochs", "2", "--methods", "gpm", "became", "--out", str(finished)]) == 2
+    assert "choose another --out" in capsys.readouterr().err
+    assert _files(finished) == before
+
+
+def test_the_module_runs_as_a_command_and_shows_plain_lines_and_a_table(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "adapters.torch.run", *SHORT, "--methods", "gpm", "--seeds", "0", "1", "--out", tmp_path],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env={**os.environ, "PYTHONWARNINGS": "error::UserWarning"},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    line = r"gpm-seed1  task 5/5  stage 1  epoch 1/1  loss \d+\.\d{4}  lr \S+"
+    assert re.search(line, done.stdout)
+    assert re.search(r"gpm +│ task +│ +\d+\.\d\d ± \d+\.\d\d", done.stdout)
+    assert "\x1b" not in done.stdout
+    assert f"{tmp_path}/summary.csv" in done.stdout
+
+
+def test_an_unknown_option_is_status_2() -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(BACKEND, ["--epoch-count", "3"])
+    assert stopped.value.code == 2

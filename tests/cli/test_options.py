@@ -1,0 +1,69 @@
+"""Options and presets resolve to one configuration."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from adapters.cli.options import Options, resolve
+from adapters.data.benchmarks import BENCHMARKS
+from became_core import BecameError
+from became_core.continual import Patience
+
+
+def test_nothing_given_means_the_quick_preset_on_the_embedded_benchmark() -> None:
+    options = Options()
+    configuration = resolve(options)
+    assert options.methods == ("became", "gpm", "finetune")
+    assert configuration.benchmark.name == "split-mnist"
+    assert configuration.tasks == 5
+    assert configuration.preset == BENCHMARKS["split-mnist"].presets["quick"]
+    assert configuration.out == Path("runs/split-mnist-quick")
+
+
+def test_every_option_reaches_the_configuration_and_its_record() -> None:
+    options = Options(
+        benchmark="split-cifar100", tasks=20, epochs=3, stage2_epochs=2, lr=0.2, batch_size=8, validation=0.1,
+        gpm_threshold=0.9, gpm_increment=0.01, ewc_strength=7.0, projector_samples=11, curvature_samples=0, path_points=3,
+    )  # fmt: skip
+    record = resolve(options).record()
+    assert record["tasks"] == 20
+    assert (record["stage1"]["epochs"], record["stage2"]["epochs"]) == (3, 2)
+    assert record["stage1"]["lr"] == record["stage2"]["lr"] == 0.2
+    assert record["batch_size"] == 8
+    assert record["validation"] == 0.1
+    assert (record["gpm_threshold"], record["gpm_increment"], record["ewc_strength"]) == (0.9, 0.01, 7.0)
+    assert record["projector_samples"] == 11
+    assert record["curvature_samples"] is None
+    assert record["path_alphas"] == [0.0, 0.5, 1.0]
+
+
+def test_the_paper_preset_is_the_published_protocol() -> None:
+    preset = BENCHMARKS["split-cifar100"].presets["paper"]
+    training = preset.training
+    assert training.stage1 == Patience(lr=0.05, factor=2, patience=6, minimum=5e-5, epochs=200, restores_best=True)
+    assert training.stage2 == replace(training.stage1, restores_best=False)
+    assert (training.batch_size, training.projector_samples, training.curvature_samples) == (64, 125, None)
+    assert preset.validation == 0.05
+    assert (preset.settings.gpm_threshold, preset.settings.gpm_increment) == (0.97, 0.003)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (Options(benchmark="imagenet"), "no benchmark 'imagenet'; choose from split-cifar100, split-mnist"),
+        (Options(methods=("gpm", "gmp")), "no method 'gmp'; choose from became, became-paper, ewc, finetune, gpm, joint"),
+        (Options(methods=()), "at least one method"),
+        (Options(seeds=(-1,)), "seed -1 is negative"),
+        (Options(epochs=0), "0 epochs"),
+        (Options(lr=-0.1), "lr -0.1"),
+        (Options(batch_size=0), "--batch-size is 0"),
+        (Options(projector_samples=0), "--projector-samples is 0"),
+        (Options(path_points=1), "--path-points must be 0 or at least 2"),
+        (Options(gpm_threshold=1.5), "threshold is 1.5"),
+        (Options(ewc_strength=-1.0), "strength is -1.0"),
+    ],
+)
+def test_what_cannot_be_used_is_said_in_one_sentence(options: Options, message: str) -> None:
+    with pytest.raises(BecameError, match=message):
+        resolve(options)

@@ -1,0 +1,306 @@
+"""What every learner must do, whatever its framework: checks of the learner protocol.
+
+Each check takes ``make(stream, seed)``, which returns a fresh learner in double precision without dropout and batch
+statistics, so that a loss is a smooth function of the parameters which finite differences can probe. A backend that
+passes them needs no further test to be trusted in the loop. Conversions go through NumPy; nothing is framework-specific.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from became_core.arrays import Params
+from became_core.continual import (
+    METHODS,
+    Annealed,
+    Batch,
+    Constraint,
+    Learner,
+    MethodSettings,
+    Penalty,
+    TaskStream,
+    Training,
+    build_method,
+    learn,
+)
+from became_core.continual.evaluation import mean_loss
+from became_core.curvature import derivatives_along, diagonal_fisher
+from became_core.curvature.taps import batch_gradient, per_sample_square_sum
+from became_core.laplace import Diagonal, LaplacePosterior
+from became_core.projection import GPM
+from reference.formulas import cross_entropy
+from tests.backends import to_numpy
+from tests.streams import prototype_stream
+
+__all__ = ["CHECKS", "Make"]
+
+Make = Callable[[TaskStream, int], Learner]
+STREAM = prototype_stream(tasks=2, classes_per_task=3, per_class=16, side=8)
+RATE = 0.125
+
+
+def numbers(tree: Params) -> dict[str, NDArray[Any]]:
+    """Copies of a learner's arrays, in NumPy."""
+    return {name: np.array(to_numpy(value)) for name, value in tree.items()}
+
+
+def fresh_stream() -> np.random.Generator:
+    return np.random.default_rng(7)
+
+
+def everything(learner: Learner) -> Constraint:
+    return Constraint(trainable=frozenset(learner.parameters()))
+
+
+def step(learner: Learner, constraint: Constraint, *, rate: float = RATE, task: int = 0) -> float:
+    """One step on the first samples of a task."""
+    batch = Batch(task, STREAM.tasks[task].train[:12])
+    return learner.train([batch], np.asarray([rate]), constraint, fresh_stream())
+
+
+def loss_at(learner: Learner, parameters: Params, task: int = 0) -> float:
+    """The mean loss of those samples at other parameters; the learner's own are put back."""
+    before = learner.parameters()
+    learner.assign(parameters)
+    rows = STREAM.tasks[task].train[:12]
+    logits = to_numpy(learner.logits(rows, 12))[:, task].astype(np.float64)
+    learner.assign(before)
+    return cross_entropy(logits, STREAM.targets[rows])
+
+
+def direction_of(learner: Learner, size: float = 0.1) -> Params:
+    """A direction in the framework's own arrays, of the first task's parameters: rescaled and shifted, each by its own."""
+    shifts = np.random.default_rng(3)
+    return {
+        name: value * 0 if name in learner.heads[1] else size * (value + float(shifts.normal()))
+        for name, value in learner.parameters().items()
+    }
+
+
+def moved(parameters: Params, direction: Params, by: float) -> Params:
+    return {name: value + by * direction[name] for name, value in parameters.items()}
+
+
+def check_the_names_are_consistent(make: Make) -> None:
+    learner = make(STREAM, 0)
+    names = set(learner.parameters())
+    assert len(learner.heads) == len(STREAM.tasks)
+    assert all(head and head <= names for head in learner.heads)
+    assert not learner.heads[0] & learner.heads[1]
+    assert learner.projectable
+    assert learner.projectable <= names - set().union(*learner.heads)
+
+
+def check_a_seed_names_the_weights(make: Make) -> None:
+    first, again, other = (numbers(make(STREAM, seed).parameters()) for seed in (0, 0, 1))
+    assert all(np.array_equal(first[name], again[name]) for name in first)
+    assert any(not np.array_equal(first[name], other[name]) for name in first)
+
+
+def check_parameters_are_values(make: Make) -> None:
+    """What was read does not change when training goes on, and what was assigned is not changed either."""
+    learner = make(STREAM, 0)
+    held = learner.parameters()
+    before = numbers(held)
+    step(learner, everything(learner))
+    assert all(np.array_equal(before[name], to_numpy(value)) for name, value in held.items())
+    assert any(not np.array_equal(before[name], value) for name, value in numbers(learner.parameters()).items())
+    learner.assign(held)
+    assert all(np.array_equal(before[name], value) for name, value in numbers(learner.parameters()).items())
+    step(learner, everything(learner))
+    assert all(np.array_equal(before[name], to_numpy(value)) for name, value in held.items())
+
+
+def check_logits_and_targets(make: Make) -> None:
+    learner = make(STREAM, 0)
+    rows = STREAM.tasks[1].test
+    logits = to_numpy(learner.logits(rows, 5))
+    assert logits.shape == (len(rows), 2, 3)
+    np.testing.assert_array_equal(to_numpy(learner.targets(rows)), STREAM.targets[rows])
+    np.testing.assert_array_equal(to_numpy(learner.logits(rows, 5)), logits)
+    np.testing.assert_allclose(to_numpy(learner.logits(rows, len(rows))), logits, atol=1e-12)
+    np.testing.assert_allclose(to_numpy(learner.logits(rows[::-1].copy(), 5))[::-1], logits, atol=1e-12)
+
+
+def check_a_head_is_its_tasks_own(make: Make) -> None:
+    learner = make(STREAM, 0)
+    rows = STREAM.tasks[0].test
+    before = to_numpy(learner.logits(rows, 8))
+    changed = {n: value + 1 if n in learner.heads[1] else value for n, value in learner.parameters().items()}
+    learner.assign(changed)
+    after = to_numpy(learner.logits(rows, 8))
+    np.testing.assert_array_equal(after[:, 0], before[:, 0])
+    assert not np.array_equal(after[:, 1], before[:, 1])
+
+
+def check_a_step_descends_the_gradient_of_taps(make: Make) -> None:
+    """theta - rate * (mean gradient): training and taps differentiate the same function."""
+    learner = make(STREAM, 0)
+    before, expected_loss = numbers(learner.parameters()), loss_at(learner, learner.parameters())
+    (taps,) = learner.taps(0, STREAM.tasks[0].train[:12], 12, "frozen", fresh_stream())
+    gradient = numbers(batch_gradient(taps))
+    loss = step(learner, everything(learner))
+    np.testing.assert_allclose(loss, expected_loss, rtol=1e-10)
+    for name, after in numbers(learner.parameters()).items():
+        expected = before[name]
+        if name in gradient:
+            expected = expected - RATE * gradient[name].reshape(expected.shape) / 12
+        np.testing.assert_allclose(after, expected, atol=1e-12)
+
+
+def check_the_gradient_of_taps_by_finite_differences(make: Make) -> None:
+    learner = make(STREAM, 0)
+    theta, direction = learner.parameters(), direction_of(learner)
+    (taps,) = learner.taps(0, STREAM.tasks[0].train[:12], 12, "frozen", fresh_stream())
+    gradient, h = numbers(batch_gradient(taps)), 1e-5
+    slope = sum(float(np.sum(gradient[n] * to_numpy(direction[n]).reshape(gradient[n].shape))) for n in gradient) / 12
+    difference = (loss_at(learner, moved(theta, direction, h)) - loss_at(learner, moved(theta, direction, -h))) / (
+        2 * h
+    )
+    np.testing.assert_allclose(slope, difference, rtol=1e-6, atol=1e-9)
+
+
+def check_squares_are_per_sample(make: Make) -> None:
+    learner = make(STREAM, 0)
+    rows = STREAM.tasks[0].train[:12]
+    (together,) = learner.taps(0, rows, 12, "frozen", fresh_stream())
+    squares = numbers(per_sample_square_sum(together))
+    one_by_one: dict[str, NDArray[Any]] = {}
+    for taps in learner.taps(0, rows, 1, "frozen", fresh_stream()):
+        for name, gradient in numbers(batch_gradient(taps)).items():
+            one_by_one[name] = one_by_one.get(name, 0) + gradient**2
+    assert set(squares) == set(one_by_one)
+    for name, square in squares.items():
+        np.testing.assert_allclose(square, one_by_one[name], atol=1e-12)
+
+
+def check_taps_speak_of_the_tasks_parameters(make: Make) -> None:
+    learner = make(STREAM, 0)
+    (taps,) = learner.taps(1, STREAM.tasks[1].train[:12], 12, "frozen", fresh_stream())
+    spoken = set(batch_gradient(taps))
+    assert spoken == set(learner.parameters()) - learner.heads[0]
+    fisher = numbers(diagonal_fisher([taps], learner.parameters(), "empirical"))
+    parameters = numbers(learner.parameters())
+    assert all(fisher[name].shape == value.shape for name, value in parameters.items())
+    for name in learner.projectable:
+        layer = taps[name.removesuffix(".weight")]
+        assert layer.kind == "matrix"
+        assert layer.inputs.shape[2] == parameters[name][0].size
+
+
+def check_published_taps_take_the_models_own_labels(make: Make) -> None:
+    learner = make(STREAM, 0)
+    rows = STREAM.tasks[0].train
+    own = to_numpy(learner.logits(rows, len(rows)))[:, 0].argmax(axis=1)
+    right, wrong = rows[own == STREAM.targets[rows]], rows[own != STREAM.targets[rows]]
+    for part, agree in ((right, True), (wrong, False)):
+        (frozen,) = learner.taps(0, part, len(part), "frozen", fresh_stream())
+        (published,) = learner.taps(0, part, len(part), "published", fresh_stream())
+        head = next(iter(learner.heads[0])).rsplit(".", 1)[0]
+        pair = to_numpy(frozen[head].output_gradients), to_numpy(published[head].output_gradients)
+        assert np.allclose(*pair, atol=1e-12) == agree
+
+
+def check_pushforward_is_the_derivative_of_logits(make: Make) -> None:
+    learner = make(STREAM, 0)
+    rows, h = STREAM.tasks[0].train[:12], 1e-5
+    theta, direction = learner.parameters(), direction_of(learner)
+    batches = list(learner.pushforward(0, rows, 5, direction))
+    logits, tangent, labels = (np.concatenate([to_numpy(batch[part]) for batch in batches]) for part in range(3))
+    np.testing.assert_allclose(logits, to_numpy(learner.logits(rows, 12))[:, 0], atol=1e-12)
+    np.testing.assert_array_equal(labels, STREAM.targets[rows])
+    ends = []
+    for by in (-h, h):
+        learner.assign(moved(theta, direction, by))
+        ends.append(to_numpy(learner.logits(rows, 12))[:, 0])
+    np.testing.assert_allclose(tangent, (ends[1] - ends[0]) / (2 * h), rtol=1e-6, atol=1e-8)
+
+
+def check_pushforward_and_taps_agree_on_the_slope(make: Make) -> None:
+    learner = make(STREAM, 0)
+    rows, direction = STREAM.tasks[0].train[:12], direction_of(learner)
+    slope, curvature = derivatives_along(learner.pushforward(0, rows, 5, direction))
+    (taps,) = learner.taps(0, rows, 12, "frozen", fresh_stream())
+    gradient = numbers(batch_gradient(taps))
+    expected = sum(float(np.sum(gradient[n] * to_numpy(direction[n]).reshape(gradient[n].shape))) for n in gradient)
+    np.testing.assert_allclose(float(slope), expected / 12, rtol=1e-10)
+    assert float(curvature) > 0
+
+
+def check_what_is_not_trainable_keeps_its_bits(make: Make) -> None:
+    learner = make(STREAM, 0)
+    for trainable in (learner.projectable, learner.heads[0], learner.projectable | learner.heads[0]):
+        before = numbers(learner.parameters())
+        step(learner, Constraint(trainable=frozenset(trainable)))
+        for name, value in numbers(learner.parameters()).items():
+            assert np.array_equal(value, before[name]) == (name not in trainable), name
+    before = numbers(learner.parameters())
+    step(learner, everything(learner))  # and freezing is not for ever
+    untouched = {name for name, value in numbers(learner.parameters()).items() if np.array_equal(value, before[name])}
+    assert untouched == set(learner.heads[1])
+
+
+def check_a_projector_keeps_the_outputs_on_what_it_remembers(make: Make) -> None:
+    learner = make(STREAM, 0)
+    grams = {}
+    (taps,) = learner.taps(0, STREAM.tasks[0].train[:12], 12, "frozen", fresh_stream())
+    for name in learner.projectable:
+        inputs = taps[name.removesuffix(".weight")].inputs
+        rows = inputs.reshape((-1, inputs.shape[2]))
+        grams[name] = rows.T @ rows
+    memory = GPM(0.9).remember(grams)
+    before = numbers(learner.parameters())
+    step(learner, Constraint(frozenset(learner.parameters()), projector=memory))
+    change = {name: value - before[name] for name, value in numbers(learner.parameters()).items()}
+    for name in learner.projectable:
+        basis = to_numpy(memory.bases[name])
+        assert np.abs(change[name]).max() > 0
+        np.testing.assert_allclose(change[name].reshape(len(change[name]), -1) @ basis, 0, atol=1e-12)
+
+
+def check_a_penalty_pulls_towards_its_mean(make: Make) -> None:
+    """theta - rate (g + S (theta - mean)) / (1 + rate S): the loss explicitly, the penalty implicitly."""
+    plain, pulled = make(STREAM, 0), make(STREAM, 0)
+    theta = pulled.parameters()
+    mean = {name: value - 0.25 for name, value in theta.items()}
+    posterior = LaplacePosterior(mean, Diagonal({name: value * 0 + 2 for name, value in theta.items()}))
+    before = numbers(theta)
+    step(plain, everything(plain))
+    step(pulled, Constraint(frozenset(theta), penalty=Penalty(posterior, strength=3.0)))
+    without, with_penalty, stiffness = numbers(plain.parameters()), numbers(pulled.parameters()), 3 * 2
+    for name in set(theta) - pulled.heads[1]:
+        rate_times_g = before[name] - without[name]
+        expected = before[name] - (rate_times_g + RATE * stiffness * 0.25) / (1 + RATE * stiffness)
+        np.testing.assert_allclose(with_penalty[name], expected, atol=1e-12)
+
+
+def check_training_learns(make: Make) -> None:
+    learner = make(STREAM, 0)
+    task = STREAM.tasks[0]
+    before = mean_loss(learner, 0, task.train, 16)
+    losses = [step(learner, everything(learner), rate=0.05) for _ in range(30)]
+    assert losses[-1] < losses[0]
+    assert mean_loss(learner, 0, task.train, 16) < before
+
+
+def check_every_method_runs_and_repeats(make: Make) -> None:
+    """The whole loop, twice with one seed: equal records; and alpha a fraction where two models were merged."""
+    training = Training(Annealed(0.05, 2), Annealed(0.05, 1), batch_size=12, path_alphas=(0.0, 1.0))
+    for name in METHODS:
+        records = []
+        for _ in range(2):
+            method = build_method(name, MethodSettings(ewc_strength=1.0))
+            records.append(learn(make(STREAM, 0), STREAM, method, training, seed=5))
+        first, second = records
+        np.testing.assert_array_equal(first.accuracy, second.accuracy)
+        assert first.alpha == second.alpha
+        assert first.alpha[0] is None
+        merges = name.startswith("became")
+        assert (first.alpha[1] is not None) == merges
+        assert first.alpha[1] is None or 0 <= first.alpha[1] <= 1
+        assert bool(first.paths) == merges
+
+
+CHECKS: list[Callable[[Make], None]] = [check for name, check in sorted(globals().items()) if name.startswith("check_")]

@@ -1,0 +1,40 @@
+import numpy as np
+import pytest
+
+from became_core.continual.evaluation import accuracies, mean_loss
+from reference.formulas import cross_entropy
+from reference.learner import ReferenceLearner
+from reference.metrics import class_incremental, task_incremental
+from tests.streams import prototype_stream
+
+STREAM = prototype_stream(tasks=3)
+
+
+@pytest.mark.parametrize("seen", [1, 2, 3])
+def test_accuracies_are_those_of_the_loops(seen: int) -> None:
+    learner = ReferenceLearner(STREAM)
+    within, among_all = accuracies(learner, STREAM.tasks[:seen], batch_size=7)
+    for task in STREAM.tasks[:seen]:
+        logits, targets = learner.logits(task.test, 1000), STREAM.targets[task.test]
+        assert within[task.index] == pytest.approx(task_incremental(logits, targets, task.index))
+        assert among_all[task.index] == pytest.approx(class_incremental(logits, targets, task.index, seen))
+
+
+def test_one_task_alone_makes_the_two_equal() -> None:
+    within, among_all = accuracies(ReferenceLearner(STREAM), STREAM.tasks[:1], batch_size=7)
+    assert within == among_all
+
+
+def test_naming_a_class_among_all_is_never_easier() -> None:
+    within, among_all = accuracies(ReferenceLearner(STREAM), STREAM.tasks, batch_size=7)
+    assert all(hard <= easy for easy, hard in zip(within, among_all, strict=True))
+
+
+def test_mean_loss_is_that_of_the_tasks_head() -> None:
+    learner = ReferenceLearner(STREAM)
+    rows = STREAM.tasks[1].train
+    for task in range(3):
+        expected = cross_entropy(learner.logits(rows, 1000)[:, task], STREAM.targets[rows])
+        assert mean_loss(learner, task, rows, batch_size=7) == pytest.approx(expected, rel=1e-12)
+    assert isinstance(mean_loss(learner, 0, rows, batch_size=7), float)
+    assert np.isfinite(mean_loss(learner, 0, rows, batch_size=len(rows)))

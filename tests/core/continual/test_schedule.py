@@ -1,0 +1,96 @@
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from became_core import BecameError
+from became_core.continual import Annealed, Patience, Schedule
+
+
+def all_rates(schedule: Schedule, steps: int) -> list[float]:
+    rates: list[float] = []
+    while not schedule.finished:
+        rates.extend(schedule.rates(steps).tolist())
+        schedule = schedule.advance(math.nan)
+    return rates
+
+
+@given(epochs=st.integers(1, 5), steps=st.integers(2, 7), final=st.sampled_from([0.0, 0.01]))
+def test_annealing_goes_from_lr_to_the_final_rate_at_the_last_step(epochs: int, steps: int, final: float) -> None:
+    rates = all_rates(Annealed(0.5, epochs, final), steps)
+    assert len(rates) == epochs * steps
+    assert rates[0] == 0.5
+    assert rates[-1] == pytest.approx(final, abs=1e-15)
+    assert all(later < earlier for earlier, later in zip(rates, rates[1:], strict=False))
+
+
+@given(epochs=st.integers(2, 5), steps=st.integers(1, 7))
+def test_annealing_is_a_cosine(epochs: int, steps: int) -> None:
+    rates = all_rates(Annealed(0.5, epochs, 0.1), steps)
+    expected = [0.1 + 0.4 * (1 + math.cos(math.pi * i / (len(rates) - 1))) / 2 for i in range(len(rates))]
+    assert rates == pytest.approx(expected, rel=1e-12)
+
+
+def test_a_single_step_is_taken_at_lr() -> None:
+    assert all_rates(Annealed(0.5, 1), 1) == [0.5]
+
+
+def test_extended_annealing_is_one_cosine_over_both() -> None:
+    assert all_rates(Annealed(0.5, 2).extended(3), 4) == all_rates(Annealed(0.5, 5), 4)
+
+
+def test_schedules_are_values() -> None:
+    schedule = Annealed(0.5, 2)
+    schedule.advance(1.0)
+    schedule.extended(1)
+    assert schedule == Annealed(0.5, 2)
+
+
+@pytest.mark.parametrize("arguments", [(0.1, 0), (0.0, 3), (-0.1, 3)])
+def test_an_annealing_that_cannot_train_is_refused(arguments: tuple[float, int]) -> None:
+    with pytest.raises(BecameError, match=r"^a stage has .* epochs at lr .*; give at least 1 and an lr above 0\.$"):
+        Annealed(*arguments)
+
+
+def test_patience_by_hand() -> None:
+    """Halve after two epochs without a better loss; stop below 0.2."""
+    schedule = Patience(lr=1.0, factor=2.0, patience=2, minimum=0.2)
+    seen = []
+    for loss in [5.0, 4.0, 4.0, 4.1, 3.0, 3.5, 3.5, 3.5, 2.9, 2.9, 2.9]:
+        assert not schedule.finished
+        np.testing.assert_array_equal(schedule.rates(3), np.full(3, schedule.lr))
+        schedule = schedule.advance(loss)
+        seen.append(schedule.lr)
+    assert seen == [1, 1, 1, 0.5, 0.5, 0.5, 0.25, 0.25, 0.25, 0.25, 0.125]
+    assert schedule.finished
+    assert schedule.epoch == 11
+
+
+def test_an_equal_loss_is_no_better_one() -> None:
+    schedule: Patience = Patience(lr=1.0, patience=1).advance(2.0)
+    assert schedule.advance(2.0).lr == 0.5
+
+
+def test_a_loss_that_is_not_a_number_is_no_better_one() -> None:
+    assert Patience(lr=1.0, patience=1).advance(math.nan).lr == 0.5
+
+
+def test_patience_ends_at_its_last_epoch_at_the_latest() -> None:
+    schedule = Patience(lr=1.0, epochs=3)
+    for loss in (3.0, 2.0, 1.0):
+        assert not schedule.finished
+        schedule = schedule.advance(loss)
+    assert schedule.finished
+
+
+def test_patience_needs_no_more_epochs() -> None:
+    schedule = Patience(lr=1.0)
+    assert schedule.extended(10) is schedule
+
+
+@pytest.mark.parametrize("wrong", [{"epochs": 0}, {"lr": 0.0}, {"factor": 1.0}])
+def test_a_patience_that_cannot_end_is_refused(wrong: dict[str, float]) -> None:
+    with pytest.raises(BecameError, match=r"^a patience schedule needs at least 1 epoch, an lr above 0 and a factor"):
+        Patience(**({"lr": 1.0} | wrong))  # type: ignore[arg-type]

@@ -1,0 +1,112 @@
+import math
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from became_core import BecameError
+from became_core.continual import Annealed, Constraint, EpochEnd, Patience, Schedule, Task
+from became_core.continual.evaluation import mean_loss
+from became_core.continual.training import epoch_batches, train_stage
+from reference.learner import ReferenceLearner
+from tests.streams import prototype_stream
+
+STREAM = prototype_stream(tasks=2, validation=0.2)
+
+
+def task_of(index: int, size: int) -> Task:
+    rows = 1000 * index + np.arange(size)
+    return Task(index=index, classes=(0, 1), train=rows, validation=rows[:0], test=rows[:0])
+
+
+@given(sizes=st.lists(st.integers(1, 20), min_size=1, max_size=3), batch_size=st.integers(2, 8), seed=st.integers(0, 9))
+def test_batches_cover_every_row_once(sizes: list[int], batch_size: int, seed: int) -> None:
+    tasks = [task_of(index, size) for index, size in enumerate(sizes)]
+    batches = epoch_batches(tasks, batch_size, np.random.default_rng(seed))
+    seen = Counter(int(row) for batch in batches for row in batch.indices)
+    assert set(seen.values()) <= {1}
+    for task in tasks:
+        rows = [row for row in task.train.tolist() if row in seen]
+        # A remainder of one sample has no batch statistics; a task of one sample has nothing else.
+        dropped = 1 if len(task.train) % batch_size == 1 and len(task.train) > 1 else 0
+        assert len(rows) == len(task.train) - dropped
+    for batch in batches:
+        assert set(batch.indices.tolist()) <= set(tasks[batch.task].train.tolist())
+        assert 1 <= len(batch.indices) <= batch_size
+
+
+def test_batches_are_a_function_of_the_stream() -> None:
+    tasks = [task_of(0, 20), task_of(1, 20)]
+
+    def rows(seed: int) -> list[list[int]]:
+        return [batch.indices.tolist() for batch in epoch_batches(tasks, 6, np.random.default_rng(seed))]
+
+    assert rows(0) == rows(0) != rows(1)
+
+
+def test_batches_of_several_tasks_are_mixed() -> None:
+    batches = epoch_batches([task_of(0, 40), task_of(1, 40)], 4, np.random.default_rng(0))
+    order = [batch.task for batch in batches]
+    assert sorted(order) != order != sorted(order, reverse=True)
+
+
+def stage(
+    learner: ReferenceLearner,
+    schedule: Schedule,
+    observed: list[EpochEnd] | None = None,
+    *,
+    task: Task = STREAM.tasks[0],
+) -> int:
+    return train_stage(
+        learner,
+        [task],
+        schedule,
+        Constraint(frozenset(learner.parameters())),
+        stage=1,
+        batch_size=16,
+        seed=0,
+        observe=(observed if observed is not None else []).append,
+    )
+
+
+def test_every_epoch_is_observed() -> None:
+    observed: list[EpochEnd] = []
+    assert stage(ReferenceLearner(STREAM), Annealed(0.1, 4), observed) == 4
+    assert [(end.task, end.stage, end.epoch, end.epochs) for end in observed] == [(0, 1, k, 4) for k in (1, 2, 3, 4)]
+    assert observed[-1].loss < observed[0].loss
+    assert observed[-1].rate == pytest.approx(0, abs=1e-15)
+    assert all(math.isnan(end.validation_loss) for end in observed)
+
+
+def test_the_best_validation_model_is_restored() -> None:
+    observed: list[EpochEnd] = []
+    learner = ReferenceLearner(STREAM)
+    # So high a rate that the validation loss goes up and down.
+    stage(learner, Patience(lr=0.8, patience=3, minimum=0.3, epochs=25), observed)
+    losses = [end.validation_loss for end in observed]
+    assert losses[-1] > min(losses)
+    assert mean_loss(learner, 0, STREAM.tasks[0].validation, 16) == pytest.approx(min(losses), rel=1e-12)
+
+
+def test_the_last_model_is_kept_on_request() -> None:
+    observed: list[EpochEnd] = []
+    learner = ReferenceLearner(STREAM)
+    stage(learner, Patience(lr=0.8, patience=3, minimum=0.3, epochs=25, restores_best=False), observed)
+    last = observed[-1].validation_loss
+    assert last > min(end.validation_loss for end in observed)
+    assert mean_loss(learner, 0, STREAM.tasks[0].validation, 16) == pytest.approx(last, rel=1e-12)
+
+
+def test_patience_without_validation_rows_is_an_error() -> None:
+    with pytest.raises(BecameError, match=r"^the schedule needs a validation loss, but task 1 holds out no samples\.$"):
+        stage(ReferenceLearner(STREAM), Patience(lr=0.1), task=task_of(0, 10))
+
+
+def test_divergence_is_one_sentence() -> None:
+    message = (
+        r"^the training loss became (nan|inf) in task 1, stage 1, epoch \d+; try a smaller learning rate or penalty\.$"
+    )
+    with pytest.raises(BecameError, match=message):
+        stage(ReferenceLearner(STREAM), Annealed(1e6, 20))

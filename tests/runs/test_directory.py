@@ -1,0 +1,117 @@
+"""Run directories: what is written, what is recognised, what is refused."""
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from adapters.runs import RunDirectory, RunResult, write_summary
+from adapters.runs.directory import check_writable
+from became_core import BecameError
+
+CONFIG = {"tasks": 2, "stage1": {"lr": 0.1, "path": [0.0, 1.0]}}
+
+
+def _result(method: str = "gpm", seed: int = 0, **changes: Any) -> RunResult:
+    values: dict[str, Any] = {
+        "backend": "torch",
+        "benchmark": "split-mnist",
+        "method": method,
+        "seed": seed,
+        "config": CONFIG,
+        "accuracy": np.array([[90.0, np.nan], [80.0, 95.0]]),
+        "class_incremental_accuracy": np.array([[90.0, np.nan], [20.0, 95.0]]),
+        "alpha": [None, 0.5],
+        "epochs": [3, 3],
+        "ranks": [{"fc1.weight": [2, 4]}, {"fc1.weight": [3, 4]}],
+        "paths": [],
+        "seconds": {"stage1": 1.5, "total": 2.0},
+    }
+    return RunResult(**(values | changes))
+
+
+def _saved(out: Path, **changes: Any) -> RunDirectory:
+    result = _result(**changes)
+    directory = RunDirectory(out, result.method, result.seed)
+    directory.save(result)
+    return directory
+
+
+def test_results_hold_every_promised_value_as_strict_json(tmp_path: Path) -> None:
+    file = _saved(tmp_path).results_file
+    assert file == tmp_path / "gpm-seed0" / "results.json"
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is no JSON")
+
+    values = json.loads(file.read_text(), parse_constant=refuse)
+    promised = "benchmark method seed config accuracy class_incremental_accuracy acc bwt forgetting plasticity alpha seconds"
+    assert set(promised.split()) <= set(values)
+    assert values["accuracy"] == [[90.0, None], [80.0, 95.0]]
+    assert (values["acc"], values["bwt"], values["forgetting"], values["plasticity"]) == (87.5, -10.0, 10.0, 92.5)
+    assert values["class_incremental"]["bwt"] == -70.0
+
+
+def test_a_finished_run_is_recognised_and_comes_back_whole(tmp_path: Path) -> None:
+    directory = _saved(tmp_path)
+    config = {"tasks": 2, "stage1": {"lr": 0.1, "path": (0.0, 1.0)}}  # a tuple is a list on disk
+    found = directory.finished("torch", "split-mnist", config)
+    assert found is not None
+    np.testing.assert_array_equal(found.accuracy, _result().accuracy)
+    assert found.to_json() == _result().to_json()
+    assert RunDirectory(tmp_path, "gpm", 1).finished("torch", "split-mnist", config) is None
+
+
+@pytest.mark.parametrize(
+    ("backend", "benchmark", "config", "difference"),
+    [
+        ("jax", "split-mnist", CONFIG, "backend = torch, not jax"),
+        ("torch", "split-cifar100", CONFIG, "benchmark = split-mnist, not split-cifar100"),
+        ("torch", "split-mnist", {**CONFIG, "tasks": 5}, "tasks = 2, not 5"),
+        ("torch", "split-mnist", {"tasks": 2}, "stage1 = "),
+    ],
+)
+def test_another_configurations_run_is_refused_and_stays(
+    tmp_path: Path, backend: str, benchmark: str, config: dict[str, Any], difference: str
+) -> None:
+    directory = _saved(tmp_path)
+    before = directory.results_file.read_bytes()
+    with pytest.raises(BecameError, match=difference):
+        directory.finished(backend, benchmark, config)
+    assert directory.results_file.read_bytes() == before
+
+
+@pytest.mark.parametrize("damage", [b"", b"{", b"[]", b'{"method": "gpm"}', b"\xff\xfe"])
+def test_a_damaged_file_is_named_and_stays(tmp_path: Path, damage: bytes) -> None:
+    directory = _saved(tmp_path)
+    directory.results_file.write_bytes(damage)
+    with pytest.raises(BecameError, match=r"results\.json is damaged or no run's results"):
+        directory.finished("torch", "split-mnist", CONFIG)
+    assert directory.results_file.read_bytes() == damage
+
+
+def test_the_summary_has_a_row_for_each_run(tmp_path: Path) -> None:
+    for method, seed in (("gpm", 0), ("gpm", 1), ("became", 0)):
+        _saved(tmp_path, method=method, seed=seed)
+    write_summary(tmp_path)
+    with (tmp_path / "summary.csv").open() as handle:
+        rows = list(csv.DictReader(handle))
+    assert [(row["method"], row["seed"]) for row in rows] == [("became", "0"), ("gpm", "0"), ("gpm", "1")]
+    assert float(rows[0]["acc"]) == 87.5
+    assert float(rows[0]["class_incremental_acc"]) == 57.5
+    assert rows[0]["epochs"] == "6"
+
+
+def test_nothing_half_written_is_left(tmp_path: Path) -> None:
+    _saved(tmp_path)
+    write_summary(tmp_path)
+    assert sorted(path.name for path in tmp_path.rglob("*") if path.is_file()) == ["results.json", "summary.csv"]
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(BecameError, match=r"cannot write to .*file.*choose another --out"):
+        check_writable(tmp_path / "file" / "out")

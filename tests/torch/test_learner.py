@@ -1,0 +1,150 @@
+"""The PyTorch learner: any module, its parameters and buffers, its constraints, and its agreement with the reference."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from adapters.torch.learner import TorchLearner
+from adapters.torch.run import build_learner
+from became_core import BecameError, LaplacePosterior
+from became_core.continual import (
+    METHODS,
+    Annealed,
+    Batch,
+    Constraint,
+    MethodSettings,
+    Penalty,
+    RunRecord,
+    Training,
+    build_method,
+    learn,
+)
+from became_core.laplace import Diagonal
+from became_core.projection import GPM
+from reference.learner import ReferenceLearner
+from tests.streams import prototype_stream
+
+TRAINING = Training(Annealed(lr=0.05, epochs=8), Annealed(lr=0.05, epochs=4), batch_size=16, projector_samples=20)
+
+
+def _convolutional(bias: bool = True) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(1, 4, 3, bias=bias), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(64, 8, bias=bias)
+    )
+
+
+def _learn(learner: TorchLearner | ReferenceLearner, method: str) -> RunRecord:
+    return learn(learner, prototype_stream(), build_method(method, MethodSettings(gpm_threshold=0.8)), TRAINING)
+
+
+def _merged(record: RunRecord) -> list[float]:
+    return [alpha for alpha in record.alpha if alpha is not None]
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_a_users_module_learns_under_every_method(method: str) -> None:
+    stream = prototype_stream()
+    record = _learn(TorchLearner(_convolutional(), stream), method)
+    assert np.isfinite(record.accuracy[-1]).all()
+    assert record.accuracy.diagonal().mean() > 60  # chance is 33
+    merged = _merged(record)
+    assert len(merged) == (len(stream.tasks) - 1 if method.startswith("became") else 0)
+    assert all(0 <= alpha <= 1 for alpha in merged)
+
+
+@pytest.mark.parametrize("method", ["became", "became-paper", "ewc", "gpm"])
+def test_a_run_in_float64_equals_the_reference_learners(method: str) -> None:
+    stream = prototype_stream()
+    reference = ReferenceLearner(stream, hidden=(12, 10), bias=True)
+    backbone = nn.Sequential()
+    for name, layer in (
+        ("flatten", nn.Flatten()),
+        ("fc1", nn.Linear(36, 12)),
+        ("r1", nn.ReLU()),
+        ("fc2", nn.Linear(12, 10)),
+        ("r2", nn.ReLU()),
+    ):
+        backbone.add_module(name, layer)
+    learner = TorchLearner(backbone.double(), stream, dtype=torch.float64)
+    learner.assign({name: torch.from_numpy(value) for name, value in reference.parameters().items()})
+    found, expected = _learn(learner, method), _learn(reference, method)
+    np.testing.assert_array_equal(found.accuracy, expected.accuracy)
+    np.testing.assert_array_equal(found.class_incremental_accuracy, expected.class_incremental_accuracy)
+    assert _merged(found) == pytest.approx(_merged(expected), rel=1e-6)
+    assert found.ranks == expected.ranks
+    theta = learner.parameters()
+    for name, value in reference.parameters().items():
+        np.testing.assert_allclose(theta[name].numpy(), value, rtol=1e-6, atol=1e-9)
+
+
+def test_equal_seeds_give_equal_runs_and_others_do_not() -> None:
+    stream = prototype_stream(channels=3, side=24, per_class=12)
+    runs = []
+    for seed in (3, 3, 4):
+        learner = build_learner("alexnet", stream, "cpu", seed)
+        short = Training(Annealed(lr=0.01, epochs=1), Annealed(lr=0.01, epochs=1), batch_size=16)
+        learn(learner, stream, build_method("finetune", MethodSettings()), short, seed=seed)
+        runs.append(learner.parameters()["fc1.weight"])
+    assert torch.equal(runs[0], runs[1])
+    assert not torch.equal(runs[0], runs[2])
+
+
+def test_buffers_are_kept_apart_and_follow_the_data() -> None:
+    stream = prototype_stream()
+    learner = TorchLearner(_convolutional(), stream)
+    assert "1.weight" in learner.parameters()
+    assert not any("running" in name or "tracked" in name for name in learner.parameters())
+    before = copy.deepcopy(dict(learner.network.named_buffers()))
+    batches = [Batch(0, stream.tasks[0].train[:16])]
+    learner.train(batches, np.array([0.1]), Constraint(frozenset(learner.parameters())), np.random.default_rng(0))
+    after = dict(learner.network.named_buffers())
+    assert not torch.equal(before["backbone.1.running_mean"], after["backbone.1.running_mean"])
+    learner.assign(learner.parameters())
+    torch.testing.assert_close(dict(learner.network.named_buffers()), after)
+
+
+def test_only_what_may_change_changes() -> None:
+    stream = prototype_stream()
+    learner = TorchLearner(_convolutional(), stream)
+    before = learner.parameters()
+    trainable = frozenset({"0.weight", "heads.1.weight"})
+    batches = [Batch(1, stream.tasks[1].train[:16])] * 3
+    learner.train(batches, np.full(3, 0.1), Constraint(trainable), np.random.default_rng(0))
+    after = learner.parameters()
+    assert {name for name in before if not torch.equal(before[name], after[name])} == trainable
+    assert all(parameter.requires_grad for parameter in learner.network.parameters())
+
+
+@pytest.mark.parametrize("penalised", [False, True])
+def test_projected_training_stays_out_of_the_protected_space(penalised: bool) -> None:
+    stream = prototype_stream()
+    learner = TorchLearner(_convolutional(), stream, dtype=torch.float64)
+    before = learner.parameters()
+    bases = {
+        name: torch.linalg.qr(torch.randn(before[name][0].numel(), 4, dtype=torch.float64))[0]
+        for name in learner.projectable
+    }
+    assert set(bases) == {"0.weight", "4.weight"}
+    penalty = None
+    if penalised:  # whose pull must not leak into the protected space either
+        mean = {name: value + 1 for name, value in before.items()}
+        penalty = Penalty(LaplacePosterior(mean, Diagonal({n: torch.rand_like(v) for n, v in before.items()})), 1.0)
+    constraint = Constraint(learner.projectable, projector=GPM(0.9, bases=bases), penalty=penalty)
+    learner.train([Batch(0, stream.tasks[0].train[:16])] * 3, np.full(3, 0.1), constraint, np.random.default_rng(0))
+    after = learner.parameters()
+    for name, basis in bases.items():
+        change = (after[name] - before[name]).flatten(1)
+        assert change.norm() > 1e-3
+        assert (change @ basis).norm() < 1e-10 * change.norm()
+
+
+def test_what_cannot_be_used_is_said_in_one_sentence() -> None:
+    stream = prototype_stream()
+    with pytest.raises(BecameError, match="PyTorch has no device 'quantum' here"):
+        TorchLearner(_convolutional(), stream, device="quantum")
+    with pytest.raises(BecameError, match=r"the backbone must map images \[N, C, H, W\] to features"):
+        TorchLearner(nn.Sequential(nn.Conv2d(1, 4, 3)), stream)
