@@ -1,7 +1,7 @@
 """A learner in NumPy, float64: a ReLU network of two hidden layers with every derivative written by hand.
 
 Convention: images are flattened and normalised with the data set's mean and standard deviation; weights are
-[d_out, d_in]; output gradients are those of each sample's own loss, so a batch's mean gradient is their sum over its size.
+[d_out, d_in]; output gradients are those of each sample's own loss, so a batch's mean gradient is a sum over its size.
 """
 
 from collections.abc import Iterator, Sequence

@@ -20,7 +20,7 @@ SHAPES = hnp.array_shapes(min_dims=0, max_dims=3, min_side=1, max_side=3)
 
 
 def eighths(shape: tuple[int, ...], low: int = -4) -> st.SearchStrategy[Array]:
-    """Arrays [shape] of multiples of 1/8 in [low, 4), low being -4 or 0. One draw of bytes: fast, and shrinks to zero."""
+    """Arrays [shape] of multiples of 1/8 in [low, 4), low -4 or 0, from one draw of bytes: fast, shrinks to zero."""
     size = int(np.prod(shape, dtype=int))
     kind, step = (np.int8, 4) if low < 0 else (np.uint8, 8)
     return st.binary(min_size=size, max_size=size).map(

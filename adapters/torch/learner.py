@@ -96,7 +96,7 @@ class TorchLearner:
         optimiser = torch.optim.SGD(trained.values(), lr=0.0)
         self.network.train()
         self._draw_from(stream)
-        total = torch.zeros((), device=self.device)
+        total = torch.zeros((), device=self.device, dtype=torch.promote_types(self._mean.dtype, torch.float32))
         # A penalty's pull must be projected too, so the short cut by inputs is for the loss's gradient alone.
         by_inputs = constraint.projector if constraint.penalty is None else None
         with projected_inputs(self._layers, by_inputs) as done:

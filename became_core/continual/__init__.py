@@ -1,12 +1,13 @@
 """Continual learning: task streams, the learner protocol, methods, and the loop that runs them."""
 
 from became_core.continual.learner import Batch, Constraint, Learner, Penalty, TapMode
-from became_core.continual.loop import PathPoint, RunRecord, TaskEnd, Training, learn
+from became_core.continual.loop import learn
 from became_core.continual.methods import METHODS, Method, MethodSettings, build_method
+from became_core.continual.record import PathPoint, RunRecord, TaskEnd
 from became_core.continual.schedule import Annealed, Patience, Schedule
 from became_core.continual.seeding import random_stream
 from became_core.continual.stream import Dataset, Task, TaskStream, split_classes
-from became_core.continual.training import EpochEnd
+from became_core.continual.training import EpochEnd, Training
 
 __all__ = [
     "METHODS",

@@ -7,87 +7,23 @@ it was: it is trained once, without constraint, for both stages' epochs.
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
-from became_core.arrays import Array, Params
+from became_core.arrays import Params
 from became_core.continual.evaluation import accuracies, mean_loss
-from became_core.continual.learner import Constraint, Learner, Penalty, TapMode
+from became_core.continual.learner import Constraint, Learner, Penalty
+from became_core.continual.measurement import Measurement
 from became_core.continual.methods import Method
+from became_core.continual.record import PathPoint, RunRecord, TaskEnd
 from became_core.continual.schedule import Schedule
-from became_core.continual.seeding import random_stream
-from became_core.continual.stream import Indices, Task, TaskStream
-from became_core.continual.training import EpochEnd, train_stage
-from became_core.curvature import derivatives_along, diagonal_fisher
-from became_core.laplace import Diagonal, LaplacePosterior, merge, trace_path
+from became_core.continual.stream import Task, TaskStream
+from became_core.continual.training import EpochEnd, Training, train_stage
+from became_core.laplace import LaplacePosterior, merge, trace_path
 from became_core.projection import Projector
 
-__all__ = ["PathPoint", "RunRecord", "TaskEnd", "Training", "learn"]
-
-
-@dataclass(frozen=True)
-class Training:
-    """How every method trains.
-
-    Attributes:
-        stage1: the schedule under constraint.
-        stage2: the schedule of methods that go on without one.
-        batch_size: of training, and of evaluation, since batch statistics make accuracy depend on it.
-        projector_samples: training samples of a task that the projector's memory is made from.
-        curvature_samples: training samples for Fisher information and directional curvature; all if None.
-        path_alphas: where the true loss is traced on every merging path; nowhere if empty.
-    """
-
-    stage1: Schedule
-    stage2: Schedule
-    batch_size: int = 64
-    projector_samples: int = 125
-    curvature_samples: int | None = None
-    path_alphas: tuple[float, ...] = ()
-
-
-@dataclass(frozen=True)
-class PathPoint:
-    """The truth at one alpha of a merging path: cumulative training loss, and mean test accuracy over tasks so far."""
-
-    alpha: float
-    loss: float
-    accuracy: float
-
-
-@dataclass(frozen=True)
-class TaskEnd:
-    """What is known when a task has been learned; accuracies in percent, of each task so far."""
-
-    task: int
-    alpha: float | None
-    accuracy: list[float]
-    class_incremental_accuracy: list[float]
-
-
-@dataclass
-class RunRecord:
-    """All that a run produced.
-
-    Attributes:
-        accuracy: [T, T], percent; [t, i] is task i after task t, NaN where i > t.
-        class_incremental_accuracy: likewise, the argmax over all heads so far.
-        alpha: for each task, the merging coefficient; None where nothing was merged.
-        epochs: for each task, the epochs trained.
-        ranks: for each task, every protected layer's (rank, width) after it.
-        paths: for each task, the traced merging path.
-        seconds: by phase.
-    """
-
-    accuracy: NDArray[np.float64]
-    class_incremental_accuracy: NDArray[np.float64]
-    alpha: list[float | None] = field(default_factory=list)
-    epochs: list[int] = field(default_factory=list)
-    ranks: list[dict[str, tuple[int, int]]] = field(default_factory=list)
-    paths: list[list[PathPoint]] = field(default_factory=list)
-    seconds: dict[str, float] = field(default_factory=dict)
+__all__ = ["learn"]
 
 
 @dataclass(frozen=True)
@@ -201,7 +137,7 @@ class _Run:
         assert posterior is not None
         with self.phase("merge"):
             theta_hat = self.learner.parameters()
-            quadratic = rule.quadratic(theta_gp, theta_hat, posterior, _NewTask(self, task))
+            quadratic = rule.quadratic(theta_gp, theta_hat, posterior, self.measurement(task, "merge"))
             alpha = quadratic.minimiser()
             merged = merge(theta_gp, theta_hat, alpha)
         if self.training.path_alphas:
@@ -214,7 +150,10 @@ class _Run:
         def truth(theta: Params) -> tuple[float, float]:
             self.learner.assign(theta)
             size, seen = self.training.batch_size, self.seen(task)
-            loss = sum(mean_loss(self.learner, old.index, self.curvature_rows(old), size) for old in seen)
+            loss = sum(
+                mean_loss(self.learner, old.index, self.measurement(old, "merge").curvature_rows(), size)
+                for old in seen
+            )
             return loss, float(np.mean(accuracies(self.learner, seen, size)[0]))
 
         alphas = self.training.path_alphas
@@ -224,33 +163,13 @@ class _Run:
     def remember(self, task: Task, memory: Memory) -> Memory:
         """Return the memory with this task: posterior at the merged weights, projector from the task's inputs."""
         projector, posterior = memory.projector, memory.posterior
+        measurement = self.measurement(task, "posterior")
         if self.method.keeps_posterior:
-            theta, fisher = self.learner.parameters(), self.fisher(task, purpose="posterior")
+            theta, fisher = self.learner.parameters(), measurement.diagonal()
             posterior = LaplacePosterior(theta, fisher) if posterior is None else posterior.update(theta, fisher)
         if projector is not None:
-            projector = projector.remember(self.grams(task))
+            projector = projector.remember(measurement.grams())
         return Memory(projector, posterior)
-
-    def fisher(self, task: Task, purpose: str) -> Diagonal:
-        """Return the task's diagonal Fisher information at the learner's weights, of the method's kind."""
-        mode: TapMode = "published" if self.method.fisher == "batch" else "frozen"
-        stream = random_stream(self.seed, f"fisher-{purpose}", task.index)
-        taps = self.learner.taps(task.index, self.curvature_rows(task), self.training.batch_size, mode, stream)
-        return Diagonal(diagonal_fisher(taps, self.learner.parameters(), self.method.fisher))
-
-    def grams(self, task: Task) -> Params:
-        """Return, for each protected weight, the sum of a a^T over a sample of the task's training images."""
-        rows = self.sample(task, "projector", self.training.projector_samples)
-        stream = random_stream(self.seed, "projector-taps", task.index)
-        grams: Params = {}
-        for taps in self.learner.taps(task.index, rows, self.training.batch_size, "frozen", stream):
-            for layer, tap in taps.items():
-                name = f"{layer}.weight"
-                if name in self.learner.projectable:
-                    a = tap.inputs.reshape((-1, tap.inputs.shape[2]))
-                    gram = a.T @ a
-                    grams[name] = grams[name] + gram if name in grams else gram
-        return grams
 
     def evaluate(self, task: Task, alpha: float | None) -> None:
         with self.phase("evaluation"):
@@ -260,34 +179,14 @@ class _Run:
         self.record.class_incremental_accuracy[task.index, : len(seen)] = among_all
         self.observe(TaskEnd(task.index, alpha, within, among_all))
 
+    def measurement(self, task: Task, purpose: str) -> Measurement:
+        return Measurement(self.learner, task, self.training, self.method.fisher, self.seed, purpose)
+
     def seen(self, task: Task) -> Sequence[Task]:
         return self.stream.tasks[: task.index + 1]
-
-    def curvature_rows(self, task: Task) -> Indices:
-        """The training rows that curvature is measured on: the same at every weight, so that ratios share them."""
-        count = self.training.curvature_samples
-        return task.train if count is None else self.sample(task, "curvature", count)
-
-    def sample(self, task: Task, purpose: str, count: int) -> Indices:
-        return random_stream(self.seed, purpose, task.index).permutation(task.train)[:count]
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         began = time.perf_counter()
         yield
         self.record.seconds[name] = self.record.seconds.get(name, 0.0) + time.perf_counter() - began
-
-
-@dataclass(frozen=True)
-class _NewTask:
-    """The new task's loss at the learner's present weights, theta_hat."""
-
-    run: _Run
-    task: Task
-
-    def diagonal(self) -> Diagonal:
-        return self.run.fisher(self.task, purpose="merge")
-
-    def along(self, delta: Params) -> tuple[Array, Array]:
-        rows, size = self.run.curvature_rows(self.task), self.run.training.batch_size
-        return derivatives_along(self.run.learner.pushforward(self.task.index, rows, size, delta))

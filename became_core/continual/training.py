@@ -1,4 +1,7 @@
-"""One stage of training: batches, schedule, validation, best-model selection. The same for every method and backend."""
+"""Training: the settings of a run, and one stage of it with batches, schedule, validation and best-model selection.
+
+The same for every method and backend.
+"""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -14,7 +17,28 @@ from became_core.continual.seeding import random_stream
 from became_core.continual.stream import Task
 from became_core.errors import BecameError
 
-__all__ = ["EpochEnd", "epoch_batches", "train_stage"]
+__all__ = ["EpochEnd", "Training", "epoch_batches", "train_stage"]
+
+
+@dataclass(frozen=True)
+class Training:
+    """How every method trains.
+
+    Attributes:
+        stage1: the schedule under constraint.
+        stage2: the schedule of methods that go on without one.
+        batch_size: of training, and of evaluation, since batch statistics make accuracy depend on it.
+        projector_samples: training samples of a task that the projector's memory is made from.
+        curvature_samples: training samples for Fisher information and directional curvature; all if None.
+        path_alphas: where the true loss is traced on every merging path; nowhere if empty.
+    """
+
+    stage1: Schedule
+    stage2: Schedule
+    batch_size: int = 64
+    projector_samples: int = 125
+    curvature_samples: int | None = None
+    path_alphas: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)

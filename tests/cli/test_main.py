@@ -74,9 +74,7 @@ def test_bad_input_is_one_sentence_and_status_2(
     assert not list(tmp_path.rglob("*.json"))
 
 
-def test_another_configurations_folder_is_refused_untouched(
-    finished: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_another_configurations_folder_is_refused_untouched(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = _files(finished)
     assert main(BACKEND, [*SHORT, "--epochs", "2", "--methods", "gpm", "became", "--out", str(finished)]) == 2
     assert "choose another --out" in capsys.readouterr().err
@@ -85,7 +83,19 @@ def test_another_configurations_folder_is_refused_untouched(
 
 def test_the_module_runs_as_a_command_and_shows_plain_lines_and_a_table(tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "adapters.torch.run", *SHORT, "--methods", "gpm", "--seeds", "0", "1", "--out", tmp_path],
+        [
+            sys.executable,
+            "-m",
+            "adapters.torch.run",
+            *SHORT,
+            "--methods",
+            "gpm",
+            "--seeds",
+            "0",
+            "1",
+            "--out",
+            tmp_path,
+        ],
         capture_output=True,
         text=True,
         timeout=240,

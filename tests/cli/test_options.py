@@ -52,7 +52,10 @@ def test_the_paper_preset_is_the_published_protocol() -> None:
     ("options", "message"),
     [
         (Options(benchmark="imagenet"), "no benchmark 'imagenet'; choose from split-cifar100, split-mnist"),
-        (Options(methods=("gpm", "gmp")), "no method 'gmp'; choose from became, became-paper, ewc, finetune, gpm, joint"),
+        (
+            Options(methods=("gpm", "gmp")),
+            "no method 'gmp'; choose from became, became-paper, ewc, finetune, gpm, joint",
+        ),
         (Options(methods=()), "at least one method"),
         (Options(seeds=(-1,)), "seed -1 is negative"),
         (Options(epochs=0), "0 epochs"),

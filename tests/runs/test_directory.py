@@ -48,7 +48,9 @@ def test_results_hold_every_promised_value_as_strict_json(tmp_path: Path) -> Non
         raise AssertionError(f"{constant} is no JSON")
 
     values = json.loads(file.read_text(), parse_constant=refuse)
-    promised = "benchmark method seed config accuracy class_incremental_accuracy acc bwt forgetting plasticity alpha seconds"
+    promised = (
+        "benchmark method seed config accuracy class_incremental_accuracy acc bwt forgetting plasticity alpha seconds"
+    )
     assert set(promised.split()) <= set(values)
     assert values["accuracy"] == [[90.0, None], [80.0, 95.0]]
     assert (values["acc"], values["bwt"], values["forgetting"], values["plasticity"]) == (87.5, -10.0, 10.0, 92.5)

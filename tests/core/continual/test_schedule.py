@@ -1,4 +1,5 @@
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ def test_annealing_goes_from_lr_to_the_final_rate_at_the_last_step(epochs: int, 
     assert len(rates) == epochs * steps
     assert rates[0] == 0.5
     assert rates[-1] == pytest.approx(final, abs=1e-15)
-    assert all(later < earlier for earlier, later in zip(rates, rates[1:], strict=False))
+    assert all(later < earlier for earlier, later in pairwise(rates))
 
 
 @given(epochs=st.integers(2, 5), steps=st.integers(1, 7))

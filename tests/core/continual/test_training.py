@@ -109,4 +109,4 @@ def test_divergence_is_one_sentence() -> None:
         r"^the training loss became (nan|inf) in task 1, stage 1, epoch \d+; try a smaller learning rate or penalty\.$"
     )
     with pytest.raises(BecameError, match=message):
-        stage(ReferenceLearner(STREAM), Annealed(1e6, 20))
+        stage(ReferenceLearner(STREAM), Annealed(1e200, 20))

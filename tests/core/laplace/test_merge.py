@@ -219,7 +219,7 @@ NAMES = ["theta_gp", "theta_hat", "fisher_old", "fisher_new", "gradient", "mean"
     ],
 )
 def test_mismatched_trees_name_the_leaf(xp: Any, name: str, spoil: Callable[..., Any], message: str) -> None:
-    trees = {key: {"w": xp.ones((2, 2)), "b": xp.ones((2,))} for key in NAMES}
+    trees: dict[str, Any] = {key: {"w": xp.ones((2, 2)), "b": xp.ones((2,))} for key in NAMES}
     trees[name] = spoil(xp, trees[name])
     with pytest.raises(BecameError) as raised:
         optimal_alpha(**trees)
@@ -228,7 +228,7 @@ def test_mismatched_trees_name_the_leaf(xp: Any, name: str, spoil: Callable[...,
 
 @pytest.mark.parametrize("name", NAMES)
 def test_integer_arrays_are_refused(xp: Any, name: str) -> None:
-    trees = {key: {"w": xp.ones((2,))} for key in NAMES}
+    trees: dict[str, Any] = {key: {"w": xp.ones((2,))} for key in NAMES}
     trees[name] = {"w": xp.ones((2,), dtype=xp.int64)}
     with pytest.raises(
         BecameError, match=rf"^{name} 'w' has dtype .*int64; it must hold real floating-point numbers\.$"
@@ -239,7 +239,7 @@ def test_integer_arrays_are_refused(xp: Any, name: str) -> None:
 @pytest.mark.parametrize("name", ["fisher_old", "fisher_new"])
 @pytest.mark.parametrize("value", [-1.0, float("nan")])
 def test_negative_or_nan_curvatures_are_refused(xp: Any, name: str, value: float) -> None:
-    trees = {key: {"w": xp.ones((2,))} for key in NAMES}
+    trees: dict[str, Any] = {key: {"w": xp.ones((2,))} for key in NAMES}
     trees[name] = {"w": xp.asarray([1.0, value])}
     with pytest.raises(BecameError, match=rf"^{name} 'w' has negative or NaN entries; .* must be at least 0\.$"):
         optimal_alpha(**trees)
@@ -269,7 +269,7 @@ def test_merge_refuses_what_does_not_fit(xp: Any) -> None:
         merge([xp.ones((2,))], (xp.ones((2,)),), 0.5)
 
 
-def test_gradients_flow(xp: Any, backend: str) -> None:
+def test_gradients_flow(backend: str) -> None:
     if backend != "torch":
         pytest.skip("this backend has no automatic differentiation")
     import torch

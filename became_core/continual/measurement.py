@@ -1,0 +1,71 @@
+"""What is measured on a learner at its present weights: curvature for merging and the posterior, inputs for projectors.
+
+Convention: means over samples for curvature, sums over samples and positions for Gram matrices.
+"""
+
+from dataclasses import dataclass
+
+from became_core.arrays import Array, Params
+from became_core.continual.learner import Learner, TapMode
+from became_core.continual.seeding import random_stream
+from became_core.continual.stream import Indices, Task
+from became_core.continual.training import Training
+from became_core.curvature import FisherKind, derivatives_along, diagonal_fisher
+from became_core.laplace import Diagonal
+
+__all__ = ["Measurement"]
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """A task's loss near the learner's weights; it is what a merging rule asks about the new task.
+
+    Attributes:
+        learner: whose weights, and whose data.
+        task: whose loss.
+        training: how many samples, in batches of what size.
+        kind: of diagonal Fisher information.
+        seed: the run's.
+        purpose: what for, "merge" or "posterior": with the seed and the task it names the random draws.
+    """
+
+    learner: Learner
+    task: Task
+    training: Training
+    kind: FisherKind
+    seed: int
+    purpose: str
+
+    def diagonal(self) -> Diagonal:
+        """Return the diagonal Fisher information, of the method's kind, over all parameters."""
+        mode: TapMode = "published" if self.kind == "batch" else "frozen"
+        stream = random_stream(self.seed, f"fisher-{self.purpose}", self.task.index)
+        taps = self.learner.taps(self.task.index, self.curvature_rows(), self.training.batch_size, mode, stream)
+        return Diagonal(diagonal_fisher(taps, self.learner.parameters(), self.kind))
+
+    def along(self, delta: Params) -> tuple[Array, Array]:
+        """Return (g.delta, delta.GGN.delta), exact on the samples that curvature is measured on."""
+        rows, size = self.curvature_rows(), self.training.batch_size
+        return derivatives_along(self.learner.pushforward(self.task.index, rows, size, delta))
+
+    def grams(self) -> Params:
+        """Return, for each weight that can be protected, the sum of a a^T over a sample of the training images."""
+        rows = self._sample("projector", self.training.projector_samples)
+        stream = random_stream(self.seed, "projector-taps", self.task.index)
+        grams: Params = {}
+        for taps in self.learner.taps(self.task.index, rows, self.training.batch_size, "frozen", stream):
+            for layer, tap in taps.items():
+                name = f"{layer}.weight"
+                if name in self.learner.projectable:
+                    a = tap.inputs.reshape((-1, tap.inputs.shape[2]))
+                    gram = a.T @ a
+                    grams[name] = grams[name] + gram if name in grams else gram
+        return grams
+
+    def curvature_rows(self) -> Indices:
+        """Return the training rows that curvature is measured on, the same for every purpose: ratios share them."""
+        count = self.training.curvature_samples
+        return self.task.train if count is None else self._sample("curvature", count)
+
+    def _sample(self, purpose: str, count: int) -> Indices:
+        return random_stream(self.seed, purpose, self.task.index).permutation(self.task.train)[:count]

@@ -1,0 +1,246 @@
+"""Whole runs with the reference learner: what the record holds, and that each mechanism does what it claims."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from became_core import BecameError
+from became_core.continual import (
+    METHODS,
+    Annealed,
+    EpochEnd,
+    MethodSettings,
+    Patience,
+    RunRecord,
+    TaskEnd,
+    Training,
+    build_method,
+    learn,
+    metrics,
+)
+from became_core.continual.evaluation import accuracies, mean_loss
+from reference.learner import ReferenceLearner
+from tests.streams import prototype_stream
+
+STREAM = prototype_stream(validation=0.1)
+TRAINING = Training(Annealed(0.2, 6), Annealed(0.2, 3), batch_size=16)
+SETTINGS = MethodSettings(gpm_threshold=0.97, ewc_strength=2.0)
+Observe = Callable[[EpochEnd | TaskEnd], None]
+
+
+def run(
+    name: str,
+    *,
+    seed: int = 0,
+    training: Training = TRAINING,
+    settings: MethodSettings = SETTINGS,
+    learner: ReferenceLearner | None = None,
+    observe: Observe = lambda event: None,
+) -> RunRecord:
+    learner = ReferenceLearner(STREAM, seed=seed, bias=True) if learner is None else learner
+    return learn(learner, STREAM, build_method(name, settings), training, seed=seed, observe=observe)
+
+
+def facts(record: RunRecord) -> dict[str, str]:
+    """A record without its timings, as texts: they compare equal where both are NaN."""
+    return {name: repr(value) for name, value in vars(record).items() if name != "seconds"}
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_the_shapes_of_a_record(name: str) -> None:
+    ended: list[TaskEnd] = []
+    record = run(name, observe=lambda event: ended.append(event) if isinstance(event, TaskEnd) else None)
+    lower = np.tri(3, dtype=bool)
+    for matrix in (record.accuracy, record.class_incremental_accuracy):
+        assert matrix.shape == (3, 3)
+        np.testing.assert_array_equal(np.isnan(matrix), ~lower)
+        assert np.all((matrix[lower] >= 0) & (matrix[lower] <= 100))
+    assert np.all(record.class_incremental_accuracy[lower] <= record.accuracy[lower])
+    assert [end.task for end in ended] == [0, 1, 2]
+    assert [len(end.accuracy) for end in ended] == [1, 2, 3]
+    assert [end.alpha for end in ended] == record.alpha
+    np.testing.assert_array_equal(ended[-1].accuracy, record.accuracy[-1])
+    merges = name.startswith("became")
+    assert record.alpha[0] is None
+    assert all(alpha is not None and 0 <= alpha <= 1 if merges else alpha is None for alpha in record.alpha[1:])
+    assert record.epochs == ([9, 9, 9] if merges else [6, 6, 6])
+    assert record.paths == []
+    projects = merges or name == "gpm"
+    assert [set(ranks) for ranks in record.ranks] == [{"fc1.weight", "fc2.weight"} if projects else set()] * 3
+    phases = {"stage1", "memory", "evaluation"} | ({"stage2", "merge"} if merges else set())
+    assert set(record.seconds) == phases
+    assert all(seconds >= 0 for seconds in record.seconds.values())
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_a_seed_is_a_run(name: str) -> None:
+    def trained(seed: int) -> tuple[dict[str, str], list[float]]:
+        learner = ReferenceLearner(STREAM, dropout=0.2)  # equal weights: only the run's own draws may differ
+        record = run(name, seed=seed, learner=learner)
+        return facts(record), learner.parameters()["fc1.weight"].ravel().tolist()
+
+    first, again, other = trained(0), trained(0), trained(1)
+    assert first == again
+    assert first[1] != other[1]
+
+
+@cache
+def forgetting_of(name: str, strength: float = 2.0) -> float:
+    """Forgetting, in points, over three seeds of a stream that is hard on a narrow network."""
+    training = Training(Annealed(0.2, 20), Annealed(0.2, 10), batch_size=16)
+    method = build_method(name, MethodSettings(gpm_threshold=0.97, ewc_strength=strength))
+    values = []
+    for seed in range(3):
+        stream = prototype_stream(tasks=4, seed=seed)
+        learner = ReferenceLearner(stream, hidden=(10, 6), seed=seed)
+        values.append(metrics.forgetting(learn(learner, stream, method, training, seed=seed).accuracy))
+    return float(np.mean(values))
+
+
+def test_finetuning_forgets_and_every_remedy_forgets_less() -> None:
+    assert forgetting_of("finetune") > 10
+    for name in ("gpm", "became", "became-paper", "joint"):
+        assert forgetting_of(name) < forgetting_of("finetune") - 5, name
+
+
+def test_a_stronger_ewc_forgets_less() -> None:
+    weak, medium, strong = (forgetting_of("ewc", strength) for strength in (0.1, 10.0, 1000.0))
+    assert forgetting_of("finetune") >= weak > medium > strong
+    assert strong < 3
+
+
+def test_without_strength_ewc_is_finetuning() -> None:
+    assert facts(run("ewc", settings=MethodSettings(ewc_strength=0.0))) == facts(run("finetune"))
+
+
+Snapshot = dict[str, NDArray[np.float64]]
+
+
+def snapshots(name: str, training: Training = TRAINING) -> tuple[RunRecord, dict[tuple[int, int], Snapshot]]:
+    """Run a method; return the record and the weights at the end of (task, stage), stage 0 being the task's end."""
+    learner = ReferenceLearner(STREAM, bias=True)
+    seen: dict[tuple[int, int], Snapshot] = {}
+
+    def observe(event: EpochEnd | TaskEnd) -> None:
+        stage = event.stage if isinstance(event, EpochEnd) else 0
+        seen[event.task, stage] = learner.parameters()  # the last epoch's stays
+
+    return run(name, learner=learner, training=training, observe=observe), seen
+
+
+def test_under_gpm_what_old_tasks_use_is_kept() -> None:
+    record, seen = snapshots("gpm")
+    probe = ReferenceLearner(STREAM, bias=True)
+    for task in (1, 2):
+        before, after = seen[task - 1, 0], seen[task, 0]
+        for frozen in {"fc1.bias", "fc2.bias", "heads.0.weight", "heads.1.weight", "heads.2.weight"}:
+            if frozen != f"heads.{task}.weight":
+                np.testing.assert_array_equal(after[frozen], before[frozen])
+        for name in ("fc1.weight", "fc2.weight"):
+            change, (rank, width) = after[name] - before[name], record.ranks[task - 1][name]
+            assert np.abs(change).max() > 1e-3
+            # The change has no part in at least `rank` dimensions of the layer's input space.
+            assert np.linalg.matrix_rank(change, tol=1e-10) <= width - rank
+            assert record.ranks[task][name] >= (rank, width)
+    # What the network says of the first task's images has barely moved; under finetuning it has.
+    _, free = snapshots("finetune")
+    drift = []
+    for snapshot in (seen, free):
+        logits = []
+        for moment in ((0, 0), (1, 0)):
+            probe.assign(snapshot[moment])
+            logits.append(probe.logits(STREAM.tasks[0].train, 1000)[:, 0])
+        drift.append(float(np.linalg.norm(logits[1] - logits[0])))
+    assert drift[0] < 0.25 * drift[1]
+
+
+def test_finetuning_leaves_other_heads_alone() -> None:
+    _, seen = snapshots("finetune")
+    for task, head in ((1, 0), (1, 2), (2, 0), (2, 1)):
+        name = f"heads.{head}.weight"
+        np.testing.assert_array_equal(seen[task, 0][name], seen[task - 1, 0][name])
+
+
+@pytest.mark.parametrize("name", ["became", "became-paper"])
+def test_the_merge_is_the_convex_combination_at_alpha(name: str) -> None:
+    record, seen = snapshots(name)
+    interior = 0
+    for task in (1, 2):
+        alpha = record.alpha[task]
+        assert alpha is not None
+        interior += 0 < alpha < 1
+        for parameter, stable in seen[task, 1].items():
+            plastic, merged = seen[task, 2][parameter], seen[task, 0][parameter]
+            np.testing.assert_allclose(merged, (1 - alpha) * stable + alpha * plastic, atol=1e-14)
+        for head in {0, 1, 2} - {task}:  # nothing but the task's own head has moved, to the bit
+            kept = f"heads.{head}.weight"
+            np.testing.assert_array_equal(seen[task, 0][kept], seen[task - 1, 0][kept])
+    assert interior or name == "became"
+
+
+def test_stage_2_is_free_of_the_projection() -> None:
+    _, seen = snapshots("became")
+    for parameter in ("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias", "heads.1.weight"):
+        assert not np.array_equal(seen[1, 1][parameter], seen[1, 2][parameter])
+    np.testing.assert_array_equal(seen[1, 1]["fc1.bias"], seen[0, 0]["fc1.bias"])
+
+
+def test_the_first_task_is_trained_once_for_both_stages() -> None:
+    _, seen = snapshots("became")
+    longer = replace(TRAINING, stage1=Annealed(0.2, 9))
+    _, free = snapshots("finetune", training=longer)
+    assert (0, 2) not in seen
+    for parameter, value in free[0, 0].items():
+        np.testing.assert_array_equal(seen[0, 0][parameter], value)
+
+
+def test_the_trace_of_a_path_ends_at_the_two_models() -> None:
+    alphas = (0.0, 0.5, 1.0)
+    record, seen = snapshots("became", replace(TRAINING, path_alphas=alphas))
+    untraced, _ = snapshots("became")
+    assert record.alpha == untraced.alpha  # looking changes nothing
+    np.testing.assert_array_equal(record.accuracy, untraced.accuracy)
+    probe = ReferenceLearner(STREAM, bias=True)
+    assert len(record.paths) == 2
+    for task, path in enumerate(record.paths, start=1):
+        assert tuple(point.alpha for point in path) == alphas
+        for point, stage in ((path[0], 1), (path[-1], 2)):
+            probe.assign(seen[task, stage])
+            tasks = STREAM.tasks[: task + 1]
+            assert point.accuracy == pytest.approx(np.mean(accuracies(probe, tasks, 16)[0]))
+            assert point.loss == pytest.approx(sum(mean_loss(probe, old.index, old.train, 16) for old in tasks))
+
+
+def test_a_patience_run_restores_the_best_validation_model() -> None:
+    patient = Patience(lr=0.8, patience=2, minimum=0.3, epochs=12)
+    learner = ReferenceLearner(STREAM, bias=True)
+    losses: dict[int, list[float]] = {}
+    restored: dict[int, float] = {}
+
+    def observe(event: EpochEnd | TaskEnd) -> None:
+        if isinstance(event, EpochEnd):
+            losses.setdefault(event.task, []).append(event.validation_loss)
+        else:
+            restored[event.task] = mean_loss(learner, event.task, STREAM.tasks[event.task].validation, 16)
+
+    record = run("gpm", learner=learner, training=replace(TRAINING, stage1=patient), observe=observe)
+    assert record.epochs == [len(losses[task]) for task in range(3)]
+    assert any(losses[task][-1] > min(losses[task]) for task in range(3))
+    for task in range(3):
+        assert restored[task] == pytest.approx(min(losses[task]), rel=1e-12)
+
+
+def test_fewer_samples_are_looked_at_on_request() -> None:
+    few = run("became", training=replace(TRAINING, projector_samples=2, curvature_samples=8))
+    many = run("became")
+    assert few.ranks[0]["fc1.weight"][0] <= 2 < many.ranks[0]["fc1.weight"][0]
+    assert few.alpha != many.alpha
+
+
+def test_divergence_is_one_sentence() -> None:
+    with pytest.raises(BecameError, match=r"^the training loss became (nan|inf) in task 1, stage 1, epoch \d+; try a "):
+        run("became", training=replace(TRAINING, stage1=Annealed(1e200, 6)))
