@@ -83,11 +83,13 @@ def _run(
 ) -> RunResult:
     began = time.perf_counter()
     learner = backend.learner(configuration.benchmark.network, stream, device, run.seed)
-    with RunProgress(console, f"{run.method}-seed{run.seed}", len(stream.tasks)) as progress:
+    method = configuration.method(run.method)
+    stages = 1 if method.rule is None else 2
+    with RunProgress(console, f"{run.method}-seed{run.seed}", len(stream.tasks), stages) as progress:
         record = learn(
             learner,
             stream,
-            configuration.method(run.method),
+            method,
             configuration.preset.training,
             seed=run.seed,
             observe=progress,

@@ -15,17 +15,19 @@ __all__ = ["RunProgress"]
 class RunProgress:
     """Shows one run's events; use as a context, and give it as the loop's observer."""
 
-    def __init__(self, console: Console, title: str, tasks: int) -> None:
+    def __init__(self, console: Console, title: str, tasks: int, stages: int) -> None:
         """Prepare the display.
 
         Args:
             console: where it shows.
             title: the run's name.
             tasks: how many there are.
+            stages: how many a task has, at most.
         """
         self._console = console
         self._title = title
         self._tasks = tasks
+        self._stages = stages
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -47,6 +49,11 @@ class RunProgress:
         """End the display."""
         self._bar.stop()
 
+    @property
+    def completed(self) -> float:
+        """How many tasks are done, the present one by the share of its epochs."""
+        return float(self._bar.tasks[0].completed)
+
     def __call__(self, event: EpochEnd | TaskEnd) -> None:
         """Show an event."""
         if isinstance(event, EpochEnd):
@@ -61,8 +68,8 @@ class RunProgress:
         )
         if not math.isnan(event.validation_loss):
             state += f"  validation loss {event.validation_loss:.4f}"
-        # A task's own epochs move the bar by less than one task: stage 2 may or may not follow.
-        self._bar.update(self._row, completed=event.task + 0.9 * event.epoch / event.epochs, state=state)
+        done = (event.stage - 1 + event.epoch / event.epochs) / self._stages
+        self._bar.update(self._row, completed=event.task + done, state=state)
         if not self._console.is_terminal:
             self._print(state)
 

@@ -24,7 +24,8 @@ def test_nothing_given_means_the_quick_preset_on_the_embedded_benchmark() -> Non
 def test_every_option_reaches_the_configuration_and_its_record() -> None:
     options = Options(
         benchmark="split-cifar100", tasks=20, epochs=3, stage2_epochs=2, lr=0.2, batch_size=8, validation=0.1,
-        gpm_threshold=0.9, gpm_increment=0.01, ewc_strength=7.0, projector_samples=11, curvature_samples=0, path_points=3,
+        gpm_threshold=0.9, gpm_increment=0.01, ewc_strength=7.0, projector_samples=11, curvature_samples=0,
+        path_points=3,
     )  # fmt: skip
     record = resolve(options).record()
     assert record["tasks"] == 20

@@ -17,7 +17,7 @@ def _dropped(shape: tuple[int, ...], seed: int, p: float = 0.25) -> torch.Tensor
 @pytest.mark.parametrize("p", [0.2, 0.5])
 def test_the_right_fraction_survives_and_the_mean_is_kept(p: float) -> None:
     dropped = _dropped((400, 500), 0, p)
-    assert dropped.unique().tolist() == pytest.approx([0.0, 1 / (1 - p)], abs=1e-4)
+    assert sorted(set(dropped.flatten().tolist())) == pytest.approx([0.0, 1 / (1 - p)], abs=1e-4)
     assert abs((dropped == 0).double().mean().item() - p) < 5e-3
     assert abs(dropped.double().mean().item() - 1) < 1e-2
 

@@ -1,4 +1,4 @@
-"""The PyTorch learner: any module, its parameters and buffers, its constraints, and its agreement with the reference."""
+"""The PyTorch learner: any module, its parameters and buffers, its constraints, its agreement with the reference."""
 
 import copy
 

@@ -136,12 +136,9 @@ def test_layers_that_taps_cannot_serve_are_named(build: Callable[[], nn.Module],
     names = {module: name for name, module in network.named_modules()}
 
     def forward() -> Tensor:
-        if isinstance(network, nn.Conv2d):
-            result: Tensor = network(torch.randn(2, 4, 3, 3)).sum()
-            return result
-        inputs = torch.randn(2, 4)
-        result = network[0](inputs, inputs).sum() if isinstance(network, nn.Sequential) else network(inputs).sum()
-        return result
+        inputs = torch.randn(2, 4, 3, 3) if isinstance(network, nn.Conv2d) else torch.randn(2, 4)
+        outputs: Tensor = network[0](inputs, inputs) if isinstance(network, nn.Sequential) else network(inputs)
+        return outputs.sum()
 
     with pytest.raises(BecameError, match=message):
         collect_taps(network, names, forward)
