@@ -38,6 +38,7 @@ __all__ = ["CHECKS", "Make"]
 Make = Callable[[TaskStream, int], Learner]
 STREAM = prototype_stream(tasks=2, classes_per_task=3, per_class=16, side=8)
 RATE = 0.125
+STEP = 1e-6  # of finite differences: so small that hardly any ReLU changes sides
 
 
 def numbers(tree: Params) -> dict[str, NDArray[Any]]:
@@ -153,7 +154,7 @@ def check_the_gradient_of_taps_by_finite_differences(make: Make) -> None:
     learner = make(STREAM, 0)
     theta, direction = learner.parameters(), direction_of(learner)
     (taps,) = learner.taps(0, STREAM.tasks[0].train[:12], 12, "frozen", fresh_stream())
-    gradient, h = numbers(batch_gradient(taps)), 1e-5
+    gradient, h = numbers(batch_gradient(taps)), STEP
     slope = sum(float(np.sum(gradient[n] * to_numpy(direction[n]).reshape(gradient[n].shape))) for n in gradient) / 12
     difference = (loss_at(learner, moved(theta, direction, h)) - loss_at(learner, moved(theta, direction, -h))) / (
         2 * h
@@ -204,7 +205,7 @@ def check_published_taps_take_the_models_own_labels(make: Make) -> None:
 
 def check_pushforward_is_the_derivative_of_logits(make: Make) -> None:
     learner = make(STREAM, 0)
-    rows, h = STREAM.tasks[0].train[:12], 1e-5
+    rows, h = STREAM.tasks[0].train[:12], STEP
     theta, direction = learner.parameters(), direction_of(learner)
     batches = list(learner.pushforward(0, rows, 5, direction))
     logits, tangent, labels = (np.concatenate([to_numpy(batch[part]) for batch in batches]) for part in range(3))

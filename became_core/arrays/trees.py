@@ -22,9 +22,16 @@ Params = dict[str, Array]
 
 
 def named_leaves(tree: Tree) -> dict[str, Array]:
-    """Return the leaves of a tree by their dotted paths, in the tree's order."""
+    """Return the leaves of a tree by their dotted paths, in the tree's order.
+
+    Raises:
+        BecameError: if two leaves have the same path.
+    """
     paths, leaves, _ = optree.tree_flatten_with_path(tree)
-    return {".".join(map(str, path)): leaf for path, leaf in zip(paths, leaves, strict=True)}
+    named = {".".join(map(str, path)): leaf for path, leaf in zip(paths, leaves, strict=True)}
+    if len(named) < len(leaves):
+        raise BecameError("two leaves of a tree have the same dotted path, as {'a.b': …} and {'a': {'b': …}} do.")
+    return named
 
 
 def aligned_leaves(**trees: Tree) -> Iterator[dict[str, Array]]:

@@ -10,13 +10,21 @@ from became_core.arrays import Array, namespace
 from became_core.continual.learner import Learner
 from became_core.continual.stream import Indices, Task
 from became_core.curvature import log_softmax
+from became_core.errors import BecameError
 
 __all__ = ["accuracies", "mean_loss"]
 
 
 def accuracies(learner: Learner, tasks: Iterable[Task], batch_size: int) -> tuple[list[float], list[float]]:
-    """Return the test accuracies of these tasks, all that were seen so far: task-incremental, class-incremental."""
+    """Return the test accuracies of these tasks, all that were seen so far: task-incremental, class-incremental.
+
+    Raises:
+        BecameError: if a task has no test samples.
+    """
     seen = list(tasks)
+    for task in seen:
+        if not len(task.test):
+            raise BecameError(f"task {task.index + 1} has no test samples to score it on.")
     pairs = [_task_accuracies(learner, task, len(seen), batch_size) for task in seen]
     return [pair[0] for pair in pairs], [pair[1] for pair in pairs]
 

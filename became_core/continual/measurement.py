@@ -10,7 +10,7 @@ from became_core.continual.learner import Learner, TapMode
 from became_core.continual.seeding import random_stream
 from became_core.continual.stream import Indices, Task
 from became_core.continual.training import Training
-from became_core.curvature import FisherKind, derivatives_along, diagonal_fisher
+from became_core.curvature import FisherKind, derivatives_along, diagonal_fisher, input_grams
 from became_core.laplace import Diagonal
 
 __all__ = ["Measurement"]
@@ -52,15 +52,8 @@ class Measurement:
         """Return, for each weight that can be protected, the sum of a a^T over a sample of the training images."""
         rows = self._sample("projector", self.training.projector_samples)
         stream = random_stream(self.seed, "projector-taps", self.task.index)
-        grams: Params = {}
-        for taps in self.learner.taps(self.task.index, rows, self.training.batch_size, "frozen", stream):
-            for layer, tap in taps.items():
-                name = f"{layer}.weight"
-                if name in self.learner.projectable:
-                    a = tap.inputs.reshape((-1, tap.inputs.shape[2]))
-                    gram = a.T @ a
-                    grams[name] = grams[name] + gram if name in grams else gram
-        return grams
+        taps = self.learner.taps(self.task.index, rows, self.training.batch_size, "frozen", stream)
+        return input_grams(taps, self.learner.projectable)
 
     def curvature_rows(self) -> Indices:
         """Return the training rows that curvature is measured on, the same for every purpose: ratios share them."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from became_core.arrays import Params
+from became_core.arrays import Params, namespace
 from became_core.continual.evaluation import mean_loss
 from became_core.continual.learner import Batch, Constraint, Learner
 from became_core.continual.schedule import Schedule
@@ -111,4 +111,13 @@ def train_stage(
         observe(EpochEnd(task.index, stage, schedule.epoch, schedule.epochs, loss, float(rates[-1]), validation_loss))
     if best is not None:
         learner.assign(best)
+    _check_finite(learner, f"task {task.index + 1}, stage {stage}")
     return schedule.epoch
+
+
+def _check_finite(learner: Learner, where: str) -> None:
+    """Raise if the last step, after the last loss was seen, has thrown a weight out of the numbers."""
+    for name, value in learner.parameters().items():
+        xp = namespace(value=value)
+        if not bool(xp.all(xp.isfinite(value))):
+            raise BecameError(f"the parameter '{name}' is not finite after {where}; try a smaller learning rate.")

@@ -1,7 +1,17 @@
-"""Curvature from layer taps: diagonal Fisher information, and derivatives along a direction."""
+"""What layer taps give: diagonal Fisher information, derivatives along a direction, Gram matrices of inputs."""
 
 from became_core.curvature.directional import Pushforward, derivatives_along, log_softmax
 from became_core.curvature.fisher import FisherKind, diagonal_fisher
+from became_core.curvature.grams import input_grams
 from became_core.curvature.taps import Tap, Taps
 
-__all__ = ["FisherKind", "Pushforward", "Tap", "Taps", "derivatives_along", "diagonal_fisher", "log_softmax"]
+__all__ = [
+    "FisherKind",
+    "Pushforward",
+    "Tap",
+    "Taps",
+    "derivatives_along",
+    "diagonal_fisher",
+    "input_grams",
+    "log_softmax",
+]

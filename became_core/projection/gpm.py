@@ -56,8 +56,8 @@ class GPM:
         """Return rows - rows M M^T; unchanged where the weight has no basis."""
         if name not in self.bases:
             return rows
-        basis = self.bases[name]
-        return rows - (rows @ basis) @ basis.T
+        xp = namespace(rows=rows, basis=self.bases[name])
+        return _complement(rows, xp.astype(self.bases[name], rows.dtype, copy=False))
 
     def remember(self, grams: Params) -> Self:
         """Return the memory with the directions added that one more task needs.

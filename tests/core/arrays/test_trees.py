@@ -58,3 +58,8 @@ def test_map_keeps_the_structure(xp: Any) -> None:
     mapped = map_leaves(lambda x, y: x + y, tree, tree)
     assert [float(leaf) for leaf in named_leaves(mapped).values()] == [2.0, 4.0, 6.0]
     assert isinstance(mapped["a"], list)
+
+
+def test_two_leaves_of_one_path_are_refused(xp: Any) -> None:
+    with pytest.raises(BecameError, match="two leaves of a tree have the same dotted path"):
+        named_leaves({"a.b": xp.ones(()), "a": {"b": xp.ones(())}})

@@ -1,6 +1,9 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
+from became_core import BecameError
 from became_core.continual.evaluation import accuracies, mean_loss
 from reference.formulas import cross_entropy
 from reference.learner import ReferenceLearner
@@ -38,3 +41,9 @@ def test_mean_loss_is_that_of_the_tasks_head() -> None:
         assert mean_loss(learner, task, rows, batch_size=7) == pytest.approx(expected, rel=1e-12)
     assert isinstance(mean_loss(learner, 0, rows, batch_size=7), float)
     assert np.isfinite(mean_loss(learner, 0, rows, batch_size=len(rows)))
+
+
+def test_a_task_without_test_samples_is_named() -> None:
+    empty = replace(STREAM.tasks[1], test=STREAM.tasks[1].test[:0])
+    with pytest.raises(BecameError, match=r"^task 2 has no test samples to score it on\.$"):
+        accuracies(ReferenceLearner(STREAM), [STREAM.tasks[0], empty], batch_size=7)

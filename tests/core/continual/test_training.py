@@ -1,5 +1,6 @@
 import math
 from collections import Counter
+from typing import Any
 
 import numpy as np
 import pytest
@@ -110,3 +111,19 @@ def test_divergence_is_one_sentence() -> None:
     )
     with pytest.raises(BecameError, match=message):
         stage(ReferenceLearner(STREAM), Annealed(1e200, 20))
+
+
+class ThrownOut(ReferenceLearner):
+    """Whose last step, after the last loss was seen, ruins a weight."""
+
+    def train(self, *arguments: Any) -> float:
+        loss = super().train(*arguments)
+        parameters = self.parameters()
+        parameters["fc2.weight"][0, 0] = math.inf
+        self.assign(parameters)
+        return loss
+
+
+def test_weights_thrown_out_of_the_numbers_are_named() -> None:
+    with pytest.raises(BecameError, match=r"^the parameter 'fc2\.weight' is not finite after task 1, stage 1; "):
+        stage(ThrownOut(STREAM), Annealed(0.1, 1))

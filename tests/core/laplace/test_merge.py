@@ -101,14 +101,14 @@ def test_the_formula_in_circulation_is_not_the_argmin() -> None:
     """DESIGN section 3: what some accounts print has the wrong sign on the gradient and the wrong Hessian on top."""
     draw = np.random.default_rng(0)
     worse = 0
-    for _ in range(20):
+    for _ in range(10):
         gp, hat, gradient = draw.normal(size=(3, 5))
         old, new = (root @ root.T for root in draw.normal(size=(2, 5, 5)))
 
         def loss(alpha: float, at: tuple[Any, ...] = (gp, hat, old, new, gradient, gp)) -> float:
             return laplace_loss(alpha, *at)
 
-        best = brute_force_minimiser(loss, -20.0, 20.0, points=4000)
+        best = brute_force_minimiser(loss, -20.0, 20.0)
         ours, circulated = (
             alpha_star(gp, hat, old, new, gradient, gp),
             alpha_in_circulation(gp, hat, old, new, gradient),
@@ -116,7 +116,7 @@ def test_the_formula_in_circulation_is_not_the_argmin() -> None:
         assert ours == pytest.approx(best, abs=1e-6)
         assert loss(ours) < loss(circulated)
         worse += abs(circulated - best) > 0.01
-    assert worse >= 19  # where the two happen to meet, it is by accident
+    assert worse >= 9  # where the two happen to meet, it is by accident
 
 
 @given(segment=segments())

@@ -159,3 +159,8 @@ def test_a_gram_matrix_that_does_not_fit_is_refused(xp: Any) -> None:
     memory = GPM(0.9).remember({"w": xp.eye(3)})
     with pytest.raises(BecameError, match=r"^the Gram matrix of 'w' has shape \(4, 4\); it must be \[3, 3\]\.$"):
         memory.remember({"w": xp.eye(4)})
+
+
+def test_updates_keep_their_dtype_beside_a_memory_of_another(xp: Any) -> None:
+    memory = GPM(0.9).remember({"fc.weight": xp.eye(3, dtype=xp.float64)})
+    assert memory.project({"fc.weight": xp.ones((2, 3), dtype=xp.float32)})["fc.weight"].dtype == xp.float32
