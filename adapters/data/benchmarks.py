@@ -73,7 +73,7 @@ _SPLIT_CIFAR100 = Benchmark(
     network="alexnet",
     presets={
         "quick": Preset(
-            Training(stage1=Annealed(lr=0.05, epochs=8), stage2=Annealed(lr=0.05, epochs=4), curvature_samples=1024),
+            Training(stage1=Annealed(lr=0.05, epochs=12), stage2=Annealed(lr=0.05, epochs=6), curvature_samples=1024),
             MethodSettings(),
         ),
         "paper": Preset(
