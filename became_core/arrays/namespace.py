@@ -1,13 +1,11 @@
-"""The gateway to the Array API: the one module that knows which framework an array belongs to.
+"""The gateway to the Array API: which namespace arrays share, what they are reduced in, when their values can be checked.
 
 Convention: code in the core receives arrays, asks here for their namespace ``xp`` and calls nothing else.
 """
 
-import sys
 from typing import Any
 
-import array_api_compat
-
+from became_core.arrays.frameworks import Framework, framework_of
 from became_core.errors import BecameError
 
 __all__ = ["Array", "check_values", "device", "namespace", "reduction_dtype"]
@@ -38,21 +36,26 @@ def namespace(**arrays: Array) -> Any:
 
 
 def _namespace_of(name: str, array: Array) -> Any:
-    try:
-        return array_api_compat.array_namespace(array)
-    except TypeError:
-        raise BecameError(
-            f"{name} is a {type(array).__module__}.{type(array).__qualname__}, not an array of a known framework."
-        ) from None
+    framework, _ = _framework_of(name, array)
+    return framework.namespace(array)
+
+
+def _framework_of(name: str, array: Array) -> tuple[Framework, Any]:
+    found = framework_of(array)
+    if found is None:
+        kind = type(array)
+        raise BecameError(f"{name} is a {kind.__module__}.{kind.__qualname__}, not an array of a known framework.")
+    return found
 
 
 def _short_name(xp: Any) -> str:
-    return str(xp.__name__).removeprefix("array_api_compat.")
+    return str(xp.__name__).removeprefix("array_api_compat.").removeprefix("became_core.arrays.")
 
 
 def device(array: Array) -> Any:
     """Return the device an array lives on, as its framework calls it."""
-    return array_api_compat.device(array)
+    framework, _ = _framework_of("the value", array)
+    return framework.device(array)
 
 
 def reduction_dtype(xp: Any, **arrays: Array) -> Any:
@@ -64,22 +67,17 @@ def reduction_dtype(xp: Any, **arrays: Array) -> Any:
     for name, array in arrays.items():
         if not xp.isdtype(array.dtype, "real floating"):
             raise BecameError(f"{name} has dtype {array.dtype}; it must hold real floating-point numbers.")
-    return xp.result_type(*(array.dtype for array in arrays.values()), xp.float32)
+    # Half precisions give way to float32 here, and not in result_type: torch.compile cannot trace it for them.
+    wide = [array.dtype for array in arrays.values() if xp.finfo(array.dtype).bits >= 32]
+    return xp.result_type(xp.float32, *wide)
 
 
 def check_values(condition: Array, message: str) -> None:
     """Raise a BecameError with this message unless a 0-d boolean array is true.
 
-    Under a trace (``jax.jit``, ``torch.compile``, ``torch.func``) there is no value to look at, and nothing is checked.
+    Where there is no value to look at, nothing is checked: under a trace (``jax.jit``, ``jax.vmap``, ``jax.grad``,
+    ``torch.compile``, ``torch.func``, ``tf.function``), and on lazy arrays, which looking would compute.
     """
-    if _is_concrete(condition) and not bool(condition):
+    framework, module = _framework_of("the condition", condition)
+    if framework.has_values(module, condition) and not bool(condition):
         raise BecameError(message)
-
-
-def _is_concrete(array: Array) -> bool:
-    if "jax" in sys.modules and isinstance(array, sys.modules["jax"].core.Tracer):
-        return False
-    if "torch" in sys.modules and isinstance(array, sys.modules["torch"].Tensor):
-        torch = sys.modules["torch"]
-        return not (torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(array))
-    return True

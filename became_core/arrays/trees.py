@@ -1,24 +1,119 @@
 """Trees of arrays: named leaves, and several trees walked side by side.
 
+A tree is any nesting of dicts, lists, tuples, named tuples, dataclasses, nodes registered with optree and, where JAX is
+loaded, with JAX (``flax.struct``, ``FrozenDict``, ``nnx.State``); None is an empty node.
+
 Convention: a leaf is called by its path, entries joined by dots (``conv1.weight``, ``encoder.0``); a tree that is a
 bare array has one leaf with an empty path, and messages then give the tree's own name alone.
 """
 
-from collections.abc import Callable, Iterator
-from typing import Any
+import dataclasses
+import sys
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import optree
 
+from became_core.arrays.frameworks import is_array
 from became_core.arrays.namespace import Array, namespace
 from became_core.errors import BecameError
 
 __all__ = ["Params", "Tree", "aligned_leaves", "map_leaves", "named_leaves"]
 
-# Any nesting of dicts, lists, tuples and registered nodes with arrays at its leaves.
+# Any nesting of containers, as above, with arrays at its leaves.
 Tree = Any
 
 # The package's own form of parameters: arrays by canonical name (``conv1.weight`` OIHW, ``fc1.weight`` [out, in]).
 Params = dict[str, Array]
+
+
+class _Node(NamedTuple):
+    """A node opened one level: its entries' names, their subtrees, and how to build the like from other subtrees."""
+
+    entries: Sequence[Any]
+    children: Sequence[Tree]
+    rebuild: Callable[[list[Tree]], Tree]
+
+
+def _open(node: Tree) -> _Node | None:
+    """Return a node opened one level, or None for a leaf."""
+    opened = _open_builtin(node)
+    if opened is None and not is_array(node):
+        opened = _open_registered_with_optree(node) or _open_registered_with_jax(node) or _open_dataclass(node)
+    return opened
+
+
+def _open_builtin(node: Tree) -> _Node | None:
+    # In plain Python, which torch.compile can trace.
+    kind = type(node)
+    if kind is dict or kind is OrderedDict:
+        keys = list(node)
+        return _Node(keys, list(node.values()), lambda children: kind(zip(keys, children, strict=True)))
+    if kind is list or kind is tuple:
+        return _Node(range(len(node)), node, kind)
+    if isinstance(node, tuple) and hasattr(kind, "_fields"):
+        return _Node(kind._fields, node, lambda children: kind(*children))
+    if node is None:
+        return _Node((), (), lambda children: None)
+    return None
+
+
+def _open_registered_with_optree(node: Tree) -> _Node | None:
+    try:
+        children, metadata, entries, unflatten = optree.tree_flatten_one_level(node)
+    except ValueError:  # the one way to learn that a type is not registered
+        return None
+    return _Node(entries, children, lambda children: unflatten(metadata, children))
+
+
+def _open_registered_with_jax(node: Tree) -> _Node | None:
+    if "jax" not in sys.modules:
+        return None
+    tree_util = sys.modules["jax"].tree_util
+    keyed, structure = tree_util.tree_flatten_with_path(node, is_leaf=lambda other: other is not node)
+    if any(not path for path, _ in keyed):  # the node is its own leaf
+        return None
+    entries = [tree_util.keystr(path, simple=True, separator=".") for path, _ in keyed]
+    return _Node(entries, [child for _, child in keyed], structure.unflatten)
+
+
+def _open_dataclass(node: Tree) -> _Node | None:
+    if not dataclasses.is_dataclass(node) or isinstance(node, type):
+        return None
+    names = [field.name for field in dataclasses.fields(node) if field.init]
+    return _Node(
+        names,
+        [getattr(node, name) for name in names],
+        lambda children: dataclasses.replace(node, **dict(zip(names, children, strict=True))),
+    )
+
+
+class _Flat(NamedTuple):
+    """A tree's leaves by dotted path, and the kind of every container by its entries, to compare structures by."""
+
+    leaves: dict[str, Array]
+    containers: dict[tuple[str, ...], type]
+
+
+def _flatten(tree: Tree) -> _Flat:
+    flat = _Flat({}, {})
+    _collect(tree, (), flat)
+    return flat
+
+
+def _collect(node: Tree, path: tuple[str, ...], flat: _Flat) -> None:
+    opened = _open(node)
+    if opened is None:
+        name = ".".join(path)
+        if name in flat.leaves:
+            raise BecameError("two leaves of a tree have the same dotted path, as {'a.b': …} and {'a': {'b': …}} do.")
+        flat.leaves[name] = node
+        return
+    # Mappings differ in the order of their keys, and in nothing that counts here.
+    flat.containers[path] = Mapping if isinstance(node, Mapping) else type(node)
+    for entry, child in zip(opened.entries, opened.children, strict=True):
+        _collect(child, (*path, str(entry)), flat)
 
 
 def named_leaves(tree: Tree) -> dict[str, Array]:
@@ -27,11 +122,7 @@ def named_leaves(tree: Tree) -> dict[str, Array]:
     Raises:
         BecameError: if two leaves have the same path.
     """
-    paths, leaves, _ = optree.tree_flatten_with_path(tree)
-    named = {".".join(map(str, path)): leaf for path, leaf in zip(paths, leaves, strict=True)}
-    if len(named) < len(leaves):
-        raise BecameError("two leaves of a tree have the same dotted path, as {'a.b': …} and {'a': {'b': …}} do.")
-    return named
+    return _flatten(tree).leaves
 
 
 def aligned_leaves(**trees: Tree) -> Iterator[dict[str, Array]]:
@@ -47,20 +138,8 @@ def aligned_leaves(**trees: Tree) -> Iterator[dict[str, Array]]:
         BecameError: naming the first leaf that is missing, superfluous, of another shape or framework, or the tree
             whose containers differ.
     """
-    reference_name, *_ = trees
-    flat = {name: named_leaves(tree) for name, tree in trees.items()}
-    reference = flat[reference_name]
-    for name, leaves in flat.items():
-        for path in reference:
-            if path not in leaves:
-                raise BecameError(f"{name} lacks the leaf '{path}' that {reference_name} has; give equal structures.")
-        for path in leaves:
-            if path not in reference:
-                raise BecameError(f"{name} has a leaf '{path}' that {reference_name} lacks; give equal structures.")
-    structure = optree.tree_structure(trees[reference_name])
-    for name, tree in trees.items():
-        if not _matches(structure, tree):
-            raise BecameError(f"{name} is nested otherwise than {reference_name}; give equal structures.")
+    flat = _flatten_alike(trees)
+    reference, *_ = flat.values()
     rows = [{_label(name, path): leaves[path] for name, leaves in flat.items()} for path in reference]
     if rows:
         namespace(**{label: array for row in rows for label, array in row.items()})
@@ -69,13 +148,22 @@ def aligned_leaves(**trees: Tree) -> Iterator[dict[str, Array]]:
     yield from rows
 
 
-def _matches(structure: Any, tree: Tree) -> bool:
-    """Whether a tree of the right names has the right containers too: {"a": {"b": x}} is not {"a.b": x}."""
-    try:
-        structure.flatten_up_to(tree)
-    except ValueError:
-        return False
-    return True
+def _flatten_alike(trees: Mapping[str, Tree]) -> dict[str, dict[str, Array]]:
+    """Return the leaves by dotted path of each tree; raise a BecameError unless all are of the first one's structure."""
+    reference_name, *_ = trees
+    flat = {name: _flatten(tree) for name, tree in trees.items()}
+    reference = flat[reference_name]
+    for name, other in flat.items():
+        for path in reference.leaves:
+            if path not in other.leaves:
+                raise BecameError(f"{name} lacks the leaf '{path}' that {reference_name} has; give equal structures.")
+        for path in other.leaves:
+            if path not in reference.leaves:
+                raise BecameError(f"{name} has a leaf '{path}' that {reference_name} lacks; give equal structures.")
+    for name, other in flat.items():
+        if other.containers != reference.containers:
+            raise BecameError(f"{name} is nested otherwise than {reference_name}; give equal structures.")
+    return {name: each.leaves for name, each in flat.items()}
 
 
 def _label(name: str, path: str) -> str:
@@ -92,5 +180,20 @@ def _check_shapes(arrays: dict[str, Array]) -> None:
 
 
 def map_leaves(function: Callable[..., Array], tree: Tree, *others: Tree) -> Tree:
-    """Apply a function leaf by leaf; the result has the first tree's structure."""
-    return optree.tree_map(function, tree, *others)
+    """Apply a function leaf by leaf, the trees' leaves met by path; the result has the first tree's structure.
+
+    Raises:
+        BecameError: if the others' structure is not that of the first; it counts the trees from 1.
+    """
+    trees = {f"tree {number}": each for number, each in enumerate((tree, *others), start=1)}
+    leaves = list(_flatten_alike(trees).values())
+    mapped = {path: function(*(each[path] for each in leaves)) for path in leaves[0]}
+    return _rebuild(tree, (), mapped)
+
+
+def _rebuild(node: Tree, path: tuple[str, ...], leaves: dict[str, Array]) -> Tree:
+    opened = _open(node)
+    if opened is None:
+        return leaves[".".join(path)]
+    pairs = zip(opened.entries, opened.children, strict=True)
+    return opened.rebuild([_rebuild(child, (*path, str(entry)), leaves) for entry, child in pairs])

@@ -1,0 +1,99 @@
+"""What tells the frameworks apart: the one table of the package that knows them by name.
+
+Convention: a framework is looked up among the loaded modules, so none is imported that nobody uses, and what no row
+claims is left to array-api-compat (NumPy, CuPy, array-api-strict and whatever else has ``__array_namespace__``).
+"""
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import array_api_compat
+
+__all__ = ["Framework", "framework_of", "is_array"]
+
+
+def _own_device(array: Any) -> Any:
+    return array.device
+
+
+@dataclass(frozen=True)
+class Framework:
+    """How arrays of one framework are recognised and what may be asked of them.
+
+    Attributes:
+        module: the module that must be loaded for there to be any such array; "" for one that always is.
+        owns: (module, object) -> whether the object is such an array, a traced one included.
+        namespace: array -> its Array API namespace.
+        device: array -> the device it lives on, as its framework calls it.
+        has_values: (module, array) -> whether its numbers can be looked at: neither is it traced, nor would looking
+            compute a lazy graph.
+    """
+
+    module: str
+    owns: Callable[[Any, Any], bool]
+    namespace: Callable[[Any], Any] = array_api_compat.array_namespace
+    device: Callable[[Any], Any] = array_api_compat.device
+    has_values: Callable[[Any, Any], bool] = lambda module, array: True
+
+
+def _torch_namespace(array: Any) -> Any:
+    # Not by way of array_api_compat.array_namespace: torch.compile warns of its caches.
+    import array_api_compat.torch
+
+    return array_api_compat.torch
+
+
+def _torch_has_values(torch: Any, array: Any) -> bool:
+    return not (torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(array))
+
+
+def _tensorflow_namespace(array: Any) -> Any:
+    import became_core.arrays.tensorflow as xp
+
+    return xp
+
+
+_ROWS = (
+    # PyTorch is first: torch.compile traces the rows before its own, and can trace none of the others.
+    Framework(
+        module="torch",
+        owns=lambda torch, array: isinstance(array, torch.Tensor),
+        namespace=_torch_namespace,
+        device=_own_device,
+        has_values=_torch_has_values,
+    ),
+    Framework(
+        module="tensorflow",
+        owns=lambda tensorflow, array: isinstance(array, tensorflow.Tensor | tensorflow.Variable),
+        namespace=_tensorflow_namespace,
+        device=_own_device,
+        has_values=lambda tensorflow, array: not tensorflow.is_symbolic_tensor(array),
+    ),
+    Framework(
+        module="jax",
+        owns=lambda jax, array: isinstance(array, jax.Array),
+        has_values=lambda jax, array: not isinstance(array, jax.core.Tracer),
+    ),
+    Framework(
+        module="dask.array",
+        owns=lambda dask, array: isinstance(array, dask.Array),
+        has_values=lambda dask, array: False,
+    ),
+    Framework(module="", owns=lambda _, array: array_api_compat.is_array_api_obj(array)),
+)
+
+
+def framework_of(array: Any) -> tuple[Framework, Any] | None:
+    """Return the framework that an array belongs to and its loaded module, or None for what is no array."""
+    for framework in _ROWS:
+        module = sys.modules.get(framework.module)
+        if (module is not None or not framework.module) and framework.owns(module, array):
+            return framework, module
+    return None
+
+
+def is_array(value: Any) -> bool:
+    """Whether a value is an array of a known framework."""
+    return framework_of(value) is not None
