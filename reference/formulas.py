@@ -98,23 +98,24 @@ def cross_entropy(logits: Array, labels: NDArray[np.int64]) -> float:
 
 
 def directional_derivatives(
-    logits: Array, jacobians: Array, labels: NDArray[np.int64], delta: Array
-) -> tuple[float, float]:
-    """Return (g.delta, delta.GGN.delta) of the mean cross-entropy.
+    logits: Array, jacobians: Array, labels: NDArray[np.int64], directions: Array
+) -> tuple[Array, Array]:
+    """Return g.d_k [K] and d_k.GGN.d_l [K, K] of the mean cross-entropy.
 
     Args:
         logits: [samples, classes].
         jacobians: of each sample's logits by the parameters, [samples, classes, d].
         labels: [samples].
-        delta: the direction, [d].
+        directions: as rows, [K, d].
     """
-    gradient = np.zeros(delta.size)
-    ggn = np.zeros((delta.size, delta.size))
+    width = directions.shape[1]
+    gradient = np.zeros(width)
+    ggn = np.zeros((width, width))
     for z, jacobian, label in zip(logits, jacobians, labels, strict=True):
         p = softmax(z)
         gradient += jacobian.T @ (p - np.eye(p.size)[label]) / len(labels)
         ggn += jacobian.T @ (np.diag(p) - np.outer(p, p)) @ jacobian / len(labels)
-    return float(gradient @ delta), float(delta @ ggn @ delta)
+    return directions @ gradient, directions @ ggn @ directions.T
 
 
 def squared_gradients(inputs: Array, output_gradients: Array) -> tuple[Array, Array]:

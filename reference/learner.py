@@ -126,17 +126,24 @@ class ReferenceLearner:
                 for layer, a, g in zip(self._layers(task), forward.inputs, gradients, strict=True)
             }
 
-    def pushforward(self, task: int, indices: Indices, batch_size: int, direction: Params) -> Iterator[Pushforward]:
-        """Yield each batch's logits and their derivative along a direction."""
+    def pushforward(
+        self, task: int, indices: Indices, batch_size: int, directions: Sequence[Params]
+    ) -> Iterator[Pushforward]:
+        """Yield each batch's logits and their derivatives along directions."""
         for rows in _chunks(indices, batch_size):
             forward = self._forward(task, rows)
-            moved = np.zeros_like(forward.inputs[0])
-            for layer, a, gate in zip(self._layers(task), forward.inputs, [*forward.gates, 1.0], strict=True):
-                moved = moved @ self._parameters[f"{layer}.weight"].T + a @ direction[f"{layer}.weight"].T
-                if f"{layer}.bias" in self._parameters:
-                    moved = moved + direction[f"{layer}.bias"]
-                moved = moved * gate
-            yield Pushforward(forward.logits, moved, self._targets[rows])
+            tangents = np.stack([self._tangent(task, forward, direction) for direction in directions])
+            yield Pushforward(forward.logits, tangents, self._targets[rows])
+
+    def _tangent(self, task: int, forward: _Pass, direction: Params) -> Array:
+        """Return the derivative of the logits along a direction, [samples, classes]."""
+        moved = np.zeros_like(forward.inputs[0])
+        for layer, a, gate in zip(self._layers(task), forward.inputs, [*forward.gates, 1.0], strict=True):
+            moved = moved @ self._parameters[f"{layer}.weight"].T + a @ direction[f"{layer}.weight"].T
+            if f"{layer}.bias" in self._parameters:
+                moved = moved + direction[f"{layer}.bias"]
+            moved = moved * gate
+        return moved
 
     def _layers(self, task: int) -> tuple[str, str, str]:
         return ("fc1", "fc2", self._heads[task])

@@ -207,8 +207,11 @@ def check_pushforward_is_the_derivative_of_logits(make: Make) -> None:
     learner = make(STREAM, 0)
     rows, h = STREAM.tasks[0].train[:12], STEP
     theta, direction = learner.parameters(), direction_of(learner)
-    batches = list(learner.pushforward(0, rows, 5, direction))
-    logits, tangent, labels = (np.concatenate([to_numpy(batch[part]) for batch in batches]) for part in range(3))
+    twice = {name: 2 * value for name, value in direction.items()}
+    batches = list(learner.pushforward(0, rows, 5, [direction, twice]))
+    logits, labels = (np.concatenate([to_numpy(batch[part]) for batch in batches]) for part in (0, 2))
+    tangent, doubled = np.concatenate([to_numpy(batch.tangents) for batch in batches], axis=1)
+    np.testing.assert_allclose(doubled, 2 * tangent, rtol=1e-12, atol=1e-12)
     np.testing.assert_allclose(logits, to_numpy(learner.logits(rows, 12))[:, 0], atol=1e-12)
     np.testing.assert_array_equal(labels, STREAM.targets[rows])
     ends = []
@@ -221,12 +224,12 @@ def check_pushforward_is_the_derivative_of_logits(make: Make) -> None:
 def check_pushforward_and_taps_agree_on_the_slope(make: Make) -> None:
     learner = make(STREAM, 0)
     rows, direction = STREAM.tasks[0].train[:12], direction_of(learner)
-    slope, curvature = derivatives_along(learner.pushforward(0, rows, 5, direction))
+    slope, curvature = derivatives_along(learner.pushforward(0, rows, 5, [direction]))
     (taps,) = learner.taps(0, rows, 12, "frozen", fresh_stream())
     gradient = numbers(batch_gradient(taps))
     expected = sum(float(np.sum(gradient[n] * to_numpy(direction[n]).reshape(gradient[n].shape))) for n in gradient)
-    np.testing.assert_allclose(float(slope), expected / 12, rtol=1e-10)
-    assert float(curvature) > 0
+    np.testing.assert_allclose(float(slope[0]), expected / 12, rtol=1e-10)
+    assert float(curvature[0, 0]) > 0
 
 
 def check_what_is_not_trainable_keeps_its_bits(make: Make) -> None:

@@ -145,11 +145,12 @@ class TorchLearner:
                     yield collect_taps(self.network, self._layers, summed_loss)
 
     @torch.no_grad()
-    def pushforward(self, task: int, indices: Indices, batch_size: int, direction: Params) -> Iterator[Pushforward]:
-        """Yield each batch's logits and their derivative along a direction."""
+    def pushforward(
+        self, task: int, indices: Indices, batch_size: int, directions: Sequence[Params]
+    ) -> Iterator[Pushforward]:
+        """Yield each batch's logits and their derivatives along directions."""
         self.network.eval()
         primals = dict(self.network.named_parameters())
-        tangents = {name: direction[_canonical(name)] for name in primals}
         for rows in _chunks(indices, batch_size):
             images, targets = self._batch(rows)
 
@@ -157,8 +158,12 @@ class TorchLearner:
                 result: Tensor = torch.func.functional_call(self.network, theta, (images, task))
                 return result
 
-            outputs, derivative, *_ = torch.func.jvp(logits, (primals,), (tangents,))
-            yield Pushforward(outputs, derivative, targets)
+            tangents = []
+            for direction in directions:
+                along = {name: direction[_canonical(name)] for name in primals}
+                outputs, tangent, *_ = torch.func.jvp(logits, (primals,), (along,))
+                tangents.append(tangent)
+            yield Pushforward(outputs, torch.stack(tangents), targets)
 
     def _batch(self, indices: Indices) -> tuple[Tensor, Tensor]:
         rows = torch.from_numpy(indices).to(self.device)

@@ -1,7 +1,10 @@
-"""Which framework an array belongs to, trees of arrays, and the precision in which they are reduced."""
+"""Which framework an array belongs to, trees and values of arrays, and how they are reduced: in which precision, how."""
 
-from became_core.arrays.namespace import Array, check_values, device, namespace, reduction_dtype
-from became_core.arrays.trees import Params, Tree, aligned_leaves, map_leaves, named_leaves
+from became_core.arrays.frameworks import is_array
+from became_core.arrays.namespace import Array, check_values, device, has_values, namespace, reduction_dtype
+from became_core.arrays.reductions import inner_product, slabs, staged_sum
+from became_core.arrays.trees import Params, Tree, aligned_leaves, map_leaves, named_leaves, with_leaves
+from became_core.arrays.values import static, value
 
 __all__ = [
     "Array",
@@ -10,8 +13,16 @@ __all__ = [
     "aligned_leaves",
     "check_values",
     "device",
+    "has_values",
+    "inner_product",
+    "is_array",
     "map_leaves",
     "named_leaves",
     "namespace",
     "reduction_dtype",
+    "slabs",
+    "staged_sum",
+    "static",
+    "value",
+    "with_leaves",
 ]

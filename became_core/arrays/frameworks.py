@@ -11,6 +11,8 @@ from typing import Any
 
 import array_api_compat
 
+from became_core.arrays.values import introduce_to_jax
+
 __all__ = ["Framework", "framework_of", "is_array"]
 
 
@@ -49,6 +51,11 @@ def _torch_has_values(torch: Any, array: Any) -> bool:
     return not (torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(array))
 
 
+def _jax_namespace(array: Any) -> Any:
+    introduce_to_jax(sys.modules["jax"])
+    return array_api_compat.array_namespace(array)
+
+
 def _tensorflow_namespace(array: Any) -> Any:
     import became_core.arrays.tensorflow as xp
 
@@ -74,6 +81,7 @@ _ROWS = (
     Framework(
         module="jax",
         owns=lambda jax, array: isinstance(array, jax.Array),
+        namespace=_jax_namespace,
         has_values=lambda jax, array: not isinstance(array, jax.core.Tracer),
     ),
     Framework(

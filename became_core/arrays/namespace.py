@@ -8,7 +8,7 @@ from typing import Any
 from became_core.arrays.frameworks import Framework, framework_of
 from became_core.errors import BecameError
 
-__all__ = ["Array", "check_values", "device", "namespace", "reduction_dtype"]
+__all__ = ["Array", "check_values", "device", "has_values", "namespace", "reduction_dtype"]
 
 # An array of any framework. The Array API has no static type yet that NumPy, PyTorch and JAX all satisfy.
 Array = Any
@@ -78,6 +78,11 @@ def check_values(condition: Array, message: str) -> None:
     Where there is no value to look at, nothing is checked: under a trace (``jax.jit``, ``jax.vmap``, ``jax.grad``,
     ``torch.compile``, ``torch.func``, ``tf.function``), and on lazy arrays, which looking would compute.
     """
-    framework, module = _framework_of("the condition", condition)
-    if framework.has_values(module, condition) and not bool(condition):
+    if has_values(condition) and not bool(condition):
         raise BecameError(message)
+
+
+def has_values(array: Array) -> bool:
+    """Whether an array's numbers can be looked at now: neither is it traced, nor would looking compute a lazy graph."""
+    framework, module = _framework_of("the value", array)
+    return framework.has_values(module, array)

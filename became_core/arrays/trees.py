@@ -19,7 +19,7 @@ from became_core.arrays.frameworks import is_array
 from became_core.arrays.namespace import Array, namespace
 from became_core.errors import BecameError
 
-__all__ = ["Params", "Tree", "aligned_leaves", "map_leaves", "named_leaves"]
+__all__ = ["Params", "Tree", "aligned_leaves", "map_leaves", "named_leaves", "with_leaves"]
 
 # Any nesting of containers, as above, with arrays at its leaves.
 Tree = Any
@@ -81,7 +81,7 @@ def _open_registered_with_jax(node: Tree) -> _Node | None:
 def _open_dataclass(node: Tree) -> _Node | None:
     if not dataclasses.is_dataclass(node) or isinstance(node, type):
         return None
-    names = [field.name for field in dataclasses.fields(node) if field.init]
+    names = [field.name for field in dataclasses.fields(node) if field.init and "static" not in field.metadata]
     return _Node(
         names,
         [getattr(node, name) for name in names],
@@ -188,10 +188,15 @@ def map_leaves(function: Callable[..., Array], tree: Tree, *others: Tree) -> Tre
     trees = {f"tree {number}": each for number, each in enumerate((tree, *others), start=1)}
     leaves = list(_flatten_alike(trees).values())
     mapped = {path: function(*(each[path] for each in leaves)) for path in leaves[0]}
-    return _rebuild(tree, (), mapped)
+    return with_leaves(tree, mapped)
 
 
-def _rebuild(node: Tree, path: tuple[str, ...], leaves: dict[str, Array]) -> Tree:
+def with_leaves(tree: Tree, leaves: Mapping[str, Any]) -> Tree:
+    """Return a tree of the same structure with other leaves, given by dotted path."""
+    return _rebuild(tree, (), leaves)
+
+
+def _rebuild(node: Tree, path: tuple[str, ...], leaves: Mapping[str, Any]) -> Tree:
     opened = _open(node)
     if opened is None:
         return leaves[".".join(path)]

@@ -114,8 +114,10 @@ class Learner(Protocol):
     ) -> Iterator[Taps]:
         """Yield each batch's taps of all layers that the task's loss depends on."""
 
-    def pushforward(self, task: int, indices: Indices, batch_size: int, direction: Params) -> Iterator[Pushforward]:
-        """Yield each batch's logits of the task's head with their derivative along a direction in parameter space.
+    def pushforward(
+        self, task: int, indices: Indices, batch_size: int, directions: Sequence[Params]
+    ) -> Iterator[Pushforward]:
+        """Yield each batch's logits of the task's head with their derivatives along directions in parameter space.
 
         Without dropout; batch statistics are part of the function that is differentiated, as they are in evaluation.
         """

@@ -20,7 +20,7 @@ from became_core.continual.record import PathPoint, RunRecord, TaskEnd
 from became_core.continual.schedule import Schedule
 from became_core.continual.stream import Task, TaskStream
 from became_core.continual.training import EpochEnd, Training, train_stage
-from became_core.laplace import LaplacePosterior, merge, trace_path
+from became_core.laplace import LaplacePosterior, trace_path
 from became_core.projection import Projector
 
 __all__ = ["learn"]
@@ -131,20 +131,18 @@ class _Run:
         return free
 
     def merge(self, task: Task, theta_gp: Params, memory: Memory) -> float:
-        """Merge the two stages' weights at the rule's alpha* and give them to the learner."""
+        """Merge the two stages' weights by the rule and give them to the learner; return theta_hat's coefficient."""
         rule, posterior = self.method.rule, memory.posterior
         assert rule is not None
         assert posterior is not None
         with self.phase("merge"):
             theta_hat = self.learner.parameters()
-            quadratic = rule.quadratic(theta_gp, theta_hat, posterior, self.measurement(task, "merge"))
-            alpha = quadratic.minimiser()
-            merged = merge(theta_gp, theta_hat, alpha)
+            merged = rule.merge((theta_gp, theta_hat), (posterior, self.measurement(task, "merge")))
         if self.training.path_alphas:
             with self.phase("path"):
                 self.record.paths.append(self.trace(task, theta_gp, theta_hat))
-        self.learner.assign(merged)
-        return float(alpha)
+        self.learner.assign(merged.theta)
+        return float(merged.alpha)
 
     def trace(self, task: Task, theta_gp: Params, theta_hat: Params) -> list[PathPoint]:
         def truth(theta: Params) -> tuple[float, float]:
@@ -157,8 +155,8 @@ class _Run:
             return loss, float(np.mean(accuracies(self.learner, seen, size)[0]))
 
         alphas = self.training.path_alphas
-        points = zip(alphas, trace_path(truth, theta_gp, theta_hat, alphas), strict=True)
-        return [PathPoint(alpha, loss, accuracy) for alpha, (loss, accuracy) in points]
+        traced = trace_path(truth, theta_gp, theta_hat, alphas)
+        return [PathPoint(alpha, *found) for alpha, found in zip(*traced, strict=True)]
 
     def remember(self, task: Task, memory: Memory) -> Memory:
         """Return the memory with this task: posterior at the merged weights, projector from the task's inputs."""

@@ -3,15 +3,16 @@
 Convention: means over samples for curvature, sums over samples and positions for Gram matrices.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from became_core.arrays import Array, Params
+from became_core.arrays import Params
 from became_core.continual.learner import Learner, TapMode
 from became_core.continual.seeding import random_stream
 from became_core.continual.stream import Indices, Task
 from became_core.continual.training import Training
 from became_core.curvature import FisherKind, derivatives_along, diagonal_fisher, input_grams
-from became_core.laplace import Diagonal
+from became_core.laplace import Diagonal, Quadratic
 
 __all__ = ["Measurement"]
 
@@ -43,10 +44,15 @@ class Measurement:
         taps = self.learner.taps(self.task.index, self.curvature_rows(), self.training.batch_size, mode, stream)
         return Diagonal(diagonal_fisher(taps, self.learner.parameters(), self.kind))
 
-    def along(self, delta: Params) -> tuple[Array, Array]:
-        """Return (g.delta, delta.GGN.delta), exact on the samples that curvature is measured on."""
+    def along(self, directions: Sequence[Params]) -> Quadratic:
+        """Return the loss along directions from the learner's weights, exact on the samples that curvature takes."""
         rows, size = self.curvature_rows(), self.training.batch_size
-        return derivatives_along(self.learner.pushforward(self.task.index, rows, size, delta))
+        return Quadratic(*derivatives_along(self.learner.pushforward(self.task.index, rows, size, directions)))
+
+    @property
+    def mean(self) -> Params:
+        """The learner's weights."""
+        return self.learner.parameters()
 
     def grams(self) -> Params:
         """Return, for each weight that can be protected, the sum of a a^T over a sample of the training images."""

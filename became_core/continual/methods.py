@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from became_core.curvature import FisherKind
 from became_core.errors import BecameError
-from became_core.laplace import Calibrated, MergeRule, Published
+from became_core.laplace import Became, Calibrated, MergeRule, Published
 from became_core.projection import GPM, Projector
 
 __all__ = ["METHODS", "Method", "MethodSettings", "build_method"]
@@ -49,7 +49,7 @@ class Method:
         name: as on the command line.
         projector: the empty memory to begin with; stage 1 is projected by it from the second task on.
         penalty_strength: of the pull towards the Laplace posterior in stage 1; none if 0.
-        rule: if given, stage 2 follows, and the two stages' weights are merged at this rule's minimiser.
+        rule: if given, stage 2 follows, and this rule merges the two stages' weights.
         fisher: the kind of diagonal Fisher information that the posterior and the rule take.
         joint: whether earlier tasks' data are trained on as well.
     """
@@ -72,8 +72,8 @@ def _gpm(settings: MethodSettings) -> GPM:
 
 
 METHODS: dict[str, Callable[[MethodSettings], Method]] = {
-    "became": lambda s: Method("became", projector=_gpm(s), rule=Calibrated()),
-    "became-paper": lambda s: Method("became-paper", projector=_gpm(s), rule=Published(), fisher="batch"),
+    "became": lambda s: Method("became", projector=_gpm(s), rule=Became(Calibrated())),
+    "became-paper": lambda s: Method("became-paper", projector=_gpm(s), rule=Became(Published()), fisher="batch"),
     "ewc": lambda s: Method("ewc", penalty_strength=s.ewc_strength),
     "finetune": lambda s: Method("finetune"),
     "gpm": lambda s: Method("gpm", projector=_gpm(s)),

@@ -1,22 +1,47 @@
-"""The Laplace-posterior mathematics: quadratics, precisions, the posterior, alpha* and merging."""
+"""The Laplace-posterior mathematics: quadratics, precisions, the posterior, alpha*, merging rules and paths."""
 
-from became_core.laplace.merge import merge, optimal_alpha
-from became_core.laplace.path import trace_path
+from became_core.laplace.bezier import BezierPath, bezier_path, predicted_advantage, train_control
+from became_core.laplace.estimators import Calibrated, Diagonals, Estimator, Frame, LocalLoss, Published
+from became_core.laplace.expansion import layerwise_quadratic, path_quadratic, subspace_quadratic
+from became_core.laplace.merge import combine, merge, optimal_alpha
+from became_core.laplace.path import PathReport, TracedPath, compare, trace_path
 from became_core.laplace.posterior import LaplacePosterior
-from became_core.laplace.precision import Diagonal
-from became_core.laplace.quadratic import Quadratic, path_quadratic
-from became_core.laplace.rules import Calibrated, MergeRule, NewTask, Published
+from became_core.laplace.precision import Diagonal, Precision
+from became_core.laplace.quadratic import Quadratic
+from became_core.laplace.rules import Became, Equal, FisherMerge, Fixed, GridSearch, MeanIMM, Merged, MergeRule, ModeIMM
 
 __all__ = [
+    "Became",
+    "BezierPath",
     "Calibrated",
     "Diagonal",
+    "Diagonals",
+    "Equal",
+    "Estimator",
+    "FisherMerge",
+    "Fixed",
+    "Frame",
+    "GridSearch",
     "LaplacePosterior",
+    "LocalLoss",
+    "MeanIMM",
     "MergeRule",
-    "NewTask",
+    "Merged",
+    "ModeIMM",
+    "PathReport",
+    "Precision",
     "Published",
     "Quadratic",
+    "TracedPath",
+    "bezier_path",
+    "combine",
+    "compare",
+    "layerwise_quadratic",
     "merge",
     "optimal_alpha",
     "path_quadratic",
+    "predicted_advantage",
+    "subspace_quadratic",
     "trace_path",
+    "train_control",
 ]

@@ -6,7 +6,7 @@ task). With weight 1 every task counts alike, as in the paper; with weight = num
 
 from dataclasses import dataclass
 
-from became_core.arrays import Array, Params
+from became_core.arrays import Array, Params, namespace
 from became_core.laplace.precision import Diagonal
 from became_core.laplace.quadratic import Quadratic
 
@@ -40,11 +40,17 @@ class LaplacePosterior:
         """Return P (theta - mean), for the parameters given."""
         return self.precision.apply(self._offset(theta))
 
-    def quadratic(self, theta_gp: Params, delta: Params) -> Quadratic:
-        """Return the old tasks' loss along theta_gp + alpha * delta, up to a constant."""
-        return Quadratic(
-            slope=self.precision.inner(self._offset(theta_gp), delta), curvature=self.precision.inner(delta, delta)
-        )
+    def quadratic(self, origin: Params, directions) -> Quadratic:
+        """TEMP."""
+        from became_core.laplace.expansion import subspace_quadratic
+        return subspace_quadratic(directions, self.precision, offset=self._offset(origin))
+
+    def diagonal(self):
+        return self.precision
+
+    def along(self, directions):
+        curvature = self.precision.gram(directions)
+        return Quadratic(namespace(c=curvature).zeros_like(curvature[:, 0]), curvature)
 
     def _offset(self, theta: Params) -> Params:
         return {name: value - self.mean[name] for name, value in theta.items()}

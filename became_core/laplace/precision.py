@@ -5,15 +5,27 @@ Every precision answers the same question, the inner product u.P.v of two direct
 
 from dataclasses import dataclass
 
-from became_core.arrays import Array, Params, aligned_leaves, namespace
+from became_core.arrays import Array, Params, aligned_leaves, check_values, namespace
 from became_core.errors import BecameError
-from became_core.laplace.quadratic import check_diagonal
 
 __all__ = ["Diagonal"]
 
 
+class Precision:
+    """TEMP."""
+
+
+def check_diagonal(label: str, values: Array) -> None:
+    """Raise a BecameError that names the array if an entry is negative or not a number."""
+    xp = namespace(values=values)
+    # `not (x >= 0)` rather than `x < 0`: the comparison is false for a NaN too.
+    check_values(
+        xp.all(values >= 0), f"{label} has negative or NaN entries; a curvature's diagonal must be at least 0."
+    )
+
+
 @dataclass(frozen=True)
-class Diagonal:
+class Diagonal(Precision):
     """A diagonal precision, an array for each parameter.
 
     Attributes:
@@ -28,7 +40,7 @@ class Diagonal:
     def __post_init__(self) -> None:
         """Check the values."""
         for name, value in self.values.items():
-            check_diagonal(namespace(**{name: value}), f"the precision of '{name}'", value)
+            check_diagonal(f"the precision of '{name}'", value)
 
     def __add__(self, other: "Diagonal") -> "Diagonal":
         """Return the sum; parameters that only one of the two covers keep its values."""
@@ -60,3 +72,12 @@ class Diagonal:
         if total is None:
             raise BecameError("the precision has no parameters; give at least one.")
         return total
+
+    def gram(self, left, right=None):
+        import array_api_compat
+        right = left if right is None else right
+        rows = [[self.inner(u, v) for v in right] for u in left]
+        xp = namespace(a=rows[0][0])
+        return xp.stack([xp.stack(r) for r in rows])
+    def diagonal(self):
+        return self.values

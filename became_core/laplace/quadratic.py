@@ -1,137 +1,132 @@
-"""The quadratic along a direction: the sufficient statistic of merging (BECAME, Sections 3.2 and 3.3).
+"""The quadratic along directions: the sufficient statistic of merging (BECAME, Sections 3.2 and 3.3).
 
-Along theta_gp + alpha * delta, with delta = theta_hat - theta_gp, the Laplace cumulative loss is, up to a constant,
+Along theta_0 + sum_k a_k d_k a loss known to second order is, up to a constant,
 
-    q(alpha) = slope * alpha + 1/2 * curvature * alpha**2
+    q(a) = b.a + 1/2 a.C.a        slope b [K], curvature C [K, K]
 
-    slope     = g.delta - delta.H_new.delta + (theta_gp - mean).P_old.delta
-    curvature = delta.(P_old + H_new).delta
+Everything about a merge is read off it: its minimiser (alpha*, for the one direction delta = theta_hat - theta_gp),
+convexity, the slopes at both ends, the gain to expect. Quadratics add: over leaves, layers, shards and tasks.
 
-where g and H_new are the new task's gradient and curvature at theta_hat and N(mean, P_old^-1) is the posterior of the
-old tasks. Its minimiser is alpha* = -slope / curvature. With g = 0 and mean = theta_gp this is the paper's closed form
-alpha* = delta.H_new.delta / delta.(P_old + H_new).delta.
-
-Convention: quadratics add, over leaves, layers, shards and tasks. The unit of the loss (a mean or a sum over samples)
-is the caller's; alpha* needs it to be the same in every term.
+Convention: the unit of the loss (a mean or a sum over samples) is the caller's, and is the same in every term.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
-from became_core.arrays import Array, Tree, aligned_leaves, check_values, namespace, reduction_dtype
+from became_core.arrays import Array, device, namespace, value
 from became_core.errors import BecameError
+from became_core.laplace.constraints import free_minimiser, minimise_in_box, minimise_on_simplex
 
-__all__ = ["Quadratic", "path_quadratic"]
+__all__ = ["CONSTRAINTS", "Constrained", "Quadratic"]
+
+# None: anywhere. "box": each coefficient in [0, 1]. "simplex": none negative, and their sum 1.
+Constrained = Literal["box", "simplex"] | None
+CONSTRAINTS = (None, "box", "simplex")
 
 
+@value
 @dataclass(frozen=True)
 class Quadratic:
-    """A loss along one direction, up to a constant: ``slope * alpha + curvature * alpha**2 / 2``; both 0-d arrays."""
+    """A loss along K directions, up to a constant: ``b.a + 1/2 a.C.a``.
+
+    Attributes:
+        slope: b, the derivatives at a = 0, [K].
+        curvature: C, symmetric, [K, K].
+
+    Raises:
+        BecameError: if the shapes are not [K] and [K, K] with K at least 1.
+    """
 
     slope: Array
     curvature: Array
+
+    def __post_init__(self) -> None:
+        """Check the shapes."""
+        namespace(slope=self.slope, curvature=self.curvature)
+        slope, curvature = tuple(self.slope.shape), tuple(self.curvature.shape)
+        if len(slope) != 1 or slope[0] < 1 or curvature != slope * 2:
+            raise BecameError(f"a quadratic has slope {slope} and curvature {curvature}; give [K] and [K, K].")
+
+    @property
+    def directions(self) -> int:
+        """How many directions there are, K."""
+        return int(self.slope.shape[0])
 
     def __add__(self, other: "Quadratic") -> "Quadratic":
         """Return the quadratic of the sum of the two losses."""
         return Quadratic(self.slope + other.slope, self.curvature + other.curvature)
 
-    def __mul__(self, factor: Array) -> "Quadratic":
+    def __mul__(self, factor: Array | float) -> "Quadratic":
         """Return the quadratic of the loss times a number."""
         return Quadratic(self.slope * factor, self.curvature * factor)
 
-    def value(self, alpha: Array) -> Array:
-        """Return the change of the loss from alpha = 0 to this alpha."""
-        return self.slope * alpha + 0.5 * self.curvature * alpha * alpha
+    def value(self, a: Array | float) -> Array:
+        """Return the change of the loss from a = 0 to this point [K] (or to each of [..., K]; a number means [1])."""
+        point = self._point(a)
+        xp = namespace(a=point)
+        return xp.sum(point * (self.slope + 0.5 * self._bend(point)), axis=-1)
 
-    def slope_at(self, alpha: Array) -> Array:
-        """Return the derivative at this alpha."""
-        return self.slope + self.curvature * alpha
+    def slope_at(self, a: Array | float) -> Array:
+        """Return the gradient b + C a at this point, [K] (or at each of [..., K]; a number means [1])."""
+        return self.slope + self._bend(self._point(a))
 
     @property
     def is_convex(self) -> Array:
-        """Whether the loss is convex along the path: true wherever both curvatures are positive semi-definite."""
-        return self.curvature >= 0
+        """Whether the loss is convex along the directions, as wherever all curvatures are positive semi-definite.
+
+        Up to rounding: the least eigenvalue may be as far below zero as the largest one's last few digits.
+        """
+        xp = namespace(curvature=self.curvature)
+        if self.directions == 1:
+            return self.curvature[0, 0] >= 0
+        eigenvalues = xp.linalg.eigvalsh(self.curvature)
+        slack = self.directions * xp.finfo(self.curvature.dtype).eps
+        return xp.min(eigenvalues) >= -slack * xp.max(xp.abs(eigenvalues))
 
     @property
     def has_interior_optimum(self) -> Array:
-        """Whether slopes of opposite sign at the ends put the optimum between them (the plasticity theorem)."""
-        return (self.slope < 0) & (self.slope_at(1.0) > 0)
+        """Whether the optimum lies strictly inside the box.
 
-    def minimiser(self, *, clip: bool = True) -> Array:
-        """Return alpha*, a 0-d array.
+        For one direction: whether slopes of opposite sign at the ends put it between them, better than both (the
+        plasticity theorem).
+        """
+        xp = namespace(slope=self.slope)
+        if self.directions == 1:
+            return (self.slope[0] < 0) & (self.slope_at(1.0)[0] > 0)
+        free = free_minimiser(self.slope, self.curvature)
+        return xp.all((free > 0) & (free < 1)) & self.is_convex
+
+    def minimiser(self, constraint: Constrained = None) -> Array:
+        """Return the coefficients a* at which the loss is smallest, [K].
 
         Args:
-            clip: minimise over [0, 1]. A concave or linear quadratic then has its minimum at an end; a constant one
-                gives 0, the stable model. Without it, the stationary point, and 0 where there is no curvature.
+            constraint: None for anywhere (the stationary point), "box" for [0, 1] each, "simplex" for non-negative
+                coefficients with sum 1. Where nothing is curved or sloped, all zero; on the simplex, all on the first.
+
+        Raises:
+            BecameError: for an unknown constraint, or for many directions under a trace (see ``constraints``).
         """
-        xp = namespace(slope=self.slope, curvature=self.curvature)
-        zero, one = xp.zeros_like(self.slope), xp.ones_like(self.slope)
-        # `not (c <= 0)` rather than `c > 0`: what is not a number must not pass for "no curvature".
-        curved = xp.logical_not(self.curvature <= 0) if clip else self.curvature != 0
-        # The inner `where` keeps the branch not taken finite: its infinite gradient would poison the one that is.
-        stationary = -self.slope / xp.where(curved, self.curvature, one)
-        if not clip:
-            return xp.where(curved, stationary, zero)
-        better_end = xp.where(self.value(one) < 0, one, zero)
-        return xp.where(curved, xp.clip(stationary, 0.0, 1.0), better_end)
+        if constraint is None:
+            return free_minimiser(self.slope, self.curvature)
+        if constraint == "box":
+            return minimise_in_box(self.slope, self.curvature)
+        if constraint == "simplex":
+            return minimise_on_simplex(self.slope, self.curvature)
+        raise BecameError(f"there is no constraint '{constraint}'; give None, 'box' or 'simplex'.")
 
+    def predicted_gain(self, constraint: Constrained = "box") -> Array:
+        """Return how much smaller the loss is at the minimiser than at a = 0, a 0-d array, at least 0 in the box."""
+        return -self.value(self.minimiser(constraint))
 
-def path_quadratic(
-    theta_gp: Tree,
-    theta_hat: Tree,
-    fisher_old: Tree,
-    fisher_new: Tree,
-    *,
-    gradient: Tree | None = None,
-    mean: Tree | None = None,
-) -> Quadratic:
-    """Return the Laplace cumulative loss on the segment from theta_gp to theta_hat, for diagonal curvatures.
+    def _point(self, a: Any) -> Array:
+        if not isinstance(a, int | float):
+            return a
+        if self.directions > 1:
+            raise BecameError(f"a point of {self.directions} directions is an array [{self.directions}], not a number.")
+        xp = namespace(slope=self.slope)
+        return xp.full((1,), float(a), dtype=self.slope.dtype, device=device(self.slope))
 
-    Args:
-        theta_gp: the stable weights (stage 1), an array or a tree of arrays.
-        theta_hat: the plastic weights (stage 2), of the same structure and shapes, like all that follow.
-        fisher_old: the diagonal precision of the old tasks' posterior.
-        fisher_new: the diagonal curvature of the new task at theta_hat, in the same unit (means over samples, say).
-        gradient: the new task's gradient at theta_hat; zero if not given (stage 2 converged).
-        mean: the old posterior's mean; theta_gp if not given.
-
-    Raises:
-        BecameError: if structures, shapes or frameworks differ, or a curvature is negative or not a number.
-    """
-    trees = {"theta_gp": theta_gp, "theta_hat": theta_hat, "fisher_old": fisher_old, "fisher_new": fisher_new}
-    trees |= {"gradient": gradient} if gradient is not None else {}
-    trees |= {"mean": mean} if mean is not None else {}
-    total = None
-    for leaf in aligned_leaves(**trees):
-        part = _leaf_quadratic(leaf, has_gradient=gradient is not None, has_mean=mean is not None)
-        total = part if total is None else total + part
-    if total is None:
-        raise BecameError("theta_gp has no arrays; give at least one.")
-    return total
-
-
-def _leaf_quadratic(leaf: dict[str, Array], *, has_gradient: bool, has_mean: bool) -> Quadratic:
-    xp = namespace(**leaf)
-    dtype = reduction_dtype(xp, **leaf)
-    labels = list(leaf)
-    arrays = [xp.astype(array, dtype, copy=False) for array in leaf.values()]
-    theta_gp, theta_hat, fisher_old, fisher_new, *rest = arrays
-    check_diagonal(xp, labels[2], fisher_old)
-    check_diagonal(xp, labels[3], fisher_new)
-    delta = theta_hat - theta_gp
-    new = xp.sum(delta * delta * fisher_new)
-    old = xp.sum(delta * delta * fisher_old)
-    slope = -new
-    if has_gradient:
-        slope = slope + xp.sum(rest[0] * delta)
-    if has_mean:
-        slope = slope + xp.sum((theta_gp - rest[-1]) * fisher_old * delta)
-    return Quadratic(slope, old + new)
-
-
-def check_diagonal(xp: Any, label: str, values: Array) -> None:
-    """Raise a BecameError that names the array if an entry is negative or not a number."""
-    # `not (x >= 0)` rather than `x < 0`: the comparison is false for a NaN too.
-    check_values(
-        xp.all(values >= 0), f"{label} has negative or NaN entries; a curvature's diagonal must be at least 0."
-    )
+    def _bend(self, point: Array) -> Array:
+        """C a, for each point."""
+        xp = namespace(point=point, curvature=self.curvature)
+        return xp.sum(self.curvature * xp.expand_dims(point, axis=-2), axis=-1)

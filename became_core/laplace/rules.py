@@ -1,76 +1,246 @@
-"""Rules that turn what was measured at the end of stage 2 into the quadratic whose minimiser is alpha*.
+"""Merging rules: values with one interface, ``merge(models, losses)``, from K models to one.
 
-Each rule is a value, so that an estimator can be chosen; all share one interface, ``quadratic(...)``.
-Convention: curvatures of the new task are means over its samples, like those summed in the posterior.
+A rule is given K models and what is known of the losses that the merged model must serve. In a continual run these are
+(theta_gp, theta_hat) and (the old tasks' posterior, the new task measured at theta_hat); in federated or ensemble
+merging, the clients' weights and each client's own loss near them.
+
+| rule | merged weights | source |
+| --- | --- | --- |
+| ``Equal`` | the mean | |
+| ``Fixed`` | (1 - alpha) theta_1 + alpha theta_2, alpha chosen by hand | CoMA, Marouf 2024 |
+| ``MeanIMM`` | sum_k m_k theta_k | Lee 2017, mean-based IMM |
+| ``ModeIMM`` | (sum_k m_k F_k)^-1 sum_k m_k F_k theta_k, F_k diagonal | Lee 2017, mode-based IMM |
+| ``FisherMerge`` | the same, of any K models with any weights | Matena & Raffel 2022 |
+| ``Became`` | the minimum of the losses' quadratic between the models | BECAME 2025 |
+| ``GridSearch`` | the best of a grid by a true loss | |
 """
 
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
 
-from became_core.arrays import Array, Params, namespace
-from became_core.laplace.posterior import LaplacePosterior
-from became_core.laplace.precision import Diagonal
+from became_core.arrays import Array, Params, Tree, namespace, reduction_dtype
+from became_core.errors import BecameError
+from became_core.laplace.estimators import Calibrated, Estimator, Frame, LocalLoss, difference
+from became_core.laplace.expansion import Per, group_names, group_of
+from became_core.laplace.merge import combine, merge, scalar
+from became_core.laplace.path import trace_path
 from became_core.laplace.quadratic import Quadratic
 
-__all__ = ["Calibrated", "MergeRule", "NewTask", "Published"]
+__all__ = ["Became", "Equal", "FisherMerge", "Fixed", "GridSearch", "MeanIMM", "Merged", "MergeRule", "ModeIMM"]
 
 
-class NewTask(Protocol):
-    """The new task's loss near theta_hat; a rule asks for what it needs and nothing else is computed."""
+class Merged(NamedTuple):
+    """What a rule returns.
 
-    def diagonal(self) -> Diagonal:
-        """Return the diagonal Fisher information at theta_hat."""
+    Attributes:
+        theta: the merged weights.
+        alpha: of two models, the second one's coefficient, 0-d or a tree of such; of more, all coefficients, [K]; None
+            where the merged weights lie on no segment.
+    """
 
-    def along(self, delta: Params) -> tuple[Array, Array]:
-        """Return (g.delta, delta.GGN.delta) at theta_hat, with no approximation of either."""
+    theta: Params
+    alpha: Array | Tree | None
 
 
 class MergeRule(Protocol):
-    """How to estimate the cumulative loss between theta_gp and theta_hat."""
+    """How to make one model of several."""
 
-    def quadratic(
-        self, theta_gp: Params, theta_hat: Params, posterior: LaplacePosterior, new_task: NewTask
-    ) -> Quadratic:
-        """Return the quadratic along the segment."""
+    def merge(self, models: Sequence[Params], losses: Sequence[LocalLoss]) -> Merged:
+        """Return the merged weights.
 
-
-@dataclass(frozen=True)
-class Published:
-    """The paper's closed form: two diagonals, stage 2 converged (g = 0), and the posterior's mean at theta_gp."""
-
-    def quadratic(
-        self, theta_gp: Params, theta_hat: Params, posterior: LaplacePosterior, new_task: NewTask
-    ) -> Quadratic:
-        """Return the quadratic with slope -delta.F_new.delta and curvature delta.(F_old + F_new).delta."""
-        delta = difference(theta_hat, theta_gp)
-        new = new_task.diagonal().inner(delta, delta)
-        return Quadratic(slope=-new, curvature=new + posterior.precision.inner(delta, delta))
+        Args:
+            models: at least two, of one structure.
+            losses: what the merged model must serve; rules ask for what they need, and nothing else is computed.
+        """
 
 
 @dataclass(frozen=True)
-class Calibrated:
-    """The full formula, with the new task's directional curvature and gradient exact and the old side calibrated.
+class Equal:
+    """The plain mean of all models."""
 
-    A diagonal underestimates the curvature along delta, two- to eight-fold on convolutional networks. In a ratio of
-    two diagonals that cancels; beside an exact curvature it does not. So the old diagonal is scaled by kappa, the
-    exact over the diagonal curvature of the new task along this very delta: the one place where both are known.
+    def merge(self, models: Sequence[Params], losses: Sequence[LocalLoss]) -> Merged:
+        """Return the mean."""
+        return MeanIMM().merge(models, losses)
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """A coefficient chosen by hand, the same at every merge.
+
+    Raises:
+        BecameError: if it is not in [0, 1].
     """
 
-    def quadratic(
-        self, theta_gp: Params, theta_hat: Params, posterior: LaplacePosterior, new_task: NewTask
-    ) -> Quadratic:
-        """Return new + kappa * old, the new part having slope g.delta - delta.GGN.delta at theta_gp."""
+    alpha: float
+
+    def __post_init__(self) -> None:
+        """Check the coefficient."""
+        if not 0 <= self.alpha <= 1:
+            raise BecameError(f"the merging coefficient is {self.alpha}; it must be in [0, 1].")
+
+    def merge(self, models: Sequence[Params], losses: Sequence[LocalLoss]) -> Merged:
+        """Return (1 - alpha) theta_1 + alpha theta_2."""
+        first, second = _two(models, "a fixed coefficient")
+        return Merged(merge(first, second, self.alpha), _array(self.alpha, first))
+
+
+@dataclass(frozen=True)
+class MeanIMM:
+    """Mean-based incremental moment matching: the mixture's mean.
+
+    Attributes:
+        mixing: m_k, non-negative, scaled to sum 1; equal if not given.
+    """
+
+    mixing: tuple[float, ...] | None = None
+
+    def merge(self, models: Sequence[Params], losses: Sequence[LocalLoss]) -> Merged:
+        """Return sum_k m_k theta_k."""
+        mixing = _mixing(self.mixing, len(models))
+        alpha = mixing[1] if len(models) == 2 else mixing
+        return Merged(combine(models, mixing), _array(alpha, models[0]))
+
+
+@dataclass(frozen=True)
+class ModeIMM:
+    """Mode-based incremental moment matching: the mode of the product of the models' Laplace posteriors.
+
+    Attributes:
+        mixing: m_k, non-negative, scaled to sum 1; equal if not given.
+    """
+
+    mixing: tuple[float, ...] | None = None
+
+    def merge(self, models: Sequence[Params], losses: Sequence[LocalLoss]) -> Merged:
+        """Return (sum_k m_k F_k)^-1 sum_k m_k F_k theta_k, F_k being the diagonal of loss k."""
+        if len(losses) != len(models):
+            raise BecameError(f"there are {len(models)} models and {len(losses)} losses; give each model's own loss.")
+        precisions = [loss.diagonal().values for loss in losses]
+        return Merged(precision_weighted_mean(models, precisions, _mixing(self.mixing, len(models))), None)
+
+
+@dataclass(frozen=True)
+class FisherMerge:
+    """Fisher-weighted averaging of K models.
+
+    Attributes:
+        weights: lambda_k, each model's importance, non-negative; equal if not given.
+    """
+
+    weights: tuple[float, ...] | None = None
+
+    def merge(self, models: Sequence[Params], losses: Sequence[LocalLoss]) -> Merged:
+        """Return (sum_k lambda_k F_k)^-1 sum_k lambda_k F_k theta_k."""
+        return ModeIMM(self.weights).merge(models, losses)
+
+
+@dataclass(frozen=True)
+class Became:
+    """The minimum of the losses' estimated quadratic between the models, in closed form.
+
+    Attributes:
+        precision: how the losses' curvatures are estimated; ``estimators`` has several.
+        per: "model" for one coefficient, "layer" or "leaf" for one each (of two models).
+    """
+
+    precision: Estimator = field(default_factory=Calibrated)
+    per: Per = "model"
+
+    def merge(self, models: Sequence[Params], losses: Sequence[LocalLoss]) -> Merged:
+        """Return the best point of the segment between two models, or of the simplex that K models span."""
+        if len(models) == 2:
+            return self._between(*models, losses)
+        if self.per != "model":
+            raise BecameError(f"a coefficient per {self.per} is for two models, not {len(models)}.")
+        first, *others = models
+        newest = [0.0] * (len(others) - 1) + [1.0]
+        frame = Frame(first, [difference(model, first) for model in others], newest)
+        quadratic = self.precision.quadratic(frame, losses)
+        coefficients = _with_origin(quadratic).minimiser("simplex")
+        return Merged(combine(models, coefficients), coefficients)
+
+    def _between(self, theta_gp: Params, theta_hat: Params, losses: Sequence[LocalLoss]) -> Merged:
         delta = difference(theta_hat, theta_gp)
-        slope_at_hat, exact = new_task.along(delta)
-        diagonal = new_task.diagonal().inner(delta, delta)
-        xp = namespace(exact=exact, diagonal=diagonal)
-        one = xp.ones_like(diagonal)
-        kappa = xp.where(diagonal > 0, exact / xp.where(diagonal > 0, diagonal, one), one)
-        new = Quadratic(slope=slope_at_hat - exact, curvature=exact)
-        old: Quadratic = posterior.quadratic(theta_gp, delta) * kappa
-        return new + old
+        if self.per == "model":
+            alpha = self.precision.quadratic(Frame(theta_gp, [delta], [1.0]), losses).minimiser("box")[0]
+            return Merged(merge(theta_gp, theta_hat, alpha), alpha)
+        groups = group_names(theta_gp, self.per)
+        directions = [
+            {name: value if group_of(name, self.per) == group else value * 0 for name, value in delta.items()}
+            for group in groups
+        ]
+        frame = Frame(theta_gp, directions, [1.0] * len(groups))
+        found = self.precision.quadratic(frame, losses).minimiser("box")
+        alphas = {name: found[groups.index(group_of(name, self.per))] for name in theta_gp}
+        return Merged(merge(theta_gp, theta_hat, alphas), alphas)
 
 
-def difference(left: Params, right: Params) -> Params:
-    """Return left - right, name by name."""
-    return {name: value - right[name] for name, value in left.items()}
+@dataclass(frozen=True)
+class GridSearch:
+    """The best coefficient of an even grid by a true loss: what a closed form is held against.
+
+    Attributes:
+        loss: of a model; a number, or a 0-d array.
+        points: how many, both ends among them.
+    """
+
+    loss: Callable[[Params], Any]
+    points: int = 21
+
+    def merge(self, models: Sequence[Params], losses: Sequence[LocalLoss]) -> Merged:
+        """Return the best of the segment's grid points."""
+        first, second = _two(models, "a grid search")
+        if self.points < 2:
+            raise BecameError(f"a grid of {self.points} points has no ends; give at least 2.")
+        alphas = [index / (self.points - 1) for index in range(self.points)]
+        values = [float(value) for value in trace_path(self.loss, first, second, alphas).values]
+        best = alphas[values.index(min(values))]
+        return Merged(merge(first, second, best), _array(best, first))
+
+
+def precision_weighted_mean(
+    models: Sequence[Params], precisions: Sequence[Params], weights: Sequence[float]
+) -> Params:
+    """Return (sum_k w_k F_k)^-1 sum_k w_k F_k theta_k; the weighted mean of the models where every F_k is zero."""
+    merged = {}
+    for name, first in models[0].items():
+        xp = namespace(model=first)
+        factors = [weight * precision[name] for weight, precision in zip(weights, precisions, strict=True)]
+        total = sum(factors[1:], factors[0])
+        known = total > 0
+        safe = xp.where(known, total, xp.ones_like(total))
+        # From the first model: where all agree, so does the result, to the bit.
+        step = xp.zeros_like(first)
+        for model, factor, weight in zip(models, factors, weights, strict=True):
+            step = step + xp.where(known, factor / safe, xp.zeros_like(total) + weight) * (model[name] - first)
+        merged[name] = xp.astype(first + step, first.dtype, copy=False)
+    return merged
+
+
+def _with_origin(quadratic: Quadratic) -> Quadratic:
+    """The same quadratic with the origin as a direction of its own, to which nothing leads: K models' simplex."""
+    xp = namespace(slope=quadratic.slope)
+    column = xp.zeros_like(quadratic.curvature[:, :1])
+    row = xp.zeros_like(quadratic.slope[:1])
+    below = xp.concat([column, quadratic.curvature], axis=1)
+    above = xp.zeros_like(below[:1, :])
+    return Quadratic(xp.concat([row, quadratic.slope]), xp.concat([above, below], axis=0))
+
+
+def _two(models: Sequence[Params], what: str) -> tuple[Params, Params]:
+    if len(models) != 2:
+        raise BecameError(f"{what} is for two models, not {len(models)}.")
+    return models[0], models[1]
+
+
+def _mixing(mixing: Sequence[float] | None, count: int) -> list[float]:
+    given = [1.0] * count if mixing is None else list(mixing)
+    if len(given) != count or min(given) < 0 or sum(given) <= 0:
+        raise BecameError(f"the mixing is {given} for {count} models; give one non-negative number each, not all 0.")
+    return [each / sum(given) for each in given]
+
+
+def _array(number: float | Sequence[float], like: Params) -> Array:
+    first = next(iter(like.values()))
+    return scalar(number, reduction_dtype(namespace(model=first), model=first), first)

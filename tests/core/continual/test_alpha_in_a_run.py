@@ -32,8 +32,8 @@ def jacobians(theta: dict[str, Array], task: Task) -> tuple[Array, Array]:
         for entry in range(theta[name].size):
             unit = {other: np.zeros_like(value) for other, value in theta.items()}
             unit[name].flat[entry] = 1.0
-            (batch,) = learner.pushforward(task.index, task.train, len(task.train), unit)
-            columns.append(batch.tangent)
+            (batch,) = learner.pushforward(task.index, task.train, len(task.train), [unit])
+            columns.append(batch.tangents[0])
     return learner.logits(task.train, 1000)[:, task.index], np.stack(columns, axis=2)
 
 
@@ -78,7 +78,7 @@ def test_alpha_is_the_oracles(name: str, rate: float) -> None:
     if name == "became":
         old, new = empirical_fisher(mu, first), empirical_fisher(theta_hat, second)
         logits, jacobian = jacobians(theta_hat, second)
-        slope, exact = directional_derivatives(logits, jacobian, STREAM.targets[second.train], delta)
+        (slope,), ((exact,),) = directional_derivatives(logits, jacobian, STREAM.targets[second.train], delta[None])
         kappa = exact / (delta @ (new * delta))
         # Any gradient of that slope and any curvature of that form will do: only their values along delta count.
         gradient = slope * delta / (delta @ delta)

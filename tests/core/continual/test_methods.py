@@ -2,7 +2,7 @@ import pytest
 
 from became_core import BecameError
 from became_core.continual import METHODS, MethodSettings, build_method
-from became_core.laplace import Calibrated, Published
+from became_core.laplace import Became, Calibrated, Published
 from became_core.projection import GPM
 
 SETTINGS = MethodSettings(gpm_threshold=0.9, gpm_increment=0.01, ewc_strength=7.0)
@@ -28,9 +28,9 @@ def test_who_does_what() -> None:
     assert {name for name, method in methods.items() if method.keeps_posterior} == {"ewc", "became", "became-paper"}
     assert {name for name, method in methods.items() if method.joint} == {"joint"}
     assert methods["ewc"].penalty_strength == 7.0
-    assert methods["became"].rule == Calibrated()
+    assert methods["became"].rule == Became(Calibrated())
     assert methods["became"].fisher == "empirical"
-    assert methods["became-paper"].rule == Published()
+    assert methods["became-paper"].rule == Became(Published())
     assert methods["became-paper"].fisher == "batch"
 
 

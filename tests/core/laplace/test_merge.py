@@ -245,11 +245,20 @@ def test_negative_or_nan_curvatures_are_refused(xp: Any, name: str, value: float
         optimal_alpha(**trees)
 
 
-@pytest.mark.parametrize("name", ["theta_gp", "theta_hat", "gradient", "mean"])
-def test_weights_that_are_not_numbers_give_no_number(xp: Any, name: str) -> None:
-    trees = {key: xp.ones((2,)) for key in NAMES} | {"theta_hat": xp.zeros((2,))}
-    trees[name] = xp.asarray([1.0, float("nan")])
-    assert np.isnan(float(optimal_alpha(**trees)))
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_refused(xp: Any, name: str, value: float) -> None:
+    trees = {key: {"w": xp.ones((2,))} for key in NAMES} | {"theta_hat": {"w": xp.zeros((2,))}}
+    trees[name] = {"w": xp.asarray([1.0, value])}
+    message = "negative or NaN entries" if "fisher" in name and np.isnan(value) else "infinite or not a number"
+    with pytest.raises(BecameError, match=rf"^{name} 'w' has .*{message}"):
+        optimal_alpha(**trees)
+
+
+def test_a_sum_beyond_the_dtype_is_refused(xp: Any) -> None:
+    huge = xp.asarray([1e30, 1e30], dtype=xp.float32)
+    with pytest.raises(BecameError, match=r"^the curvature along theta_gp 'w' is too large for its dtype"):
+        optimal_alpha(*({"w": each} for each in (-huge, huge, huge, huge)))
 
 
 def test_mixed_frameworks_are_refused(xp: Any) -> None:

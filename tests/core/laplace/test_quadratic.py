@@ -1,158 +1,215 @@
+"""The quadratic of K directions: its values, checks, and minimisers against brute force."""
+
 from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
-from became_core import BecameError, Quadratic, path_quadratic
-from became_core.arrays import namespace
-from reference.formulas import laplace_loss
+from became_core import BecameError, Quadratic
+from reference.quadratics import height, minimum_in_box, minimum_on_simplex
 from tests.backends import to_numpy, to_xp
-from tests.strategies import Segment, segments
 
-EIGHTHS = st.integers(-64, 64).map(lambda value: value / 8)
-ALPHAS = st.sampled_from([-0.5, 0.0, 0.25, 0.5, 1.0, 1.5])
+Array = NDArray[np.float64]
 
 
-def quadratic_of(xp: Any, segment: Segment) -> Quadratic:
-    return path_quadratic(
-        to_xp(xp, segment.theta_gp),
-        to_xp(xp, segment.theta_hat),
-        to_xp(xp, segment.fisher_old),
-        to_xp(xp, segment.fisher_new),
-        gradient=to_xp(xp, segment.gradient),
-        mean=to_xp(xp, segment.mean),
-    )
+def of(xp: Any, slope: Any, curvature: Any) -> Quadratic:
+    return Quadratic(xp.asarray(np.array(slope, dtype=float)), xp.asarray(np.array(curvature, dtype=float)))
 
 
-def of_numbers(xp: Any, slope: float, curvature: float) -> Quadratic:
-    return Quadratic(xp.asarray(slope, dtype=xp.float64), xp.asarray(curvature, dtype=xp.float64))
+def scalar(xp: Any, slope: float, curvature: float) -> Quadratic:
+    return of(xp, [slope], [[curvature]])
 
 
-@given(segment=segments(), alpha=ALPHAS)
-def test_it_is_the_objective_up_to_a_constant(xp: Any, segment: Segment, alpha: float) -> None:
-    quadratic = quadratic_of(xp, segment)
-    expected = laplace_loss(alpha, *segment.dense()) - laplace_loss(0.0, *segment.dense())
-    assert float(quadratic.value(alpha)) == pytest.approx(expected, rel=1e-12, abs=1e-12)
+@st.composite
+def problems(draw: st.DrawFn, low: int = 1, high: int = 4, indefinite: bool = False) -> tuple[Array, Array]:
+    """Slope and curvature: a square of a matrix of small integers, so of any rank; or any symmetric matrix."""
+    size = draw(st.integers(low, high))
+    entries = st.integers(-3, 3)
+    slope = np.array(draw(st.lists(entries, min_size=size, max_size=size)), dtype=float)
+    root = np.array(draw(st.lists(entries, min_size=size * size, max_size=size * size)), dtype=float)
+    root = root.reshape(size, size)
+    return slope, root + root.T if indefinite else root @ root.T
 
 
-@given(segment=segments(), alpha=ALPHAS)
-def test_its_slope_is_the_derivative(xp: Any, segment: Segment, alpha: float) -> None:
-    quadratic, step = quadratic_of(xp, segment), 0.5  # a central difference is exact for a quadratic
-    difference = float(quadratic.value(alpha + step) - quadratic.value(alpha - step)) / (2 * step)
-    assert float(quadratic.slope_at(alpha)) == pytest.approx(difference, rel=1e-12, abs=1e-12)
+@given(problem=problems())
+def test_values_and_slopes_are_the_formulas(xp: Any, problem: tuple[Array, Array]) -> None:
+    slope, curvature = problem
+    quadratic = of(xp, slope, curvature)
+    points = np.linspace(-1, 2, 3 * len(slope)).reshape(3, -1)
+    values, slopes = quadratic.value(to_xp(xp, points)), quadratic.slope_at(to_xp(xp, points))
+    for index, a in enumerate(points):
+        assert float(values[index]) == pytest.approx(height(slope, curvature, a), abs=1e-12)
+        np.testing.assert_allclose(to_numpy(slopes)[index], slope + curvature @ a, atol=1e-12)
+        assert float(quadratic.value(to_xp(xp, a))) == pytest.approx(height(slope, curvature, a), abs=1e-12)
 
 
-@given(segment=segments())
-def test_quadratics_add_over_leaves(xp: Any, segment: Segment) -> None:
-    trees = (
-        segment.theta_gp,
-        segment.theta_hat,
-        segment.fisher_old,
-        segment.fisher_new,
-        segment.gradient,
-        segment.mean,
-    )
-    parts = [quadratic_of(xp, Segment(*({name: tree[name]} for tree in trees))) for name in segment.theta_gp]
-    total = parts[0]
-    for part in parts[1:]:
-        total = total + part
-    whole = quadratic_of(xp, segment)
-    assert float(total.slope) == float(whole.slope)
-    assert float(total.curvature) == float(whole.curvature)
+@given(problem=problems(), unit=st.sampled_from([0.5, 3.0]))
+def test_quadratics_add_and_scale(xp: Any, problem: tuple[Array, Array], unit: float) -> None:
+    slope, curvature = problem
+    quadratic = of(xp, slope, curvature)
+    total = quadratic + quadratic * unit
+    np.testing.assert_allclose(to_numpy(total.slope), (1 + unit) * slope, rtol=1e-15)
+    np.testing.assert_allclose(to_numpy(total.curvature), (1 + unit) * curvature, rtol=1e-15)
 
 
-@given(segment=segments())
-def test_quadratics_add_over_losses(xp: Any, segment: Segment) -> None:
-    zero = {name: np.zeros_like(value) for name, value in segment.theta_gp.items()}
-    s = segment
-    old = quadratic_of(xp, Segment(s.theta_gp, s.theta_hat, s.fisher_old, zero, zero, s.mean))
-    new = quadratic_of(xp, Segment(s.theta_gp, s.theta_hat, zero, s.fisher_new, s.gradient, s.mean))
-    assert float((old + new).slope) == float(quadratic_of(xp, s).slope)
-    assert float((old + new).curvature) == float(quadratic_of(xp, s).curvature)
+@given(problem=problems())
+def test_the_free_minimiser_is_stationary(xp: Any, problem: tuple[Array, Array]) -> None:
+    slope, curvature = problem
+    slope = curvature @ slope  # in the range of C, so that there is a minimum
+    found = to_numpy(of(xp, slope, curvature).minimiser())
+    np.testing.assert_allclose(slope + curvature @ found, 0, atol=1e-6 * (1 + np.abs(slope).max()))
 
 
-@given(segment=segments())
-def test_positive_semi_definite_curvatures_make_it_convex(xp: Any, segment: Segment) -> None:
-    assert bool(quadratic_of(xp, segment).is_convex)
+@given(problem=problems())
+def test_the_box_minimiser_is_that_of_brute_force(xp: Any, problem: tuple[Array, Array]) -> None:
+    slope, curvature = problem
+    found = to_numpy(of(xp, slope, curvature).minimiser("box"))
+    assert found.min() >= 0
+    assert found.max() <= 1
+    best = minimum_in_box(slope, curvature)
+    assert height(slope, curvature, found) <= best + 1e-9 * (1 + abs(best))
 
 
-@given(slope=EIGHTHS, curvature=EIGHTHS)
-def test_the_clipped_minimiser_is_the_best_of_the_interval(xp: Any, slope: float, curvature: float) -> None:
-    quadratic = of_numbers(xp, slope, curvature)
-    alpha = float(quadratic.minimiser())
-    assert 0 <= alpha <= 1
-    grid = np.linspace(0, 1, 129)
-    assert float(quadratic.value(alpha)) <= np.min(slope * grid + curvature * grid**2 / 2) + 1e-12
+@given(problem=problems())
+def test_the_simplex_minimiser_is_that_of_brute_force(xp: Any, problem: tuple[Array, Array]) -> None:
+    slope, curvature = problem
+    found = to_numpy(of(xp, slope, curvature).minimiser("simplex"))
+    assert found.min() >= 0
+    assert found.sum() == pytest.approx(1, abs=1e-12)
+    best = minimum_on_simplex(slope, curvature)
+    assert height(slope, curvature, found) <= best + 1e-9 * (1 + abs(best))
 
 
-@given(slope=EIGHTHS, curvature=EIGHTHS.filter(lambda value: value != 0))
-def test_the_free_minimiser_is_stationary(xp: Any, slope: float, curvature: float) -> None:
-    quadratic = of_numbers(xp, slope, curvature)
-    assert float(quadratic.slope_at(quadratic.minimiser(clip=False))) == pytest.approx(0, abs=1e-12)
+@given(problem=problems(low=2, high=3, indefinite=True), constraint=st.sampled_from(["box", "simplex"]))
+def test_an_indefinite_quadratic_has_its_global_minimum(xp: Any, problem: tuple[Array, Array], constraint: Any) -> None:
+    slope, curvature = problem
+    values = np.linalg.eigvalsh(curvature)
+    assume(values[0] < -0.5)
+    assume(np.abs(values).min() > 0.1)
+    found = to_numpy(of(xp, slope, curvature).minimiser(constraint))
+    oracle = minimum_in_box if constraint == "box" else minimum_on_simplex
+    best = oracle(slope, curvature)
+    assert height(slope, curvature, found) <= best + 1e-9 * (1 + abs(best))
+
+
+@given(problem=problems(low=6, high=7), constraint=st.sampled_from(["box", "simplex"]))
+def test_the_walk_of_many_directions_meets_the_optimality_conditions(
+    xp: Any, problem: tuple[Array, Array], constraint: Any
+) -> None:
+    slope, curvature = problem
+    if constraint == "simplex":  # so many that faces are not enumerated
+        slope, curvature = np.tile(slope, 2), np.kron(np.array([[2.0, 1.0], [1.0, 2.0]]), curvature)
+    found = to_numpy(of(xp, slope, curvature).minimiser(constraint))
+    gradient = slope + curvature @ found
+    slack = 1e-7 * (1 + np.abs(slope).max() + np.abs(curvature).max())
+    assert found.min() >= 0
+    if constraint == "box":
+        assert found.max() <= 1
+        assert (gradient[found < 1] >= -slack).all()
+        assert (gradient[found > 0] <= slack).all()
+    else:
+        assert found.sum() == pytest.approx(1)
+        assert gradient[found > 1e-9].max() <= gradient.min() + slack
+
+
+@given(problem=problems(low=2, high=4))
+def test_walk_and_faces_agree(xp: Any, problem: tuple[Array, Array]) -> None:
+    """The two ways to the same minimum."""
+    from became_core.laplace.active_set import Box, Simplex, walk
+
+    slope, curvature = problem
+    curvature = curvature + np.eye(len(slope))  # one minimiser
+    quadratic = of(xp, slope, curvature)
+    for region, constraint in ((Box, "box"), (Simplex, "simplex")):
+        walked = to_numpy(walk(region(quadratic.slope, quadratic.curvature)))
+        np.testing.assert_allclose(walked, to_numpy(quadratic.minimiser(constraint)), atol=1e-9)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
-    ("slope", "curvature", "expected"),
+    ("slope", "curvature", "clipped", "free"),
     [
-        (0.0, 0.0, 0.0),  # any alpha is optimal: the stable model
-        (0.0, 2.0, 0.0),
-        (1.0, 2.0, 0.0),  # uphill from the start
-        (-1.0, 2.0, 0.5),
-        (-2.0, 2.0, 1.0),
-        (-3.0, 2.0, 1.0),  # downhill to the end
-        (-1.0, 0.0, 1.0),  # linear
-        (1.0, 0.0, 0.0),
-        (-1.0, -2.0, 1.0),  # concave: the better end
-        (2.0, -2.0, 0.0),
-        (1.0, -2.0, 0.0),  # concave, ends equal
-        (0.5, -2.0, 1.0),
+        (-1.0, 4.0, 0.25, 0.25),
+        (-8.0, 4.0, 1.0, 2.0),  # -b >= c
+        (1.0, 4.0, 0.0, -0.25),  # b >= 0
+        (0.0, 0.0, 0.0, 0.0),  # constant: the stable model
+        (-1.0, 0.0, 1.0, 0.0),  # linear
+        (1.0, 0.0, 0.0, 0.0),
+        (-1.0, -4.0, 1.0, -0.25),  # concave: an end
+        (3.0, -4.0, 0.0, 0.75),
+        (1.0, -4.0, 1.0, 0.25),
+        (-5e-324, 5e-324, 0.0, 0.0),  # denormal: nothing is curved
+        (-1e-300, 4e-300, 0.25, 0.25),
     ],
 )
-def test_degenerate_cases(xp: Any, slope: float, curvature: float, expected: float) -> None:
-    assert float(of_numbers(xp, slope, curvature).minimiser()) == expected
+def test_one_direction(xp: Any, slope: float, curvature: float, clipped: float, free: float) -> None:
+    quadratic = scalar(xp, slope, curvature)
+    assert float(quadratic.minimiser("box")[0]) == clipped
+    assert float(quadratic.minimiser()[0]) == free
 
 
-def test_without_curvature_the_free_minimiser_is_the_stable_model(xp: Any) -> None:
-    assert float(of_numbers(xp, -1.0, 0.0).minimiser(clip=False)) == 0.0
+def test_a_number_that_is_none_does_not_pass_for_no_curvature(xp: Any) -> None:
+    assert np.isnan(float(scalar(xp, -1.0, np.nan).minimiser("box")[0]))
+    assert np.isnan(float(scalar(xp, np.nan, 1.0).minimiser()[0]))
 
 
-@pytest.mark.parametrize("clip", [True, False])
-@pytest.mark.parametrize(("slope", "curvature"), [(np.nan, 1.0), (np.nan, np.nan), (-1.0, np.nan)])
-def test_what_is_not_a_number_is_not_hidden(xp: Any, slope: float, curvature: float, clip: bool) -> None:
-    assert np.isnan(float(of_numbers(xp, slope, curvature).minimiser(clip=clip)))
+def test_directions_that_coincide_share_and_flat_ones_stay(xp: Any) -> None:
+    twice = of(xp, [-1.0, -1.0], [[2.0, 2.0], [2.0, 2.0]])
+    np.testing.assert_allclose(to_numpy(twice.minimiser()), [0.25, 0.25], atol=1e-12)
+    flat = of(xp, [-1.0, 0.0], [[2.0, 0.0], [0.0, 0.0]])
+    np.testing.assert_allclose(to_numpy(flat.minimiser()), [0.5, 0.0], atol=1e-12)
+    assert to_numpy(of(xp, [0.0, 0.0, 0.0], np.zeros((3, 3))).minimiser("simplex")).tolist() == [1, 0, 0]
 
 
-@given(slope=EIGHTHS, curvature=EIGHTHS)
-def test_slopes_of_opposite_sign_put_the_optimum_inside(xp: Any, slope: float, curvature: float) -> None:
-    quadratic = of_numbers(xp, slope, curvature)
-    alpha = float(quadratic.minimiser())
-    inside = bool(quadratic.has_interior_optimum)
-    assert inside == (slope < 0 < slope + curvature)
-    if inside:
-        assert 0 < alpha < 1
+@given(problem=problems())
+def test_convexity_is_positive_semi_definiteness(xp: Any, problem: tuple[Array, Array]) -> None:
+    slope, curvature = problem
+    assert bool(of(xp, slope, curvature).is_convex)
+    assert not bool(of(xp, slope, curvature - (1 + np.trace(curvature)) * np.eye(len(slope))).is_convex)
+
+
+@pytest.mark.parametrize(
+    ("slope", "curvature", "interior"),
+    [(-1.0, 4.0, True), (-8.0, 4.0, False), (1.0, 4.0, False), (0.0, 4.0, False), (-4.0, 4.0, False), (-1, 0, False)],
+)
+def test_the_plasticity_theorem(xp: Any, slope: float, curvature: float, interior: bool) -> None:
+    quadratic = scalar(xp, slope, curvature)
+    assert bool(quadratic.has_interior_optimum) == interior
+    if interior:
+        alpha = quadratic.minimiser("box")
         assert float(quadratic.value(alpha)) < min(0.0, float(quadratic.value(1.0)))
 
 
-@given(slope=EIGHTHS, curvature=EIGHTHS, factor=st.sampled_from([0.25, 2.0, 8.0]))
-def test_a_positive_factor_leaves_the_minimiser(xp: Any, slope: float, curvature: float, factor: float) -> None:
-    quadratic = of_numbers(xp, slope, curvature)
-    scaled = quadratic * xp.asarray(factor, dtype=xp.float64)
-    assert float(scaled.minimiser()) == float(quadratic.minimiser())
-    assert float(scaled.value(0.5)) == factor * float(quadratic.value(0.5))
+def test_several_directions_have_their_optimum_inside_or_not(xp: Any) -> None:
+    curvature = [[2.0, 1.0], [1.0, 2.0]]
+    assert bool(of(xp, [-1.5, -1.5], curvature).has_interior_optimum)  # at (1/2, 1/2)
+    assert not bool(of(xp, [-3.0, 0.0], curvature).has_interior_optimum)  # at (2, -1)
 
 
-def test_results_are_0d_arrays_of_the_backend(xp: Any) -> None:
-    array = xp.ones((3,), dtype=xp.float32)
-    quadratic = path_quadratic(array, 2 * array, array, array)
-    for result in (quadratic.slope, quadratic.curvature, quadratic.minimiser()):
-        assert namespace(result=result, array=array)
-        assert tuple(result.shape) == ()
-        assert result.dtype == xp.float32
-    assert to_numpy(quadratic.slope) == -3
+def test_the_predicted_gain_is_what_the_minimum_lies_below_the_origin(xp: Any) -> None:
+    assert float(scalar(xp, -1.0, 4.0).predicted_gain()) == pytest.approx(1 / 8)
+    assert float(scalar(xp, -8.0, 4.0).predicted_gain()) == pytest.approx(6)
+    assert float(scalar(xp, -8.0, 4.0).predicted_gain(None)) == pytest.approx(8)
+    assert float(scalar(xp, 1.0, 4.0).predicted_gain()) == 0
 
 
-def test_a_tree_without_arrays_is_refused() -> None:
-    with pytest.raises(BecameError, match=r"^theta_gp has no arrays; give at least one\.$"):
-        path_quadratic({}, {}, {}, {})
+def test_single_precision_is_kept_and_resolves_minima_near_a_bound(xp: Any) -> None:
+    """Near a minimum values differ by less than rounding; 0.9999 must not become 1."""
+    curvature = xp.asarray(np.diag(np.array([2.0, 3.0], dtype=np.float32)))
+    slope = xp.asarray(np.array([-2 * 0.9999, -3 * 1e-4], dtype=np.float32))
+    found = Quadratic(slope, curvature).minimiser("box")
+    assert found.dtype == xp.float32
+    np.testing.assert_allclose(to_numpy(found), [0.9999, 1e-4], rtol=1e-5)
+
+
+def test_what_cannot_be_used_is_said(xp: Any) -> None:
+    with pytest.raises(BecameError, match=r"slope \(2,\) and curvature \(2, 3\); give \[K\] and \[K, K\]"):
+        Quadratic(xp.zeros((2,)), xp.zeros((2, 3)))
+    with pytest.raises(BecameError, match="slope .* give"):
+        Quadratic(xp.asarray(1.0), xp.asarray(1.0))
+    with pytest.raises(BecameError, match=r"there is no constraint 'ball'; give None, 'box' or 'simplex'\."):
+        scalar(xp, 1.0, 1.0).minimiser("ball")  # type: ignore[arg-type]
+    with pytest.raises(BecameError, match=r"a point of 2 directions is an array \[2\], not a number"):
+        of(xp, [1.0, 1.0], np.eye(2)).value(0.5)

@@ -1,93 +1,168 @@
-from dataclasses import dataclass
+"""Merging rules, of two models and of many, on problems whose optimum is known."""
+
 from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import assume, given
-from hypothesis import strategies as st
 
-from became_core.arrays import Array, Params
-from became_core.laplace import Calibrated, Diagonal, LaplacePosterior, NewTask, Published
-from reference.formulas import alpha_star
-from tests.backends import to_xp
+from became_core import BecameError
+from became_core.laplace import (
+    Became,
+    Calibrated,
+    Diagonal,
+    Diagonals,
+    Equal,
+    FisherMerge,
+    Fixed,
+    GridSearch,
+    LaplacePosterior,
+    MeanIMM,
+    MergeRule,
+    ModeIMM,
+    Published,
+    optimal_alpha,
+)
+from tests.backends import to_numpy, to_xp
 from tests.strategies import Segment, segments
 
 
-@dataclass(frozen=True)
-class Measured:
-    """A new task that answers with given numbers; ``exact_over_diagonal`` is what the diagonal misses."""
-
-    xp: Any
-    segment: Segment
-    exact_over_diagonal: float = 1.0
-
-    def diagonal(self) -> Diagonal:
-        return Diagonal(to_xp(self.xp, self.segment.fisher_new))
-
-    def along(self, delta: Params) -> tuple[Array, Array]:
-        gp, hat, _, new, gradient, _ = self.segment.dense()
-        slope, curvature = gradient @ (hat - gp), self.exact_over_diagonal * (hat - gp) @ new @ (hat - gp)
-        return to_xp(self.xp, np.asarray(slope)), to_xp(self.xp, np.asarray(curvature))
+def losses_of(xp: Any, segment: Segment) -> list[LaplacePosterior]:
+    """Each model's own loss, known where the model is."""
+    return [
+        LaplacePosterior(to_xp(xp, segment.theta_gp), Diagonal(to_xp(xp, segment.fisher_old))),
+        LaplacePosterior(to_xp(xp, segment.theta_hat), Diagonal(to_xp(xp, segment.fisher_new))),
+    ]
 
 
-def quadratic_by(rule: Published | Calibrated, xp: Any, segment: Segment, new_task: NewTask) -> Any:
-    posterior = LaplacePosterior(to_xp(xp, segment.mean), Diagonal(to_xp(xp, segment.fisher_old)))
-    return rule.quadratic(to_xp(xp, segment.theta_gp), to_xp(xp, segment.theta_hat), posterior, new_task)
+def models_of(xp: Any, segment: Segment) -> list[Any]:
+    return [to_xp(xp, segment.theta_gp), to_xp(xp, segment.theta_hat)]
+
+
+def cumulative(losses: list[LaplacePosterior], theta: Any) -> float:
+    return sum(float(loss.loss(theta)) for loss in losses)
 
 
 @given(segment=segments())
-def test_published_is_the_papers_closed_form(xp: Any, segment: Segment) -> None:
-    """It knows neither the gradient nor where the posterior's mean is."""
+@pytest.mark.parametrize("estimator", [Published(), Diagonals(), Calibrated()])
+def test_became_of_two_models_is_optimal_alpha(xp: Any, estimator: Any, segment: Segment) -> None:
+    """Where every loss is a diagonal quadratic known at its own model, all estimators agree."""
     assume(segment.curvature > 0)
-    alpha = float(quadratic_by(Published(), xp, segment, Measured(xp, segment)).minimiser())
-    assert alpha == pytest.approx(alpha_star(*segment.dense(full=False)), rel=1e-14)
+    merged = Became(estimator).merge(models_of(xp, segment), losses_of(xp, segment))
+    trees = (segment.theta_gp, segment.theta_hat, segment.fisher_old, segment.fisher_new)
+    expected = float(optimal_alpha(*(to_xp(xp, tree) for tree in trees)))
+    assert float(merged.alpha) == pytest.approx(expected, abs=1e-12)
+    for name, value in merged.theta.items():
+        between = segment.theta_gp[name] + expected * (segment.theta_hat[name] - segment.theta_gp[name])
+        np.testing.assert_allclose(to_numpy(value), between, atol=1e-11)
 
 
-@given(segment=segments(), kappa=st.sampled_from([0.25, 1.0, 8.0]))
-def test_calibrated_is_the_formula_by_hand(xp: Any, segment: Segment, kappa: float) -> None:
-    gp, hat, old, new, gradient, mean = segment.dense()
-    delta = hat - gp
-    exact = kappa * delta @ new @ delta
-    scale = kappa if exact > 0 else 1.0  # nothing to calibrate by: the old side as it is
-    quadratic = quadratic_by(Calibrated(), xp, segment, Measured(xp, segment, kappa))
-    assert float(quadratic.slope) == pytest.approx(
-        gradient @ delta - exact + scale * (gp - mean) @ old @ delta, rel=1e-13, abs=1e-13
+@given(segment=segments())
+def test_more_freedom_serves_the_losses_better(xp: Any, segment: Segment) -> None:
+    """Leaf by leaf is at least as good as model-wide, the mode at least as good as both, the mean no better."""
+    assume(segment.curvature > 0)
+    models, losses = models_of(xp, segment), losses_of(xp, segment)
+
+    def reached(rule: MergeRule) -> float:
+        return cumulative(losses, rule.merge(models, losses).theta)
+
+    mode, leaf, model = reached(ModeIMM()), reached(Became(per="leaf")), reached(Became())
+    slack = 1e-12 * (1 + model)
+    assert mode <= leaf + slack
+    assert leaf <= model + slack
+    assert model <= reached(Equal()) + slack
+    assert model <= min(reached(Fixed(0.3)), cumulative(losses, models[0]), cumulative(losses, models[1])) + slack
+
+
+@given(segment=segments())
+def test_the_grid_comes_as_close_as_its_spacing(xp: Any, segment: Segment) -> None:
+    assume(segment.curvature > 0)
+    models, losses = models_of(xp, segment), losses_of(xp, segment)
+    found = GridSearch(lambda theta: cumulative(losses, theta), points=41).merge(models, losses)
+    best = float(Became(Diagonals()).merge(models, losses).alpha)
+    assert abs(float(found.alpha) - best) <= 1 / 80 + 1e-9
+
+
+def clients(xp: Any, count: int = 6) -> tuple[list[Any], list[LaplacePosterior], Any]:
+    """Linear regression on clients of unequal size and noise: losses are exactly quadratic, so the optimum is known.
+
+    All inputs are rotations of one diagonal second moment, so each loss's curvature is diagonal and the sum's minimum
+    on the simplex of the clients' own solutions can be compared with.
+    """
+    draw = np.random.default_rng(3)
+    truth = draw.normal(size=8)
+    models, losses, moments = [], [], []
+    for client in range(count):
+        moment = draw.uniform(0.1, 1, size=8) * 10.0 ** (client % 3)
+        solution = truth + draw.normal(size=8) / np.sqrt(moment)
+        models.append(to_xp(xp, {"w": solution}))
+        losses.append(LaplacePosterior(models[-1], Diagonal(to_xp(xp, {"w": moment}))))
+        moments.append((moment, solution))
+    optimum = sum(m * s for m, s in moments) / sum(m for m, _ in moments)
+    return models, losses, to_xp(xp, {"w": optimum})
+
+
+@pytest.mark.parametrize("count", [3, 6, 12])  # the last by the active-set walk
+def test_clients_merged_on_the_simplex_beat_the_equal_average(xp: Any, count: int) -> None:
+    models, losses, optimum = clients(xp, count)
+    merged = Became(Diagonals()).merge(models, losses)
+    best, equal, simplex = (
+        cumulative(losses, theta) for theta in (optimum, Equal().merge(models, losses).theta, merged.theta)
     )
-    assert float(quadratic.curvature) == pytest.approx(exact + scale * delta @ old @ delta, rel=1e-13)
+    assert best <= simplex < 0.6 * equal + 0.4 * best
+    coefficients = to_numpy(merged.alpha)
+    assert coefficients.min() >= 0
+    assert coefficients.sum() == pytest.approx(1)
+    # The mode is the optimum itself here, since the curvatures are diagonal.
+    np.testing.assert_allclose(
+        to_numpy(FisherMerge().merge(models, losses).theta["w"]), to_numpy(optimum["w"]), rtol=1e-12
+    )
+    for corner in np.eye(count):  # and no mixture nearby is better
+        for pull in (0.01, 0.2):
+            mixed = MeanIMM(tuple((1 - pull) * coefficients + pull * corner)).merge(models, losses)
+            assert simplex <= cumulative(losses, mixed.theta) + 1e-9
 
 
-@given(segment=segments(), kappa=st.sampled_from([0.5, 2.0, 4.0]))
-def test_calibrated_is_exact_where_both_diagonals_miss_alike(xp: Any, segment: Segment, kappa: float) -> None:
-    gp, hat, old, new, gradient, mean = segment.dense()
-    assume((hat - gp) @ new @ (hat - gp) > 0)
-    truth = alpha_star(gp, hat, kappa * old, kappa * new, gradient, mean)
-    quadratic = quadratic_by(Calibrated(), xp, segment, Measured(xp, segment, kappa))
-    assert float(quadratic.minimiser(clip=False)) == pytest.approx(truth, rel=1e-12, abs=1e-12)
+@pytest.mark.parametrize(
+    ("rule", "expected"),
+    [
+        (Equal(), [1.0, 3.0]),
+        (Fixed(0.25), [0.5, 2.5]),
+        (MeanIMM((3.0, 1.0)), [0.5, 2.5]),
+        (ModeIMM(), [0.5, 3.0]),  # (3 * 0 + 1 * 2) / 4, and the mean where nothing is known
+        (ModeIMM((1.0, 3.0)), [1.0, 3.5]),
+        (FisherMerge((1.0, 3.0)), [1.0, 3.5]),
+    ],
+)
+def test_rules_by_hand(xp: Any, rule: MergeRule, expected: list[float]) -> None:
+    first, second = ({"w": xp.asarray(values)} for values in ([0.0, 2.0], [2.0, 4.0]))
+    losses = [
+        LaplacePosterior(first, Diagonal({"w": xp.asarray([3.0, 0.0])})),
+        LaplacePosterior(second, Diagonal({"w": xp.asarray([1.0, 0.0])})),
+    ]
+    np.testing.assert_allclose(to_numpy(rule.merge([first, second], losses).theta["w"]), expected, rtol=1e-15)
 
 
-@given(segment=segments())
-def test_calibrated_is_the_full_formula_where_nothing_is_missed(xp: Any, segment: Segment) -> None:
-    assume(segment.curvature > 0)
-    quadratic = quadratic_by(Calibrated(), xp, segment, Measured(xp, segment))
-    assert float(quadratic.minimiser(clip=False)) == pytest.approx(alpha_star(*segment.dense()), rel=1e-12, abs=1e-12)
+@pytest.mark.parametrize("rule", [Equal(), Fixed(0.3), ModeIMM(), Became(), Became(per="layer"), Became(Published())])
+def test_models_that_agree_stay_as_they_are(xp: Any, rule: MergeRule) -> None:
+    model = {"a.weight": xp.asarray([0.1, 0.7]), "b.weight": xp.asarray([0.3])}
+    loss = LaplacePosterior(model, Diagonal({name: value * 0 + 0.3 for name, value in model.items()}))
+    merged = rule.merge([model, dict(model)], [loss, loss]).theta
+    assert all(bool(xp.all(merged[name] == value)) for name, value in model.items())
 
 
-@pytest.mark.parametrize("rule", [Published(), Calibrated()])
-def test_models_that_agree_keep_the_stable_one(xp: Any, rule: Published | Calibrated) -> None:
-    one = {"w": np.ones(3)}
-    segment = Segment(one, one, one, one, one, one)
-    assert float(quadratic_by(rule, xp, segment, Measured(xp, segment)).minimiser()) == 0
-
-
-def test_a_gradient_moves_the_calibrated_alpha_only(xp: Any) -> None:
-    """An overshooting stage 2 (g.delta > 0) is to be trusted less than a converged one."""
-    one, none = {"w": np.ones(3)}, {"w": np.zeros(3)}
-    converged = Segment(none, one, one, one, none, none)
-    overshot = Segment(none, one, one, one, {"w": np.full(3, 0.5)}, none)
-
-    def alpha(rule: Published | Calibrated, segment: Segment) -> float:
-        return float(quadratic_by(rule, xp, segment, Measured(xp, segment)).minimiser())
-
-    assert alpha(Published(), overshot) == alpha(Published(), converged) == 0.5
-    assert alpha(Calibrated(), converged) == 0.5
-    assert alpha(Calibrated(), overshot) == 0.25
+def test_what_cannot_be_merged_is_said(xp: Any) -> None:
+    model = {"w": xp.asarray([1.0])}
+    loss = LaplacePosterior(model, Diagonal(model))
+    with pytest.raises(BecameError, match=r"the merging coefficient is 1\.5; it must be in \[0, 1\]"):
+        Fixed(1.5)
+    with pytest.raises(BecameError, match="a fixed coefficient is for two models, not 3"):
+        Fixed(0.5).merge([model] * 3, [loss] * 3)
+    with pytest.raises(BecameError, match="there are 2 models and 1 losses; give each model's own loss"):
+        ModeIMM().merge([model] * 2, [loss])
+    with pytest.raises(BecameError, match=r"the mixing is \[1\.0\] for 2 models"):
+        MeanIMM((1.0,)).merge([model] * 2, [])
+    with pytest.raises(BecameError, match="a coefficient per layer is for two models, not 3"):
+        Became(per="layer").merge([model] * 3, [loss] * 3)
+    with pytest.raises(BecameError, match="a grid of 1 points has no ends"):
+        GridSearch(lambda theta: 0.0, points=1).merge([model] * 2, [])

@@ -1,0 +1,62 @@
+"""Values: frozen dataclasses of arrays that every framework takes for a tree, so that they pass through its transforms.
+
+Convention: a field that holds arrays, or containers of them, is a child; one whose field metadata says ``static`` is part
+of the structure. JAX is told of the classes when the first of its arrays is met; no framework is imported here.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import field, fields
+from types import ModuleType
+from typing import Any, NamedTuple, TypeVar
+
+__all__ = ["introduce_to_jax", "static", "value"]
+
+C = TypeVar("C")
+
+
+class _Class(NamedTuple):
+    """A value class and how it is taken apart, into children and structure, and put together again."""
+
+    cls: type
+    flatten: Callable[[Any], tuple[tuple[Any, ...], tuple[Any, ...]]]
+    unflatten: Callable[[tuple[Any, ...], Iterable[Any]], Any]
+
+
+_CLASSES: list[_Class] = []
+_known_to_jax = 0  # so many of them
+
+
+def static(**options: Any) -> Any:
+    """Return a dataclass field that is part of a value's structure: a number or a name, no array."""
+    return field(metadata={"static": True}, **options)
+
+
+def value(cls: type[C]) -> type[C]:
+    """Make a frozen dataclass a tree for the frameworks, as every dataclass is one for this package."""
+    every = fields(cls)  # type: ignore[arg-type] # a dataclass, as the docstring asks
+    children = tuple(each.name for each in every if not each.metadata.get("static"))
+    structure = tuple(each.name for each in every if each.metadata.get("static"))
+
+    def flatten(instance: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        return tuple(getattr(instance, name) for name in children), tuple(getattr(instance, name) for name in structure)
+
+    def unflatten(fixed: tuple[Any, ...], parts: Iterable[Any]) -> Any:
+        # Past __init__ and its checks: transforms rebuild values around things that are no arrays.
+        instance = object.__new__(cls)
+        for name, part in [*zip(children, parts, strict=True), *zip(structure, fixed, strict=True)]:
+            object.__setattr__(instance, name, part)
+        return instance
+
+    # TensorFlow's own protocol for such classes.
+    cls.__tf_flatten__ = lambda self: flatten(self)[::-1]  # type: ignore[attr-defined]
+    cls.__tf_unflatten__ = classmethod(lambda _, fixed, parts: unflatten(fixed, parts))  # type: ignore[attr-defined]
+    _CLASSES.append(_Class(cls, flatten, unflatten))
+    return cls
+
+
+def introduce_to_jax(jax: ModuleType) -> None:
+    """Register with JAX all value classes that it does not know yet."""
+    global _known_to_jax
+    for each in _CLASSES[_known_to_jax:]:
+        jax.tree_util.register_pytree_node(each.cls, each.flatten, each.unflatten)
+    _known_to_jax = len(_CLASSES)

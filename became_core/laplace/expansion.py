@@ -1,0 +1,267 @@
+"""Second-order expansions along directions: where a merge's quadratic comes from (BECAME, Section 3.2).
+
+A loss expanded at a point, with gradient g and curvature P there, is along theta_0 + sum_k a_k d_k the quadratic
+
+    b_k = g.d_k + (theta_0 - point).P.d_k        C_kl = d_k.P.d_l
+
+The old tasks' Laplace posterior N(mean, P_old^-1) is expanded at its mean, where g = 0; the new task at theta_hat. So on
+the segment from theta_gp, with delta = theta_hat - theta_gp, their sum has
+
+    b = g.delta - delta.H_new.delta + (theta_gp - mean).P_old.delta
+    C = delta.(P_old + H_new).delta
+
+and with g = 0 and mean = theta_gp its minimiser -b / C is the paper's alpha* = delta.H_new.delta / delta.(P_old +
+H_new).delta.
+
+Convention: the unit of the loss (a mean or a sum over samples) is the caller's, and is the same in every term.
+"""
+
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
+from typing import Any, Literal
+
+import numpy as np
+
+from became_core.arrays import (
+    Array,
+    Params,
+    Tree,
+    aligned_leaves,
+    device,
+    inner_product,
+    has_values,
+    named_leaves,
+    namespace,
+    reduction_dtype,
+    slabs,
+    staged_sum,
+)
+from became_core.errors import BecameError
+from became_core.laplace.precision import Diagonal, Precision, check_diagonal
+from became_core.laplace.quadratic import Quadratic
+
+__all__ = ["Fisher", "Per", "group_names", "group_of", "layerwise_quadratic", "path_quadratic", "subspace_quadratic"]
+
+# A curvature: a precision of any structure, or the diagonal of one as an array or a tree of arrays.
+Fisher = Precision | Tree
+
+# What shares one coefficient.
+Per = Literal["model", "layer", "leaf"]
+
+
+def path_quadratic(
+    theta_gp: Tree,
+    theta_hat: Tree,
+    fisher_old: Fisher,
+    fisher_new: Fisher,
+    *,
+    gradient: Tree | None = None,
+    mean: Tree | None = None,
+) -> Quadratic:
+    """Return the Laplace cumulative loss on the segment from theta_gp to theta_hat, a quadratic of one direction.
+
+    Args:
+        theta_gp: the stable weights (stage 1), an array or a tree of arrays.
+        theta_hat: the plastic weights (stage 2), of the same structure and shapes, like all that follows.
+        fisher_old: the precision of the old tasks' posterior, of any structure, or its diagonal as a tree of arrays.
+        fisher_new: the curvature of the new task at theta_hat, likewise, in the same unit (means over samples, say).
+        gradient: the new task's gradient at theta_hat; zero if not given (stage 2 converged).
+        mean: the old posterior's mean; theta_gp if not given.
+
+    Raises:
+        BecameError: if structures, shapes or frameworks differ, a curvature is negative, or an entry is not finite.
+    """
+    return layerwise_quadratic(
+        theta_gp, theta_hat, fisher_old, fisher_new, gradient=gradient, mean=mean, per="model"
+    )
+
+
+def layerwise_quadratic(
+    theta_gp: Tree,
+    theta_hat: Tree,
+    fisher_old: Fisher,
+    fisher_new: Fisher,
+    *,
+    gradient: Tree | None = None,
+    mean: Tree | None = None,
+    per: Per = "layer",
+) -> Quadratic:
+    """Return the Laplace cumulative loss with a coefficient of its own for each layer, or each leaf.
+
+    Args:
+        theta_gp: and all that follow, as for :func:`path_quadratic`.
+        per: what shares a coefficient; a layer is what stands before a leaf's last dot (``conv1`` of ``conv1.weight``).
+
+    Returns:
+        One direction for each of :func:`group_names`, in that order: delta in its leaves, zero elsewhere.
+    """
+    trees = {"theta_gp": theta_gp, "theta_hat": theta_hat}
+    trees |= {"gradient": gradient} if gradient is not None else {}
+    trees |= {"mean": mean} if mean is not None else {}
+    fishers = {"fisher_old": fisher_old, "fisher_new": fisher_new}
+    if any(isinstance(fisher, Precision) for fisher in fishers.values()):
+        named = {role: _checked_leaves(trees, role) for role in trees}
+        precisions = {role: _as_precision(fisher) for role, fisher in fishers.items()}
+        return _by_structure(named, precisions, per)
+    return _by_diagonals(trees | fishers, per)
+
+
+def subspace_quadratic(
+    directions: Sequence[Tree],
+    precision: Precision,
+    *,
+    gradient: Tree | None = None,
+    offset: Tree | None = None,
+) -> Quadratic:
+    """Return a loss known to second order at a point, along K directions from another one.
+
+    Args:
+        directions: d_1 … d_K, trees of one structure.
+        precision: the loss's curvature P at the point.
+        gradient: its gradient there; zero if not given.
+        offset: from the point to where the directions begin (theta_0 - point); zero if not given.
+
+    Returns:
+        Slope ``g.d_k + offset.P.d_k`` and curvature ``d_k.P.d_l``.
+
+    Raises:
+        BecameError: if there are no directions, or structures, shapes or frameworks differ.
+    """
+    if not directions:
+        raise BecameError("there are no directions; give at least one.")
+    named = [named_leaves(direction) for direction in directions]
+    curvature = precision.gram(named)
+    xp = namespace(curvature=curvature)
+    slope = xp.zeros_like(curvature[:, 0])
+    if gradient is not None:
+        slope = slope + xp.stack([_dot(gradient=gradient, direction=direction) for direction in directions])
+    if offset is not None:
+        slope = slope + precision.gram(named, [named_leaves(offset)])[:, 0]
+    return Quadratic(slope, curvature)
+
+
+def group_names(tree: Tree, per: Per) -> list[str]:
+    """Return what shares a coefficient in a tree, in order: its layers, its leaves, or "" for the whole model."""
+    return list(dict.fromkeys(group_of(path, per) for path in named_leaves(tree)))
+
+
+def group_of(path: str, per: Per) -> str:
+    """Return the group that the leaf of this path belongs to.
+
+    Raises:
+        BecameError: for an unknown kind of group.
+    """
+    if per == "model":
+        return ""
+    if per == "layer":
+        return path.rpartition(".")[0]
+    if per == "leaf":
+        return path
+    raise BecameError(f"there is no coefficient per '{per}'; choose from model, layer, leaf.")
+
+
+def _by_diagonals(trees: dict[str, Tree], per: Per) -> Quadratic:
+    """The common case, leaf by leaf: two diagonals couple no two leaves."""
+    slopes: dict[str, list[Array]] = {}
+    curvatures: dict[str, list[Array]] = {}
+    for path, leaf in zip(named_leaves(trees["theta_gp"]), aligned_leaves(**trees), strict=True):
+        group = group_of(path, per)
+        slope, curvature = _leaf_terms(dict(zip(trees, leaf.items(), strict=True)))
+        slopes.setdefault(group, []).append(slope)
+        curvatures.setdefault(group, []).append(curvature)
+    if not slopes:
+        raise BecameError("theta_gp has no arrays; give at least one.")
+    slope, curvature = _joined(slopes.values()), _joined(curvatures.values())
+    xp = namespace(slope=slope)
+    identity = xp.eye(slope.shape[0], dtype=curvature.dtype, device=device(curvature))
+    return Quadratic(slope, xp.expand_dims(curvature, axis=-1) * identity)
+
+
+def _joined(groups: Iterable[Sequence[Array]]) -> Array:
+    """The sum of each group's 0-d arrays, [groups], in their promoted type."""
+    every = [part for group in groups for part in group]
+    xp = namespace(**{f"part {index}": part for index, part in enumerate(every)})
+    dtype = xp.result_type(*(part.dtype for part in every))
+    totals = [staged_sum(xp.stack([xp.astype(part, dtype, copy=False) for part in group])) for group in groups]
+    return xp.stack(totals)
+
+
+def _leaf_terms(leaf: dict[str, tuple[str, Array]]) -> tuple[Array, Array]:
+    """Return slope and curvature along one leaf's delta; ``leaf`` gives label and array by role."""
+    labels = {role: label for role, (label, _) in leaf.items()}
+    arrays = dict(leaf.values())
+    xp, dtype = namespace(**arrays), reduction_dtype(namespace(**arrays), **arrays)
+    concrete = all(has_values(array) for array in arrays.values())
+    # What overflows or is no number is found in the sums, and said in a sentence; NumPy alone would warn before.
+    with np.errstate(over="ignore", invalid="ignore") if concrete else nullcontext():
+        slope, curvature = _leaf_sums(xp, dtype, labels, arrays)
+    if concrete and not bool(xp.isfinite(slope) & xp.isfinite(curvature)):
+        raise BecameError(_not_finite(arrays))
+    return slope, curvature
+
+
+def _leaf_sums(xp: Any, dtype: Any, labels: dict[str, str], arrays: dict[str, Array]) -> tuple[Array, Array]:
+    dot = inner_product(arrays[labels["theta_gp"]])
+    slopes, curvatures = [], []
+    for pieces in slabs(list(arrays.values())):
+        at = {role: xp.astype(piece, dtype, copy=False) for role, piece in zip(labels, pieces, strict=True)}
+        check_diagonal(labels["fisher_old"], at["fisher_old"])
+        check_diagonal(labels["fisher_new"], at["fisher_new"])
+        delta = at["theta_hat"] - at["theta_gp"]
+        square = delta * delta
+        new = dot(square, at["fisher_new"])
+        slope = -new
+        if "gradient" in at:
+            slope = slope + dot(at["gradient"], delta)
+        if "mean" in at:
+            slope = slope + dot((at["theta_gp"] - at["mean"]) * at["fisher_old"], delta)
+        slopes.append(slope)
+        curvatures.append(new + dot(square, at["fisher_old"]))
+    return staged_sum(xp.stack(slopes)), staged_sum(xp.stack(curvatures))
+
+
+def _not_finite(arrays: dict[str, Array]) -> str:
+    xp = namespace(**arrays)
+    for label, array in arrays.items():
+        if not bool(xp.all(xp.isfinite(array))):
+            return f"{label} has entries that are infinite or not a number; every entry must be a finite number."
+    first, *_ = arrays
+    return f"the curvature along {first} is too large for its dtype; rescale the curvatures, or give a wider dtype."
+
+
+def _by_structure(named: dict[str, Params], fishers: dict[str, Precision], per: Per) -> Quadratic:
+    """Any structure of the two curvatures: both losses along each group's part of delta."""
+    theta_gp, theta_hat = named["theta_gp"], named["theta_hat"]
+    delta = {name: value - theta_gp[name] for name, value in theta_hat.items()}
+    zero = {name: value * 0 for name, value in delta.items()}
+    directions = [
+        {name: (delta if group_of(name, per) == group else zero)[name] for name in delta}
+        for group in group_names(theta_gp, per)
+    ]
+    mean = named.get("mean", theta_gp)
+    offset = {name: value - mean[name] for name, value in theta_gp.items()}
+    backwards = {name: -value for name, value in delta.items()}
+    old = subspace_quadratic(directions, fishers["fisher_old"], offset=offset)
+    new = subspace_quadratic(directions, fishers["fisher_new"], gradient=named.get("gradient"), offset=backwards)
+    return old + new
+
+
+def _checked_leaves(trees: dict[str, Tree], role: str) -> Params:
+    for leaf in aligned_leaves(**{"theta_gp": trees["theta_gp"], role: trees[role]}):
+        reduction_dtype(namespace(**leaf), **leaf)
+    return named_leaves(trees[role])
+
+
+def _as_precision(fisher: Fisher) -> Precision:
+    return fisher if isinstance(fisher, Precision) else Diagonal(named_leaves(fisher))
+
+
+def _dot(**trees: Tree) -> Array:
+    """The inner product of two trees."""
+    parts = []
+    for leaf in aligned_leaves(**trees):
+        xp = namespace(**leaf)
+        dtype = reduction_dtype(xp, **leaf)
+        left, right = (xp.reshape(xp.astype(array, dtype, copy=False), (-1,)) for array in leaf.values())
+        parts.append(inner_product(left)(left, right))
+    return _joined([parts])[0]

@@ -1,0 +1,62 @@
+"""Faces of the box [0, 1]^K and of the simplex: where on each a quadratic b.a + 1/2 a.C.a is stationary.
+
+Convention: a face is a row of ``free`` [faces, K], 1 where a coefficient is solved for and 0 where it stays put. The
+systems carry a ridge of the size of the curvature's rounding, so that directions which coincide share their weight
+evenly rather than fail.
+"""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from became_core.arrays import Array, device, namespace
+
+__all__ = ["box_face", "constant", "ridged", "simplex_face", "solve"]
+
+
+def constant(values: NDArray[Any], like: Array) -> Array:
+    """Return numbers that are known beforehand as an array like another."""
+    xp = namespace(like=like)
+    return xp.asarray(values.astype(np.float64), dtype=like.dtype, device=device(like))
+
+
+def box_face(slope: Array, curvature: Array, free: Array, held: Array) -> Array:
+    """Return each face's stationary point, [faces, K]: free coefficients solved for, the others as in ``held``."""
+    xp = namespace(slope=slope, curvature=curvature, free=free, held=held)
+    right = held - free * (slope + xp.matmul(held, curvature))
+    return solve(_among_free(curvature, free), right)
+
+
+def simplex_face(slope: Array, curvature: Array, free: Array, first: Array) -> Array:
+    """Return each face's stationary point with sum 1, [faces, K]; ``first`` marks one free coefficient of each face."""
+    xp = namespace(slope=slope, curvature=curvature, free=free, first=first)
+    # A constant added to all slopes changes nothing on the simplex; measured from the first one they do not cancel.
+    relative = free * (slope - xp.sum(first * slope, axis=-1, keepdims=True))
+    systems = _among_free(curvature, free)
+    by_slope, by_one = solve(systems, relative), solve(systems, free)
+    total = xp.sum(by_one, axis=-1, keepdims=True)
+    return (1 + xp.sum(by_slope, axis=-1, keepdims=True)) / total * by_one - by_slope
+
+
+def solve(matrices: Array, right: Array) -> Array:
+    """Return the solutions [..., K] of matrices [..., K, K]."""
+    xp = namespace(matrices=matrices, right=right)
+    return xp.linalg.solve(matrices, xp.expand_dims(right, axis=-1))[..., 0]
+
+
+def ridged(curvature: Array) -> Array:
+    """Return a curvature [K, K] with a ridge of the size of its rounding; the identity, if it is zero."""
+    xp = namespace(curvature=curvature)
+    size = curvature.shape[0]
+    largest = xp.max(xp.abs(curvature))
+    ridge = xp.where(largest > 0, 2 * size * xp.finfo(curvature.dtype).eps * largest, xp.ones_like(largest))
+    return curvature + ridge * xp.eye(size, dtype=curvature.dtype, device=device(curvature))
+
+
+def _among_free(curvature: Array, free: Array) -> Array:
+    """For each face the curvature among its free coefficients, and the identity for the others, [faces, K, K]."""
+    xp = namespace(curvature=curvature, free=free)
+    both = xp.expand_dims(free, axis=-1) * xp.expand_dims(free, axis=-2)
+    identity = xp.eye(curvature.shape[0], dtype=curvature.dtype, device=device(curvature))
+    return ridged(curvature) * both + identity * (1 - both)

@@ -1,0 +1,58 @@
+"""The least value of a quadratic b.a + 1/2 a.C.a in the box and on the simplex, face by face.
+
+Convention: float64; slope b [K], curvature C [K, K], symmetric. A minimum is a point of some face (some coefficients at a
+bound, the others free) where the derivative along the face vanishes; so the lowest feasible one of all faces' stationary
+points is it, whether C is definite or not. Where a face has many, one of its own faces has a point as low.
+"""
+
+from collections.abc import Iterator
+from itertools import product
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["height", "minimum_in_box", "minimum_on_simplex"]
+
+Array = NDArray[np.float64]
+
+
+def height(slope: Array, curvature: Array, a: Array) -> float:
+    """Return b.a + 1/2 a.C.a."""
+    return float(slope @ a + 0.5 * a @ curvature @ a)
+
+
+def minimum_in_box(slope: Array, curvature: Array) -> float:
+    """Return the least value over 0 <= a_k <= 1."""
+    lowest = np.inf
+    for face in product((0.0, 1.0, None), repeat=len(slope)):
+        a = np.array([0.0 if bound is None else bound for bound in face])
+        free = [k for k, bound in enumerate(face) if bound is None]
+        for part in _stationary(curvature[np.ix_(free, free)], slope[free] + curvature[free] @ a):
+            a[free] = part
+            if np.all(a >= 0) and np.all(a <= 1):
+                lowest = min(lowest, height(slope, curvature, a))
+    return lowest
+
+
+def minimum_on_simplex(slope: Array, curvature: Array) -> float:
+    """Return the least value over a_k >= 0 with sum 1."""
+    lowest = np.inf
+    for face in product((False, True), repeat=len(slope)):
+        first, *others = np.flatnonzero(face).tolist() or [None]
+        if first is None:
+            continue
+        # a = e_first + sum_k t_k (e_k - e_first): no constraint is left but the signs.
+        origin = np.eye(len(slope))[first]
+        directions = np.eye(len(slope))[others] - origin
+        for t in _stationary(directions @ curvature @ directions.T, directions @ (slope + curvature @ origin)):
+            a = origin + t @ directions
+            if np.all(a >= 0):
+                lowest = min(lowest, height(slope, curvature, a))
+    return lowest
+
+
+def _stationary(curvature: Array, slope: Array) -> Iterator[Array]:
+    """Yield where the derivative vanishes, if it does anywhere."""
+    solution = np.linalg.lstsq(curvature, -slope, rcond=None)[0] if len(slope) else np.zeros(0)
+    if np.allclose(curvature @ solution, -slope, atol=1e-9):
+        yield solution

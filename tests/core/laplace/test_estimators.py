@@ -1,0 +1,118 @@
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from became_core import Quadratic
+from became_core.arrays import Params
+from became_core.laplace import Calibrated, Diagonal, Diagonals, Estimator, Frame, LaplacePosterior, LocalLoss, Published
+from reference.formulas import alpha_star
+from tests.backends import to_numpy, to_xp
+from tests.strategies import Segment, segments
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A new task that answers with its diagonal, and exactly: with ``kappa`` times the diagonal and a gradient."""
+
+    xp: Any
+    segment: Segment
+    kappa: float = 1.0
+
+    @property
+    def mean(self) -> Params:
+        return to_xp(self.xp, self.segment.theta_hat)  # type: ignore[no-any-return]
+
+    def diagonal(self) -> Diagonal:
+        return Diagonal(to_xp(self.xp, self.segment.fisher_new))
+
+    def along(self, directions: Sequence[Params]) -> Quadratic:
+        rows = np.array([[to_numpy(each[name]).ravel() for name in sorted(each)] for each in directions], dtype=object)
+        flat = np.array([np.concatenate(list(row)) for row in rows], dtype=float)
+        _, _, _, new, gradient, _ = self.segment.dense()
+        return Quadratic(to_xp(self.xp, flat @ gradient), to_xp(self.xp, self.kappa * flat @ new @ flat.T))
+
+
+def frame_of(xp: Any, segment: Segment) -> Frame:
+    delta = {name: value - segment.theta_gp[name] for name, value in segment.theta_hat.items()}
+    return Frame(to_xp(xp, segment.theta_gp), [to_xp(xp, delta)], [1.0])
+
+
+def quadratic_by(estimator: Estimator, xp: Any, segment: Segment, new_task: LocalLoss) -> Quadratic:
+    posterior = LaplacePosterior(to_xp(xp, segment.mean), Diagonal(to_xp(xp, segment.fisher_old)))
+    return estimator.quadratic(frame_of(xp, segment), [posterior, new_task])
+
+
+def alpha_by(estimator: Estimator, xp: Any, segment: Segment, new_task: LocalLoss, *, clip: bool = False) -> float:
+    return float(quadratic_by(estimator, xp, segment, new_task).minimiser("box" if clip else None)[0])
+
+
+@given(segment=segments())
+def test_published_is_the_papers_closed_form(xp: Any, segment: Segment) -> None:
+    """It knows neither the gradient nor where the posterior's mean is."""
+    assume(segment.curvature > 0)
+    alpha = alpha_by(Published(), xp, segment, Measured(xp, segment))
+    assert alpha == pytest.approx(alpha_star(*segment.dense(full=False)), rel=1e-14)
+
+
+@given(segment=segments())
+def test_diagonals_know_the_mean_and_no_gradient(xp: Any, segment: Segment) -> None:
+    assume(segment.curvature > 0)
+    gp, hat, old, new, gradient, mean = segment.dense()
+    alpha = alpha_by(Diagonals(), xp, segment, Measured(xp, segment))
+    assert alpha == pytest.approx(alpha_star(gp, hat, old, new, 0 * gradient, mean), rel=1e-12, abs=1e-12)
+
+
+@given(segment=segments(), kappa=st.sampled_from([0.25, 1.0, 8.0]))
+def test_calibrated_is_the_formula_by_hand(xp: Any, segment: Segment, kappa: float) -> None:
+    gp, hat, old, new, gradient, mean = segment.dense()
+    delta = hat - gp
+    exact = kappa * delta @ new @ delta
+    scale = kappa if exact > 0 else 1.0  # nothing to calibrate by: the old side as it is
+    quadratic = quadratic_by(Calibrated(), xp, segment, Measured(xp, segment, kappa))
+    assert float(quadratic.slope[0]) == pytest.approx(
+        gradient @ delta - exact + scale * (gp - mean) @ old @ delta, rel=1e-13, abs=1e-13
+    )
+    assert float(quadratic.curvature[0, 0]) == pytest.approx(exact + scale * delta @ old @ delta, rel=1e-13)
+
+
+@given(segment=segments(), kappa=st.sampled_from([0.5, 2.0, 4.0]))
+def test_calibrated_is_exact_where_both_diagonals_miss_alike(xp: Any, segment: Segment, kappa: float) -> None:
+    gp, hat, old, new, gradient, mean = segment.dense()
+    assume((hat - gp) @ new @ (hat - gp) > 0)
+    truth = alpha_star(gp, hat, kappa * old, kappa * new, gradient, mean)
+    assert alpha_by(Calibrated(), xp, segment, Measured(xp, segment, kappa)) == pytest.approx(
+        truth, rel=1e-12, abs=1e-12
+    )
+
+
+@given(segment=segments())
+def test_calibrated_is_the_full_formula_where_nothing_is_missed(xp: Any, segment: Segment) -> None:
+    assume(segment.curvature > 0)
+    alpha = alpha_by(Calibrated(), xp, segment, Measured(xp, segment))
+    assert alpha == pytest.approx(alpha_star(*segment.dense()), rel=1e-12, abs=1e-12)
+
+
+@pytest.mark.parametrize("estimator", [Published(), Calibrated(), Diagonals()])
+def test_models_that_agree_keep_the_stable_one(xp: Any, estimator: Estimator) -> None:
+    one = {"w": np.ones(3)}
+    segment = Segment(one, one, one, one, one, one)
+    assert alpha_by(estimator, xp, segment, Measured(xp, segment), clip=True) == 0
+
+
+def test_a_gradient_moves_the_calibrated_alpha_only(xp: Any) -> None:
+    """An overshooting stage 2 (g.delta > 0) is to be trusted less than a converged one."""
+    one, none = {"w": np.ones(3)}, {"w": np.zeros(3)}
+    converged = Segment(none, one, one, one, none, none)
+    overshot = Segment(none, one, one, one, {"w": np.full(3, 0.5)}, none)
+
+    def alpha(estimator: Estimator, segment: Segment) -> float:
+        return alpha_by(estimator, xp, segment, Measured(xp, segment), clip=True)
+
+    assert alpha(Published(), overshot) == alpha(Published(), converged) == 0.5
+    assert alpha(Calibrated(), converged) == 0.5
+    assert alpha(Calibrated(), overshot) == 0.25
