@@ -67,8 +67,13 @@ class Calibrated:
         one = xp.ones_like(diagonal)
         kappa = xp.where(diagonal > 0, exact / xp.where(diagonal > 0, diagonal, one), one)
         new = Quadratic(slope=slope_at_hat - exact, curvature=exact)
-        old: Quadratic = posterior.quadratic(theta_gp, delta) * kappa
+        old: Quadratic = _along(posterior.quadratic(theta_gp, [delta])) * kappa
         return new + old
+
+
+def _along(quadratic: Quadratic) -> Quadratic:
+    """A quadratic of one direction, as numbers."""
+    return Quadratic(quadratic.slope[0], quadratic.curvature[0, 0])
 
 
 def difference(left: Params, right: Params) -> Params:
