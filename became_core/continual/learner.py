@@ -52,7 +52,7 @@ class Penalty:
             rate: the learning rate of the step to come.
         """
         pull = self.posterior.gradient({name: theta[name] for name in gradients})
-        stiffness = self.posterior.precision.values
+        stiffness = self.posterior.precision.diagonal()
         return {
             name: (gradient + self.strength * pull[name]) / (1 + rate * self.strength * stiffness[name])
             for name, gradient in gradients.items()

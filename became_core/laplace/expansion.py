@@ -37,8 +37,10 @@ from became_core.arrays import (
     staged_sum,
 )
 from became_core.errors import BecameError
-from became_core.laplace.precision import Diagonal, Precision, check_diagonal
+from became_core.laplace.base import Precision
+from became_core.laplace.precision import Diagonal
 from became_core.laplace.quadratic import Quadratic
+from became_core.laplace.vectors import check_diagonal
 
 __all__ = ["Fisher", "Per", "group_names", "group_of", "layerwise_quadratic", "path_quadratic", "subspace_quadratic"]
 
@@ -233,7 +235,7 @@ def _by_structure(named: dict[str, Params], fishers: dict[str, Precision], per: 
     """Any structure of the two curvatures: both losses along each group's part of delta."""
     theta_gp, theta_hat = named["theta_gp"], named["theta_hat"]
     delta = {name: value - theta_gp[name] for name, value in theta_hat.items()}
-    zero = {name: value * 0 for name, value in delta.items()}
+    zero = {name: namespace(delta=value).zeros_like(value) for name, value in delta.items()}
     directions = [
         {name: (delta if group_of(name, per) == group else zero)[name] for name in delta}
         for group in group_names(theta_gp, per)

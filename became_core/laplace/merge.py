@@ -16,9 +16,9 @@ from became_core.arrays import (
     with_leaves,
 )
 from became_core.errors import BecameError
+from became_core.laplace.base import Precision
 from became_core.laplace.constraints import segment_minimiser
 from became_core.laplace.expansion import Fisher, Per, group_names, group_of, layerwise_quadratic
-from became_core.laplace.precision import Precision
 
 __all__ = ["combine", "merge", "optimal_alpha", "scalar"]
 

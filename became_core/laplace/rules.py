@@ -167,7 +167,8 @@ class Became:
             return Merged(merge(theta_gp, theta_hat, alpha), alpha)
         groups = group_names(theta_gp, self.per)
         directions = [
-            {name: value if group_of(name, self.per) == group else value * 0 for name, value in delta.items()}
+            {name: value if group_of(name, self.per) == group else namespace(delta=value).zeros_like(value)
+                for name, value in delta.items()}
             for group in groups
         ]
         frame = Frame(theta_gp, directions, [1.0] * len(groups))

@@ -37,7 +37,7 @@ def test_gradient_is_for_the_parameters_given(xp: Any, segment: Segment) -> None
 def test_quadratic_is_the_loss_along_a_direction(xp: Any, segment: Segment) -> None:
     posterior, start = posterior_of(xp, segment), to_xp(xp, segment.theta_gp)
     delta = to_xp(xp, {name: segment.theta_hat[name] - value for name, value in segment.theta_gp.items()})
-    quadratic = posterior.quadratic(start, delta)
+    quadratic = posterior.quadratic(start, [delta])
     for alpha in (-1.0, 0.5, 1.0):
         there = {name: value + alpha * delta[name] for name, value in start.items()}
         assert float(quadratic.value(alpha)) == float(posterior.loss(there) - posterior.loss(start))
