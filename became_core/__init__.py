@@ -5,14 +5,25 @@ the subpackages hold the rest of the method, and ``adapters`` run it on PyTorch,
 """
 
 from became_core.errors import BecameError
-from became_core.laplace import LaplacePosterior, Quadratic, merge, optimal_alpha, path_quadratic, trace_path
+from became_core.laplace import (
+    LaplacePosterior,
+    Quadratic,
+    layerwise_quadratic,
+    merge,
+    optimal_alpha,
+    path_quadratic,
+    subspace_quadratic,
+    trace_path,
+)
 
 __all__ = [
     "BecameError",
     "LaplacePosterior",
     "Quadratic",
+    "layerwise_quadratic",
     "merge",
     "optimal_alpha",
     "path_quadratic",
+    "subspace_quadratic",
     "trace_path",
 ]

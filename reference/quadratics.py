@@ -1,8 +1,8 @@
 """The least value of a quadratic b.a + 1/2 a.C.a in the box and on the simplex, face by face.
 
-Convention: float64; slope b [K], curvature C [K, K], symmetric. A minimum is a point of some face (some coefficients at a
-bound, the others free) where the derivative along the face vanishes; so the lowest feasible one of all faces' stationary
-points is it, whether C is definite or not. Where a face has many, one of its own faces has a point as low.
+Convention: float64; slope b [K], curvature C [K, K], symmetric. A minimum is a point of some face (some coefficients at
+a bound, the others free) where the derivative along the face vanishes; so the lowest feasible one of all faces'
+stationary points is it, whether C is definite or not. Where a face has many, one of its own faces has a point as low.
 """
 
 from collections.abc import Iterator
@@ -38,9 +38,9 @@ def minimum_on_simplex(slope: Array, curvature: Array) -> float:
     """Return the least value over a_k >= 0 with sum 1."""
     lowest = np.inf
     for face in product((False, True), repeat=len(slope)):
-        first, *others = np.flatnonzero(face).tolist() or [None]
-        if first is None:
+        if not any(face):
             continue
+        first, *others = np.flatnonzero(face).tolist()
         # a = e_first + sum_k t_k (e_k - e_first): no constraint is left but the signs.
         origin = np.eye(len(slope))[first]
         directions = np.eye(len(slope))[others] - origin
@@ -53,6 +53,8 @@ def minimum_on_simplex(slope: Array, curvature: Array) -> float:
 
 def _stationary(curvature: Array, slope: Array) -> Iterator[Array]:
     """Yield where the derivative vanishes, if it does anywhere."""
-    solution = np.linalg.lstsq(curvature, -slope, rcond=None)[0] if len(slope) else np.zeros(0)
+    solution = np.zeros(0)
+    if len(slope):
+        solution = np.asarray(np.linalg.lstsq(curvature, -slope, rcond=None)[0], dtype=np.float64)
     if np.allclose(curvature @ solution, -slope, atol=1e-9):
         yield solution

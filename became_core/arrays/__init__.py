@@ -1,4 +1,4 @@
-"""Which framework an array belongs to, trees and values of arrays, and how they are reduced: in which precision, how."""
+"""Which framework an array belongs to, trees and values of arrays, and how and in which precision they are summed."""
 
 from became_core.arrays.frameworks import is_array
 from became_core.arrays.namespace import Array, check_values, device, has_values, namespace, reduction_dtype

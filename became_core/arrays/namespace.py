@@ -1,4 +1,4 @@
-"""The gateway to the Array API: which namespace arrays share, what they are reduced in, when their values can be checked.
+"""The gateway to the Array API: which namespace arrays share, what they are reduced in, when values can be checked.
 
 Convention: code in the core receives arrays, asks here for their namespace ``xp`` and calls nothing else.
 """

@@ -1,7 +1,7 @@
 """Values: frozen dataclasses of arrays that every framework takes for a tree, so that they pass through its transforms.
 
-Convention: a field that holds arrays, or containers of them, is a child; one whose field metadata says ``static`` is part
-of the structure. JAX is told of the classes when the first of its arrays is met; no framework is imported here.
+Convention: a field that holds arrays, or containers of them, is a child; one made by ``static`` is part of the
+structure. JAX is told of the classes when the first of its arrays is met; no framework is imported here.
 """
 
 from collections.abc import Callable, Iterable

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from became_core.arrays import Params
+from became_core.arrays import Params, named_leaves
 from became_core.continual.evaluation import accuracies, mean_loss
 from became_core.continual.learner import Constraint, Learner, Penalty
 from became_core.continual.measurement import Measurement
@@ -130,8 +130,8 @@ class _Run:
             return Constraint(free.trainable, penalty=Penalty(memory.posterior, self.method.penalty_strength))
         return free
 
-    def merge(self, task: Task, theta_gp: Params, memory: Memory) -> float:
-        """Merge the two stages' weights by the rule and give them to the learner; return theta_hat's coefficient."""
+    def merge(self, task: Task, theta_gp: Params, memory: Memory) -> float | None:
+        """Merge the two stages' weights and give them to the learner; return theta_hat's coefficient (their mean)."""
         rule, posterior = self.method.rule, memory.posterior
         assert rule is not None
         assert posterior is not None
@@ -142,7 +142,7 @@ class _Run:
             with self.phase("path"):
                 self.record.paths.append(self.trace(task, theta_gp, theta_hat))
         self.learner.assign(merged.theta)
-        return float(merged.alpha)
+        return None if merged.alpha is None else float(np.mean([float(a) for a in named_leaves(merged.alpha).values()]))
 
     def trace(self, task: Task, theta_gp: Params, theta_hat: Params) -> list[PathPoint]:
         def truth(theta: Params) -> tuple[float, float]:

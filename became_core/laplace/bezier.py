@@ -3,9 +3,12 @@
     theta(t) = (1 - t)^2 theta_gp + 2 t (1 - t) theta_c + t^2 theta_hat
 
 The segment is the curve whose control point is the middle, theta_c = (theta_gp + theta_hat) / 2. Under two diagonal
-curvatures the Laplace cumulative loss has its minimum at theta_J = (F_old + F_new)^-1 (F_old theta_gp + F_new theta_hat),
-where every weight has an alpha of its own. It lies on the segment only if F_new / (F_old + F_new) is one number wherever
-the models differ; otherwise the curve that passes through it at t = 1/2,
+curvatures the Laplace cumulative loss has its minimum where every weight has an alpha of its own,
+
+    theta_J = (F_old + F_new)^-1 (F_old theta_gp + F_new theta_hat)
+
+It lies on the segment only if F_new / (F_old + F_new) is one number wherever the models differ; otherwise the curve
+that passes through it at t = 1/2,
 
     theta_c = 2 theta_J - (theta_gp + theta_hat) / 2,
 
@@ -67,7 +70,10 @@ def predicted_advantage(theta_gp: Tree, theta_hat: Tree, fisher_old: Tree, fishe
     Zero exactly where one alpha serves every weight: then the segment is as good.
 
     Args:
-        theta_gp: and all that follow, as for :func:`bezier_path`.
+        theta_gp: the stable weights.
+        theta_hat: the plastic weights.
+        fisher_old: the diagonal precision of the old tasks.
+        fisher_new: the diagonal curvature of the new task.
     """
     on_segment = path_quadratic(theta_gp, theta_hat, fisher_old, fisher_new).predicted_gain("box")
     gains = named_leaves(map_leaves(_gain, theta_gp, theta_hat, fisher_old, fisher_new)).values()

@@ -1,7 +1,7 @@
 """Estimators: from what is known of several losses to the quadratic of their sum along directions between models.
 
-Each estimator is a value, so that it can be chosen; all share one interface. They differ in what they ask of a loss: its
-diagonal, or its exact derivatives along the directions.
+Each estimator is a value, so that it can be chosen; all share one interface. They differ in what they ask of a loss:
+its diagonal, or its exact derivatives along the directions.
 
 Convention: curvatures are means over samples, like those summed in the posterior.
 """
@@ -112,7 +112,7 @@ def _ratio(exact: Quadratic, diagonal: Quadratic, point: Array) -> Array:
 
 
 def _seen_from(frame: Frame, loss: LocalLoss) -> Quadratic:
-    """A loss in the frame's coefficients: its slope at the origin is that at its own point plus the curvature between."""
+    """A loss in the frame's coefficients: its slope at the origin is that at its own point, plus curvature x way."""
     known = loss.along([*frame.directions, difference(frame.origin, loss.mean)])
     return Quadratic(known.slope[:-1] + known.curvature[:-1, -1], known.curvature[:-1, :-1])
 

@@ -4,8 +4,8 @@ A loss expanded at a point, with gradient g and curvature P there, is along thet
 
     b_k = g.d_k + (theta_0 - point).P.d_k        C_kl = d_k.P.d_l
 
-The old tasks' Laplace posterior N(mean, P_old^-1) is expanded at its mean, where g = 0; the new task at theta_hat. So on
-the segment from theta_gp, with delta = theta_hat - theta_gp, their sum has
+The old tasks' Laplace posterior N(mean, P_old^-1) is expanded at its mean, where g = 0; the new task at theta_hat. So
+on the segment from theta_gp, with delta = theta_hat - theta_gp, their sum has
 
     b = g.delta - delta.H_new.delta + (theta_gp - mean).P_old.delta
     C = delta.(P_old + H_new).delta
@@ -28,8 +28,8 @@ from became_core.arrays import (
     Tree,
     aligned_leaves,
     device,
-    inner_product,
     has_values,
+    inner_product,
     named_leaves,
     namespace,
     reduction_dtype,
@@ -73,9 +73,7 @@ def path_quadratic(
     Raises:
         BecameError: if structures, shapes or frameworks differ, a curvature is negative, or an entry is not finite.
     """
-    return layerwise_quadratic(
-        theta_gp, theta_hat, fisher_old, fisher_new, gradient=gradient, mean=mean, per="model"
-    )
+    return layerwise_quadratic(theta_gp, theta_hat, fisher_old, fisher_new, gradient=gradient, mean=mean, per="model")
 
 
 def layerwise_quadratic(
@@ -91,7 +89,12 @@ def layerwise_quadratic(
     """Return the Laplace cumulative loss with a coefficient of its own for each layer, or each leaf.
 
     Args:
-        theta_gp: and all that follow, as for :func:`path_quadratic`.
+        theta_gp: the stable weights; this and all that follows as for :func:`path_quadratic`.
+        theta_hat: the plastic weights.
+        fisher_old: the precision of the old tasks' posterior.
+        fisher_new: the curvature of the new task.
+        gradient: the new task's gradient at theta_hat.
+        mean: the old posterior's mean.
         per: what shares a coefficient; a layer is what stands before a leaf's last dot (``conv1`` of ``conv1.weight``).
 
     Returns:

@@ -58,9 +58,7 @@ def optimal_alpha(
     Raises:
         BecameError: if structures, shapes or frameworks differ, a Fisher value is negative, or an entry is not finite.
     """
-    quadratic = layerwise_quadratic(
-        theta_gp, theta_hat, fisher_old, fisher_new, gradient=gradient, mean=mean, per=per
-    )
+    quadratic = layerwise_quadratic(theta_gp, theta_hat, fisher_old, fisher_new, gradient=gradient, mean=mean, per=per)
     if isinstance(fisher_old, Precision) or isinstance(fisher_new, Precision):
         alphas = quadratic.minimiser("box" if clip else None)
     else:  # two diagonals couple no two groups

@@ -27,7 +27,7 @@ from became_core.laplace.merge import combine, merge, scalar
 from became_core.laplace.path import trace_path
 from became_core.laplace.quadratic import Quadratic
 
-__all__ = ["Became", "Equal", "FisherMerge", "Fixed", "GridSearch", "MeanIMM", "Merged", "MergeRule", "ModeIMM"]
+__all__ = ["Became", "Equal", "FisherMerge", "Fixed", "GridSearch", "MeanIMM", "MergeRule", "Merged", "ModeIMM"]
 
 
 class Merged(NamedTuple):
@@ -150,7 +150,7 @@ class Became:
     def merge(self, models: Sequence[Params], losses: Sequence[LocalLoss]) -> Merged:
         """Return the best point of the segment between two models, or of the simplex that K models span."""
         if len(models) == 2:
-            return self._between(*models, losses)
+            return self._between(models[0], models[1], losses)
         if self.per != "model":
             raise BecameError(f"a coefficient per {self.per} is for two models, not {len(models)}.")
         first, *others = models
@@ -167,8 +167,10 @@ class Became:
             return Merged(merge(theta_gp, theta_hat, alpha), alpha)
         groups = group_names(theta_gp, self.per)
         directions = [
-            {name: value if group_of(name, self.per) == group else namespace(delta=value).zeros_like(value)
-                for name, value in delta.items()}
+            {
+                name: value if group_of(name, self.per) == group else namespace(delta=value).zeros_like(value)
+                for name, value in delta.items()
+            }
             for group in groups
         ]
         frame = Frame(theta_gp, directions, [1.0] * len(groups))
@@ -200,9 +202,7 @@ class GridSearch:
         return Merged(merge(first, second, best), _array(best, first))
 
 
-def precision_weighted_mean(
-    models: Sequence[Params], precisions: Sequence[Params], weights: Sequence[float]
-) -> Params:
+def precision_weighted_mean(models: Sequence[Params], precisions: Sequence[Params], weights: Sequence[float]) -> Params:
     """Return (sum_k w_k F_k)^-1 sum_k w_k F_k theta_k; the weighted mean of the models where every F_k is zero."""
     merged = {}
     for name, first in models[0].items():

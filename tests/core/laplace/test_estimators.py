@@ -9,7 +9,16 @@ from hypothesis import strategies as st
 
 from became_core import Quadratic
 from became_core.arrays import Params
-from became_core.laplace import Calibrated, Diagonal, Diagonals, Estimator, Frame, LaplacePosterior, LocalLoss, Published
+from became_core.laplace import (
+    Calibrated,
+    Diagonal,
+    Diagonals,
+    Estimator,
+    Frame,
+    LaplacePosterior,
+    LocalLoss,
+    Published,
+)
 from reference.formulas import alpha_star
 from tests.backends import to_numpy, to_xp
 from tests.strategies import Segment, segments

@@ -248,7 +248,8 @@ def test_negative_or_nan_curvatures_are_refused(xp: Any, name: str, value: float
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_what_is_not_finite_is_refused(xp: Any, name: str, value: float) -> None:
-    trees = {key: {"w": xp.ones((2,))} for key in NAMES} | {"theta_hat": {"w": xp.zeros((2,))}}
+    trees: dict[str, Any] = {key: {"w": xp.ones((2,))} for key in NAMES}
+    trees["theta_hat"] = {"w": xp.zeros((2,))}
     trees[name] = {"w": xp.asarray([1.0, value])}
     message = "negative or NaN entries" if "fisher" in name and np.isnan(value) else "infinite or not a number"
     with pytest.raises(BecameError, match=rf"^{name} 'w' has .*{message}"):
