@@ -36,10 +36,10 @@ def slabs(arrays: Sequence[Array]) -> Iterator[list[Array]]:
         yield [array[start : start + SLAB] for array in flat]
 
 
-def inner_product(like: Array) -> Callable[[Array, Array], Array]:
-    """Return the function that gives the 0-d sum of left * right over flat pieces, for arrays like this one."""
-    xp = namespace(array=like)
-    if not has_values(like):
+def inner_product(arrays: Sequence[Array]) -> Callable[[Array, Array], Array]:
+    """Return the function that gives the 0-d sum of left * right over flat pieces computed from these arrays."""
+    xp = namespace(array=arrays[0])
+    if not all(has_values(array) for array in arrays):
         return lambda left, right: staged_sum(left * right)
 
     def by_rows(left: Array, right: Array) -> Array:

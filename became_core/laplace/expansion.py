@@ -42,7 +42,16 @@ from became_core.laplace.precision import Diagonal
 from became_core.laplace.quadratic import Quadratic
 from became_core.laplace.vectors import check_diagonal
 
-__all__ = ["Fisher", "Per", "group_names", "group_of", "layerwise_quadratic", "path_quadratic", "subspace_quadratic"]
+__all__ = [
+    "Fisher",
+    "Per",
+    "group_names",
+    "group_of",
+    "layerwise_quadratic",
+    "path_quadratic",
+    "separable_terms",
+    "subspace_quadratic",
+]
 
 # A curvature: a precision of any structure, or the diagonal of one as an array or a tree of arrays.
 Fisher = Precision | Tree
@@ -100,15 +109,16 @@ def layerwise_quadratic(
     Returns:
         One direction for each of :func:`group_names`, in that order: delta in its leaves, zero elsewhere.
     """
-    trees = {"theta_gp": theta_gp, "theta_hat": theta_hat}
-    trees |= {"gradient": gradient} if gradient is not None else {}
-    trees |= {"mean": mean} if mean is not None else {}
-    fishers = {"fisher_old": fisher_old, "fisher_new": fisher_new}
-    if any(isinstance(fisher, Precision) for fisher in fishers.values()):
+    if isinstance(fisher_old, Precision) or isinstance(fisher_new, Precision):
+        trees = _given(theta_gp=theta_gp, theta_hat=theta_hat, gradient=gradient, mean=mean)
         named = {role: _checked_leaves(trees, role) for role in trees}
-        precisions = {role: _as_precision(fisher) for role, fisher in fishers.items()}
-        return _by_structure(named, precisions, per)
-    return _by_diagonals(trees | fishers, per)
+        return _by_structure(named, _as_precision(fisher_old), _as_precision(fisher_new), per)
+    slope, curvature = separable_terms(
+        theta_gp, theta_hat, fisher_old, fisher_new, gradient=gradient, mean=mean, per=per
+    )
+    xp = namespace(slope=slope)
+    identity = xp.eye(slope.shape[0], dtype=curvature.dtype, device=device(curvature))
+    return Quadratic(slope, xp.expand_dims(curvature, axis=-1) * identity)
 
 
 def subspace_quadratic(
@@ -165,8 +175,28 @@ def group_of(path: str, per: Per) -> str:
     raise BecameError(f"there is no coefficient per '{per}'; choose from model, layer, leaf.")
 
 
-def _by_diagonals(trees: dict[str, Tree], per: Per) -> Quadratic:
-    """The common case, leaf by leaf: two diagonals couple no two leaves."""
+def separable_terms(
+    theta_gp: Tree,
+    theta_hat: Tree,
+    fisher_old: Tree,
+    fisher_new: Tree,
+    *,
+    gradient: Tree | None,
+    mean: Tree | None,
+    per: Per,
+) -> tuple[Array, Array]:
+    """Return each group's slope and curvature, [groups] both, for curvatures that are diagonals, as trees of arrays.
+
+    The common case, leaf by leaf: two diagonals couple no two leaves. Arguments as for :func:`layerwise_quadratic`.
+    """
+    trees = _given(
+        theta_gp=theta_gp,
+        theta_hat=theta_hat,
+        fisher_old=fisher_old,
+        fisher_new=fisher_new,
+        gradient=gradient,
+        mean=mean,
+    )
     slopes: dict[str, list[Array]] = {}
     curvatures: dict[str, list[Array]] = {}
     for path, leaf in zip(named_leaves(trees["theta_gp"]), aligned_leaves(**trees), strict=True):
@@ -176,10 +206,11 @@ def _by_diagonals(trees: dict[str, Tree], per: Per) -> Quadratic:
         curvatures.setdefault(group, []).append(curvature)
     if not slopes:
         raise BecameError("theta_gp has no arrays; give at least one.")
-    slope, curvature = _joined(slopes.values()), _joined(curvatures.values())
-    xp = namespace(slope=slope)
-    identity = xp.eye(slope.shape[0], dtype=curvature.dtype, device=device(curvature))
-    return Quadratic(slope, xp.expand_dims(curvature, axis=-1) * identity)
+    return _joined(slopes.values()), _joined(curvatures.values())
+
+
+def _given(**trees: Tree | None) -> dict[str, Tree]:
+    return {role: tree for role, tree in trees.items() if tree is not None}
 
 
 def _joined(groups: Iterable[Sequence[Array]]) -> Array:
@@ -206,7 +237,7 @@ def _leaf_terms(leaf: dict[str, tuple[str, Array]]) -> tuple[Array, Array]:
 
 
 def _leaf_sums(xp: Any, dtype: Any, labels: dict[str, str], arrays: dict[str, Array]) -> tuple[Array, Array]:
-    dot = inner_product(arrays[labels["theta_gp"]])
+    dot = inner_product(list(arrays.values()))
     slopes, curvatures = [], []
     for pieces in slabs(list(arrays.values())):
         at = {role: xp.astype(piece, dtype, copy=False) for role, piece in zip(labels, pieces, strict=True)}
@@ -234,7 +265,7 @@ def _not_finite(arrays: dict[str, Array]) -> str:
     return f"the curvature along {first} is too large for its dtype; rescale the curvatures, or give a wider dtype."
 
 
-def _by_structure(named: dict[str, Params], fishers: dict[str, Precision], per: Per) -> Quadratic:
+def _by_structure(named: dict[str, Params], old: Precision, new: Precision, per: Per) -> Quadratic:
     """Any structure of the two curvatures: both losses along each group's part of delta."""
     theta_gp, theta_hat = named["theta_gp"], named["theta_hat"]
     delta = {name: value - theta_gp[name] for name, value in theta_hat.items()}
@@ -246,9 +277,9 @@ def _by_structure(named: dict[str, Params], fishers: dict[str, Precision], per: 
     mean = named.get("mean", theta_gp)
     offset = {name: value - mean[name] for name, value in theta_gp.items()}
     backwards = {name: -value for name, value in delta.items()}
-    old = subspace_quadratic(directions, fishers["fisher_old"], offset=offset)
-    new = subspace_quadratic(directions, fishers["fisher_new"], gradient=named.get("gradient"), offset=backwards)
-    return old + new
+    return subspace_quadratic(directions, old, offset=offset) + subspace_quadratic(
+        directions, new, gradient=named.get("gradient"), offset=backwards
+    )
 
 
 def _checked_leaves(trees: dict[str, Tree], role: str) -> Params:
@@ -268,5 +299,5 @@ def _dot(**trees: Tree) -> Array:
         xp = namespace(**leaf)
         dtype = reduction_dtype(xp, **leaf)
         left, right = (xp.reshape(xp.astype(array, dtype, copy=False), (-1,)) for array in leaf.values())
-        parts.append(inner_product(left)(left, right))
+        parts.append(inner_product([left, right])(left, right))
     return _joined([parts])[0]

@@ -18,7 +18,7 @@ from became_core.arrays import (
 from became_core.errors import BecameError
 from became_core.laplace.base import Precision
 from became_core.laplace.constraints import segment_minimiser
-from became_core.laplace.expansion import Fisher, Per, group_names, group_of, layerwise_quadratic
+from became_core.laplace.expansion import Fisher, Per, group_names, group_of, layerwise_quadratic, separable_terms
 
 __all__ = ["combine", "merge", "optimal_alpha", "scalar"]
 
@@ -58,12 +58,11 @@ def optimal_alpha(
     Raises:
         BecameError: if structures, shapes or frameworks differ, a Fisher value is negative, or an entry is not finite.
     """
-    quadratic = layerwise_quadratic(theta_gp, theta_hat, fisher_old, fisher_new, gradient=gradient, mean=mean, per=per)
+    trees, options = (theta_gp, theta_hat, fisher_old, fisher_new), {"gradient": gradient, "mean": mean, "per": per}
     if isinstance(fisher_old, Precision) or isinstance(fisher_new, Precision):
-        alphas = quadratic.minimiser("box" if clip else None)
+        alphas = layerwise_quadratic(*trees, **options).minimiser("box" if clip else None)
     else:  # two diagonals couple no two groups
-        xp = namespace(curvature=quadratic.curvature)
-        alphas = segment_minimiser(quadratic.slope, xp.linalg.diagonal(quadratic.curvature), clip=clip)
+        alphas = segment_minimiser(*separable_terms(*trees, **options), clip=clip)
     if per == "model":
         return alphas[0]
     position = {group: index for index, group in enumerate(group_names(theta_gp, per))}

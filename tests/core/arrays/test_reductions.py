@@ -54,5 +54,5 @@ def test_slabs_cover_everything_once(xp: Any, shape: tuple[int, ...]) -> None:
     for index, sign in ((0, 1), (1, -1)):
         joined = np.concatenate([to_numpy(piece[index]) for piece in pieces])
         np.testing.assert_array_equal(joined, sign * numbers.ravel())
-    dot = inner_product(pieces[0][0])
+    dot = inner_product(pieces[0])
     assert sum(float(dot(left, right)) for left, right in pieces) == -float(np.sum(numbers**2))

@@ -1,0 +1,158 @@
+"""Speed and memory of alpha* and of merging: ``python benchmarks/alpha.py [--frameworks numpy torch …] [--json]``.
+
+Each framework, in one process of its own, is held against itself: alpha* reads four models, and its bandwidth is given as
+a ratio to that at which the same framework sums the same four, in the same process, in turn with it; merging reads two
+models and writes one, and is held against the sum of three. ``formula`` is the obvious three-line expression. Extra
+memory is the rise of the process's peak during a call, as a share of one model, the result of a merge left out.
+
+Convention: float32; ratios above 1 are better for bandwidths; medians over rounds, in each of which every contender runs.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # so that the checkout is measured, installed or not
+
+LEAVES = 16
+FRAMEWORKS = ("numpy", "torch", "torch-compiled", "jax", "tensorflow")
+
+
+def backend(name: str) -> tuple[Callable[[np.ndarray], Any], Callable[[Any], Any], Callable[[Any], Any], Any]:
+    """Return how a framework makes an array, compiles a function, waits for a result, and its sum of one array."""
+    if name == "numpy":
+        return np.asarray, lambda f: f, lambda x: x, np.sum
+    if name.startswith("torch"):
+        import torch
+
+        compile_ = (lambda f: torch.compile(f, fullgraph=True)) if name == "torch-compiled" else (lambda f: f)
+        return torch.from_numpy, compile_, lambda x: x, torch.sum
+    if name == "jax":
+        import jax
+
+        return jax.device_put, jax.jit, jax.block_until_ready, jax.numpy.sum
+    import tensorflow as tf
+
+    def wait(result: Any) -> Any:
+        return tf.nest.map_structure(lambda x: x.numpy() if x.shape.rank == 0 else x[:1].numpy(), result)
+
+    return tf.constant, lambda f: tf.function(f, jit_compile=True), wait, tf.reduce_sum
+
+
+def models(make: Callable[[np.ndarray], Any], parameters: int) -> list[dict[str, Any]]:
+    """Return theta_gp, theta_hat, fisher_old and fisher_new, in leaves of equal size."""
+    draw = np.random.default_rng(0)
+    size = parameters // LEAVES
+    return [
+        {f"layer{leaf}.weight": make(draw.random(size, dtype=np.float32)) for leaf in range(LEAVES)} for _ in range(4)
+    ]
+
+
+def measure(name: str, parameters: int, rounds: int) -> dict[str, float]:
+    """Return the ratios of one framework."""
+    from became_core import merge, optimal_alpha
+
+    make, compiled, wait, sum_of = backend(name)
+    trees = models(make, parameters)
+    leaves = list(trees[0])
+
+    def totals(*given: Any) -> Any:
+        return [sum_of(tree[leaf]) for tree in given for leaf in leaves]
+
+    def plain(gp: Any, hat: Any, old: Any, new: Any) -> Any:
+        top = sum(sum_of((hat[leaf] - gp[leaf]) ** 2 * new[leaf]) for leaf in leaves)
+        return top / (top + sum(sum_of((hat[leaf] - gp[leaf]) ** 2 * old[leaf]) for leaf in leaves))
+
+    contenders: dict[str, Callable[[], Any]] = {
+        "sum": _call(compiled(totals), trees),
+        "alpha": _call(compiled(optimal_alpha), trees),
+        "formula": _call(compiled(plain), trees),
+        "sum of three": _call(compiled(totals), trees[:3]),
+        "merge": _call(compiled(lambda gp, hat: merge(gp, hat, 0.3)), trees[:2]),
+    }
+    seconds: dict[str, list[float]] = {contender: [] for contender in contenders}
+    values = {}
+    for contender, run in contenders.items():  # compile, and touch every page
+        values[contender] = wait(run())
+    assert abs(float(values["alpha"]) - float(values["formula"])) < 1e-4
+    for _ in range(rounds):
+        for contender, run in contenders.items():
+            began = time.perf_counter()
+            wait(run())
+            seconds[contender].append(time.perf_counter() - began)
+    median = {contender: float(np.median(each)) for contender, each in seconds.items()}
+    model = parameters * 4
+    return {
+        "alpha_over_sum_bandwidth": float(np.median(np.divide(seconds["sum"], seconds["alpha"]))),
+        "formula_over_sum_bandwidth": float(np.median(np.divide(seconds["sum"], seconds["formula"]))),
+        "merge_over_sum_bandwidth": float(np.median(np.divide(seconds["sum of three"], seconds["merge"]))),
+        "sum_gigabytes_per_second": 4 * model / median["sum"] / 1e9,
+        "alpha_extra_memory": _extra(lambda: wait(contenders["alpha"]())) / model,
+        "formula_extra_memory": _extra(lambda: wait(contenders["formula"]())) / model,
+        "merge_extra_memory": _extra(lambda: wait(contenders["merge"]())) / model - 1,
+        "alpha_seconds": median["alpha"],
+    }
+
+
+def _call(function: Callable[..., Any], arguments: list[Any]) -> Callable[[], Any]:
+    return lambda: function(*arguments)
+
+
+def _extra(run: Callable[[], Any]) -> float:
+    """Return by how many bytes the process's resident memory rose above its level before, at its peak (Linux)."""
+    if not Path("/proc/self/clear_refs").exists():
+        return float("nan")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    before = _status("VmRSS")
+    kept = run()
+    after = _status("VmHWM")
+    del kept
+    return max(after - before, 0)
+
+
+def _status(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+
+def main() -> None:
+    """Measure each framework in a process of its own, and print a table or JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
+    parser.add_argument("--frameworks", nargs="+", choices=FRAMEWORKS, default=FRAMEWORKS)
+    parser.add_argument("--parameters", type=int, default=100_000_000)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--json", action="store_true", help="print one object of ratios by framework")
+    options = parser.parse_args()
+    if os.environ.get("BECAME_BENCHMARK_CHILD"):
+        print(json.dumps(measure(options.frameworks[0], options.parameters, options.rounds)))
+        return
+    results = {}
+    for name in options.frameworks:
+        command = [sys.executable, __file__, "--frameworks", name]
+        command += ["--parameters", str(options.parameters), "--rounds", str(options.rounds)]
+        environment = {**os.environ, "BECAME_BENCHMARK_CHILD": "1", "TF_CPP_MIN_LOG_LEVEL": "2"}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        if done.returncode:
+            print(f"{name}: {done.stderr.strip().splitlines()[-1]}", file=sys.stderr)
+            continue
+        results[name] = json.loads(done.stdout.splitlines()[-1])
+    if options.json:
+        print(json.dumps(results, indent=2))
+        return
+    columns = list(next(iter(results.values()))) if results else []
+    print("| framework | " + " | ".join(column.replace("_", " ") for column in columns) + " |")
+    print("| --- |" + " ---: |" * len(columns))
+    for name, ratios in results.items():
+        print(f"| {name} | " + " | ".join(f"{ratios[column]:.2f}" for column in columns) + " |")
+
+
+if __name__ == "__main__":
+    main()
