@@ -38,7 +38,7 @@ class Framework:
     has_values: Callable[[Any, Any], bool] = lambda module, array: True
 
 
-def _torch_namespace(array: Any) -> Any:
+def _torch_namespace(_: Any) -> Any:
     # Not by way of array_api_compat.array_namespace: torch.compile warns of its caches.
     import array_api_compat.torch
 
@@ -49,7 +49,7 @@ def _torch_has_values(torch: Any, array: Any) -> bool:
     return not (torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(array))
 
 
-def _tensorflow_namespace(array: Any) -> Any:
+def _tensorflow_namespace(_: Any) -> Any:
     import became_core.arrays.tensorflow as xp
 
     return xp
