@@ -1,26 +1,68 @@
-"""The backends that the suite runs on: an Array API namespace each, and the way back to NumPy.
+"""The backends that the suite runs on: an Array API namespace each, the way to it from NumPy, and the way back.
 
 A new backend is one more line of ``BACKENDS``; nothing is imported until it is asked for.
 """
 
 import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["BACKENDS", "load", "to_numpy", "to_xp"]
+from became_core.arrays import namespace
+
+__all__ = ["BACKENDS", "Backend", "load", "to_numpy", "to_xp"]
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A backend.
+
+    Attributes:
+        module: its Array API namespace.
+        configure: namespace -> None, called once, before any array is made.
+        from_numpy: (namespace, a NumPy array that nothing else uses) -> an array of the same dtype.
+        to_numpy: array -> NumPy array.
+    """
+
+    module: str
+    configure: Callable[[Any], object] = lambda xp: None
+    from_numpy: Callable[[Any, NDArray[Any]], Any] = lambda xp, array: xp.asarray(array)
+    to_numpy: Callable[[Any], NDArray[Any]] = np.asarray
+
+
+def _without_data_dependence(xp: Any) -> None:
+    """Leave out what no jit can do: then what passes here is fit for any."""
+    xp.set_array_api_strict_flags(boolean_indexing=False, data_dependent_shapes=False)
+
+
+def _in_double_precision(_: Any) -> None:
+    jax: Any = importlib.import_module("jax")
+    jax.config.update("jax_enable_x64", True)
+    jax.config.update("jax_platforms", "cpu")
+
 
 BACKENDS = {
-    "numpy": "array_api_compat.numpy",
-    "strict": "array_api_strict",
-    "torch": "array_api_compat.torch",
+    "numpy": Backend("array_api_compat.numpy"),
+    "strict": Backend("array_api_strict"),
+    "strictest": Backend("array_api_strict", configure=_without_data_dependence),
+    "torch": Backend("array_api_compat.torch", to_numpy=lambda array: np.asarray(array.detach())),
+    "jax": Backend("jax.numpy", configure=_in_double_precision),
+    "tensorflow": Backend("became_core.arrays.tensorflow"),
+    "dask": Backend("array_api_compat.dask.array"),
 }
+
+_BY_MODULE = {backend.module: backend for backend in BACKENDS.values()}
 
 
 def load(name: str) -> Any:
     """Return a backend's namespace."""
-    return importlib.import_module(BACKENDS[name])
+    backend = BACKENDS[name]
+    xp = importlib.import_module(backend.module)
+    backend.configure(xp)
+    return xp
 
 
 def to_xp(xp: Any, tree: Any) -> Any:
@@ -28,9 +70,9 @@ def to_xp(xp: Any, tree: Any) -> Any:
     if isinstance(tree, dict):
         return {name: to_xp(xp, leaf) for name, leaf in tree.items()}
     # A copy: tests may hand over read-only views, and no two arrays should share memory.
-    return xp.asarray(np.array(tree))
+    return _BY_MODULE[xp.__name__].from_numpy(xp, np.array(tree))
 
 
 def to_numpy(array: Any) -> NDArray[Any]:
     """Return an array of any backend as one of NumPy."""
-    return np.asarray(array.detach() if hasattr(array, "detach") else array)
+    return _BY_MODULE[namespace(array=array).__name__].to_numpy(array)

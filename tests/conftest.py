@@ -1,6 +1,7 @@
 """What every test may ask for: the backend's namespace ``xp``, and hypothesis in a fixed profile.
 
-``pytest --backend {numpy,strict,torch}`` chooses the backend. ``HYPOTHESIS_PROFILE=long`` searches longer, at random.
+``pytest --backend {numpy,strict,strictest,torch,jax,tensorflow,dask}`` chooses the backend.
+``HYPOTHESIS_PROFILE=long`` searches longer, at random.
 """
 
 import os

@@ -40,7 +40,7 @@ class Framework:
     has_values: Callable[[Any, Any], bool] = lambda module, array: True
 
 
-def _torch_namespace(array: Any) -> Any:  # noqa: ARG001 - every row's signature
+def _torch_namespace(_: Any) -> Any:
     # Not by way of array_api_compat.array_namespace: torch.compile warns of its caches.
     import array_api_compat.torch
 
@@ -56,7 +56,7 @@ def _jax_namespace(array: Any) -> Any:
     return array_api_compat.array_namespace(array)
 
 
-def _tensorflow_namespace(array: Any) -> Any:  # noqa: ARG001 - every row's signature
+def _tensorflow_namespace(_: Any) -> Any:
     import became_core.arrays.tensorflow as xp
 
     return xp

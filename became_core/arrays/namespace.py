@@ -1,4 +1,4 @@
-"""The gateway to the Array API: which namespace arrays share, what they are reduced in, when values can be checked.
+"""The gateway to the Array API: the namespace that arrays share, what to reduce them in, and checks of their values.
 
 Convention: code in the core receives arrays, asks here for their namespace ``xp`` and calls nothing else.
 """
@@ -66,7 +66,9 @@ def reduction_dtype(xp: Any, **arrays: Array) -> Any:
     """
     for name, array in arrays.items():
         if not xp.isdtype(array.dtype, "real floating"):
-            raise BecameError(f"{name} has dtype {array.dtype}; it must hold real floating-point numbers.")
+            # TensorFlow's str would be "<dtype: 'int64'>"; PyTorch's dtypes have no name but their str.
+            dtype = getattr(array.dtype, "name", array.dtype)
+            raise BecameError(f"{name} has dtype {dtype}; it must hold real floating-point numbers.")
     # Half precisions give way to float32 here, and not in result_type: torch.compile cannot trace it for them.
     wide = [array.dtype for array in arrays.values() if xp.finfo(array.dtype).bits >= 32]
     return xp.result_type(xp.float32, *wide)

@@ -149,7 +149,7 @@ def aligned_leaves(**trees: Tree) -> Iterator[dict[str, Array]]:
 
 
 def _flatten_alike(trees: Mapping[str, Tree]) -> dict[str, dict[str, Array]]:
-    """Return each tree's leaves by dotted path; raise a BecameError unless all are of the first one's structure."""
+    """Return each tree's leaves by dotted path; raise a BecameError unless all have the first one's structure."""
     reference_name, *_ = trees
     flat = {name: _flatten(tree) for name, tree in trees.items()}
     reference = flat[reference_name]

@@ -25,6 +25,6 @@ def input_grams(batches: Iterable[Taps], weights: frozenset[str]) -> Params:
             if name in weights:
                 xp = namespace(inputs=tap.inputs)
                 a = xp.reshape(tap.inputs, (-1, tap.inputs.shape[2]))
-                gram = xp.matmul(a.T, a)
+                gram = xp.matmul(xp.matrix_transpose(a), a)
                 grams[name] = grams[name] + gram if name in grams else gram
     return grams

@@ -50,7 +50,7 @@ def per_sample_square_sum(taps: Taps) -> Params:
         if tap.kind == "scale":
             squares[f"{layer}.weight"] = _square_sum(xp.sum(g * a, axis=1))
         elif a.shape[1] == 1:
-            squares[f"{layer}.weight"] = xp.matmul(xp.square(g[:, 0, :]).T, xp.square(a[:, 0, :]))
+            squares[f"{layer}.weight"] = xp.matmul(xp.matrix_transpose(xp.square(g[:, 0, :])), xp.square(a[:, 0, :]))
         else:
             squares[f"{layer}.weight"] = _square_sum(xp.matmul(xp.matrix_transpose(g), a))
         if tap.has_bias:
@@ -74,7 +74,7 @@ def batch_gradient(taps: Taps) -> Params:
         else:
             rows = a.shape[0] * a.shape[1]
             flat_g, flat_a = xp.reshape(g, (rows, g.shape[2])), xp.reshape(a, (rows, a.shape[2]))
-            gradients[f"{layer}.weight"] = xp.matmul(flat_g.T, flat_a)
+            gradients[f"{layer}.weight"] = xp.matmul(xp.matrix_transpose(flat_g), flat_a)
         if tap.has_bias:
             gradients[f"{layer}.bias"] = xp.sum(g, axis=(0, 1))
     return gradients

@@ -87,18 +87,20 @@ def _extended(name: str, basis: Array | None, gram: Array, epsilon: float) -> Ar
         kept = xp.zeros((c.shape[0], 0), dtype=xp.float64, device=device(c))
     else:
         kept = xp.astype(basis, xp.float64)
-    residual = _complement(_complement(c, kept).T, kept)
+    residual = _complement(xp.matrix_transpose(_complement(c, kept)), kept)
     captured = total - xp.linalg.trace(residual)
-    values, vectors = xp.linalg.eigh((residual + residual.T) / 2)
+    values, vectors = xp.linalg.eigh((residual + xp.matrix_transpose(residual)) / 2)
     values, vectors = xp.flip(values), xp.flip(vectors, axis=1)  # leading first
     room = c.shape[0] - kept.shape[1]
     reached = captured + xp.cumulative_sum(xp.clip(values[:room], 0.0, None))
     missing = int(xp.sum(xp.astype(reached < epsilon * total, xp.int64)))  # how many prefixes fall short
     count = 0 if captured >= epsilon * total else min(missing + 1, room)
     # Once more out of the kept space, and orthonormal among themselves: rounding must not build up over tasks.
-    added = xp.linalg.qr(_complement(vectors[:, :count].T, kept).T)[0]
+    leading = _complement(xp.matrix_transpose(vectors[:, :count]), kept)
+    added = xp.linalg.qr(xp.matrix_transpose(leading))[0]
     return xp.astype(xp.concat([kept, added], axis=1), gram.dtype)
 
 
 def _complement(rows: Array, basis: Array) -> Array:
-    return rows - (rows @ basis) @ basis.T
+    xp = namespace(rows=rows, basis=basis)
+    return rows - xp.matmul(xp.matmul(rows, basis), xp.matrix_transpose(basis))
