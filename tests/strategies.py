@@ -17,7 +17,7 @@ from became_core.laplace import Dense, Diagonal, Isotropic, Kronecker, LowRank, 
 from reference.precisions import block_diagonal, kronecker_matrix, low_rank_matrix
 from tests.backends import to_numpy, to_xp
 
-__all__ = ["KINDS", "Segment", "Structured", "eighths", "segments", "structured"]
+__all__ = ["KINDS", "Segment", "Structured", "eighths", "segments", "structured", "structured_pairs"]
 
 Array = NDArray[np.float64]
 Tree = dict[str, Array]
@@ -128,16 +128,36 @@ PARAMETER_SHAPES = hnp.array_shapes(min_dims=1, max_dims=3, min_side=1, max_side
 )
 
 
-@st.composite
-def structured(draw: st.DrawFn, *, kinds: Sequence[str] = KINDS, definite: bool = False) -> Structured:
-    """Precisions of any structure over one to three small parameters; singular ones included unless ``definite``."""
-    shapes = dict(
-        zip(("b.weight", "a.weight", "c"), draw(st.lists(PARAMETER_SHAPES, min_size=1, max_size=3)), strict=False)
+def parameter_shapes() -> st.SearchStrategy[dict[str, tuple[int, ...]]]:
+    """One to three small parameters; their names are not in order."""
+    return st.lists(PARAMETER_SHAPES, min_size=1, max_size=3).map(
+        lambda shapes: dict(zip(("b.weight", "a.weight", "c"), shapes, strict=False))
     )
+
+
+@st.composite
+def structured_pairs(draw: st.DrawFn, *, definite: bool = False) -> tuple[Structured, Structured]:
+    """Two precisions, each of some of the same parameters."""
+    shapes = draw(parameter_shapes())
+    some = st.lists(st.sampled_from(list(shapes)), min_size=1, unique=True)
+    left, right = ({name: shapes[name] for name in draw(some)} for _ in range(2))
+    return draw(structured(shapes=left, definite=definite)), draw(structured(shapes=right, definite=definite))
+
+
+@st.composite
+def structured(
+    draw: st.DrawFn,
+    *,
+    kinds: Sequence[str] = KINDS,
+    definite: bool = False,
+    shapes: dict[str, tuple[int, ...]] | None = None,
+) -> Structured:
+    """Precisions of any structure over given parameters, or some; singular ones included unless ``definite``."""
+    shapes = draw(parameter_shapes()) if shapes is None else shapes
     kind = draw(st.sampled_from(kinds))
     ground = 0.5 if definite else 0.0
 
-    def values(low: int = 0, *, of: Mapping[str, tuple[int, ...]] = shapes) -> Tree:
+    def values(of: Mapping[str, tuple[int, ...]], low: int = 0) -> Tree:
         return {name: draw(eighths(shape, low)) + (ground if low == 0 else 0) for name, shape in of.items()}
 
     def semidefinite(size: int) -> Array:
@@ -149,10 +169,10 @@ def structured(draw: st.DrawFn, *, kinds: Sequence[str] = KINDS, definite: bool 
 
     size = sum(int(np.prod(shape)) for shape in shapes.values())
     if kind == "Diagonal":
-        diagonal = values()
+        diagonal = values(shapes)
         return Structured(kind, diagonal, shapes, np.diag(flat(diagonal)))
     if kind == "Isotropic":
-        amounts = values(of=dict.fromkeys(shapes, ()))
+        amounts = values(dict.fromkeys(shapes, ()))
         full = {name: np.full(shape, amounts[name]) for name, shape in shapes.items()}
         return Structured(kind, amounts, shapes, np.diag(flat(full)))
     if kind == "Dense":
@@ -160,10 +180,10 @@ def structured(draw: st.DrawFn, *, kinds: Sequence[str] = KINDS, definite: bool 
         return Structured(kind, {"matrix": matrix}, shapes, matrix)
     if kind == "LowRank":
         rank = draw(st.integers(1, 3))
-        factors = values(-4, of={name: (*shape, rank) for name, shape in shapes.items()})
+        factors = values({name: (*shape, rank) for name, shape in shapes.items()}, -4)
         if draw(st.booleans()):  # a parameter without a factor has zeros
             del factors[min(shapes)]
-        scales, diagonal = draw(eighths((rank,), 0)), values()
+        scales, diagonal = draw(eighths((rank,), 0)), values(shapes)
         columns = {
             name: factors.get(name, np.zeros((*shape, rank))).reshape(-1, rank) for name, shape in shapes.items()
         }
@@ -174,7 +194,7 @@ def structured(draw: st.DrawFn, *, kinds: Sequence[str] = KINDS, definite: bool 
     a = {name: semidefinite(int(np.prod(shapes[name][1:], dtype=int))) for name in weights}
     g = {name: semidefinite(shapes[name][0]) for name in weights}
     damping = {name: draw(eighths((), 0)) for name in weights if draw(st.booleans())}
-    diagonal = values(of={name: shape for name, shape in shapes.items() if name not in weights})
+    diagonal = values({name: shape for name, shape in shapes.items() if name not in weights})
     blocks = [kronecker_matrix(a[name], g[name], float(damping.get(name, 0.0))) for name in weights]
     matrix = block_diagonal(*blocks, *(np.diag(diagonal[name].ravel()) for name in sorted(diagonal)))
     # "Blocks" without a second parameter has nothing for its diagonal.
