@@ -13,12 +13,14 @@ from became_core.laplace.base import Precision
 from became_core.laplace.vectors import (
     Rows,
     Shape,
+    Shapes,
     amount_in,
     check_amount,
     check_symmetric,
     embedded,
     identity,
     size,
+    static,
     wide,
 )
 
@@ -39,10 +41,11 @@ class Dense(Precision):
     """
 
     matrix: Array
-    shapes: Mapping[str, Shape]
+    shapes: Mapping[str, Shape] = static()
 
     def __post_init__(self) -> None:
         """Check the matrix."""
+        object.__setattr__(self, "shapes", Shapes(self.shapes))
         check_symmetric(self.matrix, "the precision matrix")
         total = sum(size(shape) for shape in self.shapes.values())
         if self.matrix.shape[0] != total:
@@ -53,7 +56,7 @@ class Dense(Precision):
 
     def covered(self) -> dict[str, Shape]:
         """Return the shapes of the parameters, sorted by name."""
-        return {name: tuple(self.shapes[name]) for name in sorted(self.shapes)}
+        return {name: self.shapes[name] for name in sorted(self.shapes)}
 
     def diagonal(self) -> Params:
         """Return the matrix's diagonal."""

@@ -16,6 +16,7 @@ from became_core.laplace.precision import Isotropic
 from became_core.laplace.vectors import (
     Rows,
     Shape,
+    Shapes,
     added,
     amount_in,
     check_amount,
@@ -24,6 +25,7 @@ from became_core.laplace.vectors import (
     identity,
     parted,
     size,
+    static,
     wide,
 )
 
@@ -49,10 +51,11 @@ class Kronecker(Precision):
 
     factors: Mapping[str, tuple[Array, Array]]
     damping: Params = field(default_factory=dict)
-    shapes: Mapping[str, Shape] = field(default_factory=dict)
+    shapes: Mapping[str, Shape] = static(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Check the factors."""
+        object.__setattr__(self, "shapes", Shapes(self.shapes))
         for label, array in self._arrays().items():
             if label.startswith("the damping"):
                 check_amount(array, label)
@@ -62,13 +65,13 @@ class Kronecker(Precision):
             if name not in self.factors:
                 raise BecameError(f"'{name}' has a damping or a shape but no factors; give it factors.")
         for name, shape in self.shapes.items():
-            if not self._fits(name, tuple(shape)):
+            if not self._fits(name, shape):
                 d_out, d_in = self._matrix_shape(name)
-                raise BecameError(f"'{name}' has shape {tuple(shape)} but its factors are for [{d_out}, {d_in}].")
+                raise BecameError(f"'{name}' has shape {shape} but its factors are for [{d_out}, {d_in}].")
 
     def covered(self) -> dict[str, Shape]:
         """Return the shapes of the weights that have factors."""
-        return {name: tuple(self.shapes.get(name, self._matrix_shape(name))) for name in self.factors}
+        return {name: self.shapes.get(name, self._matrix_shape(name)) for name in self.factors}
 
     def diagonal(self) -> Params:
         """Return diag(G) diag(A)^T + damping, in each weight's shape."""

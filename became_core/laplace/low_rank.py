@@ -61,8 +61,9 @@ class LowRank(Precision):
         xp, dtype = self._common([], ())
         diagonals = {}
         for name, value in self.diagonal_part.values.items():
-            root = self._root(name, xp, dtype)
-            diagonals[name] = xp.reshape(flat(xp, value, dtype) + xp.sum(root * root, axis=1), value.shape)
+            columns = self._columns(name, xp, dtype)
+            explained = xp.sum(columns * columns * wide(xp, self.scales, dtype), axis=1)
+            diagonals[name] = xp.reshape(flat(xp, value, dtype) + explained, value.shape)
         return diagonals
 
     def inverse_diagonal(self) -> Params:
@@ -106,9 +107,10 @@ class LowRank(Precision):
 
     def _times(self, vector: Params) -> Params:
         xp, dtype = _kind(vector)
-        inner = self._projected(vector, xp, dtype)
+        inner = sum(xp.matmul(xp.matrix_transpose(self._columns(name, xp, dtype)), u) for name, u in vector.items())
+        inner = inner * wide(xp, self.scales, dtype)
         product = self.diagonal_part._times(vector)
-        return {name: value + xp.matmul(self._root(name, xp, dtype), inner) for name, value in product.items()}
+        return {name: value + xp.matmul(self._columns(name, xp, dtype), inner) for name, value in product.items()}
 
     def _solved(self, vector: Params) -> Params:
         xp, dtype = _kind(vector)
@@ -131,8 +133,9 @@ class LowRank(Precision):
         return self.diagonal_part._coloured({name: value - pulled[name] for name, value in noise.items()})
 
     def _matrix(self, xp: Any, dtype: Any) -> Array:
-        root = xp.concat([self._root(name, xp, dtype) for name in sorted(self.covered())], axis=0)
-        return xp.matmul(root, xp.matrix_transpose(root)) + self.diagonal_part._matrix(xp, dtype)
+        columns = xp.concat([self._columns(name, xp, dtype) for name in sorted(self.covered())], axis=0)
+        scaled = columns * wide(xp, self.scales, dtype)
+        return xp.matmul(scaled, xp.matrix_transpose(columns)) + self.diagonal_part._matrix(xp, dtype)
 
     def _combined(self, other: Precision) -> Precision | None:
         if isinstance(other, Diagonal | Isotropic):

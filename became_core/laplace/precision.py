@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from became_core.arrays import Array, Params, check_values, device, namespace
+from became_core.errors import BecameError
 from became_core.laplace.base import Precision
 from became_core.laplace.vectors import (
     Rows,
     Shape,
+    Shapes,
     added,
     amount_in,
     check_amount,
@@ -19,6 +21,7 @@ from became_core.laplace.vectors import (
     diagonal_matrix,
     flat,
     parted,
+    static,
     wide,
 )
 
@@ -128,13 +131,19 @@ class Isotropic(Precision):
     Attributes:
         amounts: 0-d arrays, at least 0, by parameter name.
         shapes: the parameters' shapes, of the same names.
+
+    Raises:
+        BecameError: if an amount is negative or not a number, or the names are not the same.
     """
 
     amounts: Params
-    shapes: Mapping[str, Shape]
+    shapes: Mapping[str, Shape] = static()
 
     def __post_init__(self) -> None:
         """Check the amounts."""
+        object.__setattr__(self, "shapes", Shapes(self.shapes))
+        for name in self.amounts.keys() ^ self.shapes.keys():
+            raise BecameError(f"'{name}' has an amount or a shape, but not both; give it both.")
         for name in self.shapes:
             check_amount(self.amounts[name], f"the precision of '{name}'")
 
@@ -150,7 +159,7 @@ class Isotropic(Precision):
 
     def covered(self) -> dict[str, Shape]:
         """Return the shapes."""
-        return {name: tuple(shape) for name, shape in self.shapes.items()}
+        return dict(self.shapes)
 
     def diagonal(self) -> Params:
         """Return each amount in its parameter's shape."""

@@ -5,7 +5,7 @@ Convention: an array is flattened row by row (the last axis fastest).
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 from numbers import Real
 from typing import Any
@@ -16,6 +16,7 @@ from became_core.errors import BecameError
 __all__ = [
     "Rows",
     "Shape",
+    "Shapes",
     "added",
     "amount_in",
     "check_amount",
@@ -27,10 +28,26 @@ __all__ = [
     "identity",
     "parted",
     "size",
+    "static",
     "wide",
 ]
 
 Shape = tuple[int, ...]
+
+
+class Shapes(dict[str, Shape]):
+    """Parameters' shapes by name; hashable, as whatever is not an array must be for a trace to tell it by."""
+
+    def __init__(self, shapes: Mapping[str, Shape]) -> None:
+        super().__init__((name, tuple(shape)) for name, shape in shapes.items())
+
+    def __hash__(self) -> int:  # type: ignore[override]
+        return hash(frozenset(self.items()))
+
+
+def static(**options: Any) -> Any:
+    """Return a dataclass field that holds no arrays: JAX's ``register_dataclass`` knows such by this mark."""
+    return field(metadata={"static": True}, **options)
 
 
 @dataclass(frozen=True)
