@@ -1,11 +1,11 @@
 """Speed and memory of alpha* and of merging: ``python benchmarks/alpha.py [--frameworks numpy torch …] [--json]``.
 
-Each framework, in one process of its own, is held against itself: alpha* reads four models, and its bandwidth is given as
+Each framework, in a process of its own, is held against itself: alpha* reads four models, and its bandwidth is given as
 a ratio to that at which the same framework sums the same four, in the same process, in turn with it; merging reads two
 models and writes one, and is held against the sum of three. ``formula`` is the obvious three-line expression. Extra
 memory is the rise of the process's peak during a call, as a share of one model, the result of a merge left out.
 
-Convention: float32; ratios above 1 are better for bandwidths; medians over rounds, in each of which every contender runs.
+Convention: float32; a higher ratio is better; medians over rounds, in each of which every contender runs.
 """
 
 import argparse

@@ -4,7 +4,7 @@ from became_core.arrays.frameworks import is_array
 from became_core.arrays.namespace import Array, check_values, device, has_values, namespace, reduction_dtype
 from became_core.arrays.reductions import inner_product, slabs, staged_sum
 from became_core.arrays.trees import Params, Tree, aligned_leaves, map_leaves, named_leaves, with_leaves
-from became_core.arrays.values import static, value
+from became_core.arrays.values import pytree, static
 
 __all__ = [
     "Array",
@@ -19,10 +19,10 @@ __all__ = [
     "map_leaves",
     "named_leaves",
     "namespace",
+    "pytree",
     "reduction_dtype",
     "slabs",
     "staged_sum",
     "static",
-    "value",
     "with_leaves",
 ]

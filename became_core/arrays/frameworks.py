@@ -104,4 +104,5 @@ def framework_of(array: Any) -> tuple[Framework, Any] | None:
 
 def is_array(value: Any) -> bool:
     """Whether a value is an array of a known framework."""
-    return framework_of(value) is not None
+    # Containers first: torch.compile cannot trace what array-api-compat asks of them.
+    return not isinstance(value, (dict, list, tuple)) and framework_of(value) is not None

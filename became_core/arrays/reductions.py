@@ -33,7 +33,8 @@ def slabs(arrays: Sequence[Array]) -> Iterator[list[Array]]:
         yield flat
         return
     for start in range(0, size, SLAB):
-        yield [array[start : start + SLAB] for array in flat]
+        end = min(start + SLAB, size)
+        yield [array[start:end] for array in flat]
 
 
 def inner_product(arrays: Sequence[Array]) -> Callable[[Array, Array], Array]:

@@ -9,7 +9,7 @@ from dataclasses import field, fields
 from types import ModuleType
 from typing import Any, NamedTuple, TypeVar
 
-__all__ = ["introduce_to_jax", "static", "value"]
+__all__ = ["introduce_to_jax", "pytree", "static"]
 
 C = TypeVar("C")
 
@@ -31,7 +31,7 @@ def static(**options: Any) -> Any:
     return field(metadata={"static": True}, **options)
 
 
-def value(cls: type[C]) -> type[C]:
+def pytree(cls: type[C]) -> type[C]:
     """Make a frozen dataclass a tree for the frameworks, as every dataclass is one for this package."""
     every = fields(cls)  # type: ignore[arg-type] # a dataclass, as the docstring asks
     children = tuple(each.name for each in every if not each.metadata.get("static"))

@@ -9,8 +9,6 @@ Convention: slope [K], curvature [K, K], points [K].
 
 from typing import Protocol
 
-import numpy as np
-
 from became_core.arrays import Array, namespace
 from became_core.errors import BecameError
 from became_core.laplace.faces import box_face, constant, simplex_face
@@ -85,7 +83,7 @@ class Simplex:
 
     def _first(self, free: Array) -> Array:
         xp = namespace(free=free)
-        return constant(np.arange(free.shape[0]) == int(xp.argmax(free)), free)
+        return constant(_marked(int(free.shape[0]), int(xp.argmax(free))), free)
 
 
 def walk(region: _Region) -> Array:
@@ -99,7 +97,7 @@ def walk(region: _Region) -> Array:
     size = int(slope.shape[0])
     rounding = 16 * size * float(xp.finfo(slope.dtype).eps)
     flat = rounding * float(xp.max(xp.abs(curvature)) + xp.max(xp.abs(slope)))
-    is_free = np.arange(size) == region.start()
+    is_free = _marked(size, region.start())
     point = constant(is_free, slope)
     for _ in range(50 * size):
         free = constant(is_free, slope)
@@ -107,16 +105,22 @@ def walk(region: _Region) -> Array:
         length, blocking = _room(point, step, region.highest, rounding)
         point = point + length * step
         if blocking is not None:
-            is_free = is_free & (np.arange(size) != blocking)
-            held = constant(np.arange(size) == blocking, slope)
-            point = point * (1 - held) + held * (region.highest if float(step[blocking]) > 0 else 0.0)
+            is_free[blocking] = 0.0
+            held = constant(_marked(size, blocking), slope)
+            bound = region.highest if float(step[blocking]) > 0 else 0.0
+            point = point * (1 - held) + held * bound
             continue
         pull = region.pull(point, free) * (1 - free) - free  # what is free is not to be let go
         strongest = int(xp.argmax(pull))
         if float(pull[strongest]) <= flat:
             return point
-        is_free = is_free | (np.arange(size) == strongest)
+        is_free[strongest] = 1.0
     raise BecameError("the constrained minimum was not found; the curvature must be positive semi-definite.")
+
+
+def _marked(size: int, index: int | None) -> list[float]:
+    """Return zeros with a 1 at an index, if there is one."""
+    return [float(position == index) for position in range(size)]
 
 
 def _room(point: Array, step: Array, highest: float, rounding: float) -> tuple[float, int | None]:

@@ -19,7 +19,7 @@ beats every point of the segment by ``predicted_advantage``. The control point c
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from became_core.arrays import Array, Tree, map_leaves, named_leaves, namespace, value
+from became_core.arrays import Array, Tree, map_leaves, named_leaves, namespace, pytree
 from became_core.errors import BecameError
 from became_core.laplace.constraints import segment_minimiser
 from became_core.laplace.expansion import path_quadratic
@@ -28,7 +28,7 @@ from became_core.laplace.merge import merge
 __all__ = ["BezierPath", "bezier_path", "predicted_advantage", "train_control"]
 
 
-@value
+@pytree
 @dataclass(frozen=True)
 class BezierPath:
     """A quadratic Bezier curve between two models, trees of one structure."""

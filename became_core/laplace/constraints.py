@@ -11,8 +11,6 @@ Convention: slope [K], curvature [K, K], result [K].
 
 from itertools import product
 
-import numpy as np
-
 from became_core.arrays import Array, device, has_values, namespace
 from became_core.errors import BecameError
 from became_core.laplace.active_set import Box, Simplex, walk
@@ -22,6 +20,7 @@ __all__ = ["free_minimiser", "minimise_in_box", "minimise_on_simplex", "segment_
 
 # So many directions are solved by looking at all faces: 3^5 of the box, 2^9 of the simplex.
 _BOX_BY_FACES, _SIMPLEX_BY_FACES = 5, 9
+_FREE = -1.0  # where a face, a tuple of bounds, has none
 
 
 def segment_minimiser(slope: Array, curvature: Array, *, clip: bool) -> Array:
@@ -71,8 +70,9 @@ def minimise_in_box(slope: Array, curvature: Array) -> Array:
     if size > _BOX_BY_FACES:
         _check_concrete(slope, _BOX_BY_FACES)
         return xp.clip(walk(Box(slope, curvature)), 0.0, 1.0)
-    faces = np.array(sorted(product((0.0, 1.0, np.nan), repeat=size), key=_freedom))  # NaN: free
-    free, held = constant(np.isnan(faces), slope), constant(np.nan_to_num(faces), slope)
+    faces = sorted(product((0.0, 1.0, _FREE), repeat=size), key=_freedom)
+    free = constant([[float(bound == _FREE) for bound in face] for face in faces], slope)
+    held = constant([[0.0 if bound == _FREE else bound for bound in face] for face in faces], slope)
     points = box_face(slope, curvature, free, held)
     gradient = slope + xp.matmul(points, curvature)
     # Where a coefficient is free the gradient vanishes; at 0 it may point up, at 1 down.
@@ -93,9 +93,9 @@ def minimise_on_simplex(slope: Array, curvature: Array) -> Array:
         _check_concrete(slope, _SIMPLEX_BY_FACES)
         best = _positive(walk(Simplex(slope, curvature)))
         return best / xp.sum(best)
-    faces = np.array(sorted(product((np.nan, 0.0), repeat=size), key=_freedom)[1:])  # all but the empty one
-    free = constant(np.isnan(faces), slope)
-    first = constant(np.eye(size)[np.isnan(faces).argmax(axis=1)], slope)
+    faces = sorted(product((_FREE, 0.0), repeat=size), key=_freedom)[1:]  # all but the one with nothing free
+    free = constant([[float(bound == _FREE) for bound in face] for face in faces], slope)
+    first = constant([[float(index == face.index(_FREE)) for index in range(size)] for face in faces], slope)
     points = simplex_face(slope, curvature, free, first)
     gradient = slope + xp.matmul(points, curvature)
     level = xp.sum(first * gradient, axis=1, keepdims=True)  # the free coefficients' common gradient
@@ -106,7 +106,7 @@ def minimise_on_simplex(slope: Array, curvature: Array) -> Array:
 
 def _freedom(face: tuple[float, ...]) -> tuple[int, tuple[float, ...]]:
     """Order faces by how many coefficients are free, so that the first of several best points is a simple one."""
-    return int(np.isnan(face).sum()), tuple(np.nan_to_num(face, nan=-1.0).tolist())
+    return face.count(_FREE), face
 
 
 def _positive(values: Array) -> Array:

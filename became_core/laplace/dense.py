@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from became_core.arrays import Array, Params, check_values, namespace
+from became_core.arrays import Array, Params, check_values, namespace, pytree, static
 from became_core.errors import BecameError
 from became_core.laplace.base import Precision
 from became_core.laplace.vectors import (
@@ -20,13 +20,13 @@ from became_core.laplace.vectors import (
     embedded,
     identity,
     size,
-    static,
     wide,
 )
 
 __all__ = ["Dense"]
 
 
+@pytree
 @dataclass(frozen=True)
 class Dense(Precision):
     """A precision without structure.
@@ -45,7 +45,7 @@ class Dense(Precision):
 
     def __post_init__(self) -> None:
         """Check the matrix."""
-        object.__setattr__(self, "shapes", Shapes(self.shapes))
+        object.__setattr__(self, "shapes", Shapes.of(self.shapes))
         check_symmetric(self.matrix, "the precision matrix")
         total = sum(size(shape) for shape in self.shapes.values())
         if self.matrix.shape[0] != total:

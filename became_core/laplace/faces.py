@@ -5,20 +5,18 @@ systems carry a ridge of the size of the curvature's rounding, so that direction
 evenly rather than fail.
 """
 
+from collections.abc import Sequence
 from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
 
 from became_core.arrays import Array, device, namespace
 
 __all__ = ["box_face", "constant", "ridged", "simplex_face", "solve"]
 
 
-def constant(values: NDArray[Any], like: Array) -> Array:
-    """Return numbers that are known beforehand as an array like another."""
+def constant(values: Sequence[Any], like: Array) -> Array:
+    """Return numbers that are known beforehand, nested sequences of them, as an array like another."""
     xp = namespace(like=like)
-    return xp.asarray(values.astype(np.float64), dtype=like.dtype, device=device(like))
+    return xp.asarray(values, dtype=like.dtype, device=device(like))
 
 
 def box_face(slope: Array, curvature: Array, free: Array, held: Array) -> Array:

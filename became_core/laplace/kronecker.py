@@ -9,7 +9,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from became_core.arrays import Array, Params, check_values, device, namespace
+from became_core.arrays import Array, Params, check_values, device, namespace, pytree, static
 from became_core.errors import BecameError
 from became_core.laplace.base import Precision
 from became_core.laplace.precision import Isotropic
@@ -25,13 +25,13 @@ from became_core.laplace.vectors import (
     identity,
     parted,
     size,
-    static,
     wide,
 )
 
 __all__ = ["Kronecker"]
 
 
+@pytree
 @dataclass(frozen=True)
 class Kronecker(Precision):
     """A precision of A x G + damping * identity for each weight, and nothing between weights.
@@ -55,7 +55,7 @@ class Kronecker(Precision):
 
     def __post_init__(self) -> None:
         """Check the factors."""
-        object.__setattr__(self, "shapes", Shapes(self.shapes))
+        object.__setattr__(self, "shapes", Shapes.of(self.shapes))
         for label, array in self._arrays().items():
             if label.startswith("the damping"):
                 check_amount(array, label)

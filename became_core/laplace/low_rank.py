@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from became_core.arrays import Array, Params, check_values, device, namespace
+from became_core.arrays import Array, Params, check_values, device, namespace, pytree
 from became_core.errors import BecameError
 from became_core.laplace.base import Precision
 from became_core.laplace.precision import Diagonal, Isotropic
@@ -20,6 +20,7 @@ from became_core.laplace.vectors import Rows, Shape, amount_in, check_amount, fl
 __all__ = ["LowRank"]
 
 
+@pytree
 @dataclass(frozen=True)
 class LowRank(Precision):
     """A precision of r directions with their curvatures, on top of a diagonal.

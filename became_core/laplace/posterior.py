@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from became_core.arrays import Array, Params, device, namespace
+from became_core.arrays import Array, Params, device, namespace, pytree
 from became_core.errors import BecameError
 from became_core.laplace.base import Precision
 from became_core.laplace.precision import Diagonal
@@ -21,6 +21,7 @@ from became_core.laplace.quadratic import Quadratic
 __all__ = ["LaplacePosterior"]
 
 
+@pytree
 @dataclass(frozen=True)
 class LaplacePosterior:
     """A Gaussian posterior; its negative log density is the loss that stands for all old tasks.

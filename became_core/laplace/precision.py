@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from became_core.arrays import Array, Params, check_values, device, namespace
+from became_core.arrays import Array, Params, check_values, device, namespace, pytree, static
 from became_core.errors import BecameError
 from became_core.laplace.base import Precision
 from became_core.laplace.vectors import (
@@ -21,13 +21,13 @@ from became_core.laplace.vectors import (
     diagonal_matrix,
     flat,
     parted,
-    static,
     wide,
 )
 
 __all__ = ["Diagonal", "Isotropic", "Precision"]
 
 
+@pytree
 @dataclass(frozen=True)
 class Diagonal(Precision):
     """A diagonal precision, an array for each parameter.
@@ -121,6 +121,7 @@ class Diagonal(Precision):
             )
 
 
+@pytree
 @dataclass(frozen=True)
 class Isotropic(Precision):
     """A multiple of the identity for each parameter: weight decay, as a prior.
@@ -141,7 +142,7 @@ class Isotropic(Precision):
 
     def __post_init__(self) -> None:
         """Check the amounts."""
-        object.__setattr__(self, "shapes", Shapes(self.shapes))
+        object.__setattr__(self, "shapes", Shapes.of(self.shapes))
         for name in self.amounts.keys() ^ self.shapes.keys():
             raise BecameError(f"'{name}' has an amount or a shape, but not both; give it both.")
         for name in self.shapes:

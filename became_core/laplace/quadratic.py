@@ -13,7 +13,7 @@ Convention: the unit of the loss (a mean or a sum over samples) is the caller's,
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from became_core.arrays import Array, device, namespace, value
+from became_core.arrays import Array, device, namespace, pytree
 from became_core.errors import BecameError
 from became_core.laplace.constraints import free_minimiser, minimise_in_box, minimise_on_simplex
 
@@ -24,7 +24,7 @@ Constrained = Literal["box", "simplex"] | None
 CONSTRAINTS = (None, "box", "simplex")
 
 
-@value
+@pytree
 @dataclass(frozen=True)
 class Quadratic:
     """A loss along K directions, up to a constant: ``b.a + 1/2 a.C.a``.

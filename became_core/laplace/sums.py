@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from became_core.arrays import Array, Params, device
+from became_core.arrays import Array, Params, device, pytree
 from became_core.errors import BecameError
 from became_core.laplace.base import Precision
 from became_core.laplace.precision import Isotropic
@@ -59,6 +59,7 @@ def _parts(precision: Precision, other: Precision) -> Iterable[tuple[Precision, 
             yield split
 
 
+@pytree
 @dataclass(frozen=True)
 class Sum(Precision):
     """A sum of precisions of different structure, as ``+`` makes it.

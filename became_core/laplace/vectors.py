@@ -5,7 +5,7 @@ Convention: an array is flattened row by row (the last axis fastest).
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import accumulate
 from numbers import Real
 from typing import Any
@@ -28,7 +28,6 @@ __all__ = [
     "identity",
     "parted",
     "size",
-    "static",
     "wide",
 ]
 
@@ -41,13 +40,13 @@ class Shapes(dict[str, Shape]):
     def __init__(self, shapes: Mapping[str, Shape]) -> None:
         super().__init__((name, tuple(shape)) for name, shape in shapes.items())
 
+    @classmethod
+    def of(cls, shapes: Mapping[str, Shape]) -> "Shapes":
+        """Return these shapes, the very object if it is one already: torch.compile cannot return one made anew."""
+        return shapes if isinstance(shapes, cls) else cls(shapes)
+
     def __hash__(self) -> int:  # type: ignore[override]
         return hash(frozenset(self.items()))
-
-
-def static(**options: Any) -> Any:
-    """Return a dataclass field that holds no arrays: JAX's ``register_dataclass`` knows such by this mark."""
-    return field(metadata={"static": True}, **options)
 
 
 @dataclass(frozen=True)
