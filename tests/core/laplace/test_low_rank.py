@@ -1,3 +1,4 @@
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -41,8 +42,11 @@ def test_a_diagonal_may_widen_what_is_covered(xp: Any) -> None:
 
 
 def test_a_scale_far_above_the_diagonal_keeps_its_accuracy(xp: Any) -> None:
-    matrix = low_rank_matrix(U, np.asarray([1e8, 3.0]), np.asarray([0.25, 0.5, 0.5]))
-    assert float(low_rank(xp, 1e8).log_determinant()) == pytest.approx(np.linalg.slogdet(matrix)[1], rel=1e-13)
+    """More of it than an LU decomposition of the matrix has: that is off by 4e-9 here."""
+    matrix = low_rank_matrix(U, np.asarray([1e8, 3.0]), np.asarray([0.25, 0.5, 0.5]))  # to the bit
+    (a, b, c), (d, e, f), (g, h, i) = ([Fraction(float(entry)) for entry in row] for row in matrix)
+    exact = a * (e * i - f * h) - b * (d * i - f * g) + c * (d * h - e * g)
+    assert float(low_rank(xp, 1e8).log_determinant()) == pytest.approx(np.log(float(exact)), rel=1e-14)
 
 
 def test_a_diagonal_with_zeros_has_no_woodbury_inverse(xp: Any) -> None:

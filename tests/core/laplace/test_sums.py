@@ -67,8 +67,8 @@ def test_what_has_no_closed_form_says_what_would_help(xp: Any) -> None:
     total = each["kronecker"] + each["diagonal"]
     with pytest.raises(
         BecameError,
-        match=r"^the inverse of a sum, Kronecker \+ Diagonal, has no closed form where its terms share a parameter, 'w'; "
-        r"ask `to_dense\(\)` for it, if the model is small\.$",
+        match=r"^the inverse of a sum, Kronecker \+ Diagonal, has no closed form where its terms share a parameter, "
+        r"'w'; ask `to_dense\(\)` for it, if the model is small\.$",
     ):
         total.log_determinant()
     expected = np.linalg.slogdet(np.kron(G, A) + np.diag(np.arange(1.0, 5.0)))[1]
