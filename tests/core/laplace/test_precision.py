@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 
 from became_core import BecameError
-from became_core.laplace import Diagonal
+from became_core.laplace import Diagonal, Isotropic
 from tests.backends import to_numpy, to_xp
 from tests.strategies import Segment, segments
 
@@ -48,7 +48,36 @@ def test_what_is_no_precision_is_refused(xp: Any, value: float) -> None:
 def test_a_direction_of_other_parameters_is_refused(xp: Any) -> None:
     precision = Diagonal({"a": xp.ones((2,)), "b": xp.ones((2,))})
     one, both = {"a": xp.ones((2,))}, {"a": xp.ones((2,)), "b": xp.ones((2,))}
-    with pytest.raises(BecameError, match=r"^left lacks the leaf 'b' that precision has; give equal structures\.$"):
+    with pytest.raises(
+        BecameError, match=r"^left direction 0 lacks 'b', which the precision covers; give all that it covers\.$"
+    ):
         precision.inner(one, both)
+    with pytest.raises(
+        BecameError, match=r"^right direction 1 'b' has shape \(3,\) but the precision is for \(2,\); make"
+    ):
+        precision.gram([both], [both, {**both, "b": xp.ones((3,))}])
+    with pytest.raises(BecameError, match=r"^there are no left directions; give at least one\.$"):
+        precision.gram([])
     with pytest.raises(BecameError, match=r"^the precision has no parameters; give at least one\.$"):
         Diagonal({}).inner({}, {})
+
+
+def test_isotropic_is_a_multiple_of_the_identity(xp: Any) -> None:
+    parameters = {"w": xp.zeros((2, 3), dtype=xp.float32), "b": xp.zeros((), dtype=xp.float32)}
+    precision = Isotropic.over(parameters, 0.5)
+    np.testing.assert_array_equal(to_numpy(precision.to_dense().matrix), 0.5 * np.eye(7))
+    assert precision.to_dense().matrix.dtype == xp.float32
+    total = precision + Isotropic.over({"b": parameters["b"]}, 1.0)
+    assert isinstance(total, Isotropic)
+    np.testing.assert_array_equal(to_numpy(total.to_dense().matrix), np.diag([1.5] + 6 * [0.5]))
+
+
+def test_what_is_no_multiple_of_the_identity_is_refused(xp: Any) -> None:
+    with pytest.raises(BecameError, match=r"^the precision is -1\.0; it must be at least 0\.$"):
+        Isotropic.over({"w": xp.zeros((2,))}, -1.0)
+    with pytest.raises(
+        BecameError, match=r"^the precision of 'w' is negative or not a number; it must be at least 0\.$"
+    ):
+        Isotropic({"w": xp.asarray(float("nan"))}, {"w": (2,)})
+    with pytest.raises(BecameError, match=r"^'v' has an amount or a shape, but not both; give it both\.$"):
+        Isotropic({"w": xp.asarray(1.0)}, {"w": (2,), "v": (2,)})
