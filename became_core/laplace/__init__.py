@@ -1,19 +1,14 @@
 """The Laplace-posterior mathematics: quadratics, precisions, the posterior, alpha*, merging rules and paths."""
 
-from became_core.laplace.base import Precision
 from became_core.laplace.bezier import BezierPath, bezier_path, predicted_advantage, train_control
-from became_core.laplace.dense import Dense
 from became_core.laplace.estimators import Calibrated, Diagonals, Estimator, Frame, LocalLoss, Published
 from became_core.laplace.expansion import layerwise_quadratic, path_quadratic, subspace_quadratic
-from became_core.laplace.kronecker import Kronecker
-from became_core.laplace.low_rank import LowRank
 from became_core.laplace.merge import combine, merge, optimal_alpha
 from became_core.laplace.path import PathReport, TracedPath, compare, trace_path
 from became_core.laplace.posterior import LaplacePosterior
-from became_core.laplace.precision import Diagonal, Isotropic
+from became_core.laplace.precision import Dense, Diagonal, Isotropic, Kronecker, LowRank, Precision, Sum
 from became_core.laplace.quadratic import Quadratic
 from became_core.laplace.rules import Became, Equal, FisherMerge, Fixed, GridSearch, MeanIMM, Merged, MergeRule, ModeIMM
-from became_core.laplace.sums import Sum
 
 __all__ = [
     "Became",

@@ -37,10 +37,8 @@ from became_core.arrays import (
     staged_sum,
 )
 from became_core.errors import BecameError
-from became_core.laplace.base import Precision
-from became_core.laplace.precision import Diagonal
+from became_core.laplace.precision import Diagonal, Precision, check_diagonal
 from became_core.laplace.quadratic import Quadratic
-from became_core.laplace.vectors import check_diagonal
 
 __all__ = [
     "Fisher",

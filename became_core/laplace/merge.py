@@ -16,9 +16,9 @@ from became_core.arrays import (
     with_leaves,
 )
 from became_core.errors import BecameError
-from became_core.laplace.base import Precision
 from became_core.laplace.constraints import segment_minimiser
 from became_core.laplace.expansion import Fisher, Per, group_names, group_of, layerwise_quadratic, separable_terms
+from became_core.laplace.precision import Precision
 
 __all__ = ["combine", "merge", "optimal_alpha", "scalar"]
 
@@ -58,11 +58,19 @@ def optimal_alpha(
     Raises:
         BecameError: if structures, shapes or frameworks differ, a Fisher value is negative, or an entry is not finite.
     """
-    trees, options = (theta_gp, theta_hat, fisher_old, fisher_new), {"gradient": gradient, "mean": mean, "per": per}
+    arguments: dict[str, Any] = {
+        "theta_gp": theta_gp,
+        "theta_hat": theta_hat,
+        "fisher_old": fisher_old,
+        "fisher_new": fisher_new,
+        "gradient": gradient,
+        "mean": mean,
+        "per": per,
+    }
     if isinstance(fisher_old, Precision) or isinstance(fisher_new, Precision):
-        alphas = layerwise_quadratic(*trees, **options).minimiser("box" if clip else None)
+        alphas = layerwise_quadratic(**arguments).minimiser("box" if clip else None)
     else:  # two diagonals couple no two groups
-        alphas = segment_minimiser(*separable_terms(*trees, **options), clip=clip)
+        alphas = segment_minimiser(*separable_terms(**arguments), clip=clip)
     if per == "model":
         return alphas[0]
     position = {group: index for index, group in enumerate(group_names(theta_gp, per))}

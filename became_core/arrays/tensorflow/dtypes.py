@@ -90,8 +90,8 @@ def finfo(dtype: Any) -> Finfo:
     dtype = dtype.dtype if is_tensor(dtype) else tf.as_dtype(dtype)
     # Of ml_dtypes, on which TensorFlow depends: NumPy's own knows no bfloat16.
     info = importlib.import_module("ml_dtypes").finfo(dtype.as_numpy_dtype)
-    limits = (float(limit) for limit in (info.eps, info.max, info.min, info.smallest_normal))
-    return Finfo(info.bits, *limits, dtype.real_dtype)
+    eps, largest, least, normal = (float(limit) for limit in (info.eps, info.max, info.min, info.smallest_normal))
+    return Finfo(info.bits, eps, largest, least, normal, dtype.real_dtype)
 
 
 def astype(x: Any, dtype: Any, /, *, copy: Any = True) -> Any:

@@ -186,15 +186,14 @@ def test_constrained_minimisers_are_differentiated(backend: str, xp: Any) -> Non
     """Along the free coefficients only, and without NaN from the faces not taken."""
     slope, curvature = np.array([-1.0, 3.0, -0.5]), np.diag([2.0, 1.0, 1.0]) + 0.1
     for constraint in ("box", "simplex"):
-        found = to_numpy(
-            gradient_of(
-                backend,
-                lambda b, constraint=constraint: Quadratic(b, to_xp(xp, curvature)).minimiser(constraint)[0],
-            )(to_xp(xp, slope))
-        )
+
+        def first(b: Any, constraint: Any = constraint) -> Any:
+            return Quadratic(b, to_xp(xp, curvature)).minimiser(constraint)[0]
+
+        found = to_numpy(gradient_of(backend, first)(to_xp(xp, slope)))
         for index in range(3):
             step = 1e-6 * np.eye(3)[index]
-            ends = [float(Quadratic(slope + s * step, curvature).minimiser(constraint)[0]) for s in (-1, 1)]  # type: ignore[arg-type]
+            ends = [float(Quadratic(slope + s * step, curvature).minimiser(constraint)[0]) for s in (-1, 1)]
             assert found[index] == pytest.approx((ends[1] - ends[0]) / 2e-6, rel=1e-4, abs=1e-7)
 
 

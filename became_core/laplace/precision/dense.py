@@ -9,8 +9,8 @@ from typing import Any
 
 from became_core.arrays import Array, Params, check_values, namespace, pytree, static
 from became_core.errors import BecameError
-from became_core.laplace.base import Precision
-from became_core.laplace.vectors import (
+from became_core.laplace.precision.base import Precision
+from became_core.laplace.precision.vectors import (
     Rows,
     Shape,
     Shapes,

@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, Any
 
 from became_core.arrays import Array, Params, namespace, reduction_dtype
 from became_core.errors import BecameError
-from became_core.laplace.vectors import Rows, Shape, flat
+from became_core.laplace.precision.vectors import Rows, Shape, flat
 
 if TYPE_CHECKING:
-    from became_core.laplace.dense import Dense
+    from became_core.laplace.precision.dense import Dense
 
 __all__ = ["Precision"]
 
@@ -111,13 +111,13 @@ class Precision(ABC):
 
     def __add__(self, other: "Precision") -> "Precision":
         """Return the sum, over all that either covers: of one structure where that is exact, otherwise a ``Sum``."""
-        from became_core.laplace.sums import add  # a sum is a precision itself
+        from became_core.laplace.precision.sums import add  # a sum is a precision itself
 
         return add(self, other)
 
     def to_dense(self) -> "Dense":
         """Return the same as a matrix over all parameters that are covered: exact, and d x d numbers."""
-        from became_core.laplace.dense import Dense  # that is a precision itself
+        from became_core.laplace.precision.dense import Dense  # that is a precision itself
 
         xp, dtype = self._common([], {})
         return Dense(self._matrix(xp, dtype), dict(sorted(self.covered().items())))

@@ -10,9 +10,9 @@ from typing import Any
 
 from became_core.arrays import Array, Params, device, pytree
 from became_core.errors import BecameError
-from became_core.laplace.base import Precision
-from became_core.laplace.precision import Isotropic
-from became_core.laplace.vectors import Rows, Shape, added, amount_in, check_amount, embedded, wide
+from became_core.laplace.precision.base import Precision
+from became_core.laplace.precision.diagonal import Isotropic
+from became_core.laplace.precision.vectors import Rows, Shape, added, amount_in, check_amount, embedded, wide
 
 __all__ = ["Sum", "add"]
 
