@@ -77,8 +77,8 @@ def reduction_dtype(xp: Any, **arrays: Array) -> Any:
 def check_values(condition: Array, message: str) -> None:
     """Raise a BecameError with this message unless a 0-d boolean array is true.
 
-    Where there is no value to look at, nothing is checked: under a trace (``jax.jit``, ``jax.vmap``, ``jax.grad``,
-    ``torch.compile``, ``torch.func``, ``tf.function``), and on lazy arrays, which looking would compute.
+    Where there is no value to look at, nothing is checked: under a trace (``jax.jit``, ``jax.vmap``, ``torch.compile``,
+    ``torch.func``, ``tf.function``), and on lazy arrays, which looking would compute.
     """
     if has_values(condition) and not bool(condition):
         raise BecameError(message)

@@ -75,7 +75,7 @@ def svd(x: Any, /, *, full_matrices: bool = True) -> SVDResult:
 
 
 def slogdet(x: Any, /) -> SlogdetResult:
-    """Return the sign and the logarithm of the absolute value of the determinant."""
+    """Return the sign and the logarithm of the absolute value of the determinant; XLA on the CPU has no such thing."""
     return SlogdetResult(*tf.linalg.slogdet(x))
 
 

@@ -27,7 +27,7 @@ def reshape(x: Any, /, shape: Any, *, copy: bool | None = None) -> Any:
     return tf.reshape(x, shape)
 
 
-def expand_dims(x: Any, /, *, axis: int = 0) -> Any:
+def expand_dims(x: Any, /, *, axis: int) -> Any:
     """Return x with an axis of length 1 put in."""
     return tf.expand_dims(x, axis)
 
