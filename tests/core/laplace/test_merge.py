@@ -78,6 +78,37 @@ def test_splitting_leaves_changes_nothing(xp: Any, segment: Segment) -> None:
     assert alpha_of(xp, Segment(*map(split, trees)), clip=False) == alpha_of(xp, segment, clip=False)
 
 
+@given(segment=segments(), order=st.randoms(use_true_random=False))
+def test_the_order_of_leaves_and_entries_changes_nothing(xp: Any, segment: Segment, order: Any) -> None:
+    names = list(segment.theta_gp)
+    places = {name: np.argsort([order.random() for _ in range(segment.theta_gp[name].size)]) for name in names}
+    order.shuffle(names)
+
+    def permuted(tree: dict[str, Any]) -> dict[str, Any]:
+        return {f"p{index}": tree[name].ravel()[places[name]] for index, name in enumerate(names)}
+
+    other = Segment(*(permuted(getattr(segment, field)) for field in segment.__dataclass_fields__))
+    assert alpha_of(xp, other, clip=False) == alpha_of(xp, segment, clip=False)
+
+
+@given(segment=segments(), more=segments(), factor=st.sampled_from([0.0, 0.5, 3.0]))
+def test_alpha_grows_with_the_new_curvature_and_falls_with_the_old(
+    xp: Any, segment: Segment, more: Segment, factor: float
+) -> None:
+    """Stage 2 converged and the mean at theta_gp, whatever is added to either curvature, and wherever."""
+    extra = [factor * float(np.abs(value).max()) for value in more.fisher_new.values()]
+
+    def raised(tree: dict[str, Any]) -> dict[str, Any]:
+        return {name: value + extra[index % len(extra)] for index, (name, value) in enumerate(tree.items())}
+
+    s = segment
+    alpha = alpha_of(xp, s, full=False)
+    newer = Segment(s.theta_gp, s.theta_hat, s.fisher_old, raised(s.fisher_new), s.gradient, s.mean)
+    older = Segment(s.theta_gp, s.theta_hat, raised(s.fisher_old), s.fisher_new, s.gradient, s.mean)
+    assert alpha_of(xp, newer, full=False) >= alpha - 1e-14
+    assert alpha_of(xp, older, full=False) <= alpha + 1e-14
+
+
 @given(segment=segments(), unit=st.sampled_from([0.25, 2.0, 1024.0]), scale=st.sampled_from([0.5, 4.0]))
 def test_units_change_nothing(xp: Any, segment: Segment, unit: float, scale: float) -> None:
     """Neither that of the loss (a mean or a sum over samples) nor that of the weights (theta' = scale * theta)."""
