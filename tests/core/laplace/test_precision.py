@@ -36,7 +36,7 @@ def test_apply_is_the_product_with_a_vector(xp: Any, segment: Segment) -> None:
 
 def test_a_parameter_that_one_side_lacks_keeps_the_others_values(xp: Any) -> None:
     total = Diagonal({"a": xp.asarray([1.0])}) + Diagonal({"a": xp.asarray([2.0]), "b": xp.asarray([3.0])})
-    assert {name: float(value[0]) for name, value in total.values.items()} == {"a": 3.0, "b": 3.0}
+    assert {name: float(value[0]) for name, value in total.diagonal().items()} == {"a": 3.0, "b": 3.0}
 
 
 @pytest.mark.parametrize("value", [-1.0, float("nan")])
