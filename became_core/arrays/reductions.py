@@ -3,54 +3,61 @@
 Adding n numbers one after the other loses up to n units in the last place: past 2^24 equal ones, a float32 sum stands
 still. So sums are taken in a binary tree (pairwise summation, Higham 1993), in which each number goes through log2(n)
 additions: at worst 30 u = 1.8e-6 relative for 10^9 numbers of one sign, u = 6e-8 being half a unit; rounding to either
-side leaves some 3e-7 of it. Where a library's own inner product stands at the leaves of the tree, it gets ``ROW``
-elements, of which processors keep 16 or more partial sums.
+side leaves some 3e-7 of it. At the tree's leaves, where values exist, stands a library's own sum of a slab; NumPy,
+PyTorch and TensorFlow take those pairwise themselves.
 
 Where values exist, arrays are walked in slabs that fit a processor's cache, so intermediate results never reach memory.
-Under a trace the compiler fuses, and slabs would only hinder it.
+Under a trace a compiler that fuses a sum with what is summed is left alone. One that does not (XLA on the CPU writes it
+to memory first) is given the first stage of the tree as elementwise additions, which it does fuse.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from became_core.arrays.namespace import Array, has_values, namespace
+from became_core.arrays.namespace import Array, fuses_sums, has_values, namespace
 
-__all__ = ["inner_product", "slabs", "staged_sum"]
+__all__ = ["staged_sum", "sums"]
 
 # Elements of a slab: with a few temporaries of as many float32 it stays within a core's cache.
 SLAB = 2**16
-ROW = 2**9
 # Numbers that are added at once, in a binary tree: a power of two.
 STAGE = 2**6
 
 
-def slabs(arrays: Sequence[Array]) -> Iterator[list[Array]]:
-    """Yield arrays of one shape side by side as flat pieces of at most ``SLAB`` elements; whole, under a trace."""
+def sums(terms: Callable[[list[Array]], Sequence[Array]], arrays: Sequence[Array]) -> list[Array]:
+    """Return the sums of terms that are computed from arrays element by element, a 0-d array for each term.
+
+    Args:
+        terms: from flat pieces of the arrays, side by side, to an array of the same length for each term.
+        arrays: of one shape.
+    """
     xp = namespace(**{f"array {index}": array for index, array in enumerate(arrays)})
     flat = [xp.reshape(array, (-1,)) for array in arrays]
+    if all(has_values(array) for array in arrays):
+        parts = [[xp.sum(term) for term in terms(piece)] for piece in _slabs(flat)]
+        return [staged_sum(xp.stack(column)) for column in zip(*parts, strict=True)]
+    if fuses_sums(flat[0]):
+        return [xp.sum(term) for term in terms(flat)]
+    length = int(flat[0].shape[0]) // STAGE
+    rows = [terms([array[row * length : (row + 1) * length] for array in flat]) for row in range(STAGE)]
+    rest = terms([array[STAGE * length :] for array in flat])
+    added = [_tree(column) for column in zip(*rows, strict=True)]
+    return [staged_sum(xp.concat(pair)) for pair in zip(added, rest, strict=True)]
+
+
+def _slabs(flat: Sequence[Array]) -> Iterator[list[Array]]:
     size = int(flat[0].shape[0])
-    if size <= SLAB or not all(has_values(array) for array in flat):
-        yield flat
-        return
-    for start in range(0, size, SLAB):
+    for start in range(0, max(size, 1), SLAB):
         end = min(start + SLAB, size)
         yield [array[start:end] for array in flat]
 
 
-def inner_product(arrays: Sequence[Array]) -> Callable[[Array, Array], Array]:
-    """Return the function that gives the 0-d sum of left * right over flat pieces computed from these arrays."""
-    xp = namespace(array=arrays[0])
-    if not all(has_values(array) for array in arrays):
-        return lambda left, right: staged_sum(left * right)
-
-    def by_rows(left: Array, right: Array) -> Array:
-        whole = left.shape[0] // ROW * ROW
-        if not whole:
-            return xp.vecdot(left, right)
-        rows = xp.vecdot(xp.reshape(left[:whole], (-1, ROW)), xp.reshape(right[:whole], (-1, ROW)))
-        return staged_sum(rows) + xp.vecdot(left[whole:], right[whole:])
-
-    return by_rows
+def _tree(terms: Sequence[Array]) -> Array:
+    """The sum of a power of two of arrays, pair by pair."""
+    while len(terms) > 1:
+        half = len(terms) // 2
+        terms = [left + right for left, right in zip(terms[:half], terms[half:], strict=True)]
+    return terms[0]
 
 
 def staged_sum(values: Array) -> Array:
