@@ -31,6 +31,7 @@ class Framework:
         device: array -> the device it lives on, as its framework calls it.
         has_values: (module, array) -> whether its numbers can be looked at: neither is it traced, nor would looking
             compute a lazy graph.
+        fuses_sums: whether the compiler, of arrays without values, computes what is summed as it sums it.
     """
 
     module: str
@@ -38,6 +39,7 @@ class Framework:
     namespace: Callable[[Any], Any] = array_api_compat.array_namespace
     device: Callable[[Any], Any] = array_api_compat.device
     has_values: Callable[[Any, Any], bool] = lambda module, array: True
+    fuses_sums: bool = True
 
 
 def _torch_namespace(_: Any) -> Any:
@@ -77,12 +79,14 @@ _ROWS = (
         namespace=_tensorflow_namespace,
         device=_own_device,
         has_values=lambda tensorflow, array: not tensorflow.is_symbolic_tensor(array),
+        fuses_sums=False,
     ),
     Framework(
         module="jax",
         owns=lambda jax, array: isinstance(array, jax.Array),
         namespace=_jax_namespace,
         has_values=lambda jax, array: not isinstance(array, jax.core.Tracer),
+        fuses_sums=False,
     ),
     Framework(
         module="dask.array",

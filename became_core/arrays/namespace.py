@@ -8,7 +8,7 @@ from typing import Any
 from became_core.arrays.frameworks import Framework, framework_of
 from became_core.errors import BecameError
 
-__all__ = ["Array", "check_values", "device", "has_values", "namespace", "reduction_dtype"]
+__all__ = ["Array", "check_values", "device", "fuses_sums", "has_values", "namespace", "reduction_dtype"]
 
 # An array of any framework. The Array API has no static type yet that NumPy, PyTorch and JAX all satisfy.
 Array = Any
@@ -88,3 +88,9 @@ def has_values(array: Array) -> bool:
     """Whether an array's numbers can be looked at now: neither is it traced, nor would looking compute a lazy graph."""
     framework, module = _framework_of("the value", array)
     return framework.has_values(module, array)
+
+
+def fuses_sums(array: Array) -> bool:
+    """Whether the framework's compiler computes what is summed as it sums it, rather than write it to memory first."""
+    framework, _ = _framework_of("the value", array)
+    return framework.fuses_sums

@@ -18,7 +18,7 @@ Convention: the unit of the loss (a mean or a sum over samples) is the caller's,
 
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
@@ -29,12 +29,11 @@ from became_core.arrays import (
     aligned_leaves,
     device,
     has_values,
-    inner_product,
     named_leaves,
     namespace,
     reduction_dtype,
-    slabs,
     staged_sum,
+    sums,
 )
 from became_core.errors import BecameError
 from became_core.laplace.precision import Diagonal, Precision, check_diagonal
@@ -222,45 +221,45 @@ def _joined(groups: Iterable[Sequence[Array]]) -> Array:
 
 def _leaf_terms(leaf: dict[str, tuple[str, Array]]) -> tuple[Array, Array]:
     """Return slope and curvature along one leaf's delta; ``leaf`` gives label and array by role."""
-    labels = {role: label for role, (label, _) in leaf.items()}
     arrays = dict(leaf.values())
     xp, dtype = namespace(**arrays), reduction_dtype(namespace(**arrays), **arrays)
     concrete = all(has_values(array) for array in arrays.values())
+    lowest = []  # of the curvatures, in one go with the sums: memory is read once
+
+    def terms(pieces: list[Array]) -> list[Array]:
+        at = {role: xp.astype(piece, dtype, copy=False) for role, piece in zip(leaf, pieces, strict=True)}
+        if concrete and pieces[0].shape[0]:
+            lowest.extend([xp.min(at["fisher_old"]), xp.min(at["fisher_new"])])
+        delta = at["theta_hat"] - at["theta_gp"]
+        square = delta * delta
+        found = [square * at["fisher_old"], square * at["fisher_new"]]
+        if "gradient" in at:
+            found.append(at["gradient"] * delta)
+        if "mean" in at:
+            found.append((at["theta_gp"] - at["mean"]) * at["fisher_old"] * delta)
+        return found
+
     # What overflows or is no number is found in the sums, and said in a sentence; NumPy alone would warn before.
     with np.errstate(over="ignore", invalid="ignore") if concrete else nullcontext():
-        slope, curvature = _leaf_sums(xp, dtype, labels, arrays)
-    if concrete and not bool(xp.isfinite(slope) & xp.isfinite(curvature)):
-        raise BecameError(_not_finite(arrays))
+        old, new, *more = sums(terms, list(arrays.values()))
+        slope, curvature = sum(more, -new), old + new
+    if concrete:
+        sound = xp.isfinite(slope) & xp.isfinite(curvature)
+        if not bool(xp.all(xp.stack([sound, *(least >= 0 for least in lowest)]))):
+            raise BecameError(_offence(leaf))
     return slope, curvature
 
 
-def _leaf_sums(xp: Any, dtype: Any, labels: dict[str, str], arrays: dict[str, Array]) -> tuple[Array, Array]:
-    dot = inner_product(list(arrays.values()))
-    slopes, curvatures = [], []
-    for pieces in slabs(list(arrays.values())):
-        at = {role: xp.astype(piece, dtype, copy=False) for role, piece in zip(labels, pieces, strict=True)}
-        check_diagonal(labels["fisher_old"], at["fisher_old"])
-        check_diagonal(labels["fisher_new"], at["fisher_new"])
-        delta = at["theta_hat"] - at["theta_gp"]
-        square = delta * delta
-        new = dot(square, at["fisher_new"])
-        slope = -new
-        if "gradient" in at:
-            slope = slope + dot(at["gradient"], delta)
-        if "mean" in at:
-            slope = slope + dot((at["theta_gp"] - at["mean"]) * at["fisher_old"], delta)
-        slopes.append(slope)
-        curvatures.append(new + dot(square, at["fisher_old"]))
-    return staged_sum(xp.stack(slopes)), staged_sum(xp.stack(curvatures))
-
-
-def _not_finite(arrays: dict[str, Array]) -> str:
-    xp = namespace(**arrays)
-    for label, array in arrays.items():
+def _offence(leaf: dict[str, tuple[str, Array]]) -> str:
+    """What is wrong with a leaf whose sums are not finite, or which has a negative curvature."""
+    for role, (label, array) in leaf.items():
+        xp = namespace(array=array)
+        if role.startswith("fisher"):
+            check_diagonal(label, array)
         if not bool(xp.all(xp.isfinite(array))):
             return f"{label} has entries that are infinite or not a number; every entry must be a finite number."
-    first, *_ = arrays
-    return f"the curvature along {first} is too large for its dtype; rescale the curvatures, or give a wider dtype."
+    label, _ = leaf["theta_gp"]
+    return f"the curvature along {label} is too large for its dtype; rescale the curvatures, or give a wider dtype."
 
 
 def _by_structure(named: dict[str, Params], old: Precision, new: Precision, per: Per) -> Quadratic:
@@ -296,6 +295,6 @@ def _dot(**trees: Tree) -> Array:
     for leaf in aligned_leaves(**trees):
         xp = namespace(**leaf)
         dtype = reduction_dtype(xp, **leaf)
-        left, right = (xp.reshape(xp.astype(array, dtype, copy=False), (-1,)) for array in leaf.values())
-        parts.append(inner_product([left, right])(left, right))
+        arrays = [xp.astype(array, dtype, copy=False) for array in leaf.values()]
+        parts += sums(lambda pair: [pair[0] * pair[1]], arrays)
     return _joined([parts])[0]

@@ -25,6 +25,7 @@ from became_core.laplace import (
     predicted_advantage,
 )
 from tests.backends import to_numpy, to_xp
+from tests.compilers import compiled
 
 DRAW = np.random.default_rng(0)
 SHAPES = {"fc1.bias": (2,), "fc1.weight": (2, 3), "fc2.weight": (3, 2)}
@@ -97,22 +98,6 @@ CASES: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
     "curve": (lambda *four: bezier_path(*four).at(0.5), (GP, HAT, OLD, NEW)),
     "advantage": (lambda *four: predicted_advantage(*four), (GP, HAT, OLD, NEW)),
 }
-
-
-def compiled(backend: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    if backend == "jax":
-        import jax
-
-        return jax.jit(function)  # type: ignore[no-any-return]
-    if backend == "torch":
-        import torch
-
-        return torch.compile(function, backend="eager", fullgraph=True)
-    if backend == "tensorflow":
-        import tensorflow
-
-        return tensorflow.function(function, jit_compile=True)  # type: ignore[no-any-return]
-    pytest.skip("this backend has no compiler")
 
 
 def leaves(result: Any) -> list[Any]:
