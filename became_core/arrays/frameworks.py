@@ -20,6 +20,12 @@ def _own_device(array: Any) -> Any:
     return array.device
 
 
+def _tensorflow_loop(tensorflow: Any, step: Callable[[list[Any]], Any], arrays: list[Any]) -> Any:
+    # Its dtype must be known beforehand: that of the first row's result, the only part of it that is kept.
+    signature = step([array[0] for array in arrays]).dtype
+    return tensorflow.map_fn(step, arrays, fn_output_signature=signature)
+
+
 @dataclass(frozen=True)
 class Framework:
     """How arrays of one framework are recognised and what may be asked of them.
@@ -31,7 +37,8 @@ class Framework:
         device: array -> the device it lives on, as its framework calls it.
         has_values: (module, array) -> whether its numbers can be looked at: neither is it traced, nor would looking
             compute a lazy graph.
-        fuses_sums: whether the compiler, of arrays without values, computes what is summed as it sums it.
+        loop: (module, step, arrays [n, …]) -> step's results, stacked, for one row of the arrays after the other, under
+            a trace; None where the compiler computes what is summed as it sums it, and needs no loop for that.
     """
 
     module: str
@@ -39,7 +46,7 @@ class Framework:
     namespace: Callable[[Any], Any] = array_api_compat.array_namespace
     device: Callable[[Any], Any] = array_api_compat.device
     has_values: Callable[[Any, Any], bool] = lambda module, array: True
-    fuses_sums: bool = True
+    loop: Callable[[Any, Callable[[list[Any]], Any], list[Any]], Any] | None = None
 
 
 def _torch_namespace(_: Any) -> Any:
@@ -79,14 +86,14 @@ _ROWS = (
         namespace=_tensorflow_namespace,
         device=_own_device,
         has_values=lambda tensorflow, array: not tensorflow.is_symbolic_tensor(array),
-        fuses_sums=False,
+        loop=_tensorflow_loop,
     ),
     Framework(
         module="jax",
         owns=lambda jax, array: isinstance(array, jax.Array),
         namespace=_jax_namespace,
         has_values=lambda jax, array: not isinstance(array, jax.core.Tracer),
-        fuses_sums=False,
+        loop=lambda jax, step, arrays: jax.lax.map(step, arrays),
     ),
     Framework(
         module="dask.array",

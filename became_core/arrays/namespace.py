@@ -3,12 +3,14 @@
 Convention: code in the core receives arrays, asks here for their namespace ``xp`` and calls nothing else.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from became_core.arrays.frameworks import Framework, framework_of
 from became_core.errors import BecameError
 
-__all__ = ["Array", "check_values", "device", "fuses_sums", "has_values", "namespace", "reduction_dtype"]
+__all__ = ["Array", "check_values", "device", "has_values", "loop_of", "namespace", "reduction_dtype"]
 
 # An array of any framework. The Array API has no static type yet that NumPy, PyTorch and JAX all satisfy.
 Array = Any
@@ -90,7 +92,7 @@ def has_values(array: Array) -> bool:
     return framework.has_values(module, array)
 
 
-def fuses_sums(array: Array) -> bool:
-    """Whether the framework's compiler computes what is summed as it sums it, rather than write it to memory first."""
-    framework, _ = _framework_of("the value", array)
-    return framework.fuses_sums
+def loop_of(array: Array) -> Callable[[Callable[[list[Array]], Array], list[Array]], Array] | None:
+    """Return the loop of the framework's compiler, (step, arrays [n, …]) -> results [n, …], if sums need one."""
+    framework, module = _framework_of("the value", array)
+    return None if framework.loop is None else partial(framework.loop, module)

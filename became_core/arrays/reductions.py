@@ -6,20 +6,21 @@ additions: at worst 30 u = 1.8e-6 relative for 10^9 numbers of one sign, u = 6e-
 side leaves some 3e-7 of it. At the tree's leaves, where values exist, stands a library's own sum of a slab; NumPy,
 PyTorch and TensorFlow take those pairwise themselves.
 
-Where values exist, arrays are walked in slabs that fit a processor's cache, so intermediate results never reach memory.
-Under a trace a compiler that fuses a sum with what is summed is left alone. One that does not (XLA on the CPU writes it
-to memory first) is given the first stage of the tree as elementwise additions, which it does fuse.
+Arrays are walked in slabs that fit a processor's cache, so intermediate results never reach memory: in Python where
+values exist, under a trace in the compiler's own loop, or not at all where the compiler fuses a sum with what is summed
+(XLA on the CPU writes it to memory first).
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from became_core.arrays.namespace import Array, fuses_sums, has_values, namespace
+from became_core.arrays.namespace import Array, has_values, loop_of, namespace
 
 __all__ = ["staged_sum", "sums"]
 
-# Elements of a slab: with a few temporaries of as many float32 it stays within a core's cache.
-SLAB = 2**16
+# Elements of a slab: with a few temporaries of as many float32 it stays within a core's cache, or that which the threads
+# of a compiler share.
+SLAB, TRACED_SLAB = 2**16, 2**18
 # Numbers that are added at once, in a binary tree: a power of two.
 STAGE = 2**6
 
@@ -36,13 +37,14 @@ def sums(terms: Callable[[list[Array]], Sequence[Array]], arrays: Sequence[Array
     if all(has_values(array) for array in arrays):
         parts = [[xp.sum(term) for term in terms(piece)] for piece in _slabs(flat)]
         return [staged_sum(xp.stack(column)) for column in zip(*parts, strict=True)]
-    if fuses_sums(flat[0]):
+    loop, count = loop_of(flat[0]), int(flat[0].shape[0]) // TRACED_SLAB
+    if loop is None or not count:
         return [xp.sum(term) for term in terms(flat)]
-    length = int(flat[0].shape[0]) // STAGE
-    rows = [terms([array[row * length : (row + 1) * length] for array in flat]) for row in range(STAGE)]
-    rest = terms([array[STAGE * length :] for array in flat])
-    added = [_tree(column) for column in zip(*rows, strict=True)]
-    return [staged_sum(xp.concat(pair)) for pair in zip(added, rest, strict=True)]
+    end = count * TRACED_SLAB
+    stacked = [xp.reshape(array[:end], (count, TRACED_SLAB)) for array in flat]
+    by_slab = loop(lambda pieces: xp.stack([xp.sum(term) for term in terms(pieces)]), stacked)
+    rest = [xp.sum(term) for term in terms([array[end:] for array in flat])]
+    return [staged_sum(by_slab[:, index]) + each for index, each in enumerate(rest)]
 
 
 def _slabs(flat: Sequence[Array]) -> Iterator[list[Array]]:
@@ -50,14 +52,6 @@ def _slabs(flat: Sequence[Array]) -> Iterator[list[Array]]:
     for start in range(0, max(size, 1), SLAB):
         end = min(start + SLAB, size)
         yield [array[start:end] for array in flat]
-
-
-def _tree(terms: Sequence[Array]) -> Array:
-    """The sum of a power of two of arrays, pair by pair."""
-    while len(terms) > 1:
-        half = len(terms) // 2
-        terms = [left + right for left, right in zip(terms[:half], terms[half:], strict=True)]
-    return terms[0]
 
 
 def staged_sum(values: Array) -> Array:

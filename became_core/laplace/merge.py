@@ -8,6 +8,7 @@ from became_core.arrays import (
     Tree,
     aligned_leaves,
     device,
+    has_values,
     is_array,
     map_leaves,
     named_leaves,
@@ -139,8 +140,11 @@ def _between(stable: Array, plastic: Array, alpha: Any) -> Array:
     weight = scalar(alpha, dtype, stable)
     # A step from the nearer end: (1 - alpha) x + alpha x is not always x in floating point, but x + weight * 0 is.
     near_stable = weight < 0.5
-    nearer = xp.where(near_stable, stable_wide, plastic_wide)
-    weight = xp.where(near_stable, weight, weight - 1)
+    if near_stable.ndim == 0 and has_values(near_stable):
+        nearer, weight = (stable_wide, weight) if bool(near_stable) else (plastic_wide, weight - 1)
+    else:
+        nearer = xp.where(near_stable, stable_wide, plastic_wide)
+        weight = xp.where(near_stable, weight, weight - 1)
     return xp.astype(nearer + weight * (plastic_wide - stable_wide), stable.dtype, copy=False)
 
 
