@@ -18,8 +18,8 @@ from became_core.arrays.namespace import Array, has_values, loop_of, namespace
 
 __all__ = ["staged_sum", "sums"]
 
-# Elements of a slab: with a few temporaries of as many float32 it stays within a core's cache, or that which the threads
-# of a compiler share.
+# Elements of a slab: with a few temporaries of as many float32 it stays within a core's cache, or within that which a
+# compiler's threads share.
 SLAB, TRACED_SLAB = 2**16, 2**18
 # Numbers that are added at once, in a binary tree: a power of two.
 STAGE = 2**6
