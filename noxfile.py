@@ -10,12 +10,17 @@ FRAMEWORKS = ("torch", "jax", "tensorflow")
 
 nox.needs_version = ">=2025.2.9"
 nox.options.default_venv_backend = "virtualenv"
-nox.options.sessions = ["lint", "types", "tests-core", "tests-torch"]
+nox.options.sessions = ["lint", "types", "tests-core", "tests-torch", "tests-jax", "tests-tensorflow"]
 
 
 def install(session: nox.Session, group: str, *requirements: str) -> None:
     """Install a dependency group of ``pyproject.toml``, and more, as pinned."""
     session.install("-c", "constraints.txt", *nox.project.dependency_groups(PROJECT, group), *requirements)
+
+
+def assert_absent(session: nox.Session, *frameworks: str) -> None:
+    """Fail if one of these can be imported: what is tested must not lean on it."""
+    session.run("python", "-c", f"from importlib.util import find_spec; assert not any(map(find_spec, {frameworks}))")
 
 
 @nox.session
@@ -35,10 +40,10 @@ def types(session: nox.Session) -> None:
 
 @nox.session(name="tests-core")
 def tests_core(session: nox.Session) -> None:
-    """The core where no framework is installed, on NumPy and on a strict reading of the array API standard."""
+    """The core where no framework is installed, on NumPy and on strict readings of the array API standard."""
     install(session, "test", "-e", ".")
-    session.run("python", "-c", f"from importlib.util import find_spec; assert not any(map(find_spec, {FRAMEWORKS}))")
-    for backend in ("numpy", "strict"):
+    assert_absent(session, *FRAMEWORKS)
+    for backend in ("numpy", "strict", "strictest"):
         session.run("pytest", "tests/core", "tests/repository", "--backend", backend, *session.posargs)
 
 
@@ -47,3 +52,20 @@ def tests_torch(session: nox.Session) -> None:
     """Everything, on PyTorch."""
     install(session, "test", "-e", ".[torch]")
     session.run("pytest", "tests", "--backend", "torch", *session.posargs)
+
+
+@nox.session(name="tests-jax")
+def tests_jax(session: nox.Session) -> None:
+    """The core on JAX, where no other framework is installed."""
+    install(session, "test", "-e", ".[jax]")
+    assert_absent(session, "torch", "tensorflow")
+    session.run("pytest", "tests/core", "tests/repository", "--backend", "jax", *session.posargs)
+
+
+@nox.session(name="tests-tensorflow")
+def tests_tensorflow(session: nox.Session) -> None:
+    """The core on TensorFlow, where no other framework is installed."""
+    # Not the extra: its `tensorflow` is the build for GPUs too, and the CPU's own is half the size.
+    install(session, "test", "-e", ".", "tensorflow-cpu", "keras")
+    assert_absent(session, "torch", "jax")
+    session.run("pytest", "tests/core", "tests/repository", "--backend", "tensorflow", *session.posargs)

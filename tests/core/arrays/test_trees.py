@@ -1,12 +1,46 @@
-from collections import OrderedDict
-from typing import Any
+import dataclasses
+import importlib
+from collections import OrderedDict, defaultdict
+from typing import Any, NamedTuple
 
 import array_api_strict
 import numpy as np
+import optree
 import pytest
 
-from became_core import BecameError
+from became_core import BecameError, merge, optimal_alpha
 from became_core.arrays import aligned_leaves, map_leaves, named_leaves
+
+
+class Layer(NamedTuple):
+    weight: Any
+    bias: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    layer: Any
+    scale: Any
+    width: int = dataclasses.field(default=3, init=False)
+
+
+class Registered:
+    """A class that nothing but optree knows how to open."""
+
+    def __init__(self, inner: Any, name: str) -> None:
+        self.inner, self.name = inner, name
+
+
+optree.register_pytree_node(
+    Registered,
+    lambda node: ((node.inner,), node.name, ("inner",)),
+    lambda name, children: Registered(children[0], name),
+    namespace=optree.registry.__GLOBAL_NAMESPACE,
+)
+
+
+def numbers(tree: Any) -> dict[str, float]:
+    return {path: float(leaf) for path, leaf in named_leaves(tree).items()}
 
 
 def test_leaves_are_named_by_dotted_paths(xp: Any) -> None:
@@ -63,3 +97,97 @@ def test_map_keeps_the_structure(xp: Any) -> None:
 def test_two_leaves_of_one_path_are_refused(xp: Any) -> None:
     with pytest.raises(BecameError, match="two leaves of a tree have the same dotted path"):
         named_leaves({"a.b": xp.ones(()), "a": {"b": xp.ones(())}})
+
+
+def test_named_tuples_and_dataclasses_are_nodes(xp: Any) -> None:
+    tree = Model(layer=Layer(xp.asarray(1.0), [xp.asarray(2.0)]), scale=xp.asarray(3.0))
+    assert numbers(tree) == {"layer.weight": 1.0, "layer.bias.0": 2.0, "scale": 3.0}
+    doubled = map_leaves(lambda leaf: 2 * leaf, tree)
+    assert numbers(doubled) == {"layer.weight": 2.0, "layer.bias.0": 4.0, "scale": 6.0}
+    assert (type(doubled), type(doubled.layer), doubled.width) == (Model, Layer, 3)
+    assert float(optimal_alpha(tree, doubled, tree, doubled)) == pytest.approx(2 / 3)
+    assert numbers(merge(tree, doubled, 0.5)) == {"layer.weight": 1.5, "layer.bias.0": 3.0, "scale": 4.5}
+
+
+def test_a_node_registered_with_optree_is_a_node(xp: Any) -> None:
+    tree = {"a": Registered(Layer(xp.asarray(1.0), xp.asarray(2.0)), "kept"), "b": defaultdict(list, c=xp.asarray(3.0))}
+    assert numbers(tree) == {"a.inner.weight": 1.0, "a.inner.bias": 2.0, "b.c": 3.0}
+    negated = map_leaves(lambda leaf: -leaf, tree)
+    assert numbers(negated) == {"a.inner.weight": -1.0, "a.inner.bias": -2.0, "b.c": -3.0}
+    assert (negated["a"].name, negated["b"].default_factory) == ("kept", list)
+
+
+def test_none_is_an_empty_node(xp: Any) -> None:
+    tree = {"a": xp.asarray(1.0), "b": None, "c": []}
+    assert numbers(tree) == {"a": 1.0}
+    assert map_leaves(lambda leaf: None, tree) == {"a": None, "b": None, "c": []}
+    with pytest.raises(BecameError, match=r"^y is nested otherwise than x; give equal structures\.$"):
+        list(aligned_leaves(x=tree, y={"a": xp.asarray(1.0), "b": [], "c": None}))
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ([1], (1,)),
+        ({"layer": 1, "scale": 2}, Model(1, 2)),
+        (Layer(1, 2), {"weight": 1, "bias": 2}),
+        ({"0": 1}, [1]),
+    ],
+)
+def test_containers_of_other_kinds_do_not_meet(first: Any, second: Any) -> None:
+    with pytest.raises(BecameError, match=r"^y is nested otherwise than x; give equal structures\.$"):
+        list(aligned_leaves(x=first, y=second))
+    with pytest.raises(BecameError, match=r"^tree 2 is nested otherwise than tree 1; give equal structures\.$"):
+        map_leaves(lambda one, other: one, first, second)
+
+
+def test_map_meets_leaves_by_path_and_keeps_the_first_order(xp: Any) -> None:
+    first = OrderedDict(b=xp.asarray(1.0), a=xp.asarray(2.0))
+    second = {"a": xp.asarray(20.0), "b": xp.asarray(10.0)}
+    total = map_leaves(lambda one, other: one + other, first, second)
+    assert type(total) is OrderedDict
+    assert list(numbers(total).items()) == [("b", 11.0), ("a", 22.0)]
+    with pytest.raises(BecameError, match=r"^tree 2 lacks the leaf 'b' that tree 1 has; give equal structures\.$"):
+        map_leaves(lambda one, other: one, first, {"a": second["a"]})
+
+
+def test_leaves_without_elements_are_leaves(xp: Any) -> None:
+    tree = {"a": xp.zeros((0, 3)), "b": xp.asarray([1.0])}
+    assert float(optimal_alpha(tree, map_leaves(lambda leaf: leaf + 1, tree), tree, tree)) == 0.5
+    assert tuple(merge(tree, tree, 0.5)["a"].shape) == (0, 3)
+
+
+def test_what_no_framework_knows_is_a_leaf_and_named(xp: Any) -> None:
+    with pytest.raises(BecameError, match=r"^x 'a' is a builtins\.set, not an array of a known framework\.$"):
+        list(aligned_leaves(x={"a": {1}}, y={"a": xp.ones(2)}))
+    with pytest.raises(BecameError, match=r"^x is a builtins\.type, not an array of a known framework\.$"):
+        list(aligned_leaves(x=Model, y=xp.ones(2)))  # the class itself is no dataclass instance
+
+
+def test_nodes_registered_with_jax_are_nodes(backend: str, xp: Any) -> None:
+    if backend != "jax":
+        pytest.skip(f"needs JAX's registry, and the backend is {backend}")
+    jax, flax, nnx = (importlib.import_module(name) for name in ("jax", "flax", "flax.nnx"))
+    struct: Any = flax.struct
+
+    @struct.dataclass
+    class State:
+        params: Any
+        step: int = struct.field(pytree_node=False, default=7)
+
+    tree = State(flax.core.FrozenDict(dense={"kernel": xp.asarray(1.0), "bias": None}, scales=(xp.asarray(2.0),)))
+    assert numbers(tree) == {"params.dense.kernel": 1.0, "params.scales.0": 2.0}
+    doubled = map_leaves(lambda leaf: 2 * leaf, tree)
+    assert numbers(doubled) == {"params.dense.kernel": 2.0, "params.scales.0": 4.0}
+    assert jax.tree_util.tree_structure(doubled) == jax.tree_util.tree_structure(tree)
+    # A FrozenDict is a mapping like any other.
+    assert numbers(merge(tree.params, tree.params.unfreeze(), 0.5)) == {"dense.kernel": 1.0, "scales.0": 2.0}
+
+    first, second = (nnx.state(nnx.Linear(2, 3, rngs=nnx.Rngs(seed))) for seed in (0, 1))
+    assert list(named_leaves(first)) == ["bias.value", "kernel.value"]
+    alpha = jax.jit(optimal_alpha)(first, second, *[jax.tree_util.tree_map(xp.ones_like, first)] * 2)
+    assert float(alpha) == 0.5
+    merged = merge(first, second, alpha)
+    assert isinstance(merged, nnx.State)
+    expected = (first["kernel"][...] + second["kernel"][...]) / 2
+    np.testing.assert_allclose(merged["kernel"][...], expected, atol=1e-7)
