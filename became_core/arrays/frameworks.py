@@ -5,7 +5,7 @@ claims is left to array-api-compat (NumPy, CuPy, array-api-strict and whatever e
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,10 +20,25 @@ def _own_device(array: Any) -> Any:
     return array.device
 
 
-def _tensorflow_loop(tensorflow: Any, step: Callable[[list[Any]], Any], arrays: list[Any]) -> Any:
-    # Its dtype must be known beforehand: that of the first row's result, the only part of it that is kept.
-    signature = step([array[0] for array in arrays]).dtype
-    return tensorflow.map_fn(step, arrays, fn_output_signature=signature)
+# What computes a step for each whole piece of so many elements of flat arrays, and returns the results stacked.
+Loop = Callable[[Any, Callable[[list[Any]], Any], Sequence[Any], int], Any]
+
+
+def _jax_loop(jax: Any, step: Callable[[list[Any]], Any], arrays: Sequence[Any], size: int) -> Any:
+    # The pieces are sliced within the loop: what is sliced before it is copied as a whole.
+    def at(index: Any) -> Any:
+        return step([jax.lax.dynamic_slice_in_dim(array, index * size, size) for array in arrays])
+
+    return jax.lax.map(at, jax.numpy.arange(arrays[0].shape[0] // size))
+
+
+def _tensorflow_loop(tensorflow: Any, step: Callable[[list[Any]], Any], arrays: Sequence[Any], size: int) -> Any:
+    def at(index: Any) -> Any:
+        return step([tensorflow.slice(array, [index * size], [size]) for array in arrays])
+
+    # The dtype must be known beforehand: that of a first result, of which nothing else is kept.
+    indices = tensorflow.range(arrays[0].shape[0] // size)
+    return tensorflow.map_fn(at, indices, fn_output_signature=at(0).dtype)
 
 
 @dataclass(frozen=True)
@@ -37,8 +52,8 @@ class Framework:
         device: array -> the device it lives on, as its framework calls it.
         has_values: (module, array) -> whether its numbers can be looked at: neither is it traced, nor would looking
             compute a lazy graph.
-        loop: (module, step, arrays [n, …]) -> step's results, stacked, for one row of the arrays after the other, under
-            a trace; None where the compiler computes what is summed as it sums it, and needs no loop for that.
+        loop: the compiler's own, (module, step, flat arrays, size) -> the step's results for one piece of this size
+            after the other, stacked; None where the compiler computes what is summed as it sums it, without a loop.
     """
 
     module: str
@@ -46,7 +61,7 @@ class Framework:
     namespace: Callable[[Any], Any] = array_api_compat.array_namespace
     device: Callable[[Any], Any] = array_api_compat.device
     has_values: Callable[[Any, Any], bool] = lambda module, array: True
-    loop: Callable[[Any, Callable[[list[Any]], Any], list[Any]], Any] | None = None
+    loop: Loop | None = None
 
 
 def _torch_namespace(_: Any) -> Any:
@@ -93,7 +108,7 @@ _ROWS = (
         owns=lambda jax, array: isinstance(array, jax.Array),
         namespace=_jax_namespace,
         has_values=lambda jax, array: not isinstance(array, jax.core.Tracer),
-        loop=lambda jax, step, arrays: jax.lax.map(step, arrays),
+        loop=_jax_loop,
     ),
     Framework(
         module="dask.array",

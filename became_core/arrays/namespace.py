@@ -3,7 +3,7 @@
 Convention: code in the core receives arrays, asks here for their namespace ``xp`` and calls nothing else.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -92,7 +92,7 @@ def has_values(array: Array) -> bool:
     return framework.has_values(module, array)
 
 
-def loop_of(array: Array) -> Callable[[Callable[[list[Array]], Array], list[Array]], Array] | None:
-    """Return the loop of the framework's compiler, (step, arrays [n, …]) -> results [n, …], if sums need one."""
+def loop_of(array: Array) -> Callable[[Callable[[list[Array]], Array], Sequence[Array], int], Array] | None:
+    """Return the loop of the framework's compiler, (step, flat arrays, size) -> results, if sums need one."""
     framework, module = _framework_of("the value", array)
     return None if framework.loop is None else partial(framework.loop, module)

@@ -18,9 +18,8 @@ from became_core.arrays.namespace import Array, has_values, loop_of, namespace
 
 __all__ = ["staged_sum", "sums"]
 
-# Elements of a slab: with a few temporaries of as many float32 it stays within a core's cache, or within that which a
-# compiler's threads share.
-SLAB, TRACED_SLAB = 2**16, 2**18
+# Elements of a slab: with a few temporaries of as many float32 it stays within the cache.
+SLAB = 2**18
 # Numbers that are added at once, in a binary tree: a power of two.
 STAGE = 2**6
 
@@ -37,14 +36,12 @@ def sums(terms: Callable[[list[Array]], Sequence[Array]], arrays: Sequence[Array
     if all(has_values(array) for array in arrays):
         parts = [[xp.sum(term) for term in terms(piece)] for piece in _slabs(flat)]
         return [staged_sum(xp.stack(column)) for column in zip(*parts, strict=True)]
-    loop, count = loop_of(flat[0]), int(flat[0].shape[0]) // TRACED_SLAB
-    if loop is None or not count:
+    loop, size = loop_of(flat[0]), int(flat[0].shape[0])
+    if loop is None or size < SLAB:
         return [xp.sum(term) for term in terms(flat)]
-    end = count * TRACED_SLAB
-    stacked = [xp.reshape(array[:end], (count, TRACED_SLAB)) for array in flat]
-    by_slab = loop(lambda pieces: xp.stack([xp.sum(term) for term in terms(pieces)]), stacked)
-    rest = [xp.sum(term) for term in terms([array[end:] for array in flat])]
-    return [staged_sum(by_slab[:, index]) + each for index, each in enumerate(rest)]
+    by_slab = loop(lambda pieces: xp.stack([xp.sum(term) for term in terms(pieces)]), flat, SLAB)
+    rest = terms([array[size // SLAB * SLAB :] for array in flat])
+    return [staged_sum(by_slab[:, index]) + xp.sum(term) for index, term in enumerate(rest)]
 
 
 def _slabs(flat: Sequence[Array]) -> Iterator[list[Array]]:
