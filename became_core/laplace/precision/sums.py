@@ -83,7 +83,8 @@ class Sum(Precision):
     def diagonal(self) -> Params:
         """Return the sum of the terms' diagonals."""
         xp, dtype = self._common([], ())
-        shapes, total = self.covered(), Params()
+        shapes = self.covered()
+        total: Params = {}
         for term in self.terms:
             parts = {name: xp.reshape(part, shapes[name]) for name, part in term.diagonal().items()}
             total = added(total, {name: wide(xp, part, dtype) for name, part in parts.items()})
@@ -121,7 +122,7 @@ class Sum(Precision):
         return sum(term._gram(left, right) for term in self.terms)
 
     def _times(self, vector: Params) -> Params:
-        total = Params()
+        total: Params = {}
         for term in self.terms:
             total = added(total, term._times(_part(term, vector)))
         return total
