@@ -86,6 +86,12 @@ def _tensorflow_namespace(_: Any) -> Any:
     return xp
 
 
+def _is_any_other_array(_: Any, value: Any) -> bool:
+    # The type's attribute, where array-api-compat asks for the object's: an nnx.Param lends its value's, and is a node.
+    others = array_api_compat.is_numpy_array(value) or array_api_compat.is_cupy_array(value)
+    return others or hasattr(type(value), "__array_namespace__")
+
+
 _ROWS = (
     # PyTorch is first: torch.compile traces the rows before its own, and can trace none of the others.
     Framework(
@@ -115,7 +121,7 @@ _ROWS = (
         owns=lambda dask, array: isinstance(array, dask.Array),
         has_values=lambda dask, array: False,
     ),
-    Framework(module="", owns=lambda _, array: array_api_compat.is_array_api_obj(array)),
+    Framework(module="", owns=_is_any_other_array),
 )
 
 
