@@ -106,7 +106,10 @@ _ROWS = (
         owns=lambda tensorflow, array: isinstance(array, tensorflow.Tensor | tensorflow.Variable),
         namespace=_tensorflow_namespace,
         device=_own_device,
-        has_values=lambda tensorflow, array: not tensorflow.is_symbolic_tensor(array),
+        # A variable that a graph captures is not symbolic, but what is computed from it is.
+        has_values=lambda tensorflow, array: (
+            tensorflow.executing_eagerly() and not tensorflow.is_symbolic_tensor(array)
+        ),
         loop=_tensorflow_loop,
     ),
     Framework(
