@@ -42,6 +42,7 @@ from became_core.laplace.quadratic import Quadratic
 __all__ = [
     "Fisher",
     "Per",
+    "group_directions",
     "group_names",
     "group_of",
     "layerwise_quadratic",
@@ -157,6 +158,15 @@ def group_names(tree: Tree, per: Per) -> list[str]:
     return list(dict.fromkeys(group_of(path, per) for path in named_leaves(tree)))
 
 
+def group_directions(delta: Params, per: Per) -> list[Params]:
+    """Return for each of :func:`group_names` a direction that is delta in the group's leaves and zero elsewhere."""
+    zero = {name: namespace(delta=value).zeros_like(value) for name, value in delta.items()}
+    return [
+        {name: (delta if group_of(name, per) == group else zero)[name] for name in delta}
+        for group in group_names(delta, per)
+    ]
+
+
 def group_of(path: str, per: Per) -> str:
     """Return the group that the leaf of this path belongs to.
 
@@ -266,11 +276,7 @@ def _by_structure(named: dict[str, Params], old: Precision, new: Precision, per:
     """Any structure of the two curvatures: both losses along each group's part of delta."""
     theta_gp, theta_hat = named["theta_gp"], named["theta_hat"]
     delta = {name: value - theta_gp[name] for name, value in theta_hat.items()}
-    zero = {name: namespace(delta=value).zeros_like(value) for name, value in delta.items()}
-    directions = [
-        {name: (delta if group_of(name, per) == group else zero)[name] for name in delta}
-        for group in group_names(theta_gp, per)
-    ]
+    directions = group_directions(delta, per)
     mean = named.get("mean", theta_gp)
     offset = {name: value - mean[name] for name, value in theta_gp.items()}
     backwards = {name: -value for name, value in delta.items()}

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple, Protocol
 from became_core.arrays import Array, Params, Tree, namespace, reduction_dtype
 from became_core.errors import BecameError
 from became_core.laplace.estimators import Calibrated, Estimator, Frame, LocalLoss, difference
-from became_core.laplace.expansion import Per, group_names, group_of
+from became_core.laplace.expansion import Per, group_directions, group_names, group_of
 from became_core.laplace.merge import combine, merge, scalar
 from became_core.laplace.path import trace_path
 from became_core.laplace.quadratic import Quadratic
@@ -166,14 +166,7 @@ class Became:
             alpha = self.precision.quadratic(Frame(theta_gp, [delta], [1.0]), losses).minimiser("box")[0]
             return Merged(merge(theta_gp, theta_hat, alpha), alpha)
         groups = group_names(theta_gp, self.per)
-        directions = [
-            {
-                name: value if group_of(name, self.per) == group else namespace(delta=value).zeros_like(value)
-                for name, value in delta.items()
-            }
-            for group in groups
-        ]
-        frame = Frame(theta_gp, directions, [1.0] * len(groups))
+        frame = Frame(theta_gp, group_directions(delta, self.per), [1.0] * len(groups))
         found = self.precision.quadratic(frame, losses).minimiser("box")
         alphas = {name: found[groups.index(group_of(name, self.per))] for name in theta_gp}
         return Merged(merge(theta_gp, theta_hat, alphas), alphas)
