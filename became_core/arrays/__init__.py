@@ -2,7 +2,7 @@
 
 from became_core.arrays.frameworks import is_array
 from became_core.arrays.namespace import Array, check_values, device, has_values, namespace, reduction_dtype
-from became_core.arrays.reductions import staged_sum, sums
+from became_core.arrays.reductions import inner_products, staged_sum
 from became_core.arrays.trees import Params, Tree, aligned_leaves, map_leaves, named_leaves, with_leaves
 from became_core.arrays.values import pytree, static
 
@@ -14,6 +14,7 @@ __all__ = [
     "check_values",
     "device",
     "has_values",
+    "inner_products",
     "is_array",
     "map_leaves",
     "named_leaves",
@@ -22,6 +23,5 @@ __all__ = [
     "reduction_dtype",
     "staged_sum",
     "static",
-    "sums",
     "with_leaves",
 ]

@@ -20,25 +20,61 @@ def _own_device(array: Any) -> Any:
     return array.device
 
 
-# What computes a step for each whole piece of so many elements of flat arrays, and returns the results stacked.
-Loop = Callable[[Any, Callable[[list[Any]], Any], Sequence[Any], int], Any]
+# What walks flat arrays, (module, step, finish, arrays, size, run), in pieces of so many elements, adds up the step's
+# results, [terms, size], over each run of so many pieces one after the other, and returns what ``finish`` makes of
+# every run's total, the last and shorter one's too, stacked. A last piece that would end too late begins earlier, and
+# what it has in common with the one before counts as zero.
+Step = Callable[[list[Any]], Any]
+Loop = Callable[[Any, Step, Callable[[Any], Any], Sequence[Any], int, int], Any]
 
 
-def _jax_loop(jax: Any, step: Callable[[list[Any]], Any], arrays: Sequence[Any], size: int) -> Any:
+def _jax_loop(jax: Any, step: Step, finish: Callable[[Any], Any], arrays: Sequence[Any], size: int, run: int) -> Any:
+    jnp, length = jax.numpy, arrays[0].shape[0]
+
     # The pieces are sliced within the loop: what is sliced before it is copied as a whole.
     def at(index: Any) -> Any:
-        return step([jax.lax.dynamic_slice_in_dim(array, index * size, size) for array in arrays])
+        start = jnp.minimum(index * size, length - size)
+        found = step([jax.lax.dynamic_slice_in_dim(array, start, size) for array in arrays])
+        return jnp.where(jnp.arange(size) >= index * size - start, found, 0)
 
-    return jax.lax.map(at, jax.numpy.arange(arrays[0].shape[0] // size))
+    def total(first: Any, pieces: int) -> Any:
+        return finish(jax.lax.fori_loop(1, pieces, lambda later, sofar: sofar + at(first + later), at(first)))
+
+    whole, left = divmod(-(-length // size), run)
+    totals = [jax.lax.map(lambda number: total(number * run, run), jnp.arange(whole))]
+    if left:
+        totals.append(total(whole * run, left)[None])
+    return jnp.concat(totals)
 
 
-def _tensorflow_loop(tensorflow: Any, step: Callable[[list[Any]], Any], arrays: Sequence[Any], size: int) -> Any:
+def _tensorflow_loop(
+    tensorflow: Any, step: Step, finish: Callable[[Any], Any], arrays: Sequence[Any], size: int, run: int
+) -> Any:
+    length = arrays[0].shape[0]
+
     def at(index: Any) -> Any:
-        return step([tensorflow.slice(array, [index * size], [size]) for array in arrays])
+        start = tensorflow.minimum(index * size, length - size)
+        found = step([tensorflow.slice(array, [start], [size]) for array in arrays])
+        return tensorflow.where(tensorflow.range(size) >= index * size - start, found, tensorflow.zeros_like(found))
 
-    # The dtype must be known beforehand: that of a first result, of which nothing else is kept.
-    indices = tensorflow.range(arrays[0].shape[0] // size)
-    return tensorflow.map_fn(at, indices, fn_output_signature=at(0).dtype)
+    def total(first: Any, pieces: int) -> Any:
+        _, found = tensorflow.while_loop(
+            lambda later, sofar: later < pieces,
+            lambda later, sofar: (later + 1, sofar + at(first + later)),
+            (1, at(first)),
+            maximum_iterations=pieces - 1,
+        )
+        return finish(found)
+
+    whole, left = divmod(-(-length // size), run)
+    totals = []
+    if whole:
+        # The dtype must be known beforehand: that of a first result, of which nothing else is kept.
+        numbers, dtype = tensorflow.range(whole), at(0).dtype
+        totals.append(tensorflow.map_fn(lambda number: total(number * run, run), numbers, fn_output_signature=dtype))
+    if left:
+        totals.append(total(whole * run, left)[None])
+    return tensorflow.concat(totals, axis=0)
 
 
 @dataclass(frozen=True)
@@ -52,8 +88,8 @@ class Framework:
         device: array -> the device it lives on, as its framework calls it.
         has_values: (module, array) -> whether its numbers can be looked at: neither is it traced, nor would looking
             compute a lazy graph.
-        loop: the compiler's own, (module, step, flat arrays, size) -> the step's results for one piece of this size
-            after the other, stacked; None where the compiler computes what is summed as it sums it, without a loop.
+        loop: the compiler's own; None where the compiler computes what is summed as it sums it, without a loop.
+        fuses_inner_products: whether ``vecdot`` of rows takes one pass, without writing the products first.
     """
 
     module: str
@@ -62,6 +98,7 @@ class Framework:
     device: Callable[[Any], Any] = array_api_compat.device
     has_values: Callable[[Any, Any], bool] = lambda module, array: True
     loop: Loop | None = None
+    fuses_inner_products: bool = False
 
 
 def _torch_namespace(_: Any) -> Any:
@@ -124,7 +161,7 @@ _ROWS = (
         owns=lambda dask, array: isinstance(array, dask.Array),
         has_values=lambda dask, array: False,
     ),
-    Framework(module="", owns=_is_any_other_array),
+    Framework(module="", owns=_is_any_other_array, fuses_inner_products=True),
 )
 
 

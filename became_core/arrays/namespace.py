@@ -3,7 +3,7 @@
 Convention: code in the core receives arrays, asks here for their namespace ``xp`` and calls nothing else.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -92,7 +92,13 @@ def has_values(array: Array) -> bool:
     return framework.has_values(module, array)
 
 
-def loop_of(array: Array) -> Callable[[Callable[[list[Array]], Array], Sequence[Array], int], Array] | None:
-    """Return the loop of the framework's compiler, (step, flat arrays, size) -> results, if sums need one."""
+def loop_of(array: Array) -> Callable[..., Array] | None:
+    """Return the loop of the framework's compiler if sums need one: ``frameworks.Loop`` without its module."""
     framework, module = _framework_of("the value", array)
     return None if framework.loop is None else partial(framework.loop, module)
+
+
+def fuses_inner_products(array: Array) -> bool:
+    """Whether the framework's ``vecdot`` of rows takes one pass, without writing the products first."""
+    framework, _ = _framework_of("the value", array)
+    return framework.fuses_inner_products

@@ -1,47 +1,91 @@
-"""Sums over millions of elements: accurate in float32, and without a temporary of the size of what is summed.
+"""Sums of products of millions of elements, accurate in float32, without a temporary of the size of what is summed.
 
 Adding n numbers one after the other loses up to n units in the last place: past 2^24 equal ones, a float32 sum stands
 still. So sums are taken in a binary tree (pairwise summation, Higham 1993), in which each number goes through log2(n)
 additions: at worst 30 u = 1.8e-6 relative for 10^9 numbers of one sign, u = 6e-8 being half a unit; rounding to either
-side leaves some 3e-7 of it. At the tree's leaves, where values exist, stands a library's own sum of a slab; NumPy,
-PyTorch and TensorFlow take those pairwise themselves.
+side leaves some 3e-7 of it. At the tree's leaves stands, where values exist, a library's own sum of a slab (PyTorch and
+TensorFlow take those pairwise themselves) or its inner products of rows, so short that vector registers share the
+additions; in a compiler's loop, a few numbers that are added in turn.
 
 Arrays are walked in slabs that fit a processor's cache, so intermediate results never reach memory: in Python where
-values exist, under a trace in the compiler's own loop, or not at all where the compiler fuses a sum with what is summed
-(XLA on the CPU writes it to memory first).
+values exist; under a trace in the compiler's own loop, or not at all where the compiler fuses a sum with what is
+summed. XLA on the CPU does not: it fuses element by element only, so slabs are added so to a running total.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from became_core.arrays.namespace import Array, has_values, loop_of, namespace
+from became_core.arrays.namespace import Array, fuses_inner_products, has_values, loop_of, namespace
 
-__all__ = ["staged_sum", "sums"]
+__all__ = ["inner_products", "staged_sum"]
 
 # Elements of a slab: with a few temporaries of as many float32 it stays within the cache.
 SLAB = 2**18
+# In a compiler's loop: elements of a slab, and how many slabs are added one after the other. Powers of two.
+LOOP_SLAB, RUN = 2**17, 2**4
+# Elements of a row, whose inner product a library takes at once.
+ROW = 2**12
 # Numbers that are added at once, in a binary tree: a power of two.
 STAGE = 2**6
 
+# From flat pieces of arrays, side by side, to the two factors of each product, of the same length.
+Factors = Callable[[list[Array]], Sequence[tuple[Array, Array]]]
 
-def sums(terms: Callable[[list[Array]], Sequence[Array]], arrays: Sequence[Array]) -> list[Array]:
-    """Return the sums of terms that are computed from arrays element by element, a 0-d array for each term.
+
+def inner_products(factors: Factors, arrays: Sequence[Array]) -> list[Array]:
+    """Return the sums of products whose factors are computed from arrays element by element, 0-d arrays.
 
     Args:
-        terms: from flat pieces of the arrays, side by side, to an array of the same length for each term.
+        factors: the two factors of each product, from flat pieces of the arrays.
         arrays: of one shape.
     """
     xp = namespace(**{f"array {index}": array for index, array in enumerate(arrays)})
     flat = [xp.reshape(array, (-1,)) for array in arrays]
     if all(has_values(array) for array in arrays):
-        parts = [[xp.sum(term) for term in terms(piece)] for piece in _slabs(flat)]
-        return [staged_sum(xp.stack(column)) for column in zip(*parts, strict=True)]
-    loop, size = loop_of(flat[0]), int(flat[0].shape[0])
-    if loop is None or size < SLAB:
-        return [xp.sum(term) for term in terms(flat)]
-    by_slab = loop(lambda pieces: xp.stack([xp.sum(term) for term in terms(pieces)]), flat, SLAB)
-    rest = terms([array[size // SLAB * SLAB :] for array in flat])
-    return [staged_sum(by_slab[:, index]) + xp.sum(term) for index, term in enumerate(rest)]
+        return _by_slab(factors, flat)
+
+    def products(pieces: list[Array]) -> list[Array]:
+        return [left * right for left, right in factors(pieces)]
+
+    loop = loop_of(flat[0])
+    if loop is None or int(flat[0].shape[0]) < LOOP_SLAB:
+        return [xp.sum(product) for product in products(flat)]
+    by_run = loop(lambda pieces: xp.stack(products(pieces)), _halve_to_one, flat, LOOP_SLAB, RUN)
+    return [staged_sum(by_run[:, index]) for index in range(int(by_run.shape[1]))]
+
+
+def _by_slab(factors: Factors, flat: Sequence[Array]) -> list[Array]:
+    xp = namespace(first=flat[0])
+    fuses = fuses_inner_products(flat[0])
+    parts = []
+    held: list[Any] = []
+    for piece in _slabs(flat):
+        # The slab before is let go only now: were all its memory free at once, the C library would hand it back to the
+        # kernel, and every slab pay for fresh pages, several times the sum's cost.
+        if fuses:
+            held = list(factors(piece))
+            parts.append([_inner_product(left, right) for left, right in held])
+        else:
+            held = [left * right for left, right in factors(piece)]
+            parts.append([xp.sum(product) for product in held])
+    return [staged_sum(xp.stack(column)) for column in zip(*parts, strict=True)]
+
+
+def _inner_product(left: Array, right: Array) -> Array:
+    xp = namespace(left=left, right=right)
+    rows = int(left.shape[0]) // ROW
+    if not rows:
+        return xp.vecdot(left, right)
+    by_row = xp.vecdot(*(xp.reshape(factor[: rows * ROW], (rows, ROW)) for factor in (left, right)))
+    return xp.sum(by_row) + xp.vecdot(left[rows * ROW :], right[rows * ROW :])
+
+
+def _halve_to_one(values: Array) -> Array:
+    """Return the sums of rows [rows, a power of two], added in a binary tree, [rows]."""
+    while values.shape[1] > 1:
+        half = values.shape[1] // 2
+        values = values[:, :half] + values[:, half:]
+    return values[:, 0]
 
 
 def _slabs(flat: Sequence[Array]) -> Iterator[list[Array]]:

@@ -29,11 +29,11 @@ from became_core.arrays import (
     aligned_leaves,
     device,
     has_values,
+    inner_products,
     named_leaves,
     namespace,
     reduction_dtype,
     staged_sum,
-    sums,
 )
 from became_core.errors import BecameError
 from became_core.laplace.precision import Diagonal, Precision, check_diagonal
@@ -236,22 +236,22 @@ def _leaf_terms(leaf: dict[str, tuple[str, Array]]) -> tuple[Array, Array]:
     concrete = all(has_values(array) for array in arrays.values())
     lowest = []  # of the curvatures, in one go with the sums: memory is read once
 
-    def terms(pieces: list[Array]) -> list[Array]:
+    def factors(pieces: list[Array]) -> list[tuple[Array, Array]]:
         at = {role: xp.astype(piece, dtype, copy=False) for role, piece in zip(leaf, pieces, strict=True)}
         if concrete and pieces[0].shape[0]:
             lowest.extend([xp.min(at["fisher_old"]), xp.min(at["fisher_new"])])
         delta = at["theta_hat"] - at["theta_gp"]
         square = delta * delta
-        found = [square * at["fisher_old"], square * at["fisher_new"]]
+        found = [(square, at["fisher_old"]), (square, at["fisher_new"])]
         if "gradient" in at:
-            found.append(at["gradient"] * delta)
+            found.append((at["gradient"], delta))
         if "mean" in at:
-            found.append((at["theta_gp"] - at["mean"]) * at["fisher_old"] * delta)
+            found.append(((at["theta_gp"] - at["mean"]) * at["fisher_old"], delta))
         return found
 
     # What overflows or is no number is found in the sums, and said in a sentence; NumPy alone would warn before.
     with np.errstate(over="ignore", invalid="ignore") if concrete else nullcontext():
-        old, new, *more = sums(terms, list(arrays.values()))
+        old, new, *more = inner_products(factors, list(arrays.values()))
         slope, curvature = sum(more, -new), old + new
     if concrete:
         sound = xp.isfinite(slope) & xp.isfinite(curvature)
@@ -302,5 +302,5 @@ def _dot(**trees: Tree) -> Array:
         xp = namespace(**leaf)
         dtype = reduction_dtype(xp, **leaf)
         arrays = [xp.astype(array, dtype, copy=False) for array in leaf.values()]
-        parts += sums(lambda pair: [pair[0] * pair[1]], arrays)
+        parts += inner_products(lambda pair: [(pair[0], pair[1])], arrays)
     return _joined([parts])[0]

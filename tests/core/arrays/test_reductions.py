@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from became_core import optimal_alpha
-from became_core.arrays import staged_sum, sums
+from became_core.arrays import inner_products, staged_sum
 from tests.compilers import compiled
 
 # The analysis for 10^9 elements, which do not fit a test. A number goes through log2(n) additions, each of which errs
@@ -45,12 +45,16 @@ def test_a_staged_sum_takes_every_element_once(xp: Any, size: int) -> None:
     assert float(staged_sum(xp.asarray(2.0 ** (np.arange(size) % 40)))) == float(np.sum(2.0 ** (np.arange(size) % 40)))
 
 
-@pytest.mark.parametrize("shape", [(), (0,), (3, 2), (2**18,), (2**18 + 1,), (3, 2**18), (130, 7)])
-def test_sums_take_every_element_once(xp: Any, backend: str, shape: tuple[int, ...]) -> None:
+@pytest.mark.parametrize(
+    "shape", [(), (0,), (3, 2), (2**18,), (2**18 + 1,), (3, 2**18), (130, 7), (2**21 + 2**17 + 3,)]
+)
+def test_inner_products_take_every_element_once(xp: Any, backend: str, shape: tuple[int, ...]) -> None:
     numbers = np.arange(math.prod(shape), dtype=float).reshape(shape)
 
     def both(left: Any, right: Any) -> Any:
-        return sums(lambda piece: [piece[0] * piece[1], piece[0] - piece[1]], [left, right])
+        return inner_products(
+            lambda piece: [(piece[0], piece[1]), (piece[0] - piece[1], piece[0] * 0 + 1)], [left, right]
+        )
 
     for function in (both, compiled(backend, both)):
         product, difference = function(xp.asarray(numbers), xp.asarray(-numbers))
