@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from became_core.arrays import Params
-from became_core.continual import Batch, Constraint, TapMode, TaskStream, random_stream
+from became_core.continual import Batch, Constraint, Optimiser, TapMode, TaskStream, random_stream
 from became_core.continual.stream import Indices
 from became_core.curvature import Pushforward, Tap, Taps
 
@@ -86,19 +86,25 @@ class ReferenceLearner:
         self._parameters = {name: np.array(parameters[name], dtype=np.float64) for name in self._parameters}
 
     def train(
-        self, batches: Sequence[Batch], rates: NDArray[np.float64], constraint: Constraint, stream: np.random.Generator
-    ) -> float:
-        """Take one SGD step on each batch; return the mean loss over samples."""
+        self,
+        batches: Sequence[Batch],
+        rates: NDArray[np.float64],
+        constraint: Constraint,
+        optimiser: Optimiser,
+        stream: np.random.Generator,
+    ) -> tuple[float, Optimiser]:
+        """Take one step on each batch; return the mean loss over samples and the optimiser."""
         total, samples = 0.0, 0
         # A diverging run overflows; the loop sees it in the loss and says so.
         with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
             for batch, rate in zip(batches, rates, strict=True):
                 labels = self._targets[batch.indices]
                 forward = self._forward(batch.task, batch.indices, stream)
-                self._step(self._gradients(batch.task, forward, labels), float(rate), constraint)
+                gradients = self._gradients(batch.task, forward, labels)
+                optimiser = self._step(gradients, float(rate), constraint, optimiser)
                 total += float(np.sum(_losses(forward.logits, labels)))
                 samples += len(labels)
-        return total / samples
+        return total / samples, optimiser
 
     def logits(self, indices: Indices, batch_size: int) -> Array:
         """Return all heads' logits, [samples, tasks, classes]."""
@@ -178,14 +184,19 @@ class ReferenceLearner:
                 gradients[f"{layer}.bias"] = g.sum(axis=0) / len(a)
         return gradients
 
-    def _step(self, gradients: dict[str, Array], rate: float, constraint: Constraint) -> None:
-        updates: Params = {name: value for name, value in gradients.items() if name in constraint.trainable}
+    def _step(
+        self, gradients: dict[str, Array], rate: float, constraint: Constraint, optimiser: Optimiser
+    ) -> Optimiser:
+        theta: Params = dict(self._parameters)
+        trained: Params = {name: value for name, value in gradients.items() if name in constraint.trainable}
         if constraint.penalty is not None:
-            updates = constraint.penalty.add_to(updates, dict(self._parameters), rate)
+            trained = constraint.penalty.add_to(trained, theta, rate)
+        directions, optimiser = optimiser.step(trained, theta)
         if constraint.projector is not None:
-            updates = constraint.projector.project(updates)
-        for name, update in updates.items():
-            self._parameters[name] = self._parameters[name] - rate * update
+            directions = constraint.projector.project(directions)
+        for name, direction in directions.items():
+            self._parameters[name] = self._parameters[name] - rate * direction
+        return optimiser
 
 
 def _log_softmax(logits: Array) -> Array:

@@ -14,18 +14,21 @@ from numpy.typing import NDArray
 from became_core.arrays import Params
 from became_core.continual import (
     METHODS,
+    SGD,
+    Adam,
     Annealed,
     Batch,
     Constraint,
     Learner,
     MethodSettings,
+    Optimiser,
     Penalty,
     TaskStream,
     Training,
     build_method,
     learn,
 )
-from became_core.curvature import derivatives_along, diagonal_fisher
+from became_core.curvature import derivatives_along, diagonal_fisher, input_grams
 from became_core.curvature.taps import batch_gradient, per_sample_square_sum
 from became_core.laplace import Diagonal, LaplacePosterior
 from became_core.projection import GPM
@@ -54,10 +57,14 @@ def everything(learner: Learner) -> Constraint:
     return Constraint(trainable=frozenset(learner.parameters()))
 
 
-def step(learner: Learner, constraint: Constraint, *, rate: float = RATE, task: int = 0) -> float:
-    """One step on the first samples of a task."""
+def step(
+    learner: Learner, constraint: Constraint, *, optimiser: Optimiser | None = None, task: int = 0, steps: int = 1
+) -> float:
+    """One step on the first samples of a task, or several; returns the mean loss."""
     batch = Batch(task, STREAM.tasks[task].train[:12])
-    return learner.train([batch], np.asarray([rate]), constraint, fresh_stream())
+    theta = learner.parameters()
+    begun = (optimiser or SGD()).begun({name: theta[name] for name in constraint.trainable})
+    return learner.train([batch] * steps, np.full(steps, RATE), constraint, begun, fresh_stream())[0]
 
 
 def loss_at(learner: Learner, parameters: Params, task: int = 0) -> float:
@@ -245,15 +252,15 @@ def check_what_is_not_trainable_keeps_its_bits(make: Make) -> None:
     assert untouched == set(learner.heads[1])
 
 
+def input_grams_of(learner: Learner) -> Params:
+    """The Gram matrices of what the protected layers see of the first samples."""
+    taps = learner.taps(0, STREAM.tasks[0].train[:12], 12, "frozen", fresh_stream())
+    return input_grams(taps, learner.projectable)
+
+
 def check_a_projector_keeps_the_outputs_on_what_it_remembers(make: Make) -> None:
     learner = make(STREAM, 0)
-    grams = {}
-    (taps,) = learner.taps(0, STREAM.tasks[0].train[:12], 12, "frozen", fresh_stream())
-    for name in learner.projectable:
-        inputs = taps[name.removesuffix(".weight")].inputs
-        rows = inputs.reshape((-1, inputs.shape[2]))
-        grams[name] = rows.T @ rows
-    memory = GPM(0.9).remember(grams)
+    memory = GPM(0.9).remember(input_grams_of(learner))
     before = numbers(learner.parameters())
     step(learner, Constraint(frozenset(learner.parameters()), projector=memory))
     change = {name: value - before[name] for name, value in numbers(learner.parameters()).items()}
@@ -261,6 +268,47 @@ def check_a_projector_keeps_the_outputs_on_what_it_remembers(make: Make) -> None
         basis = to_numpy(memory.bases[name])
         assert np.abs(change[name]).max() > 0
         np.testing.assert_allclose(change[name].reshape(len(change[name]), -1) @ basis, 0, atol=1e-12)
+
+
+def check_momentum_goes_on_from_one_call_to_the_next(make: Make) -> None:
+    """Two steps in one call, and one step in each of two calls that hand the optimiser on, are the same."""
+    together, apart = make(STREAM, 0), make(STREAM, 0)
+    for kind in (SGD(momentum=0.5), Adam(weight_decay=0.1)):
+        step(together, everything(together), optimiser=kind, steps=2)
+        batch, rate = Batch(0, STREAM.tasks[0].train[:12]), np.asarray([RATE])
+        optimiser = kind.begun(apart.parameters())
+        for _ in range(2):
+            _, optimiser = apart.train([batch], rate, everything(apart), optimiser, fresh_stream())
+        expected = numbers(together.parameters())
+        for name, value in numbers(apart.parameters()).items():
+            np.testing.assert_allclose(value, expected[name], rtol=1e-12, atol=1e-12)
+
+
+def check_nothing_leaks_into_the_protected_space(make: Make) -> None:
+    """Momentum, weight decay, Adam's rescaling, a penalty: whatever moves a weight, the projector has the last word."""
+    learner = make(STREAM, 0)
+    memory = GPM(0.9).remember(input_grams_of(learner))
+    theta = learner.parameters()
+    posterior = LaplacePosterior(
+        {name: value - 0.25 for name, value in theta.items()},
+        Diagonal({name: value * value + 0.1 for name, value in theta.items()}),
+    )
+    for penalty in (None, Penalty(posterior, strength=2.0)):
+        for optimiser in (
+            SGD(),
+            SGD(momentum=0.9),
+            SGD(momentum=0.5, weight_decay=0.1),
+            Adam(),
+            Adam(weight_decay=0.1),
+        ):
+            before = numbers(learner.parameters())
+            constraint = Constraint(frozenset(before), projector=memory, penalty=penalty)
+            step(learner, constraint, optimiser=optimiser, steps=3)
+            after = numbers(learner.parameters())
+            for name in learner.projectable:
+                change = (after[name] - before[name]).reshape(len(after[name]), -1)
+                assert np.abs(change).max() > 0
+                np.testing.assert_allclose(change @ to_numpy(memory.bases[name]), 0, atol=1e-12)
 
 
 def check_a_penalty_pulls_towards_its_mean(make: Make) -> None:

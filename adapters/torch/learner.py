@@ -18,7 +18,7 @@ from adapters.torch.projected import projected_inputs
 from adapters.torch.tapping import MATRIX_LAYERS, collect_taps, constant_statistics
 from became_core import BecameError
 from became_core.arrays import Params
-from became_core.continual import Batch, Constraint, TapMode, TaskStream, random_stream
+from became_core.continual import Batch, Constraint, Optimiser, TapMode, TaskStream, random_stream
 from became_core.continual.stream import Indices
 from became_core.curvature import Pushforward, Taps
 
@@ -87,31 +87,35 @@ class TorchLearner:
                 parameter.copy_(parameters[name])
 
     def train(
-        self, batches: Sequence[Batch], rates: NDArray[np.float64], constraint: Constraint, stream: np.random.Generator
-    ) -> float:
-        """Take one SGD step on each batch; return the mean loss over samples."""
+        self,
+        batches: Sequence[Batch],
+        rates: NDArray[np.float64],
+        constraint: Constraint,
+        optimiser: Optimiser,
+        stream: np.random.Generator,
+    ) -> tuple[float, Optimiser]:
+        """Take one step on each batch; return the mean loss over samples and the optimiser."""
         trained = {name: parameter for name, parameter in self._named.items() if name in constraint.trainable}
         for name, parameter in self._named.items():
             parameter.requires_grad_(name in trained)
-        optimiser = torch.optim.SGD(trained.values(), lr=0.0)
         self.network.train()
         self._draw_from(stream)
         total = torch.zeros((), device=self.device, dtype=torch.promote_types(self._mean.dtype, torch.float32))
-        # A penalty's pull must be projected too, so the short cut by inputs is for the loss's gradient alone.
-        by_inputs = constraint.projector if constraint.penalty is None else None
+        # What else moves a weight must be projected too, so the short cut by inputs is for the loss's gradient alone.
+        alone = constraint.penalty is None and optimiser.is_linear
+        by_inputs = constraint.projector if alone else None
         with projected_inputs(self._layers, by_inputs) as done:
             for batch, rate in zip(batches, rates, strict=True):
                 images, targets = self._batch(batch.indices)
                 loss = functional.cross_entropy(self.network(images, batch.task), targets)
-                optimiser.zero_grad(set_to_none=True)
+                for parameter in trained.values():
+                    parameter.grad = None
                 loss.backward()  # type: ignore[no-untyped-call]
-                _constrain(trained, constraint, float(rate), done)
-                optimiser.param_groups[0]["lr"] = float(rate)
-                optimiser.step()
+                optimiser = _step(trained, float(rate), constraint, optimiser, done)
                 total += loss.detach() * len(batch.indices)
         samples = sum(len(batch.indices) for batch in batches)
         self.network.requires_grad_(True)
-        return float(total) / samples
+        return float(total) / samples, optimiser
 
     @torch.no_grad()
     def logits(self, indices: Indices, batch_size: int) -> Tensor:
@@ -176,30 +180,30 @@ class TorchLearner:
         use_stream(self.network, stream)
 
 
-def _constrain(trained: dict[str, nn.Parameter], constraint: Constraint, rate: float, done: frozenset[str]) -> None:
-    """Add the penalty's gradient to the parameters' and project the sum, which for plain SGD is the update.
+@torch.no_grad()
+def _step(
+    trained: dict[str, nn.Parameter], rate: float, constraint: Constraint, optimiser: Optimiser, done: frozenset[str]
+) -> Optimiser:
+    """Move the parameters along what penalty, optimiser and projector make of their gradients.
 
     Args:
         trained: the parameters with their gradients.
+        rate: the learning rate of the step.
         constraint: the penalty and the projector.
-        rate: the learning rate of the step to come.
+        optimiser: before the step.
         done: names of the gradients that are projected already.
     """
-    if constraint.penalty is None and constraint.projector is None:
-        return
-    with torch.no_grad():
-        gradients = {
-            name: parameter.grad
-            for name, parameter in trained.items()
-            if parameter.grad is not None and name not in done
-        }
-        if constraint.penalty is not None:
-            theta = {name: trained[name].detach() for name in gradients}
-            gradients = constraint.penalty.add_to(gradients, theta, rate)
-        if constraint.projector is not None:
-            gradients = constraint.projector.project(gradients)
-        for name, gradient in gradients.items():
-            trained[name].grad = gradient
+    theta: Params = {name: parameter.detach() for name, parameter in trained.items() if parameter.grad is not None}
+    directions: Params = {name: trained[name].grad for name in theta}
+    if constraint.penalty is not None:
+        directions = constraint.penalty.add_to(directions, theta, rate)
+    directions, optimiser = optimiser.step(directions, theta)
+    if constraint.projector is not None:
+        open_ = {name: direction for name, direction in directions.items() if name not in done}
+        directions = directions | constraint.projector.project(open_)
+    for name, direction in directions.items():
+        trained[name].sub_(direction, alpha=rate)
+    return optimiser
 
 
 def _chunks(indices: Indices, size: int) -> Iterator[Indices]:

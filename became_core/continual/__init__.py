@@ -3,6 +3,7 @@
 from became_core.continual.learner import Batch, Constraint, Learner, Penalty, TapMode
 from became_core.continual.loop import learn
 from became_core.continual.methods import METHODS, Method, MethodSettings, build_method
+from became_core.continual.optimisers import SGD, Adam, Optimiser
 from became_core.continual.record import PathPoint, RunRecord, TaskEnd
 from became_core.continual.schedule import Annealed, Patience, Schedule
 from became_core.continual.seeding import random_stream
@@ -11,6 +12,8 @@ from became_core.continual.training import EpochEnd, Training
 
 __all__ = [
     "METHODS",
+    "SGD",
+    "Adam",
     "Annealed",
     "Batch",
     "Constraint",
@@ -19,6 +22,7 @@ __all__ = [
     "Learner",
     "Method",
     "MethodSettings",
+    "Optimiser",
     "PathPoint",
     "Patience",
     "Penalty",

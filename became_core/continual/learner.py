@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from became_core.arrays import Array, Params
+from became_core.continual.optimisers import Optimiser
 from became_core.continual.stream import Indices
 from became_core.curvature import Pushforward, Taps
 from became_core.laplace import LaplacePosterior
@@ -65,8 +66,8 @@ class Constraint:
 
     Attributes:
         trainable: names of the parameters that may change; all others keep their values to the bit.
-        projector: if given, every update is projected by it.
-        penalty: if given, every gradient has it added, before any projection.
+        projector: if given, the direction of every step is projected by it.
+        penalty: if given, every gradient has it added, before the optimiser sees it.
     """
 
     trainable: frozenset[str]
@@ -92,15 +93,24 @@ class Learner(Protocol):
         """Set the parameters."""
 
     def train(
-        self, batches: Sequence[Batch], rates: NDArray[np.float64], constraint: Constraint, stream: np.random.Generator
-    ) -> float:
-        """Take one SGD step on the mean cross-entropy of each batch; return the mean loss over samples.
+        self,
+        batches: Sequence[Batch],
+        rates: NDArray[np.float64],
+        constraint: Constraint,
+        optimiser: Optimiser,
+        stream: np.random.Generator,
+    ) -> tuple[float, Optimiser]:
+        """Take a step on the mean cross-entropy of each batch: gradient, penalty, optimiser, projector, in this order.
 
         Args:
             batches: in order.
             rates: each step's learning rate.
             constraint: what every step must respect.
+            optimiser: begun on the trainable parameters.
             stream: where dropout is drawn from.
+
+        Returns:
+            The mean loss over samples, and the optimiser after the last step.
         """
 
     def logits(self, indices: Indices, batch_size: int) -> Array:

@@ -108,6 +108,7 @@ class _Run:
             schedule,
             constraint,
             stage=stage,
+            optimiser=self.training.optimiser,
             batch_size=self.training.batch_size,
             seed=self.seed,
             observe=self.observe,

@@ -63,8 +63,9 @@ class Measurement:
 
     def curvature_rows(self) -> Indices:
         """Return the training rows that curvature is measured on, the same for every purpose: ratios share them."""
-        count = self.training.curvature_samples
-        return self.task.train if count is None else self._sample("curvature", count)
+        return self._sample("curvature", self.training.curvature_samples)
 
-    def _sample(self, purpose: str, count: int) -> Indices:
+    def _sample(self, purpose: str, count: int | None) -> Indices:
+        if count is None:
+            return self.task.train
         return random_stream(self.seed, purpose, self.task.index).permutation(self.task.train)[:count]

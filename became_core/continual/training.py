@@ -5,13 +5,14 @@ The same for every method and backend.
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from became_core.arrays import Params, namespace
 from became_core.continual.evaluation import mean_loss
 from became_core.continual.learner import Batch, Constraint, Learner
+from became_core.continual.optimisers import SGD, Optimiser
 from became_core.continual.schedule import Schedule
 from became_core.continual.seeding import random_stream
 from became_core.continual.stream import Task
@@ -27,16 +28,18 @@ class Training:
     Attributes:
         stage1: the schedule under constraint.
         stage2: the schedule of methods that go on without one.
+        optimiser: what turns gradients into steps; it begins anew with every stage.
         batch_size: of training, and of evaluation, since batch statistics make accuracy depend on it.
-        projector_samples: training samples of a task that the projector's memory is made from.
+        projector_samples: training samples of a task that the projector's memory is made from; all if None.
         curvature_samples: training samples for Fisher information and directional curvature; all if None.
         path_alphas: where the true loss is traced on every merging path; nowhere if empty.
     """
 
     stage1: Schedule
     stage2: Schedule
+    optimiser: Optimiser = field(default_factory=SGD)
     batch_size: int = 64
-    projector_samples: int = 125
+    projector_samples: int | None = 125
     curvature_samples: int | None = None
     path_alphas: tuple[float, ...] = ()
 
@@ -78,6 +81,7 @@ def train_stage(
     constraint: Constraint,
     *,
     stage: int,
+    optimiser: Optimiser,
     batch_size: int,
     seed: int,
     observe: Callable[[EpochEnd], None],
@@ -92,11 +96,13 @@ def train_stage(
         raise BecameError(f"the schedule needs a validation loss, but task {task.index + 1} holds out no samples.")
     best: Params | None = None
     best_loss = math.inf
+    theta = learner.parameters()
+    optimiser = optimiser.begun({name: theta[name] for name in sorted(constraint.trainable)})
     while not schedule.finished:
         key = (task.index, stage, schedule.epoch)
         batches = epoch_batches(tasks, batch_size, random_stream(seed, "batches", *key))
         rates = schedule.rates(len(batches))
-        loss = learner.train(batches, rates, constraint, random_stream(seed, "dropout", *key))
+        loss, optimiser = learner.train(batches, rates, constraint, optimiser, random_stream(seed, "dropout", *key))
         if not math.isfinite(loss):
             raise BecameError(
                 f"the training loss became {loss} in task {task.index + 1}, stage {stage}, "

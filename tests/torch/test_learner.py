@@ -12,6 +12,7 @@ from adapters.torch.run import build_learner
 from became_core import BecameError, LaplacePosterior
 from became_core.continual import (
     METHODS,
+    SGD,
     Annealed,
     Batch,
     Constraint,
@@ -100,7 +101,9 @@ def test_buffers_are_kept_apart_and_follow_the_data() -> None:
     assert not any("running" in name or "tracked" in name for name in learner.parameters())
     before = copy.deepcopy(dict(learner.network.named_buffers()))
     batches = [Batch(0, stream.tasks[0].train[:16])]
-    learner.train(batches, np.array([0.1]), Constraint(frozenset(learner.parameters())), np.random.default_rng(0))
+    learner.train(
+        batches, np.array([0.1]), Constraint(frozenset(learner.parameters())), SGD(), np.random.default_rng(0)
+    )
     after = dict(learner.network.named_buffers())
     assert not torch.equal(before["backbone.1.running_mean"], after["backbone.1.running_mean"])
     learner.assign(learner.parameters())
@@ -113,7 +116,7 @@ def test_only_what_may_change_changes() -> None:
     before = learner.parameters()
     trainable = frozenset({"0.weight", "heads.1.weight"})
     batches = [Batch(1, stream.tasks[1].train[:16])] * 3
-    learner.train(batches, np.full(3, 0.1), Constraint(trainable), np.random.default_rng(0))
+    learner.train(batches, np.full(3, 0.1), Constraint(trainable), SGD(), np.random.default_rng(0))
     after = learner.parameters()
     assert {name for name in before if not torch.equal(before[name], after[name])} == trainable
     assert all(parameter.requires_grad for parameter in learner.network.parameters())
@@ -134,7 +137,9 @@ def test_projected_training_stays_out_of_the_protected_space(penalised: bool) ->
         mean = {name: value + 1 for name, value in before.items()}
         penalty = Penalty(LaplacePosterior(mean, Diagonal({n: torch.rand_like(v) for n, v in before.items()})), 1.0)
     constraint = Constraint(learner.projectable, projector=GPM(0.9, bases=bases), penalty=penalty)
-    learner.train([Batch(0, stream.tasks[0].train[:16])] * 3, np.full(3, 0.1), constraint, np.random.default_rng(0))
+    learner.train(
+        [Batch(0, stream.tasks[0].train[:16])] * 3, np.full(3, 0.1), constraint, SGD(), np.random.default_rng(0)
+    )
     after = learner.parameters()
     for name, basis in bases.items():
         change = (after[name] - before[name]).flatten(1)

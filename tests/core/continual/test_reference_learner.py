@@ -3,7 +3,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from became_core.continual import Batch, Constraint, Learner, TaskStream
+from became_core.continual import SGD, Batch, Constraint, Learner, TaskStream
 from reference.learner import ReferenceLearner
 from tests.conformance import CHECKS, STREAM, Make, fresh_stream, numbers
 
@@ -37,7 +37,7 @@ def test_dropout_is_a_function_of_the_stream() -> None:
     def trained(seed: int) -> dict[str, np.ndarray]:
         learner = ReferenceLearner(STREAM, dropout=0.5)
         everything = Constraint(frozenset(learner.parameters()))
-        learner.train([batch], np.asarray([0.1]), everything, np.random.default_rng(seed))
+        learner.train([batch], np.asarray([0.1]), everything, SGD(), np.random.default_rng(seed))
         return numbers(learner.parameters())
 
     first, again, other = trained(0), trained(0), trained(1)

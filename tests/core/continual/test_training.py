@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from became_core import BecameError
-from became_core.continual import Annealed, Constraint, EpochEnd, Patience, Schedule, Task
+from became_core.continual import SGD, Annealed, Constraint, EpochEnd, Optimiser, Patience, Schedule, Task
 from became_core.continual.evaluation import mean_loss
 from became_core.continual.training import epoch_batches, train_stage
 from reference.learner import ReferenceLearner
@@ -66,6 +66,7 @@ def stage(
         schedule,
         Constraint(frozenset(learner.parameters())),
         stage=1,
+        optimiser=SGD(),
         batch_size=16,
         seed=0,
         observe=(observed if observed is not None else []).append,
@@ -116,12 +117,12 @@ def test_divergence_is_one_sentence() -> None:
 class ThrownOut(ReferenceLearner):
     """Whose last step, after the last loss was seen, ruins a weight."""
 
-    def train(self, *arguments: Any) -> float:
-        loss = super().train(*arguments)
+    def train(self, *arguments: Any) -> tuple[float, Optimiser]:
+        loss, optimiser = super().train(*arguments)
         parameters = self.parameters()
         parameters["fc2.weight"][0, 0] = math.inf
         self.assign(parameters)
-        return loss
+        return loss, optimiser
 
 
 def test_weights_thrown_out_of_the_numbers_are_named() -> None:

@@ -1,0 +1,88 @@
+"""Optimisers as values: against the rules written out, and against PyTorch's own where it is."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from became_core import BecameError
+from became_core.continual import SGD, Adam, Optimiser
+from tests.backends import to_numpy
+
+NUMBERS = st.lists(st.floats(-2, 2, width=16), min_size=3, max_size=3)
+STEPS = st.lists(NUMBERS, min_size=1, max_size=4)
+
+
+def run(xp: Any, optimiser: Optimiser, gradients: list[list[float]], theta: list[float], rate: float) -> np.ndarray:
+    """Where a weight [3] ends after steps with given gradients."""
+    at = {"weight": xp.asarray(theta, dtype=xp.float64)}
+    optimiser = optimiser.begun(at)
+    for gradient in gradients:
+        directions, optimiser = optimiser.step({"weight": xp.asarray(gradient, dtype=xp.float64)}, at)
+        at = {name: value - rate * directions[name] for name, value in at.items()}
+    return np.asarray(to_numpy(at["weight"]))
+
+
+@given(gradients=STEPS, theta=NUMBERS, momentum=st.sampled_from([0.0, 0.5, 0.9]), decay=st.sampled_from([0.0, 0.1]))
+def test_sgd_is_its_rule(
+    xp: Any, gradients: list[list[float]], theta: list[float], momentum: float, decay: float
+) -> None:
+    expected, velocity = np.array(theta), np.zeros(3)
+    for gradient in gradients:
+        velocity = momentum * velocity + np.array(gradient) + decay * expected
+        expected = expected - 0.5 * velocity
+    found = run(xp, SGD(momentum=momentum, weight_decay=decay), gradients, theta, rate=0.5)
+    np.testing.assert_allclose(found, expected, rtol=1e-12, atol=1e-12)
+
+
+@given(gradients=STEPS, theta=NUMBERS, decay=st.sampled_from([0.0, 0.1]))
+def test_adam_is_its_rule(xp: Any, gradients: list[list[float]], theta: list[float], decay: float) -> None:
+    expected, m, v = np.array(theta), np.zeros(3), np.zeros(3)
+    for t, gradient in enumerate(gradients, start=1):
+        g = np.array(gradient) + decay * expected
+        m, v = 0.8 * m + 0.2 * g, 0.9 * v + 0.1 * g**2
+        expected = expected - 0.5 * (m / (1 - 0.8**t)) / (np.sqrt(v / (1 - 0.9**t)) + 1e-3)
+    adam = Adam(beta1=0.8, beta2=0.9, epsilon=1e-3, weight_decay=decay)
+    np.testing.assert_allclose(run(xp, adam, gradients, theta, rate=0.5), expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("ours", "name", "options"),
+    [
+        (SGD(momentum=0.9, weight_decay=0.01), "SGD", {"momentum": 0.9, "weight_decay": 0.01}),
+        (Adam(weight_decay=0.01), "Adam", {"weight_decay": 0.01}),
+    ],
+)
+def test_they_are_those_of_pytorch(xp: Any, ours: Optimiser, name: str, options: dict[str, float]) -> None:
+    torch = pytest.importorskip("torch")
+    draw = np.random.default_rng(0)
+    theta, gradients = draw.normal(size=3).tolist(), draw.normal(size=(5, 3)).tolist()
+    weight = torch.tensor(theta, dtype=torch.float64, requires_grad=True)
+    theirs = getattr(torch.optim, name)([weight], lr=0.1, **options)
+    for gradient in gradients:
+        weight.grad = torch.tensor(gradient, dtype=torch.float64)
+        theirs.step()
+    np.testing.assert_allclose(run(xp, ours, gradients, theta, rate=0.1), weight.detach().numpy(), rtol=1e-9)
+
+
+def test_an_optimiser_does_not_change(xp: Any) -> None:
+    theta = {"weight": xp.asarray([1.0, 2.0])}
+    for optimiser in (SGD(momentum=0.5).begun(theta), Adam().begun(theta)):
+        first, _ = optimiser.step({"weight": xp.asarray([1.0, -1.0])}, theta)
+        again, _ = optimiser.step({"weight": xp.asarray([1.0, -1.0])}, theta)
+        np.testing.assert_array_equal(to_numpy(first["weight"]), to_numpy(again["weight"]))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: SGD(momentum=1.0), r"^the optimiser's momentum is 1\.0; it must be at least 0 and below 1\.$"),
+        (lambda: SGD(weight_decay=-1), r"^the weight decay is -1; it must be at least 0\.$"),
+        (lambda: Adam(beta2=-0.1), r"^the optimiser's beta2 is -0\.1; "),
+    ],
+)
+def test_numbers_that_cannot_be(make: Any, message: str) -> None:
+    with pytest.raises(BecameError, match=message):
+        make()
