@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import tyro
 from rich.console import Console
 
-from adapters.cli.options import Configuration, Options, resolve
+from adapters.cli.options import Configuration, Options, method_names, resolve
 from adapters.cli.progress import RunProgress
 from adapters.cli.table import comparison_table
 from adapters.data.location import data_directory
@@ -51,7 +51,7 @@ def main(backend: Backend, arguments: Sequence[str] | None = None) -> int:
 def _compare(backend: Backend, options: Options, console: Console) -> None:
     configuration = resolve(options)
     record = configuration.record()
-    runs = [RunDirectory(configuration.out, method, seed) for seed in options.seeds for method in options.methods]
+    runs = [RunDirectory(configuration.out, method, seed) for seed in options.seeds for method in method_names(options)]
     finished = {run: run.finished(backend.name, options.benchmark, record) for run in runs}
     if not all(finished.values()):
         check_writable(configuration.out)

@@ -4,7 +4,7 @@ Convention: an option left out takes the preset's value; a configuration holds n
 runs with equal configuration, method and seed are the same run.
 """
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -12,9 +12,19 @@ import tyro
 
 from adapters.data.benchmarks import Benchmark, Preset, find_benchmark
 from became_core import BecameError
-from became_core.continual import Method, MethodSettings, Schedule, Training, build_method
+from became_core.continual import (
+    PROJECTORS,
+    SGD,
+    Adam,
+    Method,
+    MethodSettings,
+    Optimiser,
+    Schedule,
+    Training,
+    build_method,
+)
 
-__all__ = ["Configuration", "Options", "resolve"]
+__all__ = ["Configuration", "Options", "method_names", "resolve"]
 
 T = TypeVar("T")
 
@@ -29,7 +39,10 @@ class Options:
     benchmark: str = "split-mnist"
     """What to learn: split-mnist (embedded), split-cifar100."""
     methods: tuple[str, ...] = ("became", "gpm", "finetune")
-    """Which methods: became, became-paper, ewc, finetune, gpm, joint."""
+    """Which methods: became, became-paper, ewc, finetune, joint, or a projector by itself: gpm, sgp, gpcns, nscl, ogd,
+    trgp; or both, as in became+trgp."""
+    projector: Literal["none", "gpm", "sgp", "gpcns", "nscl", "ogd", "trgp"] | None = None
+    """The projector of all methods that name none; became's own is gpm."""
     seeds: tuple[int, ...] = (0,)
     """A run for each; a seed names the initial weights and every random draw."""
     preset: Literal["quick", "paper"] = "quick"
@@ -42,18 +55,32 @@ class Options:
     """Epochs of stage 2."""
     lr: float | None = None
     """The learning rate that both stages begin with."""
+    optimiser: Literal["sgd", "adam"] | None = None
+    """What turns gradients into steps."""
+    momentum: float | None = None
+    """SGD's momentum."""
+    weight_decay: float | None = None
+    """What each parameter adds of itself to its gradient."""
     batch_size: int | None = None
     """Samples a step, in training and in evaluation."""
     validation: float | None = None
     """Fraction of each task's training samples held out."""
-    gpm_threshold: float | None = None
-    """GPM's epsilon for the first task."""
-    gpm_increment: float | None = None
+    threshold: float | None = None
+    """Epsilon of gpm, sgp, gpcns and trgp for the first task."""
+    increment: float | None = None
     """What epsilon grows by from task to task."""
+    scale: float | None = None
+    """The scale of sgp's and gpcns's importances."""
+    nscl_ratio: float | None = None
+    """How far above the smallest eigenvalue nscl still calls a direction null."""
+    ogd_samples: int | None = None
+    """Training samples of each task whose gradients ogd keeps."""
+    ogd_capacity: int | None = None
+    """How many directions ogd keeps in all."""
     ewc_strength: float | None = None
     """EWC's lambda."""
     projector_samples: int | None = None
-    """Training samples of each task for the projector's memory."""
+    """Training samples of each task for the projector's memory; 0 for all."""
     curvature_samples: int | None = None
     """Training samples of each task for Fisher information and directional curvature; 0 for all."""
     path_points: int = 0
@@ -88,8 +115,9 @@ class Configuration:
             "validation": self.preset.validation,
             **asdict(training),
             "path_alphas": list(training.path_alphas),
-            "stage1": {"schedule": type(training.stage1).__name__.lower(), **asdict(training.stage1)},
-            "stage2": {"schedule": type(training.stage2).__name__.lower(), **asdict(training.stage2)},
+            "optimiser": _named(training.optimiser),
+            "stage1": _named(training.stage1),
+            "stage2": _named(training.stage2),
             **asdict(self.preset.settings),
         }
 
@@ -116,26 +144,35 @@ def resolve(options: Options) -> Configuration:
     tasks = _given(options.tasks, benchmark.tasks)
     out = _given(options.out, Path("runs") / f"{benchmark.name}-{options.preset}")
     configuration = Configuration(benchmark, tasks, preset, out)
-    for name in options.methods:
+    for name in method_names(options):
         configuration.method(name)
     return configuration
 
 
+def method_names(options: Options) -> tuple[str, ...]:
+    """Return the methods to run, each with the projector that is asked for where it names none."""
+    if options.projector is None:
+        return options.methods
+    own = (*PROJECTORS, "joint")
+    return tuple(name if "+" in name or name in own else f"{name}+{options.projector}" for name in options.methods)
+
+
 def _training(training: Training, options: Options) -> Training:
-    for name in ("batch_size", "projector_samples"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise BecameError(f"--{name.replace('_', '-')} is {value}; it must be at least 1.")
-    samples = _given(options.curvature_samples, training.curvature_samples)
-    if options.path_points < 0 or options.path_points == 1 or (samples or 0) < 0:
-        raise BecameError("--path-points must be 0 or at least 2, and --curvature-samples at least 0.")
+    if options.batch_size is not None and options.batch_size < 1:
+        raise BecameError(f"--batch-size is {options.batch_size}; it must be at least 1.")
+    for name in ("projector_samples", "curvature_samples"):
+        if (getattr(options, name) or 0) < 0:
+            raise BecameError(f"--{name.replace('_', '-')} is {getattr(options, name)}; it must be at least 0.")
+    if options.path_points < 0 or options.path_points == 1:
+        raise BecameError("--path-points must be 0 or at least 2.")
     last = max(options.path_points - 1, 1)
     return Training(
         stage1=_schedule(training.stage1, options.lr, options.epochs),
         stage2=_schedule(training.stage2, options.lr, options.stage2_epochs),
+        optimiser=_optimiser(training.optimiser, options),
         batch_size=_given(options.batch_size, training.batch_size),
-        projector_samples=_given(options.projector_samples, training.projector_samples),
-        curvature_samples=samples or None,
+        projector_samples=_given(options.projector_samples, training.projector_samples) or None,
+        curvature_samples=_given(options.curvature_samples, training.curvature_samples) or None,
         path_alphas=tuple(point / last for point in range(options.path_points)),
     )
 
@@ -144,11 +181,25 @@ def _schedule(schedule: Schedule, lr: float | None, epochs: int | None) -> Sched
     return replace(schedule, lr=_given(lr, schedule.lr), epochs=_given(epochs, schedule.epochs))
 
 
+def _optimiser(optimiser: Optimiser, options: Options) -> Optimiser:
+    if options.optimiser is not None:
+        optimiser = SGD() if options.optimiser == "sgd" else Adam()
+    if options.momentum is not None:
+        if not isinstance(optimiser, SGD):
+            raise BecameError("--momentum is SGD's; Adam has its own.")
+        optimiser = replace(optimiser, momentum=options.momentum)
+    return replace(optimiser, weight_decay=_given(options.weight_decay, optimiser.weight_decay))
+
+
 def _settings(settings: MethodSettings, options: Options) -> MethodSettings:
-    names = ("gpm_threshold", "gpm_increment", "ewc_strength")
-    given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
-    return replace(settings, **given)
+    names = [field.name for field in fields(settings)]
+    return replace(settings, **{name: _given(getattr(options, name), getattr(settings, name)) for name in names})
 
 
 def _given(value: T | None, otherwise: T) -> T:
     return otherwise if value is None else value
+
+
+def _named(value: Schedule | Optimiser) -> dict[str, Any]:
+    """A value's fields, empty ones left out, and what it is."""
+    return {"kind": type(value).__name__.lower()} | {n: v for n, v in asdict(value).items() if v != {}}

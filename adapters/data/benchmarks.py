@@ -52,7 +52,7 @@ _SPLIT_MNIST = Benchmark(
     presets={
         "quick": Preset(
             Training(stage1=Annealed(lr=0.1, epochs=8), stage2=Annealed(lr=0.1, epochs=4), batch_size=10),
-            MethodSettings(gpm_threshold=0.95, gpm_increment=0.003),
+            MethodSettings(threshold=0.95, increment=0.003),
         ),
         "paper": Preset(
             Training(
@@ -60,7 +60,7 @@ _SPLIT_MNIST = Benchmark(
                 stage2=Patience(lr=0.05, minimum=1e-3, restores_best=False),
                 batch_size=10,
             ),
-            MethodSettings(gpm_threshold=0.95, gpm_increment=0.003),
+            MethodSettings(threshold=0.95, increment=0.003),
             validation=0.1,
         ),
     },

@@ -2,7 +2,7 @@
 
 from became_core.continual.learner import Batch, Constraint, Learner, Penalty, TapMode
 from became_core.continual.loop import learn
-from became_core.continual.methods import METHODS, Method, MethodSettings, build_method
+from became_core.continual.methods import METHODS, PROJECTORS, Method, MethodSettings, build_method
 from became_core.continual.optimisers import SGD, Adam, Optimiser
 from became_core.continual.record import PathPoint, RunRecord, TaskEnd
 from became_core.continual.schedule import Annealed, Patience, Schedule
@@ -12,6 +12,7 @@ from became_core.continual.training import EpochEnd, Training
 
 __all__ = [
     "METHODS",
+    "PROJECTORS",
     "SGD",
     "Adam",
     "Annealed",

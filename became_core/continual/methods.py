@@ -5,20 +5,22 @@
 | finetune | unconstrained | - | the lower bound |
 | joint | on all tasks so far | - | the upper bound |
 | ewc | penalised by the Laplace posterior | - | Kirkpatrick 2017, one penalty recentred at each task (Huszar 2018) |
-| gpm | under gradient projection | - | Saha 2021 |
+| gpm, sgp, gpcns, nscl, ogd, trgp | under that gradient projection | - | ``became_core.projection`` |
 | became | under gradient projection (GPM) | the full formula, calibrated | BECAME 2025 |
 | became-paper | under gradient projection (GPM) | the closed form, as published | BECAME 2025 |
+
+Any of them but ``joint`` takes any projector in place of its own: ``became+trgp``, ``ewc+gpm``, ``became+none``.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from became_core.curvature import FisherKind
 from became_core.errors import BecameError
 from became_core.laplace import Became, Calibrated, MergeRule, Published
-from became_core.projection import GPM, Projector
+from became_core.projection import GPCNS, GPM, NSCL, OGD, SGP, TRGP, Projector
 
-__all__ = ["METHODS", "Method", "MethodSettings", "build_method"]
+__all__ = ["METHODS", "PROJECTORS", "Method", "MethodSettings", "build_method"]
 
 
 @dataclass(frozen=True)
@@ -26,13 +28,21 @@ class MethodSettings:
     """The numbers a method's parts are built with.
 
     Attributes:
-        gpm_threshold: GPM's epsilon for the first task.
-        gpm_increment: what it grows by from task to task.
+        threshold: epsilon of GPM, SGP, GPCNS and TRGP for the first task.
+        increment: what it grows by from task to task.
+        scale: SGP's and GPCNS's s.
+        nscl_ratio: NSCL's a, how far above the smallest eigenvalue still counts as null.
+        ogd_samples: a task's samples whose gradients OGD keeps.
+        ogd_capacity: how many directions OGD keeps in all.
         ewc_strength: EWC's lambda, beside Fisher matrices that are means over samples and add over tasks.
     """
 
-    gpm_threshold: float = 0.97
-    gpm_increment: float = 0.003
+    threshold: float = 0.97
+    increment: float = 0.003
+    scale: float = 5.0
+    nscl_ratio: float = 10.0
+    ogd_samples: int = 200
+    ogd_capacity: int = 200
     ewc_strength: float = 100.0
 
     def __post_init__(self) -> None:
@@ -67,26 +77,45 @@ class Method:
         return self.rule is not None or self.penalty_strength > 0
 
 
-def _gpm(settings: MethodSettings) -> GPM:
-    return GPM(threshold=settings.gpm_threshold, increment=settings.gpm_increment)
+PROJECTORS: dict[str, Callable[[MethodSettings], Projector | None]] = {
+    "none": lambda s: None,
+    "gpm": lambda s: GPM(s.threshold, s.increment),
+    "sgp": lambda s: SGP(s.threshold, s.increment, scale=s.scale),
+    "gpcns": lambda s: GPCNS(s.threshold, s.increment, scale=s.scale),
+    "nscl": lambda s: NSCL(s.nscl_ratio),
+    "ogd": lambda s: OGD(s.ogd_samples, s.ogd_capacity),
+    "trgp": lambda s: TRGP(s.threshold, s.increment),
+}
 
-
-METHODS: dict[str, Callable[[MethodSettings], Method]] = {
-    "became": lambda s: Method("became", projector=_gpm(s), rule=Became(Calibrated())),
-    "became-paper": lambda s: Method("became-paper", projector=_gpm(s), rule=Became(Published()), fisher="batch"),
+# Without their projector, which ``build_method`` adds: the one asked for, or that of ``_PROJECTED_BY``.
+_METHODS: dict[str, Callable[[MethodSettings], Method]] = {
+    "became": lambda s: Method("became", rule=Became(Calibrated())),
+    "became-paper": lambda s: Method("became-paper", rule=Became(Published()), fisher="batch"),
     "ewc": lambda s: Method("ewc", penalty_strength=s.ewc_strength),
     "finetune": lambda s: Method("finetune"),
-    "gpm": lambda s: Method("gpm", projector=_gpm(s)),
     "joint": lambda s: Method("joint", joint=True),
+    **{name: lambda s, name=name: Method(name) for name in PROJECTORS if name != "none"},  # type: ignore[misc]
 }
+
+_PROJECTED_BY = {"became": "gpm", "became-paper": "gpm"} | {name: name for name in PROJECTORS}
+
+# The names of all methods.
+METHODS = tuple(sorted(_METHODS))
 
 
 def build_method(name: str, settings: MethodSettings) -> Method:
-    """Return the method of that name.
+    """Return the method of that name, ``METHOD`` or ``METHOD+PROJECTOR``.
 
     Raises:
-        BecameError: if there is none; the message lists those there are.
+        BecameError: if there is no such method or projector, the message listing those there are, or a number that
+            its parts are built with cannot be used.
     """
-    if name not in METHODS:
-        raise BecameError(f"there is no method '{name}'; choose from {', '.join(sorted(METHODS))}.")
-    return METHODS[name](settings)
+    base, plus, projector = name.partition("+")
+    if base not in _METHODS:
+        raise BecameError(f"there is no method '{base}'; choose from {', '.join(METHODS)}.")
+    projector = projector if plus else _PROJECTED_BY.get(base, "none")
+    if projector not in PROJECTORS:
+        raise BecameError(f"there is no projector '{projector}'; choose from {', '.join(PROJECTORS)}.")
+    if base == "joint" and projector != "none":
+        raise BecameError(f"'{name}': joint training sees all tasks and has nothing to protect; it takes no projector.")
+    return replace(_METHODS[base](settings), name=name, projector=PROJECTORS[projector](settings))

@@ -24,7 +24,7 @@ def test_nothing_given_means_the_quick_preset_on_the_embedded_benchmark() -> Non
 def test_every_option_reaches_the_configuration_and_its_record() -> None:
     options = Options(
         benchmark="split-cifar100", tasks=20, epochs=3, stage2_epochs=2, lr=0.2, batch_size=8, validation=0.1,
-        gpm_threshold=0.9, gpm_increment=0.01, ewc_strength=7.0, projector_samples=11, curvature_samples=0,
+        threshold=0.9, increment=0.01, ewc_strength=7.0, projector_samples=11, curvature_samples=0,
         path_points=3,
     )  # fmt: skip
     record = resolve(options).record()
@@ -33,7 +33,7 @@ def test_every_option_reaches_the_configuration_and_its_record() -> None:
     assert record["stage1"]["lr"] == record["stage2"]["lr"] == 0.2
     assert record["batch_size"] == 8
     assert record["validation"] == 0.1
-    assert (record["gpm_threshold"], record["gpm_increment"], record["ewc_strength"]) == (0.9, 0.01, 7.0)
+    assert (record["threshold"], record["increment"], record["ewc_strength"]) == (0.9, 0.01, 7.0)
     assert record["projector_samples"] == 11
     assert record["curvature_samples"] is None
     assert record["path_alphas"] == [0.0, 0.5, 1.0]
@@ -46,7 +46,7 @@ def test_the_paper_preset_is_the_published_protocol() -> None:
     assert training.stage2 == replace(training.stage1, restores_best=False)
     assert (training.batch_size, training.projector_samples, training.curvature_samples) == (64, 125, None)
     assert preset.validation == 0.05
-    assert (preset.settings.gpm_threshold, preset.settings.gpm_increment) == (0.97, 0.003)
+    assert (preset.settings.threshold, preset.settings.increment) == (0.97, 0.003)
 
 
 @pytest.mark.parametrize(
@@ -64,7 +64,7 @@ def test_the_paper_preset_is_the_published_protocol() -> None:
         (Options(batch_size=0), "--batch-size is 0"),
         (Options(projector_samples=0), "--projector-samples is 0"),
         (Options(path_points=1), "--path-points must be 0 or at least 2"),
-        (Options(gpm_threshold=1.5), "threshold is 1.5"),
+        (Options(threshold=1.5), "threshold is 1.5"),
         (Options(ewc_strength=-1.0), "strength is -1.0"),
     ],
 )

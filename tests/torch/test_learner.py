@@ -39,7 +39,7 @@ def _convolutional(bias: bool = True) -> nn.Sequential:
 
 
 def _learn(learner: TorchLearner | ReferenceLearner, method: str) -> RunRecord:
-    return learn(learner, prototype_stream(), build_method(method, MethodSettings(gpm_threshold=0.8)), TRAINING)
+    return learn(learner, prototype_stream(), build_method(method, MethodSettings(threshold=0.8)), TRAINING)
 
 
 def _merged(record: RunRecord) -> list[float]:

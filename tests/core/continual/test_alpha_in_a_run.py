@@ -69,7 +69,7 @@ def test_alpha_is_the_oracles(name: str, rate: float) -> None:
         seen[event.task, event.stage if isinstance(event, EpochEnd) else 0] = learner.parameters()
 
     training = Training(Annealed(rate, 4), Annealed(rate, 3, final_lr=rate / 2), batch_size=BATCH)
-    method = build_method(name, MethodSettings(gpm_threshold=0.9))
+    method = build_method(name, MethodSettings(threshold=0.9))
     record = learn(learner, STREAM, method, training, seed=3, observe=observe)
 
     first, second = STREAM.tasks

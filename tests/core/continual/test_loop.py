@@ -28,7 +28,7 @@ from tests.streams import prototype_stream
 
 STREAM = prototype_stream(validation=0.1)
 TRAINING = Training(Annealed(0.2, 6), Annealed(0.2, 3), batch_size=16)
-SETTINGS = MethodSettings(gpm_threshold=0.97, ewc_strength=2.0)
+SETTINGS = MethodSettings(threshold=0.97, ewc_strength=2.0)
 Observe = Callable[[EpochEnd | TaskEnd], None]
 
 
@@ -92,7 +92,7 @@ def test_a_seed_is_a_run(name: str) -> None:
 def forgetting_of(name: str, strength: float = 2.0) -> float:
     """Forgetting, in points, over three seeds of a stream that is hard on a narrow network."""
     training = Training(Annealed(0.2, 20), Annealed(0.2, 10), batch_size=16)
-    method = build_method(name, MethodSettings(gpm_threshold=0.97, ewc_strength=strength))
+    method = build_method(name, MethodSettings(threshold=0.97, ewc_strength=strength))
     values = []
     for seed in range(3):
         stream = prototype_stream(tasks=4, seed=seed)
