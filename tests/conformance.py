@@ -31,6 +31,7 @@ from became_core.laplace import Diagonal, LaplacePosterior
 from became_core.projection import GPM
 from reference.formulas import cross_entropy
 from tests.backends import to_numpy
+from tests.projections import Finished
 from tests.streams import prototype_stream
 
 __all__ = ["CHECKS", "Make"]
@@ -253,7 +254,7 @@ def check_a_projector_keeps_the_outputs_on_what_it_remembers(make: Make) -> None
         inputs = taps[name.removesuffix(".weight")].inputs
         rows = inputs.reshape((-1, inputs.shape[2]))
         grams[name] = rows.T @ rows
-    memory = GPM(0.9).remember(grams)
+    memory = GPM(0.9).remember(Finished(grams, {}))
     before = numbers(learner.parameters())
     step(learner, Constraint(frozenset(learner.parameters()), projector=memory))
     change = {name: value - before[name] for name, value in numbers(learner.parameters()).items()}
