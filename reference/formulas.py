@@ -1,4 +1,4 @@
-"""The formulas of the Laplace merge, the Fisher information, the GGN and GPM, each from its definition.
+"""The formulas of the Laplace merge, the Fisher information and the GGN, each from its definition.
 
 Convention: float64; parameters are flat vectors [d] and curvatures dense matrices [d, d], so that a diagonal is
 ``np.diag(values)`` here. Fisher matrices and the GGN are means over samples; ``squared_gradients`` is a sum.
@@ -15,7 +15,6 @@ __all__ = [
     "brute_force_minimiser",
     "cross_entropy",
     "directional_derivatives",
-    "gpm_basis",
     "laplace_loss",
     "softmax",
     "squared_gradients",
@@ -142,25 +141,3 @@ def squared_mean_gradient(inputs: Array, output_gradients: Array) -> tuple[Array
         weight += sum(np.outer(g_l, a_l) for a_l, g_l in zip(a, g, strict=True)) / size
         bias += sum(g) / size
     return size * weight**2, size * bias**2
-
-
-def gpm_basis(basis: Array | None, representation: Array, epsilon: float) -> Array:
-    """Return GPM's basis after one more task (Saha 2021, eqs. 5, 8 and 9), by the SVD of the stacked inputs.
-
-    Args:
-        basis: orthonormal columns [d_in, k] of the tasks so far; None before the first.
-        representation: the task's inputs (patches) as columns, [d_in, n].
-        epsilon: the share of the representation's energy that the basis must hold.
-    """
-    kept = np.zeros((len(representation), 0)) if basis is None else basis
-    residual = representation - kept @ kept.T @ representation
-    total = np.sum(representation**2)
-    captured = total - np.sum(residual**2)
-    if captured >= epsilon * total:
-        return kept
-    vectors, sigma, _ = np.linalg.svd(residual, full_matrices=False)
-    count = 0
-    while captured < epsilon * total and count < min(len(sigma), len(kept) - kept.shape[1]):
-        captured += sigma[count] ** 2
-        count += 1
-    return np.hstack([kept, vectors[:, :count]])

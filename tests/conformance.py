@@ -34,6 +34,7 @@ from became_core.laplace import Diagonal, LaplacePosterior
 from became_core.projection import GPM
 from reference.formulas import cross_entropy
 from tests.backends import to_numpy
+from tests.projections import Finished
 from tests.streams import prototype_stream
 
 __all__ = ["CHECKS", "Make"]
@@ -260,7 +261,7 @@ def input_grams_of(learner: Learner) -> Params:
 
 def check_a_projector_keeps_the_outputs_on_what_it_remembers(make: Make) -> None:
     learner = make(STREAM, 0)
-    memory = GPM(0.9).remember(input_grams_of(learner))
+    memory = GPM(0.9).remember(Finished(input_grams_of(learner), {}))
     before = numbers(learner.parameters())
     step(learner, Constraint(frozenset(learner.parameters()), projector=memory))
     change = {name: value - before[name] for name, value in numbers(learner.parameters()).items()}
@@ -287,7 +288,7 @@ def check_momentum_goes_on_from_one_call_to_the_next(make: Make) -> None:
 def check_nothing_leaks_into_the_protected_space(make: Make) -> None:
     """Momentum, weight decay, Adam's rescaling, a penalty: whatever moves a weight, the projector has the last word."""
     learner = make(STREAM, 0)
-    memory = GPM(0.9).remember(input_grams_of(learner))
+    memory = GPM(0.9).remember(Finished(input_grams_of(learner), {}))
     theta = learner.parameters()
     posterior = LaplacePosterior(
         {name: value - 0.25 for name, value in theta.items()},

@@ -51,11 +51,10 @@ def projected_inputs(layers: dict[nn.Module, str], projector: Projector | None) 
     if projector is None:
         yield frozenset()
         return
-    known = projector.ranks
     linear = {
         f"{name}.weight": module
         for module, name in layers.items()
-        if type(module) is nn.Linear and f"{name}.weight" in known
+        if type(module) is nn.Linear and f"{name}.weight" in projector.rowwise
     }
     for name, module in linear.items():
         vars(module)["forward"] = partial(_forward, module, name, projector)  # shows before the class's own

@@ -97,7 +97,7 @@ class _Run:
             memory = self.remember(task, memory)
         self.record.alpha.append(alpha)
         self.record.epochs.append(epochs)
-        self.record.ranks.append({} if memory.projector is None else dict(memory.projector.ranks))
+        self.record.ranks.append({} if memory.projector is None else dict(memory.projector.rank))
         self.evaluate(task, alpha)
         return memory
 
@@ -125,7 +125,8 @@ class _Run:
         free = self.free_constraint(task)
         if memory.projector is not None and task.index > 0:
             # What a projector cannot protect (biases, normalisation) is frozen once the first task has set it.
-            trainable = self.learner.projectable | self.learner.heads[task.index]
+            protected = self.learner.projectable | self.learner.heads[task.index]
+            trainable = free.trainable if memory.projector.protects_all else protected
             return Constraint(trainable=trainable, projector=memory.projector)
         if self.method.penalty_strength > 0 and memory.posterior is not None:
             return Constraint(free.trainable, penalty=Penalty(memory.posterior, self.method.penalty_strength))
@@ -167,7 +168,7 @@ class _Run:
             theta, fisher = self.learner.parameters(), measurement.diagonal()
             posterior = LaplacePosterior(theta, fisher) if posterior is None else posterior.update(theta, fisher)
         if projector is not None:
-            projector = projector.remember(measurement.grams())
+            projector = projector.remember(measurement)  # type: ignore[arg-type] # it has no logit gradients yet
         return Memory(projector, posterior)
 
     def evaluate(self, task: Task, alpha: float | None) -> None:

@@ -1,9 +1,10 @@
-"""What is measured on a learner at its present weights: curvature for merging and the posterior, inputs for projectors.
+"""What is measured on a learner at its present weights: curvature for merging, Gram matrices for projectors.
 
-Convention: means over samples for curvature, sums over samples and positions for Gram matrices.
+Convention: means, over samples for curvature, over samples and positions for the Gram matrices of inputs, over batches
+for those of gradients.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from became_core.arrays import Params
@@ -11,7 +12,7 @@ from became_core.continual.learner import Learner, TapMode
 from became_core.continual.seeding import random_stream
 from became_core.continual.stream import Indices, Task
 from became_core.continual.training import Training
-from became_core.curvature import FisherKind, derivatives_along, diagonal_fisher, input_grams
+from became_core.curvature import FisherKind, Taps, derivatives_along, diagonal_fisher, gradient_grams, input_grams
 from became_core.laplace import Diagonal, Quadratic
 
 __all__ = ["Measurement"]
@@ -54,12 +55,18 @@ class Measurement:
         """The learner's weights."""
         return self.learner.parameters()
 
-    def grams(self) -> Params:
-        """Return, for each weight that can be protected, the sum of a a^T over a sample of the training images."""
+    def input_grams(self) -> Params:
+        """Return, for each weight that can be protected, the mean of a a^T over a sample of the training images."""
+        return input_grams(self._projector_taps(), self.learner.projectable)
+
+    def gradient_grams(self) -> Params:
+        """Return, for each such weight, the mean of G^T G over the batches of the same sample."""
+        return gradient_grams(self._projector_taps(), self.learner.projectable)
+
+    def _projector_taps(self) -> Iterator[Taps]:
         rows = self._sample("projector", self.training.projector_samples)
         stream = random_stream(self.seed, "projector-taps", self.task.index)
-        taps = self.learner.taps(self.task.index, rows, self.training.batch_size, "frozen", stream)
-        return input_grams(taps, self.learner.projectable)
+        return self.learner.taps(self.task.index, rows, self.training.batch_size, "frozen", stream)
 
     def curvature_rows(self) -> Indices:
         """Return the training rows that curvature is measured on, the same for every purpose: ratios share them."""

@@ -1,8 +1,8 @@
-"""What layer taps give: diagonal Fisher information, derivatives along a direction, Gram matrices of inputs."""
+"""What layer taps give: diagonal Fisher information, derivatives along directions, Gram matrices for projectors."""
 
 from became_core.curvature.directional import Pushforward, derivatives_along, log_softmax
 from became_core.curvature.fisher import FisherKind, diagonal_fisher
-from became_core.curvature.grams import input_grams
+from became_core.curvature.grams import gradient_grams, input_grams
 from became_core.curvature.taps import Tap, Taps
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "Taps",
     "derivatives_along",
     "diagonal_fisher",
+    "gradient_grams",
     "input_grams",
     "log_softmax",
 ]

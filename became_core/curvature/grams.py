@@ -1,30 +1,61 @@
-"""Gram matrices of layer inputs from taps: what projectors remember a task by.
+"""Gram matrices of layer inputs and of gradients, from taps: what projectors remember a task by.
 
-Convention: a sum over samples and positions.
+Convention: means, of inputs over samples and positions, of gradients over batches; in at least float32.
 """
 
 from collections.abc import Iterable
 
-from became_core.arrays import Params, namespace
-from became_core.curvature.taps import Taps
+from became_core.arrays import Array, Params, namespace, reduction_dtype
+from became_core.curvature.taps import Taps, batch_gradient
 
-__all__ = ["input_grams"]
+__all__ = ["gradient_grams", "input_grams"]
 
 
 def input_grams(batches: Iterable[Taps], weights: frozenset[str]) -> Params:
-    """Return, for each of these weights that taps speak of, the sum of a a^T over its layer's inputs, [d_in, d_in].
+    """Return, for each of these weights that taps speak of, the mean of a a^T over its layer's inputs, [d_in, d_in].
 
     Args:
         batches: the taps of each batch.
         weights: names of weights, ``conv1.weight``.
     """
-    grams: Params = {}
+    sums: Params = {}
+    rows: dict[str, int] = {}
     for taps in batches:
-        for layer, tap in taps.items():
-            name = f"{layer}.weight"
-            if name in weights:
-                xp = namespace(inputs=tap.inputs)
-                a = xp.reshape(tap.inputs, (-1, tap.inputs.shape[2]))
-                gram = xp.matmul(xp.matrix_transpose(a), a)
-                grams[name] = grams[name] + gram if name in grams else gram
-    return grams
+        for name, tap in _of(weights, taps).items():
+            a = tap.inputs
+            xp = namespace(inputs=a)
+            a = xp.reshape(a, (-1, a.shape[2]))
+            _add(sums, name, _gram(a))
+            rows[name] = rows.get(name, 0) + int(a.shape[0])
+    return {name: total / rows[name] for name, total in sums.items()}
+
+
+def gradient_grams(batches: Iterable[Taps], weights: frozenset[str]) -> Params:
+    """Return, for each of these weights that taps speak of, the mean over batches of G^T G, [d_in, d_in].
+
+    G [d_out, d_in] is the gradient of a batch's mean loss; arguments as for ``input_grams``.
+    """
+    sums: Params = {}
+    batch_counts: dict[str, int] = {}
+    for taps in batches:
+        for name, tap in _of(weights, taps).items():
+            layer = name.removesuffix(".weight")
+            gradient = batch_gradient({layer: tap})[name] / tap.inputs.shape[0]
+            _add(sums, name, _gram(gradient))
+            batch_counts[name] = batch_counts.get(name, 0) + 1
+    return {name: total / batch_counts[name] for name, total in sums.items()}
+
+
+def _of(weights: frozenset[str], taps: Taps) -> Taps:
+    """The taps of these weights, by the weights' names."""
+    return {f"{layer}.weight": tap for layer, tap in taps.items() if f"{layer}.weight" in weights}
+
+
+def _gram(rows: Array) -> Array:
+    xp = namespace(rows=rows)
+    rows = xp.astype(rows, reduction_dtype(xp, rows=rows), copy=False)
+    return xp.matmul(xp.matrix_transpose(rows), rows)
+
+
+def _add(sums: Params, name: str, gram: Array) -> None:
+    sums[name] = sums[name] + gram if name in sums else gram

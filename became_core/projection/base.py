@@ -1,14 +1,36 @@
 """What every projector is: a frozen memory of the old tasks that keeps updates out of the space they use.
 
 Convention: a weight of any shape is the matrix [d_out, d_in] of its flattened trailing axes, and directions live in
-its input space; names are those of the weights (``conv1.weight``).
+its input space; names are those of the weights (``conv1.weight``). Gram matrices are means.
 """
 
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol, Self
 
-from became_core.arrays import Array, Params
+import numpy as np
 
-__all__ = ["Projector"]
+from became_core.arrays import Array, Params, device, namespace
+
+__all__ = ["Projector", "Statistics", "full", "integers"]
+
+
+class Statistics(Protocol):
+    """What a finished task offers to be remembered by; what no projector asks for is never computed."""
+
+    def input_grams(self) -> Params:
+        """Return, for each weight that can be protected, the mean over samples and positions of a a^T, [d_in, d_in]."""
+
+    def gradient_grams(self) -> Params:
+        """Return, for each such weight, the mean over batches of G^T G, [d_in, d_in].
+
+        G [d_out, d_in] is the gradient of a batch's mean loss.
+        """
+
+    def logit_gradients(self, count: int) -> Iterator[Params]:
+        """Yield batches of so many samples' gradients of the true class's logit, in all at most ``count`` of them.
+
+        Each leaf is [samples, *parameter shape]; all shared parameters have one.
+        """
 
 
 class Projector(Protocol):
@@ -21,16 +43,43 @@ class Projector(Protocol):
         """Return rows of a layer's inputs, [n, d_in], without their part in that weight's protected space.
 
         The weight gradient of a linear layer is g^T a, so projecting the batch's a instead of the product gives the
-        same update at a fraction of the work.
-        """
-
-    def remember(self, grams: Params) -> Self:
-        """Return the memory with one more task.
-
-        Args:
-            grams: for each protected weight, the sum over the task's samples and positions of a a^T, [d_in, d_in].
+        same update at a fraction of the work; for the weights that ``rowwise`` names.
         """
 
     @property
-    def ranks(self) -> dict[str, tuple[int, int]]:
-        """For each protected weight, the dimension of its protected space and that of its input space."""
+    def rowwise(self) -> frozenset[str]:
+        """Names of the weights for which ``project_rows`` is all of the projection."""
+
+    @property
+    def protects_all(self) -> bool:
+        """Whether every shared parameter is protected; otherwise matrix weights alone are, and the rest must freeze."""
+
+    def remember(self, statistics: Statistics) -> Self:
+        """Return the memory with one more task."""
+
+    @property
+    def rank(self) -> Mapping[str, tuple[int, int]]:
+        """For each protected space, its dimension and that of the space it lies in.
+
+        Directions that are protected in part count by their part, and the sum is rounded down.
+        """
+
+    def to_arrays(self) -> dict[str, Array]:
+        """Return the whole memory, settings aside, as arrays by flat names, for a checkpoint."""
+
+    def with_arrays(self, arrays: Mapping[str, Array]) -> Self:
+        """Return a projector of the same settings with the memory that ``to_arrays`` gave."""
+
+
+def full(projector: Projector) -> frozenset[str]:
+    """Return the names of the spaces that are protected whole: updates in them are exactly zero."""
+    return frozenset(name for name, (rank, width) in projector.rank.items() if rank >= width)
+
+
+def integers(numbers: int | Sequence[int], arrays: Params) -> Array:
+    """Return counts as an array, of the framework and on the device of other arrays, if there are any."""
+    numbers = numbers if isinstance(numbers, int) else list(numbers)
+    for array in arrays.values():
+        xp = namespace(array=array)
+        return xp.asarray(numbers, dtype=xp.int32, device=device(array))
+    return np.asarray(numbers, dtype=np.int32)

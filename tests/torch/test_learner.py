@@ -136,10 +136,10 @@ def test_projected_training_stays_out_of_the_protected_space(penalised: bool) ->
     if penalised:  # whose pull must not leak into the protected space either
         mean = {name: value + 1 for name, value in before.items()}
         penalty = Penalty(LaplacePosterior(mean, Diagonal({n: torch.rand_like(v) for n, v in before.items()})), 1.0)
-    constraint = Constraint(learner.projectable, projector=GPM(0.9, bases=bases), penalty=penalty)
-    learner.train(
-        [Batch(0, stream.tasks[0].train[:16])] * 3, np.full(3, 0.1), constraint, SGD(), np.random.default_rng(0)
-    )
+    memory = GPM(0.9).with_arrays({f"bases.{n}": basis for n, basis in bases.items()} | {"tasks": torch.tensor(1)})
+    constraint = Constraint(learner.projectable, projector=memory, penalty=penalty)
+    batches = [Batch(0, stream.tasks[0].train[:16])] * 3
+    learner.train(batches, np.full(3, 0.1), constraint, SGD(), np.random.default_rng(0))
     after = learner.parameters()
     for name, basis in bases.items():
         change = (after[name] - before[name]).flatten(1)

@@ -11,7 +11,7 @@ from became_core.projection import GPM
 
 def _memory(width: int, rank: int, name: str) -> GPM:
     basis = torch.linalg.qr(torch.randn(width, rank, dtype=torch.float64))[0]
-    return GPM(threshold=0.9, bases={name: basis})
+    return GPM(0.9).with_arrays({f"bases.{name}": basis, "tasks": torch.tensor(1)})
 
 
 @given(

@@ -57,6 +57,8 @@ CASES: list[tuple[Callable[..., Any], tuple[Any, ...]]] = [
     (lambda xp, i: (xp.argmax(i, keepdims=True), xp.argmin(i)), (I,)),
     (lambda xp, a: (xp.cumulative_sum(a, axis=0), xp.cumulative_sum(a[0, :]), xp.cumulative_sum(a, axis=-1)), (A,)),
     (lambda xp, i: xp.cumulative_sum(i, axis=1, include_initial=True), (I.astype(numpy.int32),)),
+    (lambda xp, a: (xp.argsort(a), xp.argsort(a, axis=0), xp.argsort(a[0, :], descending=True)), (A,)),
+    (lambda xp, i: (xp.argsort(i), xp.argsort(i % 2, descending=True)), (I,)),  # equal elements stay in order
     (lambda xp, a, i: (xp.take(a, i, axis=1), xp.take(a[0, :], i)), (A, numpy.asarray([3, 0, -1]))),
     (lambda xp, a, i: xp.take_along_axis(a, i), (A, numpy.asarray([[0], [3], [-1]]))),
     (lambda xp, a, i: xp.take_along_axis(a, i, axis=0), (A, numpy.asarray([[2, 1, 0, -3]]))),

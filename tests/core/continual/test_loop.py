@@ -1,8 +1,9 @@
 """Whole runs with the reference learner: what the record holds, and that each mechanism does what it claims."""
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cache
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from became_core.continual import (
     METHODS,
     Annealed,
     EpochEnd,
+    Method,
     MethodSettings,
     Patience,
     RunRecord,
@@ -23,6 +25,7 @@ from became_core.continual import (
     metrics,
 )
 from became_core.continual.evaluation import accuracies, mean_loss
+from became_core.projection import GPM
 from reference.learner import ReferenceLearner
 from tests.streams import prototype_stream
 
@@ -156,6 +159,28 @@ def test_under_gpm_what_old_tasks_use_is_kept() -> None:
             logits.append(probe.logits(STREAM.tasks[0].train, 1000)[:, 0])
         drift.append(float(np.linalg.norm(logits[1] - logits[0])))
     assert drift[0] < 0.25 * drift[1]
+
+
+def test_what_a_projector_protects_as_a_whole_need_not_freeze() -> None:
+    """Biases stand still where only matrices are protected; a projector that protects everything lets them train."""
+
+    @dataclass(frozen=True)
+    class ProtectsAll(GPM):
+        protects_all: ClassVar[bool] = True
+
+    for projector, frozen in ((GPM(0.9), True), (ProtectsAll(0.9), False)):
+        learner = ReferenceLearner(STREAM, bias=True)
+        seen: list[Snapshot] = []
+
+        def observe(
+            event: EpochEnd | TaskEnd, learner: ReferenceLearner = learner, seen: list[Snapshot] = seen
+        ) -> None:
+            if isinstance(event, TaskEnd):
+                seen.append(learner.parameters())
+
+        learn(learner, STREAM, Method("projected", projector=projector), TRAINING, observe=observe)
+        assert np.array_equal(seen[1]["fc1.bias"], seen[0]["fc1.bias"]) == frozen
+        np.testing.assert_array_equal(seen[1]["heads.0.weight"], seen[0]["heads.0.weight"])
 
 
 def test_finetuning_leaves_other_heads_alone() -> None:

@@ -1,25 +1,51 @@
-"""Gram matrices of layer inputs, against explicit loops."""
+"""Gram matrices of layer inputs and of gradients, against explicit loops."""
 
 from typing import Any
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from became_core.curvature import Tap, input_grams
+from became_core.curvature import Tap, gradient_grams, input_grams
 from tests.backends import to_numpy, to_xp
 from tests.strategies import eighths
 
+SIZES = st.lists(st.integers(1, 4), min_size=1, max_size=3)
 
-@given(sizes=st.lists(st.integers(1, 4), min_size=1, max_size=3), data=st.data())
-def test_a_gram_matrix_sums_over_batches_samples_and_positions(xp: Any, sizes: list[int], data: st.DataObject) -> None:
+
+@given(sizes=SIZES, data=st.data())
+def test_a_gram_matrix_is_a_mean_over_batches_samples_and_positions(
+    xp: Any, sizes: list[int], data: st.DataObject
+) -> None:
     inputs = [data.draw(eighths((size, 2, 3))) for size in sizes]
     batches = [{"fc": Tap("matrix", to_xp(xp, a), xp.zeros((a.shape[0], 2, 5)))} for a in inputs]
     grams = input_grams(batches, frozenset({"fc.weight"}))
-    expected = sum(np.outer(row, row) for a in inputs for row in a.reshape(-1, 3))
-    np.testing.assert_array_equal(to_numpy(grams["fc.weight"]), expected)
+    expected = np.mean([np.outer(row, row) for a in inputs for row in a.reshape(-1, 3)], axis=0)
+    np.testing.assert_allclose(to_numpy(grams["fc.weight"]), expected, rtol=1e-14, atol=0)
 
 
-def test_only_the_weights_asked_for_have_one(xp: Any) -> None:
+@given(sizes=SIZES, data=st.data())
+def test_a_gram_matrix_of_gradients_is_a_mean_over_batches(xp: Any, sizes: list[int], data: st.DataObject) -> None:
+    pairs = [(data.draw(eighths((size, 2, 3))), data.draw(eighths((size, 2, 4)))) for size in sizes]
+    batches = [{"fc": Tap("matrix", to_xp(xp, a), to_xp(xp, g), has_bias=True)} for a, g in pairs]
+    grams = gradient_grams(batches, frozenset({"fc.weight"}))
+    gradients = [np.einsum("nlo,nli->oi", g, a) / len(a) for a, g in pairs]  # of the batch's mean loss
+    expected = np.mean([gradient.T @ gradient for gradient in gradients], axis=0)
+    assert list(grams) == ["fc.weight"]
+    np.testing.assert_allclose(to_numpy(grams["fc.weight"]), expected, rtol=1e-13, atol=1e-15)
+
+
+@pytest.mark.parametrize("grams", [input_grams, gradient_grams])
+def test_only_the_weights_asked_for_have_one(xp: Any, grams: Any) -> None:
     tap = Tap("matrix", xp.ones((1, 1, 2)), xp.ones((1, 1, 2)))
-    assert list(input_grams([{"fc1": tap, "heads.0": tap}], frozenset({"fc1.weight", "fc2.weight"}))) == ["fc1.weight"]
+    assert list(grams([{"fc1": tap, "heads.0": tap}], frozenset({"fc1.weight", "fc2.weight"}))) == ["fc1.weight"]
+
+
+def test_half_precision_is_summed_in_float32(xp: Any) -> None:
+    if not hasattr(xp, "float16"):
+        pytest.skip("this backend has no half precision")
+    inputs = xp.full((3, 1, 2), 300.0, dtype=xp.float16)  # whose square is beyond float16
+    gram = input_grams([{"fc": Tap("matrix", inputs, inputs)}], frozenset({"fc.weight"}))["fc.weight"]
+    assert gram.dtype == xp.float32
+    np.testing.assert_array_equal(to_numpy(gram), 90000)

@@ -1,0 +1,140 @@
+"""What projectors that protect layer by layer share: a subspace for each weight, and a threshold that rises.
+
+Convention: the arrays of a memory are named ``part.weight``: ``bases.conv1.weight``, ``importance.conv1.weight``.
+"""
+
+from collections.abc import Mapping
+from dataclasses import KW_ONLY, dataclass, field, replace
+from typing import Any, ClassVar, Self
+
+from became_core.arrays import Array, Params, namespace, static
+from became_core.errors import BecameError
+from became_core.projection.base import integers
+from became_core.projection.energy import Energies, energies, fewest
+from became_core.projection.subspace import Subspace
+
+__all__ = ["Layerwise", "Rising"]
+
+
+@dataclass(frozen=True)
+class Layerwise:
+    """A projector whose memory is a subspace for each weight, and what a subclass keeps beside.
+
+    Attributes:
+        tasks: how many tasks it remembers.
+        spaces: the protected subspace of each weight's input space.
+    """
+
+    _: KW_ONLY
+    tasks: int = static(default=0)
+    spaces: dict[str, Subspace] = field(default_factory=dict)
+
+    protects_all: ClassVar[bool] = False
+    # Names of the fields, each with an array for some weights, that a subclass remembers by beside the subspaces.
+    beside: ClassVar[tuple[str, ...]] = ()
+
+    def project(self, updates: Params) -> Params:
+        """Return each update without its part in its weight's protected space; the others unchanged."""
+        return {name: self._project(name, update) for name, update in updates.items()}
+
+    def _project(self, name: str, update: Array) -> Array:
+        if name not in self.spaces:
+            return update
+        xp: Any = namespace(update=update)
+        matrix = xp.reshape(update, (update.shape[0], -1))
+        return xp.reshape(self.project_rows(name, matrix), update.shape)
+
+    def project_rows(self, name: str, rows: Array) -> Array:
+        """Return rows [n, d_in] without their part in the protected space; unchanged where the weight has none."""
+        return self.spaces[name].project_rows(name, rows) if name in self.spaces else rows
+
+    @property
+    def rowwise(self) -> frozenset[str]:
+        """All weights that are protected."""
+        return frozenset(self.spaces)
+
+    @property
+    def rank(self) -> dict[str, tuple[int, int]]:
+        """For each protected weight, the dimension protected (the sum of importances, rounded down) and its width."""
+        return {name: (space.protected, int(space.basis.shape[0])) for name, space in self.spaces.items()}
+
+    @property
+    def bases(self) -> Params:
+        """For each protected weight, orthonormal columns [d_in, k]."""
+        return {name: space.basis for name, space in self.spaces.items()}
+
+    def to_arrays(self) -> dict[str, Array]:
+        """Return bases, importances, what is kept beside, and the number of tasks, as flat arrays."""
+        parts: dict[str, Params] = {
+            "bases": self.bases,
+            "importance": {name: space.importance for name, space in self.spaces.items()},
+            **{part: getattr(self, part) for part in self.beside},
+        }
+        arrays = {f"{part}.{name}": value for part, values in parts.items() for name, value in values.items()}
+        return arrays | {"tasks": integers(self.tasks, arrays)}
+
+    def with_arrays(self, arrays: Mapping[str, Array]) -> Self:
+        """Return this projector with the memory that ``to_arrays`` gave.
+
+        Raises:
+            BecameError: if an array is no part of such a memory, or there is no number of tasks.
+        """
+        parts: dict[str, Params] = {part: {} for part in ("bases", "importance", *self.beside)}
+        for key, value in arrays.items():
+            part, _, name = key.partition(".")
+            if part in parts and name:
+                parts[part][name] = value
+            elif key != "tasks":
+                raise BecameError(f"the array '{key}' is no part of a memory of {type(self).__name__}.")
+        if "tasks" not in arrays:
+            raise BecameError(f"the memory of {type(self).__name__} lacks 'tasks', the number of tasks it remembers.")
+        spaces = {name: Subspace.of(basis, parts["importance"].get(name)) for name, basis in parts["bases"].items()}
+        beside: dict[str, Any] = {part: parts[part] for part in self.beside}
+        return replace(self, tasks=int(arrays["tasks"]), spaces=spaces, **beside)
+
+    def _extended(self, name: str, directions: Array, like: Array) -> Array:
+        """A weight's basis with directions [d, j] added, in the dtype of another array."""
+        xp: Any = namespace(directions=directions)
+        added = xp.astype(directions, like.dtype)
+        return xp.concat([self.spaces[name].basis, added], axis=1) if name in self.spaces else added
+
+    def _remembering(self, spaces: Mapping[str, Subspace], **beside: Params) -> Self:
+        """Return the memory one task on, with these subspaces and what is kept beside, replaced or added."""
+        merged: dict[str, Any] = {part: getattr(self, part) | values for part, values in beside.items()}
+        return replace(self, tasks=self.tasks + 1, spaces=self.spaces | dict(spaces), **merged)
+
+
+@dataclass(frozen=True)
+class Rising(Layerwise):
+    """A projector with a threshold that rises from task to task.
+
+    Attributes:
+        threshold: epsilon for the first task, in (0, 1].
+        increment: what epsilon grows by from task to task; it never exceeds 1.
+
+    Raises:
+        BecameError: if the threshold is not in its range.
+    """
+
+    threshold: float = static()
+    increment: float = static(default=0.0)
+
+    def __post_init__(self) -> None:
+        """Check the threshold."""
+        if not 0 < self.threshold <= 1:
+            kind = type(self).__name__
+            raise BecameError(f"the {kind} threshold is {self.threshold}; it must be above 0 and at most 1.")
+
+    @property
+    def epsilon(self) -> float:
+        """The threshold for the task that is remembered next."""
+        return min(self.threshold + self.increment * self.tasks, 1.0)
+
+    def _residual(self, name: str, gram: Array) -> tuple[Energies, int]:
+        """Where a Gram matrix has its energy beside the weight's basis, and how many new directions epsilon asks for.
+
+        They are the fewest whose energy, with what the basis captures, is epsilon of the whole (GPM, eq. 9).
+        """
+        parts = energies(name, gram, self.bases.get(name))
+        wanted = self.epsilon * parts.total
+        return parts, fewest(parts.new, wanted, held=parts.captured, floor=parts.floor)

@@ -1,0 +1,79 @@
+"""NSCL, training in the null space of feature covariance (Wang, Li, Sun & Xu, CVPR 2021, arXiv 2103.07113).
+
+With R_t a task's inputs as columns and U an optimiser's update, Adam's in the paper:
+
+    covariance  C = sum_t R_t R_t^T / n_t, uncentred
+    null space  V = eigenvectors of C with eigenvalue <= a lambda_min
+    update      U <- U V V^T / |V V^T|_F
+
+What differs: lambda_min is taken to be no less than rounding beside the trace of C, since below that, eigenvalues and
+their ratios are noise; so an exact null space is found whole. ``normalised`` turns off the division, which only
+rescales each weight's learning rate, by 1 / sqrt(dim V).
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Self
+
+from became_core.arrays import Array, Params, namespace, pytree, static
+from became_core.errors import BecameError
+from became_core.projection.base import Statistics
+from became_core.projection.energy import checked_gram, rounding, spectrum, wide
+from became_core.projection.layerwise import Layerwise
+from became_core.projection.subspace import Subspace
+
+__all__ = ["NSCL"]
+
+
+@pytree
+@dataclass(frozen=True)
+class NSCL(Layerwise):
+    """The covariances so far; the bases are of what is not null.
+
+    Attributes:
+        ratio: a, at least 1: how far above the smallest eigenvalue still counts as null.
+        normalised: whether a projected update is divided by |V V^T|_F.
+        covariances: C of each weight, [d_in, d_in].
+
+    Raises:
+        BecameError: if the ratio is below 1.
+    """
+
+    ratio: float = static(default=10.0)
+    normalised: bool = static(default=True)
+    covariances: Params = field(default_factory=dict, kw_only=True)
+
+    beside: ClassVar[tuple[str, ...]] = ("covariances",)
+
+    def __post_init__(self) -> None:
+        """Check the ratio."""
+        if not self.ratio >= 1:
+            raise BecameError(f"the NSCL ratio is {self.ratio}; it must be at least 1.")
+
+    def project_rows(self, name: str, rows: Array) -> Array:
+        """Return rows V V^T / |V V^T|_F; unchanged where the weight has no covariance."""
+        projected = super().project_rows(name, rows)
+        if not self.normalised or name not in self.spaces:
+            return projected
+        occupied, width = self.rank[name]
+        return projected / (width - occupied) ** 0.5
+
+    def remember(self, statistics: Statistics) -> Self:
+        """Return the memory with one more task's covariance.
+
+        Raises:
+            BecameError: if a Gram matrix is not square, not finite, or does not fit the covariance so far.
+        """
+        spaces: dict[str, Subspace] = {}
+        covariances: Params = {}
+        for name, gram in statistics.input_grams().items():
+            xp: Any = namespace(gram=gram)
+            old = self.covariances.get(name)
+            total = checked_gram(name, gram, None if old is None else int(old.shape[0]))
+            total = total if old is None else total + wide(old)
+            values, vectors = spectrum(total)
+            floor = rounding(gram, xp.linalg.trace(total))
+            occupied = values > self.ratio * xp.maximum(values[-1], floor)
+            count = int(xp.sum(xp.astype(occupied, xp.int32)))
+            spaces[name] = Subspace.of(xp.astype(vectors[:, :count], gram.dtype))
+            covariances[name] = xp.astype(total, gram.dtype)
+        return self._remembering(spaces, covariances=covariances)

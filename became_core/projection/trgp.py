@@ -1,0 +1,162 @@
+"""TRGP, trust region gradient projection (Lin, Yang, Fan & Zhang, ICLR 2022, arXiv 2202.02931).
+
+A basis M of all old tasks projects the weights' updates, as in GPM, and each task keeps a basis B_t of its own:
+
+    a task's basis  of the directions m_i of M, with energy |m_i^T R|^2, and u_i of R' = R - M M^T R, with sigma_i^2:
+                    the fewest whose energies sum to epsilon_t |R|^2; M grows by those of the u_i that are among them
+    trust region    of a new task, for each layer: the at most two old tasks with the largest |G B B^T|_F, where that
+                    exceeds |G|_F / 2, G being the gradient at the task's beginning               (eqs. 4 and 6)
+    effective       weight in it: W + sum_j W B_j (Q_j - I) B_j^T, with Q_j learned, the identity at first  (eq. 7)
+    update          G <- G - G M M^T for W; Q_j is free
+
+B_t lies in M, so updates leave W B_t, and with it every old task's effective weight, as it is on that task's inputs.
+
+What differs: the published code leaves out the first new direction among those chosen (``sel_index > r_pre``).
+A basis B_t is kept as the places of its columns in M.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Self
+
+from became_core.arrays import Array, Params, device, namespace, pytree
+from became_core.errors import BecameError
+from became_core.projection.base import Statistics
+from became_core.projection.energy import energies, fewest
+from became_core.projection.layerwise import Rising
+from became_core.projection.subspace import Subspace
+
+__all__ = ["TRGP", "TrustRegion"]
+
+MOST_TASKS = 2
+LEAST_SHARE = 0.5
+
+
+@pytree
+@dataclass(frozen=True)
+class TRGP(Rising):
+    """The union of all tasks' bases, and which of its columns are whose; ``Rising`` has the threshold.
+
+    Attributes:
+        selections: the columns of M that are a task's own, integers [k_t]; ``conv1.weight@0`` for layer and task.
+    """
+
+    selections: Params = field(default_factory=dict, kw_only=True)
+
+    beside: ClassVar[tuple[str, ...]] = ("selections",)
+
+    def remember(self, statistics: Statistics) -> Self:
+        """Return the memory with one more task's basis.
+
+        Raises:
+            BecameError: if a Gram matrix is not square, not finite, or does not fit the basis kept for its weight.
+        """
+        spaces: dict[str, Subspace] = {}
+        selections: Params = {}
+        for name, gram in statistics.input_grams().items():
+            xp: Any = namespace(gram=gram)
+            parts = energies(name, gram, self.bases.get(name))
+            joint = xp.concat([parts.old, parts.new])
+            order = xp.argsort(joint, descending=True)
+            count = fewest(xp.take(joint, order), self.epsilon * parts.total, floor=parts.floor)
+            chosen = order[:count]
+            # New directions come in falling order, so those that are chosen are the first of them.
+            added = int(xp.sum(xp.astype(chosen >= parts.old.shape[0], xp.int32)))
+            spaces[name] = Subspace.of(self._extended(name, parts.directions[:, :added], gram))
+            selections[f"{name}@{self.tasks}"] = chosen
+        return self._remembering(spaces, selections=selections)
+
+    def task_basis(self, name: str, task: int) -> Array:
+        """Return B_t of a weight, orthonormal columns [d_in, k_t]."""
+        basis = self.spaces[name].basis
+        xp: Any = namespace(basis=basis)
+        return xp.take(basis, self.selections[f"{name}@{task}"], axis=1)
+
+    def trust_region(self, gradients: Params) -> "TrustRegion":
+        """Return the trust region of a new task, with identities for its scales.
+
+        Args:
+            gradients: of the new task's loss before it is trained, of any weights; others than the memory's are not
+                looked at.
+        """
+        bases: Params = {}
+        for name, gradient in gradients.items():
+            if name in self.spaces:
+                for task in self._trusted(name, gradient):
+                    bases[f"{name}@{task}"] = self.task_basis(name, task)
+        return TrustRegion(bases, {key: _identity(basis) for key, basis in bases.items()})
+
+    def _trusted(self, name: str, gradient: Array) -> list[int]:
+        """The old tasks that a layer's gradient lies in most, the strongest first."""
+        xp: Any = namespace(gradient=gradient)
+        matrix = xp.reshape(gradient, (gradient.shape[0], -1))
+        least = LEAST_SHARE * float(xp.linalg.vector_norm(matrix))
+        norms = {}
+        for task in range(self.tasks):
+            if f"{name}@{task}" in self.selections:
+                basis = xp.astype(self.task_basis(name, task), matrix.dtype, copy=False)
+                norms[task] = float(xp.linalg.vector_norm(xp.matmul(matrix, basis)))  # |G B| = |G B B^T|
+        strongest = sorted(norms, key=lambda task: -norms[task])[:MOST_TASKS]
+        return [task for task in strongest if norms[task] > least]
+
+
+@pytree
+@dataclass(frozen=True)
+class TrustRegion:
+    """A task's trust region: for layers and old tasks, a basis and a square matrix that scales the weight within.
+
+    Attributes:
+        bases: B, orthonormal columns [d_in, k], by layer and old task: ``conv1.weight@0``.
+        scales: Q [k, k] of each basis.
+
+    Raises:
+        BecameError: if a basis has no scale, or one that does not fit.
+    """
+
+    bases: Params
+    scales: Params
+
+    def __post_init__(self) -> None:
+        """Check that bases and scales fit."""
+        for key in self.bases | self.scales:
+            if key not in self.bases or key not in self.scales:
+                raise BecameError(f"the trust region has no {'scale' if key in self.bases else 'basis'} '{key}'.")
+            rank, shape = self.bases[key].shape[1], tuple(self.scales[key].shape)
+            if shape != (rank, rank):
+                raise BecameError(f"the scale '{key}' has shape {shape}; it must be [{rank}, {rank}].")
+
+    def effective(self, theta: Params) -> Params:
+        """Return the weights that the task's network works with; differentiable by weights and scales.
+
+        A layer's gradient must reach the scales unprojected: project that of W, not the inputs that make it.
+
+        Raises:
+            BecameError: if a weight of the region is missing.
+        """
+        result = dict(theta)
+        for name, keys in self._by_weight():
+            if name not in theta:
+                raise BecameError(f"the weights lack '{name}', which has a trust region.")
+            weight = theta[name]
+            xp: Any = namespace(weight=weight)
+            flat = matrix = xp.reshape(weight, (weight.shape[0], -1))
+            for key in keys:
+                basis, scale = (xp.astype(each[key], weight.dtype, copy=False) for each in (self.bases, self.scales))
+                within = xp.matmul(flat, basis)
+                matrix = matrix + xp.matmul(xp.matmul(within, scale) - within, xp.matrix_transpose(basis))
+            result[name] = xp.reshape(matrix, weight.shape)
+        return result
+
+    def with_scales(self, scales: Params) -> Self:
+        """Return the region with other scales."""
+        return replace(self, scales=scales)
+
+    def _by_weight(self) -> Iterator[tuple[str, list[str]]]:
+        """Weights, and the keys of each."""
+        for name in dict.fromkeys(key.rpartition("@")[0] for key in self.bases):
+            yield name, [key for key in self.bases if key.rpartition("@")[0] == name]
+
+
+def _identity(basis: Array) -> Array:
+    xp: Any = namespace(basis=basis)
+    return xp.eye(basis.shape[1], dtype=basis.dtype, device=device(basis))

@@ -1,0 +1,170 @@
+"""Gradient projectors, each from its paper's formulas, by the singular value decomposition of the data themselves.
+
+Convention: float64; R is a task's inputs (patches) as columns, [d_in, n], G a weight's gradients as rows, [rows, d_in],
+bases are orthonormal columns; a projector acts on rows from the right, rows P.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = [
+    "effective_weight",
+    "gpcns_bases",
+    "gpcns_space",
+    "gpm_basis",
+    "nscl_null_space",
+    "ogd_directions",
+    "projection",
+    "sgp_space",
+    "trgp_bases",
+    "trusted_tasks",
+]
+
+Array = NDArray[np.float64]
+
+
+def projection(basis: Array, importance: Array | None = None) -> Array:
+    """Return P = I - M diag(importance) M^T; importances of 1 if none are given."""
+    weights = np.ones(basis.shape[1]) if importance is None else importance
+    return np.eye(len(basis)) - basis @ np.diag(weights) @ basis.T
+
+
+def gpm_basis(basis: Array | None, representation: Array, epsilon: float) -> Array:
+    """Return GPM's basis after one more task (Saha 2021, eqs. 5, 8 and 9), by the SVD of the stacked inputs.
+
+    Args:
+        basis: orthonormal columns [d_in, k] of the tasks so far; None before the first.
+        representation: R of the task.
+        epsilon: the share of the representation's energy that the basis must hold.
+    """
+    kept = np.zeros((len(representation), 0)) if basis is None else basis
+    residual = representation - kept @ kept.T @ representation
+    total = np.sum(representation**2)
+    captured = total - np.sum(residual**2)
+    if captured >= epsilon * total:
+        return kept
+    vectors, sigma, _ = np.linalg.svd(residual, full_matrices=False)
+    count = 0
+    while captured < epsilon * total and count < min(len(sigma), len(kept) - kept.shape[1]):
+        captured += sigma[count] ** 2
+        count += 1
+    return np.hstack([kept, vectors[:, :count]])
+
+
+def _scaled(sigma: NDArray[np.floating[Any]], scale: float) -> Array:
+    return np.asarray((scale + 1) * sigma / (scale * sigma + sigma.max()))
+
+
+def sgp_space(
+    space: tuple[Array, Array] | None, representation: Array, epsilon: float, scale: float
+) -> tuple[Array, Array]:
+    """Return SGP's basis and importances after one more task (Saha 2023, eqs. 3 to 7), by the SVDs of R' and M M^T R.
+
+    Args:
+        space: basis and importances of the tasks so far; None before the first.
+        representation: R of the task.
+        epsilon: GPM's threshold.
+        scale: s of the importances.
+    """
+    old = None if space is None else space[0]
+    basis = gpm_basis(old, representation, epsilon)
+    if space is None or old is None:
+        sigma = np.linalg.svd(representation, compute_uv=False)[: basis.shape[1]]
+        return basis, _scaled(sigma, scale)
+    rank = old.shape[1]
+    projected = old @ old.T @ representation
+    u, s, _ = np.linalg.svd(projected, full_matrices=False)
+    on_old = np.sqrt((old.T @ u) ** 2 @ s**2)
+    new = np.linalg.svd(representation - projected, compute_uv=False)[: basis.shape[1] - rank]
+    found = _scaled(np.concatenate([on_old, new]), scale)
+    found[:rank] = np.clip(found[:rank] + space[1], 0, 1)
+    return basis, found
+
+
+def gpcns_bases(gradients: Sequence[Array], epsilons: Sequence[float]) -> list[Array]:
+    """Return V_1, V_2, … of GPCNS, the leading right singular vectors of the gradients of all tasks so far.
+
+    Args:
+        gradients: for each task, its gradients as rows.
+        epsilons: for each task, its threshold.
+    """
+    bases = []
+    for task, epsilon in enumerate(epsilons):
+        _, sigma, vh = np.linalg.svd(np.vstack(gradients[: task + 1]), full_matrices=False)
+        bases.append(vh[: int(np.sum(np.cumsum(sigma) <= epsilon * sigma.sum()))].T)
+    return bases
+
+
+def gpcns_space(gradients: Sequence[Array], epsilons: Sequence[float], scale: float) -> tuple[Array, Array]:
+    """Return the basis and importances of GPCNS after some tasks (Yang 2024), by the SVD of all V side by side.
+
+    Args:
+        gradients: for each task, its gradients as rows.
+        epsilons: for each task, its threshold.
+        scale: s of the importances.
+    """
+    bases = gpcns_bases(gradients, epsilons)
+    if len(bases) == 1:
+        return bases[0], np.ones(bases[0].shape[1])
+    u, sigma, _ = np.linalg.svd(np.hstack(bases), full_matrices=False)
+    count = int(np.sum(np.cumsum(sigma) <= epsilons[-1] * sigma.sum()))
+    return u[:, :count], _scaled(sigma[:count], scale) if count else sigma[:0]
+
+
+def nscl_null_space(representations: Sequence[Array], ratio: float) -> Array:
+    """Return V [d_in, j], eigenvectors of the summed covariances with eigenvalue <= ratio x the least (Wang 2021)."""
+    covariance = np.sum([r @ r.T / r.shape[1] for r in representations], axis=0)
+    vectors, values, _ = np.linalg.svd(covariance)
+    return np.asarray(vectors[:, values <= ratio * values[-1]])
+
+
+def trgp_bases(basis: Array | None, representation: Array, epsilon: float) -> tuple[Array, Array]:
+    """Return the union of bases and the task's own, after one more task (Lin 2022, section 4.3)."""
+    kept = np.zeros((len(representation), 0)) if basis is None else basis
+    vectors, sigma, _ = np.linalg.svd(representation - kept @ kept.T @ representation, full_matrices=False)
+    candidates = np.hstack([kept, vectors])
+    energy = np.concatenate([np.sum((kept.T @ representation) ** 2, axis=1), sigma**2])
+    chosen: list[int] = []
+    for candidate in np.argsort(-energy, kind="stable").tolist():
+        if np.sum(energy[chosen]) >= epsilon * np.sum(representation**2):
+            break
+        chosen.append(candidate)
+    new = sorted(candidate for candidate in chosen if candidate >= kept.shape[1])
+    return np.hstack([kept, candidates[:, new]]), candidates[:, chosen]
+
+
+def trusted_tasks(gradient: Array, bases: Sequence[Array]) -> list[int]:
+    """Return the at most two tasks with the largest |G B B^T|, where that exceeds |G| / 2, the largest first."""
+    norms = [float(np.linalg.norm(gradient @ b @ b.T)) for b in bases]
+    order = np.argsort([-norm for norm in norms], kind="stable")[:2]
+    return [int(task) for task in order if norms[task] > 0.5 * np.linalg.norm(gradient)]
+
+
+def effective_weight(weight: Array, bases: Sequence[Array], scales: Sequence[Array]) -> Array:
+    """Return W + sum_j W B_j (Q_j - I) B_j^T."""
+    total = weight.copy()
+    for basis, scale in zip(bases, scales, strict=True):
+        total += weight @ basis @ (scale - np.eye(len(scale))) @ basis.T
+    return total
+
+
+def ogd_directions(gradients: Sequence[Array], capacity: int) -> Array:
+    """Return OGD's directions as rows, each task's leading ones beside those kept, in equal shares of the capacity.
+
+    Args:
+        gradients: for each task, its samples' gradients as rows, [samples, d].
+        capacity: how many directions are kept in all.
+    """
+    blocks: list[Array] = []
+    for index, rows in enumerate(gradients):
+        shares = [capacity // (index + 1) + (task < capacity % (index + 1)) for task in range(index + 1)]
+        blocks = [block[:share] for block, share in zip(blocks, shares, strict=False)]
+        kept = np.vstack([np.zeros((0, rows.shape[1])), *blocks])
+        residual = rows - rows @ kept.T @ kept
+        _, sigma, vh = np.linalg.svd(residual, full_matrices=False)
+        rank = int(np.sum(sigma > 1e-7 * np.linalg.norm(rows)))
+        blocks.append(vh[: min(rank, shares[-1])])
+    return np.vstack(blocks)

@@ -1,0 +1,242 @@
+"""What every projector promises, whichever it is."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from became_core import BecameError
+from became_core.projection import GPM, NSCL, OGD, SGP, TRGP, Projector, full
+from tests.backends import to_numpy, to_xp
+from tests.compilers import compiled
+from tests.projections import PROJECTORS, WIDTH, finished, representations, updates_for
+
+Array = NDArray[np.float64]
+Make = Callable[[], Projector]
+SEEDS = st.integers(0, 1000)
+
+every = pytest.mark.parametrize("make", PROJECTORS.values(), ids=PROJECTORS)
+# Those whose every direction is protected whole.
+whole = pytest.mark.parametrize("make", [PROJECTORS[name] for name in ("GPM", "NSCL", "OGD", "TRGP")])
+
+
+def remembered(xp: Any, projector: Any, tasks: list[Array]) -> Any:
+    for representation in tasks:
+        projector = projector.remember(finished(xp, representation))
+    return projector
+
+
+def numbers(params: Any) -> dict[str, Array]:
+    return {name: to_numpy(value) for name, value in params.items()}
+
+
+def directions(projector: Any) -> Array:
+    """What a projector remembers, as orthonormal columns."""
+    if projector.protects_all:
+        return flat(projector.directions, rows=True).T
+    return to_numpy(projector.bases["fc.weight"])
+
+
+def flat(params: Any, *, rows: bool = False) -> Array:
+    """Updates as rows [n, d]: of a weight's matrix, or of all leaves at once."""
+    if set(params) == {"fc.weight"}:
+        matrix = to_numpy(params["fc.weight"])
+        return matrix.reshape(len(matrix), -1)
+    parts = [to_numpy(params[name]) for name in ("fc.weight", "fc.bias")]
+    return np.concatenate([part.reshape(len(part) if rows else 1, -1) for part in parts], axis=1)
+
+
+@every
+def test_an_empty_memory_changes_nothing(xp: Any, make: Make) -> None:
+    update = xp.ones((3, 4))
+    empty = make()
+    assert empty.project({"fc.weight": update})["fc.weight"] is update
+    assert empty.project_rows("fc.weight", update) is update
+    assert empty.rowwise == full(empty) == frozenset()
+    assert dict(empty.rank) == {}
+
+
+@every
+@given(tasks=representations(), seed=SEEDS)
+def test_what_it_does_not_know_is_unchanged(xp: Any, make: Make, tasks: list[Array], seed: int) -> None:
+    memory = remembered(xp, make(), tasks)
+    update = xp.ones((3, 2))
+    updates = {"heads.0.weight": update} | to_xp(xp, updates_for(memory, np.random.default_rng(seed)))
+    assert memory.project(updates)["heads.0.weight"] is update
+    assert memory.project_rows("other.weight", update) is update
+
+
+@whole
+@given(tasks=representations(), seed=SEEDS)
+def test_updates_have_no_part_in_what_is_remembered(xp: Any, make: Make, tasks: list[Array], seed: int) -> None:
+    memory = remembered(xp, make(), tasks)
+    update = updates_for(memory, np.random.default_rng(seed))
+    projected = memory.project(to_xp(xp, update))
+    kept = directions(memory)
+    assert {name: leaf.shape for name, leaf in numbers(projected).items()} == {n: u.shape for n, u in update.items()}
+    np.testing.assert_allclose(flat(projected) @ kept, 0, atol=1e-12)
+    taken = flat(update) - flat(projected)
+    np.testing.assert_allclose(taken, taken @ kept @ kept.T, atol=1e-12)  # and nothing but that was taken
+
+
+@whole
+@given(tasks=representations(), seed=SEEDS)
+def test_projecting_twice_changes_nothing(xp: Any, make: Make, tasks: list[Array], seed: int) -> None:
+    memory = remembered(xp, make(), tasks)
+    once = memory.project(to_xp(xp, updates_for(memory, np.random.default_rng(seed))))
+    np.testing.assert_allclose(flat(memory.project(once)), flat(once), atol=1e-12)
+
+
+@every
+@given(tasks=representations(), seed=SEEDS)
+def test_projecting_the_inputs_projects_the_gradient(xp: Any, make: Make, tasks: list[Array], seed: int) -> None:
+    memory = remembered(xp, make(), tasks)
+    assert memory.rowwise == (frozenset() if memory.protects_all else {"fc.weight"})
+    draw = np.random.default_rng(seed)
+    a, g = draw.normal(size=(3, WIDTH)), draw.normal(size=(3, 2))
+    for name in memory.rowwise:
+        rows = to_numpy(memory.project_rows(name, to_xp(xp, a)))
+        projected = to_numpy(memory.project({name: to_xp(xp, g.T @ a)})[name])
+        np.testing.assert_allclose(g.T @ rows, projected, atol=1e-12)
+
+
+@every
+@given(tasks=representations(most=4))
+def test_ranks_stay_within_the_width(xp: Any, make: Make, tasks: list[Array]) -> None:
+    memory: Any = make()
+    before = 0
+    for representation in tasks:
+        memory = memory.remember(finished(xp, representation))
+        ((rank, width),) = memory.rank.values()
+        assert width == WIDTH
+        assert 0 <= rank <= directions(memory).shape[1] <= width
+        if isinstance(memory, GPM | SGP | TRGP):
+            assert rank >= before  # only the others let go of anything
+        before = rank
+
+
+@pytest.mark.parametrize("make", [lambda: GPM(1.0), lambda: TRGP(1.0), lambda: OGD(capacity=WIDTH)])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_a_full_space_stops_every_update(xp: Any, make: Make, dtype: Any) -> None:
+    draw = np.random.default_rng(0)
+    memory = remembered(xp, make(), [draw.normal(size=(WIDTH, 30)).astype(dtype)])
+    assert full(memory) == frozenset(memory.rank)
+    assert len(full(memory)) == 1
+    for value in numbers(memory.project(to_xp(xp, updates_for(memory, draw, dtype=dtype)))).values():
+        np.testing.assert_array_equal(value, 0)
+    again = memory.remember(finished(xp, draw.normal(size=(WIDTH, 3)).astype(dtype)))
+    # OGD makes room for a task of fewer samples than its share; the others are full for good.
+    assert list(again.rank.values()) == [(7, 8) if memory.protects_all else (8, 8)]
+
+
+@every
+@given(tasks=representations(), seed=SEEDS)
+def test_a_memory_comes_back_from_its_arrays(xp: Any, make: Make, tasks: list[Array], seed: int) -> None:
+    memory = remembered(xp, make(), tasks)
+    again: Any = make().with_arrays(memory.to_arrays())
+    assert type(again) is type(memory)
+    assert again.rank == memory.rank
+    update = to_xp(xp, updates_for(memory, np.random.default_rng(seed)))
+    for one, other in ((memory, again), (memory.remember(finished(xp, tasks[0])),) * 2):
+        for name, value in numbers(one.to_arrays()).items():
+            np.testing.assert_array_equal(to_numpy(other.to_arrays()[name]), value)
+        for name, value in numbers(one.project(update)).items():
+            np.testing.assert_array_equal(to_numpy(other.project(update)[name]), value)
+    # It goes on where it was: the threshold has risen with the tasks.
+    ours, theirs = (each.remember(finished(xp, tasks[-1])) for each in (memory, again))
+    for name, value in numbers(ours.to_arrays()).items():
+        np.testing.assert_array_equal(to_numpy(theirs.to_arrays()[name]), value)
+
+
+@every
+def test_an_empty_memory_comes_back_too(make: Make) -> None:
+    assert make().with_arrays(make().to_arrays()) == make()
+
+
+@every
+def test_arrays_of_something_else_are_refused(xp: Any, make: Make) -> None:
+    name = type(make()).__name__
+    with pytest.raises(BecameError, match=rf"^the array 'optimizer\.lr' is no part of a memory of {name}\.$"):
+        make().with_arrays({"optimizer.lr": xp.ones((1,))})
+    with pytest.raises(BecameError, match=rf"^the memory of {name} lacks '(tasks|blocks)', the number of .*\.$"):
+        make().with_arrays({})
+
+
+@every
+def test_memories_are_values_to_a_compiler(xp: Any, backend: str, make: Make) -> None:
+    draw = np.random.default_rng(3)
+    memory = remembered(xp, make(), [draw.normal(size=(WIDTH, 3)), draw.normal(size=(WIDTH, 2))])
+    update = to_xp(xp, updates_for(memory, draw))
+    found = compiled(backend, lambda memory, update: memory.project(update))(memory, update)
+    for name, value in numbers(memory.project(update)).items():
+        np.testing.assert_allclose(to_numpy(found[name]), value, atol=1e-12)
+
+
+@every
+def test_25_tasks_in_float32_stay_orthonormal(xp: Any, make: Make) -> None:
+    """No direction drifts: neither among the others, nor back into the updates."""
+    draw, width = np.random.default_rng(1), 96
+    memory: Any = OGD(samples=30, capacity=75) if make().protects_all else make()
+    decay = 1.5 ** -np.arange(width)[:, None]
+    for _ in range(25):
+        turned = np.linalg.qr(draw.normal(size=(width, width)))[0] @ (decay * draw.normal(size=(width, 60)))
+        memory = memory.remember(finished(xp, turned.astype(np.float32)))
+        kept = directions(memory).astype(np.float64)
+        assert directions(memory).dtype == np.float32
+        assert np.linalg.norm(kept.T @ kept - np.eye(kept.shape[1]), ord=2) < 1e-5
+        if not isinstance(memory, SGP | type(PROJECTORS["GPCNS"]())):
+            update = updates_for(memory, draw, width, np.float32)
+            along = flat(memory.project(to_xp(xp, update))) @ kept
+            assert np.abs(along).max() <= 1e-5 * np.linalg.norm(flat(update))
+    assert kept.shape[1] > width // 3
+
+
+@pytest.mark.parametrize("make", [lambda: GPM(1.0), lambda: TRGP(1.0), lambda: NSCL(normalised=False)])
+@given(seed=SEEDS)
+def test_a_linear_network_keeps_its_outputs(xp: Any, make: Make, seed: int) -> None:
+    """Two layers, old inputs of 3 dimensions in 8: whatever the new updates, what was learned stays, to rounding."""
+    draw = np.random.default_rng(seed)
+    theta = {"fc1.weight": draw.normal(size=(WIDTH, WIDTH)), "fc2.weight": draw.normal(size=(2, WIDTH))}
+    memory: Any = make()
+    old = [draw.normal(size=(WIDTH, 2)) @ draw.normal(size=(2, 9)), draw.normal(size=(WIDTH, 1))]
+    for x in old:
+        hidden = theta["fc1.weight"] @ x
+        first, second = finished(xp, x, "fc1.weight"), finished(xp, hidden, "fc2.weight")
+        memory = memory.remember(type(first)(first.inputs | second.inputs, {}))
+
+    def outputs(theta: dict[str, Array]) -> Array:
+        return np.hstack([theta["fc2.weight"] @ theta["fc1.weight"] @ x for x in old])
+
+    update = {name: draw.normal(size=value.shape) for name, value in theta.items()}
+    projected = numbers(memory.project(to_xp(xp, update)))
+    assert all(np.abs(value).max() > 1e-3 for value in projected.values())
+    moved = {name: value - projected[name] for name, value in theta.items()}
+    np.testing.assert_allclose(outputs(moved), outputs(theta), atol=1e-11)
+
+
+@given(seed=SEEDS)
+def test_ogd_keeps_the_outputs_of_a_linear_model(xp: Any, seed: int) -> None:
+    """The logit's gradient of w.x is x itself."""
+    draw = np.random.default_rng(seed)
+    tasks = [draw.normal(size=(WIDTH, 2)), draw.normal(size=(WIDTH, 3))]
+    memory = remembered(xp, OGD(), tasks)
+    update = updates_for(memory, draw)
+    projected = flat(memory.project(to_xp(xp, update)))
+    assert np.abs(projected).max() > 1e-3
+    for x in tasks:
+        np.testing.assert_allclose(projected @ x, 0, atol=1e-12)
+
+
+@every
+def test_updates_keep_their_dtype_beside_a_memory_of_another(xp: Any, make: Make) -> None:
+    draw = np.random.default_rng(0)
+    memory = remembered(xp, make(), [draw.normal(size=(WIDTH, 3))])
+    update = updates_for(memory, draw)
+    single = memory.project(to_xp(xp, {name: value.astype(np.float32) for name, value in update.items()}))
+    for name, value in numbers(memory.project(to_xp(xp, update))).items():
+        assert to_numpy(single[name]).dtype == np.float32
+        np.testing.assert_allclose(to_numpy(single[name]), value, atol=1e-6)

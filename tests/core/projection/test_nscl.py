@@ -1,0 +1,72 @@
+"""NSCL against the eigenvectors of the summed covariances."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from became_core import BecameError
+from became_core.projection import NSCL
+from reference.projection import nscl_null_space
+from tests.backends import to_numpy, to_xp
+from tests.projections import WIDTH, Finished, finished, representations
+
+Array = NDArray[np.float64]
+
+
+@given(
+    tasks=representations(columns=(WIDTH + 2, 20)),
+    ratio=st.sampled_from([1.0, 3.0, 10.0, 100.0]),
+    normalised=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+def test_updates_are_those_of_the_published_null_space(
+    xp: Any, tasks: list[Array], ratio: float, normalised: bool, seed: int
+) -> None:
+    memory = NSCL(ratio, normalised=normalised)
+    update = np.random.default_rng(seed).normal(size=(3, WIDTH))
+    for index, representation in enumerate(tasks):
+        memory = memory.remember(finished(xp, representation))
+        null = nscl_null_space(tasks[: index + 1], ratio)
+        covariance = sum(r @ r.T / r.shape[1] for r in tasks[: index + 1])
+        values = np.linalg.eigvalsh(covariance)
+        assume(values[0] > 1e-8 * values[-1])  # or else it is a matter of rounding what is null
+        assert memory.rank == {"fc.weight": (WIDTH - null.shape[1], WIDTH)}
+        expected = update @ null @ null.T / (np.linalg.norm(null @ null.T) if normalised else 1)
+        projected = memory.project({"fc.weight": to_xp(xp, update)})["fc.weight"]
+        np.testing.assert_allclose(to_numpy(projected), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("seed", range(5))
+def test_an_exact_null_space_is_found_whole(xp: Any, dtype: Any, seed: int) -> None:
+    """Its eigenvalues are rounding, of any ratio to each other."""
+    draw = np.random.default_rng(seed)
+    inputs = (draw.normal(size=(24, 5)) @ draw.normal(size=(5, 40))).astype(dtype)
+    memory = NSCL().remember(finished(xp, inputs))
+    assert memory.rank == {"fc.weight": (5, 24)}
+
+
+def test_at_least_one_direction_stays_free(xp: Any) -> None:
+    memory = NSCL(1.0).remember(finished(xp, np.diag([4.0, 3.0, 2.0, 1.0])))
+    assert memory.rank == {"fc.weight": (3, 4)}
+    projected = memory.project({"fc.weight": to_xp(xp, np.ones((1, 4)))})["fc.weight"]
+    np.testing.assert_allclose(to_numpy(projected), [[0, 0, 0, 1]], atol=1e-15)
+
+
+def test_the_ratio_counts_as_null_what_is_within_it(xp: Any) -> None:
+    inputs = np.diag([4.0, 3.0, 2.0, 1.0])  # eigenvalues 16, 9, 4, 1, over 4
+    ranks = [NSCL(ratio).remember(finished(xp, inputs)).rank["fc.weight"][0] for ratio in (1, 3.9, 4.1, 9.1, 17)]
+    assert ranks == [3, 3, 2, 1, 0]
+
+
+def test_bad_input_is_refused(xp: Any) -> None:
+    for ratio in (0.5, float("nan")):
+        with pytest.raises(BecameError, match=r"^the NSCL ratio is .*; it must be at least 1\.$"):
+            NSCL(ratio)
+    memory = NSCL().remember(Finished({"w": xp.eye(3)}, {}))
+    with pytest.raises(BecameError, match=r"^the Gram matrix of 'w' has shape \(2, 2\); it must be \[3, 3\]\.$"):
+        memory.remember(Finished({"w": xp.eye(2)}, {}))

@@ -1,0 +1,90 @@
+"""Finished tasks for projectors to remember, and the projectors that the interface's tests go through."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from became_core.arrays import Params
+from became_core.projection import GPCNS, GPM, NSCL, OGD, SGP, TRGP, Projector
+from tests.backends import to_xp
+
+__all__ = ["EPSILONS", "PROJECTORS", "WIDTH", "Finished", "finished", "largest_angle", "representations", "updates_for"]
+
+Array = NDArray[Any]
+WIDTH = 8
+EPSILONS = st.sampled_from([0.5, 0.9, 0.97, 0.999])
+
+PROJECTORS: dict[str, Callable[[], Projector]] = {
+    "GPCNS": lambda: GPCNS(0.97, increment=0.003),
+    "GPM": lambda: GPM(0.9, increment=0.003),
+    "NSCL": lambda: NSCL(normalised=False),
+    "OGD": lambda: OGD(samples=30, capacity=6),
+    "SGP": lambda: SGP(0.9, increment=0.003),
+    "TRGP": lambda: TRGP(0.9, increment=0.003),
+}
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A finished task, of statistics given as they are."""
+
+    inputs: Params
+    gradients: Params
+    logits: tuple[Params, ...] = ()
+
+    def input_grams(self) -> Params:
+        return self.inputs
+
+    def gradient_grams(self) -> Params:
+        return self.gradients
+
+    def logit_gradients(self, count: int) -> Iterator[Params]:
+        for batch in self.logits:
+            size = min(count, next(iter(batch.values())).shape[0])
+            if size:
+                yield {name: leaf[:size, ...] for name, leaf in batch.items()}
+            count -= size
+
+
+def finished(xp: Any, representation: Array, name: str = "fc.weight", *, batch: int = 4) -> Finished:
+    """A task whose inputs, weight gradients (as rows) and logit gradients are the columns [WIDTH, n] of one matrix."""
+    gram = representation @ representation.T / representation.shape[1]
+    rows = representation.T
+    logits = [leaves(rows[start : start + batch]) for start in range(0, len(rows), batch)]
+    return Finished(
+        {name: to_xp(xp, gram)}, {name: to_xp(xp, gram)}, tuple(to_xp(xp, each) for each in logits if len(each))
+    )
+
+
+def leaves(rows: Array) -> dict[str, Array]:
+    """Rows [n, d] as two leaves, a matrix and a vector, of d numbers together."""
+    half = rows.shape[1] // 2
+    return {"fc.weight": rows[:, :half].reshape(len(rows), 1, half), "fc.bias": rows[:, half:]}
+
+
+def updates_for(projector: Projector, draw: np.random.Generator, width: int = WIDTH, dtype: Any = np.float64) -> Any:
+    """Random updates of the shapes that a projector's memory of such tasks is for."""
+    if projector.protects_all:
+        return {name: leaf[0].astype(dtype) for name, leaf in leaves(draw.normal(size=(1, width))).items()}
+    return {"fc.weight": draw.normal(size=(5, 2, width // 2)).astype(dtype)}
+
+
+@st.composite
+def representations(draw: st.DrawFn, *, most: int = 3, columns: tuple[int, int] = (1, 20)) -> list[Array]:
+    """Two or more tasks' layer inputs as columns [d_in, n], of falling energy along random directions."""
+    random = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    decay = 2.0 ** -(np.arange(WIDTH)[:, None] ** draw(st.sampled_from([0.5, 1.0])))
+    number = st.integers(*columns)
+    return [
+        np.linalg.qr(random.normal(size=(WIDTH, WIDTH)))[0] @ (decay * random.normal(size=(WIDTH, draw(number))))
+        for _ in range(draw(st.integers(2, most)))
+    ]
+
+
+def largest_angle(first: Array, second: Array) -> float:
+    """The sine of the largest principal angle between the spans of two orthonormal bases."""
+    return float(np.linalg.norm(first - second @ (second.T @ first), ord=2)) if first.shape[1] else 0.0
