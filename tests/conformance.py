@@ -139,7 +139,7 @@ def check_a_step_descends_the_gradient_of_taps(make: Make) -> None:
     """theta - rate * (mean gradient): training and taps differentiate the same function."""
     learner = make(STREAM, 0)
     before, expected_loss = numbers(learner.parameters()), loss_at(learner, learner.parameters())
-    (taps,) = learner.taps(0, STREAM.tasks[0].train[:12], 12, "frozen", fresh_stream())
+    (taps,) = learner.taps(0, STREAM.tasks[0].train[:12], 12, "empirical", fresh_stream())
     gradient = numbers(batch_gradient(taps))
     loss = step(learner, everything(learner))
     np.testing.assert_allclose(loss, expected_loss, rtol=1e-10)
@@ -153,7 +153,7 @@ def check_a_step_descends_the_gradient_of_taps(make: Make) -> None:
 def check_the_gradient_of_taps_by_finite_differences(make: Make) -> None:
     learner = make(STREAM, 0)
     theta, direction = learner.parameters(), direction_of(learner)
-    (taps,) = learner.taps(0, STREAM.tasks[0].train[:12], 12, "frozen", fresh_stream())
+    (taps,) = learner.taps(0, STREAM.tasks[0].train[:12], 12, "empirical", fresh_stream())
     gradient, h = numbers(batch_gradient(taps)), STEP
     slope = sum(float(np.sum(gradient[n] * to_numpy(direction[n]).reshape(gradient[n].shape))) for n in gradient) / 12
     difference = (loss_at(learner, moved(theta, direction, h)) - loss_at(learner, moved(theta, direction, -h))) / (
@@ -165,10 +165,10 @@ def check_the_gradient_of_taps_by_finite_differences(make: Make) -> None:
 def check_squares_are_per_sample(make: Make) -> None:
     learner = make(STREAM, 0)
     rows = STREAM.tasks[0].train[:12]
-    (together,) = learner.taps(0, rows, 12, "frozen", fresh_stream())
+    (together,) = learner.taps(0, rows, 12, "empirical", fresh_stream())
     squares = numbers(per_sample_square_sum(together))
     one_by_one: dict[str, NDArray[Any]] = {}
-    for taps in learner.taps(0, rows, 1, "frozen", fresh_stream()):
+    for taps in learner.taps(0, rows, 1, "empirical", fresh_stream()):
         for name, gradient in numbers(batch_gradient(taps)).items():
             one_by_one[name] = one_by_one.get(name, 0) + gradient**2
     assert set(squares) == set(one_by_one)
@@ -178,7 +178,7 @@ def check_squares_are_per_sample(make: Make) -> None:
 
 def check_taps_speak_of_the_tasks_parameters(make: Make) -> None:
     learner = make(STREAM, 0)
-    (taps,) = learner.taps(1, STREAM.tasks[1].train[:12], 12, "frozen", fresh_stream())
+    (taps,) = learner.taps(1, STREAM.tasks[1].train[:12], 12, "empirical", fresh_stream())
     spoken = set(batch_gradient(taps))
     assert spoken == set(learner.parameters()) - learner.heads[0]
     fisher = numbers(diagonal_fisher([taps], learner.parameters(), "empirical"))
@@ -196,7 +196,7 @@ def check_published_taps_take_the_models_own_labels(make: Make) -> None:
     own = to_numpy(learner.logits(rows, len(rows)))[:, 0].argmax(axis=1)
     right, wrong = rows[own == STREAM.targets[rows]], rows[own != STREAM.targets[rows]]
     for part, agree in ((right, True), (wrong, False)):
-        (frozen,) = learner.taps(0, part, len(part), "frozen", fresh_stream())
+        (frozen,) = learner.taps(0, part, len(part), "empirical", fresh_stream())
         (published,) = learner.taps(0, part, len(part), "published", fresh_stream())
         head = next(iter(learner.heads[0])).rsplit(".", 1)[0]
         pair = to_numpy(frozen[head].output_gradients), to_numpy(published[head].output_gradients)
@@ -225,7 +225,7 @@ def check_pushforward_and_taps_agree_on_the_slope(make: Make) -> None:
     learner = make(STREAM, 0)
     rows, direction = STREAM.tasks[0].train[:12], direction_of(learner)
     slope, curvature = derivatives_along(learner.pushforward(0, rows, 5, [direction]))
-    (taps,) = learner.taps(0, rows, 12, "frozen", fresh_stream())
+    (taps,) = learner.taps(0, rows, 12, "empirical", fresh_stream())
     gradient = numbers(batch_gradient(taps))
     expected = sum(float(np.sum(gradient[n] * to_numpy(direction[n]).reshape(gradient[n].shape))) for n in gradient)
     np.testing.assert_allclose(float(slope[0]), expected / 12, rtol=1e-10)
@@ -248,7 +248,7 @@ def check_what_is_not_trainable_keeps_its_bits(make: Make) -> None:
 def check_a_projector_keeps_the_outputs_on_what_it_remembers(make: Make) -> None:
     learner = make(STREAM, 0)
     grams = {}
-    (taps,) = learner.taps(0, STREAM.tasks[0].train[:12], 12, "frozen", fresh_stream())
+    (taps,) = learner.taps(0, STREAM.tasks[0].train[:12], 12, "empirical", fresh_stream())
     for name in learner.projectable:
         inputs = taps[name.removesuffix(".weight")].inputs
         rows = inputs.reshape((-1, inputs.shape[2]))

@@ -13,14 +13,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from adapters.torch.dropout import use_stream
+from adapters.torch.layers import is_matrix
 from adapters.torch.networks import MultiHead
 from adapters.torch.projected import projected_inputs
-from adapters.torch.tapping import MATRIX_LAYERS, collect_taps, constant_statistics
+from adapters.torch.tapping import collect_taps, layers_with_samples_first
 from became_core import BecameError
 from became_core.arrays import Params
 from became_core.continual import Batch, Constraint, TapMode, TaskStream, random_stream
 from became_core.continual.stream import Indices
-from became_core.curvature import Pushforward, Taps
+from became_core.curvature import Pushforward, Taps, logit_cotangents
 
 __all__ = ["TorchLearner"]
 
@@ -73,7 +74,7 @@ class TorchLearner:
         self.projectable = frozenset(
             f"{name}.weight"
             for module, name in self._layers.items()
-            if isinstance(module, MATRIX_LAYERS) and not name.startswith("heads.")
+            if is_matrix(module) and not name.startswith("heads.")
         )
 
     def parameters(self) -> Params:
@@ -127,22 +128,23 @@ class TorchLearner:
         self, task: int, indices: Indices, batch_size: int, mode: TapMode, stream: np.random.Generator
     ) -> Iterator[Taps]:
         """Yield each batch's taps."""
-        published = mode == "published"
-        self.network.train(published)
-        self._draw_from(stream)
+        published, layers = mode == "published", None
+        if published:
+            self._draw_from(stream)
+        else:
+            self.network.eval()
+            layers = layers_with_samples_first(self.network, self._layers, (self._batch(indices[:2])[0], task))
         for rows in _chunks(indices, batch_size):
             images, targets = self._batch(rows)
-
-            def summed_loss(images: Tensor = images, targets: Tensor = targets) -> Tensor:
-                logits = self.network(images, task)
-                labels = logits.argmax(dim=1) if published else targets
-                return functional.cross_entropy(logits, labels, reduction="sum")
-
-            if published:
-                yield collect_taps(self.network, self._layers, summed_loss)
-            else:
-                with constant_statistics(self.network):
-                    yield collect_taps(self.network, self._layers, summed_loss)
+            self.network.train(published)
+            yield from collect_taps(
+                self.network,
+                self._layers,
+                (images, task),
+                lambda logits, targets=targets: logit_cotangents(logits, targets, mode, stream),
+                layers=layers,
+                per_sample=not published,
+            )
 
     @torch.no_grad()
     def pushforward(
@@ -208,7 +210,7 @@ def _chunks(indices: Indices, size: int) -> Iterator[Indices]:
 
 
 def _canonical(name: str) -> str:
-    return name.removeprefix("backbone.")
+    return "" if name == "backbone" else name.removeprefix("backbone.")
 
 
 def _checked_device(name: str | torch.device) -> torch.device:
