@@ -181,7 +181,7 @@ def check_taps_speak_of_the_tasks_parameters(make: Make) -> None:
     (taps,) = learner.taps(1, STREAM.tasks[1].train[:12], 12, "empirical", fresh_stream())
     spoken = set(batch_gradient(taps))
     assert spoken == set(learner.parameters()) - learner.heads[0]
-    fisher = numbers(diagonal_fisher([taps], learner.parameters(), "empirical"))
+    fisher = numbers(diagonal_fisher([taps], learner.parameters(), "empirical", samples=12))
     parameters = numbers(learner.parameters())
     assert all(fisher[name].shape == value.shape for name, value in parameters.items())
     for name in learner.projectable:

@@ -67,6 +67,7 @@ class TorchLearner:
         self._std = torch.tensor(dataset.std, device=self.device, dtype=dtype).mul(255).view(shape)
         self._named = {_canonical(name): parameter for name, parameter in self.network.named_parameters()}
         self._layers = {module: _canonical(name) for name, module in self.network.named_modules()}
+        self._layers_of_task: dict[int, frozenset[nn.Module]] = {}
         self.heads = [
             frozenset(name for name in self._named if name.startswith(f"heads.{task}."))
             for task in range(len(stream.tasks))
@@ -128,22 +129,20 @@ class TorchLearner:
         self, task: int, indices: Indices, batch_size: int, mode: TapMode, stream: np.random.Generator
     ) -> Iterator[Taps]:
         """Yield each batch's taps."""
-        published, layers = mode == "published", None
+        published = mode == "published"
+        layers = None if published else self._tapped_layers(task, indices)
         if published:
             self._draw_from(stream)
-        else:
-            self.network.eval()
-            layers = layers_with_samples_first(self.network, self._layers, (self._batch(indices[:2])[0], task))
         for rows in _chunks(indices, batch_size):
             images, targets = self._batch(rows)
+
+            def cotangents(logits: Tensor, targets: Tensor = targets) -> Iterator[Tensor]:
+                return logit_cotangents(logits, targets, mode, stream)
+
             self.network.train(published)
+            arguments = (images, task)
             yield from collect_taps(
-                self.network,
-                self._layers,
-                (images, task),
-                lambda logits, targets=targets: logit_cotangents(logits, targets, mode, stream),
-                layers=layers,
-                per_sample=not published,
+                self.network, self._layers, arguments, cotangents, layers=layers, per_sample=not published
             )
 
     @torch.no_grad()
@@ -166,6 +165,14 @@ class TorchLearner:
                 outputs, tangent, *_ = torch.func.jvp(logits, (primals,), (along,))
                 tangents.append(tangent)
             yield Pushforward(outputs, torch.stack(tangents), targets)
+
+    def _tapped_layers(self, task: int, indices: Indices) -> frozenset[nn.Module]:
+        """Return the layers whose taps have samples first: so they are made, so it is looked for once."""
+        if task not in self._layers_of_task:
+            self.network.eval()
+            arguments = (self._batch(indices[:2])[0], task)
+            self._layers_of_task[task] = layers_with_samples_first(self.network, self._layers, arguments)
+        return self._layers_of_task[task]
 
     def _batch(self, indices: Indices) -> tuple[Tensor, Tensor]:
         rows = torch.from_numpy(indices).to(self.device)

@@ -22,10 +22,9 @@ Statistics = dict[nn.Module, list[tuple[Tensor, Tensor]]]
 @torch.no_grad()
 def statistics(inputs: Tensor) -> tuple[Tensor, Tensor]:
     """Return the mean and variance of each channel, of inputs [N, C, ...]."""
-    rows = inputs.movedim(1, -1).reshape(-1, inputs.shape[1])  # a view where channels lie last
-    mean = rows.mean(0)
-    # Not ``var``: over the leading axis of a matrix it takes ten times as long on a CPU.
-    return mean, (rows - mean).square_().mean(0)
+    # Batch norm's own way to them; ``Tensor.var`` takes a hundred times as long on a CPU.
+    mean, variance = torch.batch_norm_update_stats(inputs, None, None, 0.0)
+    return mean, variance
 
 
 @contextmanager

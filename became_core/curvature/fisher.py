@@ -49,7 +49,10 @@ def diagonal_fisher(batches: Iterable[Taps], parameters: Params, kind: FisherKin
     total: Params = {}
     for taps in batches:
         for name, value in contribution(taps).items():
-            total[name] = total[name] + value if name in total else value
+            if name in total:
+                total[name] += value  # the sum so far is our own
+            else:
+                total[name] = value
     if samples < 1 or not total:
         raise BecameError("the Fisher information needs at least one sample; none was given.")
     unknown = sorted(set(total) - set(parameters))
