@@ -144,7 +144,7 @@ def grouped_gradients(inputs: Array, output_gradients: Array, groups: int) -> Ar
     width, height = inputs.shape[2] // groups, output_gradients.shape[2] // groups
     gradients = []
     for a, g in zip(inputs, output_gradients, strict=True):
-        dense = sum(np.outer(g_l, a_l) for a_l, g_l in zip(a, g, strict=True))
+        dense = np.asarray(sum(np.outer(g_l, a_l) for a_l, g_l in zip(a, g, strict=True)))
         blocks = [dense[k * height : (k + 1) * height, k * width : (k + 1) * width] for k in range(groups)]
         gradients.append(np.concatenate(blocks))
     return np.stack(gradients)
@@ -161,7 +161,7 @@ def embedding_gradients(indices: NDArray[np.int64], output_gradients: Array, siz
 
 def kfac_factors(inputs: Array, output_gradients: Array, sharing: str) -> tuple[Array, Array]:
     """Return K-FAC's A and G of a layer as means over samples (Eschenhagen 2023, eqs. of "expand" and "reduce")."""
-    n, positions, _ = inputs.shape
+    n = len(inputs)
     a_factor: Array = np.zeros((inputs.shape[2],) * 2)
     g_factor: Array = np.zeros((output_gradients.shape[2],) * 2)
     for a, g in zip(inputs, output_gradients, strict=True):

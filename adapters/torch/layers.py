@@ -1,7 +1,7 @@
 """The PyTorch layers that taps know, and what each gives a tap.
 
-Convention: as in ``became_core.curvature.taps``; a layer's inputs and output gradients come as PyTorch has them, samples
-first. A class is known by itself, never by a subclass, which may compute something else.
+Convention: as in ``became_core.curvature.taps``; a layer's inputs and output gradients come as PyTorch has them,
+samples first. A class is known by itself, never by a subclass, which may compute something else.
 """
 
 from collections.abc import Callable

@@ -1,11 +1,12 @@
 """Taps from PyTorch modules: hooks that record layer inputs, and output gradients by one backward pass.
 
-Convention: as in ``became_core.curvature.taps``. No weight gradient is computed: the backward pass stops at the outputs.
+Convention: as in ``became_core.curvature.taps``. No weight gradient is computed: the backward pass stops at a layer's
+output.
 
 No parameter is passed over in silence: the graph of the forward pass is read for how often it uses each, and one that
 is used otherwise than by the layers that taps know (in a layer of another class, as a bare parameter, by two modules,
-by a layer whose first axis is not the samples') has its per-sample gradients computed by ``torch.func.vmap(grad)``, with
-a warning that names it.
+by a layer whose first axis is not the samples') has its per-sample gradients computed by ``torch.func.vmap(grad)``,
+with a warning that names it.
 """
 
 import warnings
@@ -18,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from adapters.torch.layers import arranged_inputs, is_known, tap_of
 from adapters.torch.statistics import Statistics, constant_statistics
@@ -72,7 +74,8 @@ def collect_taps(
     logits, runs, others, used = _forward(network, names, arguments, layers, per_sample=per_sample)
     if per_sample:
         _warn_of(others, names)
-    wanted = [run.output for each in runs.values() for run in each] + ([] if per_sample else list(others.values()))
+    wanted: list[Any] = [run.output for each in runs.values() for run in each]
+    wanted += [] if per_sample else list(others.values())
     seeds = list(cotangents(logits.detach()))
     for index, seed in enumerate(seeds):
         more = index + 1 < len(seeds)
@@ -82,7 +85,9 @@ def collect_taps(
             for module, each in runs.items()
         }
         rest = _per_sample_gradients(network, others, arguments, seed, used) if per_sample and others else gradients
-        yield taps | {name: _lone_tap(value, len(seed) if per_sample else 1) for name, value in zip(others, rest)}
+        yield taps | {
+            name: _lone_tap(value, len(seed) if per_sample else 1) for name, value in zip(others, rest, strict=True)
+        }
 
 
 def layers_with_samples_first(network: nn.Module, names: Names, arguments: tuple[Any, ...]) -> frozenset[nn.Module]:
@@ -101,8 +106,8 @@ def layers_with_samples_first(network: nn.Module, names: Names, arguments: tuple
     seed[0] = torch.linspace(1, 2, seed.shape[1])
     outputs = [run.output for each in runs.values() for run in each]
     gradients = iter(torch.autograd.grad(logits, outputs, seed) if outputs else ())
-    apart = {module: [not gradient[1:].any() for gradient, _ in zip(gradients, each)] for module, each in runs.items()}
-    return frozenset(module for module, each in apart.items() if all(each))
+    mixed = {module: [bool(next(gradients)[1:].any()) for _ in each] for module, each in runs.items()}
+    return frozenset(module for module, each in mixed.items() if not any(each))
 
 
 def _forward(
@@ -111,7 +116,8 @@ def _forward(
     runs: dict[nn.Module, list[_Run]] = {
         module: [] for module in names if is_known(module) and (layers is None or module in layers)
     }
-    with _recorded(runs, len(arguments[0])), constant_statistics(network) if per_sample else nullcontext({}) as used:
+    statistics = constant_statistics(network) if per_sample else nullcontext(Statistics())
+    with _recorded(runs, len(arguments[0])), statistics as used:
         logits = network(*arguments)
     nodes, uses = _graph(logits)
     owners = _owners(names)
@@ -161,10 +167,11 @@ def _graph(result: Tensor) -> tuple[set[Node], Counter[Tensor]]:
             continue
         nodes.add(node)
         for before, _ in node.next_functions:
-            if hasattr(before, "variable"):  # where a leaf's gradient gathers
-                uses[before.variable] += 1
-            else:
+            leaf = getattr(before, "variable", None)  # where a leaf's gradient gathers
+            if leaf is None:
                 waiting.append(before)
+            else:
+                uses[leaf] += 1
     return nodes, uses
 
 
@@ -198,9 +205,10 @@ def _warn_of(others: Mapping[str, nn.Parameter], names: Names) -> None:
     classes = {layer: type(module).__name__ for module, layer in names.items()}
     for name in others:
         layer = name.rpartition(".")[0]
+        where = f"the layer '{layer}'" if layer else "the network itself"
         warnings.warn(
-            f"taps do not know how the parameter '{name}' is used, in the layer '{layer}', a {classes[layer]}; its "
-            "per-sample gradients are computed by vmap, which is exact but slower.",
+            f"taps do not know how the parameter '{name}' is used, in {where}, a {classes[layer]}; its per-sample "
+            "gradients are computed by vmap, which is exact but slower.",
             stacklevel=3,
         )
 
@@ -214,9 +222,10 @@ def _per_sample_gradients(
 
     def one(theta: dict[str, Tensor], sample: Tensor, at_logits: Tensor) -> Tensor:
         with constant_statistics(network, used):
-            logits = torch.func.functional_call(network, theta, (sample[None], *arguments[1:]))
+            logits: Tensor = torch.func.functional_call(network, theta, (sample[None], *arguments[1:]))
         return (logits[0] * at_logits).sum()
 
     size = max(1, CHUNK // sum(value.numel() for value in theta.values()))
-    gradients = torch.func.vmap(torch.func.grad(one), (None, 0, 0), chunk_size=size)(theta, arguments[0], seed)
+    with sdpa_kernel(SDPBackend.MATH):  # vmap knows no other kernel of attention
+        gradients = torch.func.vmap(torch.func.grad(one), (None, 0, 0), chunk_size=size)(theta, arguments[0], seed)
     return iter([gradients[name] for name in theta])

@@ -41,7 +41,9 @@ def test_batch_is_the_published_estimate_weighed_by_samples(xp: Any, batches: An
 @given(batches=BATCHES)
 def test_batches_of_one_sample_make_the_two_kinds_equal(xp: Any, batches: Any) -> None:
     singles = [(a[i : i + 1], g[i : i + 1]) for a, g in batches for i in range(len(a))]
-    kinds = [diagonal_fisher(taps_of(xp, singles), to_xp(xp, PARAMETERS), kind, samples=8) for kind in ("empirical", "batch")]
+    kinds = [
+        diagonal_fisher(taps_of(xp, singles), to_xp(xp, PARAMETERS), kind, samples=8) for kind in ("empirical", "batch")
+    ]
     for name in PARAMETERS:
         np.testing.assert_array_equal(to_numpy(kinds[0][name]), to_numpy(kinds[1][name]))
 
@@ -58,7 +60,9 @@ def test_how_samples_are_batched_does_not_matter(xp: Any, batches: Any) -> None:
 def test_parameters_without_a_tap_get_zeros_of_their_own_kind(xp: Any) -> None:
     head = xp.full((3, 2), xp.nan, dtype=xp.float32)  # another task's head; its values play no part
     parameters = to_xp(xp, PARAMETERS) | {"heads.1.weight": head}
-    fisher = diagonal_fisher(taps_of(xp, [(np.ones((1, 3, 4)), np.ones((1, 3, 2)))]), parameters, "empirical", samples=1)
+    fisher = diagonal_fisher(
+        taps_of(xp, [(np.ones((1, 3, 4)), np.ones((1, 3, 2)))]), parameters, "empirical", samples=1
+    )
     assert list(fisher) == list(parameters)
     assert fisher["heads.1.weight"].dtype == xp.float32
     np.testing.assert_array_equal(to_numpy(fisher["heads.1.weight"]), np.zeros((3, 2)))

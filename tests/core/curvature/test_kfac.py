@@ -26,7 +26,8 @@ def tap_of(xp: Any, layer: Any, **fields: Any) -> Tap:
 def test_factors_are_those_of_the_definition(xp: Any, sharing: Any, batches: Any) -> None:
     taps = [{"conv": tap_of(xp, batch, has_bias=True)} for batch in batches]
     factors, diagonal = kronecker_factors(taps, samples=8, sharing=sharing)
-    expected = kfac_factors(*(np.concatenate(part) for part in zip(*batches, strict=True)), sharing=sharing)
+    a, g = (np.concatenate(part) for part in zip(*batches, strict=True))
+    expected = kfac_factors(a, g, sharing)
     assert set(factors) == {"conv.weight", "conv.bias"}
     assert not diagonal
     for found, wanted in zip(factors["conv.weight"], expected, strict=True):
@@ -51,9 +52,9 @@ def test_passes_of_one_batch_share_their_inputs(xp: Any, layer: Any, other: Any)
     first = tap_of(xp, layer)
     passes = [{"fc": first}, {"fc": Tap("matrix", first.inputs, to_xp(xp, other))}]
     factors, _ = kronecker_factors(passes, samples=4)
-    a, g = kfac_factors(*layer, sharing="expand")
+    a, g = kfac_factors(layer[0], layer[1], "expand")
     np.testing.assert_array_equal(to_numpy(factors["fc.weight"][0]), a)
-    expected = g + kfac_factors(layer[0], other, sharing="expand")[1]
+    expected = g + kfac_factors(layer[0], other, "expand")[1]
     np.testing.assert_array_equal(to_numpy(factors["fc.weight"][1]), expected)
 
 
