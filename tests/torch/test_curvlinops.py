@@ -87,7 +87,7 @@ def test_the_true_fisher_is_the_diagonal_of_the_ggn(learner: TorchLearner) -> No
     names, operator = _theirs(learner, GGNLinearOperator)
     matrix = operator @ torch.eye(operator.shape[1], dtype=torch.float64)
     parameters, found = learner.parameters(), _measured(learner, "true").diagonal().diagonal()
-    parts = torch.diagonal(matrix).split([parameters[name].numel() for name in names])
+    parts = torch.split(torch.diagonal(matrix), [parameters[name].numel() for name in names])
     _assert_same({name: value.flatten() for name, value in found.items()}, names, parts)
 
 
