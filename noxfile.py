@@ -50,7 +50,7 @@ def tests_core(session: nox.Session) -> None:
 @nox.session(name="tests-torch")
 def tests_torch(session: nox.Session) -> None:
     """Everything, on PyTorch."""
-    install(session, "test", "-e", ".[torch]")
+    install(session, "test-torch", "-e", ".[torch]")
     session.run("pytest", "tests", "--backend", "torch", *session.posargs)
 
 

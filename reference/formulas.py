@@ -15,6 +15,9 @@ __all__ = [
     "brute_force_minimiser",
     "cross_entropy",
     "directional_derivatives",
+    "embedding_gradients",
+    "grouped_gradients",
+    "kfac_factors",
     "laplace_loss",
     "softmax",
     "squared_gradients",
@@ -130,6 +133,43 @@ def squared_gradients(inputs: Array, output_gradients: Array) -> tuple[Array, Ar
         weight += sum(np.outer(g_l, a_l) for a_l, g_l in zip(a, g, strict=True)) ** 2
         bias += sum(g) ** 2
     return weight, bias
+
+
+def grouped_gradients(inputs: Array, output_gradients: Array, groups: int) -> Array:
+    """Return each sample's gradient of the weight of a grouped layer, [samples, d_out, d_in / groups].
+
+    The dense layer's weight is block-diagonal, and only its blocks are free.
+    """
+    width, height = inputs.shape[2] // groups, output_gradients.shape[2] // groups
+    gradients = []
+    for a, g in zip(inputs, output_gradients, strict=True):
+        dense = np.asarray(sum(np.outer(g_l, a_l) for a_l, g_l in zip(a, g, strict=True)))
+        blocks = [dense[k * height : (k + 1) * height, k * width : (k + 1) * width] for k in range(groups)]
+        gradients.append(np.concatenate(blocks))
+    return np.stack(gradients)
+
+
+def embedding_gradients(indices: NDArray[np.int64], output_gradients: Array, size: int) -> Array:
+    """Return each sample's gradient of an embedding's weight, [samples, size, d]; an index may come repeatedly."""
+    gradients = np.zeros((len(indices), size, output_gradients.shape[2]))
+    for n, (row, g) in enumerate(zip(indices, output_gradients, strict=True)):
+        for index, g_l in zip(row, g, strict=True):
+            gradients[n, index] += g_l
+    return gradients
+
+
+def kfac_factors(inputs: Array, output_gradients: Array, sharing: str) -> tuple[Array, Array]:
+    """Return K-FAC's A and G of a layer as means over samples (Eschenhagen 2023, eqs. of "expand" and "reduce")."""
+    n = len(inputs)
+    a_factor: Array = np.zeros((inputs.shape[2],) * 2)
+    g_factor: Array = np.zeros((output_gradients.shape[2],) * 2)
+    for a, g in zip(inputs, output_gradients, strict=True):
+        if sharing == "reduce":
+            a, g = a.mean(axis=0)[None], g.sum(axis=0)[None]
+        for a_l, g_l in zip(a, g, strict=True):
+            a_factor = a_factor + np.outer(a_l, a_l) / len(a) / n
+            g_factor = g_factor + np.outer(g_l, g_l) / n
+    return a_factor, g_factor
 
 
 def squared_mean_gradient(inputs: Array, output_gradients: Array) -> tuple[Array, Array]:

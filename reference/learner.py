@@ -125,12 +125,12 @@ class ReferenceLearner:
         """Yield each batch's taps: one position a sample."""
         for rows in _chunks(indices, batch_size):
             forward = self._forward(task, rows, stream if mode == "published" else None)
-            labels = forward.logits.argmax(axis=1) if mode == "published" else self._targets[rows]
-            gradients = self._backward(task, forward, labels)
-            yield {
-                layer: Tap("matrix", a[:, None, :], g[:, None, :], has_bias=f"{layer}.bias" in self._parameters)
-                for layer, a, g in zip(self._layers(task), forward.inputs, gradients, strict=True)
-            }
+            for at_logits in _at_logits(forward.logits, self._targets[rows], mode, stream):
+                gradients = self._backward(task, forward, at_logits)
+                yield {
+                    layer: Tap("matrix", a[:, None, :], g[:, None, :], has_bias=f"{layer}.bias" in self._parameters)
+                    for layer, a, g in zip(self._layers(task), forward.inputs, gradients, strict=True)
+                }
 
     def pushforward(
         self, task: int, indices: Indices, batch_size: int, directions: Sequence[Params]
@@ -166,10 +166,9 @@ class ReferenceLearner:
             inputs.append(z * gate)
         return _Pass(inputs, gates, inputs[-1] @ self._parameters[f"{self._heads[task]}.weight"].T)
 
-    def _backward(self, task: int, forward: _Pass, labels: Indices) -> list[Array]:
-        """Return the gradient of each sample's loss by each layer's output, [samples, d_out], first layer first."""
+    def _backward(self, task: int, forward: _Pass, at_head: Array) -> list[Array]:
+        """Return the gradient by each layer's output, [samples, d_out], first layer first, given that by the logits."""
         _, fc2, head = self._layers(task)
-        at_head = np.exp(_log_softmax(forward.logits)) - np.eye(forward.logits.shape[1])[labels]
         at_fc2 = at_head @ self._parameters[f"{head}.weight"] * forward.gates[1]
         at_fc1 = at_fc2 @ self._parameters[f"{fc2}.weight"] * forward.gates[0]
         return [at_fc1, at_fc2, at_head]
@@ -177,7 +176,7 @@ class ReferenceLearner:
     def _gradients(self, task: int, forward: _Pass, labels: Indices) -> dict[str, Array]:
         """Return the gradient of the batch's mean loss by every parameter that takes part."""
         gradients = {}
-        output_gradients = self._backward(task, forward, labels)
+        output_gradients = self._backward(task, forward, _loss_gradient(forward.logits, labels))
         for layer, a, g in zip(self._layers(task), forward.inputs, output_gradients, strict=True):
             gradients[f"{layer}.weight"] = g.T @ a / len(a)
             if f"{layer}.bias" in self._parameters:
@@ -202,6 +201,26 @@ class ReferenceLearner:
 def _log_softmax(logits: Array) -> Array:
     shifted = logits - logits.max(axis=1, keepdims=True)
     return np.asarray(shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True)))
+
+
+def _loss_gradient(logits: Array, labels: Indices) -> Array:
+    """The gradient of each sample's cross-entropy by its logits: p - e_label."""
+    return np.exp(_log_softmax(logits)) - np.eye(logits.shape[1])[labels]
+
+
+def _at_logits(logits: Array, labels: Indices, mode: TapMode, stream: np.random.Generator) -> Iterator[Array]:
+    """Yield the gradients by the logits that a mode's taps begin with."""
+    p = np.exp(_log_softmax(logits))
+    if mode == "true":
+        for label in range(logits.shape[1]):
+            yield np.sqrt(p[:, [label]]) * _loss_gradient(logits, np.full(len(logits), label))
+    elif mode == "logit":
+        yield np.eye(logits.shape[1])[labels]
+    elif mode == "sampled":
+        drawn = (np.log(p) + stream.gumbel(size=logits.shape)).argmax(axis=1)  # a draw from p
+        yield _loss_gradient(logits, drawn)
+    else:
+        yield _loss_gradient(logits, logits.argmax(axis=1) if mode == "published" else labels)
 
 
 def _losses(logits: Array, labels: Indices) -> Array:

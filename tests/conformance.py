@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from became_core.arrays import Params
+from became_core.arrays import Params, device, namespace
 from became_core.continual import (
     METHODS,
     SGD,
@@ -28,11 +28,19 @@ from became_core.continual import (
     build_method,
     learn,
 )
-from became_core.curvature import derivatives_along, diagonal_fisher, input_grams
-from became_core.curvature.taps import batch_gradient, per_sample_square_sum
+from became_core.continual.measurement import Measurement
+from became_core.curvature import (
+    batch_gradient,
+    derivatives_along,
+    diagonal_fisher,
+    input_grams,
+    kronecker_factors,
+    per_sample_gradients,
+    per_sample_square_sum,
+)
 from became_core.laplace import Diagonal, LaplacePosterior
 from became_core.projection import GPM
-from reference.formulas import cross_entropy
+from reference.formulas import cross_entropy, softmax
 from tests.backends import to_numpy
 from tests.projections import Finished
 from tests.streams import prototype_stream
@@ -85,6 +93,12 @@ def direction_of(learner: Learner, size: float = 0.1) -> Params:
         name: value * 0 if name in learner.heads[1] else size * (value + float(shifts.normal()))
         for name, value in learner.parameters().items()
     }
+
+
+def in_the_framework_of(like: Any, values: NDArray[np.float64]) -> Any:
+    """Numbers as an array of the framework, dtype and device of another."""
+    xp = namespace(like=like)
+    return xp.asarray(values, dtype=like.dtype, device=device(like))
 
 
 def moved(parameters: Params, direction: Params, by: float) -> Params:
@@ -147,7 +161,7 @@ def check_a_step_descends_the_gradient_of_taps(make: Make) -> None:
     """theta - rate * (mean gradient): training and taps differentiate the same function."""
     learner = make(STREAM, 0)
     before, expected_loss = numbers(learner.parameters()), loss_at(learner, learner.parameters())
-    (taps,) = learner.taps(0, STREAM.tasks[0].train[:12], 12, "frozen", fresh_stream())
+    (taps,) = learner.taps(0, STREAM.tasks[0].train[:12], 12, "empirical", fresh_stream())
     gradient = numbers(batch_gradient(taps))
     loss = step(learner, everything(learner))
     np.testing.assert_allclose(loss, expected_loss, rtol=1e-10)
@@ -161,7 +175,7 @@ def check_a_step_descends_the_gradient_of_taps(make: Make) -> None:
 def check_the_gradient_of_taps_by_finite_differences(make: Make) -> None:
     learner = make(STREAM, 0)
     theta, direction = learner.parameters(), direction_of(learner)
-    (taps,) = learner.taps(0, STREAM.tasks[0].train[:12], 12, "frozen", fresh_stream())
+    (taps,) = learner.taps(0, STREAM.tasks[0].train[:12], 12, "empirical", fresh_stream())
     gradient, h = numbers(batch_gradient(taps)), STEP
     slope = sum(float(np.sum(gradient[n] * to_numpy(direction[n]).reshape(gradient[n].shape))) for n in gradient) / 12
     difference = (loss_at(learner, moved(theta, direction, h)) - loss_at(learner, moved(theta, direction, -h))) / (
@@ -173,10 +187,10 @@ def check_the_gradient_of_taps_by_finite_differences(make: Make) -> None:
 def check_squares_are_per_sample(make: Make) -> None:
     learner = make(STREAM, 0)
     rows = STREAM.tasks[0].train[:12]
-    (together,) = learner.taps(0, rows, 12, "frozen", fresh_stream())
+    (together,) = learner.taps(0, rows, 12, "empirical", fresh_stream())
     squares = numbers(per_sample_square_sum(together))
     one_by_one: dict[str, NDArray[Any]] = {}
-    for taps in learner.taps(0, rows, 1, "frozen", fresh_stream()):
+    for taps in learner.taps(0, rows, 1, "empirical", fresh_stream()):
         for name, gradient in numbers(batch_gradient(taps)).items():
             one_by_one[name] = one_by_one.get(name, 0) + gradient**2
     assert set(squares) == set(one_by_one)
@@ -186,10 +200,10 @@ def check_squares_are_per_sample(make: Make) -> None:
 
 def check_taps_speak_of_the_tasks_parameters(make: Make) -> None:
     learner = make(STREAM, 0)
-    (taps,) = learner.taps(1, STREAM.tasks[1].train[:12], 12, "frozen", fresh_stream())
+    (taps,) = learner.taps(1, STREAM.tasks[1].train[:12], 12, "empirical", fresh_stream())
     spoken = set(batch_gradient(taps))
     assert spoken == set(learner.parameters()) - learner.heads[0]
-    fisher = numbers(diagonal_fisher([taps], learner.parameters(), "empirical"))
+    fisher = numbers(diagonal_fisher([taps], learner.parameters(), "empirical", samples=12))
     parameters = numbers(learner.parameters())
     assert all(fisher[name].shape == value.shape for name, value in parameters.items())
     for name in learner.projectable:
@@ -198,13 +212,106 @@ def check_taps_speak_of_the_tasks_parameters(make: Make) -> None:
         assert layer.inputs.shape[2] == parameters[name][0].size
 
 
+def check_true_taps_are_the_expectation_over_labels(make: Make) -> None:
+    """Against the GGN by forward mode, an entry at a time: for cross-entropy their diagonals are the same."""
+    learner = make(STREAM, 0)
+    rows, draw = STREAM.tasks[0].train[:12], np.random.default_rng(0)
+    batches = list(learner.taps(0, rows, 5, "true", fresh_stream()))
+    assert len(batches) == 3 * 3  # as many for each batch as there are classes
+    parameters = learner.parameters()
+    fisher = numbers(diagonal_fisher(batches, parameters, "true", samples=12))
+    entries = [
+        (name, int(index))
+        for name in sorted(set(parameters) - learner.heads[1])
+        for index in draw.choice(fisher[name].size, size=min(4, fisher[name].size), replace=False)
+    ]
+    directions = []
+    for name, index in entries:
+        units = {other: value * 0 for other, value in parameters.items()}
+        unit = np.zeros(fisher[name].size)
+        unit[index] = 1
+        units[name] = in_the_framework_of(parameters[name], unit.reshape(fisher[name].shape))
+        directions.append(units)
+    _, curvature = derivatives_along(learner.pushforward(0, rows, 5, directions))
+    expected = np.diagonal(to_numpy(curvature))
+    assert np.any(expected > 1e-6)
+    found = [fisher[name].ravel()[index] for name, index in entries]
+    np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-14)
+
+
+def check_sampled_taps_repeat_with_their_stream_and_follow_the_model(make: Make) -> None:
+    learner = make(STREAM, 0)
+    rows, head = STREAM.tasks[0].train[:12], next(iter(learner.heads[0])).rsplit(".", 1)[0]
+
+    def gradients(stream: np.random.Generator) -> NDArray[Any]:
+        batches = learner.taps(0, rows, 5, "sampled", stream)
+        return np.concatenate([to_numpy(taps[head].output_gradients)[:, 0] for taps in batches])
+
+    p = softmax(to_numpy(learner.logits(rows, 12))[:, 0])
+    np.testing.assert_array_equal(gradients(fresh_stream()), gradients(fresh_stream()))
+    stream, draws = fresh_stream(), 300
+    drawn = np.stack([p - gradients(stream) for _ in range(draws)])
+    np.testing.assert_allclose(np.sort(drawn, axis=-1), np.broadcast_to([0, 0, 1], drawn.shape), atol=1e-9)
+    error = np.sqrt(p * (1 - p) / draws)
+    assert np.all(np.abs(drawn.mean(axis=0) - p) <= 4.5 * error)
+
+
+def check_logit_taps_are_the_gradient_of_the_true_logit(make: Make) -> None:
+    learner = make(STREAM, 0)
+    rows, h = STREAM.tasks[0].train[:12], STEP
+    theta, direction, labels = learner.parameters(), direction_of(learner), STREAM.targets[rows]
+    (taps,) = learner.taps(0, rows, 12, "logit", fresh_stream())
+    gradients = numbers(per_sample_gradients(taps))
+    slopes = sum(g.reshape(12, -1) @ to_numpy(direction[name]).ravel() for name, g in gradients.items())
+    ends = []
+    for by in (-h, h):
+        learner.assign(moved(theta, direction, by))
+        ends.append(to_numpy(learner.logits(rows, 12))[np.arange(12), 0, labels])
+    np.testing.assert_allclose(slopes, (ends[1] - ends[0]) / (2 * h), rtol=1e-6, atol=1e-8)
+
+
+def check_measured_logit_gradients_are_of_shared_parameters(make: Make) -> None:
+    learner = make(STREAM, 0)
+    training = Training(Annealed(0.05, 1), Annealed(0.05, 1), batch_size=4)
+    measurement = Measurement(learner, STREAM.tasks[1], training, "empirical", 0, "posterior")
+    batches = list(measurement.logit_gradients(10))
+    shapes = {name: value.shape for name, value in numbers(learner.parameters()).items()}
+    shared = set(shapes) - learner.heads[0] - learner.heads[1]
+    for size, batch in zip((4, 4, 2), batches, strict=True):
+        assert {name: value.shape for name, value in numbers(batch).items()} == {n: (size, *shapes[n]) for n in shared}
+    assert all(np.any(value != 0) for value in numbers(batches[0]).values())
+    again = list(measurement.logit_gradients(10))
+    for name, value in numbers(batches[2]).items():
+        np.testing.assert_array_equal(value, to_numpy(again[2][name]))
+
+
+def check_kronecker_factors_are_a_precision(make: Make) -> None:
+    """Exact where it must be: with one sample, along any direction, where a layer has one position; else a diagonal."""
+    learner = make(STREAM, 0)
+    row = STREAM.tasks[0].train[:1]
+    (taps,) = learner.taps(0, row, 1, "empirical", fresh_stream())
+    factors, _ = kronecker_factors([taps], samples=1)
+    gradient, direction = numbers(batch_gradient(taps)), numbers(direction_of(learner))
+    for name, (a, g) in factors.items():
+        if name.endswith("weight") and taps[name.removesuffix(".weight")].inputs.shape[1] == 1:
+            d = direction[name].reshape(gradient[name].shape)
+            found = np.sum(d * (to_numpy(g) @ d @ to_numpy(a)))
+            np.testing.assert_allclose(found, np.sum(d * gradient[name]) ** 2, rtol=1e-9, atol=1e-15)
+    training = Training(Annealed(0.05, 1), Annealed(0.05, 1), batch_size=7)
+    for kind in ("empirical", "true", "sampled"):
+        precision = Measurement(learner, STREAM.tasks[0], training, kind, 0, "posterior").kronecker()
+        shapes = {name: value.shape for name, value in numbers(learner.parameters()).items()}
+        assert precision.covered() == {n: shape for n, shape in shapes.items() if n not in learner.heads[1]}
+        assert float(precision.inner(direction_of(learner), direction_of(learner))) > 0
+
+
 def check_published_taps_take_the_models_own_labels(make: Make) -> None:
     learner = make(STREAM, 0)
     rows = STREAM.tasks[0].train
     own = to_numpy(learner.logits(rows, len(rows)))[:, 0].argmax(axis=1)
     right, wrong = rows[own == STREAM.targets[rows]], rows[own != STREAM.targets[rows]]
     for part, agree in ((right, True), (wrong, False)):
-        (frozen,) = learner.taps(0, part, len(part), "frozen", fresh_stream())
+        (frozen,) = learner.taps(0, part, len(part), "empirical", fresh_stream())
         (published,) = learner.taps(0, part, len(part), "published", fresh_stream())
         head = next(iter(learner.heads[0])).rsplit(".", 1)[0]
         pair = to_numpy(frozen[head].output_gradients), to_numpy(published[head].output_gradients)
@@ -233,7 +340,7 @@ def check_pushforward_and_taps_agree_on_the_slope(make: Make) -> None:
     learner = make(STREAM, 0)
     rows, direction = STREAM.tasks[0].train[:12], direction_of(learner)
     slope, curvature = derivatives_along(learner.pushforward(0, rows, 5, [direction]))
-    (taps,) = learner.taps(0, rows, 12, "frozen", fresh_stream())
+    (taps,) = learner.taps(0, rows, 12, "empirical", fresh_stream())
     gradient = numbers(batch_gradient(taps))
     expected = sum(float(np.sum(gradient[n] * to_numpy(direction[n]).reshape(gradient[n].shape))) for n in gradient)
     np.testing.assert_allclose(float(slope[0]), expected / 12, rtol=1e-10)
@@ -255,7 +362,7 @@ def check_what_is_not_trainable_keeps_its_bits(make: Make) -> None:
 
 def input_grams_of(learner: Learner) -> Params:
     """The Gram matrices of what the protected layers see of the first samples."""
-    taps = learner.taps(0, STREAM.tasks[0].train[:12], 12, "frozen", fresh_stream())
+    taps = learner.taps(0, STREAM.tasks[0].train[:12], 12, "empirical", fresh_stream())
     return input_grams(taps, learner.projectable)
 
 

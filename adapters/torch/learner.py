@@ -13,14 +13,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from adapters.torch.dropout import use_stream
+from adapters.torch.layers import is_matrix
 from adapters.torch.networks import MultiHead
 from adapters.torch.projected import projected_inputs
-from adapters.torch.tapping import MATRIX_LAYERS, collect_taps, constant_statistics
+from adapters.torch.tapping import collect_taps, layers_with_samples_first
 from became_core import BecameError
 from became_core.arrays import Params
 from became_core.continual import Batch, Constraint, Optimiser, TapMode, TaskStream, random_stream
 from became_core.continual.stream import Indices
-from became_core.curvature import Pushforward, Taps
+from became_core.curvature import Pushforward, Taps, logit_cotangents
 
 __all__ = ["TorchLearner"]
 
@@ -66,6 +67,7 @@ class TorchLearner:
         self._std = torch.tensor(dataset.std, device=self.device, dtype=dtype).mul(255).view(shape)
         self._named = {_canonical(name): parameter for name, parameter in self.network.named_parameters()}
         self._layers = {module: _canonical(name) for name, module in self.network.named_modules()}
+        self._layers_of_task: dict[int, frozenset[nn.Module]] = {}
         self.heads = [
             frozenset(name for name in self._named if name.startswith(f"heads.{task}."))
             for task in range(len(stream.tasks))
@@ -73,7 +75,7 @@ class TorchLearner:
         self.projectable = frozenset(
             f"{name}.weight"
             for module, name in self._layers.items()
-            if isinstance(module, MATRIX_LAYERS) and not name.startswith("heads.")
+            if is_matrix(module) and not name.startswith("heads.")
         )
 
     def parameters(self) -> Params:
@@ -132,21 +134,20 @@ class TorchLearner:
     ) -> Iterator[Taps]:
         """Yield each batch's taps."""
         published = mode == "published"
-        self.network.train(published)
-        self._draw_from(stream)
+        layers = None if published else self._tapped_layers(task, indices)
+        if published:
+            self._draw_from(stream)
         for rows in _chunks(indices, batch_size):
             images, targets = self._batch(rows)
 
-            def summed_loss(images: Tensor = images, targets: Tensor = targets) -> Tensor:
-                logits = self.network(images, task)
-                labels = logits.argmax(dim=1) if published else targets
-                return functional.cross_entropy(logits, labels, reduction="sum")
+            def cotangents(logits: Tensor, targets: Tensor = targets) -> Iterator[Tensor]:
+                return logit_cotangents(logits, targets, mode, stream)
 
-            if published:
-                yield collect_taps(self.network, self._layers, summed_loss)
-            else:
-                with constant_statistics(self.network):
-                    yield collect_taps(self.network, self._layers, summed_loss)
+            self.network.train(published)
+            arguments = (images, task)
+            yield from collect_taps(
+                self.network, self._layers, arguments, cotangents, layers=layers, per_sample=not published
+            )
 
     @torch.no_grad()
     def pushforward(
@@ -168,6 +169,14 @@ class TorchLearner:
                 outputs, tangent, *_ = torch.func.jvp(logits, (primals,), (along,))
                 tangents.append(tangent)
             yield Pushforward(outputs, torch.stack(tangents), targets)
+
+    def _tapped_layers(self, task: int, indices: Indices) -> frozenset[nn.Module]:
+        """Return the layers whose taps have samples first: so they are made, so it is looked for once."""
+        if task not in self._layers_of_task:
+            self.network.eval()
+            arguments = (self._batch(indices[:2])[0], task)
+            self._layers_of_task[task] = layers_with_samples_first(self.network, self._layers, arguments)
+        return self._layers_of_task[task]
 
     def _batch(self, indices: Indices) -> tuple[Tensor, Tensor]:
         rows = torch.from_numpy(indices).to(self.device)
@@ -212,7 +221,7 @@ def _chunks(indices: Indices, size: int) -> Iterator[Indices]:
 
 
 def _canonical(name: str) -> str:
-    return name.removeprefix("backbone.")
+    return "" if name == "backbone" else name.removeprefix("backbone.")
 
 
 def _checked_device(name: str | torch.device) -> torch.device:

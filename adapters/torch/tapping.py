@@ -1,123 +1,231 @@
 """Taps from PyTorch modules: hooks that record layer inputs, and output gradients by one backward pass.
 
-Convention: as in ``became_core.curvature.taps``. No weight gradient is computed: the backward pass stops at the
-outputs.
+Convention: as in ``became_core.curvature.taps``. No weight gradient is computed: the backward pass stops at a layer's
+output.
+
+No parameter is passed over in silence: the graph of the forward pass is read for how often it uses each, and one that
+is used otherwise than by the layers that taps know (in a layer of another class, as a bare parameter, by two modules,
+by a layer whose first axis is not the samples') has its per-sample gradients computed by ``torch.func.vmap(grad)``,
+with a warning that names it.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
+import warnings
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from became_core import BecameError
+from adapters.torch.layers import arranged_inputs, is_known, tap_of
+from adapters.torch.statistics import Statistics, constant_statistics
 from became_core.curvature import Tap, Taps
 
-__all__ = ["MATRIX_LAYERS", "collect_taps", "constant_statistics"]
+__all__ = ["Names", "collect_taps", "layers_with_samples_first"]
 
-MATRIX_LAYERS = (nn.Linear, nn.Conv2d)
-BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
-SCALE_LAYERS = (*BATCH_NORMS, nn.LayerNorm)
+# Per-sample gradients that vmap computes at a time, in numbers.
+CHUNK = 2**22
+
+# All modules of a network by canonical name.
+Names = Mapping[nn.Module, str]
 
 
-def collect_taps(network: nn.Module, names: dict[nn.Module, str], forward: Callable[[], Tensor]) -> Taps:
-    """Run a forward pass that ends in the sum of the samples' losses; return the taps of all layers that took part.
+class _Run(NamedTuple):
+    """One run of a layer: its inputs, arranged for the tap, their version then, and its output's place in the graph."""
+
+    inputs: Tensor
+    version: int
+    output: GradientEdge
+
+
+class _Forward(NamedTuple):
+    """A forward pass: its logits, the runs of each layer to be tapped, all other parameters used, its statistics."""
+
+    logits: Tensor
+    runs: dict[nn.Module, list[_Run]]
+    others: dict[str, nn.Parameter]
+    used: Statistics
+
+
+def collect_taps(
+    network: nn.Module,
+    names: Names,
+    arguments: tuple[Any, ...],
+    cotangents: Callable[[Tensor], Iterable[Tensor]],
+    *,
+    layers: Collection[nn.Module] | None = None,
+    per_sample: bool = True,
+) -> Iterator[Taps]:
+    """Run one forward pass and a backward pass for each cotangent; yield the taps of each.
 
     Args:
-        network: what runs.
-        names: canonical layer names.
-        forward: returns the summed loss, a 0-d tensor.
-
-    Raises:
-        BecameError: if a layer with parameters of its own takes part that taps do not know, or one runs twice.
+        network: what runs, in the mode it is in; it returns logits [samples, classes].
+        names: all its modules by canonical name.
+        arguments: of the network, the first being the samples, [N, ...].
+        cotangents: from logits to the gradients by them that backward passes begin with.
+        layers: those that may be tapped; if not given, all of a known class.
+        per_sample: whether per-sample gradients exist, batch statistics being constants; otherwise a parameter of which
+            no layer's tap speaks has one gradient, the batch's.
     """
-    seen: dict[str, tuple[nn.Module, Tensor, Tensor]] = {}
-
-    def record(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        name = names[module]
-        if not isinstance(module, MATRIX_LAYERS + SCALE_LAYERS):
-            raise BecameError(f"taps do not know the layer '{name}', a {type(module).__name__}.")
-        if name in seen:
-            raise BecameError(f"the layer '{name}' runs twice in one pass; taps need each layer to run once.")
-        seen[name] = (module, inputs[0].detach(), output)
-
-    handles = [
-        module.register_forward_hook(record) for module in network.modules() if list(module.parameters(recurse=False))
-    ]
-    try:
-        loss = forward()
-    finally:
-        for handle in handles:
-            handle.remove()
-    gradients = torch.autograd.grad(loss, [output for _, _, output in seen.values()])
-    return {name: _tap(*seen[name][:2], gradient) for name, gradient in zip(seen, gradients, strict=True)}
+    logits, runs, others, used = _forward(network, names, arguments, layers, per_sample=per_sample)
+    if per_sample:
+        _warn_of(others, names)
+    wanted: list[Any] = [run.output for each in runs.values() for run in each]
+    wanted += [] if per_sample else list(others.values())
+    seeds = list(cotangents(logits.detach()))
+    for index, seed in enumerate(seeds):
+        more = index + 1 < len(seeds)
+        gradients = iter(torch.autograd.grad(logits, wanted, seed, retain_graph=more) if wanted else ())
+        taps = {
+            names[module]: _together([tap_of(module, run.inputs, next(gradients)) for run in each])
+            for module, each in runs.items()
+        }
+        rest = _per_sample_gradients(network, others, arguments, seed, used) if per_sample and others else gradients
+        yield taps | {
+            name: _lone_tap(value, len(seed) if per_sample else 1) for name, value in zip(others, rest, strict=True)
+        }
 
 
-def _tap(module: nn.Module, inputs: Tensor, gradient: Tensor) -> Tap:
-    has_bias = module.bias is not None
-    if isinstance(module, nn.Conv2d):
-        return Tap("matrix", _patches(module, inputs), gradient.flatten(2).transpose(1, 2), has_bias)
-    if isinstance(module, nn.Linear):
-        return Tap("matrix", _positions_in_the_middle(inputs), _positions_in_the_middle(gradient), has_bias)
-    if isinstance(module, nn.LayerNorm):
-        normalised = nn.functional.layer_norm(inputs, module.normalized_shape, eps=module.eps)
-        depth = len(module.normalized_shape)
-        flat = [array.flatten(array.ndim - depth) for array in (normalised, gradient)]
-        return Tap("scale", _positions_in_the_middle(flat[0]), _positions_in_the_middle(flat[1]), has_bias)
-    assert isinstance(module, BATCH_NORMS)
-    mean, variance = _statistics(module, inputs)
-    normalised = nn.functional.batch_norm(inputs, mean, variance, eps=module.eps)
-    return Tap("scale", _channels_last(normalised), _channels_last(gradient), has_bias)
+def layers_with_samples_first(network: nn.Module, names: Names, arguments: tuple[Any, ...]) -> frozenset[nn.Module]:
+    """Return the layers of a known class that keep samples apart, on their first axis.
+
+    A layer may see another axis first, time for one, which may happen to be as long as that of the samples. So only the
+    first of a few samples is held responsible: then no other row of an output's gradient differs from zero.
+
+    Args:
+        network: what runs, in evaluation mode.
+        names: all its modules by canonical name.
+        arguments: of the network, the first being a few samples.
+    """
+    logits, runs, _, _ = _forward(network, names, arguments, None, per_sample=True)
+    seed = torch.zeros_like(logits)
+    seed[0] = torch.linspace(1, 2, seed.shape[1])
+    outputs = [run.output for each in runs.values() for run in each]
+    gradients = iter(torch.autograd.grad(logits, outputs, seed) if outputs else ())
+    mixed = {module: [bool(next(gradients)[1:].any()) for _ in each] for module, each in runs.items()}
+    return frozenset(module for module, each in mixed.items() if not any(each))
 
 
-def _patches(module: nn.Conv2d, inputs: Tensor) -> Tensor:
-    """Return what each output position sees, [N, positions, channels x height x width of the kernel]."""
-    if module.groups != 1 or module.padding_mode != "zeros" or isinstance(module.padding, str):
-        raise BecameError("taps know convolutions with one group and numeric zero padding only.")
-    patches = nn.functional.unfold(inputs, module.kernel_size, module.dilation, module.padding, module.stride)
-    return patches.transpose(1, 2)
-
-
-def _positions_in_the_middle(array: Tensor) -> Tensor:
-    """Return [N, ..., d] as [N, positions, d]."""
-    return array.reshape(array.shape[0], -1, array.shape[-1])
-
-
-def _channels_last(array: Tensor) -> Tensor:
-    """Return [N, C, ...] as [N, positions, C]."""
-    return array.reshape(array.shape[0], array.shape[1], -1).transpose(1, 2)
-
-
-def _statistics(module: Any, inputs: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the mean and (biased) variance that a batch norm applies to these inputs."""
-    if module.running_mean is not None and not module.training:
-        return module.running_mean, module.running_var
-    axes = [axis for axis in range(inputs.ndim) if axis != 1]
-    return inputs.mean(axes), inputs.var(axes, unbiased=False)
+def _forward(
+    network: nn.Module, names: Names, arguments: tuple[Any, ...], layers: Collection[nn.Module] | None, per_sample: bool
+) -> _Forward:
+    runs: dict[nn.Module, list[_Run]] = {
+        module: [] for module in names if is_known(module) and (layers is None or module in layers)
+    }
+    statistics = constant_statistics(network) if per_sample else nullcontext(Statistics())
+    with _recorded(runs, len(arguments[0])), statistics as used:
+        logits = network(*arguments)
+    nodes, uses = _graph(logits)
+    owners = _owners(names)
+    explained = {}
+    for module, each in runs.items():
+        taken = [run for run in each if run.output.node in nodes]
+        own = dict(module.named_parameters(recurse=False))
+        if (
+            taken
+            and all(run.inputs._version == run.version for run in taken)
+            and all(owners[value] == _joined(names[module], name) and names[module] for name, value in own.items())
+            and all(uses[value] == len(taken) for value in own.values())
+        ):
+            explained[module] = taken
+    served = {parameter for module in explained for parameter in module.parameters(recurse=False)}
+    others = {name: parameter for parameter, name in owners.items() if uses[parameter] and parameter not in served}
+    return _Forward(logits, explained, others, used)
 
 
 @contextmanager
-def constant_statistics(network: nn.Module) -> Iterator[None]:
-    """Let batch norms that keep no running statistics treat each batch's as constants of the forward pass.
+def _recorded(runs: dict[nn.Module, list[_Run]], samples: int) -> Iterator[None]:
+    """Add the layers' runs, for the time of this context."""
 
-    In evaluation mode such a layer computes its statistics from the batch, and their gradients couple the samples. For
-    the time of this context they are computed beforehand, without gradient, so that per-sample gradients exist.
-    """
+    def record(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+        if inputs and output.requires_grad and len(inputs[0]) == len(output) == samples:
+            with torch.no_grad():
+                arranged = arranged_inputs(module, inputs[0].detach())
+            # The place, and not the output itself, which may be overwritten: by ReLU(inplace=True), for one.
+            runs[module].append(_Run(arranged, arranged._version, get_gradient_edge(output)))
 
-    def fix(module: Any, inputs: tuple[Tensor, ...]) -> None:
-        module.running_mean, module.running_var = _statistics(module, inputs[0].detach())
-
-    def release(module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:  # noqa: ARG001 - a hook's signature
-        module.running_mean = module.running_var = None
-
-    handles = []
-    for module in network.modules():
-        if isinstance(module, BATCH_NORMS) and not module.track_running_stats:
-            handles.append(module.register_forward_pre_hook(fix))
-            handles.append(module.register_forward_hook(release))
+    handles = [module.register_forward_hook(record) for module in runs]
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _graph(result: Tensor) -> tuple[set[Node], Counter[Tensor]]:
+    """Return the nodes of the graph that a result comes from, and how many of them use each of its leaves."""
+    nodes: set[Node] = set()
+    uses: Counter[Tensor] = Counter()
+    waiting = [result.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in nodes:
+            continue
+        nodes.add(node)
+        for before, _ in node.next_functions:
+            leaf = getattr(before, "variable", None)  # where a leaf's gradient gathers
+            if leaf is None:
+                waiting.append(before)
+            else:
+                uses[leaf] += 1
+    return nodes, uses
+
+
+def _owners(names: Names) -> dict[nn.Parameter, str]:
+    """Return the canonical name of each parameter: that in the first module that has it."""
+    owners: dict[nn.Parameter, str] = {}
+    for module, layer in names.items():
+        for name, parameter in module.named_parameters(recurse=False):
+            owners.setdefault(parameter, _joined(layer, name))
+    return owners
+
+
+def _joined(layer: str, name: str) -> str:
+    return f"{layer}.{name}" if layer else name
+
+
+def _together(taps: list[Tap]) -> Tap:
+    """Return a layer's runs in one pass as one tap, with the positions of all."""
+    if len(taps) == 1:
+        return taps[0]
+    inputs, gradients = (torch.cat([getattr(tap, side) for tap in taps], 1) for side in ("inputs", "output_gradients"))
+    return replace(taps[0], inputs=inputs, output_gradients=gradients)
+
+
+def _lone_tap(gradient: Tensor, samples: int) -> Tap:
+    flat = gradient.reshape(samples, 1, -1)
+    return Tap("gradient", flat, torch.ones_like(flat[..., :1]))
+
+
+def _warn_of(others: Mapping[str, nn.Parameter], names: Names) -> None:
+    classes = {layer: type(module).__name__ for module, layer in names.items()}
+    for name in others:
+        layer = name.rpartition(".")[0]
+        where = f"the layer '{layer}'" if layer else "the network itself"
+        warnings.warn(
+            f"taps do not know how the parameter '{name}' is used, in {where}, a {classes[layer]}; its per-sample "
+            "gradients are computed by vmap, which is exact but slower.",
+            stacklevel=3,
+        )
+
+
+def _per_sample_gradients(
+    network: nn.Module, others: Mapping[str, nn.Parameter], arguments: tuple[Any, ...], seed: Tensor, used: Statistics
+) -> Iterator[Tensor]:
+    """Return for each of these parameters the gradients of each sample's seed . logits, [samples, *shape]."""
+    raw = {parameter: name for name, parameter in network.named_parameters()}
+    theta = {raw[parameter]: parameter.detach() for parameter in others.values()}
+
+    def one(theta: dict[str, Tensor], sample: Tensor, at_logits: Tensor) -> Tensor:
+        with constant_statistics(network, used):
+            logits: Tensor = torch.func.functional_call(network, theta, (sample[None], *arguments[1:]))
+        return (logits[0] * at_logits).sum()
+
+    size = max(1, CHUNK // sum(value.numel() for value in theta.values()))
+    with sdpa_kernel(SDPBackend.MATH):  # vmap knows no other kernel of attention
+        gradients = torch.func.vmap(torch.func.grad(one), (None, 0, 0), chunk_size=size)(theta, arguments[0], seed)
+    return iter([gradients[name] for name in theta])

@@ -7,7 +7,7 @@ is a function of the stream it is given.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,15 +15,11 @@ from numpy.typing import NDArray
 from became_core.arrays import Array, Params
 from became_core.continual.optimisers import Optimiser
 from became_core.continual.stream import Indices
-from became_core.curvature import Pushforward, Taps
+from became_core.curvature import Pushforward, TapMode, Taps
 from became_core.laplace import LaplacePosterior
 from became_core.projection import Projector
 
 __all__ = ["Batch", "Constraint", "Learner", "Penalty", "TapMode"]
-
-# "frozen": labels as given, no dropout, batch statistics held constant, so that per-sample gradients exist.
-# "published": the model's most likely labels, dropout on, batch statistics part of the gradient.
-TapMode = Literal["frozen", "published"]
 
 
 class Batch(NamedTuple):
@@ -122,7 +118,12 @@ class Learner(Protocol):
     def taps(
         self, task: int, indices: Indices, batch_size: int, mode: TapMode, stream: np.random.Generator
     ) -> Iterator[Taps]:
-        """Yield each batch's taps of all layers that the task's loss depends on."""
+        """Yield each batch's taps of all layers that the task's loss depends on.
+
+        In order of the batches; one a batch, or in the mode "true" as many as the task has classes, one after the
+        other. ``became_core.curvature.TapMode`` says what the modes are; in all but "published" there is no dropout,
+        and batch statistics are constants.
+        """
 
     def pushforward(
         self, task: int, indices: Indices, batch_size: int, directions: Sequence[Params]

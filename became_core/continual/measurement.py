@@ -7,13 +7,25 @@ for those of gradients.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from became_core.arrays import Params
-from became_core.continual.learner import Learner, TapMode
+from became_core.arrays import Params, namespace
+from became_core.continual.learner import Learner
 from became_core.continual.seeding import random_stream
 from became_core.continual.stream import Indices, Task
 from became_core.continual.training import Training
-from became_core.curvature import FisherKind, Taps, derivatives_along, diagonal_fisher, gradient_grams, input_grams
-from became_core.laplace import Diagonal, Quadratic
+from became_core.curvature import (
+    TAP_MODES,
+    FisherKind,
+    Sharing,
+    Taps,
+    derivatives_along,
+    diagonal_fisher,
+    gradient_grams,
+    input_grams,
+    kronecker_factors,
+    per_sample_gradients,
+)
+from became_core.errors import BecameError
+from became_core.laplace import Diagonal, Kronecker, Precision, Quadratic
 
 __all__ = ["Measurement"]
 
@@ -40,10 +52,56 @@ class Measurement:
 
     def diagonal(self) -> Diagonal:
         """Return the diagonal Fisher information, of the method's kind, over all parameters."""
-        mode: TapMode = "published" if self.kind == "batch" else "frozen"
+        rows, parameters = self.curvature_rows(), self.learner.parameters()
+        return Diagonal(diagonal_fisher(self._fisher_taps(rows), parameters, self.kind, samples=len(rows)))
+
+    def kronecker(self, sharing: Sharing = "expand") -> Precision:
+        """Return Kronecker factors of the curvature for weights and biases, and its diagonal for the rest.
+
+        Args:
+            sharing: how a layer's positions are treated, as ``became_core.curvature.kfac`` defines it.
+
+        Raises:
+            BecameError: if the method's kind of Fisher information has no factors, which is so of "batch".
+        """
+        if self.kind == "batch":
+            raise BecameError("the kind 'batch' has no Kronecker factors; choose empirical, true or sampled.")
+        rows, shapes = self.curvature_rows(), {n: tuple(v.shape) for n, v in self.learner.parameters().items()}
+        factors, rest = kronecker_factors(self._fisher_taps(rows), samples=len(rows), sharing=sharing)
+        parts: list[Precision] = []
+        if factors:
+            parts.append(Kronecker(factors, shapes={name: shapes[name] for name in factors}))
+        if rest:
+            parts.append(Diagonal({n: namespace(value=v).reshape(v, shapes[n]) for n, v in rest.items()}))
+        return sum(parts[1:], start=parts[0])
+
+    def logit_gradients(self, count: int) -> Iterator[Params]:
+        """Yield gradients of the true class's logit at some training samples, a batch at a time.
+
+        Args:
+            count: of how many samples; all there are if they are fewer.
+
+        Yields:
+            For each shared parameter, that is one of no task's head, an array [samples, *the parameter's shape].
+        """
+        rows, heads = self._sample("logit-gradients", count), frozenset[str]().union(*self.learner.heads)
+        shared = {name: value for name, value in self.learner.parameters().items() if name not in heads}
+        stream = random_stream(self.seed, "logit-gradient-taps", self.task.index)
+        size = self.training.batch_size
+        batches = self.learner.taps(self.task.index, rows, size, "logit", stream)
+        for start, taps in zip(range(0, len(rows), size), batches, strict=True):
+            found, samples = per_sample_gradients(taps), min(size, len(rows) - start)
+            gradients: Params = {}
+            for name, like in shared.items():
+                xp = namespace(parameter=like)
+                # A parameter of which no tap speaks takes no part.
+                value = found[name] if name in found else xp.stack([xp.zeros_like(like)] * samples)
+                gradients[name] = xp.reshape(value, (samples, *like.shape))
+            yield gradients
+
+    def _fisher_taps(self, rows: Indices) -> Iterator[Taps]:
         stream = random_stream(self.seed, f"fisher-{self.purpose}", self.task.index)
-        taps = self.learner.taps(self.task.index, self.curvature_rows(), self.training.batch_size, mode, stream)
-        return Diagonal(diagonal_fisher(taps, self.learner.parameters(), self.kind))
+        return self.learner.taps(self.task.index, rows, self.training.batch_size, TAP_MODES[self.kind], stream)
 
     def along(self, directions: Sequence[Params]) -> Quadratic:
         """Return the loss along directions from the learner's weights, exact on the samples that curvature takes."""
@@ -66,7 +124,7 @@ class Measurement:
     def _projector_taps(self) -> Iterator[Taps]:
         rows = self._sample("projector", self.training.projector_samples)
         stream = random_stream(self.seed, "projector-taps", self.task.index)
-        return self.learner.taps(self.task.index, rows, self.training.batch_size, "frozen", stream)
+        return self.learner.taps(self.task.index, rows, self.training.batch_size, "empirical", stream)
 
     def curvature_rows(self) -> Indices:
         """Return the training rows that curvature is measured on, the same for every purpose: ratios share them."""

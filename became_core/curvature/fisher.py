@@ -1,44 +1,59 @@
 """Diagonal Fisher information from taps.
 
-Convention: a mean over samples.
+Convention: a mean over samples. All kinds but the last are means of squared per-sample gradients, without dropout and
+with batch statistics held constant; they differ in the labels that the taps were made with:
 
-- ``empirical``: E_n[(d loss_n / d theta)^2], the label as given, no dropout, batch statistics held constant.
+- ``empirical``: the labels as given.
+- ``true``: E_n E_{c ~ p_n} [(d loss_n(c) / d theta)^2], the exact expectation over the model's own labels, which for
+  cross-entropy is the exact diagonal of the generalised Gauss-Newton matrix.
+- ``sampled``: the same by Monte-Carlo, one label a sample.
 - ``batch``: the published code's estimate, batch size x (gradient of the batch's mean loss)^2, averaged over batches,
   with the model's own most likely label and dropout on. It is kept so that published runs can be reproduced; being the
-  square of a mean, it is far smaller and noisier than the exact one.
+  square of a mean, it is far smaller and noisier than the others.
 """
 
 from collections.abc import Iterable
 from typing import Literal
 
 from became_core.arrays import Array, Params, namespace
+from became_core.curvature.cotangents import TapMode
 from became_core.curvature.taps import Taps, batch_gradient, per_sample_square_sum
 from became_core.errors import BecameError
 
-__all__ = ["FisherKind", "diagonal_fisher"]
+__all__ = ["TAP_MODES", "FisherKind", "diagonal_fisher"]
 
-FisherKind = Literal["empirical", "batch"]
+FisherKind = Literal["empirical", "true", "sampled", "batch"]
+
+# The taps that each kind is made from.
+TAP_MODES: dict[FisherKind, TapMode] = {
+    "empirical": "empirical",
+    "true": "true",
+    "sampled": "sampled",
+    "batch": "published",
+}
 
 
-def diagonal_fisher(batches: Iterable[Taps], parameters: Params, kind: FisherKind) -> Params:
+def diagonal_fisher(batches: Iterable[Taps], parameters: Params, kind: FisherKind, *, samples: int) -> Params:
     """Return the diagonal Fisher information of every parameter, each in its parameter's shape.
 
     Args:
-        batches: the taps of each batch, made with the labels and the mode that the kind asks for.
+        batches: the taps of each batch, made in the mode that the kind asks for; several of one batch ("true") add.
         parameters: all parameters; those of which no tap speaks get zeros (another task's head).
-        kind: "empirical" or "batch", as this module defines them.
+        kind: as this module defines them.
+        samples: how many samples the batches have together, each counted once.
 
     Raises:
-        BecameError: if there are no batches, or a tap speaks of an unknown parameter.
+        BecameError: if there are no samples or no batches, or a tap speaks of an unknown parameter.
     """
+    contribution = _squared_sum if kind == "batch" else per_sample_square_sum
     total: Params = {}
-    samples = 0
     for taps in batches:
-        size = next(iter(taps.values())).inputs.shape[0]
-        samples += size
-        for name, value in _contribution(taps, kind).items():
-            total[name] = total[name] + value if name in total else value
-    if not samples:
+        for name, value in contribution(taps).items():
+            if name in total:
+                total[name] += value  # the sum so far is our own
+            else:
+                total[name] = value
+    if samples < 1 or not total:
         raise BecameError("the Fisher information needs at least one sample; none was given.")
     unknown = sorted(set(total) - set(parameters))
     if unknown:
@@ -46,9 +61,7 @@ def diagonal_fisher(batches: Iterable[Taps], parameters: Params, kind: FisherKin
     return {name: _in_shape(total.get(name), like) / samples for name, like in parameters.items()}
 
 
-def _contribution(taps: Taps, kind: FisherKind) -> Params:
-    if kind == "empirical":
-        return per_sample_square_sum(taps)
+def _squared_sum(taps: Taps) -> Params:
     # size x [ size x (sum / size)^2 ]: the batch's estimate, weighed by its samples.
     return {name: gradient * gradient for name, gradient in batch_gradient(taps).items()}
 

@@ -13,6 +13,7 @@ from became_core.arrays.tensorflow.dtypes import *  # noqa: F403
 from became_core.arrays.tensorflow.elementwise import *  # noqa: F403
 from became_core.arrays.tensorflow.manipulation import *  # noqa: F403
 from became_core.arrays.tensorflow.reductions import *  # noqa: F403
+from became_core.arrays.tensorflow.searching import *  # noqa: F403
 
 __all__ = ["e", "inf", "linalg", "nan", "newaxis", "pi"]
 

@@ -81,6 +81,11 @@ CASES: list[tuple[Callable[..., Any], tuple[Any, ...]]] = [
     (lambda xp, a, b: (xp.vecdot(a, b), xp.vecdot(a, a, axis=-2)), (A, SINGLE[0])),
     (lambda xp, s: (xp.vecdot(s, s[0, ...], axis=-2), xp.vecdot(s, s, axis=-3)), (S,)),
     (lambda xp, c: xp.vecdot(c, c), (A + 1j * A[::-1],)),
+    (lambda xp, a: (xp.argsort(a), xp.argsort(a, axis=0, stable=True), xp.argsort(a, descending=True)), (B,)),
+    (
+        lambda xp, v, a: (xp.searchsorted(v, a), xp.searchsorted(v, a, side="right")),
+        (numpy.sort(A[0]), A),
+    ),
     (lambda xp, a: (xp.zeros_like(a), xp.ones_like(a), xp.full_like(a, 2), xp.ones_like(a, dtype=xp.int32)), (SINGLE,)),
     (lambda xp, a: (xp.astype(a, xp.float32), xp.astype(a, xp.int64), xp.astype(a, xp.bool)), (A,)),
     (lambda xp, s: (xp.linalg.trace(s), xp.linalg.trace(s[0, ...], offset=1), xp.linalg.diagonal(s)), (S,)),

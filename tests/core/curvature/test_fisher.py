@@ -23,7 +23,7 @@ def taps_of(xp: Any, batches: Any) -> Any:
 
 @given(batches=BATCHES)
 def test_empirical_is_the_mean_of_squared_per_sample_gradients(xp: Any, batches: Any) -> None:
-    fisher = diagonal_fisher(taps_of(xp, batches), to_xp(xp, PARAMETERS), "empirical")
+    fisher = diagonal_fisher(taps_of(xp, batches), to_xp(xp, PARAMETERS), "empirical", samples=8)
     weight, bias = squared_gradients(*(np.concatenate(part) for part in zip(*batches, strict=True)))
     np.testing.assert_array_equal(to_numpy(fisher["conv.weight"]), (weight / 8).reshape(2, 1, 2, 2))
     np.testing.assert_array_equal(to_numpy(fisher["conv.bias"]), bias / 8)
@@ -31,7 +31,7 @@ def test_empirical_is_the_mean_of_squared_per_sample_gradients(xp: Any, batches:
 
 @given(batches=BATCHES)
 def test_batch_is_the_published_estimate_weighed_by_samples(xp: Any, batches: Any) -> None:
-    fisher = diagonal_fisher(taps_of(xp, batches), to_xp(xp, PARAMETERS), "batch")
+    fisher = diagonal_fisher(taps_of(xp, batches), to_xp(xp, PARAMETERS), "batch", samples=8)
     (first, first_bias), (second, second_bias) = (squared_mean_gradient(*batch) for batch in batches)
     weight, bias = (6 * first + 2 * second) / 8, (6 * first_bias + 2 * second_bias) / 8
     np.testing.assert_allclose(to_numpy(fisher["conv.weight"]), weight.reshape(2, 1, 2, 2), rtol=1e-13)
@@ -41,7 +41,9 @@ def test_batch_is_the_published_estimate_weighed_by_samples(xp: Any, batches: An
 @given(batches=BATCHES)
 def test_batches_of_one_sample_make_the_two_kinds_equal(xp: Any, batches: Any) -> None:
     singles = [(a[i : i + 1], g[i : i + 1]) for a, g in batches for i in range(len(a))]
-    kinds = [diagonal_fisher(taps_of(xp, singles), to_xp(xp, PARAMETERS), kind) for kind in ("empirical", "batch")]
+    kinds = [
+        diagonal_fisher(taps_of(xp, singles), to_xp(xp, PARAMETERS), kind, samples=8) for kind in ("empirical", "batch")
+    ]
     for name in PARAMETERS:
         np.testing.assert_array_equal(to_numpy(kinds[0][name]), to_numpy(kinds[1][name]))
 
@@ -49,8 +51,8 @@ def test_batches_of_one_sample_make_the_two_kinds_equal(xp: Any, batches: Any) -
 @given(batches=BATCHES)
 def test_how_samples_are_batched_does_not_matter(xp: Any, batches: Any) -> None:
     whole = [tuple(np.concatenate(part) for part in zip(*batches, strict=True))]
-    split = diagonal_fisher(taps_of(xp, batches), to_xp(xp, PARAMETERS), "empirical")
-    together = diagonal_fisher(taps_of(xp, whole), to_xp(xp, PARAMETERS), "empirical")
+    split = diagonal_fisher(taps_of(xp, batches), to_xp(xp, PARAMETERS), "empirical", samples=8)
+    together = diagonal_fisher(taps_of(xp, whole), to_xp(xp, PARAMETERS), "empirical", samples=8)
     for name in PARAMETERS:
         np.testing.assert_array_equal(to_numpy(split[name]), to_numpy(together[name]))
 
@@ -58,7 +60,9 @@ def test_how_samples_are_batched_does_not_matter(xp: Any, batches: Any) -> None:
 def test_parameters_without_a_tap_get_zeros_of_their_own_kind(xp: Any) -> None:
     head = xp.full((3, 2), xp.nan, dtype=xp.float32)  # another task's head; its values play no part
     parameters = to_xp(xp, PARAMETERS) | {"heads.1.weight": head}
-    fisher = diagonal_fisher(taps_of(xp, [(np.ones((1, 3, 4)), np.ones((1, 3, 2)))]), parameters, "empirical")
+    fisher = diagonal_fisher(
+        taps_of(xp, [(np.ones((1, 3, 4)), np.ones((1, 3, 2)))]), parameters, "empirical", samples=1
+    )
     assert list(fisher) == list(parameters)
     assert fisher["heads.1.weight"].dtype == xp.float32
     np.testing.assert_array_equal(to_numpy(fisher["heads.1.weight"]), np.zeros((3, 2)))
@@ -66,10 +70,10 @@ def test_parameters_without_a_tap_get_zeros_of_their_own_kind(xp: Any) -> None:
 
 def test_no_samples_is_an_error(xp: Any) -> None:
     with pytest.raises(BecameError, match=r"^the Fisher information needs at least one sample; none was given\.$"):
-        diagonal_fisher([], to_xp(xp, PARAMETERS), "empirical")
+        diagonal_fisher([], to_xp(xp, PARAMETERS), "empirical", samples=0)
 
 
 def test_an_unknown_layer_is_an_error(xp: Any) -> None:
     taps = taps_of(xp, [(np.ones((1, 3, 4)), np.ones((1, 3, 2)))])
     with pytest.raises(BecameError, match=r"^a tap speaks of 'conv\.bias', which is no parameter of the model\.$"):
-        diagonal_fisher(taps, {"conv.weight": xp.zeros((2, 1, 2, 2))}, "empirical")
+        diagonal_fisher(taps, {"conv.weight": xp.zeros((2, 1, 2, 2))}, "empirical", samples=1)

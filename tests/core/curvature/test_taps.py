@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from became_core.curvature import Tap
-from became_core.curvature.taps import batch_gradient, per_sample_square_sum
-from reference.formulas import squared_gradients
+from became_core.curvature import Tap, batch_gradient, per_sample_gradients, per_sample_square_sum
+from became_core.curvature import taps as taps_module
+from reference.formulas import embedding_gradients, grouped_gradients, squared_gradients
 from tests.backends import to_numpy, to_xp
 from tests.strategies import eighths
 
@@ -63,6 +63,79 @@ def test_the_gradient_of_a_scale(xp: Any, layer: Layer) -> None:
     pairs = [(a, g) for inputs, outputs in zip(*layer, strict=True) for a, g in zip(inputs, outputs, strict=True)]
     np.testing.assert_array_equal(to_numpy(gradient["fc.weight"]), sum(g * a for a, g in pairs))
     np.testing.assert_array_equal(to_numpy(gradient["fc.bias"]), sum(g for _, g in pairs))
+
+
+@st.composite
+def tapped(draw: st.DrawFn) -> tuple[str, dict[str, Any], Array, Array]:
+    """Any layer but a plain matrix: the tap's fields, its weight's gradients sample by sample, its output gradients."""
+    kind = draw(st.sampled_from(["grouped", "scale", "embedding", "gradient"]))
+    n, positions, width = draw(st.integers(1, 4)), draw(st.integers(1, 3)), draw(st.integers(1, 3))
+    g = draw(eighths((n, positions, width)))
+    if kind == "gradient":
+        a = draw(eighths((n, 1, width)))
+        return kind, {"inputs": a}, a[:, 0], np.ones((n, 1, 1))
+    if kind == "scale":
+        a = draw(eighths((n, positions, width)))
+        return kind, {"inputs": a}, (a * g).sum(axis=1), g
+    if kind == "embedding":
+        size = draw(st.integers(1, 4))
+        indices = np.reshape(
+            draw(st.lists(st.integers(0, size - 1), min_size=n * positions, max_size=n * positions)), (n, positions)
+        )
+        return kind, {"inputs": indices, "size": size}, embedding_gradients(indices, g, size), g
+    groups = draw(st.integers(2, 3))
+    g = draw(eighths((n, positions, groups * width)))
+    a = draw(eighths((n, positions, groups * draw(st.integers(1, 3)))))
+    return "matrix", {"inputs": a, "groups": groups}, grouped_gradients(a, g, groups), g
+
+
+@given(layer=tapped(), has_bias=st.booleans(), chunk=st.sampled_from([1, 20, 2**20]))
+def test_every_kind_of_layer_is_its_explicit_loop(xp: Any, layer: Any, has_bias: bool, chunk: int) -> None:
+    """Per-sample gradients, their squares and their sum, however many samples are taken at a time."""
+    kind, fields, expected, g = layer
+    weight = "fc" if kind == "gradient" else "fc.weight"
+    parts = {name: to_xp(xp, value) if name == "inputs" else value for name, value in fields.items()}
+    has_bias = has_bias and kind != "gradient"
+    taps = {"fc": Tap(kind, output_gradients=to_xp(xp, g), has_bias=has_bias, **parts)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(taps_module, "CHUNK", chunk)
+        squares = per_sample_square_sum(taps)
+    gradients, total = per_sample_gradients(taps), batch_gradient(taps)
+    assert set(squares) == set(gradients) == set(total) == {weight} | ({"fc.bias"} if has_bias else set())
+    np.testing.assert_array_equal(to_numpy(gradients[weight]), expected)
+    np.testing.assert_array_equal(to_numpy(squares[weight]), (expected**2).sum(axis=0))
+    np.testing.assert_array_equal(to_numpy(total[weight]), expected.sum(axis=0))
+    if has_bias:
+        np.testing.assert_array_equal(to_numpy(gradients["fc.bias"]), g.sum(axis=1))
+        np.testing.assert_array_equal(to_numpy(total["fc.bias"]), g.sum(axis=(0, 1)))
+
+
+@pytest.mark.parametrize("positions", [1, 3])
+@given(data=st.data())
+def test_per_sample_gradients_of_a_matrix(xp: Any, positions: int, data: st.DataObject) -> None:
+    a, g = data.draw(layers(positions=positions))
+    gradients = per_sample_gradients(tap_of(xp, (a, g)))
+    np.testing.assert_array_equal(to_numpy(gradients["fc.weight"]), np.einsum("nlo,nli->noi", g, a))
+    np.testing.assert_array_equal(to_numpy(gradients["fc.bias"]), g.sum(axis=1))
+
+
+def test_an_index_that_repeats_in_a_sample_is_squared_once(xp: Any) -> None:
+    """(1 + 2)^2 + 4^2 for the first row, and not 1 + 4 + 16."""
+    indices, g = np.asarray([[0, 0], [0, 2]]), np.asarray([[[1.0], [2.0]], [[4.0], [8.0]]])
+    taps = {"words": Tap("embedding", to_xp(xp, indices), to_xp(xp, g), size=4)}
+    np.testing.assert_array_equal(to_numpy(per_sample_square_sum(taps)["words.weight"]).ravel(), [25, 0, 64, 0])
+
+
+@pytest.mark.parametrize("kind", ["matrix", "scale"])
+def test_half_precision_is_summed_in_single(xp: Any, kind: Any) -> None:
+    """300^2 is beyond float16."""
+    if not hasattr(xp, "float16"):
+        pytest.skip("the standard, read strictly, has no float16")
+    a = xp.astype(xp.full((2, 1, 1), 300.0), xp.float16)
+    taps = {"fc": Tap(kind, a, xp.ones_like(a), has_bias=True)}
+    for found, expected in ((per_sample_square_sum(taps), 180000), (batch_gradient(taps), 600)):
+        assert found["fc.weight"].dtype == xp.float32
+        assert float(xp.reshape(found["fc.weight"], (-1,))[0]) == expected
 
 
 def test_no_bias_without_one(xp: Any) -> None:

@@ -1,0 +1,159 @@
+"""Taps of every known layer, held against autograd a sample at a time."""
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from adapters.torch.layers import is_known, is_matrix
+from became_core.curvature import per_sample_gradients
+from tests.torch.oracle import assert_exact, autograd_gradients, taps_of
+
+CLASSES = 3
+
+
+def _closed(*layers: nn.Module, samples: Tensor) -> nn.Module:
+    """Layers with a head, in double precision and evaluation mode."""
+    network = nn.Sequential(*layers, nn.Flatten(), nn.LazyLinear(CLASSES)).double().eval()
+    network(samples)
+    return network
+
+
+def _labels(samples: Tensor) -> Tensor:
+    return torch.randint(0, CLASSES, (len(samples),))
+
+
+@given(
+    depth=st.integers(1, 2),
+    kernel=st.integers(1, 3),
+    stride=st.integers(1, 3),
+    padding=st.sampled_from([0, 1, 2, "same", "valid"]),
+    mode=st.sampled_from(["zeros", "reflect", "circular"]),
+    dilation=st.integers(1, 2),
+    groups=st.sampled_from([1, 2, 4]),
+    widths=st.tuples(st.integers(1, 2), st.integers(1, 2)),
+    batch=st.integers(1, 5),
+    bias=st.booleans(),
+    channels_last=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+def test_convolutions(
+    depth: int,
+    kernel: int,
+    stride: int,
+    padding: int | str,
+    mode: Any,
+    dilation: int,
+    groups: int,
+    widths: tuple[int, int],
+    batch: int,
+    bias: bool,
+    channels_last: bool,
+    seed: int,
+) -> None:
+    assume(padding != "same" or stride == 1)
+    torch.manual_seed(seed)
+    layer = (nn.Conv1d, nn.Conv2d)[depth - 1](
+        groups * widths[0],
+        groups * widths[1],
+        kernel,
+        stride,
+        padding,
+        dilation,
+        groups,
+        bias=bias,
+        padding_mode=mode,
+    )
+    samples = torch.randn(batch, groups * widths[0], *(7, 6)[:depth], dtype=torch.float64)
+    if channels_last and depth == 2:
+        samples = samples.contiguous(memory_format=torch.channels_last)
+    network = _closed(layer, nn.Tanh(), samples=samples)
+    assert_exact(network, samples, _labels(samples))
+
+
+@given(
+    positions=st.lists(st.integers(1, 3), max_size=2),
+    widths=st.tuples(st.integers(1, 4), st.integers(1, 4)),
+    batch=st.integers(1, 5),
+    bias=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+def test_linear_layers(positions: list[int], widths: tuple[int, int], batch: int, bias: bool, seed: int) -> None:
+    torch.manual_seed(seed)
+    samples = torch.randn(batch, *positions, widths[0], dtype=torch.float64)
+    network = _closed(nn.Linear(*widths, bias=bias), nn.Tanh(), samples=samples)
+    assert_exact(network, samples, _labels(samples))
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (nn.LayerNorm(4), (5, 4)),
+        (nn.LayerNorm((3, 4), bias=False), (5, 3, 4)),
+        (nn.RMSNorm(4), (5, 4)),
+        (nn.RMSNorm((3, 4), eps=0.1), (3, 4)),
+        (nn.GroupNorm(2, 4), (4, 3, 2)),
+        (nn.InstanceNorm1d(4, affine=True), (4, 5)),
+        (nn.InstanceNorm2d(4, affine=True, track_running_stats=True), (4, 3, 2)),
+        (nn.BatchNorm1d(4), (4,)),
+        (nn.BatchNorm1d(4), (4, 5)),
+        (nn.BatchNorm2d(4), (4, 3, 2)),
+        (nn.BatchNorm3d(4), (4, 3, 2, 2)),
+        (nn.Conv3d(2, 3, 2, padding=1), (2, 3, 2, 2)),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else str(len(value)),
+)
+def test_normalisation_layers_and_others(layer: nn.Module, shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    samples = torch.randn(6, *shape, dtype=torch.float64)
+    layer.double()
+    with torch.no_grad():  # scales and running statistics of their own
+        for parameter in layer.parameters():
+            parameter.normal_()
+        layer.train()
+        layer(samples * 2 + 1)
+    network = _closed(layer, nn.Tanh(), samples=samples)
+    assert_exact(network, samples, _labels(samples))
+
+
+@given(
+    positions=st.integers(1, 6),
+    size=st.integers(1, 4),
+    padded=st.booleans(),
+    batch=st.integers(1, 4),
+    seed=st.integers(),
+)
+def test_embeddings(positions: int, size: int, padded: bool, batch: int, seed: int) -> None:
+    """With few words and many places, most words come repeatedly in a sample."""
+    torch.manual_seed(seed)
+    samples = torch.randint(0, size, (batch, positions))
+    network = _closed(nn.Embedding(size, 2, padding_idx=0 if padded else None), nn.Tanh(), samples=samples)
+    assert_exact(network, samples, _labels(samples))
+
+
+def test_per_sample_gradients_are_autograds() -> None:
+    torch.manual_seed(0)
+    samples = torch.randn(5, 2, 6, 6, dtype=torch.float64)
+    layers = nn.Conv2d(2, 4, 3, groups=2), nn.GroupNorm(2, 4), nn.Tanh(), nn.Conv2d(4, 3, 2, stride=2)
+    network, labels = _closed(*layers, samples=samples), _labels(samples)
+    (taps,) = taps_of(network, samples, labels)
+    found, expected = per_sample_gradients(taps), autograd_gradients(network, samples, labels)
+    assert set(found) == set(expected)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name].reshape(gradient.shape), gradient, rtol=1e-9, atol=1e-13)
+
+
+def test_a_subclass_is_not_known_and_a_grouped_convolution_is_no_matrix() -> None:
+    class Doubled(nn.Linear):
+        def forward(self, inputs: Tensor) -> Tensor:
+            return 2 * super().forward(inputs)
+
+    assert is_known(nn.Linear(2, 2))
+    assert not is_known(Doubled(2, 2))
+    assert is_matrix(nn.Conv1d(2, 2, 1))
+    assert is_matrix(nn.Linear(2, 2))
+    assert not is_matrix(nn.Conv1d(2, 2, 1, groups=2))
+    assert not is_matrix(nn.LayerNorm(2))
