@@ -143,9 +143,14 @@ def main() -> None:
         training = Training(Annealed(0.05, options.epochs), Annealed(0.05, 1))
         memory = learn(learner, two, build_method("gpm", MethodSettings()), training).memory.projector
         assert isinstance(memory, GPM)
-        found |= {f"{name}_after_two_tasks": value for name, value in ratios(learner, stream, memory, options.rounds).items()}
+        found |= {
+            f"{name}_after_two_tasks": value for name, value in ratios(learner, stream, memory, options.rounds).items()
+        }
         print("ranks:", {name: f"{rank}/{width}" for name, (rank, width) in memory.rank.items()}, file=sys.stderr)
-    found |= {f"{name}_half_width": value for name, value in ratios(learner, stream, half_width(learner), options.rounds).items()}
+    found |= {
+        f"{name}_half_width": value
+        for name, value in ratios(learner, stream, half_width(learner), options.rounds).items()
+    }
     if options.json:
         print(json.dumps(found, indent=2))
         return

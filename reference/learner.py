@@ -11,9 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from became_core.arrays import Params
-from became_core.continual import Batch, Constraint, Optimiser, TapMode, TaskStream, random_stream
+from became_core.continual import Batch, Constraint, Optimiser, TapMode, TaskStream, Trained, random_stream
 from became_core.continual.stream import Indices
 from became_core.curvature import Pushforward, Tap, Taps
+from became_core.projection import TrustRegion
 
 __all__ = ["ReferenceLearner"]
 
@@ -92,19 +93,25 @@ class ReferenceLearner:
         constraint: Constraint,
         optimiser: Optimiser,
         stream: np.random.Generator,
-    ) -> tuple[float, Optimiser]:
-        """Take one step on each batch; return the mean loss over samples and the optimiser."""
-        total, samples = 0.0, 0
+    ) -> Trained:
+        """Take one step on each batch."""
+        total, samples, region = 0.0, 0, constraint.region
+        theta = self.parameters() | ({} if region is None else dict(region.scales))
         # A diverging run overflows; the loop sees it in the loss and says so.
         with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+            self._work_with(theta, region)
             for batch, rate in zip(batches, rates, strict=True):
                 labels = self._targets[batch.indices]
                 forward = self._forward(batch.task, batch.indices, stream)
                 gradients = self._gradients(batch.task, forward, labels)
-                optimiser = self._step(gradients, float(rate), constraint, optimiser)
+                trained = {name: value for name, value in gradients.items() if name in constraint.trainable}
+                directions, optimiser = constraint.directions(trained, theta, float(rate), optimiser)
+                theta = theta | {name: theta[name] - rate * value for name, value in directions.items()}
+                region = self._work_with(theta, region)
                 total += float(np.sum(_losses(forward.logits, labels)))
                 samples += len(labels)
-        return total / samples, optimiser
+        self.assign(theta)
+        return Trained(total / samples, optimiser, region)
 
     def logits(self, indices: Indices, batch_size: int) -> Array:
         """Return all heads' logits, [samples, tasks, classes]."""
@@ -183,19 +190,13 @@ class ReferenceLearner:
                 gradients[f"{layer}.bias"] = g.sum(axis=0) / len(a)
         return gradients
 
-    def _step(
-        self, gradients: dict[str, Array], rate: float, constraint: Constraint, optimiser: Optimiser
-    ) -> Optimiser:
-        theta: Params = dict(self._parameters)
-        trained: Params = {name: value for name, value in gradients.items() if name in constraint.trainable}
-        if constraint.penalty is not None:
-            trained = constraint.penalty.add_to(trained, theta, rate)
-        directions, optimiser = optimiser.step(trained, theta)
-        if constraint.projector is not None:
-            directions = constraint.projector.project(directions)
-        for name, direction in directions.items():
-            self._parameters[name] = self._parameters[name] - rate * direction
-        return optimiser
+    def _work_with(self, theta: Params, region: TrustRegion | None) -> TrustRegion | None:
+        """Let the network work with these weights, as the region with the scales among them has them."""
+        if region is not None:
+            region = region.with_scales({key: theta[key] for key in region.scales})
+            theta = region.effective(theta)
+        self.assign(theta)
+        return region
 
 
 def _log_softmax(logits: Array) -> Array:

@@ -73,7 +73,7 @@ def step(
     batch = Batch(task, STREAM.tasks[task].train[:12])
     theta = learner.parameters()
     begun = (optimiser or SGD()).begun({name: theta[name] for name in constraint.trainable})
-    return learner.train([batch] * steps, np.full(steps, RATE), constraint, begun, fresh_stream())[0]
+    return learner.train([batch] * steps, np.full(steps, RATE), constraint, begun, fresh_stream()).loss
 
 
 def loss_at(learner: Learner, parameters: Params, task: int = 0) -> float:
@@ -386,7 +386,7 @@ def check_momentum_goes_on_from_one_call_to_the_next(make: Make) -> None:
         batch, rate = Batch(0, STREAM.tasks[0].train[:12]), np.asarray([RATE])
         optimiser = kind.begun(apart.parameters())
         for _ in range(2):
-            _, optimiser = apart.train([batch], rate, everything(apart), optimiser, fresh_stream())
+            optimiser = apart.train([batch], rate, everything(apart), optimiser, fresh_stream()).optimiser
         expected = numbers(together.parameters())
         for name, value in numbers(apart.parameters()).items():
             np.testing.assert_allclose(value, expected[name], rtol=1e-12, atol=1e-12)

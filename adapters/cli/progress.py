@@ -78,6 +78,8 @@ class RunProgress:
         scores = " ".join(f"{accuracy:.1f}" for accuracy in event.accuracy)
         self._bar.update(self._row, completed=event.task + 1)
         self._print(f"task {event.task + 1}/{self._tasks} learned{alpha}  accuracy {scores}")
+        for name in sorted(event.full):
+            self._print(f"the protected space of {name} is full: no update is left for it in stage 1")
 
     def _print(self, text: str) -> None:
         self._console.print(f"{self._title}  {text}", highlight=False, soft_wrap=True, markup=False)

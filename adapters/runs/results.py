@@ -50,7 +50,7 @@ class RunResult:
     alpha: list[float | None]
     epochs: list[int]
     ranks: list[dict[str, Any]]
-    paths: list[list[dict[str, float]]]
+    paths: list[dict[str, Any]]
     seconds: dict[str, float]
 
     @classmethod
@@ -69,7 +69,7 @@ class RunResult:
             alpha=record.alpha,
             epochs=record.epochs,
             ranks=[{name: list(rank) for name, rank in ranks.items()} for ranks in record.ranks],
-            paths=[[asdict(point) for point in path] for path in record.paths],
+            paths=[asdict(path) for path in record.paths],
             seconds=record.seconds,
         )
 

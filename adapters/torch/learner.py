@@ -19,9 +19,10 @@ from adapters.torch.projected import projected_inputs
 from adapters.torch.tapping import collect_taps, layers_with_samples_first
 from became_core import BecameError
 from became_core.arrays import Params
-from became_core.continual import Batch, Constraint, Optimiser, TapMode, TaskStream, random_stream
+from became_core.continual import Batch, Constraint, Optimiser, TapMode, TaskStream, Trained, random_stream
 from became_core.continual.stream import Indices
 from became_core.curvature import Pushforward, Taps, logit_cotangents
+from became_core.projection import TrustRegion
 
 __all__ = ["TorchLearner"]
 
@@ -95,16 +96,22 @@ class TorchLearner:
         constraint: Constraint,
         optimiser: Optimiser,
         stream: np.random.Generator,
-    ) -> tuple[float, Optimiser]:
-        """Take one step on each batch; return the mean loss over samples and the optimiser."""
+    ) -> Trained:
+        """Take one step on each batch."""
         trained = {name: parameter for name, parameter in self._named.items() if name in constraint.trainable}
         for name, parameter in self._named.items():
             parameter.requires_grad_(name in trained)
         self.network.train()
         self._draw_from(stream)
         total = torch.zeros((), device=self.device, dtype=torch.promote_types(self._mean.dtype, torch.float32))
+        region = constraint.region
+        theta: Params = {name: parameter.detach() for name, parameter in trained.items()}
+        if region is not None:  # the network's own weights become the effective ones
+            theta |= {name: self._named[name].detach().clone() for name in region.weights}
+            theta |= {key: scale.clone() for key, scale in region.scales.items()}
+            self._work_with(region, theta)
         # What else moves a weight must be projected too, so the short cut by inputs is for the loss's gradient alone.
-        alone = constraint.penalty is None and optimiser.is_linear
+        alone = constraint.penalty is None and optimiser.is_linear and region is None
         by_inputs = constraint.projector if alone else None
         with projected_inputs(self._layers, by_inputs) as done:
             for batch, rate in zip(batches, rates, strict=True):
@@ -113,11 +120,27 @@ class TorchLearner:
                 for parameter in trained.values():
                     parameter.grad = None
                 loss.backward()  # type: ignore[no-untyped-call]
-                optimiser = _step(trained, float(rate), constraint, optimiser, done)
+                gradients = {name: parameter.grad for name, parameter in trained.items() if parameter.grad is not None}
+                with torch.no_grad():
+                    directions, optimiser = constraint.directions(gradients, theta, float(rate), optimiser, done)
+                    for name, direction in directions.items():
+                        theta[name].sub_(direction, alpha=float(rate))
+                if region is not None:
+                    region = self._work_with(region, theta)
                 total += loss.detach() * len(batch.indices)
         samples = sum(len(batch.indices) for batch in batches)
         self.network.requires_grad_(True)
-        return float(total) / samples, optimiser
+        if region is not None:
+            self.assign({name: theta.get(name, parameter) for name, parameter in self._named.items()})
+        return Trained(float(total) / samples, optimiser, region)
+
+    @torch.no_grad()
+    def _work_with(self, region: TrustRegion, theta: Params) -> TrustRegion:
+        """Let the network work with the effective weights of a region, whose scales are among theta."""
+        region = region.with_scales({key: theta[key] for key in region.scales})
+        for name, weight in region.effective({name: theta[name] for name in region.weights}).items():
+            self._named[name].copy_(weight)
+        return region
 
     @torch.no_grad()
     def logits(self, indices: Indices, batch_size: int) -> Tensor:
@@ -187,32 +210,6 @@ class TorchLearner:
         """Let every random draw of the network, our own dropout and the framework's layers, depend on the stream."""
         torch.manual_seed(int(stream.integers(2**63)))
         use_stream(self.network, stream)
-
-
-@torch.no_grad()
-def _step(
-    trained: dict[str, nn.Parameter], rate: float, constraint: Constraint, optimiser: Optimiser, done: frozenset[str]
-) -> Optimiser:
-    """Move the parameters along what penalty, optimiser and projector make of their gradients.
-
-    Args:
-        trained: the parameters with their gradients.
-        rate: the learning rate of the step.
-        constraint: the penalty and the projector.
-        optimiser: before the step.
-        done: names of the gradients that are projected already.
-    """
-    theta: Params = {name: parameter.detach() for name, parameter in trained.items() if parameter.grad is not None}
-    directions: Params = {name: trained[name].grad for name in theta}
-    if constraint.penalty is not None:
-        directions = constraint.penalty.add_to(directions, theta, rate)
-    directions, optimiser = optimiser.step(directions, theta)
-    if constraint.projector is not None:
-        open_ = {name: direction for name, direction in directions.items() if name not in done}
-        directions = directions | constraint.projector.project(open_)
-    for name, direction in directions.items():
-        trained[name].sub_(direction, alpha=rate)
-    return optimiser
 
 
 def _chunks(indices: Indices, size: int) -> Iterator[Indices]:

@@ -1,10 +1,10 @@
 """Continual learning: task streams, the learner protocol, methods, and the loop that runs them."""
 
-from became_core.continual.learner import Batch, Constraint, Learner, Penalty, TapMode
+from became_core.continual.learner import Batch, Constraint, Learner, Penalty, TapMode, Trained
 from became_core.continual.loop import learn
 from became_core.continual.methods import METHODS, PROJECTORS, Method, MethodSettings, build_method
 from became_core.continual.optimisers import SGD, Adam, Optimiser
-from became_core.continual.record import PathPoint, RunRecord, TaskEnd
+from became_core.continual.record import MergePath, PathPoint, RunRecord, TaskEnd
 from became_core.continual.schedule import Annealed, Patience, Schedule
 from became_core.continual.seeding import random_stream
 from became_core.continual.stream import Dataset, Task, TaskStream, split_classes
@@ -21,6 +21,7 @@ __all__ = [
     "Dataset",
     "EpochEnd",
     "Learner",
+    "MergePath",
     "Method",
     "MethodSettings",
     "Optimiser",
@@ -33,6 +34,7 @@ __all__ = [
     "Task",
     "TaskEnd",
     "TaskStream",
+    "Trained",
     "Training",
     "build_method",
     "learn",

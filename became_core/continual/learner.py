@@ -17,9 +17,9 @@ from became_core.continual.optimisers import Optimiser
 from became_core.continual.stream import Indices
 from became_core.curvature import Pushforward, TapMode, Taps
 from became_core.laplace import LaplacePosterior
-from became_core.projection import Projector
+from became_core.projection import Projector, TrustRegion
 
-__all__ = ["Batch", "Constraint", "Learner", "Penalty", "TapMode"]
+__all__ = ["Batch", "Constraint", "Learner", "Penalty", "TapMode", "Trained"]
 
 
 class Batch(NamedTuple):
@@ -64,11 +64,55 @@ class Constraint:
         trainable: names of the parameters that may change; all others keep their values to the bit.
         projector: if given, the direction of every step is projected by it.
         penalty: if given, every gradient has it added, before the optimiser sees it.
+        region: if given, the network works with its effective weights, and what is trained are those beneath.
+        trains_scales: whether the region's scales are trained as well; they are never projected.
     """
 
     trainable: frozenset[str]
     projector: Projector | None = None
     penalty: Penalty | None = None
+    region: TrustRegion | None = None
+    trains_scales: bool = False
+
+    def directions(
+        self,
+        gradients: Params,
+        theta: Params,
+        rate: float,
+        optimiser: Optimiser,
+        projected: frozenset[str] = frozenset(),
+    ) -> tuple[Params, Optimiser]:
+        """Return what a step of this rate goes along, theta <- theta - rate x direction, and the optimiser after it.
+
+        Args:
+            gradients: of the loss, by the name of the parameter that the network works with.
+            theta: the parameters beneath, and the region's scales by their keys, if there is one.
+            rate: the learning rate of the step.
+            optimiser: before the step.
+            projected: names of gradients that were made projected.
+        """
+        if self.region is not None:
+            region = self.region.with_scales({key: theta[key] for key in self.region.scales})
+            gradients = region.pull_back(gradients, theta)
+            if not self.trains_scales:
+                gradients = {name: value for name, value in gradients.items() if name not in region.scales}
+        if self.penalty is not None:
+            free = {} if self.region is None else self.region.scales
+            held = {name: value for name, value in gradients.items() if name not in free}
+            gradients = gradients | self.penalty.add_to(held, theta, rate)
+        directions, optimiser = optimiser.step(gradients, theta)
+        if self.projector is not None:
+            remaining = {name: value for name, value in directions.items() if name not in projected}
+            directions = directions | self.projector.project(remaining)
+        return directions, optimiser
+
+
+class Trained(NamedTuple):
+    """What training returns: the mean loss over samples, the optimiser after the last step, the region likewise."""
+
+    loss: float
+    optimiser: Optimiser
+    region: TrustRegion | None
 
 
 class Learner(Protocol):
@@ -95,18 +139,15 @@ class Learner(Protocol):
         constraint: Constraint,
         optimiser: Optimiser,
         stream: np.random.Generator,
-    ) -> tuple[float, Optimiser]:
+    ) -> Trained:
         """Take a step on the mean cross-entropy of each batch: gradient, penalty, optimiser, projector, in this order.
 
         Args:
             batches: in order.
             rates: each step's learning rate.
             constraint: what every step must respect.
-            optimiser: begun on the trainable parameters.
+            optimiser: begun on what is trained.
             stream: where dropout is drawn from.
-
-        Returns:
-            The mean loss over samples, and the optimiser after the last step.
         """
 
     def logits(self, indices: Indices, batch_size: int) -> Array:

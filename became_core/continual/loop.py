@@ -5,23 +5,24 @@ it was: it is trained once, without constraint, for both stages' epochs.
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from became_core.arrays import Params, named_leaves
-from became_core.continual.evaluation import accuracies, mean_loss
+from became_core.continual.estimates import Approximations, alpha_estimates, new_sides, old_sides
+from became_core.continual.evaluation import accuracies
 from became_core.continual.learner import Constraint, Learner, Penalty
 from became_core.continual.measurement import Measurement
 from became_core.continual.methods import Method
-from became_core.continual.record import PathPoint, RunRecord, TaskEnd
+from became_core.continual.record import MergePath, PathPoint, RunRecord, TaskEnd
 from became_core.continual.schedule import Schedule
 from became_core.continual.stream import Task, TaskStream
 from became_core.continual.training import EpochEnd, Training, train_stage
 from became_core.laplace import LaplacePosterior, trace_path
-from became_core.projection import Projector
+from became_core.projection import TRGP, Projector, TrustRegion, full
 
 __all__ = ["learn"]
 
@@ -32,6 +33,8 @@ class Memory:
 
     projector: Projector | None = None
     posterior: LaplacePosterior | None = None
+    regions: Mapping[int, TrustRegion] = field(default_factory=dict)
+    approximations: Approximations | None = None
 
 
 def learn(
@@ -76,6 +79,7 @@ class _Run:
 
     def __post_init__(self) -> None:
         shape = (len(self.stream.tasks), len(self.stream.tasks))
+        self.filled = frozenset[str]()
         self.record = RunRecord(accuracy=np.full(shape, np.nan), class_incremental_accuracy=np.full(shape, np.nan))
 
     def learn_task(self, task: Task, memory: Memory) -> Memory:
@@ -86,22 +90,27 @@ class _Run:
         if method.rule is not None and not merges:
             first_stage = training.stage1.extended(training.stage2.epochs)
         with self.phase("stage1"):
-            epochs = self.train(task, first_stage, self.stable_constraint(task, memory), stage=1)
+            epochs, region = self.train(task, first_stage, self.stable_constraint(task, memory), stage=1)
+        if region is not None:
+            memory = replace(memory, regions={**memory.regions, task.index: region})
         alpha: float | None = None
         if merges:
             theta_gp = self.learner.parameters()
             with self.phase("stage2"):
-                epochs += self.train(task, training.stage2, self.free_constraint(task), stage=2)
+                free = replace(self.free_constraint(task), region=region)
+                epochs += self.train(task, training.stage2, free, stage=2)[0]
             alpha = self.merge(task, theta_gp, memory)
         with self.phase("memory"):
             memory = self.remember(task, memory)
         self.record.alpha.append(alpha)
         self.record.epochs.append(epochs)
         self.record.ranks.append({} if memory.projector is None else dict(memory.projector.rank))
-        self.evaluate(task, alpha)
+        self.evaluate(task, alpha, memory)
         return memory
 
-    def train(self, task: Task, schedule: Schedule, constraint: Constraint, stage: int) -> int:
+    def train(
+        self, task: Task, schedule: Schedule, constraint: Constraint, stage: int
+    ) -> tuple[int, TrustRegion | None]:
         return train_stage(
             self.learner,
             self.seen(task) if self.method.joint else [task],
@@ -121,16 +130,20 @@ class _Run:
         return Constraint(trainable=frozenset(self.learner.parameters()) - others)
 
     def stable_constraint(self, task: Task, memory: Memory) -> Constraint:
-        """Stage 1: projected, penalised or free, as the method has it; the first task is free."""
-        free = self.free_constraint(task)
-        if memory.projector is not None and task.index > 0:
-            # What a projector cannot protect (biases, normalisation) is frozen once the first task has set it.
-            protected = self.learner.projectable | self.learner.heads[task.index]
-            trainable = free.trainable if memory.projector.protects_all else protected
-            return Constraint(trainable=trainable, projector=memory.projector)
+        """Stage 1: projected, penalised, both or free, as the method has it; the first task is free."""
+        constraint = self.free_constraint(task)
         if self.method.penalty_strength > 0 and memory.posterior is not None:
-            return Constraint(free.trainable, penalty=Penalty(memory.posterior, self.method.penalty_strength))
-        return free
+            constraint = replace(constraint, penalty=Penalty(memory.posterior, self.method.penalty_strength))
+        projector = memory.projector
+        if projector is None or task.index == 0:
+            return constraint
+        if not projector.protects_all:
+            # What it cannot protect (biases, normalisation) is frozen once the first task has set it.
+            constraint = replace(constraint, trainable=self.learner.projectable | self.learner.heads[task.index])
+        if isinstance(projector, TRGP):
+            region = projector.trust_region(self.measurement(task, "trust-region", memory).gradients())
+            constraint = replace(constraint, region=region, trains_scales=True)
+        return replace(constraint, projector=projector)
 
     def merge(self, task: Task, theta_gp: Params, memory: Memory) -> float | None:
         """Merge the two stages' weights and give them to the learner; return theta_hat's coefficient (their mean)."""
@@ -139,48 +152,63 @@ class _Run:
         assert posterior is not None
         with self.phase("merge"):
             theta_hat = self.learner.parameters()
-            merged = rule.merge((theta_gp, theta_hat), (posterior, self.measurement(task, "merge")))
+            merged = rule.merge((theta_gp, theta_hat), (posterior, self.measurement(task, "merge", memory)))
         if self.training.path_alphas:
             with self.phase("path"):
-                self.record.paths.append(self.trace(task, theta_gp, theta_hat))
+                self.record.paths.append(self.look_along(task, theta_gp, theta_hat, memory))
         self.learner.assign(merged.theta)
         return None if merged.alpha is None else float(np.mean([float(a) for a in named_leaves(merged.alpha).values()]))
 
-    def trace(self, task: Task, theta_gp: Params, theta_hat: Params) -> list[PathPoint]:
+    def look_along(self, task: Task, theta_gp: Params, theta_hat: Params, memory: Memory) -> MergePath:
+        """Return the truth along the path, and what every estimator makes of it; the learner is at theta_hat."""
+        assert memory.posterior is not None
+        assert memory.approximations is not None
+        seen = [self.measurement(each, "merge", memory) for each in self.seen(task)]
+        new = new_sides(seen[-1], theta_gp)
+        old = old_sides(memory.posterior, memory.approximations, seen[:-1], theta_gp, theta_hat)
+
         def truth(theta: Params) -> tuple[float, float]:
             self.learner.assign(theta)
-            size, seen = self.training.batch_size, self.seen(task)
-            loss = sum(
-                mean_loss(self.learner, old.index, self.measurement(old, "merge").curvature_rows(), size)
-                for old in seen
-            )
-            return loss, float(np.mean(accuracies(self.learner, seen, size)[0]))
+            return sum(each.loss() for each in seen), float(np.mean(self.accuracies(task, memory)[0]))
 
-        alphas = self.training.path_alphas
-        traced = trace_path(truth, theta_gp, theta_hat, alphas)
-        return [PathPoint(alpha, *found) for alpha, found in zip(*traced, strict=True)]
+        traced = trace_path(truth, theta_gp, theta_hat, self.training.path_alphas)
+        return MergePath(
+            [PathPoint(alpha, *found) for alpha, found in zip(*traced, strict=True)],
+            new={name: (side.slope, side.curvature) for name, side in new.items()},
+            old={name: (side.slope, side.curvature) for name, side in old.items()},
+            estimates=alpha_estimates(new, old),
+        )
 
     def remember(self, task: Task, memory: Memory) -> Memory:
         """Return the memory with this task: posterior at the merged weights, projector from the task's inputs."""
-        projector, posterior = memory.projector, memory.posterior
-        measurement = self.measurement(task, "posterior")
+        measurement = self.measurement(task, "posterior", memory)
         if self.method.keeps_posterior:
             theta, fisher = self.learner.parameters(), measurement.diagonal()
-            posterior = LaplacePosterior(theta, fisher) if posterior is None else posterior.update(theta, fisher)
-        if projector is not None:
-            projector = projector.remember(measurement)  # type: ignore[arg-type] # it has no logit gradients yet
-        return Memory(projector, posterior)
+            old = memory.posterior
+            memory = replace(
+                memory, posterior=(LaplacePosterior(theta, fisher) if old is None else old.update(theta, fisher))
+            )
+        if self.method.rule is not None and self.training.path_alphas:
+            memory = replace(memory, approximations=(memory.approximations or Approximations()).updated(measurement))
+        if memory.projector is not None:
+            memory = replace(memory, projector=memory.projector.remember(measurement))
+        return memory
 
-    def evaluate(self, task: Task, alpha: float | None) -> None:
+    def evaluate(self, task: Task, alpha: float | None, memory: Memory) -> None:
         with self.phase("evaluation"):
-            seen = self.seen(task)
-            within, among_all = accuracies(self.learner, seen, self.training.batch_size)
-        self.record.accuracy[task.index, : len(seen)] = within
-        self.record.class_incremental_accuracy[task.index, : len(seen)] = among_all
-        self.observe(TaskEnd(task.index, alpha, within, among_all))
+            within, among_all = self.accuracies(task, memory)
+        self.record.accuracy[task.index, : len(within)] = within
+        self.record.class_incremental_accuracy[task.index, : len(within)] = among_all
+        filled = frozenset[str]() if memory.projector is None else full(memory.projector)
+        new, self.filled = filled - self.filled, filled
+        self.observe(TaskEnd(task.index, alpha, within, among_all, new))
 
-    def measurement(self, task: Task, purpose: str) -> Measurement:
-        return Measurement(self.learner, task, self.training, self.method.fisher, self.seed, purpose)
+    def accuracies(self, task: Task, memory: Memory) -> tuple[list[float], list[float]]:
+        return accuracies(self.learner, self.seen(task), self.training.batch_size, memory.regions)
+
+    def measurement(self, task: Task, purpose: str, memory: Memory) -> Measurement:
+        region = memory.regions.get(task.index)
+        return Measurement(self.learner, task, self.training, self.method.fisher, self.seed, purpose, region)
 
     def seen(self, task: Task) -> Sequence[Task]:
         return self.stream.tasks[: task.index + 1]

@@ -5,10 +5,15 @@ for those of gradients.
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
-from became_core.arrays import Params, namespace
+import numpy as np
+
+from became_core.arrays import Array, Params, namespace
+from became_core.continual.evaluation import mean_loss
 from became_core.continual.learner import Learner
+from became_core.continual.regions import beneath, reparametrised
 from became_core.continual.seeding import random_stream
 from became_core.continual.stream import Indices, Task
 from became_core.continual.training import Training
@@ -16,7 +21,9 @@ from became_core.curvature import (
     TAP_MODES,
     FisherKind,
     Sharing,
+    TapMode,
     Taps,
+    batch_gradient,
     derivatives_along,
     diagonal_fisher,
     gradient_grams,
@@ -26,6 +33,7 @@ from became_core.curvature import (
 )
 from became_core.errors import BecameError
 from became_core.laplace import Diagonal, Kronecker, Precision, Quadratic
+from became_core.projection import TrustRegion
 
 __all__ = ["Measurement"]
 
@@ -41,6 +49,7 @@ class Measurement:
         kind: of diagonal Fisher information.
         seed: the run's.
         purpose: what for, "merge" or "posterior": with the seed and the task it names the random draws.
+        region: the task's trust region, if it has one; measured is the loss by the weights beneath.
     """
 
     learner: Learner
@@ -49,11 +58,13 @@ class Measurement:
     kind: FisherKind
     seed: int
     purpose: str
+    region: TrustRegion | None = None
 
     def diagonal(self) -> Diagonal:
         """Return the diagonal Fisher information, of the method's kind, over all parameters."""
         rows, parameters = self.curvature_rows(), self.learner.parameters()
-        return Diagonal(diagonal_fisher(self._fisher_taps(rows), parameters, self.kind, samples=len(rows)))
+        with self._as_task():
+            return Diagonal(diagonal_fisher(self._fisher_taps(rows), parameters, self.kind, samples=len(rows)))
 
     def kronecker(self, sharing: Sharing = "expand") -> Precision:
         """Return Kronecker factors of the curvature for weights and biases, and its diagonal for the rest.
@@ -67,7 +78,8 @@ class Measurement:
         if self.kind == "batch":
             raise BecameError("the kind 'batch' has no Kronecker factors; choose empirical, true or sampled.")
         rows, shapes = self.curvature_rows(), {n: tuple(v.shape) for n, v in self.learner.parameters().items()}
-        factors, rest = kronecker_factors(self._fisher_taps(rows), samples=len(rows), sharing=sharing)
+        with self._as_task():
+            factors, rest = kronecker_factors(self._fisher_taps(rows), samples=len(rows), sharing=sharing)
         parts: list[Precision] = []
         if factors:
             parts.append(Kronecker(factors, shapes={name: shapes[name] for name in factors}))
@@ -88,7 +100,7 @@ class Measurement:
         shared = {name: value for name, value in self.learner.parameters().items() if name not in heads}
         stream = random_stream(self.seed, "logit-gradient-taps", self.task.index)
         size = self.training.batch_size
-        batches = self.learner.taps(self.task.index, rows, size, "logit", stream)
+        batches = self._taps(rows, "logit", stream)
         for start, taps in zip(range(0, len(rows), size), batches, strict=True):
             found, samples = per_sample_gradients(taps), min(size, len(rows) - start)
             gradients: Params = {}
@@ -101,12 +113,34 @@ class Measurement:
 
     def _fisher_taps(self, rows: Indices) -> Iterator[Taps]:
         stream = random_stream(self.seed, f"fisher-{self.purpose}", self.task.index)
-        return self.learner.taps(self.task.index, rows, self.training.batch_size, TAP_MODES[self.kind], stream)
+        return self._taps(rows, TAP_MODES[self.kind], stream)
 
     def along(self, directions: Sequence[Params]) -> Quadratic:
         """Return the loss along directions from the learner's weights, exact on the samples that curvature takes."""
         rows, size = self.curvature_rows(), self.training.batch_size
-        return Quadratic(*derivatives_along(self.learner.pushforward(self.task.index, rows, size, directions)))
+        if self.region is not None:  # effective weights are linear in those beneath
+            directions = [self.region.effective(direction) for direction in directions]
+        with self._as_task():
+            return Quadratic(*derivatives_along(self.learner.pushforward(self.task.index, rows, size, directions)))
+
+    def gradients(self) -> Params:
+        """Return the mean loss's gradient by every projectable weight, on the samples that curvature takes."""
+        rows, parameters = self.curvature_rows(), self.learner.parameters()
+        stream, total = random_stream(self.seed, "gradient-taps", self.task.index), dict[str, Array]()
+        with self._as_task():
+            for taps in self._taps(rows, "empirical", stream):
+                for name, value in batch_gradient(taps).items():
+                    total[name] = total[name] + value if name in total else value
+        projectable = sorted(self.learner.projectable & set(total))
+        return {
+            name: namespace(total=total[name]).reshape(total[name], parameters[name].shape) / len(rows)
+            for name in projectable
+        }
+
+    def loss(self) -> float:
+        """Return the mean loss on the samples that curvature takes, as in evaluation."""
+        with self._as_task():
+            return mean_loss(self.learner, self.task.index, self.curvature_rows(), self.training.batch_size)
 
     @property
     def mean(self) -> Params:
@@ -115,20 +149,29 @@ class Measurement:
 
     def input_grams(self) -> Params:
         """Return, for each weight that can be protected, the mean of a a^T over a sample of the training images."""
-        return input_grams(self._projector_taps(), self.learner.projectable)
+        with self._as_task():
+            return input_grams(self._projector_taps(), self.learner.projectable)
 
     def gradient_grams(self) -> Params:
         """Return, for each such weight, the mean of G^T G over the batches of the same sample."""
-        return gradient_grams(self._projector_taps(), self.learner.projectable)
+        with self._as_task():
+            return gradient_grams(self._projector_taps(), self.learner.projectable)
 
     def _projector_taps(self) -> Iterator[Taps]:
         rows = self._sample("projector", self.training.projector_samples)
         stream = random_stream(self.seed, "projector-taps", self.task.index)
-        return self.learner.taps(self.task.index, rows, self.training.batch_size, "empirical", stream)
+        return self._taps(rows, "empirical", stream)
 
     def curvature_rows(self) -> Indices:
         """Return the training rows that curvature is measured on, the same for every purpose: ratios share them."""
         return self._sample("curvature", self.training.curvature_samples)
+
+    def _taps(self, rows: Indices, mode: TapMode, stream: np.random.Generator) -> Iterator[Taps]:
+        batches = self.learner.taps(self.task.index, rows, self.training.batch_size, mode, stream)
+        return (beneath(self.region, taps) for taps in batches)
+
+    def _as_task(self) -> AbstractContextManager[None]:
+        return reparametrised(self.learner, self.region)
 
     def _sample(self, purpose: str, count: int | None) -> Indices:
         if count is None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["PathPoint", "RunRecord", "TaskEnd"]
+__all__ = ["MergePath", "PathPoint", "RunRecord", "TaskEnd"]
 
 
 @dataclass(frozen=True)
@@ -21,13 +21,39 @@ class PathPoint:
 
 
 @dataclass(frozen=True)
+class MergePath:
+    """A merging path, looked at from outside: the truth along it, and what estimators made of it.
+
+    Attributes:
+        points: the truth at each traced alpha.
+        new: (slope at theta_gp, curvature) of the new task's loss along delta, by the name of how it was measured.
+        old: likewise, of the old tasks' together.
+        estimates: alpha, by the name of its estimator.
+    """
+
+    points: list[PathPoint]
+    new: dict[str, tuple[float, float]]
+    old: dict[str, tuple[float, float]]
+    estimates: dict[str, float]
+
+
+@dataclass(frozen=True)
 class TaskEnd:
-    """What is known when a task has been learned; accuracies in percent, of each task so far."""
+    """What is known when a task has been learned; accuracies in percent, of each task so far.
+
+    Attributes:
+        task: its index.
+        alpha: the merging coefficient, if anything was merged.
+        accuracy: task-incremental.
+        class_incremental_accuracy: the argmax over all heads so far.
+        full: protected spaces that fill their layer's, from now on: such a weight no longer changes in stage 1.
+    """
 
     task: int
     alpha: float | None
     accuracy: list[float]
     class_incremental_accuracy: list[float]
+    full: frozenset[str] = frozenset()
 
 
 @dataclass
@@ -40,7 +66,7 @@ class RunRecord:
         alpha: for each task, the merging coefficient; None where nothing was merged.
         epochs: for each task, the epochs trained.
         ranks: for each task, every protected layer's (rank, width) after it.
-        paths: for each task, the traced merging path.
+        paths: for each merge, the path it was on, if paths are traced.
         seconds: by phase.
     """
 
@@ -49,5 +75,5 @@ class RunRecord:
     alpha: list[float | None] = field(default_factory=list)
     epochs: list[int] = field(default_factory=list)
     ranks: list[dict[str, tuple[int, int]]] = field(default_factory=list)
-    paths: list[list[PathPoint]] = field(default_factory=list)
+    paths: list[MergePath] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)

@@ -5,7 +5,7 @@ The same for every method and backend.
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -13,10 +13,12 @@ from became_core.arrays import Params, namespace
 from became_core.continual.evaluation import mean_loss
 from became_core.continual.learner import Batch, Constraint, Learner
 from became_core.continual.optimisers import SGD, Optimiser
+from became_core.continual.regions import reparametrised
 from became_core.continual.schedule import Schedule
 from became_core.continual.seeding import random_stream
 from became_core.continual.stream import Task
 from became_core.errors import BecameError
+from became_core.projection import TrustRegion
 
 __all__ = ["EpochEnd", "Training", "epoch_batches", "train_stage"]
 
@@ -85,8 +87,11 @@ def train_stage(
     batch_size: int,
     seed: int,
     observe: Callable[[EpochEnd], None],
-) -> int:
-    """Train a learner on the last of these tasks (on all of them, if several are given); return the epochs taken.
+) -> tuple[int, TrustRegion | None]:
+    """Train a learner on the last of these tasks (on all of them, if several are given).
+
+    Returns:
+        The epochs taken, and the constraint's region as it came out of training.
 
     Raises:
         BecameError: if the loss is no longer finite, or validation is needed and the task has no validation rows.
@@ -94,15 +99,18 @@ def train_stage(
     task = tasks[-1]
     if schedule.needs_validation and not len(task.validation):
         raise BecameError(f"the schedule needs a validation loss, but task {task.index + 1} holds out no samples.")
-    best: Params | None = None
+    best: tuple[Params, TrustRegion | None] | None = None
     best_loss = math.inf
-    theta = learner.parameters()
-    optimiser = optimiser.begun({name: theta[name] for name in sorted(constraint.trainable)})
+    theta, region = learner.parameters(), constraint.region
+    scales = region.scales if region is not None and constraint.trains_scales else {}
+    optimiser = optimiser.begun({name: theta[name] for name in sorted(constraint.trainable)} | scales)
     while not schedule.finished:
         key = (task.index, stage, schedule.epoch)
         batches = epoch_batches(tasks, batch_size, random_stream(seed, "batches", *key))
         rates = schedule.rates(len(batches))
-        loss, optimiser = learner.train(batches, rates, constraint, optimiser, random_stream(seed, "dropout", *key))
+        draws = random_stream(seed, "dropout", *key)
+        loss, optimiser, region = learner.train(batches, rates, constraint, optimiser, draws)
+        constraint = replace(constraint, region=region)
         if not math.isfinite(loss):
             raise BecameError(
                 f"the training loss became {loss} in task {task.index + 1}, stage {stage}, "
@@ -110,15 +118,17 @@ def train_stage(
             )
         validation_loss = math.nan
         if schedule.needs_validation:
-            validation_loss = mean_loss(learner, task.index, task.validation, batch_size)
+            with reparametrised(learner, region):
+                validation_loss = mean_loss(learner, task.index, task.validation, batch_size)
             if schedule.restores_best and validation_loss < best_loss:
-                best, best_loss = learner.parameters(), validation_loss
+                best, best_loss = (learner.parameters(), region), validation_loss
         schedule = schedule.advance(validation_loss)
         observe(EpochEnd(task.index, stage, schedule.epoch, schedule.epochs, loss, float(rates[-1]), validation_loss))
     if best is not None:
-        learner.assign(best)
+        learner.assign(best[0])
+        region = best[1]
     _check_finite(learner, f"task {task.index + 1}, stage {stage}")
-    return schedule.epoch
+    return schedule.epoch, region
 
 
 def _check_finite(learner: Learner, where: str) -> None:

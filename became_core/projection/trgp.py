@@ -126,9 +126,7 @@ class TrustRegion:
                 raise BecameError(f"the scale '{key}' has shape {shape}; it must be [{rank}, {rank}].")
 
     def effective(self, theta: Params) -> Params:
-        """Return the weights that the task's network works with; differentiable by weights and scales.
-
-        A layer's gradient must reach the scales unprojected: project that of W, not the inputs that make it.
+        """Return the weights that the task's network works with; linear in the weights.
 
         Raises:
             BecameError: if a weight of the region is missing.
@@ -146,6 +144,51 @@ class TrustRegion:
                 matrix = matrix + xp.matmul(xp.matmul(within, scale) - within, xp.matrix_transpose(basis))
             result[name] = xp.reshape(matrix, weight.shape)
         return result
+
+    def pull_back(self, gradients: Params, theta: Params) -> Params:
+        """Return gradients by weights and scales, given those by effective weights.
+
+        With S = sum_j B_j (Q_j - I) B_j^T: dW = G + G S^T, dQ_j = (W B_j)^T (G B_j).
+
+        Args:
+            gradients: G, by name; weights outside the region keep theirs.
+            theta: the weights W, of at least the region's names.
+        """
+        result = dict(gradients)
+        for name, keys in self._by_weight():
+            if name not in gradients:
+                continue
+            gradient, weight = gradients[name], theta[name]
+            xp: Any = namespace(gradient=gradient, weight=weight)
+            g, w = (xp.reshape(each, (each.shape[0], -1)) for each in (gradient, weight))
+            total = g
+            for key in keys:
+                basis, scale = (xp.astype(each[key], g.dtype, copy=False) for each in (self.bases, self.scales))
+                within = xp.matmul(g, basis)
+                back = xp.matmul(within, xp.matrix_transpose(scale)) - within
+                total = total + xp.matmul(back, xp.matrix_transpose(basis))
+                result[key] = xp.matmul(xp.matrix_transpose(xp.matmul(w, basis)), within)
+            result[name] = xp.reshape(total, gradient.shape)
+        return result
+
+    def seen(self, name: str, rows: Array) -> Array:
+        """Return what W is multiplied with where the layer sees these rows [..., d_in]: a + S a, S as above.
+
+        The effective weight on a is W on this, so taps of the effective weight become those of W.
+        """
+        total = rows
+        for key in dict(self._by_weight()).get(name, []):
+            xp: Any = namespace(rows=rows)
+            basis, scale = (xp.astype(each[key], rows.dtype, copy=False) for each in (self.bases, self.scales))
+            within = xp.matmul(rows, basis)
+            onward = xp.matmul(within, xp.matrix_transpose(scale)) - within
+            total = total + xp.matmul(onward, xp.matrix_transpose(basis))
+        return total
+
+    @property
+    def weights(self) -> frozenset[str]:
+        """The names of the weights that have a trust region."""
+        return frozenset(name for name, _ in self._by_weight())
 
     def with_scales(self, scales: Params) -> Self:
         """Return the region with other scales."""

@@ -72,8 +72,8 @@ def test_the_shapes_of_a_record(name: str) -> None:
     assert all(alpha is not None and 0 <= alpha <= 1 if merges else alpha is None for alpha in record.alpha[1:])
     assert record.epochs == ([9, 9, 9] if merges else [6, 6, 6])
     assert record.paths == []
-    projects = merges or name == "gpm"
-    assert [set(ranks) for ranks in record.ranks] == [{"fc1.weight", "fc2.weight"} if projects else set()] * 3
+    projected = {"ogd": {"shared parameters"}, "finetune": set(), "joint": set(), "ewc": set()}
+    assert [set(ranks) for ranks in record.ranks] == [projected.get(name, {"fc1.weight", "fc2.weight"})] * 3
     phases = {"stage1", "memory", "evaluation"} | ({"stage2", "merge"} if merges else set())
     assert set(record.seconds) == phases
     assert all(seconds >= 0 for seconds in record.seconds.values())
@@ -232,8 +232,8 @@ def test_the_trace_of_a_path_ends_at_the_two_models() -> None:
     probe = ReferenceLearner(STREAM, bias=True)
     assert len(record.paths) == 2
     for task, path in enumerate(record.paths, start=1):
-        assert tuple(point.alpha for point in path) == alphas
-        for point, stage in ((path[0], 1), (path[-1], 2)):
+        assert tuple(point.alpha for point in path.points) == alphas
+        for point, stage in ((path.points[0], 1), (path.points[-1], 2)):
             probe.assign(seen[task, stage])
             tasks = STREAM.tasks[: task + 1]
             assert point.accuracy == pytest.approx(np.mean(accuracies(probe, tasks, 16)[0]))

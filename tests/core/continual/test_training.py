@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from became_core import BecameError
-from became_core.continual import SGD, Annealed, Constraint, EpochEnd, Optimiser, Patience, Schedule, Task
+from became_core.continual import SGD, Annealed, Constraint, EpochEnd, Patience, Schedule, Task, Trained
 from became_core.continual.evaluation import mean_loss
 from became_core.continual.training import epoch_batches, train_stage
 from reference.learner import ReferenceLearner
@@ -60,7 +60,7 @@ def stage(
     *,
     task: Task = STREAM.tasks[0],
 ) -> int:
-    return train_stage(
+    epochs, _ = train_stage(
         learner,
         [task],
         schedule,
@@ -71,6 +71,7 @@ def stage(
         seed=0,
         observe=(observed if observed is not None else []).append,
     )
+    return epochs
 
 
 def test_every_epoch_is_observed() -> None:
@@ -117,12 +118,12 @@ def test_divergence_is_one_sentence() -> None:
 class ThrownOut(ReferenceLearner):
     """Whose last step, after the last loss was seen, ruins a weight."""
 
-    def train(self, *arguments: Any) -> tuple[float, Optimiser]:
-        loss, optimiser = super().train(*arguments)
+    def train(self, *arguments: Any) -> Trained:
+        trained = super().train(*arguments)
         parameters = self.parameters()
         parameters["fc2.weight"][0, 0] = math.inf
         self.assign(parameters)
-        return loss, optimiser
+        return trained
 
 
 def test_weights_thrown_out_of_the_numbers_are_named() -> None:

@@ -1,0 +1,140 @@
+"""What every estimator of alpha would have said at a merge: the loss along delta, measured in every way there is.
+
+Along theta_gp + alpha delta, each side's loss is a slope at 0 and a curvature. The new task's is measured at theta_hat
+(with or without its gradient there) and by the secant of its slopes at both ends; the old tasks' as the posterior has
+it, by diagonal or Kronecker factors, and, for reference, exactly, from data that a continual learner no longer has. The
+approximate old sides may be calibrated by kappa, the new task's exact curvature over the same approximation of it.
+
+Convention: means over samples; ``batch`` is the published code's Fisher estimate.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Self
+
+from became_core.arrays import Params
+from became_core.continual.measurement import Measurement
+from became_core.laplace import LaplacePosterior, Precision
+from became_core.laplace.estimators import difference
+
+__all__ = ["Along", "Approximations", "alpha_estimates", "new_sides", "old_sides"]
+
+
+@dataclass(frozen=True)
+class Along:
+    """One loss along delta: its slope at theta_gp and its curvature."""
+
+    slope: float
+    curvature: float
+
+
+@dataclass(frozen=True)
+class Approximations:
+    """Curvatures of the old tasks that the posterior itself does not keep: sums over tasks, for comparison alone."""
+
+    batch: Precision | None = None
+    kronecker: Precision | None = None
+
+    def updated(self, measurement: Measurement) -> Self:
+        """Return them with one more task, measured at the learner's weights."""
+        batch = replace(measurement, kind="batch").diagonal()
+        kronecker = replace(measurement, kind="empirical").kronecker()
+        return replace(
+            self,
+            batch=batch if self.batch is None else self.batch + batch,
+            kronecker=kronecker if self.kronecker is None else self.kronecker + kronecker,
+        )
+
+
+def new_sides(measurement: Measurement, theta_gp: Params) -> dict[str, Along]:
+    """Return the new task's loss along delta in every way; the learner is at theta_hat, and is left there."""
+    theta_hat = measurement.mean
+    delta = difference(theta_hat, theta_gp)
+    exact = measurement.along([delta])
+    gradient, curvature = float(exact.slope[0]), float(exact.curvature[0, 0])
+    measurement.learner.assign(theta_gp)
+    slope = float(measurement.along([delta]).slope[0])
+    measurement.learner.assign(theta_hat)
+    sides = {
+        "exact": Along(-curvature, curvature),
+        "exact, with gradient": Along(gradient - curvature, curvature),
+        "secant": Along(slope, gradient - slope),
+    }
+    empirical = replace(measurement, kind="empirical")
+    approximations: dict[str, Precision] = {
+        "batch": replace(measurement, kind="batch").diagonal(),
+        "diagonal": empirical.diagonal(),
+        "kronecker": empirical.kronecker(),
+    }
+    return sides | {name: _around(precision, delta) for name, precision in approximations.items()}
+
+
+def _around(precision: Precision, delta: Params) -> Along:
+    """A loss known by its curvature at theta_hat, where it is at its minimum."""
+    curvature = float(precision.gram([delta])[0, 0])
+    return Along(-curvature, curvature)
+
+
+def old_sides(
+    posterior: LaplacePosterior,
+    approximations: Approximations,
+    measurements: Sequence[Measurement],
+    theta_gp: Params,
+    theta_hat: Params,
+) -> dict[str, Along]:
+    """Return the old tasks' loss along delta in every way.
+
+    Args:
+        posterior: of the old tasks.
+        approximations: of the old tasks.
+        measurements: of the old tasks, one each, on their own data.
+        theta_gp: the stable weights.
+        theta_hat: the plastic weights.
+    """
+    delta, offset = difference(theta_hat, theta_gp), difference(theta_gp, posterior.mean)
+    precisions = {"diagonal": posterior.precision, "kronecker": approximations.kronecker, "batch": approximations.batch}
+    sides = {}
+    for name, precision in precisions.items():
+        if precision is not None:
+            gram = precision.gram([delta, offset])
+            sides[name] = Along(float(gram[0, 1]), float(gram[0, 0]))
+    slope = curvature = 0.0
+    for measurement in measurements:
+        held = measurement.learner.parameters()
+        measurement.learner.assign(theta_gp)
+        found = measurement.along([delta])
+        measurement.learner.assign(held)
+        slope, curvature = slope + float(found.slope[0]), curvature + float(found.curvature[0, 0])
+    return sides | {"exact": Along(slope, curvature)}
+
+
+def alpha_estimates(new: dict[str, Along], old: dict[str, Along]) -> dict[str, float]:
+    """Return alpha by the name of its estimator, ``new side / old side`` and `` x kappa`` where calibrated.
+
+    The published form (``published, batch`` and ``published, diagonal``) takes the old tasks to be at their minimum at
+    theta_gp; all others take their slope there from where the posterior's mean is.
+    """
+    found = {
+        f"published, {name}": _alpha(new[name], Along(0.0, old[name].curvature))
+        for name in ("batch", "diagonal")
+        if name in old
+    }
+    for left in ("diagonal", "kronecker", "exact", "exact, with gradient", "secant"):
+        for right, side in old.items():
+            if right == "batch":
+                continue
+            found[f"{left} / {right}"] = _alpha(new[left], side)
+            if right != "exact" and new[right].curvature > 0:
+                kappa = new["exact"].curvature / new[right].curvature
+                found[f"{left} / {right} x kappa"] = _alpha(
+                    new[left], Along(kappa * side.slope, kappa * side.curvature)
+                )
+    return found
+
+
+def _alpha(new: Along, old: Along) -> float:
+    """The minimum of the sum, in [0, 1]; 0 where it is flat."""
+    slope, curvature = new.slope + old.slope, new.curvature + old.curvature
+    if curvature <= 0:
+        return 1.0 if slope + curvature / 2 < 0 else 0.0
+    return min(max(-slope / curvature, 0.0), 1.0)
