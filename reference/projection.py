@@ -61,7 +61,7 @@ def _scaled(sigma: NDArray[np.floating[Any]], scale: float) -> Array:
 def sgp_space(
     space: tuple[Array, Array] | None, representation: Array, epsilon: float, scale: float
 ) -> tuple[Array, Array]:
-    """Return SGP's basis and importances after one more task (Saha 2023, eqs. 3 to 7), by the SVDs of R' and M M^T R.
+    """Return SGP's basis and importances after one more task (Saha 2023), by the SVDs of R' and M M^T R.
 
     Args:
         space: basis and importances of the tasks so far; None before the first.
@@ -122,7 +122,7 @@ def nscl_null_space(representations: Sequence[Array], ratio: float) -> Array:
 
 
 def trgp_bases(basis: Array | None, representation: Array, epsilon: float) -> tuple[Array, Array]:
-    """Return the union of bases and the task's own, after one more task (Lin 2022, section 4.3)."""
+    """Return the union of bases and the task's own, after one more task (Lin 2022)."""
     kept = np.zeros((len(representation), 0)) if basis is None else basis
     vectors, sigma, _ = np.linalg.svd(representation - kept @ kept.T @ representation, full_matrices=False)
     candidates = np.hstack([kept, vectors])

@@ -70,7 +70,7 @@ def _gram(rows: Params) -> Array:
     for leaf in rows.values():
         xp: Any = namespace(leaf=leaf)
         for start in range(0, leaf.shape[1], SLAB):
-            piece = wide(leaf[:, start : start + SLAB])
+            piece = wide(leaf[:, start : min(start + SLAB, leaf.shape[1])])
             total = xp.matmul(piece, xp.matrix_transpose(piece)) + total
     return total
 

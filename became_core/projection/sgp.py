@@ -78,4 +78,6 @@ def importances(sigma: Array, scale: float) -> Array:
     if not sigma.shape[0] or not bool(xp.any(sigma > 0)):
         return sigma
     relative = sigma / xp.max(sigma)
-    return (scale + 1.0) * relative / (scale * relative + 1.0)  # exactly 1 for the greatest
+    found = (scale + 1.0) * relative / (scale * relative + 1.0)  # exactly 1 for the greatest
+    # So that equal values, which differ by rounding, are all protected whole.
+    return xp.where(found > 1.0 - 64.0 * float(xp.finfo(sigma.dtype).eps), xp.ones_like(found), found)

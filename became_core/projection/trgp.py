@@ -5,8 +5,8 @@ A basis M of all old tasks projects the weights' updates, as in GPM, and each ta
     a task's basis  of the directions m_i of M, with energy |m_i^T R|^2, and u_i of R' = R - M M^T R, with sigma_i^2:
                     the fewest whose energies sum to epsilon_t |R|^2; M grows by those of the u_i that are among them
     trust region    of a new task, for each layer: the at most two old tasks with the largest |G B B^T|_F, where that
-                    exceeds |G|_F / 2, G being the gradient at the task's beginning               (eqs. 4 and 6)
-    effective       weight in it: W + sum_j W B_j (Q_j - I) B_j^T, with Q_j learned, the identity at first  (eq. 7)
+                    exceeds |G|_F / 2, G being the gradient at the task's beginning
+    effective       weight in it: W + sum_j W B_j (Q_j - I) B_j^T, with Q_j learned, the identity at first
     update          G <- G - G M M^T for W; Q_j is free
 
 B_t lies in M, so updates leave W B_t, and with it every old task's effective weight, as it is on that task's inputs.

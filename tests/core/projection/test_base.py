@@ -61,11 +61,11 @@ def test_an_empty_memory_changes_nothing(xp: Any, make: Make) -> None:
 
 
 @every
-@given(tasks=representations(), seed=SEEDS)
-def test_what_it_does_not_know_is_unchanged(xp: Any, make: Make, tasks: list[Array], seed: int) -> None:
-    memory = remembered(xp, make(), tasks)
+def test_what_it_does_not_know_is_unchanged(xp: Any, make: Make) -> None:
+    draw = np.random.default_rng(0)
+    memory = remembered(xp, make(), [draw.normal(size=(WIDTH, 3))])
     update = xp.ones((3, 2))
-    updates = {"heads.0.weight": update} | to_xp(xp, updates_for(memory, np.random.default_rng(seed)))
+    updates = {"heads.0.weight": update} | to_xp(xp, updates_for(memory, draw))
     assert memory.project(updates)["heads.0.weight"] is update
     assert memory.project_rows("other.weight", update) is update
 
@@ -176,9 +176,10 @@ def test_memories_are_values_to_a_compiler(xp: Any, backend: str, make: Make) ->
         np.testing.assert_allclose(to_numpy(found[name]), value, atol=1e-12)
 
 
-@every
-def test_25_tasks_in_float32_stay_orthonormal(xp: Any, make: Make) -> None:
+@pytest.mark.parametrize("name", sorted(set(PROJECTORS) - {"SGP"}))  # whose bases are GPM's, to the bit
+def test_25_tasks_in_float32_stay_orthonormal(xp: Any, name: str) -> None:
     """No direction drifts: neither among the others, nor back into the updates."""
+    make = PROJECTORS[name]
     draw, width = np.random.default_rng(1), 96
     memory: Any = OGD(samples=30, capacity=75) if make().protects_all else make()
     decay = 1.5 ** -np.arange(width)[:, None]
@@ -188,7 +189,7 @@ def test_25_tasks_in_float32_stay_orthonormal(xp: Any, make: Make) -> None:
         kept = directions(memory).astype(np.float64)
         assert directions(memory).dtype == np.float32
         assert np.linalg.norm(kept.T @ kept - np.eye(kept.shape[1]), ord=2) < 1e-5
-        if not isinstance(memory, SGP | type(PROJECTORS["GPCNS"]())):
+        if name != "GPCNS":  # which protects most directions in part
             update = updates_for(memory, draw, width, np.float32)
             along = flat(memory.project(to_xp(xp, update))) @ kept
             assert np.abs(along).max() <= 1e-5 * np.linalg.norm(flat(update))
