@@ -76,7 +76,7 @@ class TorchLearner:
         self.projectable = frozenset(
             f"{name}.weight"
             for module, name in self._layers.items()
-            if is_matrix(module) and not name.startswith("heads.")
+            if is_matrix(module) and module in self._tapped_layers(0) and not name.startswith("heads.")
         )
 
     def parameters(self) -> Params:
@@ -157,7 +157,7 @@ class TorchLearner:
     ) -> Iterator[Taps]:
         """Yield each batch's taps."""
         published = mode == "published"
-        layers = None if published else self._tapped_layers(task, indices)
+        layers = None if published else self._tapped_layers(task)
         if published:
             self._draw_from(stream)
         for rows in _chunks(indices, batch_size):
@@ -193,11 +193,11 @@ class TorchLearner:
                 tangents.append(tangent)
             yield Pushforward(outputs, torch.stack(tangents), targets)
 
-    def _tapped_layers(self, task: int, indices: Indices) -> frozenset[nn.Module]:
-        """Return the layers whose taps have samples first: so they are made, so it is looked for once."""
+    def _tapped_layers(self, task: int) -> frozenset[nn.Module]:
+        """Return the layers that can be tapped for a task; it is found out once, by two samples of any kind."""
         if task not in self._layers_of_task:
             self.network.eval()
-            arguments = (self._batch(indices[:2])[0], task)
+            arguments = (self._batch(np.arange(min(2, len(self._images))))[0], task)
             self._layers_of_task[task] = layers_with_samples_first(self.network, self._layers, arguments)
         return self._layers_of_task[task]
 

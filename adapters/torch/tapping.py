@@ -226,6 +226,7 @@ def _per_sample_gradients(
         return (logits[0] * at_logits).sum()
 
     size = max(1, CHUNK // sum(value.numel() for value in theta.values()))
-    with sdpa_kernel(SDPBackend.MATH):  # vmap knows no other kernel of attention
+    # No graph of the others' parameters; and vmap knows no other kernel of attention.
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         gradients = torch.func.vmap(torch.func.grad(one), (None, 0, 0), chunk_size=size)(theta, arguments[0], seed)
     return iter([gradients[name] for name in theta])

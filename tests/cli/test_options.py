@@ -55,7 +55,7 @@ def test_the_paper_preset_is_the_published_protocol() -> None:
         (Options(benchmark="imagenet"), "no benchmark 'imagenet'; choose from split-cifar100, split-mnist"),
         (
             Options(methods=("gpm", "gmp")),
-            "no method 'gmp'; choose from became, became-paper, ewc, finetune, gpm, joint",
+            "no method 'gmp'; choose from became, became-paper, ewc, finetune, gpcns, gpm, joint, nscl, ogd, sgp",
         ),
         (Options(methods=()), "at least one method"),
         (Options(seeds=(-1,)), "seed -1 is negative"),

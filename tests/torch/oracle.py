@@ -36,9 +36,9 @@ def taps_of(network: nn.Module, samples: Tensor, labels: Tensor, mode: TapMode =
 
 def assert_exact(network: nn.Module, samples: Tensor, labels: Tensor) -> None:
     """Assert that the diagonal Fisher of taps is the mean of squared autograd gradients."""
-    found = diagonal_fisher(
-        taps_of(network, samples, labels), dict(network.named_parameters()), "empirical", samples=len(samples)
-    )
+    taps = taps_of(network, samples, labels)
+    assert not any(tap.inputs.requires_grad or tap.output_gradients.requires_grad for tap in taps[0].values())
+    found = diagonal_fisher(taps, dict(network.named_parameters()), "empirical", samples=len(samples))
     expected = autograd_gradients(network, samples, labels)
     assert set(found) == set(expected)
     for name in expected:

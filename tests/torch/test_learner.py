@@ -5,7 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from adapters.torch.learner import TorchLearner
 from adapters.torch.run import build_learner
@@ -23,6 +23,8 @@ from became_core.continual import (
     build_method,
     learn,
 )
+from became_core.continual.measurement import Measurement
+from became_core.curvature import FisherKind
 from became_core.laplace import Diagonal
 from became_core.projection import GPM
 from reference.learner import ReferenceLearner
@@ -80,6 +82,54 @@ def test_a_run_in_float64_equals_the_reference_learners(method: str) -> None:
     theta = learner.parameters()
     for name, value in reference.parameters().items():
         np.testing.assert_allclose(theta[name].numpy(), value, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["empirical", "true", "sampled", "batch"])
+def test_fisher_of_every_kind_equals_the_reference_learners(kind: FisherKind) -> None:
+    """The same labels too, where they are drawn."""
+    stream = prototype_stream()
+    reference = ReferenceLearner(stream, hidden=(12, 10), bias=True)
+    layers = {"flatten": nn.Flatten(), "fc1": nn.Linear(36, 12), "r1": nn.ReLU(), "fc2": nn.Linear(12, 10)}
+    backbone = nn.Sequential()
+    for name, layer in (layers | {"r2": nn.ReLU(inplace=True)}).items():
+        backbone.add_module(name, layer)
+    learner = TorchLearner(backbone.double(), stream, dtype=torch.float64)
+    learner.assign({name: torch.from_numpy(value) for name, value in reference.parameters().items()})
+    found, expected = (
+        Measurement(each, stream.tasks[1], TRAINING, kind, 3, "merge").diagonal().values
+        for each in (learner, reference)
+    )
+    for name, value in expected.items():
+        np.testing.assert_allclose(found[name].numpy(), value, rtol=1e-9, atol=1e-14)
+
+
+class _WithToken(nn.Module):
+    """A backbone with a parameter of its own, and a layer whose first axis is not the samples'."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token = nn.Parameter(torch.ones(6))
+        self.body, self.rows = nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, images: Tensor) -> Tensor:
+        rows = self.rows(images[:, 0].transpose(0, 1)).tanh().sum(0)  # [height, samples, width]
+        features: Tensor = self.body(rows).tanh() * self.token
+        return features
+
+
+@pytest.mark.filterwarnings("ignore:taps do not know:UserWarning")
+def test_what_taps_do_not_know_is_measured_but_not_projected() -> None:
+    stream = prototype_stream()
+    learner = TorchLearner(_WithToken(), stream)
+    assert learner.projectable == {"body.weight"}
+    measurement = Measurement(learner, stream.tasks[0], TRAINING, "empirical", 0, "merge")
+    with pytest.warns(UserWarning, match="the parameter 'token' is used, in the network itself, a _WithToken;"):
+        fisher = measurement.diagonal().values
+    assert all(fisher[name].max() > 0 for name in ("token", "rows.weight", "rows.bias", "body.weight"))
+    assert set(measurement.grams()) == {"body.weight"}
+    alphas = _merged(_learn(learner, "became"))
+    assert alphas
+    assert all(0 <= alpha <= 1 for alpha in alphas)
 
 
 def test_equal_seeds_give_equal_runs_and_others_do_not() -> None:
