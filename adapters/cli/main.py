@@ -15,7 +15,7 @@ from adapters.data.location import data_directory
 from adapters.runs import RunDirectory, RunResult, write_summary
 from adapters.runs.directory import check_writable
 from became_core import BecameError
-from became_core.continual import Learner, TaskStream, learn, split_classes
+from became_core.continual import Learner, TaskStream, learn
 
 __all__ = ["Backend", "main"]
 
@@ -56,14 +56,12 @@ def _compare(backend: Backend, options: Options, console: Console) -> None:
     if not all(finished.values()):
         check_writable(configuration.out)
         dataset = configuration.benchmark.load(data_directory(options.data_dir))
-        split_classes(dataset, configuration.tasks, validation=configuration.preset.validation)
+        configuration.stream(dataset, seed=0)
     results = []
     for run in runs:
         result = finished[run]
         if result is None:
-            stream = split_classes(
-                dataset, configuration.tasks, validation=configuration.preset.validation, seed=run.seed
-            )
+            stream = configuration.stream(dataset, run.seed)
             result = _run(backend, options.device, configuration, stream, run, console)
             run.save(result)
             write_summary(configuration.out)

@@ -16,12 +16,15 @@ from became_core.continual import (
     PROJECTORS,
     SGD,
     Adam,
+    Dataset,
     Method,
     MethodSettings,
     Optimiser,
     Schedule,
+    TaskStream,
     Training,
     build_method,
+    split_classes,
 )
 
 __all__ = ["Configuration", "Options", "method_names", "resolve"]
@@ -49,6 +52,8 @@ class Options:
     """The published protocol, or the same protocol on a schedule that two CPU cores finish."""
     tasks: int | None = None
     """How many tasks the classes are split into; it must divide them."""
+    first: int | None = None
+    """Learn the first so many of them only."""
     epochs: int | None = None
     """Epochs of stage 1 (at most so many, if the schedule stops by itself)."""
     stage2_epochs: int | None = None
@@ -99,8 +104,13 @@ class Configuration:
 
     benchmark: Benchmark
     tasks: int
+    first: int
     preset: Preset
     out: Path
+
+    def stream(self, dataset: Dataset, seed: int) -> TaskStream:
+        """Return the tasks that a run of this seed learns."""
+        return split_classes(dataset, self.tasks, validation=self.preset.validation, seed=seed).first(self.first)
 
     def method(self, name: str) -> Method:
         """Return the method of that name with this configuration's numbers."""
@@ -111,6 +121,7 @@ class Configuration:
         training = self.preset.training
         return {
             "tasks": self.tasks,
+            "first": self.first,
             "network": self.benchmark.network,
             "validation": self.preset.validation,
             **asdict(training),
@@ -143,7 +154,7 @@ def resolve(options: Options) -> Configuration:
     )
     tasks = _given(options.tasks, benchmark.tasks)
     out = _given(options.out, Path("runs") / f"{benchmark.name}-{options.preset}")
-    configuration = Configuration(benchmark, tasks, preset, out)
+    configuration = Configuration(benchmark, tasks, _given(options.first, tasks), preset, out)
     for name in method_names(options):
         configuration.method(name)
     return configuration

@@ -5,7 +5,8 @@ places it on its device once and every batch, of any task and any part, is a row
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -73,6 +74,18 @@ class TaskStream:
     def classes_per_task(self) -> int:
         """The width of every head."""
         return len(self.tasks[0].classes)
+
+    def first(self, count: int) -> Self:
+        """Return the stream of the first so many tasks.
+
+        Raises:
+            BecameError: if there are not so many.
+        """
+        if not 1 <= count <= len(self.tasks):
+            raise BecameError(
+                f"the first {count} tasks are asked for; {self.dataset.name} is split into {len(self.tasks)}."
+            )
+        return replace(self, tasks=self.tasks[:count])
 
 
 def split_classes(

@@ -126,7 +126,7 @@ def test_what_taps_do_not_know_is_measured_but_not_projected() -> None:
     with pytest.warns(UserWarning, match="the parameter 'token' is used, in the network itself, a _WithToken;"):
         fisher = measurement.diagonal().values
     assert all(fisher[name].max() > 0 for name in ("token", "rows.weight", "rows.bias", "body.weight"))
-    assert set(measurement.grams()) == {"body.weight"}
+    assert set(measurement.input_grams()) == {"body.weight"}
     alphas = _merged(_learn(learner, "became"))
     assert alphas
     assert all(0 <= alpha <= 1 for alpha in alphas)
