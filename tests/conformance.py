@@ -6,6 +6,7 @@ passes them needs no further test to be trusted in the loop. Nothing is framewor
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -39,7 +40,7 @@ from became_core.curvature import (
     per_sample_square_sum,
 )
 from became_core.laplace import Diagonal, LaplacePosterior
-from became_core.projection import GPM
+from became_core.projection import GPM, TRGP
 from reference.formulas import cross_entropy, softmax
 from tests.backends import to_numpy
 from tests.projections import Finished
@@ -417,6 +418,48 @@ def check_nothing_leaks_into_the_protected_space(make: Make) -> None:
                 change = (after[name] - before[name]).reshape(len(after[name]), -1)
                 assert np.abs(change).max() > 0
                 np.testing.assert_allclose(change @ to_numpy(memory.bases[name]), 0, atol=1e-12)
+
+
+def check_a_trust_region_is_trained_beneath_the_network(make: Make) -> None:
+    """One step moves W and the scales along the loss's derivatives by each, and the network is left with W."""
+    learner = make(STREAM, 0)
+    theta = learner.parameters()
+    (taps,) = learner.taps(0, STREAM.tasks[0].train[:12], 12, "empirical", fresh_stream())
+    gradients = batch_gradient(taps)  # which lie in the span of the inputs
+    memory = TRGP(0.95).remember(Finished(input_grams_of(learner), {}))
+    region = memory.trust_region({name: gradients[name] for name in learner.projectable})
+    region = region.with_scales({key: 1.25 * scale for key, scale in region.scales.items()})
+    assert region.weights
+    batch, rate = Batch(0, STREAM.tasks[0].train[:12]), np.asarray([RATE])
+    free = Constraint(frozenset(theta), region=region, trains_scales=True)
+    loss, _, trained = learner.train([batch], rate, free, SGD(), fresh_stream())
+    assert trained is not None
+    np.testing.assert_allclose(loss, loss_at(learner, region.effective(theta)), rtol=1e-10)
+    after = numbers(learner.parameters())
+
+    def slope(at_weights: Params, at_scales: Params) -> float:
+        """The loss's derivative along a change of weights and scales."""
+        ends = []
+        for by in (-STEP, STEP):
+            weights = moved(theta, at_weights, by)
+            scales = {key: scale + by * at_scales[key] for key, scale in region.scales.items()}
+            ends.append(loss_at(learner, region.with_scales(scales).effective(weights)))
+        return (ends[1] - ends[0]) / (2 * STEP)
+
+    direction = direction_of(learner)
+    still = {key: scale * 0 for key, scale in region.scales.items()}
+    moves = {name: (numbers(theta)[name] - after[name]) / RATE for name in after}
+    expected = sum(float(np.sum(moves[name] * to_numpy(direction[name]))) for name in moves)
+    np.testing.assert_allclose(slope(direction, still), expected, rtol=1e-5, atol=1e-8)
+    steps = {key: (to_numpy(region.scales[key]) - to_numpy(trained.scales[key])) / RATE for key in still}
+    along = {key: scale * scale + 0.1 for key, scale in region.scales.items()}
+    expected = sum(float(np.sum(steps[key] * to_numpy(along[key]))) for key in steps)
+    nowhere = {name: value * 0 for name, value in theta.items()}
+    np.testing.assert_allclose(slope(nowhere, along), expected, rtol=1e-5, atol=1e-8)
+
+    held = learner.train([batch], rate, replace(free, trains_scales=False), SGD(), fresh_stream()).region
+    assert held is not None
+    assert all(np.array_equal(to_numpy(held.scales[key]), to_numpy(scale)) for key, scale in region.scales.items())
 
 
 def check_a_penalty_pulls_towards_its_mean(make: Make) -> None:

@@ -170,3 +170,44 @@ def test_bad_input_is_refused(xp: Any) -> None:
         TrustRegion({"w@0": basis}, {"w@0": xp.eye(3)})
     with pytest.raises(BecameError, match=r"^the weights lack 'w', which has a trust region\.$"):
         TrustRegion({"w@0": basis}, {"w@0": xp.eye(2)}).effective({})
+
+
+@given(tasks=representations(), seed=SEEDS)
+def test_what_is_pulled_back_are_the_derivatives_by_weights_and_scales(xp: Any, tasks: list[Array], seed: int) -> None:
+    """For the loss <G, effective(W, Q)>, which is linear in W and in each Q."""
+    draw = np.random.default_rng(seed)
+    memory = remembered(xp, tasks)
+    gradient, weight, step = (draw.normal(size=(3, WIDTH)) for _ in range(3))
+    bases = {f"fc.weight@{task}": memory.task_basis("fc.weight", task) for task in range(len(tasks))}
+    scales, steps = ({key: draw.normal(size=(basis.shape[1],) * 2) for key, basis in bases.items()} for _ in range(2))
+
+    def loss(at_weight: Array, at_scales: dict[str, Array]) -> float:
+        region = TrustRegion(bases, to_xp(xp, at_scales))
+        return float(np.sum(gradient * to_numpy(region.effective({"fc.weight": to_xp(xp, at_weight)})["fc.weight"])))
+
+    region = TrustRegion(bases, to_xp(xp, scales))
+    found = region.pull_back(
+        {"fc.weight": to_xp(xp, gradient), "other": to_xp(xp, step)}, {"fc.weight": to_xp(xp, weight)}
+    )
+    assert set(found) == {"fc.weight", "other", *bases}
+    np.testing.assert_array_equal(to_numpy(found["other"]), step)
+    by_weight = loss(weight + step, scales) - loss(weight, scales)
+    np.testing.assert_allclose(np.sum(to_numpy(found["fc.weight"]) * step), by_weight, rtol=1e-8, atol=1e-8)
+    for key in bases:
+        by_scale = loss(weight, scales | {key: scales[key] + steps[key]}) - loss(weight, scales)
+        np.testing.assert_allclose(np.sum(to_numpy(found[key]) * steps[key]), by_scale, rtol=1e-8, atol=1e-8)
+
+
+@given(tasks=representations(), seed=SEEDS)
+def test_the_weights_beneath_see_other_inputs(xp: Any, tasks: list[Array], seed: int) -> None:
+    """The effective weight on an input is W on what ``seen`` says."""
+    draw = np.random.default_rng(seed)
+    memory = remembered(xp, tasks)
+    weight, rows = draw.normal(size=(3, WIDTH)), draw.normal(size=(4, 2, WIDTH))
+    bases = {f"fc.weight@{task}": memory.task_basis("fc.weight", task) for task in range(len(tasks))}
+    region = TrustRegion(bases, {key: to_xp(xp, draw.normal(size=(b.shape[1],) * 2)) for key, b in bases.items()})
+    effective = to_numpy(region.effective({"fc.weight": to_xp(xp, weight)})["fc.weight"])
+    seen = to_numpy(region.seen("fc.weight", to_xp(xp, rows)))
+    np.testing.assert_allclose(seen @ weight.T, rows @ effective.T, rtol=1e-9, atol=1e-9)
+    np.testing.assert_array_equal(to_numpy(region.seen("other", to_xp(xp, rows))), rows)
+    assert region.weights == {"fc.weight"}
