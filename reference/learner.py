@@ -132,8 +132,12 @@ class ReferenceLearner:
         """Yield each batch's taps: one position a sample."""
         for rows in _chunks(indices, batch_size):
             forward = self._forward(task, rows, stream if mode == "published" else None)
-            for at_logits in _at_logits(forward.logits, self._targets[rows], mode, stream):
-                gradients = self._backward(task, forward, at_logits)
+            if mode == "inputs":
+                passes = [[a[:, :0] for a in forward.inputs]]
+            else:
+                seeds = _at_logits(forward.logits, self._targets[rows], mode, stream)
+                passes = [self._backward(task, forward, at_logits) for at_logits in seeds]
+            for gradients in passes:
                 yield {
                     layer: Tap("matrix", a[:, None, :], g[:, None, :], has_bias=f"{layer}.bias" in self._parameters)
                     for layer, a, g in zip(self._layers(task), forward.inputs, gradients, strict=True)

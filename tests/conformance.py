@@ -306,6 +306,17 @@ def check_kronecker_factors_are_a_precision(make: Make) -> None:
         assert float(precision.inner(direction_of(learner), direction_of(learner))) > 0
 
 
+def check_a_forward_pass_gives_the_inputs(make: Make) -> None:
+    learner = make(STREAM, 0)
+    rows = STREAM.tasks[0].train[:12]
+    (whole,) = learner.taps(0, rows, 12, "empirical", fresh_stream())
+    (inputs,) = learner.taps(0, rows, 12, "inputs", fresh_stream())
+    assert set(inputs) == set(whole)
+    for layer, tap in inputs.items():
+        np.testing.assert_allclose(to_numpy(tap.inputs), to_numpy(whole[layer].inputs), atol=1e-12)
+        assert tuple(tap.output_gradients.shape) == (*tap.inputs.shape[:2], 0)
+
+
 def check_published_taps_take_the_models_own_labels(make: Make) -> None:
     learner = make(STREAM, 0)
     rows = STREAM.tasks[0].train

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -51,21 +52,25 @@ def arranged_inputs(module: nn.Module, inputs: Tensor) -> Tensor:
     return _LAYERS[type(module)].inputs(module, inputs)
 
 
-def tap_of(module: Any, inputs: Tensor, gradient: Tensor) -> Tap:
+def tap_of(module: Any, inputs: Tensor, gradient: Tensor | None) -> Tap:
     """Return the tap of a known layer.
 
     Args:
         module: the layer.
         inputs: arranged by ``arranged_inputs``.
-        gradient: by the layer's output.
+        gradient: by the layer's output; none where there was no backward pass.
     """
     layer = _LAYERS[type(module)]
+    has_bias, groups = getattr(module, "bias", None) is not None, getattr(module, "groups", 1)
+    if gradient is None:
+        nothing = torch.zeros((*inputs.shape[:2], 0), device=inputs.device)
+        return Tap(layer.kind, inputs, nothing, has_bias, groups, getattr(module, "num_embeddings", 0))
     g = layer.gradients(module, gradient)
     if layer.kind == "embedding":
         if module.padding_idx is not None:  # whose row gets no gradient
             g = g.masked_fill((inputs == module.padding_idx)[..., None], 0.0)
         return Tap("embedding", inputs, g, size=module.num_embeddings)
-    return Tap(layer.kind, inputs, g, getattr(module, "bias", None) is not None, getattr(module, "groups", 1))
+    return Tap(layer.kind, inputs, g, has_bias, groups)
 
 
 def _positions_in_the_middle(_: nn.Module, array: Tensor) -> Tensor:

@@ -60,7 +60,7 @@ def collect_taps(
     layers: Collection[nn.Module] | None = None,
     per_sample: bool = True,
 ) -> Iterator[Taps]:
-    """Run one forward pass and a backward pass for each cotangent; yield the taps of each.
+    """Run one forward pass and a backward pass for each cotangent; yield the taps of each, or, of none, inputs alone.
 
     Args:
         network: what runs, in the mode it is in; it returns logits [samples, classes].
@@ -77,6 +77,11 @@ def collect_taps(
     wanted: list[Any] = [run.output for each in runs.values() for run in each]
     wanted += [] if per_sample else list(others.values())
     seeds = list(cotangents(logits.detach()))
+    if not seeds:
+        yield {
+            names[module]: _together([tap_of(module, run.inputs, None) for run in each])
+            for module, each in runs.items()
+        }
     for index, seed in enumerate(seeds):
         more = index + 1 < len(seeds)
         gradients = iter(torch.autograd.grad(logits, wanted, seed, retain_graph=more) if wanted else ())

@@ -150,17 +150,19 @@ class Measurement:
     def input_grams(self) -> Params:
         """Return, for each weight that can be protected, the mean of a a^T over a sample of the training images."""
         with self._as_task():
-            return input_grams(self._projector_taps(), self.learner.projectable)
+            return input_grams(self._projector_taps("inputs"), self.learner.projectable)
 
     def gradient_grams(self) -> Params:
         """Return, for each such weight, the mean of G^T G over the batches of the same sample."""
         with self._as_task():
-            return gradient_grams(self._projector_taps(), self.learner.projectable)
+            return gradient_grams(self._projector_taps("empirical"), self.learner.projectable)
 
-    def _projector_taps(self) -> Iterator[Taps]:
-        rows = self._sample("projector", self.training.projector_samples)
-        stream = random_stream(self.seed, "projector-taps", self.task.index)
-        return self._taps(rows, "empirical", stream)
+    def _projector_taps(self, mode: TapMode) -> Iterator[Taps]:
+        return self._taps(self.projector_rows(), mode, random_stream(self.seed, "projector-taps", self.task.index))
+
+    def projector_rows(self) -> Indices:
+        """Return the training rows that projectors remember the task by."""
+        return self._sample("projector", self.training.projector_samples)
 
     def curvature_rows(self) -> Indices:
         """Return the training rows that curvature is measured on, the same for every purpose: ratios share them."""

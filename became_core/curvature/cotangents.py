@@ -21,9 +21,10 @@ __all__ = ["TapMode", "logit_cotangents"]
 # "sampled": one label a sample, drawn from the model's p: the same by Monte-Carlo.
 # "logit": the gradient of the logit of the label given, instead of that of the loss.
 # "published": the model's most likely labels.
-# In all but the last there is no dropout and batch statistics are constants, so that per-sample gradients exist; in the
-# last dropout is on and batch statistics are part of the gradient, which is then that of the batch's summed loss.
-TapMode = Literal["empirical", "true", "sampled", "logit", "published"]
+# "inputs": none: a forward pass alone; its taps' output gradients have no width, [samples, positions, 0].
+# In all but "published" there is no dropout and batch statistics are constants, so that per-sample gradients exist;
+# there dropout is on and batch statistics are part of the gradient, which is then that of the batch's summed loss.
+TapMode = Literal["empirical", "true", "sampled", "logit", "published", "inputs"]
 
 
 def logit_cotangents(logits: Array, labels: Array, mode: TapMode, stream: np.random.Generator) -> Iterator[Array]:
@@ -32,12 +33,14 @@ def logit_cotangents(logits: Array, labels: Array, mode: TapMode, stream: np.ran
     Args:
         logits: [samples, classes], of the task's head.
         labels: as given, integers [samples].
-        mode: which gradients; "true" has as many passes as there are classes, the others one.
+        mode: which gradients; "true" has as many passes as there are classes, "inputs" none, the others one.
         stream: where "sampled" draws its labels from, so many for each batch whatever the logits are.
     """
     xp = namespace(logits=logits, labels=labels)
     log_p = log_softmax(logits)
     p = xp.exp(log_p)
+    if mode == "inputs":
+        return
     if mode == "true":
         for label in range(logits.shape[1]):
             root = xp.exp(0.5 * log_p[:, label : label + 1])
