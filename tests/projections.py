@@ -54,9 +54,10 @@ def finished(xp: Any, representation: Array, name: str = "fc.weight", *, batch: 
     """A task whose inputs, weight gradients (as rows) and logit gradients are the columns [WIDTH, n] of one matrix."""
     gram = representation @ representation.T / representation.shape[1]
     rows = representation.T
+    inputs = rows / len(rows) ** 0.5 if len(rows) < rows.shape[1] else gram  # of few inputs the factor, as taps give it
     logits = [leaves(rows[start : start + batch]) for start in range(0, len(rows), batch)]
     return Finished(
-        {name: to_xp(xp, gram)}, {name: to_xp(xp, gram)}, tuple(to_xp(xp, each) for each in logits if len(each))
+        {name: to_xp(xp, inputs)}, {name: to_xp(xp, gram)}, tuple(to_xp(xp, each) for each in logits if len(each))
     )
 
 

@@ -4,6 +4,7 @@ Convention: means, of inputs over samples and positions, of gradients over batch
 """
 
 from collections.abc import Iterable
+from typing import Any
 
 from became_core.arrays import Array, Params, namespace, reduction_dtype
 from became_core.curvature.taps import Taps, batch_gradient
@@ -14,20 +15,30 @@ __all__ = ["gradient_grams", "input_grams"]
 def input_grams(batches: Iterable[Taps], weights: frozenset[str]) -> Params:
     """Return, for each of these weights that taps speak of, the mean of a a^T over its layer's inputs, [d_in, d_in].
 
+    Where a layer has fewer inputs than columns, n < d_in, their matrix F [n, d_in] takes its place, scaled so that the
+    mean is F^T F: it is smaller, and so is its singular value decomposition.
+
     Args:
         batches: the taps of each batch.
         weights: names of weights, ``conv1.weight``.
     """
     sums: Params = {}
+    factors: Params = {}
     rows: dict[str, int] = {}
     for taps in batches:
         for name, tap in _of(weights, taps).items():
             a = tap.inputs
-            xp = namespace(inputs=a)
+            xp: Any = namespace(inputs=a)
             a = xp.reshape(a, (-1, a.shape[2]))
-            _add(sums, name, _gram(a))
             rows[name] = rows.get(name, 0) + int(a.shape[0])
-    return {name: total / rows[name] for name, total in sums.items()}
+            if name in factors:
+                a = xp.concat([factors.pop(name), a])
+            if name in sums or a.shape[0] >= a.shape[1]:
+                _add(sums, name, _gram(a))
+            else:
+                factors[name] = a
+    scaled = {name: _wide(factor) / rows[name] ** 0.5 for name, factor in factors.items()}
+    return scaled | {name: total / rows[name] for name, total in sums.items()}
 
 
 def gradient_grams(batches: Iterable[Taps], weights: frozenset[str]) -> Params:
@@ -53,8 +64,13 @@ def _of(weights: frozenset[str], taps: Taps) -> Taps:
 
 def _gram(rows: Array) -> Array:
     xp = namespace(rows=rows)
-    rows = xp.astype(rows, reduction_dtype(xp, rows=rows), copy=False)
+    rows = _wide(rows)
     return xp.matmul(xp.matrix_transpose(rows), rows)
+
+
+def _wide(rows: Array) -> Array:
+    xp = namespace(rows=rows)
+    return xp.astype(rows, reduction_dtype(xp, rows=rows), copy=False)
 
 
 def _add(sums: Params, name: str, gram: Array) -> None:

@@ -18,7 +18,10 @@ class Statistics(Protocol):
     """What a finished task offers to be remembered by; what no projector asks for is never computed."""
 
     def input_grams(self) -> Params:
-        """Return, for each weight that can be protected, the mean over samples and positions of a a^T, [d_in, d_in]."""
+        """Return, for each weight that can be protected, the mean over samples and positions of a a^T, [d_in, d_in].
+
+        Or, of n < d_in inputs, a factor F [n, d_in] of it, the mean being F^T F.
+        """
 
     def gradient_grams(self) -> Params:
         """Return, for each such weight, the mean over batches of G^T G, [d_in, d_in].

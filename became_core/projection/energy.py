@@ -3,7 +3,8 @@
 With R the inputs as columns, C = R R^T / n and M the kept basis, orthonormal [d, k], the residual R' = R - M M^T R has
 left singular vectors u_i orthogonal to M. So they are those of N^T C N, N [d, d - k] being M's complement:
 a smaller problem the fuller the memory, whose vectors need no orthogonalising. Left vectors and squared singular
-values are all that is asked for, hence a Gram matrix, summed in one pass, is enough.
+values are all that is asked for, hence a Gram matrix, summed in one pass, is enough. Of fewer inputs than columns a
+factor F [n, d] is given, C = F^T F, and the smaller matrix F' F'^T [n, n] has the same values.
 
 Convention: energies are eigenvalues of C, which are mean squares; leading ones first; in float64 where there is one.
 """
@@ -23,8 +24,8 @@ class Energies(NamedTuple):
         total: its trace, 0-d.
         floor: energies up to this are rounding, 0-d.
         old: the energy along each direction of the basis, [k].
-        new: that along each new direction, descending, [d - k].
-        directions: the new directions, orthonormal, [d, d - k].
+        new: that along each new direction, descending, [d - k], or, from a factor, [n].
+        directions: the new directions, orthonormal where their energy is above the floor, [d, as many].
         captured: the energy within the basis's span, 0-d.
     """
 
@@ -43,18 +44,32 @@ def wide(array: Array) -> Array:
 
 
 def checked_gram(name: str, gram: Array, width: int | None) -> Array:
-    """Return a Gram matrix in float64.
+    """Return a Gram matrix [d, d] in float64, given itself or a factor of it.
 
     Raises:
-        BecameError: if it is not square, not of the width asked for, or not finite.
+        BecameError: if it is neither square nor a factor, not of the width asked for, or not finite.
     """
+    checked = _checked(name, gram, width)
+    if not _is_factor(checked):
+        return checked
+    xp: Any = namespace(factor=checked)
+    return xp.matmul(xp.matrix_transpose(checked), checked)
+
+
+def _checked(name: str, gram: Array, width: int | None) -> Array:
     xp: Any = namespace(gram=gram)
     shape = tuple(gram.shape)
-    if len(shape) != 2 or shape[0] != shape[1] or width not in (None, shape[0]):
+    if len(shape) != 2 or shape[0] > shape[1] or width not in (None, shape[1]):
         expected = "square" if width is None else f"[{width}, {width}]"
-        raise BecameError(f"the Gram matrix of '{name}' has shape {shape}; it must be {expected}.")
+        raise BecameError(
+            f"the Gram matrix of '{name}' has shape {shape}; it must be {expected}, or a factor of fewer rows."
+        )
     check_values(xp.all(xp.isfinite(gram)), f"the Gram matrix of '{name}' is not finite; look for NaN in the network.")
     return wide(gram)
+
+
+def _is_factor(gram: Array) -> bool:
+    return int(gram.shape[0]) < int(gram.shape[1])
 
 
 def complement(basis: Array) -> Array:
@@ -80,14 +95,18 @@ def spectrum(symmetric: Array) -> tuple[Array, Array]:
 
 
 def energies(name: str, gram: Array, basis: Array | None) -> Energies:
-    """Return where a Gram matrix [d, d] has its energy beside a basis [d, k]; None is a basis of no direction.
+    """Return where a Gram matrix [d, d], or a factor [n, d] of one, has its energy beside a basis [d, k].
+
+    None is a basis of no direction.
 
     Raises:
         BecameError: if the Gram matrix is not square or does not fit the basis.
     """
     xp: Any = namespace(gram=gram) if basis is None else namespace(gram=gram, basis=basis)
-    c = checked_gram(name, gram, None if basis is None else int(basis.shape[0]))
-    m = c[:, :0] if basis is None else wide(basis)
+    c = _checked(name, gram, None if basis is None else int(basis.shape[0]))
+    m = xp.matrix_transpose(c)[:, :0] if basis is None else wide(basis)
+    if _is_factor(c):
+        return _energies_of_factor(c, m, gram)
     if m.shape[1]:
         n = complement(m)
         new, vectors = spectrum(xp.matmul(xp.matmul(xp.matrix_transpose(n), c), n))
@@ -101,6 +120,25 @@ def energies(name: str, gram: Array, basis: Array | None) -> Energies:
         old=xp.clip(xp.sum(m * xp.matmul(c, m), axis=0), 0.0, None),
         new=new,
         directions=directions,
+        captured=total - xp.sum(new),
+    )
+
+
+def _energies_of_factor(factor: Array, m: Array, gram: Array) -> Energies:
+    xp: Any = namespace(factor=factor)
+    residual = factor
+    for _ in range(2 if m.shape[1] else 0):  # once more for what rounding left
+        residual = residual - xp.matmul(xp.matmul(residual, m), xp.matrix_transpose(m))
+    new, vectors = spectrum(xp.matmul(residual, xp.matrix_transpose(residual)))
+    total = xp.sum(factor * factor)
+    floor = rounding(gram, total)
+    sigma = xp.sqrt(xp.where(new > floor, new, xp.ones_like(new)))
+    return Energies(
+        total=total,
+        floor=floor,
+        old=xp.sum(xp.square(xp.matmul(factor, m)), axis=0),
+        new=new,
+        directions=xp.matmul(xp.matrix_transpose(residual), vectors) / sigma,
         captured=total - xp.sum(new),
     )
 

@@ -77,5 +77,5 @@ def test_bad_input_is_refused(xp: Any) -> None:
     with pytest.raises(BecameError, match=r"^the GPCNS threshold is 0; it must be above 0 and at most 1\.$"):
         GPCNS(0)
     memory = GPCNS(0.9).remember(Finished({}, {"w": xp.eye(3)}))
-    with pytest.raises(BecameError, match=r"^the Gram matrix of 'w' has shape \(4, 4\); it must be \[3, 3\]\.$"):
+    with pytest.raises(BecameError, match=r"^the Gram matrix of 'w' has shape \(4, 4\); it must be \[3, 3\], or "):
         memory.remember(Finished({}, {"w": xp.eye(4)}))

@@ -68,5 +68,5 @@ def test_bad_input_is_refused(xp: Any) -> None:
         with pytest.raises(BecameError, match=r"^the NSCL ratio is .*; it must be at least 1\.$"):
             NSCL(ratio)
     memory = NSCL().remember(Finished({"w": xp.eye(3)}, {}))
-    with pytest.raises(BecameError, match=r"^the Gram matrix of 'w' has shape \(2, 2\); it must be \[3, 3\]\.$"):
+    with pytest.raises(BecameError, match=r"^the Gram matrix of 'w' has shape \(2, 2\); it must be \[3, 3\], or "):
         memory.remember(Finished({"w": xp.eye(2)}, {}))
