@@ -1,4 +1,4 @@
-"""Speed of the exact diagonal Fisher information: ``python benchmarks/fisher.py [--batches 4] [--rounds 9] [--json]``.
+"""Speed of the exact diagonal Fisher information: ``python benchmarks/fisher.py [--batches 8] [--rounds 9] [--json]``.
 
 The AlexNet-like network for CIFAR-100 in batches of 64, on the CPU with two threads. The time that the empirical
 diagonal takes from taps is given as a ratio to that of plain forward and backward passes over the same samples, and to
@@ -192,7 +192,7 @@ def measure(batches: int, rounds: int) -> dict[str, float]:
 def main() -> None:
     """Measure, and print a table or JSON."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
-    parser.add_argument("--batches", type=int, default=4)
+    parser.add_argument("--batches", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--json", action="store_true", help="print one object of named ratios")
     options = parser.parse_args()

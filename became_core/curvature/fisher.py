@@ -12,15 +12,19 @@ with batch statistics held constant; they differ in the labels that the taps wer
   square of a mean, it is far smaller and noisier than the others.
 """
 
-from collections.abc import Iterable
-from typing import Literal
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any, Literal
 
 from became_core.arrays import Array, Params, namespace
 from became_core.curvature.cotangents import TapMode
-from became_core.curvature.taps import Taps, batch_gradient, per_sample_square_sum
+from became_core.curvature.taps import Tap, Taps, batch_gradient, per_sample_square_sum
 from became_core.errors import BecameError
 
 __all__ = ["TAP_MODES", "FisherKind", "diagonal_fisher"]
+
+# Samples of a layer with one position that are gathered before their squares are summed.
+GATHERED = 512
 
 FisherKind = Literal["empirical", "true", "sampled", "batch"]
 
@@ -45,10 +49,10 @@ def diagonal_fisher(batches: Iterable[Taps], parameters: Params, kind: FisherKin
     Raises:
         BecameError: if there are no samples or no batches, or a tap speaks of an unknown parameter.
     """
-    contribution = _squared_sum if kind == "batch" else per_sample_square_sum
+    parts = map(_squared_sum, batches) if kind == "batch" else map(per_sample_square_sum, _gathered(batches))
     total: Params = {}
-    for taps in batches:
-        for name, value in contribution(taps).items():
+    for part in parts:
+        for name, value in part.items():
             if name in total:
                 total[name] += value  # the sum so far is our own
             else:
@@ -59,6 +63,33 @@ def diagonal_fisher(batches: Iterable[Taps], parameters: Params, kind: FisherKin
     if unknown:
         raise BecameError(f"a tap speaks of '{unknown[0]}', which is no parameter of the model.")
     return {name: _in_shape(total.get(name), like) / samples for name, like in parameters.items()}
+
+
+def _gathered(batches: Iterable[Taps]) -> Iterator[Taps]:
+    """Yield the taps with layers of one position held back until they have many samples.
+
+    For these the squares are one matrix product, as large as the weight: the more samples it sums over at once, the
+    less often that much memory is written.
+    """
+    waiting: dict[str, list[Tap]] = {}
+    for taps in batches:
+        ready = dict(taps)
+        for layer, tap in taps.items():
+            if tap.kind == "matrix" and tap.groups == 1 and tap.inputs.shape[1] == 1:
+                held = [*waiting.pop(layer, ()), ready.pop(layer)]
+                if sum(each.inputs.shape[0] for each in held) < GATHERED:
+                    waiting[layer] = held
+                else:
+                    ready[layer] = _joined(held)
+        yield ready
+    yield {layer: _joined(held) for layer, held in waiting.items()}
+
+
+def _joined(taps: Sequence[Tap]) -> Tap:
+    """One layer's taps of several batches as that of all their samples."""
+    xp: Any = namespace(inputs=taps[0].inputs)
+    a, g = (xp.concat([getattr(tap, side) for tap in taps], axis=0) for side in ("inputs", "output_gradients"))
+    return replace(taps[0], inputs=a, output_gradients=g)
 
 
 def _squared_sum(taps: Taps) -> Params:

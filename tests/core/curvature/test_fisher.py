@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from became_core import BecameError
 from became_core.curvature import Tap, diagonal_fisher
+from became_core.curvature import fisher as fisher_module
 from reference.formulas import squared_gradients, squared_mean_gradient
 from tests.backends import to_numpy, to_xp
 from tests.strategies import eighths
@@ -55,6 +56,18 @@ def test_how_samples_are_batched_does_not_matter(xp: Any, batches: Any) -> None:
     together = diagonal_fisher(taps_of(xp, whole), to_xp(xp, PARAMETERS), "empirical", samples=8)
     for name in PARAMETERS:
         np.testing.assert_array_equal(to_numpy(split[name]), to_numpy(together[name]))
+
+
+@given(batches=st.lists(st.tuples(eighths((4, 1, 3)), eighths((4, 1, 2))), min_size=1, max_size=5))
+@pytest.mark.parametrize("gathered", [1, 8, 512])
+def test_layers_with_one_position_are_summed_together(xp: Any, gathered: int, batches: Any) -> None:
+    parameters = to_xp(xp, {"conv.weight": np.zeros((2, 3)), "conv.bias": np.zeros(2)})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fisher_module, "GATHERED", gathered)
+        fisher = diagonal_fisher(taps_of(xp, batches), parameters, "empirical", samples=8)
+    weight, bias = squared_gradients(*(np.concatenate(part) for part in zip(*batches, strict=True)))
+    np.testing.assert_array_equal(to_numpy(fisher["conv.weight"]), weight / 8)
+    np.testing.assert_array_equal(to_numpy(fisher["conv.bias"]), bias / 8)
 
 
 def test_parameters_without_a_tap_get_zeros_of_their_own_kind(xp: Any) -> None:
