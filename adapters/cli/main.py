@@ -9,6 +9,7 @@ import tyro
 from rich.console import Console
 
 from adapters.cli.options import Configuration, Options, method_names, resolve
+from adapters.cli.paths import estimator_table, path_table
 from adapters.cli.progress import RunProgress
 from adapters.cli.table import comparison_table
 from adapters.data.location import data_directory
@@ -68,6 +69,10 @@ def _compare(backend: Backend, options: Options, console: Console) -> None:
         else:
             console.print(f"{run.method}-seed{run.seed}  finished before: {run.results_file}", soft_wrap=True)
         results.append(result)
+    for result in results:
+        if result.paths:
+            console.print(path_table(result))
+            console.print(estimator_table(result))
     console.print(comparison_table(results))
     console.print(
         f"results: {configuration.out}/<method>-seed<k>/results.json, {configuration.out}/summary.csv",

@@ -1,5 +1,6 @@
 """Continual learning: task streams, the learner protocol, methods, and the loop that runs them."""
 
+from became_core.continual.estimates import Along, alpha_estimates
 from became_core.continual.learner import Batch, Constraint, Learner, Penalty, TapMode, Trained
 from became_core.continual.loop import learn
 from became_core.continual.methods import METHODS, PROJECTORS, Method, MethodSettings, build_method
@@ -15,6 +16,7 @@ __all__ = [
     "PROJECTORS",
     "SGD",
     "Adam",
+    "Along",
     "Annealed",
     "Batch",
     "Constraint",
@@ -36,6 +38,7 @@ __all__ = [
     "TaskStream",
     "Trained",
     "Training",
+    "alpha_estimates",
     "build_method",
     "learn",
     "random_stream",

@@ -8,7 +8,7 @@ approximate old sides may be calibrated by kappa, the new task's exact curvature
 Convention: means over samples; ``batch`` is the published code's Fisher estimate.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Self
 
@@ -66,7 +66,10 @@ def new_sides(measurement: Measurement, theta_gp: Params) -> dict[str, Along]:
         "diagonal": empirical.diagonal(),
         "kronecker": empirical.kronecker(),
     }
-    return sides | {name: _around(precision, delta) for name, precision in approximations.items()}
+    head = measurement.learner.heads[measurement.task.index]
+    shared = {name: value * 0 if name in head else value for name, value in delta.items()}
+    sides |= {name: _around(precision, delta) for name, precision in approximations.items()}
+    return sides | {"diagonal, without head": _around(approximations["diagonal"], shared)}
 
 
 def _around(precision: Precision, delta: Params) -> Along:
@@ -108,28 +111,33 @@ def old_sides(
     return sides | {"exact": Along(slope, curvature)}
 
 
-def alpha_estimates(new: dict[str, Along], old: dict[str, Along]) -> dict[str, float]:
-    """Return alpha by the name of its estimator, ``new side / old side`` and `` x kappa`` where calibrated.
+def alpha_estimates(new: Mapping[str, Along], old: Mapping[str, Along]) -> dict[str, float]:
+    """Return alpha by the name of its estimator.
 
-    The published form (``published, batch`` and ``published, diagonal``) takes the old tasks to be at their minimum at
-    theta_gp; all others take their slope there from where the posterior's mean is.
+    The published form (``published, batch`` and so on) is two diagonals, the old tasks at their minimum at theta_gp.
+    All others are named ``new side / old side``, with `` x kappa`` where the old side is calibrated and
+    ``, at its minimum`` where its slope at theta_gp is left out.
     """
-    found = {
-        f"published, {name}": _alpha(new[name], Along(0.0, old[name].curvature))
-        for name in ("batch", "diagonal")
-        if name in old
-    }
+    found = {f"published, {name}": _alpha(new[name], _flat(old[other])) for name, other in _PUBLISHED.items()}
     for left in ("diagonal", "kronecker", "exact", "exact, with gradient", "secant"):
-        for right, side in old.items():
-            if right == "batch":
-                continue
-            found[f"{left} / {right}"] = _alpha(new[left], side)
+        for right in ("diagonal", "kronecker", "exact"):
+            side = old[right]
+            kappas = {"": 1.0}
             if right != "exact" and new[right].curvature > 0:
-                kappa = new["exact"].curvature / new[right].curvature
-                found[f"{left} / {right} x kappa"] = _alpha(
-                    new[left], Along(kappa * side.slope, kappa * side.curvature)
-                )
+                kappas[" x kappa"] = new["exact"].curvature / new[right].curvature
+            for suffix, kappa in kappas.items():
+                scaled = Along(kappa * side.slope, kappa * side.curvature)
+                found[f"{left} / {right}{suffix}"] = _alpha(new[left], scaled)
+                found[f"{left} / {right}{suffix}, at its minimum"] = _alpha(new[left], _flat(scaled))
     return found
+
+
+# The published form by new side, and the old side beside it.
+_PUBLISHED = {"batch": "batch", "diagonal": "diagonal", "diagonal, without head": "diagonal"}
+
+
+def _flat(side: Along) -> Along:
+    return Along(0.0, side.curvature)
 
 
 def _alpha(new: Along, old: Along) -> float:

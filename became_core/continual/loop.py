@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from became_core.arrays import Params, named_leaves
-from became_core.continual.estimates import Approximations, alpha_estimates, new_sides, old_sides
+from became_core.continual.estimates import Approximations, new_sides, old_sides
 from became_core.continual.evaluation import accuracies
 from became_core.continual.learner import Constraint, Learner, Penalty
 from became_core.continual.measurement import Measurement
@@ -176,7 +176,6 @@ class _Run:
             [PathPoint(alpha, *found) for alpha, found in zip(*traced, strict=True)],
             new={name: (side.slope, side.curvature) for name, side in new.items()},
             old={name: (side.slope, side.curvature) for name, side in old.items()},
-            estimates=alpha_estimates(new, old),
         )
 
     def remember(self, task: Task, memory: Memory) -> Memory:

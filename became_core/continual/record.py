@@ -22,19 +22,17 @@ class PathPoint:
 
 @dataclass(frozen=True)
 class MergePath:
-    """A merging path, looked at from outside: the truth along it, and what estimators made of it.
+    """A merging path, looked at from outside: the truth along it, and both sides' losses, measured in every way.
 
     Attributes:
         points: the truth at each traced alpha.
         new: (slope at theta_gp, curvature) of the new task's loss along delta, by the name of how it was measured.
         old: likewise, of the old tasks' together.
-        estimates: alpha, by the name of its estimator.
     """
 
     points: list[PathPoint]
     new: dict[str, tuple[float, float]]
     old: dict[str, tuple[float, float]]
-    estimates: dict[str, float]
 
 
 @dataclass(frozen=True)
