@@ -161,6 +161,24 @@ def test_under_gpm_what_old_tasks_use_is_kept() -> None:
     assert drift[0] < 0.25 * drift[1]
 
 
+def test_a_run_says_when_a_space_is_full_and_its_weight_stands_still() -> None:
+    """Enough inputs at a threshold of 1 leave no room: from then on nothing is left of the layer's updates."""
+    ended: list[TaskEnd] = []
+    learner = ReferenceLearner(STREAM, hidden=(12, 5))
+    weights: dict[int, NDArray[np.float64]] = {}
+
+    def observe(event: EpochEnd | TaskEnd) -> None:
+        if isinstance(event, TaskEnd):
+            ended.append(event)
+            weights[event.task] = learner.parameters()["fc2.weight"]
+
+    record = run("gpm", learner=learner, settings=MethodSettings(threshold=1.0), observe=observe)
+    filled = next(task for task, ranks in enumerate(record.ranks) if ranks["fc2.weight"][0] == 12)
+    assert filled < 2
+    assert [("fc2.weight" in end.full) for end in ended] == [task == filled for task in range(3)]  # it is said once
+    np.testing.assert_array_equal(weights[filled], weights[2])
+
+
 def test_what_a_projector_protects_as_a_whole_need_not_freeze() -> None:
     """Biases stand still where only matrices are protected; a projector that protects everything lets them train."""
 
