@@ -19,7 +19,7 @@ from adapters.torch.projected import projected_inputs
 from adapters.torch.tapping import collect_taps, layers_with_samples_first
 from became_core import BecameError
 from became_core.arrays import Params
-from became_core.continual import Batch, Constraint, Optimiser, TapMode, TaskStream, Trained, random_stream
+from became_core.continual import Batch, Constraint, Optimiser, TapMode, TaskStream, Trained
 from became_core.continual.stream import Indices
 from became_core.curvature import Pushforward, Taps, logit_cotangents
 from became_core.projection import TrustRegion
@@ -54,10 +54,8 @@ class TorchLearner:
         self.device = _checked_device(device)
         dataset = stream.dataset
         layout = torch.channels_last if self.device.type in ("cpu", "cuda") else torch.contiguous_format
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(int(random_stream(seed, "heads").integers(2**63)))
-            features = _feature_width(backbone, dataset.images.shape[1:])
-            network = MultiHead(backbone, features, len(stream.tasks), stream.classes_per_task)
+        features = _feature_width(backbone, dataset.images.shape[1:])
+        network = MultiHead(backbone, features, len(stream.tasks), stream.classes_per_task, seed)
         self.network = network.to(device=self.device, dtype=dtype)
         self.network.to(memory_format=layout)  # type: ignore[call-overload] # PyTorch's own types lack it
         self._layout = layout

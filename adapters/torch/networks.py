@@ -8,10 +8,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from adapters.initial import initial_value
 from adapters.torch.dropout import Dropout
 from became_core import BecameError
 
-__all__ = ["BACKBONES", "MultiHead", "alexnet", "build_backbone", "mlp"]
+__all__ = ["BACKBONES", "MultiHead", "alexnet", "build_backbone", "draw_weights", "mlp"]
 
 
 def mlp(channels: int, height: int, width: int) -> nn.Sequential:
@@ -92,10 +93,26 @@ def build_backbone(name: str, shape: tuple[int, int, int]) -> nn.Module:
     return BACKBONES[name](*shape)
 
 
+@torch.no_grad()
+def draw_weights(network: nn.Module, seed: int, prefix: str = "") -> None:
+    """Give every linear, convolutional and normalisation layer its initial weights, the same on any backend.
+
+    Args:
+        network: whose layers' names are canonical, after the prefix.
+        seed: names the draw.
+        prefix: what their names begin with.
+    """
+    for layer, module in network.named_modules():
+        fan_in = module.weight[0].numel() if isinstance(module, nn.Linear | nn.Conv2d) else None
+        for name, parameter in module.named_parameters(recurse=False):
+            value = initial_value(seed, f"{prefix}{layer}.{name}", tuple(parameter.shape), fan_in)
+            parameter.copy_(torch.from_numpy(value))
+
+
 class MultiHead(nn.Module):
     """A backbone with a linear head for each task, ``heads.<task>.weight``."""
 
-    def __init__(self, backbone: nn.Module, features: int, tasks: int, classes: int) -> None:
+    def __init__(self, backbone: nn.Module, features: int, tasks: int, classes: int, seed: int = 0) -> None:
         """Build the heads.
 
         Args:
@@ -103,10 +120,12 @@ class MultiHead(nn.Module):
             features: the backbone's output width.
             tasks: how many heads.
             classes: every head's width.
+            seed: names the draw of the heads' weights; the backbone keeps those it has.
         """
         super().__init__()
         self.backbone = backbone
         self.heads = nn.ModuleList(nn.Linear(features, classes, bias=False) for _ in range(tasks))
+        draw_weights(self.heads, seed, prefix="heads.")
 
     def forward(self, images: Tensor, task: int | None = None) -> Tensor:
         """Return one task's logits [N, classes], or, if no task is given, all heads' [N, tasks, classes]."""

@@ -8,12 +8,12 @@ try:
     from adapters.cli.main import Backend, main
     from adapters.torch.learner import TorchLearner
     from adapters.torch.memory import keep_freed_memory
-    from adapters.torch.networks import build_backbone
+    from adapters.torch.networks import build_backbone, draw_weights
 except ModuleNotFoundError as error:
     print(f"error: the package '{error.name}' is missing; pip install 'became[torch]'.", file=sys.stderr)
     sys.exit(2)
 
-from became_core.continual import TaskStream, random_stream
+from became_core.continual import TaskStream
 
 __all__ = ["BACKEND", "build_learner"]
 
@@ -33,9 +33,8 @@ def build_learner(network: str, stream: TaskStream, device: str, seed: int) -> T
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     channels, height, width = stream.dataset.images.shape[1:]
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(int(random_stream(seed, "backbone").integers(2**63)))
-        backbone = build_backbone(network, (channels, height, width))
+    backbone = build_backbone(network, (channels, height, width))
+    draw_weights(backbone, seed)
     return TorchLearner(backbone, stream, device=device, seed=seed)
 
 

@@ -1,9 +1,14 @@
 """The backbones of the published protocol: shapes, names and sizes."""
 
+from collections import OrderedDict
+
+import numpy as np
 import pytest
 import torch
+from torch import nn
 
-from adapters.torch.networks import MultiHead, build_backbone
+from adapters.initial import initial_value
+from adapters.torch.networks import MultiHead, build_backbone, draw_weights
 from became_core import BecameError
 
 
@@ -41,3 +46,19 @@ def test_unknown_networks_and_small_images_are_named(name: str, shape: tuple[int
 def test_alexnet_takes_the_smallest_images_it_promises() -> None:
     network = build_backbone("alexnet", (3, 22, 22)).eval()
     assert network(torch.randn(2, 3, 22, 22)).shape == (2, 2048)
+
+
+def test_initial_weights_are_a_function_of_seed_and_name() -> None:
+    """So that every backend can draw the same; in the range of PyTorch's own, normalisation layers the identity."""
+    networks = [nn.Sequential(OrderedDict(conv1=nn.Conv2d(3, 8, 3), bn1=nn.BatchNorm2d(8))) for _ in range(3)]
+    for network, seed in zip(networks, (5, 5, 6), strict=True):
+        draw_weights(network, seed)
+    first, again, other = (dict(network.named_parameters()) for network in networks)
+    for name, value in first.items():
+        assert torch.equal(value, again[name])
+        assert torch.equal(value, other[name]) == name.startswith("bn1")
+    expected = initial_value(5, "conv1.weight", (8, 3, 3, 3), 27)
+    np.testing.assert_array_equal(first["conv1.weight"].detach().numpy(), expected.astype(np.float32))
+    assert 0.9 / 27**0.5 < first["conv1.weight"].abs().max() <= 1 / 27**0.5
+    assert torch.equal(first["bn1.weight"], torch.ones(8))
+    assert torch.equal(first["bn1.bias"], torch.zeros(8))
