@@ -16,7 +16,7 @@ from torch.nn import functional
 from adapters.torch.statistics import BATCH_NORMS, statistics
 from became_core.curvature import Tap
 
-__all__ = ["arranged_inputs", "is_known", "is_matrix", "tap_of"]
+__all__ = ["arranged_inputs", "input_tap_of", "is_known", "is_matrix", "tap_of"]
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
@@ -52,25 +52,39 @@ def arranged_inputs(module: nn.Module, inputs: Tensor) -> Tensor:
     return _LAYERS[type(module)].inputs(module, inputs)
 
 
-def tap_of(module: Any, inputs: Tensor, gradient: Tensor | None) -> Tap:
+def input_tap_of(module: Any, inputs: Tensor) -> Tap:
+    """Return the tap of a known layer that had these inputs in a forward pass alone; it is a copy of them."""
+    has_bias, groups = getattr(module, "bias", None) is not None, getattr(module, "groups", 1)
+    if _is_window(module):
+        images = _padded(module, inputs).clone()
+        return Tap("window", images, images[:, :0, :0], has_bias, kernel=module.kernel_size)
+    layer = _LAYERS[type(module)]
+    arranged = layer.inputs(module, inputs).clone()
+    nothing = torch.zeros((*arranged.shape[:2], 0), device=arranged.device)
+    return Tap(layer.kind, arranged, nothing, has_bias, groups, getattr(module, "num_embeddings", 0))
+
+
+def _is_window(module: Any) -> bool:
+    """Whether a layer is a convolution whose windows slide by one, over all channels together."""
+    steps = (1, 1)
+    return type(module) is nn.Conv2d and module.groups == 1 and module.stride == steps and module.dilation == steps
+
+
+def tap_of(module: Any, inputs: Tensor, gradient: Tensor) -> Tap:
     """Return the tap of a known layer.
 
     Args:
         module: the layer.
         inputs: arranged by ``arranged_inputs``.
-        gradient: by the layer's output; none where there was no backward pass.
+        gradient: by the layer's output.
     """
     layer = _LAYERS[type(module)]
-    has_bias, groups = getattr(module, "bias", None) is not None, getattr(module, "groups", 1)
-    if gradient is None:
-        nothing = torch.zeros((*inputs.shape[:2], 0), device=inputs.device)
-        return Tap(layer.kind, inputs, nothing, has_bias, groups, getattr(module, "num_embeddings", 0))
     g = layer.gradients(module, gradient)
     if layer.kind == "embedding":
         if module.padding_idx is not None:  # whose row gets no gradient
             g = g.masked_fill((inputs == module.padding_idx)[..., None], 0.0)
         return Tap("embedding", inputs, g, size=module.num_embeddings)
-    return Tap(layer.kind, inputs, g, has_bias, groups)
+    return Tap(layer.kind, inputs, g, getattr(module, "bias", None) is not None, getattr(module, "groups", 1))
 
 
 def _positions_in_the_middle(_: nn.Module, array: Tensor) -> Tensor:
@@ -94,10 +108,7 @@ def _patches(module: Any, inputs: Tensor) -> Tensor:
     They are gathered as [N, channels x ..., positions], so that memory is read and written in runs, and handed over as
     a view of that.
     """
-    # The attribute has the padding of every form, "same" included; PyTorch's own padding modes read it.
-    padding = module._reversed_padding_repeated_twice
-    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-    windows = (functional.pad(inputs, padding, mode=mode) if any(padding) else inputs).contiguous()
+    windows = _padded(module, inputs).contiguous()
     kernel = zip(module.kernel_size, module.stride, module.dilation, strict=True)
     for axis, (size, stride, dilation) in enumerate(kernel, start=2):
         windows = windows.unfold(axis, dilation * (size - 1) + 1, stride)[..., ::dilation]
@@ -105,6 +116,14 @@ def _patches(module: Any, inputs: Tensor) -> Tensor:
     sizes = range(outputs.stop, windows.ndim)
     patches = windows.permute(0, 1, *sizes, *outputs)
     return patches.reshape(len(inputs), prod(patches.shape[1 : outputs.stop]), -1).transpose(1, 2)
+
+
+def _padded(module: Any, inputs: Tensor) -> Tensor:
+    """Return the inputs as a convolution pads them."""
+    # The attribute has the padding of every form, "same" included; PyTorch's own padding modes read it.
+    padding = module._reversed_padding_repeated_twice
+    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+    return functional.pad(inputs, padding, mode=mode) if any(padding) else inputs
 
 
 def _embedded(_: nn.Module, inputs: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from adapters.torch.dropout import use_stream
 from adapters.torch.layers import is_matrix
 from adapters.torch.networks import MultiHead
 from adapters.torch.projected import projected_inputs
-from adapters.torch.tapping import collect_taps, layers_with_samples_first
+from adapters.torch.tapping import collect_inputs, collect_taps, layers_with_samples_first
 from became_core import BecameError
 from became_core.arrays import Params
 from became_core.continual import Batch, Constraint, Optimiser, TapMode, TaskStream, Trained
@@ -166,6 +166,9 @@ class TorchLearner:
 
             self.network.train(published)
             arguments = (images, task)
+            if mode == "inputs":
+                yield from collect_inputs(self.network, self._layers, arguments, self._tapped_layers(task))
+                continue
             yield from collect_taps(
                 self.network, self._layers, arguments, cotangents, layers=layers, per_sample=not published
             )

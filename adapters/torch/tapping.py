@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from adapters.torch.layers import arranged_inputs, is_known, tap_of
+from adapters.torch.layers import arranged_inputs, input_tap_of, is_known, tap_of
 from adapters.torch.statistics import Statistics, constant_statistics
 from became_core.curvature import Tap, Taps
 
-__all__ = ["Names", "collect_taps", "layers_with_samples_first"]
+__all__ = ["Names", "collect_inputs", "collect_taps", "layers_with_samples_first"]
 
 # Per-sample gradients that vmap computes at a time, in numbers.
 CHUNK = 2**22
@@ -60,7 +60,7 @@ def collect_taps(
     layers: Collection[nn.Module] | None = None,
     per_sample: bool = True,
 ) -> Iterator[Taps]:
-    """Run one forward pass and a backward pass for each cotangent; yield the taps of each, or, of none, inputs alone.
+    """Run one forward pass and a backward pass for each cotangent; yield the taps of each.
 
     Args:
         network: what runs, in the mode it is in; it returns logits [samples, classes].
@@ -77,11 +77,6 @@ def collect_taps(
     wanted: list[Any] = [run.output for each in runs.values() for run in each]
     wanted += [] if per_sample else list(others.values())
     seeds = list(cotangents(logits.detach()))
-    if not seeds:
-        yield {
-            names[module]: _together([tap_of(module, run.inputs, None) for run in each])
-            for module, each in runs.items()
-        }
     for index, seed in enumerate(seeds):
         more = index + 1 < len(seeds)
         gradients = iter(torch.autograd.grad(logits, wanted, seed, retain_graph=more) if wanted else ())
@@ -93,6 +88,29 @@ def collect_taps(
         yield taps | {
             name: _lone_tap(value, len(seed) if per_sample else 1) for name, value in zip(others, rest, strict=True)
         }
+
+
+@torch.no_grad()
+def collect_inputs(
+    network: nn.Module, names: Names, arguments: tuple[Any, ...], layers: Collection[nn.Module]
+) -> Iterator[Taps]:
+    """Run one forward pass; yield the taps of these layers' inputs, once for every time that one of them runs."""
+    passes: list[dict[str, Tap]] = []
+    runs: Counter[nn.Module] = Counter()
+
+    def record(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001 - a hook's signature
+        runs[module] += 1
+        if runs[module] > len(passes):
+            passes.append({})
+        passes[runs[module] - 1][names[module]] = input_tap_of(module, inputs[0])
+
+    handles = [module.register_forward_hook(record) for module in layers]
+    try:
+        network(*arguments)
+    finally:
+        for handle in handles:
+            handle.remove()
+    yield from passes
 
 
 def layers_with_samples_first(network: nn.Module, names: Names, arguments: tuple[Any, ...]) -> frozenset[nn.Module]:

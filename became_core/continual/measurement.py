@@ -170,7 +170,8 @@ class Measurement:
 
     def _taps(self, rows: Indices, mode: TapMode, stream: np.random.Generator) -> Iterator[Taps]:
         batches = self.learner.taps(self.task.index, rows, self.training.batch_size, mode, stream)
-        return (beneath(self.region, taps) for taps in batches)
+        # What a projector remembers is what a layer sees, whatever weights it works with.
+        return batches if mode == "inputs" else (beneath(self.region, taps) for taps in batches)
 
     def _as_task(self) -> AbstractContextManager[None]:
         return reparametrised(self.learner, self.region)

@@ -7,7 +7,8 @@ from collections.abc import Iterable
 from typing import Any
 
 from became_core.arrays import Array, Params, namespace, reduction_dtype
-from became_core.curvature.taps import Taps, batch_gradient
+from became_core.curvature.taps import Tap, Taps, batch_gradient
+from became_core.curvature.windows import window_gram
 
 __all__ = ["gradient_grams", "input_grams"]
 
@@ -23,22 +24,37 @@ def input_grams(batches: Iterable[Taps], weights: frozenset[str]) -> Params:
         weights: names of weights, ``conv1.weight``.
     """
     sums: Params = {}
-    factors: Params = {}
+    waiting: dict[str, list[Array]] = {}  # inputs that are not summed yet: the more at once, the faster
     rows: dict[str, int] = {}
     for taps in batches:
         for name, tap in _of(weights, taps).items():
-            a = tap.inputs
-            xp: Any = namespace(inputs=a)
-            a = xp.reshape(a, (-1, a.shape[2]))
-            rows[name] = rows.get(name, 0) + int(a.shape[0])
-            if name in factors:
-                a = xp.concat([factors.pop(name), a])
-            if name in sums or a.shape[0] >= a.shape[1]:
-                _add(sums, name, _gram(a))
-            else:
-                factors[name] = a
-    scaled = {name: _wide(factor) / rows[name] ** 0.5 for name, factor in factors.items()}
-    return scaled | {name: total / rows[name] for name, total in sums.items()}
+            rows[name] = rows.get(name, 0) + _positions(tap)
+            if tap.kind == "window":
+                _add(sums, name, window_gram(_wide(tap.inputs), tap.kernel))
+                continue
+            xp = namespace(inputs=tap.inputs)
+            waiting.setdefault(name, []).append(xp.reshape(tap.inputs, (-1, tap.inputs.shape[2])))
+            if sum(int(a.shape[0]) for a in waiting[name]) >= tap.inputs.shape[2]:
+                _add(sums, name, _gram(_joined(waiting.pop(name))))
+    means: Params = {}
+    for name, count in rows.items():
+        if name in waiting and name in sums:
+            _add(sums, name, _gram(_joined(waiting[name])))
+        means[name] = sums[name] / count if name in sums else _wide(_joined(waiting[name])) / count**0.5
+    return means
+
+
+def _positions(tap: Tap) -> int:
+    """How many inputs a layer had: samples times positions."""
+    if tap.kind != "window":
+        return int(tap.inputs.shape[0]) * int(tap.inputs.shape[1])
+    samples, _, height, width = tap.inputs.shape
+    return int(samples) * int(height - tap.kernel[0] + 1) * int(width - tap.kernel[1] + 1)
+
+
+def _joined(parts: list[Array]) -> Array:
+    xp: Any = namespace(first=parts[0])
+    return parts[0] if len(parts) == 1 else xp.concat(parts)
 
 
 def gradient_grams(batches: Iterable[Taps], weights: frozenset[str]) -> Params:

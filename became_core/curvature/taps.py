@@ -34,21 +34,25 @@ class Tap:
             "scale": y = w * a + b with w [d], a normalisation layer after its normalisation; sum_l g_l * a_l.
             "embedding": y = W[a] with W [size, d_out]; row v is the sum of g_l over the positions with a_l = v.
             "gradient": no layer but one parameter, by whose own name the tap goes; a is its gradient, g is 1.
+            "window": a matrix whose inputs are all patches of images, in one group, a step of one apart; in mode
+            "inputs" alone, where the patches themselves need not be cut.
         inputs: [samples, positions, d_in]; of an embedding integers [samples, positions]; of a gradient
-            [samples, 1, size of the parameter].
+            [samples, 1, size of the parameter]; of a window the images, padded, [samples, channels, height, width].
         output_gradients: [samples, positions, d_out]; of a gradient ones, [samples, 1, 1].
         has_bias: whether the layer has a ``bias`` beside its ``weight``.
         groups: of a matrix: into how many blocks of equal size inputs and outputs are cut, each block of outputs seeing
             its block of inputs alone; W is then [d_out, d_in / groups].
         size: of an embedding: how many rows W has.
+        kernel: of a window: its height and width.
     """
 
-    kind: Literal["matrix", "scale", "embedding", "gradient"]
+    kind: Literal["matrix", "scale", "embedding", "gradient", "window"]
     inputs: Array
     output_gradients: Array
     has_bias: bool = False
     groups: int = 1
     size: int = 0
+    kernel: tuple[int, int] = (0, 0)
 
     def __getitem__(self, samples: slice) -> "Tap":
         """Return the tap of some of the samples."""

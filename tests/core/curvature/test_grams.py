@@ -53,3 +53,18 @@ def test_half_precision_is_summed_in_float32(xp: Any) -> None:
     gram = input_grams([{"fc": Tap("matrix", inputs, inputs)}], frozenset({"fc.weight"}))["fc.weight"]
     assert gram.dtype == xp.float32
     np.testing.assert_array_equal(to_numpy(gram), 90000)
+
+
+@given(data=st.data(), height=st.integers(1, 3), width=st.integers(1, 3))
+def test_a_window_has_the_gram_matrix_of_its_patches(xp: Any, data: st.DataObject, height: int, width: int) -> None:
+    shape = (data.draw(st.integers(1, 3)), data.draw(st.integers(1, 3)), 4, 5)
+    images = data.draw(eighths(shape))
+    patches = [
+        images[n, :, p : p + height, q : q + width].reshape(-1)
+        for n in range(shape[0])
+        for p in range(5 - height)
+        for q in range(6 - width)
+    ]
+    tap = Tap("window", to_xp(xp, images), xp.zeros((0,)), kernel=(height, width))
+    found = to_numpy(input_grams([{"conv": tap}], frozenset({"conv.weight"}))["conv.weight"])
+    np.testing.assert_allclose(found, np.mean([np.outer(a, a) for a in patches], axis=0), rtol=1e-13, atol=1e-15)
