@@ -24,7 +24,6 @@ from became_core.continual import (
     MethodSettings,
     Optimiser,
     Penalty,
-    TapMode,
     TaskStream,
     Training,
     build_method,

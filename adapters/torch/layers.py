@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -53,15 +52,13 @@ def arranged_inputs(module: nn.Module, inputs: Tensor) -> Tensor:
 
 
 def input_tap_of(module: Any, inputs: Tensor) -> Tap:
-    """Return the tap of a known layer that had these inputs in a forward pass alone; it is a copy of them."""
-    has_bias, groups = getattr(module, "bias", None) is not None, getattr(module, "groups", 1)
+    """Return the tap of a matrix that had these inputs in a forward pass alone; it holds a copy of them."""
+    has_bias = module.bias is not None
     if _is_window(module):
         images = _padded(module, inputs).clone()
         return Tap("window", images, images[:, :0, :0], has_bias, kernel=module.kernel_size)
-    layer = _LAYERS[type(module)]
-    arranged = layer.inputs(module, inputs).clone()
-    nothing = torch.zeros((*arranged.shape[:2], 0), device=arranged.device)
-    return Tap(layer.kind, arranged, nothing, has_bias, groups, getattr(module, "num_embeddings", 0))
+    arranged = arranged_inputs(module, inputs).clone()
+    return Tap("matrix", arranged, arranged[:, :, :0], has_bias)
 
 
 def _is_window(module: Any) -> bool:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from adapters.torch.layers import arranged_inputs, input_tap_of, is_known, tap_of
+from adapters.torch.layers import arranged_inputs, input_tap_of, is_known, is_matrix, tap_of
 from adapters.torch.statistics import Statistics, constant_statistics
 from became_core.curvature import Tap, Taps
 
@@ -94,7 +94,14 @@ def collect_taps(
 def collect_inputs(
     network: nn.Module, names: Names, arguments: tuple[Any, ...], layers: Collection[nn.Module]
 ) -> Iterator[Taps]:
-    """Run one forward pass; yield the taps of these layers' inputs, once for every time that one of them runs."""
+    """Run one forward pass; yield the taps of the matrices' inputs, once for every time that one of them runs.
+
+    Args:
+        network: what runs.
+        names: all its modules by canonical name.
+        arguments: of the network.
+        layers: those that may be tapped.
+    """
     passes: list[dict[str, Tap]] = []
     runs: Counter[nn.Module] = Counter()
 
@@ -104,7 +111,7 @@ def collect_inputs(
             passes.append({})
         passes[runs[module] - 1][names[module]] = input_tap_of(module, inputs[0])
 
-    handles = [module.register_forward_hook(record) for module in layers]
+    handles = [module.register_forward_hook(record) for module in layers if is_matrix(module)]
     try:
         network(*arguments)
     finally:

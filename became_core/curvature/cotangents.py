@@ -21,7 +21,7 @@ __all__ = ["TapMode", "logit_cotangents"]
 # "sampled": one label a sample, drawn from the model's p: the same by Monte-Carlo.
 # "logit": the gradient of the logit of the label given, instead of that of the loss.
 # "published": the model's most likely labels.
-# "inputs": none: a forward pass alone; its taps' output gradients have no width, [samples, positions, 0].
+# "inputs": none: a forward pass alone, of matrices; its taps' output gradients are empty.
 # In all but "published" there is no dropout and batch statistics are constants, so that per-sample gradients exist;
 # there dropout is on and batch statistics are part of the gradient, which is then that of the batch's summed loss.
 TapMode = Literal["empirical", "true", "sampled", "logit", "published", "inputs"]

@@ -12,8 +12,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from adapters.torch import tapping
 from adapters.torch.statistics import constant_statistics
-from adapters.torch.tapping import collect_taps, layers_with_samples_first
-from became_core.curvature import batch_gradient, diagonal_fisher, per_sample_gradients
+from adapters.torch.tapping import collect_inputs, collect_taps, layers_with_samples_first
+from became_core.curvature import batch_gradient, diagonal_fisher, input_grams, per_sample_gradients
 from tests.torch.oracle import assert_exact, autograd_gradients, taps_of
 
 WIDTH = 4
@@ -219,3 +219,41 @@ def test_inputs_that_are_overwritten_later_are_not_trusted() -> None:
         autograd_gradients(network, samples, labels)
     with pytest.warns(UserWarning, match=r"'fc\.(weight|bias)'"), pytest.raises(RuntimeError):
         taps_of(network, samples, labels)
+
+
+def test_inputs_alone_are_those_of_every_run_as_they_were() -> None:
+    """A layer that runs twice gives two; what is overwritten afterwards is not what was seen."""
+
+    def forward(net: Any, x: Tensor) -> Tensor:
+        first = net.conv(x)
+        seen = first.clone()
+        second = net.conv(first)
+        first.zero_()  # overwritten after it was seen
+        return (second + seen).flatten(1)
+
+    torch.manual_seed(0)
+    conv = nn.Conv2d(2, 2, 3, padding=1)
+    network = _Network(forward, conv=conv)
+    names = {module: name for name, module in network.named_modules()}
+    images = torch.randn(3, 2, 4, 5, dtype=torch.float64)
+    taps = list(collect_inputs(network, names, (images,), [conv]))
+    rows = [images, conv(images).detach()]
+    expected = (_patch_gram(rows[0]) + _patch_gram(rows[1])) / (2 * 3 * 4 * 5)
+    found = input_grams(taps, frozenset({"conv.weight"}))["conv.weight"]
+    torch.testing.assert_close(found, expected)
+
+
+def _patch_gram(images: Tensor) -> Tensor:
+    patches = functional.unfold(images, 3, padding=1).transpose(1, 2).flatten(0, 1)
+    return patches.T @ patches
+
+
+@pytest.mark.parametrize("layer", [nn.Conv2d(2, 3, 3, stride=2), nn.Conv2d(2, 3, 2, dilation=2), nn.Linear(5, 2)])
+def test_inputs_alone_give_the_gram_matrices_of_taps(layer: nn.Module) -> None:
+    network = nn.Sequential(layer.double(), nn.Flatten())
+    names = {module: name for name, module in network.named_modules()}
+    images = torch.randn(3, 2, 6, 5, dtype=torch.float64)
+    whole = collect_taps(network, names, (images,), lambda logits: [torch.ones_like(logits)], layers=[layer])
+    inputs = collect_inputs(network, names, (images,), [layer])
+    found, expected = (input_grams(taps, frozenset({"0.weight"}))["0.weight"] for taps in (inputs, whole))
+    torch.testing.assert_close(found, expected)
