@@ -229,7 +229,8 @@ def test_inputs_alone_are_those_of_every_run_as_they_were() -> None:
         seen = first.clone()
         second = net.conv(first)
         first.zero_()  # overwritten after it was seen
-        return (second + seen).flatten(1)
+        outputs: Tensor = (second + seen).flatten(1)
+        return outputs
 
     torch.manual_seed(0)
     conv = nn.Conv2d(2, 2, 3, padding=1)
