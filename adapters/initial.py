@@ -1,0 +1,29 @@
+"""Initial weights from seeded NumPy streams: the same for every framework, and for every order of asking.
+
+Convention: PyTorch's defaults. A weight or bias of a linear or convolutional layer is uniform in +-1/sqrt(fan_in), where
+fan_in is the number of inputs that each of the layer's outputs sees; a normalisation layer begins as the identity.
+"""
+
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+
+from became_core.continual import random_stream
+
+__all__ = ["initial_value"]
+
+
+def initial_value(seed: int, name: str, shape: tuple[int, ...], fan_in: int | None) -> NDArray[np.float64]:
+    """Return the first value of a parameter.
+
+    Args:
+        seed: with the name, it names the draw.
+        name: canonical, e.g. "conv1.weight".
+        shape: of the parameter.
+        fan_in: of its layer; None for a normalisation layer, whose weight is ones and whose bias is zeros.
+    """
+    if fan_in is None:
+        return np.ones(shape) if name.endswith("weight") else np.zeros(shape)
+    bound = 1 / math.sqrt(fan_in)
+    return random_stream(seed, f"initial {name}").uniform(-bound, bound, shape)
