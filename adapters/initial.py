@@ -1,7 +1,7 @@
 """Initial weights from seeded NumPy streams: the same for every framework, and for every order of asking.
 
-Convention: PyTorch's defaults. A weight or bias of a linear or convolutional layer is uniform in +-1/sqrt(fan_in), where
-fan_in is the number of inputs that each of the layer's outputs sees; a normalisation layer begins as the identity.
+Convention: PyTorch's defaults. A weight or bias of a linear or convolutional layer is uniform in +-1/sqrt(fan_in),
+where fan_in is how many inputs each of the layer's outputs sees; a normalisation layer begins as the identity.
 """
 
 import math

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import jax
 from jax import numpy as jnp
-from numpy.typing import NDArray
 
 from adapters.jax.dropout import Mask
 from adapters.jax.heads import HEAD

@@ -33,12 +33,13 @@ def for_task(value: T, task: int) -> T:
 
 
 def put_back(value: T, part: T, task: int) -> T:
-    """Return a value with its part for a task, as ``for_task`` gave it and as it has become since, put back in place."""
+    """Return a value with its part for a task put back in place: what ``for_task`` gave, as it has become since."""
     own = f"{HEAD}."
-    return _merged(
-        value,
-        _with_names(part, lambda name: f"{head_of(task)}.{name.removeprefix(own)}" if name.startswith(own) else name),
-    )
+
+    def renamed(name: str) -> str:
+        return f"{head_of(task)}.{name.removeprefix(own)}" if name.startswith(own) else name
+
+    return _merged(value, _with_names(part, renamed))
 
 
 def _with_names(value: T, renamed: Callable[[str], str | None]) -> T:

@@ -4,7 +4,7 @@ Convention: images enter as [N, H, W, C]; a backbone returns [N, features]. Name
 canonical, so that the weights of one backend load into another.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from itertools import chain
 from typing import Protocol
@@ -29,15 +29,15 @@ from became_core.arrays import Array
 __all__ = ["BACKBONES", "Backbone", "Sequential", "alexnet", "build_backbone", "mlp"]
 
 
-class Backbone(Protocol):
-    """Any hashable value that maps images to features by layers, in whatever way it connects them."""
+class Backbone(Hashable, Protocol):
+    """Any value that maps images to features by layers, in whatever way it connects them."""
 
     @property
     def tapped(self) -> tuple[Tapped, ...]:
         """The layers that have parameters; no two of one name."""
 
     def __call__(self, run: Pass, images: Array) -> Array:
-        """Return the features [N, features] of images [N, H, W, C]; every layer is called once, as part of the run."""
+        """Return the features [N, features] of images [N, H, W, C]; each layer that has parameters is called once."""
 
 
 @dataclass(frozen=True)

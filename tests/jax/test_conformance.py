@@ -2,13 +2,8 @@
 
 from collections.abc import Callable
 
-import pytest
-
-from tests.backends import load
-
-load("jax")
-
 import jax
+import pytest
 
 from adapters.jax.layers import Apply, Conv, Dense, Flatten
 from adapters.jax.learner import JaxLearner
