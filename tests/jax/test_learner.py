@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,6 @@ from adapters.jax.networks import Sequential
 from adapters.jax.run import build_learner
 from became_core import BecameError
 from became_core.continual import (
-    METHODS,
     SGD,
     Adam,
     Annealed,
@@ -51,10 +51,10 @@ def _pair(stream: TaskStream) -> tuple[JaxLearner, ReferenceLearner]:
     return learner, reference
 
 
-def _regular(classes: int = 3) -> Sequential:
+def _of_every_layer() -> Sequential:
     """Every kind of layer."""
     convolution = (Conv("conv1", 1, 4, 3, padding=1), BatchNorm("bn1", 4), RELU, Dropout(0.2), MaxPool(2))
-    return Sequential((*convolution, Flatten(), Dense("fc1", 36, 4 + classes), RELU, Dropout(0.5)))
+    return Sequential((*convolution, Flatten(), Dense("fc1", 36, 7), RELU, Dropout(0.5)))
 
 
 @pytest.mark.parametrize("optimiser", [SGD(), Adam()], ids=["sgd", "adam"])
@@ -88,10 +88,10 @@ def test_fisher_of_every_kind_equals_the_reference_learners(kind: FisherKind) ->
         np.testing.assert_allclose(np.asarray(found[name]), value, rtol=1e-9, atol=1e-14)
 
 
-@pytest.mark.parametrize("method", sorted(METHODS))
-def test_a_network_of_every_layer_learns_under_every_method(method: str) -> None:
-    stream = prototype_stream()
-    record = _learn(JaxLearner(_regular(), stream), stream, method)
+@pytest.mark.parametrize("method", ["became", "trgp"])
+def test_a_network_of_every_layer_learns(method: str) -> None:
+    stream = prototype_stream(tasks=2)
+    record = _learn(JaxLearner(_of_every_layer(), stream), stream, method)
     assert np.isfinite(record.accuracy[-1]).all()
     assert record.accuracy.diagonal().mean() > 60  # chance is 33
 
@@ -100,7 +100,7 @@ def test_equal_seeds_give_equal_runs_and_others_do_not() -> None:
     stream = prototype_stream()
     weights = []
     for seed in (3, 3, 4):
-        learner = JaxLearner(_regular(), stream, seed=seed)
+        learner = JaxLearner(_of_every_layer(), stream, seed=seed)
         learn(learner, stream, build_method("finetune", MethodSettings()), TRAINING, seed=seed)
         weights.append(np.asarray(learner.parameters()["fc1.weight"]))
     np.testing.assert_array_equal(weights[0], weights[1])
@@ -112,28 +112,21 @@ def test_nothing_but_new_constraints_is_compiled_again(
     method: str, updates: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Over three tasks: a network's gradients once for each batch size and set of trained parameters."""
-    traced = {"gradients": 0, "update": 0}
+    traced = Counter[str]()
 
-    def counted(name: str) -> Any:
+    def counted(name: str, **options: Any) -> Any:
         function = getattr(compiled, f"_{name}")
 
-        def counting(*arguments: Any) -> Any:
+        def counting(*arguments: Any, **named: Any) -> Any:
             traced[name] += 1
-            return function(*arguments)
+            return function(*arguments, **named)
 
-        return counting
+        return jax.jit(counting, **options)
 
-    monkeypatch.setattr(compiled, "gradients", jax.jit(counted("gradients"), static_argnums=0))
-    update = counted("update")
-    monkeypatch.setattr(
-        compiled,
-        "update",
-        jax.jit(
-            lambda *four, rate, **respected: update(*four, rate, *respected.values()), static_argnames="trains_scales"
-        ),
-    )
+    monkeypatch.setattr(compiled, "gradients", counted("gradients", static_argnums=0))
+    monkeypatch.setattr(compiled, "update", counted("update", static_argnames="trains_scales"))
     stream = prototype_stream()
-    _learn(JaxLearner(_regular(), stream), stream, method)
+    _learn(JaxLearner(_of_every_layer(), stream), stream, method)
     sizes = 2  # of batches: the last of an epoch is smaller
     frozen_in_later_tasks = method == "gpm"
     assert traced == {"gradients": sizes * (2 if frozen_in_later_tasks else 1), "update": updates}
@@ -142,19 +135,19 @@ def test_nothing_but_new_constraints_is_compiled_again(
 def test_what_cannot_be_used_is_said_in_one_sentence() -> None:
     stream = prototype_stream()
     with pytest.raises(BecameError, match="JAX has no device 'quantum' here"):
-        JaxLearner(_regular(), stream, device="quantum")
+        JaxLearner(_of_every_layer(), stream, device="quantum")
     with pytest.raises(BecameError, match=r"the backbone must map images \[N, H, W, C\] to features"):
         JaxLearner(Sequential((Conv("conv1", 1, 4, 3),)), stream)
     with pytest.raises(BecameError, match="two layers are called 'fc1'"):
         Sequential((Dense("fc1", 3, 3), Dense("fc1", 3, 3)))
     with jax.enable_x64(False), pytest.raises(BecameError, match="no float64 as it is configured; set jax_enable_x64"):
-        JaxLearner(_regular(), stream, dtype="float64")
+        JaxLearner(_of_every_layer(), stream, dtype="float64")
 
 
 def test_the_command_runs_in_single_precision(tmp_path: Path) -> None:
-    options = ["--methods", "became", "--first", "2", "--epochs", "1", "--stage2-epochs", "1", "--out", str(tmp_path)]
+    options = ["--methods", "gpm", "--first", "2", "--epochs", "1", "--out", str(tmp_path)]
     command = [sys.executable, "-W", "error", "-m", "adapters.jax.run", *options]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "became-seed0" / "results.json").exists()
+    assert (tmp_path / "gpm-seed0" / "results.json").exists()
     assert build_learner("mlp", prototype_stream(), "auto", 0).parameters()["fc1.weight"].dtype == "float32"
