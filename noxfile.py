@@ -56,10 +56,10 @@ def tests_torch(session: nox.Session) -> None:
 
 @nox.session(name="tests-jax")
 def tests_jax(session: nox.Session) -> None:
-    """The core on JAX, where no other framework is installed."""
+    """The core and the adapter on JAX, where no other framework is installed."""
     install(session, "test", "-e", ".[jax]")
     assert_absent(session, "torch", "tensorflow")
-    session.run("pytest", "tests/core", "tests/repository", "--backend", "jax", *session.posargs)
+    session.run("pytest", "tests/core", "tests/jax", "tests/repository", "--backend", "jax", *session.posargs)
 
 
 @nox.session(name="tests-tensorflow")

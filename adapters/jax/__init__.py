@@ -1,0 +1,1 @@
+"""The JAX adapter: networks, a learner, and ``python -m adapters.jax.run``."""

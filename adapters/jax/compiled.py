@@ -1,0 +1,184 @@
+"""What is compiled: gradients, an update, logits, taps, derivatives along directions; pure functions of arrays.
+
+Convention: the network is static, all else is an argument, and the head is the task's by the name ``head``; so each is
+compiled once for each batch size and for each set of trained parameters, whatever the task. An update is compiled for
+each structure of projector, penalty, region and optimiser, apart from the network, which is what takes long to compile.
+"""
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import jax
+from jax import numpy as jnp
+
+from adapters.jax.dropout import Mask
+from adapters.jax.heads import HEAD
+from adapters.jax.layers import Dense, Pass
+from adapters.jax.networks import Backbone
+from became_core.arrays import Array, Params
+from became_core.continual import Constraint, Optimiser, Penalty
+from became_core.laplace import LaplacePosterior
+from became_core.projection import Projector, TrustRegion
+
+__all__ = [
+    "Data",
+    "all_logits",
+    "effective",
+    "gradients",
+    "mask_shapes",
+    "output_width",
+    "pull",
+    "pushforward",
+    "taps",
+    "update",
+]
+
+Masks = tuple[Any, ...]
+
+
+class Data(NamedTuple):
+    """What lies on the device: uint8 images [N, H, W, C], labels [N], and by channel 255 x mean and 255 x std."""
+
+    images: Array
+    targets: Array
+    mean: Array
+    std: Array
+
+    def normalised(self, rows: Array) -> Array:
+        """Return the network's input, [rows, H, W, C]."""
+        return (self.images[rows].astype(self.mean.dtype) - self.mean) / self.std
+
+
+def _logits(backbone: Backbone, run: Pass, images: Array) -> Array:
+    """Return the logits of the task's head."""
+    found = backbone(run, images)
+    classes, width = run.weights[f"{HEAD}.weight"].shape
+    return Dense(HEAD, width, classes, bias=False)(run, found)
+
+
+def _in_order(masks: Masks | None) -> Callable[[tuple[int, ...], int], Array] | None:
+    if masks is None:
+        return None
+    remaining = iter(masks)
+    return lambda shape, threshold: next(remaining)
+
+
+def _gradients(
+    backbone: Backbone, trained: Params, frozen: Params, data: Data, rows: Array, masks: Masks
+) -> tuple[Array, Params]:
+    """Return a batch's mean cross-entropy, and its gradient by what is trained."""
+    images, targets = data.normalised(rows), data.targets[rows]
+
+    def loss(trained: Params) -> Array:
+        logits = _logits(backbone, Pass(frozen | trained, _in_order(masks)), images)
+        chosen = jnp.take_along_axis(jax.nn.log_softmax(logits), targets[:, None], axis=1)
+        return -chosen.mean()
+
+    return jax.value_and_grad(loss)(trained)  # type: ignore[no-any-return]
+
+
+def _update(
+    trained: Params,
+    optimiser: Optimiser,
+    frozen: Params,
+    gradients: Params,
+    rate: float,
+    projector: Projector | None,
+    posterior: LaplacePosterior | None,
+    strength: float,
+    region: TrustRegion | None,
+    trains_scales: bool,
+) -> tuple[Params, Optimiser]:
+    """Return what is trained and the optimiser after one step."""
+    penalty = None if posterior is None else Penalty(posterior, strength)
+    constraint = Constraint(frozenset(gradients), projector, penalty, region, trains_scales)
+    directions, optimiser = constraint.directions(gradients, frozen | trained, rate, optimiser)
+    moved = {name: trained[name] - rate * direction for name, direction in directions.items()}
+    return trained | moved, optimiser
+
+
+def _effective(trained: Params, frozen: Params, region: TrustRegion) -> Params:
+    """Return the weights that the network works with, of those in a region, whose scales are among what is trained."""
+    theta = frozen | trained
+    found = region.with_scales({key: theta[key] for key in region.scales}).effective(theta)
+    return {name: found[name] for name in region.weights}
+
+
+def _all_logits(backbone: Backbone, weights: Params, heads: list[Array], data: Data, rows: Array) -> Array:
+    """Return all heads' logits, [rows, heads, classes]."""
+    found = backbone(Pass(weights), data.normalised(rows))
+    return jnp.stack([found @ head.T for head in heads], axis=1)
+
+
+def _taps(
+    backbone: Backbone, weights: Params, data: Data, rows: Array, masks: Masks | None
+) -> tuple[Array, Any, Params]:
+    """Return the logits, the map from gradients by them to those by all layers' outputs, and all layers' inputs.
+
+    Args:
+        backbone: the network.
+        weights: by name.
+        data: on the device.
+        rows: of the batch.
+        masks: of dropout, with which batch statistics are part of the gradient; without, they are constants.
+    """
+    images = data.normalised(rows)
+
+    def logits(perturbations: Params) -> tuple[Array, Pass]:
+        run = Pass(weights, _in_order(masks), masks is None, taps=True, perturbations=perturbations)
+        return _logits(backbone, run, images), run
+
+    outputs = jax.eval_shape(lambda: logits({})[1].outputs)
+    zeros = {name: jnp.zeros(output.shape, output.dtype) for name, output in outputs.items()}
+
+    def perturbed(perturbations: Params) -> tuple[Array, Params]:
+        found, run = logits(perturbations)
+        return found, run.inputs
+
+    return jax.vjp(perturbed, zeros, has_aux=True)  # type: ignore[no-any-return]
+
+
+def _pushforward(
+    backbone: Backbone, weights: Params, data: Data, rows: Array, directions: list[Params]
+) -> tuple[Array, Array]:
+    """Return the logits, and their derivatives along directions, [directions, rows, classes]."""
+    images = data.normalised(rows)
+    logits, along = jax.linearize(lambda weights: _logits(backbone, Pass(weights), images), weights)
+    return logits, jnp.stack([along(direction) for direction in directions])
+
+
+gradients: Any = jax.jit(_gradients, static_argnums=0)
+update: Any = jax.jit(_update, static_argnames="trains_scales", donate_argnums=(0, 1))
+effective: Any = jax.jit(_effective)
+all_logits: Any = jax.jit(_all_logits, static_argnums=0)
+taps: Any = jax.jit(_taps, static_argnums=0)
+pull: Any = jax.jit(lambda map_back, at_logits: map_back(at_logits)[0])
+pushforward: Any = jax.jit(_pushforward, static_argnums=0)
+
+
+@lru_cache
+def mask_shapes(backbone: Backbone, images: tuple[int, ...]) -> tuple[Mask, ...]:
+    """Return what masks one pass of images [N, H, W, C] needs, in order."""
+    masks: list[Mask] = []
+
+    def mask(shape: tuple[int, ...], threshold: int) -> Array:
+        masks.append((shape, threshold))
+        return jnp.ones(shape, bool)
+
+    _abstractly(backbone, images, mask)
+    return tuple(masks)
+
+
+def output_width(backbone: Backbone, images: tuple[int, ...]) -> int | None:
+    """Return the width of a backbone's features [N, features], given images [N, H, W, C]; None if they are no such."""
+    found = _abstractly(backbone, images, None)
+    return int(found.shape[1]) if getattr(found, "ndim", 0) == 2 else None
+
+
+def _abstractly(backbone: Backbone, images: tuple[int, ...], mask: Any) -> Any:
+    """Run a backbone on shapes alone."""
+    shapes = {name: p.shape for layer in backbone.tapped for name, p in layer.parameters().items()}
+    weights = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
+    blank = jax.ShapeDtypeStruct(images, jnp.float32)
+    return jax.eval_shape(lambda weights, images: backbone(Pass(weights, mask), images), weights, blank)

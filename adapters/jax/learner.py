@@ -1,0 +1,205 @@
+"""The learner protocol on JAX: a network as a value, with a head for each task; all arithmetic in compiled functions.
+
+Convention: images stay on the device as uint8 [N, H, W, C] and are normalised there, batch by batch; parameters are
+named arrays, and the learner's own are never changed but replaced.
+"""
+
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from typing import Any
+
+import jax
+import numpy as np
+from jax import numpy as jnp
+from numpy.typing import NDArray
+
+from adapters.initial import initial_value
+from adapters.jax import compiled
+from adapters.jax.dropout import drawn
+from adapters.jax.heads import HEAD, for_task, head_of, put_back
+from adapters.jax.layers import Dense, Tapped
+from adapters.jax.networks import Backbone
+from became_core import BecameError
+from became_core.arrays import Array, Params, namespace
+from became_core.continual import Batch, Constraint, Optimiser, TapMode, TaskStream, Trained
+from became_core.continual.stream import Indices
+from became_core.curvature import Pushforward, Tap, Taps, logit_cotangents
+
+__all__ = ["JaxLearner"]
+
+
+class JaxLearner:
+    """A JAX network that learns continually; ``became_core.continual.Learner`` says what each method promises."""
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        stream: TaskStream,
+        *,
+        device: str | jax.Device | None = None,
+        dtype: str = "float32",
+        seed: int = 0,
+    ) -> None:
+        """Draw the weights of a backbone with a head for each task, and place them and the data on a device.
+
+        Args:
+            backbone: what maps images to features.
+            stream: the tasks; its images and targets go to the device once.
+            device: where all arithmetic happens: a JAX device, or e.g. "cpu", "gpu:1"; JAX's default if not given.
+            dtype: of the weights.
+            seed: names the draw of the initial weights.
+
+        Raises:
+            BecameError: if the device does not exist, JAX has no such dtype as it is configured, or the backbone does
+                not return [N, features].
+        """
+        dataset, count = stream.dataset, len(stream.tasks)
+        if jax.dtypes.canonicalize_dtype(dtype) != dtype:
+            raise BecameError(f"JAX has no {dtype} as it is configured; set jax_enable_x64 before any array is made.")
+        self._device = _checked_device(device)
+        self._backbone = backbone
+        images = np.moveaxis(dataset.images, 1, -1)
+        width = compiled.output_width(backbone, (2, *images.shape[1:]))
+        if width is None:
+            raise BecameError("the backbone must map images [N, H, W, C] to features [N, features].")
+        heads = [Dense(head_of(task), width, stream.classes_per_task, bias=False) for task in range(count)]
+        mean, std = (np.multiply(each, 255.0).astype(dtype) for each in (dataset.mean, dataset.std))
+        self._data = compiled.Data(*jax.device_put((images, stream.targets, mean, std), self._device))
+        namespace(images=self._data.images)  # JAX learns of the core's values
+        self._layers: dict[str, Tapped] = {layer.name: layer for layer in (*backbone.tapped, *heads)}
+        self._dtype = dtype
+        self._theta: Params = {}
+        self.assign(
+            {
+                name: initial_value(seed, name, parameter.shape, parameter.fan_in)
+                for layer in self._layers.values()
+                for name, parameter in layer.parameters().items()
+            }
+        )
+        self.heads = [frozenset(head.parameters()) for head in heads]
+        self.projectable = frozenset(f"{layer.name}.weight" for layer in backbone.tapped if layer.kind == "matrix")
+
+    def parameters(self) -> Params:
+        """Return all parameters by canonical name."""
+        return dict(self._theta)
+
+    def assign(self, parameters: Params) -> None:
+        """Take copies of these values."""
+        names = [name for layer in self._layers.values() for name in layer.parameters()]
+        values = {name: jnp.array(parameters[name], dtype=self._dtype) for name in names}
+        self._theta = jax.device_put(values, self._device)
+
+    def train(
+        self,
+        batches: Sequence[Batch],
+        rates: NDArray[np.float64],
+        constraint: Constraint,
+        optimiser: Optimiser,
+        stream: np.random.Generator,
+    ) -> Trained:
+        """Take one step on each batch."""
+        stream.integers(2**63)  # what other backends seed their framework's own generator with
+        region = constraint.region
+        scales = {} if region is None else region.scales
+        frozen = {name: value for name, value in self._theta.items() if name not in constraint.trainable}
+        trained = {name: value for name, value in self._theta.items() if name in constraint.trainable} | scales
+        # An update takes the buffers of what it changes, which others may hold.
+        trained, optimiser = jax.tree.map(jnp.copy, (trained, optimiser))
+        losses: list[Array] = []
+        for task, steps in groupby(zip(batches, rates, strict=True), key=lambda step: step[0].task):
+            own, own_optimiser = for_task(trained, task), for_task(optimiser, task)
+            own_frozen, respected = for_task(frozen, task), _for_task(constraint, task)
+            for batch, rate in steps:
+                masks = self._masks(len(batch.indices), stream)
+                weights = own_frozen | own
+                if region is not None:
+                    weights |= compiled.effective(own, own_frozen, region)
+                moving = {name: weights[name] for name in own if name not in scales}
+                still = {name: weights[name] for name in own_frozen}
+                loss, gradients = compiled.gradients(self._backbone, moving, still, self._data, batch.indices, masks)
+                own, own_optimiser = compiled.update(
+                    own, own_optimiser, own_frozen, gradients, float(rate), **respected
+                )
+                losses.append(loss)
+            trained, optimiser = put_back(trained, own, task), put_back(optimiser, own_optimiser, task)
+        self._theta = {name: trained.get(name, value) for name, value in self._theta.items()}
+        if region is not None:
+            region = region.with_scales({key: trained[key] for key in scales})
+        mean_loss = np.average(jax.device_get(losses), weights=[len(batch.indices) for batch in batches])
+        return Trained(float(mean_loss), optimiser, region)
+
+    def logits(self, indices: Indices, batch_size: int) -> Array:
+        """Return all heads' logits, [samples, tasks, classes]."""
+        heads = [self._theta[name] for head in self.heads for name in head]
+        shared = {name: value for name, value in self._theta.items() if not name.startswith("heads.")}
+        return jnp.concatenate(
+            [
+                compiled.all_logits(self._backbone, shared, heads, self._data, rows)
+                for rows in _chunks(indices, batch_size)
+            ]
+        )
+
+    def targets(self, indices: Indices) -> Array:
+        """Return the labels within the task, [samples]."""
+        return self._data.targets[indices]
+
+    def taps(
+        self, task: int, indices: Indices, batch_size: int, mode: TapMode, stream: np.random.Generator
+    ) -> Iterator[Taps]:
+        """Yield each batch's taps."""
+        published = mode == "published"
+        if published:
+            stream.integers(2**63)  # as in training
+        weights = for_task(self._theta, task)
+        layers = {layer.name: layer for layer in self._backbone.tapped} | {HEAD: self._layers[head_of(task)]}
+        for rows in _chunks(indices, batch_size):
+            masks = self._masks(len(rows), stream) if published else None
+            logits, map_back, inputs = compiled.taps(self._backbone, weights, self._data, rows, masks)
+            for at_logits in logit_cotangents(logits, self.targets(rows), mode, stream):
+                at_outputs = compiled.pull(map_back, at_logits)
+                yield {
+                    layer.name: Tap(layer.kind, inputs[name], at_outputs[name], layer.bias)
+                    for name, layer in layers.items()
+                }
+
+    def pushforward(
+        self, task: int, indices: Indices, batch_size: int, directions: Sequence[Params]
+    ) -> Iterator[Pushforward]:
+        """Yield each batch's logits and their derivatives along directions."""
+        weights = for_task(self._theta, task)
+        along = [for_task(direction, task) for direction in directions]
+        for rows in _chunks(indices, batch_size):
+            logits, tangents = compiled.pushforward(self._backbone, weights, self._data, rows, along)
+            yield Pushforward(logits, tangents, self.targets(rows))
+
+    def _masks(self, samples: int, stream: np.random.Generator) -> tuple[NDArray[np.bool_], ...]:
+        return drawn(compiled.mask_shapes(self._backbone, (samples, *self._data.images.shape[1:])), stream)
+
+
+def _for_task(constraint: Constraint, task: int) -> dict[str, Any]:
+    """Return what an update must respect, by the arguments of ``compiled.update``."""
+    penalty = constraint.penalty
+    return {
+        "projector": constraint.projector,
+        "posterior": None if penalty is None else for_task(penalty.posterior, task),
+        "strength": 0.0 if penalty is None else penalty.strength,
+        "region": constraint.region,
+        "trains_scales": constraint.trains_scales,
+    }
+
+
+def _chunks(indices: Indices, size: int) -> Iterator[Indices]:
+    for start in range(0, len(indices), size):
+        yield indices[start : start + size]
+
+
+def _checked_device(device: str | jax.Device | None) -> jax.Device:
+    if device is None:
+        return jax.devices()[0]
+    if not isinstance(device, str):
+        return device
+    platform, _, number = device.partition(":")
+    try:
+        return jax.devices(platform)[int(number or 0)]
+    except (RuntimeError, IndexError, ValueError):
+        raise BecameError(f"JAX has no device '{device}' here; try cpu, or cuda on a machine with a GPU.") from None

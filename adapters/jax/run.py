@@ -1,0 +1,42 @@
+"""``python -m adapters.jax.run``: continual learning on JAX from the command line."""
+
+import sys
+
+try:
+    import jax
+
+    from adapters.cli.main import Backend, main
+    from adapters.jax.learner import JaxLearner
+    from adapters.jax.networks import build_backbone
+except ModuleNotFoundError as error:
+    print(f"error: the package '{error.name}' is missing; pip install 'became[jax]'.", file=sys.stderr)
+    sys.exit(2)
+
+from became_core.continual import TaskStream
+
+__all__ = ["BACKEND", "build_learner"]
+
+
+def build_learner(network: str, stream: TaskStream, device: str, seed: int) -> JaxLearner:
+    """Return a fresh learner with a backbone known by name.
+
+    Args:
+        network: the backbone, as in ``adapters.jax.networks.BACKBONES``.
+        stream: what it will learn.
+        device: a device as JAX calls it, or "auto" for JAX's default: the first accelerator there is, else the CPU.
+        seed: names the draw of the initial weights.
+
+    Raises:
+        BecameError: if there is no such network or device.
+    """
+    channels, height, width = stream.dataset.images.shape[1:]
+    backbone = build_backbone(network, (channels, height, width))
+    return JaxLearner(backbone, stream, device=None if device == "auto" else device, seed=seed)
+
+
+BACKEND = Backend("jax", build_learner)
+
+if __name__ == "__main__":
+    # On accelerators JAX multiplies float32 in half precision by default, which would leak past a projector.
+    jax.config.update("jax_default_matmul_precision", "float32")
+    sys.exit(main(BACKEND))
