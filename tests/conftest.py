@@ -13,8 +13,14 @@ from hypothesis import settings
 from tests.backends import BACKENDS, load
 
 settings.register_profile("ci", max_examples=50, deadline=None, derandomize=True, database=None)
+# JAX and TensorFlow compile anew, or look up a kernel, for every new shape, which is most of what examples cost there.
+settings.register_profile("compiled", settings.get_profile("ci"), max_examples=15)
 settings.register_profile("long", max_examples=2000, deadline=None)
-settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    usual = "compiled" if config.getoption("--backend") in ("jax", "tensorflow") else "ci"
+    settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", usual))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

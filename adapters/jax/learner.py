@@ -155,6 +155,12 @@ class JaxLearner:
         for rows in _chunks(indices, batch_size):
             masks = self._masks(len(rows), stream) if published else None
             logits, map_back, inputs = compiled.taps(self._backbone, weights, self._data, rows, masks)
+            if mode == "inputs":
+                yield {
+                    layer.name: Tap("matrix", inputs[name], inputs[name][:, :, :0], layer.bias)
+                    for name, layer in layers.items()
+                    if layer.kind == "matrix"
+                }
             for at_logits in logit_cotangents(logits, self.targets(rows), mode, stream):
                 at_outputs = compiled.pull(map_back, at_logits)
                 yield {
