@@ -1,0 +1,257 @@
+"""The learner protocol on TensorFlow: a network that maps images to features, with a head for each task.
+
+Convention: images stay on the device as uint8 [N, H, W, C] and are normalised there, batch by batch; parameters are
+named tensors, which never change: a step makes new ones.
+
+Each of a step's two parts is compiled. The network's, loss and gradient, has the head as an argument and is traced once
+for all tasks, and once more for batches of other sizes. The constraint's, from gradients to new parameters, is of a few
+operations, whose structure is the memory's, so it is traced for each stage. XLA would double the time of the network's
+part on a CPU, once it has compiled it. Taps run eagerly: a backward pass may follow for each class.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+import tensorflow as tf
+from numpy.typing import NDArray
+
+from adapters.initial import initial_weights
+from adapters.tensorflow.layers import Linear, Weighted
+from adapters.tensorflow.networks import Network
+from adapters.tensorflow.tapping import collect_taps
+from became_core import BecameError
+from became_core.arrays import Array, Params
+from became_core.continual import Batch, Constraint, Optimiser, Penalty, TapMode, TaskStream, Trained
+from became_core.continual.stream import Indices
+from became_core.curvature import Pushforward, Taps, logit_cotangents
+from became_core.laplace import LaplacePosterior
+from became_core.projection import Projector, TrustRegion
+
+__all__ = ["TensorFlowLearner"]
+
+
+class TensorFlowLearner:
+    """A TensorFlow network that learns continually; ``became_core.continual.Learner`` says what each method promises.
+
+    Attributes:
+        traces: how often the network's part of a step has been traced.
+    """
+
+    def __init__(
+        self,
+        backbone: Network,
+        stream: TaskStream,
+        *,
+        weights: Mapping[str, Array] | None = None,
+        device: str = "cpu",
+        dtype: tf.DType = tf.float32,
+        seed: int = 0,
+    ) -> None:
+        """Place a backbone, with a fresh head for each task, and the stream's data on a device.
+
+        Args:
+            backbone: images to features.
+            stream: the tasks; its images and targets go to the device once.
+            weights: the backbone's, by canonical name; drawn as the heads' are if not given.
+            device: where all arithmetic happens, e.g. "cpu", "gpu", "gpu:1".
+            dtype: of the weights.
+            seed: names the draw of the initial weights.
+
+        Raises:
+            BecameError: if the device does not exist, or a weight is missing.
+        """
+        self.device = _checked_device(device)
+        dataset = stream.dataset
+        self._network, self._dtype = backbone, dtype
+        self._shared = tuple(backbone.parameters)
+        self._head = Linear("head", stream.classes_per_task)
+        self._heads = [replace(self._head, name=f"heads.{task}") for task in range(len(stream.tasks))]
+        self.heads = [frozenset({f"{head.name}.weight"}) for head in self._heads]
+        self.projectable = frozenset(
+            f"{layer.name}.weight"
+            for layer in backbone.layers
+            if isinstance(layer, Weighted) and layer.kind == "matrix"
+        )
+        with tf.device(self.device):
+            self._images = tf.constant(np.ascontiguousarray(np.moveaxis(dataset.images, 1, -1)))
+            self._targets = tf.constant(stream.targets)
+            self._mean = tf.constant(dataset.mean, dtype) * 255
+            self._std = tf.constant(dataset.std, dtype) * 255
+        shapes = dict(backbone.parameters)
+        for head in self._heads:
+            shapes |= head.parameters((backbone.width,))
+        self._theta: Params = dict.fromkeys(shapes)
+        self.assign(initial_weights(shapes, seed) | dict(weights or {}))
+        self.traces = 0
+        self._step_network = tf.function(self._loss_and_gradients, reduce_retracing=True)
+        self._step_constraint = tf.function(_advanced)
+        self._logits_of_heads = tf.function(self._logits_of_all_heads, reduce_retracing=True)
+        self._pushed = tf.function(self._logits_and_tangent, reduce_retracing=True)
+
+    def parameters(self) -> Params:
+        """Return all parameters by canonical name."""
+        return dict(self._theta)
+
+    def assign(self, parameters: Params) -> None:
+        """Set the parameters."""
+        with tf.device(self.device):
+            self._theta = {name: tf.convert_to_tensor(parameters[name], self._dtype) for name in self._theta}
+
+    def train(
+        self,
+        batches: Sequence[Batch],
+        rates: NDArray[np.float64],
+        constraint: Constraint,
+        optimiser: Optimiser,
+        stream: np.random.Generator,
+    ) -> Trained:
+        """Take one step on each batch."""
+        _skip_a_seed(stream)
+        penalty, region, held = constraint.penalty, constraint.region, self._theta
+        posterior, strength = (None, 0.0) if penalty is None else (penalty.posterior, penalty.strength)
+        theta = {name: value for name, value in held.items() if name in constraint.trainable}
+        effective: Params = {}  # what the network has of the region's weights instead of those beneath
+        if region is not None:
+            theta |= {name: held[name] for name in region.weights} | region.scales
+            effective = region.effective({name: held[name] for name in region.weights})
+        with tf.device(self.device):
+            total = tf.zeros((), self._dtype)
+            for batch, rate in zip(batches, rates, strict=True):
+                seen = self._for_task(batch.task, held | theta | effective)
+                masks = self._network.masks(len(batch.indices), stream)
+                loss, gradients = self._step_network(seen, batch.indices, masks)
+                gradients[f"heads.{batch.task}.weight"] = gradients.pop("head.weight")
+                theta, optimiser, region, effective = self._step_constraint(
+                    theta,
+                    {name: value for name, value in gradients.items() if name in constraint.trainable},
+                    tf.constant(rate, self._dtype),
+                    optimiser,
+                    (constraint.projector, posterior, region),
+                    strength,
+                    constraint.trains_scales,
+                )
+                total += loss
+        self._theta = {name: theta.get(name, value) for name, value in held.items()}
+        return Trained(float(total) / sum(len(batch.indices) for batch in batches), optimiser, region)
+
+    def logits(self, indices: Indices, batch_size: int) -> Array:
+        """Return all heads' logits, [samples, tasks, classes]."""
+        with tf.device(self.device):
+            return tf.concat(
+                [self._logits_of_heads(self._theta, rows) for rows in _chunks(indices, batch_size)], axis=0
+            )
+
+    def targets(self, indices: Indices) -> Array:
+        """Return the labels within the task, [samples]."""
+        with tf.device(self.device):
+            return tf.gather(self._targets, indices)
+
+    def taps(
+        self, task: int, indices: Indices, batch_size: int, mode: TapMode, stream: np.random.Generator
+    ) -> Iterator[Taps]:
+        """Yield each batch's taps."""
+        published = mode == "published"
+        if published:
+            _skip_a_seed(stream)
+        for rows in _chunks(indices, batch_size):
+            masks = self._network.masks(len(rows), stream) if published else ()
+            with tf.device(self.device):
+                images, targets = self._batch(rows)
+
+                def cotangents(logits: Array, targets: Array = targets) -> Iterator[Array]:
+                    return logit_cotangents(logits, targets, mode, stream)
+
+                yield from collect_taps(
+                    self._network,
+                    self._heads[task],
+                    self._theta,
+                    images,
+                    cotangents,
+                    masks=masks,
+                    constant_statistics=not published,
+                )
+
+    def pushforward(
+        self, task: int, indices: Indices, batch_size: int, directions: Sequence[Params]
+    ) -> Iterator[Pushforward]:
+        """Yield each batch's logits and their derivatives along directions."""
+        theta = self._for_task(task, self._theta)
+        along = [self._for_task(task, direction) for direction in directions]
+        for rows in _chunks(indices, batch_size):
+            with tf.device(self.device):
+                pairs = [self._pushed(theta, each, rows) for each in along]
+                yield Pushforward(pairs[0][0], tf.stack([tangent for _, tangent in pairs]), self.targets(rows))
+
+    def _for_task(self, task: int, theta: Params) -> Params:
+        """Return the shared parameters and the task's head as ``head.weight``: so all tasks have one structure."""
+        return {name: theta[name] for name in self._shared} | {"head.weight": theta[f"heads.{task}.weight"]}
+
+    def _batch(self, rows: Array) -> tuple[Array, Array]:
+        images = (tf.cast(tf.gather(self._images, rows), self._dtype) - self._mean) / self._std
+        return images, tf.gather(self._targets, rows)
+
+    def _logits(self, theta: Params, rows: Array, masks: Sequence[Array] = ()) -> Array:
+        return self._head.applied(theta, self._network.features(theta, self._batch(rows)[0], masks))
+
+    # What follows is compiled.
+
+    def _loss_and_gradients(self, theta: Params, rows: Array, masks: Sequence[Array]) -> tuple[Array, Params]:
+        """Return the sum of the samples' losses, and the gradient of their mean."""
+        self.traces += 1
+        with tf.GradientTape() as tape:
+            tape.watch(theta)
+            losses = tf.nn.sparse_softmax_cross_entropy_with_logits(
+                self.targets(rows), self._logits(theta, rows, masks)
+            )
+            mean = tf.reduce_mean(losses)
+        return tf.reduce_sum(losses), tape.gradient(mean, theta)
+
+    def _logits_of_all_heads(self, theta: Params, rows: Array) -> Array:
+        features = self._network.features(theta, self._batch(rows)[0])
+        heads = tf.stack([theta[f"{head.name}.weight"] for head in self._heads])
+        return tf.einsum("nd,tcd->ntc", features, heads)
+
+    def _logits_and_tangent(self, theta: Params, direction: Params, rows: Array) -> tuple[Array, Array]:
+        with tf.autodiff.ForwardAccumulator(theta, direction) as forward:
+            logits = self._logits(theta, rows)
+        return logits, forward.jvp(logits, unconnected_gradients=tf.UnconnectedGradients.ZERO)
+
+
+def _advanced(
+    theta: Params,
+    gradients: Params,
+    rate: Array,
+    optimiser: Optimiser,
+    constraint: tuple[Projector | None, LaplacePosterior | None, TrustRegion | None],
+    strength: float,
+    trains_scales: bool,
+) -> tuple[Params, Optimiser, TrustRegion | None, Params]:
+    """Return what is trained, the optimiser and the region after a step, and the region's effective weights."""
+    projector, posterior, region = constraint
+    penalty = None if posterior is None else Penalty(posterior, strength)
+    every = Constraint(frozenset(theta), projector, penalty, region, trains_scales)
+    directions, optimiser = every.directions(gradients, theta, rate, optimiser)
+    theta = theta | {name: theta[name] - rate * direction for name, direction in directions.items()}
+    if region is None:
+        return theta, optimiser, None, {}
+    region = region.with_scales({key: theta[key] for key in region.scales})
+    return theta, optimiser, region, region.effective({name: theta[name] for name in region.weights})
+
+
+def _skip_a_seed(stream: np.random.Generator) -> None:
+    """Pass over the number that the PyTorch adapter seeds the framework's own layers with: so masks are the same."""
+    stream.integers(2**63)
+
+
+def _chunks(indices: Indices, size: int) -> Iterator[Indices]:
+    for start in range(0, len(indices), size):
+        yield indices[start : start + size]
+
+
+def _checked_device(name: str) -> str:
+    kind, _, number = name.partition(":")
+    devices = tf.config.list_logical_devices(kind.upper())
+    if not devices or not (number or "0").isdecimal() or int(number or 0) >= len(devices):
+        raise BecameError(f"TensorFlow has no device '{name}' here; try cpu, or gpu on a machine with a GPU.")
+    return str(devices[int(number or 0)].name)
