@@ -1,34 +1,29 @@
-"""Initial weights, the same for every framework: drawn by NumPy, by canonical name and shape.
+"""Initial weights from seeded NumPy streams: the same for every framework, and for every order of asking.
 
-Convention: a weight [d_out, ...] has the fan-in d_in of its flattened trailing axes and is uniform in
-±1/sqrt(d_in), which is what PyTorch gives linear layers and convolutions; a normalisation layer, whose weight has one
-axis, begins as the identity. One stream is drawn from in the order of the names.
+Convention: PyTorch's defaults. A weight or bias of a linear or convolutional layer is uniform in +-1/sqrt(fan_in),
+where fan_in is how many inputs each of the layer's outputs sees; a normalisation layer begins as the identity.
 """
 
 import math
-from collections.abc import Mapping
 
 import numpy as np
 from numpy.typing import NDArray
 
 from became_core.continual import random_stream
 
-__all__ = ["initial_weights"]
+__all__ = ["initial_value"]
 
 
-def initial_weights(shapes: Mapping[str, tuple[int, ...]], seed: int) -> dict[str, NDArray[np.float64]]:
-    """Return a network's initial weights.
+def initial_value(seed: int, name: str, shape: tuple[int, ...], fan_in: int | None) -> NDArray[np.float64]:
+    """Return the first value of a parameter.
 
     Args:
-        shapes: each parameter's shape by its canonical name, ``conv1.weight`` [O, I, H, W], in the network's order.
-        seed: names the draw.
+        seed: with the name, it names the draw.
+        name: canonical, e.g. "conv1.weight".
+        shape: of the parameter.
+        fan_in: of its layer; None for a normalisation layer, whose weight is ones and whose bias is zeros.
     """
-    stream = random_stream(seed, "weights")
-    return {name: _initial(name, shape, stream) for name, shape in shapes.items()}
-
-
-def _initial(name: str, shape: tuple[int, ...], stream: np.random.Generator) -> NDArray[np.float64]:
-    if len(shape) == 1:
+    if fan_in is None:
         return np.ones(shape) if name.endswith("weight") else np.zeros(shape)
-    bound = 1 / math.sqrt(math.prod(shape[1:]))
-    return stream.uniform(-bound, bound, size=shape)
+    bound = 1 / math.sqrt(fan_in)
+    return random_stream(seed, f"initial {name}").uniform(-bound, bound, shape)

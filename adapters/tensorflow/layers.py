@@ -13,7 +13,19 @@ import tensorflow as tf
 
 from became_core.arrays import Array, Params
 
-__all__ = ["BatchNorm", "Convolution", "Dropout", "Flatten", "Layer", "Linear", "MaxPool", "Pointwise", "Weighted"]
+__all__ = [
+    "BatchNorm",
+    "Convolution",
+    "Dropout",
+    "Flatten",
+    "Layer",
+    "Linear",
+    "MaxPool",
+    "Pointwise",
+    "Shape",
+    "Weighted",
+    "with_positions",
+]
 
 Shape = tuple[int, ...]
 

@@ -11,14 +11,14 @@ part on a CPU, once it has compiled it. Taps run eagerly: a backward pass may fo
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import TypeVar
 
 import numpy as np
 import tensorflow as tf
 from numpy.typing import NDArray
 
-from adapters.initial import initial_weights
 from adapters.tensorflow.layers import Linear, Weighted
-from adapters.tensorflow.networks import Network
+from adapters.tensorflow.networks import Network, initial_values
 from adapters.tensorflow.tapping import collect_taps
 from became_core import BecameError
 from became_core.arrays import Array, Params
@@ -29,6 +29,8 @@ from became_core.laplace import LaplacePosterior
 from became_core.projection import Projector, TrustRegion
 
 __all__ = ["TensorFlowLearner"]
+
+T = TypeVar("T")
 
 
 class TensorFlowLearner:
@@ -78,11 +80,11 @@ class TensorFlowLearner:
             self._targets = tf.constant(stream.targets)
             self._mean = tf.constant(dataset.mean, dtype) * 255
             self._std = tf.constant(dataset.std, dtype) * 255
-        shapes = dict(backbone.parameters)
+        initial = dict(weights) if weights is not None else backbone.initial(seed)
         for head in self._heads:
-            shapes |= head.parameters((backbone.width,))
-        self._theta: Params = dict.fromkeys(shapes)
-        self.assign(initial_weights(shapes, seed) | dict(weights or {}))
+            initial |= initial_values(head, (backbone.width,), seed)
+        self._theta: Params = dict.fromkeys([*self._shared, *(f"{head.name}.weight" for head in self._heads)])
+        self.assign(initial)
         self.traces = 0
         self._step_network = tf.function(self._loss_and_gradients, reduce_retracing=True)
         self._step_constraint = tf.function(_advanced)
@@ -120,11 +122,12 @@ class TensorFlowLearner:
             for batch, rate in zip(batches, rates, strict=True):
                 seen = self._for_task(batch.task, held | theta | effective)
                 masks = self._network.masks(len(batch.indices), stream)
-                loss, gradients = self._step_network(seen, batch.indices, masks)
-                gradients[f"heads.{batch.task}.weight"] = gradients.pop("head.weight")
+                loss, *found = self._step_network(seen, batch.indices, masks)
+                gradients, factors = (self._trained(each, batch.task, constraint) for each in found)
                 theta, optimiser, region, effective = self._step_constraint(
                     theta,
-                    {name: value for name, value in gradients.items() if name in constraint.trainable},
+                    gradients,
+                    factors,
                     tf.constant(rate, self._dtype),
                     optimiser,
                     (constraint.projector, posterior, region),
@@ -187,6 +190,11 @@ class TensorFlowLearner:
         """Return the shared parameters and the task's head as ``head.weight``: so all tasks have one structure."""
         return {name: theta[name] for name in self._shared} | {"head.weight": theta[f"heads.{task}.weight"]}
 
+    def _trained(self, of_task: Mapping[str, T], task: int, constraint: Constraint) -> dict[str, T]:
+        """Return what is of trainable parameters, by their own names."""
+        named = {f"heads.{task}.weight" if name == "head.weight" else name: each for name, each in of_task.items()}
+        return {name: each for name, each in named.items() if name in constraint.trainable}
+
     def _batch(self, rows: Array) -> tuple[Array, Array]:
         images = (tf.cast(tf.gather(self._images, rows), self._dtype) - self._mean) / self._std
         return images, tf.gather(self._targets, rows)
@@ -196,16 +204,34 @@ class TensorFlowLearner:
 
     # What follows is compiled.
 
-    def _loss_and_gradients(self, theta: Params, rows: Array, masks: Sequence[Array]) -> tuple[Array, Params]:
-        """Return the sum of the samples' losses, and the gradient of their mean."""
+    def _loss_and_gradients(
+        self, theta: Params, rows: Array, masks: Sequence[Array]
+    ) -> tuple[Array, Params, dict[str, tuple[Array, Array]]]:
+        """Return the sum of the samples' losses, and the gradient of their mean.
+
+        The gradient of a linear layer's weight comes as its factors, by the layer's outputs [n, d_out] and the layer's
+        inputs [n, d_in], of which it is the product.
+        """
         self.traces += 1
+        inputs: Params = {}
+        outputs: Params = {}
         with tf.GradientTape() as tape:
             tape.watch(theta)
-            losses = tf.nn.sparse_softmax_cross_entropy_with_logits(
-                self.targets(rows), self._logits(theta, rows, masks)
-            )
+
+            def record(layer: Weighted, a: Array, output: Array) -> None:
+                if isinstance(layer, Linear):
+                    tape.watch(output)
+                    inputs[f"{layer.name}.weight"], outputs[f"{layer.name}.weight"] = a, output
+
+            features = self._network.features(theta, self._batch(rows)[0], masks, record=record)
+            logits = self._head.applied(theta, features)
+            record(self._head, features, logits)
+            losses = tf.nn.sparse_softmax_cross_entropy_with_logits(self.targets(rows), logits)
             mean = tf.reduce_mean(losses)
-        return tf.reduce_sum(losses), tape.gradient(mean, theta)
+        others = {name: value for name, value in theta.items() if name not in outputs}
+        gradients, by_outputs = tape.gradient(mean, (others, outputs))
+        factors = {name: (_as_rows(by_outputs[name]), _as_rows(a)) for name, a in inputs.items()}
+        return tf.reduce_sum(losses), gradients, factors
 
     def _logits_of_all_heads(self, theta: Params, rows: Array) -> Array:
         features = self._network.features(theta, self._batch(rows)[0])
@@ -221,22 +247,35 @@ class TensorFlowLearner:
 def _advanced(
     theta: Params,
     gradients: Params,
+    factors: dict[str, tuple[Array, Array]],
     rate: Array,
     optimiser: Optimiser,
-    constraint: tuple[Projector | None, LaplacePosterior | None, TrustRegion | None],
+    memory: tuple[Projector | None, LaplacePosterior | None, TrustRegion | None],
     strength: float,
     trains_scales: bool,
 ) -> tuple[Params, Optimiser, TrustRegion | None, Params]:
     """Return what is trained, the optimiser and the region after a step, and the region's effective weights."""
-    projector, posterior, region = constraint
+    projector, posterior, region = memory
     penalty = None if posterior is None else Penalty(posterior, strength)
-    every = Constraint(frozenset(theta), projector, penalty, region, trains_scales)
-    directions, optimiser = every.directions(gradients, theta, rate, optimiser)
+    constraint = Constraint(frozenset(theta), projector, penalty, region, trains_scales)
+    by_inputs = frozenset[str]()
+    # A gradient g^T a is projected for less work by projecting a. What else moves a weight must be projected too, so
+    # this is for the loss's gradient alone.
+    if projector is not None and penalty is None and region is None and optimiser.is_linear:
+        by_inputs = projector.rowwise & factors.keys()
+    for name, (g, a) in factors.items():
+        seen = projector.project_rows(name, a) if projector is not None and name in by_inputs else a
+        gradients = gradients | {name: tf.matmul(g, seen, transpose_a=True)}
+    directions, optimiser = constraint.directions(gradients, theta, rate, optimiser, by_inputs)
     theta = theta | {name: theta[name] - rate * direction for name, direction in directions.items()}
     if region is None:
         return theta, optimiser, None, {}
     region = region.with_scales({key: theta[key] for key in region.scales})
     return theta, optimiser, region, region.effective({name: theta[name] for name in region.weights})
+
+
+def _as_rows(array: Array) -> Array:
+    return tf.reshape(array, (-1, array.shape[-1]))
 
 
 def _skip_a_seed(stream: np.random.Generator) -> None:

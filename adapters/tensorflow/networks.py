@@ -7,11 +7,13 @@ for each task, without bias, is the learner's.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from math import prod
 
 import numpy as np
 import tensorflow as tf
 from numpy.typing import NDArray
 
+from adapters.initial import initial_value
 from adapters.tensorflow.layers import (
     BatchNorm,
     Convolution,
@@ -27,7 +29,7 @@ from adapters.tensorflow.layers import (
 from became_core import BecameError
 from became_core.arrays import Array, Params
 
-__all__ = ["BACKBONES", "Network", "Record", "alexnet", "build_network", "mlp"]
+__all__ = ["BACKBONES", "Network", "Record", "alexnet", "build_network", "initial_values", "mlp"]
 
 # Told of each layer with parameters as it runs: the layer, what its weight acts on, its output.
 Record = Callable[[Weighted, Array, Array], None]
@@ -69,10 +71,22 @@ class Network:
     @property
     def parameters(self) -> dict[str, Shape]:
         """The shape of each parameter by canonical name, in the order of the layers."""
-        seen = zip(self.layers, self._shapes, strict=False)
+        seen = zip(self.layers, self._shapes, strict=False)  # the last shape is no layer's input
         return {
             k: v for layer, shape in seen if isinstance(layer, Weighted) for k, v in layer.parameters(shape).items()
         }
+
+    def initial(self, seed: int) -> dict[str, NDArray[np.float64]]:
+        """Return the initial weights by canonical name, the same for every framework.
+
+        Args:
+            seed: names the draws.
+        """
+        values = {}
+        for layer, shape in zip(self.layers, self._shapes, strict=False):
+            if isinstance(layer, Weighted):
+                values |= initial_values(layer, shape, seed)
+        return values
 
     def masks(self, samples: int, stream: np.random.Generator) -> list[NDArray[np.bool_]]:
         """Draw what each dropout layer keeps of a batch, booleans [N, ...], 16 random bits an element.
@@ -82,7 +96,7 @@ class Network:
         drawn = []
         for layer, shape in zip(self.layers, self._shapes, strict=False):
             if isinstance(layer, Dropout) and layer.threshold:
-                count = samples * int(np.prod(shape))
+                count = samples * prod(shape)
                 bits = stream.integers(0, 2**64, size=(count + 3) // 4, dtype=np.uint64).view(np.uint16)[:count]
                 drawn.append((bits >= layer.threshold).reshape(samples, *shape))
         return drawn
@@ -117,6 +131,19 @@ class Network:
             else:
                 x = layer.applied(x)
         return x
+
+
+def initial_values(layer: Weighted, shape: Shape, seed: int) -> dict[str, NDArray[np.float64]]:
+    """Return a layer's initial weights by canonical name.
+
+    Args:
+        layer: any with parameters.
+        shape: of its inputs.
+        seed: names the draws.
+    """
+    shapes = layer.parameters(shape)
+    fan_in = prod(shapes[f"{layer.name}.weight"][1:]) if layer.kind == "matrix" else None
+    return {name: initial_value(seed, name, each, fan_in) for name, each in shapes.items()}
 
 
 def mlp(channels: int, height: int, width: int) -> Network:

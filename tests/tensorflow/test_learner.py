@@ -1,21 +1,24 @@
 """The TensorFlow learner: its agreement with the reference and with PyTorch, its repeatability, its traces."""
 
-from typing import Any
-
 import numpy as np
 import pytest
 
 tf = pytest.importorskip("tensorflow")
 
+from adapters.initial import initial_value  # noqa: E402
 from adapters.tensorflow.layers import Flatten, Linear, Pointwise  # noqa: E402
 from adapters.tensorflow.learner import TensorFlowLearner  # noqa: E402
 from adapters.tensorflow.networks import Network, build_network  # noqa: E402
 from adapters.tensorflow.run import build_learner  # noqa: E402
 from became_core import BecameError  # noqa: E402
+from became_core.arrays import Params  # noqa: E402
 from became_core.continual import (  # noqa: E402
     METHODS,
+    SGD,
     Adam,
     Annealed,
+    Batch,
+    Constraint,
     Learner,
     MethodSettings,
     RunRecord,
@@ -24,7 +27,7 @@ from became_core.continual import (  # noqa: E402
     learn,
 )
 from became_core.continual.measurement import Measurement  # noqa: E402
-from became_core.curvature import FisherKind  # noqa: E402
+from became_core.curvature import FisherKind, derivatives_along  # noqa: E402
 from reference.learner import ReferenceLearner  # noqa: E402
 from tests.streams import prototype_stream  # noqa: E402
 
@@ -101,8 +104,8 @@ def test_equal_seeds_give_equal_runs_and_others_do_not() -> None:
     assert not np.array_equal(runs[0], runs[2])
 
 
-def test_a_run_of_alexnet_equals_pytorchs() -> None:
-    """Given the same weights: convolution, batch norm, dropout, pooling, and every measurement that a merge takes."""
+def test_alexnet_learns_as_pytorchs_does() -> None:
+    """Given the same weights: convolution, batch norm, pooling, and dropout with the same masks; all measurements."""
     pytest.importorskip("torch")
     import torch
 
@@ -112,20 +115,48 @@ def test_a_run_of_alexnet_equals_pytorchs() -> None:
     stream = prototype_stream(tasks=2, channels=3, side=22, per_class=12)
     learner = TensorFlowLearner(build_network("alexnet", (3, 22, 22)), stream, dtype=tf.float64)
     theirs = TorchLearner(build_backbone("alexnet", (3, 22, 22)).double(), stream, dtype=torch.float64)
-    weights = {name: value.numpy() for name, value in learner.parameters().items()}
-    theirs.assign({name: torch.from_numpy(value) for name, value in weights.items()})
-    assert {name: tuple(value.shape) for name, value in theirs.parameters().items()} == {
-        name: value.shape for name, value in weights.items()
-    }
+    assert learner.projectable == theirs.projectable
+
+    def as_torch(parameters: Params) -> Params:
+        return {name: torch.from_numpy(value.numpy()) for name, value in parameters.items()}
+
+    theirs.assign(as_torch(learner.parameters()))
     rows = stream.tasks[0].test
     np.testing.assert_allclose(learner.logits(rows, 5).numpy(), theirs.logits(rows, 5).numpy(), rtol=1e-9, atol=1e-12)
-    records = []
-    for each in (learner, theirs):
-        records.append(learn(each, stream, build_method("became", MethodSettings(threshold=0.8)), SHORT))
-    _assert_equal_runs(*records, rtol=1e-6)
-    expected: dict[str, Any] = theirs.parameters()
+
+    direction = {name: 0.1 * (value + 0.01) for name, value in learner.parameters().items()}
+    found, expected = (
+        derivatives_along(each.pushforward(0, rows, 5, [along]))
+        for each, along in ((learner, direction), (theirs, as_torch(direction)))
+    )
+    for ours, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose(ours.numpy(), other.numpy(), rtol=1e-9)
+
+    batches = [Batch(0, stream.tasks[0].train[start : start + 10]) for start in (0, 10, 20)]
+    losses = [
+        each.train(
+            batches, np.full(3, 0.05), Constraint(frozenset(each.parameters())), SGD(), np.random.default_rng(1)
+        ).loss
+        for each in (learner, theirs)
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-9)
+    fishers = [
+        [
+            Measurement(each, stream.tasks[0], SHORT, kind, 0, "merge").diagonal().values
+            for kind in ("empirical", "batch")
+        ]
+        for each in (learner, theirs)
+    ]
+    for ours, other in zip((learner.parameters(), *fishers[0]), (theirs.parameters(), *fishers[1]), strict=True):
+        for name, value in ours.items():
+            np.testing.assert_allclose(value.numpy(), other[name].numpy(), rtol=1e-6, atol=1e-12, err_msg=name)
+
+
+def test_a_seed_names_the_same_initial_weights_as_for_every_framework() -> None:
+    learner = build_learner("mlp", prototype_stream(), "cpu", 3)
     for name, value in learner.parameters().items():
-        np.testing.assert_allclose(value.numpy(), expected[name].numpy(), rtol=1e-6, atol=1e-9, err_msg=name)
+        expected = initial_value(3, name, tuple(value.shape), value.shape[1])
+        np.testing.assert_array_equal(value.numpy(), expected.astype(np.float32))
 
 
 def test_what_cannot_be_used_is_said_in_one_sentence() -> None:
