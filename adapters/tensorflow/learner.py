@@ -3,10 +3,8 @@
 Convention: images stay on the device as uint8 [N, H, W, C] and are normalised there, batch by batch; parameters are
 named tensors, which never change: a step makes new ones.
 
-Each of a step's two parts is compiled. The network's, loss and gradient, has the head as an argument and is traced once
-for all tasks, and once more for batches of other sizes. The constraint's, from gradients to new parameters, is of a few
-operations, whose structure is the memory's, so it is traced for each stage. XLA would double the time of the network's
-part on a CPU, once it has compiled it. Taps run eagerly: a backward pass may follow for each class.
+Steps and evaluation are compiled by ``tf.function``, without XLA, with which a convolutional network's step takes a
+third longer on a CPU. Taps run eagerly: their backward passes begin where NumPy may draw.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,14 +17,13 @@ from numpy.typing import NDArray
 
 from adapters.tensorflow.layers import Linear, Weighted
 from adapters.tensorflow.networks import Network, initial_values
+from adapters.tensorflow.stepping import Factors, advanced, loss_and_gradients
 from adapters.tensorflow.tapping import collect_taps
 from became_core import BecameError
 from became_core.arrays import Array, Params
-from became_core.continual import Batch, Constraint, Optimiser, Penalty, TapMode, TaskStream, Trained
+from became_core.continual import Batch, Constraint, Optimiser, TapMode, TaskStream, Trained
 from became_core.continual.stream import Indices
 from became_core.curvature import Pushforward, Taps, logit_cotangents
-from became_core.laplace import LaplacePosterior
-from became_core.projection import Projector, TrustRegion
 
 __all__ = ["TensorFlowLearner"]
 
@@ -87,7 +84,7 @@ class TensorFlowLearner:
         self.assign(initial)
         self.traces = 0
         self._step_network = tf.function(self._loss_and_gradients, reduce_retracing=True)
-        self._step_constraint = tf.function(_advanced)
+        self._step_constraint = tf.function(advanced)
         self._logits_of_heads = tf.function(self._logits_of_all_heads, reduce_retracing=True)
         self._pushed = tf.function(self._logits_and_tangent, reduce_retracing=True)
 
@@ -154,37 +151,45 @@ class TensorFlowLearner:
         self, task: int, indices: Indices, batch_size: int, mode: TapMode, stream: np.random.Generator
     ) -> Iterator[Taps]:
         """Yield each batch's taps."""
-        published = mode == "published"
-        if published:
-            _skip_a_seed(stream)
-        for rows in _chunks(indices, batch_size):
-            masks = self._network.masks(len(rows), stream) if published else ()
-            with tf.device(self.device):
-                images, targets = self._batch(rows)
-
-                def cotangents(logits: Array, targets: Array = targets) -> Iterator[Array]:
-                    return logit_cotangents(logits, targets, mode, stream)
-
-                yield from collect_taps(
-                    self._network,
-                    self._heads[task],
-                    self._theta,
-                    images,
-                    cotangents,
-                    masks=masks,
-                    constant_statistics=not published,
-                )
+        return _on(self.device, self._taps(task, indices, batch_size, mode, stream))
 
     def pushforward(
         self, task: int, indices: Indices, batch_size: int, directions: Sequence[Params]
     ) -> Iterator[Pushforward]:
         """Yield each batch's logits and their derivatives along directions."""
+        return _on(self.device, self._pushforward(task, indices, batch_size, directions))
+
+    def _taps(
+        self, task: int, indices: Indices, batch_size: int, mode: TapMode, stream: np.random.Generator
+    ) -> Iterator[Taps]:
+        published = mode == "published"
+        if published:
+            _skip_a_seed(stream)
+        for rows in _chunks(indices, batch_size):
+            masks = self._network.masks(len(rows), stream) if published else ()
+            images, targets = self._batch(rows)
+
+            def cotangents(logits: Array, targets: Array = targets) -> Iterator[Array]:
+                return logit_cotangents(logits, targets, mode, stream)
+
+            yield from collect_taps(
+                self._network,
+                self._heads[task],
+                self._theta,
+                images,
+                cotangents,
+                masks=masks,
+                constant_statistics=not published,
+            )
+
+    def _pushforward(
+        self, task: int, indices: Indices, batch_size: int, directions: Sequence[Params]
+    ) -> Iterator[Pushforward]:
         theta = self._for_task(task, self._theta)
         along = [self._for_task(task, direction) for direction in directions]
         for rows in _chunks(indices, batch_size):
-            with tf.device(self.device):
-                pairs = [self._pushed(theta, each, rows) for each in along]
-                yield Pushforward(pairs[0][0], tf.stack([tangent for _, tangent in pairs]), self.targets(rows))
+            pairs = [self._pushed(theta, each, rows) for each in along]
+            yield Pushforward(pairs[0][0], tf.stack([tangent for _, tangent in pairs]), self.targets(rows))
 
     def _for_task(self, task: int, theta: Params) -> Params:
         """Return the shared parameters and the task's head as ``head.weight``: so all tasks have one structure."""
@@ -199,39 +204,11 @@ class TensorFlowLearner:
         images = (tf.cast(tf.gather(self._images, rows), self._dtype) - self._mean) / self._std
         return images, tf.gather(self._targets, rows)
 
-    def _logits(self, theta: Params, rows: Array, masks: Sequence[Array] = ()) -> Array:
-        return self._head.applied(theta, self._network.features(theta, self._batch(rows)[0], masks))
-
     # What follows is compiled.
 
-    def _loss_and_gradients(
-        self, theta: Params, rows: Array, masks: Sequence[Array]
-    ) -> tuple[Array, Params, dict[str, tuple[Array, Array]]]:
-        """Return the sum of the samples' losses, and the gradient of their mean.
-
-        The gradient of a linear layer's weight comes as its factors, by the layer's outputs [n, d_out] and the layer's
-        inputs [n, d_in], of which it is the product.
-        """
+    def _loss_and_gradients(self, theta: Params, rows: Array, masks: Sequence[Array]) -> tuple[Array, Params, Factors]:
         self.traces += 1
-        inputs: Params = {}
-        outputs: Params = {}
-        with tf.GradientTape() as tape:
-            tape.watch(theta)
-
-            def record(layer: Weighted, a: Array, output: Array) -> None:
-                if isinstance(layer, Linear):
-                    tape.watch(output)
-                    inputs[f"{layer.name}.weight"], outputs[f"{layer.name}.weight"] = a, output
-
-            features = self._network.features(theta, self._batch(rows)[0], masks, record=record)
-            logits = self._head.applied(theta, features)
-            record(self._head, features, logits)
-            losses = tf.nn.sparse_softmax_cross_entropy_with_logits(self.targets(rows), logits)
-            mean = tf.reduce_mean(losses)
-        others = {name: value for name, value in theta.items() if name not in outputs}
-        gradients, by_outputs = tape.gradient(mean, (others, outputs))
-        factors = {name: (_as_rows(by_outputs[name]), _as_rows(a)) for name, a in inputs.items()}
-        return tf.reduce_sum(losses), gradients, factors
+        return loss_and_gradients(self._network, self._head, theta, *self._batch(rows), masks)
 
     def _logits_of_all_heads(self, theta: Params, rows: Array) -> Array:
         features = self._network.features(theta, self._batch(rows)[0])
@@ -240,42 +217,8 @@ class TensorFlowLearner:
 
     def _logits_and_tangent(self, theta: Params, direction: Params, rows: Array) -> tuple[Array, Array]:
         with tf.autodiff.ForwardAccumulator(theta, direction) as forward:
-            logits = self._logits(theta, rows)
+            logits = self._head.applied(theta, self._network.features(theta, self._batch(rows)[0]))
         return logits, forward.jvp(logits, unconnected_gradients=tf.UnconnectedGradients.ZERO)
-
-
-def _advanced(
-    theta: Params,
-    gradients: Params,
-    factors: dict[str, tuple[Array, Array]],
-    rate: Array,
-    optimiser: Optimiser,
-    memory: tuple[Projector | None, LaplacePosterior | None, TrustRegion | None],
-    strength: float,
-    trains_scales: bool,
-) -> tuple[Params, Optimiser, TrustRegion | None, Params]:
-    """Return what is trained, the optimiser and the region after a step, and the region's effective weights."""
-    projector, posterior, region = memory
-    penalty = None if posterior is None else Penalty(posterior, strength)
-    constraint = Constraint(frozenset(theta), projector, penalty, region, trains_scales)
-    by_inputs = frozenset[str]()
-    # A gradient g^T a is projected for less work by projecting a. What else moves a weight must be projected too, so
-    # this is for the loss's gradient alone.
-    if projector is not None and penalty is None and region is None and optimiser.is_linear:
-        by_inputs = projector.rowwise & factors.keys()
-    for name, (g, a) in factors.items():
-        seen = projector.project_rows(name, a) if projector is not None and name in by_inputs else a
-        gradients = gradients | {name: tf.matmul(g, seen, transpose_a=True)}
-    directions, optimiser = constraint.directions(gradients, theta, rate, optimiser, by_inputs)
-    theta = theta | {name: theta[name] - rate * direction for name, direction in directions.items()}
-    if region is None:
-        return theta, optimiser, None, {}
-    region = region.with_scales({key: theta[key] for key in region.scales})
-    return theta, optimiser, region, region.effective({name: theta[name] for name in region.weights})
-
-
-def _as_rows(array: Array) -> Array:
-    return tf.reshape(array, (-1, array.shape[-1]))
 
 
 def _skip_a_seed(stream: np.random.Generator) -> None:
@@ -286,6 +229,16 @@ def _skip_a_seed(stream: np.random.Generator) -> None:
 def _chunks(indices: Indices, size: int) -> Iterator[Indices]:
     for start in range(0, len(indices), size):
         yield indices[start : start + size]
+
+
+def _on(device: str, steps: Iterator[T]) -> Iterator[T]:
+    """Let an iterator take its steps on a device, and whoever asks for them be where they were."""
+    while True:
+        with tf.device(device):
+            found = next(steps, None)
+        if found is None:
+            return
+        yield found
 
 
 def _checked_device(name: str) -> str:

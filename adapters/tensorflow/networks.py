@@ -82,7 +82,7 @@ class Network:
         Args:
             seed: names the draws.
         """
-        values = {}
+        values: dict[str, NDArray[np.float64]] = {}
         for layer, shape in zip(self.layers, self._shapes, strict=False):
             if isinstance(layer, Weighted):
                 values |= initial_values(layer, shape, seed)
