@@ -64,8 +64,9 @@ def tests_jax(session: nox.Session) -> None:
 
 @nox.session(name="tests-tensorflow")
 def tests_tensorflow(session: nox.Session) -> None:
-    """The core on TensorFlow, where no other framework is installed."""
+    """The core and the adapter on TensorFlow, where no other framework is installed."""
     # Not the extra: its `tensorflow` is the build for GPUs too, and the CPU's own is half the size.
-    install(session, "test", "-e", ".", "tensorflow-cpu", "keras")
+    install(session, "test", "-e", ".[run]", "tensorflow-cpu", "keras")
     assert_absent(session, "torch", "jax")
-    session.run("pytest", "tests/core", "tests/repository", "--backend", "tensorflow", *session.posargs)
+    folders = "tests/core", "tests/repository", "tests/tensorflow"
+    session.run("pytest", *folders, "--backend", "tensorflow", *session.posargs)

@@ -1,0 +1,1 @@
+"""The TensorFlow adapter: networks, a learner, and ``python -m adapters.tensorflow.run``."""

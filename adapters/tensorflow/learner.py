@@ -1,0 +1,249 @@
+"""The learner protocol on TensorFlow: a network that maps images to features, with a head for each task.
+
+Convention: images stay on the device as uint8 [N, H, W, C] and are normalised there, batch by batch; parameters are
+named tensors, which never change: a step makes new ones.
+
+Steps and evaluation are compiled by ``tf.function``, without XLA, with which a convolutional network's step takes a
+third longer on a CPU. Taps run eagerly: their backward passes begin where NumPy may draw.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import TypeVar
+
+import numpy as np
+import tensorflow as tf
+from numpy.typing import NDArray
+
+from adapters.tensorflow.layers import Linear, Weighted
+from adapters.tensorflow.networks import Network, initial_values
+from adapters.tensorflow.stepping import Factors, advanced, loss_and_gradients
+from adapters.tensorflow.tapping import collect_taps
+from became_core import BecameError
+from became_core.arrays import Array, Params
+from became_core.continual import Batch, Constraint, Optimiser, TapMode, TaskStream, Trained
+from became_core.continual.stream import Indices
+from became_core.curvature import Pushforward, Taps, logit_cotangents
+
+__all__ = ["TensorFlowLearner"]
+
+T = TypeVar("T")
+
+
+class TensorFlowLearner:
+    """A TensorFlow network that learns continually; ``became_core.continual.Learner`` says what each method promises.
+
+    Attributes:
+        traces: how often the network's part of a step has been traced.
+    """
+
+    def __init__(
+        self,
+        backbone: Network,
+        stream: TaskStream,
+        *,
+        weights: Mapping[str, Array] | None = None,
+        device: str = "cpu",
+        dtype: tf.DType = tf.float32,
+        seed: int = 0,
+    ) -> None:
+        """Place a backbone, with a fresh head for each task, and the stream's data on a device.
+
+        Args:
+            backbone: images to features.
+            stream: the tasks; its images and targets go to the device once.
+            weights: the backbone's, by canonical name; drawn as the heads' are if not given.
+            device: where all arithmetic happens, e.g. "cpu", "gpu", "gpu:1".
+            dtype: of the weights.
+            seed: names the draw of the initial weights.
+
+        Raises:
+            BecameError: if the device does not exist, or a weight is missing.
+        """
+        self.device = _checked_device(device)
+        dataset = stream.dataset
+        self._network, self._dtype = backbone, dtype
+        self._shared = tuple(backbone.parameters)
+        self._head = Linear("head", stream.classes_per_task)
+        self._heads = [replace(self._head, name=f"heads.{task}") for task in range(len(stream.tasks))]
+        self.heads = [frozenset({f"{head.name}.weight"}) for head in self._heads]
+        self.projectable = frozenset(
+            f"{layer.name}.weight"
+            for layer in backbone.layers
+            if isinstance(layer, Weighted) and layer.kind == "matrix"
+        )
+        with tf.device(self.device):
+            self._images = tf.constant(np.ascontiguousarray(np.moveaxis(dataset.images, 1, -1)))
+            self._targets = tf.constant(stream.targets)
+            self._mean = tf.constant(dataset.mean, dtype) * 255
+            self._std = tf.constant(dataset.std, dtype) * 255
+        initial = dict(weights) if weights is not None else backbone.initial(seed)
+        for head in self._heads:
+            initial |= initial_values(head, (backbone.width,), seed)
+        self._theta: Params = dict.fromkeys([*self._shared, *(f"{head.name}.weight" for head in self._heads)])
+        self.assign(initial)
+        self.traces = 0
+        self._step_network = tf.function(self._loss_and_gradients, reduce_retracing=True)
+        self._step_constraint = tf.function(advanced)
+        self._logits_of_heads = tf.function(self._logits_of_all_heads, reduce_retracing=True)
+        self._pushed = tf.function(self._logits_and_tangent, reduce_retracing=True)
+
+    def parameters(self) -> Params:
+        """Return all parameters by canonical name."""
+        return dict(self._theta)
+
+    def assign(self, parameters: Params) -> None:
+        """Set the parameters."""
+        with tf.device(self.device):
+            self._theta = {name: tf.convert_to_tensor(parameters[name], self._dtype) for name in self._theta}
+
+    def train(
+        self,
+        batches: Sequence[Batch],
+        rates: NDArray[np.float64],
+        constraint: Constraint,
+        optimiser: Optimiser,
+        stream: np.random.Generator,
+    ) -> Trained:
+        """Take one step on each batch."""
+        _skip_a_seed(stream)
+        penalty, region, held = constraint.penalty, constraint.region, self._theta
+        posterior, strength = (None, 0.0) if penalty is None else (penalty.posterior, penalty.strength)
+        theta = {name: value for name, value in held.items() if name in constraint.trainable}
+        effective: Params = {}  # what the network has of the region's weights instead of those beneath
+        if region is not None:
+            theta |= {name: held[name] for name in region.weights} | region.scales
+            effective = region.effective({name: held[name] for name in region.weights})
+        with tf.device(self.device):
+            total = tf.zeros((), self._dtype)
+            for batch, rate in zip(batches, rates, strict=True):
+                seen = self._for_task(batch.task, held | theta | effective)
+                masks = self._network.masks(len(batch.indices), stream)
+                loss, *found = self._step_network(seen, batch.indices, masks)
+                gradients, factors = (self._trained(each, batch.task, constraint) for each in found)
+                theta, optimiser, region, effective = self._step_constraint(
+                    theta,
+                    gradients,
+                    factors,
+                    tf.constant(rate, self._dtype),
+                    optimiser,
+                    (constraint.projector, posterior, region),
+                    strength,
+                    constraint.trains_scales,
+                )
+                total += loss
+        self._theta = {name: theta.get(name, value) for name, value in held.items()}
+        return Trained(float(total) / sum(len(batch.indices) for batch in batches), optimiser, region)
+
+    def logits(self, indices: Indices, batch_size: int) -> Array:
+        """Return all heads' logits, [samples, tasks, classes]."""
+        with tf.device(self.device):
+            return tf.concat(
+                [self._logits_of_heads(self._theta, rows) for rows in _chunks(indices, batch_size)], axis=0
+            )
+
+    def targets(self, indices: Indices) -> Array:
+        """Return the labels within the task, [samples]."""
+        with tf.device(self.device):
+            return tf.gather(self._targets, indices)
+
+    def taps(
+        self, task: int, indices: Indices, batch_size: int, mode: TapMode, stream: np.random.Generator
+    ) -> Iterator[Taps]:
+        """Yield each batch's taps."""
+        return _on(self.device, self._taps(task, indices, batch_size, mode, stream))
+
+    def pushforward(
+        self, task: int, indices: Indices, batch_size: int, directions: Sequence[Params]
+    ) -> Iterator[Pushforward]:
+        """Yield each batch's logits and their derivatives along directions."""
+        return _on(self.device, self._pushforward(task, indices, batch_size, directions))
+
+    def _taps(
+        self, task: int, indices: Indices, batch_size: int, mode: TapMode, stream: np.random.Generator
+    ) -> Iterator[Taps]:
+        published = mode == "published"
+        if published:
+            _skip_a_seed(stream)
+        for rows in _chunks(indices, batch_size):
+            masks = self._network.masks(len(rows), stream) if published else ()
+            images, targets = self._batch(rows)
+
+            def cotangents(logits: Array, targets: Array = targets) -> Iterator[Array]:
+                return logit_cotangents(logits, targets, mode, stream)
+
+            yield from collect_taps(
+                self._network,
+                self._heads[task],
+                self._theta,
+                images,
+                cotangents,
+                masks=masks,
+                constant_statistics=not published,
+            )
+
+    def _pushforward(
+        self, task: int, indices: Indices, batch_size: int, directions: Sequence[Params]
+    ) -> Iterator[Pushforward]:
+        theta = self._for_task(task, self._theta)
+        along = [self._for_task(task, direction) for direction in directions]
+        for rows in _chunks(indices, batch_size):
+            pairs = [self._pushed(theta, each, rows) for each in along]
+            yield Pushforward(pairs[0][0], tf.stack([tangent for _, tangent in pairs]), self.targets(rows))
+
+    def _for_task(self, task: int, theta: Params) -> Params:
+        """Return the shared parameters and the task's head as ``head.weight``: so all tasks have one structure."""
+        return {name: theta[name] for name in self._shared} | {"head.weight": theta[f"heads.{task}.weight"]}
+
+    def _trained(self, of_task: Mapping[str, T], task: int, constraint: Constraint) -> dict[str, T]:
+        """Return what is of trainable parameters, by their own names."""
+        named = {f"heads.{task}.weight" if name == "head.weight" else name: each for name, each in of_task.items()}
+        return {name: each for name, each in named.items() if name in constraint.trainable}
+
+    def _batch(self, rows: Array) -> tuple[Array, Array]:
+        images = (tf.cast(tf.gather(self._images, rows), self._dtype) - self._mean) / self._std
+        return images, tf.gather(self._targets, rows)
+
+    # What follows is compiled.
+
+    def _loss_and_gradients(self, theta: Params, rows: Array, masks: Sequence[Array]) -> tuple[Array, Params, Factors]:
+        self.traces += 1
+        return loss_and_gradients(self._network, self._head, theta, *self._batch(rows), masks)
+
+    def _logits_of_all_heads(self, theta: Params, rows: Array) -> Array:
+        features = self._network.features(theta, self._batch(rows)[0])
+        heads = tf.stack([theta[f"{head.name}.weight"] for head in self._heads])
+        return tf.einsum("nd,tcd->ntc", features, heads)
+
+    def _logits_and_tangent(self, theta: Params, direction: Params, rows: Array) -> tuple[Array, Array]:
+        with tf.autodiff.ForwardAccumulator(theta, direction) as forward:
+            logits = self._head.applied(theta, self._network.features(theta, self._batch(rows)[0]))
+        return logits, forward.jvp(logits, unconnected_gradients=tf.UnconnectedGradients.ZERO)
+
+
+def _skip_a_seed(stream: np.random.Generator) -> None:
+    """Pass over the number that the PyTorch adapter seeds the framework's own layers with: so masks are the same."""
+    stream.integers(2**63)
+
+
+def _chunks(indices: Indices, size: int) -> Iterator[Indices]:
+    for start in range(0, len(indices), size):
+        yield indices[start : start + size]
+
+
+def _on(device: str, steps: Iterator[T]) -> Iterator[T]:
+    """Let an iterator take its steps on a device, and whoever asks for them be where they were."""
+    while True:
+        with tf.device(device):
+            found = next(steps, None)
+        if found is None:
+            return
+        yield found
+
+
+def _checked_device(name: str) -> str:
+    kind, _, number = name.partition(":")
+    devices = tf.config.list_logical_devices(kind.upper())
+    if not devices or not (number or "0").isdecimal() or int(number or 0) >= len(devices):
+        raise BecameError(f"TensorFlow has no device '{name}' here; try cpu, or gpu on a machine with a GPU.")
+    return str(devices[int(number or 0)].name)

@@ -1,0 +1,44 @@
+"""``python -m adapters.tensorflow.run``: continual learning on TensorFlow from the command line."""
+
+import os
+import sys
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # else it reports on the processor before anything is asked of it
+
+try:
+    import tensorflow as tf
+
+    from adapters.cli.main import Backend, main
+    from adapters.tensorflow.learner import TensorFlowLearner
+    from adapters.tensorflow.networks import build_network
+except ModuleNotFoundError as error:
+    print(f"error: the package '{error.name}' is missing; pip install 'became[tensorflow]'.", file=sys.stderr)
+    sys.exit(2)
+
+from became_core.continual import TaskStream
+
+__all__ = ["BACKEND", "build_learner"]
+
+
+def build_learner(network: str, stream: TaskStream, device: str, seed: int) -> TensorFlowLearner:
+    """Return a fresh learner with a backbone known by name.
+
+    Args:
+        network: the backbone, as in ``adapters.tensorflow.networks.BACKBONES``.
+        stream: what it will learn.
+        device: a TensorFlow device, or "auto" for the first GPU if there is one, else the CPU.
+        seed: names the draw of the initial weights.
+
+    Raises:
+        BecameError: if there is no such network or device.
+    """
+    if device == "auto":
+        device = "gpu" if tf.config.list_logical_devices("GPU") else "cpu"
+    channels, height, width = stream.dataset.images.shape[1:]
+    return TensorFlowLearner(build_network(network, (channels, height, width)), stream, device=device, seed=seed)
+
+
+BACKEND = Backend("tensorflow", build_learner)
+
+if __name__ == "__main__":
+    sys.exit(main(BACKEND))
