@@ -27,6 +27,8 @@ def collect_taps(
 ) -> Iterator[Taps]:
     """Run one forward pass, eagerly, and a backward pass for each cotangent; yield the taps of each.
 
+    Without cotangents, yield those of the matrices' inputs alone.
+
     Args:
         network: what sees the images.
         head: what sees its features.
@@ -51,7 +53,14 @@ def collect_taps(
         features = network.features(theta, images, masks, constant_statistics=constant_statistics, record=record)
         logits = head.applied(theta, features)
         record(head, features, logits)
-    for cotangent in cotangents(logits):
+    seeds = list(cotangents(logits))
+    if not seeds:
+        yield {
+            layer.name: Tap("matrix", a, a[:, :, :0], layer.has_bias)
+            for layer, a in zip(layers, inputs, strict=True)
+            if layer.kind == "matrix"
+        }
+    for cotangent in seeds:
         gradients = tape.gradient(logits, outputs, cotangent)
         yield {
             layer.name: Tap(layer.kind, a, with_positions(gradient), layer.has_bias)

@@ -52,9 +52,7 @@ def new_sides(measurement: Measurement, theta_gp: Params) -> dict[str, Along]:
     delta = difference(theta_hat, theta_gp)
     exact = measurement.along([delta])
     gradient, curvature = float(exact.slope[0]), float(exact.curvature[0, 0])
-    measurement.learner.assign(theta_gp)
-    slope = float(measurement.along([delta]).slope[0])
-    measurement.learner.assign(theta_hat)
+    slope = float(measurement.slope(theta_gp, [delta])[0])
     sides = {
         "exact": Along(-curvature, curvature),
         "exact, with gradient": Along(gradient - curvature, curvature),

@@ -123,6 +123,14 @@ class Measurement:
         with self._as_task():
             return Quadratic(*derivatives_along(self.learner.pushforward(self.task.index, rows, size, directions)))
 
+    def slope(self, origin: Params, directions: Sequence[Params]) -> Array:
+        """Return the loss's slopes along K directions at other weights, [K]; the learner is left with its own."""
+        held = self.learner.parameters()
+        self.learner.assign(origin)
+        found = self.along(directions).slope
+        self.learner.assign(held)
+        return found
+
     def gradients(self) -> Params:
         """Return the mean loss's gradient by every projectable weight, on the samples that curvature takes."""
         rows, parameters = self.curvature_rows(), self.learner.parameters()

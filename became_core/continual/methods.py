@@ -6,7 +6,7 @@
 | joint | on all tasks so far | - | the upper bound |
 | ewc | penalised by the Laplace posterior | - | Kirkpatrick 2017, one penalty recentred at each task (Huszar 2018) |
 | gpm, sgp, gpcns, nscl, ogd, trgp | under that gradient projection | - | ``became_core.projection`` |
-| became | under gradient projection (GPM) | the full formula, calibrated | BECAME 2025 |
+| became | under gradient projection (GPM) | the full formula: true slopes, the old side calibrated | BECAME 2025 |
 | became-paper | under gradient projection (GPM) | the closed form, as published | BECAME 2025 |
 
 Any of them but ``joint`` takes any projector in place of its own: ``became+trgp``, ``ewc+gpm``, ``became+none``.
@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 
 from became_core.curvature import FisherKind
 from became_core.errors import BecameError
-from became_core.laplace import Became, Calibrated, MergeRule, Published
+from became_core.laplace import Became, MergeRule, Published, Secant
 from became_core.projection import GPCNS, GPM, NSCL, OGD, SGP, TRGP, Projector
 
 __all__ = ["METHODS", "PROJECTORS", "Method", "MethodSettings", "build_method"]
@@ -89,7 +89,7 @@ PROJECTORS: dict[str, Callable[[MethodSettings], Projector | None]] = {
 
 # Without their projector, which ``build_method`` adds: the one asked for, or that of ``_PROJECTED_BY``.
 _METHODS: dict[str, Callable[[MethodSettings], Method]] = {
-    "became": lambda s: Method("became", rule=Became(Calibrated())),
+    "became": lambda s: Method("became", rule=Became(Secant())),
     "became-paper": lambda s: Method("became-paper", rule=Became(Published()), fisher="batch"),
     "ewc": lambda s: Method("ewc", penalty_strength=s.ewc_strength),
     "finetune": lambda s: Method("finetune"),

@@ -1,7 +1,7 @@
 """The Laplace-posterior mathematics: quadratics, precisions, the posterior, alpha*, merging rules and paths."""
 
 from became_core.laplace.bezier import BezierPath, bezier_path, predicted_advantage, train_control
-from became_core.laplace.estimators import Calibrated, Diagonals, Estimator, Frame, LocalLoss, Published
+from became_core.laplace.estimators import Calibrated, Diagonals, Estimator, Frame, LocalLoss, Published, Secant
 from became_core.laplace.expansion import layerwise_quadratic, path_quadratic, subspace_quadratic
 from became_core.laplace.merge import combine, merge, optimal_alpha
 from became_core.laplace.path import PathReport, TracedPath, compare, trace_path
@@ -36,6 +36,7 @@ __all__ = [
     "Precision",
     "Published",
     "Quadratic",
+    "Secant",
     "Sum",
     "TracedPath",
     "bezier_path",

@@ -15,7 +15,7 @@ from became_core.laplace.expansion import subspace_quadratic
 from became_core.laplace.precision import Diagonal
 from became_core.laplace.quadratic import Quadratic
 
-__all__ = ["Calibrated", "Diagonals", "Estimator", "Frame", "LocalLoss", "Published", "difference"]
+__all__ = ["Calibrated", "Diagonals", "Estimator", "Frame", "LocalLoss", "Published", "Secant", "difference"]
 
 
 class LocalLoss(Protocol):
@@ -30,6 +30,9 @@ class LocalLoss(Protocol):
 
     def along(self, directions: Sequence[Params]) -> Quadratic:
         """Return it along directions from the point, as exactly as it is known: slopes g.d_k, curvature d_k.P.d_l."""
+
+    def slope(self, origin: Params, directions: Sequence[Params]) -> Array:
+        """Return its slopes along K directions at another point, [K], as exactly as they are known."""
 
 
 class Frame(NamedTuple):
@@ -99,6 +102,34 @@ class Calibrated:
         newest = xp.asarray(list(frame.newest), dtype=exact.slope.dtype, device=device(exact.slope))
         kappa = _ratio(exact, Quadratic(exact.slope, new.diagonal().gram(frame.directions)), newest)
         total = Quadratic(exact.slope_at(-newest), exact.curvature)
+        for loss in old:
+            total = total + _seen_from(frame, loss) * kappa
+        return total
+
+
+@dataclass(frozen=True)
+class Secant:
+    """The new task's loss by its true slopes at both ends of the way to the last model, the old side calibrated.
+
+    The curvature at theta_hat need not be that of the way there: where theta_gp has learned the new task already, its
+    loss is flat at one end whatever the curvature is at the other. So the slope at the origin is measured, and the
+    curvature along the way is the difference of the slopes at its ends; in other directions it is the exact one, scaled
+    alike. A loss that bends down between the models is no parabola there and is left out, which keeps the stable model.
+    The old side is scaled by kappa, as ``Calibrated`` has it.
+    """
+
+    def quadratic(self, frame: Frame, losses: Sequence[LocalLoss]) -> Quadratic:
+        """Return new + kappa * old, the new part having slope g(theta_gp).d at the origin."""
+        *old, new = losses
+        exact = new.along(frame.directions)
+        xp = namespace(slope=exact.slope)
+        newest = xp.asarray(list(frame.newest), dtype=exact.slope.dtype, device=device(exact.slope))
+        start = new.slope(frame.origin, frame.directions)
+        rise, bend = xp.sum(newest * (exact.slope - start)), xp.sum(newest * (exact.slope_at(newest) - exact.slope))
+        sound = (rise > 0) & (bend > 0)
+        ratio = xp.where(sound, rise / xp.where(sound, bend, xp.ones_like(bend)), xp.zeros_like(bend))
+        total = Quadratic(xp.where(sound, start, xp.zeros_like(start)), exact.curvature * ratio)
+        kappa = _ratio(exact, Quadratic(exact.slope, new.diagonal().gram(frame.directions)), newest)
         for loss in old:
             total = total + _seen_from(frame, loss) * kappa
         return total

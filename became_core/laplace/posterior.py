@@ -104,6 +104,10 @@ class LaplacePosterior:
         """Return the old tasks' loss along directions from the mean, where it has no slope."""
         return self.quadratic(self.mean, directions)
 
+    def slope(self, origin: Params, directions: Sequence[Params]) -> Array:
+        """Return the old tasks' slopes along K directions at a point, [K]."""
+        return self.quadratic(origin, directions).slope
+
     def diagonal(self) -> Diagonal:
         """Return the diagonal of the precision, as a precision."""
         return Diagonal(self.precision.diagonal())

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, Protocol
 
 from became_core.arrays import Array, Params, Tree, namespace, reduction_dtype
 from became_core.errors import BecameError
-from became_core.laplace.estimators import Calibrated, Estimator, Frame, LocalLoss, difference
+from became_core.laplace.estimators import Estimator, Frame, LocalLoss, Secant, difference
 from became_core.laplace.expansion import Per, group_directions, group_names, group_of
 from became_core.laplace.merge import combine, merge, scalar
 from became_core.laplace.path import trace_path
@@ -144,7 +144,7 @@ class Became:
         per: "model" for one coefficient, "layer" or "leaf" for one each (of two models).
     """
 
-    precision: Estimator = field(default_factory=Calibrated)
+    precision: Estimator = field(default_factory=Secant)
     per: Per = "model"
 
     def merge(self, models: Sequence[Params], losses: Sequence[LocalLoss]) -> Merged:

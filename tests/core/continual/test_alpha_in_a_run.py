@@ -77,12 +77,14 @@ def test_alpha_is_the_oracles(name: str, rate: float) -> None:
     delta = flat(theta_hat) - flat(theta_gp)
     if name == "became":
         old, new = empirical_fisher(mu, first), empirical_fisher(theta_hat, second)
-        logits, jacobian = jacobians(theta_hat, second)
-        (slope,), ((exact,),) = directional_derivatives(logits, jacobian, STREAM.targets[second.train], delta[None])
+        targets = STREAM.targets[second.train]
+        (slope,), ((exact,),) = directional_derivatives(*jacobians(theta_hat, second), targets, delta[None])
+        (start,), _ = directional_derivatives(*jacobians(theta_gp, second), targets, delta[None])
         kappa = exact / (delta @ (new * delta))
+        assert slope > start  # along delta the new loss is convex
         # Any gradient of that slope and any curvature of that form will do: only their values along delta count.
-        gradient = slope * delta / (delta @ delta)
-        arguments = (kappa * np.diag(old), kappa * np.diag(new), gradient, flat(mu))
+        gradient, secant = slope * delta / (delta @ delta), (slope - start) / (delta @ delta)
+        arguments = (kappa * np.diag(old), secant * np.eye(len(delta)), gradient, flat(mu))
     else:
         old, new = batch_fisher(mu, first), batch_fisher(theta_hat, second)
         arguments = (np.diag(old), np.diag(new), np.zeros_like(delta), flat(theta_gp))

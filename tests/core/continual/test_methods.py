@@ -2,7 +2,7 @@ import pytest
 
 from became_core import BecameError
 from became_core.continual import METHODS, PROJECTORS, MethodSettings, build_method
-from became_core.laplace import Became, Calibrated, Published
+from became_core.laplace import Became, Published, Secant
 from became_core.projection import GPCNS, GPM, NSCL, OGD, SGP, TRGP
 
 SETTINGS = MethodSettings(
@@ -50,7 +50,7 @@ def test_who_does_what() -> None:
     assert {name for name, method in methods.items() if method.keeps_posterior} == {"ewc", "became", "became-paper"}
     assert {name for name, method in methods.items() if method.joint} == {"joint"}
     assert methods["ewc"].penalty_strength == 7.0
-    assert methods["became"].rule == Became(Calibrated())
+    assert methods["became"].rule == Became(Secant())
     assert methods["became"].fisher == "empirical"
     assert methods["became-paper"].rule == Became(Published())
     assert methods["became-paper"].fisher == "batch"

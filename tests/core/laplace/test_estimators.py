@@ -1,5 +1,5 @@
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from became_core.laplace import (
     LaplacePosterior,
     LocalLoss,
     Published,
+    Secant,
 )
 from reference.formulas import alpha_star
 from tests.backends import to_numpy, to_xp
@@ -31,6 +32,7 @@ class Measured:
     xp: Any
     segment: Segment
     kappa: float = 1.0
+    bent: float = 1.0
 
     @property
     def mean(self) -> Params:
@@ -44,6 +46,11 @@ class Measured:
         flat = np.array([np.concatenate(list(row)) for row in rows], dtype=float)
         _, _, _, new, gradient, _ = self.segment.dense()
         return Quadratic(to_xp(self.xp, flat @ gradient), to_xp(self.xp, self.kappa * flat @ new @ flat.T))
+
+    def slope(self, origin: Params, directions: Sequence[Params]) -> Any:
+        """At theta_gp, the gradient there; of a quadratic loss, unless ``bent`` says by how much it is none."""
+        away = self.along([*directions, {n: origin[n] - value for n, value in self.mean.items()}])
+        return away.slope[:-1] + self.bent * away.curvature[:-1, -1]
 
 
 def frame_of(xp: Any, segment: Segment) -> Frame:
@@ -106,7 +113,41 @@ def test_calibrated_is_the_full_formula_where_nothing_is_missed(xp: Any, segment
     assert alpha == pytest.approx(alpha_star(*segment.dense()), rel=1e-12, abs=1e-12)
 
 
-@pytest.mark.parametrize("estimator", [Published(), Calibrated(), Diagonals()])
+@given(segment=segments(), kappa=st.sampled_from([0.25, 1.0, 8.0]))
+def test_the_secant_is_the_calibrated_form_where_the_loss_is_a_parabola(
+    xp: Any, segment: Segment, kappa: float
+) -> None:
+    gp, hat, _, new, _, _ = segment.dense()
+    assume((hat - gp) @ new @ (hat - gp) > 0)
+    secant, calibrated = (
+        quadratic_by(estimator, xp, segment, Measured(xp, segment, kappa)) for estimator in (Secant(), Calibrated())
+    )
+    assert float(secant.slope[0]) == pytest.approx(float(calibrated.slope[0]), rel=1e-12, abs=1e-12)
+    assert float(secant.curvature[0, 0]) == pytest.approx(float(calibrated.curvature[0, 0]), rel=1e-12)
+
+
+@given(segment=segments(), kappa=st.sampled_from([0.5, 2.0]), bent=st.sampled_from([0.125, 0.5, 3.0]))
+def test_the_secant_is_the_formula_by_hand(xp: Any, segment: Segment, kappa: float, bent: float) -> None:
+    gp, hat, old, new, gradient, mean = segment.dense()
+    delta = hat - gp
+    exact = kappa * delta @ new @ delta
+    assume(exact > 0)
+    start = gradient @ delta - bent * exact
+    quadratic = quadratic_by(Secant(), xp, segment, Measured(xp, segment, kappa, bent))
+    assert float(quadratic.slope[0]) == pytest.approx(start + kappa * (gp - mean) @ old @ delta, rel=1e-12, abs=1e-12)
+    assert float(quadratic.curvature[0, 0]) == pytest.approx(bent * exact + kappa * delta @ old @ delta, rel=1e-12)
+
+
+@given(segment=segments())
+def test_a_loss_that_bends_down_is_left_out(xp: Any, segment: Segment) -> None:
+    """Then the old tasks decide alone; at their minimum at theta_gp, that is to stay."""
+    settled = Segment(
+        segment.theta_gp, segment.theta_hat, segment.fisher_old, segment.fisher_new, segment.gradient, segment.theta_gp
+    )
+    assert alpha_by(Secant(), xp, settled, Measured(xp, settled, bent=-0.5), clip=True) == 0
+
+
+@pytest.mark.parametrize("estimator", [Published(), Calibrated(), Diagonals(), Secant()])
 def test_models_that_agree_keep_the_stable_one(xp: Any, estimator: Estimator) -> None:
     one = {"w": np.ones(3)}
     segment = Segment(one, one, one, one, one, one)

@@ -21,6 +21,7 @@ from became_core.laplace import (
     MergeRule,
     ModeIMM,
     Published,
+    Secant,
     optimal_alpha,
 )
 from tests.backends import to_numpy, to_xp
@@ -44,7 +45,7 @@ def cumulative(losses: list[LaplacePosterior], theta: Any) -> float:
 
 
 @given(segment=segments())
-@pytest.mark.parametrize("estimator", [Published(), Diagonals(), Calibrated()])
+@pytest.mark.parametrize("estimator", [Published(), Diagonals(), Calibrated(), Secant()])
 def test_became_of_two_models_is_optimal_alpha(xp: Any, estimator: Any, segment: Segment) -> None:
     """Where every loss is a diagonal quadratic known at its own model, all estimators agree."""
     assume(segment.curvature > 0)
