@@ -10,7 +10,7 @@ FRAMEWORKS = ("torch", "jax", "tensorflow")
 
 nox.needs_version = ">=2025.2.9"
 nox.options.default_venv_backend = "virtualenv"
-nox.options.sessions = ["lint", "types", "tests-core", "tests-torch", "tests-jax", "tests-tensorflow"]
+nox.options.sessions = ["lint", "types", "tests-core", "tests-torch", "tests-jax", "tests-tensorflow", "agreement"]
 
 
 def install(session: nox.Session, group: str, *requirements: str) -> None:
@@ -70,3 +70,10 @@ def tests_tensorflow(session: nox.Session) -> None:
     assert_absent(session, "torch", "jax")
     folders = "tests/core", "tests/repository", "tests/tensorflow"
     session.run("pytest", *folders, "--backend", "tensorflow", *session.posargs)
+
+
+@nox.session
+def agreement(session: nox.Session) -> None:
+    """Whole runs and networks, the same on all frameworks, which live in one process here."""
+    install(session, "test", "-e", ".[torch,jax]", "tensorflow-cpu", "keras")
+    session.run("pytest", "tests/agreement", "tests/jax/test_networks.py", "tests/tensorflow", *session.posargs)
