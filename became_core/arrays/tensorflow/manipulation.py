@@ -1,11 +1,10 @@
-"""Shapes, joining, ordering and selecting, and products of arrays."""
+"""Shapes, joining and selecting, and products of arrays."""
 
 from typing import Any
 
 from became_core.arrays.tensorflow.dtypes import promoted, tf
 
 __all__ = [
-    "argsort",
     "broadcast_to",
     "concat",
     "expand_dims",
@@ -68,11 +67,6 @@ def concat(arrays: Any, /, *, axis: int | None = 0) -> Any:
 def stack(arrays: Any, /, *, axis: int = 0) -> Any:
     """Return arrays joined along a new axis."""
     return tf.stack(promoted(*arrays), axis)
-
-
-def argsort(x: Any, /, *, axis: int = -1, descending: bool = False, stable: bool = True) -> Any:
-    """Return the indices that put x in order along an axis, as int64; equal elements stay in their order."""
-    return tf.cast(tf.argsort(x, axis, "DESCENDING" if descending else "ASCENDING", stable), tf.int64)
 
 
 def take(x: Any, indices: Any, /, *, axis: int | None = None) -> Any:

@@ -8,7 +8,7 @@ __all__ = ["argsort", "searchsorted"]
 
 
 def argsort(x: Any, /, *, axis: int = -1, descending: bool = False, stable: bool = True) -> Any:
-    """Return the indices that sort x along an axis, as int64."""
+    """Return the indices that sort x along an axis, as int64; equal elements stay in their order."""
     direction = "DESCENDING" if descending else "ASCENDING"
     return tf.cast(tf.argsort(x, axis=axis, direction=direction, stable=stable), tf.int64)
 
