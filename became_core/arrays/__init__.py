@@ -3,7 +3,7 @@
 from became_core.arrays.frameworks import is_array
 from became_core.arrays.namespace import Array, check_values, device, has_values, namespace, reduction_dtype
 from became_core.arrays.reductions import inner_products, staged_sum
-from became_core.arrays.trees import Params, Tree, aligned_leaves, map_leaves, named_leaves, with_leaves
+from became_core.arrays.trees import Params, Tree, aligned_leaves, difference, map_leaves, named_leaves, with_leaves
 from became_core.arrays.values import pytree, static
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "aligned_leaves",
     "check_values",
     "device",
+    "difference",
     "has_values",
     "inner_products",
     "is_array",

@@ -19,7 +19,7 @@ from became_core.arrays.frameworks import is_array
 from became_core.arrays.namespace import Array, namespace
 from became_core.errors import BecameError
 
-__all__ = ["Params", "Tree", "aligned_leaves", "map_leaves", "named_leaves", "with_leaves"]
+__all__ = ["Params", "Tree", "aligned_leaves", "difference", "map_leaves", "named_leaves", "with_leaves"]
 
 # Any nesting of containers, as above, with arrays at its leaves.
 Tree = Any
@@ -202,3 +202,8 @@ def _rebuild(node: Tree, path: tuple[str, ...], leaves: Mapping[str, Any]) -> Tr
         return leaves[".".join(path)]
     pairs = zip(opened.entries, opened.children, strict=True)
     return opened.rebuild([_rebuild(child, (*path, str(entry)), leaves) for entry, child in pairs])
+
+
+def difference(left: Params, right: Params) -> Params:
+    """Return left - right, name by name."""
+    return {name: value - right[name] for name, value in left.items()}

@@ -12,10 +12,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Self
 
-from became_core.arrays import Params
+import numpy as np
+
+from became_core.arrays import Params, difference
 from became_core.continual.measurement import Measurement
-from became_core.laplace import LaplacePosterior, Precision
-from became_core.laplace.estimators import difference
+from became_core.laplace import LaplacePosterior, Precision, Quadratic
 
 __all__ = ["Along", "Approximations", "alpha_estimates", "new_sides", "old_sides"]
 
@@ -32,18 +33,18 @@ class Along:
 class Approximations:
     """Curvatures of the old tasks that the posterior itself does not keep: sums over tasks, for comparison alone."""
 
-    batch: Precision | None = None
-    kronecker: Precision | None = None
+    batch: Precision
+    kronecker: Precision
 
-    def updated(self, measurement: Measurement) -> Self:
-        """Return them with one more task, measured at the learner's weights."""
+    @classmethod
+    def of(cls, measurement: Measurement) -> Self:
+        """Return those of one task, measured at the learner's weights."""
         batch = replace(measurement, kind="batch").diagonal()
-        kronecker = replace(measurement, kind="empirical").kronecker()
-        return replace(
-            self,
-            batch=batch if self.batch is None else self.batch + batch,
-            kronecker=kronecker if self.kronecker is None else self.kronecker + kronecker,
-        )
+        return cls(batch, replace(measurement, kind="empirical").kronecker())
+
+    def __add__(self, other: Self) -> Self:
+        """Return those of both."""
+        return replace(self, batch=self.batch + other.batch, kronecker=self.kronecker + other.kronecker)
 
 
 def new_sides(measurement: Measurement, theta_gp: Params) -> dict[str, Along]:
@@ -96,15 +97,11 @@ def old_sides(
     precisions = {"diagonal": posterior.precision, "kronecker": approximations.kronecker, "batch": approximations.batch}
     sides = {}
     for name, precision in precisions.items():
-        if precision is not None:
-            gram = precision.gram([delta, offset])
-            sides[name] = Along(float(gram[0, 1]), float(gram[0, 0]))
+        gram = precision.gram([delta, offset])
+        sides[name] = Along(float(gram[0, 1]), float(gram[0, 0]))
     slope = curvature = 0.0
     for measurement in measurements:
-        held = measurement.learner.parameters()
-        measurement.learner.assign(theta_gp)
-        found = measurement.along([delta])
-        measurement.learner.assign(held)
+        found = measurement.along([delta], theta_gp)
         slope, curvature = slope + float(found.slope[0]), curvature + float(found.curvature[0, 0])
     return sides | {"exact": Along(slope, curvature)}
 
@@ -141,6 +138,4 @@ def _flat(side: Along) -> Along:
 def _alpha(new: Along, old: Along) -> float:
     """The minimum of the sum, in [0, 1]; 0 where it is flat."""
     slope, curvature = new.slope + old.slope, new.curvature + old.curvature
-    if curvature <= 0:
-        return 1.0 if slope + curvature / 2 < 0 else 0.0
-    return min(max(-slope / curvature, 0.0), 1.0)
+    return float(Quadratic(np.asarray([slope]), np.asarray([[curvature]])).minimiser("box")[0])

@@ -36,6 +36,11 @@ class Memory:
     regions: Mapping[int, TrustRegion] = field(default_factory=dict)
     approximations: Approximations | None = None
 
+    @property
+    def full(self) -> frozenset[str]:
+        """The names of the projector's spaces that are protected whole."""
+        return frozenset() if self.projector is None else full(self.projector)
+
 
 def learn(
     learner: Learner,
@@ -79,7 +84,6 @@ class _Run:
 
     def __post_init__(self) -> None:
         shape = (len(self.stream.tasks), len(self.stream.tasks))
-        self.filled = frozenset[str]()
         self.record = RunRecord(accuracy=np.full(shape, np.nan), class_incremental_accuracy=np.full(shape, np.nan))
 
     def learn_task(self, task: Task, memory: Memory) -> Memory:
@@ -100,12 +104,13 @@ class _Run:
                 free = replace(self.free_constraint(task), region=region)
                 epochs += self.train(task, training.stage2, free, stage=2)[0]
             alpha = self.merge(task, theta_gp, memory)
+        before = memory.full
         with self.phase("memory"):
             memory = self.remember(task, memory)
         self.record.alpha.append(alpha)
         self.record.epochs.append(epochs)
         self.record.ranks.append({} if memory.projector is None else dict(memory.projector.rank))
-        self.evaluate(task, alpha, memory)
+        self.evaluate(task, alpha, memory, memory.full - before)
         return memory
 
     def train(
@@ -188,19 +193,18 @@ class _Run:
                 memory, posterior=(LaplacePosterior(theta, fisher) if old is None else old.update(theta, fisher))
             )
         if self.method.rule is not None and self.training.path_alphas:
-            memory = replace(memory, approximations=(memory.approximations or Approximations()).updated(measurement))
+            new, known = Approximations.of(measurement), memory.approximations
+            memory = replace(memory, approximations=new if known is None else known + new)
         if memory.projector is not None:
             memory = replace(memory, projector=memory.projector.remember(measurement))
         return memory
 
-    def evaluate(self, task: Task, alpha: float | None, memory: Memory) -> None:
+    def evaluate(self, task: Task, alpha: float | None, memory: Memory, filled: frozenset[str]) -> None:
         with self.phase("evaluation"):
             within, among_all = self.accuracies(task, memory)
         self.record.accuracy[task.index, : len(within)] = within
         self.record.class_incremental_accuracy[task.index, : len(within)] = among_all
-        filled = frozenset[str]() if memory.projector is None else full(memory.projector)
-        new, self.filled = filled - self.filled, filled
-        self.observe(TaskEnd(task.index, alpha, within, among_all, new))
+        self.observe(TaskEnd(task.index, alpha, within, among_all, filled))
 
     def accuracies(self, task: Task, memory: Memory) -> tuple[list[float], list[float]]:
         return accuracies(self.learner, self.seen(task), self.training.batch_size, memory.regions)

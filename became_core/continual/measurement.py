@@ -115,8 +115,17 @@ class Measurement:
         stream = random_stream(self.seed, f"fisher-{self.purpose}", self.task.index)
         return self._taps(rows, TAP_MODES[self.kind], stream)
 
-    def along(self, directions: Sequence[Params]) -> Quadratic:
-        """Return the loss along directions from the learner's weights, exact on the samples that curvature takes."""
+    def along(self, directions: Sequence[Params], origin: Params | None = None) -> Quadratic:
+        """Return the loss along directions from the learner's weights, exact on the samples that curvature takes.
+
+        Given an origin, from there; the learner is left with its own weights.
+        """
+        if origin is not None:
+            held = self.learner.parameters()
+            self.learner.assign(origin)
+            found = self.along(directions)
+            self.learner.assign(held)
+            return found
         rows, size = self.curvature_rows(), self.training.batch_size
         if self.region is not None:  # effective weights are linear in those beneath
             directions = [self.region.effective(direction) for direction in directions]
@@ -124,12 +133,8 @@ class Measurement:
             return Quadratic(*derivatives_along(self.learner.pushforward(self.task.index, rows, size, directions)))
 
     def slope(self, origin: Params, directions: Sequence[Params]) -> Array:
-        """Return the loss's slopes along K directions at other weights, [K]; the learner is left with its own."""
-        held = self.learner.parameters()
-        self.learner.assign(origin)
-        found = self.along(directions).slope
-        self.learner.assign(held)
-        return found
+        """Return the loss's slopes along K directions at other weights, [K]."""
+        return self.along(directions, origin).slope
 
     def gradients(self) -> Params:
         """Return the mean loss's gradient by every projectable weight, on the samples that curvature takes."""

@@ -10,12 +10,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
-from became_core.arrays import Array, Params, device, namespace
+from became_core.arrays import Array, Params, device, difference, namespace
 from became_core.laplace.expansion import subspace_quadratic
 from became_core.laplace.precision import Diagonal
 from became_core.laplace.quadratic import Quadratic
 
-__all__ = ["Calibrated", "Diagonals", "Estimator", "Frame", "LocalLoss", "Published", "Secant", "difference"]
+__all__ = ["Calibrated", "Diagonals", "Estimator", "Frame", "LocalLoss", "Published", "Secant"]
 
 
 class LocalLoss(Protocol):
@@ -146,8 +146,3 @@ def _seen_from(frame: Frame, loss: LocalLoss) -> Quadratic:
     """A loss in the frame's coefficients: its slope at the origin is that at its own point, plus curvature x way."""
     known = loss.along([*frame.directions, difference(frame.origin, loss.mean)])
     return Quadratic(known.slope[:-1] + known.curvature[:-1, -1], known.curvature[:-1, :-1])
-
-
-def difference(left: Params, right: Params) -> Params:
-    """Return left - right, name by name."""
-    return {name: value - right[name] for name, value in left.items()}

@@ -28,6 +28,7 @@ from became_core.arrays import (
     Tree,
     aligned_leaves,
     device,
+    difference,
     has_values,
     inner_products,
     named_leaves,
@@ -275,10 +276,10 @@ def _offence(leaf: dict[str, tuple[str, Array]]) -> str:
 def _by_structure(named: dict[str, Params], old: Precision, new: Precision, per: Per) -> Quadratic:
     """Any structure of the two curvatures: both losses along each group's part of delta."""
     theta_gp, theta_hat = named["theta_gp"], named["theta_hat"]
-    delta = {name: value - theta_gp[name] for name, value in theta_hat.items()}
+    delta = difference(theta_hat, theta_gp)
     directions = group_directions(delta, per)
     mean = named.get("mean", theta_gp)
-    offset = {name: value - mean[name] for name, value in theta_gp.items()}
+    offset = difference(theta_gp, mean)
     backwards = {name: -value for name, value in delta.items()}
     return subspace_quadratic(directions, old, offset=offset) + subspace_quadratic(
         directions, new, gradient=named.get("gradient"), offset=backwards

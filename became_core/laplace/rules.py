@@ -19,9 +19,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
-from became_core.arrays import Array, Params, Tree, namespace, reduction_dtype
+from became_core.arrays import Array, Params, Tree, difference, namespace, reduction_dtype
 from became_core.errors import BecameError
-from became_core.laplace.estimators import Estimator, Frame, LocalLoss, Secant, difference
+from became_core.laplace.estimators import Estimator, Frame, LocalLoss, Secant
 from became_core.laplace.expansion import Per, group_directions, group_names, group_of
 from became_core.laplace.merge import combine, merge, scalar
 from became_core.laplace.path import trace_path
