@@ -85,13 +85,11 @@ def advanced(
     projector, posterior, region = memory
     penalty = None if posterior is None else Penalty(posterior, strength)
     constraint = Constraint(frozenset(theta), projector, penalty, region, trains_scales)
-    by_inputs = frozenset[str]()
-    # A gradient g^T a is projected for less work by projecting a. What else moves a weight must be projected too, so
-    # this is for the loss's gradient alone.
-    if projector is not None and penalty is None and region is None and optimiser.is_linear:
-        by_inputs = projector.rowwise & factors.keys()
+    # A gradient g^T a is projected for less work by projecting a.
+    early = constraint.projector_of_gradients(optimiser)
+    by_inputs = frozenset[str]() if early is None else early.rowwise & factors.keys()
     for name, (g, a) in factors.items():
-        seen = projector.project_rows(name, a) if projector is not None and name in by_inputs else a
+        seen = early.project_rows(name, a) if early is not None and name in by_inputs else a
         gradients = gradients | {name: tf.matmul(g, seen, transpose_a=True)}
     directions, optimiser = constraint.directions(gradients, theta, rate, optimiser, by_inputs)
     theta = theta | {name: theta[name] - rate * direction for name, direction in directions.items()}

@@ -108,10 +108,7 @@ class TorchLearner:
             theta |= {name: self._named[name].detach().clone() for name in region.weights}
             theta |= {key: scale.clone() for key, scale in region.scales.items()}
             self._work_with(region, theta)
-        # What else moves a weight must be projected too, so the short cut by inputs is for the loss's gradient alone.
-        alone = constraint.penalty is None and optimiser.is_linear and region is None
-        by_inputs = constraint.projector if alone else None
-        with projected_inputs(self._layers, by_inputs) as done:
+        with projected_inputs(self._layers, constraint.projector_of_gradients(optimiser)) as done:
             for batch, rate in zip(batches, rates, strict=True):
                 images, targets = self._batch(batch.indices)
                 loss = functional.cross_entropy(self.network(images, batch.task), targets)

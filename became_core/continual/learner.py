@@ -74,6 +74,14 @@ class Constraint:
     region: TrustRegion | None = None
     trains_scales: bool = False
 
+    def projector_of_gradients(self, optimiser: Optimiser) -> Projector | None:
+        """Return the projector if it may as well project a loss's gradients as they are made: if nothing else moves.
+
+        A penalty, an optimiser that is not linear and a trust region all come between gradient and direction.
+        """
+        alone = self.penalty is None and self.region is None and optimiser.is_linear
+        return self.projector if alone else None
+
     def directions(
         self,
         gradients: Params,
