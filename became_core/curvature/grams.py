@@ -12,6 +12,9 @@ from became_core.curvature.windows import window_gram
 
 __all__ = ["gradient_grams", "input_grams"]
 
+# The width up to which a symmetric product is computed whole: below, the halves cost more than they save.
+SYMMETRIC = 512
+
 
 def input_grams(batches: Iterable[Taps], weights: frozenset[str]) -> Params:
     """Return, for each of these weights that taps speak of, the mean of a a^T over its layer's inputs, [d_in, d_in].
@@ -79,9 +82,16 @@ def _of(weights: frozenset[str], taps: Taps) -> Taps:
 
 
 def _gram(rows: Array) -> Array:
-    xp = namespace(rows=rows)
+    """Return F^T F of rows F [n, d], where d is large as a block and its mirror image, which is computed once."""
+    xp: Any = namespace(rows=rows)
     rows = _wide(rows)
-    return xp.matmul(xp.matrix_transpose(rows), rows)
+    columns = int(rows.shape[1])
+    if columns <= SYMMETRIC:
+        return xp.matmul(xp.matrix_transpose(rows), rows)
+    left, right = rows[:, : columns // 2], rows[:, columns // 2 :]
+    across = xp.matmul(xp.matrix_transpose(left), right)
+    upper = xp.concat([_gram(left), across], axis=1)
+    return xp.concat([upper, xp.concat([xp.matrix_transpose(across), _gram(right)], axis=1)])
 
 
 def _wide(rows: Array) -> Array:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from became_core.curvature import Tap, gradient_grams, input_grams
+from became_core.curvature import Tap, gradient_grams, grams, input_grams
 from tests.backends import to_numpy, to_xp
 from tests.strategies import eighths
 
@@ -29,21 +29,30 @@ def test_a_gram_matrix_is_a_mean_over_batches_samples_and_positions(
     np.testing.assert_allclose(found, expected, rtol=1e-14, atol=1e-15)
 
 
+def test_a_wide_layers_gram_matrix_is_made_of_blocks(xp: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grams, "SYMMETRIC", 2)
+    rows = np.random.default_rng(0).normal(size=(13, 11))
+    found = input_grams(
+        [{"fc": Tap("matrix", to_xp(xp, rows[:, None]), xp.zeros((13, 1, 1)))}], frozenset({"fc.weight"})
+    )
+    np.testing.assert_allclose(to_numpy(found["fc.weight"]), rows.T @ rows / 13, rtol=1e-13, atol=1e-15)
+
+
 @given(sizes=SIZES, data=st.data())
 def test_a_gram_matrix_of_gradients_is_a_mean_over_batches(xp: Any, sizes: list[int], data: st.DataObject) -> None:
     pairs = [(data.draw(eighths((size, 2, 3))), data.draw(eighths((size, 2, 4)))) for size in sizes]
     batches = [{"fc": Tap("matrix", to_xp(xp, a), to_xp(xp, g), has_bias=True)} for a, g in pairs]
-    grams = gradient_grams(batches, frozenset({"fc.weight"}))
+    found = gradient_grams(batches, frozenset({"fc.weight"}))
     gradients = [np.einsum("nlo,nli->oi", g, a) / len(a) for a, g in pairs]  # of the batch's mean loss
     expected = np.mean([gradient.T @ gradient for gradient in gradients], axis=0)
-    assert list(grams) == ["fc.weight"]
-    np.testing.assert_allclose(to_numpy(grams["fc.weight"]), expected, rtol=1e-13, atol=1e-15)
+    assert list(found) == ["fc.weight"]
+    np.testing.assert_allclose(to_numpy(found["fc.weight"]), expected, rtol=1e-13, atol=1e-15)
 
 
-@pytest.mark.parametrize("grams", [input_grams, gradient_grams])
-def test_only_the_weights_asked_for_have_one(xp: Any, grams: Any) -> None:
+@pytest.mark.parametrize("function", [input_grams, gradient_grams])
+def test_only_the_weights_asked_for_have_one(xp: Any, function: Any) -> None:
     tap = Tap("matrix", xp.ones((1, 1, 2)), xp.ones((1, 1, 2)))
-    assert list(grams([{"fc1": tap, "heads.0": tap}], frozenset({"fc1.weight", "fc2.weight"}))) == ["fc1.weight"]
+    assert list(function([{"fc1": tap, "heads.0": tap}], frozenset({"fc1.weight", "fc2.weight"}))) == ["fc1.weight"]
 
 
 def test_half_precision_is_summed_in_float32(xp: Any) -> None:
