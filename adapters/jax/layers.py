@@ -6,6 +6,7 @@ that a network can be a static argument of what JAX compiles; all that changes l
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import reduce
 from typing import Literal, NamedTuple, Protocol
 
 from jax import lax
@@ -196,7 +197,11 @@ class Apply:
 
 @dataclass(frozen=True)
 class MaxPool:
-    """The greatest of each square of pixels, side by side; what is left at the far edges is not looked at."""
+    """The greatest of each square of pixels, side by side; what is left at the far edges is not looked at.
+
+    It is chosen pair by pair, the first of equals, so that a gradient always has one place to go. That of ``max`` looks
+    for the places that equal the maximum, and finds none where compiled code has rounded the two differently: NaN.
+    """
 
     size: int
 
@@ -205,7 +210,9 @@ class MaxPool:
         n, height, width, channels = inputs.shape
         rows, columns = height // self.size, width // self.size
         whole = inputs[:, : rows * self.size, : columns * self.size]
-        return whole.reshape(n, rows, self.size, columns, self.size, channels).max((2, 4))
+        squares = whole.reshape(n, rows, self.size, columns, self.size, channels)
+        places = [squares[:, :, row, :, column] for row in range(self.size) for column in range(self.size)]
+        return reduce(lambda greatest, other: jnp.where(other > greatest, other, greatest), places)
 
 
 @dataclass(frozen=True)

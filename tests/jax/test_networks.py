@@ -6,8 +6,9 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from jax import numpy as jnp
 
-from adapters.jax.layers import Conv, Dense, Flatten, MaxPool, Pass
+from adapters.jax.layers import Apply, BatchNorm, Conv, Dense, Flatten, MaxPool, Pass
 from adapters.jax.learner import JaxLearner
 from adapters.jax.networks import Sequential, build_backbone
 from became_core import BecameError
@@ -106,3 +107,25 @@ def test_alexnet_is_pytorchs() -> None:
     theta = theirs.parameters()
     for name, value in learner.parameters().items():
         np.testing.assert_allclose(np.asarray(value), theta[name].numpy(), rtol=1e-7, atol=1e-9)
+
+
+def test_a_pool_has_a_gradient_where_compiled_code_rounds_its_inputs_twice() -> None:
+    """Forward and backward pass are compiled apart, as for taps: what is pooled may then not equal its maximum."""
+    layers = BatchNorm("bn", 128), Apply(jax.nn.relu), MaxPool(2)
+    weights = {
+        "bn.weight": jnp.linspace(0.3, 1.7, 128, dtype="float32"),
+        "bn.bias": jnp.linspace(-0.1, 0.2, 128, dtype="float32"),
+    }
+    images = jnp.asarray(np.random.default_rng(0).normal(size=(16, 12, 12, 128)), jnp.float32)
+
+    def pooled(images: Any, weights: Any) -> Any:
+        run = Pass(weights, constant_statistics=True)
+        for layer in layers:
+            images = layer(run, images)
+        return images
+
+    outputs, map_back = jax.jit(lambda *inputs: jax.vjp(pooled, *inputs))(images, weights)
+    at_images, at_weights = jax.jit(lambda map_back, seed: map_back(seed))(map_back, jnp.ones_like(outputs))
+    assert np.isfinite(at_images).all()
+    # Each square that is not dark has one place for its gradient.
+    np.testing.assert_allclose(at_weights["bn.bias"], (outputs > 0).sum((0, 1, 2)), rtol=1e-6)
