@@ -1,0 +1,198 @@
+"""Speed of the adapters: ``python benchmarks/frameworks.py [--frameworks torch jax tensorflow] [--json]``.
+
+Each adapter beside a plain training loop in the same framework (``benchmarks/plain_loops.py``), in the same process
+and on the same threads, AlexNet-like network, batches of 64 images of CIFAR-100's size: a training step of all
+parameters, a step under GPM with bases of half of every layer's width, and evaluation. What a plain loop has no
+counterpart for is given as a ratio to plain training on the same images: the exact diagonal Fisher information, GPM's
+memory update from 125 images, and alpha* with its merge (to one plain step). The first step, which traces and compiles,
+is apart.
+
+Convention: float32, the CPU; medians of ratios over rounds, in each of which every contender runs; lower is better.
+"""
+
+import argparse
+import importlib
+import json
+import multiprocessing
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # so that the checkout is measured, installed or not
+
+from became_core import merge, optimal_alpha
+from became_core.arrays import namespace
+from became_core.continual import (
+    SGD,
+    Annealed,
+    Batch,
+    Constraint,
+    Dataset,
+    Learner,
+    TaskStream,
+    Training,
+    split_classes,
+)
+from became_core.continual.measurement import Measurement
+from became_core.projection import GPM
+from benchmarks.plain_loops import PLAIN
+
+BATCH, STEPS, CLASSES, RATE = 64, 6, 10, 0.01
+IMAGES = 1024  # of each task, for training and for testing
+
+
+def images() -> TaskStream:
+    """Return two tasks of random images, half of them to test on."""
+    draw = np.random.default_rng(0)
+    pixels = draw.integers(0, 256, (4 * IMAGES, 3, 32, 32), dtype=np.uint8)
+    labels = np.tile(np.arange(2 * CLASSES), 4 * IMAGES // (2 * CLASSES) + 1)[: len(pixels)]
+    dataset = Dataset("random", pixels, labels, len(pixels) // 2, (0.5,) * 3, (0.25,) * 3)
+    return split_classes(dataset, 2)
+
+
+def half_width(learner: Learner) -> GPM:
+    """Return a memory of random bases, half of every layer's width."""
+    theta = learner.parameters()
+    xp: Any = namespace(weight=next(iter(theta.values())))
+    draw = np.random.default_rng(0)
+    arrays: dict[str, Any] = {"tasks": xp.asarray(1)}
+    for name in sorted(learner.projectable):
+        width = int(np.prod(theta[name].shape[1:]))
+        basis = np.linalg.qr(draw.normal(size=(width, width // 2)))[0].astype(np.float32)
+        arrays[f"bases.{name}"] = xp.asarray(basis)
+    return GPM(threshold=0.97).with_arrays(arrays)
+
+
+def chunks(rows: NDArray[np.int64]) -> list[NDArray[np.int64]]:
+    """Return rows in whole batches."""
+    return [rows[start : start + BATCH] for start in range(0, len(rows) - BATCH + 1, BATCH)]
+
+
+def timed(run: Callable[[], Any]) -> float:
+    """Return the seconds that a call takes."""
+    began = time.perf_counter()
+    run()
+    return time.perf_counter() - began
+
+
+def contenders(framework: str, stream: TaskStream) -> dict[str, Callable[[], Any]]:
+    """Return what is timed, by name; each call waits until its result is there."""
+    adapter = importlib.import_module(f"adapters.{framework}.run")
+    learner: Learner = adapter.build_learner("alexnet", stream, "cpu", 0)
+    dataset, task = stream.dataset, stream.tasks[1]
+    scaled = (dataset.images / np.float32(255) - np.float32(0.5)) / np.float32(0.25)
+    plain = PLAIN[framework](scaled.astype(np.float32), stream.targets, CLASSES)
+    steps = chunks(task.train)[:STEPS]
+    tests = chunks(task.test)
+    everything = Constraint(frozenset(learner.parameters()) - learner.heads[0])
+    projected = Constraint(learner.projectable | learner.heads[1], half_width(learner))
+    training = Training(Annealed(RATE, 1), Annealed(RATE, 1), projector_samples=125)
+    measured = Measurement(learner, replace(task, train=np.concatenate(steps)), training, "empirical", 0, "posterior")
+    fisher = measured.diagonal().values
+    stable = learner.parameters()
+    plastic = {name: value * 1.01 for name, value in stable.items()}
+
+    def train(constraint: Constraint) -> None:
+        batches = [Batch(1, each) for each in steps]
+        learner.train(batches, np.full(len(batches), RATE), constraint, SGD(), np.random.default_rng(0))
+        settled(learner.parameters())
+
+    def evaluate() -> float:
+        own = [np.asarray(learner.logits(each, BATCH))[:, 1].argmax(1) for each in tests]
+        return float(np.mean(np.concatenate(own) == stream.targets[np.concatenate(tests)]))
+
+    return {
+        "plain step": lambda: plain.train(steps),
+        "step": lambda: train(everything),
+        "projected step": lambda: train(projected),
+        "plain evaluation": lambda: plain.evaluate(tests),
+        "evaluation": evaluate,
+        "Fisher": lambda: settled(measured.diagonal().values),
+        "GPM update": lambda: settled(GPM(0.97).remember(measured).bases),
+        "alpha* and merge": lambda: settled(
+            merge(stable, plastic, optimal_alpha(stable, plastic, fisher, fisher)),
+        ),
+    }
+
+
+def settled(arrays: Any) -> None:
+    """Wait for these arrays, as far as their framework makes one wait."""
+    for value in arrays.values():
+        if hasattr(value, "block_until_ready"):
+            value.block_until_ready()
+
+
+def measure(framework: str, rounds: int) -> dict[str, float]:
+    """Return one framework's ratios, and in seconds its plain step and first steps."""
+    prepare(framework)
+    runs = contenders(framework, images())
+    first = {name: timed(run) for name, run in runs.items()}
+    taken: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(rounds):
+        for name, run in runs.items():
+            taken[name].append(timed(run))
+    seconds = {name: np.array(each) for name, each in taken.items()}
+    step, evaluation = seconds["plain step"], seconds["plain evaluation"]
+    ratios = {
+        "step_over_plain": seconds["step"] / step,
+        "projected_over_plain": seconds["projected step"] / step,
+        "evaluation_over_plain": seconds["evaluation"] / evaluation,
+        "fisher_over_plain_steps": seconds["Fisher"] / step,
+        "gpm_update_over_plain_steps": seconds["GPM update"] / (step * 125 / (STEPS * BATCH)),
+        "alpha_and_merge_over_plain_step": seconds["alpha* and merge"] / (step / STEPS),
+    }
+    apart = {"plain_step_seconds": float(np.median(step)) / STEPS}
+    for name in ("plain step", "step", "projected step"):
+        apart[f"first_{name.replace(' ', '_')}_seconds"] = first[name] - float(np.median(seconds[name]))
+    return {name: float(np.median(each)) for name, each in ratios.items()} | apart
+
+
+def prepare(framework: str) -> None:
+    """Set a framework as its command sets it."""
+    if framework == "torch":
+        from adapters.torch.memory import keep_freed_memory
+
+        keep_freed_memory()
+    elif framework == "jax":
+        import jax
+
+        jax.config.update("jax_enable_x64", True)
+        jax.config.update("jax_default_matmul_precision", "float32")
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+
+def in_its_own_process(framework: str, rounds: int) -> dict[str, float]:
+    """Measure a framework where no other is loaded."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(measure, (framework, rounds))
+
+
+def table(found: dict[str, dict[str, float]]) -> Sequence[str]:
+    """Return the lines of a Markdown table."""
+    names = list(next(iter(found.values())))
+    lines = [f"| what | {' | '.join(found)} |", f"| --- |{' ---: |' * len(found)}"]
+    return lines + [
+        f"| {name.replace('_', ' ')} | {' | '.join(f'{each[name]:.2f}' for each in found.values())} |" for name in names
+    ]
+
+
+def main() -> None:
+    """Measure, and print a table or JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
+    parser.add_argument("--frameworks", nargs="+", choices=sorted(PLAIN), default=list(PLAIN))
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--json", action="store_true", help="print one object of named ratios for each framework")
+    options = parser.parse_args()
+    found = {framework: in_its_own_process(framework, options.rounds) for framework in options.frameworks}
+    print(json.dumps(found, indent=2) if options.json else "\n".join(table(found)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,183 @@
+"""What one would write without this project: the AlexNet-like network trained by a plain loop, in each framework.
+
+Each maker places normalised images on the CPU once and returns a ``Plain`` of two functions: ``train`` takes an SGD
+step on each batch of rows and waits for the last; ``evaluate`` returns the share of rows that are told right, batch by
+batch. They use what their framework offers for the purpose: modules, its optimiser, its dropout, one compiled step.
+
+Convention: float32, inputs [N, C, H, W] for PyTorch and [N, H, W, C] elsewhere; batch norm with batch statistics.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["PLAIN", "Plain"]
+
+Rows = Sequence[NDArray[np.int64]]
+CONVOLUTIONS = ((64, 4, 0.2), (128, 3, 0.2), (256, 2, 0.5))  # filters, kernel, dropout
+WIDTHS = (2048, 2048)
+RATE = 0.01
+
+
+class Plain(NamedTuple):
+    """A plain loop."""
+
+    train: Callable[[Rows], None]
+    evaluate: Callable[[Rows], float]
+
+
+def torch_loop(images: NDArray[np.float32], targets: NDArray[np.int64], classes: int) -> Plain:
+    """A sequential module, eager, in the memory format in which it is fastest."""
+    import torch
+    from torch import nn
+    from torch.nn import functional
+
+    layers: list[nn.Module] = []
+    channels, side = images.shape[1], images.shape[2]
+    for filters, kernel, p in CONVOLUTIONS:
+        norm = nn.BatchNorm2d(filters, track_running_stats=False)
+        layers += [nn.Conv2d(channels, filters, kernel, bias=False), norm, nn.ReLU(), nn.Dropout(p), nn.MaxPool2d(2)]
+        channels, side = filters, (side - kernel + 1) // 2
+    layers.append(nn.Flatten())
+    width = channels * side * side
+    for units in WIDTHS:
+        norm1 = nn.BatchNorm1d(units, track_running_stats=False)
+        layers += [nn.Linear(width, units, bias=False), norm1, nn.ReLU(), nn.Dropout(0.5)]
+        width = units
+    network = nn.Sequential(*layers, nn.Linear(width, classes, bias=False))
+    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload] # PyTorch's own types lack it
+    optimiser = torch.optim.SGD(network.parameters(), lr=RATE)
+    x = torch.from_numpy(images).contiguous(memory_format=torch.channels_last)
+    y = torch.from_numpy(targets)
+
+    def train(batches: Rows) -> None:
+        network.train()
+        for rows in map(torch.from_numpy, batches):
+            optimiser.zero_grad()
+            functional.cross_entropy(network(x[rows]), y[rows]).backward()  # type: ignore[no-untyped-call]
+            optimiser.step()
+
+    def evaluate(batches: Rows) -> float:
+        network.eval()
+        with torch.no_grad():
+            right = [(network(x[rows]).argmax(1) == y[rows]).sum() for rows in map(torch.from_numpy, batches)]
+        return float(sum(right)) / sum(map(len, batches))
+
+    return Plain(train, evaluate)
+
+
+def jax_loop(images: NDArray[np.float32], targets: NDArray[np.int64], classes: int) -> Plain:
+    """A flax module and optax, one compiled step that takes the buffers of what it changes."""
+    import jax
+    import optax
+    from jax import numpy as jnp
+
+    network, optimiser = _flax_network(classes), optax.sgd(RATE)
+    x, y = jax.device_put((np.moveaxis(images, 1, -1), targets))
+    variables = network.init(jax.random.key(0), x[:2], training=False)
+    state = variables["batch_stats"]  # flax keeps running statistics, which nobody reads here
+    params = variables["params"]
+    held = {"params": params, "optimiser": optimiser.init(params), "key": jax.random.key(1)}
+
+    def step(held: dict[str, Any], rows: Any) -> dict[str, Any]:
+        key, used = jax.random.split(held["key"])
+
+        def loss(params: Any) -> Any:
+            inputs, options = {"params": params, "batch_stats": state}, {"dropout": used}
+            logits, _ = network.apply(inputs, x[rows], training=True, rngs=options, mutable=["batch_stats"])
+            return optax.softmax_cross_entropy_with_integer_labels(logits, y[rows]).mean()
+
+        updates, after = optimiser.update(jax.grad(loss)(held["params"]), held["optimiser"])
+        return {"params": optax.apply_updates(held["params"], updates), "optimiser": after, "key": key}
+
+    def right(params: Any, rows: Any) -> Any:
+        inputs = {"params": params, "batch_stats": state}
+        logits, _ = network.apply(inputs, x[rows], training=False, mutable=["batch_stats"])
+        return jnp.sum(logits.argmax(1) == y[rows])
+
+    compiled_step: Any = jax.jit(step, donate_argnums=0)
+    compiled_right: Any = jax.jit(right)
+
+    def train(batches: Rows) -> None:
+        for rows in batches:
+            held.update(compiled_step(dict(held), rows))
+        jax.block_until_ready(held["params"])
+
+    def evaluate(batches: Rows) -> float:
+        return float(sum(compiled_right(held["params"], rows) for rows in batches)) / sum(map(len, batches))
+
+    return Plain(train, evaluate)
+
+
+def _flax_network(classes: int) -> Any:
+    from flax import linen as nn
+
+    class Network(nn.Module):  # type: ignore[misc] # flax is taken as untyped
+        @nn.compact  # type: ignore[untyped-decorator]
+        def __call__(self, x: Any, training: bool) -> Any:
+            def regular(x: Any, p: float) -> Any:
+                norm = nn.BatchNorm(use_running_average=False, use_fast_variance=True)
+                return nn.Dropout(p, deterministic=not training)(nn.relu(norm(x)))
+
+            for filters, kernel, p in CONVOLUTIONS:
+                x = regular(nn.Conv(filters, (kernel, kernel), padding="VALID", use_bias=False)(x), p)
+                x = nn.max_pool(x, (2, 2), (2, 2))
+            x = x.reshape(len(x), -1)
+            for units in WIDTHS:
+                x = regular(nn.Dense(units, use_bias=False)(x), 0.5)
+            return nn.Dense(classes, use_bias=False)(x)
+
+    return Network()
+
+
+def tensorflow_loop(images: NDArray[np.float32], targets: NDArray[np.int64], classes: int) -> Plain:
+    """A Keras model with a gradient tape in one ``tf.function``."""
+    import keras
+    import tensorflow as tf
+
+    layers: list[Any] = [keras.Input((*images.shape[2:], images.shape[1]))]
+    for filters, kernel, p in CONVOLUTIONS:
+        layers += [keras.layers.Conv2D(filters, kernel, use_bias=False), keras.layers.BatchNormalization()]
+        layers += [keras.layers.ReLU(), keras.layers.Dropout(p), keras.layers.MaxPooling2D()]
+    layers.append(keras.layers.Flatten())
+    for units in WIDTHS:
+        layers += [keras.layers.Dense(units, use_bias=False), keras.layers.BatchNormalization()]
+        layers += [keras.layers.ReLU(), keras.layers.Dropout(0.5)]
+    network = keras.Sequential([*layers, keras.layers.Dense(classes, use_bias=False)])
+    optimiser = keras.optimizers.SGD(RATE)
+    x, y = tf.constant(np.moveaxis(images, 1, -1)), tf.constant(targets)
+
+    @tf.function(reduce_retracing=True)  # type: ignore[untyped-decorator]
+    def step(rows: Any) -> None:
+        with tf.GradientTape() as tape:
+            logits = network(tf.gather(x, rows), training=True)
+            loss = tf.reduce_mean(tf.nn.sparse_softmax_cross_entropy_with_logits(tf.gather(y, rows), logits))
+        optimiser.apply_gradients(
+            zip(tape.gradient(loss, network.trainable_variables), network.trainable_variables, strict=True)
+        )
+
+    @tf.function(reduce_retracing=True)  # type: ignore[untyped-decorator]
+    def right(rows: Any) -> Any:
+        return tf.reduce_sum(
+            tf.cast(tf.argmax(network(tf.gather(x, rows), training=False), 1) == tf.gather(y, rows), tf.int32)
+        )
+
+    def train(batches: Rows) -> None:
+        for rows in batches:
+            step(tf.constant(rows))
+        network.trainable_variables[-1].numpy()
+
+    def evaluate(batches: Rows) -> float:
+        return float(sum(int(right(tf.constant(rows))) for rows in batches)) / sum(map(len, batches))
+
+    return Plain(train, evaluate)
+
+
+# (images [N, C, H, W], targets [N], classes) -> the loop.
+PLAIN: dict[str, Callable[[NDArray[np.float32], NDArray[np.int64], int], Plain]] = {
+    "torch": torch_loop,
+    "jax": jax_loop,
+    "tensorflow": tensorflow_loop,
+}
