@@ -6,9 +6,9 @@ from became_core.continual.loop import learn
 from became_core.continual.methods import METHODS, PROJECTORS, Method, MethodSettings, build_method
 from became_core.continual.optimisers import SGD, Adam, Optimiser
 from became_core.continual.record import MergePath, PathPoint, RunRecord, TaskEnd
-from became_core.continual.schedule import Annealed, Patience, Schedule
+from became_core.continual.schedule import Annealed, Patience, Schedule, Stepped
 from became_core.continual.seeding import random_stream
-from became_core.continual.stream import Dataset, Task, TaskStream, split_classes
+from became_core.continual.stream import ClassOrder, Dataset, Task, TaskStream, permute_pixels, split_classes
 from became_core.continual.training import EpochEnd, Training
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "Along",
     "Annealed",
     "Batch",
+    "ClassOrder",
     "Constraint",
     "Dataset",
     "EpochEnd",
@@ -32,6 +33,7 @@ __all__ = [
     "Penalty",
     "RunRecord",
     "Schedule",
+    "Stepped",
     "TapMode",
     "Task",
     "TaskEnd",
@@ -41,6 +43,7 @@ __all__ = [
     "alpha_estimates",
     "build_method",
     "learn",
+    "permute_pixels",
     "random_stream",
     "split_classes",
 ]
