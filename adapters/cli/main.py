@@ -85,7 +85,7 @@ def _run(
     backend: Backend, device: str, configuration: Configuration, stream: TaskStream, run: RunDirectory, console: Console
 ) -> RunResult:
     began = time.perf_counter()
-    learner = backend.learner(configuration.benchmark.network, stream, device, run.seed)
+    learner = backend.learner(configuration.preset.network, stream, device, run.seed)
     method = configuration.method(run.method)
     stages = 1 if method.rule is None else 2
     with RunProgress(console, f"{run.method}-seed{run.seed}", len(stream.tasks), stages) as progress:

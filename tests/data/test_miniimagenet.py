@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from adapters.data import miniimagenet
 from adapters.data.miniimagenet import load_miniimagenet
+from adapters.data.parquet import Columns
 from became_core.errors import BecameError
 from tests.data.pictures import encoded, shades, write_parquet
 
@@ -24,7 +25,7 @@ Layout = Callable[[Path, str, NDArray[np.bool_]], None]
 @pytest.fixture(autouse=True)
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(miniimagenet, "_SIZE", SIZE)
-    monkeypatch.setattr(miniimagenet, "_COLUMNS", miniimagenet.Columns("image", "label", SIZE, 100))
+    monkeypatch.setattr(miniimagenet, "_COLUMNS", Columns("image", "label", SIZE, 100))
 
 
 def as_parquet(root: Path, part: str, rows: NDArray[np.bool_]) -> None:
