@@ -17,6 +17,7 @@ from became_core.continual import (
     PROJECTORS,
     SGD,
     Adam,
+    Augmentation,
     ClassOrder,
     Dataset,
     Method,
@@ -75,6 +76,8 @@ class Options:
     """What each parameter adds of itself to its gradient."""
     batch_size: int | None = None
     """Samples a step, in training and in evaluation."""
+    augment: bool | None = None
+    """Whether training images are cropped at random, after padding by 4 pixels, and flipped left to right."""
     validation: float | None = None
     """Fraction of each task's training samples held out."""
     threshold: float | None = None
@@ -201,7 +204,14 @@ def _training(training: Training, options: Options) -> Training:
         projector_samples=_given(options.projector_samples, training.projector_samples) or None,
         curvature_samples=_given(options.curvature_samples, training.curvature_samples) or None,
         path_alphas=tuple(point / last for point in range(options.path_points)),
+        augmentation=_augmentation(training.augmentation, options.augment),
     )
+
+
+def _augmentation(preset: Augmentation | None, wanted: bool | None) -> Augmentation | None:
+    if wanted is None:
+        return preset
+    return (preset or Augmentation()) if wanted else None
 
 
 def _schedule(schedule: Schedule, lr: float | None, epochs: int | None) -> Schedule:

@@ -4,8 +4,8 @@
 | --- | --- |
 | ``paper`` | Saha 2021 (GPM), which BECAME follows, with the thresholds of Saha & Roy 2023 for SGP and GPCNS; on |
 | | TinyImageNet, for which there is no such protocol, Wang 2021 |
-| ``nscl`` | Wang 2021 (Adam-NSCL): Adam, 80 epochs, the rate halved at 30 and 60, nothing held out |
-| ``quick`` | ours: few epochs, the rate annealed within each stage; else as ``paper``, on TinyImageNet as miniImageNet's |
+| ``nscl`` | Wang 2021 (Adam-NSCL): Adam, 80 epochs, the rate halved at 30 and 60, crops and flips, nothing held out |
+| ``quick`` | ours: few epochs, the rate annealed in each stage; else as ``paper``, on TinyImageNet as miniImageNet |
 
 What the published NSCL has and ``nscl`` has not: learning rates of their own for the first task of CIFAR-100 (1e-4,
 where all tasks have the later ones' 5e-5 here), for heads (1e-3) and for batch norm (5e-4), and its penalty on batch
@@ -17,7 +17,7 @@ Convention: schedules hold for stage 1 and, anew, for stage 2.
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from became_core.continual import Adam, Annealed, MethodSettings, Patience, Stepped, Training
+from became_core.continual import Adam, Annealed, Augmentation, MethodSettings, Patience, Stepped, Training
 
 __all__ = [
     "CIFAR100",
@@ -77,6 +77,7 @@ def _nscl(batch_size: int, ratio: float) -> Preset:
             optimiser=Adam(weight_decay=5e-5),
             batch_size=batch_size,
             projector_samples=None,
+            augmentation=Augmentation(padding=4, flips=True),
         ),
         replace(_RESNET, nscl_ratio=ratio),
         validation=0.0,

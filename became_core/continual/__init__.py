@@ -1,5 +1,6 @@
 """Continual learning: task streams, the learner protocol, methods, and the loop that runs them."""
 
+from became_core.continual.augmentation import Augmentation, Views
 from became_core.continual.estimates import Along, alpha_estimates
 from became_core.continual.learner import Batch, Constraint, Learner, Penalty, TapMode, Trained
 from became_core.continual.loop import learn
@@ -18,6 +19,7 @@ __all__ = [
     "Adam",
     "Along",
     "Annealed",
+    "Augmentation",
     "Batch",
     "ClassOrder",
     "Constraint",
@@ -40,6 +42,7 @@ __all__ = [
     "TaskStream",
     "Trained",
     "Training",
+    "Views",
     "alpha_estimates",
     "build_method",
     "learn",

@@ -23,7 +23,7 @@ def test_every_option_reaches_the_configuration_and_its_record() -> None:
     options = Options(
         benchmark="split-cifar100", tasks=20, epochs=3, stage2_epochs=2, lr=0.2, batch_size=8, validation=0.1,
         threshold=0.9, increment=0.01, ewc_strength=7.0, projector_samples=11, curvature_samples=0,
-        path_points=3, network="mlp", class_order="seeded",
+        path_points=3, network="mlp", class_order="seeded", augment=True,
     )  # fmt: skip
     record = resolve(options).record()
     assert record["tasks"] == 20
@@ -31,6 +31,7 @@ def test_every_option_reaches_the_configuration_and_its_record() -> None:
     assert (record["stage1"]["epochs"], record["stage2"]["epochs"]) == (3, 2)
     assert record["stage1"]["lr"] == record["stage2"]["lr"] == 0.2
     assert record["batch_size"] == 8
+    assert record["augmentation"] == {"padding": 4, "flips": True}
     assert record["validation"] == 0.1
     assert (record["threshold"], record["increment"], record["ewc_strength"]) == (0.9, 0.01, 7.0)
     assert record["projector_samples"] == 11

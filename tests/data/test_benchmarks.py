@@ -8,7 +8,7 @@ import pytest
 from adapters.data.benchmarks import BENCHMARKS, find_benchmark
 from adapters.data.mnist import load_mnist
 from became_core import BecameError
-from became_core.continual import Adam, Patience, Stepped
+from became_core.continual import Adam, Augmentation, Patience, Stepped
 from tests.streams import prototype_stream
 
 TOY = prototype_stream(tasks=3, classes_per_task=4).dataset
@@ -70,6 +70,7 @@ def test_nscl_as_published(name: str, tasks: int, preset: str, batch_size: int, 
         assert [share * 80 for share in stage.milestones] == [30, 60]
     assert training.optimiser == Adam(beta1=0.9, beta2=0.999, weight_decay=5e-5)
     assert (training.batch_size, training.projector_samples, found.validation) == (batch_size, None, 0)
+    assert training.augmentation == Augmentation(padding=4, flips=True)
     assert found.network == "resnet18"
     assert found.settings_of("nscl").nscl_ratio == found.settings_of("became+nscl").nscl_ratio == ratio
 
