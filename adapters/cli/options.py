@@ -106,6 +106,8 @@ class Options:
     """Where to compute: auto, cpu, cuda, cuda:1, …"""
     out: Annotated[Path | None, tyro.conf.arg(metavar="OUT")] = None
     """The folder for results; runs/BENCHMARK-PRESET if not given."""
+    dry_run: bool = False
+    """Show the configuration, the numbers of parameters and of steps, and an estimate of the time; learn nothing."""
 
 
 @dataclass(frozen=True)
