@@ -9,43 +9,25 @@ import pytest
 
 from adapters.data.tinyimagenet import load_tinyimagenet
 from became_core.errors import BecameError
-from tests.data.pictures import encoded, shades, write_parquet
+from tests.data.pictures import (
+    TINY_NAMES,
+    TINY_TRAIN,
+    TINY_VALID,
+    encoded,
+    write_parquet,
+    write_tiny_hub,
+    write_tiny_zip,
+)
 
 ROOT = Path(__file__).parents[2]
 REAL = ROOT.parent / "shared" / "data"
-NAMES = [f"n{number:08d}" for number in range(1000, 1200)]
-TRAIN, VALID = shades(400, 64), shades(600, 64)[400:]  # two of each class, and one
-
-
-def write_hub(root: Path) -> Path:
-    folder = root / "zh-plus" / "tiny-imagenet" / "data"
-    labels = [*range(200)]
-    write_parquet(folder / "train-00000-of-00001.parquet", [encoded(image) for image in TRAIN], sorted(labels * 2))
-    write_parquet(folder / "valid-00000-of-00001.parquet", [encoded(image) for image in VALID], labels)
-    return folder
-
-
-def write_zip(root: Path) -> Path:
-    folder = root / "tiny-imagenet-200"
-    (folder / "val" / "images").mkdir(parents=True)
-    lines = []
-    for label, name in enumerate(NAMES):
-        images = folder / "train" / name / "images"
-        images.mkdir(parents=True)
-        for row in (0, 1):  # PNG in spite of the suffix, so that pixels can be compared
-            (images / f"{name}_{row}.JPEG").write_bytes(encoded(TRAIN[2 * label + row]))
-        (folder / "val" / "images" / f"val_{label}.JPEG").write_bytes(encoded(VALID[label]))
-        lines.append(f"val_{label}.JPEG\t{name}\t0\t0\t63\t63\n")
-    (folder / "wnids.txt").write_text("\n".join(reversed(NAMES)) + "\n")  # in no order
-    (folder / "val" / "val_annotations.txt").write_text("".join(lines))
-    return folder
 
 
 @pytest.fixture(scope="module")
 def layouts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     roots = {name: tmp_path_factory.mktemp(name) for name in ("hub", "zip")}
-    write_hub(roots["hub"])
-    write_zip(roots["zip"])
+    write_tiny_hub(roots["hub"])
+    write_tiny_zip(roots["zip"])
     return roots
 
 
@@ -55,7 +37,7 @@ def test_either_layout_gives_all_images_in_order_with_labels_in_the_order_of_nam
 ) -> None:
     dataset = load_tinyimagenet(layouts[layout])
     assert dataset.train_size == 400
-    np.testing.assert_array_equal(dataset.images, np.concatenate([TRAIN, VALID]).transpose(0, 3, 1, 2))
+    np.testing.assert_array_equal(dataset.images, np.concatenate([TINY_TRAIN, TINY_VALID]).transpose(0, 3, 1, 2))
     np.testing.assert_array_equal(dataset.labels, [*np.repeat(np.arange(200), 2), *range(200)])
     assert dataset.labels.dtype == np.int64
 
@@ -74,15 +56,15 @@ def test_the_hub_gives_what_its_layout_gives(layouts: dict[str, Path], monkeypat
 
 
 def test_greyscale_files_become_rgb(tmp_path: Path) -> None:
-    folder = write_zip(tmp_path)
+    folder = write_tiny_zip(tmp_path)
     grey = np.arange(64 * 64, dtype=np.uint8).reshape(64, 64)
     (folder / "val" / "images" / "val_0.JPEG").write_bytes(encoded(grey))
     np.testing.assert_array_equal(load_tinyimagenet(tmp_path).images[400], np.broadcast_to(grey, (3, 64, 64)))
 
 
 def test_a_hub_folder_that_lacks_a_class_is_refused(tmp_path: Path) -> None:
-    folder = write_hub(tmp_path)
-    images = [encoded(image) for image in VALID]
+    folder = write_tiny_hub(tmp_path)
+    images = [encoded(image) for image in TINY_VALID]
     write_parquet(folder / "valid-00000-of-00001.parquet", images, [0, 0, *range(2, 200)])
     with pytest.raises(BecameError, match=r"valid-\*\.parquet holds no image of 1 of the 200 classes, such as 1"):
         load_tinyimagenet(tmp_path)
@@ -104,7 +86,7 @@ def cut(name: str, kept: float) -> Callable[[Path], object]:
 def annotated(line: str) -> Callable[[Path], object]:
     def damage(folder: Path) -> object:
         file = folder / "val" / "val_annotations.txt"
-        return file.write_text(file.read_text().replace(f"val_1.JPEG\t{NAMES[1]}\t", line))
+        return file.write_text(file.read_text().replace(f"val_1.JPEG\t{TINY_NAMES[1]}\t", line))
 
     return damage
 
@@ -115,18 +97,18 @@ def cut_annotations(folder: Path) -> None:
 
 
 def remove_folder(folder: Path) -> None:
-    (folder / "train" / NAMES[3]).rename(folder / "moved")
+    (folder / "train" / TINY_NAMES[3]).rename(folder / "moved")
 
 
-FIRST = f"train/{NAMES[0]}/images/{NAMES[0]}_1.JPEG"
+FIRST = f"train/{TINY_NAMES[0]}/images/{TINY_NAMES[0]}_1.JPEG"
 NOISE = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
 DAMAGES: list[tuple[Callable[[Path], object], str]] = [
-    (cut(FIRST, 0.8), f"{NAMES[0]}_1.JPEG holds a corrupt image"),
-    (cut(FIRST, 0.0), f"{NAMES[0]}_1.JPEG holds a corrupt image"),
+    (cut(FIRST, 0.8), f"{TINY_NAMES[0]}_1.JPEG holds a corrupt image"),
+    (cut(FIRST, 0.0), f"{TINY_NAMES[0]}_1.JPEG holds a corrupt image"),
     (lambda folder: (folder / FIRST).write_bytes(encoded(NOISE, "JPEG")[:1500]), "holds a corrupt image"),
     (lambda folder: (folder / FIRST).write_bytes(encoded(NOISE, "BMP")), "holds a corrupt image"),
     (lambda folder: (folder / FIRST).write_bytes(encoded(NOISE[:32])), "is 64×32 pixels; every image must be 64×64"),
-    (remove_folder, rf"no folder .*train/{NAMES[3]}/images, which must hold a class's images"),
+    (remove_folder, rf"no folder .*train/{TINY_NAMES[3]}/images, which must hold a class's images"),
     (lambda folder: (folder / "wnids.txt").unlink(), r"cannot read .*wnids\.txt: No such file"),
     (cut("wnids.txt", 0.5), r"wnids\.txt must name 200 classes"),
     (lambda folder: (folder / "wnids.txt").write_text("../n00000001\n" * 200), r"wnids\.txt must name 200 classes"),
@@ -136,15 +118,15 @@ DAMAGES: list[tuple[Callable[[Path], object], str]] = [
     (cut("val/val_annotations.txt", 0.4), r"line \d+ of .*val_annotations\.txt must begin"),
     (annotated("val_1.JPEG n00001001 "), r"line 2 of .*val_annotations\.txt must begin with an image's name, a tab"),
     (annotated("val_1.JPEG\tn09999999\t"), r"line 2 of .*val_annotations\.txt must begin"),
-    (annotated(f"../val_1.JPEG\t{NAMES[1]}\t"), r"line 2 of .*val_annotations\.txt must begin"),
-    (annotated(f"val\0.JPEG\t{NAMES[1]}\t"), r"no file .*val\\x00\.JPEG' that can be read"),
+    (annotated(f"../val_1.JPEG\t{TINY_NAMES[1]}\t"), r"line 2 of .*val_annotations\.txt must begin"),
+    (annotated(f"val\0.JPEG\t{TINY_NAMES[1]}\t"), r"no file .*val\\x00\.JPEG' that can be read"),
 ]
 
 
 @pytest.mark.parametrize("number", range(len(DAMAGES)))
 def test_damage_to_the_unpacked_zip_is_named(number: int, tmp_path: Path) -> None:
     damage, message = DAMAGES[number]
-    damage(write_zip(tmp_path))
+    damage(write_tiny_zip(tmp_path))
     with pytest.raises(BecameError, match=message) as raised:
         load_tinyimagenet(tmp_path)
     assert len(str(raised.value).splitlines()) == 1
