@@ -11,12 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from became_core.arrays import Params
-from became_core.continual import Batch, Constraint, Optimiser, TapMode, TaskStream, Trained, random_stream
+from became_core.continual import Batch, Constraint, Optimiser, TapMode, TaskStream, Trained, Views, random_stream
 from became_core.continual.stream import Indices
 from became_core.curvature import Pushforward, Tap, Taps
 from became_core.projection import TrustRegion
 
-__all__ = ["ReferenceLearner"]
+__all__ = ["ReferenceLearner", "cropped"]
 
 Array = NDArray[np.float64]
 
@@ -52,9 +52,8 @@ class ReferenceLearner:
             seed: names the draw of the weights.
         """
         dataset = stream.dataset
-        channel = (1, -1, 1, 1)
-        mean, std = np.reshape(dataset.mean, channel), np.reshape(dataset.std, channel)
-        self._inputs: Array = ((dataset.images / 255 - mean) / std).reshape(len(dataset.images), -1)
+        self._dataset = dataset
+        self._inputs: Array = self._normalised(dataset.images)
         self._targets = stream.targets
         self._bias = bias
         self._dropout = dropout
@@ -102,7 +101,7 @@ class ReferenceLearner:
             self._work_with(theta, region)
             for batch, rate in zip(batches, rates, strict=True):
                 labels = self._targets[batch.indices]
-                forward = self._forward(batch.task, batch.indices, stream)
+                forward = self._forward(batch.task, batch.indices, stream, batch.views)
                 gradients = self._gradients(batch.task, forward, labels)
                 trained = {name: value for name, value in gradients.items() if name in constraint.trainable}
                 directions, optimiser = constraint.directions(trained, theta, float(rate), optimiser)
@@ -165,9 +164,17 @@ class ReferenceLearner:
     def _layers(self, task: int) -> tuple[str, str, str]:
         return ("fc1", "fc2", self._heads[task])
 
-    def _forward(self, task: int, rows: Indices, stream: np.random.Generator | None = None) -> _Pass:
-        """Run the network; with dropout if there is a stream to draw it from."""
-        inputs, gates = [self._inputs[rows]], []
+    def _normalised(self, images: NDArray[np.uint8]) -> Array:
+        channel = (1, -1, 1, 1)
+        mean, std = np.reshape(self._dataset.mean, channel), np.reshape(self._dataset.std, channel)
+        return np.asarray((images / 255 - mean) / std).reshape(len(images), -1)
+
+    def _forward(
+        self, task: int, rows: Indices, stream: np.random.Generator | None = None, views: Views | None = None
+    ) -> _Pass:
+        """Run the network; with dropout if there is a stream to draw it from, on images as views show them if any."""
+        seen = self._inputs[rows] if views is None else self._normalised(cropped(self._dataset.images[rows], views))
+        inputs, gates = [seen], []
         for layer in self._layers(task)[:2]:
             z = inputs[-1] @ self._parameters[f"{layer}.weight"].T + self._parameters.get(f"{layer}.bias", 0.0)
             gate = (z > 0).astype(np.float64)
@@ -230,6 +237,18 @@ def _at_logits(logits: Array, labels: Indices, mode: TapMode, stream: np.random.
 
 def _losses(logits: Array, labels: Indices) -> Array:
     return -_log_softmax(logits)[np.arange(len(labels)), labels]
+
+
+def cropped(images: NDArray[np.uint8], views: Views) -> NDArray[np.uint8]:
+    """Return images [N, C, H, W] padded with black, cropped at the offsets, and flipped left to right where told."""
+    height, width = images.shape[2:]
+    border = int(np.abs(views.offsets).max())
+    padded = np.pad(images, ((0, 0), (0, 0), (border, border), (border, border)))
+    seen = []
+    for image, (down, right), flip in zip(padded, views.offsets, views.flips, strict=True):
+        crop = image[:, border + down : border + down + height, border + right : border + right + width]
+        seen.append(crop[:, :, ::-1] if flip else crop)
+    return np.stack(seen)
 
 
 def _chunks(indices: Indices, size: int) -> Iterator[Indices]:

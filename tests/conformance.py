@@ -26,6 +26,7 @@ from became_core.continual import (
     Penalty,
     TaskStream,
     Training,
+    Views,
     build_method,
     learn,
 )
@@ -42,6 +43,7 @@ from became_core.curvature import (
 from became_core.laplace import Diagonal, LaplacePosterior
 from became_core.projection import GPM, TRGP
 from reference.formulas import cross_entropy, softmax
+from reference.learner import cropped
 from tests.backends import to_numpy
 from tests.projections import Finished
 from tests.streams import prototype_stream
@@ -490,6 +492,28 @@ def check_a_penalty_pulls_towards_its_mean(make: Make) -> None:
         rate_times_g = before[name] - without[name]
         expected = before[name] - (rate_times_g + RATE * stiffness * 0.25) / (1 + RATE * stiffness)
         np.testing.assert_allclose(with_penalty[name], expected, atol=1e-12)
+
+
+def check_training_sees_images_as_views_show_them(make: Make) -> None:
+    """As if the data set had held them so; what is not trained on is seen as it is."""
+    rows = STREAM.tasks[0].train[:12]
+    draw = np.random.default_rng(4)
+    views = Views(draw.integers(-3, 4, (12, 2)), draw.integers(0, 2, 12).astype(bool))
+    images = STREAM.dataset.images.copy()
+    images[rows] = cropped(images[rows], views)
+    found, plain = make(STREAM, 0), make(STREAM, 0)
+    expected = make(replace(STREAM, dataset=replace(STREAM.dataset, images=images)), 0)
+    fewer = Views(views.offsets[:7], views.flips[:7])  # as in a last batch: what is compiled serves any size
+    for learner, seen in ((found, (views, fewer)), (expected, (None, None)), (plain, (None, None))):
+        batches = [Batch(0, rows, seen[0]), Batch(0, rows[:7], seen[1])]
+        begun = SGD().begun(learner.parameters())
+        learner.train(batches, np.full(2, RATE), everything(learner), begun, fresh_stream())
+    changed, wanted, without = (numbers(each.parameters()) for each in (found, expected, plain))
+    for name, value in wanted.items():
+        np.testing.assert_allclose(changed[name], value, rtol=1e-12, atol=1e-14)
+    assert any(not np.allclose(without[name], value) for name, value in wanted.items())
+    found.assign(plain.parameters())
+    np.testing.assert_array_equal(to_numpy(found.logits(rows, 12)), to_numpy(plain.logits(rows, 12)))
 
 
 def check_every_method_runs_and_repeats(make: Make) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import tyro
 from rich.console import Console
 
+from adapters.cli.dryrun import describe
 from adapters.cli.options import Configuration, Options, method_names, resolve
 from adapters.cli.paths import estimator_table, path_table
 from adapters.cli.progress import RunProgress
@@ -39,7 +40,7 @@ def main(backend: Backend, arguments: Sequence[str] | None = None) -> int:
     options = tyro.cli(Options, prog=f"python -m adapters.{backend.name}.run", args=arguments)
     console = Console() if sys.stdout.isatty() else Console(width=160)
     try:
-        _compare(backend, options, console)
+        (_try_out if options.dry_run else _compare)(backend, options, console)
     except BecameError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -47,6 +48,13 @@ def main(backend: Backend, arguments: Sequence[str] | None = None) -> int:
         print("interrupted; finished runs are kept, and the same command goes on after them.", file=sys.stderr)
         return 130
     return 0
+
+
+def _try_out(backend: Backend, options: Options, console: Console) -> None:
+    configuration, seed = resolve(options), options.seeds[0]
+    stream = configuration.stream(configuration.benchmark.load(data_directory(options.data_dir)), seed)
+    learner = backend.learner(configuration.preset.network, stream, options.device, seed)
+    describe(learner, stream, configuration, method_names(options), len(options.seeds), console)
 
 
 def _compare(backend: Backend, options: Options, console: Console) -> None:
@@ -85,7 +93,7 @@ def _run(
     backend: Backend, device: str, configuration: Configuration, stream: TaskStream, run: RunDirectory, console: Console
 ) -> RunResult:
     began = time.perf_counter()
-    learner = backend.learner(configuration.benchmark.network, stream, device, run.seed)
+    learner = backend.learner(configuration.preset.network, stream, device, run.seed)
     method = configuration.method(run.method)
     stages = 1 if method.rule is None else 2
     with RunProgress(console, f"{run.method}-seed{run.seed}", len(stream.tasks), stages) as progress:

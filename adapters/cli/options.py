@@ -10,12 +10,15 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 
-from adapters.data.benchmarks import Benchmark, Preset, find_benchmark
+from adapters.data.benchmarks import Benchmark, find_benchmark
+from adapters.data.presets import Preset
 from became_core import BecameError
 from became_core.continual import (
     PROJECTORS,
     SGD,
     Adam,
+    Augmentation,
+    ClassOrder,
     Dataset,
     Method,
     MethodSettings,
@@ -24,7 +27,6 @@ from became_core.continual import (
     TaskStream,
     Training,
     build_method,
-    split_classes,
 )
 
 __all__ = ["Configuration", "Options", "method_names", "resolve"]
@@ -40,7 +42,8 @@ class Options:
     """
 
     benchmark: str = "split-mnist"
-    """What to learn: split-mnist (embedded), split-cifar100."""
+    """What to learn: split-mnist, permuted-mnist (both embedded), split-cifar100, split-miniimagenet,
+    split-tinyimagenet."""
     methods: tuple[str, ...] = ("became", "gpm", "finetune")
     """Which methods: became, became-paper, ewc, finetune, joint, or a projector by itself: gpm, sgp, gpcns, nscl, ogd,
     trgp; or both, as in became+trgp."""
@@ -48,10 +51,15 @@ class Options:
     """The projector of all methods that name none; became's own is gpm."""
     seeds: tuple[int, ...] = (0,)
     """A run for each; a seed names the initial weights and every random draw."""
-    preset: Literal["quick", "paper"] = "quick"
-    """The published protocol, or the same protocol on a schedule that two CPU cores finish."""
+    preset: Literal["quick", "paper", "nscl"] = "quick"
+    """The published protocol, or the same protocol on a schedule that two CPU cores finish; nscl, that of Adam-NSCL, is
+    for split-cifar100 and split-tinyimagenet."""
+    network: str | None = None
+    """The backbone: mlp, alexnet, resnet18."""
     tasks: int | None = None
     """How many tasks the classes are split into; it must divide them."""
+    class_order: ClassOrder = "label"
+    """How classes are dealt to tasks: in the order of their labels, or in one that the seed draws."""
     first: int | None = None
     """Learn the first so many of them only."""
     epochs: int | None = None
@@ -68,6 +76,8 @@ class Options:
     """What each parameter adds of itself to its gradient."""
     batch_size: int | None = None
     """Samples a step, in training and in evaluation."""
+    augment: bool | None = None
+    """Whether training images are cropped at random, after padding by 4 pixels, and flipped left to right."""
     validation: float | None = None
     """Fraction of each task's training samples held out."""
     threshold: float | None = None
@@ -96,6 +106,8 @@ class Options:
     """Where to compute: auto, cpu, cuda, cuda:1, …"""
     out: Annotated[Path | None, tyro.conf.arg(metavar="OUT")] = None
     """The folder for results; runs/BENCHMARK-PRESET if not given."""
+    dry_run: bool = False
+    """Show the configuration, the numbers of parameters and of steps, and an estimate of the time; learn nothing."""
 
 
 @dataclass(frozen=True)
@@ -107,14 +119,18 @@ class Configuration:
     first: int
     preset: Preset
     out: Path
+    class_order: ClassOrder = "label"
 
     def stream(self, dataset: Dataset, seed: int) -> TaskStream:
         """Return the tasks that a run of this seed learns."""
-        return split_classes(dataset, self.tasks, validation=self.preset.validation, seed=seed).first(self.first)
+        stream = self.benchmark.stream(
+            dataset, self.tasks, validation=self.preset.validation, seed=seed, class_order=self.class_order
+        )
+        return stream.first(self.first)
 
     def method(self, name: str) -> Method:
         """Return the method of that name with this configuration's numbers."""
-        return build_method(name, self.preset.settings)
+        return build_method(name, self.preset.settings_of(name))
 
     def record(self) -> dict[str, Any]:
         """Return the configuration as plain values for JSON: what determines the result, and nothing else."""
@@ -122,7 +138,8 @@ class Configuration:
         return {
             "tasks": self.tasks,
             "first": self.first,
-            "network": self.benchmark.network,
+            "class_order": self.class_order,
+            "network": self.preset.network,
             "validation": self.preset.validation,
             **asdict(training),
             "path_alphas": list(training.path_alphas),
@@ -130,6 +147,7 @@ class Configuration:
             "stage1": _named(training.stage1),
             "stage2": _named(training.stage2),
             **asdict(self.preset.settings),
+            "special": {projector: asdict(settings) for projector, settings in self.preset.special.items()},
         }
 
 
@@ -145,16 +163,19 @@ def resolve(options: Options) -> Configuration:
     for seed in options.seeds:
         if seed < 0:
             raise BecameError(f"the seed {seed} is negative; give 0 or more.")
-    preset = benchmark.presets[options.preset]
+    tasks = _given(options.tasks, benchmark.tasks)
+    preset = benchmark.preset(options.preset, tasks)
     preset = replace(
         preset,
+        network=_given(options.network, preset.network),
         training=_training(preset.training, options),
         settings=_settings(preset.settings, options),
+        special={projector: _settings(settings, options) for projector, settings in preset.special.items()},
         validation=_given(options.validation, preset.validation),
     )
-    tasks = _given(options.tasks, benchmark.tasks)
     out = _given(options.out, Path("runs") / f"{benchmark.name}-{options.preset}")
-    configuration = Configuration(benchmark, tasks, _given(options.first, tasks), preset, out)
+    first = _given(options.first, tasks)
+    configuration = Configuration(benchmark, tasks, first, preset, out, options.class_order)
     for name in method_names(options):
         configuration.method(name)
     return configuration
@@ -185,7 +206,14 @@ def _training(training: Training, options: Options) -> Training:
         projector_samples=_given(options.projector_samples, training.projector_samples) or None,
         curvature_samples=_given(options.curvature_samples, training.curvature_samples) or None,
         path_alphas=tuple(point / last for point in range(options.path_points)),
+        augmentation=_augmentation(training.augmentation, options.augment),
     )
+
+
+def _augmentation(preset: Augmentation | None, wanted: bool | None) -> Augmentation | None:
+    if wanted is None:
+        return preset
+    return (preset or Augmentation()) if wanted else None
 
 
 def _schedule(schedule: Schedule, lr: float | None, epochs: int | None) -> Schedule:

@@ -7,8 +7,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from became_core.continual.stream import Dataset
+from became_core.errors import BecameError
 
-__all__ = ["Part", "assemble"]
+__all__ = ["Part", "assemble", "check_classes"]
 
 Part = tuple[NDArray[np.uint8], NDArray[np.int64]]
 """Images, uint8 [N, C, H, W], and their labels, int64 [N]."""
@@ -27,6 +28,20 @@ def assemble(name: str, train: Part, test: Part) -> Dataset:
         mean=mean,
         std=std,
     )
+
+
+def check_classes(part: Part, classes: int, source: str) -> Part:
+    """Return a part as it is, if it has images of every class; ``source`` is what messages call it.
+
+    Raises:
+        BecameError: if one is missing.
+    """
+    missing = np.setdiff1d(np.arange(classes), part[1])
+    if len(missing):
+        raise BecameError(
+            f"{source} holds no image of {len(missing)} of the {classes} classes, such as {missing[0]}: fetch it again."
+        )
+    return part
 
 
 def _moments(images: NDArray[np.uint8]) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -1,28 +1,30 @@
-"""The benchmarks by name: where their images come from, how many tasks they have, and how each preset trains on them.
+"""The benchmarks by name: where their images come from, how they are cut into tasks, and their presets.
 
-``paper`` is the published protocol (Saha 2021, which BECAME follows); ``quick`` is the same protocol on a schedule that
-two CPU cores finish, the learning rate annealed within each stage, curvature measured on a part of the samples.
+Every benchmark is task-incremental: each task has a head. So has permuted MNIST, which as published has one head for
+all tasks: here a task's permutation is known in testing, and class-incremental accuracy tells permutations apart too.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from adapters.data.cifar import load_cifar100
+from adapters.data.miniimagenet import load_miniimagenet
 from adapters.data.mnist import load_mnist
+from adapters.data.presets import (
+    CIFAR100,
+    CIFAR100_IN_20,
+    MINIIMAGENET,
+    PERMUTED_MNIST,
+    SPLIT_MNIST,
+    TINYIMAGENET,
+    Preset,
+)
+from adapters.data.tinyimagenet import load_tinyimagenet
 from became_core import BecameError
-from became_core.continual import Annealed, Dataset, MethodSettings, Patience, Training
+from became_core.continual import ClassOrder, Dataset, TaskStream, permute_pixels, split_classes
 
-__all__ = ["BENCHMARKS", "Benchmark", "Preset", "find_benchmark"]
-
-
-@dataclass(frozen=True)
-class Preset:
-    """How a benchmark is trained on: the fraction held out for validation, schedules and sizes, methods' numbers."""
-
-    training: Training
-    settings: MethodSettings
-    validation: float = 0.05
+__all__ = ["BENCHMARKS", "Benchmark", "find_benchmark"]
 
 
 @dataclass(frozen=True)
@@ -33,56 +35,55 @@ class Benchmark:
         name: as on the command line.
         load: returns the data set, given a local folder or None.
         tasks: the usual number of tasks.
-        network: the name of its backbone.
-        presets: "quick" and "paper".
+        presets: by name, "quick" and "paper" among them.
+        otherwise: the presets of other numbers of tasks, where they differ.
+        permuted: whether the tasks are permutations of the pixels, rather than groups of classes.
     """
 
     name: str
     load: Callable[[Path | None], Dataset]
     tasks: int
-    network: str
-    presets: dict[str, Preset]
+    presets: Mapping[str, Preset]
+    otherwise: Mapping[int, Mapping[str, Preset]] = field(default_factory=dict)
+    permuted: bool = False
+
+    def preset(self, name: str, tasks: int) -> Preset:
+        """Return the preset of that name for so many tasks.
+
+        Raises:
+            BecameError: if there is none.
+        """
+        presets = self.otherwise.get(tasks, self.presets)
+        if name not in presets:
+            raise BecameError(f"{self.name} has no preset '{name}'; choose from {', '.join(presets)}.")
+        return presets[name]
+
+    def stream(
+        self, dataset: Dataset, tasks: int, *, validation: float, seed: int, class_order: ClassOrder
+    ) -> TaskStream:
+        """Return the tasks; arguments as of ``became_core.continual.split_classes``.
+
+        Raises:
+            BecameError: if the data set cannot be cut so.
+        """
+        if self.permuted:
+            if class_order != "label":
+                raise BecameError(f"{self.name} has all classes in every task; their order can only be label.")
+            dataset = permute_pixels(dataset, tasks)
+        return split_classes(dataset, tasks, validation=validation, seed=seed, class_order=class_order)
 
 
-_SPLIT_MNIST = Benchmark(
-    name="split-mnist",
-    load=lambda data_dir: load_mnist(),  # the images are embedded
-    tasks=5,
-    network="mlp",
-    presets={
-        "quick": Preset(
-            Training(stage1=Annealed(lr=0.1, epochs=8), stage2=Annealed(lr=0.1, epochs=4), batch_size=10),
-            MethodSettings(threshold=0.95, increment=0.003),
-        ),
-        "paper": Preset(
-            Training(
-                stage1=Patience(lr=0.05, minimum=1e-3),
-                stage2=Patience(lr=0.05, minimum=1e-3, restores_best=False),
-                batch_size=10,
-            ),
-            MethodSettings(threshold=0.95, increment=0.003),
-            validation=0.1,
-        ),
-    },
-)
-
-_SPLIT_CIFAR100 = Benchmark(
-    name="split-cifar100",
-    load=load_cifar100,
-    tasks=10,
-    network="alexnet",
-    presets={
-        "quick": Preset(
-            Training(stage1=Annealed(lr=0.05, epochs=12), stage2=Annealed(lr=0.05, epochs=6), curvature_samples=1024),
-            MethodSettings(),
-        ),
-        "paper": Preset(
-            Training(stage1=Patience(lr=0.05), stage2=Patience(lr=0.05, restores_best=False)), MethodSettings()
-        ),
-    },
-)
-
-BENCHMARKS: dict[str, Benchmark] = {benchmark.name: benchmark for benchmark in (_SPLIT_MNIST, _SPLIT_CIFAR100)}
+BENCHMARKS: dict[str, Benchmark] = {
+    benchmark.name: benchmark
+    for benchmark in (
+        # The images of the first two are embedded.
+        Benchmark("split-mnist", lambda data_dir: load_mnist(), 5, SPLIT_MNIST),
+        Benchmark("permuted-mnist", lambda data_dir: load_mnist(), 10, PERMUTED_MNIST, permuted=True),
+        Benchmark("split-cifar100", load_cifar100, 10, CIFAR100, otherwise={20: CIFAR100_IN_20}),
+        Benchmark("split-miniimagenet", load_miniimagenet, 20, MINIIMAGENET),
+        Benchmark("split-tinyimagenet", load_tinyimagenet, 25, TINYIMAGENET),
+    )
+}
 
 
 def find_benchmark(name: str) -> Benchmark:

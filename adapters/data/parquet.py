@@ -5,27 +5,22 @@ Convention: an image column holds encoded images (PNG, JPEG), a label column int
 """
 
 import re
-import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
-from PIL import Image
 
 from adapters.data.assembly import Part
 from adapters.data.huggingface import rows_of_file
+from adapters.data.images import decoded
 from became_core.errors import BecameError
 
 if TYPE_CHECKING:
     import datasets
 
 __all__ = ["Columns", "decode", "read_images", "split_files"]
-
-_PNG = b"\x89PNG\r\n\x1a\n"
 
 
 @dataclass(frozen=True)
@@ -85,7 +80,9 @@ def decode(rows: "datasets.Dataset", columns: Columns, source: str) -> Part:
     images = np.empty((len(rows), 3, columns.size, columns.size), dtype=np.uint8)
     labels = np.empty(len(rows), dtype=np.int64)
     for row, (encoded, label) in enumerate(_cells(rows, columns, source)):
-        images[row] = _pixels(encoded, columns.size, f"row {row} of {source}")
+        if not encoded:
+            raise BecameError(f"row {row} of {source} holds no image.")
+        images[row] = decoded(encoded, columns.size, f"row {row} of {source}")
         if not isinstance(label, int) or not 0 <= label < columns.classes:
             raise BecameError(f"row {row} of {source} has label {label!r}; labels are 0 … {columns.classes - 1}.")
         labels[row] = label
@@ -102,32 +99,3 @@ def _cells(rows: "datasets.Dataset", columns: Columns, source: str) -> Iterator[
     for batch in rows.iter(batch_size=1000):
         for cell, label in zip(batch[columns.image], batch[columns.label], strict=True):
             yield cell and cell["bytes"], label
-
-
-def _pixels(encoded: bytes | None, size: int, source: str) -> NDArray[np.uint8]:
-    """[3, size, size] of one encoded image."""
-    if not encoded:
-        raise BecameError(f"{source} holds no image.")
-    try:
-        if encoded.startswith(_PNG):
-            _check_png(encoded)
-        pixels = np.asarray(Image.open(BytesIO(encoded)).convert("RGB"))
-    except Exception as error:  # a corrupt image can fail in any of Pillow's plugins, each with errors of its own
-        raise BecameError(f"{source} holds a corrupt image: fetch it again.") from error
-    if pixels.shape != (size, size, 3):
-        raise BecameError(f"{source} is {pixels.shape[1]}×{pixels.shape[0]} pixels; every image must be {size}×{size}.")
-    return pixels.transpose(2, 0, 1)
-
-
-def _check_png(encoded: bytes) -> None:
-    """Raise ValueError if a chunk differs from its checksum.
-
-    Pillow's decoder skips the checksums of pixels, so one flipped bit in a hundred would pass; its ``verify`` does not,
-    but takes ten times as long as this.
-    """
-    start = len(_PNG)
-    while start < len(encoded):  # a chunk: length, type, data, checksum of type and data
-        end = start + 8 + int.from_bytes(encoded[start : start + 4])
-        if zlib.crc32(encoded[start + 4 : end]) != int.from_bytes(encoded[end : end + 4]):
-            raise ValueError(f"the checksum at byte {end} is wrong")
-        start = end + 4

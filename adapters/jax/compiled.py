@@ -17,7 +17,7 @@ from adapters.jax.heads import HEAD
 from adapters.jax.layers import Dense, Pass
 from adapters.jax.networks import Backbone
 from became_core.arrays import Array, Params
-from became_core.continual import Constraint, Optimiser, Penalty
+from became_core.continual import Constraint, Optimiser, Penalty, Views
 from became_core.laplace import LaplacePosterior
 from became_core.projection import Projector, TrustRegion
 
@@ -45,9 +45,10 @@ class Data(NamedTuple):
     mean: Array
     std: Array
 
-    def normalised(self, rows: Array) -> Array:
+    def normalised(self, rows: Array, views: Views | None = None) -> Array:
         """Return the network's input, [rows, H, W, C]."""
-        return (self.images[rows].astype(self.mean.dtype) - self.mean) / self.std
+        pixels = self.images[rows] if views is None else views.shown(self.images[rows], axis=1)
+        return (pixels.astype(self.mean.dtype) - self.mean) / self.std
 
 
 def _logits(backbone: Backbone, run: Pass, images: Array) -> Array:
@@ -65,10 +66,16 @@ def _in_order(masks: Masks | None) -> Callable[[tuple[int, ...], int], Array] | 
 
 
 def _gradients(
-    backbone: Backbone, trained: Params, frozen: Params, data: Data, rows: Array, masks: Masks
+    backbone: Backbone,
+    trained: Params,
+    frozen: Params,
+    data: Data,
+    rows: Array,
+    masks: Masks,
+    views: Views | None = None,
 ) -> tuple[Array, Params]:
     """Return a batch's mean cross-entropy, and its gradient by what is trained."""
-    images, targets = data.normalised(rows), data.targets[rows]
+    images, targets = data.normalised(rows, views), data.targets[rows]
 
     def loss(trained: Params) -> Array:
         logits = _logits(backbone, Pass(frozen | trained, _in_order(masks)), images)

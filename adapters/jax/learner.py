@@ -116,7 +116,9 @@ class JaxLearner:
                     weights |= compiled.effective(own, own_frozen, region)
                 moving = {name: weights[name] for name in own if name not in scales}
                 still = {name: weights[name] for name in own_frozen}
-                loss, gradients = compiled.gradients(self._backbone, moving, still, self._data, batch.indices, masks)
+                loss, gradients = compiled.gradients(
+                    self._backbone, moving, still, self._data, batch.indices, masks, batch.views
+                )
                 own, own_optimiser = compiled.update(
                     own, own_optimiser, own_frozen, gradients, float(rate), **respected
                 )

@@ -21,7 +21,7 @@ from adapters.tensorflow.stepping import Factors, advanced, loss_and_gradients
 from adapters.tensorflow.tapping import collect_taps
 from became_core import BecameError
 from became_core.arrays import Array, Params
-from became_core.continual import Batch, Constraint, Optimiser, TapMode, TaskStream, Trained
+from became_core.continual import Batch, Constraint, Optimiser, TapMode, TaskStream, Trained, Views
 from became_core.continual.stream import Indices
 from became_core.curvature import Pushforward, Taps, logit_cotangents
 
@@ -119,7 +119,7 @@ class TensorFlowLearner:
             for batch, rate in zip(batches, rates, strict=True):
                 seen = self._for_task(batch.task, held | theta | effective)
                 masks = self._network.masks(len(batch.indices), stream)
-                loss, *found = self._step_network(seen, batch.indices, masks)
+                loss, *found = self._step_network(seen, batch.indices, masks, batch.views)
                 gradients, factors = (self._trained(each, batch.task, constraint) for each in found)
                 theta, optimiser, region, effective = self._step_constraint(
                     theta,
@@ -200,15 +200,20 @@ class TensorFlowLearner:
         named = {f"heads.{task}.weight" if name == "head.weight" else name: each for name, each in of_task.items()}
         return {name: each for name, each in named.items() if name in constraint.trainable}
 
-    def _batch(self, rows: Array) -> tuple[Array, Array]:
-        images = (tf.cast(tf.gather(self._images, rows), self._dtype) - self._mean) / self._std
+    def _batch(self, rows: Array, views: Views | None = None) -> tuple[Array, Array]:
+        pixels = tf.gather(self._images, rows)
+        if views is not None:
+            pixels = views.shown(pixels, axis=1)
+        images = (tf.cast(pixels, self._dtype) - self._mean) / self._std
         return images, tf.gather(self._targets, rows)
 
     # What follows is compiled.
 
-    def _loss_and_gradients(self, theta: Params, rows: Array, masks: Sequence[Array]) -> tuple[Array, Params, Factors]:
+    def _loss_and_gradients(
+        self, theta: Params, rows: Array, masks: Sequence[Array], views: Views | None
+    ) -> tuple[Array, Params, Factors]:
         self.traces += 1
-        return loss_and_gradients(self._network, self._head, theta, *self._batch(rows), masks)
+        return loss_and_gradients(self._network, self._head, theta, *self._batch(rows, views), masks)
 
     def _logits_of_all_heads(self, theta: Params, rows: Array) -> Array:
         features = self._network.features(theta, self._batch(rows)[0])

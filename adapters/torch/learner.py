@@ -19,7 +19,7 @@ from adapters.torch.projected import projected_inputs
 from adapters.torch.tapping import collect_inputs, collect_taps, layers_with_samples_first
 from became_core import BecameError
 from became_core.arrays import Params
-from became_core.continual import Batch, Constraint, Optimiser, TapMode, TaskStream, Trained
+from became_core.continual import Batch, Constraint, Optimiser, TapMode, TaskStream, Trained, Views
 from became_core.continual.stream import Indices
 from became_core.curvature import Pushforward, Taps, logit_cotangents
 from became_core.projection import TrustRegion
@@ -110,7 +110,7 @@ class TorchLearner:
             self._work_with(region, theta)
         with projected_inputs(self._layers, constraint.projector_of_gradients(optimiser)) as done:
             for batch, rate in zip(batches, rates, strict=True):
-                images, targets = self._batch(batch.indices)
+                images, targets = self._batch(batch.indices, batch.views)
                 loss = functional.cross_entropy(self.network(images, batch.task), targets)
                 for parameter in trained.values():
                     parameter.grad = None
@@ -199,9 +199,10 @@ class TorchLearner:
             self._layers_of_task[task] = layers_with_samples_first(self.network, self._layers, arguments)
         return self._layers_of_task[task]
 
-    def _batch(self, indices: Indices) -> tuple[Tensor, Tensor]:
+    def _batch(self, indices: Indices, views: Views | None = None) -> tuple[Tensor, Tensor]:
         rows = torch.from_numpy(indices).to(self.device)
-        images = self._images[rows].to(self._mean.dtype).sub_(self._mean).div_(self._std)
+        pixels = self._images[rows] if views is None else views.shown(self._images[rows], axis=2)
+        images = pixels.to(self._mean.dtype).sub_(self._mean).div_(self._std)
         return images.contiguous(memory_format=self._layout), self._targets[rows]
 
     def _draw_from(self, stream: np.random.Generator) -> None:

@@ -1,14 +1,15 @@
 """Continual learning: task streams, the learner protocol, methods, and the loop that runs them."""
 
+from became_core.continual.augmentation import Augmentation, Views
 from became_core.continual.estimates import Along, alpha_estimates
 from became_core.continual.learner import Batch, Constraint, Learner, Penalty, TapMode, Trained
 from became_core.continual.loop import learn
 from became_core.continual.methods import METHODS, PROJECTORS, Method, MethodSettings, build_method
 from became_core.continual.optimisers import SGD, Adam, Optimiser
 from became_core.continual.record import MergePath, PathPoint, RunRecord, TaskEnd
-from became_core.continual.schedule import Annealed, Patience, Schedule
+from became_core.continual.schedule import Annealed, Patience, Schedule, Stepped
 from became_core.continual.seeding import random_stream
-from became_core.continual.stream import Dataset, Task, TaskStream, split_classes
+from became_core.continual.stream import ClassOrder, Dataset, Task, TaskStream, permute_pixels, split_classes
 from became_core.continual.training import EpochEnd, Training
 
 __all__ = [
@@ -18,7 +19,9 @@ __all__ = [
     "Adam",
     "Along",
     "Annealed",
+    "Augmentation",
     "Batch",
+    "ClassOrder",
     "Constraint",
     "Dataset",
     "EpochEnd",
@@ -32,15 +35,18 @@ __all__ = [
     "Penalty",
     "RunRecord",
     "Schedule",
+    "Stepped",
     "TapMode",
     "Task",
     "TaskEnd",
     "TaskStream",
     "Trained",
     "Training",
+    "Views",
     "alpha_estimates",
     "build_method",
     "learn",
+    "permute_pixels",
     "random_stream",
     "split_classes",
 ]

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from became_core.arrays import Array, Params
+from became_core.continual.augmentation import Views
 from became_core.continual.optimisers import Optimiser
 from became_core.continual.stream import Indices
 from became_core.curvature import Pushforward, TapMode, Taps
@@ -23,10 +24,17 @@ __all__ = ["Batch", "Constraint", "Learner", "Penalty", "TapMode", "Trained"]
 
 
 class Batch(NamedTuple):
-    """One step's samples: all of one task, since a head and batch statistics belong to a task."""
+    """One step's samples: all of one task, since a head and batch statistics belong to a task.
+
+    Attributes:
+        task: whose head they are for.
+        indices: the rows of the data set.
+        views: how each image is seen; as it is if there are none.
+    """
 
     task: int
     indices: Indices
+    views: Views | None = None
 
 
 @dataclass(frozen=True)

@@ -126,6 +126,7 @@ class _Run:
             batch_size=self.training.batch_size,
             seed=self.seed,
             observe=self.observe,
+            augmentation=self.training.augmentation,
         )
 
     def free_constraint(self, task: Task) -> Constraint:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from became_core.errors import BecameError
 
-__all__ = ["Annealed", "Patience", "Schedule"]
+__all__ = ["Annealed", "Patience", "Schedule", "Stepped"]
 
 
 @dataclass(frozen=True)
@@ -105,4 +105,49 @@ class Patience:
         return self
 
 
-Schedule = Annealed | Patience
+@dataclass(frozen=True)
+class Stepped:
+    """A rate that is divided when given shares of all epochs are done, such as 30 and 60 of 80 (Wang 2021).
+
+    Attributes:
+        lr: the learning rate to begin with.
+        epochs: how many there are.
+        milestones: the shares of the epochs after which the rate is divided, each in (0, 1).
+        factor: what it is divided by.
+    """
+
+    lr: float
+    epochs: int
+    milestones: tuple[float, ...] = (0.375, 0.75)
+    factor: float = 2.0
+    epoch: int = 0
+    needs_validation: bool = False
+    restores_best: bool = False
+
+    def __post_init__(self) -> None:
+        """Check the numbers."""
+        if self.epochs < 1 or self.lr <= 0 or self.factor <= 1:
+            raise BecameError("a stepped schedule needs at least 1 epoch, an lr above 0 and a factor above 1.")
+        if not all(0 < share < 1 for share in self.milestones):
+            raise BecameError(f"the milestones are {self.milestones}; each is a share of the epochs, between 0 and 1.")
+
+    @property
+    def finished(self) -> bool:
+        """Whether all epochs are done."""
+        return self.epoch >= self.epochs
+
+    def rates(self, steps: int) -> NDArray[np.float64]:
+        """Return the current rate for each step, [steps]."""
+        passed = sum(self.epoch >= share * self.epochs for share in self.milestones)
+        return np.full(steps, self.lr / self.factor**passed)
+
+    def advance(self, validation_loss: float) -> Self:
+        """Return the schedule one epoch on."""
+        return replace(self, epoch=self.epoch + 1)
+
+    def extended(self, epochs: int) -> Self:
+        """Return the schedule over so many epochs more, divided at the same shares of them all."""
+        return replace(self, epochs=self.epochs + epochs)
+
+
+Schedule = Annealed | Patience | Stepped

@@ -6,7 +6,7 @@ places it on its device once and every batch, of any task and any part, is a row
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,9 +14,10 @@ from numpy.typing import NDArray
 from became_core.continual.seeding import random_stream
 from became_core.errors import BecameError
 
-__all__ = ["Dataset", "Task", "TaskStream", "split_classes"]
+__all__ = ["ClassOrder", "Dataset", "Task", "TaskStream", "permute_pixels", "split_classes"]
 
 Indices = NDArray[np.int64]
+ClassOrder = Literal["label", "seeded"]
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ def split_classes(
     *,
     validation: float = 0.05,
     seed: int = 0,
-    class_order: Sequence[int] | None = None,
+    class_order: ClassOrder | Sequence[int] = "label",
 ) -> TaskStream:
     """Split a data set by classes into tasks of equal width, in label order unless told otherwise.
 
@@ -102,8 +103,8 @@ def split_classes(
         dataset: what to split.
         tasks: the number of tasks; it must divide the number of classes.
         validation: the fraction of each task's training rows held out, drawn at random by ``seed``.
-        seed: names the draw of the validation rows.
-        class_order: a permutation of the classes; label order if not given.
+        seed: names the draw of the validation rows, and of the class order if it is "seeded".
+        class_order: "label", "seeded", or a permutation of the classes.
 
     Raises:
         BecameError: if the classes cannot be split so, or the fraction is not in [0, 1).
@@ -112,7 +113,10 @@ def split_classes(
         raise BecameError(f"{tasks} tasks do not divide the {dataset.classes} classes of {dataset.name}.")
     if not 0 <= validation < 1:
         raise BecameError(f"the validation fraction is {validation}; it must be at least 0 and below 1.")
-    order = np.arange(dataset.classes) if class_order is None else np.asarray(class_order)
+    if class_order == "seeded":
+        order = random_stream(seed, "class order").permutation(dataset.classes)
+    else:
+        order = np.arange(dataset.classes) if class_order == "label" else np.asarray(class_order)
     if sorted(order.tolist()) != list(range(dataset.classes)):
         raise BecameError(f"the class order is not a permutation of the {dataset.classes} classes of {dataset.name}.")
     groups = order.reshape(tasks, -1)
@@ -136,4 +140,31 @@ def _task(dataset: Dataset, index: int, group: Indices, validation: float, seed:
         train=np.sort(train[held_out:]),
         validation=np.sort(train[:held_out]),
         test=test,
+    )
+
+
+def permute_pixels(dataset: Dataset, tasks: int) -> Dataset:
+    """Return a data set of so many copies of each image, each copy with its pixels in another order (Goodfellow 2014).
+
+    Copy t has the classes C t … C (t + 1) − 1, C the number of classes of the data set, so that ``split_classes`` into
+    as many tasks, in label order, gives every permutation to a task, and a head, of its own. The first copy is as it
+    was; every other has one order of its pixels, the same for all channels and images, and for every run.
+
+    Raises:
+        BecameError: if the number of tasks is not at least 1.
+    """
+    if tasks < 1:
+        raise BecameError(f"{tasks} tasks of permuted pixels are asked for; give at least 1.")
+    flat = dataset.images.reshape(*dataset.images.shape[:2], -1)
+    pixels = np.arange(flat.shape[2])
+    orders = [random_stream(0, "pixels", task).permutation(pixels) if task else pixels for task in range(tasks)]
+    parts = [slice(0, dataset.train_size), slice(dataset.train_size, None)]  # all training rows before all test rows
+    images = np.concatenate([flat[part][:, :, order] for part in parts for order in orders])
+    labels = [dataset.labels[part] + dataset.classes * task for part in parts for task in range(tasks)]
+    return replace(
+        dataset,
+        name=f"permuted {dataset.name}",
+        images=images.reshape(-1, *dataset.images.shape[1:]),
+        labels=np.concatenate(labels),
+        train_size=dataset.train_size * tasks,
     )

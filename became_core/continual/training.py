@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from became_core.arrays import Params, namespace
+from became_core.continual.augmentation import Augmentation
 from became_core.continual.evaluation import mean_loss
 from became_core.continual.learner import Batch, Constraint, Learner
 from became_core.continual.optimisers import SGD, Optimiser
@@ -35,6 +36,7 @@ class Training:
         projector_samples: training samples of a task that the projector's memory is made from; all if None.
         curvature_samples: training samples for Fisher information and directional curvature; all if None.
         path_alphas: where the true loss is traced on every merging path; nowhere if empty.
+        augmentation: how training images are cropped and flipped; not at all if None.
     """
 
     stage1: Schedule
@@ -44,6 +46,7 @@ class Training:
     projector_samples: int | None = 125
     curvature_samples: int | None = None
     path_alphas: tuple[float, ...] = ()
+    augmentation: Augmentation | None = None
 
 
 @dataclass(frozen=True)
@@ -59,13 +62,20 @@ class EpochEnd:
     validation_loss: float
 
 
-def epoch_batches(tasks: Sequence[Task], batch_size: int, stream: np.random.Generator) -> list[Batch]:
+def epoch_batches(
+    tasks: Sequence[Task], batch_size: int, stream: np.random.Generator, augmentation: Augmentation | None = None
+) -> list[Batch]:
     """Return one epoch's batches: each task's rows shuffled and cut, then the batches of all tasks shuffled.
 
-    A last, smaller batch is kept unless it would hold one sample alone, which has no batch statistics.
+    A last, smaller batch is kept unless it would hold one sample alone, which has no batch statistics. Views are drawn
+    last, so that the same rows are in the same batches with them and without.
     """
     batches = [batch for task in tasks for batch in _task_batches(task, batch_size, stream)]
-    return [batches[position] for position in stream.permutation(len(batches))] if len(tasks) > 1 else batches
+    if len(tasks) > 1:
+        batches = [batches[position] for position in stream.permutation(len(batches))]
+    if augmentation is None:
+        return batches
+    return [batch._replace(views=augmentation.draw(len(batch.indices), stream)) for batch in batches]
 
 
 def _task_batches(task: Task, batch_size: int, stream: np.random.Generator) -> Iterator[Batch]:
@@ -87,6 +97,7 @@ def train_stage(
     batch_size: int,
     seed: int,
     observe: Callable[[EpochEnd], None],
+    augmentation: Augmentation | None = None,
 ) -> tuple[int, TrustRegion | None]:
     """Train a learner on the last of these tasks (on all of them, if several are given).
 
@@ -106,7 +117,7 @@ def train_stage(
     optimiser = optimiser.begun({name: theta[name] for name in sorted(constraint.trainable)} | scales)
     while not schedule.finished:
         key = (task.index, stage, schedule.epoch)
-        batches = epoch_batches(tasks, batch_size, random_stream(seed, "batches", *key))
+        batches = epoch_batches(tasks, batch_size, random_stream(seed, "batches", *key), augmentation)
         rates = schedule.rates(len(batches))
         draws = random_stream(seed, "dropout", *key)
         loss, optimiser, region = learner.train(batches, rates, constraint, optimiser, draws)

@@ -1,6 +1,5 @@
 """Options and presets resolve to one configuration."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,7 +7,6 @@ import pytest
 from adapters.cli.options import Options, resolve
 from adapters.data.benchmarks import BENCHMARKS
 from became_core import BecameError
-from became_core.continual import Patience
 
 
 def test_nothing_given_means_the_quick_preset_on_the_embedded_benchmark() -> None:
@@ -25,13 +23,15 @@ def test_every_option_reaches_the_configuration_and_its_record() -> None:
     options = Options(
         benchmark="split-cifar100", tasks=20, epochs=3, stage2_epochs=2, lr=0.2, batch_size=8, validation=0.1,
         threshold=0.9, increment=0.01, ewc_strength=7.0, projector_samples=11, curvature_samples=0,
-        path_points=3,
+        path_points=3, network="mlp", class_order="seeded", augment=True,
     )  # fmt: skip
     record = resolve(options).record()
     assert record["tasks"] == 20
+    assert (record["network"], record["class_order"]) == ("mlp", "seeded")
     assert (record["stage1"]["epochs"], record["stage2"]["epochs"]) == (3, 2)
     assert record["stage1"]["lr"] == record["stage2"]["lr"] == 0.2
     assert record["batch_size"] == 8
+    assert record["augmentation"] == {"padding": 4, "flips": True}
     assert record["validation"] == 0.1
     assert (record["threshold"], record["increment"], record["ewc_strength"]) == (0.9, 0.01, 7.0)
     assert record["projector_samples"] == 11
@@ -39,20 +39,29 @@ def test_every_option_reaches_the_configuration_and_its_record() -> None:
     assert record["path_alphas"] == [0.0, 0.5, 1.0]
 
 
-def test_the_paper_preset_is_the_published_protocol() -> None:
-    preset = BENCHMARKS["split-cifar100"].presets["paper"]
-    training = preset.training
-    assert training.stage1 == Patience(lr=0.05, factor=2, patience=6, minimum=5e-5, epochs=200, restores_best=True)
-    assert training.stage2 == replace(training.stage1, restores_best=False)
-    assert (training.batch_size, training.projector_samples, training.curvature_samples) == (64, 125, None)
-    assert preset.validation == 0.05
-    assert (preset.settings.threshold, preset.settings.increment) == (0.97, 0.003)
+def test_a_number_given_holds_for_every_projector() -> None:
+    options = Options(benchmark="split-miniimagenet", preset="paper", threshold=0.9, methods=("gpm", "sgp"))
+    preset = resolve(options).preset
+    assert preset.settings_of("gpm").threshold == preset.settings_of("sgp").threshold == 0.9
+    assert preset.settings_of("sgp").increment == 0.001
+
+
+def test_the_number_of_tasks_chooses_the_preset() -> None:
+    ratios = [
+        resolve(Options(benchmark="split-cifar100", preset="nscl", tasks=tasks)).preset.settings.nscl_ratio
+        for tasks in (10, 20)
+    ]
+    assert ratios == [10, 30]
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (Options(benchmark="imagenet"), "no benchmark 'imagenet'; choose from split-cifar100, split-mnist"),
+        (
+            Options(benchmark="imagenet"),
+            "no benchmark 'imagenet'; choose from permuted-mnist, split-cifar",
+        ),
+        (Options(preset="nscl"), "split-mnist has no preset 'nscl'; choose from quick, paper"),
         (
             Options(methods=("gpm", "gmp")),
             "no method 'gmp'; choose from became, became-paper, ewc, finetune, gpcns, gpm, joint, nscl, ogd, sgp",

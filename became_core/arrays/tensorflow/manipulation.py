@@ -81,8 +81,10 @@ def take_along_axis(x: Any, indices: Any, /, *, axis: int = -1) -> Any:
     indices = _from_start(indices, tf.shape(x)[axis])
     x, indices = _swapped(x, axis), _swapped(indices, axis)
     batch = tf.broadcast_dynamic_shape(tf.shape(x)[:-1], tf.shape(indices)[:-1])
+    known = tf.broadcast_static_shape(x.shape[:-1], indices.shape[:-1]).concatenate(indices.shape[-1:])
     x, indices = (tf.broadcast_to(each, tf.concat([batch, tf.shape(each)[-1:]], 0)) for each in (x, indices))
-    return _swapped(tf.gather(x, indices, batch_dims=len(x.shape) - 1, axis=-1), axis)
+    found = tf.gather(x, indices, batch_dims=len(x.shape) - 1, axis=-1)
+    return _swapped(tf.ensure_shape(found, known), axis)  # what is known of the shape would else be lost
 
 
 def _from_start(indices: Any, length: Any) -> Any:

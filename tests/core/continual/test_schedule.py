@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from became_core import BecameError
-from became_core.continual import Annealed, Patience, Schedule
+from became_core.continual import Annealed, Patience, Schedule, Stepped
 
 
 def all_rates(schedule: Schedule, steps: int) -> list[float]:
@@ -95,3 +95,30 @@ def test_patience_needs_no_more_epochs() -> None:
 def test_a_patience_that_cannot_end_is_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(BecameError, match=r"^a patience schedule needs at least 1 epoch, an lr above 0 and a factor"):
         Patience(**({"lr": 1.0} | wrong))  # type: ignore[arg-type]
+
+
+def test_steps_as_published_halve_at_30_and_60_of_80() -> None:
+    rates = all_rates(Stepped(1e-4, 80), 2)
+    assert rates == [1e-4] * 60 + [5e-5] * 60 + [2.5e-5] * 40
+
+
+@given(epochs=st.integers(1, 20), more=st.integers(0, 20), steps=st.integers(1, 3))
+def test_a_shorter_or_longer_stage_is_divided_at_the_same_shares(epochs: int, more: int, steps: int) -> None:
+    schedule = Stepped(1.0, epochs, (0.25, 0.5), factor=10.0).extended(more)
+    assert schedule == Stepped(1.0, epochs + more, (0.25, 0.5), factor=10.0)
+    rates = np.reshape(all_rates(schedule, steps), (epochs + more, steps))
+    for done, of_epoch in enumerate(rates / rates[0]):
+        share = done / (epochs + more)
+        assert of_epoch == pytest.approx(0.01 if share >= 0.5 else 0.1 if share >= 0.25 else 1.0)
+
+
+@pytest.mark.parametrize("wrong", [{"epochs": 0}, {"lr": 0.0}, {"factor": 1.0}])
+def test_steps_that_cannot_train_are_refused(wrong: dict[str, float]) -> None:
+    with pytest.raises(BecameError, match=r"^a stepped schedule needs at least 1 epoch, an lr above 0 and a factor"):
+        Stepped(**({"lr": 1.0, "epochs": 2} | wrong))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("milestones", [(30.0, 60.0), (0.0,), (0.5, math.nan)])
+def test_a_milestone_that_is_no_share_is_refused(milestones: tuple[float, ...]) -> None:
+    with pytest.raises(BecameError, match="each is a share of the epochs"):
+        Stepped(1.0, 80, milestones)

@@ -1,5 +1,6 @@
 """Task streams: every row in exactly one place, and the same draw for the same names."""
 
+from dataclasses import replace
 from random import Random
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from became_core.continual.stream import Dataset, TaskStream, split_classes
+from became_core.continual.stream import Dataset, TaskStream, permute_pixels, split_classes
 from became_core.errors import BecameError
 
 SHAPES = [(tasks, classes) for classes in (1, 4, 6, 10, 12) for tasks in range(1, classes + 1) if classes % tasks == 0]
@@ -97,3 +98,48 @@ def test_a_validation_fraction_outside_zero_to_one_is_an_error(validation: float
 def test_a_class_order_that_is_no_permutation_is_an_error(order: list[int]) -> None:
     with pytest.raises(BecameError, match="not a permutation of the 6 classes of toy"):
         split_classes(make_dataset(6), 3, class_order=order)
+
+
+def test_a_seeded_class_order_is_a_permutation_drawn_by_the_seed() -> None:
+    dataset = make_dataset(12)
+    orders = [
+        [label for task in split_classes(dataset, 3, seed=seed, class_order="seeded").tasks for label in task.classes]
+        for seed in (0, 0, 1)
+    ]
+    assert orders[0] == orders[1] != orders[2]
+    assert sorted(orders[0]) == list(range(12)) != orders[0]
+
+
+def images_of(classes: int, channels: int = 3) -> Dataset:
+    draw = np.random.default_rng(0)
+    dataset = make_dataset(classes)
+    return replace(dataset, images=draw.integers(0, 256, (60, channels, 4, 5), dtype=np.uint8))
+
+
+def test_every_permuted_task_holds_every_image_with_its_pixels_in_one_order() -> None:
+    plain = images_of(4)
+    stream = split_classes(permute_pixels(plain, 3), 3, validation=0)
+    assert stream.classes_per_task == 4
+    orders = []
+    for task in stream.tasks:
+        for part, expected in ((task.train, slice(0, 40)), (task.test, slice(40, 60))):
+            np.testing.assert_array_equal(stream.targets[part], plain.labels[expected])
+        images = stream.dataset.images[np.concatenate([task.train, task.test])].reshape(180, 20)
+        # Random bytes: a pixel's history over all images and channels is its name.
+        names = [column.tobytes() for column in plain.images.reshape(180, 20).T]
+        orders.append([names.index(column.tobytes()) for column in images.T])
+    assert orders[0] == list(range(20))
+    assert all(sorted(order) == list(range(20)) for order in orders)
+    assert len({tuple(order) for order in orders}) == 3
+
+
+def test_permutations_are_the_same_in_every_run_and_for_any_number_of_tasks() -> None:
+    two, three = (permute_pixels(images_of(4), tasks) for tasks in (2, 3))
+    np.testing.assert_array_equal(two.images[:80], three.images[:80])
+    assert three.train_size == 120
+    assert (three.mean, three.std) == (images_of(4).mean, images_of(4).std)
+
+
+def test_no_permuted_tasks_are_an_error() -> None:
+    with pytest.raises(BecameError, match="0 tasks of permuted pixels"):
+        permute_pixels(images_of(4), 0)

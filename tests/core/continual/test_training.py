@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from became_core import BecameError
-from became_core.continual import SGD, Annealed, Constraint, EpochEnd, Patience, Schedule, Task, Trained
+from became_core.continual import SGD, Annealed, Augmentation, Constraint, EpochEnd, Patience, Schedule, Task, Trained
 from became_core.continual.evaluation import mean_loss
 from became_core.continual.training import epoch_batches, train_stage
 from reference.learner import ReferenceLearner
@@ -45,6 +45,25 @@ def test_batches_are_a_function_of_the_stream() -> None:
         return [batch.indices.tolist() for batch in epoch_batches(tasks, 6, np.random.default_rng(seed))]
 
     assert rows(0) == rows(0) != rows(1)
+
+
+def test_views_come_with_every_batch_and_leave_its_rows_as_they_were() -> None:
+    tasks = [task_of(0, 20), task_of(1, 20)]
+    plain = epoch_batches(tasks, 6, np.random.default_rng(0))
+    seen, again, other = (epoch_batches(tasks, 6, np.random.default_rng(seed), Augmentation()) for seed in (0, 0, 1))
+    assert all(batch.views is None for batch in plain)
+    views = []
+    for batch, same, without in zip(seen, again, plain, strict=True):
+        assert batch.task == without.task
+        np.testing.assert_array_equal(batch.indices, without.indices)
+        assert batch.views is not None
+        assert same.views is not None
+        assert len(batch.views.offsets) == len(batch.views.flips) == len(batch.indices)
+        np.testing.assert_array_equal(batch.views.offsets, same.views.offsets)
+        np.testing.assert_array_equal(batch.views.flips, same.views.flips)
+        views.append(batch.views.offsets.tolist())
+    assert views != [batch.views.offsets.tolist() for batch in other if batch.views is not None]
+    assert len({str(each) for each in views}) == len(views)  # no batch is seen as another
 
 
 def test_batches_of_several_tasks_are_mixed() -> None:
