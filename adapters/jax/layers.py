@@ -68,7 +68,11 @@ def _dropout(run: "Pass", layer: Dropout, inputs: Array) -> Array:
 
 
 def _greatest(inputs: Array, size: int) -> Array:
-    """Return the greatest of each square; of equal ones the first has the gradient, as in other frameworks."""
+    """Return the greatest of each square; of equal ones the first has the gradient, as in other frameworks.
+
+    JAX's own maximum over axes finds it again by ``==`` in the backward pass, for which XLA may compute the numbers
+    anew and not to the same bit: in single precision gradients were off by a third.
+    """
     squares = _squares(inputs, size)
     best, *others = (squares[:, :, row, :, column] for row in range(size) for column in range(size))
     for each in others:

@@ -6,7 +6,17 @@ import jax
 import numpy as np
 import pytest
 
-from adapters.architectures import Architecture, AveragePool, Convolution, Flatten, Linear, MaxPool
+from adapters.architectures import (
+    Architecture,
+    AveragePool,
+    Convolution,
+    Flatten,
+    Linear,
+    MaxPool,
+    alexnet,
+    draw_masks,
+    initial_values,
+)
 from adapters.jax.layers import Pass
 from adapters.jax.learner import JaxLearner
 from became_core import BecameError
@@ -60,3 +70,21 @@ class Twice(Architecture):
 def test_a_layer_that_runs_twice_is_refused() -> None:
     with pytest.raises(BecameError, match="the layer 'fc1' runs twice in one pass; give each run a layer of its own"):
         JaxLearner(Twice((Flatten(), Linear("fc1", 36)), (1, 6, 6)), prototype_stream())
+
+
+def test_compiled_gradients_in_single_precision_are_those_in_double() -> None:
+    """A compiler may compute a number twice and not alike: a maximum that is looked for by ``==`` is then not found."""
+    network, draw = alexnet(3, 22, 22), np.random.default_rng(0)
+    initial, masks = initial_values(0, network.parameters), draw_masks(network.masks, 16, draw)
+    images, along = draw.normal(size=(16, 22, 22, 3)), draw.normal(size=(16, network.width))
+
+    def gradients(dtype: str) -> Any:
+        def along_features(weights: Any) -> Any:
+            features = network(Pass(weights, masks), jax.numpy.asarray(images, dtype))
+            return (features * jax.numpy.asarray(along, dtype)).sum()
+
+        return jax.jit(jax.grad(along_features))({n: jax.numpy.asarray(v, dtype) for n, v in initial.items()})
+
+    single, double = gradients("float32"), gradients("float64")
+    for name, value in double.items():
+        np.testing.assert_allclose(single[name], value, atol=1e-4 * float(abs(value).max()), err_msg=name)
