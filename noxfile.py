@@ -44,7 +44,9 @@ def tests_core(session: nox.Session) -> None:
     install(session, "test", "-e", ".")
     assert_absent(session, *FRAMEWORKS)
     for backend in ("numpy", "strict", "strictest"):
-        session.run("pytest", "tests/core", "tests/repository", "--backend", backend, *session.posargs)
+        session.run(
+            "pytest", "tests/architectures", "tests/core", "tests/repository", "--backend", backend, *session.posargs
+        )
 
 
 @nox.session(name="tests-torch")
@@ -76,4 +78,4 @@ def tests_tensorflow(session: nox.Session) -> None:
 def agreement(session: nox.Session) -> None:
     """Whole runs and networks, the same on all frameworks, which live in one process here."""
     install(session, "test", "-e", ".[torch,jax]", "tensorflow-cpu", "keras")
-    session.run("pytest", "tests/agreement", "tests/jax/test_networks.py", "tests/tensorflow", *session.posargs)
+    session.run("pytest", "tests/agreement", *session.posargs)

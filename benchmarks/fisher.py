@@ -27,9 +27,10 @@ from torch.nn import functional
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # so that the checkout is measured, installed or not
 
+from adapters.architectures import alexnet
 from adapters.torch.dropout import Dropout
 from adapters.torch.memory import keep_freed_memory
-from adapters.torch.networks import MultiHead, alexnet
+from adapters.torch.networks import Described, MultiHead
 from adapters.torch.statistics import statistics
 from adapters.torch.tapping import collect_taps, layers_with_samples_first
 from became_core.curvature import diagonal_fisher, logit_cotangents
@@ -42,7 +43,7 @@ Fisher = dict[str, Tensor]
 def problem(batches: int) -> tuple[nn.Module, Batches]:
     """Return the network and its samples, in the memory format that the learner uses."""
     torch.manual_seed(0)
-    network = MultiHead(alexnet(3, 32, 32), 2048, tasks=1, classes=CLASSES).eval()
+    network = MultiHead(Described(alexnet(3, 32, 32)), 2048, tasks=1, classes=CLASSES).eval()
     network.to(memory_format=torch.channels_last)  # type: ignore[call-overload] # PyTorch's own types lack it
     images = torch.randn(batches, BATCH, 3, 32, 32)
     labels = torch.randint(0, CLASSES, (batches, BATCH))
@@ -57,7 +58,7 @@ def frozen(network: nn.Module, images: Tensor) -> nn.Module:
     whole = copy.deepcopy(network)
     layers: list[nn.Module] = []
     values = images
-    for layer in [*whole.backbone, whole.heads[0]]:  # type: ignore[misc, index]
+    for layer in [*whole.backbone.steps, whole.heads[0]]:  # type: ignore[union-attr, index, misc]
         if isinstance(layer, Dropout):
             continue
         if isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d):

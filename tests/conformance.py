@@ -5,13 +5,25 @@ statistics, so that a loss is a smooth function of the parameters which finite d
 passes them needs no further test to be trusted in the loop. Nothing is framework-specific: arrays are read by NumPy.
 """
 
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from adapters.architectures import (
+    Architecture,
+    AveragePool,
+    Backbone,
+    Convolution,
+    Flatten,
+    Linear,
+    Mask,
+    Parameter,
+    Residual,
+    Tanh,
+)
 from became_core.arrays import Params, device, namespace
 from became_core.continual import (
     METHODS,
@@ -48,12 +60,59 @@ from tests.backends import to_numpy
 from tests.projections import Finished
 from tests.streams import prototype_stream
 
-__all__ = ["CHECKS", "Make"]
+__all__ = ["BACKBONES", "CHECKS", "Make", "convolutional", "linear"]
 
 Make = Callable[[TaskStream, int], Learner]
 STREAM = prototype_stream(tasks=2, classes_per_task=3, per_class=16, side=8)
 RATE = 0.125
 STEP = 1e-6  # of finite differences: so small that hardly any ReLU changes sides
+
+
+def linear(stream: TaskStream) -> Architecture:
+    return Architecture((Flatten(), Linear("fc1", 9, bias=True), Tanh()), stream.dataset.images.shape[1:])
+
+
+def convolutional(stream: TaskStream) -> Architecture:
+    """With a residual block, and one whose shortcut changes the shape."""
+    block = Convolution("conv2", 4, 3, padding=1, bias=True), Tanh()
+    layers = (
+        *(Convolution("conv1", 4, 3, stride=2, padding=1), Tanh(), Residual(block)),
+        *(Residual((Convolution("conv3", 3, 2, stride=2), Tanh()), (Convolution("shortcut", 3, 1, stride=2),)),),
+        *(AveragePool(2), Flatten(), Linear("fc1", 7, bias=True)),
+    )
+    return Architecture(layers, stream.dataset.images.shape[1:])
+
+
+@dataclass(frozen=True)
+class Own:
+    """A user's own backbone, which is no description: the product of two layers of the same pixels."""
+
+    pixels: int
+
+    @property
+    def tapped(self) -> tuple[Linear, Linear]:
+        return Linear("left", 8, bias=True), Linear("right", 8)
+
+    @property
+    def parameters(self) -> Mapping[str, Parameter]:
+        left, right = (layer.parameters((self.pixels,)) for layer in self.tapped)
+        return left | right
+
+    @property
+    def masks(self) -> tuple[Mask, ...]:
+        return ()
+
+    def __call__(self, run: Any, images: Any) -> Any:
+        flat = run(Flatten(), images)
+        left, right = (run(layer, flat) for layer in self.tapped)
+        return left * right
+
+
+BACKBONES: dict[str, Callable[[TaskStream], Backbone]] = {
+    "linear": linear,
+    "convolutional": convolutional,
+    "own": lambda stream: Own(stream.dataset.images[0].size),
+}
 
 
 def numbers(tree: Params) -> dict[str, NDArray[Any]]:

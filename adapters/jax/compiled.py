@@ -6,16 +6,15 @@ each structure of projector, penalty, region and optimiser, apart from the netwo
 """
 
 from collections.abc import Callable
-from functools import lru_cache
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import jax
 from jax import numpy as jnp
 
-from adapters.jax.dropout import Mask
+from adapters.architectures import Backbone, Linear, Tapped
 from adapters.jax.heads import HEAD
-from adapters.jax.layers import Dense, Pass
-from adapters.jax.networks import Backbone
+from adapters.jax.layers import Pass
 from became_core.arrays import Array, Params
 from became_core.continual import Constraint, Optimiser, Penalty, Views
 from became_core.laplace import LaplacePosterior
@@ -26,7 +25,6 @@ __all__ = [
     "all_logits",
     "effective",
     "gradients",
-    "mask_shapes",
     "output_width",
     "pull",
     "pushforward",
@@ -54,15 +52,7 @@ class Data(NamedTuple):
 def _logits(backbone: Backbone, run: Pass, images: Array) -> Array:
     """Return the logits of the task's head."""
     found = backbone(run, images)
-    classes, width = run.weights[f"{HEAD}.weight"].shape
-    return Dense(HEAD, width, classes, bias=False)(run, found)
-
-
-def _in_order(masks: Masks | None) -> Callable[[tuple[int, ...], int], Array] | None:
-    if masks is None:
-        return None
-    remaining = iter(masks)
-    return lambda shape, threshold: next(remaining)
+    return run(Linear(HEAD, len(run.weights[f"{HEAD}.weight"])), found)
 
 
 def _gradients(
@@ -78,7 +68,7 @@ def _gradients(
     images, targets = data.normalised(rows, views), data.targets[rows]
 
     def loss(trained: Params) -> Array:
-        logits = _logits(backbone, Pass(frozen | trained, _in_order(masks)), images)
+        logits = _logits(backbone, Pass(frozen | trained, masks), images)
         chosen = jnp.take_along_axis(jax.nn.log_softmax(logits), targets[:, None], axis=1)
         return -chosen.mean()
 
@@ -118,6 +108,26 @@ def _all_logits(backbone: Backbone, weights: Params, heads: list[Array], data: D
     return jnp.stack([found @ head.T for head in heads], axis=1)
 
 
+@dataclass
+class _Recorder:
+    """Adds perturbations to the layers' outputs, and keeps those and the layers' inputs, [N, positions, d] each."""
+
+    perturbations: Params
+    inputs: Params = field(default_factory=dict)
+    outputs: Params = field(default_factory=dict)
+
+    def __call__(self, layer: Tapped, inputs: Callable[[], Array], output: Array) -> Array:
+        self.inputs[layer.name] = _with_positions(inputs())
+        self.outputs[layer.name] = _with_positions(output)
+        perturbation = self.perturbations.get(layer.name)
+        return output if perturbation is None else output + perturbation.reshape(output.shape)
+
+
+def _with_positions(array: Array) -> Array:
+    """Return [N, ..., d] as [N, positions, d]."""
+    return array.reshape(array.shape[0], -1, array.shape[-1])
+
+
 def _taps(
     backbone: Backbone, weights: Params, data: Data, rows: Array, masks: Masks | None
 ) -> tuple[Array, Any, Params]:
@@ -132,16 +142,16 @@ def _taps(
     """
     images = data.normalised(rows)
 
-    def logits(perturbations: Params) -> tuple[Array, Pass]:
-        run = Pass(weights, _in_order(masks), masks is None, taps=True, perturbations=perturbations)
-        return _logits(backbone, run, images), run
+    def logits(perturbations: Params) -> tuple[Array, _Recorder]:
+        recorder = _Recorder(perturbations)
+        return _logits(backbone, Pass(weights, masks, masks is None, recorder), images), recorder
 
     outputs = jax.eval_shape(lambda: logits({})[1].outputs)
     zeros = {name: jnp.zeros(output.shape, output.dtype) for name, output in outputs.items()}
 
     def perturbed(perturbations: Params) -> tuple[Array, Params]:
-        found, run = logits(perturbations)
-        return found, run.inputs
+        found, recorder = logits(perturbations)
+        return found, recorder.inputs
 
     return jax.vjp(perturbed, zeros, has_aux=True)  # type: ignore[no-any-return]
 
@@ -164,28 +174,9 @@ pull: Any = jax.jit(lambda map_back, at_logits: map_back(at_logits)[0])
 pushforward: Any = jax.jit(_pushforward, static_argnums=0)
 
 
-@lru_cache
-def mask_shapes(backbone: Backbone, images: tuple[int, ...]) -> tuple[Mask, ...]:
-    """Return what masks one pass of images [N, H, W, C] needs, in order."""
-    masks: list[Mask] = []
-
-    def mask(shape: tuple[int, ...], threshold: int) -> Array:
-        masks.append((shape, threshold))
-        return jnp.ones(shape, bool)
-
-    _abstractly(backbone, images, mask)
-    return tuple(masks)
-
-
 def output_width(backbone: Backbone, images: tuple[int, ...]) -> int | None:
     """Return the width of a backbone's features [N, features], given images [N, H, W, C]; None if they are no such."""
-    found = _abstractly(backbone, images, None)
-    return int(found.shape[1]) if getattr(found, "ndim", 0) == 2 else None
-
-
-def _abstractly(backbone: Backbone, images: tuple[int, ...], mask: Any) -> Any:
-    """Run a backbone on shapes alone."""
-    shapes = {name: p.shape for layer in backbone.tapped for name, p in layer.parameters().items()}
-    weights = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
+    weights = {name: jax.ShapeDtypeStruct(each.shape, jnp.float32) for name, each in backbone.parameters.items()}
     blank = jax.ShapeDtypeStruct(images, jnp.float32)
-    return jax.eval_shape(lambda weights, images: backbone(Pass(weights, mask), images), weights, blank)
+    found = jax.eval_shape(lambda weights, images: backbone(Pass(weights), images), weights, blank)
+    return int(found.shape[1]) if getattr(found, "ndim", 0) == 2 else None

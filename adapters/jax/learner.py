@@ -13,12 +13,9 @@ import numpy as np
 from jax import numpy as jnp
 from numpy.typing import NDArray
 
-from adapters.initial import initial_value
+from adapters.architectures import Backbone, Linear, Tapped, draw_masks, initial_values
 from adapters.jax import compiled
-from adapters.jax.dropout import drawn
 from adapters.jax.heads import HEAD, for_task, head_of, put_back
-from adapters.jax.layers import Dense, Tapped
-from adapters.jax.networks import Backbone
 from became_core import BecameError
 from became_core.arrays import Array, Params, namespace
 from became_core.continual import Batch, Constraint, Optimiser, TapMode, TaskStream, Trained
@@ -43,7 +40,7 @@ class JaxLearner:
         """Draw the weights of a backbone with a head for each task, and place them and the data on a device.
 
         Args:
-            backbone: what maps images to features.
+            backbone: what maps images to features: a description, or any hashable value like it.
             stream: the tasks; its images and targets go to the device once.
             device: where all arithmetic happens: a JAX device, or e.g. "cpu", "gpu:1"; JAX's default if not given.
             dtype: of the weights.
@@ -62,21 +59,20 @@ class JaxLearner:
         width = compiled.output_width(backbone, (2, *images.shape[1:]))
         if width is None:
             raise BecameError("the backbone must map images [N, H, W, C] to features [N, features].")
-        heads = [Dense(head_of(task), width, stream.classes_per_task, bias=False) for task in range(count)]
+        heads = [Linear(head_of(task), stream.classes_per_task) for task in range(count)]
         mean, std = (np.multiply(each, 255.0).astype(dtype) for each in (dataset.mean, dataset.std))
         self._data = compiled.Data(*jax.device_put((images, stream.targets, mean, std), self._device))
         namespace(images=self._data.images)  # JAX learns of the core's values
         self._layers: dict[str, Tapped] = {layer.name: layer for layer in (*backbone.tapped, *heads)}
+        of_heads = [head.parameters((width,)) for head in heads]
+        parameters = dict(backbone.parameters)
+        for each in of_heads:
+            parameters |= each
+        self._names = tuple(parameters)
         self._dtype = dtype
         self._theta: Params = {}
-        self.assign(
-            {
-                name: initial_value(seed, name, parameter.shape, parameter.fan_in)
-                for layer in self._layers.values()
-                for name, parameter in layer.parameters().items()
-            }
-        )
-        self.heads = [frozenset(head.parameters()) for head in heads]
+        self.assign(initial_values(seed, parameters))
+        self.heads = [frozenset(each) for each in of_heads]
         self.projectable = frozenset(f"{layer.name}.weight" for layer in backbone.tapped if layer.kind == "matrix")
 
     def parameters(self) -> Params:
@@ -85,8 +81,7 @@ class JaxLearner:
 
     def assign(self, parameters: Params) -> None:
         """Take copies of these values."""
-        names = [name for layer in self._layers.values() for name in layer.parameters()]
-        values = {name: jnp.array(parameters[name], dtype=self._dtype) for name in names}
+        values = {name: jnp.array(parameters[name], dtype=self._dtype) for name in self._names}
         self._theta = jax.device_put(values, self._device)
 
     def train(
@@ -181,7 +176,7 @@ class JaxLearner:
             yield Pushforward(logits, tangents, self.targets(rows))
 
     def _masks(self, samples: int, stream: np.random.Generator) -> tuple[NDArray[np.bool_], ...]:
-        return drawn(compiled.mask_shapes(self._backbone, (samples, *self._data.images.shape[1:])), stream)
+        return draw_masks(self._backbone.masks, samples, stream)
 
 
 def _for_task(constraint: Constraint, task: int) -> dict[str, Any]:

@@ -7,11 +7,11 @@ try:
 
     from adapters.cli.main import Backend, main
     from adapters.jax.learner import JaxLearner
-    from adapters.jax.networks import build_backbone
 except ModuleNotFoundError as error:
     print(f"error: the package '{error.name}' is missing; pip install 'became[jax]'.", file=sys.stderr)
     sys.exit(2)
 
+from adapters.architectures import build_network
 from became_core.continual import TaskStream
 
 __all__ = ["BACKEND", "build_learner"]
@@ -21,7 +21,7 @@ def build_learner(network: str, stream: TaskStream, device: str, seed: int) -> J
     """Return a fresh learner with a backbone known by name.
 
     Args:
-        network: the backbone, as in ``adapters.jax.networks.BACKBONES``.
+        network: the backbone, as in ``adapters.architectures.NETWORKS``.
         stream: what it will learn.
         device: a device as JAX calls it, or "auto" for JAX's default: the first accelerator there is, else the CPU.
         seed: names the draw of the initial weights.
@@ -30,7 +30,7 @@ def build_learner(network: str, stream: TaskStream, device: str, seed: int) -> J
         BecameError: if there is no such network or device.
     """
     channels, height, width = stream.dataset.images.shape[1:]
-    backbone = build_backbone(network, (channels, height, width))
+    backbone = build_network(network, (channels, height, width))
     return JaxLearner(backbone, stream, device=None if device == "auto" else device, seed=seed)
 
 

@@ -1,209 +1,29 @@
-"""The layers that networks are made of: what each computes, and what it gives a tap.
+"""What each described layer computes in TensorFlow, and what it gives a tap.
 
 Convention: images are [N, H, W, C] here, TensorFlow's convolutions having no other kernel on a CPU; parameters have
-their canonical layouts (OIHW, [out, in]) and are turned where they are used. A shape is one sample's, [H, W, C] or [d].
+their canonical layouts (OIHW, [out, in]) and are turned where they are used.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from math import prod
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import tensorflow as tf
 
-from became_core.arrays import Array, Params
+from adapters import architectures
+from adapters.architectures import (
+    AveragePool,
+    BatchNorm,
+    Convolution,
+    Dropout,
+    Flatten,
+    Linear,
+    MaxPool,
+    ReLU,
+    Tanh,
+)
+from became_core.arrays import Array
 
-__all__ = [
-    "BatchNorm",
-    "Convolution",
-    "Dropout",
-    "Flatten",
-    "Layer",
-    "Linear",
-    "MaxPool",
-    "Pointwise",
-    "Shape",
-    "Weighted",
-    "with_positions",
-]
-
-Shape = tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Linear:
-    """y = W a + b, W being [width, d]."""
-
-    name: str
-    width: int
-    has_bias: bool = False
-
-    kind: ClassVar[Literal["matrix", "scale"]] = "matrix"
-
-    def parameters(self, shape: Shape) -> dict[str, Shape]:
-        """Return the shapes of the parameters, by name, for inputs of this shape."""
-        return _named(self.name, (self.width, shape[-1]), self.width if self.has_bias else 0)
-
-    def output_shape(self, shape: Shape) -> Shape:
-        """Return the shape of the output."""
-        return (*shape[:-1], self.width)
-
-    def prepared(self, inputs: Array, constant: bool) -> Array:
-        """Return a, what the weight acts on."""
-        return inputs
-
-    def applied(self, theta: Params, a: Array) -> Array:
-        """Return the output."""
-        return _shifted(tf.matmul(a, theta[f"{self.name}.weight"], transpose_b=True), theta, self.name, self.has_bias)
-
-    def seen(self, a: Array) -> Array:
-        """Return what a tap has for inputs, [N, positions, d_in]."""
-        return with_positions(a)
-
-
-@dataclass(frozen=True)
-class Convolution:
-    """A convolution by a kernel [filters, C, height, width]."""
-
-    name: str
-    filters: int
-    kernel: tuple[int, int]
-    strides: tuple[int, int] = (1, 1)
-    padding: Literal["VALID", "SAME"] = "VALID"
-    has_bias: bool = False
-
-    kind: ClassVar[Literal["matrix", "scale"]] = "matrix"
-
-    def parameters(self, shape: Shape) -> dict[str, Shape]:
-        """Return the shapes of the parameters, by name, for inputs of this shape."""
-        return _named(self.name, (self.filters, shape[-1], *self.kernel), self.filters if self.has_bias else 0)
-
-    def output_shape(self, shape: Shape) -> Shape:
-        """Return the shape of the output."""
-        return (*_strided(shape, self.kernel, self.strides, self.padding), self.filters)
-
-    def prepared(self, inputs: Array, constant: bool) -> Array:
-        """Return a, what the weight acts on."""
-        return inputs
-
-    def applied(self, theta: Params, a: Array) -> Array:
-        """Return the output."""
-        kernel = tf.transpose(theta[f"{self.name}.weight"], (2, 3, 1, 0))
-        return _shifted(tf.nn.conv2d(a, kernel, self.strides, self.padding), theta, self.name, self.has_bias)
-
-    def seen(self, a: Array) -> Array:
-        """Return the patches, [N, positions, C x height x width], as the weight is flattened."""
-        height, width = self.kernel
-        sizes, strides = (1, height, width, 1), (1, *self.strides, 1)
-        patches = tf.image.extract_patches(a, sizes, strides, (1, 1, 1, 1), self.padding)
-        positions, channels = patches.shape[1] * patches.shape[2], a.shape[-1]
-        apart = tf.reshape(patches, (-1, positions, height * width, channels))
-        return tf.reshape(tf.transpose(apart, (0, 1, 3, 2)), (-1, positions, channels * height * width))
-
-
-@dataclass(frozen=True)
-class BatchNorm:
-    """y = w a + b, a being the inputs normalised by the batch's own mean and biased variance; none are kept."""
-
-    name: str
-    epsilon: float = 1e-5
-
-    kind: ClassVar[Literal["matrix", "scale"]] = "scale"
-    has_bias: ClassVar[bool] = True
-
-    def parameters(self, shape: Shape) -> dict[str, Shape]:
-        """Return the shapes of the parameters, by name, for inputs of this shape."""
-        return _named(self.name, (shape[-1],), shape[-1])
-
-    def output_shape(self, shape: Shape) -> Shape:
-        """Return the shape of the output."""
-        return shape
-
-    def prepared(self, inputs: Array, constant: bool) -> Array:
-        """Return the normalised inputs; if asked, with statistics that no gradient passes through."""
-        mean, variance = tf.nn.moments(inputs, list(range(len(inputs.shape) - 1)))
-        if constant:
-            mean, variance = tf.stop_gradient(mean), tf.stop_gradient(variance)
-        scale = tf.math.rsqrt(variance + self.epsilon)
-        return inputs * scale - mean * scale
-
-    def applied(self, theta: Params, a: Array) -> Array:
-        """Return the output."""
-        return a * theta[f"{self.name}.weight"] + theta[f"{self.name}.bias"]
-
-    def seen(self, a: Array) -> Array:
-        """Return what a tap has for inputs, [N, positions, C]."""
-        return with_positions(a)
-
-
-@dataclass(frozen=True)
-class Pointwise:
-    """A function of each element, without parameters."""
-
-    function: Callable[[Array], Array]
-
-    def output_shape(self, shape: Shape) -> Shape:
-        """Return the shape of the output."""
-        return shape
-
-    def applied(self, inputs: Array) -> Array:
-        """Return the output."""
-        return self.function(inputs)
-
-
-@dataclass(frozen=True)
-class MaxPool:
-    """The maximum of each window; what is left over at the edges is dropped, or padded if so asked."""
-
-    size: tuple[int, int]
-    strides: tuple[int, int]
-    padding: Literal["VALID", "SAME"] = "VALID"
-
-    def output_shape(self, shape: Shape) -> Shape:
-        """Return the shape of the output."""
-        return (*_strided(shape, self.size, self.strides, self.padding), shape[-1])
-
-    def applied(self, inputs: Array) -> Array:
-        """Return the output."""
-        return tf.nn.max_pool2d(inputs, self.size, self.strides, self.padding)
-
-
-@dataclass(frozen=True)
-class Flatten:
-    """Each sample as one row, its images in the order C, H, W: that of the canonical weights behind it."""
-
-    def output_shape(self, shape: Shape) -> Shape:
-        """Return the shape of the output."""
-        return (prod(shape),)
-
-    def applied(self, inputs: Array) -> Array:
-        """Return the output."""
-        axes = range(1, len(inputs.shape))
-        channels_first = tf.transpose(inputs, (0, axes[-1], *axes[:-1]))
-        return tf.reshape(channels_first, (-1, prod(inputs.shape[1:])))
-
-
-@dataclass(frozen=True)
-class Dropout:
-    """Zero each element with probability p and scale the rest by 1 / (1 - p), by masks that are drawn beforehand.
-
-    Attributes:
-        threshold: 2^16 p, an integer, as ``adapters.tensorflow.networks.Network.masks`` draws.
-    """
-
-    threshold: int
-
-    def output_shape(self, shape: Shape) -> Shape:
-        """Return the shape of the output."""
-        return shape
-
-    def applied(self, inputs: Array, keep: Array) -> Array:
-        """Return the output, given which elements are kept, booleans of the same shape."""
-        return inputs * (tf.cast(keep, inputs.dtype) * (1 / (1 - self.threshold / 2**16)))
-
-
-Weighted = Linear | Convolution | BatchNorm
-Layer = Weighted | Pointwise | MaxPool | Flatten | Dropout
+__all__ = ["Pass", "with_positions"]
 
 
 def with_positions(array: Array) -> Array:
@@ -211,15 +31,63 @@ def with_positions(array: Array) -> Array:
     return tf.reshape(array, (-1, prod(array.shape[1:-1]), array.shape[-1]))
 
 
-def _named(name: str, weight: Shape, biases: int) -> dict[str, Shape]:
-    return {f"{name}.weight": weight} | ({f"{name}.bias": (biases,)} if biases else {})
+def _linear(run: "Pass", layer: Linear, inputs: Array) -> Array:
+    output = tf.matmul(inputs, run.weights[f"{layer.name}.weight"], transpose_b=True)
+    return run.tapped(layer, lambda: inputs, output)
 
 
-def _shifted(outputs: Array, theta: Params, name: str, has_bias: bool) -> Array:
-    return outputs + theta[f"{name}.bias"] if has_bias else outputs
+def _convolution(run: "Pass", layer: Convolution, inputs: Array) -> Array:
+    kernel = tf.transpose(run.weights[f"{layer.name}.weight"], (2, 3, 1, 0))
+    padded = _padded(layer, inputs)
+    return run.tapped(layer, lambda: _patches(layer, padded), tf.nn.conv2d(padded, kernel, layer.stride, "VALID"))
 
 
-def _strided(shape: Shape, size: tuple[int, int], strides: tuple[int, int], padding: str) -> Shape:
-    """Return the height and width of what comes out of windows of a size that move by strides."""
-    taken = (0, 0) if padding == "SAME" else (size[0] - 1, size[1] - 1)
-    return tuple(-(-(side - less) // stride) for side, less, stride in zip(shape[:2], taken, strides, strict=True))
+def _padded(layer: Convolution, inputs: Array) -> Array:
+    """Return images as a convolution sees them."""
+    around = (layer.padding, layer.padding)
+    return tf.pad(inputs, ((0, 0), around, around, (0, 0))) if layer.padding else inputs
+
+
+def _patches(layer: Convolution, padded: Array) -> Array:
+    """Return what each output position sees, [N, positions, channels x kernel x kernel], as the weight is flattened."""
+    sizes, strides = (1, layer.kernel, layer.kernel, 1), (1, layer.stride, layer.stride, 1)
+    patches = tf.image.extract_patches(padded, sizes, strides, (1, 1, 1, 1), "VALID")
+    positions, channels, places = patches.shape[1] * patches.shape[2], padded.shape[-1], layer.kernel**2
+    apart = tf.reshape(patches, (-1, positions, places, channels))
+    return tf.reshape(tf.transpose(apart, (0, 1, 3, 2)), (-1, positions, channels * places))
+
+
+def _batch_norm(run: "Pass", layer: BatchNorm, inputs: Array) -> Array:
+    mean, variance = tf.nn.moments(inputs, list(range(len(inputs.shape) - 1)))
+    if run.constant_statistics:
+        mean, variance = tf.stop_gradient(mean), tf.stop_gradient(variance)
+    scale = tf.math.rsqrt(variance + layer.epsilon)
+    normalised = inputs * scale - mean * scale
+    return run.tapped(layer, lambda: normalised, normalised * run.weights[f"{layer.name}.weight"])
+
+
+def _dropout(run: "Pass", layer: Dropout, inputs: Array) -> Array:
+    keep = run.mask(layer)
+    return inputs if keep is None else inputs * (tf.cast(keep, inputs.dtype) * layer.scale)
+
+
+def _flattened(inputs: Array) -> Array:
+    axes = range(1, len(inputs.shape))
+    channels_first = tf.transpose(inputs, (0, axes[-1], *axes[:-1]))
+    return tf.reshape(channels_first, (-1, prod(inputs.shape[1:])))
+
+
+class Pass(architectures.Pass):
+    """One run of a network."""
+
+    computed: ClassVar = {
+        Linear: _linear,
+        Convolution: _convolution,
+        BatchNorm: _batch_norm,
+        ReLU: lambda run, layer, inputs: tf.nn.relu(inputs),
+        Tanh: lambda run, layer, inputs: tf.tanh(inputs),
+        Dropout: _dropout,
+        MaxPool: lambda run, layer, inputs: tf.nn.max_pool2d(inputs, layer.size, layer.size, "VALID"),
+        AveragePool: lambda run, layer, inputs: tf.nn.avg_pool2d(inputs, layer.size, layer.size, "VALID"),
+        Flatten: lambda run, layer, inputs: _flattened(inputs),
+    }

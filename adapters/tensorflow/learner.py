@@ -15,8 +15,8 @@ import numpy as np
 import tensorflow as tf
 from numpy.typing import NDArray
 
-from adapters.tensorflow.layers import Linear, Weighted
-from adapters.tensorflow.networks import Network, initial_values
+from adapters.architectures import Backbone, Linear, draw_masks, initial_values
+from adapters.tensorflow.layers import Pass
 from adapters.tensorflow.stepping import Factors, advanced, loss_and_gradients
 from adapters.tensorflow.tapping import collect_taps
 from became_core import BecameError
@@ -39,10 +39,9 @@ class TensorFlowLearner:
 
     def __init__(
         self,
-        backbone: Network,
+        backbone: Backbone,
         stream: TaskStream,
         *,
-        weights: Mapping[str, Array] | None = None,
         device: str = "cpu",
         dtype: tf.DType = tf.float32,
         seed: int = 0,
@@ -50,38 +49,35 @@ class TensorFlowLearner:
         """Place a backbone, with a fresh head for each task, and the stream's data on a device.
 
         Args:
-            backbone: images to features.
+            backbone: what maps images to features: a description, or any value like it.
             stream: the tasks; its images and targets go to the device once.
-            weights: the backbone's, by canonical name; drawn as the heads' are if not given.
             device: where all arithmetic happens, e.g. "cpu", "gpu", "gpu:1".
             dtype: of the weights.
             seed: names the draw of the initial weights.
 
         Raises:
-            BecameError: if the device does not exist, or a weight is missing.
+            BecameError: if the device does not exist, or the backbone does not return [N, features].
         """
         self.device = _checked_device(device)
         dataset = stream.dataset
-        self._network, self._dtype = backbone, dtype
+        self._backbone, self._dtype = backbone, dtype
         self._shared = tuple(backbone.parameters)
         self._head = Linear("head", stream.classes_per_task)
         self._heads = [replace(self._head, name=f"heads.{task}") for task in range(len(stream.tasks))]
         self.heads = [frozenset({f"{head.name}.weight"}) for head in self._heads]
-        self.projectable = frozenset(
-            f"{layer.name}.weight"
-            for layer in backbone.layers
-            if isinstance(layer, Weighted) and layer.kind == "matrix"
-        )
+        self.projectable = frozenset(f"{layer.name}.weight" for layer in backbone.tapped if layer.kind == "matrix")
         with tf.device(self.device):
-            self._images = tf.constant(np.ascontiguousarray(np.moveaxis(dataset.images, 1, -1)))
+            images = np.ascontiguousarray(np.moveaxis(dataset.images, 1, -1))
+            self._images = tf.constant(images)
             self._targets = tf.constant(stream.targets)
             self._mean = tf.constant(dataset.mean, dtype) * 255
             self._std = tf.constant(dataset.std, dtype) * 255
-        initial = dict(weights) if weights is not None else backbone.initial(seed)
+            width = _feature_width(backbone, images.shape[1:], dtype)
+        parameters = dict(backbone.parameters)
         for head in self._heads:
-            initial |= initial_values(head, (backbone.width,), seed)
-        self._theta: Params = dict.fromkeys([*self._shared, *(f"{head.name}.weight" for head in self._heads)])
-        self.assign(initial)
+            parameters |= head.parameters((width,))
+        self._theta: Params = dict.fromkeys(parameters)
+        self.assign(initial_values(seed, parameters))
         self.traces = 0
         self._step_network = tf.function(self._loss_and_gradients, reduce_retracing=True)
         self._step_constraint = tf.function(advanced)
@@ -118,7 +114,7 @@ class TensorFlowLearner:
             total = tf.zeros((), self._dtype)
             for batch, rate in zip(batches, rates, strict=True):
                 seen = self._for_task(batch.task, held | theta | effective)
-                masks = self._network.masks(len(batch.indices), stream)
+                masks = draw_masks(self._backbone.masks, len(batch.indices), stream)
                 loss, *found = self._step_network(seen, batch.indices, masks, batch.views)
                 gradients, factors = (self._trained(each, batch.task, constraint) for each in found)
                 theta, optimiser, region, effective = self._step_constraint(
@@ -166,14 +162,14 @@ class TensorFlowLearner:
         if published:
             _skip_a_seed(stream)
         for rows in _chunks(indices, batch_size):
-            masks = self._network.masks(len(rows), stream) if published else ()
+            masks = draw_masks(self._backbone.masks, len(rows), stream) if published else None
             images, targets = self._batch(rows)
 
             def cotangents(logits: Array, targets: Array = targets) -> Iterator[Array]:
                 return logit_cotangents(logits, targets, mode, stream)
 
             yield from collect_taps(
-                self._network,
+                self._backbone,
                 self._heads[task],
                 self._theta,
                 images,
@@ -213,17 +209,27 @@ class TensorFlowLearner:
         self, theta: Params, rows: Array, masks: Sequence[Array], views: Views | None
     ) -> tuple[Array, Params, Factors]:
         self.traces += 1
-        return loss_and_gradients(self._network, self._head, theta, *self._batch(rows, views), masks)
+        return loss_and_gradients(self._backbone, self._head, theta, *self._batch(rows, views), masks)
 
     def _logits_of_all_heads(self, theta: Params, rows: Array) -> Array:
-        features = self._network.features(theta, self._batch(rows)[0])
+        features = self._backbone(Pass(theta), self._batch(rows)[0])
         heads = tf.stack([theta[f"{head.name}.weight"] for head in self._heads])
         return tf.einsum("nd,tcd->ntc", features, heads)
 
     def _logits_and_tangent(self, theta: Params, direction: Params, rows: Array) -> tuple[Array, Array]:
         with tf.autodiff.ForwardAccumulator(theta, direction) as forward:
-            logits = self._head.applied(theta, self._network.features(theta, self._batch(rows)[0]))
+            run = Pass(theta)
+            logits = run(self._head, self._backbone(run, self._batch(rows)[0]))
         return logits, forward.jvp(logits, unconnected_gradients=tf.UnconnectedGradients.ZERO)
+
+
+def _feature_width(backbone: Backbone, image: tuple[int, ...], dtype: tf.DType) -> int:
+    """Return the width of a backbone's output, found by one pass of two blank images [H, W, C]."""
+    weights = {name: tf.zeros(each.shape, dtype) for name, each in backbone.parameters.items()}
+    features = backbone(Pass(weights), tf.zeros((2, *image), dtype))
+    if len(features.shape) != 2:
+        raise BecameError("the backbone must map images [N, H, W, C] to features [N, features].")
+    return int(features.shape[1])
 
 
 def _skip_a_seed(stream: np.random.Generator) -> None:

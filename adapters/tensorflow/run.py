@@ -10,11 +10,11 @@ try:
 
     from adapters.cli.main import Backend, main
     from adapters.tensorflow.learner import TensorFlowLearner
-    from adapters.tensorflow.networks import build_network
 except ModuleNotFoundError as error:
     print(f"error: the package '{error.name}' is missing; pip install 'became[tensorflow]'.", file=sys.stderr)
     sys.exit(2)
 
+from adapters.architectures import build_network
 from became_core.continual import TaskStream
 
 __all__ = ["BACKEND", "build_learner"]
@@ -24,7 +24,7 @@ def build_learner(network: str, stream: TaskStream, device: str, seed: int) -> T
     """Return a fresh learner with a backbone known by name.
 
     Args:
-        network: the backbone, as in ``adapters.tensorflow.networks.BACKBONES``.
+        network: the backbone, as in ``adapters.architectures.NETWORKS``.
         stream: what it will learn.
         device: a TensorFlow device, or "auto" for the first GPU if there is one, else the CPU.
         seed: names the draw of the initial weights.

@@ -9,12 +9,12 @@ outputs, g [n, d_out], and the inputs, a [n, d_in], of which they are the produc
 stand for projecting d_out rows.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import tensorflow as tf
 
-from adapters.tensorflow.layers import Linear, Weighted
-from adapters.tensorflow.networks import Network
+from adapters.architectures import Backbone, Linear, Tapped
+from adapters.tensorflow.layers import Pass
 from became_core.arrays import Array, Params
 from became_core.continual import Constraint, Optimiser, Penalty
 from became_core.laplace import LaplacePosterior
@@ -27,31 +27,31 @@ Factors = dict[str, tuple[Array, Array]]
 
 
 def loss_and_gradients(
-    network: Network, head: Linear, theta: Params, images: Array, targets: Array, masks: Sequence[Array]
+    backbone: Backbone, head: Linear, theta: Params, images: Array, targets: Array, masks: Sequence[Array]
 ) -> tuple[Array, Params, Factors]:
     """Return the sum of the samples' losses, and of their mean the gradients, those of linear weights as factors.
 
     Args:
-        network: what sees the images.
+        backbone: what sees the images.
         head: what sees its features.
         theta: the parameters of both, and no others.
         images: normalised, [N, H, W, C].
         targets: labels within the task, [N].
-        masks: of dropout, as in ``Network.features``.
+        masks: of dropout, as in a ``Pass``.
     """
     inputs: Params = {}
     outputs: Params = {}
     with tf.GradientTape() as tape:
         tape.watch(theta)
 
-        def record(layer: Weighted, a: Array, output: Array) -> None:
+        def record(layer: Tapped, seen: Callable[[], Array], output: Array) -> Array:
             if isinstance(layer, Linear):
                 tape.watch(output)
-                inputs[f"{layer.name}.weight"], outputs[f"{layer.name}.weight"] = a, output
+                inputs[f"{layer.name}.weight"], outputs[f"{layer.name}.weight"] = seen(), output
+            return output
 
-        features = network.features(theta, images, masks, record=record)
-        logits = head.applied(theta, features)
-        record(head, features, logits)
+        run = Pass(theta, masks, record=record)
+        logits = run(head, backbone(run, images))
         losses = tf.nn.sparse_softmax_cross_entropy_with_logits(targets, logits)
         mean = tf.reduce_mean(losses)
     others = {name: value for name, value in theta.items() if name not in outputs}

@@ -1,14 +1,13 @@
 """Dropout whose masks come from a NumPy stream, so that every backend can draw the same ones.
 
-PyTorch's own generator fills a mask one element at a time on the CPU, which costs a fifth of a training step of a small
-convolutional network; 16 random bits an element, drawn 64 at a time, cost next to nothing.
-
 Convention: a mask for images is drawn with channels last, [N, H, W, C], the order in which they lie in memory.
 """
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+from adapters.architectures import draw_mask
 
 __all__ = ["Dropout", "use_stream"]
 
@@ -32,9 +31,8 @@ class Dropout(nn.Module):
         p = self.threshold / 2**16
         if self.stream is None or inputs.device.type != "cpu":
             return nn.functional.dropout(inputs, p)
-        count = inputs.numel()
-        bits = self.stream.integers(0, 2**64, size=(count + 3) // 4, dtype=np.uint64).view(np.uint16)[:count]
-        keep = torch.from_numpy(bits >= self.threshold).view(inputs.movedim(1, -1).shape).movedim(-1, 1)
+        mask = draw_mask(tuple(inputs.movedim(1, -1).shape), self.threshold, self.stream)
+        keep = torch.from_numpy(mask).movedim(-1, 1)
         return inputs * keep.to(inputs.dtype).mul_(1 / (1 - p))
 
 

@@ -55,7 +55,7 @@ class TorchLearner:
         dataset = stream.dataset
         layout = torch.channels_last if self.device.type in ("cpu", "cuda") else torch.contiguous_format
         features = _feature_width(backbone, dataset.images.shape[1:])
-        network = MultiHead(backbone, features, len(stream.tasks), stream.classes_per_task, seed)
+        network = MultiHead(backbone, features, len(stream.tasks), stream.classes_per_task, seed, dtype)
         self.network = network.to(device=self.device, dtype=dtype)
         self.network.to(memory_format=layout)  # type: ignore[call-overload] # PyTorch's own types lack it
         self._layout = layout

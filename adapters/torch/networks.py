@@ -1,118 +1,113 @@
-"""Backbones, images to features, and the multi-head network that every backbone becomes.
+"""Described networks as PyTorch modules, and the multi-head network that every backbone becomes.
 
 Convention: images are [N, C, H, W]; a backbone returns [N, features]; heads have no bias, one for each task.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from adapters.initial import initial_value
-from adapters.torch.dropout import Dropout
-from became_core import BecameError
+from adapters.architectures import (
+    Architecture,
+    AveragePool,
+    BatchNorm,
+    Convolution,
+    Dropout,
+    Flatten,
+    Linear,
+    MaxPool,
+    ReLU,
+    Shape,
+    Tanh,
+    Weighted,
+    initial_value,
+    initial_values,
+)
+from adapters.torch import dropout
 
-__all__ = ["BACKBONES", "MultiHead", "alexnet", "build_backbone", "draw_weights", "mlp"]
+__all__ = ["Described", "MultiHead"]
 
 
-def mlp(channels: int, height: int, width: int) -> nn.Sequential:
-    """Return the fully connected network of the MNIST benchmarks: two hidden layers of 100 units, no biases."""
-    return _sequential(
-        flatten=nn.Flatten(),
-        fc1=nn.Linear(channels * height * width, 100, bias=False),
-        relu1=nn.ReLU(),
-        fc2=nn.Linear(100, 100, bias=False),
-        relu2=nn.ReLU(),
-    )
+def _batch_norm(layer: BatchNorm, shape: Shape) -> nn.Module:
+    kind = nn.BatchNorm2d if len(shape) == 3 else nn.BatchNorm1d
+    return kind(shape[0], layer.epsilon, track_running_stats=False)
 
 
-def alexnet(channels: int, height: int, width: int) -> nn.Sequential:
-    """Return the AlexNet-like network of the CIFAR-100 benchmarks (Serra 2018, as used by Saha 2021), no biases.
+# By class of layer: (layer, shape of its inputs) -> module.
+_MODULES: dict[type, Callable[[Any, Shape], nn.Module]] = {
+    Linear: lambda layer, shape: nn.Linear(shape[0], layer.outputs, layer.bias),
+    Convolution: lambda layer, shape: nn.Conv2d(
+        shape[0], layer.outputs, layer.kernel, layer.stride, layer.padding, bias=layer.bias
+    ),
+    BatchNorm: _batch_norm,
+    ReLU: lambda layer, shape: nn.ReLU(),
+    Tanh: lambda layer, shape: nn.Tanh(),
+    Dropout: lambda layer, shape: dropout.Dropout(layer.p),
+    MaxPool: lambda layer, shape: nn.MaxPool2d(layer.size),
+    AveragePool: lambda layer, shape: nn.AvgPool2d(layer.size),
+    Flatten: lambda layer, shape: nn.Flatten(),
+}
 
-    Three convolutions (64 at 4x4, 128 at 3x3, 256 at 2x2) and two fully connected layers of 2048 units, each followed
-    by batch norm with batch statistics, ReLU and dropout (.2, .2, .5, .5, .5); the convolutions by 2x2 max-pooling too.
+
+class Described(nn.Module):
+    """A described network as a module, whose parameters go by their canonical names.
+
+    Attributes:
+        steps: the modules of all layers, in the order in which they run.
     """
-    return _sequential(
-        **_convolution(1, channels, 64, kernel=4, dropout=0.2),
-        **_convolution(2, 64, 128, kernel=3, dropout=0.2),
-        **_convolution(3, 128, 256, kernel=2, dropout=0.5),
-        flatten=nn.Flatten(),
-        **_fully_connected(1, 256 * _after_convolutions(height) * _after_convolutions(width), 2048, dropout=0.5),
-        **_fully_connected(2, 2048, 2048, dropout=0.5),
-    )
+
+    def __init__(self, architecture: Architecture, seed: int = 0, dtype: torch.dtype = torch.float32) -> None:
+        """Make the modules and draw their weights.
+
+        Args:
+            architecture: the description.
+            seed: names the draw of the initial weights.
+            dtype: of the weights.
+        """
+        super().__init__()
+        self._architecture = architecture
+        self.steps = tuple(_MODULES[type(layer)](layer, shape) for layer, shape in architecture.steps)
+        for index, ((layer, _), module) in enumerate(zip(architecture.steps, self.steps, strict=True)):
+            name = layer.name if isinstance(layer, Weighted) else f"{index}:{type(layer).__name__}"
+            _place(self, name, module)
+        self.to(dtype)
+        with torch.no_grad():
+            initial = initial_values(seed, architecture.parameters)
+            for name, parameter in self.named_parameters():
+                parameter.copy_(torch.from_numpy(initial[name]))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the features [N, features] of images [N, C, H, W]."""
+        modules = iter(self.steps)
+        features: Tensor = self._architecture(lambda layer, inputs: next(modules)(inputs), images)
+        return features
 
 
-def _after_convolutions(size: int) -> int:
-    """Return an image side's length after the three convolutions, each with its pooling."""
-    for kernel in (4, 3, 2):
-        size = (size - kernel + 1) // 2
-    return size
-
-
-def _convolution(number: int, channels: int, filters: int, kernel: int, dropout: float) -> dict[str, nn.Module]:
-    return {
-        f"conv{number}": nn.Conv2d(channels, filters, kernel, bias=False),
-        f"bn{number}": nn.BatchNorm2d(filters, track_running_stats=False),
-        f"relu{number}": nn.ReLU(),
-        f"drop{number}": Dropout(dropout),
-        f"pool{number}": nn.MaxPool2d(2),
-    }
-
-
-def _fully_connected(number: int, inputs: int, outputs: int, dropout: float) -> dict[str, nn.Module]:
-    position = number + 3  # after three convolutions
-    return {
-        f"fc{number}": nn.Linear(inputs, outputs, bias=False),
-        f"bn{position}": nn.BatchNorm1d(outputs, track_running_stats=False),
-        f"relu{position}": nn.ReLU(),
-        f"drop{position}": Dropout(dropout),
-    }
-
-
-def _sequential(**layers: nn.Module) -> nn.Sequential:
-    network = nn.Sequential()
-    for name, layer in layers.items():
-        network.add_module(name, layer)
-    return network
-
-
-# Each takes an image's channels, height and width.
-BACKBONES: dict[str, Callable[[int, int, int], nn.Module]] = {"alexnet": alexnet, "mlp": mlp}
-
-
-def build_backbone(name: str, shape: tuple[int, int, int]) -> nn.Module:
-    """Return the backbone of that name for images of this shape [C, H, W].
-
-    Raises:
-        BecameError: if there is none, or the images are too small for it.
-    """
-    if name not in BACKBONES:
-        raise BecameError(f"there is no network '{name}'; choose from {', '.join(sorted(BACKBONES))}.")
-    if name == "alexnet" and min(shape[1:]) < 22:
-        raise BecameError(f"the alexnet network needs images of at least 22x22 pixels, not {shape[1]}x{shape[2]}.")
-    return BACKBONES[name](*shape)
-
-
-@torch.no_grad()
-def draw_weights(network: nn.Module, seed: int, prefix: str = "") -> None:
-    """Give every linear, convolutional and normalisation layer its initial weights, the same on any backend.
-
-    Args:
-        network: whose layers' names are canonical, after the prefix.
-        seed: names the draw.
-        prefix: what their names begin with.
-    """
-    for layer, module in network.named_modules():
-        fan_in = module.weight[0].numel() if isinstance(module, nn.Linear | nn.Conv2d) else None
-        for name, parameter in module.named_parameters(recurse=False):
-            value = initial_value(seed, f"{prefix}{layer}.{name}", tuple(parameter.shape), fan_in)
-            parameter.copy_(torch.from_numpy(value))
+def _place(parent: nn.Module, name: str, module: nn.Module) -> None:
+    """Make a module a descendant, so that a dotted name is its own."""
+    own, _, rest = name.partition(".")
+    if not rest:
+        parent.add_module(own, module)
+        return
+    if own not in dict(parent.named_children()):
+        parent.add_module(own, nn.Module())
+    _place(parent.get_submodule(own), rest, module)
 
 
 class MultiHead(nn.Module):
     """A backbone with a linear head for each task, ``heads.<task>.weight``."""
 
-    def __init__(self, backbone: nn.Module, features: int, tasks: int, classes: int, seed: int = 0) -> None:
+    def __init__(
+        self,
+        backbone: nn.Module,
+        features: int,
+        tasks: int,
+        classes: int,
+        seed: int = 0,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         """Build the heads.
 
         Args:
@@ -121,11 +116,15 @@ class MultiHead(nn.Module):
             tasks: how many heads.
             classes: every head's width.
             seed: names the draw of the heads' weights; the backbone keeps those it has.
+            dtype: of the heads' weights.
         """
         super().__init__()
         self.backbone = backbone
-        self.heads = nn.ModuleList(nn.Linear(features, classes, bias=False) for _ in range(tasks))
-        draw_weights(self.heads, seed, prefix="heads.")
+        self.heads = nn.ModuleList(nn.Linear(features, classes, bias=False, dtype=dtype) for _ in range(tasks))
+        with torch.no_grad():
+            for name, parameter in self.heads.named_parameters():
+                value = initial_value(seed, f"heads.{name}", (classes, features), features)
+                parameter.copy_(torch.from_numpy(value))
 
     def forward(self, images: Tensor, task: int | None = None) -> Tensor:
         """Return one task's logits [N, classes], or, if no task is given, all heads' [N, tasks, classes]."""

@@ -8,11 +8,12 @@ try:
     from adapters.cli.main import Backend, main
     from adapters.torch.learner import TorchLearner
     from adapters.torch.memory import keep_freed_memory
-    from adapters.torch.networks import build_backbone, draw_weights
+    from adapters.torch.networks import Described
 except ModuleNotFoundError as error:
     print(f"error: the package '{error.name}' is missing; pip install 'became[torch]'.", file=sys.stderr)
     sys.exit(2)
 
+from adapters.architectures import build_network
 from became_core.continual import TaskStream
 
 __all__ = ["BACKEND", "build_learner"]
@@ -22,7 +23,7 @@ def build_learner(network: str, stream: TaskStream, device: str, seed: int) -> T
     """Return a fresh learner with a backbone known by name.
 
     Args:
-        network: the backbone, as in ``adapters.torch.networks.BACKBONES``.
+        network: the backbone, as in ``adapters.architectures.NETWORKS``.
         stream: what it will learn.
         device: a PyTorch device, or "auto" for the first accelerator there is, else the CPU.
         seed: names the draw of the initial weights.
@@ -33,8 +34,7 @@ def build_learner(network: str, stream: TaskStream, device: str, seed: int) -> T
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     channels, height, width = stream.dataset.images.shape[1:]
-    backbone = build_backbone(network, (channels, height, width))
-    draw_weights(backbone, seed)
+    backbone = Described(build_network(network, (channels, height, width)), seed)
     return TorchLearner(backbone, stream, device=device, seed=seed)
 
 

@@ -1,24 +1,26 @@
 """The TensorFlow learner: its agreement with the reference and with PyTorch, its repeatability, its traces."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 
 tf = pytest.importorskip("tensorflow")
 
-from adapters.initial import initial_value  # noqa: E402
-from adapters.tensorflow.layers import Flatten, Linear, Pointwise  # noqa: E402
+from adapters.architectures import (  # noqa: E402
+    Architecture,
+    Flatten,
+    Linear,
+    ReLU,
+    initial_value,
+)
 from adapters.tensorflow.learner import TensorFlowLearner  # noqa: E402
-from adapters.tensorflow.networks import Network, build_network  # noqa: E402
 from adapters.tensorflow.run import build_learner  # noqa: E402
 from became_core import BecameError  # noqa: E402
-from became_core.arrays import Params  # noqa: E402
 from became_core.continual import (  # noqa: E402
     METHODS,
-    SGD,
     Adam,
     Annealed,
-    Batch,
-    Constraint,
     Learner,
     MethodSettings,
     RunRecord,
@@ -27,7 +29,7 @@ from became_core.continual import (  # noqa: E402
     learn,
 )
 from became_core.continual.measurement import Measurement  # noqa: E402
-from became_core.curvature import FisherKind, derivatives_along  # noqa: E402
+from became_core.curvature import FisherKind  # noqa: E402
 from reference.learner import ReferenceLearner  # noqa: E402
 from tests.streams import prototype_stream  # noqa: E402
 
@@ -39,11 +41,17 @@ def _pair() -> tuple[TensorFlowLearner, ReferenceLearner]:
     """Learners in float64 of one network with the same weights."""
     stream = prototype_stream()
     reference = ReferenceLearner(stream, hidden=(12, 10), bias=True)
-    relu = Pointwise(tf.nn.relu)
-    layers = Flatten(), Linear("fc1", 12, has_bias=True), relu, Linear("fc2", 10, has_bias=True), relu
-    learner = TensorFlowLearner(Network(layers, (6, 6, 1)), stream, dtype=tf.float64)
+    layers = Flatten(), Linear("fc1", 12, bias=True), ReLU(), Linear("fc2", 10, bias=True), ReLU()
+    learner = TensorFlowLearner(Architecture(layers, (1, 6, 6)), stream, dtype=tf.float64)
     learner.assign(reference.parameters())
     return learner, reference
+
+
+class _Images(Architecture):
+    """Images come out."""
+
+    def __call__(self, run: Any, images: Any) -> Any:
+        return images
 
 
 def _learn(learner: Learner, method: str, training: Training = TRAINING) -> RunRecord:
@@ -104,54 +112,6 @@ def test_equal_seeds_give_equal_runs_and_others_do_not() -> None:
     assert not np.array_equal(runs[0], runs[2])
 
 
-def test_alexnet_learns_as_pytorchs_does() -> None:
-    """Given the same weights: convolution, batch norm, pooling, and dropout with the same masks; all measurements."""
-    pytest.importorskip("torch")
-    import torch
-
-    from adapters.torch.learner import TorchLearner
-    from adapters.torch.networks import build_backbone
-
-    stream = prototype_stream(tasks=2, channels=3, side=22, per_class=12)
-    learner = TensorFlowLearner(build_network("alexnet", (3, 22, 22)), stream, dtype=tf.float64)
-    theirs = TorchLearner(build_backbone("alexnet", (3, 22, 22)).double(), stream, dtype=torch.float64)
-    assert learner.projectable == theirs.projectable
-
-    def as_torch(parameters: Params) -> Params:
-        return {name: torch.from_numpy(value.numpy()) for name, value in parameters.items()}
-
-    theirs.assign(as_torch(learner.parameters()))
-    rows = stream.tasks[0].test
-    np.testing.assert_allclose(learner.logits(rows, 5).numpy(), theirs.logits(rows, 5).numpy(), rtol=1e-9, atol=1e-12)
-
-    direction = {name: 0.1 * (value + 0.01) for name, value in learner.parameters().items()}
-    found, expected = (
-        derivatives_along(each.pushforward(0, rows, 5, [along]))
-        for each, along in ((learner, direction), (theirs, as_torch(direction)))
-    )
-    for ours, other in zip(found, expected, strict=True):
-        np.testing.assert_allclose(ours.numpy(), other.numpy(), rtol=1e-9)
-
-    batches = [Batch(0, stream.tasks[0].train[start : start + 10]) for start in (0, 10, 20)]
-    losses = [
-        each.train(
-            batches, np.full(3, 0.05), Constraint(frozenset(each.parameters())), SGD(), np.random.default_rng(1)
-        ).loss
-        for each in (learner, theirs)
-    ]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-9)
-    fishers = [
-        [
-            Measurement(each, stream.tasks[0], SHORT, kind, 0, "merge").diagonal().values
-            for kind in ("empirical", "batch")
-        ]
-        for each in (learner, theirs)
-    ]
-    for ours, other in zip((learner.parameters(), *fishers[0]), (theirs.parameters(), *fishers[1]), strict=True):
-        for name, value in ours.items():
-            np.testing.assert_allclose(value.numpy(), other[name].numpy(), rtol=1e-6, atol=1e-12, err_msg=name)
-
-
 def test_a_seed_names_the_same_initial_weights_as_for_every_framework() -> None:
     learner = build_learner("mlp", prototype_stream(), "cpu", 3)
     for name, value in learner.parameters().items():
@@ -165,5 +125,5 @@ def test_what_cannot_be_used_is_said_in_one_sentence() -> None:
         build_learner("mlp", stream, "quantum", 0)
     with pytest.raises(BecameError, match="TensorFlow has no device 'cpu:7' here"):
         build_learner("mlp", stream, "cpu:7", 0)
-    with pytest.raises(BecameError, match=r"the backbone must map images \[N, C, H, W\] to features"):
-        Network((Pointwise(tf.tanh),), (6, 6, 1))
+    with pytest.raises(BecameError, match=r"the backbone must map images \[N, H, W, C\] to features"):
+        TensorFlowLearner(_Images((Flatten(),), (1, 6, 6)), stream)

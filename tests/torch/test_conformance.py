@@ -6,33 +6,35 @@ import pytest
 import torch
 from torch import nn
 
+from adapters.architectures import Architecture
 from adapters.torch.learner import TorchLearner
+from adapters.torch.networks import Described
 from became_core.continual import Learner, TaskStream
-from tests.conformance import CHECKS, Make
+from tests.conformance import CHECKS, Make, convolutional, linear
 
 
-def _learner(backbone: Callable[[int], nn.Module], stream: TaskStream, seed: int) -> Learner:
+def own(stream: TaskStream, seed: int) -> Learner:
+    """A module of the user's."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return TorchLearner(backbone(stream.dataset.images[0].size).double(), stream, dtype=torch.float64, seed=seed)
+        convolution = nn.Conv2d(stream.dataset.images.shape[1], 4, 3, padding=1, stride=2, bias=False)
+        backbone = nn.Sequential(convolution, nn.Tanh(), nn.Flatten(), nn.LazyLinear(7))
+        backbone(torch.zeros(1, *stream.dataset.images.shape[1:]))
+        return TorchLearner(backbone.double(), stream, dtype=torch.float64, seed=seed)
 
 
-def linear(stream: TaskStream, seed: int) -> Learner:
-    return _learner(lambda pixels: nn.Sequential(nn.Flatten(), nn.Linear(pixels, 9), nn.Tanh()), stream, seed)
+def described(describe: Callable[[TaskStream], Architecture]) -> Make:
+    def make(stream: TaskStream, seed: int) -> Learner:
+        backbone = Described(describe(stream), seed, torch.float64)
+        return TorchLearner(backbone, stream, dtype=torch.float64, seed=seed)
+
+    return make
 
 
-def convolutional(stream: TaskStream, seed: int) -> Learner:
-    channels = stream.dataset.images.shape[1]
-    return _learner(
-        lambda _: nn.Sequential(
-            nn.Conv2d(channels, 4, 3, padding=1, stride=2, bias=False), nn.Tanh(), nn.Flatten(), nn.LazyLinear(7)
-        ),
-        stream,
-        seed,
-    )
+MAKES: dict[str, Make] = {"linear": described(linear), "convolutional": described(convolutional), "own": own}
 
 
-@pytest.mark.parametrize("make", [linear, convolutional])
+@pytest.mark.parametrize("make", MAKES)
 @pytest.mark.parametrize("check", CHECKS)
-def test_it_conforms(check: Callable[[Make], None], make: Make) -> None:
-    check(make)
+def test_it_conforms(check: Callable[[Make], None], make: str) -> None:
+    check(MAKES[make])

@@ -5,13 +5,20 @@ fan_in being how many inputs each of the layer's outputs sees; a normalisation l
 """
 
 import math
+from collections.abc import Mapping
 
 import numpy as np
 from numpy.typing import NDArray
 
+from adapters.architectures.layers import Parameter
 from became_core.continual import random_stream
 
-__all__ = ["initial_value"]
+__all__ = ["initial_value", "initial_values"]
+
+
+def initial_values(seed: int, parameters: Mapping[str, Parameter]) -> dict[str, NDArray[np.float64]]:
+    """Return the first value of each parameter by its canonical name; the seed names the draws."""
+    return {name: initial_value(seed, name, *parameter) for name, parameter in parameters.items()}
 
 
 def initial_value(seed: int, name: str, shape: tuple[int, ...], fan_in: int | None) -> NDArray[np.float64]:
