@@ -1,0 +1,232 @@
+"""A user's own flax module as a backbone, images to features, called with nothing but the images.
+
+While it runs, its Dense, Conv, normalisation and Dropout layers are taken over: they compute as described layers do,
+with weights by canonical name, and so can be tapped; everything between them is the module's. Batch norm takes the
+batch's statistics, in evaluation too, and keeps none.
+
+Convention: names are paths joined by dots, ``block_0.Dense_0.weight``; canonical weights are [out, in] and OIHW, where
+flax has [in, out] and HWIO. Images are [N, H, W, C].
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Any, Literal, NamedTuple
+
+import jax
+import numpy as np
+from flax import linen as nn
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax import lax
+from jax import numpy as jnp
+
+from adapters.architectures import BatchNorm, Dropout, Linear, Mask, Parameter
+from adapters.jax.layers import Pass
+from became_core import BecameError
+from became_core.arrays import Array, Params
+
+__all__ = ["FlaxBackbone"]
+
+
+@dataclass(frozen=True)
+class FlaxLayer:
+    """What a tap tells of a layer."""
+
+    name: str
+    kind: Literal["matrix", "scale"]
+    bias: bool
+
+
+class _Layer(NamedTuple):
+    """How a class of flax layers is taken over.
+
+    Attributes:
+        kind: of its tap.
+        run: (pass, layer, module, inputs) -> outputs.
+    """
+
+    kind: Literal["matrix", "scale"]
+    run: Callable[[Pass, FlaxLayer, Any, Array], Array]
+
+
+@dataclass(frozen=True, eq=False)
+class FlaxBackbone:
+    """A module and what is known of its layers.
+
+    Attributes:
+        module: linen, from images [N, H, W, C] to features [N, features].
+        tapped: its layers with parameters.
+        parameters: by canonical name.
+        masks: what its dropout layers need.
+    """
+
+    module: nn.Module
+    tapped: tuple[FlaxLayer, ...]
+    parameters: Mapping[str, Parameter]
+    masks: tuple[Mask, ...]
+
+    @classmethod
+    def of(cls, module: nn.Module, image: tuple[int, int, int]) -> "FlaxBackbone":
+        """Look at a module.
+
+        Args:
+            module: any linen module that is called with images alone.
+            image: the shape of an image, [C, H, W].
+
+        Raises:
+            BecameError: if a parameter belongs to a layer that taps do not know.
+        """
+        channels, height, width = image
+        layers: dict[str, FlaxLayer] = {}
+        masks: list[Mask] = []
+
+        def look(following: Any, args: Any, kwargs: Any, context: Any) -> Any:
+            if context.method_name != "__call__":
+                return following(*args, **kwargs)
+            if type(context.module) is nn.Dropout:
+                threshold = Dropout(context.module.rate).threshold
+                masks.extend([(tuple(args[0].shape[1:]), threshold)] if threshold else [])
+                return args[0]
+            if _is_known(context.module):
+                layer = _layer_of(context.module)
+                layers[layer.name] = layer
+            return following(*args, **kwargs)
+
+        def initial(images: Array) -> Any:
+            with nn.intercept_methods(look):
+                return module.init({"params": jax.random.key(0), "dropout": jax.random.key(0)}, images)
+
+        blank = jax.ShapeDtypeStruct((2, height, width, channels), jnp.float32)
+        found = flatten_dict(jax.eval_shape(initial, blank).get("params", {}), sep=".")
+        parameters: dict[str, Parameter] = {}
+        for path, leaf in found.items():
+            owner, _, own = path.rpartition(".")
+            if owner not in layers:
+                raise BecameError(
+                    f"taps do not know the layer of the parameter '{path}'; on JAX they know "
+                    f"{', '.join(sorted(each.__name__ for each in _LAYERS))} with weights, Conv of images, one group."
+                )
+            shape = tuple(leaf.shape[axis] for axis in _AXES[leaf.ndim])
+            fan_in = None if layers[owner].kind == "scale" else prod(found[f"{owner}.kernel"].shape[:-1])
+            parameters[f"{owner}.{'bias' if own == 'bias' else 'weight'}"] = Parameter(shape, fan_in)
+        return cls(module, tuple(layers.values()), parameters, tuple(masks))
+
+    def __call__(self, run: Pass, images: Array) -> Array:
+        """Return the features [N, features] of images [N, H, W, C]."""
+        layers = {layer.name: layer for layer in self.tapped}
+
+        def take_over(following: Any, args: Any, kwargs: Any, context: Any) -> Any:
+            if context.method_name != "__call__":
+                return following(*args, **kwargs)
+            if type(context.module) is nn.Dropout:
+                return run(Dropout(context.module.rate), args[0])
+            if not _is_known(context.module):
+                return following(*args, **kwargs)
+            layer = layers[_layer_of(context.module).name]
+            return _LAYERS[type(context.module)].run(run, layer, context.module, args[0])
+
+        with nn.intercept_methods(take_over):
+            return self.module.apply({}, images)
+
+    def weights(self, params: Any) -> Params:
+        """Return a flax tree of parameters by canonical name, in canonical layouts."""
+        found = {}
+        for path, leaf in flatten_dict(params, sep=".").items():
+            owner, _, own = path.rpartition(".")
+            found[f"{owner}.{'bias' if own == 'bias' else 'weight'}"] = jnp.transpose(leaf, _AXES[leaf.ndim])
+        return found
+
+    def params(self, weights: Params) -> Any:
+        """Return weights by canonical name as flax has them; those of other layers, such as heads, are left out."""
+        kernels = {layer.name: "kernel" if layer.kind == "matrix" else "scale" for layer in self.tapped}
+        found = {}
+        for name in self.parameters:
+            owner, _, own = name.rpartition(".")
+            path = f"{owner}.{'bias' if own == 'bias' else kernels[owner]}"
+            axes = np.argsort(_AXES[weights[name].ndim])
+            found[path] = jnp.transpose(weights[name], axes.tolist())
+        return unflatten_dict(found, sep=".")
+
+
+# From flax's layout to the canonical one, by the number of axes.
+_AXES = {1: (0,), 2: (1, 0), 4: (3, 2, 0, 1)}
+
+
+def _layer_of(module: Any) -> FlaxLayer:
+    return FlaxLayer(".".join(module.path), _LAYERS[type(module)].kind, module.use_bias)
+
+
+def _is_known(module: Any) -> bool:
+    if type(module) is nn.Conv:
+        return len(module.kernel_size) == 2 and module.feature_group_count == 1
+    if type(module) is nn.BatchNorm:
+        return bool(module.use_scale and module.use_bias)
+    return type(module) is nn.Dense or (type(module) in _LAYERS and bool(module.use_scale))
+
+
+def _convolution(run: Pass, layer: FlaxLayer, module: Any, inputs: Array) -> Array:
+    window: dict[str, Any] = {
+        "window_strides": _pair(module.strides),
+        "padding": _padding(module),
+        "rhs_dilation": _pair(module.kernel_dilation),
+        "dimension_numbers": ("NHWC", "OIHW", "NHWC"),
+    }
+    output = lax.conv_general_dilated(
+        inputs, run.weights[f"{layer.name}.weight"], lhs_dilation=_pair(module.input_dilation), **window
+    )
+
+    def patches() -> Array:
+        return lax.conv_general_dilated_patches(
+            inputs, module.kernel_size, lhs_dilation=_pair(module.input_dilation), **window
+        )
+
+    return run.tapped(layer, patches, output)
+
+
+def _padding(module: Any) -> Any:
+    """Return the padding of images as XLA has it."""
+    if isinstance(module.padding, str):
+        if module.padding not in ("SAME", "VALID"):
+            raise BecameError(
+                f"the layer '{'.'.join(module.path)}' is padded {module.padding}; taps know SAME and VALID."
+            )
+        return module.padding
+    if isinstance(module.padding, int):
+        return [(module.padding, module.padding)] * 2
+    return [(each, each) if isinstance(each, int) else each for each in module.padding]
+
+
+def _pair(value: Any) -> tuple[int, ...]:
+    return (1, 1) if value is None else (value, value) if isinstance(value, int) else tuple(value)
+
+
+def _layer_norm(run: Pass, layer: FlaxLayer, module: Any, inputs: Array) -> Array:
+    return _scaled(run, layer, _standardised(inputs, -1, module.epsilon))
+
+
+def _group_norm(run: Pass, layer: FlaxLayer, module: Any, inputs: Array) -> Array:
+    groups = module.num_groups or inputs.shape[-1] // module.group_size
+    split = inputs.reshape(len(inputs), -1, groups, inputs.shape[-1] // groups)
+    return _scaled(run, layer, _standardised(split, (1, 3), module.epsilon).reshape(inputs.shape))
+
+
+def _standardised(inputs: Array, axes: Any, epsilon: float) -> Array:
+    mean, variance = inputs.mean(axes, keepdims=True), inputs.var(axes, keepdims=True)
+    return (inputs - mean) * lax.rsqrt(variance + epsilon)
+
+
+def _scaled(run: Pass, layer: FlaxLayer, normalised: Array) -> Array:
+    return run.tapped(layer, lambda: normalised, normalised * run.weights[f"{layer.name}.weight"])
+
+
+_LAYERS: dict[type, _Layer] = {
+    nn.Dense: _Layer(
+        "matrix", lambda run, layer, module, inputs: run(Linear(layer.name, module.features, layer.bias), inputs)
+    ),
+    nn.Conv: _Layer("matrix", _convolution),
+    nn.BatchNorm: _Layer(
+        "scale", lambda run, layer, module, inputs: run(BatchNorm(layer.name, module.epsilon), inputs)
+    ),
+    nn.LayerNorm: _Layer("scale", _layer_norm),
+    nn.GroupNorm: _Layer("scale", _group_norm),
+}

@@ -1,0 +1,104 @@
+"""A user's Keras model learns as a description does, and gives the same taps."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from adapters.architectures import (
+    Architecture,
+    BatchNorm,
+    Convolution,
+    Dropout,
+    Flatten,
+    Linear,
+    MaxPool,
+    ReLU,
+    Residual,
+)
+from adapters.tensorflow.keras_model import KerasBackbone
+from adapters.tensorflow.layers import Pass
+from adapters.tensorflow.learner import TensorFlowLearner
+from became_core import BecameError
+from became_core.continual import Annealed, MethodSettings, Training, build_method, learn
+from became_core.continual.measurement import Measurement
+from tests.streams import prototype_stream
+
+STREAM = prototype_stream(tasks=2, channels=2, side=8)
+TRAINING = Training(Annealed(lr=0.1, epochs=2), Annealed(lr=0.1, epochs=1), batch_size=10)
+DESCRIPTION = Architecture(
+    (
+        *(Convolution("conv1", 4, 3, padding=1, bias=True), BatchNorm("bn1"), ReLU(), Dropout(0.25)),
+        *(Residual((Convolution("conv2", 4, 3, padding=1),)), MaxPool(2)),
+        *(Convolution("conv3", 6, 2, stride=2, bias=True), Flatten(), Linear("fc1", 7, bias=True), ReLU()),
+    ),
+    (2, 8, 8),
+)
+
+
+def network() -> keras.Model:
+    """What DESCRIPTION describes, with Keras's own way to padding and activations."""
+    layers = keras.layers
+    images = keras.Input((8, 8, 2))
+    x = layers.Conv2D(4, 3, padding="same", name="conv1")(images)
+    x = layers.ReLU()(layers.BatchNormalization(epsilon=1e-5, name="bn1")(x))
+    x = layers.Dropout(0.25)(x)
+    x = layers.Add()([x, layers.Conv2D(4, 3, padding="same", use_bias=False, name="conv2")(x)])
+    x = layers.Conv2D(6, 2, strides=2, name="conv3")(layers.MaxPooling2D()(x))
+    x = layers.Flatten()(layers.Permute((3, 1, 2))(x))
+    return keras.Model(images, layers.Dense(7, activation="relu", name="fc1")(x))
+
+
+def test_a_model_learns_as_its_description_does() -> None:
+    backbone = KerasBackbone.of(network(), (2, 8, 8))
+    assert dict(backbone.parameters) == dict(DESCRIPTION.parameters)
+    assert backbone.masks == DESCRIPTION.masks
+    ours, theirs = (TensorFlowLearner(each, STREAM, seed=3) for each in (backbone, DESCRIPTION))
+    method = build_method("became", MethodSettings(threshold=0.9))
+    records = [learn(learner, STREAM, method, TRAINING, seed=5) for learner in (ours, theirs)]
+    np.testing.assert_array_equal(records[0].accuracy, records[1].accuracy)
+    for name, value in theirs.parameters().items():
+        np.testing.assert_allclose(ours.parameters()[name], value, rtol=2e-4, atol=2e-5, err_msg=name)
+
+
+def test_its_taps_are_those_of_the_description() -> None:
+    backbones = KerasBackbone.of(network(), (2, 8, 8)), DESCRIPTION
+    learners = [TensorFlowLearner(each, STREAM, seed=3) for each in backbones]
+    fishers = [
+        Measurement(learner, STREAM.tasks[0], TRAINING, "true", 0, "merge").diagonal().values for learner in learners
+    ]
+    for name, value in fishers[1].items():
+        np.testing.assert_allclose(fishers[0][name], value, rtol=1e-3, atol=1e-6, err_msg=name)
+
+
+def test_the_model_is_as_it_was_and_takes_weights_back() -> None:
+    model = network()
+    images = tf.random.stateless_normal((3, 8, 8, 2), (0, 0))
+    before = model(images)
+    backbone = KerasBackbone.of(model, (2, 8, 8))
+    weights = backbone.weights()
+    assert {name: tuple(value.shape) for name, value in weights.items()} == {
+        name: each.shape for name, each in backbone.parameters.items()
+    }
+    np.testing.assert_array_equal(model(images), before)
+    backbone.assign({name: value * 2 for name, value in weights.items()})
+    for name, value in backbone.weights().items():
+        np.testing.assert_array_equal(value, 2 * weights[name])
+
+
+def test_a_layer_that_taps_do_not_know_is_named() -> None:
+    model = keras.Sequential(
+        [keras.Input((8, 8, 2)), keras.layers.Conv2DTranspose(2, 3, name="up"), keras.layers.Flatten()]
+    )
+    with pytest.raises(BecameError, match=r"the variable '\S*up/kernel'; on Keras they know BatchNorm"):
+        KerasBackbone.of(model, (2, 8, 8))
+
+
+def test_norms_compute_as_keras_does() -> None:
+    layers = keras.layers
+    model = keras.Sequential(
+        [keras.Input((8, 8, 2)), layers.Conv2D(4, 3), layers.LayerNormalization(), layers.Flatten(), layers.Dense(5)]
+    )
+    images = tf.random.stateless_normal((3, 8, 8, 2), (0, 0))
+    backbone = KerasBackbone.of(model, (2, 8, 8))
+    np.testing.assert_allclose(backbone(Pass(backbone.weights()), images), model(images), rtol=1e-4, atol=1e-5)
