@@ -1,7 +1,6 @@
 """The command: options in, runs and a table out. The same for every backend."""
 
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -84,7 +83,6 @@ def _compare(backend: Backend, options: Options, console: Console) -> None:
 def _run(
     backend: Backend, device: str, configuration: Configuration, stream: TaskStream, run: RunDirectory, console: Console
 ) -> RunResult:
-    began = time.perf_counter()
     learner = backend.learner(configuration.benchmark.network, stream, device, run.seed)
     method = configuration.method(run.method)
     stages = 1 if method.rule is None else 2
@@ -97,7 +95,6 @@ def _run(
             seed=run.seed,
             observe=progress,
         )
-    record.seconds["total"] = time.perf_counter() - began
     return RunResult.of(
         record,
         backend=backend.name,

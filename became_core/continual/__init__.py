@@ -8,8 +8,9 @@ from became_core.continual.optimisers import SGD, Adam, Optimiser
 from became_core.continual.record import MergePath, PathPoint, RunRecord, TaskEnd
 from became_core.continual.schedule import Annealed, Patience, Schedule
 from became_core.continual.seeding import random_stream
+from became_core.continual.state import Memory, RunState
 from became_core.continual.stream import Dataset, Task, TaskStream, split_classes
-from became_core.continual.training import EpochEnd, Training
+from became_core.continual.training import Best, EpochEnd, Stage, Training
 
 __all__ = [
     "METHODS",
@@ -19,10 +20,12 @@ __all__ = [
     "Along",
     "Annealed",
     "Batch",
+    "Best",
     "Constraint",
     "Dataset",
     "EpochEnd",
     "Learner",
+    "Memory",
     "MergePath",
     "Method",
     "MethodSettings",
@@ -31,7 +34,9 @@ __all__ = [
     "Patience",
     "Penalty",
     "RunRecord",
+    "RunState",
     "Schedule",
+    "Stage",
     "TapMode",
     "Task",
     "TaskEnd",
