@@ -25,7 +25,7 @@ from became_core.continual.stopwatch import Stopwatch
 from became_core.continual.stream import Task, TaskStream
 from became_core.continual.training import EpochEnd, Stage, Training, begin_stage, train_stage
 from became_core.laplace import LaplacePosterior, trace_path
-from became_core.projection import TRGP
+from became_core.projection import TRGP, compact
 
 __all__ = ["learn"]
 
@@ -219,7 +219,7 @@ class _Run:
                 new, known = Approximations.of(measurement), memory.approximations
                 memory = replace(memory, approximations=new if known is None else known + new)
             if memory.projector is not None:
-                memory = replace(memory, projector=memory.projector.remember(measurement))
+                memory = replace(memory, projector=compact(memory.projector.remember(measurement)))
             return memory
 
     def evaluate(
