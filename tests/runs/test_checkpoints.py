@@ -10,13 +10,14 @@ import pytest
 from safetensors.numpy import load_file
 
 from adapters.runs import Checkpoints
-from adapters.runs.encoding import MisfitError, decoded, encoded
+from adapters.runs.encoding import ALTERNATIVES, MisfitError, decoded, encoded
 from became_core import BecameError
 from became_core.arrays import named_leaves
 from became_core.continual import (
     SGD,
     Adam,
     Annealed,
+    Memory,
     MethodSettings,
     Patience,
     RunRecord,
@@ -25,6 +26,8 @@ from became_core.continual import (
     build_method,
     learn,
 )
+from became_core.laplace import Diagonal, Kronecker, LaplacePosterior, precision
+from became_core.laplace.precision import Precision
 from reference.learner import ReferenceLearner
 from tests.streams import prototype_stream
 
@@ -273,6 +276,22 @@ def test_what_is_no_state_is_said_with_its_place(path: tuple[str, ...], value: A
     place[path[-1]] = value
     with pytest.raises(MisfitError, match=".".join(path).removesuffix(".kind")):
         decoded(plain, arrays, method.projector, lambda array: array)
+
+
+def test_a_posterior_of_any_precision_can_be_saved() -> None:
+    every = {each for name in precision.__all__ if isinstance(each := getattr(precision, name), type)} - {Precision}
+    assert set(ALTERNATIVES[Precision]) == every
+    theta, weights = new_learner().parameters(), ("fc1.weight", "fc2.weight")
+    factors = {name: (np.eye(theta[name].shape[1]), np.eye(theta[name].shape[0])) for name in weights}
+    held = Kronecker(factors, {"fc1.weight": np.ones(())}) + Diagonal({name: theta[name] ** 2 for name in theta})
+    begun = RunState.begun(new_learner(), STREAM, build_method("finetune", SETTINGS))
+    state = replace(begun, memory=Memory(posterior=LaplacePosterior(theta, held)))
+    plain, arrays = encoded(state)
+    again = decoded(json.loads(json.dumps(plain)), arrays, None, lambda array: array)
+    assert again.memory.posterior is not None
+    assert again.memory.posterior.loss(begun.theta) == 0
+    moved = {name: value + 1 for name, value in theta.items()}
+    assert float(again.memory.posterior.loss(moved)) == float(LaplacePosterior(theta, held).loss(moved)) > 0
 
 
 def test_an_array_that_nothing_asks_for_is_refused() -> None:
