@@ -94,12 +94,27 @@ def test_a_run_in_parts_is_the_run_to_the_bit(
 
 def test_a_killed_process_loses_an_epoch_at_most(expected: dict[str, Any], tmp_path: Path) -> None:
     """SIGKILL at random moments; BECAME_KILLS says how many."""
-    draw = random.Random(0)
-    arguments = [sys.executable, "-m", "adapters.torch.run", *command(tmp_path)]
-    log, kills = tmp_path / "became-seed0" / "events.jsonl", 0
-    while kills < KILLS and not (tmp_path / "became-seed0" / "results.json").exists():
-        before = log.stat().st_size if log.exists() else 0
-        process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    draw, kills = random.Random(0), 0
+    while kills < KILLS:
+        out = tmp_path / f"after-{kills}"
+        folder = out / "became-seed0"
+        while kills < KILLS and not (folder / "results.json").exists():
+            kill_at_a_moment(out, draw)
+            kills += 1
+        assert main(BACKEND, command(out)) == 0
+        assert result(out) == expected
+        assert "end" in events(out)
+        left = {"checkpoints", "config.json", "events.jsonl", "results.json"}
+        assert {path.name for path in folder.iterdir()} == left
+        assert len(list((folder / "checkpoints").iterdir())) == 4
+
+
+def kill_at_a_moment(out: Path, draw: random.Random) -> None:
+    """Let a process begin or go on with the run; kill it a little after it is heard of, wherever it then is."""
+    log = out / "became-seed0" / "events.jsonl"
+    before = log.stat().st_size if log.exists() else 0
+    arguments = [sys.executable, "-m", "adapters.torch.run", *command(out)]
+    with subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
         until = time.monotonic() + 120
         while process.poll() is None and not (log.exists() and log.stat().st_size > before):
             assert time.monotonic() < until
@@ -107,18 +122,7 @@ def test_a_killed_process_loses_an_epoch_at_most(expected: dict[str, Any], tmp_p
         time.sleep(draw.uniform(0, 0.6))
         process.kill()
         _, said = process.communicate()
-        assert "Traceback" not in said
-        kills += 1
-    assert main(BACKEND, command(tmp_path)) == 0
-    assert result(tmp_path) == expected
-    assert "end" in events(tmp_path)
-    assert sorted(path.name for path in (tmp_path / "became-seed0").iterdir()) == [
-        "checkpoints",
-        "config.json",
-        "events.jsonl",
-        "results.json",
-    ]
-    assert len(list((tmp_path / "became-seed0" / "checkpoints").iterdir())) == 4
+    assert "Traceback" not in said
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
