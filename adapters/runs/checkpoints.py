@@ -60,9 +60,8 @@ class Checkpoints:
             raise BecameError(f"{self.folder} holds a run that is further on; load it or choose another folder.")
         plain, arrays = encoded(state)
         content = packed(arrays)
-        write_file(
-            self._file(number, "safetensors"), content, lasting=False
-        )  # its JSON, without which it is nothing, is
+        # Its name need not last before that of its JSON, without which it is nothing.
+        write_file(self._file(number, "safetensors"), content, lasting=False)
         write_sealed(
             self._file(number, "json"),
             {"format": FORMAT, "settings": self.settings, "arrays": digest(content), "state": plain},
