@@ -34,7 +34,7 @@ from became_core import BecameError
 from became_core.arrays import Params
 from became_core.continual import SGD, Annealed, Constraint, TaskStream, Training, split_classes
 from became_core.continual.measurement import Measurement
-from became_core.continual.training import train_stage
+from became_core.continual.training import begin_stage, train_stage
 from became_core.projection import GPM
 
 EPSILON = 0.97
@@ -44,17 +44,9 @@ SAMPLES = 125
 def trained(stream: TaskStream, epochs: int) -> TorchLearner:
     """Return a learner that knows the first task a little."""
     learner = build_learner("alexnet", stream, "cpu", 0)
-    train_stage(
-        learner,
-        [stream.tasks[0]],
-        Annealed(0.05, epochs),
-        Constraint(frozenset(learner.parameters())),
-        stage=1,
-        optimiser=SGD(),
-        batch_size=64,
-        seed=0,
-        observe=lambda event: None,
-    )
+    task, constraint = stream.tasks[0], Constraint(frozenset(learner.parameters()))
+    stage = begin_stage(learner, task, 1, Annealed(0.05, epochs), SGD(), constraint)
+    train_stage(learner, [task], stage, constraint, batch_size=64, seed=0)
     return learner
 
 

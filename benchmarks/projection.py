@@ -29,7 +29,7 @@ from became_core import BecameError
 from became_core.arrays import Params
 from became_core.continual import SGD, Annealed, Batch, Constraint, TaskStream, Training, split_classes
 from became_core.continual.measurement import Measurement
-from became_core.continual.training import train_stage
+from became_core.continual.training import begin_stage, train_stage
 from became_core.projection import GPM
 
 STEPS = 8  # timed together
@@ -61,17 +61,9 @@ def after_two_tasks(learner: TorchLearner, stream: TaskStream, epochs: int) -> G
     for task in stream.tasks[:2]:
         head = learner.heads[task.index]
         trainable = learner.projectable | head if task.index else frozenset(learner.parameters())
-        train_stage(
-            learner,
-            [task],
-            training.stage1,
-            Constraint(trainable, projector=memory),
-            stage=1,
-            optimiser=SGD(),
-            batch_size=64,
-            seed=0,
-            observe=lambda event: None,
-        )
+        constraint = Constraint(trainable, projector=memory)
+        stage = begin_stage(learner, task, 1, training.stage1, SGD(), constraint)
+        train_stage(learner, [task], stage, constraint, batch_size=64, seed=0)
         memory = memory.remember(Measurement(learner, task, training, "empirical", 0, "posterior"))
     return memory
 

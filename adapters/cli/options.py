@@ -4,6 +4,7 @@ Convention: an option left out takes the preset's value; a configuration holds n
 runs with equal configuration, method and seed are the same run.
 """
 
+import math
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -108,6 +109,8 @@ class Options:
     """The folder for results; runs/BENCHMARK-PRESET if not given."""
     dry_run: bool = False
     """Show the configuration, the numbers of parameters and of steps, and an estimate of the time; learn nothing."""
+    resume: bool = False
+    """Go on with what the folder holds, and fail if it holds nothing; a run of another backend is then gone on with."""
 
 
 @dataclass(frozen=True)
@@ -240,5 +243,6 @@ def _given(value: T | None, otherwise: T) -> T:
 
 
 def _named(value: Schedule | Optimiser) -> dict[str, Any]:
-    """A value's fields, empty ones left out, and what it is."""
-    return {"kind": type(value).__name__.lower()} | {n: v for n, v in asdict(value).items() if v != {}}
+    """A value's fields, empty and infinite ones left out, and what it is."""
+    named = {"kind": type(value).__name__.lower()}
+    return named | {name: field for name, field in asdict(value).items() if field not in ({}, math.inf)}

@@ -1,37 +1,86 @@
-"""The folder of a comparison: ``OUT/<method>-seed<k>/results.json`` and ``OUT/summary.csv``.
+"""The folder of a comparison: ``OUT/summary.csv``, and ``OUT/<method>-seed<k>/`` for each run.
 
-A file is written whole under another name and then renamed, so that what is there is never half a file.
+| in a run's folder | what it is |
+| --- | --- |
+| config.json | what runs: configuration, backend, versions, git revision, a digest of the data |
+| events.jsonl | what happened, line by line |
+| checkpoints/ | the last two states, to go on from |
+| results.json | what came out, once it is finished |
+| lock | while a process is at work in it |
+
+A file is written whole under another name and then renamed, so that what is there is never half a file; JSON is sealed.
 """
 
 import csv
 import io
 import json
 import os
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from adapters.runs.checkpoints import Checkpoints
+from adapters.runs.events import EventLog
+from adapters.runs.files import DamagedError, read_sealed, write_file, write_sealed
+from adapters.runs.lock import locked
+from adapters.runs.provenance import revision, versions
 from adapters.runs.results import RunResult
+from adapters.runs.settings import difference, fingerprint
 from became_core import BecameError
+from became_core.continual import Method, TaskStream, Training
 
-__all__ = ["RunDirectory", "write_summary"]
+__all__ = ["RunDirectory", "check_writable", "write_summary"]
 
 
 @dataclass(frozen=True)
 class RunDirectory:
-    """Where one run's results are, or will be."""
+    """Where one run is, or will be."""
 
     out: Path
     method: str
     seed: int
 
     @property
+    def name(self) -> str:
+        """The run's name."""
+        return f"{self.method}-seed{self.seed}"
+
+    @property
+    def folder(self) -> Path:
+        """The run's own folder."""
+        return self.out / self.name
+
+    @property
     def results_file(self) -> Path:
         """The file of the results."""
-        return self.out / f"{self.method}-seed{self.seed}" / "results.json"
+        return self.folder / "results.json"
+
+    @property
+    def config_file(self) -> Path:
+        """The file of what runs."""
+        return self.folder / "config.json"
+
+    @property
+    def events(self) -> EventLog:
+        """What happened."""
+        return EventLog(self.folder / "events.jsonl")
+
+    @property
+    def begun(self) -> bool:
+        """Whether there is anything to go on from, or a result."""
+        return self.results_file.exists() or any((self.folder / "checkpoints").glob("*.json"))
+
+    def checkpoints(self, stream: TaskStream, method: Method, training: Training) -> Checkpoints:
+        """Return the run's checkpoints."""
+        return Checkpoints(self.folder / "checkpoints", stream, method, training, self.seed)
+
+    def locked(self) -> AbstractContextManager[None]:
+        """Keep other processes out for the time of this context."""
+        return locked(self.folder / "lock")
 
     def finished(self, backend: str, benchmark: str, config: dict[str, Any]) -> RunResult | None:
-        """Return the result if this very run has finished before, None if the place is free.
+        """Return the result if this very run has finished before, None if it has not.
 
         Raises:
             BecameError: if the place holds another configuration's run, or a file that is no result.
@@ -39,20 +88,58 @@ class RunDirectory:
         if not self.results_file.exists():
             return None
         found = _read(self.results_file)
-        theirs = {"backend": found.backend, "benchmark": found.benchmark, **found.config}
-        # Through JSON, as theirs went: tuples become lists.
-        ours = json.loads(json.dumps({"backend": backend, "benchmark": benchmark, **config}))
-        for name in ours | theirs:
-            if ours.get(name) != theirs.get(name):
-                raise BecameError(
-                    f"{self.results_file} is a run with {name} = {theirs.get(name)}, not {ours.get(name)}; "
-                    "choose another --out."
-                )
+        theirs = {"backend": _last(found.backend), "benchmark": found.benchmark, **found.config}
+        _check_equal(self.results_file, theirs, {"backend": backend, "benchmark": benchmark, **config})
         return found
+
+    def check_unfinished(self, backend: str, benchmark: str, config: dict[str, Any], *, resume: bool) -> str:
+        """Return the backends that have worked on this run by the end, in order: "torch", or "torch+jax".
+
+        Args:
+            backend: the present one.
+            benchmark: its name.
+            config: the configuration.
+            resume: whether another backend's run may be gone on with.
+
+        Raises:
+            BecameError: if there are checkpoints of another configuration's run, or of another backend's.
+        """
+        if not self.begun:  # then a configuration alone is nothing that could be lost
+            return backend
+        try:
+            found = read_sealed(self.config_file)
+            before, theirs = str(found["backend"]), {"benchmark": found["benchmark"], **found["config"]}
+        except (DamagedError, KeyError, TypeError):
+            raise BecameError(
+                f"{self.config_file} is damaged; move {self.folder} away or choose another --out."
+            ) from None
+        _check_equal(self.config_file, theirs, {"benchmark": benchmark, **config})
+        if _last(before) == backend:
+            return before
+        if not resume:
+            raise BecameError(
+                f"{self.folder} is an unfinished run on {before}; give --resume to go on with it on {backend}, or "
+                "choose another --out."
+            )
+        return f"{before}+{backend}"
+
+    def write_config(self, backends: str, benchmark: str, config: dict[str, Any], stream: TaskStream) -> None:
+        """Write what runs, and with what."""
+        values = {
+            "backend": backends,
+            "benchmark": benchmark,
+            "method": self.method,
+            "seed": self.seed,
+            "config": config,
+            "data": fingerprint(stream.dataset),
+            "versions": versions(),
+            "revision": revision(),
+        }
+        write_sealed(self.config_file, values, indent=2)
 
     def save(self, result: RunResult) -> None:
         """Write the results."""
-        _write(self.results_file, json.dumps(result.to_json(), indent=2) + "\n")
+        write_sealed(self.results_file, result.to_json(), indent=2)
 
 
 def check_writable(out: Path) -> None:
@@ -90,27 +177,23 @@ def write_summary(out: Path) -> None:
     writer = csv.DictWriter(text, fieldnames=list(rows[0]) if rows else [], lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    _write(out / "summary.csv", text.getvalue())
+    write_file(out / "summary.csv", text.getvalue().encode())
 
 
 def _read(file: Path) -> RunResult:
     try:
-        return RunResult.from_json(json.loads(file.read_text(encoding="utf-8")))
-    except (ValueError, KeyError, TypeError, AttributeError):
+        return RunResult.from_json(read_sealed(file))
+    except (DamagedError, KeyError, TypeError):
         raise BecameError(f"{file} is damaged or no run's results; move it away or choose another --out.") from None
-    except OSError as error:
-        raise BecameError(f"cannot read {file}: {error.strerror}.") from None
 
 
-def _write(file: Path, text: str) -> None:
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("w", encoding="utf-8") as handle:
-            handle.write(text)
-            handle.flush()
-            os.fsync(handle.fileno())
-        temporary.replace(file)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise BecameError(f"cannot write {file}: {error.strerror}.") from None
+def _last(backends: str) -> str:
+    return backends.rpartition("+")[2]
+
+
+def _check_equal(file: Path, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
+    # Through JSON, as theirs went: tuples become lists.
+    found = difference(theirs, json.loads(json.dumps(ours)))
+    if found is not None:
+        name, there, here = found
+        raise BecameError(f"{file} is a run with {name} = {there}, not {here}; choose another --out.")

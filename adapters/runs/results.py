@@ -98,7 +98,7 @@ class RunResult:
             "alpha": self.alpha,
             "epochs": self.epochs,
             "ranks": self.ranks,
-            "paths": self.paths,
+            "paths": _without(math.nan, self.paths),
             "seconds": self.seconds,
         }
 
@@ -112,7 +112,19 @@ class RunResult:
         fields = {name: values[name] for name in cls.__dataclass_fields__}
         for name in ("accuracy", "class_incremental_accuracy"):
             fields[name] = np.array(fields[name], dtype=float)  # null becomes NaN
+        fields["paths"] = _without(None, fields["paths"])
         return cls(**fields)
+
+
+def _without(absent: float | None, value: Any) -> Any:
+    """Nested plain values with null for what is no finite number, if NaN is to be absent; or with NaN for null."""
+    if isinstance(value, dict):
+        return {name: _without(absent, each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without(absent, each) for each in value]
+    if absent is None:
+        return math.nan if value is None else value
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _rows(matrix: NDArray[np.float64]) -> list[list[float | None]]:

@@ -1,7 +1,7 @@
 """Which framework an array belongs to, trees and values of arrays, and how and in which precision they are summed."""
 
 from became_core.arrays.frameworks import is_array
-from became_core.arrays.namespace import Array, check_values, device, has_values, namespace, reduction_dtype
+from became_core.arrays.namespace import Array, check_values, device, has_values, namespace, on_host, reduction_dtype
 from became_core.arrays.reductions import inner_products, staged_sum
 from became_core.arrays.trees import Params, Tree, aligned_leaves, difference, map_leaves, named_leaves, with_leaves
 from became_core.arrays.values import pytree, static
@@ -20,6 +20,7 @@ __all__ = [
     "map_leaves",
     "named_leaves",
     "namespace",
+    "on_host",
     "pytree",
     "reduction_dtype",
     "staged_sum",

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import array_api_compat
+import numpy as np
+from numpy.typing import NDArray
 
 from became_core.arrays.values import introduce_to_jax
 
@@ -90,6 +92,7 @@ class Framework:
             compute a lazy graph.
         loop: the compiler's own; None where the compiler computes what is summed as it sums it, without a loop.
         fuses_inner_products: whether ``vecdot`` of rows takes one pass, without writing the products first.
+        on_host: array -> its numbers in NumPy, from whatever device.
     """
 
     module: str
@@ -99,6 +102,7 @@ class Framework:
     has_values: Callable[[Any, Any], bool] = lambda module, array: True
     loop: Loop | None = None
     fuses_inner_products: bool = False
+    on_host: Callable[[Any], NDArray[Any]] = np.asarray
 
 
 def _torch_namespace(_: Any) -> Any:
@@ -137,6 +141,7 @@ _ROWS = (
         namespace=_torch_namespace,
         device=_own_device,
         has_values=_torch_has_values,
+        on_host=lambda array: np.asarray(array.detach().cpu()),
     ),
     Framework(
         module="tensorflow",

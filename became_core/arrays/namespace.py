@@ -7,10 +7,12 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from numpy.typing import NDArray
+
 from became_core.arrays.frameworks import Framework, framework_of
 from became_core.errors import BecameError
 
-__all__ = ["Array", "check_values", "device", "has_values", "loop_of", "namespace", "reduction_dtype"]
+__all__ = ["Array", "check_values", "device", "has_values", "loop_of", "namespace", "on_host", "reduction_dtype"]
 
 # An array of any framework. The Array API has no static type yet that NumPy, PyTorch and JAX all satisfy.
 Array = Any
@@ -58,6 +60,12 @@ def device(array: Array) -> Any:
     """Return the device an array lives on, as its framework calls it."""
     framework, _ = _framework_of("the value", array)
     return framework.device(array)
+
+
+def on_host(array: Array) -> NDArray[Any]:
+    """Return an array's numbers in NumPy, of the same dtype, from whatever device; it may share memory with them."""
+    framework, _ = _framework_of("the value", array)
+    return framework.on_host(array)
 
 
 def reduction_dtype(xp: Any, **arrays: Array) -> Any:

@@ -9,8 +9,9 @@ from became_core.continual.optimisers import SGD, Adam, Optimiser
 from became_core.continual.record import MergePath, PathPoint, RunRecord, TaskEnd
 from became_core.continual.schedule import Annealed, Patience, Schedule, Stepped
 from became_core.continual.seeding import random_stream
+from became_core.continual.state import Memory, RunState
 from became_core.continual.stream import ClassOrder, Dataset, Task, TaskStream, permute_pixels, split_classes
-from became_core.continual.training import EpochEnd, Training
+from became_core.continual.training import Best, EpochEnd, Stage, Training
 
 __all__ = [
     "METHODS",
@@ -21,11 +22,13 @@ __all__ = [
     "Annealed",
     "Augmentation",
     "Batch",
+    "Best",
     "ClassOrder",
     "Constraint",
     "Dataset",
     "EpochEnd",
     "Learner",
+    "Memory",
     "MergePath",
     "Method",
     "MethodSettings",
@@ -34,7 +37,9 @@ __all__ = [
     "Patience",
     "Penalty",
     "RunRecord",
+    "RunState",
     "Schedule",
+    "Stage",
     "Stepped",
     "TapMode",
     "Task",

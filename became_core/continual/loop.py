@@ -2,12 +2,13 @@
 
 The loop knows only the learner protocol. The first task has nothing to protect, so stage 2 would continue stage 1 as
 it was: it is trained once, without constraint, for both stages' epochs.
+
+Convention: a run is a ``RunState`` that advances; it is given away after every epoch and every task, and goes on from
+any such state exactly as it would have without the interruption.
 """
 
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -19,27 +20,14 @@ from became_core.continual.measurement import Measurement
 from became_core.continual.methods import Method
 from became_core.continual.record import MergePath, PathPoint, RunRecord, TaskEnd
 from became_core.continual.schedule import Schedule
+from became_core.continual.state import Memory, RunState
+from became_core.continual.stopwatch import Stopwatch
 from became_core.continual.stream import Task, TaskStream
-from became_core.continual.training import EpochEnd, Training, train_stage
+from became_core.continual.training import EpochEnd, Stage, Training, begin_stage, train_stage
 from became_core.laplace import LaplacePosterior, trace_path
-from became_core.projection import TRGP, Projector, TrustRegion, full
+from became_core.projection import TRGP, compact
 
 __all__ = ["learn"]
-
-
-@dataclass(frozen=True)
-class Memory:
-    """What is kept of the old tasks: a value, replaced after each task."""
-
-    projector: Projector | None = None
-    posterior: LaplacePosterior | None = None
-    regions: Mapping[int, TrustRegion] = field(default_factory=dict)
-    approximations: Approximations | None = None
-
-    @property
-    def full(self) -> frozenset[str]:
-        """The names of the projector's spaces that are protected whole."""
-        return frozenset() if self.projector is None else full(self.projector)
 
 
 def learn(
@@ -50,30 +38,37 @@ def learn(
     *,
     seed: int = 0,
     observe: Callable[[EpochEnd | TaskEnd], None] = lambda event: None,
+    state: RunState | None = None,
+    keep: Callable[[RunState], None] = lambda state: None,
 ) -> RunRecord:
     """Learn a stream of tasks with a method and return the record; the learner is left with the final weights.
 
     Args:
-        learner: a fresh network with a head for each task.
+        learner: a network with a head for each task; fresh, where no state is given.
         stream: the tasks.
         method: what is done with each.
         training: schedules and sizes.
         seed: names every random draw, with task, stage and epoch.
         observe: called at the end of every epoch and of every task.
+        state: where to go on, as ``keep`` was given it in a run of the same arguments; from the beginning if None.
+        keep: called with the state after every epoch and every task, after ``observe``. What it raises ends the run.
 
     Raises:
         BecameError: if training diverges.
     """
-    run = _Run(learner, stream, method, training, seed, observe)
-    memory = Memory(projector=method.projector)
-    for task in stream.tasks:
-        memory = run.learn_task(task, memory)
-    return run.record
+    if state is None:
+        state = RunState.begun(learner, stream, method)
+    else:
+        learner.assign(state.theta)
+    run = _Run(learner, stream, method, training, seed, observe, keep, Stopwatch(state.record.seconds))
+    while state.task < len(stream.tasks):
+        state = run.learn_task(state)
+    return state.record
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Run:
-    """One run in progress: what is given, and the record that grows."""
+    """What a run is given, and its stopwatch."""
 
     learner: Learner
     stream: TaskStream
@@ -81,53 +76,77 @@ class _Run:
     training: Training
     seed: int
     observe: Callable[[EpochEnd | TaskEnd], None]
+    keep: Callable[[RunState], None]
+    stopwatch: Stopwatch
 
-    def __post_init__(self) -> None:
-        shape = (len(self.stream.tasks), len(self.stream.tasks))
-        self.record = RunRecord(accuracy=np.full(shape, np.nan), class_incremental_accuracy=np.full(shape, np.nan))
+    def learn_task(self, state: RunState) -> RunState:
+        """Learn one task, from wherever the state is in it; return the state after it."""
+        task = self.stream.tasks[state.task]
+        alpha, path = None, None
+        if state.theta_gp is None:
+            state = self.stage1(task, state)
+        if self.merges(task):
+            state = replace(state, theta_gp=state.theta_gp or self.learner.parameters())
+            state = self.stage2(task, state)
+            alpha, path = self.merge(task, state)
+        memory = self.remember(task, state.memory)
+        return self.evaluate(task, replace(state, memory=memory), alpha, path, memory.full - state.memory.full)
 
-    def learn_task(self, task: Task, memory: Memory) -> Memory:
-        """Learn one task; return the memory that includes it."""
-        method, training = self.method, self.training
-        merges = method.rule is not None and task.index > 0
-        first_stage = training.stage1
-        if method.rule is not None and not merges:
-            first_stage = training.stage1.extended(training.stage2.epochs)
-        with self.phase("stage1"):
-            epochs, region = self.train(task, first_stage, self.stable_constraint(task, memory), stage=1)
-        if region is not None:
-            memory = replace(memory, regions={**memory.regions, task.index: region})
-        alpha: float | None = None
-        if merges:
-            theta_gp = self.learner.parameters()
-            with self.phase("stage2"):
-                free = replace(self.free_constraint(task), region=region)
-                epochs += self.train(task, training.stage2, free, stage=2)[0]
-            alpha = self.merge(task, theta_gp, memory)
-        before = memory.full
-        with self.phase("memory"):
-            memory = self.remember(task, memory)
-        self.record.alpha.append(alpha)
-        self.record.epochs.append(epochs)
-        self.record.ranks.append({} if memory.projector is None else dict(memory.projector.rank))
-        self.evaluate(task, alpha, memory, memory.full - before)
-        return memory
+    def merges(self, task: Task) -> bool:
+        """Whether the task has a second stage and a merge."""
+        return self.method.rule is not None and task.index > 0
 
-    def train(
-        self, task: Task, schedule: Schedule, constraint: Constraint, stage: int
-    ) -> tuple[int, TrustRegion | None]:
-        return train_stage(
+    def stage1(self, task: Task, state: RunState) -> RunState:
+        """Train under the method's constraint."""
+        schedule = self.training.stage1
+        if self.method.rule is not None and not self.merges(task):
+            schedule = schedule.extended(self.training.stage2.epochs)
+        with self.stopwatch.phase("stage1"):
+            constraint = self.stable_constraint(task, state.memory)
+            if constraint.trains_scales and state.stage is None:
+                constraint = self.with_region(constraint, task, state.memory)
+            return self.train(task, state, 1, schedule, constraint)
+
+    def stage2(self, task: Task, state: RunState) -> RunState:
+        """Train on, without constraint."""
+        with self.stopwatch.phase("stage2"):
+            constraint = replace(self.free_constraint(task), region=state.memory.regions.get(task.index))
+            return self.train(task, state, 2, self.training.stage2, constraint)
+
+    def train(self, task: Task, state: RunState, number: int, schedule: Schedule, constraint: Constraint) -> RunState:
+        """Train a stage to its end, from its beginning or from where the state is in it."""
+        stage = state.stage
+        if stage is None or stage.number != number:
+            before = 0 if stage is None else stage.epochs
+            optimiser = self.training.optimiser
+            stage = begin_stage(self.learner, task, number, schedule, optimiser, constraint, before=before)
+
+        def each(stage: Stage, event: EpochEnd) -> None:
+            self.observe(event)
+            self.kept(replace(state, stage=stage))
+
+        tasks = self.seen(task) if self.method.joint else [task]
+        stage = train_stage(
             self.learner,
-            self.seen(task) if self.method.joint else [task],
-            schedule,
+            tasks,
+            stage,
             constraint,
-            stage=stage,
-            optimiser=self.training.optimiser,
             batch_size=self.training.batch_size,
             seed=self.seed,
-            observe=self.observe,
             augmentation=self.training.augmentation,
+            each=each,
         )
+        memory = state.memory
+        if stage.region is not None:
+            memory = replace(memory, regions={**memory.regions, task.index: stage.region})
+        return replace(state, stage=stage, memory=memory)
+
+    def kept(self, state: RunState) -> RunState:
+        """Return a state with the learner's weights and the seconds so far, after giving it away."""
+        record = replace(state.record, seconds=self.stopwatch.read())
+        state = replace(state, theta=self.learner.parameters(), record=record)
+        self.keep(state)
+        return state
 
     def free_constraint(self, task: Task) -> Constraint:
         """Everything may change but the heads of other tasks (of later ones, in joint training)."""
@@ -146,24 +165,35 @@ class _Run:
         if not projector.protects_all:
             # What it cannot protect (biases, normalisation) is frozen once the first task has set it.
             constraint = replace(constraint, trainable=self.learner.projectable | self.learner.heads[task.index])
-        if isinstance(projector, TRGP):
-            region = projector.trust_region(self.measurement(task, "trust-region", memory).gradients())
-            constraint = replace(constraint, region=region, trains_scales=True)
-        return replace(constraint, projector=projector)
+        return replace(constraint, projector=projector, trains_scales=isinstance(projector, TRGP))
 
-    def merge(self, task: Task, theta_gp: Params, memory: Memory) -> float | None:
-        """Merge the two stages' weights and give them to the learner; return theta_hat's coefficient (their mean)."""
-        rule, posterior = self.method.rule, memory.posterior
+    def with_region(self, constraint: Constraint, task: Task, memory: Memory) -> Constraint:
+        """Return the constraint with the trust region that a task begins with, at the learner's weights."""
+        assert isinstance(memory.projector, TRGP)
+        gradients = self.measurement(task, "trust-region", memory).gradients()
+        return replace(constraint, region=memory.projector.trust_region(gradients))
+
+    def merge(self, task: Task, state: RunState) -> tuple[float | None, MergePath | None]:
+        """Merge the two stages' weights and give them to the learner.
+
+        Returns:
+            The coefficient of theta_hat (their mean, of several), and the path, if it is traced.
+        """
+        rule, memory, theta_gp = self.method.rule, state.memory, state.theta_gp
         assert rule is not None
-        assert posterior is not None
-        with self.phase("merge"):
+        assert memory.posterior is not None
+        assert theta_gp is not None
+        with self.stopwatch.phase("merge"):
             theta_hat = self.learner.parameters()
-            merged = rule.merge((theta_gp, theta_hat), (posterior, self.measurement(task, "merge", memory)))
+            merged = rule.merge((theta_gp, theta_hat), (memory.posterior, self.measurement(task, "merge", memory)))
+        path = None
         if self.training.path_alphas:
-            with self.phase("path"):
-                self.record.paths.append(self.look_along(task, theta_gp, theta_hat, memory))
+            with self.stopwatch.phase("path"):
+                path = self.look_along(task, theta_gp, theta_hat, memory)
         self.learner.assign(merged.theta)
-        return None if merged.alpha is None else float(np.mean([float(a) for a in named_leaves(merged.alpha).values()]))
+        if merged.alpha is None:
+            return None, path
+        return float(np.mean([float(a) for a in named_leaves(merged.alpha).values()])), path
 
     def look_along(self, task: Task, theta_gp: Params, theta_hat: Params, memory: Memory) -> MergePath:
         """Return the truth along the path, and what every estimator makes of it; the learner is at theta_hat."""
@@ -186,26 +216,32 @@ class _Run:
 
     def remember(self, task: Task, memory: Memory) -> Memory:
         """Return the memory with this task: posterior at the merged weights, projector from the task's inputs."""
-        measurement = self.measurement(task, "posterior", memory)
-        if self.method.keeps_posterior:
-            theta, fisher = self.learner.parameters(), measurement.diagonal()
-            old = memory.posterior
-            memory = replace(
-                memory, posterior=(LaplacePosterior(theta, fisher) if old is None else old.update(theta, fisher))
-            )
-        if self.method.rule is not None and self.training.path_alphas:
-            new, known = Approximations.of(measurement), memory.approximations
-            memory = replace(memory, approximations=new if known is None else known + new)
-        if memory.projector is not None:
-            memory = replace(memory, projector=memory.projector.remember(measurement))
-        return memory
+        with self.stopwatch.phase("memory"):
+            measurement = self.measurement(task, "posterior", memory)
+            if self.method.keeps_posterior:
+                theta, fisher = self.learner.parameters(), measurement.diagonal()
+                old = memory.posterior
+                posterior = LaplacePosterior(theta, fisher) if old is None else old.update(theta, fisher)
+                memory = replace(memory, posterior=posterior)
+            if self.method.rule is not None and self.training.path_alphas:
+                new, known = Approximations.of(measurement), memory.approximations
+                memory = replace(memory, approximations=new if known is None else known + new)
+            if memory.projector is not None:
+                memory = replace(memory, projector=compact(memory.projector.remember(measurement)))
+            return memory
 
-    def evaluate(self, task: Task, alpha: float | None, memory: Memory, filled: frozenset[str]) -> None:
-        with self.phase("evaluation"):
-            within, among_all = self.accuracies(task, memory)
-        self.record.accuracy[task.index, : len(within)] = within
-        self.record.class_incremental_accuracy[task.index, : len(within)] = among_all
-        self.observe(TaskEnd(task.index, alpha, within, among_all, filled))
+    def evaluate(
+        self, task: Task, state: RunState, alpha: float | None, path: MergePath | None, filled: frozenset[str]
+    ) -> RunState:
+        """Score all tasks so far; return the state after this one."""
+        assert state.stage is not None
+        memory = state.memory
+        with self.stopwatch.phase("evaluation"):
+            end = TaskEnd(task.index, alpha, *self.accuracies(task, memory), filled)
+        ranks = {} if memory.projector is None else dict(memory.projector.rank)
+        record = state.record.with_task(end, epochs=state.stage.epochs, ranks=ranks, path=path)
+        self.observe(end)
+        return self.kept(RunState(state.theta, memory, record, task.index + 1))
 
     def accuracies(self, task: Task, memory: Memory) -> tuple[list[float], list[float]]:
         return accuracies(self.learner, self.seen(task), self.training.batch_size, memory.regions)
@@ -216,9 +252,3 @@ class _Run:
 
     def seen(self, task: Task) -> Sequence[Task]:
         return self.stream.tasks[: task.index + 1]
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        began = time.perf_counter()
-        yield
-        self.record.seconds[name] = self.record.seconds.get(name, 0.0) + time.perf_counter() - began

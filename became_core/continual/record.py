@@ -3,7 +3,9 @@
 Convention: accuracies in percent; row t of a matrix is the state after task t, NaN for tasks not yet learned.
 """
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -54,9 +56,9 @@ class TaskEnd:
     full: frozenset[str] = frozenset()
 
 
-@dataclass
+@dataclass(frozen=True)
 class RunRecord:
-    """All that a run produced.
+    """All that a run has produced so far.
 
     Attributes:
         accuracy: [T, T], percent; [t, i] is task i after task t, NaN where i > t.
@@ -65,7 +67,7 @@ class RunRecord:
         epochs: for each task, the epochs trained.
         ranks: for each task, every protected layer's (rank, width) after it.
         paths: for each merge, the path it was on, if paths are traced.
-        seconds: by phase.
+        seconds: by phase, and in total; of a run that was interrupted, the sum over its parts.
     """
 
     accuracy: NDArray[np.float64]
@@ -75,3 +77,35 @@ class RunRecord:
     ranks: list[dict[str, tuple[int, int]]] = field(default_factory=list)
     paths: list[MergePath] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def empty(cls, tasks: int) -> Self:
+        """Return the record of a run of so many tasks before the first."""
+        return cls(np.full((tasks, tasks), np.nan), np.full((tasks, tasks), np.nan))
+
+    def with_task(
+        self,
+        end: TaskEnd,
+        *,
+        epochs: int,
+        ranks: dict[str, tuple[int, int]],
+        path: MergePath | None,
+    ) -> Self:
+        """Return the record with one more task."""
+        return replace(
+            self,
+            accuracy=_with_row(self.accuracy, end.task, end.accuracy),
+            class_incremental_accuracy=_with_row(
+                self.class_incremental_accuracy, end.task, end.class_incremental_accuracy
+            ),
+            alpha=[*self.alpha, end.alpha],
+            epochs=[*self.epochs, epochs],
+            ranks=[*self.ranks, ranks],
+            paths=self.paths if path is None else [*self.paths, path],
+        )
+
+
+def _with_row(matrix: NDArray[np.float64], row: int, values: Sequence[float]) -> NDArray[np.float64]:
+    result = matrix.copy()
+    result[row, : len(values)] = values
+    return result

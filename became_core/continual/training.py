@@ -1,6 +1,6 @@
 """Training: the settings of a run, and one stage of it with batches, schedule, validation and best-model selection.
 
-The same for every method and backend.
+The same for every method and backend. Convention: a stage between two epochs is a value; the weights are the learner's.
 """
 
 import math
@@ -21,7 +21,7 @@ from became_core.continual.stream import Task
 from became_core.errors import BecameError
 from became_core.projection import TrustRegion
 
-__all__ = ["EpochEnd", "Training", "epoch_batches", "train_stage"]
+__all__ = ["Best", "EpochEnd", "Stage", "Training", "begin_stage", "epoch_batches", "train_stage"]
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,41 @@ class EpochEnd:
     validation_loss: float
 
 
+@dataclass(frozen=True)
+class Best:
+    """The best validation model of a stage so far: its loss, its weights and, if there is one, its trust region."""
+
+    loss: float
+    theta: Params
+    region: TrustRegion | None = None
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage of training between two epochs, all of it but the weights.
+
+    Attributes:
+        number: 1 or 2.
+        schedule: what is left of it.
+        optimiser: after the last step.
+        region: the constraint's trust region, likewise.
+        best: what the stage will end on, where the schedule restores it.
+        before: epochs of the task's earlier stages.
+    """
+
+    number: int
+    schedule: Schedule
+    optimiser: Optimiser
+    region: TrustRegion | None = None
+    best: Best | None = None
+    before: int = 0
+
+    @property
+    def epochs(self) -> int:
+        """The task's epochs so far."""
+        return self.before + self.schedule.epoch
+
+
 def epoch_batches(
     tasks: Sequence[Task], batch_size: int, stream: np.random.Generator, augmentation: Augmentation | None = None
 ) -> list[Batch]:
@@ -86,60 +121,95 @@ def _task_batches(task: Task, batch_size: int, stream: np.random.Generator) -> I
             yield Batch(task.index, indices)
 
 
+def begin_stage(
+    learner: Learner,
+    task: Task,
+    number: int,
+    schedule: Schedule,
+    optimiser: Optimiser,
+    constraint: Constraint,
+    *,
+    before: int = 0,
+) -> Stage:
+    """Return a stage before its first epoch; arguments as the attributes of ``Stage``.
+
+    Raises:
+        BecameError: if validation is needed and the task has no validation rows.
+    """
+    if schedule.needs_validation and not len(task.validation):
+        raise BecameError(f"the schedule needs a validation loss, but task {task.index + 1} holds out no samples.")
+    theta, region = learner.parameters(), constraint.region
+    scales = region.scales if region is not None and constraint.trains_scales else {}
+    begun = optimiser.begun({name: theta[name] for name in sorted(constraint.trainable)} | scales)
+    return Stage(number, schedule, begun, region, before=before)
+
+
 def train_stage(
     learner: Learner,
     tasks: Sequence[Task],
-    schedule: Schedule,
+    stage: Stage,
     constraint: Constraint,
     *,
-    stage: int,
-    optimiser: Optimiser,
     batch_size: int,
     seed: int,
-    observe: Callable[[EpochEnd], None],
     augmentation: Augmentation | None = None,
-) -> tuple[int, TrustRegion | None]:
-    """Train a learner on the last of these tasks (on all of them, if several are given).
+    each: Callable[[Stage, EpochEnd], None] = lambda stage, event: None,
+) -> Stage:
+    """Train a learner on the last of these tasks (on all of them, if several are given) until the stage is over.
+
+    Args:
+        learner: has the weights that belong to the stage.
+        tasks: what is trained on.
+        stage: from where.
+        constraint: what is respected; the trust region is the stage's.
+        batch_size: of training and validation.
+        seed: names every random draw, with task, stage and epoch.
+        augmentation: how training images are cropped and flipped; not at all if None.
+        each: called after every epoch, with the stage as it then is.
 
     Returns:
-        The epochs taken, and the constraint's region as it came out of training.
+        The stage at its end, when the learner has the best model's weights where the schedule restores it.
 
     Raises:
-        BecameError: if the loss is no longer finite, or validation is needed and the task has no validation rows.
+        BecameError: if the loss or a weight is no longer finite.
     """
-    task = tasks[-1]
-    if schedule.needs_validation and not len(task.validation):
-        raise BecameError(f"the schedule needs a validation loss, but task {task.index + 1} holds out no samples.")
-    best: tuple[Params, TrustRegion | None] | None = None
-    best_loss = math.inf
-    theta, region = learner.parameters(), constraint.region
-    scales = region.scales if region is not None and constraint.trains_scales else {}
-    optimiser = optimiser.begun({name: theta[name] for name in sorted(constraint.trainable)} | scales)
-    while not schedule.finished:
-        key = (task.index, stage, schedule.epoch)
-        batches = epoch_batches(tasks, batch_size, random_stream(seed, "batches", *key), augmentation)
-        rates = schedule.rates(len(batches))
-        draws = random_stream(seed, "dropout", *key)
-        loss, optimiser, region = learner.train(batches, rates, constraint, optimiser, draws)
-        constraint = replace(constraint, region=region)
-        if not math.isfinite(loss):
-            raise BecameError(
-                f"the training loss became {loss} in task {task.index + 1}, stage {stage}, "
-                f"epoch {schedule.epoch + 1}; try a smaller learning rate or penalty."
-            )
-        validation_loss = math.nan
-        if schedule.needs_validation:
-            with reparametrised(learner, region):
-                validation_loss = mean_loss(learner, task.index, task.validation, batch_size)
-            if schedule.restores_best and validation_loss < best_loss:
-                best, best_loss = (learner.parameters(), region), validation_loss
-        schedule = schedule.advance(validation_loss)
-        observe(EpochEnd(task.index, stage, schedule.epoch, schedule.epochs, loss, float(rates[-1]), validation_loss))
-    if best is not None:
-        learner.assign(best[0])
-        region = best[1]
-    _check_finite(learner, f"task {task.index + 1}, stage {stage}")
-    return schedule.epoch, region
+    while not stage.schedule.finished:
+        stage, event = _train_epoch(learner, tasks, stage, constraint, batch_size, seed, augmentation)
+        each(stage, event)
+    if stage.best is not None:
+        learner.assign(stage.best.theta)
+        stage = replace(stage, region=stage.best.region)
+    return stage
+
+
+def _train_epoch(
+    learner: Learner,
+    tasks: Sequence[Task],
+    stage: Stage,
+    constraint: Constraint,
+    batch_size: int,
+    seed: int,
+    augmentation: Augmentation | None,
+) -> tuple[Stage, EpochEnd]:
+    task, schedule, best = tasks[-1], stage.schedule, stage.best
+    key = (task.index, stage.number, schedule.epoch)
+    batches = epoch_batches(tasks, batch_size, random_stream(seed, "batches", *key), augmentation)
+    rates, draws = schedule.rates(len(batches)), random_stream(seed, "dropout", *key)
+    constraint = replace(constraint, region=stage.region)
+    loss, optimiser, region = learner.train(batches, rates, constraint, stage.optimiser, draws)
+    where = f"task {task.index + 1}, stage {stage.number}, epoch {schedule.epoch + 1}"
+    if not math.isfinite(loss):
+        raise BecameError(f"the training loss became {loss} in {where}; try a smaller learning rate or penalty.")
+    _check_finite(learner, where)
+    validation_loss = math.nan
+    if schedule.needs_validation:
+        with reparametrised(learner, region):
+            validation_loss = mean_loss(learner, task.index, task.validation, batch_size)
+        if schedule.restores_best and validation_loss < (math.inf if best is None else best.loss):
+            best = Best(validation_loss, learner.parameters(), region)
+    schedule = schedule.advance(validation_loss)
+    event = EpochEnd(task.index, stage.number, schedule.epoch, schedule.epochs, loss, float(rates[-1]), validation_loss)
+    return replace(stage, schedule=schedule, optimiser=optimiser, region=region, best=best), event
 
 
 def _check_finite(learner: Learner, where: str) -> None:

@@ -1,6 +1,6 @@
 """Gradient projection: memories that keep new updates out of the space that old tasks use."""
 
-from became_core.projection.base import Projector, Statistics, full
+from became_core.projection.base import Projector, Statistics, compact, full
 from became_core.projection.gpcns import GPCNS
 from became_core.projection.gpm import GPM
 from became_core.projection.nscl import NSCL
@@ -8,4 +8,4 @@ from became_core.projection.ogd import OGD
 from became_core.projection.sgp import SGP
 from became_core.projection.trgp import TRGP, TrustRegion
 
-__all__ = ["GPCNS", "GPM", "NSCL", "OGD", "SGP", "TRGP", "Projector", "Statistics", "TrustRegion", "full"]
+__all__ = ["GPCNS", "GPM", "NSCL", "OGD", "SGP", "TRGP", "Projector", "Statistics", "TrustRegion", "compact", "full"]

@@ -5,13 +5,13 @@ its input space; names are those of the weights (``conv1.weight``). Gram matrice
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Protocol, Self
+from typing import Protocol, Self, TypeVar
 
 import numpy as np
 
 from became_core.arrays import Array, Params, device, namespace
 
-__all__ = ["Projector", "Statistics", "full", "integers"]
+__all__ = ["Projector", "Statistics", "compact", "full", "integers"]
 
 
 class Statistics(Protocol):
@@ -74,9 +74,24 @@ class Projector(Protocol):
         """Return a projector of the same settings with the memory that ``to_arrays`` gave."""
 
 
+P = TypeVar("P", bound=Projector)
+
+
 def full(projector: Projector) -> frozenset[str]:
     """Return the names of the spaces that are protected whole: updates in them are exactly zero."""
     return frozenset(name for name, (rank, width) in projector.rank.items() if rank >= width)
+
+
+def compact(projector: P) -> P:
+    """Return a projector whose arrays lie in memory in the order of their axes, as they do when a file gives them back.
+
+    How an array lies does not change its numbers, but it changes the rounding of products with it.
+    """
+    arrays = {}
+    for name, array in projector.to_arrays().items():
+        xp = namespace(array=array)
+        arrays[name] = xp.reshape(xp.reshape(array, (-1,)), array.shape)
+    return projector.with_arrays(arrays)
 
 
 def integers(numbers: int | Sequence[int], arrays: Params) -> Array:

@@ -1,6 +1,7 @@
 """The command, end to end, on the embedded images and one short epoch."""
 
 import json
+import math
 import os
 import re
 import subprocess
@@ -28,7 +29,23 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_run_leaves_results_and_a_summary(finished: Path) -> None:
-    assert set(_files(finished)) == {"became-seed0/results.json", "finetune-seed0/results.json", "summary.csv"}
+    of_a_run = {"config.json", "events.jsonl", "results.json"}
+    assert {file for file in _files(finished) if "checkpoints" not in file} == {
+        "summary.csv",
+        *(f"{run}-seed0/{name}" for run in ("became", "finetune") for name in of_a_run),
+    }
+    config = json.loads((finished / "became-seed0" / "config.json").read_text())
+    assert (config["backend"], config["benchmark"], config["method"], config["seed"]) == (
+        "torch",
+        "split-mnist",
+        "became",
+        0,
+    )
+    assert config["config"]["stage1"]["lr"] == 0.2
+    assert {"python", "numpy", "torch", "safetensors"} <= set(config["versions"])
+    events = [json.loads(line) for line in (finished / "became-seed0" / "events.jsonl").read_text().splitlines()]
+    assert [event["event"] for event in events] == ["begin", *["epoch", "epoch", "task"] * 5, "end"]
+    assert all(math.isfinite(event["loss"]) for event in events if event["event"] == "epoch")
     became = json.loads((finished / "became-seed0" / "results.json").read_text())
     assert len(became["accuracy"]) == 5
     assert all(len(row) == 5 for row in became["accuracy"])
@@ -71,7 +88,7 @@ def test_bad_input_is_one_sentence_and_status_2(
     said = capsys.readouterr().err
     assert message in said
     assert len(said.splitlines()) == 1
-    assert not list(tmp_path.rglob("*.json"))
+    assert not list(tmp_path.rglob("results.json"))
 
 
 def test_another_configurations_folder_is_refused_untouched(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:

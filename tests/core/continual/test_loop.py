@@ -74,7 +74,7 @@ def test_the_shapes_of_a_record(name: str) -> None:
     assert record.paths == []
     projected = {"ogd": {"shared parameters"}, "finetune": set(), "joint": set(), "ewc": set()}
     assert [set(ranks) for ranks in record.ranks] == [projected.get(name, {"fc1.weight", "fc2.weight"})] * 3
-    phases = {"stage1", "memory", "evaluation"} | ({"stage2", "merge"} if merges else set())
+    phases = {"stage1", "memory", "evaluation", "total"} | ({"stage2", "merge"} if merges else set())
     assert set(record.seconds) == phases
     assert all(seconds >= 0 for seconds in record.seconds.values())
 

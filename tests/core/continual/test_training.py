@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from became_core import BecameError
 from became_core.continual import SGD, Annealed, Augmentation, Constraint, EpochEnd, Patience, Schedule, Task, Trained
 from became_core.continual.evaluation import mean_loss
-from became_core.continual.training import epoch_batches, train_stage
+from became_core.continual.training import begin_stage, epoch_batches, train_stage
 from reference.learner import ReferenceLearner
 from tests.streams import prototype_stream
 
@@ -79,18 +79,13 @@ def stage(
     *,
     task: Task = STREAM.tasks[0],
 ) -> int:
-    epochs, _ = train_stage(
-        learner,
-        [task],
-        schedule,
-        Constraint(frozenset(learner.parameters())),
-        stage=1,
-        optimiser=SGD(),
-        batch_size=16,
-        seed=0,
-        observe=(observed if observed is not None else []).append,
+    constraint = Constraint(frozenset(learner.parameters()))
+    begun = begin_stage(learner, task, 1, schedule, SGD(), constraint)
+    events: list[EpochEnd] = [] if observed is None else observed
+    ended = train_stage(
+        learner, [task], begun, constraint, batch_size=16, seed=0, each=lambda stage, event: events.append(event)
     )
-    return epochs
+    return ended.epochs
 
 
 def test_every_epoch_is_observed() -> None:
@@ -146,5 +141,7 @@ class ThrownOut(ReferenceLearner):
 
 
 def test_weights_thrown_out_of_the_numbers_are_named() -> None:
-    with pytest.raises(BecameError, match=r"^the parameter 'fc2\.weight' is not finite after task 1, stage 1; "):
+    with pytest.raises(
+        BecameError, match=r"^the parameter 'fc2\.weight' is not finite after task 1, stage 1, epoch 1; "
+    ):
         stage(ThrownOut(STREAM), Annealed(0.1, 1))

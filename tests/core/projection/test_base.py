@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from became_core import BecameError
-from became_core.projection import GPM, NSCL, OGD, SGP, TRGP, Projector, full
+from became_core.projection import GPM, NSCL, OGD, SGP, TRGP, Projector, compact, full
 from tests.backends import to_numpy, to_xp
 from tests.compilers import compiled
 from tests.projections import PROJECTORS, WIDTH, finished, representations, updates_for
@@ -150,6 +150,19 @@ def test_a_memory_comes_back_from_its_arrays(xp: Any, make: Make, tasks: list[Ar
     ours, theirs = (each.remember(finished(xp, tasks[-1])) for each in (memory, again))
     for name, value in numbers(ours.to_arrays()).items():
         np.testing.assert_array_equal(to_numpy(theirs.to_arrays()[name]), value)
+
+
+@every
+@given(tasks=representations(), seed=SEEDS)
+def test_a_compact_memory_rounds_as_one_from_a_file(xp: Any, make: Make, tasks: list[Array], seed: int) -> None:
+    memory = compact(remembered(xp, make(), tasks))
+    from_file = {n: to_xp(xp, np.array(value, order="C")) for n, value in numbers(memory.to_arrays()).items()}
+    again = make().with_arrays(from_file)
+    update = to_xp(xp, updates_for(memory, np.random.default_rng(seed), dtype=np.float32))
+    for name, value in numbers(memory.project(update)).items():
+        np.testing.assert_array_equal(to_numpy(again.project(update)[name]), value)
+    for name, value in numbers(memory.to_arrays()).items():
+        assert value.flags.c_contiguous, name
 
 
 @every

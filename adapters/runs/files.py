@@ -1,0 +1,112 @@
+"""Files that are whole or not there, and JSON that knows when it was changed.
+
+Convention: a file is written under another name, forced to the disk and then renamed. Sealed JSON is an object whose
+last entry, ``sha256``, is the digest of all others as compact JSON in the order of the file.
+"""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from became_core import BecameError
+
+__all__ = ["DamagedError", "digest", "read_file", "read_sealed", "write_file", "write_sealed"]
+
+SEAL = "sha256"
+
+
+class DamagedError(BecameError):
+    """A file that is not as it was written; the message is a clause about it, without a full stop."""
+
+
+def write_file(file: Path, content: bytes, *, lasting: bool = True) -> None:
+    """Write a file whole, folders included.
+
+    Args:
+        file: where.
+        content: what.
+        lasting: whether its name survives a crash of the machine too, once this returns; its content always does.
+
+    Raises:
+        BecameError: if it cannot be written; what was there before is still there.
+    """
+    temporary = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as handle:
+            handle.write(content)
+            handle.flush()
+            os.fsync(handle.fileno())
+        temporary.replace(file)
+        if lasting:
+            _sync_folder(file.parent)
+    except OSError as error:
+        _remove_quietly(temporary)
+        raise BecameError(f"cannot write {file}: {error.strerror}.") from None
+    except BaseException:
+        _remove_quietly(temporary)
+        raise
+
+
+def read_file(file: Path) -> bytes:
+    """Return a file's content.
+
+    Raises:
+        BecameError: if it cannot be read.
+    """
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise BecameError(f"cannot read {file}: {error.strerror}.") from None
+
+
+def write_sealed(file: Path, values: dict[str, Any], *, indent: int | None = None) -> None:
+    """Write plain values as sealed JSON, on one line if there is no indent; raises as ``write_file`` does."""
+    text = json.dumps({**values, SEAL: _seal(values)}, indent=indent, allow_nan=False)
+    write_file(file, f"{text}\n".encode())
+
+
+def read_sealed(file: Path) -> dict[str, Any]:
+    """Return the values of a file of sealed JSON.
+
+    Raises:
+        DamagedError: if it is not as it was written.
+        BecameError: if it cannot be read.
+    """
+    content = read_file(file)
+    try:
+        values = json.loads(content.decode())
+        seal = values.pop(SEAL)
+        if seal == _seal(values):
+            return dict(values)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        pass
+    raise DamagedError(f"{file} is damaged")
+
+
+def digest(content: bytes) -> str:
+    """Return the SHA-256 of some bytes."""
+    return hashlib.sha256(content).hexdigest()
+
+
+def _seal(values: dict[str, Any]) -> str:
+    return digest(json.dumps(values, separators=(",", ":"), allow_nan=False).encode())
+
+
+def _sync_folder(folder: Path) -> None:
+    """Force a renaming to the disk, where the system lets folders be opened."""
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _remove_quietly(file: Path) -> None:
+    try:
+        file.unlink(missing_ok=True)
+    except OSError:  # the folder is gone, or read-only: nothing of ours is left in it
+        return

@@ -1,0 +1,129 @@
+"""A run goes on from any state that it gave away exactly as it would have without the interruption."""
+
+from dataclasses import fields
+
+import numpy as np
+import pytest
+
+from became_core.continual import (
+    METHODS,
+    SGD,
+    Adam,
+    Annealed,
+    Best,
+    Method,
+    MethodSettings,
+    Patience,
+    RunRecord,
+    RunState,
+    Schedule,
+    Training,
+    build_method,
+    learn,
+)
+from reference.learner import ReferenceLearner
+from tests.streams import prototype_stream
+
+STREAM = prototype_stream(per_class=16, side=4, validation=0.2)
+SETTINGS = MethodSettings(threshold=0.9, ewc_strength=2.0, ogd_samples=12, ogd_capacity=8)
+ANNEALED = Training(
+    Annealed(0.2, 2), Annealed(0.2, 2), batch_size=8, optimiser=SGD(momentum=0.5), path_alphas=(0.0, 0.5, 1.0)
+)
+# A first best loss, worse ones, a smaller rate: what the schedule has seen decides what it does next.
+PATIENT = Training(
+    Patience(lr=0.6, patience=1, minimum=0.2, epochs=5),
+    Patience(lr=0.6, patience=1, minimum=0.4, epochs=4, restores_best=False),
+    batch_size=8,
+    optimiser=Adam(),
+)
+
+
+def new_learner(seed: int = 0) -> ReferenceLearner:
+    return ReferenceLearner(STREAM, hidden=(8, 6), bias=True, dropout=0.2, seed=seed)
+
+
+def whole(method: Method, training: Training) -> tuple[RunRecord, ReferenceLearner, list[RunState]]:
+    """A run without interruption, and every state that it gave away."""
+    learner, states = new_learner(), list[RunState]()
+    return learn(learner, STREAM, method, training, keep=states.append), learner, states
+
+
+def assert_equal_runs(
+    record: RunRecord, learner: ReferenceLearner, expected: RunRecord, expected_learner: ReferenceLearner
+) -> None:
+    """To the bit, seconds aside."""
+    for field in fields(RunRecord):
+        if field.name != "seconds":  # texts compare equal where both are NaN
+            assert repr(getattr(record, field.name)) == repr(getattr(expected, field.name)), field.name
+    for name, value in expected_learner.parameters().items():
+        np.testing.assert_array_equal(learner.parameters()[name], value)
+
+
+@pytest.mark.parametrize("training", [ANNEALED, PATIENT], ids=["annealed", "patient"])
+@pytest.mark.parametrize("name", [*METHODS, "became+trgp", "became+ogd", "ewc+gpm"])
+def test_a_run_goes_on_from_any_state(name: str, training: Training) -> None:
+    method = build_method(name, SETTINGS)
+    expected, expected_learner, states = whole(method, training)
+    for state in states[:: 1 if name == "became" else 3]:
+        learner = new_learner(seed=1)  # its own weights must not matter
+        record = learn(learner, STREAM, method, training, state=state)
+        assert_equal_runs(record, learner, expected, expected_learner)
+
+
+def test_states_are_values_one_for_each_epoch_and_task() -> None:
+    record, _, states = whole(build_method("became", SETTINGS), ANNEALED)
+    places = [(s.task, s.stage and s.stage.number, s.stage and s.stage.schedule.epoch) for s in states]
+    first = [(0, 1, 1), (0, 1, 2), (0, 1, 3), (0, 1, 4), (1, None, None)]
+    later = [place for t in (1, 2) for place in [(t, 1, 1), (t, 1, 2), (t, 2, 1), (t, 2, 2), (t + 1, None, None)]]
+    assert places == first + later
+    assert [len(state.record.alpha) for state in states] == [state.task for state in states]
+    assert all((state.theta_gp is not None) == (place[1] == 2) for state, place in zip(states, places, strict=True))
+    assert states[-1].record is record
+    assert np.isnan(states[3].record.accuracy).all()  # a later task has not written into it
+
+
+def test_the_best_model_is_part_of_a_state() -> None:
+    _, _, states = whole(build_method("gpm", SETTINGS), PATIENT)
+    held = [(state.stage.best, state.theta) for state in states if state.stage is not None]
+    assert any(
+        isinstance(best, Best) and not np.array_equal(best.theta["fc1.weight"], theta["fc1.weight"])
+        for best, theta in held
+    )
+
+
+def test_the_seconds_of_all_parts_are_summed() -> None:
+    method = build_method("finetune", SETTINGS)
+    _, _, states = whole(method, ANNEALED)
+    middle = states[4]
+    assert middle.record.seconds["total"] >= middle.record.seconds["stage1"] > 0
+    aged = RunState(
+        middle.theta,
+        middle.memory,
+        RunRecord(
+            middle.record.accuracy, middle.record.class_incremental_accuracy, seconds={"stage1": 100.0, "total": 200.0}
+        ),
+        task=2,
+    )
+    record = learn(new_learner(), STREAM, method, ANNEALED, state=aged)
+    assert 100 < record.seconds["stage1"] < 130
+    assert 200 < record.seconds["total"] < 230
+    assert record.seconds["evaluation"] < 30
+
+
+def test_what_keep_raises_ends_the_run_and_leaves_the_state() -> None:
+    class Enough(Exception):  # noqa: N818 # it is no error
+        pass
+
+    kept: list[RunState] = []
+
+    def keep(state: RunState) -> None:
+        kept.append(state)
+        if len(kept) == 3:
+            raise Enough
+
+    schedule: Schedule = Annealed(0.2, 4)
+    learner = new_learner()
+    with pytest.raises(Enough):
+        learn(learner, STREAM, build_method("finetune", SETTINGS), Training(schedule, schedule), keep=keep)
+    assert len(kept) == 3
+    np.testing.assert_array_equal(kept[-1].theta["fc1.weight"], learner.parameters()["fc1.weight"])

@@ -1,0 +1,50 @@
+"""The lock: one process at a time, and never one that is dead."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from adapters.runs.lock import locked
+from became_core import BecameError
+
+HOLD = "import sys, time; from pathlib import Path; from adapters.runs.lock import locked\n"
+HOLD += "with locked(Path(sys.argv[1])):\n    print('held', flush=True); time.sleep(60)"
+
+
+def test_a_lock_says_whose_it_is_and_leaves_nothing(tmp_path: Path) -> None:
+    file = tmp_path / "run" / "lock"
+    with locked(file):
+        assert file.read_text() == f"{os.getpid()}\n"
+        message = rf"^another process \({os.getpid()}\) is at work in .*run; wait for it or choose another --out\.$"
+        with pytest.raises(BecameError, match=message), locked(file):
+            pass
+        assert file.exists()
+    assert list(file.parent.iterdir()) == []
+    with pytest.raises(KeyError), locked(file):
+        raise KeyError
+    assert not file.exists()
+
+
+def test_another_process_keeps_us_out_until_it_is_killed(tmp_path: Path) -> None:
+    file = tmp_path / "lock"
+    root = Path(__file__).parents[2]
+    with subprocess.Popen([sys.executable, "-c", HOLD, file], cwd=root, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        try:
+            assert other.stdout.readline() == "held\n"
+            with pytest.raises(BecameError, match=rf"another process \({other.pid}\) is at work"), locked(file):
+                pass
+        finally:
+            other.kill()
+    assert file.read_text() == f"{other.pid}\n"  # it is still there, and stale
+    with locked(file):
+        assert file.read_text() == f"{os.getpid()}\n"
+
+
+def test_a_place_that_cannot_hold_a_lock_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(BecameError, match=r"cannot write .*file.lock: "), locked(tmp_path / "file/lock"):
+        pass
