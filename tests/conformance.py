@@ -504,8 +504,8 @@ def check_every_method_runs_and_repeats(make: Make) -> None:
         np.testing.assert_array_equal(first.accuracy, second.accuracy)
         assert first.alpha == second.alpha
         assert first.alpha[0] is None
-        merges = name.startswith("became")
-        assert (first.alpha[1] is not None) == merges
+        merges = method.rule is not None
+        assert (first.alpha[1] is not None) == (merges and name != "imm-mode")
         assert first.alpha[1] is None or 0 <= first.alpha[1] <= 1
         assert bool(first.paths) == merges
 

@@ -87,8 +87,7 @@ def _run(
     began = time.perf_counter()
     learner = backend.learner(configuration.benchmark.network, stream, device, run.seed)
     method = configuration.method(run.method)
-    stages = 1 if method.rule is None else 2
-    with RunProgress(console, f"{run.method}-seed{run.seed}", len(stream.tasks), stages) as progress:
+    with RunProgress(console, f"{run.method}-seed{run.seed}", len(stream.tasks), method.stages) as progress:
         record = learn(
             learner,
             stream,

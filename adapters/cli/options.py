@@ -42,8 +42,9 @@ class Options:
     benchmark: str = "split-mnist"
     """What to learn: split-mnist (embedded), split-cifar100."""
     methods: tuple[str, ...] = ("became", "gpm", "finetune")
-    """Which methods: became, became-paper, ewc, finetune, joint, or a projector by itself: gpm, sgp, gpcns, nscl, ogd,
-    trgp; or both, as in became+trgp."""
+    """Which methods: became, became-paper, coma, ewc, ewc-online, finetune, imm-mean, imm-mode, joint, a projector by
+    itself: gpm, sgp, gpcns, nscl, ogd, trgp, or both, as in became+trgp; became-0, became-half, became-1 and
+    became-grid merge at that alpha, or at the best by the true loss."""
     projector: Literal["none", "gpm", "sgp", "gpcns", "nscl", "ogd", "trgp"] | None = None
     """The projector of all methods that name none; became's own is gpm."""
     seeds: tuple[int, ...] = (0,)
@@ -84,6 +85,21 @@ class Options:
     """How many directions ogd keeps in all."""
     ewc_strength: float | None = None
     """EWC's lambda."""
+    ewc_decay: float | None = None
+    """ewc-online's gamma."""
+    imm_transfer: bool | None = None
+    """Whether imm trains a task from the model before it, or from the initial weights."""
+    imm_pull: float | None = None
+    """The strength of imm's pull to the model before (L2-transfer)."""
+    coma_alpha: tuple[float, ...] | None = None
+    """coma's coefficients, one a merge; the last one stays."""
+    grid_points: int | None = None
+    """How many coefficients became-grid tries."""
+    per: Literal["model", "layer", "leaf"] | None = None
+    """What shares a coefficient in became."""
+    precision: Literal["diagonal", "kronecker", "exact"] | None = None
+    """The curvatures became merges by: both sides' diagonals, both sides' Kronecker factors, or the new task's exact
+    one along the path beside the old tasks' calibrated diagonal."""
     projector_samples: int | None = None
     """Training samples of each task for the projector's memory; 0 for all."""
     curvature_samples: int | None = None

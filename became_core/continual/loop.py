@@ -21,7 +21,7 @@ from became_core.continual.record import MergePath, PathPoint, RunRecord, TaskEn
 from became_core.continual.schedule import Schedule
 from became_core.continual.stream import Task, TaskStream
 from became_core.continual.training import EpochEnd, Training, train_stage
-from became_core.laplace import LaplacePosterior, trace_path
+from became_core.laplace import LaplacePosterior, LocalLoss, Precision, trace_path
 from became_core.projection import TRGP, Projector, TrustRegion, full
 
 __all__ = ["learn"]
@@ -34,6 +34,7 @@ class Memory:
     projector: Projector | None = None
     posterior: LaplacePosterior | None = None
     regions: Mapping[int, TrustRegion] = field(default_factory=dict)
+    models: Mapping[str, Params] = field(default_factory=dict)
     approximations: Approximations | None = None
 
     @property
@@ -91,22 +92,35 @@ class _Run:
         method, training = self.method, self.training
         merges = method.rule is not None and task.index > 0
         first_stage = training.stage1
-        if method.rule is not None and not merges:
+        if method.stages == 2 and not merges:
             first_stage = training.stage1.extended(training.stage2.epochs)
+        old = self.learner.parameters()
+        if method.transfer is not None and memory.models:
+            self.learner.assign(method.transfer.start(memory.models, old, self.heads))
         with self.phase("stage1"):
             epochs, region = self.train(task, first_stage, self.stable_constraint(task, memory), stage=1)
         if region is not None:
             memory = replace(memory, regions={**memory.regions, task.index: region})
+        theta_gp = self.learner.parameters()
         alpha: float | None = None
-        if merges:
-            theta_gp = self.learner.parameters()
+        curvature: Precision | None = None
+        if method.merges == "tasks":
+            if self.keeps_posterior:
+                with self.phase("memory"):
+                    curvature = self.measurement(task, "posterior", memory).precision(method.precision)
+            if method.transfer is not None:
+                memory = replace(memory, models=method.transfer.kept(memory.models, old, theta_gp))
+            # The task's head is its own model's: the old one has not trained it.
+            theta_gp = old | {name: theta_gp[name] for name in self.learner.heads[task.index]}
+        elif merges:
             with self.phase("stage2"):
                 free = replace(self.free_constraint(task), region=region)
                 epochs += self.train(task, training.stage2, free, stage=2)[0]
-            alpha = self.merge(task, theta_gp, memory)
+        if merges:
+            alpha = self.merge(task, theta_gp, memory, curvature)
         before = memory.full
         with self.phase("memory"):
-            memory = self.remember(task, memory)
+            memory = self.remember(task, memory, curvature)
         self.record.alpha.append(alpha)
         self.record.epochs.append(epochs)
         self.record.ranks.append({} if memory.projector is None else dict(memory.projector.rank))
@@ -139,6 +153,8 @@ class _Run:
         constraint = self.free_constraint(task)
         if self.method.penalty_strength > 0 and memory.posterior is not None:
             constraint = replace(constraint, penalty=Penalty(memory.posterior, self.method.penalty_strength))
+        if self.method.transfer is not None and memory.models:
+            constraint = replace(constraint, penalty=self.method.transfer.penalty(memory.models, self.heads))
         projector = memory.projector
         if projector is None or task.index == 0:
             return constraint
@@ -150,19 +166,37 @@ class _Run:
             constraint = replace(constraint, region=region, trains_scales=True)
         return replace(constraint, projector=projector)
 
-    def merge(self, task: Task, theta_gp: Params, memory: Memory) -> float | None:
-        """Merge the two stages' weights and give them to the learner; return theta_hat's coefficient (their mean)."""
-        rule, posterior = self.method.rule, memory.posterior
-        assert rule is not None
-        assert posterior is not None
+    def merge(self, task: Task, theta_gp: Params, memory: Memory, curvature: Precision | None) -> float | None:
+        """Merge these weights and the learner's and give them to the learner; return theta_hat's coefficient (mean).
+
+        Args:
+            task: the last one.
+            theta_gp: the stable weights, or the old model.
+            memory: of the old tasks.
+            curvature: the task's at the learner's weights, if it has been measured.
+        """
         with self.phase("merge"):
             theta_hat = self.learner.parameters()
-            merged = rule.merge((theta_gp, theta_hat), (posterior, self.measurement(task, "merge", memory)))
+            new: LocalLoss = self.measurement(task, "merge", memory)
+            if curvature is None and self.method.precision != "diagonal":
+                curvature = self.measurement(task, "merge", memory).precision(self.method.precision)
+            if curvature is not None:
+                new = LaplacePosterior(theta_hat, curvature)
+            rule = self.method.rule_after(task.index, lambda theta: self.true_loss(task, theta, memory))
+            assert rule is not None
+            losses = (new,) if memory.posterior is None else (memory.posterior, new)
+            merged = rule.merge((theta_gp, theta_hat), losses)
+        self.learner.assign(theta_hat)
         if self.training.path_alphas:
             with self.phase("path"):
                 self.record.paths.append(self.look_along(task, theta_gp, theta_hat, memory))
         self.learner.assign(merged.theta)
         return None if merged.alpha is None else float(np.mean([float(a) for a in named_leaves(merged.alpha).values()]))
+
+    def true_loss(self, task: Task, theta: Params, memory: Memory) -> float:
+        """Return the loss of all tasks so far, on their own data, at these weights, which the learner is left with."""
+        self.learner.assign(theta)
+        return sum(self.measurement(each, "merge", memory).loss() for each in self.seen(task))
 
     def look_along(self, task: Task, theta_gp: Params, theta_hat: Params, memory: Memory) -> MergePath:
         """Return the truth along the path, and what every estimator makes of it; the learner is at theta_hat."""
@@ -173,8 +207,7 @@ class _Run:
         old = old_sides(memory.posterior, memory.approximations, seen[:-1], theta_gp, theta_hat)
 
         def truth(theta: Params) -> tuple[float, float]:
-            self.learner.assign(theta)
-            return sum(each.loss() for each in seen), float(np.mean(self.accuracies(task, memory)[0]))
+            return self.true_loss(task, theta, memory), float(np.mean(self.accuracies(task, memory)[0]))
 
         traced = trace_path(truth, theta_gp, theta_hat, self.training.path_alphas)
         return MergePath(
@@ -183,15 +216,16 @@ class _Run:
             old={name: (side.slope, side.curvature) for name, side in old.items()},
         )
 
-    def remember(self, task: Task, memory: Memory) -> Memory:
-        """Return the memory with this task: posterior at the merged weights, projector from the task's inputs."""
+    def remember(self, task: Task, memory: Memory, curvature: Precision | None) -> Memory:
+        """Return the memory with this task: posterior at the merged weights, projector from the task's inputs.
+
+        The curvature is measured there too, unless it has been at the task's own model.
+        """
         measurement = self.measurement(task, "posterior", memory)
-        if self.method.keeps_posterior:
-            theta, fisher = self.learner.parameters(), measurement.diagonal()
-            old = memory.posterior
-            memory = replace(
-                memory, posterior=(LaplacePosterior(theta, fisher) if old is None else old.update(theta, fisher))
-            )
+        if self.keeps_posterior:
+            curvature = curvature or measurement.precision(self.method.precision)
+            posterior = self.method.remembered(memory.posterior, self.learner.parameters(), curvature)
+            memory = replace(memory, posterior=posterior)
         if self.method.rule is not None and self.training.path_alphas:
             new, known = Approximations.of(measurement), memory.approximations
             memory = replace(memory, approximations=new if known is None else known + new)
@@ -205,6 +239,17 @@ class _Run:
         self.record.accuracy[task.index, : len(within)] = within
         self.record.class_incremental_accuracy[task.index, : len(within)] = among_all
         self.observe(TaskEnd(task.index, alpha, within, among_all, filled))
+
+    @property
+    def keeps_posterior(self) -> bool:
+        """Whether the method needs a posterior, or a path is held against one."""
+        looks = self.method.rule is not None and bool(self.training.path_alphas)
+        return self.method.keeps_posterior or looks
+
+    @property
+    def heads(self) -> frozenset[str]:
+        """The names of all heads' parameters."""
+        return frozenset[str]().union(*self.learner.heads)
 
     def accuracies(self, task: Task, memory: Memory) -> tuple[list[float], list[float]]:
         return accuracies(self.learner, self.seen(task), self.training.batch_size, memory.regions)
