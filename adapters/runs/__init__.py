@@ -1,6 +1,6 @@
 """Run directories: what a run leaves on disk."""
 
-from adapters.runs.directory import RunDirectory, write_summary
+from adapters.runs.directory import RunDirectory, read_results, write_summary
 from adapters.runs.results import RunResult, Scores
 
-__all__ = ["RunDirectory", "RunResult", "Scores", "write_summary"]
+__all__ = ["RunDirectory", "RunResult", "Scores", "read_results", "write_summary"]

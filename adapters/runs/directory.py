@@ -14,7 +14,7 @@ from typing import Any
 from adapters.runs.results import RunResult
 from became_core import BecameError
 
-__all__ = ["RunDirectory", "write_summary"]
+__all__ = ["RunDirectory", "read_results", "write_summary"]
 
 
 @dataclass(frozen=True)
@@ -69,8 +69,7 @@ def check_writable(out: Path) -> None:
 def write_summary(out: Path) -> None:
     """Write ``OUT/summary.csv``, a row for each finished run that the folder holds."""
     rows = []
-    for file in sorted(out.glob("*/results.json")):
-        result = _read(file)
+    for result in read_results(out):
         rows.append(
             {
                 "backend": result.backend,
@@ -91,6 +90,15 @@ def write_summary(out: Path) -> None:
     writer.writeheader()
     writer.writerows(rows)
     _write(out / "summary.csv", text.getvalue())
+
+
+def read_results(out: Path) -> list[RunResult]:
+    """Return all finished runs of a folder, sorted by the names of their own folders.
+
+    Raises:
+        BecameError: if a file is no result.
+    """
+    return [_read(file) for file in sorted(out.glob("*/results.json"))]
 
 
 def _read(file: Path) -> RunResult:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from became_core.arrays import Params, named_leaves
+from became_core.arrays import Params, named_leaves, size_in_bytes
 from became_core.continual.estimates import Approximations, new_sides, old_sides
 from became_core.continual.evaluation import accuracies
 from became_core.continual.learner import Constraint, Learner, Penalty
@@ -36,6 +36,11 @@ class Memory:
     regions: Mapping[int, TrustRegion] = field(default_factory=dict)
     models: Mapping[str, Params] = field(default_factory=dict)
     approximations: Approximations | None = None
+
+    @property
+    def size(self) -> int:
+        """The bytes of all that a method keeps; what is for reports alone is not counted."""
+        return size_in_bytes([self.projector, self.posterior, dict(self.regions), dict(self.models)])
 
     @property
     def full(self) -> frozenset[str]:
@@ -124,6 +129,7 @@ class _Run:
         self.record.alpha.append(alpha)
         self.record.epochs.append(epochs)
         self.record.ranks.append({} if memory.projector is None else dict(memory.projector.rank))
+        self.record.memory.append(memory.size)
         self.evaluate(task, alpha, memory, memory.full - before)
         return memory
 

@@ -64,6 +64,7 @@ class RunRecord:
         alpha: for each task, the merging coefficient; None where nothing was merged.
         epochs: for each task, the epochs trained.
         ranks: for each task, every protected layer's (rank, width) after it.
+        memory: for each task, the bytes of what is kept beside the network after it.
         paths: for each merge, the path it was on, if paths are traced.
         seconds: by phase.
     """
@@ -73,5 +74,6 @@ class RunRecord:
     alpha: list[float | None] = field(default_factory=list)
     epochs: list[int] = field(default_factory=list)
     ranks: list[dict[str, tuple[int, int]]] = field(default_factory=list)
+    memory: list[int] = field(default_factory=list)
     paths: list[MergePath] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)

@@ -216,6 +216,13 @@ def test_result_type_is_the_standards(names: tuple[str, ...], expected: str) -> 
     assert xp.result_type(*(getattr(xp, name) for name in names)) == getattr(xp, expected)
 
 
+@pytest.mark.parametrize("name", ["int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"])
+def test_the_limits_of_an_integer_dtype_are_numpys(xp: Any, name: str) -> None:
+    ours, theirs = xp.iinfo(getattr(xp, name)), np.iinfo(getattr(np, name))
+    assert (ours.bits, ours.max, ours.min) == (theirs.bits, theirs.max, theirs.min)
+    assert xp.iinfo(xp.ones((), dtype=getattr(xp, name))) == ours
+
+
 @pytest.mark.parametrize(("name", "bits", "eps"), [("float16", 16, 2.0**-10), ("bfloat16", 16, 2.0**-7)])
 def test_limits_of_half_precision(name: str, bits: int, eps: float) -> None:
     info = xp.finfo(getattr(xp, name))
