@@ -20,10 +20,12 @@ from became_core.continual import (
     Annealed,
     Batch,
     Constraint,
+    EpochEnd,
     Learner,
     MethodSettings,
     Optimiser,
     Penalty,
+    TaskEnd,
     TaskStream,
     Training,
     build_method,
@@ -46,7 +48,7 @@ from tests.backends import to_numpy
 from tests.projections import Finished
 from tests.streams import prototype_stream
 
-__all__ = ["CHECKS", "Make"]
+__all__ = ["CHECKS", "Make", "listened"]
 
 Make = Callable[[TaskStream, int], Learner]
 STREAM = prototype_stream(tasks=2, classes_per_task=3, per_class=16, side=8)
@@ -104,6 +106,34 @@ def in_the_framework_of(like: Any, values: NDArray[np.float64]) -> Any:
 
 def moved(parameters: Params, direction: Params, by: float) -> Params:
     return {name: value + by * direction[name] for name, value in parameters.items()}
+
+
+Said = list[list[list[NDArray[Any]]]]
+
+
+def listened(learner: Any, stream: TaskStream) -> tuple[Said, Callable[[EpochEnd | TaskEnd], None]]:
+    """Let a learner be heard; return what it says, and the observer that a run must be given.
+
+    At every task's end, of each task so far, all its head's logits of its test samples that evaluation asked for, in
+    order; the last one with the task's own mask, if that is the last task.
+    """
+    said: Said = []
+    heard: list[tuple[bytes, NDArray[Any]]] = []
+    speak = learner.logits
+
+    def logits(indices: NDArray[np.int64], batch_size: int) -> Any:
+        found = speak(indices, batch_size)
+        heard.append((indices.tobytes(), np.array(to_numpy(found))))
+        return found
+
+    def observe(event: EpochEnd | TaskEnd) -> None:
+        if isinstance(event, TaskEnd):
+            seen = stream.tasks[: event.task + 1]
+            said.append([[all_[:, t.index] for rows, all_ in heard if rows == t.test.tobytes()] for t in seen])
+        heard.clear()
+
+    learner.logits = logits
+    return said, observe
 
 
 def check_the_names_are_consistent(make: Make) -> None:
@@ -490,6 +520,17 @@ def check_a_penalty_pulls_towards_its_mean(make: Make) -> None:
         rate_times_g = before[name] - without[name]
         expected = before[name] - (rate_times_g + RATE * stiffness * 0.25) / (1 + RATE * stiffness)
         np.testing.assert_allclose(with_penalty[name], expected, atol=1e-12)
+
+
+def check_masks_keep_what_an_old_task_says_to_the_bit(make: Make) -> None:
+    training = Training(Annealed(0.05, 2), Annealed(0.05, 1), batch_size=12)
+    kept = {}
+    for name in ("packnet", "finetune"):
+        learner = make(STREAM, 0)
+        said, observe = listened(learner, STREAM)
+        learn(learner, STREAM, build_method(name, MethodSettings()), training, observe=observe)
+        kept[name] = any(np.array_equal(said[0][0][-1], now) for now in said[1][0])
+    assert kept == {"packnet": True, "finetune": False}
 
 
 def check_every_method_runs_and_repeats(make: Make) -> None:

@@ -42,9 +42,9 @@ class Options:
     benchmark: str = "split-mnist"
     """What to learn: split-mnist (embedded), split-cifar100."""
     methods: tuple[str, ...] = ("became", "gpm", "finetune")
-    """Which methods: became, became-paper, coma, ewc, ewc-online, finetune, imm-mean, imm-mode, joint, a projector by
-    itself: gpm, sgp, gpcns, nscl, ogd, trgp, or both, as in became+trgp; became-0, became-half, became-1 and
-    became-grid merge at that alpha, or at the best by the true loss."""
+    """Which methods: became, became-paper, coma, ewc, ewc-online, finetune, imm-mean, imm-mode, joint, packnet, a
+    projector by itself: gpm, sgp, gpcns, nscl, ogd, trgp, or both, as in became+trgp; became-0, became-half, became-1
+    and became-grid merge at that alpha, or at the best by the true loss."""
     projector: Literal["none", "gpm", "sgp", "gpcns", "nscl", "ogd", "trgp"] | None = None
     """The projector of all methods that name none; became's own is gpm."""
     seeds: tuple[int, ...] = (0,)
@@ -95,6 +95,8 @@ class Options:
     """coma's coefficients, one a merge; the last one stays."""
     grid_points: int | None = None
     """How many coefficients became-grid tries."""
+    packnet_share: float | None = None
+    """The share of a layer's free weights that packnet prunes at each task."""
     per: Literal["model", "layer", "leaf"] | None = None
     """What shares a coefficient in became."""
     precision: Literal["diagonal", "kronecker", "exact"] | None = None
@@ -180,7 +182,7 @@ def method_names(options: Options) -> tuple[str, ...]:
     """Return the methods to run, each with the projector that is asked for where it names none."""
     if options.projector is None:
         return options.methods
-    own = (*PROJECTORS, "joint")
+    own = (*PROJECTORS, "joint", "packnet")
     return tuple(name if "+" in name or name in own else f"{name}+{options.projector}" for name in options.methods)
 
 

@@ -22,7 +22,7 @@ from became_core.continual.schedule import Schedule
 from became_core.continual.stream import Task, TaskStream
 from became_core.continual.training import EpochEnd, Training, train_stage
 from became_core.laplace import LaplacePosterior, LocalLoss, Precision, trace_path
-from became_core.projection import TRGP, Projector, TrustRegion, full
+from became_core.projection import TRGP, PackNet, Projector, TrustRegion, View, full
 
 __all__ = ["learn"]
 
@@ -41,6 +41,13 @@ class Memory:
     def size(self) -> int:
         """The bytes of all that a method keeps; what is for reports alone is not counted."""
         return size_in_bytes([self.projector, self.posterior, dict(self.regions), dict(self.models)])
+
+    @property
+    def views(self) -> Mapping[int, View]:
+        """What each task sees of the weights, of those that see them otherwise than they are."""
+        if isinstance(self.projector, PackNet):
+            return {task: self.projector.view(task) for task in range(self.projector.tasks)}
+        return self.regions
 
     @property
     def full(self) -> frozenset[str]:
@@ -97,7 +104,7 @@ class _Run:
         method, training = self.method, self.training
         merges = method.rule is not None and task.index > 0
         first_stage = training.stage1
-        if method.stages == 2 and not merges:
+        if method.rule is not None and method.stages == 2 and not merges:
             first_stage = training.stage1.extended(training.stage2.epochs)
         old = self.learner.parameters()
         if method.transfer is not None and memory.models:
@@ -121,6 +128,13 @@ class _Run:
             with self.phase("stage2"):
                 free = replace(self.free_constraint(task), region=region)
                 epochs += self.train(task, training.stage2, free, stage=2)[0]
+        if isinstance(memory.projector, PackNet):
+            with self.phase("stage2"):
+                packed, theta = memory.projector.pruned(self.learner.parameters(), self.learner.projectable)
+                self.learner.assign(theta)
+                retraining = replace(self.stable_constraint(task, memory), projector=packed)
+                epochs += self.train(task, training.stage2, retraining, stage=2)[0]
+                memory = replace(memory, projector=packed)
         if merges:
             alpha = self.merge(task, theta_gp, memory, curvature)
         before = memory.full
@@ -258,7 +272,7 @@ class _Run:
         return frozenset[str]().union(*self.learner.heads)
 
     def accuracies(self, task: Task, memory: Memory) -> tuple[list[float], list[float]]:
-        return accuracies(self.learner, self.seen(task), self.training.batch_size, memory.regions)
+        return accuracies(self.learner, self.seen(task), self.training.batch_size, memory.views)
 
     def measurement(self, task: Task, purpose: str, memory: Memory) -> Measurement:
         region = memory.regions.get(task.index)

@@ -7,6 +7,7 @@
 | ewc | penalised by every old task's own quadratic, added | - | Kirkpatrick 2017 |
 | ewc-online | penalised by one quadratic, recentred at each task, decaying | - | Huszar 2018; Schwarz 2018 |
 | gpm, sgp, gpcns, nscl, ogd, trgp | under that gradient projection | - | ``became_core.projection`` |
+| packnet | in the free weights | retrained after pruning, the pruned at zero; no merge | Mallya 2018 |
 | imm-mean, imm-mode | unconstrained, or L2-transfer | the tasks' models, by equal shares or precisions | Lee 2017 |
 | coma | unconstrained | the old model and the new, alpha chosen by hand | Marouf 2024 |
 | became | under gradient projection (GPM) | the full formula: true slopes, the old side calibrated | BECAME 2025 |
@@ -14,7 +15,8 @@
 | became-0, became-half, became-1 | under gradient projection (GPM) | alpha = 0, 1/2, 1 | ablations |
 | became-grid | under gradient projection (GPM) | the best alpha by the true loss of all tasks | a bound |
 
-Any of them but ``joint`` takes any projector in place of its own: ``became+trgp``, ``ewc+gpm``, ``became+none``.
+Any of them but ``joint`` and ``packnet`` takes any projector in place of its own: ``became+trgp``, ``ewc+gpm``,
+``became+none``.
 
 The two forms of EWC differ in the mean alone: a sum of quadratics is one quadratic, about its own minimum, the
 precision-weighted mean of the tasks' weights, where the recentred form is about the latest weights. In either, the
@@ -45,7 +47,7 @@ from became_core.laplace import (
 )
 from became_core.laplace.expansion import Per
 from became_core.laplace.rules import precision_weighted_mean
-from became_core.projection import GPCNS, GPM, NSCL, OGD, SGP, TRGP, Projector
+from became_core.projection import GPCNS, GPM, NSCL, OGD, SGP, TRGP, PackNet, Projector
 
 __all__ = ["METHODS", "PROJECTORS", "Method", "MethodSettings", "build_method"]
 
@@ -71,6 +73,7 @@ class MethodSettings:
         imm_pull: the strength of IMM's L2-transfer.
         coma_alpha: CoMA's coefficients, one a merge; the last one stays.
         grid_points: of the grid that ``became-grid`` looks at.
+        packnet_share: p, of a layer's free weights, that PackNet prunes at each task.
         per: what shares a coefficient in ``became``.
         precision: the curvatures that ``became`` merges by.
     """
@@ -87,6 +90,7 @@ class MethodSettings:
     imm_pull: float = 0.0
     coma_alpha: tuple[float, ...] = (0.5,)
     grid_points: int = 21
+    packnet_share: float = 0.5
     per: Per = "model"
     precision: Curvature = "exact"
 
@@ -133,7 +137,8 @@ class Method:
     @property
     def stages(self) -> int:
         """How many stages a task has."""
-        return 2 if self.rule is not None and self.merges == "stages" else 1
+        merges = self.rule is not None and self.merges == "stages"
+        return 2 if merges or isinstance(self.projector, PackNet) else 1
 
     @property
     def keeps_posterior(self) -> bool:
@@ -195,11 +200,18 @@ _METHODS: dict[str, Callable[[MethodSettings], Method]] = {
     "finetune": lambda s: Method("finetune"),
     "imm-mean": lambda s: _imm("imm-mean", EqualShares(), s),
     "imm-mode": lambda s: _imm("imm-mode", ModeIMM(), s),
+    "packnet": lambda s: Method("packnet", projector=PackNet(s.packnet_share)),
     "joint": lambda s: Method("joint", joint=True),
     **{name: lambda s, name=name: Method(name) for name in PROJECTORS if name != "none"},  # type: ignore[misc]
 }
 
 _PROJECTED_BY = {name: "gpm" for name in _METHODS if name.startswith("became")} | {name: name for name in PROJECTORS}
+
+# Methods that take no projector, and why.
+_ALONE = {
+    "joint": "joint training sees all tasks and has nothing to protect",
+    "packnet": "masks protect every weight that is in use",
+}
 
 # The names of all methods.
 METHODS = tuple(sorted(_METHODS))
@@ -218,6 +230,7 @@ def build_method(name: str, settings: MethodSettings) -> Method:
     projector = projector if plus else _PROJECTED_BY.get(base, "none")
     if projector not in PROJECTORS:
         raise BecameError(f"there is no projector '{projector}'; choose from {', '.join(PROJECTORS)}.")
-    if base == "joint" and projector != "none":
-        raise BecameError(f"'{name}': joint training sees all tasks and has nothing to protect; it takes no projector.")
-    return replace(_METHODS[base](settings), name=name, projector=PROJECTORS[projector](settings))
+    if plus and base in _ALONE:
+        raise BecameError(f"'{name}': {_ALONE[base]}; it takes no projector.")
+    method = replace(_METHODS[base](settings), name=name)
+    return method if base in _ALONE else replace(method, projector=PROJECTORS[projector](settings))

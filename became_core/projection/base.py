@@ -11,7 +11,7 @@ import numpy as np
 
 from became_core.arrays import Array, Params, device, namespace
 
-__all__ = ["Projector", "Statistics", "full", "integers"]
+__all__ = ["Projector", "Statistics", "View", "full", "integers"]
 
 
 class Statistics(Protocol):
@@ -72,6 +72,17 @@ class Projector(Protocol):
 
     def with_arrays(self, arrays: Mapping[str, Array]) -> Self:
         """Return a projector of the same settings with the memory that ``to_arrays`` gave."""
+
+
+class View(Protocol):
+    """What a task's network sees of the weights that all tasks share: effective weights of its own, linear in them."""
+
+    @property
+    def weights(self) -> frozenset[str]:
+        """Names of the weights that it sees otherwise than they are."""
+
+    def effective(self, theta: Params) -> Params:
+        """Return the weights that the task's network works with."""
 
 
 def full(projector: Projector) -> frozenset[str]:

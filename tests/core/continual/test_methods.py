@@ -7,11 +7,11 @@ from became_core import BecameError
 from became_core.continual import METHODS, PROJECTORS, MethodSettings, build_method
 from became_core.continual.increments import ByHand, EqualShares, Grid, Transfer
 from became_core.laplace import AsKnown, Became, Diagonals, Fixed, ModeIMM, Published, Secant
-from became_core.projection import GPCNS, GPM, NSCL, OGD, SGP, TRGP
+from became_core.projection import GPCNS, GPM, NSCL, OGD, SGP, TRGP, PackNet
 
 SETTINGS = MethodSettings(
     threshold=0.9, increment=0.01, scale=3.0, nscl_ratio=20.0, ogd_samples=7, ogd_capacity=5, ewc_strength=7.0,
-    ewc_decay=0.9, imm_transfer=False, imm_pull=0.5, coma_alpha=(0.5, 0.25), grid_points=5,
+    ewc_decay=0.9, imm_transfer=False, imm_pull=0.5, coma_alpha=(0.5, 0.25), grid_points=5, packnet_share=0.75,
 )  # fmt: skip
 BUILT = {
     "none": None,
@@ -32,14 +32,14 @@ def test_a_method_knows_its_name(name: str) -> None:
 def test_there_are_those_of_the_table() -> None:
     methods = (
         "became became-0 became-1 became-grid became-half became-paper coma ewc ewc-online finetune gpcns gpm "
-        "imm-mean imm-mode joint nscl ogd sgp trgp"
+        "imm-mean imm-mode joint nscl ogd packnet sgp trgp"
     )
     assert tuple(methods.split()) == METHODS
     assert set(PROJECTORS) == set(BUILT)
 
 
 @pytest.mark.parametrize("projector", BUILT)
-@pytest.mark.parametrize("name", sorted({*METHODS} - {"joint"}))
+@pytest.mark.parametrize("name", sorted({*METHODS} - {"joint", "packnet"}))
 def test_any_method_takes_any_projector(name: str, projector: str) -> None:
     method = build_method(f"{name}+{projector}", SETTINGS)
     assert method.name == f"{name}+{projector}"
@@ -50,7 +50,7 @@ def test_any_method_takes_any_projector(name: str, projector: str) -> None:
 @pytest.mark.parametrize("name", METHODS)
 def test_a_method_has_its_own_projector_otherwise(name: str) -> None:
     expected = "gpm" if name.startswith("became") else name if name in BUILT else "none"
-    assert build_method(name, SETTINGS).projector == BUILT[expected]
+    assert build_method(name, SETTINGS).projector == (PackNet(0.75) if name == "packnet" else BUILT[expected])
 
 
 def test_who_does_what() -> None:
@@ -59,7 +59,9 @@ def test_who_does_what() -> None:
     assert {name for name, method in methods.items() if method.keeps_posterior} == keeping
     assert {name for name, method in methods.items() if method.joint} == {"joint"}
     assert {name for name, method in methods.items() if method.merges == "tasks"} == {"coma", "imm-mean", "imm-mode"}
-    assert {name for name, method in methods.items() if method.stages == 2} == {n for n in METHODS if "became" in n}
+    assert {name for name, method in methods.items() if method.stages == 2} == {
+        n for n in METHODS if "became" in n or n == "packnet"
+    }
     assert methods["ewc"].penalty_strength == methods["ewc-online"].penalty_strength == 7.0
     assert (methods["ewc"].recentred, methods["ewc-online"].recentred) == (False, True)
     assert (methods["ewc"].decay, methods["ewc-online"].decay) == (1.0, 0.9)
@@ -114,6 +116,7 @@ def test_numbers_that_cannot_be_used(settings: dict[str, Any], message: str) -> 
         ("became+gmp", f"there is no projector 'gmp'; choose from {', '.join(PROJECTORS)}."),
         ("became+", f"there is no projector ''; choose from {', '.join(PROJECTORS)}."),
         ("joint+gpm", "'joint+gpm': joint training sees all tasks and has nothing to protect; it takes no projector."),
+        ("packnet+gpm", "'packnet+gpm': masks protect every weight that is in use; it takes no projector."),
     ],
 )
 def test_what_there_is_not(name: str, message: str) -> None:
