@@ -525,12 +525,12 @@ def check_a_penalty_pulls_towards_its_mean(make: Make) -> None:
 def check_masks_keep_what_an_old_task_says_to_the_bit(make: Make) -> None:
     training = Training(Annealed(0.05, 2), Annealed(0.05, 1), batch_size=12)
     kept = {}
-    for name in ("packnet", "finetune"):
+    for name in ("packnet", "hat", "finetune"):
         learner = make(STREAM, 0)
         said, observe = listened(learner, STREAM)
         learn(learner, STREAM, build_method(name, MethodSettings()), training, observe=observe)
         kept[name] = any(np.array_equal(said[0][0][-1], now) for now in said[1][0])
-    assert kept == {"packnet": True, "finetune": False}
+    assert kept == {"packnet": True, "hat": True, "finetune": False}
 
 
 def check_every_method_runs_and_repeats(make: Make) -> None:

@@ -42,7 +42,7 @@ class Options:
     benchmark: str = "split-mnist"
     """What to learn: split-mnist (embedded), split-cifar100."""
     methods: tuple[str, ...] = ("became", "gpm", "finetune")
-    """Which methods: became, became-paper, coma, ewc, ewc-online, finetune, imm-mean, imm-mode, joint, packnet, a
+    """Which methods: became, became-paper, coma, ewc, ewc-online, finetune, hat, imm-mean, imm-mode, joint, packnet, a
     projector by itself: gpm, sgp, gpcns, nscl, ogd, trgp, or both, as in became+trgp; became-0, became-half, became-1
     and became-grid merge at that alpha, or at the best by the true loss."""
     projector: Literal["none", "gpm", "sgp", "gpcns", "nscl", "ogd", "trgp"] | None = None
@@ -97,6 +97,10 @@ class Options:
     """How many coefficients became-grid tries."""
     packnet_share: float | None = None
     """The share of a layer's free weights that packnet prunes at each task."""
+    hat_sharpness: float | None = None
+    """How steep hat's gates become within an epoch."""
+    hat_sparsity: float | None = None
+    """What the units that a task uses cost in hat."""
     per: Literal["model", "layer", "leaf"] | None = None
     """What shares a coefficient in became."""
     precision: Literal["diagonal", "kronecker", "exact"] | None = None
@@ -182,7 +186,7 @@ def method_names(options: Options) -> tuple[str, ...]:
     """Return the methods to run, each with the projector that is asked for where it names none."""
     if options.projector is None:
         return options.methods
-    own = (*PROJECTORS, "joint", "packnet")
+    own = (*PROJECTORS, "joint", "packnet", "hat")
     return tuple(name if "+" in name or name in own else f"{name}+{options.projector}" for name in options.methods)
 
 

@@ -18,11 +18,13 @@ from became_core.continual.learner import Constraint, Learner, Penalty
 from became_core.continual.measurement import Measurement
 from became_core.continual.methods import Method
 from became_core.continual.record import MergePath, PathPoint, RunRecord, TaskEnd
+from became_core.continual.rows import layers_in_a_row
 from became_core.continual.schedule import Schedule
+from became_core.continual.seeding import random_stream
 from became_core.continual.stream import Task, TaskStream
 from became_core.continual.training import EpochEnd, Training, train_stage
 from became_core.laplace import LaplacePosterior, LocalLoss, Precision, trace_path
-from became_core.projection import TRGP, PackNet, Projector, TrustRegion, View, full
+from became_core.projection import HAT, TRGP, GatedRegion, PackNet, Projector, Region, TrustRegion, View, full
 
 __all__ = ["learn"]
 
@@ -45,7 +47,7 @@ class Memory:
     @property
     def views(self) -> Mapping[int, View]:
         """What each task sees of the weights, of those that see them otherwise than they are."""
-        if isinstance(self.projector, PackNet):
+        if isinstance(self.projector, PackNet | HAT):
             return {task: self.projector.view(task) for task in range(self.projector.tasks)}
         return self.regions
 
@@ -101,18 +103,10 @@ class _Run:
 
     def learn_task(self, task: Task, memory: Memory) -> Memory:
         """Learn one task; return the memory that includes it."""
-        method, training = self.method, self.training
+        method = self.method
         merges = method.rule is not None and task.index > 0
-        first_stage = training.stage1
-        if method.rule is not None and method.stages == 2 and not merges:
-            first_stage = training.stage1.extended(training.stage2.epochs)
         old = self.learner.parameters()
-        if method.transfer is not None and memory.models:
-            self.learner.assign(method.transfer.start(memory.models, old, self.heads))
-        with self.phase("stage1"):
-            epochs, region = self.train(task, first_stage, self.stable_constraint(task, memory), stage=1)
-        if region is not None:
-            memory = replace(memory, regions={**memory.regions, task.index: region})
+        epochs, memory = self.first_stage(task, memory)
         theta_gp = self.learner.parameters()
         alpha: float | None = None
         curvature: Precision | None = None
@@ -124,17 +118,9 @@ class _Run:
                 memory = replace(memory, models=method.transfer.kept(memory.models, old, theta_gp))
             # The task's head is its own model's: the old one has not trained it.
             theta_gp = old | {name: theta_gp[name] for name in self.learner.heads[task.index]}
-        elif merges:
-            with self.phase("stage2"):
-                free = replace(self.free_constraint(task), region=region)
-                epochs += self.train(task, training.stage2, free, stage=2)[0]
-        if isinstance(memory.projector, PackNet):
-            with self.phase("stage2"):
-                packed, theta = memory.projector.pruned(self.learner.parameters(), self.learner.projectable)
-                self.learner.assign(theta)
-                retraining = replace(self.stable_constraint(task, memory), projector=packed)
-                epochs += self.train(task, training.stage2, retraining, stage=2)[0]
-                memory = replace(memory, projector=packed)
+        elif method.stages == 2:
+            more, memory = self.second_stage(task, memory)
+            epochs += more
         if merges:
             alpha = self.merge(task, theta_gp, memory, curvature)
         before = memory.full
@@ -147,9 +133,42 @@ class _Run:
         self.evaluate(task, alpha, memory, memory.full - before)
         return memory
 
-    def train(
-        self, task: Task, schedule: Schedule, constraint: Constraint, stage: int
-    ) -> tuple[int, TrustRegion | None]:
+    def first_stage(self, task: Task, memory: Memory) -> tuple[int, Memory]:
+        """Train a task under the method's constraint; return the epochs and the memory with what it sees."""
+        method, training = self.method, self.training
+        projector = memory.projector
+        if isinstance(projector, HAT) and not projector.order:
+            order, heads = layers_in_a_row(self.learner, task)
+            memory = replace(memory, projector=replace(projector, order=order, heads=heads))
+        if method.transfer is not None and memory.models:
+            merged = self.learner.parameters()
+            self.learner.assign(method.transfer.start(memory.models, merged, self.heads))
+        schedule = training.stage1
+        if method.rule is not None and method.stages == 2 and task.index == 0:
+            schedule = schedule.extended(training.stage2.epochs)
+        with self.phase("stage1"):
+            epochs, region = self.train(task, schedule, self.stable_constraint(task, memory), stage=1)
+        if isinstance(region, TrustRegion):
+            memory = replace(memory, regions={**memory.regions, task.index: region})
+        if isinstance(region, GatedRegion) and isinstance(memory.projector, HAT):
+            memory = replace(memory, projector=memory.projector.settled(region))
+        return epochs, memory
+
+    def second_stage(self, task: Task, memory: Memory) -> tuple[int, Memory]:
+        """Train on: without constraint, or, in PackNet, what is left after pruning; return as the first stage does."""
+        if isinstance(memory.projector, PackNet):
+            packed, theta = memory.projector.pruned(self.learner.parameters(), self.learner.projectable)
+            self.learner.assign(theta)
+            memory = replace(memory, projector=packed)
+            constraint = replace(self.stable_constraint(task, memory), projector=packed)
+        elif task.index == 0:
+            return 0, memory
+        else:
+            constraint = replace(self.free_constraint(task), region=memory.regions.get(task.index))
+        with self.phase("stage2"):
+            return self.train(task, self.training.stage2, constraint, stage=2)[0], memory
+
+    def train(self, task: Task, schedule: Schedule, constraint: Constraint, stage: int) -> tuple[int, Region | None]:
         return train_stage(
             self.learner,
             self.seen(task) if self.method.joint else [task],
@@ -176,14 +195,17 @@ class _Run:
         if self.method.transfer is not None and memory.models:
             constraint = replace(constraint, penalty=self.method.transfer.penalty(memory.models, self.heads))
         projector = memory.projector
+        if isinstance(projector, HAT):
+            region = projector.region(self.learner.parameters(), random_stream(self.seed, "gates", task.index))
+            constraint = replace(constraint, region=region, trains_scales=True)
         if projector is None or task.index == 0:
             return constraint
         if not projector.protects_all:
             # What it cannot protect (biases, normalisation) is frozen once the first task has set it.
             constraint = replace(constraint, trainable=self.learner.projectable | self.learner.heads[task.index])
         if isinstance(projector, TRGP):
-            region = projector.trust_region(self.measurement(task, "trust-region", memory).gradients())
-            constraint = replace(constraint, region=region, trains_scales=True)
+            trusted = projector.trust_region(self.measurement(task, "trust-region", memory).gradients())
+            constraint = replace(constraint, region=trusted, trains_scales=True)
         return replace(constraint, projector=projector)
 
     def merge(self, task: Task, theta_gp: Params, memory: Memory, curvature: Precision | None) -> float | None:

@@ -8,6 +8,7 @@
 | ewc-online | penalised by one quadratic, recentred at each task, decaying | - | Huszar 2018; Schwarz 2018 |
 | gpm, sgp, gpcns, nscl, ogd, trgp | under that gradient projection | - | ``became_core.projection`` |
 | packnet | in the free weights | retrained after pruning, the pruned at zero; no merge | Mallya 2018 |
+| hat | gates of units, learned with the weights between units that no task uses | - | Serra 2018 |
 | imm-mean, imm-mode | unconstrained, or L2-transfer | the tasks' models, by equal shares or precisions | Lee 2017 |
 | coma | unconstrained | the old model and the new, alpha chosen by hand | Marouf 2024 |
 | became | under gradient projection (GPM) | the full formula: true slopes, the old side calibrated | BECAME 2025 |
@@ -15,8 +16,8 @@
 | became-0, became-half, became-1 | under gradient projection (GPM) | alpha = 0, 1/2, 1 | ablations |
 | became-grid | under gradient projection (GPM) | the best alpha by the true loss of all tasks | a bound |
 
-Any of them but ``joint`` and ``packnet`` takes any projector in place of its own: ``became+trgp``, ``ewc+gpm``,
-``became+none``.
+Any of them but ``joint``, ``packnet`` and ``hat`` takes any projector in place of its own: ``became+trgp``,
+``ewc+gpm``, ``became+none``.
 
 The two forms of EWC differ in the mean alone: a sum of quadratics is one quadratic, about its own minimum, the
 precision-weighted mean of the tasks' weights, where the recentred form is about the latest weights. In either, the
@@ -47,7 +48,7 @@ from became_core.laplace import (
 )
 from became_core.laplace.expansion import Per
 from became_core.laplace.rules import precision_weighted_mean
-from became_core.projection import GPCNS, GPM, NSCL, OGD, SGP, TRGP, PackNet, Projector
+from became_core.projection import GPCNS, GPM, HAT, NSCL, OGD, SGP, TRGP, PackNet, Projector
 
 __all__ = ["METHODS", "PROJECTORS", "Method", "MethodSettings", "build_method"]
 
@@ -74,6 +75,8 @@ class MethodSettings:
         coma_alpha: CoMA's coefficients, one a merge; the last one stays.
         grid_points: of the grid that ``became-grid`` looks at.
         packnet_share: p, of a layer's free weights, that PackNet prunes at each task.
+        hat_sharpness: s_max of HAT's gates.
+        hat_sparsity: c, what the capacity that a task takes costs it, beside a mean loss.
         per: what shares a coefficient in ``became``.
         precision: the curvatures that ``became`` merges by.
     """
@@ -91,6 +94,8 @@ class MethodSettings:
     coma_alpha: tuple[float, ...] = (0.5,)
     grid_points: int = 21
     packnet_share: float = 0.5
+    hat_sharpness: float = 400.0
+    hat_sparsity: float = 0.75
     per: Per = "model"
     precision: Curvature = "exact"
 
@@ -200,6 +205,7 @@ _METHODS: dict[str, Callable[[MethodSettings], Method]] = {
     "finetune": lambda s: Method("finetune"),
     "imm-mean": lambda s: _imm("imm-mean", EqualShares(), s),
     "imm-mode": lambda s: _imm("imm-mode", ModeIMM(), s),
+    "hat": lambda s: Method("hat", projector=HAT(s.hat_sharpness, s.hat_sparsity)),
     "packnet": lambda s: Method("packnet", projector=PackNet(s.packnet_share)),
     "joint": lambda s: Method("joint", joint=True),
     **{name: lambda s, name=name: Method(name) for name in PROJECTORS if name != "none"},  # type: ignore[misc]
@@ -210,6 +216,7 @@ _PROJECTED_BY = {name: "gpm" for name in _METHODS if name.startswith("became")} 
 # Methods that take no projector, and why.
 _ALONE = {
     "joint": "joint training sees all tasks and has nothing to protect",
+    "hat": "gates protect every unit that is in use",
     "packnet": "masks protect every weight that is in use",
 }
 

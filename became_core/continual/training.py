@@ -8,17 +8,18 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from became_core.arrays import Params, namespace
 from became_core.continual.evaluation import mean_loss
-from became_core.continual.learner import Batch, Constraint, Learner
+from became_core.continual.learner import Batch, Constraint, Learner, Trained
 from became_core.continual.optimisers import SGD, Optimiser
 from became_core.continual.regions import reparametrised
 from became_core.continual.schedule import Schedule
 from became_core.continual.seeding import random_stream
 from became_core.continual.stream import Task
 from became_core.errors import BecameError
-from became_core.projection import TrustRegion
+from became_core.projection import Region
 
 __all__ = ["EpochEnd", "Training", "epoch_batches", "train_stage"]
 
@@ -87,7 +88,7 @@ def train_stage(
     batch_size: int,
     seed: int,
     observe: Callable[[EpochEnd], None],
-) -> tuple[int, TrustRegion | None]:
+) -> tuple[int, Region | None]:
     """Train a learner on the last of these tasks (on all of them, if several are given).
 
     Returns:
@@ -99,7 +100,7 @@ def train_stage(
     task = tasks[-1]
     if schedule.needs_validation and not len(task.validation):
         raise BecameError(f"the schedule needs a validation loss, but task {task.index + 1} holds out no samples.")
-    best: tuple[Params, TrustRegion | None] | None = None
+    best: tuple[Params, Region | None] | None = None
     best_loss = math.inf
     theta, region = learner.parameters(), constraint.region
     scales = region.scales if region is not None and constraint.trains_scales else {}
@@ -109,7 +110,7 @@ def train_stage(
         batches = epoch_batches(tasks, batch_size, random_stream(seed, "batches", *key))
         rates = schedule.rates(len(batches))
         draws = random_stream(seed, "dropout", *key)
-        loss, optimiser, region = learner.train(batches, rates, constraint, optimiser, draws)
+        loss, optimiser, region = _train_epoch(learner, batches, rates, constraint, optimiser, draws)
         constraint = replace(constraint, region=region)
         if not math.isfinite(loss):
             raise BecameError(
@@ -129,6 +130,27 @@ def train_stage(
         region = best[1]
     _check_finite(learner, f"task {task.index + 1}, stage {stage}")
     return schedule.epoch, region
+
+
+def _train_epoch(
+    learner: Learner,
+    batches: Sequence[Batch],
+    rates: NDArray[np.float64],
+    constraint: Constraint,
+    optimiser: Optimiser,
+    draws: np.random.Generator,
+) -> Trained:
+    """Train on these batches: all at once, or, in a region that changes from step to step, one after the other."""
+    region = constraint.region
+    if region is None or not region.anneals:
+        return learner.train(batches, rates, constraint, optimiser, draws)
+    total, last = 0.0, max(len(batches) - 1, 1)
+    for step, batch in enumerate(batches):
+        assert region is not None
+        constraint = replace(constraint, region=region.annealed(step / last))
+        loss, optimiser, region = learner.train([batch], rates[step : step + 1], constraint, optimiser, draws)
+        total += loss * len(batch.indices)
+    return Trained(total / sum(len(batch.indices) for batch in batches), optimiser, region)
 
 
 def _check_finite(learner: Learner, where: str) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 
 from became_core.arrays import Array, Params, device, namespace
 
-__all__ = ["Projector", "Statistics", "View", "full", "integers"]
+__all__ = ["Projector", "Region", "Statistics", "View", "full", "integers"]
 
 
 class Statistics(Protocol):
@@ -83,6 +83,27 @@ class View(Protocol):
 
     def effective(self, theta: Params) -> Params:
         """Return the weights that the task's network works with."""
+
+
+class Region(View, Protocol):
+    """A view that is learned: effective weights by the shared ones beneath and by scales of the task's own."""
+
+    @property
+    def scales(self) -> Params:
+        """What is trained with the weights, by keys that are no parameter's name."""
+
+    @property
+    def anneals(self) -> bool:
+        """Whether it changes from step to step of an epoch."""
+
+    def annealed(self, progress: float) -> Self:
+        """Return the region at a step of an epoch, from 0 at the first to 1 at the last."""
+
+    def with_scales(self, scales: Params) -> Self:
+        """Return the region with other scales."""
+
+    def pull_back(self, gradients: Params, theta: Params) -> Params:
+        """Return gradients by weights and scales, given those by effective weights and the weights beneath."""
 
 
 def full(projector: Projector) -> frozenset[str]:

@@ -30,6 +30,7 @@ SINGLE = A.astype(numpy.float32)
 
 CASES: list[tuple[Callable[..., Any], tuple[Any, ...]]] = [
     (lambda xp, a: xp.exp(a), (A,)),
+    (lambda xp, a: xp.tanh(a), (A,)),
     (lambda xp, a: xp.log(xp.square(a)), (A,)),
     (lambda xp, a: xp.sqrt(xp.abs(a)), (A,)),
     (lambda xp, i: (xp.abs(i), xp.square(i), xp.sign(i)), (I,)),

@@ -22,6 +22,7 @@ from tests.conformance import listened
 from tests.streams import prototype_stream
 
 STREAM = prototype_stream()
+GENTLE = MethodSettings(hat_sharpness=20.0, hat_sparsity=0.1)  # for so small a network and so few steps
 Weights = dict[str, NDArray[np.float64]]
 
 
@@ -30,8 +31,8 @@ def run(
 ) -> tuple[RunRecord, list[list[list[NDArray[np.float64]]]], list[Weights]]:
     """Run a method; return the record, what was said at each task's end of each task, and the weights there."""
     optimiser = optimiser or SGD()
-    rate = 0.02 if isinstance(optimiser, Adam) else 0.2
-    training = Training(Annealed(rate, 6), Annealed(rate, 3), optimiser=optimiser, batch_size=16)
+    rate, epochs = (0.02, 18) if isinstance(optimiser, Adam) else (0.2, 6)
+    training = Training(Annealed(rate, epochs), Annealed(rate, epochs // 2), optimiser=optimiser, batch_size=16)
     learner = ReferenceLearner(STREAM, bias=True)
     said, hear = listened(learner, STREAM)
     weights: list[Weights] = []
@@ -41,12 +42,12 @@ def run(
         if isinstance(event, TaskEnd):
             weights.append(learner.parameters())
 
-    record = learn(learner, STREAM, build_method(name, settings or MethodSettings()), training, observe=observe)
+    record = learn(learner, STREAM, build_method(name, settings or GENTLE), training, observe=observe)
     return record, said, weights
 
 
 @pytest.mark.parametrize("optimiser", [SGD(), SGD(momentum=0.9, weight_decay=0.01), Adam(weight_decay=0.01)], ids=str)
-@pytest.mark.parametrize("name", ["packnet"])
+@pytest.mark.parametrize("name", ["packnet", "hat"])
 def test_an_old_tasks_logits_keep_their_bits(name: str, optimiser: Optimiser) -> None:
     record, said, weights = run(name, optimiser)
     for task in range(3):
@@ -81,3 +82,16 @@ def test_packnet_learns_later_tasks_worse_the_less_it_prunes() -> None:
     """What is not pruned is not free: at a share near 0 the first task takes the network."""
     greedy, modest = (run("packnet", settings=MethodSettings(packnet_share=share))[0].accuracy for share in (0.0, 0.75))
     assert np.mean(np.diagonal(modest)[1:]) > np.mean(np.diagonal(greedy)[1:])
+
+
+def test_hat_uses_fewer_units_the_more_they_cost_and_frozen_biases_stay() -> None:
+    used = {}
+    for cost in (0.0, 0.1, 2.0):
+        settings = MethodSettings(hat_sharpness=20.0, hat_sparsity=cost)
+        record, _, weights = run("hat", settings=settings)
+        used[cost] = record.ranks[0]["fc2.weight"][0]
+        capacity = [ranks["fc2.weight"] for ranks in record.ranks]
+        assert capacity == sorted(capacity)
+        np.testing.assert_array_equal(weights[0]["fc1.bias"], weights[2]["fc1.bias"])
+        assert record.memory == [40 * task for task in (1, 2, 3)]  # a byte a unit
+    assert used[0.0] > used[0.1] > used[2.0]

@@ -7,11 +7,12 @@ from became_core import BecameError
 from became_core.continual import METHODS, PROJECTORS, MethodSettings, build_method
 from became_core.continual.increments import ByHand, EqualShares, Grid, Transfer
 from became_core.laplace import AsKnown, Became, Diagonals, Fixed, ModeIMM, Published, Secant
-from became_core.projection import GPCNS, GPM, NSCL, OGD, SGP, TRGP, PackNet
+from became_core.projection import GPCNS, GPM, HAT, NSCL, OGD, SGP, TRGP, PackNet
 
 SETTINGS = MethodSettings(
     threshold=0.9, increment=0.01, scale=3.0, nscl_ratio=20.0, ogd_samples=7, ogd_capacity=5, ewc_strength=7.0,
     ewc_decay=0.9, imm_transfer=False, imm_pull=0.5, coma_alpha=(0.5, 0.25), grid_points=5, packnet_share=0.75,
+    hat_sharpness=50.0, hat_sparsity=0.25,
 )  # fmt: skip
 BUILT = {
     "none": None,
@@ -32,14 +33,14 @@ def test_a_method_knows_its_name(name: str) -> None:
 def test_there_are_those_of_the_table() -> None:
     methods = (
         "became became-0 became-1 became-grid became-half became-paper coma ewc ewc-online finetune gpcns gpm "
-        "imm-mean imm-mode joint nscl ogd packnet sgp trgp"
+        "hat imm-mean imm-mode joint nscl ogd packnet sgp trgp"
     )
     assert tuple(methods.split()) == METHODS
     assert set(PROJECTORS) == set(BUILT)
 
 
 @pytest.mark.parametrize("projector", BUILT)
-@pytest.mark.parametrize("name", sorted({*METHODS} - {"joint", "packnet"}))
+@pytest.mark.parametrize("name", sorted({*METHODS} - {"joint", "packnet", "hat"}))
 def test_any_method_takes_any_projector(name: str, projector: str) -> None:
     method = build_method(f"{name}+{projector}", SETTINGS)
     assert method.name == f"{name}+{projector}"
@@ -50,7 +51,8 @@ def test_any_method_takes_any_projector(name: str, projector: str) -> None:
 @pytest.mark.parametrize("name", METHODS)
 def test_a_method_has_its_own_projector_otherwise(name: str) -> None:
     expected = "gpm" if name.startswith("became") else name if name in BUILT else "none"
-    assert build_method(name, SETTINGS).projector == (PackNet(0.75) if name == "packnet" else BUILT[expected])
+    own = {"packnet": PackNet(0.75), "hat": HAT(50.0, 0.25)}
+    assert build_method(name, SETTINGS).projector == own.get(name, BUILT[expected])
 
 
 def test_who_does_what() -> None:
@@ -116,6 +118,7 @@ def test_numbers_that_cannot_be_used(settings: dict[str, Any], message: str) -> 
         ("became+gmp", f"there is no projector 'gmp'; choose from {', '.join(PROJECTORS)}."),
         ("became+", f"there is no projector ''; choose from {', '.join(PROJECTORS)}."),
         ("joint+gpm", "'joint+gpm': joint training sees all tasks and has nothing to protect; it takes no projector."),
+        ("hat+gpm", "'hat+gpm': gates protect every unit that is in use; it takes no projector."),
         ("packnet+gpm", "'packnet+gpm': masks protect every weight that is in use; it takes no projector."),
     ],
 )
