@@ -9,7 +9,8 @@ A task t has a gate for every unit of every layer but the last, a = sigmoid(s e)
     capacity    loss + c sum a (1 - A) / sum (1 - A)                                                       (eq. 5)
 
 In testing, a gate is open where e > 0. So an old task's open units have weights of which none moves between them, and
-what other units send reaches them no more: later tasks do not change what it says, to the bit.
+what other units send reaches them no more: later tasks do not change what it says, to the bit. (Running statistics of a
+network's normalisation, if it has them, are no weights: later tasks move them.)
 
 What differs: gates of old tasks are 0 or 1 in A too, where the published code keeps sigmoid(s_max e), nearly so; the
 embedding's gradient is written in its closed form, which needs no clamp against overflow; and biases and normalisation,

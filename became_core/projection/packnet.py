@@ -6,7 +6,8 @@
     task t    sees the weights of tasks 1 ... t alone; all others are 0
 
 No weight moves once it is a task's, so no later task changes what an earlier one's network says, to the bit. Biases and
-normalisation are trained with the first task and then frozen.
+normalisation are trained with the first task and then frozen. (Running statistics of a network's normalisation, if it
+has them, are no weights: later tasks move them.)
 
 Convention: an owner is 0 for a free weight, else the number of its task, from 1.
 """
