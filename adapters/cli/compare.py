@@ -87,11 +87,11 @@ def _check_comparable(first: RunResult, run: RunResult, out: Path) -> None:
             f"{out} holds runs of {run.benchmark}, the others are of {first.benchmark}; compare runs of one benchmark."
         )
     # A configuration of before class orders could be chosen has none, which is label order.
-    for name in ("tasks", "first", "class_order"):
-        if run.config.get(name) != first.config.get(name):
+    for name, usual in (("tasks", None), ("first", None), ("class_order", "label")):
+        ours, theirs = first.config.get(name, usual), run.config.get(name, usual)
+        if ours != theirs:
             raise BecameError(
-                f"{out} holds runs with {name} = {run.config.get(name)}, the others have {first.config.get(name)}; "
-                "compare runs of one class split."
+                f"{out} holds runs with {name} = {theirs}, the others have {ours}; compare runs of one class split."
             )
 
 
