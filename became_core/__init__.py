@@ -6,6 +6,7 @@ the subpackages hold the rest of the method, and ``adapters`` run it on PyTorch,
 
 from became_core.errors import BecameError
 from became_core.laplace import (
+    AsKnown,
     Became,
     Calibrated,
     Dense,
@@ -38,6 +39,7 @@ from became_core.laplace import (
 )
 
 __all__ = [
+    "AsKnown",
     "Became",
     "BecameError",
     "Calibrated",

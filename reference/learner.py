@@ -14,7 +14,7 @@ from became_core.arrays import Params
 from became_core.continual import Batch, Constraint, Optimiser, TapMode, TaskStream, Trained, Views, random_stream
 from became_core.continual.stream import Indices
 from became_core.curvature import Pushforward, Tap, Taps
-from became_core.projection import TrustRegion
+from became_core.projection import Region
 
 __all__ = ["ReferenceLearner", "cropped"]
 
@@ -201,7 +201,7 @@ class ReferenceLearner:
                 gradients[f"{layer}.bias"] = g.sum(axis=0) / len(a)
         return gradients
 
-    def _work_with(self, theta: Params, region: TrustRegion | None) -> TrustRegion | None:
+    def _work_with(self, theta: Params, region: Region | None) -> Region | None:
         """Let the network work with these weights, as the region with the scales among them has them."""
         if region is not None:
             region = region.with_scales({key: theta[key] for key in region.scales})

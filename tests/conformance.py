@@ -32,10 +32,12 @@ from became_core.continual import (
     Annealed,
     Batch,
     Constraint,
+    EpochEnd,
     Learner,
     MethodSettings,
     Optimiser,
     Penalty,
+    TaskEnd,
     TaskStream,
     Training,
     Views,
@@ -60,7 +62,7 @@ from tests.backends import to_numpy
 from tests.projections import Finished
 from tests.streams import prototype_stream
 
-__all__ = ["BACKBONES", "CHECKS", "Make", "convolutional", "linear"]
+__all__ = ["BACKBONES", "CHECKS", "Make", "convolutional", "linear", "listened"]
 
 Make = Callable[[TaskStream, int], Learner]
 STREAM = prototype_stream(tasks=2, classes_per_task=3, per_class=16, side=8)
@@ -165,6 +167,34 @@ def in_the_framework_of(like: Any, values: NDArray[np.float64]) -> Any:
 
 def moved(parameters: Params, direction: Params, by: float) -> Params:
     return {name: value + by * direction[name] for name, value in parameters.items()}
+
+
+Said = list[list[list[NDArray[Any]]]]
+
+
+def listened(learner: Any, stream: TaskStream) -> tuple[Said, Callable[[EpochEnd | TaskEnd], None]]:
+    """Let a learner be heard; return what it says, and the observer that a run must be given.
+
+    At every task's end, of each task so far, all its head's logits of its test samples that evaluation asked for, in
+    order; the last one with the task's own mask, if that is the last task.
+    """
+    said: Said = []
+    heard: list[tuple[bytes, NDArray[Any]]] = []
+    speak = learner.logits
+
+    def logits(indices: NDArray[np.int64], batch_size: int) -> Any:
+        found = speak(indices, batch_size)
+        heard.append((indices.tobytes(), np.array(to_numpy(found))))
+        return found
+
+    def observe(event: EpochEnd | TaskEnd) -> None:
+        if isinstance(event, TaskEnd):
+            seen = stream.tasks[: event.task + 1]
+            said.append([[all_[:, t.index] for rows, all_ in heard if rows == t.test.tobytes()] for t in seen])
+        heard.clear()
+
+    learner.logits = logits
+    return said, observe
 
 
 def check_the_names_are_consistent(make: Make) -> None:
@@ -575,6 +605,17 @@ def check_training_sees_images_as_views_show_them(make: Make) -> None:
     np.testing.assert_array_equal(to_numpy(found.logits(rows, 12)), to_numpy(plain.logits(rows, 12)))
 
 
+def check_masks_keep_what_an_old_task_says_to_the_bit(make: Make) -> None:
+    training = Training(Annealed(0.05, 2), Annealed(0.05, 1), batch_size=12)
+    kept = {}
+    for name in ("packnet", "hat", "finetune"):
+        learner = make(STREAM, 0)
+        said, observe = listened(learner, STREAM)
+        learn(learner, STREAM, build_method(name, MethodSettings()), training, observe=observe)
+        kept[name] = any(np.array_equal(said[0][0][-1], now) for now in said[1][0])
+    assert kept == {"packnet": True, "hat": True, "finetune": False}
+
+
 def check_every_method_runs_and_repeats(make: Make) -> None:
     """The whole loop; some of them twice with one seed: equal records; alpha is a fraction where two were merged."""
     training = Training(Annealed(0.05, 2), Annealed(0.05, 1), batch_size=12, path_alphas=(0.0, 1.0))
@@ -587,8 +628,8 @@ def check_every_method_runs_and_repeats(make: Make) -> None:
         np.testing.assert_array_equal(first.accuracy, second.accuracy)
         assert first.alpha == second.alpha
         assert first.alpha[0] is None
-        merges = name.startswith("became")
-        assert (first.alpha[1] is not None) == merges
+        merges = method.rule is not None
+        assert (first.alpha[1] is not None) == (merges and name != "imm-mode")
         assert first.alpha[1] is None or 0 <= first.alpha[1] <= 1
         assert bool(first.paths) == merges
 

@@ -60,9 +60,9 @@ def steps(method: Method, stream: TaskStream, training: Training) -> int:
         trained_on = stream.tasks[: task.index + 1] if method.joint else [task]
         an_epoch = len(epoch_batches(trained_on, training.batch_size, random_stream(0, "steps")))
         epochs = training.stage1.epochs
-        if method.rule is not None and task.index == 0:
+        if method.rule is not None and method.stages == 2 and task.index == 0:
             epochs = training.stage1.extended(training.stage2.epochs).epochs
-        elif method.rule is not None:
+        elif method.stages == 2:
             epochs += training.stage2.epochs
         total += epochs * an_epoch
     return total

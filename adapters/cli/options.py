@@ -46,8 +46,9 @@ class Options:
     """What to learn: split-mnist, permuted-mnist (both embedded), split-cifar100, split-miniimagenet,
     split-tinyimagenet."""
     methods: tuple[str, ...] = ("became", "gpm", "finetune")
-    """Which methods: became, became-paper, ewc, finetune, joint, or a projector by itself: gpm, sgp, gpcns, nscl, ogd,
-    trgp; or both, as in became+trgp."""
+    """Which methods: became, became-paper, coma, ewc, ewc-online, finetune, hat, imm-mean, imm-mode, joint, packnet, a
+    projector by itself: gpm, sgp, gpcns, nscl, ogd, trgp, or both, as in became+trgp; became-0, became-half, became-1
+    and became-grid merge at that alpha, or at the best by the true loss."""
     projector: Literal["none", "gpm", "sgp", "gpcns", "nscl", "ogd", "trgp"] | None = None
     """The projector of all methods that name none; became's own is gpm."""
     seeds: tuple[int, ...] = (0,)
@@ -95,6 +96,27 @@ class Options:
     """How many directions ogd keeps in all."""
     ewc_strength: float | None = None
     """EWC's lambda."""
+    ewc_decay: float | None = None
+    """ewc-online's gamma."""
+    imm_transfer: bool | None = None
+    """Whether imm trains a task from the model before it, or from the initial weights."""
+    imm_pull: float | None = None
+    """The strength of imm's pull to the model before (L2-transfer)."""
+    coma_alpha: tuple[float, ...] | None = None
+    """coma's coefficients, one a merge; the last one stays."""
+    grid_points: int | None = None
+    """How many coefficients became-grid tries."""
+    packnet_share: float | None = None
+    """The share of a layer's free weights that packnet prunes at each task."""
+    hat_sharpness: float | None = None
+    """How steep hat's gates become within an epoch."""
+    hat_sparsity: float | None = None
+    """What the units that a task uses cost in hat."""
+    per: Literal["model", "layer", "leaf"] | None = None
+    """What shares a coefficient in became."""
+    precision: Literal["diagonal", "kronecker", "exact"] | None = None
+    """The curvatures became merges by: both sides' diagonals, both sides' Kronecker factors, or the new task's exact
+    one along the path beside the old tasks' calibrated diagonal."""
     projector_samples: int | None = None
     """Training samples of each task for the projector's memory; 0 for all."""
     curvature_samples: int | None = None
@@ -188,7 +210,7 @@ def method_names(options: Options) -> tuple[str, ...]:
     """Return the methods to run, each with the projector that is asked for where it names none."""
     if options.projector is None:
         return options.methods
-    own = (*PROJECTORS, "joint")
+    own = (*PROJECTORS, "joint", "packnet", "hat")
     return tuple(name if "+" in name or name in own else f"{name}+{options.projector}" for name in options.methods)
 
 

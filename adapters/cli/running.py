@@ -59,7 +59,7 @@ def run_to_its_end(
         else:
             say(f"goes on after {_place(state, stream)}")
             run.events.add("resume", after=_place(state, stream), backend=backend.name, versions=versions())
-        stages = 1 if method.rule is None else 2
+        stages = method.stages
         with (
             Interruption() as interruption,
             RunProgress(console, run.name, len(stream.tasks), stages) as progress,

@@ -18,7 +18,7 @@ from adapters.jax.layers import Pass
 from became_core.arrays import Array, Params
 from became_core.continual import Constraint, Optimiser, Penalty, Views
 from became_core.laplace import LaplacePosterior
-from became_core.projection import Projector, TrustRegion
+from became_core.projection import Projector, Region
 
 __all__ = [
     "Data",
@@ -84,7 +84,7 @@ def _update(
     projector: Projector | None,
     posterior: LaplacePosterior | None,
     strength: float,
-    region: TrustRegion | None,
+    region: Region | None,
     trains_scales: bool,
 ) -> tuple[Params, Optimiser]:
     """Return what is trained and the optimiser after one step."""
@@ -95,7 +95,7 @@ def _update(
     return trained | moved, optimiser
 
 
-def _effective(trained: Params, frozen: Params, region: TrustRegion) -> Params:
+def _effective(trained: Params, frozen: Params, region: Region) -> Params:
     """Return the weights that the network works with, of those in a region, whose scales are among what is trained."""
     theta = frozen | trained
     found = region.with_scales({key: theta[key] for key in region.scales}).effective(theta)

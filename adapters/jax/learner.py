@@ -107,9 +107,11 @@ class JaxLearner:
             for batch, rate in steps:
                 masks = self._masks(len(batch.indices), stream)
                 weights = own_frozen | own
-                if region is not None:
-                    weights |= compiled.effective(own, own_frozen, region)
-                moving = {name: weights[name] for name in own if name not in scales}
+                own_region = respected["region"]
+                if own_region is not None:
+                    weights |= compiled.effective(own, own_frozen, own_region)
+                beside = {} if own_region is None else own_region.scales
+                moving = {name: weights[name] for name in own if name not in beside}
                 still = {name: weights[name] for name in own_frozen}
                 loss, gradients = compiled.gradients(
                     self._backbone, moving, still, self._data, batch.indices, masks, batch.views
@@ -186,7 +188,7 @@ def _for_task(constraint: Constraint, task: int) -> dict[str, Any]:
         "projector": constraint.projector,
         "posterior": None if penalty is None else for_task(penalty.posterior, task),
         "strength": 0.0 if penalty is None else penalty.strength,
-        "region": constraint.region,
+        "region": for_task(constraint.region, task),
         "trains_scales": constraint.trains_scales,
     }
 

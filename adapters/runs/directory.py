@@ -30,7 +30,7 @@ from adapters.runs.settings import difference, fingerprint
 from became_core import BecameError
 from became_core.continual import Method, TaskStream, Training
 
-__all__ = ["RunDirectory", "check_writable", "write_summary"]
+__all__ = ["RunDirectory", "check_writable", "read_results", "write_summary"]
 
 
 @dataclass(frozen=True)
@@ -156,8 +156,7 @@ def check_writable(out: Path) -> None:
 def write_summary(out: Path) -> None:
     """Write ``OUT/summary.csv``, a row for each finished run that the folder holds."""
     rows = []
-    for file in sorted(out.glob("*/results.json")):
-        result = _read(file)
+    for result in read_results(out):
         rows.append(
             {
                 "backend": result.backend,
@@ -178,6 +177,15 @@ def write_summary(out: Path) -> None:
     writer.writeheader()
     writer.writerows(rows)
     write_file(out / "summary.csv", text.getvalue().encode())
+
+
+def read_results(out: Path) -> list[RunResult]:
+    """Return all finished runs of a folder, sorted by the names of their own folders.
+
+    Raises:
+        BecameError: if a file is no result.
+    """
+    return [_read(file) for file in sorted(out.glob("*/results.json"))]
 
 
 def _read(file: Path) -> RunResult:

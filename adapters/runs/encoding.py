@@ -20,14 +20,17 @@ from numpy.typing import NDArray
 from became_core.arrays import Array, is_array, on_host
 from became_core.continual import RunState
 from became_core.laplace.precision import Dense, Diagonal, Isotropic, Kronecker, LowRank, Precision, Sum
-from became_core.projection import Projector
+from became_core.projection import GatedRegion, Projector, Region, TrustRegion
 
 __all__ = ["MisfitError", "decoded", "encoded"]
 
 HostArrays = dict[str, NDArray[Any]]
 
 # What may stand where the declared type is an abstract one.
-ALTERNATIVES: dict[Any, tuple[type, ...]] = {Precision: (Dense, Diagonal, Isotropic, Kronecker, LowRank, Sum)}
+ALTERNATIVES: dict[Any, tuple[type, ...]] = {
+    Precision: (Dense, Diagonal, Isotropic, Kronecker, LowRank, Sum),
+    Region: (GatedRegion, TrustRegion),
+}
 NUMBERS = {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}
 
 

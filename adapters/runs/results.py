@@ -4,7 +4,7 @@ Convention: accuracies in percent; ``null`` in a matrix stands for what was not 
 """
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Self
 
 import numpy as np
@@ -52,6 +52,7 @@ class RunResult:
     ranks: list[dict[str, Any]]
     paths: list[dict[str, Any]]
     seconds: dict[str, float]
+    memory: list[int] = field(default_factory=list)
 
     @classmethod
     def of(
@@ -71,6 +72,7 @@ class RunResult:
             ranks=[{name: list(rank) for name, rank in ranks.items()} for ranks in record.ranks],
             paths=[asdict(path) for path in record.paths],
             seconds=record.seconds,
+            memory=record.memory,
         )
 
     @property
@@ -98,18 +100,19 @@ class RunResult:
             "alpha": self.alpha,
             "epochs": self.epochs,
             "ranks": self.ranks,
+            "memory": self.memory,
             "paths": _without(math.nan, self.paths),
             "seconds": self.seconds,
         }
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Self:
-        """Return the result that ``to_json`` gave.
+        """Return the result that ``to_json`` gave; one of before memory was recorded has none.
 
         Raises:
             KeyError: if a value is missing.
         """
-        fields = {name: values[name] for name in cls.__dataclass_fields__}
+        fields = {name: values[name] for name in cls.__dataclass_fields__ if name != "memory" or name in values}
         for name in ("accuracy", "class_incremental_accuracy"):
             fields[name] = np.array(fields[name], dtype=float)  # null becomes NaN
         fields["paths"] = _without(None, fields["paths"])

@@ -18,7 +18,7 @@ from adapters.tensorflow.layers import Pass
 from became_core.arrays import Array, Params
 from became_core.continual import Constraint, Optimiser, Penalty
 from became_core.laplace import LaplacePosterior
-from became_core.projection import Projector, TrustRegion
+from became_core.projection import Projector, Region
 
 __all__ = ["Factors", "advanced", "loss_and_gradients"]
 
@@ -66,10 +66,10 @@ def advanced(
     factors: dict[str, tuple[Array, Array]],
     rate: Array,
     optimiser: Optimiser,
-    memory: tuple[Projector | None, LaplacePosterior | None, TrustRegion | None],
+    memory: tuple[Projector | None, LaplacePosterior | None, Region | None],
     strength: float,
     trains_scales: bool,
-) -> tuple[Params, Optimiser, TrustRegion | None, Params]:
+) -> tuple[Params, Optimiser, Region | None, Params]:
     """Return what is trained, the optimiser and the region after a step, and the region's effective weights.
 
     Args:

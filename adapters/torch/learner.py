@@ -22,7 +22,7 @@ from became_core.arrays import Params
 from became_core.continual import Batch, Constraint, Optimiser, TapMode, TaskStream, Trained, Views
 from became_core.continual.stream import Indices
 from became_core.curvature import Pushforward, Taps, logit_cotangents
-from became_core.projection import TrustRegion
+from became_core.projection import Region
 
 __all__ = ["TorchLearner"]
 
@@ -130,7 +130,7 @@ class TorchLearner:
         return Trained(float(total) / samples, optimiser, region)
 
     @torch.no_grad()
-    def _work_with(self, region: TrustRegion, theta: Params) -> TrustRegion:
+    def _work_with(self, region: Region, theta: Params) -> Region:
         """Let the network work with the effective weights of a region, whose scales are among theta."""
         region = region.with_scales({key: theta[key] for key in region.scales})
         for name, weight in region.effective({name: theta[name] for name in region.weights}).items():

@@ -3,7 +3,16 @@
 from became_core.arrays.frameworks import is_array
 from became_core.arrays.namespace import Array, check_values, device, has_values, namespace, on_host, reduction_dtype
 from became_core.arrays.reductions import inner_products, staged_sum
-from became_core.arrays.trees import Params, Tree, aligned_leaves, difference, map_leaves, named_leaves, with_leaves
+from became_core.arrays.trees import (
+    Params,
+    Tree,
+    aligned_leaves,
+    difference,
+    map_leaves,
+    named_leaves,
+    size_in_bytes,
+    with_leaves,
+)
 from became_core.arrays.values import pytree, static
 
 __all__ = [
@@ -23,6 +32,7 @@ __all__ = [
     "on_host",
     "pytree",
     "reduction_dtype",
+    "size_in_bytes",
     "staged_sum",
     "static",
     "with_leaves",

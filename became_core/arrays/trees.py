@@ -8,6 +8,7 @@ bare array has one leaf with an empty path, and messages then give the tree's ow
 """
 
 import dataclasses
+import math
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,7 +20,16 @@ from became_core.arrays.frameworks import is_array
 from became_core.arrays.namespace import Array, namespace
 from became_core.errors import BecameError
 
-__all__ = ["Params", "Tree", "aligned_leaves", "difference", "map_leaves", "named_leaves", "with_leaves"]
+__all__ = [
+    "Params",
+    "Tree",
+    "aligned_leaves",
+    "difference",
+    "map_leaves",
+    "named_leaves",
+    "size_in_bytes",
+    "with_leaves",
+]
 
 # Any nesting of containers, as above, with arrays at its leaves.
 Tree = Any
@@ -202,6 +212,22 @@ def _rebuild(node: Tree, path: tuple[str, ...], leaves: Mapping[str, Any]) -> Tr
         return leaves[".".join(path)]
     pairs = zip(opened.entries, opened.children, strict=True)
     return opened.rebuild([_rebuild(child, (*path, str(entry)), leaves) for entry, child in pairs])
+
+
+def size_in_bytes(tree: Tree) -> int:
+    """Return the memory that a tree's arrays take; what is no array takes none."""
+    return sum(_bytes(leaf) for leaf in named_leaves(tree).values() if is_array(leaf))
+
+
+def _bytes(array: Array) -> int:
+    xp: Any = namespace(array=array)
+    dtype = array.dtype
+    if xp.isdtype(dtype, "bool"):
+        width = 1
+    else:
+        limits = xp.iinfo if xp.isdtype(dtype, "integral") else xp.finfo
+        width = int(limits(dtype).bits) // 8
+    return width * math.prod(int(length) for length in array.shape)
 
 
 def difference(left: Params, right: Params) -> Params:

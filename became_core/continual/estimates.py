@@ -94,7 +94,11 @@ def old_sides(
         theta_hat: the plastic weights.
     """
     delta, offset = difference(theta_hat, theta_gp), difference(theta_gp, posterior.mean)
-    precisions = {"diagonal": posterior.precision, "kronecker": approximations.kronecker, "batch": approximations.batch}
+    precisions: dict[str, Precision] = {
+        "diagonal": posterior.diagonal(),
+        "kronecker": approximations.kronecker,
+        "batch": approximations.batch,
+    }
     sides = {}
     for name, precision in precisions.items():
         gram = precision.gram([delta, offset])

@@ -2,7 +2,7 @@
 
 Convention: accuracies in percent. Task-incremental accuracy chooses among the classes of the sample's task;
 class-incremental accuracy among those of all tasks so far, the argmax over all their heads. Both come from one pass;
-where tasks have trust regions, from one for each region, since a head then works with weights of its own.
+where tasks have regions or masks, from one for each, since a head then works with weights of its own.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,15 +13,15 @@ from became_core.continual.regions import reparametrised
 from became_core.continual.stream import Indices, Task
 from became_core.curvature import log_softmax
 from became_core.errors import BecameError
-from became_core.projection import TrustRegion
+from became_core.projection import View
 
 __all__ = ["accuracies", "mean_loss"]
 
-NO_REGIONS: Mapping[int, TrustRegion] = {}
+NO_REGIONS: Mapping[int, View] = {}
 
 
 def accuracies(
-    learner: Learner, tasks: Iterable[Task], batch_size: int, regions: Mapping[int, TrustRegion] = NO_REGIONS
+    learner: Learner, tasks: Iterable[Task], batch_size: int, regions: Mapping[int, View] = NO_REGIONS
 ) -> tuple[list[float], list[float]]:
     """Return the test accuracies of these tasks, all that were seen so far: task-incremental, class-incremental.
 
@@ -29,7 +29,7 @@ def accuracies(
         learner: what is scored.
         tasks: all that were seen so far, in order.
         batch_size: of the passes.
-        regions: the trust regions of the tasks that have one, by index.
+        regions: what tasks see of the weights, by index, of those that see them otherwise than they are.
 
     Raises:
         BecameError: if a task has no test samples.

@@ -18,7 +18,7 @@ from became_core.continual.optimisers import Optimiser
 from became_core.continual.stream import Indices
 from became_core.curvature import Pushforward, TapMode, Taps
 from became_core.laplace import LaplacePosterior
-from became_core.projection import Projector, TrustRegion
+from became_core.projection import Projector, Region
 
 __all__ = ["Batch", "Constraint", "Learner", "Penalty", "TapMode", "Trained"]
 
@@ -79,7 +79,7 @@ class Constraint:
     trainable: frozenset[str]
     projector: Projector | None = None
     penalty: Penalty | None = None
-    region: TrustRegion | None = None
+    region: Region | None = None
     trains_scales: bool = False
 
     def projector_of_gradients(self, optimiser: Optimiser) -> Projector | None:
@@ -128,7 +128,7 @@ class Trained(NamedTuple):
 
     loss: float
     optimiser: Optimiser
-    region: TrustRegion | None
+    region: Region | None
 
 
 class Learner(Protocol):

@@ -13,19 +13,22 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from became_core.arrays import Params, named_leaves
-from became_core.continual.estimates import Approximations, new_sides, old_sides
+from became_core.continual.estimates import Approximations
 from became_core.continual.evaluation import accuracies
 from became_core.continual.learner import Constraint, Learner, Penalty
+from became_core.continual.looking import look_along
 from became_core.continual.measurement import Measurement
 from became_core.continual.methods import Method
-from became_core.continual.record import MergePath, PathPoint, RunRecord, TaskEnd
+from became_core.continual.record import MergePath, RunRecord, TaskEnd
+from became_core.continual.rows import layers_in_a_row
 from became_core.continual.schedule import Schedule
+from became_core.continual.seeding import random_stream
 from became_core.continual.state import Memory, RunState
 from became_core.continual.stopwatch import Stopwatch
 from became_core.continual.stream import Task, TaskStream
 from became_core.continual.training import EpochEnd, Stage, Training, begin_stage, train_stage
-from became_core.laplace import LaplacePosterior, trace_path
-from became_core.projection import TRGP, compact
+from became_core.laplace import LaplacePosterior, LocalLoss, Precision
+from became_core.projection import HAT, TRGP, GatedRegion, PackNet, Region, TrustRegion, compact
 
 __all__ = ["learn"]
 
@@ -82,35 +85,56 @@ class _Run:
     def learn_task(self, state: RunState) -> RunState:
         """Learn one task, from wherever the state is in it; return the state after it."""
         task = self.stream.tasks[state.task]
-        alpha, path = None, None
-        if state.theta_gp is None:
+        state = self.prepared(task, state)
+        if not state.in_stage(2):
             state = self.stage1(task, state)
-        if self.merges(task):
-            state = replace(state, theta_gp=state.theta_gp or self.learner.parameters())
+        if self.method.stages == 2:
             state = self.stage2(task, state)
-            alpha, path = self.merge(task, state)
-        memory = self.remember(task, state.memory)
+        alpha, path, curvature = None, None, None
+        if self.method.merges == "tasks":
+            state, curvature = self.with_own_model(task, state)
+        if self.method.rule is not None and task.index > 0:
+            alpha, path = self.merge(task, state, curvature)
+        memory = self.remember(task, state.memory, curvature)
         return self.evaluate(task, replace(state, memory=memory), alpha, path, memory.full - state.memory.full)
 
-    def merges(self, task: Task) -> bool:
-        """Whether the task has a second stage and a merge."""
-        return self.method.rule is not None and task.index > 0
+    def prepared(self, task: Task, state: RunState) -> RunState:
+        """Find out what HAT must know of the network; begin a task of IMM and CoMA where its own model begins."""
+        memory, before = state.memory, state.before
+        if isinstance(memory.projector, HAT) and not memory.projector.order:
+            order, heads = layers_in_a_row(self.learner, task)
+            memory = replace(memory, projector=replace(memory.projector, order=order, heads=heads))
+        if self.method.merges == "tasks" and state.stage is None:
+            before = self.learner.parameters()
+            if self.method.transfer is not None and memory.models:
+                self.learner.assign(self.method.transfer.start(memory.models, before, self.heads))
+        return replace(state, memory=memory, before=before)
 
     def stage1(self, task: Task, state: RunState) -> RunState:
         """Train under the method's constraint."""
         schedule = self.training.stage1
-        if self.method.rule is not None and not self.merges(task):
+        if self.method.rule is not None and self.method.stages == 2 and task.index == 0:
             schedule = schedule.extended(self.training.stage2.epochs)
         with self.stopwatch.phase("stage1"):
             constraint = self.stable_constraint(task, state.memory)
             if constraint.trains_scales and state.stage is None:
-                constraint = self.with_region(constraint, task, state.memory)
+                constraint = replace(constraint, region=self.region(task, state.memory))
             return self.train(task, state, 1, schedule, constraint)
 
     def stage2(self, task: Task, state: RunState) -> RunState:
-        """Train on, without constraint."""
-        with self.stopwatch.phase("stage2"):
+        """Train on: without constraint, or, in PackNet, what is left after pruning."""
+        if isinstance(state.memory.projector, PackNet):
+            if not state.in_stage(2):
+                packed, theta = state.memory.projector.pruned(self.learner.parameters(), self.learner.projectable)
+                self.learner.assign(theta)
+                state = replace(state, memory=replace(state.memory, projector=packed))
+            constraint = replace(self.stable_constraint(task, state.memory), projector=state.memory.projector)
+        elif task.index == 0:
+            return state
+        else:
+            state = replace(state, theta_gp=state.theta_gp or self.learner.parameters())
             constraint = replace(self.free_constraint(task), region=state.memory.regions.get(task.index))
+        with self.stopwatch.phase("stage2"):
             return self.train(task, state, 2, self.training.stage2, constraint)
 
     def train(self, task: Task, state: RunState, number: int, schedule: Schedule, constraint: Constraint) -> RunState:
@@ -125,10 +149,9 @@ class _Run:
             self.observe(event)
             self.kept(replace(state, stage=stage))
 
-        tasks = self.seen(task) if self.method.joint else [task]
         stage = train_stage(
             self.learner,
-            tasks,
+            self.seen(task) if self.method.joint else [task],
             stage,
             constraint,
             batch_size=self.training.batch_size,
@@ -137,8 +160,10 @@ class _Run:
             each=each,
         )
         memory = state.memory
-        if stage.region is not None:
+        if isinstance(stage.region, TrustRegion):
             memory = replace(memory, regions={**memory.regions, task.index: stage.region})
+        if isinstance(stage.region, GatedRegion) and isinstance(memory.projector, HAT):
+            memory = replace(memory, projector=memory.projector.settled(stage.region))
         return replace(state, stage=stage, memory=memory)
 
     def kept(self, state: RunState) -> RunState:
@@ -155,37 +180,68 @@ class _Run:
         return Constraint(trainable=frozenset(self.learner.parameters()) - others)
 
     def stable_constraint(self, task: Task, memory: Memory) -> Constraint:
-        """Stage 1: projected, penalised, both or free, as the method has it; the first task is free."""
-        constraint = self.free_constraint(task)
-        if self.method.penalty_strength > 0 and memory.posterior is not None:
-            constraint = replace(constraint, penalty=Penalty(memory.posterior, self.method.penalty_strength))
-        projector = memory.projector
-        if projector is None or task.index == 0:
+        """Stage 1: projected, penalised, gated, several of these or free, as the method has it."""
+        method, projector = self.method, memory.projector
+        constraint = replace(self.free_constraint(task), trains_scales=isinstance(projector, HAT))
+        if method.penalty_strength > 0 and memory.posterior is not None:
+            constraint = replace(constraint, penalty=Penalty(memory.posterior, method.penalty_strength))
+        if method.transfer is not None and memory.models:
+            constraint = replace(constraint, penalty=method.transfer.penalty(memory.models, self.heads))
+        if projector is None or task.index == 0:  # the first task has nothing to protect
             return constraint
         if not projector.protects_all:
             # What it cannot protect (biases, normalisation) is frozen once the first task has set it.
             constraint = replace(constraint, trainable=self.learner.projectable | self.learner.heads[task.index])
-        return replace(constraint, projector=projector, trains_scales=isinstance(projector, TRGP))
+        return replace(constraint, projector=projector, trains_scales=isinstance(projector, HAT | TRGP))
 
-    def with_region(self, constraint: Constraint, task: Task, memory: Memory) -> Constraint:
-        """Return the constraint with the trust region that a task begins with, at the learner's weights."""
+    def region(self, task: Task, memory: Memory) -> Region:
+        """Return the region that a task begins with, at the learner's weights."""
+        if isinstance(memory.projector, HAT):
+            return memory.projector.region(self.learner.parameters(), random_stream(self.seed, "gates", task.index))
         assert isinstance(memory.projector, TRGP)
-        gradients = self.measurement(task, "trust-region", memory).gradients()
-        return replace(constraint, region=memory.projector.trust_region(gradients))
+        return memory.projector.trust_region(self.measurement(task, "trust-region", memory).gradients())
 
-    def merge(self, task: Task, state: RunState) -> tuple[float | None, MergePath | None]:
-        """Merge the two stages' weights and give them to the learner.
+    def with_own_model(self, task: Task, state: RunState) -> tuple[RunState, Precision | None]:
+        """Keep what later tasks need of the task's own model; what it is merged with is the old model with its head.
+
+        Returns:
+            The state, and the task's curvature at its own model, if the method asks for it.
+        """
+        assert state.before is not None
+        theta, memory = self.learner.parameters(), state.memory
+        curvature: Precision | None = None
+        if self.keeps_posterior:
+            with self.stopwatch.phase("memory"):
+                curvature = self.measurement(task, "posterior", memory).precision(self.method.precision)
+        if self.method.transfer is not None:
+            memory = replace(memory, models=self.method.transfer.kept(memory.models, state.before, theta))
+        old = state.before | {name: theta[name] for name in self.learner.heads[task.index]}
+        return replace(state, memory=memory, theta_gp=old), curvature
+
+    def merge(self, task: Task, state: RunState, curvature: Precision | None) -> tuple[float | None, MergePath | None]:
+        """Merge theta_gp, or the old model, and the learner's weights; give the result to the learner.
+
+        Args:
+            task: the last one.
+            state: with the old tasks' memory.
+            curvature: the task's at the learner's weights, if it has been measured.
 
         Returns:
             The coefficient of theta_hat (their mean, of several), and the path, if it is traced.
         """
-        rule, memory, theta_gp = self.method.rule, state.memory, state.theta_gp
-        assert rule is not None
-        assert memory.posterior is not None
+        memory, theta_gp = state.memory, state.theta_gp
         assert theta_gp is not None
         with self.stopwatch.phase("merge"):
             theta_hat = self.learner.parameters()
-            merged = rule.merge((theta_gp, theta_hat), (memory.posterior, self.measurement(task, "merge", memory)))
+            measured = self.measurement(task, "merge", memory)
+            if curvature is None and self.method.precision != "diagonal":
+                curvature = measured.precision(self.method.precision)
+            new: LocalLoss = measured if curvature is None else LaplacePosterior(theta_hat, curvature)
+            rule = self.method.rule_after(task.index, lambda theta: self.true_loss(task, theta, memory))
+            assert rule is not None
+            losses = (new,) if memory.posterior is None else (memory.posterior, new)
+            merged = rule.merge((theta_gp, theta_hat), losses)
+        self.learner.assign(theta_hat)
         path = None
         if self.training.path_alphas:
             with self.stopwatch.phase("path"):
@@ -195,33 +251,33 @@ class _Run:
             return None, path
         return float(np.mean([float(a) for a in named_leaves(merged.alpha).values()])), path
 
+    def true_loss(self, task: Task, theta: Params, memory: Memory) -> float:
+        """Return the loss of all tasks so far, on their own data, at these weights, which the learner is left with."""
+        self.learner.assign(theta)
+        return sum(self.measurement(each, "merge", memory).loss() for each in self.seen(task))
+
     def look_along(self, task: Task, theta_gp: Params, theta_hat: Params, memory: Memory) -> MergePath:
         """Return the truth along the path, and what every estimator makes of it; the learner is at theta_hat."""
         assert memory.posterior is not None
         assert memory.approximations is not None
-        seen = [self.measurement(each, "merge", memory) for each in self.seen(task)]
-        new = new_sides(seen[-1], theta_gp)
-        old = old_sides(memory.posterior, memory.approximations, seen[:-1], theta_gp, theta_hat)
 
         def truth(theta: Params) -> tuple[float, float]:
-            self.learner.assign(theta)
-            return sum(each.loss() for each in seen), float(np.mean(self.accuracies(task, memory)[0]))
+            return self.true_loss(task, theta, memory), float(np.mean(self.accuracies(task, memory)[0]))
 
-        traced = trace_path(truth, theta_gp, theta_hat, self.training.path_alphas)
-        return MergePath(
-            [PathPoint(alpha, *found) for alpha, found in zip(*traced, strict=True)],
-            new={name: (side.slope, side.curvature) for name, side in new.items()},
-            old={name: (side.slope, side.curvature) for name, side in old.items()},
-        )
+        measurements = [self.measurement(each, "merge", memory) for each in self.seen(task)]
+        known = memory.posterior, memory.approximations
+        return look_along(measurements, *known, (theta_gp, theta_hat), truth, self.training.path_alphas)
 
-    def remember(self, task: Task, memory: Memory) -> Memory:
-        """Return the memory with this task: posterior at the merged weights, projector from the task's inputs."""
+    def remember(self, task: Task, memory: Memory, curvature: Precision | None) -> Memory:
+        """Return the memory with this task: posterior at the merged weights, projector from the task's inputs.
+
+        The curvature is measured there too, unless it has been at the task's own model.
+        """
         with self.stopwatch.phase("memory"):
             measurement = self.measurement(task, "posterior", memory)
-            if self.method.keeps_posterior:
-                theta, fisher = self.learner.parameters(), measurement.diagonal()
-                old = memory.posterior
-                posterior = LaplacePosterior(theta, fisher) if old is None else old.update(theta, fisher)
+            if self.keeps_posterior:
+                curvature = curvature or measurement.precision(self.method.precision)
+                posterior = self.method.remembered(memory.posterior, self.learner.parameters(), curvature)
                 memory = replace(memory, posterior=posterior)
             if self.method.rule is not None and self.training.path_alphas:
                 new, known = Approximations.of(measurement), memory.approximations
@@ -239,12 +295,23 @@ class _Run:
         with self.stopwatch.phase("evaluation"):
             end = TaskEnd(task.index, alpha, *self.accuracies(task, memory), filled)
         ranks = {} if memory.projector is None else dict(memory.projector.rank)
-        record = state.record.with_task(end, epochs=state.stage.epochs, ranks=ranks, path=path)
+        record = state.record.with_task(end, epochs=state.stage.epochs, ranks=ranks, memory=memory.size, path=path)
         self.observe(end)
         return self.kept(RunState(state.theta, memory, record, task.index + 1))
 
+    @property
+    def keeps_posterior(self) -> bool:
+        """Whether the method needs a posterior, or a path is held against one."""
+        looks = self.method.rule is not None and bool(self.training.path_alphas)
+        return self.method.keeps_posterior or looks
+
+    @property
+    def heads(self) -> frozenset[str]:
+        """The names of all heads' parameters."""
+        return frozenset[str]().union(*self.learner.heads)
+
     def accuracies(self, task: Task, memory: Memory) -> tuple[list[float], list[float]]:
-        return accuracies(self.learner, self.seen(task), self.training.batch_size, memory.regions)
+        return accuracies(self.learner, self.seen(task), self.training.batch_size, memory.views)
 
     def measurement(self, task: Task, purpose: str, memory: Memory) -> Measurement:
         region = memory.regions.get(task.index)

@@ -7,6 +7,7 @@ for those of gradients.
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
@@ -35,7 +36,10 @@ from became_core.errors import BecameError
 from became_core.laplace import Diagonal, Kronecker, Precision, Quadratic
 from became_core.projection import TrustRegion
 
-__all__ = ["Measurement"]
+__all__ = ["Measurement", "Structure"]
+
+# How a task's curvature is kept.
+Structure = Literal["diagonal", "kronecker"]
 
 
 @dataclass(frozen=True)
@@ -86,6 +90,10 @@ class Measurement:
         if rest:
             parts.append(Diagonal({n: namespace(value=v).reshape(v, shapes[n]) for n, v in rest.items()}))
         return sum(parts[1:], start=parts[0])
+
+    def precision(self, structure: Structure) -> Precision:
+        """Return the curvature in that structure: ``diagonal`` or ``kronecker``."""
+        return self.diagonal() if structure == "diagonal" else self.kronecker()
 
     def logit_gradients(self, count: int) -> Iterator[Params]:
         """Yield gradients of the true class's logit at some training samples, a batch at a time.

@@ -4,23 +4,57 @@
 | --- | --- | --- | --- |
 | finetune | unconstrained | - | the lower bound |
 | joint | on all tasks so far | - | the upper bound |
-| ewc | penalised by the Laplace posterior | - | Kirkpatrick 2017, one penalty recentred at each task (Huszar 2018) |
+| ewc | penalised by every old task's own quadratic, added | - | Kirkpatrick 2017 |
+| ewc-online | penalised by one quadratic, recentred at each task, decaying | - | Huszar 2018; Schwarz 2018 |
 | gpm, sgp, gpcns, nscl, ogd, trgp | under that gradient projection | - | ``became_core.projection`` |
+| packnet | in the free weights | retrained after pruning, the pruned at zero; no merge | Mallya 2018 |
+| hat | gates of units, learned with the weights between units that no task uses | - | Serra 2018 |
+| imm-mean, imm-mode | unconstrained, or L2-transfer | the tasks' models, by equal shares or precisions | Lee 2017 |
+| coma | unconstrained | the old model and the new, alpha chosen by hand | Marouf 2024 |
 | became | under gradient projection (GPM) | the full formula: true slopes, the old side calibrated | BECAME 2025 |
 | became-paper | under gradient projection (GPM) | the closed form, as published | BECAME 2025 |
+| became-0, became-half, became-1 | under gradient projection (GPM) | alpha = 0, 1/2, 1 | ablations |
+| became-grid | under gradient projection (GPM) | the best alpha by the true loss of all tasks | a bound |
 
-Any of them but ``joint`` takes any projector in place of its own: ``became+trgp``, ``ewc+gpm``, ``became+none``.
+Any of them but ``joint``, ``packnet`` and ``hat`` takes any projector in place of its own: ``became+trgp``,
+``ewc+gpm``, ``became+none``.
+
+The two forms of EWC differ in the mean alone: a sum of quadratics is one quadratic, about its own minimum, the
+precision-weighted mean of the tasks' weights, where the recentred form is about the latest weights. In either, the
+importance of an old head is among the rest, and acts on nothing: no gradient of a later task's loss reaches it.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Literal
 
+from became_core.arrays import Params
+from became_core.continual.increments import ByHand, EqualShares, Grid, Increments, Transfer, TrueLoss
+from became_core.continual.measurement import Structure
 from became_core.curvature import FisherKind
 from became_core.errors import BecameError
-from became_core.laplace import Became, MergeRule, Published, Secant
-from became_core.projection import GPCNS, GPM, NSCL, OGD, SGP, TRGP, Projector
+from became_core.laplace import (
+    AsKnown,
+    Became,
+    Diagonals,
+    Estimator,
+    Fixed,
+    LaplacePosterior,
+    MergeRule,
+    ModeIMM,
+    Precision,
+    Published,
+    Secant,
+)
+from became_core.laplace.expansion import Per
+from became_core.laplace.rules import precision_weighted_mean
+from became_core.projection import GPCNS, GPM, HAT, NSCL, OGD, SGP, TRGP, PackNet, Projector
 
 __all__ = ["METHODS", "PROJECTORS", "Method", "MethodSettings", "build_method"]
+
+# What the curvature along the path is taken from. "exact" is so of the new task alone, whose data are at hand; the old
+# tasks' is then a diagonal, calibrated by the ratio of the two for the new task. Else both sides have one structure.
+Curvature = Literal["diagonal", "kronecker", "exact"]
 
 
 @dataclass(frozen=True)
@@ -35,6 +69,16 @@ class MethodSettings:
         ogd_samples: a task's samples whose gradients OGD keeps.
         ogd_capacity: how many directions OGD keeps in all.
         ewc_strength: EWC's lambda, beside Fisher matrices that are means over samples and add over tasks.
+        ewc_decay: online EWC's gamma, what a task's importance is multiplied by at each later one; in [0, 1].
+        imm_transfer: whether a task's own model begins at the one before (weight-transfer) or at the initial weights.
+        imm_pull: the strength of IMM's L2-transfer.
+        coma_alpha: CoMA's coefficients, one a merge; the last one stays.
+        grid_points: of the grid that ``became-grid`` looks at.
+        packnet_share: p, of a layer's free weights, that PackNet prunes at each task.
+        hat_sharpness: s_max of HAT's gates.
+        hat_sparsity: c, what the capacity that a task takes costs it, beside a mean loss.
+        per: what shares a coefficient in ``became``.
+        precision: the curvatures that ``became`` merges by.
     """
 
     threshold: float = 0.97
@@ -44,11 +88,25 @@ class MethodSettings:
     ogd_samples: int = 200
     ogd_capacity: int = 200
     ewc_strength: float = 100.0
+    ewc_decay: float = 1.0
+    imm_transfer: bool = True
+    imm_pull: float = 0.0
+    coma_alpha: tuple[float, ...] = (0.5,)
+    grid_points: int = 21
+    packnet_share: float = 0.5
+    hat_sharpness: float = 400.0
+    hat_sparsity: float = 0.75
+    per: Per = "model"
+    precision: Curvature = "exact"
 
     def __post_init__(self) -> None:
         """Check the numbers that no part checks by itself."""
         if self.ewc_strength < 0:
             raise BecameError(f"the EWC strength is {self.ewc_strength}; it must be at least 0.")
+        if not 0 <= self.ewc_decay <= 1:
+            raise BecameError(f"the EWC decay is {self.ewc_decay}; it must be in [0, 1].")
+        if self.grid_points < 2:
+            raise BecameError(f"a grid of {self.grid_points} points has no ends; give at least 2.")
 
 
 @dataclass(frozen=True)
@@ -59,22 +117,56 @@ class Method:
         name: as on the command line.
         projector: the empty memory to begin with; stage 1 is projected by it from the second task on.
         penalty_strength: of the pull towards the Laplace posterior in stage 1; none if 0.
-        rule: if given, stage 2 follows, and this rule merges the two stages' weights.
+        rule: if given, the rule that merges, or what names one for every task.
+        merges: what it merges: the weights of "stages" 1 and 2, or, of "tasks", the old model and stage 1's.
+        transfer: if given, what a task's own model begins with and is pulled to; else it begins with the merged one.
         fisher: the kind of diagonal Fisher information that the posterior and the rule take.
+        precision: the structure of the curvature that the posterior keeps.
+        decay: what old curvature is multiplied by at each task.
+        recentred: whether the posterior is about the latest weights; else about the minimum of all tasks' quadratics.
         joint: whether earlier tasks' data are trained on as well.
     """
 
     name: str
     projector: Projector | None = None
     penalty_strength: float = 0.0
-    rule: MergeRule | None = None
+    rule: MergeRule | Increments | None = None
+    merges: Literal["stages", "tasks"] = "stages"
+    transfer: Transfer | None = None
     fisher: FisherKind = "empirical"
+    precision: Structure = "diagonal"
+    decay: float = 1.0
+    recentred: bool = True
     joint: bool = False
+
+    @property
+    def stages(self) -> int:
+        """How many stages a task has."""
+        merges = self.rule is not None and self.merges == "stages"
+        return 2 if merges or isinstance(self.projector, PackNet) else 1
 
     @property
     def keeps_posterior(self) -> bool:
         """Whether the method needs the Laplace posterior of the old tasks."""
-        return self.rule is not None or self.penalty_strength > 0
+        return isinstance(self.rule, Became | ModeIMM) or self.penalty_strength > 0
+
+    def rule_after(self, task: int, loss: TrueLoss) -> MergeRule | None:
+        """Return the rule of the merge after a task.
+
+        Args:
+            task: its index.
+            loss: the true loss of all tasks so far, at which a bound may look.
+        """
+        return self.rule.rule(task, loss) if isinstance(self.rule, Increments) else self.rule
+
+    def remembered(self, old: LaplacePosterior | None, theta: Params, curvature: Precision) -> LaplacePosterior:
+        """Return the posterior with one more task, learned to these weights with this curvature there."""
+        if old is None:
+            return LaplacePosterior(theta, curvature)
+        if not self.recentred:
+            precisions = (old.precision.diagonal(), curvature.diagonal())
+            theta = precision_weighted_mean((old.mean, theta), precisions, (0.5, 0.5))
+        return old.update(theta, curvature, decay=self.decay)
 
 
 PROJECTORS: dict[str, Callable[[MethodSettings], Projector | None]] = {
@@ -87,17 +179,46 @@ PROJECTORS: dict[str, Callable[[MethodSettings], Projector | None]] = {
     "trgp": lambda s: TRGP(s.threshold, s.increment),
 }
 
+_ESTIMATORS: dict[Curvature, Estimator] = {"exact": Secant(), "diagonal": Diagonals(), "kronecker": AsKnown()}
+
+
+def _became(s: MethodSettings) -> Method:
+    structure: Structure = "kronecker" if s.precision == "kronecker" else "diagonal"
+    return Method("became", rule=Became(_ESTIMATORS[s.precision], s.per), precision=structure)
+
+
+def _imm(name: str, rule: MergeRule | Increments, s: MethodSettings) -> Method:
+    return Method(name, rule=rule, merges="tasks", transfer=Transfer(s.imm_transfer, s.imm_pull))
+
+
 # Without their projector, which ``build_method`` adds: the one asked for, or that of ``_PROJECTED_BY``.
 _METHODS: dict[str, Callable[[MethodSettings], Method]] = {
-    "became": lambda s: Method("became", rule=Became(Secant())),
+    "became": _became,
     "became-paper": lambda s: Method("became-paper", rule=Became(Published()), fisher="batch"),
-    "ewc": lambda s: Method("ewc", penalty_strength=s.ewc_strength),
+    "became-0": lambda s: Method("became-0", rule=Fixed(0.0)),
+    "became-half": lambda s: Method("became-half", rule=Fixed(0.5)),
+    "became-1": lambda s: Method("became-1", rule=Fixed(1.0)),
+    "became-grid": lambda s: Method("became-grid", rule=Grid(s.grid_points)),
+    "coma": lambda s: Method("coma", rule=ByHand(s.coma_alpha), merges="tasks"),
+    "ewc": lambda s: Method("ewc", penalty_strength=s.ewc_strength, recentred=False),
+    "ewc-online": lambda s: Method("ewc-online", penalty_strength=s.ewc_strength, decay=s.ewc_decay),
     "finetune": lambda s: Method("finetune"),
+    "imm-mean": lambda s: _imm("imm-mean", EqualShares(), s),
+    "imm-mode": lambda s: _imm("imm-mode", ModeIMM(), s),
+    "hat": lambda s: Method("hat", projector=HAT(s.hat_sharpness, s.hat_sparsity)),
+    "packnet": lambda s: Method("packnet", projector=PackNet(s.packnet_share)),
     "joint": lambda s: Method("joint", joint=True),
     **{name: lambda s, name=name: Method(name) for name in PROJECTORS if name != "none"},  # type: ignore[misc]
 }
 
-_PROJECTED_BY = {"became": "gpm", "became-paper": "gpm"} | {name: name for name in PROJECTORS}
+_PROJECTED_BY = {name: "gpm" for name in _METHODS if name.startswith("became")} | {name: name for name in PROJECTORS}
+
+# Methods that take no projector, and why.
+_ALONE = {
+    "joint": "joint training sees all tasks and has nothing to protect",
+    "hat": "gates protect every unit that is in use",
+    "packnet": "masks protect every weight that is in use",
+}
 
 # The names of all methods.
 METHODS = tuple(sorted(_METHODS))
@@ -116,6 +237,7 @@ def build_method(name: str, settings: MethodSettings) -> Method:
     projector = projector if plus else _PROJECTED_BY.get(base, "none")
     if projector not in PROJECTORS:
         raise BecameError(f"there is no projector '{projector}'; choose from {', '.join(PROJECTORS)}.")
-    if base == "joint" and projector != "none":
-        raise BecameError(f"'{name}': joint training sees all tasks and has nothing to protect; it takes no projector.")
-    return replace(_METHODS[base](settings), name=name, projector=PROJECTORS[projector](settings))
+    if plus and base in _ALONE:
+        raise BecameError(f"'{name}': {_ALONE[base]}; it takes no projector.")
+    method = replace(_METHODS[base](settings), name=name)
+    return method if base in _ALONE else replace(method, projector=PROJECTORS[projector](settings))

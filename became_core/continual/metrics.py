@@ -6,7 +6,7 @@ Convention: accuracy[t, i] is the accuracy, in percent, on task i after task t w
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["average_accuracy", "backward_transfer", "forgetting", "plasticity"]
+__all__ = ["average_accuracy", "backward_transfer", "forgetting", "forward_transfer", "plasticity"]
 
 Matrix = NDArray[np.float64]
 
@@ -28,6 +28,15 @@ def forgetting(accuracy: Matrix) -> float:
     if len(accuracy) < 2:
         return 0.0
     return float(np.mean(np.nanmax(accuracy[:, :-1], axis=0) - accuracy[-1, :-1]))
+
+
+def forward_transfer(accuracy: Matrix) -> float | None:
+    """Return FWT: the mean accuracy on tasks not yet learned (Diaz-Rodriguez 2018).
+
+    None where it is not defined: of one task, and where a task has a head of its own, which nothing has trained yet.
+    """
+    ahead = accuracy[np.triu_indices(len(accuracy), k=1)]
+    return float(np.mean(ahead)) if len(ahead) and np.all(np.isfinite(ahead)) else None
 
 
 def plasticity(accuracy: Matrix) -> float:

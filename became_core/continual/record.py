@@ -66,6 +66,7 @@ class RunRecord:
         alpha: for each task, the merging coefficient; None where nothing was merged.
         epochs: for each task, the epochs trained.
         ranks: for each task, every protected layer's (rank, width) after it.
+        memory: for each task, the bytes of what is kept beside the network after it.
         paths: for each merge, the path it was on, if paths are traced.
         seconds: by phase, and in total; of a run that was interrupted, the sum over its parts.
     """
@@ -75,6 +76,7 @@ class RunRecord:
     alpha: list[float | None] = field(default_factory=list)
     epochs: list[int] = field(default_factory=list)
     ranks: list[dict[str, tuple[int, int]]] = field(default_factory=list)
+    memory: list[int] = field(default_factory=list)
     paths: list[MergePath] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -89,6 +91,7 @@ class RunRecord:
         *,
         epochs: int,
         ranks: dict[str, tuple[int, int]],
+        memory: int,
         path: MergePath | None,
     ) -> Self:
         """Return the record with one more task."""
@@ -101,6 +104,7 @@ class RunRecord:
             alpha=[*self.alpha, end.alpha],
             epochs=[*self.epochs, epochs],
             ranks=[*self.ranks, ranks],
+            memory=[*self.memory, memory],
             paths=self.paths if path is None else [*self.paths, path],
         )
 

@@ -2,7 +2,8 @@
 
 TRGP lets every task work with weights of its own, W + sum_j W B_j (Q_j - I) B_j^T, of which W alone is shared. A
 learner knows of them in training only; whatever else is asked of it about a task is asked while it holds that task's
-effective weights, and what comes back is carried over to W, in which posteriors and merges live.
+effective weights, and what comes back is carried over to W, in which posteriors and merges live. PackNet's tasks see a
+part of the weights each, in evaluation alone: while a task is trained, the weights hold nothing but what it sees.
 """
 
 from collections.abc import Iterator
@@ -11,15 +12,15 @@ from dataclasses import replace
 
 from became_core.continual.learner import Learner
 from became_core.curvature import Taps
-from became_core.projection import TrustRegion
+from became_core.projection import TrustRegion, View
 
 __all__ = ["beneath", "reparametrised"]
 
 
 @contextmanager
-def reparametrised(learner: Learner, region: TrustRegion | None) -> Iterator[None]:
+def reparametrised(learner: Learner, region: View | None) -> Iterator[None]:
     """Let a learner hold a region's effective weights for the time of this context; its own if there is no region."""
-    if region is None or not region.bases:
+    if region is None or not region.weights:
         yield
         return
     theta = learner.parameters()

@@ -8,18 +8,19 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from became_core.arrays import Params, namespace
 from became_core.continual.augmentation import Augmentation
 from became_core.continual.evaluation import mean_loss
-from became_core.continual.learner import Batch, Constraint, Learner
+from became_core.continual.learner import Batch, Constraint, Learner, Trained
 from became_core.continual.optimisers import SGD, Optimiser
 from became_core.continual.regions import reparametrised
 from became_core.continual.schedule import Schedule
 from became_core.continual.seeding import random_stream
 from became_core.continual.stream import Task
 from became_core.errors import BecameError
-from became_core.projection import TrustRegion
+from became_core.projection import Region
 
 __all__ = ["Best", "EpochEnd", "Stage", "Training", "begin_stage", "epoch_batches", "train_stage"]
 
@@ -68,7 +69,7 @@ class Best:
 
     loss: float
     theta: Params
-    region: TrustRegion | None = None
+    region: Region | None = None
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ class Stage:
     number: int
     schedule: Schedule
     optimiser: Optimiser
-    region: TrustRegion | None = None
+    region: Region | None = None
     best: Best | None = None
     before: int = 0
 
@@ -196,7 +197,7 @@ def _train_epoch(
     batches = epoch_batches(tasks, batch_size, random_stream(seed, "batches", *key), augmentation)
     rates, draws = schedule.rates(len(batches)), random_stream(seed, "dropout", *key)
     constraint = replace(constraint, region=stage.region)
-    loss, optimiser, region = learner.train(batches, rates, constraint, stage.optimiser, draws)
+    loss, optimiser, region = _pass_over(learner, batches, rates, constraint, stage.optimiser, draws)
     where = f"task {task.index + 1}, stage {stage.number}, epoch {schedule.epoch + 1}"
     if not math.isfinite(loss):
         raise BecameError(f"the training loss became {loss} in {where}; try a smaller learning rate or penalty.")
@@ -210,6 +211,27 @@ def _train_epoch(
     schedule = schedule.advance(validation_loss)
     event = EpochEnd(task.index, stage.number, schedule.epoch, schedule.epochs, loss, float(rates[-1]), validation_loss)
     return replace(stage, schedule=schedule, optimiser=optimiser, region=region, best=best), event
+
+
+def _pass_over(
+    learner: Learner,
+    batches: Sequence[Batch],
+    rates: NDArray[np.float64],
+    constraint: Constraint,
+    optimiser: Optimiser,
+    draws: np.random.Generator,
+) -> Trained:
+    """Train on these batches: all at once, or, in a region that changes from step to step, one after the other."""
+    region = constraint.region
+    if region is None or not region.anneals:
+        return learner.train(batches, rates, constraint, optimiser, draws)
+    total, last = 0.0, max(len(batches) - 1, 1)
+    for step, batch in enumerate(batches):
+        assert region is not None
+        constraint = replace(constraint, region=region.annealed(step / last))
+        loss, optimiser, region = learner.train([batch], rates[step : step + 1], constraint, optimiser, draws)
+        total += loss * len(batch.indices)
+    return Trained(total / sum(len(batch.indices) for batch in batches), optimiser, region)
 
 
 def _check_finite(learner: Learner, where: str) -> None:

@@ -1,7 +1,16 @@
 """The Laplace-posterior mathematics: quadratics, precisions, the posterior, alpha*, merging rules and paths."""
 
 from became_core.laplace.bezier import BezierPath, bezier_path, predicted_advantage, train_control
-from became_core.laplace.estimators import Calibrated, Diagonals, Estimator, Frame, LocalLoss, Published, Secant
+from became_core.laplace.estimators import (
+    AsKnown,
+    Calibrated,
+    Diagonals,
+    Estimator,
+    Frame,
+    LocalLoss,
+    Published,
+    Secant,
+)
 from became_core.laplace.expansion import layerwise_quadratic, path_quadratic, subspace_quadratic
 from became_core.laplace.merge import combine, merge, optimal_alpha
 from became_core.laplace.path import PathReport, TracedPath, compare, trace_path
@@ -11,6 +20,7 @@ from became_core.laplace.quadratic import Quadratic
 from became_core.laplace.rules import Became, Equal, FisherMerge, Fixed, GridSearch, MeanIMM, Merged, MergeRule, ModeIMM
 
 __all__ = [
+    "AsKnown",
     "Became",
     "BezierPath",
     "Calibrated",

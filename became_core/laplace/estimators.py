@@ -15,7 +15,7 @@ from became_core.laplace.expansion import subspace_quadratic
 from became_core.laplace.precision import Diagonal
 from became_core.laplace.quadratic import Quadratic
 
-__all__ = ["Calibrated", "Diagonals", "Estimator", "Frame", "LocalLoss", "Published", "Secant"]
+__all__ = ["AsKnown", "Calibrated", "Diagonals", "Estimator", "Frame", "LocalLoss", "Published", "Secant"]
 
 
 class LocalLoss(Protocol):
@@ -71,6 +71,16 @@ class Diagonals:
             subspace_quadratic(frame.directions, loss.diagonal(), offset=difference(frame.origin, loss.mean))
             for loss in losses
         )
+        return sum(others, first)
+
+
+@dataclass(frozen=True)
+class AsKnown:
+    """Every loss as exactly as it is known, from where it is known: Kronecker factors of two posteriors, say."""
+
+    def quadratic(self, frame: Frame, losses: Sequence[LocalLoss]) -> Quadratic:
+        """Return the sum of the losses' own expansions, each with its slope if it knows one."""
+        first, *others = (_seen_from(frame, loss) for loss in losses)
         return sum(others, first)
 
 

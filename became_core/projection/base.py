@@ -11,7 +11,7 @@ import numpy as np
 
 from became_core.arrays import Array, Params, device, namespace
 
-__all__ = ["Projector", "Statistics", "compact", "full", "integers"]
+__all__ = ["Projector", "Region", "Statistics", "View", "compact", "full", "integers"]
 
 
 class Statistics(Protocol):
@@ -72,6 +72,38 @@ class Projector(Protocol):
 
     def with_arrays(self, arrays: Mapping[str, Array]) -> Self:
         """Return a projector of the same settings with the memory that ``to_arrays`` gave."""
+
+
+class View(Protocol):
+    """What a task's network sees of the weights that all tasks share: effective weights of its own, linear in them."""
+
+    @property
+    def weights(self) -> frozenset[str]:
+        """Names of the weights that it sees otherwise than they are."""
+
+    def effective(self, theta: Params) -> Params:
+        """Return the weights that the task's network works with."""
+
+
+class Region(View, Protocol):
+    """A view that is learned: effective weights by the shared ones beneath and by scales of the task's own."""
+
+    @property
+    def scales(self) -> Params:
+        """What is trained with the weights, by keys that are no parameter's name."""
+
+    @property
+    def anneals(self) -> bool:
+        """Whether it changes from step to step of an epoch."""
+
+    def annealed(self, progress: float) -> Self:
+        """Return the region at a step of an epoch, from 0 at the first to 1 at the last."""
+
+    def with_scales(self, scales: Params) -> Self:
+        """Return the region with other scales."""
+
+    def pull_back(self, gradients: Params, theta: Params) -> Params:
+        """Return gradients by weights and scales, given those by effective weights and the weights beneath."""
 
 
 P = TypeVar("P", bound=Projector)

@@ -116,6 +116,8 @@ class TrustRegion:
     bases: Params
     scales: Params
 
+    anneals: ClassVar[bool] = False
+
     def __post_init__(self) -> None:
         """Check that bases and scales fit."""
         for key in self.bases | self.scales:
@@ -189,6 +191,10 @@ class TrustRegion:
     def weights(self) -> frozenset[str]:
         """The names of the weights that have a trust region."""
         return frozenset(name for name, _ in self._by_weight())
+
+    def annealed(self, progress: float) -> Self:
+        """Return the region: it is the same at every step."""
+        return self
 
     def with_scales(self, scales: Params) -> Self:
         """Return the region with other scales."""

@@ -24,6 +24,8 @@ def test_every_option_reaches_the_configuration_and_its_record() -> None:
         benchmark="split-cifar100", tasks=20, epochs=3, stage2_epochs=2, lr=0.2, batch_size=8, validation=0.1,
         threshold=0.9, increment=0.01, ewc_strength=7.0, projector_samples=11, curvature_samples=0,
         path_points=3, network="mlp", class_order="seeded", augment=True,
+        ewc_decay=0.5, imm_transfer=False, imm_pull=0.1, coma_alpha=(0.5, 0.25), grid_points=3,
+        per="layer", precision="kronecker",
     )  # fmt: skip
     record = resolve(options).record()
     assert record["tasks"] == 20
@@ -34,6 +36,9 @@ def test_every_option_reaches_the_configuration_and_its_record() -> None:
     assert record["augmentation"] == {"padding": 4, "flips": True}
     assert record["validation"] == 0.1
     assert (record["threshold"], record["increment"], record["ewc_strength"]) == (0.9, 0.01, 7.0)
+    assert (record["ewc_decay"], record["imm_transfer"], record["imm_pull"]) == (0.5, False, 0.1)
+    assert (record["coma_alpha"], record["grid_points"]) == ((0.5, 0.25), 3)
+    assert (record["per"], record["precision"]) == ("layer", "kronecker")
     assert record["projector_samples"] == 11
     assert record["curvature_samples"] is None
     assert record["path_alphas"] == [0.0, 0.5, 1.0]
@@ -64,7 +69,7 @@ def test_the_number_of_tasks_chooses_the_preset() -> None:
         (Options(preset="nscl"), "split-mnist has no preset 'nscl'; choose from quick, paper"),
         (
             Options(methods=("gpm", "gmp")),
-            "no method 'gmp'; choose from became, became-paper, ewc, finetune, gpcns, gpm, joint, nscl, ogd, sgp",
+            "no method 'gmp'; choose from became, became-0, became-1, became-grid, became-half, became-paper, coma",
         ),
         (Options(methods=()), "at least one method"),
         (Options(seeds=(-1,)), "seed -1 is negative"),

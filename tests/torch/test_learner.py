@@ -31,6 +31,8 @@ from reference.learner import ReferenceLearner
 from tests.streams import prototype_stream
 
 TRAINING = Training(Annealed(lr=0.05, epochs=8), Annealed(lr=0.05, epochs=4), batch_size=16, projector_samples=20)
+# HAT's published numbers are for wider networks and more steps.
+SETTINGS = MethodSettings(threshold=0.8, hat_sharpness=20.0, hat_sparsity=0.1)
 
 
 def _convolutional(bias: bool = True) -> nn.Sequential:
@@ -41,7 +43,7 @@ def _convolutional(bias: bool = True) -> nn.Sequential:
 
 
 def _learn(learner: TorchLearner | ReferenceLearner, method: str) -> RunRecord:
-    return learn(learner, prototype_stream(), build_method(method, MethodSettings(threshold=0.8)), TRAINING)
+    return learn(learner, prototype_stream(), build_method(method, SETTINGS), TRAINING)
 
 
 def _merged(record: RunRecord) -> list[float]:
@@ -53,10 +55,11 @@ def test_a_users_module_learns_under_every_method(method: str) -> None:
     stream = prototype_stream()
     record = _learn(TorchLearner(_convolutional(), stream), method)
     assert np.isfinite(record.accuracy[-1]).all()
-    # Chance is 33. NSCL divides its steps by the root of what is free, and is meant for Adam.
-    assert record.accuracy.diagonal().mean() > (50 if method == "nscl" else 60)
+    # Chance is 33. NSCL divides its steps by the root of what is free, and is meant for Adam; HAT shares out few units.
+    assert record.accuracy.diagonal().mean() > (50 if method in ("nscl", "hat") else 60)
     merged = _merged(record)
-    assert len(merged) == (len(stream.tasks) - 1 if method.startswith("became") else 0)
+    on_a_segment = build_method(method, SETTINGS).rule is not None and method != "imm-mode"
+    assert len(merged) == (len(stream.tasks) - 1 if on_a_segment else 0)
     assert all(0 <= alpha <= 1 for alpha in merged)
 
 

@@ -18,6 +18,7 @@ __all__ = [
     "float16",
     "float32",
     "float64",
+    "iinfo",
     "int8",
     "int16",
     "int32",
@@ -61,6 +62,15 @@ class Finfo(NamedTuple):
     dtype: Any
 
 
+class Iinfo(NamedTuple):
+    """Limits of an integer dtype, as the standard names them."""
+
+    bits: int
+    max: int
+    min: int
+    dtype: Any
+
+
 def is_tensor(value: Any) -> Any:
     """Whether a value is a tensor (eager or symbolic) or a variable, not a Python number."""
     return isinstance(value, tf.Tensor | tf.Variable)
@@ -92,6 +102,12 @@ def finfo(dtype: Any) -> Finfo:
     info = importlib.import_module("ml_dtypes").finfo(dtype.as_numpy_dtype)
     eps, largest, least, normal = (float(limit) for limit in (info.eps, info.max, info.min, info.smallest_normal))
     return Finfo(info.bits, eps, largest, least, normal, dtype.real_dtype)
+
+
+def iinfo(dtype: Any) -> Iinfo:
+    """Return the limits of an integer dtype, or of a tensor's."""
+    dtype = dtype.dtype if is_tensor(dtype) else tf.as_dtype(dtype)
+    return Iinfo(8 * dtype.size, int(dtype.max), int(dtype.min), dtype)
 
 
 def astype(x: Any, dtype: Any, /, *, copy: Any = True) -> Any:

@@ -19,8 +19,14 @@ __all__ = [
     "sign",
     "sqrt",
     "square",
+    "tanh",
     "where",
 ]
+
+
+def tanh(x: Any, /) -> Any:
+    """Return the hyperbolic tangent."""
+    return tf.tanh(x)
 
 
 def exp(x: Any, /) -> Any:

@@ -30,6 +30,7 @@ SINGLE = A.astype(numpy.float32)
 
 CASES: list[tuple[Callable[..., Any], tuple[Any, ...]]] = [
     (lambda xp, a: xp.exp(a), (A,)),
+    (lambda xp, a: xp.tanh(a), (A,)),
     (lambda xp, a: xp.log(xp.square(a)), (A,)),
     (lambda xp, a: xp.sqrt(xp.abs(a)), (A,)),
     (lambda xp, i: (xp.abs(i), xp.square(i), xp.sign(i)), (I,)),
@@ -214,6 +215,13 @@ def test_python_numbers_are_weak(first: str, second: float) -> None:
 )
 def test_result_type_is_the_standards(names: tuple[str, ...], expected: str) -> None:
     assert xp.result_type(*(getattr(xp, name) for name in names)) == getattr(xp, expected)
+
+
+@pytest.mark.parametrize("name", ["int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"])
+def test_the_limits_of_an_integer_dtype_are_numpys(xp: Any, name: str) -> None:
+    ours, theirs = xp.iinfo(getattr(xp, name)), np.iinfo(getattr(np, name))
+    assert (ours.bits, ours.max, ours.min) == (theirs.bits, theirs.max, theirs.min)
+    assert xp.iinfo(xp.ones((), dtype=getattr(xp, name))) == ours
 
 
 @pytest.mark.parametrize(("name", "bits", "eps"), [("float16", 16, 2.0**-10), ("bfloat16", 16, 2.0**-7)])

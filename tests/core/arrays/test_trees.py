@@ -9,7 +9,7 @@ import optree
 import pytest
 
 from became_core import BecameError, merge, optimal_alpha
-from became_core.arrays import aligned_leaves, map_leaves, named_leaves
+from became_core.arrays import aligned_leaves, map_leaves, named_leaves, size_in_bytes
 
 
 class Layer(NamedTuple):
@@ -193,3 +193,13 @@ def test_nodes_registered_with_jax_are_nodes(backend: str, xp: Any) -> None:
     assert isinstance(merged, nnx.State)
     expected = (first["kernel"][...] + second["kernel"][...]) / 2
     np.testing.assert_allclose(merged["kernel"][...], expected, atol=1e-7)
+
+
+def test_the_size_of_a_tree_is_that_of_its_arrays(xp: Any) -> None:
+    tree = {
+        "weights": Layer(xp.ones((3, 2), dtype=xp.float32), xp.ones((5,), dtype=xp.float64)),
+        "masks": [xp.ones((7,), dtype=xp.bool), xp.ones((2, 2), dtype=xp.uint8), xp.ones((), dtype=xp.int64)],
+        "name": "no array",
+        "nothing": None,
+    }
+    assert size_in_bytes(tree) == 3 * 2 * 4 + 5 * 8 + 7 + 4 + 8

@@ -67,14 +67,17 @@ def test_the_shapes_of_a_record(name: str) -> None:
     assert [len(end.accuracy) for end in ended] == [1, 2, 3]
     assert [end.alpha for end in ended] == record.alpha
     np.testing.assert_array_equal(ended[-1].accuracy, record.accuracy[-1])
-    merges = name.startswith("became")
+    method = build_method(name, SETTINGS)
+    merges = method.rule is not None
     assert record.alpha[0] is None
-    assert all(alpha is not None and 0 <= alpha <= 1 if merges else alpha is None for alpha in record.alpha[1:])
-    assert record.epochs == ([9, 9, 9] if merges else [6, 6, 6])
+    on_a_segment = merges and name != "imm-mode"
+    assert all(alpha is not None and 0 <= alpha <= 1 if on_a_segment else alpha is None for alpha in record.alpha[1:])
+    assert record.epochs == ([9, 9, 9] if method.stages == 2 else [6, 6, 6])
     assert record.paths == []
-    projected = {"ogd": {"shared parameters"}, "finetune": set(), "joint": set(), "ewc": set()}
-    assert [set(ranks) for ranks in record.ranks] == [projected.get(name, {"fc1.weight", "fc2.weight"})] * 3
-    phases = {"stage1", "memory", "evaluation", "total"} | ({"stage2", "merge"} if merges else set())
+    weights = {"fc1.weight", "fc2.weight"} if method.projector is not None else set()
+    assert [set(ranks) for ranks in record.ranks] == [{"shared parameters"} if name == "ogd" else weights] * 3
+    phases = {"stage1", "memory", "evaluation", "total"} | ({"merge"} if merges else set())
+    phases |= {"stage2"} if method.stages == 2 else set()
     assert set(record.seconds) == phases
     assert all(seconds >= 0 for seconds in record.seconds.values())
 
@@ -106,12 +109,13 @@ def forgetting_of(name: str, strength: float = 2.0) -> float:
 
 def test_finetuning_forgets_and_every_remedy_forgets_less() -> None:
     assert forgetting_of("finetune") > 10
-    for name in ("gpm", "became", "became-paper", "joint"):
+    for name in ("gpm", "became", "became-paper", "joint", "imm-mean", "imm-mode", "coma"):
         assert forgetting_of(name) < forgetting_of("finetune") - 5, name
 
 
-def test_a_stronger_ewc_forgets_less() -> None:
-    weak, medium, strong = (forgetting_of("ewc", strength) for strength in (0.1, 10.0, 1000.0))
+@pytest.mark.parametrize("name", ["ewc", "ewc-online"])
+def test_a_stronger_ewc_forgets_less(name: str) -> None:
+    weak, medium, strong = (forgetting_of(name, strength) for strength in (0.1, 10.0, 1000.0))
     assert forgetting_of("finetune") >= weak > medium > strong
     assert strong < 3
 
@@ -208,7 +212,7 @@ def test_finetuning_leaves_other_heads_alone() -> None:
         np.testing.assert_array_equal(seen[task, 0][name], seen[task - 1, 0][name])
 
 
-@pytest.mark.parametrize("name", ["became", "became-paper"])
+@pytest.mark.parametrize("name", ["became", "became-paper", "became-half"])
 def test_the_merge_is_the_convex_combination_at_alpha(name: str) -> None:
     record, seen = snapshots(name)
     interior = 0
@@ -222,6 +226,7 @@ def test_the_merge_is_the_convex_combination_at_alpha(name: str) -> None:
         for head in {0, 1, 2} - {task}:  # nothing but the task's own head has moved, to the bit
             kept = f"heads.{head}.weight"
             np.testing.assert_array_equal(seen[task, 0][kept], seen[task - 1, 0][kept])
+    assert interior == {"became-half": 2}.get(name, interior)
     assert interior or name == "became"
 
 

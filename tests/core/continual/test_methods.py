@@ -1,13 +1,19 @@
+from dataclasses import replace
+from typing import Any
+
 import pytest
 
 from became_core import BecameError
 from became_core.continual import METHODS, PROJECTORS, MethodSettings, build_method
-from became_core.laplace import Became, Published, Secant
-from became_core.projection import GPCNS, GPM, NSCL, OGD, SGP, TRGP
+from became_core.continual.increments import ByHand, EqualShares, Grid, Transfer
+from became_core.laplace import AsKnown, Became, Diagonals, Fixed, ModeIMM, Published, Secant
+from became_core.projection import GPCNS, GPM, HAT, NSCL, OGD, SGP, TRGP, PackNet
 
 SETTINGS = MethodSettings(
-    threshold=0.9, increment=0.01, scale=3.0, nscl_ratio=20.0, ogd_samples=7, ogd_capacity=5, ewc_strength=7.0
-)
+    threshold=0.9, increment=0.01, scale=3.0, nscl_ratio=20.0, ogd_samples=7, ogd_capacity=5, ewc_strength=7.0,
+    ewc_decay=0.9, imm_transfer=False, imm_pull=0.5, coma_alpha=(0.5, 0.25), grid_points=5, packnet_share=0.75,
+    hat_sharpness=50.0, hat_sparsity=0.25,
+)  # fmt: skip
 BUILT = {
     "none": None,
     "gpm": GPM(0.9, 0.01),
@@ -25,13 +31,16 @@ def test_a_method_knows_its_name(name: str) -> None:
 
 
 def test_there_are_those_of_the_table() -> None:
-    methods = "became became-paper ewc finetune gpcns gpm joint nscl ogd sgp trgp"
+    methods = (
+        "became became-0 became-1 became-grid became-half became-paper coma ewc ewc-online finetune gpcns gpm "
+        "hat imm-mean imm-mode joint nscl ogd packnet sgp trgp"
+    )
     assert tuple(methods.split()) == METHODS
     assert set(PROJECTORS) == set(BUILT)
 
 
 @pytest.mark.parametrize("projector", BUILT)
-@pytest.mark.parametrize("name", sorted({*METHODS} - {"joint"}))
+@pytest.mark.parametrize("name", sorted({*METHODS} - {"joint", "packnet", "hat"}))
 def test_any_method_takes_any_projector(name: str, projector: str) -> None:
     method = build_method(f"{name}+{projector}", SETTINGS)
     assert method.name == f"{name}+{projector}"
@@ -41,28 +50,76 @@ def test_any_method_takes_any_projector(name: str, projector: str) -> None:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_a_method_has_its_own_projector_otherwise(name: str) -> None:
-    expected = {"became": "gpm", "became-paper": "gpm"}.get(name, name if name in BUILT else "none")
-    assert build_method(name, SETTINGS).projector == BUILT[expected]
+    expected = "gpm" if name.startswith("became") else name if name in BUILT else "none"
+    own = {"packnet": PackNet(0.75), "hat": HAT(50.0, 0.25)}
+    assert build_method(name, SETTINGS).projector == own.get(name, BUILT[expected])
 
 
 def test_who_does_what() -> None:
     methods = {name: build_method(name, SETTINGS) for name in METHODS}
-    assert {name for name, method in methods.items() if method.keeps_posterior} == {"ewc", "became", "became-paper"}
+    keeping = {"ewc", "ewc-online", "became", "became-paper", "imm-mode"}
+    assert {name for name, method in methods.items() if method.keeps_posterior} == keeping
     assert {name for name, method in methods.items() if method.joint} == {"joint"}
-    assert methods["ewc"].penalty_strength == 7.0
+    assert {name for name, method in methods.items() if method.merges == "tasks"} == {"coma", "imm-mean", "imm-mode"}
+    assert {name for name, method in methods.items() if method.stages == 2} == {
+        n for n in METHODS if "became" in n or n == "packnet"
+    }
+    assert methods["ewc"].penalty_strength == methods["ewc-online"].penalty_strength == 7.0
+    assert (methods["ewc"].recentred, methods["ewc-online"].recentred) == (False, True)
+    assert (methods["ewc"].decay, methods["ewc-online"].decay) == (1.0, 0.9)
+    assert methods["imm-mean"].rule == EqualShares()
+    assert methods["imm-mode"].rule == ModeIMM()
+    assert methods["imm-mean"].transfer == methods["imm-mode"].transfer == Transfer(weights=False, pull=0.5)
+    assert (methods["coma"].rule, methods["coma"].transfer) == (ByHand((0.5, 0.25)), None)
+    assert methods["became-grid"].rule == Grid(5)
+    ablations = {"became-0": 0.0, "became-half": 0.5, "became-1": 1.0}
+    assert {name: methods[name].rule for name in ablations} == {n: Fixed(alpha) for n, alpha in ablations.items()}
     assert methods["became"].rule == Became(Secant())
     assert methods["became"].fisher == "empirical"
     assert methods["became-paper"].rule == Became(Published())
     assert methods["became-paper"].fisher == "batch"
 
 
+def test_what_became_merges_by() -> None:
+    rules = {
+        precision: build_method("became", replace(SETTINGS, precision=precision, per="layer"))
+        for precision in ("exact", "diagonal", "kronecker")
+    }
+    assert rules["exact"].rule == Became(Secant(), "layer")
+    assert rules["diagonal"].rule == Became(Diagonals(), "layer")
+    assert rules["kronecker"].rule == Became(AsKnown(), "layer")
+    assert {name: method.precision for name, method in rules.items()} == {
+        "exact": "diagonal",
+        "diagonal": "diagonal",
+        "kronecker": "kronecker",
+    }
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"ewc_decay": 1.5}, "the EWC decay is 1.5; it must be in [0, 1]."),
+        ({"grid_points": 1}, "a grid of 1 points has no ends; give at least 2."),
+        ({"coma_alpha": ()}, "there is no merging coefficient; give at least one alpha."),
+        ({"coma_alpha": (0.5, 1.5)}, "the merging coefficient is 1.5; it must be in [0, 1]."),
+        ({"imm_pull": -1.0}, "the strength of L2-transfer is -1.0; it must be at least 0."),
+    ],
+)
+def test_numbers_that_cannot_be_used(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(BecameError) as raised:
+        build_method("coma" if "coma_alpha" in settings else "imm-mean", replace(SETTINGS, **settings))
+    assert str(raised.value) == message
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("hat", f"there is no method 'hat'; choose from {', '.join(METHODS)}."),
+        ("si", f"there is no method 'si'; choose from {', '.join(METHODS)}."),
         ("became+gmp", f"there is no projector 'gmp'; choose from {', '.join(PROJECTORS)}."),
         ("became+", f"there is no projector ''; choose from {', '.join(PROJECTORS)}."),
         ("joint+gpm", "'joint+gpm': joint training sees all tasks and has nothing to protect; it takes no projector."),
+        ("hat+gpm", "'hat+gpm': gates protect every unit that is in use; it takes no projector."),
+        ("packnet+gpm", "'packnet+gpm': masks protect every weight that is in use; it takes no projector."),
     ],
 )
 def test_what_there_is_not(name: str, message: str) -> None:

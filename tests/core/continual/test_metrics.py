@@ -48,3 +48,11 @@ def test_by_hand() -> None:
 def test_a_single_task_forgets_nothing(accuracy: Matrix) -> None:
     assert metrics.backward_transfer(accuracy) == metrics.forgetting(accuracy) == 0
     assert metrics.average_accuracy(accuracy) == metrics.plasticity(accuracy) == accuracy[0, 0]
+
+
+def test_forward_transfer_is_what_is_known_of_tasks_to_come() -> None:
+    accuracy = np.array([[90.0, 50.0, 20.0], [95.0, 80.0, 41.0], [85.0, 70.0, 60.0]])
+    assert metrics.forward_transfer(accuracy) == pytest.approx((50 + 20 + 41) / 3)
+    accuracy[0, 2] = np.nan
+    assert metrics.forward_transfer(accuracy) is None
+    assert metrics.forward_transfer(accuracy[:1, :1]) is None

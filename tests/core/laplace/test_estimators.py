@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from became_core import Quadratic
 from became_core.arrays import Params
 from became_core.laplace import (
+    AsKnown,
     Calibrated,
     Diagonal,
     Diagonals,
@@ -81,6 +82,15 @@ def test_diagonals_know_the_mean_and_no_gradient(xp: Any, segment: Segment) -> N
     gp, hat, old, new, gradient, mean = segment.dense()
     alpha = alpha_by(Diagonals(), xp, segment, Measured(xp, segment))
     assert alpha == pytest.approx(alpha_star(gp, hat, old, new, 0 * gradient, mean), rel=1e-12, abs=1e-12)
+
+
+@given(segment=segments(), kappa=st.sampled_from([0.25, 1.0, 8.0]))
+def test_as_known_takes_every_side_as_it_is(xp: Any, segment: Segment, kappa: float) -> None:
+    """Of the new task the gradient and the curvature kappa x diagonal, of the old ones their own; nothing is scaled."""
+    assume(segment.curvature > 0)
+    gp, hat, old, new, gradient, mean = segment.dense()
+    alpha = alpha_by(AsKnown(), xp, segment, Measured(xp, segment, kappa))
+    assert alpha == pytest.approx(alpha_star(gp, hat, old, kappa * new, gradient, mean), rel=1e-12, abs=1e-12)
 
 
 @given(segment=segments(), kappa=st.sampled_from([0.25, 1.0, 8.0]))

@@ -1,0 +1,118 @@
+"""A gated region, by the paper's formulas and by finite differences."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from became_core import BecameError
+from became_core.projection import GatedRegion
+from tests.backends import load, to_numpy, to_xp
+
+SHARPNESS, SPARSITY = 20.0, 0.75
+SHAPES = {"fc.weight": (4, 6), "head.weight": (2, 4)}  # of 3 units with 2 places each, and of 4 units
+UNITS = {"fc.weight": 3, "head.weight": 4}
+Arrays = dict[str, NDArray[np.float64]]
+
+
+def drawn(seed: int) -> tuple[Arrays, Arrays, Arrays]:
+    """Weights, embeddings and what is unused, by keys."""
+    draw = np.random.default_rng(seed)
+    theta = {name: draw.normal(size=shape) for name, shape in SHAPES.items()}
+    embeddings = {f"{name}@gates": draw.normal(size=units) for name, units in UNITS.items()}
+    unused = {key: np.where(draw.random(value.shape) < 0.5, 1.0, 0.0) for key, value in embeddings.items()}
+    unused["fc.weight@gates"][0] = 1.0
+    return theta, embeddings, unused
+
+
+def region_of(xp: Any, embeddings: Arrays, unused: Arrays, progress: float) -> GatedRegion:
+    begun = GatedRegion(to_xp(xp, embeddings), to_xp(xp, unused), to_xp(xp, np.array(1.0)), SHARPNESS, SPARSITY)
+    return begun.annealed(progress)
+
+
+def sigmoid(x: NDArray[np.float64]) -> NDArray[np.float64]:
+    return np.asarray(1 / (1 + np.exp(-x)))
+
+
+def steepness(progress: float) -> float:
+    return 1 / SHARPNESS + (SHARPNESS - 1 / SHARPNESS) * progress
+
+
+@given(seed=st.integers(0, 200), progress=st.sampled_from([0.0, 0.25, 1.0]))
+def test_columns_are_scaled_by_the_sigmoid_of_the_annealed_embedding(xp: Any, seed: int, progress: float) -> None:
+    theta, embeddings, unused = drawn(seed)
+    found = region_of(xp, embeddings, unused, progress).effective(to_xp(xp, theta | {"bias": np.ones(2)}))
+    fc, head = (sigmoid(steepness(progress) * embeddings[f"{name}@gates"]) for name in SHAPES)
+    np.testing.assert_allclose(to_numpy(found["fc.weight"]), theta["fc.weight"] * np.repeat(fc, 2), atol=1e-14)
+    np.testing.assert_allclose(to_numpy(found["head.weight"]), theta["head.weight"] * head, atol=1e-14)
+    np.testing.assert_array_equal(to_numpy(found["bias"]), np.ones(2))
+
+
+@given(seed=st.integers(0, 200), progress=st.sampled_from([0.02, 0.1, 0.3]))
+def test_gradients_are_the_papers(xp: Any, seed: int, progress: float) -> None:
+    """Of a linear loss and the capacity, written as they read, with the embedding's compensation, eq. 4."""
+    theta, embeddings, unused = drawn(seed)
+    gradients = {name: np.random.default_rng([seed, 1]).normal(size=shape) for name, shape in SHAPES.items()}
+    region = region_of(xp, embeddings, unused, progress)
+    found = region.pull_back(to_xp(xp, gradients), to_xp(xp, theta))
+    s, room = steepness(progress), sum(float(np.sum(each)) for each in unused.values())
+
+    for name, gradient in gradients.items():
+        key = f"{name}@gates"
+        gate = sigmoid(s * embeddings[key])
+        columns = np.repeat(gate, gradient.shape[1] // len(gate))
+        np.testing.assert_allclose(to_numpy(found[name]), gradient * columns, atol=1e-14)
+        for unit, e in enumerate(embeddings[key]):
+            seen = np.repeat(np.arange(len(gate)) == unit, gradient.shape[1] // len(gate))
+            by_gate = float(np.sum((gradient * theta[name])[:, seen])) + SPARSITY * float(unused[key][unit]) / room
+            plain = by_gate * s * gate[unit] * (1 - gate[unit])
+            compensation = SHARPNESS * (np.cosh(s * e) + 1) / (s * (np.cosh(e) + 1))
+            assert to_numpy(found[key])[unit] == pytest.approx(plain * compensation, rel=1e-7, abs=1e-12)
+
+
+def test_without_compensation_the_gradient_is_that_of_the_loss(xp: Any) -> None:
+    """By finite differences, of a linear loss and the capacity: what eq. 4 adds is taken off again."""
+    theta, embeddings, unused = drawn(3)
+    gradients = {name: np.random.default_rng(4).normal(size=shape) for name, shape in SHAPES.items()}
+    progress = 0.05
+    found = region_of(xp, embeddings, unused, progress).pull_back(to_xp(xp, gradients), to_xp(xp, theta))
+    s = steepness(progress)
+    room = sum(float(np.sum(each)) for each in unused.values())
+
+    def loss(embeddings: Arrays) -> float:
+        region = region_of(load("numpy"), embeddings, unused, progress)
+        effective, gates = region.effective(theta), region.gates()
+        linear = sum(float(np.sum(gradients[name] * effective[name])) for name in SHAPES)
+        return linear + SPARSITY * sum(float(np.sum(gates[n] * unused[f"{n}@gates"])) for n in SHAPES) / room
+
+    for key, embedding in embeddings.items():
+        for unit, e in enumerate(embedding):
+            ends = []
+            for by in (-1e-5, 1e-5):
+                moved = {name: value.copy() for name, value in embeddings.items()}
+                moved[key][unit] += by
+                ends.append(loss(moved))
+            compensation = SHARPNESS * (np.cosh(s * e) + 1) / (s * (np.cosh(e) + 1))
+            plain = to_numpy(found[key])[unit] / compensation
+            assert plain == pytest.approx((ends[1] - ends[0]) / 2e-5, rel=1e-6, abs=1e-9)
+
+
+def test_an_epoch_ends_steep_and_steep_gates_do_not_overflow(xp: Any) -> None:
+    theta, embeddings, unused = drawn(0)
+    far = {key: 1e4 * value for key, value in embeddings.items()}
+    region = region_of(xp, far, unused, 1.0)
+    for name, gate in region.gates().items():
+        np.testing.assert_array_equal(to_numpy(gate).round(12), embeddings[f"{name}@gates"] > 0)
+    pulled = region.pull_back(to_xp(xp, theta), to_xp(xp, theta))
+    assert all(np.all(np.isfinite(to_numpy(value))) for value in pulled.values())
+    used_up = region_of(xp, embeddings, {key: 0 * value for key, value in unused.items()}, 0.5)
+    assert np.all(np.isfinite(to_numpy(used_up.pull_back(to_xp(xp, theta), to_xp(xp, theta))["fc.weight@gates"])))
+
+
+def test_a_missing_weight_is_named(xp: Any) -> None:
+    _, embeddings, unused = drawn(0)
+    with pytest.raises(BecameError, match=r"the weights lack 'fc\.weight', which sees gates"):
+        region_of(xp, embeddings, unused, 0.0).effective({})

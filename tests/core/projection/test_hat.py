@@ -1,0 +1,107 @@
+"""HAT's memory: what stands still between units that old tasks use, and what each task sees of the weights."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from became_core import BecameError
+from became_core.projection import HAT, full
+from tests.backends import to_numpy, to_xp
+from tests.projections import Finished
+
+# A convolution of 3 filters of 2x2, flattened to 3 units of 4 places, to 5 units, to heads of 2 classes.
+SHAPES = {"conv.weight": (3, 1, 2, 2), "fc.weight": (5, 12), "heads.0.weight": (2, 5), "heads.1.weight": (2, 5)}
+ORDER, HEADS = ("conv.weight", "fc.weight"), ("heads.0.weight", "heads.1.weight")
+Weights = dict[str, NDArray[np.float64]]
+
+
+def weights(seed: int) -> Weights:
+    draw = np.random.default_rng(seed)
+    return {name: draw.normal(size=shape) for name, shape in SHAPES.items()}
+
+
+def learned(xp: Any, tasks: int, seed: int = 0) -> tuple[HAT, list[dict[str, NDArray[np.bool_]]]]:
+    """A memory of tasks with random gates, and those gates by layer."""
+    memory, gates = HAT(order=ORDER, heads=HEADS), []
+    for task in range(tasks):
+        region = memory.region(to_xp(xp, weights(0)), np.random.default_rng([seed, task]))
+        keys = ("fc.weight@gates", f"heads.{task}.weight@gates")
+        assert tuple(region.scales) == keys
+        gates.append({name: to_numpy(region.scales[key]) > 0 for name, key in zip(ORDER, keys, strict=True)})
+        memory = memory.settled(region).remember(Finished({}, {}))
+    return memory, gates
+
+
+@given(seed=st.integers(0, 200))
+def test_no_weight_between_units_that_are_in_use_moves_and_all_others_may(xp: Any, seed: int) -> None:
+    memory, gates = learned(xp, 2, seed)
+    conv, fc = (gates[0][name] | gates[1][name] for name in ORDER)
+    update = weights(1)
+    found = {name: to_numpy(value) for name, value in memory.project(to_xp(xp, update)).items()}
+    still = conv[:, None, None, None] & np.ones(SHAPES["conv.weight"], dtype=bool)
+    np.testing.assert_array_equal(found["conv.weight"], np.where(still, 0, update["conv.weight"]))
+    still = fc[:, None] & np.repeat(conv, 4)[None, :]
+    np.testing.assert_array_equal(found["fc.weight"], np.where(still, 0, update["fc.weight"]))
+    np.testing.assert_array_equal(found["heads.1.weight"], update["heads.1.weight"])
+
+
+@given(seed=st.integers(0, 200))
+def test_what_an_old_task_computes_keeps_its_bits_whatever_moves_later(xp: Any, seed: int) -> None:
+    memory, gates = learned(xp, 1, seed)
+    theta = to_xp(xp, weights(2))
+    moved = memory.project(to_xp(xp, weights(3)))
+    after = {name: value + (moved[name] if name in ORDER else 0 * value) for name, value in theta.items()}
+    view = memory.view(0)
+    assert view.weights == {"fc.weight", "heads.0.weight"}
+    said = []
+    for each in (theta, after):
+        w = {name: to_numpy(value) for name, value in view.effective(each).items()}
+        hidden = np.repeat(w["conv.weight"].reshape(3, -1).sum(axis=1), 4)
+        hidden = w["fc.weight"] @ hidden
+        said.append((w["heads.0.weight"] @ hidden, hidden[gates[0]["fc.weight"]]))
+    for one, other in zip(*said, strict=True):
+        np.testing.assert_array_equal(one, other)
+    closed = ~np.repeat(gates[0]["conv.weight"], 4)
+    assert not np.any(to_numpy(view.effective(theta)["fc.weight"])[:, closed])
+
+
+def test_capacity_is_counted_in_pairs_of_units(xp: Any) -> None:
+    memory, gates = learned(xp, 2, 7)
+    conv, fc = (int(np.sum(gates[0][name] | gates[1][name])) for name in ORDER)
+    assert memory.rank == {"conv.weight": (conv, 3), "fc.weight": (conv * fc, 15)}
+    assert full(memory) == {name for name, (used, all_) in memory.rank.items() if used == all_}
+    empty = HAT(order=ORDER, heads=HEADS)
+    update = to_xp(xp, weights(0))
+    assert (empty.rank, empty.project(update), empty.rowwise) == ({}, update, frozenset())
+    assert memory.project_rows("fc.weight", update["fc.weight"]) is update["fc.weight"]
+
+
+def test_a_new_tasks_room_is_what_no_old_one_uses(xp: Any) -> None:
+    memory, gates = learned(xp, 1)
+    region = memory.region(to_xp(xp, weights(0)), np.random.default_rng(5))
+    for name, key in zip(ORDER, ("fc.weight@gates", "heads.1.weight@gates"), strict=True):
+        np.testing.assert_array_equal(to_numpy(region.unused[key]), ~gates[0][name])
+
+
+def test_a_memory_comes_back_from_its_arrays(xp: Any) -> None:
+    memory, _ = learned(xp, 2)
+    found = HAT(order=ORDER, heads=HEADS).with_arrays(memory.to_arrays())
+    assert (found.tasks, found.rank) == (2, memory.rank)
+    for name in ("fc.weight", "heads.1.weight"):
+        theta = to_xp(xp, weights(1))
+        expected = to_numpy(memory.view(1).effective(theta)[name])
+        np.testing.assert_array_equal(to_numpy(found.view(1).effective(theta)[name]), expected)
+    with pytest.raises(BecameError, match=r"the array 'bases\.fc' is no part of a memory of HAT"):
+        HAT().with_arrays({"bases.fc": np.ones(1)})
+    with pytest.raises(BecameError, match="the memory of HAT lacks 'tasks'"):
+        HAT().with_arrays({})
+
+
+@pytest.mark.parametrize("numbers", [(1.0, 0.75), (400.0, -0.1)])
+def test_numbers_that_cannot_be_used(numbers: tuple[float, float]) -> None:
+    with pytest.raises(BecameError, match="give above 1 and at least 0"):
+        HAT(*numbers)

@@ -1,0 +1,122 @@
+"""PackNet's masks: what is pruned, who owns what, and that nothing owned moves."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from became_core import BecameError
+from became_core.arrays import Params
+from became_core.projection import PackNet, full
+from tests.backends import to_numpy, to_xp
+from tests.projections import Finished
+
+NAMES = frozenset({"conv.weight", "fc.weight"})
+SHAPES = {"conv.weight": (3, 2, 2, 2), "fc.weight": (4, 5), "fc.bias": (4,)}
+DONE = Finished({}, {})
+Weights = dict[str, NDArray[np.float64]]
+
+
+def weights(seed: int) -> Weights:
+    draw = np.random.default_rng(seed)
+    return {name: draw.normal(size=shape) for name, shape in SHAPES.items()}
+
+
+def numbers(params: Params) -> dict[str, NDArray[Any]]:
+    return {name: to_numpy(value) for name, value in params.items()}
+
+
+def packed(xp: Any, share: float, tasks: int) -> tuple[PackNet, list[Params]]:
+    """The memory of some tasks, each of which moved what it might, and all weights after each."""
+    memory, theta = PackNet(share), to_xp(xp, {name: np.zeros(shape) for name, shape in SHAPES.items()})
+    after = []
+    for task in range(tasks):
+        moves = memory.project(to_xp(xp, weights(task)))
+        theta = {name: value + moves[name] for name, value in theta.items()}
+        memory, theta = memory.pruned(theta, NAMES)
+        moves = memory.project(to_xp(xp, weights(100 + task)))
+        theta = {name: value + moves[name] for name, value in theta.items()}
+        memory = memory.remember(DONE)
+        after.append(theta)
+    return memory, after
+
+
+@given(share=st.sampled_from([0.0, 0.25, 0.5, 0.75, 0.9]), seed=st.integers(0, 1000))
+def test_the_smallest_of_each_layer_are_pruned_to_zero_and_the_others_kept(xp: Any, share: float, seed: int) -> None:
+    theta = weights(seed)
+    memory, after = PackNet(share).pruned(to_xp(xp, theta), NAMES)
+    for name in NAMES:
+        found, pruned = to_numpy(after[name]), int(share * theta[name].size)
+        kept = to_numpy(memory.owners[name]) == 1
+        assert int(np.sum(~kept)) == pruned
+        np.testing.assert_array_equal(found, np.where(kept, theta[name], 0))
+        if pruned:
+            assert np.abs(theta[name][~kept]).max() <= np.abs(theta[name][kept]).min()
+    np.testing.assert_array_equal(to_numpy(after["fc.bias"]), theta["fc.bias"])
+
+
+def test_of_equal_magnitudes_just_as_many_are_pruned(xp: Any) -> None:
+    memory, _ = PackNet(0.5).pruned(to_xp(xp, {"fc.weight": np.ones((3, 3))}), frozenset({"fc.weight"}))
+    assert int(np.sum(to_numpy(memory.owners["fc.weight"]))) == 5
+
+
+@given(share=st.sampled_from([0.25, 0.5, 0.75]), tasks=st.integers(2, 3))
+def test_what_a_task_sees_never_changes_again_to_the_bit(xp: Any, share: float, tasks: int) -> None:
+    memory, after = packed(xp, share, tasks)
+    for task in range(tasks):
+        then, now = (numbers(memory.view(task).effective(after[moment])) for moment in (task, -1))
+        for name in NAMES:
+            np.testing.assert_array_equal(then[name], now[name])
+            np.testing.assert_array_equal(to_numpy(after[task][name]), then[name])  # the pruned ones are zero
+            latest = numbers(memory.view(tasks - 1).effective(after[-1]))[name]
+            assert np.any(now[name] != latest) == (task < tasks - 1)
+    assert memory.view(0).weights == NAMES
+
+
+def test_stages_move_what_they_may_and_nothing_else(xp: Any) -> None:
+    update = to_xp(xp, {name: np.ones(shape) for name, shape in SHAPES.items()})
+    first = PackNet(0.5)
+    assert first.project(update) == update  # all is free
+    first, _ = first.pruned(to_xp(xp, weights(0)), NAMES)
+    owned = numbers(first.owners)["fc.weight"] == 1
+    np.testing.assert_array_equal(numbers(first.project(update))["fc.weight"], owned)
+    done = first.remember(DONE)
+    np.testing.assert_array_equal(numbers(done.project(update))["fc.weight"], ~owned)
+    assert done.project(update)["fc.bias"] is update["fc.bias"]
+    assert done.project_rows("fc.weight", update["fc.weight"]) is update["fc.weight"]
+
+
+def test_capacity_is_a_share_of_what_was_free_and_full_at_last(xp: Any) -> None:
+    memory, _ = packed(xp, 0.5, 3)
+    assert memory.rank == {"conv.weight": (12 + 6 + 3, 24), "fc.weight": (10 + 5 + 3, 20)}
+    assert full(memory) == frozenset()
+    assert full(packed(xp, 0.0, 1)[0]) == NAMES
+
+
+def test_a_memory_comes_back_from_its_arrays(xp: Any) -> None:
+    memory, after = packed(xp, 0.5, 2)
+    for each in (memory, memory.pruned(after[-1], NAMES)[0]):
+        found = PackNet(0.5).with_arrays(each.to_arrays())
+        assert (found.tasks, found.retrains) == (each.tasks, each.retrains)
+        for name in NAMES:
+            np.testing.assert_array_equal(to_numpy(found.owners[name]), to_numpy(each.owners[name]))
+    arrays = memory.to_arrays()
+    with pytest.raises(BecameError, match=r"the array 'bases\.fc' is no part of a memory of PackNet"):
+        PackNet().with_arrays({**arrays, "bases.fc": arrays["tasks"]})
+    with pytest.raises(BecameError, match="the memory of PackNet lacks 'tasks'"):
+        PackNet().with_arrays({name: value for name, value in arrays.items() if name != "tasks"})
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.0])
+def test_a_share_that_leaves_nothing_is_refused(share: float) -> None:
+    with pytest.raises(BecameError, match="it must be at least 0 and below 1"):
+        PackNet(share)
+
+
+def test_owners_are_bytes(xp: Any) -> None:
+    memory = PackNet(tasks=255)
+    with pytest.raises(BecameError, match="tell 255 tasks apart; there is one more"):
+        memory.pruned(to_xp(xp, weights(0)), NAMES)

@@ -1,0 +1,15 @@
+"""The README's table of methods names every method, and none that there is not."""
+
+import re
+from pathlib import Path
+
+from became_core.continual import METHODS
+
+README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_methods_are_those_of_the_table() -> None:
+    section = re.search(r"^## Methods$(.*?)(?=^## )", README, re.DOTALL | re.MULTILINE)
+    assert section, "README.md has no heading `## Methods`"
+    rows = re.findall(r"^\| (`[^|]*`) \|", section[1], re.MULTILINE)
+    assert sorted(name for row in rows for name in re.findall(r"`([^`]+)`", row)) == list(METHODS)
