@@ -45,6 +45,7 @@ from became_core.continual import (
     learn,
 )
 from became_core.continual.measurement import Measurement
+from became_core.continual.rows import layers_in_a_row
 from became_core.curvature import (
     batch_gradient,
     derivatives_along,
@@ -605,21 +606,32 @@ def check_training_sees_images_as_views_show_them(make: Make) -> None:
     np.testing.assert_array_equal(to_numpy(found.logits(rows, 12)), to_numpy(plain.logits(rows, 12)))
 
 
+def in_a_row(learner: Learner) -> bool:
+    """Whether HAT takes the network."""
+    try:
+        layers_in_a_row(learner, STREAM.tasks[0])
+    except BecameError:
+        return False
+    return True
+
+
 def check_masks_keep_what_an_old_task_says_to_the_bit(make: Make) -> None:
     training = Training(Annealed(0.05, 2), Annealed(0.05, 1), batch_size=12)
-    kept = {}
-    for name in ("packnet", "hat", "finetune"):
+    kept, masks = {}, ["packnet", *(["hat"] if in_a_row(make(STREAM, 0)) else [])]
+    for name in (*masks, "finetune"):
         learner = make(STREAM, 0)
         said, observe = listened(learner, STREAM)
         learn(learner, STREAM, build_method(name, MethodSettings()), training, observe=observe)
         kept[name] = any(np.array_equal(said[0][0][-1], now) for now in said[1][0])
-    assert kept == {"packnet": True, "hat": True, "finetune": False}
+    assert kept == dict.fromkeys(masks, True) | {"finetune": False}
 
 
 def check_every_method_runs_and_repeats(make: Make) -> None:
     """The whole loop; some of them twice with one seed: equal records; alpha is a fraction where two were merged."""
     training = Training(Annealed(0.05, 2), Annealed(0.05, 1), batch_size=12, path_alphas=(0.0, 1.0))
     for name in METHODS:
+        if name == "hat" and not in_a_row(make(STREAM, 0)):
+            continue
         records = []
         for _ in range(2 if name in ("became", "ewc", "trgp") else 1):
             method = build_method(name, MethodSettings(ewc_strength=1.0))

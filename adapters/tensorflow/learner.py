@@ -253,8 +253,8 @@ def _on(device: str, steps: Iterator[T]) -> Iterator[T]:
 
 
 def _checked_device(name: str) -> str:
-    kind, _, number = name.partition(":")
+    kind, _, number = name.replace("cuda", "gpu").partition(":")  # one device option for all backends
     devices = tf.config.list_logical_devices(kind.upper())
     if not devices or not (number or "0").isdecimal() or int(number or 0) >= len(devices):
-        raise BecameError(f"TensorFlow has no device '{name}' here; try cpu, or gpu on a machine with a GPU.")
+        raise BecameError(f"TensorFlow has no device '{name}' here; try cpu, or cuda on a machine with a GPU.")
     return str(devices[int(number or 0)].name)

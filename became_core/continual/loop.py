@@ -13,9 +13,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from became_core.arrays import Params, named_leaves
+from became_core.continual.constraints import free_constraint, heads_of, stable_constraint
 from became_core.continual.estimates import Approximations
 from became_core.continual.evaluation import accuracies
-from became_core.continual.learner import Constraint, Learner, Penalty
+from became_core.continual.learner import Constraint, Learner
 from became_core.continual.looking import look_along
 from became_core.continual.measurement import Measurement
 from became_core.continual.methods import Method
@@ -107,7 +108,7 @@ class _Run:
         if self.method.merges == "tasks" and state.stage is None:
             before = self.learner.parameters()
             if self.method.transfer is not None and memory.models:
-                self.learner.assign(self.method.transfer.start(memory.models, before, self.heads))
+                self.learner.assign(self.method.transfer.start(memory.models, before, heads_of(self.learner)))
         return replace(state, memory=memory, before=before)
 
     def stage1(self, task: Task, state: RunState) -> RunState:
@@ -116,7 +117,7 @@ class _Run:
         if self.method.rule is not None and self.method.stages == 2 and task.index == 0:
             schedule = schedule.extended(self.training.stage2.epochs)
         with self.stopwatch.phase("stage1"):
-            constraint = self.stable_constraint(task, state.memory)
+            constraint = stable_constraint(self.learner, task, self.method, state.memory)
             if constraint.trains_scales and state.stage is None:
                 constraint = replace(constraint, region=self.region(task, state.memory))
             return self.train(task, state, 1, schedule, constraint)
@@ -128,12 +129,16 @@ class _Run:
                 packed, theta = state.memory.projector.pruned(self.learner.parameters(), self.learner.projectable)
                 self.learner.assign(theta)
                 state = replace(state, memory=replace(state.memory, projector=packed))
-            constraint = replace(self.stable_constraint(task, state.memory), projector=state.memory.projector)
+            constraint = replace(
+                stable_constraint(self.learner, task, self.method, state.memory), projector=state.memory.projector
+            )
         elif task.index == 0:
             return state
         else:
             state = replace(state, theta_gp=state.theta_gp or self.learner.parameters())
-            constraint = replace(self.free_constraint(task), region=state.memory.regions.get(task.index))
+            constraint = replace(
+                free_constraint(self.learner, task, self.method), region=state.memory.regions.get(task.index)
+            )
         with self.stopwatch.phase("stage2"):
             return self.train(task, state, 2, self.training.stage2, constraint)
 
@@ -172,27 +177,6 @@ class _Run:
         state = replace(state, theta=self.learner.parameters(), record=record)
         self.keep(state)
         return state
-
-    def free_constraint(self, task: Task) -> Constraint:
-        """Everything may change but the heads of other tasks (of later ones, in joint training)."""
-        tasks = {seen.index for seen in self.seen(task)} if self.method.joint else {task.index}
-        others = frozenset[str]().union(*(head for index, head in enumerate(self.learner.heads) if index not in tasks))
-        return Constraint(trainable=frozenset(self.learner.parameters()) - others)
-
-    def stable_constraint(self, task: Task, memory: Memory) -> Constraint:
-        """Stage 1: projected, penalised, gated, several of these or free, as the method has it."""
-        method, projector = self.method, memory.projector
-        constraint = replace(self.free_constraint(task), trains_scales=isinstance(projector, HAT))
-        if method.penalty_strength > 0 and memory.posterior is not None:
-            constraint = replace(constraint, penalty=Penalty(memory.posterior, method.penalty_strength))
-        if method.transfer is not None and memory.models:
-            constraint = replace(constraint, penalty=method.transfer.penalty(memory.models, self.heads))
-        if projector is None or task.index == 0:  # the first task has nothing to protect
-            return constraint
-        if not projector.protects_all:
-            # What it cannot protect (biases, normalisation) is frozen once the first task has set it.
-            constraint = replace(constraint, trainable=self.learner.projectable | self.learner.heads[task.index])
-        return replace(constraint, projector=projector, trains_scales=isinstance(projector, HAT | TRGP))
 
     def region(self, task: Task, memory: Memory) -> Region:
         """Return the region that a task begins with, at the learner's weights."""
@@ -304,11 +288,6 @@ class _Run:
         """Whether the method needs a posterior, or a path is held against one."""
         looks = self.method.rule is not None and bool(self.training.path_alphas)
         return self.method.keeps_posterior or looks
-
-    @property
-    def heads(self) -> frozenset[str]:
-        """The names of all heads' parameters."""
-        return frozenset[str]().union(*self.learner.heads)
 
     def accuracies(self, task: Task, memory: Memory) -> tuple[list[float], list[float]]:
         return accuracies(self.learner, self.seen(task), self.training.batch_size, memory.views)
