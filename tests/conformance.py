@@ -24,6 +24,7 @@ from adapters.architectures import (
     Residual,
     Tanh,
 )
+from became_core import BecameError
 from became_core.arrays import Params, device, namespace
 from became_core.continual import (
     METHODS,
