@@ -6,26 +6,25 @@ their standard deviation where there is room for it.
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from adapters.report.drawing import (
     INK,
     MUTED,
     PAPER,
-    STYLE,
-    Axes,
-    Figure,
     heat_map,
     label_bars,
     legend,
-    mpl,
     new_figure,
     number_tasks,
     printable,
     shown,
+    styled,
 )
 from adapters.report.groups import Group, Results, groups_of, spread
 
@@ -77,7 +76,7 @@ def accuracy_limits(results: Results) -> tuple[float, float]:
     return 10 * math.floor(values.min() / 10), 10 * math.ceil(values.max() / 10)
 
 
-@mpl.rc_context(STYLE)
+@styled
 def plot_accuracy_matrix(results: Results, *, limits: tuple[float, float] | None = None) -> Figure:
     """Return the accuracy matrix of each method as a heat map, the mean over seeds.
 
@@ -99,7 +98,7 @@ def plot_accuracy_matrix(results: Results, *, limits: tuple[float, float] | None
     return figure
 
 
-@mpl.rc_context(STYLE)
+@styled
 def plot_accuracy_over_time(results: Results) -> Figure:
     """Return the accuracy of each task from its own end on, and first the mean over tasks so far: a line a method."""
     groups = groups_of(results)
@@ -125,7 +124,7 @@ def plot_accuracy_over_time(results: Results) -> Figure:
     return figure
 
 
-@mpl.rc_context(STYLE)
+@styled
 def plot_scores(results: Results, published: Sequence[Published] = ()) -> Figure:
     """Return bars of ACC, BWT and plasticity, mean ± standard deviation over seeds.
 
@@ -178,7 +177,7 @@ def _found(table: Published, group: Group) -> list[PublishedScores]:
     return [table.methods[name] for name in published_names(group.runs[0].method) if name in table.methods]
 
 
-def _look(number: int) -> dict[str, object]:
+def _look(number: int) -> dict[str, Any]:
     return {
         "marker": _MARKS[number % len(_MARKS)],
         "linestyle": "none",
@@ -189,7 +188,7 @@ def _look(number: int) -> dict[str, object]:
 
 
 def _mark(axes: Axes, at: float, row: int, number: int) -> None:
-    axes.plot([at], [row], **_look(number), zorder=3)  # type: ignore[arg-type]
+    axes.plot([at], [row], **_look(number), zorder=3)
 
 
 def _draw_line(axes: Axes, time: NDArray[np.int_], values: NDArray[np.float64], group: Group) -> None:

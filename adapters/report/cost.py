@@ -6,15 +6,18 @@ Convention: a rank counts protected directions, a width all of them; seconds are
 import math
 
 import numpy as np
+from matplotlib.figure import Figure
 
-from adapters.report.drawing import STYLE, Figure, heat_map, label_bars, mpl, new_figure, shown
+from adapters.report.drawing import heat_map, label_bars, new_figure, shown, styled
 from adapters.report.groups import Group, Results, groups_of
 from became_core import BecameError
 
 __all__ = ["phases", "plot_ranks", "plot_seconds"]
 
+_NOTHING = (math.nan, math.nan)
 
-@mpl.rc_context(STYLE)
+
+@styled
 def plot_ranks(results: Results) -> Figure:
     """Return, for each method, every layer's projector rank after each task; colours are its share of the width.
 
@@ -24,17 +27,15 @@ def plot_ranks(results: Results) -> Figure:
     groups = [group for group in groups_of(results) if any(group.runs[0].ranks)]
     if not groups:
         raise BecameError("no run has protected anything; give a run of a method that projects, such as gpm.")
-    layers = {group.label: list(dict.fromkeys(name for each in group.runs[0].ranks for name in each)) for group in groups}
+    layers = {
+        group.label: list(dict.fromkeys(name for each in group.runs[0].ranks for name in each)) for group in groups
+    }
     heights = [0.85 + 0.27 * len(layers[group.label]) for group in groups]
     figure, panels = new_figure(sum(heights), len(groups), height_ratios=heights)
     for group, axes in zip(groups, panels[:, 0], strict=True):
         names = layers[group.label]
-        nothing = (math.nan, math.nan)
-        ranks, widths = np.moveaxis(
-            np.array([[[each.get(name, nothing) for each in run.ranks] for name in names] for run in group.runs], float),
-            -1,
-            0,
-        )
+        found = np.array([[[each.get(name, _NOTHING) for each in run.ranks] for name in names] for run in group.runs])
+        ranks, widths = np.moveaxis(found, -1, 0)
         mean, width = ranks.mean(axis=0), widths[0]
         heat_map(axes, 100 * mean / width, [[f"{rank:.0f}" for rank in row] for row in mean], (0, 100), "% of width")
         labels = [f"{shown(name, 22)} / {np.nanmax(row):.0f}" for name, row in zip(names, width, strict=True)]
@@ -45,12 +46,12 @@ def plot_ranks(results: Results) -> Figure:
     return figure
 
 
-@mpl.rc_context(STYLE)
+@styled
 def plot_seconds(results: Results) -> Figure:
     """Return the time that each method spent in each phase, and in all; one scale for all phases."""
     groups = groups_of(results)
     spent = {group.label: phases(group) for group in groups}
-    names = list(dict.fromkeys(name for each in spent.values() for name in each if name != "total")) + ["total"]
+    names = [*dict.fromkeys(name for each in spent.values() for name in each if name != "total"), "total"]
     longest = max(each["total"] for each in spent.values())
     unit, divisor = ("hours", 3600) if longest > 7200 else ("minutes", 60) if longest > 600 else ("seconds", 1)
     rows = math.ceil(len(names) / 2)
@@ -63,7 +64,7 @@ def plot_seconds(results: Results) -> Figure:
         axes.set_title(name if name == "total" else shown(name, 24), pad=3)
         axes.set_yticks(range(len(groups)), [shown(group.label, 20) for group in groups])
         axes.tick_params(axis="y", length=0)
-        label_bars(axes, values, [f"{value:.3g}" if value else "–" for value in values], values)
+        label_bars(axes, values, [_amount(value) for value in values], values)
     axes = panels[0, 0]
     axes.set_ylim(len(groups) - 0.4, -0.6)
     axes.set_xlim(0, 1.22 * longest / divisor)
@@ -80,3 +81,7 @@ def phases(group: Group) -> dict[str, float]:
     if other > 0.005 * total:
         found["other"] = found.get("other", 0.0) + other
     return found | {"total": total}
+
+
+def _amount(value: float) -> str:
+    return "–" if not value else "< 0.01" if value < 0.01 else f"{value:.3g}"

@@ -1,7 +1,7 @@
 """What all figures share: matplotlib, colours, type, and figures as SVG and PNG.
 
-Convention: a figure is one column wide, so that a phone shows it whole; a colour stands for one method. Every colour that
-a page may change with its theme is in ``THEME``, and is used for nothing else, so that it can be told from the rest.
+Convention: a figure is one column wide, so that a phone shows it whole; a colour stands for one method. Every
+colour that a page may change with its theme is in ``THEME``, and is used for nothing else, so that it is told apart.
 """
 
 import io
@@ -9,19 +9,13 @@ import re
 import warnings
 from typing import Any
 
+import matplotlib as mpl
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
-
-from became_core import BecameError
-
-try:
-    import matplotlib as mpl
-    from matplotlib.axes import Axes
-    from matplotlib.colors import Normalize
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-except ModuleNotFoundError:
-    raise BecameError("figures need matplotlib; pip install 'became[report]'.") from None
 
 __all__ = [
     "GRID",
@@ -30,7 +24,6 @@ __all__ = [
     "MUTED",
     "PAPER",
     "SERIES",
-    "STYLE",
     "THEME",
     "heat_map",
     "inline_svg",
@@ -41,6 +34,7 @@ __all__ = [
     "picture",
     "printable",
     "shown",
+    "styled",
 ]
 
 INK, MUTED, GRID, PAPER = "#1f2328", "#59636e", "#d8dee4", "#fffffe"
@@ -60,7 +54,7 @@ THEME = {
         )
     },
 }
-STYLE: dict[str, Any] = {
+_STYLE: Any = {
     "font.family": ["DejaVu Sans", "sans-serif"],
     "font.size": 9,
     "text.color": INK,
@@ -84,6 +78,7 @@ STYLE: dict[str, Any] = {
     "lines.markersize": 4,
     "svg.fonttype": "none",
 }
+styled = mpl.rc_context(_STYLE)  # a decorator of whatever draws
 _WIDTH = 5.2  # inches
 _LEGIBLE = 14  # columns of a heat map that leave room for numbers
 
@@ -133,10 +128,10 @@ def label_bars(axes: Axes, values: list[float], texts: list[str], beyond: list[f
     """Write a text at the end of each horizontal bar, past what else is drawn there, and leave room for it."""
     low, high = min(0.0, *values), max(0.0, *values, *beyond)
     span = (high - low) or 1.0
-    longest = max(map(len, texts))
     for row, (value, text, at) in enumerate(zip(values, texts, beyond, strict=True)):
-        axes.text(max(value, at, 0.0) + 0.02 * span, row, text, va="center", ha="left", fontsize=8)
-    axes.set_xlim(low - 0.03 * span * (low < 0), high + span * (0.05 + 0.024 * longest))
+        place: Any = {"xytext": (6 if at > value else 3, 0), "textcoords": "offset points", "va": "center"}
+        axes.annotate(text, (max(value, at, 0.0), row), **place, fontsize=8)
+    axes.set_xlim(low - 0.03 * span * (low < 0), high + span * (0.05 + 0.024 * max(map(len, texts))))
 
 
 def heat_map(
@@ -162,7 +157,7 @@ def heat_map(
     if columns > _LEGIBLE:
         bar = axes.figure.colorbar(mesh, ax=axes, label=scale, pad=0.02)
         bar.ax.tick_params(colors=INK, labelsize=8)
-        bar.outline.set_visible(False)  # type: ignore[operator]  # typed as a set of spines
+        bar.outline.set_visible(False)
         return
     for row, column in zip(*np.nonzero(np.isfinite(values)), strict=True):
         light = np.dot(colours(norm(values[row, column]))[:3], (0.299, 0.587, 0.114)) > 0.5
@@ -175,7 +170,7 @@ def picture(figure: Figure, kind: str, **options: Any) -> bytes:
     """Return a figure as a file of that kind, ``png`` or ``svg``; the same figure gives the same file."""
     target = io.BytesIO()
     metadata = dict.fromkeys(("Creator", "Date", "Format", "Type")) if kind == "svg" else {"Software": None}
-    with mpl.rc_context({**STYLE, "svg.hashsalt": "became"}), warnings.catch_warnings():
+    with mpl.rc_context({**_STYLE, "svg.hashsalt": "became"}), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph")  # a name in letters that the font lacks
         figure.savefig(target, format=kind, metadata=metadata, **{"dpi": 200, "facecolor": "white", **options})
     return target.getvalue()

@@ -1,6 +1,6 @@
 """Runs that differ in nothing but their seed, as one group with a label and a colour.
 
-Convention: groups in the order in which their first run is met; a group's place among all is its colour in every figure.
+Convention: groups in the order in which their first run is met; a group's place among all is its colour.
 """
 
 import json

@@ -8,9 +8,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from adapters.report.drawing import INK, MUTED, PAPER, STYLE, Axes, Figure, legend, mpl, new_figure, number_tasks
+from adapters.report.drawing import INK, MUTED, PAPER, legend, new_figure, number_tasks, styled
 from adapters.report.groups import Results, groups_of
 from adapters.runs import RunResult
 from became_core import BecameError
@@ -39,9 +41,9 @@ def predicted_loss(path: Mapping[str, Any], alphas: NDArray[np.float64]) -> NDAr
     return np.asarray(start["loss"] + quadratic(alphas) - quadratic(start["alpha"]))
 
 
-@mpl.rc_context(STYLE)
+@styled
 def plot_alpha(results: Results) -> Figure:
-    """Return the merging coefficient of each task: a line a method, with a standard deviation over seeds.
+    """Return the merging coefficient of each task: a line a method, the seeds around it as open marks.
 
     Raises:
         BecameError: if nothing was merged.
@@ -54,11 +56,17 @@ def plot_alpha(results: Results) -> Figure:
     for group in groups:
         values = np.array([run.alpha for run in group.runs], dtype=float)
         there = np.isfinite(values).all(axis=0)
-        tasks = np.flatnonzero(there) + 1
         # Beside one another, so that equal values can be told apart.
-        tasks = tasks + 0.06 * (groups.index(group) - (len(groups) - 1) / 2)
-        bars = values[:, there].std(axis=0, ddof=1) if len(values) > 1 else None
-        axes.errorbar(tasks, values[:, there].mean(axis=0), bars, **group.line, capsize=2.5, label=group.name)
+        tasks = np.flatnonzero(there) + 1 + 0.06 * (groups.index(group) - (len(groups) - 1) / 2)
+        axes.plot(tasks, values[:, there].mean(axis=0), **group.line, label=group.name)
+        if len(values) > 1:
+            look: dict[str, Any] = {
+                "marker": group.line["marker"],
+                "linestyle": "none",
+                "markersize": 3.5,
+                "markerfacecolor": PAPER,
+            }
+            axes.plot(tasks, values[:, there].T, **look, markeredgecolor=group.colour)
     number_tasks(axes, len(groups[0].runs[0].alpha), "task")
     axes.set_ylim(-0.04, 1.04)
     axes.set_ylabel("α (0: stage 1, 1: stage 2)")
@@ -66,7 +74,7 @@ def plot_alpha(results: Results) -> Figure:
     return figure
 
 
-@mpl.rc_context(STYLE)
+@styled
 def plot_path(results: Results) -> Figure:
     """Return, for each merge of a run, the truth along its path beside what the default estimator predicts.
 
@@ -91,7 +99,7 @@ def plot_path(results: Results) -> Figure:
             axes.axvline(alpha, color=INK, linewidth=1, linestyle=":", label="α*")
         best = min(path["points"], key=lambda point: point["loss"])
         for axes, what in zip(row, ("loss", "accuracy"), strict=True):
-            look = {"marker": "o", "linestyle": "none", "markersize": 8, "markerfacecolor": "none"}
+            look: dict[str, Any] = {"marker": "o", "linestyle": "none", "markersize": 8, "markerfacecolor": "none"}
             axes.plot(best["alpha"], best[what], **look, markeredgecolor=INK, label="least loss of the grid")
         row[0].set_title(f"into task {task}, α* = {alpha:.2f}", pad=3)
         row[0].set_ylabel("loss, nats")
@@ -106,8 +114,10 @@ def plot_path(results: Results) -> Figure:
 def _draw_truth(axes: Axes, path: Mapping[str, Any], what: str, colour: str) -> None:
     alphas, values = ([point[key] for point in path["points"]] for key in ("alpha", what))
     axes.plot(alphas, values, color=colour, marker="o", markersize=2.5, label="truth")
-    ends = {"marker": "s", "linestyle": "none", "markersize": 5, "markerfacecolor": PAPER}
-    axes.plot(alphas[:: len(alphas) - 1], values[:: len(values) - 1], **ends, markeredgecolor=colour, label="ends")
+    ends: dict[str, Any] = {"marker": "s", "linestyle": "none", "markersize": 5, "markerfacecolor": PAPER}
+    axes.plot(
+        alphas[:: len(alphas) - 1], values[:: len(values) - 1], **ends, markeredgecolor=colour, label="ends of the path"
+    )
 
 
 def _draw_prediction(axes: Axes, path: Mapping[str, Any]) -> None:
