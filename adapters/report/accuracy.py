@@ -197,7 +197,7 @@ def _draw_line(axes: Axes, time: NDArray[np.int_], values: NDArray[np.float64], 
     axes.plot(time, mean, **group.line, label=group.name)
     if len(values) > 1:
         sd = values.std(axis=0, ddof=1)
-        axes.fill_between(time, mean - sd, mean + sd, color=group.colour, alpha=0.18, linewidth=0)
+        axes.fill_between(time, mean - sd, np.minimum(mean + sd, 100), color=group.colour, alpha=0.18, linewidth=0)
 
 
 def _mean(group: Group) -> NDArray[np.float64]:

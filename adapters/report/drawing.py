@@ -184,7 +184,7 @@ def inline_svg(figure: Figure, name: str, description: str) -> str:
         name: unlike any other figure's on the page: letters, digits and dashes.
         description: what a reader who does not see it is told; already escaped.
     """
-    text = picture(figure, "svg", transparent=True).decode("utf-8")
+    text = picture(figure, "svg", facecolor="none").decode("utf-8")
     text = text[text.index("<svg") :]
     text = re.sub(r'\bid="', f'id="{name}-', text)
     text = re.sub(r'(?:xlink:)?href="#', f'href="#{name}-', text).replace("url(#", f"url(#{name}-")

@@ -36,7 +36,7 @@ figcaption { font-size: .875rem }
 th, td { padding: .3rem .7rem .3rem 0; text-align: right; border-bottom: 1px solid var(--grid);
   overflow-wrap: normal }
 th:first-child, td.text { text-align: left } thead th { color: var(--muted); font-weight: 600; white-space: nowrap }
-td { white-space: nowrap } tbody th { font-weight: 600 } td.text { white-space: normal; min-width: 14rem }
+td, tbody th { white-space: nowrap } tbody th { font-weight: 600 } td.text { white-space: normal; min-width: 14rem }
 pre { overflow-x: auto; padding: .7rem; border: 1px solid var(--grid); border-radius: .3rem; font-size: .8125rem }
 summary { cursor: pointer } .chip { display: inline-block; width: .7em; height: .7em; margin-right: .4em }
 """
@@ -121,7 +121,7 @@ def _table(caption: str, heads: Sequence[str], rows: Sequence[Sequence[str]], te
         for row in rows
     )
     return (
-        f'<div class="scroll"><table aria-label="{caption}"><thead><tr>{head}</tr></thead>'
+        f'<div class="scroll" tabindex="0"><table aria-label="{caption}"><thead><tr>{head}</tr></thead>'
         f"<tbody>{body}</tbody></table></div>"
     )
 

@@ -48,7 +48,8 @@ def _changes(usual: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
     for option in (field.name for field in fields(Options) if field.name not in _ELSEWHERE):
         place = _PLACES.get(option, (option,))
         ours, theirs = _at(usual, place), _at(config, place)
-        if ours != theirs:
+        absent = theirs is None and len(place) == 2  # as SGD's momentum is from Adam
+        if ours != theirs and not absent:
             changes[option] = len(theirs) if option == "path_points" else 0 if theirs is None else theirs
     return changes
 

@@ -62,7 +62,7 @@ def _shared(groups: Sequence[Group], published: Sequence[Published]) -> list[Dra
             "scores",
             plot_scores(groups, published),
             f"Bars of average accuracy, backward transfer and plasticity. Average accuracy in percent: {scores}.",
-            f"Task-incremental scores; black lines: ± one standard deviation over seeds.{beside}",
+            f"Task-incremental scores; thin lines: ± one standard deviation over seeds.{beside}",
         ),
         Drawing(
             "accuracy-over-time",
