@@ -152,7 +152,7 @@ def test_colours_follow_the_method() -> None:
 
 
 def test_runs_that_cannot_be_shown_together_are_refused() -> None:
-    with pytest.raises(BecameError, match="2 tasks of split-mnist.*3 of split-mnist"):
+    with pytest.raises(BecameError, match=r"2 tasks of split-mnist.*3 of split-mnist"):
         groups_of([run(), run("gpm", tasks=2)])
     with pytest.raises(BecameError, match="twice"):
         groups_of([run(), run()])
