@@ -51,7 +51,7 @@ def plot_alpha(results: Results) -> Figure:
     groups = [group for group in groups_of(results) if any(merged_tasks(run) for run in group.runs)]
     if not groups:
         raise BecameError("no run has merged anything; give a run of a method that merges, such as became.")
-    figure, panels = new_figure(2.6, grid="y")
+    figure, panels = new_figure(2.2 + 0.16 * len(groups), grid="y")
     axes = panels[0, 0]
     for group in groups:
         values = np.array([run.alpha for run in group.runs], dtype=float)
