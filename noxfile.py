@@ -34,7 +34,7 @@ def lint(session: nox.Session) -> None:
 @nox.session
 def types(session: nox.Session) -> None:
     """Strict types, with the frameworks' own."""
-    install(session, "types", "-e", ".[torch]")
+    install(session, "types", "-e", ".[torch,report]")
     session.run("mypy")
 
 
@@ -52,7 +52,7 @@ def tests_core(session: nox.Session) -> None:
 @nox.session(name="tests-torch")
 def tests_torch(session: nox.Session) -> None:
     """Everything, on PyTorch."""
-    install(session, "test-torch", "-e", ".[torch]")
+    install(session, "test-torch", "-e", ".[torch,report]")
     session.run("pytest", "tests", "--backend", "torch", *session.posargs)
 
 
