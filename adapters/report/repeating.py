@@ -33,17 +33,22 @@ def repeating_command(group: Group) -> str | None:
     """Return the shortest command that runs this configuration, None if today's options cannot express it."""
     commands = []
     first = group.runs[0]
-    wanted = json.dumps(first.config, sort_keys=True)
+    config, wanted = _through_json(first.config), json.dumps(first.config, sort_keys=True)
     try:
         for preset in find_benchmark(first.benchmark).presets:
             given: dict[str, Any] = {"benchmark": first.benchmark, "methods": (first.method,), "preset": preset}
-            usual = json.loads(json.dumps(resolve(Options(**given)).record()))  # tuples become lists, as in a file
-            changes = _changes(usual, first.config)
+            changes = _changes(_through_json(resolve(Options(**given)).record()), config)
             if json.dumps(resolve(Options(**given, **changes)).record(), sort_keys=True) == wanted:
                 commands.append(_command(group, preset, changes))
     except (BecameError, TypeError, ValueError):
         return None
     return min(commands, key=len, default=None)
+
+
+def _through_json(values: dict[str, Any]) -> dict[str, Any]:
+    """Return values as a file would give them back: tuples have become lists."""
+    found: dict[str, Any] = json.loads(json.dumps(values))
+    return found
 
 
 def _changes(usual: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
