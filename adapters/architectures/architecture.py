@@ -48,12 +48,15 @@ class Pass:
         masks: what dropout keeps, True, in the order in which it runs, images with channels last; None for no dropout.
         constant_statistics: whether gradients take batch statistics for constants.
         record: told of each layer with parameters.
+        products: the dtype that linear and convolutional layers multiply in, as the framework calls it, for mixed
+            precision: what goes in is rounded to it, and what comes out has the dtype of the inputs again.
     """
 
     weights: Params
     masks: Sequence[Array] | None = None
     constant_statistics: bool = False
     record: Record = lambda layer, inputs, output: output
+    products: Any = None
 
     # By class of layer: (run, layer, inputs) -> output.
     computed: ClassVar[Mapping[type, Callable[[Any, Any, Array], Array]]]

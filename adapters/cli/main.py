@@ -29,6 +29,8 @@ def main(backend: Backend, arguments: Sequence[str] | None = None) -> int:
     """
     options = tyro.cli(Options, prog=f"python -m adapters.{backend.name}.run", args=arguments)
     console = Console() if sys.stdout.isatty() else Console(width=160)
+    if options.deterministic:
+        backend.repeat_exactly()
     try:
         (_try_out if options.dry_run else _compare)(backend, options, console)
     except BecameError as error:
@@ -46,7 +48,9 @@ def main(backend: Backend, arguments: Sequence[str] | None = None) -> int:
 def _try_out(backend: Backend, options: Options, console: Console) -> None:
     configuration, seed = resolve(options), options.seeds[0]
     stream = configuration.stream(configuration.benchmark.load(data_directory(options.data_dir)), seed)
-    learner = backend.learner(configuration.preset.network, stream, options.device, seed)
+    learner = backend.learner(
+        configuration.preset.network, stream, options.device, seed, mixed_precision=configuration.mixed_precision
+    )
     describe(learner, stream, configuration, method_names(options), len(options.seeds), console)
 
 

@@ -127,6 +127,11 @@ class Options:
     """A folder in the hub's layout; else the environment variable BECAME_DATA_DIR; else the hub."""
     device: str = "auto"
     """Where to compute: auto, cpu, cuda, cuda:1, …"""
+    mixed_precision: bool = False
+    """Multiply in bfloat16 in training steps; weights, losses, normalisation, memory and all that is measured stay
+    float32."""
+    deterministic: bool = False
+    """Use operations alone that give the same bits every time, which a GPU's usual ones do not; a CPU's do anyway."""
     out: Annotated[Path | None, tyro.conf.arg(metavar="OUT")] = None
     """The folder for results; runs/BENCHMARK-PRESET if not given."""
     dry_run: bool = False
@@ -145,6 +150,7 @@ class Configuration:
     preset: Preset
     out: Path
     class_order: ClassOrder = "label"
+    mixed_precision: bool = False
 
     def stream(self, dataset: Dataset, seed: int) -> TaskStream:
         """Return the tasks that a run of this seed learns."""
@@ -165,6 +171,7 @@ class Configuration:
             "first": self.first,
             "class_order": self.class_order,
             "network": self.preset.network,
+            "mixed_precision": self.mixed_precision,
             "validation": self.preset.validation,
             **asdict(training),
             "path_alphas": list(training.path_alphas),
@@ -200,7 +207,7 @@ def resolve(options: Options) -> Configuration:
     )
     out = _given(options.out, Path("runs") / f"{benchmark.name}-{options.preset}")
     first = _given(options.first, tasks)
-    configuration = Configuration(benchmark, tasks, first, preset, out, options.class_order)
+    configuration = Configuration(benchmark, tasks, first, preset, out, options.class_order, options.mixed_precision)
     for name in method_names(options):
         configuration.method(name)
     return configuration

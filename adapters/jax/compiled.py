@@ -63,12 +63,13 @@ def _gradients(
     rows: Array,
     masks: Masks,
     views: Views | None = None,
+    products: str | None = None,
 ) -> tuple[Array, Params]:
     """Return a batch's mean cross-entropy, and its gradient by what is trained."""
     images, targets = data.normalised(rows, views), data.targets[rows]
 
     def loss(trained: Params) -> Array:
-        logits = _logits(backbone, Pass(frozen | trained, masks), images)
+        logits = _logits(backbone, Pass(frozen | trained, masks, products=products), images)
         chosen = jnp.take_along_axis(jax.nn.log_softmax(logits), targets[:, None], axis=1)
         return -chosen.mean()
 
@@ -165,7 +166,7 @@ def _pushforward(
     return logits, jnp.stack([along(direction) for direction in directions])
 
 
-gradients: Any = jax.jit(_gradients, static_argnums=0)
+gradients: Any = jax.jit(_gradients, static_argnums=0, static_argnames="products")
 update: Any = jax.jit(_update, static_argnames="trains_scales", donate_argnums=(0, 1))
 effective: Any = jax.jit(_effective)
 all_logits: Any = jax.jit(_all_logits, static_argnums=0)

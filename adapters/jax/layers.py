@@ -27,18 +27,20 @@ __all__ = ["Pass"]
 
 
 def _linear(run: "Pass", layer: Linear, inputs: Array) -> Array:
-    return run.tapped(layer, lambda: inputs, inputs @ run.weights[f"{layer.name}.weight"].T)
+    a, weight = run.lowered(inputs, run.weights[f"{layer.name}.weight"])
+    return run.tapped(layer, lambda: inputs, (a @ weight.T).astype(inputs.dtype))
 
 
 def _convolution(run: "Pass", layer: Convolution, inputs: Array) -> Array:
+    a, weight = run.lowered(inputs, run.weights[f"{layer.name}.weight"])
     output = lax.conv_general_dilated(
-        inputs,
-        run.weights[f"{layer.name}.weight"],
+        a,
+        weight,
         window_strides=(layer.stride, layer.stride),
         padding=[(layer.padding, layer.padding)] * 2,
         dimension_numbers=("NHWC", "OIHW", "NHWC"),
     )
-    return run.tapped(layer, lambda: _patches(layer, inputs, output.shape[1:3]), output)
+    return run.tapped(layer, lambda: _patches(layer, inputs, output.shape[1:3]), output.astype(inputs.dtype))
 
 
 def _patches(layer: Convolution, inputs: Array, places: tuple[int, int]) -> Array:
@@ -90,6 +92,10 @@ def _squares(inputs: Array, size: int) -> Array:
 
 class Pass(architectures.Pass):
     """One run of a network, while it is traced."""
+
+    def lowered(self, *arrays: Array) -> tuple[Array, ...]:
+        """Return what is multiplied in the dtype of products."""
+        return arrays if self.products is None else tuple(array.astype(self.products) for array in arrays)
 
     computed: ClassVar = {
         Linear: _linear,

@@ -35,6 +35,7 @@ class JaxLearner:
         *,
         device: str | jax.Device | None = None,
         dtype: str = "float32",
+        mixed_precision: bool = False,
         seed: int = 0,
     ) -> None:
         """Draw the weights of a backbone with a head for each task, and place them and the data on a device.
@@ -44,6 +45,8 @@ class JaxLearner:
             stream: the tasks; its images and targets go to the device once.
             device: where all arithmetic happens: a JAX device, or e.g. "cpu", "gpu:1"; JAX's default if not given.
             dtype: of the weights.
+            mixed_precision: whether training steps multiply in bfloat16; weights, losses, normalisation, optimiser and
+                all that is measured stay in the dtype of the weights.
             seed: names the draw of the initial weights.
 
         Raises:
@@ -69,7 +72,7 @@ class JaxLearner:
         for each in of_heads:
             parameters |= each
         self._names = tuple(parameters)
-        self._dtype = dtype
+        self._dtype, self._products = dtype, "bfloat16" if mixed_precision else None
         self._theta: Params = {}
         self.assign(initial_values(seed, parameters))
         self.heads = [frozenset(each) for each in of_heads]
@@ -114,7 +117,14 @@ class JaxLearner:
                 moving = {name: weights[name] for name in own if name not in beside}
                 still = {name: weights[name] for name in own_frozen}
                 loss, gradients = compiled.gradients(
-                    self._backbone, moving, still, self._data, batch.indices, masks, batch.views
+                    self._backbone,
+                    moving,
+                    still,
+                    self._data,
+                    batch.indices,
+                    masks,
+                    batch.views,
+                    products=self._products,
                 )
                 own, own_optimiser = compiled.update(
                     own, own_optimiser, own_frozen, gradients, float(rate), **respected

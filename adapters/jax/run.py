@@ -1,5 +1,6 @@
 """``python -m adapters.jax.run``: continual learning on JAX from the command line."""
 
+import os
 import sys
 
 try:
@@ -14,10 +15,12 @@ except ModuleNotFoundError as error:
 from adapters.architectures import build_network
 from became_core.continual import TaskStream
 
-__all__ = ["BACKEND", "build_learner"]
+__all__ = ["BACKEND", "build_learner", "repeat_exactly"]
 
 
-def build_learner(network: str, stream: TaskStream, device: str, seed: int) -> JaxLearner:
+def build_learner(
+    network: str, stream: TaskStream, device: str, seed: int, *, mixed_precision: bool = False
+) -> JaxLearner:
     """Return a fresh learner with a backbone known by name.
 
     Args:
@@ -25,16 +28,23 @@ def build_learner(network: str, stream: TaskStream, device: str, seed: int) -> J
         stream: what it will learn.
         device: a device as JAX calls it, or "auto" for JAX's default: the first accelerator there is, else the CPU.
         seed: names the draw of the initial weights.
+        mixed_precision: whether training steps multiply in bfloat16.
 
     Raises:
         BecameError: if there is no such network or device.
     """
     channels, height, width = stream.dataset.images.shape[1:]
     backbone = build_network(network, (channels, height, width))
-    return JaxLearner(backbone, stream, device=None if device == "auto" else device, seed=seed)
+    chosen = None if device == "auto" else device
+    return JaxLearner(backbone, stream, device=chosen, mixed_precision=mixed_precision, seed=seed)
 
 
-BACKEND = Backend("jax", build_learner)
+def repeat_exactly() -> None:
+    """Let XLA use deterministic operations alone; to be asked for before JAX looks at its devices."""
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_deterministic_ops=true".strip()
+
+
+BACKEND = Backend("jax", build_learner, repeat_exactly)
 
 if __name__ == "__main__":
     # Weights stay float32, but memories and curvature are summed and decomposed in float64: without it the coefficients

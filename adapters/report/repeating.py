@@ -26,7 +26,19 @@ _PLACES = {
 }
 # Options of which the configuration holds something else: (its value there) -> the option's.
 _TURNED: dict[str, Callable[[Any], Any]] = {"path_points": len, "augment": lambda views: views is not None}
-_ELSEWHERE = {"benchmark", "methods", "projector", "seeds", "preset", "data_dir", "device", "out", "dry_run", "resume"}
+_ELSEWHERE = {
+    "benchmark",
+    "methods",
+    "projector",
+    "seeds",
+    "preset",
+    "data_dir",
+    "device",
+    "deterministic",
+    "out",
+    "dry_run",
+    "resume",
+}
 
 
 def repeating_command(group: Group) -> str | None:

@@ -32,14 +32,15 @@ def with_positions(array: Array) -> Array:
 
 
 def _linear(run: "Pass", layer: Linear, inputs: Array) -> Array:
-    output = tf.matmul(inputs, run.weights[f"{layer.name}.weight"], transpose_b=True)
-    return run.tapped(layer, lambda: inputs, output)
+    a, weight = run.lowered(inputs, run.weights[f"{layer.name}.weight"])
+    return run.tapped(layer, lambda: inputs, tf.cast(tf.matmul(a, weight, transpose_b=True), inputs.dtype))
 
 
 def _convolution(run: "Pass", layer: Convolution, inputs: Array) -> Array:
     kernel = tf.transpose(run.weights[f"{layer.name}.weight"], (2, 3, 1, 0))
     padded = _padded(layer, inputs)
-    return run.tapped(layer, lambda: _patches(layer, padded), tf.nn.conv2d(padded, kernel, layer.stride, "VALID"))
+    output = tf.nn.conv2d(*run.lowered(padded, kernel), layer.stride, "VALID")
+    return run.tapped(layer, lambda: _patches(layer, padded), tf.cast(output, inputs.dtype))
 
 
 def _padded(layer: Convolution, inputs: Array) -> Array:
@@ -79,6 +80,10 @@ def _flattened(inputs: Array) -> Array:
 
 class Pass(architectures.Pass):
     """One run of a network."""
+
+    def lowered(self, *arrays: Array) -> tuple[Array, ...]:
+        """Return what is multiplied in the dtype of products."""
+        return arrays if self.products is None else tuple(tf.cast(array, self.products) for array in arrays)
 
     computed: ClassVar = {
         Linear: _linear,

@@ -44,6 +44,7 @@ class TensorFlowLearner:
         *,
         device: str = "cpu",
         dtype: tf.DType = tf.float32,
+        mixed_precision: bool = False,
         seed: int = 0,
     ) -> None:
         """Place a backbone, with a fresh head for each task, and the stream's data on a device.
@@ -53,6 +54,8 @@ class TensorFlowLearner:
             stream: the tasks; its images and targets go to the device once.
             device: where all arithmetic happens, e.g. "cpu", "gpu", "gpu:1".
             dtype: of the weights.
+            mixed_precision: whether training steps multiply in bfloat16; weights, losses, normalisation, optimiser and
+                all that is measured stay in the dtype of the weights.
             seed: names the draw of the initial weights.
 
         Raises:
@@ -61,6 +64,7 @@ class TensorFlowLearner:
         self.device = _checked_device(device)
         dataset = stream.dataset
         self._backbone, self._dtype = backbone, dtype
+        self._products = tf.bfloat16 if mixed_precision else None
         self._shared = tuple(backbone.parameters)
         self._head = Linear("head", stream.classes_per_task)
         self._heads = [replace(self._head, name=f"heads.{task}") for task in range(len(stream.tasks))]
@@ -209,7 +213,8 @@ class TensorFlowLearner:
         self, theta: Params, rows: Array, masks: Sequence[Array], views: Views | None
     ) -> tuple[Array, Params, Factors]:
         self.traces += 1
-        return loss_and_gradients(self._backbone, self._head, theta, *self._batch(rows, views), masks)
+        batch = self._batch(rows, views)
+        return loss_and_gradients(self._backbone, self._head, theta, *batch, masks, self._products)
 
     def _logits_of_all_heads(self, theta: Params, rows: Array) -> Array:
         features = self._backbone(Pass(theta), self._batch(rows)[0])

@@ -17,10 +17,12 @@ except ModuleNotFoundError as error:
 from adapters.architectures import build_network
 from became_core.continual import TaskStream
 
-__all__ = ["BACKEND", "build_learner"]
+__all__ = ["BACKEND", "build_learner", "repeat_exactly"]
 
 
-def build_learner(network: str, stream: TaskStream, device: str, seed: int) -> TensorFlowLearner:
+def build_learner(
+    network: str, stream: TaskStream, device: str, seed: int, *, mixed_precision: bool = False
+) -> TensorFlowLearner:
     """Return a fresh learner with a backbone known by name.
 
     Args:
@@ -28,6 +30,7 @@ def build_learner(network: str, stream: TaskStream, device: str, seed: int) -> T
         stream: what it will learn.
         device: a TensorFlow device, or "auto" for the first GPU if there is one, else the CPU.
         seed: names the draw of the initial weights.
+        mixed_precision: whether training steps multiply in bfloat16.
 
     Raises:
         BecameError: if there is no such network or device.
@@ -35,10 +38,16 @@ def build_learner(network: str, stream: TaskStream, device: str, seed: int) -> T
     if device == "auto":
         device = "gpu" if tf.config.list_logical_devices("GPU") else "cpu"
     channels, height, width = stream.dataset.images.shape[1:]
-    return TensorFlowLearner(build_network(network, (channels, height, width)), stream, device=device, seed=seed)
+    backbone = build_network(network, (channels, height, width))
+    return TensorFlowLearner(backbone, stream, device=device, mixed_precision=mixed_precision, seed=seed)
 
 
-BACKEND = Backend("tensorflow", build_learner)
+def repeat_exactly() -> None:
+    """Let TensorFlow use deterministic operations alone; it refuses those that have no such form, by name."""
+    tf.config.experimental.enable_op_determinism()
+
+
+BACKEND = Backend("tensorflow", build_learner, repeat_exactly)
 
 if __name__ == "__main__":
     sys.exit(main(BACKEND))

@@ -27,7 +27,13 @@ Factors = dict[str, tuple[Array, Array]]
 
 
 def loss_and_gradients(
-    backbone: Backbone, head: Linear, theta: Params, images: Array, targets: Array, masks: Sequence[Array]
+    backbone: Backbone,
+    head: Linear,
+    theta: Params,
+    images: Array,
+    targets: Array,
+    masks: Sequence[Array],
+    products: tf.DType | None = None,
 ) -> tuple[Array, Params, Factors]:
     """Return the sum of the samples' losses, and of their mean the gradients, those of linear weights as factors.
 
@@ -38,6 +44,7 @@ def loss_and_gradients(
         images: normalised, [N, H, W, C].
         targets: labels within the task, [N].
         masks: of dropout, as in a ``Pass``.
+        products: likewise.
     """
     inputs: Params = {}
     outputs: Params = {}
@@ -50,7 +57,7 @@ def loss_and_gradients(
                 inputs[f"{layer.name}.weight"], outputs[f"{layer.name}.weight"] = seen(), output
             return output
 
-        run = Pass(theta, masks, record=record)
+        run = Pass(theta, masks, record=record, products=products)
         logits = run(head, backbone(run, images))
         losses = tf.nn.sparse_softmax_cross_entropy_with_logits(targets, logits)
         mean = tf.reduce_mean(losses)

@@ -37,6 +37,7 @@ class TorchLearner:
         *,
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
+        mixed_precision: bool = False,
         seed: int = 0,
     ) -> None:
         """Place a backbone, with a fresh head for each task, and the stream's data on a device.
@@ -46,6 +47,8 @@ class TorchLearner:
             stream: the tasks; its images and targets go to the device once.
             device: where all arithmetic happens, e.g. "cpu", "cuda", "cuda:1", "mps".
             dtype: of the weights.
+            mixed_precision: whether training steps multiply in bfloat16; weights, losses, normalisation, optimiser and
+                all that is measured stay in the dtype of the weights.
             seed: names the draw of the heads' initial weights.
 
         Raises:
@@ -58,7 +61,7 @@ class TorchLearner:
         network = MultiHead(backbone, features, len(stream.tasks), stream.classes_per_task, seed, dtype)
         self.network = network.to(device=self.device, dtype=dtype)
         self.network.to(memory_format=layout)  # type: ignore[call-overload] # PyTorch's own types lack it
-        self._layout = layout
+        self._layout, self._mixed_precision = layout, mixed_precision
         self._images = torch.from_numpy(dataset.images).to(self.device)
         self._targets = torch.from_numpy(stream.targets).to(self.device)
         shape = (1, -1, 1, 1)
@@ -111,7 +114,9 @@ class TorchLearner:
         with projected_inputs(self._layers, constraint.projector_of_gradients(optimiser)) as done:
             for batch, rate in zip(batches, rates, strict=True):
                 images, targets = self._batch(batch.indices, batch.views)
-                loss = functional.cross_entropy(self.network(images, batch.task), targets)
+                with torch.autocast(self.device.type, torch.bfloat16, enabled=self._mixed_precision):
+                    logits = self.network(images, batch.task)
+                loss = functional.cross_entropy(logits.to(images.dtype), targets)
                 for parameter in trained.values():
                     parameter.grad = None
                 loss.backward()  # type: ignore[no-untyped-call]

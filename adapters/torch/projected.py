@@ -32,9 +32,11 @@ class _ProjectedLinear(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = gradients
         inputs, weight = ctx.saved_tensors
-        rows = gradient.reshape(-1, gradient.shape[-1])
-        seen = ctx.projector.project_rows(ctx.name, inputs.reshape(-1, inputs.shape[-1]))
-        return gradient @ weight, rows.T @ seen, rows.sum(0) if ctx.has_bias else None, None, None
+        # Under autocast what flows has less precision than the weight, whose gradient is made in the weight's own.
+        rows = gradient.reshape(-1, gradient.shape[-1]).to(weight.dtype)
+        seen = ctx.projector.project_rows(ctx.name, inputs.reshape(-1, inputs.shape[-1]).to(weight.dtype))
+        onwards = (gradient @ weight.to(gradient.dtype)).to(inputs.dtype)
+        return onwards, rows.T @ seen, rows.sum(0) if ctx.has_bias else None, None, None
 
 
 @contextmanager

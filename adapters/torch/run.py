@@ -1,5 +1,6 @@
 """``python -m adapters.torch.run``: continual learning on PyTorch from the command line."""
 
+import os
 import sys
 
 try:
@@ -16,10 +17,12 @@ except ModuleNotFoundError as error:
 from adapters.architectures import build_network
 from became_core.continual import TaskStream
 
-__all__ = ["BACKEND", "build_learner"]
+__all__ = ["BACKEND", "build_learner", "repeat_exactly"]
 
 
-def build_learner(network: str, stream: TaskStream, device: str, seed: int) -> TorchLearner:
+def build_learner(
+    network: str, stream: TaskStream, device: str, seed: int, *, mixed_precision: bool = False
+) -> TorchLearner:
     """Return a fresh learner with a backbone known by name.
 
     Args:
@@ -27,6 +30,7 @@ def build_learner(network: str, stream: TaskStream, device: str, seed: int) -> T
         stream: what it will learn.
         device: a PyTorch device, or "auto" for the first accelerator there is, else the CPU.
         seed: names the draw of the initial weights.
+        mixed_precision: whether training steps multiply in bfloat16.
 
     Raises:
         BecameError: if there is no such network or device.
@@ -35,10 +39,17 @@ def build_learner(network: str, stream: TaskStream, device: str, seed: int) -> T
         device = "cuda" if torch.cuda.is_available() else "cpu"
     channels, height, width = stream.dataset.images.shape[1:]
     backbone = Described(build_network(network, (channels, height, width)), seed)
-    return TorchLearner(backbone, stream, device=device, seed=seed)
+    return TorchLearner(backbone, stream, device=device, mixed_precision=mixed_precision, seed=seed)
 
 
-BACKEND = Backend("torch", build_learner)
+def repeat_exactly() -> None:
+    """Let PyTorch use deterministic operations alone; it refuses those that have no such form, by name."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which cuBLAS needs for it
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+
+
+BACKEND = Backend("torch", build_learner, repeat_exactly)
 
 if __name__ == "__main__":
     keep_freed_memory()

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from adapters.cli.main import Backend, main
+from adapters.cli.main import main
 from adapters.runs import Checkpoints, RunDirectory
 from adapters.runs.events import EventLog
 from adapters.torch.learner import TorchLearner
@@ -179,7 +179,7 @@ def test_another_backend_goes_on_if_it_is_told_to(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    other = Backend("another", BACKEND.learner)
+    other = replace(BACKEND, name="another")
     after_saves(5)
     assert main(BACKEND, command(tmp_path)) == 130
     after_saves(0)
