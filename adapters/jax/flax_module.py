@@ -21,20 +21,12 @@ from jax import lax
 from jax import numpy as jnp
 
 from adapters.architectures import BatchNorm, Dropout, Linear, Mask, Parameter
+from adapters.architectures.own import CANONICAL_AXES, OwnLayer
 from adapters.jax.layers import Pass
 from became_core import BecameError
 from became_core.arrays import Array, Params
 
 __all__ = ["FlaxBackbone"]
-
-
-@dataclass(frozen=True)
-class FlaxLayer:
-    """What a tap tells of a layer."""
-
-    name: str
-    kind: Literal["matrix", "scale"]
-    bias: bool
 
 
 class _Layer(NamedTuple):
@@ -46,7 +38,7 @@ class _Layer(NamedTuple):
     """
 
     kind: Literal["matrix", "scale"]
-    run: Callable[[Pass, FlaxLayer, Any, Array], Array]
+    run: Callable[[Pass, OwnLayer, Any, Array], Array]
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,7 +53,7 @@ class FlaxBackbone:
     """
 
     module: nn.Module
-    tapped: tuple[FlaxLayer, ...]
+    tapped: tuple[OwnLayer, ...]
     parameters: Mapping[str, Parameter]
     masks: tuple[Mask, ...]
 
@@ -77,7 +69,7 @@ class FlaxBackbone:
             BecameError: if a parameter belongs to a layer that taps do not know.
         """
         channels, height, width = image
-        layers: dict[str, FlaxLayer] = {}
+        layers: dict[str, OwnLayer] = {}
         masks: list[Mask] = []
 
         def look(following: Any, args: Any, kwargs: Any, context: Any) -> Any:
@@ -106,7 +98,7 @@ class FlaxBackbone:
                     f"taps do not know the layer of the parameter '{path}'; on JAX they know "
                     f"{', '.join(sorted(each.__name__ for each in _LAYERS))} with weights, Conv of images, one group."
                 )
-            shape = tuple(leaf.shape[axis] for axis in _AXES[leaf.ndim])
+            shape = tuple(leaf.shape[axis] for axis in CANONICAL_AXES[leaf.ndim])
             fan_in = None if layers[owner].kind == "scale" else prod(found[f"{owner}.kernel"].shape[:-1])
             parameters[f"{owner}.{'bias' if own == 'bias' else 'weight'}"] = Parameter(shape, fan_in)
         return cls(module, tuple(layers.values()), parameters, tuple(masks))
@@ -133,7 +125,7 @@ class FlaxBackbone:
         found = {}
         for path, leaf in flatten_dict(params, sep=".").items():
             owner, _, own = path.rpartition(".")
-            found[f"{owner}.{'bias' if own == 'bias' else 'weight'}"] = jnp.transpose(leaf, _AXES[leaf.ndim])
+            found[f"{owner}.{'bias' if own == 'bias' else 'weight'}"] = jnp.transpose(leaf, CANONICAL_AXES[leaf.ndim])
         return found
 
     def params(self, weights: Params) -> Any:
@@ -143,17 +135,13 @@ class FlaxBackbone:
         for name in self.parameters:
             owner, _, own = name.rpartition(".")
             path = f"{owner}.{'bias' if own == 'bias' else kernels[owner]}"
-            axes = np.argsort(_AXES[weights[name].ndim])
+            axes = np.argsort(CANONICAL_AXES[weights[name].ndim])
             found[path] = jnp.transpose(weights[name], axes.tolist())
         return unflatten_dict(found, sep=".")
 
 
-# From flax's layout to the canonical one, by the number of axes.
-_AXES = {1: (0,), 2: (1, 0), 4: (3, 2, 0, 1)}
-
-
-def _layer_of(module: Any) -> FlaxLayer:
-    return FlaxLayer(".".join(module.path), _LAYERS[type(module)].kind, module.use_bias)
+def _layer_of(module: Any) -> OwnLayer:
+    return OwnLayer(".".join(module.path), _LAYERS[type(module)].kind, module.use_bias)
 
 
 def _is_known(module: Any) -> bool:
@@ -164,7 +152,7 @@ def _is_known(module: Any) -> bool:
     return type(module) is nn.Dense or (type(module) in _LAYERS and bool(module.use_scale))
 
 
-def _convolution(run: Pass, layer: FlaxLayer, module: Any, inputs: Array) -> Array:
+def _convolution(run: Pass, layer: OwnLayer, module: Any, inputs: Array) -> Array:
     window: dict[str, Any] = {
         "window_strides": _pair(module.strides),
         "padding": _padding(module),
@@ -200,11 +188,11 @@ def _pair(value: Any) -> tuple[int, ...]:
     return (1, 1) if value is None else (value, value) if isinstance(value, int) else tuple(value)
 
 
-def _layer_norm(run: Pass, layer: FlaxLayer, module: Any, inputs: Array) -> Array:
+def _layer_norm(run: Pass, layer: OwnLayer, module: Any, inputs: Array) -> Array:
     return _scaled(run, layer, _standardised(inputs, -1, module.epsilon))
 
 
-def _group_norm(run: Pass, layer: FlaxLayer, module: Any, inputs: Array) -> Array:
+def _group_norm(run: Pass, layer: OwnLayer, module: Any, inputs: Array) -> Array:
     groups = module.num_groups or inputs.shape[-1] // module.group_size
     split = inputs.reshape(len(inputs), -1, groups, inputs.shape[-1] // groups)
     return _scaled(run, layer, _standardised(split, (1, 3), module.epsilon).reshape(inputs.shape))
@@ -215,7 +203,7 @@ def _standardised(inputs: Array, axes: Any, epsilon: float) -> Array:
     return (inputs - mean) * lax.rsqrt(variance + epsilon)
 
 
-def _scaled(run: Pass, layer: FlaxLayer, normalised: Array) -> Array:
+def _scaled(run: Pass, layer: OwnLayer, normalised: Array) -> Array:
     return run.tapped(layer, lambda: normalised, normalised * run.weights[f"{layer.name}.weight"])
 
 

@@ -19,20 +19,12 @@ import numpy as np
 import tensorflow as tf
 
 from adapters.architectures import BatchNorm, Dropout, Linear, Mask, Parameter
+from adapters.architectures.own import CANONICAL_AXES, OwnLayer
 from adapters.tensorflow.layers import Pass
 from became_core import BecameError
 from became_core.arrays import Array, Params
 
 __all__ = ["KerasBackbone"]
-
-
-@dataclass(frozen=True)
-class KerasLayer:
-    """What a tap tells of a layer."""
-
-    name: str
-    kind: Literal["matrix", "scale"]
-    bias: bool
 
 
 class _Layer(NamedTuple):
@@ -48,7 +40,7 @@ class _Layer(NamedTuple):
     kind: Literal["matrix", "scale"]
     weight: str
     bias: str
-    run: Callable[[Pass, KerasLayer, Any, Array], Array]
+    run: Callable[[Pass, OwnLayer, Any, Array], Array]
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,7 +55,7 @@ class KerasBackbone:
     """
 
     model: keras.Model
-    tapped: tuple[KerasLayer, ...]
+    tapped: tuple[OwnLayer, ...]
     parameters: Mapping[str, Parameter]
     masks: tuple[Mask, ...]
 
@@ -99,7 +91,7 @@ class KerasBackbone:
                 raise BecameError(f"two layers are called '{each.name}'; give each a name of its own.")
             fan_in = None if each.kind == "scale" else prod(layer.kernel.shape[:-1])
             for name, variable in _variables(layer, each).items():
-                shape = tuple(variable.shape[axis] for axis in _AXES[len(variable.shape)])
+                shape = tuple(variable.shape[axis] for axis in CANONICAL_AXES[len(variable.shape)])
                 parameters[name] = Parameter(shape, fan_in)
                 owned.add(variable.path)
         for variable in model.trainable_variables:
@@ -130,7 +122,7 @@ class KerasBackbone:
         """Return the model's weights by canonical name, in canonical layouts."""
         layers = {layer.name: layer for layer in self.model._flatten_layers() if _is_known(layer)}
         return {
-            name: tf.transpose(variable.value, _AXES[len(variable.shape)])
+            name: tf.transpose(variable.value, CANONICAL_AXES[len(variable.shape)])
             for each in self.tapped
             for name, variable in _variables(layers[each.name], each).items()
         }
@@ -140,11 +132,7 @@ class KerasBackbone:
         layers = {layer.name: layer for layer in self.model._flatten_layers() if _is_known(layer)}
         for each in self.tapped:
             for name, variable in _variables(layers[each.name], each).items():
-                variable.assign(tf.transpose(weights[name], np.argsort(_AXES[len(variable.shape)])))
-
-
-# From Keras's layout to the canonical one, by the number of axes.
-_AXES = {1: (0,), 2: (1, 0), 4: (3, 2, 0, 1)}
+                variable.assign(tf.transpose(weights[name], np.argsort(CANONICAL_AXES[len(variable.shape)])))
 
 
 @contextmanager
@@ -165,12 +153,12 @@ def _intercepted(model: keras.Model, instead: Callable[[Callable[..., Array], An
             del layer.call
 
 
-def _layer_of(layer: Any) -> KerasLayer:
+def _layer_of(layer: Any) -> OwnLayer:
     known = _LAYERS[type(layer)]
-    return KerasLayer(layer.name, known.kind, getattr(layer, known.bias, None) is not None)
+    return OwnLayer(layer.name, known.kind, getattr(layer, known.bias, None) is not None)
 
 
-def _variables(layer: Any, each: KerasLayer) -> dict[str, Any]:
+def _variables(layer: Any, each: OwnLayer) -> dict[str, Any]:
     known = _LAYERS[type(layer)]
     weight = {f"{each.name}.weight": getattr(layer, known.weight)}
     return weight | ({f"{each.name}.bias": getattr(layer, known.bias)} if each.bias else {})
@@ -184,7 +172,7 @@ def _is_known(layer: Any) -> bool:
     return type(layer) is keras.layers.Dense or (type(layer) in _LAYERS and bool(layer.scale))
 
 
-def _convolution(run: Pass, each: KerasLayer, layer: Any, inputs: Array) -> Array:
+def _convolution(run: Pass, each: OwnLayer, layer: Any, inputs: Array) -> Array:
     kernel = tf.transpose(run.weights[f"{each.name}.weight"], (2, 3, 1, 0))
     padding = layer.padding.upper()
     output = tf.nn.conv2d(inputs, kernel, layer.strides, padding, dilations=layer.dilation_rate)
@@ -199,12 +187,12 @@ def _convolution(run: Pass, each: KerasLayer, layer: Any, inputs: Array) -> Arra
     return run.tapped(each, patches, output)
 
 
-def _layer_norm(run: Pass, each: KerasLayer, layer: Any, inputs: Array) -> Array:
+def _layer_norm(run: Pass, each: OwnLayer, layer: Any, inputs: Array) -> Array:
     mean, variance = tf.nn.moments(inputs, [-1], keepdims=True)
     return _scaled(run, each, (inputs - mean) * tf.math.rsqrt(variance + layer.epsilon))
 
 
-def _scaled(run: Pass, each: KerasLayer, normalised: Array) -> Array:
+def _scaled(run: Pass, each: OwnLayer, normalised: Array) -> Array:
     return run.tapped(each, lambda: normalised, normalised * run.weights[f"{each.name}.weight"])
 
 

@@ -8,27 +8,16 @@ import pytest
 from flax import linen as nn
 from jax import numpy as jnp
 
-from adapters.architectures import (
-    Architecture,
-    BatchNorm,
-    Convolution,
-    Dropout,
-    Flatten,
-    Linear,
-    MaxPool,
-    ReLU,
-    Residual,
-)
 from adapters.jax.flax_module import FlaxBackbone
 from adapters.jax.layers import Pass
 from adapters.jax.learner import JaxLearner
 from became_core import BecameError
-from became_core.continual import Annealed, MethodSettings, Training, build_method, learn
-from became_core.continual.measurement import Measurement
-from tests.streams import prototype_stream
-
-STREAM = prototype_stream(tasks=2, channels=2, side=8)
-TRAINING = Training(Annealed(lr=0.1, epochs=2), Annealed(lr=0.1, epochs=1), batch_size=10)
+from became_core.continual import Learner, TaskStream
+from tests.own_models import (
+    IMAGE,
+    check_it_has_the_taps_of_its_description,
+    check_it_learns_as_its_description,
+)
 
 
 class Network(nn.Module):  # type: ignore[misc] # flax is taken as untyped
@@ -45,35 +34,16 @@ class Network(nn.Module):  # type: ignore[misc] # flax is taken as untyped
         return nn.relu(nn.Dense(7, name="fc1")(x))
 
 
-DESCRIPTION = Architecture(
-    (
-        *(Convolution("conv1", 4, 3, padding=1, bias=True), BatchNorm("bn1"), ReLU(), Dropout(0.25)),
-        *(Residual((Convolution("conv2", 4, 3, padding=1),)), MaxPool(2)),
-        *(Convolution("conv3", 6, 2, stride=2, bias=True), Flatten(), Linear("fc1", 7, bias=True), ReLU()),
-    ),
-    (2, 8, 8),
-)
+def make(backbone: Any, stream: TaskStream, seed: int) -> Learner:
+    return JaxLearner(backbone, stream, seed=seed)
 
 
-def test_a_module_learns_as_its_description_does() -> None:
-    backbone = FlaxBackbone.of(Network(), (2, 8, 8))
-    assert dict(backbone.parameters) == dict(DESCRIPTION.parameters)
-    assert backbone.masks == DESCRIPTION.masks
-    ours, theirs = (JaxLearner(each, STREAM, seed=3) for each in (backbone, DESCRIPTION))
-    method = build_method("became", MethodSettings(threshold=0.9))
-    records = [learn(learner, STREAM, method, TRAINING, seed=5) for learner in (ours, theirs)]
-    np.testing.assert_array_equal(records[0].accuracy, records[1].accuracy)
-    for name, value in theirs.parameters().items():
-        np.testing.assert_allclose(ours.parameters()[name], value, rtol=2e-4, atol=2e-5, err_msg=name)
+def test_it_learns_as_its_description_does() -> None:
+    check_it_learns_as_its_description(make, FlaxBackbone.of(Network(), IMAGE))
 
 
 def test_its_taps_are_those_of_the_description() -> None:
-    learners = [JaxLearner(each, STREAM, seed=3) for each in (FlaxBackbone.of(Network(), (2, 8, 8)), DESCRIPTION)]
-    fishers = [
-        Measurement(learner, STREAM.tasks[0], TRAINING, "true", 0, "merge").diagonal().values for learner in learners
-    ]
-    for name, value in fishers[1].items():
-        np.testing.assert_allclose(fishers[0][name], value, rtol=1e-3, atol=1e-6, err_msg=name)
+    check_it_has_the_taps_of_its_description(make, FlaxBackbone.of(Network(), IMAGE))
 
 
 def test_weights_go_there_and_back() -> None:

@@ -1,38 +1,21 @@
 """A user's Keras model learns as a description does, and gives the same taps."""
 
+from typing import Any
+
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
 
-from adapters.architectures import (
-    Architecture,
-    BatchNorm,
-    Convolution,
-    Dropout,
-    Flatten,
-    Linear,
-    MaxPool,
-    ReLU,
-    Residual,
-)
 from adapters.tensorflow.keras_model import KerasBackbone
 from adapters.tensorflow.layers import Pass
 from adapters.tensorflow.learner import TensorFlowLearner
 from became_core import BecameError
-from became_core.continual import Annealed, MethodSettings, Training, build_method, learn
-from became_core.continual.measurement import Measurement
-from tests.streams import prototype_stream
-
-STREAM = prototype_stream(tasks=2, channels=2, side=8)
-TRAINING = Training(Annealed(lr=0.1, epochs=2), Annealed(lr=0.1, epochs=1), batch_size=10)
-DESCRIPTION = Architecture(
-    (
-        *(Convolution("conv1", 4, 3, padding=1, bias=True), BatchNorm("bn1"), ReLU(), Dropout(0.25)),
-        *(Residual((Convolution("conv2", 4, 3, padding=1),)), MaxPool(2)),
-        *(Convolution("conv3", 6, 2, stride=2, bias=True), Flatten(), Linear("fc1", 7, bias=True), ReLU()),
-    ),
-    (2, 8, 8),
+from became_core.continual import Learner, TaskStream
+from tests.own_models import (
+    IMAGE,
+    check_it_has_the_taps_of_its_description,
+    check_it_learns_as_its_description,
 )
 
 
@@ -49,26 +32,16 @@ def network() -> keras.Model:
     return keras.Model(images, layers.Dense(7, activation="relu", name="fc1")(x))
 
 
-def test_a_model_learns_as_its_description_does() -> None:
-    backbone = KerasBackbone.of(network(), (2, 8, 8))
-    assert dict(backbone.parameters) == dict(DESCRIPTION.parameters)
-    assert backbone.masks == DESCRIPTION.masks
-    ours, theirs = (TensorFlowLearner(each, STREAM, seed=3) for each in (backbone, DESCRIPTION))
-    method = build_method("became", MethodSettings(threshold=0.9))
-    records = [learn(learner, STREAM, method, TRAINING, seed=5) for learner in (ours, theirs)]
-    np.testing.assert_array_equal(records[0].accuracy, records[1].accuracy)
-    for name, value in theirs.parameters().items():
-        np.testing.assert_allclose(ours.parameters()[name], value, rtol=2e-4, atol=2e-5, err_msg=name)
+def make(backbone: Any, stream: TaskStream, seed: int) -> Learner:
+    return TensorFlowLearner(backbone, stream, seed=seed)
+
+
+def test_it_learns_as_its_description_does() -> None:
+    check_it_learns_as_its_description(make, KerasBackbone.of(network(), IMAGE))
 
 
 def test_its_taps_are_those_of_the_description() -> None:
-    backbones = KerasBackbone.of(network(), (2, 8, 8)), DESCRIPTION
-    learners = [TensorFlowLearner(each, STREAM, seed=3) for each in backbones]
-    fishers = [
-        Measurement(learner, STREAM.tasks[0], TRAINING, "true", 0, "merge").diagonal().values for learner in learners
-    ]
-    for name, value in fishers[1].items():
-        np.testing.assert_allclose(fishers[0][name], value, rtol=1e-3, atol=1e-6, err_msg=name)
+    check_it_has_the_taps_of_its_description(make, KerasBackbone.of(network(), IMAGE))
 
 
 def test_the_model_is_as_it_was_and_takes_weights_back() -> None:
