@@ -3,11 +3,10 @@
 from collections.abc import Callable
 
 import pytest
+import tensorflow as tf
 
-tf = pytest.importorskip("tensorflow")
-
-from adapters.tensorflow.learner import TensorFlowLearner  # noqa: E402
-from tests.conformance import BACKBONES, CHECKS, Make  # noqa: E402
+from adapters.tensorflow.learner import TensorFlowLearner
+from tests.conformance import BACKBONES, CHECKS, Make
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)

@@ -4,10 +4,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tensorflow as tf
 
-tf = pytest.importorskip("tensorflow")
-
-from adapters.architectures import (  # noqa: E402
+from adapters.architectures import (
     Architecture,
     AveragePool,
     Convolution,
@@ -16,10 +15,10 @@ from adapters.architectures import (  # noqa: E402
     Linear,
     MaxPool,
 )
-from adapters.tensorflow.layers import Pass  # noqa: E402
-from adapters.tensorflow.learner import TensorFlowLearner  # noqa: E402
-from became_core import BecameError  # noqa: E402
-from tests.streams import prototype_stream  # noqa: E402
+from adapters.tensorflow.layers import Pass
+from adapters.tensorflow.learner import TensorFlowLearner
+from became_core import BecameError
+from tests.streams import prototype_stream
 
 
 @pytest.mark.parametrize("side", [7, 8])

@@ -4,20 +4,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tensorflow as tf
 
-tf = pytest.importorskip("tensorflow")
-
-from adapters.architectures import (  # noqa: E402
+from adapters.architectures import (
     Architecture,
     Flatten,
     Linear,
     ReLU,
     initial_value,
 )
-from adapters.tensorflow.learner import TensorFlowLearner  # noqa: E402
-from adapters.tensorflow.run import build_learner  # noqa: E402
-from became_core import BecameError  # noqa: E402
-from became_core.continual import (  # noqa: E402
+from adapters.tensorflow.learner import TensorFlowLearner
+from adapters.tensorflow.run import build_learner
+from became_core import BecameError
+from became_core.continual import (
     METHODS,
     Adam,
     Annealed,
@@ -28,10 +27,10 @@ from became_core.continual import (  # noqa: E402
     build_method,
     learn,
 )
-from became_core.continual.measurement import Measurement  # noqa: E402
-from became_core.curvature import FisherKind  # noqa: E402
-from reference.learner import ReferenceLearner  # noqa: E402
-from tests.streams import prototype_stream  # noqa: E402
+from became_core.continual.measurement import Measurement
+from became_core.curvature import FisherKind
+from reference.learner import ReferenceLearner
+from tests.streams import prototype_stream
 
 TRAINING = Training(Annealed(lr=0.05, epochs=8), Annealed(lr=0.05, epochs=4), batch_size=16, projector_samples=20)
 SHORT = Training(Annealed(lr=0.01, epochs=1), Annealed(lr=0.01, epochs=1), batch_size=16, projector_samples=20)
