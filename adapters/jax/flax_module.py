@@ -22,7 +22,7 @@ from jax import numpy as jnp
 
 from adapters.architectures import BatchNorm, Dropout, Linear, Mask, Parameter
 from adapters.architectures.own import CANONICAL_AXES, OwnLayer
-from adapters.jax.layers import Pass
+from adapters.jax.layers import Pass, convolved
 from became_core import BecameError
 from became_core.arrays import Array, Params
 
@@ -156,19 +156,15 @@ def _convolution(run: Pass, layer: OwnLayer, module: Any, inputs: Array) -> Arra
     window: dict[str, Any] = {
         "window_strides": _pair(module.strides),
         "padding": _padding(module),
+        "lhs_dilation": _pair(module.input_dilation),
         "rhs_dilation": _pair(module.kernel_dilation),
-        "dimension_numbers": ("NHWC", "OIHW", "NHWC"),
     }
-    output = lax.conv_general_dilated(
-        inputs, run.weights[f"{layer.name}.weight"], lhs_dilation=_pair(module.input_dilation), **window
-    )
 
-    def patches() -> Array:
-        return lax.conv_general_dilated_patches(
-            inputs, module.kernel_size, lhs_dilation=_pair(module.input_dilation), **window
-        )
+    def patches(places: tuple[int, int]) -> Array:  # noqa: ARG001 - JAX finds them out
+        numbers = ("NHWC", "OIHW", "NHWC")
+        return lax.conv_general_dilated_patches(inputs, module.kernel_size, dimension_numbers=numbers, **window)
 
-    return run.tapped(layer, patches, output)
+    return convolved(run, layer, inputs, patches, **window)
 
 
 def _padding(module: Any) -> Any:

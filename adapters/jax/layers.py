@@ -3,7 +3,8 @@
 Convention: within a network images are [N, H, W, C]; weights are canonical, [out, in] and OIHW.
 """
 
-from typing import ClassVar
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import jax
 from jax import lax
@@ -20,10 +21,11 @@ from adapters.architectures import (
     MaxPool,
     ReLU,
     Tanh,
+    Tapped,
 )
 from became_core.arrays import Array
 
-__all__ = ["Pass"]
+__all__ = ["Pass", "convolved"]
 
 
 def _linear(run: "Pass", layer: Linear, inputs: Array) -> Array:
@@ -32,15 +34,31 @@ def _linear(run: "Pass", layer: Linear, inputs: Array) -> Array:
 
 
 def _convolution(run: "Pass", layer: Convolution, inputs: Array) -> Array:
-    a, weight = run.lowered(inputs, run.weights[f"{layer.name}.weight"])
-    output = lax.conv_general_dilated(
-        a,
-        weight,
+    return convolved(
+        run,
+        layer,
+        inputs,
+        lambda places: _patches(layer, inputs, places),
         window_strides=(layer.stride, layer.stride),
         padding=[(layer.padding, layer.padding)] * 2,
-        dimension_numbers=("NHWC", "OIHW", "NHWC"),
     )
-    return run.tapped(layer, lambda: _patches(layer, inputs, output.shape[1:3]), output.astype(inputs.dtype))
+
+
+def convolved(
+    run: "Pass", layer: Tapped, inputs: Array, patches: Callable[[tuple[int, int]], Array], **window: Any
+) -> Array:
+    """Return the output of a convolution of images, recorded with its patches.
+
+    Args:
+        run: has the layer's weight.
+        layer: what its tap tells of it.
+        inputs: [N, H, W, C].
+        patches: (how many windows there are along height and width) -> what they see, [N, H', W', d_in].
+        window: how they lie, as ``lax.conv_general_dilated`` calls it.
+    """
+    a, weight = run.lowered(inputs, run.weights[f"{layer.name}.weight"])
+    output = lax.conv_general_dilated(a, weight, dimension_numbers=("NHWC", "OIHW", "NHWC"), **window)
+    return run.tapped(layer, lambda: patches(output.shape[1:3]), output.astype(inputs.dtype))
 
 
 def _patches(layer: Convolution, inputs: Array, places: tuple[int, int]) -> Array:

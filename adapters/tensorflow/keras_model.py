@@ -20,7 +20,7 @@ import tensorflow as tf
 
 from adapters.architectures import BatchNorm, Dropout, Linear, Mask, Parameter
 from adapters.architectures.own import CANONICAL_AXES, OwnLayer
-from adapters.tensorflow.layers import Pass
+from adapters.tensorflow.layers import Pass, convolved
 from became_core import BecameError
 from became_core.arrays import Array, Params
 
@@ -173,18 +173,15 @@ def _is_known(layer: Any) -> bool:
 
 
 def _convolution(run: Pass, each: OwnLayer, layer: Any, inputs: Array) -> Array:
-    kernel = tf.transpose(run.weights[f"{each.name}.weight"], (2, 3, 1, 0))
-    padding = layer.padding.upper()
-    output = tf.nn.conv2d(inputs, kernel, layer.strides, padding, dilations=layer.dilation_rate)
-
-    def patches() -> Array:
-        sizes, strides, rates = ((1, *pair, 1) for pair in (layer.kernel_size, layer.strides, layer.dilation_rate))
-        found = tf.image.extract_patches(inputs, sizes, strides, rates, padding)
-        places, channels = prod(layer.kernel_size), inputs.shape[-1]
-        apart = tf.reshape(found, (-1, prod(found.shape[1:3]), places, channels))
-        return tf.reshape(tf.transpose(apart, (0, 1, 3, 2)), (-1, prod(found.shape[1:3]), channels * places))
-
-    return run.tapped(each, patches, output)
+    return convolved(
+        run,
+        each,
+        inputs,
+        kernel=layer.kernel_size,
+        strides=layer.strides,
+        padding=layer.padding.upper(),
+        rates=layer.dilation_rate,
+    )
 
 
 def _layer_norm(run: Pass, each: OwnLayer, layer: Any, inputs: Array) -> Array:

@@ -20,10 +20,11 @@ from adapters.architectures import (
     MaxPool,
     ReLU,
     Tanh,
+    Tapped,
 )
 from became_core.arrays import Array
 
-__all__ = ["Pass", "with_positions"]
+__all__ = ["Pass", "convolved", "with_positions"]
 
 
 def with_positions(array: Array) -> Array:
@@ -37,25 +38,49 @@ def _linear(run: "Pass", layer: Linear, inputs: Array) -> Array:
 
 
 def _convolution(run: "Pass", layer: Convolution, inputs: Array) -> Array:
-    kernel = tf.transpose(run.weights[f"{layer.name}.weight"], (2, 3, 1, 0))
-    padded = _padded(layer, inputs)
-    output = tf.nn.conv2d(*run.lowered(padded, kernel), layer.stride, "VALID")
-    return run.tapped(layer, lambda: _patches(layer, padded), tf.cast(output, inputs.dtype))
+    padded, pair = _padded(layer, inputs), (layer.stride, layer.stride)
+    return convolved(run, layer, padded, kernel=(layer.kernel, layer.kernel), strides=pair)
+
+
+def convolved(
+    run: "Pass",
+    layer: Tapped,
+    inputs: Array,
+    *,
+    kernel: tuple[int, int],
+    strides: tuple[int, int],
+    padding: str = "VALID",
+    rates: tuple[int, int] = (1, 1),
+) -> Array:
+    """Return the output of a convolution of images, recorded with its patches.
+
+    Args:
+        run: has the layer's weight.
+        layer: what its tap tells of it.
+        inputs: [N, H, W, C].
+        kernel: height and width of the windows.
+        strides: how far they are apart.
+        padding: as TensorFlow calls it.
+        rates: how far a window's pixels are apart.
+    """
+    weight = tf.transpose(run.weights[f"{layer.name}.weight"], (2, 3, 1, 0))
+    output = tf.nn.conv2d(*run.lowered(inputs, weight), strides, padding, dilations=rates)
+
+    def patches() -> Array:
+        """What each output position sees, [N, positions, channels x kernel], as the weight is flattened."""
+        window = ((1, *pair, 1) for pair in (kernel, strides, rates))
+        found = tf.image.extract_patches(inputs, *window, padding)
+        positions, channels, places = prod(found.shape[1:3]), inputs.shape[-1], prod(kernel)
+        apart = tf.reshape(found, (-1, positions, places, channels))
+        return tf.reshape(tf.transpose(apart, (0, 1, 3, 2)), (-1, positions, channels * places))
+
+    return run.tapped(layer, patches, tf.cast(output, inputs.dtype))
 
 
 def _padded(layer: Convolution, inputs: Array) -> Array:
     """Return images as a convolution sees them."""
     around = (layer.padding, layer.padding)
     return tf.pad(inputs, ((0, 0), around, around, (0, 0))) if layer.padding else inputs
-
-
-def _patches(layer: Convolution, padded: Array) -> Array:
-    """Return what each output position sees, [N, positions, channels x kernel x kernel], as the weight is flattened."""
-    sizes, strides = (1, layer.kernel, layer.kernel, 1), (1, layer.stride, layer.stride, 1)
-    patches = tf.image.extract_patches(padded, sizes, strides, (1, 1, 1, 1), "VALID")
-    positions, channels, places = patches.shape[1] * patches.shape[2], padded.shape[-1], layer.kernel**2
-    apart = tf.reshape(patches, (-1, positions, places, channels))
-    return tf.reshape(tf.transpose(apart, (0, 1, 3, 2)), (-1, positions, channels * places))
 
 
 def _batch_norm(run: "Pass", layer: BatchNorm, inputs: Array) -> Array:

@@ -2,13 +2,13 @@
 
 from dataclasses import replace
 
-from became_core.continual.learner import Constraint, Learner, Penalty
+from became_core.continual.learner import Constraint, Learner, Penalty, heads_of
 from became_core.continual.methods import Method
 from became_core.continual.state import Memory
 from became_core.continual.stream import Task
 from became_core.projection import HAT, TRGP
 
-__all__ = ["free_constraint", "heads_of", "stable_constraint"]
+__all__ = ["free_constraint", "stable_constraint"]
 
 
 def free_constraint(learner: Learner, task: Task, method: Method) -> Constraint:
@@ -32,8 +32,3 @@ def stable_constraint(learner: Learner, task: Task, method: Method, memory: Memo
         # What it cannot protect (biases, normalisation) is frozen once the first task has set it.
         constraint = replace(constraint, trainable=learner.projectable | learner.heads[task.index])
     return replace(constraint, projector=projector, trains_scales=isinstance(projector, HAT | TRGP))
-
-
-def heads_of(learner: Learner) -> frozenset[str]:
-    """Return the names of all heads' parameters."""
-    return frozenset[str]().union(*learner.heads)

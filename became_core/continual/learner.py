@@ -20,7 +20,7 @@ from became_core.curvature import Pushforward, TapMode, Taps
 from became_core.laplace import LaplacePosterior
 from became_core.projection import Projector, Region
 
-__all__ = ["Batch", "Constraint", "Learner", "Penalty", "TapMode", "Trained"]
+__all__ = ["Batch", "Constraint", "Learner", "Penalty", "TapMode", "Trained", "heads_of"]
 
 
 class Batch(NamedTuple):
@@ -189,3 +189,8 @@ class Learner(Protocol):
 
         Without dropout; batch statistics are part of the function that is differentiated, as they are in evaluation.
         """
+
+
+def heads_of(learner: Learner) -> frozenset[str]:
+    """Return the names of all heads' parameters."""
+    return frozenset[str]().union(*learner.heads)

@@ -13,10 +13,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from became_core.arrays import Params, named_leaves
-from became_core.continual.constraints import free_constraint, heads_of, stable_constraint
+from became_core.continual.constraints import free_constraint, stable_constraint
 from became_core.continual.estimates import Approximations
 from became_core.continual.evaluation import accuracies
-from became_core.continual.learner import Constraint, Learner
+from became_core.continual.learner import Constraint, Learner, heads_of
 from became_core.continual.looking import look_along
 from became_core.continual.measurement import Measurement
 from became_core.continual.methods import Method

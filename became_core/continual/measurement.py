@@ -13,7 +13,7 @@ import numpy as np
 
 from became_core.arrays import Array, Params, namespace
 from became_core.continual.evaluation import mean_loss
-from became_core.continual.learner import Learner
+from became_core.continual.learner import Learner, heads_of
 from became_core.continual.regions import beneath, reparametrised
 from became_core.continual.seeding import random_stream
 from became_core.continual.stream import Indices, Task
@@ -104,7 +104,7 @@ class Measurement:
         Yields:
             For each shared parameter, that is one of no task's head, an array [samples, *the parameter's shape].
         """
-        rows, heads = self._sample("logit-gradients", count), frozenset[str]().union(*self.learner.heads)
+        rows, heads = self._sample("logit-gradients", count), heads_of(self.learner)
         shared = {name: value for name, value in self.learner.parameters().items() if name not in heads}
         stream = random_stream(self.seed, "logit-gradient-taps", self.task.index)
         size = self.training.batch_size
