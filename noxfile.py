@@ -10,7 +10,10 @@ FRAMEWORKS = ("torch", "jax", "tensorflow")
 
 nox.needs_version = ">=2025.2.9"
 nox.options.default_venv_backend = "virtualenv"
-nox.options.sessions = ["lint", "types", "tests-core", "tests-torch", "tests-jax", "tests-tensorflow", "agreement"]
+nox.options.sessions = [
+    *("lint", "types", "docs"),
+    *("tests-core", "tests-torch", "tests-jax", "tests-tensorflow", "agreement"),
+]
 
 
 def install(session: nox.Session, group: str, *requirements: str) -> None:
@@ -36,6 +39,13 @@ def types(session: nox.Session) -> None:
     """Strict types, with the frameworks' own."""
     install(session, "types", "-e", ".[torch,report]")
     session.run("mypy")
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """The documentation site, built into ``site/``; a warning is an error, and so is what needs a network to be read."""
+    install(session, "docs")
+    session.run("mkdocs", "build", "--strict", "--quiet", *session.posargs)
 
 
 @nox.session(name="tests-core")
