@@ -61,6 +61,7 @@ from became_core.projection import GPM, TRGP
 from reference.formulas import cross_entropy, softmax
 from reference.learner import cropped
 from tests.backends import to_numpy
+from tests.listening import Listening
 from tests.projections import Finished
 from tests.streams import prototype_stream
 
@@ -622,7 +623,7 @@ def check_masks_keep_what_an_old_task_says_to_the_bit(make: Make) -> None:
     for name in (*masks, "finetune"):
         learner = make(STREAM, 0)
         said, observe = listened(learner, STREAM)
-        learn(learner, STREAM, build_method(name, MethodSettings()), training, observe=observe)
+        learn(learner, STREAM, build_method(name, MethodSettings()), training, callbacks=[Listening(observe)])
         kept[name] = any(np.array_equal(said[0][0][-1], now) for now in said[1][0])
     assert kept == dict.fromkeys(masks, True) | {"finetune": False}
 

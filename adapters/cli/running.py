@@ -1,5 +1,7 @@
 """One run in its folder: begun or gone on with, saved after every epoch, stopped by a signal only once it is saved."""
 
+from dataclasses import dataclass, replace
+
 from rich.console import Console
 
 from adapters.cli.backend import Backend
@@ -7,9 +9,9 @@ from adapters.cli.interruption import Interruption
 from adapters.cli.options import Configuration
 from adapters.cli.progress import RunProgress
 from adapters.runs import RunDirectory, RunResult
-from adapters.runs.provenance import versions
+from adapters.runs.events import place
 from became_core import BecameError
-from became_core.continual import EpochEnd, RunState, TaskEnd, TaskStream, learn
+from became_core.continual import Callback, RunState, TaskStream, learn
 
 __all__ = ["run_to_its_end"]
 
@@ -55,30 +57,14 @@ def run_to_its_end(
 
         state = checkpoints.load(learner, say)
         run.write_config(backends, benchmark, config, stream)
-        if state is None:
-            run.events.add("begin", versions=versions())
-        else:
-            say(f"goes on after {_place(state, stream)}")
-            run.events.add("resume", after=_place(state, stream), backend=backend.name, versions=versions())
-        stages = method.stages
+        events = replace(run.events, backend=backend.name)
         with (
             Interruption() as interruption,
-            RunProgress(console, run.name, len(stream.tasks), stages) as progress,
+            RunProgress(console, run.name, len(stream.tasks), method.stages) as progress,
         ):
-
-            def observe(event: EpochEnd | TaskEnd) -> None:
-                progress(event)
-                run.events.observe(event)
-
-            def keep(state: RunState) -> None:
-                checkpoints.save(state)
-                if state.task < len(stream.tasks):
-                    interruption.check(f"{run.name} is saved after {_place(state, stream)}")
-
+            callbacks = progress, events, checkpoints, _Stopping(interruption, run.name)
             try:
-                record = learn(
-                    learner, stream, method, training, seed=run.seed, observe=observe, state=state, keep=keep
-                )
+                record = learn(learner, stream, method, training, seed=run.seed, callbacks=callbacks, state=state)
             except BecameError as error:
                 last = checkpoints.last
                 if last is None:
@@ -88,14 +74,18 @@ def run_to_its_end(
                 record, backend=backends, benchmark=benchmark, method=run.method, seed=run.seed, config=config
             )
             run.save(result)
-            run.events.add("end")
             interruption.check(f"{run.name} is finished")
         return result
 
 
-def _place(state: RunState, stream: TaskStream) -> str:
-    """Where a run is, in words."""
-    total = len(stream.tasks)
-    if state.stage is None:
-        return f"task {state.task}/{total}"
-    return f"task {state.task + 1}/{total}, stage {state.stage.number}, epoch {state.stage.schedule.epoch}"
+@dataclass(frozen=True)
+class _Stopping(Callback):
+    """Ends a run between two epochs if there was a signal."""
+
+    interruption: Interruption
+    name: str
+
+    def on_state(self, state: RunState) -> None:
+        """Stop, unless the run is over anyway."""
+        if state.task < len(state.record.accuracy):
+            self.interruption.check(f"{self.name} is saved after {place(state)}")

@@ -1,6 +1,7 @@
 """Continual learning: task streams, the learner protocol, methods, and the loop that runs them."""
 
 from became_core.continual.augmentation import Augmentation, Views
+from became_core.continual.callbacks import Callback
 from became_core.continual.estimates import Along, alpha_estimates
 from became_core.continual.learner import Batch, Constraint, Learner, Penalty, TapMode, Trained
 from became_core.continual.loop import learn
@@ -23,6 +24,7 @@ __all__ = [
     "Augmentation",
     "Batch",
     "Best",
+    "Callback",
     "ClassOrder",
     "Constraint",
     "Dataset",

@@ -3,16 +3,17 @@
 The loop knows only the learner protocol. The first task has nothing to protect, so stage 2 would continue stage 1 as
 it was: it is trained once, without constraint, for both stages' epochs.
 
-Convention: a run is a ``RunState`` that advances; it is given away after every epoch and every task, and goes on from
-any such state exactly as it would have without the interruption.
+Convention: a run is a ``RunState`` that advances; callbacks are given it after every epoch and every task, and it goes
+on from any such state exactly as it would have without the interruption.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from became_core.arrays import Params, named_leaves
+from became_core.continual.callbacks import Callback, Together
 from became_core.continual.constraints import free_constraint, stable_constraint
 from became_core.continual.estimates import Approximations
 from became_core.continual.evaluation import accuracies
@@ -41,9 +42,8 @@ def learn(
     training: Training,
     *,
     seed: int = 0,
-    observe: Callable[[EpochEnd | TaskEnd], None] = lambda event: None,
+    callbacks: Sequence[Callback] = (),
     state: RunState | None = None,
-    keep: Callable[[RunState], None] = lambda state: None,
 ) -> RunRecord:
     """Learn a stream of tasks with a method and return the record; the learner is left with the final weights.
 
@@ -53,9 +53,8 @@ def learn(
         method: what is done with each.
         training: schedules and sizes.
         seed: names every random draw, with task, stage and epoch.
-        observe: called at the end of every epoch and of every task.
-        state: where to go on, as ``keep`` was given it in a run of the same arguments; from the beginning if None.
-        keep: called with the state after every epoch and every task, after ``observe``. What it raises ends the run.
+        callbacks: what looks on, each told in this order; what one raises ends the run.
+        state: where to go on, as ``on_state`` was given it in a run of the same arguments; from the beginning if None.
 
     Raises:
         BecameError: if training diverges.
@@ -64,9 +63,11 @@ def learn(
         state = RunState.begun(learner, stream, method)
     else:
         learner.assign(state.theta)
-    run = _Run(learner, stream, method, training, seed, observe, keep, Stopwatch(state.record.seconds))
+    run = _Run(learner, stream, method, training, seed, Together(callbacks), Stopwatch(state.record.seconds))
+    run.callbacks.on_run_begin(state)
     while state.task < len(stream.tasks):
         state = run.learn_task(state)
+    run.callbacks.on_run_end(state.record)
     return state.record
 
 
@@ -79,8 +80,7 @@ class _Run:
     method: Method
     training: Training
     seed: int
-    observe: Callable[[EpochEnd | TaskEnd], None]
-    keep: Callable[[RunState], None]
+    callbacks: Callback
     stopwatch: Stopwatch
 
     def learn_task(self, state: RunState) -> RunState:
@@ -151,7 +151,7 @@ class _Run:
             stage = begin_stage(self.learner, task, number, schedule, optimiser, constraint, before=before)
 
         def each(stage: Stage, event: EpochEnd) -> None:
-            self.observe(event)
+            self.callbacks.on_epoch_end(event)
             self.kept(replace(state, stage=stage))
 
         stage = train_stage(
@@ -175,7 +175,7 @@ class _Run:
         """Return a state with the learner's weights and the seconds so far, after giving it away."""
         record = replace(state.record, seconds=self.stopwatch.read())
         state = replace(state, theta=self.learner.parameters(), record=record)
-        self.keep(state)
+        self.callbacks.on_state(state)
         return state
 
     def region(self, task: Task, memory: Memory) -> Region:
@@ -280,7 +280,7 @@ class _Run:
             end = TaskEnd(task.index, alpha, *self.accuracies(task, memory), filled)
         ranks = {} if memory.projector is None else dict(memory.projector.rank)
         record = state.record.with_task(end, epochs=state.stage.epochs, ranks=ranks, memory=memory.size, path=path)
-        self.observe(end)
+        self.callbacks.on_task_end(end)
         return self.kept(RunState(state.theta, memory, record, task.index + 1))
 
     @property

@@ -43,6 +43,7 @@ from became_core.continual import (
 from reference.learner import ReferenceLearner
 from tests.agreement.frameworks import FRAMEWORKS
 from tests.backends import to_numpy
+from tests.listening import Listening
 
 TRAINING = Training(Annealed(lr=0.1, epochs=3), Annealed(lr=0.1, epochs=2), batch_size=25, curvature_samples=100)
 METHODS = ("became", "became-paper", "became+sgp", "trgp", "ewc")
@@ -82,7 +83,9 @@ def run(learner: Learner, tasks: TaskStream, method: str, training: Training = T
         if isinstance(event, EpochEnd):
             losses.append(event.loss)
 
-    record = learn(learner, tasks, build_method(method, MethodSettings(threshold=0.9)), training, observe=observe)
+    record = learn(
+        learner, tasks, build_method(method, MethodSettings(threshold=0.9)), training, callbacks=[Listening(observe)]
+    )
     return record, losses, {name: np.array(to_numpy(value)) for name, value in learner.parameters().items()}
 
 

@@ -21,7 +21,7 @@ from adapters.runs import Checkpoints, RunDirectory
 from adapters.runs.events import EventLog
 from adapters.torch.learner import TorchLearner
 from adapters.torch.run import BACKEND
-from became_core.continual import EpochEnd, RunState, TaskEnd, Trained
+from became_core.continual import EpochEnd, RunState, Trained
 
 KILLS = int(os.environ.get("BECAME_KILLS", "5"))
 RUN = ["--methods", "became", "--epochs", "2", "--stage2-epochs", "1", "--batch-size", "25", "--first", "3"]
@@ -134,14 +134,14 @@ def test_a_signal_is_answered_once_the_epoch_is_saved(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    observe, usual = EventLog.observe, signal.getsignal(number)
+    tell, usual = EventLog.on_epoch_end, signal.getsignal(number)
 
-    def send(self: EventLog, event: EpochEnd | TaskEnd) -> None:
-        observe(self, event)
-        if isinstance(event, EpochEnd) and (event.task, event.stage) == (1, 2):
+    def send(self: EventLog, event: EpochEnd) -> None:
+        tell(self, event)
+        if (event.task, event.stage) == (1, 2):
             signal.raise_signal(number)
 
-    monkeypatch.setattr(EventLog, "observe", send)
+    monkeypatch.setattr(EventLog, "on_epoch_end", send)
     assert main(BACKEND, command(tmp_path)) == status
     said = capfd.readouterr().err
     where = "became-seed0 is saved after task 2/3, stage 2, epoch 1"

@@ -12,6 +12,7 @@ from became_core import BecameError
 from became_core.continual import Annealed, MethodSettings, Training, build_method, learn
 from became_core.continual.rows import layers_in_a_row
 from tests.conformance import listened
+from tests.listening import Listening
 from tests.streams import prototype_stream
 
 STREAM = prototype_stream(tasks=3, classes_per_task=2, channels=3, side=8)
@@ -48,7 +49,7 @@ def test_an_old_tasks_logits_keep_their_bits(name: str) -> None:
     learner = learner_of(network())
     said, observe = listened(learner, STREAM)
     settings = MethodSettings(hat_sharpness=50.0, hat_sparsity=0.1)
-    record = learn(learner, STREAM, build_method(name, settings), TRAINING, observe=observe)
+    record = learn(learner, STREAM, build_method(name, settings), TRAINING, callbacks=[Listening(observe)])
     for task in range(2):
         for later in range(task + 1, 3):
             assert any(np.array_equal(said[task][task][-1], now) for now in said[later][task])
