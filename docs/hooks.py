@@ -4,6 +4,7 @@ Convention: formulas are LaTeX between dollars; a page has them as MathML, which
 """
 
 import re
+from collections.abc import Callable
 from html import unescape
 from pathlib import Path
 from typing import Any
@@ -22,33 +23,47 @@ ELSEWHERE = {
 }
 # Where their links lead to on the site.
 LINKS = {target: page for page, target in ELSEWHERE.items()} | {"README.md": "index.md"}
+LINK = re.compile(r"\[([^\]]+)\]\(([^)#\s]+)(#[^)]*)?\)")
 FORMULA = re.compile(
     r'<(span|div) class="arithmatex">(?:\\\((?P<inline>.*?)\\\)|\\\[(?P<block>.*?)\\\])</\1>', re.DOTALL
 )
+# How the title of a block of code names the framework that it is for.
+FRAMEWORKS = {"torch": "PyTorch", "jax": "JAX", "tensorflow": "TensorFlow"}
 # What a browser would fetch from elsewhere; links, which a reader follows, are no part of it.
-FETCHED = re.compile(r'<(?!a\b)\w+[^>]*\s(?:src|href|srcset|data|poster)\s*=\s*"?(?:https?:)?//[^>]*>|url\(\s*["\']?(?:https?:)?//')
+FETCHED = re.compile(
+    r'<(?!a\b)\w+[^>]*\s(?:src|href|srcset|data|poster)\s*=\s*"?(?:https?:)?//[^>]*>|(?:url\(|@import)\s*["\']?(?:https?:)?//'
+)
 
 
 def on_files(files: Files, config: Any) -> Files:
     """Add the pages that lie elsewhere."""
     for page, source in ELSEWHERE.items():
         content = (ROOT / source).read_text(encoding="utf-8")
-        files.append(File.generated(config, page, content=re.sub(r"\]\(([^)#]+)", _on_the_site(source), content)))
+        files.append(File.generated(config, page, content=LINK.sub(_on_the_site(source), content)))
     return files
 
 
-def _on_the_site(source: str) -> Any:
-    """How a link of such a page reads on the site; one to a file that is no page of it is named as a file."""
+def _on_the_site(source: str) -> Callable[[re.Match[str]], str]:
+    """How a link of such a page reads on the site: to another page, or, of a file that is none, as its name."""
 
     def link(match: re.Match[str]) -> str:
-        target = match[1]
+        name, target, anchor = match.groups(default="")
         if "://" in target:
             return match[0]
         path = (ROOT / source).parent.joinpath(target).resolve().relative_to(ROOT).as_posix()
-        found = LINKS.get(path, path.removeprefix("docs/"))
-        return f"]({found}"
+        page = LINKS.get(path, path.removeprefix("docs/") if path.startswith("docs/") else None)
+        return f"`{name}`" if page is None else f"[{name}]({page}{anchor})"
 
     return link
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Return a page with a title for each block of code for one framework: ``python torch``, …"""
+    return re.sub(r"^```python (\w+)$", _titled, markdown, flags=re.MULTILINE)
+
+
+def _titled(match: re.Match[str]) -> str:
+    return f'```{{ .python title="{FRAMEWORKS[match[1]]}" }}'
 
 
 def on_page_content(html: str, **_: Any) -> str:
@@ -63,7 +78,8 @@ def _mathml(match: re.Match[str]) -> str:
 
 def on_post_build(config: Any) -> None:
     """Fail if a page would fetch anything from a network."""
-    for file in sorted(Path(config.site_dir).rglob("*.html")):
+    pages = [file for file in sorted(Path(config.site_dir).rglob("*")) if file.suffix in (".html", ".css")]
+    for file in pages:
         found = FETCHED.search(file.read_text(encoding="utf-8"))
         if found:
             raise PluginError(f"{file} fetches from a network: {found[0]}")

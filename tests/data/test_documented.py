@@ -36,8 +36,8 @@ def training_row(benchmark: str, name: str, tasks: int, preset: Preset) -> str:
     optimiser = "SGD" if training.optimiser == SGD() else "Adam"
     stage1, stage2 = shown(training.stage1), shown(training.stage2)
     stage2 = "the same" if stage1 == stage2 else stage2
-    cells = f"{benchmark} | `{name}` | {preset.network}, {optimiser} | {tasks} | {training.batch_size} | {stage1} | {stage2}"
-    return f"| {cells} | {preset.validation:.0%} |"
+    what = f"{benchmark} | `{name}` | {preset.network}, {optimiser} | {tasks}"
+    return f"| {what} | {training.batch_size} | {stage1} | {stage2} | {preset.validation:.0%} |"
 
 
 def thresholds(settings: MethodSettings) -> str:

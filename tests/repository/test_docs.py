@@ -1,6 +1,6 @@
 """What the site's pages name is there: files, options, functions, values, methods.
 
-Convention: a name in code is an option if it begins with ``--``, and a class if it begins with a capital and has a small letter.
+Convention: a name in code is an option if it begins with ``--``, a class if it begins with a capital.
 """
 
 import ast
@@ -144,5 +144,5 @@ def test_every_method_and_projector_is_explained() -> None:
 
 
 def test_every_page_is_in_the_navigation() -> None:
-    listed = set(re.findall(r"- ([\w/]+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE))
+    listed = set(re.findall(r"- (?:Start: )?([\w/]+\.md)$", text(ROOT / "mkdocs.yml"), re.MULTILINE))
     assert listed == {page.relative_to(ROOT / "docs").as_posix() for page in PAGES} | ELSEWHERE
