@@ -31,7 +31,8 @@ FORMULA = re.compile(
 FRAMEWORKS = {"torch": "PyTorch", "jax": "JAX", "tensorflow": "TensorFlow"}
 # What a browser would fetch from elsewhere; links, which a reader follows, are no part of it.
 FETCHED = re.compile(
-    r'<(?!a\b)\w+[^>]*\s(?:src|href|srcset|data|poster)\s*=\s*"?(?:https?:)?//[^>]*>|(?:url\(|@import)\s*["\']?(?:https?:)?//'
+    r'<(?!a\b)\w+[^>]*\s(?:src|href|srcset|data|poster)\s*=\s*"?(?:https?:)?//[^>]*>'
+    r'|(?:url\(|@import)\s*["\']?(?:https?:)?//'
 )
 
 
@@ -58,7 +59,7 @@ def _on_the_site(source: str) -> Callable[[re.Match[str]], str]:
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Return a page with a title for each block of code for one framework: ``python torch``, …"""
+    """Return a page in which a block of code for one framework, ``python torch``, has a title that says so."""
     return re.sub(r"^```python (\w+)$", _titled, markdown, flags=re.MULTILINE)
 
 
