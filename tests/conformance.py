@@ -46,7 +46,7 @@ from became_core.continual import (
     learn,
 )
 from became_core.continual.measurement import Measurement
-from became_core.continual.rows import layers_in_a_row
+from became_core.continual.wiring import find_wiring
 from became_core.curvature import (
     batch_gradient,
     derivatives_along,
@@ -608,10 +608,10 @@ def check_training_sees_images_as_views_show_them(make: Make) -> None:
     np.testing.assert_array_equal(to_numpy(found.logits(rows, 12)), to_numpy(plain.logits(rows, 12)))
 
 
-def in_a_row(learner: Learner) -> bool:
+def can_be_gated(learner: Learner) -> bool:
     """Whether HAT takes the network."""
     try:
-        layers_in_a_row(learner, STREAM.tasks[0])
+        find_wiring(learner, STREAM.tasks[0])
     except BecameError:
         return False
     return True
@@ -619,7 +619,7 @@ def in_a_row(learner: Learner) -> bool:
 
 def check_masks_keep_what_an_old_task_says_to_the_bit(make: Make) -> None:
     training = Training(Annealed(0.05, 2), Annealed(0.05, 1), batch_size=12)
-    kept, masks = {}, ["packnet", *(["hat"] if in_a_row(make(STREAM, 0)) else [])]
+    kept, masks = {}, ["packnet", *(["hat"] if can_be_gated(make(STREAM, 0)) else [])]
     for name in (*masks, "finetune"):
         learner = make(STREAM, 0)
         said, observe = listened(learner, STREAM)
@@ -632,7 +632,7 @@ def check_every_method_runs_and_repeats(make: Make) -> None:
     """The whole loop; some of them twice with one seed: equal records; alpha is a fraction where two were merged."""
     training = Training(Annealed(0.05, 2), Annealed(0.05, 1), batch_size=12, path_alphas=(0.0, 1.0))
     for name in METHODS:
-        if name == "hat" and not in_a_row(make(STREAM, 0)):
+        if name == "hat" and not can_be_gated(make(STREAM, 0)):
             continue
         records = []
         for _ in range(2 if name in ("became", "ewc", "trgp") else 1):

@@ -95,6 +95,7 @@ def advanced(
     # A gradient g^T a is projected for less work by projecting a.
     early = constraint.projector_of_gradients(optimiser)
     by_inputs = frozenset[str]() if early is None else early.rowwise & factors.keys()
+    by_inputs -= frozenset() if region is None else region.weights
     for name, (g, a) in factors.items():
         seen = early.project_rows(name, a) if early is not None and name in by_inputs else a
         gradients = gradients | {name: tf.matmul(g, seen, transpose_a=True)}

@@ -14,15 +14,15 @@ from torch.nn import functional
 
 from adapters.torch.dropout import use_stream
 from adapters.torch.layers import is_matrix
+from adapters.torch.linear import constrained_inputs
 from adapters.torch.networks import MultiHead
-from adapters.torch.projected import projected_inputs
 from adapters.torch.tapping import collect_inputs, collect_taps, layers_with_samples_first
 from became_core import BecameError
 from became_core.arrays import Params
 from became_core.continual import Batch, Constraint, Optimiser, TapMode, TaskStream, Trained, Views
 from became_core.continual.stream import Indices
 from became_core.curvature import Pushforward, Taps, logit_cotangents
-from became_core.projection import Region
+from became_core.projection import Region, TrustRegion
 
 __all__ = ["TorchLearner"]
 
@@ -105,13 +105,19 @@ class TorchLearner:
         self.network.train()
         self._draw_from(stream)
         total = torch.zeros((), device=self.device, dtype=torch.promote_types(self._mean.dtype, torch.float32))
-        region = constraint.region
         theta: Params = {name: parameter.detach() for name, parameter in trained.items()}
-        if region is not None:  # the network's own weights become the effective ones
-            theta |= {name: self._named[name].detach().clone() for name in region.weights}
-            theta |= {key: scale.clone() for key, scale in region.scales.items()}
-            self._work_with(region, theta)
-        with projected_inputs(self._layers, constraint.projector_of_gradients(optimiser)) as done:
+        region = constraint.region
+        if region is not None:
+            trains = constraint.trains_scales
+            scales = {key: scale.clone().requires_grad_(trains) for key, scale in region.scales.items()}
+            region, theta = region.with_scales(scales), theta | scales
+            trained |= scales if trains else {}
+        trusted = region if isinstance(region, TrustRegion) else None
+        with constrained_inputs(self._layers, constraint.projector_of_gradients(optimiser), trusted) as done:
+            shown = region if trusted is None else trusted.without(done.beneath)
+            if shown is not None:  # the network's own weights become the effective ones
+                theta |= {name: self._named[name].detach().clone() for name in shown.weights}
+                self._show(shown, theta)
             for batch, rate in zip(batches, rates, strict=True):
                 images, targets = self._batch(batch.indices, batch.views)
                 with torch.autocast(self.device.type, torch.bfloat16, enabled=self._mixed_precision):
@@ -122,25 +128,24 @@ class TorchLearner:
                 loss.backward()  # type: ignore[no-untyped-call]
                 gradients = {name: parameter.grad for name, parameter in trained.items() if parameter.grad is not None}
                 with torch.no_grad():
-                    directions, optimiser = constraint.directions(gradients, theta, float(rate), optimiser, done)
+                    directions, optimiser = constraint.directions(gradients, theta, float(rate), optimiser, *done)
                     for name, direction in directions.items():
                         theta[name].sub_(direction, alpha=float(rate))
-                if region is not None:
-                    region = self._work_with(region, theta)
+                if shown is not None:
+                    self._show(shown, theta)
                 total += loss.detach() * len(batch.indices)
         samples = sum(len(batch.indices) for batch in batches)
         self.network.requires_grad_(True)
         if region is not None:
             self.assign({name: theta.get(name, parameter) for name, parameter in self._named.items()})
+            region = region.with_scales({key: theta[key].detach() for key in region.scales})
         return Trained(float(total) / samples, optimiser, region)
 
     @torch.no_grad()
-    def _work_with(self, region: Region, theta: Params) -> Region:
-        """Let the network work with the effective weights of a region, whose scales are among theta."""
-        region = region.with_scales({key: theta[key] for key in region.scales})
+    def _show(self, region: Region, theta: Params) -> None:
+        """Let the network work with the effective weights of a region."""
         for name, weight in region.effective({name: theta[name] for name in region.weights}).items():
             self._named[name].copy_(weight)
-        return region
 
     @torch.no_grad()
     def logits(self, indices: Indices, batch_size: int) -> Tensor:

@@ -85,10 +85,10 @@ class Constraint:
     def projector_of_gradients(self, optimiser: Optimiser) -> Projector | None:
         """Return the projector if it may as well project a loss's gradients as they are made: if nothing else moves.
 
-        A penalty, an optimiser that is not linear and a trust region all come between gradient and direction.
+        A penalty and an optimiser that is not linear come between gradient and direction. So does a region, for its own
+        weights, unless their gradients are made by the weights beneath.
         """
-        alone = self.penalty is None and self.region is None and optimiser.is_linear
-        return self.projector if alone else None
+        return self.projector if self.penalty is None and optimiser.is_linear else None
 
     def directions(
         self,
@@ -97,19 +97,24 @@ class Constraint:
         rate: float,
         optimiser: Optimiser,
         projected: frozenset[str] = frozenset(),
+        beneath: frozenset[str] = frozenset(),
     ) -> tuple[Params, Optimiser]:
         """Return what a step of this rate goes along, theta <- theta - rate x direction, and the optimiser after it.
 
         Args:
-            gradients: of the loss, by the name of the parameter that the network works with.
+            gradients: of the loss, by the name of the parameter that the network works with, and by the scales of what
+                is made beneath.
             theta: the parameters beneath, and the region's scales by their keys, if there is one.
             rate: the learning rate of the step.
             optimiser: before the step.
             projected: names of gradients that were made projected.
+            beneath: names of gradients that were made by the region's weights beneath, not by effective ones.
         """
         if self.region is not None:
             region = self.region.with_scales({key: theta[key] for key in self.region.scales})
-            gradients = region.pull_back(gradients, theta)
+            made = beneath | region.scales.keys()
+            effective = {name: value for name, value in gradients.items() if name not in made}
+            gradients = gradients | region.pull_back(effective, theta)
             if not self.trains_scales:
                 gradients = {name: value for name, value in gradients.items() if name not in region.scales}
         if self.penalty is not None:

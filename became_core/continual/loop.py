@@ -22,13 +22,13 @@ from became_core.continual.looking import look_along
 from became_core.continual.measurement import Measurement
 from became_core.continual.methods import Method
 from became_core.continual.record import MergePath, RunRecord, TaskEnd
-from became_core.continual.rows import layers_in_a_row
 from became_core.continual.schedule import Schedule
 from became_core.continual.seeding import random_stream
 from became_core.continual.state import Memory, RunState
 from became_core.continual.stopwatch import Stopwatch
 from became_core.continual.stream import Task, TaskStream
 from became_core.continual.training import EpochEnd, Stage, Training, begin_stage, train_stage
+from became_core.continual.wiring import find_wiring
 from became_core.laplace import LaplacePosterior, LocalLoss, Precision
 from became_core.projection import HAT, TRGP, GatedRegion, PackNet, Region, TrustRegion, compact
 
@@ -102,9 +102,9 @@ class _Run:
     def prepared(self, task: Task, state: RunState) -> RunState:
         """Find out what HAT must know of the network; begin a task of IMM and CoMA where its own model begins."""
         memory, before = state.memory, state.before
-        if isinstance(memory.projector, HAT) and not memory.projector.order:
-            order, heads = layers_in_a_row(self.learner, task)
-            memory = replace(memory, projector=replace(memory.projector, order=order, heads=heads))
+        if isinstance(memory.projector, HAT) and memory.projector.wiring is None:
+            wiring = find_wiring(self.learner, task)
+            memory = replace(memory, projector=replace(memory.projector, wiring=wiring))
         if self.method.merges == "tasks" and state.stage is None:
             before = self.learner.parameters()
             if self.method.transfer is not None and memory.models:

@@ -200,6 +200,12 @@ class TrustRegion:
         """Return the region with other scales."""
         return replace(self, scales=scales)
 
+    def without(self, weights: frozenset[str]) -> Self:
+        """Return the region of the other weights alone."""
+        keys = [key for name, keys in self._by_weight() if name not in weights for key in keys]
+        bases, scales = ({key: each[key] for key in keys} for each in (self.bases, self.scales))
+        return replace(self, bases=bases, scales=scales)
+
     def _by_weight(self) -> Iterator[tuple[str, list[str]]]:
         """Weights, and the keys of each."""
         for name in dict.fromkeys(key.rpartition("@")[0] for key in self.bases):
