@@ -63,7 +63,7 @@ def tests_core(session: nox.Session) -> None:
 @nox.session(name="tests-torch")
 def tests_torch(session: nox.Session) -> None:
     """Everything, on PyTorch."""
-    install(session, "test-torch", "-e", ".[torch,report]")
+    install(session, "test-torch", "-e", ".[torch,report,tensorboard]")
     session.run("pytest", "tests", "--backend", "torch", *session.posargs)
 
 

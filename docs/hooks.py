@@ -25,7 +25,8 @@ ELSEWHERE = {
 LINKS = {target: page for page, target in ELSEWHERE.items()} | {"README.md": "index.md"}
 LINK = re.compile(r"\[([^\]]+)\]\(([^)#\s]+)(#[^)]*)?\)")
 FORMULA = re.compile(
-    r'<(span|div) class="arithmatex">(?:\\\((?P<inline>.*?)\\\)|\\\[(?P<block>.*?)\\\])</\1>', re.DOTALL
+    r'<(span|div) class="arithmatex">(?:\\\((?P<inline>.*?)\\\)|\\\[(?P<block>.*?)\\\])</\1>',
+    re.DOTALL,
 )
 # How the title of a block of code names the framework that it is for.
 FRAMEWORKS = {"torch": "PyTorch", "jax": "JAX", "tensorflow": "TensorFlow"}
@@ -40,7 +41,9 @@ def on_files(files: Files, config: Any) -> Files:
     """Add the pages that lie elsewhere."""
     for page, source in ELSEWHERE.items():
         content = (ROOT / source).read_text(encoding="utf-8")
-        files.append(File.generated(config, page, content=LINK.sub(_on_the_site(source), content)))
+        files.append(
+            File.generated(config, page, content=LINK.sub(_on_the_site(source), content))
+        )
     return files
 
 
@@ -79,7 +82,11 @@ def _mathml(match: re.Match[str]) -> str:
 
 def on_post_build(config: Any) -> None:
     """Fail if a page would fetch anything from a network."""
-    pages = [file for file in sorted(Path(config.site_dir).rglob("*")) if file.suffix in (".html", ".css")]
+    pages = [
+        file
+        for file in sorted(Path(config.site_dir).rglob("*"))
+        if file.suffix in (".html", ".css")
+    ]
     for file in pages:
         found = FETCHED.search(file.read_text(encoding="utf-8"))
         if found:

@@ -5,12 +5,14 @@ runs with equal configuration, method and seed are the same run.
 """
 
 import math
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 
+from adapters.cli.output import Output
+from adapters.cli.words import worded
 from adapters.data.benchmarks import Benchmark, find_benchmark
 from adapters.data.presets import Preset
 from became_core import BecameError
@@ -36,10 +38,13 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
+@worded
 class Options:
-    """Learn a benchmark's tasks one after another with one or more methods, and compare them in a table.
+    """Learn a benchmark's tasks with one or more methods; compare them in a table.
 
-    With no option: Split-MNIST on the embedded images, methods became, gpm and finetune, one seed.
+    With no option: Split-MNIST (embedded); became, gpm and finetune; one seed.
+
+    An option that shows no default has the preset's value if it is left out.
     """
 
     benchmark: str = "split-mnist"
@@ -132,12 +137,15 @@ class Options:
     float32."""
     deterministic: bool = False
     """Use operations alone that give the same bits every time, which a GPU's usual ones do not; a CPU's do anyway."""
-    out: Annotated[Path | None, tyro.conf.arg(metavar="OUT")] = None
+    out: Path | None = None
     """The folder for results; runs/BENCHMARK-PRESET if not given."""
     dry_run: bool = False
     """Show the configuration, the numbers of parameters and of steps, and an estimate of the time; learn nothing."""
     resume: bool = False
     """Go on with what the folder holds, and fail if it holds nothing; a run of another backend is then gone on with."""
+    tracker: Literal["none", "tensorboard", "trackio"] = "none"
+    """What scalars are also written for, as a run goes: TensorBoard, beside the results, or Trackio."""
+    output: Annotated[Output, tyro.conf.arg(name="")] = field(default_factory=Output)
 
 
 @dataclass(frozen=True)

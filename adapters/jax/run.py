@@ -15,7 +15,7 @@ except ModuleNotFoundError as error:
 from adapters.architectures import build_network
 from became_core.continual import TaskStream
 
-__all__ = ["BACKEND", "build_learner", "repeat_exactly"]
+__all__ = ["BACKEND", "build_learner", "prepare", "repeat_exactly"]
 
 
 def build_learner(
@@ -44,12 +44,17 @@ def repeat_exactly() -> None:
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_deterministic_ops=true".strip()
 
 
-BACKEND = Backend("jax", build_learner, repeat_exactly)
-
-if __name__ == "__main__":
+def prepare() -> None:
+    """Let JAX compute in float64 where it is asked to, and multiply float32 as such."""
     # Weights stay float32, but memories and curvature are summed and decomposed in float64: without it the coefficients
     # of merging are visibly off, which on Split-MNIST can turn 0.2 into 0.8.
     jax.config.update("jax_enable_x64", True)
     # On accelerators JAX multiplies float32 in half precision by default, which would leak past a projector.
     jax.config.update("jax_default_matmul_precision", "float32")
+
+
+BACKEND = Backend("jax", build_learner, repeat_exactly, prepare)
+
+if __name__ == "__main__":
+    prepare()
     sys.exit(main(BACKEND))

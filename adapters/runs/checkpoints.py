@@ -33,7 +33,7 @@ SUFFIXES = ("json", "safetensors")
 
 @dataclass(frozen=True)
 class Checkpoints(Callback):
-    """The checkpoints of one run in a folder; as a callback, it saves every state; ``load`` gives ``learn`` its ``state``.
+    """The checkpoints of one run in a folder: a callback that saves every state; ``load`` gives the last one back.
 
     Attributes:
         folder: theirs alone.

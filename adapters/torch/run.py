@@ -17,7 +17,7 @@ except ModuleNotFoundError as error:
 from adapters.architectures import build_network
 from became_core.continual import TaskStream
 
-__all__ = ["BACKEND", "build_learner", "repeat_exactly"]
+__all__ = ["BACKEND", "build_learner", "prepare", "repeat_exactly"]
 
 
 def build_learner(
@@ -49,8 +49,13 @@ def repeat_exactly() -> None:
     torch.backends.cudnn.benchmark = False
 
 
-BACKEND = Backend("torch", build_learner, repeat_exactly)
+def prepare() -> None:
+    """Let this process keep the memory that it frees."""
+    keep_freed_memory()
+
+
+BACKEND = Backend("torch", build_learner, repeat_exactly, prepare)
 
 if __name__ == "__main__":
-    keep_freed_memory()
+    prepare()
     sys.exit(main(BACKEND))
