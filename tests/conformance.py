@@ -45,6 +45,7 @@ from became_core.continual import (
     build_method,
     learn,
 )
+from became_core.continual.learner import heads_of
 from became_core.continual.measurement import Measurement
 from became_core.continual.wiring import find_wiring
 from became_core.curvature import (
@@ -584,6 +585,31 @@ def check_a_penalty_pulls_towards_its_mean(make: Make) -> None:
         rate_times_g = before[name] - without[name]
         expected = before[name] - (rate_times_g + RATE * stiffness * 0.25) / (1 + RATE * stiffness)
         np.testing.assert_allclose(with_penalty[name], expected, atol=1e-12)
+
+
+def check_each_group_of_parameters_has_its_rate(make: Make) -> None:
+    """Three times as far along what is multiplied by 3, and with a penalty on some of it, as far as at that rate."""
+    plain, faster = make(STREAM, 0), make(STREAM, 0)
+    theta = plain.parameters()
+    before, shared = numbers(theta), sorted(set(theta) - heads_of(plain))
+    tripled = {shared[0], *plain.heads[0]}
+    held = {name: theta[name] - 0.25 for name in shared[:1]}
+    penalty = Penalty(LaplacePosterior(held, Diagonal({name: value * 0 + 2 for name, value in held.items()})), 3.0)
+    for optimiser in (SGD(momentum=0.5), Adam()):
+        begun = optimiser.begun(theta)
+        batch = Batch(0, STREAM.tasks[0].train[:12])
+        for limit in (None, penalty):
+            constraint = Constraint(frozenset(theta), penalty=limit)
+            for learner, relative, rate in ((plain, {}, 3 * RATE), (faster, dict.fromkeys(sorted(tripled), 3.0), RATE)):
+                learner.assign(theta)
+                respected = replace(constraint, relative=relative)
+                learner.train([batch], np.asarray([rate]), respected, begun, fresh_stream())
+            at_three, by_three = numbers(plain.parameters()), numbers(faster.parameters())
+            for name in set(theta) - plain.heads[1]:
+                expected = at_three[name] - before[name]
+                np.testing.assert_allclose(
+                    by_three[name] - before[name], expected if name in tripled else expected / 3, rtol=1e-9, atol=1e-12
+                )
 
 
 def check_training_sees_images_as_views_show_them(make: Make) -> None:

@@ -26,6 +26,7 @@ from became_core.continual import (
     Method,
     MethodSettings,
     Optimiser,
+    RelativeRates,
     Schedule,
     TaskStream,
     Training,
@@ -75,6 +76,12 @@ class Options:
     """Epochs of stage 2."""
     lr: float | None = None
     """The learning rate that both stages begin with."""
+    head_lr: float | None = None
+    """That of heads; it falls as the others do."""
+    norm_lr: float | None = None
+    """That of normalisation, and of biases."""
+    first_lr: float | None = None
+    """That of all other parameters in the first task."""
     optimiser: Literal["sgd", "adam"] | None = None
     """What turns gradients into steps."""
     momentum: float | None = None
@@ -95,6 +102,9 @@ class Options:
     """The scale of sgp's and gpcns's importances."""
     nscl_ratio: float | None = None
     """How far above the smallest eigenvalue nscl still calls a direction null."""
+    norm_penalty: float | None = None
+    """The strength of a pull, as in ewc, on what gpm, sgp, gpcns, nscl and trgp cannot protect: normalisation and
+    biases; at 0 these are frozen after the first task."""
     ogd_samples: int | None = None
     """Training samples of each task whose gradients ogd keeps."""
     ogd_capacity: int | None = None
@@ -247,7 +257,14 @@ def _training(training: Training, options: Options) -> Training:
         curvature_samples=_given(options.curvature_samples, training.curvature_samples) or None,
         path_alphas=tuple(point / last for point in range(options.path_points)),
         augmentation=_augmentation(training.augmentation, options.augment),
+        relative=_relative(training, options),
     )
+
+
+def _relative(training: Training, options: Options) -> RelativeRates:
+    lr = _given(options.lr, training.stage1.lr)
+    rates = {"heads": options.head_lr, "norms": options.norm_lr, "first": options.first_lr}
+    return replace(training.relative, **{name: rate / lr for name, rate in rates.items() if rate is not None})
 
 
 def _augmentation(preset: Augmentation | None, wanted: bool | None) -> Augmentation | None:

@@ -87,10 +87,11 @@ def _update(
     strength: float,
     region: Region | None,
     trains_scales: bool,
+    relative: dict[str, float],
 ) -> tuple[Params, Optimiser]:
     """Return what is trained and the optimiser after one step."""
     penalty = None if posterior is None else Penalty(posterior, strength)
-    constraint = Constraint(frozenset(gradients), projector, penalty, region, trains_scales)
+    constraint = Constraint(frozenset(gradients), projector, penalty, region, trains_scales, relative)
     directions, optimiser = constraint.directions(gradients, frozen | trained, rate, optimiser)
     moved = {name: trained[name] - rate * direction for name, direction in directions.items()}
     return trained | moved, optimiser

@@ -14,7 +14,7 @@ import numpy as np
 
 from became_core.arrays import Params, named_leaves
 from became_core.continual.callbacks import Callback, Together
-from became_core.continual.constraints import free_constraint, stable_constraint
+from became_core.continual.constraints import free_constraint, relative_rates, stable_constraint
 from became_core.continual.estimates import Approximations
 from became_core.continual.evaluation import accuracies
 from became_core.continual.learner import Constraint, Learner, heads_of
@@ -144,6 +144,7 @@ class _Run:
 
     def train(self, task: Task, state: RunState, number: int, schedule: Schedule, constraint: Constraint) -> RunState:
         """Train a stage to its end, from its beginning or from where the state is in it."""
+        constraint = replace(constraint, relative=relative_rates(self.learner, task, self.training.relative))
         stage = state.stage
         if stage is None or stage.number != number:
             before = 0 if stage is None else stage.epochs
