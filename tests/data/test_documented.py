@@ -4,7 +4,17 @@ from pathlib import Path
 
 from adapters.data.benchmarks import BENCHMARKS
 from adapters.data.presets import Preset
-from became_core.continual import SGD, Adam, Annealed, Augmentation, MethodSettings, Patience, Schedule, Stepped
+from became_core.continual import (
+    SGD,
+    Adam,
+    Annealed,
+    Augmentation,
+    MethodSettings,
+    Patience,
+    RelativeRates,
+    Schedule,
+    Stepped,
+)
 
 PAGE = (Path(__file__).parents[2] / "docs" / "protocol.md").read_text(encoding="utf-8")
 
@@ -55,6 +65,19 @@ def memory_row(benchmark: str, name: str, tasks: int, preset: Preset) -> str:
     return f"| {title} | `{name}` | {thresholds(preset.settings)} | {of_scaled} | {' | '.join(samples)} | {images} |"
 
 
+def rates_row(benchmark: str, name: str, tasks: int, preset: Preset) -> str:
+    lr, by = preset.training.stage1.lr, preset.training.relative
+    rates = " | ".join(f"{rate:.2g}" for rate in (lr * by.first, lr, lr * by.heads, lr * by.norms))
+    return f"| {benchmark} | `{name}` | {tasks} | {rates} | {preset.settings.norm_penalty:g} |"
+
+
+def with_rates() -> list[tuple[str, str, int, Preset]]:
+    """The presets in which groups of parameters have rates of their own."""
+    found = [each for each in presets() if each[3].training.relative != RelativeRates()]
+    assert all(preset.settings.norm_penalty == 0 for *where, preset in presets() if (*where, preset) not in found)
+    return found
+
+
 def test_every_preset_has_its_row_of_training() -> None:
     assert [row for row in (training_row(*each) for each in presets()) if row not in PAGE] == []
 
@@ -63,9 +86,13 @@ def test_every_preset_has_its_row_of_memory() -> None:
     assert [row for row in (memory_row(*each) for each in presets()) if row not in PAGE] == []
 
 
+def test_every_preset_with_rates_by_group_has_its_row() -> None:
+    assert [row for row in (rates_row(*each) for each in with_rates()) if row not in PAGE] == []
+
+
 def test_a_row_is_of_a_preset() -> None:
     rows = [line for line in PAGE.splitlines() if line.startswith(("| split-", "| permuted-"))]
-    assert len(rows) == 2 * len(presets())
+    assert len(rows) == 2 * len(presets()) + len(with_rates())
 
 
 def test_a_ratio_that_is_not_the_usual_one_is_named() -> None:
