@@ -3,9 +3,13 @@
 Convention: the network is static, all else is an argument, and the head is the task's by the name ``head``; so each is
 compiled once for each batch size and for each set of trained parameters, whatever the task. An update is compiled for
 each structure of projector, penalty, region and optimiser, apart from the network, which is what takes long to compile.
+
+Gradients are of a batch's mean loss. Those of linear layers' weights come as factors where a projector asks for it: the
+gradient by the outputs, g [n, d_out], and the inputs, a [n, d_in], of which they are the product g^T a, so that
+projecting a few inputs stands for projecting d_out rows, which is the update's part.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -33,6 +37,8 @@ __all__ = [
 ]
 
 Masks = tuple[Any, ...]
+# g and a, by the weight's name.
+Factors = dict[str, tuple[Array, Array]]
 
 
 class Data(NamedTuple):
@@ -58,22 +64,45 @@ def _logits(backbone: Backbone, run: Pass, images: Array) -> Array:
 def _gradients(
     backbone: Backbone,
     trained: Params,
+    factored: Params,
     frozen: Params,
     data: Data,
     rows: Array,
     masks: Masks,
     views: Views | None = None,
     products: str | None = None,
-) -> tuple[Array, Params]:
-    """Return a batch's mean cross-entropy, and its gradient by what is trained."""
+) -> tuple[Array, Params, Factors]:
+    """Return a batch's mean cross-entropy, its gradient by what is trained, and the factors of that by other weights.
+
+    Args:
+        backbone: the network.
+        trained: by name.
+        factored: weights of linear layers, trained as well.
+        frozen: all others.
+        data: on the device.
+        rows: of the batch.
+        masks: of dropout.
+        views: how the images are seen.
+        products: as in a ``Pass``.
+    """
     images, targets = data.normalised(rows, views), data.targets[rows]
+    linear = [name.removesuffix(".weight") for name in factored]
 
-    def loss(trained: Params) -> Array:
-        logits = _logits(backbone, Pass(frozen | trained, masks, products=products), images)
-        chosen = jnp.take_along_axis(jax.nn.log_softmax(logits), targets[:, None], axis=1)
-        return -chosen.mean()
+    def loss(trained: Params, perturbations: Params) -> tuple[Array, _Recorder]:
+        recorder = _Recorder(perturbations, linear)
+        run = Pass(frozen | factored | trained, masks, record=recorder, products=products)
+        log_likelihoods = jax.nn.log_softmax(_logits(backbone, run, images))
+        return -jnp.take_along_axis(log_likelihoods, targets[:, None], axis=1).mean(), recorder
 
-    return jax.value_and_grad(loss)(trained)  # type: ignore[no-any-return]
+    def with_inputs(trained: Params, perturbations: Params) -> tuple[Array, Params]:
+        found, recorder = loss(trained, perturbations)
+        return found, recorder.inputs
+
+    zeros = _zeros(lambda: loss(trained, {})[1]) if linear else {}
+    differentiated = jax.value_and_grad(with_inputs, argnums=(0, 1), has_aux=True)
+    (value, inputs), (gradients, by_outputs) = differentiated(trained, zeros)
+    factors = {f"{name}.weight": (_rows(by_outputs[name]), _rows(a)) for name, a in inputs.items()}
+    return value, gradients, factors
 
 
 def _update(
@@ -81,6 +110,7 @@ def _update(
     optimiser: Optimiser,
     frozen: Params,
     gradients: Params,
+    factors: Factors,
     rate: float,
     projector: Projector | None,
     posterior: LaplacePosterior | None,
@@ -90,8 +120,14 @@ def _update(
 ) -> tuple[Params, Optimiser]:
     """Return what is trained and the optimiser after one step."""
     penalty = None if posterior is None else Penalty(posterior, strength)
-    constraint = Constraint(frozenset(gradients), projector, penalty, region, trains_scales)
-    directions, optimiser = constraint.directions(gradients, frozen | trained, rate, optimiser)
+    constraint = Constraint(frozenset({**gradients, **factors}), projector, penalty, region, trains_scales)
+    early = constraint.projector_of_gradients(optimiser)
+    by_inputs = frozenset[str]() if early is None else early.rowwise & factors.keys()
+    by_inputs -= frozenset() if region is None else region.weights
+    for name, (g, a) in factors.items():
+        seen = early.project_rows(name, a) if early is not None and name in by_inputs else a
+        gradients = gradients | {name: g.T @ seen}
+    directions, optimiser = constraint.directions(gradients, frozen | trained, rate, optimiser, by_inputs)
     moved = {name: trained[name] - rate * direction for name, direction in directions.items()}
     return trained | moved, optimiser
 
@@ -111,22 +147,41 @@ def _all_logits(backbone: Backbone, weights: Params, heads: list[Array], data: D
 
 @dataclass
 class _Recorder:
-    """Adds perturbations to the layers' outputs, and keeps those and the layers' inputs, [N, positions, d] each."""
+    """Adds perturbations to the layers' outputs, and keeps those and the layers' inputs, [N, positions, d] each.
+
+    Attributes:
+        perturbations: by the layer's name.
+        only: names of the layers that it looks at; all if None.
+    """
 
     perturbations: Params
+    only: Container[str] | None = None
     inputs: Params = field(default_factory=dict)
     outputs: Params = field(default_factory=dict)
 
     def __call__(self, layer: Tapped, inputs: Callable[[], Array], output: Array) -> Array:
+        if self.only is not None and layer.name not in self.only:
+            return output
         self.inputs[layer.name] = _with_positions(inputs())
         self.outputs[layer.name] = _with_positions(output)
         perturbation = self.perturbations.get(layer.name)
         return output if perturbation is None else output + perturbation.reshape(output.shape)
 
 
+def _zeros(run: Callable[[], _Recorder]) -> Params:
+    """Return perturbations that change nothing, of all outputs that are recorded in a run."""
+    outputs = jax.eval_shape(lambda: run().outputs)
+    return {name: jnp.zeros(output.shape, output.dtype) for name, output in outputs.items()}
+
+
 def _with_positions(array: Array) -> Array:
     """Return [N, ..., d] as [N, positions, d]."""
     return array.reshape(array.shape[0], -1, array.shape[-1])
+
+
+def _rows(array: Array) -> Array:
+    """Return [N, ..., d] as [n, d]."""
+    return array.reshape(-1, array.shape[-1])
 
 
 def _taps(
@@ -147,14 +202,11 @@ def _taps(
         recorder = _Recorder(perturbations)
         return _logits(backbone, Pass(weights, masks, masks is None, recorder), images), recorder
 
-    outputs = jax.eval_shape(lambda: logits({})[1].outputs)
-    zeros = {name: jnp.zeros(output.shape, output.dtype) for name, output in outputs.items()}
-
     def perturbed(perturbations: Params) -> tuple[Array, Params]:
         found, recorder = logits(perturbations)
         return found, recorder.inputs
 
-    return jax.vjp(perturbed, zeros, has_aux=True)  # type: ignore[no-any-return]
+    return jax.vjp(perturbed, _zeros(lambda: logits({})[1]), has_aux=True)  # type: ignore[no-any-return]
 
 
 def _pushforward(

@@ -77,6 +77,7 @@ class JaxLearner:
         self.assign(initial_values(seed, parameters))
         self.heads = [frozenset(each) for each in of_heads]
         self.projectable = frozenset(f"{layer.name}.weight" for layer in backbone.tapped if layer.kind == "matrix")
+        self._linear = frozenset(name for name in self.projectable if len(parameters[name].shape) == 2)
 
     def parameters(self) -> Params:
         """Return all parameters by canonical name."""
@@ -99,6 +100,8 @@ class JaxLearner:
         stream.integers(2**63)  # what other backends seed their framework's own generator with
         region = constraint.region
         scales = {} if region is None else region.scales
+        projected_early = constraint.projector_of_gradients(optimiser) is not None
+        factored = self._linear & constraint.trainable if projected_early else frozenset[str]()
         frozen = {name: value for name, value in self._theta.items() if name not in constraint.trainable}
         trained = {name: value for name, value in self._theta.items() if name in constraint.trainable} | scales
         # An update takes the buffers of what it changes, which others may hold.
@@ -114,11 +117,12 @@ class JaxLearner:
                 if own_region is not None:
                     weights |= compiled.effective(own, own_frozen, own_region)
                 beside = {} if own_region is None else own_region.scales
-                moving = {name: weights[name] for name in own if name not in beside}
+                moving = {name: weights[name] for name in own if name not in beside and name not in factored}
                 still = {name: weights[name] for name in own_frozen}
-                loss, gradients = compiled.gradients(
+                loss, *found = compiled.gradients(
                     self._backbone,
                     moving,
+                    {name: weights[name] for name in factored},
                     still,
                     self._data,
                     batch.indices,
@@ -126,9 +130,7 @@ class JaxLearner:
                     batch.views,
                     products=self._products,
                 )
-                own, own_optimiser = compiled.update(
-                    own, own_optimiser, own_frozen, gradients, float(rate), **respected
-                )
+                own, own_optimiser = compiled.update(own, own_optimiser, own_frozen, *found, float(rate), **respected)
                 losses.append(loss)
             trained, optimiser = put_back(trained, own, task), put_back(optimiser, own_optimiser, task)
         self._theta = {name: trained.get(name, value) for name, value in self._theta.items()}
