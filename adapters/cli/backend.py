@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+from adapters.architectures import DropoutMasks
 from became_core.continual import Learner, TaskStream
 
 __all__ = ["Backend", "Builder"]
@@ -13,7 +14,14 @@ class Builder(Protocol):
     """What builds a fresh learner."""
 
     def __call__(
-        self, network: str, stream: TaskStream, device: str, seed: int, *, mixed_precision: bool = False
+        self,
+        network: str,
+        stream: TaskStream,
+        device: str,
+        seed: int,
+        *,
+        mixed_precision: bool = False,
+        dropout_masks: DropoutMasks = "numpy",
     ) -> Learner:
         """Return a learner with a network known by name, what it will learn, on a device, with weights by the seed."""
 
@@ -27,8 +35,10 @@ class Backend:
         learner: builds a fresh learner.
         repeat_exactly: makes the framework use operations alone that give the same bits every time, on a GPU too; for a
             program's start.
+        prepare: sets the framework up for runs; for a program's start.
     """
 
     name: str
     learner: Builder
     repeat_exactly: Callable[[], None]
+    prepare: Callable[[], None] = lambda: None

@@ -48,9 +48,7 @@ def main(backend: Backend, arguments: Sequence[str] | None = None) -> int:
 def _try_out(backend: Backend, options: Options, console: Console) -> None:
     configuration, seed = resolve(options), options.seeds[0]
     stream = configuration.stream(configuration.benchmark.load(data_directory(options.data_dir)), seed)
-    learner = backend.learner(
-        configuration.preset.network, stream, options.device, seed, mixed_precision=configuration.mixed_precision
-    )
+    learner = configuration.learner(backend, stream, options.device, seed)
     describe(learner, stream, configuration, method_names(options), len(options.seeds), console)
 
 

@@ -45,8 +45,7 @@ def run_to_its_end(
         if done is not None:  # by another process, while this one was busy
             return done
         backends = run.check_unfinished(backend.name, benchmark, config, resume=resume)
-        network, mixed = configuration.preset.network, configuration.mixed_precision
-        learner = backend.learner(network, stream, device, run.seed, mixed_precision=mixed)
+        learner = configuration.learner(backend, stream, device, run.seed)
         method, training = configuration.method(run.method), configuration.preset.training
         checkpoints = run.checkpoints(stream, method, training)
 

@@ -6,7 +6,7 @@ each structure of projector, penalty, region and optimiser, apart from the netwo
 
 Gradients are of a batch's mean loss. Those of linear layers' weights come as factors where a projector asks for it: the
 gradient by the outputs, g [n, d_out], and the inputs, a [n, d_in], of which they are the product g^T a, so that
-projecting a few inputs stands for projecting d_out rows, which is the update's part.
+projecting a few inputs stands for projecting d_out rows. The product is compiled for each batch size and each rank.
 """
 
 from collections.abc import Callable, Container
@@ -17,6 +17,7 @@ import jax
 from jax import numpy as jnp
 
 from adapters.architectures import Backbone, Linear, Tapped
+from adapters.jax.dropout import Masks, drawn
 from adapters.jax.heads import HEAD
 from adapters.jax.layers import Pass
 from became_core.arrays import Array, Params
@@ -29,6 +30,7 @@ __all__ = [
     "all_logits",
     "effective",
     "gradients",
+    "multiplied",
     "output_width",
     "pull",
     "pushforward",
@@ -36,7 +38,6 @@ __all__ = [
     "update",
 ]
 
-Masks = tuple[Any, ...]
 # g and a, by the weight's name.
 Factors = dict[str, tuple[Array, Array]]
 
@@ -81,12 +82,13 @@ def _gradients(
         frozen: all others.
         data: on the device.
         rows: of the batch.
-        masks: of dropout.
+        masks: of dropout, or their key.
         views: how the images are seen.
         products: as in a ``Pass``.
     """
     images, targets = data.normalised(rows, views), data.targets[rows]
     linear = [name.removesuffix(".weight") for name in factored]
+    masks = drawn(backbone.masks, masks, len(rows))
 
     def loss(trained: Params, perturbations: Params) -> tuple[Array, _Recorder]:
         recorder = _Recorder(perturbations, linear)
@@ -105,12 +107,29 @@ def _gradients(
     return value, gradients, factors
 
 
+def _by_inputs(names: Container[str], projector: Projector | None, region: Region | None) -> frozenset[str]:
+    """Return which of the weights whose gradients come as factors are projected by their inputs."""
+    rowwise = frozenset[str]() if projector is None else projector.rowwise
+    # A region stands between the gradient by its effective weight and the direction.
+    return frozenset(name for name in rowwise if name in names and (region is None or name not in region.weights))
+
+
+def _multiplied(factors: Factors, projector: Projector | None, region: Region | None) -> Params:
+    """Return gradients by their factors, projected where inputs can be."""
+    projected = _by_inputs(factors, projector, region)
+
+    def seen(name: str, a: Array) -> Array:
+        return a if projector is None or name not in projected else projector.project_rows(name, a)
+
+    return {name: g.T @ seen(name, a) for name, (g, a) in factors.items()}
+
+
 def _update(
     trained: Params,
     optimiser: Optimiser,
     frozen: Params,
     gradients: Params,
-    factors: Factors,
+    multiplied: Params,
     rate: float,
     projector: Projector | None,
     posterior: LaplacePosterior | None,
@@ -118,16 +137,12 @@ def _update(
     region: Region | None,
     trains_scales: bool,
 ) -> tuple[Params, Optimiser]:
-    """Return what is trained and the optimiser after one step."""
+    """Return what is trained and the optimiser after one step, by gradients and by those multiplied from factors."""
     penalty = None if posterior is None else Penalty(posterior, strength)
-    constraint = Constraint(frozenset({**gradients, **factors}), projector, penalty, region, trains_scales)
-    early = constraint.projector_of_gradients(optimiser)
-    by_inputs = frozenset[str]() if early is None else early.rowwise & factors.keys()
-    by_inputs -= frozenset() if region is None else region.weights
-    for name, (g, a) in factors.items():
-        seen = early.project_rows(name, a) if early is not None and name in by_inputs else a
-        gradients = gradients | {name: g.T @ seen}
-    directions, optimiser = constraint.directions(gradients, frozen | trained, rate, optimiser, by_inputs)
+    gradients = gradients | multiplied
+    constraint = Constraint(frozenset(gradients), projector, penalty, region, trains_scales)
+    done = _by_inputs(multiplied, projector, region)
+    directions, optimiser = constraint.directions(gradients, frozen | trained, rate, optimiser, done)
     moved = {name: trained[name] - rate * direction for name, direction in directions.items()}
     return trained | moved, optimiser
 
@@ -194,13 +209,15 @@ def _taps(
         weights: by name.
         data: on the device.
         rows: of the batch.
-        masks: of dropout, with which batch statistics are part of the gradient; without, they are constants.
+        masks: of dropout, or their key, with which batch statistics are part of the gradient; without, they are
+            constants.
     """
     images = data.normalised(rows)
+    kept = None if masks is None else drawn(backbone.masks, masks, len(rows))
 
     def logits(perturbations: Params) -> tuple[Array, _Recorder]:
         recorder = _Recorder(perturbations)
-        return _logits(backbone, Pass(weights, masks, masks is None, recorder), images), recorder
+        return _logits(backbone, Pass(weights, kept, kept is None, recorder), images), recorder
 
     def perturbed(perturbations: Params) -> tuple[Array, Params]:
         found, recorder = logits(perturbations)
@@ -219,6 +236,7 @@ def _pushforward(
 
 
 gradients: Any = jax.jit(_gradients, static_argnums=0, static_argnames="products")
+multiplied: Any = jax.jit(_multiplied)
 update: Any = jax.jit(_update, static_argnames="trains_scales", donate_argnums=(0, 1))
 effective: Any = jax.jit(_effective)
 all_logits: Any = jax.jit(_all_logits, static_argnums=0)
