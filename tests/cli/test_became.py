@@ -150,7 +150,7 @@ def test_the_first_framework_that_is_installed_is_taken_and_named(
     assert main(["run", *SHORT, "--methods", "finetune", "--out", str(tmp_path), "--first", "1"]) == 0
     assert capsys.readouterr().out.startswith("backend: torch, the first that is installed\n")
     for name in ("torch", "jax", "tensorflow"):
-        monkeypatch.setitem(sys.modules, name, None)  # type: ignore[arg-type] # as if it were not there
+        monkeypatch.setitem(sys.modules, name, None)  # as if it were not there
     with pytest.raises(BecameError, match="there is no framework to run on; pip install 'became"):
         first_installed()
     assert main(["run"]) == 2
@@ -248,7 +248,7 @@ def test_bad_input_is_one_sentence_and_status_2(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delitem(sys.modules, "adapters.tracking.trackio", raising=False)
-    monkeypatch.setitem(sys.modules, "trackio", None)  # type: ignore[arg-type] # as if it were not there
+    monkeypatch.setitem(sys.modules, "trackio", None)  # as if it were not there
     assert main(arguments) == 2
     said = capsys.readouterr().err
     assert said.startswith(f"error: {message}")
