@@ -8,6 +8,7 @@ from became_core.continual import Annealed, MethodSettings, RelativeRates, Train
 from became_core.continual.constraints import relative_rates, stable_constraint
 from became_core.continual.state import Memory, RunState
 from reference.learner import ReferenceLearner
+from tests.listening import Listening
 from tests.streams import prototype_stream
 
 STREAM = prototype_stream()
@@ -23,7 +24,13 @@ def after_tasks(name: str, settings: MethodSettings, training: Training = TRAINI
         if state.stage is None:
             states.append(state)
 
-    learn(ReferenceLearner(STREAM, bias=True), STREAM, build_method(name, settings), training, keep=keep)
+    learn(
+        ReferenceLearner(STREAM, bias=True),
+        STREAM,
+        build_method(name, settings),
+        training,
+        callbacks=[Listening(keep=keep)],
+    )
     return states
 
 
