@@ -24,7 +24,13 @@ def after_tasks(name: str, settings: MethodSettings, training: Training = TRAINI
         if state.stage is None:
             states.append(state)
 
-    learn(ReferenceLearner(STREAM, bias=True), STREAM, build_method(name, settings), training, callbacks=[Listening(keep=keep)])
+    learn(
+        ReferenceLearner(STREAM, bias=True),
+        STREAM,
+        build_method(name, settings),
+        training,
+        callbacks=[Listening(keep=keep)],
+    )
     return states
 
 
