@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+from adapters.architectures.networks import Norm
 from became_core.continual import Learner, TaskStream
 
 __all__ = ["Backend", "Builder"]
@@ -13,7 +14,14 @@ class Builder(Protocol):
     """What builds a fresh learner."""
 
     def __call__(
-        self, network: str, stream: TaskStream, device: str, seed: int, *, mixed_precision: bool = False
+        self,
+        network: str,
+        stream: TaskStream,
+        device: str,
+        seed: int,
+        *,
+        norm: Norm = "batch",
+        mixed_precision: bool = False,
     ) -> Learner:
         """Return a learner with a network known by name, what it will learn, on a device, with weights by the seed."""
 

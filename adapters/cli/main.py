@@ -48,9 +48,8 @@ def main(backend: Backend, arguments: Sequence[str] | None = None) -> int:
 def _try_out(backend: Backend, options: Options, console: Console) -> None:
     configuration, seed = resolve(options), options.seeds[0]
     stream = configuration.stream(configuration.benchmark.load(data_directory(options.data_dir)), seed)
-    learner = backend.learner(
-        configuration.preset.network, stream, options.device, seed, mixed_precision=configuration.mixed_precision
-    )
+    preset, mixed = configuration.preset, configuration.mixed_precision
+    learner = backend.learner(preset.network, stream, options.device, seed, norm=preset.norm, mixed_precision=mixed)
     describe(learner, stream, configuration, method_names(options), len(options.seeds), console)
 
 

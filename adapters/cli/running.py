@@ -45,8 +45,8 @@ def run_to_its_end(
         if done is not None:  # by another process, while this one was busy
             return done
         backends = run.check_unfinished(backend.name, benchmark, config, resume=resume)
-        network, mixed = configuration.preset.network, configuration.mixed_precision
-        learner = backend.learner(network, stream, device, run.seed, mixed_precision=mixed)
+        preset, mixed = configuration.preset, configuration.mixed_precision
+        learner = backend.learner(preset.network, stream, device, run.seed, norm=preset.norm, mixed_precision=mixed)
         method, training = configuration.method(run.method), configuration.preset.training
         checkpoints = run.checkpoints(stream, method, training)
 

@@ -13,7 +13,7 @@ import numpy as np
 from jax import numpy as jnp
 from numpy.typing import NDArray
 
-from adapters.architectures import Backbone, Linear, Tapped, draw_masks, initial_values
+from adapters.architectures import Backbone, Linear, Tapped, draw_masks, initial_values, is_statistic
 from adapters.jax import compiled
 from adapters.jax.heads import HEAD, for_task, head_of, put_back
 from became_core import BecameError
@@ -76,6 +76,7 @@ class JaxLearner:
         self._theta: Params = {}
         self.assign(initial_values(seed, parameters))
         self.heads = [frozenset(each) for each in of_heads]
+        self.statistics = frozenset(filter(is_statistic, backbone.parameters))
         self.projectable = frozenset(f"{layer.name}.weight" for layer in backbone.tapped if layer.kind == "matrix")
 
     def parameters(self) -> Params:
@@ -140,7 +141,7 @@ class JaxLearner:
     def logits(self, indices: Indices, batch_size: int) -> Array:
         """Return all heads' logits, [samples, tasks, classes]."""
         heads = [self._theta[name] for head in self.heads for name in head]
-        shared = {name: value for name, value in self._theta.items() if not name.startswith("heads.")}
+        shared = self._shared()
         return jnp.concatenate(
             [
                 compiled.all_logits(self._backbone, shared, heads, self._data, rows)
@@ -186,6 +187,14 @@ class JaxLearner:
         for rows in _chunks(indices, batch_size):
             logits, tangents = compiled.pushforward(self._backbone, weights, self._data, rows, along)
             yield Pushforward(logits, tangents, self.targets(rows))
+
+    def batch_statistics(self, indices: Indices, batch_size: int) -> Iterator[tuple[int, Params]]:
+        """Yield each batch's size and statistics."""
+        for rows in _chunks(indices, batch_size):
+            yield len(rows), compiled.batch_statistics(self._backbone, self._shared(), self._data, rows)
+
+    def _shared(self) -> Params:
+        return {name: value for name, value in self._theta.items() if not name.startswith("heads.")}
 
     def _masks(self, samples: int, stream: np.random.Generator) -> tuple[NDArray[np.bool_], ...]:
         return draw_masks(self._backbone.masks, samples, stream)

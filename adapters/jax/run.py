@@ -13,13 +13,14 @@ except ModuleNotFoundError as error:
     sys.exit(2)
 
 from adapters.architectures import build_network
+from adapters.architectures.networks import Norm
 from became_core.continual import TaskStream
 
 __all__ = ["BACKEND", "build_learner", "repeat_exactly"]
 
 
 def build_learner(
-    network: str, stream: TaskStream, device: str, seed: int, *, mixed_precision: bool = False
+    network: str, stream: TaskStream, device: str, seed: int, *, norm: Norm = "batch", mixed_precision: bool = False
 ) -> JaxLearner:
     """Return a fresh learner with a backbone known by name.
 
@@ -28,13 +29,14 @@ def build_learner(
         stream: what it will learn.
         device: a device as JAX calls it, or "auto" for JAX's default: the first accelerator there is, else the CPU.
         seed: names the draw of the initial weights.
+        norm: the backbone's kind of normalisation, likewise.
         mixed_precision: whether training steps multiply in bfloat16.
 
     Raises:
         BecameError: if there is no such network or device.
     """
     channels, height, width = stream.dataset.images.shape[1:]
-    backbone = build_network(network, (channels, height, width))
+    backbone = build_network(network, (channels, height, width), norm)
     chosen = None if device == "auto" else device
     return JaxLearner(backbone, stream, device=chosen, mixed_precision=mixed_precision, seed=seed)
 

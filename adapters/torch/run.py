@@ -15,13 +15,14 @@ except ModuleNotFoundError as error:
     sys.exit(2)
 
 from adapters.architectures import build_network
+from adapters.architectures.networks import Norm
 from became_core.continual import TaskStream
 
 __all__ = ["BACKEND", "build_learner", "repeat_exactly"]
 
 
 def build_learner(
-    network: str, stream: TaskStream, device: str, seed: int, *, mixed_precision: bool = False
+    network: str, stream: TaskStream, device: str, seed: int, *, norm: Norm = "batch", mixed_precision: bool = False
 ) -> TorchLearner:
     """Return a fresh learner with a backbone known by name.
 
@@ -30,6 +31,7 @@ def build_learner(
         stream: what it will learn.
         device: a PyTorch device, or "auto" for the first accelerator there is, else the CPU.
         seed: names the draw of the initial weights.
+        norm: the backbone's kind of normalisation, likewise.
         mixed_precision: whether training steps multiply in bfloat16.
 
     Raises:
@@ -38,7 +40,7 @@ def build_learner(
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     channels, height, width = stream.dataset.images.shape[1:]
-    backbone = Described(build_network(network, (channels, height, width)), seed)
+    backbone = Described(build_network(network, (channels, height, width), norm), seed)
     return TorchLearner(backbone, stream, device=device, mixed_precision=mixed_precision, seed=seed)
 
 
