@@ -77,6 +77,15 @@ class ReferenceLearner:
         """The weights of the two hidden layers."""
         return frozenset({"fc1.weight", "fc2.weight"})
 
+    @property
+    def statistics(self) -> frozenset[str]:
+        """There are none."""
+        return frozenset()
+
+    def batch_statistics(self, indices: Indices, batch_size: int) -> Iterator[tuple[int, Params]]:
+        """Yield nothing."""
+        return iter(())
+
     def parameters(self) -> Params:
         """Return copies of all parameters."""
         return {name: value.copy() for name, value in self._parameters.items()}

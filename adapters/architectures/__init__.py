@@ -8,6 +8,7 @@ from adapters.architectures.layers import (
     Convolution,
     Dropout,
     Flatten,
+    GroupNorm,
     Layer,
     Linear,
     MaxPool,
@@ -18,12 +19,14 @@ from adapters.architectures.layers import (
     Step,
     Tanh,
     Weighted,
+    is_statistic,
 )
 from adapters.architectures.masks import DropoutMasks, Mask, checked_masks, draw_mask, draw_masks
-from adapters.architectures.networks import NETWORKS, alexnet, build_network, mlp, resnet18
+from adapters.architectures.networks import NETWORKS, NORMS, Norm, alexnet, build_network, mlp, resnet18
 
 __all__ = [
     "NETWORKS",
+    "NORMS",
     "Architecture",
     "AveragePool",
     "Backbone",
@@ -32,10 +35,12 @@ __all__ = [
     "Dropout",
     "DropoutMasks",
     "Flatten",
+    "GroupNorm",
     "Layer",
     "Linear",
     "Mask",
     "MaxPool",
+    "Norm",
     "Parameter",
     "Pass",
     "ReLU",
@@ -53,6 +58,7 @@ __all__ = [
     "draw_masks",
     "initial_value",
     "initial_values",
+    "is_statistic",
     "mlp",
     "resnet18",
 ]

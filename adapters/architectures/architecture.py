@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar, Literal, Protocol, TypeVar
 
-from adapters.architectures.layers import Dropout, Layer, Parameter, Residual, Shape, Step, Weighted
+from adapters.architectures.layers import BatchNorm, Dropout, Layer, Parameter, Residual, Shape, Step, Weighted
 from adapters.architectures.masks import Mask
 from became_core import BecameError
 from became_core.arrays import Array, Params
@@ -50,6 +50,7 @@ class Pass:
         record: told of each layer with parameters.
         products: the dtype that linear and convolutional layers multiply in, as the framework calls it, for mixed
             precision: what goes in is rounded to it, and what comes out has the dtype of the inputs again.
+        moments: if given, takes the batch's own mean and variance of every layer that has running ones, by their names.
     """
 
     weights: Params
@@ -57,6 +58,7 @@ class Pass:
     constant_statistics: bool = False
     record: Record = lambda layer, inputs, output: output
     products: Any = None
+    moments: Params | None = None
 
     # By class of layer: (run, layer, inputs) -> output.
     computed: ClassVar[Mapping[type, Callable[[Any, Any, Array], Array]]]
@@ -85,6 +87,22 @@ class Pass:
         if layer.bias:
             output = output + self.weights[f"{layer.name}.bias"]
         return self.record(layer, inputs, output)
+
+    def statistics(self, layer: BatchNorm, own: Callable[[], tuple[Array, Array]]) -> tuple[Array, Array]:
+        """Return the mean and variance that a layer normalises by: in training, that is with masks, the batch's own.
+
+        Args:
+            layer: which runs.
+            own: gives the batch's.
+        """
+        names = f"{layer.name}.running_mean", f"{layer.name}.running_var"
+        if layer.running and self.masks is None and self.moments is None:
+            mean, variance = (self.weights[name] for name in names)
+            return mean, variance
+        found = own()
+        if layer.running and self.moments is not None:
+            self.moments.update(zip(names, found, strict=True))
+        return found
 
     def mask(self, layer: Dropout) -> Array | None:
         """Return what a dropout layer keeps, or None for all."""

@@ -1,7 +1,8 @@
 """Initial weights from seeded NumPy streams: the same for every framework, and for every order of asking.
 
 Convention: PyTorch's defaults. A weight or bias of a linear or convolutional layer is uniform in +-1/sqrt(fan_in), the
-fan_in being how many inputs each of the layer's outputs sees; a normalisation layer begins as the identity.
+fan_in being how many inputs each of the layer's outputs sees; a normalisation layer begins as the identity, its
+statistics as mean 0 and variance 1.
 """
 
 import math
@@ -28,9 +29,9 @@ def initial_value(seed: int, name: str, shape: tuple[int, ...], fan_in: int | No
         seed: with the name, it names the draw.
         name: canonical, e.g. "conv1.weight".
         shape: of the parameter.
-        fan_in: of its layer; None for a normalisation layer, whose weight is ones and whose bias is zeros.
+        fan_in: of its layer; None for a normalisation layer, whose weight and variance are ones, all else being zeros.
     """
     if fan_in is None:
-        return np.ones(shape) if name.endswith("weight") else np.zeros(shape)
+        return np.ones(shape) if name.endswith(("weight", "running_var")) else np.zeros(shape)
     bound = 1 / math.sqrt(fan_in)
     return random_stream(seed, f"initial {name}").uniform(-bound, bound, shape)

@@ -3,11 +3,12 @@
 Nothing here computes; each adapter says, for every class of layers, what its framework does.
 
 Convention: a shape is one sample's, [C, H, W] or [d]. A parameter is called ``NAME.weight`` or ``NAME.bias``; a weight
-is [outputs, inputs], a convolution's [outputs, inputs, kernel, kernel].
+is [outputs, inputs], a convolution's [outputs, inputs, kernel, kernel]. What no gradient moves goes with the parameters
+too, as ``NAME.running_mean`` and ``NAME.running_var``.
 """
 
 from dataclasses import dataclass
-from math import prod
+from math import gcd, prod
 from typing import ClassVar, Literal, NamedTuple
 
 from became_core import BecameError
@@ -18,6 +19,7 @@ __all__ = [
     "Convolution",
     "Dropout",
     "Flatten",
+    "GroupNorm",
     "Layer",
     "Linear",
     "MaxPool",
@@ -28,6 +30,7 @@ __all__ = [
     "Step",
     "Tanh",
     "Weighted",
+    "is_statistic",
 ]
 
 Shape = tuple[int, ...]
@@ -111,16 +114,54 @@ class Convolution:
 
 @dataclass(frozen=True)
 class BatchNorm:
-    """``y = w * (x - mean) / sqrt(variance + epsilon) + b`` by channel, with the batch's own statistics; none are kept.
+    """``y = w * (x - mean) / sqrt(variance + epsilon) + b`` by channel, with the batch's own statistics.
 
     The variance is biased.
+
+    Attributes:
+        name: canonical.
+        epsilon: what is added to the variance.
+        running: whether it has statistics of its own, which are used instead of the batch's in all but training.
     """
 
     name: str
     epsilon: float = 1e-5
+    running: bool = False
 
     kind: ClassVar[Literal["scale"]] = "scale"
     bias: ClassVar[Literal[True]] = True
+
+    def parameters(self, shape: Shape) -> dict[str, Parameter]:
+        """Return the parameters by canonical name, for inputs of this shape."""
+        found = _named(self.name, shape[:1], None, bias=True)
+        statistics = ("running_mean", "running_var") if self.running else ()
+        return found | {f"{self.name}.{each}": Parameter(shape[:1], None) for each in statistics}
+
+    def output_shape(self, shape: Shape) -> Shape:
+        """Return the shape of the output."""
+        return shape
+
+
+@dataclass(frozen=True)
+class GroupNorm:
+    """As batch norm, with the statistics of each image by itself, over groups of neighbouring channels (Wu & He 2018).
+
+    Attributes:
+        name: canonical.
+        most: groups at most; there are as many as divide both this and the channels, their greatest common divisor.
+        epsilon: what is added to the variance.
+    """
+
+    name: str
+    most: int = 32
+    epsilon: float = 1e-5
+
+    kind: ClassVar[Literal["scale"]] = "scale"
+    bias: ClassVar[Literal[True]] = True
+
+    def groups(self, channels: int) -> int:
+        """Return how many groups so many channels make."""
+        return gcd(self.most, channels)
 
     def parameters(self, shape: Shape) -> dict[str, Parameter]:
         """Return the parameters by canonical name, for inputs of this shape."""
@@ -218,10 +259,15 @@ class Residual:
 
 
 # With parameters.
-Weighted = Linear | Convolution | BatchNorm
+Weighted = Linear | Convolution | BatchNorm | GroupNorm
 # One step of a network.
 Step = Weighted | ReLU | Tanh | Dropout | MaxPool | AveragePool | Flatten
 Layer = Step | Residual
+
+
+def is_statistic(name: str) -> bool:
+    """Whether a name is that of a statistic, which no gradient moves."""
+    return name.endswith((".running_mean", ".running_var"))
 
 
 def _named(name: str, weight: Shape, fan_in: int | None, *, bias: bool) -> dict[str, Parameter]:

@@ -1,11 +1,18 @@
 """The benchmarks' networks, images to features, described once for every framework; by name.
 
-Convention: each takes an image's channels, height and width. None has a bias; batch norm takes the batch's statistics,
-in testing too, as published, and has weight and bias of its own.
+Convention: each takes an image's channels, height and width. None has a bias. Normalisation layers have a weight and a
+bias of their own, and are of one of three kinds:
+
+| norm | statistics | names |
+| --- | --- | --- |
+| ``batch`` | the batch's, in testing too, as published | ``bn1`` |
+| ``running`` | the batch's in training, running ones otherwise | ``bn1``, with ``bn1.running_mean`` and ``_var`` |
+| ``group`` | each image's own, over gcd(32, channels) groups of channels | ``norm1`` |
 """
 
 from collections.abc import Callable
 from itertools import chain
+from typing import Literal
 
 from adapters.architectures.architecture import Architecture
 from adapters.architectures.layers import (
@@ -14,6 +21,7 @@ from adapters.architectures.layers import (
     Convolution,
     Dropout,
     Flatten,
+    GroupNorm,
     Layer,
     Linear,
     MaxPool,
@@ -22,16 +30,25 @@ from adapters.architectures.layers import (
 )
 from became_core import BecameError
 
-__all__ = ["NETWORKS", "alexnet", "build_network", "mlp", "resnet18"]
+__all__ = ["NETWORKS", "NORMS", "Norm", "alexnet", "build_network", "mlp", "resnet18"]
+
+Norm = Literal["batch", "running", "group"]
+NORMS: tuple[Norm, ...] = ("batch", "running", "group")
 
 
-def mlp(channels: int, height: int, width: int) -> Architecture:
-    """Return the fully connected network of the MNIST benchmarks: two hidden layers of 100 units."""
+def mlp(channels: int, height: int, width: int, norm: Norm = "batch") -> Architecture:
+    """Return the fully connected network of the MNIST benchmarks: two hidden layers of 100 units.
+
+    Raises:
+        BecameError: if another norm is asked for than it has, which is none.
+    """
+    if norm != "batch":
+        raise BecameError(f"the mlp network has no normalisation that could be '{norm}'; leave the norm out.")
     layers = Flatten(), Linear("fc1", 100), ReLU(), Linear("fc2", 100), ReLU()
     return Architecture(layers, (channels, height, width))
 
 
-def alexnet(channels: int, height: int, width: int) -> Architecture:
+def alexnet(channels: int, height: int, width: int, norm: Norm = "batch") -> Architecture:
     """Return the AlexNet-like network of the CIFAR-100 benchmarks (Serra 2018, as used by Saha 2021).
 
     Three convolutions (64 at 4x4, 128 at 3x3, 256 at 2x2) and two fully connected layers of 2048 units, each followed
@@ -43,14 +60,14 @@ def alexnet(channels: int, height: int, width: int) -> Architecture:
     _assert_at_least(22, "alexnet", height, width)
     layers: list[Layer] = []
     for number, (filters, kernel, p) in enumerate(((64, 4, 0.2), (128, 3, 0.2), (256, 2, 0.5)), start=1):
-        layers += [Convolution(f"conv{number}", filters, kernel), *_normalised(number, p), MaxPool(2)]
+        layers += [Convolution(f"conv{number}", filters, kernel), *_normalised(norm, number, p), MaxPool(2)]
     layers.append(Flatten())
     for number in (1, 2):
-        layers += [Linear(f"fc{number}", 2048), *_normalised(number + 3, 0.5)]
+        layers += [Linear(f"fc{number}", 2048), *_normalised(norm, number + 3, 0.5)]
     return Architecture(tuple(layers), (channels, height, width))
 
 
-def resnet18(channels: int, height: int, width: int) -> Architecture:
+def resnet18(channels: int, height: int, width: int, norm: Norm = "batch") -> Architecture:
     """Return the ResNet-18 of the miniImageNet benchmarks, with 20 base filters (He 2016, as used by Saha 2021).
 
     As in the published code of GPM: a 3x3 convolution with stride 2 and padding 1, batch norm and ReLU; four groups of
@@ -63,10 +80,10 @@ def resnet18(channels: int, height: int, width: int) -> Architecture:
         BecameError: if the images are too small for it.
     """
     _assert_at_least(17, "resnet18", height, width)
-    stem: tuple[Layer, ...] = (Convolution("conv1", 20, 3, stride=2, padding=1), BatchNorm("bn1"), ReLU())
+    stem: tuple[Layer, ...] = (Convolution("conv1", 20, 3, stride=2, padding=1), _norm(norm, "bn1"), ReLU())
     groups = enumerate(((20, 1), (40, 2), (80, 2), (160, 2)), start=1)
     blocks = (
-        _block(f"layer{group}.{index}", filters, stride if index == 0 else 1, keeps=group == 1 or index > 0)
+        _block(f"layer{group}.{index}", filters, stride if index == 0 else 1, norm, keeps=group == 1 or index > 0)
         for group, (filters, stride) in groups
         for index in (0, 1)
     )
@@ -74,18 +91,22 @@ def resnet18(channels: int, height: int, width: int) -> Architecture:
     return Architecture(layers, (channels, height, width))
 
 
-def _block(name: str, filters: int, stride: int, *, keeps: bool) -> tuple[Layer, ...]:
+def _block(name: str, filters: int, stride: int, norm: Norm, *, keeps: bool) -> tuple[Layer, ...]:
     """Return a basic block; whether it keeps the shape of its inputs decides on its shortcut."""
     body = (
-        *(Convolution(f"{name}.conv1", filters, 3, stride, padding=1), BatchNorm(f"{name}.bn1"), ReLU()),
-        *(Convolution(f"{name}.conv2", filters, 3, padding=1), BatchNorm(f"{name}.bn2")),
+        *(Convolution(f"{name}.conv1", filters, 3, stride, padding=1), _norm(norm, f"{name}.bn1"), ReLU()),
+        *(Convolution(f"{name}.conv2", filters, 3, padding=1), _norm(norm, f"{name}.bn2")),
     )
-    projection = Convolution(f"{name}.shortcut.0", filters, 1, stride), BatchNorm(f"{name}.shortcut.1")
+    projection = Convolution(f"{name}.shortcut.0", filters, 1, stride), _norm(norm, f"{name}.shortcut.1")
     return Residual(body, () if keeps else projection), ReLU()
 
 
-def _normalised(number: int, p: float) -> tuple[Layer, ...]:
-    return BatchNorm(f"bn{number}"), ReLU(), Dropout(p)
+def _normalised(norm: Norm, number: int, p: float) -> tuple[Layer, ...]:
+    return _norm(norm, f"bn{number}"), ReLU(), Dropout(p)
+
+
+def _norm(norm: Norm, name: str) -> BatchNorm | GroupNorm:
+    return GroupNorm(name.replace("bn", "norm")) if norm == "group" else BatchNorm(name, running=norm == "running")
 
 
 def _assert_at_least(side: int, name: str, height: int, width: int) -> None:
@@ -93,15 +114,19 @@ def _assert_at_least(side: int, name: str, height: int, width: int) -> None:
         raise BecameError(f"the {name} network needs images of at least {side}x{side} pixels, not {height}x{width}.")
 
 
-NETWORKS: dict[str, Callable[[int, int, int], Architecture]] = {"alexnet": alexnet, "mlp": mlp, "resnet18": resnet18}
+NETWORKS: dict[str, Callable[[int, int, int, Norm], Architecture]] = {
+    "alexnet": alexnet,
+    "mlp": mlp,
+    "resnet18": resnet18,
+}
 
 
-def build_network(name: str, shape: tuple[int, int, int]) -> Architecture:
-    """Return the network of that name for images of this shape [C, H, W].
+def build_network(name: str, shape: tuple[int, int, int], norm: Norm = "batch") -> Architecture:
+    """Return the network of that name for images of this shape [C, H, W], with this kind of normalisation.
 
     Raises:
-        BecameError: if there is none, or the images are too small for it.
+        BecameError: if there is none, it has no such normalisation, or the images are too small for it.
     """
     if name not in NETWORKS:
         raise BecameError(f"there is no network '{name}'; choose from {', '.join(sorted(NETWORKS))}.")
-    return NETWORKS[name](*shape)
+    return NETWORKS[name](*shape, norm)

@@ -6,7 +6,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import Literal, Protocol, cast
 
-from adapters.architectures import DropoutMasks
+from adapters.architectures import DropoutMasks, Norm
 from became_core import BecameError
 from became_core.continual import Learner, TaskStream
 
@@ -28,6 +28,7 @@ class Builder(Protocol):
         device: str,
         seed: int,
         *,
+        norm: Norm = "batch",
         mixed_precision: bool = False,
         dropout_masks: DropoutMasks = "numpy",
     ) -> Learner:

@@ -17,6 +17,7 @@ from rich.table import Table
 
 from adapters.cli.options import Configuration
 from became_core.continual import Constraint, Learner, Method, TaskStream, Training, random_stream
+from became_core.continual.statistics import weights_of
 from became_core.continual.training import epoch_batches
 
 __all__ = ["Plan", "plan", "steps"]
@@ -78,7 +79,7 @@ def plan(
         seeds: how many runs there are of each.
     """
     training = configuration.preset.training
-    sizes = {name: math.prod(int(n) for n in value.shape) for name, value in learner.parameters().items()}
+    sizes = {name: math.prod(int(n) for n in value.shape) for name, value in weights_of(learner).items()}
     of_heads = sum(sizes[name] for head in learner.heads for name in head)
     return Plan(
         configuration={"benchmark": configuration.benchmark.name, **configuration.record()},
@@ -111,7 +112,7 @@ def _seconds_of_a_step(learner: Learner, stream: TaskStream, training: Training)
     first, others = stream.tasks[0], frozenset[str]().union(*learner.heads[1:])
     batches = epoch_batches([first], training.batch_size, random_stream(0, "steps"), training.augmentation)
     whole = [batch for batch in batches if len(batch.indices) == training.batch_size] or batches
-    constraint = Constraint(trainable=frozenset(learner.parameters()) - others)
+    constraint = Constraint(trainable=frozenset(weights_of(learner)) - others)
     theta = learner.parameters()
     optimiser = training.optimiser.begun({name: theta[name] for name in sorted(constraint.trainable)})
     began = 0.0

@@ -67,6 +67,9 @@ class Options:
     for split-cifar100 and split-tinyimagenet."""
     network: str | None = None
     """The backbone: mlp, alexnet, resnet18."""
+    norm: Literal["batch", "running", "group"] | None = None
+    """What alexnet and resnet18 normalise by: the batch's statistics, in testing too; in all but training running ones,
+    estimated anew for every model; or each image's own, over groups of channels."""
     tasks: int | None = None
     """How many tasks the classes are split into; it must divide them."""
     class_order: ClassOrder = "label"
@@ -179,8 +182,15 @@ class Configuration:
 
     def learner(self, backend: Backend, stream: TaskStream, device: str, seed: int) -> Learner:
         """Return a fresh learner of this configuration."""
-        mixed, masks = self.mixed_precision, self.dropout_masks
-        return backend.learner(self.preset.network, stream, device, seed, mixed_precision=mixed, dropout_masks=masks)
+        return backend.learner(
+            self.preset.network,
+            stream,
+            device,
+            seed,
+            norm=self.preset.norm,
+            mixed_precision=self.mixed_precision,
+            dropout_masks=self.dropout_masks,
+        )
 
     def stream(self, dataset: Dataset, seed: int) -> TaskStream:
         """Return the tasks that a run of this seed learns."""
@@ -201,6 +211,7 @@ class Configuration:
             "first": self.first,
             "class_order": self.class_order,
             "network": self.preset.network,
+            "norm": self.preset.norm,
             "mixed_precision": self.mixed_precision,
             "dropout_masks": self.dropout_masks,
             "validation": self.preset.validation,
@@ -231,6 +242,7 @@ def resolve(options: Options) -> Configuration:
     preset = replace(
         preset,
         network=_given(options.network, preset.network),
+        norm=_given(options.norm, preset.norm),
         training=_training(preset.training, options),
         settings=_settings(preset.settings, options),
         special={projector: _settings(settings, options) for projector, settings in preset.special.items()},

@@ -17,6 +17,7 @@ Convention: schedules hold for stage 1 and, anew, for stage 2.
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
+from adapters.architectures import Norm
 from became_core.continual import (
     Adam,
     Annealed,
@@ -49,6 +50,7 @@ class Preset:
         settings: methods' numbers.
         special: the numbers of methods under these projectors instead.
         validation: the fraction of each task's training rows held out.
+        norm: the backbone's kind of normalisation.
     """
 
     network: str
@@ -56,6 +58,7 @@ class Preset:
     settings: MethodSettings
     special: Mapping[str, MethodSettings] = field(default_factory=dict)
     validation: float = 0.05
+    norm: Norm = "batch"
 
     def settings_of(self, method: str) -> MethodSettings:
         """Return the numbers of a method, by its name as on the command line."""

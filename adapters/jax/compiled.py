@@ -28,6 +28,7 @@ from became_core.projection import Projector, Region
 __all__ = [
     "Data",
     "all_logits",
+    "batch_statistics",
     "effective",
     "gradients",
     "multiplied",
@@ -161,6 +162,13 @@ def _all_logits(backbone: Backbone, weights: Params, heads: list[Array], data: D
     return jnp.stack([found @ head.T for head in heads], axis=1)
 
 
+def _batch_statistics(backbone: Backbone, weights: Params, data: Data, rows: Array) -> Params:
+    """Return a batch's own mean and variance of every layer that has running ones."""
+    moments: Params = {}
+    backbone(Pass(weights, moments=moments), data.normalised(rows))
+    return moments
+
+
 @dataclass
 class _Recorder:
     """Adds perturbations to the layers' outputs, and keeps those and the layers' inputs, [N, positions, d] each.
@@ -241,6 +249,7 @@ multiplied: Any = jax.jit(_multiplied)
 update: Any = jax.jit(_update, static_argnames="trains_scales", donate_argnums=(0, 1))
 effective: Any = jax.jit(_effective)
 all_logits: Any = jax.jit(_all_logits, static_argnums=0)
+batch_statistics: Any = jax.jit(_batch_statistics, static_argnums=0)
 taps: Any = jax.jit(_taps, static_argnums=0)
 pull: Any = jax.jit(lambda map_back, at_logits: map_back(at_logits)[0])
 pushforward: Any = jax.jit(_pushforward, static_argnums=0)

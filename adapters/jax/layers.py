@@ -17,6 +17,7 @@ from adapters.architectures import (
     Convolution,
     Dropout,
     Flatten,
+    GroupNorm,
     Linear,
     MaxPool,
     ReLU,
@@ -75,10 +76,19 @@ def _patches(layer: Convolution, inputs: Array, places: tuple[int, int]) -> Arra
 
 def _batch_norm(run: "Pass", layer: BatchNorm, inputs: Array) -> Array:
     axes = tuple(range(inputs.ndim - 1))
-    mean, variance = inputs.mean(axes), inputs.var(axes)
+    mean, variance = run.statistics(layer, lambda: (inputs.mean(axes), inputs.var(axes)))
     if run.constant_statistics:
         mean, variance = lax.stop_gradient((mean, variance))
     normalised = (inputs - mean) * lax.rsqrt(variance + layer.epsilon)
+    return run.tapped(layer, lambda: normalised, normalised * run.weights[f"{layer.name}.weight"])
+
+
+def _group_norm(run: "Pass", layer: GroupNorm, inputs: Array) -> Array:
+    samples, channels = inputs.shape[0], inputs.shape[-1]
+    groups = layer.groups(channels)
+    apart = inputs.reshape(samples, -1, groups, channels // groups)
+    mean, variance = apart.mean((1, 3), keepdims=True), apart.var((1, 3), keepdims=True)
+    normalised = ((apart - mean) * lax.rsqrt(variance + layer.epsilon)).reshape(inputs.shape)
     return run.tapped(layer, lambda: normalised, normalised * run.weights[f"{layer.name}.weight"])
 
 
@@ -119,6 +129,7 @@ class Pass(architectures.Pass):
         Linear: _linear,
         Convolution: _convolution,
         BatchNorm: _batch_norm,
+        GroupNorm: _group_norm,
         ReLU: lambda run, layer, inputs: jax.nn.relu(inputs),
         Tanh: lambda run, layer, inputs: jnp.tanh(inputs),
         Dropout: _dropout,

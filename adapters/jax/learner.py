@@ -13,7 +13,15 @@ import numpy as np
 from jax import numpy as jnp
 from numpy.typing import NDArray
 
-from adapters.architectures import Backbone, DropoutMasks, Linear, Tapped, checked_masks, initial_values
+from adapters.architectures import (
+    Backbone,
+    DropoutMasks,
+    Linear,
+    Tapped,
+    checked_masks,
+    initial_values,
+    is_statistic,
+)
 from adapters.jax import compiled
 from adapters.jax.dropout import Masks, mask_source
 from adapters.jax.heads import HEAD, for_task, head_of, put_back
@@ -86,6 +94,7 @@ class JaxLearner:
         self._theta: Params = {}
         self.assign(initial_values(seed, parameters))
         self.heads = [frozenset(each) for each in of_heads]
+        self.statistics = frozenset(filter(is_statistic, backbone.parameters))
         self.projectable = frozenset(f"{layer.name}.weight" for layer in backbone.tapped if layer.kind == "matrix")
         self._linear = frozenset(name for name in self.projectable if len(parameters[name].shape) == 2)
 
@@ -152,7 +161,7 @@ class JaxLearner:
     def logits(self, indices: Indices, batch_size: int) -> Array:
         """Return all heads' logits, [samples, tasks, classes]."""
         heads = [self._theta[name] for head in self.heads for name in head]
-        shared = {name: value for name, value in self._theta.items() if not name.startswith("heads.")}
+        shared = self._shared()
         return jnp.concatenate(
             [
                 compiled.all_logits(self._backbone, shared, heads, self._data, rows)
@@ -197,6 +206,14 @@ class JaxLearner:
         for rows in _chunks(indices, batch_size):
             logits, tangents = compiled.pushforward(self._backbone, weights, self._data, rows, along)
             yield Pushforward(logits, tangents, self.targets(rows))
+
+    def batch_statistics(self, indices: Indices, batch_size: int) -> Iterator[tuple[int, Params]]:
+        """Yield each batch's size and statistics."""
+        for rows in _chunks(indices, batch_size):
+            yield len(rows), compiled.batch_statistics(self._backbone, self._shared(), self._data, rows)
+
+    def _shared(self) -> Params:
+        return {name: value for name, value in self._theta.items() if not name.startswith("heads.")}
 
     def _masks(self, stream: np.random.Generator) -> Callable[[int, int], Masks]:
         return mask_source(self._backbone.masks, stream, by_framework=self._dropout_masks == "framework")

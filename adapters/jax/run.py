@@ -12,7 +12,7 @@ except ModuleNotFoundError as error:
     print(f"error: the package '{error.name}' is missing; pip install 'became[jax]'.", file=sys.stderr)
     sys.exit(2)
 
-from adapters.architectures import DropoutMasks, build_network
+from adapters.architectures import DropoutMasks, Norm, build_network
 from became_core.continual import TaskStream
 
 __all__ = ["BACKEND", "build_learner", "prepare", "repeat_exactly"]
@@ -24,6 +24,7 @@ def build_learner(
     device: str,
     seed: int,
     *,
+    norm: Norm = "batch",
     mixed_precision: bool = False,
     dropout_masks: DropoutMasks = "numpy",
 ) -> JaxLearner:
@@ -34,6 +35,7 @@ def build_learner(
         stream: what it will learn.
         device: a device as JAX calls it, or "auto" for JAX's default: the first accelerator there is, else the CPU.
         seed: names the draw of the initial weights.
+        norm: the backbone's kind of normalisation, likewise.
         mixed_precision: whether training steps multiply in bfloat16.
         dropout_masks: what draws them.
 
@@ -41,7 +43,7 @@ def build_learner(
         BecameError: if there is no such network or device.
     """
     channels, height, width = stream.dataset.images.shape[1:]
-    backbone = build_network(network, (channels, height, width))
+    backbone = build_network(network, (channels, height, width), norm)
     chosen = None if device == "auto" else device
     return JaxLearner(
         backbone, stream, device=chosen, mixed_precision=mixed_precision, dropout_masks=dropout_masks, seed=seed

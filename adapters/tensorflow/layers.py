@@ -16,6 +16,7 @@ from adapters.architectures import (
     Convolution,
     Dropout,
     Flatten,
+    GroupNorm,
     Linear,
     MaxPool,
     ReLU,
@@ -84,11 +85,21 @@ def _padded(layer: Convolution, inputs: Array) -> Array:
 
 
 def _batch_norm(run: "Pass", layer: BatchNorm, inputs: Array) -> Array:
-    mean, variance = tf.nn.moments(inputs, list(range(len(inputs.shape) - 1)))
+    axes = list(range(len(inputs.shape) - 1))
+    mean, variance = run.statistics(layer, lambda: tf.nn.moments(inputs, axes))
     if run.constant_statistics:
         mean, variance = tf.stop_gradient(mean), tf.stop_gradient(variance)
     scale = tf.math.rsqrt(variance + layer.epsilon)
     normalised = inputs * scale - mean * scale
+    return run.tapped(layer, lambda: normalised, normalised * run.weights[f"{layer.name}.weight"])
+
+
+def _group_norm(run: "Pass", layer: GroupNorm, inputs: Array) -> Array:
+    *places, channels = inputs.shape[1:]
+    groups = layer.groups(channels)
+    apart = tf.reshape(inputs, (-1, prod(places), groups, channels // groups))
+    mean, variance = tf.nn.moments(apart, [1, 3], keepdims=True)
+    normalised = tf.reshape((apart - mean) * tf.math.rsqrt(variance + layer.epsilon), (-1, *places, channels))
     return run.tapped(layer, lambda: normalised, normalised * run.weights[f"{layer.name}.weight"])
 
 
@@ -114,6 +125,7 @@ class Pass(architectures.Pass):
         Linear: _linear,
         Convolution: _convolution,
         BatchNorm: _batch_norm,
+        GroupNorm: _group_norm,
         ReLU: lambda run, layer, inputs: tf.nn.relu(inputs),
         Tanh: lambda run, layer, inputs: tf.tanh(inputs),
         Dropout: _dropout,

@@ -15,7 +15,7 @@ import numpy as np
 import tensorflow as tf
 from numpy.typing import NDArray
 
-from adapters.architectures import Backbone, DropoutMasks, Linear, checked_masks, initial_values
+from adapters.architectures import Backbone, DropoutMasks, Linear, checked_masks, initial_values, is_statistic
 from adapters.tensorflow.dropout import mask_source
 from adapters.tensorflow.layers import Pass
 from adapters.tensorflow.stepping import Factors, advanced, loss_and_gradients
@@ -75,6 +75,7 @@ class TensorFlowLearner:
         self._head = Linear("head", stream.classes_per_task)
         self._heads = [replace(self._head, name=f"heads.{task}") for task in range(len(stream.tasks))]
         self.heads = [frozenset({f"{head.name}.weight"}) for head in self._heads]
+        self.statistics = frozenset(filter(is_statistic, backbone.parameters))
         self.projectable = frozenset(f"{layer.name}.weight" for layer in backbone.tapped if layer.kind == "matrix")
         with tf.device(self.device):
             images = np.ascontiguousarray(np.moveaxis(dataset.images, 1, -1))
@@ -92,6 +93,7 @@ class TensorFlowLearner:
         self._step_network = tf.function(self._loss_and_gradients, reduce_retracing=True)
         self._step_constraint = tf.function(advanced)
         self._logits_of_heads = tf.function(self._logits_of_all_heads, reduce_retracing=True)
+        self._moments = tf.function(self._batch_moments, reduce_retracing=True)
         self._pushed = tf.function(self._logits_and_tangent, reduce_retracing=True)
 
     def parameters(self) -> Params:
@@ -165,6 +167,11 @@ class TensorFlowLearner:
         """Yield each batch's logits and their derivatives along directions."""
         return _on(self.device, self._pushforward(task, indices, batch_size, directions))
 
+    def batch_statistics(self, indices: Indices, batch_size: int) -> Iterator[tuple[int, Params]]:
+        """Yield each batch's size and statistics."""
+        pairs = ((len(rows), self._moments(self._theta, rows)) for rows in _chunks(indices, batch_size))
+        return _on(self.device, pairs)
+
     def _taps(
         self, task: int, indices: Indices, batch_size: int, mode: TapMode, stream: np.random.Generator
     ) -> Iterator[Taps]:
@@ -229,6 +236,11 @@ class TensorFlowLearner:
         features = self._backbone(Pass(theta), self._batch(rows)[0])
         heads = tf.stack([theta[f"{head.name}.weight"] for head in self._heads])
         return tf.einsum("nd,tcd->ntc", features, heads)
+
+    def _batch_moments(self, theta: Params, rows: Array) -> Params:
+        moments: Params = {}
+        self._backbone(Pass(theta, moments=moments), self._batch(rows)[0])
+        return moments
 
     def _logits_and_tangent(self, theta: Params, direction: Params, rows: Array) -> tuple[Array, Array]:
         with tf.autodiff.ForwardAccumulator(theta, direction) as forward:

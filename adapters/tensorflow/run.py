@@ -14,7 +14,7 @@ except ModuleNotFoundError as error:
     print(f"error: the package '{error.name}' is missing; pip install 'became[tensorflow]'.", file=sys.stderr)
     sys.exit(2)
 
-from adapters.architectures import DropoutMasks, build_network
+from adapters.architectures import DropoutMasks, Norm, build_network
 from became_core.continual import TaskStream
 
 __all__ = ["BACKEND", "build_learner", "repeat_exactly"]
@@ -26,6 +26,7 @@ def build_learner(
     device: str,
     seed: int,
     *,
+    norm: Norm = "batch",
     mixed_precision: bool = False,
     dropout_masks: DropoutMasks = "numpy",
 ) -> TensorFlowLearner:
@@ -36,6 +37,7 @@ def build_learner(
         stream: what it will learn.
         device: a TensorFlow device, or "auto" for the first GPU if there is one, else the CPU.
         seed: names the draw of the initial weights.
+        norm: the backbone's kind of normalisation, likewise.
         mixed_precision: whether training steps multiply in bfloat16.
         dropout_masks: what draws them.
 
@@ -45,7 +47,7 @@ def build_learner(
     if device == "auto":
         device = "gpu" if tf.config.list_logical_devices("GPU") else "cpu"
     channels, height, width = stream.dataset.images.shape[1:]
-    backbone = build_network(network, (channels, height, width))
+    backbone = build_network(network, (channels, height, width), norm)
     return TensorFlowLearner(
         backbone, stream, device=device, mixed_precision=mixed_precision, dropout_masks=dropout_masks, seed=seed
     )

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 
 import tensorflow as tf
 
-from adapters.architectures import Backbone, Linear, Tapped
+from adapters.architectures import Backbone, Linear, Tapped, is_statistic
 from adapters.tensorflow.layers import Pass
 from became_core.arrays import Array, Params
 from became_core.continual import Constraint, Optimiser, Penalty
@@ -61,7 +61,7 @@ def loss_and_gradients(
         logits = run(head, backbone(run, images))
         losses = tf.nn.sparse_softmax_cross_entropy_with_logits(targets, logits)
         mean = tf.reduce_mean(losses)
-    others = {name: value for name, value in theta.items() if name not in outputs}
+    others = {name: value for name, value in theta.items() if name not in outputs and not is_statistic(name)}
     gradients, by_outputs = tape.gradient(mean, (others, outputs))
     factors = {name: (_as_rows(by_outputs[name]), _as_rows(a)) for name, a in inputs.items()}
     return tf.reduce_sum(losses), gradients, factors

@@ -1,7 +1,7 @@
 """The learner protocol on PyTorch: any module that maps images to features, with a head for each task.
 
 Convention: images stay on the device as uint8 [N, C, H, W] and are normalised there, batch by batch; parameters are
-named arrays, buffers stay in the module.
+named arrays, the running statistics of batch norms among them; other buffers stay in the module.
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,6 +17,7 @@ from adapters.torch.dropout import use_stream
 from adapters.torch.layers import is_matrix
 from adapters.torch.linear import constrained_inputs
 from adapters.torch.networks import MultiHead
+from adapters.torch.statistics import BATCH_NORMS, batch_statistics
 from adapters.torch.tapping import collect_inputs, collect_taps, layers_with_samples_first
 from became_core import BecameError
 from became_core.arrays import Params
@@ -26,6 +27,8 @@ from became_core.curvature import Pushforward, Taps, logit_cotangents
 from became_core.projection import Region, TrustRegion
 
 __all__ = ["TorchLearner"]
+
+_RUNNING = ("running_mean", "running_var")
 
 
 class TorchLearner:
@@ -45,7 +48,8 @@ class TorchLearner:
         """Place a backbone, with a fresh head for each task, and the stream's data on a device.
 
         Args:
-            backbone: images [N, C, H, W] to features [N, features]; used as it is, with the weights it has.
+            backbone: images [N, C, H, W] to features [N, features]; used as it is, with the weights it has. Batch norms
+                that track running statistics no longer do so while they train: these are the core's to estimate.
             stream: the tasks; its images and targets go to the device once.
             device: where all arithmetic happens, e.g. "cpu", "cuda", "cuda:1", "mps".
             dtype: of the weights.
@@ -62,7 +66,9 @@ class TorchLearner:
         self.device = _checked_device(device)
         self._dropout_masks = checked_masks(dropout_masks)
         dataset = stream.dataset
-        layout = torch.channels_last if self.device.type in ("cpu", "cuda") else torch.contiguous_format
+        # Of group norm with channels last PyTorch has no forward-mode derivative.
+        last = self.device.type in ("cpu", "cuda") and not any(isinstance(m, nn.GroupNorm) for m in backbone.modules())
+        layout = torch.channels_last if last else torch.contiguous_format
         features = _feature_width(backbone, dataset.images.shape[1:])
         network = MultiHead(backbone, features, len(stream.tasks), stream.classes_per_task, seed, dtype)
         self.network = network.to(device=self.device, dtype=dtype)
@@ -75,6 +81,16 @@ class TorchLearner:
         self._std = torch.tensor(dataset.std, device=self.device, dtype=dtype).mul(255).view(shape)
         self._named = {_canonical(name): parameter for name, parameter in self.network.named_parameters()}
         self._layers = {module: _canonical(name) for name, module in self.network.named_modules()}
+        self._norms: dict[nn.Module, str] = {
+            module: name
+            for module, name in self._layers.items()
+            if isinstance(module, BATCH_NORMS) and module.running_mean is not None
+        }
+        self._running: dict[str, Tensor] = {}
+        for module, name in self._norms.items():
+            module.momentum = 0.0  # type: ignore[assignment] # PyTorch's types know tensors and modules alone
+            self._running |= {f"{name}.{each}": getattr(module, each) for each in _RUNNING}
+        self.statistics = frozenset(self._running)
         self._layers_of_task: dict[int, frozenset[nn.Module]] = {}
         self.heads = [
             frozenset(name for name in self._named if name.startswith(f"heads.{task}."))
@@ -88,13 +104,13 @@ class TorchLearner:
 
     def parameters(self) -> Params:
         """Return a copy of all parameters by canonical name."""
-        return {name: parameter.detach().clone() for name, parameter in self._named.items()}
+        return {name: value.detach().clone() for name, value in (self._named | self._running).items()}
 
     def assign(self, parameters: Params) -> None:
         """Copy these values into the parameters."""
         with torch.no_grad():
-            for name, parameter in self._named.items():
-                parameter.copy_(parameters[name])
+            for name, value in (self._named | self._running).items():
+                value.copy_(parameters[name])
 
     def train(
         self,
@@ -143,7 +159,7 @@ class TorchLearner:
         samples = sum(len(batch.indices) for batch in batches)
         self.network.requires_grad_(True)
         if region is not None:
-            self.assign({name: theta.get(name, parameter) for name, parameter in self._named.items()})
+            self.assign({name: theta.get(name, value) for name, value in self.parameters().items()})
             region = region.with_scales({key: theta[key].detach() for key in region.scales})
         return Trained(float(total) / samples, optimiser, region)
 
@@ -206,6 +222,21 @@ class TorchLearner:
                 outputs, tangent, *_ = torch.func.jvp(logits, (primals,), (along,))
                 tangents.append(tangent)
             yield Pushforward(outputs, torch.stack(tangents), targets)
+
+    def batch_statistics(self, indices: Indices, batch_size: int) -> Iterator[tuple[int, Params]]:
+        """Yield each batch's size and statistics, once for every time that a layer runs."""
+        for rows in _chunks(indices, batch_size):
+            found = batch_statistics(self.network.backbone, self._norms, self._batch(rows)[0])
+            for run in range(max(map(len, found.values()), default=0)):
+                runs = {self._norms[module]: each[run] for module, each in found.items() if run < len(each)}
+                yield (
+                    len(rows),
+                    {
+                        f"{name}.{part}": v
+                        for name, pair in runs.items()
+                        for part, v in zip(_RUNNING, pair, strict=True)
+                    },
+                )
 
     def _tapped_layers(self, task: int) -> frozenset[nn.Module]:
         """Return the layers that can be tapped for a task; it is found out once, by two samples of any kind."""

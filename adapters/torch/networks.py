@@ -16,6 +16,7 @@ from adapters.architectures import (
     Convolution,
     Dropout,
     Flatten,
+    GroupNorm,
     Linear,
     MaxPool,
     ReLU,
@@ -32,7 +33,7 @@ __all__ = ["Described", "MultiHead"]
 
 def _batch_norm(layer: BatchNorm, shape: Shape) -> nn.Module:
     kind = nn.BatchNorm2d if len(shape) == 3 else nn.BatchNorm1d
-    return kind(shape[0], layer.epsilon, track_running_stats=False)
+    return kind(shape[0], layer.epsilon, track_running_stats=layer.running)
 
 
 # By class of layer: (layer, shape of its inputs) -> module.
@@ -42,6 +43,7 @@ _MODULES: dict[type, Callable[[Any, Shape], nn.Module]] = {
         shape[0], layer.outputs, layer.kernel, layer.stride, layer.padding, bias=layer.bias
     ),
     BatchNorm: _batch_norm,
+    GroupNorm: lambda layer, shape: nn.GroupNorm(layer.groups(shape[0]), shape[0], layer.epsilon),
     ReLU: lambda layer, shape: nn.ReLU(),
     Tanh: lambda layer, shape: nn.Tanh(),
     Dropout: lambda layer, shape: dropout.Dropout(layer.p),

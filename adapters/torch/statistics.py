@@ -1,17 +1,17 @@
-"""Batch norms whose statistics are constants of the forward pass, so that per-sample gradients exist.
+"""Batch norms whose statistics are constants of the forward pass, so that per-sample gradients exist; running ones.
 
 Convention: a batch norm that keeps no running statistics takes each batch's own in evaluation too, and their gradients
 couple the samples; here they are computed beforehand, without gradient. Variances are biased, as batch norm has them.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["BATCH_NORMS", "Statistics", "constant_statistics", "statistics"]
+__all__ = ["BATCH_NORMS", "Statistics", "batch_statistics", "constant_statistics", "statistics"]
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
@@ -25,6 +25,31 @@ def statistics(inputs: Tensor) -> tuple[Tensor, Tensor]:
     # Batch norm's own way to them; ``Tensor.var`` takes a hundred times as long on a CPU.
     mean, variance = torch.batch_norm_update_stats(inputs, None, None, 0.0)
     return mean, variance
+
+
+@torch.no_grad()
+def batch_statistics(network: nn.Module, norms: Collection[nn.Module], inputs: Tensor) -> Statistics:
+    """Return the statistics of these batch norms' inputs, each normalising by the batch's own, without dropout.
+
+    Args:
+        network: what runs; it is left in evaluation mode.
+        norms: of the network, with a momentum of 0, so that running statistics stay as they are.
+        inputs: of the network.
+    """
+    found: Statistics = {}
+
+    def note(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        found.setdefault(module, []).append(statistics(inputs[0]))
+
+    network.eval()
+    handles = [module.train().register_forward_pre_hook(note) for module in norms]
+    try:
+        network(inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+        network.eval()
+    return found
 
 
 @contextmanager

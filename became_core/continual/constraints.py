@@ -6,6 +6,7 @@ from became_core.continual.learner import Constraint, Learner, Penalty, heads_of
 from became_core.continual.methods import Method
 from became_core.continual.schedule import RelativeRates
 from became_core.continual.state import Memory
+from became_core.continual.statistics import weights_of
 from became_core.continual.stream import Task
 from became_core.laplace import Diagonal, LaplacePosterior
 from became_core.projection import HAT, TRGP
@@ -17,7 +18,7 @@ def free_constraint(learner: Learner, task: Task, method: Method) -> Constraint:
     """Everything may change but the heads of other tasks (of later ones, in joint training)."""
     own = learner.heads[: task.index + 1] if method.joint else [learner.heads[task.index]]
     others = heads_of(learner).difference(*own)
-    return Constraint(trainable=frozenset(learner.parameters()) - others)
+    return Constraint(trainable=frozenset(weights_of(learner)) - others)
 
 
 def stable_constraint(learner: Learner, task: Task, method: Method, memory: Memory) -> Constraint:
@@ -61,4 +62,4 @@ def relative_rates(learner: Learner, task: Task, rates: RelativeRates) -> dict[s
 
 def _norms(learner: Learner) -> frozenset[str]:
     """Return the names of the shared parameters that no projector of matrices can protect."""
-    return frozenset(learner.parameters()) - learner.projectable - heads_of(learner)
+    return frozenset(weights_of(learner)) - learner.projectable - heads_of(learner)

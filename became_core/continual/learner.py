@@ -158,6 +158,13 @@ class Learner(Protocol):
     def projectable(self) -> frozenset[str]:
         """Names of the shared weights that taps speak of as matrices, which a projector can protect."""
 
+    @property
+    def statistics(self) -> frozenset[str]:
+        """Names of what parameters hold beside weights: running statistics of normalisation layers, if there are any.
+
+        They are used in all but training and in taps of the mode "published", and changed by ``assign`` alone.
+        """
+
     def parameters(self) -> Params:
         """Return all parameters by canonical name; they do not change when training goes on."""
 
@@ -185,6 +192,13 @@ class Learner(Protocol):
     def logits(self, indices: Indices, batch_size: int) -> Array:
         """Return the logits of all heads, [samples, tasks, classes], computed without dropout, batch by batch."""
 
+    def batch_statistics(self, indices: Indices, batch_size: int) -> Iterator[tuple[int, Params]]:
+        """Yield each batch's size and its own mean and variance for every layer of ``statistics``, by their names.
+
+        Computed without dropout, every layer normalising by the batch's own; of several runs of a layer in one pass,
+        those after the first come by themselves, with the batch's size again.
+        """
+
     def targets(self, indices: Indices) -> Array:
         """Return the labels within the task, integers [samples], on the device of the logits."""
 
@@ -203,7 +217,8 @@ class Learner(Protocol):
     ) -> Iterator[Pushforward]:
         """Yield each batch's logits of the task's head with their derivatives along directions in parameter space.
 
-        Without dropout; batch statistics are part of the function that is differentiated, as they are in evaluation.
+        Without dropout; batch statistics are part of the function that is differentiated, as they are in evaluation,
+        running ones are constants, and what directions say of them has no meaning.
         """
 
 

@@ -25,6 +25,7 @@ from became_core.continual.record import MergePath, RunRecord, TaskEnd
 from became_core.continual.schedule import Schedule
 from became_core.continual.seeding import random_stream
 from became_core.continual.state import Memory, RunState
+from became_core.continual.statistics import place, refresh, weights_of
 from became_core.continual.stopwatch import Stopwatch
 from became_core.continual.stream import Task, TaskStream
 from became_core.continual.training import EpochEnd, Stage, Training, begin_stage, train_stage
@@ -184,6 +185,7 @@ class _Run:
         if isinstance(memory.projector, HAT):
             return memory.projector.region(self.learner.parameters(), random_stream(self.seed, "gates", task.index))
         assert isinstance(memory.projector, TRGP)
+        refresh(self.learner, [task], self.training.batch_size, self.seed)
         return memory.projector.trust_region(self.measurement(task, "trust-region", memory).gradients())
 
     def with_own_model(self, task: Task, state: RunState) -> tuple[RunState, Precision | None]:
@@ -217,7 +219,8 @@ class _Run:
         memory, theta_gp = state.memory, state.theta_gp
         assert theta_gp is not None
         with self.stopwatch.phase("merge"):
-            theta_hat = self.learner.parameters()
+            theta_hat = weights_of(self.learner)
+            theta_gp = {name: theta_gp[name] for name in theta_hat}
             measured = self.measurement(task, "merge", memory)
             if curvature is None and self.method.precision != "diagonal":
                 curvature = measured.precision(self.method.precision)
@@ -226,19 +229,19 @@ class _Run:
             assert rule is not None
             losses = (new,) if memory.posterior is None else (memory.posterior, new)
             merged = rule.merge((theta_gp, theta_hat), losses)
-        self.learner.assign(theta_hat)
+        self.place(task, theta_hat, memory)
         path = None
         if self.training.path_alphas:
             with self.stopwatch.phase("path"):
                 path = self.look_along(task, theta_gp, theta_hat, memory)
-        self.learner.assign(merged.theta)
+        self.place(task, merged.theta, memory)
         if merged.alpha is None:
             return None, path
         return float(np.mean([float(a) for a in named_leaves(merged.alpha).values()])), path
 
     def true_loss(self, task: Task, theta: Params, memory: Memory) -> float:
         """Return the loss of all tasks so far, on their own data, at these weights, which the learner is left with."""
-        self.learner.assign(theta)
+        self.place(task, theta, memory)
         return sum(self.measurement(each, "merge", memory).loss() for each in self.seen(task))
 
     def look_along(self, task: Task, theta_gp: Params, theta_hat: Params, memory: Memory) -> MergePath:
@@ -249,7 +252,7 @@ class _Run:
         def truth(theta: Params) -> tuple[float, float]:
             return self.true_loss(task, theta, memory), float(np.mean(self.accuracies(task, memory)[0]))
 
-        measurements = [self.measurement(each, "merge", memory) for each in self.seen(task)]
+        measurements = [replace(self.measurement(each, "merge", memory), last=task) for each in self.seen(task)]
         known = memory.posterior, memory.approximations
         return look_along(measurements, *known, (theta_gp, theta_hat), truth, self.training.path_alphas)
 
@@ -262,7 +265,7 @@ class _Run:
             measurement = self.measurement(task, "posterior", memory)
             if self.keeps_posterior:
                 curvature = curvature or measurement.precision(self.method.precision)
-                posterior = self.method.remembered(memory.posterior, self.learner.parameters(), curvature)
+                posterior = self.method.remembered(memory.posterior, weights_of(self.learner), curvature)
                 memory = replace(memory, posterior=posterior)
             if self.method.rule is not None and self.training.path_alphas:
                 new, known = Approximations.of(measurement), memory.approximations
@@ -292,6 +295,10 @@ class _Run:
 
     def accuracies(self, task: Task, memory: Memory) -> tuple[list[float], list[float]]:
         return accuracies(self.learner, self.seen(task), self.training.batch_size, memory.views)
+
+    def place(self, task: Task, theta: Params, memory: Memory) -> None:
+        """Give the learner weights, with the running statistics, if there are any, that belong to them and the task."""
+        place(self.learner, theta, [task], self.training.batch_size, self.seed, memory.regions.get(task.index))
 
     def measurement(self, task: Task, purpose: str, memory: Memory) -> Measurement:
         region = memory.regions.get(task.index)

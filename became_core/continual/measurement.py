@@ -16,6 +16,7 @@ from became_core.continual.evaluation import mean_loss
 from became_core.continual.learner import Learner, heads_of
 from became_core.continual.regions import beneath, reparametrised
 from became_core.continual.seeding import random_stream
+from became_core.continual.statistics import place, weights_of
 from became_core.continual.stream import Indices, Task
 from became_core.continual.training import Training
 from became_core.curvature import (
@@ -54,6 +55,7 @@ class Measurement:
         seed: the run's.
         purpose: what for, "merge" or "posterior": with the seed and the task it names the random draws.
         region: the task's trust region, if it has one; measured is the loss by the weights beneath.
+        last: the task that was learned last, to whose images running statistics belong; the measured one if None.
     """
 
     learner: Learner
@@ -63,10 +65,11 @@ class Measurement:
     seed: int
     purpose: str
     region: TrustRegion | None = None
+    last: Task | None = None
 
     def diagonal(self) -> Diagonal:
         """Return the diagonal Fisher information, of the method's kind, over all parameters."""
-        rows, parameters = self.curvature_rows(), self.learner.parameters()
+        rows, parameters = self.curvature_rows(), weights_of(self.learner)
         with self._as_task():
             return Diagonal(diagonal_fisher(self._fisher_taps(rows), parameters, self.kind, samples=len(rows)))
 
@@ -105,7 +108,7 @@ class Measurement:
             For each shared parameter, that is one of no task's head, an array [samples, *the parameter's shape].
         """
         rows, heads = self._sample("logit-gradients", count), heads_of(self.learner)
-        shared = {name: value for name, value in self.learner.parameters().items() if name not in heads}
+        shared = {name: value for name, value in weights_of(self.learner).items() if name not in heads}
         stream = random_stream(self.seed, "logit-gradient-taps", self.task.index)
         size = self.training.batch_size
         batches = self._taps(rows, "logit", stream)
@@ -126,17 +129,23 @@ class Measurement:
     def along(self, directions: Sequence[Params], origin: Params | None = None) -> Quadratic:
         """Return the loss along directions from the learner's weights, exact on the samples that curvature takes.
 
-        Given an origin, from there; the learner is left with its own weights.
+        Given an origin, from there; the learner is left with its own weights. Derivatives take running statistics,
+        those that belong to the weights where they are taken, for constants.
         """
         if origin is not None:
             held = self.learner.parameters()
-            self.learner.assign(origin)
+            tasks = [self.last or self.task]
+            place(self.learner, origin, tasks, self.training.batch_size, self.seed, self.region)
             found = self.along(directions)
             self.learner.assign(held)
             return found
         rows, size = self.curvature_rows(), self.training.batch_size
         if self.region is not None:  # effective weights are linear in those beneath
             directions = [self.region.effective(direction) for direction in directions]
+        if self.learner.statistics:
+            held = self.learner.parameters()
+            still = {name: held[name] * 0 for name in self.learner.statistics}
+            directions = [direction | still for direction in directions]
         with self._as_task():
             return Quadratic(*derivatives_along(self.learner.pushforward(self.task.index, rows, size, directions)))
 
@@ -166,7 +175,7 @@ class Measurement:
     @property
     def mean(self) -> Params:
         """The learner's weights."""
-        return self.learner.parameters()
+        return weights_of(self.learner)
 
     def input_grams(self) -> Params:
         """Return, for each weight that can be protected, the mean of a a^T over a sample of the training images."""

@@ -18,6 +18,7 @@ from became_core.continual.optimisers import SGD, Optimiser
 from became_core.continual.regions import reparametrised
 from became_core.continual.schedule import RelativeRates, Schedule
 from became_core.continual.seeding import random_stream
+from became_core.continual.statistics import refresh
 from became_core.continual.stream import Task
 from became_core.errors import BecameError
 from became_core.projection import Region
@@ -181,7 +182,8 @@ def train_stage(
         each(stage, event)
     if stage.best is not None:
         learner.assign(stage.best.theta)
-        stage = replace(stage, region=stage.best.region)
+        return replace(stage, region=stage.best.region)
+    refresh(learner, tasks, batch_size, seed, stage.region)
     return stage
 
 
@@ -206,6 +208,7 @@ def _train_epoch(
     _check_finite(learner, where)
     validation_loss = math.nan
     if schedule.needs_validation:
+        refresh(learner, tasks, batch_size, seed, region)
         with reparametrised(learner, region):
             validation_loss = mean_loss(learner, task.index, task.validation, batch_size)
         if schedule.restores_best and validation_loss < (math.inf if best is None else best.loss):

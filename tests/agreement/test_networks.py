@@ -22,6 +22,7 @@ from adapters.architectures import (
     Convolution,
     Dropout,
     Flatten,
+    GroupNorm,
     Layer,
     Linear,
     MaxPool,
@@ -30,8 +31,10 @@ from adapters.architectures import (
     Tanh,
     build_network,
 )
+from adapters.architectures.networks import Norm
 from became_core import optimal_alpha
 from became_core.continual import SGD, Batch, Constraint, Learner, TapMode, TaskStream
+from became_core.continual.statistics import weights_of
 from became_core.curvature import derivatives_along, diagonal_fisher, input_grams, kronecker_factors
 from became_core.projection import GPM
 from tests.agreement.frameworks import FRAMEWORKS
@@ -43,6 +46,10 @@ Numbers = dict[str, NDArray[Any]]
 MODES: tuple[TapMode, ...] = ("empirical", "true", "published")
 
 
+def _norms(name: str) -> list[list[Layer]]:
+    return [[], [BatchNorm(name)], [BatchNorm(name, running=True)], [GroupNorm(name, most=2)]]
+
+
 @st.composite
 def architectures(draw: st.DrawFn) -> Architecture:
     """A convolution, perhaps a residual block, perhaps a linear layer, for images wider than tall."""
@@ -51,7 +58,7 @@ def architectures(draw: st.DrawFn) -> Architecture:
 
     def convolution(name: str, outputs: int, kernel: int, stride: int, padding: int) -> list[Layer]:
         found: list[Layer] = [Convolution(name, outputs, kernel, stride, padding, draw(st.booleans()))]
-        return found + ([BatchNorm(f"{name}.norm")] if draw(st.booleans()) else [])
+        return found + draw(st.sampled_from(_norms(f"{name}.norm")))
 
     width = draw(st.integers(2, 3))
     layers = convolution("conv1", width, draw(st.integers(1, 3)), draw(st.integers(1, 2)), draw(st.integers(0, 1)))
@@ -74,9 +81,17 @@ EVERYTHING = Architecture(
         *(Convolution("conv1", 3, 2, stride=1, padding=1, bias=True), BatchNorm("bn1"), ReLU(), Dropout(0.25)),
         Residual(
             (Convolution("block.conv", 4, 3, 2, 1), BatchNorm("block.bn"), Dropout(0.5)),
-            (Convolution("block.shortcut", 4, 1, 2), Dropout(0.25)),
+            (Convolution("block.shortcut", 4, 1, 2), GroupNorm("block.norm", most=2), Dropout(0.25)),
         ),
-        *(Tanh(), MaxPool(2), Flatten(), Linear("fc1", 4, bias=True), BatchNorm("bn2"), ReLU(), Linear("fc2", 3)),
+        *(
+            Tanh(),
+            MaxPool(2),
+            Flatten(),
+            Linear("fc1", 4, bias=True),
+            BatchNorm("bn2", running=True),
+            ReLU(),
+            Linear("fc2", 3),
+        ),
     ),
     (2, 6, 7),
 )
@@ -89,14 +104,15 @@ def stream_of(channels: int, height: int, width: int) -> TaskStream:
     return replace(stream, dataset=replace(stream.dataset, images=stream.dataset.images[:, :, :height]))
 
 
-def weights_of(architecture: Architecture, stream: TaskStream, seed: int) -> Numbers:
-    """Initial weights, moved, so that norms are not the identity and no bias is zero."""
+def moved_weights(architecture: Architecture, stream: TaskStream, seed: int) -> Numbers:
+    """Initial weights, moved, so that norms are not the identity and no bias is zero; variances stay above it."""
     learner, draw = FRAMEWORKS["torch"].learner(architecture, stream, seed), np.random.default_rng(seed)
-    return {n: to_numpy(value) + 0.3 * draw.normal(size=value.shape) for n, value in learner.parameters().items()}
+    moved = {n: to_numpy(value) + 0.3 * draw.normal(size=value.shape) for n, value in learner.parameters().items()}
+    return {n: 0.1 + abs(value) if n.endswith("running_var") else value for n, value in moved.items()}
 
 
 def learners_of(architecture: Architecture, stream: TaskStream, seed: int) -> dict[str, Learner]:
-    weights = weights_of(architecture, stream, seed)
+    weights = moved_weights(architecture, stream, seed)
     learners = {name: each.learner(architecture, stream, seed) for name, each in FRAMEWORKS.items()}
     for name, learner in learners.items():
         learner.assign({key: FRAMEWORKS[name].array(value) for key, value in weights.items()})
@@ -125,12 +141,15 @@ def taken(learner: Learner, rows: NDArray[Any]) -> Numbers:
                 assert tap.has_bias == (f"{name}.bias" in learner.parameters())
                 found[f"{mode} {index} inputs of {name}"] = to_numpy(tap.inputs)
                 found[f"{mode} {index} gradients of {name}"] = to_numpy(tap.output_gradients)
+    for index, (size, statistics) in enumerate(learner.batch_statistics(rows, 4)):
+        assert size == min(4, len(rows) - 4 * index)
+        found |= labelled(f"batch {index}", statistics)
     return found
 
 
 def stepped(learner: Learner, rows: NDArray[Any]) -> Numbers:
     """The loss and the weights after a step on each task, with dropout."""
-    constraint = Constraint(frozenset(learner.parameters()))
+    constraint = Constraint(frozenset(weights_of(learner)))
     batches = [Batch(0, rows)]
     loss = learner.train(batches, np.array([0.1]), constraint, SGD(), fresh()).loss
     return {"loss": np.array(loss), **dict(labelled("weights after a step", learner.parameters()))}
@@ -138,7 +157,7 @@ def stepped(learner: Learner, rows: NDArray[Any]) -> Numbers:
 
 def measured(learner: Learner, rows: NDArray[Any]) -> Numbers:
     """What the core makes of taps, and of two sets of weights."""
-    theta, found = learner.parameters(), Numbers()
+    theta, found = weights_of(learner), Numbers()
     fishers = {
         mode: diagonal_fisher(learner.taps(0, rows, len(rows), mode, fresh()), theta, mode, samples=len(rows))
         for mode in ("empirical", "true")
@@ -155,10 +174,11 @@ def measured(learner: Learner, rows: NDArray[Any]) -> Numbers:
     for name, basis in labelled("projection", memory.bases):
         found[name] = basis @ basis.T
     direction = {name: 0.1 * (value + 0.5) for name, value in theta.items()}
+    direction |= {name: learner.parameters()[name] * 0 for name in learner.statistics}
     slopes = derivatives_along(learner.pushforward(0, rows, len(rows), [direction]))
     found |= {f"derivative {order} along": to_numpy(value) for order, value in enumerate(slopes, start=1)}
     found |= stepped(learner, rows)
-    alpha: Any = optimal_alpha(theta, learner.parameters(), fishers["empirical"], fishers["true"])
+    alpha: Any = optimal_alpha(theta, weights_of(learner), fishers["empirical"], fishers["true"])
     return found | {"alpha": to_numpy(alpha)}
 
 
@@ -184,14 +204,23 @@ def test_drawn_networks_agree(architecture: Architecture, batch: int, seed: int)
     assert expected["alpha"] > 0
     for name in ("jax", "tensorflow"):
         assert learners[name].projectable == learners["torch"].projectable
+        assert learners[name].statistics == learners["torch"].statistics
         assert_equal(taken(learners[name], rows) | measured(learners[name], rows), expected, rtol=1e-9)
 
 
-@pytest.mark.parametrize(("network", "height", "width"), [("alexnet", 22, 24), ("resnet18", 17, 18)])
-def test_the_benchmarks_networks_agree(network: str, height: int, width: int) -> None:
+@pytest.mark.parametrize(
+    ("network", "height", "width", "norm"),
+    [
+        ("alexnet", 22, 24, "batch"),
+        ("resnet18", 17, 18, "batch"),
+        ("alexnet", 22, 24, "running"),
+        ("resnet18", 17, 18, "group"),
+    ],
+)
+def test_the_benchmarks_networks_agree(network: str, height: int, width: int, norm: Norm) -> None:
     """By the seed alone: forward, taps of every mode, and a step with dropout; a few samples have deep batch norms."""
     stream = stream_of(3, height, width)
-    architecture, rows = build_network(network, (3, height, width)), stream.tasks[0].train[:6]
+    architecture, rows = build_network(network, (3, height, width), norm), stream.tasks[0].train[:6]
     expected: Numbers = {}
     for framework in FRAMEWORKS.values():
         learner = framework.learner(architecture, stream, 3)

@@ -156,6 +156,28 @@ def convolutional_run(framework: str) -> Run:
     return run(FRAMEWORKS[framework].learner(CONVOLUTIONAL, short_stream(), 3), short_stream(), "became+gpm")
 
 
+RUNNING = Architecture(
+    (
+        *(Convolution("conv1", 6, 5, stride=3), BatchNorm("bn1", running=True), ReLU(), Dropout(0.1)),
+        *(Flatten(), Linear("fc1", 20), BatchNorm("bn2", running=True), ReLU()),
+    ),
+    SHAPE,
+)
+
+
+@cache
+def running_run(framework: str) -> Run:
+    return run(FRAMEWORKS[framework].learner(RUNNING, short_stream(), 3), short_stream(), "became")
+
+
+@pytest.mark.parametrize("framework", [name for name in FRAMEWORKS if name != "torch"])
+def test_a_run_with_running_statistics_is_the_same_on_every_framework(framework: str) -> None:
+    expected = running_run("torch")
+    assert expected[0].accuracy.diagonal().mean() > 75
+    assert set(expected[2]) >= {"bn1.running_mean", "bn2.running_var"}
+    assert_equal(running_run(framework), expected)
+
+
 @pytest.mark.parametrize("framework", [name for name in FRAMEWORKS if name != "torch"])
 def test_a_convolutional_networks_run_is_the_same_from_the_same_seed(framework: str) -> None:
     """Initial weights, batch statistics and dropout's masks too, of which nothing is passed from one to the other."""

@@ -261,7 +261,7 @@ def test_bad_input_is_one_sentence_and_status_2(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delitem(sys.modules, "adapters.tracking.trackio", raising=False)
-    monkeypatch.setitem(sys.modules, "trackio", None)  # type: ignore[arg-type] # as if it were not there
+    monkeypatch.setitem(sys.modules, "trackio", None)  # as if it were not there
     assert main(arguments) == 2
     said = capsys.readouterr().err
     assert said.startswith(f"error: {message}")

@@ -1,0 +1,76 @@
+"""Running statistics: how those of batches make those of all, and when a learner is given new ones."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from became_core.continual.statistics import place, pooled, refresh, weights_of
+from reference.learner import ReferenceLearner
+from tests.backends import to_numpy
+from tests.streams import prototype_stream
+
+STREAM = prototype_stream(per_class=12)
+
+
+@given(sizes=st.lists(st.integers(1, 5), min_size=1, max_size=4), offset=st.sampled_from([0.0, 1e4]))
+def test_pooled_statistics_are_those_of_all_samples_at_once(xp: Any, sizes: list[int], offset: float) -> None:
+    samples = offset + np.random.default_rng(len(sizes)).normal(size=(sum(sizes), 3))
+    parts = np.split(samples, np.cumsum(sizes)[:-1])
+    batches = []
+    for part in parts:
+        statistics = {"bn.running_mean": part.mean(axis=0), "bn.running_var": part.var(axis=0)}
+        batches.append((len(part), {n: xp.asarray(value, dtype=xp.float64) for n, value in statistics.items()}))
+    found = pooled(batches)
+    np.testing.assert_allclose(to_numpy(found["bn.running_mean"]), samples.mean(axis=0), rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(to_numpy(found["bn.running_var"]), samples.var(axis=0), rtol=1e-7, atol=1e-12)
+
+
+class Running(ReferenceLearner):
+    """Says of each batch how many rows it had, and which came first, as if that were a statistic."""
+
+    statistics = frozenset({"bn.running_mean", "bn.running_var"})  # type: ignore[assignment]
+    seen: np.ndarray[Any, Any]
+
+    def parameters(self) -> Any:
+        held = getattr(self, "held", {name: np.zeros(2) for name in self.statistics})
+        return super().parameters() | held
+
+    def assign(self, parameters: Any) -> None:
+        self.held = {name: parameters[name] for name in self.statistics}
+        super().assign(parameters)
+
+    def batch_statistics(self, indices: Any, batch_size: int) -> Any:
+        self.seen = indices
+        first = float(super().parameters()["fc1.weight"][0, 0])
+        yield len(indices), {name: np.full(2, first) for name in sorted(self.statistics)}
+
+
+@pytest.mark.parametrize(("batch_size", "kept"), [(8, 27), (13, 26), (1, 27)])
+def test_all_training_images_are_seen_but_for_one_alone(batch_size: int, kept: int) -> None:
+    learner, task = Running(STREAM), STREAM.tasks[1]
+    assert len(task.train) == 27
+    refresh(learner, [task], batch_size, seed=3)
+    assert len(set(learner.seen)) == len(learner.seen) == kept
+    assert set(learner.seen) <= set(task.train)
+    assert not np.array_equal(learner.seen, task.train[:kept])
+    refresh(learner, STREAM.tasks[:2], 8, seed=3)
+    assert set(learner.seen) == set(STREAM.tasks[0].train) | set(task.train)
+
+
+def test_placed_weights_have_statistics_of_their_own() -> None:
+    learner = Running(STREAM)
+    weights = {name: value + 0.5 for name, value in weights_of(learner).items()}
+    assert set(weights) == set(learner.parameters()) - learner.statistics
+    place(learner, weights, STREAM.tasks[:1], 8, seed=3)
+    for name in learner.statistics:
+        np.testing.assert_array_equal(learner.parameters()[name], weights["fc1.weight"][0, 0])
+
+
+def test_without_any_nothing_happens() -> None:
+    learner = ReferenceLearner(STREAM)
+    before = learner.parameters()
+    refresh(learner, STREAM.tasks[:1], 8, seed=3)
+    assert all(np.array_equal(value, before[name]) for name, value in learner.parameters().items())
