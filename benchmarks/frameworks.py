@@ -14,7 +14,6 @@ import argparse
 import importlib
 import json
 import multiprocessing
-import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -156,16 +155,7 @@ def measure(framework: str, rounds: int) -> dict[str, float]:
 
 def prepare(framework: str) -> None:
     """Set a framework as its command sets it."""
-    if framework == "torch":
-        from adapters.torch.memory import keep_freed_memory
-
-        keep_freed_memory()
-    elif framework == "jax":
-        import jax
-
-        jax.config.update("jax_enable_x64", True)
-        jax.config.update("jax_default_matmul_precision", "float32")
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    importlib.import_module(f"adapters.{framework}.run").BACKEND.prepare()
 
 
 def in_its_own_process(framework: str, rounds: int) -> dict[str, float]:

@@ -19,7 +19,7 @@ from adapters.architectures.layers import (
     Tanh,
     Weighted,
 )
-from adapters.architectures.masks import Mask, draw_mask, draw_masks
+from adapters.architectures.masks import DropoutMasks, Mask, checked_masks, draw_mask, draw_masks
 from adapters.architectures.networks import NETWORKS, alexnet, build_network, mlp, resnet18
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "BatchNorm",
     "Convolution",
     "Dropout",
+    "DropoutMasks",
     "Flatten",
     "Layer",
     "Linear",
@@ -47,6 +48,7 @@ __all__ = [
     "Weighted",
     "alexnet",
     "build_network",
+    "checked_masks",
     "draw_mask",
     "draw_masks",
     "initial_value",

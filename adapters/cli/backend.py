@@ -6,6 +6,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import Literal, Protocol, cast
 
+from adapters.architectures import DropoutMasks
 from became_core import BecameError
 from became_core.continual import Learner, TaskStream
 
@@ -21,7 +22,14 @@ class Builder(Protocol):
     """What builds a fresh learner."""
 
     def __call__(
-        self, network: str, stream: TaskStream, device: str, seed: int, *, mixed_precision: bool = False
+        self,
+        network: str,
+        stream: TaskStream,
+        device: str,
+        seed: int,
+        *,
+        mixed_precision: bool = False,
+        dropout_masks: DropoutMasks = "numpy",
     ) -> Learner:
         """Return a learner with a network known by name, what it will learn, on a device, with weights by the seed."""
 

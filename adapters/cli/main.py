@@ -72,9 +72,7 @@ def run_options(backend: Backend, options: Options, *remarks: str) -> int:
 def _try_out(backend: Backend, options: Options, display: Display) -> None:
     configuration, seed = resolve(options), options.seeds[0]
     stream = configuration.stream(configuration.benchmark.load(data_directory(options.data_dir)), seed)
-    learner = backend.learner(
-        configuration.preset.network, stream, options.device, seed, mixed_precision=configuration.mixed_precision
-    )
+    learner = configuration.learner(backend, stream, options.device, seed)
     display.plan(plan(learner, stream, configuration, method_names(options), len(options.seeds)))
 
 

@@ -11,6 +11,8 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 
+from adapters.architectures import DropoutMasks
+from adapters.cli.backend import Backend
 from adapters.cli.output import Output
 from adapters.cli.words import worded
 from adapters.data.benchmarks import Benchmark, find_benchmark
@@ -23,6 +25,7 @@ from became_core.continual import (
     Augmentation,
     ClassOrder,
     Dataset,
+    Learner,
     Method,
     MethodSettings,
     Optimiser,
@@ -145,6 +148,9 @@ class Options:
     mixed_precision: bool = False
     """Multiply in bfloat16 in training steps; weights, losses, normalisation, memory and all that is measured stay
     float32."""
+    dropout_masks: DropoutMasks = "numpy"
+    """What draws dropout's masks: NumPy, the same ones for every framework, or the framework's own generator, which is
+    where the network is."""
     deterministic: bool = False
     """Use operations alone that give the same bits every time, which a GPU's usual ones do not; a CPU's do anyway."""
     out: Path | None = None
@@ -169,6 +175,12 @@ class Configuration:
     out: Path
     class_order: ClassOrder = "label"
     mixed_precision: bool = False
+    dropout_masks: DropoutMasks = "numpy"
+
+    def learner(self, backend: Backend, stream: TaskStream, device: str, seed: int) -> Learner:
+        """Return a fresh learner of this configuration."""
+        mixed, masks = self.mixed_precision, self.dropout_masks
+        return backend.learner(self.preset.network, stream, device, seed, mixed_precision=mixed, dropout_masks=masks)
 
     def stream(self, dataset: Dataset, seed: int) -> TaskStream:
         """Return the tasks that a run of this seed learns."""
@@ -190,6 +202,7 @@ class Configuration:
             "class_order": self.class_order,
             "network": self.preset.network,
             "mixed_precision": self.mixed_precision,
+            "dropout_masks": self.dropout_masks,
             "validation": self.preset.validation,
             **asdict(training),
             "path_alphas": list(training.path_alphas),
@@ -225,7 +238,9 @@ def resolve(options: Options) -> Configuration:
     )
     out = _given(options.out, Path("runs") / f"{benchmark.name}-{options.preset}")
     first = _given(options.first, tasks)
-    configuration = Configuration(benchmark, tasks, first, preset, out, options.class_order, options.mixed_precision)
+    configuration = Configuration(
+        benchmark, tasks, first, preset, out, options.class_order, options.mixed_precision, options.dropout_masks
+    )
     for name in method_names(options):
         configuration.method(name)
     return configuration

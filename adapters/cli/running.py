@@ -106,8 +106,7 @@ def _run_to_its_end(job: Job, stream: TaskStream, display: Display) -> RunResult
         if done is not None:  # by another process, while this one was busy
             return done
         backends = job.check_unfinished()
-        network, mixed = configuration.preset.network, configuration.mixed_precision
-        learner = backend.learner(network, stream, job.options.device, run.seed, mixed_precision=mixed)
+        learner = configuration.learner(backend, stream, job.options.device, run.seed)
         method, training = configuration.method(run.method), configuration.preset.training
         checkpoints = run.checkpoints(stream, method, training)
         state = checkpoints.load(learner, lambda note: LOGGER.warning("%s: %s", run.name, note))

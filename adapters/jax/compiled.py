@@ -3,9 +3,13 @@
 Convention: the network is static, all else is an argument, and the head is the task's by the name ``head``; so each is
 compiled once for each batch size and for each set of trained parameters, whatever the task. An update is compiled for
 each structure of projector, penalty, region and optimiser, apart from the network, which is what takes long to compile.
+
+Gradients are of a batch's mean loss. Those of linear layers' weights come as factors where a projector asks for it: the
+gradient by the outputs, g [n, d_out], and the inputs, a [n, d_in], of which they are the product g^T a, so that
+projecting a few inputs stands for projecting d_out rows. The product is compiled for each batch size and each rank.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -13,6 +17,7 @@ import jax
 from jax import numpy as jnp
 
 from adapters.architectures import Backbone, Linear, Tapped
+from adapters.jax.dropout import Masks, drawn
 from adapters.jax.heads import HEAD
 from adapters.jax.layers import Pass
 from became_core.arrays import Array, Params
@@ -25,6 +30,7 @@ __all__ = [
     "all_logits",
     "effective",
     "gradients",
+    "multiplied",
     "output_width",
     "pull",
     "pushforward",
@@ -32,7 +38,8 @@ __all__ = [
     "update",
 ]
 
-Masks = tuple[Any, ...]
+# g and a, by the weight's name.
+Factors = dict[str, tuple[Array, Array]]
 
 
 class Data(NamedTuple):
@@ -58,22 +65,63 @@ def _logits(backbone: Backbone, run: Pass, images: Array) -> Array:
 def _gradients(
     backbone: Backbone,
     trained: Params,
+    factored: Params,
     frozen: Params,
     data: Data,
     rows: Array,
     masks: Masks,
     views: Views | None = None,
     products: str | None = None,
-) -> tuple[Array, Params]:
-    """Return a batch's mean cross-entropy, and its gradient by what is trained."""
+) -> tuple[Array, Params, Factors]:
+    """Return a batch's mean cross-entropy, its gradient by what is trained, and the factors of that by other weights.
+
+    Args:
+        backbone: the network.
+        trained: by name.
+        factored: weights of linear layers, trained as well.
+        frozen: all others.
+        data: on the device.
+        rows: of the batch.
+        masks: of dropout, or their key.
+        views: how the images are seen.
+        products: as in a ``Pass``.
+    """
     images, targets = data.normalised(rows, views), data.targets[rows]
+    linear = [name.removesuffix(".weight") for name in factored]
+    masks = drawn(backbone.masks, masks, len(rows))
 
-    def loss(trained: Params) -> Array:
-        logits = _logits(backbone, Pass(frozen | trained, masks, products=products), images)
-        chosen = jnp.take_along_axis(jax.nn.log_softmax(logits), targets[:, None], axis=1)
-        return -chosen.mean()
+    def loss(trained: Params, perturbations: Params) -> tuple[Array, _Recorder]:
+        recorder = _Recorder(perturbations, linear)
+        run = Pass(frozen | factored | trained, masks, record=recorder, products=products)
+        log_likelihoods = jax.nn.log_softmax(_logits(backbone, run, images))
+        return -jnp.take_along_axis(log_likelihoods, targets[:, None], axis=1).mean(), recorder
 
-    return jax.value_and_grad(loss)(trained)  # type: ignore[no-any-return]
+    def with_inputs(trained: Params, perturbations: Params) -> tuple[Array, Params]:
+        found, recorder = loss(trained, perturbations)
+        return found, recorder.inputs
+
+    zeros = _zeros(lambda: loss(trained, {})[1]) if linear else {}
+    differentiated = jax.value_and_grad(with_inputs, argnums=(0, 1), has_aux=True)
+    (value, inputs), (gradients, by_outputs) = differentiated(trained, zeros)
+    factors = {f"{name}.weight": (_rows(by_outputs[name]), _rows(a)) for name, a in inputs.items()}
+    return value, gradients, factors
+
+
+def _by_inputs(names: Container[str], projector: Projector | None, region: Region | None) -> frozenset[str]:
+    """Return which of the weights whose gradients come as factors are projected by their inputs."""
+    rowwise = frozenset[str]() if projector is None else projector.rowwise
+    # A region stands between the gradient by its effective weight and the direction.
+    return frozenset(name for name in rowwise if name in names and (region is None or name not in region.weights))
+
+
+def _multiplied(factors: Factors, projector: Projector | None, region: Region | None) -> Params:
+    """Return gradients by their factors, projected where inputs can be."""
+    projected = _by_inputs(factors, projector, region)
+
+    def seen(name: str, a: Array) -> Array:
+        return a if projector is None or name not in projected else projector.project_rows(name, a)
+
+    return {name: g.T @ seen(name, a) for name, (g, a) in factors.items()}
 
 
 def _update(
@@ -81,6 +129,7 @@ def _update(
     optimiser: Optimiser,
     frozen: Params,
     gradients: Params,
+    multiplied: Params,
     rate: float,
     projector: Projector | None,
     posterior: LaplacePosterior | None,
@@ -89,10 +138,12 @@ def _update(
     trains_scales: bool,
     relative: dict[str, float],
 ) -> tuple[Params, Optimiser]:
-    """Return what is trained and the optimiser after one step."""
+    """Return what is trained and the optimiser after one step, by gradients and by those multiplied from factors."""
     penalty = None if posterior is None else Penalty(posterior, strength)
+    gradients = gradients | multiplied
     constraint = Constraint(frozenset(gradients), projector, penalty, region, trains_scales, relative)
-    directions, optimiser = constraint.directions(gradients, frozen | trained, rate, optimiser)
+    done = _by_inputs(multiplied, projector, region)
+    directions, optimiser = constraint.directions(gradients, frozen | trained, rate, optimiser, done)
     moved = {name: trained[name] - rate * direction for name, direction in directions.items()}
     return trained | moved, optimiser
 
@@ -112,22 +163,41 @@ def _all_logits(backbone: Backbone, weights: Params, heads: list[Array], data: D
 
 @dataclass
 class _Recorder:
-    """Adds perturbations to the layers' outputs, and keeps those and the layers' inputs, [N, positions, d] each."""
+    """Adds perturbations to the layers' outputs, and keeps those and the layers' inputs, [N, positions, d] each.
+
+    Attributes:
+        perturbations: by the layer's name.
+        only: names of the layers that it looks at; all if None.
+    """
 
     perturbations: Params
+    only: Container[str] | None = None
     inputs: Params = field(default_factory=dict)
     outputs: Params = field(default_factory=dict)
 
     def __call__(self, layer: Tapped, inputs: Callable[[], Array], output: Array) -> Array:
+        if self.only is not None and layer.name not in self.only:
+            return output
         self.inputs[layer.name] = _with_positions(inputs())
         self.outputs[layer.name] = _with_positions(output)
         perturbation = self.perturbations.get(layer.name)
         return output if perturbation is None else output + perturbation.reshape(output.shape)
 
 
+def _zeros(run: Callable[[], _Recorder]) -> Params:
+    """Return perturbations that change nothing, of all outputs that are recorded in a run."""
+    outputs = jax.eval_shape(lambda: run().outputs)
+    return {name: jnp.zeros(output.shape, output.dtype) for name, output in outputs.items()}
+
+
 def _with_positions(array: Array) -> Array:
     """Return [N, ..., d] as [N, positions, d]."""
     return array.reshape(array.shape[0], -1, array.shape[-1])
+
+
+def _rows(array: Array) -> Array:
+    """Return [N, ..., d] as [n, d]."""
+    return array.reshape(-1, array.shape[-1])
 
 
 def _taps(
@@ -140,22 +210,21 @@ def _taps(
         weights: by name.
         data: on the device.
         rows: of the batch.
-        masks: of dropout, with which batch statistics are part of the gradient; without, they are constants.
+        masks: of dropout, or their key, with which batch statistics are part of the gradient; without, they are
+            constants.
     """
     images = data.normalised(rows)
+    kept = None if masks is None else drawn(backbone.masks, masks, len(rows))
 
     def logits(perturbations: Params) -> tuple[Array, _Recorder]:
         recorder = _Recorder(perturbations)
-        return _logits(backbone, Pass(weights, masks, masks is None, recorder), images), recorder
-
-    outputs = jax.eval_shape(lambda: logits({})[1].outputs)
-    zeros = {name: jnp.zeros(output.shape, output.dtype) for name, output in outputs.items()}
+        return _logits(backbone, Pass(weights, kept, kept is None, recorder), images), recorder
 
     def perturbed(perturbations: Params) -> tuple[Array, Params]:
         found, recorder = logits(perturbations)
         return found, recorder.inputs
 
-    return jax.vjp(perturbed, zeros, has_aux=True)  # type: ignore[no-any-return]
+    return jax.vjp(perturbed, _zeros(lambda: logits({})[1]), has_aux=True)  # type: ignore[no-any-return]
 
 
 def _pushforward(
@@ -168,6 +237,7 @@ def _pushforward(
 
 
 gradients: Any = jax.jit(_gradients, static_argnums=0, static_argnames="products")
+multiplied: Any = jax.jit(_multiplied)
 update: Any = jax.jit(_update, static_argnames="trains_scales", donate_argnums=(0, 1))
 effective: Any = jax.jit(_effective)
 all_logits: Any = jax.jit(_all_logits, static_argnums=0)

@@ -4,8 +4,8 @@ Convention: images stay on the device as uint8 [N, H, W, C] and are normalised t
 named arrays, and the learner's own are never changed but replaced.
 """
 
-from collections.abc import Iterator, Sequence
-from itertools import groupby
+from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby, islice, takewhile
 from typing import Any
 
 import jax
@@ -13,9 +13,11 @@ import numpy as np
 from jax import numpy as jnp
 from numpy.typing import NDArray
 
-from adapters.architectures import Backbone, Linear, Tapped, draw_masks, initial_values
+from adapters.architectures import Backbone, DropoutMasks, Linear, Tapped, checked_masks, initial_values
 from adapters.jax import compiled
+from adapters.jax.dropout import Masks, mask_source
 from adapters.jax.heads import HEAD, for_task, head_of, put_back
+from adapters.jax.stepping import State, Steps, many_steps, stacked, step
 from became_core import BecameError
 from became_core.arrays import Array, Params, namespace
 from became_core.continual import Batch, Constraint, Optimiser, TapMode, TaskStream, Trained
@@ -36,6 +38,8 @@ class JaxLearner:
         device: str | jax.Device | None = None,
         dtype: str = "float32",
         mixed_precision: bool = False,
+        dropout_masks: DropoutMasks = "numpy",
+        whole_epochs: bool | None = None,
         seed: int = 0,
     ) -> None:
         """Draw the weights of a backbone with a head for each task, and place them and the data on a device.
@@ -47,16 +51,22 @@ class JaxLearner:
             dtype: of the weights.
             mixed_precision: whether training steps multiply in bfloat16; weights, losses, normalisation, optimiser and
                 all that is measured stay in the dtype of the weights.
+            dropout_masks: what draws them: "numpy", the same ones for every framework, or the "framework" itself, where
+                the network is; a function of the seeds either way.
+            whole_epochs: whether an epoch's steps on equal batches of one task run as one program, unless NumPy draws
+                masks for them; on accelerators alone if not given.
             seed: names the draw of the initial weights.
 
         Raises:
-            BecameError: if the device does not exist, JAX has no such dtype as it is configured, or the backbone does
-                not return [N, features].
+            BecameError: if the device or the source of masks does not exist, JAX has no such dtype as it is configured,
+                or the backbone does not return [N, features].
         """
         dataset, count = stream.dataset, len(stream.tasks)
         if jax.dtypes.canonicalize_dtype(dtype) != dtype:
             raise BecameError(f"JAX has no {dtype} as it is configured; set jax_enable_x64 before any array is made.")
         self._device = _checked_device(device)
+        self._dropout_masks = checked_masks(dropout_masks)
+        self._whole_epochs = self._device.platform != "cpu" if whole_epochs is None else whole_epochs
         self._backbone = backbone
         images = np.moveaxis(dataset.images, 1, -1)
         width = compiled.output_width(backbone, (2, *images.shape[1:]))
@@ -77,6 +87,7 @@ class JaxLearner:
         self.assign(initial_values(seed, parameters))
         self.heads = [frozenset(each) for each in of_heads]
         self.projectable = frozenset(f"{layer.name}.weight" for layer in backbone.tapped if layer.kind == "matrix")
+        self._linear = frozenset(name for name in self.projectable if len(parameters[name].shape) == 2)
 
     def parameters(self) -> Params:
         """Return all parameters by canonical name."""
@@ -96,45 +107,46 @@ class JaxLearner:
         stream: np.random.Generator,
     ) -> Trained:
         """Take one step on each batch."""
-        stream.integers(2**63)  # what other backends seed their framework's own generator with
+        masks_of = self._masks(stream)
         region = constraint.region
         scales = {} if region is None else region.scales
+        projected_early = constraint.projector_of_gradients(optimiser) is not None
+        factored = self._linear & constraint.trainable if projected_early else frozenset[str]()
+        static: dict[str, Any] = {"factored": factored, "products": self._products}
         frozen = {name: value for name, value in self._theta.items() if name not in constraint.trainable}
         trained = {name: value for name, value in self._theta.items() if name in constraint.trainable} | scales
         # An update takes the buffers of what it changes, which others may hold.
         trained, optimiser = jax.tree.map(jnp.copy, (trained, optimiser))
+        steps = (
+            Steps(batch.indices, float(rate), masks_of(number, len(batch.indices)), batch.views)
+            for number, (batch, rate) in enumerate(zip(batches, rates, strict=True))
+        )
+        at_once = self._steps_at_once(batches)
         losses: list[Array] = []
-        for task, steps in groupby(zip(batches, rates, strict=True), key=lambda step: step[0].task):
-            own, own_optimiser = for_task(trained, task), for_task(optimiser, task)
+        for task, of_task in groupby(batches, key=lambda batch: batch.task):
+            state: State = for_task(trained, task), for_task(optimiser, task)
             own_frozen, respected = for_task(frozen, task), _for_task(constraint, task)
-            for batch, rate in steps:
-                masks = self._masks(len(batch.indices), stream)
-                weights = own_frozen | own
-                own_region = respected["region"]
-                if own_region is not None:
-                    weights |= compiled.effective(own, own_frozen, own_region)
-                beside = {} if own_region is None else own_region.scales
-                moving = {name: weights[name] for name in own if name not in beside}
-                still = {name: weights[name] for name in own_frozen}
-                loss, gradients = compiled.gradients(
+            if at_once:
+                state, found = many_steps(
                     self._backbone,
-                    moving,
-                    still,
+                    state,
+                    own_frozen,
                     self._data,
-                    batch.indices,
-                    masks,
-                    batch.views,
-                    products=self._products,
+                    stacked(list(islice(steps, at_once)), self._dtype),
+                    {name: value for name, value in respected.items() if name != "trains_scales"},
+                    trains_scales=constraint.trains_scales,
+                    **static,
                 )
-                own, own_optimiser = compiled.update(
-                    own, own_optimiser, own_frozen, gradients, float(rate), **respected
-                )
+                losses.append(found)
+            for each in islice(steps, len(list(of_task)) - at_once):
+                state, loss = step(self._backbone, state, own_frozen, self._data, each, respected, **static)
                 losses.append(loss)
-            trained, optimiser = put_back(trained, own, task), put_back(optimiser, own_optimiser, task)
+            trained, optimiser = put_back(trained, state[0], task), put_back(optimiser, state[1], task)
         self._theta = {name: trained.get(name, value) for name, value in self._theta.items()}
         if region is not None:
             region = region.with_scales({key: trained[key] for key in scales})
-        mean_loss = np.average(jax.device_get(losses), weights=[len(batch.indices) for batch in batches])
+        found_losses = np.concatenate([np.ravel(each) for each in jax.device_get(losses)])
+        mean_loss = np.average(found_losses, weights=[len(batch.indices) for batch in batches])
         return Trained(float(mean_loss), optimiser, region)
 
     def logits(self, indices: Indices, batch_size: int) -> Array:
@@ -157,12 +169,11 @@ class JaxLearner:
     ) -> Iterator[Taps]:
         """Yield each batch's taps."""
         published = mode == "published"
-        if published:
-            stream.integers(2**63)  # as in training
+        masks_of = self._masks(stream) if published else None
         weights = for_task(self._theta, task)
         layers = {layer.name: layer for layer in self._backbone.tapped} | {HEAD: self._layers[head_of(task)]}
-        for rows in _chunks(indices, batch_size):
-            masks = self._masks(len(rows), stream) if published else None
+        for number, rows in enumerate(_chunks(indices, batch_size)):
+            masks = None if masks_of is None else masks_of(number, len(rows))
             logits, map_back, inputs = compiled.taps(self._backbone, weights, self._data, rows, masks)
             if mode == "inputs":
                 yield {
@@ -187,8 +198,17 @@ class JaxLearner:
             logits, tangents = compiled.pushforward(self._backbone, weights, self._data, rows, along)
             yield Pushforward(logits, tangents, self.targets(rows))
 
-    def _masks(self, samples: int, stream: np.random.Generator) -> tuple[NDArray[np.bool_], ...]:
-        return draw_masks(self._backbone.masks, samples, stream)
+    def _masks(self, stream: np.random.Generator) -> Callable[[int, int], Masks]:
+        return mask_source(self._backbone.masks, stream, by_framework=self._dropout_masks == "framework")
+
+    def _steps_at_once(self, batches: Sequence[Batch]) -> int:
+        """Return how many steps, from the first on, run as one program: those on an epoch's equal batches, or none."""
+        from_host = self._dropout_masks == "numpy" and len(self._backbone.masks) > 0
+        if not self._whole_epochs or from_host or len({batch.task for batch in batches}) > 1:
+            return 0
+        equal = takewhile(lambda batch: len(batch.indices) == len(batches[0].indices), batches)
+        count = len(list(equal))
+        return count if count > 1 else 0
 
 
 def _for_task(constraint: Constraint, task: int) -> dict[str, Any]:

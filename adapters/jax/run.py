@@ -12,14 +12,20 @@ except ModuleNotFoundError as error:
     print(f"error: the package '{error.name}' is missing; pip install 'became[jax]'.", file=sys.stderr)
     sys.exit(2)
 
-from adapters.architectures import build_network
+from adapters.architectures import DropoutMasks, build_network
 from became_core.continual import TaskStream
 
 __all__ = ["BACKEND", "build_learner", "prepare", "repeat_exactly"]
 
 
 def build_learner(
-    network: str, stream: TaskStream, device: str, seed: int, *, mixed_precision: bool = False
+    network: str,
+    stream: TaskStream,
+    device: str,
+    seed: int,
+    *,
+    mixed_precision: bool = False,
+    dropout_masks: DropoutMasks = "numpy",
 ) -> JaxLearner:
     """Return a fresh learner with a backbone known by name.
 
@@ -29,6 +35,7 @@ def build_learner(
         device: a device as JAX calls it, or "auto" for JAX's default: the first accelerator there is, else the CPU.
         seed: names the draw of the initial weights.
         mixed_precision: whether training steps multiply in bfloat16.
+        dropout_masks: what draws them.
 
     Raises:
         BecameError: if there is no such network or device.
@@ -36,7 +43,9 @@ def build_learner(
     channels, height, width = stream.dataset.images.shape[1:]
     backbone = build_network(network, (channels, height, width))
     chosen = None if device == "auto" else device
-    return JaxLearner(backbone, stream, device=chosen, mixed_precision=mixed_precision, seed=seed)
+    return JaxLearner(
+        backbone, stream, device=chosen, mixed_precision=mixed_precision, dropout_masks=dropout_masks, seed=seed
+    )
 
 
 def repeat_exactly() -> None:

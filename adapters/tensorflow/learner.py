@@ -7,7 +7,7 @@ Steps and evaluation are compiled by ``tf.function``, without XLA, with which a 
 third longer on a CPU. Taps run eagerly: their backward passes begin where NumPy may draw.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
@@ -15,7 +15,8 @@ import numpy as np
 import tensorflow as tf
 from numpy.typing import NDArray
 
-from adapters.architectures import Backbone, Linear, draw_masks, initial_values
+from adapters.architectures import Backbone, DropoutMasks, Linear, checked_masks, initial_values
+from adapters.tensorflow.dropout import mask_source
 from adapters.tensorflow.layers import Pass
 from adapters.tensorflow.stepping import Factors, advanced, loss_and_gradients
 from adapters.tensorflow.tapping import collect_taps
@@ -45,6 +46,7 @@ class TensorFlowLearner:
         device: str = "cpu",
         dtype: tf.DType = tf.float32,
         mixed_precision: bool = False,
+        dropout_masks: DropoutMasks = "numpy",
         seed: int = 0,
     ) -> None:
         """Place a backbone, with a fresh head for each task, and the stream's data on a device.
@@ -56,12 +58,16 @@ class TensorFlowLearner:
             dtype: of the weights.
             mixed_precision: whether training steps multiply in bfloat16; weights, losses, normalisation, optimiser and
                 all that is measured stay in the dtype of the weights.
+            dropout_masks: what draws them: "numpy", the same ones for every framework, or the "framework" itself, where
+                the network is; a function of the seeds either way.
             seed: names the draw of the initial weights.
 
         Raises:
-            BecameError: if the device does not exist, or the backbone does not return [N, features].
+            BecameError: if the device does not exist, there is no such source of masks, or the backbone does not return
+                [N, features].
         """
         self.device = _checked_device(device)
+        self._dropout_masks = checked_masks(dropout_masks)
         dataset = stream.dataset
         self._backbone, self._dtype = backbone, dtype
         self._products = tf.bfloat16 if mixed_precision else None
@@ -106,7 +112,6 @@ class TensorFlowLearner:
         stream: np.random.Generator,
     ) -> Trained:
         """Take one step on each batch."""
-        _skip_a_seed(stream)
         penalty, region, held = constraint.penalty, constraint.region, self._theta
         posterior, strength = (None, 0.0) if penalty is None else (penalty.posterior, penalty.strength)
         theta = {name: value for name, value in held.items() if name in constraint.trainable}
@@ -115,10 +120,10 @@ class TensorFlowLearner:
             theta |= {name: held[name] for name in region.weights} | region.scales
             effective = region.effective({name: held[name] for name in region.weights})
         with tf.device(self.device):
-            total = tf.zeros((), self._dtype)
+            total, masks_of = tf.zeros((), self._dtype), self._masks(stream)
             for batch, rate in zip(batches, rates, strict=True):
                 seen = self._for_task(batch.task, held | theta | effective)
-                masks = draw_masks(self._backbone.masks, len(batch.indices), stream)
+                masks = masks_of(len(batch.indices))
                 loss, *found = self._step_network(seen, batch.indices, masks, batch.views)
                 gradients, factors = (self._trained(each, batch.task, constraint) for each in found)
                 theta, optimiser, region, effective = self._step_constraint(
@@ -164,10 +169,9 @@ class TensorFlowLearner:
         self, task: int, indices: Indices, batch_size: int, mode: TapMode, stream: np.random.Generator
     ) -> Iterator[Taps]:
         published = mode == "published"
-        if published:
-            _skip_a_seed(stream)
+        masks_of = self._masks(stream) if published else None
         for rows in _chunks(indices, batch_size):
-            masks = draw_masks(self._backbone.masks, len(rows), stream) if published else None
+            masks = None if masks_of is None else masks_of(len(rows))
             images, targets = self._batch(rows)
 
             def cotangents(logits: Array, targets: Array = targets) -> Iterator[Array]:
@@ -208,6 +212,10 @@ class TensorFlowLearner:
         images = (tf.cast(pixels, self._dtype) - self._mean) / self._std
         return images, tf.gather(self._targets, rows)
 
+    def _masks(self, stream: np.random.Generator) -> Callable[[int], Sequence[Array]]:
+        """Return what draws the masks of so many samples."""
+        return mask_source(self._backbone.masks, stream, by_framework=self._dropout_masks == "framework")
+
     # What follows is compiled.
 
     def _loss_and_gradients(
@@ -236,11 +244,6 @@ def _feature_width(backbone: Backbone, image: tuple[int, ...], dtype: tf.DType) 
     if len(features.shape) != 2:
         raise BecameError("the backbone must map images [N, H, W, C] to features [N, features].")
     return int(features.shape[1])
-
-
-def _skip_a_seed(stream: np.random.Generator) -> None:
-    """Pass over the number that the PyTorch adapter seeds the framework's own layers with: so masks are the same."""
-    stream.integers(2**63)
 
 
 def _chunks(indices: Indices, size: int) -> Iterator[Indices]:

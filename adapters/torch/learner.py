@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
+from adapters.architectures import DropoutMasks, checked_masks
 from adapters.torch.dropout import use_stream
 from adapters.torch.layers import is_matrix
 from adapters.torch.linear import constrained_inputs
@@ -38,6 +39,7 @@ class TorchLearner:
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
         mixed_precision: bool = False,
+        dropout_masks: DropoutMasks = "numpy",
         seed: int = 0,
     ) -> None:
         """Place a backbone, with a fresh head for each task, and the stream's data on a device.
@@ -49,12 +51,16 @@ class TorchLearner:
             dtype: of the weights.
             mixed_precision: whether training steps multiply in bfloat16; weights, losses, normalisation, optimiser and
                 all that is measured stay in the dtype of the weights.
+            dropout_masks: what draws them: "numpy", the same ones for every framework, or the "framework" itself, where
+                the network is; a function of the seeds either way.
             seed: names the draw of the heads' initial weights.
 
         Raises:
-            BecameError: if the device does not exist, or the backbone does not return [N, features].
+            BecameError: if the device does not exist, there is no such source of masks, or the backbone does not return
+                [N, features].
         """
         self.device = _checked_device(device)
+        self._dropout_masks = checked_masks(dropout_masks)
         dataset = stream.dataset
         layout = torch.channels_last if self.device.type in ("cpu", "cuda") else torch.contiguous_format
         features = _feature_width(backbone, dataset.images.shape[1:])
@@ -218,7 +224,7 @@ class TorchLearner:
     def _draw_from(self, stream: np.random.Generator) -> None:
         """Let every random draw of the network, our own dropout and the framework's layers, depend on the stream."""
         torch.manual_seed(int(stream.integers(2**63)))
-        use_stream(self.network, stream)
+        use_stream(self.network, stream if self._dropout_masks == "numpy" else None)
 
 
 def _chunks(indices: Indices, size: int) -> Iterator[Indices]:

@@ -14,14 +14,20 @@ except ModuleNotFoundError as error:
     print(f"error: the package '{error.name}' is missing; pip install 'became[torch]'.", file=sys.stderr)
     sys.exit(2)
 
-from adapters.architectures import build_network
+from adapters.architectures import DropoutMasks, build_network
 from became_core.continual import TaskStream
 
 __all__ = ["BACKEND", "build_learner", "prepare", "repeat_exactly"]
 
 
 def build_learner(
-    network: str, stream: TaskStream, device: str, seed: int, *, mixed_precision: bool = False
+    network: str,
+    stream: TaskStream,
+    device: str,
+    seed: int,
+    *,
+    mixed_precision: bool = False,
+    dropout_masks: DropoutMasks = "numpy",
 ) -> TorchLearner:
     """Return a fresh learner with a backbone known by name.
 
@@ -31,6 +37,7 @@ def build_learner(
         device: a PyTorch device, or "auto" for the first accelerator there is, else the CPU.
         seed: names the draw of the initial weights.
         mixed_precision: whether training steps multiply in bfloat16.
+        dropout_masks: what draws them.
 
     Raises:
         BecameError: if there is no such network or device.
@@ -39,7 +46,9 @@ def build_learner(
         device = "cuda" if torch.cuda.is_available() else "cpu"
     channels, height, width = stream.dataset.images.shape[1:]
     backbone = Described(build_network(network, (channels, height, width)), seed)
-    return TorchLearner(backbone, stream, device=device, mixed_precision=mixed_precision, seed=seed)
+    return TorchLearner(
+        backbone, stream, device=device, mixed_precision=mixed_precision, dropout_masks=dropout_masks, seed=seed
+    )
 
 
 def repeat_exactly() -> None:

@@ -1,10 +1,13 @@
-"""Dropout from a NumPy stream."""
+"""Dropout from a NumPy stream, or from PyTorch."""
 
 import numpy as np
 import pytest
 import torch
 
 from adapters.torch.dropout import Dropout, use_stream
+from adapters.torch.learner import TorchLearner
+from adapters.torch.networks import Described
+from tests.dropout import check_framework_masks
 
 
 def _dropped(shape: tuple[int, ...], seed: int, p: float = 0.25) -> torch.Tensor:
@@ -41,3 +44,7 @@ def test_evaluation_drops_nothing() -> None:
     layer = Dropout(0.5).eval()
     inputs = torch.randn(5)
     assert layer(inputs) is inputs
+
+
+def test_pytorch_draws_masks_if_it_is_asked_to() -> None:
+    check_framework_masks(lambda network, stream, masks: TorchLearner(Described(network), stream, dropout_masks=masks))

@@ -7,7 +7,9 @@ import pytest
 import torch
 from torch import nn
 
+from adapters.architectures import DropoutMasks
 from adapters.runs import Checkpoints
+from adapters.torch.dropout import Dropout
 from adapters.torch.learner import TorchLearner
 from became_core.continual import (
     SGD,
@@ -26,18 +28,26 @@ from tests.streams import prototype_stream
 STREAM = prototype_stream(tasks=2, per_class=12, channels=3, side=8)
 
 
-def new_learner(seed: int) -> TorchLearner:
+def new_learner(seed: int, dropout_masks: DropoutMasks) -> TorchLearner:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         convolutions = [nn.Conv2d(3, 16, 3, bias=False), nn.BatchNorm2d(16, track_running_stats=False), nn.ReLU()]
+        convolutions.append(Dropout(0.2))
         backbone = nn.Sequential(*convolutions, nn.Conv2d(16, 8, 3), nn.Dropout(0.2), nn.Flatten(), nn.LazyLinear(32))
-        return TorchLearner(backbone, STREAM, seed=seed)
+        return TorchLearner(backbone, STREAM, dropout_masks=dropout_masks, seed=seed)
 
 
 @pytest.mark.parametrize(
-    ("method", "optimiser"), [("became", SGD(momentum=0.9)), ("became+trgp", SGD()), ("ewc+ogd", Adam())]
+    ("method", "optimiser", "masks"),
+    [
+        ("became", SGD(momentum=0.9), "framework"),
+        ("became+trgp", SGD(), "numpy"),
+        ("ewc+ogd", Adam(), "numpy"),
+    ],
 )
-def test_a_convolutional_run_goes_on_exactly(method: str, optimiser: Optimiser, tmp_path: Path) -> None:
+def test_a_convolutional_run_goes_on_exactly(
+    method: str, optimiser: Optimiser, masks: DropoutMasks, tmp_path: Path
+) -> None:
     """The network's weights lie channels last, those from a file do not."""
     training = Training(Annealed(0.01, 1), Annealed(0.01, 1), batch_size=9, optimiser=optimiser)
     built = build_method(method, MethodSettings(threshold=0.9, ogd_samples=6, ogd_capacity=6))
@@ -47,10 +57,10 @@ def test_a_convolutional_run_goes_on_exactly(method: str, optimiser: Optimiser, 
         saved.append(Checkpoints(tmp_path / str(len(saved)), STREAM, built, training))
         saved[-1].save(state)
 
-    learner = new_learner(0)
+    learner = new_learner(0, masks)
     expected = learn(learner, STREAM, built, training, callbacks=[Listening(keep=keep)])
     for kept in saved[1:]:
-        other = new_learner(1)
+        other = new_learner(1, masks)
         found = learn(other, STREAM, built, training, state=kept.load(other))
         np.testing.assert_array_equal(found.accuracy, expected.accuracy)
         assert found.alpha == expected.alpha

@@ -1,0 +1,136 @@
+"""Many steps as one program are the steps one by one."""
+
+from collections import Counter
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from adapters.architectures import Architecture, BatchNorm, Convolution, Dropout, Flatten, Linear, MaxPool, ReLU
+from adapters.jax import learner, stepping
+from adapters.jax.learner import JaxLearner
+from became_core.continual import (
+    SGD,
+    Adam,
+    Annealed,
+    Augmentation,
+    Batch,
+    Constraint,
+    MethodSettings,
+    Optimiser,
+    Training,
+    build_method,
+    learn,
+)
+from became_core.projection import GPM
+from became_core.projection.subspace import Subspace
+from tests.streams import prototype_stream
+
+# 90 samples of each task for training: five whole batches, and one of ten.
+STREAM = prototype_stream(tasks=2)
+NETWORK = Architecture(
+    (
+        *(Convolution("conv1", 4, 3, padding=1, bias=True), BatchNorm("bn1"), ReLU(), Dropout(0.1), MaxPool(2)),
+        *(Flatten(), Linear("fc1", 24, bias=True), ReLU(), Dropout(0.1)),
+    ),
+    (1, 6, 6),
+)
+
+
+def training(optimiser: Optimiser | None = None, augmentation: Augmentation | None = None) -> Training:
+    return Training(
+        Annealed(0.02, 2),
+        Annealed(0.02, 1),
+        optimiser or SGD(),
+        batch_size=16,
+        projector_samples=20,
+        augmentation=augmentation,
+    )
+
+
+@pytest.mark.parametrize(
+    ("method", "optimiser", "augmentation"),
+    [("gpm", SGD(momentum=0.9), Augmentation(1)), ("trgp", SGD(), None), ("ewc", Adam(), None)],
+)
+def test_an_epoch_as_one_program_is_its_steps(
+    method: str, optimiser: Optimiser, augmentation: Augmentation | None
+) -> None:
+    """To rounding: a compiler may order a sum in another way."""
+    found = []
+    for whole in (False, True):
+        one = JaxLearner(NETWORK, STREAM, dtype="float64", dropout_masks="framework", whole_epochs=whole)
+        record = learn(
+            one,
+            STREAM,
+            build_method(method, MethodSettings(threshold=0.8)),
+            training(optimiser, augmentation),
+        )
+        found.append((record, one.parameters()))
+    (by_step, expected), (at_once, weights) = found
+    np.testing.assert_array_equal(at_once.accuracy, by_step.accuracy)
+    for name, value in expected.items():
+        np.testing.assert_allclose(np.asarray(weights[name]), np.asarray(value), rtol=1e-8, atol=1e-10, err_msg=name)
+
+
+def test_two_tasks_of_equal_shapes_are_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And of their steps only the last, on fewer samples, is one by itself."""
+    traced, ran = Counter[str](), Counter[str]()
+
+    def counting(*arguments: Any, **named: Any) -> Any:
+        traced["many"] += 1
+        return stepping._many_steps(*arguments, **named)
+
+    many = jax.jit(counting, static_argnums=0, static_argnames=("trains_scales", "factored", "products"))
+
+    def count(name: str, function: Any) -> Any:
+        def counted(*arguments: Any, **named: Any) -> Any:
+            ran[name] += 1
+            return function(*arguments, **named)
+
+        return counted
+
+    monkeypatch.setattr(learner, "many_steps", count("many", many))
+    monkeypatch.setattr(learner, "step", count("one", stepping.step))
+    one = JaxLearner(NETWORK, STREAM, dropout_masks="framework", whole_epochs=True)
+    learn(one, STREAM, build_method("finetune", MethodSettings()), training())
+    assert traced == {"many": 1}
+    assert ran == {"many": 2 * 3, "one": 2 * 3}  # epochs of both tasks
+
+
+@pytest.mark.parametrize(("source", "count"), [("framework", 5), ("numpy", 0)])
+def test_masks_from_the_host_come_step_by_step(source: Any, count: int) -> None:
+    one = JaxLearner(NETWORK, STREAM, dropout_masks=source, whole_epochs=True)
+    rows = STREAM.tasks[0].train
+    batches = [Batch(0, rows[start : start + 16]) for start in range(0, len(rows), 16)]
+    assert one._steps_at_once(batches) == count
+    assert one._steps_at_once([*batches, Batch(1, rows[:16])]) == 0  # in joint training
+
+
+@pytest.mark.parametrize(("optimiser", "of_fc1"), [(SGD(momentum=0.5), 13), (SGD(weight_decay=0.1), 24), (Adam(), 24)])
+def test_a_linear_layers_inputs_are_projected_if_nothing_comes_between(
+    optimiser: Optimiser, of_fc1: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Thirteen samples' inputs instead of a gradient of 24 rows; a convolution's gradient in any case."""
+    project, seen = Subspace.project_rows, dict[str, int]()
+
+    def counted(self: Subspace, name: str, rows: Any) -> Any:
+        seen[name] = rows.shape[0]
+        return project(self, name, rows)
+
+    monkeypatch.setattr(Subspace, "project_rows", counted)
+    one, draw = JaxLearner(NETWORK, STREAM), np.random.default_rng(0)
+    widths = {"conv1.weight": 9, "fc1.weight": 36}
+    bases = {name: np.linalg.qr(draw.normal(size=(width, 3)))[0] for name, width in widths.items()}
+    arrays = {f"bases.{name}": jax.numpy.asarray(basis, "float32") for name, basis in bases.items()}
+    # Of a threshold that no other test has, so that it is compiled here.
+    memory = GPM(threshold=0.775).with_arrays(arrays | {"tasks": jax.numpy.asarray(1)})
+    before = one.parameters()
+    constraint = Constraint(one.projectable | one.heads[1], memory)
+    begun = optimiser.begun({name: before[name] for name in constraint.trainable})
+    batch = Batch(1, STREAM.tasks[1].train[:13])
+    one.train([batch, batch], np.full(2, 0.1), constraint, begun, draw)
+    assert seen == {"conv1.weight": 4, "fc1.weight": of_fc1}
+    for name, basis in bases.items():
+        step = np.asarray(one.parameters()[name] - before[name]).reshape(len(before[name]), -1)
+        assert np.linalg.norm(step @ basis) <= 1e-5 * np.linalg.norm(step) != 0
