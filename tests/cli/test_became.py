@@ -196,6 +196,18 @@ except SystemExit:
     assert "--stage2-epochs" in done.stdout
 
 
+def test_help_fits_80_columns_and_names_no_default_that_is_none(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    for command in ("run", "resume", "compare", "report", "list"):
+        with pytest.raises(SystemExit):
+            main([command, "--help"])
+        shown = capsys.readouterr().out
+        assert "None" not in shown
+        assert max(map(len, shown.splitlines())) <= (100 if command == "compare" else 80)  # its usage line is longer
+
+
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--version"]) == 0
     assert capsys.readouterr().out.startswith("became ")
@@ -261,7 +273,7 @@ def test_bad_input_is_one_sentence_and_status_2(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delitem(sys.modules, "adapters.tracking.trackio", raising=False)
-    monkeypatch.setitem(sys.modules, "trackio", None)  # type: ignore[arg-type] # as if it were not there
+    monkeypatch.setitem(sys.modules, "trackio", None)  # as if it were not there
     assert main(arguments) == 2
     said = capsys.readouterr().err
     assert said.startswith(f"error: {message}")

@@ -132,7 +132,7 @@ def test_a_run_that_never_began_is_not_ended() -> None:
 @pytest.mark.parametrize("tracker", sorted(TRACKERS))
 def test_a_missing_package_is_one_sentence(tracker: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, f"adapters.tracking.{tracker}", raising=False)
-    monkeypatch.setitem(sys.modules, TRACKERS[tracker], None)  # type: ignore[arg-type] # so its import fails
+    monkeypatch.setitem(sys.modules, TRACKERS[tracker], None)  # so its import fails
     with pytest.raises(BecameError) as caught:
         open_writer(tracker, tmp_path)
     assert str(caught.value) == (
