@@ -31,6 +31,16 @@ __all__ = ["main"]
 Outs = Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="OUT…", help_behavior_hint="")]
 
 
+DESCRIPTION = """Bayesian continual learning with adaptive model merging.
+
+A command's options: became COMMAND --help
+
+The version: became --version
+
+Completion in a shell: became --tyro-write-completion {bash,zsh,fish} FILE
+"""
+
+
 @dataclass(frozen=True)
 @worded
 class Run(Options):
@@ -150,7 +160,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         | Annotated[Report, tyro.conf.subcommand("report")]
         | Annotated[List, tyro.conf.subcommand("list")]
     )
-    status: int = parse(commands, "became", given).carry_out()
+    status: int = parse(commands, "became", given, DESCRIPTION).carry_out()
     return status
 
 

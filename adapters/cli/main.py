@@ -26,13 +26,11 @@ def main(backend: Backend, arguments: Sequence[str] | None = None) -> int:
     return run_options(backend, parse(Options, f"python -m adapters.{backend.name}.run", arguments))
 
 
-def parse(kind: Any, prog: str, arguments: Sequence[str] | None) -> Any:
+def parse(kind: Any, prog: str, arguments: Sequence[str] | None, description: str | None = None) -> Any:
     """Return what is given, of this kind; a question for help and a mistake end the program."""
-    config = (
-        tyro.conf.DisallowNone,
-        tyro.conf.FlagCreatePairsOff,
-    )  # what is left out is None, and a flag left out is off
-    return tyro.cli(kind, prog=prog, args=arguments, config=config)
+    # What is left out is None, and a flag that is left out is off: neither needs words of its own.
+    config = (tyro.conf.DisallowNone, tyro.conf.FlagCreatePairsOff)
+    return tyro.cli(kind, prog=prog, args=arguments, description=description, config=config)
 
 
 def execute(command: Callable[[Display], None], output: Output) -> int:

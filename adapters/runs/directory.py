@@ -4,6 +4,7 @@
 | --- | --- |
 | config.json | what runs: configuration, options given, backend, versions, git revision, a digest of the data |
 | events.jsonl | what happened, line by line |
+| events.out.tfevents.… | the same for TensorBoard, if asked for |
 | checkpoints/ | the last two states, to go on from |
 | results.json | what came out, once it is finished |
 | lock | while a process is at work in it |

@@ -21,7 +21,7 @@ class _TensorBoard:
         # A file's own name has the second alone, and one of that name would be written over.
         suffix = f".{os.getpid()}.{step}"
         purge = {"purge_step": step + 1} if step else {}
-        self._writer = SummaryWriter(logdir=str(self._folder), filename_suffix=suffix, **purge)
+        self._writer = SummaryWriter(logdir=str(self._folder), filename_suffix=suffix, flush_secs=1, **purge)
         if not step:
             for summary in hparams(dict(hyperparameters), {}):
                 self._writer.file_writer.add_summary(summary)
@@ -29,7 +29,6 @@ class _TensorBoard:
     def log(self, scalars: Mapping[str, float], step: int) -> None:
         for name, value in scalars.items():
             self._writer.add_scalar(name, value, step)
-        self._writer.flush()
 
     def end(self) -> None:
         self._writer.close()

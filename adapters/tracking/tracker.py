@@ -29,7 +29,7 @@ class Writer(Protocol):
         """Begin, or, where the step is not 0, go on after it: what is there of later steps no longer counts."""
 
     def log(self, scalars: Mapping[str, float], step: int) -> None:
-        """Write scalars by name, at one step, so that they outlast this process."""
+        """Write scalars by name, at one step; a process that is killed may lose those of its last moments."""
 
     def end(self) -> None:
         """Finish what has begun."""

@@ -35,7 +35,7 @@ class _Trackio:
 
     def end(self) -> None:
         with contextlib.redirect_stdout(sys.stderr):
-            self._run.finish()
+            trackio.finish()
 
 
 def open_writer(folder: Path) -> _Trackio:

@@ -196,6 +196,18 @@ except SystemExit:
     assert "--stage2-epochs" in done.stdout
 
 
+def test_help_fits_80_columns_and_names_no_default_that_is_none(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    for command in ("run", "resume", "compare", "report", "list"):
+        with pytest.raises(SystemExit):
+            main([command, "--help"])
+        shown = capsys.readouterr().out
+        assert "None" not in shown
+        assert max(map(len, shown.splitlines())) <= (100 if command == "compare" else 80)  # its usage line is longer
+
+
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--version"]) == 0
     assert capsys.readouterr().out.startswith("became ")
