@@ -7,6 +7,8 @@ import nox
 
 PROJECT = nox.project.load_toml("pyproject.toml")
 FRAMEWORKS = ("torch", "jax", "tensorflow")
+# Runs that are killed and go on, by the command; what they leave on a disk, and what becomes of it.
+INTERRUPTED = ("tests/cli/test_resuming.py", "tests/runs")
 
 nox.needs_version = ">=2025.2.9"
 nox.options.default_venv_backend = "virtualenv"
@@ -72,7 +74,8 @@ def tests_jax(session: nox.Session) -> None:
     """The core and the adapter on JAX, where no other framework is installed."""
     install(session, "test", "-e", ".[jax]")
     assert_absent(session, "torch", "tensorflow")
-    session.run("pytest", "tests/core", "tests/jax", "tests/repository", "--backend", "jax", *session.posargs)
+    folders = "tests/core", "tests/jax", "tests/repository", *INTERRUPTED
+    session.run("pytest", *folders, "--backend", "jax", *session.posargs)
 
 
 @nox.session(name="tests-tensorflow")
@@ -81,7 +84,7 @@ def tests_tensorflow(session: nox.Session) -> None:
     # Not the extra: its `tensorflow` is the build for GPUs too, and the CPU's own is half the size.
     install(session, "test", "-e", ".[run]", "tensorflow-cpu", "keras")
     assert_absent(session, "torch", "jax")
-    folders = "tests/core", "tests/repository", "tests/tensorflow"
+    folders = "tests/core", "tests/repository", "tests/tensorflow", *INTERRUPTED
     session.run("pytest", *folders, "--backend", "tensorflow", *session.posargs)
 
 

@@ -2,30 +2,59 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
 from adapters.architectures import Architecture, BatchNorm, Convolution, Flatten, Linear, MaxPool, ReLU
-from became_core.continual import SGD, Annealed, Batch, Constraint, Learner, TaskStream, Training, random_stream
+from became_core.continual import (
+    SGD,
+    Annealed,
+    Batch,
+    Constraint,
+    Learner,
+    MethodSettings,
+    TaskStream,
+    Training,
+    build_method,
+    learn,
+    random_stream,
+)
 from became_core.continual.measurement import Measurement
 from became_core.projection import GPM
 from tests.backends import to_numpy
 from tests.streams import prototype_stream
 
-__all__ = ["check_mixed_precision"]
+__all__ = ["check_a_run_learns", "check_mixed_precision"]
 
 # (network, tasks, whether precision is mixed) -> a learner, its weights by seed 0.
-MakeMixed = Callable[[Architecture, TaskStream, bool], Learner]
-
-
-def check_mixed_precision(make: MakeMixed) -> None:
-    """Steps are taken by rounded products; nothing else is rounded, and what is protected stays so to float32."""
-    stream = prototype_stream(tasks=2, channels=2, side=8)
-    layers = (
+MakeMixed = Callable[[Any, TaskStream, bool], Learner]
+NETWORK = Architecture(
+    (
         *(Convolution("conv1", 6, 3, bias=True), BatchNorm("bn1"), ReLU(), MaxPool(2), Flatten()),
         *(Linear("fc1", 20), ReLU(), Linear("fc2", 12, bias=True), ReLU()),
-    )
-    network = Architecture(layers, (2, 8, 8))
+    ),
+    (2, 8, 8),
+)
+STREAM = prototype_stream(tasks=2, channels=2, side=8)
+
+
+def check_a_run_learns(make: MakeMixed, network: Any) -> None:
+    """By rounded products, to weights in single precision."""
+    learner, training = make(network, STREAM, True), Training(Annealed(0.1, 20), Annealed(0.1, 1), batch_size=10)
+    record = learn(learner, STREAM, build_method("finetune", MethodSettings()), training)
+    assert record.accuracy.diagonal().mean() > 80  # chance is 33
+    assert {to_numpy(value).dtype.name for value in learner.parameters().values()} == {"float32"}
+
+
+def check_mixed_precision(make: MakeMixed, network: Any = NETWORK) -> None:
+    """Steps are taken by rounded products; nothing else is rounded, and what is protected stays so to float32.
+
+    Args:
+        make: a learner.
+        network: of images [2, 8, 8], as the learner takes it.
+    """
+    stream = STREAM
     plain, mixed = (make(network, stream, each) for each in (False, True))
     task, training = stream.tasks[1], Training(Annealed(0.1, 1), Annealed(0.1, 1), projector_samples=5)
     measured = Measurement(mixed, stream.tasks[0], training, "empirical", 0, "posterior")

@@ -1,5 +1,7 @@
 """A user's flax module learns as a description does, and gives the same taps."""
 
+from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import jax
@@ -8,7 +10,10 @@ import pytest
 from flax import linen as nn
 from jax import numpy as jnp
 
+from adapters.architectures import draw_masks
+from adapters.jax import compiled
 from adapters.jax.flax_module import FlaxBackbone
+from adapters.jax.heads import for_task
 from adapters.jax.layers import Pass
 from adapters.jax.learner import JaxLearner
 from became_core import BecameError
@@ -18,6 +23,8 @@ from tests.own_models import (
     check_it_has_the_taps_of_its_description,
     check_it_learns_as_its_description,
 )
+from tests.precision import check_a_run_learns, check_mixed_precision
+from tests.streams import prototype_stream
 
 
 class Network(nn.Module):  # type: ignore[misc] # flax is taken as untyped
@@ -56,6 +63,43 @@ def test_weights_go_there_and_back() -> None:
     back = backbone.params(weights)
     jax.tree.map(np.testing.assert_array_equal, back, variables["params"])
     assert jax.tree.structure(back) == jax.tree.structure(variables["params"])
+
+
+def in_precision(backbone: Any, stream: TaskStream, mixed: bool) -> JaxLearner:
+    return JaxLearner(backbone, stream, mixed_precision=mixed)
+
+
+def test_mixed_precision_rounds_the_products_of_steps_alone() -> None:
+    check_mixed_precision(in_precision, FlaxBackbone.of(Network(), IMAGE))
+
+
+def test_it_learns_in_mixed_precision() -> None:
+    check_a_run_learns(in_precision, FlaxBackbone.of(Network(), IMAGE))
+
+
+def test_a_steps_products_are_of_bfloat16_and_its_statistics_of_float32() -> None:
+    backbone, stream = FlaxBackbone.of(Network(), IMAGE), prototype_stream(tasks=2, channels=2, side=8)
+    learner = in_precision(backbone, stream, True)
+    rows, draw = stream.tasks[0].train[:10], np.random.default_rng(0)
+    gradients = partial(compiled._gradients, backbone, products="bfloat16")
+    arguments: Any = {}, {}, learner._data, rows, draw_masks(backbone.masks, 10, draw)
+    traced = jax.make_jaxpr(gradients)(for_task(learner.parameters(), 0), *arguments)
+    operands: dict[str, set[str]] = {}
+    for equation in equations(traced.jaxpr):
+        dtypes = {each.aval.dtype.name for each in equation.invars}
+        operands.setdefault(equation.primitive.name, set()).update(dtypes)
+    assert operands["dot_general"] == operands["conv_general_dilated"] == {"bfloat16"}
+    assert operands["rsqrt"] == operands["exp"] == {"float32"}
+    assert {value.aval.dtype.name for value in traced.jaxpr.outvars} == {"float32"}
+
+
+def equations(jaxpr: Any) -> Iterator[Any]:
+    """All of a program's, also within functions that it calls."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for value in equation.params.values():
+            if hasattr(value, "jaxpr"):
+                yield from equations(value.jaxpr)
 
 
 class Embedded(nn.Module):  # type: ignore[misc] # flax is taken as untyped

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from adapters.architectures import draw_masks
 from adapters.tensorflow.keras_model import KerasBackbone
 from adapters.tensorflow.layers import Pass
 from adapters.tensorflow.learner import TensorFlowLearner
@@ -17,6 +18,8 @@ from tests.own_models import (
     check_it_has_the_taps_of_its_description,
     check_it_learns_as_its_description,
 )
+from tests.precision import check_a_run_learns, check_mixed_precision
+from tests.streams import prototype_stream
 
 
 def network() -> keras.Model:
@@ -42,6 +45,33 @@ def test_it_learns_as_its_description_does() -> None:
 
 def test_its_taps_are_those_of_the_description() -> None:
     check_it_has_the_taps_of_its_description(make, KerasBackbone.of(network(), IMAGE))
+
+
+def in_precision(backbone: Any, stream: TaskStream, mixed: bool) -> TensorFlowLearner:
+    return TensorFlowLearner(backbone, stream, mixed_precision=mixed)
+
+
+def test_mixed_precision_rounds_the_products_of_steps_alone() -> None:
+    check_mixed_precision(in_precision, KerasBackbone.of(network(), IMAGE))
+
+
+def test_it_learns_in_mixed_precision() -> None:
+    check_a_run_learns(in_precision, KerasBackbone.of(network(), IMAGE))
+
+
+def test_a_steps_products_are_of_bfloat16_and_its_statistics_of_float32() -> None:
+    backbone, stream = KerasBackbone.of(network(), IMAGE), prototype_stream(tasks=2, channels=2, side=8)
+    learner = in_precision(backbone, stream, True)
+    rows, draw = stream.tasks[0].train[:10], np.random.default_rng(0)
+    seen = learner._for_task(0, learner.parameters())
+    traced = learner._step_network.get_concrete_function(seen, rows, draw_masks(backbone.masks, 10, draw), None)
+    operands: dict[str, set[tf.DType]] = {}
+    for operation in traced.graph.get_operations():
+        operands.setdefault(operation.type, set()).update(each.dtype for each in operation.inputs)
+    convolutions = (operands[f"Conv2D{way}"] - {tf.int32} for way in ("", "BackpropInput", "BackpropFilter"))
+    assert all(each == {tf.bfloat16} for each in (operands["MatMul"], *convolutions))
+    assert operands["Rsqrt"] == operands["SparseSoftmaxCrossEntropyWithLogits"] - {tf.int64} == {tf.float32}
+    assert {each.dtype for each in tf.nest.flatten(traced.structured_outputs)} == {tf.float32}
 
 
 def test_the_model_is_as_it_was_and_takes_weights_back() -> None:
