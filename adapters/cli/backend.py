@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-from adapters.architectures.networks import Norm
+from adapters.architectures import Norm
 from became_core.continual import Learner, TaskStream
 
 __all__ = ["Backend", "Builder"]

@@ -17,7 +17,7 @@ Convention: schedules hold for stage 1 and, anew, for stage 2.
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from adapters.architectures.networks import Norm
+from adapters.architectures import Norm
 from became_core.continual import (
     Adam,
     Annealed,

@@ -12,8 +12,7 @@ except ModuleNotFoundError as error:
     print(f"error: the package '{error.name}' is missing; pip install 'became[jax]'.", file=sys.stderr)
     sys.exit(2)
 
-from adapters.architectures import build_network
-from adapters.architectures.networks import Norm
+from adapters.architectures import Norm, build_network
 from became_core.continual import TaskStream
 
 __all__ = ["BACKEND", "build_learner", "repeat_exactly"]
