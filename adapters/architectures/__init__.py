@@ -22,11 +22,10 @@ from adapters.architectures.layers import (
     is_statistic,
 )
 from adapters.architectures.masks import DropoutMasks, Mask, checked_masks, draw_mask, draw_masks
-from adapters.architectures.networks import NETWORKS, NORMS, Norm, alexnet, build_network, mlp, resnet18
+from adapters.architectures.networks import NETWORKS, Norm, alexnet, build_network, mlp, resnet18
 
 __all__ = [
     "NETWORKS",
-    "NORMS",
     "Architecture",
     "AveragePool",
     "Backbone",

@@ -30,10 +30,9 @@ from adapters.architectures.layers import (
 )
 from became_core import BecameError
 
-__all__ = ["NETWORKS", "NORMS", "Norm", "alexnet", "build_network", "mlp", "resnet18"]
+__all__ = ["NETWORKS", "Norm", "alexnet", "build_network", "mlp", "resnet18"]
 
 Norm = Literal["batch", "running", "group"]
-NORMS: tuple[Norm, ...] = ("batch", "running", "group")
 
 
 def mlp(channels: int, height: int, width: int, norm: Norm = "batch") -> Architecture:

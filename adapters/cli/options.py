@@ -82,12 +82,12 @@ class Options:
     """Epochs of stage 2."""
     lr: float | None = None
     """The learning rate that both stages begin with."""
-    head_lr: float | None = None
-    """That of heads; it falls as the others do."""
-    norm_lr: float | None = None
-    """That of normalisation, and of biases."""
-    first_lr: float | None = None
-    """That of all other parameters in the first task."""
+    head_rate: float | None = None
+    """How many times as fast heads learn, at any learning rate."""
+    norm_rate: float | None = None
+    """Likewise, normalisation and biases."""
+    first_rate: float | None = None
+    """Likewise, all other parameters, in the first task."""
     optimiser: Literal["sgd", "adam"] | None = None
     """What turns gradients into steps."""
     momentum: float | None = None
@@ -284,14 +284,16 @@ def _training(training: Training, options: Options) -> Training:
         curvature_samples=_given(options.curvature_samples, training.curvature_samples) or None,
         path_alphas=tuple(point / last for point in range(options.path_points)),
         augmentation=_augmentation(training.augmentation, options.augment),
-        relative=_relative(training, options),
+        relative=_relative(training.relative, options),
     )
 
 
-def _relative(training: Training, options: Options) -> RelativeRates:
-    lr = _given(options.lr, training.stage1.lr)
-    rates = {"heads": options.head_lr, "norms": options.norm_lr, "first": options.first_lr}
-    return replace(training.relative, **{name: rate / lr for name, rate in rates.items() if rate is not None})
+def _relative(rates: RelativeRates, options: Options) -> RelativeRates:
+    return RelativeRates(
+        heads=_given(options.head_rate, rates.heads),
+        norms=_given(options.norm_rate, rates.norms),
+        first=_given(options.first_rate, rates.first),
+    )
 
 
 def _augmentation(preset: Augmentation | None, wanted: bool | None) -> Augmentation | None:

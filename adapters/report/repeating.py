@@ -21,6 +21,9 @@ _PLACES = {
     "optimiser": ("optimiser", "kind"),
     "momentum": ("optimiser", "momentum"),
     "weight_decay": ("optimiser", "weight_decay"),
+    "head_rate": ("relative", "heads"),
+    "norm_rate": ("relative", "norms"),
+    "first_rate": ("relative", "first"),
     "path_points": ("path_alphas",),
     "augment": ("augmentation",),
 }

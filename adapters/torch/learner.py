@@ -17,7 +17,7 @@ from adapters.torch.dropout import use_stream
 from adapters.torch.layers import is_matrix
 from adapters.torch.linear import constrained_inputs
 from adapters.torch.networks import MultiHead
-from adapters.torch.statistics import BATCH_NORMS, batch_statistics
+from adapters.torch.statistics import batch_statistics, running_norms
 from adapters.torch.tapping import collect_inputs, collect_taps, layers_with_samples_first
 from became_core import BecameError
 from became_core.arrays import Params
@@ -27,8 +27,6 @@ from became_core.curvature import Pushforward, Taps, logit_cotangents
 from became_core.projection import Region, TrustRegion
 
 __all__ = ["TorchLearner"]
-
-_RUNNING = ("running_mean", "running_var")
 
 
 class TorchLearner:
@@ -81,15 +79,12 @@ class TorchLearner:
         self._std = torch.tensor(dataset.std, device=self.device, dtype=dtype).mul(255).view(shape)
         self._named = {_canonical(name): parameter for name, parameter in self.network.named_parameters()}
         self._layers = {module: _canonical(name) for name, module in self.network.named_modules()}
-        self._norms: dict[nn.Module, str] = {
-            module: name
-            for module, name in self._layers.items()
-            if isinstance(module, BATCH_NORMS) and module.running_mean is not None
+        self._norms = running_norms(self._layers)
+        self._running: dict[str, Tensor] = {
+            f"{name}.{each}": getattr(module, each)
+            for module, name in self._norms.items()
+            for each in ("running_mean", "running_var")
         }
-        self._running: dict[str, Tensor] = {}
-        for module, name in self._norms.items():
-            module.momentum = 0.0  # type: ignore[assignment] # PyTorch's types know tensors and modules alone
-            self._running |= {f"{name}.{each}": getattr(module, each) for each in _RUNNING}
         self.statistics = frozenset(self._running)
         self._layers_of_task: dict[int, frozenset[nn.Module]] = {}
         self.heads = [
@@ -226,17 +221,8 @@ class TorchLearner:
     def batch_statistics(self, indices: Indices, batch_size: int) -> Iterator[tuple[int, Params]]:
         """Yield each batch's size and statistics, once for every time that a layer runs."""
         for rows in _chunks(indices, batch_size):
-            found = batch_statistics(self.network.backbone, self._norms, self._batch(rows)[0])
-            for run in range(max(map(len, found.values()), default=0)):
-                runs = {self._norms[module]: each[run] for module, each in found.items() if run < len(each)}
-                yield (
-                    len(rows),
-                    {
-                        f"{name}.{part}": v
-                        for name, pair in runs.items()
-                        for part, v in zip(_RUNNING, pair, strict=True)
-                    },
-                )
+            for found in batch_statistics(self.network.backbone, self._norms, self._batch(rows)[0]):
+                yield len(rows), found
 
     def _tapped_layers(self, task: int) -> frozenset[nn.Module]:
         """Return the layers that can be tapped for a task; it is found out once, by two samples of any kind."""

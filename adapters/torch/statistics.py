@@ -4,14 +4,15 @@ Convention: a batch norm that keeps no running statistics takes each batch's own
 couple the samples; here they are computed beforehand, without gradient. Variances are biased, as batch norm has them.
 """
 
-from collections.abc import Collection, Iterator
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["BATCH_NORMS", "Statistics", "batch_statistics", "constant_statistics", "statistics"]
+__all__ = ["BATCH_NORMS", "Statistics", "batch_statistics", "constant_statistics", "running_norms", "statistics"]
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
@@ -27,19 +28,34 @@ def statistics(inputs: Tensor) -> tuple[Tensor, Tensor]:
     return mean, variance
 
 
+def running_norms(names: Mapping[nn.Module, str]) -> dict[nn.Module, str]:
+    """Return the batch norms that have running statistics, of modules by name; training changes these no more."""
+    found: dict[nn.Module, str] = {}
+    for module, name in names.items():
+        if isinstance(module, BATCH_NORMS) and module.running_mean is not None:
+            module.momentum = 0.0
+            found[module] = name
+    return found
+
+
 @torch.no_grad()
-def batch_statistics(network: nn.Module, norms: Collection[nn.Module], inputs: Tensor) -> Statistics:
-    """Return the statistics of these batch norms' inputs, each normalising by the batch's own, without dropout.
+def batch_statistics(network: nn.Module, norms: Mapping[nn.Module, str], inputs: Tensor) -> Iterator[dict[str, Tensor]]:
+    """Yield the mean and variance of these batch norms' inputs, once for every time that one of them runs.
 
     Args:
-        network: what runs; it is left in evaluation mode.
-        norms: of the network, with a momentum of 0, so that running statistics stay as they are.
+        network: what runs, without dropout; it is left in evaluation mode.
+        norms: of ``running_norms``, by name; each normalises by the batch's own statistics.
         inputs: of the network.
     """
-    found: Statistics = {}
+    runs: dict[nn.Module, int] = defaultdict(int)
+    passes: list[dict[str, Tensor]] = []
 
     def note(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        found.setdefault(module, []).append(statistics(inputs[0]))
+        runs[module] += 1
+        if runs[module] > len(passes):
+            passes.append({})
+        mean, variance = statistics(inputs[0])
+        passes[runs[module] - 1] |= {f"{norms[module]}.running_mean": mean, f"{norms[module]}.running_var": variance}
 
     network.eval()
     handles = [module.train().register_forward_pre_hook(note) for module in norms]
@@ -49,7 +65,7 @@ def batch_statistics(network: nn.Module, norms: Collection[nn.Module], inputs: T
         for handle in handles:
             handle.remove()
         network.eval()
-    return found
+    yield from passes
 
 
 @contextmanager

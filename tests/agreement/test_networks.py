@@ -26,12 +26,12 @@ from adapters.architectures import (
     Layer,
     Linear,
     MaxPool,
+    Norm,
     ReLU,
     Residual,
     Tanh,
     build_network,
 )
-from adapters.architectures.networks import Norm
 from became_core import optimal_alpha
 from became_core.continual import SGD, Batch, Constraint, Learner, TapMode, TaskStream
 from became_core.continual.statistics import weights_of

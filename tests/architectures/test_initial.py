@@ -9,6 +9,8 @@ PARAMETERS = {
     "conv1.bias": Parameter((8,), 27),
     "bn1.weight": Parameter((8,), None),
     "bn1.bias": Parameter((8,), None),
+    "bn1.running_mean": Parameter((8,), None),
+    "bn1.running_var": Parameter((8,), None),
 }
 
 
@@ -30,3 +32,5 @@ def test_weights_are_uniform_within_what_the_fan_in_gives_and_norms_the_identity
     assert np.abs(values["conv1.weight"]).max() > 0.9 / 27**0.5
     np.testing.assert_array_equal(values["bn1.weight"], np.ones(8))
     np.testing.assert_array_equal(values["bn1.bias"], np.zeros(8))
+    np.testing.assert_array_equal(values["bn1.running_mean"], np.zeros(8))
+    np.testing.assert_array_equal(values["bn1.running_var"], np.ones(8))

@@ -4,7 +4,7 @@ from math import prod
 
 import pytest
 
-from adapters.architectures import NETWORKS, BatchNorm, Convolution, build_network
+from adapters.architectures import NETWORKS, BatchNorm, Convolution, GroupNorm, build_network, is_statistic
 from became_core import BecameError
 
 SMALLEST = {"alexnet": 22, "mlp": 1, "resnet18": 17}
@@ -21,6 +21,27 @@ def test_only_batch_norm_has_biases(name: str) -> None:
     network = build_network(name, (3, 32, 32))
     norms = {layer.name for layer in network.tapped if isinstance(layer, BatchNorm)}
     assert {n for n in network.parameters if n.endswith("bias")} == {f"{norm}.bias" for norm in norms}
+
+
+@pytest.mark.parametrize("name", ["alexnet", "resnet18"])
+def test_kinds_of_normalisation_differ_in_layers_and_names_alone(name: str) -> None:
+    batch, running, group = (build_network(name, (3, 32, 32), norm) for norm in ("batch", "running", "group"))
+    assert len({len(network.steps) for network in (batch, running, group)}) == 1
+    statistics = set(filter(is_statistic, running.parameters))
+    norms = [layer for layer in batch.tapped if isinstance(layer, BatchNorm)]
+    assert statistics == {f"{layer.name}.{each}" for layer in norms for each in ("running_mean", "running_var")}
+    assert {n: each for n, each in running.parameters.items() if n not in statistics} == dict(batch.parameters)
+    assert {n.replace("norm", "bn"): each for n, each in group.parameters.items()} == dict(batch.parameters)
+    assert set(group.parameters) != set(batch.parameters)  # so that one's checkpoints are none of the other's
+    for layer, shape in group.steps:
+        assert not isinstance(layer, BatchNorm)
+        if isinstance(layer, GroupNorm):
+            assert layer.groups(shape[0]) == {20: 4, 40: 8, 80: 16, 160: 32}.get(shape[0], 32)
+
+
+def test_what_has_no_normalisation_has_none_of_another_kind() -> None:
+    with pytest.raises(BecameError, match="the mlp network has no normalisation that could be 'group'; leave the norm"):
+        build_network("mlp", (3, 32, 32), "group")
 
 
 def test_alexnet_has_the_published_layers_and_size() -> None:

@@ -25,12 +25,12 @@ def test_every_option_reaches_the_configuration_and_its_record() -> None:
         threshold=0.9, increment=0.01, ewc_strength=7.0, projector_samples=11, curvature_samples=0,
         path_points=3, network="mlp", class_order="seeded", augment=True,
         ewc_decay=0.5, imm_transfer=False, imm_pull=0.1, coma_alpha=(0.5, 0.25), grid_points=3,
-        per="layer", precision="kronecker", head_lr=0.4, norm_lr=0.1, first_lr=0.8, norm_penalty=3.0,
-        dropout_masks="framework",
+        per="layer", precision="kronecker", norm="group", head_rate=2.0, norm_rate=0.5, first_rate=4.0,
+        norm_penalty=3.0, dropout_masks="framework",
     )  # fmt: skip
     record = resolve(options).record()
     assert record["tasks"] == 20
-    assert (record["network"], record["class_order"]) == ("mlp", "seeded")
+    assert (record["network"], record["norm"], record["class_order"]) == ("mlp", "group", "seeded")
     assert (record["stage1"]["epochs"], record["stage2"]["epochs"]) == (3, 2)
     assert record["stage1"]["lr"] == record["stage2"]["lr"] == 0.2
     assert record["batch_size"] == 8

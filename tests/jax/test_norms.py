@@ -14,6 +14,7 @@ def make(architecture: Architecture, stream: TaskStream) -> Learner:
     return JaxLearner(architecture, stream, dtype="float64")
 
 
+@pytest.mark.timeout(1200)  # each compiles what it runs
 @pytest.mark.parametrize("check", CHECKS)
 def test_normalisation(check: Callable[[MakeNormalised], None]) -> None:
     check(make)

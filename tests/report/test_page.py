@@ -128,11 +128,15 @@ def test_published_numbers_are_shown_only_beside_all_tasks(tmp_path: Path) -> No
 
 
 def test_the_command_repeats_exactly_this_configuration() -> None:
-    options = Options(epochs=3, lr=0.02, optimiser="adam", path_points=5, projector_samples=0, first=3)
+    options = Options(
+        epochs=3, lr=0.02, optimiser="adam", path_points=5, projector_samples=0, first=3,
+        norm="running", head_rate=20.0, norm_penalty=2.0,
+    )  # fmt: skip
     group = groups_of([run(seed=s, config=resolve(options).record()) for s in (0, 4)])[0]
     assert repeating_command(group) == (
-        "python -m adapters.torch.run --benchmark split-mnist --methods became --seeds 0 4 --first 3 --epochs 3 "
-        "--lr 0.02 --optimiser adam --projector-samples 0 --path-points 5"
+        "python -m adapters.torch.run --benchmark split-mnist --methods became --seeds 0 4 --norm running "
+        "--first 3 --epochs 3 --lr 0.02 --head-rate 20.0 --optimiser adam --norm-penalty 2.0 --projector-samples 0 "
+        "--path-points 5"
     )
 
 

@@ -15,6 +15,7 @@ def make(architecture: Architecture, stream: TaskStream) -> Learner:
     return TensorFlowLearner(architecture, stream, dtype=tf.float64)
 
 
+@pytest.mark.timeout(1200)  # each compiles what it runs
 @pytest.mark.parametrize("check", CHECKS)
 def test_normalisation(check: Callable[[MakeNormalised], None]) -> None:
     check(make)

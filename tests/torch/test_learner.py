@@ -1,7 +1,5 @@
 """The PyTorch learner: any module, its parameters and buffers, its constraints, its agreement with the reference."""
 
-import copy
-
 import numpy as np
 import pytest
 import torch
@@ -24,6 +22,7 @@ from became_core.continual import (
     learn,
 )
 from became_core.continual.measurement import Measurement
+from became_core.continual.statistics import refresh
 from became_core.curvature import FisherKind
 from became_core.laplace import Diagonal
 from became_core.projection import GPM
@@ -148,20 +147,24 @@ def test_equal_seeds_give_equal_runs_and_others_do_not() -> None:
     assert not torch.equal(runs[0], runs[2])
 
 
-def test_buffers_are_kept_apart_and_follow_the_data() -> None:
+def test_running_statistics_of_a_users_module_are_the_models_and_other_buffers_are_kept_apart() -> None:
     stream = prototype_stream()
-    learner = TorchLearner(_convolutional(), stream)
-    assert "1.weight" in learner.parameters()
-    assert not any("running" in name or "tracked" in name for name in learner.parameters())
-    before = copy.deepcopy(dict(learner.network.named_buffers()))
+    backbone = _convolutional()
+    backbone.register_buffer("beside", torch.ones(2))
+    learner = TorchLearner(backbone, stream)
+    assert learner.statistics == {"1.running_mean", "1.running_var"} < set(learner.parameters())
+    assert not any("beside" in name or "tracked" in name for name in learner.parameters())
+    before = learner.parameters()
     batches = [Batch(0, stream.tasks[0].train[:16])]
-    learner.train(
-        batches, np.array([0.1]), Constraint(frozenset(learner.parameters())), SGD(), np.random.default_rng(0)
-    )
-    after = dict(learner.network.named_buffers())
-    assert not torch.equal(before["backbone.1.running_mean"], after["backbone.1.running_mean"])
-    learner.assign(learner.parameters())
-    torch.testing.assert_close(dict(learner.network.named_buffers()), after)
+    constraint = Constraint(frozenset(before) - learner.statistics)
+    learner.train(batches, np.array([0.1]), constraint, SGD(), np.random.default_rng(0))
+    for name in learner.statistics:
+        torch.testing.assert_close(learner.parameters()[name], before[name], rtol=0, atol=0)
+    refresh(learner, stream.tasks[:1], 16, 0)
+    after = learner.parameters()
+    assert all(not torch.equal(after[name], before[name]) for name in learner.statistics)
+    learner.assign(before)
+    torch.testing.assert_close(dict(backbone.named_buffers())["1.running_mean"], before["1.running_mean"])
 
 
 def test_only_what_may_change_changes() -> None:

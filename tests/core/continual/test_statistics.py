@@ -31,7 +31,7 @@ def test_pooled_statistics_are_those_of_all_samples_at_once(xp: Any, sizes: list
 class Running(ReferenceLearner):
     """Says of each batch how many rows it had, and which came first, as if that were a statistic."""
 
-    statistics = frozenset({"bn.running_mean", "bn.running_var"})  # type: ignore[assignment]
+    statistics = frozenset({"bn.running_mean", "bn.running_var"})
     seen: np.ndarray[Any, Any]
 
     def parameters(self) -> Any:
