@@ -50,21 +50,23 @@ def batch_statistics(network: nn.Module, norms: Mapping[nn.Module, str], inputs:
     runs: dict[nn.Module, int] = defaultdict(int)
     passes: list[dict[str, Tensor]] = []
 
-    def note(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    def note(module: Any, inputs: tuple[Tensor, ...]) -> None:
         runs[module] += 1
         if runs[module] > len(passes):
             passes.append({})
-        mean, variance = statistics(inputs[0])
+        module.running_mean, module.running_var = mean, variance = statistics(inputs[0])
         passes[runs[module] - 1] |= {f"{norms[module]}.running_mean": mean, f"{norms[module]}.running_var": variance}
 
     network.eval()
-    handles = [module.train().register_forward_pre_hook(note) for module in norms]
+    held = [(module, module.running_mean, module.running_var) for module in norms]
+    handles = [module.register_forward_pre_hook(note) for module in norms]
     try:
         network(inputs)
     finally:
         for handle in handles:
             handle.remove()
-        network.eval()
+        for norm, mean, variance in held:
+            norm.running_mean, norm.running_var = mean, variance  # the very tensors, which others hold
     yield from passes
 
 
