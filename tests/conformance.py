@@ -45,8 +45,9 @@ from became_core.continual import (
     build_method,
     learn,
 )
+from became_core.continual.learner import heads_of
 from became_core.continual.measurement import Measurement
-from became_core.continual.rows import layers_in_a_row
+from became_core.continual.wiring import find_wiring
 from became_core.curvature import (
     batch_gradient,
     derivatives_along,
@@ -61,6 +62,7 @@ from became_core.projection import GPM, TRGP
 from reference.formulas import cross_entropy, softmax
 from reference.learner import cropped
 from tests.backends import to_numpy
+from tests.listening import Listening
 from tests.projections import Finished
 from tests.streams import prototype_stream
 
@@ -585,6 +587,31 @@ def check_a_penalty_pulls_towards_its_mean(make: Make) -> None:
         np.testing.assert_allclose(with_penalty[name], expected, atol=1e-12)
 
 
+def check_each_group_of_parameters_has_its_rate(make: Make) -> None:
+    """Three times as far along what is multiplied by 3, and with a penalty on some of it, as far as at that rate."""
+    plain, faster = make(STREAM, 0), make(STREAM, 0)
+    theta = plain.parameters()
+    before, shared = numbers(theta), sorted(set(theta) - heads_of(plain))
+    tripled = {shared[0], *plain.heads[0]}
+    held = {name: theta[name] - 0.25 for name in shared[:1]}
+    penalty = Penalty(LaplacePosterior(held, Diagonal({name: value * 0 + 2 for name, value in held.items()})), 3.0)
+    for optimiser in (SGD(momentum=0.5), Adam()):
+        begun = optimiser.begun(theta)
+        batch = Batch(0, STREAM.tasks[0].train[:12])
+        for limit in (None, penalty):
+            constraint = Constraint(frozenset(theta), penalty=limit)
+            for learner, relative, rate in ((plain, {}, 3 * RATE), (faster, dict.fromkeys(sorted(tripled), 3.0), RATE)):
+                learner.assign(theta)
+                respected = replace(constraint, relative=relative)
+                learner.train([batch], np.asarray([rate]), respected, begun, fresh_stream())
+            at_three, by_three = numbers(plain.parameters()), numbers(faster.parameters())
+            for name in set(theta) - plain.heads[1]:
+                expected = at_three[name] - before[name]
+                np.testing.assert_allclose(
+                    by_three[name] - before[name], expected if name in tripled else expected / 3, rtol=1e-9, atol=1e-12
+                )
+
+
 def check_training_sees_images_as_views_show_them(make: Make) -> None:
     """As if the data set had held them so; what is not trained on is seen as it is."""
     rows = STREAM.tasks[0].train[:12]
@@ -607,10 +634,10 @@ def check_training_sees_images_as_views_show_them(make: Make) -> None:
     np.testing.assert_array_equal(to_numpy(found.logits(rows, 12)), to_numpy(plain.logits(rows, 12)))
 
 
-def in_a_row(learner: Learner) -> bool:
+def can_be_gated(learner: Learner) -> bool:
     """Whether HAT takes the network."""
     try:
-        layers_in_a_row(learner, STREAM.tasks[0])
+        find_wiring(learner, STREAM.tasks[0])
     except BecameError:
         return False
     return True
@@ -618,11 +645,11 @@ def in_a_row(learner: Learner) -> bool:
 
 def check_masks_keep_what_an_old_task_says_to_the_bit(make: Make) -> None:
     training = Training(Annealed(0.05, 2), Annealed(0.05, 1), batch_size=12)
-    kept, masks = {}, ["packnet", *(["hat"] if in_a_row(make(STREAM, 0)) else [])]
+    kept, masks = {}, ["packnet", *(["hat"] if can_be_gated(make(STREAM, 0)) else [])]
     for name in (*masks, "finetune"):
         learner = make(STREAM, 0)
         said, observe = listened(learner, STREAM)
-        learn(learner, STREAM, build_method(name, MethodSettings()), training, observe=observe)
+        learn(learner, STREAM, build_method(name, MethodSettings()), training, callbacks=[Listening(observe)])
         kept[name] = any(np.array_equal(said[0][0][-1], now) for now in said[1][0])
     assert kept == dict.fromkeys(masks, True) | {"finetune": False}
 
@@ -631,7 +658,7 @@ def check_every_method_runs_and_repeats(make: Make) -> None:
     """The whole loop; some of them twice with one seed: equal records; alpha is a fraction where two were merged."""
     training = Training(Annealed(0.05, 2), Annealed(0.05, 1), batch_size=12, path_alphas=(0.0, 1.0))
     for name in METHODS:
-        if name == "hat" and not in_a_row(make(STREAM, 0)):
+        if name == "hat" and not can_be_gated(make(STREAM, 0)):
             continue
         records = []
         for _ in range(2 if name in ("became", "ewc", "trgp") else 1):

@@ -7,7 +7,9 @@ Projection, validation, memory, curvature and evaluation come on top.
 import math
 import time
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from itertools import cycle, islice
+from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -17,15 +19,56 @@ from adapters.cli.options import Configuration
 from became_core.continual import Constraint, Learner, Method, TaskStream, Training, random_stream
 from became_core.continual.training import epoch_batches
 
-__all__ = ["describe", "steps"]
+__all__ = ["Plan", "plan", "steps"]
 
 _WARM_UP, _TIMED = 2, 10
 
 
-def describe(
-    learner: Learner, stream: TaskStream, configuration: Configuration, methods: Sequence[str], seeds: int, out: Console
-) -> None:
-    """Print the resolved configuration, the number of parameters, and each method's steps and time.
+@dataclass(frozen=True)
+class Plan:
+    """What would be done.
+
+    Attributes:
+        configuration: of all runs, as it is recorded, and the benchmark.
+        shared: the number of parameters outside heads.
+        of_heads: of those in them.
+        heads: how many there are.
+        batch_size: samples a step.
+        seconds: of a plain training step.
+        steps: of all seeds together, by method.
+        bounded: whether there are at most so many.
+    """
+
+    configuration: dict[str, Any]
+    shared: int
+    of_heads: int
+    heads: int
+    batch_size: int
+    seconds: float
+    steps: dict[str, int]
+    bounded: bool
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain values."""
+        return asdict(self)
+
+    def show(self, out: Console) -> None:
+        """Print the resolved configuration, the number of parameters, and each method's steps and time."""
+        out.print_json(data=self.configuration)
+        total = self.shared + self.of_heads
+        out.print(f"{total:,} parameters: {self.shared:,} shared, {self.of_heads:,} in {self.heads} heads")
+        out.print(f"{1000 * self.seconds:.1f} ms a plain training step of {self.batch_size} samples")
+        table = Table("method", "steps", "time", title="Training, without projection, memory and evaluation")
+        for name, count in {**self.steps, "all": sum(self.steps.values())}.items():
+            texts = f"{count:,}", _duration(count * self.seconds)
+            table.add_row(name, *(f"at most {text}" if self.bounded else text for text in texts))
+        out.print(table)
+
+
+def plan(
+    learner: Learner, stream: TaskStream, configuration: Configuration, methods: Sequence[str], seeds: int
+) -> Plan:
+    """Return what runs would do.
 
     Args:
         learner: a fresh one, which is of no further use.
@@ -33,24 +76,20 @@ def describe(
         configuration: of the runs.
         methods: their names.
         seeds: how many runs there are of each.
-        out: where to.
     """
-    out.print_json(data={"benchmark": configuration.benchmark.name, **configuration.record()})
+    training = configuration.preset.training
     sizes = {name: math.prod(int(n) for n in value.shape) for name, value in learner.parameters().items()}
     of_heads = sum(sizes[name] for head in learner.heads for name in head)
-    shared = sum(sizes.values()) - of_heads
-    out.print(f"{shared + of_heads:,} parameters: {shared:,} shared, {of_heads:,} in {len(learner.heads)} heads")
-    seconds = _seconds_of_a_step(learner, stream, configuration.preset.training)
-    out.print(f"{1000 * seconds:.1f} ms a plain training step of {configuration.preset.training.batch_size} samples")
-    table = Table("method", "steps", "time", title="Training, without projection, memory and evaluation")
-    training = configuration.preset.training
-    total = 0
-    for name in methods:
-        count = seeds * steps(configuration.method(name), stream, training)
-        total += count
-        table.add_row(name, _bounded(f"{count:,}", training), _bounded(_duration(count * seconds), training))
-    table.add_row("all", _bounded(f"{total:,}", training), _bounded(_duration(total * seconds), training))
-    out.print(table)
+    return Plan(
+        configuration={"benchmark": configuration.benchmark.name, **configuration.record()},
+        shared=sum(sizes.values()) - of_heads,
+        of_heads=of_heads,
+        heads=len(learner.heads),
+        batch_size=training.batch_size,
+        seconds=_seconds_of_a_step(learner, stream, training),
+        steps={name: seeds * steps(configuration.method(name), stream, training) for name in methods},
+        bounded=training.stage1.needs_validation,
+    )
 
 
 def steps(method: Method, stream: TaskStream, training: Training) -> int:
@@ -83,10 +122,6 @@ def _seconds_of_a_step(learner: Learner, stream: TaskStream, training: Training)
             list(islice(cycle(whole), count)), rates, constraint, optimiser, random_stream(0, "dropout")
         )
     return (time.perf_counter() - began) / _TIMED
-
-
-def _bounded(text: str, training: Training) -> str:
-    return f"at most {text}" if training.stage1.needs_validation else text
 
 
 def _duration(seconds: float) -> str:

@@ -1,88 +1,85 @@
 """The command: options in, runs and a table out. The same for every backend."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import tyro
-from rich.console import Console
 
 from adapters.cli.backend import Backend
-from adapters.cli.dryrun import describe
+from adapters.cli.display import Display, display_of
+from adapters.cli.dryrun import plan
 from adapters.cli.interruption import InterruptedRun
+from adapters.cli.logs import logged
 from adapters.cli.options import Options, method_names, resolve
-from adapters.cli.paths import estimator_table, path_table
-from adapters.cli.running import run_to_its_end
-from adapters.cli.table import comparison_table
+from adapters.cli.output import Output
+from adapters.cli.running import Job, carry_out
 from adapters.data.location import data_directory
-from adapters.runs import RunDirectory, write_summary
-from adapters.runs.directory import check_writable
+from adapters.runs import RunDirectory
 from became_core import BecameError
 
-__all__ = ["Backend", "main"]
+__all__ = ["Backend", "execute", "main", "parse", "run_options"]
 
 
 def main(backend: Backend, arguments: Sequence[str] | None = None) -> int:
-    """Run the command; return its exit status.
+    """Run the command; return its exit status, as ``execute`` does."""
+    return run_options(backend, parse(Options, f"python -m adapters.{backend.name}.run", arguments))
+
+
+def parse(kind: Any, prog: str, arguments: Sequence[str] | None) -> Any:
+    """Return what is given, of this kind; a question for help and a mistake end the program."""
+    config = (
+        tyro.conf.DisallowNone,
+        tyro.conf.FlagCreatePairsOff,
+    )  # what is left out is None, and a flag left out is off
+    return tyro.cli(kind, prog=prog, args=arguments, config=config)
+
+
+def execute(command: Callable[[Display], None], output: Output) -> int:
+    """Do something, and return the exit status.
 
     That is 0, 2 after a sentence on what was wrong, or 128 and the number of the signal that stopped it: 130 for
     Ctrl-C, 143 for SIGTERM.
     """
-    options = tyro.cli(Options, prog=f"python -m adapters.{backend.name}.run", args=arguments)
-    console = Console() if sys.stdout.isatty() else Console(width=160)
-    if options.deterministic:
-        backend.repeat_exactly()
-    try:
-        (_try_out if options.dry_run else _compare)(backend, options, console)
-    except BecameError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except InterruptedRun as stopped:
-        print(f"stopped: {stopped}; the same command goes on from there.", file=sys.stderr)
-        return stopped.status
-    except KeyboardInterrupt:
-        print("interrupted; what was saved is kept, and the same command goes on from there.", file=sys.stderr)
-        return 130
+    with logged(output.level):
+        try:
+            command(display_of(output))
+        except BecameError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        except InterruptedRun as stopped:
+            print(f"stopped: {stopped}; the same command goes on from there.", file=sys.stderr)
+            return stopped.status
+        except KeyboardInterrupt:
+            print("interrupted; what was saved is kept, and the same command goes on from there.", file=sys.stderr)
+            return 130
     return 0
 
 
-def _try_out(backend: Backend, options: Options, console: Console) -> None:
+def run_options(backend: Backend, options: Options, *remarks: str) -> int:
+    """Do what the options say, after some remarks; return the exit status."""
+    if options.deterministic:
+        backend.repeat_exactly()
+
+    def command(display: Display) -> None:
+        for remark in remarks:
+            display.note(remark)
+        (_try_out if options.dry_run else _compare)(backend, options, display)
+
+    return execute(command, options.output)
+
+
+def _try_out(backend: Backend, options: Options, display: Display) -> None:
     configuration, seed = resolve(options), options.seeds[0]
     stream = configuration.stream(configuration.benchmark.load(data_directory(options.data_dir)), seed)
     learner = configuration.learner(backend, stream, options.device, seed)
-    describe(learner, stream, configuration, method_names(options), len(options.seeds), console)
+    display.plan(plan(learner, stream, configuration, method_names(options), len(options.seeds)))
 
 
-def _compare(backend: Backend, options: Options, console: Console) -> None:
+def _compare(backend: Backend, options: Options, display: Display) -> None:
     configuration = resolve(options)
-    record = configuration.record()
     runs = [RunDirectory(configuration.out, method, seed) for seed in options.seeds for method in method_names(options)]
-    finished = {run: run.finished(backend.name, options.benchmark, record) for run in runs}
-    for run in runs:
-        if not finished[run]:
-            run.check_unfinished(backend.name, options.benchmark, record, resume=options.resume)
     if options.resume and not any(run.begun for run in runs):
         raise BecameError(f"{configuration.out} holds nothing to resume; leave out --resume to begin.")
-    if not all(finished.values()):
-        check_writable(configuration.out)
-        dataset = configuration.benchmark.load(data_directory(options.data_dir))
-        configuration.stream(dataset, seed=0)
-    results = []
-    for run in runs:
-        result = finished[run]
-        if result is None:
-            stream = configuration.stream(dataset, run.seed)
-            result = run_to_its_end(backend, options.device, configuration, stream, run, console, resume=options.resume)
-            write_summary(configuration.out)
-        else:
-            console.print(f"{run.name}  finished before: {run.results_file}", soft_wrap=True)
-        results.append(result)
-    for result in results:
-        if result.paths:
-            console.print(path_table(result))
-            console.print(estimator_table(result))
-    console.print(comparison_table(results))
-    console.print(
-        f"results: {configuration.out}/<method>-seed<k>/results.json, {configuration.out}/summary.csv",
-        soft_wrap=True,
-        highlight=False,
-    )
+    results = carry_out([Job(run, backend, options, configuration) for run in runs], display)
+    display.results(results, configuration.out)

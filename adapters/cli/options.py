@@ -5,7 +5,7 @@ runs with equal configuration, method and seed are the same run.
 """
 
 import math
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -13,6 +13,8 @@ import tyro
 
 from adapters.architectures import DropoutMasks
 from adapters.cli.backend import Backend
+from adapters.cli.output import Output
+from adapters.cli.words import worded
 from adapters.data.benchmarks import Benchmark, find_benchmark
 from adapters.data.presets import Preset
 from became_core import BecameError
@@ -27,6 +29,7 @@ from became_core.continual import (
     Method,
     MethodSettings,
     Optimiser,
+    RelativeRates,
     Schedule,
     TaskStream,
     Training,
@@ -39,10 +42,13 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
+@worded
 class Options:
-    """Learn a benchmark's tasks one after another with one or more methods, and compare them in a table.
+    """Learn a benchmark's tasks with one or more methods; compare them in a table.
 
-    With no option: Split-MNIST on the embedded images, methods became, gpm and finetune, one seed.
+    With no option: Split-MNIST (embedded); became, gpm and finetune; one seed.
+
+    An option that shows no default has the preset's value if it is left out.
     """
 
     benchmark: str = "split-mnist"
@@ -73,6 +79,12 @@ class Options:
     """Epochs of stage 2."""
     lr: float | None = None
     """The learning rate that both stages begin with."""
+    head_lr: float | None = None
+    """That of heads; it falls as the others do."""
+    norm_lr: float | None = None
+    """That of normalisation, and of biases."""
+    first_lr: float | None = None
+    """That of all other parameters in the first task."""
     optimiser: Literal["sgd", "adam"] | None = None
     """What turns gradients into steps."""
     momentum: float | None = None
@@ -93,6 +105,9 @@ class Options:
     """The scale of sgp's and gpcns's importances."""
     nscl_ratio: float | None = None
     """How far above the smallest eigenvalue nscl still calls a direction null."""
+    norm_penalty: float | None = None
+    """The strength of a pull, as in ewc, on what gpm, sgp, gpcns, nscl and trgp cannot protect: normalisation and
+    biases; at 0 these are frozen after the first task."""
     ogd_samples: int | None = None
     """Training samples of each task whose gradients ogd keeps."""
     ogd_capacity: int | None = None
@@ -138,12 +153,15 @@ class Options:
     where the network is."""
     deterministic: bool = False
     """Use operations alone that give the same bits every time, which a GPU's usual ones do not; a CPU's do anyway."""
-    out: Annotated[Path | None, tyro.conf.arg(metavar="OUT")] = None
+    out: Path | None = None
     """The folder for results; runs/BENCHMARK-PRESET if not given."""
     dry_run: bool = False
     """Show the configuration, the numbers of parameters and of steps, and an estimate of the time; learn nothing."""
     resume: bool = False
     """Go on with what the folder holds, and fail if it holds nothing; a run of another backend is then gone on with."""
+    tracker: Literal["none", "tensorboard", "trackio"] = "none"
+    """What scalars are also written for, as a run goes: TensorBoard, beside the results, or Trackio."""
+    output: Annotated[Output, tyro.conf.arg(name="")] = field(default_factory=Output)
 
 
 @dataclass(frozen=True)
@@ -254,7 +272,14 @@ def _training(training: Training, options: Options) -> Training:
         curvature_samples=_given(options.curvature_samples, training.curvature_samples) or None,
         path_alphas=tuple(point / last for point in range(options.path_points)),
         augmentation=_augmentation(training.augmentation, options.augment),
+        relative=_relative(training, options),
     )
+
+
+def _relative(training: Training, options: Options) -> RelativeRates:
+    lr = _given(options.lr, training.stage1.lr)
+    rates = {"heads": options.head_lr, "norms": options.norm_lr, "first": options.first_lr}
+    return replace(training.relative, **{name: rate / lr for name, rate in rates.items() if rate is not None})
 
 
 def _augmentation(preset: Augmentation | None, wanted: bool | None) -> Augmentation | None:

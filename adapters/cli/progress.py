@@ -7,13 +7,14 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from became_core.continual import EpochEnd, TaskEnd
+from adapters.runs.events import place
+from became_core.continual import Callback, EpochEnd, RunState, TaskEnd
 
 __all__ = ["RunProgress"]
 
 
-class RunProgress:
-    """Shows one run's events; use as a context, and give it as the loop's observer."""
+class RunProgress(Callback):
+    """Shows one run's events, as a callback of it; use as a context."""
 
     def __init__(self, console: Console, title: str, tasks: int, stages: int) -> None:
         """Prepare the display.
@@ -54,14 +55,14 @@ class RunProgress:
         """How many tasks are done, the present one by the share of its epochs."""
         return float(self._bar.tasks[0].completed)
 
-    def __call__(self, event: EpochEnd | TaskEnd) -> None:
-        """Show an event."""
-        if isinstance(event, EpochEnd):
-            self._show_epoch(event)
-        else:
-            self._show_task(event)
+    def on_run_begin(self, state: RunState) -> None:
+        """Say where a run goes on that was interrupted."""
+        if state.task or state.stage is not None:
+            self._bar.update(self._row, completed=state.task)
+            self._print(f"goes on after {place(state)}")
 
-    def _show_epoch(self, event: EpochEnd) -> None:
+    def on_epoch_end(self, event: EpochEnd) -> None:
+        """Move the bar, or print a line."""
         state = (
             f"task {event.task + 1}/{self._tasks}  stage {event.stage}  epoch {event.epoch}/{event.epochs}  "
             f"loss {event.loss:.4f}  lr {event.rate:.2g}"
@@ -73,7 +74,8 @@ class RunProgress:
         if not self._console.is_terminal:
             self._print(state)
 
-    def _show_task(self, event: TaskEnd) -> None:
+    def on_task_end(self, event: TaskEnd) -> None:
+        """Print a line."""
         alpha = "" if event.alpha is None else f"  alpha {event.alpha:.3f}"
         scores = " ".join(f"{accuracy:.1f}" for accuracy in event.accuracy)
         self._bar.update(self._row, completed=event.task + 1)

@@ -77,8 +77,8 @@ BENCHMARKS: dict[str, Benchmark] = {
     benchmark.name: benchmark
     for benchmark in (
         # The images of the first two are embedded.
-        Benchmark("split-mnist", lambda data_dir: load_mnist(), 5, SPLIT_MNIST),
-        Benchmark("permuted-mnist", lambda data_dir: load_mnist(), 10, PERMUTED_MNIST, permuted=True),
+        Benchmark("split-mnist", load_mnist, 5, SPLIT_MNIST),
+        Benchmark("permuted-mnist", load_mnist, 10, PERMUTED_MNIST, permuted=True),
         Benchmark("split-cifar100", load_cifar100, 10, CIFAR100, otherwise={20: CIFAR100_IN_20}),
         Benchmark("split-miniimagenet", load_miniimagenet, 20, MINIIMAGENET),
         Benchmark("split-tinyimagenet", load_tinyimagenet, 25, TINYIMAGENET),

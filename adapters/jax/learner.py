@@ -220,6 +220,7 @@ def _for_task(constraint: Constraint, task: int) -> dict[str, Any]:
         "strength": 0.0 if penalty is None else penalty.strength,
         "region": for_task(constraint.region, task),
         "trains_scales": constraint.trains_scales,
+        "relative": for_task(dict(constraint.relative), task),
     }
 
 

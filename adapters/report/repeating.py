@@ -38,6 +38,8 @@ _ELSEWHERE = {
     "out",
     "dry_run",
     "resume",
+    "tracker",
+    "output",
 }
 
 

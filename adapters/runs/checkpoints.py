@@ -22,7 +22,7 @@ from adapters.runs.files import DamagedError, digest, read_file, read_sealed, wr
 from adapters.runs.settings import describe, difference
 from became_core import BecameError
 from became_core.arrays import Params, device, namespace, on_host
-from became_core.continual import Learner, Method, RunState, TaskStream, Training
+from became_core.continual import Callback, Learner, Method, RunState, TaskStream, Training
 
 __all__ = ["Checkpoints"]
 
@@ -32,8 +32,8 @@ SUFFIXES = ("json", "safetensors")
 
 
 @dataclass(frozen=True)
-class Checkpoints:
-    """The checkpoints of one run in a folder; ``save`` is made for ``learn``'s ``keep``, ``load`` for its ``state``.
+class Checkpoints(Callback):
+    """The checkpoints of one run in a folder: a callback that saves every state; ``load`` gives the last one back.
 
     Attributes:
         folder: theirs alone.
@@ -48,6 +48,10 @@ class Checkpoints:
     method: Method
     training: Training
     seed: int = 0
+
+    def on_state(self, state: RunState) -> None:
+        """Save it."""
+        self.save(state)
 
     def save(self, state: RunState) -> None:
         """Write a checkpoint; then remove all but the last two.

@@ -2,7 +2,7 @@
 
 | in a run's folder | what it is |
 | --- | --- |
-| config.json | what runs: configuration, backend, versions, git revision, a digest of the data |
+| config.json | what runs: configuration, options given, backend, versions, git revision, a digest of the data |
 | events.jsonl | what happened, line by line |
 | checkpoints/ | the last two states, to go on from |
 | results.json | what came out, once it is finished |
@@ -123,14 +123,23 @@ class RunDirectory:
             )
         return f"{before}+{backend}"
 
-    def write_config(self, backends: str, benchmark: str, config: dict[str, Any], stream: TaskStream) -> None:
-        """Write what runs, and with what."""
+    def write_config(
+        self,
+        backends: str,
+        benchmark: str,
+        config: dict[str, Any],
+        stream: TaskStream,
+        *,
+        given: dict[str, Any] | None = None,
+    ) -> None:
+        """Write what runs, and with what; ``given`` is what a command needs to go on with it by itself."""
         values = {
             "backend": backends,
             "benchmark": benchmark,
             "method": self.method,
             "seed": self.seed,
             "config": config,
+            "given": given,
             "data": fingerprint(stream.dataset),
             "versions": versions(),
             "revision": revision(),

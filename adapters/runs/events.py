@@ -11,21 +11,52 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from adapters.runs.provenance import versions
 from became_core import BecameError
-from became_core.continual import EpochEnd, TaskEnd
+from became_core.continual import Callback, EpochEnd, RunRecord, RunState, TaskEnd
 
-__all__ = ["EventLog"]
+__all__ = ["EventLog", "Events", "json_line", "now", "place"]
+
+
+class Events(Callback):
+    """What is told of a run as events by name with plain values; where to is for a subclass to say."""
+
+    backend: str
+
+    def add(self, name: str, **values: Any) -> None:
+        """Add an event."""
+        raise NotImplementedError
+
+    def on_run_begin(self, state: RunState) -> None:
+        """Tell of the beginning, or of where an interrupted run goes on."""
+        fresh = state.task == 0 and state.stage is None
+        after = {} if fresh else {"after": place(state)}
+        self.add("begin" if fresh else "resume", **after, backend=self.backend, versions=versions())
+
+    def on_epoch_end(self, event: EpochEnd) -> None:
+        """Tell of an epoch."""
+        self.add("epoch", **asdict(event))
+
+    def on_task_end(self, event: TaskEnd) -> None:
+        """Tell of a task."""
+        self.add("task", **asdict(event))
+
+    def on_run_end(self, record: RunRecord) -> None:
+        """Tell of the end."""
+        self.add("end")
 
 
 @dataclass(frozen=True)
-class EventLog:
-    """The events of the run in a folder."""
+class EventLog(Events):
+    """The events of the run in a folder.
+
+    Attributes:
+        file: where they are.
+        backend: what works on the run.
+    """
 
     file: Path
-
-    def observe(self, event: EpochEnd | TaskEnd) -> None:
-        """Add what the loop observed."""
-        self.add("epoch" if isinstance(event, EpochEnd) else "task", **asdict(event))
+    backend: str = ""
 
     def add(self, name: str, **values: Any) -> None:
         """Add a line.
@@ -33,13 +64,30 @@ class EventLog:
         Raises:
             BecameError: if it cannot be written.
         """
-        entry = {"event": name, "time": datetime.now(UTC).isoformat(timespec="milliseconds"), **values}
-        line = json.dumps({name: _plain(value) for name, value in entry.items()}, allow_nan=False)
+        line = json_line({"event": name, "time": now(), **values})
         try:
             with self.file.open("a+b") as handle:
                 handle.write((b"" if _ends_a_line(handle) else b"\n") + line.encode() + b"\n")
         except OSError as error:
             raise BecameError(f"cannot write {self.file}: {error.strerror}.") from None
+
+
+def place(state: RunState) -> str:
+    """Return where a run is, in words."""
+    total = len(state.record.accuracy)
+    if state.stage is None:
+        return f"task {state.task}/{total}"
+    return f"task {state.task + 1}/{total}, stage {state.stage.number}, epoch {state.stage.schedule.epoch}"
+
+
+def now() -> str:
+    """Return the time as events have it."""
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
+
+
+def json_line(values: dict[str, Any]) -> str:
+    """Return an object of JSON on one line; sets are sorted, and what is no finite number is null."""
+    return json.dumps({name: _plain(value) for name, value in values.items()}, allow_nan=False)
 
 
 def _ends_a_line(handle: Any) -> bool:

@@ -135,6 +135,7 @@ class TensorFlowLearner:
                     (constraint.projector, posterior, region),
                     strength,
                     constraint.trains_scales,
+                    dict(constraint.relative),
                 )
                 total += loss
         self._theta = {name: theta.get(name, value) for name, value in held.items()}

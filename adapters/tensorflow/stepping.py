@@ -76,6 +76,7 @@ def advanced(
     memory: tuple[Projector | None, LaplacePosterior | None, Region | None],
     strength: float,
     trains_scales: bool,
+    relative: dict[str, float],
 ) -> tuple[Params, Optimiser, Region | None, Params]:
     """Return what is trained, the optimiser and the region after a step, and the region's effective weights.
 
@@ -88,10 +89,11 @@ def advanced(
         memory: projector, posterior and region of the constraint.
         strength: of the penalty by the posterior.
         trains_scales: whether the region's scales are trained.
+        relative: of the learning rate, as in a ``Constraint``.
     """
     projector, posterior, region = memory
     penalty = None if posterior is None else Penalty(posterior, strength)
-    constraint = Constraint(frozenset(theta), projector, penalty, region, trains_scales)
+    constraint = Constraint(frozenset(theta), projector, penalty, region, trains_scales, relative)
     # A gradient g^T a is projected for less work by projecting a.
     early = constraint.projector_of_gradients(optimiser)
     by_inputs = frozenset[str]() if early is None else early.rowwise & factors.keys()

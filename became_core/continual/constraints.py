@@ -4,11 +4,13 @@ from dataclasses import replace
 
 from became_core.continual.learner import Constraint, Learner, Penalty, heads_of
 from became_core.continual.methods import Method
+from became_core.continual.schedule import RelativeRates
 from became_core.continual.state import Memory
 from became_core.continual.stream import Task
+from became_core.laplace import Diagonal, LaplacePosterior
 from became_core.projection import HAT, TRGP
 
-__all__ = ["free_constraint", "stable_constraint"]
+__all__ = ["free_constraint", "relative_rates", "stable_constraint"]
 
 
 def free_constraint(learner: Learner, task: Task, method: Method) -> Constraint:
@@ -29,6 +31,34 @@ def stable_constraint(learner: Learner, task: Task, method: Method, memory: Memo
     if projector is None or task.index == 0:  # the first task has nothing to protect
         return constraint
     if not projector.protects_all:
-        # What it cannot protect (biases, normalisation) is frozen once the first task has set it.
-        constraint = replace(constraint, trainable=learner.projectable | learner.heads[task.index])
+        constraint = _held(constraint, learner, task, method, memory)
     return replace(constraint, projector=projector, trains_scales=isinstance(projector, HAT | TRGP))
+
+
+def _held(constraint: Constraint, learner: Learner, task: Task, method: Method, memory: Memory) -> Constraint:
+    """Hold what a projector cannot protect, normalisation and biases, where the old tasks have left it.
+
+    It is frozen, or, where the method has a penalty for it, trained under that one: a method that penalises all of the
+    weights anyway penalises these as well.
+    """
+    if method.norm_penalty == 0 or memory.posterior is None:
+        return replace(constraint, trainable=learner.projectable | learner.heads[task.index])
+    if constraint.penalty is not None:
+        return constraint
+    names = _norms(learner)
+    mean = {name: value for name, value in memory.posterior.mean.items() if name in names}
+    precision = {name: value for name, value in memory.posterior.precision.diagonal().items() if name in names}
+    return replace(constraint, penalty=Penalty(LaplacePosterior(mean, Diagonal(precision)), method.norm_penalty))
+
+
+def relative_rates(learner: Learner, task: Task, rates: RelativeRates) -> dict[str, float]:
+    """Return what the learning rate is multiplied by, by parameter, where it is not 1."""
+    first = rates.first if task.index == 0 else 1.0
+    found = dict.fromkeys(learner.projectable, first) | dict.fromkeys(_norms(learner), rates.norms)
+    found |= dict.fromkeys(heads_of(learner), rates.heads)
+    return {name: found[name] for name in sorted(found) if found[name] != 1}
+
+
+def _norms(learner: Learner) -> frozenset[str]:
+    """Return the names of the shared parameters that no projector of matrices can protect."""
+    return frozenset(learner.parameters()) - learner.projectable - heads_of(learner)

@@ -5,8 +5,8 @@ which head a batch is for. Parameters are named arrays of the learner's framewor
 is a function of the stream it is given.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -39,12 +39,17 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True)
 class Penalty:
-    """A quadratic pull towards the old tasks' posterior: strength x 1/2 (theta - mean).P.(theta - mean)."""
+    """A quadratic pull towards the old tasks' posterior: strength x 1/2 (theta - mean).P.(theta - mean).
+
+    Parameters of which the posterior has no mean are free.
+    """
 
     posterior: LaplacePosterior
     strength: float
 
-    def add_to(self, gradients: Params, theta: Params, rate: float) -> Params:
+    def add_to(
+        self, gradients: Params, theta: Params, rate: float, relative: Mapping[str, float] | None = None
+    ) -> Params:
         """Return the gradients of loss and penalty, such that a step of this rate is stable at any strength.
 
         With S = strength x P the step is semi-implicit, theta <- theta - rate (g + S (theta - mean)) / (1 + rate S):
@@ -55,12 +60,15 @@ class Penalty:
             gradients: of the loss, by name.
             theta: the parameters, of at least these names.
             rate: the learning rate of the step to come.
+            relative: what it is multiplied by for some of the parameters.
         """
-        pull = self.posterior.gradient({name: theta[name] for name in gradients})
-        stiffness = self.posterior.precision.diagonal()
-        return {
-            name: (gradient + self.strength * pull[name]) / (1 + rate * self.strength * stiffness[name])
-            for name, gradient in gradients.items()
+        held = [name for name in gradients if name in self.posterior.mean]
+        pull = self.posterior.gradient({name: theta[name] for name in held})
+        stiffness, relative = self.posterior.precision.diagonal(), relative or {}
+        return gradients | {
+            name: (gradients[name] + self.strength * pull[name])
+            / (1 + rate * relative.get(name, 1.0) * self.strength * stiffness[name])
+            for name in held
         }
 
 
@@ -74,6 +82,7 @@ class Constraint:
         penalty: if given, every gradient has it added, before the optimiser sees it.
         region: if given, the network works with its effective weights, and what is trained are those beneath.
         trains_scales: whether the region's scales are trained as well; they are never projected.
+        relative: what the learning rate is multiplied by for some of the parameters; 1 for all others.
     """
 
     trainable: frozenset[str]
@@ -81,6 +90,7 @@ class Constraint:
     penalty: Penalty | None = None
     region: Region | None = None
     trains_scales: bool = False
+    relative: Mapping[str, float] = field(default_factory=dict)
 
     def projector_of_gradients(self, optimiser: Optimiser) -> Projector | None:
         """Return the projector if it may as well project a loss's gradients as they are made: if nothing else moves.
@@ -120,12 +130,13 @@ class Constraint:
         if self.penalty is not None:
             free = {} if self.region is None else self.region.scales
             held = {name: value for name, value in gradients.items() if name not in free}
-            gradients = gradients | self.penalty.add_to(held, theta, rate)
+            gradients = gradients | self.penalty.add_to(held, theta, rate, self.relative)
         directions, optimiser = optimiser.step(gradients, theta)
         if self.projector is not None:
             remaining = {name: value for name, value in directions.items() if name not in projected}
             directions = directions | self.projector.project(remaining)
-        return directions, optimiser
+        scaled = {name: self.relative[name] * directions[name] for name in directions if name in self.relative}
+        return directions | scaled, optimiser
 
 
 class Trained(NamedTuple):

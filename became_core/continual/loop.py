@@ -3,17 +3,18 @@
 The loop knows only the learner protocol. The first task has nothing to protect, so stage 2 would continue stage 1 as
 it was: it is trained once, without constraint, for both stages' epochs.
 
-Convention: a run is a ``RunState`` that advances; it is given away after every epoch and every task, and goes on from
-any such state exactly as it would have without the interruption.
+Convention: a run is a ``RunState`` that advances; callbacks are given it after every epoch and every task, and it goes
+on from any such state exactly as it would have without the interruption.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from became_core.arrays import Params, named_leaves
-from became_core.continual.constraints import free_constraint, stable_constraint
+from became_core.continual.callbacks import Callback, Together
+from became_core.continual.constraints import free_constraint, relative_rates, stable_constraint
 from became_core.continual.estimates import Approximations
 from became_core.continual.evaluation import accuracies
 from became_core.continual.learner import Constraint, Learner, heads_of
@@ -21,13 +22,13 @@ from became_core.continual.looking import look_along
 from became_core.continual.measurement import Measurement
 from became_core.continual.methods import Method
 from became_core.continual.record import MergePath, RunRecord, TaskEnd
-from became_core.continual.rows import layers_in_a_row
 from became_core.continual.schedule import Schedule
 from became_core.continual.seeding import random_stream
 from became_core.continual.state import Memory, RunState
 from became_core.continual.stopwatch import Stopwatch
 from became_core.continual.stream import Task, TaskStream
 from became_core.continual.training import EpochEnd, Stage, Training, begin_stage, train_stage
+from became_core.continual.wiring import find_wiring
 from became_core.laplace import LaplacePosterior, LocalLoss, Precision
 from became_core.projection import HAT, TRGP, GatedRegion, PackNet, Region, TrustRegion, compact
 
@@ -41,9 +42,8 @@ def learn(
     training: Training,
     *,
     seed: int = 0,
-    observe: Callable[[EpochEnd | TaskEnd], None] = lambda event: None,
+    callbacks: Sequence[Callback] = (),
     state: RunState | None = None,
-    keep: Callable[[RunState], None] = lambda state: None,
 ) -> RunRecord:
     """Learn a stream of tasks with a method and return the record; the learner is left with the final weights.
 
@@ -53,9 +53,8 @@ def learn(
         method: what is done with each.
         training: schedules and sizes.
         seed: names every random draw, with task, stage and epoch.
-        observe: called at the end of every epoch and of every task.
-        state: where to go on, as ``keep`` was given it in a run of the same arguments; from the beginning if None.
-        keep: called with the state after every epoch and every task, after ``observe``. What it raises ends the run.
+        callbacks: what looks on, each told in this order; what one raises ends the run.
+        state: where to go on, as ``on_state`` was given it in a run of the same arguments; from the beginning if None.
 
     Raises:
         BecameError: if training diverges.
@@ -64,9 +63,11 @@ def learn(
         state = RunState.begun(learner, stream, method)
     else:
         learner.assign(state.theta)
-    run = _Run(learner, stream, method, training, seed, observe, keep, Stopwatch(state.record.seconds))
+    run = _Run(learner, stream, method, training, seed, Together(callbacks), Stopwatch(state.record.seconds))
+    run.callbacks.on_run_begin(state)
     while state.task < len(stream.tasks):
         state = run.learn_task(state)
+    run.callbacks.on_run_end(state.record)
     return state.record
 
 
@@ -79,8 +80,7 @@ class _Run:
     method: Method
     training: Training
     seed: int
-    observe: Callable[[EpochEnd | TaskEnd], None]
-    keep: Callable[[RunState], None]
+    callbacks: Callback
     stopwatch: Stopwatch
 
     def learn_task(self, state: RunState) -> RunState:
@@ -102,9 +102,9 @@ class _Run:
     def prepared(self, task: Task, state: RunState) -> RunState:
         """Find out what HAT must know of the network; begin a task of IMM and CoMA where its own model begins."""
         memory, before = state.memory, state.before
-        if isinstance(memory.projector, HAT) and not memory.projector.order:
-            order, heads = layers_in_a_row(self.learner, task)
-            memory = replace(memory, projector=replace(memory.projector, order=order, heads=heads))
+        if isinstance(memory.projector, HAT) and memory.projector.wiring is None:
+            wiring = find_wiring(self.learner, task)
+            memory = replace(memory, projector=replace(memory.projector, wiring=wiring))
         if self.method.merges == "tasks" and state.stage is None:
             before = self.learner.parameters()
             if self.method.transfer is not None and memory.models:
@@ -144,6 +144,7 @@ class _Run:
 
     def train(self, task: Task, state: RunState, number: int, schedule: Schedule, constraint: Constraint) -> RunState:
         """Train a stage to its end, from its beginning or from where the state is in it."""
+        constraint = replace(constraint, relative=relative_rates(self.learner, task, self.training.relative))
         stage = state.stage
         if stage is None or stage.number != number:
             before = 0 if stage is None else stage.epochs
@@ -151,7 +152,7 @@ class _Run:
             stage = begin_stage(self.learner, task, number, schedule, optimiser, constraint, before=before)
 
         def each(stage: Stage, event: EpochEnd) -> None:
-            self.observe(event)
+            self.callbacks.on_epoch_end(event)
             self.kept(replace(state, stage=stage))
 
         stage = train_stage(
@@ -175,7 +176,7 @@ class _Run:
         """Return a state with the learner's weights and the seconds so far, after giving it away."""
         record = replace(state.record, seconds=self.stopwatch.read())
         state = replace(state, theta=self.learner.parameters(), record=record)
-        self.keep(state)
+        self.callbacks.on_state(state)
         return state
 
     def region(self, task: Task, memory: Memory) -> Region:
@@ -280,7 +281,7 @@ class _Run:
             end = TaskEnd(task.index, alpha, *self.accuracies(task, memory), filled)
         ranks = {} if memory.projector is None else dict(memory.projector.rank)
         record = state.record.with_task(end, epochs=state.stage.epochs, ranks=ranks, memory=memory.size, path=path)
-        self.observe(end)
+        self.callbacks.on_task_end(end)
         return self.kept(RunState(state.theta, memory, record, task.index + 1))
 
     @property

@@ -66,6 +66,8 @@ class MethodSettings:
         increment: what it grows by from task to task.
         scale: SGP's and GPCNS's s.
         nscl_ratio: NSCL's a, how far above the smallest eigenvalue still counts as null.
+        norm_penalty: the strength of a quadratic pull, strength/2, on what a projector of matrices cannot protect,
+            normalisation and biases, beside Fisher matrices as of EWC; if 0, these are frozen after the first task.
         ogd_samples: a task's samples whose gradients OGD keeps.
         ogd_capacity: how many directions OGD keeps in all.
         ewc_strength: EWC's lambda, beside Fisher matrices that are means over samples and add over tasks.
@@ -85,6 +87,7 @@ class MethodSettings:
     increment: float = 0.003
     scale: float = 5.0
     nscl_ratio: float = 10.0
+    norm_penalty: float = 0.0
     ogd_samples: int = 200
     ogd_capacity: int = 200
     ewc_strength: float = 100.0
@@ -103,6 +106,8 @@ class MethodSettings:
         """Check the numbers that no part checks by itself."""
         if self.ewc_strength < 0:
             raise BecameError(f"the EWC strength is {self.ewc_strength}; it must be at least 0.")
+        if self.norm_penalty < 0:
+            raise BecameError(f"the penalty on normalisation is {self.norm_penalty}; it must be at least 0.")
         if not 0 <= self.ewc_decay <= 1:
             raise BecameError(f"the EWC decay is {self.ewc_decay}; it must be in [0, 1].")
         if self.grid_points < 2:
@@ -117,6 +122,7 @@ class Method:
         name: as on the command line.
         projector: the empty memory to begin with; stage 1 is projected by it from the second task on.
         penalty_strength: of the pull towards the Laplace posterior in stage 1; none if 0.
+        norm_penalty: likewise, of what the projector cannot protect, which is frozen if 0.
         rule: if given, the rule that merges, or what names one for every task.
         merges: what it merges: the weights of "stages" 1 and 2, or, of "tasks", the old model and stage 1's.
         transfer: if given, what a task's own model begins with and is pulled to; else it begins with the merged one.
@@ -130,6 +136,7 @@ class Method:
     name: str
     projector: Projector | None = None
     penalty_strength: float = 0.0
+    norm_penalty: float = 0.0
     rule: MergeRule | Increments | None = None
     merges: Literal["stages", "tasks"] = "stages"
     transfer: Transfer | None = None
@@ -148,7 +155,7 @@ class Method:
     @property
     def keeps_posterior(self) -> bool:
         """Whether the method needs the Laplace posterior of the old tasks."""
-        return isinstance(self.rule, Became | ModeIMM) or self.penalty_strength > 0
+        return isinstance(self.rule, Became | ModeIMM) or self.penalty_strength > 0 or self.norm_penalty > 0
 
     def rule_after(self, task: int, loss: TrueLoss) -> MergeRule | None:
         """Return the rule of the merge after a task.
@@ -208,7 +215,12 @@ _METHODS: dict[str, Callable[[MethodSettings], Method]] = {
     "hat": lambda s: Method("hat", projector=HAT(s.hat_sharpness, s.hat_sparsity)),
     "packnet": lambda s: Method("packnet", projector=PackNet(s.packnet_share)),
     "joint": lambda s: Method("joint", joint=True),
-    **{name: lambda s, name=name: Method(name) for name in PROJECTORS if name != "none"},  # type: ignore[misc]
+    # By itself a projector keeps a posterior for its ``norm_penalty`` alone: Wang 2021's sum of every task's quadratic.
+    **{
+        name: lambda s, name=name: Method(name, fisher="batch", recentred=False)  # type: ignore[misc]
+        for name in PROJECTORS
+        if name != "none"
+    },
 }
 
 _PROJECTED_BY = {name: "gpm" for name in _METHODS if name.startswith("became")} | {name: name for name in PROJECTORS}
@@ -240,4 +252,8 @@ def build_method(name: str, settings: MethodSettings) -> Method:
     if plus and base in _ALONE:
         raise BecameError(f"'{name}': {_ALONE[base]}; it takes no projector.")
     method = replace(_METHODS[base](settings), name=name)
-    return method if base in _ALONE else replace(method, projector=PROJECTORS[projector](settings))
+    if base in _ALONE:
+        return method
+    found = PROJECTORS[projector](settings)
+    penalised = found is not None and not found.protects_all
+    return replace(method, projector=found, norm_penalty=settings.norm_penalty if penalised else 0.0)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from became_core.errors import BecameError
 
-__all__ = ["Annealed", "Patience", "Schedule", "Stepped"]
+__all__ = ["Annealed", "Patience", "RelativeRates", "Schedule", "Stepped"]
 
 
 @dataclass(frozen=True)
@@ -151,3 +151,27 @@ class Stepped:
 
 
 Schedule = Annealed | Patience | Stepped
+
+
+@dataclass(frozen=True)
+class RelativeRates:
+    """What the schedule's learning rate is multiplied by, for groups of parameters, in both stages (Wang 2021).
+
+    Attributes:
+        heads: for heads.
+        norms: for shared parameters that are no matrix of which taps speak: those of normalisation layers, and biases.
+        first: for all others in the first task; in later tasks they have the schedule's own rate.
+
+    Raises:
+        BecameError: if one is not above 0.
+    """
+
+    heads: float = 1.0
+    norms: float = 1.0
+    first: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Check the numbers."""
+        for name in ("heads", "norms", "first"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise BecameError(f"the relative learning rate '{name}' is {getattr(self, name)}; it must be above 0.")

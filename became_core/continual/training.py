@@ -16,7 +16,7 @@ from became_core.continual.evaluation import mean_loss
 from became_core.continual.learner import Batch, Constraint, Learner, Trained
 from became_core.continual.optimisers import SGD, Optimiser
 from became_core.continual.regions import reparametrised
-from became_core.continual.schedule import Schedule
+from became_core.continual.schedule import RelativeRates, Schedule
 from became_core.continual.seeding import random_stream
 from became_core.continual.stream import Task
 from became_core.errors import BecameError
@@ -33,6 +33,7 @@ class Training:
         stage1: the schedule under constraint.
         stage2: the schedule of methods that go on without one.
         optimiser: what turns gradients into steps; it begins anew with every stage.
+        relative: learning rates of groups of parameters, beside the schedule's.
         batch_size: of training, and of evaluation, since batch statistics make accuracy depend on it.
         projector_samples: training samples of a task that the projector's memory is made from; all if None.
         curvature_samples: training samples for Fisher information and directional curvature; all if None.
@@ -48,6 +49,7 @@ class Training:
     curvature_samples: int | None = None
     path_alphas: tuple[float, ...] = ()
     augmentation: Augmentation | None = None
+    relative: RelativeRates = field(default_factory=RelativeRates)
 
 
 @dataclass(frozen=True)

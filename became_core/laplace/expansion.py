@@ -97,7 +97,7 @@ def layerwise_quadratic(
     """Return the Laplace cumulative loss with a coefficient of its own for each layer, or each leaf.
 
     Args:
-        theta_gp: the stable weights; this and all that follows as for :func:`path_quadratic`.
+        theta_gp: the stable weights; this and all that follows as for ``path_quadratic``.
         theta_hat: the plastic weights.
         fisher_old: the precision of the old tasks' posterior.
         fisher_new: the curvature of the new task.
@@ -106,7 +106,7 @@ def layerwise_quadratic(
         per: what shares a coefficient; a layer is what stands before a leaf's last dot (``conv1`` of ``conv1.weight``).
 
     Returns:
-        One direction for each of :func:`group_names`, in that order: delta in its leaves, zero elsewhere.
+        One direction for each of ``group_names``, in that order: delta in its leaves, zero elsewhere.
     """
     if isinstance(fisher_old, Precision) or isinstance(fisher_new, Precision):
         trees = _given(theta_gp=theta_gp, theta_hat=theta_hat, gradient=gradient, mean=mean)
@@ -160,7 +160,7 @@ def group_names(tree: Tree, per: Per) -> list[str]:
 
 
 def group_directions(delta: Params, per: Per) -> list[Params]:
-    """Return for each of :func:`group_names` a direction that is delta in the group's leaves and zero elsewhere."""
+    """Return for each of ``group_names`` a direction that is delta in the group's leaves and zero elsewhere."""
     zero = {name: namespace(delta=value).zeros_like(value) for name, value in delta.items()}
     return [
         {name: (delta if group_of(name, per) == group else zero)[name] for name in delta}
@@ -195,7 +195,7 @@ def separable_terms(
 ) -> tuple[Array, Array]:
     """Return each group's slope and curvature, [groups] both, for curvatures that are diagonals, as trees of arrays.
 
-    The common case, leaf by leaf: two diagonals couple no two leaves. Arguments as for :func:`layerwise_quadratic`.
+    The common case, leaf by leaf: two diagonals couple no two leaves. Arguments as for ``layerwise_quadratic``.
     """
     trees = _given(
         theta_gp=theta_gp,

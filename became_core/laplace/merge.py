@@ -54,7 +54,7 @@ def optimal_alpha(
     Returns:
         A 0-d array of the inputs' framework and device, of their dtype or float32, whichever is wider; per layer or
         leaf, a tree of such in the structure of theta_gp. 0 (keep the stable model) where the models agree or nothing
-        is curved. Merge with :func:`merge`.
+        is curved. Merge with ``merge``.
 
     Raises:
         BecameError: if structures, shapes or frameworks differ, a Fisher value is negative, or an entry is not finite.

@@ -10,6 +10,7 @@ from became_core.projection.ogd import OGD
 from became_core.projection.packnet import PackNet
 from became_core.projection.sgp import SGP
 from became_core.projection.trgp import TRGP, TrustRegion
+from became_core.projection.wiring import Wiring
 
 __all__ = [
     "GPCNS",
@@ -26,6 +27,7 @@ __all__ = [
     "Statistics",
     "TrustRegion",
     "View",
+    "Wiring",
     "compact",
     "full",
 ]

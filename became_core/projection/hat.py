@@ -1,8 +1,8 @@
 """HAT, hard attention to the task (Serra, Suris, Miron & Karatzoglou, ICML 2018, arXiv 1801.01423).
 
-A task t has a gate for every unit of every layer but the last, a = sigmoid(s e), with an embedding e that it learns:
+A task t has a gate for every unit that a layer sees, a = sigmoid(s e), with an embedding e that it learns:
 
-    network     h_l <- a_l h_l: column i of the next layer's weight is scaled by a_l,i                    (eq. 1)
+    network     h_l <- a_l h_l: column i of the weight that sees unit i is scaled by a_l,i                 (eq. 1)
     annealing   s = 1 / s_max + (s_max - 1 / s_max) (b - 1) / (B - 1) in batch b of B of an epoch        (eq. 3)
     weights     g_l,ij <- (1 - min(A_l,i, A_l-1,j)) g_l,ij, A the gates of all old tasks together          (eq. 2)
     embedding   q <- s_max (cosh(s e) + 1) / (s (cosh(e) + 1)) q, which makes dL/de = dL/da s_max sigmoid'(e) (eq. 4)
@@ -12,11 +12,15 @@ In testing, a gate is open where e > 0. So an old task's open units have weights
 what other units send reaches them no more: later tasks do not change what it says, to the bit. (Running statistics of a
 network's normalisation, if it has them, are no weights: later tasks move them.)
 
+Where residual connections add up the units of several layers, each of the layers that see the sum has gates of its own;
+a unit is in use where any of its readers' gates is open, A_l,i, and so are the weights of all layers that it adds up.
+
 What differs: gates of old tasks are 0 or 1 in A too, where the published code keeps sigmoid(s_max e), nearly so; the
 embedding's gradient is written in its closed form, which needs no clamp against overflow; and biases and normalisation,
 which have no input units, are frozen after the first task.
 
 Convention: layers are called by their weights [d_out, d_in]; d_in is units x places, a unit's places side by side.
+Gates go by the weight that sees them.
 """
 
 import math
@@ -30,6 +34,7 @@ from became_core.arrays import Array, Params, device, namespace, pytree, static
 from became_core.errors import BecameError
 from became_core.projection.base import Statistics, integers
 from became_core.projection.gates import GatedRegion, GatedView, filled, spread
+from became_core.projection.wiring import Wiring
 
 __all__ = ["HAT"]
 
@@ -43,9 +48,8 @@ class HAT:
         sharpness: s_max.
         sparsity: c.
         tasks: how many tasks it remembers.
-        order: the layers, each of which sees the units of the one before; empty until the network is known.
-        heads: the weight of each task's head, which sees the units of the last layer.
-        gates: which units of a layer a task uses, bool [units]; ``conv1.weight@0`` for layer and task.
+        wiring: whose units each layer sees; None until the network is known.
+        gates: which of the units that a weight sees a task uses, bool [units]; ``conv2.weight@0`` for weight and task.
 
     Raises:
         BecameError: if a number cannot be used.
@@ -54,8 +58,7 @@ class HAT:
     sharpness: float = static(default=400.0)
     sparsity: float = static(default=0.75)
     tasks: int = static(default=0)
-    order: tuple[str, ...] = static(default=())
-    heads: tuple[str, ...] = static(default=())
+    wiring: Wiring | None = static(default=None)
     gates: Params = field(default_factory=dict)
 
     protects_all: ClassVar[bool] = False
@@ -73,7 +76,7 @@ class HAT:
         return {name: self._project(name, update) for name, update in updates.items()}
 
     def _project(self, name: str, update: Array) -> Array:
-        if name not in self.order or not self.gates:
+        if self.wiring is None or name not in self.wiring.layers or not self.tasks:
             return update
         xp: Any = namespace(update=update)
         still = self._still(name, update.shape[0], math.prod(update.shape[1:]))
@@ -81,20 +84,27 @@ class HAT:
 
     def _still(self, name: str, rows: int, columns: int) -> Array:
         """Which entries of a layer's weight stand still, [d_out, d_in]."""
-        to = self.used(name)
+        to, seen = self.used(name), self._seen(name)
         xp: Any = namespace(gates=to)
-        place = self.order.index(name)
-        if not place:  # all of the network's inputs are in use
+        if seen is None:  # all of the network's inputs are in use
             return xp.broadcast_to(to[:, None], (rows, columns))
-        return to[:, None] & spread(self.used(self.order[place - 1]), columns)[None, :]
+        return to[:, None] & spread(seen, columns)[None, :]
 
     def used(self, name: str) -> Array:
-        """Return which units of a layer any old task uses, bool [units]."""
-        found = [self.gates[f"{name}@{task}"] for task in range(self.tasks) if f"{name}@{task}" in self.gates]
-        total = found[0]
-        for gate in found[1:]:
-            total = total | gate
-        return total
+        """Return which units of a layer any old task uses, through any of its readers, bool [units]."""
+        wiring = self._wiring
+        keys = [f"{r}@{task}" for task in range(self.tasks) for r in wiring.readers_of(name, task)]
+        return _any([self.gates[key] for key in keys])
+
+    def _seen(self, name: str) -> Array | None:
+        """Which of the units that a layer sees any old task uses; None where it sees the network's inputs."""
+        keys = [f"{name}@{task}" for task in range(self.tasks)]
+        return _any([self.gates[key] for key in keys]) if keys[0] in self.gates else None
+
+    @property
+    def _wiring(self) -> Wiring:
+        assert self.wiring is not None, "HAT has to be told the network's wiring first"
+        return self.wiring
 
     def project_rows(self, name: str, rows: Array) -> Array:
         """Return the rows: what stands still is no subspace of a layer's input."""
@@ -108,13 +118,10 @@ class HAT:
     @property
     def rank(self) -> dict[str, tuple[int, int]]:
         """For each layer but the first, how many pairs of units stand still, and how many there are; of it, units."""
-        found, before = {}, (1, 1)
-        for name in self.order if self.gates else ():
-            used = self.used(name)
-            xp: Any = namespace(used=used)
-            units = (int(xp.count_nonzero(used)), int(used.shape[0]))
-            found[name] = (before[0] * units[0], before[1] * units[1])
-            before = units
+        found = {}
+        for name in self._wiring.layers if self.tasks else ():
+            to, seen = _counts(self.used(name)), _counts(self._seen(name))
+            found[name] = (to[0] * seen[0], to[1] * seen[1])
         return found
 
     def region(self, theta: Params, stream: np.random.Generator) -> GatedRegion:
@@ -125,22 +132,27 @@ class HAT:
             stream: what they are drawn from, layer by layer.
         """
         embeddings, unused = {}, {}
-        for name, consumer in zip(self.order, self._consumers(self.tasks), strict=True):
-            weight = theta[name]
+        for reader, sources in self._wiring.readers(self.tasks):
+            weight = theta[sources[0]]
             xp: Any = namespace(weight=weight)
             drawn = np.asarray(stream.standard_normal(int(weight.shape[0])))
-            key = f"{consumer}@gates"
+            key = f"{reader}@gates"
             embeddings[key] = xp.asarray(drawn, dtype=weight.dtype, device=device(weight))
             unused[key] = xp.ones_like(embeddings[key])
-            if self.gates:
-                unused[key] = unused[key] - xp.astype(self.used(name), weight.dtype)
+            if self.tasks:
+                unused[key] = unused[key] - xp.astype(self._seen_before(reader), weight.dtype)
         return GatedRegion(embeddings, unused, filled(embeddings, self.sharpness), self.sharpness, self.sparsity)
+
+    def _seen_before(self, reader: str) -> Array:
+        """Which of the units that a new task's reader sees any old task uses: for a head, through any old head."""
+        heads = self._wiring.heads
+        keys = [f"{heads[task] if reader in heads else reader}@{task}" for task in range(self.tasks)]
+        return _any([self.gates[key] for key in keys])
 
     def settled(self, region: GatedRegion) -> Self:
         """Return the memory with the new task's gates, which do not change from now on."""
-        gates = {}
-        for name, consumer in zip(self.order, self._consumers(self.tasks), strict=True):
-            gates[f"{name}@{self.tasks}"] = region.scales[f"{consumer}@gates"] > 0
+        readers = [reader for reader, _ in self._wiring.readers(self.tasks)]
+        gates = {f"{reader}@{self.tasks}": region.scales[f"{reader}@gates"] > 0 for reader in readers}
         return replace(self, gates=self.gates | gates, tasks=self.tasks + 1)
 
     def remember(self, statistics: Statistics) -> Self:
@@ -149,13 +161,7 @@ class HAT:
 
     def view(self, task: int) -> GatedView:
         """Return the weights that a task, counted from 0, works with."""
-        consumers = self._consumers(task)
-        gates = {c: self.gates[f"{name}@{task}"] for name, c in zip(self.order, consumers, strict=True)}
-        return GatedView(gates)
-
-    def _consumers(self, task: int) -> Sequence[str]:
-        """The weights that see the units of each layer."""
-        return [*self.order[1:], self.heads[task]] if self.order else []
+        return GatedView({reader: self.gates[f"{reader}@{task}"] for reader, _ in self._wiring.readers(task)})
 
     def to_arrays(self) -> dict[str, Array]:
         """Return the gates, and the number of tasks."""
@@ -175,3 +181,19 @@ class HAT:
             raise BecameError("the memory of HAT lacks 'tasks', the number of tasks it remembers.")
         gates = {key.removeprefix("gates."): gate for key, gate in arrays.items() if key != "tasks"}
         return replace(self, tasks=int(arrays["tasks"]), gates=gates)
+
+
+def _any(gates: Sequence[Array]) -> Array:
+    """Where any of several gates is open."""
+    total = gates[0]
+    for gate in gates[1:]:
+        total = total | gate
+    return total
+
+
+def _counts(gate: Array | None) -> tuple[int, int]:
+    """How many units are open, and how many there are; the network's inputs count as one, in use."""
+    if gate is None:
+        return 1, 1
+    xp: Any = namespace(gate=gate)
+    return int(xp.count_nonzero(gate)), int(gate.shape[0])

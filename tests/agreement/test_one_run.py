@@ -28,10 +28,12 @@ from adapters.architectures import (
 )
 from adapters.data.mnist import load_mnist
 from became_core.continual import (
+    Adam,
     Annealed,
     EpochEnd,
     Learner,
     MethodSettings,
+    RelativeRates,
     RunRecord,
     TaskEnd,
     TaskStream,
@@ -43,6 +45,7 @@ from became_core.continual import (
 from reference.learner import ReferenceLearner
 from tests.agreement.frameworks import FRAMEWORKS
 from tests.backends import to_numpy
+from tests.listening import Listening
 
 TRAINING = Training(Annealed(lr=0.1, epochs=3), Annealed(lr=0.1, epochs=2), batch_size=25, curvature_samples=100)
 METHODS = ("became", "became-paper", "became+sgp", "trgp", "ewc")
@@ -74,7 +77,13 @@ def short_stream() -> TaskStream:
 Run = tuple[RunRecord, list[float], dict[str, NDArray[Any]]]
 
 
-def run(learner: Learner, tasks: TaskStream, method: str, training: Training = TRAINING) -> Run:
+def run(
+    learner: Learner,
+    tasks: TaskStream,
+    method: str,
+    training: Training = TRAINING,
+    settings: MethodSettings = MethodSettings(threshold=0.9),  # noqa: B008 # a frozen value
+) -> Run:
     """The record, the mean loss of every epoch, and the final weights."""
     losses: list[float] = []
 
@@ -82,7 +91,7 @@ def run(learner: Learner, tasks: TaskStream, method: str, training: Training = T
         if isinstance(event, EpochEnd):
             losses.append(event.loss)
 
-    record = learn(learner, tasks, build_method(method, MethodSettings(threshold=0.9)), training, observe=observe)
+    record = learn(learner, tasks, build_method(method, settings), training, callbacks=[Listening(observe)])
     return record, losses, {name: np.array(to_numpy(value)) for name, value in learner.parameters().items()}
 
 
@@ -114,6 +123,32 @@ def test_a_run_is_the_same_on_every_framework(method: str, framework: str) -> No
     learner = FRAMEWORKS[framework].learner(mlp(*SHAPE), stream(), 0)
     learner.assign({name: FRAMEWORKS[framework].array(value) for name, value in before.items()})
     assert_equal(run(learner, stream(), method), expected)
+
+
+BIASED = Architecture(
+    (Flatten(), Linear("fc1", 100, bias=True), ReLU(), Linear("fc2", 100, bias=True), ReLU()),
+    SHAPE,
+)
+BY_GROUP = replace(
+    TRAINING,
+    stage1=Annealed(lr=2e-3, epochs=3),
+    stage2=Annealed(lr=2e-3, epochs=2),
+    optimiser=Adam(weight_decay=5e-5),
+    relative=RelativeRates(heads=4.0, norms=2.0, first=0.5),
+)
+
+
+def penalised_run(learner: Learner) -> Run:
+    settings = MethodSettings(threshold=0.9, norm_penalty=200.0)
+    return run(learner, short_stream(), "became", BY_GROUP, settings)
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+def test_rates_by_group_and_a_penalty_on_biases_are_the_same_on_every_framework(framework: str) -> None:
+    reference = ReferenceLearner(short_stream(), hidden=(100, 100), bias=True)
+    learner = FRAMEWORKS[framework].learner(BIASED, short_stream(), 0)
+    learner.assign({name: FRAMEWORKS[framework].array(value) for name, value in reference.parameters().items()})
+    assert_equal(penalised_run(learner), penalised_run(reference))
 
 
 @cache

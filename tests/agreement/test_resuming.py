@@ -27,6 +27,7 @@ from became_core.continual import (
 from reference.learner import ReferenceLearner
 from tests.agreement.frameworks import FRAMEWORKS
 from tests.backends import to_numpy
+from tests.listening import Listening
 
 SHAPE = (1, 28, 28)
 STREAM = split_classes(load_mnist(), 5, validation=0.1).first(3)
@@ -53,7 +54,9 @@ def _part(kept: Checkpoints, learner: Learner, until: Callable[[RunState], bool]
             raise Stopped
 
     try:
-        return learn(learner, STREAM, kept.method, kept.training, state=kept.load(learner), keep=keep)
+        return learn(
+            learner, STREAM, kept.method, kept.training, state=kept.load(learner), callbacks=[Listening(keep=keep)]
+        )
     except Stopped:
         return None
 

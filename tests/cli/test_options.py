@@ -25,7 +25,8 @@ def test_every_option_reaches_the_configuration_and_its_record() -> None:
         threshold=0.9, increment=0.01, ewc_strength=7.0, projector_samples=11, curvature_samples=0,
         path_points=3, network="mlp", class_order="seeded", augment=True,
         ewc_decay=0.5, imm_transfer=False, imm_pull=0.1, coma_alpha=(0.5, 0.25), grid_points=3,
-        per="layer", precision="kronecker", dropout_masks="framework",
+        per="layer", precision="kronecker", head_lr=0.4, norm_lr=0.1, first_lr=0.8, norm_penalty=3.0,
+        dropout_masks="framework",
     )  # fmt: skip
     record = resolve(options).record()
     assert record["tasks"] == 20
@@ -39,6 +40,8 @@ def test_every_option_reaches_the_configuration_and_its_record() -> None:
     assert (record["ewc_decay"], record["imm_transfer"], record["imm_pull"]) == (0.5, False, 0.1)
     assert (record["coma_alpha"], record["grid_points"]) == ((0.5, 0.25), 3)
     assert (record["per"], record["precision"]) == ("layer", "kronecker")
+    assert record["relative"] == {"heads": 2.0, "norms": 0.5, "first": 4.0}
+    assert record["norm_penalty"] == 3.0
     assert record["dropout_masks"] == "framework"
     assert record["projector_samples"] == 11
     assert record["curvature_samples"] is None

@@ -18,11 +18,18 @@ EVENTS: list[EpochEnd | TaskEnd] = [
 ]
 
 
+def show(progress: RunProgress, event: EpochEnd | TaskEnd) -> None:
+    if isinstance(event, EpochEnd):
+        progress.on_epoch_end(event)
+    else:
+        progress.on_task_end(event)
+
+
 def test_without_a_terminal_every_event_is_one_plain_line() -> None:
     text = io.StringIO()
     with RunProgress(Console(file=text, width=40), "became-seed0", tasks=2, stages=2) as progress:
         for event in EVENTS:
-            progress(event)
+            show(progress, event)
     assert text.getvalue().splitlines() == [
         "became-seed0  task 1/2  stage 1  epoch 1/2  loss 0.5000  lr 0.05",
         "became-seed0  task 1/2  stage 1  epoch 2/2  loss 0.2500  lr 0  validation loss 1.1250",
@@ -40,7 +47,7 @@ def test_on_a_terminal_the_bar_shows_the_state_and_only_moves_forward() -> None:
     done = []
     with RunProgress(console, "became-seed0", tasks=2, stages=2) as progress:
         for event in EVENTS:
-            progress(event)
+            show(progress, event)
             done.append(progress.completed)
     assert done == [0.25, 0.5, 1, 1.5, 2, 2]
     shown = console.file.getvalue()  # type: ignore[attr-defined]

@@ -1,6 +1,5 @@
 """The command is interrupted in every way there is, given again, and ends with what it would have ended with."""
 
-import importlib
 import json
 import math
 import os
@@ -17,10 +16,11 @@ from typing import Any
 
 import pytest
 
-from adapters.cli.main import Backend, main
+from adapters.cli.backend import Backend, BackendName, load_backend
+from adapters.cli.main import main
 from adapters.runs import Checkpoints, RunDirectory
 from adapters.runs.events import EventLog
-from became_core.continual import EpochEnd, Learner, RunState, TaskEnd, Trained
+from became_core.continual import EpochEnd, Learner, RunState, Trained
 
 RUN = ["--methods", "became", "--epochs", "2", "--stage2-epochs", "1", "--batch-size", "25", "--first", "3"]
 EPOCHS = 9
@@ -48,10 +48,8 @@ def events(out: Path) -> list[str]:
 @pytest.fixture(scope="module")
 def adapter(backend: str) -> Backend:
     """Of the session's framework, set up as by its command; PyTorch's where the session has none."""
-    name = backend if backend in ("jax", "tensorflow") else "torch"
-    found: Backend = importlib.import_module(f"adapters.{name}.run").BACKEND
-    found.prepare()
-    return found
+    names: dict[str, BackendName] = {"jax": "jax", "tensorflow": "tensorflow"}
+    return load_backend(names.get(backend, "torch"))
 
 
 @pytest.fixture(scope="module")
@@ -150,14 +148,14 @@ def test_a_signal_is_answered_once_the_epoch_is_saved(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    observe, usual = EventLog.observe, signal.getsignal(number)
+    tell, usual = EventLog.on_epoch_end, signal.getsignal(number)
 
-    def send(self: EventLog, event: EpochEnd | TaskEnd) -> None:
-        observe(self, event)
-        if isinstance(event, EpochEnd) and (event.task, event.stage) == (1, 2):
+    def send(self: EventLog, event: EpochEnd) -> None:
+        tell(self, event)
+        if (event.task, event.stage) == (1, 2):
             signal.raise_signal(number)
 
-    monkeypatch.setattr(EventLog, "observe", send)
+    monkeypatch.setattr(EventLog, "on_epoch_end", send)
     assert main(adapter, command(tmp_path)) == status
     said = capfd.readouterr().err
     where = "became-seed0 is saved after task 2/3, stage 2, epoch 1"

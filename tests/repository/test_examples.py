@@ -1,21 +1,46 @@
-"""The README's examples run, each where its framework is: ``python`` everywhere, ``python torch`` on PyTorch, …"""
+"""The examples of the README and of the site's pages run, each where its framework is.
+
+Convention: ``python`` runs everywhere, ``python torch`` on PyTorch, …; a page's examples for everywhere and for one
+framework are one program, in their order.
+"""
 
 import re
 from pathlib import Path
 
 import pytest
 
-README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-EXAMPLES = re.findall(r"^```python ?(\w*)\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+FRAMEWORKS = ("torch", "jax", "tensorflow")
+
+
+def programs() -> dict[tuple[str, str], list[str]]:
+    """The examples by page and framework; "" for those of a page that need none."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for page in PAGES:
+        text, name = page.read_text(encoding="utf-8"), page.relative_to(ROOT).as_posix()
+        examples = re.findall(r"^```python ?(\w*)\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+        for framework in {framework for framework, _ in examples}:
+            found[name, framework] = [source for tag, source in examples if tag in ("", framework)]
+    return dict(sorted(found.items()))
+
+
+PROGRAMS = programs()
 
 
 def test_there_is_one_for_each_framework() -> None:
-    assert {framework for framework, _ in EXAMPLES} == {"", "torch", "jax", "tensorflow"}
+    for page in ("README.md", "docs/tutorials/merging.md", "docs/tutorials/continual.md"):
+        assert {framework for name, framework in PROGRAMS if name == page} == {"", *FRAMEWORKS}
 
 
-@pytest.mark.parametrize("number", range(len(EXAMPLES)))
-def test_an_example_runs(number: int, backend: str) -> None:
-    framework, source = EXAMPLES[number]
+def test_each_is_for_a_framework_there_is() -> None:
+    assert {framework for _, framework in PROGRAMS} == {"", *FRAMEWORKS}
+
+
+@pytest.mark.parametrize(("page", "framework"), PROGRAMS)
+def test_an_example_runs(page: str, framework: str, backend: str) -> None:
     if framework not in ("", backend):
         pytest.skip(f"this example is for {framework}")
-    exec(compile(source, f"README.md example {number + 1}", "exec"), {})
+    names: dict[str, object] = {"__name__": "example"}
+    for number, source in enumerate(PROGRAMS[page, framework], start=1):
+        exec(compile(source, f"{page}, example {number} for {framework or 'all'}", "exec"), names)

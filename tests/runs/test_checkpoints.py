@@ -29,6 +29,7 @@ from became_core.continual import (
 from became_core.laplace import Diagonal, Kronecker, LaplacePosterior, precision
 from became_core.laplace.precision import Precision
 from reference.learner import ReferenceLearner
+from tests.listening import Listening
 from tests.streams import prototype_stream
 
 STREAM = prototype_stream(per_class=16, side=4, validation=0.2)
@@ -72,7 +73,9 @@ def part(kept: Checkpoints, epochs: int | None) -> tuple[RunRecord | None, Refer
     if state is None:
         learner = new_learner()
     try:
-        return learn(learner, STREAM, kept.method, kept.training, state=state, keep=keep), learner
+        return learn(
+            learner, STREAM, kept.method, kept.training, state=state, callbacks=[Listening(keep=keep)]
+        ), learner
     except Stopped:
         return None, learner
 
@@ -108,7 +111,7 @@ def test_a_run_interrupted_after_any_epoch_is_the_run(name: str, training: Train
         saved.append(checkpoints(tmp_path / str(len(saved)), name, training))
         saved[-1].save(state)
 
-    expected = learn(learner, STREAM, method, training, keep=keep)
+    expected = learn(learner, STREAM, method, training, callbacks=[Listening(keep=keep)])
     assert len(saved) > 8
     for kept in saved:
         other = new_learner(seed=1)
@@ -129,7 +132,7 @@ def test_a_state_is_the_same_after_the_disk() -> None:
     """Every leaf of every state, its dtype and its order, and every number, infinities among them."""
     for name, training in (("became+trgp", ANNEALED), ("became+ogd", PATIENT), ("nscl", ADAM)):
         method, states = build_method(name, SETTINGS), list[RunState]()
-        learn(new_learner(), STREAM, method, training, keep=states.append)
+        learn(new_learner(), STREAM, method, training, callbacks=[Listening(keep=states.append)])
         for state in states:
             plain, arrays = encoded(state)
             text = json.dumps(plain, allow_nan=False)
@@ -247,7 +250,7 @@ def test_a_run_further_on_is_not_written_over(tmp_path: Path) -> None:
     interrupted(kept, after=3)
     before = {file: file.read_bytes() for file in tmp_path.iterdir()}
     with pytest.raises(BecameError, match="holds a run that is further on; load it or choose another folder"):
-        learn(new_learner(), STREAM, kept.method, ANNEALED, keep=kept.save)
+        learn(new_learner(), STREAM, kept.method, ANNEALED, callbacks=[kept])
     assert {file: file.read_bytes() for file in tmp_path.iterdir()} == before
 
 
@@ -268,7 +271,7 @@ RIGHT = [(("task",), 3), (("theta", "fc1.weight"), "array")]
 def test_what_is_no_state_is_said_with_its_place(path: tuple[str, ...], value: Any) -> None:
     states: list[RunState] = []
     method = build_method("became", SETTINGS)
-    learn(new_learner(), STREAM, method, ANNEALED, keep=states.append)
+    learn(new_learner(), STREAM, method, ANNEALED, callbacks=[Listening(keep=states.append)])
     plain, arrays = encoded(states[6])
     place = plain
     for name in path[:-1]:

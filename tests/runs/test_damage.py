@@ -17,6 +17,7 @@ from adapters.runs.encoding import encoded
 from became_core import BecameError
 from became_core.continual import Annealed, MethodSettings, RunRecord, RunState, Training, build_method, learn
 from reference.learner import ReferenceLearner
+from tests.listening import Listening
 from tests.streams import prototype_stream
 
 STREAM = prototype_stream(tasks=2, per_class=8, side=3)
@@ -56,7 +57,6 @@ def _kept(out: Path, *, stop_after: int | None) -> Kept:
     checkpoints, states = run.checkpoints(STREAM, METHOD, TRAINING), dict[int, str]()
     learner = ReferenceLearner(STREAM, hidden=(5, 4))
     run.write_config("numpy", "prototypes", CONFIG, STREAM)
-    run.events.add("begin")
 
     def keep(state: RunState) -> None:
         checkpoints.save(state)
@@ -66,7 +66,8 @@ def _kept(out: Path, *, stop_after: int | None) -> Kept:
 
     result = None
     try:
-        result = result_of(learn(learner, STREAM, METHOD, TRAINING, observe=run.events.observe, keep=keep))
+        looking = [run.events, Listening(keep=keep)]
+        result = result_of(learn(learner, STREAM, METHOD, TRAINING, callbacks=looking))
         run.save(result)
     except Stopped:
         pass

@@ -11,9 +11,9 @@ from became_core.continual import EpochEnd, TaskEnd
 def test_events_are_lines_that_are_added(tmp_path: Path) -> None:
     log = EventLog(tmp_path / "events.jsonl")
     log.add("begin", versions={"numpy": "2"})
-    log.observe(EpochEnd(0, 1, 2, 3, 0.5, 0.1, math.nan))
+    log.on_epoch_end(EpochEnd(0, 1, 2, 3, 0.5, 0.1, math.nan))
     first = log.file.read_bytes()
-    EventLog(log.file).observe(TaskEnd(0, None, [90.0], [80.0], frozenset({"fc2.weight", "fc1.weight"})))
+    EventLog(log.file).on_task_end(TaskEnd(0, None, [90.0], [80.0], frozenset({"fc2.weight", "fc1.weight"})))
     assert log.file.read_bytes().startswith(first)
     begin, epoch, task = (json.loads(line) for line in log.file.read_text().splitlines())
     assert begin["versions"] == {"numpy": "2"}

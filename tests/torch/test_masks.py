@@ -10,8 +10,10 @@ from torch import Tensor, nn
 from adapters.torch.learner import TorchLearner
 from became_core import BecameError
 from became_core.continual import Annealed, MethodSettings, Training, build_method, learn
-from became_core.continual.rows import layers_in_a_row
+from became_core.continual.wiring import find_wiring
+from became_core.projection import Wiring
 from tests.conformance import listened
+from tests.listening import Listening
 from tests.streams import prototype_stream
 
 STREAM = prototype_stream(tasks=3, classes_per_task=2, channels=3, side=8)
@@ -43,51 +45,93 @@ def learner_of(backbone: nn.Module) -> TorchLearner:
     return TorchLearner(backbone, STREAM)
 
 
+class Block(nn.Module):
+    """A basic block, whose shortcut is a convolution or nothing."""
+
+    def __init__(self, channels: int, filters: int) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(channels, filters, 3, padding=1, bias=False), norm(filters)
+        self.conv2, self.bn2 = nn.Conv2d(filters, filters, 3, padding=1, bias=False), norm(filters)
+        self.shortcut = (
+            nn.Sequential(nn.Conv2d(channels, filters, 1, bias=False), norm(filters))
+            if channels != filters
+            else nn.Identity()
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        body = self.bn2(self.conv2(torch.relu(self.bn1(self.conv1(images)))))
+        result: Tensor = torch.relu(body + self.shortcut(images))
+        return result
+
+
+def norm(filters: int) -> nn.BatchNorm2d:
+    return nn.BatchNorm2d(filters, track_running_stats=False)
+
+
+def residual() -> nn.Sequential:
+    stem = nn.Conv2d(3, 6, 3, bias=False)
+    return nn.Sequential(stem, norm(6), nn.ReLU(), Block(6, 6), Block(6, 10), nn.AvgPool2d(2), nn.Flatten())
+
+
+@pytest.mark.parametrize("backbone", [network, residual])
 @pytest.mark.parametrize("name", ["packnet", "hat"])
-def test_an_old_tasks_logits_keep_their_bits(name: str) -> None:
-    learner = learner_of(network())
+def test_an_old_tasks_logits_keep_their_bits(name: str, backbone: Callable[[], nn.Module]) -> None:
+    learner = learner_of(backbone())
     said, observe = listened(learner, STREAM)
     settings = MethodSettings(hat_sharpness=50.0, hat_sparsity=0.1)
-    record = learn(learner, STREAM, build_method(name, settings), TRAINING, observe=observe)
+    record = learn(learner, STREAM, build_method(name, settings), TRAINING, callbacks=[Listening(observe)])
     for task in range(2):
         for later in range(task + 1, 3):
             assert any(np.array_equal(said[task][task][-1], now) for now in said[later][task])
             assert record.accuracy[later, task] == record.accuracy[task, task]
-    used = [ranks["3.weight" if "3.weight" in ranks else "5.weight"] for ranks in record.ranks]
+    last = [name for name in record.ranks[0] if name in learner.projectable][-1]
+    used = [ranks[last] for ranks in record.ranks]
     assert used[0][0] < used[-1][0] <= used[-1][1]
-
-
-class Residual(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = nn.Linear(192, 10)
-        self.second = nn.Linear(10, 10)
-        self.third = nn.Linear(10, 10)
-
-    def forward(self, images: Tensor) -> Tensor:
-        found = torch.relu(self.first(images.flatten(1)))
-        found = found + torch.relu(self.second(found))
-        result: Tensor = torch.relu(self.third(found))
-        return result
 
 
 def layer_norm() -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.Linear(192, 10), nn.LayerNorm(10), nn.ReLU(), nn.Linear(10, 10))
 
 
+class Product(nn.Module):
+    """Units of two layers multiplied: each says how much of the other is seen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = nn.Linear(192, 10), nn.Linear(192, 10), nn.Linear(10, 10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        images = images.flatten(1)
+        result: Tensor = torch.relu(self.third(self.first(images) * (1 + torch.relu(self.second(images).sum(1, True)))))
+        return result
+
+
 @pytest.mark.parametrize(
     ("backbone", "pair"),
     [
-        (Residual, r"'third\.weight' does not see the units of 'second\.weight'"),
-        (layer_norm, r"'4\.weight' does not see the units of '1\.weight'"),
+        (Product, r"'third\.weight' does not see those of 'second\.weight'"),
+        (layer_norm, r"'4\.weight' does not see those of '1\.weight'"),
     ],
 )
-def test_a_network_whose_layers_are_not_in_a_row_is_refused(backbone: Callable[[], nn.Module], pair: str) -> None:
-    with pytest.raises(BecameError, match=f"layers are in a row: {pair}"):
+def test_a_network_whose_units_mix_is_refused(backbone: Callable[[], nn.Module], pair: str) -> None:
+    with pytest.raises(BecameError, match=f"HAT gates units, and {pair} one by one"):
         learn(learner_of(backbone()), STREAM, build_method("hat", MethodSettings()), TRAINING)
 
 
-def test_the_layers_of_a_convolutional_network_are_in_a_row() -> None:
-    order, heads = layers_in_a_row(learner_of(network()), STREAM.tasks[0])
-    assert order == ("0.weight", "5.weight", "9.weight")
-    assert heads == ("heads.0.weight", "heads.1.weight", "heads.2.weight")
+def test_the_wiring_of_a_convolutional_network_is_that_of_a_row() -> None:
+    layers, heads = ("0.weight", "5.weight", "9.weight"), tuple(f"heads.{task}.weight" for task in range(3))
+    expected = Wiring(layers, ((), *((layer,) for layer in layers)), heads)
+    assert find_wiring(learner_of(network()), STREAM.tasks[0]) == expected
+
+
+def test_the_wiring_of_residual_blocks_has_sums() -> None:
+    found = find_wiring(learner_of(residual()), STREAM.tasks[1])
+    assert dict(zip([*found.layers, "head"], found.sources, strict=True)) == {
+        "0.weight": (),
+        "3.conv1.weight": ("0.weight",),
+        "3.conv2.weight": ("3.conv1.weight",),
+        "4.conv1.weight": ("0.weight", "3.conv2.weight"),
+        "4.conv2.weight": ("4.conv1.weight",),
+        "4.shortcut.0.weight": ("0.weight", "3.conv2.weight"),
+        "head": ("4.conv2.weight", "4.shortcut.0.weight"),
+    }

@@ -22,6 +22,7 @@ from became_core.continual import (
     build_method,
     learn,
 )
+from tests.listening import Listening
 from tests.streams import prototype_stream
 
 STREAM = prototype_stream(tasks=2, per_class=12, channels=3, side=8)
@@ -57,7 +58,7 @@ def test_a_convolutional_run_goes_on_exactly(
         saved[-1].save(state)
 
     learner = new_learner(0, masks)
-    expected = learn(learner, STREAM, built, training, keep=keep)
+    expected = learn(learner, STREAM, built, training, callbacks=[Listening(keep=keep)])
     for kept in saved[1:]:
         other = new_learner(1, masks)
         found = learn(other, STREAM, built, training, state=kept.load(other))

@@ -7,6 +7,7 @@ from numpy.typing import NDArray
 from became_core.continual import Annealed, EpochEnd, MethodSettings, Task, TaskEnd, Training, build_method, learn
 from reference.formulas import alpha_star, directional_derivatives, softmax, squared_mean_gradient
 from reference.learner import ReferenceLearner
+from tests.listening import Listening
 from tests.streams import prototype_stream
 
 Array = NDArray[np.float64]
@@ -70,7 +71,7 @@ def test_alpha_is_the_oracles(name: str, rate: float) -> None:
 
     training = Training(Annealed(rate, 4), Annealed(rate, 3, final_lr=rate / 2), batch_size=BATCH)
     method = build_method(name, MethodSettings(threshold=0.9))
-    record = learn(learner, STREAM, method, training, seed=3, observe=observe)
+    record = learn(learner, STREAM, method, training, seed=3, callbacks=[Listening(observe)])
 
     first, second = STREAM.tasks
     mu, theta_gp, theta_hat = seen[0, 0], seen[1, 1], seen[1, 2]

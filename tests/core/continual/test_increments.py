@@ -14,6 +14,7 @@ from became_core.continual.measurement import Measurement
 from became_core.continual.methods import Method
 from became_core.laplace import Diagonal, LaplacePosterior
 from reference.learner import ReferenceLearner
+from tests.listening import Listening
 from tests.streams import prototype_stream
 
 STREAM = prototype_stream()
@@ -35,7 +36,7 @@ def models(name: str, **settings: Any) -> tuple[RunRecord, list[Weights], list[W
             own[event.task] = learner.parameters()
 
     method = build_method(name, MethodSettings(**settings))
-    record = learn(learner, STREAM, method, TRAINING, observe=observe)
+    record = learn(learner, STREAM, method, TRAINING, callbacks=[Listening(observe)])
     return record, [own[task] for task in range(3)], merged
 
 

@@ -27,6 +27,7 @@ from became_core.continual import (
 from became_core.continual.evaluation import accuracies, mean_loss
 from became_core.projection import GPM
 from reference.learner import ReferenceLearner
+from tests.listening import Listening
 from tests.streams import prototype_stream
 
 STREAM = prototype_stream(validation=0.1)
@@ -45,7 +46,8 @@ def run(
     observe: Observe = lambda event: None,
 ) -> RunRecord:
     learner = ReferenceLearner(STREAM, seed=seed, bias=True) if learner is None else learner
-    return learn(learner, STREAM, build_method(name, settings), training, seed=seed, observe=observe)
+    looking = [Listening(observe)]
+    return learn(learner, STREAM, build_method(name, settings), training, seed=seed, callbacks=looking)
 
 
 def facts(record: RunRecord) -> dict[str, str]:
@@ -200,7 +202,7 @@ def test_what_a_projector_protects_as_a_whole_need_not_freeze() -> None:
             if isinstance(event, TaskEnd):
                 seen.append(learner.parameters())
 
-        learn(learner, STREAM, Method("projected", projector=projector), TRAINING, observe=observe)
+        learn(learner, STREAM, Method("projected", projector=projector), TRAINING, callbacks=[Listening(observe)])
         assert np.array_equal(seen[1]["fc1.bias"], seen[0]["fc1.bias"]) == frozen
         np.testing.assert_array_equal(seen[1]["heads.0.weight"], seen[0]["heads.0.weight"])
 

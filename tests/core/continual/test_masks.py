@@ -19,6 +19,7 @@ from became_core.continual import (
 )
 from reference.learner import ReferenceLearner
 from tests.conformance import listened
+from tests.listening import Listening
 from tests.streams import prototype_stream
 
 STREAM = prototype_stream()
@@ -42,7 +43,7 @@ def run(
         if isinstance(event, TaskEnd):
             weights.append(learner.parameters())
 
-    record = learn(learner, STREAM, build_method(name, settings or GENTLE), training, observe=observe)
+    record = learn(learner, STREAM, build_method(name, settings or GENTLE), training, callbacks=[Listening(observe)])
     return record, said, weights
 
 

@@ -99,6 +99,7 @@ def test_what_became_merges_by() -> None:
     ("settings", "message"),
     [
         ({"ewc_decay": 1.5}, "the EWC decay is 1.5; it must be in [0, 1]."),
+        ({"norm_penalty": -1.0}, "the penalty on normalisation is -1.0; it must be at least 0."),
         ({"grid_points": 1}, "a grid of 1 points has no ends; give at least 2."),
         ({"coma_alpha": ()}, "there is no merging coefficient; give at least one alpha."),
         ({"coma_alpha": (0.5, 1.5)}, "the merging coefficient is 1.5; it must be in [0, 1]."),

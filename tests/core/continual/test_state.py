@@ -22,6 +22,7 @@ from became_core.continual import (
     learn,
 )
 from reference.learner import ReferenceLearner
+from tests.listening import Listening
 from tests.streams import prototype_stream
 
 STREAM = prototype_stream(per_class=16, side=4, validation=0.2)
@@ -45,7 +46,7 @@ def new_learner(seed: int = 0) -> ReferenceLearner:
 def whole(method: Method, training: Training) -> tuple[RunRecord, ReferenceLearner, list[RunState]]:
     """A run without interruption, and every state that it gave away."""
     learner, states = new_learner(), list[RunState]()
-    return learn(learner, STREAM, method, training, keep=states.append), learner, states
+    return learn(learner, STREAM, method, training, callbacks=[Listening(keep=states.append)]), learner, states
 
 
 def assert_equal_runs(
@@ -124,6 +125,12 @@ def test_what_keep_raises_ends_the_run_and_leaves_the_state() -> None:
     schedule: Schedule = Annealed(0.2, 4)
     learner = new_learner()
     with pytest.raises(Enough):
-        learn(learner, STREAM, build_method("finetune", SETTINGS), Training(schedule, schedule), keep=keep)
+        learn(
+            learner,
+            STREAM,
+            build_method("finetune", SETTINGS),
+            Training(schedule, schedule),
+            callbacks=[Listening(keep=keep)],
+        )
     assert len(kept) == 3
     np.testing.assert_array_equal(kept[-1].theta["fc1.weight"], learner.parameters()["fc1.weight"])

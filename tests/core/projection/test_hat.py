@@ -9,13 +9,14 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from became_core import BecameError
-from became_core.projection import HAT, full
+from became_core.projection import HAT, Wiring, full
 from tests.backends import to_numpy, to_xp
 from tests.projections import Finished
 
 # A convolution of 3 filters of 2x2, flattened to 3 units of 4 places, to 5 units, to heads of 2 classes.
 SHAPES = {"conv.weight": (3, 1, 2, 2), "fc.weight": (5, 12), "heads.0.weight": (2, 5), "heads.1.weight": (2, 5)}
-ORDER, HEADS = ("conv.weight", "fc.weight"), ("heads.0.weight", "heads.1.weight")
+ORDER = ("conv.weight", "fc.weight")
+WIRING = Wiring(ORDER, ((), ("conv.weight",), ("fc.weight",)), ("heads.0.weight", "heads.1.weight"))
 Weights = dict[str, NDArray[np.float64]]
 
 
@@ -26,7 +27,7 @@ def weights(seed: int) -> Weights:
 
 def learned(xp: Any, tasks: int, seed: int = 0) -> tuple[HAT, list[dict[str, NDArray[np.bool_]]]]:
     """A memory of tasks with random gates, and those gates by layer."""
-    memory, gates = HAT(order=ORDER, heads=HEADS), []
+    memory, gates = HAT(wiring=WIRING), []
     for task in range(tasks):
         region = memory.region(to_xp(xp, weights(0)), np.random.default_rng([seed, task]))
         keys = ("fc.weight@gates", f"heads.{task}.weight@gates")
@@ -69,12 +70,53 @@ def test_what_an_old_task_computes_keeps_its_bits_whatever_moves_later(xp: Any, 
     assert not np.any(to_numpy(view.effective(theta)["fc.weight"])[:, closed])
 
 
+# A convolution, two more whose outputs are added to the first's, and a head that sees the sum of all three.
+SUM = ("stem.weight", "one.weight", "two.weight")
+SUMMED = Wiring(SUM, ((), SUM[:1], SUM[:2], SUM), ("heads.0.weight", "heads.1.weight"))
+
+
+def said_by_the_sum(w: Weights, task: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """What the head says, and the units that it sees."""
+    found = np.tanh(w["stem.weight"] @ np.arange(1.0, 4.0))
+    found = found + np.tanh(w["one.weight"] @ found)
+    found = found + np.tanh(w["two.weight"] @ found)
+    return w[f"heads.{task}.weight"] @ found, found
+
+
+@given(seed=st.integers(0, 200))
+def test_an_old_task_keeps_its_bits_where_units_are_added_up(xp: Any, seed: int) -> None:
+    draw = np.random.default_rng(seed)
+    shapes = {"stem.weight": (6, 3), "one.weight": (6, 6), "two.weight": (6, 6), "heads.0.weight": (2, 6)}
+    theta, step = ({name: draw.normal(size=shape) for name, shape in shapes.items()} for _ in range(2))
+    memory = HAT(wiring=SUMMED)
+    region = memory.region(to_xp(xp, theta), draw)
+    assert tuple(region.scales) == ("one.weight@gates", "two.weight@gates", "heads.0.weight@gates")
+    opened = {key.partition("@")[0]: to_numpy(value) > 0 for key, value in region.scales.items()}
+    memory = memory.settled(region)
+    np.testing.assert_array_equal(to_numpy(memory.used("stem.weight")), np.any(list(opened.values()), axis=0))
+    np.testing.assert_array_equal(to_numpy(memory.used("two.weight")), opened["heads.0.weight"])
+    moved = {name: to_numpy(value) for name, value in memory.project(to_xp(xp, step)).items() if name in SUM}
+    view = memory.view(0)
+    outcomes = []
+    for by in (0.0, 1.0):
+        weights = {name: value + by * moved.get(name, 0.0) for name, value in theta.items()}
+        seen = {name: to_numpy(value) for name, value in view.effective(to_xp(xp, weights)).items()}
+        outcomes.append(said_by_the_sum(seen, 0))
+    np.testing.assert_array_equal(outcomes[0][0], outcomes[1][0])
+    before, after = (found[opened["heads.0.weight"]] for _, found in outcomes)
+    np.testing.assert_array_equal(before, after)
+    still = to_numpy(memory.used("two.weight"))[:, None] & opened["two.weight"][None, :]
+    np.testing.assert_array_equal(moved["two.weight"] == 0, still)
+    later = memory.region(to_xp(xp, theta), draw)
+    np.testing.assert_array_equal(to_numpy(later.unused["heads.1.weight@gates"]), ~opened["heads.0.weight"])
+
+
 def test_capacity_is_counted_in_pairs_of_units(xp: Any) -> None:
     memory, gates = learned(xp, 2, 7)
     conv, fc = (int(np.sum(gates[0][name] | gates[1][name])) for name in ORDER)
     assert memory.rank == {"conv.weight": (conv, 3), "fc.weight": (conv * fc, 15)}
     assert full(memory) == {name for name, (used, all_) in memory.rank.items() if used == all_}
-    empty = HAT(order=ORDER, heads=HEADS)
+    empty = HAT(wiring=WIRING)
     update = to_xp(xp, weights(0))
     assert (empty.rank, empty.project(update), empty.rowwise) == ({}, update, frozenset())
     assert memory.project_rows("fc.weight", update["fc.weight"]) is update["fc.weight"]
@@ -89,7 +131,7 @@ def test_a_new_tasks_room_is_what_no_old_one_uses(xp: Any) -> None:
 
 def test_a_memory_comes_back_from_its_arrays(xp: Any) -> None:
     memory, _ = learned(xp, 2)
-    found = HAT(order=ORDER, heads=HEADS).with_arrays(memory.to_arrays())
+    found = HAT(wiring=WIRING).with_arrays(memory.to_arrays())
     assert (found.tasks, found.rank) == (2, memory.rank)
     for name in ("fc.weight", "heads.1.weight"):
         theta = to_xp(xp, weights(1))

@@ -1,0 +1,269 @@
+"""``became``: one command on any framework, runs gone on with by their folder, what there is to choose from."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import adapters.cli.__main__ as became
+import adapters.cli.backend as of_backends
+from adapters.cli.__main__ import main
+from adapters.cli.backend import first_installed
+from adapters.cli.given import given, options_of
+from adapters.cli.options import Options, resolve
+from adapters.runs import Checkpoints, RunDirectory
+from adapters.runs.files import read_sealed, write_sealed
+from adapters.torch.run import BACKEND
+from became_core import BecameError
+from became_core.continual import METHODS, PROJECTORS, RunState
+
+SHORT = ["--epochs", "1", "--stage2-epochs", "1", "--batch-size", "64", "--first", "2", "--curvature-samples", "64"]
+ROOT = Path(__file__).parents[2]
+
+
+def command(out: Path, *more: str) -> list[str]:
+    return ["run", "--backend", "torch", *SHORT, "--methods", "gpm", "finetune", "--out", str(out), *more]
+
+
+def results(out: Path) -> dict[str, Any]:
+    """What came out of each run, seconds aside."""
+    found = {file.parent.name: json.loads(file.read_text()) for file in sorted(out.glob("*/results.json"))}
+    return {
+        name: {key: value for key, value in values.items() if key not in ("seconds", "sha256")}
+        for name, values in found.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The results without any interruption."""
+    out = tmp_path_factory.mktemp("whole")
+    assert main(command(out)) == 0
+    assert sorted(results(out)) == ["finetune-seed0", "gpm-seed0"]
+    return results(out)
+
+
+@pytest.fixture
+def interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+    """A command that was interrupted within its first run."""
+
+    def make(*more: str) -> Path:
+        save = Checkpoints.save
+
+        def save_and_stop(self: Checkpoints, state: RunState) -> None:
+            save(self, state)
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(Checkpoints, "save", save_and_stop)
+        assert main(command(tmp_path / "out", *more)) == 130
+        monkeypatch.setattr(Checkpoints, "save", save)
+        return tmp_path / "out"
+
+    return make
+
+
+def test_resume_finishes_all_runs_of_a_command_even_those_that_had_not_begun(
+    expected: dict[str, Any], interrupted: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = interrupted()
+    assert results(out) == {}
+    capsys.readouterr()
+    assert main(["resume", str(out)]) == 0
+    assert results(out) == expected
+    shown = capsys.readouterr().out
+    assert "gpm-seed0  goes on after task 1/2, stage 1, epoch 1" in shown
+    assert f"{expected['gpm-seed0']['acc']:.2f}" in shown
+    assert main(["resume", str(out)]) == 2
+    assert capsys.readouterr().err == f"error: all runs in {out} are finished; there is nothing to resume.\n"
+
+
+def test_resume_goes_on_with_the_backend_there_was_or_the_one_given(
+    interrupted: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, asked = interrupted(), []
+
+    def load(name: str) -> Any:
+        asked.append(name)
+        return replace(BACKEND, name=name)
+
+    monkeypatch.setattr(became, "load_backend", load)
+    assert main(["resume", str(out), "--backend", "jax"]) == 0
+    assert asked == ["jax"]
+    assert {name: values["backend"] for name, values in results(out).items()} == {
+        "gpm-seed0": "torch+jax",
+        "finetune-seed0": "jax",
+    }
+
+
+def test_resume_refuses_what_it_cannot_go_on_with(
+    interrupted: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["resume", str(tmp_path / "nowhere")]) == 2
+    assert capsys.readouterr().err == (
+        f"error: {tmp_path / 'nowhere'} holds no runs; give a folder that --out named.\n"
+    )
+    out = interrupted()
+    capsys.readouterr()
+    file = RunDirectory(out, "gpm", 0).config_file
+    config = read_sealed(file)
+    for changes, message in (
+        ({"given": None}, "does not say with which options it began; give the command that did."),
+        ({"given": {"options": {"momenta": 3}, "hints": {}}}, "has an option that there is not, momenta; use the"),
+        ({"backend": "abacus"}, "is of a run on abacus; say with --backend what it is to go on with."),
+    ):
+        write_sealed(file, config | changes)
+        assert main(["resume", str(out)]) == 2
+        said = capsys.readouterr().err
+        assert said.startswith(f"error: {file} {message}")
+        assert len(said.splitlines()) == 1
+    file.write_text("{")
+    assert main(["resume", str(out)]) == 2
+    assert capsys.readouterr().err == f"error: {file} is damaged; move {file.parent} away.\n"
+    assert results(out) == {}
+
+
+def test_the_options_of_a_run_come_back_from_its_config(tmp_path: Path) -> None:
+    options = Options(
+        benchmark="permuted-mnist", methods=("gpm", "became"), projector="sgp", seeds=(3, 4), tasks=3, lr=0.5,
+        coma_alpha=(0.5, 0.25), augment=False, data_dir=tmp_path, device="cpu", out=tmp_path / "x", tracker="trackio",
+    )  # fmt: skip
+    kept = json.loads(json.dumps({"method": "became+sgp", "seed": 4, "given": given(options)}))
+    assert kept["given"]["hints"] == {"data_dir": str(tmp_path), "device": "cpu"}
+    assert set(kept["given"]["options"]) == {"benchmark", "tasks", "lr", "coma_alpha", "augment", "tracker"}
+    found = options_of(kept, tmp_path / "out" / "became+sgp-seed4" / "config.json")
+    assert found == replace(
+        options, methods=("became+sgp",), projector=None, seeds=(4,), out=tmp_path / "out", resume=True
+    )
+    assert resolve(found).record() == resolve(options).record()
+    kept["given"]["hints"]["data_dir"] = str(tmp_path / "gone")
+    assert options_of(kept, tmp_path / "a" / "b" / "config.json").data_dir is None
+
+
+def test_the_first_framework_that_is_installed_is_taken_and_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert first_installed() == "torch"
+    assert main(["run", *SHORT, "--methods", "finetune", "--out", str(tmp_path), "--first", "1"]) == 0
+    assert capsys.readouterr().out.startswith("backend: torch, the first that is installed\n")
+    monkeypatch.setattr(of_backends, "find_spec", lambda name: "there" if name == "tensorflow" else None)
+    assert first_installed() == "tensorflow"
+    monkeypatch.setattr(of_backends, "find_spec", lambda name: None)
+    with pytest.raises(BecameError, match="there is no framework to run on; pip install 'became"):
+        first_installed()
+    assert main(["run"]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def run_python(source: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", source], cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize(("backend", "package"), [("torch", "torch"), ("jax", "jax"), ("tensorflow", "tensorflow")])
+def test_a_missing_framework_is_one_sentence(backend: str, package: str) -> None:
+    source = f"""
+import sys
+
+class Gone:
+    def find_spec(self, name, *_):
+        if name == "{package}":
+            raise ModuleNotFoundError(name, name=name)
+
+sys.meta_path.insert(0, Gone())
+from adapters.cli.__main__ import main
+sys.exit(main(["run", "--backend", "{backend}"]))
+"""
+    done = run_python(source)
+    assert done.returncode == 2
+    assert done.stderr == f"error: the package '{package}' is missing; pip install 'became[{backend}]'.\n"
+
+
+def test_help_loads_no_framework() -> None:
+    source = """
+import sys
+from adapters.cli.__main__ import main
+try:
+    main(["run", "--help"])
+except SystemExit:
+    print(sorted({"torch", "jax", "tensorflow", "datasets", "matplotlib", "pyarrow"} & set(sys.modules)))
+"""
+    done = run_python(source)
+    assert done.stdout.splitlines()[-1] == "[]"
+    assert "--stage2-epochs" in done.stdout
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("became ")
+
+
+def lines_of(capsys: pytest.CaptureFixture[str], *kind: str) -> dict[str, str]:
+    assert main(["list", *kind]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    return {line.split()[0]: " ".join(line.split()[1:]) for line in lines if line}
+
+
+def test_what_there_is_to_choose_from_is_listed_in_the_modules_own_words(capsys: pytest.CaptureFixture[str]) -> None:
+    methods = lines_of(capsys, "methods")
+    assert sorted(methods) == list(METHODS)
+    assert all(methods.values())
+    assert methods["became"].endswith("(BECAME 2025)")
+    projectors = lines_of(capsys, "projectors")
+    assert sorted([*projectors, "none"]) == sorted(PROJECTORS)
+    assert all(line.lower().startswith(name) for name, line in projectors.items())
+    benchmarks = lines_of(capsys, "benchmarks")
+    assert benchmarks["split-cifar100"] == "10 tasks, groups of the classes of CIFAR-100; presets quick, paper, nscl"
+    assert len(benchmarks) == 5
+    presets = lines_of(capsys, "presets")
+    assert sorted(presets) == ["nscl", "paper", "quick"]
+    assert presets["nscl"].endswith("(for split-cifar100, split-tinyimagenet)")
+    everything = lines_of(capsys)
+    assert {*methods, *projectors, *benchmarks, *presets} < set(everything)
+    with pytest.raises(SystemExit) as stopped:
+        main(["list", "moons"])
+    assert stopped.value.code == 2
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_shells_can_complete(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["--tyro-write-completion", shell, "-"])
+    assert stopped.value.code in (0, None)
+    script = capsys.readouterr().out
+    assert "became" in script
+    assert "stage2-epochs" in script
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run", "--methods", "gmp"], "there is no method 'gmp'"),
+        (
+            ["run", "--tracker", "trackio"],
+            "the tracker trackio needs the package trackio; pip install 'became[trackio]'.",
+        ),
+        (["compare"], "there is nothing to compare"),
+        (["compare", "nowhere"], "nowhere holds no finished runs"),
+        (["report"], "there is nothing to report on"),
+        (["resume", "nowhere"], "nowhere holds no runs"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_status_2(
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "adapters.tracking.trackio", raising=False)
+    monkeypatch.setitem(sys.modules, "trackio", None)  # type: ignore[arg-type] # as if it were not there
+    assert main(arguments) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {message}")
+    assert len(said.splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
