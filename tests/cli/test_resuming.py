@@ -1,6 +1,5 @@
 """The command is interrupted in every way there is, given again, and ends with what it would have ended with."""
 
-import importlib
 import json
 import math
 import os
@@ -17,7 +16,8 @@ from typing import Any
 
 import pytest
 
-from adapters.cli.main import Backend, main
+from adapters.cli.backend import Backend, BackendName, load_backend
+from adapters.cli.main import main
 from adapters.runs import Checkpoints, RunDirectory
 from adapters.runs.events import EventLog
 from became_core.continual import EpochEnd, Learner, RunState, Trained
@@ -48,10 +48,8 @@ def events(out: Path) -> list[str]:
 @pytest.fixture(scope="module")
 def adapter(backend: str) -> Backend:
     """Of the session's framework, set up as by its command; PyTorch's where the session has none."""
-    name = backend if backend in ("jax", "tensorflow") else "torch"
-    found: Backend = importlib.import_module(f"adapters.{name}.run").BACKEND
-    found.prepare()
-    return found
+    names: dict[str, BackendName] = {"jax": "jax", "tensorflow": "tensorflow"}
+    return load_backend(names.get(backend, "torch"))
 
 
 @pytest.fixture(scope="module")
