@@ -42,11 +42,11 @@ def _held(constraint: Constraint, learner: Learner, task: Task, method: Method, 
     It is frozen, or, where the method has a penalty for it, trained under that one: a method that penalises all of the
     weights anyway penalises these as well.
     """
-    if method.norm_penalty == 0 or memory.posterior is None:
+    names = _norms(learner)
+    if method.norm_penalty == 0 or memory.posterior is None or not names:
         return replace(constraint, trainable=learner.projectable | learner.heads[task.index])
     if constraint.penalty is not None:
         return constraint
-    names = _norms(learner)
     mean = {name: value for name, value in memory.posterior.mean.items() if name in names}
     precision = {name: value for name, value in memory.posterior.precision.diagonal().items() if name in names}
     return replace(constraint, penalty=Penalty(LaplacePosterior(mean, Diagonal(precision)), method.norm_penalty))
