@@ -12,25 +12,24 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from became_core.arrays import Params, named_leaves
+from became_core.arrays import named_leaves
 from became_core.continual.callbacks import Callback, Together
 from became_core.continual.constraints import free_constraint, relative_rates, stable_constraint
 from became_core.continual.estimates import Approximations
-from became_core.continual.evaluation import accuracies
 from became_core.continual.learner import Constraint, Learner, heads_of
-from became_core.continual.looking import look_along
-from became_core.continual.measurement import Measurement
+from became_core.continual.merging import merge, trace
 from became_core.continual.methods import Method
 from became_core.continual.record import MergePath, RunRecord, TaskEnd
 from became_core.continual.schedule import Schedule
 from became_core.continual.seeding import random_stream
+from became_core.continual.setting import Setting
 from became_core.continual.state import Memory, RunState
-from became_core.continual.statistics import place, refresh, weights_of
+from became_core.continual.statistics import refresh, weights_of
 from became_core.continual.stopwatch import Stopwatch
 from became_core.continual.stream import Task, TaskStream
 from became_core.continual.training import EpochEnd, Stage, Training, begin_stage, train_stage
 from became_core.continual.wiring import find_wiring
-from became_core.laplace import LaplacePosterior, LocalLoss, Precision
+from became_core.laplace import Precision
 from became_core.projection import HAT, TRGP, GatedRegion, PackNet, Region, TrustRegion, compact
 
 __all__ = ["learn"]
@@ -73,14 +72,9 @@ def learn(
 
 
 @dataclass(frozen=True)
-class _Run:
-    """What a run is given, and its stopwatch."""
+class _Run(Setting):
+    """A run: its setting, who looks on, and its stopwatch."""
 
-    learner: Learner
-    stream: TaskStream
-    method: Method
-    training: Training
-    seed: int
     callbacks: Callback
     stopwatch: Stopwatch
 
@@ -216,45 +210,19 @@ class _Run:
         Returns:
             The coefficient of theta_hat (their mean, of several), and the path, if it is traced.
         """
-        memory, theta_gp = state.memory, state.theta_gp
-        assert theta_gp is not None
+        assert state.theta_gp is not None
+        theta_hat = weights_of(self.learner)
+        theta_gp = {name: state.theta_gp[name] for name in theta_hat}
         with self.stopwatch.phase("merge"):
-            theta_hat = weights_of(self.learner)
-            theta_gp = {name: theta_gp[name] for name in theta_hat}
-            measured = self.measurement(task, "merge", memory)
-            if curvature is None and self.method.precision != "diagonal":
-                curvature = measured.precision(self.method.precision)
-            new: LocalLoss = measured if curvature is None else LaplacePosterior(theta_hat, curvature)
-            rule = self.method.rule_after(task.index, lambda theta: self.true_loss(task, theta, memory))
-            assert rule is not None
-            losses = (new,) if memory.posterior is None else (memory.posterior, new)
-            merged = rule.merge((theta_gp, theta_hat), losses)
-        self.place(task, theta_hat, memory)
+            merged = merge(self, task, theta_gp, theta_hat, state.memory, curvature)
         path = None
         if self.training.path_alphas:
             with self.stopwatch.phase("path"):
-                path = self.look_along(task, theta_gp, theta_hat, memory)
-        self.place(task, merged.theta, memory)
+                path = trace(self, task, theta_gp, theta_hat, state.memory)
+        self.place(task, merged.theta, state.memory)
         if merged.alpha is None:
             return None, path
         return float(np.mean([float(a) for a in named_leaves(merged.alpha).values()])), path
-
-    def true_loss(self, task: Task, theta: Params, memory: Memory) -> float:
-        """Return the loss of all tasks so far, on their own data, at these weights, which the learner is left with."""
-        self.place(task, theta, memory)
-        return sum(self.measurement(each, "merge", memory).loss() for each in self.seen(task))
-
-    def look_along(self, task: Task, theta_gp: Params, theta_hat: Params, memory: Memory) -> MergePath:
-        """Return the truth along the path, and what every estimator makes of it; the learner is at theta_hat."""
-        assert memory.posterior is not None
-        assert memory.approximations is not None
-
-        def truth(theta: Params) -> tuple[float, float]:
-            return self.true_loss(task, theta, memory), float(np.mean(self.accuracies(task, memory)[0]))
-
-        measurements = [replace(self.measurement(each, "merge", memory), last=task) for each in self.seen(task)]
-        known = memory.posterior, memory.approximations
-        return look_along(measurements, *known, (theta_gp, theta_hat), truth, self.training.path_alphas)
 
     def remember(self, task: Task, memory: Memory, curvature: Precision | None) -> Memory:
         """Return the memory with this task: posterior at the merged weights, projector from the task's inputs.
@@ -286,23 +254,3 @@ class _Run:
         record = state.record.with_task(end, epochs=state.stage.epochs, ranks=ranks, memory=memory.size, path=path)
         self.callbacks.on_task_end(end)
         return self.kept(RunState(state.theta, memory, record, task.index + 1))
-
-    @property
-    def keeps_posterior(self) -> bool:
-        """Whether the method needs a posterior, or a path is held against one."""
-        looks = self.method.rule is not None and bool(self.training.path_alphas)
-        return self.method.keeps_posterior or looks
-
-    def accuracies(self, task: Task, memory: Memory) -> tuple[list[float], list[float]]:
-        return accuracies(self.learner, self.seen(task), self.training.batch_size, memory.views)
-
-    def place(self, task: Task, theta: Params, memory: Memory) -> None:
-        """Give the learner weights, with the running statistics, if there are any, that belong to them and the task."""
-        place(self.learner, theta, [task], self.training.batch_size, self.seed, memory.regions.get(task.index))
-
-    def measurement(self, task: Task, purpose: str, memory: Memory) -> Measurement:
-        region = memory.regions.get(task.index)
-        return Measurement(self.learner, task, self.training, self.method.fisher, self.seed, purpose, region)
-
-    def seen(self, task: Task) -> Sequence[Task]:
-        return self.stream.tasks[: task.index + 1]
