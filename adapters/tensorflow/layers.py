@@ -4,6 +4,7 @@ Convention: images are [N, H, W, C] here, TensorFlow's convolutions having no ot
 their canonical layouts (OIHW, [out, in]) and are turned where they are used.
 """
 
+from dataclasses import dataclass
 from math import prod
 from typing import ClassVar
 
@@ -25,7 +26,7 @@ from adapters.architectures import (
 )
 from became_core.arrays import Array
 
-__all__ = ["Pass", "convolved", "with_positions"]
+__all__ = ["Pass", "Patches", "convolved", "with_positions"]
 
 
 def with_positions(array: Array) -> Array:
@@ -66,16 +67,31 @@ def convolved(
     """
     weight = tf.transpose(run.weights[f"{layer.name}.weight"], (2, 3, 1, 0))
     output = tf.nn.conv2d(*run.lowered(inputs, weight), strides, padding, dilations=rates)
+    return run.tapped(layer, Patches(inputs, kernel, strides, padding, rates), tf.cast(output, inputs.dtype))
 
-    def patches() -> Array:
-        """What each output position sees, [N, positions, channels x kernel], as the weight is flattened."""
-        window = ((1, *pair, 1) for pair in (kernel, strides, rates))
-        found = tf.image.extract_patches(inputs, *window, padding)
-        positions, channels, places = prod(found.shape[1:3]), inputs.shape[-1], prod(kernel)
+
+@dataclass(frozen=True)
+class Patches:
+    """What each output position of a convolution sees; arguments as of ``convolved``."""
+
+    images: Array
+    kernel: tuple[int, int]
+    strides: tuple[int, int]
+    padding: str
+    rates: tuple[int, int]
+
+    @property
+    def slide_by_one(self) -> bool:
+        """Whether they are all windows of the images as they are, a step of one apart."""
+        return self.padding == "VALID" and self.strides == (1, 1) and self.rates == (1, 1)
+
+    def __call__(self) -> Array:
+        """Return them, [N, positions, channels x kernel], as the weight is flattened."""
+        window = ((1, *pair, 1) for pair in (self.kernel, self.strides, self.rates))
+        found = tf.image.extract_patches(self.images, *window, self.padding)
+        positions, channels, places = prod(found.shape[1:3]), self.images.shape[-1], prod(self.kernel)
         apart = tf.reshape(found, (-1, positions, places, channels))
         return tf.reshape(tf.transpose(apart, (0, 1, 3, 2)), (-1, positions, channels * places))
-
-    return run.tapped(layer, patches, tf.cast(output, inputs.dtype))
 
 
 def _padded(layer: Convolution, inputs: Array) -> Array:

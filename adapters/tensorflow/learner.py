@@ -4,12 +4,12 @@ Convention: images stay on the device as uint8 [N, H, W, C] and are normalised t
 named tensors, which never change: a step makes new ones.
 
 Steps and evaluation are compiled by ``tf.function``, without XLA, with which a convolutional network's step takes a
-third longer on a CPU. Taps run eagerly: their backward passes begin where NumPy may draw.
+third longer on a CPU. So are taps of one backward pass; those of many share a forward pass, and run eagerly.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import tensorflow as tf
@@ -19,7 +19,7 @@ from adapters.architectures import Backbone, DropoutMasks, Linear, checked_masks
 from adapters.tensorflow.dropout import mask_source
 from adapters.tensorflow.layers import Pass
 from adapters.tensorflow.stepping import Factors, advanced, loss_and_gradients
-from adapters.tensorflow.tapping import collect_taps
+from adapters.tensorflow.tapping import collect_taps, input_taps
 from became_core import BecameError
 from became_core.arrays import Array, Params
 from became_core.continual import Batch, Constraint, Optimiser, TapMode, TaskStream, Trained, Views
@@ -36,6 +36,7 @@ class TensorFlowLearner:
 
     Attributes:
         traces: how often the network's part of a step has been traced.
+        tap_traces: how often taps of one backward pass have.
     """
 
     def __init__(
@@ -89,11 +90,13 @@ class TensorFlowLearner:
             parameters |= head.parameters((width,))
         self._theta: Params = dict.fromkeys(parameters)
         self.assign(initial_values(seed, parameters))
-        self.traces = 0
+        self.traces = self.tap_traces = 0
         self._step_network = tf.function(self._loss_and_gradients, reduce_retracing=True)
         self._step_constraint = tf.function(advanced)
         self._logits_of_heads = tf.function(self._logits_of_all_heads, reduce_retracing=True)
         self._moments = tf.function(self._batch_moments, reduce_retracing=True)
+        self._taps_of_one_pass = tf.function(self._first_taps, reduce_retracing=True)
+        self._taps_of_inputs = tf.function(self._inputs_seen, reduce_retracing=True)
         self._pushed = tf.function(self._logits_and_tangent, reduce_retracing=True)
 
     def parameters(self) -> Params:
@@ -177,22 +180,19 @@ class TensorFlowLearner:
     ) -> Iterator[Taps]:
         published = mode == "published"
         masks_of = self._masks(stream) if published else None
+        theta, head = self._for_task(task, self._theta), self._heads[task].name
         for rows in _chunks(indices, batch_size):
             masks = None if masks_of is None else masks_of(len(rows))
-            images, targets = self._batch(rows)
-
-            def cotangents(logits: Array, targets: Array = targets) -> Iterator[Array]:
-                return logit_cotangents(logits, targets, mode, stream)
-
-            yield from collect_taps(
-                self._backbone,
-                self._heads[task],
-                self._theta,
-                images,
-                cotangents,
-                masks=masks,
-                constant_statistics=not published,
-            )
+            passes: Iterable[Taps]
+            if mode == "inputs":
+                passes = [self._taps_of_inputs(theta, rows)]
+            elif mode == "true":
+                passes = self._passes(theta, rows, masks, mode, stream)
+            else:
+                drawn = stream.gumbel(size=(len(rows), self._head.outputs)) if mode == "sampled" else None
+                passes = [self._taps_of_one_pass(theta, rows, masks, mode, drawn)]
+            for taps in passes:
+                yield {head if name == self._head.name else name: tap for name, tap in taps.items()}
 
     def _pushforward(
         self, task: int, indices: Indices, batch_size: int, directions: Sequence[Params]
@@ -232,6 +232,29 @@ class TensorFlowLearner:
         batch = self._batch(rows, views)
         return loss_and_gradients(self._backbone, self._head, theta, *batch, masks, self._products)
 
+    def _first_taps(
+        self, theta: Params, rows: Array, masks: Sequence[Array] | None, mode: TapMode, drawn: Array | None
+    ) -> Taps:
+        self.tap_traces += 1
+        return next(self._passes(theta, rows, masks, mode, _Drawn(drawn)))
+
+    def _passes(
+        self, theta: Params, rows: Array, masks: Sequence[Array] | None, mode: TapMode, stream: Any
+    ) -> Iterator[Taps]:
+        images, targets = self._batch(rows)
+        return collect_taps(
+            self._backbone,
+            self._head,
+            theta,
+            images,
+            lambda logits: logit_cotangents(logits, targets, mode, stream),
+            masks=masks,
+            constant_statistics=mode != "published",
+        )
+
+    def _inputs_seen(self, theta: Params, rows: Array) -> Taps:
+        return input_taps(self._backbone, self._head, theta, self._batch(rows)[0])
+
     def _logits_of_all_heads(self, theta: Params, rows: Array) -> Array:
         features = self._backbone(Pass(theta), self._batch(rows)[0])
         heads = tf.stack([theta[f"{head.name}.weight"] for head in self._heads])
@@ -247,6 +270,15 @@ class TensorFlowLearner:
             run = Pass(theta)
             logits = run(self._head, self._backbone(run, self._batch(rows)[0]))
         return logits, forward.jvp(logits, unconnected_gradients=tf.UnconnectedGradients.ZERO)
+
+
+class _Drawn(NamedTuple):
+    """What a stream drew, in its place where a function is compiled."""
+
+    noise: Array | None
+
+    def gumbel(self, size: tuple[int, ...]) -> Array | None:
+        return self.noise
 
 
 def _feature_width(backbone: Backbone, image: tuple[int, ...], dtype: tf.DType) -> int:

@@ -1,6 +1,7 @@
 """Taps: layer inputs, recorded in a forward pass, and output gradients by one backward pass for each cotangent.
 
-Convention: as in ``became_core.curvature.taps``. No weight gradient is computed: backward passes stop at outputs.
+Convention: as in ``became_core.curvature.taps``. No weight gradient is computed: backward passes stop at outputs. All
+of it can be compiled.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -8,11 +9,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import tensorflow as tf
 
 from adapters.architectures import Backbone, Linear, Tapped
-from adapters.tensorflow.layers import Pass, with_positions
+from adapters.tensorflow.layers import Pass, Patches, with_positions
 from became_core.arrays import Array, Params
 from became_core.curvature import Tap, Taps
 
-__all__ = ["collect_taps"]
+__all__ = ["collect_taps", "input_taps"]
 
 
 def collect_taps(
@@ -25,14 +26,12 @@ def collect_taps(
     masks: Sequence[Array] | None = None,
     constant_statistics: bool = True,
 ) -> Iterator[Taps]:
-    """Run one forward pass, eagerly, and a backward pass for each cotangent; yield the taps of each.
-
-    Without cotangents, yield those of the matrices' inputs alone.
+    """Run one forward pass, and a backward pass for each cotangent; yield the taps of each.
 
     Args:
         backbone: what sees the images.
         head: what sees its features.
-        theta: the parameters by canonical name.
+        theta: the parameters of both.
         images: normalised, [N, H, W, C].
         cotangents: from logits to the gradients by them that backward passes begin with.
         masks: of dropout, as in a ``Pass``.
@@ -53,16 +52,31 @@ def collect_taps(
 
         run = Pass(theta, masks, constant_statistics, record)
         logits = run(head, backbone(run, images))
-    seeds = list(cotangents(logits))
-    if not seeds:
-        yield {
-            layer.name: Tap("matrix", a, a[:, :, :0], layer.bias)
-            for layer, a in zip(layers, inputs, strict=True)
-            if layer.kind == "matrix"
-        }
-    for cotangent in seeds:
+    for cotangent in cotangents(logits):
         gradients = tape.gradient(logits, outputs, cotangent)
         yield {
             layer.name: Tap(layer.kind, a, with_positions(gradient), layer.bias)
             for layer, a, gradient in zip(layers, inputs, gradients, strict=True)
         }
+
+
+def input_taps(backbone: Backbone, head: Linear, theta: Params, images: Array) -> Taps:
+    """Return the taps of the matrices' inputs alone, of convolutions images where they can be; arguments as above."""
+    taps: dict[str, Tap] = {}
+
+    def record(layer: Tapped, seen: Callable[[], Array], output: Array) -> Array:
+        if layer.kind == "matrix":
+            taps[layer.name] = _input_tap(layer, seen)
+        return output
+
+    run = Pass(theta, record=record)
+    run(head, backbone(run, images))
+    return taps
+
+
+def _input_tap(layer: Tapped, seen: Callable[[], Array]) -> Tap:
+    if isinstance(seen, Patches) and seen.slide_by_one:
+        images = tf.transpose(seen.images, (0, 3, 1, 2))
+        return Tap("window", images, images[:, :0, :0], layer.bias, kernel=seen.kernel)
+    a = with_positions(seen())
+    return Tap("matrix", a, a[:, :, :0], layer.bias)

@@ -91,6 +91,8 @@ class Framework:
         has_values: (module, array) -> whether its numbers can be looked at: neither is it traced, nor would looking
             compute a lazy graph.
         loop: the compiler's own; None where the compiler computes what is summed as it sums it, without a loop.
+        slab: how many elements are summed at a time where values exist: so few that with a few temporaries they stay
+            within the cache, or so many that a call of the framework's own, which costs more, is worth it.
         fuses_inner_products: whether ``vecdot`` of rows takes one pass, without writing the products first.
         on_host: array -> its numbers in NumPy, from whatever device.
     """
@@ -101,6 +103,7 @@ class Framework:
     device: Callable[[Any], Any] = array_api_compat.device
     has_values: Callable[[Any, Any], bool] = lambda module, array: True
     loop: Loop | None = None
+    slab: int = 2**18
     fuses_inner_products: bool = False
     on_host: Callable[[Any], NDArray[Any]] = np.asarray
 
@@ -153,6 +156,7 @@ _ROWS = (
             tensorflow.executing_eagerly() and not tensorflow.is_symbolic_tensor(array)
         ),
         loop=_tensorflow_loop,
+        slab=2**20,
     ),
     Framework(
         module="jax",

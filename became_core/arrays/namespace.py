@@ -12,7 +12,17 @@ from numpy.typing import NDArray
 from became_core.arrays.frameworks import Framework, framework_of
 from became_core.errors import BecameError
 
-__all__ = ["Array", "check_values", "device", "has_values", "loop_of", "namespace", "on_host", "reduction_dtype"]
+__all__ = [
+    "Array",
+    "check_values",
+    "device",
+    "has_values",
+    "loop_of",
+    "namespace",
+    "on_host",
+    "reduction_dtype",
+    "slab_of",
+]
 
 # An array of any framework. The Array API has no static type yet that NumPy, PyTorch and JAX all satisfy.
 Array = Any
@@ -110,3 +120,9 @@ def fuses_inner_products(array: Array) -> bool:
     """Whether the framework's ``vecdot`` of rows takes one pass, without writing the products first."""
     framework, _ = _framework_of("the value", array)
     return framework.fuses_inner_products
+
+
+def slab_of(array: Array) -> int:
+    """Return how many elements are summed at a time where values exist."""
+    framework, _ = _framework_of("the value", array)
+    return framework.slab

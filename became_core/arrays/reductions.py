@@ -15,12 +15,10 @@ summed. XLA on the CPU does not: it fuses element by element only, so slabs are 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from became_core.arrays.namespace import Array, fuses_inner_products, has_values, loop_of, namespace
+from became_core.arrays.namespace import Array, fuses_inner_products, has_values, loop_of, namespace, slab_of
 
 __all__ = ["inner_products", "staged_sum"]
 
-# Elements of a slab: with a few temporaries of as many float32 it stays within the cache.
-SLAB = 2**18
 # In a compiler's loop: elements of a slab, and how many slabs are added one after the other. Powers of two.
 LOOP_SLAB, RUN = 2**17, 2**4
 # Elements of a row, whose inner product a library takes at once.
@@ -90,8 +88,9 @@ def _halve_to_one(values: Array) -> Array:
 
 def _slabs(flat: Sequence[Array]) -> Iterator[list[Array]]:
     size = int(flat[0].shape[0])
-    for start in range(0, max(size, 1), SLAB):
-        end = min(start + SLAB, size)
+    slab = slab_of(flat[0])
+    for start in range(0, max(size, 1), slab):
+        end = min(start + slab, size)
         yield [array[start:end] for array in flat]
 
 

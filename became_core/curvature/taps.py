@@ -11,10 +11,10 @@ the processor's cache, and memory stays bounded however large the batch.
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from became_core.arrays import Array, Params, namespace, reduction_dtype
+from became_core.arrays import Array, Params, namespace, pytree, reduction_dtype, static
 from became_core.curvature.scatter import scattered_squares, scattered_sums
 
 __all__ = ["Tap", "Taps", "batch_gradient", "per_sample_gradients", "per_sample_square_sum"]
@@ -23,6 +23,7 @@ __all__ = ["Tap", "Taps", "batch_gradient", "per_sample_gradients", "per_sample_
 CHUNK = 2**20
 
 
+@pytree
 @dataclass(frozen=True)
 class Tap:
     """One layer's inputs and output gradients over a batch.
@@ -46,13 +47,13 @@ class Tap:
         kernel: of a window: its height and width.
     """
 
-    kind: Literal["matrix", "scale", "embedding", "gradient", "window"]
+    kind: Literal["matrix", "scale", "embedding", "gradient", "window"] = field(metadata={"static": True})
     inputs: Array
     output_gradients: Array
-    has_bias: bool = False
-    groups: int = 1
-    size: int = 0
-    kernel: tuple[int, int] = (0, 0)
+    has_bias: bool = static(default=False)
+    groups: int = static(default=1)
+    size: int = static(default=0)
+    kernel: tuple[int, int] = static(default=(0, 0))
 
     def __getitem__(self, samples: slice) -> "Tap":
         """Return the tap of some of the samples."""

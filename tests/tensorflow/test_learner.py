@@ -94,6 +94,13 @@ def test_the_network_is_traced_once_for_each_size_of_batch(method: str) -> None:
     assert learner.traces == 2
 
 
+def test_taps_are_traced_once_for_each_size_of_batch() -> None:
+    learner, _ = _pair()
+    for task in prototype_stream().tasks:
+        Measurement(learner, task, TRAINING, "empirical", 3, "merge").diagonal()
+    assert learner.tap_traces == 2
+
+
 def test_adam_learns_as_the_references_does() -> None:
     learner, reference = _pair()
     training = Training(Annealed(0.01, 2), Annealed(0.01, 2), optimiser=Adam(weight_decay=0.01), batch_size=16)
