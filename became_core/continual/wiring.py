@@ -1,8 +1,9 @@
 """Whose units each layer of a network sees, found out by trying, whatever the framework.
 
-Where later layers send nothing, cutting off some of a layer's units changes those same units, and no others, in what
-its readers see: a residual connection lets several layers reach one reader. Where all that reach a reader are cut off,
-nothing may be left of those units. A normalisation over several units lets something through, and is refused.
+Cutting off some of a layer's units changes those same units, and no others, in what its readers see; what changes further
+on, though no reader looks at those units any more, sees them too: residual connections let several layers reach one
+reader. Where all that reach a reader are cut off, nothing may be left of those units. A normalisation over several units
+lets something through, and is refused.
 """
 
 import math
@@ -39,14 +40,20 @@ def find_wiring(learner: Learner, task: Task) -> Wiring:
     sources: dict[str, list[str]] = {name: [] for name in readers}
     try:
         for place, name in enumerate(layers):
-            later = readers[place + 1 :]
-            silenced = theta | _cut(theta, later[:-1], 1)
-            whole, part = (_inputs(learner, task, each) for each in (silenced, silenced | _cut(theta, [name], 2)))
-            for reader in later:
-                if _differs(part[reader] - whole[reader], whole[reader]):
-                    if _differs(_units(part[reader] - whole[reader], theta[name], cut=False), whole[reader]):
-                        raise _refusal(reader, name)
-                    sources[reader].append(name)
+            cut = theta | _cut(theta, [name], 2)
+            blind: Params = {}  # readers that do not look at the units that are cut off
+            whole, part = _inputs(learner, task, theta), _inputs(learner, task, cut)
+            for reader in readers[place + 1 :]:
+                change = part[reader] - whole[reader]
+                if not _differs(change, whole[reader]):
+                    continue
+                if _differs(_units(change, theta[name], cut=False), whole[reader]):
+                    raise _refusal(reader, name)
+                sources[reader].append(name)
+                blind[reader] = _blinded(theta[reader], theta[name])
+                whole, part = (_inputs(learner, task, each | blind) for each in (theta, cut))
+            if not blind:
+                raise BecameError(f"HAT gates units, and no layer sees those of '{name}'; choose another network.")
         for place, (reader, found) in enumerate(sources.items()):
             for step in (1, 2):
                 if found:
@@ -80,6 +87,13 @@ def _cut(theta: Params, names: Iterable[str], step: int) -> Params:
     return found
 
 
+def _blinded(reader: Array, weight: Array) -> Array:
+    """Return a reader's weight, zero where it looks at every second unit of another."""
+    xp: Any = namespace(reader=reader)
+    matrix = xp.reshape(reader, (1, int(reader.shape[0]), -1))
+    return xp.reshape(matrix - _units(matrix, weight, cut=True), reader.shape)
+
+
 def _inputs(learner: Learner, task: Task, theta: Params) -> Params:
     """Return what each weight sees of some samples, [samples, positions, d_in]."""
     learner.assign(theta)
@@ -97,7 +111,8 @@ def _units(change: Array, weight: Array, *, cut: bool, step: int = 2) -> Array:
     silent = xp.reshape(_every(weight, step), (1, 1, units, 1))
     by_unit = xp.reshape(change, (change.shape[0], change.shape[1], units, -1))
     zero = xp.zeros_like(by_unit)
-    return xp.where(silent, by_unit, zero) if cut else xp.where(silent, zero, by_unit)
+    chosen = xp.where(silent, by_unit, zero) if cut else xp.where(silent, zero, by_unit)
+    return xp.reshape(chosen, change.shape)
 
 
 def _differs(change: Array, inputs: Array) -> bool:

@@ -106,6 +106,24 @@ class Product(nn.Module):
         return result
 
 
+class Gated(nn.Module):
+    """Units that are seen by a layer, and multiplied by what it makes of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(192, 10), nn.Linear(10, 10, bias=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        found = torch.relu(self.first(images.flatten(1)))
+        result: Tensor = found * self.second(found)
+        return result
+
+
+def test_units_that_are_multiplied_one_by_one_are_all_sources() -> None:
+    found = find_wiring(learner_of(Gated()), STREAM.tasks[0])
+    assert found.sources == ((), ("first.weight",), ("first.weight", "second.weight"))
+
+
 @pytest.mark.parametrize(
     ("backbone", "pair"),
     [
