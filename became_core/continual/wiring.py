@@ -1,9 +1,9 @@
 """Whose units each layer of a network sees, found out by trying, whatever the framework.
 
-Cutting off some of a layer's units changes those same units, and no others, in what its readers see; what changes further
-on, though no reader looks at those units any more, sees them too: residual connections let several layers reach one
-reader. Where all that reach a reader are cut off, nothing may be left of those units. A normalisation over several units
-lets something through, and is refused.
+Cutting off some of a layer's units changes those same units, and no others, in what its readers see. What changes
+further on, though no reader looks at those units any more, sees them too: residual connections let several layers reach
+one reader. Where all that reach a reader are cut off, nothing may be left of those units. A normalisation over several
+units lets something through, and is refused.
 """
 
 import math
