@@ -15,12 +15,14 @@ if find_spec("matplotlib") is None:
 
 from adapters.report.accuracy import plot_accuracy_matrix, plot_accuracy_over_time, plot_scores
 from adapters.report.cost import plot_ranks, plot_seconds
+from adapters.report.learning import plot_learning_curves
 from adapters.report.merging import plot_alpha, plot_path
 
 __all__ = [
     "plot_accuracy_matrix",
     "plot_accuracy_over_time",
     "plot_alpha",
+    "plot_learning_curves",
     "plot_path",
     "plot_ranks",
     "plot_scores",

@@ -66,6 +66,12 @@ def _check(result: RunResult) -> None:
     _require(len(result.paths) in (0, merges))
     for path in result.paths:
         _check_path(path)
+    _require(len(result.curves) in (0, tasks))
+    for curve, epochs in zip(result.curves, result.epochs, strict=False):
+        _require(len(curve) == epochs)
+        _numbers(epoch["loss"] for epoch in curve)
+        _numbers(epoch["validation_loss"] for epoch in curve if not math.isnan(epoch["validation_loss"]))
+        _require(all(epoch["stage"] in (1, 2) for epoch in curve))
 
 
 def _check_path(path: dict[str, Any]) -> None:

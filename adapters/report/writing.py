@@ -17,6 +17,7 @@ from adapters.report.checking import printed
 from adapters.report.cost import plot_ranks, plot_seconds
 from adapters.report.drawing import picture
 from adapters.report.groups import Group, groups_of, spread
+from adapters.report.learning import has_curves, plot_learning_curves
 from adapters.report.merging import merged_tasks, plot_alpha, plot_path
 from adapters.report.page import Drawing, page
 from adapters.runs import RunResult
@@ -101,6 +102,10 @@ def _own(group: Group, limits: tuple[float, float]) -> list[Drawing]:
         alt = f"Heat map of projector ranks by layer and task, {group.label}. After the last task: {last}."
         caption = "Protected directions of each layer's inputs after each task; the colour is their share of the width."
         drawings.append(_drawing(group, "ranks", plot_ranks, alt, caption))
+    if any(map(has_curves, group.runs)):
+        alt = f"Curves of the training loss by epoch, {group.label}. Last of each task: {_losses(group)}."
+        caption = "Training loss of each epoch, a line a seed; validation loss where samples are held out."
+        drawings.append(_drawing(group, "learning", plot_learning_curves, alt, caption))
     for run in group.runs:
         if run.paths:
             alt = f"Curves of loss and accuracy along each merging path, {group.label}, seed {run.seed}. Alpha: "
@@ -110,6 +115,12 @@ def _own(group: Group, limits: tuple[float, float]) -> list[Drawing]:
             one = Group(group.label, (run,), group.place)
             drawings.append(_drawing(one, f"path-seed{run.seed}", plot_path, alt, caption))
     return drawings
+
+
+def _losses(group: Group) -> str:
+    """The last loss of each task, of the first seed that has recorded it."""
+    run = next(filter(has_curves, group.runs))
+    return " ".join(f"{curve[-1]['loss']:.3f}" if curve else "–" for curve in run.curves)
 
 
 def _drawing(group: Group, what: str, plot: Callable[[Group], Figure], alt: str, caption: str) -> Drawing:

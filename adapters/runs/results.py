@@ -10,7 +10,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from became_core.continual import RunRecord
+from became_core.continual import EpochEnd, RunRecord
 from became_core.continual.metrics import average_accuracy, backward_transfer, forgetting, plasticity
 
 __all__ = ["RunResult", "Scores"]
@@ -53,6 +53,7 @@ class RunResult:
     paths: list[dict[str, Any]]
     seconds: dict[str, float]
     memory: list[int] = field(default_factory=list)
+    curves: list[list[dict[str, Any]]] = field(default_factory=list)
 
     @classmethod
     def of(
@@ -73,6 +74,7 @@ class RunResult:
             paths=[asdict(path) for path in record.paths],
             seconds=record.seconds,
             memory=record.memory,
+            curves=[[_epoch(event) for event in curve] for curve in record.curves],
         )
 
     @property
@@ -102,21 +104,28 @@ class RunResult:
             "ranks": self.ranks,
             "memory": self.memory,
             "paths": _without(math.nan, self.paths),
+            "curves": _without(math.nan, self.curves),
             "seconds": self.seconds,
         }
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Self:
-        """Return the result that ``to_json`` gave; one of before memory was recorded has none.
+        """Return the result that ``to_json`` gave; one of before memory and curves were recorded has none.
 
         Raises:
             KeyError: if a value is missing.
         """
-        fields = {name: values[name] for name in cls.__dataclass_fields__ if name != "memory" or name in values}
+        later = "memory", "curves"
+        fields = {name: values[name] for name in cls.__dataclass_fields__ if name in values or name not in later}
         for name in ("accuracy", "class_incremental_accuracy"):
             fields[name] = np.array(fields[name], dtype=float)  # null becomes NaN
-        fields["paths"] = _without(None, fields["paths"])
+        for name in ("paths", "curves"):
+            fields[name] = _without(None, fields.get(name, []))
         return cls(**fields)
+
+
+def _epoch(event: EpochEnd) -> dict[str, Any]:
+    return {"stage": event.stage, "loss": event.loss, "rate": event.rate, "validation_loss": event.validation_loss}
 
 
 def _without(absent: float | None, value: Any) -> Any:

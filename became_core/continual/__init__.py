@@ -7,12 +7,12 @@ from became_core.continual.learner import Batch, Constraint, Learner, Penalty, T
 from became_core.continual.loop import learn
 from became_core.continual.methods import METHODS, PROJECTORS, Method, MethodSettings, build_method
 from became_core.continual.optimisers import SGD, Adam, Optimiser
-from became_core.continual.record import MergePath, PathPoint, RunRecord, TaskEnd
+from became_core.continual.record import EpochEnd, MergePath, PathPoint, RunRecord, TaskEnd
 from became_core.continual.schedule import Annealed, Patience, RelativeRates, Schedule, Stepped
 from became_core.continual.seeding import random_stream
 from became_core.continual.state import Memory, RunState
 from became_core.continual.stream import ClassOrder, Dataset, Task, TaskStream, permute_pixels, split_classes
-from became_core.continual.training import Best, EpochEnd, Stage, Training
+from became_core.continual.training import Best, Stage, Training
 
 __all__ = [
     "METHODS",

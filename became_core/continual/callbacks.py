@@ -13,9 +13,8 @@ callback raises ends the run.
 
 from collections.abc import Sequence
 
-from became_core.continual.record import RunRecord, TaskEnd
+from became_core.continual.record import EpochEnd, RunRecord, TaskEnd
 from became_core.continual.state import RunState
-from became_core.continual.training import EpochEnd
 
 __all__ = ["Callback", "Together"]
 

@@ -19,7 +19,7 @@ from became_core.continual.estimates import Approximations
 from became_core.continual.learner import Constraint, Learner, heads_of
 from became_core.continual.merging import merge, trace
 from became_core.continual.methods import Method
-from became_core.continual.record import MergePath, RunRecord, TaskEnd
+from became_core.continual.record import EpochEnd, MergePath, RunRecord, TaskEnd
 from became_core.continual.schedule import Schedule
 from became_core.continual.seeding import random_stream
 from became_core.continual.setting import Setting
@@ -27,7 +27,7 @@ from became_core.continual.state import Memory, RunState
 from became_core.continual.statistics import refresh, weights_of
 from became_core.continual.stopwatch import Stopwatch
 from became_core.continual.stream import Task, TaskStream
-from became_core.continual.training import EpochEnd, Stage, Training, begin_stage, train_stage
+from became_core.continual.training import Stage, Training, begin_stage, train_stage
 from became_core.continual.wiring import find_wiring
 from became_core.laplace import Precision
 from became_core.projection import HAT, TRGP, GatedRegion, PackNet, Region, TrustRegion, compact
@@ -142,9 +142,9 @@ class _Run(Setting):
         constraint = replace(constraint, relative=relative_rates(self.learner, task, self.training.relative))
         stage = state.stage
         if stage is None or stage.number != number:
-            before = 0 if stage is None else stage.epochs
+            curve = () if stage is None else stage.curve
             optimiser = self.training.optimiser
-            stage = begin_stage(self.learner, task, number, schedule, optimiser, constraint, before=before)
+            stage = begin_stage(self.learner, task, number, schedule, optimiser, constraint, curve=curve)
 
         def each(stage: Stage, event: EpochEnd) -> None:
             self.callbacks.on_epoch_end(event)
@@ -251,6 +251,6 @@ class _Run(Setting):
         with self.stopwatch.phase("evaluation"):
             end = TaskEnd(task.index, alpha, *self.accuracies(task, memory), filled)
         ranks = {} if memory.projector is None else dict(memory.projector.rank)
-        record = state.record.with_task(end, epochs=state.stage.epochs, ranks=ranks, memory=memory.size, path=path)
+        record = state.record.with_task(end, curve=state.stage.curve, ranks=ranks, memory=memory.size, path=path)
         self.callbacks.on_task_end(end)
         return self.kept(RunState(state.theta, memory, record, task.index + 1))

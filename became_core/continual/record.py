@@ -10,7 +10,20 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["MergePath", "PathPoint", "RunRecord", "TaskEnd"]
+__all__ = ["EpochEnd", "MergePath", "PathPoint", "RunRecord", "TaskEnd"]
+
+
+@dataclass(frozen=True)
+class EpochEnd:
+    """What is known when an epoch ends; ``validation_loss`` is NaN where the schedule needs none."""
+
+    task: int
+    stage: int
+    epoch: int
+    epochs: int
+    loss: float
+    rate: float
+    validation_loss: float
 
 
 @dataclass(frozen=True)
@@ -64,7 +77,7 @@ class RunRecord:
         accuracy: [T, T], percent; [t, i] is task i after task t, NaN where i > t.
         class_incremental_accuracy: likewise, the argmax over all heads so far.
         alpha: for each task, the merging coefficient; None where nothing was merged.
-        epochs: for each task, the epochs trained.
+        curves: for each task, its epochs, those of stage 2 after those of stage 1.
         ranks: for each task, every protected layer's (rank, width) after it.
         memory: for each task, the bytes of what is kept beside the network after it.
         paths: for each merge, the path it was on, if paths are traced.
@@ -74,11 +87,16 @@ class RunRecord:
     accuracy: NDArray[np.float64]
     class_incremental_accuracy: NDArray[np.float64]
     alpha: list[float | None] = field(default_factory=list)
-    epochs: list[int] = field(default_factory=list)
+    curves: list[tuple[EpochEnd, ...]] = field(default_factory=list)
     ranks: list[dict[str, tuple[int, int]]] = field(default_factory=list)
     memory: list[int] = field(default_factory=list)
     paths: list[MergePath] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def epochs(self) -> list[int]:
+        """For each task, how many epochs were trained."""
+        return [len(curve) for curve in self.curves]
 
     @classmethod
     def empty(cls, tasks: int) -> Self:
@@ -89,7 +107,7 @@ class RunRecord:
         self,
         end: TaskEnd,
         *,
-        epochs: int,
+        curve: tuple[EpochEnd, ...],
         ranks: dict[str, tuple[int, int]],
         memory: int,
         path: MergePath | None,
@@ -102,7 +120,7 @@ class RunRecord:
                 self.class_incremental_accuracy, end.task, end.class_incremental_accuracy
             ),
             alpha=[*self.alpha, end.alpha],
-            epochs=[*self.epochs, epochs],
+            curves=[*self.curves, curve],
             ranks=[*self.ranks, ranks],
             memory=[*self.memory, memory],
             paths=self.paths if path is None else [*self.paths, path],

@@ -15,6 +15,7 @@ from became_core.continual.augmentation import Augmentation
 from became_core.continual.evaluation import mean_loss
 from became_core.continual.learner import Batch, Constraint, Learner, Trained
 from became_core.continual.optimisers import SGD, Optimiser
+from became_core.continual.record import EpochEnd
 from became_core.continual.regions import reparametrised
 from became_core.continual.schedule import RelativeRates, Schedule
 from became_core.continual.seeding import random_stream
@@ -23,7 +24,7 @@ from became_core.continual.stream import Task
 from became_core.errors import BecameError
 from became_core.projection import Region
 
-__all__ = ["Best", "EpochEnd", "Stage", "Training", "begin_stage", "epoch_batches", "train_stage"]
+__all__ = ["Best", "Stage", "Training", "begin_stage", "epoch_batches", "train_stage"]
 
 
 @dataclass(frozen=True)
@@ -54,19 +55,6 @@ class Training:
 
 
 @dataclass(frozen=True)
-class EpochEnd:
-    """What is known when an epoch ends; ``validation_loss`` is NaN where the schedule needs none."""
-
-    task: int
-    stage: int
-    epoch: int
-    epochs: int
-    loss: float
-    rate: float
-    validation_loss: float
-
-
-@dataclass(frozen=True)
 class Best:
     """The best validation model of a stage so far: its loss, its weights and, if there is one, its trust region."""
 
@@ -85,7 +73,7 @@ class Stage:
         optimiser: after the last step.
         region: the constraint's trust region, likewise.
         best: what the stage will end on, where the schedule restores it.
-        before: epochs of the task's earlier stages.
+        curve: the task's epochs so far, those of earlier stages too.
     """
 
     number: int
@@ -93,12 +81,12 @@ class Stage:
     optimiser: Optimiser
     region: Region | None = None
     best: Best | None = None
-    before: int = 0
+    curve: tuple[EpochEnd, ...] = ()
 
     @property
     def epochs(self) -> int:
         """The task's epochs so far."""
-        return self.before + self.schedule.epoch
+        return len(self.curve)
 
 
 def epoch_batches(
@@ -133,7 +121,7 @@ def begin_stage(
     optimiser: Optimiser,
     constraint: Constraint,
     *,
-    before: int = 0,
+    curve: tuple[EpochEnd, ...] = (),
 ) -> Stage:
     """Return a stage before its first epoch; arguments as the attributes of ``Stage``.
 
@@ -145,7 +133,7 @@ def begin_stage(
     theta, region = learner.parameters(), constraint.region
     scales = region.scales if region is not None and constraint.trains_scales else {}
     begun = optimiser.begun({name: theta[name] for name in sorted(constraint.trainable)} | scales)
-    return Stage(number, schedule, begun, region, before=before)
+    return Stage(number, schedule, begun, region, curve=curve)
 
 
 def train_stage(
@@ -215,7 +203,8 @@ def _train_epoch(
             best = Best(validation_loss, learner.parameters(), region)
     schedule = schedule.advance(validation_loss)
     event = EpochEnd(task.index, stage.number, schedule.epoch, schedule.epochs, loss, float(rates[-1]), validation_loss)
-    return replace(stage, schedule=schedule, optimiser=optimiser, region=region, best=best), event
+    curve = (*stage.curve, event)
+    return replace(stage, schedule=schedule, optimiser=optimiser, region=region, best=best, curve=curve), event
 
 
 def _pass_over(

@@ -20,6 +20,12 @@ def path(best: float = 0.5) -> dict[str, Any]:
     }
 
 
+def curve() -> list[dict[str, Any]]:
+    """Three epochs, the last of stage 2; the first stage has a validation loss."""
+    found = [(1, 0.9, 0.95), (1, 0.5, 0.7), (2, 0.4, np.nan)]
+    return [{"stage": stage, "loss": loss, "rate": 0.1, "validation_loss": held} for stage, loss, held in found]
+
+
 def run(method: str = "became", seed: int = 0, tasks: int = 3, **changes: Any) -> RunResult:
     """A run with merges, ranks and paths."""
     accuracy = np.array(
@@ -37,12 +43,13 @@ def run(method: str = "became", seed: int = 0, tasks: int = 3, **changes: Any) -
         epochs=[3] * tasks,
         ranks=[{"fc1.weight": [2 + task, 2 + tasks], "fc2.weight": [1, 9]} for task in range(tasks)],
         paths=[path() for _ in range(tasks - 1)],
+        curves=[curve() for _ in range(tasks)],
         seconds={"stage1": 6.0, "merge": 3.0, "total": 10.0},
     )
     return replace(result, **changes)
 
 
 def plain(method: str = "finetune", seed: int = 0, tasks: int = 3, **changes: Any) -> RunResult:
-    """A run that neither merged nor protected anything."""
-    nothing: dict[str, Any] = {"alpha": [None] * tasks, "ranks": [{}] * tasks, "paths": []}
+    """A run that neither merged nor protected anything, of a version that recorded no epochs."""
+    nothing: dict[str, Any] = {"alpha": [None] * tasks, "ranks": [{}] * tasks, "paths": [], "curves": []}
     return run(method, seed, tasks, **nothing | changes)

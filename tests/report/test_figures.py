@@ -14,6 +14,7 @@ from adapters.report import (
     plot_accuracy_matrix,
     plot_accuracy_over_time,
     plot_alpha,
+    plot_learning_curves,
     plot_path,
     plot_ranks,
     plot_scores,
@@ -25,8 +26,8 @@ from adapters.report.merging import predicted_loss
 from became_core import BecameError
 from tests.report.runs import CONFIG, path, plain, run
 
-ALL = [plot_accuracy_matrix, plot_accuracy_over_time, plot_scores, plot_alpha, plot_path, plot_ranks, plot_seconds]
 ALWAYS = [plot_accuracy_matrix, plot_accuracy_over_time, plot_scores, plot_seconds]
+ALL = [*ALWAYS, plot_alpha, plot_learning_curves, plot_path, plot_ranks]
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,13 @@ def test_one_task_and_runs_without_merges_or_ranks_are_drawn(plot: Callable[[Any
 
 
 @pytest.mark.parametrize(
-    ("plot", "message"), [(plot_alpha, "merged"), (plot_path, "--path-points"), (plot_ranks, "protected")]
+    ("plot", "message"),
+    [
+        (plot_alpha, "merged"),
+        (plot_learning_curves, "recorded its epochs"),
+        (plot_path, "--path-points"),
+        (plot_ranks, "protected"),
+    ],
 )
 def test_a_figure_of_nothing_is_refused(plot: Callable[[Any], Figure], message: str) -> None:
     with pytest.raises(BecameError, match=message):
@@ -119,6 +126,16 @@ def test_a_path_marks_alpha_the_grids_minimum_and_both_ends() -> None:
     assert np.asarray(lines["ends of the path"].get_xdata()).tolist() == [0.0, 1.0]
     assert np.asarray(lines["α*"].get_xdata()).tolist() == [0.5, 0.5]
     assert figure.axes[2].get_title(loc="left") == "into task 3, α* = 0.50"
+
+
+def test_learning_curves_break_where_a_stage_or_a_task_begins() -> None:
+    (axes,) = plot_learning_curves(run(tasks=2)).axes
+    shown = [(str(line.get_label()), np.asarray(line.get_xdata()), np.asarray(line.get_ydata())) for line in axes.lines]
+    stages = [(x.tolist(), y.tolist()) for label, x, y in shown if y.tolist() in ([0.9, 0.5], [0.4])]
+    assert stages == [([1, 2], [0.9, 0.5]), ([3], [0.4]), ([4, 5], [0.9, 0.5]), ([6], [0.4])]
+    assert [x.tolist() for _, x, y in shown if y.tolist() == [0.95, 0.7]] == [[1, 2], [4, 5]]
+    assert [x[0] for _, x, y in shown if len(x) == 2 and x[0] == x[1]] == [3.5]
+    assert sorted(axes.get_legend_handles_labels()[1]) == ["stage 1", "stage 2", "validation"]
 
 
 def test_a_prediction_far_off_does_not_flatten_the_truth() -> None:

@@ -56,8 +56,8 @@ def test_every_method_has_a_section_with_its_figures(tmp_path: Path) -> None:
     sections = [attributes["id"] for tag, attributes in page.elements if tag == "section"]
     assert sections == ["scores", "method-0", "method-1", "method-2"]
     described = [str(attributes.get("aria-label")) for tag, attributes in page.elements if tag == "svg"]
-    # Four shared; accuracy, ranks and two paths; accuracy and ranks; accuracy.
-    assert len(described) == 4 + 4 + 2 + 1
+    # Four shared; accuracy, ranks, learning and two paths; accuracy and ranks; accuracy.
+    assert len(described) == 4 + 5 + 2 + 1
     assert all(len(each) > 40 for each in described)
     assert any("became 89.50 ± 0.71" in each for each in described)
     headings = [attributes for tag, attributes in page.elements if tag == "th"]

@@ -159,7 +159,7 @@ def test_a_folder_in_a_files_place_is_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(BecameError, match=r"cannot read .*results\.json"):
         write_summary(tmp_path)
     with pytest.raises(BecameError, match=r"cannot write .*results\.json: Is a directory"):
-        run.save(result_of(RunRecord(np.ones((1, 1)), np.ones((1, 1)), [None], [1], [{}], [0], [], {"total": 1.0})))
+        run.save(result_of(RunRecord(np.ones((1, 1)), np.ones((1, 1)), [None], [()], [{}], [0], [], {"total": 1.0})))
     assert os.listdir(run.folder) == ["results.json"]  # noqa: PTH208 # nothing temporary is left
 
 
