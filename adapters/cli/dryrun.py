@@ -15,7 +15,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from adapters.cli.options import Configuration
+from adapters.cli.configuration import Configuration
 from became_core.continual import Constraint, Learner, Method, TaskStream, Training, random_stream
 from became_core.continual.statistics import weights_of
 from became_core.continual.training import epoch_batches

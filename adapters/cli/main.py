@@ -7,11 +7,12 @@ from typing import Any
 import tyro
 
 from adapters.cli.backend import Backend
+from adapters.cli.configuration import method_names, resolve
 from adapters.cli.display import Display, display_of
 from adapters.cli.dryrun import plan
 from adapters.cli.interruption import InterruptedRun
 from adapters.cli.logs import logged
-from adapters.cli.options import Options, method_names, resolve
+from adapters.cli.options import Options
 from adapters.cli.output import Output
 from adapters.cli.running import Job, carry_out
 from adapters.data.location import data_directory

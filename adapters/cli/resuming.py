@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import get_args
 
 from adapters.cli.backend import Backend, BackendName
+from adapters.cli.configuration import resolve
 from adapters.cli.given import options_of
-from adapters.cli.options import resolve
 from adapters.cli.running import Job
 from adapters.runs import RunDirectory
 from adapters.runs.files import DamagedError, read_sealed

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from adapters.cli.backend import Backend
+from adapters.cli.configuration import Configuration
 from adapters.cli.display import Display
 from adapters.cli.given import given
 from adapters.cli.interruption import Interruption
 from adapters.cli.logs import LOGGER
-from adapters.cli.options import Configuration, Options
+from adapters.cli.options import Options
 from adapters.data.location import data_directory
 from adapters.runs import RunDirectory, RunResult, write_summary
 from adapters.runs.directory import check_writable

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
 
-from adapters.cli.options import Options, resolve
+from adapters.cli.configuration import resolve
+from adapters.cli.options import Options
 from adapters.data.benchmarks import find_benchmark
 from adapters.report.groups import Group
 from became_core import BecameError

@@ -16,6 +16,7 @@ import tensorflow as tf
 from numpy.typing import NDArray
 
 from adapters.architectures import Backbone, DropoutMasks, Linear, checked_masks, initial_values, is_statistic
+from adapters.tensorflow.devices import checked_device, on_device
 from adapters.tensorflow.dropout import mask_source
 from adapters.tensorflow.layers import Pass
 from adapters.tensorflow.stepping import Factors, advanced, loss_and_gradients
@@ -67,7 +68,7 @@ class TensorFlowLearner:
             BecameError: if the device does not exist, there is no such source of masks, or the backbone does not return
                 [N, features].
         """
-        self.device = _checked_device(device)
+        self.device = checked_device(device)
         self._dropout_masks = checked_masks(dropout_masks)
         dataset = stream.dataset
         self._backbone, self._dtype = backbone, dtype
@@ -162,18 +163,18 @@ class TensorFlowLearner:
         self, task: int, indices: Indices, batch_size: int, mode: TapMode, stream: np.random.Generator
     ) -> Iterator[Taps]:
         """Yield each batch's taps."""
-        return _on(self.device, self._taps(task, indices, batch_size, mode, stream))
+        return on_device(self.device, self._taps(task, indices, batch_size, mode, stream))
 
     def pushforward(
         self, task: int, indices: Indices, batch_size: int, directions: Sequence[Params]
     ) -> Iterator[Pushforward]:
         """Yield each batch's logits and their derivatives along directions."""
-        return _on(self.device, self._pushforward(task, indices, batch_size, directions))
+        return on_device(self.device, self._pushforward(task, indices, batch_size, directions))
 
     def batch_statistics(self, indices: Indices, batch_size: int) -> Iterator[tuple[int, Params]]:
         """Yield each batch's size and statistics."""
         pairs = ((len(rows), self._moments(self._theta, rows)) for rows in _chunks(indices, batch_size))
-        return _on(self.device, pairs)
+        return on_device(self.device, pairs)
 
     def _taps(
         self, task: int, indices: Indices, batch_size: int, mode: TapMode, stream: np.random.Generator
@@ -293,21 +294,3 @@ def _feature_width(backbone: Backbone, image: tuple[int, ...], dtype: tf.DType) 
 def _chunks(indices: Indices, size: int) -> Iterator[Indices]:
     for start in range(0, len(indices), size):
         yield indices[start : start + size]
-
-
-def _on(device: str, steps: Iterator[T]) -> Iterator[T]:
-    """Let an iterator take its steps on a device, and whoever asks for them be where they were."""
-    while True:
-        with tf.device(device):
-            found = next(steps, None)
-        if found is None:
-            return
-        yield found
-
-
-def _checked_device(name: str) -> str:
-    kind, _, number = name.replace("cuda", "gpu").partition(":")  # one device option for all backends
-    devices = tf.config.list_logical_devices(kind.upper())
-    if not devices or not (number or "0").isdecimal() or int(number or 0) >= len(devices):
-        raise BecameError(f"TensorFlow has no device '{name}' here; try cpu, or cuda on a machine with a GPU.")
-    return str(devices[int(number or 0)].name)

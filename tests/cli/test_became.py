@@ -14,8 +14,9 @@ import adapters.cli.__main__ as became
 import adapters.cli.backend as of_backends
 from adapters.cli.__main__ import main
 from adapters.cli.backend import first_installed
+from adapters.cli.configuration import resolve
 from adapters.cli.given import given, options_of
-from adapters.cli.options import Options, resolve
+from adapters.cli.options import Options
 from adapters.runs import Checkpoints, RunDirectory
 from adapters.runs.files import read_sealed, write_sealed
 from adapters.torch.run import BACKEND

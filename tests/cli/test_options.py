@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from adapters.cli.options import Options, resolve
+from adapters.cli.configuration import resolve
+from adapters.cli.options import Options
 from adapters.data.benchmarks import BENCHMARKS
 from became_core import BecameError
 

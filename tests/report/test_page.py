@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from adapters.cli.options import Options, resolve
+from adapters.cli.configuration import resolve
+from adapters.cli.options import Options
 from adapters.report.groups import groups_of
 from adapters.report.repeating import repeating_command
 from adapters.report.writing import write_report
