@@ -37,7 +37,7 @@ th, td { padding: .3rem .7rem .3rem 0; text-align: right; border-bottom: 1px sol
   overflow-wrap: normal }
 th:first-child, td.text { text-align: left } thead th { color: var(--muted); font-weight: 600; white-space: nowrap }
 td, tbody th { white-space: nowrap } tbody th { font-weight: 600 } td.text { white-space: normal; min-width: 14rem }
-pre { overflow-x: auto; padding: .7rem; border: 1px solid var(--grid); border-radius: .3rem; font-size: .8125rem }
+pre { white-space: pre-wrap; padding: .7rem; border: 1px solid var(--grid); border-radius: .3rem; font-size: .8125rem }
 summary { cursor: pointer } .chip { display: inline-block; width: .7em; height: .7em; margin-right: .4em }
 """
 
