@@ -59,7 +59,7 @@ class Checkpoints(Callback):
         Raises:
             BecameError: if it cannot be written, or the folder holds checkpoints further on; those there are stay.
         """
-        number = sum(state.record.epochs) + state.task + (0 if state.stage is None else state.stage.epochs)
+        number = state.epochs + state.task
         if self.numbers()[-1:] > [number]:
             raise BecameError(f"{self.folder} holds a run that is further on; load it or choose another folder.")
         plain, arrays = encoded(state)

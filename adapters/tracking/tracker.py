@@ -74,7 +74,7 @@ class Tracker(Callback):
     def on_run_begin(self, state: RunState) -> None:
         """Begin at the state's step."""
         self._begun = True
-        self._writer.begin(self._hyperparameters, step_of(state))
+        self._writer.begin(self._hyperparameters, state.epochs)
 
     def on_epoch_end(self, event: EpochEnd) -> None:
         """Note loss and rate."""
@@ -96,13 +96,8 @@ class Tracker(Callback):
             self._scalars["task/ACC"] = average_accuracy(so_far)
             self._scalars["task/BWT"] = backward_transfer(so_far)
             self._scalars["task/class_incremental_ACC"] = average_accuracy(by_argmax)
-        self._writer.log(self._scalars, step_of(state))
+        self._writer.log(self._scalars, state.epochs)
         self._scalars = {}
-
-
-def step_of(state: RunState) -> int:
-    """Return the number of epochs that a run has had."""
-    return sum(state.record.epochs) + (0 if state.stage is None else state.stage.epochs)
 
 
 def _flat(name: str, value: Any) -> list[tuple[str, str | int | float | bool]]:

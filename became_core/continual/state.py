@@ -83,6 +83,11 @@ class RunState:
         """Whether the task is in its stage 1, or 2."""
         return self.stage is not None and self.stage.number == number
 
+    @property
+    def epochs(self) -> int:
+        """How many epochs have been trained, over all tasks."""
+        return sum(self.record.epochs) + (0 if self.stage is None else self.stage.epochs)
+
     @classmethod
     def begun(cls, learner: Learner, stream: TaskStream, method: Method) -> Self:
         """Return the state before the first epoch."""
