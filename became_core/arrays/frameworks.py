@@ -13,7 +13,7 @@ import array_api_compat
 import numpy as np
 from numpy.typing import NDArray
 
-from became_core.arrays.values import introduce_to_jax
+from became_core.arrays.values import introduce_to_jax, introduce_to_torch
 
 __all__ = ["Framework", "framework_of", "is_array"]
 
@@ -112,6 +112,7 @@ def _torch_namespace(_: Any) -> Any:
     # Not by way of array_api_compat.array_namespace: torch.compile warns of its caches.
     import array_api_compat.torch
 
+    introduce_to_torch(sys.modules["torch"])
     return array_api_compat.torch
 
 

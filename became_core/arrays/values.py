@@ -1,7 +1,7 @@
 """Values: frozen dataclasses of arrays that every framework takes for a tree, so that they pass through its transforms.
 
 Convention: a field that holds arrays, or containers of them, is a child; one made by ``static`` is part of the
-structure. JAX is told of the classes when the first of its arrays is met; no framework is imported here.
+structure. JAX and PyTorch are told of the classes when the first of their arrays is met; no framework is imported here.
 """
 
 from collections.abc import Callable, Iterable
@@ -9,7 +9,7 @@ from dataclasses import field, fields
 from types import ModuleType
 from typing import Any, NamedTuple, TypeVar
 
-__all__ = ["introduce_to_jax", "pytree", "static"]
+__all__ = ["introduce_to_jax", "introduce_to_torch", "pytree", "static"]
 
 C = TypeVar("C")
 
@@ -23,7 +23,7 @@ class _Class(NamedTuple):
 
 
 _CLASSES: list[_Class] = []
-_known_to_jax = 0  # so many of them
+_known_to = {"jax": 0, "torch": 0}  # so many of them
 
 
 def static(**options: Any) -> Any:
@@ -56,7 +56,32 @@ def pytree(cls: type[C]) -> type[C]:
 
 def introduce_to_jax(jax: ModuleType) -> None:
     """Register with JAX all value classes that it does not know yet."""
-    global _known_to_jax
-    for each in _CLASSES[_known_to_jax:]:
+    for each in _unknown_to("jax"):
         jax.tree_util.register_pytree_node(each.cls, each.flatten, each.unflatten)
-    _known_to_jax = len(_CLASSES)
+
+
+def introduce_to_torch(torch: ModuleType) -> None:
+    """Register with PyTorch all value classes that ``torch.func`` and ``torch.export`` do not know yet.
+
+    ``torch.compile`` takes them for what they are, dataclasses, and cannot trace a registration.
+    """
+    if torch.compiler.is_compiling():
+        return
+    for each in _unknown_to("torch"):
+        torch.utils._pytree.register_pytree_node(each.cls, *_as_torch_asks(each))
+
+
+def _as_torch_asks(each: _Class) -> tuple[Callable[[Any], Any], Callable[[Iterable[Any], Any], Any]]:
+    """How PyTorch takes a value apart, into a list and the structure, and puts it together, the structure last."""
+
+    def flatten(instance: Any) -> tuple[list[Any], tuple[Any, ...]]:
+        children, structure = each.flatten(instance)
+        return list(children), structure
+
+    return flatten, lambda children, structure: each.unflatten(structure, children)
+
+
+def _unknown_to(framework: str) -> list[_Class]:
+    unknown = _CLASSES[_known_to[framework] :]
+    _known_to[framework] = len(_CLASSES)
+    return unknown

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from became_core import optimal_alpha
+from became_core import Diagonal, Quadratic, layerwise_quadratic, optimal_alpha
 
 
 def _arguments() -> list[dict[str, Tensor]]:
@@ -37,6 +37,23 @@ def test_vmap_is_a_loop() -> None:
         return result
 
     torch.testing.assert_close(torch.func.vmap(alpha)(candidates), torch.stack([alpha(value) for value in candidates]))
+
+
+def test_values_pass_through_vmap() -> None:
+    """In, a stack of precisions; out, a stack of quadratics."""
+    theta_gp, theta_hat, old, new = _arguments()
+    factors = (0.5, 1.0, 2.0)
+    stacked = Diagonal({"fc.weight": torch.stack([old["fc.weight"] * factor for factor in factors])})
+
+    def quadratic(precision: Diagonal) -> Quadratic:
+        return layerwise_quadratic(theta_gp, theta_hat, precision, new)
+
+    found = torch.func.vmap(quadratic)(stacked)
+    assert isinstance(found, Quadratic)
+    for index, factor in enumerate(factors):
+        alone = quadratic(Diagonal(old) * factor)
+        torch.testing.assert_close(found.slope[index], alone.slope)
+        torch.testing.assert_close(found.curvature[index], alone.curvature)
 
 
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`:UserWarning")
