@@ -1,7 +1,16 @@
 """Which framework an array belongs to, trees and values of arrays, and how and in which precision they are summed."""
 
 from became_core.arrays.frameworks import is_array
-from became_core.arrays.namespace import Array, check_values, device, has_values, namespace, on_host, reduction_dtype
+from became_core.arrays.namespace import (
+    Array,
+    check_values,
+    device,
+    has_values,
+    lerp_of,
+    namespace,
+    on_host,
+    reduction_dtype,
+)
 from became_core.arrays.reductions import inner_products, staged_sum
 from became_core.arrays.trees import (
     Params,
@@ -26,6 +35,7 @@ __all__ = [
     "has_values",
     "inner_products",
     "is_array",
+    "lerp_of",
     "map_leaves",
     "named_leaves",
     "namespace",

@@ -94,6 +94,10 @@ class Framework:
         slab: how many elements are summed at a time where values exist: so few that with a few temporaries they stay
             within the cache, or so many that a call of the framework's own, which costs more, is worth it.
         fuses_inner_products: whether ``vecdot`` of rows takes one pass, without writing the products first.
+        takes_out: (module, arrays) -> whether a function of these can be told to write its result into an array that is
+            there already.
+        lerp: (module, start, end, weight) -> start + weight * (end - start) in one pass, reckoned from the nearer end,
+            so that both ends are exact; None if the framework has none.
         on_host: array -> its numbers in NumPy, from whatever device.
     """
 
@@ -105,6 +109,8 @@ class Framework:
     loop: Loop | None = None
     slab: int = 2**18
     fuses_inner_products: bool = False
+    takes_out: Callable[[Any, Sequence[Any]], bool] = lambda module, arrays: False
+    lerp: Callable[[Any, Any, Any, Any], Any] | None = None
     on_host: Callable[[Any], NDArray[Any]] = np.asarray
 
 
@@ -118,6 +124,12 @@ def _torch_namespace(_: Any) -> Any:
 
 def _torch_has_values(torch: Any, array: Any) -> bool:
     return not (torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(array))
+
+
+def _torch_takes_out(torch: Any, arrays: Sequence[Any]) -> bool:
+    # Not where derivatives are taken, backwards or forwards.
+    backwards = torch.is_grad_enabled() and any(array.requires_grad for array in arrays)
+    return not backwards and torch.autograd.forward_ad._current_level < 0
 
 
 def _jax_namespace(array: Any) -> Any:
@@ -145,6 +157,8 @@ _ROWS = (
         namespace=_torch_namespace,
         device=_own_device,
         has_values=_torch_has_values,
+        takes_out=_torch_takes_out,
+        lerp=lambda torch, start, end, weight: torch.lerp(start, end, weight),
         on_host=lambda array: np.asarray(array.detach().cpu()),
     ),
     Framework(

@@ -3,7 +3,7 @@
 Convention: code in the core receives arrays, asks here for their namespace ``xp`` and calls nothing else.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -16,12 +16,15 @@ __all__ = [
     "Array",
     "check_values",
     "device",
+    "fuses_inner_products",
     "has_values",
+    "lerp_of",
     "loop_of",
     "namespace",
     "on_host",
     "reduction_dtype",
     "slab_of",
+    "takes_out",
 ]
 
 # An array of any framework. The Array API has no static type yet that NumPy, PyTorch and JAX all satisfy.
@@ -126,3 +129,15 @@ def slab_of(array: Array) -> int:
     """Return how many elements are summed at a time where values exist."""
     framework, _ = _framework_of("the value", array)
     return framework.slab
+
+
+def lerp_of(array: Array) -> Callable[[Array, Array, Array | float], Array] | None:
+    """Return the framework's own interpolation, if it has one: ``frameworks.Framework.lerp`` without its module."""
+    framework, module = _framework_of("the value", array)
+    return None if framework.lerp is None else partial(framework.lerp, module)
+
+
+def takes_out(arrays: Sequence[Array]) -> bool:
+    """Whether a function of these arrays can be told to write its result into an array that is there already."""
+    framework, module = _framework_of("the value", arrays[0])
+    return framework.takes_out(module, arrays)

@@ -12,10 +12,12 @@ values exist; under a trace in the compiler's own loop, or not at all where the 
 summed. XLA on the CPU does not: it fuses element by element only, so slabs are added so to a running total.
 """
 
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from became_core.arrays.namespace import Array, fuses_inner_products, has_values, loop_of, namespace, slab_of
+from became_core.arrays.scratch import Scratch
 
 __all__ = ["inner_products", "staged_sum"]
 
@@ -26,15 +28,16 @@ ROW = 2**12
 # Numbers that are added at once, in a binary tree: a power of two.
 STAGE = 2**6
 
-# From flat pieces of arrays, side by side, to the two factors of each product, of the same length.
-Factors = Callable[[list[Array]], Sequence[tuple[Array, Array]]]
+# From ``sub`` and ``mul``, the operator module's or a ``Scratch``'s, and flat pieces of arrays, side by side, to the
+# two factors of each product, of the same length.
+Factors = Callable[[Any, list[Array]], Sequence[tuple[Array, Array]]]
 
 
 def inner_products(factors: Factors, arrays: Sequence[Array]) -> list[Array]:
     """Return the sums of products whose factors are computed from arrays element by element, 0-d arrays.
 
     Args:
-        factors: the two factors of each product, from flat pieces of the arrays.
+        factors: the two factors of each product, from ``sub`` and ``mul`` and flat pieces of the arrays.
         arrays: of one shape.
     """
     xp = namespace(**{f"array {index}": array for index, array in enumerate(arrays)})
@@ -43,7 +46,7 @@ def inner_products(factors: Factors, arrays: Sequence[Array]) -> list[Array]:
         return _by_slab(factors, flat)
 
     def products(pieces: list[Array]) -> list[Array]:
-        return [left * right for left, right in factors(pieces)]
+        return [left * right for left, right in factors(operator, pieces)]
 
     loop = loop_of(flat[0])
     if loop is None or int(flat[0].shape[0]) < LOOP_SLAB:
@@ -55,17 +58,18 @@ def inner_products(factors: Factors, arrays: Sequence[Array]) -> list[Array]:
 def _by_slab(factors: Factors, flat: Sequence[Array]) -> list[Array]:
     xp = namespace(first=flat[0])
     fuses = fuses_inner_products(flat[0])
+    scratch, products = Scratch(flat), Scratch(flat)
     parts = []
-    held: list[Any] = []
-    for piece in _slabs(flat):
-        # The slab before is let go only now: were all its memory free at once, the C library would hand it back to the
-        # kernel, and every slab pay for fresh pages, several times the sum's cost.
+
+    def summed(left: Array, right: Array) -> Array:
         if fuses:
-            held = list(factors(piece))
-            parts.append([_inner_product(left, right) for left, right in held])
-        else:
-            held = [left * right for left, right in factors(piece)]
-            parts.append([xp.sum(product) for product in held])
+            return _inner_product(left, right)
+        products.forget()
+        return xp.sum(products.mul(left, right))
+
+    for piece in _slabs(flat):
+        scratch.forget()
+        parts.append([summed(left, right) for left, right in factors(scratch, piece)])
     return [staged_sum(xp.stack(column)) for column in zip(*parts, strict=True)]
 
 

@@ -65,7 +65,7 @@ def introduce_to_torch(torch: ModuleType) -> None:
 
     ``torch.compile`` takes them for what they are, dataclasses, and cannot trace a registration.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or _known_to["torch"] == len(_CLASSES):
         return
     for each in _unknown_to("torch"):
         torch.utils._pytree.register_pytree_node(each.cls, *_as_torch_asks(each))

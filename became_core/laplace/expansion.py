@@ -18,7 +18,7 @@ Convention: the unit of the loss (a mean or a sum over samples) is the caller's,
 
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -237,17 +237,18 @@ def _leaf_terms(leaf: dict[str, tuple[str, Array]]) -> tuple[Array, Array]:
     concrete = all(has_values(array) for array in arrays.values())
     lowest = []  # of the curvatures, in one go with the sums: memory is read once
 
-    def factors(pieces: list[Array]) -> list[tuple[Array, Array]]:
+    def factors(arithmetic: Any, pieces: list[Array]) -> list[tuple[Array, Array]]:
         at = {role: xp.astype(piece, dtype, copy=False) for role, piece in zip(leaf, pieces, strict=True)}
         if concrete and pieces[0].shape[0]:
             lowest.extend([xp.min(at["fisher_old"]), xp.min(at["fisher_new"])])
-        delta = at["theta_hat"] - at["theta_gp"]
-        square = delta * delta
+        delta = arithmetic.sub(at["theta_hat"], at["theta_gp"])
+        square = arithmetic.mul(delta, delta)
         found = [(square, at["fisher_old"]), (square, at["fisher_new"])]
         if "gradient" in at:
             found.append((at["gradient"], delta))
         if "mean" in at:
-            found.append(((at["theta_gp"] - at["mean"]) * at["fisher_old"], delta))
+            offset = arithmetic.sub(at["theta_gp"], at["mean"])
+            found.append((arithmetic.mul(offset, at["fisher_old"]), delta))
         return found
 
     # What overflows or is no number is found in the sums, and said in a sentence; NumPy alone would warn before.
@@ -303,5 +304,5 @@ def _dot(**trees: Tree) -> Array:
         xp = namespace(**leaf)
         dtype = reduction_dtype(xp, **leaf)
         arrays = [xp.astype(array, dtype, copy=False) for array in leaf.values()]
-        parts += inner_products(lambda pair: [(pair[0], pair[1])], arrays)
+        parts += inner_products(lambda _, pair: [(pair[0], pair[1])], arrays)
     return _joined([parts])[0]

@@ -10,6 +10,7 @@ from became_core.arrays import (
     device,
     has_values,
     is_array,
+    lerp_of,
     map_leaves,
     named_leaves,
     namespace,
@@ -137,15 +138,25 @@ def _between(stable: Array, plastic: Array, alpha: Any) -> Array:
     xp = namespace(**arrays)
     dtype = reduction_dtype(xp, **arrays)
     stable_wide, plastic_wide = xp.astype(stable, dtype, copy=False), xp.astype(plastic, dtype, copy=False)
-    weight = scalar(alpha, dtype, stable)
-    # A step from the nearer end: (1 - alpha) x + alpha x is not always x in floating point, but x + weight * 0 is.
+    lerp = lerp_of(stable)
+    if lerp is not None:
+        weight = alpha if isinstance(alpha, int | float) else scalar(alpha, dtype, stable)
+        merged = lerp(stable_wide, plastic_wide, weight)
+    else:
+        merged = _step_between(stable_wide, plastic_wide, scalar(alpha, dtype, stable))
+    return xp.astype(merged, stable.dtype, copy=False)
+
+
+def _step_between(stable: Array, plastic: Array, weight: Array) -> Array:
+    """A step from the nearer end: (1 - a) x + a x is not always x in floating point, but x + a * 0 is."""
+    xp = namespace(theta_gp=stable, theta_hat=plastic)
     near_stable = weight < 0.5
     if near_stable.ndim == 0 and has_values(near_stable):
-        nearer, weight = (stable_wide, weight) if bool(near_stable) else (plastic_wide, weight - 1)
+        nearer, weight = (stable, weight) if bool(near_stable) else (plastic, weight - 1)
     else:
-        nearer = xp.where(near_stable, stable_wide, plastic_wide)
+        nearer = xp.where(near_stable, stable, plastic)
         weight = xp.where(near_stable, weight, weight - 1)
-    return xp.astype(nearer + weight * (plastic_wide - stable_wide), stable.dtype, copy=False)
+    return nearer + weight * (plastic - stable)
 
 
 def scalar(number: Any, dtype: Any, like: Array) -> Array:

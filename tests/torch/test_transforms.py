@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from became_core import Diagonal, Quadratic, layerwise_quadratic, optimal_alpha
 
@@ -26,6 +27,16 @@ def test_its_gradient_is_that_of_finite_differences() -> None:
     step = 1e-6 * torch.ones_like(value)
     slope = torch.func.grad(alpha)(value).sum() * 1e-6
     torch.testing.assert_close(slope, (alpha(value + step) - alpha(value - step)) / 2, rtol=1e-5, atol=1e-12)
+
+
+def test_its_derivative_forwards_is_that_backwards() -> None:
+    theta_gp, theta_hat, old, new = _arguments()
+    value, direction = theta_hat["fc.weight"], torch.ones(2, 3, dtype=torch.float64)
+    with forward_ad.dual_level():
+        dual = {"fc.weight": forward_ad.make_dual(value, direction)}
+        tangent = forward_ad.unpack_dual(optimal_alpha(theta_gp, dual, old, new)).tangent
+    backwards = torch.func.grad(lambda each: optimal_alpha(theta_gp, {"fc.weight": each}, old, new))(value)
+    torch.testing.assert_close(tangent, (backwards * direction).sum())
 
 
 def test_vmap_is_a_loop() -> None:
