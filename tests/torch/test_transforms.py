@@ -33,8 +33,9 @@ def test_its_derivative_forwards_is_that_backwards() -> None:
     theta_gp, theta_hat, old, new = _arguments()
     value, direction = theta_hat["fc.weight"], torch.ones(2, 3, dtype=torch.float64)
     with forward_ad.dual_level():
-        dual = {"fc.weight": forward_ad.make_dual(value, direction)}
-        tangent = forward_ad.unpack_dual(optimal_alpha(theta_gp, dual, old, new)).tangent
+        dual = {"fc.weight": forward_ad.make_dual(value, direction)}  # type: ignore[no-untyped-call]
+        alpha = optimal_alpha(theta_gp, dual, old, new)
+        tangent = forward_ad.unpack_dual(alpha).tangent  # type: ignore[no-untyped-call]
     backwards = torch.func.grad(lambda each: optimal_alpha(theta_gp, {"fc.weight": each}, old, new))(value)
     torch.testing.assert_close(tangent, (backwards * direction).sum())
 
