@@ -185,7 +185,12 @@ _ROWS = (
         owns=lambda dask, array: isinstance(array, dask.Array),
         has_values=lambda dask, array: False,
     ),
-    Framework(module="", owns=_is_any_other_array, fuses_inner_products=True),
+    Framework(
+        module="",
+        owns=_is_any_other_array,
+        fuses_inner_products=True,
+        takes_out=lambda _, arrays: all(type(array) is np.ndarray for array in arrays),
+    ),
 )
 
 

@@ -2,7 +2,8 @@
 
 Where values exist, arrays are summed slab by slab, and every slab has temporaries. Fresh memory for each costs several
 times what the arithmetic does, whenever the C library hands back to the kernel what is freed; so where a framework can
-be told where to write, it is.
+be told where to write, it is; where not, a result is let go only when the next slab's takes its place, so that the
+memory is never all free at once.
 """
 
 from collections.abc import Sequence
@@ -26,13 +27,13 @@ class Scratch:
         """Return left - right, flat arrays of one length and dtype."""
         if self._writes:
             return self._xp.subtract(left, right, out=self._buffer(left))
-        return left - right
+        return self._held(left - right)
 
     def mul(self, left: Array, right: Array) -> Array:
         """Return left * right, likewise."""
         if self._writes:
             return self._xp.multiply(left, right, out=self._buffer(left))
-        return left * right
+        return self._held(left * right)
 
     def forget(self) -> None:
         """Let the memory of all results so far be used for the next ones."""
@@ -46,3 +47,8 @@ class Scratch:
             self._buffers[self._used] = self._xp.empty_like(like)
         self._used += 1
         return self._buffers[self._used - 1][:size]
+
+    def _held(self, result: Array) -> Array:
+        self._buffers[self._used : self._used + 1] = [result]
+        self._used += 1
+        return result
