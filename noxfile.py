@@ -23,6 +23,14 @@ def install(session: nox.Session, group: str, *requirements: str) -> None:
     session.install("-c", "constraints.txt", *nox.project.dependency_groups(PROJECT, group), *requirements)
 
 
+def test(session: nox.Session, *arguments: str) -> None:
+    """Run pytest, a process a core: with one thread each, since arrays are small here, and threads would only wait."""
+    session.env.update({f"{name}_THREADS": "1" for name in ("OMP_NUM", "TF_NUM_INTEROP", "TF_NUM_INTRAOP")})
+    session.run(
+        "pytest", "--numprocesses", "auto", "--maxprocesses", "8", "--dist", "loadscope", *arguments, *session.posargs
+    )
+
+
 def assert_absent(session: nox.Session, *frameworks: str) -> None:
     """Fail if one of these can be imported: what is tested must not lean on it."""
     session.run("python", "-c", f"from importlib.util import find_spec; assert not any(map(find_spec, {frameworks}))")
@@ -53,20 +61,18 @@ def docs(session: nox.Session) -> None:
 
 @nox.session(name="tests-core")
 def tests_core(session: nox.Session) -> None:
-    """The core where no framework is installed, on NumPy and on strict readings of the array API standard."""
+    """The core where no framework is installed, on NumPy and on the strictest reading of the array API standard."""
     install(session, "test", "-e", ".")
     assert_absent(session, *FRAMEWORKS)
-    for backend in ("numpy", "strict", "strictest"):
-        session.run(
-            "pytest", "tests/architectures", "tests/core", "tests/repository", "--backend", backend, *session.posargs
-        )
+    test(session, "tests/architectures", "tests/core", "tests/repository")
+    test(session, "tests/core", "--backend", "strictest")
 
 
 @nox.session(name="tests-torch")
 def tests_torch(session: nox.Session) -> None:
     """Everything, on PyTorch."""
     install(session, "test-torch", "-e", ".[torch,report,tensorboard]")
-    session.run("pytest", "tests", "--backend", "torch", *session.posargs)
+    test(session, "tests", "--backend", "torch")
 
 
 @nox.session(name="tests-jax")
@@ -75,7 +81,7 @@ def tests_jax(session: nox.Session) -> None:
     install(session, "test", "-e", ".[jax]")
     assert_absent(session, "torch", "tensorflow")
     folders = "tests/core", "tests/jax", "tests/repository", *INTERRUPTED
-    session.run("pytest", *folders, "--backend", "jax", *session.posargs)
+    test(session, *folders, "--backend", "jax")
 
 
 @nox.session(name="tests-tensorflow")
@@ -85,11 +91,11 @@ def tests_tensorflow(session: nox.Session) -> None:
     install(session, "test", "-e", ".[run]", "tensorflow-cpu", "keras")
     assert_absent(session, "torch", "jax")
     folders = "tests/core", "tests/repository", "tests/tensorflow", *INTERRUPTED
-    session.run("pytest", *folders, "--backend", "tensorflow", *session.posargs)
+    test(session, *folders, "--backend", "tensorflow")
 
 
 @nox.session
 def agreement(session: nox.Session) -> None:
     """Whole runs and networks, the same on all frameworks, which live in one process here."""
     install(session, "test", "-e", ".[torch,jax]", "tensorflow-cpu", "keras")
-    session.run("pytest", "tests/agreement", *session.posargs)
+    test(session, "tests/agreement")

@@ -126,7 +126,7 @@ class Options:
     """Where to compute: auto, cpu, cuda, cuda:1, …"""
     mixed_precision: bool = False
     """Multiply in bfloat16 in training steps; weights, losses, normalisation, memory and all that is measured stay
-    float32."""
+    float32. A CPU without instructions for it only pretends to, ten times slower: see --dry-run."""
     dropout_masks: DropoutMasks = "numpy"
     """What draws dropout's masks: NumPy, the same ones for every framework, or the framework's own generator, which is
     where the network is."""
