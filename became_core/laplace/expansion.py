@@ -18,7 +18,7 @@ Convention: the unit of the loss (a mean or a sum over samples) is the caller's,
 
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -37,15 +37,12 @@ from became_core.arrays import (
     staged_sum,
 )
 from became_core.errors import BecameError
+from became_core.laplace.groups import Per, group_directions, group_of
 from became_core.laplace.precision import Diagonal, Precision, check_diagonal
 from became_core.laplace.quadratic import Quadratic
 
 __all__ = [
     "Fisher",
-    "Per",
-    "group_directions",
-    "group_names",
-    "group_of",
     "layerwise_quadratic",
     "path_quadratic",
     "separable_terms",
@@ -54,9 +51,6 @@ __all__ = [
 
 # A curvature: a precision of any structure, or the diagonal of one as an array or a tree of arrays.
 Fisher = Precision | Tree
-
-# What shares one coefficient.
-Per = Literal["model", "layer", "leaf"]
 
 
 def path_quadratic(
@@ -152,35 +146,6 @@ def subspace_quadratic(
     if offset is not None:
         slope = slope + precision.gram(named, [named_leaves(offset)])[:, 0]
     return Quadratic(slope, curvature)
-
-
-def group_names(tree: Tree, per: Per) -> list[str]:
-    """Return what shares a coefficient in a tree, in order: its layers, its leaves, or "" for the whole model."""
-    return list(dict.fromkeys(group_of(path, per) for path in named_leaves(tree)))
-
-
-def group_directions(delta: Params, per: Per) -> list[Params]:
-    """Return for each of ``group_names`` a direction that is delta in the group's leaves and zero elsewhere."""
-    zero = {name: namespace(delta=value).zeros_like(value) for name, value in delta.items()}
-    return [
-        {name: (delta if group_of(name, per) == group else zero)[name] for name in delta}
-        for group in group_names(delta, per)
-    ]
-
-
-def group_of(path: str, per: Per) -> str:
-    """Return the group that the leaf of this path belongs to.
-
-    Raises:
-        BecameError: for an unknown kind of group.
-    """
-    if per == "model":
-        return ""
-    if per == "layer":
-        return path.rpartition(".")[0]
-    if per == "leaf":
-        return path
-    raise BecameError(f"there is no coefficient per '{per}'; choose from model, layer, leaf.")
 
 
 def separable_terms(
