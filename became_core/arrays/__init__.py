@@ -12,6 +12,7 @@ from became_core.arrays.namespace import (
     reduction_dtype,
 )
 from became_core.arrays.reductions import inner_products, staged_sum
+from became_core.arrays.scratch import Workspace
 from became_core.arrays.trees import (
     Params,
     Tree,
@@ -28,6 +29,7 @@ __all__ = [
     "Array",
     "Params",
     "Tree",
+    "Workspace",
     "aligned_leaves",
     "check_values",
     "device",

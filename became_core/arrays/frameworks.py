@@ -96,6 +96,8 @@ class Framework:
         fuses_inner_products: whether ``vecdot`` of rows takes one pass, without writing the products first.
         takes_out: (module, arrays) -> whether a function of these can be told to write its result into an array that is
             there already.
+        add_product: (module, total, left, right), which adds left * right to total where it lies, in one pass; None if
+            the framework has none. Asked for only where ``takes_out``.
         lerp: (module, start, end, weight) -> start + weight * (end - start) in one pass, reckoned from the nearer end,
             so that both ends are exact; None if the framework has none.
         on_host: array -> its numbers in NumPy, from whatever device.
@@ -110,6 +112,7 @@ class Framework:
     slab: int = 2**18
     fuses_inner_products: bool = False
     takes_out: Callable[[Any, Sequence[Any]], bool] = lambda module, arrays: False
+    add_product: Callable[[Any, Any, Any, Any], object] | None = None
     lerp: Callable[[Any, Any, Any, Any], Any] | None = None
     on_host: Callable[[Any], NDArray[Any]] = np.asarray
 
@@ -157,7 +160,9 @@ _ROWS = (
         namespace=_torch_namespace,
         device=_own_device,
         has_values=_torch_has_values,
+        slab=2**18,
         takes_out=_torch_takes_out,
+        add_product=lambda torch, total, left, right: torch.addcmul(total, left, right, out=total),
         lerp=lambda torch, start, end, weight: torch.lerp(start, end, weight),
         on_host=lambda array: np.asarray(array.detach().cpu()),
     ),

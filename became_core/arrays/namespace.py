@@ -14,6 +14,7 @@ from became_core.errors import BecameError
 
 __all__ = [
     "Array",
+    "add_product_of",
     "check_values",
     "device",
     "fuses_inner_products",
@@ -141,3 +142,9 @@ def takes_out(arrays: Sequence[Array]) -> bool:
     """Whether a function of these arrays can be told to write its result into an array that is there already."""
     framework, module = _framework_of("the value", arrays[0])
     return framework.takes_out(module, arrays)
+
+
+def add_product_of(array: Array) -> Callable[[Array, Array, Array], object] | None:
+    """Return what adds a product in place, if there is such: ``Framework.add_product`` without its module."""
+    framework, module = _framework_of("the value", array)
+    return None if framework.add_product is None else partial(framework.add_product, module)

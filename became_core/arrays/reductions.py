@@ -3,9 +3,9 @@
 Adding n numbers one after the other loses up to n units in the last place: past 2^24 equal ones, a float32 sum stands
 still. So sums are taken in a binary tree (pairwise summation, Higham 1993), in which each number goes through log2(n)
 additions: at worst 30 u = 1.8e-6 relative for 10^9 numbers of one sign, u = 6e-8 being half a unit; rounding to either
-side leaves some 3e-7 of it. At the tree's leaves stands, where values exist, a library's own sum of a slab (PyTorch and
-TensorFlow take those pairwise themselves) or its inner products of rows, so short that vector registers share the
-additions; in a compiler's loop, a few numbers that are added in turn.
+side leaves some 3e-7 of it. At the tree's leaves stand, where values exist, a library's own sums or inner products of
+rows, so short that vector registers share the additions; in a compiler's loop, and where PyTorch adds products in
+place, a few numbers that are added in turn.
 
 Arrays are walked in slabs that fit a processor's cache, so intermediate results never reach memory: in Python where
 values exist; under a trace in the compiler's own loop, or not at all where the compiler fuses a sum with what is
@@ -17,14 +17,14 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from became_core.arrays.namespace import Array, fuses_inner_products, has_values, loop_of, namespace, slab_of
-from became_core.arrays.scratch import Scratch
+from became_core.arrays.scratch import Workspace
 
 __all__ = ["inner_products", "staged_sum"]
 
-# In a compiler's loop: elements of a slab, and how many slabs are added one after the other. Powers of two.
+# Elements of a slab in a compiler's loop, and how many slabs are added one after the other. Powers of two.
 LOOP_SLAB, RUN = 2**17, 2**4
-# Elements of a row, whose inner product a library takes at once.
-ROW = 2**12
+# Elements of a row, whose sum or inner product a library takes at once.
+ROW = 2**10
 # Numbers that are added at once, in a binary tree: a power of two.
 STAGE = 2**6
 
@@ -33,17 +33,18 @@ STAGE = 2**6
 Factors = Callable[[Any, list[Array]], Sequence[tuple[Array, Array]]]
 
 
-def inner_products(factors: Factors, arrays: Sequence[Array]) -> list[Array]:
+def inner_products(factors: Factors, arrays: Sequence[Array], workspace: Workspace | None = None) -> list[Array]:
     """Return the sums of products whose factors are computed from arrays element by element, 0-d arrays.
 
     Args:
         factors: the two factors of each product, from ``sub`` and ``mul`` and flat pieces of the arrays.
         arrays: of one shape.
+        workspace: the memory to compute in where values exist; new if not given.
     """
     xp = namespace(**{f"array {index}": array for index, array in enumerate(arrays)})
     flat = [xp.reshape(array, (-1,)) for array in arrays]
     if all(has_values(array) for array in arrays):
-        return _by_slab(factors, flat)
+        return _by_slab(factors, flat, workspace or Workspace())
 
     def products(pieces: list[Array]) -> list[Array]:
         return [left * right for left, right in factors(operator, pieces)]
@@ -55,31 +56,49 @@ def inner_products(factors: Factors, arrays: Sequence[Array]) -> list[Array]:
     return [staged_sum(by_run[:, index]) for index in range(int(by_run.shape[1]))]
 
 
-def _by_slab(factors: Factors, flat: Sequence[Array]) -> list[Array]:
-    xp = namespace(first=flat[0])
-    fuses = fuses_inner_products(flat[0])
-    scratch, products = Scratch(flat), Scratch(flat)
-    parts = []
+def _by_slab(factors: Factors, flat: Sequence[Array], workspace: Workspace) -> list[Array]:
+    xp, sums = namespace(first=flat[0]), workspace.sums
+    workspace.factors.begin(flat)
+    sums.begin(flat)
 
-    def summed(left: Array, right: Array) -> Array:
-        if fuses:
-            return _inner_product(left, right)
-        products.forget()
-        return xp.sum(products.mul(left, right))
+    def pairs(pieces: list[Array]) -> Sequence[tuple[Array, Array]]:
+        workspace.factors.forget()
+        return factors(workspace.factors, pieces)
 
-    for piece in _slabs(flat):
-        scratch.forget()
-        parts.append([summed(left, right) for left, right in factors(scratch, piece)])
+    if fuses_inner_products(flat[0]):
+        parts = [[_inner_product(left, right) for left, right in pairs(pieces)] for pieces in _slabs(flat)]
+    else:
+        parts = []
+        for first, *others in _runs(flat, RUN if sums.accumulates else 1):
+            sums.forget()
+            totals = [sums.mul(left, right) for left, right in pairs(first)]
+            for pieces in others:
+                for total, (left, right) in zip(totals, pairs(pieces), strict=True):
+                    sums.accumulate(total, left, right)
+            parts.append([_sum(total) for total in totals])
     return [staged_sum(xp.stack(column)) for column in zip(*parts, strict=True)]
 
 
 def _inner_product(left: Array, right: Array) -> Array:
     xp = namespace(left=left, right=right)
-    rows = int(left.shape[0]) // ROW
-    if not rows:
+    if left.shape[0] < ROW:
         return xp.vecdot(left, right)
-    by_row = xp.vecdot(*(xp.reshape(factor[: rows * ROW], (rows, ROW)) for factor in (left, right)))
-    return xp.sum(by_row) + xp.vecdot(left[rows * ROW :], right[rows * ROW :])
+    (left, left_over), (right, right_over) = _rows(left), _rows(right)
+    return xp.sum(xp.vecdot(left, right)) + xp.vecdot(left_over, right_over)
+
+
+def _sum(values: Array) -> Array:
+    xp = namespace(values=values)
+    if values.shape[0] < ROW:
+        return xp.sum(values)
+    values, left_over = _rows(values)
+    return xp.sum(xp.sum(values, axis=1)) + xp.sum(left_over)
+
+
+def _rows(values: Array) -> tuple[Array, Array]:
+    """A flat array as rows [rows, ROW], and what is left over."""
+    rows = int(values.shape[0]) // ROW
+    return namespace(values=values).reshape(values[: rows * ROW], (rows, ROW)), values[rows * ROW :]
 
 
 def _halve_to_one(values: Array) -> Array:
@@ -96,6 +115,17 @@ def _slabs(flat: Sequence[Array]) -> Iterator[list[Array]]:
     for start in range(0, max(size, 1), slab):
         end = min(start + slab, size)
         yield [array[start:end] for array in flat]
+
+
+def _runs(flat: Sequence[Array], length: int) -> Iterator[list[list[Array]]]:
+    """Slabs, so many at a time at most and all of one size: a shorter one, the last, is a run of its own."""
+    run: list[list[Array]] = []
+    for pieces in _slabs(flat):
+        if len(run) == length or (run and pieces[0].shape[0] != run[0][0].shape[0]):
+            yield run
+            run = []
+        run.append(pieces)
+    yield run
 
 
 def staged_sum(values: Array) -> Array:

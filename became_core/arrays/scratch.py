@@ -1,4 +1,4 @@
-"""Differences and products in memory that is used again and again.
+"""Differences, products and sums of products in memory that is used again and again.
 
 Where values exist, arrays are summed slab by slab, and every slab has temporaries. Fresh memory for each costs several
 times what the arithmetic does, whenever the C library hands back to the kernel what is freed; so where a framework can
@@ -7,21 +7,34 @@ memory is never all free at once.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
-from became_core.arrays.namespace import Array, namespace, takes_out
+from became_core.arrays.namespace import Array, add_product_of, device, namespace, takes_out
 
-__all__ = ["Scratch"]
+__all__ = ["Scratch", "Workspace"]
 
 
 class Scratch:
     """``sub`` and ``mul`` of the operator module, for slabs; results are good until ``forget``."""
 
-    def __init__(self, arrays: Sequence[Array]) -> None:
-        """Begin with no memory, for slabs of these arrays, which share a namespace, and of results."""
-        self._xp = namespace(first=arrays[0])
-        self._writes = takes_out(arrays)
+    def __init__(self) -> None:
+        """Begin with no memory."""
+        self._xp: Any = None
+        self._kinds: list[tuple[Any, Any]] = []
+        self._writes = False
+        self._add_product: Any = None
         self._buffers: list[Array] = []
         self._used = 0
+
+    def begin(self, arrays: Sequence[Array]) -> None:
+        """Serve, from now on, slabs of these arrays, which share a namespace; what was served before is forgotten."""
+        kinds = [(array.dtype, device(array)) for array in arrays]
+        if kinds != self._kinds:  # then results may be of other dtypes, or elsewhere
+            self._kinds, self._buffers = kinds, []
+        self._xp = namespace(first=arrays[0])
+        self._writes = takes_out(arrays)
+        self._add_product = add_product_of(arrays[0]) if self._writes else None
+        self.forget()
 
     def sub(self, left: Array, right: Array) -> Array:
         """Return left - right, flat arrays of one length and dtype."""
@@ -35,20 +48,39 @@ class Scratch:
             return self._xp.multiply(left, right, out=self._buffer(left))
         return self._held(left * right)
 
+    @property
+    def accumulates(self) -> bool:
+        """Whether a product can be added to a result, where it lies, in one pass."""
+        return self._add_product is not None
+
+    def accumulate(self, total: Array, left: Array, right: Array) -> None:
+        """Add left * right to an earlier result of the same length, if this ``accumulates``."""
+        self._add_product(total, left, right)
+
     def forget(self) -> None:
         """Let the memory of all results so far be used for the next ones."""
         self._used = 0
 
     def _buffer(self, like: Array) -> Array:
         size = like.shape[0]
-        if self._used == len(self._buffers):
-            self._buffers.append(self._xp.empty_like(like))
-        elif self._buffers[self._used].shape[0] < size:
-            self._buffers[self._used] = self._xp.empty_like(like)
-        self._used += 1
-        return self._buffers[self._used - 1][:size]
+        there = self._buffers[self._used] if self._used < len(self._buffers) else None
+        there = self._held(self._xp.empty_like(like) if there is None or there.shape[0] < size else there)
+        return there if there.shape[0] == size else there[:size]
 
     def _held(self, result: Array) -> Array:
         self._buffers[self._used : self._used + 1] = [result]
         self._used += 1
         return result
+
+
+class Workspace:
+    """The memory of sums of products, for one leaf of a tree after another.
+
+    Attributes:
+        factors: what the products' factors are computed in.
+        sums: what the products are added up in.
+    """
+
+    def __init__(self) -> None:
+        """Begin with no memory."""
+        self.factors, self.sums = Scratch(), Scratch()

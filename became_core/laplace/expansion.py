@@ -26,6 +26,7 @@ from became_core.arrays import (
     Array,
     Params,
     Tree,
+    Workspace,
     aligned_leaves,
     device,
     difference,
@@ -170,11 +171,12 @@ def separable_terms(
         gradient=gradient,
         mean=mean,
     )
+    workspace = Workspace()
     slopes: dict[str, list[Array]] = {}
     curvatures: dict[str, list[Array]] = {}
     for path, leaf in zip(named_leaves(trees["theta_gp"]), aligned_leaves(**trees), strict=True):
         group = group_of(path, per)
-        slope, curvature = _leaf_terms(dict(zip(trees, leaf.items(), strict=True)))
+        slope, curvature = _leaf_terms(dict(zip(trees, leaf.items(), strict=True)), workspace)
         slopes.setdefault(group, []).append(slope)
         curvatures.setdefault(group, []).append(curvature)
     if not slopes:
@@ -195,7 +197,7 @@ def _joined(groups: Iterable[Sequence[Array]]) -> Array:
     return xp.stack(totals)
 
 
-def _leaf_terms(leaf: dict[str, tuple[str, Array]]) -> tuple[Array, Array]:
+def _leaf_terms(leaf: dict[str, tuple[str, Array]], workspace: Workspace) -> tuple[Array, Array]:
     """Return slope and curvature along one leaf's delta; ``leaf`` gives label and array by role."""
     arrays = dict(leaf.values())
     xp, dtype = namespace(**arrays), reduction_dtype(namespace(**arrays), **arrays)
@@ -203,7 +205,8 @@ def _leaf_terms(leaf: dict[str, tuple[str, Array]]) -> tuple[Array, Array]:
     lowest = []  # of the curvatures, in one go with the sums: memory is read once
 
     def factors(arithmetic: Any, pieces: list[Array]) -> list[tuple[Array, Array]]:
-        at = {role: xp.astype(piece, dtype, copy=False) for role, piece in zip(leaf, pieces, strict=True)}
+        wide = [piece if piece.dtype == dtype else xp.astype(piece, dtype) for piece in pieces]
+        at = dict(zip(leaf, wide, strict=True))
         if concrete and pieces[0].shape[0]:
             lowest.extend([xp.min(at["fisher_old"]), xp.min(at["fisher_new"])])
         delta = arithmetic.sub(at["theta_hat"], at["theta_gp"])
@@ -218,11 +221,12 @@ def _leaf_terms(leaf: dict[str, tuple[str, Array]]) -> tuple[Array, Array]:
 
     # What overflows or is no number is found in the sums, and said in a sentence; NumPy alone would warn before.
     with np.errstate(over="ignore", invalid="ignore") if concrete else nullcontext():
-        old, new, *more = inner_products(factors, list(arrays.values()))
+        old, new, *more = inner_products(factors, list(arrays.values()), workspace)
         slope, curvature = sum(more, -new), old + new
     if concrete:
-        sound = xp.isfinite(slope) & xp.isfinite(curvature)
-        if not bool(xp.all(xp.stack([sound, *(least >= 0 for least in lowest)]))):
+        sound = [xp.isfinite(slope), xp.isfinite(curvature)]
+        sound += [xp.all(xp.stack(lowest) >= 0)] if lowest else []
+        if not bool(xp.all(xp.stack(sound))):
             raise BecameError(_offence(leaf))
     return slope, curvature
 

@@ -10,7 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from became_core import optimal_alpha
-from became_core.arrays import inner_products, staged_sum
+from became_core.arrays import Workspace, inner_products, staged_sum
+from became_core.arrays.namespace import slab_of
+from became_core.arrays.reductions import RUN
 from tests.compilers import compiled
 
 # The analysis for 10^9 elements, which do not fit a test. A number goes through log2(n) additions, each of which errs
@@ -32,13 +34,10 @@ def test_a_sum_in_single_precision_is_right_to_1e_6(xp: Any, values: str) -> Non
     assert float(staged_sum(xp.asarray(numbers))) == pytest.approx(exact, rel=5e-7)
 
 
-def test_alpha_of_many_elements_in_single_precision(xp: Any) -> None:
-    draw = np.random.default_rng(1)
-    gp, hat, old, new = (draw.random(COUNT // 4, dtype=np.float32) for _ in range(4))
-    delta = (hat - gp).astype(np.float64)
-    top, rest = np.sum(delta**2 * new), np.sum(delta**2 * old)
-    found = float(optimal_alpha(*(xp.asarray(each) for each in (gp, hat, old, new))))
-    assert found == pytest.approx(top / (top + rest), rel=1e-6)
+@pytest.mark.parametrize("value", [0.1, None])
+def test_alpha_of_many_elements_in_single_precision(xp: Any, value: float | None) -> None:
+    """Of equal numbers, whose roundings all go one way, and of different ones."""
+    check_alpha(xp, optimal_alpha, value)
 
 
 @given(size=st.integers(1, 400))
@@ -76,13 +75,40 @@ def check_inner_products(xp: Any, shape: tuple[int, ...], function: Callable[[An
 
 @pytest.mark.parametrize("value", [0.1, None])
 def test_a_compiled_alpha_in_single_precision(xp: Any, backend: str, value: float | None) -> None:
-    """The compilers' own sums, too, over equal numbers and over different ones."""
+    """The compilers' own sums, too."""
+    check_alpha(xp, compiled(backend, optimal_alpha), value)
+
+
+def check_alpha(xp: Any, function: Callable[..., Any], value: float | None) -> None:
     draw = np.random.default_rng(1)
-    gp, hat, old, new = (draw.random(COUNT // 4, dtype=np.float32) for _ in range(4))
+    gp, hat, old, new = (draw.random(COUNT // 2, dtype=np.float32) for _ in range(4))
     if value is not None:
         gp, hat, old = np.zeros_like(gp), np.full_like(hat, value), np.full_like(old, 3 * value)
         new = np.full_like(new, value)
     delta = (hat - gp).astype(np.float64)
     top, rest = np.sum(delta**2 * new), np.sum(delta**2 * old)
-    found = float(compiled(backend, optimal_alpha)(*(xp.asarray(each) for each in (gp, hat, old, new))))
+    found = float(function(*(xp.asarray(each) for each in (gp, hat, old, new))))
     assert found == pytest.approx(top / (top + rest), rel=1e-6)
+
+
+def test_products_are_added_in_turn_a_few_at_a_time(xp: Any) -> None:
+    """As many slabs as are added in place, one more, and a shorter one, which no other may be added to."""
+    numbers = np.full(slab_of(xp.asarray(0.0)) * (RUN + 1) + 3, 0.1, dtype=np.float32)
+    (found,) = inner_products(lambda arithmetic, piece: [(piece[0], piece[0])], [xp.asarray(numbers)])
+    assert float(found) == pytest.approx(len(numbers) * float(numbers[0]) ** 2, rel=5e-7)
+
+
+def test_a_workspace_serves_leaves_of_every_kind(xp: Any) -> None:
+    workspace = Workspace()
+    for size, dtype in ((5, xp.float32), (2, xp.float32), (7, xp.float64), (9, xp.float32), (0, xp.float32)):
+        array = xp.asarray(np.arange(size), dtype=dtype)
+        product, difference = inner_products(
+            lambda arithmetic, piece: [
+                (piece[0], arithmetic.mul(piece[0], piece[0])),
+                (arithmetic.sub(*piece), piece[0]),
+            ],
+            [array, 0 * array],
+            workspace,
+        )
+        assert (product.dtype, difference.dtype) == (dtype, dtype)
+        assert [float(product), float(difference)] == [sum(n**3 for n in range(size)), sum(n**2 for n in range(size))]
