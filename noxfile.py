@@ -80,6 +80,9 @@ def tests_jax(session: nox.Session) -> None:
     """The core and the adapter on JAX, where no other framework is installed."""
     install(session, "test", "-e", ".[jax]")
     assert_absent(session, "torch", "tensorflow")
+    # Most of the time goes into compiling what another test, or the other process, has compiled already.
+    session.env["JAX_COMPILATION_CACHE_DIR"] = f"{session.create_tmp()}/compiled"
+    session.env["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     folders = "tests/core", "tests/jax", "tests/repository", *INTERRUPTED
     test(session, *folders, "--backend", "jax")
 
