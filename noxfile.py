@@ -25,7 +25,8 @@ def install(session: nox.Session, group: str, *requirements: str) -> None:
 
 def test(session: nox.Session, *arguments: str) -> None:
     """Run pytest, a process a core: with one thread each, since arrays are small here, and threads would only wait."""
-    session.env.update({f"{name}_THREADS": "1" for name in ("OMP_NUM", "TF_NUM_INTEROP", "TF_NUM_INTRAOP")})
+    threads = "OMP_NUM_THREADS", "TF_NUM_INTEROP_THREADS", "TF_NUM_INTRAOP_THREADS"
+    session.env.update(dict.fromkeys(threads, "1"))
     session.run(
         "pytest", "--numprocesses", "auto", "--maxprocesses", "8", "--dist", "loadscope", *arguments, *session.posargs
     )

@@ -160,7 +160,6 @@ _ROWS = (
         namespace=_torch_namespace,
         device=_own_device,
         has_values=_torch_has_values,
-        slab=2**18,
         takes_out=_torch_takes_out,
         add_product=lambda torch, total, left, right: torch.addcmul(total, left, right, out=total),
         lerp=lambda torch, start, end, weight: torch.lerp(start, end, weight),
