@@ -12,7 +12,7 @@ from became_core.arrays.namespace import (
     reduction_dtype,
 )
 from became_core.arrays.reductions import inner_products, staged_sum
-from became_core.arrays.scratch import Workspace
+from became_core.arrays.scratch import Arithmetic, Workspace
 from became_core.arrays.trees import (
     Params,
     Tree,
@@ -26,6 +26,7 @@ from became_core.arrays.trees import (
 from became_core.arrays.values import pytree, static
 
 __all__ = [
+    "Arithmetic",
     "Array",
     "Params",
     "Tree",

@@ -98,6 +98,7 @@ class Framework:
             there already.
         add_product: (module, total, left, right), which adds left * right to total where it lies, in one pass; None if
             the framework has none. Asked for only where ``takes_out``.
+        squared_difference: (module, left, right, out) -> out, which it makes (left - right)^2 in one pass; likewise.
         lerp: (module, start, end, weight) -> start + weight * (end - start) in one pass, reckoned from the nearer end,
             so that both ends are exact; None if the framework has none.
         on_host: array -> its numbers in NumPy, from whatever device.
@@ -113,6 +114,7 @@ class Framework:
     fuses_inner_products: bool = False
     takes_out: Callable[[Any, Sequence[Any]], bool] = lambda module, arrays: False
     add_product: Callable[[Any, Any, Any, Any], object] | None = None
+    squared_difference: Callable[[Any, Any, Any, Any], Any] | None = None
     lerp: Callable[[Any, Any, Any, Any], Any] | None = None
     on_host: Callable[[Any], NDArray[Any]] = np.asarray
 
@@ -160,8 +162,11 @@ _ROWS = (
         namespace=_torch_namespace,
         device=_own_device,
         has_values=_torch_has_values,
+        slab=2**19,
         takes_out=_torch_takes_out,
         add_product=lambda torch, total, left, right: torch.addcmul(total, left, right, out=total),
+        # The squared error with no reduction (0), under the only public name by which it can be told where to write.
+        squared_difference=lambda torch, left, right, out: torch.ops.aten.mse_loss.out(left, right, 0, out=out),
         lerp=lambda torch, start, end, weight: torch.lerp(start, end, weight),
         on_host=lambda array: np.asarray(array.detach().cpu()),
     ),

@@ -25,6 +25,7 @@ __all__ = [
     "on_host",
     "reduction_dtype",
     "slab_of",
+    "squared_difference_of",
     "takes_out",
 ]
 
@@ -142,6 +143,12 @@ def takes_out(arrays: Sequence[Array]) -> bool:
     """Whether a function of these arrays can be told to write its result into an array that is there already."""
     framework, module = _framework_of("the value", arrays[0])
     return framework.takes_out(module, arrays)
+
+
+def squared_difference_of(array: Array) -> Callable[[Array, Array, Array], Array] | None:
+    """Return what squares a difference in one pass, if there is such: ``Framework.squared_difference`` likewise."""
+    framework, module = _framework_of("the value", array)
+    return None if framework.squared_difference is None else partial(framework.squared_difference, module)
 
 
 def add_product_of(array: Array) -> Callable[[Array, Array, Array], object] | None:

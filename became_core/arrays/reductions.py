@@ -12,12 +12,11 @@ values exist; under a trace in the compiler's own loop, or not at all where the 
 summed. XLA on the CPU does not: it fuses element by element only, so slabs are added so to a running total.
 """
 
-import operator
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from became_core.arrays.namespace import Array, fuses_inner_products, has_values, loop_of, namespace, slab_of
-from became_core.arrays.scratch import Workspace
+from became_core.arrays.scratch import Arithmetic, Workspace
 
 __all__ = ["inner_products", "staged_sum"]
 
@@ -28,16 +27,15 @@ ROW = 2**10
 # Numbers that are added at once, in a binary tree: a power of two.
 STAGE = 2**6
 
-# From ``sub`` and ``mul``, the operator module's or a ``Scratch``'s, and flat pieces of arrays, side by side, to the
-# two factors of each product, of the same length.
-Factors = Callable[[Any, list[Array]], Sequence[tuple[Array, Array]]]
+# From an arithmetic and flat pieces of arrays, side by side, to the two factors of each product, of the same length.
+Factors = Callable[[Arithmetic, list[Array]], Sequence[tuple[Array, Array]]]
 
 
 def inner_products(factors: Factors, arrays: Sequence[Array], workspace: Workspace | None = None) -> list[Array]:
     """Return the sums of products whose factors are computed from arrays element by element, 0-d arrays.
 
     Args:
-        factors: the two factors of each product, from ``sub`` and ``mul`` and flat pieces of the arrays.
+        factors: the two factors of each product, from an arithmetic and flat pieces of the arrays.
         arrays: of one shape.
         workspace: the memory to compute in where values exist; new if not given.
     """
@@ -47,7 +45,7 @@ def inner_products(factors: Factors, arrays: Sequence[Array], workspace: Workspa
         return _by_slab(factors, flat, workspace or Workspace())
 
     def products(pieces: list[Array]) -> list[Array]:
-        return [left * right for left, right in factors(operator, pieces)]
+        return [left * right for left, right in factors(Arithmetic(), pieces)]
 
     loop = loop_of(flat[0])
     if loop is None or int(flat[0].shape[0]) < LOOP_SLAB:

@@ -1,4 +1,4 @@
-"""Differences, products and sums of products in memory that is used again and again.
+"""The arithmetic of factors of products: as operators do it, and in memory that is used again and again.
 
 Where values exist, arrays are summed slab by slab, and every slab has temporaries. Fresh memory for each costs several
 times what the arithmetic does, whenever the C library hands back to the kernel what is freed; so where a framework can
@@ -9,13 +9,30 @@ memory is never all free at once.
 from collections.abc import Sequence
 from typing import Any
 
-from became_core.arrays.namespace import Array, add_product_of, device, namespace, takes_out
+from became_core.arrays.namespace import Array, add_product_of, device, namespace, squared_difference_of, takes_out
 
-__all__ = ["Scratch", "Workspace"]
+__all__ = ["Arithmetic", "Scratch", "Workspace"]
 
 
-class Scratch:
-    """``sub`` and ``mul`` of the operator module, for slabs; results are good until ``forget``."""
+class Arithmetic:
+    """Differences and products of flat arrays of one length and dtype, as operators make them: for a trace."""
+
+    def sub(self, left: Array, right: Array) -> Array:
+        """Return left - right."""
+        return left - right
+
+    def mul(self, left: Array, right: Array) -> Array:
+        """Return left * right."""
+        return left * right
+
+    def squared_difference(self, left: Array, right: Array) -> Array:
+        """Return (left - right)^2."""
+        difference = self.sub(left, right)
+        return self.mul(difference, difference)
+
+
+class Scratch(Arithmetic):
+    """The same where values exist, for slabs; results are good until ``forget``."""
 
     def __init__(self) -> None:
         """Begin with no memory."""
@@ -23,6 +40,7 @@ class Scratch:
         self._kinds: list[tuple[Any, Any]] = []
         self._writes = False
         self._add_product: Any = None
+        self._squared_difference: Any = None
         self._buffers: list[Array] = []
         self._used = 0
 
@@ -34,19 +52,26 @@ class Scratch:
         self._xp = namespace(first=arrays[0])
         self._writes = takes_out(arrays)
         self._add_product = add_product_of(arrays[0]) if self._writes else None
+        self._squared_difference = squared_difference_of(arrays[0]) if self._writes else None
         self.forget()
 
     def sub(self, left: Array, right: Array) -> Array:
-        """Return left - right, flat arrays of one length and dtype."""
+        """Return left - right."""
         if self._writes:
             return self._xp.subtract(left, right, out=self._buffer(left))
         return self._held(left - right)
 
     def mul(self, left: Array, right: Array) -> Array:
-        """Return left * right, likewise."""
+        """Return left * right."""
         if self._writes:
             return self._xp.multiply(left, right, out=self._buffer(left))
         return self._held(left * right)
+
+    def squared_difference(self, left: Array, right: Array) -> Array:
+        """Return (left - right)^2, in one pass where the framework knows how."""
+        if self._squared_difference is None:
+            return super().squared_difference(left, right)
+        return self._squared_difference(left, right, self._buffer(left))
 
     @property
     def accumulates(self) -> bool:

@@ -18,11 +18,11 @@ Convention: the unit of the loss (a mean or a sum over samples) is the caller's,
 
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
-from typing import Any
 
 import numpy as np
 
 from became_core.arrays import (
+    Arithmetic,
     Array,
     Params,
     Tree,
@@ -204,13 +204,16 @@ def _leaf_terms(leaf: dict[str, tuple[str, Array]], workspace: Workspace) -> tup
     concrete = all(has_values(array) for array in arrays.values())
     lowest = []  # of the curvatures, in one go with the sums: memory is read once
 
-    def factors(arithmetic: Any, pieces: list[Array]) -> list[tuple[Array, Array]]:
+    def factors(arithmetic: Arithmetic, pieces: list[Array]) -> list[tuple[Array, Array]]:
         wide = [piece if piece.dtype == dtype else xp.astype(piece, dtype) for piece in pieces]
         at = dict(zip(leaf, wide, strict=True))
         if concrete and pieces[0].shape[0]:
             lowest.extend([xp.min(at["fisher_old"]), xp.min(at["fisher_new"])])
-        delta = arithmetic.sub(at["theta_hat"], at["theta_gp"])
-        square = arithmetic.mul(delta, delta)
+        if "gradient" in at or "mean" in at:
+            delta = arithmetic.sub(at["theta_hat"], at["theta_gp"])
+            square = arithmetic.mul(delta, delta)
+        else:
+            square = arithmetic.squared_difference(at["theta_hat"], at["theta_gp"])
         found = [(square, at["fisher_old"]), (square, at["fisher_new"])]
         if "gradient" in at:
             found.append((at["gradient"], delta))

@@ -102,13 +102,15 @@ def test_a_workspace_serves_leaves_of_every_kind(xp: Any) -> None:
     workspace = Workspace()
     for size, dtype in ((5, xp.float32), (2, xp.float32), (7, xp.float64), (9, xp.float32), (0, xp.float32)):
         array = xp.asarray(np.arange(size), dtype=dtype)
-        product, difference = inner_products(
+        found = inner_products(
             lambda arithmetic, piece: [
                 (piece[0], arithmetic.mul(piece[0], piece[0])),
                 (arithmetic.sub(*piece), piece[0]),
+                (arithmetic.squared_difference(*piece), piece[0]),
             ],
-            [array, 0 * array],
+            [array, -array],
             workspace,
         )
-        assert (product.dtype, difference.dtype) == (dtype, dtype)
-        assert [float(product), float(difference)] == [sum(n**3 for n in range(size)), sum(n**2 for n in range(size))]
+        assert all(each.dtype == dtype for each in found)
+        cubes = sum(n**3 for n in range(size))
+        assert [float(each) for each in found] == [cubes, 2 * sum(n**2 for n in range(size)), 4 * cubes]
