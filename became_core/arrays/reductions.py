@@ -12,7 +12,8 @@ values exist; under a trace in the compiler's own loop, or not at all where the 
 summed. XLA on the CPU does not: it fuses element by element only, so slabs are added so to a running total.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 from typing import Any
 
 from became_core.arrays.namespace import Array, fuses_inner_products, has_values, loop_of, namespace, slab_of
@@ -27,8 +28,9 @@ ROW = 2**10
 # Numbers that are added at once, in a binary tree: a power of two.
 STAGE = 2**6
 
-# From an arithmetic and flat pieces of arrays, side by side, to the two factors of each product, of the same length.
-Factors = Callable[[Arithmetic, list[Array]], Sequence[tuple[Array, Array]]]
+# From an arithmetic and flat pieces of arrays, side by side, to the two factors of each product, of the same length;
+# a generator's are used one after the other, and what it does after the last is done after the last product.
+Factors = Callable[[Arithmetic, list[Array]], Iterable[tuple[Array, Array]]]
 
 
 def inner_products(factors: Factors, arrays: Sequence[Array], workspace: Workspace | None = None) -> list[Array]:
@@ -59,18 +61,18 @@ def _by_slab(factors: Factors, flat: Sequence[Array], workspace: Workspace) -> l
     workspace.factors.begin(flat)
     sums.begin(flat)
 
-    def pairs(pieces: list[Array]) -> Sequence[tuple[Array, Array]]:
+    def pairs(pieces: list[Array]) -> Iterable[tuple[Array, Array]]:
         workspace.factors.forget()
         return factors(workspace.factors, pieces)
 
     if fuses_inner_products(flat[0]):
         parts = [[_inner_product(left, right) for left, right in pairs(pieces)] for pieces in _slabs(flat)]
     else:
-        parts = []
-        for first, *others in _runs(flat, RUN if sums.accumulates else 1):
+        parts, slabs = [], _slabs(flat)
+        while run := list(islice(slabs, RUN if sums.accumulates else 1)):
             sums.forget()
-            totals = [sums.mul(left, right) for left, right in pairs(first)]
-            for pieces in others:
+            totals = [sums.mul(left, right) for left, right in pairs(run[0])]
+            for pieces in run[1:]:
                 for total, (left, right) in zip(totals, pairs(pieces), strict=True):
                     sums.accumulate(total, left, right)
             parts.append([_sum(total) for total in totals])
@@ -113,17 +115,6 @@ def _slabs(flat: Sequence[Array]) -> Iterator[list[Array]]:
     for start in range(0, max(size, 1), slab):
         end = min(start + slab, size)
         yield [array[start:end] for array in flat]
-
-
-def _runs(flat: Sequence[Array], length: int) -> Iterator[list[list[Array]]]:
-    """Slabs, so many at a time at most and all of one size: a shorter one, the last, is a run of its own."""
-    run: list[list[Array]] = []
-    for pieces in _slabs(flat):
-        if len(run) == length or (run and pieces[0].shape[0] != run[0][0].shape[0]):
-            yield run
-            run = []
-        run.append(pieces)
-    yield run
 
 
 def staged_sum(values: Array) -> Array:

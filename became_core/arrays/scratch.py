@@ -79,8 +79,9 @@ class Scratch(Arithmetic):
         return self._add_product is not None
 
     def accumulate(self, total: Array, left: Array, right: Array) -> None:
-        """Add left * right to an earlier result of the same length, if this ``accumulates``."""
-        self._add_product(total, left, right)
+        """Add left * right to the first elements of an earlier result, if this ``accumulates``."""
+        size = left.shape[0]
+        self._add_product(total if total.shape[0] == size else total[:size], left, right)
 
     def forget(self) -> None:
         """Let the memory of all results so far be used for the next ones."""

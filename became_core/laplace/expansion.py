@@ -16,7 +16,7 @@ H_new).delta.
 Convention: the unit of the loss (a mean or a sum over samples) is the caller's, and is the same in every term.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 
 import numpy as np
@@ -202,25 +202,25 @@ def _leaf_terms(leaf: dict[str, tuple[str, Array]], workspace: Workspace) -> tup
     arrays = dict(leaf.values())
     xp, dtype = namespace(**arrays), reduction_dtype(namespace(**arrays), **arrays)
     concrete = all(has_values(array) for array in arrays.values())
-    lowest = []  # of the curvatures, in one go with the sums: memory is read once
+    lowest = []  # of the curvatures, in one walk with the sums: memory is read once
 
-    def factors(arithmetic: Arithmetic, pieces: list[Array]) -> list[tuple[Array, Array]]:
+    def factors(arithmetic: Arithmetic, pieces: list[Array]) -> Iterator[tuple[Array, Array]]:
         wide = [piece if piece.dtype == dtype else xp.astype(piece, dtype) for piece in pieces]
         at = dict(zip(leaf, wide, strict=True))
-        if concrete and pieces[0].shape[0]:
-            lowest.extend([xp.min(at["fisher_old"]), xp.min(at["fisher_new"])])
         if "gradient" in at or "mean" in at:
             delta = arithmetic.sub(at["theta_hat"], at["theta_gp"])
             square = arithmetic.mul(delta, delta)
         else:
             square = arithmetic.squared_difference(at["theta_hat"], at["theta_gp"])
-        found = [(square, at["fisher_old"]), (square, at["fisher_new"])]
+        yield square, at["fisher_old"]
+        yield square, at["fisher_new"]
         if "gradient" in at:
-            found.append((at["gradient"], delta))
+            yield at["gradient"], delta
         if "mean" in at:
             offset = arithmetic.sub(at["theta_gp"], at["mean"])
-            found.append((arithmetic.mul(offset, at["fisher_old"]), delta))
-        return found
+            yield arithmetic.mul(offset, at["fisher_old"]), delta
+        if concrete and pieces[0].shape[0]:  # last, when they are in the cache
+            lowest.extend([xp.min(at["fisher_old"]), xp.min(at["fisher_new"])])
 
     # What overflows or is no number is found in the sums, and said in a sentence; NumPy alone would warn before.
     with np.errstate(over="ignore", invalid="ignore") if concrete else nullcontext():

@@ -92,7 +92,7 @@ def check_alpha(xp: Any, function: Callable[..., Any], value: float | None) -> N
 
 
 def test_products_are_added_in_turn_a_few_at_a_time(xp: Any) -> None:
-    """As many slabs as are added in place, one more, and a shorter one, which no other may be added to."""
+    """As many slabs as are added in place, one more, and a shorter one, which is added to the first of its elements."""
     numbers = np.full(slab_of(xp.asarray(0.0)) * (RUN + 1) + 3, 0.1, dtype=np.float32)
     (found,) = inner_products(lambda arithmetic, piece: [(piece[0], piece[0])], [xp.asarray(numbers)])
     assert float(found) == pytest.approx(len(numbers) * float(numbers[0]) ** 2, rel=5e-7)
