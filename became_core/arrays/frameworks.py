@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from became_core.arrays.values import introduce_to_jax, introduce_to_torch
 
-__all__ = ["Framework", "framework_of", "is_array"]
+__all__ = ["Framework", "Kernels", "framework_of", "is_array"]
 
 
 def _own_device(array: Any) -> Any:
@@ -80,6 +80,21 @@ def _tensorflow_loop(
 
 
 @dataclass(frozen=True)
+class Kernels:
+    """What a framework does in one pass, where the standard's functions take several, or do it slower.
+
+    Attributes:
+        add_product: (total, left, right), which adds left * right to total where it lies.
+        squared_difference: (left, right, out) -> out, which it makes (left - right)^2.
+        least: array -> its least element, 0-d.
+    """
+
+    add_product: Callable[[Any, Any, Any], object]
+    squared_difference: Callable[[Any, Any, Any], Any]
+    least: Callable[[Any], Any]
+
+
+@dataclass(frozen=True)
 class Framework:
     """How arrays of one framework are recognised and what may be asked of them.
 
@@ -96,9 +111,7 @@ class Framework:
         fuses_inner_products: whether ``vecdot`` of rows takes one pass, without writing the products first.
         takes_out: (module, arrays) -> whether a function of these can be told to write its result into an array that is
             there already.
-        add_product: (module, total, left, right), which adds left * right to total where it lies, in one pass; None if
-            the framework has none. Asked for only where ``takes_out``.
-        squared_difference: (module, left, right, out) -> out, which it makes (left - right)^2 in one pass; likewise.
+        kernels: module -> its ``Kernels``; None if it has none. Asked for only where ``takes_out``.
         lerp: (module, start, end, weight) -> start + weight * (end - start) in one pass, reckoned from the nearer end,
             so that both ends are exact; None if the framework has none.
         on_host: array -> its numbers in NumPy, from whatever device.
@@ -113,8 +126,7 @@ class Framework:
     slab: int = 2**18
     fuses_inner_products: bool = False
     takes_out: Callable[[Any, Sequence[Any]], bool] = lambda module, arrays: False
-    add_product: Callable[[Any, Any, Any, Any], object] | None = None
-    squared_difference: Callable[[Any, Any, Any, Any], Any] | None = None
+    kernels: Callable[[Any], Kernels] | None = None
     lerp: Callable[[Any, Any, Any, Any], Any] | None = None
     on_host: Callable[[Any], NDArray[Any]] = np.asarray
 
@@ -135,6 +147,15 @@ def _torch_takes_out(torch: Any, arrays: Sequence[Any]) -> bool:
     # Not where derivatives are taken, backwards or forwards.
     backwards = torch.is_grad_enabled() and any(array.requires_grad for array in arrays)
     return not backwards and torch.autograd.forward_ad._current_level < 0
+
+
+def _torch_kernels(torch: Any) -> Kernels:
+    return Kernels(
+        add_product=lambda total, left, right: torch.addcmul(total, left, right, out=total),
+        # The squared error with no reduction (0), under the only public name by which it can be told where to write.
+        squared_difference=lambda left, right, out: torch.ops.aten.mse_loss.out(left, right, 0, out=out),
+        least=torch.min,
+    )
 
 
 def _jax_namespace(array: Any) -> Any:
@@ -164,9 +185,7 @@ _ROWS = (
         has_values=_torch_has_values,
         slab=2**19,
         takes_out=_torch_takes_out,
-        add_product=lambda torch, total, left, right: torch.addcmul(total, left, right, out=total),
-        # The squared error with no reduction (0), under the only public name by which it can be told where to write.
-        squared_difference=lambda torch, left, right, out: torch.ops.aten.mse_loss.out(left, right, 0, out=out),
+        kernels=_torch_kernels,
         lerp=lambda torch, start, end, weight: torch.lerp(start, end, weight),
         on_host=lambda array: np.asarray(array.detach().cpu()),
     ),

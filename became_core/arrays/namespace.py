@@ -9,23 +9,22 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from became_core.arrays.frameworks import Framework, framework_of
+from became_core.arrays.frameworks import Framework, Kernels, framework_of
 from became_core.errors import BecameError
 
 __all__ = [
     "Array",
-    "add_product_of",
     "check_values",
     "device",
     "fuses_inner_products",
     "has_values",
+    "kernels_of",
     "lerp_of",
     "loop_of",
     "namespace",
     "on_host",
     "reduction_dtype",
     "slab_of",
-    "squared_difference_of",
     "takes_out",
 ]
 
@@ -145,13 +144,7 @@ def takes_out(arrays: Sequence[Array]) -> bool:
     return framework.takes_out(module, arrays)
 
 
-def squared_difference_of(array: Array) -> Callable[[Array, Array, Array], Array] | None:
-    """Return what squares a difference in one pass, if there is such: ``Framework.squared_difference`` likewise."""
+def kernels_of(array: Array) -> Kernels | None:
+    """Return what the framework does in one pass, if it has such; to be used only where it ``takes_out``."""
     framework, module = _framework_of("the value", array)
-    return None if framework.squared_difference is None else partial(framework.squared_difference, module)
-
-
-def add_product_of(array: Array) -> Callable[[Array, Array, Array], object] | None:
-    """Return what adds a product in place, if there is such: ``Framework.add_product`` without its module."""
-    framework, module = _framework_of("the value", array)
-    return None if framework.add_product is None else partial(framework.add_product, module)
+    return None if framework.kernels is None else framework.kernels(module)

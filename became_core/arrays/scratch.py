@@ -9,7 +9,7 @@ memory is never all free at once.
 from collections.abc import Sequence
 from typing import Any
 
-from became_core.arrays.namespace import Array, add_product_of, device, namespace, squared_difference_of, takes_out
+from became_core.arrays.namespace import Array, device, kernels_of, namespace, takes_out
 
 __all__ = ["Arithmetic", "Scratch", "Workspace"]
 
@@ -30,6 +30,10 @@ class Arithmetic:
         difference = self.sub(left, right)
         return self.mul(difference, difference)
 
+    def least(self, values: Array) -> Array:
+        """Return the least element, 0-d."""
+        return namespace(values=values).min(values)
+
 
 class Scratch(Arithmetic):
     """The same where values exist, for slabs; results are good until ``forget``."""
@@ -39,8 +43,7 @@ class Scratch(Arithmetic):
         self._xp: Any = None
         self._kinds: list[tuple[Any, Any]] = []
         self._writes = False
-        self._add_product: Any = None
-        self._squared_difference: Any = None
+        self._kernels: Any = None
         self._buffers: list[Array] = []
         self._used = 0
 
@@ -51,8 +54,7 @@ class Scratch(Arithmetic):
             self._kinds, self._buffers = kinds, []
         self._xp = namespace(first=arrays[0])
         self._writes = takes_out(arrays)
-        self._add_product = add_product_of(arrays[0]) if self._writes else None
-        self._squared_difference = squared_difference_of(arrays[0]) if self._writes else None
+        self._kernels = kernels_of(arrays[0]) if self._writes else None
         self.forget()
 
     def sub(self, left: Array, right: Array) -> Array:
@@ -69,19 +71,23 @@ class Scratch(Arithmetic):
 
     def squared_difference(self, left: Array, right: Array) -> Array:
         """Return (left - right)^2, in one pass where the framework knows how."""
-        if self._squared_difference is None:
+        if self._kernels is None:
             return super().squared_difference(left, right)
-        return self._squared_difference(left, right, self._buffer(left))
+        return self._kernels.squared_difference(left, right, self._buffer(left))
+
+    def least(self, values: Array) -> Array:
+        """Return the least element, 0-d."""
+        return self._xp.min(values) if self._kernels is None else self._kernels.least(values)
 
     @property
     def accumulates(self) -> bool:
         """Whether a product can be added to a result, where it lies, in one pass."""
-        return self._add_product is not None
+        return self._kernels is not None
 
     def accumulate(self, total: Array, left: Array, right: Array) -> None:
         """Add left * right to the first elements of an earlier result, if this ``accumulates``."""
         size = left.shape[0]
-        self._add_product(total if total.shape[0] == size else total[:size], left, right)
+        self._kernels.add_product(total if total.shape[0] == size else total[:size], left, right)
 
     def forget(self) -> None:
         """Let the memory of all results so far be used for the next ones."""

@@ -220,7 +220,7 @@ def _leaf_terms(leaf: dict[str, tuple[str, Array]], workspace: Workspace) -> tup
             offset = arithmetic.sub(at["theta_gp"], at["mean"])
             yield arithmetic.mul(offset, at["fisher_old"]), delta
         if concrete and pieces[0].shape[0]:  # last, when they are in the cache
-            lowest.extend([xp.min(at["fisher_old"]), xp.min(at["fisher_new"])])
+            lowest.extend([arithmetic.least(at["fisher_old"]), arithmetic.least(at["fisher_new"])])
 
     # What overflows or is no number is found in the sums, and said in a sentence; NumPy alone would warn before.
     with np.errstate(over="ignore", invalid="ignore") if concrete else nullcontext():
