@@ -24,40 +24,37 @@ def _own_device(array: Any) -> Any:
 
 # What walks flat arrays, (module, step, finish, arrays, size, run), in pieces of so many elements, adds up the step's
 # results, [terms, size], over each run of so many pieces one after the other, and returns what ``finish`` makes of
-# every run's total, the last and shorter one's too, stacked. A last piece that would end too late begins earlier, and
-# what it has in common with the one before counts as zero.
+# every run's total, the last and shorter one's too, stacked. Elements that fill no piece are a run of their own, with
+# zeros behind its results.
 Step = Callable[[list[Any]], Any]
 Loop = Callable[[Any, Step, Callable[[Any], Any], Sequence[Any], int, int], Any]
 
 
 def _jax_loop(jax: Any, step: Step, finish: Callable[[Any], Any], arrays: Sequence[Any], size: int, run: int) -> Any:
-    jnp, length = jax.numpy, arrays[0].shape[0]
+    jnp = jax.numpy
 
     # The pieces are sliced within the loop: what is sliced before it is copied as a whole.
     def at(index: Any) -> Any:
-        start = jnp.minimum(index * size, length - size)
-        found = step([jax.lax.dynamic_slice_in_dim(array, start, size) for array in arrays])
-        return jnp.where(jnp.arange(size) >= index * size - start, found, 0)
+        return step([jax.lax.dynamic_slice_in_dim(array, index * size, size) for array in arrays])
 
     def total(first: Any, pieces: int) -> Any:
         return finish(jax.lax.fori_loop(1, pieces, lambda later, sofar: sofar + at(first + later), at(first)))
 
-    whole, left = divmod(-(-length // size), run)
+    pieces, rest = divmod(arrays[0].shape[0], size)
+    whole, left = divmod(pieces, run)
     totals = [jax.lax.map(lambda number: total(number * run, run), jnp.arange(whole))]
     if left:
         totals.append(total(whole * run, left)[None])
+    if rest:
+        totals.append(finish(jnp.pad(step([array[-rest:] for array in arrays]), ((0, 0), (0, size - rest))))[None])
     return jnp.concat(totals)
 
 
 def _tensorflow_loop(
     tensorflow: Any, step: Step, finish: Callable[[Any], Any], arrays: Sequence[Any], size: int, run: int
 ) -> Any:
-    length = arrays[0].shape[0]
-
     def at(index: Any) -> Any:
-        start = tensorflow.minimum(index * size, length - size)
-        found = step([tensorflow.slice(array, [start], [size]) for array in arrays])
-        return tensorflow.where(tensorflow.range(size) >= index * size - start, found, tensorflow.zeros_like(found))
+        return step([tensorflow.slice(array, [index * size], [size]) for array in arrays])
 
     def total(first: Any, pieces: int) -> Any:
         _, found = tensorflow.while_loop(
@@ -68,7 +65,8 @@ def _tensorflow_loop(
         )
         return finish(found)
 
-    whole, left = divmod(-(-length // size), run)
+    pieces, rest = divmod(arrays[0].shape[0], size)
+    whole, left = divmod(pieces, run)
     totals = []
     if whole:
         # The dtype must be known beforehand: that of a first result, of which nothing else is kept.
@@ -76,6 +74,9 @@ def _tensorflow_loop(
         totals.append(tensorflow.map_fn(lambda number: total(number * run, run), numbers, fn_output_signature=dtype))
     if left:
         totals.append(total(whole * run, left)[None])
+    if rest:
+        found = tensorflow.pad(step([array[-rest:] for array in arrays]), ((0, 0), (0, size - rest)))
+        totals.append(finish(found)[None])
     return tensorflow.concat(totals, axis=0)
 
 
@@ -105,7 +106,8 @@ class Framework:
         device: array -> the device it lives on, as its framework calls it.
         has_values: (module, array) -> whether its numbers can be looked at: neither is it traced, nor would looking
             compute a lazy graph.
-        loop: the compiler's own; None where the compiler computes what is summed as it sums it, without a loop.
+        loop: module -> the compiler's own; None where the compiler computes what is summed as it sums it, as XLA does
+            on a GPU and not on a CPU. The default device is what decides: a trace knows no other.
         slab: how many elements are summed at a time where values exist: so few that with a few temporaries they stay
             within the cache, or so many that a call of the framework's own, which costs more, is worth it.
         fuses_inner_products: whether ``vecdot`` of rows takes one pass, without writing the products first.
@@ -122,7 +124,7 @@ class Framework:
     namespace: Callable[[Any], Any] = array_api_compat.array_namespace
     device: Callable[[Any], Any] = array_api_compat.device
     has_values: Callable[[Any, Any], bool] = lambda module, array: True
-    loop: Loop | None = None
+    loop: Callable[[Any], Loop | None] = lambda module: None
     slab: int = 2**18
     fuses_inner_products: bool = False
     takes_out: Callable[[Any, Sequence[Any]], bool] = lambda module, arrays: False
@@ -198,7 +200,7 @@ _ROWS = (
         has_values=lambda tensorflow, array: (
             tensorflow.executing_eagerly() and not tensorflow.is_symbolic_tensor(array)
         ),
-        loop=_tensorflow_loop,
+        loop=lambda tensorflow: None if tensorflow.config.list_physical_devices("GPU") else _tensorflow_loop,
         slab=2**20,
     ),
     Framework(
@@ -206,7 +208,7 @@ _ROWS = (
         owns=lambda jax, array: isinstance(array, jax.Array),
         namespace=_jax_namespace,
         has_values=lambda jax, array: not isinstance(array, jax.core.Tracer),
-        loop=_jax_loop,
+        loop=lambda jax: _jax_loop if jax.default_backend() == "cpu" else None,
     ),
     Framework(
         module="dask.array",

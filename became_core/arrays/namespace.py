@@ -117,7 +117,8 @@ def has_values(array: Array) -> bool:
 def loop_of(array: Array) -> Callable[..., Array] | None:
     """Return the loop of the framework's compiler if sums need one: ``frameworks.Loop`` without its module."""
     framework, module = _framework_of("the value", array)
-    return None if framework.loop is None else partial(framework.loop, module)
+    loop = framework.loop(module)
+    return None if loop is None else partial(loop, module)
 
 
 def fuses_inner_products(array: Array) -> bool:

@@ -22,7 +22,7 @@ from became_core.arrays.scratch import Arithmetic, Workspace
 __all__ = ["inner_products", "staged_sum"]
 
 # Elements of a slab in a compiler's loop, and how many slabs are added one after the other. Powers of two.
-LOOP_SLAB, RUN = 2**17, 2**4
+LOOP_SLAB, RUN = 2**16, 2**4
 # Elements of a row, whose sum or inner product a library takes at once.
 ROW = 2**10
 # Numbers that are added at once, in a binary tree: a power of two.

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from became_core import optimal_alpha
 from became_core.arrays import Workspace, inner_products, staged_sum
-from became_core.arrays.namespace import slab_of
+from became_core.arrays.namespace import loop_of, slab_of
 from became_core.arrays.reductions import RUN
 from tests.compilers import compiled
 
@@ -71,6 +71,22 @@ def check_inner_products(xp: Any, shape: tuple[int, ...], function: Callable[[An
     product, difference = function(xp.asarray(numbers), xp.asarray(-numbers))
     assert float(product) == -float(np.sum(numbers**2))
     assert float(difference) == 2 * float(np.sum(numbers))
+
+
+def test_where_the_compiler_fuses_sums_there_is_no_loop(xp: Any, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As XLA does for a GPU, where each of a loop's many turns would be launches of their own."""
+    if backend == "jax":
+        import jax
+
+        monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    elif backend == "tensorflow":
+        import tensorflow
+
+        monkeypatch.setattr(tensorflow.config, "list_physical_devices", lambda kind: [f"a {kind}"])
+    else:
+        pytest.skip("this backend has no loop")
+    assert loop_of(xp.asarray(0.0)) is None
+    check_inner_products(xp, (3, 2**18), compiled(backend, both))
 
 
 @pytest.mark.parametrize("value", [0.1, None])
