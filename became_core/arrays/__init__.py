@@ -12,7 +12,7 @@ from became_core.arrays.namespace import (
     reduction_dtype,
 )
 from became_core.arrays.reductions import inner_products, staged_sum
-from became_core.arrays.scratch import Arithmetic, Workspace
+from became_core.arrays.scratch import Arithmetic, Scratch, Workspace
 from became_core.arrays.trees import (
     Params,
     Tree,
@@ -29,6 +29,7 @@ __all__ = [
     "Arithmetic",
     "Array",
     "Params",
+    "Scratch",
     "Tree",
     "Workspace",
     "aligned_leaves",

@@ -12,12 +12,12 @@ values exist; under a trace in the compiler's own loop, or not at all where the 
 summed. XLA on the CPU does not: it fuses element by element only, so slabs are added so to a running total.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from typing import Any
 
 from became_core.arrays.namespace import Array, fuses_inner_products, has_values, loop_of, namespace, slab_of
-from became_core.arrays.scratch import Arithmetic, Workspace
+from became_core.arrays.scratch import Arithmetic, Scratch, Workspace
 
 __all__ = ["inner_products", "staged_sum"]
 
@@ -28,23 +28,30 @@ ROW = 2**10
 # Numbers that are added at once, in a binary tree: a power of two.
 STAGE = 2**6
 
-# From an arithmetic and flat pieces of arrays, side by side, to the two factors of each product, of the same length;
-# a generator's are used one after the other, and what it does after the last is done after the last product.
-Factors = Callable[[Arithmetic, list[Array]], Iterable[tuple[Array, Array]]]
+# From an arithmetic and flat pieces of arrays, side by side, to the two factors of each product, of the same length.
+Factors = Callable[[Arithmetic, list[Array]], Sequence[tuple[Array, Array]]]
+# What looks at the values of such pieces.
+Look = Callable[[Scratch, list[Array]], None]
 
 
-def inner_products(factors: Factors, arrays: Sequence[Array], workspace: Workspace | None = None) -> list[Array]:
+def inner_products(
+    factors: Factors,
+    arrays: Sequence[Array],
+    workspace: Workspace | None = None,
+    look: Look = lambda scratch, pieces: None,
+) -> list[Array]:
     """Return the sums of products whose factors are computed from arrays element by element, 0-d arrays.
 
     Args:
         factors: the two factors of each product, from an arithmetic and flat pieces of the arrays.
         arrays: of one shape.
         workspace: the memory to compute in where values exist; new if not given.
+        look: called there with all pieces, each time after their products, when they are in the cache.
     """
     xp = namespace(**{f"array {index}": array for index, array in enumerate(arrays)})
     flat = [xp.reshape(array, (-1,)) for array in arrays]
     if all(has_values(array) for array in arrays):
-        return _by_slab(factors, flat, workspace or Workspace())
+        return _by_slab(factors, look, flat, workspace or Workspace())
 
     def products(pieces: list[Array]) -> list[Array]:
         return [left * right for left, right in factors(Arithmetic(), pieces)]
@@ -56,25 +63,29 @@ def inner_products(factors: Factors, arrays: Sequence[Array], workspace: Workspa
     return [staged_sum(by_run[:, index]) for index in range(int(by_run.shape[1]))]
 
 
-def _by_slab(factors: Factors, flat: Sequence[Array], workspace: Workspace) -> list[Array]:
+def _by_slab(factors: Factors, look: Look, flat: Sequence[Array], workspace: Workspace) -> list[Array]:
     xp, sums = namespace(first=flat[0]), workspace.sums
     workspace.factors.begin(flat)
     sums.begin(flat)
 
-    def pairs(pieces: list[Array]) -> Iterable[tuple[Array, Array]]:
+    def pairs(pieces: list[Array]) -> Sequence[tuple[Array, Array]]:
         workspace.factors.forget()
         return factors(workspace.factors, pieces)
 
+    parts, slabs = [], _slabs(flat)
     if fuses_inner_products(flat[0]):
-        parts = [[_inner_product(left, right) for left, right in pairs(pieces)] for pieces in _slabs(flat)]
+        for pieces in slabs:
+            parts.append([_inner_product(left, right) for left, right in pairs(pieces)])
+            look(workspace.factors, pieces)
     else:
-        parts, slabs = [], _slabs(flat)
         while run := list(islice(slabs, RUN if sums.accumulates else 1)):
             sums.forget()
             totals = [sums.mul(left, right) for left, right in pairs(run[0])]
+            look(workspace.factors, run[0])
             for pieces in run[1:]:
                 for total, (left, right) in zip(totals, pairs(pieces), strict=True):
                     sums.accumulate(total, left, right)
+                look(workspace.factors, pieces)
             parts.append([_sum(total) for total in totals])
     return [staged_sum(xp.stack(column)) for column in zip(*parts, strict=True)]
 

@@ -30,10 +30,6 @@ class Arithmetic:
         difference = self.sub(left, right)
         return self.mul(difference, difference)
 
-    def least(self, values: Array) -> Array:
-        """Return the least element, 0-d."""
-        return namespace(values=values).min(values)
-
 
 class Scratch(Arithmetic):
     """The same where values exist, for slabs; results are good until ``forget``."""

@@ -16,7 +16,7 @@ H_new).delta.
 Convention: the unit of the loss (a mean or a sum over samples) is the caller's, and is the same in every term.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 
 import numpy as np
@@ -25,6 +25,7 @@ from became_core.arrays import (
     Arithmetic,
     Array,
     Params,
+    Scratch,
     Tree,
     Workspace,
     aligned_leaves,
@@ -202,9 +203,9 @@ def _leaf_terms(leaf: dict[str, tuple[str, Array]], workspace: Workspace) -> tup
     arrays = dict(leaf.values())
     xp, dtype = namespace(**arrays), reduction_dtype(namespace(**arrays), **arrays)
     concrete = all(has_values(array) for array in arrays.values())
-    lowest = []  # of the curvatures, in one walk with the sums: memory is read once
+    lowest: list[Array] = []  # of the curvatures, in one walk with the sums: memory is read once
 
-    def factors(arithmetic: Arithmetic, pieces: list[Array]) -> Iterator[tuple[Array, Array]]:
+    def factors(arithmetic: Arithmetic, pieces: list[Array]) -> list[tuple[Array, Array]]:
         wide = [piece if piece.dtype == dtype else xp.astype(piece, dtype) for piece in pieces]
         at = dict(zip(leaf, wide, strict=True))
         if "gradient" in at or "mean" in at:
@@ -212,19 +213,21 @@ def _leaf_terms(leaf: dict[str, tuple[str, Array]], workspace: Workspace) -> tup
             square = arithmetic.mul(delta, delta)
         else:
             square = arithmetic.squared_difference(at["theta_hat"], at["theta_gp"])
-        yield square, at["fisher_old"]
-        yield square, at["fisher_new"]
+        found = [(square, at["fisher_old"]), (square, at["fisher_new"])]
         if "gradient" in at:
-            yield at["gradient"], delta
+            found.append((at["gradient"], delta))
         if "mean" in at:
             offset = arithmetic.sub(at["theta_gp"], at["mean"])
-            yield arithmetic.mul(offset, at["fisher_old"]), delta
-        if concrete and pieces[0].shape[0]:  # last, when they are in the cache
-            lowest.extend([arithmetic.least(at["fisher_old"]), arithmetic.least(at["fisher_new"])])
+            found.append((arithmetic.mul(offset, at["fisher_old"]), delta))
+        return found
+
+    def look(scratch: Scratch, pieces: list[Array]) -> None:
+        at = dict(zip(leaf, pieces, strict=True))
+        lowest.extend(scratch.least(at[role]) for role in ("fisher_old", "fisher_new") if at[role].shape[0])
 
     # What overflows or is no number is found in the sums, and said in a sentence; NumPy alone would warn before.
     with np.errstate(over="ignore", invalid="ignore") if concrete else nullcontext():
-        old, new, *more = inner_products(factors, list(arrays.values()), workspace)
+        old, new, *more = inner_products(factors, list(arrays.values()), workspace, look)
         slope, curvature = sum(more, -new), old + new
     if concrete:
         sound = [xp.isfinite(slope), xp.isfinite(curvature)]

@@ -31,8 +31,10 @@ __all__ = [
     "uint64",
 ]
 
-# Not an import statement: the core imports no framework, and only TensorFlow's own tensors ask for this package.
+# Not import statements: the core imports no framework, and only TensorFlow's own tensors ask for this package.
 tf: Any = importlib.import_module("tensorflow")
+# On which TensorFlow depends: NumPy's own ``finfo`` knows no bfloat16.
+ml_dtypes: Any = importlib.import_module("ml_dtypes")
 
 # In plain names, for a module that star-imports these would lose the built-in ``bool``.
 int8, int16, int32, int64 = tf.int8, tf.int16, tf.int32, tf.int64
@@ -98,8 +100,7 @@ def _as_numpy(value: Any) -> Any:
 def finfo(dtype: Any) -> Finfo:
     """Return the limits of a floating-point dtype, or of a tensor's."""
     dtype = dtype.dtype if is_tensor(dtype) else tf.as_dtype(dtype)
-    # Of ml_dtypes, on which TensorFlow depends: NumPy's own knows no bfloat16.
-    info = importlib.import_module("ml_dtypes").finfo(dtype.as_numpy_dtype)
+    info = ml_dtypes.finfo(dtype.as_numpy_dtype)
     eps, largest, least, normal = (float(limit) for limit in (info.eps, info.max, info.min, info.smallest_normal))
     return Finfo(info.bits, eps, largest, least, normal, dtype.real_dtype)
 

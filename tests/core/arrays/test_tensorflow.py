@@ -5,6 +5,8 @@ compiled by XLA.
 """
 
 import importlib
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -269,3 +271,16 @@ def test_every_kind_of_tensor_is_an_array_of_the_namespace() -> None:
     traced(tf.ones(2))
     seen.append(namespace(eager=tf.ones(2), variable=tf.Variable(1.0)))
     assert seen == [xp, xp]
+
+
+def test_autograph_has_nothing_to_warn_of() -> None:
+    """In a process of its own, for AutoGraph warns but once of what it cannot transform."""
+    code = """
+import tensorflow as tf
+from became_core import merge, optimal_alpha
+x = {"fc.weight": tf.ones((3, 2)), "fc.bias": tf.ones(2)}
+y = tf.nest.map_structure(lambda leaf: 2 * leaf, x)
+print(tf.function(lambda x, y: merge(x, y, optimal_alpha(x, y, y, x, gradient=x, per="layer")))(x, y))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=200)
+    assert "AutoGraph" not in done.stderr
