@@ -91,10 +91,10 @@ class Options:
     """Training samples of each task whose gradients ogd keeps."""
     ogd_capacity: int | None = None
     """How many directions ogd keeps in all."""
+    decay: float | None = None
+    """Gamma, what old tasks' curvature is multiplied by at each new one, in became, became-paper and ewc-online."""
     ewc_strength: float | None = None
     """EWC's lambda."""
-    ewc_decay: float | None = None
-    """ewc-online's gamma."""
     imm_transfer: bool | None = None
     """Whether imm trains a task from the model before it, or from the initial weights."""
     imm_pull: float | None = None

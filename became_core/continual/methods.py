@@ -71,7 +71,8 @@ class MethodSettings:
         ogd_samples: a task's samples whose gradients OGD keeps.
         ogd_capacity: how many directions OGD keeps in all.
         ewc_strength: EWC's lambda, beside Fisher matrices that are means over samples and add over tasks.
-        ewc_decay: online EWC's gamma, what a task's importance is multiplied by at each later one; in [0, 1].
+        decay: the posterior's gamma in ``became``, ``became-paper`` and online EWC, by which a task's curvature is
+            multiplied at each later one; in [0, 1].
         imm_transfer: whether a task's own model begins at the one before (weight-transfer) or at the initial weights.
         imm_pull: the strength of IMM's L2-transfer.
         coma_alpha: CoMA's coefficients, one a merge; the last one stays.
@@ -91,7 +92,7 @@ class MethodSettings:
     ogd_samples: int = 200
     ogd_capacity: int = 200
     ewc_strength: float = 100.0
-    ewc_decay: float = 1.0
+    decay: float = 1.0
     imm_transfer: bool = True
     imm_pull: float = 0.0
     coma_alpha: tuple[float, ...] = (0.5,)
@@ -108,8 +109,8 @@ class MethodSettings:
             raise BecameError(f"the EWC strength is {self.ewc_strength}; it must be at least 0.")
         if self.norm_penalty < 0:
             raise BecameError(f"the penalty on normalisation is {self.norm_penalty}; it must be at least 0.")
-        if not 0 <= self.ewc_decay <= 1:
-            raise BecameError(f"the EWC decay is {self.ewc_decay}; it must be in [0, 1].")
+        if not 0 <= self.decay <= 1:
+            raise BecameError(f"the decay of old curvature is {self.decay}; it must be in [0, 1].")
         if self.grid_points < 2:
             raise BecameError(f"a grid of {self.grid_points} points has no ends; give at least 2.")
 
@@ -191,7 +192,7 @@ _ESTIMATORS: dict[Curvature, Estimator] = {"exact": Secant(), "diagonal": Diagon
 
 def _became(s: MethodSettings) -> Method:
     structure: Structure = "kronecker" if s.precision == "kronecker" else "diagonal"
-    return Method("became", rule=Became(_ESTIMATORS[s.precision], s.per), precision=structure)
+    return Method("became", rule=Became(_ESTIMATORS[s.precision], s.per), precision=structure, decay=s.decay)
 
 
 def _imm(name: str, rule: MergeRule | Increments, s: MethodSettings) -> Method:
@@ -201,14 +202,14 @@ def _imm(name: str, rule: MergeRule | Increments, s: MethodSettings) -> Method:
 # Without their projector, which ``build_method`` adds: the one asked for, or that of ``_PROJECTED_BY``.
 _METHODS: dict[str, Callable[[MethodSettings], Method]] = {
     "became": _became,
-    "became-paper": lambda s: Method("became-paper", rule=Became(Published()), fisher="batch"),
+    "became-paper": lambda s: Method("became-paper", rule=Became(Published()), fisher="batch", decay=s.decay),
     "became-0": lambda s: Method("became-0", rule=Fixed(0.0)),
     "became-half": lambda s: Method("became-half", rule=Fixed(0.5)),
     "became-1": lambda s: Method("became-1", rule=Fixed(1.0)),
     "became-grid": lambda s: Method("became-grid", rule=Grid(s.grid_points)),
     "coma": lambda s: Method("coma", rule=ByHand(s.coma_alpha), merges="tasks"),
     "ewc": lambda s: Method("ewc", penalty_strength=s.ewc_strength, recentred=False),
-    "ewc-online": lambda s: Method("ewc-online", penalty_strength=s.ewc_strength, decay=s.ewc_decay),
+    "ewc-online": lambda s: Method("ewc-online", penalty_strength=s.ewc_strength, decay=s.decay),
     "finetune": lambda s: Method("finetune"),
     "imm-mean": lambda s: _imm("imm-mean", EqualShares(), s),
     "imm-mode": lambda s: _imm("imm-mode", ModeIMM(), s),

@@ -25,7 +25,7 @@ def test_every_option_reaches_the_configuration_and_its_record() -> None:
         benchmark="split-cifar100", tasks=20, epochs=3, stage2_epochs=2, lr=0.2, batch_size=8, validation=0.1,
         threshold=0.9, increment=0.01, ewc_strength=7.0, projector_samples=11, curvature_samples=0,
         path_points=3, network="mlp", class_order="seeded", augment=True,
-        ewc_decay=0.5, imm_transfer=False, imm_pull=0.1, coma_alpha=(0.5, 0.25), grid_points=3,
+        decay=0.5, imm_transfer=False, imm_pull=0.1, coma_alpha=(0.5, 0.25), grid_points=3,
         per="layer", precision="kronecker", norm="group", head_rate=2.0, norm_rate=0.5, first_rate=4.0,
         norm_penalty=3.0, dropout_masks="framework",
     )  # fmt: skip
@@ -38,7 +38,7 @@ def test_every_option_reaches_the_configuration_and_its_record() -> None:
     assert record["augmentation"] == {"padding": 4, "flips": True}
     assert record["validation"] == 0.1
     assert (record["threshold"], record["increment"], record["ewc_strength"]) == (0.9, 0.01, 7.0)
-    assert (record["ewc_decay"], record["imm_transfer"], record["imm_pull"]) == (0.5, False, 0.1)
+    assert (record["decay"], record["imm_transfer"], record["imm_pull"]) == (0.5, False, 0.1)
     assert (record["coma_alpha"], record["grid_points"]) == ((0.5, 0.25), 3)
     assert (record["per"], record["precision"]) == ("layer", "kronecker")
     assert record["relative"] == {"heads": 2.0, "norms": 0.5, "first": 4.0}

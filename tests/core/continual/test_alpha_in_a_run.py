@@ -91,3 +91,17 @@ def test_alpha_is_the_oracles(name: str, rate: float) -> None:
         arguments = (np.diag(old), np.diag(new), np.zeros_like(delta), flat(theta_gp))
     expected = min(max(alpha_star(flat(theta_gp), flat(theta_hat), *arguments), 0.0), 1.0)
     assert record.alpha[1] == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("name", ["became", "became-paper"])
+def test_old_tasks_that_decay_leave_more_room_to_the_new_one(name: str) -> None:
+    """From the third task on: the second finds one old task, whose curvature has not decayed yet."""
+    stream = prototype_stream(tasks=3, per_class=12, side=4)
+    training = Training(Annealed(0.3, 30), Annealed(0.3, 30), batch_size=BATCH)
+    alphas = []
+    for decay in (1.0, 0.5, 0.0):
+        learner = ReferenceLearner(stream, hidden=(6, 5), seed=1)
+        method = build_method(name, MethodSettings(threshold=0.9, decay=decay))
+        alphas.append(learn(learner, stream, method, training, seed=3).alpha)
+    assert alphas[0][1] == alphas[1][1] == alphas[2][1]
+    assert 0 < alphas[0][2] < alphas[1][2] < alphas[2][2] < 1

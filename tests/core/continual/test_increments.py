@@ -164,7 +164,7 @@ def test_ewc_is_the_sum_of_every_old_tasks_quadratic_and_online_ewc_one_that_dec
     for name in shapes:
         expected = sum(fisher[name] * (theta[name] - at[name]) for fisher, at in zip(fishers, minima, strict=True))
         np.testing.assert_allclose(found[name], expected, atol=1e-12)
-    online = penalty_of(build_method("ewc-online", MethodSettings(ewc_decay=0.5)), minima, fishers)
+    online = penalty_of(build_method("ewc-online", MethodSettings(decay=0.5)), minima, fishers)
     for name, value in online.precision.diagonal().items():
         np.testing.assert_allclose(value, 0.25 * fishers[0][name] + 0.5 * fishers[1][name] + fishers[2][name])
         np.testing.assert_array_equal(online.mean[name], minima[2][name])

@@ -11,7 +11,7 @@ from became_core.projection import GPCNS, GPM, HAT, NSCL, OGD, SGP, TRGP, PackNe
 
 SETTINGS = MethodSettings(
     threshold=0.9, increment=0.01, scale=3.0, nscl_ratio=20.0, ogd_samples=7, ogd_capacity=5, ewc_strength=7.0,
-    ewc_decay=0.9, imm_transfer=False, imm_pull=0.5, coma_alpha=(0.5, 0.25), grid_points=5, packnet_share=0.75,
+    decay=0.9, imm_transfer=False, imm_pull=0.5, coma_alpha=(0.5, 0.25), grid_points=5, packnet_share=0.75,
     hat_sharpness=50.0, hat_sparsity=0.25,
 )  # fmt: skip
 BUILT = {
@@ -66,7 +66,10 @@ def test_who_does_what() -> None:
     }
     assert methods["ewc"].penalty_strength == methods["ewc-online"].penalty_strength == 7.0
     assert (methods["ewc"].recentred, methods["ewc-online"].recentred) == (False, True)
-    assert (methods["ewc"].decay, methods["ewc-online"].decay) == (1.0, 0.9)
+    decaying = {"became", "became-paper", "ewc-online"}
+    assert {name: method.decay for name, method in methods.items()} == {
+        name: 0.9 if name in decaying else 1.0 for name in METHODS
+    }
     assert methods["imm-mean"].rule == EqualShares()
     assert methods["imm-mode"].rule == ModeIMM()
     assert methods["imm-mean"].transfer == methods["imm-mode"].transfer == Transfer(weights=False, pull=0.5)
@@ -98,7 +101,7 @@ def test_what_became_merges_by() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"ewc_decay": 1.5}, "the EWC decay is 1.5; it must be in [0, 1]."),
+        ({"decay": 1.5}, "the decay of old curvature is 1.5; it must be in [0, 1]."),
         ({"norm_penalty": -1.0}, "the penalty on normalisation is -1.0; it must be at least 0."),
         ({"grid_points": 1}, "a grid of 1 points has no ends; give at least 2."),
         ({"coma_alpha": ()}, "there is no merging coefficient; give at least one alpha."),
