@@ -98,10 +98,12 @@ def test_old_tasks_that_decay_leave_more_room_to_the_new_one(name: str) -> None:
     """From the third task on: the second finds one old task, whose curvature has not decayed yet."""
     stream = prototype_stream(tasks=3, per_class=12, side=4)
     training = Training(Annealed(0.3, 30), Annealed(0.3, 30), batch_size=BATCH)
-    alphas = []
+    second, third = [], []
     for decay in (1.0, 0.5, 0.0):
         learner = ReferenceLearner(stream, hidden=(6, 5), seed=1)
         method = build_method(name, MethodSettings(threshold=0.9, decay=decay))
-        alphas.append(learn(learner, stream, method, training, seed=3).alpha)
-    assert alphas[0][1] == alphas[1][1] == alphas[2][1]
-    assert 0 < alphas[0][2] < alphas[1][2] < alphas[2][2] < 1
+        alpha = np.asarray(learn(learner, stream, method, training, seed=3).alpha, dtype=float)
+        second.append(alpha[1])
+        third.append(alpha[2])
+    assert second[0] == second[1] == second[2]
+    assert 0 < third[0] < third[1] < third[2] < 1
