@@ -1,9 +1,11 @@
-"""Speed and memory of alpha* and of merging: ``python benchmarks/alpha.py [--frameworks numpy torch …] [--json]``.
+"""Speed and memory of alpha* and merging: ``python benchmarks/alpha.py [--frameworks …] [--device gpu] [--json]``.
 
 Each framework, in a process of its own, is held against itself: alpha* reads four models, and its bandwidth is given as
 a ratio to that at which the same framework sums the same four, in the same process, in turn with it; merging reads two
 models and writes one, and is held against the sum of three. ``formula`` is the obvious three-line expression. Extra
 memory is the rise of the process's peak during a call, as a share of one model, the result of a merge left out.
+
+On a GPU memory is the framework's account of its own, where it keeps one that begins anew with a call (PyTorch).
 
 Convention: float32; a higher ratio is better; medians over rounds, in each of which every contender runs.
 """
@@ -16,7 +18,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -24,27 +26,73 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # so that the checkout is me
 
 LEAVES = 16
 FRAMEWORKS = ("numpy", "torch", "torch-compiled", "jax", "tensorflow")
+ON_GPU = ("torch", "torch-compiled", "jax", "cupy", "tensorflow")
 
 
-def backend(name: str) -> tuple[Callable[[np.ndarray], Any], Callable[[Any], Any], Callable[[Any], Any], Any]:
-    """Return how a framework makes an array, compiles a function, waits for a result, and its sum of one array."""
+class Means(NamedTuple):
+    """How a framework makes an array, compiles a function, waits for a result and sums an array.
+
+    And by how many bytes memory rises during a call above its level before, at its peak.
+    """
+
+    make: Callable[[np.ndarray], Any]
+    compiled: Callable[[Any], Any]
+    wait: Callable[[Any], Any]
+    sum_of: Callable[[Any], Any]
+    extra: Callable[[Callable[[], Any]], float]
+
+
+def means(name: str, device: str) -> Means:
+    """Return what a framework does it with on the processor, or on a GPU."""
     if name == "numpy":
-        return np.asarray, lambda f: f, lambda x: x, np.sum
+        return Means(np.asarray, lambda f: f, lambda x: x, np.sum, _extra_resident)
     if name.startswith("torch"):
-        import torch
-
-        compile_ = (lambda f: torch.compile(f, fullgraph=True)) if name == "torch-compiled" else (lambda f: f)
-        return torch.from_numpy, compile_, lambda x: x, torch.sum
+        return _torch(name == "torch-compiled", device)
     if name == "jax":
         import jax
 
-        return jax.device_put, jax.jit, jax.block_until_ready, jax.numpy.sum
+        extra = _extra_resident if device == "cpu" else _unknown
+        there = jax.devices("cpu" if device == "cpu" else "cuda")[0]
+        return Means(lambda x: jax.device_put(x, there), jax.jit, jax.block_until_ready, jax.numpy.sum, extra)
+    if name == "cupy":
+        import cupy
+
+        return Means(cupy.asarray, lambda f: f, _after(cupy.cuda.Device().synchronize), cupy.sum, _unknown)
     import tensorflow as tf
 
     def wait(result: Any) -> Any:
         return tf.nest.map_structure(lambda x: x.numpy() if x.shape.rank == 0 else x[:1].numpy(), result)
 
-    return tf.constant, lambda f: tf.function(f, jit_compile=True), wait, tf.reduce_sum
+    extra = _extra_resident if device == "cpu" else _unknown
+    return Means(tf.constant, lambda f: tf.function(f, jit_compile=True), wait, tf.reduce_sum, extra)
+
+
+def _torch(compiles: bool, device: str) -> Means:
+    import torch
+
+    compiled = (lambda f: torch.compile(f, fullgraph=True)) if compiles else (lambda f: f)
+    if device == "cpu":
+        return Means(torch.from_numpy, compiled, lambda x: x, torch.sum, _extra_resident)
+
+    def extra(run: Callable[[], Any]) -> float:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        return torch.cuda.max_memory_allocated() - before
+
+    return Means(lambda x: torch.from_numpy(x).cuda(), compiled, _after(torch.cuda.synchronize), torch.sum, extra)
+
+
+def _after(synchronise: Callable[[], Any]) -> Callable[[Any], Any]:
+    def wait(result: Any) -> Any:
+        synchronise()
+        return result
+
+    return wait
+
+
+def _unknown(_: Callable[[], Any]) -> float:
+    return float("nan")
 
 
 def models(make: Callable[[np.ndarray], Any], parameters: int) -> list[dict[str, Any]]:
@@ -56,11 +104,11 @@ def models(make: Callable[[np.ndarray], Any], parameters: int) -> list[dict[str,
     ]
 
 
-def measure(name: str, parameters: int, rounds: int) -> dict[str, float]:
+def measure(name: str, device: str, parameters: int, rounds: int) -> dict[str, float]:
     """Return the ratios of one framework."""
     from became_core import merge, optimal_alpha
 
-    make, compiled, wait, sum_of = backend(name)
+    make, compiled, wait, sum_of, extra = means(name, device)
     trees = models(make, parameters)
     leaves = list(trees[0])
 
@@ -95,9 +143,9 @@ def measure(name: str, parameters: int, rounds: int) -> dict[str, float]:
         "formula_over_sum_bandwidth": float(np.median(np.divide(seconds["sum"], seconds["formula"]))),
         "merge_over_sum_bandwidth": float(np.median(np.divide(seconds["sum of three"], seconds["merge"]))),
         "sum_gigabytes_per_second": 4 * model / median["sum"] / 1e9,
-        "alpha_extra_memory": _extra(lambda: wait(contenders["alpha"]())) / model,
-        "formula_extra_memory": _extra(lambda: wait(contenders["formula"]())) / model,
-        "merge_extra_memory": _extra(lambda: wait(contenders["merge"]())) / model - 1,
+        "alpha_extra_memory": extra(lambda: wait(contenders["alpha"]())) / model,
+        "formula_extra_memory": extra(lambda: wait(contenders["formula"]())) / model,
+        "merge_extra_memory": extra(lambda: wait(contenders["merge"]())) / model - 1,
         "alpha_seconds": median["alpha"],
     }
 
@@ -106,7 +154,7 @@ def _call(function: Callable[..., Any], arguments: list[Any]) -> Callable[[], An
     return lambda: function(*arguments)
 
 
-def _extra(run: Callable[[], Any]) -> float:
+def _extra_resident(run: Callable[[], Any]) -> float:
     """Return by how many bytes the process's resident memory rose above its level before, at its peak (Linux)."""
     if not Path("/proc/self/clear_refs").exists():
         return float("nan")
@@ -126,17 +174,19 @@ def _status(field: str) -> int:
 def main() -> None:
     """Measure each framework in a process of its own, and print a table or JSON."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
-    parser.add_argument("--frameworks", nargs="+", choices=FRAMEWORKS, default=FRAMEWORKS)
+    parser.add_argument("--frameworks", nargs="+", choices=sorted({*FRAMEWORKS, *ON_GPU}))
+    parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
     parser.add_argument("--parameters", type=int, default=100_000_000)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--json", action="store_true", help="print one object of ratios by framework")
     options = parser.parse_args()
+    frameworks = options.frameworks or (FRAMEWORKS if options.device == "cpu" else ON_GPU)
     if os.environ.get("BECAME_BENCHMARK_CHILD"):
-        print(json.dumps(measure(options.frameworks[0], options.parameters, options.rounds)))
+        print(json.dumps(measure(frameworks[0], options.device, options.parameters, options.rounds)))
         return
     results = {}
-    for name in options.frameworks:
-        command = [sys.executable, __file__, "--frameworks", name]
+    for name in frameworks:
+        command = [sys.executable, __file__, "--frameworks", name, "--device", options.device]
         command += ["--parameters", str(options.parameters), "--rounds", str(options.rounds)]
         environment = {**os.environ, "BECAME_BENCHMARK_CHILD": "1", "TF_CPP_MIN_LOG_LEVEL": "2"}
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)

@@ -1,4 +1,4 @@
-"""Speed of the adapters: ``python benchmarks/frameworks.py [--frameworks torch jax tensorflow] [--json]``.
+"""Speed of the adapters: ``python benchmarks/frameworks.py [--frameworks torch jax …] [--device gpu] [--json]``.
 
 Each adapter beside a plain training loop in the same framework (``benchmarks/plain_loops.py``), in the same process
 and on the same threads, AlexNet-like network, batches of 64 images of CIFAR-100's size: a training step of all
@@ -7,7 +7,7 @@ counterpart for is given as a ratio to plain training on the same images: the ex
 memory update from 125 images, and alpha* with its merge (to one plain step). The first step, which traces and compiles,
 is apart.
 
-Convention: float32, the CPU; medians of ratios over rounds, in each of which every contender runs; lower is better.
+Convention: float32; medians of ratios over rounds, in each of which every contender runs; lower is better.
 """
 
 import argparse
@@ -27,7 +27,8 @@ from numpy.typing import NDArray
 sys.path.insert(0, str(Path(__file__).parents[1]))  # so that the checkout is measured, installed or not
 
 from became_core import merge, optimal_alpha
-from became_core.arrays import namespace
+from became_core.arrays import device as device_of
+from became_core.arrays import namespace, on_host
 from became_core.continual import (
     SGD,
     Annealed,
@@ -61,11 +62,12 @@ def half_width(learner: Learner) -> GPM:
     theta = learner.parameters()
     xp: Any = namespace(weight=next(iter(theta.values())))
     draw = np.random.default_rng(0)
-    arrays: dict[str, Any] = {"tasks": xp.asarray(1)}
+    place = device_of(next(iter(theta.values())))
+    arrays: dict[str, Any] = {"tasks": xp.asarray(1, device=place)}
     for name in sorted(learner.projectable):
         width = int(np.prod(theta[name].shape[1:]))
         basis = np.linalg.qr(draw.normal(size=(width, width // 2)))[0].astype(np.float32)
-        arrays[f"bases.{name}"] = xp.asarray(basis)
+        arrays[f"bases.{name}"] = xp.asarray(basis, device=place)
     return GPM(threshold=0.97).with_arrays(arrays)
 
 
@@ -81,13 +83,15 @@ def timed(run: Callable[[], Any]) -> float:
     return time.perf_counter() - began
 
 
-def contenders(framework: str, stream: TaskStream) -> dict[str, Callable[[], Any]]:
+def contenders(framework: str, stream: TaskStream, device: str) -> dict[str, Callable[[], Any]]:
     """Return what is timed, by name; each call waits until its result is there."""
     adapter = importlib.import_module(f"adapters.{framework}.run")
-    learner: Learner = adapter.build_learner("alexnet", stream, "cpu", 0)
+    # A GPU's own masks, since NumPy's would be drawn on the processor and wait for the way there.
+    place, masks = ("cpu", "numpy") if device == "cpu" else ("cuda", "framework")
+    learner: Learner = adapter.build_learner("alexnet", stream, place, 0, dropout_masks=masks)
     dataset, task = stream.dataset, stream.tasks[1]
     scaled = (dataset.images / np.float32(255) - np.float32(0.5)) / np.float32(0.25)
-    plain = PLAIN[framework](scaled.astype(np.float32), stream.targets, CLASSES)
+    plain = PLAIN[framework](scaled.astype(np.float32), stream.targets, CLASSES, device)
     steps = chunks(task.train)[:STEPS]
     tests = chunks(task.test)
     everything = Constraint(frozenset(learner.parameters()) - learner.heads[0])
@@ -104,7 +108,7 @@ def contenders(framework: str, stream: TaskStream) -> dict[str, Callable[[], Any
         settled(learner.parameters())
 
     def evaluate() -> float:
-        own = [np.asarray(learner.logits(each, BATCH))[:, 1].argmax(1) for each in tests]
+        own = [on_host(learner.logits(each, BATCH))[:, 1].argmax(1) for each in tests]
         return float(np.mean(np.concatenate(own) == stream.targets[np.concatenate(tests)]))
 
     return {
@@ -126,12 +130,14 @@ def settled(arrays: Any) -> None:
     for value in arrays.values():
         if hasattr(value, "block_until_ready"):
             value.block_until_ready()
+        elif getattr(value, "is_cuda", False):
+            importlib.import_module("torch").cuda.synchronize()
 
 
-def measure(framework: str, rounds: int) -> dict[str, float]:
+def measure(framework: str, device: str, rounds: int) -> dict[str, float]:
     """Return one framework's ratios, and in seconds its plain step and first steps."""
     prepare(framework)
-    runs = contenders(framework, images())
+    runs = contenders(framework, images(), device)
     first = {name: timed(run) for name, run in runs.items()}
     taken: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(rounds):
@@ -158,10 +164,10 @@ def prepare(framework: str) -> None:
     importlib.import_module(f"adapters.{framework}.run").BACKEND.prepare()
 
 
-def in_its_own_process(framework: str, rounds: int) -> dict[str, float]:
+def in_its_own_process(framework: str, device: str, rounds: int) -> dict[str, float]:
     """Measure a framework where no other is loaded."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(measure, (framework, rounds))
+        return pool.apply(measure, (framework, device, rounds))
 
 
 def table(found: dict[str, dict[str, float]]) -> Sequence[str]:
@@ -177,10 +183,13 @@ def main() -> None:
     """Measure, and print a table or JSON."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
     parser.add_argument("--frameworks", nargs="+", choices=sorted(PLAIN), default=list(PLAIN))
+    parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--json", action="store_true", help="print one object of named ratios for each framework")
     options = parser.parse_args()
-    found = {framework: in_its_own_process(framework, options.rounds) for framework in options.frameworks}
+    found = {
+        framework: in_its_own_process(framework, options.device, options.rounds) for framework in options.frameworks
+    }
     print(json.dumps(found, indent=2) if options.json else "\n".join(table(found)))
 
 

@@ -1,6 +1,6 @@
 """What one would write without this project: the AlexNet-like network trained by a plain loop, in each framework.
 
-Each maker places normalised images on the CPU once and returns a ``Plain`` of two functions: ``train`` takes an SGD
+Each maker places normalised images on a device once and returns a ``Plain`` of two functions: ``train`` takes an SGD
 step on each batch of rows and waits for the last; ``evaluate`` returns the share of rows that are told right, batch by
 batch. They use what their framework offers for the purpose: modules, its optimiser, its dropout, one compiled step.
 
@@ -28,7 +28,7 @@ class Plain(NamedTuple):
     evaluate: Callable[[Rows], float]
 
 
-def torch_loop(images: NDArray[np.float32], targets: NDArray[np.int64], classes: int) -> Plain:
+def torch_loop(images: NDArray[np.float32], targets: NDArray[np.int64], classes: int, device: str) -> Plain:
     """A sequential module, eager, in the memory format in which it is fastest."""
     import torch
     from torch import nn
@@ -47,35 +47,43 @@ def torch_loop(images: NDArray[np.float32], targets: NDArray[np.int64], classes:
         layers += [nn.Linear(width, units, bias=False), norm1, nn.ReLU(), nn.Dropout(0.5)]
         width = units
     network = nn.Sequential(*layers, nn.Linear(width, classes, bias=False))
+    place = torch.device("cpu" if device == "cpu" else "cuda")
+    network.to(place)
     network.to(memory_format=torch.channels_last)  # type: ignore[call-overload] # PyTorch's own types lack it
     optimiser = torch.optim.SGD(network.parameters(), lr=RATE)
-    x = torch.from_numpy(images).contiguous(memory_format=torch.channels_last)
-    y = torch.from_numpy(targets)
+    x = torch.from_numpy(images).to(place).contiguous(memory_format=torch.channels_last)
+    y = torch.from_numpy(targets).to(place)
+
+    def placed(rows: NDArray[np.int64]) -> torch.Tensor:
+        return torch.from_numpy(rows).to(place)
 
     def train(batches: Rows) -> None:
         network.train()
-        for rows in map(torch.from_numpy, batches):
+        for rows in map(placed, batches):
             optimiser.zero_grad()
             functional.cross_entropy(network(x[rows]), y[rows]).backward()  # type: ignore[no-untyped-call]
             optimiser.step()
+        if place.type == "cuda":
+            torch.cuda.synchronize()
 
     def evaluate(batches: Rows) -> float:
         network.eval()
         with torch.no_grad():
-            right = [(network(x[rows]).argmax(1) == y[rows]).sum() for rows in map(torch.from_numpy, batches)]
+            right = [(network(x[rows]).argmax(1) == y[rows]).sum() for rows in map(placed, batches)]
         return float(sum(right)) / sum(map(len, batches))
 
     return Plain(train, evaluate)
 
 
-def jax_loop(images: NDArray[np.float32], targets: NDArray[np.int64], classes: int) -> Plain:
+def jax_loop(images: NDArray[np.float32], targets: NDArray[np.int64], classes: int, device: str) -> Plain:
     """A flax module and optax, one compiled step that takes the buffers of what it changes."""
     import jax
     import optax
     from jax import numpy as jnp
 
     network, optimiser = _flax_network(classes), optax.sgd(RATE)
-    x, y = jax.device_put((np.moveaxis(images, 1, -1), targets))
+    place = jax.devices("cpu" if device == "cpu" else "cuda")[0]
+    x, y = jax.device_put((np.moveaxis(images, 1, -1), targets), place)
     variables = network.init(jax.random.key(0), x[:2], training=False)
     state = variables["batch_stats"]  # flax keeps running statistics, which nobody reads here
     params = variables["params"]
@@ -132,7 +140,7 @@ def _flax_network(classes: int) -> Any:
     return Network()
 
 
-def tensorflow_loop(images: NDArray[np.float32], targets: NDArray[np.int64], classes: int) -> Plain:
+def tensorflow_loop(images: NDArray[np.float32], targets: NDArray[np.int64], classes: int, device: str) -> Plain:
     """A Keras model with a gradient tape in one ``tf.function``."""
     import keras
     import tensorflow as tf
@@ -147,7 +155,8 @@ def tensorflow_loop(images: NDArray[np.float32], targets: NDArray[np.int64], cla
         layers += [keras.layers.ReLU(), keras.layers.Dropout(0.5)]
     network = keras.Sequential([*layers, keras.layers.Dense(classes, use_bias=False)])
     optimiser = keras.optimizers.SGD(RATE)
-    x, y = tf.constant(np.moveaxis(images, 1, -1)), tf.constant(targets)
+    with tf.device("CPU:0" if device == "cpu" else "GPU:0"):
+        x, y = tf.constant(np.moveaxis(images, 1, -1)), tf.constant(targets)
 
     @tf.function(reduce_retracing=True)  # type: ignore[untyped-decorator]
     def step(rows: Any) -> None:
@@ -175,8 +184,8 @@ def tensorflow_loop(images: NDArray[np.float32], targets: NDArray[np.int64], cla
     return Plain(train, evaluate)
 
 
-# (images [N, C, H, W], targets [N], classes) -> the loop.
-PLAIN: dict[str, Callable[[NDArray[np.float32], NDArray[np.int64], int], Plain]] = {
+# (images [N, C, H, W], targets [N], classes, "cpu" or "gpu") -> the loop.
+PLAIN: dict[str, Callable[[NDArray[np.float32], NDArray[np.int64], int, str], Plain]] = {
     "torch": torch_loop,
     "jax": jax_loop,
     "tensorflow": tensorflow_loop,

@@ -22,46 +22,61 @@ class Backend:
 
     Attributes:
         module: its Array API namespace.
-        configure: namespace -> None, called once, before any array is made.
+        configure: (namespace, "cpu" or "gpu") -> None, called once, before any array is made: where arrays are to live.
         from_numpy: (namespace, a NumPy array that nothing else uses) -> an array of the same dtype.
         to_numpy: array -> NumPy array.
     """
 
     module: str
-    configure: Callable[[Any], object] = lambda xp: None
+    configure: Callable[[Any, str], object] = lambda xp, device: None
     from_numpy: Callable[[Any, NDArray[Any]], Any] = lambda xp, array: xp.asarray(array)
     to_numpy: Callable[[Any], NDArray[Any]] = np.asarray
 
 
-def _without_data_dependence(xp: Any) -> None:
+def _without_data_dependence(xp: Any, _: str) -> None:
     """Leave out what no jit can do: then what passes here is fit for any."""
     xp.set_array_api_strict_flags(boolean_indexing=False, data_dependent_shapes=False)
 
 
-def _in_double_precision(_: Any) -> None:
+def _torch_on(_: Any, device: str) -> None:
+    torch: Any = importlib.import_module("torch")
+    if device == "gpu":
+        torch.set_default_device("cuda")
+
+
+def _jax_on(_: Any, device: str) -> None:
     jax: Any = importlib.import_module("jax")
     jax.config.update("jax_enable_x64", True)
-    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_platforms", "cpu" if device == "cpu" else "cuda")
+
+
+def _tensorflow_on(_: Any, device: str) -> None:
+    tensorflow: Any = importlib.import_module("tensorflow")
+    if device == "cpu":
+        tensorflow.config.set_visible_devices([], "GPU")
 
 
 BACKENDS = {
     "numpy": Backend("array_api_compat.numpy"),
     "strict": Backend("array_api_strict"),
     "strictest": Backend("array_api_strict", configure=_without_data_dependence),
-    "torch": Backend("array_api_compat.torch", to_numpy=lambda array: np.asarray(array.detach())),
-    "jax": Backend("jax.numpy", configure=_in_double_precision),
-    "tensorflow": Backend("became_core.arrays.tensorflow"),
+    "torch": Backend(
+        "array_api_compat.torch", configure=_torch_on, to_numpy=lambda array: np.asarray(array.detach().cpu())
+    ),
+    "jax": Backend("jax.numpy", configure=_jax_on),
+    "tensorflow": Backend("became_core.arrays.tensorflow", configure=_tensorflow_on),
+    "cupy": Backend("array_api_compat.cupy", to_numpy=lambda array: array.get()),
     "dask": Backend("array_api_compat.dask.array"),
 }
 
 _BY_MODULE = {backend.module: backend for backend in BACKENDS.values()}
 
 
-def load(name: str) -> Any:
-    """Return a backend's namespace."""
+def load(name: str, device: str) -> Any:
+    """Return a backend's namespace, whose arrays are to live on the processor, "cpu", or on a "gpu", as CuPy's do."""
     backend = BACKENDS[name]
     xp = importlib.import_module(backend.module)
-    backend.configure(xp)
+    backend.configure(xp, device)
     return xp
 
 

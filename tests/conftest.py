@@ -1,6 +1,7 @@
 """What every test may ask for: the backend's namespace ``xp``, and hypothesis in a fixed profile.
 
-``pytest --backend {numpy,strict,strictest,torch,jax,tensorflow,dask}`` chooses the backend.
+``pytest --backend {numpy,strict,strictest,torch,jax,tensorflow,dask,cupy}`` chooses the backend, and ``--device gpu``
+has PyTorch's, JAX's and TensorFlow's arrays live on a GPU.
 ``HYPOTHESIS_PROFILE=long`` searches longer, at random.
 """
 
@@ -25,6 +26,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--backend", choices=sorted(BACKENDS), default="numpy", help="whose arrays the tests use")
+    parser.addoption("--device", choices=("cpu", "gpu"), default="cpu", help="where they live")
 
 
 @pytest.fixture(scope="session")
@@ -34,6 +36,6 @@ def backend(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(scope="session")
-def xp(backend: str) -> Any:
+def xp(backend: str, request: pytest.FixtureRequest) -> Any:
     """The Array API namespace of the backend."""
-    return load(backend)
+    return load(backend, str(request.config.getoption("--device")))

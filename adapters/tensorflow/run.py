@@ -17,7 +17,7 @@ except ModuleNotFoundError as error:
 from adapters.architectures import DropoutMasks, Norm, build_network
 from became_core.continual import TaskStream
 
-__all__ = ["BACKEND", "build_learner", "repeat_exactly"]
+__all__ = ["BACKEND", "build_learner", "prepare", "repeat_exactly"]
 
 
 def build_learner(
@@ -58,7 +58,14 @@ def repeat_exactly() -> None:
     tf.config.experimental.enable_op_determinism()
 
 
-BACKEND = Backend("tensorflow", build_learner, repeat_exactly)
+def prepare() -> None:
+    """Let TensorFlow multiply float32 as such."""
+    # On a GPU it would by default round to TF32's ten bits, which leaks past a projector.
+    tf.config.experimental.enable_tensor_float_32_execution(False)
+
+
+BACKEND = Backend("tensorflow", build_learner, repeat_exactly, prepare)
 
 if __name__ == "__main__":
+    prepare()
     sys.exit(main(BACKEND))

@@ -1,7 +1,7 @@
 """What tells the frameworks apart: the one table of the package that knows them by name.
 
 Convention: a framework is looked up among the loaded modules, so none is imported that nobody uses, and what no row
-claims is left to array-api-compat (NumPy, CuPy, array-api-strict and whatever else has ``__array_namespace__``).
+claims is left to array-api-compat (NumPy, array-api-strict and whatever else has ``__array_namespace__``).
 """
 
 import sys
@@ -108,9 +108,12 @@ class Framework:
             compute a lazy graph.
         loop: module -> the compiler's own; None where the compiler computes what is summed as it sums it, as XLA does
             on a GPU and not on a CPU. The default device is what decides: a trace knows no other.
-        slab: how many elements are summed at a time where values exist: so few that with a few temporaries they stay
-            within the cache, or so many that a call of the framework's own, which costs more, is worth it.
-        fuses_inner_products: whether ``vecdot`` of rows takes one pass, without writing the products first.
+        on_cpu: array -> whether a processor computes with it, and not an accelerator.
+        slab: how many elements of such an array are summed at a time where values exist: so few that with a few
+            temporaries they stay within the cache, or so many that a call of the framework's own, which costs more, is
+            worth it.
+        fuses_inner_products: array -> whether ``vecdot`` of its like takes one pass, without writing the products
+            first.
         takes_out: (module, arrays) -> whether a function of these can be told to write its result into an array that is
             there already.
         kernels: module -> its ``Kernels``; None if it has none. Asked for only where ``takes_out``.
@@ -125,8 +128,9 @@ class Framework:
     device: Callable[[Any], Any] = array_api_compat.device
     has_values: Callable[[Any, Any], bool] = lambda module, array: True
     loop: Callable[[Any], Loop | None] = lambda module: None
+    on_cpu: Callable[[Any], bool] = lambda array: True
     slab: int = 2**18
-    fuses_inner_products: bool = False
+    fuses_inner_products: Callable[[Any], bool] = lambda array: False
     takes_out: Callable[[Any, Sequence[Any]], bool] = lambda module, arrays: False
     kernels: Callable[[Any], Kernels] | None = None
     lerp: Callable[[Any, Any, Any, Any], Any] | None = None
@@ -139,6 +143,10 @@ def _torch_namespace(_: Any) -> Any:
 
     introduce_to_torch(sys.modules["torch"])
     return array_api_compat.torch
+
+
+def _torch_on_cpu(array: Any) -> bool:
+    return bool(array.device.type == "cpu")
 
 
 def _torch_has_values(torch: Any, array: Any) -> bool:
@@ -173,8 +181,7 @@ def _tensorflow_namespace(_: Any) -> Any:
 
 def _is_any_other_array(_: Any, value: Any) -> bool:
     # The type's attribute, where array-api-compat asks for the object's: an nnx.Param lends its value's, and is a node.
-    others = array_api_compat.is_numpy_array(value) or array_api_compat.is_cupy_array(value)
-    return others or hasattr(type(value), "__array_namespace__")
+    return array_api_compat.is_numpy_array(value) or hasattr(type(value), "__array_namespace__")
 
 
 _ROWS = (
@@ -185,7 +192,9 @@ _ROWS = (
         namespace=_torch_namespace,
         device=_own_device,
         has_values=_torch_has_values,
+        on_cpu=_torch_on_cpu,
         slab=2**19,
+        fuses_inner_products=lambda array: not _torch_on_cpu(array),
         takes_out=_torch_takes_out,
         kernels=_torch_kernels,
         lerp=lambda torch, start, end, weight: torch.lerp(start, end, weight),
@@ -201,6 +210,7 @@ _ROWS = (
             tensorflow.executing_eagerly() and not tensorflow.is_symbolic_tensor(array)
         ),
         loop=lambda tensorflow: None if tensorflow.config.list_physical_devices("GPU") else _tensorflow_loop,
+        on_cpu=lambda array: "GPU" not in array.device,
         slab=2**20,
     ),
     Framework(
@@ -209,6 +219,7 @@ _ROWS = (
         namespace=_jax_namespace,
         has_values=lambda jax, array: not isinstance(array, jax.core.Tracer),
         loop=lambda jax: _jax_loop if jax.default_backend() == "cpu" else None,
+        on_cpu=lambda array: all(device.platform == "cpu" for device in array.devices()),
     ),
     Framework(
         module="dask.array",
@@ -216,9 +227,17 @@ _ROWS = (
         has_values=lambda dask, array: False,
     ),
     Framework(
+        module="cupy",
+        owns=lambda cupy, array: isinstance(array, cupy.ndarray),
+        on_cpu=lambda array: False,
+        fuses_inner_products=lambda array: True,
+        takes_out=lambda cupy, arrays: True,
+        on_host=lambda array: array.get(),
+    ),
+    Framework(
         module="",
         owns=_is_any_other_array,
-        fuses_inner_products=True,
+        fuses_inner_products=lambda array: True,
         takes_out=lambda _, arrays: all(type(array) is np.ndarray for array in arrays),
     ),
 )

@@ -22,11 +22,15 @@ __all__ = [
     "lerp_of",
     "loop_of",
     "namespace",
+    "on_cpu",
     "on_host",
     "reduction_dtype",
     "slab_of",
     "takes_out",
 ]
+
+# How many elements an accelerator sums at a time: it needs no cache, but time to be told of each operation.
+ACCELERATOR_SLAB = 2**22
 
 # An array of any framework. The Array API has no static type yet that NumPy, PyTorch and JAX all satisfy.
 Array = Any
@@ -122,15 +126,21 @@ def loop_of(array: Array) -> Callable[..., Array] | None:
 
 
 def fuses_inner_products(array: Array) -> bool:
-    """Whether the framework's ``vecdot`` of rows takes one pass, without writing the products first."""
+    """Whether the framework's ``vecdot`` takes one pass there, without writing the products first."""
     framework, _ = _framework_of("the value", array)
-    return framework.fuses_inner_products
+    return framework.fuses_inner_products(array)
+
+
+def on_cpu(array: Array) -> bool:
+    """Whether a processor computes with an array that has values, and not an accelerator."""
+    framework, _ = _framework_of("the value", array)
+    return framework.on_cpu(array)
 
 
 def slab_of(array: Array) -> int:
     """Return how many elements are summed at a time where values exist."""
     framework, _ = _framework_of("the value", array)
-    return framework.slab
+    return framework.slab if framework.on_cpu(array) else ACCELERATOR_SLAB
 
 
 def lerp_of(array: Array) -> Callable[[Array, Array, Array | float], Array] | None:

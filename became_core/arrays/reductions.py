@@ -4,8 +4,8 @@ Adding n numbers one after the other loses up to n units in the last place: past
 still. So sums are taken in a binary tree (pairwise summation, Higham 1993), in which each number goes through log2(n)
 additions: at worst 30 u = 1.8e-6 relative for 10^9 numbers of one sign, u = 6e-8 being half a unit; rounding to either
 side leaves some 3e-7 of it. At the tree's leaves stand, where values exist, a library's own sums or inner products of
-rows, so short that vector registers share the additions; in a compiler's loop, and where PyTorch adds products in
-place, a few numbers that are added in turn.
+rows, so short that vector registers share the additions, or an accelerator's of a slab, which thousands of threads
+share; in a compiler's loop, and where PyTorch adds products in place, a few numbers that are added in turn.
 
 Arrays are walked in slabs that fit a processor's cache, so intermediate results never reach memory: in Python where
 values exist; under a trace in the compiler's own loop, or not at all where the compiler fuses a sum with what is
@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from typing import Any
 
-from became_core.arrays.namespace import Array, fuses_inner_products, has_values, loop_of, namespace, slab_of
+from became_core.arrays.namespace import Array, fuses_inner_products, has_values, loop_of, namespace, on_cpu, slab_of
 from became_core.arrays.scratch import Arithmetic, Scratch, Workspace
 
 __all__ = ["inner_products", "staged_sum"]
@@ -92,7 +92,7 @@ def _by_slab(factors: Factors, look: Look, flat: Sequence[Array], workspace: Wor
 
 def _inner_product(left: Array, right: Array) -> Array:
     xp = namespace(left=left, right=right)
-    if left.shape[0] < ROW:
+    if left.shape[0] < ROW or not on_cpu(left):
         return xp.vecdot(left, right)
     (left, left_over), (right, right_over) = _rows(left), _rows(right)
     return xp.sum(xp.vecdot(left, right)) + xp.vecdot(left_over, right_over)
@@ -100,7 +100,7 @@ def _inner_product(left: Array, right: Array) -> Array:
 
 def _sum(values: Array) -> Array:
     xp = namespace(values=values)
-    if values.shape[0] < ROW:
+    if values.shape[0] < ROW or not on_cpu(values):
         return xp.sum(values)
     values, left_over = _rows(values)
     return xp.sum(xp.sum(values, axis=1)) + xp.sum(left_over)

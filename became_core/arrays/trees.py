@@ -171,9 +171,14 @@ def _flatten_alike(trees: Mapping[str, Tree]) -> dict[str, dict[str, Array]]:
             if path not in reference.leaves:
                 raise BecameError(f"{name} has a leaf '{path}' that {reference_name} lacks; give equal structures.")
     for name, other in flat.items():
-        if other.containers != reference.containers:
+        if not _nested_alike(other.containers, reference.containers):
             raise BecameError(f"{name} is nested otherwise than {reference_name}; give equal structures.")
     return {name: each.leaves for name, each in flat.items()}
+
+
+def _nested_alike(one: dict[tuple[str, ...], type], other: dict[tuple[str, ...], type]) -> bool:
+    # Not `==` of dictionaries: torch.compile of PyTorch 2.11 cannot trace the `==` of two classes.
+    return len(one) == len(other) and all(other.get(path) is kind for path, kind in one.items())
 
 
 def _label(name: str, path: str) -> str:

@@ -35,7 +35,7 @@ def _torch(architecture: Architecture, stream: TaskStream, seed: int) -> Learner
 
 
 def _jax(architecture: Architecture, stream: TaskStream, seed: int) -> Learner:
-    load("jax")  # in double precision
+    load("jax", "cpu")  # in double precision
     return JaxLearner(architecture, stream, dtype="float64", seed=seed)
 
 

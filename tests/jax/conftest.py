@@ -1,12 +1,14 @@
-"""JAX for the tests of its adapter: in double precision, on the CPU; without JAX there is nothing here to collect."""
+"""JAX for the tests of its adapter: in double precision; without JAX there is nothing here to collect."""
 
 from importlib.util import find_spec
 
+import pytest
+
 from tests.backends import load
 
-collect_ignore_glob: list[str] = []
+collect_ignore_glob = [] if find_spec("jax") else ["test_*.py"]
 
-if find_spec("jax") is None:
-    collect_ignore_glob.append("test_*.py")
-else:
-    load("jax")
+
+@pytest.fixture(scope="session", autouse=True)
+def _configured(request: pytest.FixtureRequest) -> None:
+    load("jax", str(request.config.getoption("--device")))

@@ -20,13 +20,15 @@ def own(stream: TaskStream, seed: int) -> Learner:
         convolution = nn.Conv2d(stream.dataset.images.shape[1], 4, 3, padding=1, stride=2, bias=False)
         backbone = nn.Sequential(convolution, nn.Tanh(), nn.Flatten(), nn.LazyLinear(7))
         backbone(torch.zeros(1, *stream.dataset.images.shape[1:]))
-        return TorchLearner(backbone.double(), stream, dtype=torch.float64, seed=seed)
+        return TorchLearner(
+            backbone.double(), stream, device=torch.get_default_device(), dtype=torch.float64, seed=seed
+        )
 
 
 def described(describe: Callable[[TaskStream], Architecture]) -> Make:
     def make(stream: TaskStream, seed: int) -> Learner:
         backbone = Described(describe(stream), seed, torch.float64)
-        return TorchLearner(backbone, stream, dtype=torch.float64, seed=seed)
+        return TorchLearner(backbone, stream, device=torch.get_default_device(), dtype=torch.float64, seed=seed)
 
     return make
 

@@ -83,7 +83,7 @@ def test_without_compensation_the_gradient_is_that_of_the_loss(xp: Any) -> None:
     room = sum(float(np.sum(each)) for each in unused.values())
 
     def loss(embeddings: Arrays) -> float:
-        region = region_of(load("numpy"), embeddings, unused, progress)
+        region = region_of(load("numpy", "cpu"), embeddings, unused, progress)
         effective, gates = region.effective(theta), region.gates()
         linear = sum(float(np.sum(gradients[name] * effective[name])) for name in SHAPES)
         return linear + SPARSITY * sum(float(np.sum(gates[n] * unused[f"{n}@gates"])) for n in SHAPES) / room
