@@ -88,11 +88,13 @@ class Kernels:
         add_product: (total, left, right), which adds left * right to total where it lies.
         squared_difference: (left, right, out) -> out, which it makes (left - right)^2.
         least: array -> its least element, 0-d.
+        inner_product: (left, right), flat -> the sum of their products, 0-d.
     """
 
     add_product: Callable[[Any, Any, Any], object]
     squared_difference: Callable[[Any, Any, Any], Any]
     least: Callable[[Any], Any]
+    inner_product: Callable[[Any, Any], Any]
 
 
 @dataclass(frozen=True)
@@ -165,6 +167,7 @@ def _torch_kernels(torch: Any) -> Kernels:
         # The squared error with no reduction (0), under the only public name by which it can be told where to write.
         squared_difference=lambda left, right, out: torch.ops.aten.mse_loss.out(left, right, 0, out=out),
         least=torch.min,
+        inner_product=torch.dot,
     )
 
 

@@ -4,6 +4,7 @@ Convention: code in the core receives arrays, asks here for their namespace ``xp
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -14,19 +15,17 @@ from became_core.errors import BecameError
 
 __all__ = [
     "Array",
+    "Walk",
     "check_values",
     "device",
-    "fuses_inner_products",
     "has_values",
-    "kernels_of",
+    "have_values",
     "lerp_of",
     "loop_of",
     "namespace",
-    "on_cpu",
     "on_host",
     "reduction_dtype",
-    "slab_of",
-    "takes_out",
+    "walk_of",
 ]
 
 # How many elements an accelerator sums at a time: it needs no cache, but time to be told of each operation.
@@ -48,6 +47,8 @@ def namespace(**arrays: Array) -> Any:
     first_name, first = next(iter(arrays.items()))
     found = _namespace_of(first_name, first)
     for name, array in arrays.items():
+        if type(array) is type(first):
+            continue
         other = _namespace_of(name, array)
         if other is not found:
             raise BecameError(
@@ -92,13 +93,17 @@ def reduction_dtype(xp: Any, **arrays: Array) -> Any:
     Raises:
         BecameError: if one does not hold real floating-point numbers.
     """
+    dtypes: list[Any] = []  # each once: there are many arrays, and the standard's questions take their time
     for name, array in arrays.items():
+        if any(array.dtype == dtype for dtype in dtypes):
+            continue
         if not xp.isdtype(array.dtype, "real floating"):
             # TensorFlow's str would be "<dtype: 'int64'>"; PyTorch's dtypes have no name but their str.
             dtype = getattr(array.dtype, "name", array.dtype)
             raise BecameError(f"{name} has dtype {dtype}; it must hold real floating-point numbers.")
+        dtypes.append(array.dtype)
     # Half precisions give way to float32 here, and not in result_type: torch.compile cannot trace it for them.
-    wide = [array.dtype for array in arrays.values() if xp.finfo(array.dtype).bits >= 32]
+    wide = [dtype for dtype in dtypes if xp.finfo(dtype).bits >= 32]
     return xp.result_type(xp.float32, *wide)
 
 
@@ -118,29 +123,17 @@ def has_values(array: Array) -> bool:
     return framework.has_values(module, array)
 
 
+def have_values(arrays: Sequence[Array]) -> bool:
+    """Whether the numbers of all these arrays, which share a framework, can be looked at now."""
+    framework, module = _framework_of("the value", arrays[0])
+    return all(framework.has_values(module, array) for array in arrays)
+
+
 def loop_of(array: Array) -> Callable[..., Array] | None:
     """Return the loop of the framework's compiler if sums need one: ``frameworks.Loop`` without its module."""
     framework, module = _framework_of("the value", array)
     loop = framework.loop(module)
     return None if loop is None else partial(loop, module)
-
-
-def fuses_inner_products(array: Array) -> bool:
-    """Whether the framework's ``vecdot`` takes one pass there, without writing the products first."""
-    framework, _ = _framework_of("the value", array)
-    return framework.fuses_inner_products(array)
-
-
-def on_cpu(array: Array) -> bool:
-    """Whether a processor computes with an array that has values, and not an accelerator."""
-    framework, _ = _framework_of("the value", array)
-    return framework.on_cpu(array)
-
-
-def slab_of(array: Array) -> int:
-    """Return how many elements are summed at a time where values exist."""
-    framework, _ = _framework_of("the value", array)
-    return framework.slab if framework.on_cpu(array) else ACCELERATOR_SLAB
 
 
 def lerp_of(array: Array) -> Callable[[Array, Array, Array | float], Array] | None:
@@ -149,13 +142,37 @@ def lerp_of(array: Array) -> Callable[[Array, Array, Array | float], Array] | No
     return None if framework.lerp is None else partial(framework.lerp, module)
 
 
-def takes_out(arrays: Sequence[Array]) -> bool:
-    """Whether a function of these arrays can be told to write its result into an array that is there already."""
-    framework, module = _framework_of("the value", arrays[0])
-    return framework.takes_out(module, arrays)
+@dataclass(frozen=True)
+class Walk:
+    """How sums go over arrays that have values, slab by slab.
+
+    Attributes:
+        kinds: the arrays' dtypes and devices.
+        slab: how many elements at a time.
+        rows: whether a slab is cut into rows, so that no long sum is left to the framework: on a processor.
+        fuses_inner_products: whether the framework's inner products take one pass, without writing the products first.
+        writes: whether a function can be told to write its result into an array that is there already.
+        kernels: what the framework does in one pass; None if it has no such, or does not write.
+    """
+
+    kinds: tuple[tuple[Any, Any], ...]
+    slab: int
+    rows: bool
+    fuses_inner_products: bool
+    writes: bool
+    kernels: Kernels | None = field(compare=False)
 
 
-def kernels_of(array: Array) -> Kernels | None:
-    """Return what the framework does in one pass, if it has such; to be used only where it ``takes_out``."""
-    framework, module = _framework_of("the value", array)
-    return None if framework.kernels is None else framework.kernels(module)
+def walk_of(arrays: Sequence[Array]) -> Walk:
+    """Return how sums go over arrays of one framework that have values."""
+    first = arrays[0]
+    framework, module = _framework_of("the value", first)
+    on_cpu, writes = framework.on_cpu(first), framework.takes_out(module, arrays)
+    return Walk(
+        kinds=tuple((array.dtype, framework.device(array)) for array in arrays),
+        slab=framework.slab if on_cpu else ACCELERATOR_SLAB,
+        rows=on_cpu,
+        fuses_inner_products=framework.fuses_inner_products(first),
+        writes=writes,
+        kernels=framework.kernels(module) if writes and framework.kernels is not None else None,
+    )

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from typing import Any
 
-from became_core.arrays.namespace import Array, fuses_inner_products, has_values, loop_of, namespace, on_cpu, slab_of
+from became_core.arrays.namespace import Array, Walk, have_values, loop_of, namespace, walk_of
 from became_core.arrays.scratch import Arithmetic, Scratch, Workspace
 
 __all__ = ["inner_products", "staged_sum"]
@@ -29,9 +29,9 @@ ROW = 2**10
 STAGE = 2**6
 
 # From an arithmetic and flat pieces of arrays, side by side, to the two factors of each product, of the same length.
-Factors = Callable[[Arithmetic, list[Array]], Sequence[tuple[Array, Array]]]
+Factors = Callable[[Arithmetic, Sequence[Array]], Sequence[tuple[Array, Array]]]
 # What looks at the values of such pieces.
-Look = Callable[[Scratch, list[Array]], None]
+Look = Callable[[Scratch, Sequence[Array]], None]
 
 
 def inner_products(
@@ -50,10 +50,10 @@ def inner_products(
     """
     xp = namespace(**{f"array {index}": array for index, array in enumerate(arrays)})
     flat = [xp.reshape(array, (-1,)) for array in arrays]
-    if all(has_values(array) for array in arrays):
-        return _by_slab(factors, look, flat, workspace or Workspace())
+    if have_values(arrays):
+        return _by_slab(xp, factors, look, flat, workspace or Workspace())
 
-    def products(pieces: list[Array]) -> list[Array]:
+    def products(pieces: Sequence[Array]) -> list[Array]:
         return [left * right for left, right in factors(Arithmetic(), pieces)]
 
     loop = loop_of(flat[0])
@@ -63,53 +63,55 @@ def inner_products(
     return [staged_sum(by_run[:, index]) for index in range(int(by_run.shape[1]))]
 
 
-def _by_slab(factors: Factors, look: Look, flat: Sequence[Array], workspace: Workspace) -> list[Array]:
-    xp, sums = namespace(first=flat[0]), workspace.sums
-    workspace.factors.begin(flat)
-    sums.begin(flat)
+def _by_slab(xp: Any, factors: Factors, look: Look, flat: Sequence[Array], workspace: Workspace) -> list[Array]:
+    walk = walk_of(flat)
+    workspace.serve(xp, walk)
+    scratch, sums = workspace.factors, workspace.sums
 
-    def pairs(pieces: list[Array]) -> Sequence[tuple[Array, Array]]:
-        workspace.factors.forget()
-        return factors(workspace.factors, pieces)
+    def pairs(pieces: Sequence[Array]) -> Sequence[tuple[Array, Array]]:
+        scratch.forget()
+        return factors(scratch, pieces)
 
-    parts, slabs = [], _slabs(flat)
-    if fuses_inner_products(flat[0]):
+    parts, slabs = [], _slabs(flat, walk.slab)
+    if walk.fuses_inner_products:
         for pieces in slabs:
-            parts.append([_inner_product(left, right) for left, right in pairs(pieces)])
-            look(workspace.factors, pieces)
+            parts.append([_inner_product(xp, walk, left, right) for left, right in pairs(pieces)])
+            look(scratch, pieces)
     else:
         while run := list(islice(slabs, RUN if sums.accumulates else 1)):
             sums.forget()
             totals = [sums.mul(left, right) for left, right in pairs(run[0])]
-            look(workspace.factors, run[0])
+            look(scratch, run[0])
             for pieces in run[1:]:
                 for total, (left, right) in zip(totals, pairs(pieces), strict=True):
                     sums.accumulate(total, left, right)
-                look(workspace.factors, pieces)
-            parts.append([_sum(total) for total in totals])
+                look(scratch, pieces)
+            parts.append([_sum(xp, walk, total) for total in totals])
+    if len(parts) == 1:
+        return parts[0]
     return [staged_sum(xp.stack(column)) for column in zip(*parts, strict=True)]
 
 
-def _inner_product(left: Array, right: Array) -> Array:
-    xp = namespace(left=left, right=right)
-    if left.shape[0] < ROW or not on_cpu(left):
+def _inner_product(xp: Any, walk: Walk, left: Array, right: Array) -> Array:
+    if walk.kernels is not None:
+        return walk.kernels.inner_product(left, right)
+    rows = int(left.shape[0]) // ROW
+    if rows == 0 or not walk.rows:
         return xp.vecdot(left, right)
-    (left, left_over), (right, right_over) = _rows(left), _rows(right)
-    return xp.sum(xp.vecdot(left, right)) + xp.vecdot(left_over, right_over)
+    whole = xp.sum(xp.vecdot(_rows(xp, left, rows), _rows(xp, right, rows)))
+    return whole + xp.vecdot(left[rows * ROW :], right[rows * ROW :])
 
 
-def _sum(values: Array) -> Array:
-    xp = namespace(values=values)
-    if values.shape[0] < ROW or not on_cpu(values):
-        return xp.sum(values)
-    values, left_over = _rows(values)
-    return xp.sum(xp.sum(values, axis=1)) + xp.sum(left_over)
-
-
-def _rows(values: Array) -> tuple[Array, Array]:
-    """A flat array as rows [rows, ROW], and what is left over."""
+def _sum(xp: Any, walk: Walk, values: Array) -> Array:
     rows = int(values.shape[0]) // ROW
-    return namespace(values=values).reshape(values[: rows * ROW], (rows, ROW)), values[rows * ROW :]
+    if rows == 0 or not walk.rows:
+        return xp.sum(values)
+    return xp.sum(xp.sum(_rows(xp, values, rows), axis=1)) + xp.sum(values[rows * ROW :])
+
+
+def _rows(xp: Any, values: Array, rows: int) -> Array:
+    """The first so many rows of a flat array, [rows, ROW]."""
+    return xp.reshape(values[: rows * ROW], (rows, ROW))
 
 
 def _halve_to_one(values: Array) -> Array:
@@ -120,11 +122,13 @@ def _halve_to_one(values: Array) -> Array:
     return values[:, 0]
 
 
-def _slabs(flat: Sequence[Array]) -> Iterator[list[Array]]:
+def _slabs(flat: Sequence[Array], slab: int) -> Iterator[Sequence[Array]]:
     size = int(flat[0].shape[0])
-    slab = slab_of(flat[0])
-    for start in range(0, max(size, 1), slab):
-        end = min(start + slab, size)
+    if size <= slab:
+        yield flat
+        return
+    for start in range(0, size, slab):
+        end = min(start + slab, size)  # the standard leaves it open what lies beyond
         yield [array[start:end] for array in flat]
 
 

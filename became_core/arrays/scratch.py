@@ -6,10 +6,9 @@ be told where to write, it is; where not, a result is let go only when the next 
 memory is never all free at once.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
-from became_core.arrays.namespace import Array, device, kernels_of, namespace, takes_out
+from became_core.arrays.namespace import Array, Walk
 
 __all__ = ["Arithmetic", "Scratch", "Workspace"]
 
@@ -34,24 +33,12 @@ class Arithmetic:
 class Scratch(Arithmetic):
     """The same where values exist, for slabs; results are good until ``forget``."""
 
-    def __init__(self) -> None:
-        """Begin with no memory."""
-        self._xp: Any = None
-        self._kinds: list[tuple[Any, Any]] = []
-        self._writes = False
-        self._kernels: Any = None
+    def __init__(self, xp: Any, walk: Walk) -> None:
+        """Begin with no memory, for slabs of a namespace's arrays that are walked so."""
+        self._xp, self._writes = xp, walk.writes
+        self._kernels: Any = walk.kernels
         self._buffers: list[Array] = []
         self._used = 0
-
-    def begin(self, arrays: Sequence[Array]) -> None:
-        """Serve, from now on, slabs of these arrays, which share a namespace; what was served before is forgotten."""
-        kinds = [(array.dtype, device(array)) for array in arrays]
-        if kinds != self._kinds:  # then results may be of other dtypes, or elsewhere
-            self._kinds, self._buffers = kinds, []
-        self._xp = namespace(first=arrays[0])
-        self._writes = takes_out(arrays)
-        self._kernels = kernels_of(arrays[0]) if self._writes else None
-        self.forget()
 
     def sub(self, left: Array, right: Array) -> Array:
         """Return left - right."""
@@ -102,13 +89,24 @@ class Scratch(Arithmetic):
 
 
 class Workspace:
-    """The memory of sums of products, for one leaf of a tree after another.
+    """The memory of sums of products, for one leaf of a tree after another; kept while leaves are walked alike.
 
     Attributes:
         factors: what the products' factors are computed in.
         sums: what the products are added up in.
     """
 
+    factors: Scratch
+    sums: Scratch
+
     def __init__(self) -> None:
         """Begin with no memory."""
-        self.factors, self.sums = Scratch(), Scratch()
+        self._served: tuple[Any, Walk] | None = None
+
+    def serve(self, xp: Any, walk: Walk) -> None:
+        """Serve a namespace's arrays that are walked so, from now on."""
+        if self._served != (xp, walk):  # then results may be of other dtypes, or elsewhere
+            self._served = xp, walk
+            self.factors, self.sums = Scratch(xp, walk), Scratch(xp, walk)
+        self.factors.forget()
+        self.sums.forget()

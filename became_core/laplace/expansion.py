@@ -18,6 +18,7 @@ Convention: the unit of the loss (a mean or a sum over samples) is the caller's,
 
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
+from itertools import accumulate
 
 import numpy as np
 
@@ -31,7 +32,7 @@ from became_core.arrays import (
     aligned_leaves,
     device,
     difference,
-    has_values,
+    have_values,
     inner_products,
     named_leaves,
     namespace,
@@ -173,16 +174,22 @@ def separable_terms(
         mean=mean,
     )
     workspace = Workspace()
+    leaves = [dict(zip(trees, leaf.items(), strict=True)) for leaf in aligned_leaves(**trees)]
+    if not leaves:
+        raise BecameError("theta_gp has no arrays; give at least one.")
     slopes: dict[str, list[Array]] = {}
     curvatures: dict[str, list[Array]] = {}
-    for path, leaf in zip(named_leaves(trees["theta_gp"]), aligned_leaves(**trees), strict=True):
+    lowest: list[Array] = []
+    for path, leaf in zip(named_leaves(trees["theta_gp"]), leaves, strict=True):
         group = group_of(path, per)
-        slope, curvature = _leaf_terms(dict(zip(trees, leaf.items(), strict=True)), workspace)
+        slope, curvature = _leaf_terms(leaf, workspace, lowest)
         slopes.setdefault(group, []).append(slope)
         curvatures.setdefault(group, []).append(curvature)
-    if not slopes:
-        raise BecameError("theta_gp has no arrays; give at least one.")
-    return _joined(slopes.values()), _joined(curvatures.values())
+    slope, curvature = _joined(slopes.values()), _joined(curvatures.values())
+    # Once for all leaves: an accelerator would be waited for each time.
+    if have_values((slope, curvature)) and not _sound(slope, curvature, lowest):
+        raise BecameError(next(filter(None, map(_offence, leaves)), _OVERFLOW.format("all leaves")))
+    return slope, curvature
 
 
 def _given(**trees: Tree | None) -> dict[str, Tree]:
@@ -191,21 +198,43 @@ def _given(**trees: Tree | None) -> dict[str, Tree]:
 
 def _joined(groups: Iterable[Sequence[Array]]) -> Array:
     """The sum of each group's 0-d arrays, [groups], in their promoted type."""
-    every = [part for group in groups for part in group]
-    xp = namespace(**{f"part {index}": part for index, part in enumerate(every)})
-    dtype = xp.result_type(*(part.dtype for part in every))
-    totals = [staged_sum(xp.stack([xp.astype(part, dtype, copy=False) for part in group])) for group in groups]
-    return xp.stack(totals)
+    groups = list(groups)
+    sizes = [len(group) for group in groups]
+    every = _stacked([part for group in groups for part in group])
+    ends = list(accumulate(sizes))
+    xp = namespace(every=every)
+    return xp.stack([staged_sum(every[end - size : end]) for size, end in zip(sizes, ends, strict=True)])
 
 
-def _leaf_terms(leaf: dict[str, tuple[str, Array]], workspace: Workspace) -> tuple[Array, Array]:
-    """Return slope and curvature along one leaf's delta; ``leaf`` gives label and array by role."""
+def _stacked(parts: Sequence[Array]) -> Array:
+    """0-d arrays side by side, in their promoted type."""
+    xp = namespace(**{f"part {index}": part for index, part in enumerate(parts)})
+    first = parts[0].dtype
+    if any(part.dtype != first for part in parts):
+        dtype = xp.result_type(*(part.dtype for part in parts))
+        parts = [xp.astype(part, dtype, copy=False) for part in parts]
+    return xp.stack(parts)
+
+
+def _sound(slope: Array, curvature: Array, lowest: Sequence[Array]) -> bool:
+    """Whether slopes and curvatures are finite, and the least entries of the diagonals not negative."""
+    xp = namespace(slope=slope, curvature=curvature)
+    sound = [xp.all(xp.isfinite(slope)), xp.all(xp.isfinite(curvature))]
+    sound += [xp.all(_stacked(lowest) >= 0)] if lowest else []
+    return bool(xp.all(xp.stack(sound)))
+
+
+def _leaf_terms(leaf: dict[str, tuple[str, Array]], workspace: Workspace, lowest: list[Array]) -> tuple[Array, Array]:
+    """Return slope and curvature along one leaf's delta; ``leaf`` gives label and array by role.
+
+    Where values exist, the curvatures' least entries are added to ``lowest``, in one walk with the sums: memory is read
+    once.
+    """
     arrays = dict(leaf.values())
-    xp, dtype = namespace(**arrays), reduction_dtype(namespace(**arrays), **arrays)
-    concrete = all(has_values(array) for array in arrays.values())
-    lowest: list[Array] = []  # of the curvatures, in one walk with the sums: memory is read once
+    xp = namespace(**arrays)
+    dtype = reduction_dtype(xp, **arrays)
 
-    def factors(arithmetic: Arithmetic, pieces: list[Array]) -> list[tuple[Array, Array]]:
+    def factors(arithmetic: Arithmetic, pieces: Sequence[Array]) -> list[tuple[Array, Array]]:
         wide = [piece if piece.dtype == dtype else xp.astype(piece, dtype) for piece in pieces]
         at = dict(zip(leaf, wide, strict=True))
         if "gradient" in at or "mean" in at:
@@ -221,24 +250,21 @@ def _leaf_terms(leaf: dict[str, tuple[str, Array]], workspace: Workspace) -> tup
             found.append((arithmetic.mul(offset, at["fisher_old"]), delta))
         return found
 
-    def look(scratch: Scratch, pieces: list[Array]) -> None:
+    def look(scratch: Scratch, pieces: Sequence[Array]) -> None:
         at = dict(zip(leaf, pieces, strict=True))
         lowest.extend(scratch.least(at[role]) for role in ("fisher_old", "fisher_new") if at[role].shape[0])
 
     # What overflows or is no number is found in the sums, and said in a sentence; NumPy alone would warn before.
-    with np.errstate(over="ignore", invalid="ignore") if concrete else nullcontext():
+    with np.errstate(over="ignore", invalid="ignore") if have_values(list(arrays.values())) else nullcontext():
         old, new, *more = inner_products(factors, list(arrays.values()), workspace, look)
-        slope, curvature = sum(more, -new), old + new
-    if concrete:
-        sound = [xp.isfinite(slope), xp.isfinite(curvature)]
-        sound += [xp.all(xp.stack(lowest) >= 0)] if lowest else []
-        if not bool(xp.all(xp.stack(sound))):
-            raise BecameError(_offence(leaf))
-    return slope, curvature
+        return sum(more, -new), old + new
 
 
-def _offence(leaf: dict[str, tuple[str, Array]]) -> str:
-    """What is wrong with a leaf whose sums are not finite, or which has a negative curvature."""
+_OVERFLOW = "the curvature along {} is too large for its dtype; rescale the curvatures, or give a wider dtype."
+
+
+def _offence(leaf: dict[str, tuple[str, Array]]) -> str | None:
+    """What is wrong with a leaf: a negative curvature, an entry or a sum that is not finite; None if nothing is."""
     for role, (label, array) in leaf.items():
         xp = namespace(array=array)
         if role.startswith("fisher"):
@@ -246,7 +272,9 @@ def _offence(leaf: dict[str, tuple[str, Array]]) -> str:
         if not bool(xp.all(xp.isfinite(array))):
             return f"{label} has entries that are infinite or not a number; every entry must be a finite number."
     label, _ = leaf["theta_gp"]
-    return f"the curvature along {label} is too large for its dtype; rescale the curvatures, or give a wider dtype."
+    slope, curvature = _leaf_terms(leaf, Workspace(), [])
+    xp = namespace(slope=slope)
+    return None if bool(xp.isfinite(slope) & xp.isfinite(curvature)) else _OVERFLOW.format(label)
 
 
 def _by_structure(named: dict[str, Params], old: Precision, new: Precision, per: Per) -> Quadratic:

@@ -1,7 +1,7 @@
 """Sums of many numbers in single precision, against the exact sum; every element counted once."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from became_core import optimal_alpha
 from became_core.arrays import Workspace, inner_products, staged_sum
-from became_core.arrays.namespace import loop_of, slab_of
+from became_core.arrays.namespace import loop_of, walk_of
 from became_core.arrays.reductions import RUN
 from tests.compilers import compiled
 
@@ -49,7 +49,7 @@ SHAPES = [(), (0,), (3, 2), (2**18,), (2**18 + 1,), (3, 2**18), (130, 7), (2**21
 
 
 def both(left: Any, right: Any) -> Any:
-    def factors(arithmetic: Any, piece: list[Any]) -> list[tuple[Any, Any]]:
+    def factors(arithmetic: Any, piece: Sequence[Any]) -> list[tuple[Any, Any]]:
         difference = arithmetic.sub(piece[0], piece[1])
         return [(piece[0], piece[1]), (difference, arithmetic.mul(piece[0], piece[0]) * 0 + 1)]
 
@@ -109,7 +109,7 @@ def check_alpha(xp: Any, function: Callable[..., Any], value: float | None) -> N
 
 def test_products_are_added_in_turn_a_few_at_a_time(xp: Any) -> None:
     """As many slabs as are added in place, one more, and a shorter one, which is added to the first of its elements."""
-    numbers = np.full(slab_of(xp.asarray(0.0)) * (RUN + 1) + 3, 0.1, dtype=np.float32)
+    numbers = np.full(walk_of([xp.asarray(0.0)]).slab * (RUN + 1) + 3, 0.1, dtype=np.float32)
     (found,) = inner_products(lambda arithmetic, piece: [(piece[0], piece[0])], [xp.asarray(numbers)])
     assert float(found) == pytest.approx(len(numbers) * float(numbers[0]) ** 2, rel=5e-7)
 

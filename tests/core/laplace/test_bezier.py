@@ -59,6 +59,13 @@ def test_there_is_none_where_one_alpha_serves_every_weight(xp: Any, segment: Seg
     assert float(predicted_advantage(gp, hat, old, new)) == pytest.approx(0, abs=1e-11)
 
 
+def test_a_step_of_the_control_point_is_the_mean_over_the_nodes(xp: Any) -> None:
+    """On a slope that is 1 everywhere, each of the nodes at 1/4, 1/2, 3/4 pulls by 2 t (1 - t)."""
+    straight = BezierPath(xp.asarray([0.0]), xp.asarray([1.0]), xp.asarray([2.0]))
+    moved = train_control(straight, lambda theta: theta * 0 + 1, rate=0.3, steps=2, nodes=3)
+    assert float(moved.control[0]) == pytest.approx(1 - 2 * 0.3 * (0.375 + 0.5 + 0.375) / 3)
+
+
 def test_a_trained_control_point_goes_downhill(xp: Any) -> None:
     """From the segment, with gradients of the cumulative loss, the curve's mean loss falls below the segment's."""
     draw = np.random.default_rng(1)

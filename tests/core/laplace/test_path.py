@@ -64,7 +64,26 @@ def test_a_report_by_hand(xp: Any) -> None:
     assert report.true_slopes[1] == pytest.approx(2.0)  # of the parabola through the last three
     assert report.plasticity_predicted
     assert report.plasticity_holds
-    assert report.r_squared < 0
+    truth, predicted = np.asarray([1.75, 1.7, 1.25, 1.0, 1.25]), np.asarray([0.0, -0.125, 0.0, 0.375, 1.0])
+    error = (truth - truth.mean()) - (predicted - predicted.mean())
+    assert report.r_squared == pytest.approx(1 - np.sum(error**2) / np.sum((truth - truth.mean()) ** 2))
+
+
+def test_the_truth_at_the_prediction_lies_on_the_parabola_nearest_to_it(xp: Any) -> None:
+    """The truth is 3 (alpha - 0.9)^2; the prediction's minimum, 0.7, was not traced."""
+    quadratic = Quadratic(xp.asarray([-1.4]), xp.asarray([[2.0]]))
+    alphas = np.asarray([0.0, 0.25, 0.5, 0.75, 1.0])
+    report = compare(quadratic, TracedPath(alphas.tolist(), (3 * (alphas - 0.9) ** 2).tolist()))
+    assert report.regret == pytest.approx(3 * 0.2**2 - 3 * 0.1**2)
+
+
+@pytest.mark.parametrize(("rise", "violations"), [(-1.0, ()), (0.0, ()), (3e-6, ()), (5e-6, (1.5,)), (1.0, (1.5,))])
+def test_a_point_above_the_chord_of_its_neighbours_is_a_violation(
+    xp: Any, rise: float, violations: tuple[float, ...]
+) -> None:
+    """Points unevenly spaced on a line, the middle one lifted; a millionth of the largest loss, 4, is rounding."""
+    quadratic = Quadratic(xp.asarray([-1.0]), xp.asarray([[4.0]]))
+    assert compare(quadratic, TracedPath([1.0, 1.5, 3.0], [4.0, 3.5 + rise, 2.0])).convexity_violations == violations
 
 
 def test_a_flat_or_falling_truth_has_no_interior_optimum(xp: Any) -> None:

@@ -170,6 +170,13 @@ def test_convexity_is_positive_semi_definiteness(xp: Any, problem: tuple[Array, 
     assert not bool(of(xp, slope, curvature - (1 + np.trace(curvature)) * np.eye(len(slope))).is_convex)
 
 
+@pytest.mark.parametrize(("least", "convex"), [(0.0, True), (-1.0, True), (-4.0, False)])
+def test_convexity_is_told_up_to_rounding(xp: Any, least: float, convex: bool) -> None:
+    """Rounding of the largest eigenvalue, here a million, once for each of the two directions."""
+    curvature = np.diag([1e6, least * np.finfo(np.float64).eps * 1e6])
+    assert bool(of(xp, np.zeros(2), curvature).is_convex) == convex
+
+
 @pytest.mark.parametrize(
     ("slope", "curvature", "interior"),
     [(-1.0, 4.0, True), (-8.0, 4.0, False), (1.0, 4.0, False), (0.0, 4.0, False), (-4.0, 4.0, False), (-1, 0, False)],

@@ -1,12 +1,14 @@
 """Merging rules, of two models and of many, on problems whose optimum is known."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import assume, given
 
-from became_core import BecameError
+from became_core import BecameError, Quadratic
 from became_core.laplace import (
     Became,
     Calibrated,
@@ -24,6 +26,8 @@ from became_core.laplace import (
     Secant,
     optimal_alpha,
 )
+from became_core.laplace.estimators import Frame, LocalLoss
+from became_core.laplace.groups import Per
 from tests.backends import to_numpy, to_xp
 from tests.strategies import Segment, segments
 
@@ -56,6 +60,33 @@ def test_became_of_two_models_is_optimal_alpha(xp: Any, estimator: Any, segment:
     for name, value in merged.theta.items():
         between = segment.theta_gp[name] + expected * (segment.theta_hat[name] - segment.theta_gp[name])
         np.testing.assert_allclose(to_numpy(value), between, atol=1e-11)
+
+
+@dataclass
+class Seen:
+    """An estimator that keeps the frame it is asked about."""
+
+    frames: list[Frame] = field(default_factory=list)
+
+    def quadratic(self, frame: Frame, losses: Sequence[LocalLoss]) -> Quadratic:
+        self.frames.append(frame)
+        return Diagonals().quadratic(frame, losses)
+
+
+@pytest.mark.parametrize(("count", "per"), [(2, "model"), (2, "layer"), (2, "leaf"), (3, "model"), (5, "model")])
+def test_an_estimator_is_told_where_the_last_model_is(xp: Any, count: int, per: Per) -> None:
+    draw = np.random.default_rng(0)
+    shapes = {"a.weight": (2, 3), "a.bias": (2,), "b.weight": (4,)}
+    models = [to_xp(xp, {name: draw.normal(size=shape) for name, shape in shapes.items()}) for _ in range(count)]
+    losses = [LaplacePosterior(model, Diagonal({k: v * 0 + 1 for k, v in model.items()})) for model in models]
+    seen = Seen()
+    Became(seen, per=per).merge(models, losses)
+    (frame,) = seen.frames
+    for name in shapes:
+        reached = frame.origin[name] + sum(
+            a * direction[name] for a, direction in zip(frame.newest, frame.directions, strict=True)
+        )
+        np.testing.assert_allclose(to_numpy(reached), to_numpy(models[-1][name]), rtol=1e-12, atol=1e-12)
 
 
 @given(segment=segments())
