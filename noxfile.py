@@ -3,12 +3,18 @@
 Convention: a session installs only what its subject may depend on, in the versions that ``constraints.txt`` pins.
 """
 
+import os
+from pathlib import Path
+
 import nox
 
 PROJECT = nox.project.load_toml("pyproject.toml")
 FRAMEWORKS = ("torch", "jax", "tensorflow")
 # Runs that are killed and go on, by the command; what they leave on a disk, and what becomes of it.
 INTERRUPTED = ("tests/cli/test_resuming.py", "tests/runs")
+
+# What may outlive a checkout, as pip's and pre-commit's caches do.
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "became-tests"
 
 nox.needs_version = ">=2025.2.9"
 nox.options.default_venv_backend = "virtualenv"
@@ -81,8 +87,9 @@ def tests_jax(session: nox.Session) -> None:
     """The core and the adapter on JAX, where no other framework is installed."""
     install(session, "test", "-e", ".[jax]")
     assert_absent(session, "torch", "tensorflow")
-    # Most of the time goes into compiling what another test, or the other process, has compiled already.
-    session.env["JAX_COMPILATION_CACHE_DIR"] = f"{session.create_tmp()}/compiled"
+    # Most of the time goes into compiling what another test, process or session has compiled already.
+    session.env["JAX_COMPILATION_CACHE_DIR"] = str(CACHE / "jax")
+    session.env["JAX_COMPILATION_CACHE_MAX_SIZE"] = str(2**30)  # bytes, least recently used first to go
     session.env["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     folders = "tests/core", "tests/jax", "tests/repository", *INTERRUPTED
     test(session, *folders, "--backend", "jax")

@@ -31,7 +31,8 @@ def simplex_face(slope: Array, curvature: Array, free: Array, first: Array) -> A
     xp = namespace(slope=slope, curvature=curvature, free=free, first=first)
     # A constant added to all slopes changes nothing on the simplex; measured from the first one they do not cancel.
     relative = free * (slope - xp.sum(first * slope, axis=-1, keepdims=True))
-    systems = _among_free(curvature, free)
+    # Nor does a constant added to all curvatures; with one, systems are singular only where the face has many minima.
+    systems = _among_free(curvature + xp.max(xp.abs(curvature)), free)
     by_slope, by_one = solve(systems, relative), solve(systems, free)
     total = xp.sum(by_one, axis=-1, keepdims=True)
     return (1 + xp.sum(by_slope, axis=-1, keepdims=True)) / total * by_one - by_slope

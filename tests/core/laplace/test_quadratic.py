@@ -31,7 +31,10 @@ def problems(draw: st.DrawFn, low: int = 1, high: int = 4, indefinite: bool = Fa
     slope = np.array(draw(st.lists(entries, min_size=size, max_size=size)), dtype=float)
     root = np.array(draw(st.lists(entries, min_size=size * size, max_size=size * size)), dtype=float)
     root = root.reshape(size, size)
-    return slope, root + root.T if indefinite else root @ root.T
+    if indefinite:
+        return slope, root + root.T
+    root = root[:, : draw(st.integers(1, size))]
+    return slope, root @ root.T
 
 
 @given(problem=problems())
@@ -73,19 +76,51 @@ def test_the_box_minimiser_is_that_of_brute_force(xp: Any, problem: tuple[Array,
     assert height(slope, curvature, found) <= best + 1e-9 * (1 + abs(best))
 
 
-@given(problem=problems())
-def test_the_simplex_minimiser_is_that_of_brute_force(xp: Any, problem: tuple[Array, Array]) -> None:
+@given(problem=problems(), lift=st.sampled_from([0.0, 1024.0]))
+def test_the_simplex_minimiser_is_that_of_brute_force(xp: Any, problem: tuple[Array, Array], lift: float) -> None:
+    """Whatever is added to all slopes, which is no more than a constant there."""
     slope, curvature = problem
-    found = to_numpy(of(xp, slope, curvature).minimiser("simplex"))
+    found = to_numpy(of(xp, slope + lift, curvature).minimiser("simplex"))
     assert found.min() >= 0
     assert found.sum() == pytest.approx(1, abs=1e-12)
     best = minimum_on_simplex(slope, curvature)
     assert height(slope, curvature, found) <= best + 1e-9 * (1 + abs(best))
 
 
-@given(problem=problems(low=2, high=3, indefinite=True), constraint=st.sampled_from(["box", "simplex"]))
-def test_an_indefinite_quadratic_has_its_global_minimum(xp: Any, problem: tuple[Array, Array], constraint: Any) -> None:
-    slope, curvature = problem
+@given(
+    problem=problems(low=2, high=7), constraint=st.sampled_from(["box", "simplex"]), power=st.sampled_from([-60, 60])
+)
+def test_the_unit_of_the_loss_does_not_matter(
+    xp: Any, problem: tuple[Array, Array], constraint: Any, power: int
+) -> None:
+    slope, curvature = problem[0], problem[1] + np.eye(len(problem[0]))  # one minimiser
+    scaled = of(xp, slope * 2.0**power, curvature * 2.0**power).minimiser(constraint)
+    expected = to_numpy(of(xp, slope, curvature).minimiser(constraint))
+    np.testing.assert_allclose(to_numpy(scaled), expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(("lift", "slack"), [(0.0, 1e-6), (2.0**20, 1e-3)])
+def test_large_slopes_that_differ_little_keep_their_digits_on_the_simplex(xp: Any, lift: float, slack: float) -> None:
+    """In single precision, where 2^20 leaves an eighth."""
+    draw = np.random.default_rng(0)
+    for _ in range(50):
+        slope, root = draw.integers(-3, 4, size=3).astype(float), draw.integers(-3, 4, size=(3, 2)).astype(float)
+        curvature = root @ root.T
+        lifted = Quadratic(xp.asarray(slope + lift, dtype=xp.float32), xp.asarray(curvature, dtype=xp.float32))
+        found = to_numpy(lifted.minimiser("simplex")).astype(float)
+        best = minimum_on_simplex(slope, curvature)
+        assert height(slope, curvature, found / found.sum()) <= best + slack * (1 + abs(best))
+
+
+@given(
+    problem=problems(low=2, high=3, indefinite=True),
+    constraint=st.sampled_from(["box", "simplex"]),
+    lift=st.sampled_from([0.0, 50.0]),  # on the simplex no more than a constant, which makes the loss positive
+)
+def test_an_indefinite_quadratic_has_its_global_minimum(
+    xp: Any, problem: tuple[Array, Array], constraint: Any, lift: float
+) -> None:
+    slope, curvature = problem[0] + lift, problem[1]
     values = np.linalg.eigvalsh(curvature)
     assume(values[0] < -0.5)
     assume(np.abs(values).min() > 0.1)
