@@ -70,6 +70,14 @@ def test_update_recentres_and_adds(xp: Any, weight: float, decay: float, segment
     assert float(after.loss(to_xp(xp, segment.theta_hat))) == 0
 
 
+@given(segment=segments())
+def test_an_update_weighs_both_alike_if_it_is_not_told(xp: Any, segment: Segment) -> None:
+    fisher = Diagonal(to_xp(xp, segment.fisher_new))
+    after = posterior_of(xp, segment).update(to_xp(xp, segment.theta_hat), fisher).precision.diagonal()
+    for name, old in segment.fisher_old.items():
+        np.testing.assert_array_equal(to_numpy(after[name]), old + segment.fisher_new[name])
+
+
 @given(case=structured(definite=True), data=st.data())
 def test_log_density_is_the_gaussians(xp: Any, case: Structured, data: st.DataObject) -> None:
     mean, theta = data.draw(eighths((2, case.size)))
