@@ -12,7 +12,7 @@ from became_core.arrays.namespace import (
     on_host,
     reduction_dtype,
 )
-from became_core.arrays.reductions import inner_products, staged_sum
+from became_core.arrays.reductions import group_sums, inner_products, stacked, staged_sum
 from became_core.arrays.scratch import Arithmetic, Scratch, Workspace
 from became_core.arrays.trees import (
     Params,
@@ -37,6 +37,7 @@ __all__ = [
     "check_values",
     "device",
     "difference",
+    "group_sums",
     "has_values",
     "have_values",
     "inner_products",
@@ -49,6 +50,7 @@ __all__ = [
     "pytree",
     "reduction_dtype",
     "size_in_bytes",
+    "stacked",
     "staged_sum",
     "static",
     "with_leaves",

@@ -12,14 +12,14 @@ values exist; under a trace in the compiler's own loop, or not at all where the 
 summed. XLA on the CPU does not: it fuses element by element only, so slabs are added so to a running total.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from itertools import islice
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import accumulate, islice
 from typing import Any
 
 from became_core.arrays.namespace import Array, Walk, have_values, loop_of, namespace, walk_of
 from became_core.arrays.scratch import Arithmetic, Scratch, Workspace
 
-__all__ = ["inner_products", "staged_sum"]
+__all__ = ["group_sums", "inner_products", "stacked", "staged_sum"]
 
 # Elements of a slab in a compiler's loop, and how many slabs are added one after the other. Powers of two.
 LOOP_SLAB, RUN = 2**16, 2**4
@@ -145,3 +145,23 @@ def staged_sum(values: Array) -> Array:
         rest = values[terms * columns :]
         values = xp.concat([stage[0, :], rest]) if rest.shape[0] else stage[0, :]
     return xp.sum(values)
+
+
+def group_sums(groups: Iterable[Sequence[Array]]) -> Array:
+    """Return the sum of each group's 0-d arrays, [groups], in their promoted type."""
+    groups = list(groups)
+    sizes = [len(group) for group in groups]
+    every = stacked([part for group in groups for part in group])
+    ends = list(accumulate(sizes))
+    xp = namespace(every=every)
+    return xp.stack([staged_sum(every[end - size : end]) for size, end in zip(sizes, ends, strict=True)])
+
+
+def stacked(parts: Sequence[Array]) -> Array:
+    """Return 0-d arrays side by side, in their promoted type."""
+    xp = namespace(**{f"part {index}": part for index, part in enumerate(parts)})
+    first = parts[0].dtype
+    if any(part.dtype != first for part in parts):
+        dtype = xp.result_type(*(part.dtype for part in parts))
+        parts = [xp.astype(part, dtype, copy=False) for part in parts]
+    return xp.stack(parts)

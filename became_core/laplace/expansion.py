@@ -16,41 +16,28 @@ H_new).delta.
 Convention: the unit of the loss (a mean or a sum over samples) is the caller's, and is the same in every term.
 """
 
-from collections.abc import Iterable, Sequence
-from contextlib import nullcontext
-from itertools import accumulate
-
-import numpy as np
+from collections.abc import Sequence
 
 from became_core.arrays import (
-    Arithmetic,
     Array,
     Params,
-    Scratch,
     Tree,
-    Workspace,
     aligned_leaves,
     device,
     difference,
-    have_values,
+    group_sums,
     inner_products,
     named_leaves,
     namespace,
     reduction_dtype,
-    staged_sum,
 )
 from became_core.errors import BecameError
-from became_core.laplace.groups import Per, group_directions, group_of
-from became_core.laplace.precision import Diagonal, Precision, check_diagonal
+from became_core.laplace.groups import Per, group_directions
+from became_core.laplace.precision import Diagonal, Precision
 from became_core.laplace.quadratic import Quadratic
+from became_core.laplace.separable import given_trees, separable_terms
 
-__all__ = [
-    "Fisher",
-    "layerwise_quadratic",
-    "path_quadratic",
-    "separable_terms",
-    "subspace_quadratic",
-]
+__all__ = ["Fisher", "layerwise_quadratic", "path_quadratic", "subspace_quadratic"]
 
 # A curvature: a precision of any structure, or the diagonal of one as an array or a tree of arrays.
 Fisher = Precision | Tree
@@ -106,7 +93,7 @@ def layerwise_quadratic(
         One direction for each of ``group_names``, in that order: delta in its leaves, zero elsewhere.
     """
     if isinstance(fisher_old, Precision) or isinstance(fisher_new, Precision):
-        trees = _given(theta_gp=theta_gp, theta_hat=theta_hat, gradient=gradient, mean=mean)
+        trees = given_trees(theta_gp=theta_gp, theta_hat=theta_hat, gradient=gradient, mean=mean)
         named = {role: _checked_leaves(trees, role) for role in trees}
         return _by_structure(named, _as_precision(fisher_old), _as_precision(fisher_new), per)
     slope, curvature = separable_terms(
@@ -151,132 +138,6 @@ def subspace_quadratic(
     return Quadratic(slope, curvature)
 
 
-def separable_terms(
-    theta_gp: Tree,
-    theta_hat: Tree,
-    fisher_old: Tree,
-    fisher_new: Tree,
-    *,
-    gradient: Tree | None,
-    mean: Tree | None,
-    per: Per,
-) -> tuple[Array, Array]:
-    """Return each group's slope and curvature, [groups] both, for curvatures that are diagonals, as trees of arrays.
-
-    The common case, leaf by leaf: two diagonals couple no two leaves. Arguments as for ``layerwise_quadratic``.
-    """
-    trees = _given(
-        theta_gp=theta_gp,
-        theta_hat=theta_hat,
-        fisher_old=fisher_old,
-        fisher_new=fisher_new,
-        gradient=gradient,
-        mean=mean,
-    )
-    workspace = Workspace()
-    leaves = [dict(zip(trees, leaf.items(), strict=True)) for leaf in aligned_leaves(**trees)]
-    if not leaves:
-        raise BecameError("theta_gp has no arrays; give at least one.")
-    slopes: dict[str, list[Array]] = {}
-    curvatures: dict[str, list[Array]] = {}
-    lowest: list[Array] = []
-    for path, leaf in zip(named_leaves(trees["theta_gp"]), leaves, strict=True):
-        group = group_of(path, per)
-        slope, curvature = _leaf_terms(leaf, workspace, lowest)
-        slopes.setdefault(group, []).append(slope)
-        curvatures.setdefault(group, []).append(curvature)
-    slope, curvature = _joined(slopes.values()), _joined(curvatures.values())
-    # Once for all leaves: an accelerator would be waited for each time.
-    if have_values((slope, curvature)) and not _sound(slope, curvature, lowest):
-        raise BecameError(next(filter(None, map(_offence, leaves)), _OVERFLOW.format("all leaves")))
-    return slope, curvature
-
-
-def _given(**trees: Tree | None) -> dict[str, Tree]:
-    return {role: tree for role, tree in trees.items() if tree is not None}
-
-
-def _joined(groups: Iterable[Sequence[Array]]) -> Array:
-    """The sum of each group's 0-d arrays, [groups], in their promoted type."""
-    groups = list(groups)
-    sizes = [len(group) for group in groups]
-    every = _stacked([part for group in groups for part in group])
-    ends = list(accumulate(sizes))
-    xp = namespace(every=every)
-    return xp.stack([staged_sum(every[end - size : end]) for size, end in zip(sizes, ends, strict=True)])
-
-
-def _stacked(parts: Sequence[Array]) -> Array:
-    """0-d arrays side by side, in their promoted type."""
-    xp = namespace(**{f"part {index}": part for index, part in enumerate(parts)})
-    first = parts[0].dtype
-    if any(part.dtype != first for part in parts):
-        dtype = xp.result_type(*(part.dtype for part in parts))
-        parts = [xp.astype(part, dtype, copy=False) for part in parts]
-    return xp.stack(parts)
-
-
-def _sound(slope: Array, curvature: Array, lowest: Sequence[Array]) -> bool:
-    """Whether slopes and curvatures are finite, and the least entries of the diagonals not negative."""
-    xp = namespace(slope=slope, curvature=curvature)
-    sound = [xp.all(xp.isfinite(slope)), xp.all(xp.isfinite(curvature))]
-    sound += [xp.all(_stacked(lowest) >= 0)] if lowest else []
-    return bool(xp.all(xp.stack(sound)))
-
-
-def _leaf_terms(leaf: dict[str, tuple[str, Array]], workspace: Workspace, lowest: list[Array]) -> tuple[Array, Array]:
-    """Return slope and curvature along one leaf's delta; ``leaf`` gives label and array by role.
-
-    Where values exist, the curvatures' least entries are added to ``lowest``, in one walk with the sums: memory is read
-    once.
-    """
-    arrays = dict(leaf.values())
-    xp = namespace(**arrays)
-    dtype = reduction_dtype(xp, **arrays)
-
-    def factors(arithmetic: Arithmetic, pieces: Sequence[Array]) -> list[tuple[Array, Array]]:
-        wide = [piece if piece.dtype == dtype else xp.astype(piece, dtype) for piece in pieces]
-        at = dict(zip(leaf, wide, strict=True))
-        if "gradient" in at or "mean" in at:
-            delta = arithmetic.sub(at["theta_hat"], at["theta_gp"])
-            square = arithmetic.mul(delta, delta)
-        else:
-            square = arithmetic.squared_difference(at["theta_hat"], at["theta_gp"])
-        found = [(square, at["fisher_old"]), (square, at["fisher_new"])]
-        if "gradient" in at:
-            found.append((at["gradient"], delta))
-        if "mean" in at:
-            offset = arithmetic.sub(at["theta_gp"], at["mean"])
-            found.append((arithmetic.mul(offset, at["fisher_old"]), delta))
-        return found
-
-    def look(scratch: Scratch, pieces: Sequence[Array]) -> None:
-        at = dict(zip(leaf, pieces, strict=True))
-        lowest.extend(scratch.least(at[role]) for role in ("fisher_old", "fisher_new") if at[role].shape[0])
-
-    # What overflows or is no number is found in the sums, and said in a sentence; NumPy alone would warn before.
-    with np.errstate(over="ignore", invalid="ignore") if have_values(list(arrays.values())) else nullcontext():
-        old, new, *more = inner_products(factors, list(arrays.values()), workspace, look)
-        return sum(more, -new), old + new
-
-
-_OVERFLOW = "the curvature along {} is too large for its dtype; rescale the curvatures, or give a wider dtype."
-
-
-def _offence(leaf: dict[str, tuple[str, Array]]) -> str | None:
-    """What is wrong with a leaf: a negative curvature, an entry or a sum that is not finite; None if nothing is."""
-    for role, (label, array) in leaf.items():
-        xp = namespace(array=array)
-        if role.startswith("fisher"):
-            check_diagonal(label, array)
-        if not bool(xp.all(xp.isfinite(array))):
-            return f"{label} has entries that are infinite or not a number; every entry must be a finite number."
-    label, _ = leaf["theta_gp"]
-    slope, curvature = _leaf_terms(leaf, Workspace(), [])
-    xp = namespace(slope=slope)
-    return None if bool(xp.isfinite(slope) & xp.isfinite(curvature)) else _OVERFLOW.format(label)
-
-
 def _by_structure(named: dict[str, Params], old: Precision, new: Precision, per: Per) -> Quadratic:
     """Any structure of the two curvatures: both losses along each group's part of delta."""
     theta_gp, theta_hat = named["theta_gp"], named["theta_hat"]
@@ -308,4 +169,4 @@ def _dot(**trees: Tree) -> Array:
         dtype = reduction_dtype(xp, **leaf)
         arrays = [xp.astype(array, dtype, copy=False) for array in leaf.values()]
         parts += inner_products(lambda _, pair: [(pair[0], pair[1])], arrays)
-    return _joined([parts])[0]
+    return group_sums([parts])[0]

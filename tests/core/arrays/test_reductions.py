@@ -2,6 +2,8 @@
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -11,6 +13,7 @@ from hypothesis import strategies as st
 
 from became_core import optimal_alpha
 from became_core.arrays import Workspace, inner_products, staged_sum
+from became_core.arrays.frameworks import _ROWS
 from became_core.arrays.namespace import loop_of, walk_of
 from became_core.arrays.reductions import RUN
 from tests.compilers import compiled
@@ -112,6 +115,16 @@ def test_products_are_added_in_turn_a_few_at_a_time(xp: Any) -> None:
     numbers = np.full(walk_of([xp.asarray(0.0)]).slab * (RUN + 1) + 3, 0.1, dtype=np.float32)
     (found,) = inner_products(lambda arithmetic, piece: [(piece[0], piece[0])], [xp.asarray(numbers)])
     assert float(found) == pytest.approx(len(numbers) * float(numbers[0]) ** 2, rel=5e-7)
+
+
+def test_an_accelerators_own_sums_are_taken_of_whole_slabs(xp: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, on whichever device this is: no rows, larger slabs, inner products where the framework has them."""
+    rows = (replace(row, on_cpu=lambda array: False, fuses_inner_products=lambda array: True) for row in _ROWS)
+    monkeypatch.setattr(import_module("became_core.arrays.frameworks"), "_ROWS", tuple(rows))
+    monkeypatch.setattr(import_module("became_core.arrays.namespace"), "ACCELERATOR_SLAB", 2**12)
+    for shape in SHAPES:
+        if math.prod(shape) <= 2**18:  # more squares have a sum that is rounded, and so depends on the order
+            check_inner_products(xp, shape, both)
 
 
 def test_a_workspace_serves_leaves_of_every_kind(xp: Any) -> None:

@@ -293,6 +293,26 @@ def test_a_sum_beyond_the_dtype_is_refused(xp: Any) -> None:
         optimal_alpha(*({"w": each} for each in (-huge, huge, huge, huge)))
 
 
+def test_leaves_whose_sum_alone_is_beyond_the_dtype_are_refused(xp: Any) -> None:
+    stable, plastic, curvature = (
+        {name: xp.full((1,), value, dtype=xp.float64) for name in "ab"} for value in (0.0, 1.0, 5e307)
+    )
+    assert float(optimal_alpha(stable["a"], plastic["a"], curvature["a"], curvature["a"])) == 0.5
+    with pytest.raises(BecameError, match=r"^the curvature along all leaves is too large for its dtype"):
+        optimal_alpha(stable, plastic, curvature, curvature)
+
+
+@pytest.mark.parametrize("name", ["fisher_old", "fisher_new"])
+def test_the_offending_one_of_many_leaves_is_named(xp: Any, name: str) -> None:
+    trees: dict[str, Any] = {
+        role: {f"layer{index}": xp.full((2, 3), 0.25 + index) for index in range(5)}
+        for role in ("theta_gp", "theta_hat", "fisher_old", "fisher_new")
+    }
+    trees[name]["layer3"] = -trees[name]["layer3"]
+    with pytest.raises(BecameError, match=rf"^{name} 'layer3' has negative or NaN entries"):
+        optimal_alpha(**trees)
+
+
 def test_mixed_frameworks_are_refused(xp: Any) -> None:
     other = np.ones(2) if xp is array_api_strict else array_api_strict.ones(2)
     with pytest.raises(BecameError, match=r"^theta_gp is an array of .* but theta_hat is one of .*; give arrays of a"):

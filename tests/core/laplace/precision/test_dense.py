@@ -60,3 +60,17 @@ def test_a_matrix_with_a_negative_eigenvalue_has_no_inverse(xp: Any) -> None:
     ):
         indefinite.log_determinant()
     assert float(indefinite.damped(2.0).log_determinant()) == pytest.approx(np.log(5.0), rel=1e-14)
+
+
+@pytest.mark.parametrize("scale", [1e-20, 1.0, 1e20])
+def test_what_counts_as_rounding_is_a_share_of_the_largest_entry(xp: Any, scale: float) -> None:
+    def precision(upper: float) -> Dense:
+        matrix = np.asarray([[2.0, upper], [1.0, 3.0]])
+        return Dense(to_xp(xp, scale * matrix), {"w": (2,)})
+
+    assert float(precision(1 + 1e-10).log_determinant()) == pytest.approx(np.log(5) + 2 * np.log(scale), rel=1e-9)
+    with pytest.raises(BecameError, match="is not symmetric"):
+        precision(1 + 1e-5)
+    singular = Dense(to_xp(xp, scale * np.diag([1.0, 1e-17])), {"w": (2,)})
+    with pytest.raises(BecameError, match="is singular to rounding"):
+        singular.log_determinant()

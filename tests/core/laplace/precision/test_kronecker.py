@@ -91,3 +91,13 @@ def test_what_are_no_factors_is_refused(xp: Any) -> None:
         kronecker(xp, shapes={"w": (3, 2)})
     with pytest.raises(BecameError, match=r"^the damping of 'w' is negative or not a number; it must be at least 0\.$"):
         kronecker(xp, damping={"w": xp.asarray(-1.0)})
+
+
+@pytest.mark.parametrize("scale", [1e-20, 1.0, 1e20])
+def test_what_is_singular_to_rounding_depends_on_the_largest_eigenvalue(xp: Any, scale: float) -> None:
+    def precision(least: float) -> Kronecker:
+        return Kronecker({"w": (to_xp(xp, np.diag([1.0, least])), to_xp(xp, np.asarray([[scale]])))})
+
+    assert float(precision(0.5).log_determinant()) == pytest.approx(np.log(0.5) + 2 * np.log(scale), rel=1e-14)
+    with pytest.raises(BecameError, match="is singular to rounding"):
+        precision(1e-17).log_determinant()

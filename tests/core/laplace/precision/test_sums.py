@@ -62,6 +62,16 @@ def test_terms_that_share_no_parameter_are_blocks_of_which_each_is_damped(xp: An
     assert float(damped.log_determinant()) == pytest.approx(np.linalg.slogdet(matrix + 0.5 * np.eye(5))[1], rel=1e-13)
 
 
+@pytest.mark.parametrize("as_array", [False, True])
+def test_terms_that_share_a_parameter_are_damped_together(xp: Any, as_array: bool) -> None:
+    each = one_of_each(xp)
+    amount = to_xp(xp, np.asarray(0.5)) if as_array else 0.5
+    damped = (each["kronecker"] + each["diagonal"]).damped(amount).to_dense()
+    assert isinstance(damped, Dense)
+    expected = np.kron(G, A) + np.diag(np.arange(1.0, 5.0)) + 0.5 * np.eye(4)
+    np.testing.assert_allclose(to_numpy(damped.matrix), expected, rtol=1e-15)
+
+
 def test_what_has_no_closed_form_says_what_would_help(xp: Any) -> None:
     each = one_of_each(xp)
     total = each["kronecker"] + each["diagonal"]
