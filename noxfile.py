@@ -89,7 +89,6 @@ def tests_jax(session: nox.Session) -> None:
     assert_absent(session, "torch", "tensorflow")
     # Most of the time goes into compiling what another test, process or session has compiled already.
     session.env["JAX_COMPILATION_CACHE_DIR"] = str(CACHE / "jax")
-    session.env["JAX_COMPILATION_CACHE_MAX_SIZE"] = str(2**30)  # bytes, least recently used first to go
     session.env["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     folders = "tests/core", "tests/jax", "tests/repository", *INTERRUPTED
     test(session, *folders, "--backend", "jax")
