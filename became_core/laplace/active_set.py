@@ -73,7 +73,7 @@ class Simplex:
 
     def target(self, point: Array, free: Array) -> Array:
         """Solve for the free coefficients, whose sum is 1; the others are 0."""
-        return simplex_face(self.slope, self.curvature, free[None, :], self._first(free)[None, :])[0, :]
+        return simplex_face(self.slope, self.curvature, free[None, :])[0, :]
 
     def pull(self, point: Array, free: Array) -> Array:
         """Where the gradient is lower than that of the free coefficients, which is one and the same."""

@@ -89,6 +89,7 @@ def minimise_on_simplex(slope: Array, curvature: Array) -> Array:
     """
     xp = namespace(slope=slope, curvature=curvature)
     size = int(slope.shape[0])
+    slope = slope - xp.min(slope)  # a constant added to all slopes changes nothing, but would cost digits
     if size > _SIMPLEX_BY_FACES:
         _check_concrete(slope, _SIMPLEX_BY_FACES)
         best = _positive(walk(Simplex(slope, curvature)))
@@ -96,7 +97,7 @@ def minimise_on_simplex(slope: Array, curvature: Array) -> Array:
     faces = sorted(product((_FREE, 0.0), repeat=size), key=_freedom)[1:]  # all but the one with nothing free
     free = constant([[float(bound == _FREE) for bound in face] for face in faces], slope)
     first = constant([[float(index == face.index(_FREE)) for index in range(size)] for face in faces], slope)
-    points = simplex_face(slope, curvature, free, first)
+    points = simplex_face(slope, curvature, free)
     gradient = slope + xp.matmul(points, curvature)
     level = xp.sum(first * gradient, axis=1, keepdims=True)  # the free coefficients' common gradient
     wrong = free * xp.abs(gradient - level) + (1 - free) * _positive(level - gradient)
@@ -115,9 +116,10 @@ def _positive(values: Array) -> Array:
 
 
 def _best(slope: Array, curvature: Array, points: Array, wrong: Array, outside: Array) -> Array:
-    """Return the point [K] that meets the optimality conditions best or, if C is indefinite, the lowest feasible one.
+    """Return a point [K] that meets the optimality conditions or, if C is indefinite, the lowest feasible one.
 
-    Not the lowest one in any case: near a minimum values differ by less than their rounding, and conditions do not.
+    Not the lowest one in any case: near a minimum values differ by less than their rounding, and conditions do not. Of
+    those that meet them up to rounding it is the first: where there are many minima, one that is simple.
     """
     xp = namespace(slope=slope, curvature=curvature)
     slack = 16 * slope.shape[0] * xp.finfo(slope.dtype).eps
@@ -130,7 +132,9 @@ def _best(slope: Array, curvature: Array, points: Array, wrong: Array, outside: 
     height = xp.where(xp.max(outside, axis=1) <= slack, height, never)
     score = xp.where(convex, violation, height)
     score = xp.where(xp.isfinite(score), score, never)
-    chosen = xp.arange(points.shape[0], device=device(slope)) == xp.argmin(score)
+    best = score <= xp.min(score) + xp.where(convex, slack, xp.zeros_like(scale))
+    place = xp.arange(points.shape[0], dtype=slope.dtype, device=device(slope))
+    chosen = place == xp.min(xp.where(best, place, never))
     # `where` rather than a product, which would let a point that is not finite through.
     return xp.sum(xp.where(xp.expand_dims(chosen, axis=-1), points, xp.zeros_like(points)), axis=0)
 

@@ -26,14 +26,13 @@ def box_face(slope: Array, curvature: Array, free: Array, held: Array) -> Array:
     return solve(_among_free(curvature, free), right)
 
 
-def simplex_face(slope: Array, curvature: Array, free: Array, first: Array) -> Array:
-    """Return each face's stationary point with sum 1, [faces, K]; ``first`` marks one free coefficient of each face."""
-    xp = namespace(slope=slope, curvature=curvature, free=free, first=first)
-    # A constant added to all slopes changes nothing on the simplex; measured from the first one they do not cancel.
-    relative = free * (slope - xp.sum(first * slope, axis=-1, keepdims=True))
-    # Nor does a constant added to all curvatures; with one, systems are singular only where the face has many minima.
+def simplex_face(slope: Array, curvature: Array, free: Array) -> Array:
+    """Return each face's stationary point with sum 1, [faces, K]."""
+    xp = namespace(slope=slope, curvature=curvature, free=free)
+    # A constant added to all curvatures changes nothing on the simplex; with one, systems are singular only where the
+    # face has many minima.
     systems = _among_free(curvature + xp.max(xp.abs(curvature)), free)
-    by_slope, by_one = solve(systems, relative), solve(systems, free)
+    by_slope, by_one = solve(systems, free * slope), solve(systems, free)
     total = xp.sum(by_one, axis=-1, keepdims=True)
     return (1 + xp.sum(by_slope, axis=-1, keepdims=True)) / total * by_one - by_slope
 
