@@ -112,6 +112,15 @@ def test_large_slopes_that_differ_little_keep_their_digits_on_the_simplex(xp: An
         assert height(slope, curvature, found / found.sum()) <= best + slack * (1 + abs(best))
 
 
+def test_of_many_minima_on_the_simplex_the_first_simple_one_is_taken(xp: Any) -> None:
+    """The third model is the middle of the others, so it can stand in for both: rounding is not to say how much."""
+    draw = np.random.default_rng(0)
+    for share, curved in draw.uniform(0.1, 0.9, size=(20, 2)):
+        direction = np.asarray([0.0, 1.0, 0.5])
+        quadratic = of(xp, -share * curved * direction, curved * np.outer(direction, direction))
+        np.testing.assert_allclose(to_numpy(quadratic.minimiser("simplex")), [1 - share, share, 0], rtol=0, atol=1e-13)
+
+
 @given(
     problem=problems(low=2, high=3, indefinite=True),
     constraint=st.sampled_from(["box", "simplex"]),
