@@ -108,5 +108,3 @@ class Workspace:
         if self._served != (xp, walk):  # then results may be of other dtypes, or elsewhere
             self._served = xp, walk
             self.factors, self.sums = Scratch(xp, walk), Scratch(xp, walk)
-        self.factors.forget()
-        self.sums.forget()
