@@ -11,6 +11,7 @@ from became_core.arrays.namespace import (
     namespace,
     on_host,
     reduction_dtype,
+    repeated,
 )
 from became_core.arrays.reductions import group_sums, inner_products, stacked, staged_sum
 from became_core.arrays.scratch import Arithmetic, Scratch, Workspace
@@ -49,6 +50,7 @@ __all__ = [
     "on_host",
     "pytree",
     "reduction_dtype",
+    "repeated",
     "size_in_bytes",
     "stacked",
     "staged_sum",

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from became_core.arrays.values import introduce_to_jax, introduce_to_torch
 
-__all__ = ["Framework", "Kernels", "framework_of", "is_array"]
+__all__ = ["Framework", "Kernels", "State", "framework_of", "is_array"]
 
 
 def _own_device(array: Any) -> Any:
@@ -80,6 +80,32 @@ def _tensorflow_loop(
     return tensorflow.concat(totals, axis=0)
 
 
+# What applies a step to a tuple of arrays so many times, (module, step, state, times), and returns what comes out last.
+State = tuple[Any, ...]
+Repeat = Callable[[Any, Callable[[State], State], State, int], State]
+
+
+def _repeat(_: Any, step: Callable[[State], State], state: State, times: int) -> State:
+    for _ in range(times):
+        state = step(state)
+    return state
+
+
+def _jax_repeat(jax: Any, step: Callable[[State], State], state: State, times: int) -> State:
+    found: State = jax.lax.fori_loop(0, times, lambda _, sofar: step(sofar), state)
+    return found
+
+
+def _tensorflow_repeat(tensorflow: Any, step: Callable[[State], State], state: State, times: int) -> State:
+    _, *found = tensorflow.while_loop(
+        lambda index, *_: index < times,
+        lambda index, *sofar: (index + 1, *step(tuple(sofar))),
+        (0, *state),
+        maximum_iterations=times,
+    )
+    return tuple(found)
+
+
 @dataclass(frozen=True)
 class Kernels:
     """What a framework does in one pass, where the standard's functions take several, or do it slower.
@@ -110,6 +136,7 @@ class Framework:
             compute a lazy graph.
         loop: module -> the compiler's own; None where the compiler computes what is summed as it sums it, as XLA does
             on a GPU and not on a CPU. The default device is what decides: a trace knows no other.
+        repeat: the compiler's own repetition, so that a step is compiled once; else as many copies of it.
         on_cpu: array -> whether a processor computes with it, and not an accelerator.
         slab: how many elements of such an array are summed at a time where values exist: so few that with a few
             temporaries they stay within the cache, or so many that a call of the framework's own, which costs more, is
@@ -130,6 +157,7 @@ class Framework:
     device: Callable[[Any], Any] = array_api_compat.device
     has_values: Callable[[Any, Any], bool] = lambda module, array: True
     loop: Callable[[Any], Loop | None] = lambda module: None
+    repeat: Repeat = _repeat
     on_cpu: Callable[[Any], bool] = lambda array: True
     slab: int = 2**18
     fuses_inner_products: Callable[[Any], bool] = lambda array: False
@@ -213,6 +241,7 @@ _ROWS = (
             tensorflow.executing_eagerly() and not tensorflow.is_symbolic_tensor(array)
         ),
         loop=lambda tensorflow: None if tensorflow.config.list_physical_devices("GPU") else _tensorflow_loop,
+        repeat=_tensorflow_repeat,
         on_cpu=lambda array: "GPU" not in array.device,
         slab=2**20,
     ),
@@ -222,6 +251,7 @@ _ROWS = (
         namespace=_jax_namespace,
         has_values=lambda jax, array: not isinstance(array, jax.core.Tracer),
         loop=lambda jax: _jax_loop if jax.default_backend() == "cpu" else None,
+        repeat=_jax_repeat,
         on_cpu=lambda array: all(device.platform == "cpu" for device in array.devices()),
     ),
     Framework(

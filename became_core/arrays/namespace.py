@@ -10,7 +10,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from became_core.arrays.frameworks import Framework, Kernels, framework_of
+from became_core.arrays.frameworks import Framework, Kernels, State, framework_of
 from became_core.errors import BecameError
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "namespace",
     "on_host",
     "reduction_dtype",
+    "repeated",
     "walk_of",
 ]
 
@@ -134,6 +135,18 @@ def loop_of(array: Array) -> Callable[..., Array] | None:
     framework, module = _framework_of("the value", array)
     loop = framework.loop(module)
     return None if loop is None else partial(loop, module)
+
+
+def repeated(step: Callable[[State], State], state: State, times: int) -> State:
+    """Return what comes out of a step that is applied so many times to a tuple of arrays, whatever their values.
+
+    Args:
+        step: state -> state, of the same shapes and dtypes.
+        state: arrays of one framework.
+        times: how often.
+    """
+    framework, module = _framework_of("the state", state[0])
+    return framework.repeat(module, step, state, times)
 
 
 def lerp_of(array: Array) -> Callable[[Array, Array, Array | float], Array] | None:

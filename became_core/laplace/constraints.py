@@ -11,10 +11,9 @@ Convention: slope [K], curvature [K, K], result [K].
 
 from itertools import product
 
-from became_core.arrays import Array, device, has_values, namespace
-from became_core.errors import BecameError
+from became_core.arrays import Array, device, namespace
 from became_core.laplace.active_set import Box, Simplex, walk
-from became_core.laplace.faces import box_face, constant, ridged, simplex_face, solve
+from became_core.laplace.faces import box_face, check_finite, constant, is_positive, ridged, simplex_face, solve
 
 __all__ = ["free_minimiser", "minimise_in_box", "minimise_on_simplex", "segment_minimiser"]
 
@@ -49,10 +48,15 @@ def segment_minimiser(slope: Array, curvature: Array, *, clip: bool) -> Array:
 
 
 def free_minimiser(slope: Array, curvature: Array) -> Array:
-    """Return the stationary point -C^-1 b, [K]; 0 for a direction without curvature."""
+    """Return the stationary point -C^-1 b, [K]; 0 for a direction without curvature.
+
+    Raises:
+        BecameError: if there are several directions and something is not finite.
+    """
     xp = namespace(slope=slope, curvature=curvature)
     if slope.shape[0] == 1:
         return segment_minimiser(slope, curvature[:, 0], clip=False)
+    check_finite(slope, curvature)
     curved = xp.max(xp.abs(curvature), axis=1) > 0
     return xp.where(curved, solve(ridged(curvature), -slope), xp.zeros_like(slope))
 
@@ -61,14 +65,15 @@ def minimise_in_box(slope: Array, curvature: Array) -> Array:
     """Return the minimiser over 0 <= a <= 1, [K].
 
     Raises:
-        BecameError: if there are more than 5 directions and they are traced.
+        BecameError: if there are several directions and something is not finite, or more than 5 and the loss is
+            not convex along them; under a trace the result is NaN.
     """
     xp = namespace(slope=slope, curvature=curvature)
     size = int(slope.shape[0])
     if size == 1:
         return segment_minimiser(slope, curvature[:, 0], clip=True)
+    check_finite(slope, curvature)
     if size > _BOX_BY_FACES:
-        _check_concrete(slope, _BOX_BY_FACES)
         return xp.clip(walk(Box(slope, curvature)), 0.0, 1.0)
     faces = sorted(product((0.0, 1.0, _FREE), repeat=size), key=_freedom)
     free = constant([[float(bound == _FREE) for bound in face] for face in faces], slope)
@@ -85,13 +90,14 @@ def minimise_on_simplex(slope: Array, curvature: Array) -> Array:
     """Return the minimiser over a >= 0 with sum 1, [K].
 
     Raises:
-        BecameError: if there are more than 9 directions and they are traced.
+        BecameError: if something is not finite, or if there are more than 9 directions and the loss is not convex on
+            the simplex; under a trace the result is NaN.
     """
     xp = namespace(slope=slope, curvature=curvature)
     size = int(slope.shape[0])
+    check_finite(slope, curvature)
     slope = slope - xp.min(slope)  # a constant added to all slopes changes nothing, but would cost digits
     if size > _SIMPLEX_BY_FACES:
-        _check_concrete(slope, _SIMPLEX_BY_FACES)
         best = _positive(walk(Simplex(slope, curvature)))
         return best / xp.sum(best)
     faces = sorted(product((_FREE, 0.0), repeat=size), key=_freedom)[1:]  # all but the one with nothing free
@@ -125,8 +131,7 @@ def _best(slope: Array, curvature: Array, points: Array, wrong: Array, outside: 
     slack = 16 * slope.shape[0] * xp.finfo(slope.dtype).eps
     scale = xp.max(xp.abs(curvature)) + xp.max(xp.abs(slope))
     violation = xp.max(outside, axis=1) + xp.max(wrong, axis=1) / xp.where(scale > 0, scale, xp.ones_like(scale))
-    eigenvalues = xp.linalg.eigvalsh(curvature)
-    convex = xp.min(eigenvalues) >= -slack * xp.max(xp.abs(eigenvalues))
+    convex = is_positive(curvature, slack)
     height = xp.sum(points * (slope + 0.5 * xp.matmul(points, curvature)), axis=1)
     never = xp.zeros_like(height) + float("inf")
     height = xp.where(xp.max(outside, axis=1) <= slack, height, never)
@@ -137,11 +142,3 @@ def _best(slope: Array, curvature: Array, points: Array, wrong: Array, outside: 
     chosen = place == xp.min(xp.where(best, place, never))
     # `where` rather than a product, which would let a point that is not finite through.
     return xp.sum(xp.where(xp.expand_dims(chosen, axis=-1), points, xp.zeros_like(points)), axis=0)
-
-
-def _check_concrete(slope: Array, most: int) -> None:
-    if not has_values(slope):
-        raise BecameError(
-            f"under a trace at most {most} directions can be constrained like this, not {slope.shape[0]}; "
-            "minimise outside of the compiled function."
-        )

@@ -1,5 +1,7 @@
 """Faces of the box [0, 1]^K and of the simplex: where on each a quadratic b.a + 1/2 a.C.a is stationary.
 
+And what must hold of one that is to be minimised there: it is finite, and convex or not.
+
 Convention: a face is a row of ``free`` [faces, K], 1 where a coefficient is solved for and 0 where it stays put. The
 systems carry a ridge of the size of the curvature's rounding, so that directions which coincide share their weight
 evenly rather than fail.
@@ -8,15 +10,29 @@ evenly rather than fail.
 from collections.abc import Sequence
 from typing import Any
 
-from became_core.arrays import Array, device, namespace
+from became_core.arrays import Array, check_values, device, namespace
 
-__all__ = ["box_face", "constant", "ridged", "simplex_face", "solve"]
+__all__ = ["box_face", "check_finite", "constant", "is_positive", "ridged", "simplex_face", "solve"]
 
 
 def constant(values: Sequence[Any], like: Array) -> Array:
     """Return numbers that are known beforehand, nested sequences of them, as an array like another."""
     xp = namespace(like=like)
     return xp.asarray(values, dtype=like.dtype, device=device(like))
+
+
+def check_finite(slope: Array, curvature: Array) -> None:
+    """Raise a BecameError where values can be looked at and one is NaN or infinite, which no solver takes."""
+    xp = namespace(slope=slope, curvature=curvature)
+    finite = xp.logical_and(xp.all(xp.isfinite(slope)), xp.all(xp.isfinite(curvature)))
+    check_values(finite, f"a quadratic of {slope.shape[0]} directions has NaN or infinite entries; all must be finite.")
+
+
+def is_positive(curvature: Array, slack: float) -> Array:
+    """Whether a curvature [K, K] is positive semi-definite, up to this share of its largest eigenvalue, 0-d."""
+    xp = namespace(curvature=curvature)
+    eigenvalues = xp.linalg.eigvalsh(curvature)
+    return xp.min(eigenvalues) >= -slack * xp.max(xp.abs(eigenvalues))
 
 
 def box_face(slope: Array, curvature: Array, free: Array, held: Array) -> Array:

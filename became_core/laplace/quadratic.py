@@ -16,6 +16,7 @@ from typing import Any, Literal
 from became_core.arrays import Array, device, namespace, pytree
 from became_core.errors import BecameError
 from became_core.laplace.constraints import free_minimiser, minimise_in_box, minimise_on_simplex
+from became_core.laplace.faces import check_finite, is_positive
 
 __all__ = ["CONSTRAINTS", "Constrained", "Quadratic"]
 
@@ -75,13 +76,15 @@ class Quadratic:
         """Whether the loss is convex along the directions, as wherever all curvatures are positive semi-definite.
 
         Up to rounding: the least eigenvalue may be as far below zero as the largest one's last few digits.
+
+        Raises:
+            BecameError: if there are several directions and something is not finite.
         """
         xp = namespace(curvature=self.curvature)
         if self.directions == 1:
             return self.curvature[0, 0] >= 0
-        eigenvalues = xp.linalg.eigvalsh(self.curvature)
-        slack = self.directions * xp.finfo(self.curvature.dtype).eps
-        return xp.min(eigenvalues) >= -slack * xp.max(xp.abs(eigenvalues))
+        check_finite(self.slope, self.curvature)
+        return is_positive(self.curvature, self.directions * xp.finfo(self.curvature.dtype).eps)
 
     @property
     def has_interior_optimum(self) -> Array:
@@ -104,7 +107,9 @@ class Quadratic:
                 coefficients with sum 1. Where nothing is curved or sloped, all zero; on the simplex, all on the first.
 
         Raises:
-            BecameError: for an unknown constraint, or for many directions under a trace (see ``constraints``).
+            BecameError: for an unknown constraint; with several directions, where something is not finite; with more
+                than 5 in the box or 9 on the simplex, where the loss is not convex there. Under a trace the result is
+                then NaN.
         """
         if constraint is None:
             return free_minimiser(self.slope, self.curvature)

@@ -159,6 +159,36 @@ def test_the_walk_of_many_directions_meets_the_optimality_conditions(
         assert gradient[found > 1e-9].max() <= gradient.min() + slack
 
 
+@pytest.mark.parametrize(("constraint", "size"), [("box", 6), ("simplex", 10)])
+def test_many_directions_want_a_convex_loss(xp: Any, constraint: Any, size: int) -> None:
+    """On the simplex along the differences of its points: what the sum feels, which is 1, may bend down."""
+    slope, sums = np.linspace(-1, 1, size), np.ones((size, size))
+    for curvature in (-np.eye(size), np.eye(size) - sums):
+        if constraint == "simplex" and curvature[0, 0] == 0:
+            found = to_numpy(of(xp, slope, curvature).minimiser(constraint))
+            expected = to_numpy(of(xp, slope, np.eye(size)).minimiser(constraint))
+            np.testing.assert_allclose(found, expected, atol=1e-12)
+            continue
+        message = f"a constrained minimum along {size} directions is found only where the loss is convex along them"
+        with pytest.raises(BecameError, match=message):
+            of(xp, slope, curvature).minimiser(constraint)
+
+
+@pytest.mark.parametrize("size", [3, 10])
+@pytest.mark.parametrize("wrong", [np.nan, np.inf])
+def test_several_directions_want_numbers(xp: Any, size: int, wrong: float) -> None:
+    slope, curvature = np.arange(size, dtype=float), np.eye(size)
+    slope[1] = wrong
+    with pytest.raises(BecameError, match=f"a quadratic of {size} directions has NaN or infinite entries; all must be"):
+        of(xp, slope, curvature).minimiser()
+    slope[1], curvature[1, 1] = 1.0, wrong
+    for ask in ("box", "simplex", None):
+        with pytest.raises(BecameError, match="has NaN or infinite entries"):
+            of(xp, slope, curvature).minimiser(ask)
+    with pytest.raises(BecameError, match="has NaN or infinite entries"):
+        _ = of(xp, slope, curvature).is_convex
+
+
 @given(problem=problems(low=2, high=4))
 def test_walk_and_faces_agree(xp: Any, problem: tuple[Array, Array]) -> None:
     """The two ways to the same minimum."""
