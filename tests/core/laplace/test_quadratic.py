@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from became_core import BecameError, Quadratic
+from became_core.laplace import active_set
+from became_core.laplace.active_set import Box, Simplex, walk
 from reference.quadratics import height, minimum_in_box, minimum_on_simplex
 from tests.backends import to_numpy, to_xp
 
@@ -139,11 +141,15 @@ def test_an_indefinite_quadratic_has_its_global_minimum(
     assert height(slope, curvature, found) <= best + 1e-9 * (1 + abs(best))
 
 
-@given(problem=problems(low=6, high=7), constraint=st.sampled_from(["box", "simplex"]))
+@given(
+    problem=problems(low=6, high=7),
+    constraint=st.sampled_from(["box", "simplex"]),
+    unit=st.sampled_from([1.0, 2.0**40]),  # however small rounding is not
+)
 def test_the_walk_of_many_directions_meets_the_optimality_conditions(
-    xp: Any, problem: tuple[Array, Array], constraint: Any
+    xp: Any, problem: tuple[Array, Array], constraint: Any, unit: float
 ) -> None:
-    slope, curvature = problem
+    slope, curvature = problem[0] * unit, problem[1] * unit
     if constraint == "simplex":  # so many that faces are not enumerated
         slope, curvature = np.tile(slope, 2), np.kron(np.array([[2.0, 1.0], [1.0, 2.0]]), curvature)
     found = to_numpy(of(xp, slope, curvature).minimiser(constraint))
@@ -157,6 +163,29 @@ def test_the_walk_of_many_directions_meets_the_optimality_conditions(
     else:
         assert found.sum() == pytest.approx(1)
         assert gradient[found > 1e-9].max() <= gradient.min() + slack
+
+
+@pytest.mark.parametrize("size", [6, 16])
+@pytest.mark.parametrize(("region", "reach"), [(Box, 1.0), (Simplex, 0.2)])
+def test_a_walk_that_cannot_look_takes_as_many_steps_as_it_needs(
+    backend: str, xp: Any, monkeypatch: pytest.MonkeyPatch, region: Any, reach: float, size: int
+) -> None:
+    """As under a trace, without one: with much in common, what is held and what is free changes often."""
+    if backend in ("jax", "tensorflow"):
+        pytest.skip("their loops are for a trace, and are tested there")
+    draw = np.random.default_rng(0)
+    for _ in range(15):
+        root = 0.3 * draw.normal(size=(size, size)) + draw.normal(size=(1, size))
+        curvature = root @ root.T
+        slope = -curvature @ draw.uniform(-0.5 * reach, 1.5 * reach, size=size) + draw.normal(size=size)
+        problem = region(to_xp(xp, slope), to_xp(xp, curvature))
+        expected = to_numpy(walk(problem))
+        with monkeypatch.context() as blind:
+            blind.setattr(active_set, "has_values", lambda _: False)
+            found = to_numpy(walk(problem))
+            concave = to_numpy(walk(region(problem.slope, -problem.curvature)))
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-9)
+        assert np.isnan(concave).all()
 
 
 @pytest.mark.parametrize(("constraint", "size"), [("box", 6), ("simplex", 10)])
@@ -192,8 +221,6 @@ def test_several_directions_want_numbers(xp: Any, size: int, wrong: float) -> No
 @given(problem=problems(low=2, high=4))
 def test_walk_and_faces_agree(xp: Any, problem: tuple[Array, Array]) -> None:
     """The two ways to the same minimum."""
-    from became_core.laplace.active_set import Box, Simplex, walk
-
     slope, curvature = problem
     curvature = curvature + np.eye(len(slope))  # one minimiser
     quadratic = of(xp, slope, curvature)
