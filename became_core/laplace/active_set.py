@@ -13,9 +13,9 @@ Convention: slope [K], curvature [K, K], points [K]; a mask [K] is 1 for a coeff
 
 from typing import Protocol
 
-from became_core.arrays import Array, check_values, device, has_values, namespace, repeated
+from became_core.arrays import Array, check_values, has_values, namespace, repeated
 from became_core.errors import BecameError
-from became_core.laplace.faces import box_face, simplex_face
+from became_core.laplace.faces import box_face, first_least, rounding_of, simplex_face
 
 __all__ = ["Box", "Simplex", "walk"]
 
@@ -100,7 +100,7 @@ class Simplex:
     def start(self) -> tuple[Array, Array]:
         """Begin at the best corner, with its coefficient free, so that the sum can stay 1."""
         xp = namespace(slope=self.slope)
-        corner = _first_least(self.slope + 0.5 * xp.linalg.diagonal(self.curvature))
+        corner = first_least(self.slope + 0.5 * xp.linalg.diagonal(self.curvature))
         return corner, corner
 
     def target(self, point: Array, free: Array) -> Array:
@@ -111,7 +111,7 @@ class Simplex:
         """Where the gradient is lower than that of the free coefficients, which is one and the same."""
         xp = namespace(point=point)
         gradient = self.slope + xp.matmul(self.curvature, point)
-        return xp.sum(_first_least(-free) * gradient) - gradient
+        return xp.sum(first_least(-free) * gradient) - gradient
 
 
 def walk(region: _Region) -> Array:
@@ -122,10 +122,11 @@ def walk(region: _Region) -> Array:
     """
     xp = namespace(slope=region.slope)
     least = xp.min(xp.linalg.eigvalsh(region.across()))
-    convex = least >= -_rounding(region.slope) * xp.max(xp.abs(region.curvature))
+    rounding, largest = rounding_of(region.slope), xp.max(xp.abs(region.curvature))
+    convex, flat = least >= -rounding * largest, rounding * (largest + xp.max(xp.abs(region.slope)))
     if not has_values(region.slope):
-        first = _step(region, *region.start())
-        point, free, changes = repeated(lambda state: _step_if(region, *state), first, region.steps)
+        first = _step(region, flat, *region.start())
+        point, free, changes = repeated(lambda state: _step_if(region, flat, *state), first, region.steps)
         found = region.target(point, free)
         return xp.where(xp.logical_and(convex, xp.logical_not(changes)), found, xp.zeros_like(found) + float("nan"))
     size = int(region.slope.shape[0])
@@ -134,7 +135,7 @@ def walk(region: _Region) -> Array:
     )
     point, free = region.start()
     for _ in range(50 * size):
-        point, free, changes = _step(region, point, free)
+        point, free, changes = _step(region, flat, point, free)
         if not bool(changes):
             return region.target(point, free)
     raise BecameError(
@@ -142,41 +143,31 @@ def walk(region: _Region) -> Array:
     )
 
 
-def _step_if(region: _Region, point: Array, free: Array, changes: Array) -> tuple[Array, Array, Array]:
+def _step_if(region: _Region, flat: Array, point: Array, free: Array, changes: Array) -> tuple[Array, Array, Array]:
     """Take a step, if the last one led to another face."""
     xp = namespace(point=point)
-    onwards, among, again = _step(region, point, free)
+    onwards, among, again = _step(region, flat, point, free)
     return xp.where(changes, onwards, point), xp.where(changes, among, free), xp.logical_and(changes, again)
 
 
-def _step(region: _Region, point: Array, free: Array) -> tuple[Array, Array, Array]:
-    """Return the next point, what is free there, and whether that is another face: if not, it is the minimiser."""
+def _step(region: _Region, flat: Array, point: Array, free: Array) -> tuple[Array, Array, Array]:
+    """Return the next point, what is free there, and whether that is another face: if not, it is the minimiser.
+
+    A pull is one if it is greater than ``flat``, 0-d.
+    """
     xp = namespace(point=point)
-    rounding = _rounding(point)
-    flat = rounding * (xp.max(xp.abs(region.curvature)) + xp.max(xp.abs(region.slope)))
+    rounding = rounding_of(point)
     none = xp.zeros_like(point)
     step = free * (region.target(point, free) - point)
     moves = xp.abs(step) > rounding
     room = xp.where(step > 0, region.highest - point, point) / xp.where(moves, xp.abs(step), none + 1)
     room = xp.where(moves, room, none + 2)  # more than a step needs
     is_blocked = xp.min(room) < 1 - rounding
-    blocking = xp.where(is_blocked, _first_least(room), none)
+    blocking = xp.where(is_blocked, first_least(room), none)
     point = point + xp.clip(xp.min(room), 0.0, 1.0) * step
     point = xp.where(blocking > 0, xp.astype(step > 0, point.dtype), point)
     pull = xp.where(free > 0, none - 1, region.pull(point, free))  # what is free is not to be let go
     # Not while there is a bound to settle, nor where the pull is rounding, nor where it is not a number.
     is_pulled = xp.logical_not(xp.logical_or(is_blocked, xp.max(pull) <= flat))
-    released = xp.where(is_pulled, _first_least(-pull), none)
+    released = xp.where(is_pulled, first_least(-pull), none)
     return point, free - blocking + released, xp.logical_or(is_blocked, is_pulled)
-
-
-def _rounding(like: Array) -> float:
-    """Return what share of the largest number is taken for rounding."""
-    return float(16 * like.shape[0] * namespace(like=like).finfo(like.dtype).eps)
-
-
-def _first_least(values: Array) -> Array:
-    """Return a mask of the least value, the first of several, [K]."""
-    xp = namespace(values=values)
-    place = xp.arange(values.shape[0], dtype=values.dtype, device=device(values))
-    return xp.astype(place == xp.astype(xp.argmin(values), values.dtype), values.dtype)

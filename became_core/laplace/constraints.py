@@ -11,9 +11,19 @@ Convention: slope [K], curvature [K, K], result [K].
 
 from itertools import product
 
-from became_core.arrays import Array, device, namespace
+from became_core.arrays import Array, namespace
 from became_core.laplace.active_set import Box, Simplex, walk
-from became_core.laplace.faces import box_face, check_finite, constant, is_positive, ridged, simplex_face, solve
+from became_core.laplace.faces import (
+    box_face,
+    check_finite,
+    constant,
+    first_least,
+    is_positive,
+    ridged,
+    rounding_of,
+    simplex_face,
+    solve,
+)
 
 __all__ = ["free_minimiser", "minimise_in_box", "minimise_on_simplex", "segment_minimiser"]
 
@@ -128,7 +138,7 @@ def _best(slope: Array, curvature: Array, points: Array, wrong: Array, outside: 
     those that meet them up to rounding it is the first: where there are many minima, one that is simple.
     """
     xp = namespace(slope=slope, curvature=curvature)
-    slack = 16 * slope.shape[0] * xp.finfo(slope.dtype).eps
+    slack = rounding_of(slope)
     scale = xp.max(xp.abs(curvature)) + xp.max(xp.abs(slope))
     violation = xp.max(outside, axis=1) + xp.max(wrong, axis=1) / xp.where(scale > 0, scale, xp.ones_like(scale))
     convex = is_positive(curvature, slack)
@@ -138,7 +148,6 @@ def _best(slope: Array, curvature: Array, points: Array, wrong: Array, outside: 
     score = xp.where(convex, violation, height)
     score = xp.where(xp.isfinite(score), score, never)
     best = score <= xp.min(score) + xp.where(convex, slack, xp.zeros_like(scale))
-    place = xp.arange(points.shape[0], dtype=slope.dtype, device=device(slope))
-    chosen = place == xp.min(xp.where(best, place, never))
+    chosen = first_least(xp.where(best, xp.zeros_like(score), xp.ones_like(score))) > 0
     # `where` rather than a product, which would let a point that is not finite through.
     return xp.sum(xp.where(xp.expand_dims(chosen, axis=-1), points, xp.zeros_like(points)), axis=0)

@@ -12,7 +12,17 @@ from typing import Any
 
 from became_core.arrays import Array, check_values, device, namespace
 
-__all__ = ["box_face", "check_finite", "constant", "is_positive", "ridged", "simplex_face", "solve"]
+__all__ = [
+    "box_face",
+    "check_finite",
+    "constant",
+    "first_least",
+    "is_positive",
+    "ridged",
+    "rounding_of",
+    "simplex_face",
+    "solve",
+]
 
 
 def constant(values: Sequence[Any], like: Array) -> Array:
@@ -33,6 +43,18 @@ def is_positive(curvature: Array, slack: float) -> Array:
     xp = namespace(curvature=curvature)
     eigenvalues = xp.linalg.eigvalsh(curvature)
     return xp.min(eigenvalues) >= -slack * xp.max(xp.abs(eigenvalues))
+
+
+def rounding_of(slope: Array) -> float:
+    """Return what share of the largest number of a quadratic with this slope [K] is taken for rounding."""
+    return float(16 * slope.shape[0] * namespace(slope=slope).finfo(slope.dtype).eps)
+
+
+def first_least(values: Array) -> Array:
+    """Return a mask of the least value, the first of several, [n] of zeros and a one."""
+    xp = namespace(values=values)
+    place = xp.arange(values.shape[0], dtype=values.dtype, device=device(values))
+    return xp.astype(place == xp.astype(xp.argmin(values), values.dtype), values.dtype)
 
 
 def box_face(slope: Array, curvature: Array, free: Array, held: Array) -> Array:

@@ -13,6 +13,7 @@ from became_core.laplace import active_set
 from became_core.laplace.active_set import Box, Simplex, walk
 from reference.quadratics import height, minimum_in_box, minimum_on_simplex
 from tests.backends import to_numpy, to_xp
+from tests.quadratics import crossed
 
 Array = NDArray[np.float64]
 
@@ -166,7 +167,7 @@ def test_the_walk_of_many_directions_meets_the_optimality_conditions(
 
 
 @pytest.mark.parametrize("size", [6, 16])
-@pytest.mark.parametrize(("region", "reach"), [(Box, 1.0), (Simplex, 0.2)])
+@pytest.mark.parametrize(("region", "reach"), [(Box, 0.5), (Simplex, 0.1)])
 def test_a_walk_that_cannot_look_takes_as_many_steps_as_it_needs(
     backend: str, xp: Any, monkeypatch: pytest.MonkeyPatch, region: Any, reach: float, size: int
 ) -> None:
@@ -175,10 +176,8 @@ def test_a_walk_that_cannot_look_takes_as_many_steps_as_it_needs(
         pytest.skip("their loops are for a trace, and are tested there")
     draw = np.random.default_rng(0)
     for _ in range(15):
-        root = 0.3 * draw.normal(size=(size, size)) + draw.normal(size=(1, size))
-        curvature = root @ root.T
-        slope = -curvature @ draw.uniform(-0.5 * reach, 1.5 * reach, size=size) + draw.normal(size=size)
-        problem = region(to_xp(xp, slope), to_xp(xp, curvature))
+        slope, curvature = crossed(size, reach, draw, apart=0.3)
+        problem = region(to_xp(xp, slope + draw.normal(size=size)), to_xp(xp, curvature))
         expected = to_numpy(walk(problem))
         with monkeypatch.context() as blind:
             blind.setattr(active_set, "has_values", lambda _: False)
@@ -188,19 +187,19 @@ def test_a_walk_that_cannot_look_takes_as_many_steps_as_it_needs(
         assert np.isnan(concave).all()
 
 
-@pytest.mark.parametrize(("constraint", "size"), [("box", 6), ("simplex", 10)])
-def test_many_directions_want_a_convex_loss(xp: Any, constraint: Any, size: int) -> None:
-    """On the simplex along the differences of its points: what the sum feels, which is 1, may bend down."""
-    slope, sums = np.linspace(-1, 1, size), np.ones((size, size))
-    for curvature in (-np.eye(size), np.eye(size) - sums):
-        if constraint == "simplex" and curvature[0, 0] == 0:
-            found = to_numpy(of(xp, slope, curvature).minimiser(constraint))
-            expected = to_numpy(of(xp, slope, np.eye(size)).minimiser(constraint))
-            np.testing.assert_allclose(found, expected, atol=1e-12)
-            continue
-        message = f"a constrained minimum along {size} directions is found only where the loss is convex along them"
-        with pytest.raises(BecameError, match=message):
-            of(xp, slope, curvature).minimiser(constraint)
+@pytest.mark.parametrize(("constraint", "size", "own"), [("box", 6, -1), ("simplex", 10, -1), ("box", 6, 1)])
+def test_many_directions_want_a_convex_loss(xp: Any, constraint: Any, size: int, own: int) -> None:
+    curvature = own * np.eye(size) - (np.ones((size, size)) if own > 0 else 0)
+    message = f"a constrained minimum along {size} directions is found only where the loss is convex along them"
+    with pytest.raises(BecameError, match=message):
+        of(xp, np.linspace(-1, 1, size), curvature).minimiser(constraint)
+
+
+def test_on_the_simplex_what_the_sum_feels_may_bend_down(xp: Any) -> None:
+    """It is 1 at every point, so that the loss is as convex as without."""
+    slope = np.linspace(-1, 1, 10)
+    found = to_numpy(of(xp, slope, np.eye(10) - np.ones((10, 10))).minimiser("simplex"))
+    np.testing.assert_allclose(found, to_numpy(of(xp, slope, np.eye(10)).minimiser("simplex")), atol=1e-12)
 
 
 @pytest.mark.parametrize("size", [3, 10])
