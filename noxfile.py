@@ -71,7 +71,7 @@ def tests_core(session: nox.Session) -> None:
     """The core where no framework is installed, on NumPy and on the strictest reading of the array API standard."""
     install(session, "test", "-e", ".")
     assert_absent(session, *FRAMEWORKS)
-    test(session, "tests/architectures", "tests/core", "tests/repository")
+    test(session, "tests/networks", "tests/core", "tests/repository")
     test(session, "tests/core", "--backend", "strictest")
 
 

@@ -6,12 +6,11 @@ the subpackages hold the rest of the method, and ``adapters`` run it on PyTorch,
 
 from became_core.errors import BecameError
 from became_core.laplace import (
-    AsKnown,
     Became,
     Calibrated,
     Dense,
     Diagonal,
-    Diagonals,
+    DiagonalFisher,
     Equal,
     FisherMerge,
     Fixed,
@@ -22,7 +21,8 @@ from became_core.laplace import (
     LowRank,
     MeanIMM,
     ModeIMM,
-    Published,
+    NativeExpansion,
+    PaperClosedForm,
     Quadratic,
     Secant,
     bezier_path,
@@ -39,13 +39,12 @@ from became_core.laplace import (
 )
 
 __all__ = [
-    "AsKnown",
     "Became",
     "BecameError",
     "Calibrated",
     "Dense",
     "Diagonal",
-    "Diagonals",
+    "DiagonalFisher",
     "Equal",
     "FisherMerge",
     "Fixed",
@@ -56,7 +55,8 @@ __all__ = [
     "LowRank",
     "MeanIMM",
     "ModeIMM",
-    "Published",
+    "NativeExpansion",
+    "PaperClosedForm",
     "Quadratic",
     "Secant",
     "bezier_path",

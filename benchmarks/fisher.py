@@ -27,7 +27,7 @@ from torch.nn import functional
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # so that the checkout is measured, installed or not
 
-from adapters.architectures import alexnet
+from adapters.networks import alexnet
 from adapters.torch.dropout import Dropout
 from adapters.torch.memory import keep_freed_memory
 from adapters.torch.networks import Described, MultiHead

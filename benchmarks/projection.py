@@ -20,8 +20,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # so that the checkout is measured, installed or not
 
-from adapters.data.cifar import load_cifar100
-from adapters.data.location import data_directory
+from adapters.benchmarks.cifar import load_cifar100
+from adapters.benchmarks.location import data_directory
 from adapters.torch.learner import TorchLearner
 from adapters.torch.memory import keep_freed_memory
 from adapters.torch.run import build_learner

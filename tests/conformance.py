@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from adapters.architectures import (
+from adapters.networks import (
     Architecture,
     AveragePool,
     Backbone,
@@ -47,7 +47,7 @@ from became_core.continual import (
 )
 from became_core.continual.learner import heads_of
 from became_core.continual.measurement import Measurement
-from became_core.continual.wiring import find_wiring
+from became_core.continual.unit_graph import find_unit_graph
 from became_core.curvature import (
     batch_gradient,
     derivatives_along,
@@ -140,7 +140,7 @@ def step(
     """One step on the first samples of a task, or several; returns the mean loss."""
     batch = Batch(task, STREAM.tasks[task].train[:12])
     theta = learner.parameters()
-    begun = (optimiser or SGD()).begun({name: theta[name] for name in constraint.trainable})
+    begun = (optimiser or SGD()).initial({name: theta[name] for name in constraint.trainable})
     return learner.train([batch] * steps, np.full(steps, RATE), constraint, begun, fresh_stream()).loss
 
 
@@ -494,7 +494,7 @@ def check_momentum_goes_on_from_one_call_to_the_next(make: Make) -> None:
     for kind in (SGD(momentum=0.5), Adam(weight_decay=0.1)):
         step(together, everything(together), optimiser=kind, steps=2)
         batch, rate = Batch(0, STREAM.tasks[0].train[:12]), np.asarray([RATE])
-        optimiser = kind.begun(apart.parameters())
+        optimiser = kind.initial(apart.parameters())
         for _ in range(2):
             optimiser = apart.train([batch], rate, everything(apart), optimiser, fresh_stream()).optimiser
         expected = numbers(together.parameters())
@@ -596,7 +596,7 @@ def check_each_group_of_parameters_has_its_rate(make: Make) -> None:
     held = {name: theta[name] - 0.25 for name in shared[:1]}
     penalty = Penalty(LaplacePosterior(held, Diagonal({name: value * 0 + 2 for name, value in held.items()})), 3.0)
     for optimiser in (SGD(momentum=0.5), Adam()):
-        begun = optimiser.begun(theta)
+        begun = optimiser.initial(theta)
         batch = Batch(0, STREAM.tasks[0].train[:12])
         for limit in (None, penalty):
             constraint = Constraint(frozenset(theta), penalty=limit)
@@ -624,7 +624,7 @@ def check_training_sees_images_as_views_show_them(make: Make) -> None:
     fewer = Views(views.offsets[:7], views.flips[:7])  # as in a last batch: what is compiled serves any size
     for learner, seen in ((found, (views, fewer)), (expected, (None, None)), (plain, (None, None))):
         batches = [Batch(0, rows, seen[0]), Batch(0, rows[:7], seen[1])]
-        begun = SGD().begun(learner.parameters())
+        begun = SGD().initial(learner.parameters())
         learner.train(batches, np.full(2, RATE), everything(learner), begun, fresh_stream())
     changed, wanted, without = (numbers(each.parameters()) for each in (found, expected, plain))
     for name, value in wanted.items():
@@ -637,7 +637,7 @@ def check_training_sees_images_as_views_show_them(make: Make) -> None:
 def can_be_gated(learner: Learner) -> bool:
     """Whether HAT takes the network."""
     try:
-        find_wiring(learner, STREAM.tasks[0])
+        find_unit_graph(learner, STREAM.tasks[0])
     except BecameError:
         return False
     return True

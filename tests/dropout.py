@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from adapters.architectures import Architecture, BatchNorm, Convolution, Dropout, Flatten, Linear, ReLU
+from adapters.networks import Architecture, BatchNorm, Convolution, Dropout, Flatten, Linear, ReLU
 from became_core import BecameError
 from became_core.continual import SGD, Batch, Constraint, Learner, TaskStream, random_stream
 from tests.backends import to_numpy
@@ -40,7 +40,7 @@ def check_training(make: MakeMasked) -> None:
     def trained(masks: str, seed: int) -> NDArray[Any]:
         learner, stream = make(network, STREAM, masks), random_stream(seed, "dropout")
         theta = learner.parameters()
-        learner.train(batches, np.full(3, 0.05), Constraint(frozenset(theta)), SGD().begun(theta), stream)
+        learner.train(batches, np.full(3, 0.05), Constraint(frozenset(theta)), SGD().initial(theta), stream)
         if masks == "framework":
             after = random_stream(seed, "dropout")
             after.integers(2**63)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from adapters.architectures import (
+from adapters.networks import (
     Architecture,
     BatchNorm,
     Convolution,

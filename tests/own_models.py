@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from adapters.architectures import (
+from adapters.networks import (
     Architecture,
     Backbone,
     BatchNorm,

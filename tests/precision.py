@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from adapters.architectures import Architecture, BatchNorm, Convolution, Flatten, Linear, MaxPool, ReLU
+from adapters.networks import Architecture, BatchNorm, Convolution, Flatten, Linear, MaxPool, ReLU
 from became_core.continual import (
     SGD,
     Annealed,
@@ -69,7 +69,9 @@ def check_mixed_precision(make: MakeMixed, network: Any = NETWORK) -> None:
     moved = []
     for learner in (plain, mixed):
         constraint = Constraint(learner.projectable | learner.heads[1], projector=memory)
-        loss = learner.train(batches, rates, constraint, SGD().begun(learner.parameters()), random_stream(0, "x")).loss
+        loss = learner.train(
+            batches, rates, constraint, SGD().initial(learner.parameters()), random_stream(0, "x")
+        ).loss
         assert isinstance(loss, float)
         after = {name: to_numpy(value) for name, value in learner.parameters().items()}
         assert all(value.dtype == np.float32 for value in after.values())

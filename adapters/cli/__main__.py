@@ -49,7 +49,7 @@ class Run(Options):
     backend: BackendName | None = None
     """The framework; the first of these that is installed if not given."""
 
-    def carry_out(self) -> int:
+    def run_jobs(self) -> int:
         """Run."""
         remarks, name = [], self.backend
         if name is None:
@@ -77,15 +77,15 @@ class Resume:
     """Where to compute, if not where it was."""
     output: Annotated[Output, tyro.conf.arg(name="")] = field(default_factory=Output)
 
-    def carry_out(self) -> int:
+    def run_jobs(self) -> int:
         """Go on."""
         from adapters.cli.resuming import unfinished
-        from adapters.cli.running import carry_out
+        from adapters.cli.running import run_jobs
         from adapters.runs import read_results
 
         def command(display: Display) -> None:
             jobs = unfinished(self.out, load_backend, backend=self.backend, data_dir=self.data_dir, device=self.device)
-            carry_out(jobs, display)
+            run_jobs(jobs, display)
             display.results(read_results(self.out), self.out)
 
         return execute(command, self.output)
@@ -103,7 +103,7 @@ class Compare:
     format: Literal["text", "markdown", "csv", "latex"] = "text"
     """How the tables are written."""
 
-    def carry_out(self) -> int:
+    def run_jobs(self) -> int:
         """Print the tables."""
         from adapters.cli.compare import comparison, gather
         from adapters.cli.rendering import FORMATS
@@ -126,7 +126,7 @@ class Report:
     into: Path | None = None
     """Where the report goes; into the first of these folders if not given."""
 
-    def carry_out(self) -> int:
+    def run_jobs(self) -> int:
         """Write the page, and print where it is."""
         from adapters.cli.reporting import report
 
@@ -141,7 +141,7 @@ class List:
     kind: Annotated[Literal["all", Kind], tyro.conf.Positional] = "all"
     """Of what: benchmarks, methods, projectors or presets."""
 
-    def carry_out(self) -> int:
+    def run_jobs(self) -> int:
         """Print the lines."""
         print(listed(None if self.kind == "all" else self.kind))
         return 0
@@ -160,7 +160,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         | Annotated[Report, tyro.conf.subcommand("report")]
         | Annotated[List, tyro.conf.subcommand("list")]
     )
-    status: int = parse(commands, "became", given, DESCRIPTION).carry_out()
+    status: int = parse(commands, "became", given, DESCRIPTION).run_jobs()
     return status
 
 

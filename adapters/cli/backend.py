@@ -6,7 +6,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import Literal, Protocol, cast
 
-from adapters.architectures import DropoutMasks, Norm
+from adapters.networks import DropoutMasks, Norm
 from became_core import BecameError
 from became_core.continual import Learner, TaskStream
 

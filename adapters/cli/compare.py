@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from adapters.analysis.bootstrap import LEVEL, RESAMPLES, estimate, paired_difference
 from adapters.cli.rendering import Column, Sheet
 from adapters.runs import RunResult, read_results
 from adapters.runs.published import published_tables
-from adapters.runs.statistics import LEVEL, RESAMPLES, estimate, paired_difference
 from became_core import BecameError
 from became_core.continual.metrics import forward_transfer
 

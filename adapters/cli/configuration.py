@@ -9,11 +9,11 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from adapters.architectures import DropoutMasks
+from adapters.benchmarks.catalogue import Benchmark, find_benchmark
+from adapters.benchmarks.presets import Preset
 from adapters.cli.backend import Backend
 from adapters.cli.options import Options
-from adapters.data.benchmarks import Benchmark, find_benchmark
-from adapters.data.presets import Preset
+from adapters.networks import DropoutMasks
 from became_core import BecameError
 from became_core.continual import (
     PROJECTORS,

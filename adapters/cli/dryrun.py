@@ -114,7 +114,7 @@ def _seconds_of_a_step(learner: Learner, stream: TaskStream, training: Training)
     whole = [batch for batch in batches if len(batch.indices) == training.batch_size] or batches
     constraint = Constraint(trainable=frozenset(weights_of(learner)) - others)
     theta = learner.parameters()
-    optimiser = training.optimiser.begun({name: theta[name] for name in sorted(constraint.trainable)})
+    optimiser = training.optimiser.initial({name: theta[name] for name in sorted(constraint.trainable)})
     began = 0.0
     for count in (_WARM_UP, _TIMED):
         rates = np.full(count, training.stage1.lr)

@@ -6,8 +6,8 @@ import textwrap
 from collections.abc import Callable, Mapping
 from typing import Literal
 
-from adapters.data import presets as of_presets
-from adapters.data.benchmarks import BENCHMARKS, Benchmark
+from adapters.benchmarks import presets as of_presets
+from adapters.benchmarks.catalogue import BENCHMARKS, Benchmark
 from became_core.continual import METHODS, PROJECTORS, MethodSettings
 from became_core.continual import methods as of_methods
 

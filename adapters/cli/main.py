@@ -6,6 +6,7 @@ from typing import Any
 
 import tyro
 
+from adapters.benchmarks.location import data_directory
 from adapters.cli.backend import Backend
 from adapters.cli.configuration import method_names, resolve
 from adapters.cli.display import Display, display_of
@@ -14,8 +15,7 @@ from adapters.cli.interruption import InterruptedRun
 from adapters.cli.logs import logged
 from adapters.cli.options import Options
 from adapters.cli.output import Output
-from adapters.cli.running import Job, carry_out
-from adapters.data.location import data_directory
+from adapters.cli.running import Job, run_jobs
 from adapters.runs import RunDirectory
 from became_core import BecameError
 
@@ -80,5 +80,5 @@ def _compare(backend: Backend, options: Options, display: Display) -> None:
     runs = [RunDirectory(configuration.out, method, seed) for seed in options.seeds for method in method_names(options)]
     if options.resume and not any(run.begun for run in runs):
         raise BecameError(f"{configuration.out} holds nothing to resume; leave out --resume to begin.")
-    results = carry_out([Job(run, backend, options, configuration) for run in runs], display)
+    results = run_jobs([Job(run, backend, options, configuration) for run in runs], display)
     display.results(results, configuration.out)

@@ -9,9 +9,9 @@ from typing import Annotated, Literal
 
 import tyro
 
-from adapters.architectures import DropoutMasks
 from adapters.cli.output import Output
 from adapters.cli.words import worded
+from adapters.networks import DropoutMasks
 from became_core.continual import ClassOrder
 
 __all__ = ["Options"]

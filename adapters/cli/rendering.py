@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from adapters.runs.statistics import Estimate
+from adapters.analysis.bootstrap import Estimate
 
 __all__ = ["FORMATS", "Column", "Sheet"]
 

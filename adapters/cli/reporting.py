@@ -23,8 +23,8 @@ def report(
         BecameError: if there is nothing to report, a file is damaged or cannot be written, or matplotlib is missing.
     """
     # Only here: matplotlib is an extra, and what imports this module may do without.
-    from adapters.report.checking import read_runs
-    from adapters.report.writing import write_report
+    from adapters.analysis.checking import read_runs
+    from adapters.analysis.writing import write_report
 
     if not outs:
         raise BecameError("there is nothing to report on; give a folder that --out named.")

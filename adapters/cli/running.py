@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from adapters.benchmarks.location import data_directory
 from adapters.cli.backend import Backend
 from adapters.cli.configuration import Configuration
 from adapters.cli.display import Display
@@ -13,7 +14,6 @@ from adapters.cli.given import given
 from adapters.cli.interruption import Interruption
 from adapters.cli.logs import LOGGER
 from adapters.cli.options import Options
-from adapters.data.location import data_directory
 from adapters.runs import RunDirectory, RunResult, write_summary
 from adapters.runs.directory import check_writable
 from adapters.runs.events import place
@@ -21,7 +21,7 @@ from adapters.tracking import Tracker, Writer, open_writer
 from became_core import BecameError
 from became_core.continual import Callback, Dataset, RunState, TaskStream, learn
 
-__all__ = ["Job", "carry_out"]
+__all__ = ["Job", "run_jobs"]
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Job:
         self.run.write_config(backends, *self.of, stream, given=given(self.options))
 
 
-def carry_out(jobs: Sequence[Job], display: Display) -> list[RunResult]:
+def run_jobs(jobs: Sequence[Job], display: Display) -> list[RunResult]:
     """Begin runs or go on with them, one after the other; return their results, which are saved then.
 
     Raises:

@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 import jax
 from jax import numpy as jnp
 
-from adapters.architectures import Backbone, Linear, Tapped
 from adapters.jax.dropout import Masks, drawn
 from adapters.jax.heads import HEAD
 from adapters.jax.layers import Pass
+from adapters.networks import Backbone, Linear, Tapped
 from became_core.arrays import Array, Params
 from became_core.continual import Constraint, Optimiser, Penalty, Views
 from became_core.laplace import LaplacePosterior

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from adapters.architectures import Mask, draw_masks
+from adapters.networks import Mask, draw_masks
 from became_core.arrays import Array
 
 __all__ = ["Masks", "drawn", "mask_source"]

@@ -20,9 +20,9 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import lax
 from jax import numpy as jnp
 
-from adapters.architectures import BatchNorm, Dropout, Linear, Mask, Parameter
-from adapters.architectures.own import CANONICAL_AXES, OwnLayer
 from adapters.jax.layers import Pass, convolved
+from adapters.networks import BatchNorm, Dropout, Linear, Mask, Parameter
+from adapters.networks.own import CANONICAL_AXES, OwnLayer
 from became_core import BecameError
 from became_core.arrays import Array, Params
 

@@ -10,8 +10,8 @@ import jax
 from jax import lax
 from jax import numpy as jnp
 
-from adapters import architectures
-from adapters.architectures import (
+from adapters import networks
+from adapters.networks import (
     AveragePool,
     BatchNorm,
     Convolution,
@@ -118,7 +118,7 @@ def _squares(inputs: Array, size: int) -> Array:
     return whole.reshape(n, rows, size, columns, size, channels)
 
 
-class Pass(architectures.Pass):
+class Pass(networks.Pass):
     """One run of a network, while it is traced."""
 
     def lowered(self, *arrays: Array) -> tuple[Array, ...]:

@@ -13,7 +13,11 @@ import numpy as np
 from jax import numpy as jnp
 from numpy.typing import NDArray
 
-from adapters.architectures import (
+from adapters.jax import compiled
+from adapters.jax.dropout import Masks, mask_source
+from adapters.jax.heads import HEAD, for_task, head_of, put_back
+from adapters.jax.stepping import State, Steps, many_steps, stacked, step
+from adapters.networks import (
     Backbone,
     DropoutMasks,
     Linear,
@@ -22,10 +26,6 @@ from adapters.architectures import (
     initial_values,
     is_statistic,
 )
-from adapters.jax import compiled
-from adapters.jax.dropout import Masks, mask_source
-from adapters.jax.heads import HEAD, for_task, head_of, put_back
-from adapters.jax.stepping import State, Steps, many_steps, stacked, step
 from became_core import BecameError
 from became_core.arrays import Array, Params, namespace
 from became_core.continual import Batch, Constraint, Optimiser, TapMode, TaskStream, Trained

@@ -12,7 +12,7 @@ except ModuleNotFoundError as error:
     print(f"error: the package '{error.name}' is missing; pip install 'became[jax]'.", file=sys.stderr)
     sys.exit(2)
 
-from adapters.architectures import DropoutMasks, Norm, build_network
+from adapters.networks import DropoutMasks, Norm, build_network
 from became_core.continual import TaskStream
 
 __all__ = ["BACKEND", "build_learner", "prepare", "repeat_exactly"]
@@ -31,7 +31,7 @@ def build_learner(
     """Return a fresh learner with a backbone known by name.
 
     Args:
-        network: the backbone, as in ``adapters.architectures.NETWORKS``.
+        network: the backbone, as in ``adapters.networks.NETWORKS``.
         stream: what it will learn.
         device: a device as JAX calls it, or "auto" for JAX's default: the first accelerator there is, else the CPU.
         seed: names the draw of the initial weights.

@@ -14,9 +14,9 @@ import numpy as np
 from jax import lax
 from jax import numpy as jnp
 
-from adapters.architectures import Backbone
 from adapters.jax import compiled
 from adapters.jax.dropout import Masks
+from adapters.networks import Backbone
 from became_core.arrays import Array, Params
 from became_core.continual import Optimiser, Views
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import tensorflow as tf
 
-from adapters.architectures import Mask, draw_masks
+from adapters.networks import Mask, draw_masks
 from became_core.arrays import Array
 
 __all__ = ["mask_source"]

@@ -18,8 +18,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from adapters.architectures import BatchNorm, Dropout, Linear, Mask, Parameter
-from adapters.architectures.own import CANONICAL_AXES, OwnLayer
+from adapters.networks import BatchNorm, Dropout, Linear, Mask, Parameter
+from adapters.networks.own import CANONICAL_AXES, OwnLayer
 from adapters.tensorflow.layers import Pass, convolved
 from became_core import BecameError
 from became_core.arrays import Array, Params

@@ -10,8 +10,8 @@ from typing import ClassVar
 
 import tensorflow as tf
 
-from adapters import architectures
-from adapters.architectures import (
+from adapters import networks
+from adapters.networks import (
     AveragePool,
     BatchNorm,
     Convolution,
@@ -130,7 +130,7 @@ def _flattened(inputs: Array) -> Array:
     return tf.reshape(channels_first, (-1, prod(inputs.shape[1:])))
 
 
-class Pass(architectures.Pass):
+class Pass(networks.Pass):
     """One run of a network."""
 
     def lowered(self, *arrays: Array) -> tuple[Array, ...]:

@@ -15,7 +15,7 @@ import numpy as np
 import tensorflow as tf
 from numpy.typing import NDArray
 
-from adapters.architectures import Backbone, DropoutMasks, Linear, checked_masks, initial_values, is_statistic
+from adapters.networks import Backbone, DropoutMasks, Linear, checked_masks, initial_values, is_statistic
 from adapters.tensorflow.devices import checked_device, on_device
 from adapters.tensorflow.dropout import mask_source
 from adapters.tensorflow.layers import Pass

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 
 import tensorflow as tf
 
-from adapters.architectures import Backbone, Linear, Tapped, is_statistic
+from adapters.networks import Backbone, Linear, Tapped, is_statistic
 from adapters.tensorflow.layers import Pass
 from became_core.arrays import Array, Params
 from became_core.continual import Constraint, Optimiser, Penalty

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import tensorflow as tf
 
-from adapters.architectures import Backbone, Linear, Tapped
+from adapters.networks import Backbone, Linear, Tapped
 from adapters.tensorflow.layers import Pass, Patches, with_positions
 from became_core.arrays import Array, Params
 from became_core.curvature import Tap, Taps

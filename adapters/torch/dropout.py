@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from adapters.architectures import draw_mask
+from adapters.networks import draw_mask
 
 __all__ = ["Dropout", "use_stream"]
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
-from adapters.architectures import DropoutMasks, checked_masks
+from adapters.networks import DropoutMasks, checked_masks
 from adapters.torch.dropout import use_stream
 from adapters.torch.layers import is_matrix
 from adapters.torch.linear import constrained_inputs

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adapters.architectures import (
+from adapters.networks import (
     Architecture,
     AveragePool,
     BatchNorm,

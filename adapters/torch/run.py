@@ -14,7 +14,7 @@ except ModuleNotFoundError as error:
     print(f"error: the package '{error.name}' is missing; pip install 'became[torch]'.", file=sys.stderr)
     sys.exit(2)
 
-from adapters.architectures import DropoutMasks, Norm, build_network
+from adapters.networks import DropoutMasks, Norm, build_network
 from became_core.continual import TaskStream
 
 __all__ = ["BACKEND", "build_learner", "prepare", "repeat_exactly"]
@@ -33,7 +33,7 @@ def build_learner(
     """Return a fresh learner with a backbone known by name.
 
     Args:
-        network: the backbone, as in ``adapters.architectures.NETWORKS``.
+        network: the backbone, as in ``adapters.networks.NETWORKS``.
         stream: what it will learn.
         device: a PyTorch device, or "auto" for the first accelerator there is, else the CPU.
         seed: names the draw of the initial weights.

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from became_core.continual.record import EpochEnd, RunRecord, TaskEnd
 from became_core.continual.state import RunState
 
-__all__ = ["Callback", "Together"]
+__all__ = ["Callback", "CallbackList"]
 
 
 class Callback:
@@ -42,7 +42,7 @@ class Callback:
         """Be told that all tasks are learned, and how; not if the run ends with an error."""
 
 
-class Together(Callback):
+class CallbackList(Callback):
     """Several callbacks as one; each is called in their order."""
 
     def __init__(self, callbacks: Sequence[Callback]) -> None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from became_core.arrays import named_leaves
-from became_core.continual.callbacks import Callback, Together
+from became_core.continual.callbacks import Callback, CallbackList
 from became_core.continual.constraints import free_constraint, relative_rates, stable_constraint
 from became_core.continual.estimates import Approximations
 from became_core.continual.learner import Constraint, Learner, heads_of
@@ -28,7 +28,7 @@ from became_core.continual.statistics import refresh, weights_of
 from became_core.continual.stopwatch import Stopwatch
 from became_core.continual.stream import Task, TaskStream
 from became_core.continual.training import Stage, Training, begin_stage, train_stage
-from became_core.continual.wiring import find_wiring
+from became_core.continual.unit_graph import find_unit_graph
 from became_core.laplace import Precision
 from became_core.projection import HAT, TRGP, GatedRegion, PackNet, Region, TrustRegion, compact
 
@@ -60,10 +60,10 @@ def learn(
         BecameError: if training diverges.
     """
     if state is None:
-        state = RunState.begun(learner, stream, method)
+        state = RunState.initial(learner, stream, method)
     else:
         learner.assign(state.theta)
-    run = _Run(learner, stream, method, training, seed, Together(callbacks), Stopwatch(state.record.seconds))
+    run = _Run(learner, stream, method, training, seed, CallbackList(callbacks), Stopwatch(state.record.seconds))
     run.callbacks.on_run_begin(state)
     while state.task < len(stream.tasks):
         state = run.learn_task(state)
@@ -98,7 +98,7 @@ class _Run(Setting):
         """Find out what HAT must know of the network; begin a task of IMM and CoMA where its own model begins."""
         memory, before = state.memory, state.before
         if isinstance(memory.projector, HAT) and memory.projector.wiring is None:
-            wiring = find_wiring(self.learner, task)
+            wiring = find_unit_graph(self.learner, task)
             memory = replace(memory, projector=replace(memory.projector, wiring=wiring))
         if self.method.merges == "tasks" and state.stage is None:
             before = self.learner.parameters()

@@ -34,16 +34,16 @@ from became_core.continual.measurement import Structure
 from became_core.curvature import FisherKind
 from became_core.errors import BecameError
 from became_core.laplace import (
-    AsKnown,
     Became,
-    Diagonals,
+    DiagonalFisher,
     Estimator,
     Fixed,
     LaplacePosterior,
     MergeRule,
     ModeIMM,
+    NativeExpansion,
+    PaperClosedForm,
     Precision,
-    Published,
     Secant,
 )
 from became_core.laplace.groups import Per
@@ -187,7 +187,11 @@ PROJECTORS: dict[str, Callable[[MethodSettings], Projector | None]] = {
     "trgp": lambda s: TRGP(s.threshold, s.increment),
 }
 
-_ESTIMATORS: dict[Curvature, Estimator] = {"exact": Secant(), "diagonal": Diagonals(), "kronecker": AsKnown()}
+_ESTIMATORS: dict[Curvature, Estimator] = {
+    "exact": Secant(),
+    "diagonal": DiagonalFisher(),
+    "kronecker": NativeExpansion(),
+}
 
 
 def _became(s: MethodSettings) -> Method:
@@ -202,7 +206,7 @@ def _imm(name: str, rule: MergeRule | Increments, s: MethodSettings) -> Method:
 # Without their projector, which ``build_method`` adds: the one asked for, or that of ``_PROJECTED_BY``.
 _METHODS: dict[str, Callable[[MethodSettings], Method]] = {
     "became": _became,
-    "became-paper": lambda s: Method("became-paper", rule=Became(Published()), fisher="batch", decay=s.decay),
+    "became-paper": lambda s: Method("became-paper", rule=Became(PaperClosedForm()), fisher="batch", decay=s.decay),
     "became-0": lambda s: Method("became-0", rule=Fixed(0.0)),
     "became-half": lambda s: Method("became-half", rule=Fixed(0.5)),
     "became-1": lambda s: Method("became-1", rule=Fixed(1.0)),

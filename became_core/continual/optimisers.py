@@ -42,7 +42,7 @@ class SGD:
         """Whether directions are linear in the gradients since the beginning, so that either may be projected."""
         return self.weight_decay == 0
 
-    def begun(self, theta: Params) -> Self:
+    def initial(self, theta: Params) -> Self:
         """Return the optimiser before its first step on these parameters."""
         if not self.momentum:
             return replace(self, velocity={})
@@ -95,7 +95,7 @@ class Adam:
         """Whether directions are linear in the gradients: they are not."""
         return False
 
-    def begun(self, theta: Params) -> Self:
+    def initial(self, theta: Params) -> Self:
         """Return the optimiser before its first step on these parameters."""
         zeros = {name: value * 0 for name, value in theta.items()}
         ones = {}

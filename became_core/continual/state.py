@@ -89,6 +89,6 @@ class RunState:
         return sum(self.record.epochs) + (0 if self.stage is None else self.stage.epochs)
 
     @classmethod
-    def begun(cls, learner: Learner, stream: TaskStream, method: Method) -> Self:
+    def initial(cls, learner: Learner, stream: TaskStream, method: Method) -> Self:
         """Return the state before the first epoch."""
         return cls(learner.parameters(), Memory(projector=method.projector), RunRecord.empty(len(stream.tasks)))

@@ -132,7 +132,7 @@ def begin_stage(
         raise BecameError(f"the schedule needs a validation loss, but task {task.index + 1} holds out no samples.")
     theta, region = learner.parameters(), constraint.region
     scales = region.scales if region is not None and constraint.trains_scales else {}
-    begun = optimiser.begun({name: theta[name] for name in sorted(constraint.trainable)} | scales)
+    begun = optimiser.initial({name: theta[name] for name in sorted(constraint.trainable)} | scales)
     return Stage(number, schedule, begun, region, curve=curve)
 
 

@@ -2,13 +2,13 @@
 
 from became_core.laplace.bezier import BezierPath, bezier_path, predicted_advantage, train_control
 from became_core.laplace.estimators import (
-    AsKnown,
     Calibrated,
-    Diagonals,
+    DiagonalFisher,
     Estimator,
-    Frame,
     LocalLoss,
-    Published,
+    MergeSubspace,
+    NativeExpansion,
+    PaperClosedForm,
     Secant,
 )
 from became_core.laplace.expansion import layerwise_quadratic, path_quadratic, subspace_quadratic
@@ -20,18 +20,16 @@ from became_core.laplace.quadratic import Quadratic
 from became_core.laplace.rules import Became, Equal, FisherMerge, Fixed, GridSearch, MeanIMM, Merged, MergeRule, ModeIMM
 
 __all__ = [
-    "AsKnown",
     "Became",
     "BezierPath",
     "Calibrated",
     "Dense",
     "Diagonal",
-    "Diagonals",
+    "DiagonalFisher",
     "Equal",
     "Estimator",
     "FisherMerge",
     "Fixed",
-    "Frame",
     "GridSearch",
     "Isotropic",
     "Kronecker",
@@ -40,11 +38,13 @@ __all__ = [
     "LowRank",
     "MeanIMM",
     "MergeRule",
+    "MergeSubspace",
     "Merged",
     "ModeIMM",
+    "NativeExpansion",
+    "PaperClosedForm",
     "PathReport",
     "Precision",
-    "Published",
     "Quadratic",
     "Secant",
     "Sum",

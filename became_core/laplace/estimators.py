@@ -15,7 +15,16 @@ from became_core.laplace.expansion import subspace_quadratic
 from became_core.laplace.precision import Diagonal
 from became_core.laplace.quadratic import Quadratic
 
-__all__ = ["AsKnown", "Calibrated", "Diagonals", "Estimator", "Frame", "LocalLoss", "Published", "Secant"]
+__all__ = [
+    "Calibrated",
+    "DiagonalFisher",
+    "Estimator",
+    "LocalLoss",
+    "MergeSubspace",
+    "NativeExpansion",
+    "PaperClosedForm",
+    "Secant",
+]
 
 
 class LocalLoss(Protocol):
@@ -35,7 +44,7 @@ class LocalLoss(Protocol):
         """Return its slopes along K directions at another point, [K], as exactly as they are known."""
 
 
-class Frame(NamedTuple):
+class MergeSubspace(NamedTuple):
     """The affine space between models: origin + sum_k a_k d_k.
 
     Attributes:
@@ -52,7 +61,7 @@ class Frame(NamedTuple):
 class Estimator(Protocol):
     """How to estimate the sum of the losses between models."""
 
-    def quadratic(self, frame: Frame, losses: Sequence[LocalLoss]) -> Quadratic:
+    def quadratic(self, frame: MergeSubspace, losses: Sequence[LocalLoss]) -> Quadratic:
         """Return the quadratic of the losses' sum in the frame's coefficients.
 
         Args:
@@ -62,10 +71,10 @@ class Estimator(Protocol):
 
 
 @dataclass(frozen=True)
-class Diagonals:
+class DiagonalFisher:
     """Every loss by its diagonal, from where it is known; no gradient."""
 
-    def quadratic(self, frame: Frame, losses: Sequence[LocalLoss]) -> Quadratic:
+    def quadratic(self, frame: MergeSubspace, losses: Sequence[LocalLoss]) -> Quadratic:
         """Return the sum of the losses' diagonal expansions."""
         first, *others = (
             subspace_quadratic(frame.directions, loss.diagonal(), offset=difference(frame.origin, loss.mean))
@@ -75,23 +84,23 @@ class Diagonals:
 
 
 @dataclass(frozen=True)
-class AsKnown:
+class NativeExpansion:
     """Every loss as exactly as it is known, from where it is known: Kronecker factors of two posteriors, say."""
 
-    def quadratic(self, frame: Frame, losses: Sequence[LocalLoss]) -> Quadratic:
+    def quadratic(self, frame: MergeSubspace, losses: Sequence[LocalLoss]) -> Quadratic:
         """Return the sum of the losses' own expansions, each with its slope if it knows one."""
         first, *others = (_seen_from(frame, loss) for loss in losses)
         return sum(others, first)
 
 
 @dataclass(frozen=True)
-class Published:
+class PaperClosedForm:
     """The paper's closed form: diagonals, stage 2 converged (g = 0), and the old posterior's mean at theta_gp."""
 
-    def quadratic(self, frame: Frame, losses: Sequence[LocalLoss]) -> Quadratic:
+    def quadratic(self, frame: MergeSubspace, losses: Sequence[LocalLoss]) -> Quadratic:
         """Return slope -delta.F_new.delta and curvature delta.(F_old + F_new).delta."""
         old, *others = losses
-        return Diagonals().quadratic(frame, others) + subspace_quadratic(frame.directions, old.diagonal())
+        return DiagonalFisher().quadratic(frame, others) + subspace_quadratic(frame.directions, old.diagonal())
 
 
 @dataclass(frozen=True)
@@ -104,7 +113,7 @@ class Calibrated:
     where both are known.
     """
 
-    def quadratic(self, frame: Frame, losses: Sequence[LocalLoss]) -> Quadratic:
+    def quadratic(self, frame: MergeSubspace, losses: Sequence[LocalLoss]) -> Quadratic:
         """Return new + kappa * old, the new part having slope g.d - delta.GGN.d at the origin."""
         *old, new = losses
         exact = new.along(frame.directions)
@@ -128,7 +137,7 @@ class Secant:
     The old side is scaled by kappa, as ``Calibrated`` has it.
     """
 
-    def quadratic(self, frame: Frame, losses: Sequence[LocalLoss]) -> Quadratic:
+    def quadratic(self, frame: MergeSubspace, losses: Sequence[LocalLoss]) -> Quadratic:
         """Return new + kappa * old, the new part having slope g(theta_gp).d at the origin."""
         *old, new = losses
         exact = new.along(frame.directions)
@@ -152,7 +161,7 @@ def _ratio(exact: Quadratic, diagonal: Quadratic, point: Array) -> Array:
     return xp.where(below > 0, above / xp.where(below > 0, below, xp.ones_like(below)), xp.ones_like(below))
 
 
-def _seen_from(frame: Frame, loss: LocalLoss) -> Quadratic:
+def _seen_from(frame: MergeSubspace, loss: LocalLoss) -> Quadratic:
     """A loss in the frame's coefficients: its slope at the origin is that at its own point, plus curvature x way."""
     known = loss.along([*frame.directions, difference(frame.origin, loss.mean)])
     return Quadratic(known.slope[:-1] + known.curvature[:-1, -1], known.curvature[:-1, :-1])

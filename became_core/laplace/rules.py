@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, Protocol
 
 from became_core.arrays import Array, Params, Tree, difference, namespace, reduction_dtype
 from became_core.errors import BecameError
-from became_core.laplace.estimators import Estimator, Frame, LocalLoss, Secant
+from became_core.laplace.estimators import Estimator, LocalLoss, MergeSubspace, Secant
 from became_core.laplace.groups import Per, group_directions, group_names, group_of
 from became_core.laplace.merge import combine, merge, scalar
 from became_core.laplace.path import trace_path
@@ -155,7 +155,7 @@ class Became:
             raise BecameError(f"a coefficient per {self.per} is for two models, not {len(models)}.")
         first, *others = models
         newest = [0.0] * (len(others) - 1) + [1.0]
-        frame = Frame(first, [difference(model, first) for model in others], newest)
+        frame = MergeSubspace(first, [difference(model, first) for model in others], newest)
         quadratic = self.precision.quadratic(frame, losses)
         coefficients = _with_origin(quadratic).minimiser("simplex")
         return Merged(combine(models, coefficients), coefficients)
@@ -163,10 +163,10 @@ class Became:
     def _between(self, theta_gp: Params, theta_hat: Params, losses: Sequence[LocalLoss]) -> Merged:
         delta = difference(theta_hat, theta_gp)
         if self.per == "model":
-            alpha = self.precision.quadratic(Frame(theta_gp, [delta], [1.0]), losses).minimiser("box")[0]
+            alpha = self.precision.quadratic(MergeSubspace(theta_gp, [delta], [1.0]), losses).minimiser("box")[0]
             return Merged(merge(theta_gp, theta_hat, alpha), alpha)
         groups = group_names(theta_gp, self.per)
-        frame = Frame(theta_gp, group_directions(delta, self.per), [1.0] * len(groups))
+        frame = MergeSubspace(theta_gp, group_directions(delta, self.per), [1.0] * len(groups))
         found = self.precision.quadratic(frame, losses).minimiser("box")
         alphas = {name: found[groups.index(group_of(name, self.per))] for name in theta_gp}
         return Merged(merge(theta_gp, theta_hat, alphas), alphas)

@@ -11,10 +11,10 @@ import numpy as np
 
 from became_core.arrays import Array, Params, device, namespace
 
-__all__ = ["Projector", "Region", "Statistics", "View", "compact", "full", "integers"]
+__all__ = ["FinishedTask", "Projector", "Region", "View", "compact", "full", "integers"]
 
 
-class Statistics(Protocol):
+class FinishedTask(Protocol):
     """What a finished task offers to be remembered by; what no projector asks for is never computed."""
 
     def input_grams(self) -> Params:
@@ -57,7 +57,7 @@ class Projector(Protocol):
     def protects_all(self) -> bool:
         """Whether every shared parameter is protected; otherwise matrix weights alone are, and the rest must freeze."""
 
-    def remember(self, statistics: Statistics) -> Self:
+    def remember(self, statistics: FinishedTask) -> Self:
         """Return the memory with one more task."""
 
     @property

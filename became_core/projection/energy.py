@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from became_core.arrays import Array, check_values, device, namespace
 from became_core.errors import BecameError
 
-__all__ = ["Energies", "checked_gram", "complement", "energies", "fewest", "rounding", "spectrum", "wide"]
+__all__ = ["Energies", "checked_gram", "complement", "energies", "min_directions", "rounding", "spectrum", "wide"]
 
 
 class Energies(NamedTuple):
@@ -143,7 +143,7 @@ def _energies_of_factor(factor: Array, m: Array, gram: Array) -> Energies:
     )
 
 
-def fewest(values: Array, wanted: Array, *, held: Array | float = 0.0, floor: Array | float = 0.0) -> int:
+def min_directions(values: Array, wanted: Array, *, held: Array | float = 0.0, floor: Array | float = 0.0) -> int:
     """Return how many leading values bring ``held`` to what is wanted; none that is not above the floor."""
     xp: Any = namespace(values=values)
     if not values.shape[0] or bool(wanted <= held):

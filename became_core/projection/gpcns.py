@@ -19,9 +19,9 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
 
 from became_core.arrays import Array, Params, namespace, pytree
-from became_core.projection.base import Statistics
+from became_core.projection.base import FinishedTask
 from became_core.projection.energy import checked_gram, rounding, spectrum, wide
-from became_core.projection.sgp import Scaled, importances
+from became_core.projection.sgp import ImportanceProjector, importances
 from became_core.projection.subspace import Subspace
 
 __all__ = ["GPCNS"]
@@ -29,8 +29,10 @@ __all__ = ["GPCNS"]
 
 @pytree
 @dataclass(frozen=True)
-class GPCNS(Scaled):
-    """The common space of gradients so far; ``Rising`` has the threshold, ``Scaled`` the scale.
+class GPCNS(ImportanceProjector):
+    """The common space of gradients so far.
+
+    ``ThresholdProjector`` has the threshold, ``ImportanceProjector`` the scale.
 
     Attributes:
         gradients: for each weight, the sum over tasks of the mean of G^T G, [d_in, d_in].
@@ -42,7 +44,7 @@ class GPCNS(Scaled):
 
     beside: ClassVar[tuple[str, ...]] = ("gradients", "stacks")
 
-    def remember(self, statistics: Statistics) -> Self:
+    def remember(self, statistics: FinishedTask) -> Self:
         """Return the memory with one more task's gradients.
 
         Raises:

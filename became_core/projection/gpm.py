@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from typing import Self
 
 from became_core.arrays import Array, pytree
-from became_core.projection.base import Statistics
-from became_core.projection.layerwise import Rising
+from became_core.projection.base import FinishedTask
+from became_core.projection.layerwise import ThresholdProjector
 from became_core.projection.subspace import Subspace
 
 __all__ = ["GPM"]
@@ -24,10 +24,10 @@ __all__ = ["GPM"]
 
 @pytree
 @dataclass(frozen=True)
-class GPM(Rising):
-    """The bases kept so far; ``threshold`` and ``increment`` are epsilon's, as ``Rising`` says."""
+class GPM(ThresholdProjector):
+    """The bases kept so far; ``threshold`` and ``increment`` are epsilon's, as ``ThresholdProjector`` says."""
 
-    def remember(self, statistics: Statistics) -> Self:
+    def remember(self, statistics: FinishedTask) -> Self:
         """Return the memory with the directions added that one more task needs.
 
         Raises:

@@ -32,9 +32,9 @@ import numpy as np
 
 from became_core.arrays import Array, Params, device, namespace, pytree, static
 from became_core.errors import BecameError
-from became_core.projection.base import Statistics, integers
+from became_core.projection.base import FinishedTask, integers
 from became_core.projection.gates import GatedRegion, GatedView, filled, spread
-from became_core.projection.wiring import Wiring
+from became_core.projection.unit_graph import UnitGraph
 
 __all__ = ["HAT"]
 
@@ -58,7 +58,7 @@ class HAT:
     sharpness: float = static(default=400.0)
     sparsity: float = static(default=0.75)
     tasks: int = static(default=0)
-    wiring: Wiring | None = static(default=None)
+    wiring: UnitGraph | None = static(default=None)
     gates: Params = field(default_factory=dict)
 
     protects_all: ClassVar[bool] = False
@@ -102,7 +102,7 @@ class HAT:
         return _any([self.gates[key] for key in keys]) if keys[0] in self.gates else None
 
     @property
-    def _wiring(self) -> Wiring:
+    def _wiring(self) -> UnitGraph:
         assert self.wiring is not None, "HAT has to be told the network's wiring first"
         return self.wiring
 
@@ -155,7 +155,7 @@ class HAT:
         gates = {f"{reader}@{self.tasks}": region.scales[f"{reader}@gates"] > 0 for reader in readers}
         return replace(self, gates=self.gates | gates, tasks=self.tasks + 1)
 
-    def remember(self, statistics: Statistics) -> Self:
+    def remember(self, statistics: FinishedTask) -> Self:
         """Return the memory: a task's gates are all that it is remembered by, and ``settled`` has kept them."""
         return self
 

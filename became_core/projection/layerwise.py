@@ -10,14 +10,14 @@ from typing import Any, ClassVar, Self
 from became_core.arrays import Array, Params, namespace, static
 from became_core.errors import BecameError
 from became_core.projection.base import integers
-from became_core.projection.energy import Energies, energies, fewest
+from became_core.projection.energy import Energies, energies, min_directions
 from became_core.projection.subspace import Subspace
 
-__all__ = ["Layerwise", "Rising"]
+__all__ = ["LayerwiseProjector", "ThresholdProjector"]
 
 
 @dataclass(frozen=True)
-class Layerwise:
+class LayerwiseProjector:
     """A projector whose memory is a subspace for each weight, and what a subclass keeps beside.
 
     Attributes:
@@ -105,7 +105,7 @@ class Layerwise:
 
 
 @dataclass(frozen=True)
-class Rising(Layerwise):
+class ThresholdProjector(LayerwiseProjector):
     """A projector with a threshold that rises from task to task.
 
     Attributes:
@@ -137,4 +137,4 @@ class Rising(Layerwise):
         """
         parts = energies(name, gram, self.bases.get(name))
         wanted = self.epsilon * parts.total
-        return parts, fewest(parts.new, wanted, held=parts.captured, floor=parts.floor)
+        return parts, min_directions(parts.new, wanted, held=parts.captured, floor=parts.floor)

@@ -16,9 +16,9 @@ from typing import Any, ClassVar, Self
 
 from became_core.arrays import Array, Params, namespace, pytree, static
 from became_core.errors import BecameError
-from became_core.projection.base import Statistics
+from became_core.projection.base import FinishedTask
 from became_core.projection.energy import checked_gram, rounding, spectrum, wide
-from became_core.projection.layerwise import Layerwise
+from became_core.projection.layerwise import LayerwiseProjector
 from became_core.projection.subspace import Subspace
 
 __all__ = ["NSCL"]
@@ -26,7 +26,7 @@ __all__ = ["NSCL"]
 
 @pytree
 @dataclass(frozen=True)
-class NSCL(Layerwise):
+class NSCL(LayerwiseProjector):
     """The covariances so far; the bases are of what is not null.
 
     Attributes:
@@ -57,7 +57,7 @@ class NSCL(Layerwise):
         occupied, width = self.rank[name]
         return projected / (width - occupied) ** 0.5
 
-    def remember(self, statistics: Statistics) -> Self:
+    def remember(self, statistics: FinishedTask) -> Self:
         """Return the memory with one more task's covariance.
 
         Raises:

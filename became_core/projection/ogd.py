@@ -19,7 +19,7 @@ from typing import Any, ClassVar, Self
 
 from became_core.arrays import Array, Params, namespace, pytree, static
 from became_core.errors import BecameError
-from became_core.projection.base import Statistics, integers
+from became_core.projection.base import FinishedTask, integers
 from became_core.projection.rows import flat, orthonormal, part_within, size
 
 __all__ = ["OGD", "SHARED"]
@@ -83,7 +83,7 @@ class OGD:
         width = sum(size(leaf) for leaf in self.directions.values())
         return {SHARED: (sum(self.blocks), width)} if self.directions else {}
 
-    def remember(self, statistics: Statistics) -> Self:
+    def remember(self, statistics: FinishedTask) -> Self:
         """Return the memory with one more task's directions.
 
         Raises:

@@ -19,7 +19,7 @@ from typing import Any, ClassVar, Self
 
 from became_core.arrays import Array, Params, namespace, pytree, static
 from became_core.errors import BecameError
-from became_core.projection.base import Statistics, integers
+from became_core.projection.base import FinishedTask, integers
 
 __all__ = ["MaskedView", "PackNet"]
 
@@ -106,7 +106,7 @@ class PackNet:
             weights[name] = xp.where(owners[name] > 0, weight, xp.zeros_like(weight))
         return replace(self, owners=owners, retrains=True), weights
 
-    def remember(self, statistics: Statistics) -> Self:
+    def remember(self, statistics: FinishedTask) -> Self:
         """Return the memory with one more task, whose weights stand still from now on."""
         return replace(self, tasks=self.tasks + 1, retrains=False)
 

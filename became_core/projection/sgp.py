@@ -18,16 +18,16 @@ from typing import Any, Self
 
 from became_core.arrays import Array, namespace, pytree, static
 from became_core.errors import BecameError
-from became_core.projection.base import Statistics
+from became_core.projection.base import FinishedTask
 from became_core.projection.energy import wide
-from became_core.projection.layerwise import Rising
+from became_core.projection.layerwise import ThresholdProjector
 from became_core.projection.subspace import Subspace
 
-__all__ = ["SGP", "Scaled", "importances"]
+__all__ = ["SGP", "ImportanceProjector", "importances"]
 
 
 @dataclass(frozen=True)
-class Scaled(Rising):
+class ImportanceProjector(ThresholdProjector):
     """A projector that protects each direction by its importance.
 
     Attributes:
@@ -48,10 +48,13 @@ class Scaled(Rising):
 
 @pytree
 @dataclass(frozen=True)
-class SGP(Scaled):
-    """The bases kept so far and their importances; ``Rising`` has the threshold, ``Scaled`` the scale."""
+class SGP(ImportanceProjector):
+    """The bases kept so far and their importances.
 
-    def remember(self, statistics: Statistics) -> Self:
+    ``ThresholdProjector`` has the threshold, ``ImportanceProjector`` the scale.
+    """
+
+    def remember(self, statistics: FinishedTask) -> Self:
         """Return the memory with one more task's directions added, and its importances added to those of old ones.
 
         Raises:

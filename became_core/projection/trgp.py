@@ -21,9 +21,9 @@ from typing import Any, ClassVar, Self
 
 from became_core.arrays import Array, Params, device, namespace, pytree
 from became_core.errors import BecameError
-from became_core.projection.base import Statistics
-from became_core.projection.energy import energies, fewest
-from became_core.projection.layerwise import Rising
+from became_core.projection.base import FinishedTask
+from became_core.projection.energy import energies, min_directions
+from became_core.projection.layerwise import ThresholdProjector
 from became_core.projection.subspace import Subspace
 
 __all__ = ["TRGP", "TrustRegion"]
@@ -34,8 +34,8 @@ LEAST_SHARE = 0.5
 
 @pytree
 @dataclass(frozen=True)
-class TRGP(Rising):
-    """The union of all tasks' bases, and which of its columns are whose; ``Rising`` has the threshold.
+class TRGP(ThresholdProjector):
+    """The union of all tasks' bases, and which of its columns are whose; ``ThresholdProjector`` has the threshold.
 
     Attributes:
         selections: the columns of M that are a task's own, integers [k_t]; ``conv1.weight@0`` for layer and task.
@@ -45,7 +45,7 @@ class TRGP(Rising):
 
     beside: ClassVar[tuple[str, ...]] = ("selections",)
 
-    def remember(self, statistics: Statistics) -> Self:
+    def remember(self, statistics: FinishedTask) -> Self:
         """Return the memory with one more task's basis.
 
         Raises:
@@ -58,7 +58,7 @@ class TRGP(Rising):
             parts = energies(name, gram, self.bases.get(name))
             joint = xp.concat([parts.old, parts.new])
             order = xp.argsort(joint, descending=True)
-            count = fewest(xp.take(joint, order), self.epsilon * parts.total, floor=parts.floor)
+            count = min_directions(xp.take(joint, order), self.epsilon * parts.total, floor=parts.floor)
             chosen = order[:count]
             # New directions come in falling order, so those that are chosen are the first of them.
             added = int(xp.sum(xp.astype(chosen >= parts.old.shape[0], xp.int32)))

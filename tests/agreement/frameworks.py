@@ -11,8 +11,8 @@ torch = pytest.importorskip("torch")
 jax = pytest.importorskip("jax")
 tf = pytest.importorskip("tensorflow")
 
-from adapters.architectures import Architecture  # noqa: E402
 from adapters.jax.learner import JaxLearner  # noqa: E402
+from adapters.networks import Architecture  # noqa: E402
 from adapters.tensorflow.learner import TensorFlowLearner  # noqa: E402
 from adapters.torch.learner import TorchLearner  # noqa: E402
 from adapters.torch.networks import Described  # noqa: E402

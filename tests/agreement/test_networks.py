@@ -15,7 +15,7 @@ from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from adapters.architectures import (
+from adapters.networks import (
     Architecture,
     AveragePool,
     BatchNorm,

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from adapters.architectures import (
+from adapters.benchmarks.mnist import load_mnist
+from adapters.networks import (
     Architecture,
     AveragePool,
     BatchNorm,
@@ -26,7 +27,6 @@ from adapters.architectures import (
     Residual,
     mlp,
 )
-from adapters.data.mnist import load_mnist
 from became_core.continual import (
     Adam,
     Annealed,

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from adapters.architectures import mlp
-from adapters.data.mnist import load_mnist
+from adapters.benchmarks.mnist import load_mnist
+from adapters.networks import mlp
 from adapters.runs import Checkpoints
 from became_core.continual import (
     SGD,
@@ -83,7 +83,7 @@ def test_a_run_is_one_run_on_whatever_it_goes_on(
     kept = Checkpoints(tmp_path, STREAM, build_method(method, settings), training)
     # All begin with the reference's weights, which come from a file as well.
     reference = ReferenceLearner(STREAM, hidden=(100, 100))
-    kept.save(RunState.begun(reference, STREAM, kept.method))
+    kept.save(RunState.initial(reference, STREAM, kept.method))
     expected = learn(reference, STREAM, kept.method, training)
     found: RunRecord | None = None
     for framework, until in turns:

@@ -9,7 +9,7 @@ import pytest
 
 from adapters.cli.main import main
 from adapters.torch.run import BACKEND
-from tests.data.pictures import shades, write_tiny_hub, write_tiny_zip
+from tests.benchmarks.pictures import shades, write_tiny_hub, write_tiny_zip
 
 SHORT = ["--network", "mlp", "--epochs", "1", "--stage2-epochs", "1", "--methods", "became", "--first", "2"]
 

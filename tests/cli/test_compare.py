@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from adapters.analysis.bootstrap import estimate
 from adapters.cli.__main__ import main
 from adapters.cli.compare import comparison, gather
 from adapters.cli.rendering import FORMATS, Column, Sheet
 from adapters.runs import RunDirectory, RunResult
-from adapters.runs.statistics import estimate
 from became_core import BecameError
 
 CONFIG = {"tasks": 2, "first": 2, "stage1": {"epochs": 3}}

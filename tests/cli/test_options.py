@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from adapters.benchmarks.catalogue import BENCHMARKS
 from adapters.cli.configuration import resolve
 from adapters.cli.options import Options
-from adapters.data.benchmarks import BENCHMARKS
 from became_core import BecameError
 
 

@@ -9,7 +9,7 @@ import pytest
 from adapters.cli.__main__ import main
 from adapters.runs import RunDirectory
 from adapters.runs.files import write_sealed
-from tests.report.runs import plain, run
+from tests.analysis.runs import plain, run
 
 
 def saved(out: Path, **changes: Any) -> Path:

@@ -10,12 +10,12 @@ import pytest
 from flax import linen as nn
 from jax import numpy as jnp
 
-from adapters.architectures import draw_masks
 from adapters.jax import compiled
 from adapters.jax.flax_module import FlaxBackbone
 from adapters.jax.heads import for_task
 from adapters.jax.layers import Pass
 from adapters.jax.learner import JaxLearner
+from adapters.networks import draw_masks
 from became_core import BecameError
 from became_core.continual import Learner, TaskStream
 from tests.own_models import (

@@ -6,7 +6,9 @@ import jax
 import numpy as np
 import pytest
 
-from adapters.architectures import (
+from adapters.jax.layers import Pass
+from adapters.jax.learner import JaxLearner
+from adapters.networks import (
     Architecture,
     AveragePool,
     Convolution,
@@ -17,8 +19,6 @@ from adapters.architectures import (
     draw_masks,
     initial_values,
 )
-from adapters.jax.layers import Pass
-from adapters.jax.learner import JaxLearner
 from became_core import BecameError
 from tests.streams import prototype_stream
 

@@ -10,7 +10,10 @@ import jax
 import numpy as np
 import pytest
 
-from adapters.architectures import (
+from adapters.jax import compiled
+from adapters.jax.learner import JaxLearner
+from adapters.jax.run import build_learner
+from adapters.networks import (
     Architecture,
     BatchNorm,
     Convolution,
@@ -20,9 +23,6 @@ from adapters.architectures import (
     MaxPool,
     ReLU,
 )
-from adapters.jax import compiled
-from adapters.jax.learner import JaxLearner
-from adapters.jax.run import build_learner
 from became_core import BecameError
 from became_core.continual import (
     SGD,

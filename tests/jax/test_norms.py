@@ -4,8 +4,8 @@ from collections.abc import Callable
 
 import pytest
 
-from adapters.architectures import Architecture
 from adapters.jax.learner import JaxLearner
+from adapters.networks import Architecture
 from became_core.continual import Learner, TaskStream
 from tests.norms import CHECKS, MakeNormalised
 

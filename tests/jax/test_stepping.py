@@ -7,9 +7,9 @@ import jax
 import numpy as np
 import pytest
 
-from adapters.architectures import Architecture, BatchNorm, Convolution, Dropout, Flatten, Linear, MaxPool, ReLU
 from adapters.jax import learner, stepping
 from adapters.jax.learner import JaxLearner
+from adapters.networks import Architecture, BatchNorm, Convolution, Dropout, Flatten, Linear, MaxPool, ReLU
 from became_core.continual import (
     SGD,
     Adam,
@@ -127,7 +127,7 @@ def test_a_linear_layers_inputs_are_projected_if_nothing_comes_between(
     memory = GPM(threshold=0.775).with_arrays(arrays | {"tasks": jax.numpy.asarray(1)})
     before = one.parameters()
     constraint = Constraint(one.projectable | one.heads[1], memory)
-    begun = optimiser.begun({name: before[name] for name in constraint.trainable})
+    begun = optimiser.initial({name: before[name] for name in constraint.trainable})
     batch = Batch(1, STREAM.tasks[1].train[:13])
     one.train([batch, batch], np.full(2, 0.1), constraint, begun, draw)
     assert seen == {"conv1.weight": 4, "fc1.weight": of_fc1}

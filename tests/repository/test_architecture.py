@@ -98,8 +98,8 @@ def test_no_module_imports_what_its_rank_forbids() -> None:
         ("became_core.arrays.trees", "try:\n    import torch.nn\nexcept ImportError:\n    pass"),
         ("became_core.arrays.trees", "from reference.oracle import alpha"),
         ("reference.oracle", "from jax import numpy"),
-        ("reference.oracle", "from adapters.data import mnist"),
-        ("adapters.architectures.layers", "import torch"),
+        ("reference.oracle", "from adapters.benchmarks import mnist"),
+        ("adapters.networks.layers", "import torch"),
     ],
 )
 def test_a_forbidden_import_is_found(module: str, source: str) -> None:

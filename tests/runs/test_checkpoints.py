@@ -287,7 +287,7 @@ def test_a_posterior_of_any_precision_can_be_saved() -> None:
     theta, weights = new_learner().parameters(), ("fc1.weight", "fc2.weight")
     factors = {name: (np.eye(theta[name].shape[1]), np.eye(theta[name].shape[0])) for name in weights}
     held = Kronecker(factors, {"fc1.weight": np.ones(())}) + Diagonal({name: theta[name] ** 2 for name in theta})
-    begun = RunState.begun(new_learner(), STREAM, build_method("finetune", SETTINGS))
+    begun = RunState.initial(new_learner(), STREAM, build_method("finetune", SETTINGS))
     state = replace(begun, memory=Memory(posterior=LaplacePosterior(theta, held)))
     plain, arrays = encoded(state)
     again = decoded(json.loads(json.dumps(plain)), arrays, None, lambda array: array)
@@ -298,7 +298,7 @@ def test_a_posterior_of_any_precision_can_be_saved() -> None:
 
 
 def test_an_array_that_nothing_asks_for_is_refused() -> None:
-    state = RunState.begun(new_learner(), STREAM, build_method("finetune", SETTINGS))
+    state = RunState.initial(new_learner(), STREAM, build_method("finetune", SETTINGS))
     plain, arrays = encoded(state)
     with pytest.raises(MisfitError, match=r"nothing asks for the array 'theta\.fc9'"):
         decoded(plain, arrays | {"theta.fc9": np.zeros(1)}, None, lambda array: array)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from adapters.architectures import draw_masks
+from adapters.networks import draw_masks
 from adapters.tensorflow.keras_model import KerasBackbone
 from adapters.tensorflow.layers import Pass
 from adapters.tensorflow.learner import TensorFlowLearner

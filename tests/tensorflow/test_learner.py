@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from adapters.architectures import (
+from adapters.networks import (
     Architecture,
     Flatten,
     Linear,

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 import tensorflow as tf
 
-from adapters.architectures import Architecture
+from adapters.networks import Architecture
 from adapters.tensorflow.learner import TensorFlowLearner
 from became_core.continual import Learner, TaskStream
 from tests.norms import CHECKS, MakeNormalised

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from adapters.architectures import Architecture
+from adapters.networks import Architecture
 from adapters.torch.learner import TorchLearner
 from adapters.torch.networks import Described
 from became_core.continual import Learner, TaskStream

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from adapters.torch.learner import TorchLearner
 from became_core import BecameError
 from became_core.continual import Annealed, MethodSettings, Training, build_method, learn
-from became_core.continual.wiring import find_wiring
-from became_core.projection import Wiring
+from became_core.continual.unit_graph import find_unit_graph
+from became_core.projection import UnitGraph
 from tests.conformance import listened
 from tests.listening import Listening
 from tests.streams import prototype_stream
@@ -120,7 +120,7 @@ class Gated(nn.Module):
 
 
 def test_units_that_are_multiplied_one_by_one_are_all_sources() -> None:
-    found = find_wiring(learner_of(Gated()), STREAM.tasks[0])
+    found = find_unit_graph(learner_of(Gated()), STREAM.tasks[0])
     assert found.sources == ((), ("first.weight",), ("first.weight", "second.weight"))
 
 
@@ -138,12 +138,12 @@ def test_a_network_whose_units_mix_is_refused(backbone: Callable[[], nn.Module],
 
 def test_the_wiring_of_a_convolutional_network_is_that_of_a_row() -> None:
     layers, heads = ("0.weight", "5.weight", "9.weight"), tuple(f"heads.{task}.weight" for task in range(3))
-    expected = Wiring(layers, ((), *((layer,) for layer in layers)), heads)
-    assert find_wiring(learner_of(network()), STREAM.tasks[0]) == expected
+    expected = UnitGraph(layers, ((), *((layer,) for layer in layers)), heads)
+    assert find_unit_graph(learner_of(network()), STREAM.tasks[0]) == expected
 
 
 def test_the_wiring_of_residual_blocks_has_sums() -> None:
-    found = find_wiring(learner_of(residual()), STREAM.tasks[1])
+    found = find_unit_graph(learner_of(residual()), STREAM.tasks[1])
     assert dict(zip([*found.layers, "head"], found.sources, strict=True)) == {
         "0.weight": (),
         "3.conv1.weight": ("0.weight",),

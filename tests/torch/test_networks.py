@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from adapters.architectures import NETWORKS, Architecture, BatchNorm, Flatten, Linear, build_network, initial_values
+from adapters.networks import NETWORKS, Architecture, BatchNorm, Flatten, Linear, build_network, initial_values
 from adapters.torch.networks import Described, MultiHead
 
 

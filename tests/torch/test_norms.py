@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from adapters.architectures import Architecture
+from adapters.networks import Architecture
 from adapters.torch.learner import TorchLearner
 from adapters.torch.networks import Described
 from became_core.continual import Learner, TaskStream

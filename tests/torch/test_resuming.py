@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from adapters.architectures import DropoutMasks
+from adapters.networks import DropoutMasks
 from adapters.runs import Checkpoints
 from adapters.torch.dropout import Dropout
 from adapters.torch.learner import TorchLearner

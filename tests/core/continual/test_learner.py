@@ -28,7 +28,7 @@ def some(xp: Any, seed: int) -> Params:
 
 def moves(constraint: Constraint, optimiser: Optimiser, theta: Params, gradients: list[Params], rate: float) -> Params:
     """How far every parameter gets in steps with given gradients."""
-    at, optimiser = theta, optimiser.begun(theta)
+    at, optimiser = theta, optimiser.initial(theta)
     for each in gradients:
         directions, optimiser = constraint.directions(each, at, rate, optimiser)
         at = {name: value - rate * directions[name] for name, value in at.items()}

@@ -6,7 +6,7 @@ import pytest
 from became_core import BecameError
 from became_core.continual import METHODS, PROJECTORS, MethodSettings, build_method
 from became_core.continual.increments import ByHand, EqualShares, Grid, Transfer
-from became_core.laplace import AsKnown, Became, Diagonals, Fixed, ModeIMM, Published, Secant
+from became_core.laplace import Became, DiagonalFisher, Fixed, ModeIMM, NativeExpansion, PaperClosedForm, Secant
 from became_core.projection import GPCNS, GPM, HAT, NSCL, OGD, SGP, TRGP, PackNet
 
 SETTINGS = MethodSettings(
@@ -79,7 +79,7 @@ def test_who_does_what() -> None:
     assert {name: methods[name].rule for name in ablations} == {n: Fixed(alpha) for n, alpha in ablations.items()}
     assert methods["became"].rule == Became(Secant())
     assert methods["became"].fisher == "empirical"
-    assert methods["became-paper"].rule == Became(Published())
+    assert methods["became-paper"].rule == Became(PaperClosedForm())
     assert methods["became-paper"].fisher == "batch"
 
 
@@ -89,8 +89,8 @@ def test_what_became_merges_by() -> None:
         for precision in ("exact", "diagonal", "kronecker")
     }
     assert rules["exact"].rule == Became(Secant(), "layer")
-    assert rules["diagonal"].rule == Became(Diagonals(), "layer")
-    assert rules["kronecker"].rule == Became(AsKnown(), "layer")
+    assert rules["diagonal"].rule == Became(DiagonalFisher(), "layer")
+    assert rules["kronecker"].rule == Became(NativeExpansion(), "layer")
     assert {name: method.precision for name, method in rules.items()} == {
         "exact": "diagonal",
         "diagonal": "diagonal",

@@ -18,7 +18,7 @@ STEPS = st.lists(NUMBERS, min_size=1, max_size=4)
 def run(xp: Any, optimiser: Optimiser, gradients: list[list[float]], theta: list[float], rate: float) -> np.ndarray:
     """Where a weight [3] ends after steps with given gradients."""
     at = {"weight": xp.asarray(theta, dtype=xp.float64)}
-    optimiser = optimiser.begun(at)
+    optimiser = optimiser.initial(at)
     for gradient in gradients:
         directions, optimiser = optimiser.step({"weight": xp.asarray(gradient, dtype=xp.float64)}, at)
         at = {name: value - rate * directions[name] for name, value in at.items()}
@@ -69,7 +69,7 @@ def test_they_are_those_of_pytorch(xp: Any, ours: Optimiser, name: str, options:
 
 def test_an_optimiser_does_not_change(xp: Any) -> None:
     theta = {"weight": xp.asarray([1.0, 2.0])}
-    for optimiser in (SGD(momentum=0.5).begun(theta), Adam().begun(theta)):
+    for optimiser in (SGD(momentum=0.5).initial(theta), Adam().initial(theta)):
         first, _ = optimiser.step({"weight": xp.asarray([1.0, -1.0])}, theta)
         again, _ = optimiser.step({"weight": xp.asarray([1.0, -1.0])}, theta)
         np.testing.assert_array_equal(to_numpy(first["weight"]), to_numpy(again["weight"]))

@@ -10,15 +10,15 @@ from hypothesis import strategies as st
 from became_core import Quadratic
 from became_core.arrays import Params
 from became_core.laplace import (
-    AsKnown,
     Calibrated,
     Diagonal,
-    Diagonals,
+    DiagonalFisher,
     Estimator,
-    Frame,
     LaplacePosterior,
     LocalLoss,
-    Published,
+    MergeSubspace,
+    NativeExpansion,
+    PaperClosedForm,
     Secant,
 )
 from reference.formulas import alpha_star
@@ -54,9 +54,9 @@ class Measured:
         return away.slope[:-1] + self.bent * away.curvature[:-1, -1]
 
 
-def frame_of(xp: Any, segment: Segment) -> Frame:
+def frame_of(xp: Any, segment: Segment) -> MergeSubspace:
     delta = {name: value - segment.theta_gp[name] for name, value in segment.theta_hat.items()}
-    return Frame(to_xp(xp, segment.theta_gp), [to_xp(xp, delta)], [1.0])
+    return MergeSubspace(to_xp(xp, segment.theta_gp), [to_xp(xp, delta)], [1.0])
 
 
 def quadratic_by(estimator: Estimator, xp: Any, segment: Segment, new_task: LocalLoss) -> Quadratic:
@@ -72,7 +72,7 @@ def alpha_by(estimator: Estimator, xp: Any, segment: Segment, new_task: LocalLos
 def test_published_is_the_papers_closed_form(xp: Any, segment: Segment) -> None:
     """It knows neither the gradient nor where the posterior's mean is."""
     assume(segment.curvature > 0)
-    alpha = alpha_by(Published(), xp, segment, Measured(xp, segment))
+    alpha = alpha_by(PaperClosedForm(), xp, segment, Measured(xp, segment))
     assert alpha == pytest.approx(alpha_star(*segment.dense(full=False)), rel=1e-14)
 
 
@@ -80,7 +80,7 @@ def test_published_is_the_papers_closed_form(xp: Any, segment: Segment) -> None:
 def test_diagonals_know_the_mean_and_no_gradient(xp: Any, segment: Segment) -> None:
     assume(segment.curvature > 0)
     gp, hat, old, new, gradient, mean = segment.dense()
-    alpha = alpha_by(Diagonals(), xp, segment, Measured(xp, segment))
+    alpha = alpha_by(DiagonalFisher(), xp, segment, Measured(xp, segment))
     assert alpha == pytest.approx(alpha_star(gp, hat, old, new, 0 * gradient, mean), rel=1e-12, abs=1e-12)
 
 
@@ -89,7 +89,7 @@ def test_as_known_takes_every_side_as_it_is(xp: Any, segment: Segment, kappa: fl
     """Of the new task the gradient and the curvature kappa x diagonal, of the old ones their own; nothing is scaled."""
     assume(segment.curvature > 0)
     gp, hat, old, new, gradient, mean = segment.dense()
-    alpha = alpha_by(AsKnown(), xp, segment, Measured(xp, segment, kappa))
+    alpha = alpha_by(NativeExpansion(), xp, segment, Measured(xp, segment, kappa))
     assert alpha == pytest.approx(alpha_star(gp, hat, old, kappa * new, gradient, mean), rel=1e-12, abs=1e-12)
 
 
@@ -157,7 +157,7 @@ def test_a_loss_that_bends_down_is_left_out(xp: Any, segment: Segment) -> None:
     assert alpha_by(Secant(), xp, settled, Measured(xp, settled, bent=-0.5), clip=True) == 0
 
 
-@pytest.mark.parametrize("estimator", [Published(), Calibrated(), Diagonals(), Secant()])
+@pytest.mark.parametrize("estimator", [PaperClosedForm(), Calibrated(), DiagonalFisher(), Secant()])
 def test_models_that_agree_keep_the_stable_one(xp: Any, estimator: Estimator) -> None:
     one = {"w": np.ones(3)}
     segment = Segment(one, one, one, one, one, one)
@@ -173,6 +173,6 @@ def test_a_gradient_moves_the_calibrated_alpha_only(xp: Any) -> None:
     def alpha(estimator: Estimator, segment: Segment) -> float:
         return alpha_by(estimator, xp, segment, Measured(xp, segment), clip=True)
 
-    assert alpha(Published(), overshot) == alpha(Published(), converged) == 0.5
+    assert alpha(PaperClosedForm(), overshot) == alpha(PaperClosedForm(), converged) == 0.5
     assert alpha(Calibrated(), converged) == 0.5
     assert alpha(Calibrated(), overshot) == 0.25

@@ -13,7 +13,7 @@ from became_core.laplace import (
     Became,
     Calibrated,
     Diagonal,
-    Diagonals,
+    DiagonalFisher,
     Equal,
     FisherMerge,
     Fixed,
@@ -22,11 +22,11 @@ from became_core.laplace import (
     MeanIMM,
     MergeRule,
     ModeIMM,
-    Published,
+    PaperClosedForm,
     Secant,
     optimal_alpha,
 )
-from became_core.laplace.estimators import Frame, LocalLoss
+from became_core.laplace.estimators import LocalLoss, MergeSubspace
 from became_core.laplace.groups import Per
 from tests.backends import to_numpy, to_xp
 from tests.strategies import Segment, segments
@@ -49,7 +49,7 @@ def cumulative(losses: list[LaplacePosterior], theta: Any) -> float:
 
 
 @given(segment=segments())
-@pytest.mark.parametrize("estimator", [Published(), Diagonals(), Calibrated(), Secant()])
+@pytest.mark.parametrize("estimator", [PaperClosedForm(), DiagonalFisher(), Calibrated(), Secant()])
 def test_became_of_two_models_is_optimal_alpha(xp: Any, estimator: Any, segment: Segment) -> None:
     """Where every loss is a diagonal quadratic known at its own model, all estimators agree."""
     assume(segment.curvature > 0)
@@ -66,11 +66,11 @@ def test_became_of_two_models_is_optimal_alpha(xp: Any, estimator: Any, segment:
 class Seen:
     """An estimator that keeps the frame it is asked about."""
 
-    frames: list[Frame] = field(default_factory=list)
+    frames: list[MergeSubspace] = field(default_factory=list)
 
-    def quadratic(self, frame: Frame, losses: Sequence[LocalLoss]) -> Quadratic:
+    def quadratic(self, frame: MergeSubspace, losses: Sequence[LocalLoss]) -> Quadratic:
         self.frames.append(frame)
-        return Diagonals().quadratic(frame, losses)
+        return DiagonalFisher().quadratic(frame, losses)
 
 
 @pytest.mark.parametrize(("count", "per"), [(2, "model"), (2, "layer"), (2, "leaf"), (3, "model"), (5, "model")])
@@ -111,7 +111,7 @@ def test_the_grid_comes_as_close_as_its_spacing(xp: Any, segment: Segment) -> No
     assume(segment.curvature > 0)
     models, losses = models_of(xp, segment), losses_of(xp, segment)
     found = GridSearch(lambda theta: cumulative(losses, theta), points=41).merge(models, losses)
-    best = float(to_numpy(Became(Diagonals()).merge(models, losses).alpha))
+    best = float(to_numpy(Became(DiagonalFisher()).merge(models, losses).alpha))
     assert abs(float(to_numpy(found.alpha)) - best) <= 1 / 80 + 1e-9
 
 
@@ -137,7 +137,7 @@ def clients(xp: Any, count: int = 6) -> tuple[list[Any], list[LaplacePosterior],
 @pytest.mark.parametrize("count", [3, 6, 12])  # the last by the active-set walk
 def test_clients_merged_on_the_simplex_beat_the_equal_average(xp: Any, count: int) -> None:
     models, losses, optimum = clients(xp, count)
-    merged = Became(Diagonals()).merge(models, losses)
+    merged = Became(DiagonalFisher()).merge(models, losses)
     best, equal, simplex = (
         cumulative(losses, theta) for theta in (optimum, Equal().merge(models, losses).theta, merged.theta)
     )
@@ -175,7 +175,9 @@ def test_rules_by_hand(xp: Any, rule: MergeRule, expected: list[float]) -> None:
     np.testing.assert_allclose(to_numpy(rule.merge([first, second], losses).theta["w"]), expected, rtol=1e-15)
 
 
-@pytest.mark.parametrize("rule", [Equal(), Fixed(0.3), ModeIMM(), Became(), Became(per="layer"), Became(Published())])
+@pytest.mark.parametrize(
+    "rule", [Equal(), Fixed(0.3), ModeIMM(), Became(), Became(per="layer"), Became(PaperClosedForm())]
+)
 def test_models_that_agree_stay_as_they_are(xp: Any, rule: MergeRule) -> None:
     model = {"a.weight": xp.asarray([0.1, 0.7]), "b.weight": xp.asarray([0.3])}
     loss = LaplacePosterior(model, Diagonal({name: value * 0 + 0.3 for name, value in model.items()}))

@@ -15,7 +15,7 @@ from became_core.laplace import (
     Became,
     Dense,
     Diagonal,
-    Diagonals,
+    DiagonalFisher,
     Equal,
     FisherMerge,
     Kronecker,
@@ -99,7 +99,7 @@ CASES: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
     "combine": (lambda gp, hat, b: combine([gp, hat, gp], b), (GP, HAT, SLOPE)),
     "equal": (lambda *four: Equal().merge(*clients(*four)).theta, (GP, HAT, OLD, NEW)),
     "fisher merge": (lambda *four: FisherMerge().merge(*clients(*four)).theta, (GP, HAT, OLD, NEW)),
-    "became of three": (lambda *four: Became(Diagonals()).merge(*clients(*four)), (GP, HAT, OLD, NEW)),
+    "became of three": (lambda *four: Became(DiagonalFisher()).merge(*clients(*four)), (GP, HAT, OLD, NEW)),
     "curve": (lambda *four: bezier_path(*four).at(0.5), (GP, HAT, OLD, NEW)),
     "advantage": (lambda *four: predicted_advantage(*four), (GP, HAT, OLD, NEW)),
 }

@@ -9,14 +9,14 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from became_core import BecameError
-from became_core.projection import HAT, Wiring, full
+from became_core.projection import HAT, UnitGraph, full
 from tests.backends import to_numpy, to_xp
 from tests.projections import Finished
 
 # A convolution of 3 filters of 2x2, flattened to 3 units of 4 places, to 5 units, to heads of 2 classes.
 SHAPES = {"conv.weight": (3, 1, 2, 2), "fc.weight": (5, 12), "heads.0.weight": (2, 5), "heads.1.weight": (2, 5)}
 ORDER = ("conv.weight", "fc.weight")
-WIRING = Wiring(ORDER, ((), ("conv.weight",), ("fc.weight",)), ("heads.0.weight", "heads.1.weight"))
+WIRING = UnitGraph(ORDER, ((), ("conv.weight",), ("fc.weight",)), ("heads.0.weight", "heads.1.weight"))
 Weights = dict[str, NDArray[np.float64]]
 
 
@@ -72,7 +72,7 @@ def test_what_an_old_task_computes_keeps_its_bits_whatever_moves_later(xp: Any, 
 
 # A convolution, two more whose outputs are added to the first's, and a head that sees the sum of all three.
 SUM = ("stem.weight", "one.weight", "two.weight")
-SUMMED = Wiring(SUM, ((), SUM[:1], SUM[:2], SUM), ("heads.0.weight", "heads.1.weight"))
+SUMMED = UnitGraph(SUM, ((), SUM[:1], SUM[:2], SUM), ("heads.0.weight", "heads.1.weight"))
 
 
 def said_by_the_sum(w: Weights, task: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

@@ -1,0 +1,195 @@
+"""The page: one HTML file that holds everything, follows the reader's theme, and can execute nothing.
+
+Convention: text from files passes through ``escaped``; the content security policy forbids scripts and every
+request, so that a slip there would still run nothing.
+"""
+
+import html
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from adapters.analysis.accuracy import Published
+from adapters.analysis.drawing import THEME, inline_svg, printable
+from adapters.analysis.groups import Group, spread
+from adapters.analysis.repeating import repeating_command
+
+__all__ = ["Drawing", "escaped", "page"]
+
+_SCORES = {"acc": "ACC", "bwt": "BWT", "forgetting": "forgetting", "plasticity": "plasticity"}
+_STYLE = """
+* { box-sizing: border-box }
+body { margin: 0 auto; max-width: 78rem; padding: 1rem; background: var(--paper); color: var(--ink);
+  font: 1rem/1.5 system-ui, sans-serif; overflow-wrap: anywhere }
+h1 { font-size: 1.5rem; margin: .5rem 0 } h2 { font-size: 1.2rem; margin: 2.5rem 0 .5rem } h3 { font-size: 1rem }
+p, figcaption { color: var(--muted); max-width: 44rem; margin: .3rem 0 } a { color: var(--series-0) }
+nav ul { display: flex; flex-wrap: wrap; gap: .2rem 1.2rem; list-style: none; padding: 0 }
+.grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); gap: 1.5rem 2.5rem;
+  align-items: start }
+figure { margin: .5rem 0; max-width: 36rem } figure svg { display: block; width: 100%; height: auto }
+figcaption { font-size: .875rem }
+.scroll { overflow-x: auto } table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums }
+th, td { padding: .3rem .7rem .3rem 0; text-align: right; border-bottom: 1px solid var(--grid);
+  overflow-wrap: normal }
+th:first-child, td.text { text-align: left } thead th { color: var(--muted); font-weight: 600; white-space: nowrap }
+td, tbody th { white-space: nowrap } tbody th { font-weight: 600 } td.text { white-space: normal; min-width: 14rem }
+pre { white-space: pre-wrap; padding: .7rem; border: 1px solid var(--grid); border-radius: .3rem; font-size: .8125rem }
+summary { cursor: pointer } .chip { display: inline-block; width: .7em; height: .7em; margin-right: .4em }
+"""
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A figure on the page.
+
+    Attributes:
+        name: of its files; unlike any other's.
+        figure: what is drawn.
+        alt: what a reader who does not see it is told.
+        caption: what stands below it.
+    """
+
+    name: str
+    figure: Figure
+    alt: str
+    caption: str
+
+
+def escaped(text: object) -> str:
+    """Return a value from a file as text of the page."""
+    return html.escape(printable(str(text)))
+
+
+def page(
+    groups: Sequence[Group],
+    shared: Sequence[Drawing],
+    own: Sequence[Sequence[Drawing]],
+    published: Sequence[Published],
+) -> str:
+    """Return the page.
+
+    Args:
+        groups: the runs.
+        shared: figures of all groups.
+        own: figures of each group.
+        published: numbers on this benchmark, for a table.
+    """
+    first = groups[0].runs[0]
+    tasks, runs = len(first.accuracy), sum(len(group.runs) for group in groups)
+    title = f"{escaped(first.benchmark)}: {tasks} {'task' if tasks == 1 else 'tasks'}"
+    links = [("scores", "Scores"), *((f"method-{group.place}", escaped(group.label)) for group in groups)]
+    parts = [
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
+        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">",
+        '<meta name="viewport" content="width=device-width, initial-scale=1">',
+        f"<title>{title}</title>\n<style>{_theme()}{_STYLE}</style>\n</head>\n<body>",
+        f"<header><h1>{title}</h1>\n<p>{runs} finished {'run' if runs == 1 else 'runs'}. Accuracies in percent; "
+        "mean ± standard deviation where there are several seeds.</p></header>",
+        "<nav><ul>" + "".join(f'<li><a href="#{at}">{name}</a></li>' for at, name in links) + "</ul></nav>",
+        f'<main>\n<section id="scores"><h2>Scores</h2>{_scores_table(groups)}',
+        f'<div class="grid">{"".join(map(_figure, shared))}</div>{_published_table(published)}</section>',
+        *(_section(group, drawings) for group, drawings in zip(groups, own, strict=True)),
+        "</main>\n</body>\n</html>\n",
+    ]
+    return "\n".join(parts)
+
+
+def _theme() -> str:
+    light, dark = ("".join(f"--{name}:{pair[side]};" for name, pair in THEME.items()) for side in (0, 1))
+    return (
+        f":root{{color-scheme:light dark;{light}}}\n@media (prefers-color-scheme: dark){{:root{{{dark}}}}}\n"
+        f"@media print{{:root{{{light}}}}}"
+    )
+
+
+def _figure(drawing: Drawing) -> str:
+    svg = inline_svg(drawing.figure, drawing.name, escaped(drawing.alt))
+    return f"<figure>{svg}<figcaption>{escaped(drawing.caption)}</figcaption></figure>"
+
+
+def _table(caption: str, heads: Sequence[str], rows: Sequence[Sequence[str]], text: int | None = None) -> str:
+    """A table of cells that are escaped already; the first of a row heads it, column ``text`` holds prose."""
+    head = "".join(f'<th scope="col">{each}</th>' for each in heads)
+    body = "".join(
+        f'<tr><th scope="row">{row[0]}</th>'
+        + "".join(f'<td class="text">{c}</td>' if n == text else f"<td>{c}</td>" for n, c in enumerate(row[1:], 1))
+        + "</tr>"
+        for row in rows
+    )
+    return (
+        f'<div class="scroll" tabindex="0"><table aria-label="{caption}"><thead><tr>{head}</tr></thead>'
+        f"<tbody>{body}</tbody></table></div>"
+    )
+
+
+def _scores_table(groups: Sequence[Group]) -> str:
+    heads = ["method", "seeds", *_SCORES.values(), *(f"class-inc. {name}" for name in _SCORES.values())]
+    rows = []
+    for group in groups:
+        within, among_all = (
+            [spread([getattr(scores, name) for scores in each]) for name in _SCORES]
+            for each in ([run.scores for run in group.runs], [run.class_incremental_scores for run in group.runs])
+        )
+        cells = [str(len(group.runs)), *within, *among_all]
+        cells.append(spread([float(sum(run.epochs)) for run in group.runs], 0))
+        cells.append(spread([run.seconds["total"] for run in group.runs], 0))
+        rows.append([_chip(group) + escaped(group.label), *cells])
+    return _table("Scores of each method", [*heads, "epochs", "seconds"], rows)
+
+
+def _chip(group: Group) -> str:
+    colour = f"var(--series-{group.place % sum(name.startswith('series') for name in THEME)})"
+    return f'<span class="chip" style="background:{colour}"></span>'
+
+
+def _published_table(published: Sequence[Published]) -> str:
+    rows = [
+        [escaped(name), f"{scores.acc:.2f}", "" if scores.bwt is None else f"{scores.bwt:.2f}", escaped(table.source)]
+        for table in published
+        for name, scores in table.methods.items()
+    ]
+    if not rows:
+        return ""
+    protocols = "".join(f"<p>{escaped(table.source)}: {escaped(table.protocol)}</p>" for table in published)
+    table = _table("Published scores", ["method", "ACC", "BWT", "source"], rows, text=3)
+    return f"<details><summary>Published scores, and how they were trained</summary>{table}{protocols}</details>"
+
+
+def _section(group: Group, drawings: Sequence[Drawing]) -> str:
+    seeds = ", ".join(str(run.seed) for run in group.runs)
+    command = repeating_command(group)
+    repeat = (
+        f"<pre><code>{escaped(command)}</code></pre>"
+        if command
+        else "<p>No command of this version has exactly this configuration.</p>"
+    )
+    config = json.dumps(group.runs[0].config, indent=2, ensure_ascii=False)
+    config = "\n".join(map(escaped, config.split("\n")))
+    return (
+        f'<section id="method-{group.place}"><h2>{_chip(group)}{escaped(group.label)}</h2>\n'
+        f"<p>{escaped(group.runs[0].backend)}; seeds: {escaped(seeds)}. To repeat it:</p>{repeat}\n"
+        f'<div class="grid">{"".join(map(_figure, drawings))}</div>\n'
+        f"<details><summary>Accuracies as tables</summary>{_matrices(group)}</details>\n"
+        f"<details><summary>Configuration</summary><pre><code>{config}</code></pre></details></section>"
+    )
+
+
+def _matrices(group: Group) -> str:
+    tables = []
+    for name, field in (("Task", "accuracy"), ("Class", "class_incremental_accuracy")):
+        mean = np.mean([getattr(run, field) for run in group.runs], axis=0)
+        tables.append(f"<h3>{name}-incremental accuracy, %</h3>{_matrix(f'{name}-incremental accuracy', mean)}")
+    return "".join(tables)
+
+
+def _matrix(caption: str, mean: NDArray[np.float64]) -> str:
+    heads = ["after task", *(f"task {task}" for task in range(1, len(mean) + 1))]
+    rows = [
+        [str(task), *("" if np.isnan(value) else f"{value:.2f}" for value in row)]
+        for task, row in enumerate(mean.tolist(), start=1)
+    ]
+    return _table(caption, heads, rows)

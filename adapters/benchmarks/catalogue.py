@@ -1,0 +1,97 @@
+"""The benchmarks by name: where their images come from, how they are cut into tasks, and their presets.
+
+Every benchmark is task-incremental: each task has a head. So has permuted MNIST, which as published has one head for
+all tasks: here a task's permutation is known in testing, and class-incremental accuracy tells permutations apart too.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from adapters.benchmarks.cifar import load_cifar100
+from adapters.benchmarks.miniimagenet import load_miniimagenet
+from adapters.benchmarks.mnist import load_mnist
+from adapters.benchmarks.presets import (
+    CIFAR100,
+    CIFAR100_IN_20,
+    MINIIMAGENET,
+    PERMUTED_MNIST,
+    SPLIT_MNIST,
+    TINYIMAGENET,
+    Preset,
+)
+from adapters.benchmarks.tinyimagenet import load_tinyimagenet
+from became_core import BecameError
+from became_core.continual import ClassOrder, Dataset, TaskStream, permute_pixels, split_classes
+
+__all__ = ["BENCHMARKS", "Benchmark", "find_benchmark"]
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """A data set cut into tasks.
+
+    Attributes:
+        name: as on the command line.
+        load: returns the data set, given a local folder or None.
+        tasks: the usual number of tasks.
+        presets: by name, "quick" and "paper" among them.
+        otherwise: the presets of other numbers of tasks, where they differ.
+        permuted: whether the tasks are permutations of the pixels, rather than groups of classes.
+    """
+
+    name: str
+    load: Callable[[Path | None], Dataset]
+    tasks: int
+    presets: Mapping[str, Preset]
+    otherwise: Mapping[int, Mapping[str, Preset]] = field(default_factory=dict)
+    permuted: bool = False
+
+    def preset(self, name: str, tasks: int) -> Preset:
+        """Return the preset of that name for so many tasks.
+
+        Raises:
+            BecameError: if there is none.
+        """
+        presets = self.otherwise.get(tasks, self.presets)
+        if name not in presets:
+            raise BecameError(f"{self.name} has no preset '{name}'; choose from {', '.join(presets)}.")
+        return presets[name]
+
+    def stream(
+        self, dataset: Dataset, tasks: int, *, validation: float, seed: int, class_order: ClassOrder
+    ) -> TaskStream:
+        """Return the tasks; arguments as of ``became_core.continual.split_classes``.
+
+        Raises:
+            BecameError: if the data set cannot be cut so.
+        """
+        if self.permuted:
+            if class_order != "label":
+                raise BecameError(f"{self.name} has all classes in every task; their order can only be label.")
+            dataset = permute_pixels(dataset, tasks)
+        return split_classes(dataset, tasks, validation=validation, seed=seed, class_order=class_order)
+
+
+BENCHMARKS: dict[str, Benchmark] = {
+    benchmark.name: benchmark
+    for benchmark in (
+        # The images of the first two are embedded.
+        Benchmark("split-mnist", load_mnist, 5, SPLIT_MNIST),
+        Benchmark("permuted-mnist", load_mnist, 10, PERMUTED_MNIST, permuted=True),
+        Benchmark("split-cifar100", load_cifar100, 10, CIFAR100, otherwise={20: CIFAR100_IN_20}),
+        Benchmark("split-miniimagenet", load_miniimagenet, 20, MINIIMAGENET),
+        Benchmark("split-tinyimagenet", load_tinyimagenet, 25, TINYIMAGENET),
+    )
+}
+
+
+def find_benchmark(name: str) -> Benchmark:
+    """Return the benchmark of that name.
+
+    Raises:
+        BecameError: if there is none; the message lists those there are.
+    """
+    if name not in BENCHMARKS:
+        raise BecameError(f"there is no benchmark '{name}'; choose from {', '.join(sorted(BENCHMARKS))}.")
+    return BENCHMARKS[name]

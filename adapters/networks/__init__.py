@@ -1,0 +1,63 @@
+"""Networks described once, without a framework: layers, a network as a value, the benchmarks' networks by name."""
+
+from adapters.networks.catalogue import NETWORKS, Norm, alexnet, build_network, mlp, resnet18
+from adapters.networks.description import Architecture, Backbone, Pass, Record, Tapped
+from adapters.networks.initial import initial_value, initial_values
+from adapters.networks.layers import (
+    AveragePool,
+    BatchNorm,
+    Convolution,
+    Dropout,
+    Flatten,
+    GroupNorm,
+    Layer,
+    Linear,
+    MaxPool,
+    Parameter,
+    ReLU,
+    Residual,
+    Shape,
+    Step,
+    Tanh,
+    Weighted,
+    is_statistic,
+)
+from adapters.networks.masks import DropoutMasks, Mask, checked_masks, draw_mask, draw_masks
+
+__all__ = [
+    "NETWORKS",
+    "Architecture",
+    "AveragePool",
+    "Backbone",
+    "BatchNorm",
+    "Convolution",
+    "Dropout",
+    "DropoutMasks",
+    "Flatten",
+    "GroupNorm",
+    "Layer",
+    "Linear",
+    "Mask",
+    "MaxPool",
+    "Norm",
+    "Parameter",
+    "Pass",
+    "ReLU",
+    "Record",
+    "Residual",
+    "Shape",
+    "Step",
+    "Tanh",
+    "Tapped",
+    "Weighted",
+    "alexnet",
+    "build_network",
+    "checked_masks",
+    "draw_mask",
+    "draw_masks",
+    "initial_value",
+    "initial_values",
+    "is_statistic",
+    "mlp",
+    "resnet18",
+]

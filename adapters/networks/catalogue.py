@@ -1,0 +1,131 @@
+"""The benchmarks' networks, images to features, described once for every framework; by name.
+
+Convention: each takes an image's channels, height and width. None has a bias. Normalisation layers have a weight and a
+bias of their own, and are of one of three kinds:
+
+| norm | statistics | names |
+| --- | --- | --- |
+| ``batch`` | the batch's, in testing too, as published | ``bn1`` |
+| ``running`` | the batch's in training, running ones otherwise | ``bn1``, with ``bn1.running_mean`` and ``_var`` |
+| ``group`` | each image's own, over gcd(32, channels) groups of channels | ``norm1`` |
+"""
+
+from collections.abc import Callable
+from itertools import chain
+from typing import Literal
+
+from adapters.networks.description import Architecture
+from adapters.networks.layers import (
+    AveragePool,
+    BatchNorm,
+    Convolution,
+    Dropout,
+    Flatten,
+    GroupNorm,
+    Layer,
+    Linear,
+    MaxPool,
+    ReLU,
+    Residual,
+)
+from became_core import BecameError
+
+__all__ = ["NETWORKS", "Norm", "alexnet", "build_network", "mlp", "resnet18"]
+
+Norm = Literal["batch", "running", "group"]
+
+
+def mlp(channels: int, height: int, width: int, norm: Norm = "batch") -> Architecture:
+    """Return the fully connected network of the MNIST benchmarks: two hidden layers of 100 units.
+
+    Raises:
+        BecameError: if another norm is asked for than it has, which is none.
+    """
+    if norm != "batch":
+        raise BecameError(f"the mlp network has no normalisation that could be '{norm}'; leave the norm out.")
+    layers = Flatten(), Linear("fc1", 100), ReLU(), Linear("fc2", 100), ReLU()
+    return Architecture(layers, (channels, height, width))
+
+
+def alexnet(channels: int, height: int, width: int, norm: Norm = "batch") -> Architecture:
+    """Return the AlexNet-like network of the CIFAR-100 benchmarks (Serra 2018, as used by Saha 2021).
+
+    Three convolutions (64 at 4x4, 128 at 3x3, 256 at 2x2) and two fully connected layers of 2048 units, each followed
+    by batch norm, ReLU and dropout (.2, .2, .5, .5, .5); the convolutions by 2x2 max-pooling too.
+
+    Raises:
+        BecameError: if the images are too small for it.
+    """
+    _assert_at_least(22, "alexnet", height, width)
+    layers: list[Layer] = []
+    for number, (filters, kernel, p) in enumerate(((64, 4, 0.2), (128, 3, 0.2), (256, 2, 0.5)), start=1):
+        layers += [Convolution(f"conv{number}", filters, kernel), *_normalised(norm, number, p), MaxPool(2)]
+    layers.append(Flatten())
+    for number in (1, 2):
+        layers += [Linear(f"fc{number}", 2048), *_normalised(norm, number + 3, 0.5)]
+    return Architecture(tuple(layers), (channels, height, width))
+
+
+def resnet18(channels: int, height: int, width: int, norm: Norm = "batch") -> Architecture:
+    """Return the ResNet-18 of the miniImageNet benchmarks, with 20 base filters (He 2016, as used by Saha 2021).
+
+    As in the published code of GPM: a 3x3 convolution with stride 2 and padding 1, batch norm and ReLU; four groups of
+    two basic blocks, of 20, 40, 80 and 160 filters, the first block of a group with stride 1, 2, 2 and 2; 2x2 average
+    pooling, which leaves 3x3 places of 84x84 pixels and so 1440 features. A block is two 3x3 convolutions with padding
+    1, each with batch norm, ReLU between them and after the sum with the shortcut: the identity or, where the shape
+    changes, a 1x1 convolution of the block's stride with batch norm.
+
+    Raises:
+        BecameError: if the images are too small for it.
+    """
+    _assert_at_least(17, "resnet18", height, width)
+    stem: tuple[Layer, ...] = (Convolution("conv1", 20, 3, stride=2, padding=1), _norm(norm, "bn1"), ReLU())
+    groups = enumerate(((20, 1), (40, 2), (80, 2), (160, 2)), start=1)
+    blocks = (
+        _block(f"layer{group}.{index}", filters, stride if index == 0 else 1, norm, keeps=group == 1 or index > 0)
+        for group, (filters, stride) in groups
+        for index in (0, 1)
+    )
+    layers = (*stem, *chain.from_iterable(blocks), AveragePool(2), Flatten())
+    return Architecture(layers, (channels, height, width))
+
+
+def _block(name: str, filters: int, stride: int, norm: Norm, *, keeps: bool) -> tuple[Layer, ...]:
+    """Return a basic block; whether it keeps the shape of its inputs decides on its shortcut."""
+    body = (
+        *(Convolution(f"{name}.conv1", filters, 3, stride, padding=1), _norm(norm, f"{name}.bn1"), ReLU()),
+        *(Convolution(f"{name}.conv2", filters, 3, padding=1), _norm(norm, f"{name}.bn2")),
+    )
+    projection = Convolution(f"{name}.shortcut.0", filters, 1, stride), _norm(norm, f"{name}.shortcut.1")
+    return Residual(body, () if keeps else projection), ReLU()
+
+
+def _normalised(norm: Norm, number: int, p: float) -> tuple[Layer, ...]:
+    return _norm(norm, f"bn{number}"), ReLU(), Dropout(p)
+
+
+def _norm(norm: Norm, name: str) -> BatchNorm | GroupNorm:
+    return GroupNorm(name.replace("bn", "norm")) if norm == "group" else BatchNorm(name, running=norm == "running")
+
+
+def _assert_at_least(side: int, name: str, height: int, width: int) -> None:
+    if min(height, width) < side:
+        raise BecameError(f"the {name} network needs images of at least {side}x{side} pixels, not {height}x{width}.")
+
+
+NETWORKS: dict[str, Callable[[int, int, int, Norm], Architecture]] = {
+    "alexnet": alexnet,
+    "mlp": mlp,
+    "resnet18": resnet18,
+}
+
+
+def build_network(name: str, shape: tuple[int, int, int], norm: Norm = "batch") -> Architecture:
+    """Return the network of that name for images of this shape [C, H, W], with this kind of normalisation.
+
+    Raises:
+        BecameError: if there is none, it has no such normalisation, or the images are too small for it.
+    """
+    if name not in NETWORKS:
+        raise BecameError(f"there is no network '{name}'; choose from {', '.join(sorted(NETWORKS))}.")
+    return NETWORKS[name](*shape, norm)

@@ -1,0 +1,233 @@
+"""A network as a value: layers in a row, what can be said of them without a framework, and how a framework runs them.
+
+Convention: a shape is one sample's, [C, H, W] or [d]; a residual's body runs before its shortcut.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, ClassVar, Literal, Protocol, TypeVar
+
+from adapters.networks.layers import BatchNorm, Dropout, Layer, Parameter, Residual, Shape, Step, Weighted
+from adapters.networks.masks import Mask
+from became_core import BecameError
+from became_core.arrays import Array, Params
+
+__all__ = ["Architecture", "Backbone", "Pass", "Record", "Tapped"]
+
+T = TypeVar("T")
+
+
+class Tapped(Protocol):
+    """What a tap tells of a layer with parameters, ``NAME.weight`` and perhaps ``NAME.bias``."""
+
+    @property
+    def name(self) -> str:
+        """The layer's canonical name."""
+
+    @property
+    def kind(self) -> Literal["matrix", "scale"]:
+        """What its tap is."""
+
+    @property
+    def bias(self) -> bool:
+        """Whether it has a bias."""
+
+
+# Told of each layer with parameters as it runs: the layer, what gives the inputs that a tap has (patches, for a
+# convolution), [N, ..., d_in], and the output, [N, ..., d_out]. What it returns takes the output's place.
+Record = Callable[[Tapped, Callable[[], Array], Array], Array]
+
+
+@dataclass
+class Pass:
+    """One run of a network. Each adapter has a class of its own, which knows how its framework computes a layer.
+
+    Attributes:
+        weights: by canonical name.
+        masks: what dropout keeps, True, in the order in which it runs, images with channels last; None for no dropout.
+        constant_statistics: whether gradients take batch statistics for constants.
+        record: told of each layer with parameters.
+        products: the dtype that linear and convolutional layers multiply in, as the framework calls it, for mixed
+            precision: what goes in is rounded to it, and what comes out has the dtype of the inputs again.
+        moments: if given, takes the batch's own mean and variance of every layer that has running ones, by their names.
+    """
+
+    weights: Params
+    masks: Sequence[Array] | None = None
+    constant_statistics: bool = False
+    record: Record = lambda layer, inputs, output: output
+    products: Any = None
+    moments: Params | None = None
+
+    # By class of layer: (run, layer, inputs) -> output.
+    computed: ClassVar[Mapping[type, Callable[[Any, Any, Array], Array]]]
+
+    _taken: int = field(default=0, init=False)
+    _ran: set[str] = field(default_factory=set, init=False)
+
+    def __call__(self, layer: Step, inputs: Array) -> Array:
+        """Return a layer's output."""
+        return self.computed[type(layer)](self, layer, inputs)
+
+    def tapped(self, layer: Tapped, inputs: Callable[[], Array], output: Array) -> Array:
+        """Return a layer's output with its bias, after it was recorded.
+
+        Args:
+            layer: which runs.
+            inputs: gives what its tap has for inputs, [N, ..., d_in].
+            output: without bias, [N, ..., d_out].
+
+        Raises:
+            BecameError: if the layer runs a second time.
+        """
+        if layer.name in self._ran:
+            raise BecameError(f"the layer '{layer.name}' runs twice in one pass; give each run a layer of its own.")
+        self._ran.add(layer.name)
+        if layer.bias:
+            output = output + self.weights[f"{layer.name}.bias"]
+        return self.record(layer, inputs, output)
+
+    def statistics(self, layer: BatchNorm, own: Callable[[], tuple[Array, Array]]) -> tuple[Array, Array]:
+        """Return the mean and variance that a layer normalises by: in training, that is with masks, the batch's own.
+
+        Args:
+            layer: which runs.
+            own: gives the batch's.
+        """
+        names = f"{layer.name}.running_mean", f"{layer.name}.running_var"
+        if layer.running and self.masks is None and self.moments is None:
+            mean, variance = (self.weights[name] for name in names)
+            return mean, variance
+        found = own()
+        if layer.running and self.moments is not None:
+            self.moments.update(zip(names, found, strict=True))
+        return found
+
+    def mask(self, layer: Dropout) -> Array | None:
+        """Return what a dropout layer keeps, or None for all."""
+        if self.masks is None or layer.threshold == 0:
+            return None
+        self._taken += 1
+        return self.masks[self._taken - 1]
+
+
+class Backbone(Protocol):
+    """Any value that maps images to features by layers, in whatever way it connects them.
+
+    A description is one. A user's own is another: it runs described layers by ``run(layer, inputs)``, and announces
+    what else has parameters by ``run.tapped``. JAX needs it hashable.
+    """
+
+    @property
+    def tapped(self) -> tuple[Tapped, ...]:
+        """The layers that have parameters; no two of one name."""
+
+    @property
+    def parameters(self) -> Mapping[str, Parameter]:
+        """The parameters by canonical name."""
+
+    @property
+    def masks(self) -> tuple[Mask, ...]:
+        """What masks its dropout layers need, in the order in which they run."""
+
+    def __call__(self, run: Any, images: Array) -> Array:
+        """Return the features [N, features] of images [N, H, W, C]; each layer that has parameters runs once.
+
+        Args:
+            run: a ``Pass`` of the framework's adapter.
+            images: normalised.
+        """
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A description of a network: layers, one after the other, for images of a certain shape.
+
+    Raises:
+        BecameError: if two layers have one name, a layer cannot follow the one before it, the images are too small, or
+            what comes out is not [N, features].
+    """
+
+    layers: tuple[Layer, ...]
+    image: Shape
+
+    def __post_init__(self) -> None:
+        """Check that it is a network."""
+        names = [layer.name for layer in self.tapped]
+        for name in names:
+            if names.count(name) > 1:
+                raise BecameError(f"two layers are called '{name}'; give each a name of its own.")
+        if len(self._walked[1]) != 1:
+            raise BecameError("the backbone must map images [N, C, H, W] to features [N, features].")
+
+    @cached_property
+    def _walked(self) -> tuple[list[tuple[Step, Shape]], Shape]:
+        steps: list[tuple[Step, Shape]] = []
+        return steps, _walk(self.layers, self.image, steps)
+
+    @property
+    def steps(self) -> Sequence[tuple[Step, Shape]]:
+        """Every layer within, in the order in which they run, with the shape of its inputs."""
+        return self._walked[0]
+
+    @property
+    def width(self) -> int:
+        """The number of features."""
+        return self._walked[1][0]
+
+    @cached_property
+    def tapped(self) -> tuple[Weighted, ...]:
+        """The layers that have parameters."""
+        return tuple(layer for layer, _ in self.steps if isinstance(layer, Weighted))
+
+    @cached_property
+    def parameters(self) -> Mapping[str, Parameter]:
+        """The parameters by canonical name, in the order in which they are used."""
+        weighted = ((layer, shape) for layer, shape in self.steps if isinstance(layer, Weighted))
+        return {name: each for layer, shape in weighted for name, each in layer.parameters(shape).items()}
+
+    @cached_property
+    def masks(self) -> tuple[Mask, ...]:
+        """What masks its dropout layers need, in the order in which they run."""
+        return tuple(
+            ((*shape[1:], shape[0]), layer.threshold)
+            for layer, shape in self.steps
+            if isinstance(layer, Dropout) and layer.threshold
+        )
+
+    def __call__(self, run: Callable[[Step, T], T], images: T) -> T:
+        """Return what comes out of the last layer, each layer's output being ``run(layer, inputs)``."""
+        features: T = _run(self.layers, images, run)
+        return features
+
+
+def _run(layers: Iterable[Layer], inputs: Any, run: Callable[[Step, Any], Any]) -> Any:
+    for layer in layers:
+        if isinstance(layer, Residual):
+            inputs = _run(layer.body, inputs, run) + _run(layer.shortcut, inputs, run)
+        else:
+            inputs = run(layer, inputs)
+    return inputs
+
+
+def _walk(layers: Iterable[Layer], shape: Shape, steps: list[tuple[Step, Shape]]) -> Shape:
+    """Return the shape that comes out of layers in a row, adding each layer and the shape that goes in to the steps."""
+    for layer in layers:
+        if isinstance(layer, Residual):
+            body, shortcut = (_walk(part, shape, steps) for part in (layer.body, layer.shortcut))
+            if body != shortcut:
+                first = next(_names(layer.body), "")
+                raise BecameError(
+                    f"the residual of '{first}' has a body that gives {list(body)} and a shortcut that gives "
+                    f"{list(shortcut)}; only equal shapes can be added."
+                )
+            shape = body
+        else:
+            steps.append((layer, shape))
+            shape = layer.output_shape(shape)
+    return shape
+
+
+def _names(layers: Iterable[Layer]) -> Iterator[str]:
+    return (layer.name for layer in layers if isinstance(layer, Weighted))

@@ -1,0 +1,188 @@
+"""Each figure shows what its runs hold, whatever they lack, and looks at nothing else."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+
+from adapters.analysis import (
+    plot_accuracy_matrix,
+    plot_accuracy_over_time,
+    plot_alpha,
+    plot_learning_curves,
+    plot_path,
+    plot_ranks,
+    plot_scores,
+    plot_seconds,
+)
+from adapters.analysis.drawing import picture
+from adapters.analysis.groups import groups_of
+from adapters.analysis.merging import predicted_loss
+from became_core import BecameError
+from tests.analysis.runs import CONFIG, path, plain, run
+
+ALWAYS = [plot_accuracy_matrix, plot_accuracy_over_time, plot_scores, plot_seconds]
+ALL = [*ALWAYS, plot_alpha, plot_learning_curves, plot_path, plot_ranks]
+
+
+@dataclass(frozen=True)
+class Scores:
+    acc: float
+    bwt: float | None = None
+
+
+@dataclass(frozen=True)
+class Table:
+    methods: dict[str, Scores] = field(default_factory=dict)
+    source: str = "a source"
+    protocol: str = "a protocol"
+
+
+def texts(figure: Figure) -> list[str]:
+    """Everything that is written in the axes of a figure."""
+    return [text.get_text() for axes in figure.axes for text in axes.texts]
+
+
+@pytest.mark.parametrize("plot", ALL)
+def test_a_figure_can_be_drawn_and_is_the_same_each_time(plot: Callable[[Any], Figure]) -> None:
+    runs = [run(seed=0), run(seed=1), plain()]
+    first, second = (picture(plot(runs), "svg") for _ in range(2))
+    assert first == second
+    assert b"<svg" in first
+    assert picture(plot(runs), "png", dpi=30).startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("plot", ALWAYS)
+@pytest.mark.parametrize("runs", [plain(), plain(tasks=1), [plain(tasks=1), plain("gpm", tasks=1)]])
+def test_one_task_and_runs_without_merges_or_ranks_are_drawn(plot: Callable[[Any], Figure], runs: Any) -> None:
+    assert b"<svg" in picture(plot(runs), "svg")
+
+
+@pytest.mark.parametrize(
+    ("plot", "message"),
+    [
+        (plot_alpha, "merged"),
+        (plot_learning_curves, "recorded its epochs"),
+        (plot_path, "--path-points"),
+        (plot_ranks, "protected"),
+    ],
+)
+def test_a_figure_of_nothing_is_refused(plot: Callable[[Any], Figure], message: str) -> None:
+    with pytest.raises(BecameError, match=message):
+        plot(plain())
+
+
+def test_the_matrix_holds_the_mean_over_seeds_and_leaves_the_future_out() -> None:
+    figure = plot_accuracy_matrix([run(seed=0), run(seed=1)])
+    assert texts(figure) == ["90.5", "89.5", "90.5", "88.5", "89.5", "90.5"]
+
+
+def test_large_matrices_have_a_scale_instead_of_numbers() -> None:
+    figure = plot_accuracy_matrix(plain(tasks=20))
+    assert texts(figure) == []
+    assert len(figure.axes) == 2
+
+
+def test_time_begins_with_a_tasks_own_end() -> None:
+    figure = plot_accuracy_over_time(run())
+    mean, *tasks = (axes.lines[0].get_ydata() for axes in figure.axes[:4])
+    assert np.asarray(mean) == pytest.approx([90.0, 89.5, 89.0])
+    assert np.isnan(np.asarray(tasks[1])).tolist() == [True, False, False]
+    assert np.asarray(tasks[2])[2] == 90.0
+
+
+def test_bars_show_mean_and_spread_and_the_published_numbers_of_that_method_alone() -> None:
+    published = Table({"became-gpm": Scores(75.05), "gpm": Scores(72.48, -0.9), "hat": Scores(72.06, 0.0)})
+    runs = [run(seed=0), run(seed=1), plain("gpm")]
+    figure = plot_scores(runs, [published])
+    assert texts(figure)[0] == "89.50 ± 0.71"
+    marks = [line.get_xdata() for line in figure.axes[0].lines if line.get_marker() == "D" and len(line.get_xdata())]  # type: ignore[arg-type]
+    assert [float(np.asarray(each)[0]) for each in marks] == [75.05, 72.48]
+    assert len(plot_scores(runs, [Table({"hat": Scores(72.06)})]).legends) == 0
+
+
+def test_alpha_has_a_point_for_each_merge_and_each_seed() -> None:
+    lines = plot_alpha([run(seed=0), run(seed=2), plain()]).axes[0].lines
+    assert np.asarray(lines[0].get_ydata()) == pytest.approx([0.6, 0.6])
+    assert sorted(float(np.asarray(line.get_ydata())[0]) for line in lines[1:]) == pytest.approx([0.5, 0.7])
+
+
+def test_the_prediction_is_the_default_estimators_and_meets_the_truth_at_its_beginning() -> None:
+    # kappa = 2 / 4; slope = -2 + 2 / 2 = -1, curvature = 1 + 2 / 2 = 2: here the truth itself.
+    at = np.array([0.0, 0.5, 1.0])
+    assert predicted_loss(path(0.5), at) == pytest.approx([1.25, 1.0, 1.25])
+
+
+def test_a_path_marks_alpha_the_grids_minimum_and_both_ends() -> None:
+    figure = plot_path(run(paths=[path(0.25), path(1.0)]))
+    assert len(figure.axes) == 4
+    lines = {str(line.get_label()): line for line in figure.axes[0].lines}
+    assert np.asarray(lines["least loss of the grid"].get_xdata()).tolist() == [0.25]
+    assert np.asarray(lines["ends of the path"].get_xdata()).tolist() == [0.0, 1.0]
+    assert np.asarray(lines["α*"].get_xdata()).tolist() == [0.5, 0.5]
+    assert figure.axes[2].get_title(loc="left") == "into task 3, α* = 0.50"
+
+
+def test_learning_curves_break_where_a_stage_or_a_task_begins() -> None:
+    (axes,) = plot_learning_curves(run(tasks=2)).axes
+    shown = [(str(line.get_label()), np.asarray(line.get_xdata()), np.asarray(line.get_ydata())) for line in axes.lines]
+    stages = [(x.tolist(), y.tolist()) for label, x, y in shown if y.tolist() in ([0.9, 0.5], [0.4])]
+    assert stages == [([1, 2], [0.9, 0.5]), ([3], [0.4]), ([4, 5], [0.9, 0.5]), ([6], [0.4])]
+    assert [x.tolist() for _, x, y in shown if y.tolist() == [0.95, 0.7]] == [[1, 2], [4, 5]]
+    assert [x[0] for _, x, y in shown if len(x) == 2 and x[0] == x[1]] == [3.5]
+    assert sorted(axes.get_legend_handles_labels()[1]) == ["stage 1", "stage 2", "validation"]
+
+
+def test_a_prediction_far_off_does_not_flatten_the_truth() -> None:
+    wild = path() | {"new": {"secant": [900.0, 900.0], "exact": [-1.0, 2.0], "diagonal": [-1.0, 4.0]}}
+    low, high = plot_path(run(paths=[wild, wild])).axes[0].get_ylim()
+    assert high - low < 1
+
+
+def test_ranks_stand_beside_their_layers_width() -> None:
+    figure = plot_ranks(run())
+    assert texts(figure) == ["2", "3", "4", "1", "1", "1"]
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["fc1.weight / 5", "fc2.weight / 9"]
+
+
+def test_time_that_no_phase_accounts_for_is_shown_too() -> None:
+    shown = {axes.get_title(loc="left"): axes.texts[0].get_text() for axes in plot_seconds(run()).axes}
+    assert shown == {"stage1": "6", "merge": "3", "other": "1", "total": "10"}
+
+
+@pytest.mark.parametrize("plot", ALL)
+def test_a_name_is_text_whatever_it_says(plot: Callable[[Any], Figure]) -> None:
+    names = ["$\\frac$", "a_$x$", "<script>&\"'", "名\x00\ud800", "m" * 300]
+    runs = [run(name, ranks=[{name: [1, 2]}] * 3, seconds={name: 1.0, "total": 2.0}) for name in names]
+    assert b"<script" not in picture(plot(runs), "svg")
+
+
+def test_colours_follow_the_method() -> None:
+    groups = groups_of([plain("gpm"), run()])
+    alone = plot_alpha(groups).axes[0].lines[0].get_color()
+    assert alone == plot_path(groups).axes[0].lines[0].get_color() == groups[1].colour != groups[0].colour
+
+
+def test_runs_that_cannot_be_shown_together_are_refused() -> None:
+    with pytest.raises(BecameError, match=r"2 tasks of split-mnist.*3 of split-mnist"):
+        groups_of([run(), run("gpm", tasks=2)])
+    with pytest.raises(BecameError, match="twice"):
+        groups_of([run(), run()])
+    with pytest.raises(BecameError, match="no finished runs"):
+        groups_of([])
+
+
+def test_configurations_of_one_method_are_told_apart_by_what_differs() -> None:
+    groups = groups_of([run(), run(config=CONFIG | {"stage1": {"epochs": 9}}), plain("gpm")])
+    assert [group.label for group in groups] == ["became (stage1.epochs 2)", "became (stage1.epochs 9)", "gpm"]
+
+
+def test_without_matplotlib_one_sentence_says_what_to_install() -> None:
+    code = "import sys; sys.modules['matplotlib'] = None; from adapters.cli.__main__ import main; main(['report', '.'])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stderr == "error: figures need matplotlib; pip install 'became[report]'.\n"

@@ -1,0 +1,156 @@
+"""The page is whole, refers to nothing outside itself, executes nothing, and tells apart what it shows."""
+
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from adapters.analysis.groups import groups_of
+from adapters.analysis.repeating import repeating_command
+from adapters.analysis.writing import write_report
+from adapters.cli.configuration import resolve
+from adapters.cli.options import Options
+from became_core import BecameError
+from tests.analysis.runs import plain, run
+from tests.analysis.test_figures import Scores, Table
+
+VOID = {"meta", "br", "link", "img", "input", "hr"}
+HOSTILE = '</style></svg><script>alert(1)</script><img src=x onerror=alert(1)>"\' onload="alert(1)" ../../etc'
+
+
+class Reader(HTMLParser):
+    """Reads a page: its elements with their attributes, its text, and whether all is closed in order."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def written(folder: Path, *runs: Any, **options: Any) -> tuple[str, Reader]:
+    text = write_report(list(runs), folder, **options).read_text(encoding="utf-8")
+    return text, Reader(text)
+
+
+def test_every_method_has_a_section_with_its_figures(tmp_path: Path) -> None:
+    _, page = written(tmp_path, run(seed=0), run(seed=1), plain("gpm", ranks=[{"fc1.weight": [1, 2]}] * 3), plain())
+    sections = [attributes["id"] for tag, attributes in page.elements if tag == "section"]
+    assert sections == ["scores", "method-0", "method-1", "method-2"]
+    described = [str(attributes.get("aria-label")) for tag, attributes in page.elements if tag == "svg"]
+    # Four shared; accuracy, ranks, learning and two paths; accuracy and ranks; accuracy.
+    assert len(described) == 4 + 5 + 2 + 1
+    assert all(len(each) > 40 for each in described)
+    assert any("became 89.50 ± 0.71" in each for each in described)
+    headings = [attributes for tag, attributes in page.elements if tag == "th"]
+    assert headings
+    assert all(attributes["scope"] in ("col", "row") for attributes in headings)
+
+
+def test_figures_lie_beside_the_page_in_both_forms(tmp_path: Path) -> None:
+    written(tmp_path, run(), plain())
+    figures = sorted(file.name for file in (tmp_path / "figures").iterdir())
+    assert "method0-became-path-seed0.svg" in figures
+    assert [name for name in figures if name.endswith("png")] == [
+        name.replace("svg", "png") for name in figures if name.endswith("svg")
+    ]
+
+
+def test_the_page_refers_to_nothing_outside_itself(tmp_path: Path) -> None:
+    text, page = written(tmp_path, run(), plain())
+    assert not re.search(r"(?:https?:|file:|//)\w", text.replace("http://www.w3.org/", ""))
+    ids = [str(attributes["id"]) for _, attributes in page.elements if "id" in attributes]
+    assert len(set(ids)) == len(ids)
+    targets = [str(v) for _, each in page.elements for k, v in each.items() if k in ("href", "src", "xlink:href")]
+    targets += [f"#{name}" for name in re.findall(r"url\(#([^)]*)\)", text)]
+    assert targets
+    assert {target.removeprefix("#") for target in targets} <= set(ids)
+    assert "@import" not in text
+    policy = [a["content"] for tag, a in page.elements if a.get("http-equiv") == "Content-Security-Policy"]
+    assert policy == ["default-src 'none'; style-src 'unsafe-inline'"]
+
+
+def test_the_page_follows_the_readers_theme(tmp_path: Path) -> None:
+    text, _ = written(tmp_path, run())
+    assert "prefers-color-scheme: dark" in text
+    assert "width=device-width" in text
+    drawn = "".join(re.findall(r"<svg.*?</svg>", text, re.DOTALL))
+    assert "var(--ink)" in drawn
+    assert "var(--series-0)" in drawn
+    assert "#1f2328" not in drawn
+
+
+@pytest.mark.parametrize("hostile", [HOSTILE, "$\\frac$ {{}} \x00\ud800\n"])
+def test_nothing_that_a_file_says_becomes_markup(tmp_path: Path, hostile: str) -> None:
+    ours = run(
+        hostile,
+        backend=hostile,
+        benchmark=hostile,
+        config={hostile: hostile},
+        ranks=[{hostile: [1, 2]}] * 3,
+        seconds={hostile: 1.0, "total": 2.0},
+    )
+    table = Table({hostile: Scores(70.0)}, source=hostile, protocol=hostile)
+    text, page = written(tmp_path / "out", ours, published=[table])
+    assert {tag for tag, _ in page.elements}.isdisjoint({"script", "img", "iframe", "object", "embed", "link", "base"})
+    assert not [name for _, attributes in page.elements for name in attributes if name.startswith("on")]
+    assert "<script" not in text
+    assert {file.name for file in tmp_path.iterdir()} == {"out"}
+    assert {file.name for file in (tmp_path / "out").iterdir()} == {"figures", "report.html"}
+    if hostile is HOSTILE:
+        assert HOSTILE in page.text
+
+
+def test_published_numbers_are_shown_only_beside_all_tasks(tmp_path: Path) -> None:
+    table = Table({"hat": Scores(72.06, -0.5)})
+    _, page = written(tmp_path, run(), published=[table])
+    assert "72.06" in page.text
+    _, page = written(tmp_path, run(config={"tasks": 10, "first": 3}), published=[table])
+    assert "72.06" not in page.text
+
+
+def test_the_command_repeats_exactly_this_configuration() -> None:
+    options = Options(
+        epochs=3, lr=0.02, optimiser="adam", path_points=5, projector_samples=0, first=3,
+        norm="running", head_rate=20.0, norm_penalty=2.0,
+    )  # fmt: skip
+    group = groups_of([run(seed=s, config=resolve(options).record()) for s in (0, 4)])[0]
+    assert repeating_command(group) == (
+        "python -m adapters.torch.run --benchmark split-mnist --methods became --seeds 0 4 --norm running "
+        "--first 3 --epochs 3 --lr 0.02 --head-rate 20.0 --optimiser adam --norm-penalty 2.0 --projector-samples 0 "
+        "--path-points 5"
+    )
+
+
+def test_no_command_is_shown_that_would_run_something_else(tmp_path: Path) -> None:
+    config = resolve(Options()).record()
+    assert repeating_command(groups_of([run(config=config)])[0])
+    assert repeating_command(groups_of([run(config=config | {"unknown": 1})])[0]) is None
+    assert repeating_command(groups_of([run(benchmark="unknown", config=config)])[0]) is None
+    _, page = written(tmp_path, run(config=config | {"unknown": 1}))
+    assert "No command of this version" in page.text
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(BecameError, match=r"cannot write to .*file"):
+        write_report([run()], tmp_path / "file")
