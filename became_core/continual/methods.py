@@ -46,7 +46,7 @@ from became_core.laplace import (
     Precision,
     Secant,
 )
-from became_core.laplace.groups import Per
+from became_core.laplace.expansion import Per
 from became_core.laplace.rules import precision_weighted_mean
 from became_core.projection import GPCNS, GPM, HAT, NSCL, OGD, SGP, TRGP, PackNet, Projector
 

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 from became_core.arrays import Array, Tree, map_leaves, named_leaves, namespace, pytree
 from became_core.errors import BecameError
-from became_core.laplace.constraints import segment_minimiser
+from became_core.laplace.quadratic import segment_minimiser
 from became_core.laplace.expansion import path_quadratic
 from became_core.laplace.merge import merge
 

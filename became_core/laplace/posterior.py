@@ -14,7 +14,7 @@ import numpy as np
 
 from became_core.arrays import Array, Params, device, namespace, pytree
 from became_core.errors import BecameError
-from became_core.laplace.precision import Diagonal, Precision
+from became_core.precision import Diagonal, Precision
 from became_core.laplace.quadratic import Quadratic
 
 __all__ = ["LaplacePosterior"]

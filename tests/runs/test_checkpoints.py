@@ -27,7 +27,7 @@ from became_core.continual import (
     learn,
 )
 from became_core.laplace import Diagonal, Kronecker, LaplacePosterior, precision
-from became_core.laplace.precision import Precision
+from became_core.precision import Precision
 from reference.learner import ReferenceLearner
 from tests.listening import Listening
 from tests.streams import prototype_stream

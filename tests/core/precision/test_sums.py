@@ -66,7 +66,7 @@ def test_terms_that_share_no_parameter_are_blocks_of_which_each_is_damped(xp: An
 def test_terms_that_share_a_parameter_are_damped_together(xp: Any, as_array: bool) -> None:
     each = one_of_each(xp)
     amount = to_xp(xp, np.asarray(0.5)) if as_array else 0.5
-    damped = (each["kronecker"] + each["diagonal"]).damped(amount).to_dense()
+    damped = Dense.of((each["kronecker"] + each["diagonal"]).damped(amount))
     assert isinstance(damped, Dense)
     expected = np.kron(G, A) + np.diag(np.arange(1.0, 5.0)) + 0.5 * np.eye(4)
     np.testing.assert_allclose(to_numpy(damped.matrix), expected, rtol=1e-15)
@@ -78,11 +78,11 @@ def test_what_has_no_closed_form_says_what_would_help(xp: Any) -> None:
     with pytest.raises(
         BecameError,
         match=r"^the inverse of a sum, Kronecker \+ Diagonal, has no closed form where its terms share a parameter, "
-        r"'w'; ask `to_dense\(\)` for it, if the model is small\.$",
+        r"'w'; ask `Dense\.of` for it, if the model is small\.$",
     ):
         total.log_determinant()
     expected = np.linalg.slogdet(np.kron(G, A) + np.diag(np.arange(1.0, 5.0)))[1]
-    assert float(total.to_dense().log_determinant()) == pytest.approx(expected, rel=1e-13)
+    assert float(Dense.of(total).log_determinant()) == pytest.approx(expected, rel=1e-13)
 
 
 def test_a_weight_known_as_a_matrix_takes_the_others_shape(xp: Any) -> None:

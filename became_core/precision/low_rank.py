@@ -13,9 +13,9 @@ from typing import Any
 
 from became_core.arrays import Array, Params, check_values, device, namespace, pytree
 from became_core.errors import BecameError
-from became_core.laplace.precision.base import Precision
-from became_core.laplace.precision.diagonal import Diagonal, Isotropic
-from became_core.laplace.precision.vectors import Rows, Shape, amount_in, check_amount, flat, identity, size, wide
+from became_core.precision.base import Isotropic, Precision
+from became_core.precision.diagonal import Diagonal
+from became_core.precision.vectors import Rows, Shape, amount_in, check_amount, flat, identity, size, wide
 
 __all__ = ["LowRank"]
 

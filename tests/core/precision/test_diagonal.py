@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 
 from became_core import BecameError
-from became_core.laplace import Diagonal, Isotropic
+from became_core.laplace import Dense, Diagonal, Isotropic
 from tests.backends import to_numpy, to_xp
 from tests.strategies import Segment, segments
 
@@ -65,11 +65,11 @@ def test_a_direction_of_other_parameters_is_refused(xp: Any) -> None:
 def test_isotropic_is_a_multiple_of_the_identity(xp: Any) -> None:
     parameters = {"w": xp.zeros((2, 3), dtype=xp.float32), "b": xp.zeros((), dtype=xp.float32)}
     precision = Isotropic.over(parameters, 0.5)
-    np.testing.assert_array_equal(to_numpy(precision.to_dense().matrix), 0.5 * np.eye(7))
-    assert precision.to_dense().matrix.dtype == xp.float32
+    np.testing.assert_array_equal(to_numpy(Dense.of(precision).matrix), 0.5 * np.eye(7))
+    assert Dense.of(precision).matrix.dtype == xp.float32
     total = precision + Isotropic.over({"b": parameters["b"]}, 1.0)
     assert isinstance(total, Isotropic)
-    np.testing.assert_array_equal(to_numpy(total.to_dense().matrix), np.diag([1.5] + 6 * [0.5]))
+    np.testing.assert_array_equal(to_numpy(Dense.of(total).matrix), np.diag([1.5] + 6 * [0.5]))
 
 
 def test_what_is_no_multiple_of_the_identity_is_refused(xp: Any) -> None:

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from became_core import BecameError
-from became_core.laplace import Diagonal, Isotropic, LowRank
+from became_core.laplace import Dense, Diagonal, Isotropic, LowRank
 from reference.precisions import low_rank_matrix
 from tests.backends import to_numpy, to_xp
 
@@ -29,7 +29,7 @@ def test_ranks_add(xp: Any) -> None:
     assert isinstance(total, LowRank)
     assert tuple(total.scales.shape) == (4,)
     expected = low_rank_matrix(U, np.asarray([1.5, 6.0]), 2 * np.asarray([0.25, 0.5, 0.5]))
-    np.testing.assert_array_equal(to_numpy(total.to_dense().matrix), expected)
+    np.testing.assert_array_equal(to_numpy(Dense.of(total).matrix), expected)
 
 
 def test_a_diagonal_may_widen_what_is_covered(xp: Any) -> None:
@@ -55,7 +55,7 @@ def test_a_diagonal_with_zeros_has_no_woodbury_inverse(xp: Any) -> None:
         BecameError, match=r"^the precision of 'w' has zero entries and so no inverse; add a multiple of"
     ):
         bare.log_determinant()
-    assert float(bare.to_dense().log_determinant()) == 0.0  # as a matrix it has one
+    assert float(Dense.of(bare).log_determinant()) == 0.0  # as a matrix it has one
 
 
 def test_what_is_no_low_rank_precision_is_refused(xp: Any) -> None:

@@ -11,9 +11,8 @@ from typing import Any
 
 from became_core.arrays import Array, Params, check_values, device, namespace, pytree, static
 from became_core.errors import BecameError
-from became_core.laplace.precision.base import Precision
-from became_core.laplace.precision.diagonal import Isotropic
-from became_core.laplace.precision.vectors import (
+from became_core.precision.base import Isotropic, Precision
+from became_core.precision.vectors import (
     Rows,
     Shape,
     Shapes,

@@ -9,8 +9,8 @@ from typing import Any
 
 from became_core.arrays import Array, Params, check_values, namespace, pytree, static
 from became_core.errors import BecameError
-from became_core.laplace.precision.base import Precision
-from became_core.laplace.precision.vectors import (
+from became_core.precision.base import Precision
+from became_core.precision.vectors import (
     Rows,
     Shape,
     Shapes,
@@ -53,6 +53,12 @@ class Dense(Precision):
                 f"the precision matrix has shape {tuple(self.matrix.shape)} but its parameters have {total} entries; "
                 "make them equal."
             )
+
+    @classmethod
+    def of(cls, precision: Precision) -> "Dense":
+        """Return a precision of any structure as a matrix over all parameters that it covers: exact, d x d numbers."""
+        xp, dtype = precision._common([], ())
+        return cls(precision._matrix(xp, dtype), dict(sorted(precision.covered().items())))
 
     def covered(self) -> dict[str, Shape]:
         """Return the shapes of the parameters, sorted by name."""

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from became_core import BecameError
-from became_core.laplace import Kronecker
+from became_core.laplace import Dense, Kronecker
 from reference.precisions import kronecker_matrix
 from tests.backends import to_numpy, to_xp
 
@@ -49,7 +49,7 @@ def test_factors_of_one_weight_do_not_add_to_factors(xp: Any) -> None:
         kronecker(xp) + other
     total = kronecker(xp) + kronecker(xp)
     assert not isinstance(total, Kronecker)
-    np.testing.assert_array_equal(to_numpy(total.to_dense().matrix), 2 * kronecker_matrix(A, G, 0.0))
+    np.testing.assert_array_equal(to_numpy(Dense.of(total).matrix), 2 * kronecker_matrix(A, G, 0.0))
 
 
 def test_factors_of_two_weights_stand_side_by_side(xp: Any) -> None:
@@ -63,7 +63,7 @@ def test_factors_of_two_weights_stand_side_by_side(xp: Any) -> None:
 def test_damping_adds_up_and_scales_with_the_factors(xp: Any) -> None:
     damped = (kronecker(xp).damped(0.5) * 2).damped(0.25)
     np.testing.assert_array_equal(
-        to_numpy(damped.to_dense().matrix), 2 * kronecker_matrix(A, G, 0.0) + 1.25 * np.eye(6)
+        to_numpy(Dense.of(damped).matrix), 2 * kronecker_matrix(A, G, 0.0) + 1.25 * np.eye(6)
     )
 
 

@@ -21,6 +21,7 @@ __all__ = [
     "amount_in",
     "check_amount",
     "check_diagonal",
+    "check_positive",
     "check_symmetric",
     "diagonal_matrix",
     "embedded",
@@ -141,6 +142,14 @@ def check_diagonal(label: str, values: Array) -> None:
     # `not (x >= 0)` rather than `x < 0`: the comparison is false for a NaN too.
     check_values(
         xp.all(values >= 0), f"{label} has negative or NaN entries; a curvature's diagonal must be at least 0."
+    )
+
+
+def check_positive(label: str, values: Array) -> None:
+    """Raise a BecameError that names the diagonal if an entry is not positive, so that it has no inverse."""
+    check_values(
+        namespace(values=values).all(values > 0),
+        f"{label} has zero entries and so no inverse; add a multiple of the identity with `damped`.",
     )
 
 

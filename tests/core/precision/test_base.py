@@ -34,7 +34,7 @@ def inverse_of(case: Structured) -> tuple[Any, float]:
 
 @given(case=structured())
 def test_to_dense_is_the_definition(xp: Any, case: Structured) -> None:
-    dense = case.on(xp).to_dense()
+    dense = Dense.of(case.on(xp))
     np.testing.assert_array_equal(to_numpy(dense.matrix), case.matrix)
     assert list(dense.covered().items()) == sorted(case.shapes.items())
     assert case.on(xp).covered() == case.shapes
@@ -66,11 +66,11 @@ def test_apply_and_diagonal_are_those_of_the_matrix(xp: Any, case: Structured) -
 @given(case=structured(), factor=st.sampled_from([0.0, 0.5, 3.0]), as_array=st.booleans())
 def test_scaling_and_damping(xp: Any, case: Structured, factor: float, as_array: bool) -> None:
     precision, number = case.on(xp), to_xp(xp, np.asarray(factor)) if as_array else factor
-    np.testing.assert_array_equal(to_numpy((precision * number).to_dense().matrix), factor * case.matrix)
+    np.testing.assert_array_equal(to_numpy(Dense.of(precision * number).matrix), factor * case.matrix)
     damped = precision.damped(number)
     assert type(damped) is type(precision)
-    assert_close(damped.to_dense().matrix, case.matrix + factor * np.eye(case.size))
-    np.testing.assert_array_equal(to_numpy(precision.to_dense().matrix), case.matrix)  # itself unchanged
+    assert_close(Dense.of(damped).matrix, case.matrix + factor * np.eye(case.size))
+    np.testing.assert_array_equal(to_numpy(Dense.of(precision).matrix), case.matrix)  # itself unchanged
 
 
 @given(case=structured(definite=True))
@@ -108,7 +108,7 @@ def test_precisions_of_any_structures_add(xp: Any, pair: tuple[Structured, Struc
     expected = embed(left, shapes) + embed(right, shapes)
     total = left.on(xp) + right.on(xp)
     assert total.covered() == shapes
-    assert_close(total.to_dense().matrix, expected)
+    assert_close(Dense.of(total).matrix, expected)
     case = Structured("Sum", {}, shapes, expected)
     assert_close(columns(xp, total.apply, case), expected)
     assert_close(case.vector(total.diagonal()), np.diag(expected))
@@ -127,7 +127,7 @@ def test_a_sum_has_an_inverse_or_says_that_it_has_none(xp: Any, pair: tuple[Stru
                 BecameError, match=r"has no closed form where its terms share a parameter, '.*'; ask `to"
             ):
                 ask()
-        total = total.to_dense()
+        total = Dense.of(total)
     inverse, condition = inverse_of(case)
     assert_close(columns(xp, total.solve, case), inverse, condition)
     root = columns(xp, total.sample, case)
