@@ -56,7 +56,7 @@ class Framework:
     loop: Callable[[Any], Loop | None] = lambda module: None
     compiles: Callable[[Any], Callable[..., Any]] | None = None
     on_cpu: Callable[[Any], bool] = lambda array: True
-    slab: int = 2**16
+    slab: int = 2**18
     has_fast_vecdot: bool = False
     takes_out: Callable[[Any, Sequence[Any]], bool] = lambda module, arrays: False
     lerp: Callable[[Any, Any, Any, Any], Any] | None = None
@@ -96,9 +96,7 @@ def _jax_namespace(array: Any) -> Any:
     return array_api_compat.array_namespace(array)
 
 
-def _jax_loop(
-    jax: Any, function: Callable[[list[Any]], Any], arrays: Sequence[Any], starts: range, length: int
-) -> Any:
+def _jax_loop(jax: Any, function: Callable[[list[Any]], Any], arrays: Sequence[Any], starts: range, length: int) -> Any:
     cut, numbers = jax.lax.dynamic_slice_in_dim, jax.numpy.arange(starts.start, starts.stop, starts.step)
     return jax.lax.map(lambda start: function([cut(array, start, length) for array in arrays]), numbers)
 
@@ -149,7 +147,6 @@ _ROWS = (
         ),
         loop=lambda tensorflow: None if tensorflow.config.list_physical_devices("GPU") else _tensorflow_loop,
         on_cpu=lambda array: "GPU" not in array.device,
-        slab=2**20,
     ),
     Framework(
         module="jax",

@@ -1,12 +1,12 @@
 """Sums of products of millions of elements: accurate in float32, quick for small arrays, and in little memory.
 
-Accuracy: to add n numbers one after the other loses up to n units in the last place; past 2^24 equal ones, a float32 sum
-no longer grows. So sums are taken in a binary tree (pairwise summation, Higham 1993), in which each number goes through
-log2(n) additions. Within a slab the tree is the library's own, where it has one.
+Accuracy: to add n numbers one after the other loses up to n units in the last place; past 2^24 equal ones, a float32
+sum no longer grows. So sums are taken in a binary tree (pairwise summation, Higham 1993), in which each number goes
+through log2(n) additions. Within a slab the tree is the library's own, where it has one.
 
-Speed: arrays are cut into slabs that fit a processor's cache, and many small arrays are joined to one slab, because each
-operation costs a microsecond or more whatever its size. Memory: intermediate results are as large as a slab, and under a
-trace as large as a slab of the compiler's loop, never as large as an array.
+Speed: arrays are cut into slabs that fit a processor's cache, and many small arrays are joined to one slab, because
+each operation costs a microsecond or more whatever its size. Memory: intermediate results are as large as a slab, and
+under a trace as large as a piece of the compiler's loop, never as large as an array.
 
 Convention: a row is a tuple of arrays of one shape; a sum over a row is over the elements of these arrays side by side.
 """
@@ -24,6 +24,8 @@ from became_core.arrays.namespace import Array, device, framework_for, namespace
 
 __all__ = ["Arithmetic", "Factors", "SumsOfProducts", "sums_of_products", "tree_sum"]
 
+# Elements of a slab that small rows are joined to: few enough for the C library to allocate them without the kernel.
+JOINED_SLAB = 2**14
 # Elements of a slab on an accelerator, which needs no cache but time to start each operation.
 ACCELERATOR_SLAB = 2**22
 # Elements of a piece in a compiler's loop: of most pieces, and of those that cut up what is left. Powers of two.
@@ -125,7 +127,8 @@ def sums_of_products(
     framework, module = framework_for("the value", arrays[0])
     xp = framework.namespace(arrays[0])
     if not framework.have_values(module, arrays):
-        loop = framework.loop(module) and partial(framework.loop(module), module)
+        in_pieces = framework.loop(module)
+        loop = None if in_pieces is None else partial(in_pieces, module)
         parts = [[_sums_of_row(xp, loop, factors, row) for row in rows] for rows in groups]
         totals = xp.stack(_promoted(xp, [tree_sum(xp.stack(_promoted(xp, part))) for part in parts]))
         return SumsOfProducts([totals[:, index] for index in range(totals.shape[1])], None, has_values=False)
@@ -134,7 +137,8 @@ def sums_of_products(
     # What overflows or is not a number is found in the sums; NumPy alone would warn of it before.
     with np.errstate(over="ignore", invalid="ignore"):
         if framework.compiles is not None:
-            compiled = _compiled(framework, module, xp, factors, tuple(nonnegative))
+            compiler = framework.compiles(module)
+            compiled = _compiled(compiler, module, xp, framework.loop(module), factors, tuple(nonnegative))
             return _by_row(xp, compiled, groups, checks=bool(nonnegative))
         return _by_slab(xp, framework, module, factors, groups, nonnegative)
 
@@ -177,13 +181,13 @@ def _slabs(xp: Any, rows: Sequence[Row], slab: int) -> Iterator[Sequence[Array]]
     for row in rows:
         length = math.prod(row[0].shape)
         flat = [array if array.ndim == 1 else xp.reshape(array, (-1,)) for array in row]
-        if 2 * length > slab:
+        if 2 * length > JOINED_SLAB:
             for start in range(0, length, slab):
                 end = min(start + slab, length)  # the standard leaves open what lies beyond
                 yield flat if length <= slab else [array[start:end] for array in flat]
             continue
         own = tuple(array.dtype for array in row)
-        if joined and (size + length > slab or own != kinds):
+        if joined and (size + length > JOINED_SLAB or own != kinds):
             yield joined[0] if len(joined) == 1 else [xp.concat(column) for column in zip(*joined, strict=True)]
             joined, size = [], 0
         joined.append(flat)
@@ -201,7 +205,9 @@ def _vecdot(xp: Any, left: Array, right: Array) -> Array:
     return xp.sum(xp.vecdot(*whole)) + xp.vecdot(left[count * DOT_LENGTH :], right[count * DOT_LENGTH :])
 
 
-def _by_row(xp: Any, compiled: Callable[[Row], Array], groups: Sequence[Sequence[Row]], *, checks: bool) -> SumsOfProducts:
+def _by_row(
+    xp: Any, compiled: Callable[[Row], Array], groups: Sequence[Sequence[Row]], *, checks: bool
+) -> SumsOfProducts:
     """Where a row's sums are compiled: one call for each row, whose few numbers are added on the host."""
     parts = [[compiled(row) for row in rows] for rows in groups]
     like = parts[0][0]
@@ -217,20 +223,24 @@ def _by_row(xp: Any, compiled: Callable[[Row], Array], groups: Sequence[Sequence
 
 @cache
 def _compiled(
-    framework: Framework, module: Any, xp: Any, factors: Factors, nonnegative: Sequence[int]
+    compiler: Callable[..., Callable[[Row], Array]],
+    module: Any,
+    xp: Any,
+    loop: Callable[..., Array] | None,
+    factors: Factors,
+    nonnegative: Sequence[int],
 ) -> Callable[[Row], Array]:
     """Return the compiled function from a row to its sums and, if something is to be checked, the least element."""
-    loop = framework.loop(module)
 
     def terms(row: Row) -> Array:
-        sums = _sums_of_row(xp, loop and partial(loop, module), factors, row)
+        sums = _sums_of_row(xp, None if loop is None else partial(loop, module), factors, row)
         if not nonnegative:
             return sums
         nothing = xp.zeros_like(sums[:1]) + float("inf")
         least = [xp.min(row[index])[None] for index in nonnegative if math.prod(row[0].shape)]
         return xp.concat([sums, xp.min(xp.concat(_promoted(xp, [nothing, *least])))[None]])
 
-    return framework.compiles(module)(terms)
+    return compiler(terms)
 
 
 def _sums_of_row(xp: Any, loop: Callable[..., Array] | None, factors: Factors, row: Row) -> Array:

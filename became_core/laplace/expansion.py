@@ -24,7 +24,6 @@ from typing import Literal
 from became_core.arrays import (
     Arithmetic,
     Array,
-    Factors,
     Params,
     Tree,
     aligned_rows,

@@ -220,8 +220,8 @@ def _constrained_minimiser(slope: Array, curvature: Array, constraint: Literal["
     xp, size = namespace(slope=slope, curvature=curvature), int(slope.shape[0])
     if not (has_values(slope) and has_values(curvature)):
         raise BecameError(
-            f"a minimum along {size} directions with the constraint '{constraint}' depends on values, which a trace does "
-            "not have; compute it outside jit, vmap, grad or compile."
+            f"a minimum along {size} directions with the constraint '{constraint}' depends on values, which a trace "
+            "does not have; compute it outside jit, vmap, grad or compile."
         )
     _check_finite(slope, curvature)
     if constraint == "simplex":
@@ -277,11 +277,11 @@ class _Faces:
         systems = np.where(free[:, :, None] & free[:, None, :], ridged, identity)
         if not self.on_simplex:
             right = np.where(free, -(self.slope + held @ self.curvature), held)
-            return np.linalg.solve(systems, right[..., None])[..., 0]
+            return np.asarray(np.linalg.solve(systems, right[..., None]))[..., 0]
         right = np.stack([free * self.slope, free * 1.0], axis=-1)
         by_slope, by_one = np.moveaxis(np.linalg.solve(systems, right), -1, 0)
         share = (1 + by_slope.sum(axis=1, keepdims=True)) / by_one.sum(axis=1, keepdims=True)
-        return share * by_one - by_slope
+        return np.asarray(share * by_one - by_slope)
 
     def pull(self, points: Numbers, free: NDArray[np.bool_]) -> Numbers:
         """Return how strongly the loss pulls each coefficient off its bound, [faces, K]; off zero slope, where free."""

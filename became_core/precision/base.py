@@ -4,10 +4,10 @@ Every precision P answers the same question, the Gram matrix D^T P D of directio
 direction is ``Params``, a vector over all parameters; where an order is needed (``Dense``), parameters are sorted by
 name, each flattened row by row.
 
-Sums of one structure are of that structure where that is exact; otherwise the terms stand side by side in a ``Sum``.
-What is linear in a precision (Gram matrices, products, the diagonal) a sum always has. It has an inverse where its terms
-share no parameter, because they are blocks then: Kronecker factors for weights and a diagonal for biases, say. The
-multiple of the identity is defined here, because to damp a sum is to add one.
+A sum is of one structure where that is exact; otherwise its terms stand side by side in a ``Sum``. What is linear in a
+precision (Gram matrices, products, the diagonal) a sum always has. It has an inverse where its terms share no
+parameter, because they are blocks then: Kronecker factors for weights and a diagonal for biases, say. The multiple of
+the identity is defined here, because to damp a sum is to add one.
 
 Convention on coverage: a precision covers some parameters, and its curvature for all others is zero. A direction may
 have more parameters than are covered; they add nothing. It must have all that are covered, with one exception: where P

@@ -178,7 +178,7 @@ def test_derivatives_are_taken_through_the_sums(backend: str, xp: Any) -> None:
         assert float(forward_ad.unpack_dual(cubes).tangent[0]) == float(torch.sum(gradient))
 
 
-def test_memory_is_that_of_a_few_slabs(xp: Any, backend: str) -> None:
+def test_memory_is_that_of_a_few_slabs(backend: str) -> None:
     if backend != "numpy":
         pytest.skip("only NumPy tells Python of its memory; benchmarks/alpha.py measures the others")
     arrays = [np.ones(4_000_000, dtype=np.float32) for _ in range(4)]

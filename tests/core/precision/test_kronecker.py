@@ -62,9 +62,7 @@ def test_factors_of_two_weights_stand_side_by_side(xp: Any) -> None:
 
 def test_damping_adds_up_and_scales_with_the_factors(xp: Any) -> None:
     damped = (kronecker(xp).damped(0.5) * 2).damped(0.25)
-    np.testing.assert_array_equal(
-        to_numpy(Dense.of(damped).matrix), 2 * kronecker_matrix(A, G, 0.0) + 1.25 * np.eye(6)
-    )
+    np.testing.assert_array_equal(to_numpy(Dense.of(damped).matrix), 2 * kronecker_matrix(A, G, 0.0) + 1.25 * np.eye(6))
 
 
 def test_rounding_below_zero_does_not_pass_for_curvature(xp: Any) -> None:
