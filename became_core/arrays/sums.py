@@ -258,8 +258,8 @@ def _sums_of_row(xp: Any, loop: Callable[..., Array] | None, factors: Factors, r
         return xp.stack([tree_sum(tree_sum(slab)) for slab in slabs])
 
     begin, size, parts = 0, int(flat[0].shape[0]), []
-    for length in LOOP_PIECES if loop is not None else ():
-        if size - begin >= length:
+    for length in LOOP_PIECES:
+        if loop is not None and size - begin >= length:
             end = begin + (size - begin) // length * length
             parts.append(tree_sum(loop(piece_sums, flat, range(begin, end, length), length)))
             begin = end

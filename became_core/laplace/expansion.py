@@ -18,8 +18,11 @@ Convention: the unit of the loss (a mean or a sum over samples) is the caller's,
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Literal
+
+import numpy as np
 
 from became_core.arrays import (
     Arithmetic,
@@ -219,7 +222,9 @@ def separable_terms(
     # The curvatures are third and fourth in a row.
     found = sums_of_products(_Terms(tuple(trees)), list(groups.values()), nonnegative=[2, 3])
     old, new, *others = found.sums
-    slope, curvature = sum(others, -new), old + new
+    # What overflows is found below, and said in a sentence; NumPy alone would warn of it before.
+    with np.errstate(over="ignore", invalid="ignore") if found.has_values else nullcontext():
+        slope, curvature = sum(others, -new), old + new
     xp = namespace(slope=slope)
     if found.has_values:
         sound = xp.all(xp.isfinite(slope) & xp.isfinite(curvature))

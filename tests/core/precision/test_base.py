@@ -124,7 +124,7 @@ def test_a_sum_has_an_inverse_or_says_that_it_has_none(xp: Any, pair: tuple[Stru
     if sum(len(term.covered()) for term in terms) > len(shapes):
         for ask in (total.log_determinant, total.inverse_diagonal):
             with pytest.raises(
-                BecameError, match=r"has no closed form where its terms share a parameter, '.*'; ask `to"
+                BecameError, match=r"has no closed form where its terms share a parameter, '.*'; ask `Dense"
             ):
                 ask()
         total = Dense.of(total)
