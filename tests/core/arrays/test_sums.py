@@ -131,8 +131,11 @@ def test_half_precision_is_summed_in_single(xp: Any) -> None:
 def test_the_least_element_of_the_arrays_to_check_is_found(xp: Any) -> None:
     rows = [numbers_of(xp, shape) for shape in ((3,), (0,), (200_000,))]
     rows.append((xp.asarray([5.0, 1.0]), xp.asarray([-2.0, 1.0])))
-    assert float(sums_of_products(products, [rows], [0]).least) == 0
-    assert float(sums_of_products(products, [rows[:1], rows], [0, 1]).least) == -2
+    least: list[Any] = [
+        sums_of_products(products, groups, to_check).least
+        for groups, to_check in (([rows], [0]), ([rows[:1], rows], [0, 1]))
+    ]
+    assert [float(value) for value in least] == [0, -2]
     assert sums_of(rows).least is None
 
 
@@ -166,8 +169,8 @@ def test_derivatives_are_taken_through_the_sums(backend: str, xp: Any) -> None:
     if backend != "torch":
         pytest.skip("the other backends never write into arrays where derivatives are taken")
     import torch
-    from torch.autograd import forward_ad
 
+    forward_ad: Any = import_module("torch.autograd.forward_ad")
     left, right = (array.requires_grad_() for array in numbers_of(xp, (200_000,)))
     _, cubes = sums_of([(left, right)]).sums
     (gradient,) = torch.autograd.grad(cubes[0], left)

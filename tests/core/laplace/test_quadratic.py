@@ -231,8 +231,9 @@ def test_directions_that_coincide_are_minimised_in_single_precision(xp: Any) -> 
             slope = np.full(size, -0.3 * curvature[0, 0], dtype=np.float32)
             quadratic = Quadratic(xp.asarray(slope), xp.asarray(curvature))
             point = to_numpy(quadratic.minimiser(constraint)).astype(float)  # type: ignore[arg-type]
-            exact = slope[:3].astype(float), curvature[:3, :3].astype(float)  # one minimum, however many directions
-            assert height(slope, curvature, point) == pytest.approx(oracle(*exact), rel=1e-5)
+            wide, square = slope.astype(float), curvature.astype(float)
+            best = oracle(wide[:3], square[:3, :3])  # one minimum, however many directions
+            assert height(wide, square, point) == pytest.approx(best, rel=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ def inverse_of(case: Structured) -> tuple[Any, float]:
 
 
 @given(case=structured())
-def test_to_dense_is_the_definition(xp: Any, case: Structured) -> None:
+def test_the_dense_form_is_the_definition(xp: Any, case: Structured) -> None:
     dense = Dense.of(case.on(xp))
     np.testing.assert_array_equal(to_numpy(dense.matrix), case.matrix)
     assert list(dense.covered().items()) == sorted(case.shapes.items())
