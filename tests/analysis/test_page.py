@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-from adapters.analysis.groups import groups_of
 from adapters.analysis.repeating import repeating_command
 from adapters.analysis.writing import write_report
 from adapters.cli.configuration import resolve
+
+from adapters.analysis.groups import groups_of
 from adapters.cli.options import Options
 from became_core import BecameError
 from tests.analysis.runs import plain, run

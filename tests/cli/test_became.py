@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from adapters.cli.configuration import resolve
+from adapters.cli.given import given, options_of
 
 import adapters.cli.__main__ as became
 import adapters.cli.backend as of_backends
 from adapters.cli.__main__ import main
 from adapters.cli.backend import first_installed
-from adapters.cli.configuration import resolve
-from adapters.cli.given import given, options_of
 from adapters.cli.options import Options
 from adapters.runs import Checkpoints, RunDirectory
 from adapters.runs.files import read_sealed, write_sealed

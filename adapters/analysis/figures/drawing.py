@@ -17,13 +17,14 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
+from adapters.analysis.groups import SERIES
+from adapters.analysis.tables import printable
+
 __all__ = [
     "GRID",
     "INK",
-    "MARKERS",
     "MUTED",
     "PAPER",
-    "SERIES",
     "THEME",
     "heat_map",
     "inline_svg",
@@ -32,15 +33,11 @@ __all__ = [
     "new_figure",
     "number_tasks",
     "picture",
-    "printable",
     "shown",
     "styled",
 ]
 
 INK, MUTED, GRID, PAPER = "#1f2328", "#59636e", "#d8dee4", "#fffffe"
-# After Okabe and Ito, the light ones darkened for white paper; with the markers, any two differ in more than hue.
-SERIES = ("#0072b2", "#d55e00", "#009e73", "#b8538f", "#b37400", "#4a9fd8", "#5b4b8a")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 # name of the CSS variable: (light, dark)
 THEME = {
     "ink": (INK, "#e6edf3"),
@@ -94,11 +91,6 @@ def new_figure(
         if grid:
             each.grid(visible=True, axis=grid)
     return figure, np.asarray(axes)
-
-
-def printable(text: str) -> str:
-    """Return text from a file without what no file can hold or no reader can see."""
-    return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text)
 
 
 def shown(text: str, longest: int = 34) -> str:

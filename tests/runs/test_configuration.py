@@ -3,9 +3,9 @@
 from pathlib import Path
 
 import pytest
+from adapters.cli.configuration import resolve
 
 from adapters.benchmarks.catalogue import BENCHMARKS
-from adapters.cli.configuration import resolve
 from adapters.cli.options import Options
 from became_core import BecameError
 

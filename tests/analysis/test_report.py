@@ -53,7 +53,7 @@ def test_a_damaged_value_is_refused(tmp_path: Path, capsys: pytest.CaptureFixtur
     values = json.loads(file.read_text()) | {name: value}
     write_sealed(file, {each: value for each, value in values.items() if each != "sha256"})
     assert main(["report", str(tmp_path)]) == 2
-    assert capsys.readouterr().err == f"error: {file} is damaged or no run's results; move it away.\n"
+    assert capsys.readouterr().err == f"error: {file} is damaged or no run's results; move it away or choose another --out.\n"
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", "\x00", "[" * 100_000, '{"accuracy": 1e999}'])
