@@ -13,7 +13,7 @@ from functools import cached_property
 import numpy as np
 
 from became_core import BecameError
-from became_core.continual import random_stream
+from became_core.continual import random_generator
 
 __all__ = ["LEVEL", "RESAMPLES", "Estimate", "paired_difference"]
 
@@ -64,7 +64,7 @@ class Estimate:
         """The bootstrap interval of the mean; None for one run."""
         if self.count == 1:
             return None
-        rows = random_stream(0, "bootstrap", self.count).integers(self.count, size=(RESAMPLES, self.count))
+        rows = random_generator(0, "bootstrap", self.count).integers(self.count, size=(RESAMPLES, self.count))
         means = np.asarray(self.values)[rows].mean(axis=1)
         low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
         return float(low), float(high)

@@ -89,6 +89,7 @@ def _nscl(batch_size: int, ratio: float, first_lr: float = 1e-4) -> Preset:
 _RESNET = {"threshold": 0.985, "increment": 0.0003}
 _RESNET_SCALED = {"threshold": 0.98, "increment": 0.001, "scale": 3.0}
 _MLP = {"network": "mlp", "batch_size": 10, "threshold": 0.95}
+_ALEXNET = {"network": "alexnet", "threshold": 0.97, "increment": 0.003, "scale": 5.0}
 
 SPLIT_MNIST = {
     "quick": Preset({**_MLP, "increment": 0.003, **_annealed(0.1, 8, 4)}),
@@ -103,8 +104,8 @@ PERMUTED_MNIST = {
 }
 
 CIFAR100 = {
-    "quick": Preset({"network": "alexnet", **_annealed(0.05, 12, 6), "curvature_samples": 1024}),
-    "paper": Preset({"network": "alexnet", **_patient(0.05, 2.0, 6, 5e-5)}),
+    "quick": Preset({**_ALEXNET, **_annealed(0.05, 12, 6), "curvature_samples": 1024}),
+    "paper": Preset({**_ALEXNET, **_patient(0.05, 2.0, 6, 5e-5)}),
     "nscl": _nscl(batch_size=32, ratio=10.0),
 }
 CIFAR100_IN_20 = CIFAR100 | {"nscl": _nscl(batch_size=16, ratio=30.0)}

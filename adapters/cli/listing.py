@@ -7,7 +7,8 @@ from typing import Literal
 from adapters.benchmarks.catalogue import BENCHMARKS
 from adapters.benchmarks.presets import SOURCES
 from adapters.networks import NETWORKS
-from became_core.continual import METHODS, PROJECTORS
+from became_core.continual import METHODS, method_names
+from became_core.projection import PROJECTORS
 
 __all__ = ["KINDS", "Kind", "listed"]
 
@@ -29,7 +30,9 @@ def presets() -> dict[str, str]:
 
 KINDS: Mapping[Kind, Callable[[], dict[str, str]]] = {
     "benchmarks": lambda: {name: BENCHMARKS[name].summary() for name in BENCHMARKS.names},
-    "methods": lambda: {name: METHODS.summary(name) for name in METHODS.names},
+    "methods": lambda: {
+        name: (METHODS if name in METHODS else PROJECTORS).summary(name) for name in sorted(method_names())
+    },
     "projectors": lambda: {name: PROJECTORS.summary(name) for name in PROJECTORS.names},
     "networks": lambda: {name: NETWORKS.summary(name).removeprefix("Return ") for name in NETWORKS.names},
     "presets": presets,

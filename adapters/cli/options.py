@@ -17,7 +17,7 @@ import tyro
 
 from adapters.benchmarks.catalogue import BENCHMARKS
 from adapters.runs.configuration import GROUPS, options
-from became_core.continual import METHODS, PROJECTORS
+from became_core.continual import METHODS, method_names, projector_names
 
 __all__ = [
     "BackendName",
@@ -136,17 +136,20 @@ def request_type(*, backend: bool, completing: bool) -> type:
         return Annotated[_names_type(names if completing else None, several=several), described(help_text)]
 
     presets = dict.fromkeys(name for benchmark in BENCHMARKS for name in BENCHMARKS[benchmark].presets)
-    combined = [f"{method}+{projector}" for method in METHODS.names for projector in PROJECTORS.names]
+    methods, projectors = sorted(method_names()), projector_names()
+    combined = [
+        f"{method}+{projector}" for method in METHODS.names if not METHODS[method].alone for projector in projectors
+    ]
     registered = {
         "methods": name_option(
-            [*METHODS.names, *combined],
-            f"Which methods: {', '.join(METHODS.names)}; or a method with a projector, as in became+trgp. (default: "
+            [*methods, *combined],
+            f"Which methods: {', '.join(methods)}; or a method with a projector, as in became+trgp. (default: "
             "became gpm finetune)",
             several=True,
         ),
         "projector": name_option(
-            PROJECTORS.names,
-            f"The projector of all methods that name none: {', '.join(PROJECTORS.names)}. Without it became and its "
+            projectors,
+            f"The projector of all methods that name none: {', '.join(projectors)}. Without it became and its "
             "variants have gpm, and other methods none.",
         ),
         "preset": name_option(

@@ -22,7 +22,6 @@ from adapters.runs.results import RunResult
 from became_core import BecameError
 from became_core.continual import (
     METHODS,
-    PROJECTORS,
     SGD,
     Adam,
     Annealed,
@@ -39,7 +38,8 @@ from became_core.continual import (
     build_method,
     method_settings,
 )
-from became_core.registry import nearest
+from became_core.projection import PROJECTORS
+from became_core.registry import Setting, nearest
 
 __all__ = [
     "GROUPS",
@@ -313,15 +313,16 @@ def _dashed(name: str) -> str:
     return name.replace("_", "-")
 
 
-def _settings_of(method: str) -> dict[str, Any]:
+def _settings_of(method: str) -> dict[str, Setting]:
     """The settings of a method, METHOD or METHOD+PROJECTOR, and of its projector, by option name."""
-    base = method.partition("+")[0]
-    projector = build_method(method, {}).projector
-    names = set(METHODS.options_of(base))
-    for name in PROJECTORS.names:
-        if type(projector) is PROJECTORS[name]:
-            names |= set(PROJECTORS.options_of(name))
-    return {name: each for name, each in method_settings().items() if name in names}
+    build_method(method)  # raises if there is no such method
+    base, plus, projector = method.partition("+")
+    names = METHODS.options_of(base) if base in METHODS else ()
+    if not plus:
+        projector = METHODS[base].projector if base in METHODS else base
+    if projector != "none":
+        names += PROJECTORS.options_of(projector)
+    return {name: setting for name, setting in method_settings().items() if name in names}
 
 
 @dataclass(frozen=True)
@@ -394,8 +395,8 @@ def full_method_name(method: str, projector: str | None) -> str:
     >>> full_method_name("became", "sgp"), full_method_name("joint", "sgp")
     ('became+sgp', 'joint')
     """
-    own = (*PROJECTORS.names, "joint")
-    return method if projector is None or "+" in method or method in own else f"{method}+{projector}"
+    takes_one = method in METHODS and not METHODS[method].alone
+    return f"{method}+{projector}" if projector is not None and takes_one else method
 
 
 def command_words(configuration: Configuration, method: str, preset: str = PRESET) -> list[str]:
