@@ -8,12 +8,12 @@ import html
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from adapters.analysis.comparison import published_table, scores_table
-from adapters.analysis.figures.drawing import THEME, inline_svg
+from adapters.analysis.figures.drawing import THEME, Figure, inline_svg, picture
 from adapters.analysis.groups import SERIES, Group
 from adapters.analysis.tables import Column, Table, as_html, printable
 from adapters.runs.configuration import repeating_command
@@ -57,6 +57,11 @@ class Drawing:
     figure: Figure
     alt: str
     caption: str
+
+    @cached_property
+    def svg(self) -> bytes:
+        """The figure as an SVG file."""
+        return picture(self.figure, "svg")
 
 
 def escaped(text: object) -> str:
@@ -107,7 +112,7 @@ def _theme() -> str:
 
 
 def _figure(drawing: Drawing) -> str:
-    svg = inline_svg(drawing.figure, drawing.name, escaped(drawing.alt))
+    svg = inline_svg(drawing.svg, drawing.name, escaped(drawing.alt))
     return f"<figure>{svg}<figcaption>{escaped(drawing.caption)}</figcaption></figure>"
 
 

@@ -4,8 +4,6 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from matplotlib.figure import Figure
-
 from adapters.analysis.bootstrap import Estimate
 from adapters.analysis.figures.accuracy import (
     accuracy_limits,
@@ -13,7 +11,7 @@ from adapters.analysis.figures.accuracy import (
     plot_accuracy_over_time,
     plot_scores,
 )
-from adapters.analysis.figures.drawing import picture
+from adapters.analysis.figures.drawing import Figure, picture
 from adapters.analysis.figures.training import (
     has_curves,
     plot_alpha,
@@ -69,8 +67,8 @@ def write_report(results: Sequence[RunResult], folder: Path, published: Sequence
     try:
         (folder / "figures").mkdir(parents=True, exist_ok=True)
         for drawing in [*shared, *(drawing for drawings in own for drawing in drawings)]:
-            for kind in ("png", "svg"):
-                (folder / "figures" / f"{drawing.name}.{kind}").write_bytes(picture(drawing.figure, kind))
+            (folder / "figures" / f"{drawing.name}.svg").write_bytes(drawing.svg)
+            (folder / "figures" / f"{drawing.name}.png").write_bytes(picture(drawing.figure, "png"))
         target.write_text(page(groups, shared, own, published), encoding="utf-8")
     except OSError as error:
         raise BecameError(

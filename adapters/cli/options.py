@@ -210,12 +210,12 @@ def request_of(parsed: Any) -> Request:
 
 def _names_type(choices: Iterable[str] | None, *, several: bool) -> Any:
     """Return the type of an option whose values are registered names, all of them known to tyro or none."""
-    spec = tyro.constructors.PrimitiveConstructorSpec(
+    spec: tyro.constructors.PrimitiveConstructorSpec[Any] = tyro.constructors.PrimitiveConstructorSpec(
         nargs="*" if several else 1,
         metavar="[NAME [NAME ...]]" if several else "NAME",
-        instance_from_str=(lambda words: tuple(words)) if several else (lambda words: words[0]),
+        instance_from_str=lambda words: tuple(words) if several else words[0],
         is_instance=lambda value: value is None or isinstance(value, tuple if several else str),
-        str_from_instance=lambda value: [] if value is None else list(value) if several else [value],
+        str_from_instance=lambda value: [],  # of the default, which is None and not shown
         choices=None if choices is None else tuple(choices),
     )
     return Annotated[Any, spec]

@@ -22,7 +22,8 @@ from adapters.runs.directory import check_writable, read_record
 from adapters.runs.events import place
 from adapters.tracking import Tracker, Writer, open_writer
 from became_core import BecameError
-from became_core.continual import Callback, Dataset, Learner, RunState, TaskStream, learn
+from became_core.continual import Callback, Dataset, Learner, RunState, TaskStream, learn, projector_names
+from became_core.registry import nearest
 
 __all__ = ["InterruptedRun", "Interruption", "Job", "requested_jobs", "run_jobs", "unfinished_jobs"]
 
@@ -107,6 +108,8 @@ def requested_jobs(request: Request, backend: Backend) -> list[Job]:
         raise BecameError("give at least one method and one seed.")
     if min(seeds) < 0:
         raise BecameError(f"the seed {min(seeds)} is negative; give 0 or more.")
+    if request.projector not in (None, *projector_names()):
+        raise BecameError(f"there is no projector '{request.projector}'{nearest(request.projector, projector_names())}.")
     names = [full_method_name(method, request.projector) for method in methods]
     configurations = {name: Configuration.of(values, name, preset) for name in names}
     benchmark = configurations[names[0]].benchmark

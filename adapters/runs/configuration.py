@@ -383,8 +383,11 @@ def options() -> dict[str, Option]:
     for name, setting in method_settings().items():
         if name in found:
             raise BecameError(f"the setting '{name}' of {setting.owners[0]} has the name of another option; rename it.")
-        default = " ".join(map(str, setting.default)) if isinstance(setting.default, tuple) else setting.default
-        help_text = f"{setting.help} ({', '.join(setting.owners)}; default: {default})"
+        help_text = f"{setting.help[:1].upper()}{setting.help[1:]} ({', '.join(setting.owners)}"
+        if name not in of_presets:
+            default = " ".join(map(str, setting.default)) if isinstance(setting.default, tuple) else setting.default
+            help_text += f"; default: {default}"
+        help_text += ")"
         found[name] = Option(name, setting.type, help_text, "settings")
     return found
 

@@ -58,7 +58,9 @@ def test_text_takes_brackets_as_they_are() -> None:
 
 
 def test_html_escapes_its_cells_and_heads_rows_and_columns() -> None:
-    table = Table("<A>", [Column("m<"), Column("ACC", 1), Column("notes", prose=True)], [["a&b", Estimate((1.0,)), "x"]])
+    table = Table(
+        "<A>", [Column("m<"), Column("ACC", 1), Column("notes", prose=True)], [["a&b", Estimate((1.0,)), "x"]]
+    )
     assert as_html(table, ["<b></b>"]) == (
         '<div class="scroll" tabindex="0"><table aria-label="&lt;A&gt;"><thead><tr><th scope="col">m&lt;</th>'
         '<th scope="col">ACC</th><th scope="col">notes</th></tr></thead><tbody><tr><th scope="row"><b></b>a&amp;b</th>'
