@@ -121,10 +121,6 @@ class Catalogue(Generic[T]):
         """Add a value, or put it in the place of another one of that name."""
         self._values[name] = value
 
-    def unregister(self, name: str) -> None:
-        """Take a value out again."""
-        del self._values[name]
-
     def summary(self, name: str) -> str:
         """Return the first line of a value's docstring, without its full stop."""
         return (inspect.getdoc(self[name]) or "").partition("\n")[0].removesuffix(".")

@@ -43,7 +43,7 @@ Completion in a shell: became --tyro-write-completion {bash,zsh,fish} FILE
 
 @dataclass(frozen=True)
 class Resume:
-    """Resume every unfinished run in a folder, with the options that it was started with."""
+    """Resume every unfinished run in a folder, with the options it started with."""
 
     out: Annotated[Path, tyro.conf.Positional, described("A folder that --out named.", metavar="OUT")]
     backend: Annotated[

@@ -3,9 +3,9 @@
 import io
 import math
 
-from adapters.cli.progress import RunProgress
 from rich.console import Console
 
+from adapters.cli.display import RunProgress
 from became_core.continual import EpochEnd, TaskEnd
 
 EVENTS: list[EpochEnd | TaskEnd] = [

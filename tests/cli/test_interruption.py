@@ -5,7 +5,8 @@ import threading
 from collections.abc import Iterator
 
 import pytest
-from adapters.cli.interruption import InterruptedRun, Interruption
+
+from adapters.cli.running import InterruptedRun, Interruption
 
 
 @pytest.fixture(autouse=True)
