@@ -109,8 +109,10 @@ def requested_jobs(request: Request, backend: Backend) -> list[Job]:
     if min(seeds) < 0:
         raise BecameError(f"the seed {min(seeds)} is negative; give 0 or more.")
     if request.projector not in (None, *projector_names()):
-        raise BecameError(f"there is no projector '{request.projector}'{nearest(request.projector, projector_names())}.")
-    names = [full_method_name(method, request.projector) for method in methods]
+        raise BecameError(
+            f"there is no projector '{request.projector}'{nearest(request.projector, projector_names())}."
+        )
+    names = [full_method_name(method, projector) for method in methods]
     configurations = {name: Configuration.of(values, name, preset) for name in names}
     benchmark = configurations[names[0]].benchmark
     out = request.out or Path("runs") / f"{benchmark}-{preset or PRESET}"
@@ -178,6 +180,11 @@ def run_jobs(jobs: Sequence[Job], display: Display) -> list[RunResult]:
         backend.repeat_exactly()
     results = [job.finished() for job in jobs]
     to_do = [job for job, result in zip(jobs, results, strict=True) if result is None]
+    for run in (job.run for job, result in zip(jobs, results, strict=True) if result is not None):
+        # A process that was killed after it had saved the result can have left files, and the summary without this run.
+        # A folder that cannot be written to, or that another process is at work in, is shown as it is.
+        with suppress(BecameError), run.locked():
+            write_summary(run.out)
     for job in to_do:
         job.check_unfinished()
         job.writer()

@@ -21,12 +21,12 @@ from adapters.analysis.groups import SERIES
 from adapters.analysis.tables import printable
 
 __all__ = [
-    "Figure",
     "GRID",
     "INK",
     "MUTED",
     "PAPER",
     "THEME",
+    "Figure",
     "heat_map",
     "inline_svg",
     "label_bars",
