@@ -17,14 +17,16 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
+from adapters.analysis.groups import SERIES
+from adapters.analysis.tables import printable
+
 __all__ = [
     "GRID",
     "INK",
-    "MARKERS",
     "MUTED",
     "PAPER",
-    "SERIES",
     "THEME",
+    "Figure",
     "heat_map",
     "inline_svg",
     "label_bars",
@@ -32,15 +34,11 @@ __all__ = [
     "new_figure",
     "number_tasks",
     "picture",
-    "printable",
     "shown",
     "styled",
 ]
 
 INK, MUTED, GRID, PAPER = "#1f2328", "#59636e", "#d8dee4", "#fffffe"
-# After Okabe and Ito, the light ones darkened for white paper; with the markers, any two differ in more than hue.
-SERIES = ("#0072b2", "#d55e00", "#009e73", "#b8538f", "#b37400", "#4a9fd8", "#5b4b8a")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 # name of the CSS variable: (light, dark)
 THEME = {
     "ink": (INK, "#e6edf3"),
@@ -94,11 +92,6 @@ def new_figure(
         if grid:
             each.grid(visible=True, axis=grid)
     return figure, np.asarray(axes)
-
-
-def printable(text: str) -> str:
-    """Return text from a file without what no file can hold or no reader can see."""
-    return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text)
 
 
 def shown(text: str, longest: int = 34) -> str:
@@ -172,20 +165,24 @@ def picture(figure: Figure, kind: str, **options: Any) -> bytes:
     metadata = dict.fromkeys(("Creator", "Date", "Format", "Type")) if kind == "svg" else {"Software": None}
     with mpl.rc_context({**_STYLE, "svg.hashsalt": "became"}), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph")  # a name in letters that the font lacks
+        if figure.get_layout_engine() is not None:
+            # The layout takes most of the time: it is computed once, not for each kind of file.
+            figure.draw_without_rendering()
+            figure.set_layout_engine("none")
         figure.savefig(target, format=kind, metadata=metadata, **{"dpi": 200, "facecolor": "white", **options})
     return target.getvalue()
 
 
-def inline_svg(figure: Figure, name: str, description: str) -> str:
+def inline_svg(svg: bytes, name: str, description: str) -> str:
     """Return a figure as an element of an HTML page that follows the page's theme.
 
     Args:
-        figure: the figure.
-        name: unlike any other figure's on the page: letters, digits and dashes.
-        description: what a reader who does not see it is told; already escaped.
+        svg: the figure as ``picture`` gives it.
+        name: no other figure on the page has it; letters, digits and dashes.
+        description: the figure in words, for readers who do not see it; already escaped.
     """
-    text = picture(figure, "svg", facecolor="none").decode("utf-8")
-    text = text[text.index("<svg") :]
+    text = svg.decode("utf-8")
+    text = text[text.index("<svg") :].replace("fill: #ffffff", "fill: none", 1)  # the background
     text = re.sub(r'\bid="', f'id="{name}-', text)
     text = re.sub(r'(?:xlink:)?href="#', f'href="#{name}-', text).replace("url(#", f"url(#{name}-")
     for variable, (light, _) in THEME.items():

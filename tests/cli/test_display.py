@@ -5,7 +5,7 @@ import math
 
 from rich.console import Console
 
-from adapters.cli.progress import RunProgress
+from adapters.cli.display import RunProgress
 from became_core.continual import EpochEnd, TaskEnd
 
 EVENTS: list[EpochEnd | TaskEnd] = [

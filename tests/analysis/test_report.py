@@ -11,6 +11,8 @@ from adapters.runs import RunDirectory
 from adapters.runs.files import write_sealed
 from tests.analysis.runs import plain, run
 
+pytestmark = pytest.mark.usefixtures("undrawn")  # test_page draws them
+
 
 def saved(out: Path, **changes: Any) -> Path:
     RunDirectory(out, "became", 0).save(run(**changes))
@@ -53,7 +55,8 @@ def test_a_damaged_value_is_refused(tmp_path: Path, capsys: pytest.CaptureFixtur
     values = json.loads(file.read_text()) | {name: value}
     write_sealed(file, {each: value for each, value in values.items() if each != "sha256"})
     assert main(["report", str(tmp_path)]) == 2
-    assert capsys.readouterr().err == f"error: {file} is damaged or no run's results; move it away.\n"
+    what = "is damaged or no run's results; move it away or choose another --out."
+    assert capsys.readouterr().err == f"error: {file} {what}\n"
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", "\x00", "[" * 100_000, '{"accuracy": 1e999}'])

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from adapters.analysis.path_report import regret
 from adapters.cli.main import main
-from adapters.cli.paths import regret
 from adapters.torch.run import BACKEND
 
 PATHS = [

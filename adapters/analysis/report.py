@@ -4,35 +4,56 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from matplotlib.figure import Figure
-
-from adapters.analysis.accuracy import (
-    Published,
+from adapters.analysis.bootstrap import Estimate
+from adapters.analysis.figures.accuracy import (
     accuracy_limits,
     plot_accuracy_matrix,
     plot_accuracy_over_time,
     plot_scores,
 )
-from adapters.analysis.checking import printed
-from adapters.analysis.cost import plot_ranks, plot_seconds
-from adapters.analysis.drawing import picture
-from adapters.analysis.groups import Group, groups_of, spread
-from adapters.analysis.learning import has_curves, plot_learning_curves
-from adapters.analysis.merging import merged_tasks, plot_alpha, plot_path
+from adapters.analysis.figures.drawing import Figure, picture
+from adapters.analysis.figures.training import (
+    has_curves,
+    plot_alpha,
+    plot_learning_curves,
+    plot_path,
+    plot_ranks,
+    plot_seconds,
+)
+from adapters.analysis.groups import Group, groups_of
 from adapters.analysis.page import Drawing, page
-from adapters.runs import RunResult
+from adapters.analysis.path_report import merged_tasks
+from adapters.analysis.tables import printable
+from adapters.runs import RunResult, finished_runs
+from adapters.runs.published import PublishedTable, published_tables
 from became_core import BecameError
 
-__all__ = ["write_report"]
+__all__ = ["report", "write_report"]
 
 
-def write_report(results: Sequence[RunResult], folder: Path, published: Sequence[Published] = ()) -> Path:
+def report(outs: Sequence[Path], into: Path | None = None) -> Path:
+    """Write the report of the finished runs in some folders and return its file.
+
+    Args:
+        outs: folders that ``--out`` named.
+        into: the folder of the report; the first of ``outs`` if None.
+
+    Raises:
+        BecameError: if there is nothing to report, or a file is damaged or cannot be written.
+    """
+    if not outs:
+        raise BecameError("there is nothing to report on; give a folder that --out named.")
+    results = finished_runs(outs)
+    return write_report(results, into or outs[0], published_tables(results[0].benchmark, len(results[0].accuracy)))
+
+
+def write_report(results: Sequence[RunResult], folder: Path, published: Sequence[PublishedTable] = ()) -> Path:
     """Write the report of these runs and return its file.
 
     Args:
         results: finished runs of one benchmark.
-        folder: where ``report.html`` and ``figures`` go; it is made if it is not there.
-        published: what has been published of the benchmark; shown only if the runs learned all of its tasks.
+        folder: where ``report.html`` and ``figures`` go; it is created if it does not exist.
+        published: published numbers of the benchmark; they are shown only if the runs learned all of its tasks.
 
     Raises:
         BecameError: if there are no runs, they cannot be shown together, or a file cannot be written.
@@ -45,18 +66,23 @@ def write_report(results: Sequence[RunResult], folder: Path, published: Sequence
     target = folder / "report.html"
     try:
         (folder / "figures").mkdir(parents=True, exist_ok=True)
-        for drawing in [*shared, *(each for drawings in own for each in drawings)]:
-            for kind in ("png", "svg"):
-                (folder / "figures" / f"{drawing.name}.{kind}").write_bytes(picture(drawing.figure, kind))
+        for drawing in [*shared, *(drawing for drawings in own for drawing in drawings)]:
+            (folder / "figures" / f"{drawing.name}.svg").write_bytes(drawing.svg)
+            (folder / "figures" / f"{drawing.name}.png").write_bytes(picture(drawing.figure, "png"))
         target.write_text(page(groups, shared, own, published), encoding="utf-8")
     except OSError as error:
-        raise BecameError(f"cannot write to {printed(folder)}: {error.strerror}; choose another --into.") from None
+        raise BecameError(
+            f"cannot write to {printable(str(folder))}: {error.strerror}; choose another --into."
+        ) from None
     return target
 
 
-def _shared(groups: Sequence[Group], published: Sequence[Published]) -> list[Drawing]:
-    scores = "; ".join(f"{group.label} {spread([run.scores.acc for run in group.runs])}" for group in groups)
-    seconds = "; ".join(f"{group.label} {spread([run.seconds['total'] for run in group.runs], 0)}" for group in groups)
+def _shared(groups: Sequence[Group], published: Sequence[PublishedTable]) -> list[Drawing]:
+    """The figures of all groups together."""
+    accuracies = [Estimate(tuple(run.scores.acc for run in group.runs)).text() for group in groups]
+    times = [Estimate(tuple(run.seconds["total"] for run in group.runs)).text(0) for group in groups]
+    scores = "; ".join(f"{group.label} {text}" for group, text in zip(groups, accuracies, strict=True))
+    seconds = "; ".join(f"{group.label} {text}" for group, text in zip(groups, times, strict=True))
     beside = " Open marks: published, under protocols of their own." if published else ""
     drawings = [
         Drawing(
@@ -69,12 +95,13 @@ def _shared(groups: Sequence[Group], published: Sequence[Published]) -> list[Dra
             "accuracy-over-time",
             plot_accuracy_over_time(groups),
             "Lines of the accuracy of each task from its own end on; the tables of each method hold the values.",
-            "How each task fares while later ones are learned; shaded: ± one standard deviation.",
+            "The accuracy of each task while later ones are learned; shaded: ± one standard deviation.",
         ),
     ]
     merging = [group for group in groups if any(merged_tasks(run) for run in group.runs)]
     if merging:
-        alphas = "; ".join(f"{group.label} {_alphas(group)}" for group in merging)
+        first = [["–" if alpha is None else f"{alpha:.2f}" for alpha in group.runs[0].alpha] for group in merging]
+        alphas = "; ".join(f"{group.label} {' '.join(texts)}" for group, texts in zip(merging, first, strict=True))
         caption = "The merging coefficient of each task. Open marks: single seeds."
         drawings.append(Drawing("alpha", plot_alpha(groups), f"Lines of alpha by task: {alphas}.", caption))
     alt = f"Bars of the time in each phase. In all, in seconds: {seconds}."
@@ -82,12 +109,8 @@ def _shared(groups: Sequence[Group], published: Sequence[Published]) -> list[Dra
     return drawings
 
 
-def _alphas(group: Group) -> str:
-    """The coefficients of the group's first seed."""
-    return " ".join("–" if alpha is None else f"{alpha:.2f}" for alpha in group.runs[0].alpha)
-
-
 def _own(group: Group, limits: tuple[float, float]) -> list[Drawing]:
+    """The figures of one group."""
     matrix = plot_accuracy_matrix(group, limits=limits)
     drawings = [
         Drawing(
@@ -103,7 +126,9 @@ def _own(group: Group, limits: tuple[float, float]) -> list[Drawing]:
         caption = "Protected directions of each layer's inputs after each task; the colour is their share of the width."
         drawings.append(_drawing(group, "ranks", plot_ranks, alt, caption))
     if any(map(has_curves, group.runs)):
-        alt = f"Curves of the training loss by epoch, {group.label}. Last of each task: {_losses(group)}."
+        curves = next(filter(has_curves, group.runs)).curves
+        losses = " ".join(f"{curve[-1]['loss']:.3f}" if curve else "–" for curve in curves)
+        alt = f"Curves of the training loss by epoch, {group.label}. Last of each task: {losses}."
         caption = "Training loss of each epoch, a line a seed; validation loss where samples are held out."
         drawings.append(_drawing(group, "learning", plot_learning_curves, alt, caption))
     for run in group.runs:
@@ -117,17 +142,11 @@ def _own(group: Group, limits: tuple[float, float]) -> list[Drawing]:
     return drawings
 
 
-def _losses(group: Group) -> str:
-    """The last loss of each task, of the first seed that has recorded it."""
-    run = next(filter(has_curves, group.runs))
-    return " ".join(f"{curve[-1]['loss']:.3f}" if curve else "–" for curve in run.curves)
-
-
 def _drawing(group: Group, what: str, plot: Callable[[Group], Figure], alt: str, caption: str) -> Drawing:
     return Drawing(_file_name(group, what), plot(group), alt, caption)
 
 
 def _file_name(group: Group, what: str) -> str:
-    """A name that no method's name can lead out of the folder, and that no two figures share."""
+    """A name of files; no two figures share one, and no method's name can lead out of the folder."""
     name = re.sub(r"[^a-z0-9]+", "-", group.label.lower()).strip("-")[:40]
     return f"method{group.place}-{name}-{what}".replace("--", "-")

@@ -5,15 +5,16 @@ their standard deviation where there is room for it.
 """
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from adapters.analysis.drawing import (
+from adapters.analysis.bootstrap import Estimate
+from adapters.analysis.figures.drawing import (
     INK,
     MUTED,
     PAPER,
@@ -22,15 +23,14 @@ from adapters.analysis.drawing import (
     legend,
     new_figure,
     number_tasks,
-    printable,
     shown,
     styled,
 )
-from adapters.analysis.groups import Group, Results, groups_of, spread
+from adapters.analysis.groups import Group, Results, groups_of
+from adapters.analysis.tables import printable
+from adapters.runs.published import PublishedScores, PublishedTable
 
 __all__ = [
-    "Published",
-    "PublishedScores",
     "accuracy_limits",
     "plot_accuracy_matrix",
     "plot_accuracy_over_time",
@@ -39,34 +39,6 @@ __all__ = [
 ]
 
 _MARKS = ("D", "^", "v", "s", "P")
-
-
-class PublishedScores(Protocol):
-    """What a source says of a method, in percent; None for what it does not say."""
-
-    @property
-    def acc(self) -> float:
-        """The average accuracy."""
-
-    @property
-    def bwt(self) -> float | None:
-        """The backward transfer."""
-
-
-class Published(Protocol):
-    """One source's numbers on the benchmark at hand."""
-
-    @property
-    def source(self) -> str:
-        """Where they stand."""
-
-    @property
-    def protocol(self) -> str:
-        """How they were trained."""
-
-    @property
-    def methods(self) -> Mapping[str, PublishedScores]:
-        """The scores by method."""
 
 
 def accuracy_limits(results: Results) -> tuple[float, float]:
@@ -89,12 +61,12 @@ def plot_accuracy_matrix(results: Results, *, limits: tuple[float, float] | None
     tasks = len(groups[0].runs[0].accuracy)
     figure, panels = new_figure(len(groups) * (0.75 + 0.27 * tasks), len(groups))
     for group, axes in zip(groups, panels[:, 0], strict=True):
-        mean = _mean(group)
+        mean = np.mean([run.accuracy for run in group.runs], axis=0)
         heat_map(axes, mean, [[f"{value:.1f}" for value in row] for row in mean], limits, "accuracy, %")
         axes.yaxis.set_major_locator(axes.xaxis.get_major_locator())
         axes.set_xlabel("task")
         axes.set_ylabel("after task")
-        axes.set_title(f"{group.name}: accuracy, %")
+        axes.set_title(f"{shown(group.label)}: accuracy, %")
     return figure
 
 
@@ -125,7 +97,7 @@ def plot_accuracy_over_time(results: Results) -> Figure:
 
 
 @styled
-def plot_scores(results: Results, published: Sequence[Published] = ()) -> Figure:
+def plot_scores(results: Results, published: Sequence[PublishedTable] = ()) -> Figure:
     """Return bars of ACC, BWT and plasticity, mean ± standard deviation over seeds.
 
     Args:
@@ -134,13 +106,13 @@ def plot_scores(results: Results, published: Sequence[Published] = ()) -> Figure
     """
     groups = groups_of(results)
     scores = {"acc": "ACC, %", "bwt": "BWT, points", "plasticity": "plasticity, %"}
-    marked = [table for table in published if any(_found(table, group) for group in groups)]
+    marked = [table for table in published if any(_published_scores(table, group) for group in groups)]
     height = 3 * (0.5 + 0.27 * len(groups)) + 0.32 * len(marked)
     figure, panels = new_figure(height, 3, grid="x", sharey=True)
     for axes, (score, label) in zip(panels[:, 0], scores.items(), strict=True):
-        values = [[getattr(run.scores, score) for run in group.runs] for group in groups]
-        means = [float(np.mean(each)) for each in values]
-        sds = [float(np.std(each, ddof=1)) if len(each) > 1 else 0.0 for each in values]
+        estimates = [Estimate(tuple(getattr(run.scores, score) for run in group.runs)) for group in groups]
+        means = [estimate.mean for estimate in estimates]
+        sds = [estimate.deviation or 0.0 for estimate in estimates]
         axes.barh(range(len(groups)), means, 0.62, color=[group.colour for group in groups])
         for row, (mean, sd) in enumerate(zip(means, sds, strict=True)):
             if sd:
@@ -148,14 +120,14 @@ def plot_scores(results: Results, published: Sequence[Published] = ()) -> Figure
         beyond = [mean + sd for mean, sd in zip(means, sds, strict=True)]
         for number, table in enumerate(marked):
             for row, group in enumerate(groups):
-                for value in _found(table, group):
+                for value in _published_scores(table, group):
                     at = getattr(value, score, None)
                     if at is not None:
-                        _mark(axes, at, row, number)
+                        axes.plot([at], [row], **_look(number), zorder=3)
                         beyond[row] = max(beyond[row], at)
-        label_bars(axes, means, [spread(each) for each in values], beyond)
+        label_bars(axes, means, [estimate.text() for estimate in estimates], beyond)
         axes.axvline(0, color=MUTED, linewidth=0.8)
-        axes.set_yticks(range(len(groups)), [group.name for group in groups])
+        axes.set_yticks(range(len(groups)), [shown(group.label) for group in groups])
         axes.tick_params(axis="y", length=0)
         axes.set_title(label)
         axes.set_ylim(len(groups) - 0.4, -0.6)
@@ -173,11 +145,12 @@ def published_names(method: str) -> list[str]:
     return [base.replace("+", "-")] + ([f"{base}-gpm"] if base == "became" else [])
 
 
-def _found(table: Published, group: Group) -> list[PublishedScores]:
+def _published_scores(table: PublishedTable, group: Group) -> list[PublishedScores]:
     return [table.methods[name] for name in published_names(group.runs[0].method) if name in table.methods]
 
 
 def _look(number: int) -> dict[str, Any]:
+    """How the marks of the source of that number look."""
     return {
         "marker": _MARKS[number % len(_MARKS)],
         "linestyle": "none",
@@ -187,18 +160,10 @@ def _look(number: int) -> dict[str, Any]:
     }
 
 
-def _mark(axes: Axes, at: float, row: int, number: int) -> None:
-    axes.plot([at], [row], **_look(number), zorder=3)
-
-
 def _draw_line(axes: Axes, time: NDArray[np.int_], values: NDArray[np.float64], group: Group) -> None:
     """A group's mean over seeds [seeds, T], and one standard deviation to either side."""
     mean = values.mean(axis=0)
-    axes.plot(time, mean, **group.line, label=group.name)
+    axes.plot(time, mean, **group.line, label=shown(group.label))
     if len(values) > 1:
         sd = values.std(axis=0, ddof=1)
         axes.fill_between(time, mean - sd, np.minimum(mean + sd, 100), color=group.colour, alpha=0.18, linewidth=0)
-
-
-def _mean(group: Group) -> NDArray[np.float64]:
-    return np.asarray(np.mean([run.accuracy for run in group.runs], axis=0))

@@ -1,17 +1,14 @@
-"""Finished runs compared: what makes a row, what is refused, and every rendering of it."""
+"""Finished runs compared: what makes a row, what is refused, and the command that prints it."""
 
-import csv
-import io
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from adapters.analysis.bootstrap import estimate
+from adapters.analysis.comparison import comparison, gather
+from adapters.analysis.tables import FORMATS, Table
 from adapters.cli.__main__ import main
-from adapters.cli.compare import comparison, gather
-from adapters.cli.rendering import FORMATS, Column, Sheet
 from adapters.runs import RunDirectory, RunResult
 from became_core import BecameError
 
@@ -36,23 +33,23 @@ def save(out: Path, method: str, seed: int, last: float = 80.0, **changes: Any) 
     RunDirectory(out, method, seed).save(RunResult(method=method, seed=seed, **(values | changes)))
 
 
-def sheets(*outs: Path, baseline: str | None = None) -> list[Sheet]:
+def tables(*outs: Path, baseline: str | None = None) -> list[Table]:
     return comparison(gather(outs), baseline)
 
 
-def cells(sheet: Sheet) -> dict[str, dict[str, str]]:
-    """A sheet's texts by the first cell of a row and the heading."""
-    return {row[0]: dict(zip([c.heading for c in sheet.columns], row, strict=True)) for row in sheet.texts()}
+def cells(table: Table) -> dict[str, dict[str, str]]:
+    """A table's texts by the first cell of a row and the heading."""
+    return {row[0]: dict(zip([c.heading for c in table.columns], row, strict=True)) for row in table.texts()}
 
 
 def test_a_row_is_a_method_over_its_seeds_in_whatever_folders(tmp_path: Path) -> None:
     save(tmp_path / "a", "gpm", 0, 80.0)
     save(tmp_path / "b", "gpm", 1, 84.0)
     save(tmp_path / "b", "ewc", 0)
-    (sheet,) = sheets(tmp_path / "a", tmp_path / "b")
-    found = cells(sheet)
-    assert list(found) == ["gpm", "ewc"]
-    assert found["gpm"] == {
+    (table,) = tables(tmp_path / "a", tmp_path / "b")
+    rows = cells(table)
+    assert list(rows) == ["gpm", "ewc"]
+    assert rows["gpm"] == {
         "method": "gpm",
         "seeds": "2",
         "ACC": "88.50 ± 1.41",
@@ -64,23 +61,23 @@ def test_a_row_is_a_method_over_its_seeds_in_whatever_folders(tmp_path: Path) ->
         "seconds": "2 ± 0",
         "memory": "3.0 ± 0.0",
     }
-    assert found["ewc"]["ACC"] == "87.50"  # no deviation of one
+    assert rows["ewc"]["ACC"] == "87.50"  # no deviation of one
 
 
 def test_one_method_with_two_configurations_is_two_rows(tmp_path: Path) -> None:
     save(tmp_path / "short", "gpm", 0)
     save(tmp_path / "long", "gpm", 0, config=CONFIG | {"stage1": {"epochs": 9}})
     save(tmp_path / "long", "gpm", 1, backend="jax", config=CONFIG | {"stage1": {"epochs": 9}, "class_order": "label"})
-    (sheet,) = sheets(tmp_path / "short", tmp_path / "long")
-    assert list(cells(sheet)) == ["gpm (short, torch)", "gpm (long, torch)", "gpm (long, jax)"]
+    (table,) = tables(tmp_path / "short", tmp_path / "long")
+    assert list(cells(table)) == ["gpm (short, torch)", "gpm (long, torch)", "gpm (long, jax)"]
 
 
 def test_forward_transfer_is_shown_where_it_is_defined_and_memory_where_it_was_recorded(tmp_path: Path) -> None:
     save(tmp_path, "gpm", 0, accuracy=np.array([[90.0, 30.0], [80.0, 95.0]]))
     save(tmp_path, "ewc", 0, memory=[])
-    found = cells(sheets(tmp_path)[0])
-    assert (found["gpm"]["FWT"], found["ewc"]["FWT"]) == ("30.00", "–")
-    assert (found["gpm"]["memory"], found["ewc"]["memory"]) == ("3.0", "–")
+    rows = cells(tables(tmp_path)[0])
+    assert (rows["gpm"]["FWT"], rows["ewc"]["FWT"]) == ("30.00", "–")
+    assert (rows["gpm"]["memory"], rows["ewc"]["memory"]) == ("3.0", "–")
 
 
 def test_differences_are_by_seed_with_an_interval_where_there_are_several(tmp_path: Path) -> None:
@@ -88,24 +85,24 @@ def test_differences_are_by_seed_with_an_interval_where_there_are_several(tmp_pa
         save(tmp_path, "gpm", seed, start)
         save(tmp_path, "became", seed, start + 2 + 2 * (seed == 1))
     save(tmp_path, "ewc", 2, 60.0)
-    _, sheet = sheets(tmp_path, baseline="gpm")
-    found = cells(sheet)
-    assert set(found) == {"became", "ewc"}
-    assert found["became"]["seeds"] == "3"
-    assert found["became"]["Δ ACC"] == "1.33 [1.00, 2.00]"
-    assert (found["ewc"]["seeds"], found["ewc"]["Δ ACC"]) == ("1", "-5.00")
-    assert "10,000 bootstrap means" in sheet.notes[0]
+    _, table = tables(tmp_path, baseline="gpm")
+    rows = cells(table)
+    assert set(rows) == {"became", "ewc"}
+    assert rows["became"]["seeds"] == "3"
+    assert rows["became"]["Δ ACC"] == "1.33 [1.00, 2.00]"
+    assert (rows["ewc"]["seeds"], rows["ewc"]["Δ ACC"]) == ("1", "-5.00")
+    assert "10,000 bootstrap means" in table.notes[0]
 
 
 def test_published_numbers_stand_beside_those_of_the_same_tasks_alone(tmp_path: Path) -> None:
     cifar: dict[str, Any] = {"benchmark": "split-cifar100", "config": CONFIG | {"tasks": 20, "first": 20}}
     save(tmp_path / "all", "nscl", 0, **cifar)
-    _, sheet = sheets(tmp_path / "all")
-    row = cells(sheet)["nscl"]
+    _, table = tables(tmp_path / "all")
+    row = cells(table)["nscl"]
     assert (row["ACC"], row["BWT"], row["forgetting"], row["source"]) == ("75.95", "-3.66", "–", "1")
-    assert any("Adam-NSCL (Wang, CVPR 2021)" in note and "80 epochs" in note for note in sheet.notes)
+    assert any("Adam-NSCL (Wang, CVPR 2021)" in note and "80 epochs" in note for note in table.notes)
     save(tmp_path / "some", "nscl", 0, **cifar | {"config": CONFIG | {"tasks": 20, "first": 5}})
-    assert [each.title for each in sheets(tmp_path / "some")] == ["split-cifar100, 20 tasks, the first 5"]
+    assert [table.title for table in tables(tmp_path / "some")] == ["split-cifar100, 20 tasks, the first 5"]
 
 
 @pytest.mark.parametrize(
@@ -139,51 +136,3 @@ def test_the_command_prints_every_format_and_says_what_is_wrong(
     ):
         assert main(["compare", *arguments]) == 2
         assert capsys.readouterr().err.endswith(f"{message}\n")
-
-
-SHEET = Sheet(
-    "A & B",
-    [Column("method_name"), Column("Δ ACC", 2)],
-    [["a|b", estimate([-1.0, -3.0])], ["50%", None]],
-    notes=["A note."],
-)
-
-
-def test_markdown() -> None:
-    assert FORMATS["markdown"]([SHEET]).splitlines() == [
-        "**A & B**",
-        "",
-        "| method_name | Δ ACC |",
-        "| --- | ---: |",
-        "| a\\|b | -2.00 ± 1.41 |",
-        "| 50% | – |",
-        "",
-        "A note.",
-    ]
-
-
-def test_latex_escapes_what_it_must() -> None:
-    text = FORMATS["latex"]([SHEET])
-    for line in (
-        r"\caption{A \& B. A note.}",
-        r"method\_name & $\Delta$ ACC \\",
-        r"a|b & $-$2.00 $\pm$ 1.41 \\",
-        r"50\% & -- \\",
-    ):
-        assert line in text.splitlines()
-
-
-def test_csv_has_every_number_in_full() -> None:
-    heading, first, second = csv.reader(io.StringIO(FORMATS["csv"]([SHEET])))
-    assert heading == ["method_name", "Δ ACC", "Δ ACC sd", "Δ ACC low", "Δ ACC high", "Δ ACC runs"]
-    assert first[:2] == ["a|b", "-2.0"]
-    assert [float(value) for value in first[2:]] == pytest.approx([2**0.5, -3.0, -1.0, 2])
-    assert second == ["50%", "", "", "", "", ""]
-
-
-def test_text_takes_brackets_as_they_are() -> None:
-    sheet = Sheet("[red]", [Column("method"), Column("ACC", 1)], [["[bold]", estimate([1.0, 2.0])]], intervals=True)
-    text = FORMATS["text"]([sheet])
-    assert "[red]" in text
-    assert "[bold]" in text
-    assert "1.5 [1.0, 2.0]" in text
