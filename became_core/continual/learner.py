@@ -12,7 +12,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from became_core.arrays import Array, Params
+from became_core.arrays import Array, Params, pytree, static
 from became_core.continual.augmentation import Views
 from became_core.continual.optimisers import Optimiser
 from became_core.continual.stream import Indices
@@ -37,6 +37,7 @@ class Batch(NamedTuple):
     views: Views | None = None
 
 
+@pytree
 @dataclass(frozen=True)
 class Penalty:
     """A quadratic pull towards the old tasks' posterior: strength x 1/2 (theta - mean).P.(theta - mean).
@@ -72,6 +73,7 @@ class Penalty:
         }
 
 
+@pytree
 @dataclass(frozen=True)
 class Constraint:
     """What a stage of training must respect.
@@ -85,11 +87,11 @@ class Constraint:
         relative: what the learning rate is multiplied by for some of the parameters; 1 for all others.
     """
 
-    trainable: frozenset[str]
+    trainable: frozenset[str] = static()
     projector: Projector | None = None
     penalty: Penalty | None = None
     region: Region | None = None
-    trains_scales: bool = False
+    trains_scales: bool = static(default=False)
     relative: Mapping[str, float] = field(default_factory=dict)
 
     def projector_of_gradients(self, optimiser: Optimiser) -> Projector | None:
