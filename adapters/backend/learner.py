@@ -8,7 +8,7 @@ Convention: images are uint8 and normalised on the device, batch by batch; param
 """
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby, islice, takewhile
 from typing import Any, ClassVar, TypeVar
 
@@ -28,8 +28,8 @@ from adapters.networks import (
 )
 from became_core import BecameError
 from became_core.arrays import Array, Params, namespace, on_host
-from became_core.continual import Batch, Constraint, Optimiser, TapMode, TaskStream, Trained
-from became_core.continual.stream import Indices
+from became_core.continual import Batch, Constraint, Learner, Optimiser, TapMode, TaskStream, Trained
+from became_core.continual.data import Indices
 from became_core.curvature import Pushforward, Taps
 
 __all__ = ["FunctionalLearner", "NetworkLearner", "chunks"]
@@ -43,21 +43,15 @@ def chunks(indices: Indices, size: int) -> Iterator[Indices]:
         yield indices[start : start + size]
 
 
-class NetworkLearner:
+class NetworkLearner(Learner):
     """A network on a device with a head for each task; ``became_core.continual.Learner`` says what methods promise.
 
     Attributes:
         device: where all arithmetic happens, as the framework has it.
-        heads: for each task, the names of the parameters that are its own.
-        projectable: the names of the shared weights that a projector can protect.
-        statistics: the names of running statistics of normalisation layers.
     """
 
     framework: ClassVar[str]  # as messages call it
     default_device: ClassVar[str] = "cpu"
-
-    projectable: frozenset[str]
-    statistics: frozenset[str]
 
     def __init__(
         self,
@@ -136,10 +130,6 @@ class NetworkLearner:
     def _batch_statistics(self, rows: Indices) -> Iterator[Params]:
         """Yield the statistics of one batch, once for every time that a layer runs."""
 
-    @abstractmethod
-    def targets(self, indices: Indices) -> Array:
-        """Return the labels within the task, [samples]."""
-
     def _on_device(self, items: Iterator[T]) -> Iterator[T]:
         """Return an iterator that takes its steps on the device, for frameworks that have a current one."""
         return items
@@ -152,15 +142,15 @@ class NetworkLearner:
         return namespace(logits=parts[0]).concat(parts, axis=0)
 
     def taps(
-        self, task: int, indices: Indices, batch_size: int, mode: TapMode, stream: np.random.Generator
+        self, task: int, indices: Indices, batch_size: int, mode: TapMode, rng: np.random.Generator
     ) -> Iterator[Taps]:
         """Yield each batch's taps."""
 
         def batches() -> Iterator[Taps]:
-            masks_of = self._masks(stream) if mode == "published" else None
+            masks_of = self._masks(rng) if mode == "published" else None
             for number, rows in enumerate(chunks(indices, batch_size)):
                 masks = None if masks_of is None else masks_of(number, len(rows))
-                yield from self._taps(task, rows, mode, stream, masks)
+                yield from self._taps(task, rows, mode, rng, masks)
 
         return self._on_device(batches())
 
@@ -266,7 +256,7 @@ class FunctionalLearner(NetworkLearner):
         parameters = dict(backbone.parameters)
         for task in range(len(stream.tasks)):
             parameters |= Linear(head_name(task), head.outputs).parameters((features,))
-        self.statistics = frozenset(filter(is_statistic, backbone.parameters))
+        self.running_statistics = frozenset(filter(is_statistic, backbone.parameters))
         self.projectable = self.network.matrices
         self._theta: Params = dict.fromkeys(parameters)
         self.assign(initial_values(seed, parameters))
@@ -275,7 +265,7 @@ class FunctionalLearner(NetworkLearner):
         """Return all parameters by canonical name."""
         return dict(self._theta)
 
-    def assign(self, parameters: Mapping[str, Array]) -> None:
+    def assign(self, parameters: Params) -> None:
         """Take copies of these values."""
         self._theta = {name: self._placed(parameters[name], self._dtype) for name in self._theta}
 
@@ -285,10 +275,10 @@ class FunctionalLearner(NetworkLearner):
         rates: NDArray[np.float64],
         constraint: Constraint,
         optimiser: Optimiser,
-        stream: np.random.Generator,
+        rng: np.random.Generator,
     ) -> Trained:
         """Take one step on each batch."""
-        masks_of, region = self._masks(stream), constraint.region
+        masks_of, region = self._masks(rng), constraint.region
         frozen = {name: value for name, value in self._theta.items() if name not in constraint.trainable}
         trained = {name: value for name, value in self._theta.items() if name in constraint.trainable}
         trained |= {} if region is None else region.scales

@@ -19,7 +19,7 @@ from adapters.networks import Backbone, Linear, Tapped, is_statistic
 from adapters.tensorflow.layers import Pass, Patches, with_positions
 from became_core.arrays import Array, Params
 from became_core.continual import Constraint, TapMode, Views
-from became_core.continual.stream import Indices
+from became_core.continual.data import Indices
 from became_core.curvature import Tap, Taps, logit_cotangents
 
 __all__ = ["TensorFlowLearner", "TensorFlowNetwork"]
@@ -86,7 +86,9 @@ class TensorFlowNetwork(Network):
     ) -> State:
         """Return the state after a step along these gradients; compiled as a whole."""
         dtype = next((it.dtype for it in state[0].values()), tf.float32)
-        updated: State = vars(self)["_updated"](state, beneath, gradients, factors, tf.constant(rate, dtype), constraint)
+        updated: State = vars(self)["_updated"](
+            state, beneath, gradients, factors, tf.constant(rate, dtype), constraint
+        )
         return updated
 
     def taps(

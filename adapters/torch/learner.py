@@ -4,7 +4,7 @@ Convention: images are uint8 [N, C, H, W] and are normalised on the device, batc
 the running statistics of batch norms among them; other buffers stay in the module.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -21,9 +21,9 @@ from adapters.torch.networks import Described, MultiHead, draw_masks_from
 from adapters.torch.tapping import collect_inputs, collect_taps, layers_with_samples_first
 from became_core.arrays import Params
 from became_core.continual import Batch, Constraint, Optimiser, TapMode, TaskStream, Trained, Views
-from became_core.continual.stream import Indices
+from became_core.continual.data import Indices
 from became_core.curvature import Taps, logit_cotangents
-from became_core.projection import Region, TrustRegion
+from became_core.projection import Region
 
 __all__ = ["TorchLearner"]
 
@@ -74,7 +74,7 @@ class TorchLearner(NetworkLearner):
             for module, name in self._norms.items()
             for kind in ("running_mean", "running_var")
         }
-        self.statistics = frozenset(self._running)
+        self.running_statistics = frozenset(self._running)
         self._layers_of_task: dict[int, frozenset[nn.Module]] = {}
         self.projectable = frozenset(
             f"{name}.weight"
@@ -87,7 +87,7 @@ class TorchLearner(NetworkLearner):
         return {name: value.detach().clone() for name, value in (self._named | self._running).items()}
 
     @torch.no_grad()
-    def assign(self, parameters: Mapping[str, Tensor]) -> None:
+    def assign(self, parameters: Params) -> None:
         """Copy these values into the parameters."""
         for name, value in (self._named | self._running).items():
             value.copy_(parameters[name])
@@ -98,14 +98,14 @@ class TorchLearner(NetworkLearner):
         rates: NDArray[np.float64],
         constraint: Constraint,
         optimiser: Optimiser,
-        stream: np.random.Generator,
+        rng: np.random.Generator,
     ) -> Trained:
         """Take one step on each batch."""
         trained = {name: parameter for name, parameter in self._named.items() if name in constraint.trainable}
         for name, parameter in self._named.items():
             parameter.requires_grad_(name in trained)
         self.network.train()
-        self._masks(stream)
+        self._masks(rng)
         total = torch.zeros((), device=self.device, dtype=torch.promote_types(self._dtype, torch.float32))
         theta: Params = {name: parameter.detach() for name, parameter in trained.items()}
         region = constraint.region
@@ -114,9 +114,8 @@ class TorchLearner(NetworkLearner):
             scales = {key: scale.clone().requires_grad_(trains) for key, scale in region.scales.items()}
             region, theta = region.with_scales(scales), theta | scales
             trained |= scales if trains else {}
-        trusted = region if isinstance(region, TrustRegion) else None
-        with constrained_inputs(self._layers, constraint, optimiser, trusted) as done:
-            shown = region if trusted is None else trusted.without(done.beneath)
+        with constrained_inputs(self._layers, constraint, optimiser, region) as done:
+            shown = None if region is None else region.without(done.beneath)
             if shown is not None:  # the network's own weights become the effective ones
                 theta |= {name: self._named[name].detach().clone() for name in shown.weights}
                 self._show(shown, theta)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from adapters.backend import projected_by_rows
 from became_core.continual import Constraint, Optimiser
-from became_core.projection import Projector, TrustRegion
+from became_core.projection import Projector, Region
 
 __all__ = ["ByInputs", "constrained_inputs"]
 
@@ -57,9 +57,9 @@ class _ProjectedLinear(torch.autograd.Function):
 
 @contextmanager
 def constrained_inputs(
-    layers: dict[nn.Module, str], constraint: Constraint, optimiser: Optimiser, region: TrustRegion | None = None
+    layers: dict[nn.Module, str], constraint: Constraint, optimiser: Optimiser, region: Region | None = None
 ) -> Iterator[ByInputs]:
-    """Let linear layers project their gradients, and work in a trust region, for the time of this context.
+    """Let linear layers project their gradients, and work in a region, for the time of this context.
 
     Args:
         layers: the modules by canonical name.
@@ -68,7 +68,7 @@ def constrained_inputs(
         region: the constraint's, with the scales that gradients reach and that steps change in place.
     """
     linear = {f"{name}.weight": module for module, name in layers.items() if type(module) is nn.Linear}
-    beneath = frozenset[str]() if region is None else region.weights & linear.keys()
+    beneath = frozenset[str]() if region is None else region.rowwise & linear.keys()
     projected = projected_by_rows(constraint, optimiser, linear.keys(), beneath)
     changed = [(name, linear[name]) for name in projected | beneath]
     for name, module in changed:
@@ -82,10 +82,10 @@ def constrained_inputs(
 
 
 def _forward(
-    module: nn.Linear, name: str, projector: Projector | None, region: TrustRegion | None, inputs: Tensor
+    module: nn.Linear, name: str, projector: Projector | None, region: Region | None, inputs: Tensor
 ) -> Tensor:
     if region is not None:
-        inputs = region.seen(name, inputs)
+        inputs = region.inputs_beneath(name, inputs)
     if projector is None:
         return nn.functional.linear(inputs, module.weight, module.bias)
     result: Tensor = _ProjectedLinear.apply(  # type: ignore[no-untyped-call]

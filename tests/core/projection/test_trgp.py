@@ -210,7 +210,7 @@ def test_the_weights_beneath_see_other_inputs(xp: Any, tasks: list[Array], seed:
     bases = {f"fc.weight@{task}": memory.task_basis("fc.weight", task) for task in range(len(tasks))}
     region = TrustRegion(bases, {key: to_xp(xp, draw.normal(size=(b.shape[1],) * 2)) for key, b in bases.items()})
     effective = to_numpy(region.effective({"fc.weight": to_xp(xp, weight)})["fc.weight"])
-    seen = to_numpy(region.seen("fc.weight", to_xp(xp, rows)))
+    seen = to_numpy(region.inputs_beneath("fc.weight", to_xp(xp, rows)))
     np.testing.assert_allclose(seen @ weight.T, rows @ effective.T, rtol=1e-9, atol=1e-9)
-    np.testing.assert_array_equal(to_numpy(region.seen("other", to_xp(xp, rows))), rows)
+    np.testing.assert_array_equal(to_numpy(region.inputs_beneath("other", to_xp(xp, rows))), rows)
     assert region.weights == {"fc.weight"}

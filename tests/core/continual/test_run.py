@@ -1,9 +1,9 @@
 """Whole runs with the reference learner: what the record holds, and that each mechanism does what it claims."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -11,20 +11,19 @@ from numpy.typing import NDArray
 
 from became_core import BecameError
 from became_core.continual import (
-    METHODS,
     Annealed,
     EpochEnd,
     Method,
-    MethodSettings,
     Patience,
     RunRecord,
     TaskEnd,
     Training,
     build_method,
     learn,
+    method_names,
     metrics,
 )
-from became_core.continual.evaluation import accuracies, mean_loss
+from became_core.continual.measurement import accuracies, mean_loss
 from became_core.projection import GPM
 from reference.learner import ReferenceLearner
 from tests.listening import Listening
@@ -32,7 +31,7 @@ from tests.streams import prototype_stream
 
 STREAM = prototype_stream(validation=0.1)
 TRAINING = Training(Annealed(0.2, 6), Annealed(0.2, 3), batch_size=16)
-SETTINGS = MethodSettings(threshold=0.97, ewc_strength=2.0)
+SETTINGS = {"threshold": 0.97, "ewc_strength": 2.0}
 Observe = Callable[[EpochEnd | TaskEnd], None]
 
 
@@ -41,7 +40,7 @@ def run(
     *,
     seed: int = 0,
     training: Training = TRAINING,
-    settings: MethodSettings = SETTINGS,
+    settings: Mapping[str, Any] = SETTINGS,
     learner: ReferenceLearner | None = None,
     observe: Observe = lambda event: None,
 ) -> RunRecord:
@@ -55,7 +54,7 @@ def facts(record: RunRecord) -> dict[str, str]:
     return {name: repr(value) for name, value in vars(record).items() if name != "seconds"}
 
 
-@pytest.mark.parametrize("name", sorted(METHODS))
+@pytest.mark.parametrize("name", sorted(method_names()))
 def test_the_shapes_of_a_record(name: str) -> None:
     ended: list[TaskEnd] = []
     record = run(name, observe=lambda event: ended.append(event) if isinstance(event, TaskEnd) else None)
@@ -84,7 +83,7 @@ def test_the_shapes_of_a_record(name: str) -> None:
     assert all(seconds >= 0 for seconds in record.seconds.values())
 
 
-@pytest.mark.parametrize("name", sorted(METHODS))
+@pytest.mark.parametrize("name", sorted(method_names()))
 def test_a_seed_is_a_run(name: str) -> None:
     def trained(seed: int) -> tuple[dict[str, str], list[float]]:
         learner = ReferenceLearner(STREAM, dropout=0.2)  # equal weights: only the run's own draws may differ
@@ -100,7 +99,7 @@ def test_a_seed_is_a_run(name: str) -> None:
 def forgetting_of(name: str, strength: float = 2.0) -> float:
     """Forgetting, in points, over three seeds of a stream that is hard on a narrow network."""
     training = Training(Annealed(0.2, 20), Annealed(0.2, 10), batch_size=16)
-    method = build_method(name, MethodSettings(threshold=0.97, ewc_strength=strength))
+    method = build_method(name, {"threshold": 0.97, "ewc_strength": strength})
     values = []
     for seed in range(3):
         stream = prototype_stream(tasks=4, seed=seed)
@@ -123,7 +122,7 @@ def test_a_stronger_ewc_forgets_less(name: str) -> None:
 
 
 def test_without_strength_ewc_is_finetuning() -> None:
-    assert facts(run("ewc", settings=MethodSettings(ewc_strength=0.0))) == facts(run("finetune"))
+    assert facts(run("ewc", settings={"ewc_strength": 0.0})) == facts(run("finetune"))
 
 
 Snapshot = dict[str, NDArray[np.float64]]
@@ -178,7 +177,7 @@ def test_a_run_says_when_a_space_is_full_and_its_weight_stands_still() -> None:
             ended.append(event)
             weights[event.task] = learner.parameters()["fc2.weight"]
 
-    record = run("gpm", learner=learner, settings=MethodSettings(threshold=1.0), observe=observe)
+    record = run("gpm", learner=learner, settings={"threshold": 1.0}, observe=observe)
     filled = next(task for task, ranks in enumerate(record.ranks) if ranks["fc2.weight"][0] == 12)
     assert filled < 2
     assert [("fc2.weight" in end.full) for end in ended] == [task == filled for task in range(3)]  # it is said once
