@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
-from typing import Literal, Protocol, cast
+from typing import Literal, Protocol, TypeVar, cast
 
 from adapters.networks import DropoutMasks, Norm, build_network
 from became_core import BecameError
@@ -33,7 +33,11 @@ BackendName = Literal["torch", "jax", "tensorflow"]
 BACKENDS: tuple[BackendName, ...] = ("torch", "jax", "tensorflow")
 
 
-class Builder(Protocol):
+L = TypeVar("L", bound=Learner)
+L_co = TypeVar("L_co", bound=Learner, covariant=True)
+
+
+class Builder(Protocol[L_co]):
     """A function that builds a fresh learner."""
 
     def __call__(
@@ -46,7 +50,7 @@ class Builder(Protocol):
         norm: Norm = "batch",
         mixed_precision: bool = False,
         dropout_masks: DropoutMasks = "numpy",
-    ) -> Learner:
+    ) -> L_co:
         """Return a fresh learner with a backbone known by name.
 
         Args:
@@ -76,12 +80,12 @@ class Backend:
     """
 
     name: str
-    learner: Builder
+    learner: Builder[Learner]
     repeat_exactly: Callable[[], None]
     prepare: Callable[[], None] = lambda: None
 
 
-def learner_builder(learner: Callable[..., Learner]) -> Builder:
+def learner_builder(learner: Callable[..., L]) -> Builder[L]:
     """Return what builds learners of a class with backbones known by name.
 
     Args:
@@ -97,7 +101,7 @@ def learner_builder(learner: Callable[..., Learner]) -> Builder:
         norm: Norm = "batch",
         mixed_precision: bool = False,
         dropout_masks: DropoutMasks = "numpy",
-    ) -> Learner:
+    ) -> L:
         channels, height, width = stream.dataset.images.shape[1:]
         backbone = build_network(network, (channels, height, width), norm)
         return learner(

@@ -44,10 +44,10 @@ class TensorFlowNetwork(Network):
 
     def __post_init__(self) -> None:
         """Compile what is worth compiling."""
-        compiled: Any = tf.function(super().updated)
+        compiled: Any = tf.function(super().updated, autograph=False)
         object.__setattr__(self, "_updated", compiled)
         for name in ("_all_gradients", "_one_backward_pass", "_inputs", "_tangent", "all_logits", "batch_statistics"):
-            object.__setattr__(self, name, tf.function(getattr(self, name), reduce_retracing=True))
+            object.__setattr__(self, name, tf.function(getattr(self, name), reduce_retracing=True, autograph=False))
 
     def gradients(
         self, trained: Params, factored: Params, frozen: Params, data: Data, batch: Step
