@@ -11,8 +11,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from became_core.arrays import Params
-from became_core.continual import Batch, Constraint, Optimiser, TapMode, TaskStream, Trained, Views, random_stream
-from became_core.continual.stream import Indices
+from became_core.continual import (
+    Batch,
+    Constraint,
+    Learner,
+    Optimiser,
+    TapMode,
+    TaskStream,
+    Trained,
+    Views,
+    random_generator,
+)
+from became_core.continual.data import Indices
 from became_core.curvature import Pushforward, Tap, Taps
 from became_core.projection import Region
 
@@ -30,7 +40,7 @@ class _Pass:
     logits: Array
 
 
-class ReferenceLearner:
+class ReferenceLearner(Learner):
     """A multi-layer perceptron, fc1 - ReLU - fc2 - ReLU - a head per task; the heads have no bias."""
 
     def __init__(
@@ -58,7 +68,10 @@ class ReferenceLearner:
         self._bias = bias
         self._dropout = dropout
         self._heads = [f"heads.{task}" for task in range(len(stream.tasks))]
-        draw = random_stream(seed, "weights")
+        self.heads = [frozenset({f"{head}.weight"}) for head in self._heads]
+        self.projectable = frozenset({"fc1.weight", "fc2.weight"})
+        self.running_statistics = frozenset()
+        draw = random_generator(seed, "weights")
         self._parameters: dict[str, Array] = {}
         shapes = {"fc1": (hidden[0], self._inputs.shape[1]), "fc2": (hidden[1], hidden[0])}
         shapes |= dict.fromkeys(self._heads, (stream.classes_per_task, hidden[1]))
@@ -66,21 +79,6 @@ class ReferenceLearner:
             self._parameters[f"{layer}.weight"] = draw.normal(scale=np.sqrt(2 / shape[1]), size=shape)
             if bias and layer not in self._heads:
                 self._parameters[f"{layer}.bias"] = np.zeros(shape[0])
-
-    @property
-    def heads(self) -> Sequence[frozenset[str]]:
-        """For each task, the name of its head's weight."""
-        return [frozenset({f"{head}.weight"}) for head in self._heads]
-
-    @property
-    def projectable(self) -> frozenset[str]:
-        """The weights of the two hidden layers."""
-        return frozenset({"fc1.weight", "fc2.weight"})
-
-    @property
-    def statistics(self) -> frozenset[str]:
-        """There are none."""
-        return frozenset()
 
     def batch_statistics(self, indices: Indices, batch_size: int) -> Iterator[tuple[int, Params]]:
         """Yield nothing."""
@@ -100,7 +98,7 @@ class ReferenceLearner:
         rates: NDArray[np.float64],
         constraint: Constraint,
         optimiser: Optimiser,
-        stream: np.random.Generator,
+        rng: np.random.Generator,
     ) -> Trained:
         """Take one step on each batch."""
         total, samples, region = 0.0, 0, constraint.region
@@ -110,7 +108,7 @@ class ReferenceLearner:
             self._work_with(theta, region)
             for batch, rate in zip(batches, rates, strict=True):
                 labels = self._targets[batch.indices]
-                forward = self._forward(batch.task, batch.indices, stream, batch.views)
+                forward = self._forward(batch.task, batch.indices, rng, batch.views)
                 gradients = self._gradients(batch.task, forward, labels)
                 trained = {name: value for name, value in gradients.items() if name in constraint.trainable}
                 directions, optimiser = constraint.directions(trained, theta, float(rate), optimiser)
@@ -135,15 +133,15 @@ class ReferenceLearner:
         return self._targets[indices]
 
     def taps(
-        self, task: int, indices: Indices, batch_size: int, mode: TapMode, stream: np.random.Generator
+        self, task: int, indices: Indices, batch_size: int, mode: TapMode, rng: np.random.Generator
     ) -> Iterator[Taps]:
         """Yield each batch's taps: one position a sample."""
         for rows in _chunks(indices, batch_size):
-            forward = self._forward(task, rows, stream if mode == "published" else None)
+            forward = self._forward(task, rows, rng if mode == "published" else None)
             if mode == "inputs":
                 passes = [[a[:, :0] for a in forward.inputs]]
             else:
-                seeds = _at_logits(forward.logits, self._targets[rows], mode, stream)
+                seeds = _at_logits(forward.logits, self._targets[rows], mode, rng)
                 passes = [self._backward(task, forward, at_logits) for at_logits in seeds]
             for gradients in passes:
                 yield {
@@ -179,16 +177,16 @@ class ReferenceLearner:
         return np.asarray((images / 255 - mean) / std).reshape(len(images), -1)
 
     def _forward(
-        self, task: int, rows: Indices, stream: np.random.Generator | None = None, views: Views | None = None
+        self, task: int, rows: Indices, rng: np.random.Generator | None = None, views: Views | None = None
     ) -> _Pass:
-        """Run the network; with dropout if there is a stream to draw it from, on images as views show them if any."""
+        """Run the network; with dropout if there is a generator, on images as views show them if there are any."""
         seen = self._inputs[rows] if views is None else self._normalised(cropped(self._dataset.images[rows], views))
         inputs, gates = [seen], []
         for layer in self._layers(task)[:2]:
             z = inputs[-1] @ self._parameters[f"{layer}.weight"].T + self._parameters.get(f"{layer}.bias", 0.0)
             gate = (z > 0).astype(np.float64)
-            if stream is not None and self._dropout > 0:
-                gate = gate * (stream.random(z.shape) >= self._dropout) / (1 - self._dropout)
+            if rng is not None and self._dropout > 0:
+                gate = gate * (rng.random(z.shape) >= self._dropout) / (1 - self._dropout)
             gates.append(gate)
             inputs.append(z * gate)
         return _Pass(inputs, gates, inputs[-1] @ self._parameters[f"{self._heads[task]}.weight"].T)
@@ -229,7 +227,7 @@ def _loss_gradient(logits: Array, labels: Indices) -> Array:
     return np.exp(_log_softmax(logits)) - np.eye(logits.shape[1])[labels]
 
 
-def _at_logits(logits: Array, labels: Indices, mode: TapMode, stream: np.random.Generator) -> Iterator[Array]:
+def _at_logits(logits: Array, labels: Indices, mode: TapMode, rng: np.random.Generator) -> Iterator[Array]:
     """Yield the gradients by the logits that a mode's taps begin with."""
     p = np.exp(_log_softmax(logits))
     if mode == "true":
@@ -238,7 +236,7 @@ def _at_logits(logits: Array, labels: Indices, mode: TapMode, stream: np.random.
     elif mode == "logit":
         yield np.eye(logits.shape[1])[labels]
     elif mode == "sampled":
-        drawn = (np.log(p) + stream.gumbel(size=logits.shape)).argmax(axis=1)  # a draw from p
+        drawn = (np.log(p) + rng.gumbel(size=logits.shape)).argmax(axis=1)  # a draw from p
         yield _loss_gradient(logits, drawn)
     else:
         yield _loss_gradient(logits, logits.argmax(axis=1) if mode == "published" else labels)

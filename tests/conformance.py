@@ -27,7 +27,6 @@ from adapters.networks import (
 from became_core import BecameError
 from became_core.arrays import Params, device, namespace
 from became_core.continual import (
-    METHODS,
     SGD,
     Adam,
     Annealed,
@@ -35,19 +34,19 @@ from became_core.continual import (
     Constraint,
     EpochEnd,
     Learner,
-    MethodSettings,
     Optimiser,
     Penalty,
+    Task,
     TaskEnd,
     TaskStream,
     Training,
     Views,
     build_method,
     learn,
+    method_names,
 )
 from became_core.continual.learner import heads_of
 from became_core.continual.measurement import Measurement
-from became_core.continual.unit_graph import find_unit_graph
 from became_core.curvature import (
     batch_gradient,
     derivatives_along,
@@ -58,7 +57,8 @@ from became_core.curvature import (
     per_sample_square_sum,
 )
 from became_core.laplace import Diagonal, LaplacePosterior
-from became_core.projection import GPM, TRGP
+from became_core.projection import GPM, TRGP, UnitGraph
+from became_core.projection.unit_graph import find_unit_graph
 from reference.formulas import cross_entropy, softmax
 from reference.learner import cropped
 from tests.backends import to_numpy
@@ -634,10 +634,16 @@ def check_training_sees_images_as_views_show_them(make: Make) -> None:
     np.testing.assert_array_equal(to_numpy(found.logits(rows, 12)), to_numpy(plain.logits(rows, 12)))
 
 
+def unit_graph_of(learner: Learner, task: Task) -> UnitGraph:
+    """Which layers' units each of a learner's layers sees."""
+    training = Training(Annealed(0.1, 1), Annealed(0.1, 1))
+    return find_unit_graph(Measurement(learner, task, training, "empirical", 0, "start"))
+
+
 def can_be_gated(learner: Learner) -> bool:
     """Whether HAT takes the network."""
     try:
-        find_unit_graph(learner, STREAM.tasks[0])
+        unit_graph_of(learner, STREAM.tasks[0])
     except BecameError:
         return False
     return True
@@ -649,7 +655,7 @@ def check_masks_keep_what_an_old_task_says_to_the_bit(make: Make) -> None:
     for name in (*masks, "finetune"):
         learner = make(STREAM, 0)
         said, observe = listened(learner, STREAM)
-        learn(learner, STREAM, build_method(name, MethodSettings()), training, callbacks=[Listening(observe)])
+        learn(learner, STREAM, build_method(name), training, callbacks=[Listening(observe)])
         kept[name] = any(np.array_equal(said[0][0][-1], now) for now in said[1][0])
     assert kept == dict.fromkeys(masks, True) | {"finetune": False}
 
@@ -657,12 +663,12 @@ def check_masks_keep_what_an_old_task_says_to_the_bit(make: Make) -> None:
 def check_every_method_runs_and_repeats(make: Make) -> None:
     """The whole loop; some of them twice with one seed: equal records; alpha is a fraction where two were merged."""
     training = Training(Annealed(0.05, 2), Annealed(0.05, 1), batch_size=12, path_alphas=(0.0, 1.0))
-    for name in METHODS:
+    for name in method_names():
         if name == "hat" and not can_be_gated(make(STREAM, 0)):
             continue
         records = []
         for _ in range(2 if name in ("became", "ewc", "trgp") else 1):
-            method = build_method(name, MethodSettings(ewc_strength=1.0))
+            method = build_method(name, {"ewc_strength": 1.0})
             records.append(learn(make(STREAM, 0), STREAM, method, training, seed=5))
         first, second = records[0], records[-1]
         np.testing.assert_array_equal(first.accuracy, second.accuracy)

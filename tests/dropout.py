@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from adapters.networks import Architecture, BatchNorm, Convolution, Dropout, Flatten, Linear, ReLU
 from became_core import BecameError
-from became_core.continual import SGD, Batch, Constraint, Learner, TaskStream, random_stream
+from became_core.continual import SGD, Batch, Constraint, Learner, TaskStream, random_generator
 from tests.backends import to_numpy
 from tests.streams import prototype_stream
 
@@ -38,11 +38,11 @@ def check_training(make: MakeMasked) -> None:
     batches = [Batch(0, task.train[start : start + 12]) for start in range(0, 36, 12)]
 
     def trained(masks: str, seed: int) -> NDArray[Any]:
-        learner, stream = make(network, STREAM, masks), random_stream(seed, "dropout")
+        learner, stream = make(network, STREAM, masks), random_generator(seed, "dropout")
         theta = learner.parameters()
         learner.train(batches, np.full(3, 0.05), Constraint(frozenset(theta)), SGD().initial(theta), stream)
         if masks == "framework":
-            after = random_stream(seed, "dropout")
+            after = random_generator(seed, "dropout")
             after.integers(2**63)
             assert stream.bit_generator.state == after.bit_generator.state
         return to_numpy(learner.parameters()["fc1.weight"])
@@ -59,10 +59,12 @@ def check_what_is_kept(make: MakeMasked) -> None:
     """By what a head sees of images that went through dropout alone."""
     learner = make(Architecture((Flatten(), Dropout(P)), (2, 8, 8)), STREAM, "framework")
     rows, head = STREAM.tasks[0].train[:60], next(iter(learner.heads[0])).removesuffix(".weight")
-    (whole,) = (to_numpy(taps[head].inputs) for taps in learner.taps(0, rows, 60, "empirical", random_stream(0, "x")))
+    (whole,) = (
+        to_numpy(taps[head].inputs) for taps in learner.taps(0, rows, 60, "empirical", random_generator(0, "x"))
+    )
 
     def seen(seed: int) -> NDArray[Any]:
-        batches = learner.taps(0, rows, 30, "published", random_stream(seed, "x"))
+        batches = learner.taps(0, rows, 30, "published", random_generator(seed, "x"))
         return np.concatenate([to_numpy(taps[head].inputs).reshape(30, 1, -1) for taps in batches])
 
     found = seen(1)

@@ -3,7 +3,7 @@
 Each check takes ``make(architecture, stream)``, which returns a fresh learner in double precision.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -29,7 +29,6 @@ from became_core.continual import (
     Batch,
     Constraint,
     Learner,
-    MethodSettings,
     Patience,
     RunState,
     TaskStream,
@@ -37,9 +36,9 @@ from became_core.continual import (
     build_method,
     learn,
 )
-from became_core.continual.evaluation import mean_loss
-from became_core.continual.measurement import Measurement
-from became_core.continual.statistics import place, weights_of
+from became_core.continual.data import Task
+from became_core.continual.learner import refresh_statistics, weights_of
+from became_core.continual.measurement import Measurement, mean_loss
 from tests.backends import to_numpy
 from tests.listening import Listening
 from tests.streams import prototype_stream
@@ -81,8 +80,14 @@ def stepped(learner: Learner, steps: int = 3) -> None:
 def trained(make: MakeNormalised, kind: str) -> Learner:
     learner = make(normalised(kind), STREAM)
     stepped(learner)
-    place(learner, weights_of(learner), STREAM.tasks[:1], 10, 0)
+    move_to(learner, weights_of(learner), STREAM.tasks[:1], 10, 0)
     return learner
+
+
+def move_to(learner: Learner, weights: Params, tasks: Sequence[Task], batch_size: int, seed: int) -> None:
+    """Give a learner these weights, and the running statistics that belong to them."""
+    learner.assign(learner.parameters() | weights)
+    refresh_statistics(learner, tasks, batch_size, seed)
 
 
 def check_whether_an_images_batch_matters(make: MakeNormalised) -> None:
@@ -97,18 +102,18 @@ def check_statistics_are_no_weights(make: MakeNormalised) -> None:
     """Training does not change them, taps do not speak of them, and curvature and directions are without them."""
     for kind, count in (("batch", 0), ("group", 0), ("running", 6)):
         learner = trained(make, kind)
-        assert len(learner.statistics) == count
-        assert learner.statistics <= set(learner.parameters())
-        assert not learner.statistics & (learner.projectable | learner.heads[0] | learner.heads[1])
+        assert len(learner.running_statistics) == count
+        assert learner.running_statistics <= set(learner.parameters())
+        assert not learner.running_statistics & (learner.projectable | learner.heads[0] | learner.heads[1])
         before = numbers(learner.parameters())
         stepped(learner)
         list(learner.taps(0, STREAM.tasks[0].train[:12], 12, "published", np.random.default_rng(0)))
         after = numbers(learner.parameters())
         changed = {name for name, value in after.items() if not np.array_equal(value, before[name])}
-        assert changed == set(before) - learner.statistics - learner.heads[1]
+        assert changed == set(before) - learner.running_statistics - learner.heads[1]
         training = Training(Annealed(0.05, 1), Annealed(0.05, 1), batch_size=12)
         measured = Measurement(learner, STREAM.tasks[0], training, "empirical", 0, "posterior")
-        assert set(measured.mean) == set(measured.diagonal().covered()) == set(before) - learner.statistics
+        assert set(measured.mean) == set(measured.diagonal().covered()) == set(before) - learner.running_statistics
         assert float(measured.along([measured.mean]).curvature[0, 0]) > 0
 
 
@@ -117,7 +122,7 @@ def check_batches_say_their_own_statistics(make: MakeNormalised) -> None:
     learner, rows = trained(make, "running"), STREAM.tasks[0].train[:20]
     batches = [(size, numbers(part)) for size, part in learner.batch_statistics(rows, 8)]
     assert [size for size, _ in batches] == [8, 8, 4]
-    assert all(set(part) == learner.statistics for _, part in batches)
+    assert all(set(part) == learner.running_statistics for _, part in batches)
     theta = numbers(learner.parameters())
     (taps,) = learner.taps(0, rows[:8], 8, "inputs", np.random.default_rng(0))
     patches = np.array(to_numpy(taps["conv1"].inputs))
@@ -136,7 +141,7 @@ def check_every_model_of_a_run_has_its_own_statistics(make: MakeNormalised) -> N
     """theta_gp, the best of a stage, the merged: those of its weights; and a run goes on from between two epochs."""
     patient = Patience(0.05, epochs=3)
     training = Training(patient, replace(patient, restores_best=False), batch_size=12)
-    method, states = build_method("became-half", MethodSettings()), list[RunState]()
+    method, states = build_method("became-half"), list[RunState]()
     learner = make(normalised("running"), STREAM)
     record = learn(learner, STREAM, method, training, callbacks=[Listening(keep=states.append)])
     middle = next(state for state in states if state.theta_gp is not None)
@@ -145,14 +150,14 @@ def check_every_model_of_a_run_has_its_own_statistics(make: MakeNormalised) -> N
     models = {"merged": learner.parameters(), "theta_gp": middle.theta_gp}
     for theta in models.values():
         other = make(normalised("running"), STREAM)
-        weights = {name: value for name, value in theta.items() if name not in other.statistics}
-        place(other, weights, STREAM.tasks[1:], 12, 0)
+        weights = {name: value for name, value in theta.items() if name not in other.running_statistics}
+        move_to(other, weights, STREAM.tasks[1:], 12, 0)
         found = numbers(other.parameters())
-        for name in other.statistics:
+        for name in other.running_statistics:
             np.testing.assert_allclose(to_numpy(theta[name]), found[name], rtol=RTOL, atol=1e-12)
     assert any(
         not np.allclose(to_numpy(models["merged"][name]), to_numpy(models["theta_gp"][name]))
-        for name in learner.statistics
+        for name in learner.running_statistics
     )
     again = make(normalised("running"), STREAM)
     resumed = learn(again, STREAM, method, training, state=middle)
@@ -166,17 +171,15 @@ def check_a_path_is_measured_between_models_with_their_own_statistics(make: Make
     training = Training(Annealed(0.05, 3), Annealed(0.1, 3), batch_size=12, path_alphas=(0.0, 1.0))
     states = list[RunState]()
     learner = make(normalised("running"), STREAM)
-    record = learn(
-        learner, STREAM, build_method("became", MethodSettings()), training, callbacks=[Listening(keep=states.append)]
-    )
+    record = learn(learner, STREAM, build_method("became"), training, callbacks=[Listening(keep=states.append)])
     assert record.alpha[1] is not None
     assert 0 <= record.alpha[1] <= 1
     last = [state for state in states if state.theta_gp is not None][-1]
     assert last.theta_gp is not None
     (path,) = record.paths
-    weights = {name: value for name, value in last.theta.items() if name not in learner.statistics}
+    weights = {name: value for name, value in last.theta.items() if name not in learner.running_statistics}
     for point, theta in zip(path.points, (last.theta_gp, weights), strict=True):
-        place(learner, {n: theta[n] for n in weights}, STREAM.tasks[1:], 12, 0)
+        move_to(learner, {n: theta[n] for n in weights}, STREAM.tasks[1:], 12, 0)
         expected = sum(mean_loss(learner, task.index, task.train, 12) for task in STREAM.tasks)
         np.testing.assert_allclose(point.loss, expected, rtol=1e-9)
 

@@ -17,7 +17,7 @@ from adapters.networks import (
     ReLU,
     Residual,
 )
-from became_core.continual import Annealed, Learner, MethodSettings, TaskStream, Training, build_method, learn
+from became_core.continual import Annealed, Learner, TaskStream, Training, build_method, learn
 from became_core.continual.measurement import Measurement
 from tests.backends import to_numpy
 from tests.streams import prototype_stream
@@ -45,7 +45,7 @@ def check_it_learns_as_its_description(make: MakeLearner, backbone: Backbone) ->
     assert dict(backbone.parameters) == dict(DESCRIPTION.parameters)
     assert backbone.masks == DESCRIPTION.masks
     ours, theirs = (make(each, STREAM, 3) for each in (backbone, DESCRIPTION))
-    method = build_method("became", MethodSettings(threshold=0.9))
+    method = build_method("became", {"threshold": 0.9})
     records = [learn(learner, STREAM, method, TRAINING, seed=5) for learner in (ours, theirs)]
     np.testing.assert_array_equal(records[0].accuracy, records[1].accuracy)
     found = ours.parameters()

@@ -13,12 +13,11 @@ from became_core.continual import (
     Batch,
     Constraint,
     Learner,
-    MethodSettings,
     TaskStream,
     Training,
     build_method,
     learn,
-    random_stream,
+    random_generator,
 )
 from became_core.continual.measurement import Measurement
 from became_core.projection import GPM
@@ -42,7 +41,7 @@ STREAM = prototype_stream(tasks=2, channels=2, side=8)
 def check_a_run_learns(make: MakeMixed, network: Any) -> None:
     """By rounded products, to weights in single precision."""
     learner, training = make(network, STREAM, True), Training(Annealed(0.1, 20), Annealed(0.1, 1), batch_size=10)
-    record = learn(learner, STREAM, build_method("finetune", MethodSettings()), training)
+    record = learn(learner, STREAM, build_method("finetune"), training)
     assert record.accuracy.diagonal().mean() > 80  # chance is 33
     assert {to_numpy(value).dtype.name for value in learner.parameters().values()} == {"float32"}
 
@@ -70,7 +69,7 @@ def check_mixed_precision(make: MakeMixed, network: Any = NETWORK) -> None:
     for learner in (plain, mixed):
         constraint = Constraint(learner.projectable | learner.heads[1], projector=memory)
         loss = learner.train(
-            batches, rates, constraint, SGD().initial(learner.parameters()), random_stream(0, "x")
+            batches, rates, constraint, SGD().initial(learner.parameters()), random_generator(0, "x")
         ).loss
         assert isinstance(loss, float)
         after = {name: to_numpy(value) for name, value in learner.parameters().items()}

@@ -1,7 +1,7 @@
 """Finished tasks for projectors to remember, and the projectors that the interface's tests go through."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,17 @@ from became_core.arrays import Params
 from became_core.projection import GPCNS, GPM, NSCL, OGD, SGP, TRGP, Projector
 from tests.backends import to_xp
 
-__all__ = ["EPSILONS", "PROJECTORS", "WIDTH", "Finished", "finished", "largest_angle", "representations", "updates_for"]
+__all__ = [
+    "EPSILONS",
+    "PROJECTORS",
+    "WIDTH",
+    "Finished",
+    "Started",
+    "finished",
+    "largest_angle",
+    "representations",
+    "updates_for",
+]
 
 Array = NDArray[Any]
 WIDTH = 8
@@ -48,6 +58,33 @@ class Finished:
             if size:
                 yield {name: leaf[:size, ...] for name, leaf in batch.items()}
             count -= size
+
+
+@dataclass(frozen=True)
+class Started:
+    """A task that begins, with a generator of random numbers and gradients given as they are."""
+
+    index: int
+    weights: Params
+    generator: np.random.Generator = field(default_factory=np.random.default_rng)
+    given_gradients: Params = field(default_factory=dict)
+
+    @property
+    def projectable(self) -> frozenset[str]:
+        return frozenset(self.weights)
+
+    @property
+    def heads(self) -> list[frozenset[str]]:
+        return [frozenset(name for name in self.weights if name.startswith("heads."))]
+
+    def rng(self, purpose: str) -> np.random.Generator:
+        return self.generator
+
+    def gradients(self) -> Params:
+        return self.given_gradients
+
+    def inputs(self, theta: Params) -> Params:
+        raise NotImplementedError
 
 
 def finished(xp: Any, representation: Array, name: str = "fc.weight", *, batch: int = 4) -> Finished:

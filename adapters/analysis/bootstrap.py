@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from became_core import BecameError
-from became_core.continual import random_stream
+from became_core.continual import random_generator
 
 __all__ = ["Estimate", "estimate", "paired_difference"]
 
@@ -49,7 +49,7 @@ def estimate(values: Sequence[float]) -> Estimate:
     count = len(numbers)
     if count == 1:
         return Estimate(float(numbers[0]), 1)
-    rows = random_stream(0, "bootstrap", count).integers(count, size=(RESAMPLES, count))
+    rows = random_generator(0, "bootstrap", count).integers(count, size=(RESAMPLES, count))
     low, high = np.quantile(numbers[rows].mean(axis=1), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return Estimate(float(numbers.mean()), count, float(numbers.std(ddof=1)), (float(low), float(high)))
 

@@ -6,7 +6,7 @@ Convention: mean and standard deviation are per channel, over all pixels of the 
 import numpy as np
 from numpy.typing import NDArray
 
-from became_core.continual.stream import Dataset
+from became_core.continual.data import Dataset
 from became_core.errors import BecameError
 
 __all__ = ["Part", "assemble", "check_classes"]

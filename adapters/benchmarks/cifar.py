@@ -8,7 +8,7 @@ from pathlib import Path
 from adapters.benchmarks.assembly import assemble
 from adapters.benchmarks.huggingface import rows_of_hub
 from adapters.benchmarks.parquet import Columns, decode, read_images, split_files
-from became_core.continual.stream import Dataset
+from became_core.continual.data import Dataset
 from became_core.errors import BecameError
 
 __all__ = ["load_cifar100"]

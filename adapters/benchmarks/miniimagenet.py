@@ -19,7 +19,7 @@ from adapters.benchmarks.archives import read_archive
 from adapters.benchmarks.assembly import Part, assemble, check_classes
 from adapters.benchmarks.images import image_files, read_files, subfolders
 from adapters.benchmarks.parquet import Columns, read_images, split_files
-from became_core.continual.stream import Dataset
+from became_core.continual.data import Dataset
 from became_core.errors import BecameError
 
 __all__ = ["load_miniimagenet"]

@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adapters.benchmarks.assembly import assemble
-from became_core.continual.seeding import random_stream
-from became_core.continual.stream import Dataset
+from became_core.continual.data import Dataset
+from became_core.continual.rng import random_generator
 from became_core.errors import BecameError
 
 __all__ = ["load_mnist"]
@@ -33,7 +33,7 @@ def load_mnist(data_dir: Path | None = None) -> Dataset:  # noqa: ARG001 # a loa
     images, labels = table[:, :-1].reshape(-1, 1, 28, 28), table[:, -1].astype(np.int64)
     train = np.zeros(len(labels), dtype=bool)
     for digit in np.unique(labels):
-        rows = random_stream(0, "mnist split", int(digit)).permutation(np.flatnonzero(labels == digit))
+        rows = random_generator(0, "mnist split", int(digit)).permutation(np.flatnonzero(labels == digit))
         train[rows[: round(_TRAIN_FRACTION * len(rows))]] = True
     return assemble("mnist", (images[train], labels[train]), (images[~train], labels[~train]))
 

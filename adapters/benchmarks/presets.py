@@ -16,13 +16,13 @@ Convention: schedules hold for stage 1 and, anew, for stage 2.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from adapters.networks import Norm
 from became_core.continual import (
     Adam,
     Annealed,
     Augmentation,
-    MethodSettings,
     Patience,
     RelativeRates,
     Stepped,
@@ -47,7 +47,7 @@ class Preset:
     Attributes:
         network: the name of the backbone.
         training: schedules and sizes.
-        settings: methods' numbers.
+        settings: what methods and projectors are built with, by option name; the others have their defaults.
         special: the numbers of methods under these projectors instead.
         validation: the fraction of each task's training rows held out.
         norm: the backbone's kind of normalisation.
@@ -55,21 +55,22 @@ class Preset:
 
     network: str
     training: Training
-    settings: MethodSettings
-    special: Mapping[str, MethodSettings] = field(default_factory=dict)
+    settings: Mapping[str, Any]
+    special: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     validation: float = 0.05
     norm: Norm = "batch"
 
-    def settings_of(self, method: str) -> MethodSettings:
+    def settings_of(self, method: str) -> Mapping[str, Any]:
         """Return the numbers of a method, by its name as on the command line."""
         base, _, projector = method.partition("+")
         return self.special.get(projector or base, self.settings)
 
 
 # Saha 2021's thresholds for ResNet-18, and Saha & Roy 2023's.
-_RESNET = MethodSettings(threshold=0.985, increment=0.0003)
-_RESNET_SCALED = replace(_RESNET, threshold=0.98, increment=0.001, scale=3.0)
-_MLP = MethodSettings(threshold=0.95, increment=0.003)
+_RESNET = {"threshold": 0.985, "increment": 0.0003}
+_RESNET_SCALED = _RESNET | {"threshold": 0.98, "increment": 0.001, "scale": 3.0}
+_ALEXNET = {"threshold": 0.97, "increment": 0.003, "scale": 5.0}
+_MLP = {"threshold": 0.95, "increment": 0.003}
 
 
 def _annealed(lr: float, epochs: int, stage2_epochs: int) -> Training:
@@ -92,7 +93,7 @@ def _nscl(batch_size: int, ratio: float, first_lr: float = 1e-4) -> Preset:
             augmentation=Augmentation(padding=4, flips=True),
             relative=RelativeRates(heads=1e-3 / 5e-5, norms=5e-4 / 5e-5, first=first_lr / 5e-5),
         ),
-        replace(_RESNET, nscl_ratio=ratio, norm_penalty=200.0),
+        _RESNET | {"nscl_ratio": ratio, "norm_penalty": 200.0},
         validation=0.0,
     )
 
@@ -104,7 +105,7 @@ SPLIT_MNIST = {
 
 # Saha 2021 trains one head for all tasks, with 0.99 for the hidden layer and the head; the rate stays where it is.
 PERMUTED_MNIST = {
-    "quick": Preset("mlp", replace(_annealed(0.1, 8, 4), batch_size=10), replace(_MLP, increment=0.0)),
+    "quick": Preset("mlp", replace(_annealed(0.1, 8, 4), batch_size=10), _MLP | {"increment": 0.0}),
     "paper": Preset(
         "mlp",
         Training(
@@ -113,14 +114,14 @@ PERMUTED_MNIST = {
             batch_size=10,
             projector_samples=300,
         ),
-        replace(_MLP, increment=0.0),
+        _MLP | {"increment": 0.0},
         validation=0.1,
     ),
 }
 
 CIFAR100 = {
-    "quick": Preset("alexnet", replace(_annealed(0.05, 12, 6), curvature_samples=1024), MethodSettings()),
-    "paper": Preset("alexnet", _patient(Patience(lr=0.05, factor=2, patience=6, minimum=5e-5)), MethodSettings()),
+    "quick": Preset("alexnet", replace(_annealed(0.05, 12, 6), curvature_samples=1024), _ALEXNET),
+    "paper": Preset("alexnet", _patient(Patience(lr=0.05, factor=2, patience=6, minimum=5e-5)), _ALEXNET),
     "nscl": _nscl(batch_size=32, ratio=10),
 }
 CIFAR100_IN_20 = CIFAR100 | {"nscl": _nscl(batch_size=16, ratio=30)}

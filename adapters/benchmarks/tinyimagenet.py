@@ -13,7 +13,7 @@ from adapters.benchmarks.assembly import Part, assemble, check_classes
 from adapters.benchmarks.huggingface import rows_of_hub
 from adapters.benchmarks.images import image_files, read_files
 from adapters.benchmarks.parquet import Columns, decode, read_images, split_files
-from became_core.continual.stream import Dataset
+from became_core.continual.data import Dataset
 from became_core.errors import BecameError
 
 __all__ = ["load_tinyimagenet"]

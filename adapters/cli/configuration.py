@@ -5,7 +5,8 @@ seed are the same run.
 """
 
 import math
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,7 +17,6 @@ from adapters.cli.options import Options
 from adapters.networks import DropoutMasks
 from became_core import BecameError
 from became_core.continual import (
-    PROJECTORS,
     SGD,
     Adam,
     Augmentation,
@@ -24,14 +24,15 @@ from became_core.continual import (
     Dataset,
     Learner,
     Method,
-    MethodSettings,
     Optimiser,
     RelativeRates,
     Schedule,
     TaskStream,
     Training,
     build_method,
+    method_settings,
 )
+from became_core.projection import PROJECTORS
 
 __all__ = ["Configuration", "method_names", "resolve"]
 
@@ -91,8 +92,8 @@ class Configuration:
             "optimiser": _named(training.optimiser),
             "stage1": _named(training.stage1),
             "stage2": _named(training.stage2),
-            **asdict(self.preset.settings),
-            "special": {projector: asdict(settings) for projector, settings in self.preset.special.items()},
+            **self.preset.settings,
+            "special": {projector: dict(settings) for projector, settings in self.preset.special.items()},
         }
 
 
@@ -133,7 +134,7 @@ def method_names(options: Options) -> tuple[str, ...]:
     """Return the methods to run, each with the projector that is asked for where it names none."""
     if options.projector is None:
         return options.methods
-    own = (*PROJECTORS, "joint", "packnet", "hat")
+    own = (*PROJECTORS.names, "joint")
     return tuple(name if "+" in name or name in own else f"{name}+{options.projector}" for name in options.methods)
 
 
@@ -187,9 +188,9 @@ def _optimiser(optimiser: Optimiser, options: Options) -> Optimiser:
     return replace(optimiser, weight_decay=_given(options.weight_decay, optimiser.weight_decay))
 
 
-def _settings(settings: MethodSettings, options: Options) -> MethodSettings:
-    names = [field.name for field in fields(settings)]
-    return replace(settings, **{name: _given(getattr(options, name), getattr(settings, name)) for name in names})
+def _settings(settings: Mapping[str, Any], options: Options) -> dict[str, Any]:
+    defaults = {name: setting.default for name, setting in method_settings().items()} | dict(settings)
+    return {name: _given(getattr(options, name), value) for name, value in defaults.items()}
 
 
 def _given(value: T | None, otherwise: T) -> T:

@@ -16,8 +16,8 @@ from rich.console import Console
 from rich.table import Table
 
 from adapters.cli.configuration import Configuration
-from became_core.continual import Constraint, Learner, Method, TaskStream, Training, random_stream
-from became_core.continual.statistics import weights_of
+from became_core.continual import Constraint, Learner, Method, TaskStream, Training, random_generator
+from became_core.continual.learner import weights_of
 from became_core.continual.training import epoch_batches
 
 __all__ = ["Plan", "plan", "steps"]
@@ -98,7 +98,7 @@ def steps(method: Method, stream: TaskStream, training: Training) -> int:
     total = 0
     for task in stream.tasks:
         trained_on = stream.tasks[: task.index + 1] if method.joint else [task]
-        an_epoch = len(epoch_batches(trained_on, training.batch_size, random_stream(0, "steps")))
+        an_epoch = len(epoch_batches(trained_on, training.batch_size, random_generator(0, "steps")))
         epochs = training.stage1.epochs
         if method.rule is not None and method.stages == 2 and task.index == 0:
             epochs = training.stage1.extended(training.stage2.epochs).epochs
@@ -110,7 +110,7 @@ def steps(method: Method, stream: TaskStream, training: Training) -> int:
 
 def _seconds_of_a_step(learner: Learner, stream: TaskStream, training: Training) -> float:
     first, others = stream.tasks[0], frozenset[str]().union(*learner.heads[1:])
-    batches = epoch_batches([first], training.batch_size, random_stream(0, "steps"), training.augmentation)
+    batches = epoch_batches([first], training.batch_size, random_generator(0, "steps"), training.augmentation)
     whole = [batch for batch in batches if len(batch.indices) == training.batch_size] or batches
     constraint = Constraint(trainable=frozenset(weights_of(learner)) - others)
     theta = learner.parameters()
@@ -120,7 +120,7 @@ def _seconds_of_a_step(learner: Learner, stream: TaskStream, training: Training)
         rates = np.full(count, training.stage1.lr)
         began = time.perf_counter()
         _, optimiser, _ = learner.train(
-            list(islice(cycle(whole), count)), rates, constraint, optimiser, random_stream(0, "dropout")
+            list(islice(cycle(whole), count)), rates, constraint, optimiser, random_generator(0, "dropout")
         )
     return (time.perf_counter() - began) / _TIMED
 

@@ -8,8 +8,8 @@ from typing import Literal
 
 from adapters.benchmarks import presets as of_presets
 from adapters.benchmarks.catalogue import BENCHMARKS, Benchmark
-from became_core.continual import METHODS, PROJECTORS, MethodSettings
-from became_core.continual import methods as of_methods
+from became_core.continual import METHODS, method_names
+from became_core.projection import PROJECTORS
 
 __all__ = ["KINDS", "Kind", "listed"]
 
@@ -22,18 +22,13 @@ def benchmarks() -> dict[str, str]:
 
 
 def methods() -> dict[str, str]:
-    """Return what each method does, from the table of their module, or, of a projector by itself, what that is."""
-    told, alone = {}, projectors()
-    for names, stage1, stage2, source in _rows(of_methods):
-        what = stage1 if stage2 == "-" else f"{stage1}; {stage2}"
-        told.update(dict.fromkeys(names.split(", "), f"{what} ({source})"))
-    return {name: alone.get(name) or told.get(name, "") for name in METHODS}
+    """Return what each method does, by the first line of its recipe's docstring, or of the projector's."""
+    return {name: (METHODS if name in METHODS else PROJECTORS).summary(name) for name in sorted(method_names())}
 
 
 def projectors() -> dict[str, str]:
-    """Return what each projector is, from its module's first line."""
-    made = {name: make(MethodSettings()) for name, make in PROJECTORS.items() if name != "none"}
-    return {name: _first_line(inspect.getmodule(type(projector))) for name, projector in made.items()}
+    """Return what each projector is, by the first line of its docstring."""
+    return {name: PROJECTORS.summary(name) for name in PROJECTORS.names}
 
 
 def presets() -> dict[str, str]:

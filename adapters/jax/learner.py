@@ -28,14 +28,14 @@ from adapters.networks import (
 )
 from became_core import BecameError
 from became_core.arrays import Array, Params, namespace
-from became_core.continual import Batch, Constraint, Optimiser, TapMode, TaskStream, Trained
-from became_core.continual.stream import Indices
+from became_core.continual import Batch, Constraint, Learner, Optimiser, TapMode, TaskStream, Trained
+from became_core.continual.data import Indices
 from became_core.curvature import Pushforward, Tap, Taps, logit_cotangents
 
 __all__ = ["JaxLearner"]
 
 
-class JaxLearner:
+class JaxLearner(Learner):
     """A JAX network that learns continually; ``became_core.continual.Learner`` says what each method promises."""
 
     def __init__(
@@ -94,7 +94,7 @@ class JaxLearner:
         self._theta: Params = {}
         self.assign(initial_values(seed, parameters))
         self.heads = [frozenset(each) for each in of_heads]
-        self.statistics = frozenset(filter(is_statistic, backbone.parameters))
+        self.running_statistics = frozenset(filter(is_statistic, backbone.parameters))
         self.projectable = frozenset(f"{layer.name}.weight" for layer in backbone.tapped if layer.kind == "matrix")
         self._linear = frozenset(name for name in self.projectable if len(parameters[name].shape) == 2)
 

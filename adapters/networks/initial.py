@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adapters.networks.layers import Parameter
-from became_core.continual import random_stream
+from became_core.continual import random_generator
 
 __all__ = ["initial_value", "initial_values"]
 
@@ -34,4 +34,4 @@ def initial_value(seed: int, name: str, shape: tuple[int, ...], fan_in: int | No
     if fan_in is None:
         return np.ones(shape) if name.endswith(("weight", "running_var")) else np.zeros(shape)
     bound = 1 / math.sqrt(fan_in)
-    return random_stream(seed, f"initial {name}").uniform(-bound, bound, shape)
+    return random_generator(seed, f"initial {name}").uniform(-bound, bound, shape)

@@ -23,8 +23,8 @@ from adapters.tensorflow.stepping import Factors, advanced, loss_and_gradients
 from adapters.tensorflow.tapping import collect_taps, input_taps
 from became_core import BecameError
 from became_core.arrays import Array, Params
-from became_core.continual import Batch, Constraint, Optimiser, TapMode, TaskStream, Trained, Views
-from became_core.continual.stream import Indices
+from became_core.continual import Batch, Constraint, Learner, Optimiser, TapMode, TaskStream, Trained, Views
+from became_core.continual.data import Indices
 from became_core.curvature import Pushforward, Taps, logit_cotangents
 
 __all__ = ["TensorFlowLearner"]
@@ -32,7 +32,7 @@ __all__ = ["TensorFlowLearner"]
 T = TypeVar("T")
 
 
-class TensorFlowLearner:
+class TensorFlowLearner(Learner):
     """A TensorFlow network that learns continually; ``became_core.continual.Learner`` says what each method promises.
 
     Attributes:
@@ -77,7 +77,7 @@ class TensorFlowLearner:
         self._head = Linear("head", stream.classes_per_task)
         self._heads = [replace(self._head, name=f"heads.{task}") for task in range(len(stream.tasks))]
         self.heads = [frozenset({f"{head.name}.weight"}) for head in self._heads]
-        self.statistics = frozenset(filter(is_statistic, backbone.parameters))
+        self.running_statistics = frozenset(filter(is_statistic, backbone.parameters))
         self.projectable = frozenset(f"{layer.name}.weight" for layer in backbone.tapped if layer.kind == "matrix")
         with tf.device(self.device):
             images = np.ascontiguousarray(np.moveaxis(dataset.images, 1, -1))

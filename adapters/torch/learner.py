@@ -21,15 +21,15 @@ from adapters.torch.statistics import batch_statistics, running_norms
 from adapters.torch.tapping import collect_inputs, collect_taps, layers_with_samples_first
 from became_core import BecameError
 from became_core.arrays import Params
-from became_core.continual import Batch, Constraint, Optimiser, TapMode, TaskStream, Trained, Views
-from became_core.continual.stream import Indices
+from became_core.continual import Batch, Constraint, Learner, Optimiser, TapMode, TaskStream, Trained, Views
+from became_core.continual.data import Indices
 from became_core.curvature import Pushforward, Taps, logit_cotangents
-from became_core.projection import Region, TrustRegion
+from became_core.projection import Region
 
 __all__ = ["TorchLearner"]
 
 
-class TorchLearner:
+class TorchLearner(Learner):
     """A PyTorch network that learns continually; ``became_core.continual.Learner`` says what each method promises."""
 
     def __init__(
@@ -85,7 +85,7 @@ class TorchLearner:
             for module, name in self._norms.items()
             for each in ("running_mean", "running_var")
         }
-        self.statistics = frozenset(self._running)
+        self.running_statistics = frozenset(self._running)
         self._layers_of_task: dict[int, frozenset[nn.Module]] = {}
         self.heads = [
             frozenset(name for name in self._named if name.startswith(f"heads.{task}."))
@@ -129,9 +129,8 @@ class TorchLearner:
             scales = {key: scale.clone().requires_grad_(trains) for key, scale in region.scales.items()}
             region, theta = region.with_scales(scales), theta | scales
             trained |= scales if trains else {}
-        trusted = region if isinstance(region, TrustRegion) else None
-        with constrained_inputs(self._layers, constraint.projector_of_gradients(optimiser), trusted) as done:
-            shown = region if trusted is None else trusted.without(done.beneath)
+        with constrained_inputs(self._layers, constraint.projector_of_gradients(optimiser), region) as done:
+            shown = None if region is None else region.without(done.beneath)
             if shown is not None:  # the network's own weights become the effective ones
                 theta |= {name: self._named[name].detach().clone() for name in shown.weights}
                 self._show(shown, theta)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from became_core.projection import Projector, TrustRegion
+from became_core.projection import Projector, Region
 
 __all__ = ["ByInputs", "constrained_inputs"]
 
@@ -50,9 +50,9 @@ class _ProjectedLinear(torch.autograd.Function):
 
 @contextmanager
 def constrained_inputs(
-    layers: dict[nn.Module, str], projector: Projector | None, region: TrustRegion | None = None
+    layers: dict[nn.Module, str], projector: Projector | None, region: Region | None = None
 ) -> Iterator[ByInputs]:
-    """Let linear layers project their gradients, and work in a trust region, for the time of this context.
+    """Let linear layers project their gradients, and work in a region, for the time of this context.
 
     Args:
         layers: the modules by canonical name.
@@ -61,7 +61,7 @@ def constrained_inputs(
     """
     linear = {f"{name}.weight": module for module, name in layers.items() if type(module) is nn.Linear}
     projected = frozenset[str]() if projector is None else projector.rowwise & linear.keys()
-    beneath = frozenset[str]() if region is None else region.weights & linear.keys()
+    beneath = frozenset[str]() if region is None else region.rowwise & linear.keys()
     changed = [(name, linear[name]) for name in projected | beneath]
     for name, module in changed:
         chosen = projector if name in projected else None, region if name in beneath else None
@@ -74,10 +74,10 @@ def constrained_inputs(
 
 
 def _forward(
-    module: nn.Linear, name: str, projector: Projector | None, region: TrustRegion | None, inputs: Tensor
+    module: nn.Linear, name: str, projector: Projector | None, region: Region | None, inputs: Tensor
 ) -> Tensor:
     if region is not None:
-        inputs = region.seen(name, inputs)
+        inputs = region.inputs_beneath(name, inputs)
     if projector is None:
         return nn.functional.linear(inputs, module.weight, module.bias)
     result: Tensor = _ProjectedLinear.apply(  # type: ignore[no-untyped-call]

@@ -1,22 +1,37 @@
 """Continual learning: task streams, the learner protocol, methods, and the loop that runs them."""
 
-from became_core.continual.augmentation import Augmentation, Views
 from became_core.continual.callbacks import Callback
-from became_core.continual.estimates import Along, alpha_estimates
-from became_core.continual.learner import Batch, Constraint, Learner, Penalty, TapMode, Trained
-from became_core.continual.loop import learn
-from became_core.continual.methods import METHODS, PROJECTORS, Method, MethodSettings, build_method
-from became_core.continual.optimisers import SGD, Adam, Optimiser
+from became_core.continual.data import (
+    Augmentation,
+    ClassOrder,
+    Dataset,
+    Task,
+    TaskStream,
+    Views,
+    permute_pixels,
+    split_classes,
+)
+from became_core.continual.learner import Batch, Learner, TapMode
+from became_core.continual.methods import (
+    METHODS,
+    Method,
+    MethodRecipe,
+    build_method,
+    method_names,
+    method_settings,
+    projector_names,
+)
+from became_core.continual.path_report import Along, alpha_estimates
 from became_core.continual.record import EpochEnd, MergePath, PathPoint, RunRecord, TaskEnd
-from became_core.continual.schedule import Annealed, Patience, RelativeRates, Schedule, Stepped
-from became_core.continual.seeding import random_stream
+from became_core.continual.rng import random_generator
+from became_core.continual.run import learn
+from became_core.continual.schedule import Annealed, Patience, RelativeRates, Schedule, Stepped, Training
 from became_core.continual.state import Memory, RunState
-from became_core.continual.stream import ClassOrder, Dataset, Task, TaskStream, permute_pixels, split_classes
-from became_core.continual.training import Best, Stage, Training
+from became_core.continual.step import SGD, Adam, Constraint, Optimiser, Penalty, Trained
+from became_core.continual.training import Best, Stage
 
 __all__ = [
     "METHODS",
-    "PROJECTORS",
     "SGD",
     "Adam",
     "Along",
@@ -33,7 +48,7 @@ __all__ = [
     "Memory",
     "MergePath",
     "Method",
-    "MethodSettings",
+    "MethodRecipe",
     "Optimiser",
     "PathPoint",
     "Patience",
@@ -54,7 +69,10 @@ __all__ = [
     "alpha_estimates",
     "build_method",
     "learn",
+    "method_names",
+    "method_settings",
     "permute_pixels",
-    "random_stream",
+    "projector_names",
+    "random_generator",
     "split_classes",
 ]

@@ -1,26 +1,49 @@
-"""The learner protocol: the whole contract of an adapter.
+"""The learner: the whole contract of an adapter, and what is done with any learner.
 
 A learner holds a network, places a data set on its device once, and knows nothing of methods, schedules or tasks beyond
 which head a batch is for. Parameters are named arrays of the learner's framework; everything random that it does
-is a function of the stream it is given.
+is a function of the generator of random numbers that it is given.
+
+Running statistics of normalisation layers are a function of a model's weights and of the images that it learned last.
+They are no exponential averages of what was seen in training, but are estimated afresh for the weights as they are, in
+one pass over the training images: exact, the same on every backend, and there for merged weights as for trained ones
+(as is usual after averaging weights: Izmailov et al., UAI 2018). So theta_gp, theta_hat and the best model of a stage
+have statistics of their own, and gradients, optimisers, projectors, penalties, curvature and delta leave them out.
+
+Convention: the statistics of a layer are ``NAME.running_mean`` and ``NAME.running_var``, the biased variance; the mean
+and the variance over all images of what the layer sees when the layers before it normalise by each batch's own
+statistics, without dropout.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from became_core.arrays import Array, Params
-from became_core.continual.augmentation import Views
-from became_core.continual.optimisers import Optimiser
-from became_core.continual.stream import Indices
+from became_core.continual.data import Indices, Task, Views
+from became_core.continual.rng import random_generator
+from became_core.continual.step import Constraint, Optimiser, Trained
 from became_core.curvature import Pushforward, TapMode, Taps
-from became_core.laplace import LaplacePosterior
-from became_core.projection import Projector, Region
+from became_core.projection import Region, View
 
-__all__ = ["Batch", "Constraint", "Learner", "Penalty", "TapMode", "Trained", "heads_of"]
+__all__ = [
+    "Batch",
+    "Learner",
+    "TapMode",
+    "heads_of",
+    "pooled",
+    "refresh_statistics",
+    "seen_through",
+    "taps_of_shared_weights",
+    "weights_of",
+]
+
+MEAN, VARIANCE = ".running_mean", ".running_var"
 
 
 class Batch(NamedTuple):
@@ -29,7 +52,7 @@ class Batch(NamedTuple):
     Attributes:
         task: whose head they are for.
         indices: the rows of the data set.
-        views: how each image is seen; as it is if there are none.
+        views: how each image is seen; None for images as they are.
     """
 
     task: int
@@ -37,147 +60,51 @@ class Batch(NamedTuple):
     views: Views | None = None
 
 
-@dataclass(frozen=True)
-class Penalty:
-    """A quadratic pull towards the old tasks' posterior: strength x 1/2 (theta - mean).P.(theta - mean).
-
-    Parameters of which the posterior has no mean are free.
-    """
-
-    posterior: LaplacePosterior
-    strength: float
-
-    def add_to(
-        self, gradients: Params, theta: Params, rate: float, relative: Mapping[str, float] | None = None
-    ) -> Params:
-        """Return the gradients of loss and penalty, such that a step of this rate is stable at any strength.
-
-        With S = strength x P the step is semi-implicit, theta <- theta - rate (g + S (theta - mean)) / (1 + rate S):
-        the loss is followed explicitly and the penalty, whose curvature is known, implicitly (a proximal step). Its
-        fixed points are those of the sum; explicit steps diverge wherever rate x S exceeds 2.
-
-        Args:
-            gradients: of the loss, by name.
-            theta: the parameters, of at least these names.
-            rate: the learning rate of the step to come.
-            relative: what it is multiplied by for some of the parameters.
-        """
-        held = [name for name in gradients if name in self.posterior.mean]
-        pull = self.posterior.gradient({name: theta[name] for name in held})
-        stiffness, relative = self.posterior.precision.diagonal(), relative or {}
-        return gradients | {
-            name: (gradients[name] + self.strength * pull[name])
-            / (1 + rate * relative.get(name, 1.0) * self.strength * stiffness[name])
-            for name in held
-        }
-
-
-@dataclass(frozen=True)
-class Constraint:
-    """What a stage of training must respect.
+class Learner(ABC):
+    """A network on a device, with the data it learns from.
 
     Attributes:
-        trainable: names of the parameters that may change; all others keep their values to the bit.
-        projector: if given, the direction of every step is projected by it.
-        penalty: if given, every gradient has it added, before the optimiser sees it.
-        region: if given, the network works with its effective weights, and what is trained are those beneath.
-        trains_scales: whether the region's scales are trained as well; they are never projected.
-        relative: what the learning rate is multiplied by for some of the parameters; 1 for all others.
+        heads: for each task, the names of the parameters that are its own.
+        projectable: names of the shared weights that taps describe as matrices, which a projector can protect.
+        running_statistics: names of what ``parameters`` holds beside weights: running statistics of normalisation
+            layers, if there are any. They are used in all but training and in taps of the mode "published", and
+            changed by ``assign`` alone.
     """
 
-    trainable: frozenset[str]
-    projector: Projector | None = None
-    penalty: Penalty | None = None
-    region: Region | None = None
-    trains_scales: bool = False
-    relative: Mapping[str, float] = field(default_factory=dict)
+    heads: Sequence[frozenset[str]]
+    projectable: frozenset[str]
+    running_statistics: frozenset[str]
 
-    def projector_of_gradients(self, optimiser: Optimiser) -> Projector | None:
-        """Return the projector if it may as well project a loss's gradients as they are made: if nothing else moves.
-
-        A penalty and an optimiser that is not linear come between gradient and direction. So does a region, for its own
-        weights, unless their gradients are made by the weights beneath.
-        """
-        return self.projector if self.penalty is None and optimiser.is_linear else None
-
-    def directions(
-        self,
-        gradients: Params,
-        theta: Params,
-        rate: float,
-        optimiser: Optimiser,
-        projected: frozenset[str] = frozenset(),
-        beneath: frozenset[str] = frozenset(),
-    ) -> tuple[Params, Optimiser]:
-        """Return what a step of this rate goes along, theta <- theta - rate x direction, and the optimiser after it.
-
-        Args:
-            gradients: of the loss, by the name of the parameter that the network works with, and by the scales of what
-                is made beneath.
-            theta: the parameters beneath, and the region's scales by their keys, if there is one.
-            rate: the learning rate of the step.
-            optimiser: before the step.
-            projected: names of gradients that were made projected.
-            beneath: names of gradients that were made by the region's weights beneath, not by effective ones.
-        """
-        if self.region is not None:
-            region = self.region.with_scales({key: theta[key] for key in self.region.scales})
-            made = beneath | region.scales.keys()
-            effective = {name: value for name, value in gradients.items() if name not in made}
-            gradients = gradients | region.pull_back(effective, theta)
-            if not self.trains_scales:
-                gradients = {name: value for name, value in gradients.items() if name not in region.scales}
-        if self.penalty is not None:
-            free = {} if self.region is None else self.region.scales
-            held = {name: value for name, value in gradients.items() if name not in free}
-            gradients = gradients | self.penalty.add_to(held, theta, rate, self.relative)
-        directions, optimiser = optimiser.step(gradients, theta)
-        if self.projector is not None:
-            remaining = {name: value for name, value in directions.items() if name not in projected}
-            directions = directions | self.projector.project(remaining)
-        scaled = {name: self.relative[name] * directions[name] for name in directions if name in self.relative}
-        return directions | scaled, optimiser
-
-
-class Trained(NamedTuple):
-    """What training returns: the mean loss over samples, the optimiser after the last step, the region likewise."""
-
-    loss: float
-    optimiser: Optimiser
-    region: Region | None
-
-
-class Learner(Protocol):
-    """A network on a device, with the data it learns from."""
-
-    @property
-    def heads(self) -> Sequence[frozenset[str]]:
-        """For each task, the names of the parameters that are its own."""
-
-    @property
-    def projectable(self) -> frozenset[str]:
-        """Names of the shared weights that taps speak of as matrices, which a projector can protect."""
-
-    @property
-    def statistics(self) -> frozenset[str]:
-        """Names of what parameters hold beside weights: running statistics of normalisation layers, if there are any.
-
-        They are used in all but training and in taps of the mode "published", and changed by ``assign`` alone.
-        """
-
+    @abstractmethod
     def parameters(self) -> Params:
-        """Return all parameters by canonical name; they do not change when training goes on."""
+        """Return all parameters by canonical name; the arrays do not change when training goes on."""
 
+    @abstractmethod
     def assign(self, parameters: Params) -> None:
         """Set the parameters."""
 
+    @contextmanager
+    def at(self, theta: Params) -> Iterator[None]:
+        """Give the learner these parameters inside the context, and its own ones again after it.
+
+        Args:
+            theta: by name; a parameter that is not named keeps its value.
+        """
+        before = self.parameters()
+        self.assign(before | theta)
+        try:
+            yield
+        finally:
+            self.assign(before)
+
+    @abstractmethod
     def train(
         self,
         batches: Sequence[Batch],
         rates: NDArray[np.float64],
         constraint: Constraint,
         optimiser: Optimiser,
-        stream: np.random.Generator,
+        rng: np.random.Generator,
     ) -> Trained:
         """Take a step on the mean cross-entropy of each batch: gradient, penalty, optimiser, projector, in this order.
 
@@ -185,43 +112,123 @@ class Learner(Protocol):
             batches: in order.
             rates: each step's learning rate.
             constraint: what every step must respect.
-            optimiser: begun on what is trained.
-            stream: where dropout is drawn from.
+            optimiser: as ``initial`` returned it for what is trained, or as an earlier call left it.
+            rng: where dropout is drawn from.
         """
 
+    @abstractmethod
     def logits(self, indices: Indices, batch_size: int) -> Array:
         """Return the logits of all heads, [samples, tasks, classes], computed without dropout, batch by batch."""
 
+    @abstractmethod
     def batch_statistics(self, indices: Indices, batch_size: int) -> Iterator[tuple[int, Params]]:
-        """Yield each batch's size and its own mean and variance for every layer of ``statistics``, by their names.
+        """Yield each batch's size and its own mean and variance for every layer that has running statistics.
 
-        Computed without dropout, every layer normalising by the batch's own; of several runs of a layer in one pass,
-        those after the first come by themselves, with the batch's size again.
+        They go by the names of the running statistics, and are computed without dropout, every layer normalising by
+        the batch's own statistics. Where a layer runs several times in one pass, the later runs are yielded by
+        themselves, with the batch's size again.
         """
 
+    @abstractmethod
     def targets(self, indices: Indices) -> Array:
         """Return the labels within the task, integers [samples], on the device of the logits."""
 
+    @abstractmethod
     def taps(
-        self, task: int, indices: Indices, batch_size: int, mode: TapMode, stream: np.random.Generator
+        self, task: int, indices: Indices, batch_size: int, mode: TapMode, rng: np.random.Generator
     ) -> Iterator[Taps]:
         """Yield each batch's taps of all layers that the task's loss depends on.
 
-        In order of the batches; one a batch, or in the mode "true" as many as the task has classes, one after the
-        other. ``became_core.curvature.TapMode`` says what the modes are; in all but "published" there is no dropout,
-        and batch statistics are constants.
+        They come in the order of the batches; one for each batch, or in the mode "true" as many as the task has
+        classes, one after the other. ``became_core.curvature.TapMode`` says what the modes are; in all but "published"
+        there is no dropout, and batch statistics are constants.
         """
 
+    @abstractmethod
     def pushforward(
         self, task: int, indices: Indices, batch_size: int, directions: Sequence[Params]
     ) -> Iterator[Pushforward]:
         """Yield each batch's logits of the task's head with their derivatives along directions in parameter space.
 
-        Without dropout; batch statistics are part of the function that is differentiated, as they are in evaluation,
-        running ones are constants, and what directions say of them has no meaning.
+        There is no dropout. Batch statistics are part of the function that is differentiated, as they are in
+        evaluation; running statistics are constants, and a direction's entries for them have no meaning.
         """
 
 
 def heads_of(learner: Learner) -> frozenset[str]:
     """Return the names of all heads' parameters."""
     return frozenset[str]().union(*learner.heads)
+
+
+def weights_of(learner: Learner) -> Params:
+    """Return a learner's parameters without running statistics."""
+    statistics = learner.running_statistics
+    return {name: value for name, value in learner.parameters().items() if name not in statistics}
+
+
+@contextmanager
+def seen_through(learner: Learner, view: View | None) -> Iterator[None]:
+    """Let a learner work with a view's effective weights inside the context; with its own ones if there is no view.
+
+    TRGP lets every task work with weights of its own, W + sum_j W B_j (Q_j - I) B_j^T, of which W alone is shared.
+    A learner knows of them in training only; whatever else is asked of it about a task is asked in this context.
+    PackNet's and HAT's tasks see a part of the weights each, in evaluation alone.
+    """
+    if view is None or not view.weights:
+        yield
+        return
+    with learner.at(view.effective(learner.parameters())):
+        yield
+
+
+def taps_of_shared_weights(region: Region | None, taps: Taps) -> Taps:
+    """Return the taps of a region's shared weights, given those of its effective weights."""
+    if region is None or not region.rowwise:
+        return taps
+    return {
+        layer: replace(tap, inputs=region.inputs_beneath(f"{layer}.weight", tap.inputs))
+        if f"{layer}.weight" in region.rowwise
+        else tap
+        for layer, tap in taps.items()
+    }
+
+
+def refresh_statistics(
+    learner: Learner, tasks: Sequence[Task], batch_size: int, seed: int, view: View | None = None
+) -> None:
+    """Estimate a learner's running statistics for its weights; nothing is done if it has none.
+
+    Args:
+        learner: whose statistics.
+        tasks: whose training images are seen, in a shuffled order.
+        batch_size: of the pass; a last batch of one image, which has no statistics, is left out.
+        seed: the run's, which with the last task names the order.
+        view: what the last task sees of the weights, if it does not see them as they are.
+    """
+    if not learner.running_statistics:
+        return
+    rows = np.concatenate([task.train for task in tasks])
+    rows = random_generator(seed, "statistics", tasks[-1].index).permutation(rows)
+    if len(rows) > 1 and len(rows) % batch_size == 1:
+        rows = rows[:-1]
+    with seen_through(learner, view):
+        statistics = pooled(learner.batch_statistics(rows, batch_size))
+    learner.assign(learner.parameters() | statistics)
+
+
+def pooled(batches: Iterable[tuple[int, Params]]) -> Params:
+    """Return the statistics of all batches together, given each one's size and own statistics.
+
+    The mean of all is that of the batches' means; their variance, the mean of the batches' variances plus the variance
+    of their means.
+    """
+    parts = list(batches)
+    layers = dict.fromkeys(name.removesuffix(MEAN) for _, part in parts for name in part if name.endswith(MEAN))
+    statistics: Params = {}
+    for layer in layers:
+        runs = [(n, part[layer + MEAN], part[layer + VARIANCE]) for n, part in parts if layer + MEAN in part]
+        total = sum(n for n, _, _ in runs)
+        mean = sum((n / total * m for n, m, _ in runs[1:]), runs[0][0] / total * runs[0][1])
+        spread = [n / total * (v + (m - mean) ** 2) for n, m, v in runs]
+        statistics |= {layer + MEAN: mean, layer + VARIANCE: sum(spread[1:], spread[0])}
+    return statistics

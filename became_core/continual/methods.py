@@ -1,5 +1,9 @@
 """Continual-learning methods as compositions: a projector, a penalty, a merging rule.
 
+A ``Method`` is a value that the loop carries out. By name it is built from a registered recipe, whose fields are the
+settings that a user may choose, and from a registered projector: ``build_method("became+sgp", {"scale": 3.0})``. A
+projector by itself is a method too: ``build_method("gpm")``.
+
 | name | stage 1 | stage 2 and merge | source |
 | --- | --- | --- | --- |
 | finetune | unconstrained | - | the lower bound |
@@ -16,25 +20,24 @@
 | became-0, became-half, became-1 | under gradient projection (GPM) | alpha = 0, 1/2, 1 | ablations |
 | became-grid | under gradient projection (GPM) | the best alpha by the true loss of all tasks | a bound |
 
-Any of them but ``joint``, ``packnet`` and ``hat`` takes any projector in place of its own: ``became+trgp``,
-``ewc+gpm``, ``became+none``.
-
 The two forms of EWC differ in the mean alone: a sum of quadratics is one quadratic, about its own minimum, the
 precision-weighted mean of the tasks' weights, where the recentred form is about the latest weights. In either, the
 importance of an old head is among the rest, and acts on nothing: no gradient of a later task's loss reaches it.
 """
 
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
-from became_core.arrays import Params
-from became_core.continual.increments import ByHand, EqualShares, Grid, Increments, Transfer, TrueLoss
+from became_core.arrays import Params, namespace
 from became_core.continual.measurement import Structure
+from became_core.continual.step import Penalty
 from became_core.curvature import FisherKind
 from became_core.errors import BecameError
 from became_core.laplace import (
     Became,
+    Diagonal,
     DiagonalFisher,
     Estimator,
     Fixed,
@@ -47,72 +50,70 @@ from became_core.laplace import (
     Secant,
 )
 from became_core.laplace.groups import Per
-from became_core.laplace.rules import precision_weighted_mean
-from became_core.projection import GPCNS, GPM, HAT, NSCL, OGD, SGP, TRGP, PackNet, Projector
+from became_core.laplace.rules import ChosenAlphas, EqualShares, TrueLossGrid, precision_weighted_mean
+from became_core.projection import PROJECTORS, Projector
+from became_core.registry import Registry, Setting, nearest, setting
 
-__all__ = ["METHODS", "PROJECTORS", "Method", "MethodSettings", "build_method"]
+__all__ = [
+    "METHODS",
+    "Method",
+    "MethodRecipe",
+    "Transfer",
+    "build_method",
+    "method_names",
+    "method_settings",
+    "projector_names",
+]
 
-# What the curvature along the path is taken from. "exact" is so of the new task alone, whose data are at hand; the old
-# tasks' is then a diagonal, calibrated by the ratio of the two for the new task. Else both sides have one structure.
 Curvature = Literal["diagonal", "kronecker", "exact"]
 
 
 @dataclass(frozen=True)
-class MethodSettings:
-    """The numbers a method's parts are built with.
+class Transfer:
+    """How a task's own model depends on the one before it, in methods that merge the models afterwards (Lee 2017).
 
     Attributes:
-        threshold: epsilon of GPM, SGP, GPCNS and TRGP for the first task.
-        increment: what it grows by from task to task.
-        scale: SGP's and GPCNS's s.
-        nscl_ratio: NSCL's a, how far above the smallest eigenvalue still counts as null.
-        norm_penalty: the strength of a quadratic pull, strength/2, on what a projector of matrices cannot protect,
-            normalisation and biases, beside Fisher matrices as of EWC; if 0, these are frozen after the first task.
-        ogd_samples: a task's samples whose gradients OGD keeps.
-        ogd_capacity: how many directions OGD keeps in all.
-        ewc_strength: EWC's lambda, beside Fisher matrices that are means over samples and add over tasks.
-        decay: the posterior's gamma in ``became``, ``became-paper`` and online EWC, by which a task's curvature is
-            multiplied at each later one; in [0, 1].
-        imm_transfer: whether a task's own model begins at the one before (weight-transfer) or at the initial weights.
-        imm_pull: the strength of IMM's L2-transfer.
-        coma_alpha: CoMA's coefficients, one a merge; the last one stays.
-        grid_points: of the grid that ``became-grid`` looks at.
-        packnet_share: p, of a layer's free weights, that PackNet prunes at each task.
-        hat_sharpness: s_max of HAT's gates.
-        hat_sparsity: c, what the capacity that a task takes costs it, beside a mean loss.
-        per: what shares a coefficient in ``became``.
-        precision: the curvatures that ``became`` merges by.
+        weights: weight-transfer: training begins at the model of the task before, unmerged; else at the initial one.
+        pull: L2-transfer: the strength of the penalty pull/2 |theta - theta_{t-1}|^2 while training.
+
+    Raises:
+        BecameError: if the strength is negative.
     """
 
-    threshold: float = 0.97
-    increment: float = 0.003
-    scale: float = 5.0
-    nscl_ratio: float = 10.0
-    norm_penalty: float = 0.0
-    ogd_samples: int = 200
-    ogd_capacity: int = 200
-    ewc_strength: float = 100.0
-    decay: float = 1.0
-    imm_transfer: bool = True
-    imm_pull: float = 0.0
-    coma_alpha: tuple[float, ...] = (0.5,)
-    grid_points: int = 21
-    packnet_share: float = 0.5
-    hat_sharpness: float = 400.0
-    hat_sparsity: float = 0.75
-    per: Per = "model"
-    precision: Curvature = "exact"
+    weights: bool = True
+    pull: float = 0.0
 
     def __post_init__(self) -> None:
-        """Check the numbers that no part checks by itself."""
-        if self.ewc_strength < 0:
-            raise BecameError(f"the EWC strength is {self.ewc_strength}; it must be at least 0.")
-        if self.norm_penalty < 0:
-            raise BecameError(f"the penalty on normalisation is {self.norm_penalty}; it must be at least 0.")
-        if not 0 <= self.decay <= 1:
-            raise BecameError(f"the decay of old curvature is {self.decay}; it must be in [0, 1].")
-        if self.grid_points < 2:
-            raise BecameError(f"a grid of {self.grid_points} points has no ends; give at least 2.")
+        """Check the strength."""
+        if not self.pull >= 0:
+            raise BecameError(f"the strength of L2-transfer is {self.pull}; it must be at least 0.")
+
+    def models_after(self, models: Mapping[str, Params], before: Params, after: Params) -> dict[str, Params]:
+        """Return the models, "initial" and "previous", that later tasks need.
+
+        Args:
+            models: those that were there before the task; empty before the first.
+            before: the weights that the task began with.
+            after: the task's own model, unmerged.
+        """
+        initial = {} if self.weights else {"initial": models.get("initial", before)}
+        return initial | ({"previous": after} if self.weights or self.pull else {})
+
+    def start(self, models: Mapping[str, Params], merged: Params, heads: frozenset[str]) -> Params:
+        """Return the weights that training begins with: the heads of the merged model, and a stored model's rest."""
+        model = models["previous" if self.weights else "initial"]
+        return {name: value if name in heads else model[name] for name, value in merged.items()}
+
+    def penalty(self, models: Mapping[str, Params], heads: frozenset[str]) -> Penalty | None:
+        """Return the penalty that draws all but heads to the model of the task before, if there is one."""
+        if not self.pull:
+            return None
+        mean = models["previous"]
+        curvature = {}
+        for name, value in mean.items():
+            xp = namespace(mean=value)
+            curvature[name] = xp.zeros_like(value) if name in heads else xp.ones_like(value)
+        return Penalty(LaplacePosterior(mean, Diagonal(curvature)), self.pull)
 
 
 @dataclass(frozen=True)
@@ -122,11 +123,10 @@ class Method:
     Attributes:
         name: as on the command line.
         projector: the empty memory to begin with; stage 1 is projected by it from the second task on.
-        penalty_strength: of the pull towards the Laplace posterior in stage 1; none if 0.
-        norm_penalty: likewise, of what the projector cannot protect, which is frozen if 0.
-        rule: if given, the rule that merges, or what names one for every task.
+        penalty_strength: of the penalty on leaving the Laplace posterior in stage 1; none if 0.
+        rule: if given, the rule that merges.
         merges: what it merges: the weights of "stages" 1 and 2, or, of "tasks", the old model and stage 1's.
-        transfer: if given, what a task's own model begins with and is pulled to; else it begins with the merged one.
+        transfer: if given, what a task's own model begins with and is drawn to; else it begins with the merged one.
         fisher: the kind of diagonal Fisher information that the posterior and the rule take.
         precision: the structure of the curvature that the posterior keeps.
         decay: what old curvature is multiplied by at each task.
@@ -137,8 +137,7 @@ class Method:
     name: str
     projector: Projector | None = None
     penalty_strength: float = 0.0
-    norm_penalty: float = 0.0
-    rule: MergeRule | Increments | None = None
+    rule: MergeRule | None = None
     merges: Literal["stages", "tasks"] = "stages"
     transfer: Transfer | None = None
     fisher: FisherKind = "empirical"
@@ -148,26 +147,27 @@ class Method:
     joint: bool = False
 
     @property
+    def merges_stages(self) -> bool:
+        """Whether a task's second stage is trained without constraint, and merged with its first."""
+        return self.rule is not None and self.merges == "stages"
+
+    @property
     def stages(self) -> int:
         """How many stages a task has."""
-        merges = self.rule is not None and self.merges == "stages"
-        return 2 if merges or isinstance(self.projector, PackNet) else 1
+        return 2 if self.merges_stages or (self.projector is not None and self.projector.stages == 2) else 1
+
+    @property
+    def norm_penalty(self) -> float:
+        """The strength of the penalty on what the projector cannot protect, which is frozen if this is 0."""
+        return 0.0 if self.projector is None else self.projector.unprotected_penalty()
 
     @property
     def keeps_posterior(self) -> bool:
         """Whether the method needs the Laplace posterior of the old tasks."""
-        return isinstance(self.rule, Became | ModeIMM) or self.penalty_strength > 0 or self.norm_penalty > 0
+        rule_needs_it = self.rule is not None and self.rule.needs_losses
+        return rule_needs_it or self.penalty_strength > 0 or self.norm_penalty > 0
 
-    def rule_after(self, task: int, loss: TrueLoss) -> MergeRule | None:
-        """Return the rule of the merge after a task.
-
-        Args:
-            task: its index.
-            loss: the true loss of all tasks so far, at which a bound may look.
-        """
-        return self.rule.rule(task, loss) if isinstance(self.rule, Increments) else self.rule
-
-    def remembered(self, old: LaplacePosterior | None, theta: Params, curvature: Precision) -> LaplacePosterior:
+    def updated_posterior(self, old: LaplacePosterior | None, theta: Params, curvature: Precision) -> LaplacePosterior:
         """Return the posterior with one more task, learned to these weights with this curvature there."""
         if old is None:
             return LaplacePosterior(theta, curvature)
@@ -177,88 +177,307 @@ class Method:
         return old.update(theta, curvature, decay=self.decay)
 
 
-PROJECTORS: dict[str, Callable[[MethodSettings], Projector | None]] = {
-    "none": lambda s: None,
-    "gpm": lambda s: GPM(s.threshold, s.increment),
-    "sgp": lambda s: SGP(s.threshold, s.increment, scale=s.scale),
-    "gpcns": lambda s: GPCNS(s.threshold, s.increment, scale=s.scale),
-    "nscl": lambda s: NSCL(s.nscl_ratio),
-    "ogd": lambda s: OGD(s.ogd_samples, s.ogd_capacity),
-    "trgp": lambda s: TRGP(s.threshold, s.increment),
-}
+class MethodRecipe(ABC):
+    """How a method is built; a recipe is a frozen dataclass, whose fields made by ``setting`` a user may choose."""
 
-_ESTIMATORS: dict[Curvature, Estimator] = {
-    "exact": Secant(),
-    "diagonal": DiagonalFisher(),
-    "kronecker": NativeExpansion(),
-}
+    projector: ClassVar[str] = "none"
+    """The name of the projector that the method has unless another is chosen."""
+
+    alone: ClassVar[str] = ""
+    """Why the method takes no projector; it takes any if this is empty."""
+
+    @abstractmethod
+    def build(self) -> Method:
+        """Return the method, without its name and its projector, which ``build_method`` adds."""
 
 
-def _became(s: MethodSettings) -> Method:
-    structure: Structure = "kronecker" if s.precision == "kronecker" else "diagonal"
-    return Method("became", rule=Became(_ESTIMATORS[s.precision], s.per), precision=structure, decay=s.decay)
+@dataclass(frozen=True)
+class _WithDecay(MethodRecipe):
+    """A method whose posterior forgets.
+
+    Attributes:
+        decay: gamma, what the old tasks' curvature is multiplied by at each new task; in [0, 1].
+    """
+
+    decay: float = setting(1.0)
+
+    def __post_init__(self) -> None:
+        """Check the decay."""
+        if not 0 <= self.decay <= 1:
+            raise BecameError(f"the decay of old curvature is {self.decay}; it must be in [0, 1].")
 
 
-def _imm(name: str, rule: MergeRule | Increments, s: MethodSettings) -> Method:
-    return Method(name, rule=rule, merges="tasks", transfer=Transfer(s.imm_transfer, s.imm_pull))
+@dataclass(frozen=True)
+class BecameRecipe(_WithDecay):
+    """Gradient projection, then free training, merged at alpha* of the full formula (BECAME 2025).
+
+    Attributes:
+        per: what shares a merging coefficient: the whole model, or each layer or leaf has its own.
+        precision: the curvatures that the merge is by: both sides' diagonals, both sides' Kronecker factors, or the
+            new task's exact one along the path beside the old tasks' calibrated diagonal.
+    """
+
+    per: Per = setting("model")
+    precision: Curvature = setting("exact")
+
+    projector: ClassVar[str] = "gpm"
+
+    def build(self) -> Method:
+        """Return the method; with Kronecker factors the posterior keeps them as well."""
+        estimators: dict[Curvature, Estimator] = {
+            "exact": Secant(),
+            "diagonal": DiagonalFisher(),
+            "kronecker": NativeExpansion(),
+        }
+        structure: Structure = "kronecker" if self.precision == "kronecker" else "diagonal"
+        rule = Became(estimators[self.precision], self.per)
+        return Method("became", rule=rule, precision=structure, decay=self.decay)
 
 
-# Without their projector, which ``build_method`` adds: the one asked for, or that of ``_PROJECTED_BY``.
-_METHODS: dict[str, Callable[[MethodSettings], Method]] = {
-    "became": _became,
-    "became-paper": lambda s: Method("became-paper", rule=Became(PaperClosedForm()), fisher="batch", decay=s.decay),
-    "became-0": lambda s: Method("became-0", rule=Fixed(0.0)),
-    "became-half": lambda s: Method("became-half", rule=Fixed(0.5)),
-    "became-1": lambda s: Method("became-1", rule=Fixed(1.0)),
-    "became-grid": lambda s: Method("became-grid", rule=Grid(s.grid_points)),
-    "coma": lambda s: Method("coma", rule=ByHand(s.coma_alpha), merges="tasks"),
-    "ewc": lambda s: Method("ewc", penalty_strength=s.ewc_strength, recentred=False),
-    "ewc-online": lambda s: Method("ewc-online", penalty_strength=s.ewc_strength, decay=s.decay),
-    "finetune": lambda s: Method("finetune"),
-    "imm-mean": lambda s: _imm("imm-mean", EqualShares(), s),
-    "imm-mode": lambda s: _imm("imm-mode", ModeIMM(), s),
-    "hat": lambda s: Method("hat", projector=HAT(s.hat_sharpness, s.hat_sparsity)),
-    "packnet": lambda s: Method("packnet", projector=PackNet(s.packnet_share)),
-    "joint": lambda s: Method("joint", joint=True),
-    # By itself a projector keeps a posterior for its ``norm_penalty`` alone: Wang 2021's sum of every task's quadratic.
-    **{
-        name: lambda s, name=name: Method(name, fisher="batch", recentred=False)  # type: ignore[misc]
-        for name in PROJECTORS
-        if name != "none"
+@dataclass(frozen=True)
+class PaperRecipe(_WithDecay):
+    """Gradient projection, then free training, merged at alpha* as published: two diagonals (BECAME 2025)."""
+
+    projector: ClassVar[str] = "gpm"
+
+    def build(self) -> Method:
+        """Return the method, with the published code's estimate of the Fisher information."""
+        return Method("became-paper", rule=Became(PaperClosedForm()), fisher="batch", decay=self.decay)
+
+
+@dataclass(frozen=True)
+class StableRecipe(MethodRecipe):
+    """As became, merged at alpha = 0, which keeps stage 1's model (ablation)."""
+
+    alpha: ClassVar[float] = 0.0
+    projector: ClassVar[str] = "gpm"
+
+    def build(self) -> Method:
+        """Return the method."""
+        return Method("became-0", rule=Fixed(self.alpha))
+
+
+@dataclass(frozen=True)
+class HalfRecipe(StableRecipe):
+    """As became, merged at alpha = 1/2 (ablation)."""
+
+    alpha: ClassVar[float] = 0.5
+
+
+@dataclass(frozen=True)
+class PlasticRecipe(StableRecipe):
+    """As became, merged at alpha = 1, which keeps stage 2's model (ablation)."""
+
+    alpha: ClassVar[float] = 1.0
+
+
+@dataclass(frozen=True)
+class GridRecipe(MethodRecipe):
+    """As became, merged at the best alpha of a grid by the true loss of all tasks (a bound).
+
+    Attributes:
+        points: how many coefficients the grid has, both ends among them.
+    """
+
+    points: int = setting(21, option="grid_points")
+
+    projector: ClassVar[str] = "gpm"
+
+    def build(self) -> Method:
+        """Return the method."""
+        return Method("became-grid", rule=TrueLossGrid(self.points))
+
+
+@dataclass(frozen=True)
+class CoMARecipe(MethodRecipe):
+    """Plain training, merged with the model before at an alpha chosen by hand (Marouf 2024).
+
+    Attributes:
+        alphas: the new model's coefficient at each merge; the last one stays.
+    """
+
+    alphas: tuple[float, ...] = setting((0.5,), option="coma_alpha")
+
+    def build(self) -> Method:
+        """Return the method."""
+        return Method("coma", rule=ChosenAlphas(self.alphas), merges="tasks")
+
+
+@dataclass(frozen=True)
+class _IMM(MethodRecipe):
+    """Incremental moment matching.
+
+    Attributes:
+        transfer: whether a task's training begins with the model of the task before, or else with the initial weights.
+        pull: the strength of the penalty on leaving the model of the task before (L2-transfer); none if 0.
+    """
+
+    transfer: bool = setting(True, option="imm_transfer")
+    pull: float = setting(0.0, option="imm_pull")
+
+
+@dataclass(frozen=True)
+class MeanIMMRecipe(_IMM):
+    """Plain training, and the mean of all tasks' models (Lee 2017)."""
+
+    def build(self) -> Method:
+        """Return the method."""
+        return Method("imm-mean", rule=EqualShares(), merges="tasks", transfer=Transfer(self.transfer, self.pull))
+
+
+@dataclass(frozen=True)
+class ModeIMMRecipe(_IMM):
+    """Plain training, and all tasks' models weighed by their precisions (Lee 2017)."""
+
+    def build(self) -> Method:
+        """Return the method."""
+        return Method("imm-mode", rule=ModeIMM(), merges="tasks", transfer=Transfer(self.transfer, self.pull))
+
+
+@dataclass(frozen=True)
+class EWCRecipe(MethodRecipe):
+    """Penalised by every old task's own quadratic, added (Kirkpatrick 2017).
+
+    Attributes:
+        strength: lambda, beside Fisher matrices that are means over samples and add over tasks; at least 0.
+    """
+
+    strength: float = setting(100.0, option="ewc_strength")
+
+    def __post_init__(self) -> None:
+        """Check the strength."""
+        _check_strength(self.strength)
+
+    def build(self) -> Method:
+        """Return the method."""
+        return Method("ewc", penalty_strength=self.strength, recentred=False)
+
+
+@dataclass(frozen=True)
+class OnlineEWCRecipe(_WithDecay):
+    """Penalised by one quadratic, recentred at each task, which decays (Huszar 2018; Schwarz 2018).
+
+    Attributes:
+        strength: lambda, beside Fisher matrices that are means over samples and add over tasks; at least 0.
+    """
+
+    strength: float = setting(100.0, option="ewc_strength")
+
+    def __post_init__(self) -> None:
+        """Check the numbers."""
+        super().__post_init__()
+        _check_strength(self.strength)
+
+    def build(self) -> Method:
+        """Return the method."""
+        return Method("ewc-online", penalty_strength=self.strength, decay=self.decay)
+
+
+def _check_strength(strength: float) -> None:
+    if not strength >= 0:
+        raise BecameError(f"the EWC strength is {strength}; it must be at least 0.")
+
+
+@dataclass(frozen=True)
+class FinetuneRecipe(MethodRecipe):
+    """Unconstrained training on the new task alone (the lower bound)."""
+
+    def build(self) -> Method:
+        """Return the method."""
+        return Method("finetune")
+
+
+@dataclass(frozen=True)
+class JointRecipe(MethodRecipe):
+    """Training on all tasks so far (the upper bound)."""
+
+    alone: ClassVar[str] = "joint training sees all tasks and has nothing to protect"
+
+    def build(self) -> Method:
+        """Return the method."""
+        return Method("joint", joint=True)
+
+
+METHODS: Registry[MethodRecipe] = Registry(
+    "became.methods",
+    "method",
+    {
+        "became": BecameRecipe,
+        "became-paper": PaperRecipe,
+        "became-0": StableRecipe,
+        "became-half": HalfRecipe,
+        "became-1": PlasticRecipe,
+        "became-grid": GridRecipe,
+        "imm-mean": MeanIMMRecipe,
+        "imm-mode": ModeIMMRecipe,
+        "coma": CoMARecipe,
+        "ewc": EWCRecipe,
+        "ewc-online": OnlineEWCRecipe,
+        "finetune": FinetuneRecipe,
+        "joint": JointRecipe,
     },
-}
-
-_PROJECTED_BY = {name: "gpm" for name in _METHODS if name.startswith("became")} | {name: name for name in PROJECTORS}
-
-# Methods that take no projector, and why.
-_ALONE = {
-    "joint": "joint training sees all tasks and has nothing to protect",
-    "hat": "gates protect every unit that is in use",
-    "packnet": "masks protect every weight that is in use",
-}
-
-# The names of all methods.
-METHODS = tuple(sorted(_METHODS))
+)
 
 
-def build_method(name: str, settings: MethodSettings) -> Method:
-    """Return the method of that name, ``METHOD`` or ``METHOD+PROJECTOR``.
+def method_names() -> tuple[str, ...]:
+    """Return the names of all methods: those of recipes, and projectors by themselves."""
+    return (*METHODS.names, *PROJECTORS.names)
+
+
+def projector_names() -> tuple[str, ...]:
+    """Return the names of the projectors that a method can be combined with, "none" among them."""
+    return ("none", *(name for name in PROJECTORS.names if not PROJECTORS[name].alone))
+
+
+def method_settings() -> dict[str, Setting]:
+    """Return all settings that methods and projectors are built with, by option name.
 
     Raises:
-        BecameError: if there is no such method or projector, the message listing those there are, or a number that
-            its parts are built with cannot be used.
+        BecameError: if a method and a projector share an option and differ in its type or default.
     """
-    base, plus, projector = name.partition("+")
-    if base not in _METHODS:
-        raise BecameError(f"there is no method '{base}'; choose from {', '.join(METHODS)}.")
-    projector = projector if plus else _PROJECTED_BY.get(base, "none")
+    settings = METHODS.settings()
+    for option, of_projector in PROJECTORS.settings().items():
+        settings[option] = settings[option].shared_with(of_projector) if option in settings else of_projector
+    return settings
+
+
+def build_method(name: str, settings: Mapping[str, Any] | None = None) -> Method:
+    """Return the method of that name, ``METHOD``, ``PROJECTOR`` or ``METHOD+PROJECTOR``.
+
+    Args:
+        name: such as ``became``, ``gpm``, ``became+trgp`` or ``became+none``.
+        settings: by option name; those of other methods and projectors have no effect, so that one mapping can serve
+            several methods.
+
+    Raises:
+        BecameError: if there is no such method, projector or setting, the message listing those there are; if the
+            two cannot be combined; or if a setting's value cannot be used.
+
+    >>> build_method("became+sgp", {"threshold": 0.9, "scale": 3.0}).projector.scale
+    3.0
+    """
+    settings = dict(settings or {})
+    known = method_settings()
+    for option in settings:
+        if option not in known:
+            raise BecameError(f"there is no setting '{option}'{nearest(option, known)}.")
+    base, plus, chosen = name.partition("+")
+    if base in METHODS:
+        recipe = METHODS.build(base, settings)
+        method, projector, alone = recipe.build(), chosen if plus else recipe.projector, recipe.alone
+    elif base in PROJECTORS:
+        # By itself a projector needs a posterior for the penalty on what it cannot protect alone: that of Wang 2021,
+        # the sum of every task's own quadratic.
+        method, projector = Method(base, fisher="batch", recentred=False), chosen if plus else base
+        alone = PROJECTORS[base].alone or "it is a projector by itself"
+    else:
+        raise BecameError(f"there is no method '{base}'{nearest(base, method_names())}.")
+    if plus and alone:
+        raise BecameError(f"'{name}': {alone}; it takes no projector.")
+    if projector == "none":
+        return replace(method, name=name)
     if projector not in PROJECTORS:
-        raise BecameError(f"there is no projector '{projector}'; choose from {', '.join(PROJECTORS)}.")
-    if plus and base in _ALONE:
-        raise BecameError(f"'{name}': {_ALONE[base]}; it takes no projector.")
-    method = replace(_METHODS[base](settings), name=name)
-    if base in _ALONE:
-        return method
-    found = PROJECTORS[projector](settings)
-    penalised = found is not None and not found.protects_all
-    return replace(method, projector=found, norm_penalty=settings.norm_penalty if penalised else 0.0)
+        raise BecameError(f"there is no projector '{projector}'{nearest(projector, projector_names())}.")
+    if plus and PROJECTORS[projector].alone:
+        raise BecameError(f"'{name}': {PROJECTORS[projector].alone}; {projector} takes no other method.")
+    return replace(method, name=name, projector=PROJECTORS.build(projector, settings))

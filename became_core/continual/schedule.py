@@ -6,15 +6,17 @@ advance looks at the validation loss; where ``restores_best``, a stage ends on t
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
 
+from became_core.continual.data import Augmentation
+from became_core.continual.step import SGD, Optimiser
 from became_core.errors import BecameError
 
-__all__ = ["Annealed", "Patience", "RelativeRates", "Schedule", "Stepped"]
+__all__ = ["Annealed", "Patience", "RelativeRates", "Schedule", "Stepped", "Training"]
 
 
 @dataclass(frozen=True)
@@ -175,3 +177,30 @@ class RelativeRates:
         for name in ("heads", "norms", "first"):
             if not 0 < getattr(self, name) < math.inf:
                 raise BecameError(f"the relative learning rate '{name}' is {getattr(self, name)}; it must be above 0.")
+
+
+@dataclass(frozen=True)
+class Training:
+    """How every method trains.
+
+    Attributes:
+        stage1: the schedule under constraint.
+        stage2: the schedule of methods that go on without one.
+        optimiser: what turns gradients into steps; it begins anew with every stage.
+        relative: learning rates of groups of parameters, beside the schedule's.
+        batch_size: of training, and of evaluation, since batch statistics make accuracy depend on it.
+        projector_samples: training samples of a task that the projector's memory is made from; all if None.
+        curvature_samples: training samples for Fisher information and directional curvature; all if None.
+        path_alphas: where the true loss is traced on every merging path; nowhere if empty.
+        augmentation: how training images are cropped and flipped; not at all if None.
+    """
+
+    stage1: Schedule
+    stage2: Schedule
+    optimiser: Optimiser = field(default_factory=SGD)
+    batch_size: int = 64
+    projector_samples: int | None = 125
+    curvature_samples: int | None = None
+    path_alphas: tuple[float, ...] = ()
+    augmentation: Augmentation | None = None
+    relative: RelativeRates = field(default_factory=RelativeRates)

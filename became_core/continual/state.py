@@ -1,7 +1,7 @@
-"""A run as a value: all there is of it between two epochs, whatever the backend.
+"""The state of a run between two epochs, as a frozen value: to keep it is to be able to go on from there.
 
-Nothing random is kept, since every draw is a function of (seed, task, stage, epoch); nor is what the run was given:
-its stream, method and training.
+Convention: whatever ``learn`` needs to go on exactly is in a ``RunState``; random draws need no state, since each is a
+function of the run's seed, its purpose, task, stage and epoch.
 """
 
 from collections.abc import Mapping
@@ -9,47 +9,53 @@ from dataclasses import dataclass, field
 from typing import Self
 
 from became_core.arrays import Params, size_in_bytes
-from became_core.continual.estimates import Approximations
+from became_core.continual.data import TaskStream
 from became_core.continual.learner import Learner
 from became_core.continual.methods import Method
 from became_core.continual.record import RunRecord
-from became_core.continual.stream import TaskStream
 from became_core.continual.training import Stage
-from became_core.laplace import LaplacePosterior
-from became_core.projection import HAT, PackNet, Projector, TrustRegion, View, full
+from became_core.laplace import LaplacePosterior, Precision
+from became_core.projection import Projector, full
 
-__all__ = ["Memory", "RunState"]
+__all__ = ["Memory", "OldTasks", "RunState"]
+
+
+@dataclass(frozen=True)
+class OldTasks:
+    """The old tasks as path reports compare merges with them; no method looks at it.
+
+    Attributes:
+        posterior: that of the method, or, of a method without one, what it would be.
+        batch: the sum over tasks of the published code's diagonal.
+        kronecker: the sum over tasks of Kronecker factors.
+    """
+
+    posterior: LaplacePosterior
+    batch: Precision
+    kronecker: Precision
 
 
 @dataclass(frozen=True)
 class Memory:
-    """What is kept of the old tasks: a value, replaced after each task.
+    """What a method keeps of the tasks learned so far.
 
     Attributes:
-        projector: what keeps stage 1 out of the space that they use.
-        posterior: of the weights.
-        regions: the trust regions of the tasks that have one, by index.
-        models: what later tasks begin with or are pulled to, "initial" and "previous", where tasks' models are merged.
-        approximations: of their curvature, for path reports alone.
+        projector: of the old tasks.
+        posterior: of the weights, if the method needs one.
+        models: the models, "initial" and "previous", that later tasks begin with or are drawn to, where tasks' models
+            are merged.
+        old_tasks: for path reports alone, where paths are traced.
     """
 
     projector: Projector | None = None
     posterior: LaplacePosterior | None = None
-    regions: Mapping[int, TrustRegion] = field(default_factory=dict)
     models: Mapping[str, Params] = field(default_factory=dict)
-    approximations: Approximations | None = None
+    old_tasks: OldTasks | None = None
 
     @property
     def size(self) -> int:
-        """The bytes of all that a method keeps; what is for reports alone is not counted."""
-        return size_in_bytes([self.projector, self.posterior, dict(self.regions), dict(self.models)])
-
-    @property
-    def views(self) -> Mapping[int, View]:
-        """What each task sees of the weights, of those that see them otherwise than they are."""
-        if isinstance(self.projector, PackNet | HAT):
-            return {task: self.projector.view(task) for task in range(self.projector.tasks)}
-        return self.regions
+        """The bytes of all that the method keeps; what is for reports alone is not counted."""
+        return size_in_bytes([self.projector, self.posterior, dict(self.models)])
 
     @property
     def full(self) -> frozenset[str]:
@@ -65,7 +71,7 @@ class RunState:
         theta: the learner's parameters.
         memory: of the tasks learned so far.
         record: of these tasks.
-        task: the index of the task that is being learned, or would be next.
+        task: the number of the task that is being learned, or would be next.
         stage: the stage of it that is being trained; none before the task's first epoch.
         theta_gp: in stage 2, the weights that stage 1 ended with.
         before: the weights that the task began with, where tasks' models are merged.

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from became_core.arrays import Array, Params, device, difference, namespace
+from became_core.errors import BecameError
 from became_core.laplace.expansion import subspace_quadratic
 from became_core.laplace.precision import Diagonal
 from became_core.laplace.quadratic import Quadratic
@@ -61,12 +62,15 @@ class MergeSubspace(NamedTuple):
 class Estimator(Protocol):
     """How to estimate the sum of the losses between models."""
 
-    def quadratic(self, frame: MergeSubspace, losses: Sequence[LocalLoss]) -> Quadratic:
-        """Return the quadratic of the losses' sum in the frame's coefficients.
+    def quadratic(self, subspace: MergeSubspace, losses: Sequence[LocalLoss]) -> Quadratic:
+        """Return the quadratic of the losses' sum in the subspace's coefficients.
 
         Args:
-            frame: where to look.
-            losses: the old tasks' posterior first, the new task last.
+            subspace: where to look.
+            losses: at least two: those of old tasks first, such as their posterior, the new task's last.
+
+        Raises:
+            BecameError: if there are fewer than two losses.
         """
 
 
@@ -74,10 +78,11 @@ class Estimator(Protocol):
 class DiagonalFisher:
     """Every loss by its diagonal, from where it is known; no gradient."""
 
-    def quadratic(self, frame: MergeSubspace, losses: Sequence[LocalLoss]) -> Quadratic:
+    def quadratic(self, subspace: MergeSubspace, losses: Sequence[LocalLoss]) -> Quadratic:
         """Return the sum of the losses' diagonal expansions."""
+        _check(losses)
         first, *others = (
-            subspace_quadratic(frame.directions, loss.diagonal(), offset=difference(frame.origin, loss.mean))
+            subspace_quadratic(subspace.directions, loss.diagonal(), offset=difference(subspace.origin, loss.mean))
             for loss in losses
         )
         return sum(others, first)
@@ -87,9 +92,10 @@ class DiagonalFisher:
 class NativeExpansion:
     """Every loss as exactly as it is known, from where it is known: Kronecker factors of two posteriors, say."""
 
-    def quadratic(self, frame: MergeSubspace, losses: Sequence[LocalLoss]) -> Quadratic:
+    def quadratic(self, subspace: MergeSubspace, losses: Sequence[LocalLoss]) -> Quadratic:
         """Return the sum of the losses' own expansions, each with its slope if it knows one."""
-        first, *others = (_seen_from(frame, loss) for loss in losses)
+        _check(losses)
+        first, *others = (_seen_from(subspace, loss) for loss in losses)
         return sum(others, first)
 
 
@@ -97,10 +103,14 @@ class NativeExpansion:
 class PaperClosedForm:
     """The paper's closed form: diagonals, stage 2 converged (g = 0), and the old posterior's mean at theta_gp."""
 
-    def quadratic(self, frame: MergeSubspace, losses: Sequence[LocalLoss]) -> Quadratic:
+    def quadratic(self, subspace: MergeSubspace, losses: Sequence[LocalLoss]) -> Quadratic:
         """Return slope -delta.F_new.delta and curvature delta.(F_old + F_new).delta."""
-        old, *others = losses
-        return DiagonalFisher().quadratic(frame, others) + subspace_quadratic(frame.directions, old.diagonal())
+        _check(losses)
+        *old, new = losses
+        total = subspace_quadratic(subspace.directions, new.diagonal(), offset=difference(subspace.origin, new.mean))
+        for loss in old:
+            total = total + subspace_quadratic(subspace.directions, loss.diagonal())
+        return total
 
 
 @dataclass(frozen=True)
@@ -109,20 +119,21 @@ class Calibrated:
 
     A diagonal underestimates the curvature along delta, two- to eight-fold on convolutional networks. In a ratio of
     two diagonals that cancels; beside an exact curvature it does not. So the old side is scaled by kappa, the exact
-    over the diagonal curvature of the new task along this very delta (the frame's way to the last model): the one place
+    over the diagonal curvature of the new task along this very delta (the way to the last model): the one place
     where both are known.
     """
 
-    def quadratic(self, frame: MergeSubspace, losses: Sequence[LocalLoss]) -> Quadratic:
+    def quadratic(self, subspace: MergeSubspace, losses: Sequence[LocalLoss]) -> Quadratic:
         """Return new + kappa * old, the new part having slope g.d - delta.GGN.d at the origin."""
+        _check(losses)
         *old, new = losses
-        exact = new.along(frame.directions)
+        exact = new.along(subspace.directions)
         xp = namespace(slope=exact.slope)
-        newest = xp.asarray(list(frame.newest), dtype=exact.slope.dtype, device=device(exact.slope))
-        kappa = _ratio(exact, Quadratic(exact.slope, new.diagonal().gram(frame.directions)), newest)
+        newest = xp.asarray(list(subspace.newest), dtype=exact.slope.dtype, device=device(exact.slope))
+        kappa = _ratio(exact, Quadratic(exact.slope, new.diagonal().gram(subspace.directions)), newest)
         total = Quadratic(exact.slope_at(-newest), exact.curvature)
         for loss in old:
-            total = total + _seen_from(frame, loss) * kappa
+            total = total + _seen_from(subspace, loss) * kappa
         return total
 
 
@@ -137,21 +148,30 @@ class Secant:
     The old side is scaled by kappa, as ``Calibrated`` has it.
     """
 
-    def quadratic(self, frame: MergeSubspace, losses: Sequence[LocalLoss]) -> Quadratic:
+    def quadratic(self, subspace: MergeSubspace, losses: Sequence[LocalLoss]) -> Quadratic:
         """Return new + kappa * old, the new part having slope g(theta_gp).d at the origin."""
+        _check(losses)
         *old, new = losses
-        exact = new.along(frame.directions)
+        exact = new.along(subspace.directions)
         xp = namespace(slope=exact.slope)
-        newest = xp.asarray(list(frame.newest), dtype=exact.slope.dtype, device=device(exact.slope))
-        start = new.slope(frame.origin, frame.directions)
+        newest = xp.asarray(list(subspace.newest), dtype=exact.slope.dtype, device=device(exact.slope))
+        start = new.slope(subspace.origin, subspace.directions)
         rise, bend = xp.sum(newest * (exact.slope - start)), xp.sum(newest * (exact.slope_at(newest) - exact.slope))
         sound = (rise > 0) & (bend > 0)
         ratio = xp.where(sound, rise / xp.where(sound, bend, xp.ones_like(bend)), xp.zeros_like(bend))
         total = Quadratic(xp.where(sound, start, xp.zeros_like(start)), exact.curvature * ratio)
-        kappa = _ratio(exact, Quadratic(exact.slope, new.diagonal().gram(frame.directions)), newest)
+        kappa = _ratio(exact, Quadratic(exact.slope, new.diagonal().gram(subspace.directions)), newest)
         for loss in old:
-            total = total + _seen_from(frame, loss) * kappa
+            total = total + _seen_from(subspace, loss) * kappa
         return total
+
+
+def _check(losses: Sequence[LocalLoss]) -> None:
+    if len(losses) < 2:
+        raise BecameError(
+            f"an estimator of the cumulative loss was given {len(losses)} of its losses; give those of the old tasks, "
+            "such as their posterior, and the new task's."
+        )
 
 
 def _ratio(exact: Quadratic, diagonal: Quadratic, point: Array) -> Array:
@@ -161,7 +181,7 @@ def _ratio(exact: Quadratic, diagonal: Quadratic, point: Array) -> Array:
     return xp.where(below > 0, above / xp.where(below > 0, below, xp.ones_like(below)), xp.ones_like(below))
 
 
-def _seen_from(frame: MergeSubspace, loss: LocalLoss) -> Quadratic:
-    """A loss in the frame's coefficients: its slope at the origin is that at its own point, plus curvature x way."""
-    known = loss.along([*frame.directions, difference(frame.origin, loss.mean)])
+def _seen_from(subspace: MergeSubspace, loss: LocalLoss) -> Quadratic:
+    """A loss in the subspace's coefficients: its slope at the origin is that at its own point, plus curvature x way."""
+    known = loss.along([*subspace.directions, difference(subspace.origin, loss.mean)])
     return Quadratic(known.slope[:-1] + known.curvature[:-1, -1], known.curvature[:-1, :-1])

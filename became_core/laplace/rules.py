@@ -1,8 +1,11 @@
 """Merging rules: values with one interface, ``merge(models, losses)``, from K models to one.
 
-A rule is given K models and what is known of the losses that the merged model must serve. In a continual run these are
-(theta_gp, theta_hat) and (the old tasks' posterior, the new task measured at theta_hat); in federated or ensemble
-merging, the clients' weights and each client's own loss near them.
+A rule is given K models, and, if it says that it needs them, the losses that the merged model must serve. In a
+continual run these are (theta_gp, theta_hat) and (the old tasks' posterior, the new task measured at theta_hat); in
+federated or ensemble merging, the clients' weights and each client's own loss near them.
+
+A rule of one's own is a frozen dataclass below ``MergeRule``. Unless it says otherwise it is given the losses, so that
+a rule that calls another one gets what that one needs.
 
 | rule | merged weights | source |
 | --- | --- | --- |
@@ -13,11 +16,20 @@ merging, the clients' weights and each client's own loss near them.
 | ``FisherMerge`` | the same, of any K models with any weights | Matena & Raffel 2022 |
 | ``Became`` | the minimum of the losses' quadratic between the models | BECAME 2025 |
 | ``GridSearch`` | the best of a grid by a true loss | |
+
+Some rules differ from merge to merge of a continual run; ``for_task`` names the one for a task:
+
+| rule | the merge after task t, counted from 0 | source |
+| --- | --- | --- |
+| ``EqualShares`` | the mean of all t + 1 tasks' models: t / (t + 1) old + 1 / (t + 1) new | Lee 2017, mean-based IMM |
+| ``ChosenAlphas`` | (1 - alpha_t) old + alpha_t new, each alpha_t chosen by hand | CoMA, Marouf 2024 |
+| ``TrueLossGrid`` | the best of an even grid by the true loss of all tasks so far | a bound |
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple
 
 from became_core.arrays import Array, Params, Tree, difference, namespace, reduction_dtype
 from became_core.errors import BecameError
@@ -27,7 +39,22 @@ from became_core.laplace.merge import combine, merge, scalar
 from became_core.laplace.path import trace_path
 from became_core.laplace.quadratic import Quadratic
 
-__all__ = ["Became", "Equal", "FisherMerge", "Fixed", "GridSearch", "MeanIMM", "MergeRule", "Merged", "ModeIMM"]
+__all__ = [
+    "Became",
+    "ChosenAlphas",
+    "Equal",
+    "EqualShares",
+    "FisherMerge",
+    "Fixed",
+    "GridSearch",
+    "MeanIMM",
+    "MergeRule",
+    "Merged",
+    "ModeIMM",
+    "TrueLossGrid",
+]
+
+TrueLoss = Callable[[Params], Any]
 
 
 class Merged(NamedTuple):
@@ -43,21 +70,37 @@ class Merged(NamedTuple):
     alpha: Array | Tree | None
 
 
-class MergeRule(Protocol):
+class MergeRule(ABC):
     """How to make one model of several."""
 
+    needs_losses: ClassVar[bool] = True
+    """Whether ``merge`` looks at losses. A continual run keeps a posterior of the old tasks for a rule that does."""
+
+    @abstractmethod
     def merge(self, models: Sequence[Params], losses: Sequence[LocalLoss]) -> Merged:
         """Return the merged weights.
 
         Args:
             models: at least two, of one structure.
-            losses: what the merged model must serve; rules ask for what they need, and nothing else is computed.
+            losses: what the merged model must serve, one for each model; none where the rule needs none. A loss
+                measures what it is asked for, and nothing else is computed.
         """
+
+    def for_task(self, task: int, true_loss: TrueLoss) -> "MergeRule":
+        """Return the rule of the merge after a task of a continual run; the same one, unless a rule says otherwise.
+
+        Args:
+            task: its number, counted from 0, so that the first merge is after task 1.
+            true_loss: of a model: the loss of all tasks so far on their own data, which only a bound may look at.
+        """
+        return self
 
 
 @dataclass(frozen=True)
-class Equal:
+class Equal(MergeRule):
     """The plain mean of all models."""
+
+    needs_losses: ClassVar[bool] = False
 
     def merge(self, models: Sequence[Params], losses: Sequence[LocalLoss]) -> Merged:
         """Return the mean."""
@@ -65,7 +108,7 @@ class Equal:
 
 
 @dataclass(frozen=True)
-class Fixed:
+class Fixed(MergeRule):
     """A coefficient chosen by hand, the same at every merge.
 
     Raises:
@@ -73,6 +116,8 @@ class Fixed:
     """
 
     alpha: float
+
+    needs_losses: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         """Check the coefficient."""
@@ -86,7 +131,7 @@ class Fixed:
 
 
 @dataclass(frozen=True)
-class MeanIMM:
+class MeanIMM(MergeRule):
     """Mean-based incremental moment matching: the mixture's mean.
 
     Attributes:
@@ -94,6 +139,8 @@ class MeanIMM:
     """
 
     mixing: tuple[float, ...] | None = None
+
+    needs_losses: ClassVar[bool] = False
 
     def merge(self, models: Sequence[Params], losses: Sequence[LocalLoss]) -> Merged:
         """Return sum_k m_k theta_k."""
@@ -103,7 +150,7 @@ class MeanIMM:
 
 
 @dataclass(frozen=True)
-class ModeIMM:
+class ModeIMM(MergeRule):
     """Mode-based incremental moment matching: the mode of the product of the models' Laplace posteriors.
 
     Attributes:
@@ -114,14 +161,13 @@ class ModeIMM:
 
     def merge(self, models: Sequence[Params], losses: Sequence[LocalLoss]) -> Merged:
         """Return (sum_k m_k F_k)^-1 sum_k m_k F_k theta_k, F_k being the diagonal of loss k."""
-        if len(losses) != len(models):
-            raise BecameError(f"there are {len(models)} models and {len(losses)} losses; give each model's own loss.")
+        _check_losses(models, losses)
         precisions = [loss.diagonal().values for loss in losses]
         return Merged(precision_weighted_mean(models, precisions, _mixing(self.mixing, len(models))), None)
 
 
 @dataclass(frozen=True)
-class FisherMerge:
+class FisherMerge(MergeRule):
     """Fisher-weighted averaging of K models.
 
     Attributes:
@@ -136,7 +182,7 @@ class FisherMerge:
 
 
 @dataclass(frozen=True)
-class Became:
+class Became(MergeRule):
     """The minimum of the losses' estimated quadratic between the models, in closed form.
 
     Attributes:
@@ -148,7 +194,13 @@ class Became:
     per: Per = "model"
 
     def merge(self, models: Sequence[Params], losses: Sequence[LocalLoss]) -> Merged:
-        """Return the best point of the segment between two models, or of the simplex that K models span."""
+        """Return the best point of the segment between two models, or of the simplex that K models span.
+
+        Raises:
+            BecameError: if there is not one loss for each model, or a coefficient for each layer or leaf is asked for
+                of more than two models.
+        """
+        _check_losses(models, losses)
         if len(models) == 2:
             return self._between(models[0], models[1], losses)
         if self.per != "model":
@@ -173,7 +225,7 @@ class Became:
 
 
 @dataclass(frozen=True)
-class GridSearch:
+class GridSearch(MergeRule):
     """The best coefficient of an even grid by a true loss: what a closed form is held against.
 
     Attributes:
@@ -181,8 +233,10 @@ class GridSearch:
         points: how many, both ends among them.
     """
 
-    loss: Callable[[Params], Any]
+    loss: TrueLoss
     points: int = 21
+
+    needs_losses: ClassVar[bool] = False
 
     def merge(self, models: Sequence[Params], losses: Sequence[LocalLoss]) -> Merged:
         """Return the best of the segment's grid points."""
@@ -193,6 +247,85 @@ class GridSearch:
         values = [float(value) for value in trace_path(self.loss, first, second, alphas).values]
         best = alphas[values.index(min(values))]
         return Merged(merge(first, second, best), _array(best, first))
+
+
+@dataclass(frozen=True)
+class EqualShares(MergeRule):
+    """Every task's model counts alike in the end: mean-based IMM, one task at a time.
+
+    Lee et al. (NeurIPS 2017, arXiv 1703.08475) merge all tasks' models at once. One task at a time comes to the same:
+    the mean of t + 1 models is that of the first t models' mean, with t shares, and of the last model, with one.
+    """
+
+    needs_losses: ClassVar[bool] = False
+
+    def merge(self, models: Sequence[Params], losses: Sequence[LocalLoss]) -> Merged:
+        """Return the mean, as after the first merge."""
+        return MeanIMM().merge(models, losses)
+
+    def for_task(self, task: int, true_loss: TrueLoss) -> MergeRule:
+        """Return the mean with t shares for the old model and one for the new."""
+        return MeanIMM((float(task), 1.0))
+
+
+@dataclass(frozen=True)
+class ChosenAlphas(MergeRule):
+    """Coefficients chosen by hand, one for each merge.
+
+    Attributes:
+        alphas: the new model's coefficient at the first merge, at the second, and so on; the last one stays.
+
+    Raises:
+        BecameError: if there is none, or one is not in [0, 1].
+    """
+
+    alphas: tuple[float, ...]
+
+    needs_losses: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        """Check the coefficients."""
+        if not self.alphas:
+            raise BecameError("there is no merging coefficient; give at least one alpha.")
+        for alpha in self.alphas:
+            Fixed(alpha)
+
+    def merge(self, models: Sequence[Params], losses: Sequence[LocalLoss]) -> Merged:
+        """Merge at the first coefficient."""
+        return Fixed(self.alphas[0]).merge(models, losses)
+
+    def for_task(self, task: int, true_loss: TrueLoss) -> MergeRule:
+        """Return the rule with the coefficient of the merge after a task."""
+        return Fixed(self.alphas[min(task, len(self.alphas)) - 1])
+
+
+@dataclass(frozen=True)
+class TrueLossGrid(MergeRule):
+    """The best of an even grid by the true loss of all tasks so far: a bound to compare other rules with.
+
+    Attributes:
+        points: how many, both ends among them.
+
+    Raises:
+        BecameError: if there are fewer than two.
+    """
+
+    points: int = 21
+
+    needs_losses: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        """Check the number of points."""
+        if self.points < 2:
+            raise BecameError(f"a grid of {self.points} points has no ends; give at least 2.")
+
+    def merge(self, models: Sequence[Params], losses: Sequence[LocalLoss]) -> Merged:
+        """Refuse to merge: the true loss is known to ``for_task`` alone."""
+        raise BecameError("a grid by the true loss needs that loss; call for_task, or use GridSearch.")
+
+    def for_task(self, task: int, true_loss: TrueLoss) -> MergeRule:
+        """Return a grid search by the true loss."""
+        return GridSearch(true_loss, self.points)
 
 
 def precision_weighted_mean(models: Sequence[Params], precisions: Sequence[Params], weights: Sequence[float]) -> Params:
@@ -222,6 +355,11 @@ def _with_origin(quadratic: Quadratic) -> Quadratic:
     return Quadratic(xp.concat([row, quadratic.slope]), xp.concat([above, below], axis=0))
 
 
+def _check_losses(models: Sequence[Params], losses: Sequence[LocalLoss]) -> None:
+    if len(losses) != len(models):
+        raise BecameError(f"there are {len(models)} models and {len(losses)} losses; give each model's own loss.")
+
+
 def _two(models: Sequence[Params], what: str) -> tuple[Params, Params]:
     if len(models) != 2:
         raise BecameError(f"{what} is for two models, not {len(models)}.")
@@ -229,10 +367,11 @@ def _two(models: Sequence[Params], what: str) -> tuple[Params, Params]:
 
 
 def _mixing(mixing: Sequence[float] | None, count: int) -> list[float]:
-    given = [1.0] * count if mixing is None else list(mixing)
-    if len(given) != count or min(given) < 0 or sum(given) <= 0:
-        raise BecameError(f"the mixing is {given} for {count} models; give one non-negative number each, not all 0.")
-    return [each / sum(given) for each in given]
+    """Return non-negative shares of sum 1."""
+    shares = [1.0] * count if mixing is None else list(mixing)
+    if len(shares) != count or min(shares) < 0 or sum(shares) <= 0:
+        raise BecameError(f"the mixing is {shares} for {count} models; give one non-negative number each, not all 0.")
+    return [share / sum(shares) for share in shares]
 
 
 def _array(number: float | Sequence[float], like: Params) -> Array:

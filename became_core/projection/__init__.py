@@ -1,6 +1,9 @@
-"""Projection: memories that keep new updates out of the space, or off the weights, that old tasks use."""
+"""Projection: memories that keep new updates out of the space, or off the weights, that old tasks use.
 
-from became_core.projection.base import FinishedTask, Projector, Region, View, compact, full
+A file for each paper. A new projector is its file and a line of ``PROJECTORS``.
+"""
+
+from became_core.projection.base import FinishedTask, Projector, Region, TaskStart, View, compact, full
 from became_core.projection.gates import GatedRegion
 from became_core.projection.gpcns import GPCNS
 from became_core.projection.gpm import GPM
@@ -11,6 +14,7 @@ from became_core.projection.packnet import PackNet
 from became_core.projection.sgp import SGP
 from became_core.projection.trgp import TRGP, TrustRegion
 from became_core.projection.unit_graph import UnitGraph
+from became_core.registry import Registry
 
 __all__ = [
     "GPCNS",
@@ -18,6 +22,7 @@ __all__ = [
     "HAT",
     "NSCL",
     "OGD",
+    "PROJECTORS",
     "SGP",
     "TRGP",
     "FinishedTask",
@@ -25,9 +30,25 @@ __all__ = [
     "PackNet",
     "Projector",
     "Region",
+    "TaskStart",
     "TrustRegion",
     "UnitGraph",
     "View",
     "compact",
     "full",
 ]
+
+PROJECTORS: Registry[Projector] = Registry(
+    "became.projectors",
+    "projector",
+    {
+        "gpm": GPM,
+        "sgp": SGP,
+        "gpcns": GPCNS,
+        "nscl": NSCL,
+        "ogd": OGD,
+        "trgp": TRGP,
+        "hat": HAT,
+        "packnet": PackNet,
+    },
+)

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Self
 
 from became_core.arrays import Array, Params, device, namespace, pytree, static
 from became_core.errors import BecameError
+from became_core.projection.base import Region, View
 
 __all__ = ["GatedRegion", "GatedView", "filled", "spread"]
 
@@ -19,7 +20,7 @@ LARGEST = 6.0  # of an embedding, in effect
 
 @pytree
 @dataclass(frozen=True)
-class GatedView:
+class GatedView(View):
     """The weights of a task that is learned: columns that see a closed gate are zero.
 
     Attributes:
@@ -52,7 +53,7 @@ class GatedView:
 
 @pytree
 @dataclass(frozen=True)
-class GatedRegion:
+class GatedRegion(Region):
     """A task while it is learned: its gates are sigmoids, and their embeddings are trained with the weights.
 
     Attributes:

@@ -30,9 +30,9 @@ __all__ = ["GPCNS"]
 @pytree
 @dataclass(frozen=True)
 class GPCNS(ImportanceProjector):
-    """The common space of gradients so far.
+    """Projection out of the common space of old tasks' gradients, by importance (Yang 2024).
 
-    ``ThresholdProjector`` has the threshold, ``ImportanceProjector`` the scale.
+    ``ThresholdProjector`` and ``ImportanceProjector`` have the settings.
 
     Attributes:
         gradients: for each weight, the sum over tasks of the mean of G^T G, [d_in, d_in].
@@ -44,7 +44,7 @@ class GPCNS(ImportanceProjector):
 
     beside: ClassVar[tuple[str, ...]] = ("gradients", "stacks")
 
-    def remember(self, statistics: FinishedTask) -> Self:
+    def remember(self, task: FinishedTask) -> Self:
         """Return the memory with one more task's gradients.
 
         Raises:
@@ -53,7 +53,7 @@ class GPCNS(ImportanceProjector):
         spaces: dict[str, Subspace] = {}
         gradients: Params = {}
         stacks: Params = {}
-        for name, gram in statistics.gradient_grams().items():
+        for name, gram in task.gradient_grams().items():
             xp: Any = namespace(gram=gram)
             old = self.gradients.get(name)
             total = checked_gram(name, gram, None if old is None else int(old.shape[0]))

@@ -25,15 +25,29 @@ __all__ = ["GPM"]
 @pytree
 @dataclass(frozen=True)
 class GPM(ThresholdProjector):
-    """The bases kept so far; ``threshold`` and ``increment`` are epsilon's, as ``ThresholdProjector`` says."""
+    """Gradient projection memory: updates leave the space of old tasks' layer inputs (Saha 2021).
 
-    def remember(self, statistics: FinishedTask) -> Self:
+    The memory is a basis of that space for each weight; ``ThresholdProjector`` has the settings.
+
+    >>> import numpy as np
+    >>> inputs = np.array([[1.0, 0.0, 0.0], [1.0, 1.0, 0.0]])  # two samples of three units
+    >>> class Task:
+    ...     def input_grams(self):
+    ...         return {"fc.weight": inputs.T @ inputs / 2}
+    >>> memory = GPM(threshold=1.0).remember(Task())
+    >>> memory.rank
+    {'fc.weight': (2, 3)}
+    >>> np.allclose(memory.project({"fc.weight": np.ones((1, 3))})["fc.weight"], [[0.0, 0.0, 1.0]])
+    True
+    """
+
+    def remember(self, task: FinishedTask) -> Self:
         """Return the memory with the directions added that one more task needs.
 
         Raises:
             BecameError: if a Gram matrix is not square, not finite, or does not fit the basis kept for its weight.
         """
-        return self._remembering({name: self._grown(name, gram) for name, gram in statistics.input_grams().items()})
+        return self._remembering({name: self._grown(name, gram) for name, gram in task.input_grams().items()})
 
     def _grown(self, name: str, gram: Array) -> Subspace:
         parts, count = self._residual(name, gram)

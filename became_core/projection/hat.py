@@ -32,36 +32,39 @@ import numpy as np
 
 from became_core.arrays import Array, Params, device, namespace, pytree, static
 from became_core.errors import BecameError
-from became_core.projection.base import FinishedTask, integers
+from became_core.projection.base import FinishedTask, Projector, Region, TaskStart, integers
 from became_core.projection.gates import GatedRegion, GatedView, filled, spread
-from became_core.projection.unit_graph import UnitGraph
+from became_core.projection.unit_graph import UnitGraph, find_unit_graph
+from became_core.registry import setting
 
 __all__ = ["HAT"]
 
 
 @pytree
 @dataclass(frozen=True)
-class HAT:
-    """The gates of the old tasks; as a projector, it lets no weight move between two units that one of them uses.
+class HAT(Projector):
+    """Hard attention to the task: gates of units, learned with the weights that no old task uses (Serra 2018).
+
+    The memory is the gates of the old tasks; no weight moves between two units that one of them uses.
 
     Attributes:
-        sharpness: s_max.
-        sparsity: c.
+        sharpness: how steep the gates become within an epoch, s_max in the paper; above 1.
+        sparsity: what the units that a task uses cost beside a mean loss, c in the paper; at least 0.
         tasks: how many tasks it remembers.
-        wiring: whose units each layer sees; None until the network is known.
+        unit_graph: which layers' units each layer sees; None until the network is known.
         gates: which of the units that a weight sees a task uses, bool [units]; ``conv2.weight@0`` for weight and task.
 
     Raises:
         BecameError: if a number cannot be used.
     """
 
-    sharpness: float = static(default=400.0)
-    sparsity: float = static(default=0.75)
+    sharpness: float = setting(400.0, option="hat_sharpness")
+    sparsity: float = setting(0.75, option="hat_sparsity")
     tasks: int = static(default=0)
-    wiring: UnitGraph | None = static(default=None)
+    unit_graph: UnitGraph | None = static(default=None)
     gates: Params = field(default_factory=dict)
 
-    protects_all: ClassVar[bool] = False
+    alone: ClassVar[str] = "gates protect every unit that is in use"
 
     def __post_init__(self) -> None:
         """Check the numbers."""
@@ -76,7 +79,7 @@ class HAT:
         return {name: self._project(name, update) for name, update in updates.items()}
 
     def _project(self, name: str, update: Array) -> Array:
-        if self.wiring is None or name not in self.wiring.layers or not self.tasks:
+        if self.unit_graph is None or name not in self.unit_graph.layers or not self.tasks:
             return update
         xp: Any = namespace(update=update)
         still = self._still(name, update.shape[0], math.prod(update.shape[1:]))
@@ -92,8 +95,8 @@ class HAT:
 
     def used(self, name: str) -> Array:
         """Return which units of a layer any old task uses, through any of its readers, bool [units]."""
-        wiring = self._wiring
-        keys = [f"{r}@{task}" for task in range(self.tasks) for r in wiring.readers_of(name, task)]
+        graph = self._graph
+        keys = [f"{r}@{task}" for task in range(self.tasks) for r in graph.readers_of(name, task)]
         return _any([self.gates[key] for key in keys])
 
     def _seen(self, name: str) -> Array | None:
@@ -102,40 +105,35 @@ class HAT:
         return _any([self.gates[key] for key in keys]) if keys[0] in self.gates else None
 
     @property
-    def _wiring(self) -> UnitGraph:
-        assert self.wiring is not None, "HAT has to be told the network's wiring first"
-        return self.wiring
+    def _graph(self) -> UnitGraph:
+        assert self.unit_graph is not None, "HAT.prepare has not been called"
+        return self.unit_graph
 
-    def project_rows(self, name: str, rows: Array) -> Array:
-        """Return the rows: what stands still is no subspace of a layer's input."""
-        return rows
+    def prepare(self, start: TaskStart) -> Self:
+        """Return the projector with the network's unit graph, which is found at the first call.
 
-    @property
-    def rowwise(self) -> frozenset[str]:
-        """None."""
-        return frozenset()
+        Raises:
+            BecameError: if a layer of the network does not see others' units one by one.
+        """
+        return self if self.unit_graph is not None else replace(self, unit_graph=find_unit_graph(start))
 
     @property
     def rank(self) -> dict[str, tuple[int, int]]:
         """For each layer but the first, how many pairs of units stand still, and how many there are; of it, units."""
         found = {}
-        for name in self._wiring.layers if self.tasks else ():
+        for name in self._graph.layers if self.tasks else ():
             to, seen = _counts(self.used(name)), _counts(self._seen(name))
             found[name] = (to[0] * seen[0], to[1] * seen[1])
         return found
 
-    def region(self, theta: Params, stream: np.random.Generator) -> GatedRegion:
-        """Return the region of a new task, its embeddings drawn from a standard normal distribution.
-
-        Args:
-            theta: the parameters, whose framework, device and dtype the embeddings have.
-            stream: what they are drawn from, layer by layer.
-        """
+    def begin_task(self, start: TaskStart) -> GatedRegion:
+        """Return the region of a new task, its embeddings drawn from a standard normal distribution, layer by layer."""
+        theta, rng = start.weights, start.rng("gates")
         embeddings, unused = {}, {}
-        for reader, sources in self._wiring.readers(self.tasks):
+        for reader, sources in self._graph.readers(self.tasks):
             weight = theta[sources[0]]
             xp: Any = namespace(weight=weight)
-            drawn = np.asarray(stream.standard_normal(int(weight.shape[0])))
+            drawn = np.asarray(rng.standard_normal(int(weight.shape[0])))
             key = f"{reader}@gates"
             embeddings[key] = xp.asarray(drawn, dtype=weight.dtype, device=device(weight))
             unused[key] = xp.ones_like(embeddings[key])
@@ -145,23 +143,24 @@ class HAT:
 
     def _seen_before(self, reader: str) -> Array:
         """Which of the units that a new task's reader sees any old task uses: for a head, through any old head."""
-        heads = self._wiring.heads
+        heads = self._graph.heads
         keys = [f"{heads[task] if reader in heads else reader}@{task}" for task in range(self.tasks)]
         return _any([self.gates[key] for key in keys])
 
-    def settled(self, region: GatedRegion) -> Self:
+    def end_stage(self, task: int, region: Region | None) -> Self:
         """Return the memory with the new task's gates, which do not change from now on."""
-        readers = [reader for reader, _ in self._wiring.readers(self.tasks)]
+        assert region is not None
+        readers = [reader for reader, _ in self._graph.readers(self.tasks)]
         gates = {f"{reader}@{self.tasks}": region.scales[f"{reader}@gates"] > 0 for reader in readers}
         return replace(self, gates=self.gates | gates, tasks=self.tasks + 1)
 
-    def remember(self, statistics: FinishedTask) -> Self:
-        """Return the memory: a task's gates are all that it is remembered by, and ``settled`` has kept them."""
+    def remember(self, task: FinishedTask) -> Self:
+        """Return the memory: a task is remembered by its gates alone, and ``end_stage`` has kept them."""
         return self
 
     def view(self, task: int) -> GatedView:
         """Return the weights that a task, counted from 0, works with."""
-        return GatedView({reader: self.gates[f"{reader}@{task}"] for reader, _ in self._wiring.readers(task)})
+        return GatedView({reader: self.gates[f"{reader}@{task}"] for reader, _ in self._graph.readers(task)})
 
     def to_arrays(self) -> dict[str, Array]:
         """Return the gates, and the number of tasks."""

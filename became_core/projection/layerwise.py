@@ -9,29 +9,45 @@ from typing import Any, ClassVar, Self
 
 from became_core.arrays import Array, Params, namespace, static
 from became_core.errors import BecameError
-from became_core.projection.base import integers
+from became_core.projection.base import Projector, integers
 from became_core.projection.energy import Energies, energies, min_directions
 from became_core.projection.subspace import Subspace
+from became_core.registry import setting
 
 __all__ = ["LayerwiseProjector", "ThresholdProjector"]
 
 
 @dataclass(frozen=True)
-class LayerwiseProjector:
+class LayerwiseProjector(Projector):
     """A projector whose memory is a subspace for each weight, and what a subclass keeps beside.
 
     Attributes:
+        norm_penalty: the strength of a quadratic penalty, strength/2, on what the projector cannot protect,
+            normalisation and biases, weighed by Fisher information as in EWC; at 0 these are frozen after the first
+            task.
         tasks: how many tasks it remembers.
         spaces: the protected subspace of each weight's input space.
+
+    Raises:
+        BecameError: if the penalty is negative.
     """
 
     _: KW_ONLY
+    norm_penalty: float = setting(0.0)
     tasks: int = static(default=0)
     spaces: dict[str, Subspace] = field(default_factory=dict)
 
-    protects_all: ClassVar[bool] = False
     # Names of the fields, each with an array for some weights, that a subclass remembers by beside the subspaces.
     beside: ClassVar[tuple[str, ...]] = ()
+
+    def __post_init__(self) -> None:
+        """Check the penalty."""
+        if self.norm_penalty < 0:
+            raise BecameError(f"the penalty on normalisation is {self.norm_penalty}; it must be at least 0.")
+
+    def unprotected_penalty(self) -> float:
+        """Return the penalty that was chosen."""
+        return self.norm_penalty
 
     def project(self, updates: Params) -> Params:
         """Return each update without its part in its weight's protected space; the others unchanged."""
@@ -109,18 +125,19 @@ class ThresholdProjector(LayerwiseProjector):
     """A projector with a threshold that rises from task to task.
 
     Attributes:
-        threshold: epsilon for the first task, in (0, 1].
-        increment: what epsilon grows by from task to task; it never exceeds 1.
+        threshold: the share of a layer's energy that is protected, epsilon, for the first task; in (0, 1].
+        increment: what the threshold grows by from task to task; it never exceeds 1.
 
     Raises:
         BecameError: if the threshold is not in its range.
     """
 
-    threshold: float = static()
-    increment: float = static(default=0.0)
+    threshold: float = setting(0.97)
+    increment: float = setting(0.003)
 
     def __post_init__(self) -> None:
         """Check the threshold."""
+        super().__post_init__()
         if not 0 < self.threshold <= 1:
             kind = type(self).__name__
             raise BecameError(f"the {kind} threshold is {self.threshold}; it must be above 0 and at most 1.")

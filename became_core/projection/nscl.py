@@ -20,6 +20,7 @@ from became_core.projection.base import FinishedTask
 from became_core.projection.energy import checked_gram, rounding, spectrum, wide
 from became_core.projection.layerwise import LayerwiseProjector
 from became_core.projection.subspace import Subspace
+from became_core.registry import setting
 
 __all__ = ["NSCL"]
 
@@ -27,10 +28,12 @@ __all__ = ["NSCL"]
 @pytree
 @dataclass(frozen=True)
 class NSCL(LayerwiseProjector):
-    """The covariances so far; the bases are of what is not null.
+    """Training in the null space of old tasks' input covariance (Wang 2021).
+
+    The memory is the covariances so far, and a basis of what is not null.
 
     Attributes:
-        ratio: a, at least 1: how far above the smallest eigenvalue still counts as null.
+        ratio: how far above the smallest eigenvalue a direction still counts as null, a in the paper; at least 1.
         normalised: whether a projected update is divided by |V V^T|_F.
         covariances: C of each weight, [d_in, d_in].
 
@@ -38,7 +41,7 @@ class NSCL(LayerwiseProjector):
         BecameError: if the ratio is below 1.
     """
 
-    ratio: float = static(default=10.0)
+    ratio: float = setting(10.0, option="nscl_ratio")
     normalised: bool = static(default=True)
     covariances: Params = field(default_factory=dict, kw_only=True)
 
@@ -46,6 +49,7 @@ class NSCL(LayerwiseProjector):
 
     def __post_init__(self) -> None:
         """Check the ratio."""
+        super().__post_init__()
         if not self.ratio >= 1:
             raise BecameError(f"the NSCL ratio is {self.ratio}; it must be at least 1.")
 
@@ -57,7 +61,7 @@ class NSCL(LayerwiseProjector):
         occupied, width = self.rank[name]
         return projected / (width - occupied) ** 0.5
 
-    def remember(self, statistics: FinishedTask) -> Self:
+    def remember(self, task: FinishedTask) -> Self:
         """Return the memory with one more task's covariance.
 
         Raises:
@@ -65,7 +69,7 @@ class NSCL(LayerwiseProjector):
         """
         spaces: dict[str, Subspace] = {}
         covariances: Params = {}
-        for name, gram in statistics.input_grams().items():
+        for name, gram in task.input_grams().items():
             xp: Any = namespace(gram=gram)
             old = self.covariances.get(name)
             total = checked_gram(name, gram, None if old is None else int(old.shape[0]))

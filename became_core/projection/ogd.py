@@ -19,8 +19,9 @@ from typing import Any, ClassVar, Self
 
 from became_core.arrays import Array, Params, namespace, pytree, static
 from became_core.errors import BecameError
-from became_core.projection.base import FinishedTask, integers
+from became_core.projection.base import FinishedTask, Projector, integers
 from became_core.projection.rows import flat, orthonormal, part_within, size
+from became_core.registry import setting
 
 __all__ = ["OGD", "SHARED"]
 
@@ -30,11 +31,13 @@ SHARED = "shared parameters"
 
 @pytree
 @dataclass(frozen=True)
-class OGD:
-    """The orthonormal directions kept so far.
+class OGD(Projector):
+    """Orthogonal gradient descent: updates leave the span of old samples' logit gradients (Farajtabar 2020).
+
+    The memory is orthonormal directions in the space of all shared parameters.
 
     Attributes:
-        samples: how many of a task's samples give a gradient.
+        samples: how many training samples of each task give a gradient.
         capacity: how many directions are kept in all, at most.
         blocks: how many of them are each task's, in the order of tasks.
         directions: for each shared parameter, its part of them, [k, *shape].
@@ -43,8 +46,8 @@ class OGD:
         BecameError: if samples or capacity are below 1.
     """
 
-    samples: int = static(default=200)
-    capacity: int = static(default=200)
+    samples: int = setting(200, option="ogd_samples")
+    capacity: int = setting(200, option="ogd_capacity")
     blocks: tuple[int, ...] = static(default=())
     directions: Params = field(default_factory=dict)
 
@@ -68,22 +71,13 @@ class OGD:
         within = part_within(rows, flat({name: self.directions[name] for name in names}))
         return dict(updates) | {name: _less(updates[name], within[name]) for name in names}
 
-    def project_rows(self, name: str, rows: Array) -> Array:
-        """Return the rows: no weight is protected by itself."""
-        return rows
-
-    @property
-    def rowwise(self) -> frozenset[str]:
-        """None: directions are of all parameters at once."""
-        return frozenset()
-
     @property
     def rank(self) -> dict[str, tuple[int, int]]:
         """The number of directions, and of shared parameters."""
         width = sum(size(leaf) for leaf in self.directions.values())
         return {SHARED: (sum(self.blocks), width)} if self.directions else {}
 
-    def remember(self, statistics: FinishedTask) -> Self:
+    def remember(self, task: FinishedTask) -> Self:
         """Return the memory with one more task's directions.
 
         Raises:
@@ -95,7 +89,7 @@ class OGD:
         kept = self._leading(blocks)
         if not shares[-1]:
             return replace(self, blocks=(*blocks, 0), directions=kept)
-        gradients = (self._checked(batch) for batch in statistics.logit_gradients(self.samples))
+        gradients = (self._checked(batch) for batch in task.logit_gradients(self.samples))
         added, shapes = orthonormal(gradients, flat(kept), shares[-1])
         directions = {}
         for name, rows in added.items():

@@ -19,7 +19,8 @@ from typing import Any, ClassVar, Self
 
 from became_core.arrays import Array, Params, namespace, pytree, static
 from became_core.errors import BecameError
-from became_core.projection.base import FinishedTask, integers
+from became_core.projection.base import FinishedTask, Projector, View, integers
+from became_core.registry import setting
 
 __all__ = ["MaskedView", "PackNet"]
 
@@ -28,11 +29,13 @@ MOST_TASKS = 255  # owners are bytes
 
 @pytree
 @dataclass(frozen=True)
-class PackNet:
-    """Which weight is whose; as a projector, it lets no weight move but those that the present stage trains.
+class PackNet(Projector):
+    """Each task in the weights that none owns: trained, pruned, and retrained without the pruned ones (Mallya 2018).
+
+    The memory is which weight belongs to which task; no weight moves but those that the present stage trains.
 
     Attributes:
-        share: p, of a layer's free weights, that is pruned; in [0, 1).
+        share: the share of a layer's free weights that is pruned at each task, p in the paper; in [0, 1).
         tasks: how many tasks it remembers.
         retrains: whether what it lets move are the weights of the task after those; else the free ones.
         owners: of every weight that masks protect, uint8, of its shape.
@@ -41,12 +44,13 @@ class PackNet:
         BecameError: if the share is not in its range.
     """
 
-    share: float = static(default=0.5)
+    share: float = setting(0.5, option="packnet_share")
     tasks: int = static(default=0)
     retrains: bool = static(default=False)
     owners: Params = field(default_factory=dict)
 
-    protects_all: ClassVar[bool] = False
+    alone: ClassVar[str] = "masks protect every weight that is in use"
+    stages: ClassVar[int] = 2
 
     def __post_init__(self) -> None:
         """Check the share."""
@@ -64,15 +68,6 @@ class PackNet:
         moves = self.owners[name] == (self.tasks + 1 if self.retrains else 0)
         return xp.where(moves, update, xp.zeros_like(update))
 
-    def project_rows(self, name: str, rows: Array) -> Array:
-        """Return the rows: a mask is of single weights, not of directions of a layer's input."""
-        return rows
-
-    @property
-    def rowwise(self) -> frozenset[str]:
-        """None."""
-        return frozenset()
-
     @property
     def rank(self) -> dict[str, tuple[int, int]]:
         """For each weight, how many of its entries are a task's, and how many there are: the capacity used."""
@@ -82,12 +77,12 @@ class PackNet:
             found[name] = (int(xp.count_nonzero(owner)), math.prod(owner.shape))
         return found
 
-    def pruned(self, theta: Params, names: frozenset[str]) -> tuple[Self, Params]:
-        """Return the memory in which the next task has its weights, and all weights, the pruned ones 0.
+    def between_stages(self, theta: Params, projectable: frozenset[str]) -> tuple[Self, Params]:
+        """Return the memory in which the next task has its weights, and all parameters, the pruned weights being 0.
 
         Args:
             theta: after the task was trained in the free weights.
-            names: of the weights that masks protect; the others are left as they are.
+            projectable: names of the weights that masks protect; the others are left as they are.
 
         Raises:
             BecameError: if there are more tasks than owners can tell apart.
@@ -95,7 +90,7 @@ class PackNet:
         if self.tasks >= MOST_TASKS:
             raise BecameError(f"PackNet's masks tell {MOST_TASKS} tasks apart; there is one more.")
         owners, weights = {}, dict(theta)
-        for name in sorted(names):
+        for name in sorted(projectable):
             weight = theta[name]
             xp: Any = namespace(weight=weight)
             owner = self.owners.get(name)
@@ -106,7 +101,7 @@ class PackNet:
             weights[name] = xp.where(owners[name] > 0, weight, xp.zeros_like(weight))
         return replace(self, owners=owners, retrains=True), weights
 
-    def remember(self, statistics: FinishedTask) -> Self:
+    def remember(self, task: FinishedTask) -> Self:
         """Return the memory with one more task, whose weights stand still from now on."""
         return replace(self, tasks=self.tasks + 1, retrains=False)
 
@@ -140,7 +135,7 @@ class PackNet:
 
 @pytree
 @dataclass(frozen=True)
-class MaskedView:
+class MaskedView(View):
     """The weights of the first so many tasks alone.
 
     Attributes:

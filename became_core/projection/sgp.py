@@ -16,12 +16,13 @@ is enough here as well, and neither its scale nor that of R plays any part.
 from dataclasses import dataclass
 from typing import Any, Self
 
-from became_core.arrays import Array, namespace, pytree, static
+from became_core.arrays import Array, namespace, pytree
 from became_core.errors import BecameError
 from became_core.projection.base import FinishedTask
 from became_core.projection.energy import wide
 from became_core.projection.layerwise import ThresholdProjector
 from became_core.projection.subspace import Subspace
+from became_core.registry import setting
 
 __all__ = ["SGP", "ImportanceProjector", "importances"]
 
@@ -31,13 +32,13 @@ class ImportanceProjector(ThresholdProjector):
     """A projector that protects each direction by its importance.
 
     Attributes:
-        scale: s; the greater, the nearer all importances are to 1.
+        scale: s in the formula of importances; the greater it is, the nearer all importances are to 1.
 
     Raises:
         BecameError: if the scale is not above 0, or the threshold not in its range.
     """
 
-    scale: float = static(default=5.0)
+    scale: float = setting(5.0)
 
     def __post_init__(self) -> None:
         """Check the threshold and the scale."""
@@ -49,18 +50,18 @@ class ImportanceProjector(ThresholdProjector):
 @pytree
 @dataclass(frozen=True)
 class SGP(ImportanceProjector):
-    """The bases kept so far and their importances.
+    """Scaled gradient projection: as gpm, each direction held back by its importance (Saha & Roy 2023).
 
-    ``ThresholdProjector`` has the threshold, ``ImportanceProjector`` the scale.
+    ``ThresholdProjector`` and ``ImportanceProjector`` have the settings.
     """
 
-    def remember(self, statistics: FinishedTask) -> Self:
+    def remember(self, task: FinishedTask) -> Self:
         """Return the memory with one more task's directions added, and its importances added to those of old ones.
 
         Raises:
             BecameError: if a Gram matrix is not square, not finite, or does not fit the basis kept for its weight.
         """
-        return self._remembering({name: self._grown(name, gram) for name, gram in statistics.input_grams().items()})
+        return self._remembering({name: self._grown(name, gram) for name, gram in task.input_grams().items()})
 
     def _grown(self, name: str, gram: Array) -> Subspace:
         xp: Any = namespace(gram=gram)

@@ -15,13 +15,14 @@ What differs: the published code leaves out the first new direction among those 
 A basis B_t is kept as the places of its columns in M.
 """
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Self
 
 from became_core.arrays import Array, Params, device, namespace, pytree
 from became_core.errors import BecameError
-from became_core.projection.base import FinishedTask
+from became_core.projection.base import FinishedTask, Region, TaskStart, integers
 from became_core.projection.energy import energies, min_directions
 from became_core.projection.layerwise import ThresholdProjector
 from became_core.projection.subspace import Subspace
@@ -35,17 +36,22 @@ LEAST_SHARE = 0.5
 @pytree
 @dataclass(frozen=True)
 class TRGP(ThresholdProjector):
-    """The union of all tasks' bases, and which of its columns are whose; ``ThresholdProjector`` has the threshold.
+    """Trust region gradient projection: as gpm, with old weights rescaled in trusted old tasks' spaces (Lin 2022).
+
+    The memory is the union of all tasks' bases, and which of its columns belong to which task; ``ThresholdProjector``
+    has the settings.
 
     Attributes:
         selections: the columns of M that are a task's own, integers [k_t]; ``conv1.weight@0`` for layer and task.
+        regions: the trust region of each task that was trained in one, by the task's number.
     """
 
     selections: Params = field(default_factory=dict, kw_only=True)
+    regions: dict[int, "TrustRegion"] = field(default_factory=dict, kw_only=True)
 
     beside: ClassVar[tuple[str, ...]] = ("selections",)
 
-    def remember(self, statistics: FinishedTask) -> Self:
+    def remember(self, task: FinishedTask) -> Self:
         """Return the memory with one more task's basis.
 
         Raises:
@@ -53,7 +59,7 @@ class TRGP(ThresholdProjector):
         """
         spaces: dict[str, Subspace] = {}
         selections: Params = {}
-        for name, gram in statistics.input_grams().items():
+        for name, gram in task.input_grams().items():
             xp: Any = namespace(gram=gram)
             parts = energies(name, gram, self.bases.get(name))
             joint = xp.concat([parts.old, parts.new])
@@ -72,12 +78,51 @@ class TRGP(ThresholdProjector):
         xp: Any = namespace(basis=basis)
         return xp.take(basis, self.selections[f"{name}@{task}"], axis=1)
 
+    def begin_task(self, start: TaskStart) -> "TrustRegion | None":
+        """Return the trust region of a new task, with identities for its scales; none for the first task."""
+        return self.trust_region(start.gradients()) if self.tasks else None
+
+    def end_stage(self, task: int, region: Region | None) -> Self:
+        """Return the memory with the task's trust region as it has been learned."""
+        return replace(self, regions=self.regions | {task: region}) if isinstance(region, TrustRegion) else self
+
+    def region(self, task: int) -> "TrustRegion | None":
+        """Return the trust region of a task, if it has one."""
+        return self.regions.get(task)
+
+    def to_arrays(self) -> dict[str, Array]:
+        """Return what ``LayerwiseProjector`` does, and each trust region's bases and scales."""
+        arrays = super().to_arrays()
+        for task, region in self.regions.items():
+            arrays[f"regions.{task}"] = integers(len(region.bases), arrays)  # so that an empty region is kept as well
+            arrays |= {f"regions.{task}.bases.{key}": basis for key, basis in region.bases.items()}
+            arrays |= {f"regions.{task}.scales.{key}": scale for key, scale in region.scales.items()}
+        return arrays
+
+    def with_arrays(self, arrays: Mapping[str, Array]) -> Self:
+        """Return this projector with the memory that ``to_arrays`` returned.
+
+        Raises:
+            BecameError: if an array is no part of such a memory, or one is missing.
+        """
+        memory = super().with_arrays({key: array for key, array in arrays.items() if not key.startswith("regions.")})
+        parts: dict[int, dict[str, Params]] = {}
+        for key, array in arrays.items():
+            place = re.fullmatch(r"regions\.(\d+)(?:\.(bases|scales)\.(.+))?", key)
+            if place is not None:
+                region = parts.setdefault(int(place[1]), {"bases": {}, "scales": {}})
+                if place[2]:
+                    region[place[2]][place[3]] = array
+            elif key.startswith("regions."):
+                raise BecameError(f"the array '{key}' is no part of a memory of TRGP.")
+        return replace(memory, regions={task: TrustRegion(**part) for task, part in parts.items()})
+
     def trust_region(self, gradients: Params) -> "TrustRegion":
         """Return the trust region of a new task, with identities for its scales.
 
         Args:
-            gradients: of the new task's loss before it is trained, of any weights; others than the memory's are not
-                looked at.
+            gradients: of the new task's loss before it is trained, by weight; weights that the memory does not have
+                are left out.
         """
         bases: Params = {}
         for name, gradient in gradients.items():
@@ -102,7 +147,7 @@ class TRGP(ThresholdProjector):
 
 @pytree
 @dataclass(frozen=True)
-class TrustRegion:
+class TrustRegion(Region):
     """A task's trust region: for layers and old tasks, a basis and a square matrix that scales the weight within.
 
     Attributes:
@@ -115,8 +160,6 @@ class TrustRegion:
 
     bases: Params
     scales: Params
-
-    anneals: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         """Check that bases and scales fit."""
@@ -173,8 +216,13 @@ class TrustRegion:
             result[name] = xp.reshape(total, gradient.shape)
         return result
 
-    def seen(self, name: str, rows: Array) -> Array:
-        """Return what W is multiplied with where the layer sees these rows [..., d_in]: a + S a, S as above.
+    @property
+    def rowwise(self) -> frozenset[str]:
+        """All weights that have a trust region."""
+        return self.weights
+
+    def inputs_beneath(self, name: str, rows: Array) -> Array:
+        """Return what W is multiplied with where the layer sees these rows [..., d_in]: a + S a, S as in ``pull_back``.
 
         The effective weight on a is W on this, so taps of the effective weight become those of W.
         """
@@ -191,10 +239,6 @@ class TrustRegion:
     def weights(self) -> frozenset[str]:
         """The names of the weights that have a trust region."""
         return frozenset(name for name, _ in self._by_weight())
-
-    def annealed(self, progress: float) -> Self:
-        """Return the region: it is the same at every step."""
-        return self
 
     def with_scales(self, scales: Params) -> Self:
         """Return the region with other scales."""

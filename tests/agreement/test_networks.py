@@ -34,7 +34,7 @@ from adapters.networks import (
 )
 from became_core import optimal_alpha
 from became_core.continual import SGD, Batch, Constraint, Learner, TapMode, TaskStream
-from became_core.continual.statistics import weights_of
+from became_core.continual.learner import weights_of
 from became_core.curvature import derivatives_along, diagonal_fisher, input_grams, kronecker_factors
 from became_core.projection import GPM
 from tests.agreement.frameworks import FRAMEWORKS
@@ -175,7 +175,7 @@ def measured(learner: Learner, rows: NDArray[Any]) -> Numbers:
     for name, basis in labelled("projection", memory.bases):
         found[name] = basis @ basis.T
     direction = {name: 0.1 * (value + 0.5) for name, value in theta.items()}
-    direction |= {name: learner.parameters()[name] * 0 for name in learner.statistics}
+    direction |= {name: learner.parameters()[name] * 0 for name in learner.running_statistics}
     slopes = derivatives_along(learner.pushforward(0, rows, len(rows), [direction]))
     found |= {f"derivative {order} along": to_numpy(value) for order, value in enumerate(slopes, start=1)}
     found |= stepped(learner, rows)
@@ -208,7 +208,7 @@ def test_drawn_networks_agree(architecture: Architecture, batch: int, seed: int)
     assert expected["alpha"] > 0
     for name in ("jax", "tensorflow"):
         assert learners[name].projectable == learners["torch"].projectable
-        assert learners[name].statistics == learners["torch"].statistics
+        assert learners[name].running_statistics == learners["torch"].running_statistics
         assert_equal(taken(learners[name], rows) | measured(learners[name], rows), expected, rtol=1e-9)
 
 

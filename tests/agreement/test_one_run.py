@@ -5,6 +5,7 @@ dropout and a residual block. Everything but the arithmetic's last bits must agr
 alpha, weights and the memory's ranks.
 """
 
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -32,7 +33,6 @@ from became_core.continual import (
     Annealed,
     EpochEnd,
     Learner,
-    MethodSettings,
     RelativeRates,
     RunRecord,
     TaskEnd,
@@ -74,6 +74,7 @@ def short_stream() -> TaskStream:
     return replace(stream(), tasks=tasks)
 
 
+THRESHOLD = {"threshold": 0.9}
 Run = tuple[RunRecord, list[float], dict[str, NDArray[Any]]]
 
 
@@ -82,7 +83,7 @@ def run(
     tasks: TaskStream,
     method: str,
     training: Training = TRAINING,
-    settings: MethodSettings = MethodSettings(threshold=0.9),  # noqa: B008 # a frozen value
+    settings: Mapping[str, Any] = THRESHOLD,
 ) -> Run:
     """The record, the mean loss of every epoch, and the final weights."""
     losses: list[float] = []
@@ -139,7 +140,7 @@ BY_GROUP = replace(
 
 
 def penalised_run(learner: Learner) -> Run:
-    settings = MethodSettings(threshold=0.9, norm_penalty=200.0)
+    settings = {"threshold": 0.9, "norm_penalty": 200.0}
     return run(learner, short_stream(), "became", BY_GROUP, settings)
 
 

@@ -15,7 +15,6 @@ from became_core.continual import (
     SGD,
     Annealed,
     Learner,
-    MethodSettings,
     Patience,
     RunRecord,
     RunState,
@@ -79,7 +78,7 @@ def _in_stage_2(state: RunState) -> bool:
 def test_a_run_is_one_run_on_whatever_it_goes_on(
     method: str, training: Training, turns: list[tuple[str, Any]], tmp_path: Path
 ) -> None:
-    settings = MethodSettings(threshold=0.9, ogd_samples=20, ogd_capacity=20)
+    settings = {"threshold": 0.9, "ogd_samples": 20, "ogd_capacity": 20}
     kept = Checkpoints(tmp_path, STREAM, build_method(method, settings), training)
     # All begin with the reference's weights, which come from a file as well.
     reference = ReferenceLearner(STREAM, hidden=(100, 100))

@@ -34,7 +34,7 @@ def test_cifar100_as_published(tasks: int) -> None:
     assert preset.network == "alexnet"
     for method in ("gpm", "became", "sgp", "became+gpcns"):
         settings = preset.settings_of(method)
-        assert (settings.threshold, settings.increment, settings.scale) == (0.97, 0.003, 5)
+        assert (settings["threshold"], settings["increment"], settings["scale"]) == (0.97, 0.003, 5)
 
 
 def test_miniimagenet_as_published() -> None:
@@ -46,10 +46,10 @@ def test_miniimagenet_as_published() -> None:
     assert preset.network == "resnet18"
     for method in ("gpm", "became", "trgp", "became+trgp"):
         settings = preset.settings_of(method)
-        assert (settings.threshold, settings.increment) == (0.985, 0.0003)
+        assert (settings["threshold"], settings["increment"]) == (0.985, 0.0003)
     for method in ("sgp", "gpcns", "became+sgp", "ewc+gpcns"):
         settings = preset.settings_of(method)
-        assert (settings.threshold, settings.increment, settings.scale) == (0.98, 0.001, 3)
+        assert (settings["threshold"], settings["increment"], settings["scale"]) == (0.98, 0.001, 3)
 
 
 @pytest.mark.parametrize(
@@ -74,9 +74,9 @@ def test_nscl_as_published(name: str, tasks: int, preset: str, batch_size: int, 
     # 1e-4 in the first task (on TinyImageNet as later), 1e-3 for heads, 5e-4 for batch norm, beside 5e-5.
     first = 1.0 if name == "split-tinyimagenet" else 2.0
     assert astuple(training.relative) == pytest.approx(astuple(RelativeRates(heads=20.0, norms=10.0, first=first)))
-    assert found.settings_of("nscl").norm_penalty == 2 * 100  # which the published code has without 1/2
+    assert found.settings_of("nscl")["norm_penalty"] == 2 * 100  # which the published code has without 1/2
     assert found.network == "resnet18"
-    assert found.settings_of("nscl").nscl_ratio == found.settings_of("became+nscl").nscl_ratio == ratio
+    assert found.settings_of("nscl")["nscl_ratio"] == found.settings_of("became+nscl")["nscl_ratio"] == ratio
 
 
 def test_permuted_mnist_as_published_by_gpm() -> None:
@@ -84,7 +84,7 @@ def test_permuted_mnist_as_published_by_gpm() -> None:
     assert preset.training.stage1.epochs == 5
     np.testing.assert_array_equal(preset.training.stage1.rates(3), [0.01] * 3)
     assert (preset.training.batch_size, preset.training.projector_samples, preset.validation) == (10, 300, 0.1)
-    assert (preset.settings.threshold, preset.settings.increment, preset.network) == (0.95, 0, "mlp")
+    assert (preset.settings["threshold"], preset.settings["increment"], preset.network) == (0.95, 0, "mlp")
 
 
 def test_a_preset_that_a_benchmark_lacks_is_named_beside_those_there_are() -> None:

@@ -1,6 +1,8 @@
 """The tables of ``docs/protocol.md`` are the presets, field by field."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from adapters.benchmarks.catalogue import BENCHMARKS
 from adapters.benchmarks.presets import Preset
@@ -9,11 +11,11 @@ from became_core.continual import (
     Adam,
     Annealed,
     Augmentation,
-    MethodSettings,
     Patience,
     RelativeRates,
     Schedule,
     Stepped,
+    method_settings,
 )
 
 PAGE = (Path(__file__).parents[2] / "docs" / "protocol.md").read_text(encoding="utf-8")
@@ -50,8 +52,13 @@ def training_row(benchmark: str, name: str, tasks: int, preset: Preset) -> str:
     return f"| {what} | {training.batch_size} | {stage1} | {stage2} | {preset.validation:.0%} |"
 
 
-def thresholds(settings: MethodSettings) -> str:
-    return f"{settings.threshold:g}, {settings.increment:g}"
+def value(settings: Mapping[str, Any], option: str) -> float:
+    """A preset's value of a setting, or the setting's default."""
+    return float(settings.get(option, method_settings()[option].default))
+
+
+def thresholds(settings: Mapping[str, Any]) -> str:
+    return f"{value(settings, 'threshold'):g}, {value(settings, 'increment'):g}"
 
 
 def memory_row(benchmark: str, name: str, tasks: int, preset: Preset) -> str:
@@ -60,7 +67,7 @@ def memory_row(benchmark: str, name: str, tasks: int, preset: Preset) -> str:
     assert training.augmentation in (None, Augmentation())
     samples = ["all" if n is None else f"{n:,}" for n in (training.projector_samples, training.curvature_samples)]
     images = "as they are" if training.augmentation is None else "cropped, flipped"
-    of_scaled = f"{thresholds(scaled)}; s = {scaled.scale:g}"
+    of_scaled = f"{thresholds(scaled)}; s = {value(scaled, 'scale'):g}"
     title = benchmark if tasks == BENCHMARKS[benchmark].tasks else f"{benchmark}, {tasks} tasks"
     return f"| {title} | `{name}` | {thresholds(preset.settings)} | {of_scaled} | {' | '.join(samples)} | {images} |"
 
@@ -68,13 +75,15 @@ def memory_row(benchmark: str, name: str, tasks: int, preset: Preset) -> str:
 def rates_row(benchmark: str, name: str, tasks: int, preset: Preset) -> str:
     lr, by = preset.training.stage1.lr, preset.training.relative
     rates = " | ".join(f"{rate:.2g}" for rate in (lr * by.first, lr, lr * by.heads, lr * by.norms))
-    return f"| {benchmark} | `{name}` | {tasks} | {rates} | {preset.settings.norm_penalty:g} |"
+    return f"| {benchmark} | `{name}` | {tasks} | {rates} | {value(preset.settings, 'norm_penalty'):g} |"
 
 
 def with_rates() -> list[tuple[str, str, int, Preset]]:
     """The presets in which groups of parameters have rates of their own."""
     found = [each for each in presets() if each[3].training.relative != RelativeRates()]
-    assert all(preset.settings.norm_penalty == 0 for *where, preset in presets() if (*where, preset) not in found)
+    assert all(
+        value(preset.settings, "norm_penalty") == 0 for *where, preset in presets() if (*where, preset) not in found
+    )
     return found
 
 
@@ -96,6 +105,6 @@ def test_a_row_is_of_a_preset() -> None:
 
 
 def test_a_ratio_that_is_not_the_usual_one_is_named() -> None:
-    usual = MethodSettings().nscl_ratio
-    others = {preset.settings.nscl_ratio for *_, preset in presets()} - {usual}
+    usual = value({}, "nscl_ratio")
+    others = {value(preset.settings, "nscl_ratio") for *_, preset in presets()} - {usual}
     assert [ratio for ratio in others if f"a = {ratio:g}" not in " ".join(PAGE.split())] == []

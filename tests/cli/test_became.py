@@ -21,7 +21,8 @@ from adapters.runs import Checkpoints, RunDirectory
 from adapters.runs.files import read_sealed, write_sealed
 from adapters.torch.run import BACKEND
 from became_core import BecameError
-from became_core.continual import METHODS, PROJECTORS, RunState
+from became_core.continual import RunState, method_names
+from became_core.projection import PROJECTORS
 
 SHORT = ["--epochs", "1", "--stage2-epochs", "1", "--batch-size", "64", "--first", "2", "--curvature-samples", "64"]
 ROOT = Path(__file__).parents[2]
@@ -222,12 +223,12 @@ def lines_of(capsys: pytest.CaptureFixture[str], *kind: str) -> dict[str, str]:
 
 def test_what_there_is_to_choose_from_is_listed_in_the_modules_own_words(capsys: pytest.CaptureFixture[str]) -> None:
     methods = lines_of(capsys, "methods")
-    assert sorted(methods) == list(METHODS)
+    assert sorted(methods) == sorted(method_names())
     assert all(methods.values())
     assert methods["became"].endswith("(BECAME 2025)")
     projectors = lines_of(capsys, "projectors")
-    assert sorted([*projectors, "none"]) == sorted(PROJECTORS)
-    assert all(line.lower().startswith(name) for name, line in projectors.items())
+    assert sorted(projectors) == sorted(PROJECTORS.names)
+    assert all(projectors.values())
     benchmarks = lines_of(capsys, "benchmarks")
     assert benchmarks["split-cifar100"] == "10 tasks, groups of the classes of CIFAR-100; presets quick, paper, nscl"
     assert len(benchmarks) == 5

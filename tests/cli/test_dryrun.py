@@ -9,7 +9,7 @@ import pytest
 from adapters.cli.dryrun import steps
 from adapters.cli.main import main
 from adapters.torch.run import BACKEND
-from became_core.continual import Annealed, Batch, MethodSettings, Patience, Trained, Training, build_method, learn
+from became_core.continual import Annealed, Batch, Patience, Trained, Training, build_method, learn
 from reference.learner import ReferenceLearner
 from tests.streams import prototype_stream
 
@@ -30,7 +30,7 @@ class Counting(ReferenceLearner):
 @pytest.mark.parametrize("batch_size", [8, 16, 1000])
 def test_the_steps_counted_are_those_taken(name: str, batch_size: int) -> None:
     training = Training(Annealed(0.01, 3), Annealed(0.01, 2), batch_size=batch_size)
-    method = build_method(name, MethodSettings())
+    method = build_method(name)
     learner = Counting(STREAM)
     learn(learner, STREAM, method, training)
     assert steps(method, STREAM, training) == learner.taken
@@ -40,7 +40,7 @@ def test_the_steps_counted_are_those_taken(name: str, batch_size: int) -> None:
 def test_a_schedule_that_ends_by_itself_takes_no_more_steps(name: str) -> None:
     schedule = Patience(0.01, patience=1, epochs=5)
     training = Training(schedule, schedule, batch_size=16)
-    method = build_method(name, MethodSettings())
+    method = build_method(name)
     learner = Counting(STREAM)
     learn(learner, STREAM, method, training)
     assert 0 < learner.taken <= steps(method, STREAM, training)

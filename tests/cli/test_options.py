@@ -52,13 +52,13 @@ def test_every_option_reaches_the_configuration_and_its_record() -> None:
 def test_a_number_given_holds_for_every_projector() -> None:
     options = Options(benchmark="split-miniimagenet", preset="paper", threshold=0.9, methods=("gpm", "sgp"))
     preset = resolve(options).preset
-    assert preset.settings_of("gpm").threshold == preset.settings_of("sgp").threshold == 0.9
-    assert preset.settings_of("sgp").increment == 0.001
+    assert preset.settings_of("gpm")["threshold"] == preset.settings_of("sgp")["threshold"] == 0.9
+    assert preset.settings_of("sgp")["increment"] == 0.001
 
 
 def test_the_number_of_tasks_chooses_the_preset() -> None:
     ratios = [
-        resolve(Options(benchmark="split-cifar100", preset="nscl", tasks=tasks)).preset.settings.nscl_ratio
+        resolve(Options(benchmark="split-cifar100", preset="nscl", tasks=tasks)).preset.settings["nscl_ratio"]
         for tasks in (10, 20)
     ]
     assert ratios == [10, 30]

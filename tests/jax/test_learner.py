@@ -29,7 +29,6 @@ from became_core.continual import (
     Adam,
     Annealed,
     Learner,
-    MethodSettings,
     RunRecord,
     TaskStream,
     Training,
@@ -47,7 +46,7 @@ TRAINING = Training(Annealed(lr=0.05, epochs=8), Annealed(lr=0.05, epochs=4), ba
 
 
 def _learn(learner: Learner, stream: TaskStream, method: str, training: Training = TRAINING) -> RunRecord:
-    return learn(learner, stream, build_method(method, MethodSettings(threshold=0.8)), training)
+    return learn(learner, stream, build_method(method, {"threshold": 0.8}), training)
 
 
 def _pair(stream: TaskStream) -> tuple[JaxLearner, ReferenceLearner]:
@@ -116,7 +115,7 @@ def test_equal_seeds_give_equal_runs_and_others_do_not() -> None:
     weights = []
     for seed in (3, 3, 4):
         learner = JaxLearner(_of_every_layer(), stream, seed=seed)
-        learn(learner, stream, build_method("finetune", MethodSettings()), TRAINING, seed=seed)
+        learn(learner, stream, build_method("finetune"), TRAINING, seed=seed)
         weights.append(np.asarray(learner.parameters()["fc1.weight"]))
     np.testing.assert_array_equal(weights[0], weights[1])
     assert not np.array_equal(weights[0], weights[2])

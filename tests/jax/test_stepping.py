@@ -17,7 +17,6 @@ from became_core.continual import (
     Augmentation,
     Batch,
     Constraint,
-    MethodSettings,
     Optimiser,
     Training,
     build_method,
@@ -63,7 +62,7 @@ def test_an_epoch_as_one_program_is_its_steps(
         record = learn(
             one,
             STREAM,
-            build_method(method, MethodSettings(threshold=0.8)),
+            build_method(method, {"threshold": 0.8}),
             training(optimiser, augmentation),
         )
         found.append((record, one.parameters()))
@@ -93,7 +92,7 @@ def test_two_tasks_of_equal_shapes_are_compiled_once(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(learner, "many_steps", count("many", many))
     monkeypatch.setattr(learner, "step", count("one", stepping.step))
     one = JaxLearner(NETWORK, STREAM, dropout_masks="framework", whole_epochs=True)
-    learn(one, STREAM, build_method("finetune", MethodSettings()), training())
+    learn(one, STREAM, build_method("finetune"), training())
     assert traced == {"many": 1}
     assert ran == {"many": 2 * 2, "one": 2 * 2}  # two epochs of each task
 

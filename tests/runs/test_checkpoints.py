@@ -18,7 +18,6 @@ from became_core.continual import (
     Adam,
     Annealed,
     Memory,
-    MethodSettings,
     Patience,
     RunRecord,
     RunState,
@@ -33,7 +32,7 @@ from tests.listening import Listening
 from tests.streams import prototype_stream
 
 STREAM = prototype_stream(per_class=16, side=4, validation=0.2)
-SETTINGS = MethodSettings(threshold=0.9, ewc_strength=2.0, nscl_ratio=30.0, ogd_samples=12, ogd_capacity=8)
+SETTINGS = {"threshold": 0.9, "ewc_strength": 2.0, "nscl_ratio": 30.0, "ogd_samples": 12, "ogd_capacity": 8}
 ANNEALED = Training(
     Annealed(0.2, 2), Annealed(0.2, 1), batch_size=8, optimiser=SGD(momentum=0.5), path_alphas=(0.0, 0.5, 1.0)
 )

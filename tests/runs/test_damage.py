@@ -15,13 +15,13 @@ from hypothesis import strategies as st
 from adapters.runs import Checkpoints, RunDirectory, RunResult, write_summary
 from adapters.runs.encoding import encoded
 from became_core import BecameError
-from became_core.continual import Annealed, MethodSettings, RunRecord, RunState, Training, build_method, learn
+from became_core.continual import Annealed, RunRecord, RunState, Training, build_method, learn
 from reference.learner import ReferenceLearner
 from tests.listening import Listening
 from tests.streams import prototype_stream
 
 STREAM = prototype_stream(tasks=2, per_class=8, side=3)
-METHOD = build_method("became+trgp", MethodSettings(threshold=0.9))
+METHOD = build_method("became+trgp", {"threshold": 0.9})
 TRAINING = Training(Annealed(0.2, 2), Annealed(0.2, 1), batch_size=6, path_alphas=(0.0, 1.0))
 CONFIG = {"tasks": 2, "lr": 0.2}
 # Damaged files for each of two folders; `nox -s stress` damages many more.

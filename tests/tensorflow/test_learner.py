@@ -17,15 +17,14 @@ from adapters.tensorflow.learner import TensorFlowLearner
 from adapters.tensorflow.run import build_learner
 from became_core import BecameError
 from became_core.continual import (
-    METHODS,
     Adam,
     Annealed,
     Learner,
-    MethodSettings,
     RunRecord,
     Training,
     build_method,
     learn,
+    method_names,
 )
 from became_core.continual.measurement import Measurement
 from became_core.curvature import FisherKind
@@ -54,7 +53,7 @@ class _Images(Architecture):
 
 
 def _learn(learner: Learner, method: str, training: Training = TRAINING) -> RunRecord:
-    return learn(learner, prototype_stream(), build_method(method, MethodSettings(threshold=0.8)), training)
+    return learn(learner, prototype_stream(), build_method(method, {"threshold": 0.8}), training)
 
 
 def _merged(record: RunRecord) -> list[float]:
@@ -86,7 +85,7 @@ def test_fisher_of_every_kind_equals_the_reference_learners(kind: FisherKind) ->
         np.testing.assert_allclose(found[name].numpy(), value, rtol=1e-9, atol=1e-14)
 
 
-@pytest.mark.parametrize("method", sorted(METHODS))
+@pytest.mark.parametrize("method", sorted(method_names()))
 def test_the_network_is_traced_once_for_each_size_of_batch(method: str) -> None:
     """Whatever the task, the stage, the method's memory; 90 samples are batches of 16 and one of 10."""
     learner, _ = _pair()
@@ -112,7 +111,7 @@ def test_equal_seeds_give_equal_runs_and_others_do_not() -> None:
     runs = []
     for seed in (3, 3, 4):
         learner = build_learner("alexnet", stream, "cpu", seed)
-        learn(learner, stream, build_method("finetune", MethodSettings()), SHORT, seed=seed)
+        learn(learner, stream, build_method("finetune"), SHORT, seed=seed)
         runs.append(learner.parameters()["fc1.weight"].numpy())
     assert np.array_equal(runs[0], runs[1])
     assert not np.array_equal(runs[0], runs[2])

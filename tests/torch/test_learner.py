@@ -9,20 +9,19 @@ from adapters.torch.learner import TorchLearner
 from adapters.torch.run import build_learner
 from became_core import BecameError, LaplacePosterior
 from became_core.continual import (
-    METHODS,
     SGD,
     Annealed,
     Batch,
     Constraint,
-    MethodSettings,
     Penalty,
     RunRecord,
     Training,
     build_method,
     learn,
+    method_names,
 )
+from became_core.continual.learner import refresh_statistics
 from became_core.continual.measurement import Measurement
-from became_core.continual.statistics import refresh
 from became_core.curvature import FisherKind
 from became_core.laplace import Diagonal
 from became_core.projection import GPM
@@ -31,7 +30,7 @@ from tests.streams import prototype_stream
 
 TRAINING = Training(Annealed(lr=0.05, epochs=8), Annealed(lr=0.05, epochs=4), batch_size=16, projector_samples=20)
 # HAT's published numbers are for wider networks and more steps.
-SETTINGS = MethodSettings(threshold=0.8, hat_sharpness=20.0, hat_sparsity=0.1)
+SETTINGS = {"threshold": 0.8, "hat_sharpness": 20.0, "hat_sparsity": 0.1}
 
 
 def _convolutional(bias: bool = True) -> nn.Sequential:
@@ -49,7 +48,7 @@ def _merged(record: RunRecord) -> list[float]:
     return [alpha for alpha in record.alpha if alpha is not None]
 
 
-@pytest.mark.parametrize("method", sorted(METHODS))
+@pytest.mark.parametrize("method", sorted(method_names()))
 def test_a_users_module_learns_under_every_method(method: str) -> None:
     stream = prototype_stream()
     record = _learn(TorchLearner(_convolutional(), stream), method)
@@ -141,7 +140,7 @@ def test_equal_seeds_give_equal_runs_and_others_do_not() -> None:
     for seed in (3, 3, 4):
         learner = build_learner("alexnet", stream, "cpu", seed)
         short = Training(Annealed(lr=0.01, epochs=1), Annealed(lr=0.01, epochs=1), batch_size=16)
-        learn(learner, stream, build_method("finetune", MethodSettings()), short, seed=seed)
+        learn(learner, stream, build_method("finetune"), short, seed=seed)
         runs.append(learner.parameters()["fc1.weight"])
     assert torch.equal(runs[0], runs[1])
     assert not torch.equal(runs[0], runs[2])
@@ -152,17 +151,17 @@ def test_running_statistics_of_a_users_module_are_the_models_and_other_buffers_a
     backbone = _convolutional()
     backbone.register_buffer("beside", torch.ones(2))
     learner = TorchLearner(backbone, stream)
-    assert learner.statistics == {"1.running_mean", "1.running_var"} < set(learner.parameters())
+    assert learner.running_statistics == {"1.running_mean", "1.running_var"} < set(learner.parameters())
     assert not any("beside" in name or "tracked" in name for name in learner.parameters())
     before = learner.parameters()
     batches = [Batch(0, stream.tasks[0].train[:16])]
-    constraint = Constraint(frozenset(before) - learner.statistics)
+    constraint = Constraint(frozenset(before) - learner.running_statistics)
     learner.train(batches, np.array([0.1]), constraint, SGD(), np.random.default_rng(0))
-    for name in learner.statistics:
+    for name in learner.running_statistics:
         torch.testing.assert_close(learner.parameters()[name], before[name], rtol=0, atol=0)
-    refresh(learner, stream.tasks[:1], 16, 0)
+    refresh_statistics(learner, stream.tasks[:1], 16, 0)
     after = learner.parameters()
-    assert all(not torch.equal(after[name], before[name]) for name in learner.statistics)
+    assert all(not torch.equal(after[name], before[name]) for name in learner.running_statistics)
     learner.assign(before)
     torch.testing.assert_close(dict(backbone.named_buffers())["1.running_mean"], before["1.running_mean"])
 

@@ -9,10 +9,9 @@ from torch import Tensor, nn
 
 from adapters.torch.learner import TorchLearner
 from became_core import BecameError
-from became_core.continual import Annealed, MethodSettings, Training, build_method, learn
-from became_core.continual.unit_graph import find_unit_graph
+from became_core.continual import Annealed, Training, build_method, learn
 from became_core.projection import UnitGraph
-from tests.conformance import listened
+from tests.conformance import listened, unit_graph_of
 from tests.listening import Listening
 from tests.streams import prototype_stream
 
@@ -78,7 +77,7 @@ def residual() -> nn.Sequential:
 def test_an_old_tasks_logits_keep_their_bits(name: str, backbone: Callable[[], nn.Module]) -> None:
     learner = learner_of(backbone())
     said, observe = listened(learner, STREAM)
-    settings = MethodSettings(hat_sharpness=50.0, hat_sparsity=0.1)
+    settings = {"hat_sharpness": 50.0, "hat_sparsity": 0.1}
     record = learn(learner, STREAM, build_method(name, settings), TRAINING, callbacks=[Listening(observe)])
     for task in range(2):
         for later in range(task + 1, 3):
@@ -120,7 +119,7 @@ class Gated(nn.Module):
 
 
 def test_units_that_are_multiplied_one_by_one_are_all_sources() -> None:
-    found = find_unit_graph(learner_of(Gated()), STREAM.tasks[0])
+    found = unit_graph_of(learner_of(Gated()), STREAM.tasks[0])
     assert found.sources == ((), ("first.weight",), ("first.weight", "second.weight"))
 
 
@@ -133,17 +132,17 @@ def test_units_that_are_multiplied_one_by_one_are_all_sources() -> None:
 )
 def test_a_network_whose_units_mix_is_refused(backbone: Callable[[], nn.Module], pair: str) -> None:
     with pytest.raises(BecameError, match=f"HAT gates units, and {pair} one by one"):
-        learn(learner_of(backbone()), STREAM, build_method("hat", MethodSettings()), TRAINING)
+        learn(learner_of(backbone()), STREAM, build_method("hat"), TRAINING)
 
 
 def test_the_wiring_of_a_convolutional_network_is_that_of_a_row() -> None:
     layers, heads = ("0.weight", "5.weight", "9.weight"), tuple(f"heads.{task}.weight" for task in range(3))
     expected = UnitGraph(layers, ((), *((layer,) for layer in layers)), heads)
-    assert find_unit_graph(learner_of(network()), STREAM.tasks[0]) == expected
+    assert unit_graph_of(learner_of(network()), STREAM.tasks[0]) == expected
 
 
 def test_the_wiring_of_residual_blocks_has_sums() -> None:
-    found = find_unit_graph(learner_of(residual()), STREAM.tasks[1])
+    found = unit_graph_of(learner_of(residual()), STREAM.tasks[1])
     assert dict(zip([*found.layers, "head"], found.sources, strict=True)) == {
         "0.weight": (),
         "3.conv1.weight": ("0.weight",),

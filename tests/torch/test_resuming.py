@@ -15,7 +15,6 @@ from became_core.continual import (
     SGD,
     Adam,
     Annealed,
-    MethodSettings,
     Optimiser,
     RunState,
     Training,
@@ -50,7 +49,7 @@ def test_a_convolutional_run_goes_on_exactly(
 ) -> None:
     """The network's weights lie channels last, those from a file do not."""
     training = Training(Annealed(0.01, 1), Annealed(0.01, 1), batch_size=9, optimiser=optimiser)
-    built = build_method(method, MethodSettings(threshold=0.9, ogd_samples=6, ogd_capacity=6))
+    built = build_method(method, {"threshold": 0.9, "ogd_samples": 6, "ogd_capacity": 6})
     saved: list[Checkpoints] = []
 
     def keep(state: RunState) -> None:

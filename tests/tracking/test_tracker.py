@@ -14,7 +14,6 @@ from became_core import BecameError
 from became_core.continual import (
     Annealed,
     Callback,
-    MethodSettings,
     Patience,
     RunRecord,
     RunState,
@@ -57,7 +56,7 @@ class Written:
 
 def run(writer: Writer, training: Training = TRAINING, *others: Callback, state: RunState | None = None) -> RunRecord:
     with Tracker(writer, CONFIGURATION) as tracker:
-        method = build_method("became", MethodSettings())
+        method = build_method("became")
         learner = ReferenceLearner(STREAM)
         return learn(learner, STREAM, method, training, callbacks=[*others, tracker], state=state)
 

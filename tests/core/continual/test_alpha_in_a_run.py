@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from became_core.continual import Annealed, EpochEnd, MethodSettings, Task, TaskEnd, Training, build_method, learn
+from became_core.continual import Annealed, EpochEnd, Task, TaskEnd, Training, build_method, learn
 from reference.formulas import alpha_star, directional_derivatives, softmax, squared_mean_gradient
 from reference.learner import ReferenceLearner
 from tests.listening import Listening
@@ -70,7 +70,7 @@ def test_alpha_is_the_oracles(name: str, rate: float) -> None:
         seen[event.task, event.stage if isinstance(event, EpochEnd) else 0] = learner.parameters()
 
     training = Training(Annealed(rate, 4), Annealed(rate, 3, final_lr=rate / 2), batch_size=BATCH)
-    method = build_method(name, MethodSettings(threshold=0.9))
+    method = build_method(name, {"threshold": 0.9})
     record = learn(learner, STREAM, method, training, seed=3, callbacks=[Listening(observe)])
 
     first, second = STREAM.tasks
@@ -101,7 +101,7 @@ def test_old_tasks_that_decay_leave_more_room_to_the_new_one(name: str) -> None:
     second, third = [], []
     for decay in (1.0, 0.5, 0.0):
         learner = ReferenceLearner(stream, hidden=(6, 5), seed=1)
-        method = build_method(name, MethodSettings(threshold=0.9, decay=decay))
+        method = build_method(name, {"threshold": 0.9, "decay": decay})
         alpha = np.asarray(learn(learner, stream, method, training, seed=3).alpha, dtype=float)
         second.append(alpha[1])
         third.append(alpha[2])

@@ -12,7 +12,6 @@ from became_core.continual import (
     Annealed,
     Callback,
     EpochEnd,
-    MethodSettings,
     RunRecord,
     RunState,
     TaskEnd,
@@ -26,7 +25,7 @@ from tests.streams import prototype_stream
 
 STREAM = prototype_stream(tasks=2)
 TRAINING = Training(Annealed(0.1, 2), Annealed(0.1, 1), batch_size=16)
-METHOD = build_method("became", MethodSettings())
+METHOD = build_method("became")
 
 
 class Recorder(Callback):

@@ -1,19 +1,32 @@
-from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from became_core import BecameError
-from became_core.continual import METHODS, PROJECTORS, MethodSettings, build_method
-from became_core.continual.increments import ByHand, EqualShares, Grid, Transfer
+from became_core.continual import build_method, method_names, projector_names
+from became_core.continual.methods import Transfer
 from became_core.laplace import Became, DiagonalFisher, Fixed, ModeIMM, NativeExpansion, PaperClosedForm, Secant
+from became_core.laplace.rules import ChosenAlphas, EqualShares, TrueLossGrid
 from became_core.projection import GPCNS, GPM, HAT, NSCL, OGD, SGP, TRGP, PackNet
 
-SETTINGS = MethodSettings(
-    threshold=0.9, increment=0.01, scale=3.0, nscl_ratio=20.0, ogd_samples=7, ogd_capacity=5, ewc_strength=7.0,
-    decay=0.9, imm_transfer=False, imm_pull=0.5, coma_alpha=(0.5, 0.25), grid_points=5, packnet_share=0.75,
-    hat_sharpness=50.0, hat_sparsity=0.25,
-)  # fmt: skip
+SETTINGS: dict[str, Any] = {
+    "threshold": 0.9,
+    "increment": 0.01,
+    "scale": 3.0,
+    "nscl_ratio": 20.0,
+    "ogd_samples": 7,
+    "ogd_capacity": 5,
+    "ewc_strength": 7.0,
+    "decay": 0.9,
+    "imm_transfer": False,
+    "imm_pull": 0.5,
+    "coma_alpha": (0.5, 0.25),
+    "grid_points": 5,
+    "packnet_share": 0.75,
+    "hat_sharpness": 50.0,
+    "hat_sparsity": 0.25,
+}
+METHODS = tuple(sorted(method_names()))
 BUILT = {
     "none": None,
     "gpm": GPM(0.9, 0.01),
@@ -36,11 +49,11 @@ def test_there_are_those_of_the_table() -> None:
         "hat imm-mean imm-mode joint nscl ogd packnet sgp trgp"
     )
     assert tuple(methods.split()) == METHODS
-    assert set(PROJECTORS) == set(BUILT)
+    assert set(projector_names()) == set(BUILT)
 
 
 @pytest.mark.parametrize("projector", BUILT)
-@pytest.mark.parametrize("name", sorted({*METHODS} - {"joint", "packnet", "hat"}))
+@pytest.mark.parametrize("name", sorted({*METHODS} - {"joint", "packnet", "hat", *BUILT}))
 def test_any_method_takes_any_projector(name: str, projector: str) -> None:
     method = build_method(f"{name}+{projector}", SETTINGS)
     assert method.name == f"{name}+{projector}"
@@ -73,8 +86,8 @@ def test_who_does_what() -> None:
     assert methods["imm-mean"].rule == EqualShares()
     assert methods["imm-mode"].rule == ModeIMM()
     assert methods["imm-mean"].transfer == methods["imm-mode"].transfer == Transfer(weights=False, pull=0.5)
-    assert (methods["coma"].rule, methods["coma"].transfer) == (ByHand((0.5, 0.25)), None)
-    assert methods["became-grid"].rule == Grid(5)
+    assert (methods["coma"].rule, methods["coma"].transfer) == (ChosenAlphas((0.5, 0.25)), None)
+    assert methods["became-grid"].rule == TrueLossGrid(5)
     ablations = {"became-0": 0.0, "became-half": 0.5, "became-1": 1.0}
     assert {name: methods[name].rule for name in ablations} == {n: Fixed(alpha) for n, alpha in ablations.items()}
     assert methods["became"].rule == Became(Secant())
@@ -85,7 +98,7 @@ def test_who_does_what() -> None:
 
 def test_what_became_merges_by() -> None:
     rules = {
-        precision: build_method("became", replace(SETTINGS, precision=precision, per="layer"))
+        precision: build_method("became", SETTINGS | {"precision": precision, "per": "layer"})
         for precision in ("exact", "diagonal", "kronecker")
     }
     assert rules["exact"].rule == Became(Secant(), "layer")
@@ -99,19 +112,19 @@ def test_what_became_merges_by() -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"),
+    ("name", "settings", "message"),
     [
-        ({"decay": 1.5}, "the decay of old curvature is 1.5; it must be in [0, 1]."),
-        ({"norm_penalty": -1.0}, "the penalty on normalisation is -1.0; it must be at least 0."),
-        ({"grid_points": 1}, "a grid of 1 points has no ends; give at least 2."),
-        ({"coma_alpha": ()}, "there is no merging coefficient; give at least one alpha."),
-        ({"coma_alpha": (0.5, 1.5)}, "the merging coefficient is 1.5; it must be in [0, 1]."),
-        ({"imm_pull": -1.0}, "the strength of L2-transfer is -1.0; it must be at least 0."),
+        ("became", {"decay": 1.5}, "the decay of old curvature is 1.5; it must be in [0, 1]."),
+        ("became+sgp", {"norm_penalty": -1.0}, "the penalty on normalisation is -1.0; it must be at least 0."),
+        ("became-grid", {"grid_points": 1}, "a grid of 1 points has no ends; give at least 2."),
+        ("coma", {"coma_alpha": ()}, "there is no merging coefficient; give at least one alpha."),
+        ("coma", {"coma_alpha": (0.5, 1.5)}, "the merging coefficient is 1.5; it must be in [0, 1]."),
+        ("imm-mean", {"imm_pull": -1.0}, "the strength of L2-transfer is -1.0; it must be at least 0."),
     ],
 )
-def test_numbers_that_cannot_be_used(settings: dict[str, Any], message: str) -> None:
+def test_numbers_that_cannot_be_used(name: str, settings: dict[str, Any], message: str) -> None:
     with pytest.raises(BecameError) as raised:
-        build_method("coma" if "coma_alpha" in settings else "imm-mean", replace(SETTINGS, **settings))
+        build_method(name, SETTINGS | settings)
     assert str(raised.value) == message
 
 
@@ -119,8 +132,11 @@ def test_numbers_that_cannot_be_used(settings: dict[str, Any], message: str) -> 
     ("name", "message"),
     [
         ("si", f"there is no method 'si'; choose from {', '.join(METHODS)}."),
-        ("became+gmp", f"there is no projector 'gmp'; choose from {', '.join(PROJECTORS)}."),
-        ("became+", f"there is no projector ''; choose from {', '.join(PROJECTORS)}."),
+        ("becme", f"there is no method 'becme'; did you mean 'became'? Choose from {', '.join(METHODS)}."),
+        ("became+gmp", f"there is no projector 'gmp'; did you mean 'gpm'? Choose from {', '.join(sorted(BUILT))}."),
+        ("became+", f"there is no projector ''; choose from {', '.join(sorted(BUILT))}."),
+        ("gpm+sgp", "'gpm+sgp': it is a projector by itself; it takes no projector."),
+        ("became+hat", "'became+hat': gates protect every unit that is in use; hat takes no other method."),
         ("joint+gpm", "'joint+gpm': joint training sees all tasks and has nothing to protect; it takes no projector."),
         ("hat+gpm", "'hat+gpm': gates protect every unit that is in use; it takes no projector."),
         ("packnet+gpm", "'packnet+gpm': masks protect every weight that is in use; it takes no projector."),
@@ -130,3 +146,14 @@ def test_what_there_is_not(name: str, message: str) -> None:
     with pytest.raises(BecameError) as raised:
         build_method(name, SETTINGS)
     assert str(raised.value) == message
+
+
+def test_an_unknown_setting_is_named_with_the_nearest_known_one() -> None:
+    with pytest.raises(BecameError, match=r"there is no setting 'treshold'; did you mean 'threshold'\? Choose from"):
+        build_method("gpm", {"treshold": 0.9})
+
+
+def test_settings_of_other_methods_have_no_effect_and_defaults_are_those_of_the_fields() -> None:
+    assert build_method("finetune", SETTINGS) == build_method("finetune")
+    assert build_method("gpm").projector == GPM(0.97, 0.003)
+    assert build_method("became", {"norm_penalty": 2.0}).norm_penalty == 2.0

@@ -6,13 +6,11 @@ import numpy as np
 import pytest
 
 from became_core.continual import (
-    METHODS,
     SGD,
     Adam,
     Annealed,
     Best,
     Method,
-    MethodSettings,
     Patience,
     RunRecord,
     RunState,
@@ -20,13 +18,14 @@ from became_core.continual import (
     Training,
     build_method,
     learn,
+    method_names,
 )
 from reference.learner import ReferenceLearner
 from tests.listening import Listening
 from tests.streams import prototype_stream
 
 STREAM = prototype_stream(per_class=16, side=4, validation=0.2)
-SETTINGS = MethodSettings(threshold=0.9, ewc_strength=2.0, ogd_samples=12, ogd_capacity=8)
+SETTINGS = {"threshold": 0.9, "ewc_strength": 2.0, "ogd_samples": 12, "ogd_capacity": 8}
 ANNEALED = Training(
     Annealed(0.2, 2), Annealed(0.2, 2), batch_size=8, optimiser=SGD(momentum=0.5), path_alphas=(0.0, 0.5, 1.0)
 )
@@ -61,7 +60,7 @@ def assert_equal_runs(
 
 
 @pytest.mark.parametrize("training", [ANNEALED, PATIENT], ids=["annealed", "patient"])
-@pytest.mark.parametrize("name", [*METHODS, "became+trgp", "became+ogd", "ewc+gpm"])
+@pytest.mark.parametrize("name", [*method_names(), "became+trgp", "became+ogd", "ewc+gpm"])
 def test_a_run_goes_on_from_any_state(name: str, training: Training) -> None:
     method = build_method(name, SETTINGS)
     expected, expected_learner, states = whole(method, training)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from became_core import BecameError
 from became_core.continual import SGD, Annealed, Augmentation, Constraint, EpochEnd, Patience, Schedule, Task, Trained
-from became_core.continual.evaluation import mean_loss
+from became_core.continual.measurement import mean_loss
 from became_core.continual.training import begin_stage, epoch_batches, train_stage
 from reference.learner import ReferenceLearner
 from tests.streams import prototype_stream
@@ -83,7 +83,7 @@ def stage(
     begun = begin_stage(learner, task, 1, schedule, SGD(), constraint)
     events: list[EpochEnd] = [] if observed is None else observed
     ended = train_stage(
-        learner, [task], begun, constraint, batch_size=16, seed=0, each=lambda stage, event: events.append(event)
+        learner, [task], begun, constraint, batch_size=16, seed=0, after_epoch=lambda stage, event: events.append(event)
     )
     return ended.epochs
 

@@ -2,19 +2,22 @@
 
 import numpy as np
 
-from became_core.continual.unit_graph import find_unit_graph
-from became_core.projection import UnitGraph
+from became_core.continual import Annealed, Training
+from became_core.continual.measurement import Measurement
+from became_core.projection.unit_graph import UnitGraph, find_unit_graph
 from reference.learner import ReferenceLearner
 from tests.streams import prototype_stream
 
 STREAM = prototype_stream(tasks=2)
 
 
-def test_the_wiring_of_a_network_in_a_row_is_found_and_it_keeps_its_weights() -> None:
+def test_the_unit_graph_of_a_network_in_a_row_is_found_and_it_keeps_its_weights() -> None:
     learner = ReferenceLearner(STREAM, bias=True)
     before = learner.parameters()
     layers, heads = ("fc1.weight", "fc2.weight"), ("heads.0.weight", "heads.1.weight")
     expected = UnitGraph(layers, ((), ("fc1.weight",), ("fc2.weight",)), heads)
-    assert find_unit_graph(learner, STREAM.tasks[1]) == expected
+    training = Training(Annealed(0.1, 1), Annealed(0.1, 1))
+    start = Measurement(learner, STREAM.tasks[1], training, "empirical", 0, "start")
+    assert find_unit_graph(start) == expected
     for name, value in learner.parameters().items():
         np.testing.assert_array_equal(value, before[name])

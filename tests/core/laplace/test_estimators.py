@@ -7,7 +7,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from became_core import Quadratic
+from became_core import BecameError, Quadratic
 from became_core.arrays import Params
 from became_core.laplace import (
     Calibrated,
@@ -176,3 +176,13 @@ def test_a_gradient_moves_the_calibrated_alpha_only(xp: Any) -> None:
     assert alpha(PaperClosedForm(), overshot) == alpha(PaperClosedForm(), converged) == 0.5
     assert alpha(Calibrated(), converged) == 0.5
     assert alpha(Calibrated(), overshot) == 0.25
+
+
+@pytest.mark.parametrize(
+    "estimator", [PaperClosedForm(), Calibrated(), DiagonalFisher(), NativeExpansion(), Secant()], ids=str
+)
+def test_an_estimator_refuses_a_loss_alone(xp: Any, estimator: Estimator) -> None:
+    theta = {"w": xp.asarray([1.0, 2.0])}
+    loss = LaplacePosterior(theta, Diagonal({"w": xp.asarray([1.0, 1.0])}))
+    with pytest.raises(BecameError, match="was given 1 of its losses; give those of the old tasks"):
+        estimator.quadratic(MergeSubspace(theta, [theta], [1.0]), [loss])

@@ -200,3 +200,14 @@ def test_what_cannot_be_merged_is_said(xp: Any) -> None:
         Became(per="layer").merge([model] * 3, [loss] * 3)
     with pytest.raises(BecameError, match="a grid of 1 points has no ends"):
         GridSearch(lambda theta: 0.0, points=1).merge([model] * 2, [])
+
+
+@pytest.mark.parametrize(
+    "rule", [Became(), Became(DiagonalFisher()), Became(PaperClosedForm()), ModeIMM(), FisherMerge()]
+)
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_a_wrong_number_of_losses_is_refused(xp: Any, rule: MergeRule, count: int) -> None:
+    models = [{"w": xp.asarray([1.0, 2.0])}, {"w": xp.asarray([2.0, 3.0])}]
+    loss = LaplacePosterior(models[0], Diagonal({"w": xp.asarray([1.0, 1.0])}))
+    with pytest.raises(BecameError, match=f"there are 2 models and {count} losses; give each model's own loss"):
+        rule.merge(models, [loss] * count)

@@ -129,7 +129,7 @@ def test_a_gram_matrix_that_does_not_fit_is_refused(xp: Any) -> None:
 def test_few_inputs_are_remembered_like_their_gram_matrix(
     xp: Any, tasks: list[Array], epsilon: float, updates: int
 ) -> None:
-    given_inputs = given_gram = GPM(epsilon)
+    given_inputs = given_gram = GPM(epsilon, increment=0.0)
     for representation in tasks:
         few = representation[:, : WIDTH - 2]
         given_inputs = given_inputs.remember(Finished({"w": to_xp(xp, few.T / few.shape[1] ** 0.5)}, {}))

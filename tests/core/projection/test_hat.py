@@ -11,12 +11,12 @@ from numpy.typing import NDArray
 from became_core import BecameError
 from became_core.projection import HAT, UnitGraph, full
 from tests.backends import to_numpy, to_xp
-from tests.projections import Finished
+from tests.projections import Finished, Started
 
 # A convolution of 3 filters of 2x2, flattened to 3 units of 4 places, to 5 units, to heads of 2 classes.
 SHAPES = {"conv.weight": (3, 1, 2, 2), "fc.weight": (5, 12), "heads.0.weight": (2, 5), "heads.1.weight": (2, 5)}
 ORDER = ("conv.weight", "fc.weight")
-WIRING = UnitGraph(ORDER, ((), ("conv.weight",), ("fc.weight",)), ("heads.0.weight", "heads.1.weight"))
+GRAPH = UnitGraph(ORDER, ((), ("conv.weight",), ("fc.weight",)), ("heads.0.weight", "heads.1.weight"))
 Weights = dict[str, NDArray[np.float64]]
 
 
@@ -27,13 +27,13 @@ def weights(seed: int) -> Weights:
 
 def learned(xp: Any, tasks: int, seed: int = 0) -> tuple[HAT, list[dict[str, NDArray[np.bool_]]]]:
     """A memory of tasks with random gates, and those gates by layer."""
-    memory, gates = HAT(wiring=WIRING), []
+    memory, gates = HAT(unit_graph=GRAPH), []
     for task in range(tasks):
-        region = memory.region(to_xp(xp, weights(0)), np.random.default_rng([seed, task]))
+        region = memory.begin_task(Started(task, to_xp(xp, weights(0)), np.random.default_rng([seed, task])))
         keys = ("fc.weight@gates", f"heads.{task}.weight@gates")
         assert tuple(region.scales) == keys
         gates.append({name: to_numpy(region.scales[key]) > 0 for name, key in zip(ORDER, keys, strict=True)})
-        memory = memory.settled(region).remember(Finished({}, {}))
+        memory = memory.end_stage(task, region).remember(Finished({}, {}))
     return memory, gates
 
 
@@ -88,11 +88,11 @@ def test_an_old_task_keeps_its_bits_where_units_are_added_up(xp: Any, seed: int)
     draw = np.random.default_rng(seed)
     shapes = {"stem.weight": (6, 3), "one.weight": (6, 6), "two.weight": (6, 6), "heads.0.weight": (2, 6)}
     theta, step = ({name: draw.normal(size=shape) for name, shape in shapes.items()} for _ in range(2))
-    memory = HAT(wiring=SUMMED)
-    region = memory.region(to_xp(xp, theta), draw)
+    memory = HAT(unit_graph=SUMMED)
+    region = memory.begin_task(Started(0, to_xp(xp, theta), draw))
     assert tuple(region.scales) == ("one.weight@gates", "two.weight@gates", "heads.0.weight@gates")
     opened = {key.partition("@")[0]: to_numpy(value) > 0 for key, value in region.scales.items()}
-    memory = memory.settled(region)
+    memory = memory.end_stage(0, region)
     np.testing.assert_array_equal(to_numpy(memory.used("stem.weight")), np.any(list(opened.values()), axis=0))
     np.testing.assert_array_equal(to_numpy(memory.used("two.weight")), opened["heads.0.weight"])
     moved = {name: to_numpy(value) for name, value in memory.project(to_xp(xp, step)).items() if name in SUM}
@@ -107,7 +107,7 @@ def test_an_old_task_keeps_its_bits_where_units_are_added_up(xp: Any, seed: int)
     np.testing.assert_array_equal(before, after)
     still = to_numpy(memory.used("two.weight"))[:, None] & opened["two.weight"][None, :]
     np.testing.assert_array_equal(moved["two.weight"] == 0, still)
-    later = memory.region(to_xp(xp, theta), draw)
+    later = memory.begin_task(Started(1, to_xp(xp, theta), draw))
     np.testing.assert_array_equal(to_numpy(later.unused["heads.1.weight@gates"]), ~opened["heads.0.weight"])
 
 
@@ -116,7 +116,7 @@ def test_capacity_is_counted_in_pairs_of_units(xp: Any) -> None:
     conv, fc = (int(np.sum(gates[0][name] | gates[1][name])) for name in ORDER)
     assert memory.rank == {"conv.weight": (conv, 3), "fc.weight": (conv * fc, 15)}
     assert full(memory) == {name for name, (used, all_) in memory.rank.items() if used == all_}
-    empty = HAT(wiring=WIRING)
+    empty = HAT(unit_graph=GRAPH)
     update = to_xp(xp, weights(0))
     assert (empty.rank, empty.project(update), empty.rowwise) == ({}, update, frozenset())
     assert memory.project_rows("fc.weight", update["fc.weight"]) is update["fc.weight"]
@@ -124,14 +124,14 @@ def test_capacity_is_counted_in_pairs_of_units(xp: Any) -> None:
 
 def test_a_new_tasks_room_is_what_no_old_one_uses(xp: Any) -> None:
     memory, gates = learned(xp, 1)
-    region = memory.region(to_xp(xp, weights(0)), np.random.default_rng(5))
+    region = memory.begin_task(Started(1, to_xp(xp, weights(0)), np.random.default_rng(5)))
     for name, key in zip(ORDER, ("fc.weight@gates", "heads.1.weight@gates"), strict=True):
         np.testing.assert_array_equal(to_numpy(region.unused[key]), ~gates[0][name])
 
 
 def test_a_memory_comes_back_from_its_arrays(xp: Any) -> None:
     memory, _ = learned(xp, 2)
-    found = HAT(wiring=WIRING).with_arrays(memory.to_arrays())
+    found = HAT(unit_graph=GRAPH).with_arrays(memory.to_arrays())
     assert (found.tasks, found.rank) == (2, memory.rank)
     for name in ("fc.weight", "heads.1.weight"):
         theta = to_xp(xp, weights(1))

@@ -36,7 +36,7 @@ def packed(xp: Any, share: float, tasks: int) -> tuple[PackNet, list[Params]]:
     for task in range(tasks):
         moves = memory.project(to_xp(xp, weights(task)))
         theta = {name: value + moves[name] for name, value in theta.items()}
-        memory, theta = memory.pruned(theta, NAMES)
+        memory, theta = memory.between_stages(theta, NAMES)
         moves = memory.project(to_xp(xp, weights(100 + task)))
         theta = {name: value + moves[name] for name, value in theta.items()}
         memory = memory.remember(DONE)
@@ -47,7 +47,7 @@ def packed(xp: Any, share: float, tasks: int) -> tuple[PackNet, list[Params]]:
 @given(share=st.sampled_from([0.0, 0.25, 0.5, 0.75, 0.9]), seed=st.integers(0, 1000))
 def test_the_smallest_of_each_layer_are_pruned_to_zero_and_the_others_kept(xp: Any, share: float, seed: int) -> None:
     theta = weights(seed)
-    memory, after = PackNet(share).pruned(to_xp(xp, theta), NAMES)
+    memory, after = PackNet(share).between_stages(to_xp(xp, theta), NAMES)
     for name in NAMES:
         found, pruned = to_numpy(after[name]), int(share * theta[name].size)
         kept = to_numpy(memory.owners[name]) == 1
@@ -59,7 +59,7 @@ def test_the_smallest_of_each_layer_are_pruned_to_zero_and_the_others_kept(xp: A
 
 
 def test_of_equal_magnitudes_just_as_many_are_pruned(xp: Any) -> None:
-    memory, _ = PackNet(0.5).pruned(to_xp(xp, {"fc.weight": np.ones((3, 3))}), frozenset({"fc.weight"}))
+    memory, _ = PackNet(0.5).between_stages(to_xp(xp, {"fc.weight": np.ones((3, 3))}), frozenset({"fc.weight"}))
     assert int(np.sum(to_numpy(memory.owners["fc.weight"]))) == 5
 
 
@@ -80,7 +80,7 @@ def test_stages_move_what_they_may_and_nothing_else(xp: Any) -> None:
     update = to_xp(xp, {name: np.ones(shape) for name, shape in SHAPES.items()})
     first = PackNet(0.5)
     assert first.project(update) == update  # all is free
-    first, _ = first.pruned(to_xp(xp, weights(0)), NAMES)
+    first, _ = first.between_stages(to_xp(xp, weights(0)), NAMES)
     owned = numbers(first.owners)["fc.weight"] == 1
     np.testing.assert_array_equal(numbers(first.project(update))["fc.weight"], owned)
     done = first.remember(DONE)
@@ -98,7 +98,7 @@ def test_capacity_is_a_share_of_what_was_free_and_full_at_last(xp: Any) -> None:
 
 def test_a_memory_comes_back_from_its_arrays(xp: Any) -> None:
     memory, after = packed(xp, 0.5, 2)
-    for each in (memory, memory.pruned(after[-1], NAMES)[0]):
+    for each in (memory, memory.between_stages(after[-1], NAMES)[0]):
         found = PackNet(0.5).with_arrays(each.to_arrays())
         assert (found.tasks, found.retrains) == (each.tasks, each.retrains)
         for name in NAMES:
@@ -119,4 +119,4 @@ def test_a_share_that_leaves_nothing_is_refused(share: float) -> None:
 def test_owners_are_bytes(xp: Any) -> None:
     memory = PackNet(tasks=255)
     with pytest.raises(BecameError, match="tell 255 tasks apart; there is one more"):
-        memory.pruned(to_xp(xp, weights(0)), NAMES)
+        memory.between_stages(to_xp(xp, weights(0)), NAMES)

@@ -12,7 +12,7 @@ from became_core import BecameError
 from became_core.projection import GPM, TRGP, TrustRegion
 from reference.projection import effective_weight, projection, trgp_bases, trusted_tasks
 from tests.backends import to_numpy, to_xp
-from tests.projections import EPSILONS, WIDTH, Finished, finished, largest_angle, representations
+from tests.projections import EPSILONS, WIDTH, Finished, Started, finished, largest_angle, representations
 
 Array = NDArray[np.float64]
 SEEDS = st.integers(0, 1000)
@@ -210,7 +210,27 @@ def test_the_weights_beneath_see_other_inputs(xp: Any, tasks: list[Array], seed:
     bases = {f"fc.weight@{task}": memory.task_basis("fc.weight", task) for task in range(len(tasks))}
     region = TrustRegion(bases, {key: to_xp(xp, draw.normal(size=(b.shape[1],) * 2)) for key, b in bases.items()})
     effective = to_numpy(region.effective({"fc.weight": to_xp(xp, weight)})["fc.weight"])
-    seen = to_numpy(region.seen("fc.weight", to_xp(xp, rows)))
+    seen = to_numpy(region.inputs_beneath("fc.weight", to_xp(xp, rows)))
     np.testing.assert_allclose(seen @ weight.T, rows @ effective.T, rtol=1e-9, atol=1e-9)
-    np.testing.assert_array_equal(to_numpy(region.seen("other", to_xp(xp, rows))), rows)
+    np.testing.assert_array_equal(to_numpy(region.inputs_beneath("other", to_xp(xp, rows))), rows)
     assert region.weights == {"fc.weight"}
+
+
+def test_trust_regions_are_a_part_of_the_memory_and_come_back_from_its_arrays(xp: Any) -> None:
+    memory = TRGP(0.9).remember(finished(xp, np.diag([3.0, 2.0, 0.0, 0.0])))
+    assert memory.begin_task(Started(1, {})) is not None
+    assert TRGP(0.9).begin_task(Started(0, {})) is None
+    region = memory.trust_region({"fc.weight": xp.asarray(np.eye(4)[:2])})
+    assert set(region.scales) == {"fc.weight@0"}
+    scaled = region.with_scales({key: 2 * scale for key, scale in region.scales.items()})
+    memory = memory.end_stage(1, scaled).end_stage(2, TrustRegion({}, {})).end_stage(3, None)
+    again = TRGP(0.9).with_arrays(memory.to_arrays())
+    assert set(again.regions) == set(memory.regions) == {1, 2}
+    assert again.region(3) is None
+    assert again.region(2) == TrustRegion({}, {})
+    restored = again.region(1)
+    assert restored is not None
+    np.testing.assert_array_equal(to_numpy(restored.scales["fc.weight@0"]), to_numpy(scaled.scales["fc.weight@0"]))
+    np.testing.assert_array_equal(to_numpy(restored.bases["fc.weight@0"]), to_numpy(scaled.bases["fc.weight@0"]))
+    with pytest.raises(BecameError, match=r"the array 'regions\.x' is no part of a memory of TRGP"):
+        TRGP(0.9).with_arrays(memory.to_arrays() | {"regions.x": xp.asarray(1)})

@@ -7,11 +7,11 @@ import zlib
 
 import numpy as np
 
-__all__ = ["random_stream"]
+__all__ = ["random_generator"]
 
 
-def random_stream(seed: int, purpose: str, *indices: int) -> np.random.Generator:
-    """Return the NumPy generator of one purpose, e.g. ``random_stream(0, "batches", task, stage, epoch)``.
+def random_generator(seed: int, purpose: str, *indices: int) -> np.random.Generator:
+    """Return the NumPy generator of one purpose, e.g. ``random_generator(0, "batches", task, stage, epoch)``.
 
     Two calls with equal arguments draw equal numbers; any difference in them gives an independent stream.
     The purpose enters through its CRC-32, which, unlike ``hash``, is the same in every process.

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from became_core import BecameError
-from became_core.continual.evaluation import accuracies, mean_loss
+from became_core.continual.measurement import accuracies, mean_loss
 from reference.formulas import cross_entropy
 from reference.learner import ReferenceLearner
 from reference.metrics import class_incremental, task_incremental

@@ -7,7 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from became_core.continual.statistics import place, pooled, refresh, weights_of
+from became_core.continual import Annealed, TaskStream, Training, build_method
+from became_core.continual.learner import pooled, refresh_statistics, weights_of
+from became_core.continual.run_context import RunContext
+from became_core.continual.state import Memory
 from reference.learner import ReferenceLearner
 from tests.backends import to_numpy
 from tests.streams import prototype_stream
@@ -31,46 +34,58 @@ def test_pooled_statistics_are_those_of_all_samples_at_once(xp: Any, sizes: list
 class Running(ReferenceLearner):
     """Says of each batch how many rows it had, and which came first, as if that were a statistic."""
 
-    statistics = frozenset({"bn.running_mean", "bn.running_var"})
     seen: np.ndarray[Any, Any]
 
+    def __init__(self, stream: TaskStream) -> None:
+        super().__init__(stream)
+        self.running_statistics = frozenset({"bn.running_mean", "bn.running_var"})
+
     def parameters(self) -> Any:
-        held = getattr(self, "held", {name: np.zeros(2) for name in self.statistics})
-        return super().parameters() | held
+        zeros = {name: np.zeros(2) for name in ("bn.running_mean", "bn.running_var")}
+        return super().parameters() | getattr(self, "moments", zeros)
 
     def assign(self, parameters: Any) -> None:
-        self.held = {name: parameters[name] for name in self.statistics}
+        self.moments = {name: parameters[name] for name in self.running_statistics}
         super().assign(parameters)
 
     def batch_statistics(self, indices: Any, batch_size: int) -> Any:
         self.seen = indices
         first = float(super().parameters()["fc1.weight"][0, 0])
-        yield len(indices), {name: np.full(2, first) for name in sorted(self.statistics)}
+        yield len(indices), {name: np.full(2, first) for name in sorted(self.running_statistics)}
 
 
 @pytest.mark.parametrize(("batch_size", "kept"), [(8, 27), (13, 26), (1, 27)])
 def test_all_training_images_are_seen_but_for_one_alone(batch_size: int, kept: int) -> None:
     learner, task = Running(STREAM), STREAM.tasks[1]
     assert len(task.train) == 27
-    refresh(learner, [task], batch_size, seed=3)
+    refresh_statistics(learner, [task], batch_size, seed=3)
     assert len(set(learner.seen)) == len(learner.seen) == kept
     assert set(learner.seen) <= set(task.train)
     assert not np.array_equal(learner.seen, task.train[:kept])
-    refresh(learner, STREAM.tasks[:2], 8, seed=3)
+    refresh_statistics(learner, STREAM.tasks[:2], 8, seed=3)
     assert set(learner.seen) == set(STREAM.tasks[0].train) | set(task.train)
 
 
-def test_placed_weights_have_statistics_of_their_own() -> None:
+def test_a_learner_that_is_moved_has_the_statistics_of_its_new_weights_and_its_own_again_afterwards() -> None:
     learner = Running(STREAM)
+    context = RunContext(
+        learner, STREAM, build_method("finetune"), Training(Annealed(0.1, 1), Annealed(0.1, 1), batch_size=8), seed=3
+    )
+    before = learner.parameters()
     weights = {name: value + 0.5 for name, value in weights_of(learner).items()}
-    assert set(weights) == set(learner.parameters()) - learner.statistics
-    place(learner, weights, STREAM.tasks[:1], 8, seed=3)
-    for name in learner.statistics:
+    assert set(weights) == set(before) - learner.running_statistics
+    with context.at(STREAM.tasks[0], weights, Memory()):
+        for name in learner.running_statistics:
+            np.testing.assert_array_equal(learner.parameters()[name], weights["fc1.weight"][0, 0])
+    for name, value in learner.parameters().items():
+        np.testing.assert_array_equal(value, before[name])
+    context.move_to(STREAM.tasks[0], weights, Memory())
+    for name in learner.running_statistics:
         np.testing.assert_array_equal(learner.parameters()[name], weights["fc1.weight"][0, 0])
 
 
 def test_without_any_nothing_happens() -> None:
     learner = ReferenceLearner(STREAM)
     before = learner.parameters()
-    refresh(learner, STREAM.tasks[:1], 8, seed=3)
+    refresh_statistics(learner, STREAM.tasks[:1], 8, seed=3)
     assert all(np.array_equal(value, before[name]) for name, value in learner.parameters().items())

@@ -1,11 +1,14 @@
 """What a stage must respect: what is trained, frozen or held by a penalty, and how fast each group goes."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 import pytest
 
 from became_core import BecameError
-from became_core.continual import Annealed, MethodSettings, RelativeRates, Training, build_method, learn
-from became_core.continual.constraints import relative_rates, stable_constraint
+from became_core.continual import Annealed, RelativeRates, Training, build_method, learn
+from became_core.continual.run_context import relative_rates, stable_constraint
 from became_core.continual.state import Memory, RunState
 from reference.learner import ReferenceLearner
 from tests.listening import Listening
@@ -16,7 +19,7 @@ TRAINING = Training(Annealed(0.2, 3), Annealed(0.2, 2), batch_size=16)
 BIASES = frozenset({"fc1.bias", "fc2.bias"})
 
 
-def after_tasks(name: str, settings: MethodSettings, training: Training = TRAINING) -> list[RunState]:
+def after_tasks(name: str, settings: Mapping[str, Any], training: Training = TRAINING) -> list[RunState]:
     """The states after every task."""
     states: list[RunState] = []
 
@@ -43,7 +46,7 @@ def test_what_a_projector_cannot_protect_is_frozen_or_held_by_its_penalty(name: 
     """The stronger, the less it moves; infinitely strong would be frozen."""
     moves = []
     for strength in (0.0, 0.1, 1e5):
-        states = after_tasks(name, MethodSettings(norm_penalty=strength))
+        states = after_tasks(name, {"norm_penalty": strength})
         moves.append(moved(states[0], states[1]))
     frozen, weak, strong = moves
     if name != "became":  # whose stage 2 is free
@@ -54,8 +57,8 @@ def test_what_a_projector_cannot_protect_is_frozen_or_held_by_its_penalty(name: 
 
 def test_the_penalty_is_of_the_published_sum_and_of_nothing_else() -> None:
     """Wang 2021: strength x 1/2 sum_t F_t (theta - theta_t)^2, least at the weighted mean of the tasks' ends."""
-    method = build_method("nscl", MethodSettings(norm_penalty=200.0))
-    states = after_tasks("nscl", MethodSettings(norm_penalty=200.0))
+    method = build_method("nscl", {"norm_penalty": 200.0})
+    states = after_tasks("nscl", {"norm_penalty": 200.0})
     learner = ReferenceLearner(STREAM, bias=True)
     constraint = stable_constraint(learner, STREAM.tasks[2], method, states[1].memory)
     assert constraint.penalty is not None
@@ -75,7 +78,7 @@ def test_the_penalty_is_of_the_published_sum_and_of_nothing_else() -> None:
 
 
 def test_without_memory_or_where_all_is_penalised_anyway_there_is_nothing_of_it() -> None:
-    learner, settings = ReferenceLearner(STREAM, bias=True), MethodSettings(norm_penalty=200.0, ewc_strength=3.0)
+    learner, settings = ReferenceLearner(STREAM, bias=True), {"norm_penalty": 200.0, "ewc_strength": 3.0}
     assert stable_constraint(learner, STREAM.tasks[0], build_method("nscl", settings), Memory()).penalty is None
     memory = after_tasks("ewc+gpm", settings)[0].memory
     constraint = stable_constraint(learner, STREAM.tasks[1], build_method("ewc+gpm", settings), memory)
@@ -97,7 +100,7 @@ def test_rates_by_group_and_task() -> None:
 def test_a_run_with_relative_rates_is_one_with_others_where_they_are_equal() -> None:
     """All groups twice as fast at half the rate: nothing has changed, in a task that is not the first in name only."""
     halved = Training(Annealed(0.1, 3), Annealed(0.1, 2), batch_size=16, relative=RelativeRates(2.0, 2.0, 2.0))
-    plain, same = (after_tasks("finetune", MethodSettings(), each)[0] for each in (TRAINING, halved))
+    plain, same = (after_tasks("finetune", {}, each)[0] for each in (TRAINING, halved))
     for name, value in plain.theta.items():
         np.testing.assert_allclose(same.theta[name], value, rtol=1e-9, atol=1e-12)
 

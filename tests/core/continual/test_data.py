@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from became_core.continual.stream import Dataset, TaskStream, permute_pixels, split_classes
+from became_core.continual.data import Dataset, TaskStream, permute_pixels, split_classes
 from became_core.errors import BecameError
 
 SHAPES = [(tasks, classes) for classes in (1, 4, 6, 10, 12) for tasks in range(1, classes + 1) if classes % tasks == 0]

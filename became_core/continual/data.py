@@ -2,19 +2,28 @@
 
 Convention: a data set is one array of uint8 images [N, C, H, W], training rows before test rows, so that a learner
 places it on its device once and every batch, of any task and any part, is a row of indices.
+
+
+Augmentation: random crops and flips of training images, drawn here so that every backend trains on the same ones.
+
+Convention: an image is padded with black (zeros, before it is normalised) and cropped to its size again, then flipped
+left to right or not, as torchvision's ``RandomCrop`` and ``RandomHorizontalFlip`` do. Evaluation, curvature and memory
+see images as they are.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, Self
+from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from became_core.continual.seeding import random_stream
+from became_core.arrays import Array, device, namespace
+from became_core.continual.rng import random_generator
 from became_core.errors import BecameError
 
-__all__ = ["ClassOrder", "Dataset", "Task", "TaskStream", "permute_pixels", "split_classes"]
+__all__ = ["Augmentation", "ClassOrder", "Dataset", "Task", "TaskStream", "Views", "permute_pixels", "split_classes"]
+
 
 Indices = NDArray[np.int64]
 ClassOrder = Literal["label", "seeded"]
@@ -114,7 +123,7 @@ def split_classes(
     if not 0 <= validation < 1:
         raise BecameError(f"the validation fraction is {validation}; it must be at least 0 and below 1.")
     if class_order == "seeded":
-        order = random_stream(seed, "class order").permutation(dataset.classes)
+        order = random_generator(seed, "class order").permutation(dataset.classes)
     else:
         order = np.arange(dataset.classes) if class_order == "label" else np.asarray(class_order)
     if sorted(order.tolist()) != list(range(dataset.classes)):
@@ -132,7 +141,7 @@ def split_classes(
 def _task(dataset: Dataset, index: int, group: Indices, validation: float, seed: int) -> Task:
     rows = np.flatnonzero(np.isin(dataset.labels, group))
     train, test = rows[rows < dataset.train_size], rows[rows >= dataset.train_size]
-    train = random_stream(seed, "validation", index).permutation(train)
+    train = random_generator(seed, "validation", index).permutation(train)
     held_out = round(validation * len(train))
     return Task(
         index=index,
@@ -157,7 +166,7 @@ def permute_pixels(dataset: Dataset, tasks: int) -> Dataset:
         raise BecameError(f"{tasks} tasks of permuted pixels are asked for; give at least 1.")
     flat = dataset.images.reshape(*dataset.images.shape[:2], -1)
     pixels = np.arange(flat.shape[2])
-    orders = [random_stream(0, "pixels", task).permutation(pixels) if task else pixels for task in range(tasks)]
+    orders = [random_generator(0, "pixels", task).permutation(pixels) if task else pixels for task in range(tasks)]
     parts = [slice(0, dataset.train_size), slice(dataset.train_size, None)]  # all training rows before all test rows
     images = np.concatenate([flat[part][:, :, order] for part in parts for order in orders])
     labels = [dataset.labels[part] + dataset.classes * task for part in parts for task in range(tasks)]
@@ -168,3 +177,67 @@ def permute_pixels(dataset: Dataset, tasks: int) -> Dataset:
         labels=np.concatenate(labels),
         train_size=dataset.train_size * tasks,
     )
+
+
+class Views(NamedTuple):
+    """How each image of a batch is seen.
+
+    Attributes:
+        offsets: integers [N, 2]: how far down and to the right of the image's corner the crop's corner is.
+        flips: booleans [N]: whether the crop is then flipped left to right.
+    """
+
+    offsets: Array
+    flips: Array
+
+    def shown(self, images: Array, *, axis: int) -> Array:
+        """Return images as they are seen; of any framework, and within what it compiles.
+
+        Args:
+            images: [N, …], heights and widths being two axes beside one another.
+            axis: the one of heights: 2 of [N, C, H, W], 1 of [N, H, W, C].
+        """
+        xp: Any = namespace(images=images)
+        offsets = xp.asarray(self.offsets, device=device(images))
+        flips = xp.asarray(self.flips, device=device(images))
+        height, width = (
+            xp.arange(images.shape[each], dtype=offsets.dtype, device=device(images)) for each in (axis, axis + 1)
+        )
+        mirrored = xp.where(flips[:, None], xp.flip(width)[None, :], width[None, :])
+        seen = _taken(images, height[None, :] + offsets[:, :1], axis)
+        return _taken(seen, mirrored + offsets[:, 1:], axis + 1)
+
+
+def _taken(images: Array, places: Array, axis: int) -> Array:
+    """Return what lies at places [N, size] along an axis of each image, black where that is beyond the border."""
+    xp: Any = namespace(images=images)
+    others = [other for other in range(1, len(images.shape)) if other != axis]
+    for other in others:  # [N, 1, …, size, …, 1]
+        places = xp.expand_dims(places, axis=other)
+    last = images.shape[axis] - 1
+    found = xp.take_along_axis(images, xp.clip(places, 0, last), axis=axis)
+    return xp.where((places >= 0) & (places <= last), found, xp.zeros_like(found))
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """What views are drawn.
+
+    Attributes:
+        padding: how many black pixels are added at each side before a crop.
+        flips: whether every other image, at random, is flipped.
+    """
+
+    padding: int = 4
+    flips: bool = True
+
+    def __post_init__(self) -> None:
+        """Check the padding."""
+        if self.padding < 0:
+            raise BecameError(f"the augmentation's padding is {self.padding} pixels; it must be at least 0.")
+
+    def draw(self, count: int, stream: np.random.Generator) -> Views:
+        """Return the views of so many images."""
+        offsets = stream.integers(-self.padding, self.padding, (count, 2), endpoint=True)
+        flips = stream.integers(0, 2, count).astype(bool)
+        return Views(offsets, flips & self.flips)

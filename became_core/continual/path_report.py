@@ -1,4 +1,4 @@
-"""What every estimator of alpha would have said at a merge: the loss along delta, measured in every way there is.
+"""The path report of a merge: the truth along the path, beside what every estimator of alpha makes of it.
 
 Along theta_gp + alpha delta, each side's loss is a slope at 0 and a curvature. The new task's is measured at theta_hat
 (with or without its gradient there) and by the secant of its slopes at both ends; the old tasks' as the posterior has
@@ -10,15 +10,19 @@ Convention: means over samples; ``batch`` is the published code's Fisher estimat
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Self
 
 import numpy as np
 
 from became_core.arrays import Params, difference
+from became_core.continual.data import Task
 from became_core.continual.measurement import Measurement
-from became_core.laplace import LaplacePosterior, Precision, Quadratic
+from became_core.continual.methods import Method
+from became_core.continual.record import MergePath, PathPoint
+from became_core.continual.run_context import RunContext
+from became_core.continual.state import Memory, OldTasks
+from became_core.laplace import Precision, Quadratic, trace_path
 
-__all__ = ["Along", "Approximations", "alpha_estimates", "new_sides", "old_sides"]
+__all__ = ["Along", "alpha_estimates", "new_sides", "old_sides", "old_tasks_with", "report_path"]
 
 
 @dataclass(frozen=True)
@@ -27,24 +31,6 @@ class Along:
 
     slope: float
     curvature: float
-
-
-@dataclass(frozen=True)
-class Approximations:
-    """Curvatures of the old tasks that the posterior itself does not keep: sums over tasks, for comparison alone."""
-
-    batch: Precision
-    kronecker: Precision
-
-    @classmethod
-    def of(cls, measurement: Measurement) -> Self:
-        """Return those of one task, measured at the learner's weights."""
-        batch = replace(measurement, kind="batch").diagonal()
-        return cls(batch, replace(measurement, kind="empirical").kronecker())
-
-    def __add__(self, other: Self) -> Self:
-        """Return those of both."""
-        return replace(self, batch=self.batch + other.batch, kronecker=self.kronecker + other.kronecker)
 
 
 def new_sides(measurement: Measurement, theta_gp: Params) -> dict[str, Along]:
@@ -78,26 +64,21 @@ def _around(precision: Precision, delta: Params) -> Along:
 
 
 def old_sides(
-    posterior: LaplacePosterior,
-    approximations: Approximations,
-    measurements: Sequence[Measurement],
-    theta_gp: Params,
-    theta_hat: Params,
+    old_tasks: OldTasks, measurements: Sequence[Measurement], theta_gp: Params, theta_hat: Params
 ) -> dict[str, Along]:
     """Return the old tasks' loss along delta in every way.
 
     Args:
-        posterior: of the old tasks.
-        approximations: of the old tasks.
+        old_tasks: their posterior and other approximations.
         measurements: of the old tasks, one each, on their own data.
         theta_gp: the stable weights.
         theta_hat: the plastic weights.
     """
-    delta, offset = difference(theta_hat, theta_gp), difference(theta_gp, posterior.mean)
+    delta, offset = difference(theta_hat, theta_gp), difference(theta_gp, old_tasks.posterior.mean)
     precisions: dict[str, Precision] = {
-        "diagonal": posterior.diagonal(),
-        "kronecker": approximations.kronecker,
-        "batch": approximations.batch,
+        "diagonal": old_tasks.posterior.diagonal(),
+        "kronecker": old_tasks.kronecker,
+        "batch": old_tasks.batch,
     }
     sides = {}
     for name, precision in precisions.items():
@@ -105,8 +86,8 @@ def old_sides(
         sides[name] = Along(float(gram[0, 1]), float(gram[0, 0]))
     slope = curvature = 0.0
     for measurement in measurements:
-        found = measurement.along([delta], theta_gp)
-        slope, curvature = slope + float(found.slope[0]), curvature + float(found.curvature[0, 0])
+        exact = measurement.along([delta], theta_gp)
+        slope, curvature = slope + float(exact.slope[0]), curvature + float(exact.curvature[0, 0])
     return sides | {"exact": Along(slope, curvature)}
 
 
@@ -117,7 +98,7 @@ def alpha_estimates(new: Mapping[str, Along], old: Mapping[str, Along]) -> dict[
     All others are named ``new side / old side``, with `` x kappa`` where the old side is calibrated and
     ``, at its minimum`` where its slope at theta_gp is left out.
     """
-    found = {f"published, {name}": _alpha(new[name], _flat(old[other])) for name, other in _PUBLISHED.items()}
+    alphas = {f"published, {name}": _alpha(new[name], _flat(old[other])) for name, other in _PUBLISHED.items()}
     for left in ("diagonal", "kronecker", "exact", "exact, with gradient", "secant"):
         for right in ("diagonal", "kronecker", "exact"):
             side = old[right]
@@ -126,9 +107,9 @@ def alpha_estimates(new: Mapping[str, Along], old: Mapping[str, Along]) -> dict[
                 kappas[" x kappa"] = new["exact"].curvature / new[right].curvature
             for suffix, kappa in kappas.items():
                 scaled = Along(kappa * side.slope, kappa * side.curvature)
-                found[f"{left} / {right}{suffix}"] = _alpha(new[left], scaled)
-                found[f"{left} / {right}{suffix}, at its minimum"] = _alpha(new[left], _flat(scaled))
-    return found
+                alphas[f"{left} / {right}{suffix}"] = _alpha(new[left], scaled)
+                alphas[f"{left} / {right}{suffix}, at its minimum"] = _alpha(new[left], _flat(scaled))
+    return alphas
 
 
 # The published form by new side, and the old side beside it.
@@ -143,3 +124,54 @@ def _alpha(new: Along, old: Along) -> float:
     """The minimum of the sum, in [0, 1]; 0 where it is flat."""
     slope, curvature = new.slope + old.slope, new.curvature + old.curvature
     return float(Quadratic(np.asarray([slope]), np.asarray([[curvature]])).minimiser("box")[0])
+
+
+def old_tasks_with(memory: Memory, measurement: Measurement, method: Method) -> OldTasks:
+    """Return the old tasks for later reports, with one more task.
+
+    Args:
+        memory: with the method's posterior updated, if the method has one.
+        measurement: of the task, at the merged weights.
+        method: of the run.
+    """
+    before = memory.old_tasks
+    batch = replace(measurement, kind="batch").diagonal()
+    kronecker = replace(measurement, kind="empirical").kronecker()
+    if memory.posterior is not None:
+        posterior = memory.posterior
+    else:
+        curvature = measurement.precision(method.precision)
+        posterior = method.updated_posterior(None if before is None else before.posterior, measurement.mean, curvature)
+    if before is None:
+        return OldTasks(posterior, batch, kronecker)
+    return OldTasks(posterior, before.batch + batch, before.kronecker + kronecker)
+
+
+def report_path(context: RunContext, task: Task, theta_gp: Params, theta_hat: Params, memory: Memory) -> MergePath:
+    """Return the report of the merge after a task; the learner is at theta_hat, and is left there.
+
+    Args:
+        context: of the run.
+        task: the last one.
+        theta_gp: the stable weights.
+        theta_hat: the plastic weights.
+        memory: of the old tasks.
+    """
+    assert memory.old_tasks is not None
+
+    def truth(theta: Params) -> tuple[float, float]:
+        with context.at(task, theta, memory):
+            losses = [each.loss() for each in measurements]
+            return sum(losses), float(np.mean(context.accuracies(task, memory)[0]))
+
+    measurements = [
+        replace(context.measurement(each, "merge", memory), last=task) for each in context.tasks_until(task)
+    ]
+    new = new_sides(measurements[-1], theta_gp)
+    old = old_sides(memory.old_tasks, measurements[:-1], theta_gp, theta_hat)
+    alphas, truths = trace_path(truth, theta_gp, theta_hat, context.training.path_alphas)
+    return MergePath(
+        [PathPoint(alpha, *point) for alpha, point in zip(alphas, truths, strict=True)],
+        new={name: (side.slope, side.curvature) for name, side in new.items()},
+        old={name: (side.slope, side.curvature) for name, side in old.items()},
+    )

@@ -1,7 +1,8 @@
 """The continual run (BECAME, Algorithm 1): for each task stage 1, stage 2, merge, then memory and evaluation.
 
-The loop knows only the learner protocol. The first task has nothing to protect, so stage 2 would continue stage 1 as
-it was: it is trained once, without constraint, for both stages' epochs.
+The loop knows the learner's contract and the hooks of projectors and merging rules; it names none of them. The first
+task has nothing to protect, so stage 2 would continue stage 1 as it was: it is trained once, without constraint, for
+both stages' epochs.
 
 Convention: a run is a ``RunState`` that advances; callbacks are given it after every epoch and every task, and it goes
 on from any such state exactly as it would have without the interruption.
@@ -12,25 +13,26 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from became_core.arrays import named_leaves
+from became_core.arrays import Params, named_leaves
 from became_core.continual.callbacks import Callback, CallbackList
-from became_core.continual.constraints import free_constraint, relative_rates, stable_constraint
-from became_core.continual.estimates import Approximations
-from became_core.continual.learner import Constraint, Learner, heads_of
-from became_core.continual.merging import merge, trace
+from became_core.continual.data import Task, TaskStream
+from became_core.continual.learner import Learner, heads_of, weights_of
 from became_core.continual.methods import Method
+from became_core.continual.path_report import old_tasks_with, report_path
 from became_core.continual.record import EpochEnd, MergePath, RunRecord, TaskEnd
-from became_core.continual.schedule import Schedule
-from became_core.continual.seeding import random_stream
-from became_core.continual.setting import Setting
+from became_core.continual.run_context import (
+    RunContext,
+    Stopwatch,
+    free_constraint,
+    relative_rates,
+    stable_constraint,
+)
+from became_core.continual.schedule import Schedule, Training
 from became_core.continual.state import Memory, RunState
-from became_core.continual.statistics import refresh, weights_of
-from became_core.continual.stopwatch import Stopwatch
-from became_core.continual.stream import Task, TaskStream
-from became_core.continual.training import Stage, Training, begin_stage, train_stage
-from became_core.continual.unit_graph import find_unit_graph
-from became_core.laplace import Precision
-from became_core.projection import HAT, TRGP, GatedRegion, PackNet, Region, TrustRegion, compact
+from became_core.continual.step import Constraint
+from became_core.continual.training import Stage, begin_stage, train_stage
+from became_core.laplace import LaplacePosterior, LocalLoss, Merged, MergeRule, Precision
+from became_core.projection import compact
 
 __all__ = ["learn"]
 
@@ -53,7 +55,7 @@ def learn(
         method: what is done with each.
         training: schedules and sizes.
         seed: names every random draw, with task, stage and epoch.
-        callbacks: what looks on, each told in this order; what one raises ends the run.
+        callbacks: what looks on, called in this order; what one raises ends the run.
         state: where to go on, as ``on_state`` was given it in a run of the same arguments; from the beginning if None.
 
     Raises:
@@ -72,8 +74,8 @@ def learn(
 
 
 @dataclass(frozen=True)
-class _Run(Setting):
-    """A run: its setting, who looks on, and its stopwatch."""
+class _Run(RunContext):
+    """A run: its context, its callbacks, and its stopwatch."""
 
     callbacks: Callback
     stopwatch: Stopwatch
@@ -81,25 +83,26 @@ class _Run(Setting):
     def learn_task(self, state: RunState) -> RunState:
         """Learn one task, from wherever the state is in it; return the state after it."""
         task = self.stream.tasks[state.task]
-        state = self.prepared(task, state)
+        state = self.begin_task(task, state)
+        full_before = state.memory.full
         if not state.in_stage(2):
             state = self.stage1(task, state)
         if self.method.stages == 2:
             state = self.stage2(task, state)
         alpha, path, curvature = None, None, None
         if self.method.merges == "tasks":
-            state, curvature = self.with_own_model(task, state)
+            state, curvature = self.keep_own_model(task, state)
         if self.method.rule is not None and task.index > 0:
-            alpha, path = self.merge(task, state, curvature)
+            alpha, path = self.merge(task, state, self.method.rule, curvature)
         memory = self.remember(task, state.memory, curvature)
-        return self.evaluate(task, replace(state, memory=memory), alpha, path, memory.full - state.memory.full)
+        return self.evaluate(task, replace(state, memory=memory), alpha, path, memory.full - full_before)
 
-    def prepared(self, task: Task, state: RunState) -> RunState:
-        """Find out what HAT must know of the network; begin a task of IMM and CoMA where its own model begins."""
+    def begin_task(self, task: Task, state: RunState) -> RunState:
+        """Let the projector find out what it must know; begin a task of IMM and CoMA where its own model begins."""
         memory, before = state.memory, state.before
-        if isinstance(memory.projector, HAT) and memory.projector.wiring is None:
-            wiring = find_unit_graph(self.learner, task)
-            memory = replace(memory, projector=replace(memory.projector, wiring=wiring))
+        if memory.projector is not None:
+            start = self.measurement(task, "start", memory)
+            memory = replace(memory, projector=memory.projector.prepare(start))
         if self.method.merges == "tasks" and state.stage is None:
             before = self.learner.parameters()
             if self.method.transfer is not None and memory.models:
@@ -109,31 +112,36 @@ class _Run(Setting):
     def stage1(self, task: Task, state: RunState) -> RunState:
         """Train under the method's constraint."""
         schedule = self.training.stage1
-        if self.method.rule is not None and self.method.stages == 2 and task.index == 0:
+        if self.method.merges_stages and task.index == 0:
             schedule = schedule.extended(self.training.stage2.epochs)
         with self.stopwatch.phase("stage1"):
             constraint = stable_constraint(self.learner, task, self.method, state.memory)
-            if constraint.trains_scales and state.stage is None:
-                constraint = replace(constraint, region=self.region(task, state.memory))
+            if state.stage is not None:
+                region = state.stage.region
+            elif state.memory.projector is not None:
+                region = state.memory.projector.begin_task(self.measurement(task, "start", state.memory))
+            else:
+                region = None
+            constraint = replace(constraint, region=region, trains_scales=region is not None)
             return self.train(task, state, 1, schedule, constraint)
 
     def stage2(self, task: Task, state: RunState) -> RunState:
-        """Train on: without constraint, or, in PackNet, what is left after pruning."""
-        if isinstance(state.memory.projector, PackNet):
-            if not state.in_stage(2):
-                packed, theta = state.memory.projector.pruned(self.learner.parameters(), self.learner.projectable)
-                self.learner.assign(theta)
-                state = replace(state, memory=replace(state.memory, projector=packed))
-            constraint = replace(
-                stable_constraint(self.learner, task, self.method, state.memory), projector=state.memory.projector
-            )
-        elif task.index == 0:
-            return state
-        else:
+        """Train on: without constraint if the stages are merged, else as the projector's own second stage has it."""
+        projector = state.memory.projector
+        if self.method.merges_stages:
+            if task.index == 0:
+                return state
             state = replace(state, theta_gp=state.theta_gp or self.learner.parameters())
-            constraint = replace(
-                free_constraint(self.learner, task, self.method), region=state.memory.regions.get(task.index)
-            )
+            region = self.region(task, state.memory)
+            constraint = replace(free_constraint(self.learner, task, self.method), region=region)
+        else:
+            assert projector is not None  # or the method would have one stage
+            if not state.in_stage(2):
+                projector, theta = projector.between_stages(self.learner.parameters(), self.learner.projectable)
+                self.learner.assign(theta)
+                state = replace(state, memory=replace(state.memory, projector=projector))
+            constraint = stable_constraint(self.learner, task, self.method, state.memory)
+            constraint = replace(constraint, projector=projector)  # in the first task too
         with self.stopwatch.phase("stage2"):
             return self.train(task, state, 2, self.training.stage2, constraint)
 
@@ -146,43 +154,33 @@ class _Run(Setting):
             optimiser = self.training.optimiser
             stage = begin_stage(self.learner, task, number, schedule, optimiser, constraint, curve=curve)
 
-        def each(stage: Stage, event: EpochEnd) -> None:
+        def after_epoch(stage: Stage, event: EpochEnd) -> None:
             self.callbacks.on_epoch_end(event)
-            self.kept(replace(state, stage=stage))
+            self.publish(replace(state, stage=stage))
 
         stage = train_stage(
             self.learner,
-            self.seen(task) if self.method.joint else [task],
+            self.tasks_until(task) if self.method.joint else [task],
             stage,
             constraint,
             batch_size=self.training.batch_size,
             seed=self.seed,
             augmentation=self.training.augmentation,
-            each=each,
+            after_epoch=after_epoch,
         )
         memory = state.memory
-        if isinstance(stage.region, TrustRegion):
-            memory = replace(memory, regions={**memory.regions, task.index: stage.region})
-        if isinstance(stage.region, GatedRegion) and isinstance(memory.projector, HAT):
-            memory = replace(memory, projector=memory.projector.settled(stage.region))
+        if memory.projector is not None:
+            memory = replace(memory, projector=memory.projector.end_stage(task.index, stage.region))
         return replace(state, stage=stage, memory=memory)
 
-    def kept(self, state: RunState) -> RunState:
-        """Return a state with the learner's weights and the seconds so far, after giving it away."""
+    def publish(self, state: RunState) -> RunState:
+        """Return a state with the learner's weights and the seconds so far, after the callbacks were given it."""
         record = replace(state.record, seconds=self.stopwatch.read())
         state = replace(state, theta=self.learner.parameters(), record=record)
         self.callbacks.on_state(state)
         return state
 
-    def region(self, task: Task, memory: Memory) -> Region:
-        """Return the region that a task begins with, at the learner's weights."""
-        if isinstance(memory.projector, HAT):
-            return memory.projector.region(self.learner.parameters(), random_stream(self.seed, "gates", task.index))
-        assert isinstance(memory.projector, TRGP)
-        refresh(self.learner, [task], self.training.batch_size, self.seed)
-        return memory.projector.trust_region(self.measurement(task, "trust-region", memory).gradients())
-
-    def with_own_model(self, task: Task, state: RunState) -> tuple[RunState, Precision | None]:
+    def keep_own_model(self, task: Task, state: RunState) -> tuple[RunState, Precision | None]:
         """Keep what later tasks need of the task's own model; what it is merged with is the old model with its head.
 
         Returns:
@@ -191,38 +189,61 @@ class _Run(Setting):
         assert state.before is not None
         theta, memory = self.learner.parameters(), state.memory
         curvature: Precision | None = None
-        if self.keeps_posterior:
+        if self.method.keeps_posterior:
             with self.stopwatch.phase("memory"):
                 curvature = self.measurement(task, "posterior", memory).precision(self.method.precision)
         if self.method.transfer is not None:
-            memory = replace(memory, models=self.method.transfer.kept(memory.models, state.before, theta))
+            memory = replace(memory, models=self.method.transfer.models_after(memory.models, state.before, theta))
         old = state.before | {name: theta[name] for name in self.learner.heads[task.index]}
         return replace(state, memory=memory, theta_gp=old), curvature
 
-    def merge(self, task: Task, state: RunState, curvature: Precision | None) -> tuple[float | None, MergePath | None]:
+    def merge(
+        self, task: Task, state: RunState, rule: MergeRule, curvature: Precision | None
+    ) -> tuple[float | None, MergePath | None]:
         """Merge theta_gp, or the old model, and the learner's weights; give the result to the learner.
 
         Args:
             task: the last one.
             state: with the old tasks' memory.
+            rule: of the method.
             curvature: the task's at the learner's weights, if it has been measured.
 
         Returns:
             The coefficient of theta_hat (their mean, of several), and the path, if it is traced.
         """
         assert state.theta_gp is not None
-        theta_hat = weights_of(self.learner)
+        memory, theta_hat = state.memory, weights_of(self.learner)
         theta_gp = {name: state.theta_gp[name] for name in theta_hat}
         with self.stopwatch.phase("merge"):
-            merged = merge(self, task, theta_gp, theta_hat, state.memory, curvature)
+            merged = self.merged(task, rule, theta_gp, theta_hat, memory, curvature)
         path = None
-        if self.training.path_alphas:
+        if memory.old_tasks is not None:
             with self.stopwatch.phase("path"):
-                path = trace(self, task, theta_gp, theta_hat, state.memory)
-        self.place(task, merged.theta, state.memory)
+                path = report_path(self, task, theta_gp, theta_hat, memory)
+        self.move_to(task, merged.theta, memory)
         if merged.alpha is None:
             return None, path
         return float(np.mean([float(a) for a in named_leaves(merged.alpha).values()])), path
+
+    def merged(
+        self,
+        task: Task,
+        rule: MergeRule,
+        theta_gp: Params,
+        theta_hat: Params,
+        memory: Memory,
+        curvature: Precision | None,
+    ) -> Merged:
+        """Return what the rule makes of two models; the learner is at theta_hat, and is left there."""
+        rule = rule.for_task(task.index, lambda theta: self.true_loss(task, theta, memory))
+        if not rule.needs_losses:
+            return rule.merge((theta_gp, theta_hat), ())
+        assert memory.posterior is not None  # Method.keeps_posterior asks the rule
+        measurement = self.measurement(task, "merge", memory)
+        if curvature is None and self.method.precision != "diagonal":
+            curvature = measurement.precision(self.method.precision)
+        new: LocalLoss = measurement if curvature is None else LaplacePosterior(theta_hat, curvature)
+        return rule.merge((theta_gp, theta_hat), (memory.posterior, new))
 
     def remember(self, task: Task, memory: Memory, curvature: Precision | None) -> Memory:
         """Return the memory with this task: posterior at the merged weights, projector from the task's inputs.
@@ -230,14 +251,13 @@ class _Run(Setting):
         The curvature is measured there too, unless it has been at the task's own model.
         """
         with self.stopwatch.phase("memory"):
-            measurement = self.measurement(task, "posterior", memory)
-            if self.keeps_posterior:
-                curvature = curvature or measurement.precision(self.method.precision)
-                posterior = self.method.remembered(memory.posterior, weights_of(self.learner), curvature)
+            measurement, method = self.measurement(task, "posterior", memory), self.method
+            if method.keeps_posterior:
+                curvature = curvature or measurement.precision(method.precision)
+                posterior = method.updated_posterior(memory.posterior, weights_of(self.learner), curvature)
                 memory = replace(memory, posterior=posterior)
-            if self.method.rule is not None and self.training.path_alphas:
-                new, known = Approximations.of(measurement), memory.approximations
-                memory = replace(memory, approximations=new if known is None else known + new)
+            if method.rule is not None and self.training.path_alphas:
+                memory = replace(memory, old_tasks=old_tasks_with(memory, measurement, method))
             if memory.projector is not None:
                 memory = replace(memory, projector=compact(memory.projector.remember(measurement)))
             return memory
@@ -253,4 +273,4 @@ class _Run(Setting):
         ranks = {} if memory.projector is None else dict(memory.projector.rank)
         record = state.record.with_task(end, curve=state.stage.curve, ranks=ranks, memory=memory.size, path=path)
         self.callbacks.on_task_end(end)
-        return self.kept(RunState(state.theta, memory, record, task.index + 1))
+        return self.publish(RunState(state.theta, memory, record, task.index + 1))

@@ -1,38 +1,48 @@
 """Whole runs with the reference learner: what the record holds, and that each mechanism does what it claims."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cache
-from typing import ClassVar
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
 from became_core import BecameError
+from became_core.arrays import Params
 from became_core.continual import (
-    METHODS,
     Annealed,
     EpochEnd,
     Method,
-    MethodSettings,
     Patience,
     RunRecord,
     TaskEnd,
     Training,
     build_method,
     learn,
+    method_names,
     metrics,
 )
-from became_core.continual.evaluation import accuracies, mean_loss
-from became_core.projection import GPM
+from became_core.continual.measurement import accuracies, mean_loss
+from became_core.laplace import (
+    Became,
+    DiagonalFisher,
+    FisherMerge,
+    LocalLoss,
+    Merged,
+    MergeRule,
+    ModeIMM,
+    merge,
+)
+from became_core.projection import GPM, Region, TaskStart
 from reference.learner import ReferenceLearner
 from tests.listening import Listening
 from tests.streams import prototype_stream
 
 STREAM = prototype_stream(validation=0.1)
 TRAINING = Training(Annealed(0.2, 6), Annealed(0.2, 3), batch_size=16)
-SETTINGS = MethodSettings(threshold=0.97, ewc_strength=2.0)
+SETTINGS = {"threshold": 0.97, "ewc_strength": 2.0}
 Observe = Callable[[EpochEnd | TaskEnd], None]
 
 
@@ -41,7 +51,7 @@ def run(
     *,
     seed: int = 0,
     training: Training = TRAINING,
-    settings: MethodSettings = SETTINGS,
+    settings: Mapping[str, Any] = SETTINGS,
     learner: ReferenceLearner | None = None,
     observe: Observe = lambda event: None,
 ) -> RunRecord:
@@ -55,7 +65,7 @@ def facts(record: RunRecord) -> dict[str, str]:
     return {name: repr(value) for name, value in vars(record).items() if name != "seconds"}
 
 
-@pytest.mark.parametrize("name", sorted(METHODS))
+@pytest.mark.parametrize("name", sorted(method_names()))
 def test_the_shapes_of_a_record(name: str) -> None:
     ended: list[TaskEnd] = []
     record = run(name, observe=lambda event: ended.append(event) if isinstance(event, TaskEnd) else None)
@@ -84,7 +94,7 @@ def test_the_shapes_of_a_record(name: str) -> None:
     assert all(seconds >= 0 for seconds in record.seconds.values())
 
 
-@pytest.mark.parametrize("name", sorted(METHODS))
+@pytest.mark.parametrize("name", sorted(method_names()))
 def test_a_seed_is_a_run(name: str) -> None:
     def trained(seed: int) -> tuple[dict[str, str], list[float]]:
         learner = ReferenceLearner(STREAM, dropout=0.2)  # equal weights: only the run's own draws may differ
@@ -100,7 +110,7 @@ def test_a_seed_is_a_run(name: str) -> None:
 def forgetting_of(name: str, strength: float = 2.0) -> float:
     """Forgetting, in points, over three seeds of a stream that is hard on a narrow network."""
     training = Training(Annealed(0.2, 20), Annealed(0.2, 10), batch_size=16)
-    method = build_method(name, MethodSettings(threshold=0.97, ewc_strength=strength))
+    method = build_method(name, {"threshold": 0.97, "ewc_strength": strength})
     values = []
     for seed in range(3):
         stream = prototype_stream(tasks=4, seed=seed)
@@ -123,7 +133,7 @@ def test_a_stronger_ewc_forgets_less(name: str) -> None:
 
 
 def test_without_strength_ewc_is_finetuning() -> None:
-    assert facts(run("ewc", settings=MethodSettings(ewc_strength=0.0))) == facts(run("finetune"))
+    assert facts(run("ewc", settings={"ewc_strength": 0.0})) == facts(run("finetune"))
 
 
 Snapshot = dict[str, NDArray[np.float64]]
@@ -178,7 +188,7 @@ def test_a_run_says_when_a_space_is_full_and_its_weight_stands_still() -> None:
             ended.append(event)
             weights[event.task] = learner.parameters()["fc2.weight"]
 
-    record = run("gpm", learner=learner, settings=MethodSettings(threshold=1.0), observe=observe)
+    record = run("gpm", learner=learner, settings={"threshold": 1.0}, observe=observe)
     filled = next(task for task, ranks in enumerate(record.ranks) if ranks["fc2.weight"][0] == 12)
     assert filled < 2
     assert [("fc2.weight" in end.full) for end in ended] == [task == filled for task in range(3)]  # it is said once
@@ -294,3 +304,81 @@ def test_fewer_samples_are_looked_at_on_request() -> None:
 def test_divergence_is_one_sentence() -> None:
     with pytest.raises(BecameError, match=r"^the training loss became (nan|inf) in task 1, stage 1, epoch \d+; try a "):
         run("became", training=replace(TRAINING, stage1=Annealed(1e200, 6)))
+
+
+@pytest.mark.parametrize("name", [*sorted(method_names()), "became+trgp", "ewc+gpm"])
+def test_a_run_whose_paths_are_traced_is_the_run_without_to_the_bit(name: str) -> None:
+    results = []
+    for alphas in ((), (0.0, 0.5, 1.0)):
+        learner = ReferenceLearner(STREAM, bias=True)
+        record = learn(
+            learner, STREAM, build_method(name, SETTINGS), replace(TRAINING, path_alphas=alphas), callbacks=[]
+        )
+        results.append((facts(replace(record, paths=[])), learner.parameters(), record.paths))
+    (plain, weights, no_paths), (traced, same_weights, paths) = results
+    assert traced == plain
+    for parameter, value in weights.items():
+        np.testing.assert_array_equal(same_weights[parameter], value)
+    assert no_paths == []
+    assert len(paths) == (0 if build_method(name, SETTINGS).rule is None else 2)
+
+
+@dataclass(frozen=True)
+class Cautious(MergeRule):
+    """A share of the alpha of another rule, as a user would write it: it says nothing of what it needs."""
+
+    share: float
+
+    def merge(self, models: Sequence[Params], losses: Sequence[LocalLoss]) -> Merged:
+        whole: Any = Became(DiagonalFisher()).merge(models, losses).alpha
+        alpha = self.share * whole
+        return Merged(merge(models[0], models[1], alpha), alpha)
+
+
+def test_a_users_rule_is_given_the_losses_that_the_rule_inside_it_needs() -> None:
+    def first_alpha(rule: MergeRule) -> float:
+        method = replace(build_method("became", SETTINGS), rule=rule)
+        alpha = learn(ReferenceLearner(STREAM, bias=True), STREAM, method, TRAINING).alpha[1]
+        assert alpha is not None
+        return alpha
+
+    whole = first_alpha(Became(DiagonalFisher()))
+    assert 0 < whole < 1
+    assert first_alpha(Cautious(0.5)) == pytest.approx(0.5 * whole, rel=1e-12)
+
+
+def test_fisher_weighted_averaging_merges_in_a_run() -> None:
+    method = replace(build_method("became", SETTINGS), rule=FisherMerge())
+    record = learn(ReferenceLearner(STREAM, bias=True), STREAM, method, TRAINING)
+    assert record.alpha == [None, None, None]  # its models lie on no segment
+    mode = learn(ReferenceLearner(STREAM, bias=True), STREAM, replace(method, rule=ModeIMM()), TRAINING)
+    np.testing.assert_array_equal(record.accuracy, mode.accuracy)
+
+
+@dataclass(frozen=True)
+class TwoStaged(GPM):
+    """A projector with a second stage of its own, a region-free one, that counts what it is asked."""
+
+    stages: ClassVar[int] = 2
+    asked: list[str] = field(default_factory=list, compare=False)
+
+    def prepare(self, start: TaskStart) -> Self:
+        self.asked.append(f"prepare {start.index}")
+        return self
+
+    def between_stages(self, theta: Params, projectable: frozenset[str]) -> tuple[Self, Params]:
+        assert projectable == {"fc1.weight", "fc2.weight"}
+        self.asked.append("between")
+        return self, {name: value * 0.5 for name, value in theta.items()}
+
+    def end_stage(self, task: int, region: Region | None) -> Self:
+        self.asked.append(f"end {task}")
+        return self
+
+
+def test_the_hooks_of_a_projector_are_called_in_the_order_of_a_task() -> None:
+    projector = TwoStaged(0.9)
+    record = learn(ReferenceLearner(STREAM), STREAM, Method("two", projector=projector), TRAINING)
+    assert record.epochs == [9, 9, 9]
+    expected = [[f"prepare {task}", f"end {task}", "between", f"end {task}"] for task in range(3)]
+    assert projector.asked == [call for calls in expected for call in calls]

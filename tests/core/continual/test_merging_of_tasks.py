@@ -7,11 +7,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from became_core.continual import Annealed, EpochEnd, MethodSettings, RunRecord, TaskEnd, Training, build_method, learn
-from became_core.continual.evaluation import mean_loss
-from became_core.continual.increments import Transfer
-from became_core.continual.measurement import Measurement
-from became_core.continual.methods import Method
+from became_core.continual import Annealed, EpochEnd, RunRecord, TaskEnd, Training, build_method, learn
+from became_core.continual.measurement import Measurement, mean_loss
+from became_core.continual.methods import Method, Transfer
 from became_core.laplace import Diagonal, LaplacePosterior
 from reference.learner import ReferenceLearner
 from tests.listening import Listening
@@ -23,7 +21,7 @@ Weights = dict[str, NDArray[np.float64]]
 SHARED = ("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias")
 
 
-def models(name: str, **settings: Any) -> tuple[RunRecord, list[Weights], list[Weights]]:
+def run_models(name: str, **settings: Any) -> tuple[RunRecord, list[Weights], list[Weights]]:
     """Run a method; return the record, each task's own model (the end of stage 1), and what it was merged to."""
     learner = ReferenceLearner(STREAM, bias=True)
     own: dict[int, Weights] = {}
@@ -35,13 +33,13 @@ def models(name: str, **settings: Any) -> tuple[RunRecord, list[Weights], list[W
         elif event.stage == 1:
             own[event.task] = learner.parameters()
 
-    method = build_method(name, MethodSettings(**settings))
+    method = build_method(name, settings)
     record = learn(learner, STREAM, method, TRAINING, callbacks=[Listening(observe)])
     return record, [own[task] for task in range(3)], merged
 
 
 def test_mean_imm_is_the_mean_of_all_tasks_models() -> None:
-    record, own, merged = models("imm-mean")
+    record, own, merged = run_models("imm-mean")
     for task in range(3):
         for name in SHARED:
             np.testing.assert_allclose(merged[task][name], np.mean([m[name] for m in own[: task + 1]], 0), atol=1e-12)
@@ -49,7 +47,7 @@ def test_mean_imm_is_the_mean_of_all_tasks_models() -> None:
 
 
 def test_mode_imm_is_the_mean_by_the_precision_of_each_at_its_own_model() -> None:
-    _, own, merged = models("imm-mode")
+    _, own, merged = run_models("imm-mode")
     probe = ReferenceLearner(STREAM, bias=True)
     fishers = []
     for task, theta in zip(STREAM.tasks, own, strict=True):
@@ -65,7 +63,7 @@ def test_mode_imm_is_the_mean_by_the_precision_of_each_at_its_own_model() -> Non
 
 @pytest.mark.parametrize("name", ["imm-mean", "imm-mode", "coma"])
 def test_a_head_is_its_own_models_whole_and_later_merges_leave_it(name: str) -> None:
-    _, own, merged = models(name)
+    _, own, merged = run_models(name)
     for task in range(3):
         assert not np.array_equal(merged[2]["fc1.weight"], own[task]["fc1.weight"])  # a merge changes the weights
         for later in range(task, 3):
@@ -73,14 +71,14 @@ def test_a_head_is_its_own_models_whole_and_later_merges_leave_it(name: str) -> 
 
 
 def test_coma_takes_its_coefficients_one_a_merge_and_goes_on_from_the_merged_model() -> None:
-    record, own, merged = models("coma", coma_alpha=(0.25,))
+    record, own, merged = run_models("coma", coma_alpha=(0.25,))
     assert record.alpha == [None, 0.25, 0.25]
     for task in (1, 2):
         for name in SHARED:
             expected = 0.75 * merged[task - 1][name] + 0.25 * own[task][name]
             np.testing.assert_allclose(merged[task][name], expected, atol=1e-12)
-    assert models("coma", coma_alpha=(0.25, 0.75))[0].alpha == [None, 0.25, 0.75]
-    _, free, kept = models("coma", coma_alpha=(0.0,))
+    assert run_models("coma", coma_alpha=(0.25, 0.75))[0].alpha == [None, 0.25, 0.75]
+    _, free, kept = run_models("coma", coma_alpha=(0.0,))
     for name in SHARED:  # with nothing merged in, every task begins at the first one's weights
         np.testing.assert_array_equal(kept[2][name], free[0][name])
 
@@ -91,8 +89,8 @@ def moved(own: list[Weights], origin: Weights, task: int) -> float:
 
 def test_weight_transfer_begins_at_the_model_before_and_without_it_at_the_initial_weights() -> None:
     initial = ReferenceLearner(STREAM, bias=True).parameters()
-    _, with_transfer, _ = models("imm-mean")
-    _, without, _ = models("imm-mean", imm_transfer=False)
+    _, with_transfer, _ = run_models("imm-mean")
+    _, without, _ = run_models("imm-mean", imm_transfer=False)
     for task in (1, 2):
         assert moved(with_transfer, with_transfer[task - 1], task) < moved(with_transfer, initial, task)
         assert moved(without, initial, task) < moved(without, without[task - 1], task)
@@ -101,34 +99,34 @@ def test_weight_transfer_begins_at_the_model_before_and_without_it_at_the_initia
 def test_a_stronger_pull_keeps_a_tasks_model_nearer_to_the_one_before() -> None:
     distances = []
     for pull in (0.0, 0.1, 10.0):
-        _, own, _ = models("imm-mean", imm_pull=pull)
+        _, own, _ = run_models("imm-mean", imm_pull=pull)
         distances.append(moved(own, own[0], 1))
     assert distances[0] > distances[1] > 10 * distances[2] > 0
     # Even from the initial weights, the pull is to the model of the task before.
-    _, own, _ = models("imm-mode", imm_pull=10.0, imm_transfer=False)
+    _, own, _ = run_models("imm-mode", imm_pull=10.0, imm_transfer=False)
     assert moved(own, own[0], 1) < 0.1 * moved(own, ReferenceLearner(STREAM, bias=True).parameters(), 1)
 
 
-def test_of_models_only_what_is_needed_is_kept() -> None:
+def test_only_the_models_that_are_needed_are_stored() -> None:
     before, first, second = ({"w": np.full(2, value)} for value in (0.0, 1.0, 2.0))
     for transfer, names in (
         (Transfer(), {"previous"}),
         (Transfer(weights=False), {"initial"}),
         (Transfer(weights=False, pull=1.0), {"initial", "previous"}),
     ):
-        kept = transfer.kept(transfer.kept({}, before, first), first, second)
-        assert set(kept) == names
-        assert kept.get("initial", before) is before
-        assert kept.get("previous", second) is second
+        models = transfer.models_after(transfer.models_after({}, before, first), first, second)
+        assert set(models) == names
+        assert models.get("initial", before) is before
+        assert models.get("previous", second) is second
 
 
 def test_the_ablations_are_the_ends_the_middle_and_the_best_of_the_path() -> None:
-    ends = {name: models(name) for name in ("became-0", "became-half", "became-1")}
+    ends = {name: run_models(name) for name in ("became-0", "became-half", "became-1")}
     for name, alpha in (("became-0", 0.0), ("became-half", 0.5), ("became-1", 1.0)):
         assert ends[name][0].alpha == [None, alpha, alpha]
     for name in SHARED:
         np.testing.assert_array_equal(ends["became-0"][2][1][name], ends["became-0"][1][1][name])
-    record, own, merged = models("became-grid", grid_points=5)
+    record, own, merged = run_models("became-grid", grid_points=5)
     assert set(record.alpha[1:]) <= {0.0, 0.25, 0.5, 0.75, 1.0}
     probe = ReferenceLearner(STREAM, bias=True)
 
@@ -145,7 +143,7 @@ def test_the_ablations_are_the_ends_the_middle_and_the_best_of_the_path() -> Non
 def penalty_of(method: Method, minima: list[Weights], fishers: list[Weights]) -> LaplacePosterior:
     posterior = None
     for theta, fisher in zip(minima, fishers, strict=True):
-        posterior = method.remembered(posterior, theta, Diagonal(fisher))
+        posterior = method.updated_posterior(posterior, theta, Diagonal(fisher))
     assert posterior is not None
     return posterior
 
@@ -160,11 +158,11 @@ def test_ewc_is_the_sum_of_every_old_tasks_quadratic_and_online_ewc_one_that_dec
         for task in range(3)
     ]
     theta = {name: draw.normal(size=shape) for name, shape in shapes.items()}
-    found = penalty_of(build_method("ewc", MethodSettings()), minima, fishers).gradient(theta)
+    found = penalty_of(build_method("ewc"), minima, fishers).gradient(theta)
     for name in shapes:
         expected = sum(fisher[name] * (theta[name] - at[name]) for fisher, at in zip(fishers, minima, strict=True))
         np.testing.assert_allclose(found[name], expected, atol=1e-12)
-    online = penalty_of(build_method("ewc-online", MethodSettings(decay=0.5)), minima, fishers)
+    online = penalty_of(build_method("ewc-online", {"decay": 0.5}), minima, fishers)
     for name, value in online.precision.diagonal().items():
         np.testing.assert_allclose(value, 0.25 * fishers[0][name] + 0.5 * fishers[1][name] + fishers[2][name])
         np.testing.assert_array_equal(online.mean[name], minima[2][name])
@@ -182,9 +180,9 @@ def test_ewc_is_the_sum_of_every_old_tasks_quadratic_and_online_ewc_one_that_dec
     ids=str,
 )
 def test_became_merges_by_other_curvatures_and_in_groups(settings: dict[str, Any]) -> None:
-    usual, _, _ = models("became")
-    record, own, merged = models("became", **settings)
-    learner, method = ReferenceLearner(STREAM, bias=True), build_method("became", MethodSettings(**settings))
+    usual, _, _ = run_models("became")
+    record, own, merged = run_models("became", **settings)
+    learner, method = ReferenceLearner(STREAM, bias=True), build_method("became", settings)
     traced = learn(learner, STREAM, method, replace(TRAINING, path_alphas=(0.0, 1.0)))
     assert traced.alpha == record.alpha  # looking changes nothing
     assert all(alpha is not None and 0 <= alpha <= 1 for alpha in record.alpha[1:])

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from became_core.continual import Along, Annealed, MethodSettings, Training, alpha_estimates, build_method, learn
+from became_core.continual import Along, Annealed, Training, alpha_estimates, build_method, learn
 from reference.learner import ReferenceLearner
 from tests.streams import prototype_stream
 
@@ -46,7 +46,7 @@ def test_a_traced_run_measures_both_sides_as_the_truth_has_them() -> None:
     stream = prototype_stream()
     alphas = tuple(np.linspace(0, 1, 5))
     training = Training(Annealed(0.2, 6), Annealed(0.002, 1), batch_size=16, path_alphas=alphas)
-    record = learn(ReferenceLearner(stream), stream, build_method("became", MethodSettings()), training)
+    record = learn(ReferenceLearner(stream), stream, build_method("became"), training)
     assert len(record.paths) == len(stream.tasks) - 1
     for path in record.paths:
         losses = np.array([point.loss for point in path.points])

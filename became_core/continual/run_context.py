@@ -1,0 +1,166 @@
+"""What a run is given, and what is asked of it at any time: constraints, measurements, accuracies, the true loss.
+
+Convention: a stage's constraint says what may change and how; nothing here changes the learner for good, except
+``move_to``.
+"""
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+from became_core.arrays import Params
+from became_core.continual.data import Task, TaskStream
+from became_core.continual.learner import Learner, heads_of, refresh_statistics, weights_of
+from became_core.continual.measurement import Measurement, accuracies
+from became_core.continual.methods import Method
+from became_core.continual.schedule import RelativeRates, Training
+from became_core.continual.state import Memory
+from became_core.continual.step import Constraint, Penalty
+from became_core.laplace import Diagonal, LaplacePosterior
+from became_core.projection import Region, View
+
+__all__ = ["RunContext", "Stopwatch", "free_constraint", "relative_rates", "stable_constraint"]
+
+
+@dataclass(frozen=True)
+class RunContext:
+    """The arguments of ``learn``, which documents them, and questions about a run that they answer."""
+
+    learner: Learner
+    stream: TaskStream
+    method: Method
+    training: Training
+    seed: int
+
+    def tasks_until(self, task: Task) -> Sequence[Task]:
+        """Return all tasks up to this one."""
+        return self.stream.tasks[: task.index + 1]
+
+    def region(self, task: Task, memory: Memory) -> Region | None:
+        """Return the region that a task was trained in and keeps, if there is one."""
+        return None if memory.projector is None else memory.projector.region(task.index)
+
+    def views(self, task: Task, memory: Memory) -> Mapping[int, View]:
+        """Return the views of tasks up to this one, by task number, of those that have one."""
+        if memory.projector is None:
+            return {}
+        views = {each.index: memory.projector.view(each.index) for each in self.tasks_until(task)}
+        return {index: view for index, view in views.items() if view is not None}
+
+    def measurement(self, task: Task, purpose: str, memory: Memory) -> Measurement:
+        """Return what can be measured of a task at the learner's weights; the purpose names the random draws."""
+        region = self.region(task, memory)
+        return Measurement(self.learner, task, self.training, self.method.fisher, self.seed, purpose, region)
+
+    def accuracies(self, task: Task, memory: Memory) -> tuple[list[float], list[float]]:
+        """Return all tasks' accuracies up to this one, task- and class-incremental, in percent."""
+        views = self.views(task, memory)
+        return accuracies(self.learner, self.tasks_until(task), self.training.batch_size, views)
+
+    @contextmanager
+    def at(self, task: Task, theta: Params, memory: Memory) -> Iterator[None]:
+        """Let the learner have these weights inside the context, with the running statistics that belong to them."""
+        with self.learner.at(theta):
+            self._refresh_statistics(task, memory)
+            yield
+
+    def true_loss(self, task: Task, theta: Params, memory: Memory) -> float:
+        """Return the sum of the mean losses of all tasks so far, on their own data, at these weights."""
+        with self.at(task, theta, memory):
+            return sum(self.measurement(each, "merge", memory).loss() for each in self.tasks_until(task))
+
+    def move_to(self, task: Task, theta: Params, memory: Memory) -> None:
+        """Give the learner these weights, with the running statistics that belong to them and to the task."""
+        self.learner.assign(self.learner.parameters() | theta)
+        self._refresh_statistics(task, memory)
+
+    def _refresh_statistics(self, task: Task, memory: Memory) -> None:
+        size = self.training.batch_size
+        refresh_statistics(self.learner, [task], size, self.seed, self.region(task, memory))
+
+
+def free_constraint(learner: Learner, task: Task, method: Method) -> Constraint:
+    """Return the constraint of unconstrained training: only the heads of other tasks may not change.
+
+    In joint training only the heads of later tasks may not.
+    """
+    own = learner.heads[: task.index + 1] if method.joint else [learner.heads[task.index]]
+    others = heads_of(learner).difference(*own)
+    return Constraint(trainable=frozenset(weights_of(learner)) - others)
+
+
+def stable_constraint(learner: Learner, task: Task, method: Method, memory: Memory) -> Constraint:
+    """Return the constraint of stage 1: projected, penalised or free, as the method has it; without a region yet."""
+    projector = memory.projector
+    constraint = free_constraint(learner, task, method)
+    if method.penalty_strength > 0 and memory.posterior is not None:
+        constraint = replace(constraint, penalty=Penalty(memory.posterior, method.penalty_strength))
+    if method.transfer is not None and memory.models:
+        constraint = replace(constraint, penalty=method.transfer.penalty(memory.models, heads_of(learner)))
+    if projector is None or task.index == 0:  # the first task has nothing to protect
+        return constraint
+    if not projector.protects_all:
+        constraint = _protecting_unprojectable(constraint, learner, task, method, memory)
+    return replace(constraint, projector=projector)
+
+
+def _protecting_unprojectable(
+    constraint: Constraint, learner: Learner, task: Task, method: Method, memory: Memory
+) -> Constraint:
+    """Freeze or penalise what a projector cannot protect: normalisation and biases.
+
+    They are frozen, unless the method has a penalty for them. A method that penalises all weights anyway penalises
+    these as well.
+    """
+    names = _unprojectable(learner)
+    if method.norm_penalty == 0 or memory.posterior is None or not names:
+        return replace(constraint, trainable=learner.projectable | learner.heads[task.index])
+    if constraint.penalty is not None:
+        return constraint
+    mean = {name: value for name, value in memory.posterior.mean.items() if name in names}
+    precision = {name: value for name, value in memory.posterior.precision.diagonal().items() if name in names}
+    return replace(constraint, penalty=Penalty(LaplacePosterior(mean, Diagonal(precision)), method.norm_penalty))
+
+
+def relative_rates(learner: Learner, task: Task, rates: RelativeRates) -> dict[str, float]:
+    """Return what the learning rate is multiplied by, by parameter, where it is not 1."""
+    first = rates.first if task.index == 0 else 1.0
+    by_name = dict.fromkeys(learner.projectable, first) | dict.fromkeys(_unprojectable(learner), rates.norms)
+    by_name |= dict.fromkeys(heads_of(learner), rates.heads)
+    return {name: by_name[name] for name in sorted(by_name) if by_name[name] != 1}
+
+
+def _unprojectable(learner: Learner) -> frozenset[str]:
+    """Return the names of the shared parameters that are no matrices of which taps speak."""
+    return frozenset(weights_of(learner)) - learner.projectable - heads_of(learner)
+
+
+class Stopwatch:
+    """Seconds of wall-clock time by phase of a run and in total, over all the parts that it was interrupted into."""
+
+    TOTAL = "total"
+
+    def __init__(self, before: Mapping[str, float]) -> None:
+        """Start.
+
+        Args:
+            before: seconds by phase, and in total, of earlier parts.
+        """
+        self._started = {self.TOTAL: time.perf_counter()}
+        self._seconds = {self.TOTAL: 0.0, **before}
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Count the time that this context takes to a phase."""
+        self._started[name] = time.perf_counter()
+        self._seconds.setdefault(name, 0.0)
+        try:
+            yield
+        finally:
+            self._seconds[name] += time.perf_counter() - self._started.pop(name)
+
+    def read(self) -> dict[str, float]:
+        """Return seconds by phase and in total until now; a phase that has not ended is counted until now as well."""
+        now = time.perf_counter()
+        return {name: seconds + now - self._started.get(name, now) for name, seconds in self._seconds.items()}
