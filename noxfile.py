@@ -150,13 +150,13 @@ def agreement(session: nox.Session) -> None:
 def stress(session: nox.Session) -> None:
     """Far more of what is drawn at random: 200 killed processes, 10,000 damaged files, the long hypothesis profile."""
     cache_compilations(session)
-    session.env |= {"BECAME_DAMAGES": "5000"}  # in each of two folders
+    session.env.update(BECAME_DAMAGES="5000")  # in each of two folders
     test(session, "tests/runs/test_damage.py", "--timeout", "3600")
     killed = "tests/cli/test_resuming.py::test_a_killed_process_loses_an_epoch_at_most"
     for backend, kills in {"torch": 100, "jax": 50, "tensorflow": 50}.items():
-        session.env |= {"BECAME_KILLS": str(kills)}
+        session.env.update(BECAME_KILLS=str(kills))
         test(session, killed, "--backend", backend)
-    session.env |= {"HYPOTHESIS_PROFILE": "long"}
+    session.env.update(HYPOTHESIS_PROFILE="long")
     test(session, "tests/core", "tests/networks", "--timeout", "3600")
 
 
