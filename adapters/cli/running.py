@@ -72,6 +72,11 @@ def run_jobs(jobs: Sequence[Job], display: Display) -> list[RunResult]:
     """
     finished = [job.finished() for job in jobs]
     to_do = [job for job, result in zip(jobs, finished, strict=True) if result is None]
+    for run in (job.run for job, result in zip(jobs, finished, strict=True) if result is not None):
+        # A process that was killed after it had saved the result can have left files, and the summary without this run.
+        # A folder that cannot be written to, or that another process is at work in, is shown as it is.
+        with suppress(BecameError), run.locked():
+            write_summary(run.out)
     for job in to_do:
         job.check_unfinished()
         _writer(job)

@@ -10,20 +10,22 @@
 | lock | while a process is at work in it |
 
 A file is written whole under another name and then renamed, so that what is there is never half a file; JSON is sealed.
+A killed process can leave such another name, a checkpoint too many and its lock: whoever locks next removes them.
 """
 
 import csv
 import io
 import json
-import os
-from contextlib import AbstractContextManager
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from adapters.runs.checkpoints import Checkpoints
+from adapters.runs.checkpoints import Checkpoints, tidy
 from adapters.runs.events import EventLog
-from adapters.runs.files import DamagedError, read_sealed, write_file, write_sealed
+from adapters.runs.files import DamagedError, read_sealed, remove_temporary_files, write_file, write_sealed
 from adapters.runs.lock import locked
 from adapters.runs.provenance import revision, versions
 from adapters.runs.results import RunResult
@@ -76,9 +78,18 @@ class RunDirectory:
         """Return the run's checkpoints."""
         return Checkpoints(self.folder / "checkpoints", stream, method, training, self.seed)
 
-    def locked(self) -> AbstractContextManager[None]:
-        """Keep other processes out for the time of this context."""
-        return locked(self.folder / "lock")
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other processes out for the time of this context; first remove what killed processes left.
+
+        Raises:
+            BecameError: if another process is at work in the folder, or it cannot be written to.
+        """
+        with locked(self.folder / "lock") as alone:
+            if alone:
+                remove_temporary_files(self.folder, r"(?:config|results)\.json")
+                tidy(self.folder / "checkpoints")
+            yield
 
     def finished(self, backend: str, benchmark: str, config: dict[str, Any]) -> RunResult | None:
         """Return the result if this very run has finished before, None if it has not.
@@ -156,17 +167,32 @@ def check_writable(out: Path) -> None:
     """Raise a BecameError unless files can be made in this folder, which is made if it is not there."""
     try:
         out.mkdir(parents=True, exist_ok=True)
-        probe = out / f".probe-{os.getpid()}"
-        probe.touch()
-        probe.unlink()
+        with tempfile.TemporaryFile(
+            dir=out
+        ):  # it has no name where the system can do without, so a kill leaves nothing
+            pass
     except OSError as error:
         raise BecameError(f"cannot write to {out}: {error.strerror}; choose another --out.") from None
 
 
 def write_summary(out: Path) -> None:
-    """Write ``OUT/summary.csv``, a row for each finished run that the folder holds."""
+    """Write ``OUT/summary.csv``, a row for each finished run that the folder holds.
+
+    Another process that is writing it is waited for: the last to finish a run then sees the results of all.
+
+    Raises:
+        BecameError: if a file is no result, or the folder cannot be written to.
+    """
+    with locked(out / "summary.lock", wait=True) as alone:
+        if alone:
+            remove_temporary_files(out, r"summary\.csv")
+        write_file(out / "summary.csv", _summary(read_results(out)).encode())
+
+
+def _summary(results: Sequence[RunResult]) -> str:
+    """Return the results as comma-separated values."""
     rows = []
-    for result in read_results(out):
+    for result in results:
         rows.append(
             {
                 "backend": result.backend,
@@ -186,7 +212,7 @@ def write_summary(out: Path) -> None:
     writer = csv.DictWriter(text, fieldnames=list(rows[0]) if rows else [], lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    write_file(out / "summary.csv", text.getvalue().encode())
+    return text.getvalue()
 
 
 def read_results(out: Path) -> list[RunResult]:
