@@ -51,7 +51,7 @@ class HAT(Projector):
 
     Attributes:
         sharpness: how steep the gates become within an epoch, s_max in the paper; above 1.
-        sparsity: what the units that a task uses cost beside a mean loss, c in the paper; at least 0.
+        sparsity: the weight of the cost of units in use, beside the mean loss, c in the paper; at least 0.
         tasks: how many tasks the memory has.
         unit_graph: the layers whose units each layer reads; None until the network is known.
         gates: the open gates of a task, bool [units]. The key has the weight that reads the units and the task, such as
