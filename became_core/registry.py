@@ -1,4 +1,4 @@
-"""Registries: named classes, and the settings that they are built with.
+"""Catalogues, which are named values, and registries: named classes with the settings that they are built with.
 
 A class that is registered is a dataclass; its fields that are made by ``setting`` are what a user may choose. A setting
 has an option name, which is the field's own name unless it gives another, and its help is what the class's docstring
@@ -13,14 +13,14 @@ Other packages add to a registry by an entry point of the registry's group:
 import difflib
 import inspect
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import MISSING, dataclass, field, fields, replace
 from importlib.metadata import entry_points
 from typing import Any, Generic, TypeVar, get_type_hints
 
 from became_core.errors import BecameError
 
-__all__ = ["Registry", "Setting", "nearest", "setting"]
+__all__ = ["Catalogue", "Registry", "Setting", "nearest", "setting"]
 
 T = TypeVar("T")
 OPTION = "option"
@@ -70,58 +70,82 @@ class Setting:
         return replace(self, owners=(*self.owners, *other.owners))
 
 
-class Registry(Generic[T]):
-    """Classes by name.
+class Catalogue(Generic[T]):
+    """Values by name, to which other packages add by entry points.
 
-    >>> from became_core.projection import PROJECTORS
-    >>> PROJECTORS["gpm"].__name__, PROJECTORS.build("gpm", {"threshold": 0.9}).threshold
-    ('GPM', 0.9)
+    >>> from adapters.benchmarks.catalogue import BENCHMARKS
+    >>> BENCHMARKS["split-mnist"].tasks
+    5
     """
 
-    def __init__(self, group: str, kind: str, classes: Mapping[str, type[T]]) -> None:
-        """Hold the classes that this package has.
+    def __init__(self, group: str, kind: str, values: Mapping[str, T]) -> None:
+        """Hold the values that this package has.
 
         Args:
-            group: of the entry points by which other packages add theirs, such as ``became.projectors``.
-            kind: what messages call an entry, such as "projector".
-            classes: by name.
+            group: of the entry points by which other packages add theirs, such as ``became.benchmarks``.
+            kind: what messages call an entry, such as "benchmark".
+            values: by name.
         """
         self.group, self.kind = group, kind
-        self._classes = dict(classes)
+        self._values = dict(values)
         self._entry_points_are_loaded = False
 
     @property
     def names(self) -> tuple[str, ...]:
         """The names of all entries, this package's first, then those of other packages."""
-        self._load_entry_points()
-        return tuple(self._classes)
+        if not self._entry_points_are_loaded:
+            self._entry_points_are_loaded = True
+            for entry in entry_points(group=self.group):
+                self.register(entry.name, entry.load())
+        return tuple(self._values)
 
     def __contains__(self, name: object) -> bool:
         """Return whether a name is registered."""
         return name in self.names
 
-    def __getitem__(self, name: str) -> type[T]:
-        """Return the class of a name.
+    def __iter__(self) -> Iterator[str]:
+        """Iterate over the names."""
+        return iter(self.names)
+
+    def __getitem__(self, name: str) -> T:
+        """Return the value of a name.
 
         Raises:
             BecameError: if there is none; the message has the nearest name, and all of them.
         """
         if name not in self:
             raise BecameError(f"there is no {self.kind} '{name}'{nearest(name, self.names)}.")
-        return self._classes[name]
+        return self._values[name]
 
-    def register(self, name: str, cls: type[T]) -> None:
+    def register(self, name: str, value: T) -> None:
+        """Add a value, or put it in the place of another one of that name."""
+        self._values[name] = value
+
+    def summary(self, name: str) -> str:
+        """Return the first line of a value's docstring, without its full stop."""
+        return (inspect.getdoc(self[name]) or "").partition("\n")[0].removesuffix(".")
+
+
+class Registry(Catalogue[type[T]]):
+    """Classes by name, whose fields made by ``setting`` are settings.
+
+    >>> from became_core.projection import PROJECTORS
+    >>> PROJECTORS["gpm"].__name__, PROJECTORS.build("gpm", {"threshold": 0.9}).threshold
+    ('GPM', 0.9)
+    """
+
+    def register(self, name: str, value: type[T]) -> None:
         """Add a class, or put it in the place of another one of that name.
 
         Raises:
             BecameError: if it shares an option with another class and they differ in the option's type or default.
         """
-        before = dict(self._classes)
-        self._classes[name] = cls
+        before = dict(self._values)
+        self._values[name] = value
         try:
             self.settings()
         except BecameError:
-            self._classes = before
+            self._values = before
             raise
 
     def build(self, name: str, values: Mapping[str, Any]) -> T:
@@ -132,10 +156,6 @@ class Registry(Generic[T]):
         """
         cls = self[name]
         return cls(**{field: values[option] for option, field in _options_of(cls).items() if option in values})
-
-    def summary(self, name: str) -> str:
-        """Return the first line of a class's docstring, without its full stop."""
-        return (inspect.getdoc(self[name]) or "").partition("\n")[0].removesuffix(".")
 
     def options_of(self, name: str) -> tuple[str, ...]:
         """Return the option names that a class is built with."""
@@ -149,19 +169,12 @@ class Registry(Generic[T]):
         """
         merged: dict[str, Setting] = {}
         for name in self.names:
-            cls = self._classes[name]
+            cls = self._values[name]
             hints, defaults = get_type_hints(cls), {each.name: each.default for each in fields(cls)}  # type: ignore[arg-type]
             for option, field_name in _options_of(cls).items():
                 new = Setting(option, hints[field_name], defaults[field_name], _help(cls, field_name), (name,))
                 merged[option] = merged[option].shared_with(new) if option in merged else new
         return merged
-
-    def _load_entry_points(self) -> None:
-        if self._entry_points_are_loaded:
-            return
-        self._entry_points_are_loaded = True
-        for entry in entry_points(group=self.group):
-            self.register(entry.name, entry.load())
 
 
 def nearest(name: str, names: Iterable[str]) -> str:

@@ -49,7 +49,7 @@ from became_core.laplace import (
     Precision,
     Secant,
 )
-from became_core.laplace.groups import Per
+from became_core.laplace.expansion import Per
 from became_core.laplace.rules import ChosenAlphas, EqualShares, TrueLossGrid, precision_weighted_mean
 from became_core.projection import PROJECTORS, Projector
 from became_core.registry import Registry, Setting, nearest, setting
