@@ -10,6 +10,9 @@ from html import unescape
 from pathlib import Path
 from typing import Any
 
+from became_core.continual import METHODS, method_settings
+from became_core.projection import PROJECTORS
+from became_core.registry import Registry
 from latex2mathml.converter import convert
 from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
@@ -30,7 +33,14 @@ FORMULA = re.compile(
     re.DOTALL,
 )
 # The title of a code block that is for one framework.
-FRAMEWORKS = {"torch": "PyTorch", "jax": "JAX", "tensorflow": "TensorFlow"}
+FRAMEWORKS = {
+    "torch": "PyTorch",
+    "jax": "JAX",
+    "tensorflow": "TensorFlow",
+    "run": "Any framework",
+}
+# The registries whose tables pages ask for, as in ``<!-- table of projectors -->``.
+REGISTRIES: dict[str, Registry[Any]] = {"methods": METHODS, "projectors": PROJECTORS}
 # What a browser would request from another server. Links are not among it: only a reader's click follows them.
 REQUEST = re.compile(
     r'<(?!a\b)\w+[^>]*\s(?:src|href|srcset|data|poster)\s*=\s*"?(?:https?:)?//[^>]*>'
@@ -66,8 +76,31 @@ def _link_on_site(source: str) -> Callable[[re.Match[str]], str]:
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Return the page with a title on each code block that is for one framework, such as ``python torch``."""
+    """Return the page with its generated tables, and with a title on each code block that is for one framework."""
+    for marker, registry in REGISTRIES.items():
+        markdown = markdown.replace(f"<!-- table of {marker} -->", table(registry))
+    markdown = markdown.replace("<!-- table of settings -->", settings_table())
     return re.sub(r"^```python (\w+)$", _fence_with_title, markdown, flags=re.MULTILINE)
+
+
+def table(registry: Registry[Any]) -> str:
+    """Return a table of all entries of a registry, with the first lines of their docstrings and their options."""
+    rows = []
+    for name in registry.names:
+        options = ", ".join(
+            f"`--{option.replace('_', '-')}`" for option in registry.options_of(name)
+        )
+        rows.append(f"| `{name}` | {registry.summary(name)} | {options} |")
+    return "\n".join(["| name | what it does | settings |", "| --- | --- | --- |", *rows])
+
+
+def settings_table() -> str:
+    """Return a table of the settings of all methods and projectors."""
+    rows = [
+        f"| `--{option.replace('_', '-')}` | {setting.default} | {setting.help} |"
+        for option, setting in sorted(method_settings().items())
+    ]
+    return "\n".join(["| option | default | what it is |", "| --- | --- | --- |", *rows])
 
 
 def _fence_with_title(match: re.Match[str]) -> str:
