@@ -37,8 +37,9 @@ CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "beca
 
 nox.needs_version = ">=2026.10.20"
 nox.options.default_venv_backend = "virtualenv"
-nox.options.parallel = 2
 nox.options.allow_parallel = True
+if not any(argument.startswith(("-s", "--session", "-e")) for argument in sys.argv):
+    nox.options.parallel = 2  # a session that is asked for by name shows what it does as it does it
 # The longest first, so that nothing long is left when all else is done.
 nox.options.sessions = [
     *("tests-jax", "everything", "tests-tensorflow", "tests-torch", "types", "agreement"),
