@@ -21,12 +21,13 @@ RANKS = {
     "became_core.errors": 0,
     "became_core.registry": 1,
     "became_core.arrays": 1,
-    "became_core.laplace": 2,
-    "became_core.curvature": 2,
-    "became_core.projection": 2,
-    "became_core.continual": 3,
-    "became_core": 4,
-    "adapters": 5,
+    "became_core.precision": 2,
+    "became_core.laplace": 3,
+    "became_core.curvature": 3,
+    "became_core.projection": 3,
+    "became_core.continual": 4,
+    "became_core": 5,
+    "adapters": 6,
 }
 FRAMEWORKS = {"torch", "jax", "tensorflow", "keras", "flax"}
 # What is special about a class derived from one of these stands in its own file: others call its hooks.
@@ -92,6 +93,7 @@ def test_no_module_imports_what_its_rank_forbids() -> None:
     [
         ("became_core.errors", "from became_core.arrays import xp"),
         ("became_core.arrays.trees", "import became_core.laplace.quadratic"),
+        ("became_core.precision.base", "from became_core.laplace.quadratic import Quadratic"),
         ("became_core.laplace.merge", "from became_core.curvature.taps import taps"),
         ("became_core.projection.gpm", "from became_core import laplace"),
         ("became_core.curvature.fisher", "def f():\n    from became_core.continual import loop"),
