@@ -29,7 +29,7 @@ FORMULA = re.compile(
     re.DOTALL,
 )
 # How the title of a block of code names the framework that it is for.
-FRAMEWORKS = {"torch": "PyTorch", "jax": "JAX", "tensorflow": "TensorFlow"}
+FRAMEWORKS = {"torch": "PyTorch", "jax": "JAX", "tensorflow": "TensorFlow", "run": "any framework"}
 # What a browser would fetch from elsewhere; links, which a reader follows, are no part of it.
 FETCHED = re.compile(
     r'<(?!a\b)\w+[^>]*\s(?:src|href|srcset|data|poster)\s*=\s*"?(?:https?:)?//[^>]*>'
@@ -62,7 +62,7 @@ def _on_the_site(source: str) -> Callable[[re.Match[str]], str]:
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Return a page in which a block of code for one framework, ``python torch``, has a title that says so."""
+    """Return a page in which a block of code for a framework, ``python torch``, has a title that says so."""
     return re.sub(r"^```python (\w+)$", _titled, markdown, flags=re.MULTILINE)
 
 
