@@ -67,7 +67,7 @@ class Started:
     index: int
     weights: Params
     generator: np.random.Generator = field(default_factory=np.random.default_rng)
-    given_gradients: Params = field(default_factory=dict)
+    stored_gradients: Params = field(default_factory=dict)
 
     @property
     def projectable(self) -> frozenset[str]:
@@ -81,7 +81,7 @@ class Started:
         return self.generator
 
     def gradients(self) -> Params:
-        return self.given_gradients
+        return self.stored_gradients
 
     def inputs(self, theta: Params) -> Params:
         raise NotImplementedError
@@ -94,7 +94,7 @@ def finished(xp: Any, representation: Array, name: str = "fc.weight", *, batch: 
     inputs = rows / len(rows) ** 0.5 if len(rows) < rows.shape[1] else gram  # of few inputs the factor, as taps give it
     logits = [leaves(rows[start : start + batch]) for start in range(0, len(rows), batch)]
     return Finished(
-        {name: to_xp(xp, inputs)}, {name: to_xp(xp, gram)}, tuple(to_xp(xp, each) for each in logits if len(each))
+        {name: to_xp(xp, inputs)}, {name: to_xp(xp, gram)}, tuple(to_xp(xp, part) for part in logits if len(part))
     )
 
 

@@ -84,8 +84,8 @@ def test_a_run_that_goes_on_begins_with_the_state_it_goes_on_from() -> None:
     learn(ReferenceLearner(STREAM), STREAM, METHOD, TRAINING, state=state, callbacks=[Recorder(rest)])
     assert rest[0][1:] == ("begin", state)
     assert [what for _, what, _ in rest[1:]] == [what for _, what, _ in whole[5:]]
-    assert [each for _, what, each in rest if what == "epoch"] == [
-        each for _, what, each in whole[5:] if what == "epoch"
+    assert [value for _, what, value in rest if what == "epoch"] == [
+        value for _, what, value in whole[5:] if what == "epoch"
     ]
     done: list[tuple[str, str, Any]] = []
     learn(ReferenceLearner(STREAM), STREAM, METHOD, TRAINING, state=whole[-2][2], callbacks=[Recorder(done)])
@@ -119,8 +119,8 @@ def test_the_example_prints_the_accuracies_of_each_task(capsys: pytest.CaptureFi
     text = inspect.getdoc(module) or ""
     example = textwrap.dedent("\n".join(line for line in text.splitlines() if line.startswith("    ") or not line))
     names = {name: getattr(continual, name) for name in continual.__all__}
-    given = {"learner": ReferenceLearner(STREAM), "stream": STREAM, "method": METHOD, "training": TRAINING}
-    exec(compile(example, "the example of callbacks.py", "exec"), names | given)
-    shown = capsys.readouterr().out.splitlines()
-    assert [line.partition(":")[0] for line in shown] == ["task 1", "task 2"]
-    assert shown[1].count(",") == 1
+    arguments = {"learner": ReferenceLearner(STREAM), "stream": STREAM, "method": METHOD, "training": TRAINING}
+    exec(compile(example, "the example of callbacks.py", "exec"), names | arguments)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.partition(":")[0] for line in lines] == ["task 1", "task 2"]
+    assert lines[1].count(",") == 1

@@ -29,8 +29,8 @@ def some(xp: Any, seed: int) -> Params:
 def moves(constraint: Constraint, optimiser: Optimiser, theta: Params, gradients: list[Params], rate: float) -> Params:
     """How far every parameter gets in steps with given gradients."""
     at, optimiser = theta, optimiser.initial(theta)
-    for each in gradients:
-        directions, optimiser = constraint.directions(each, at, rate, optimiser)
+    for gradient in gradients:
+        directions, optimiser = constraint.directions(gradient, at, rate, optimiser)
         at = {name: value - rate * directions[name] for name, value in at.items()}
     return {name: to_numpy(at[name]) - to_numpy(value) for name, value in theta.items()}
 
@@ -49,14 +49,14 @@ def test_a_relative_rate_is_a_rate_of_the_parameters_own(
     posterior = LaplacePosterior(others, Diagonal({name: value * value for name, value in theta.items()}))
     plain = Constraint(frozenset(theta), memory, Penalty(posterior, 3.0) if penalised else None)
     moved = ("fc1.weight", "norm.weight")
-    found = moves(replace(plain, relative=dict.fromkeys(moved, relative)), optimiser, theta, gradients, rate)
+    result = moves(replace(plain, relative=dict.fromkeys(moved, relative)), optimiser, theta, gradients, rate)
     at_its_rate = moves(plain, optimiser, theta, gradients, rate * relative)
     as_it_was = moves(plain, optimiser, theta, gradients, rate)
-    for name, move in found.items():
+    for name, move in result.items():
         expected = at_its_rate if name in moved else as_it_was
         np.testing.assert_allclose(move, expected[name], rtol=1e-10, atol=1e-12)
         assert np.abs(move).max() > 0
-    np.testing.assert_allclose(found["fc1.weight"][:, :2], 0, atol=1e-10)
+    np.testing.assert_allclose(result["fc1.weight"][:, :2], 0, atol=1e-10)
 
 
 @given(seed=st.integers(0, 9), strength=st.sampled_from([0.5, 200.0]))
@@ -64,8 +64,8 @@ def test_a_penalty_leaves_alone_what_it_has_no_mean_of(xp: Any, seed: int, stren
     theta, gradients = some(xp, seed), [some(xp, seed + 1)]
     of_norms = {"norm.weight": theta["norm.weight"] + 1}
     penalty = Penalty(LaplacePosterior(of_norms, Diagonal({"norm.weight": theta["norm.weight"] ** 2 + 1})), strength)
-    held = moves(Constraint(frozenset(theta), penalty=penalty), SGD(), theta, gradients, 0.1)
+    penalised = moves(Constraint(frozenset(theta), penalty=penalty), SGD(), theta, gradients, 0.1)
     free = moves(Constraint(frozenset(theta)), SGD(), theta, gradients, 0.1)
-    for name, move in held.items():
+    for name, move in penalised.items():
         assert np.array_equal(move, free[name]) == (name != "norm.weight")
-    assert np.all(held["norm.weight"] > free["norm.weight"])  # towards the mean, which lies above
+    assert np.all(penalised["norm.weight"] > free["norm.weight"])  # towards the mean, which lies above

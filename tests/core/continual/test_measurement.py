@@ -13,14 +13,14 @@ from tests.streams import prototype_stream
 STREAM = prototype_stream(tasks=3)
 
 
-@pytest.mark.parametrize("seen", [1, 2, 3])
-def test_accuracies_are_those_of_the_loops(seen: int) -> None:
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_accuracies_are_those_of_the_loops(count: int) -> None:
     learner = ReferenceLearner(STREAM)
-    within, among_all = accuracies(learner, STREAM.tasks[:seen], batch_size=7)
-    for task in STREAM.tasks[:seen]:
+    within, among_all = accuracies(learner, STREAM.tasks[:count], batch_size=7)
+    for task in STREAM.tasks[:count]:
         logits, targets = learner.logits(task.test, 1000), STREAM.targets[task.test]
         assert within[task.index] == pytest.approx(task_incremental(logits, targets, task.index))
-        assert among_all[task.index] == pytest.approx(class_incremental(logits, targets, task.index, seen))
+        assert among_all[task.index] == pytest.approx(class_incremental(logits, targets, task.index, count))
 
 
 def test_one_task_alone_makes_the_two_equal() -> None:

@@ -78,9 +78,9 @@ def test_coma_takes_its_coefficients_one_a_merge_and_goes_on_from_the_merged_mod
             expected = 0.75 * merged[task - 1][name] + 0.25 * own[task][name]
             np.testing.assert_allclose(merged[task][name], expected, atol=1e-12)
     assert run_models("coma", coma_alpha=(0.25, 0.75))[0].alpha == [None, 0.25, 0.75]
-    _, free, kept = run_models("coma", coma_alpha=(0.0,))
+    _, own_alone, merged_alone = run_models("coma", coma_alpha=(0.0,))
     for name in SHARED:  # with nothing merged in, every task begins at the first one's weights
-        np.testing.assert_array_equal(kept[2][name], free[0][name])
+        np.testing.assert_array_equal(merged_alone[2][name], own_alone[0][name])
 
 
 def moved(own: list[Weights], origin: Weights, task: int) -> float:
@@ -135,7 +135,7 @@ def test_the_ablations_are_the_ends_the_middle_and_the_best_of_the_path() -> Non
         return sum(mean_loss(probe, task.index, task.train, 16) for task in STREAM.tasks[:2])
 
     # The first merge has the same two ends in all of them.
-    losses = {name: loss(found[2][1]) for name, found in ends.items()}
+    losses = {name: loss(gradient[2][1]) for name, gradient in ends.items()}
     assert loss(merged[1]) <= min(losses.values())
     assert loss(own[1]) == losses["became-0"]
 
@@ -158,10 +158,10 @@ def test_ewc_is_the_sum_of_every_old_tasks_quadratic_and_online_ewc_one_that_dec
         for task in range(3)
     ]
     theta = {name: draw.normal(size=shape) for name, shape in shapes.items()}
-    found = penalty_of(build_method("ewc"), minima, fishers).gradient(theta)
+    gradient = penalty_of(build_method("ewc"), minima, fishers).gradient(theta)
     for name in shapes:
         expected = sum(fisher[name] * (theta[name] - at[name]) for fisher, at in zip(fishers, minima, strict=True))
-        np.testing.assert_allclose(found[name], expected, atol=1e-12)
+        np.testing.assert_allclose(gradient[name], expected, atol=1e-12)
     online = penalty_of(build_method("ewc-online", {"decay": 0.5}), minima, fishers)
     for name, value in online.precision.diagonal().items():
         np.testing.assert_allclose(value, 0.25 * fishers[0][name] + 0.5 * fishers[1][name] + fishers[2][name])

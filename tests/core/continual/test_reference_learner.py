@@ -51,6 +51,6 @@ def test_dropout_is_on_in_published_taps_only() -> None:
     (frozen,) = learner.taps(0, rows, len(rows), "empirical", fresh_stream())
     (published,) = learner.taps(0, rows, len(rows), "published", fresh_stream())
     without, dropped = frozen["fc2"].inputs, published["fc2"].inputs
-    kept = dropped != 0
-    np.testing.assert_array_equal(dropped[kept], 2 * without[kept])  # what is left makes up for what is not
-    assert float(kept.sum() / (without != 0).sum()) == pytest.approx(0.5, abs=0.02)
+    is_active = dropped != 0
+    np.testing.assert_array_equal(dropped[is_active], 2 * without[is_active])  # what is left makes up for what is not
+    assert float(is_active.sum() / (without != 0).sum()) == pytest.approx(0.5, abs=0.02)

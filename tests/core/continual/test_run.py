@@ -142,20 +142,20 @@ Snapshot = dict[str, NDArray[np.float64]]
 def snapshots(name: str, training: Training = TRAINING) -> tuple[RunRecord, dict[tuple[int, int], Snapshot]]:
     """Run a method; return the record and the weights at the end of (task, stage), stage 0 being the task's end."""
     learner = ReferenceLearner(STREAM, bias=True)
-    seen: dict[tuple[int, int], Snapshot] = {}
+    weights_at: dict[tuple[int, int], Snapshot] = {}
 
     def observe(event: EpochEnd | TaskEnd) -> None:
         stage = event.stage if isinstance(event, EpochEnd) else 0
-        seen[event.task, stage] = learner.parameters()  # the last epoch's stays
+        weights_at[event.task, stage] = learner.parameters()  # the last epoch's stays
 
-    return run(name, learner=learner, training=training, observe=observe), seen
+    return run(name, learner=learner, training=training, observe=observe), weights_at
 
 
 def test_under_gpm_what_old_tasks_use_is_kept() -> None:
-    record, seen = snapshots("gpm")
+    record, weights_at = snapshots("gpm")
     probe = ReferenceLearner(STREAM, bias=True)
     for task in (1, 2):
-        before, after = seen[task - 1, 0], seen[task, 0]
+        before, after = weights_at[task - 1, 0], weights_at[task, 0]
         for frozen in {"fc1.bias", "fc2.bias", "heads.0.weight", "heads.1.weight", "heads.2.weight"}:
             if frozen != f"heads.{task}.weight":
                 np.testing.assert_array_equal(after[frozen], before[frozen])
@@ -168,7 +168,7 @@ def test_under_gpm_what_old_tasks_use_is_kept() -> None:
     # What the network says of the first task's images has barely moved; under finetuning it has.
     _, free = snapshots("finetune")
     drift = []
-    for snapshot in (seen, free):
+    for snapshot in (weights_at, free):
         logits = []
         for moment in ((0, 0), (1, 0)):
             probe.assign(snapshot[moment])
@@ -204,63 +204,63 @@ def test_what_a_projector_protects_as_a_whole_need_not_freeze() -> None:
 
     for projector, frozen in ((GPM(0.9), True), (ProtectsAll(0.9), False)):
         learner = ReferenceLearner(STREAM, bias=True)
-        seen: list[Snapshot] = []
+        weights_at: list[Snapshot] = []
 
         def observe(
-            event: EpochEnd | TaskEnd, learner: ReferenceLearner = learner, seen: list[Snapshot] = seen
+            event: EpochEnd | TaskEnd, learner: ReferenceLearner = learner, weights_at: list[Snapshot] = weights_at
         ) -> None:
             if isinstance(event, TaskEnd):
-                seen.append(learner.parameters())
+                weights_at.append(learner.parameters())
 
         learn(learner, STREAM, Method("projected", projector=projector), TRAINING, callbacks=[Listening(observe)])
-        assert np.array_equal(seen[1]["fc1.bias"], seen[0]["fc1.bias"]) == frozen
-        np.testing.assert_array_equal(seen[1]["heads.0.weight"], seen[0]["heads.0.weight"])
+        assert np.array_equal(weights_at[1]["fc1.bias"], weights_at[0]["fc1.bias"]) == frozen
+        np.testing.assert_array_equal(weights_at[1]["heads.0.weight"], weights_at[0]["heads.0.weight"])
 
 
 def test_finetuning_leaves_other_heads_alone() -> None:
-    _, seen = snapshots("finetune")
+    _, weights_at = snapshots("finetune")
     for task, head in ((1, 0), (1, 2), (2, 0), (2, 1)):
         name = f"heads.{head}.weight"
-        np.testing.assert_array_equal(seen[task, 0][name], seen[task - 1, 0][name])
+        np.testing.assert_array_equal(weights_at[task, 0][name], weights_at[task - 1, 0][name])
 
 
 @pytest.mark.parametrize("name", ["became", "became-paper", "became-half"])
 def test_the_merge_is_the_convex_combination_at_alpha(name: str) -> None:
-    record, seen = snapshots(name)
+    record, weights_at = snapshots(name)
     interior = 0
     for task in (1, 2):
         alpha = record.alpha[task]
         assert alpha is not None
         interior += 0 < alpha < 1
-        for parameter, stable in seen[task, 1].items():
-            plastic, merged = seen[task, 2][parameter], seen[task, 0][parameter]
+        for parameter, stable in weights_at[task, 1].items():
+            plastic, merged = weights_at[task, 2][parameter], weights_at[task, 0][parameter]
             np.testing.assert_allclose(merged, (1 - alpha) * stable + alpha * plastic, atol=1e-14)
         for head in {0, 1, 2} - {task}:  # nothing but the task's own head has moved, to the bit
-            kept = f"heads.{head}.weight"
-            np.testing.assert_array_equal(seen[task, 0][kept], seen[task - 1, 0][kept])
+            parameter = f"heads.{head}.weight"
+            np.testing.assert_array_equal(weights_at[task, 0][parameter], weights_at[task - 1, 0][parameter])
     assert interior == {"became-half": 2}.get(name, interior)
     assert interior or name == "became"
 
 
 def test_stage_2_is_free_of_the_projection() -> None:
-    _, seen = snapshots("became")
+    _, weights_at = snapshots("became")
     for parameter in ("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias", "heads.1.weight"):
-        assert not np.array_equal(seen[1, 1][parameter], seen[1, 2][parameter])
-    np.testing.assert_array_equal(seen[1, 1]["fc1.bias"], seen[0, 0]["fc1.bias"])
+        assert not np.array_equal(weights_at[1, 1][parameter], weights_at[1, 2][parameter])
+    np.testing.assert_array_equal(weights_at[1, 1]["fc1.bias"], weights_at[0, 0]["fc1.bias"])
 
 
 def test_the_first_task_is_trained_once_for_both_stages() -> None:
-    _, seen = snapshots("became")
+    _, weights_at = snapshots("became")
     longer = replace(TRAINING, stage1=Annealed(0.2, 9))
     _, free = snapshots("finetune", training=longer)
-    assert (0, 2) not in seen
+    assert (0, 2) not in weights_at
     for parameter, value in free[0, 0].items():
-        np.testing.assert_array_equal(seen[0, 0][parameter], value)
+        np.testing.assert_array_equal(weights_at[0, 0][parameter], value)
 
 
 def test_the_trace_of_a_path_ends_at_the_two_models() -> None:
     alphas = (0.0, 0.5, 1.0)
-    record, seen = snapshots("became", replace(TRAINING, path_alphas=alphas))
+    record, weights_at = snapshots("became", replace(TRAINING, path_alphas=alphas))
     untraced, _ = snapshots("became")
     assert record.alpha == untraced.alpha  # looking changes nothing
     np.testing.assert_array_equal(record.accuracy, untraced.accuracy)
@@ -269,7 +269,7 @@ def test_the_trace_of_a_path_ends_at_the_two_models() -> None:
     for task, path in enumerate(record.paths, start=1):
         assert tuple(point.alpha for point in path.points) == alphas
         for point, stage in ((path.points[0], 1), (path.points[-1], 2)):
-            probe.assign(seen[task, stage])
+            probe.assign(weights_at[task, stage])
             tasks = STREAM.tasks[: task + 1]
             assert point.accuracy == pytest.approx(np.mean(accuracies(probe, tasks, 16)[0]))
             assert point.loss == pytest.approx(sum(mean_loss(probe, old.index, old.train, 16) for old in tasks))

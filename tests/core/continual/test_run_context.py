@@ -100,7 +100,7 @@ def test_rates_by_group_and_task() -> None:
 def test_a_run_with_relative_rates_is_one_with_others_where_they_are_equal() -> None:
     """All groups twice as fast at half the rate: nothing has changed, in a task that is not the first in name only."""
     halved = Training(Annealed(0.1, 3), Annealed(0.1, 2), batch_size=16, relative=RelativeRates(2.0, 2.0, 2.0))
-    plain, same = (after_tasks("finetune", {}, each)[0] for each in (TRAINING, halved))
+    plain, same = (after_tasks("finetune", {}, training)[0] for training in (TRAINING, halved))
     for name, value in plain.theta.items():
         np.testing.assert_allclose(same.theta[name], value, rtol=1e-9, atol=1e-12)
 

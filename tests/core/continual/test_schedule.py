@@ -58,13 +58,13 @@ def test_an_annealing_that_cannot_train_is_refused(arguments: tuple[float, int])
 def test_patience_by_hand() -> None:
     """Halve after two epochs without a better loss; stop below 0.2."""
     schedule = Patience(lr=1.0, factor=2.0, patience=2, minimum=0.2)
-    seen = []
+    rates = []
     for loss in [5.0, 4.0, 4.0, 4.1, 3.0, 3.5, 3.5, 3.5, 2.9, 2.9, 2.9]:
         assert not schedule.finished
         np.testing.assert_array_equal(schedule.rates(3), np.full(3, schedule.lr))
         schedule = schedule.advance(loss)
-        seen.append(schedule.lr)
-    assert seen == [1, 1, 1, 0.5, 0.5, 0.5, 0.25, 0.25, 0.25, 0.25, 0.125]
+        rates.append(schedule.lr)
+    assert rates == [1, 1, 1, 0.5, 0.5, 0.5, 0.25, 0.25, 0.25, 0.25, 0.125]
     assert schedule.finished
     assert schedule.epoch == 11
 

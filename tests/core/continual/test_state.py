@@ -84,10 +84,10 @@ def test_states_are_values_one_for_each_epoch_and_task() -> None:
 
 def test_the_best_model_is_part_of_a_state() -> None:
     _, _, states = whole(build_method("gpm", SETTINGS), PATIENT)
-    held = [(state.stage.best, state.theta) for state in states if state.stage is not None]
+    models = [(state.stage.best, state.theta) for state in states if state.stage is not None]
     assert any(
         isinstance(best, Best) and not np.array_equal(best.theta["fc1.weight"], theta["fc1.weight"])
-        for best, theta in held
+        for best, theta in models
     )
 
 
@@ -114,11 +114,11 @@ def test_what_keep_raises_ends_the_run_and_leaves_the_state() -> None:
     class Enough(Exception):  # noqa: N818 # it is no error
         pass
 
-    kept: list[RunState] = []
+    states: list[RunState] = []
 
     def keep(state: RunState) -> None:
-        kept.append(state)
-        if len(kept) == 3:
+        states.append(state)
+        if len(states) == 3:
             raise Enough
 
     schedule: Schedule = Annealed(0.2, 4)
@@ -131,5 +131,5 @@ def test_what_keep_raises_ends_the_run_and_leaves_the_state() -> None:
             Training(schedule, schedule),
             callbacks=[Listening(keep=keep)],
         )
-    assert len(kept) == 3
-    np.testing.assert_array_equal(kept[-1].theta["fc1.weight"], learner.parameters()["fc1.weight"])
+    assert len(states) == 3
+    np.testing.assert_array_equal(states[-1].theta["fc1.weight"], learner.parameters()["fc1.weight"])

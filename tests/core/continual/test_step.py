@@ -33,8 +33,8 @@ def test_sgd_is_its_rule(
     for gradient in gradients:
         velocity = momentum * velocity + np.array(gradient) + decay * expected
         expected = expected - 0.5 * velocity
-    found = run(xp, SGD(momentum=momentum, weight_decay=decay), gradients, theta, rate=0.5)
-    np.testing.assert_allclose(found, expected, rtol=1e-12, atol=1e-12)
+    result = run(xp, SGD(momentum=momentum, weight_decay=decay), gradients, theta, rate=0.5)
+    np.testing.assert_allclose(result, expected, rtol=1e-12, atol=1e-12)
 
 
 @given(gradients=STEPS, theta=NUMBERS, decay=st.sampled_from([0.0, 0.1]))

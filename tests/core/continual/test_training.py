@@ -26,10 +26,10 @@ def task_of(index: int, size: int) -> Task:
 def test_batches_cover_every_row_once(sizes: list[int], batch_size: int, seed: int) -> None:
     tasks = [task_of(index, size) for index, size in enumerate(sizes)]
     batches = epoch_batches(tasks, batch_size, np.random.default_rng(seed))
-    seen = Counter(int(row) for batch in batches for row in batch.indices)
-    assert set(seen.values()) <= {1}
+    counts = Counter(int(row) for batch in batches for row in batch.indices)
+    assert set(counts.values()) <= {1}
     for task in tasks:
-        rows = [row for row in task.train.tolist() if row in seen]
+        rows = [row for row in task.train.tolist() if row in counts]
         # A remainder of one sample has no batch statistics; a task of one sample has nothing else.
         dropped = 1 if len(task.train) % batch_size == 1 and len(task.train) > 1 else 0
         assert len(rows) == len(task.train) - dropped
@@ -50,10 +50,12 @@ def test_batches_are_a_function_of_the_stream() -> None:
 def test_views_come_with_every_batch_and_leave_its_rows_as_they_were() -> None:
     tasks = [task_of(0, 20), task_of(1, 20)]
     plain = epoch_batches(tasks, 6, np.random.default_rng(0))
-    seen, again, other = (epoch_batches(tasks, 6, np.random.default_rng(seed), Augmentation()) for seed in (0, 0, 1))
+    augmented, again, other = (
+        epoch_batches(tasks, 6, np.random.default_rng(seed), Augmentation()) for seed in (0, 0, 1)
+    )
     assert all(batch.views is None for batch in plain)
     views = []
-    for batch, same, without in zip(seen, again, plain, strict=True):
+    for batch, same, without in zip(augmented, again, plain, strict=True):
         assert batch.task == without.task
         np.testing.assert_array_equal(batch.indices, without.indices)
         assert batch.views is not None
@@ -63,7 +65,7 @@ def test_views_come_with_every_batch_and_leave_its_rows_as_they_were() -> None:
         np.testing.assert_array_equal(batch.views.flips, same.views.flips)
         views.append(batch.views.offsets.tolist())
     assert views != [batch.views.offsets.tolist() for batch in other if batch.views is not None]
-    assert len({str(each) for each in views}) == len(views)  # no batch is seen as another
+    assert len({str(view) for view in views}) == len(views)  # no batch is seen as another
 
 
 def test_batches_of_several_tasks_are_mixed() -> None:

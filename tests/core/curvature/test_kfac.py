@@ -30,8 +30,8 @@ def test_factors_are_those_of_the_definition(xp: Any, sharing: Any, batches: Any
     expected = kfac_factors(a, g, sharing)
     assert set(factors) == {"conv.weight", "conv.bias"}
     assert not diagonal
-    for found, wanted in zip(factors["conv.weight"], expected, strict=True):
-        np.testing.assert_array_equal(to_numpy(found), wanted)
+    for factor, correct in zip(factors["conv.weight"], expected, strict=True):
+        np.testing.assert_array_equal(to_numpy(factor), correct)
     np.testing.assert_array_equal(to_numpy(factors["conv.bias"][0]), [[1.0]])
     np.testing.assert_array_equal(to_numpy(factors["conv.bias"][1]), expected[1])
 

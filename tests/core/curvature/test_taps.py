@@ -133,9 +133,9 @@ def test_half_precision_is_summed_in_single(xp: Any, kind: Any) -> None:
         pytest.skip("the standard, read strictly, has no float16")
     a = xp.astype(xp.full((2, 1, 1), 300.0), xp.float16)
     taps = {"fc": Tap(kind, a, xp.ones_like(a), has_bias=True)}
-    for found, expected in ((per_sample_square_sum(taps), 180000), (batch_gradient(taps), 600)):
-        assert found["fc.weight"].dtype == xp.float32
-        assert float(xp.reshape(found["fc.weight"], (-1,))[0]) == expected
+    for sums, expected in ((per_sample_square_sum(taps), 180000), (batch_gradient(taps), 600)):
+        assert sums["fc.weight"].dtype == xp.float32
+        assert float(xp.reshape(sums["fc.weight"], (-1,))[0]) == expected
 
 
 def test_no_bias_without_one(xp: Any) -> None:

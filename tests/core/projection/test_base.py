@@ -76,11 +76,11 @@ def test_updates_have_no_part_in_what_is_remembered(xp: Any, make: Make, tasks: 
     memory = remembered(xp, make(), tasks)
     update = updates_for(memory, np.random.default_rng(seed))
     projected = memory.project(to_xp(xp, update))
-    kept = directions(memory)
+    basis = directions(memory)
     assert {name: leaf.shape for name, leaf in numbers(projected).items()} == {n: u.shape for n, u in update.items()}
-    np.testing.assert_allclose(flat(projected) @ kept, 0, atol=1e-12)
+    np.testing.assert_allclose(flat(projected) @ basis, 0, atol=1e-12)
     taken = flat(update) - flat(projected)
-    np.testing.assert_allclose(taken, taken @ kept @ kept.T, atol=1e-12)  # and nothing but that was taken
+    np.testing.assert_allclose(taken, taken @ basis @ basis.T, atol=1e-12)  # and nothing but that was taken
 
 
 @whole
@@ -147,7 +147,7 @@ def test_a_memory_comes_back_from_its_arrays(xp: Any, make: Make, tasks: list[Ar
         for name, value in numbers(one.project(update)).items():
             np.testing.assert_array_equal(to_numpy(other.project(update)[name]), value)
     # It goes on where it was: the threshold has risen with the tasks.
-    ours, theirs = (each.remember(finished(xp, tasks[-1])) for each in (memory, again))
+    ours, theirs = (projector.remember(finished(xp, tasks[-1])) for projector in (memory, again))
     for name, value in numbers(ours.to_arrays()).items():
         np.testing.assert_array_equal(to_numpy(theirs.to_arrays()[name]), value)
 
@@ -184,9 +184,9 @@ def test_memories_are_values_to_a_compiler(xp: Any, backend: str, make: Make) ->
     draw = np.random.default_rng(3)
     memory = remembered(xp, make(), [draw.normal(size=(WIDTH, 3)), draw.normal(size=(WIDTH, 2))])
     update = to_xp(xp, updates_for(memory, draw))
-    found = compiled(backend, lambda memory, update: memory.project(update))(memory, update)
+    result = compiled(backend, lambda memory, update: memory.project(update))(memory, update)
     for name, value in numbers(memory.project(update)).items():
-        np.testing.assert_allclose(to_numpy(found[name]), value, atol=1e-12)
+        np.testing.assert_allclose(to_numpy(result[name]), value, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", sorted(set(PROJECTORS) - {"SGP"}))  # whose bases are GPM's, to the bit
@@ -199,14 +199,14 @@ def test_25_tasks_in_float32_stay_orthonormal(xp: Any, name: str) -> None:
     for _ in range(25):
         turned = np.linalg.qr(draw.normal(size=(width, width)))[0] @ (decay * draw.normal(size=(width, 60)))
         memory = memory.remember(finished(xp, turned.astype(np.float32)))
-        kept = directions(memory).astype(np.float64)
+        basis = directions(memory).astype(np.float64)
         assert directions(memory).dtype == np.float32
-        assert np.linalg.norm(kept.T @ kept - np.eye(kept.shape[1]), ord=2) < 1e-5
+        assert np.linalg.norm(basis.T @ basis - np.eye(basis.shape[1]), ord=2) < 1e-5
         if name != "GPCNS":  # which protects most directions in part
             update = updates_for(memory, draw, width, np.float32)
-            along = flat(memory.project(to_xp(xp, update))) @ kept
+            along = flat(memory.project(to_xp(xp, update))) @ basis
             assert np.abs(along).max() <= 1e-5 * np.linalg.norm(flat(update))
-    assert kept.shape[1] > width // 3
+    assert basis.shape[1] > width // 3
 
 
 @pytest.mark.parametrize("make", [lambda: GPM(1.0), lambda: TRGP(1.0), lambda: NSCL(normalised=False)])

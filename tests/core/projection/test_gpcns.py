@@ -28,15 +28,15 @@ def test_spaces_and_importances_are_the_published_ones(
     epsilons = [epsilon + 0.0002 * index for index in range(len(tasks))]
     for index, representation in enumerate(tasks):
         memory = memory.remember(finished(xp, representation))
-        gradients = [each.T / np.sqrt(each.shape[1]) for each in tasks[: index + 1]]
+        gradients = [task.T / np.sqrt(task.shape[1]) for task in tasks[: index + 1]]
         basis, importance = gpcns_space(gradients, epsilons[: index + 1], scale)
-        kept = memory.spaces["fc.weight"]
-        np.testing.assert_allclose(to_numpy(kept.importance), importance, atol=1e-6)
+        space = memory.spaces["fc.weight"]
+        np.testing.assert_allclose(to_numpy(space.importance), importance, atol=1e-6)
         sigma = np.linalg.svd(np.hstack(gpcns_bases(gradients, epsilons[: index + 1])), compute_uv=False)
         cut = len(importance)
         assume(index == 0 or cut in (0, len(sigma)) or sigma[cut - 1] - sigma[cut] > 1e-6)  # else any basis may be cut
         np.testing.assert_allclose(
-            projection(to_numpy(kept.basis), to_numpy(kept.importance)), projection(basis, importance), atol=1e-6
+            projection(to_numpy(space.basis), to_numpy(space.importance)), projection(basis, importance), atol=1e-6
         )
 
 

@@ -27,10 +27,10 @@ def test_the_memory_is_that_of_the_published_svd(xp: Any, tasks: list[Array], ep
     for index, representation in enumerate(tasks):
         memory = memory.remember(finished(xp, representation))
         basis = gpm_basis(basis, representation, epsilon + 0.0002 * index)
-        kept = to_numpy(memory.bases["fc.weight"])
-        assert kept.shape == basis.shape
-        assert largest_angle(kept, basis) < 1e-6  # a hundredth of a degree is 1.7e-4
-        np.testing.assert_allclose(projection(kept), projection(basis), atol=1e-6)
+        ours = to_numpy(memory.bases["fc.weight"])
+        assert ours.shape == basis.shape
+        assert largest_angle(ours, basis) < 1e-6  # a hundredth of a degree is 1.7e-4
+        np.testing.assert_allclose(projection(ours), projection(basis), atol=1e-6)
 
 
 @given(tasks=representations(), epsilon=EPSILONS)
@@ -46,9 +46,9 @@ def test_the_scale_of_the_gram_matrix_plays_no_part(xp: Any, tasks: list[Array],
 def test_it_holds_the_share_asked_for_with_the_fewest_directions(xp: Any, tasks: list[Array], epsilon: float) -> None:
     first = tasks[0]
     basis = to_numpy(remember(xp, GPM(epsilon), first).bases["fc.weight"])
-    held = [float(np.sum((basis[:, :k].T @ first) ** 2) / np.sum(first**2)) for k in range(basis.shape[1] + 1)]
-    assert held[-1] >= epsilon - 1e-12
-    assert held[-2] < epsilon
+    shares = [float(np.sum((basis[:, :k].T @ first) ** 2) / np.sum(first**2)) for k in range(basis.shape[1] + 1)]
+    assert shares[-1] >= epsilon - 1e-12
+    assert shares[-2] < epsilon
 
 
 @given(tasks=representations(), epsilon=EPSILONS)
@@ -129,13 +129,13 @@ def test_a_gram_matrix_that_does_not_fit_is_refused(xp: Any) -> None:
 def test_few_inputs_are_remembered_like_their_gram_matrix(
     xp: Any, tasks: list[Array], epsilon: float, updates: int
 ) -> None:
-    given_inputs = given_gram = GPM(epsilon, increment=0.0)
+    from_factor = from_gram = GPM(epsilon, increment=0.0)
     for representation in tasks:
         few = representation[:, : WIDTH - 2]
-        given_inputs = given_inputs.remember(Finished({"w": to_xp(xp, few.T / few.shape[1] ** 0.5)}, {}))
-        given_gram = given_gram.remember(Finished({"w": to_xp(xp, few @ few.T / few.shape[1])}, {}))
-    assert given_inputs.rank == given_gram.rank
+        from_factor = from_factor.remember(Finished({"w": to_xp(xp, few.T / few.shape[1] ** 0.5)}, {}))
+        from_gram = from_gram.remember(Finished({"w": to_xp(xp, few @ few.T / few.shape[1])}, {}))
+    assert from_factor.rank == from_gram.rank
     update = {"w": to_xp(xp, np.random.default_rng(updates).normal(size=(3, WIDTH)))}
     np.testing.assert_allclose(
-        to_numpy(given_inputs.project(update)["w"]), to_numpy(given_gram.project(update)["w"]), atol=1e-5
+        to_numpy(from_factor.project(update)["w"]), to_numpy(from_gram.project(update)["w"]), atol=1e-5
     )

@@ -54,9 +54,9 @@ def test_many_samples_of_few_directions_are_compressed_without_loss(xp: Any, bat
     """60 gradients within 5 dimensions, and room for 6: what streams by is compressed again and again."""
     rows = gradients(np.random.default_rng(seed), 60, rank=5)
     memory = OGD(capacity=6).remember(finished(xp, rows.T, batch=batch))
-    kept = directions(memory)
+    basis = directions(memory)
     assert memory.rank == {"shared parameters": (5, WIDTH)}
-    np.testing.assert_allclose(rows @ kept.T @ kept, rows, atol=1e-12)
+    np.testing.assert_allclose(rows @ basis.T @ basis, rows, atol=1e-12)
 
 
 def test_memory_holds_at_most_twice_the_share_and_one_batch(xp: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,8 +78,8 @@ def test_memory_holds_at_most_twice_the_share_and_one_batch(xp: Any, monkeypatch
 def test_what_streams_by_keeps_nearly_all_the_energy_that_the_svd_does(xp: Any) -> None:
     rows = gradients(np.random.default_rng(0), 200)
     best = np.linalg.svd(rows, compute_uv=False)[:6]
-    kept = directions(OGD(capacity=6).remember(finished(xp, rows.T)))
-    assert np.sum((rows @ kept.T) ** 2) > 0.99 * np.sum(best**2)
+    basis = directions(OGD(capacity=6).remember(finished(xp, rows.T)))
+    assert np.sum((rows @ basis.T) ** 2) > 0.99 * np.sum(best**2)
 
 
 def test_tasks_share_the_capacity_and_give_up_their_last_directions(xp: Any) -> None:
@@ -118,28 +118,30 @@ def test_samples_are_no_more_than_asked_for(xp: Any) -> None:
             asked.append(count)
             return super().logit_gradients(count)
 
-    given = finished(xp, gradients(np.random.default_rng(0), 12).T, batch=5)
-    memory = OGD(samples=7).remember(Counting(given.inputs, given.gradients, given.logits))
+    task = finished(xp, gradients(np.random.default_rng(0), 12).T, batch=5)
+    memory = OGD(samples=7).remember(Counting(task.inputs, task.gradients, task.logits))
     assert asked == [7]
     assert memory.blocks == (7,)
 
 
 def test_leading_directions_carry_most(xp: Any) -> None:
     rows = gradients(np.random.default_rng(0), 12)
-    kept = directions(OGD().remember(finished(xp, rows.T)))
-    loads = np.sum((rows @ kept.T) ** 2, axis=0)
+    basis = directions(OGD().remember(finished(xp, rows.T)))
+    loads = np.sum((rows @ basis.T) ** 2, axis=0)
     np.testing.assert_allclose(loads, np.linalg.svd(rows, compute_uv=False) ** 2, rtol=1e-9)
 
 
 def test_a_parameter_without_an_update_counts_as_zero(xp: Any) -> None:
     rows = gradients(np.random.default_rng(0), 3)
     memory = OGD().remember(finished(xp, rows.T))
-    kept = directions(memory)
+    basis = directions(memory)
     update = np.random.default_rng(1).normal(size=WIDTH)
     padded = np.where(np.arange(WIDTH) < 12, update, 0.0)
     projected = memory.project({"fc.weight": to_xp(xp, update[:12].reshape(1, 12))})
     assert list(projected) == ["fc.weight"]
-    np.testing.assert_allclose(to_numpy(projected["fc.weight"])[0], (padded - padded @ kept.T @ kept)[:12], atol=1e-12)
+    np.testing.assert_allclose(
+        to_numpy(projected["fc.weight"])[0], (padded - padded @ basis.T @ basis)[:12], atol=1e-12
+    )
 
 
 @pytest.mark.parametrize(("name", "settings"), [("number of samples", {"samples": 0}), ("capacity", {"capacity": 0})])

@@ -49,12 +49,12 @@ def test_the_smallest_of_each_layer_are_pruned_to_zero_and_the_others_kept(xp: A
     theta = weights(seed)
     memory, after = PackNet(share).between_stages(to_xp(xp, theta), NAMES)
     for name in NAMES:
-        found, pruned = to_numpy(after[name]), int(share * theta[name].size)
-        kept = to_numpy(memory.owners[name]) == 1
-        assert int(np.sum(~kept)) == pruned
-        np.testing.assert_array_equal(found, np.where(kept, theta[name], 0))
+        result, pruned = to_numpy(after[name]), int(share * theta[name].size)
+        survives = to_numpy(memory.owners[name]) == 1
+        assert int(np.sum(~survives)) == pruned
+        np.testing.assert_array_equal(result, np.where(survives, theta[name], 0))
         if pruned:
-            assert np.abs(theta[name][~kept]).max() <= np.abs(theta[name][kept]).min()
+            assert np.abs(theta[name][~survives]).max() <= np.abs(theta[name][survives]).min()
     np.testing.assert_array_equal(to_numpy(after["fc.bias"]), theta["fc.bias"])
 
 
@@ -98,11 +98,11 @@ def test_capacity_is_a_share_of_what_was_free_and_full_at_last(xp: Any) -> None:
 
 def test_a_memory_comes_back_from_its_arrays(xp: Any) -> None:
     memory, after = packed(xp, 0.5, 2)
-    for each in (memory, memory.between_stages(after[-1], NAMES)[0]):
-        found = PackNet(0.5).with_arrays(each.to_arrays())
-        assert (found.tasks, found.retrains) == (each.tasks, each.retrains)
+    for stored in (memory, memory.between_stages(after[-1], NAMES)[0]):
+        restored = PackNet(0.5).with_arrays(stored.to_arrays())
+        assert (restored.tasks, restored.retrains) == (stored.tasks, stored.retrains)
         for name in NAMES:
-            np.testing.assert_array_equal(to_numpy(found.owners[name]), to_numpy(each.owners[name]))
+            np.testing.assert_array_equal(to_numpy(restored.owners[name]), to_numpy(stored.owners[name]))
     arrays = memory.to_arrays()
     with pytest.raises(BecameError, match=r"the array 'bases\.fc' is no part of a memory of PackNet"):
         PackNet().with_arrays({**arrays, "bases.fc": arrays["tasks"]})

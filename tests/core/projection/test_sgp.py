@@ -26,10 +26,10 @@ def test_bases_and_importances_are_the_published_ones(
     for index, representation in enumerate(tasks):
         memory = memory.remember(finished(xp, representation))
         space = sgp_space(space, representation, epsilon + 0.0002 * index, scale)
-        kept = memory.spaces["fc.weight"]
-        np.testing.assert_allclose(to_numpy(kept.importance), space[1], atol=1e-6)
+        subspace = memory.spaces["fc.weight"]
+        np.testing.assert_allclose(to_numpy(subspace.importance), space[1], atol=1e-6)
         np.testing.assert_allclose(
-            projection(to_numpy(kept.basis), to_numpy(kept.importance)), projection(*space), atol=1e-6
+            projection(to_numpy(subspace.basis), to_numpy(subspace.importance)), projection(*space), atol=1e-6
         )
 
 

@@ -98,10 +98,10 @@ def test_effective_weights_are_those_of_the_formula(xp: Any, tasks: list[Array],
     weight = draw.normal(size=(3, 2, 2, 2))
     other = xp.ones((2,))
     theta = {"fc.weight": to_xp(xp, weight), "fc.bias": other}
-    found = TrustRegion(bases, to_xp(xp, scales)).effective(theta)
+    result = TrustRegion(bases, to_xp(xp, scales)).effective(theta)
     expected = effective_weight(weight.reshape(3, -1), [to_numpy(b) for b in bases.values()], list(scales.values()))
-    np.testing.assert_allclose(to_numpy(found["fc.weight"]), expected.reshape(weight.shape), atol=1e-12)
-    assert found["fc.bias"] is other
+    np.testing.assert_allclose(to_numpy(result["fc.weight"]), expected.reshape(weight.shape), atol=1e-12)
+    assert result["fc.bias"] is other
 
 
 @given(tasks=representations(), seed=SEEDS)
@@ -133,23 +133,23 @@ def test_a_framework_differentiates_through_the_effective_weight(xp: Any, backen
         pytest.skip("gradients are taken with PyTorch and JAX")
     draw = np.random.default_rng(0)
     basis, scale = np.linalg.qr(draw.normal(size=(4, 2)))[0], draw.normal(size=(2, 2))
-    weight, seen = draw.normal(size=(3, 4)), draw.normal(size=(3, 4))
+    weight, factor = draw.normal(size=(3, 4)), draw.normal(size=(3, 4))
     region = TrustRegion({"w@0": to_xp(xp, basis)}, {"w@0": to_xp(xp, scale)})
 
     def inner(weight: Any, scale: Any) -> Any:
-        return xp.sum(region.with_scales({"w@0": scale}).effective({"w": weight})["w"] * to_xp(xp, seen))
+        return xp.sum(region.with_scales({"w@0": scale}).effective({"w": weight})["w"] * to_xp(xp, factor))
 
     if backend == "torch":
         import torch
 
-        found = torch.func.grad(inner, argnums=(0, 1))(to_xp(xp, weight), to_xp(xp, scale))
+        result = torch.func.grad(inner, argnums=(0, 1))(to_xp(xp, weight), to_xp(xp, scale))
     else:
         import jax
 
-        found = jax.grad(inner, argnums=(0, 1))(to_xp(xp, weight), to_xp(xp, scale))
+        result = jax.grad(inner, argnums=(0, 1))(to_xp(xp, weight), to_xp(xp, scale))
     projector = basis @ (scale - np.eye(2)) @ basis.T
-    np.testing.assert_allclose(to_numpy(found[0]), seen + seen @ projector.T, atol=1e-12)
-    np.testing.assert_allclose(to_numpy(found[1]), (weight @ basis).T @ seen @ basis, atol=1e-12)
+    np.testing.assert_allclose(to_numpy(result[0]), factor + factor @ projector.T, atol=1e-12)
+    np.testing.assert_allclose(to_numpy(result[1]), (weight @ basis).T @ factor @ basis, atol=1e-12)
 
 
 def test_a_task_without_a_layer_has_no_basis_for_it(xp: Any) -> None:
@@ -189,16 +189,16 @@ def test_what_is_pulled_back_are_the_derivatives_by_weights_and_scales(xp: Any, 
         return float(np.sum(gradient * to_numpy(region.effective({"fc.weight": to_xp(xp, at_weight)})["fc.weight"])))
 
     region = TrustRegion(bases, to_xp(xp, scales))
-    found = region.pull_back(
+    result = region.pull_back(
         {"fc.weight": to_xp(xp, gradient), "other": to_xp(xp, step)}, {"fc.weight": to_xp(xp, weight)}
     )
-    assert set(found) == {"fc.weight", "other", *bases}
-    np.testing.assert_array_equal(to_numpy(found["other"]), step)
+    assert set(result) == {"fc.weight", "other", *bases}
+    np.testing.assert_array_equal(to_numpy(result["other"]), step)
     by_weight = loss(weight + step, scales) - loss(weight, scales)
-    np.testing.assert_allclose(np.sum(to_numpy(found["fc.weight"]) * step), by_weight, rtol=1e-8, atol=1e-8)
+    np.testing.assert_allclose(np.sum(to_numpy(result["fc.weight"]) * step), by_weight, rtol=1e-8, atol=1e-8)
     for key in bases:
         by_scale = loss(weight, scales | {key: scales[key] + steps[key]}) - loss(weight, scales)
-        np.testing.assert_allclose(np.sum(to_numpy(found[key]) * steps[key]), by_scale, rtol=1e-8, atol=1e-8)
+        np.testing.assert_allclose(np.sum(to_numpy(result[key]) * steps[key]), by_scale, rtol=1e-8, atol=1e-8)
 
 
 @given(tasks=representations(), seed=SEEDS)
@@ -210,8 +210,8 @@ def test_the_weights_beneath_see_other_inputs(xp: Any, tasks: list[Array], seed:
     bases = {f"fc.weight@{task}": memory.task_basis("fc.weight", task) for task in range(len(tasks))}
     region = TrustRegion(bases, {key: to_xp(xp, draw.normal(size=(b.shape[1],) * 2)) for key, b in bases.items()})
     effective = to_numpy(region.effective({"fc.weight": to_xp(xp, weight)})["fc.weight"])
-    seen = to_numpy(region.inputs_beneath("fc.weight", to_xp(xp, rows)))
-    np.testing.assert_allclose(seen @ weight.T, rows @ effective.T, rtol=1e-9, atol=1e-9)
+    inputs = to_numpy(region.inputs_beneath("fc.weight", to_xp(xp, rows)))
+    np.testing.assert_allclose(inputs @ weight.T, rows @ effective.T, rtol=1e-9, atol=1e-9)
     np.testing.assert_array_equal(to_numpy(region.inputs_beneath("other", to_xp(xp, rows))), rows)
     assert region.weights == {"fc.weight"}
 
