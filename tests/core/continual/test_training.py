@@ -38,7 +38,7 @@ def test_batches_cover_every_row_once(sizes: list[int], batch_size: int, seed: i
         assert 1 <= len(batch.indices) <= batch_size
 
 
-def test_batches_are_a_function_of_the_stream() -> None:
+def test_batches_are_a_function_of_the_generator() -> None:
     tasks = [task_of(0, 20), task_of(1, 20)]
 
     def rows(seed: int) -> list[list[int]]:
@@ -47,7 +47,7 @@ def test_batches_are_a_function_of_the_stream() -> None:
     assert rows(0) == rows(0) != rows(1)
 
 
-def test_views_come_with_every_batch_and_leave_its_rows_as_they_were() -> None:
+def test_augmentation_does_not_change_the_rows_of_batches() -> None:
     tasks = [task_of(0, 20), task_of(1, 20)]
     plain = epoch_batches(tasks, 6, np.random.default_rng(0))
     augmented, again, other = (
@@ -65,7 +65,7 @@ def test_views_come_with_every_batch_and_leave_its_rows_as_they_were() -> None:
         np.testing.assert_array_equal(batch.views.flips, same.views.flips)
         views.append(batch.views.offsets.tolist())
     assert views != [batch.views.offsets.tolist() for batch in other if batch.views is not None]
-    assert len({str(view) for view in views}) == len(views)  # no batch is seen as another
+    assert len({str(view) for view in views}) == len(views)  # No two batches have the same views.
 
 
 def test_batches_of_several_tasks_are_mixed() -> None:
@@ -109,7 +109,7 @@ def test_the_best_validation_model_is_restored() -> None:
     assert mean_loss(learner, 0, STREAM.tasks[0].validation, 16) == pytest.approx(min(losses), rel=1e-12)
 
 
-def test_the_last_model_is_kept_on_request() -> None:
+def test_the_last_model_is_used_if_the_schedule_does_not_restore_the_best() -> None:
     observed: list[EpochEnd] = []
     learner = ReferenceLearner(STREAM)
     stage(learner, Patience(lr=0.8, patience=3, minimum=0.3, epochs=25, restores_best=False), observed)
@@ -123,7 +123,7 @@ def test_patience_without_validation_rows_is_an_error() -> None:
         stage(ReferenceLearner(STREAM), Patience(lr=0.1), task=task_of(0, 10))
 
 
-def test_divergence_is_one_sentence() -> None:
+def test_divergence_is_an_error() -> None:
     message = (
         r"^the training loss became (nan|inf) in task 1, stage 1, epoch \d+; try a smaller learning rate or penalty\.$"
     )
@@ -132,7 +132,7 @@ def test_divergence_is_one_sentence() -> None:
 
 
 class ThrownOut(ReferenceLearner):
-    """Whose last step, after the last loss was seen, ruins a weight."""
+    """A learner whose last step, after the last loss, makes a weight infinite."""
 
     def train(self, *arguments: Any) -> Trained:
         trained = super().train(*arguments)
@@ -142,7 +142,7 @@ class ThrownOut(ReferenceLearner):
         return trained
 
 
-def test_weights_thrown_out_of_the_numbers_are_named() -> None:
+def test_a_weight_that_is_not_finite_is_named() -> None:
     with pytest.raises(
         BecameError, match=r"^the parameter 'fc2\.weight' is not finite after task 1, stage 1, epoch 1; "
     ):

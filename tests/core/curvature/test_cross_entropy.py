@@ -23,7 +23,7 @@ def cotangents(xp: Any, logits: Any, mode: Any, seed: int = 0) -> list[np.ndarra
 
 
 @given(logits=eighths((4, 3)))
-def test_one_pass_with_the_labels_of_the_mode(xp: Any, logits: Any) -> None:
+def test_modes_with_one_pass_use_their_own_labels(xp: Any, logits: Any) -> None:
     p = softmax(logits)
     expected = {
         "empirical": p - ONE_HOT[LABELS],
@@ -46,7 +46,7 @@ def test_the_squares_of_all_passes_are_the_expectation_over_labels(xp: Any, logi
 
 
 @given(logits=eighths((4, 3)), seed=st.integers(0, 99))
-def test_sampled_labels_repeat_with_their_stream(xp: Any, logits: Any, seed: int) -> None:
+def test_sampled_labels_are_equal_for_equal_generators(xp: Any, logits: Any, seed: int) -> None:
     (result,), (again,) = (cotangents(xp, logits, "sampled", seed) for _ in range(2))
     np.testing.assert_array_equal(result, again)
     drawn = softmax(logits) - result
@@ -63,7 +63,7 @@ def test_sampled_labels_are_drawn_from_the_models_distribution(xp: Any) -> None:
 
 
 @pytest.mark.parametrize("mode", ["empirical", "sampled", "logit", "published"])
-def test_they_keep_the_dtype(xp: Any, mode: Any) -> None:
+def test_gradients_by_logits_keep_the_dtype(xp: Any, mode: Any) -> None:
     logits = xp.asarray(to_xp(xp, np.zeros((4, 3), dtype=np.float32)))
     (result,) = logit_cotangents(logits, to_xp(xp, LABELS), mode, np.random.default_rng(0))
     assert result.dtype == xp.float32
@@ -79,7 +79,7 @@ PROBLEMS = st.tuples(
 
 
 def batches_of(xp: Any, problem: Any, *cuts: int) -> Any:
-    """The batches along two directions, delta and its double turned around."""
+    """Return the batches of a problem along two directions: delta, and -2 times delta in reversed order."""
     logits, jacobians, delta, labels = problem
     tangents = np.stack([jacobians @ delta, -2 * jacobians @ delta[::-1]])
     parts = zip(np.split(logits, cuts), np.split(tangents, cuts, axis=1), np.split(labels, cuts), strict=True)
@@ -88,7 +88,7 @@ def batches_of(xp: Any, problem: Any, *cuts: int) -> Any:
 
 @given(problem=PROBLEMS)
 @pytest.mark.parametrize("cuts", [(), (2,)])
-def test_they_are_those_of_the_explicit_jacobian(xp: Any, cuts: tuple[int, ...], problem: Any) -> None:
+def test_slopes_and_curvatures_are_those_of_the_explicit_jacobian(xp: Any, cuts: tuple[int, ...], problem: Any) -> None:
     logits, jacobians, delta, labels = problem
     slope, curvature = (to_numpy(result) for result in derivatives_along(batches_of(xp, problem, *cuts)))
     expected = directional_derivatives(logits, jacobians, labels, np.stack([delta, -2 * delta[::-1]]))
@@ -99,7 +99,7 @@ def test_they_are_those_of_the_explicit_jacobian(xp: Any, cuts: tuple[int, ...],
 
 @given(problem=PROBLEMS)
 def test_the_ggn_is_the_curvature_where_logits_are_linear(xp: Any, problem: Any) -> None:
-    """Finite differences of the loss itself: no Jacobian and no Hessian of softmax to get wrong twice."""
+    """The reference is finite differences of the loss, which need no formula for a Jacobian or a Hessian."""
     logits, jacobians, delta, labels = problem
     tangent = jacobians @ delta
     step = 1e-3 / (1 + np.max(np.abs(tangent)))

@@ -23,7 +23,7 @@ def test_a_gram_matrix_is_a_mean_over_batches_samples_and_positions(
     result = to_numpy(input_grams(batches, frozenset({"fc.weight"}))["fc.weight"])
     rows = np.concatenate([a.reshape(-1, 3) for a in inputs])
     expected = np.mean([np.outer(row, row) for row in rows], axis=0)
-    if len(rows) < 3:  # fewer inputs than columns: their matrix, a factor
+    if len(rows) < 3:  # With fewer inputs than columns, a factor is returned.
         assert result.shape == (len(rows), 3)
         result = result.T @ result
     np.testing.assert_allclose(result, expected, rtol=1e-14, atol=1e-15)
@@ -50,7 +50,7 @@ def test_a_gram_matrix_of_gradients_is_a_mean_over_batches(xp: Any, sizes: list[
 
 
 @pytest.mark.parametrize("function", [input_grams, gradient_grams])
-def test_only_the_weights_asked_for_have_one(xp: Any, function: Any) -> None:
+def test_only_the_wanted_weights_have_gram_matrices(xp: Any, function: Any) -> None:
     tap = Tap("matrix", xp.ones((1, 1, 2)), xp.ones((1, 1, 2)))
     assert list(function([{"fc1": tap, "heads.0": tap}], frozenset({"fc1.weight", "fc2.weight"}))) == ["fc1.weight"]
 
@@ -58,7 +58,7 @@ def test_only_the_weights_asked_for_have_one(xp: Any, function: Any) -> None:
 def test_half_precision_is_summed_in_float32(xp: Any) -> None:
     if not hasattr(xp, "float16"):
         pytest.skip("this backend has no half precision")
-    inputs = xp.full((3, 1, 2), 300.0, dtype=xp.float16)  # whose square is beyond float16
+    inputs = xp.full((3, 1, 2), 300.0, dtype=xp.float16)  # Its square is more than float16 can represent.
     gram = input_grams([{"fc": Tap("matrix", inputs, inputs)}], frozenset({"fc.weight"}))["fc.weight"]
     assert gram.dtype == xp.float32
     np.testing.assert_array_equal(to_numpy(gram), 90000)

@@ -1,4 +1,4 @@
-"""A gated region, by the paper's formulas and by finite differences."""
+"""Gated regions against the formulas of the paper and against finite differences."""
 
 from typing import Any
 
@@ -13,13 +13,13 @@ from became_core.projection import GatedRegion
 from tests.backends import load, to_numpy, to_xp
 
 SHARPNESS, SPARSITY = 20.0, 0.75
-SHAPES = {"fc.weight": (4, 6), "head.weight": (2, 4)}  # of 3 units with 2 places each, and of 4 units
+SHAPES = {"fc.weight": (4, 6), "head.weight": (2, 4)}  # 3 units with 2 positions each, and 4 units
 UNITS = {"fc.weight": 3, "head.weight": 4}
 Arrays = dict[str, NDArray[np.float64]]
 
 
 def drawn(seed: int) -> tuple[Arrays, Arrays, Arrays]:
-    """Weights, embeddings and what is unused, by keys."""
+    """Return weights, embeddings and unused units, by their keys."""
     draw = np.random.default_rng(seed)
     theta = {name: draw.normal(size=shape) for name, shape in SHAPES.items()}
     embeddings = {f"{name}@gates": draw.normal(size=units) for name, units in UNITS.items()}
@@ -52,8 +52,8 @@ def test_columns_are_scaled_by_the_sigmoid_of_the_annealed_embedding(xp: Any, se
 
 
 @given(seed=st.integers(0, 200), progress=st.sampled_from([0.02, 0.1, 0.3]))
-def test_gradients_are_the_papers(xp: Any, seed: int, progress: float) -> None:
-    """Of a linear loss and the capacity, written as they read, with the embedding's compensation, eq. 4."""
+def test_gradients_by_embeddings_follow_equations_4_and_5(xp: Any, seed: int, progress: float) -> None:
+    """The loss is linear plus the capacity term; the gradients are computed unit by unit from the formulas."""
     theta, embeddings, unused = drawn(seed)
     gradients = {name: np.random.default_rng([seed, 1]).normal(size=shape) for name, shape in SHAPES.items()}
     region = region_of(xp, embeddings, unused, progress)
@@ -76,7 +76,7 @@ def test_gradients_are_the_papers(xp: Any, seed: int, progress: float) -> None:
 
 
 def test_without_compensation_the_gradient_is_that_of_the_loss(xp: Any) -> None:
-    """By finite differences, of a linear loss and the capacity: what eq. 4 adds is taken off again."""
+    """Without the factor of eq. 4, the gradient agrees with finite differences of a linear loss plus capacity."""
     theta, embeddings, unused = drawn(3)
     gradients = {name: np.random.default_rng(4).normal(size=shape) for name, shape in SHAPES.items()}
     progress = 0.05
@@ -102,7 +102,7 @@ def test_without_compensation_the_gradient_is_that_of_the_loss(xp: Any) -> None:
             assert plain == pytest.approx((ends[1] - ends[0]) / 2e-5, rel=1e-6, abs=1e-9)
 
 
-def test_an_epoch_ends_steep_and_steep_gates_do_not_overflow(xp: Any) -> None:
+def test_gates_are_0_or_1_at_the_end_of_an_epoch_and_do_not_overflow(xp: Any) -> None:
     theta, embeddings, unused = drawn(0)
     far = {key: 1e4 * value for key, value in embeddings.items()}
     region = region_of(xp, far, unused, 1.0)

@@ -50,7 +50,7 @@ def test_each_task_has_its_share_within_the_union(xp: Any, tasks: list[Array], e
         np.testing.assert_allclose(own.T @ own, np.eye(own.shape[1]), atol=1e-12)
         assert np.sum((own.T @ representation) ** 2) >= (epsilon - 1e-9) * np.sum(representation**2)
         gpm = gpm.remember(finished(xp, representation))
-    assert memory.rank["fc.weight"][0] >= gpm.rank["fc.weight"][0]  # never less than GPM's
+    assert memory.rank["fc.weight"][0] >= gpm.rank["fc.weight"][0]  # It is at least that of GPM.
 
 
 def test_old_directions_are_chosen_before_weaker_new_ones(xp: Any) -> None:
@@ -75,13 +75,15 @@ def test_the_trust_region_is_that_of_the_published_rule(xp: Any, tasks: list[Arr
 
 
 @pytest.mark.parametrize(("along", "trusted"), [(0.49, []), (0.51, ["fc.weight@0"])])
-def test_a_task_is_trusted_from_half_of_the_gradient(xp: Any, along: float, trusted: list[str]) -> None:
+def test_a_task_is_trusted_if_more_than_half_of_the_gradient_lies_in_its_space(
+    xp: Any, along: float, trusted: list[str]
+) -> None:
     memory = TRGP(1.0).remember(finished(xp, np.diag([1.0, 0.0])))
     gradient = np.asarray([[along, np.sqrt(1 - along**2)]])
     assert list(memory.trust_region({"fc.weight": to_xp(xp, gradient)}).bases) == trusted
 
 
-def test_two_tasks_at_most_are_trusted_the_strongest_first(xp: Any) -> None:
+def test_at_most_two_tasks_are_trusted_with_the_strongest_first(xp: Any) -> None:
     memory = TRGP(1.0)
     for axes in ([1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0]):
         memory = memory.remember(finished(xp, np.diag(np.asarray(axes, float))))
@@ -105,7 +107,7 @@ def test_effective_weights_are_those_of_the_formula(xp: Any, tasks: list[Array],
 
 
 @given(tasks=representations(), seed=SEEDS)
-def test_a_fresh_trust_region_changes_nothing(xp: Any, tasks: list[Array], seed: int) -> None:
+def test_a_new_trust_region_does_not_change_the_weights(xp: Any, tasks: list[Array], seed: int) -> None:
     memory = remembered(xp, tasks)
     weight = to_xp(xp, np.random.default_rng(seed).normal(size=(3, WIDTH)))
     region = memory.trust_region({"fc.weight": weight})
@@ -114,7 +116,7 @@ def test_a_fresh_trust_region_changes_nothing(xp: Any, tasks: list[Array], seed:
 
 @given(tasks=representations(), seed=SEEDS)
 def test_updates_leave_every_old_effective_weight_within_its_basis(xp: Any, tasks: list[Array], seed: int) -> None:
-    """What a task's network does to its own inputs stays: updates of W are orthogonal to B, whatever Q is."""
+    """Updates of W are orthogonal to B, so the effective weight does not change on the task's inputs, for any Q."""
     draw, memory = np.random.default_rng(seed), remembered(xp, tasks)
     weight = draw.normal(size=(3, WIDTH))
     region = memory.trust_region({"fc.weight": to_xp(xp, weight)})
@@ -176,8 +178,8 @@ def test_bad_input_is_refused(xp: Any) -> None:
 
 
 @given(tasks=representations(), seed=SEEDS)
-def test_what_is_pulled_back_are_the_derivatives_by_weights_and_scales(xp: Any, tasks: list[Array], seed: int) -> None:
-    """For the loss <G, effective(W, Q)>, which is linear in W and in each Q."""
+def test_pull_back_returns_the_derivatives_by_weights_and_scales(xp: Any, tasks: list[Array], seed: int) -> None:
+    """The loss <G, effective(W, Q)> is linear in W and in each Q, so its differences are exact derivatives."""
     draw = np.random.default_rng(seed)
     memory = remembered(xp, tasks)
     gradient, weight, step = (draw.normal(size=(3, WIDTH)) for _ in range(3))
@@ -202,8 +204,10 @@ def test_what_is_pulled_back_are_the_derivatives_by_weights_and_scales(xp: Any, 
 
 
 @given(tasks=representations(), seed=SEEDS)
-def test_the_weights_beneath_see_other_inputs(xp: Any, tasks: list[Array], seed: int) -> None:
-    """The effective weight on an input is W on what ``seen`` says."""
+def test_inputs_beneath_give_the_effective_outputs_with_the_shared_weight(
+    xp: Any, tasks: list[Array], seed: int
+) -> None:
+    """The effective weight times an input is W times the result of ``inputs_beneath``."""
     draw = np.random.default_rng(seed)
     memory = remembered(xp, tasks)
     weight, rows = draw.normal(size=(3, WIDTH)), draw.normal(size=(4, 2, WIDTH))
@@ -216,7 +220,7 @@ def test_the_weights_beneath_see_other_inputs(xp: Any, tasks: list[Array], seed:
     assert region.weights == {"fc.weight"}
 
 
-def test_trust_regions_are_a_part_of_the_memory_and_come_back_from_its_arrays(xp: Any) -> None:
+def test_trust_regions_are_part_of_the_memory_and_are_restored_from_its_arrays(xp: Any) -> None:
     memory = TRGP(0.9).remember(finished(xp, np.diag([3.0, 2.0, 0.0, 0.0])))
     assert memory.begin_task(Started(1, {})) is not None
     assert TRGP(0.9).begin_task(Started(0, {})) is None
