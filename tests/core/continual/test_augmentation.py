@@ -26,8 +26,8 @@ def test_views_are_padded_cropped_and_flipped_images(
     images = draw.integers(1, 256, (count, *shape), dtype=np.uint8)  # nothing in them is black
     views = Views(draw.integers(-far, far + 1, (count, 2)), draw.integers(0, 2, count).astype(bool))
     expected = cropped(images, views)
-    channels_first = views.shown(to_xp(xp, images), axis=2)
-    channels_last = views.shown(to_xp(xp, np.moveaxis(images, 1, -1).copy()), axis=1)
+    channels_first = views.apply(to_xp(xp, images), axis=2)
+    channels_last = views.apply(to_xp(xp, np.moveaxis(images, 1, -1).copy()), axis=1)
     assert channels_first.dtype == xp.uint8
     np.testing.assert_array_equal(to_numpy(channels_first), expected)
     np.testing.assert_array_equal(to_numpy(channels_last), np.moveaxis(expected, 1, -1))
@@ -36,9 +36,9 @@ def test_views_are_padded_cropped_and_flipped_images(
 def test_one_view_computed_by_hand(xp: Any) -> None:
     image = np.array([[[[1, 2, 3], [4, 5, 6]]]], dtype=np.uint8)
     down_left = Views(np.array([[1, -1]]), np.array([False]))
-    np.testing.assert_array_equal(to_numpy(down_left.shown(to_xp(xp, image), axis=2)), [[[[0, 4, 5], [0, 0, 0]]]])
+    np.testing.assert_array_equal(to_numpy(down_left.apply(to_xp(xp, image), axis=2)), [[[[0, 4, 5], [0, 0, 0]]]])
     flipped = Views(np.array([[1, -1]]), np.array([True]))  # after the crop
-    np.testing.assert_array_equal(to_numpy(flipped.shown(to_xp(xp, image), axis=2)), [[[[5, 4, 0], [0, 0, 0]]]])
+    np.testing.assert_array_equal(to_numpy(flipped.apply(to_xp(xp, image), axis=2)), [[[[5, 4, 0], [0, 0, 0]]]])
 
 
 def test_all_offsets_are_equally_likely_and_half_of_the_images_are_flipped() -> None:
