@@ -78,10 +78,9 @@ class Buffers(Arithmetic):
         self._used = 0
         self._writes = False
 
-    def begin_slab(self, *, writes: bool) -> "Buffers":
-        """Reuse the memory of all results so far; say whether functions accept ``out=`` for this slab."""
+    def begin_slab(self, *, writes: bool) -> None:
+        """Reuse the memory of all results so far; ``writes`` says whether functions accept ``out=`` for this slab."""
         self._used, self._writes = 0, writes
-        return self
 
     def subtract(self, left: Array, right: Array) -> Array:
         """Return left - right, valid until the next slab."""
@@ -149,7 +148,12 @@ def sums_of_products(
 
 
 def _by_slab(
-    xp: Any, framework: Framework, module: Any, factors: Factors, groups: Sequence[Sequence[Row]], nonnegative: Row
+    xp: Any,
+    framework: Framework,
+    module: Any,
+    factors: Factors,
+    groups: Sequence[Sequence[Row]],
+    nonnegative: Sequence[int],
 ) -> SumsOfProducts:
     """Where operations are carried out one by one: everything about one slab, then about the next."""
     slab = framework.slab if framework.on_cpu(groups[0][0][0]) else ACCELERATOR_SLAB
