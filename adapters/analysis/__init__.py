@@ -1,30 +1,4 @@
-"""Figures and a page of finished runs; matplotlib is imported here and nowhere else.
+"""What is made of finished runs: statistics over seeds, tables, figures, and the report.
 
-Every ``plot_…`` takes a run, or several, and returns a matplotlib ``Figure``, for notebooks too.
-
-Raises, when it is imported:
-    BecameError: if matplotlib is missing.
+Nothing here needs matplotlib but ``adapters.analysis.figures`` and the report.
 """
-
-from importlib.util import find_spec
-
-from became_core import BecameError
-
-if find_spec("matplotlib") is None:
-    raise BecameError("figures need matplotlib; pip install 'became[report]'.")
-
-from adapters.analysis.accuracy import plot_accuracy_matrix, plot_accuracy_over_time, plot_scores
-from adapters.analysis.cost import plot_ranks, plot_seconds
-from adapters.analysis.learning import plot_learning_curves
-from adapters.analysis.merging import plot_alpha, plot_path
-
-__all__ = [
-    "plot_accuracy_matrix",
-    "plot_accuracy_over_time",
-    "plot_alpha",
-    "plot_learning_curves",
-    "plot_path",
-    "plot_ranks",
-    "plot_scores",
-    "plot_seconds",
-]

@@ -1,20 +1,22 @@
 """Runs that differ in nothing but their seed, as one group with a label and a colour.
 
-Convention: groups in the order in which their first run is met; a group's place among all is its colour.
+Convention: groups are in the order in which their first run is met; a group's place among all decides its colour.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
-from adapters.analysis.drawing import MARKERS, SERIES, shown
+from adapters.analysis.tables import printable
 from adapters.runs import RunResult
 from became_core import BecameError
 
-__all__ = ["Group", "Results", "groups_of", "spread"]
+__all__ = ["MARKERS", "SERIES", "Group", "Results", "groups_of"]
+
+# After Okabe and Ito, the light ones darkened for white paper; with the markers, any two differ in more than hue.
+SERIES = ("#0072b2", "#d55e00", "#009e73", "#b8538f", "#b37400", "#4a9fd8", "#5b4b8a")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 
 
 @dataclass(frozen=True)
@@ -22,9 +24,9 @@ class Group:
     """The runs of one method, backend and configuration.
 
     Attributes:
-        label: the method, and what tells it from other groups of that method; as the files have it.
+        label: the method, and what distinguishes this group from others of the method; text from files as it is.
         runs: one for each seed.
-        place: its number among all groups.
+        place: the group's number among all groups.
     """
 
     label: str
@@ -32,51 +34,46 @@ class Group:
     place: int
 
     @property
-    def name(self) -> str:
-        """The label for a figure."""
-        return shown(self.label)
-
-    @property
     def colour(self) -> str:
-        """The colour of the group."""
+        """The group's colour."""
         return SERIES[self.place % len(SERIES)]
 
     @property
     def line(self) -> dict[str, Any]:
-        """How the group's lines look; from the eighth group on, colours come again with broken lines."""
+        """How matplotlib draws the group's lines; from the eighth group on, colours repeat with broken lines."""
         return {
             "color": self.colour,
             "marker": MARKERS[self.place % len(MARKERS)],
             "linestyle": ("-", "--", ":")[self.place // len(SERIES) % 3],
         }
 
+    def values(self, number: Callable[[RunResult], float | None]) -> dict[int, float]:
+        """Return a number of each run by seed, of the runs that have it."""
+        numbers = {run.seed: number(run) for run in self.runs}
+        return {seed: value for seed, value in numbers.items() if value is not None}
+
 
 Results = RunResult | Group | Sequence[RunResult | Group]
 
 
 def groups_of(results: Results) -> list[Group]:
-    """Return results as groups; what is a group already stays as it is.
+    """Return results as groups; a group stays as it is.
 
     Raises:
-        BecameError: if there are none, they are of different benchmarks or numbers of tasks, or one is there twice.
+        BecameError: if there are no results, a run is there twice, or the runs are of different benchmarks or different
+            numbers of tasks.
     """
-    given = [results] if isinstance(results, RunResult | Group) else list(results)
-    groups = [each for each in given if isinstance(each, Group)]
-    found: dict[str, list[RunResult]] = {}
-    for run in (each for each in given if isinstance(each, RunResult)):
-        key = json.dumps([run.method, run.backend, run.config], sort_keys=True)
-        found.setdefault(key, []).append(run)
-    labels = _labels([runs[0] for runs in found.values()])
-    places = range(len(groups), len(groups) + len(found))
-    groups += [Group(*each) for each in zip(labels, map(tuple, found.values()), places, strict=True)]
+    entries = [results] if isinstance(results, RunResult | Group) else list(results)
+    groups = [entry for entry in entries if isinstance(entry, Group)]
+    alike: dict[str, list[RunResult]] = {}
+    for run in entries:
+        if isinstance(run, RunResult):
+            alike.setdefault(json.dumps([run.method, run.backend, run.config], sort_keys=True), []).append(run)
+    labels = _labels([runs[0] for runs in alike.values()])
+    for label, runs in zip(labels, alike.values(), strict=True):
+        groups.append(Group(label, tuple(runs), len(groups)))
     _check(groups)
     return groups
-
-
-def spread(values: Sequence[float], digits: int = 2) -> str:
-    """Return a mean, with the standard deviation over seeds if there are several."""
-    mean = f"{np.mean(values):.{digits}f}"
-    return mean if len(values) == 1 else f"{mean} ± {np.std(values, ddof=1):.{digits}f}"
 
 
 def _check(groups: Sequence[Group]) -> None:
@@ -85,39 +82,31 @@ def _check(groups: Sequence[Group]) -> None:
     first = groups[0].runs[0]
     for group in groups:
         seeds = [run.seed for run in group.runs]
-        if len(set(seeds)) < len(seeds):
-            raise BecameError(f"a run of {shown(group.label)} with one seed is there twice; leave one out.")
         for run in group.runs:
-            ours, theirs = ((each.benchmark, len(each.accuracy)) for each in (first, run))
+            if seeds.count(run.seed) > 1:
+                raise BecameError(f"{printable(group.label)} with seed {run.seed} is there twice; leave one out.")
+            ours, theirs = ((one.benchmark, len(one.accuracy)) for one in (first, run))
             if ours != theirs:
                 raise BecameError(
-                    f"{shown(run.method)} learned {theirs[1]} tasks of {shown(theirs[0])}, where {shown(first.method)} "
-                    f"learned {ours[1]} of {shown(ours[0])}; report on one benchmark at a time."
+                    f"{printable(run.method)} learned {theirs[1]} tasks of {printable(theirs[0])}, where "
+                    f"{printable(first.method)} learned {ours[1]} of {printable(ours[0])}; report on one benchmark at "
+                    "a time."
                 )
 
 
 def _labels(runs: Sequence[RunResult]) -> list[str]:
-    """Each group's method, and if others share it, up to two values in which it differs from them, or a number."""
+    """Each run's method and, if others share it, up to two values in which they differ, or else a number."""
     labels = []
     for run in runs:
-        alike = [_values(other) for other in runs if other.method == run.method]
-        own = _values(run)
-        differing = [name for name in own if any(other.get(name) != own[name] for other in alike)]
+        values = {"backend": run.backend, **run.config}
+        others = [{"backend": other.backend, **other.config} for other in runs if other.method == run.method]
+        differing = [name for name in values if any(other.get(name) != values[name] for other in others)]
         label = run.method
-        if len(alike) > 1:
-            told = ", ".join(f"{name} {own[name]}" for name in differing[:2])
-            label = f"{run.method} ({told or 'other configuration'})"
+        if len(others) > 1:
+            differences = ", ".join(f"{name} {values[name]}" for name in differing[:2])
+            label = f"{run.method} ({differences or 'other configuration'})"
         labels.append(label)
     return [
         label if labels.count(label) == 1 else f"{label} #{labels[: place + 1].count(label)}"
         for place, label in enumerate(labels)
     ]
-
-
-def _values(run: RunResult) -> dict[str, Any]:
-    """A run's configuration as one level: ``stage1.epochs``."""
-    flat: dict[str, Any] = {"backend": run.backend}
-    for name, value in run.config.items():
-        nested = value if isinstance(value, dict) else {"": value}
-        flat |= {f"{name}.{inner}".rstrip("."): each for inner, each in nested.items()}
-    return flat

@@ -1,26 +1,26 @@
-"""The page: one HTML file that holds everything, follows the reader's theme, and can execute nothing.
+"""The page of the report: one HTML file that holds everything, follows the reader's theme, and executes nothing.
 
-Convention: text from files passes through ``escaped``; the content security policy forbids scripts and every
-request, so that a slip there would still run nothing.
+Convention: text from files passes through ``escaped``, and tables through ``as_html``, which escapes their cells. The
+content security policy forbids scripts and every request, so that a mistake there would still run nothing.
 """
 
 import html
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
-from matplotlib.figure import Figure
-from numpy.typing import NDArray
 
-from adapters.analysis.accuracy import Published
-from adapters.analysis.drawing import THEME, inline_svg, printable
-from adapters.analysis.groups import Group, spread
-from adapters.analysis.repeating import repeating_command
+from adapters.analysis.comparison import published_table, scores_table
+from adapters.analysis.figures.drawing import THEME, Figure, inline_svg, picture
+from adapters.analysis.groups import SERIES, Group
+from adapters.analysis.tables import Column, Table, as_html, printable
+from adapters.runs.configuration import repeating_command
+from adapters.runs.published import PublishedTable
 
 __all__ = ["Drawing", "escaped", "page"]
 
-_SCORES = {"acc": "ACC", "bwt": "BWT", "forgetting": "forgetting", "plasticity": "plasticity"}
 _STYLE = """
 * { box-sizing: border-box }
 body { margin: 0 auto; max-width: 78rem; padding: 1rem; background: var(--paper); color: var(--ink);
@@ -47,16 +47,21 @@ class Drawing:
     """A figure on the page.
 
     Attributes:
-        name: of its files; unlike any other's.
+        name: the name of its files; no other figure has it.
         figure: what is drawn.
-        alt: what a reader who does not see it is told.
-        caption: what stands below it.
+        alt: a description for readers who do not see it.
+        caption: the text below it.
     """
 
     name: str
     figure: Figure
     alt: str
     caption: str
+
+    @cached_property
+    def svg(self) -> bytes:
+        """The figure as an SVG file."""
+        return picture(self.figure, "svg")
 
 
 def escaped(text: object) -> str:
@@ -68,15 +73,15 @@ def page(
     groups: Sequence[Group],
     shared: Sequence[Drawing],
     own: Sequence[Sequence[Drawing]],
-    published: Sequence[Published],
+    published: Sequence[PublishedTable],
 ) -> str:
     """Return the page.
 
     Args:
         groups: the runs.
-        shared: figures of all groups.
-        own: figures of each group.
-        published: numbers on this benchmark, for a table.
+        shared: the figures of all groups together.
+        own: the figures of each group.
+        published: published numbers of the benchmark.
     """
     first = groups[0].runs[0]
     tasks, runs = len(first.accuracy), sum(len(group.runs) for group in groups)
@@ -90,8 +95,8 @@ def page(
         f"<header><h1>{title}</h1>\n<p>{runs} finished {'run' if runs == 1 else 'runs'}. Accuracies in percent; "
         "mean ± standard deviation where there are several seeds.</p></header>",
         "<nav><ul>" + "".join(f'<li><a href="#{at}">{name}</a></li>' for at, name in links) + "</ul></nav>",
-        f'<main>\n<section id="scores"><h2>Scores</h2>{_scores_table(groups)}',
-        f'<div class="grid">{"".join(map(_figure, shared))}</div>{_published_table(published)}</section>',
+        f'<main>\n<section id="scores"><h2>Scores</h2>{as_html(scores_table(groups), [*map(_chip, groups)])}',
+        f'<div class="grid">{"".join(map(_figure, shared))}</div>{_published(published)}</section>',
         *(_section(group, drawings) for group, drawings in zip(groups, own, strict=True)),
         "</main>\n</body>\n</html>\n",
     ]
@@ -107,61 +112,25 @@ def _theme() -> str:
 
 
 def _figure(drawing: Drawing) -> str:
-    svg = inline_svg(drawing.figure, drawing.name, escaped(drawing.alt))
+    svg = inline_svg(drawing.svg, drawing.name, escaped(drawing.alt))
     return f"<figure>{svg}<figcaption>{escaped(drawing.caption)}</figcaption></figure>"
 
 
-def _table(caption: str, heads: Sequence[str], rows: Sequence[Sequence[str]], text: int | None = None) -> str:
-    """A table of cells that are escaped already; the first of a row heads it, column ``text`` holds prose."""
-    head = "".join(f'<th scope="col">{each}</th>' for each in heads)
-    body = "".join(
-        f'<tr><th scope="row">{row[0]}</th>'
-        + "".join(f'<td class="text">{c}</td>' if n == text else f"<td>{c}</td>" for n, c in enumerate(row[1:], 1))
-        + "</tr>"
-        for row in rows
-    )
-    return (
-        f'<div class="scroll" tabindex="0"><table aria-label="{caption}"><thead><tr>{head}</tr></thead>'
-        f"<tbody>{body}</tbody></table></div>"
-    )
-
-
-def _scores_table(groups: Sequence[Group]) -> str:
-    heads = ["method", "seeds", *_SCORES.values(), *(f"class-inc. {name}" for name in _SCORES.values())]
-    rows = []
-    for group in groups:
-        within, among_all = (
-            [spread([getattr(scores, name) for scores in each]) for name in _SCORES]
-            for each in ([run.scores for run in group.runs], [run.class_incremental_scores for run in group.runs])
-        )
-        cells = [str(len(group.runs)), *within, *among_all]
-        cells.append(spread([float(sum(run.epochs)) for run in group.runs], 0))
-        cells.append(spread([run.seconds["total"] for run in group.runs], 0))
-        rows.append([_chip(group) + escaped(group.label), *cells])
-    return _table("Scores of each method", [*heads, "epochs", "seconds"], rows)
-
-
 def _chip(group: Group) -> str:
-    colour = f"var(--series-{group.place % sum(name.startswith('series') for name in THEME)})"
-    return f'<span class="chip" style="background:{colour}"></span>'
+    return f'<span class="chip" style="background:var(--series-{group.place % len(SERIES)})"></span>'
 
 
-def _published_table(published: Sequence[Published]) -> str:
-    rows = [
-        [escaped(name), f"{scores.acc:.2f}", "" if scores.bwt is None else f"{scores.bwt:.2f}", escaped(table.source)]
-        for table in published
-        for name, scores in table.methods.items()
-    ]
-    if not rows:
+def _published(published: Sequence[PublishedTable]) -> str:
+    if not published:
         return ""
-    protocols = "".join(f"<p>{escaped(table.source)}: {escaped(table.protocol)}</p>" for table in published)
-    table = _table("Published scores", ["method", "ACC", "BWT", "source"], rows, text=3)
-    return f"<details><summary>Published scores, and how they were trained</summary>{table}{protocols}</details>"
+    table = published_table(published, "Published scores")
+    notes = "".join(f"<p>{escaped(note)}</p>" for note in table.notes)
+    return f"<details><summary>Published scores, and how they were trained</summary>{as_html(table)}{notes}</details>"
 
 
 def _section(group: Group, drawings: Sequence[Drawing]) -> str:
     seeds = ", ".join(str(run.seed) for run in group.runs)
-    command = repeating_command(group)
+    command = repeating_command(group.runs)
     repeat = (
         f"<pre><code>{escaped(command)}</code></pre>"
         if command
@@ -179,17 +148,15 @@ def _section(group: Group, drawings: Sequence[Drawing]) -> str:
 
 
 def _matrices(group: Group) -> str:
-    tables = []
-    for name, field in (("Task", "accuracy"), ("Class", "class_incremental_accuracy")):
+    """Both accuracy matrices, the mean over seeds, as tables."""
+    parts = []
+    for kind, field in (("Task", "accuracy"), ("Class", "class_incremental_accuracy")):
         mean = np.mean([getattr(run, field) for run in group.runs], axis=0)
-        tables.append(f"<h3>{name}-incremental accuracy, %</h3>{_matrix(f'{name}-incremental accuracy', mean)}")
-    return "".join(tables)
-
-
-def _matrix(caption: str, mean: NDArray[np.float64]) -> str:
-    heads = ["after task", *(f"task {task}" for task in range(1, len(mean) + 1))]
-    rows = [
-        [str(task), *("" if np.isnan(value) else f"{value:.2f}" for value in row)]
-        for task, row in enumerate(mean.tolist(), start=1)
-    ]
-    return _table(caption, heads, rows)
+        columns = [Column("after task"), *(Column(f"task {task}", 2) for task in range(1, len(mean) + 1))]
+        rows = [
+            [str(task), *("" if np.isnan(value) else f"{value:.2f}" for value in row)]
+            for task, row in enumerate(mean.tolist(), start=1)
+        ]
+        table = as_html(Table(f"{kind}-incremental accuracy", columns, rows))
+        parts.append(f"<h3>{kind}-incremental accuracy, %</h3>{table}")
+    return "".join(parts)

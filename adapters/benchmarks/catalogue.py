@@ -4,6 +4,7 @@ Every benchmark is task-incremental: each task has a head. So has permuted MNIST
 all tasks: here a task's permutation is known in testing, and class-incremental accuracy tells permutations apart too.
 """
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,8 +24,9 @@ from adapters.benchmarks.presets import (
 from adapters.benchmarks.tinyimagenet import load_tinyimagenet
 from became_core import BecameError
 from became_core.continual import ClassOrder, Dataset, TaskStream, permute_pixels, split_classes
+from became_core.registry import Catalogue, nearest
 
-__all__ = ["BENCHMARKS", "Benchmark", "find_benchmark"]
+__all__ = ["BENCHMARKS", "Benchmark"]
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class Benchmark:
         name: as on the command line.
         load: returns the data set, given a local folder or None.
         tasks: the usual number of tasks.
-        presets: by name, "quick" and "paper" among them.
+        presets: by name, "quick" among them.
         otherwise: the presets of other numbers of tasks, where they differ.
         permuted: whether the tasks are permutations of the pixels, rather than groups of classes.
     """
@@ -55,7 +57,7 @@ class Benchmark:
         """
         presets = self.otherwise.get(tasks, self.presets)
         if name not in presets:
-            raise BecameError(f"{self.name} has no preset '{name}'; choose from {', '.join(presets)}.")
+            raise BecameError(f"{self.name} has no preset '{name}'{nearest(name, presets)}.")
         return presets[name]
 
     def stream(
@@ -72,26 +74,25 @@ class Benchmark:
             dataset = permute_pixels(dataset, tasks)
         return split_classes(dataset, tasks, validation=validation, seed=seed, class_order=class_order)
 
-
-BENCHMARKS: dict[str, Benchmark] = {
-    benchmark.name: benchmark
-    for benchmark in (
-        # The images of the first two are embedded.
-        Benchmark("split-mnist", load_mnist, 5, SPLIT_MNIST),
-        Benchmark("permuted-mnist", load_mnist, 10, PERMUTED_MNIST, permuted=True),
-        Benchmark("split-cifar100", load_cifar100, 10, CIFAR100, otherwise={20: CIFAR100_IN_20}),
-        Benchmark("split-miniimagenet", load_miniimagenet, 20, MINIIMAGENET),
-        Benchmark("split-tinyimagenet", load_tinyimagenet, 25, TINYIMAGENET),
-    )
-}
+    def summary(self) -> str:
+        """Return one line about it: how many tasks, of what, with which presets."""
+        data = (inspect.getdoc(self.load) or "").partition("\n")[0].removeprefix("Return ").partition(":")[0]
+        parts = "permutations of the pixels of" if self.permuted else "groups of the classes of"
+        return f"{self.tasks} tasks, {parts} {data.removesuffix('.')}; presets {', '.join(self.presets)}"
 
 
-def find_benchmark(name: str) -> Benchmark:
-    """Return the benchmark of that name.
-
-    Raises:
-        BecameError: if there is none; the message lists those there are.
-    """
-    if name not in BENCHMARKS:
-        raise BecameError(f"there is no benchmark '{name}'; choose from {', '.join(sorted(BENCHMARKS))}.")
-    return BENCHMARKS[name]
+BENCHMARKS: Catalogue[Benchmark] = Catalogue(
+    "became.benchmarks",
+    "benchmark",
+    {
+        benchmark.name: benchmark
+        for benchmark in (
+            # The images of the first two are embedded.
+            Benchmark("split-mnist", load_mnist, 5, SPLIT_MNIST),
+            Benchmark("permuted-mnist", load_mnist, 10, PERMUTED_MNIST, permuted=True),
+            Benchmark("split-cifar100", load_cifar100, 10, CIFAR100, otherwise={20: CIFAR100_IN_20}),
+            Benchmark("split-miniimagenet", load_miniimagenet, 20, MINIIMAGENET),
+            Benchmark("split-tinyimagenet", load_tinyimagenet, 25, TINYIMAGENET),
+        )
+    },
+)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast, get_args
 
 try:
     import tyro
@@ -16,24 +16,24 @@ try:
     from adapters.cli.backend import BackendName, first_installed, load_backend
     from adapters.cli.display import Display
     from adapters.cli.listing import Kind, listed
-    from adapters.cli.main import execute, parse, run_options
-    from adapters.cli.options import Options
-    from adapters.cli.output import Output
-    from adapters.cli.words import worded
+    from adapters.cli.main import execute, run_request
+    from adapters.cli.options import Output, Request, described, is_completing, parse, request_of, request_type
+    from adapters.cli.running import run_jobs, unfinished_jobs
 except ModuleNotFoundError as error:
     print(f"error: the package '{error.name}' is missing; pip install 'became[run]'.", file=sys.stderr)
     sys.exit(2)
 
+from adapters.runs import read_results
+from adapters.runs.directory import read_record
 from became_core import BecameError
 
 __all__ = ["main"]
 
-Outs = Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="OUT…", help_behavior_hint="")]
-
+Outs = Annotated[tuple[Path, ...], tyro.conf.Positional, described("Folders that --out named.", metavar="OUT…")]
 
 DESCRIPTION = """Bayesian continual learning with adaptive model merging.
 
-A command's options: became COMMAND --help
+The options of a command: became COMMAND --help
 
 The version: became --version
 
@@ -42,71 +42,42 @@ Completion in a shell: became --tyro-write-completion {bash,zsh,fish} FILE
 
 
 @dataclass(frozen=True)
-@worded
-class Run(Options):
-    __doc__ = Options.__doc__
-
-    backend: BackendName | None = None
-    """The framework; the first of these that is installed if not given."""
-
-    def run_jobs(self) -> int:
-        """Run."""
-        remarks, name = [], self.backend
-        if name is None:
-            try:
-                name = first_installed()
-            except BecameError as error:
-                print(f"error: {error}", file=sys.stderr)
-                return 2
-            remarks = [f"backend: {name}, the first that is installed"]
-        return run_options(load_backend(name), self, *remarks)
-
-
-@dataclass(frozen=True)
-@worded
 class Resume:
-    """Go on with every unfinished run in a folder, with the options it began with."""
+    """Resume every unfinished run in a folder, with the options it started with."""
 
-    out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT", help_behavior_hint="")]
-    """A folder that --out named."""
-    backend: BackendName | None = None
-    """The framework; that which was last at work on a run if not given."""
-    data_dir: Path | None = None
-    """Where the data is, if it is no longer where it was."""
-    device: str | None = None
-    """Where to compute, if not where it was."""
-    output: Annotated[Output, tyro.conf.arg(name="")] = field(default_factory=Output)
+    out: Annotated[Path, tyro.conf.Positional, described("A folder that --out named.", metavar="OUT")]
+    backend: Annotated[
+        BackendName | None, described("The framework; without it the one that worked on a run last.")
+    ] = None
+    data_dir: Annotated[Path | None, described("Where the data is, if it is no longer where it was.")] = None
+    device: Annotated[str | None, described("Where to compute, if not where it was.")] = None
+    output: Output = field(default_factory=Output)
 
-    def run_jobs(self) -> int:
-        """Go on."""
-        from adapters.cli.resuming import unfinished
-        from adapters.cli.running import run_jobs
-        from adapters.runs import read_results
+    def run(self) -> int:
+        """Resume the runs, and show all results of the folder."""
 
         def command(display: Display) -> None:
-            jobs = unfinished(self.out, load_backend, backend=self.backend, data_dir=self.data_dir, device=self.device)
-            run_jobs(jobs, display)
+            options: Any = {"backend": self.backend, "data_dir": self.data_dir, "device": self.device}
+            run_jobs(unfinished_jobs(self.out, load_backend, **options), display)
             display.results(read_results(self.out), self.out)
 
         return execute(command, self.output)
 
 
 @dataclass(frozen=True)
-@worded
 class Compare:
     """Compare finished runs over seeds, beside the published numbers."""
 
     outs: Outs
-    """Folders that --out named."""
-    baseline: str | None = None
-    """The row that the others are held against, seed by seed."""
-    format: Literal["text", "markdown", "csv", "latex"] = "text"
-    """How the tables are written."""
+    baseline: Annotated[str | None, described("The row that the others are compared with, seed by seed.")] = None
+    format: Annotated[
+        Literal["text", "markdown", "csv", "latex"], described("How the tables are written. (default: text)")
+    ] = "text"
 
-    def run_jobs(self) -> int:
+    def run(self) -> int:
         """Print the tables."""
-        from adapters.cli.compare import comparison, gather
-        from adapters.cli.rendering import FORMATS
+        from adapters.analysis.comparison import comparison, gather
+        from adapters.analysis.tables import FORMATS
 
         def tables() -> str:
             if not self.outs:
@@ -117,31 +88,36 @@ class Compare:
 
 
 @dataclass(frozen=True)
-@worded
 class Report:
     """Write report.html of finished runs, and its figures as PNG and SVG beside it."""
 
     outs: Outs
-    """Folders that --out named."""
-    into: Path | None = None
-    """Where the report goes; into the first of these folders if not given."""
+    into: Annotated[Path | None, described("The folder of the report; without it the first of the given folders.")] = (
+        None
+    )
 
-    def run_jobs(self) -> int:
+    def run(self) -> int:
         """Write the page, and print where it is."""
-        from adapters.cli.reporting import report
 
-        return execute(lambda display: print(report(self.outs, self.into)), Output())
+        def written() -> Path:
+            from adapters.analysis.report import report  # needs matplotlib, which is an extra
+
+            return report(self.outs, self.into)
+
+        return execute(lambda display: print(written()), Output())
 
 
 @dataclass(frozen=True)
-@worded
 class List:
     """List what there is to choose from, a line each."""
 
-    kind: Annotated[Literal["all", Kind], tyro.conf.Positional] = "all"
-    """Of what: benchmarks, methods, projectors or presets."""
+    kind: Annotated[
+        Literal["all", Kind],
+        tyro.conf.Positional,
+        described("What to list: all, or benchmarks, methods, projectors, networks or presets. (default: all)"),
+    ] = "all"
 
-    def run_jobs(self) -> int:
+    def run(self) -> int:
         """Print the lines."""
         print(listed(None if self.kind == "all" else self.kind))
         return 0
@@ -149,19 +125,46 @@ class List:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return its exit status, as ``execute`` does."""
-    given = sys.argv[1:] if arguments is None else list(arguments)
-    if given == ["--version"]:
+    words = sys.argv[1:] if arguments is None else list(arguments)
+    if words == ["--version"]:
         print(f"became {_version()}")
         return 0
+    try:
+        run_type: Any = request_type(backend=True, completing=is_completing(words))
+    except BecameError as error:  # of what another package registers
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     commands: Any = (
-        Annotated[Run, tyro.conf.subcommand("run")]
+        Annotated[run_type, tyro.conf.subcommand("run")]
         | Annotated[Resume, tyro.conf.subcommand("resume")]
         | Annotated[Compare, tyro.conf.subcommand("compare")]
         | Annotated[Report, tyro.conf.subcommand("report")]
         | Annotated[List, tyro.conf.subcommand("list")]
     )
-    status: int = parse(commands, "became", given, DESCRIPTION).run_jobs()
+    command = parse(commands, "became", words, DESCRIPTION)
+    if isinstance(command, run_type):
+        return _run(request_of(command))
+    status: int = command.run()
     return status
+
+
+def _run(request: Request) -> int:
+    """Run on the backend that is asked for, or on the recorded one, or on the first that is installed."""
+    remarks: list[str] = []
+    name: str | None = request.backend
+    try:
+        if name is None and request.config is not None:
+            name = read_record(request.config).backend
+            remarks = [f"backend: {name}, as in {request.config}"]
+        if name is None:
+            name = first_installed()
+            remarks = [f"backend: {name}, the first that is installed"]
+        if name not in get_args(BackendName):
+            raise BecameError(f"{request.config} is of a run on {name}; say with --backend what to run on.")
+    except BecameError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return run_request(load_backend(cast(BackendName, name)), request, *remarks)
 
 
 def _version() -> str:

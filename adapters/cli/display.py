@@ -1,33 +1,39 @@
-"""What a command shows on standard output: text for people, or lines of JSON for programs.
+"""What a command shows: text for people or lines of JSON for programs on standard output, the log on standard error.
 
-Convention: a line of JSON is an object with ``event``; those of a run have ``run``, its name, and are its events as its
-``events.jsonl`` has them, and then ``result``, what its ``results.json`` has. Nothing else is on standard output then.
+Convention: a line of JSON is an object with ``event``; those of a run have ``run``, its name, and are the run's events
+as its ``events.jsonl`` has them, and then ``result``, what its ``results.json`` has. Nothing else is on standard output
+then. On a terminal a run shows a live bar, elsewhere a plain line for each epoch.
 """
 
+import logging
+import math
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from types import TracebackType
+from typing import Any, Protocol, Self
 
 from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from adapters.analysis.comparison import results_table
+from adapters.analysis.path_report import estimator_table, path_table
 from adapters.cli.dryrun import Plan
-from adapters.cli.logs import LOGGER
-from adapters.cli.output import Output
-from adapters.cli.paths import estimator_table, path_table
-from adapters.cli.progress import RunProgress
-from adapters.cli.table import comparison_table
+from adapters.cli.options import Level, Output
 from adapters.runs import RunDirectory, RunResult
-from adapters.runs.events import Events, json_line, now
-from became_core.continual import Callback
+from adapters.runs.events import Events, json_line, now, place
+from became_core.continual import Callback, EpochEnd, RunState, TaskEnd
 
-__all__ = ["Display", "display_of"]
+__all__ = ["LOGGER", "Display", "RunProgress", "display_of", "logged"]
+
+LOGGER = logging.getLogger("became")
 
 
 class Display(Protocol):
-    """Shows how runs go, and what came out."""
+    """Shows how runs proceed, and their results."""
 
     def note(self, text: str) -> None:
         """Show a remark."""
@@ -36,13 +42,13 @@ class Display(Protocol):
         """Return a context whose value is a callback that shows a run; arguments as of ``RunProgress``."""
 
     def result(self, run: RunDirectory, result: RunResult, *, before: bool) -> None:
-        """Show that a run is finished, or has been before."""
+        """Show that a run is finished, or was finished before."""
 
     def results(self, results: Sequence[RunResult], out: Path) -> None:
-        """Show what came out of all runs, and where it is."""
+        """Show the results of all runs, and where they are."""
 
     def plan(self, plan: Plan) -> None:
-        """Show what would be done."""
+        """Show what a dry run says would be done."""
 
 
 class _Text:
@@ -71,7 +77,7 @@ class _Text:
             if result.paths:
                 self._console.print(path_table(result))
                 self._console.print(estimator_table(result))
-        self._console.print(comparison_table(results))
+        self._console.print(results_table(results))
         where = f"results: {out}/<method>-seed<k>/results.json, {out}/summary.csv"
         self._console.print(where, soft_wrap=True, highlight=False)
 
@@ -102,16 +108,124 @@ class _Json:
         _print_line("result", run=run.name, file=str(run.results_file), before=before, **result.to_json())
 
     def results(self, results: Sequence[RunResult], out: Path) -> None:
-        pass  # each has been a line
+        pass  # each result has been a line
 
     def plan(self, plan: Plan) -> None:
         _print_line("plan", **plan.to_json())
 
 
 def display_of(output: Output) -> Display:
-    """Return the display that is asked for."""
+    """Return the display that these options ask for."""
     return _Json() if output.log == "json" else _Text(quiet=output.quiet)
 
 
 def _print_line(event: str, **values: Any) -> None:
     print(json_line({"event": event, "time": now(), **values}), flush=True)
+
+
+class RunProgress(Callback):
+    """Shows one run's events, as a callback of it; use as a context."""
+
+    def __init__(self, console: Console, title: str, tasks: int, stages: int) -> None:
+        """Prepare the display.
+
+        Args:
+            console: where it is shown.
+            title: the run's name.
+            tasks: the number of tasks.
+            stages: the largest number of stages of a task.
+        """
+        self._console = console
+        self._title = title
+        self._tasks = tasks
+        self._stages = stages
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.fields[state]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self._row = self._bar.add_task(title, total=float(tasks), state="")
+
+    def __enter__(self) -> Self:
+        """Start the display."""
+        self._bar.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        """End the display."""
+        self._bar.stop()
+
+    @property
+    def completed(self) -> float:
+        """How many tasks are done; the present one counts by the share of its epochs that are done."""
+        return float(self._bar.tasks[0].completed)
+
+    def on_run_begin(self, state: RunState) -> None:
+        """Say where a resumed run goes on."""
+        if state.task or state.stage is not None:
+            self._bar.update(self._row, completed=state.task)
+            self._print(f"goes on after {place(state)}")
+
+    def on_epoch_end(self, event: EpochEnd) -> None:
+        """Move the bar, or print a line."""
+        state = (
+            f"task {event.task + 1}/{self._tasks}  stage {event.stage}  epoch {event.epoch}/{event.epochs}  "
+            f"loss {event.loss:.4f}  lr {event.rate:.2g}"
+        )
+        if not math.isnan(event.validation_loss):
+            state += f"  validation loss {event.validation_loss:.4f}"
+        done = (event.stage - 1 + event.epoch / event.epochs) / self._stages
+        self._bar.update(self._row, completed=event.task + done, state=state)
+        if not self._console.is_terminal:
+            self._print(state)
+
+    def on_task_end(self, event: TaskEnd) -> None:
+        """Print a line."""
+        alpha = "" if event.alpha is None else f"  alpha {event.alpha:.3f}"
+        scores = " ".join(f"{accuracy:.1f}" for accuracy in event.accuracy)
+        self._bar.update(self._row, completed=event.task + 1)
+        self._print(f"task {event.task + 1}/{self._tasks} learned{alpha}  accuracy {scores}")
+        for name in sorted(event.full):
+            self._print(f"the protected space of {name} is full: no update is left for it in stage 1")
+
+    def _print(self, text: str) -> None:
+        self._console.print(f"{self._title}  {text}", highlight=False, soft_wrap=True, markup=False)
+
+
+class _StandardError(logging.Handler):
+    """Writes to what standard error is at the time: a progress bar, and a test, may replace it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(f"{record.levelname.lower()}: {record.getMessage()}", file=sys.stderr)
+
+
+@contextmanager
+def logged(level: Level) -> Iterator[None]:
+    """Show messages of a level and of more serious ones on standard error, Python's warnings among them."""
+    handler, usual = _StandardError(), LOGGER.level
+
+    def warn(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: object = None,  # noqa: ARG001 # what it stands in for fixes the signature
+        line: object = None,  # noqa: ARG001
+    ) -> None:
+        LOGGER.warning("%s", message)
+        LOGGER.debug("that is a %s, from %s:%d", category.__name__, filename, lineno)
+
+    LOGGER.addHandler(handler)
+    LOGGER.setLevel(level.upper())
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = warn
+            yield
+    finally:
+        LOGGER.removeHandler(handler)
+        LOGGER.setLevel(usual)

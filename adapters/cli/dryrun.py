@@ -1,4 +1,4 @@
-"""``--dry-run``: what a command would do, how large it is, how long it may take. Nothing is learned, nothing written.
+"""``--dry-run``: what a command would do, how large it is, how long it may take. It learns and writes nothing.
 
 Convention: a step is one batch; its time is that of a plain training step, the mean of ten after two to warm up.
 Projection, validation, memory, curvature and evaluation come on top.
@@ -6,16 +6,16 @@ Projection, validation, memory, curvature and evaluation come on top.
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from itertools import cycle, islice
 from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.table import Table
 
-from adapters.cli.configuration import Configuration
+from adapters.analysis.tables import Column, Table
+from adapters.runs.configuration import Configuration
 from became_core.continual import Constraint, Learner, Method, TaskStream, Training, random_generator
 from became_core.continual.learner import weights_of
 from became_core.continual.training import epoch_batches
@@ -30,17 +30,19 @@ class Plan:
     """What would be done.
 
     Attributes:
-        configuration: of all runs, as it is recorded, and the benchmark.
+        configuration: what the runs of all methods have in common, as it is recorded.
+        own: by method, what is its own.
         shared: the number of parameters outside heads.
-        of_heads: of those in them.
-        heads: how many there are.
-        batch_size: samples a step.
-        seconds: of a plain training step.
-        steps: of all seeds together, by method.
-        bounded: whether there are at most so many.
+        of_heads: the number of parameters in heads.
+        heads: the number of heads.
+        batch_size: samples of a step.
+        seconds: the time of a plain training step.
+        steps: the steps of all seeds together, by method.
+        bounded: whether a schedule may end earlier, so that ``steps`` are upper bounds.
     """
 
     configuration: dict[str, Any]
+    own: dict[str, dict[str, Any]]
     shared: int
     of_heads: int
     heads: int
@@ -55,46 +57,57 @@ class Plan:
 
     def show(self, out: Console) -> None:
         """Print the resolved configuration, the number of parameters, and each method's steps and time."""
-        out.print_json(data=self.configuration)
+        out.print_json(data=self.configuration | self.own)
         total = self.shared + self.of_heads
         out.print(f"{total:,} parameters: {self.shared:,} shared, {self.of_heads:,} in {self.heads} heads")
         out.print(f"{1000 * self.seconds:.1f} ms a plain training step of {self.batch_size} samples")
-        table = Table("method", "steps", "time", title="Training, without projection, memory and evaluation")
+        rows, most = [], "at most " if self.bounded else ""
         for name, count in {**self.steps, "all": sum(self.steps.values())}.items():
-            texts = f"{count:,}", _duration(count * self.seconds)
-            table.add_row(name, *(f"at most {text}" if self.bounded else text for text in texts))
-        out.print(table)
+            rows.append([name, f"{most}{count:,}", f"{most}{_duration(count * self.seconds)}"])
+        columns = [Column("method"), Column("steps"), Column("time")]
+        out.print(Table("Training, without projection, memory and evaluation", columns, rows))
 
 
-def plan(
-    learner: Learner, stream: TaskStream, configuration: Configuration, methods: Sequence[str], seeds: int
-) -> Plan:
+def plan(learner: Learner, stream: TaskStream, configurations: Mapping[str, Configuration], seeds: int) -> Plan:
     """Return what runs would do.
 
     Args:
-        learner: a fresh one, which is of no further use.
+        learner: a fresh one; it is of no further use.
         stream: what it would learn.
-        configuration: of the runs.
-        methods: their names.
-        seeds: how many runs there are of each.
+        configurations: of the runs, by the name of the method.
+        seeds: how many runs there are of each method.
     """
-    training = configuration.preset.training
+    records = {name: configuration.to_json() for name, configuration in configurations.items()}
+    first = next(iter(records.values()))
+    common = {
+        name: value
+        for name, value in first.items()
+        if all(name in record and record[name] == value for record in records.values())
+    }
+    training = next(iter(configurations.values())).training()
     sizes = {name: math.prod(int(n) for n in value.shape) for name, value in weights_of(learner).items()}
     of_heads = sum(sizes[name] for head in learner.heads for name in head)
     return Plan(
-        configuration={"benchmark": configuration.benchmark.name, **configuration.record()},
+        configuration=common,
+        own={
+            name: {option: value for option, value in record.items() if option not in common}
+            for name, record in records.items()
+        },
         shared=sum(sizes.values()) - of_heads,
         of_heads=of_heads,
         heads=len(learner.heads),
         batch_size=training.batch_size,
         seconds=_seconds_of_a_step(learner, stream, training),
-        steps={name: seeds * steps(configuration.method(name), stream, training) for name in methods},
+        steps={
+            name: seeds * steps(configuration.method(name), stream, training)
+            for name, configuration in configurations.items()
+        },
         bounded=training.stage1.needs_validation,
     )
 
 
 def steps(method: Method, stream: TaskStream, training: Training) -> int:
-    """Return how many steps a run of a method takes, at most where a schedule ends by itself."""
+    """Return how many steps a run of a method takes; an upper bound where a schedule ends by itself."""
     total = 0
     for task in stream.tasks:
         trained_on = stream.tasks[: task.index + 1] if method.joint else [task]

@@ -1,54 +1,40 @@
-"""``became list``: what there is to choose from, a line each, told by the registries and by the modules' own words."""
+"""``became list``: what there is to choose from, a line each, as the registries have it."""
 
-import inspect
-import re
 import textwrap
 from collections.abc import Callable, Mapping
 from typing import Literal
 
-from adapters.benchmarks import presets as of_presets
-from adapters.benchmarks.catalogue import BENCHMARKS, Benchmark
+from adapters.benchmarks.catalogue import BENCHMARKS
+from adapters.benchmarks.presets import SOURCES
+from adapters.networks import NETWORKS
 from became_core.continual import METHODS, method_names
 from became_core.projection import PROJECTORS
 
 __all__ = ["KINDS", "Kind", "listed"]
 
-Kind = Literal["benchmarks", "methods", "projectors", "presets"]
-
-
-def benchmarks() -> dict[str, str]:
-    """Return what each benchmark is."""
-    return {name: _benchmark(benchmark) for name, benchmark in BENCHMARKS.items()}
-
-
-def methods() -> dict[str, str]:
-    """Return what each method does, by the first line of its recipe's docstring, or of the projector's."""
-    return {name: (METHODS if name in METHODS else PROJECTORS).summary(name) for name in sorted(method_names())}
-
-
-def projectors() -> dict[str, str]:
-    """Return what each projector is, by the first line of its docstring."""
-    return {name: PROJECTORS.summary(name) for name in PROJECTORS.names}
+Kind = Literal["benchmarks", "methods", "projectors", "networks", "presets"]
 
 
 def presets() -> dict[str, str]:
-    """Return where each preset is from, from the table of their module, and which benchmarks have it."""
-    told: dict[str, str] = {}
-    for name, source in _rows(of_presets):
-        last = name.strip("`") or list(told)[-1]
-        told[last] = f"{told.get(last, '')} {source}".strip()
-    having = {name: [each.name for each in BENCHMARKS.values() if name in each.presets] for name in told}
-    everywhere = len(BENCHMARKS)
-    return {
-        name: source if len(having[name]) == everywhere else f"{source} (for {', '.join(having[name])})"
-        for name, source in told.items()
-    }
+    """Return where each preset is from, and which benchmarks have it unless all have."""
+    having: dict[str, list[str]] = {}
+    for name in BENCHMARKS.names:
+        for preset in BENCHMARKS[name].presets:
+            having.setdefault(preset, []).append(name)
+    lines = {}
+    for preset, benchmarks in having.items():
+        where = "" if len(benchmarks) == len(BENCHMARKS.names) else f" (for {', '.join(benchmarks)})"
+        lines[preset] = f"{SOURCES.get(preset, '')}{where}".strip()
+    return lines
 
 
 KINDS: Mapping[Kind, Callable[[], dict[str, str]]] = {
-    "benchmarks": benchmarks,
-    "methods": methods,
-    "projectors": projectors,
+    "benchmarks": lambda: {name: BENCHMARKS[name].summary() for name in BENCHMARKS.names},
+    "methods": lambda: {
+        name: (METHODS if name in METHODS else PROJECTORS).summary(name) for name in sorted(method_names())
+    },
+    "projectors": lambda: {name: PROJECTORS.summary(name) for name in PROJECTORS.names},
+    "networks": lambda: {name: NETWORKS.summary(name).removeprefix("Return ") for name in NETWORKS.names},
     "presets": presets,
 }
 
@@ -57,25 +43,9 @@ def listed(kind: Kind | None) -> str:
     """Return the lines of one kind, or of all kinds, each under its name."""
     if kind is not None:
         return _lines(KINDS[kind]())
-    return "\n\n".join(f"{name}:\n{textwrap.indent(_lines(tell()), '  ')}" for name, tell in KINDS.items())
+    return "\n\n".join(f"{name}:\n{textwrap.indent(_lines(entries()), '  ')}" for name, entries in KINDS.items())
 
 
-def _lines(told: Mapping[str, str]) -> str:
-    longest = max(map(len, told))
-    return "\n".join(f"{name:{longest}}  {what}".rstrip() for name, what in told.items())
-
-
-def _benchmark(benchmark: Benchmark) -> str:
-    what = _first_line(benchmark.load).removeprefix("Return ").partition(":")[0]
-    cut = "permutations of the pixels of" if benchmark.permuted else "groups of the classes of"
-    return f"{benchmark.tasks} tasks, {cut} {what}; presets {', '.join(benchmark.presets)}"
-
-
-def _first_line(thing: object) -> str:
-    return (inspect.getdoc(thing) or "").partition("\n")[0].removesuffix(".")
-
-
-def _rows(module: object) -> list[list[str]]:
-    """The rows of the table in a module's docstring, the heading left out."""
-    lines = re.findall(r"^\|(.*)\|$", inspect.getdoc(module) or "", re.MULTILINE)
-    return [[cell.strip() for cell in line.split("|")] for line in lines[2:]]
+def _lines(entries: Mapping[str, str]) -> str:
+    longest = max(map(len, entries))
+    return "\n".join(f"{name:{longest}}  {text}".rstrip() for name, text in entries.items())

@@ -1,44 +1,33 @@
-"""The command: options in, runs and a table out. The same for every backend."""
+"""The command of one backend: options in, runs and a table out. The same for every backend."""
 
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
 
-import tyro
-
-from adapters.benchmarks.location import data_directory
 from adapters.cli.backend import Backend
-from adapters.cli.configuration import method_names, resolve
-from adapters.cli.display import Display, display_of
+from adapters.cli.display import Display, display_of, logged
 from adapters.cli.dryrun import plan
-from adapters.cli.interruption import InterruptedRun
-from adapters.cli.logs import logged
-from adapters.cli.options import Options
-from adapters.cli.output import Output
-from adapters.cli.running import Job, run_jobs
-from adapters.runs import RunDirectory
+from adapters.cli.options import Output, Request, parse_request
+from adapters.cli.running import InterruptedRun, Job, requested_jobs, run_jobs
 from became_core import BecameError
 
-__all__ = ["Backend", "execute", "main", "parse", "run_options"]
+__all__ = ["Backend", "execute", "main", "run_request"]
 
 
 def main(backend: Backend, arguments: Sequence[str] | None = None) -> int:
-    """Run the command; return its exit status, as ``execute`` does."""
-    return run_options(backend, parse(Options, f"python -m adapters.{backend.name}.run", arguments))
+    """Run the command on a backend; return its exit status, as ``execute`` does.
 
-
-def parse(kind: Any, prog: str, arguments: Sequence[str] | None, description: str | None = None) -> Any:
-    """Return what is given, of this kind; a question for help and a mistake end the program."""
-    # What is left out is None, and a flag that is left out is off: neither needs words of its own.
-    config = (tyro.conf.DisallowNone, tyro.conf.FlagCreatePairsOff)
-    return tyro.cli(kind, prog=prog, args=arguments, description=description, config=config)
+    Args:
+        backend: the framework.
+        arguments: the words of the command; those of this process if None.
+    """
+    return run_request(backend, parse_request(f"python -m adapters.{backend.name}.run", arguments, backend=False))
 
 
 def execute(command: Callable[[Display], None], output: Output) -> int:
-    """Do something, and return the exit status.
+    """Call a command with a display, and return the exit status.
 
-    That is 0, 2 after a sentence on what was wrong, or 128 and the number of the signal that stopped it: 130 for
-    Ctrl-C, 143 for SIGTERM.
+    The status is 0, or 2 after a sentence on what was wrong, or 128 and the number of the signal that stopped the
+    command: 130 for Ctrl-C, 143 for SIGTERM.
     """
     with logged(output.level):
         try:
@@ -55,30 +44,25 @@ def execute(command: Callable[[Display], None], output: Output) -> int:
     return 0
 
 
-def run_options(backend: Backend, options: Options, *remarks: str) -> int:
-    """Do what the options say, after some remarks; return the exit status."""
-    if options.deterministic:
-        backend.repeat_exactly()
+def run_request(backend: Backend, request: Request, *remarks: str) -> int:
+    """Do what a command asks for, after showing some remarks; return the exit status."""
 
     def command(display: Display) -> None:
         for remark in remarks:
             display.note(remark)
-        (_try_out if options.dry_run else _compare)(backend, options, display)
+        jobs = requested_jobs(request, backend)
+        if request.dry_run:
+            _show_plan(jobs, display)
+        else:
+            display.results(run_jobs(jobs, display), jobs[0].run.out)
 
-    return execute(command, options.output)
-
-
-def _try_out(backend: Backend, options: Options, display: Display) -> None:
-    configuration, seed = resolve(options), options.seeds[0]
-    stream = configuration.stream(configuration.benchmark.load(data_directory(options.data_dir)), seed)
-    learner = configuration.learner(backend, stream, options.device, seed)
-    display.plan(plan(learner, stream, configuration, method_names(options), len(options.seeds)))
+    return execute(command, request.output)
 
 
-def _compare(backend: Backend, options: Options, display: Display) -> None:
-    configuration = resolve(options)
-    runs = [RunDirectory(configuration.out, method, seed) for seed in options.seeds for method in method_names(options)]
-    if options.resume and not any(run.begun for run in runs):
-        raise BecameError(f"{configuration.out} holds nothing to resume; leave out --resume to begin.")
-    results = run_jobs([Job(run, backend, options, configuration) for run in runs], display)
-    display.results(results, configuration.out)
+def _show_plan(jobs: Sequence[Job], display: Display) -> None:
+    job = jobs[0]
+    if job.configuration.deterministic:
+        job.backend.repeat_exactly()
+    stream = job.configuration.stream(job.load(), job.run.seed)
+    configurations = {job.run.method: job.configuration for job in jobs}
+    display.plan(plan(job.learner(stream), stream, configurations, len(jobs) // len(configurations)))

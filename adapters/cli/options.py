@@ -1,143 +1,234 @@
-"""The options of a run, as they are given.
+"""The options of a run: what a command is given, and how tyro is told of it.
 
-Convention: an option left out takes the preset's value.
+``Request`` is what a command asks for. Options that belong to it have a field here; those of a configuration are
+generated from ``adapters.runs.configuration.options``, whatever is registered, and arrive in ``Request.values``.
+
+Convention: an option that is left out is None here and takes the preset's value, or the recorded one.
 """
 
-from dataclasses import dataclass, field
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, make_dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from types import NoneType
+from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 import tyro
 
-from adapters.cli.output import Output
-from adapters.cli.words import worded
-from adapters.networks import DropoutMasks
-from became_core.continual import ClassOrder
+from adapters.benchmarks.catalogue import BENCHMARKS
+from adapters.runs.configuration import GROUPS, options
+from became_core.continual import METHODS, method_names, projector_names
 
-__all__ = ["Options"]
+__all__ = [
+    "BackendName",
+    "Level",
+    "Output",
+    "Request",
+    "described",
+    "is_completing",
+    "parse",
+    "parse_request",
+    "request_of",
+    "request_type",
+]
+
+Level = Literal["debug", "info", "warning", "error"]
+
+
+def described(help_text: str, **more: Any) -> Any:
+    """Return what tyro is told of an option: its help as one paragraph, and no default where there is none."""
+    return tyro.conf.arg(help=" ".join(help_text.split()), help_behavior_hint="", **more)
 
 
 @dataclass(frozen=True)
-@worded
-class Options:
-    """Learn a benchmark's tasks with one or more methods; compare them in a table.
+class Output:
+    """What a command shows."""
 
-    With no option: Split-MNIST (embedded); became, gpm and finetune; one seed.
+    quiet: Annotated[bool, described("Show only errors and results.")] = False
+    log: Annotated[
+        Literal["text", "json"],
+        described(
+            "What standard output has: text, or one JSON object a line for every event and result, and nothing else. "
+            "(default: text)"
+        ),
+    ] = "text"
+    log_level: Annotated[
+        Level | None,
+        described(
+            "What standard error has beside errors: messages of this level and of more serious ones. Without it: "
+            "warnings; with --quiet: nothing."
+        ),
+    ] = None
 
-    An option that shows no default has the preset's value if it is left out.
+    @property
+    def level(self) -> Level:
+        """The level of the log."""
+        return self.log_level or ("error" if self.quiet else "warning")
+
+
+BackendName = Literal["torch", "jax", "tensorflow"]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a command asks for.
+
+    Attributes:
+        methods: the methods to run; None for those of the recorded configuration, or the usual ones.
+        projector: the projector of all methods that name none.
+        preset: the name of a preset; None for "quick", or for the recorded configuration.
+        values: the options of the configuration that were given, by name.
     """
 
-    benchmark: str = "split-mnist"
-    """What to learn: split-mnist, permuted-mnist (both embedded), split-cifar100, split-miniimagenet,
-    split-tinyimagenet."""
-    methods: tuple[str, ...] = ("became", "gpm", "finetune")
-    """Which methods: became, became-paper, coma, ewc, ewc-online, finetune, hat, imm-mean, imm-mode, joint, packnet, a
-    projector by itself: gpm, sgp, gpcns, nscl, ogd, trgp, or both, as in became+trgp; became-0, became-half, became-1
-    and became-grid merge at that alpha, or at the best by the true loss."""
-    projector: Literal["none", "gpm", "sgp", "gpcns", "nscl", "ogd", "trgp"] | None = None
-    """The projector of all methods that name none; became's own is gpm."""
-    seeds: tuple[int, ...] = (0,)
-    """A run for each; a seed names the initial weights and every random draw."""
-    preset: Literal["quick", "paper", "nscl"] = "quick"
-    """The published protocol, or the same protocol on a schedule that two CPU cores finish; nscl, that of Adam-NSCL, is
-    for split-cifar100 and split-tinyimagenet."""
-    network: str | None = None
-    """The backbone: mlp, alexnet, resnet18."""
-    norm: Literal["batch", "running", "group"] | None = None
-    """What alexnet and resnet18 normalise by: the batch's statistics, in testing too; in all but training running ones,
-    estimated anew for every model; or each image's own, over groups of channels."""
-    tasks: int | None = None
-    """How many tasks the classes are split into; it must divide them."""
-    class_order: ClassOrder = "label"
-    """How classes are dealt to tasks: in the order of their labels, or in one that the seed draws."""
-    first: int | None = None
-    """Learn the first so many of them only."""
-    epochs: int | None = None
-    """Epochs of stage 1 (at most so many, if the schedule stops by itself)."""
-    stage2_epochs: int | None = None
-    """Epochs of stage 2."""
-    lr: float | None = None
-    """The learning rate that both stages begin with."""
-    head_rate: float | None = None
-    """How many times as fast heads learn, at any learning rate."""
-    norm_rate: float | None = None
-    """Likewise, normalisation and biases."""
-    first_rate: float | None = None
-    """Likewise, all other parameters, in the first task."""
-    optimiser: Literal["sgd", "adam"] | None = None
-    """What turns gradients into steps."""
-    momentum: float | None = None
-    """SGD's momentum."""
-    weight_decay: float | None = None
-    """What each parameter adds of itself to its gradient."""
-    batch_size: int | None = None
-    """Samples a step, in training and in evaluation."""
-    augment: bool | None = None
-    """Whether training images are cropped at random, after padding by 4 pixels, and flipped left to right."""
-    validation: float | None = None
-    """Fraction of each task's training samples held out."""
-    threshold: float | None = None
-    """Epsilon of gpm, sgp, gpcns and trgp for the first task."""
-    increment: float | None = None
-    """What epsilon grows by from task to task."""
-    scale: float | None = None
-    """The scale of sgp's and gpcns's importances."""
-    nscl_ratio: float | None = None
-    """How far above the smallest eigenvalue nscl still calls a direction null."""
-    norm_penalty: float | None = None
-    """The strength of a pull, as in ewc, on what gpm, sgp, gpcns, nscl and trgp cannot protect: normalisation and
-    biases; at 0 these are frozen after the first task."""
-    ogd_samples: int | None = None
-    """Training samples of each task whose gradients ogd keeps."""
-    ogd_capacity: int | None = None
-    """How many directions ogd keeps in all."""
-    decay: float | None = None
-    """Gamma, what old tasks' curvature is multiplied by at each new one, in became, became-paper and ewc-online."""
-    ewc_strength: float | None = None
-    """EWC's lambda."""
-    imm_transfer: bool | None = None
-    """Whether imm trains a task from the model before it, or from the initial weights."""
-    imm_pull: float | None = None
-    """The strength of imm's pull to the model before (L2-transfer)."""
-    coma_alpha: tuple[float, ...] | None = None
-    """coma's coefficients, one a merge; the last one stays."""
-    grid_points: int | None = None
-    """How many coefficients became-grid tries."""
-    packnet_share: float | None = None
-    """The share of a layer's free weights that packnet prunes at each task."""
-    hat_sharpness: float | None = None
-    """How steep hat's gates become within an epoch."""
-    hat_sparsity: float | None = None
-    """What the units that a task uses cost in hat."""
-    per: Literal["model", "layer", "leaf"] | None = None
-    """What shares a coefficient in became."""
-    precision: Literal["diagonal", "kronecker", "exact"] | None = None
-    """The curvatures became merges by: both sides' diagonals, both sides' Kronecker factors, or the new task's exact
-    one along the path beside the old tasks' calibrated diagonal."""
-    projector_samples: int | None = None
-    """Training samples of each task for the projector's memory; 0 for all."""
-    curvature_samples: int | None = None
-    """Training samples of each task for Fisher information and directional curvature; 0 for all."""
-    path_points: int = 0
-    """Trace the true loss and accuracy at so many points of every merging path."""
-    data_dir: Path | None = None
-    """A folder in the hub's layout; else the environment variable BECAME_DATA_DIR; else the hub."""
-    device: str = "auto"
-    """Where to compute: auto, cpu, cuda, cuda:1, …"""
-    mixed_precision: bool = False
-    """Multiply in bfloat16 in training steps; weights, losses, normalisation, memory and all that is measured stay
-    float32. A CPU without instructions for it only pretends to, ten times slower: see --dry-run."""
-    dropout_masks: DropoutMasks = "numpy"
-    """What draws dropout's masks: NumPy, the same ones for every framework, or the framework's own generator, which is
-    where the network is."""
-    deterministic: bool = False
-    """Use operations alone that give the same bits every time, which a GPU's usual ones do not; a CPU's do anyway."""
-    out: Path | None = None
-    """The folder for results; runs/BENCHMARK-PRESET if not given."""
-    dry_run: bool = False
-    """Show the configuration, the numbers of parameters and of steps, and an estimate of the time; learn nothing."""
-    resume: bool = False
-    """Go on with what the folder holds, and fail if it holds nothing; a run of another backend is then gone on with."""
-    tracker: Literal["none", "tensorboard", "trackio"] = "none"
-    """What scalars are also written for, as a run goes: TensorBoard, beside the results, or Trackio."""
-    output: Annotated[Output, tyro.conf.arg(name="")] = field(default_factory=Output)
+    backend: Annotated[
+        BackendName | None,
+        described("The framework; without it the recorded one, or the first of these that is installed."),
+    ] = None
+    methods: tuple[str, ...] | None = None
+    projector: str | None = None
+    seeds: Annotated[
+        tuple[int, ...] | None,
+        described("A run for each seed; the seed determines the initial weights and all random draws. (default: 0)"),
+    ] = None
+    preset: str | None = None
+    config: Annotated[
+        Path | None, described("The config.json of a run; its values are used instead of a preset's.")
+    ] = None
+    out: Annotated[Path | None, described("The folder for results. (default: runs/BENCHMARK-PRESET)")] = None
+    dry_run: Annotated[
+        bool,
+        described(
+            "Show the configuration, the numbers of parameters and steps, and an estimate of the time; learn nothing."
+        ),
+    ] = False
+    resume: Annotated[
+        bool,
+        described(
+            "Fail if the folder holds nothing to resume; and resume runs of another backend too, instead of refusing."
+        ),
+    ] = False
+    output: Output = field(default_factory=Output)
+    values: Mapping[str, Any] = field(default_factory=dict)
+
+
+def parse_request(prog: str, arguments: Sequence[str] | None, *, backend: bool) -> Request:
+    """Return what the arguments of a run ask for; a question for help and a mistake end the program.
+
+    Args:
+        prog: the name of the command.
+        arguments: its words; those of this process if None.
+        backend: whether ``--backend`` is an option.
+    """
+    kind = request_type(backend=backend, completing=is_completing(arguments))
+    return request_of(parse(kind, prog, arguments))
+
+
+def request_type(*, backend: bool, completing: bool) -> type:
+    """Return a dataclass from which tyro makes the options of a run.
+
+    Args:
+        backend: whether ``--backend`` is one of them.
+        completing: whether tyro writes a shell's completion. Only then does it know the registered names as choices:
+            otherwise it would itself refuse an unknown name, without saying which known one is nearest.
+    """
+
+    def name_option(names: Iterable[str], help_text: str, *, several: bool = False) -> Any:
+        return Annotated[_names_type(names if completing else None, several=several), described(help_text)]
+
+    presets = dict.fromkeys(name for benchmark in BENCHMARKS for name in BENCHMARKS[benchmark].presets)
+    methods, projectors = sorted(method_names()), projector_names()
+    combined = [
+        f"{method}+{projector}" for method in METHODS.names if not METHODS[method].alone for projector in projectors
+    ]
+    registered = {
+        "methods": name_option(
+            [*methods, *combined],
+            f"Which methods: {', '.join(methods)}; or a method with a projector, as in became+trgp. (default: "
+            "became gpm finetune)",
+            several=True,
+        ),
+        "projector": name_option(
+            projectors,
+            f"The projector of all methods that name none: {', '.join(projectors)}. Without it became and its "
+            "variants have gpm, and other methods none.",
+        ),
+        "preset": name_option(
+            presets,
+            f"What gives the values of all options that are left out: {', '.join(presets)}; became list presets says "
+            "where each is from. (default: quick)",
+        ),
+    }
+    members: list[tuple[str, Any, Any]] = []
+    hints = get_type_hints(Request, include_extras=True)
+    for each in fields(Request):
+        if each.name == "output":  # it comes last
+            members += [(group, *member) for group, member in _groups(completing).items()]
+        if each.name != "values" and (backend or each.name != "backend"):
+            default = field(default=each.default, default_factory=each.default_factory)
+            members.append((each.name, registered.get(each.name, hints[each.name]), default))
+    kind = make_dataclass("Run", members, frozen=True)
+    kind.__doc__ = (
+        "Learn a benchmark's tasks with one or more methods; compare them in a table.\n\n"
+        "Without options: Split-MNIST (embedded); became, gpm and finetune; one seed.\n\n"
+        "An option that shows no default has the preset's value if it is left out."
+    )
+    return kind
+
+
+def _groups(completing: bool) -> dict[str, tuple[Any, Any]]:
+    """The options of a configuration by group, each group as the type and the default of a field."""
+    groups: dict[str, list[tuple[str, Any, Any]]] = {group: [] for group in GROUPS}
+    for option in options().values():
+        kind: Any = option.type | None
+        markers: list[Any] = [described(option.help)]
+        if option.flag:
+            kind = bool
+        elif option.names:
+            kind = _names_type(option.names if completing else None, several=False)
+        elif set(get_args(kind)) == {bool, NoneType}:  # three values, which a flag does not have
+            markers.append(tyro.conf.FlagConversionOff)
+        default = False if option.flag else None
+        groups[option.group].append((option.name, Annotated[kind, *markers], field(default=default)))
+    made = {}
+    for group, members in groups.items():
+        kind = make_dataclass(group, members, frozen=True)
+        kind.__doc__ = GROUPS[group]
+        made[group] = kind, field(default_factory=kind)
+    return made
+
+
+def request_of(parsed: Any) -> Request:
+    """Return the request that an instance of ``request_type`` holds."""
+    known, values = options(), dict[str, Any]()
+    for group in GROUPS:
+        values |= vars(getattr(parsed, group))
+    # A flag that is left out is False, and asks for nothing.
+    asked = {name: value for name, value in values.items() if value is not None and (value or not known[name].flag)}
+    own = {each.name: getattr(parsed, each.name) for each in fields(Request) if hasattr(parsed, each.name)}
+    return Request(**own, values=asked)
+
+
+def _names_type(choices: Iterable[str] | None, *, several: bool) -> Any:
+    """Return the type of an option whose values are registered names, all of them known to tyro or none."""
+    spec: tyro.constructors.PrimitiveConstructorSpec[Any] = tyro.constructors.PrimitiveConstructorSpec(
+        nargs="*" if several else 1,
+        metavar="[NAME [NAME ...]]" if several else "NAME",
+        instance_from_str=lambda words: tuple(words) if several else words[0],
+        is_instance=lambda value: value is None or isinstance(value, tuple if several else str),
+        str_from_instance=lambda value: [],  # of the default, which is None and not shown
+        choices=None if choices is None else tuple(choices),
+    )
+    return Annotated[Any, spec]
+
+
+def parse(kind: Any, prog: str, arguments: Sequence[str] | None, description: str | None = None) -> Any:
+    """Return what the arguments hold, of this kind; a question for help and a mistake end the program."""
+    # What is left out is None, and a flag that is left out is off: neither is shown in the help.
+    config = (tyro.conf.OmitArgPrefixes, tyro.conf.DisallowNone, tyro.conf.FlagCreatePairsOff)
+    return tyro.cli(kind, prog=prog, args=arguments, description=description, config=config)
+
+
+def is_completing(arguments: Sequence[str] | None) -> bool:
+    """Return whether the arguments ask tyro for a shell's completion."""
+    given = sys.argv[1:] if arguments is None else arguments
+    return any(word.startswith(("--tyro-write-completion", "--tyro-print-completion")) for word in given)

@@ -1,125 +1,236 @@
-"""Runs in their folders: begun or gone on with, saved after every epoch, stopped by a signal only once it is saved."""
+"""Runs in their folders: started or resumed, saved after every epoch, stopped by a signal only once they are saved."""
 
-from collections.abc import Iterator, Sequence
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
-from typing import Any
+from types import FrameType, TracebackType
+from typing import Any, Self, get_args
 
+from adapters.benchmarks.catalogue import BENCHMARKS
 from adapters.benchmarks.location import data_directory
-from adapters.cli.backend import Backend
-from adapters.cli.configuration import Configuration
-from adapters.cli.display import Display
-from adapters.cli.given import given
-from adapters.cli.interruption import Interruption
-from adapters.cli.logs import LOGGER
-from adapters.cli.options import Options
+from adapters.cli.backend import Backend, BackendName
+from adapters.cli.display import LOGGER, Display
+from adapters.cli.options import Request
 from adapters.runs import RunDirectory, RunResult, write_summary
-from adapters.runs.directory import check_writable
+from adapters.runs.configuration import PRESET, Configuration, full_method_name
+from adapters.runs.directory import check_writable, read_record
 from adapters.runs.events import place
 from adapters.tracking import Tracker, Writer, open_writer
 from became_core import BecameError
-from became_core.continual import Callback, Dataset, RunState, TaskStream, learn
+from became_core.continual import Callback, Dataset, Learner, RunState, TaskStream, learn, projector_names
+from became_core.registry import nearest
 
-__all__ = ["Job", "run_jobs"]
+__all__ = ["InterruptedRun", "Interruption", "Job", "requested_jobs", "run_jobs", "unfinished_jobs"]
+
+METHODS_BY_DEFAULT = ("became", "gpm", "finetune")
 
 
 @dataclass(frozen=True)
 class Job:
-    """A run to carry out.
+    """A run to start or to resume.
 
     Attributes:
         run: where it is.
         backend: what it runs on.
-        options: as given, for this run or for several.
-        configuration: what they resolve to.
+        configuration: what it does.
+        preset: the preset that the configuration was made from.
+        resume: whether it may resume a run of another backend.
     """
 
     run: RunDirectory
     backend: Backend
-    options: Options
     configuration: Configuration
-
-    @property
-    def of(self) -> tuple[str, dict[str, Any]]:
-        """The benchmark's name and the configuration as it is recorded."""
-        return self.configuration.benchmark.name, self.configuration.record()
+    preset: str | None = None
+    resume: bool = False
 
     def finished(self) -> RunResult | None:
         """Return the result if the run has finished before."""
-        return self.run.finished(self.backend.name, *self.of)
+        return self.run.finished(self.backend.name, self.configuration.to_json())
 
     def check_unfinished(self) -> str:
-        """Return the backends that will have worked on the run; it raises if it is not to be gone on with."""
-        return self.run.check_unfinished(self.backend.name, *self.of, resume=self.options.resume)
+        """Return the backends that will have worked on the run; raise a BecameError if it cannot be resumed."""
+        return self.run.check_unfinished(self.backend.name, self.configuration.to_json(), resume=self.resume)
 
     def load(self) -> Dataset:
-        """Return what its tasks are made of."""
-        return self.configuration.benchmark.load(data_directory(self.options.data_dir))
+        """Return the data set of the benchmark."""
+        return BENCHMARKS[self.configuration.benchmark].load(data_directory(self.configuration.data_dir))
+
+    def learner(self, stream: TaskStream) -> Learner:
+        """Return a fresh learner of these tasks."""
+        configuration = self.configuration
+        return self.backend.learner(
+            configuration.network,
+            stream,
+            configuration.device,
+            self.run.seed,
+            norm=configuration.norm,
+            mixed_precision=configuration.mixed_precision,
+            dropout_masks=configuration.dropout_masks,
+        )
 
     def write_config(self, backends: str, stream: TaskStream) -> None:
         """Write what runs, and with which options."""
-        self.run.write_config(backends, *self.of, stream, given=given(self.options))
+        config, hints = self.configuration.to_json(), self.configuration.hints()
+        self.run.write_config(backends, config, stream, hints=hints, preset=self.preset)
+
+    def writer(self) -> Writer | None:
+        """Return what writes the run's scalars for a tracker, if one is asked for."""
+        tracker = self.configuration.tracker
+        return None if tracker == "none" else open_writer(tracker, self.run.folder)
+
+
+def requested_jobs(request: Request, backend: Backend) -> list[Job]:
+    """Return the runs that a command asks for, by seed and then by method.
+
+    Raises:
+        BecameError: if a name is unknown, a value cannot be used, or there is nothing to resume where there should be.
+    """
+    record = None if request.config is None else read_record(request.config)
+    values, preset = dict(request.values), request.preset
+    methods, seeds = request.methods, request.seeds
+    if record is not None:
+        if preset is not None:
+            raise BecameError("--config and --preset both give the values of all options; give one of them.")
+        configuration = record.configuration
+        values = {**vars(configuration), **configuration.settings, **values}
+        del values["settings"]
+        preset = record.preset
+        methods = (record.method,) if methods is None else methods
+        seeds = (record.seed,) if seeds is None else seeds
+    methods = METHODS_BY_DEFAULT if methods is None else methods
+    seeds = (0,) if seeds is None else seeds
+    if not methods or not seeds:
+        raise BecameError("give at least one method and one seed.")
+    if min(seeds) < 0:
+        raise BecameError(f"the seed {min(seeds)} is negative; give 0 or more.")
+    projector = request.projector
+    if projector is not None and projector not in projector_names():
+        raise BecameError(f"there is no projector '{projector}'{nearest(projector, projector_names())}.")
+    names = [full_method_name(method, projector) for method in methods]
+    configurations = {name: Configuration.of(values, name, preset) for name in names}
+    benchmark = configurations[names[0]].benchmark
+    out = request.out or Path("runs") / f"{benchmark}-{preset or PRESET}"
+    jobs = [
+        Job(RunDirectory(out, name, seed), backend, configurations[name], preset or PRESET, request.resume)
+        for seed in seeds
+        for name in names
+    ]
+    if request.resume and not any(job.run.started for job in jobs):
+        raise BecameError(f"{out} holds nothing to resume; leave out --resume to start.")
+    return jobs
+
+
+def unfinished_jobs(
+    out: Path,
+    load: Callable[[BackendName], Backend],
+    *,
+    backend: BackendName | None = None,
+    data_dir: Path | None = None,
+    device: str | None = None,
+) -> list[Job]:
+    """Return the runs of a folder that have started, or were to, and have no results.
+
+    Args:
+        out: a folder that ``--out`` named.
+        load: returns a backend by its name; called once for each that is needed.
+        backend: what they are resumed on; if None, each on the backend that worked on it last.
+        data_dir: where the data is; if None, where it was, if that still exists.
+        device: where to compute; if None, where it was or, on another backend, "auto".
+
+    Raises:
+        BecameError: if there are none, or a file does not hold a run's configuration.
+    """
+    files = sorted(out.glob("*/config.json"))
+    if not files:
+        raise BecameError(f"{out} holds no runs; give a folder that --out named.")
+    load = cache(load)
+    jobs = []
+    for file in files:
+        if (file.parent / "results.json").exists():
+            continue
+        record = read_record(file)
+        name = backend or record.backend
+        if name not in get_args(BackendName):
+            raise BecameError(f"{file} is of a run on {name}; say with --backend what to resume it on.")
+        before = record.configuration
+        usual = before.device if name == record.backend else "auto"
+        configuration = replace(before, data_dir=data_dir or before.data_dir, device=device or usual)
+        run = RunDirectory(out, record.method, record.seed)
+        jobs.append(Job(run, load(name), configuration, record.preset, resume=True))
+    if not jobs:
+        raise BecameError(f"all runs in {out} are finished; there is nothing to resume.")
+    return jobs
 
 
 def run_jobs(jobs: Sequence[Job], display: Display) -> list[RunResult]:
-    """Begin runs or go on with them, one after the other; return their results, which are saved then.
+    """Start runs or resume them, one after the other; return their results, which are saved then.
 
     Raises:
-        BecameError: if one cannot begin or go on, before any does where that can be known; the message names the last
-            good checkpoint of one that failed, if there is one.
-        InterruptedRun: if it was stopped by a signal.
+        BecameError: if a run cannot start or be resumed, before any does where that can be known; the message names the
+            last good checkpoint of a run that failed, if there is one.
+        InterruptedRun: if a run was stopped by a signal.
     """
-    finished = [job.finished() for job in jobs]
-    to_do = [job for job, result in zip(jobs, finished, strict=True) if result is None]
+    for backend in {id(job.backend): job.backend for job in jobs if job.configuration.deterministic}.values():
+        backend.repeat_exactly()
+    results = [job.finished() for job in jobs]
+    to_do = [job for job, result in zip(jobs, results, strict=True) if result is None]
+    for run in (job.run for job, result in zip(jobs, results, strict=True) if result is not None):
+        # A process that was killed after it had saved the result can have left files, and the summary without this run.
+        # A folder that cannot be written to, or that another process is at work in, is shown as it is.
+        with suppress(BecameError), run.locked():
+            write_summary(run.out)
     for job in to_do:
         job.check_unfinished()
-        _writer(job)
+        job.writer()
     datasets: dict[tuple[str, Path | None], Dataset] = {}
     for job in to_do:
         check_writable(job.run.out)
-        key = job.configuration.benchmark.name, job.options.data_dir
+        key = job.configuration.benchmark, job.configuration.data_dir
         if key not in datasets:
             datasets[key] = job.load()
             LOGGER.debug("%s: %d images are read", key[0], len(datasets[key].images))
         stream = job.configuration.stream(datasets[key], job.run.seed)
-        if not job.run.begun:
-            # So that `became resume` knows of all. What another process is at work on is in its hands.
+        if not job.run.started:
+            # So that `became resume` knows of all runs. One that another process is working on is left to it.
             with suppress(BecameError), job.run.locked():
                 job.write_config(job.backend.name, stream)
-    results = []
-    for job, result in zip(jobs, finished, strict=True):
+    finished = []
+    for job, result in zip(jobs, results, strict=True):
         before = result is not None
         if result is None:
-            dataset = datasets[job.configuration.benchmark.name, job.options.data_dir]
+            dataset = datasets[job.configuration.benchmark, job.configuration.data_dir]
             result = _run_to_its_end(job, job.configuration.stream(dataset, job.run.seed), display)
             write_summary(job.run.out)
         display.result(job.run, result, before=before)
-        results.append(result)
-    return results
+        finished.append(result)
+    return finished
 
 
 def _run_to_its_end(job: Job, stream: TaskStream, display: Display) -> RunResult:
     run, backend, configuration = job.run, job.backend, job.configuration
-    benchmark, config = job.of
     with run.locked():
-        done = job.finished()
-        if done is not None:  # by another process, while this one was busy
-            return done
+        result = job.finished()
+        if result is not None:  # another process has finished it meanwhile
+            return result
         backends = job.check_unfinished()
-        learner = configuration.learner(backend, stream, job.options.device, run.seed)
-        method, training = configuration.method(run.method), configuration.preset.training
+        learner = job.learner(stream)
+        method, training = configuration.method(run.method), configuration.training()
         checkpoints = run.checkpoints(stream, method, training)
         state = checkpoints.load(learner, lambda note: LOGGER.warning("%s: %s", run.name, note))
         job.write_config(backends, stream)
         events = replace(run.events, backend=backend.name)
         with (
             Interruption() as interruption,
-            display.watching(run, backend.name, len(stream.tasks), method.stages) as shown,
+            display.watching(run, backend.name, len(stream.tasks), method.stages) as progress,
             _tracked(job) as tracker,
         ):
-            # Trackers come after checkpoints: what they write down is then saved.
-            callbacks = shown, events, checkpoints, tracker, _Stopping(interruption, run.name)
+            # The tracker comes after the checkpoints: what it writes is then saved.
+            callbacks = progress, events, checkpoints, tracker, _Stopping(interruption, run.name)
             try:
                 record = learn(learner, stream, method, training, seed=run.seed, callbacks=callbacks, state=state)
             except BecameError as error:
@@ -127,6 +238,7 @@ def _run_to_its_end(job: Job, stream: TaskStream, display: Display) -> RunResult
                 if last is None:
                     raise
                 raise BecameError(f"{str(error).removesuffix('.')}; the last good checkpoint is {last}.") from None
+            benchmark, config = configuration.benchmark, configuration.to_json()
             result = RunResult.of(
                 record, backend=backends, benchmark=benchmark, method=run.method, seed=run.seed, config=config
             )
@@ -137,29 +249,68 @@ def _run_to_its_end(job: Job, stream: TaskStream, display: Display) -> RunResult
 
 @contextmanager
 def _tracked(job: Job) -> Iterator[Callback]:
-    """A callback that tracks the run, if that is asked for."""
-    writer = _writer(job)
+    """A callback that gives the run's scalars to a tracker, if one is asked for."""
+    writer = job.writer()
     if writer is None:
         yield Callback()
     else:
-        benchmark, config = job.of
-        about = {"backend": job.backend.name, "benchmark": benchmark, "method": job.run.method, "seed": job.run.seed}
-        with Tracker(writer, {**about, **config}) as tracker:
+        about = {"backend": job.backend.name, "method": job.run.method, "seed": job.run.seed}
+        with Tracker(writer, {**about, **job.configuration.to_json()}) as tracker:
             yield tracker
-
-
-def _writer(job: Job) -> Writer | None:
-    return None if job.options.tracker == "none" else open_writer(job.options.tracker, job.run.folder)
 
 
 @dataclass(frozen=True)
 class _Stopping(Callback):
     """Ends a run between two epochs if there was a signal."""
 
-    interruption: Interruption
+    interruption: "Interruption"
     name: str
 
     def on_state(self, state: RunState) -> None:
         """Stop, unless the run is over anyway."""
         if state.task < len(state.record.accuracy):
             self.interruption.check(f"{self.name} is saved after {place(state)}")
+
+
+class InterruptedRun(Exception):  # noqa: N818 # it is no error
+    """A run was stopped by a signal after it was saved; the message says where."""
+
+    def __init__(self, message: str, number: int) -> None:
+        """Hold the message, and the exit status that says which signal it was."""
+        super().__init__(message)
+        self.status = 128 + number
+
+
+class Interruption:
+    """Notes SIGINT and SIGTERM for the time of this context; the same signal once more does what it usually does."""
+
+    def __init__(self) -> None:
+        """Prepare to listen."""
+        self._received: int | None = None
+        self._usual: dict[int, Any] = {}
+
+    def __enter__(self) -> Self:
+        """Listen, where a program may: in its main thread."""
+        if threading.current_thread() is threading.main_thread():
+            self._usual = {each: signal.signal(each, self._note) for each in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        """Listen no more."""
+        for number, usual in self._usual.items():
+            signal.signal(number, usual)
+
+    def check(self, where: str) -> None:
+        """Raise an InterruptedRun if there was a signal.
+
+        Args:
+            where: what has been saved, for the message.
+        """
+        if self._received is not None:
+            raise InterruptedRun(where, self._received)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self._received = number
+        signal.signal(number, self._usual[number])
+        # Not print: the signal may have come within one.
+        os.write(2, b"\nthe epoch is finished and saved first; the same signal again stops at once.\n")

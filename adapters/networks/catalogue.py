@@ -29,6 +29,7 @@ from adapters.networks.layers import (
     Residual,
 )
 from became_core import BecameError
+from became_core.registry import Catalogue
 
 __all__ = ["NETWORKS", "Norm", "alexnet", "build_network", "mlp", "resnet18"]
 
@@ -113,11 +114,9 @@ def _assert_at_least(side: int, name: str, height: int, width: int) -> None:
         raise BecameError(f"the {name} network needs images of at least {side}x{side} pixels, not {height}x{width}.")
 
 
-NETWORKS: dict[str, Callable[[int, int, int, Norm], Architecture]] = {
-    "alexnet": alexnet,
-    "mlp": mlp,
-    "resnet18": resnet18,
-}
+NETWORKS: Catalogue[Callable[[int, int, int, Norm], Architecture]] = Catalogue(
+    "became.networks", "network", {"alexnet": alexnet, "mlp": mlp, "resnet18": resnet18}
+)
 
 
 def build_network(name: str, shape: tuple[int, int, int], norm: Norm = "batch") -> Architecture:
@@ -126,6 +125,4 @@ def build_network(name: str, shape: tuple[int, int, int], norm: Norm = "batch") 
     Raises:
         BecameError: if there is none, it has no such normalisation, or the images are too small for it.
     """
-    if name not in NETWORKS:
-        raise BecameError(f"there is no network '{name}'; choose from {', '.join(sorted(NETWORKS))}.")
     return NETWORKS[name](*shape, norm)

@@ -7,6 +7,7 @@ there once its JSON is. Nothing in them is executed.
 Convention: a checkpoint's number counts the epochs and tasks that are done.
 """
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,17 +19,25 @@ from safetensors.numpy import load as unpacked
 from safetensors.numpy import save as packed
 
 from adapters.runs.encoding import HostArrays, MisfitError, decoded, encoded
-from adapters.runs.files import DamagedError, digest, read_file, read_sealed, write_file, write_sealed
+from adapters.runs.files import (
+    DamagedError,
+    digest,
+    read_file,
+    read_sealed,
+    remove_temporary_files,
+    write_file,
+    write_sealed,
+)
 from adapters.runs.settings import describe, difference
 from became_core import BecameError
 from became_core.arrays import Params, device, namespace, on_host
 from became_core.continual import Callback, Learner, Method, RunState, TaskStream, Training
 
-__all__ = ["Checkpoints"]
+__all__ = ["Checkpoints", "tidy"]
 
 FORMAT = 1
 KEPT = 2
-SUFFIXES = ("json", "safetensors")
+FILE = r"(\d{6,})\.(?:json|safetensors)"
 
 
 @dataclass(frozen=True)
@@ -70,7 +79,7 @@ class Checkpoints(Callback):
             self._file(number, "json"),
             {"format": FORMAT, "settings": self.settings, "arrays": digest(content), "state": plain},
         )
-        self._tidy()
+        tidy(self.folder)
 
     def load(self, learner: Learner, say: Callable[[str], None] = lambda note: None) -> RunState | None:
         """Return the state of the last checkpoint that is whole, in the learner's arrays; None if there is none at all.
@@ -95,7 +104,7 @@ class Checkpoints(Callback):
 
     def numbers(self) -> list[int]:
         """Return the numbers of the checkpoints that are there, in order."""
-        return sorted(int(file.stem) for file in self.folder.glob("*.json") if file.stem.isdecimal())
+        return _numbers(self.folder)
 
     @property
     def last(self) -> Path | None:
@@ -150,16 +159,30 @@ class Checkpoints(Callback):
             _check_fit(file, weights, theta)
         return state
 
-    def _tidy(self) -> None:
-        """Remove all checkpoints but the last ones, and what writings left that were cut short."""
-        names = {self._file(number, suffix).name for number in self.numbers()[-KEPT:] for suffix in SUFFIXES}
-        try:
-            for file in sorted(self.folder.iterdir()):  # a JSON goes before its arrays
-                number, suffix, *_ = [*file.name.removeprefix(".").split("."), ""]
-                if file.name not in names and number.isdecimal() and suffix in SUFFIXES:
-                    file.unlink(missing_ok=True)
-        except OSError as error:
-            raise BecameError(f"cannot tidy {self.folder}: {error.strerror}.") from None
+
+def tidy(folder: Path) -> None:
+    """Remove all checkpoints but the last two, arrays without their JSON, and temporary files of killed processes.
+
+    Only a process that keeps all others out of the run's folder may call this. Files with other names stay.
+
+    Raises:
+        BecameError: if a file cannot be removed.
+    """
+    if not folder.is_dir():
+        return
+    remove_temporary_files(folder, FILE)
+    last = _numbers(folder)[-KEPT:]
+    try:
+        for file in sorted(folder.iterdir()):  # a JSON goes before its arrays, which are nothing without it
+            match = re.fullmatch(FILE, file.name)
+            if match and int(match[1]) not in last:
+                file.unlink(missing_ok=True)
+    except OSError as error:
+        raise BecameError(f"cannot tidy {folder}: {error.strerror}.") from None
+
+
+def _numbers(folder: Path) -> list[int]:
+    return sorted(int(file.stem) for file in folder.glob("*.json") if file.stem.isdecimal())
 
 
 def _weights(state: RunState) -> list[Params]:

@@ -2,7 +2,7 @@
 
 | in a run's folder | what it is |
 | --- | --- |
-| config.json | what runs: configuration, options given, backend, versions, git revision, a digest of the data |
+| config.json | what runs: configuration, hints, backend, versions, git revision, a digest of the data |
 | events.jsonl | what happened, line by line |
 | events.out.tfevents.… | the same for TensorBoard, if asked for |
 | checkpoints/ | the last two states, to go on from |
@@ -10,20 +10,23 @@
 | lock | while a process is at work in it |
 
 A file is written whole under another name and then renamed, so that what is there is never half a file; JSON is sealed.
+A killed process can leave such another name, a checkpoint too many and its lock: whoever locks next removes them.
 """
 
 import csv
 import io
 import json
-import os
-from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from adapters.runs.checkpoints import Checkpoints
+from adapters.runs.checkpoints import Checkpoints, tidy
+from adapters.runs.configuration import Configuration
 from adapters.runs.events import EventLog
-from adapters.runs.files import DamagedError, read_sealed, write_file, write_sealed
+from adapters.runs.files import DamagedError, read_sealed, remove_temporary_files, write_file, write_sealed
 from adapters.runs.lock import locked
 from adapters.runs.provenance import revision, versions
 from adapters.runs.results import RunResult
@@ -31,7 +34,16 @@ from adapters.runs.settings import difference, fingerprint
 from became_core import BecameError
 from became_core.continual import Method, TaskStream, Training
 
-__all__ = ["RunDirectory", "check_writable", "read_results", "write_summary"]
+__all__ = [
+    "Record",
+    "RunDirectory",
+    "check_writable",
+    "finished_runs",
+    "read_record",
+    "read_result",
+    "read_results",
+    "write_summary",
+]
 
 
 @dataclass(frozen=True)
@@ -68,53 +80,65 @@ class RunDirectory:
         return EventLog(self.folder / "events.jsonl")
 
     @property
-    def begun(self) -> bool:
-        """Whether there is anything to go on from, or a result."""
+    def started(self) -> bool:
+        """Whether there is a checkpoint to resume from, or a result."""
         return self.results_file.exists() or any((self.folder / "checkpoints").glob("*.json"))
 
     def checkpoints(self, stream: TaskStream, method: Method, training: Training) -> Checkpoints:
         """Return the run's checkpoints."""
         return Checkpoints(self.folder / "checkpoints", stream, method, training, self.seed)
 
-    def locked(self) -> AbstractContextManager[None]:
-        """Keep other processes out for the time of this context."""
-        return locked(self.folder / "lock")
-
-    def finished(self, backend: str, benchmark: str, config: dict[str, Any]) -> RunResult | None:
-        """Return the result if this very run has finished before, None if it has not.
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other processes out for the time of this context; first remove what killed processes left.
 
         Raises:
-            BecameError: if the place holds another configuration's run, or a file that is no result.
+            BecameError: if another process is at work in the folder, or it cannot be written to.
+        """
+        with locked(self.folder / "lock") as alone:
+            if alone:
+                remove_temporary_files(self.folder, r"(?:config|results)\.json")
+                tidy(self.folder / "checkpoints")
+            yield
+
+    def finished(self, backend: str, config: dict[str, Any]) -> RunResult | None:
+        """Return the result if this very run has finished before, None if it has not.
+
+        Args:
+            backend: the name of the present backend.
+            config: the run's configuration, as ``Configuration.to_json`` gives it.
+
+        Raises:
+            BecameError: if the folder holds another configuration's run, or a file that is no result.
         """
         if not self.results_file.exists():
             return None
-        found = _read(self.results_file)
-        theirs = {"backend": _last(found.backend), "benchmark": found.benchmark, **found.config}
-        _check_equal(self.results_file, theirs, {"backend": backend, "benchmark": benchmark, **config})
-        return found
+        result = read_result(self.results_file)
+        theirs = {"backend": _last(result.backend), **result.config}
+        _check_equal(self.results_file, theirs, {"backend": backend, **config})
+        return result
 
-    def check_unfinished(self, backend: str, benchmark: str, config: dict[str, Any], *, resume: bool) -> str:
-        """Return the backends that have worked on this run by the end, in order: "torch", or "torch+jax".
+    def check_unfinished(self, backend: str, config: dict[str, Any], *, resume: bool) -> str:
+        """Return the backends that will have worked on this run, in order: "torch", or "torch+jax".
 
         Args:
-            backend: the present one.
-            benchmark: its name.
-            config: the configuration.
-            resume: whether another backend's run may be gone on with.
+            backend: the name of the present backend.
+            config: the run's configuration.
+            resume: whether a run of another backend may be resumed.
 
         Raises:
             BecameError: if there are checkpoints of another configuration's run, or of another backend's.
         """
-        if not self.begun:  # then a configuration alone is nothing that could be lost
+        if not self.started:  # then a configuration alone is nothing that could be lost
             return backend
         try:
-            found = read_sealed(self.config_file)
-            before, theirs = str(found["backend"]), {"benchmark": found["benchmark"], **found["config"]}
-        except (DamagedError, KeyError, TypeError):
+            record = read_sealed(self.config_file)
+            before, theirs = str(record["backend"]), dict(record["config"])
+        except (DamagedError, KeyError, TypeError, ValueError):
             raise BecameError(
                 f"{self.config_file} is damaged; move {self.folder} away or choose another --out."
             ) from None
-        _check_equal(self.config_file, theirs, {"benchmark": benchmark, **config})
+        _check_equal(self.config_file, theirs, config)
         if _last(before) == backend:
             return before
         if not resume:
@@ -127,20 +151,29 @@ class RunDirectory:
     def write_config(
         self,
         backends: str,
-        benchmark: str,
         config: dict[str, Any],
         stream: TaskStream,
         *,
-        given: dict[str, Any] | None = None,
+        hints: dict[str, Any] | None = None,
+        preset: str | None = None,
     ) -> None:
-        """Write what runs, and with what; ``given`` is what a command needs to go on with it by itself."""
+        """Write what runs, and with what.
+
+        Args:
+            backends: all that have worked on the run, "torch" or "torch+jax".
+            config: the run's configuration.
+            stream: its tasks.
+            hints: the values that the result does not depend on, with which a resumed run goes on by default.
+            preset: the name of the preset that the configuration was made from.
+        """
         values = {
             "backend": backends,
-            "benchmark": benchmark,
+            "benchmark": config.get("benchmark"),
             "method": self.method,
             "seed": self.seed,
             "config": config,
-            "given": given,
+            "hints": hints or {},
+            "preset": preset,
             "data": fingerprint(stream.dataset),
             "versions": versions(),
             "revision": revision(),
@@ -152,21 +185,77 @@ class RunDirectory:
         write_sealed(self.results_file, result.to_json(), indent=2)
 
 
+@dataclass(frozen=True)
+class Record:
+    """What a ``config.json`` says of a run.
+
+    Attributes:
+        backend: the last backend that worked on it.
+        method: its method, METHOD or METHOD+PROJECTOR.
+        seed: its seed.
+        preset: the preset that its configuration was made from; None if that is not known.
+        configuration: its configuration, with the hints that still hold.
+    """
+
+    backend: str
+    method: str
+    seed: int
+    preset: str | None
+    configuration: Configuration
+
+
+def read_record(file: Path) -> Record:
+    """Return what a ``config.json`` says of a run; a folder of data that no longer exists is left out.
+
+    Raises:
+        BecameError: if the file is damaged, holds no configuration, or one of another version.
+    """
+    try:
+        values = read_sealed(file)
+    except DamagedError:
+        raise BecameError(f"{file} is damaged; move {file.parent} away.") from None
+    try:
+        method, seed, config = str(values["method"]), int(values["seed"]), dict(values["config"])
+        hints, backend, preset = dict(values["hints"]), _last(str(values["backend"])), values["preset"]
+        hints["data_dir"] = None if hints["data_dir"] is None else Path(hints["data_dir"])
+    except (KeyError, TypeError, ValueError):
+        raise BecameError(f"{file} holds no run's configuration; give the command that started the run.") from None
+    if hints["data_dir"] is not None and not hints["data_dir"].exists():
+        hints["data_dir"] = None
+    configuration = replace(Configuration.from_json(config, method, file=str(file)), **hints)
+    return Record(backend, method, seed, preset, configuration)
+
+
 def check_writable(out: Path) -> None:
     """Raise a BecameError unless files can be made in this folder, which is made if it is not there."""
     try:
         out.mkdir(parents=True, exist_ok=True)
-        probe = out / f".probe-{os.getpid()}"
-        probe.touch()
-        probe.unlink()
+        with tempfile.TemporaryFile(
+            dir=out
+        ):  # it has no name where the system can do without, so a kill leaves nothing
+            pass
     except OSError as error:
         raise BecameError(f"cannot write to {out}: {error.strerror}; choose another --out.") from None
 
 
 def write_summary(out: Path) -> None:
-    """Write ``OUT/summary.csv``, a row for each finished run that the folder holds."""
+    """Write ``OUT/summary.csv``, a row for each finished run that the folder holds.
+
+    Another process that is writing it is waited for: the last to finish a run then sees the results of all.
+
+    Raises:
+        BecameError: if a file is no result, or the folder cannot be written to.
+    """
+    with locked(out / "summary.lock", wait=True) as alone:
+        if alone:
+            remove_temporary_files(out, r"summary\.csv")
+        write_file(out / "summary.csv", _summary(read_results(out)).encode())
+
+
+def _summary(results: Sequence[RunResult]) -> str:
+    """Return the results as comma-separated values."""
     rows = []
-    for result in read_results(out):
+    for result in results:
         rows.append(
             {
                 "backend": result.backend,
@@ -186,23 +275,50 @@ def write_summary(out: Path) -> None:
     writer = csv.DictWriter(text, fieldnames=list(rows[0]) if rows else [], lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    write_file(out / "summary.csv", text.getvalue().encode())
+    return text.getvalue()
 
 
 def read_results(out: Path) -> list[RunResult]:
-    """Return all finished runs of a folder, sorted by the names of their own folders.
+    """Return all finished runs of a folder, sorted by the names of their own folders; none if there are none.
 
     Raises:
         BecameError: if a file is no result.
     """
-    return [_read(file) for file in sorted(out.glob("*/results.json"))]
+    return [read_result(file) for file in sorted(out.glob("*/results.json"))]
 
 
-def _read(file: Path) -> RunResult:
+def finished_runs(outs: Sequence[Path]) -> list[RunResult]:
+    """Return the finished runs of some folders, in the order of the folders.
+
+    Raises:
+        BecameError: if a folder has none, or a file is no result.
+    """
+    runs = []
+    for out in outs:
+        results = read_results(out)
+        if not results:
+            raise BecameError(f"{_text(out)} holds no finished runs; give a folder that --out named.")
+        runs += results
+    return runs
+
+
+def read_result(file: Path) -> RunResult:
+    """Return the result that a file holds.
+
+    Raises:
+        BecameError: if it holds none.
+    """
     try:
         return RunResult.from_json(read_sealed(file))
-    except (DamagedError, KeyError, TypeError):
-        raise BecameError(f"{file} is damaged or no run's results; move it away or choose another --out.") from None
+    except (DamagedError, ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError, RecursionError):
+        raise BecameError(
+            f"{_text(file)} is damaged or no run's results; move it away or choose another --out."
+        ) from None
+
+
+def _text(path: Path) -> str:
+    """A path as a message can show it: its name may hold bytes that are no text."""
+    return str(path).encode("utf-8", "replace").decode("utf-8")
 
 
 def _last(backends: str) -> str:
@@ -210,8 +326,8 @@ def _last(backends: str) -> str:
 
 
 def _check_equal(file: Path, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
-    # Through JSON, as theirs went: tuples become lists.
-    found = difference(theirs, json.loads(json.dumps(ours)))
-    if found is not None:
-        name, there, here = found
+    # Ours goes through JSON as theirs did: tuples become lists.
+    differing = difference(theirs, json.loads(json.dumps(ours)))
+    if differing is not None:
+        name, there, here = differing
         raise BecameError(f"{file} is a run with {name} = {there}, not {here}; choose another --out.")

@@ -7,12 +7,13 @@ last entry, ``sha256``, is the digest of all others as compact JSON in the order
 import hashlib
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
 from became_core import BecameError
 
-__all__ = ["DamagedError", "digest", "read_file", "read_sealed", "write_file", "write_sealed"]
+__all__ = ["DamagedError", "digest", "read_file", "read_sealed", "remove_temporary_files", "write_file", "write_sealed"]
 
 SEAL = "sha256"
 
@@ -48,6 +49,20 @@ def write_file(file: Path, content: bytes, *, lasting: bool = True) -> None:
     except BaseException:
         _remove_quietly(temporary)
         raise
+
+
+def remove_temporary_files(folder: Path, names: str) -> None:
+    """Remove the temporary files of processes that were killed while they wrote; what cannot be removed stays.
+
+    A process may call this only while a lock keeps all others that write these files out.
+
+    Args:
+        folder: the folder of the files; it may be missing.
+        names: a regular expression that matches the names under which the files would have been written.
+    """
+    for file in folder.glob(".*"):
+        if re.fullmatch(rf"\.(?:{names})\.\d+", file.name):
+            _remove_quietly(file)
 
 
 def read_file(file: Path) -> bytes:
@@ -108,5 +123,5 @@ def _sync_folder(folder: Path) -> None:
 def _remove_quietly(file: Path) -> None:
     try:
         file.unlink(missing_ok=True)
-    except OSError:  # the folder is gone, or read-only: nothing of ours is left in it
+    except OSError:  # the folder is gone or read-only, or a folder has this name: there is nothing that we can remove
         return

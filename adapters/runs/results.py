@@ -1,9 +1,11 @@
 """A run's result as plain values, and its JSON form.
 
-Convention: accuracies in percent; ``null`` in a matrix stands for what was not measured (a task not yet learned).
+Convention: accuracies in percent; ``null`` in a matrix stands for what was not measured (a task not yet learned). A
+file of results may come from anyone, so ``from_json`` checks that every value is one that a run could have written.
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any, Self
 
@@ -110,10 +112,11 @@ class RunResult:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Self:
-        """Return the result that ``to_json`` gave; one of before memory and curves were recorded has none.
+        """Return the result that ``to_json`` gave; an early version recorded neither memory nor curves.
 
         Raises:
-            KeyError: if a value is missing.
+            ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError: if a value is missing or is none
+                that a run could have written.
         """
         later = "memory", "curves"
         fields = {name: values[name] for name in cls.__dataclass_fields__ if name in values or name not in later}
@@ -121,7 +124,56 @@ class RunResult:
             fields[name] = np.array(fields[name], dtype=float)  # null becomes NaN
         for name in ("paths", "curves"):
             fields[name] = _without(None, fields.get(name, []))
-        return cls(**fields)
+        result = cls(**fields)
+        result._check()
+        return result
+
+    def _check(self) -> None:
+        tasks = len(self.accuracy)
+        _require(all(type(text) is str for text in (self.backend, self.benchmark, self.method)))
+        _require(type(self.seed) is int and type(self.config) is dict and tasks > 0)
+        for matrix in (self.accuracy, self.class_incremental_accuracy):
+            _require(matrix.shape == (tasks, tasks))
+            _require(all(0 <= value <= 100 for task in range(tasks) for value in matrix[task, : task + 1]))
+        _require(len(self.alpha) == len(self.epochs) == tasks and len(self.ranks) <= tasks)
+        _require_numbers(alpha for alpha in self.alpha if alpha is not None)
+        _require_numbers(self.epochs)
+        _require_numbers(self.seconds.values())
+        _require(self.seconds["total"] >= 0)
+        for ranks in self.ranks:
+            for rank, width in ranks.values():
+                _require_numbers((rank, width))
+                _require(0 <= rank <= width and width > 0)
+        _require(len(self.paths) in (0, sum(alpha is not None for alpha in self.alpha)))
+        for path in self.paths:
+            _check_path(path)
+        _require(len(self.curves) in (0, tasks))
+        for curve, epochs in zip(self.curves, self.epochs, strict=False):
+            _require(len(curve) == epochs)
+            _require_numbers(epoch["loss"] for epoch in curve)
+            _require_numbers(epoch["validation_loss"] for epoch in curve if not math.isnan(epoch["validation_loss"]))
+            _require(all(epoch["stage"] in (1, 2) for epoch in curve))
+
+
+def _check_path(path: dict[str, Any]) -> None:
+    _require(len(path["points"]) >= 2)
+    for point in path["points"]:
+        _require_numbers(point[name] for name in ("alpha", "loss", "accuracy"))
+    alphas = [point["alpha"] for point in path["points"]]
+    _require(all(0 <= alpha <= 1 for alpha in alphas) and sorted(set(alphas)) == alphas)
+    for side, names in (("new", ("secant", "exact", "diagonal")), ("old", ("diagonal",))):
+        for name in names:
+            slope, curvature = path[side][name]
+            _require_numbers((slope, curvature))
+
+
+def _require_numbers(values: Iterable[Any]) -> None:
+    _require(all(type(value) in (int, float) and math.isfinite(value) for value in values))
+
+
+def _require(condition: bool) -> None:
+    if not condition:
+        raise ValueError
 
 
 def _epoch(event: EpochEnd) -> dict[str, Any]:
@@ -129,11 +181,11 @@ def _epoch(event: EpochEnd) -> dict[str, Any]:
 
 
 def _without(absent: float | None, value: Any) -> Any:
-    """Nested plain values with null for what is no finite number, if NaN is to be absent; or with NaN for null."""
+    """Return nested plain values without one of two: without NaN and infinities, which become null; or without null."""
     if isinstance(value, dict):
-        return {name: _without(absent, each) for name, each in value.items()}
+        return {name: _without(absent, part) for name, part in value.items()}
     if isinstance(value, list | tuple):
-        return [_without(absent, each) for each in value]
+        return [_without(absent, part) for part in value]
     if absent is None:
         return math.nan if value is None else value
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -7,7 +7,7 @@ import numpy as np
 
 from adapters.runs import RunResult
 
-CONFIG = {"tasks": 3, "first": 3, "stage1": {"epochs": 2}}
+CONFIG = {"tasks": 3, "first": 3, "epochs": 2}
 
 
 def path(best: float = 0.5) -> dict[str, Any]:

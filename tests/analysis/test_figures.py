@@ -3,14 +3,13 @@
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from adapters.analysis import (
+from adapters.analysis.figures import (
     plot_accuracy_matrix,
     plot_accuracy_over_time,
     plot_alpha,
@@ -20,9 +19,10 @@ from adapters.analysis import (
     plot_scores,
     plot_seconds,
 )
-from adapters.analysis.drawing import picture
+from adapters.analysis.figures.drawing import picture
+from adapters.analysis.figures.training import predicted_loss
 from adapters.analysis.groups import groups_of
-from adapters.analysis.merging import predicted_loss
+from adapters.runs.published import PublishedScores, PublishedTable
 from became_core import BecameError
 from tests.analysis.runs import CONFIG, path, plain, run
 
@@ -30,17 +30,8 @@ ALWAYS = [plot_accuracy_matrix, plot_accuracy_over_time, plot_scores, plot_secon
 ALL = [*ALWAYS, plot_alpha, plot_learning_curves, plot_path, plot_ranks]
 
 
-@dataclass(frozen=True)
-class Scores:
-    acc: float
-    bwt: float | None = None
-
-
-@dataclass(frozen=True)
-class Table:
-    methods: dict[str, Scores] = field(default_factory=dict)
-    source: str = "a source"
-    protocol: str = "a protocol"
+def published_table(**scores: PublishedScores) -> PublishedTable:
+    return PublishedTable("a source", "a protocol", {name.replace("_", "-"): score for name, score in scores.items()})
 
 
 def texts(figure: Figure) -> list[str]:
@@ -51,10 +42,11 @@ def texts(figure: Figure) -> list[str]:
 @pytest.mark.parametrize("plot", ALL)
 def test_a_figure_can_be_drawn_and_is_the_same_each_time(plot: Callable[[Any], Figure]) -> None:
     runs = [run(seed=0), run(seed=1), plain()]
-    first, second = (picture(plot(runs), "svg") for _ in range(2))
-    assert first == second
+    figure = plot(runs)
+    first = picture(figure, "svg")
+    assert first == picture(plot(runs), "svg")
     assert b"<svg" in first
-    assert picture(plot(runs), "png", dpi=30).startswith(b"\x89PNG")
+    assert picture(figure, "png", dpi=30).startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize("plot", ALWAYS)
@@ -97,13 +89,15 @@ def test_time_begins_with_a_tasks_own_end() -> None:
 
 
 def test_bars_show_mean_and_spread_and_the_published_numbers_of_that_method_alone() -> None:
-    published = Table({"became-gpm": Scores(75.05), "gpm": Scores(72.48, -0.9), "hat": Scores(72.06, 0.0)})
+    published = published_table(
+        became_gpm=PublishedScores(75.05), gpm=PublishedScores(72.48, -0.9), hat=PublishedScores(72.06, 0.0)
+    )
     runs = [run(seed=0), run(seed=1), plain("gpm")]
     figure = plot_scores(runs, [published])
     assert texts(figure)[0] == "89.50 ± 0.71"
     marks = [line.get_xdata() for line in figure.axes[0].lines if line.get_marker() == "D" and len(line.get_xdata())]  # type: ignore[arg-type]
     assert [float(np.asarray(each)[0]) for each in marks] == [75.05, 72.48]
-    assert len(plot_scores(runs, [Table({"hat": Scores(72.06)})]).legends) == 0
+    assert len(plot_scores(runs, [published_table(hat=PublishedScores(72.06))]).legends) == 0
 
 
 def test_alpha_has_a_point_for_each_merge_and_each_seed() -> None:
@@ -178,8 +172,8 @@ def test_runs_that_cannot_be_shown_together_are_refused() -> None:
 
 
 def test_configurations_of_one_method_are_told_apart_by_what_differs() -> None:
-    groups = groups_of([run(), run(config=CONFIG | {"stage1": {"epochs": 9}}), plain("gpm")])
-    assert [group.label for group in groups] == ["became (stage1.epochs 2)", "became (stage1.epochs 9)", "gpm"]
+    groups = groups_of([run(), run(config=CONFIG | {"epochs": 9}), plain("gpm")])
+    assert [group.label for group in groups] == ["became (epochs 2)", "became (epochs 9)", "gpm"]
 
 
 def test_without_matplotlib_one_sentence_says_what_to_install() -> None:

@@ -3,18 +3,14 @@
 import re
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from adapters.analysis.groups import groups_of
-from adapters.analysis.repeating import repeating_command
-from adapters.analysis.writing import write_report
-from adapters.cli.configuration import resolve
-from adapters.cli.options import Options
+from adapters.analysis.report import write_report
+from adapters.runs.configuration import Configuration
+from adapters.runs.published import PublishedScores, PublishedTable
 from became_core import BecameError
 from tests.analysis.runs import plain, run
-from tests.analysis.test_figures import Scores, Table
 
 VOID = {"meta", "br", "link", "img", "input", "hr"}
 HOSTILE = '</style></svg><script>alert(1)</script><img src=x onerror=alert(1)>"\' onload="alert(1)" ../../etc'
@@ -47,13 +43,20 @@ class Reader(HTMLParser):
         self.text += data
 
 
-def written(folder: Path, *runs: Any, **options: Any) -> tuple[str, Reader]:
-    text = write_report(list(runs), folder, **options).read_text(encoding="utf-8")
+def read(file: Path) -> tuple[str, Reader]:
+    text = file.read_text(encoding="utf-8")
     return text, Reader(text)
 
 
-def test_every_method_has_a_section_with_its_figures(tmp_path: Path) -> None:
-    _, page = written(tmp_path, run(seed=0), run(seed=1), plain("gpm", ranks=[{"fc1.weight": [1, 2]}] * 3), plain())
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A report of four groups with all that there can be to draw; it is drawn once."""
+    runs = [run(seed=0), run(seed=1), plain("gpm", ranks=[{"fc1.weight": [1, 2]}] * 3), plain()]
+    return write_report(runs, tmp_path_factory.mktemp("report"))
+
+
+def test_every_method_has_a_section_with_its_figures(report: Path) -> None:
+    _, page = read(report)
     sections = [attributes["id"] for tag, attributes in page.elements if tag == "section"]
     assert sections == ["scores", "method-0", "method-1", "method-2"]
     described = [str(attributes.get("aria-label")) for tag, attributes in page.elements if tag == "svg"]
@@ -66,17 +69,16 @@ def test_every_method_has_a_section_with_its_figures(tmp_path: Path) -> None:
     assert all(attributes["scope"] in ("col", "row") for attributes in headings)
 
 
-def test_figures_lie_beside_the_page_in_both_forms(tmp_path: Path) -> None:
-    written(tmp_path, run(), plain())
-    figures = sorted(file.name for file in (tmp_path / "figures").iterdir())
+def test_figures_lie_beside_the_page_in_both_forms(report: Path) -> None:
+    figures = sorted(file.name for file in (report.parent / "figures").iterdir())
     assert "method0-became-path-seed0.svg" in figures
     assert [name for name in figures if name.endswith("png")] == [
         name.replace("svg", "png") for name in figures if name.endswith("svg")
     ]
 
 
-def test_the_page_refers_to_nothing_outside_itself(tmp_path: Path) -> None:
-    text, page = written(tmp_path, run(), plain())
+def test_the_page_refers_to_nothing_outside_itself(report: Path) -> None:
+    text, page = read(report)
     assert not re.search(r"(?:https?:|file:|//)\w", text.replace("http://www.w3.org/", ""))
     ids = [str(attributes["id"]) for _, attributes in page.elements if "id" in attributes]
     assert len(set(ids)) == len(ids)
@@ -89,8 +91,8 @@ def test_the_page_refers_to_nothing_outside_itself(tmp_path: Path) -> None:
     assert policy == ["default-src 'none'; style-src 'unsafe-inline'"]
 
 
-def test_the_page_follows_the_readers_theme(tmp_path: Path) -> None:
-    text, _ = written(tmp_path, run())
+def test_the_page_follows_the_readers_theme(report: Path) -> None:
+    text, _ = read(report)
     assert "prefers-color-scheme: dark" in text
     assert "width=device-width" in text
     drawn = "".join(re.findall(r"<svg.*?</svg>", text, re.DOTALL))
@@ -100,7 +102,8 @@ def test_the_page_follows_the_readers_theme(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("hostile", [HOSTILE, "$\\frac$ {{}} \x00\ud800\n"])
-def test_nothing_that_a_file_says_becomes_markup(tmp_path: Path, hostile: str) -> None:
+def test_nothing_that_a_file_says_becomes_markup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hostile: str) -> None:
+    monkeypatch.setattr("adapters.analysis.report.picture", lambda figure, kind: b"")  # a PNG has no markup
     ours = run(
         hostile,
         backend=hostile,
@@ -109,8 +112,8 @@ def test_nothing_that_a_file_says_becomes_markup(tmp_path: Path, hostile: str) -
         ranks=[{hostile: [1, 2]}] * 3,
         seconds={hostile: 1.0, "total": 2.0},
     )
-    table = Table({hostile: Scores(70.0)}, source=hostile, protocol=hostile)
-    text, page = written(tmp_path / "out", ours, published=[table])
+    table = PublishedTable(hostile, hostile, {hostile: PublishedScores(70.0)})
+    text, page = read(write_report([ours], tmp_path / "out", [table]))
     assert {tag for tag, _ in page.elements}.isdisjoint({"script", "img", "iframe", "object", "embed", "link", "base"})
     assert not [name for _, attributes in page.elements for name in attributes if name.startswith("on")]
     assert "<script" not in text
@@ -120,33 +123,21 @@ def test_nothing_that_a_file_says_becomes_markup(tmp_path: Path, hostile: str) -
         assert HOSTILE in page.text
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_published_numbers_are_shown_only_beside_all_tasks(tmp_path: Path) -> None:
-    table = Table({"hat": Scores(72.06, -0.5)})
-    _, page = written(tmp_path, run(), published=[table])
+    table = PublishedTable("a source", "a protocol", {"hat": PublishedScores(72.06, -0.5)})
+    _, page = read(write_report([run()], tmp_path, [table]))
     assert "72.06" in page.text
-    _, page = written(tmp_path, run(config={"tasks": 10, "first": 3}), published=[table])
+    _, page = read(write_report([run(config={"tasks": 10, "first": 3})], tmp_path, [table]))
     assert "72.06" not in page.text
 
 
-def test_the_command_repeats_exactly_this_configuration() -> None:
-    options = Options(
-        epochs=3, lr=0.02, optimiser="adam", path_points=5, projector_samples=0, first=3,
-        norm="running", head_rate=20.0, norm_penalty=2.0,
-    )  # fmt: skip
-    group = groups_of([run(seed=s, config=resolve(options).record()) for s in (0, 4)])[0]
-    assert repeating_command(group) == (
-        "python -m adapters.torch.run --benchmark split-mnist --methods became --seeds 0 4 --norm running "
-        "--first 3 --epochs 3 --lr 0.02 --head-rate 20.0 --optimiser adam --norm-penalty 2.0 --projector-samples 0 "
-        "--path-points 5"
-    )
-
-
-def test_no_command_is_shown_that_would_run_something_else(tmp_path: Path) -> None:
-    config = resolve(Options()).record()
-    assert repeating_command(groups_of([run(config=config)])[0])
-    assert repeating_command(groups_of([run(config=config | {"unknown": 1})])[0]) is None
-    assert repeating_command(groups_of([run(benchmark="unknown", config=config)])[0]) is None
-    _, page = written(tmp_path, run(config=config | {"unknown": 1}))
+@pytest.mark.usefixtures("undrawn")
+def test_the_command_that_repeats_a_run_is_shown_if_there_is_one(tmp_path: Path) -> None:
+    config = Configuration.of({"lr": 0.02}, "became").to_json()
+    text, _ = read(write_report([run(config=config)], tmp_path))
+    assert "python -m adapters.torch.run --methods became --seeds 0 --benchmark split-mnist --lr 0.02</code>" in text
+    _, page = read(write_report([run(config=config | {"unknown": 1})], tmp_path))
     assert "No command of this version" in page.text
 
 

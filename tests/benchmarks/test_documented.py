@@ -1,11 +1,12 @@
 """The tables of ``docs/protocol.md`` are the presets, field by field."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from adapters.benchmarks.catalogue import BENCHMARKS
-from adapters.benchmarks.presets import Preset
+from adapters.runs.configuration import Configuration
 from became_core.continual import (
     SGD,
     Adam,
@@ -21,15 +22,27 @@ from became_core.continual import (
 PAGE = (Path(__file__).parents[2] / "docs" / "protocol.md").read_text(encoding="utf-8")
 
 
-def presets() -> list[tuple[str, str, int, Preset]]:
-    """Every preset there is: benchmark, name, number of tasks."""
-    found = []
-    for benchmark in BENCHMARKS.values():
-        usual = {(name, benchmark.tasks): preset for name, preset in benchmark.presets.items()}
+@dataclass(frozen=True)
+class Row:
+    """A preset of a benchmark, for a number of tasks."""
+
+    benchmark: str
+    name: str
+    tasks: int
+
+    def configured(self, method: str = "gpm") -> Configuration:
+        return Configuration.of({"benchmark": self.benchmark, "tasks": self.tasks}, method, self.name)
+
+
+def presets() -> list[Row]:
+    """Every preset there is; one of another number of tasks if it differs."""
+    rows = []
+    for name in BENCHMARKS.names:
+        benchmark = BENCHMARKS[name]
+        rows += [Row(name, preset, benchmark.tasks) for preset in benchmark.presets]
         for tasks, others in benchmark.otherwise.items():
-            usual |= {(n, tasks): preset for n, preset in others.items() if preset != benchmark.presets[n]}
-        found += [(benchmark.name, name, tasks, preset) for (name, tasks), preset in usual.items()]
-    return found
+            rows += [Row(name, preset, tasks) for preset in others if others[preset] != benchmark.presets[preset]]
+    return rows
 
 
 def shown(schedule: Schedule) -> str:
@@ -42,61 +55,57 @@ def shown(schedule: Schedule) -> str:
     return f"{schedule.lr:g} / {schedule.factor:g} after {schedule.patience}, to {schedule.minimum:g}"
 
 
-def training_row(benchmark: str, name: str, tasks: int, preset: Preset) -> str:
-    training = preset.training
+def training_row(row: Row) -> str:
+    configuration = row.configured()
+    training = configuration.training()
     assert training.optimiser in (SGD(), Adam(weight_decay=5e-5))
     optimiser = "SGD" if training.optimiser == SGD() else "Adam"
     stage1, stage2 = shown(training.stage1), shown(training.stage2)
     stage2 = "the same" if stage1 == stage2 else stage2
-    what = f"{benchmark} | `{name}` | {preset.network}, {optimiser} | {tasks}"
-    return f"| {what} | {training.batch_size} | {stage1} | {stage2} | {preset.validation:.0%} |"
-
-
-def value(settings: Mapping[str, Any], option: str) -> float:
-    """A preset's value of a setting, or the setting's default."""
-    return float(settings.get(option, method_settings()[option].default))
+    what = f"{row.benchmark} | `{row.name}` | {configuration.network}, {optimiser} | {row.tasks}"
+    return f"| {what} | {training.batch_size} | {stage1} | {stage2} | {configuration.validation:.0%} |"
 
 
 def thresholds(settings: Mapping[str, Any]) -> str:
-    return f"{value(settings, 'threshold'):g}, {value(settings, 'increment'):g}"
+    return f"{settings['threshold']:g}, {settings['increment']:g}"
 
 
-def memory_row(benchmark: str, name: str, tasks: int, preset: Preset) -> str:
-    training, scaled = preset.training, preset.settings_of("sgp")
-    assert preset.settings_of("gpcns") == scaled
+def memory_row(row: Row) -> str:
+    training, settings, scaled = row.configured().training(), row.configured().settings, row.configured("sgp").settings
+    assert row.configured("gpcns").settings == scaled
     assert training.augmentation in (None, Augmentation())
     samples = ["all" if n is None else f"{n:,}" for n in (training.projector_samples, training.curvature_samples)]
     images = "as they are" if training.augmentation is None else "cropped, flipped"
-    of_scaled = f"{thresholds(scaled)}; s = {value(scaled, 'scale'):g}"
-    title = benchmark if tasks == BENCHMARKS[benchmark].tasks else f"{benchmark}, {tasks} tasks"
-    return f"| {title} | `{name}` | {thresholds(preset.settings)} | {of_scaled} | {' | '.join(samples)} | {images} |"
+    of_scaled = f"{thresholds(scaled)}; s = {scaled['scale']:g}"
+    usual = row.tasks == BENCHMARKS[row.benchmark].tasks
+    title = row.benchmark if usual else f"{row.benchmark}, {row.tasks} tasks"
+    return f"| {title} | `{row.name}` | {thresholds(settings)} | {of_scaled} | {' | '.join(samples)} | {images} |"
 
 
-def rates_row(benchmark: str, name: str, tasks: int, preset: Preset) -> str:
-    lr, by = preset.training.stage1.lr, preset.training.relative
+def rates_row(row: Row) -> str:
+    configuration = row.configured()
+    lr, by = configuration.lr, configuration.training().relative
     rates = " | ".join(f"{rate:.2g}" for rate in (lr * by.first, lr, lr * by.heads, lr * by.norms))
-    return f"| {benchmark} | `{name}` | {tasks} | {rates} | {value(preset.settings, 'norm_penalty'):g} |"
+    return f"| {row.benchmark} | `{row.name}` | {row.tasks} | {rates} | {configuration.settings['norm_penalty']:g} |"
 
 
-def with_rates() -> list[tuple[str, str, int, Preset]]:
+def with_rates() -> list[Row]:
     """The presets in which groups of parameters have rates of their own."""
-    found = [each for each in presets() if each[3].training.relative != RelativeRates()]
-    assert all(
-        value(preset.settings, "norm_penalty") == 0 for *where, preset in presets() if (*where, preset) not in found
-    )
-    return found
+    rows = [row for row in presets() if row.configured().training().relative != RelativeRates()]
+    assert all(row.configured().settings["norm_penalty"] == 0 for row in presets() if row not in rows)
+    return rows
 
 
 def test_every_preset_has_its_row_of_training() -> None:
-    assert [row for row in (training_row(*each) for each in presets()) if row not in PAGE] == []
+    assert [line for line in map(training_row, presets()) if line not in PAGE] == []
 
 
 def test_every_preset_has_its_row_of_memory() -> None:
-    assert [row for row in (memory_row(*each) for each in presets()) if row not in PAGE] == []
+    assert [line for line in map(memory_row, presets()) if line not in PAGE] == []
 
 
 def test_every_preset_with_rates_by_group_has_its_row() -> None:
-    assert [row for row in (rates_row(*each) for each in with_rates()) if row not in PAGE] == []
+    assert [line for line in map(rates_row, with_rates()) if line not in PAGE] == []
 
 
 def test_a_row_is_of_a_preset() -> None:
@@ -105,6 +114,6 @@ def test_a_row_is_of_a_preset() -> None:
 
 
 def test_a_ratio_that_is_not_the_usual_one_is_named() -> None:
-    usual = value({}, "nscl_ratio")
-    others = {value(preset.settings, "nscl_ratio") for *_, preset in presets()} - {usual}
+    usual = method_settings()["nscl_ratio"].default
+    others = {row.configured("nscl").settings["nscl_ratio"] for row in presets()} - {usual}
     assert [ratio for ratio in others if f"a = {ratio:g}" not in " ".join(PAGE.split())] == []

@@ -12,12 +12,13 @@ import pytest
 
 import adapters.cli.__main__ as became
 import adapters.cli.backend as of_backends
+from adapters.benchmarks.catalogue import BENCHMARKS
 from adapters.cli.__main__ import main
 from adapters.cli.backend import first_installed
-from adapters.cli.configuration import resolve
-from adapters.cli.given import given, options_of
-from adapters.cli.options import Options
+from adapters.networks import NETWORKS
 from adapters.runs import Checkpoints, RunDirectory
+from adapters.runs.configuration import Configuration
+from adapters.runs.directory import read_record
 from adapters.runs.files import read_sealed, write_sealed
 from adapters.torch.run import BACKEND
 from became_core import BecameError
@@ -114,9 +115,12 @@ def test_resume_refuses_what_it_cannot_go_on_with(
     file = RunDirectory(out, "gpm", 0).config_file
     config = read_sealed(file)
     for changes, message in (
-        ({"given": None}, "does not say with which options it began; give the command that did."),
-        ({"given": {"options": {"momenta": 3}, "hints": {}}}, "has an option that there is not, momenta; use the"),
-        ({"backend": "abacus"}, "is of a run on abacus; say with --backend what it is to go on with."),
+        ({"hints": None}, "holds no run's configuration; give the command that started the run."),
+        (
+            {"config": config["config"] | {"momenta": 3}},
+            "has an unknown option 'momenta'; resume with the version that started this run.",
+        ),
+        ({"backend": "abacus"}, "is of a run on abacus; say with --backend what to resume it on."),
     ):
         write_sealed(file, config | changes)
         assert main(["resume", str(out)]) == 2
@@ -129,21 +133,48 @@ def test_resume_refuses_what_it_cannot_go_on_with(
     assert results(out) == {}
 
 
-def test_the_options_of_a_run_come_back_from_its_config(tmp_path: Path) -> None:
-    options = Options(
-        benchmark="permuted-mnist", methods=("gpm", "became"), projector="sgp", seeds=(3, 4), tasks=3, lr=0.5,
-        coma_alpha=(0.5, 0.25), augment=False, data_dir=tmp_path, device="cpu", out=tmp_path / "x", tracker="trackio",
-    )  # fmt: skip
-    kept = json.loads(json.dumps({"method": "became+sgp", "seed": 4, "given": given(options)}))
-    assert kept["given"]["hints"] == {"data_dir": str(tmp_path), "device": "cpu"}
-    assert set(kept["given"]["options"]) == {"benchmark", "tasks", "lr", "coma_alpha", "augment", "tracker"}
-    found = options_of(kept, tmp_path / "out" / "became+sgp-seed4" / "config.json")
-    assert found == replace(
-        options, methods=("became+sgp",), projector=None, seeds=(4,), out=tmp_path / "out", resume=True
-    )
-    assert resolve(found).record() == resolve(options).record()
-    kept["given"]["hints"]["data_dir"] = str(tmp_path / "gone")
-    assert options_of(kept, tmp_path / "a" / "b" / "config.json").data_dir is None
+def test_a_recorded_run_comes_back_with_the_hints_that_still_hold(
+    interrupted: Callable[..., Path], tmp_path: Path
+) -> None:
+    file = interrupted("--lr", "0.5", "--device", "cpu", "--data-dir", str(tmp_path)) / "gpm-seed0" / "config.json"
+    record = read_record(file)
+    assert (record.backend, record.method, record.seed, record.preset) == ("torch", "gpm", 0, "quick")
+    short: dict[str, Any] = {"epochs": 1, "stage2_epochs": 1, "batch_size": 64, "first": 2, "curvature_samples": 64}
+    expected = {**short, "lr": 0.5, "device": "cpu", "data_dir": tmp_path}
+    assert record.configuration == Configuration.of(expected, "gpm")
+    values = read_sealed(file)
+    write_sealed(file, values | {"hints": values["hints"] | {"data_dir": str(tmp_path / "gone")}})
+    assert read_record(file).configuration == replace(record.configuration, data_dir=None)
+
+
+def test_config_takes_a_recorded_configuration_and_options_change_it(
+    expected: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(command(tmp_path / "first")) == 0
+    file = tmp_path / "first" / "gpm-seed0" / "config.json"
+    capsys.readouterr()
+    assert main(["run", "--config", str(file)]) == 0  # the same method and seed, into a folder by its preset's name
+    assert capsys.readouterr().out.startswith(f"backend: torch, as in {file}\n")
+    assert results(tmp_path / "runs" / "split-mnist-quick") == {"gpm-seed0": expected["gpm-seed0"]}
+    more = ["--lr", "0.25", "--methods", "finetune", "--seeds", "3", "--out", "other"]
+    assert main(["run", "--config", str(file), *more]) == 0
+    other = read_record(tmp_path / "other" / "finetune-seed3" / "config.json")
+    before = read_record(file).configuration
+    assert other.configuration == replace(before, lr=0.25, settings={})
+    for arguments, message in (
+        (["--config", str(file), "--preset", "paper"], "--config and --preset both give the values of all options"),
+        (["--config", "nowhere.json"], "cannot read nowhere.json: No such file or directory."),
+        (
+            ["--config", str(file), "--epochs", "9", "--out", "other", "--methods", "finetune", "--seeds", "3"],
+            "is a run",
+        ),
+    ):
+        capsys.readouterr()
+        assert main(["run", *arguments]) == 2
+        said = capsys.readouterr().err
+        assert message in said
+        assert len(said.splitlines()) == 1
 
 
 def test_the_first_framework_that_is_installed_is_taken_and_named(
@@ -231,25 +262,18 @@ def test_what_there_is_to_choose_from_is_listed_in_the_modules_own_words(capsys:
     assert all(projectors.values())
     benchmarks = lines_of(capsys, "benchmarks")
     assert benchmarks["split-cifar100"] == "10 tasks, groups of the classes of CIFAR-100; presets quick, paper, nscl"
-    assert len(benchmarks) == 5
+    assert sorted(benchmarks) == sorted(BENCHMARKS.names)
+    networks = lines_of(capsys, "networks")
+    assert sorted(networks) == sorted(NETWORKS.names)
+    assert all(networks.values())
     presets = lines_of(capsys, "presets")
     assert sorted(presets) == ["nscl", "paper", "quick"]
     assert presets["nscl"].endswith("(for split-cifar100, split-tinyimagenet)")
     everything = lines_of(capsys)
-    assert {*methods, *projectors, *benchmarks, *presets} < set(everything)
+    assert {*methods, *projectors, *benchmarks, *networks, *presets} < set(everything)
     with pytest.raises(SystemExit) as stopped:
         main(["list", "moons"])
     assert stopped.value.code == 2
-
-
-@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
-def test_shells_can_complete(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        main(["--tyro-write-completion", shell, "-"])
-    assert stopped.value.code in (0, None)
-    script = capsys.readouterr().out
-    assert "became" in script
-    assert "stage2-epochs" in script
 
 
 @pytest.mark.parametrize(

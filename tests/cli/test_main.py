@@ -41,7 +41,7 @@ def test_a_run_leaves_results_and_a_summary(finished: Path) -> None:
         "became",
         0,
     )
-    assert config["config"]["stage1"]["lr"] == 0.2
+    assert config["config"]["lr"] == 0.2
     assert {"python", "numpy", "torch", "safetensors"} <= set(config["versions"])
     events = [json.loads(line) for line in (finished / "became-seed0" / "events.jsonl").read_text().splitlines()]
     assert [event["event"] for event in events] == ["begin", *["epoch", "epoch", "task"] * 5, "end"]

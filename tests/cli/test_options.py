@@ -1,97 +1,265 @@
-"""Options and presets resolve to one configuration."""
+"""Options are made of what is registered, in this package or in another one; shells complete registered names."""
 
+import ast
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import make_dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from adapters.benchmarks.catalogue import BENCHMARKS
-from adapters.cli.configuration import resolve
-from adapters.cli.options import Options
-from became_core import BecameError
+from adapters.cli.__main__ import main
+from adapters.cli.options import Request, parse_request
+from adapters.networks import NETWORKS
+from adapters.runs.configuration import options
+from became_core.continual import METHODS, Method, MethodRecipe, method_names, projector_names
+from became_core.projection import PROJECTORS
+from became_core.registry import setting
+
+ROOT = Path(__file__).parents[2]
+NEWCOMER = '''
+"""A package that has one of each."""
+
+from dataclasses import dataclass
+
+from adapters.benchmarks.catalogue import Benchmark
+from adapters.benchmarks.mnist import load_mnist
+from adapters.benchmarks.presets import Preset
+from adapters.networks import Architecture, Flatten, Linear, ReLU
+from became_core.arrays import pytree
+from became_core.continual import Method, MethodRecipe
+from became_core.projection import GPM
+from became_core.registry import setting
 
 
-def test_nothing_given_means_the_quick_preset_on_the_embedded_benchmark() -> None:
-    options = Options()
-    configuration = resolve(options)
-    assert options.methods == ("became", "gpm", "finetune")
-    assert configuration.benchmark.name == "split-mnist"
-    assert configuration.tasks == 5
-    assert configuration.preset == BENCHMARKS["split-mnist"].presets["quick"]
-    assert configuration.out == Path("runs/split-mnist-quick")
+@pytree
+@dataclass(frozen=True)
+class Cautious(GPM):
+    """Protects a little more than gpm.
+
+    Attributes:
+        caution: by how much more.
+    """
+
+    caution: float = setting(0.01)
 
 
-def test_every_option_reaches_the_configuration_and_its_record() -> None:
-    options = Options(
-        benchmark="split-cifar100", tasks=20, epochs=3, stage2_epochs=2, lr=0.2, batch_size=8, validation=0.1,
-        threshold=0.9, increment=0.01, ewc_strength=7.0, projector_samples=11, curvature_samples=0,
-        path_points=3, network="mlp", class_order="seeded", augment=True,
-        decay=0.5, imm_transfer=False, imm_pull=0.1, coma_alpha=(0.5, 0.25), grid_points=3,
-        per="layer", precision="kronecker", norm="group", head_rate=2.0, norm_rate=0.5, first_rate=4.0,
-        norm_penalty=3.0, dropout_masks="framework",
+@dataclass(frozen=True)
+class Thrifty(MethodRecipe):
+    """Saves a little.
+
+    Attributes:
+        thrift: how
+            thrifty it is.
+    """
+
+    thrift: int = setting(3)
+
+    def build(self):
+        return Method("thrifty", penalty_strength=float(self.thrift))
+
+
+def tiny(channels, height, width, norm="batch"):
+    """Return eight units."""
+    return Architecture((Flatten(), Linear("fc1", 8), ReLU()), (channels, height, width))
+
+
+VALUES = {"network": "tiny", "schedule": "annealed", "lr": 0.1, "epochs": 1, "stage2_epochs": 1, "batch_size": 64}
+digits = Benchmark("digits", load_mnist, 2, {"quick": Preset({**VALUES, "thrift": 5})})
+'''
+ENTRY_POINTS = """
+[became.projectors]
+cautious = newcomer:Cautious
+[became.methods]
+thrifty = newcomer:Thrifty
+[became.networks]
+tiny = newcomer:tiny
+[became.benchmarks]
+digits = newcomer:digits
+"""
+ARGUMENTS = ["--benchmark", "digits", "--methods", "thrifty", "--projector", "cautious", "--caution", "0.25"]
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which another package is installed."""
+    folder = tmp_path_factory.mktemp("site")
+    (folder / "newcomer.py").write_text(NEWCOMER)
+    about = folder / "newcomer-1.0.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: newcomer\nVersion: 1.0\n")
+    (about / "entry_points.txt").write_text(ENTRY_POINTS)
+    return folder
+
+
+def became(installed: Path, *arguments: str) -> str:
+    path = os.pathsep.join([str(installed), str(ROOT)])
+    done = subprocess.run(
+        [sys.executable, "-m", "adapters.cli", *arguments],
+        env={**os.environ, "PYTHONPATH": path, "COLUMNS": "200"},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_what_another_package_registers_runs_and_is_recorded(installed: Path, tmp_path: Path) -> None:
+    shown = became(installed, "run", "--backend", "torch", *ARGUMENTS, "--out", str(tmp_path))
+    assert "thrifty+cautious" in shown
+    record = json.loads((tmp_path / "thrifty+cautious-seed0" / "config.json").read_text())
+    config = record["config"]
+    assert (config["benchmark"], config["network"], config["tasks"]) == ("digits", "tiny", 2)
+    assert (config["caution"], config["thrift"], config["threshold"]) == (0.25, 5, 0.97)
+
+
+def test_what_another_package_registers_is_listed_explained_and_completed(installed: Path) -> None:
+    lines = [line.split(maxsplit=1) for line in became(installed, "list").splitlines() if line]
+    assert ["cautious", "Protects a little more than gpm"] in lines
+    assert ["thrifty", "Saves a little"] in lines
+    assert ["tiny", "eight units"] in lines
+    assert ["digits", "2 tasks, groups of the classes of 5,000 digits of MNIST; presets quick"] in lines
+    shown = " ".join(became(installed, "run", "--help").split())
+    assert "--caution FLOAT By how much more. (cautious; default: 0.01)" in shown
+    assert "--thrift INT How thrifty it is. (thrifty)" in shown
+    script = became(installed, "--tyro-write-completion", "bash", "-")
+    for option, name in (("methods", "thrifty+cautious"), ("benchmark", "digits"), ("network", "tiny")):
+        assert name in completions(script, f"--{option}")
+
+
+def register(monkeypatch: pytest.MonkeyPatch, registry: Any, name: str, value: Any) -> None:
+    """Register a value for the time of a test."""
+    monkeypatch.setattr(registry, "_values", {each: registry[each] for each in registry.names})
+    registry.register(name, value)
+
+
+def test_what_a_script_registers_before_it_calls_the_command_is_known(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "newcomer.py").write_text(NEWCOMER)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    import newcomer  # type: ignore[import-not-found]
+
+    for registry, name, value in (
+        (PROJECTORS, "cautious", newcomer.Cautious),
+        (METHODS, "thrifty", newcomer.Thrifty),
+        (NETWORKS, "tiny", newcomer.tiny),
+        (BENCHMARKS, "digits", newcomer.digits),
+    ):
+        register(monkeypatch, registry, name, value)
+    assert main(["run", "--backend", "torch", *ARGUMENTS, "--out", str(tmp_path / "out"), "--quiet"]) == 0
+    assert (tmp_path / "out" / "thrifty+cautious-seed0" / "results.json").exists()
+
+
+def test_a_setting_with_the_name_of_another_option_is_refused_in_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lr = ("rate", float, setting(3.0, option="lr"))
+    methods = {"build": lambda self: Method("greedy")}
+    greedy = make_dataclass("Greedy", [lr], bases=(MethodRecipe,), namespace=methods, frozen=True)
+    register(monkeypatch, METHODS, "greedy", greedy)
+    assert main(["run"]) == 2
+    said = "error: the setting 'lr' of greedy has the name of another option; rename it.\n"
+    assert capsys.readouterr().err == said
+
+
+def completion(script: str) -> dict[str, dict[str, Any]]:
+    """What the script knows of each option of `became run`, by flag."""
+    found = re.search(r"^COMPLETION_SPEC = (.*)$", script, re.MULTILINE)
+    assert found
+    known = ast.literal_eval(found[1])["subcommands"]["run"]["options"]
+    return {flag: option for option in known for flag in option["flags"]}
+
+
+def completions(script: str, flag: str) -> list[str]:
+    option = completion(script)[flag]
+    assert option["type"] == "choice"  # never "path", by which a shell offers files
+    return list(option["choices"])
+
+
+@pytest.fixture(scope="module")
+def script() -> str:
+    done = subprocess.run(
+        [sys.executable, "-m", "adapters.cli", "--tyro-write-completion", "bash", "-"],
+        cwd=ROOT, capture_output=True, text=True, check=True,
     )  # fmt: skip
-    record = resolve(options).record()
-    assert record["tasks"] == 20
-    assert (record["network"], record["norm"], record["class_order"]) == ("mlp", "group", "seeded")
-    assert (record["stage1"]["epochs"], record["stage2"]["epochs"]) == (3, 2)
-    assert record["stage1"]["lr"] == record["stage2"]["lr"] == 0.2
-    assert record["batch_size"] == 8
-    assert record["augmentation"] == {"padding": 4, "flips": True}
-    assert record["validation"] == 0.1
-    assert (record["threshold"], record["increment"], record["ewc_strength"]) == (0.9, 0.01, 7.0)
-    assert (record["decay"], record["imm_transfer"], record["imm_pull"]) == (0.5, False, 0.1)
-    assert (record["coma_alpha"], record["grid_points"]) == ((0.5, 0.25), 3)
-    assert (record["per"], record["precision"]) == ("layer", "kronecker")
-    assert record["relative"] == {"heads": 2.0, "norms": 0.5, "first": 4.0}
-    assert record["norm_penalty"] == 3.0
-    assert record["dropout_masks"] == "framework"
-    assert record["projector_samples"] == 11
-    assert record["curvature_samples"] is None
-    assert record["path_alphas"] == [0.0, 0.5, 1.0]
+    return done.stdout
 
 
-def test_a_number_given_holds_for_every_projector() -> None:
-    options = Options(benchmark="split-miniimagenet", preset="paper", threshold=0.9, methods=("gpm", "sgp"))
-    preset = resolve(options).preset
-    assert preset.settings_of("gpm")["threshold"] == preset.settings_of("sgp")["threshold"] == 0.9
-    assert preset.settings_of("sgp")["increment"] == 0.001
+@pytest.mark.parametrize("shell", ["zsh", "fish"])
+def test_other_shells_can_complete(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["--tyro-write-completion", shell, "-"])
+    assert stopped.value.code in (0, None)
+    written = capsys.readouterr().out
+    assert all(word in written for word in ("became", "stage2-epochs", "split-cifar100", "became+trgp"))
 
 
-def test_the_number_of_tasks_chooses_the_preset() -> None:
-    ratios = [
-        resolve(Options(benchmark="split-cifar100", preset="nscl", tasks=tasks)).preset.settings["nscl_ratio"]
-        for tasks in (10, 20)
-    ]
-    assert ratios == [10, 30]
+def test_registered_names_are_completed(script: str) -> None:
+    methods = completions(script, "--methods")
+    assert set(method_names()) <= set(methods)
+    assert {"became+trgp", "ewc+none"} <= set(methods)
+    assert {"joint+gpm", "became+hat"}.isdisjoint(methods)
+    assert completions(script, "--projector") == list(projector_names())
+    assert completions(script, "--benchmark") == list(BENCHMARKS.names)
+    assert completions(script, "--network") == list(NETWORKS.names)
+    assert completions(script, "--preset") == ["quick", "paper", "nscl"]
+    assert set(completion(script)) >= {f"--{name.replace('_', '-')}" for name in options()}
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("typed", "offered"),
     [
-        (
-            Options(benchmark="imagenet"),
-            "no benchmark 'imagenet'; choose from permuted-mnist, split-cifar",
-        ),
-        (Options(preset="nscl"), "split-mnist has no preset 'nscl'; choose from quick, paper"),
-        (
-            Options(methods=("gpm", "gmp")),
-            "no method 'gmp'; choose from became, became-0, became-1, became-grid, became-half, became-paper, coma",
-        ),
-        (Options(methods=()), "at least one method"),
-        (Options(seeds=(-1,)), "seed -1 is negative"),
-        (Options(epochs=0), "0 epochs"),
-        (Options(lr=-0.1), "lr -0.1"),
-        (Options(batch_size=0), "--batch-size is 0"),
-        (Options(projector_samples=-1), "--projector-samples is -1"),
-        (Options(path_points=1), "--path-points must be 0 or at least 2"),
-        (Options(methods=("became+gmp",)), "no projector 'gmp'; choose from none, gpm, sgp, gpcns, nscl, ogd, trgp"),
-        (Options(methods=("joint+gpm",)), "joint training sees all tasks"),
-        (Options(momentum=1.0), "momentum is 1.0"),
-        (Options(optimiser="adam", momentum=0.5), "--momentum is SGD's"),
-        (Options(weight_decay=-1.0), "weight decay is -1.0"),
-        (Options(threshold=1.5), "threshold is 1.5"),
-        (Options(ewc_strength=-1.0), "strength is -1.0"),
+        (["--methods", "became+t"], ["became+trgp"]),
+        (["--methods", "gpm", "ewc+sg"], ["ewc+sgp"]),  # the second of several
+        (["--benchmark", "split-c"], ["split-cifar100"]),
+        (["--network", "res"], ["resnet18"]),
     ],
 )
-def test_what_cannot_be_used_is_said_in_one_sentence(options: Options, message: str) -> None:
-    with pytest.raises(BecameError, match=message):
-        resolve(options)
+def test_a_shell_offers_names_and_no_files(script: str, typed: list[str], offered: list[str], tmp_path: Path) -> None:
+    """Bash itself, asked for what completes the last word, in a folder with files of such names."""
+    for name in ("became+test", "ewc+sgd", "split-code", "results.json"):
+        (tmp_path / name).touch()
+    words = ["became", "run", *typed]
+    (tmp_path / "complete.sh").write_text(
+        script + f"\nCOMP_WORDS=({' '.join(words)}); COMP_CWORD={len(words) - 1}\n"
+        "_tyro_became; printf '%s\\n' \"${COMPREPLY[@]}\"\n"
+    )
+    done = subprocess.run(["bash", "complete.sh"], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == offered
+
+
+def test_an_unknown_name_is_answered_with_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, message in (
+        (["--methods", "gpm", "becam"], "there is no method 'becam'; did you mean 'became'?"),
+        (["--projector", "gmp"], "there is no projector 'gmp'; did you mean 'gpm'?"),
+        (["--benchmark", "split-mnits"], "there is no benchmark 'split-mnits'; did you mean 'split-mnist'?"),
+        (["--network", "resnet"], "there is no network 'resnet'; did you mean 'resnet18'?"),
+        (["--preset", "papre"], "split-mnist has no preset 'papre'; did you mean 'paper'?"),
+    ):
+        assert main(["run", "--backend", "torch", *arguments]) == 2
+        said = capsys.readouterr().err
+        assert said.startswith(f"error: {message}")
+        assert len(said.splitlines()) == 1
+
+
+def test_what_is_left_out_is_left_to_the_preset_or_the_record() -> None:
+    assert parse_request("run", [], backend=True) == Request()
+    given = ["--lr", "0.5", "--augment", "False", "--mixed-precision", "--lr-steps", "--coma-alpha", "0.5", "0.25"]
+    assert parse_request("run", given, backend=False).values == {
+        "lr": 0.5, "augment": False, "mixed_precision": True, "lr_steps": (), "coma_alpha": (0.5, 0.25),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("arguments", [["--seeds"], ["--methods"], ["--seeds", "1", "-1"]])
+def test_there_must_be_a_method_and_a_seed(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", "--backend", "torch", *arguments]) == 2
+    said = capsys.readouterr().err
+    assert "at least one method" in said or "the seed -1 is negative; give 0 or more." in said

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from adapters.cli.logs import LOGGER, logged
+from adapters.cli.display import LOGGER, logged
 from adapters.cli.main import main
 from adapters.runs import Checkpoints, RunDirectory
 from adapters.runs.files import write_file

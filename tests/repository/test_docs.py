@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import became_core
+from adapters.runs.configuration import options
 from became_core import continual, curvature, laplace, projection
 from became_core.continual import method_names, projector_names
 
@@ -38,8 +39,8 @@ def code(page: Path) -> list[str]:
 
 
 def fields_of_commands() -> set[str]:
-    """The options of all commands: fields of the classes that ``adapters/cli`` reads them into."""
-    found = set()
+    """The options of all commands: of configurations, and fields of the classes that ``adapters/cli`` reads."""
+    found = set(options())
     for file in (ROOT / "adapters" / "cli").glob("*.py"):
         for node in ast.walk(ast.parse(text(file))):
             if isinstance(node, ast.ClassDef):

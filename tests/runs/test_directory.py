@@ -12,7 +12,7 @@ from adapters.runs import RunDirectory, RunResult, write_summary
 from adapters.runs.directory import check_writable
 from became_core import BecameError
 
-CONFIG = {"tasks": 2, "stage1": {"lr": 0.1, "path": [0.0, 1.0]}}
+CONFIG = {"benchmark": "split-mnist", "tasks": 2, "lr_steps": [0.25, 0.5]}
 
 
 def _result(method: str = "gpm", seed: int = 0, **changes: Any) -> RunResult:
@@ -59,30 +59,30 @@ def test_results_hold_every_promised_value_as_strict_json(tmp_path: Path) -> Non
 
 def test_a_finished_run_is_recognised_and_comes_back_whole(tmp_path: Path) -> None:
     directory = _saved(tmp_path)
-    config = {"tasks": 2, "stage1": {"lr": 0.1, "path": (0.0, 1.0)}}  # a tuple is a list on disk
-    found = directory.finished("torch", "split-mnist", config)
+    config = CONFIG | {"lr_steps": (0.25, 0.5)}  # a tuple is a list on disk
+    found = directory.finished("torch", config)
     assert found is not None
     np.testing.assert_array_equal(found.accuracy, _result().accuracy)
     assert found.to_json() == _result().to_json()
-    assert RunDirectory(tmp_path, "gpm", 1).finished("torch", "split-mnist", config) is None
+    assert RunDirectory(tmp_path, "gpm", 1).finished("torch", config) is None
 
 
 @pytest.mark.parametrize(
-    ("backend", "benchmark", "config", "difference"),
+    ("backend", "config", "difference"),
     [
-        ("jax", "split-mnist", CONFIG, "backend = torch, not jax"),
-        ("torch", "split-cifar100", CONFIG, "benchmark = split-mnist, not split-cifar100"),
-        ("torch", "split-mnist", {**CONFIG, "tasks": 5}, "tasks = 2, not 5"),
-        ("torch", "split-mnist", {"tasks": 2}, "stage1 = "),
+        ("jax", CONFIG, "backend = torch, not jax"),
+        ("torch", CONFIG | {"benchmark": "split-cifar100"}, "benchmark = split-mnist, not split-cifar100"),
+        ("torch", CONFIG | {"tasks": 5}, "tasks = 2, not 5"),
+        ("torch", {"benchmark": "split-mnist", "tasks": 2}, "lr_steps = "),
     ],
 )
 def test_another_configurations_run_is_refused_and_stays(
-    tmp_path: Path, backend: str, benchmark: str, config: dict[str, Any], difference: str
+    tmp_path: Path, backend: str, config: dict[str, Any], difference: str
 ) -> None:
     directory = _saved(tmp_path)
     before = directory.results_file.read_bytes()
     with pytest.raises(BecameError, match=difference):
-        directory.finished(backend, benchmark, config)
+        directory.finished(backend, config)
     assert directory.results_file.read_bytes() == before
 
 
@@ -91,7 +91,7 @@ def test_a_damaged_file_is_named_and_stays(tmp_path: Path, damage: bytes) -> Non
     directory = _saved(tmp_path)
     directory.results_file.write_bytes(damage)
     with pytest.raises(BecameError, match=r"results\.json is damaged or no run's results"):
-        directory.finished("torch", "split-mnist", CONFIG)
+        directory.finished("torch", CONFIG)
     assert directory.results_file.read_bytes() == damage
 
 

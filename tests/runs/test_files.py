@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from adapters.runs.files import DamagedError, read_sealed, write_file, write_sealed
+from adapters.runs.files import DamagedError, read_sealed, remove_temporary_files, write_file, write_sealed
 from became_core import BecameError
 
 
@@ -39,6 +39,16 @@ def test_a_stop_in_the_middle_leaves_what_was(tmp_path: Path, monkeypatch: pytes
     with pytest.raises(KeyboardInterrupt):
         write_file(file, b"after")
     assert list(file.parent.iterdir()) == []
+
+
+def test_temporary_files_of_the_named_files_alone_are_removed(tmp_path: Path) -> None:
+    others = {"a.json", "a.json.1", ".a.json", ".a.json.swp", ".a.json.1.old", ".ba.json.1", ".c.json.1", ".b.json.2"}
+    for name in {".a.json.1", ".a.json.123456", ".b.json.7"} | others - {".b.json.2"}:
+        (tmp_path / name).touch()
+    (tmp_path / ".b.json.2").mkdir()  # it cannot be removed as a file is
+    remove_temporary_files(tmp_path, r"[ab]\.json")
+    assert {path.name for path in tmp_path.iterdir()} == others
+    remove_temporary_files(tmp_path / "missing", ".*")
 
 
 def test_sealed_values_come_back_and_any_change_is_noticed(tmp_path: Path) -> None:

@@ -10,8 +10,8 @@ import pytest
 from adapters.runs.lock import locked
 from became_core import BecameError
 
-HOLD = "import sys, time; from pathlib import Path; from adapters.runs.lock import locked\n"
-HOLD += "with locked(Path(sys.argv[1])):\n    print('held', flush=True); time.sleep(60)"
+HOLD = "import sys; from pathlib import Path; from adapters.runs.lock import locked\n"
+HOLD += "with locked(Path(sys.argv[1])):\n    print('held', flush=True); sys.stdin.read()"
 
 
 def test_a_lock_says_whose_it_is_and_leaves_nothing(tmp_path: Path) -> None:
@@ -31,7 +31,8 @@ def test_a_lock_says_whose_it_is_and_leaves_nothing(tmp_path: Path) -> None:
 def test_another_process_keeps_us_out_until_it_is_killed(tmp_path: Path) -> None:
     file = tmp_path / "lock"
     root = Path(__file__).parents[2]
-    with subprocess.Popen([sys.executable, "-c", HOLD, file], cwd=root, stdout=subprocess.PIPE, text=True) as other:
+    pipe = subprocess.PIPE
+    with subprocess.Popen([sys.executable, "-c", HOLD, file], cwd=root, stdin=pipe, stdout=pipe, text=True) as other:
         assert other.stdout is not None
         try:
             assert other.stdout.readline() == "held\n"

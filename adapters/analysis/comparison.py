@@ -1,0 +1,185 @@
+"""The comparison of finished runs: methods by metrics over seeds, differences to a baseline, the published numbers.
+
+Convention: runs of one method, backend and configuration are one row, whatever folder they are in, and differ in their
+seeds; where a method has several rows, its label names the folder. Accuracies are in percent, memory in MiB.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from adapters.analysis.bootstrap import LEVEL, RESAMPLES, Estimate, paired_difference
+from adapters.analysis.groups import Group, groups_of
+from adapters.analysis.tables import Cell, Column, Table
+from adapters.runs import RunResult, finished_runs
+from adapters.runs.published import PublishedTable, published_tables
+from became_core import BecameError
+from became_core.continual.metrics import forward_transfer
+
+__all__ = ["comparison", "gather", "published_table", "results_table", "scores_table"]
+
+
+@dataclass(frozen=True)
+class _Metric:
+    heading: str
+    digits: int
+    of: Callable[[RunResult], float | None]
+
+    @property
+    def column(self) -> Column:
+        return Column(self.heading, self.digits)
+
+    def estimate(self, group: Group) -> Estimate | None:
+        values = group.values(self.of)
+        return Estimate(tuple(values.values())) if values else None
+
+
+_SCORES = (
+    _Metric("ACC", 2, lambda run: run.scores.acc),
+    _Metric("BWT", 2, lambda run: run.scores.bwt),
+    _Metric("forgetting", 2, lambda run: run.scores.forgetting),
+    _Metric("plasticity", 2, lambda run: run.scores.plasticity),
+)
+_CLASS_SCORES = (
+    _Metric("class-inc. ACC", 2, lambda run: run.class_incremental_scores.acc),
+    _Metric("class-inc. BWT", 2, lambda run: run.class_incremental_scores.bwt),
+    _Metric("class-inc. forgetting", 2, lambda run: run.class_incremental_scores.forgetting),
+    _Metric("class-inc. plasticity", 2, lambda run: run.class_incremental_scores.plasticity),
+)
+_TRANSFER = _Metric("FWT", 2, lambda run: forward_transfer(run.accuracy))
+_COSTS = (
+    _Metric("epochs", 0, lambda run: float(sum(run.epochs))),
+    _Metric("seconds", 0, lambda run: run.seconds["total"]),
+)
+_MEMORY = _Metric("memory", 1, lambda run: run.memory[-1] / 2**20 if run.memory else None)
+
+
+def results_table(results: Sequence[RunResult]) -> Table:
+    """Return the table at the end of a run: two rows a method, task- and class-incremental, in the order given."""
+    columns = [Column("method"), Column("incremental"), *(metric.column for metric in _SCORES)]
+    columns += [Column("α per task", prose=True), *(metric.column for metric in _COSTS)]
+    rows: list[list[Cell]] = []
+    for method in dict.fromkeys(result.method for result in results):
+        runs = tuple(result for result in results if result.method == method)
+        group = Group(method, runs, 0)
+        tail = [_mean_alphas(runs), *(metric.estimate(group) for metric in _COSTS)]
+        rows.append([method, "task", *(metric.estimate(group) for metric in _SCORES), *tail])
+        rows.append(["", "class", *(metric.estimate(group) for metric in _CLASS_SCORES), "", "", ""])
+    return Table("Accuracies in percent", columns, rows, section=2)
+
+
+def _mean_alphas(runs: Sequence[RunResult]) -> str:
+    """Each task's mean coefficient over seeds, a dash where nothing was merged; empty if nothing ever was."""
+    alphas = list(zip(*(run.alpha for run in runs), strict=True))
+    if all(alpha is None for task in alphas for alpha in task):
+        return ""
+    means = [[alpha for alpha in task if alpha is not None] for task in alphas]
+    return " ".join(f"{sum(task) / len(task):.2f}" if task else "–" for task in means)
+
+
+def scores_table(groups: Sequence[Group]) -> Table:
+    """Return the scores of each group, a row each."""
+    metrics = (*_SCORES, *_CLASS_SCORES, *_COSTS)
+    rows = [[group.label, str(len(group.runs)), *(metric.estimate(group) for metric in metrics)] for group in groups]
+    columns = [Column("method"), Column("seeds"), *(metric.column for metric in metrics)]
+    return Table("Scores of each method", columns, rows)
+
+
+def gather(outs: Sequence[Path]) -> list[Group]:
+    """Return the finished runs of these folders by row, in the order in which they are met.
+
+    Raises:
+        BecameError: if a folder has no runs, two runs cannot be compared, or one is there twice.
+    """
+    folders: dict[int, Path] = {}
+    runs: list[RunResult] = []
+    for out in outs:
+        for run in finished_runs([out]):
+            runs.append(run)
+            folders[id(run)] = out
+            _check_comparable(runs[0], run, out)
+            twin = next((other for other in runs[:-1] if _identity(other) == _identity(run)), None)
+            if twin is not None:
+                raise BecameError(f"{run.method} with seed {run.seed} is there twice, again in {out}; leave one out.")
+    groups = groups_of(runs)
+    methods = [group.runs[0].method for group in groups]
+    labels = [
+        run.method if methods.count(run.method) == 1 else f"{run.method} ({folders[id(run)].name}, {run.backend})"
+        for run in (group.runs[0] for group in groups)
+    ]
+    return [replace(group, label=label) for group, label in zip(groups, labels, strict=True)]
+
+
+def _identity(run: RunResult) -> tuple[object, ...]:
+    return run.method, run.backend, run.config, run.seed
+
+
+def _check_comparable(first: RunResult, run: RunResult, out: Path) -> None:
+    if run.benchmark != first.benchmark:
+        raise BecameError(
+            f"{out} holds runs of {run.benchmark}, the others are of {first.benchmark}; compare runs of one benchmark."
+        )
+    # A configuration that was recorded before class orders could be chosen has none: it used the order of the labels.
+    for name, default in (("tasks", None), ("first", None), ("class_order", "label")):
+        ours, theirs = first.config.get(name, default), run.config.get(name, default)
+        if ours != theirs:
+            raise BecameError(
+                f"{out} holds runs with {name} = {theirs}, the others have {ours}; compare runs of one class split."
+            )
+
+
+def comparison(groups: Sequence[Group], baseline: str | None = None) -> list[Table]:
+    """Return the tables of a comparison: scores, differences to the baseline if there is one, published numbers.
+
+    Raises:
+        BecameError: if there is no such baseline.
+    """
+    run = groups[0].runs[0]
+    tasks, first = int(run.config["tasks"]), int(run.config["first"])
+    title = f"{run.benchmark}, {tasks} tasks" + (f", the first {first}" if first < tasks else "")
+    metrics = [*_SCORES, _TRANSFER, _CLASS_SCORES[0], *_COSTS, _MEMORY]
+    metrics = [metric for metric in metrics if any(metric.estimate(group) for group in groups)]
+    rows = [[group.label, str(len(group.runs)), *(metric.estimate(group) for metric in metrics)] for group in groups]
+    columns = [Column("method"), Column("seeds"), *(metric.column for metric in metrics)]
+    notes = ["Mean ± standard deviation over seeds; accuracies in percent, memory in MiB, beside the network's own."]
+    tables = [Table(title, columns, rows, notes)]
+    if baseline is not None:
+        tables.append(_differences(groups, baseline))
+    published = published_tables(run.benchmark, tasks) if first == tasks else []
+    if published:
+        tables.append(published_table(published, f"Published: {run.benchmark}, {tasks} tasks"))
+    return tables
+
+
+def _differences(groups: Sequence[Group], baseline: str) -> Table:
+    against = next((group for group in groups if group.label == baseline), None)
+    if against is None:
+        labels = ", ".join(f"'{group.label}'" for group in groups)
+        raise BecameError(f"there is no baseline '{baseline}'; choose from {labels}.")
+    metrics = [metric for metric in (*_SCORES, _TRANSFER, _CLASS_SCORES[0]) if metric.estimate(against)]
+    rows: list[list[Cell]] = []
+    for group in groups:
+        if group is not against:
+            common = {run.seed for run in group.runs} & {run.seed for run in against.runs}
+            pairs = [paired_difference(group.values(metric.of), against.values(metric.of)) for metric in metrics]
+            rows.append([group.label, str(len(common)), *pairs])
+    columns = [Column("method"), Column("seeds"), *(Column(f"Δ {metric.heading}", metric.digits) for metric in metrics)]
+    notes = [
+        f"Differences by seed; [middle {LEVEL:.0%} of {RESAMPLES:,} bootstrap means over the seeds that both have]. "
+        "Of one seed there is no interval, and of a few it is too narrow."
+    ]
+    return Table(f"Difference to {baseline}", columns, rows, notes, intervals=True)
+
+
+def published_table(tables: Sequence[PublishedTable], title: str) -> Table:
+    """Return published numbers of one benchmark as one table, with the sources and protocols as notes."""
+    rows: list[list[Cell]] = []
+    for number, table in enumerate(tables, start=1):
+        for method, scores in table.methods.items():
+            numbers = asdict(scores).values()
+            rows.append([method, str(number), *(None if value is None else Estimate((value,)) for value in numbers)])
+    notes = [f"{number}: {table.source}. Protocol: {table.protocol}" for number, table in enumerate(tables, start=1)]
+    notes.append("Numbers of different protocols, ours among them, are not to be compared closely.")
+    headings = ("ACC", "BWT", "forgetting", "plasticity, last task")
+    columns = [Column("method"), Column("source"), *(Column(heading, 2) for heading in headings)]
+    return Table(title, columns, rows, notes)

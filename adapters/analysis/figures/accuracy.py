@@ -1,0 +1,169 @@
+"""Figures of accuracy: the matrix, each task over time, and the scores beside published ones.
+
+Convention: percent, task-incremental; row t of a matrix is the state after task t. Several seeds give their mean, and
+their standard deviation where there is room for it.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from adapters.analysis.bootstrap import Estimate
+from adapters.analysis.figures.drawing import (
+    INK,
+    MUTED,
+    PAPER,
+    heat_map,
+    label_bars,
+    legend,
+    new_figure,
+    number_tasks,
+    shown,
+    styled,
+)
+from adapters.analysis.groups import Group, Results, groups_of
+from adapters.analysis.tables import printable
+from adapters.runs.published import PublishedScores, PublishedTable
+
+__all__ = [
+    "accuracy_limits",
+    "plot_accuracy_matrix",
+    "plot_accuracy_over_time",
+    "plot_scores",
+    "published_names",
+]
+
+_MARKS = ("D", "^", "v", "s", "P")
+
+
+def accuracy_limits(results: Results) -> tuple[float, float]:
+    """Return the least and the greatest accuracy of these runs, outwards to whole tens."""
+    values = np.concatenate([run.accuracy.ravel() for group in groups_of(results) for run in group.runs])
+    values = values[np.isfinite(values)]
+    return 10 * math.floor(values.min() / 10), 10 * math.ceil(values.max() / 10)
+
+
+@styled
+def plot_accuracy_matrix(results: Results, *, limits: tuple[float, float] | None = None) -> Figure:
+    """Return the accuracy matrix of each method as a heat map, the mean over seeds.
+
+    Args:
+        results: runs of one method or several.
+        limits: the accuracies that the colours span; the runs' own if not given.
+    """
+    groups = groups_of(results)
+    limits = limits or accuracy_limits(groups)
+    tasks = len(groups[0].runs[0].accuracy)
+    figure, panels = new_figure(len(groups) * (0.75 + 0.27 * tasks), len(groups))
+    for group, axes in zip(groups, panels[:, 0], strict=True):
+        mean = np.mean([run.accuracy for run in group.runs], axis=0)
+        heat_map(axes, mean, [[f"{value:.1f}" for value in row] for row in mean], limits, "accuracy, %")
+        axes.yaxis.set_major_locator(axes.xaxis.get_major_locator())
+        axes.set_xlabel("task")
+        axes.set_ylabel("after task")
+        axes.set_title(f"{shown(group.label)}: accuracy, %")
+    return figure
+
+
+@styled
+def plot_accuracy_over_time(results: Results) -> Figure:
+    """Return the accuracy of each task from its own end on, and first the mean over tasks so far: a line a method."""
+    groups = groups_of(results)
+    tasks = len(groups[0].runs[0].accuracy)
+    rows = math.ceil((tasks + 1) / 2)
+    head = 0.3 + 0.18 * math.ceil(len(groups) / 2)
+    figure, panels = new_figure(head + 1.35 * rows, rows, 2, grid="y", sharex=True, sharey=True)
+    time = np.arange(1, tasks + 1)
+    for panel, axes in enumerate(panels.flat):
+        for group in groups:
+            matrices = np.stack([run.accuracy for run in group.runs])
+            values = np.nanmean(matrices, axis=2) if panel == 0 else matrices[:, :, min(panel, tasks) - 1]
+            if panel <= tasks:
+                _draw_line(axes, time, values, group)
+        axes.set_title("mean of tasks so far" if panel == 0 else f"task {panel}", pad=3)
+        axes.set_visible(panel <= tasks)
+    for column in range(2):
+        last = max(row for row in range(rows) if panels[row, column].get_visible())
+        number_tasks(panels[last, column], tasks, "after task")
+        panels[last, column].tick_params(labelbottom=True)
+    figure.supylabel("accuracy, %", fontsize=8.5)
+    legend(figure, panels[0, 0])
+    return figure
+
+
+@styled
+def plot_scores(results: Results, published: Sequence[PublishedTable] = ()) -> Figure:
+    """Return bars of ACC, BWT and plasticity, mean ± standard deviation over seeds.
+
+    Args:
+        results: runs of one method or several.
+        published: numbers on this benchmark; those of a method that is shown are marked in its row.
+    """
+    groups = groups_of(results)
+    scores = {"acc": "ACC, %", "bwt": "BWT, points", "plasticity": "plasticity, %"}
+    marked = [table for table in published if any(_published_scores(table, group) for group in groups)]
+    height = 3 * (0.5 + 0.27 * len(groups)) + 0.32 * len(marked)
+    figure, panels = new_figure(height, 3, grid="x", sharey=True)
+    for axes, (score, label) in zip(panels[:, 0], scores.items(), strict=True):
+        estimates = [Estimate(tuple(getattr(run.scores, score) for run in group.runs)) for group in groups]
+        means = [estimate.mean for estimate in estimates]
+        sds = [estimate.deviation or 0.0 for estimate in estimates]
+        axes.barh(range(len(groups)), means, 0.62, color=[group.colour for group in groups])
+        for row, (mean, sd) in enumerate(zip(means, sds, strict=True)):
+            if sd:
+                axes.errorbar(mean, row, xerr=sd, color=INK, linewidth=1, capsize=2.5)
+        beyond = [mean + sd for mean, sd in zip(means, sds, strict=True)]
+        for number, table in enumerate(marked):
+            for row, group in enumerate(groups):
+                for value in _published_scores(table, group):
+                    at = getattr(value, score, None)
+                    if at is not None:
+                        axes.plot([at], [row], **_look(number), zorder=3)
+                        beyond[row] = max(beyond[row], at)
+        label_bars(axes, means, [estimate.text() for estimate in estimates], beyond)
+        axes.axvline(0, color=MUTED, linewidth=0.8)
+        axes.set_yticks(range(len(groups)), [shown(group.label) for group in groups])
+        axes.tick_params(axis="y", length=0)
+        axes.set_title(label)
+        axes.set_ylim(len(groups) - 0.4, -0.6)
+    for number, table in enumerate(marked):
+        label = shown(f"published: {printable(table.source)}", 64)
+        panels[0, 0].plot([], [], **_look(number), label=label)
+    if marked:
+        legend(figure, panels[0, 0])
+    return figure
+
+
+def published_names(method: str) -> list[str]:
+    """Return the names under which sources may list a method: BECAME's on GPM unless it names a projector."""
+    base = method.replace("-paper", "")
+    return [base.replace("+", "-")] + ([f"{base}-gpm"] if base == "became" else [])
+
+
+def _published_scores(table: PublishedTable, group: Group) -> list[PublishedScores]:
+    return [table.methods[name] for name in published_names(group.runs[0].method) if name in table.methods]
+
+
+def _look(number: int) -> dict[str, Any]:
+    """How the marks of the source of that number look."""
+    return {
+        "marker": _MARKS[number % len(_MARKS)],
+        "linestyle": "none",
+        "markerfacecolor": PAPER,
+        "markeredgecolor": INK,
+        "markersize": 5.5,
+    }
+
+
+def _draw_line(axes: Axes, time: NDArray[np.int_], values: NDArray[np.float64], group: Group) -> None:
+    """A group's mean over seeds [seeds, T], and one standard deviation to either side."""
+    mean = values.mean(axis=0)
+    axes.plot(time, mean, **group.line, label=shown(group.label))
+    if len(values) > 1:
+        sd = values.std(axis=0, ddof=1)
+        axes.fill_between(time, mean - sd, np.minimum(mean + sd, 100), color=group.colour, alpha=0.18, linewidth=0)

@@ -1,0 +1,75 @@
+"""The path report of a run: the true loss and accuracy along every merging path, and the alpha of every estimator.
+
+Convention: losses are sums over tasks of mean training losses; accuracies are means over tasks, in percent. What an
+estimator's alpha would have given is interpolated linearly between the traced points. Its regret is how much worse that
+is than the best traced point.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from adapters.analysis.bootstrap import Estimate
+from adapters.analysis.tables import Cell, Column, Table
+from adapters.runs import RunResult
+from became_core.continual import Along, alpha_estimates
+
+__all__ = ["estimated_alphas", "estimator_table", "merged_tasks", "path_table", "regret"]
+
+
+def merged_tasks(result: RunResult) -> list[int]:
+    """Return the numbers, from 1, of the tasks after which the run merged."""
+    return [task for task, alpha in enumerate(result.alpha, start=1) if alpha is not None]
+
+
+def path_table(result: RunResult) -> Table:
+    """Return the loss and the accuracy at each traced alpha, for every merge of a run."""
+    columns = [Column("into task", 0), Column("")]
+    columns += [Column(f"α={point['alpha']:.2g}", 3) for point in result.paths[0]["points"]]
+    rows = []
+    for task, path in zip(merged_tasks(result), result.paths, strict=True):
+        rows.append([str(task), "loss", *(f"{point['loss']:.3f}" for point in path["points"])])
+        rows.append(["", "accuracy", *(f"{point['accuracy']:.2f}" for point in path["points"])])
+    return Table(f"{result.method}-seed{result.seed}: the truth along the merging paths", columns, rows, section=2)
+
+
+def estimator_table(result: RunResult) -> Table:
+    """Return every estimator's alpha at each merge and its mean regrets; the least regret in accuracy comes first."""
+    alphas = estimated_alphas(result.paths)
+    points = {name: regret(result.paths, values, "accuracy") for name, values in alphas.items()}
+    columns = [Column("estimator (new side / old side)")]
+    columns += [Column(f"α into {task}", 2) for task in merged_tasks(result)]
+    columns += [Column("regret, points", 2), Column("in loss", 3)]
+    rows: list[list[Cell]] = []
+    for name in sorted(alphas, key=lambda name: points[name]):
+        numbers = [*alphas[name], points[name], regret(result.paths, alphas[name], "loss")]
+        rows.append([name, *(Estimate((number,)) for number in numbers)])
+    return Table(f"{result.method}-seed{result.seed}: what estimators make of them", columns, rows)
+
+
+def estimated_alphas(paths: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
+    """Return each estimator's alpha at each merge, the best traced alpha by loss among them."""
+    estimates = []
+    for path in paths:
+        new, old = ({name: Along(*along) for name, along in path[side].items()} for side in ("new", "old"))
+        estimates.append(alpha_estimates(new, old))
+    alphas = {name: [estimate[name] for estimate in estimates] for name in estimates[0]}
+    best = [min(path["points"], key=lambda point: point["loss"])["alpha"] for path in paths]
+    return alphas | {"grid, by loss": best}
+
+
+def regret(paths: Sequence[Mapping[str, Any]], alphas: Sequence[float], what: str) -> float:
+    """Return how much worse these alphas are than the best traced point, as a mean over merges.
+
+    Args:
+        paths: the traced paths.
+        alphas: one for each path.
+        what: "accuracy", in points, or "loss".
+    """
+    regrets = []
+    for path, alpha in zip(paths, alphas, strict=True):
+        grid, truth = (np.array([point[key] for point in path["points"]]) for key in ("alpha", what))
+        value = np.interp(alpha, grid, truth)
+        regrets.append(truth.max() - value if what == "accuracy" else value - truth.min())
+    return float(np.mean(regrets))

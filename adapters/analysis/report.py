@@ -1,0 +1,152 @@
+"""``report.html``, and its figures as PNG and SVG files in ``figures`` beside it."""
+
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from adapters.analysis.bootstrap import Estimate
+from adapters.analysis.figures.accuracy import (
+    accuracy_limits,
+    plot_accuracy_matrix,
+    plot_accuracy_over_time,
+    plot_scores,
+)
+from adapters.analysis.figures.drawing import Figure, picture
+from adapters.analysis.figures.training import (
+    has_curves,
+    plot_alpha,
+    plot_learning_curves,
+    plot_path,
+    plot_ranks,
+    plot_seconds,
+)
+from adapters.analysis.groups import Group, groups_of
+from adapters.analysis.page import Drawing, page
+from adapters.analysis.path_report import merged_tasks
+from adapters.analysis.tables import printable
+from adapters.runs import RunResult, finished_runs
+from adapters.runs.published import PublishedTable, published_tables
+from became_core import BecameError
+
+__all__ = ["report", "write_report"]
+
+
+def report(outs: Sequence[Path], into: Path | None = None) -> Path:
+    """Write the report of the finished runs in some folders and return its file.
+
+    Args:
+        outs: folders that ``--out`` named.
+        into: the folder of the report; the first of ``outs`` if None.
+
+    Raises:
+        BecameError: if there is nothing to report, or a file is damaged or cannot be written.
+    """
+    if not outs:
+        raise BecameError("there is nothing to report on; give a folder that --out named.")
+    results = finished_runs(outs)
+    return write_report(results, into or outs[0], published_tables(results[0].benchmark, len(results[0].accuracy)))
+
+
+def write_report(results: Sequence[RunResult], folder: Path, published: Sequence[PublishedTable] = ()) -> Path:
+    """Write the report of these runs and return its file.
+
+    Args:
+        results: finished runs of one benchmark.
+        folder: where ``report.html`` and ``figures`` go; it is created if it does not exist.
+        published: published numbers of the benchmark; they are shown only if the runs learned all of its tasks.
+
+    Raises:
+        BecameError: if there are no runs, they cannot be shown together, or a file cannot be written.
+    """
+    groups = groups_of(results)
+    if any(run.config.get("first") != run.config.get("tasks") for group in groups for run in group.runs):
+        published = ()
+    limits = accuracy_limits(groups)
+    shared, own = _shared(groups, published), [_own(group, limits) for group in groups]
+    target = folder / "report.html"
+    try:
+        (folder / "figures").mkdir(parents=True, exist_ok=True)
+        for drawing in [*shared, *(drawing for drawings in own for drawing in drawings)]:
+            (folder / "figures" / f"{drawing.name}.svg").write_bytes(drawing.svg)
+            (folder / "figures" / f"{drawing.name}.png").write_bytes(picture(drawing.figure, "png"))
+        target.write_text(page(groups, shared, own, published), encoding="utf-8")
+    except OSError as error:
+        raise BecameError(
+            f"cannot write to {printable(str(folder))}: {error.strerror}; choose another --into."
+        ) from None
+    return target
+
+
+def _shared(groups: Sequence[Group], published: Sequence[PublishedTable]) -> list[Drawing]:
+    """The figures of all groups together."""
+    accuracies = [Estimate(tuple(run.scores.acc for run in group.runs)).text() for group in groups]
+    times = [Estimate(tuple(run.seconds["total"] for run in group.runs)).text(0) for group in groups]
+    scores = "; ".join(f"{group.label} {text}" for group, text in zip(groups, accuracies, strict=True))
+    seconds = "; ".join(f"{group.label} {text}" for group, text in zip(groups, times, strict=True))
+    beside = " Open marks: published, under protocols of their own." if published else ""
+    drawings = [
+        Drawing(
+            "scores",
+            plot_scores(groups, published),
+            f"Bars of average accuracy, backward transfer and plasticity. Average accuracy in percent: {scores}.",
+            f"Task-incremental scores; thin lines: ± one standard deviation over seeds.{beside}",
+        ),
+        Drawing(
+            "accuracy-over-time",
+            plot_accuracy_over_time(groups),
+            "Lines of the accuracy of each task from its own end on; the tables of each method hold the values.",
+            "The accuracy of each task while later ones are learned; shaded: ± one standard deviation.",
+        ),
+    ]
+    merging = [group for group in groups if any(merged_tasks(run) for run in group.runs)]
+    if merging:
+        first = [["–" if alpha is None else f"{alpha:.2f}" for alpha in group.runs[0].alpha] for group in merging]
+        alphas = "; ".join(f"{group.label} {' '.join(texts)}" for group, texts in zip(merging, first, strict=True))
+        caption = "The merging coefficient of each task. Open marks: single seeds."
+        drawings.append(Drawing("alpha", plot_alpha(groups), f"Lines of alpha by task: {alphas}.", caption))
+    alt = f"Bars of the time in each phase. In all, in seconds: {seconds}."
+    drawings.append(Drawing("seconds", plot_seconds(groups), alt, "Where the time went."))
+    return drawings
+
+
+def _own(group: Group, limits: tuple[float, float]) -> list[Drawing]:
+    """The figures of one group."""
+    matrix = plot_accuracy_matrix(group, limits=limits)
+    drawings = [
+        Drawing(
+            _file_name(group, "accuracy"),
+            matrix,
+            f"Heat map of the accuracy of each task after each task, {group.label}; a table below holds the values.",
+            f"Row: after which task; column: of which task. One scale for all methods, {limits[0]} to {limits[1]} %.",
+        )
+    ]
+    if any(group.runs[0].ranks):
+        last = "; ".join(f"{name} {rank} of {width}" for name, (rank, width) in group.runs[0].ranks[-1].items())
+        alt = f"Heat map of projector ranks by layer and task, {group.label}. After the last task: {last}."
+        caption = "Protected directions of each layer's inputs after each task; the colour is their share of the width."
+        drawings.append(_drawing(group, "ranks", plot_ranks, alt, caption))
+    if any(map(has_curves, group.runs)):
+        curves = next(filter(has_curves, group.runs)).curves
+        losses = " ".join(f"{curve[-1]['loss']:.3f}" if curve else "–" for curve in curves)
+        alt = f"Curves of the training loss by epoch, {group.label}. Last of each task: {losses}."
+        caption = "Training loss of each epoch, a line a seed; validation loss where samples are held out."
+        drawings.append(_drawing(group, "learning", plot_learning_curves, alt, caption))
+    for run in group.runs:
+        if run.paths:
+            alt = f"Curves of loss and accuracy along each merging path, {group.label}, seed {run.seed}. Alpha: "
+            alt += " ".join(f"{run.alpha[task - 1]:.2f} into task {task}" for task in merged_tasks(run)) + "."
+            caption = f"Seed {run.seed}. Left: loss of all tasks so far, and the default estimator's parabola from the "
+            caption += "true loss at stage 1's end. Right: mean accuracy over tasks so far."
+            one = Group(group.label, (run,), group.place)
+            drawings.append(_drawing(one, f"path-seed{run.seed}", plot_path, alt, caption))
+    return drawings
+
+
+def _drawing(group: Group, what: str, plot: Callable[[Group], Figure], alt: str, caption: str) -> Drawing:
+    return Drawing(_file_name(group, what), plot(group), alt, caption)
+
+
+def _file_name(group: Group, what: str) -> str:
+    """A name of files; no two figures share one, and no method's name can lead out of the folder."""
+    name = re.sub(r"[^a-z0-9]+", "-", group.label.lower()).strip("-")[:40]
+    return f"method{group.place}-{name}-{what}".replace("--", "-")

@@ -1,0 +1,443 @@
+"""The configuration of a run: everything that a user may choose, described once.
+
+The fields of ``Configuration`` are the one description. From them and from the settings of the registered methods and
+projectors are made: the options of the command (``options``), the record in ``config.json`` and ``results.json``
+(``to_json``), what ``--resume`` and ``--config`` go on from (``from_json``), and the command that repeats a run
+(``repeating_command``). Presets give values for the same names.
+
+Convention: values are plain (text, numbers, booleans, paths, tuples of them). A value that may change the result is
+compared when a run goes on; a hint, such as the device, is not. Two runs of equal configuration (hints aside), method
+and seed are the same run.
+"""
+
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, Self, get_type_hints
+
+from adapters.benchmarks.catalogue import BENCHMARKS
+from adapters.networks import NETWORKS, DropoutMasks, Norm
+from adapters.runs.results import RunResult
+from became_core import BecameError
+from became_core.continual import (
+    METHODS,
+    SGD,
+    Adam,
+    Annealed,
+    Augmentation,
+    ClassOrder,
+    Dataset,
+    Method,
+    Patience,
+    RelativeRates,
+    Schedule,
+    Stepped,
+    TaskStream,
+    Training,
+    build_method,
+    method_settings,
+)
+from became_core.projection import PROJECTORS
+from became_core.registry import Setting, nearest
+
+__all__ = [
+    "GROUPS",
+    "Configuration",
+    "Option",
+    "command_words",
+    "full_method_name",
+    "options",
+    "repeating_command",
+]
+
+PRESET, BENCHMARK = "quick", "split-mnist"
+
+# The groups of options, in the order of the help.
+GROUPS = {
+    "data": "The data and the tasks",
+    "network": "The network",
+    "training": "Training",
+    "settings": "Settings of methods and projectors",
+    "measurement": "What is measured",
+    "machine": "This machine; the result does not depend on it",
+}
+
+
+def _option(help: str, group: str, default: Any = MISSING, *, hint: bool = False, flag: bool = False) -> Any:
+    """Return a field that is an option.
+
+    Args:
+        help: what ``--help`` says.
+        group: where it stands in the help, a key of ``GROUPS``.
+        default: its value where neither the user nor a preset gives one; without a default a preset must give one.
+        hint: whether the result does not depend on it.
+        flag: whether it is given without a value, to turn it on.
+    """
+    return field(default=default, metadata={"help": help, "group": group, "hint": hint, "flag": flag})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Configuration:
+    """What a run of one method does, fully resolved.
+
+    >>> Configuration.of({"benchmark": "split-mnist", "lr": 0.2}, "gpm").epochs
+    8
+    """
+
+    benchmark: str = _option("What to learn", "data", BENCHMARK)
+    tasks: int = _option("How many tasks the classes are split into; it must divide them.", "data")
+    first: int = _option("Learn only this many tasks, the first ones.", "data")
+    class_order: ClassOrder = _option(
+        "How classes are assigned to tasks: in the order of their labels, or in an order that the seed draws.",
+        "data",
+        "label",
+    )
+    validation: float = _option("The fraction of each task's training samples that is held out.", "data", 0.05)
+    augment: bool = _option(
+        "Whether training images are cropped at random, after padding by 4 pixels, and flipped left to right.",
+        "data",
+        False,
+    )
+    network: str = _option("The backbone", "network")
+    norm: Norm = _option(
+        "What alexnet and resnet18 normalise by: batch, the statistics of the batch, in testing too; running, the same "
+        "in training and running statistics otherwise, estimated anew for every model; group, each image's own "
+        "statistics over groups of channels.",
+        "network",
+        "batch",
+    )
+    mixed_precision: bool = _option(
+        "Multiply in bfloat16 in training steps; weights, losses, normalisation, memory and everything that is "
+        "measured stay float32. A CPU without instructions for bfloat16 emulates them, ten times slower: see "
+        "--dry-run.",
+        "network",
+        False,
+        flag=True,
+    )
+    dropout_masks: DropoutMasks = _option(
+        "What draws dropout's masks: numpy, the same masks for every framework, or framework, the framework's own "
+        "generator, on the device of the network.",
+        "network",
+        "numpy",
+    )
+    schedule: Literal["annealed", "stepped", "patience"] = _option(
+        "How the learning rate falls in each stage: annealed, along a cosine to 0; stepped, divided after given shares "
+        "of the epochs; patience, divided when the validation loss stops improving, until it is small.",
+        "training",
+    )
+    lr: float = _option("The learning rate at the beginning of both stages.", "training")
+    epochs: int = _option("Epochs of stage 1; at most this many if the schedule is patience.", "training")
+    stage2_epochs: int = _option("Epochs of stage 2; at most this many if the schedule is patience.", "training")
+    lr_factor: float = _option("What the schedules stepped and patience divide the rate by.", "training", 2.0)
+    lr_steps: tuple[float, ...] = _option(
+        "The shares of all epochs after which the schedule stepped divides the rate, each between 0 and 1.",
+        "training",
+        (0.375, 0.75),
+    )
+    lr_patience: int = _option(
+        "After how many epochs without a better validation loss the schedule patience divides the rate.", "training", 6
+    )
+    lr_minimum: float = _option(
+        "The schedule patience ends a stage when its rate would fall below this.", "training", 5e-5
+    )
+    head_rate: float = _option("What the learning rate of heads is multiplied by.", "training", 1.0)
+    norm_rate: float = _option(
+        "What the learning rate of normalisation and of biases is multiplied by.", "training", 1.0
+    )
+    first_rate: float = _option(
+        "What the learning rate of all other parameters is multiplied by in the first task.", "training", 1.0
+    )
+    optimiser: Literal["sgd", "adam"] = _option("What turns gradients into steps.", "training", "sgd")
+    momentum: float = _option("The momentum of SGD.", "training", 0.0)
+    weight_decay: float = _option("How much of each parameter is added to its gradient.", "training", 0.0)
+    batch_size: int = _option("Samples of a step, in training and in evaluation.", "training", 64)
+    projector_samples: int = _option(
+        "Training samples of each task for the projector's memory; 0 for all.", "measurement", 125
+    )
+    curvature_samples: int = _option(
+        "Training samples of each task for Fisher information and directional curvature; 0 for all.", "measurement", 0
+    )
+    path_points: int = _option(
+        "Trace the true loss and accuracy at this many points of every merging path.", "measurement", 0
+    )
+    data_dir: Path | None = _option(
+        "A folder with the data in the hub's layout; else the environment variable BECAME_DATA_DIR; else the hub.",
+        "machine",
+        None,
+        hint=True,
+    )
+    device: str = _option("Where to compute: auto, cpu, cuda, cuda:1 and so on.", "machine", "auto", hint=True)
+    deterministic: bool = _option(
+        "Use only operations that give the same bits every time. The usual operations of a GPU do not; those of a CPU "
+        "always do.",
+        "machine",
+        False,
+        hint=True,
+        flag=True,
+    )
+    tracker: Literal["none", "tensorboard", "trackio"] = _option(
+        "Also write scalars for a tracker as a run goes: TensorBoard, beside the results, or Trackio.",
+        "machine",
+        "none",
+        hint=True,
+    )
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Check the values that no other part checks.
+
+        Raises:
+            BecameError: if a value cannot be used.
+        """
+        NETWORKS[self.network]
+        if self.batch_size < 1:
+            raise BecameError(f"--batch-size is {self.batch_size}; it must be at least 1.")
+        for name in ("projector_samples", "curvature_samples"):
+            if getattr(self, name) < 0:
+                raise BecameError(f"--{_dashed(name)} is {getattr(self, name)}; it must be at least 0.")
+        if self.path_points < 0 or self.path_points == 1:
+            raise BecameError("--path-points must be 0 or at least 2.")
+        if self.optimiser != "sgd" and self.momentum:
+            raise BecameError("--momentum is SGD's; Adam has its own.")
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any], method: str, preset: str | None = None) -> Self:
+        """Return the configuration of a method: these values, and the preset's values for all others.
+
+        Args:
+            values: by option name; may be incomplete.
+            method: METHOD or METHOD+PROJECTOR.
+            preset: "quick" if None.
+
+        Raises:
+            BecameError: if a name is unknown, or a value cannot be used.
+        """
+        benchmark = BENCHMARKS[values.get("benchmark", BENCHMARK)]
+        tasks = values.get("tasks", benchmark.tasks)
+        usual = benchmark.preset(preset or PRESET, tasks).values_of(method)
+        resolved: dict[str, Any] = {"first": tasks, **usual, **values, "tasks": tasks}
+        declared = {each.name: each for each in fields(cls) if each.name != "settings"}
+        for name in resolved:
+            if name not in declared and name not in method_settings():
+                raise BecameError(f"there is no option '{name}'{nearest(name, options())}.")
+        for name, each in declared.items():
+            if each.default is MISSING and name not in resolved:
+                raise BecameError(f"the preset '{preset or PRESET}' of {benchmark.name} has no '{name}'; give it one.")
+        settings = {name: resolved.get(name, each.default) for name, each in _settings_of(method).items()}
+        configuration = cls(**{name: resolved[name] for name in declared if name in resolved}, settings=settings)
+        configuration.training()
+        configuration.method(method)
+        return configuration
+
+    def training(self) -> Training:
+        """Return how every method trains.
+
+        Raises:
+            BecameError: if a value cannot be used.
+        """
+        last = max(self.path_points - 1, 1)
+        decay = self.weight_decay
+        return Training(
+            stage1=self._schedule(self.epochs, restores_best=True),
+            stage2=self._schedule(self.stage2_epochs, restores_best=False),
+            optimiser=SGD(self.momentum, decay) if self.optimiser == "sgd" else Adam(weight_decay=decay),
+            batch_size=self.batch_size,
+            projector_samples=self.projector_samples or None,
+            curvature_samples=self.curvature_samples or None,
+            path_alphas=tuple(point / last for point in range(self.path_points)),
+            augmentation=Augmentation() if self.augment else None,
+            relative=RelativeRates(heads=self.head_rate, norms=self.norm_rate, first=self.first_rate),
+        )
+
+    def _schedule(self, epochs: int, *, restores_best: bool) -> Schedule:
+        if self.schedule == "annealed":
+            return Annealed(self.lr, epochs)
+        if self.schedule == "stepped":
+            return Stepped(self.lr, epochs, self.lr_steps, self.lr_factor)
+        return Patience(self.lr, self.lr_factor, self.lr_patience, self.lr_minimum, epochs, restores_best)
+
+    def method(self, name: str) -> Method:
+        """Return the method of that name, built with this configuration's settings."""
+        return build_method(name, self.settings)
+
+    def stream(self, dataset: Dataset, seed: int) -> TaskStream:
+        """Return the tasks that a run of this seed learns."""
+        stream = BENCHMARKS[self.benchmark].stream(
+            dataset, self.tasks, validation=self.validation, seed=seed, class_order=self.class_order
+        )
+        return stream.first(self.first)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the values that may change the result, the settings among them, for JSON."""
+        return {**self._plain(hint=False), **{name: _plain(value) for name, value in self.settings.items()}}
+
+    def hints(self) -> dict[str, Any]:
+        """Return the hints, for JSON."""
+        return self._plain(hint=True)
+
+    def _plain(self, *, hint: bool) -> dict[str, Any]:
+        declared = [each.name for each in fields(self) if each.metadata.get("hint") is hint]
+        return {name: _plain(getattr(self, name)) for name in declared}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any], method: str, *, file: str = "config.json") -> Self:
+        """Return the configuration that ``to_json`` gave, with the hints as by default.
+
+        Args:
+            values: by name; all must be there.
+            method: whose settings they have.
+            file: what messages call the file.
+
+        Raises:
+            BecameError: if an option is missing, or this version does not know one.
+        """
+        names = {each.name for each in fields(cls) if each.metadata.get("hint") is False}
+        expected = names | set(_settings_of(method))
+        for what, odd in (("has an unknown", set(values) - expected), ("lacks the", expected - set(values))):
+            if odd:
+                raise BecameError(f"{file} {what} option '{min(odd)}'; resume with the version that started this run.")
+        read: dict[str, Any] = {n: tuple(value) if isinstance(value, list) else value for n, value in values.items()}
+        settings = {name: read[name] for name in read if name not in names}
+        return cls(**{name: read[name] for name in names}, settings=settings)
+
+
+def _plain(value: Any) -> Any:
+    """A value as JSON gives it back; a path is absolute, so that it holds in any folder."""
+    if isinstance(value, Path):
+        return str(value.absolute())
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _dashed(name: str) -> str:
+    return name.replace("_", "-")
+
+
+def _settings_of(method: str) -> dict[str, Setting]:
+    """The settings of a method, METHOD or METHOD+PROJECTOR, and of its projector, by option name."""
+    build_method(method)  # raises if there is no such method
+    base, plus, projector = method.partition("+")
+    names = METHODS.options_of(base) if base in METHODS else ()
+    if not plus:
+        projector = METHODS[base].projector if base in METHODS else base
+    if projector != "none":
+        names += PROJECTORS.options_of(projector)
+    return {name: setting for name, setting in method_settings().items() if name in names}
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option of the command, as the configuration or a setting describes it.
+
+    Attributes:
+        name: the name of the field or of the setting; on the command line with dashes.
+        type: the type of its value.
+        help: what ``--help`` says.
+        group: where it stands in the help, a key of ``GROUPS``.
+        flag: whether it is given without a value, to turn it on.
+        names: the registered names that it chooses from; empty if it is no such choice.
+    """
+
+    name: str
+    type: Any
+    help: str
+    group: str
+    flag: bool = False
+    names: tuple[str, ...] = ()
+
+    def words(self, value: Any) -> list[str]:
+        """Return the words on the command line that give the option this value.
+
+        Raises:
+            BecameError: if it is a flag that would have to be turned off.
+        """
+        if self.flag:
+            if not value:
+                raise BecameError(f"--{_dashed(self.name)} cannot be turned off.")
+            return [f"--{_dashed(self.name)}"]
+        return [f"--{_dashed(self.name)}", *map(str, value if isinstance(value, tuple) else [value])]
+
+
+def options() -> dict[str, Option]:
+    """Return every option of a configuration by name: its fields, then the settings of all methods and projectors."""
+    hints = get_type_hints(Configuration)
+    registered = {"benchmark": BENCHMARKS.names, "network": NETWORKS.names}
+    of_presets = {
+        name
+        for benchmark in (BENCHMARKS[name] for name in BENCHMARKS.names)
+        for preset in benchmark.presets.values()
+        for name in preset.values
+    }
+    found: dict[str, Option] = {}
+    for each in fields(Configuration):
+        if each.name == "settings":
+            continue
+        names, help_text = registered.get(each.name, ()), each.metadata["help"]
+        if names:
+            help_text = f"{help_text}: {', '.join(names)}."
+        if each.name not in of_presets and each.default not in (MISSING, None, False):
+            help_text = f"{help_text} (default: {each.default})"
+        found[each.name] = Option(
+            each.name, hints[each.name], help_text, each.metadata["group"], each.metadata["flag"], names
+        )
+    for name, setting in method_settings().items():
+        if name in found:
+            raise BecameError(f"the setting '{name}' of {setting.owners[0]} has the name of another option; rename it.")
+        help_text = f"{setting.help[:1].upper()}{setting.help[1:]} ({', '.join(setting.owners)}"
+        if name not in of_presets:
+            default = " ".join(map(str, setting.default)) if isinstance(setting.default, tuple) else setting.default
+            help_text += f"; default: {default}"
+        help_text += ")"
+        found[name] = Option(name, setting.type, help_text, "settings")
+    return found
+
+
+def full_method_name(method: str, projector: str | None) -> str:
+    """Return a method's name with a projector that is asked for, unless the method names one or takes none.
+
+    >>> full_method_name("became", "sgp"), full_method_name("joint", "sgp")
+    ('became+sgp', 'joint')
+    """
+    takes_one = method in METHODS and not METHODS[method].alone
+    return f"{method}+{projector}" if projector is not None and takes_one else method
+
+
+def command_words(configuration: Configuration, method: str, preset: str = PRESET) -> list[str]:
+    """Return the words on the command line that give a configuration: its difference to a preset, hints included.
+
+    >>> command_words(Configuration.of({"lr": 0.2}, "gpm"), "gpm")
+    ['--benchmark', 'split-mnist', '--lr', '0.2']
+
+    Args:
+        configuration: of a run.
+        method: of the run, METHOD or METHOD+PROJECTOR.
+        preset: from which the difference is taken.
+
+    Raises:
+        BecameError: if no words can give it, or there is no such preset.
+    """
+    known, values = options(), {**vars(configuration), **configuration.settings}
+    # The number of tasks comes first: it may decide on the preset, and on how many tasks are learned.
+    start = {"benchmark": configuration.benchmark, "tasks": configuration.tasks}
+    usual = Configuration.of(start, method, preset)
+    before = {**vars(usual), **usual.settings, "benchmark": None, "tasks": BENCHMARKS[configuration.benchmark].tasks}
+    words = ["--preset", preset] if preset != PRESET else []
+    for name, option in known.items():
+        if name in values and values[name] != before[name]:
+            words += option.words(values[name])
+    return words
+
+
+def repeating_command(runs: Sequence[RunResult]) -> str | None:
+    """Return the shortest command that repeats these runs, which differ in their seeds; None if no command can."""
+    run = runs[0]
+    start = ["python", "-m", f"adapters.{run.backend.rpartition('+')[2]}.run"]
+    start += ["--methods", run.method, "--seeds", *(str(run.seed) for run in runs)]
+    commands = []
+    try:
+        configuration = Configuration.from_json(run.config, run.method)
+        for preset in BENCHMARKS[configuration.benchmark].presets:
+            commands.append(shlex.join([*start, *command_words(configuration, run.method, preset)]))
+    except (BecameError, TypeError, ValueError):
+        return None
+    return min(commands, key=len, default=None)

@@ -1,0 +1,138 @@
+"""Finished runs compared: what makes a row, what is refused, and the command that prints it."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from adapters.analysis.comparison import comparison, gather
+from adapters.analysis.tables import FORMATS, Table
+from adapters.cli.__main__ import main
+from adapters.runs import RunDirectory, RunResult
+from became_core import BecameError
+
+CONFIG = {"tasks": 2, "first": 2, "stage1": {"epochs": 3}}
+
+
+def save(out: Path, method: str, seed: int, last: float = 80.0, **changes: Any) -> None:
+    """Write a run of two tasks that ends at this accuracy on the first."""
+    values: dict[str, Any] = {
+        "backend": "torch",
+        "benchmark": "split-mnist",
+        "config": CONFIG,
+        "accuracy": np.array([[90.0, np.nan], [last, 95.0]]),
+        "class_incremental_accuracy": np.array([[90.0, np.nan], [20.0, 95.0]]),
+        "alpha": [None, None],
+        "epochs": [3, 3],
+        "ranks": [{}, {}],
+        "paths": [],
+        "seconds": {"total": 2.0},
+        "memory": [2**20, 3 * 2**20],
+    }
+    RunDirectory(out, method, seed).save(RunResult(method=method, seed=seed, **(values | changes)))
+
+
+def tables(*outs: Path, baseline: str | None = None) -> list[Table]:
+    return comparison(gather(outs), baseline)
+
+
+def cells(table: Table) -> dict[str, dict[str, str]]:
+    """A table's texts by the first cell of a row and the heading."""
+    return {row[0]: dict(zip([c.heading for c in table.columns], row, strict=True)) for row in table.texts()}
+
+
+def test_a_row_is_a_method_over_its_seeds_in_whatever_folders(tmp_path: Path) -> None:
+    save(tmp_path / "a", "gpm", 0, 80.0)
+    save(tmp_path / "b", "gpm", 1, 84.0)
+    save(tmp_path / "b", "ewc", 0)
+    (table,) = tables(tmp_path / "a", tmp_path / "b")
+    rows = cells(table)
+    assert list(rows) == ["gpm", "ewc"]
+    assert rows["gpm"] == {
+        "method": "gpm",
+        "seeds": "2",
+        "ACC": "88.50 ± 1.41",
+        "BWT": "-8.00 ± 2.83",
+        "forgetting": "8.00 ± 2.83",
+        "plasticity": "92.50 ± 0.00",
+        "class-inc. ACC": "57.50 ± 0.00",
+        "epochs": "6 ± 0",
+        "seconds": "2 ± 0",
+        "memory": "3.0 ± 0.0",
+    }
+    assert rows["ewc"]["ACC"] == "87.50"  # no deviation of one
+
+
+def test_one_method_with_two_configurations_is_two_rows(tmp_path: Path) -> None:
+    save(tmp_path / "short", "gpm", 0)
+    save(tmp_path / "long", "gpm", 0, config=CONFIG | {"stage1": {"epochs": 9}})
+    save(tmp_path / "long", "gpm", 1, backend="jax", config=CONFIG | {"stage1": {"epochs": 9}, "class_order": "label"})
+    (table,) = tables(tmp_path / "short", tmp_path / "long")
+    assert list(cells(table)) == ["gpm (short, torch)", "gpm (long, torch)", "gpm (long, jax)"]
+
+
+def test_forward_transfer_is_shown_where_it_is_defined_and_memory_where_it_was_recorded(tmp_path: Path) -> None:
+    save(tmp_path, "gpm", 0, accuracy=np.array([[90.0, 30.0], [80.0, 95.0]]))
+    save(tmp_path, "ewc", 0, memory=[])
+    rows = cells(tables(tmp_path)[0])
+    assert (rows["gpm"]["FWT"], rows["ewc"]["FWT"]) == ("30.00", "–")
+    assert (rows["gpm"]["memory"], rows["ewc"]["memory"]) == ("3.0", "–")
+
+
+def test_differences_are_by_seed_with_an_interval_where_there_are_several(tmp_path: Path) -> None:
+    for seed, start in enumerate((60.0, 80.0, 70.0)):
+        save(tmp_path, "gpm", seed, start)
+        save(tmp_path, "became", seed, start + 2 + 2 * (seed == 1))
+    save(tmp_path, "ewc", 2, 60.0)
+    _, table = tables(tmp_path, baseline="gpm")
+    rows = cells(table)
+    assert set(rows) == {"became", "ewc"}
+    assert rows["became"]["seeds"] == "3"
+    assert rows["became"]["Δ ACC"] == "1.33 [1.00, 2.00]"
+    assert (rows["ewc"]["seeds"], rows["ewc"]["Δ ACC"]) == ("1", "-5.00")
+    assert "10,000 bootstrap means" in table.notes[0]
+
+
+def test_published_numbers_stand_beside_those_of_the_same_tasks_alone(tmp_path: Path) -> None:
+    cifar: dict[str, Any] = {"benchmark": "split-cifar100", "config": CONFIG | {"tasks": 20, "first": 20}}
+    save(tmp_path / "all", "nscl", 0, **cifar)
+    _, table = tables(tmp_path / "all")
+    row = cells(table)["nscl"]
+    assert (row["ACC"], row["BWT"], row["forgetting"], row["source"]) == ("75.95", "-3.66", "–", "1")
+    assert any("Adam-NSCL (Wang, CVPR 2021)" in note and "80 epochs" in note for note in table.notes)
+    save(tmp_path / "some", "nscl", 0, **cifar | {"config": CONFIG | {"tasks": 20, "first": 5}})
+    assert [table.title for table in tables(tmp_path / "some")] == ["split-cifar100, 20 tasks, the first 5"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"benchmark": "split-cifar100"}, "holds runs of split-cifar100, the others are of split-mnist; compare runs"),
+        ({"config": CONFIG | {"tasks": 5}}, "holds runs with tasks = 5, the others have 2; compare runs of one class"),
+        ({"config": CONFIG | {"first": 1}}, "holds runs with first = 1, the others have 2"),
+        ({"config": CONFIG | {"class_order": "random"}}, "with class_order = random, the others have label"),
+        ({}, "gpm with seed 0 is there twice, again in .*b; leave one out."),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    save(tmp_path / "a", "gpm", 0)
+    save(tmp_path / "b", "gpm", 0, **changes)
+    with pytest.raises(BecameError, match=message):
+        gather([tmp_path / "a", tmp_path / "b"])
+
+
+def test_the_command_prints_every_format_and_says_what_is_wrong(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save(tmp_path, "gpm", 0)
+    for name in FORMATS:
+        assert main(["compare", str(tmp_path), "--format", name]) == 0
+        assert "87.5" in capsys.readouterr().out
+    for arguments, message in (
+        ([str(tmp_path / "nowhere")], "nowhere holds no finished runs; give a folder that --out named."),
+        ([str(tmp_path), "--baseline", "sgd"], "there is no baseline 'sgd'; choose from 'gpm'."),
+        ([], "there is nothing to compare; give a folder that --out named."),
+    ):
+        assert main(["compare", *arguments]) == 2
+        assert capsys.readouterr().err.endswith(f"{message}\n")

@@ -1,0 +1,72 @@
+"""The command that writes a report: where to, and what it says of input that it cannot use."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from adapters.cli.__main__ import main
+from adapters.runs import RunDirectory
+from adapters.runs.files import write_sealed
+from tests.analysis.runs import plain, run
+
+pytestmark = pytest.mark.usefixtures("undrawn")  # test_page draws them
+
+
+def saved(out: Path, **changes: Any) -> Path:
+    RunDirectory(out, "became", 0).save(run(**changes))
+    return RunDirectory(out, "became", 0).results_file
+
+
+def test_a_report_of_several_folders_goes_into_the_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    saved(tmp_path / "a")
+    RunDirectory(tmp_path / "b", "finetune", 0).save(plain())
+    assert main(["report", str(tmp_path / "a"), str(tmp_path / "b")]) == 0
+    file = tmp_path / "a" / "report.html"
+    assert capsys.readouterr().out == f"{file}\n"
+    assert 'id="method-1"' in file.read_text(encoding="utf-8")
+    assert not (tmp_path / "b" / "report.html").exists()
+
+
+def test_published_numbers_of_the_same_tasks_stand_beside(tmp_path: Path) -> None:
+    for tasks, there in ((10, True), (3, False)):
+        saved(tmp_path / str(tasks), benchmark="split-cifar100", tasks=tasks)
+        assert main(["report", str(tmp_path / str(tasks))]) == 0
+        page = (tmp_path / str(tasks) / "report.html").read_text(encoding="utf-8")
+        assert ("75.05" in page) == there
+
+
+DAMAGE: dict[str, Any] = {
+    "accuracy": [[[1.0]], [[90.0]], [[90.0, None], [80.0]], [["<b>"]], 7, []],
+    "alpha": [[None, "0.5", 0.5], [0.5], None],
+    "ranks": [[{"fc": [1]}], [{"fc": ["1", 2]}], [{"fc": [3, 2]}], 3],
+    "paths": [[{}, {}], [{"points": []}], [1, 2]],
+    "seconds": [{}, {"total": "long"}, []],
+    "config": [[], "x"],
+    "method": [None, {"a": 1}],
+    "seed": ["0", None],
+}
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in DAMAGE.items() for value in values])
+def test_a_damaged_value_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, value: Any) -> None:
+    file = saved(tmp_path)
+    values = json.loads(file.read_text()) | {name: value}
+    write_sealed(file, {each: value for each, value in values.items() if each != "sha256"})
+    assert main(["report", str(tmp_path)]) == 2
+    what = "is damaged or no run's results; move it away or choose another --out."
+    assert capsys.readouterr().err == f"error: {file} {what}\n"
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", "\x00", "[" * 100_000, '{"accuracy": 1e999}'])
+def test_a_damaged_file_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str) -> None:
+    saved(tmp_path).write_text(text)
+    assert main(["report", str(tmp_path)]) == 2
+    assert "is damaged" in capsys.readouterr().err
+
+
+def test_a_folder_without_runs_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report", str(tmp_path)]) == 2
+    assert capsys.readouterr().err == f"error: {tmp_path} holds no finished runs; give a folder that --out named.\n"
+    assert main(["report"]) == 2

@@ -1,0 +1,282 @@
+"""One description of a configuration: presets, records, and the command that repeats a run all give it back."""
+
+import json
+import shlex
+from pathlib import Path
+from typing import Any, get_args, get_origin
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from adapters.benchmarks.catalogue import BENCHMARKS
+from adapters.cli.options import Request, parse_request
+from adapters.cli.running import requested_jobs
+from adapters.runs.configuration import (
+    GROUPS,
+    Configuration,
+    command_words,
+    full_method_name,
+    options,
+    repeating_command,
+)
+from adapters.torch.run import BACKEND
+from became_core import BecameError
+from became_core.continual import Augmentation, RelativeRates, build_method
+from tests.analysis.runs import run
+
+
+def configured(method: str = "became", preset: str | None = None, **values: Any) -> Configuration:
+    return Configuration.of(values, method, preset)
+
+
+def test_without_options_it_is_the_quick_preset_on_the_embedded_benchmark() -> None:
+    configuration = configured()
+    assert (configuration.benchmark, configuration.tasks, configuration.first) == ("split-mnist", 5, 5)
+    for name, value in BENCHMARKS["split-mnist"].presets["quick"].values.items():
+        assert {**vars(configuration), **configured("gpm").settings}[name] == value
+
+
+def test_every_option_reaches_the_parts_that_it_is_for() -> None:
+    configuration = configured(
+        "became+nscl", benchmark="split-cifar100", tasks=20, epochs=3, stage2_epochs=2, lr=0.2, batch_size=8,
+        validation=0.1, projector_samples=11, curvature_samples=0, path_points=3, network="mlp", class_order="seeded",
+        augment=True, decay=0.5, per="layer", precision="kronecker", head_rate=2.0, norm_rate=0.5, first_rate=4.0,
+        norm_penalty=3.0, nscl_ratio=7.0, momentum=0.5, weight_decay=0.25,
+    )  # fmt: skip
+    training, method = configuration.training(), configuration.method("became+nscl")
+    assert (training.stage1.epochs, training.stage2.epochs) == (3, 2)
+    assert training.stage1.lr == training.stage2.lr == 0.2
+    assert (training.batch_size, training.projector_samples, training.curvature_samples) == (8, 11, None)
+    assert training.augmentation == Augmentation(padding=4, flips=True)
+    assert training.relative == RelativeRates(heads=2.0, norms=0.5, first=4.0)
+    assert training.path_alphas == (0.0, 0.5, 1.0)
+    assert (training.optimiser.momentum, training.optimiser.weight_decay) == (0.5, 0.25)  # type: ignore[union-attr]
+    assert method == build_method(
+        "became+nscl",
+        {"decay": 0.5, "per": "layer", "precision": "kronecker", "norm_penalty": 3.0, "nscl_ratio": 7.0},
+    )
+    record = configuration.to_json()
+    assert (record["benchmark"], record["tasks"], record["first"], record["class_order"]) == (
+        "split-cifar100", 20, 20, "seeded",
+    )  # fmt: skip
+    assert (record["network"], record["validation"], record["nscl_ratio"]) == ("mlp", 0.1, 7.0)
+
+
+def test_stage_1_of_a_patient_schedule_ends_on_its_best_model_and_stage_2_on_its_last() -> None:
+    training = configured("gpm", "paper").training()
+    assert (training.stage1.restores_best, training.stage2.restores_best) == (True, False)
+
+
+def test_a_value_that_is_given_holds_for_every_projector_and_the_others_are_the_projectors_own() -> None:
+    gpm, sgp = (
+        configured(method, "paper", benchmark="split-miniimagenet", threshold=0.9).settings for method in ("gpm", "sgp")
+    )
+    assert gpm["threshold"] == sgp["threshold"] == 0.9
+    assert (gpm["increment"], sgp["increment"]) == (0.0003, 0.001)
+
+
+def test_a_run_is_the_same_whatever_settings_other_methods_have() -> None:
+    assert configured("ewc", threshold=0.5) == configured("ewc", threshold=0.9)
+    assert set(configured("ewc").settings) == {"ewc_strength"}
+
+
+def test_the_number_of_tasks_chooses_the_preset() -> None:
+    ratios = [
+        configured("nscl", "nscl", benchmark="split-cifar100", tasks=tasks).settings["nscl_ratio"] for tasks in (10, 20)
+    ]
+    assert ratios == [10, 30]
+
+
+@pytest.mark.parametrize(
+    ("values", "method", "preset", "message"),
+    [
+        ({"benchmark": "split-cifar"}, "gpm", None, "no benchmark 'split-cifar'; did you mean 'split-cifar100'"),
+        ({}, "gpm", "nscl", "split-mnist has no preset 'nscl'; choose from paper, quick"),
+        ({}, "gmp", None, "no method 'gmp'; did you mean 'gpm'"),
+        ({"network": "alexnett"}, "gpm", None, "no network 'alexnett'; did you mean 'alexnet'"),
+        ({"epochs": 0}, "gpm", None, "0 epochs"),
+        ({"lr": -0.1}, "gpm", None, "lr -0.1"),
+        ({"batch_size": 0}, "gpm", None, "--batch-size is 0"),
+        ({"projector_samples": -1}, "gpm", None, "--projector-samples is -1"),
+        ({"path_points": 1}, "gpm", None, "--path-points must be 0 or at least 2"),
+        ({}, "became+gmp", None, "no projector 'gmp'; did you mean 'gpm'"),
+        ({}, "joint+gpm", None, "joint training sees all tasks"),
+        ({"momentum": 1.0}, "gpm", None, "momentum is 1.0"),
+        ({"optimiser": "adam", "momentum": 0.5}, "gpm", None, "--momentum is SGD's"),
+        ({"weight_decay": -1.0}, "gpm", None, "weight decay is -1.0"),
+        ({"threshold": 1.5}, "gpm", None, "threshold is 1.5"),
+        ({"ewc_strength": -1.0}, "ewc", None, "strength is -1.0"),
+        ({"momenta": 3}, "gpm", None, "no option 'momenta'; did you mean 'momentum'"),
+    ],
+)
+def test_what_cannot_be_used_is_said_in_one_sentence(
+    values: dict[str, Any], method: str, preset: str | None, message: str
+) -> None:
+    with pytest.raises(BecameError, match=message):
+        Configuration.of(values, method, preset)
+
+
+def test_every_value_of_every_preset_is_an_option_and_every_preset_gives_all_that_has_no_default() -> None:
+    for name in BENCHMARKS.names:
+        benchmark = BENCHMARKS[name]
+        for tasks, presets in ((benchmark.tasks, benchmark.presets), *benchmark.otherwise.items()):
+            for preset in presets:
+                for method in ("became", "sgp", "hat"):
+                    configured(method, preset, benchmark=name, tasks=tasks)
+
+
+def test_options_of_one_configuration_are_in_groups_and_say_whose_they_are() -> None:
+    known = options()
+    assert {option.group for option in known.values()} == set(GROUPS)
+    assert all(option.help for option in known.values())
+    assert "(sgp, gpcns)" in known["scale"].help
+    assert "(nscl)" in known["nscl_ratio"].help  # a preset gives it, so that its default is not what it will be
+    assert "default: 200" in known["ogd_samples"].help
+    assert all(name in known["network"].help for name in ("mlp", "alexnet", "resnet18"))
+
+
+@pytest.mark.parametrize(
+    ("method", "projector", "name"),
+    [
+        ("became", "sgp", "became+sgp"),
+        ("became", None, "became"),
+        ("became+trgp", "sgp", "became+trgp"),
+        ("gpm", "sgp", "gpm"),
+        ("hat", "sgp", "hat"),
+        ("joint", "sgp", "joint"),
+        ("ewc", "none", "ewc+none"),
+    ],
+)
+def test_a_projector_is_for_methods_that_name_none_and_take_one(method: str, projector: str | None, name: str) -> None:
+    assert full_method_name(method, projector) == name
+
+
+# Values that differ from every preset's, in which each option can be told apart.
+VALUES: dict[str, st.SearchStrategy[Any]] = {
+    "tasks": st.sampled_from([2, 5, 10]),
+    "first": st.integers(1, 2),
+    "class_order": st.sampled_from(["label", "seeded"]),
+    "validation": st.floats(0, 0.5),
+    "augment": st.booleans(),
+    "network": st.sampled_from(["mlp", "alexnet"]),
+    "norm": st.sampled_from(["batch", "running", "group"]),
+    "mixed_precision": st.just(True),
+    "dropout_masks": st.sampled_from(["numpy", "framework"]),
+    "schedule": st.sampled_from(["annealed", "stepped", "patience"]),
+    "lr": st.floats(1e-6, 10),
+    "epochs": st.integers(1, 300),
+    "stage2_epochs": st.integers(1, 300),
+    "lr_factor": st.floats(1.5, 10),
+    "lr_steps": st.lists(st.floats(0.01, 0.99), max_size=3).map(tuple),
+    "lr_patience": st.integers(1, 9),
+    "lr_minimum": st.floats(0, 1),
+    "head_rate": st.floats(0.1, 10),
+    "norm_rate": st.floats(0.1, 10),
+    "first_rate": st.floats(0.1, 10),
+    "weight_decay": st.floats(0, 1),
+    "batch_size": st.integers(1, 99),
+    "projector_samples": st.integers(0, 99),
+    "curvature_samples": st.integers(0, 99),
+    "path_points": st.sampled_from([0, 2, 11]),
+    "device": st.sampled_from(["auto", "cpu", "cuda:1"]),
+    "deterministic": st.just(True),
+    "tracker": st.sampled_from(["none", "tensorboard", "trackio"]),
+    "data_dir": st.sampled_from([Path("/data"), Path("/data/a b")]),
+    "decay": st.floats(0, 1),
+    "per": st.sampled_from(["model", "layer", "leaf"]),
+    "precision": st.sampled_from(["diagonal", "kronecker", "exact"]),
+    "threshold": st.floats(0.5, 0.99),
+    "increment": st.floats(0, 0.1),
+    "scale": st.floats(1, 9),
+    "norm_penalty": st.floats(0, 9),
+    "coma_alpha": st.lists(st.floats(0, 1), min_size=1, max_size=3).map(tuple),
+    "imm_transfer": st.booleans(),
+    "imm_pull": st.floats(0, 9),
+}
+COMMANDS = st.fixed_dictionaries({}, optional=VALUES)
+METHODS = st.sampled_from(["became", "became+sgp", "gpm", "coma", "imm-mean", "became+nscl"])
+
+
+def parsed(words: list[str], method: str) -> Configuration:
+    """The configuration that the command line gives."""
+    request = parse_request("became run", ["--methods", method, *words], backend=False)
+    (job,) = requested_jobs(request, BACKEND)
+    return job.configuration
+
+
+@settings(max_examples=60, deadline=None)
+@given(values=COMMANDS, method=METHODS, preset=st.sampled_from(["quick", "paper"]))
+def test_a_command_gives_a_configuration_that_gives_the_command(
+    values: dict[str, Any], method: str, preset: str
+) -> None:
+    configuration = Configuration.of(values, method, preset)
+    words = command_words(configuration, method, preset)
+    again = parsed(words, method)
+    assert again == configuration
+    assert command_words(again, method, preset) == words
+
+
+@settings(max_examples=60, deadline=None)
+@given(values=COMMANDS, method=METHODS, preset=st.sampled_from(["quick", "paper"]))
+def test_a_record_gives_the_configuration_back(values: dict[str, Any], method: str, preset: str) -> None:
+    configuration = Configuration.of(values, method, preset)
+    record = json.loads(json.dumps(configuration.to_json()))
+    hints = {**json.loads(json.dumps(configuration.hints())), "data_dir": configuration.data_dir}
+    read = Configuration.from_json(record, method)
+    assert read.to_json() == configuration.to_json()
+    assert Configuration(**{**vars(read), **hints}) == configuration
+    assert set(record).isdisjoint(hints)
+
+
+def test_every_option_is_drawn_by_these_properties() -> None:
+    """All but those of one method or projector, which are drawn by those of another of their type."""
+    others = {"benchmark", "optimiser", "momentum", "nscl_ratio", "ogd_samples", "ogd_capacity", "grid_points"}
+    others |= {"ewc_strength", "packnet_share", "hat_sharpness", "hat_sparsity"}
+    assert set(options()) == set(VALUES) | others
+    kinds = {get_origin(option.type) or option.type for name, option in options().items() if name in VALUES}
+    assert {get_origin(options()[name].type) or options()[name].type for name in others} <= kinds
+    assert len(get_args(options()["optimiser"].type)) == 2
+
+
+def test_the_shortest_command_that_repeats_runs_is_found_from_their_record() -> None:
+    configuration = configured(
+        "became", epochs=3, lr=0.02, optimiser="adam", path_points=5, projector_samples=0, first=3, norm="running",
+        head_rate=20.0, norm_penalty=2.0,
+    )  # fmt: skip
+    runs = [run(seed=seed, config=configuration.to_json()) for seed in (0, 4)]
+    command = repeating_command(runs)
+    assert command == (
+        "python -m adapters.torch.run --methods became --seeds 0 4 --benchmark split-mnist --first 3 --norm running "
+        "--lr 0.02 --epochs 3 --head-rate 20.0 --optimiser adam --projector-samples 0 --path-points 5 "
+        "--norm-penalty 2.0"
+    )
+    request: Request = parse_request("run", shlex.split(command)[3:], backend=False)
+    assert [(job.run.seed, job.configuration) for job in requested_jobs(request, BACKEND)] == [
+        (0, configuration),
+        (4, configuration),
+    ]
+
+
+def test_no_command_is_given_that_would_run_something_else() -> None:
+    config = configured().to_json()
+    assert repeating_command([run(config=config)])
+    assert repeating_command([run(config=config | {"unknown": 1})]) is None
+    assert repeating_command([run(config=config | {"benchmark": "unknown"})]) is None
+    assert repeating_command([run("unknown", config=config)]) is None
+    del config["lr"]
+    assert repeating_command([run(config=config)]) is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"momenta": 3}, "config.json has an unknown option 'momenta'; resume with the version that started this run."),
+        ({"lr": None}, "config.json lacks the option 'lr'; resume with the version that started this run."),
+    ],
+)
+def test_a_record_of_another_version_is_refused_in_one_sentence(changes: dict[str, Any], message: str) -> None:
+    record = {name: value for name, value in (configured().to_json() | changes).items() if value is not None}
+    with pytest.raises(BecameError) as refused:
+        Configuration.from_json(record, "became")
+    assert str(refused.value) == message
