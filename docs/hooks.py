@@ -29,8 +29,8 @@ FORMULA = re.compile(
     r'<(span|div) class="arithmatex">(?:\\\((?P<inline>.*?)\\\)|\\\[(?P<block>.*?)\\\])</\1>',
     re.DOTALL,
 )
-# The title of a code block that is for one framework.
-FRAMEWORKS = {"torch": "PyTorch", "jax": "JAX", "tensorflow": "TensorFlow"}
+# The titles of code blocks by the word after "python": one framework, or "run" for any framework that trains.
+FRAMEWORKS = {"torch": "PyTorch", "jax": "JAX", "tensorflow": "TensorFlow", "run": "any framework"}
 # What a browser would request from another server. Links are not among it: only a reader's click follows them.
 REQUEST = re.compile(
     r'<(?!a\b)\w+[^>]*\s(?:src|href|srcset|data|poster)\s*=\s*"?(?:https?:)?//[^>]*>'
@@ -66,7 +66,7 @@ def _link_on_site(source: str) -> Callable[[re.Match[str]], str]:
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Return the page with a title on each code block that is for one framework, such as ``python torch``."""
+    """Return the page with a title on each code block that needs a framework, such as ``python torch``."""
     return re.sub(r"^```python (\w+)$", _fence_with_title, markdown, flags=re.MULTILINE)
 
 
