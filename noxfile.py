@@ -101,7 +101,7 @@ def types(session: nox.Session) -> None:
 @nox.session
 def docs(session: nox.Session) -> None:
     """The documentation site, built into ``site/``; a warning is an error, and so is a page that needs a network."""
-    install(session, "docs")
+    install(session, "docs", "-e", ".")
     session.env["NO_MKDOCS_2_WARNING"] = "1"  # on the theme's end of life, which is none of a page's mistakes
     session.run("mkdocs", "build", "--strict", *session.posargs)
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from became_core.arrays import Params
-from became_core.projection import GPCNS, GPM, NSCL, OGD, SGP, TRGP, Projector
+from became_core.projection import GPCNS, NSCL, Projector
+from became_core.projection import PROJECTORS as REGISTRY
 from tests.backends import to_xp
 
 __all__ = [
@@ -28,13 +30,17 @@ Array = NDArray[Any]
 WIDTH = 8
 EPSILONS = st.sampled_from([0.5, 0.9, 0.97, 0.999])
 
+SETTINGS = {"threshold": 0.9, "increment": 0.003, "ogd_samples": 30, "ogd_capacity": 6}
+# Projectors that the tests of the interface build otherwise, by their registered names.
+BUILT_OTHERWISE: dict[str, Callable[[], Projector]] = {
+    "gpcns": lambda: GPCNS(0.97, increment=0.003),
+    "nscl": lambda: NSCL(normalised=False),
+}
+# Every registered projector that can be combined with others; a new one needs no line here.
 PROJECTORS: dict[str, Callable[[], Projector]] = {
-    "GPCNS": lambda: GPCNS(0.97, increment=0.003),
-    "GPM": lambda: GPM(0.9, increment=0.003),
-    "NSCL": lambda: NSCL(normalised=False),
-    "OGD": lambda: OGD(samples=30, capacity=6),
-    "SGP": lambda: SGP(0.9, increment=0.003),
-    "TRGP": lambda: TRGP(0.9, increment=0.003),
+    REGISTRY[name].__name__: BUILT_OTHERWISE.get(name, partial(REGISTRY.build, name, SETTINGS))
+    for name in REGISTRY.names
+    if not REGISTRY[name].alone
 }
 
 
