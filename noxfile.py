@@ -1,41 +1,72 @@
 """The checks, one session each: ``nox`` runs them all, ``nox -s NAME`` one; arguments after ``--`` go to pytest.
 
-Convention: a session installs only what its subject may depend on, in the versions that ``constraints.txt`` pins.
+Convention: a session installs what ``constraints.txt`` pins. ``tests-core``, ``tests-jax`` and ``tests-tensorflow``
+have an environment each, with only what their subject may depend on; the sessions that may have all frameworks share
+the environment that ``everything`` makes. Two sessions run at a time: while one installs or ends with a single long
+test, the other uses the processor. The seconds that each took are printed at the end.
 """
 
+import atexit
+import json
 import os
+import sys
+import time
 from pathlib import Path
 
 import nox
 
 PROJECT = nox.project.load_toml("pyproject.toml")
 FRAMEWORKS = ("torch", "jax", "tensorflow")
-# Runs that are killed and go on, by the command; what they leave on a disk, and what becomes of it.
-INTERRUPTED = ("tests/cli/test_resuming.py", "tests/runs")
+# Not the extra: its `tensorflow` is the build for GPUs too, and the CPU's own is half the size.
+TENSORFLOW = ("tensorflow-cpu", "keras")
+# What runs on every framework beside its own folder: the core, the documentation's examples, and runs that are killed.
+ON_EACH = ("tests/core", "tests/repository/test_examples.py", "tests/cli/test_resuming.py")
+EVERYTHING = Path(".nox", "shared").absolute()
 
 # What may outlive a checkout, as pip's and pre-commit's caches do.
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "became-tests"
 
-nox.needs_version = ">=2025.2.9"
+nox.needs_version = ">=2026.10.20"
 nox.options.default_venv_backend = "virtualenv"
+nox.options.parallel = 2
+nox.options.allow_parallel = True
+# The longest first, so that nothing long is left when all else is done.
 nox.options.sessions = [
-    *("lint", "types", "docs"),
-    *("tests-core", "tests-torch", "tests-jax", "tests-tensorflow", "agreement"),
+    *("tests-jax", "everything", "tests-tensorflow", "tests-torch", "types", "agreement"),
+    *("tests-core", "docs", "lint"),
 ]
 
 
 def install(session: nox.Session, group: str, *requirements: str) -> None:
-    """Install a dependency group of ``pyproject.toml``, and more, as pinned."""
-    session.install("-c", "constraints.txt", *nox.project.dependency_groups(PROJECT, group), *requirements)
+    """Install a dependency group of ``pyproject.toml``, and more, as pinned.
+
+    Nothing is compiled to bytecode in advance: of what is installed, a session imports a small part.
+    """
+    pinned = "--no-compile", "-c", "constraints.txt", *nox.project.dependency_groups(PROJECT, group)
+    session.install(*pinned, *requirements)
+
+
+def python(session: nox.Session) -> str:
+    """Return the interpreter of the session's own environment, or of the shared one."""
+    folder = EVERYTHING if session.venv_backend == "none" else Path(session.virtualenv.location)
+    return str(folder / ("Scripts" if os.name == "nt" else "bin") / "python")
 
 
 def test(session: nox.Session, *arguments: str) -> None:
-    """Run pytest, a process a core: with one thread each, since arrays are small here, and threads would only wait."""
+    """Run pytest, a process a core: with one thread each, since arrays are small here, and threads would only wait.
+
+    A process that has finished its share takes over tests of another; so none is idle while one has a long module.
+    """
     threads = "OMP_NUM_THREADS", "TF_NUM_INTEROP_THREADS", "TF_NUM_INTRAOP_THREADS"
     session.env.update(dict.fromkeys(threads, "1"))
-    session.run(
-        "pytest", "--numprocesses", "auto", "--maxprocesses", "8", "--dist", "loadscope", *arguments, *session.posargs
-    )
+    processes = "--numprocesses", "auto", "--maxprocesses", "8", "--dist", "worksteal"
+    session.run(python(session), "-m", "pytest", *processes, *arguments, *session.posargs)
+
+
+def cache_compilations(session: nox.Session) -> None:
+    """Let JAX keep what it has compiled: another test, process or session then need not compile it again."""
+    session.env["JAX_COMPILATION_CACHE_DIR"] = str(CACHE / "jax")
+    session.env["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 
 def assert_absent(session: nox.Session, *frameworks: str) -> None:
@@ -51,11 +82,20 @@ def lint(session: nox.Session) -> None:
     session.run("ruff", "format", "--check")
 
 
-@nox.session
+@nox.session(venv_backend="none")
+def everything(session: nox.Session) -> None:
+    """The environment with every framework, which several sessions share."""
+    session.run(sys.executable, "-m", "virtualenv", "--quiet", "--clear", "--no-periodic-update", str(EVERYTHING))
+    groups = [*nox.project.dependency_groups(PROJECT, "test-torch"), *nox.project.dependency_groups(PROJECT, "types")]
+    pinned = "--no-compile", "--quiet", "-c", "constraints.txt", *groups
+    extras = "-e", ".[torch,jax,report,tensorboard]", *TENSORFLOW
+    session.run(python(session), "-m", "pip", "install", *pinned, *extras)
+
+
+@nox.session(venv_backend="none", requires=["everything"])
 def types(session: nox.Session) -> None:
-    """Strict types, with the frameworks' own."""
-    install(session, "types", "-e", ".[torch,report]")
-    session.run("mypy")
+    """Strict types, with PyTorch's own."""
+    session.run(python(session), "-m", "mypy")
 
 
 @nox.session
@@ -75,11 +115,11 @@ def tests_core(session: nox.Session) -> None:
     test(session, "tests/core", "--backend", "strictest")
 
 
-@nox.session(name="tests-torch")
+@nox.session(name="tests-torch", venv_backend="none", requires=["everything"])
 def tests_torch(session: nox.Session) -> None:
-    """Everything, on PyTorch."""
-    install(session, "test-torch", "-e", ".[torch,report,tensorboard]")
-    test(session, "tests", "--backend", "torch")
+    """The core and the adapter on PyTorch; and what needs a framework, whichever it is."""
+    whichever = "tests/analysis", "tests/benchmarks", "tests/cli", "tests/networks", "tests/runs", "tests/tracking"
+    test(session, *ON_EACH[:2], "tests/torch", *whichever, "--backend", "torch")
 
 
 @nox.session(name="tests-jax")
@@ -87,25 +127,51 @@ def tests_jax(session: nox.Session) -> None:
     """The core and the adapter on JAX, where no other framework is installed."""
     install(session, "test", "-e", ".[jax]")
     assert_absent(session, "torch", "tensorflow")
-    # Most of the time goes into compiling what another test, process or session has compiled already.
-    session.env["JAX_COMPILATION_CACHE_DIR"] = str(CACHE / "jax")
-    session.env["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-    folders = "tests/core", "tests/jax", "tests/repository", *INTERRUPTED
-    test(session, *folders, "--backend", "jax")
+    cache_compilations(session)
+    test(session, *ON_EACH, "tests/jax", "--backend", "jax")
 
 
 @nox.session(name="tests-tensorflow")
 def tests_tensorflow(session: nox.Session) -> None:
     """The core and the adapter on TensorFlow, where no other framework is installed."""
-    # Not the extra: its `tensorflow` is the build for GPUs too, and the CPU's own is half the size.
-    install(session, "test", "-e", ".[run]", "tensorflow-cpu", "keras")
+    install(session, "test", "-e", ".[run]", *TENSORFLOW)
     assert_absent(session, "torch", "jax")
-    folders = "tests/core", "tests/repository", "tests/tensorflow", *INTERRUPTED
-    test(session, *folders, "--backend", "tensorflow")
+    test(session, *ON_EACH, "tests/tensorflow", "--backend", "tensorflow")
 
 
-@nox.session
+@nox.session(venv_backend="none", requires=["everything"])
 def agreement(session: nox.Session) -> None:
     """Whole runs and networks, the same on all frameworks, which live in one process here."""
-    install(session, "test", "-e", ".[torch,jax]", "tensorflow-cpu", "keras")
+    cache_compilations(session)
     test(session, "tests/agreement")
+
+
+@nox.session(venv_backend="none", requires=["everything"])
+def stress(session: nox.Session) -> None:
+    """Far more of what is drawn at random: 200 killed processes, 10,000 damaged files, the long hypothesis profile."""
+    cache_compilations(session)
+    session.env.update(BECAME_DAMAGES="5000")  # in each of two folders
+    test(session, "tests/runs/test_damage.py", "--timeout", "3600")
+    killed = "tests/cli/test_resuming.py::test_a_killed_process_loses_an_epoch_at_most"
+    for backend, kills in {"torch": 100, "jax": 50, "tensorflow": 50}.items():
+        session.env.update(BECAME_KILLS=str(kills))
+        test(session, killed, "--backend", backend)
+    session.env.update(HYPOTHESIS_PROFILE="long")
+    test(session, "tests/core", "tests/networks", "--timeout", "3600")
+
+
+def print_seconds(report: Path, begin: float) -> None:
+    """Print how long each session took, from nox's own report of this call."""
+    if report.exists() and report.stat().st_mtime >= begin:
+        sessions = json.loads(report.read_text(encoding="utf-8"))["sessions"]
+        for session in sessions:
+            print(f"{session['duration']:7.0f} s  {session['name']}: {session['result']}")
+        print(f"{time.time() - begin:7.0f} s  from the beginning to the end")
+
+
+# nox runs each session of several in a process of its own, which reads this file too: only the first prints.
+if "BECAME_NOX" not in os.environ:
+    os.environ["BECAME_NOX"] = "1"
+    nox.options.report = str(Path(".nox", "report.json").absolute())
+    Path(".nox").mkdir(exist_ok=True)
+    atexit.register(print_seconds, Path(nox.options.report), time.time())

@@ -1,5 +1,8 @@
 """Speed and memory of alpha* and merging: ``python benchmarks/alpha.py [--frameworks …] [--device gpu] [--json]``.
 
+With ``--by-leaf-size``: the time of alpha*, eager and with its checks of values, over that of the three-line
+expression, for many and few leaves of 10^3 to 10^7 elements. There a lower ratio is better.
+
 Each framework, in a process of its own, is held against itself: alpha* reads four models, and its bandwidth is given as
 a ratio to that at which the same framework sums the same four, in the same process, in turn with it; merging reads two
 models and writes one, and is held against the sum of three. ``formula`` is the obvious three-line expression. Extra
@@ -25,6 +28,19 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parents[1]))  # so that the checkout is measured, installed or not
 
 LEAVES = 16
+# How many leaves, of how many elements each.
+LEAF_SIZES = (
+    (10, 10**3),
+    (10, 10**4),
+    (10, 10**5),
+    (10, 10**6),
+    (3, 10**7),
+    (300, 10**3),
+    (300, 10**5),
+    (300, 10**6),
+    (30_000, 10**3),
+)
+EAGER = ("numpy", "torch", "jax", "tensorflow")
 FRAMEWORKS = ("numpy", "torch", "torch-compiled", "jax", "tensorflow")
 ON_GPU = ("torch", "torch-compiled", "jax", "cupy", "tensorflow")
 
@@ -115,28 +131,19 @@ def measure(name: str, device: str, parameters: int, rounds: int) -> dict[str, f
     def totals(*given: Any) -> Any:
         return [sum_of(tree[leaf]) for tree in given for leaf in leaves]
 
-    def plain(gp: Any, hat: Any, old: Any, new: Any) -> Any:
-        top = sum(sum_of((hat[leaf] - gp[leaf]) ** 2 * new[leaf]) for leaf in leaves)
-        return top / (top + sum(sum_of((hat[leaf] - gp[leaf]) ** 2 * old[leaf]) for leaf in leaves))
-
     contenders: dict[str, Callable[[], Any]] = {
         "sum": _call(compiled(totals), trees),
         "alpha": _call(compiled(optimal_alpha), trees),
-        "formula": _call(compiled(plain), trees),
+        "formula": _call(compiled(lambda *four: formula(sum_of, *four)), trees),
         "sum of three": _call(compiled(totals), trees[:3]),
         "merge": _call(compiled(lambda gp, hat: merge(gp, hat, 0.3)), trees[:2]),
     }
-    seconds: dict[str, list[float]] = {contender: [] for contender in contenders}
     values = {}
     for contender, run in contenders.items():  # compile, and touch every page
         values[contender] = wait(run())
     assert abs(float(values["alpha"]) - float(values["formula"])) < 1e-4
-    for _ in range(rounds):
-        for contender, run in contenders.items():
-            began = time.perf_counter()
-            wait(run())
-            seconds[contender].append(time.perf_counter() - began)
-    median = {contender: float(np.median(each)) for contender, each in seconds.items()}
+    seconds = _in_turn(contenders, wait, rounds)
+    median = {contender: float(np.median(times)) for contender, times in seconds.items()}
     model = parameters * 4
     return {
         "alpha_over_sum_bandwidth": float(np.median(np.divide(seconds["sum"], seconds["alpha"]))),
@@ -148,6 +155,45 @@ def measure(name: str, device: str, parameters: int, rounds: int) -> dict[str, f
         "merge_extra_memory": extra(lambda: wait(contenders["merge"]())) / model - 1,
         "alpha_seconds": median["alpha"],
     }
+
+
+def formula(sum_of: Callable[[Any], Any], gp: Any, hat: Any, old: Any, new: Any) -> Any:
+    """Return alpha* by the expression that one would write without us."""
+    top = sum(sum_of((hat[leaf] - gp[leaf]) ** 2 * new[leaf]) for leaf in gp)
+    return top / (top + sum(sum_of((hat[leaf] - gp[leaf]) ** 2 * old[leaf]) for leaf in gp))
+
+
+def measure_leaf_sizes(name: str, device: str, rounds: int) -> dict[str, float]:
+    """Return the time of alpha* over that of the formula, both eager, at each of the leaf sizes."""
+    from became_core import optimal_alpha
+
+    make, _, wait, sum_of, _ = means(name, device)
+    ratios = {}
+    for count, size in LEAF_SIZES:
+        draw = np.random.default_rng(0)
+        # Leaves share sixteen arrays, which no cache holds if they are large: more would only take time to make.
+        arrays = [[make(draw.random(size, dtype=np.float32)) for _ in range(min(count, 16))] for _ in range(4)]
+        trees = [{f"layer{leaf}.weight": tree[leaf % 16] for leaf in range(count)} for tree in arrays]
+        contenders = {"alpha": _call(optimal_alpha, trees), "formula": _call(formula, [sum_of, *trees])}
+        values = {contender: float(wait(run())) for contender, run in contenders.items()}
+        # The formula adds leaf after leaf in single precision, which costs it digits.
+        assert abs(values["alpha"] - values["formula"]) < 1e-4, values
+        seconds = _in_turn(contenders, wait, rounds)
+        ratios[f"alpha_over_formula_{count}x{size}"] = float(np.median(np.divide(seconds["alpha"], seconds["formula"])))
+    return ratios
+
+
+def _in_turn(
+    contenders: dict[str, Callable[[], Any]], wait: Callable[[Any], Any], rounds: int
+) -> dict[str, list[float]]:
+    """Return the seconds of each contender in every round."""
+    seconds: dict[str, list[float]] = {contender: [] for contender in contenders}
+    for _ in range(rounds):
+        for contender, run in contenders.items():
+            began = time.perf_counter()
+            wait(run())
+            seconds[contender].append(time.perf_counter() - began)
+    return seconds
 
 
 def _call(function: Callable[..., Any], arguments: list[Any]) -> Callable[[], Any]:
@@ -178,16 +224,22 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
     parser.add_argument("--parameters", type=int, default=100_000_000)
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--by-leaf-size", action="store_true", help="measure eager alpha* at many leaf sizes")
     parser.add_argument("--json", action="store_true", help="print one object of ratios by framework")
     options = parser.parse_args()
-    frameworks = options.frameworks or (FRAMEWORKS if options.device == "cpu" else ON_GPU)
+    on_device = FRAMEWORKS if options.device == "cpu" else ON_GPU
+    frameworks = options.frameworks or [name for name in on_device if name in EAGER or not options.by_leaf_size]
     if os.environ.get("BECAME_BENCHMARK_CHILD"):
-        print(json.dumps(measure(frameworks[0], options.device, options.parameters, options.rounds)))
+        if options.by_leaf_size:
+            print(json.dumps(measure_leaf_sizes(frameworks[0], options.device, options.rounds)))
+        else:
+            print(json.dumps(measure(frameworks[0], options.device, options.parameters, options.rounds)))
         return
     results = {}
     for name in frameworks:
         command = [sys.executable, __file__, "--frameworks", name, "--device", options.device]
         command += ["--parameters", str(options.parameters), "--rounds", str(options.rounds)]
+        command += ["--by-leaf-size"] * options.by_leaf_size
         environment = {**os.environ, "BECAME_BENCHMARK_CHILD": "1", "TF_CPP_MIN_LOG_LEVEL": "2"}
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         if done.returncode:

@@ -28,10 +28,9 @@ from torch.nn import functional
 sys.path.insert(0, str(Path(__file__).parents[1]))  # so that the checkout is measured, installed or not
 
 from adapters.networks import alexnet
-from adapters.torch.dropout import Dropout
-from adapters.torch.memory import keep_freed_memory
-from adapters.torch.networks import Described, MultiHead
-from adapters.torch.statistics import statistics
+from adapters.torch.layers import moments
+from adapters.torch.networks import Described, Dropout, MultiHead
+from adapters.torch.run import keep_freed_memory
 from adapters.torch.tapping import collect_taps, layers_with_samples_first
 from became_core.curvature import diagonal_fisher, logit_cotangents
 
@@ -62,7 +61,7 @@ def frozen(network: nn.Module, images: Tensor) -> nn.Module:
         if isinstance(layer, Dropout):
             continue
         if isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d):
-            layer.running_mean, layer.running_var = statistics(values.detach())
+            layer.running_mean, layer.running_var = moments(values.detach())
             layer.track_running_stats = True
         values = layer(values).detach()
         layers.append(layer)

@@ -28,8 +28,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # so that the checkout is me
 from adapters.benchmarks.cifar import load_cifar100
 from adapters.benchmarks.location import data_directory
 from adapters.torch.learner import TorchLearner
-from adapters.torch.memory import keep_freed_memory
-from adapters.torch.run import build_learner
+from adapters.torch.run import build_learner, keep_freed_memory
 from became_core import BecameError
 from became_core.arrays import Params
 from became_core.continual import SGD, Annealed, Constraint, TaskStream, Training, split_classes

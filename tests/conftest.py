@@ -15,7 +15,7 @@ from tests.backends import BACKENDS, load
 
 settings.register_profile("ci", max_examples=50, deadline=None, derandomize=True, database=None)
 # JAX and TensorFlow compile anew, or look up a kernel, for every new shape, which is most of what examples cost there.
-settings.register_profile("compiled", settings.get_profile("ci"), max_examples=15)
+settings.register_profile("compiled", settings.get_profile("ci"), max_examples=10)
 settings.register_profile("long", max_examples=2000, deadline=None)
 
 

@@ -1,258 +1,228 @@
-"""The learner protocol on JAX: a network as a value, with a head for each task; all arithmetic in compiled functions.
+"""The learner on JAX: what ``adapters.backend`` leaves to a framework, which is derivatives and places.
 
-Convention: images stay on the device as uint8 [N, H, W, C] and are normalised there, batch by batch; parameters are
-named arrays, and the learner's own are never changed but replaced.
+Convention: as in ``adapters.backend.network``; all arithmetic is in compiled functions. The network is static and all
+else an argument, so gradients are compiled once for each batch size and for each set of trained parameters, whatever
+the task. An update is compiled for each structure of constraint and optimiser, apart from the network, which is what
+takes long to compile; products of factors are compiled for each batch size and each rank.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from itertools import groupby, islice, takewhile
-from typing import Any
+from collections.abc import Callable, Container, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any, ClassVar
 
 import jax
 import numpy as np
+from jax import lax
 from jax import numpy as jnp
-from numpy.typing import NDArray
 
-from adapters.jax import compiled
-from adapters.jax.dropout import Masks, mask_source
-from adapters.jax.heads import HEAD, for_task, head_of, put_back
-from adapters.jax.stepping import State, Steps, many_steps, stacked, step
-from adapters.networks import (
-    Backbone,
-    DropoutMasks,
-    Linear,
-    Tapped,
-    checked_masks,
-    initial_values,
-    is_statistic,
-)
+from adapters.backend import Data, Factors, FunctionalLearner, Network, State, Step
+from adapters.jax.layers import Pass
+from adapters.networks import Backbone, Linear, Tapped
 from became_core import BecameError
 from became_core.arrays import Array, Params, namespace
-from became_core.continual import Batch, Constraint, Learner, Optimiser, TapMode, TaskStream, Trained
-from became_core.continual.data import Indices
-from became_core.curvature import Pushforward, Tap, Taps, logit_cotangents
+from became_core.continual import Constraint, TapMode
+from became_core.curvature import Tap, Taps, logit_cotangents
 
-__all__ = ["JaxLearner"]
+__all__ = ["JaxLearner", "JaxNetwork"]
 
 
-class JaxLearner(Learner):
-    """A JAX network that learns continually; ``became_core.continual.Learner`` says what each method promises."""
+@dataclass
+class _Recorder:
+    """Adds perturbations to the layers' outputs, and keeps those and the layers' inputs, [N, positions, d] each.
 
-    def __init__(
-        self,
-        backbone: Backbone,
-        stream: TaskStream,
-        *,
-        device: str | jax.Device | None = None,
-        dtype: str = "float32",
-        mixed_precision: bool = False,
-        dropout_masks: DropoutMasks = "numpy",
-        whole_epochs: bool | None = None,
-        seed: int = 0,
-    ) -> None:
-        """Draw the weights of a backbone with a head for each task, and place them and the data on a device.
+    Attributes:
+        perturbations: by the layer's name; the gradient by one is that by the layer's output.
+        layers: the names of the layers that it looks at; all if None.
+    """
 
-        Args:
-            backbone: what maps images to features: a description, or any hashable value like it.
-            stream: the tasks; its images and targets go to the device once.
-            device: where all arithmetic happens: a JAX device, or e.g. "cpu", "gpu:1"; JAX's default if not given.
-            dtype: of the weights.
-            mixed_precision: whether training steps multiply in bfloat16; weights, losses, normalisation, optimiser and
-                all that is measured stay in the dtype of the weights.
-            dropout_masks: what draws them: "numpy", the same ones for every framework, or the "framework" itself, where
-                the network is; a function of the seeds either way.
-            whole_epochs: whether an epoch's steps on equal batches of one task run as one program, unless NumPy draws
-                masks for them; on accelerators alone if not given.
-            seed: names the draw of the initial weights.
+    perturbations: Params
+    layers: Container[str] | None = None
+    inputs: Params = field(default_factory=dict)
+    outputs: Params = field(default_factory=dict)
 
-        Raises:
-            BecameError: if the device or the source of masks does not exist, JAX has no such dtype as it is configured,
-                or the backbone does not return [N, features].
-        """
-        dataset, count = stream.dataset, len(stream.tasks)
-        if jax.dtypes.canonicalize_dtype(dtype) != dtype:
-            raise BecameError(f"JAX has no {dtype} as it is configured; set jax_enable_x64 before any array is made.")
-        self._device = _checked_device(device)
-        self._dropout_masks = checked_masks(dropout_masks)
-        self._whole_epochs = self._device.platform != "cpu" if whole_epochs is None else whole_epochs
-        self._backbone = backbone
-        images = np.moveaxis(dataset.images, 1, -1)
-        width = compiled.output_width(backbone, (2, *images.shape[1:]))
-        if width is None:
-            raise BecameError("the backbone must map images [N, H, W, C] to features [N, features].")
-        heads = [Linear(head_of(task), stream.classes_per_task) for task in range(count)]
-        mean, std = (np.multiply(each, 255.0).astype(dtype) for each in (dataset.mean, dataset.std))
-        self._data = compiled.Data(*jax.device_put((images, stream.targets, mean, std), self._device))
-        namespace(images=self._data.images)  # JAX learns of the core's values
-        self._layers: dict[str, Tapped] = {layer.name: layer for layer in (*backbone.tapped, *heads)}
-        of_heads = [head.parameters((width,)) for head in heads]
-        parameters = dict(backbone.parameters)
-        for each in of_heads:
-            parameters |= each
-        self._names = tuple(parameters)
-        self._dtype, self._products = dtype, "bfloat16" if mixed_precision else None
-        self._theta: Params = {}
-        self.assign(initial_values(seed, parameters))
-        self.heads = [frozenset(each) for each in of_heads]
-        self.running_statistics = frozenset(filter(is_statistic, backbone.parameters))
-        self.projectable = frozenset(f"{layer.name}.weight" for layer in backbone.tapped if layer.kind == "matrix")
-        self._linear = frozenset(name for name in self.projectable if len(parameters[name].shape) == 2)
+    def __call__(self, layer: Tapped, inputs: Callable[[], Array], output: Array) -> Array:
+        if self.layers is not None and layer.name not in self.layers:
+            return output
+        seen = inputs()
+        self.inputs[layer.name] = seen.reshape(seen.shape[0], -1, seen.shape[-1])
+        self.outputs[layer.name] = output.reshape(output.shape[0], -1, output.shape[-1])
+        perturbation = self.perturbations.get(layer.name)
+        return output if perturbation is None else output + perturbation.reshape(output.shape)
 
-    def parameters(self) -> Params:
-        """Return all parameters by canonical name."""
-        return dict(self._theta)
 
-    def assign(self, parameters: Params) -> None:
-        """Take copies of these values."""
-        values = {name: jnp.array(parameters[name], dtype=self._dtype) for name in self._names}
-        self._theta = jax.device_put(values, self._device)
+def _zeros(run: Callable[[], _Recorder]) -> Params:
+    """Return perturbations that change nothing, of all outputs that are recorded in a run."""
+    outputs = jax.eval_shape(lambda: run().outputs)
+    return {name: jnp.zeros(output.shape, output.dtype) for name, output in outputs.items()}
 
-    def train(
-        self,
-        batches: Sequence[Batch],
-        rates: NDArray[np.float64],
-        constraint: Constraint,
-        optimiser: Optimiser,
-        stream: np.random.Generator,
-    ) -> Trained:
-        """Take one step on each batch."""
-        masks_of = self._masks(stream)
-        region = constraint.region
-        scales = {} if region is None else region.scales
-        projected_early = constraint.projector_of_gradients(optimiser) is not None
-        factored = self._linear & constraint.trainable if projected_early else frozenset[str]()
-        static: dict[str, Any] = {"factored": factored, "products": self._products}
-        frozen = {name: value for name, value in self._theta.items() if name not in constraint.trainable}
-        trained = {name: value for name, value in self._theta.items() if name in constraint.trainable} | scales
-        # An update takes the buffers of what it changes, which others may hold.
-        trained, optimiser = jax.tree.map(jnp.copy, (trained, optimiser))
-        steps = (
-            Steps(batch.indices, float(rate), masks_of(number, len(batch.indices)), batch.views)
-            for number, (batch, rate) in enumerate(zip(batches, rates, strict=True))
-        )
-        at_once = self._steps_at_once(batches)
-        losses: list[Array] = []
-        for task, of_task in groupby(batches, key=lambda batch: batch.task):
-            state: State = for_task(trained, task), for_task(optimiser, task)
-            own_frozen, respected = for_task(frozen, task), _for_task(constraint, task)
-            if at_once:
-                state, found = many_steps(
-                    self._backbone,
-                    state,
-                    own_frozen,
-                    self._data,
-                    stacked(list(islice(steps, at_once)), self._dtype),
-                    {name: value for name, value in respected.items() if name != "trains_scales"},
-                    trains_scales=constraint.trains_scales,
-                    **static,
-                )
-                losses.append(found)
-            for each in islice(steps, len(list(of_task)) - at_once):
-                state, loss = step(self._backbone, state, own_frozen, self._data, each, respected, **static)
-                losses.append(loss)
-            trained, optimiser = put_back(trained, state[0], task), put_back(optimiser, state[1], task)
-        self._theta = {name: trained.get(name, value) for name, value in self._theta.items()}
-        if region is not None:
-            region = region.with_scales({key: trained[key] for key in scales})
-        found_losses = np.concatenate([np.ravel(each) for each in jax.device_get(losses)])
-        mean_loss = np.average(found_losses, weights=[len(batch.indices) for batch in batches])
-        return Trained(float(mean_loss), optimiser, region)
 
-    def logits(self, indices: Indices, batch_size: int) -> Array:
-        """Return all heads' logits, [samples, tasks, classes]."""
-        heads = [self._theta[name] for head in self.heads for name in head]
-        shared = self._shared()
-        return jnp.concatenate(
-            [
-                compiled.all_logits(self._backbone, shared, heads, self._data, rows)
-                for rows in _chunks(indices, batch_size)
-            ]
+class JaxNetwork(Network):
+    """A network with JAX's derivatives; its masks of dropout are arrays, or a key that they are drawn from."""
+
+    runs: ClassVar = Pass
+
+    def _masks(self, masks: Any, samples: int) -> tuple[Array, ...]:
+        """Return the masks of a batch, which are drawn here if a key is given."""
+        if isinstance(masks, tuple):
+            return masks
+        return tuple(
+            jax.random.bits(jax.random.fold_in(masks, place), (samples, *shape), "uint16") >= threshold
+            for place, (shape, threshold) in enumerate(self.backbone.masks)
         )
 
-    def targets(self, indices: Indices) -> Array:
-        """Return the labels within the task, [samples]."""
-        return self._data.targets[indices]
+    def _gradients(
+        self, trained: Params, factored: Params, frozen: Params, data: Data, batch: Step
+    ) -> tuple[Array, Params, Factors]:
+        images, targets = data.normalised(batch.rows, batch.views), data.targets[batch.rows]
+        masks = self._masks(batch.masks, len(batch.rows))
+        linear = [name.removesuffix(".weight") for name in factored]
+
+        def loss(trained: Params, perturbations: Params) -> tuple[Array, _Recorder]:
+            recorder = _Recorder(perturbations, linear)
+            run = Pass(frozen | factored | trained, masks, record=recorder, products=self.products)
+            log_likelihoods = jax.nn.log_softmax(self.logits(run, images))
+            return -jnp.take_along_axis(log_likelihoods, targets[:, None], axis=1).mean(), recorder
+
+        def loss_and_inputs(trained: Params, perturbations: Params) -> tuple[Array, Params]:
+            value, recorder = loss(trained, perturbations)
+            return value, recorder.inputs
+
+        zeros = _zeros(lambda: loss(trained, {})[1]) if linear else {}
+        differentiated = jax.value_and_grad(loss_and_inputs, argnums=(0, 1), has_aux=True)
+        (value, inputs), (gradients, by_outputs) = differentiated(trained, zeros)
+        factors = {
+            f"{name}.weight": (by_outputs[name].reshape(-1, by_outputs[name].shape[-1]), a.reshape(-1, a.shape[-1]))
+            for name, a in inputs.items()
+        }
+        return value, gradients, factors
+
+    def _backward(self, weights: Params, data: Data, rows: Array, masks: Any) -> tuple[Array, Any, Params]:
+        """Return the logits, the map from gradients by them to those by all layers' outputs, and all layers' inputs."""
+        images = data.normalised(rows)
+        kept = None if masks is None else self._masks(masks, len(rows))
+
+        def logits(perturbations: Params) -> tuple[Array, _Recorder]:
+            recorder = _Recorder(perturbations)
+            return self.logits(Pass(weights, kept, kept is None, recorder), images), recorder
+
+        def logits_and_inputs(perturbations: Params) -> tuple[Array, Params]:
+            outputs, recorder = logits(perturbations)
+            return outputs, recorder.inputs
+
+        return jax.vjp(logits_and_inputs, _zeros(lambda: logits({})[1]), has_aux=True)  # type: ignore[no-any-return]
 
     def taps(
-        self, task: int, indices: Indices, batch_size: int, mode: TapMode, stream: np.random.Generator
+        self, weights: Params, data: Data, rows: Array, masks: Any, mode: TapMode, rng: np.random.Generator
     ) -> Iterator[Taps]:
-        """Yield each batch's taps."""
-        published = mode == "published"
-        masks_of = self._masks(stream) if published else None
-        weights = for_task(self._theta, task)
-        layers = {layer.name: layer for layer in self._backbone.tapped} | {HEAD: self._layers[head_of(task)]}
-        for number, rows in enumerate(_chunks(indices, batch_size)):
-            masks = None if masks_of is None else masks_of(number, len(rows))
-            logits, map_back, inputs = compiled.taps(self._backbone, weights, self._data, rows, masks)
-            if mode == "inputs":
-                yield {
-                    layer.name: Tap("matrix", inputs[name], inputs[name][:, :, :0], layer.bias)
-                    for name, layer in layers.items()
-                    if layer.kind == "matrix"
-                }
-            for at_logits in logit_cotangents(logits, self.targets(rows), mode, stream):
-                at_outputs = compiled.pull(map_back, at_logits)
-                yield {
-                    layer.name: Tap(layer.kind, inputs[name], at_outputs[name], layer.bias)
-                    for name, layer in layers.items()
-                }
+        """Yield the taps of a batch."""
+        logits, backward, inputs = self._compiled_backward(weights, data, rows, masks)
+        if mode == "inputs":
+            yield {
+                layer.name: Tap("matrix", inputs[layer.name], inputs[layer.name][:, :, :0], layer.bias)
+                for layer in self.layers
+                if layer.kind == "matrix"
+            }
+            return
+        for by_logits in logit_cotangents(logits, data.targets[rows], mode, rng):
+            by_outputs = _backpropagated(backward, by_logits)
+            yield {
+                layer.name: Tap(layer.kind, inputs[layer.name], by_outputs[layer.name], layer.bias)
+                for layer in self.layers
+            }
 
-    def pushforward(
-        self, task: int, indices: Indices, batch_size: int, directions: Sequence[Params]
-    ) -> Iterator[Pushforward]:
-        """Yield each batch's logits and their derivatives along directions."""
-        weights = for_task(self._theta, task)
-        along = [for_task(direction, task) for direction in directions]
-        for rows in _chunks(indices, batch_size):
-            logits, tangents = compiled.pushforward(self._backbone, weights, self._data, rows, along)
-            yield Pushforward(logits, tangents, self.targets(rows))
+    def _tangents(self, weights: Params, directions: list[Params], data: Data, rows: Array) -> tuple[Array, Array]:
+        images = data.normalised(rows)
+        logits, along = jax.linearize(lambda weights: self.logits(Pass(weights), images), weights)
+        return logits, jnp.stack([along(direction) for direction in directions])
 
-    def batch_statistics(self, indices: Indices, batch_size: int) -> Iterator[tuple[int, Params]]:
-        """Yield each batch's size and statistics."""
-        for rows in _chunks(indices, batch_size):
-            yield len(rows), compiled.batch_statistics(self._backbone, self._shared(), self._data, rows)
+    def _many_steps(
+        self, state: State, frozen: Params, data: Data, steps: Step, constraint: Constraint
+    ) -> tuple[State, Array]:
+        """Return the state after all steps, which are stacked, and their losses [steps]."""
 
-    def _shared(self) -> Params:
-        return {name: value for name, value in self._theta.items() if not name.startswith("heads.")}
+        def one(state: State, step: Step) -> tuple[State, Array]:
+            return self.step(state, frozen, data, step, constraint)
 
-    def _masks(self, stream: np.random.Generator) -> Callable[[int, int], Masks]:
-        return mask_source(self._backbone.masks, stream, by_framework=self._dropout_masks == "framework")
+        return lax.scan(one, state, steps)  # type: ignore[no-any-return]
 
-    def _steps_at_once(self, batches: Sequence[Batch]) -> int:
-        """Return how many steps, from the first on, run as one program: those on an epoch's equal batches, or none."""
-        from_host = self._dropout_masks == "numpy" and len(self._backbone.masks) > 0
-        if not self._whole_epochs or from_host or len({batch.task for batch in batches}) > 1:
-            return 0
-        equal = takewhile(lambda batch: len(batch.indices) == len(batches[0].indices), batches)
-        count = len(list(equal))
-        return count if count > 1 else 0
+    gradients = jax.jit(_gradients, static_argnums=0)
+    tangents = jax.jit(_tangents, static_argnums=0)
+    many_steps = jax.jit(_many_steps, static_argnums=0, donate_argnums=1)
+    all_logits = jax.jit(Network.all_logits, static_argnums=0)
+    batch_statistics = jax.jit(Network.batch_statistics, static_argnums=0)
+    multiplied = jax.jit(Network.multiplied, static_argnums=0)
+    advanced = jax.jit(Network.advanced, static_argnums=0, donate_argnums=1)
+    effective = jax.jit(Network.effective, static_argnums=0)
+    _compiled_backward = jax.jit(_backward, static_argnums=0)
 
 
-def _for_task(constraint: Constraint, task: int) -> dict[str, Any]:
-    """Return what an update must respect, by the arguments of ``compiled.update``."""
-    penalty = constraint.penalty
-    return {
-        "projector": constraint.projector,
-        "posterior": None if penalty is None else for_task(penalty.posterior, task),
-        "strength": 0.0 if penalty is None else penalty.strength,
-        "region": for_task(constraint.region, task),
-        "trains_scales": constraint.trains_scales,
-        "relative": for_task(dict(constraint.relative), task),
-    }
+_backpropagated: Any = jax.jit(lambda backward, by_logits: backward(by_logits)[0])
 
 
-def _chunks(indices: Indices, size: int) -> Iterator[Indices]:
-    for start in range(0, len(indices), size):
-        yield indices[start : start + size]
+class JaxLearner(FunctionalLearner):
+    """A JAX network that learns continually.
 
+    Attributes:
+        whole_epochs: whether an epoch's steps on equal batches of one task run as one program, unless NumPy draws masks
+            for them. On an accelerator a program for each step leaves the device waiting for Python; on a CPU XLA's
+            convolutions are slower within a loop of its own. So None, as it is at first, means on accelerators alone.
+    """
 
-def _checked_device(device: str | jax.Device | None) -> jax.Device:
-    if device is None:
-        return jax.devices()[0]
-    if not isinstance(device, str):
-        return device
-    platform, _, number = device.partition(":")
-    try:
-        return jax.devices(platform)[int(number or 0)]
-    except (RuntimeError, IndexError, ValueError):
-        raise BecameError(f"JAX has no device '{device}' here; try cpu, or cuda on a machine with a GPU.") from None
+    framework: ClassVar = "JAX"
+    default_device: ClassVar = "auto"
+    network: JaxNetwork
+    whole_epochs: bool | None = None
+
+    def _find_device(self, name: Any) -> jax.Device:
+        if not isinstance(name, str):
+            return name
+        if name == "auto":
+            return jax.devices()[0]
+        platform, number = self._parts_of(name)
+        return jax.devices(platform)[number]
+
+    def _find_dtype(self, name: Any) -> str:
+        if jax.dtypes.canonicalize_dtype(name) != name:
+            raise BecameError(f"JAX has no {name} as it is configured; set jax_enable_x64 before any array is made.")
+        return str(jnp.dtype(name).name)
+
+    def _network(self, backbone: Backbone, head: Linear, mixed_precision: bool) -> JaxNetwork:
+        namespace(images=self._data.images)  # JAX learns of the core's values
+        return JaxNetwork(backbone, head, "bfloat16" if mixed_precision else None)
+
+    def _placed(self, array: Any, dtype: Any = None) -> Array:
+        return jax.device_put(array if dtype is None else jnp.array(array, dtype=dtype), self.device)
+
+    def _scale(self, values: Sequence[float]) -> Array:
+        return self._placed(np.multiply(values, 255.0).astype(self._dtype))
+
+    def _features_shape(self, backbone: Backbone, image: tuple[int, ...]) -> Sequence[int] | None:
+        weights = {name: jax.ShapeDtypeStruct(it.shape, jnp.float32) for name, it in backbone.parameters.items()}
+        images = jax.ShapeDtypeStruct((2, *image), jnp.float32)
+        features = jax.eval_shape(lambda weights, images: backbone(Pass(weights), images), weights, images)
+        return getattr(features, "shape", None)
+
+    def _framework_masks(self, seed: int) -> Callable[[int, int], Any]:
+        key = jax.random.key(seed)
+        return lambda number, samples: jax.random.fold_in(key, number)
+
+    def _own(self, state: State) -> State:
+        return jax.tree.map(jnp.copy, state)  # type: ignore[no-any-return]
+
+    def _steps(
+        self, state: State, frozen: Params, constraint: Constraint, steps: Iterator[Step], equal: int
+    ) -> tuple[State, list[Array]]:
+        masks_from_host = not self._masks_by_framework and len(self.network.backbone.masks) > 0
+        whole = self.device.platform != "cpu" if self.whole_epochs is None else self.whole_epochs
+        losses: list[Array] = []
+        if whole and not masks_from_host and equal > 1:
+            together: Step = jax.tree.map(
+                lambda *parts: jnp.stack(parts) if isinstance(parts[0], jax.Array) else np.stack(parts),
+                *islice(steps, equal),
+            )
+            together = together._replace(rate=together.rate.astype(self._dtype))
+            state, found = self.network.many_steps(state, frozen, self._data, together, constraint)
+            losses.append(found)
+        state, others = super()._steps(state, frozen, constraint, steps, 0)
+        return state, losses + others

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from became_core.arrays import Array, is_array, on_host
 from became_core.continual import RunState
-from became_core.laplace.precision import Dense, Diagonal, Isotropic, Kronecker, LowRank, Precision, Sum
+from became_core.precision import Dense, Diagonal, Isotropic, Kronecker, LowRank, Precision, Sum
 from became_core.projection import GatedRegion, Projector, Region, TrustRegion
 
 __all__ = ["MisfitError", "decoded", "encoded"]

@@ -1,24 +1,45 @@
-"""The PyTorch layers that taps know, and what each gives a tap.
+"""The PyTorch layers that taps know and what each gives a tap; batch norms and their statistics.
 
 Convention: as in ``became_core.curvature.taps``; a layer's inputs and output gradients come as PyTorch has them,
 samples first. A class is known by itself, never by a subclass, which may compute something else.
+
+A batch norm that keeps no running statistics takes each batch's own in evaluation too, and their gradients couple the
+samples: for per-sample gradients to exist they are computed beforehand, without gradient. Variances are biased, as
+batch norm has them.
 """
 
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from adapters.torch.statistics import BATCH_NORMS, statistics
 from became_core.curvature import Tap
 
-__all__ = ["arranged_inputs", "input_tap_of", "is_known", "is_matrix", "tap_of"]
+__all__ = [
+    "Statistics",
+    "arranged_inputs",
+    "batch_statistics",
+    "constant_statistics",
+    "input_tap_of",
+    "is_known",
+    "is_matrix",
+    "moments",
+    "running_norms",
+    "tap_of",
+]
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
+
+# By module, the mean and variance of each of its runs in one pass.
+Statistics = dict[nn.Module, list[tuple[Tensor, Tensor]]]
 
 
 @dataclass(frozen=True)
@@ -117,10 +138,15 @@ def _patches(module: Any, inputs: Tensor) -> Tensor:
 
 def _padded(module: Any, inputs: Tensor) -> Tensor:
     """Return the inputs as a convolution pads them."""
-    # The attribute has the padding of every form, "same" included; PyTorch's own padding modes read it.
-    padding = module._reversed_padding_repeated_twice
+    around: list[int] = []  # as ``functional.pad`` takes it, the last axis first
+    for axis in reversed(range(len(module.kernel_size))):
+        if isinstance(module.padding, str):
+            both = module.dilation[axis] * (module.kernel_size[axis] - 1) if module.padding == "same" else 0
+            around += [both // 2, both - both // 2]
+        else:
+            around += [module.padding[axis]] * 2
     mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-    return functional.pad(inputs, padding, mode=mode) if any(padding) else inputs
+    return functional.pad(inputs, around, mode=mode) if any(around) else inputs
 
 
 def _embedded(_: nn.Module, inputs: Tensor) -> Tensor:
@@ -141,7 +167,7 @@ def _group_normalised(module: nn.GroupNorm, inputs: Tensor) -> Tensor:
 
 def _batch_normalised(module: Any, inputs: Tensor) -> Tensor:
     has_own = module.running_mean is not None and not module.training
-    mean, variance = (module.running_mean, module.running_var) if has_own else statistics(inputs)
+    mean, variance = (module.running_mean, module.running_var) if has_own else moments(inputs)
     return _channels_last(module, functional.batch_norm(inputs, mean, variance, eps=module.eps))
 
 
@@ -158,6 +184,87 @@ _LAYERS: dict[type[nn.Module], _Layer] = {
     nn.LayerNorm: _Layer("scale", _layer_normalised, _trailing),
     nn.RMSNorm: _Layer("scale", _rms_normalised, _trailing),
     nn.GroupNorm: _Layer("scale", _group_normalised, _channels_last),
-    **dict.fromkeys(BATCH_NORMS, _Layer("scale", _batch_normalised, _channels_last)),
+    **dict.fromkeys(_BATCH_NORMS, _Layer("scale", _batch_normalised, _channels_last)),
     **dict.fromkeys(_INSTANCE_NORMS, _Layer("scale", _instance_normalised, _channels_last)),
 }
+
+
+@torch.no_grad()
+def moments(inputs: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the mean and variance of each channel, of inputs [N, C, ...]."""
+    # Batch norm's own way to them; ``Tensor.var`` takes a hundred times as long on a CPU.
+    mean, variance = torch.batch_norm_update_stats(inputs, None, None, 0.0)
+    return mean, variance
+
+
+def running_norms(names: Mapping[nn.Module, str]) -> dict[nn.Module, str]:
+    """Return the batch norms that have running statistics, of modules by name; training changes these no more."""
+    norms: dict[nn.Module, str] = {}
+    for module, name in names.items():
+        if isinstance(module, _BATCH_NORMS) and module.running_mean is not None:
+            module.momentum = 0.0
+            norms[module] = name
+    return norms
+
+
+@torch.no_grad()
+def batch_statistics(network: nn.Module, norms: Mapping[nn.Module, str], inputs: Tensor) -> Iterator[dict[str, Tensor]]:
+    """Yield the mean and variance of these batch norms' inputs, once for every time that one of them runs.
+
+    Args:
+        network: what runs, without dropout; it is left in evaluation mode.
+        norms: of ``running_norms``, by name; each normalises by the batch's own statistics.
+        inputs: of the network.
+    """
+    runs: dict[nn.Module, int] = defaultdict(int)
+    passes: list[dict[str, Tensor]] = []
+
+    def note(module: Any, inputs: tuple[Tensor, ...]) -> None:
+        runs[module] += 1
+        if runs[module] > len(passes):
+            passes.append({})
+        module.running_mean, module.running_var = mean, variance = moments(inputs[0])
+        passes[runs[module] - 1] |= {f"{norms[module]}.running_mean": mean, f"{norms[module]}.running_var": variance}
+
+    network.eval()
+    before = [(module, module.running_mean, module.running_var) for module in norms]
+    handles = [module.register_forward_pre_hook(note) for module in norms]
+    try:
+        network(inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+        for norm, mean, variance in before:
+            norm.running_mean, norm.running_var = mean, variance  # the very tensors, which others may have
+    yield from passes
+
+
+@contextmanager
+def constant_statistics(network: nn.Module, known: Statistics | None = None) -> Iterator[Statistics]:
+    """Let batch norms without running statistics treat each batch's as constants, for the time of this context.
+
+    Args:
+        network: its batch norms are those meant; it is in evaluation mode.
+        known: if given, the statistics to use, run by run, instead of the batch's.
+
+    Yields:
+        The statistics used in the passes of this context.
+    """
+    used: Statistics = {}
+
+    def fix(module: Any, inputs: tuple[Tensor, ...]) -> None:
+        runs = used.setdefault(module, [])
+        runs.append(moments(inputs[0].detach()) if known is None else known[module][len(runs)])
+        module.running_mean, module.running_var = runs[-1]
+
+    modules: list[Any] = [
+        module for module in network.modules() if isinstance(module, _BATCH_NORMS) and not module.track_running_stats
+    ]
+    handles = [module.register_forward_pre_hook(fix) for module in modules]
+    try:
+        yield used
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module in modules:
+            module.running_mean = module.running_var = None

@@ -14,13 +14,20 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from adapters.backend import projected_by_rows
+from became_core.continual import Constraint, Optimiser
 from became_core.projection import Projector, Region
 
 __all__ = ["ByInputs", "constrained_inputs"]
 
 
 class ByInputs(NamedTuple):
-    """Names of weights that need nothing more: whose gradients come out projected, by W of a trust region."""
+    """Names of weights of which the constraint is met already.
+
+    Attributes:
+        projected: those whose gradients come out projected.
+        beneath: those of a region whose gradients come out by the weight beneath, W.
+    """
 
     projected: frozenset[str] = frozenset()
     beneath: frozenset[str] = frozenset()
@@ -50,22 +57,23 @@ class _ProjectedLinear(torch.autograd.Function):
 
 @contextmanager
 def constrained_inputs(
-    layers: dict[nn.Module, str], projector: Projector | None, region: Region | None = None
+    layers: dict[nn.Module, str], constraint: Constraint, optimiser: Optimiser, region: Region | None = None
 ) -> Iterator[ByInputs]:
     """Let linear layers project their gradients, and work in a region, for the time of this context.
 
     Args:
         layers: the modules by canonical name.
-        projector: what projects gradients as they are made, if anything does.
-        region: whose scales, which gradients reach, are changed in place by whoever trains them.
+        constraint: of the stage.
+        optimiser: of the stage.
+        region: the constraint's, with the scales that gradients reach and that steps change in place.
     """
     linear = {f"{name}.weight": module for module, name in layers.items() if type(module) is nn.Linear}
-    projected = frozenset[str]() if projector is None else projector.rowwise & linear.keys()
     beneath = frozenset[str]() if region is None else region.rowwise & linear.keys()
+    projected = projected_by_rows(constraint, optimiser, linear.keys(), beneath)
     changed = [(name, linear[name]) for name in projected | beneath]
     for name, module in changed:
-        chosen = projector if name in projected else None, region if name in beneath else None
-        vars(module)["forward"] = partial(_forward, module, name, *chosen)  # shows before the class's own
+        chosen = constraint.projector if name in projected else None, region if name in beneath else None
+        vars(module)["forward"] = partial(_forward, module, name, *chosen)  # is found before the class's own
     try:
         yield ByInputs(projected, beneath)
     finally:

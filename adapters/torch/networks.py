@@ -6,15 +6,16 @@ Convention: images are [N, C, H, W]; a backbone returns [N, features]; heads hav
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from adapters import networks
 from adapters.networks import (
     Architecture,
     AveragePool,
     BatchNorm,
     Convolution,
-    Dropout,
     Flatten,
     GroupNorm,
     Linear,
@@ -23,12 +24,45 @@ from adapters.networks import (
     Shape,
     Tanh,
     Weighted,
+    draw_mask,
     initial_value,
     initial_values,
 )
-from adapters.torch import dropout
 
-__all__ = ["Described", "MultiHead"]
+__all__ = ["Described", "Dropout", "MultiHead", "draw_masks_from"]
+
+
+class Dropout(nn.Module):
+    """Zero each element with probability p in training and scale the rest by 1 / (1 - p).
+
+    p is rounded to a multiple of 2^-16. Masks come from the generator ``rng``, so that every
+    backend can draw the same ones, or from PyTorch if there is none. A mask for images is drawn with channels last,
+    [N, H, W, C], the order in which they lie in memory.
+    """
+
+    def __init__(self, p: float) -> None:
+        """Keep the probability."""
+        super().__init__()
+        self.threshold = round(p * 2**16)
+        self.rng: np.random.Generator | None = None
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Return the inputs, dropped out in training."""
+        if not self.training or self.threshold == 0:
+            return inputs
+        p = self.threshold / 2**16
+        if self.rng is None:
+            return nn.functional.dropout(inputs, p)
+        mask = draw_mask(tuple(inputs.movedim(1, -1).shape), self.threshold, self.rng)
+        keep = torch.from_numpy(mask).movedim(-1, 1)
+        return inputs * keep.to(inputs.device, inputs.dtype).mul_(1 / (1 - p))
+
+
+def draw_masks_from(network: nn.Module, rng: np.random.Generator | None) -> None:
+    """Let all dropout layers of a network draw from a generator, in the order in which they run; None for PyTorch's."""
+    for module in network.modules():
+        if isinstance(module, Dropout):
+            module.rng = rng
 
 
 def _batch_norm(layer: BatchNorm, shape: Shape) -> nn.Module:
@@ -46,7 +80,7 @@ _MODULES: dict[type, Callable[[Any, Shape], nn.Module]] = {
     GroupNorm: lambda layer, shape: nn.GroupNorm(layer.groups(shape[0]), shape[0], layer.epsilon),
     ReLU: lambda layer, shape: nn.ReLU(),
     Tanh: lambda layer, shape: nn.Tanh(),
-    Dropout: lambda layer, shape: dropout.Dropout(layer.p),
+    networks.Dropout: lambda layer, shape: Dropout(layer.p),
     MaxPool: lambda layer, shape: nn.MaxPool2d(layer.size),
     AveragePool: lambda layer, shape: nn.AvgPool2d(layer.size),
     Flatten: lambda layer, shape: nn.Flatten(),

@@ -1,74 +1,53 @@
 """``python -m adapters.torch.run``: continual learning on PyTorch from the command line."""
 
+import ctypes
 import os
 import sys
 
-try:
+from adapters.backend import Backend, learner_builder, needs_package, run_command
+
+with needs_package("torch"):
     import torch
 
-    from adapters.cli.main import Backend, main
     from adapters.torch.learner import TorchLearner
-    from adapters.torch.memory import keep_freed_memory
-    from adapters.torch.networks import Described
-except ModuleNotFoundError as error:
-    print(f"error: the package '{error.name}' is missing; pip install 'became[torch]'.", file=sys.stderr)
-    sys.exit(2)
 
-from adapters.networks import DropoutMasks, Norm, build_network
-from became_core.continual import TaskStream
-
-__all__ = ["BACKEND", "build_learner", "prepare", "repeat_exactly"]
+__all__ = ["BACKEND", "build_learner", "keep_freed_memory"]
 
 
-def build_learner(
-    network: str,
-    stream: TaskStream,
-    device: str,
-    seed: int,
-    *,
-    norm: Norm = "batch",
-    mixed_precision: bool = False,
-    dropout_masks: DropoutMasks = "numpy",
-) -> TorchLearner:
-    """Return a fresh learner with a backbone known by name.
+def keep_freed_memory() -> bool:
+    """Tell the allocator of this process to keep what is freed; return whether it could be told.
 
-    Args:
-        network: the backbone, as in ``adapters.networks.NETWORKS``.
-        stream: what it will learn.
-        device: a PyTorch device, or "auto" for the first accelerator there is, else the CPU.
-        seed: names the draw of the initial weights.
-        norm: the backbone's kind of normalisation, likewise.
-        mixed_precision: whether training steps multiply in bfloat16.
-        dropout_masks: what draws them.
-
-    Raises:
-        BecameError: if there is no such network or device.
+    By default glibc gives a large block back to the kernel as soon as it is freed, so that every training step on the
+    CPU pays for fresh pages again: a sixth of the time of a small convolutional network's step. This is for a program's
+    start, never for a library's import, because it concerns the whole process.
     """
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    channels, height, width = stream.dataset.images.shape[1:]
-    backbone = Described(build_network(network, (channels, height, width), norm), seed)
-    return TorchLearner(
-        backbone, stream, device=device, mixed_precision=mixed_precision, dropout_masks=dropout_masks, seed=seed
-    )
+    if not sys.platform.startswith("linux"):
+        return False
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None:  # another C library
+        return False
+    trim_threshold, top_pad, mmap_threshold = -1, -2, -3  # from malloc.h
+    largest = 2**31 - 1
+    settings = ((mmap_threshold, largest), (trim_threshold, largest), (top_pad, 64 * 2**20))
+    return all(mallopt(option, ctypes.c_int(value)) == 1 for option, value in settings)
 
 
-def repeat_exactly() -> None:
+def _repeat_exactly() -> None:
     """Let PyTorch use deterministic operations alone; it refuses those that have no such form, by name."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which cuBLAS needs for it
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = False
 
 
-def prepare() -> None:
+def _prepare() -> None:
     """Let this process keep the memory that it frees, and PyTorch convolve float32 as such."""
     keep_freed_memory()
     # On a GPU it would by default round to TF32's ten bits, in testing too; half precision is there for those who ask.
     torch.backends.cudnn.allow_tf32 = False
 
 
-BACKEND = Backend("torch", build_learner, repeat_exactly, prepare)
+build_learner = learner_builder(TorchLearner)
+BACKEND = Backend("torch", build_learner, _repeat_exactly, _prepare)
 
 if __name__ == "__main__":
-    prepare()
-    sys.exit(main(BACKEND))
+    run_command(BACKEND)

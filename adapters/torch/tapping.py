@@ -21,8 +21,15 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from adapters.torch.layers import arranged_inputs, input_tap_of, is_known, is_matrix, tap_of
-from adapters.torch.statistics import Statistics, constant_statistics
+from adapters.torch.layers import (
+    Statistics,
+    arranged_inputs,
+    constant_statistics,
+    input_tap_of,
+    is_known,
+    is_matrix,
+    tap_of,
+)
 from became_core.curvature import Tap, Taps
 
 __all__ = ["Names", "collect_inputs", "collect_taps", "layers_with_samples_first"]

@@ -24,7 +24,9 @@ __all__ = [
     "Params",
     "Tree",
     "aligned_leaves",
+    "aligned_rows",
     "difference",
+    "label",
     "map_leaves",
     "named_leaves",
     "size_in_bytes",
@@ -107,23 +109,32 @@ class _Flat(NamedTuple):
 
 
 def _flatten(tree: Tree) -> _Flat:
-    flat = _Flat({}, {})
-    _collect(tree, (), flat)
+    flat, count, kind_of_leaf = _Flat({}, {}), 0, None
+
+    def collect(node: Tree, path: tuple[str, ...]) -> None:
+        nonlocal count, kind_of_leaf
+        opened = _open(node)
+        if opened is None:
+            count += 1
+            flat.leaves[".".join(path)] = node
+            kind_of_leaf = type(node) if is_array(node) else kind_of_leaf
+            return
+        # Mappings may differ in the order of their keys.
+        flat.containers[path] = Mapping if isinstance(node, Mapping) else type(node)
+        prefix = ".".join((*path, ""))
+        for entry, child in zip(opened.entries, opened.children, strict=True):
+            # Most leaves are of one type, so that a framework is asked only about the first of them. This matters:
+            # trees of 30,000 leaves are merged, and the arithmetic on a small leaf takes only about ten microseconds.
+            if type(child) is kind_of_leaf:
+                count += 1
+                flat.leaves[f"{prefix}{entry}"] = child
+            else:
+                collect(child, (*path, str(entry)))
+
+    collect(tree, ())
+    if len(flat.leaves) < count:
+        raise BecameError("two leaves of a tree have the same dotted path, as in {'a.b': x, 'a': {'b': y}}.")
     return flat
-
-
-def _collect(node: Tree, path: tuple[str, ...], flat: _Flat) -> None:
-    opened = _open(node)
-    if opened is None:
-        name = ".".join(path)
-        if name in flat.leaves:
-            raise BecameError("two leaves of a tree have the same dotted path, as {'a.b': …} and {'a': {'b': …}} do.")
-        flat.leaves[name] = node
-        return
-    # Mappings differ in the order of their keys, and in nothing that counts here.
-    flat.containers[path] = Mapping if isinstance(node, Mapping) else type(node)
-    for entry, child in zip(opened.entries, opened.children, strict=True):
-        _collect(child, (*path, str(entry)), flat)
 
 
 def named_leaves(tree: Tree) -> dict[str, Array]:
@@ -131,31 +142,59 @@ def named_leaves(tree: Tree) -> dict[str, Array]:
 
     Raises:
         BecameError: if two leaves have the same path.
+
+    Example:
+        >>> named_leaves({"fc": {"weight": 1.0, "bias": 2.0}})
+        {'fc.weight': 1.0, 'fc.bias': 2.0}
     """
     return _flatten(tree).leaves
+
+
+def aligned_rows(trees: Mapping[str, Tree]) -> dict[str, tuple[Array, ...]]:
+    """Return the leaves of trees of one structure side by side: by dotted path, one array of each tree in order.
+
+    Args:
+        trees: the trees by the names that a message should call them; the others must match the first one.
+
+    Raises:
+        BecameError: naming the first leaf that is missing, superfluous, of another shape or framework, or the tree
+            whose containers differ.
+    """
+    flat = list(_flatten_alike(trees).values())
+    paths = list(flat[0])
+    columns = [[leaves[path] for path in paths] for leaves in flat]
+    rows = dict(zip(paths, zip(*columns, strict=True), strict=True))
+    kind = type(columns[0][0]) if paths else None
+    if paths and not (is_array(columns[0][0]) and all(type(array) is kind for column in columns for array in column)):
+        # They are of several types, which may still belong to one framework: parameters and tensors, say.
+        namespace(**{label(name, path): row[i] for path, row in rows.items() for i, name in enumerate(trees)})
+    for path, (reference, *others) in rows.items():
+        shape = reference.shape
+        for index, array in enumerate(others, start=1):
+            # TensorFlow's shapes with unknown lengths are not equal to themselves, but their tuples are.
+            if not (array.shape == shape or tuple(array.shape) == tuple(shape)):
+                names = list(trees)
+                raise BecameError(
+                    f"{label(names[index], path)} has shape {tuple(array.shape)} but {label(names[0], path)} has "
+                    f"{tuple(shape)}; make them equal."
+                )
+    return rows
 
 
 def aligned_leaves(**trees: Tree) -> Iterator[dict[str, Array]]:
     """Walk trees of one structure side by side.
 
     Args:
-        trees: the trees by the names a message should call them; the first one is what the others must match.
+        trees: the trees by the names that a message should call them; the others must match the first one.
 
     Yields:
-        For each leaf, the arrays by labels fit for a message, ``"fisher_old 'conv1.weight'"``, in the order given.
+        For each leaf, the arrays by labels for a message, ``"fisher_old 'conv1.weight'"``, in the order of the trees.
 
     Raises:
-        BecameError: naming the first leaf that is missing, superfluous, of another shape or framework, or the tree
-            whose containers differ.
+        BecameError: as ``aligned_rows`` does.
     """
-    flat = _flatten_alike(trees)
-    reference, *_ = flat.values()
-    rows = [{_label(name, path): leaves[path] for name, leaves in flat.items()} for path in reference]
-    if rows:
-        namespace(**{label: array for row in rows for label, array in row.items()})
-    for row in rows:
-        _check_shapes(row)
-    yield from rows
+    for path, row in aligned_rows(trees).items():
+        yield {label(name, path): array for name, array in zip(trees, row, strict=True)}
 
 
 def _flatten_alike(trees: Mapping[str, Tree]) -> dict[str, dict[str, Array]]:
@@ -167,13 +206,13 @@ def _flatten_alike(trees: Mapping[str, Tree]) -> dict[str, dict[str, Array]]:
         for path in reference.leaves:
             if path not in other.leaves:
                 raise BecameError(f"{name} lacks the leaf '{path}' that {reference_name} has; give equal structures.")
-        for path in other.leaves:
+        for path in other.leaves if len(other.leaves) > len(reference.leaves) else ():
             if path not in reference.leaves:
                 raise BecameError(f"{name} has a leaf '{path}' that {reference_name} lacks; give equal structures.")
     for name, other in flat.items():
         if not _nested_alike(other.containers, reference.containers):
             raise BecameError(f"{name} is nested otherwise than {reference_name}; give equal structures.")
-    return {name: each.leaves for name, each in flat.items()}
+    return {name: tree.leaves for name, tree in flat.items()}
 
 
 def _nested_alike(one: dict[tuple[str, ...], type], other: dict[tuple[str, ...], type]) -> bool:
@@ -181,17 +220,9 @@ def _nested_alike(one: dict[tuple[str, ...], type], other: dict[tuple[str, ...],
     return len(one) == len(other) and all(other.get(path) is kind for path, kind in one.items())
 
 
-def _label(name: str, path: str) -> str:
+def label(name: str, path: str) -> str:
+    """Return what a message calls the leaf of this path in the tree of this name."""
     return f"{name} '{path}'" if path else name
-
-
-def _check_shapes(arrays: dict[str, Array]) -> None:
-    first_name, first = next(iter(arrays.items()))
-    for name, array in arrays.items():
-        if tuple(array.shape) != tuple(first.shape):
-            raise BecameError(
-                f"{name} has shape {tuple(array.shape)} but {first_name} has {tuple(first.shape)}; make them equal."
-            )
 
 
 def map_leaves(function: Callable[..., Array], tree: Tree, *others: Tree) -> Tree:
@@ -200,9 +231,9 @@ def map_leaves(function: Callable[..., Array], tree: Tree, *others: Tree) -> Tre
     Raises:
         BecameError: if the others' structure is not that of the first; it counts the trees from 1.
     """
-    trees = {f"tree {number}": each for number, each in enumerate((tree, *others), start=1)}
-    leaves = list(_flatten_alike(trees).values())
-    mapped = {path: function(*(each[path] for each in leaves)) for path in leaves[0]}
+    trees = {f"tree {number}": operand for number, operand in enumerate((tree, *others), start=1)}
+    operands = list(_flatten_alike(trees).values())
+    mapped = {path: function(*(leaves[path] for leaves in operands)) for path in operands[0]}
     return with_leaves(tree, mapped)
 
 

@@ -15,9 +15,9 @@ from became_core.laplace.expansion import layerwise_quadratic, path_quadratic, s
 from became_core.laplace.merge import combine, merge, optimal_alpha
 from became_core.laplace.path import PathReport, TracedPath, compare, trace_path
 from became_core.laplace.posterior import LaplacePosterior
-from became_core.laplace.precision import Dense, Diagonal, Isotropic, Kronecker, LowRank, Precision, Sum
 from became_core.laplace.quadratic import Quadratic
 from became_core.laplace.rules import Became, Equal, FisherMerge, Fixed, GridSearch, MeanIMM, Merged, MergeRule, ModeIMM
+from became_core.precision import Dense, Diagonal, Isotropic, Kronecker, LowRank, Precision, Sum
 
 __all__ = [
     "Became",

@@ -21,9 +21,9 @@ from dataclasses import dataclass
 
 from became_core.arrays import Array, Tree, map_leaves, named_leaves, namespace, pytree
 from became_core.errors import BecameError
-from became_core.laplace.constraints import segment_minimiser
 from became_core.laplace.expansion import path_quadratic
 from became_core.laplace.merge import merge
+from became_core.laplace.quadratic import segment_minimiser
 
 __all__ = ["BezierPath", "bezier_path", "predicted_advantage", "train_control"]
 

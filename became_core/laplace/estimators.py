@@ -13,8 +13,8 @@ from typing import NamedTuple, Protocol
 from became_core.arrays import Array, Params, device, difference, namespace
 from became_core.errors import BecameError
 from became_core.laplace.expansion import subspace_quadratic
-from became_core.laplace.precision import Diagonal
 from became_core.laplace.quadratic import Quadratic
+from became_core.precision import Diagonal
 
 __all__ = [
     "Calibrated",

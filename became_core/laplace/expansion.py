@@ -11,36 +11,54 @@ on the segment from theta_gp, with delta = theta_hat - theta_gp, their sum has
     C = delta.(P_old + H_new).delta
 
 and with g = 0 and mean = theta_gp its minimiser -b / C is the paper's alpha* = delta.H_new.delta / delta.(P_old +
-H_new).delta.
+H_new).delta. Two diagonal curvatures couple no two leaves, so every leaf has a slope and a curvature of its own, and
+those of the leaves that share a coefficient are added. That is the common case: each array is read once.
 
 Convention: the unit of the loss (a mean or a sum over samples) is the caller's, and is the same in every term.
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
 
 from became_core.arrays import (
+    Arithmetic,
     Array,
     Params,
     Tree,
-    aligned_leaves,
+    aligned_rows,
     device,
     difference,
-    group_sums,
-    inner_products,
+    label,
     named_leaves,
     namespace,
     reduction_dtype,
+    sums_of_products,
 )
 from became_core.errors import BecameError
-from became_core.laplace.groups import Per, group_directions
-from became_core.laplace.precision import Diagonal, Precision
 from became_core.laplace.quadratic import Quadratic
-from became_core.laplace.separable import given_trees, separable_terms
+from became_core.precision import Diagonal, Precision, check_diagonal
 
-__all__ = ["Fisher", "layerwise_quadratic", "path_quadratic", "subspace_quadratic"]
+__all__ = [
+    "Fisher",
+    "Per",
+    "group_directions",
+    "group_names",
+    "group_of",
+    "layerwise_quadratic",
+    "path_quadratic",
+    "separable_terms",
+    "subspace_quadratic",
+]
 
 # A curvature: a precision of any structure, or the diagonal of one as an array or a tree of arrays.
 Fisher = Precision | Tree
+
+# What shares one coefficient of a merge.
+Per = Literal["model", "layer", "leaf"]
 
 
 def path_quadratic(
@@ -64,6 +82,13 @@ def path_quadratic(
 
     Raises:
         BecameError: if structures, shapes or frameworks differ, a curvature is negative, or an entry is not finite.
+
+    Example:
+        >>> import numpy as np
+        >>> stable, plastic, fisher = np.zeros(2), np.ones(2), np.asarray([1.0, 3.0])
+        >>> quadratic = path_quadratic(stable, plastic, fisher, fisher)
+        >>> float(quadratic.slope[0]), float(quadratic.curvature[0, 0])
+        (-4.0, 8.0)
     """
     return layerwise_quadratic(theta_gp, theta_hat, fisher_old, fisher_new, gradient=gradient, mean=mean, per="model")
 
@@ -85,23 +110,43 @@ def layerwise_quadratic(
         theta_hat: the plastic weights.
         fisher_old: the precision of the old tasks' posterior.
         fisher_new: the curvature of the new task.
-        gradient: the new task's gradient at theta_hat.
+        gradient: the gradient of the new task.
         mean: the old posterior's mean.
         per: what shares a coefficient; a layer is what stands before a leaf's last dot (``conv1`` of ``conv1.weight``).
 
     Returns:
         One direction for each of ``group_names``, in that order: delta in its leaves, zero elsewhere.
+
+    Raises:
+        BecameError: as ``path_quadratic`` does, and for an unknown kind of group.
+
+    Example:
+        >>> import numpy as np
+        >>> stable, plastic = {"a.w": np.zeros(2), "b.w": np.zeros(2)}, {"a.w": np.ones(2), "b.w": np.ones(2)}
+        >>> layerwise_quadratic(stable, plastic, plastic, plastic).slope.tolist()
+        [-2.0, -2.0]
     """
-    if isinstance(fisher_old, Precision) or isinstance(fisher_new, Precision):
-        trees = given_trees(theta_gp=theta_gp, theta_hat=theta_hat, gradient=gradient, mean=mean)
-        named = {role: _checked_leaves(trees, role) for role in trees}
-        return _by_structure(named, _as_precision(fisher_old), _as_precision(fisher_new), per)
-    slope, curvature = separable_terms(
-        theta_gp, theta_hat, fisher_old, fisher_new, gradient=gradient, mean=mean, per=per
+    if not isinstance(fisher_old, Precision) and not isinstance(fisher_new, Precision):
+        slope, curvature = separable_terms(
+            theta_gp, theta_hat, fisher_old, fisher_new, gradient=gradient, mean=mean, per=per
+        )
+        xp = namespace(slope=slope)
+        identity = xp.eye(slope.shape[0], dtype=curvature.dtype, device=device(curvature))
+        return Quadratic(slope, xp.expand_dims(curvature, axis=-1) * identity)
+    trees = _without_none(theta_gp=theta_gp, theta_hat=theta_hat, gradient=gradient, mean=mean)
+    rows = aligned_rows(trees)
+    for path, row in rows.items():
+        labelled = {label(role, path): array for role, array in zip(trees, row, strict=True)}
+        reduction_dtype(namespace(**labelled), **labelled)
+    leaves = {role: {path: row[index] for path, row in rows.items()} for index, role in enumerate(trees)}
+    old, new = (f if isinstance(f, Precision) else Diagonal(named_leaves(f)) for f in (fisher_old, fisher_new))
+    delta = difference(leaves["theta_hat"], leaves["theta_gp"])
+    directions = group_directions(delta, per)
+    from_mean = difference(leaves["theta_gp"], leaves.get("mean", leaves["theta_gp"]))
+    from_theta_hat = {path: -value for path, value in delta.items()}
+    return subspace_quadratic(directions, old, offset=from_mean) + subspace_quadratic(
+        directions, new, gradient=leaves.get("gradient"), offset=from_theta_hat
     )
-    xp = namespace(slope=slope)
-    identity = xp.eye(slope.shape[0], dtype=curvature.dtype, device=device(curvature))
-    return Quadratic(slope, xp.expand_dims(curvature, axis=-1) * identity)
 
 
 def subspace_quadratic(
@@ -114,7 +159,7 @@ def subspace_quadratic(
     """Return a loss known to second order at a point, along K directions from another one.
 
     Args:
-        directions: d_1 … d_K, trees of one structure.
+        directions: d_1 to d_K, trees of one structure.
         precision: the loss's curvature P at the point.
         gradient: its gradient there; zero if not given.
         offset: from the point to where the directions begin (theta_0 - point); zero if not given.
@@ -124,6 +169,12 @@ def subspace_quadratic(
 
     Raises:
         BecameError: if there are no directions, or structures, shapes or frameworks differ.
+
+    Example:
+        >>> import numpy as np
+        >>> direction = {"w": np.asarray([1.0, 2.0])}
+        >>> subspace_quadratic([direction], Diagonal({"w": np.ones(2)}), gradient=direction).slope.tolist()
+        [5.0]
     """
     if not directions:
         raise BecameError("there are no directions; give at least one.")
@@ -132,41 +183,152 @@ def subspace_quadratic(
     xp = namespace(curvature=curvature)
     slope = xp.zeros_like(curvature[:, 0])
     if gradient is not None:
-        slope = slope + xp.stack([_dot(gradient=gradient, direction=direction) for direction in directions])
+        slope = slope + xp.stack([_inner_product(gradient, direction) for direction in directions])
     if offset is not None:
         slope = slope + precision.gram(named, [named_leaves(offset)])[:, 0]
     return Quadratic(slope, curvature)
 
 
-def _by_structure(named: dict[str, Params], old: Precision, new: Precision, per: Per) -> Quadratic:
-    """Any structure of the two curvatures: both losses along each group's part of delta."""
-    theta_gp, theta_hat = named["theta_gp"], named["theta_hat"]
-    delta = difference(theta_hat, theta_gp)
-    directions = group_directions(delta, per)
-    mean = named.get("mean", theta_gp)
-    offset = difference(theta_gp, mean)
-    backwards = {name: -value for name, value in delta.items()}
-    return subspace_quadratic(directions, old, offset=offset) + subspace_quadratic(
-        directions, new, gradient=named.get("gradient"), offset=backwards
+def separable_terms(
+    theta_gp: Tree,
+    theta_hat: Tree,
+    fisher_old: Tree,
+    fisher_new: Tree,
+    *,
+    gradient: Tree | None,
+    mean: Tree | None,
+    per: Per,
+) -> tuple[Array, Array]:
+    """Return each group's slope and curvature, [groups] both, for curvatures that are diagonals, as trees of arrays.
+
+    Arguments and errors as for ``layerwise_quadratic``. All checks of values wait for one look at the end, because each
+    look has to wait for an accelerator.
+    """
+    trees = _without_none(
+        theta_gp=theta_gp,
+        theta_hat=theta_hat,
+        fisher_old=fisher_old,
+        fisher_new=fisher_new,
+        gradient=gradient,
+        mean=mean,
     )
+    rows = aligned_rows(trees)
+    if not rows:
+        raise BecameError("theta_gp has no arrays; give at least one.")
+    _check_dtypes(trees, rows)
+    groups: dict[str, list[Sequence[Array]]] = {}
+    for path, row in rows.items():
+        groups.setdefault(group_of(path, per), []).append(row)
+    # The curvatures are third and fourth in a row.
+    found = sums_of_products(_Terms(tuple(trees)), list(groups.values()), nonnegative=[2, 3])
+    old, new, *others = found.sums
+    # What overflows is found below, and said in a sentence; NumPy alone would warn of it before.
+    with np.errstate(over="ignore", invalid="ignore") if found.has_values else nullcontext():
+        slope, curvature = sum(others, -new), old + new
+    xp = namespace(slope=slope)
+    if found.has_values:
+        sound = xp.all(xp.isfinite(slope) & xp.isfinite(curvature))
+        if not bool(sound if found.least is None else sound & (found.least >= 0)):
+            raise BecameError(_what_is_wrong(trees, rows))
+    return slope, curvature
 
 
-def _checked_leaves(trees: dict[str, Tree], role: str) -> Params:
-    for leaf in aligned_leaves(**{"theta_gp": trees["theta_gp"], role: trees[role]}):
-        reduction_dtype(namespace(**leaf), **leaf)
-    return named_leaves(trees[role])
+@dataclass(frozen=True)
+class _Terms:
+    """The factors of delta^2 F_old, delta^2 F_new and, if given, of g delta and (theta_gp - mean) F_old delta.
+
+    Attributes:
+        roles: what the arrays of a row are.
+    """
+
+    roles: tuple[str, ...]
+
+    def __call__(self, arithmetic: Arithmetic, row: Sequence[Array]) -> list[tuple[Array, Array]]:
+        """Return the pairs of factors."""
+        at = dict(zip(self.roles, row, strict=True))
+        delta = arithmetic.subtract(at["theta_hat"], at["theta_gp"])
+        square = arithmetic.multiply(delta, delta)
+        pairs = [(square, at["fisher_old"]), (square, at["fisher_new"])]
+        if "gradient" in at:
+            pairs.append((at["gradient"], delta))
+        if "mean" in at:
+            offset = arithmetic.subtract(at["theta_gp"], at["mean"])
+            pairs.append((arithmetic.multiply(offset, at["fisher_old"]), delta))
+        return pairs
 
 
-def _as_precision(fisher: Fisher) -> Precision:
-    return fisher if isinstance(fisher, Precision) else Diagonal(named_leaves(fisher))
+def _check_dtypes(trees: dict[str, Tree], rows: dict[str, tuple[Array, ...]]) -> None:
+    """Raise a BecameError that names the first array which does not hold real floating-point numbers."""
+    checked: list[object] = []
+    for path, row in rows.items():
+        for role, array in zip(trees, row, strict=True):
+            if array.dtype not in checked:
+                reduction_dtype(namespace(array=array), **{label(role, path): array})
+                checked.append(array.dtype)
 
 
-def _dot(**trees: Tree) -> Array:
-    """The inner product of two trees."""
-    parts = []
-    for leaf in aligned_leaves(**trees):
-        xp = namespace(**leaf)
-        dtype = reduction_dtype(xp, **leaf)
-        arrays = [xp.astype(array, dtype, copy=False) for array in leaf.values()]
-        parts += inner_products(lambda _, pair: [(pair[0], pair[1])], arrays)
-    return group_sums([parts])[0]
+def _what_is_wrong(trees: dict[str, Tree], rows: dict[str, tuple[Array, ...]]) -> str:
+    """Return the message on the first leaf with a negative curvature, or an entry or a sum that is not finite."""
+    too_large = "the curvature along {} is too large for its dtype; rescale the curvatures, or give a wider dtype."
+    for path, row in rows.items():
+        for role, array in zip(trees, row, strict=True):
+            name, xp = label(role, path), namespace(array=array)
+            if role.startswith("fisher"):
+                check_diagonal(name, array)
+            if not bool(xp.all(xp.isfinite(array))):
+                return f"{name} has entries that are infinite or not a number; every entry must be a finite number."
+        sums = sums_of_products(_Terms(tuple(trees)), [[row]]).sums
+        xp = namespace(sums=sums[0])
+        if not bool(xp.all(xp.isfinite(xp.stack(sums)))):
+            return too_large.format(label("theta_gp", path))
+    return too_large.format("all leaves")
+
+
+def _without_none(**trees: Tree | None) -> dict[str, Tree]:
+    return {role: tree for role, tree in trees.items() if tree is not None}
+
+
+def _inner_product(gradient: Tree, direction: Tree) -> Array:
+    trees = {"gradient": gradient, "direction": direction}
+    rows = aligned_rows(trees)
+    _check_dtypes(trees, rows)
+    return sums_of_products(_pair, [list(rows.values())]).sums[0][0]
+
+
+def _pair(_: Arithmetic, row: Sequence[Array]) -> list[tuple[Array, Array]]:
+    left, right = row
+    return [(left, right)]
+
+
+def group_names(tree: Tree, per: Per) -> list[str]:
+    """Return what shares a coefficient in a tree, in order: its layers, its leaves, or "" for the whole model.
+
+    Example:
+        >>> group_names({"conv1": {"weight": 1.0, "bias": 0.0}, "fc.weight": 1.0}, "layer")
+        ['conv1', 'fc']
+    """
+    return list(dict.fromkeys(group_of(path, per) for path in named_leaves(tree)))
+
+
+def group_directions(delta: Params, per: Per) -> list[Params]:
+    """Return for each of ``group_names`` a direction that is delta in the group's leaves and zero elsewhere."""
+    zero = {name: namespace(delta=value).zeros_like(value) for name, value in delta.items()}
+    return [
+        {name: (delta if group_of(name, per) == group else zero)[name] for name in delta}
+        for group in group_names(delta, per)
+    ]
+
+
+def group_of(path: str, per: Per) -> str:
+    """Return the group that the leaf of this path belongs to: ``conv1`` for ``conv1.weight`` per layer.
+
+    Raises:
+        BecameError: for an unknown kind of group.
+    """
+    if per == "model":
+        return ""
+    if per == "layer":
+        return path.rpartition(".")[0]
+    if per == "leaf":
+        return path
+    raise BecameError(f"there is no coefficient per '{per}'; choose from model, layer, leaf.")

@@ -18,11 +18,9 @@ from became_core.arrays import (
     with_leaves,
 )
 from became_core.errors import BecameError
-from became_core.laplace.constraints import segment_minimiser
-from became_core.laplace.expansion import Fisher, layerwise_quadratic
-from became_core.laplace.groups import Per, group_names, group_of
-from became_core.laplace.precision import Precision
-from became_core.laplace.separable import separable_terms
+from became_core.laplace.expansion import Fisher, Per, group_names, group_of, layerwise_quadratic, separable_terms
+from became_core.laplace.quadratic import segment_minimiser
+from became_core.precision import Precision
 
 __all__ = ["combine", "merge", "optimal_alpha", "scalar"]
 

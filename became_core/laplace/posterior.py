@@ -14,8 +14,8 @@ import numpy as np
 
 from became_core.arrays import Array, Params, device, namespace, pytree
 from became_core.errors import BecameError
-from became_core.laplace.precision import Diagonal, Precision
 from became_core.laplace.quadratic import Quadratic
+from became_core.precision import Diagonal, Precision
 
 __all__ = ["LaplacePosterior"]
 

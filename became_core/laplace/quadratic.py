@@ -4,25 +4,40 @@ Along theta_0 + sum_k a_k d_k a loss known to second order is, up to a constant,
 
     q(a) = b.a + 1/2 a.C.a        slope b [K], curvature C [K, K]
 
-Everything about a merge is read off it: its minimiser (alpha*, for the one direction delta = theta_hat - theta_gp),
+All that a merge needs is read off it: its minimiser (alpha*, for the one direction delta = theta_hat - theta_gp),
 convexity, the slopes at both ends, the gain to expect. Quadratics add: over leaves, layers, shards and tasks.
+
+Minimisers: one direction, or several that the curvature does not couple, have a closed form, which works under any
+trace. Several coupled directions are minimised in the box [0, 1]^K or on the simplex (a >= 0, sum a = 1) on the host in
+double precision, because K is small and the search depends on values. On a face of these regions some coefficients are
+held at a bound and the others satisfy a linear system; a minimiser is that point of some face which meets the
+optimality (KKT) conditions. For few directions all faces are tried, which finds the global minimum even where the
+quadratic is not convex. For more, the active-set method walks from face to face (Nocedal & Wright, Numerical
+Optimization, Algorithm 16.3).
 
 Convention: the unit of the loss (a mean or a sum over samples) is the caller's, and is the same in every term.
 """
 
 from dataclasses import dataclass
+from itertools import product
 from typing import Any, Literal
 
-from became_core.arrays import Array, device, namespace, pytree
-from became_core.errors import BecameError
-from became_core.laplace.constraints import free_minimiser, minimise_in_box, minimise_on_simplex
-from became_core.laplace.faces import check_finite, is_positive
+import numpy as np
+from numpy.typing import NDArray
 
-__all__ = ["CONSTRAINTS", "Constrained", "Quadratic"]
+from became_core.arrays import Array, check_values, device, has_values, namespace, on_host, pytree
+from became_core.errors import BecameError
+
+__all__ = ["CONSTRAINTS", "Constrained", "Quadratic", "segment_minimiser"]
 
 # None: anywhere. "box": each coefficient in [0, 1]. "simplex": none negative, and their sum 1.
 Constrained = Literal["box", "simplex"] | None
 CONSTRAINTS = (None, "box", "simplex")
+
+# Up to so many directions all faces are tried: 3^5 of the box, 2^9 of the simplex.
+ENUMERATED = {"box": 5, "simplex": 9}
+
+Numbers = NDArray[np.float64]
 
 
 @pytree
@@ -83,8 +98,10 @@ class Quadratic:
         xp = namespace(curvature=self.curvature)
         if self.directions == 1:
             return self.curvature[0, 0] >= 0
-        check_finite(self.slope, self.curvature)
-        return is_positive(self.curvature, self.directions * xp.finfo(self.curvature.dtype).eps)
+        _check_finite(self.slope, self.curvature)
+        eigenvalues = xp.linalg.eigvalsh(self.curvature)
+        rounding = self.directions * xp.finfo(self.curvature.dtype).eps * xp.max(xp.abs(eigenvalues))
+        return xp.min(eigenvalues) >= -rounding
 
     @property
     def has_interior_optimum(self) -> Array:
@@ -96,7 +113,7 @@ class Quadratic:
         xp = namespace(slope=self.slope)
         if self.directions == 1:
             return (self.slope[0] < 0) & (self.slope_at(1.0)[0] > 0)
-        free = free_minimiser(self.slope, self.curvature)
+        free = _free_minimiser(self.slope, self.curvature)
         return xp.all((free > 0) & (free < 1)) & self.is_convex
 
     def minimiser(self, constraint: Constrained = None) -> Array:
@@ -108,16 +125,24 @@ class Quadratic:
 
         Raises:
             BecameError: for an unknown constraint; with several directions, where something is not finite; with more
-                than 5 in the box or 9 on the simplex, where the loss is not convex there. Under a trace the result is
-                then NaN.
+                than 5 in the box or 9 on the simplex, where the loss is not convex there; with several directions and
+                a constraint, under a trace (``jax.jit``, ``torch.compile``, ``tf.function``, ``vmap``, ``jax.grad``).
+
+        Derivatives of a constrained minimiser are those along its free coefficients, by the framework's automatic
+        differentiation: the face on which it lies has none.
+
+        Example:
+            >>> import numpy as np
+            >>> Quadratic(np.asarray([-1.0, -8.0]), np.diag([4.0, 4.0])).minimiser("box").tolist()
+            [0.25, 1.0]
         """
         if constraint is None:
-            return free_minimiser(self.slope, self.curvature)
-        if constraint == "box":
-            return minimise_in_box(self.slope, self.curvature)
-        if constraint == "simplex":
-            return minimise_on_simplex(self.slope, self.curvature)
-        raise BecameError(f"there is no constraint '{constraint}'; give None, 'box' or 'simplex'.")
+            return _free_minimiser(self.slope, self.curvature)
+        if constraint not in CONSTRAINTS:
+            raise BecameError(f"there is no constraint '{constraint}'; give None, 'box' or 'simplex'.")
+        if self.directions == 1 and constraint == "box":
+            return segment_minimiser(self.slope, self.curvature[:, 0], clip=True)
+        return _constrained_minimiser(self.slope, self.curvature, constraint)
 
     def predicted_gain(self, constraint: Constrained = "box") -> Array:
         """Return how much smaller the loss is at the minimiser than at a = 0, a 0-d array, at least 0 in the box."""
@@ -135,3 +160,212 @@ class Quadratic:
         """C a, for each point."""
         xp = namespace(point=point, curvature=self.curvature)
         return xp.sum(self.curvature * xp.expand_dims(point, axis=-2), axis=-1)
+
+
+def segment_minimiser(slope: Array, curvature: Array, *, clip: bool) -> Array:
+    """Return the minimiser of ``slope * a + curvature * a^2 / 2``, element by element.
+
+    Args:
+        slope: of any shape.
+        curvature: of the same shape.
+        clip: minimise over [0, 1]: a concave or linear quadratic has its minimum at an end, and a constant one gives 0.
+            Without it, the stationary point, and 0 where there is no curvature.
+
+    Example:
+        >>> import numpy as np
+        >>> segment_minimiser(np.asarray([-1.0, -1.0]), np.asarray([4.0, 0.0]), clip=True).tolist()
+        [0.25, 1.0]
+    """
+    xp = namespace(slope=slope, curvature=curvature)
+    # What is below the smallest normal number is rounding, and some processors flush it: zero on all of them.
+    tiny = xp.finfo(slope.dtype).smallest_normal
+    zero, one = xp.zeros_like(slope), xp.ones_like(slope)
+    slope = xp.where(xp.abs(slope) < tiny, zero, slope)
+    curvature = xp.where(xp.abs(curvature) < tiny, zero, curvature)
+    # `not (c <= 0)` rather than `c > 0`: what is not a number must not pass for "no curvature".
+    curved = xp.logical_not(curvature <= 0) if clip else curvature != 0
+    # The inner `where` keeps the branch not taken finite: its infinite gradient would poison the one that is.
+    stationary = -slope / xp.where(curved, curvature, one)
+    if not clip:
+        return xp.where(curved, stationary, zero)
+    better_end = xp.where(slope + 0.5 * curvature < 0, one, zero)
+    return xp.where(curved, xp.clip(stationary, 0.0, 1.0), better_end)
+
+
+def _free_minimiser(slope: Array, curvature: Array) -> Array:
+    """Return the stationary point -C^-1 b, [K]; 0 for a direction without curvature."""
+    xp = namespace(slope=slope, curvature=curvature)
+    if slope.shape[0] == 1:
+        return segment_minimiser(slope, curvature[:, 0], clip=False)
+    _check_finite(slope, curvature)
+    magnitude = xp.max(xp.abs(curvature), axis=1)
+    largest = xp.max(magnitude)
+    # A ridge of the size of rounding lets directions that coincide share their weight evenly rather than fail.
+    ridge = 2 * slope.shape[0] * xp.finfo(curvature.dtype).eps * largest
+    ridge = xp.where(largest > 0, ridge, xp.ones_like(largest))
+    system = curvature + ridge * xp.eye(slope.shape[0], dtype=curvature.dtype, device=device(curvature))
+    solution = xp.linalg.solve(system, xp.expand_dims(-slope, axis=-1))[:, 0]
+    return xp.where(magnitude > 0, solution, xp.zeros_like(slope))
+
+
+def _check_finite(slope: Array, curvature: Array) -> None:
+    """Raise a BecameError where values can be looked at and one is NaN or infinite, which no solver takes."""
+    xp = namespace(slope=slope, curvature=curvature)
+    finite = xp.logical_and(xp.all(xp.isfinite(slope)), xp.all(xp.isfinite(curvature)))
+    check_values(finite, f"a quadratic of {slope.shape[0]} directions has NaN or infinite entries; all must be finite.")
+
+
+def _constrained_minimiser(slope: Array, curvature: Array, constraint: Literal["box", "simplex"]) -> Array:
+    """Return the minimiser of several directions, found on the host."""
+    xp, size = namespace(slope=slope, curvature=curvature), int(slope.shape[0])
+    if not (has_values(slope) and has_values(curvature)):
+        raise BecameError(
+            f"a minimum along {size} directions with the constraint '{constraint}' depends on values, which a trace "
+            "does not have; compute it outside jit, vmap, grad or compile."
+        )
+    _check_finite(slope, curvature)
+    if constraint == "simplex":
+        slope = slope - xp.min(slope)  # a constant added to all slopes changes nothing, but would cost digits
+    face = _Faces(
+        on_host(slope).astype(np.float64),
+        on_host(curvature).astype(np.float64),
+        float(xp.finfo(slope.dtype).eps),
+        constraint == "simplex",
+    )
+    point, free = face.best() if size <= ENUMERATED[constraint] else face.walk()
+
+    def constant(values: Numbers) -> Array:
+        return xp.asarray(values, dtype=slope.dtype, device=device(slope))
+
+    # A Newton step on the face. The point moves by rounding only, and gets the derivatives of the implicit function.
+    minimum = constant(point)
+    minimum = minimum - xp.matmul(constant(face.inverse(free)), slope + xp.matmul(curvature, minimum))
+    minimum = xp.clip(minimum, 0.0, 1.0)
+    return minimum / xp.sum(minimum) if constraint == "simplex" else minimum
+
+
+@dataclass(frozen=True)
+class _Faces:
+    """The faces of the box or of the simplex, and a quadratic to minimise there, in double precision on the host.
+
+    Attributes:
+        slope: b [K].
+        curvature: C [K, K].
+        eps: the rounding of the numbers that these were made of.
+        on_simplex: on the simplex, or in the box.
+
+    A face is told by which coefficients are ``free``, booleans [K] or [faces, K], and where the others are ``held``.
+    """
+
+    slope: Numbers
+    curvature: Numbers
+    eps: float
+    on_simplex: bool
+
+    @property
+    def slack(self) -> float:
+        """What share of the largest number is taken for rounding."""
+        return 16 * len(self.slope) * self.eps
+
+    def stationary(self, free: NDArray[np.bool_], held: Numbers) -> Numbers:
+        """Return the point of each face where the loss is stationary along the face, [faces, K]."""
+        # A constant added to all curvatures changes nothing on the simplex. With it, systems are singular only where a
+        # face has many minima; a ridge of the size of rounding then lets coinciding directions share their weight.
+        curvature = self.curvature + (np.abs(self.curvature).max() if self.on_simplex else 0.0)
+        largest, identity = np.abs(curvature).max(), np.eye(len(self.slope))
+        ridged = curvature + identity * (2 * len(self.slope) * self.eps * largest if largest > 0 else 1.0)
+        systems = np.where(free[:, :, None] & free[:, None, :], ridged, identity)
+        if not self.on_simplex:
+            right = np.where(free, -(self.slope + held @ self.curvature), held)
+            return np.asarray(np.linalg.solve(systems, right[..., None]))[..., 0]
+        right = np.stack([free * self.slope, free * 1.0], axis=-1)
+        by_slope, by_one = np.moveaxis(np.linalg.solve(systems, right), -1, 0)
+        share = (1 + by_slope.sum(axis=1, keepdims=True)) / by_one.sum(axis=1, keepdims=True)
+        return np.asarray(share * by_one - by_slope)
+
+    def pull(self, points: Numbers, free: NDArray[np.bool_]) -> Numbers:
+        """Return how strongly the loss pulls each coefficient off its bound, [faces, K]; off zero slope, where free."""
+        gradient = self.slope + points @ self.curvature
+        if self.on_simplex:  # the free coefficients have one common gradient
+            first = np.argmax(free, axis=1)[:, None]
+            pull = np.take_along_axis(gradient, first, axis=1) - gradient
+        else:
+            pull = np.where(points > 0.5, gradient, -gradient)
+        return np.where(free, np.abs(pull), pull)
+
+    def best(self) -> tuple[Numbers, NDArray[np.bool_]]:
+        """Return the minimiser [K] and what is free there, by trying all faces.
+
+        It is the first point that meets the optimality conditions up to rounding, or the lowest feasible one if the
+        loss is not convex. Not the lowest one in any case: near a minimum values differ by less than their rounding,
+        and the conditions do not. Faces with few free coefficients come first, so that of many minima a simple one is
+        taken.
+        """
+        bounds = (None, 0.0) if self.on_simplex else (0.0, 1.0, None)
+        faces = sorted(product(bounds, repeat=len(self.slope)), key=_simplest_first)[int(self.on_simplex) :]
+        free = np.array([[bound is None for bound in face] for face in faces])
+        points = self.stationary(free, np.array([[bound or 0.0 for bound in face] for face in faces]))
+        outside = np.maximum(0, np.maximum(-points, points - 1)).max(axis=1)
+        eigenvalues = np.linalg.eigvalsh(self.curvature)
+        if eigenvalues.min() >= -self.slack * np.abs(eigenvalues).max():
+            scale = np.abs(self.curvature).max() + np.abs(self.slope).max()
+            violation = outside + np.maximum(0, self.pull(points, free)).max(axis=1) / (scale or 1.0)
+            chosen = int(np.argmax(violation <= violation.min() + self.slack))
+        else:
+            height = (points * (self.slope + 0.5 * points @ self.curvature)).sum(axis=1)
+            chosen = int(np.argmin(np.where(outside <= self.slack, height, np.inf)))
+        return points[chosen], free[chosen]
+
+    def walk(self) -> tuple[Numbers, NDArray[np.bool_]]:
+        """Return the minimiser [K] of a convex loss and what is free there, by the active-set method.
+
+        From a corner, always downhill: to the stationary point of the present face, or as far as a bound lets; there,
+        one more coefficient is held. Where a face's own minimum is reached, the coefficient that the loss pulls most is
+        let go.
+        """
+        size, across = len(self.slope), self.curvature
+        if self.on_simplex:  # what only the sum of the coefficients feels is the same everywhere
+            across = across - across.mean(axis=0, keepdims=True)
+            across = across - across.mean(axis=1, keepdims=True)
+        largest = np.abs(self.curvature).max()
+        if np.linalg.eigvalsh(across).min() < -self.slack * largest:
+            raise BecameError(
+                f"a constrained minimum along {size} directions is found only where the loss is convex along them."
+            )
+        flat = self.slack * (largest + np.abs(self.slope).max())
+        highest = np.inf if self.on_simplex else 1.0
+        point, free = np.zeros(size), np.zeros(size, dtype=bool)
+        if self.on_simplex:
+            best_corner = np.argmin(self.slope + 0.5 * np.diag(self.curvature))
+            point[best_corner], free[best_corner] = 1.0, True
+        for _ in range(50 * size):
+            step = self.stationary(free[None], np.where(free, 0.0, point)[None])[0] - point
+            moves = np.abs(step) > self.slack
+            room = np.full(size, np.inf)
+            room[moves] = np.where(step > 0, highest - point, point)[moves] / np.abs(step[moves])
+            blocking = int(np.argmin(room))
+            if room[blocking] < 1 - self.slack:
+                point = point + max(room[blocking], 0.0) * step
+                point[blocking], free[blocking] = float(step[blocking] > 0), False
+                continue
+            point = point + step
+            pull = np.where(free, -np.inf, self.pull(point[None], free[None])[0])
+            if pull.max() <= flat:
+                return point, free
+            free[np.argmax(pull)] = True
+        raise BecameError(
+            f"the constrained minimum along {size} directions was not found, for rounding; double precision may help."
+        )
+
+    def inverse(self, free: NDArray[np.bool_]) -> Numbers:
+        """Return the inverse of the curvature along one face, [K, K]; zero across it, and where the loss is flat."""
+        along = np.diag(free * 1.0)
+        if self.on_simplex:
+            along = along - np.outer(free, free) / free.sum()
+        inverse = np.linalg.pinv(along @ self.curvature @ along, rcond=self.slack, hermitian=True)
+        return np.where(np.outer(free, free), inverse, 0.0)  # exactly, so that what is held stays where it is
+
+
+def _simplest_first(face: tuple[float | None, ...]) -> tuple[int, list[float]]:
+    """Order faces by how many coefficients are free, and then from the first coefficient on."""
+    return face.count(None), [-1.0 if bound is None else bound for bound in face]

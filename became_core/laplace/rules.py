@@ -34,7 +34,7 @@ from typing import Any, ClassVar, NamedTuple
 from became_core.arrays import Array, Params, Tree, difference, namespace, reduction_dtype
 from became_core.errors import BecameError
 from became_core.laplace.estimators import Estimator, LocalLoss, MergeSubspace, Secant
-from became_core.laplace.groups import Per, group_directions, group_names, group_of
+from became_core.laplace.expansion import Per, group_directions, group_names, group_of
 from became_core.laplace.merge import combine, merge, scalar
 from became_core.laplace.path import trace_path
 from became_core.laplace.quadratic import Quadratic

@@ -15,7 +15,6 @@ from adapters.jax.learner import JaxLearner  # noqa: E402
 from adapters.networks import Architecture  # noqa: E402
 from adapters.tensorflow.learner import TensorFlowLearner  # noqa: E402
 from adapters.torch.learner import TorchLearner  # noqa: E402
-from adapters.torch.networks import Described  # noqa: E402
 from became_core.continual import Learner, TaskStream  # noqa: E402
 from tests.backends import load  # noqa: E402
 
@@ -31,7 +30,7 @@ class Framework:
 
 
 def _torch(architecture: Architecture, stream: TaskStream, seed: int) -> Learner:
-    return TorchLearner(Described(architecture, seed, torch.float64), stream, dtype=torch.float64, seed=seed)
+    return TorchLearner(architecture, stream, dtype="float64", seed=seed)
 
 
 def _jax(architecture: Architecture, stream: TaskStream, seed: int) -> Learner:
@@ -40,7 +39,7 @@ def _jax(architecture: Architecture, stream: TaskStream, seed: int) -> Learner:
 
 
 def _tensorflow(architecture: Architecture, stream: TaskStream, seed: int) -> Learner:
-    return TensorFlowLearner(architecture, stream, dtype=tf.float64, seed=seed)
+    return TensorFlowLearner(architecture, stream, dtype="float64", seed=seed)
 
 
 FRAMEWORKS = {

@@ -1,7 +1,6 @@
 """A user's flax module learns as a description does, and gives the same taps."""
 
 from collections.abc import Iterator
-from functools import partial
 from typing import Any
 
 import jax
@@ -10,9 +9,8 @@ import pytest
 from flax import linen as nn
 from jax import numpy as jnp
 
-from adapters.jax import compiled
+from adapters.backend import Step, for_task
 from adapters.jax.flax_module import FlaxBackbone
-from adapters.jax.heads import for_task
 from adapters.jax.layers import Pass
 from adapters.jax.learner import JaxLearner
 from adapters.networks import draw_masks
@@ -81,9 +79,8 @@ def test_a_steps_products_are_of_bfloat16_and_its_statistics_of_float32() -> Non
     backbone, stream = FlaxBackbone.of(Network(), IMAGE), prototype_stream(tasks=2, channels=2, side=8)
     learner = in_precision(backbone, stream, True)
     rows, draw = stream.tasks[0].train[:10], np.random.default_rng(0)
-    gradients = partial(compiled._gradients, backbone, products="bfloat16")
-    arguments: Any = {}, {}, learner._data, rows, draw_masks(backbone.masks, 10, draw)
-    traced = jax.make_jaxpr(gradients)(for_task(learner.parameters(), 0), *arguments)
+    weights, batch = for_task(learner.parameters(), 0), Step(rows, 0.1, draw_masks(backbone.masks, 10, draw), None)
+    traced = jax.make_jaxpr(learner.network.gradients)(weights, {}, {}, learner._data, batch)
     operands: dict[str, set[str]] = {}
     for equation in equations(traced.jaxpr):
         dtypes = {each.aval.dtype.name for each in equation.invars}

@@ -10,8 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from adapters.jax import compiled
-from adapters.jax.learner import JaxLearner
+from adapters.jax.learner import JaxLearner, JaxNetwork
 from adapters.jax.run import build_learner
 from adapters.networks import (
     Architecture,
@@ -128,29 +127,29 @@ def test_nothing_but_new_constraints_is_compiled_again(
     """Over three tasks: a network's gradients once for each batch size and set of trained parameters."""
     traced = Counter[str]()
 
-    def counted(name: str, **options: Any) -> Any:
-        function = getattr(compiled, f"_{name}")
+    def count(name: str) -> None:
+        function = getattr(JaxNetwork, name).__wrapped__
 
-        def counting(*arguments: Any, **named: Any) -> Any:
+        def counting(*arguments: Any) -> Any:
             traced[name] += 1
-            return function(*arguments, **named)
+            return function(*arguments)
 
-        return jax.jit(counting, **options)
+        monkeypatch.setattr(JaxNetwork, name, jax.jit(counting, static_argnums=0))
 
-    monkeypatch.setattr(compiled, "gradients", counted("gradients", static_argnums=0))
-    monkeypatch.setattr(compiled, "update", counted("update", static_argnames="trains_scales"))
+    count("gradients")
+    count("advanced")
     stream = prototype_stream()
     _learn(JaxLearner(_of_every_layer(), stream), stream, method)
     sizes = 2  # of batches: the last of an epoch is smaller
     frozen_in_later_tasks = method == "gpm"
-    assert traced == {"gradients": sizes * (2 if frozen_in_later_tasks else 1), "update": updates}
+    assert traced == {"gradients": sizes * (2 if frozen_in_later_tasks else 1), "advanced": updates}
 
 
 def test_what_cannot_be_used_is_said_in_one_sentence() -> None:
     stream = prototype_stream()
     with pytest.raises(BecameError, match="JAX has no device 'quantum' here"):
         JaxLearner(_of_every_layer(), stream, device="quantum")
-    with pytest.raises(BecameError, match=r"the backbone must map images \[N, H, W, C\] to features"):
+    with pytest.raises(BecameError, match=r"to features \[N, features\]; of 2 images it made \[2, 6, 6, 1\]"):
         JaxLearner(_Images((Flatten(),), IMAGE), stream)
     with jax.enable_x64(False), pytest.raises(BecameError, match="no float64 as it is configured; set jax_enable_x64"):
         JaxLearner(_of_every_layer(), stream, dtype="float64")

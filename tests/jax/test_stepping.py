@@ -7,8 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from adapters.jax import learner, stepping
-from adapters.jax.learner import JaxLearner
+from adapters.jax.learner import JaxLearner, JaxNetwork
 from adapters.networks import Architecture, BatchNorm, Convolution, Dropout, Flatten, Linear, MaxPool, ReLU
 from became_core.continual import (
     SGD,
@@ -58,7 +57,8 @@ def test_an_epoch_as_one_program_is_its_steps(
     """To rounding: a compiler may order a sum in another way."""
     found = []
     for whole in (False, True):
-        one = JaxLearner(NETWORK, STREAM, dtype="float64", dropout_masks="framework", whole_epochs=whole)
+        one = JaxLearner(NETWORK, STREAM, dtype="float64", dropout_masks="framework")
+        one.whole_epochs = whole
         record = learn(
             one,
             STREAM,
@@ -74,36 +74,49 @@ def test_an_epoch_as_one_program_is_its_steps(
 
 def test_two_tasks_of_equal_shapes_are_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """And of their steps only the last, on fewer samples, is one by itself."""
-    traced, ran = Counter[str](), Counter[str]()
-
-    def counting(*arguments: Any, **named: Any) -> Any:
-        traced["many"] += 1
-        return stepping._many_steps(*arguments, **named)
-
-    many = jax.jit(counting, static_argnums=0, static_argnames=("trains_scales", "factored", "products"))
-
-    def count(name: str, function: Any) -> Any:
-        def counted(*arguments: Any, **named: Any) -> Any:
-            ran[name] += 1
-            return function(*arguments, **named)
-
-        return counted
-
-    monkeypatch.setattr(learner, "many_steps", count("many", many))
-    monkeypatch.setattr(learner, "step", count("one", stepping.step))
-    one = JaxLearner(NETWORK, STREAM, dropout_masks="framework", whole_epochs=True)
+    traced = count_programs(monkeypatch)
+    one = JaxLearner(NETWORK, STREAM, dropout_masks="framework")
+    one.whole_epochs = True
     learn(one, STREAM, build_method("finetune"), training())
-    assert traced == {"many": 1}
-    assert ran == {"many": 2 * 2, "one": 2 * 2}  # two epochs of each task
+    assert traced == {"traced": 1, "epochs": 2 * 2, "steps": 2 * 2}  # two epochs of each task
 
 
-@pytest.mark.parametrize(("source", "count"), [("framework", 5), ("numpy", 0)])
-def test_masks_from_the_host_come_step_by_step(source: Any, count: int) -> None:
-    one = JaxLearner(NETWORK, STREAM, dropout_masks=source, whole_epochs=True)
-    rows = STREAM.tasks[0].train
-    batches = [Batch(0, rows[start : start + 16]) for start in range(0, len(rows), 16)]
-    assert one._steps_at_once(batches) == count
-    assert one._steps_at_once([*batches, Batch(1, rows[:16])]) == 0  # in joint training
+def count_programs(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """Count how often a program of several steps is traced, and how often one runs, or a step by itself."""
+    counts = Counter[str]()
+    whole, step = JaxNetwork.many_steps, JaxNetwork.step
+
+    def traced(*arguments: Any) -> Any:
+        counts["traced"] += 1
+        return whole.__wrapped__(*arguments)
+
+    compiled = jax.jit(traced, static_argnums=0)
+
+    def many_steps(*arguments: Any) -> Any:
+        counts["epochs"] += 1
+        return compiled(*arguments)
+
+    def one_step(network: JaxNetwork, state: Any, *arguments: Any) -> Any:
+        counts["steps"] += not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(state))
+        return step(network, state, *arguments)
+
+    monkeypatch.setattr(JaxNetwork, "many_steps", many_steps)
+    monkeypatch.setattr(JaxNetwork, "step", one_step)
+    return counts
+
+
+@pytest.mark.parametrize(("source", "joint", "epochs"), [("framework", 0, 1), ("numpy", 0, 0), ("framework", 1, 0)])
+def test_masks_from_the_host_and_joint_training_come_step_by_step(
+    source: Any, joint: int, epochs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts = count_programs(monkeypatch)
+    one = JaxLearner(NETWORK, STREAM, dropout_masks=source)
+    one.whole_epochs = True
+    rows = STREAM.tasks[0].train[:48]
+    batches = [Batch(0, rows[start : start + 16]) for start in range(0, len(rows), 16)] + [Batch(1, rows[:16])] * joint
+    everything = Constraint(frozenset(one.parameters()))
+    one.train(batches, np.full(len(batches), 0.1), everything, SGD(), np.random.default_rng(0))
+    assert (counts["epochs"], counts["steps"]) == (epochs, 0 if epochs else len(batches))
 
 
 @pytest.mark.parametrize(("optimiser", "of_fc1"), [(SGD(momentum=0.5), 13), (SGD(weight_decay=0.1), 24), (Adam(), 24)])

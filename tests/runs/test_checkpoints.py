@@ -11,7 +11,7 @@ from safetensors.numpy import load_file
 
 from adapters.runs import Checkpoints
 from adapters.runs.encoding import ALTERNATIVES, MisfitError, decoded, encoded
-from became_core import BecameError
+from became_core import BecameError, precision
 from became_core.arrays import named_leaves
 from became_core.continual import (
     SGD,
@@ -25,8 +25,8 @@ from became_core.continual import (
     build_method,
     learn,
 )
-from became_core.laplace import Diagonal, Kronecker, LaplacePosterior, precision
-from became_core.laplace.precision import Precision
+from became_core.laplace import Diagonal, Kronecker, LaplacePosterior
+from became_core.precision import Precision
 from reference.learner import ReferenceLearner
 from tests.listening import Listening
 from tests.streams import prototype_stream

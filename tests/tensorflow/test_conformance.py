@@ -1,4 +1,4 @@
-"""The TensorFlow learner keeps the learner protocol's promises, on networks of each kind of layer."""
+"""The TensorFlow learner keeps the promises that every framework's learner makes, on networks of each kind of layer."""
 
 from collections.abc import Callable
 
@@ -6,10 +6,35 @@ import pytest
 import tensorflow as tf
 
 from adapters.tensorflow.learner import TensorFlowLearner
+from adapters.tensorflow.run import BACKEND
 from tests.conformance import BACKBONES, CHECKS, Make
+from tests.dropout import check_framework_masks
+from tests.norms import CHECKS as NORM_CHECKS
+from tests.norms import MakeNormalised
+from tests.precision import check_mixed_precision
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)
 @pytest.mark.parametrize("check", CHECKS)
 def test_it_conforms(check: Callable[[Make], None], backbone: str) -> None:
-    check(lambda stream, seed: TensorFlowLearner(BACKBONES[backbone](stream), stream, dtype=tf.float64, seed=seed))
+    check(lambda stream, seed: TensorFlowLearner(BACKBONES[backbone](stream), stream, dtype="float64", seed=seed))
+
+
+@pytest.mark.timeout(1200)  # each compiles what it runs
+@pytest.mark.parametrize("check", NORM_CHECKS)
+def test_normalisation(check: Callable[[MakeNormalised], None]) -> None:
+    check(lambda network, stream: TensorFlowLearner(network, stream, dtype="float64"))
+
+
+def test_the_framework_draws_masks_if_it_is_asked_to() -> None:
+    check_framework_masks(lambda network, stream, masks: TensorFlowLearner(network, stream, dropout_masks=masks))
+
+
+def test_mixed_precision_rounds_the_products_of_steps_alone() -> None:
+    check_mixed_precision(lambda network, stream, mixed: TensorFlowLearner(network, stream, mixed_precision=mixed))
+
+
+def test_a_run_multiplies_float32_as_such() -> None:
+    tf.config.experimental.enable_tensor_float_32_execution(True)
+    BACKEND.prepare()
+    assert not tf.config.experimental.tensor_float_32_execution_enabled()

@@ -1,4 +1,4 @@
-"""The PyTorch learner keeps the learner protocol's promises, on networks of each kind of layer."""
+"""The PyTorch learner keeps the promises that every framework's learner makes, on networks of each kind of layer."""
 
 from collections.abc import Callable
 
@@ -8,9 +8,13 @@ from torch import nn
 
 from adapters.networks import Architecture
 from adapters.torch.learner import TorchLearner
-from adapters.torch.networks import Described
+from adapters.torch.run import BACKEND
 from became_core.continual import Learner, TaskStream
 from tests.conformance import CHECKS, Make, convolutional, linear
+from tests.dropout import check_framework_masks
+from tests.norms import CHECKS as NORM_CHECKS
+from tests.norms import MakeNormalised
+from tests.precision import check_mixed_precision
 
 
 def own(stream: TaskStream, seed: int) -> Learner:
@@ -27,8 +31,7 @@ def own(stream: TaskStream, seed: int) -> Learner:
 
 def described(describe: Callable[[TaskStream], Architecture]) -> Make:
     def make(stream: TaskStream, seed: int) -> Learner:
-        backbone = Described(describe(stream), seed, torch.float64)
-        return TorchLearner(backbone, stream, device=torch.get_default_device(), dtype=torch.float64, seed=seed)
+        return TorchLearner(describe(stream), stream, device=torch.get_default_device(), dtype="float64", seed=seed)
 
     return make
 
@@ -40,3 +43,23 @@ MAKES: dict[str, Make] = {"linear": described(linear), "convolutional": describe
 @pytest.mark.parametrize("check", CHECKS)
 def test_it_conforms(check: Callable[[Make], None], make: str) -> None:
     check(MAKES[make])
+
+
+@pytest.mark.timeout(1200)  # each compiles what it runs
+@pytest.mark.parametrize("check", NORM_CHECKS)
+def test_normalisation(check: Callable[[MakeNormalised], None]) -> None:
+    check(lambda network, stream: TorchLearner(network, stream, dtype="float64"))
+
+
+def test_the_framework_draws_masks_if_it_is_asked_to() -> None:
+    check_framework_masks(lambda network, stream, masks: TorchLearner(network, stream, dropout_masks=masks))
+
+
+def test_mixed_precision_rounds_the_products_of_steps_alone() -> None:
+    check_mixed_precision(lambda network, stream, mixed: TorchLearner(network, stream, mixed_precision=mixed))
+
+
+def test_a_run_convolves_float32_as_such(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    BACKEND.prepare()
+    assert not torch.backends.cudnn.allow_tf32

@@ -207,5 +207,5 @@ def test_what_cannot_be_used_is_said_in_one_sentence() -> None:
     stream = prototype_stream()
     with pytest.raises(BecameError, match="PyTorch has no device 'quantum' here"):
         TorchLearner(_convolutional(), stream, device="quantum")
-    with pytest.raises(BecameError, match=r"the backbone must map images \[N, C, H, W\] to features"):
+    with pytest.raises(BecameError, match=r"to features \[N, features\]; of 2 images it made \[2, 4, 4, 4\]"):
         TorchLearner(nn.Sequential(nn.Conv2d(1, 4, 3)), stream)

@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from adapters.torch.linear import ByInputs, constrained_inputs
+from became_core.continual import SGD, Constraint
 from became_core.projection import GPM, TrustRegion
 
 
@@ -33,7 +34,7 @@ def test_projecting_inputs_projects_the_gradient(
     leaves = [inputs, *layer.parameters()]
     plain_output = layer(inputs)
     plain = torch.autograd.grad(plain_output.square().sum(), leaves)
-    with constrained_inputs({layer: "fc"}, memory) as done:
+    with constrained_inputs({layer: "fc"}, Constraint(frozenset(), projector=memory), SGD()) as done:
         output = layer(inputs)
         projected = torch.autograd.grad(output.square().sum(), leaves)
     assert done == ByInputs(frozenset({"fc.weight"}))
@@ -69,8 +70,9 @@ def test_a_trust_region_by_inputs_is_that_of_effective_weights(
     effective = region.effective({"fc.weight": layer.weight})["fc.weight"]
     expected_output = nn.functional.linear(inputs, effective, layer.bias)
     leaves = [inputs, layer.weight, *scales.values()]
+    constraint = Constraint(frozenset(), projector=memory if projects else None, region=region)
     expected = torch.autograd.grad(expected_output.square().sum(), leaves)
-    with constrained_inputs({layer: "fc"}, memory if projects else None, region) as done:
+    with constrained_inputs({layer: "fc"}, constraint, SGD(), region) as done:
         output = layer(inputs)
         found = torch.autograd.grad(output.square().sum(), leaves)
     assert done == ByInputs(frozenset({"fc.weight"} if projects else ()), frozenset({"fc.weight"}))
@@ -82,9 +84,10 @@ def test_a_trust_region_by_inputs_is_that_of_effective_weights(
 def test_nothing_is_left_behind_and_unknown_layers_stay_as_they_are() -> None:
     torch.manual_seed(0)
     known, unknown = nn.Linear(3, 2).double(), nn.Linear(3, 2).double()
-    with constrained_inputs({known: "fc", unknown: "other"}, _memory(3, 2, "fc.weight")) as done:
+    constraint = Constraint(frozenset(), projector=_memory(3, 2, "fc.weight"))
+    with constrained_inputs({known: "fc", unknown: "other"}, constraint, SGD()) as done:
         assert done == ByInputs(frozenset({"fc.weight"}))
         assert "forward" not in vars(unknown)
     assert "forward" not in vars(known)
-    with constrained_inputs({known: "fc"}, None) as done:
+    with constrained_inputs({known: "fc"}, Constraint(frozenset()), SGD()) as done:
         assert not any(done)

@@ -1,4 +1,4 @@
-"""Described networks as modules, and heads."""
+"""Described networks as modules, heads, and dropout by a NumPy generator."""
 
 import copy
 
@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from adapters.networks import NETWORKS, Architecture, BatchNorm, Flatten, Linear, build_network, initial_values
-from adapters.torch.networks import Described, MultiHead
+from adapters.torch.networks import Described, Dropout, MultiHead, draw_masks_from
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -61,3 +61,39 @@ def test_heads_are_separate_and_stacked_in_task_order() -> None:
     assert every.shape == (4, 3, 2)
     for task in range(3):
         torch.testing.assert_close(every[:, task], network(images, task))
+
+
+def _dropped(shape: tuple[int, ...], seed: int, p: float = 0.25) -> torch.Tensor:
+    layer = Dropout(p)
+    draw_masks_from(layer, np.random.default_rng(seed))
+    result: torch.Tensor = layer(torch.ones(shape))
+    return result
+
+
+@pytest.mark.parametrize("p", [0.2, 0.5])
+def test_the_right_fraction_survives_and_the_mean_is_kept(p: float) -> None:
+    dropped = _dropped((400, 500), 0, p)
+    assert sorted(set(dropped.flatten().tolist())) == pytest.approx([0.0, 1 / (1 - p)], abs=1e-4)
+    assert abs((dropped == 0).double().mean().item() - p) < 5e-3
+    assert abs(dropped.double().mean().item() - 1) < 1e-2
+
+
+def test_masks_are_a_function_of_the_generator() -> None:
+    assert torch.equal(_dropped((7, 3), 1), _dropped((7, 3), 1))
+    assert not torch.equal(_dropped((70, 3), 1), _dropped((70, 3), 2))
+
+
+def test_a_mask_does_not_depend_on_how_images_lie_in_memory() -> None:
+    images = torch.ones(2, 3, 4, 5)
+    masks = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        layer = Dropout(0.5)
+        draw_masks_from(layer, np.random.default_rng(0))
+        masks.append(layer(images.contiguous(memory_format=layout)))
+    assert torch.equal(*masks)
+
+
+def test_evaluation_drops_nothing() -> None:
+    layer = Dropout(0.5).eval()
+    inputs = torch.randn(5)
+    assert layer(inputs) is inputs

@@ -9,8 +9,8 @@ from torch import nn
 
 from adapters.networks import DropoutMasks
 from adapters.runs import Checkpoints
-from adapters.torch.dropout import Dropout
 from adapters.torch.learner import TorchLearner
+from adapters.torch.networks import Dropout
 from became_core.continual import (
     SGD,
     Adam,

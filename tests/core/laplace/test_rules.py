@@ -27,7 +27,7 @@ from became_core.laplace import (
     optimal_alpha,
 )
 from became_core.laplace.estimators import LocalLoss, MergeSubspace
-from became_core.laplace.groups import Per
+from became_core.laplace.expansion import Per
 from tests.backends import to_numpy, to_xp
 from tests.strategies import Segment, segments
 

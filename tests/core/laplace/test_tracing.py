@@ -58,6 +58,11 @@ def clients(gp: Any, hat: Any, old: Any, new: Any) -> tuple[list[Any], list[Lapl
     return [gp, hat, middle], losses
 
 
+def pair(gp: Any, hat: Any, old: Any, new: Any) -> tuple[list[Any], list[LaplacePosterior]]:
+    models, losses = clients(gp, hat, old, new)
+    return models[:2], losses[:2]
+
+
 CASES: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
     "alpha": (lambda *four: optimal_alpha(*four), (GP, HAT, OLD, NEW)),
     "alpha, full": (
@@ -66,7 +71,7 @@ CASES: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
     ),
     "alpha per layer": (lambda *four: optimal_alpha(*four, per="layer"), (GP, HAT, OLD, NEW)),
     "alpha, dense": (
-        lambda gp, hat, root, new: optimal_alpha(gp, hat, Dense(root, SHAPES), new, per="leaf"),
+        lambda gp, hat, root, new: optimal_alpha(gp, hat, Dense(root, SHAPES), new),
         (GP, HAT, ROOT @ ROOT.T, NEW),
     ),
     "alpha, kronecker": (
@@ -84,13 +89,12 @@ CASES: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
         (GP, HAT, MEAN, OLD),
     ),
     "free": (lambda b, c: Quadratic(b, c).minimiser(), (SLOPE, CURVATURE)),
-    "box": (lambda b, c: Quadratic(b, c).minimiser("box"), (SLOPE, CURVATURE)),
-    "simplex": (lambda b, c: Quadratic(b, c).minimiser("simplex"), (SLOPE, CURVATURE)),
+    "box": (lambda b, c: Quadratic(b, c).minimiser("box"), (SLOPE[:1], CURVATURE[:1, :1])),
     "checks": (
         lambda b, c: (
             Quadratic(b, c).is_convex,
             Quadratic(b, c).has_interior_optimum,
-            Quadratic(b, c).predicted_gain(),
+            Quadratic(b, c).predicted_gain(None),
         ),
         (SLOPE, CURVATURE),
     ),
@@ -99,7 +103,7 @@ CASES: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
     "combine": (lambda gp, hat, b: combine([gp, hat, gp], b), (GP, HAT, SLOPE)),
     "equal": (lambda *four: Equal().merge(*clients(*four)).theta, (GP, HAT, OLD, NEW)),
     "fisher merge": (lambda *four: FisherMerge().merge(*clients(*four)).theta, (GP, HAT, OLD, NEW)),
-    "became of three": (lambda *four: Became(DiagonalFisher()).merge(*clients(*four)), (GP, HAT, OLD, NEW)),
+    "became": (lambda *four: Became(DiagonalFisher()).merge(*pair(*four)), (GP, HAT, OLD, NEW)),
     "curve": (lambda *four: bezier_path(*four).at(0.5), (GP, HAT, OLD, NEW)),
     "advantage": (lambda *four: predicted_advantage(*four), (GP, HAT, OLD, NEW)),
 }
@@ -152,16 +156,12 @@ def test_nothing_is_checked_under_a_trace_but_structure(backend: str, xp: Any) -
     assert np.isfinite(float(function(*arguments)))
 
 
-@pytest.mark.parametrize("constraint", MANY)
-def test_many_directions_are_constrained_under_a_trace(backend: str, xp: Any, constraint: Any) -> None:
-    """In as many steps as are taken there; and where that cannot be, the result is no number."""
+@pytest.mark.parametrize("constraint", ["box", "simplex"])
+def test_coupled_directions_are_refused_under_a_trace(backend: str, xp: Any, constraint: Any) -> None:
+    """What is free depends on values: a wrong answer, or one without derivatives, would go unnoticed."""
     function = compiled(backend, lambda b, c: Quadratic(b, c).minimiser(constraint))
-    draw = np.random.default_rng(3)
-    for _ in range(30):
-        slope, curvature = (to_xp(xp, part) for part in crossed(*MANY[constraint], draw))
-        plain = to_numpy(Quadratic(slope, curvature).minimiser(constraint))
-        np.testing.assert_allclose(to_numpy(function(slope, curvature)), plain, rtol=0, atol=1e-10)
-    assert np.isnan(to_numpy(function(slope, -curvature))).all()
+    with pytest.raises(Exception, match=f"a minimum along 3 directions with the constraint '{constraint}' depends on"):
+        function(*given(xp, (SLOPE, CURVATURE)))
 
 
 def test_alpha_is_differentiated_alike_everywhere(backend: str, xp: Any) -> None:
@@ -181,25 +181,39 @@ def test_alpha_is_differentiated_alike_everywhere(backend: str, xp: Any) -> None
 @pytest.mark.parametrize("constraint", ["box", "simplex"])
 @pytest.mark.parametrize("many", [False, True])
 def test_constrained_minimisers_are_differentiated(backend: str, xp: Any, constraint: Any, many: bool) -> None:
-    """Along the free coefficients only, without NaN from faces not taken; compiled, too."""
+    """By the slope and by the curvature, along the free coefficients only, where there are values."""
+    if backend == "jax":
+        pytest.skip("jax.grad traces, and coupled directions are refused under a trace")
     few = (np.array([-1.0, 3.0, -0.5]), np.diag([2.0, 1.0, 1.0]) + 0.1)
     slope, curvature = crossed(*MANY[constraint], np.random.default_rng(3)) if many else few
-    weights = np.arange(1.0, len(slope) + 1)
+    weights, size = np.arange(1.0, len(slope) + 1), len(slope)
 
-    def total(b: Any) -> Any:
-        return xp.sum(to_xp(xp, weights) * Quadratic(b, to_xp(xp, curvature)).minimiser(constraint))
+    def there(packed: Any) -> Any:
+        b, c = packed[:size], np.reshape(packed[size:], (size, size))
+        return float(weights @ Quadratic(b, 0.5 * (c + c.T)).minimiser(constraint))
 
-    def there(b: Any) -> float:
-        return float(weights @ Quadratic(b, curvature).minimiser(constraint))
+    def total(packed: Any) -> Any:
+        c = xp.reshape(packed[size:], (size, size))
+        quadratic = Quadratic(packed[:size], 0.5 * (c + xp.matrix_transpose(c)))
+        return xp.sum(to_xp(xp, weights) * quadratic.minimiser(constraint))
 
-    gradient = gradient_of(backend, total)
-    found = to_numpy(gradient(to_xp(xp, slope)))
-    assert np.abs(found).max() > 0.1
-    for index in range(len(slope)):
-        step = 1e-6 * np.eye(len(slope))[index]
-        assert found[index] == pytest.approx((there(slope + step) - there(slope - step)) / 2e-6, rel=1e-4, abs=1e-7)
-    if backend != "torch":  # whose compiler has derivatives of what was traced, not of what it traces
-        np.testing.assert_allclose(to_numpy(compiled(backend, gradient)(to_xp(xp, slope))), found, atol=1e-9)
+    packed = np.concatenate([slope, curvature.ravel()])
+    gradient = to_numpy(eager_gradient(backend, total, to_xp(xp, packed)))
+    assert np.abs(gradient[:size]).max() > 0.1
+    for index in range(len(packed)):
+        step = 1e-6 * np.eye(len(packed))[index]
+        expected = (there(packed + step) - there(packed - step)) / 2e-6
+        assert gradient[index] == pytest.approx(expected, rel=1e-4, abs=1e-7)
+
+
+def eager_gradient(backend: str, function: Callable[[Any], Any], value: Any) -> Any:
+    """The gradient by the framework's tape, which records values and hides none."""
+    if backend == "torch":
+        import torch
+
+        value.requires_grad_()
+        return torch.autograd.grad(function(value), value)[0]
+    return gradient_of(backend, function)(value)
 
 
 def gradient_of(backend: str, function: Callable[[Any], Any]) -> Callable[[Any], Any]:

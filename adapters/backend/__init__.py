@@ -1,0 +1,55 @@
+"""What all frameworks share: how a backend is loaded and started, and the learner without its derivatives.
+
+It is a package of its own, beside ``adapters/networks``, because it imports no framework and every framework imports
+it: a rule that stands here cannot be different in PyTorch, JAX and TensorFlow.
+
+| file | what it holds |
+| --- | --- |
+| ``entry.py`` | ``Backend``, how one is found and loaded, ``python -m adapters.FRAMEWORK.run`` |
+| ``learner.py`` | the constructor, devices, chunks, heads, masks and the outline of training and of taps |
+| ``network.py`` | one step of training as a pure function: what is projected where, what a region changes |
+| ``heads.py`` | one head among all: the names of a task's own parameters |
+
+A framework whose networks are pure functions of their weights (JAX, TensorFlow) adds the derivatives: gradients, taps
+and tangents. PyTorch, whose users bring modules, adds its own training and shares all else.
+"""
+
+from adapters.backend.entry import (
+    BACKENDS,
+    Backend,
+    BackendName,
+    Builder,
+    first_installed,
+    learner_builder,
+    load_backend,
+    needs_package,
+    run_command,
+)
+from adapters.backend.heads import HEAD, for_task, head_name, put_back
+from adapters.backend.learner import FunctionalLearner, NetworkLearner, chunks
+from adapters.backend.network import Data, Factors, Network, State, Step, projected_by_rows
+
+__all__ = [
+    "BACKENDS",
+    "HEAD",
+    "Backend",
+    "BackendName",
+    "Builder",
+    "Data",
+    "Factors",
+    "FunctionalLearner",
+    "Network",
+    "NetworkLearner",
+    "State",
+    "Step",
+    "chunks",
+    "first_installed",
+    "for_task",
+    "head_name",
+    "learner_builder",
+    "load_backend",
+    "needs_package",
+    "projected_by_rows",
+    "put_back",
+    "run_command",
+]

@@ -1,0 +1,158 @@
+"""A framework as the command line sees it: which there are, how one is loaded, and how its own command starts.
+
+``adapters/FRAMEWORK/run.py`` makes one ``Backend``. Nothing here imports a framework.
+"""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Literal, Protocol, TypeVar, cast
+
+from adapters.networks import DropoutMasks, Norm, build_network
+from became_core import BecameError
+from became_core.continual import Learner, TaskStream
+
+__all__ = [
+    "BACKENDS",
+    "Backend",
+    "BackendName",
+    "Builder",
+    "first_installed",
+    "learner_builder",
+    "load_backend",
+    "needs_package",
+    "run_command",
+]
+
+BackendName = Literal["torch", "jax", "tensorflow"]
+
+# In the order in which one is looked for.
+BACKENDS: tuple[BackendName, ...] = ("torch", "jax", "tensorflow")
+
+
+L = TypeVar("L", bound=Learner)
+L_co = TypeVar("L_co", bound=Learner, covariant=True)
+
+
+class Builder(Protocol[L_co]):
+    """A function that builds a fresh learner."""
+
+    def __call__(
+        self,
+        network: str,
+        stream: TaskStream,
+        device: str,
+        seed: int,
+        *,
+        norm: Norm = "batch",
+        mixed_precision: bool = False,
+        dropout_masks: DropoutMasks = "numpy",
+    ) -> L_co:
+        """Return a fresh learner with a backbone known by name.
+
+        Args:
+            network: the backbone, as in ``adapters.networks.NETWORKS``.
+            stream: what it will learn.
+            device: a device as the framework calls it, or "auto" for the first accelerator there is, else the CPU.
+            seed: names the draw of the initial weights.
+            norm: the backbone's kind of normalisation, as in ``adapters.networks``.
+            mixed_precision: whether training steps multiply in bfloat16.
+            dropout_masks: what draws them.
+
+        Raises:
+            BecameError: if there is no such network or device.
+        """
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A framework.
+
+    Attributes:
+        name: as in records.
+        learner: builds a fresh learner.
+        repeat_exactly: makes the framework use only operations that give the same bits every time, on a GPU too; it is
+            called once, when a program starts.
+        prepare: sets the framework up for runs; it is called once, when a program starts.
+    """
+
+    name: str
+    learner: Builder[Learner]
+    repeat_exactly: Callable[[], None]
+    prepare: Callable[[], None] = lambda: None
+
+
+def learner_builder(learner: Callable[..., L]) -> Builder[L]:
+    """Return what builds learners of a class with backbones known by name.
+
+    Args:
+        learner: the class, whose constructor is that of ``NetworkLearner``.
+    """
+
+    def build_learner(
+        network: str,
+        stream: TaskStream,
+        device: str,
+        seed: int,
+        *,
+        norm: Norm = "batch",
+        mixed_precision: bool = False,
+        dropout_masks: DropoutMasks = "numpy",
+    ) -> L:
+        channels, height, width = stream.dataset.images.shape[1:]
+        backbone = build_network(network, (channels, height, width), norm)
+        return learner(
+            backbone, stream, device=device, mixed_precision=mixed_precision, dropout_masks=dropout_masks, seed=seed
+        )
+
+    return build_learner
+
+
+def load_backend(name: BackendName) -> Backend:
+    """Return a backend, set up for runs.
+
+    The framework is loaded; if it is missing, the program ends with a sentence that says so.
+    """
+    backend = cast(Backend, import_module(f"adapters.{name}.run").BACKEND)
+    backend.prepare()
+    return backend
+
+
+def first_installed() -> BackendName:
+    """Return the name of the first framework that is installed; none is loaded.
+
+    Raises:
+        BecameError: if there is none.
+    """
+    for name in BACKENDS:
+        if find_spec(name) is not None:
+            return name
+    others = " or ".join(BACKENDS[1:])
+    raise BecameError(
+        f"there is no framework to run on; pip install 'became[{BACKENDS[0]}]', or with {others} in its place."
+    )
+
+
+@contextmanager
+def needs_package(extra: str) -> Iterator[None]:
+    """End the program with a sentence if a package that is imported in this context is missing.
+
+    Args:
+        extra: of this project's extras, the one that installs it.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        print(f"error: the package '{error.name}' is missing; pip install 'became[{extra}]'.", file=sys.stderr)
+        sys.exit(2)
+
+
+def run_command(backend: Backend) -> None:
+    """Run the command line on a backend, and end the program: for ``python -m adapters.FRAMEWORK.run``."""
+    with needs_package(backend.name):
+        from adapters.cli.main import main
+    backend.prepare()
+    sys.exit(main(backend))

@@ -1,0 +1,341 @@
+"""Learners of all frameworks, without their derivatives: the constructor, devices, chunks, heads, masks and outlines.
+
+``NetworkLearner`` is what every framework's learner is. ``FunctionalLearner`` is one whose network is a pure function
+of its weights, as JAX's and TensorFlow's are; its framework adds a ``Network`` with the derivatives, and how data and
+parameters are placed on a device.
+
+Convention: images are uint8 and normalised on the device, batch by batch; parameters are named arrays.
+"""
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby, islice, takewhile
+from typing import Any, ClassVar, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from adapters.backend.heads import HEAD, for_task, head_name, put_back
+from adapters.backend.network import Data, Network, State, Step
+from adapters.networks import (
+    Backbone,
+    DropoutMasks,
+    Linear,
+    checked_masks,
+    draw_masks,
+    initial_values,
+    is_statistic,
+)
+from became_core import BecameError
+from became_core.arrays import Array, Params, namespace, on_host
+from became_core.continual import Batch, Constraint, Learner, Optimiser, TapMode, TaskStream, Trained
+from became_core.continual.data import Indices
+from became_core.curvature import Pushforward, Taps
+
+__all__ = ["FunctionalLearner", "NetworkLearner", "chunks"]
+
+T = TypeVar("T")
+
+
+def chunks(indices: Indices, size: int) -> Iterator[Indices]:
+    """Yield indices in order, so many at a time; the last ones may be fewer."""
+    for start in range(0, len(indices), size):
+        yield indices[start : start + size]
+
+
+class NetworkLearner(Learner):
+    """A network on a device with a head for each task; ``became_core.continual.Learner`` says what methods promise.
+
+    Attributes:
+        device: where all arithmetic happens, as the framework has it.
+    """
+
+    framework: ClassVar[str]  # as messages call it
+    default_device: ClassVar[str] = "cpu"
+
+    def __init__(
+        self,
+        backbone: Any,
+        stream: TaskStream,
+        *,
+        device: Any = None,
+        dtype: Any = "float32",
+        mixed_precision: bool = False,
+        dropout_masks: DropoutMasks = "numpy",
+        seed: int = 0,
+    ) -> None:
+        """Place a backbone, with a fresh head for each task, and the stream's data on a device.
+
+        Args:
+            backbone: what maps images to features: a description of ``adapters.networks``, a value like one, or on
+                PyTorch any module, which keeps the weights that it has. JAX needs it hashable. Batch norms of a module
+                no longer change their running statistics while they train: the core estimates these.
+            stream: the tasks; its images and targets go to the device once.
+            device: where all arithmetic happens, e.g. "cpu", "cuda", "cuda:1", or "auto" for the first accelerator
+                there is, else the CPU. If it is not given, JAX takes "auto" and the others take "cpu".
+            dtype: of the weights, by name or as the framework has it.
+            mixed_precision: whether training steps multiply in bfloat16; weights, losses, normalisation, optimiser and
+                all that is measured stay in the dtype of the weights.
+            dropout_masks: what draws them: "numpy", the same ones for every framework, or the "framework" itself, where
+                the network is; a function of the seeds either way.
+            seed: names the draw of the initial weights, which a module has already, but for its heads'.
+
+        Raises:
+            BecameError: if the device, the dtype or the source of masks does not exist, or the backbone does not return
+                [N, features].
+        """
+        device = self.default_device if device is None else device
+        try:
+            self.device = self._find_device(device)
+        except (AssertionError, IndexError, NotImplementedError, RuntimeError, ValueError):
+            raise BecameError(
+                f"{self.framework} has no device '{device}' here; try cpu, or cuda on a machine with a GPU."
+            ) from None
+        self._masks_by_framework = checked_masks(dropout_masks) == "framework"
+        self.heads = [frozenset({f"{head_name(task)}.weight"}) for task in range(len(stream.tasks))]
+        self._dtype = self._find_dtype(dtype)
+        self._build(backbone, stream, mixed_precision, seed)
+
+    # What a framework adds.
+
+    @abstractmethod
+    def _find_device(self, name: Any) -> Any:
+        """Return the framework's device of a name; one of the errors above if there is none."""
+
+    @abstractmethod
+    def _find_dtype(self, name: Any) -> Any:
+        """Return the dtype of a name as the framework has it."""
+
+    @abstractmethod
+    def _build(self, backbone: Any, stream: TaskStream, mixed_precision: bool, seed: int) -> None:
+        """Make the network and place it and the data on the device; arguments as of the constructor."""
+
+    @abstractmethod
+    def _masks(self, rng: np.random.Generator) -> Callable[[int, int], Any]:
+        """Return what gives the dropout masks of a batch, by its number and its samples; called in order."""
+
+    @abstractmethod
+    def _logits(self, rows: Indices) -> Array:
+        """Return the logits of all heads [rows, tasks, classes]."""
+
+    @abstractmethod
+    def _taps(self, task: int, rows: Indices, mode: TapMode, rng: np.random.Generator, masks: Any) -> Iterator[Taps]:
+        """Yield the taps of one batch; without masks for no dropout."""
+
+    @abstractmethod
+    def _tangents(self, task: int, rows: Indices, directions: Sequence[Params]) -> tuple[Array, Array]:
+        """Return the logits and their derivatives along directions [directions, rows, classes]."""
+
+    @abstractmethod
+    def _batch_statistics(self, rows: Indices) -> Iterator[Params]:
+        """Yield the statistics of one batch, once for every time that a layer runs."""
+
+    def _on_device(self, items: Iterator[T]) -> Iterator[T]:
+        """Return an iterator that takes its steps on the device, for frameworks that have a current one."""
+        return items
+
+    # What all share.
+
+    def logits(self, indices: Indices, batch_size: int) -> Array:
+        """Return all heads' logits, [samples, tasks, classes]."""
+        parts = list(self._on_device(self._logits(rows) for rows in chunks(indices, batch_size)))
+        return namespace(logits=parts[0]).concat(parts, axis=0)
+
+    def taps(
+        self, task: int, indices: Indices, batch_size: int, mode: TapMode, rng: np.random.Generator
+    ) -> Iterator[Taps]:
+        """Yield each batch's taps."""
+
+        def batches() -> Iterator[Taps]:
+            masks_of = self._masks(rng) if mode == "published" else None
+            for number, rows in enumerate(chunks(indices, batch_size)):
+                masks = None if masks_of is None else masks_of(number, len(rows))
+                yield from self._taps(task, rows, mode, rng, masks)
+
+        return self._on_device(batches())
+
+    def pushforward(
+        self, task: int, indices: Indices, batch_size: int, directions: Sequence[Params]
+    ) -> Iterator[Pushforward]:
+        """Yield each batch's logits and their derivatives along directions."""
+        return self._on_device(
+            Pushforward(*self._tangents(task, rows, directions), self.targets(rows))
+            for rows in chunks(indices, batch_size)
+        )
+
+    def batch_statistics(self, indices: Indices, batch_size: int) -> Iterator[tuple[int, Params]]:
+        """Yield each batch's size and statistics, once for every time that a layer runs."""
+        return self._on_device(
+            (len(rows), moments) for rows in chunks(indices, batch_size) for moments in self._batch_statistics(rows)
+        )
+
+    @staticmethod
+    def _parts_of(device: str) -> tuple[str, int]:
+        """Return the kind and the number of a device, of "gpu:1" for one; ValueError if that is no number."""
+        kind, _, number = device.partition(":")
+        if not (number or "0").isdecimal():
+            raise ValueError(device)
+        return kind, int(number or 0)
+
+    @staticmethod
+    def _check_features(shape: Sequence[int] | None) -> int:
+        """Return the width of a backbone's features, given the shape of what it returns for two images.
+
+        Raises:
+            BecameError: if they are not [N, features].
+        """
+        if shape is None or len(shape) != 2:
+            returned = "no array" if shape is None else list(shape)
+            raise BecameError(
+                f"the backbone must map images to features [N, features]; of 2 images it made {returned}."
+            )
+        return int(shape[1])
+
+
+class FunctionalLearner(NetworkLearner):
+    """A learner whose network is a pure function of its weights; parameters are never changed but replaced.
+
+    Attributes:
+        network: the backbone and a head.
+    """
+
+    network: Network
+
+    # What a framework adds.
+
+    @abstractmethod
+    def _network(self, backbone: Backbone, head: Linear, mixed_precision: bool) -> Network:
+        """Return the network with the framework's derivatives."""
+
+    @abstractmethod
+    def _placed(self, array: Any, dtype: Any = None) -> Array:
+        """Return an array of the framework on the device, a copy if need be."""
+
+    @abstractmethod
+    def _features_shape(self, backbone: Backbone, image: tuple[int, ...]) -> Sequence[int] | None:
+        """Return the shape of a backbone's features of two images [H, W, C]; None if they are no array."""
+
+    @abstractmethod
+    def _framework_masks(self, seed: int) -> Callable[[int, int], Any]:
+        """Return what the framework draws the masks of a batch from, by its number and its samples."""
+
+    def _scale(self, values: Sequence[float]) -> Array:
+        """Return 255 x the mean or standard deviation of the channels, in the dtype of the weights."""
+        return self._placed(values, self._dtype) * 255
+
+    def _steps(
+        self, state: State, frozen: Params, constraint: Constraint, steps: Iterator[Step], equal: int
+    ) -> tuple[State, list[Array]]:
+        """Take steps of one task; return the state after them, and their mean losses.
+
+        Args:
+            state: before the first.
+            frozen: the parameters that are not trained.
+            constraint: what every step must respect.
+            steps: in order, each made when it is asked for.
+            equal: how many, from the first on, have batches of one size, if these are all batches of the call.
+        """
+        losses = []
+        for step in steps:
+            state, loss = self.network.step(state, frozen, self._data, step, constraint)
+            losses.append(loss)
+        return state, losses
+
+    # What is shared.
+
+    def _build(self, backbone: Backbone, stream: TaskStream, mixed_precision: bool, seed: int) -> None:
+        dataset = stream.dataset
+        images = np.ascontiguousarray(np.moveaxis(dataset.images, 1, -1))
+        self._data = Data(
+            *(self._placed(images), self._placed(stream.targets)),
+            *(self._scale(dataset.mean), self._scale(dataset.std)),
+        )
+        features = self._check_features(self._features_shape(backbone, images.shape[1:]))
+        head = Linear(HEAD, stream.classes_per_task)
+        self.network = self._network(backbone, head, mixed_precision)
+        parameters = dict(backbone.parameters)
+        for task in range(len(stream.tasks)):
+            parameters |= Linear(head_name(task), head.outputs).parameters((features,))
+        self.running_statistics = frozenset(filter(is_statistic, backbone.parameters))
+        self.projectable = self.network.matrices
+        self._theta: Params = dict.fromkeys(parameters)
+        self.assign(initial_values(seed, parameters))
+
+    def parameters(self) -> Params:
+        """Return all parameters by canonical name."""
+        return dict(self._theta)
+
+    def assign(self, parameters: Params) -> None:
+        """Take copies of these values."""
+        self._theta = {name: self._placed(parameters[name], self._dtype) for name in self._theta}
+
+    def train(
+        self,
+        batches: Sequence[Batch],
+        rates: NDArray[np.float64],
+        constraint: Constraint,
+        optimiser: Optimiser,
+        rng: np.random.Generator,
+    ) -> Trained:
+        """Take one step on each batch."""
+        masks_of, region = self._masks(rng), constraint.region
+        frozen = {name: value for name, value in self._theta.items() if name not in constraint.trainable}
+        trained = {name: value for name, value in self._theta.items() if name in constraint.trainable}
+        trained |= {} if region is None else region.scales
+        trained, optimiser = self._own((trained, optimiser))
+        steps = (
+            Step(batch.indices, float(rate), masks_of(number, len(batch.indices)), batch.views)
+            for number, (batch, rate) in enumerate(zip(batches, rates, strict=True))
+        )
+        losses: list[Array] = []
+        for task, group in groupby(batches, key=lambda batch: batch.task):
+            sizes = [len(batch.indices) for batch in group]
+            equal = sum(1 for _ in takewhile(sizes[0].__eq__, sizes))
+            state, of_task = self._steps(
+                for_task((trained, optimiser), task),
+                for_task(frozen, task),
+                for_task(constraint, task),
+                islice(steps, len(sizes)),
+                equal if len(sizes) == len(batches) else 0,
+            )
+            losses += of_task
+            trained, optimiser = put_back((trained, optimiser), state, task)
+        self._theta = {name: trained.get(name, value) for name, value in self._theta.items()}
+        if region is not None:
+            region = region.with_scales({key: trained[key] for key in region.scales})
+        means = np.concatenate([np.ravel(on_host(loss)) for loss in losses])
+        return Trained(float(np.average(means, weights=[len(batch.indices) for batch in batches])), optimiser, region)
+
+    def _own(self, state: State) -> State:
+        """Return a state whose arrays steps may overwrite, for frameworks whose steps do so."""
+        return state
+
+    def _masks(self, rng: np.random.Generator) -> Callable[[int, int], Any]:
+        seed = int(rng.integers(2**63))  # drawn in any case, so that the masks are the same in all adapters
+        if self._masks_by_framework:
+            return self._framework_masks(seed)
+        return lambda number, samples: draw_masks(self.network.backbone.masks, samples, rng)
+
+    def _shared(self) -> Params:
+        """Return the parameters that are no head's."""
+        return {name: value for name, value in self._theta.items() if not name.startswith("heads.")}
+
+    def _logits(self, rows: Indices) -> Array:
+        heads = [self._theta[name] for head in self.heads for name in head]
+        return self.network.all_logits(self._shared(), heads, self._data, rows)
+
+    def targets(self, indices: Indices) -> Array:
+        """Return the labels within the task, [samples]."""
+        return namespace(targets=self._data.targets).take(self._data.targets, indices, axis=0)
+
+    def _taps(self, task: int, rows: Indices, mode: TapMode, rng: np.random.Generator, masks: Any) -> Iterator[Taps]:
+        weights = for_task(self._theta, task)
+        for taps in self.network.taps(weights, self._data, rows, masks, mode, rng):
+            yield {head_name(task) if layer == HEAD else layer: tap for layer, tap in taps.items()}
+
+    def _tangents(self, task: int, rows: Indices, directions: Sequence[Params]) -> tuple[Array, Array]:
+        along = [for_task(direction, task) for direction in directions]
+        return self.network.tangents(for_task(self._theta, task), along, self._data, rows)
+
+    def _batch_statistics(self, rows: Indices) -> Iterator[Params]:
+        yield self.network.batch_statistics(self._shared(), self._data, rows)

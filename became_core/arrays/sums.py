@@ -1,0 +1,295 @@
+"""Sums of products of millions of elements: accurate in float32, quick for small arrays, and in little memory.
+
+Accuracy: to add n numbers one after the other loses up to n units in the last place; past 2^24 equal ones, a float32
+sum no longer grows. So sums are taken in a binary tree (pairwise summation, Higham 1993), in which each number goes
+through log2(n) additions. Within a slab the tree is the library's own, where it has one.
+
+Speed: arrays are cut into slabs that fit a processor's cache, and many small arrays are joined to one slab, because
+each operation costs a microsecond or more whatever its size. Memory: intermediate results are as large as a slab, and
+under a trace as large as a piece of the compiler's loop, never as large as an array.
+
+Convention: a row is a tuple of arrays of one shape; a sum over a row is over the elements of these arrays side by side.
+"""
+
+import math
+import operator
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache, partial
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from became_core.arrays.frameworks import Framework
+from became_core.arrays.namespace import Array, device, framework_for, namespace, reduction_dtype
+
+__all__ = ["Arithmetic", "Factors", "SumsOfProducts", "sums_of_products", "tree_sum"]
+
+# Elements of a slab that small rows are joined to: few enough for the C library to allocate them without the kernel.
+JOINED_SLAB = 2**14
+# Elements of a slab on an accelerator, which needs no cache but time to start each operation.
+ACCELERATOR_SLAB = 2**22
+# Elements of a piece in a compiler's loop: of most pieces, and of those that cut up what is left. Powers of two.
+LOOP_PIECES = 2**20, 2**16
+# Elements whose inner product is left to ``vecdot``, which may add them one after the other.
+DOT_LENGTH = 2**10
+
+Row = Sequence[Array]
+# From an arithmetic and flat arrays side by side to the two factors of each product, flat and of the same length.
+Factors = Callable[["Arithmetic", Row], Sequence[tuple[Array, Array]]]
+
+
+class SumsOfProducts(NamedTuple):
+    """The sums, and what there is to check.
+
+    Attributes:
+        sums: one array [groups] for each product.
+        least: the least element of the arrays to check, 0-d; None under a trace, or if there is none.
+        has_values: whether the numbers can be looked at.
+    """
+
+    sums: list[Array]
+    least: Array | None
+    has_values: bool
+
+
+class Arithmetic:
+    """Differences and products of flat arrays, as operators make them."""
+
+    def subtract(self, left: Array, right: Array) -> Array:
+        """Return left - right."""
+        return left - right
+
+    def multiply(self, left: Array, right: Array) -> Array:
+        """Return left * right."""
+        return left * right
+
+
+class Buffers(Arithmetic):
+    """The same, in memory that is used again for the next slab.
+
+    Fresh memory for each slab costs several times what the arithmetic does, because the C library returns to the kernel
+    what is freed. So where a framework accepts ``out=``, results are written into buffers. Where it does not, a result
+    is only freed when the next slab's takes its place, so that the memory is never free all at once.
+    """
+
+    def __init__(self, xp: Any) -> None:
+        """Begin without memory."""
+        self._xp = xp
+        self._buffers: list[Array] = []
+        self._used = 0
+        self._writes = False
+
+    def begin_slab(self, *, writes: bool) -> "Buffers":
+        """Reuse the memory of all results so far; say whether functions accept ``out=`` for this slab."""
+        self._used, self._writes = 0, writes
+        return self
+
+    def subtract(self, left: Array, right: Array) -> Array:
+        """Return left - right, valid until the next slab."""
+        return self._result(operator.sub, self._xp.subtract, left, right)
+
+    def multiply(self, left: Array, right: Array) -> Array:
+        """Return left * right, valid until the next slab."""
+        return self._result(operator.mul, self._xp.multiply, left, right)
+
+    def _result(self, plain: Callable[..., Array], writing: Callable[..., Array], left: Array, right: Array) -> Array:
+        place, size = self._used, left.shape[0]
+        self._used += 1
+        if not self._writes:
+            self._buffers[place : place + 1] = [plain(left, right)]
+            return self._buffers[place]
+        buffer = self._buffers[place] if place < len(self._buffers) else None
+        if buffer is None or buffer.shape[0] < size or buffer.dtype != left.dtype:
+            self._buffers[place : place + 1] = [buffer := self._xp.empty_like(left)]
+        return writing(left, right, out=buffer if buffer.shape[0] == size else buffer[:size])
+
+
+def sums_of_products(
+    factors: Factors, groups: Sequence[Sequence[Row]], nonnegative: Sequence[int] = ()
+) -> SumsOfProducts:
+    """Return for each group of rows the sums of products whose factors are computed element by element.
+
+    Args:
+        factors: the two factors of each product. In JAX it is compiled, so give the same function object every time.
+        groups: rows of arrays, all of one framework; at least one group, and at least one row in each.
+        nonnegative: the positions in a row of the arrays whose least element is to be returned.
+
+    Returns:
+        Sums in the arrays' promoted dtype, and at least float32.
+
+    Example:
+        >>> rows = [(np.asarray([1.0, 2.0]), np.asarray([3.0, 4.0])), (np.asarray([1.0]), np.asarray([-1.0]))]
+        >>> [total] = sums_of_products(lambda arithmetic, row: [(row[0], row[1])], [rows]).sums
+        >>> total.tolist()
+        [10.0]
+    """
+    arrays = [array for rows in groups for row in rows for array in row]
+    framework, module = framework_for("the value", arrays[0])
+    xp = framework.namespace(arrays[0])
+    if not framework.have_values(module, arrays):
+        in_pieces = framework.loop(module)
+        loop = None if in_pieces is None else partial(in_pieces, module)
+        parts = [[_sums_of_row(xp, loop, factors, row) for row in rows] for rows in groups]
+        totals = xp.stack(_promoted(xp, [tree_sum(xp.stack(_promoted(xp, part))) for part in parts]))
+        return SumsOfProducts([totals[:, index] for index in range(totals.shape[1])], None, has_values=False)
+    # There is nothing to sum in arrays without elements, nor a least element; but a group may have no others.
+    groups = [[row for row in rows if math.prod(row[0].shape)] or rows[:1] for rows in groups]
+    # What overflows or is not a number is found in the sums; NumPy alone would warn of it before.
+    with np.errstate(over="ignore", invalid="ignore"):
+        if framework.compiles is not None:
+            compiler = framework.compiles(module)
+            compiled = _compiled(compiler, module, xp, framework.loop(module), factors, tuple(nonnegative))
+            return _by_row(xp, compiled, groups, checks=bool(nonnegative))
+        return _by_slab(xp, framework, module, factors, groups, nonnegative)
+
+
+def _by_slab(
+    xp: Any, framework: Framework, module: Any, factors: Factors, groups: Sequence[Sequence[Row]], nonnegative: Row
+) -> SumsOfProducts:
+    """Where operations are carried out one by one: everything about one slab, then about the next."""
+    slab = framework.slab if framework.on_cpu(groups[0][0][0]) else ACCELERATOR_SLAB
+    buffers, dtypes, least, parts, ends = Buffers(xp), {}, [], [], []
+    for rows in groups:
+        for pieces in _slabs(xp, rows, slab):
+            kinds = tuple(piece.dtype for piece in pieces)
+            if kinds not in dtypes:
+                dtypes[kinds] = reduction_dtype(xp, **{f"array {index}": piece for index, piece in enumerate(pieces)})
+            wide = [piece if piece.dtype == dtypes[kinds] else xp.astype(piece, dtypes[kinds]) for piece in pieces]
+            buffers.begin_slab(writes=framework.takes_out(module, wide))
+            parts.append(
+                [
+                    _vecdot(xp, *pair) if framework.has_fast_vecdot else xp.sum(buffers.multiply(*pair))
+                    for pair in factors(buffers, wide)
+                ]
+            )
+            if pieces[0].shape[0]:
+                least += [xp.min(pieces[index]) for index in nonnegative]
+        ends.append(len(parts))
+    sums = []
+    for column in zip(*parts, strict=True):
+        values = xp.stack(_promoted(xp, column))
+        if len(ends) < len(parts):
+            values = xp.stack([tree_sum(values[start:end]) for start, end in zip([0, *ends], ends, strict=False)])
+        sums.append(values)
+    return SumsOfProducts(sums, xp.min(xp.stack(_promoted(xp, least))) if least else None, has_values=True)
+
+
+def _slabs(xp: Any, rows: Sequence[Row], slab: int) -> Iterator[Sequence[Array]]:
+    """Yield flat arrays side by side of at most so many elements: large rows cut, small ones of like dtypes joined."""
+    joined: list[Row] = []
+    size, kinds = 0, None
+    for row in rows:
+        length = math.prod(row[0].shape)
+        flat = [array if array.ndim == 1 else xp.reshape(array, (-1,)) for array in row]
+        if 2 * length > JOINED_SLAB:
+            for start in range(0, length, slab):
+                end = min(start + slab, length)  # the standard leaves open what lies beyond
+                yield flat if length <= slab else [array[start:end] for array in flat]
+            continue
+        own = tuple(array.dtype for array in row)
+        if joined and (size + length > JOINED_SLAB or own != kinds):
+            yield joined[0] if len(joined) == 1 else [xp.concat(column) for column in zip(*joined, strict=True)]
+            joined, size = [], 0
+        joined.append(flat)
+        size, kinds = size + length, own
+    if joined:
+        yield joined[0] if len(joined) == 1 else [xp.concat(column) for column in zip(*joined, strict=True)]
+
+
+def _vecdot(xp: Any, left: Array, right: Array) -> Array:
+    """Return the inner product of flat arrays from those of short pieces, 0-d."""
+    count = left.shape[0] // DOT_LENGTH
+    if count == 0:
+        return xp.vecdot(left, right)
+    whole = [xp.reshape(array[: count * DOT_LENGTH], (count, DOT_LENGTH)) for array in (left, right)]
+    return xp.sum(xp.vecdot(*whole)) + xp.vecdot(left[count * DOT_LENGTH :], right[count * DOT_LENGTH :])
+
+
+def _by_row(
+    xp: Any, compiled: Callable[[Row], Array], groups: Sequence[Sequence[Row]], *, checks: bool
+) -> SumsOfProducts:
+    """Where a row's sums are compiled: one call for each row, whose few numbers are added on the host."""
+    parts = [[compiled(row) for row in rows] for rows in groups]
+    like = parts[0][0]
+    dtype = xp.result_type(*{part.dtype: part.dtype for rows in parts for part in rows})
+    numbers = [np.asarray([np.asarray(part, dtype=np.float64) for part in rows]) for rows in parts]
+    totals = np.stack([rows.sum(axis=0) for rows in numbers], axis=1)
+    sums = [xp.asarray(total, dtype=dtype, device=device(like)) for total in totals]
+    if not checks:
+        return SumsOfProducts(sums, None, has_values=True)
+    least = min(rows[:, -1].min() for rows in numbers)
+    return SumsOfProducts(sums[:-1], xp.asarray(least, dtype=dtype, device=device(like)), has_values=True)
+
+
+@cache
+def _compiled(
+    compiler: Callable[..., Callable[[Row], Array]],
+    module: Any,
+    xp: Any,
+    loop: Callable[..., Array] | None,
+    factors: Factors,
+    nonnegative: Sequence[int],
+) -> Callable[[Row], Array]:
+    """Return the compiled function from a row to its sums and, if something is to be checked, the least element."""
+
+    def terms(row: Row) -> Array:
+        sums = _sums_of_row(xp, None if loop is None else partial(loop, module), factors, row)
+        if not nonnegative:
+            return sums
+        nothing = xp.zeros_like(sums[:1]) + float("inf")
+        least = [xp.min(row[index])[None] for index in nonnegative if math.prod(row[0].shape)]
+        return xp.concat([sums, xp.min(xp.concat(_promoted(xp, [nothing, *least])))[None]])
+
+    return compiler(terms)
+
+
+def _sums_of_row(xp: Any, loop: Callable[..., Array] | None, factors: Factors, row: Row) -> Array:
+    """Return the sums of a row's products, [products], without a look at any value."""
+    dtype = reduction_dtype(xp, **{f"array {index}": array for index, array in enumerate(row)})
+    flat = [xp.reshape(array, (-1,)) for array in row]
+
+    def products(pieces: Row) -> list[Array]:
+        wide = [xp.astype(piece, dtype, copy=False) for piece in pieces]
+        return [left * right for left, right in factors(Arithmetic(), wide)]
+
+    def piece_sums(pieces: Row) -> Array:
+        # First the sums of the slabs, element by element, which the compiler fuses with the products.
+        slabs = [xp.reshape(product, (-1, LOOP_PIECES[-1])) for product in products(pieces)]
+        return xp.stack([tree_sum(tree_sum(slab)) for slab in slabs])
+
+    begin, size, parts = 0, int(flat[0].shape[0]), []
+    for length in LOOP_PIECES:
+        if loop is not None and size - begin >= length:
+            end = begin + (size - begin) // length * length
+            parts.append(tree_sum(loop(piece_sums, flat, range(begin, end, length), length)))
+            begin = end
+    if begin < size or not parts:
+        rest = flat if begin == 0 else [array[begin:] for array in flat]
+        parts.append(xp.stack([xp.sum(product) for product in products(rest)]))
+    return sum(parts[1:], parts[0])
+
+
+def tree_sum(values: Array) -> Array:
+    """Return the sum along the first axis, [n, ...] to [...], added in a binary tree; n is at least 1.
+
+    Example:
+        >>> float(tree_sum(np.asarray([1.0, 2.0, 4.0])))
+        7.0
+    """
+    xp: Any = namespace(values=values)
+    while values.shape[0] > 1:
+        half = values.shape[0] // 2
+        rest = values[2 * half :, ...]
+        values = values[:half, ...] + values[half : 2 * half, ...]
+        if rest.shape[0]:
+            values = xp.concat([values, rest])
+    return values[0, ...]
+
+
+def _promoted(xp: Any, arrays: Sequence[Array]) -> Sequence[Array]:
+    """Return arrays in their promoted dtype, which is almost always the dtype of each."""
+    first = arrays[0].dtype
+    if all(array.dtype == first for array in arrays):
+        return arrays
+    dtype = xp.result_type(*(array.dtype for array in arrays))
+    return [xp.astype(array, dtype, copy=False) for array in arrays]

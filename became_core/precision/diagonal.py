@@ -1,0 +1,116 @@
+"""The diagonal precision: a number for each entry of each parameter.
+
+Convention: the unit of a curvature, a mean or a sum over samples, is its maker's.
+"""
+
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from became_core.arrays import Array, Params, namespace, pytree
+from became_core.precision.base import Isotropic, Precision
+from became_core.precision.vectors import (
+    Rows,
+    Shape,
+    added,
+    amount_in,
+    check_amount,
+    check_diagonal,
+    check_positive,
+    diagonal_matrix,
+    flat,
+    parted,
+    wide,
+)
+
+__all__ = ["Diagonal"]
+
+
+@pytree
+@dataclass(frozen=True)
+class Diagonal(Precision):
+    """A diagonal precision, an array for each parameter.
+
+    Attributes:
+        values: at least 0, by parameter name, each of its parameter's shape.
+
+    Raises:
+        BecameError: if a value is negative or not a number; the message names the parameter.
+    """
+
+    values: Params
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        for name, value in self.values.items():
+            check_diagonal(f"the precision of '{name}'", value)
+
+    def covered(self) -> dict[str, Shape]:
+        """Return the shapes of the parameters that have values."""
+        return {name: tuple(value.shape) for name, value in self.values.items()}
+
+    def diagonal(self) -> Params:
+        """Return the values."""
+        return dict(self.values)
+
+    def inverse_diagonal(self) -> Params:
+        """Return 1 / values."""
+        xp, dtype = self._common([], ())
+        self._check_positive(self.values)
+        return {name: 1.0 / wide(xp, value, dtype) for name, value in self.values.items()}
+
+    def log_determinant(self) -> Array:
+        """Return the sum of the logarithms of the values."""
+        xp, dtype = self._common([], ())
+        self._check_positive(self.values)
+        return sum(xp.sum(xp.log(wide(xp, value, dtype))) for value in self.values.values())
+
+    def damped(self, amount: Array | float) -> "Diagonal":
+        """Return the values + amount."""
+        check_amount(amount, "the damping")
+        return Diagonal({name: value + amount_in(amount, value) for name, value in self.values.items()})
+
+    def __mul__(self, factor: Array | float) -> "Diagonal":
+        """Return the values times a number that is at least 0."""
+        check_amount(factor, "a precision's factor")
+        return Diagonal({name: value * amount_in(factor, value) for name, value in self.values.items()})
+
+    def _arrays(self) -> dict[str, Array]:
+        return {f"the precision of '{name}'": value for name, value in self.values.items()}
+
+    def _gram(self, left: Rows, right: Rows) -> Array:
+        xp = left.xp
+        total = None
+        for name, value in self.values.items():
+            u, v = left.of(name), right.of(name)
+            part = xp.matmul(u * flat(xp, value, left.dtype), xp.matrix_transpose(v))
+            total = part if total is None else total + part
+        return total
+
+    def _times(self, vector: Params) -> Params:
+        return {name: self._flat(name, u) * u for name, u in vector.items()}
+
+    def _solved(self, vector: Params) -> Params:
+        self._check_positive(vector)
+        return {name: u / self._flat(name, u) for name, u in vector.items()}
+
+    def _coloured(self, noise: Params) -> Params:
+        self._check_positive(noise)
+        return {name: u / namespace(u=u).sqrt(self._flat(name, u)) for name, u in noise.items()}
+
+    def _matrix(self, xp: Any, dtype: Any) -> Array:
+        return diagonal_matrix(xp, xp.concat([flat(xp, self.values[name], dtype) for name in sorted(self.values)]))
+
+    def _combined(self, other: Precision) -> Precision | None:
+        return Diagonal(added(self.values, other.diagonal())) if isinstance(other, Diagonal | Isotropic) else None
+
+    def _split(self, names: Collection[str]) -> tuple[Precision, Precision]:
+        inside, outside = parted(self.values, names)
+        return Diagonal(inside), Diagonal(outside)
+
+    def _flat(self, name: str, like: Array) -> Array:
+        return flat(namespace(like=like), self.values[name], like.dtype)
+
+    def _check_positive(self, names: Iterable[str]) -> None:
+        for name in names:
+            check_positive(f"the precision of '{name}'", self.values[name])

@@ -1,0 +1,188 @@
+"""The low-rank precision, U diag(s) U^T + a diagonal, over all parameters jointly (gradients of a few samples, say).
+
+Convention: U holds, for each parameter, its rows of r common columns, [*shape, r]. With W = U sqrt(s), D the diagonal
+and C = I + W^T D^-1 W [r, r], all that needs an inverse is exact (Woodbury; the matrix determinant lemma):
+
+    P^-1    = D^-1 - D^-1 W C^-1 W^T D^-1
+    log det = log det D + log det C
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from became_core.arrays import Array, Params, check_values, device, namespace, pytree
+from became_core.errors import BecameError
+from became_core.precision.base import Isotropic, Precision
+from became_core.precision.diagonal import Diagonal
+from became_core.precision.vectors import Rows, Shape, amount_in, check_amount, flat, identity, size, wide
+
+__all__ = ["LowRank"]
+
+
+@pytree
+@dataclass(frozen=True)
+class LowRank(Precision):
+    """A precision of r directions with their curvatures, on top of a diagonal.
+
+    Attributes:
+        factors: U by parameter name, [*shape, r]; zero for the diagonal's other parameters. Columns need not be
+            orthonormal.
+        scales: s [r], at least 0.
+        diagonal_part: covers all parameters, those of U among them.
+
+    Raises:
+        BecameError: if a scale is negative or not a number, or U does not fit the scales and the diagonal.
+    """
+
+    factors: Params
+    scales: Array
+    diagonal_part: Diagonal
+
+    def __post_init__(self) -> None:
+        """Check the scales, and that the parts fit."""
+        xp = namespace(scales=self.scales)
+        if self.scales.ndim != 1:
+            raise BecameError(f"the scales have shape {tuple(self.scales.shape)}; they must be a vector.")
+        check_values(xp.all(self.scales >= 0), "the scales have negative or NaN entries; they must be at least 0.")
+        shapes = self.covered()
+        for name, factor in self.factors.items():
+            if name not in shapes:
+                raise BecameError(f"the diagonal lacks '{name}', which has a factor; give it an entry, if of zeros.")
+            expected = (*shapes[name], self.scales.shape[0])
+            if tuple(factor.shape) != expected:
+                raise BecameError(f"the factor of '{name}' has shape {tuple(factor.shape)}; it must be {expected}.")
+
+    def covered(self) -> dict[str, Shape]:
+        """Return the shapes of the diagonal's parameters."""
+        return self.diagonal_part.covered()
+
+    def diagonal(self) -> Params:
+        """Return the sum over columns of s U^2, plus the diagonal part."""
+        xp, dtype = self._common([], ())
+        diagonals = {}
+        for name, value in self.diagonal_part.values.items():
+            columns = self._columns(name, xp, dtype)
+            explained = xp.sum(columns * columns * wide(xp, self.scales, dtype), axis=1)
+            diagonals[name] = xp.reshape(flat(xp, value, dtype) + explained, value.shape)
+        return diagonals
+
+    def inverse_diagonal(self) -> Params:
+        """Return the marginal variances."""
+        xp, dtype = self._common([], ())
+        lower = xp.linalg.cholesky(self._capacitance(xp, dtype))
+        variances = {}
+        for name, value in self.diagonal_part.values.items():
+            d = flat(xp, value, dtype)
+            explained = xp.linalg.solve(lower, xp.matrix_transpose(self._root(name, xp, dtype) / d[:, None]))
+            variances[name] = xp.reshape(1.0 / d - xp.sum(explained * explained, axis=0), value.shape)
+        return variances
+
+    def log_determinant(self) -> Array:
+        """Return log det D + log det C."""
+        xp, dtype = self._common([], ())
+        lower = xp.linalg.cholesky(self._capacitance(xp, dtype))
+        return wide(xp, self.diagonal_part.log_determinant(), dtype) + 2.0 * xp.sum(xp.log(xp.linalg.diagonal(lower)))
+
+    def damped(self, amount: Array | float) -> "LowRank":
+        """Return the precision with the amount added to its diagonal part."""
+        return LowRank(self.factors, self.scales, self.diagonal_part.damped(amount))
+
+    def __mul__(self, factor: Array | float) -> "LowRank":
+        """Return the precision times a number that is at least 0, by which scales and diagonal are multiplied."""
+        check_amount(factor, "a precision's factor")
+        return LowRank(self.factors, self.scales * amount_in(factor, self.scales), self.diagonal_part * factor)
+
+    def _arrays(self) -> dict[str, Array]:
+        factors = {f"the factor of '{name}'": value for name, value in self.factors.items()}
+        return {"the scales": self.scales, **factors, **self.diagonal_part._arrays()}
+
+    def _gram(self, left: Rows, right: Rows) -> Array:
+        xp, dtype = left.xp, left.dtype
+        u, v = (
+            sum(xp.matmul(rows.of(name), self._columns(name, xp, dtype)) for name in self.covered())
+            for rows in (left, right)
+        )
+        scaled = u * wide(xp, self.scales, dtype)
+        return self.diagonal_part._gram(left, right) + xp.matmul(scaled, xp.matrix_transpose(v))
+
+    def _times(self, vector: Params) -> Params:
+        xp, dtype = _kind(vector)
+        inner = sum(xp.matmul(xp.matrix_transpose(self._columns(name, xp, dtype)), u) for name, u in vector.items())
+        inner = inner * wide(xp, self.scales, dtype)
+        product = self.diagonal_part._times(vector)
+        return {name: value + xp.matmul(self._columns(name, xp, dtype), inner) for name, value in product.items()}
+
+    def _solved(self, vector: Params) -> Params:
+        xp, dtype = _kind(vector)
+        capacitance = self._capacitance(xp, dtype)
+        inner = self._projected(self.diagonal_part._solved(vector), xp, dtype)
+        inner = xp.linalg.solve(capacitance, inner)
+        return self.diagonal_part._solved(
+            {name: value - xp.matmul(self._root(name, xp, dtype), inner) for name, value in vector.items()}
+        )
+
+    def _coloured(self, noise: Params) -> Params:
+        # With V = D^-1/2 W and C = I + V^T V = L L^T, the map T = I - V L^-T (I + L)^-1 V^T has
+        # T T^T = I - V C^-1 V^T = (I + V V^T)^-1, and S = D^-1/2 T.
+        xp, dtype = _kind(noise)
+        lower = xp.linalg.cholesky(self._capacitance(xp, dtype))
+        inner = self._projected(self.diagonal_part._coloured(noise), xp, dtype)
+        inner = xp.linalg.solve(identity(xp, lower) + lower, inner)
+        inner = xp.linalg.solve(xp.matrix_transpose(lower), inner)
+        pulled = self.diagonal_part._coloured({name: xp.matmul(self._root(name, xp, dtype), inner) for name in noise})
+        return self.diagonal_part._coloured({name: value - pulled[name] for name, value in noise.items()})
+
+    def _matrix(self, xp: Any, dtype: Any) -> Array:
+        columns = xp.concat([self._columns(name, xp, dtype) for name in sorted(self.covered())], axis=0)
+        scaled = columns * wide(xp, self.scales, dtype)
+        return xp.matmul(scaled, xp.matrix_transpose(columns)) + self.diagonal_part._matrix(xp, dtype)
+
+    def _combined(self, other: Precision) -> Precision | None:
+        if isinstance(other, Diagonal | Isotropic):
+            # Parameters that only the other one covers are added with their diagonal, and no factor.
+            return LowRank(self.factors, self.scales, self.diagonal_part + other)  # type: ignore[arg-type]
+        if not isinstance(other, LowRank):
+            return None
+        xp = namespace(left=self.scales, right=other.scales)
+        dtype = xp.result_type(*(array.dtype for one in (self, other) for array in one._arrays().values()))
+        diagonal = self.diagonal_part + other.diagonal_part
+        factors = {}
+        for name, shape in diagonal.covered().items():
+            columns = xp.concat([one._columns(name, xp, dtype, size(shape)) for one in (self, other)], axis=1)
+            factors[name] = xp.reshape(columns, (*shape, columns.shape[1]))
+        scales = xp.concat([wide(xp, one.scales, dtype) for one in (self, other)], axis=0)
+        return LowRank(factors, scales, diagonal)  # type: ignore[arg-type]
+
+    def _joint(self) -> Iterable[str]:
+        return self.covered()
+
+    def _columns(self, name: str, xp: Any, dtype: Any, rows: int | None = None) -> Array:
+        """A parameter's rows of U, [rows, r]; zeros if it has no factor."""
+        shape = (size(self.covered()[name]) if rows is None else rows, self.scales.shape[0])
+        if name not in self.factors:
+            return xp.zeros(shape, dtype=dtype, device=device(self.scales))
+        return wide(xp, xp.reshape(self.factors[name], shape), dtype)
+
+    def _root(self, name: str, xp: Any, dtype: Any) -> Array:
+        """A parameter's rows of W = U sqrt(s), [size, r]."""
+        return self._columns(name, xp, dtype) * xp.sqrt(wide(xp, self.scales, dtype))
+
+    def _projected(self, vector: Params, xp: Any, dtype: Any) -> Array:
+        """W^T times a vector, [r]."""
+        return sum(xp.matmul(xp.matrix_transpose(self._root(name, xp, dtype)), vector[name]) for name in vector)
+
+    def _capacitance(self, xp: Any, dtype: Any) -> Array:
+        """C, [r, r]; at least the identity, so that its Cholesky decomposition exists whatever the scales."""
+        self.diagonal_part._check_positive(self.covered())
+        total = identity(xp, wide(xp, self.scales, dtype))
+        for name in self.factors:
+            root = self._root(name, xp, dtype)
+            d = flat(xp, self.diagonal_part.values[name], dtype)
+            total = total + xp.matmul(xp.matrix_transpose(root), root / d[:, None])
+        return total
+
+
+def _kind(vector: Params) -> tuple[Any, Any]:
+    first = next(iter(vector.values()))
+    return namespace(vector=first), first.dtype
