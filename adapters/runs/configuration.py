@@ -19,6 +19,7 @@ from typing import Any, Literal, Self, get_type_hints
 from adapters.benchmarks.catalogue import BENCHMARKS
 from adapters.networks import NETWORKS, DropoutMasks, Norm
 from adapters.runs.results import RunResult
+from adapters.tracking import TRACKERS
 from became_core import BecameError
 from became_core.continual import (
     METHODS,
@@ -176,8 +177,8 @@ class Configuration:
         hint=True,
         flag=True,
     )
-    tracker: Literal["none", "tensorboard", "trackio"] = _option(
-        "Also write scalars for a tracker as a run goes: TensorBoard, beside the results, or Trackio.",
+    tracker: str = _option(
+        "Also write scalars for a tracker as a run goes",
         "machine",
         "none",
         hint=True,
@@ -216,10 +217,11 @@ class Configuration:
         benchmark = BENCHMARKS[values.get("benchmark", BENCHMARK)]
         tasks = values.get("tasks", benchmark.tasks)
         usual = benchmark.preset(preset or PRESET, tasks).values_of(method)
-        resolved: dict[str, Any] = {"first": tasks, **usual, **values, "tasks": tasks}
+        known, resolved = method_settings(), dict[str, Any]()
+        resolved |= {"first": tasks, **usual, **values, "tasks": tasks}
         declared = {each.name: each for each in fields(cls) if each.name != "settings"}
         for name in resolved:
-            if name not in declared and name not in method_settings():
+            if name not in declared and name not in known:
                 raise BecameError(f"there is no option '{name}'{nearest(name, options())}.")
         for name, each in declared.items():
             if each.default is MISSING and name not in resolved:
@@ -361,7 +363,7 @@ class Option:
 def options() -> dict[str, Option]:
     """Return every option of a configuration by name: its fields, then the settings of all methods and projectors."""
     hints = get_type_hints(Configuration)
-    registered = {"benchmark": BENCHMARKS.names, "network": NETWORKS.names}
+    registered = {"benchmark": BENCHMARKS.names, "network": NETWORKS.names, "tracker": ("none", *TRACKERS)}
     of_presets = {
         name
         for benchmark in (BENCHMARKS[name] for name in BENCHMARKS.names)
