@@ -128,6 +128,16 @@ class Catalogue(Generic[T]):
         """Add a value, or replace the value of that name."""
         self._values[name] = value
 
+    def remove(self, name: str) -> None:
+        """Take an entry out again.
+
+        Raises:
+            BecameError: if there is no entry of that name.
+        """
+        if name not in self:
+            raise BecameError(f"there is no {self.kind} '{name}'{nearest(name, self.names)}.")
+        del self._values[name]
+
     def summary(self, name: str) -> str:
         """Return the first line of a value's docstring, without its full stop."""
         return (inspect.getdoc(self[name]) or "").partition("\n")[0].removesuffix(".")

@@ -1,4 +1,4 @@
-"""Views: against crops of padded images by hand, on any backend; and what is drawn."""
+"""Views against explicit crops of padded images, on any backend, and the distribution of what is drawn."""
 
 from typing import Any
 
@@ -19,29 +19,29 @@ from tests.backends import to_numpy, to_xp
     far=st.integers(0, 5),
     seed=st.integers(0, 99),
 )
-def test_images_are_shown_as_padded_cropped_and_flipped(
+def test_views_are_padded_cropped_and_flipped_images(
     xp: Any, count: int, shape: tuple[int, int, int], far: int, seed: int
 ) -> None:
     draw = np.random.default_rng(seed)
     images = draw.integers(1, 256, (count, *shape), dtype=np.uint8)  # nothing in them is black
     views = Views(draw.integers(-far, far + 1, (count, 2)), draw.integers(0, 2, count).astype(bool))
     expected = cropped(images, views)
-    channels_first = views.shown(to_xp(xp, images), axis=2)
-    channels_last = views.shown(to_xp(xp, np.moveaxis(images, 1, -1).copy()), axis=1)
+    channels_first = views.apply(to_xp(xp, images), axis=2)
+    channels_last = views.apply(to_xp(xp, np.moveaxis(images, 1, -1).copy()), axis=1)
     assert channels_first.dtype == xp.uint8
     np.testing.assert_array_equal(to_numpy(channels_first), expected)
     np.testing.assert_array_equal(to_numpy(channels_last), np.moveaxis(expected, 1, -1))
 
 
-def test_a_view_by_hand(xp: Any) -> None:
+def test_one_view_computed_by_hand(xp: Any) -> None:
     image = np.array([[[[1, 2, 3], [4, 5, 6]]]], dtype=np.uint8)
     down_left = Views(np.array([[1, -1]]), np.array([False]))
-    np.testing.assert_array_equal(to_numpy(down_left.shown(to_xp(xp, image), axis=2)), [[[[0, 4, 5], [0, 0, 0]]]])
+    np.testing.assert_array_equal(to_numpy(down_left.apply(to_xp(xp, image), axis=2)), [[[[0, 4, 5], [0, 0, 0]]]])
     flipped = Views(np.array([[1, -1]]), np.array([True]))  # after the crop
-    np.testing.assert_array_equal(to_numpy(flipped.shown(to_xp(xp, image), axis=2)), [[[[5, 4, 0], [0, 0, 0]]]])
+    np.testing.assert_array_equal(to_numpy(flipped.apply(to_xp(xp, image), axis=2)), [[[[5, 4, 0], [0, 0, 0]]]])
 
 
-def test_every_offset_is_as_likely_and_every_other_image_flipped() -> None:
+def test_all_offsets_are_equally_likely_and_half_of_the_images_are_flipped() -> None:
     views = Augmentation(padding=2).draw(20_000, np.random.default_rng(0))
     for offsets in views.offsets.T:
         np.testing.assert_array_equal(np.unique(offsets), [-2, -1, 0, 1, 2])

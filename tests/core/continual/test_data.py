@@ -1,4 +1,4 @@
-"""Task streams: every row in exactly one place, and the same draw for the same names."""
+"""Task streams: every row is in exactly one part of one task, and equal seeds give equal parts."""
 
 from dataclasses import replace
 from random import Random
@@ -15,7 +15,7 @@ SHAPES = [(tasks, classes) for classes in (1, 4, 6, 10, 12) for tasks in range(1
 
 
 def make_dataset(classes: int, train: int = 40, test: int = 20) -> Dataset:
-    """Rows in random order, of classes of unequal size, each class in both parts."""
+    """Return a data set with rows in random order, classes of unequal sizes, and every class in both parts."""
     draw = np.random.default_rng(classes)
     labels = [
         draw.permutation(np.concatenate([np.arange(classes), draw.integers(0, classes, size - classes)]))
@@ -44,7 +44,7 @@ def test_every_row_is_in_one_part_of_one_task(shape: tuple[int, int], validation
 
 
 @given(st.sampled_from(SHAPES), st.randoms(use_true_random=False))
-def test_tasks_hold_their_classes_in_the_order_given(shape: tuple[int, int], random: Random) -> None:
+def test_tasks_have_their_classes_in_the_wanted_order(shape: tuple[int, int], random: Random) -> None:
     dataset = make_dataset(shape[1])
     order = list(range(shape[1]))
     random.shuffle(order)
@@ -58,7 +58,7 @@ def test_tasks_hold_their_classes_in_the_order_given(shape: tuple[int, int], ran
             np.testing.assert_array_equal(np.asarray(task.classes)[stream.targets[part]], dataset.labels[part])
 
 
-def test_classes_come_in_label_order_unless_told_otherwise() -> None:
+def test_classes_are_in_label_order_by_default() -> None:
     stream = split_classes(make_dataset(6), 3)
     assert [task.classes for task in stream.tasks] == [(0, 1), (2, 3), (4, 5)]
     assert stream.classes_per_task == 2
@@ -140,6 +140,6 @@ def test_permutations_are_the_same_in_every_run_and_for_any_number_of_tasks() ->
     assert (three.mean, three.std) == (images_of(4).mean, images_of(4).std)
 
 
-def test_no_permuted_tasks_are_an_error() -> None:
+def test_zero_permuted_tasks_are_an_error() -> None:
     with pytest.raises(BecameError, match="0 tasks of permuted pixels"):
         permute_pixels(images_of(4), 0)

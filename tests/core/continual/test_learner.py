@@ -1,4 +1,4 @@
-"""What a step goes along: relative learning rates, penalties on some of the parameters, and both together."""
+"""The direction of a step with relative learning rates, with a penalty on some parameters, and with both."""
 
 from dataclasses import replace
 from typing import Any
@@ -27,10 +27,10 @@ def some(xp: Any, seed: int) -> Params:
 
 
 def moves(constraint: Constraint, optimiser: Optimiser, theta: Params, gradients: list[Params], rate: float) -> Params:
-    """How far every parameter gets in steps with given gradients."""
+    """Return how far every parameter moves in steps with these gradients."""
     at, optimiser = theta, optimiser.initial(theta)
-    for each in gradients:
-        directions, optimiser = constraint.directions(each, at, rate, optimiser)
+    for gradient in gradients:
+        directions, optimiser = constraint.directions(gradient, at, rate, optimiser)
         at = {name: value - rate * directions[name] for name, value in at.items()}
     return {name: to_numpy(at[name]) - to_numpy(value) for name, value in theta.items()}
 
@@ -38,10 +38,10 @@ def moves(constraint: Constraint, optimiser: Optimiser, theta: Params, gradients
 @pytest.mark.parametrize("penalised", [False, True])
 @pytest.mark.parametrize("optimiser", OPTIMISERS)
 @given(relative=RELATIVE, rate=st.sampled_from([0.01, 0.1]), seed=st.integers(0, 9))
-def test_a_relative_rate_is_a_rate_of_the_parameters_own(
+def test_a_relative_rate_acts_like_another_rate_for_its_parameters_alone(
     xp: Any, optimiser: Optimiser, penalised: bool, relative: float, rate: float, seed: int
 ) -> None:
-    """Projected, penalised, with memory or not: as if the whole step had that rate, and the others as they were."""
+    """These parameters move as if the whole step had that rate, and all others as if there were no relative rate."""
     theta, others = some(xp, seed), some(xp, seed + 100)
     gradients = [some(xp, seed + step) for step in (200, 300)]
     gram = xp.asarray(np.diag([1.0, 1.0, 0.0, 0.0]), dtype=xp.float64)
@@ -49,23 +49,25 @@ def test_a_relative_rate_is_a_rate_of_the_parameters_own(
     posterior = LaplacePosterior(others, Diagonal({name: value * value for name, value in theta.items()}))
     plain = Constraint(frozenset(theta), memory, Penalty(posterior, 3.0) if penalised else None)
     moved = ("fc1.weight", "norm.weight")
-    found = moves(replace(plain, relative=dict.fromkeys(moved, relative)), optimiser, theta, gradients, rate)
+    result = moves(replace(plain, relative=dict.fromkeys(moved, relative)), optimiser, theta, gradients, rate)
     at_its_rate = moves(plain, optimiser, theta, gradients, rate * relative)
     as_it_was = moves(plain, optimiser, theta, gradients, rate)
-    for name, move in found.items():
+    for name, move in result.items():
         expected = at_its_rate if name in moved else as_it_was
         np.testing.assert_allclose(move, expected[name], rtol=1e-10, atol=1e-12)
         assert np.abs(move).max() > 0
-    np.testing.assert_allclose(found["fc1.weight"][:, :2], 0, atol=1e-10)
+    np.testing.assert_allclose(result["fc1.weight"][:, :2], 0, atol=1e-10)
 
 
 @given(seed=st.integers(0, 9), strength=st.sampled_from([0.5, 200.0]))
-def test_a_penalty_leaves_alone_what_it_has_no_mean_of(xp: Any, seed: int, strength: float) -> None:
+def test_a_parameter_without_a_mean_is_not_penalised(xp: Any, seed: int, strength: float) -> None:
     theta, gradients = some(xp, seed), [some(xp, seed + 1)]
     of_norms = {"norm.weight": theta["norm.weight"] + 1}
     penalty = Penalty(LaplacePosterior(of_norms, Diagonal({"norm.weight": theta["norm.weight"] ** 2 + 1})), strength)
-    held = moves(Constraint(frozenset(theta), penalty=penalty), SGD(), theta, gradients, 0.1)
+    penalised = moves(Constraint(frozenset(theta), penalty=penalty), SGD(), theta, gradients, 0.1)
     free = moves(Constraint(frozenset(theta)), SGD(), theta, gradients, 0.1)
-    for name, move in held.items():
+    for name, move in penalised.items():
         assert np.array_equal(move, free[name]) == (name != "norm.weight")
-    assert np.all(held["norm.weight"] > free["norm.weight"])  # towards the mean, which lies above
+    assert np.all(
+        penalised["norm.weight"] > free["norm.weight"]
+    )  # The mean is larger, and the penalty draws the weight to it.

@@ -1,4 +1,4 @@
-"""Running statistics: how those of batches make those of all, and when a learner is given new ones."""
+"""Running statistics: how those of batches are combined, and when a learner gets new ones."""
 
 from typing import Any
 
@@ -26,15 +26,15 @@ def test_pooled_statistics_are_those_of_all_samples_at_once(xp: Any, sizes: list
     for part in parts:
         statistics = {"bn.running_mean": part.mean(axis=0), "bn.running_var": part.var(axis=0)}
         batches.append((len(part), {n: xp.asarray(value, dtype=xp.float64) for n, value in statistics.items()}))
-    found = pooled(batches)
-    np.testing.assert_allclose(to_numpy(found["bn.running_mean"]), samples.mean(axis=0), rtol=1e-12, atol=1e-12)
-    np.testing.assert_allclose(to_numpy(found["bn.running_var"]), samples.var(axis=0), rtol=1e-7, atol=1e-12)
+    result = pooled(batches)
+    np.testing.assert_allclose(to_numpy(result["bn.running_mean"]), samples.mean(axis=0), rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(to_numpy(result["bn.running_var"]), samples.var(axis=0), rtol=1e-7, atol=1e-12)
 
 
 class Running(ReferenceLearner):
-    """Says of each batch how many rows it had, and which came first, as if that were a statistic."""
+    """A learner whose running statistics all equal one of its weights; it records the rows that it gets."""
 
-    seen: np.ndarray[Any, Any]
+    rows: np.ndarray[Any, Any]
 
     def __init__(self, stream: TaskStream) -> None:
         super().__init__(stream)
@@ -49,24 +49,24 @@ class Running(ReferenceLearner):
         super().assign(parameters)
 
     def batch_statistics(self, indices: Any, batch_size: int) -> Any:
-        self.seen = indices
+        self.rows = indices
         first = float(super().parameters()["fc1.weight"][0, 0])
         yield len(indices), {name: np.full(2, first) for name in sorted(self.running_statistics)}
 
 
-@pytest.mark.parametrize(("batch_size", "kept"), [(8, 27), (13, 26), (1, 27)])
-def test_all_training_images_are_seen_but_for_one_alone(batch_size: int, kept: int) -> None:
+@pytest.mark.parametrize(("batch_size", "count"), [(8, 27), (13, 26), (1, 27)])
+def test_statistics_use_all_training_images_but_a_single_last_one(batch_size: int, count: int) -> None:
     learner, task = Running(STREAM), STREAM.tasks[1]
     assert len(task.train) == 27
     refresh_statistics(learner, [task], batch_size, seed=3)
-    assert len(set(learner.seen)) == len(learner.seen) == kept
-    assert set(learner.seen) <= set(task.train)
-    assert not np.array_equal(learner.seen, task.train[:kept])
+    assert len(set(learner.rows)) == len(learner.rows) == count
+    assert set(learner.rows) <= set(task.train)
+    assert not np.array_equal(learner.rows, task.train[:count])
     refresh_statistics(learner, STREAM.tasks[:2], 8, seed=3)
-    assert set(learner.seen) == set(STREAM.tasks[0].train) | set(task.train)
+    assert set(learner.rows) == set(STREAM.tasks[0].train) | set(task.train)
 
 
-def test_a_learner_that_is_moved_has_the_statistics_of_its_new_weights_and_its_own_again_afterwards() -> None:
+def test_statistics_belong_to_the_weights_inside_and_after_a_context() -> None:
     learner = Running(STREAM)
     context = RunContext(
         learner, STREAM, build_method("finetune"), Training(Annealed(0.1, 1), Annealed(0.1, 1), batch_size=8), seed=3
@@ -84,7 +84,7 @@ def test_a_learner_that_is_moved_has_the_statistics_of_its_new_weights_and_its_o
         np.testing.assert_array_equal(learner.parameters()[name], weights["fc1.weight"][0, 0])
 
 
-def test_without_any_nothing_happens() -> None:
+def test_a_learner_without_running_statistics_is_unchanged() -> None:
     learner = ReferenceLearner(STREAM)
     before = learner.parameters()
     refresh_statistics(learner, STREAM.tasks[:1], 8, seed=3)

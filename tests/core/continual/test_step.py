@@ -1,4 +1,4 @@
-"""Optimisers as values: against the rules written out, and against PyTorch's own where it is."""
+"""Optimisers against their formulas, and against those of PyTorch where it is installed."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ STEPS = st.lists(NUMBERS, min_size=1, max_size=4)
 
 
 def run(xp: Any, optimiser: Optimiser, gradients: list[list[float]], theta: list[float], rate: float) -> np.ndarray:
-    """Where a weight [3] ends after steps with given gradients."""
+    """Return a weight [3] after steps with these gradients."""
     at = {"weight": xp.asarray(theta, dtype=xp.float64)}
     optimiser = optimiser.initial(at)
     for gradient in gradients:
@@ -26,19 +26,19 @@ def run(xp: Any, optimiser: Optimiser, gradients: list[list[float]], theta: list
 
 
 @given(gradients=STEPS, theta=NUMBERS, momentum=st.sampled_from([0.0, 0.5, 0.9]), decay=st.sampled_from([0.0, 0.1]))
-def test_sgd_is_its_rule(
+def test_sgd_agrees_with_its_formula(
     xp: Any, gradients: list[list[float]], theta: list[float], momentum: float, decay: float
 ) -> None:
     expected, velocity = np.array(theta), np.zeros(3)
     for gradient in gradients:
         velocity = momentum * velocity + np.array(gradient) + decay * expected
         expected = expected - 0.5 * velocity
-    found = run(xp, SGD(momentum=momentum, weight_decay=decay), gradients, theta, rate=0.5)
-    np.testing.assert_allclose(found, expected, rtol=1e-12, atol=1e-12)
+    result = run(xp, SGD(momentum=momentum, weight_decay=decay), gradients, theta, rate=0.5)
+    np.testing.assert_allclose(result, expected, rtol=1e-12, atol=1e-12)
 
 
 @given(gradients=STEPS, theta=NUMBERS, decay=st.sampled_from([0.0, 0.1]))
-def test_adam_is_its_rule(xp: Any, gradients: list[list[float]], theta: list[float], decay: float) -> None:
+def test_adam_agrees_with_its_formula(xp: Any, gradients: list[list[float]], theta: list[float], decay: float) -> None:
     expected, m, v = np.array(theta), np.zeros(3), np.zeros(3)
     for t, gradient in enumerate(gradients, start=1):
         g = np.array(gradient) + decay * expected
@@ -55,7 +55,7 @@ def test_adam_is_its_rule(xp: Any, gradients: list[list[float]], theta: list[flo
         (Adam(weight_decay=0.01), "Adam", {"weight_decay": 0.01}),
     ],
 )
-def test_they_are_those_of_pytorch(xp: Any, ours: Optimiser, name: str, options: dict[str, float]) -> None:
+def test_optimisers_agree_with_those_of_pytorch(xp: Any, ours: Optimiser, name: str, options: dict[str, float]) -> None:
     torch = pytest.importorskip("torch")
     draw = np.random.default_rng(0)
     theta, gradients = draw.normal(size=3).tolist(), draw.normal(size=(5, 3)).tolist()
@@ -67,7 +67,7 @@ def test_they_are_those_of_pytorch(xp: Any, ours: Optimiser, name: str, options:
     np.testing.assert_allclose(run(xp, ours, gradients, theta, rate=0.1), weight.detach().numpy(), rtol=1e-9)
 
 
-def test_an_optimiser_does_not_change(xp: Any) -> None:
+def test_a_step_does_not_change_the_optimiser(xp: Any) -> None:
     theta = {"weight": xp.asarray([1.0, 2.0])}
     for optimiser in (SGD(momentum=0.5).initial(theta), Adam().initial(theta)):
         first, _ = optimiser.step({"weight": xp.asarray([1.0, -1.0])}, theta)
@@ -83,6 +83,6 @@ def test_an_optimiser_does_not_change(xp: Any) -> None:
         (lambda: Adam(beta2=-0.1), r"^the optimiser's beta2 is -0\.1; "),
     ],
 )
-def test_numbers_that_cannot_be(make: Any, message: str) -> None:
+def test_optimiser_settings_out_of_range_are_refused(make: Any, message: str) -> None:
     with pytest.raises(BecameError, match=message):
         make()
