@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
+import adapters.backend.entry as of_backends
 import adapters.cli.__main__ as became
-import adapters.cli.backend as of_backends
+from adapters.backend.entry import first_installed
 from adapters.benchmarks.catalogue import BENCHMARKS
 from adapters.cli.__main__ import main
-from adapters.cli.backend import first_installed
 from adapters.networks import NETWORKS
 from adapters.runs import Checkpoints, RunDirectory
 from adapters.runs.configuration import Configuration
@@ -115,7 +115,7 @@ def test_resume_refuses_what_it_cannot_go_on_with(
     file = RunDirectory(out, "gpm", 0).config_file
     config = read_sealed(file)
     for changes, message in (
-        ({"hints": None}, "holds no run's configuration; give the command that started the run."),
+        ({"config": None}, "holds no run's configuration; give the command that started the run."),
         (
             {"config": config["config"] | {"momenta": 3}},
             "has an unknown option 'momenta'; resume with the version that started this run.",
