@@ -24,7 +24,7 @@ from became_core.arrays.namespace import Array, device, framework_for, namespace
 __all__ = ["Arithmetic", "Factors", "SumsOfProducts", "sums_of_products", "tree_sum"]
 
 # Elements of a slab that small rows are joined to: few enough for the C library to allocate them without the kernel.
-JOINED_SLAB = 2**14
+JOINED_SLAB = 2**15
 # Elements of a slab on an accelerator, which needs no cache but time to start each operation.
 ACCELERATOR_SLAB = 2**22
 # Elements of a piece in a compiler's loop: of most pieces, and of those that cut up what is left. Powers of two.
@@ -100,7 +100,8 @@ class Buffers(Arithmetic):
         buffer = self._buffers[place] if place < len(self._buffers) else None
         if buffer is None or buffer.shape[0] < size or buffer.dtype != like.dtype:
             buffer = self._xp.empty_like(like)
-        return self._kept(buffer)[:size]
+        self._kept(buffer)
+        return buffer if buffer.shape[0] == size else buffer[:size]  # a slice takes as long as the arithmetic on a leaf
 
     def _kept(self, result: Array) -> Array:
         self._buffers[self._used : self._used + 1] = [result]
