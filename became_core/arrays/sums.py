@@ -23,8 +23,8 @@ from became_core.arrays.namespace import Array, device, framework_for, namespace
 
 __all__ = ["Arithmetic", "Factors", "SumsOfProducts", "sums_of_products", "tree_sum"]
 
-# Elements of a slab that small rows are joined to: few enough for the C library to allocate them without the kernel.
-JOINED_SLAB = 2**15
+# Elements of a slab that small rows are joined to.
+JOINED_SLAB = 2**16
 # Elements of a slab on an accelerator, which needs no cache but time to start each operation.
 ACCELERATOR_SLAB = 2**22
 # Elements of a piece in a compiler's loop: of most pieces, and of those that cut up what is left. Powers of two.
@@ -94,12 +94,19 @@ class Buffers(Arithmetic):
             return self._xp.multiply(left, right, out=self._buffer(left))
         return self._kept(left * right)
 
-    def _buffer(self, like: Array) -> Array:
-        """Return the next buffer, of an array's length and dtype; the memory is new only if there is none that fits."""
-        size, place = like.shape[0], self._used
+    def joined(self, arrays: Sequence[Array]) -> Array:
+        """Return flat arrays of one dtype end to end, valid until the next slab."""
+        if self._writes:
+            size = sum(array.shape[0] for array in arrays)
+            return self._xp.concat(arrays, out=self._buffer(arrays[0], size))
+        return self._kept(self._xp.concat(arrays))
+
+    def _buffer(self, like: Array, size: int | None = None) -> Array:
+        """Return the next buffer, of an array's dtype and of this size; it is new only if none fits."""
+        size, place = size or like.shape[0], self._used
         buffer = self._buffers[place] if place < len(self._buffers) else None
         if buffer is None or buffer.shape[0] < size or buffer.dtype != like.dtype:
-            buffer = self._xp.empty_like(like)
+            buffer = self._xp.empty((size,), dtype=like.dtype, device=device(like))
         self._kept(buffer)
         return buffer if buffer.shape[0] == size else buffer[:size]  # a slice takes as long as the arithmetic on a leaf
 
@@ -159,8 +166,14 @@ def _by_slab(
     """Where operations are carried out one by one: everything about one slab, then about the next."""
     slab = framework.slab if framework.on_cpu(groups[0][0][0]) else ACCELERATOR_SLAB
     buffers, dtypes, least, parts, ends = Buffers(xp), {}, [], [], []
+    side_by_side = Buffers(xp)
+
+    def join(rows: Sequence[Row]) -> Row:
+        side_by_side.begin_slab(writes=framework.takes_out(module, [array for row in rows for array in row]))
+        return rows[0] if len(rows) == 1 else [side_by_side.joined(column) for column in zip(*rows, strict=True)]
+
     for rows in groups:
-        for pieces in _slabs(xp, rows, slab):
+        for pieces in _slabs(xp, rows, slab, join):
             kinds = tuple(piece.dtype for piece in pieces)
             if kinds not in dtypes:
                 dtypes[kinds] = reduction_dtype(xp, **{f"array {index}": piece for index, piece in enumerate(pieces)})
@@ -184,7 +197,7 @@ def _by_slab(
     return SumsOfProducts(sums, xp.min(xp.stack(_promoted(xp, least))) if least else None, has_values=True)
 
 
-def _slabs(xp: Any, rows: Sequence[Row], slab: int) -> Iterator[Sequence[Array]]:
+def _slabs(xp: Any, rows: Sequence[Row], slab: int, join: Callable[[Sequence[Row]], Row]) -> Iterator[Row]:
     """Yield flat arrays side by side of at most so many elements: large rows cut, small ones of like dtypes joined."""
     joined: list[Row] = []
     size, kinds = 0, None
@@ -198,12 +211,12 @@ def _slabs(xp: Any, rows: Sequence[Row], slab: int) -> Iterator[Sequence[Array]]
             continue
         own = tuple(array.dtype for array in row)
         if joined and (size + length > JOINED_SLAB or own != kinds):
-            yield joined[0] if len(joined) == 1 else [xp.concat(column) for column in zip(*joined, strict=True)]
+            yield join(joined)
             joined, size = [], 0
         joined.append(flat)
         size, kinds = size + length, own
     if joined:
-        yield joined[0] if len(joined) == 1 else [xp.concat(column) for column in zip(*joined, strict=True)]
+        yield join(joined)
 
 
 def _vecdot(xp: Any, left: Array, right: Array) -> Array:
