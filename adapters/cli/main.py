@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Callable, Sequence
 
-from adapters.cli.backend import Backend
+from adapters.backend import Backend
 from adapters.cli.display import Display, display_of, logged
 from adapters.cli.dryrun import plan
 from adapters.cli.options import Output, Request, parse_request

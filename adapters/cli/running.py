@@ -11,9 +11,9 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Self, get_args
 
+from adapters.backend import Backend, BackendName
 from adapters.benchmarks.catalogue import BENCHMARKS
 from adapters.benchmarks.location import data_directory
-from adapters.cli.backend import Backend, BackendName
 from adapters.cli.display import LOGGER, Display
 from adapters.cli.options import Request
 from adapters.runs import RunDirectory, RunResult, write_summary

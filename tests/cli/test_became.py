@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
+import adapters.backend.entry as of_backends
 import adapters.cli.__main__ as became
-import adapters.cli.backend as of_backends
+from adapters.backend import first_installed
 from adapters.benchmarks.catalogue import BENCHMARKS
 from adapters.cli.__main__ import main
-from adapters.cli.backend import first_installed
 from adapters.networks import NETWORKS
 from adapters.runs import Checkpoints, RunDirectory
 from adapters.runs.configuration import Configuration

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from adapters.cli.backend import Backend, BackendName, load_backend
+from adapters.backend import Backend, BackendName, load_backend
 from adapters.cli.main import main
 from adapters.runs import Checkpoints, RunDirectory
 from adapters.runs.events import EventLog

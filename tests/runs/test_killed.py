@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from adapters.cli.backend import Backend
+from adapters.backend import Backend
 from adapters.cli.main import main
 from adapters.runs import RunDirectory, write_summary
 from adapters.runs.lock import locked
