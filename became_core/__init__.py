@@ -1,7 +1,14 @@
-"""BECAME: Bayesian continual learning with adaptive model merging, for any framework of the Array API.
+"""BECAME: Bayesian continual learning with adaptive model merging (ICML 2025, arXiv 2504.02666).
 
-The paper is ICML 2025, arXiv 2504.02666. ``optimal_alpha`` and ``merge`` serve two sets of weights in any framework;
-the subpackages hold the rest of the method, and ``adapters`` run it on PyTorch, JAX or TensorFlow.
+It works with the arrays of any framework that the Array API covers. ``optimal_alpha`` and ``merge`` are all that is
+needed to merge two sets of weights. The subpackages have the rest of the method, and the packages of ``adapters`` run
+it on PyTorch, JAX or TensorFlow.
+
+>>> import numpy as np
+>>> from became_core import Quadratic
+>>> loss = Quadratic(slope=np.array([-1.0]), curvature=np.array([[2.0]]))  # of all tasks, along theta_hat - theta_gp
+>>> loss.minimiser("box")
+array([0.5])
 """
 
 from became_core.errors import BecameError

@@ -1,10 +1,11 @@
-"""The one exception that this package raises for a mistake its user can mend."""
+"""The exception that this package raises for a mistake that its user can correct."""
 
 __all__ = ["BecameError"]
 
 
 class BecameError(ValueError):
-    """What was given cannot be used; the message is one sentence that names the offender and what would be right.
+    """An argument cannot be used.
 
-    A command line prints the sentence and exits with status 2. Any other exception is a defect of the software.
+    The message is one sentence that names the argument and says what would be right. A command prints this sentence and
+    exits with status 2. Any other exception is a defect of the software.
     """

@@ -1,10 +1,11 @@
-"""Catalogues, which are named values, and registries: named classes with the settings that they are built with.
+"""Catalogues of named values, and registries, which are catalogues of classes with settings.
 
-A class that is registered is a dataclass; its fields that are made by ``setting`` are what a user may choose. A setting
-has an option name, which is the field's own name unless it gives another, and its help is what the class's docstring
-says of the field under ``Attributes:``. Several classes may share an option, if its type and its default are the same.
+A registered class is a dataclass. Its fields that are made by ``setting`` are its settings, which a user may choose.
+Every setting has an option name, which is the name of the field unless another is given. The help of a setting is the
+entry of its field under ``Attributes:`` in the docstring of the class. Several classes may share an option if its type
+and its default are the same.
 
-Other packages add to a registry by an entry point of the registry's group:
+Other packages add entries to a catalogue or a registry by an entry point of its group:
 
     [project.entry-points."became.projectors"]
     leading = "my_package.leading:Leading"
@@ -27,27 +28,33 @@ OPTION = "option"
 
 
 def setting(default: Any, *, option: str | None = None) -> Any:
-    """Return a dataclass field for a number or a word that a user may choose.
+    """Return a dataclass field that is a setting: a number or a word that a user may choose.
 
-    The field is static: to a framework's transforms it is a part of the value's structure, never an array.
+    The field is static: for the transforms of a framework it is a part of the structure of the value, never an array.
 
     Args:
-        default: its value where nothing is chosen.
-        option: what it is called among all options; the field's own name if not given.
+        default: its value if the user chooses none.
+        option: its option name; None for the name of the field.
+
+    >>> @dataclass(frozen=True)
+    ... class Example:
+    ...     strength: float = setting(1.0, option="example_strength")
+    >>> Registry("example.group", "example", {"example": Example}).build("example", {"example_strength": 2.0})
+    Example(strength=2.0)
     """
     return field(default=default, metadata={"static": True, OPTION: option or ""})
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One thing that a user may choose.
+    """A description of a number or a word that a user may choose.
 
     Attributes:
-        option: its name, such as ``ewc_strength``.
-        type: its annotation, such as ``float`` or ``Literal["model", "layer"]``.
-        default: its value where nothing is chosen.
-        help: what the docstring of the class that declares it says of it, as one paragraph.
-        owners: the registered names that are built with it.
+        option: its option name, such as ``ewc_strength``.
+        type: the annotation of its field, such as ``float`` or ``Literal["model", "layer"]``.
+        default: its value if the user chooses none.
+        help: the entry of its field in the docstring of the class that declares it, as one paragraph.
+        owners: the registered names of the classes that have it.
     """
 
     option: str
@@ -57,10 +64,10 @@ class Setting:
     owners: tuple[str, ...]
 
     def shared_with(self, other: "Setting") -> "Setting":
-        """Return the one setting that this and another of the same option are.
+        """Return the setting of the owners of this setting and of another one with the same option.
 
         Raises:
-            BecameError: if they differ in type or default.
+            BecameError: if the settings differ in type or default.
         """
         if (self.type, self.default) != (other.type, other.default):
             raise BecameError(
@@ -71,20 +78,20 @@ class Setting:
 
 
 class Catalogue(Generic[T]):
-    """Values by name, to which other packages add by entry points.
+    """Values by name, to which other packages can add their own by entry points.
 
-    >>> from adapters.benchmarks.catalogue import BENCHMARKS
-    >>> BENCHMARKS["split-mnist"].tasks
-    5
+    >>> numbers = Catalogue("example.group", "number", {"one": 1, "two": 2})
+    >>> numbers["two"], list(numbers)
+    (2, ['one', 'two'])
     """
 
     def __init__(self, group: str, kind: str, values: Mapping[str, T]) -> None:
-        """Hold the values that this package has.
+        """Store the values of this package.
 
         Args:
-            group: of the entry points by which other packages add theirs, such as ``became.benchmarks``.
-            kind: what messages call an entry, such as "benchmark".
-            values: by name.
+            group: the group of the entry points by which other packages add values, such as ``became.benchmarks``.
+            kind: the word for a value in messages, such as "benchmark".
+            values: the values, by name.
         """
         self.group, self.kind = group, kind
         self._values = dict(values)
@@ -92,7 +99,7 @@ class Catalogue(Generic[T]):
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The names of all entries, this package's first, then those of other packages."""
+        """The names of all values: first those of this package, then those of other packages."""
         if not self._entry_points_are_loaded:
             self._entry_points_are_loaded = True
             for entry in entry_points(group=self.group):
@@ -111,15 +118,25 @@ class Catalogue(Generic[T]):
         """Return the value of a name.
 
         Raises:
-            BecameError: if there is none; the message has the nearest name, and all of them.
+            BecameError: if there is no such name; the message has the nearest name, and all names.
         """
         if name not in self:
             raise BecameError(f"there is no {self.kind} '{name}'{nearest(name, self.names)}.")
         return self._values[name]
 
     def register(self, name: str, value: T) -> None:
-        """Add a value, or put it in the place of another one of that name."""
+        """Add a value, or replace the value of that name."""
         self._values[name] = value
+
+    def remove(self, name: str) -> None:
+        """Take an entry out again.
+
+        Raises:
+            BecameError: if there is no entry of that name.
+        """
+        if name not in self:
+            raise BecameError(f"there is no {self.kind} '{name}'{nearest(name, self.names)}.")
+        del self._values[name]
 
     def summary(self, name: str) -> str:
         """Return the first line of a value's docstring, without its full stop."""
@@ -135,7 +152,7 @@ class Registry(Catalogue[type[T]]):
     """
 
     def register(self, name: str, value: type[T]) -> None:
-        """Add a class, or put it in the place of another one of that name.
+        """Add a class, or replace the class of that name.
 
         Raises:
             BecameError: if it shares an option with another class and they differ in the option's type or default.
@@ -149,7 +166,11 @@ class Registry(Catalogue[type[T]]):
             raise
 
     def build(self, name: str, values: Mapping[str, Any]) -> T:
-        """Return an instance built with those of the values, by option name, that are settings of its class.
+        """Return an instance of a class, built with those values that belong to its settings.
+
+        Args:
+            name: the registered name of the class.
+            values: by option name; those of other classes have no effect.
 
         Raises:
             BecameError: if there is no such name, or the class cannot use a value.
@@ -158,7 +179,7 @@ class Registry(Catalogue[type[T]]):
         return cls(**{field: values[option] for option, field in _options_of(cls).items() if option in values})
 
     def options_of(self, name: str) -> tuple[str, ...]:
-        """Return the option names that a class is built with."""
+        """Return the option names of the settings of a class."""
         return tuple(_options_of(self[name]))
 
     def settings(self) -> dict[str, Setting]:
@@ -170,7 +191,8 @@ class Registry(Catalogue[type[T]]):
         merged: dict[str, Setting] = {}
         for name in self.names:
             cls = self._values[name]
-            hints, defaults = get_type_hints(cls), {each.name: each.default for each in fields(cls)}  # type: ignore[arg-type]
+            hints = get_type_hints(cls)
+            defaults = {attribute.name: attribute.default for attribute in fields(cls)}  # type: ignore[arg-type]
             for option, field_name in _options_of(cls).items():
                 new = Setting(option, hints[field_name], defaults[field_name], _help(cls, field_name), (name,))
                 merged[option] = merged[option].shared_with(new) if option in merged else new
@@ -178,22 +200,26 @@ class Registry(Catalogue[type[T]]):
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
-    """Return the end of a sentence about an unknown name: the nearest known one if one is near, and all there are."""
+    """Return the end of a message about an unknown name, with the nearest known name, if one is near, and all names.
+
+    >>> "there is no method 'bceame'" + nearest("bceame", ["became", "ewc"])
+    "there is no method 'bceame'; did you mean 'became'? Choose from became, ewc"
+    """
     known = sorted(names)
     near = difflib.get_close_matches(name, known)
-    near.sort(key=lambda each: each[:1] != name[:1])  # of names as near as another, one with the same first letter
+    near.sort(key=lambda candidate: candidate[:1] != name[:1])  # Prefer a name with the same first letter.
     hint = f"; did you mean '{near[0]}'? Choose from" if near else "; choose from"
     return f"{hint} {', '.join(known)}"
 
 
 def _options_of(cls: type) -> dict[str, str]:
-    """The fields of a dataclass that are settings, by option name."""
-    declared = [each for each in fields(cls) if OPTION in each.metadata and each.default is not MISSING]
-    return {each.metadata[OPTION] or each.name: each.name for each in declared}
+    """Return the names of the fields of a dataclass that are settings, by option name."""
+    settings = [field for field in fields(cls) if OPTION in field.metadata and field.default is not MISSING]
+    return {field.metadata[OPTION] or field.name: field.name for field in settings}
 
 
 def _help(cls: type, field_name: str) -> str:
-    """What the docstring of the class that declares a field says of it under ``Attributes:``."""
+    """Return the entry of a field under ``Attributes:`` in the docstring of the class that declares it."""
     for owner in cls.__mro__:
         if field_name in vars(owner).get("__annotations__", {}):
             _, _, attributes = (inspect.getdoc(owner) or "").partition("Attributes:\n")

@@ -1,6 +1,8 @@
-"""The formulas of the Laplace merge, the Fisher information and the GGN, each from its definition.
+"""The formulas of the Laplace merge, the Fisher information and the generalised Gauss-Newton matrix (GGN).
 
-Convention: float64; parameters are flat vectors [d] and curvatures dense matrices [d, d], so that a diagonal is
+Each is computed from its definition.
+
+Convention: float64. Parameters are flat vectors [d] and curvatures are dense matrices [d, d], so a diagonal is
 ``np.diag(values)`` here. Fisher matrices and the GGN are means over samples; ``squared_gradients`` is a sum.
 """
 
@@ -36,9 +38,19 @@ def laplace_loss(
     gradient: Array,
     mean: Array,
 ) -> float:
-    """Return the Laplace cumulative loss at (1 - alpha) theta_gp + alpha theta_hat, without the loss at theta_hat.
+    """Return the Laplace cumulative loss at (1 - alpha) theta_gp + alpha theta_hat, without L_new(theta_hat).
 
-    The old tasks are 1/2 (theta - mean)^T P (theta - mean); the new one is expanded at theta_hat to second order.
+    The loss of the old tasks is 1/2 (theta - mean)^T P (theta - mean). The loss of the new task is its second-order
+    expansion at theta_hat.
+
+    Args:
+        alpha: the merging coefficient.
+        theta_gp: the stable weights, [d].
+        theta_hat: the plastic weights, [d].
+        precision_old: P, [d, d].
+        hessian_new: H of the new task at theta_hat, [d, d].
+        gradient: of the new task at theta_hat, [d].
+        mean: of the old tasks' posterior, [d].
     """
     theta = (1 - alpha) * theta_gp + alpha * theta_hat
     old = 0.5 * (theta - mean) @ precision_old @ (theta - mean)
@@ -49,7 +61,7 @@ def laplace_loss(
 def alpha_star(
     theta_gp: Array, theta_hat: Array, precision_old: Array, hessian_new: Array, gradient: Array, mean: Array
 ) -> float:
-    """Return the stationary point of ``laplace_loss`` over alpha, not clipped; there must be curvature."""
+    """Return the alpha at which the derivative of ``laplace_loss`` is zero, not clipped; it must have curvature."""
     delta = theta_hat - theta_gp
     slope = gradient @ delta - delta @ hessian_new @ delta + (theta_gp - mean) @ precision_old @ delta
     curvature = delta @ (precision_old + hessian_new) @ delta
@@ -59,10 +71,10 @@ def alpha_star(
 def alpha_in_circulation(
     theta_gp: Array, theta_hat: Array, precision_old: Array, hessian_new: Array, gradient: Array
 ) -> float:
-    """Return (delta.P.delta + grad L_new(theta_gp).delta) / delta.(P + H).delta, as some accounts print alpha*.
+    """Return (delta.P.delta + grad L_new(theta_gp).delta) / delta.(P + H).delta, which some accounts print for alpha*.
 
     This is *not* the minimiser of the objective: the sign of the gradient is wrong, and so is the Hessian in the
-    numerator. It is kept for the test that shows so.
+    numerator. A test compares it with the minimiser.
     """
     delta = theta_hat - theta_gp
     gradient_at_gp = gradient - hessian_new @ delta
@@ -71,9 +83,9 @@ def alpha_in_circulation(
 
 
 def brute_force_minimiser(function: Callable[[float], float], low: float, high: float, points: int = 200) -> float:
-    """Return where a function is smallest in [low, high]: the best of a grid, refined by golden section.
+    """Return the point of [low, high] at which a function is smallest: the best of a grid, refined by golden section.
 
-    The accuracy is that of comparing values: about the square root of rounding.
+    The method compares values of the function, so its accuracy is about the square root of the rounding error.
     """
     grid = np.linspace(low, high, points + 1)
     best = int(np.argmin([function(float(alpha)) for alpha in grid]))
@@ -89,7 +101,7 @@ def brute_force_minimiser(function: Callable[[float], float], low: float, high: 
 
 
 def softmax(logits: Array) -> Array:
-    """Return the class probabilities, over the last axis."""
+    """Return the class probabilities; classes are the last axis."""
     exponentials = np.exp(logits - logits.max(axis=-1, keepdims=True))
     return np.asarray(exponentials / exponentials.sum(axis=-1, keepdims=True))
 
@@ -102,17 +114,17 @@ def cross_entropy(logits: Array, labels: NDArray[np.int64]) -> float:
 def directional_derivatives(
     logits: Array, jacobians: Array, labels: NDArray[np.int64], directions: Array
 ) -> tuple[Array, Array]:
-    """Return g.d_k [K] and d_k.GGN.d_l [K, K] of the mean cross-entropy.
+    """Return g.d_k [K] and d_k.GGN.d_l [K, K], where g is the gradient of the mean cross-entropy.
 
     Args:
         logits: [samples, classes].
-        jacobians: of each sample's logits by the parameters, [samples, classes, d].
+        jacobians: the derivatives of each sample's logits with respect to the parameters, [samples, classes, d].
         labels: [samples].
-        directions: as rows, [K, d].
+        directions: one in each row, [K, d].
     """
-    width = directions.shape[1]
-    gradient = np.zeros(width)
-    ggn = np.zeros((width, width))
+    parameters = directions.shape[1]
+    gradient = np.zeros(parameters)
+    ggn = np.zeros((parameters, parameters))
     for z, jacobian, label in zip(logits, jacobians, labels, strict=True):
         p = softmax(z)
         gradient += jacobian.T @ (p - np.eye(p.size)[label]) / len(labels)
@@ -121,11 +133,11 @@ def directional_derivatives(
 
 
 def squared_gradients(inputs: Array, output_gradients: Array) -> tuple[Array, Array]:
-    """Return the sum over samples of squared gradients of a layer y = W a + b: for W, [d_out, d_in], b, [d_out].
+    """Return the sum over samples of the squared gradients of W [d_out, d_in] and of b [d_out] in a layer y = W a + b.
 
     Args:
         inputs: a, [samples, positions, d_in].
-        output_gradients: the gradient of each sample's own loss by y, [samples, positions, d_out].
+        output_gradients: the gradient of each sample's own loss with respect to y, [samples, positions, d_out].
     """
     weight = np.zeros((output_gradients.shape[2], inputs.shape[2]))
     bias = np.zeros(output_gradients.shape[2])
@@ -136,11 +148,11 @@ def squared_gradients(inputs: Array, output_gradients: Array) -> tuple[Array, Ar
 
 
 def grouped_gradients(inputs: Array, output_gradients: Array, groups: int) -> Array:
-    """Return each sample's gradient of the weight of a grouped layer, [samples, d_out, d_in / groups].
+    """Return each sample's gradient with respect to the weight of a grouped layer, [samples, d_out, d_in / groups].
 
-    The dense layer's weight is block-diagonal, and only its blocks are free.
+    A grouped layer is a dense layer whose weight is block-diagonal; its parameters are the blocks.
     """
-    width, height = inputs.shape[2] // groups, output_gradients.shape[2] // groups
+    width, height = inputs.shape[2] // groups, output_gradients.shape[2] // groups  # of a block
     gradients = []
     for a, g in zip(inputs, output_gradients, strict=True):
         dense = np.asarray(sum(np.outer(g_l, a_l) for a_l, g_l in zip(a, g, strict=True)))
@@ -150,7 +162,10 @@ def grouped_gradients(inputs: Array, output_gradients: Array, groups: int) -> Ar
 
 
 def embedding_gradients(indices: NDArray[np.int64], output_gradients: Array, size: int) -> Array:
-    """Return each sample's gradient of an embedding's weight, [samples, size, d]; an index may come repeatedly."""
+    """Return each sample's gradient with respect to an embedding's weight, [samples, size, d].
+
+    An index may occur several times in a sample; its gradients are then added.
+    """
     gradients = np.zeros((len(indices), size, output_gradients.shape[2]))
     for n, (row, g) in enumerate(zip(indices, output_gradients, strict=True)):
         for index, g_l in zip(row, g, strict=True):
@@ -159,7 +174,7 @@ def embedding_gradients(indices: NDArray[np.int64], output_gradients: Array, siz
 
 
 def kfac_factors(inputs: Array, output_gradients: Array, sharing: str) -> tuple[Array, Array]:
-    """Return K-FAC's A and G of a layer as means over samples (Eschenhagen 2023, eqs. of "expand" and "reduce")."""
+    """Return K-FAC's A and G of a layer as means over samples, for sharing "expand" or "reduce" (Eschenhagen 2023)."""
     n = len(inputs)
     a_factor: Array = np.zeros((inputs.shape[2],) * 2)
     g_factor: Array = np.zeros((output_gradients.shape[2],) * 2)
@@ -173,7 +188,7 @@ def kfac_factors(inputs: Array, output_gradients: Array, sharing: str) -> tuple[
 
 
 def squared_mean_gradient(inputs: Array, output_gradients: Array) -> tuple[Array, Array]:
-    """Return the published estimate for one batch: its size x (gradient of its mean loss)^2, for W and b."""
+    """Return the published code's estimate for W and b from one batch: its size x (gradient of its mean loss)^2."""
     size = len(inputs)
     weight = np.zeros((output_gradients.shape[2], inputs.shape[2]))
     bias = np.zeros(output_gradients.shape[2])

@@ -1,7 +1,8 @@
-"""A learner in NumPy, float64: a ReLU network of two hidden layers with every derivative written by hand.
+"""A learner in NumPy and float64: a ReLU network with two hidden layers and with every derivative written by hand.
 
-Convention: images are flattened and normalised with the data set's mean and standard deviation; weights are
-[d_out, d_in]; output gradients are those of each sample's own loss, so a batch's mean gradient is a sum over its size.
+Convention: images are flattened and normalised with the data set's mean and standard deviation. Weights are
+[d_out, d_in]. Output gradients are those of each sample's own loss, so a batch's mean gradient is their sum divided by
+the batch's size.
 """
 
 from collections.abc import Iterator, Sequence
@@ -33,7 +34,13 @@ Array = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class _Pass:
-    """One forward pass: what entered each layer, what each hidden layer let through, and the head's logits."""
+    """One forward pass.
+
+    Attributes:
+        inputs: the inputs of each layer, [samples, d_in].
+        gates: the derivative of each hidden layer's ReLU and dropout, [samples, d_out].
+        logits: of the task's head, [samples, classes].
+    """
 
     inputs: list[Array]
     gates: list[Array]
@@ -41,7 +48,7 @@ class _Pass:
 
 
 class ReferenceLearner(Learner):
-    """A multi-layer perceptron, fc1 - ReLU - fc2 - ReLU - a head per task; the heads have no bias."""
+    """A multi-layer perceptron: fc1 - ReLU - fc2 - ReLU - a head for each task. The heads have no bias."""
 
     def __init__(
         self,
@@ -57,9 +64,9 @@ class ReferenceLearner(Learner):
         Args:
             stream: the tasks.
             hidden: the widths of the two hidden layers.
-            bias: whether they have biases, which begin at zero.
-            dropout: the probability with which a hidden unit is dropped in training.
-            seed: names the draw of the weights.
+            bias: whether the hidden layers have biases; these start at zero.
+            dropout: the probability that a hidden unit is dropped in training.
+            seed: of the generator that draws the weights.
         """
         dataset = stream.dataset
         self._dataset = dataset
@@ -71,17 +78,17 @@ class ReferenceLearner(Learner):
         self.heads = [frozenset({f"{head}.weight"}) for head in self._heads]
         self.projectable = frozenset({"fc1.weight", "fc2.weight"})
         self.running_statistics = frozenset()
-        draw = random_generator(seed, "weights")
+        rng = random_generator(seed, "weights")
         self._parameters: dict[str, Array] = {}
         shapes = {"fc1": (hidden[0], self._inputs.shape[1]), "fc2": (hidden[1], hidden[0])}
         shapes |= dict.fromkeys(self._heads, (stream.classes_per_task, hidden[1]))
         for layer, shape in shapes.items():
-            self._parameters[f"{layer}.weight"] = draw.normal(scale=np.sqrt(2 / shape[1]), size=shape)
+            self._parameters[f"{layer}.weight"] = rng.normal(scale=np.sqrt(2 / shape[1]), size=shape)
             if bias and layer not in self._heads:
                 self._parameters[f"{layer}.bias"] = np.zeros(shape[0])
 
     def batch_statistics(self, indices: Indices, batch_size: int) -> Iterator[tuple[int, Params]]:
-        """Yield nothing."""
+        """Yield nothing: the network has no running statistics."""
         return iter(())
 
     def parameters(self) -> Params:
@@ -103,7 +110,7 @@ class ReferenceLearner(Learner):
         """Take one step on each batch."""
         total, samples, region = 0.0, 0, constraint.region
         theta = self.parameters() | ({} if region is None else dict(region.scales))
-        # A diverging run overflows; the loop sees it in the loss and says so.
+        # A diverging run overflows. The loop checks the loss and raises the error, so NumPy need not warn.
         with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
             self._work_with(theta, region)
             for batch, rate in zip(batches, rates, strict=True):
@@ -135,7 +142,7 @@ class ReferenceLearner(Learner):
     def taps(
         self, task: int, indices: Indices, batch_size: int, mode: TapMode, rng: np.random.Generator
     ) -> Iterator[Taps]:
-        """Yield each batch's taps: one position a sample."""
+        """Yield each batch's taps; every layer has one position a sample."""
         for rows in _chunks(indices, batch_size):
             forward = self._forward(task, rows, rng if mode == "published" else None)
             if mode == "inputs":
@@ -160,13 +167,13 @@ class ReferenceLearner(Learner):
 
     def _tangent(self, task: int, forward: _Pass, direction: Params) -> Array:
         """Return the derivative of the logits along a direction, [samples, classes]."""
-        moved = np.zeros_like(forward.inputs[0])
+        tangent = np.zeros_like(forward.inputs[0])
         for layer, a, gate in zip(self._layers(task), forward.inputs, [*forward.gates, 1.0], strict=True):
-            moved = moved @ self._parameters[f"{layer}.weight"].T + a @ direction[f"{layer}.weight"].T
+            tangent = tangent @ self._parameters[f"{layer}.weight"].T + a @ direction[f"{layer}.weight"].T
             if f"{layer}.bias" in self._parameters:
-                moved = moved + direction[f"{layer}.bias"]
-            moved = moved * gate
-        return moved
+                tangent = tangent + direction[f"{layer}.bias"]
+            tangent = tangent * gate
+        return tangent
 
     def _layers(self, task: int) -> tuple[str, str, str]:
         return ("fc1", "fc2", self._heads[task])
@@ -179,7 +186,7 @@ class ReferenceLearner(Learner):
     def _forward(
         self, task: int, rows: Indices, rng: np.random.Generator | None = None, views: Views | None = None
     ) -> _Pass:
-        """Run the network; with dropout if there is a generator, on images as views show them if there are any."""
+        """Run the network: with dropout if there is a generator, on augmented images if there are views."""
         seen = self._inputs[rows] if views is None else self._normalised(cropped(self._dataset.images[rows], views))
         inputs, gates = [seen], []
         for layer in self._layers(task)[:2]:
@@ -192,14 +199,14 @@ class ReferenceLearner(Learner):
         return _Pass(inputs, gates, inputs[-1] @ self._parameters[f"{self._heads[task]}.weight"].T)
 
     def _backward(self, task: int, forward: _Pass, at_head: Array) -> list[Array]:
-        """Return the gradient by each layer's output, [samples, d_out], first layer first, given that by the logits."""
+        """Return the gradients with respect to each layer's outputs, [samples, d_out], given those at the logits."""
         _, fc2, head = self._layers(task)
         at_fc2 = at_head @ self._parameters[f"{head}.weight"] * forward.gates[1]
         at_fc1 = at_fc2 @ self._parameters[f"{fc2}.weight"] * forward.gates[0]
         return [at_fc1, at_fc2, at_head]
 
     def _gradients(self, task: int, forward: _Pass, labels: Indices) -> dict[str, Array]:
-        """Return the gradient of the batch's mean loss by every parameter that takes part."""
+        """Return the gradient of the batch's mean loss with respect to every parameter that it depends on."""
         gradients = {}
         output_gradients = self._backward(task, forward, _loss_gradient(forward.logits, labels))
         for layer, a, g in zip(self._layers(task), forward.inputs, output_gradients, strict=True):
@@ -209,7 +216,7 @@ class ReferenceLearner(Learner):
         return gradients
 
     def _work_with(self, theta: Params, region: Region | None) -> Region | None:
-        """Let the network work with these weights, as the region with the scales among them has them."""
+        """Assign the weights, or, in a region, the effective weights; return the region with the scales in theta."""
         if region is not None:
             region = region.with_scales({key: theta[key] for key in region.scales})
             theta = region.effective(theta)
@@ -223,12 +230,12 @@ def _log_softmax(logits: Array) -> Array:
 
 
 def _loss_gradient(logits: Array, labels: Indices) -> Array:
-    """The gradient of each sample's cross-entropy by its logits: p - e_label."""
+    """Return the gradient of each sample's cross-entropy with respect to its logits: p - e_label."""
     return np.exp(_log_softmax(logits)) - np.eye(logits.shape[1])[labels]
 
 
 def _at_logits(logits: Array, labels: Indices, mode: TapMode, rng: np.random.Generator) -> Iterator[Array]:
-    """Yield the gradients by the logits that a mode's taps begin with."""
+    """Yield the gradients at the logits from which a mode's backward passes start."""
     p = np.exp(_log_softmax(logits))
     if mode == "true":
         for label in range(logits.shape[1]):
@@ -236,8 +243,8 @@ def _at_logits(logits: Array, labels: Indices, mode: TapMode, rng: np.random.Gen
     elif mode == "logit":
         yield np.eye(logits.shape[1])[labels]
     elif mode == "sampled":
-        drawn = (np.log(p) + rng.gumbel(size=logits.shape)).argmax(axis=1)  # a draw from p
-        yield _loss_gradient(logits, drawn)
+        sampled = (np.log(p) + rng.gumbel(size=logits.shape)).argmax(axis=1)  # a draw from p, by the Gumbel-max trick
+        yield _loss_gradient(logits, sampled)
     else:
         yield _loss_gradient(logits, logits.argmax(axis=1) if mode == "published" else labels)
 
@@ -247,15 +254,15 @@ def _losses(logits: Array, labels: Indices) -> Array:
 
 
 def cropped(images: NDArray[np.uint8], views: Views) -> NDArray[np.uint8]:
-    """Return images [N, C, H, W] padded with black, cropped at the offsets, and flipped left to right where told."""
+    """Return images [N, C, H, W], padded with black, then cropped and flipped as the views say."""
     height, width = images.shape[2:]
     border = int(np.abs(views.offsets).max())
     padded = np.pad(images, ((0, 0), (0, 0), (border, border), (border, border)))
-    seen = []
+    crops = []
     for image, (down, right), flip in zip(padded, views.offsets, views.flips, strict=True):
         crop = image[:, border + down : border + down + height, border + right : border + right + width]
-        seen.append(crop[:, :, ::-1] if flip else crop)
-    return np.stack(seen)
+        crops.append(crop[:, :, ::-1] if flip else crop)  # from left to right
+    return np.stack(crops)
 
 
 def _chunks(indices: Indices, size: int) -> Iterator[Indices]:

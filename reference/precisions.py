@@ -1,7 +1,7 @@
 """Precision matrices by structure and the Gaussian posterior, each from its definition.
 
-Convention: float64; parameters are flat vectors [d] and precisions dense matrices [d, d]; a likelihood is that of all
-samples, a sum.
+Convention: float64. Parameters are flat vectors [d] and precisions are dense matrices [d, d]. A log-likelihood is the
+sum over all samples.
 """
 
 import numpy as np
@@ -20,7 +20,7 @@ Array = NDArray[np.float64]
 
 
 def kronecker_matrix(a: Array, g: Array, damping: float) -> Array:
-    """Return P[(o, i), (p, j)] = G[o, p] A[i, j] + damping on the diagonal, for a weight [d_out, d_in] row by row."""
+    """Return P[(o, i), (p, j)] = G[o, p] A[i, j] + damping on the diagonal, for a weight [d_out, d_in], row by row."""
     d_out, d_in = len(g), len(a)
     matrix = np.zeros((d_out * d_in, d_out * d_in))
     for o in range(d_out):
@@ -32,7 +32,7 @@ def kronecker_matrix(a: Array, g: Array, damping: float) -> Array:
 
 
 def low_rank_matrix(factor: Array, scales: Array, diagonal: Array) -> Array:
-    """Return the sum over columns u of s u u^T, plus the diagonal; factor [d, r]."""
+    """Return the sum over the factor's columns u of s u u^T, plus the diagonal; the factor is [d, r]."""
     matrix = np.diag(diagonal)
     for scale, column in zip(scales, factor.T, strict=True):
         matrix = matrix + scale * np.outer(column, column)
@@ -40,7 +40,7 @@ def low_rank_matrix(factor: Array, scales: Array, diagonal: Array) -> Array:
 
 
 def block_diagonal(*blocks: Array) -> Array:
-    """Return the matrix that has these on its diagonal, in order."""
+    """Return the matrix that has these blocks on its diagonal, in their order, and zeros elsewhere."""
     total = np.zeros((sum(map(len, blocks)), sum(map(len, blocks))))
     start = 0
     for block in blocks:
@@ -60,19 +60,19 @@ def log_gaussian(x: Array, mean: Array, covariance: Array) -> float:
 def regression_posterior(
     x: Array, y: Array, noise_precision: float, mean: Array, precision: Array
 ) -> tuple[Array, Array]:
-    """Return mean and precision of the weights of y = x w + noise, given the prior's (Bishop 2006, eqs. 3.50 and 3.51).
+    """Return the posterior mean and precision of w in y = x w + noise (Bishop 2006, equations 3.50 and 3.51).
 
     Args:
         x: inputs, [samples, d].
         y: targets, [samples].
-        noise_precision: beta, of each target's Gaussian noise.
-        mean: the prior's, [d].
-        precision: the prior's, [d, d].
+        noise_precision: beta, the precision of each target's Gaussian noise.
+        mean: the mean of the prior, [d].
+        precision: the precision of the prior, [d, d].
     """
     total = precision + noise_precision * x.T @ x
     return np.linalg.inv(total) @ (precision @ mean + noise_precision * x.T @ y), total
 
 
 def regression_evidence(x: Array, y: Array, noise_precision: float, mean: Array, precision: Array) -> float:
-    """Return log p(y | x): y is Gaussian with mean x m and covariance x P^-1 x^T + 1/beta."""
+    """Return log p(y | x), where y is Gaussian with mean x m and covariance x P^-1 x^T + I / beta."""
     return log_gaussian(y, x @ mean, x @ np.linalg.inv(precision) @ x.T + np.eye(len(y)) / noise_precision)

@@ -1,7 +1,7 @@
-"""Gradient projectors, each from its paper's formulas, by the singular value decomposition of the data themselves.
+"""Gradient projectors, each from its paper's formulas, by singular value decompositions of the data (not of Grams).
 
-Convention: float64; R is a task's inputs (patches) as columns, [d_in, n], G a weight's gradients as rows, [rows, d_in],
-bases are orthonormal columns; a projector acts on rows from the right, rows P.
+Convention: float64. R has a task's inputs (patches) as columns, [d_in, n]. G has a weight's gradients as rows,
+[rows, d_in]. The columns of a basis are orthonormal. A projector P acts on rows from the right: rows P.
 """
 
 from collections.abc import Sequence
@@ -27,34 +27,34 @@ Array = NDArray[np.float64]
 
 
 def projection(basis: Array, importance: Array | None = None) -> Array:
-    """Return P = I - M diag(importance) M^T; importances of 1 if none are given."""
+    """Return P = I - M diag(importance) M^T; without importances, all are 1."""
     weights = np.ones(basis.shape[1]) if importance is None else importance
     return np.eye(len(basis)) - basis @ np.diag(weights) @ basis.T
 
 
 def gpm_basis(basis: Array | None, representation: Array, epsilon: float) -> Array:
-    """Return GPM's basis after one more task (Saha 2021, eqs. 5, 8 and 9), by the SVD of the stacked inputs.
+    """Return GPM's basis after one more task (Saha 2021, equations 5, 8 and 9), by the SVD of the residual.
 
     Args:
-        basis: orthonormal columns [d_in, k] of the tasks so far; None before the first.
+        basis: the basis of the tasks so far, [d_in, k]; None before the first.
         representation: R of the task.
-        epsilon: the share of the representation's energy that the basis must hold.
+        epsilon: the share of the representation's energy that the basis must contain.
     """
-    kept = np.zeros((len(representation), 0)) if basis is None else basis
-    residual = representation - kept @ kept.T @ representation
+    old = np.zeros((len(representation), 0)) if basis is None else basis
+    residual = representation - old @ old.T @ representation
     total = np.sum(representation**2)
     captured = total - np.sum(residual**2)
     if captured >= epsilon * total:
-        return kept
+        return old
     vectors, sigma, _ = np.linalg.svd(residual, full_matrices=False)
     count = 0
-    while captured < epsilon * total and count < min(len(sigma), len(kept) - kept.shape[1]):
+    while captured < epsilon * total and count < min(len(sigma), len(old) - old.shape[1]):
         captured += sigma[count] ** 2
         count += 1
-    return np.hstack([kept, vectors[:, :count]])
+    return np.hstack([old, vectors[:, :count]])
 
 
-def _scaled(sigma: NDArray[np.floating[Any]], scale: float) -> Array:
+def _importances(sigma: NDArray[np.floating[Any]], scale: float) -> Array:
     return np.asarray((scale + 1) * sigma / (scale * sigma + sigma.max()))
 
 
@@ -64,32 +64,32 @@ def sgp_space(
     """Return SGP's basis and importances after one more task (Saha 2023), by the SVDs of R' and M M^T R.
 
     Args:
-        space: basis and importances of the tasks so far; None before the first.
+        space: the basis and the importances of the tasks so far; None before the first.
         representation: R of the task.
         epsilon: GPM's threshold.
-        scale: s of the importances.
+        scale: s in the formula of the importances.
     """
     old = None if space is None else space[0]
     basis = gpm_basis(old, representation, epsilon)
     if space is None or old is None:
         sigma = np.linalg.svd(representation, compute_uv=False)[: basis.shape[1]]
-        return basis, _scaled(sigma, scale)
+        return basis, _importances(sigma, scale)
     rank = old.shape[1]
     projected = old @ old.T @ representation
     u, s, _ = np.linalg.svd(projected, full_matrices=False)
     on_old = np.sqrt((old.T @ u) ** 2 @ s**2)
     new = np.linalg.svd(representation - projected, compute_uv=False)[: basis.shape[1] - rank]
-    found = _scaled(np.concatenate([on_old, new]), scale)
-    found[:rank] = np.clip(found[:rank] + space[1], 0, 1)
-    return basis, found
+    importance = _importances(np.concatenate([on_old, new]), scale)
+    importance[:rank] = np.clip(importance[:rank] + space[1], 0, 1)
+    return basis, importance
 
 
 def gpcns_bases(gradients: Sequence[Array], epsilons: Sequence[float]) -> list[Array]:
     """Return V_1, V_2, … of GPCNS, the leading right singular vectors of the gradients of all tasks so far.
 
     Args:
-        gradients: for each task, its gradients as rows.
-        epsilons: for each task, its threshold.
+        gradients: one array for each task, with the task's gradients as rows.
+        epsilons: one threshold for each task.
     """
     bases = []
     for task, epsilon in enumerate(epsilons):
@@ -99,45 +99,45 @@ def gpcns_bases(gradients: Sequence[Array], epsilons: Sequence[float]) -> list[A
 
 
 def gpcns_space(gradients: Sequence[Array], epsilons: Sequence[float], scale: float) -> tuple[Array, Array]:
-    """Return the basis and importances of GPCNS after some tasks (Yang 2024), by the SVD of all V side by side.
+    """Return the basis and the importances of GPCNS after these tasks (Yang 2024), by the SVD of all V side by side.
 
     Args:
-        gradients: for each task, its gradients as rows.
-        epsilons: for each task, its threshold.
-        scale: s of the importances.
+        gradients: one array for each task, with the task's gradients as rows.
+        epsilons: one threshold for each task.
+        scale: s in the formula of the importances.
     """
     bases = gpcns_bases(gradients, epsilons)
     if len(bases) == 1:
         return bases[0], np.ones(bases[0].shape[1])
     u, sigma, _ = np.linalg.svd(np.hstack(bases), full_matrices=False)
     count = int(np.sum(np.cumsum(sigma) <= epsilons[-1] * sigma.sum()))
-    return u[:, :count], _scaled(sigma[:count], scale) if count else sigma[:0]
+    return u[:, :count], _importances(sigma[:count], scale) if count else sigma[:0]
 
 
 def nscl_null_space(representations: Sequence[Array], ratio: float) -> Array:
-    """Return V [d_in, j], eigenvectors of the summed covariances with eigenvalue <= ratio x the least (Wang 2021)."""
+    """Return V [d_in, j]: eigenvectors of the summed covariances with values <= ratio x the smallest (Wang 2021)."""
     covariance = np.sum([r @ r.T / r.shape[1] for r in representations], axis=0)
     vectors, values, _ = np.linalg.svd(covariance)
     return np.asarray(vectors[:, values <= ratio * values[-1]])
 
 
 def trgp_bases(basis: Array | None, representation: Array, epsilon: float) -> tuple[Array, Array]:
-    """Return the union of bases and the task's own, after one more task (Lin 2022)."""
-    kept = np.zeros((len(representation), 0)) if basis is None else basis
-    vectors, sigma, _ = np.linalg.svd(representation - kept @ kept.T @ representation, full_matrices=False)
-    candidates = np.hstack([kept, vectors])
-    energy = np.concatenate([np.sum((kept.T @ representation) ** 2, axis=1), sigma**2])
+    """Return the union of all tasks' bases and the basis of the task itself, after one more task (Lin 2022)."""
+    old = np.zeros((len(representation), 0)) if basis is None else basis
+    vectors, sigma, _ = np.linalg.svd(representation - old @ old.T @ representation, full_matrices=False)
+    candidates = np.hstack([old, vectors])
+    energy = np.concatenate([np.sum((old.T @ representation) ** 2, axis=1), sigma**2])
     chosen: list[int] = []
     for candidate in np.argsort(-energy, kind="stable").tolist():
         if np.sum(energy[chosen]) >= epsilon * np.sum(representation**2):
             break
         chosen.append(candidate)
-    new = sorted(candidate for candidate in chosen if candidate >= kept.shape[1])
-    return np.hstack([kept, candidates[:, new]]), candidates[:, chosen]
+    new = sorted(candidate for candidate in chosen if candidate >= old.shape[1])
+    return np.hstack([old, candidates[:, new]]), candidates[:, chosen]
 
 
 def trusted_tasks(gradient: Array, bases: Sequence[Array]) -> list[int]:
-    """Return the at most two tasks with the largest |G B B^T|, where that exceeds |G| / 2, the largest first."""
+    """Return the tasks with the largest |G B B^T|, at most two, and only above |G| / 2; the largest first."""
     norms = [float(np.linalg.norm(gradient @ b @ b.T)) for b in bases]
     order = np.argsort([-norm for norm in norms], kind="stable")[:2]
     return [int(task) for task in order if norms[task] > 0.5 * np.linalg.norm(gradient)]
@@ -152,18 +152,21 @@ def effective_weight(weight: Array, bases: Sequence[Array], scales: Sequence[Arr
 
 
 def ogd_directions(gradients: Sequence[Array], capacity: int) -> Array:
-    """Return OGD's directions as rows, each task's leading ones beside those kept, in equal shares of the capacity.
+    """Return OGD's directions as rows; every task has an equal share of the capacity.
+
+    A task's directions are the leading singular directions of its gradients after their part in the older directions
+    was removed.
 
     Args:
-        gradients: for each task, its samples' gradients as rows, [samples, d].
-        capacity: how many directions are kept in all.
+        gradients: one array for each task, with its samples' gradients as rows, [samples, d].
+        capacity: the largest number of directions in all.
     """
     blocks: list[Array] = []
     for index, rows in enumerate(gradients):
         shares = [capacity // (index + 1) + (task < capacity % (index + 1)) for task in range(index + 1)]
         blocks = [block[:share] for block, share in zip(blocks, shares, strict=False)]
-        kept = np.vstack([np.zeros((0, rows.shape[1])), *blocks])
-        residual = rows - rows @ kept.T @ kept
+        old = np.vstack([np.zeros((0, rows.shape[1])), *blocks])
+        residual = rows - rows @ old.T @ old
         _, sigma, vh = np.linalg.svd(residual, full_matrices=False)
         rank = int(np.sum(sigma > 1e-7 * np.linalg.norm(rows)))
         blocks.append(vh[: min(rank, shares[-1])])

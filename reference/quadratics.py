@@ -1,8 +1,10 @@
-"""The least value of a quadratic b.a + 1/2 a.C.a in the box and on the simplex, face by face.
+"""The least value of a quadratic b.a + 1/2 a.C.a in the box and on the simplex, by a search over all faces.
 
-Convention: float64; slope b [K], curvature C [K, K], symmetric. A minimum is a point of some face (some coefficients at
-a bound, the others free) where the derivative along the face vanishes; so the lowest feasible one of all faces'
-stationary points is it, whether C is definite or not. Where a face has many, one of its own faces has a point as low.
+On a face, some coefficients are at a bound and the others are free. At a minimum, the derivative along the minimum's
+face is zero. So the minimum is the lowest among the feasible stationary points of all faces, whether C is definite or
+not. If a face has many stationary points, one of its own faces has a point that is as low.
+
+Convention: float64; slope b [K], curvature C [K, K], symmetric.
 """
 
 from collections.abc import Iterator
@@ -27,8 +29,8 @@ def minimum_in_box(slope: Array, curvature: Array) -> float:
     for face in product((0.0, 1.0, None), repeat=len(slope)):
         a = np.array([0.0 if bound is None else bound for bound in face])
         free = [k for k, bound in enumerate(face) if bound is None]
-        for part in _stationary(curvature[np.ix_(free, free)], slope[free] + curvature[free] @ a):
-            a[free] = part
+        for solution in _stationary(curvature[np.ix_(free, free)], slope[free] + curvature[free] @ a):
+            a[free] = solution
             if np.all(a >= 0) and np.all(a <= 1):
                 lowest = min(lowest, height(slope, curvature, a))
     return lowest
@@ -41,7 +43,7 @@ def minimum_on_simplex(slope: Array, curvature: Array) -> float:
         if not any(face):
             continue
         first, *others = np.flatnonzero(face).tolist()
-        # a = e_first + sum_k t_k (e_k - e_first): no constraint is left but the signs.
+        # With a = e_first + sum_k t_k (e_k - e_first) the sum is always 1; only the signs remain to be checked.
         origin = np.eye(len(slope))[first]
         directions = np.eye(len(slope))[others] - origin
         for t in _stationary(directions @ curvature @ directions.T, directions @ (slope + curvature @ origin)):
@@ -52,7 +54,7 @@ def minimum_on_simplex(slope: Array, curvature: Array) -> float:
 
 
 def _stationary(curvature: Array, slope: Array) -> Iterator[Array]:
-    """Yield where the derivative vanishes, if it does anywhere."""
+    """Yield a point at which the derivative is zero, if there is one."""
     solution = np.zeros(0)
     if len(slope):
         solution = np.asarray(np.linalg.lstsq(curvature, -slope, rcond=None)[0], dtype=np.float64)

@@ -108,10 +108,9 @@ def requested_jobs(request: Request, backend: Backend) -> list[Job]:
         raise BecameError("give at least one method and one seed.")
     if min(seeds) < 0:
         raise BecameError(f"the seed {min(seeds)} is negative; give 0 or more.")
-    if request.projector not in (None, *projector_names()):
-        raise BecameError(
-            f"there is no projector '{request.projector}'{nearest(request.projector, projector_names())}."
-        )
+    projector = request.projector
+    if projector is not None and projector not in projector_names():
+        raise BecameError(f"there is no projector '{projector}'{nearest(projector, projector_names())}.")
     names = [full_method_name(method, projector) for method in methods]
     configurations = {name: Configuration.of(values, name, preset) for name in names}
     benchmark = configurations[names[0]].benchmark

@@ -1,4 +1,4 @@
-"""Continual learning: task streams, the learner protocol, methods, and the loop that runs them."""
+"""Continual learning: task streams, the base class of learners, methods, and ``learn``, the loop that runs them."""
 
 from became_core.continual.callbacks import Callback
 from became_core.continual.data import (

@@ -1,8 +1,8 @@
-"""Callbacks: what looks on while a run learns, its one extension point.
+"""Callbacks: objects that observe a run.
 
-A callback is told, in this order, that the run begins or goes on; of every epoch's end, and then of the state; of every
-task's end, and then of the state; and that the run has ended. It changes nothing: states and events are values. What a
-callback raises ends the run.
+``learn`` calls them in this order: when the run begins or goes on; after every epoch, with the epoch and then with the
+state; after every task, with the task and then with the state; and when the run has ended. A callback cannot change the
+run, because states and events are immutable values. An exception that a callback raises ends the run.
 
     class Printer(Callback):
         def on_task_end(self, event: TaskEnd) -> None:
@@ -20,56 +20,76 @@ __all__ = ["Callback", "CallbackList"]
 
 
 class Callback:
-    """Looks on, and does nothing; a subclass does something where it says so."""
+    """Observes a run. Every method does nothing; a subclass overrides those that it needs."""
 
     def on_run_begin(self, state: RunState) -> None:
-        """Be told what the run begins with: before the first epoch, or where an earlier run of it was interrupted."""
+        """Do something before the first epoch, or before the first epoch after an interruption.
+
+        Args:
+            state: the state that the run begins with.
+        """
 
     def on_epoch_end(self, event: EpochEnd) -> None:
-        """Be told how an epoch went."""
+        """Do something after an epoch.
+
+        Args:
+            event: the losses and the learning rate of the epoch.
+        """
 
     def on_task_end(self, event: TaskEnd) -> None:
-        """Be told how all tasks so far score, now that one more has been learned."""
+        """Do something after a task.
+
+        Args:
+            event: the accuracies on all tasks that have been learned, this one included.
+        """
 
     def on_state(self, state: RunState) -> None:
-        """Be given the state after an epoch or a task, once all callbacks know of its end.
+        """Do something with the state after an epoch or a task, when all callbacks have had the event.
 
-        ``learn`` goes on from it as if there had been no interruption: to keep it is to make a checkpoint, and to raise
-        here is to stop between two epochs. After a task it has no ``stage``, and its record has the task.
+        To store the state is to make a checkpoint, because ``learn`` goes on from it as if there had been no
+        interruption. To raise an exception here is to stop between two epochs.
+
+        Args:
+            state: after an epoch, its ``stage`` is the present one. After a task, its ``stage`` is None and its record
+                has the task.
         """
 
     def on_run_end(self, record: RunRecord) -> None:
-        """Be told that all tasks are learned, and how; not if the run ends with an error."""
+        """Do something after all tasks have been learned; it is not called if the run ends with an error.
+
+        Args:
+            record: of the whole run.
+        """
 
 
 class CallbackList(Callback):
-    """Several callbacks as one; each is called in their order."""
+    """Several callbacks as one; each of its methods calls that of every callback, in their order."""
 
     def __init__(self, callbacks: Sequence[Callback]) -> None:
-        """Hold them."""
+        """Store the callbacks."""
         self.callbacks = tuple(callbacks)
 
     def on_run_begin(self, state: RunState) -> None:
-        """Tell each."""
-        for each in self.callbacks:
-            each.on_run_begin(state)
+        """Call every callback."""
+        for callback in self.callbacks:
+            callback.on_run_begin(state)
 
     def on_epoch_end(self, event: EpochEnd) -> None:
-        """Tell each."""
-        for each in self.callbacks:
-            each.on_epoch_end(event)
+        """Call every callback."""
+        for callback in self.callbacks:
+            callback.on_epoch_end(event)
 
     def on_task_end(self, event: TaskEnd) -> None:
-        """Tell each."""
-        for each in self.callbacks:
-            each.on_task_end(event)
+        """Call every callback."""
+        for callback in self.callbacks:
+            callback.on_task_end(event)
 
     def on_state(self, state: RunState) -> None:
-        """Give it to each."""
-        for each in self.callbacks:
-            each.on_state(state)
+        """Call every callback."""
+        for callback in self.callbacks:
+            callback.on_state(state)
 
     def on_run_end(self, record: RunRecord) -> None:
-        """Tell each."""
-        for each in self.callbacks:
-            each.on_run_end(record)
+        """Call every callback."""
+        for callback in self.callbacks:
+            callback.on_run_end(record)

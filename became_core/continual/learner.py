@@ -1,17 +1,17 @@
-"""The learner: the whole contract of an adapter, and what is done with any learner.
+"""The base class of learners, which is all that an adapter must implement, and functions for any learner.
 
-A learner holds a network, places a data set on its device once, and knows nothing of methods, schedules or tasks beyond
-which head a batch is for. Parameters are named arrays of the learner's framework; everything random that it does
-is a function of the generator of random numbers that it is given.
+A learner has a network, and places a data set on its device once. It knows nothing about methods and schedules; of a
+task it knows only its head. Parameters are named arrays of the learner's framework. All random numbers come from the
+generators that the learner is given.
 
-Running statistics of normalisation layers are a function of a model's weights and of the images that it learned last.
-They are no exponential averages of what was seen in training, but are estimated afresh for the weights as they are, in
-one pass over the training images: exact, the same on every backend, and there for merged weights as for trained ones
-(as is usual after averaging weights: Izmailov et al., UAI 2018). So theta_gp, theta_hat and the best model of a stage
-have statistics of their own, and gradients, optimisers, projectors, penalties, curvature and delta leave them out.
+The running statistics of a normalisation layer are a function of the weights and of the images that were learned last.
+They are not exponential averages over training. Instead they are estimated for the present weights in one pass over the
+training images, so they are exact, the same on every backend, and available for merged weights too; this is usual after
+averaging weights (Izmailov et al., UAI 2018). theta_gp, theta_hat and the best model of a stage therefore have
+statistics of their own. Gradients, optimisers, projectors, penalties, curvature and delta do not include them.
 
-Convention: the statistics of a layer are ``NAME.running_mean`` and ``NAME.running_var``, the biased variance; the mean
-and the variance over all images of what the layer sees when the layers before it normalise by each batch's own
+Convention: the statistics of a layer are ``NAME.running_mean`` and ``NAME.running_var``. They are the mean and the
+biased variance of the layer's inputs over all images, when the layers before it normalise by each batch's own
 statistics, without dropout.
 """
 
@@ -47,12 +47,12 @@ MEAN, VARIANCE = ".running_mean", ".running_var"
 
 
 class Batch(NamedTuple):
-    """One step's samples: all of one task, since a head and batch statistics belong to a task.
+    """The samples of one training step. All are of one task, because a head and batch statistics belong to one task.
 
     Attributes:
-        task: whose head they are for.
+        task: the number of the task, and of its head.
         indices: the rows of the data set.
-        views: how each image is seen; None for images as they are.
+        views: the crop and flip of each image; None for the original images.
     """
 
     task: int
@@ -61,14 +61,14 @@ class Batch(NamedTuple):
 
 
 class Learner(ABC):
-    """A network on a device, with the data it learns from.
+    """A network on a device, with the data that it learns from.
 
     Attributes:
         heads: for each task, the names of the parameters that are its own.
-        projectable: names of the shared weights that taps describe as matrices, which a projector can protect.
-        running_statistics: names of what ``parameters`` holds beside weights: running statistics of normalisation
-            layers, if there are any. They are used in all but training and in taps of the mode "published", and
-            changed by ``assign`` alone.
+        projectable: the names of the shared weights that taps describe as matrices, which a projector can protect.
+        running_statistics: the names of those entries of ``parameters`` that are running statistics of normalisation
+            layers and not weights. The network uses them except in training and in taps of the mode "published". Only
+            ``assign`` changes them.
     """
 
     heads: Sequence[frozenset[str]]
@@ -77,18 +77,18 @@ class Learner(ABC):
 
     @abstractmethod
     def parameters(self) -> Params:
-        """Return all parameters by canonical name; the arrays do not change when training goes on."""
+        """Return all parameters by their canonical names; later training does not change the returned arrays."""
 
     @abstractmethod
     def assign(self, parameters: Params) -> None:
-        """Set the parameters."""
+        """Set all parameters."""
 
     @contextmanager
     def at(self, theta: Params) -> Iterator[None]:
-        """Give the learner these parameters inside the context, and its own ones again after it.
+        """Set parameters inside the context, and restore the learner's own ones after it.
 
         Args:
-            theta: by name; a parameter that is not named keeps its value.
+            theta: by name; a parameter that is missing keeps its value.
         """
         before = self.parameters()
         self.assign(before | theta)
@@ -106,73 +106,84 @@ class Learner(ABC):
         optimiser: Optimiser,
         rng: np.random.Generator,
     ) -> Trained:
-        """Take a step on the mean cross-entropy of each batch: gradient, penalty, optimiser, projector, in this order.
+        """Take one step on the mean cross-entropy of each batch; ``Constraint.directions`` computes its direction.
 
         Args:
-            batches: in order.
-            rates: each step's learning rate.
+            batches: the batches, in the order of the steps.
+            rates: the learning rate of each step.
             constraint: what every step must respect.
-            optimiser: as ``initial`` returned it for what is trained, or as an earlier call left it.
-            rng: where dropout is drawn from.
+            optimiser: what ``initial`` returned for the parameters that are trained, or what an earlier call returned.
+            rng: the generator that dropout is drawn from.
         """
 
     @abstractmethod
     def logits(self, indices: Indices, batch_size: int) -> Array:
-        """Return the logits of all heads, [samples, tasks, classes], computed without dropout, batch by batch."""
+        """Return the logits of all heads, [samples, tasks, classes], computed batch by batch and without dropout."""
 
     @abstractmethod
     def batch_statistics(self, indices: Indices, batch_size: int) -> Iterator[tuple[int, Params]]:
-        """Yield each batch's size and its own mean and variance for every layer that has running statistics.
+        """Yield each batch's size, and its mean and biased variance for every layer that has running statistics.
 
-        They go by the names of the running statistics, and are computed without dropout, every layer normalising by
-        the batch's own statistics. Where a layer runs several times in one pass, the later runs are yielded by
-        themselves, with the batch's size again.
+        They have the names of the running statistics. They are computed without dropout, while every layer normalises
+        by the batch's own statistics. If a layer runs several times in one pass, each later run is yielded separately,
+        with the batch's size again.
         """
 
     @abstractmethod
     def targets(self, indices: Indices) -> Array:
-        """Return the labels within the task, integers [samples], on the device of the logits."""
+        """Return the labels of these rows within their task, integers [samples], on the device of the logits."""
 
     @abstractmethod
     def taps(
         self, task: int, indices: Indices, batch_size: int, mode: TapMode, rng: np.random.Generator
     ) -> Iterator[Taps]:
-        """Yield each batch's taps of all layers that the task's loss depends on.
+        """Yield the taps of each batch, of all layers that the task's loss depends on.
 
-        They come in the order of the batches; one for each batch, or in the mode "true" as many as the task has
-        classes, one after the other. ``became_core.curvature.TapMode`` says what the modes are; in all but "published"
-        there is no dropout, and batch statistics are constants.
+        There is one set of taps for each batch, in the order of the batches. In the mode "true" a batch has as many
+        sets as the task has classes, one after the other. ``became_core.curvature.TapMode`` defines the modes.
+
+        Args:
+            task: the number of the task, and of its head.
+            indices: the rows of the data set.
+            batch_size: how many rows a batch has; the last may have fewer.
+            mode: the gradients with which backward passes begin.
+            rng: the generator that the modes "sampled" and "published" draw from.
         """
 
     @abstractmethod
     def pushforward(
         self, task: int, indices: Indices, batch_size: int, directions: Sequence[Params]
     ) -> Iterator[Pushforward]:
-        """Yield each batch's logits of the task's head with their derivatives along directions in parameter space.
+        """Yield each batch's logits of the task's head, and their derivatives along directions in parameter space.
 
-        There is no dropout. Batch statistics are part of the function that is differentiated, as they are in
-        evaluation; running statistics are constants, and a direction's entries for them have no meaning.
+        There is no dropout. If the network uses batch statistics in evaluation, they are differentiated. Running
+        statistics are constants, and entries of a direction for them have no effect.
+
+        Args:
+            task: the number of the task, and of its head.
+            indices: the rows of the data set.
+            batch_size: how many rows a batch has; the last may have fewer.
+            directions: K directions, each by parameter.
         """
 
 
 def heads_of(learner: Learner) -> frozenset[str]:
-    """Return the names of all heads' parameters."""
+    """Return the names of the parameters of all heads."""
     return frozenset[str]().union(*learner.heads)
 
 
 def weights_of(learner: Learner) -> Params:
-    """Return a learner's parameters without running statistics."""
+    """Return a learner's parameters without its running statistics."""
     statistics = learner.running_statistics
     return {name: value for name, value in learner.parameters().items() if name not in statistics}
 
 
 @contextmanager
 def seen_through(learner: Learner, view: View | None) -> Iterator[None]:
-    """Let a learner work with a view's effective weights inside the context; with its own ones if there is no view.
+    """Set a learner's parameters to the effective weights of a view inside the context; do nothing if there is no view.
 
-    TRGP lets every task work with weights of its own, W + sum_j W B_j (Q_j - I) B_j^T, of which W alone is shared.
-    A learner knows of them in training only; whatever else is asked of it about a task is asked in this context.
-    PackNet's and HAT's tasks see a part of the weights each, in evaluation alone.
+    A learner applies a region in training alone. Whatever else it computes for a task that has a view is computed in
+    this context: with TRGP, for example, a task works with the effective weights W + sum_j W B_j (Q_j - I) B_j^T.
     """
     if view is None or not view.weights:
         yield
@@ -196,14 +207,14 @@ def taps_of_shared_weights(region: Region | None, taps: Taps) -> Taps:
 def refresh_statistics(
     learner: Learner, tasks: Sequence[Task], batch_size: int, seed: int, view: View | None = None
 ) -> None:
-    """Estimate a learner's running statistics for its weights; nothing is done if it has none.
+    """Estimate a learner's running statistics for its present weights; do nothing if it has none.
 
     Args:
-        learner: whose statistics.
-        tasks: whose training images are seen, in a shuffled order.
-        batch_size: of the pass; a last batch of one image, which has no statistics, is left out.
-        seed: the run's, which with the last task names the order.
-        view: what the last task sees of the weights, if it does not see them as they are.
+        learner: the learner, whose running statistics are set.
+        tasks: the tasks whose training images are used, in a random order.
+        batch_size: how many images a batch has; a last batch of one image is left out, because it has no variance.
+        seed: the seed of the run; the order depends on it and on the last task.
+        view: the view that the last task has, if any.
     """
     if not learner.running_statistics:
         return
@@ -217,10 +228,17 @@ def refresh_statistics(
 
 
 def pooled(batches: Iterable[tuple[int, Params]]) -> Params:
-    """Return the statistics of all batches together, given each one's size and own statistics.
+    """Return the statistics over the images of all batches.
 
-    The mean of all is that of the batches' means; their variance, the mean of the batches' variances plus the variance
-    of their means.
+    The mean is the mean of the batches' means. The variance is the mean of the batches' variances plus the variance of
+    their means. Batches count by their sizes.
+
+    Args:
+        batches: the size and the statistics of each batch, as ``Learner.batch_statistics`` yields them.
+
+    >>> first = {"bn.running_mean": 0.0, "bn.running_var": 1.0}
+    >>> pooled([(1, first), (1, first | {"bn.running_mean": 2.0})])
+    {'bn.running_mean': 1.0, 'bn.running_var': 2.0}
     """
     parts = list(batches)
     layers = dict.fromkeys(name.removesuffix(MEAN) for _, part in parts for name in part if name.endswith(MEAN))
@@ -229,6 +247,7 @@ def pooled(batches: Iterable[tuple[int, Params]]) -> Params:
         runs = [(n, part[layer + MEAN], part[layer + VARIANCE]) for n, part in parts if layer + MEAN in part]
         total = sum(n for n, _, _ in runs)
         mean = sum((n / total * m for n, m, _ in runs[1:]), runs[0][0] / total * runs[0][1])
-        spread = [n / total * (v + (m - mean) ** 2) for n, m, v in runs]
-        statistics |= {layer + MEAN: mean, layer + VARIANCE: sum(spread[1:], spread[0])}
+        # The squares are of differences from the mean; E[x^2] - E[x]^2 would cancel where the variance is small.
+        squares = [n / total * (v + (m - mean) ** 2) for n, m, v in runs]
+        statistics |= {layer + MEAN: mean, layer + VARIANCE: sum(squares[1:], squares[0])}
     return statistics

@@ -1,9 +1,9 @@
-"""What is measured on a learner at its present weights: accuracies, losses, curvature for merging, Gram matrices.
+"""Measurements of a learner at its present weights: accuracies, losses, curvature, gradients and Gram matrices.
 
-Convention: accuracies in percent. Task-incremental accuracy chooses among the classes of the sample's task;
-class-incremental accuracy among those of all tasks so far, the argmax over all their heads. Everything else is a mean:
-over samples for losses and curvature, over samples and positions for the Gram matrices of inputs, over batches for
-those of gradients.
+Convention: accuracies are in percent. Task-incremental accuracy predicts among the classes of the sample's task;
+class-incremental accuracy predicts among the classes of all tasks so far, by the argmax over all their heads. Losses
+and curvature are means over samples, Gram matrices of inputs are means over samples and positions, and Gram matrices of
+gradients are means over batches.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -46,25 +46,25 @@ from became_core.projection import Region, View
 __all__ = ["Measurement", "Structure", "accuracies", "mean_loss"]
 
 Structure = Literal["diagonal", "kronecker"]
-"""How a task's curvature is kept."""
+"""The structure in which a task's curvature is measured."""
 
-# How many samples a network is tried with when a projector asks what its layers see.
+# How many samples the network runs on when a projector asks for its layers' inputs.
 TRIED_SAMPLES = 8
 
 
 def accuracies(
     learner: Learner, tasks: Sequence[Task], batch_size: int, views: Mapping[int, View] | None = None
 ) -> tuple[list[float], list[float]]:
-    """Return the test accuracies of these tasks: task-incremental, and class-incremental.
+    """Return the test accuracies of these tasks, in percent: task-incremental, and class-incremental.
 
-    Both come from one pass over each task's test samples, and from one more for every task with a view of its own,
-    since its head then works with other weights.
+    There is one pass over the test samples of all tasks for the shared weights, and one for every task that has a view,
+    because the head of that task works with other weights.
 
     Args:
-        learner: what is scored.
-        tasks: all that were seen so far, in order.
-        batch_size: of the passes.
-        views: what tasks see of the weights, by task number, where they do not see them as they are.
+        learner: the learner that is scored.
+        tasks: all tasks that have been learned, in order.
+        batch_size: how many samples a batch has.
+        views: the views of those tasks that have one, by task number.
 
     Raises:
         BecameError: if a task has no test samples.
@@ -72,7 +72,7 @@ def accuracies(
     for task in tasks:
         if not len(task.test):
             raise BecameError(f"task {task.index + 1} has no test samples to score it on.")
-    logits: list[list[Array]] = []  # by task whose samples they are of, and by head: [samples, classes]
+    logits: list[list[Array]] = []  # by the task of the samples, and by head: [samples, classes]
     for task in tasks:
         of_all_heads = learner.logits(task.test, batch_size)
         logits.append([of_all_heads[:, head, :] for head in range(len(tasks))])
@@ -98,7 +98,7 @@ def _percent(correct: Array) -> float:
 
 
 def mean_loss(learner: Learner, task: int, indices: Indices, batch_size: int) -> float:
-    """Return the mean cross-entropy of a task's head on these samples."""
+    """Return the mean cross-entropy of a task's head on these samples, in evaluation."""
     logits, targets = learner.logits(indices, batch_size), learner.targets(indices)
     xp = namespace(logits=logits, targets=targets)
     log_p = log_softmax(logits[:, task, :])
@@ -107,21 +107,22 @@ def mean_loss(learner: Learner, task: int, indices: Indices, batch_size: int) ->
 
 @dataclass(frozen=True)
 class Measurement:
-    """A task as the learner sees it at its present weights.
+    """What can be measured of one task at the learner's present weights.
 
-    A merging rule asks it about the new task's loss (``LocalLoss``), a projector about a task that begins
-    (``TaskStart``) or is finished (``FinishedTask``).
+    It is the ``LocalLoss`` that a merging rule asks about the new task's loss, and the ``TaskStart`` and the
+    ``FinishedTask`` that a projector asks.
 
     Attributes:
-        learner: whose weights, and whose data.
-        task: whose loss.
-        training: how many samples are taken, in batches of what size.
-        kind: of diagonal Fisher information.
-        seed: the run's.
-        purpose: "merge" or "posterior", say: with the seed and the task it names the random draws.
-        region: the region that the task is learned in, if it is learned in one; the loss is then measured as a function
-            of the shared weights.
-        last: the task that was learned last, to whose images running statistics belong; the measured one if None.
+        learner: the learner, with its weights and data.
+        task: the task that is measured.
+        training: the settings of the run, which have the batch size and the numbers of samples.
+        kind: the kind of diagonal Fisher information.
+        seed: the seed of the run.
+        purpose: what the measurement is for, such as "merge" or "posterior"; random draws depend on the seed, the task
+            and the purpose.
+        region: the region that the task is learned in, if any; the loss is then measured as a function of the shared
+            weights.
+        last: the task that was learned last, to whose images running statistics belong; None for the measured task.
     """
 
     learner: Learner
@@ -134,19 +135,19 @@ class Measurement:
     last: Task | None = None
 
     def diagonal(self) -> Diagonal:
-        """Return the diagonal Fisher information, of the method's kind, over all parameters."""
+        """Return the diagonal Fisher information of all parameters; ``kind`` says which one."""
         rows, parameters = self.curvature_rows(), weights_of(self.learner)
         with seen_through(self.learner, self.region):
             return Diagonal(diagonal_fisher(self._fisher_taps(rows), parameters, self.kind, samples=len(rows)))
 
     def kronecker(self, sharing: Sharing = "expand") -> Precision:
-        """Return Kronecker factors of the curvature for weights and biases, and its diagonal for the rest.
+        """Return Kronecker factors of the curvature for weights and biases, and the diagonal for other parameters.
 
         Args:
-            sharing: how a layer's positions are treated, as ``became_core.curvature.kfac`` defines it.
+            sharing: how the positions of a layer are averaged, as ``became_core.curvature.kfac`` defines it.
 
         Raises:
-            BecameError: if the method's kind of Fisher information has no factors, which is so of "batch".
+            BecameError: if ``kind`` is "batch", which has no Kronecker factors.
         """
         if self.kind == "batch":
             raise BecameError("the kind 'batch' has no Kronecker factors; choose empirical, true or sampled.")
@@ -161,17 +162,17 @@ class Measurement:
         return sum(parts[1:], start=parts[0])
 
     def precision(self, structure: Structure) -> Precision:
-        """Return the curvature in that structure: ``diagonal`` or ``kronecker``."""
+        """Return the curvature in a structure, by ``diagonal`` or by ``kronecker``."""
         return self.diagonal() if structure == "diagonal" else self.kronecker()
 
     def logit_gradients(self, count: int) -> Iterator[Params]:
-        """Yield gradients of the true class's logit at some training samples, a batch at a time.
+        """Yield the gradients of the true class's logit at single training samples, batch by batch.
 
         Args:
-            count: of how many samples; all there are if they are fewer.
+            count: how many samples there are in all; all training samples if there are fewer.
 
         Yields:
-            For each shared parameter, that is one of no task's head, an array [samples, *the parameter's shape].
+            For each shared parameter, an array [samples, *parameter shape].
         """
         rows, heads = self._sample("logit-gradients", count), heads_of(self.learner)
         shared = {name: value for name, value in weights_of(self.learner).items() if name not in heads}
@@ -183,7 +184,7 @@ class Measurement:
             gradients: Params = {}
             for name, like in shared.items():
                 xp = namespace(parameter=like)
-                # A parameter of which no tap speaks takes no part.
+                # The logit does not depend on a parameter that has no tap.
                 value = by_layer[name] if name in by_layer else xp.stack([xp.zeros_like(like)] * samples)
                 gradients[name] = xp.reshape(value, (samples, *like.shape))
             yield gradients
@@ -193,17 +194,21 @@ class Measurement:
         return self._taps(rows, TAP_MODES[self.kind], rng)
 
     def along(self, directions: Sequence[Params], origin: Params | None = None) -> Quadratic:
-        """Return the loss along directions from the learner's weights, exact on the samples that curvature takes.
+        """Return the mean loss along directions, as a quadratic with the exact slopes and curvatures at its origin.
 
-        Given an origin, from there; the learner is left with its own weights. Derivatives take running statistics,
-        those that belong to the weights where they are taken, for constants.
+        The samples are those of ``curvature_rows``. Running statistics are constants in these derivatives; they are
+        those that belong to the weights of the origin.
+
+        Args:
+            directions: K directions, each by parameter.
+            origin: the weights at which derivatives are taken; those of the learner if None.
         """
         if origin is not None:
             with self.learner.at(origin):
                 self._refresh_statistics()
                 return self.along(directions)
         rows, size = self.curvature_rows(), self.training.batch_size
-        if self.region is not None:  # effective weights are linear in those beneath
+        if self.region is not None:  # Effective weights are linear in the shared weights, and so are directions.
             directions = [self.region.effective(direction) for direction in directions]
         if self.learner.running_statistics:
             theta = self.learner.parameters()
@@ -213,11 +218,11 @@ class Measurement:
             return Quadratic(*derivatives_along(self.learner.pushforward(self.task.index, rows, size, directions)))
 
     def slope(self, origin: Params, directions: Sequence[Params]) -> Array:
-        """Return the loss's slopes along K directions at other weights, [K]."""
+        """Return the slopes of the mean loss along K directions at other weights, [K]."""
         return self.along(directions, origin).slope
 
     def gradients(self) -> Params:
-        """Return the mean loss's gradient by every projectable weight, on the samples that curvature takes.
+        """Return the gradient of the mean loss by every projectable weight, on the samples of ``curvature_rows``.
 
         Running statistics, if there are any, are estimated first.
         """
@@ -235,13 +240,13 @@ class Measurement:
         }
 
     def loss(self) -> float:
-        """Return the mean loss on the samples that curvature takes, as in evaluation."""
+        """Return the mean loss in evaluation, on the samples of ``curvature_rows``."""
         with seen_through(self.learner, self.region):
             return mean_loss(self.learner, self.task.index, self.curvature_rows(), self.training.batch_size)
 
     @property
     def mean(self) -> Params:
-        """The learner's weights."""
+        """The learner's weights, without running statistics."""
         return weights_of(self.learner)
 
     @property
@@ -251,7 +256,7 @@ class Measurement:
 
     @property
     def weights(self) -> Params:
-        """All parameters of the learner."""
+        """All parameters of the learner, with running statistics."""
         return self.learner.parameters()
 
     @property
@@ -269,7 +274,7 @@ class Measurement:
         return random_generator(self.seed, purpose, self.task.index)
 
     def inputs(self, theta: Params) -> Params:
-        """Return what each layer sees of a few samples at other weights: [samples, positions, d_in] by weight."""
+        """Return each layer's inputs for a few samples at other weights, [samples, positions, d_in], by weight."""
         rows = self.task.train[:TRIED_SAMPLES]
         with self.learner.at(theta):
             batches = self.learner.taps(self.task.index, rows, len(rows), "empirical", random_generator(0, "wiring"))
@@ -277,12 +282,12 @@ class Measurement:
             return {f"{layer}.weight": tap.inputs for layer, tap in taps.items()}
 
     def input_grams(self) -> Params:
-        """Return, for each weight that can be protected, the mean of a a^T over a sample of the training images."""
+        """Return, for each weight that can be protected, the mean of a a^T over the samples of ``projector_rows``."""
         with seen_through(self.learner, self.region):
             return input_grams(self._projector_taps("inputs"), self.learner.projectable)
 
     def gradient_grams(self) -> Params:
-        """Return, for each such weight, the mean of G^T G over the batches of the same sample."""
+        """Return, for each weight that can be protected, the mean of G^T G over the batches of ``projector_rows``."""
         with seen_through(self.learner, self.region):
             return gradient_grams(self._projector_taps("empirical"), self.learner.projectable)
 
@@ -290,16 +295,19 @@ class Measurement:
         return self._taps(self.projector_rows(), mode, random_generator(self.seed, "projector-taps", self.task.index))
 
     def projector_rows(self) -> Indices:
-        """Return the training rows that projectors remember the task by."""
+        """Return the training rows of the Gram matrices that a projector remembers the task by."""
         return self._sample("projector", self.training.projector_samples)
 
     def curvature_rows(self) -> Indices:
-        """Return the training rows that curvature is measured on, the same for every purpose: ratios share them."""
+        """Return the training rows that curvature is measured on.
+
+        They are the same for every purpose, so that the ratio of two curvatures is one of the same samples.
+        """
         return self._sample("curvature", self.training.curvature_samples)
 
     def _taps(self, rows: Indices, mode: TapMode, rng: np.random.Generator) -> Iterator[Taps]:
         batches = self.learner.taps(self.task.index, rows, self.training.batch_size, mode, rng)
-        # A projector remembers what a layer sees, whatever weights it works with.
+        # The Gram matrices of inputs are those of what a layer really reads, so these taps are not changed.
         return batches if mode == "inputs" else (taps_of_shared_weights(self.region, taps) for taps in batches)
 
     def _refresh_statistics(self) -> None:

@@ -1,8 +1,8 @@
-"""Continual-learning methods as compositions: a projector, a penalty, a merging rule.
+"""Continual-learning methods, composed of a projector, a penalty and a merging rule.
 
-A ``Method`` is a value that the loop carries out. By name it is built from a registered recipe, whose fields are the
-settings that a user may choose, and from a registered projector: ``build_method("became+sgp", {"scale": 3.0})``. A
-projector by itself is a method too: ``build_method("gpm")``.
+A ``Method`` is a value that ``learn`` carries out. ``build_method`` makes it from a name, such as ``became+sgp``: the
+first part is a registered recipe, whose settings a user may choose, and the second part is a registered projector. A
+projector by itself is a method too, such as ``gpm``.
 
 | name | stage 1 | stage 2 and merge | source |
 | --- | --- | --- | --- |
@@ -20,9 +20,9 @@ projector by itself is a method too: ``build_method("gpm")``.
 | became-0, became-half, became-1 | under gradient projection (GPM) | alpha = 0, 1/2, 1 | ablations |
 | became-grid | under gradient projection (GPM) | the best alpha by the true loss of all tasks | a bound |
 
-The two forms of EWC differ in the mean alone: a sum of quadratics is one quadratic, about its own minimum, the
-precision-weighted mean of the tasks' weights, where the recentred form is about the latest weights. In either, the
-importance of an old head is among the rest, and acts on nothing: no gradient of a later task's loss reaches it.
+The two forms of EWC differ only in the mean of their quadratic. A sum of quadratics is one quadratic about its minimum,
+which is the precision-weighted mean of the tasks' weights; the recentred form is about the latest weights. Both include
+the importance of old heads. It has no effect, because a later task's loss has no gradient there.
 """
 
 from abc import ABC, abstractmethod
@@ -70,11 +70,12 @@ Curvature = Literal["diagonal", "kronecker", "exact"]
 
 @dataclass(frozen=True)
 class Transfer:
-    """How a task's own model depends on the one before it, in methods that merge the models afterwards (Lee 2017).
+    """How a task's own model depends on that of the task before, in methods that merge the tasks' models (Lee 2017).
 
     Attributes:
-        weights: weight-transfer: training begins at the model of the task before, unmerged; else at the initial one.
-        pull: L2-transfer: the strength of the penalty pull/2 |theta - theta_{t-1}|^2 while training.
+        weights: whether training begins at the unmerged model of the task before (weight-transfer); if not, it begins
+            at the initial weights.
+        pull: the strength of the penalty pull/2 |theta - theta_{t-1}|^2 in training (L2-transfer).
 
     Raises:
         BecameError: if the strength is negative.
@@ -89,23 +90,23 @@ class Transfer:
             raise BecameError(f"the strength of L2-transfer is {self.pull}; it must be at least 0.")
 
     def models_after(self, models: Mapping[str, Params], before: Params, after: Params) -> dict[str, Params]:
-        """Return the models, "initial" and "previous", that later tasks need.
+        """Return the models that later tasks need, by the names "initial" and "previous".
 
         Args:
-            models: those that were there before the task; empty before the first.
+            models: what this method returned after the task before; empty for the first task.
             before: the weights that the task began with.
-            after: the task's own model, unmerged.
+            after: the unmerged model of the task.
         """
         initial = {} if self.weights else {"initial": models.get("initial", before)}
         return initial | ({"previous": after} if self.weights or self.pull else {})
 
     def start(self, models: Mapping[str, Params], merged: Params, heads: frozenset[str]) -> Params:
-        """Return the weights that training begins with: the heads of the merged model, and a stored model's rest."""
+        """Return the weights that training begins with: a stored model, but with the heads of the merged model."""
         model = models["previous" if self.weights else "initial"]
         return {name: value if name in heads else model[name] for name, value in merged.items()}
 
     def penalty(self, models: Mapping[str, Params], heads: frozenset[str]) -> Penalty | None:
-        """Return the penalty that draws all but heads to the model of the task before, if there is one."""
+        """Return the penalty on leaving the model of the task before, without its heads; None if ``pull`` is 0."""
         if not self.pull:
             return None
         mean = models["previous"]
@@ -118,20 +119,22 @@ class Transfer:
 
 @dataclass(frozen=True)
 class Method:
-    """What is done with a new task.
+    """How a new task is learned.
 
     Attributes:
-        name: as on the command line.
-        projector: the empty memory to begin with; stage 1 is projected by it from the second task on.
-        penalty_strength: of the penalty on leaving the Laplace posterior in stage 1; none if 0.
-        rule: if given, the rule that merges.
-        merges: what it merges: the weights of "stages" 1 and 2, or, of "tasks", the old model and stage 1's.
-        transfer: if given, what a task's own model begins with and is drawn to; else it begins with the merged one.
-        fisher: the kind of diagonal Fisher information that the posterior and the rule take.
-        precision: the structure of the curvature that the posterior keeps.
-        decay: what old curvature is multiplied by at each task.
-        recentred: whether the posterior is about the latest weights; else about the minimum of all tasks' quadratics.
-        joint: whether earlier tasks' data are trained on as well.
+        name: the name by which ``build_method`` makes it.
+        projector: the projector, with an empty memory; from the second task on it projects stage 1. None for none.
+        penalty_strength: the strength of the penalty on leaving the Laplace posterior in stage 1; 0 for no penalty.
+        rule: the rule that merges; None if nothing is merged.
+        merges: what the rule merges: the weights of stage 1 and stage 2 ("stages"), or the old model and the new task's
+            own model ("tasks").
+        transfer: what a task's own model begins with and is drawn to; None if it begins with the merged model.
+        fisher: the kind of diagonal Fisher information for the posterior and the rule.
+        precision: the structure of the posterior's curvature.
+        decay: the factor that old curvature is multiplied by at each task.
+        recentred: whether the mean of the posterior is the latest weights; if not, it is the minimum of all tasks'
+            quadratics.
+        joint: whether the data of earlier tasks are trained on as well.
     """
 
     name: str
@@ -148,17 +151,17 @@ class Method:
 
     @property
     def merges_stages(self) -> bool:
-        """Whether a task's second stage is trained without constraint, and merged with its first."""
+        """Whether a second stage is trained without constraint and then merged with the first."""
         return self.rule is not None and self.merges == "stages"
 
     @property
     def stages(self) -> int:
-        """How many stages a task has."""
+        """How many stages a task has, 1 or 2."""
         return 2 if self.merges_stages or (self.projector is not None and self.projector.stages == 2) else 1
 
     @property
     def norm_penalty(self) -> float:
-        """The strength of the penalty on what the projector cannot protect, which is frozen if this is 0."""
+        """The strength of the penalty on the parameters that the projector cannot protect; 0 freezes them."""
         return 0.0 if self.projector is None else self.projector.unprotected_penalty()
 
     @property
@@ -168,7 +171,13 @@ class Method:
         return rule_needs_it or self.penalty_strength > 0 or self.norm_penalty > 0
 
     def updated_posterior(self, old: LaplacePosterior | None, theta: Params, curvature: Precision) -> LaplacePosterior:
-        """Return the posterior with one more task, learned to these weights with this curvature there."""
+        """Return the posterior with one more task.
+
+        Args:
+            old: the posterior of the tasks before; None for the first task.
+            theta: the weights after the task.
+            curvature: the curvature of the task's loss at these weights.
+        """
         if old is None:
             return LaplacePosterior(theta, curvature)
         if not self.recentred:
@@ -178,25 +187,25 @@ class Method:
 
 
 class MethodRecipe(ABC):
-    """How a method is built; a recipe is a frozen dataclass, whose fields made by ``setting`` a user may choose."""
+    """Builds a method from settings. It is a frozen dataclass; a user may choose its fields made by ``setting``."""
 
     projector: ClassVar[str] = "none"
-    """The name of the projector that the method has unless another is chosen."""
+    """The name of the method's projector if no other is chosen."""
 
     alone: ClassVar[str] = ""
-    """Why the method takes no projector; it takes any if this is empty."""
+    """Why the method takes no projector; empty if it takes any."""
 
     @abstractmethod
     def build(self) -> Method:
-        """Return the method, without its name and its projector, which ``build_method`` adds."""
+        """Return the method without its projector; ``build_method`` adds that, and the full name."""
 
 
 @dataclass(frozen=True)
 class _WithDecay(MethodRecipe):
-    """A method whose posterior forgets.
+    """A method whose posterior forgets old tasks gradually.
 
     Attributes:
-        decay: gamma, what the old tasks' curvature is multiplied by at each new task; in [0, 1].
+        decay: gamma, the factor by which the old tasks' curvature is multiplied at each new task; in [0, 1].
     """
 
     decay: float = setting(1.0)
@@ -212,9 +221,9 @@ class BecameRecipe(_WithDecay):
     """Gradient projection, then free training, merged at alpha* of the full formula (BECAME 2025).
 
     Attributes:
-        per: what shares a merging coefficient: the whole model, or each layer or leaf has its own.
-        precision: the curvatures that the merge is by: both sides' diagonals, both sides' Kronecker factors, or the
-            new task's exact one along the path beside the old tasks' calibrated diagonal.
+        per: which parameters share a merging coefficient: those of the whole model, of a layer, or of a leaf.
+        precision: the curvatures that alpha is computed from: both sides' diagonals, both sides' Kronecker factors, or
+            the new task's exact curvature along the path and the old tasks' calibrated diagonal.
     """
 
     per: Per = setting("model")
@@ -223,7 +232,7 @@ class BecameRecipe(_WithDecay):
     projector: ClassVar[str] = "gpm"
 
     def build(self) -> Method:
-        """Return the method; with Kronecker factors the posterior keeps them as well."""
+        """Return the method; if it merges by Kronecker factors, its posterior has them as well."""
         estimators: dict[Curvature, Estimator] = {
             "exact": Secant(),
             "diagonal": DiagonalFisher(),
@@ -241,7 +250,7 @@ class PaperRecipe(_WithDecay):
     projector: ClassVar[str] = "gpm"
 
     def build(self) -> Method:
-        """Return the method, with the published code's estimate of the Fisher information."""
+        """Return the method, which uses the published code's estimate of the Fisher information."""
         return Method("became-paper", rule=Became(PaperClosedForm()), fisher="batch", decay=self.decay)
 
 
@@ -276,7 +285,7 @@ class GridRecipe(MethodRecipe):
     """As became, merged at the best alpha of a grid by the true loss of all tasks (a bound).
 
     Attributes:
-        points: how many coefficients the grid has, both ends among them.
+        points: how many coefficients the grid has, with both ends.
     """
 
     points: int = setting(21, option="grid_points")
@@ -293,7 +302,7 @@ class CoMARecipe(MethodRecipe):
     """Plain training, merged with the model before at an alpha chosen by hand (Marouf 2024).
 
     Attributes:
-        alphas: the new model's coefficient at each merge; the last one stays.
+        alphas: the new model's coefficient at each merge; the last one is used for all later merges.
     """
 
     alphas: tuple[float, ...] = setting((0.5,), option="coma_alpha")
@@ -308,7 +317,8 @@ class _IMM(MethodRecipe):
     """Incremental moment matching.
 
     Attributes:
-        transfer: whether a task's training begins with the model of the task before, or else with the initial weights.
+        transfer: whether a task's training begins with the model of the task before; if not, it begins with the initial
+            weights.
         pull: the strength of the penalty on leaving the model of the task before (L2-transfer); none if 0.
     """
 
@@ -339,7 +349,8 @@ class EWCRecipe(MethodRecipe):
     """Penalised by every old task's own quadratic, added (Kirkpatrick 2017).
 
     Attributes:
-        strength: lambda, beside Fisher matrices that are means over samples and add over tasks; at least 0.
+        strength: lambda, the strength of the penalty, whose Fisher matrices are means over samples and sums over
+            tasks; at least 0.
     """
 
     strength: float = setting(100.0, option="ewc_strength")
@@ -358,7 +369,8 @@ class OnlineEWCRecipe(_WithDecay):
     """Penalised by one quadratic, recentred at each task, which decays (Huszar 2018; Schwarz 2018).
 
     Attributes:
-        strength: lambda, beside Fisher matrices that are means over samples and add over tasks; at least 0.
+        strength: lambda, the strength of the penalty, whose Fisher matrices are means over samples and sums over
+            tasks; at least 0.
     """
 
     strength: float = setting(100.0, option="ewc_strength")
@@ -420,38 +432,38 @@ METHODS: Registry[MethodRecipe] = Registry(
 
 
 def method_names() -> tuple[str, ...]:
-    """Return the names of all methods: those of recipes, and projectors by themselves."""
+    """Return the names of all methods: all recipes, and all projectors, which are methods by themselves."""
     return (*METHODS.names, *PROJECTORS.names)
 
 
 def projector_names() -> tuple[str, ...]:
-    """Return the names of the projectors that a method can be combined with, "none" among them."""
+    """Return the names of the projectors that a method can be combined with, and "none"."""
     return ("none", *(name for name in PROJECTORS.names if not PROJECTORS[name].alone))
 
 
 def method_settings() -> dict[str, Setting]:
-    """Return all settings that methods and projectors are built with, by option name.
+    """Return all settings of methods and projectors, by the name of their option.
 
     Raises:
         BecameError: if a method and a projector share an option and differ in its type or default.
     """
     settings = METHODS.settings()
-    for option, of_projector in PROJECTORS.settings().items():
-        settings[option] = settings[option].shared_with(of_projector) if option in settings else of_projector
+    for option, new in PROJECTORS.settings().items():
+        settings[option] = settings[option].shared_with(new) if option in settings else new
     return settings
 
 
 def build_method(name: str, settings: Mapping[str, Any] | None = None) -> Method:
-    """Return the method of that name, ``METHOD``, ``PROJECTOR`` or ``METHOD+PROJECTOR``.
+    """Return the method with a name of the form ``METHOD``, ``PROJECTOR`` or ``METHOD+PROJECTOR``.
 
     Args:
         name: such as ``became``, ``gpm``, ``became+trgp`` or ``became+none``.
-        settings: by option name; those of other methods and projectors have no effect, so that one mapping can serve
-            several methods.
+        settings: by option name. Settings of other methods and projectors have no effect, so that one mapping can be
+            used for several methods.
 
     Raises:
-        BecameError: if there is no such method, projector or setting, the message listing those there are; if the
-            two cannot be combined; or if a setting's value cannot be used.
+        BecameError: if there is no such method, projector or setting; if method and projector cannot be combined; or if
+            the value of a setting cannot be used.
 
     >>> build_method("became+sgp", {"threshold": 0.9, "scale": 3.0}).projector.scale
     3.0
@@ -466,8 +478,8 @@ def build_method(name: str, settings: Mapping[str, Any] | None = None) -> Method
         recipe = METHODS.build(base, settings)
         method, projector, alone = recipe.build(), chosen if plus else recipe.projector, recipe.alone
     elif base in PROJECTORS:
-        # By itself a projector needs a posterior for the penalty on what it cannot protect alone: that of Wang 2021,
-        # the sum of every task's own quadratic.
+        # A projector by itself needs a posterior only for the penalty on what it cannot protect. It is the one of
+        # Wang 2021: the sum of every task's own quadratic.
         method, projector = Method(base, fisher="batch", recentred=False), chosen if plus else base
         alone = PROJECTORS[base].alone or "it is a projector by itself"
     else:

@@ -1,6 +1,12 @@
-"""Metrics of a continual run, from its accuracy matrix.
+"""Metrics of a continual run, computed from its accuracy matrix.
 
-Convention: accuracy[t, i] is the accuracy, in percent, on task i after task t was learned; NaN where i > t.
+Convention: accuracy[t, i] is the accuracy, in percent, on task i after task t was learned. It is NaN for i > t, unless
+tasks that are not yet learned were scored as well.
+
+>>> import numpy as np
+>>> accuracy = np.array([[90.0, np.nan], [80.0, 95.0]])
+>>> average_accuracy(accuracy), backward_transfer(accuracy), plasticity(accuracy)
+(87.5, -10.0, 92.5)
 """
 
 import numpy as np
@@ -12,28 +18,35 @@ Matrix = NDArray[np.float64]
 
 
 def average_accuracy(accuracy: Matrix) -> float:
-    """Return ACC: the mean over tasks after the last one (Lopez-Paz & Ranzato 2017)."""
+    """Return ACC: the mean over all tasks of the accuracy at the end (Lopez-Paz & Ranzato 2017)."""
     return float(np.mean(accuracy[-1]))
 
 
 def backward_transfer(accuracy: Matrix) -> float:
-    """Return BWT: the mean over all tasks but the last of (accuracy at the end - accuracy when just learned)."""
+    """Return BWT: the mean over all tasks but the last of (accuracy at the end - accuracy when just learned).
+
+    It is 0 for a single task (Lopez-Paz & Ranzato 2017).
+    """
     if len(accuracy) < 2:
         return 0.0
     return float(np.mean(accuracy[-1, :-1] - np.diagonal(accuracy)[:-1]))
 
 
 def forgetting(accuracy: Matrix) -> float:
-    """Return forgetting: the mean over all tasks but the last of (best accuracy so far - accuracy at the end)."""
+    """Return forgetting: the mean over all tasks but the last of (best accuracy so far - accuracy at the end).
+
+    It is 0 for a single task.
+    """
     if len(accuracy) < 2:
         return 0.0
     return float(np.mean(np.nanmax(accuracy[:, :-1], axis=0) - accuracy[-1, :-1]))
 
 
 def forward_transfer(accuracy: Matrix) -> float | None:
-    """Return FWT: the mean accuracy on tasks not yet learned (Diaz-Rodriguez 2018).
+    """Return FWT: the mean accuracy on tasks that are not yet learned (Diaz-Rodriguez 2018).
 
-    None where it is not defined: of one task, and where a task has a head of its own, which nothing has trained yet.
+    It is None if it is not defined: for a single task, and if these accuracies are NaN, as they are where every task
+    has a head of its own, which nothing has trained yet.
     """
     ahead = accuracy[np.triu_indices(len(accuracy), k=1)]
     return float(np.mean(ahead)) if len(ahead) and np.all(np.isfinite(ahead)) else None

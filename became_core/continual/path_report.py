@@ -1,11 +1,13 @@
-"""The path report of a merge: the truth along the path, beside what every estimator of alpha makes of it.
+"""The report of a merging path: the true losses along it, and the alpha of every estimator.
 
-Along theta_gp + alpha delta, each side's loss is a slope at 0 and a curvature. The new task's is measured at theta_hat
-(with or without its gradient there) and by the secant of its slopes at both ends; the old tasks' as the posterior has
-it, by diagonal or Kronecker factors, and, for reference, exactly, from data that a continual learner no longer has. The
-approximate old sides may be calibrated by kappa, the new task's exact curvature over the same approximation of it.
+Along theta_gp + alpha delta, the loss of each side is described by a slope at alpha = 0 and a curvature. The new task's
+loss is measured at theta_hat, with or without its gradient there, and by the secant of its slopes at both ends. The old
+tasks' loss is the posterior's, with diagonal or Kronecker curvature. For reference, it is also measured exactly, from
+the old tasks' data, which a continual learner no longer has. The approximate curvature of the old tasks can be
+calibrated: it is then multiplied by kappa, the ratio of the new task's exact curvature to its approximate curvature.
 
-Convention: means over samples; ``batch`` is the published code's Fisher estimate.
+Convention: losses are means over the samples of a task, and sums over tasks. ``batch`` is the published code's estimate
+of the Fisher information.
 """
 
 from collections.abc import Mapping, Sequence
@@ -27,14 +29,24 @@ __all__ = ["Along", "alpha_estimates", "new_sides", "old_sides", "old_tasks_with
 
 @dataclass(frozen=True)
 class Along:
-    """One loss along delta: its slope at theta_gp and its curvature."""
+    """A loss along delta.
+
+    Attributes:
+        slope: its slope at theta_gp.
+        curvature: its curvature.
+    """
 
     slope: float
     curvature: float
 
 
 def new_sides(measurement: Measurement, theta_gp: Params) -> dict[str, Along]:
-    """Return the new task's loss along delta in every way; the learner is at theta_hat, and is left there."""
+    """Return the new task's loss along delta, by each way to measure it.
+
+    Args:
+        measurement: of the new task; its learner is at theta_hat, and is left there.
+        theta_gp: the stable weights.
+    """
     theta_hat = measurement.mean
     delta = difference(theta_hat, theta_gp)
     exact = measurement.along([delta])
@@ -58,7 +70,7 @@ def new_sides(measurement: Measurement, theta_gp: Params) -> dict[str, Along]:
 
 
 def _around(precision: Precision, delta: Params) -> Along:
-    """A loss known by its curvature at theta_hat, where it is at its minimum."""
+    """Return a loss along delta from its curvature alone, with its minimum at theta_hat."""
     curvature = float(precision.gram([delta])[0, 0])
     return Along(-curvature, curvature)
 
@@ -66,11 +78,11 @@ def _around(precision: Precision, delta: Params) -> Along:
 def old_sides(
     old_tasks: OldTasks, measurements: Sequence[Measurement], theta_gp: Params, theta_hat: Params
 ) -> dict[str, Along]:
-    """Return the old tasks' loss along delta in every way.
+    """Return the old tasks' loss along delta, by each way to measure it.
 
     Args:
-        old_tasks: their posterior and other approximations.
-        measurements: of the old tasks, one each, on their own data.
+        old_tasks: the posterior and the other approximations of their loss.
+        measurements: one for each old task, on its own data.
         theta_gp: the stable weights.
         theta_hat: the plastic weights.
     """
@@ -92,11 +104,16 @@ def old_sides(
 
 
 def alpha_estimates(new: Mapping[str, Along], old: Mapping[str, Along]) -> dict[str, float]:
-    """Return alpha by the name of its estimator.
+    """Return the alpha of every estimator, by its name.
 
-    The published form (``published, batch`` and so on) is two diagonals, the old tasks at their minimum at theta_gp.
-    All others are named ``new side / old side``, with `` x kappa`` where the old side is calibrated and
-    ``, at its minimum`` where its slope at theta_gp is left out.
+    The name of the paper's form begins with ``published``: it has two diagonals, and the old tasks' minimum at
+    theta_gp. The name of any other estimator is ``NEW / OLD``, of the ways in which the two sides are measured. It ends
+    with `` x kappa`` if the old side is calibrated, and with ``, at its minimum`` if the old tasks' slope at theta_gp
+    is left out.
+
+    Args:
+        new: the new task's loss along delta, as ``new_sides`` returns it.
+        old: the old tasks' loss along delta, as ``old_sides`` returns it.
     """
     alphas = {f"published, {name}": _alpha(new[name], _flat(old[other])) for name, other in _PUBLISHED.items()}
     for left in ("diagonal", "kronecker", "exact", "exact, with gradient", "secant"):
@@ -112,7 +129,7 @@ def alpha_estimates(new: Mapping[str, Along], old: Mapping[str, Along]) -> dict[
     return alphas
 
 
-# The published form by new side, and the old side beside it.
+# For the paper's form: the way in which the new side is measured, and that of the old side.
 _PUBLISHED = {"batch": "batch", "diagonal": "diagonal", "diagonal, without head": "diagonal"}
 
 
@@ -121,18 +138,18 @@ def _flat(side: Along) -> Along:
 
 
 def _alpha(new: Along, old: Along) -> float:
-    """The minimum of the sum, in [0, 1]; 0 where it is flat."""
+    """Return the alpha in [0, 1] at the minimum of the sum of both losses; 0 if the sum is flat."""
     slope, curvature = new.slope + old.slope, new.curvature + old.curvature
     return float(Quadratic(np.asarray([slope]), np.asarray([[curvature]])).minimiser("box")[0])
 
 
 def old_tasks_with(memory: Memory, measurement: Measurement, method: Method) -> OldTasks:
-    """Return the old tasks for later reports, with one more task.
+    """Return what later reports need of the old tasks, with one more task.
 
     Args:
-        memory: with the method's posterior updated, if the method has one.
+        memory: the memory of the run; if the method has a posterior, it has been updated with this task.
         measurement: of the task, at the merged weights.
-        method: of the run.
+        method: the method of the run.
     """
     before = memory.old_tasks
     batch = replace(measurement, kind="batch").diagonal()
@@ -148,24 +165,24 @@ def old_tasks_with(memory: Memory, measurement: Measurement, method: Method) -> 
 
 
 def report_path(context: RunContext, task: Task, theta_gp: Params, theta_hat: Params, memory: Memory) -> MergePath:
-    """Return the report of the merge after a task; the learner is at theta_hat, and is left there.
+    """Return the report of the merge after a task.
 
     Args:
-        context: of the run.
-        task: the last one.
+        context: the run; its learner is at theta_hat, and is left there.
+        task: the task that was learned last.
         theta_gp: the stable weights.
         theta_hat: the plastic weights.
-        memory: of the old tasks.
+        memory: the memory of the old tasks.
     """
     assert memory.old_tasks is not None
 
     def truth(theta: Params) -> tuple[float, float]:
         with context.at(task, theta, memory):
-            losses = [each.loss() for each in measurements]
+            losses = [measurement.loss() for measurement in measurements]
             return sum(losses), float(np.mean(context.accuracies(task, memory)[0]))
 
     measurements = [
-        replace(context.measurement(each, "merge", memory), last=task) for each in context.tasks_until(task)
+        replace(context.measurement(learned, "merge", memory), last=task) for learned in context.tasks_until(task)
     ]
     new = new_sides(measurements[-1], theta_gp)
     old = old_sides(memory.old_tasks, measurements[:-1], theta_gp, theta_hat)

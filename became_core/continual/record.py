@@ -1,6 +1,6 @@
-"""What a continual run reports: events while it goes, and the record it ends with.
+"""The events that a run reports, and the record of a whole run.
 
-Convention: accuracies in percent; row t of a matrix is the state after task t, NaN for tasks not yet learned.
+Convention: accuracies are in percent. Row t of a matrix is the state after task t, with NaN for tasks not yet learned.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,17 @@ __all__ = ["EpochEnd", "MergePath", "PathPoint", "RunRecord", "TaskEnd"]
 
 @dataclass(frozen=True)
 class EpochEnd:
-    """What is known when an epoch ends; ``validation_loss`` is NaN where the schedule needs none."""
+    """What is known when an epoch ends.
+
+    Attributes:
+        task: the number of the task, from 0.
+        stage: 1 or 2.
+        epoch: how many epochs of the stage are done.
+        epochs: how many epochs the stage has, at most.
+        loss: the mean training loss of the epoch.
+        rate: the learning rate of its last step.
+        validation_loss: the mean validation loss after it; NaN if the schedule needs none.
+    """
 
     task: int
     stage: int
@@ -28,7 +38,13 @@ class EpochEnd:
 
 @dataclass(frozen=True)
 class PathPoint:
-    """The truth at one alpha of a merging path: cumulative training loss, and mean test accuracy over tasks so far."""
+    """The true loss and accuracy at one alpha of a merging path.
+
+    Attributes:
+        alpha: the coefficient of theta_hat.
+        loss: the sum over all tasks so far of the mean training loss.
+        accuracy: the mean over all tasks so far of the task-incremental test accuracy, in percent.
+    """
 
     alpha: float
     loss: float
@@ -37,12 +53,12 @@ class PathPoint:
 
 @dataclass(frozen=True)
 class MergePath:
-    """A merging path, looked at from outside: the truth along it, and both sides' losses, measured in every way.
+    """A report of a merging path: the true losses along it, and the losses of both sides by each way to measure them.
 
     Attributes:
-        points: the truth at each traced alpha.
-        new: (slope at theta_gp, curvature) of the new task's loss along delta, by the name of how it was measured.
-        old: likewise, of the old tasks' together.
+        points: the true loss and accuracy at each traced alpha.
+        new: the slope at theta_gp and the curvature of the new task's loss along delta, by the way of measuring.
+        old: the slope at theta_gp and the curvature of all old tasks' loss along delta, by the way of measuring.
     """
 
     points: list[PathPoint]
@@ -52,14 +68,14 @@ class MergePath:
 
 @dataclass(frozen=True)
 class TaskEnd:
-    """What is known when a task has been learned; accuracies in percent, of each task so far.
+    """What is known when a task has been learned.
 
     Attributes:
-        task: its index.
-        alpha: the merging coefficient, if anything was merged.
-        accuracy: task-incremental.
-        class_incremental_accuracy: the argmax over all heads so far.
-        full: protected spaces that fill their layer's, from now on: such a weight no longer changes in stage 1.
+        task: the number of the task, from 0.
+        alpha: the merging coefficient; None if nothing was merged.
+        accuracy: the task-incremental accuracy on each task so far.
+        class_incremental_accuracy: the class-incremental accuracy on each task so far.
+        full: the protected spaces that became whole with this task: such a weight no longer changes in stage 1.
     """
 
     task: int
@@ -71,17 +87,18 @@ class TaskEnd:
 
 @dataclass(frozen=True)
 class RunRecord:
-    """All that a run has produced so far.
+    """The results of a run so far.
 
     Attributes:
-        accuracy: [T, T], percent; [t, i] is task i after task t, NaN where i > t.
-        class_incremental_accuracy: likewise, the argmax over all heads so far.
-        alpha: for each task, the merging coefficient; None where nothing was merged.
-        curves: for each task, its epochs, those of stage 2 after those of stage 1.
-        ranks: for each task, every protected layer's (rank, width) after it.
-        memory: for each task, the bytes of what is kept beside the network after it.
-        paths: for each merge, the path it was on, if paths are traced.
-        seconds: by phase, and in total; of a run that was interrupted, the sum over its parts.
+        accuracy: the task-incremental accuracy [T, T]; [t, i] is that on task i after task t, NaN for i > t.
+        class_incremental_accuracy: the class-incremental accuracy [T, T]; [t, i] is that on task i after task t, NaN
+            for i > t.
+        alpha: for each task, the merging coefficient; None if nothing was merged.
+        curves: for each task, its epochs, with those of stage 1 before those of stage 2.
+        ranks: for each task, the (rank, width) of every protected space after it.
+        memory: for each task, the bytes that the method stores after it, without the network.
+        paths: for each merge, the report of its path, if paths are traced.
+        seconds: the wall-clock time by phase, and in total; if a run was interrupted, the sum over its parts.
     """
 
     accuracy: NDArray[np.float64]
@@ -95,12 +112,12 @@ class RunRecord:
 
     @property
     def epochs(self) -> list[int]:
-        """For each task, how many epochs were trained."""
+        """For each task, the number of epochs that it was trained for."""
         return [len(curve) for curve in self.curves]
 
     @classmethod
     def empty(cls, tasks: int) -> Self:
-        """Return the record of a run of so many tasks before the first."""
+        """Return the record of a run of ``tasks`` tasks before the first task."""
         return cls(np.full((tasks, tasks), np.nan), np.full((tasks, tasks), np.nan))
 
     def with_task(

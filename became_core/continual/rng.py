@@ -1,6 +1,7 @@
-"""Random streams: every draw is a function of what it is for, so a run has no generator state to save.
+"""Random numbers: a generator is a function of what it is used for, so a run has no state of generators to save.
 
-Convention: a stream is named by the run's seed, a purpose, and the indices (task, stage, epoch) it belongs to.
+Convention: a generator belongs to the seed of the run, a purpose, and the numbers of the task, stage and epoch, as far
+as the purpose has them.
 """
 
 import zlib
@@ -11,10 +12,19 @@ __all__ = ["random_generator"]
 
 
 def random_generator(seed: int, purpose: str, *indices: int) -> np.random.Generator:
-    """Return the NumPy generator of one purpose, e.g. ``random_generator(0, "batches", task, stage, epoch)``.
+    """Return the NumPy generator of one purpose.
 
-    Two calls with equal arguments draw equal numbers; any difference in them gives an independent stream.
-    The purpose enters through its CRC-32, which, unlike ``hash``, is the same in every process.
+    Generators of equal arguments draw equal numbers; generators of different arguments are independent.
+
+    Args:
+        seed: of the run.
+        purpose: what the numbers are for, such as "batches".
+        indices: the numbers of the task, stage and epoch, as far as the purpose has them.
+
+    >>> first, second = random_generator(0, "batches", 1), random_generator(0, "batches", 1)
+    >>> bool(first.integers(100) == second.integers(100))
+    True
     """
-    # Their number too: a seed sequence pads with zeros, so (1,) and (1, 0) would else be one stream.
+    # The purpose enters by its CRC-32 because ``hash`` differs from process to process. The number of indices enters
+    # because NumPy pads seeds with zeros, so that the indices (1,) and (1, 0) would give the same generator.
     return np.random.default_rng([seed, zlib.crc32(purpose.encode()), len(indices), *indices])

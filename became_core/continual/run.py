@@ -1,11 +1,11 @@
 """The continual run (BECAME, Algorithm 1): for each task stage 1, stage 2, merge, then memory and evaluation.
 
-The loop knows the learner's contract and the hooks of projectors and merging rules; it names none of them. The first
-task has nothing to protect, so stage 2 would continue stage 1 as it was: it is trained once, without constraint, for
-both stages' epochs.
+The loop uses only the base class of learners and the hooks of projectors and merging rules; it knows none of them by
+name. In the first task there is nothing to protect, so stage 2 would only continue stage 1. It is trained once, without
+constraint, for the epochs of both stages.
 
-Convention: a run is a ``RunState`` that advances; callbacks are given it after every epoch and every task, and it goes
-on from any such state exactly as it would have without the interruption.
+Convention: a run is a ``RunState`` that advances. Callbacks get the state after every epoch and every task, and a run
+that goes on from such a state gives exactly the results of a run without interruption.
 """
 
 from collections.abc import Sequence
@@ -47,19 +47,27 @@ def learn(
     callbacks: Sequence[Callback] = (),
     state: RunState | None = None,
 ) -> RunRecord:
-    """Learn a stream of tasks with a method and return the record; the learner is left with the final weights.
+    """Learn a stream of tasks with a method, and return the record; afterwards the learner has the final weights.
 
     Args:
-        learner: a network with a head for each task; fresh, where no state is given.
+        learner: a network with a head for each task. It must be new if no state is given.
         stream: the tasks.
-        method: what is done with each.
-        training: schedules and sizes.
-        seed: names every random draw, with task, stage and epoch.
-        callbacks: what looks on, called in this order; what one raises ends the run.
-        state: where to go on, as ``on_state`` was given it in a run of the same arguments; from the beginning if None.
+        method: how each task is learned.
+        training: the schedules and sizes.
+        seed: the seed of the run; every random draw depends on it, its purpose, the task, the stage and the epoch.
+        callbacks: objects that observe the run, called in this order. An exception that one of them raises ends the
+            run.
+        state: the state to go on from, which ``Callback.on_state`` got in a run with the same arguments; None to begin
+            at the first task.
 
     Raises:
         BecameError: if training diverges.
+
+    For example, with a learner, a stream and a training:
+
+        method = build_method("became+gpm")
+        record = learn(learner, stream, method, training, callbacks=[Printer()])
+        print(average_accuracy(record.accuracy), record.alpha)
     """
     if state is None:
         state = RunState.initial(learner, stream, method)
@@ -75,13 +83,13 @@ def learn(
 
 @dataclass(frozen=True)
 class _Run(RunContext):
-    """A run: its context, its callbacks, and its stopwatch."""
+    """A run: its context, its callbacks and its stopwatch."""
 
     callbacks: Callback
     stopwatch: Stopwatch
 
     def learn_task(self, state: RunState) -> RunState:
-        """Learn one task, from wherever the state is in it; return the state after it."""
+        """Return the state after a task, from a state before or in the middle of it."""
         task = self.stream.tasks[state.task]
         state = self.begin_task(task, state)
         full_before = state.memory.full
@@ -98,7 +106,7 @@ class _Run(RunContext):
         return self.evaluate(task, replace(state, memory=memory), alpha, path, memory.full - full_before)
 
     def begin_task(self, task: Task, state: RunState) -> RunState:
-        """Let the projector find out what it must know; begin a task of IMM and CoMA where its own model begins."""
+        """Prepare the projector; in a method that merges tasks, set the weights with which the task's model begins."""
         memory, before = state.memory, state.before
         if memory.projector is not None:
             start = self.measurement(task, "start", memory)
@@ -110,7 +118,7 @@ class _Run(RunContext):
         return replace(state, memory=memory, before=before)
 
     def stage1(self, task: Task, state: RunState) -> RunState:
-        """Train under the method's constraint."""
+        """Return the state after stage 1, which is trained under the method's constraint."""
         schedule = self.training.stage1
         if self.method.merges_stages and task.index == 0:
             schedule = schedule.extended(self.training.stage2.epochs)
@@ -126,7 +134,11 @@ class _Run(RunContext):
             return self.train(task, state, 1, schedule, constraint)
 
     def stage2(self, task: Task, state: RunState) -> RunState:
-        """Train on: without constraint if the stages are merged, else as the projector's own second stage has it."""
+        """Return the state after stage 2.
+
+        It is trained without constraint if stages are merged; otherwise it is the second stage of the projector, which
+        is trained under the method's constraint.
+        """
         projector = state.memory.projector
         if self.method.merges_stages:
             if task.index == 0:
@@ -135,18 +147,27 @@ class _Run(RunContext):
             region = self.region(task, state.memory)
             constraint = replace(free_constraint(self.learner, task, self.method), region=region)
         else:
-            assert projector is not None  # or the method would have one stage
+            assert projector is not None  # A method with two stages that it does not merge has a projector.
             if not state.in_stage(2):
                 projector, theta = projector.between_stages(self.learner.parameters(), self.learner.projectable)
                 self.learner.assign(theta)
                 state = replace(state, memory=replace(state.memory, projector=projector))
             constraint = stable_constraint(self.learner, task, self.method, state.memory)
-            constraint = replace(constraint, projector=projector)  # in the first task too
+            # The second stage of a projector is projected in the first task as well.
+            constraint = replace(constraint, projector=projector)
         with self.stopwatch.phase("stage2"):
             return self.train(task, state, 2, self.training.stage2, constraint)
 
     def train(self, task: Task, state: RunState, number: int, schedule: Schedule, constraint: Constraint) -> RunState:
-        """Train a stage to its end, from its beginning or from where the state is in it."""
+        """Return the state after a stage, from a state before or in the middle of it.
+
+        Args:
+            task: the task that is learned.
+            state: the state of the run.
+            number: the number of the stage, 1 or 2.
+            schedule: the schedule with which the stage begins.
+            constraint: what every step must respect.
+        """
         constraint = replace(constraint, relative=relative_rates(self.learner, task, self.training.relative))
         stage = state.stage
         if stage is None or stage.number != number:
@@ -174,17 +195,19 @@ class _Run(RunContext):
         return replace(state, stage=stage, memory=memory)
 
     def publish(self, state: RunState) -> RunState:
-        """Return a state with the learner's weights and the seconds so far, after the callbacks were given it."""
+        """Give the callbacks the state, with the learner's weights and the seconds so far, and return it."""
         record = replace(state.record, seconds=self.stopwatch.read())
         state = replace(state, theta=self.learner.parameters(), record=record)
         self.callbacks.on_state(state)
         return state
 
     def keep_own_model(self, task: Task, state: RunState) -> tuple[RunState, Precision | None]:
-        """Keep what later tasks need of the task's own model; what it is merged with is the old model with its head.
+        """Return the state with what later tasks need of the task's own model, in a method that merges tasks.
+
+        The model that it will be merged with, ``theta_gp``, is the old model with the new task's head.
 
         Returns:
-            The state, and the task's curvature at its own model, if the method asks for it.
+            The state, and the task's curvature at its own model, which is None if the method does not need it.
         """
         assert state.before is not None
         theta, memory = self.learner.parameters(), state.memory
@@ -200,16 +223,17 @@ class _Run(RunContext):
     def merge(
         self, task: Task, state: RunState, rule: MergeRule, curvature: Precision | None
     ) -> tuple[float | None, MergePath | None]:
-        """Merge theta_gp, or the old model, and the learner's weights; give the result to the learner.
+        """Merge ``theta_gp`` and the learner's weights, and set the learner to the result.
 
         Args:
-            task: the last one.
-            state: with the old tasks' memory.
-            rule: of the method.
-            curvature: the task's at the learner's weights, if it has been measured.
+            task: the task that was learned last.
+            state: the state, whose memory is that of the old tasks.
+            rule: the merging rule of the method.
+            curvature: the task's curvature at the learner's weights; None if it has not been measured.
 
         Returns:
-            The coefficient of theta_hat (their mean, of several), and the path, if it is traced.
+            The coefficient of theta_hat, or the mean of the coefficients if there are several; None if the rule has
+            none. And the report of the path; None if paths are not traced.
         """
         assert state.theta_gp is not None
         memory, theta_hat = state.memory, weights_of(self.learner)
@@ -223,7 +247,7 @@ class _Run(RunContext):
         self.move_to(task, merged.theta, memory)
         if merged.alpha is None:
             return None, path
-        return float(np.mean([float(a) for a in named_leaves(merged.alpha).values()])), path
+        return float(np.mean([float(alpha) for alpha in named_leaves(merged.alpha).values()])), path
 
     def merged(
         self,
@@ -234,11 +258,20 @@ class _Run(RunContext):
         memory: Memory,
         curvature: Precision | None,
     ) -> Merged:
-        """Return what the rule makes of two models; the learner is at theta_hat, and is left there."""
+        """Return the result of the merging rule; the learner is at theta_hat, and is left there.
+
+        Args:
+            task: the task that was learned last.
+            rule: the merging rule of the method.
+            theta_gp: the stable weights, or the old model.
+            theta_hat: the plastic weights, or the task's own model.
+            memory: the memory of the old tasks.
+            curvature: the task's curvature at theta_hat; None if it has not been measured.
+        """
         rule = rule.for_task(task.index, lambda theta: self.true_loss(task, theta, memory))
         if not rule.needs_losses:
             return rule.merge((theta_gp, theta_hat), ())
-        assert memory.posterior is not None  # Method.keeps_posterior asks the rule
+        assert memory.posterior is not None  # A method has a posterior if its rule needs losses.
         measurement = self.measurement(task, "merge", memory)
         if curvature is None and self.method.precision != "diagonal":
             curvature = measurement.precision(self.method.precision)
@@ -246,9 +279,12 @@ class _Run(RunContext):
         return rule.merge((theta_gp, theta_hat), (memory.posterior, new))
 
     def remember(self, task: Task, memory: Memory, curvature: Precision | None) -> Memory:
-        """Return the memory with this task: posterior at the merged weights, projector from the task's inputs.
+        """Return the memory with this task; the learner has the merged weights.
 
-        The curvature is measured there too, unless it has been at the task's own model.
+        Args:
+            task: the task that was learned last.
+            memory: the memory of the tasks before.
+            curvature: the task's curvature at its own model; if it is None, it is measured at the merged weights.
         """
         with self.stopwatch.phase("memory"):
             measurement, method = self.measurement(task, "posterior", memory), self.method
@@ -265,7 +301,15 @@ class _Run(RunContext):
     def evaluate(
         self, task: Task, state: RunState, alpha: float | None, path: MergePath | None, filled: frozenset[str]
     ) -> RunState:
-        """Score all tasks so far; return the state after this one."""
+        """Return the state after a task, with the accuracies on all tasks so far.
+
+        Args:
+            task: the task that was learned last.
+            state: the state, whose memory has this task.
+            alpha: the merging coefficient; None if nothing was merged.
+            path: the report of the merging path; None if it was not traced.
+            filled: the protected spaces that became whole with this task.
+        """
         assert state.stage is not None
         memory = state.memory
         with self.stopwatch.phase("evaluation"):

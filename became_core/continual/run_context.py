@@ -1,7 +1,7 @@
-"""What a run is given, and what is asked of it at any time: constraints, measurements, accuracies, the true loss.
+"""The arguments of a run, and what can be computed from them at any time: constraints, measurements and losses.
 
-Convention: a stage's constraint says what may change and how; nothing here changes the learner for good, except
-``move_to``.
+Convention: a constraint says which parameters a stage may change, and how. Only ``move_to`` changes the learner; every
+other function restores it.
 """
 
 import time
@@ -25,7 +25,7 @@ __all__ = ["RunContext", "Stopwatch", "free_constraint", "relative_rates", "stab
 
 @dataclass(frozen=True)
 class RunContext:
-    """The arguments of ``learn``, which documents them, and questions about a run that they answer."""
+    """The arguments of ``learn``, which documents them, and what can be computed from them."""
 
     learner: Learner
     stream: TaskStream
@@ -38,40 +38,40 @@ class RunContext:
         return self.stream.tasks[: task.index + 1]
 
     def region(self, task: Task, memory: Memory) -> Region | None:
-        """Return the region that a task was trained in and keeps, if there is one."""
+        """Return the region that a task was trained in; None if it has none."""
         return None if memory.projector is None else memory.projector.region(task.index)
 
     def views(self, task: Task, memory: Memory) -> Mapping[int, View]:
-        """Return the views of tasks up to this one, by task number, of those that have one."""
+        """Return the views of those tasks up to this one that have one, by task number."""
         if memory.projector is None:
             return {}
-        views = {each.index: memory.projector.view(each.index) for each in self.tasks_until(task)}
+        views = {learned.index: memory.projector.view(learned.index) for learned in self.tasks_until(task)}
         return {index: view for index, view in views.items() if view is not None}
 
     def measurement(self, task: Task, purpose: str, memory: Memory) -> Measurement:
-        """Return what can be measured of a task at the learner's weights; the purpose names the random draws."""
+        """Return the measurement of a task at the learner's weights; its random draws depend on the purpose."""
         region = self.region(task, memory)
         return Measurement(self.learner, task, self.training, self.method.fisher, self.seed, purpose, region)
 
     def accuracies(self, task: Task, memory: Memory) -> tuple[list[float], list[float]]:
-        """Return all tasks' accuracies up to this one, task- and class-incremental, in percent."""
+        """Return the accuracies on all tasks up to this one, task- and class-incremental, in percent."""
         views = self.views(task, memory)
         return accuracies(self.learner, self.tasks_until(task), self.training.batch_size, views)
 
     @contextmanager
     def at(self, task: Task, theta: Params, memory: Memory) -> Iterator[None]:
-        """Let the learner have these weights inside the context, with the running statistics that belong to them."""
+        """Set the learner to these weights inside the context, with the running statistics that belong to them."""
         with self.learner.at(theta):
             self._refresh_statistics(task, memory)
             yield
 
     def true_loss(self, task: Task, theta: Params, memory: Memory) -> float:
-        """Return the sum of the mean losses of all tasks so far, on their own data, at these weights."""
+        """Return the sum over all tasks so far of the mean loss on their own data, at these weights."""
         with self.at(task, theta, memory):
-            return sum(self.measurement(each, "merge", memory).loss() for each in self.tasks_until(task))
+            return sum(self.measurement(learned, "merge", memory).loss() for learned in self.tasks_until(task))
 
     def move_to(self, task: Task, theta: Params, memory: Memory) -> None:
-        """Give the learner these weights, with the running statistics that belong to them and to the task."""
+        """Set the learner to these weights for good, with the running statistics that belong to them and the task."""
         self.learner.assign(self.learner.parameters() | theta)
         self._refresh_statistics(task, memory)
 
@@ -81,9 +81,9 @@ class RunContext:
 
 
 def free_constraint(learner: Learner, task: Task, method: Method) -> Constraint:
-    """Return the constraint of unconstrained training: only the heads of other tasks may not change.
+    """Return the constraint of free training: everything may change but the heads of other tasks.
 
-    In joint training only the heads of later tasks may not.
+    In joint training the heads of earlier tasks may change as well.
     """
     own = learner.heads[: task.index + 1] if method.joint else [learner.heads[task.index]]
     others = heads_of(learner).difference(*own)
@@ -91,14 +91,14 @@ def free_constraint(learner: Learner, task: Task, method: Method) -> Constraint:
 
 
 def stable_constraint(learner: Learner, task: Task, method: Method, memory: Memory) -> Constraint:
-    """Return the constraint of stage 1: projected, penalised or free, as the method has it; without a region yet."""
+    """Return the constraint of stage 1, projected, penalised or free as the method says, but without a region."""
     projector = memory.projector
     constraint = free_constraint(learner, task, method)
     if method.penalty_strength > 0 and memory.posterior is not None:
         constraint = replace(constraint, penalty=Penalty(memory.posterior, method.penalty_strength))
     if method.transfer is not None and memory.models:
         constraint = replace(constraint, penalty=method.transfer.penalty(memory.models, heads_of(learner)))
-    if projector is None or task.index == 0:  # the first task has nothing to protect
+    if projector is None or task.index == 0:  # In the first task there is nothing to protect.
         return constraint
     if not projector.protects_all:
         constraint = _protecting_unprojectable(constraint, learner, task, method, memory)
@@ -108,10 +108,9 @@ def stable_constraint(learner: Learner, task: Task, method: Method, memory: Memo
 def _protecting_unprojectable(
     constraint: Constraint, learner: Learner, task: Task, method: Method, memory: Memory
 ) -> Constraint:
-    """Freeze or penalise what a projector cannot protect: normalisation and biases.
+    """Return the constraint with the parameters that a projector cannot protect, normalisation and biases, protected.
 
-    They are frozen, unless the method has a penalty for them. A method that penalises all weights anyway penalises
-    these as well.
+    They are frozen, unless the method has a penalty for them. A penalty on all weights includes them already.
     """
     names = _unprojectable(learner)
     if method.norm_penalty == 0 or memory.posterior is None or not names:
@@ -124,7 +123,7 @@ def _protecting_unprojectable(
 
 
 def relative_rates(learner: Learner, task: Task, rates: RelativeRates) -> dict[str, float]:
-    """Return what the learning rate is multiplied by, by parameter, where it is not 1."""
+    """Return the factors of the learning rate, by parameter, of those parameters whose factor is not 1."""
     first = rates.first if task.index == 0 else 1.0
     by_name = dict.fromkeys(learner.projectable, first) | dict.fromkeys(_unprojectable(learner), rates.norms)
     by_name |= dict.fromkeys(heads_of(learner), rates.heads)
@@ -132,27 +131,27 @@ def relative_rates(learner: Learner, task: Task, rates: RelativeRates) -> dict[s
 
 
 def _unprojectable(learner: Learner) -> frozenset[str]:
-    """Return the names of the shared parameters that are no matrices of which taps speak."""
+    """Return the names of the shared parameters that taps do not describe as matrices."""
     return frozenset(weights_of(learner)) - learner.projectable - heads_of(learner)
 
 
 class Stopwatch:
-    """Seconds of wall-clock time by phase of a run and in total, over all the parts that it was interrupted into."""
+    """Measures the wall-clock time of a run by phase and in total, over all parts of an interrupted run."""
 
     TOTAL = "total"
 
     def __init__(self, before: Mapping[str, float]) -> None:
-        """Start.
+        """Start to measure.
 
         Args:
-            before: seconds by phase, and in total, of earlier parts.
+            before: the seconds of earlier parts of the run, by phase and in total.
         """
         self._started = {self.TOTAL: time.perf_counter()}
         self._seconds = {self.TOTAL: 0.0, **before}
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Count the time that this context takes to a phase."""
+        """Add the time that this context takes to a phase."""
         self._started[name] = time.perf_counter()
         self._seconds.setdefault(name, 0.0)
         try:
@@ -161,6 +160,6 @@ class Stopwatch:
             self._seconds[name] += time.perf_counter() - self._started.pop(name)
 
     def read(self) -> dict[str, float]:
-        """Return seconds by phase and in total until now; a phase that has not ended is counted until now as well."""
+        """Return the seconds until now, by phase and in total; a phase that is running is counted until now."""
         now = time.perf_counter()
         return {name: seconds + now - self._started.get(name, now) for name, seconds in self._seconds.items()}

@@ -1,8 +1,9 @@
-"""Learning-rate schedules, as frozen values that advance epoch by epoch.
+"""Learning-rate schedules, which are frozen values that advance epoch by epoch, and the settings of training.
 
-Convention: a schedule is its own state. ``rates`` gives the learning rate of each step of the coming epoch, ``advance``
-the schedule after it, until it is ``finished``; so a run resumes from the value alone. Where ``needs_validation``, the
-advance looks at the validation loss; where ``restores_best``, a stage ends on the weights with the best one.
+Convention: a schedule is its own state, so a run can go on from the value alone. ``rates`` returns the learning rate of
+each step of the next epoch, and ``advance`` returns the schedule after that epoch, until it is ``finished``. If
+``needs_validation`` is true, ``advance`` uses the validation loss. If ``restores_best`` is true, a stage ends with the
+weights of the smallest validation loss.
 """
 
 import math
@@ -21,7 +22,20 @@ __all__ = ["Annealed", "Patience", "RelativeRates", "Schedule", "Stepped", "Trai
 
 @dataclass(frozen=True)
 class Annealed:
-    """A cosine from ``lr`` down to ``final_lr``, reached at the last step of the last epoch."""
+    """A learning rate that falls as half a cosine.
+
+    Attributes:
+        lr: the learning rate of the first step.
+        epochs: how many epochs there are.
+        final_lr: the learning rate of the last step of the last epoch.
+        epoch: how many epochs are done.
+
+    Raises:
+        BecameError: if there is no epoch, or the learning rate is not above 0.
+
+    >>> [round(float(rate), 3) for rate in Annealed(lr=0.1, epochs=1).rates(3)]
+    [0.1, 0.05, 0.0]
+    """
 
     lr: float
     epochs: int
@@ -47,25 +61,32 @@ class Annealed:
         return self.final_lr + (self.lr - self.final_lr) * (1 + np.cos(np.pi * progress)) / 2
 
     def advance(self, validation_loss: float) -> Self:
-        """Return the schedule one epoch on."""
+        """Return the schedule after one more epoch."""
         return replace(self, epoch=self.epoch + 1)
 
     def extended(self, epochs: int) -> Self:
-        """Return one annealing over so many epochs more."""
+        """Return the schedule that falls over ``epochs`` more epochs."""
         return replace(self, epochs=self.epochs + epochs)
 
 
 @dataclass(frozen=True)
 class Patience:
-    """The published schedule: divide the rate when the validation loss has not improved for a while, stop when small.
+    """The published schedule: the rate is divided when the validation loss stops improving, until it is small.
 
     Attributes:
-        lr: the current learning rate.
-        factor: what it is divided by.
-        patience: after how many epochs without a better validation loss.
-        minimum: training stops when the rate would fall below it.
-        epochs: and at the latest after so many epochs.
-        restores_best: whether the stage ends on the best validation model (stage 1) or the last (stage 2).
+        lr: the present learning rate.
+        factor: the number that the rate is divided by.
+        patience: after how many epochs without a better validation loss the rate is divided.
+        minimum: training stops when the rate falls below this.
+        epochs: training stops after this many epochs at the latest.
+        restores_best: whether the stage ends with the model of the best validation loss (stage 1) or the last model
+            (stage 2).
+        epoch: how many epochs are done.
+        best: the best validation loss so far.
+        waited: how many epochs have passed since the best loss, or since the rate was divided.
+
+    Raises:
+        BecameError: if there is no epoch, the learning rate is not above 0, or the factor is not above 1.
     """
 
     lr: float
@@ -94,7 +115,7 @@ class Patience:
         return np.full(steps, self.lr)
 
     def advance(self, validation_loss: float) -> Self:
-        """Return the schedule after an epoch that ended with this validation loss."""
+        """Return the schedule after one more epoch, which ended with this validation loss."""
         after = replace(self, epoch=self.epoch + 1)
         if validation_loss < self.best:
             return replace(after, best=validation_loss, waited=0)
@@ -103,19 +124,24 @@ class Patience:
         return replace(after, waited=0, lr=self.lr / self.factor)
 
     def extended(self, epochs: int) -> Self:
-        """Return this schedule: it ends by itself, whatever its budget."""
+        """Return this schedule as it is, because the validation loss decides when it ends."""
         return self
 
 
 @dataclass(frozen=True)
 class Stepped:
-    """A rate that is divided when given shares of all epochs are done, such as 30 and 60 of 80 (Wang 2021).
+    """A rate that is divided after fixed shares of all epochs, such as 30 and 60 of 80 (Wang 2021).
 
     Attributes:
-        lr: the learning rate to begin with.
-        epochs: how many there are.
+        lr: the learning rate of the first epoch.
+        epochs: how many epochs there are.
         milestones: the shares of the epochs after which the rate is divided, each in (0, 1).
-        factor: what it is divided by.
+        factor: the number that the rate is divided by.
+        epoch: how many epochs are done.
+
+    Raises:
+        BecameError: if there is no epoch, the learning rate is not above 0, the factor is not above 1, or a milestone
+            is not in (0, 1).
     """
 
     lr: float
@@ -144,11 +170,11 @@ class Stepped:
         return np.full(steps, self.lr / self.factor**passed)
 
     def advance(self, validation_loss: float) -> Self:
-        """Return the schedule one epoch on."""
+        """Return the schedule after one more epoch."""
         return replace(self, epoch=self.epoch + 1)
 
     def extended(self, epochs: int) -> Self:
-        """Return the schedule over so many epochs more, divided at the same shares of them all."""
+        """Return the schedule with ``epochs`` more epochs, whose rate is divided at the same shares of all of them."""
         return replace(self, epochs=self.epochs + epochs)
 
 
@@ -157,15 +183,16 @@ Schedule = Annealed | Patience | Stepped
 
 @dataclass(frozen=True)
 class RelativeRates:
-    """What the schedule's learning rate is multiplied by, for groups of parameters, in both stages (Wang 2021).
+    """Factors of the schedule's learning rate for groups of parameters, in both stages (Wang 2021).
 
     Attributes:
-        heads: for heads.
-        norms: for shared parameters that are no matrix of which taps speak: those of normalisation layers, and biases.
-        first: for all others in the first task; in later tasks they have the schedule's own rate.
+        heads: the factor of heads.
+        norms: the factor of the shared parameters that taps do not describe as matrices, which are those of
+            normalisation layers, and biases.
+        first: the factor of all other parameters in the first task; in later tasks it is 1.
 
     Raises:
-        BecameError: if one is not above 0.
+        BecameError: if a factor is not above 0.
     """
 
     heads: float = 1.0
@@ -181,18 +208,19 @@ class RelativeRates:
 
 @dataclass(frozen=True)
 class Training:
-    """How every method trains.
+    """The settings of training, which all methods share.
 
     Attributes:
-        stage1: the schedule under constraint.
-        stage2: the schedule of methods that go on without one.
-        optimiser: what turns gradients into steps; it begins anew with every stage.
-        relative: learning rates of groups of parameters, beside the schedule's.
-        batch_size: of training, and of evaluation, since batch statistics make accuracy depend on it.
-        projector_samples: training samples of a task that the projector's memory is made from; all if None.
-        curvature_samples: training samples for Fisher information and directional curvature; all if None.
-        path_alphas: where the true loss is traced on every merging path; nowhere if empty.
-        augmentation: how training images are cropped and flipped; not at all if None.
+        stage1: the schedule of stage 1.
+        stage2: the schedule of stage 2.
+        optimiser: the optimiser, which begins anew in every stage.
+        batch_size: the batch size of training, and of evaluation too, because with batch statistics the accuracy
+            depends on it.
+        projector_samples: how many training samples of a task the projector's memory is computed from; all if None.
+        curvature_samples: how many training samples of a task curvature is measured on; all if None.
+        path_alphas: the values of alpha at which the true loss is traced on every merging path; none if empty.
+        augmentation: how training images are cropped and flipped; None for no augmentation.
+        relative: the factors of the learning rate for groups of parameters.
     """
 
     stage1: Schedule

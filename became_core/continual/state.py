@@ -1,7 +1,7 @@
-"""The state of a run between two epochs, as a frozen value: to keep it is to be able to go on from there.
+"""The state of a run between two epochs, as a frozen value. A run can go on from a stored state.
 
-Convention: whatever ``learn`` needs to go on exactly is in a ``RunState``; random draws need no state, since each is a
-function of the run's seed, its purpose, task, stage and epoch.
+Convention: a ``RunState`` has everything that ``learn`` needs to go on exactly. Random numbers need no state, because
+each generator is a function of the run's seed, its purpose, the task, the stage and the epoch.
 """
 
 from collections.abc import Mapping
@@ -22,12 +22,12 @@ __all__ = ["Memory", "OldTasks", "RunState"]
 
 @dataclass(frozen=True)
 class OldTasks:
-    """The old tasks as path reports compare merges with them; no method looks at it.
+    """What path reports need of the old tasks; no method uses it.
 
     Attributes:
-        posterior: that of the method, or, of a method without one, what it would be.
-        batch: the sum over tasks of the published code's diagonal.
-        kronecker: the sum over tasks of Kronecker factors.
+        posterior: the posterior of the method; if the method has none, the one that it would have.
+        batch: the sum over tasks of the published code's diagonal Fisher information.
+        kronecker: the sum over tasks of the Kronecker factors.
     """
 
     posterior: LaplacePosterior
@@ -37,14 +37,14 @@ class OldTasks:
 
 @dataclass(frozen=True)
 class Memory:
-    """What a method keeps of the tasks learned so far.
+    """What a run stores of the tasks learned so far.
 
     Attributes:
-        projector: of the old tasks.
-        posterior: of the weights, if the method needs one.
-        models: the models, "initial" and "previous", that later tasks begin with or are drawn to, where tasks' models
-            are merged.
-        old_tasks: for path reports alone, where paths are traced.
+        projector: the projector with these tasks; None if the method has none.
+        posterior: the Laplace posterior of the weights; None if the method needs none.
+        models: the models that later tasks begin with or are drawn to, by the names "initial" and "previous"; empty if
+            the method needs none.
+        old_tasks: what path reports need; None if paths are not traced.
     """
 
     projector: Projector | None = None
@@ -54,27 +54,27 @@ class Memory:
 
     @property
     def size(self) -> int:
-        """The bytes of all that the method keeps; what is for reports alone is not counted."""
+        """The bytes of all that the method stores, without what path reports need."""
         return size_in_bytes([self.projector, self.posterior, dict(self.models)])
 
     @property
     def full(self) -> frozenset[str]:
-        """The names of the projector's spaces that are protected whole."""
+        """The names of the projector's spaces that are protected as a whole."""
         return frozenset() if self.projector is None else full(self.projector)
 
 
 @dataclass(frozen=True)
 class RunState:
-    """A run between two epochs.
+    """The state of a run between two epochs.
 
     Attributes:
         theta: the learner's parameters.
-        memory: of the tasks learned so far.
-        record: of these tasks.
-        task: the number of the task that is being learned, or would be next.
-        stage: the stage of it that is being trained; none before the task's first epoch.
-        theta_gp: in stage 2, the weights that stage 1 ended with.
-        before: the weights that the task began with, where tasks' models are merged.
+        memory: what the run stores of the tasks learned so far.
+        record: the results of these tasks.
+        task: the number of the task that is being learned, or that comes next.
+        stage: the stage of that task that is being trained; None before its first epoch.
+        theta_gp: in stage 2, the weights with which stage 1 ended; when tasks are merged, the old model; else None.
+        before: the weights with which the task began, in a method that merges tasks; else None.
     """
 
     theta: Params
@@ -86,12 +86,12 @@ class RunState:
     before: Params | None = None
 
     def in_stage(self, number: int) -> bool:
-        """Whether the task is in its stage 1, or 2."""
+        """Return whether the task is in the stage with this number, 1 or 2."""
         return self.stage is not None and self.stage.number == number
 
     @property
     def epochs(self) -> int:
-        """How many epochs have been trained, over all tasks."""
+        """The number of epochs that have been trained, over all tasks."""
         return sum(self.record.epochs) + (0 if self.stage is None else self.stage.epochs)
 
     @classmethod

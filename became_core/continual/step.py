@@ -1,14 +1,14 @@
-"""A step of training: what it must respect, and how optimisers turn gradients into directions.
+"""A step of training: optimisers, which turn gradients into directions, and the constraint that a step must respect.
 
-Convention: theta <- theta - rate x direction. What is projected is the direction, not the gradient, so that neither
-momentum nor weight decay nor Adam's rescaling can carry a step into the space that old tasks use.
+Convention: theta <- theta - rate x direction. The projector projects the direction and not the gradient. Otherwise
+momentum, weight decay or Adam's rescaling could carry a step into the space that old tasks use.
 
 | optimiser | direction u for a gradient g | source |
 | --- | --- | --- |
 | ``SGD`` | g' = g + decay x theta; v <- momentum x v + g'; u = v | Polyak 1964 |
 | ``Adam`` | m, v: running means of g' and g'^2; u = m^ / (sqrt(v^) + epsilon), both unbiased | Kingma & Ba, ICLR 2015 |
 
-All values here are frozen and are trees to the frameworks, so that a whole step can be compiled.
+All classes here are frozen, and frameworks treat them as trees of arrays, so that a whole step can be compiled.
 """
 
 from collections.abc import Mapping
@@ -29,12 +29,17 @@ class SGD:
     """Stochastic gradient descent.
 
     Attributes:
-        momentum: the share of the last direction that is kept, in [0, 1).
-        weight_decay: what each parameter adds of itself to its gradient, at least 0.
+        momentum: the share of the last direction that is added to the next one, in [0, 1).
+        weight_decay: the share of each parameter that is added to its gradient, at least 0.
         velocity: the last direction, by parameter; empty without momentum.
 
     Raises:
         BecameError: if a number is not in its range.
+
+    >>> optimiser = SGD(momentum=0.5).initial({"w": 1.0})
+    >>> direction, optimiser = optimiser.step({"w": 2.0}, {"w": 1.0})
+    >>> optimiser.step({"w": 2.0}, {"w": 0.0})[0]
+    {'w': 3.0}
     """
 
     momentum: float = static(default=0.0)
@@ -47,7 +52,7 @@ class SGD:
 
     @property
     def is_linear(self) -> bool:
-        """Whether directions are linear in the gradients since the beginning, so that either may be projected."""
+        """Whether directions are linear in all gradients so far; then either may be projected with the same result."""
         return self.weight_decay == 0
 
     def initial(self, theta: Params) -> Self:
@@ -73,15 +78,15 @@ class SGD:
 @pytree
 @dataclass(frozen=True)
 class Adam:
-    """Adam, with weight decay in the gradient (L2) if any.
+    """Adam, with weight decay in the gradient (L2).
 
     Attributes:
-        beta1: the share that the first moment keeps, in [0, 1).
-        beta2: the share that the second moment keeps, in [0, 1).
-        epsilon: what is added to the denominator.
-        weight_decay: what each parameter adds of itself to its gradient, at least 0.
-        first: the running mean of gradients, by parameter.
-        second: the running mean of their squares, by parameter.
+        beta1: the share of the first moment that each step keeps, in [0, 1).
+        beta2: the share of the second moment that each step keeps, in [0, 1).
+        epsilon: the number that is added to the denominator.
+        weight_decay: the share of each parameter that is added to its gradient, at least 0.
+        first: the first moment, the running mean of gradients, by parameter.
+        second: the second moment, the running mean of squared gradients, by parameter.
         shares: beta1^t and beta2^t after t steps, by parameter, [2].
 
     Raises:
@@ -103,7 +108,7 @@ class Adam:
 
     @property
     def is_linear(self) -> bool:
-        """Whether directions are linear in the gradients: they are not."""
+        """Whether directions are linear in all gradients so far; those of Adam are not."""
         return False
 
     def initial(self, theta: Params) -> Self:
@@ -157,8 +162,8 @@ class Penalty:
     """A quadratic penalty on leaving the old tasks' posterior: strength x 1/2 (theta - mean).P.(theta - mean).
 
     Attributes:
-        posterior: parameters of which it has no mean are free.
-        strength: at least 0.
+        posterior: the mean, and the precision P; a parameter that it does not have is not penalised.
+        strength: the strength of the penalty, at least 0.
     """
 
     posterior: LaplacePosterior
@@ -167,19 +172,21 @@ class Penalty:
     def add_to(
         self, gradients: Params, theta: Params, rate: float, relative: Mapping[str, float] | None = None
     ) -> Params:
-        """Return the gradients of loss and penalty, such that a step of this rate is stable at any strength.
+        """Return the gradients of loss and penalty, scaled so that a step with this rate is stable at any strength.
 
-        With S = strength x P the step is semi-implicit, theta <- theta - rate (g + S (theta - mean)) / (1 + rate S):
-        the loss is followed explicitly and the penalty, whose curvature is known, implicitly (a proximal step). Its
-        fixed points are those of the sum; explicit steps diverge wherever rate x S exceeds 2.
+        With S = strength x P, the step is theta <- theta - rate (g + S (theta - mean)) / (1 + rate S). It is explicit
+        in the loss, and implicit in the penalty, whose curvature is known (a proximal step). Its fixed points are those
+        of loss plus penalty. An explicit step would diverge for every parameter with rate x S above 2.
 
         Args:
             gradients: of the loss, by name.
             theta: the parameters, of at least these names.
-            rate: the learning rate of the step to come.
-            relative: what the rate is multiplied by for some of the parameters.
+            rate: the learning rate of the step.
+            relative: the factors of the rate, for those parameters that have one.
         """
         penalised = [name for name in gradients if name in self.posterior.mean]
+        # Solving (theta' - theta) / rate = -(g + S (theta' - mean)) for the new theta' gives the denominator. S is
+        # taken to be diagonal there: with the full matrix, each step would have to solve a linear system.
         slopes = self.posterior.gradient({name: theta[name] for name in penalised})
         curvature, relative = self.posterior.precision.diagonal(), relative or {}
         return gradients | {
@@ -192,15 +199,16 @@ class Penalty:
 @pytree
 @dataclass(frozen=True)
 class Constraint:
-    """What a stage of training must respect.
+    """What every step of a stage must respect.
 
     Attributes:
-        trainable: names of the parameters that may change; all others keep their values to the bit.
-        projector: if given, the direction of every step is projected by it.
-        penalty: if given, every gradient has the penalty's added, before the optimiser sees it.
-        region: if given, the network works with its effective weights, and the shared weights are trained.
-        trains_scales: whether the region's scales are trained as well; they are never projected.
-        relative: what the learning rate is multiplied by for some of the parameters; 1 for all others.
+        trainable: the names of the parameters that may change; all others keep their values to the bit.
+        projector: the projector that projects the direction of every step; None for none.
+        penalty: the penalty whose gradient is added to that of the loss, before the optimiser; None for none.
+        region: the region with whose effective weights the network works, while the shared weights are trained; None if
+            the network works with the shared weights.
+        trains_scales: whether the scales of the region are trained as well; they are never projected.
+        relative: the factors of the learning rate, for those parameters that have one.
     """
 
     trainable: frozenset[str] = static()
@@ -213,7 +221,7 @@ class Constraint:
     def projector_of_gradients(self, optimiser: Optimiser) -> Projector | None:
         """Return the projector if gradients may be projected before the optimiser step, else None.
 
-        This needs a linear optimiser and no penalty: projecting the gradients is then the same as projecting the
+        This needs a linear optimiser and no penalty. To project the gradients is then the same as to project the
         directions, and can be cheaper.
         """
         return self.projector if self.penalty is None and optimiser.is_linear else None
@@ -227,15 +235,18 @@ class Constraint:
         projected: frozenset[str] = frozenset(),
         beneath: frozenset[str] = frozenset(),
     ) -> tuple[Params, Optimiser]:
-        """Return what a step of this rate goes along, theta <- theta - rate x direction, and the optimiser after it.
+        """Return the direction of a step, theta <- theta - rate x direction, and the optimiser after the step.
+
+        The gradients go through the region, the penalty, the optimiser, the projector and the relative rates, in this
+        order.
 
         Args:
-            gradients: of the loss, by the names of the parameters that the network works with.
-            theta: the shared parameters, and the region's scales by their keys, if there is a region.
+            gradients: of the loss by the parameters that the network works with, by name.
+            theta: the shared parameters, and the scales of the region by their keys, if there is a region.
             rate: the learning rate of the step.
-            optimiser: before the step.
-            projected: names of the gradients that are projected already.
-            beneath: names of the gradients that are by the region's shared weights already, not by effective ones.
+            optimiser: the optimiser before the step.
+            projected: the names of those gradients that are projected already.
+            beneath: the names of those gradients that are by shared weights already, not by effective weights.
         """
         if self.region is not None:
             region = self.region.with_scales({key: theta[key] for key in self.region.scales})
@@ -257,12 +268,12 @@ class Constraint:
 
 
 class Trained(NamedTuple):
-    """What training returns.
+    """The result of ``Learner.train``.
 
     Attributes:
-        loss: the mean over samples.
-        optimiser: after the last step.
-        region: likewise, if there is one.
+        loss: the mean training loss over all samples.
+        optimiser: the optimiser after the last step.
+        region: the region after the last step; None if there is none.
     """
 
     loss: float

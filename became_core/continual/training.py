@@ -1,6 +1,6 @@
-"""One stage of training: batches, schedule, validation, and the choice of the best model.
+"""One stage of training, for every method and backend: batches, schedule, validation, and the choice of the best model.
 
-The same for every method and backend. Convention: a stage between two epochs is a value; the weights are the learner's.
+Convention: a stage between two epochs is a frozen value, which does not have the weights; those are in the learner.
 """
 
 import math
@@ -26,7 +26,13 @@ __all__ = ["Best", "Stage", "begin_stage", "epoch_batches", "train_stage"]
 
 @dataclass(frozen=True)
 class Best:
-    """The best validation model of a stage so far: its loss, its parameters, and its region if it has one."""
+    """The model with the best validation loss of a stage so far.
+
+    Attributes:
+        loss: its validation loss.
+        theta: its parameters.
+        region: its region, with the scales as they were then; None if the stage has none.
+    """
 
     loss: float
     theta: Params
@@ -35,15 +41,15 @@ class Best:
 
 @dataclass(frozen=True)
 class Stage:
-    """A stage of training between two epochs, all of it but the weights.
+    """The state of a stage of training between two epochs, without the weights.
 
     Attributes:
         number: 1 or 2.
-        schedule: what is left of it.
-        optimiser: after the last step.
-        region: the region that the task is trained in, after the last step; None for plain weights.
-        best: the model that the stage will end on, where the schedule restores the best one.
-        curve: the task's epochs so far, those of earlier stages too.
+        schedule: the schedule of the remaining epochs.
+        optimiser: the optimiser after the last step.
+        region: the region after the last step; None if the shared weights are trained without one.
+        best: the best model so far; None if there is none, or if the schedule does not restore it.
+        curve: the epochs of the task so far, with those of an earlier stage.
     """
 
     number: int
@@ -55,17 +61,24 @@ class Stage:
 
     @property
     def epochs(self) -> int:
-        """The task's epochs so far."""
+        """The number of epochs of the task so far."""
         return len(self.curve)
 
 
 def epoch_batches(
     tasks: Sequence[Task], batch_size: int, rng: np.random.Generator, augmentation: Augmentation | None = None
 ) -> list[Batch]:
-    """Return one epoch's batches: each task's rows shuffled and cut, then the batches of all tasks shuffled.
+    """Return the batches of one epoch: each task's rows in random order, then the batches of all tasks in random order.
 
-    A last, smaller batch is kept unless it would hold one sample alone, which has no batch statistics. Views are drawn
-    last, so that the same rows are in the same batches with them and without.
+    The last batch of a task may be smaller. It is left out if it has only one sample, because that has no batch
+    statistics, unless it is the only batch of the task.
+
+    Args:
+        tasks: the tasks whose training rows are used.
+        batch_size: how many rows a batch has.
+        rng: the generator of the random orders and of the augmentation. The augmentation is drawn last, so that the
+            batches have the same rows without it.
+        augmentation: how images are cropped and flipped; None for no augmentation.
     """
     batches = [batch for task in tasks for batch in _task_batches(task, batch_size, rng)]
     if len(tasks) > 1:
@@ -93,7 +106,16 @@ def begin_stage(
     *,
     curve: tuple[EpochEnd, ...] = (),
 ) -> Stage:
-    """Return a stage before its first epoch; arguments as the attributes of ``Stage``.
+    """Return a stage before its first epoch.
+
+    Args:
+        learner: the learner, with the weights that the stage begins with.
+        task: the task that is trained.
+        number: the number of the stage, 1 or 2.
+        schedule: the schedule of the stage.
+        optimiser: the optimiser, whose state is set to the initial one.
+        constraint: what every step must respect; its region is the one that the stage begins with.
+        curve: the epochs of an earlier stage of the task.
 
     Raises:
         BecameError: if validation is needed and the task has no validation rows.
@@ -117,20 +139,21 @@ def train_stage(
     augmentation: Augmentation | None = None,
     after_epoch: Callable[[Stage, EpochEnd], None] = lambda stage, event: None,
 ) -> Stage:
-    """Train a learner on the last of these tasks (on all of them, if several are given) until the stage is over.
+    """Train a learner until the stage is over.
 
     Args:
-        learner: has the weights that belong to the stage.
-        tasks: what is trained on.
-        stage: from where.
-        constraint: what every step must respect; the region is the stage's.
-        batch_size: of training and validation.
-        seed: names every random draw, with task, stage and epoch.
-        augmentation: how training images are cropped and flipped; not at all if None.
-        after_epoch: called after every epoch, with the stage as it then is and the epoch's event.
+        learner: the learner, with the weights that belong to the stage.
+        tasks: the tasks whose data are trained on; the last one is the task that is learned.
+        stage: the stage, before or between epochs.
+        constraint: what every step must respect; the region of the stage takes the place of its region.
+        batch_size: the batch size of training and validation.
+        seed: the seed of the run; random draws depend on it, the task, the stage and the epoch.
+        augmentation: how training images are cropped and flipped; None for no augmentation.
+        after_epoch: a function that is called after every epoch with the stage and the event of the epoch.
 
     Returns:
-        The stage at its end, when the learner has the best model's weights where the schedule restores it.
+        The stage at its end. The learner then has the weights of the best model if the schedule restores it, and the
+        last weights otherwise.
 
     Raises:
         BecameError: if the loss or a weight is no longer finite.
@@ -185,7 +208,7 @@ def _pass_over(
     optimiser: Optimiser,
     rng: np.random.Generator,
 ) -> Trained:
-    """Train on these batches: all at once, or, in a region that changes from step to step, one after the other."""
+    """Train on the batches of an epoch: in one call, or in one call for each if the region changes at every step."""
     region = constraint.region
     if region is None or not region.anneals:
         return learner.train(batches, rates, constraint, optimiser, rng)
@@ -199,7 +222,7 @@ def _pass_over(
 
 
 def _check_finite(learner: Learner, where: str) -> None:
-    """Raise if a parameter is not finite; the last step comes after the last loss, which therefore does not show it."""
+    """Raise an error if a parameter is not finite; the last step may have caused it, which no loss can show."""
     for name, value in learner.parameters().items():
         xp = namespace(value=value)
         if not bool(xp.all(xp.isfinite(value))):

@@ -1,10 +1,16 @@
-"""What layer taps give: diagonal Fisher information, Kronecker factors, per-sample gradients, Gram matrices.
+"""Curvature of the loss, and what projectors need, from layer taps: the inputs and output gradients of each layer.
 
-And, by forward mode, derivatives of the loss along directions.
+Taps give diagonal Fisher information, Kronecker factors, per-sample gradients and Gram matrices. The derivatives of the
+loss along directions come from forward-mode differentiation.
 """
 
-from became_core.curvature.cotangents import TapMode, logit_cotangents
-from became_core.curvature.directional import Pushforward, derivatives_along, log_softmax
+from became_core.curvature.cross_entropy import (
+    Pushforward,
+    TapMode,
+    derivatives_along,
+    log_softmax,
+    logit_cotangents,
+)
 from became_core.curvature.fisher import TAP_MODES, FisherKind, diagonal_fisher
 from became_core.curvature.grams import gradient_grams, input_grams
 from became_core.curvature.kfac import KroneckerFactors, Sharing, kronecker_factors

@@ -1,6 +1,17 @@
-"""Gram matrices of layer inputs and of gradients, from taps: what projectors remember a task by.
+"""Gram matrices of layer inputs and of gradients, from taps; projectors remember a task by them.
 
-Convention: means, of inputs over samples and positions, of gradients over batches; in at least float32.
+The inputs of a convolution are all patches of the images. Their Gram matrix is computed without cutting a patch. The
+patch at (p, q) holds x[c, p + i, q + j] for each channel c and position (i, j) of the kernel, so the Gram matrix is
+
+    G[(c, i, j), (c', i', j')] = sum_{n, p, q} x[n, c, p + i, q + j] x[n, c', p + i', q + j']
+
+Along the height, this depends only on d = i' - i and on the rows that the sum is over. Let A_u be the rows u of all
+images, unrolled along the width, and Z_d(u) = A_u A_{u+d}^T. The block of (i, i + d) is the sum of Z_d(u) over
+u = i ... i + P - 1, P being the number of positions p, so one Z_d serves all i. Compared with the product of the matrix
+of all patches with itself, arithmetic and memory are smaller by a factor of the kernel's height.
+
+Convention: Gram matrices are means, of inputs over samples and positions, and of gradients over batches. They are
+computed in at least float32.
 """
 
 from collections.abc import Iterable
@@ -8,32 +19,39 @@ from typing import Any
 
 from became_core.arrays import Array, Params, namespace, reduction_dtype
 from became_core.curvature.taps import Tap, Taps, batch_gradient
-from became_core.curvature.windows import window_gram
 
 __all__ = ["gradient_grams", "input_grams"]
 
-# The width up to which a symmetric product is computed whole: below, the halves cost more than they save.
+# Up to this many columns, F^T F is one product. With more columns, half of it is computed and mirrored, which saves
+# more time than the smaller products lose.
 SYMMETRIC = 512
 
 
 def input_grams(batches: Iterable[Taps], weights: frozenset[str]) -> Params:
-    """Return, for each of these weights that taps speak of, the mean of a a^T over its layer's inputs, [d_in, d_in].
+    """Return, for each weight that has a tap, the mean of a a^T over its layer's inputs a, [d_in, d_in].
 
-    Where a layer has fewer inputs than columns, n < d_in, their matrix F [n, d_in] takes its place, scaled so that the
-    mean is F^T F: it is smaller, and so is its singular value decomposition.
+    If a layer has only n < d_in inputs, the result is a factor F [n, d_in] instead, with F^T F the mean. It is smaller
+    than the Gram matrix, and so is its singular value decomposition.
 
     Args:
         batches: the taps of each batch.
-        weights: names of weights, ``conv1.weight``.
+        weights: names of weights, such as ``conv1.weight``; those of other weights are left out.
+
+    >>> import numpy as np
+    >>> tap = Tap("matrix", np.array([[[1.0, 0.0]], [[1.0, 2.0]], [[1.0, 1.0]]]), np.zeros((3, 1, 1)))
+    >>> input_grams([{"fc": tap}], frozenset({"fc.weight"}))["fc.weight"] * 3
+    array([[3., 3.],
+           [3., 5.]])
     """
     sums: Params = {}
-    waiting: dict[str, list[Array]] = {}  # inputs that are not summed yet: the more at once, the faster
+    # A product of d_in rows or more at a time is faster than many small ones, so inputs are gathered first.
+    waiting: dict[str, list[Array]] = {}
     rows: dict[str, int] = {}
     for taps in batches:
         for name, tap in _of(weights, taps).items():
             rows[name] = rows.get(name, 0) + _positions(tap)
             if tap.kind == "window":
-                _add(sums, name, window_gram(_wide(tap.inputs), tap.kernel))
+                _add(sums, name, _window_gram(_wide(tap.inputs), tap.kernel))
                 continue
             xp = namespace(inputs=tap.inputs)
             waiting.setdefault(name, []).append(xp.reshape(tap.inputs, (-1, tap.inputs.shape[2])))
@@ -48,7 +66,7 @@ def input_grams(batches: Iterable[Taps], weights: frozenset[str]) -> Params:
 
 
 def _positions(tap: Tap) -> int:
-    """How many inputs a layer had: samples times positions."""
+    """Return how many inputs a layer has in a batch: samples times positions."""
     if tap.kind != "window":
         return int(tap.inputs.shape[0]) * int(tap.inputs.shape[1])
     samples, _, height, width = tap.inputs.shape
@@ -61,9 +79,13 @@ def _joined(parts: list[Array]) -> Array:
 
 
 def gradient_grams(batches: Iterable[Taps], weights: frozenset[str]) -> Params:
-    """Return, for each of these weights that taps speak of, the mean over batches of G^T G, [d_in, d_in].
+    """Return, for each weight that has a tap, the mean over batches of G^T G, [d_in, d_in].
 
-    G [d_out, d_in] is the gradient of a batch's mean loss; arguments as for ``input_grams``.
+    G [d_out, d_in] is the gradient of a batch's mean loss.
+
+    Args:
+        batches: the taps of each batch.
+        weights: names of weights, such as ``conv1.weight``; those of other weights are left out.
     """
     sums: Params = {}
     batch_counts: dict[str, int] = {}
@@ -77,12 +99,12 @@ def gradient_grams(batches: Iterable[Taps], weights: frozenset[str]) -> Params:
 
 
 def _of(weights: frozenset[str], taps: Taps) -> Taps:
-    """The taps of these weights, by the weights' names."""
+    """Return the taps of these weights, by the names of the weights."""
     return {f"{layer}.weight": tap for layer, tap in taps.items() if f"{layer}.weight" in weights}
 
 
 def _gram(rows: Array) -> Array:
-    """Return F^T F of rows F [n, d], where d is large as a block and its mirror image, which is computed once."""
+    """Return F^T F of rows F [n, d]; if d is large, the block right of the diagonal is computed once and mirrored."""
     xp: Any = namespace(rows=rows)
     rows = _wide(rows)
     columns = int(rows.shape[1])
@@ -101,3 +123,48 @@ def _wide(rows: Array) -> Array:
 
 def _add(sums: Params, name: str, gram: Array) -> None:
     sums[name] = sums[name] + gram if name in sums else gram
+
+
+def _window_gram(images: Array, kernel: tuple[int, int]) -> Array:
+    """Return the sum of a a^T over all patches a of images, [d, d] with d = channels x height x width of the kernel.
+
+    Args:
+        images: [samples, channels, height, width], with padding.
+        kernel: the height and width of a patch; patches are one step apart.
+    """
+    xp: Any = namespace(images=images)
+    samples, channels, rows, columns = images.shape
+    height, width = kernel
+    tall, wide = rows - height + 1, columns - width + 1
+    by_row = xp.permute_dims(images, (2, 1, 0, 3))
+    unrolled = xp.stack([by_row[:, :, :, j : j + wide] for j in range(width)], axis=2)
+    a = xp.reshape(unrolled, (rows, channels * width, samples * wide))
+    blocks: list[list[Any]] = [[None] * height for _ in range(height)]
+    for d in range(height):
+        for i, total in enumerate(_symmetric_sums(a, height, tall) if d == 0 else _sums(a, a, d, height, tall)):
+            block = xp.reshape(total, (channels, width, channels, width))
+            blocks[i][i + d] = block
+            blocks[i + d][i] = xp.permute_dims(block, (2, 3, 0, 1))
+    # [i, c, j, i', c', j'] to [c, i, j, c', i', j'], the order of a weight's flattened axes.
+    stacked = xp.stack([xp.stack(row, axis=2) for row in blocks], axis=0)
+    size = channels * height * width
+    return xp.reshape(xp.permute_dims(stacked, (1, 0, 2, 4, 3, 5)), (size, size))
+
+
+def _sums(a: Array, b: Array, d: int, height: int, tall: int) -> list[Array]:
+    """Return, for each row i of the kernel below height - d, the sum of A_u B_{u+d}^T over u = i ... i + tall - 1."""
+    xp: Any = namespace(a=a)
+    z = xp.matmul(a[: a.shape[0] - d, :, :], xp.matrix_transpose(b[d:, :, :]))
+    return [xp.sum(z[i : i + tall, :, :], axis=0) for i in range(height - d)]
+
+
+def _symmetric_sums(a: Array, height: int, tall: int) -> list[Array]:
+    """Return ``_sums(a, a, 0, height, tall)``, with the lower left quarter mirrored instead of computed."""
+    xp: Any = namespace(a=a)
+    half = a.shape[1] // 2
+    upper = _sums(a[:, :half, :], a, 0, height, tall)
+    lower = _sums(a[:, half:, :], a[:, half:, :], 0, height, tall)
+    return [
+        xp.concat([above, xp.concat([xp.matrix_transpose(above[:, half:]), below], axis=1)])
+        for above, below in zip(upper, lower, strict=True)
+    ]

@@ -1,16 +1,19 @@
 """Kronecker factors of the curvature from taps, K-FAC (Martens and Grosse 2015, arXiv 1503.05671).
 
-A weight's block is approximated by A x G, with A from its layer's inputs and G from its output gradients. Where a layer
-has R positions (convolutions, sequences) there are two ways (Eschenhagen et al. 2023, arXiv 2311.00636):
+The curvature of a weight is approximated by the Kronecker product A x G, with A from its layer's inputs a and G from
+its output gradients g. For a layer with R positions, such as a convolution, there are two ways to average over them
+(Eschenhagen et al. 2023, arXiv 2311.00636):
 
     expand    A = E_n[ 1/R sum_l a_nl a_nl^T ]                   G = E_n[ sum_l g_nl g_nl^T ]
     reduce    A = E_n[ abar_n abar_n^T ], abar = 1/R sum_l a_l   G = E_n[ gbar_n gbar_n^T ], gbar = sum_l g_l
 
-With one position the two are the same. The labels, given, all or sampled, are those of the taps.
+With one position the two are the same. Whether the labels are those of the data, drawn from the model, or every class,
+is decided by the mode of the taps.
 
-Convention: means over samples; of the taps of one batch ("true" yields several) A is the mean and G the sum. A bias
-stands apart, its block being 1 x G, that of an appended column of ones without what couples it to the weight. What is
-no plain matrix (scales, embeddings, grouped convolutions, lone parameters) has its exact diagonal.
+Convention: means over samples. In the mode "true", in which a batch has several sets of taps, A is their mean and G
+their sum. A bias has a block of its own, 1 x G; this is the block of a column of ones appended to the inputs, without
+the terms that couple it to the weight. A parameter that is not a plain matrix (a scale, an embedding, a grouped
+convolution or a single parameter) has its exact diagonal instead of factors.
 """
 
 from collections.abc import Iterable, Mapping
@@ -26,11 +29,11 @@ Sharing = Literal["expand", "reduce"]
 
 
 class KroneckerFactors(NamedTuple):
-    """A curvature in the form of factors for some parameters and a diagonal for the others.
+    """A curvature: Kronecker factors of some parameters, and the diagonal of the others.
 
     Attributes:
-        factors: (A [d_in, d_in], G [d_out, d_out]) by parameter name; of a bias, A is [[1]].
-        diagonal: of the parameters that have no factors, each flat or as [d_out, d_in].
+        factors: (A [d_in, d_in], G [d_out, d_out]) by parameter; the A of a bias is [[1]].
+        diagonal: the diagonal of each parameter that has no factors, flat or as [d_out, d_in].
     """
 
     factors: Mapping[str, tuple[Array, Array]]
@@ -38,29 +41,36 @@ class KroneckerFactors(NamedTuple):
 
 
 def kronecker_factors(batches: Iterable[Taps], *, samples: int, sharing: Sharing = "expand") -> KroneckerFactors:
-    """Return the factors of all parameters that taps speak of.
+    """Return the curvature of all parameters that have taps.
 
     Args:
-        batches: the taps of each batch; several of one batch ("true") come one after the other.
-        samples: how many samples the batches have together, each counted once.
-        sharing: how positions are treated, as this module defines it.
+        batches: the taps of each batch; the several sets of taps that a batch has in the mode "true" follow each other.
+        samples: how many samples all batches have together; a batch with several sets of taps is counted once.
+        sharing: how positions are averaged, as this module defines it.
 
     Raises:
         BecameError: if there are no samples or no batches.
+
+    >>> import numpy as np
+    >>> tap = Tap("matrix", np.array([[[2.0, 1.0]]]), np.array([[[3.0]]]))  # one sample: a = (2, 1), g = 3
+    >>> kronecker_factors([{"fc": tap}], samples=1).factors["fc.weight"]
+    (array([[4., 2.],
+           [2., 1.]]), array([[9.]]))
     """
     inputs: Params = {}
     outputs: Params = {}
     diagonal: Params = {}
     biased: set[str] = set()
-    seen: dict[str, Array] = {}
+    latest: dict[str, Array] = {}
     for taps in batches:
         for layer, tap in taps.items():
             if tap.kind != "matrix" or tap.groups != 1:
                 _add_to(diagonal, per_sample_square_sum({layer: tap}))
                 continue
-            if seen.get(layer) is not tap.inputs:  # the passes of one batch share their inputs
+            # The sets of taps of one batch share the array of their inputs, which must be counted once.
+            if latest.get(layer) is not tap.inputs:
                 _add_to(inputs, {layer: _gram(tap, "inputs", sharing)})
-                seen[layer] = tap.inputs
+                latest[layer] = tap.inputs
             _add_to(outputs, {layer: _gram(tap, "output_gradients", sharing)})
             biased |= {layer} if tap.has_bias else set()
     if samples < 1 or not (outputs or diagonal):
@@ -79,7 +89,7 @@ def _add_to(total: Params, parts: Params) -> None:
 
 
 def _gram(tap: Tap, side: Literal["inputs", "output_gradients"], sharing: Sharing) -> Array:
-    """The sum over samples of x x^T, x being inputs or output gradients with their positions as ``sharing`` says."""
+    """Return the sum over samples of x x^T, where x are inputs or output gradients, averaged as ``sharing`` says."""
     x = tap.inputs if side == "inputs" else tap.output_gradients
     xp: Any = namespace(x=x)
     x = xp.astype(x, reduction_dtype(xp, x=x), copy=False)

@@ -1,50 +1,59 @@
-"""Taps: what a layer saw and what its output was held responsible for; all that curvature and projection ask for.
+"""Taps: a layer's inputs, and the gradient of the loss with respect to its outputs, over a batch.
 
-Convention: ``inputs`` a [samples, positions, d_in] and ``output_gradients`` g [samples, positions, d_out], g being the
-gradient of each sample's own loss (a sum over samples, never a mean). A linear layer on flat inputs has one position; a
-convolution has one for each place of its kernel, and its patches are flattened as its weight is (d_in = channels x
-height x width of the kernel). A layer that runs more than once in a pass has the positions of all its runs, since a
-gradient sums over both alike. Everything is computed in the promoted dtype of a and g, and at least float32.
+Curvature and projection are computed from taps alone, so this is all that a backend must offer for them. The functions
+of this module turn taps into gradients by parameters: of each sample, of the batch, and as sums of squares.
 
-No more than ``CHUNK`` numbers of per-sample gradients exist at a time: they are squared and summed while they are in
-the processor's cache, and memory stays bounded however large the batch.
+Convention: inputs a are [samples, positions, d_in] and output gradients g are [samples, positions, d_out]. g is the
+gradient of each sample's own loss, not divided by the number of samples. A linear layer on flat inputs has one
+position. A convolution has one position for each place of its kernel in the image, and a patch is flattened as the
+weight is (d_in = channels x height x width of the kernel). A layer that runs several times in a pass has the positions
+of all runs, because a gradient is a sum over positions and runs alike. Everything is computed in the promoted dtype of
+a and g, and at least in float32.
+
+Per-sample gradients are squared and summed for some samples at a time, so that at most ``CHUNK`` numbers of them exist.
+They then stay in the processor's cache, and memory is bounded for any batch size.
+
+The gradient of an embedding is a sum of rows by key. The Array API has no scatter, so rows are sorted by key; then each
+row adds the row 1, 2, 4, ... positions below it, as long as that has the same key. In the end the first row of a key is
+the sum of all its rows. All shapes are known beforehand, so this can be compiled, and sums are pairwise, so they are
+accurate.
 """
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
-from became_core.arrays import Array, Params, namespace, pytree, reduction_dtype, static
-from became_core.curvature.scatter import scattered_squares, scattered_sums
+from became_core.arrays import Array, Params, device, namespace, pytree, reduction_dtype, static
 
 __all__ = ["Tap", "Taps", "batch_gradient", "per_sample_gradients", "per_sample_square_sum"]
 
-# Per-sample gradients held at a time, in numbers: 4 MiB of float32, which a processor's cache holds.
+# How many numbers of per-sample gradients exist at a time: 4 MiB of float32, which fit in a processor's cache.
 CHUNK = 2**20
 
 
 @pytree
 @dataclass(frozen=True)
 class Tap:
-    """One layer's inputs and output gradients over a batch.
+    """The inputs and output gradients of one layer over a batch.
 
     Attributes:
-        kind: what the layer computes at each position, and so what its weight's gradient is:
+        kind: what the layer computes at each position l, and therefore what the gradient of its weight is:
 
-            "matrix": y = W a + b with W [d_out, d_in]; sum_l g_l a_l^T.
-            "scale": y = w * a + b with w [d], a normalisation layer after its normalisation; sum_l g_l * a_l.
+            "matrix": y = W a + b with W [d_out, d_in]; the gradient is sum_l g_l a_l^T.
+            "scale": y = w * a + b with w [d], as in a normalisation layer after it has normalised; sum_l g_l * a_l.
             "embedding": y = W[a] with W [size, d_out]; row v is the sum of g_l over the positions with a_l = v.
-            "gradient": no layer but one parameter, by whose own name the tap goes; a is its gradient, g is 1.
-            "window": a matrix whose inputs are all patches of images, in one group, a step of one apart; in mode
-            "inputs" alone, where the patches themselves need not be cut.
+            "gradient": not a layer but a single parameter, by whose own name the tap goes; a is its gradient, and g
+            is 1.
+            "window": a matrix without groups whose inputs are all patches of images, one step apart; it holds the
+            images, so that no patch is cut. Only the mode "inputs" makes it.
         inputs: [samples, positions, d_in]; of an embedding integers [samples, positions]; of a gradient
-            [samples, 1, size of the parameter]; of a window the images, padded, [samples, channels, height, width].
+            [samples, 1, size of the parameter]; of a window the padded images, [samples, channels, height, width].
         output_gradients: [samples, positions, d_out]; of a gradient ones, [samples, 1, 1].
-        has_bias: whether the layer has a ``bias`` beside its ``weight``.
-        groups: of a matrix: into how many blocks of equal size inputs and outputs are cut, each block of outputs seeing
-            its block of inputs alone; W is then [d_out, d_in / groups].
-        size: of an embedding: how many rows W has.
-        kernel: of a window: its height and width.
+        has_bias: whether the layer has a ``bias`` as well as a ``weight``.
+        groups: for a matrix, the number of blocks of equal size into which inputs and outputs are cut. A block of
+            outputs depends on its own block of inputs alone, and W is [d_out, d_in / groups].
+        size: for an embedding, the number of rows of W.
+        kernel: for a window, its height and width.
     """
 
     kind: Literal["matrix", "scale", "embedding", "gradient", "window"] = field(metadata={"static": True})
@@ -56,26 +65,35 @@ class Tap:
     kernel: tuple[int, int] = static(default=(0, 0))
 
     def __getitem__(self, samples: slice) -> "Tap":
-        """Return the tap of some of the samples."""
+        """Return the tap of a slice of the samples."""
         return replace(self, inputs=self.inputs[samples, ...], output_gradients=self.output_gradients[samples, ...])
 
 
-# By layer name: the tap of ``conv1`` speaks of ``conv1.weight`` and ``conv1.bias``. A tap of kind "gradient" goes by
-# the name of its parameter.
+# By the name of the layer: the tap of ``conv1`` belongs to ``conv1.weight`` and ``conv1.bias``. A tap of the kind
+# "gradient" goes by the name of its parameter.
 Taps = Mapping[str, Tap]
 
 
 def per_sample_square_sum(taps: Taps) -> Params:
     """Return, for each parameter, the sum over samples of the squared gradient of the sample's own loss.
 
-    Weights come as [d_out, d_in] (a scale's as [d], a lone parameter's flat). With one position a matrix's square
-    factors into g^2 and a^2, so that the sum over samples is one matrix product.
+    Args:
+        taps: of one batch.
+
+    Returns:
+        By parameter; a weight is [d_out, d_in], a scale [d], and a single parameter is flat.
+
+    >>> import numpy as np
+    >>> taps = {"fc": Tap("matrix", np.array([[[2.0, 1.0]], [[1.0, 0.0]]]), np.array([[[3.0]], [[1.0]]]))}
+    >>> per_sample_square_sum(taps)
+    {'fc.weight': array([[37.,  9.]])}
     """
     squares: Params = {}
     for name, tap in _weights(taps):
         if tap.kind == "embedding":
-            squares[name] = scattered_squares(tap.output_gradients, tap.inputs, tap.size)
+            squares[name] = _squares_by_key(tap.output_gradients, tap.inputs, tap.size)
         elif tap.kind == "matrix" and tap.groups == 1 and tap.inputs.shape[1] == 1:
+            # With one position the square of g a^T is g^2 (a^2)^T, so the sum over samples is one matrix product.
             squares[name] = _weight_gradients(tap, squared=True)
         else:
             squares[name] = sum(_square_sum(_weight_gradients(part)) for part in _chunks(tap))
@@ -85,17 +103,23 @@ def per_sample_square_sum(taps: Taps) -> Params:
 
 
 def per_sample_gradients(taps: Taps) -> Params:
-    """Return, for each parameter, the gradient of every sample's own loss, [samples, *shape as in the squares]."""
+    """Return, for each parameter, the gradient of every sample's own loss.
+
+    Its shape is [samples, *shape], with the shape that ``per_sample_square_sum`` returns.
+    """
     gradients = {name: _weight_gradients(tap) for name, tap in _weights(taps)}
     return gradients | {name: _bias_gradients(tap) for name, tap in _biases(taps)}
 
 
 def batch_gradient(taps: Taps) -> Params:
-    """Return, for each parameter, the gradient of the sum of the samples' losses; shapes as in the squares."""
+    """Return, for each parameter, the gradient of the sum of the samples' losses.
+
+    Its shape is the one that ``per_sample_square_sum`` returns.
+    """
     gradients: Params = {}
     for name, tap in _weights(taps):
         xp = namespace(inputs=tap.inputs)
-        # All samples' positions are those of one.
+        # The sum over samples is a sum over positions if all positions belong to one sample.
         whole = tap if tap.kind == "gradient" else _as_one_sample(tap)
         gradients[name] = xp.sum(_weight_gradients(whole), axis=0)
     for name, tap in _biases(taps):
@@ -113,7 +137,7 @@ def _biases(taps: Taps) -> Iterator[tuple[str, Tap]]:
 
 
 def _chunks(tap: Tap) -> Iterator[Tap]:
-    """The tap, some samples at a time, so many that their weight gradients are no more than ``CHUNK`` numbers."""
+    """Yield the tap in slices of samples, each with at most ``CHUNK`` numbers of per-sample weight gradients."""
     samples, d_out, d_in = tap.inputs.shape[0], tap.output_gradients.shape[2], tap.inputs.shape[2]
     one = d_out * d_in // tap.groups if tap.kind == "matrix" else d_in * tap.inputs.shape[1]
     step = max(1, CHUNK // max(1, one))
@@ -128,9 +152,14 @@ def _as_one_sample(tap: Tap) -> Tap:
 
 
 def _weight_gradients(tap: Tap, *, squared: bool = False) -> Array:
-    """Each sample's weight gradient, [samples, ...]; or, of a matrix with one position, the sum of their squares."""
+    """Return each sample's weight gradient, [samples, ...].
+
+    Args:
+        tap: of a layer.
+        squared: for a matrix with one position and without groups, return the sum over samples of the squares instead.
+    """
     if tap.kind == "embedding":
-        return scattered_sums(tap.output_gradients, tap.inputs, tap.size)
+        return _sums_by_key(tap.output_gradients, tap.inputs, tap.size)
     xp = namespace(inputs=tap.inputs, output_gradients=tap.output_gradients)
     dtype = reduction_dtype(xp, inputs=tap.inputs, output_gradients=tap.output_gradients)
     a, g = (xp.astype(x, dtype, copy=False) for x in (tap.inputs, tap.output_gradients))
@@ -155,3 +184,67 @@ def _bias_gradients(tap: Tap) -> Array:
 def _square_sum(per_sample: Array) -> Array:
     xp = namespace(per_sample=per_sample)
     return xp.sum(per_sample * per_sample, axis=0)
+
+
+def _sums_by_key(rows: Array, keys: Array, size: int) -> Array:
+    """Return, for each sample, the sums of its rows by key, [samples, size, d]; an absent key has zeros.
+
+    Args:
+        rows: [samples, positions, d].
+        keys: integers [samples, positions], in [0, size).
+        size: how many keys there are.
+    """
+    xp, flat, sample_keys = _by_sample(rows, keys, size)
+    n, positions, d = rows.shape
+    summed, sorted_keys = _summed(xp, flat, sample_keys, longest=positions)
+    return xp.reshape(_first_of_each(xp, summed, sorted_keys, n * size), (n, size, d))
+
+
+def _squares_by_key(rows: Array, keys: Array, size: int) -> Array:
+    """Return the sum over samples of the squares of ``_sums_by_key``, [size, d], without an array of all of them."""
+    xp, flat, sample_keys = _by_sample(rows, keys, size)
+    summed, sorted_keys = _summed(xp, flat, sample_keys, longest=rows.shape[1])
+    # The sum of a sample's key is in the first of its rows. The rows below hold parts of the sum and are set to zero.
+    is_first = xp.concat([xp.ones_like(sorted_keys[:1]) > 0, sorted_keys[1:] != sorted_keys[:-1]])
+    squares = xp.where(is_first[:, None], summed * summed, xp.zeros_like(summed))
+    total, total_keys = _summed(xp, squares, sorted_keys % size, longest=squares.shape[0])
+    return _first_of_each(xp, total, total_keys, size)
+
+
+def _by_sample(rows: Array, keys: Array, size: int) -> tuple[Any, Array, Array]:
+    """Return the namespace, the rows as [samples x positions, d], and keys that no two samples share."""
+    xp = namespace(rows=rows, keys=keys)
+    n, positions, d = rows.shape
+    flat = xp.reshape(xp.astype(rows, reduction_dtype(xp, rows=rows), copy=False), (n * positions, d))
+    samples = xp.arange(n, dtype=keys.dtype, device=device(keys))
+    return xp, flat, xp.reshape(keys + size * samples[:, None], (n * positions,))
+
+
+def _summed(xp: Any, rows: Array, keys: Array, longest: int) -> tuple[Array, Array]:
+    """Return rows sorted by key, with the sum of a key's rows in the first of them; and the sorted keys.
+
+    Args:
+        xp: the namespace.
+        rows: [n, d].
+        keys: integers [n].
+        longest: the largest number of rows that a key can have.
+    """
+    order = xp.argsort(keys, stable=True)
+    rows, keys = xp.take(rows, order, axis=0), xp.take(keys, order, axis=0)
+    reach = 1
+    while reach < min(longest, keys.shape[0]):
+        same = xp.astype(keys[:-reach] == keys[reach:], rows.dtype)[:, None]
+        rows = xp.concat([rows[:-reach, :] + same * rows[reach:, :], rows[-reach:, :]], axis=0)
+        reach *= 2
+    return rows, keys
+
+
+def _first_of_each(xp: Any, rows: Array, keys: Array, count: int) -> Array:
+    """Return the first row of each key below ``count``, or zeros if it has none, [count, d]; the keys are sorted."""
+    wanted = xp.arange(count, dtype=keys.dtype, device=device(keys))
+    last = keys.shape[0] - 1
+    positions = xp.astype(xp.searchsorted(keys, wanted), keys.dtype)
+    positions = xp.where(positions > last, xp.full_like(positions, last), positions)
+    is_present = xp.take(keys, positions, axis=0) == wanted
+    rows = xp.take(rows, positions, axis=0)
+    return xp.where(is_present[:, None], rows, xp.zeros_like(rows))

@@ -1,6 +1,7 @@
-"""Projection: memories that keep new updates out of the space, or off the weights, that old tasks use.
+"""Projectors: memories of old tasks that keep updates away from what those tasks use.
 
-A file for each paper. A new projector is its file and a line of ``PROJECTORS``.
+GPM, SGP, GPCNS, NSCL, OGD and TRGP protect spaces of inputs or gradients; HAT and PackNet protect single weights. There
+is one file for each paper. To add a projector, write its file and add one line to ``PROJECTORS``.
 """
 
 from became_core.projection.base import FinishedTask, Projector, Region, TaskStart, View, compact, full

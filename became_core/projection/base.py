@@ -1,12 +1,13 @@
-"""What every projector is: a frozen memory of the old tasks that keeps updates out of the space they use.
+"""The base classes ``Projector``, ``View`` and ``Region``, and what a projector may ask about a task.
 
-A projector is a frozen dataclass below ``Projector``. It must say how updates are projected, how a finished task is
-remembered, and how its memory goes to a disk. Everything else that a method can do to a run is a hook of the same
-class, with a default that does nothing: what it must find out about the network, which region a task is trained in,
-what happens between two stages of its own and at a stage's end, and which weights a task's network sees.
+A projector is a frozen dataclass that inherits from ``Projector``. It must define how updates are projected, how a
+finished task is remembered, and how its memory is written to arrays and read from them. Everything else that a method
+can do to a run is a hook of the same class, which does nothing by default: preparing for the network, choosing the
+region that a task is trained in, acting between two stages and at the end of a stage, and choosing the weights that a
+task's network works with.
 
-Convention: a weight of any shape is the matrix [d_out, d_in] of its flattened trailing axes, and directions live in
-its input space; names are those of the weights (``conv1.weight``). Gram matrices are means. Tasks count from 0.
+Convention: a weight of any shape is the matrix [d_out, d_in] of its flattened trailing axes, and directions lie in its
+input space. Names are those of the weights, such as ``conv1.weight``. Gram matrices are means. Tasks count from 0.
 """
 
 from abc import ABC, abstractmethod
@@ -21,29 +22,34 @@ __all__ = ["FinishedTask", "Projector", "Region", "TaskStart", "View", "compact"
 
 
 class FinishedTask(Protocol):
-    """What a finished task offers to be remembered by; what no projector asks for is never computed."""
+    """What a projector may ask about a task that is finished; what it does not ask for is never computed."""
 
     def input_grams(self) -> Params:
         """Return, for each weight that can be protected, the mean over samples and positions of a a^T, [d_in, d_in].
 
-        Where there are fewer than d_in inputs a, n of them, it may be a factor F [n, d_in], the mean being F^T F.
+        a is an input of the layer. If there are only n < d_in inputs, a factor F [n, d_in] may be returned instead,
+        with F^T F the mean.
         """
 
     def gradient_grams(self) -> Params:
-        """Return, for each such weight, the mean over batches of G^T G, [d_in, d_in].
+        """Return, for each weight that can be protected, the mean over batches of G^T G, [d_in, d_in].
 
         G [d_out, d_in] is the gradient of a batch's mean loss.
         """
 
     def logit_gradients(self, count: int) -> Iterator[Params]:
-        """Yield batches of single samples' gradients of the true class's logit, at most ``count`` samples in all.
+        """Yield the gradients of the true class's logit at single samples, batch by batch.
 
-        Each leaf is [samples, *parameter shape]; all shared parameters have one.
+        Args:
+            count: how many samples there are in all, at most.
+
+        Yields:
+            For each shared parameter, an array [samples, *parameter shape].
         """
 
 
 class TaskStart(Protocol):
-    """What a projector may ask about a task before it is trained; what none asks for is never computed."""
+    """What a projector may ask about a task that begins; what it does not ask for is never computed."""
 
     @property
     def index(self) -> int:
@@ -65,14 +71,14 @@ class TaskStart(Protocol):
         """Return the generator of random numbers that belongs to the run's seed, the purpose and the task."""
 
     def gradients(self) -> Params:
-        """Return the gradient of the task's mean loss by every projectable weight, at these weights."""
+        """Return the gradient of the task's mean loss by every projectable weight, at ``weights``."""
 
     def inputs(self, theta: Params) -> Params:
-        """Return what each layer sees of a few samples at other weights: [samples, positions, d_in] by weight."""
+        """Return each layer's inputs for a few samples at other weights, [samples, positions, d_in], by weight."""
 
 
 class View(ABC):
-    """What a task's network sees of the weights that all tasks share: effective weights of its own, linear in them."""
+    """The effective weights that a task's network works with; they are linear in the weights that all tasks share."""
 
     @property
     @abstractmethod
@@ -81,16 +87,17 @@ class View(ABC):
 
     @abstractmethod
     def effective(self, theta: Params) -> Params:
-        """Return all parameters, with the weights that the task's network works with in their places."""
+        """Return all parameters, with the effective weights in the place of the shared ones."""
 
 
 class Region(View):
-    """A view that is learned: effective weights are made of the shared weights and of scales of the task's own."""
+    """A view with trainable scales: its effective weights are computed from the shared weights and the scales."""
 
     anneals: ClassVar[bool] = False
+    """Whether the region changes from step to step of an epoch, by ``annealed``."""
 
     scales: Params
-    """What is trained beside the weights, by keys that are no parameter's name."""
+    """What is trained beside the weights; no key is the name of a parameter."""
 
     @abstractmethod
     def with_scales(self, scales: Params) -> Self:
@@ -98,46 +105,53 @@ class Region(View):
 
     @abstractmethod
     def pull_back(self, gradients: Params, theta: Params) -> Params:
-        """Return gradients by shared weights and scales, given those by effective weights.
+        """Return gradients by shared weights and scales, from those by effective weights.
 
         Args:
-            gradients: by name; those of weights outside the region are returned as they are.
+            gradients: by name; the gradient of a weight outside the region is returned as it is.
             theta: the shared weights, of at least the region's names.
         """
 
     def annealed(self, progress: float) -> Self:
-        """Return the region at a step of an epoch, from 0 at the first to 1 at the last, where ``anneals`` is set."""
+        """Return the region for one step of an epoch; it is called before every step if ``anneals`` is true.
+
+        Args:
+            progress: 0 at the first step of the epoch, 1 at the last.
+        """
         return self
 
     @property
     def rowwise(self) -> frozenset[str]:
-        """Names of weights whose effective value on rows a is the shared weight on ``inputs_beneath(name, a)``."""
+        """The names of the weights for which the region only changes the layer's inputs.
+
+        For such a weight, the effective weight times a is the shared weight times ``inputs_beneath(name, a)``.
+        """
         return frozenset()
 
     def inputs_beneath(self, name: str, rows: Array) -> Array:
-        """Return what the shared weight is multiplied with where the layer sees rows [..., d_in]."""
+        """Return the rows that the shared weight is multiplied with when the layer's inputs are rows [..., d_in]."""
         return rows
 
     def without(self, weights: frozenset[str]) -> Self:
-        """Return the region of the other weights alone; the weights left out are among ``rowwise``."""
+        """Return the region without these weights, all of which are in ``rowwise``."""
         return self
 
 
 class Projector(ABC):
-    """A frozen value; ``remember`` returns a new one. Subclasses are frozen dataclasses."""
+    """A memory of old tasks that projects updates. It is frozen: ``remember`` returns a new one."""
 
     alone: ClassVar[str] = ""
-    """Why the projector cannot be combined with a method or another projector; it can if this is empty."""
+    """Why the projector cannot be combined with a method or another projector; empty if it can."""
 
     stages: ClassVar[int] = 1
-    """How many stages the projector itself trains a task in; ``between_stages`` is called between the two of 2."""
+    """How many stages the projector trains a task in, 1 or 2; ``between_stages`` is called between two stages."""
 
     protects_all: ClassVar[bool] = False
-    """Whether every shared parameter is protected; otherwise only matrices are, and the rest is frozen or penalised."""
+    """Whether every shared parameter is protected; if not, only matrices are, and the rest is frozen or penalised."""
 
     @abstractmethod
     def project(self, updates: Params) -> Params:
-        """Return the updates without their part in the protected space; a weight it knows nothing of is unchanged."""
+        """Return the updates without their part in the protected space; an unprotected weight's update is unchanged."""
 
     @abstractmethod
     def remember(self, task: FinishedTask) -> Self:
@@ -146,29 +160,29 @@ class Projector(ABC):
     @property
     @abstractmethod
     def rank(self) -> Mapping[str, tuple[int, int]]:
-        """For each protected space, its dimension and that of the space it lies in.
+        """For each protected space, its dimension and the dimension of the space that it lies in.
 
-        Directions that are protected in part count by their part, and the sum is rounded down.
+        A direction that is protected in part counts by that part, and the sum is rounded down.
         """
 
     @abstractmethod
     def to_arrays(self) -> dict[str, Array]:
-        """Return the whole memory, settings aside, as arrays by flat names, for a checkpoint."""
+        """Return the whole memory, without the settings, as arrays by flat names, for a checkpoint."""
 
     @abstractmethod
     def with_arrays(self, arrays: Mapping[str, Array]) -> Self:
-        """Return a projector of the same settings with the memory that ``to_arrays`` returned."""
+        """Return a projector with the same settings and the memory that ``to_arrays`` returned."""
 
     @property
     def rowwise(self) -> frozenset[str]:
-        """Names of the weights for which ``project_rows`` is all of the projection."""
+        """The names of the weights whose projection is ``project_rows`` of each row, and nothing else."""
         return frozenset()
 
     def project_rows(self, name: str, rows: Array) -> Array:
-        """Return rows of a layer's inputs, [n, d_in], without their part in that weight's protected space.
+        """Return rows of a layer's inputs, [n, d_in], without their part in the protected space of its weight.
 
-        The weight gradient of a linear layer is g^T a, so projecting the batch's a instead of the product gives the
-        same update at a fraction of the work; for the weights that ``rowwise`` names.
+        The weight gradient of a linear layer is g^T a. For a weight that ``rowwise`` names, projecting the inputs a of
+        a batch gives the same update as projecting the product, at a fraction of the work.
         """
         return rows
 
@@ -177,15 +191,15 @@ class Projector(ABC):
         return 0.0
 
     def prepare(self, start: TaskStart) -> Self:
-        """Return the projector once it has found out about the network what it must know; called at every task."""
+        """Return the projector with all that it must know about the network; it is called when any task begins."""
         return self
 
     def begin_task(self, start: TaskStart) -> Region | None:
-        """Return the region that a new task is trained in, with the scales it begins with; none for plain weights."""
+        """Return the region that a new task is trained in, with its first scales; None trains the shared weights."""
         return None
 
     def between_stages(self, theta: Params, projectable: frozenset[str]) -> tuple[Self, Params]:
-        """Return the memory and the parameters that the second of two stages begins with.
+        """Return the memory and the parameters with which the second of two stages begins.
 
         Args:
             theta: all parameters at the end of the first stage.
@@ -194,15 +208,20 @@ class Projector(ABC):
         return self, theta
 
     def end_stage(self, task: int, region: Region | None) -> Self:
-        """Return the memory at the end of a stage, with what it keeps of the region that the task was trained in."""
+        """Return the memory at the end of a stage.
+
+        Args:
+            task: the task's number.
+            region: the region that the stage was trained in, with its trained scales; None if it was in none.
+        """
         return self
 
     def region(self, task: int) -> Region | None:
-        """Return the region that a task keeps for good: its later stages and measurements are done in it."""
+        """Return the region in which a task is trained and measured after its first stage; None if it has none."""
         return None
 
     def view(self, task: int) -> View | None:
-        """Return what a task's network sees of the weights when it is evaluated; None for the weights as they are."""
+        """Return the view in which a task is evaluated; None evaluates it with the shared weights."""
         return self.region(task)
 
 
@@ -210,25 +229,30 @@ P = TypeVar("P", bound=Projector)
 
 
 def full(projector: Projector) -> frozenset[str]:
-    """Return the names of the spaces that are protected whole: updates in them are exactly zero."""
+    """Return the names of the spaces that are protected as a whole, so that every update in them is exactly zero."""
     return frozenset(name for name, (rank, width) in projector.rank.items() if rank >= width)
 
 
 def compact(projector: P) -> P:
-    """Return a projector whose arrays lie in memory in the order of their axes, as they do when read from a file.
+    """Return a projector whose arrays are contiguous in memory, in the order of their axes.
 
-    An array's layout does not change its numbers, but it changes the rounding of products with it; so a run that is
-    resumed from a file would else differ from one that was not interrupted.
+    An array that was read from a file is contiguous, while a slice or a transpose need not be. The layout does not
+    change the numbers of an array, but it changes how products with it are rounded. Without this, a run that is resumed
+    from a file would differ from one that was not interrupted.
     """
     arrays = {}
     for name, array in projector.to_arrays().items():
         xp = namespace(array=array)
+        # Flattening an array that is not contiguous copies it in the order of its axes.
         arrays[name] = xp.reshape(xp.reshape(array, (-1,)), array.shape)
     return projector.with_arrays(arrays)
 
 
 def integers(numbers: int | Sequence[int], arrays: Params) -> Array:
-    """Return counts as an int32 array, of the framework and on the device of other arrays, if there are any."""
+    """Return an integer, or a sequence of integers, as an int32 array.
+
+    It has the framework and the device of the first of the other arrays; it is a NumPy array if there are none.
+    """
     numbers = numbers if isinstance(numbers, int) else list(numbers)
     for array in arrays.values():
         xp = namespace(array=array)

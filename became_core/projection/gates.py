@@ -1,9 +1,10 @@
-"""Gates of units, as effective weights of the next layer: what a task of HAT sees, while it is learned and afterwards.
+"""The effective weights of a HAT task: a region with trained gates while it is learned, then a view of open gates.
 
-With a gate a_i for unit i of a layer, a_i h_i is what the next layer sees: W diag(a) is its effective weight.
+With a gate a_i for unit i of a layer, the next layer reads a_i h_i, so its effective weight is W diag(a).
 ``became_core.projection.hat`` has the paper and its equations.
 
-Convention: gates go by the weight [d_out, d_in] that sees them; d_in is units x places, a unit's places side by side.
+Convention: a gate goes by the name of the weight [d_out, d_in] that reads its units; d_in is units x positions, and the
+positions of one unit are side by side.
 """
 
 from dataclasses import dataclass, replace
@@ -15,27 +16,28 @@ from became_core.projection.base import Region, View
 
 __all__ = ["GatedRegion", "GatedView", "filled", "spread"]
 
-LARGEST = 6.0  # of an embedding, in effect
+# An embedding outside [-LARGEST, LARGEST] has the gate of the nearest end, as in the published code.
+LARGEST = 6.0
 
 
 @pytree
 @dataclass(frozen=True)
 class GatedView(View):
-    """The weights of a task that is learned: columns that see a closed gate are zero.
+    """The effective weights of a learned task: columns of a closed gate are zero.
 
     Attributes:
-        gates: by the weight that sees them, bool [units].
+        gates: whether each gate is open, bool [units], by the weight that reads the units.
     """
 
     gates: Params
 
     @property
     def weights(self) -> frozenset[str]:
-        """The names of the weights that see gates."""
+        """The names of the weights that read gated units."""
         return frozenset(self.gates)
 
     def effective(self, theta: Params) -> Params:
-        """Return the weights that the task's network works with.
+        """Return all parameters, with the gated weights in the place of the shared ones.
 
         Raises:
             BecameError: if a weight is missing.
@@ -43,22 +45,22 @@ class GatedView(View):
         result = dict(theta)
         for name, gate in self.gates.items():
             if name not in theta:
-                raise BecameError(f"the weights lack '{name}', which sees gates.")
+                raise BecameError(f"the weights lack '{name}', which reads gated units.")
             xp: Any = namespace(weight=theta[name], gate=gate)
             matrix = xp.reshape(theta[name], (theta[name].shape[0], -1))
-            seen = spread(gate, matrix.shape[1])[None, :]
-            result[name] = xp.reshape(xp.where(seen, matrix, xp.zeros_like(matrix)), theta[name].shape)
+            is_open = spread(gate, matrix.shape[1])[None, :]
+            result[name] = xp.reshape(xp.where(is_open, matrix, xp.zeros_like(matrix)), theta[name].shape)
         return result
 
 
 @pytree
 @dataclass(frozen=True)
 class GatedRegion(Region):
-    """A task while it is learned: its gates are sigmoids, and their embeddings are trained with the weights.
+    """The region of a task that is being learned: its gates are sigmoids of embeddings, which are trained.
 
     Attributes:
-        scales: embeddings e [units] by the weight that sees the gates: ``conv2.weight@gates``.
-        unused: 1 - A of the same units.
+        scales: the embeddings e [units]. The key has the weight that reads the units, such as ``conv2.weight@gates``.
+        unused: 1 - A of the same units, by the same keys.
         steepness: s, 0-d.
         sharpness: s_max.
         sparsity: c.
@@ -74,11 +76,11 @@ class GatedRegion(Region):
 
     @property
     def weights(self) -> frozenset[str]:
-        """The names of the weights that see gates."""
+        """The names of the weights that read gated units."""
         return frozenset(key.rpartition("@")[0] for key in self.scales)
 
     def annealed(self, progress: float) -> Self:
-        """Return the region in a batch of an epoch: s rises from 1 / s_max at progress 0 to s_max at 1."""
+        """Return the region for one batch of an epoch: s rises from 1 / s_max at progress 0 to s_max at 1."""
         steepness = 1 / self.sharpness + (self.sharpness - 1 / self.sharpness) * progress
         return replace(self, steepness=filled(self.scales, steepness))
 
@@ -87,16 +89,16 @@ class GatedRegion(Region):
         return replace(self, scales=scales)
 
     def gates(self) -> Params:
-        """Return a = sigmoid(s e) [units], by the weight that sees them."""
-        found = {}
+        """Return the gates a = sigmoid(s e), [units], by the weight that reads the units."""
+        gates = {}
         for key, embedding in self.scales.items():
             xp: Any = namespace(embedding=embedding)
-            # By tanh, which does not overflow.
-            found[key.rpartition("@")[0]] = (1 + xp.tanh(0.5 * self.steepness * _clipped(embedding))) / 2
-        return found
+            # sigmoid(x) = (1 + tanh(x / 2)) / 2, which does not overflow as exp(-x) does.
+            gates[key.rpartition("@")[0]] = (1 + xp.tanh(0.5 * self.steepness * _clipped(embedding))) / 2
+        return gates
 
     def effective(self, theta: Params) -> Params:
-        """Return the weights that the task's network works with.
+        """Return all parameters, with the gated weights in the place of the shared ones.
 
         Raises:
             BecameError: if a weight is missing.
@@ -104,39 +106,43 @@ class GatedRegion(Region):
         result = dict(theta)
         for name, gate in self.gates().items():
             if name not in theta:
-                raise BecameError(f"the weights lack '{name}', which sees gates.")
+                raise BecameError(f"the weights lack '{name}', which reads gated units.")
             xp: Any = namespace(weight=theta[name])
             matrix = xp.reshape(theta[name], (theta[name].shape[0], -1))
-            seen = xp.astype(spread(gate, matrix.shape[1]), matrix.dtype, copy=False)[None, :]
-            result[name] = xp.reshape(matrix * seen, theta[name].shape)
+            by_column = xp.astype(spread(gate, matrix.shape[1]), matrix.dtype, copy=False)[None, :]
+            result[name] = xp.reshape(matrix * by_column, theta[name].shape)
         return result
 
     def pull_back(self, gradients: Params, theta: Params) -> Params:
-        """Return gradients by weights and embeddings, given those by effective weights; capacity's is among them.
+        """Return gradients by shared weights and embeddings, from those by effective weights.
+
+        The gradient of the capacity term (eq. 5) is added to that of the embeddings.
 
         Args:
-            gradients: by name; weights that see no gates keep theirs.
-            theta: the weights W beneath, of at least the region's names.
+            gradients: by name; the gradient of a weight that reads no gated units is returned as it is.
+            theta: the shared weights W, of at least the region's names.
         """
         result = dict(gradients)
-        room = self._room()
+        free_units = self._free_units()
         for name, gate in self.gates().items():
             if name not in gradients:
                 continue
             key = f"{name}@gates"
             gradient, weight = gradients[name], theta[name]
             xp: Any = namespace(gradient=gradient, weight=weight)
-            g, w = (xp.reshape(each, (each.shape[0], -1)) for each in (gradient, weight))
-            seen = xp.astype(spread(gate, g.shape[1]), g.dtype, copy=False)[None, :]
-            result[name] = xp.reshape(g * seen, gradient.shape)
+            g, w = (xp.reshape(array, (array.shape[0], -1)) for array in (gradient, weight))
+            by_column = xp.astype(spread(gate, g.shape[1]), g.dtype, copy=False)[None, :]
+            result[name] = xp.reshape(g * by_column, gradient.shape)
             by_gate = xp.sum(xp.reshape(xp.sum(g * w, axis=0), (gate.shape[0], -1)), axis=1)
-            by_gate = by_gate + self.sparsity * self.unused[key] / room
-            opening = xp.tanh(0.5 * _clipped(self.scales[key]))
-            result[key] = by_gate * self.sharpness * (1 - opening * opening) / 4  # sigmoid'(e)
+            by_gate = by_gate + self.sparsity * self.unused[key] / free_units
+            # The true derivative of a gate, s sigmoid'(s e), nearly vanishes at both ends of the annealing. By eq. 4,
+            # s_max sigmoid'(e) takes its place, with sigmoid'(e) = (1 - tanh(e / 2)^2) / 4.
+            half = xp.tanh(0.5 * _clipped(self.scales[key]))
+            result[key] = by_gate * self.sharpness * (1 - half * half) / 4
         return result
 
-    def _room(self) -> Array:
-        """The number of units that no old task uses; 1 where there is none."""
+    def _free_units(self) -> Array:
+        """Return the number of units that no old task uses, or 1 if there is none, so that it can be divided by."""
         parts = []
         for unused in self.unused.values():
             xp: Any = namespace(unused=unused)
@@ -146,7 +152,7 @@ class GatedRegion(Region):
 
 
 def spread(gate: Array, columns: int) -> Array:
-    """Return a value of each unit, [units], as one of each column, [units x places]."""
+    """Return the value of each column, [units x positions], from the value of each unit, [units]."""
     xp: Any = namespace(gate=gate)
     units = int(gate.shape[0])
     return xp.reshape(xp.broadcast_to(gate[:, None], (units, columns // units)), (columns,))
@@ -158,7 +164,7 @@ def _clipped(embedding: Array) -> Array:
 
 
 def filled(like: Params, number: float) -> Array:
-    """A number as a 0-d array of the framework, dtype and device of others."""
+    """Return a number as a 0-d array with the framework, dtype and device of other arrays."""
     first = next(iter(like.values()))
     xp: Any = namespace(like=first)
     return xp.asarray(number, dtype=first.dtype, device=device(first))

@@ -1,18 +1,20 @@
 """GPCNS, gradient projection in the common null space (Yang et al., ACM Multimedia 2024).
 
-The paper is "Introducing Common Null Space of Gradients for Gradient Projection Methods in Continual Learning". Of each
-weight's gradients G_t [d_out, d_in] after each task, and with singular values sigma rather than their squares:
+The paper is "Introducing Common Null Space of Gradients for Gradient Projection Methods in Continual Learning". Its
+thresholds are on sums of singular values, not of their squares. With G_t [d_out, d_in] the gradients of a weight after
+task t:
 
-    gradients  of all tasks so far, stacked: V_t = the leading right singular vectors with sum sigma <= epsilon_t total
-    bases      of all tasks so far, side by side, [V_1 ... V_t] = U diag(sigma) W^T: M = the leading columns of U with
-               sum sigma <= epsilon_t total, and importances from sigma by SGP's formula
+    gradients  G_1 ... G_t, stacked, have right singular vectors; V_t are the leading ones whose singular values sum to
+               at most epsilon_t of the total
+    bases      [V_1 ... V_t] = U diag(sigma) W^T, side by side; M are the leading columns of U whose singular values sum
+               to at most epsilon_t of the total, and SGP's formula gives their importances from sigma
     update     G <- G - G M diag(lambda) M^T
 
-The first task's M is V_1, with importances 1. As published, a direction is kept only if it is within epsilon with all
-before it, so a weight with a single gradient direction is protected at epsilon = 1 alone.
+The first task's M is V_1, with importances 1. As published, a direction is taken only if the sum up to and including it
+is at most epsilon_t of the total. A weight with a single gradient direction is therefore protected only at epsilon = 1.
 
-What differs: the stacks are kept as Gram matrices, sum G^T G and sum V V^T, both [d_in, d_in] however many tasks
-there are; values that are rounding beside the largest count as 0.
+What differs: the memory has Gram matrices instead of stacks, sum G^T G and sum V V^T, both [d_in, d_in] for any number
+of tasks. A singular value that is rounding beside the largest one counts as 0.
 """
 
 from dataclasses import dataclass, field
@@ -20,9 +22,8 @@ from typing import Any, ClassVar, Self
 
 from became_core.arrays import Array, Params, namespace, pytree
 from became_core.projection.base import FinishedTask
-from became_core.projection.energy import checked_gram, rounding, spectrum, wide
 from became_core.projection.sgp import ImportanceProjector, importances
-from became_core.projection.subspace import Subspace
+from became_core.projection.subspace import Subspace, checked_gram, rounding, spectrum, wide
 
 __all__ = ["GPCNS"]
 
@@ -32,7 +33,7 @@ __all__ = ["GPCNS"]
 class GPCNS(ImportanceProjector):
     """Projection out of the common space of old tasks' gradients, by importance (Yang 2024).
 
-    ``ThresholdProjector`` and ``ImportanceProjector`` have the settings.
+    The settings are those of ``ThresholdProjector`` and ``ImportanceProjector``.
 
     Attributes:
         gradients: for each weight, the sum over tasks of the mean of G^T G, [d_in, d_in].
@@ -72,7 +73,15 @@ class GPCNS(ImportanceProjector):
 
 
 def _leading(symmetric: Array, share: float, like: Array) -> tuple[Array, Array]:
-    """Return the leading vectors [d, k] and singular values [k] of A that sum to at most a share, from A A^T [d, d]."""
+    """Return the leading left singular vectors [d, k] and singular values [k] of a matrix A.
+
+    They are as many as have singular values that sum to at most a share of the sum of all.
+
+    Args:
+        symmetric: A A^T, [d, d].
+        share: in (0, 1].
+        like: an array of the dtype in which A A^T was summed.
+    """
     xp: Any = namespace(symmetric=symmetric)
     values, vectors = spectrum(symmetric)
     floor = rounding(like, xp.linalg.trace(symmetric))

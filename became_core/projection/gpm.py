@@ -1,14 +1,15 @@
 """GPM, gradient projection memory (Saha, Garg & Roy, ICLR 2021, arXiv 2103.09762, Algorithm 1).
 
-With R the layer's inputs (patches) of a task as columns, M the kept basis and epsilon_t the threshold:
+With R a task's inputs to a layer (the patches of a convolution) as columns, M the basis of the old tasks and epsilon_t
+the threshold:
 
     residual  R' = R - M M^T R                                                       (eq. 8)
-    keep      the fewest leading left singular vectors u_i of R' with
+    added     the fewest leading left singular vectors u_i of R' with
               |M M^T R|^2 + sum_{i<=k} sigma_i^2 >= epsilon_t |R|^2                    (eq. 9)
     update    G <- G - G M M^T                                                       (eqs. 6, 7)
 
-What differs: the singular vectors come from the Gram matrix R R^T / n, whose scale plays no part, and directions whose
-energy is rounding are never kept, not even at a threshold of 1.
+What differs: the singular vectors come from the Gram matrix R R^T / n; its scale does not matter. A direction whose
+energy is rounding is never added, not even at a threshold of 1.
 """
 
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ __all__ = ["GPM"]
 class GPM(ThresholdProjector):
     """Gradient projection memory: updates leave the space of old tasks' layer inputs (Saha 2021).
 
-    The memory is a basis of that space for each weight; ``ThresholdProjector`` has the settings.
+    The memory is a basis of that space for each weight. The settings are those of ``ThresholdProjector``.
 
     >>> import numpy as np
     >>> inputs = np.array([[1.0, 0.0, 0.0], [1.0, 1.0, 0.0]])  # two samples of three units
@@ -42,10 +43,10 @@ class GPM(ThresholdProjector):
     """
 
     def remember(self, task: FinishedTask) -> Self:
-        """Return the memory with the directions added that one more task needs.
+        """Return the memory with the directions that one more task needs.
 
         Raises:
-            BecameError: if a Gram matrix is not square, not finite, or does not fit the basis kept for its weight.
+            BecameError: if a Gram matrix is not square, not finite, or does not fit the basis of its weight.
         """
         return self._remembering({name: self._grown(name, gram) for name, gram in task.input_grams().items()})
 

@@ -1,26 +1,28 @@
 """HAT, hard attention to the task (Serra, Suris, Miron & Karatzoglou, ICML 2018, arXiv 1801.01423).
 
-A task t has a gate for every unit that a layer sees, a = sigmoid(s e), with an embedding e that it learns:
+Every task t has a gate a = sigmoid(s e) for each unit that a layer reads, and learns its embedding e:
 
-    network     h_l <- a_l h_l: column i of the weight that sees unit i is scaled by a_l,i                 (eq. 1)
-    annealing   s = 1 / s_max + (s_max - 1 / s_max) (b - 1) / (B - 1) in batch b of B of an epoch        (eq. 3)
-    weights     g_l,ij <- (1 - min(A_l,i, A_l-1,j)) g_l,ij, A the gates of all old tasks together          (eq. 2)
-    embedding   q <- s_max (cosh(s e) + 1) / (s (cosh(e) + 1)) q, which makes dL/de = dL/da s_max sigmoid'(e) (eq. 4)
-    capacity    loss + c sum a (1 - A) / sum (1 - A)                                                       (eq. 5)
+    network     h_l <- a_l h_l: the column of unit i in the weight that reads it is multiplied by a_l,i     (eq. 1)
+    annealing   s = 1 / s_max + (s_max - 1 / s_max) (b - 1) / (B - 1) in batch b of B of an epoch           (eq. 3)
+    weights     g_l,ij <- (1 - min(A_l,i, A_l-1,j)) g_l,ij, A being the largest gate of all old tasks       (eq. 2)
+    embedding   q <- s_max (cosh(s e) + 1) / (s (cosh(e) + 1)) q for its gradient q, which makes
+                dL/de = dL/da s_max sigmoid'(e)                                                             (eq. 4)
+    capacity    loss + c sum a (1 - A) / sum (1 - A)                                                        (eq. 5)
 
-In testing, a gate is open where e > 0. So an old task's open units have weights of which none moves between them, and
-what other units send reaches them no more: later tasks do not change what it says, to the bit. (Running statistics of a
-network's normalisation, if it has them, are no weights: later tasks move them.)
+When a task is evaluated, its gates are open, 1, where e > 0, and closed, 0, elsewhere. The weights between two open
+units of an old task do not move, and the closed gates keep all other units out. Later tasks therefore do not change an
+old task's outputs, to the bit. Running statistics of normalisation layers, if the network has them, are not weights:
+later tasks do change them.
 
-Where residual connections add up the units of several layers, each of the layers that see the sum has gates of its own;
-a unit is in use where any of its readers' gates is open, A_l,i, and so are the weights of all layers that it adds up.
+Residual connections add up the units of several layers. Each layer that reads the sum has gates of its own. A unit is
+in use, A_l,i = 1, if the gate of any of its readers is open; then it is in use in all layers that the sum is made of.
 
-What differs: gates of old tasks are 0 or 1 in A too, where the published code keeps sigmoid(s_max e), nearly so; the
-embedding's gradient is written in its closed form, which needs no clamp against overflow; and biases and normalisation,
-which have no input units, are frozen after the first task.
+What differs: in A, the gates of old tasks are 0 or 1, while the published code has sigmoid(s_max e), which is nearly
+the same. The gradient of the embedding is computed in its closed form, which cannot overflow and so needs no clamp.
+Biases and normalisation, which read no units, are frozen after the first task.
 
-Convention: layers are called by their weights [d_out, d_in]; d_in is units x places, a unit's places side by side.
-Gates go by the weight that sees them.
+Convention: a layer's name is that of its weight [d_out, d_in], where d_in is units x positions and the positions of one
+unit are side by side. The key of a gate has the name of the weight that reads the units.
 """
 
 import math
@@ -45,14 +47,15 @@ __all__ = ["HAT"]
 class HAT(Projector):
     """Hard attention to the task: gates of units, learned with the weights that no old task uses (Serra 2018).
 
-    The memory is the gates of the old tasks; no weight moves between two units that one of them uses.
+    The memory is the gates of the old tasks. A weight between two units that old tasks use does not move.
 
     Attributes:
         sharpness: how steep the gates become within an epoch, s_max in the paper; above 1.
-        sparsity: what the units that a task uses cost beside a mean loss, c in the paper; at least 0.
-        tasks: how many tasks it remembers.
-        unit_graph: which layers' units each layer sees; None until the network is known.
-        gates: which of the units that a weight sees a task uses, bool [units]; ``conv2.weight@0`` for weight and task.
+        sparsity: the weight of the cost of units in use, beside the mean loss, c in the paper; at least 0.
+        tasks: how many tasks the memory has.
+        unit_graph: the layers whose units each layer reads; None until the network is known.
+        gates: the open gates of a task, bool [units]. The key has the weight that reads the units and the task, such as
+            ``conv2.weight@0``.
 
     Raises:
         BecameError: if a number cannot be used.
@@ -75,32 +78,32 @@ class HAT(Projector):
             )
 
     def project(self, updates: Params) -> Params:
-        """Return the updates, zero between units that old tasks use; the others, and other parameters', as they are."""
+        """Return the updates, set to zero for every weight between two units that old tasks use."""
         return {name: self._project(name, update) for name, update in updates.items()}
 
     def _project(self, name: str, update: Array) -> Array:
         if self.unit_graph is None or name not in self.unit_graph.layers or not self.tasks:
             return update
         xp: Any = namespace(update=update)
-        still = self._still(name, update.shape[0], math.prod(update.shape[1:]))
-        return xp.where(xp.reshape(still, update.shape), xp.zeros_like(update), update)
+        frozen = self._frozen(name, update.shape[0], math.prod(update.shape[1:]))
+        return xp.where(xp.reshape(frozen, update.shape), xp.zeros_like(update), update)
 
-    def _still(self, name: str, rows: int, columns: int) -> Array:
-        """Which entries of a layer's weight stand still, [d_out, d_in]."""
-        to, seen = self.used(name), self._seen(name)
-        xp: Any = namespace(gates=to)
-        if seen is None:  # all of the network's inputs are in use
-            return xp.broadcast_to(to[:, None], (rows, columns))
-        return to[:, None] & spread(seen, columns)[None, :]
+    def _frozen(self, name: str, rows: int, columns: int) -> Array:
+        """Return which entries of a layer's weight may not move, bool [d_out, d_in]."""
+        outputs, inputs = self.used(name), self._used_inputs(name)
+        xp: Any = namespace(gates=outputs)
+        if inputs is None:  # all of the network's inputs are in use
+            return xp.broadcast_to(outputs[:, None], (rows, columns))
+        return outputs[:, None] & spread(inputs, columns)[None, :]
 
     def used(self, name: str) -> Array:
-        """Return which units of a layer any old task uses, through any of its readers, bool [units]."""
+        """Return which units of a layer any old task uses, in any of the layers that read them, bool [units]."""
         graph = self._graph
-        keys = [f"{r}@{task}" for task in range(self.tasks) for r in graph.readers_of(name, task)]
+        keys = [f"{reader}@{task}" for task in range(self.tasks) for reader in graph.readers_of(name, task)]
         return _any([self.gates[key] for key in keys])
 
-    def _seen(self, name: str) -> Array | None:
-        """Which of the units that a layer sees any old task uses; None where it sees the network's inputs."""
+    def _used_inputs(self, name: str) -> Array | None:
+        """Return which of the units that a layer reads any old task uses; None if it reads the network's inputs."""
         keys = [f"{name}@{task}" for task in range(self.tasks)]
         return _any([self.gates[key] for key in keys]) if keys[0] in self.gates else None
 
@@ -110,24 +113,27 @@ class HAT(Projector):
         return self.unit_graph
 
     def prepare(self, start: TaskStart) -> Self:
-        """Return the projector with the network's unit graph, which is found at the first call.
+        """Return the projector with the unit graph of the network, which the first call finds.
 
         Raises:
-            BecameError: if a layer of the network does not see others' units one by one.
+            BecameError: if a layer of the network does not read the units of other layers one by one.
         """
         return self if self.unit_graph is not None else replace(self, unit_graph=find_unit_graph(start))
 
     @property
     def rank(self) -> dict[str, tuple[int, int]]:
-        """For each layer but the first, how many pairs of units stand still, and how many there are; of it, units."""
-        found = {}
+        """For each layer, how many pairs of an output and an input unit are both in use, and how many pairs there are.
+
+        The inputs of the network count as one unit, which is in use.
+        """
+        pairs = {}
         for name in self._graph.layers if self.tasks else ():
-            to, seen = _counts(self.used(name)), _counts(self._seen(name))
-            found[name] = (to[0] * seen[0], to[1] * seen[1])
-        return found
+            outputs, inputs = _counts(self.used(name)), _counts(self._used_inputs(name))
+            pairs[name] = (outputs[0] * inputs[0], outputs[1] * inputs[1])
+        return pairs
 
     def begin_task(self, start: TaskStart) -> GatedRegion:
-        """Return the region of a new task, its embeddings drawn from a standard normal distribution, layer by layer."""
+        """Return the region of a new task, with embeddings drawn from a standard normal distribution."""
         theta, rng = start.weights, start.rng("gates")
         embeddings, unused = {}, {}
         for reader, sources in self._graph.readers(self.tasks):
@@ -138,28 +144,28 @@ class HAT(Projector):
             embeddings[key] = xp.asarray(drawn, dtype=weight.dtype, device=device(weight))
             unused[key] = xp.ones_like(embeddings[key])
             if self.tasks:
-                unused[key] = unused[key] - xp.astype(self._seen_before(reader), weight.dtype)
+                unused[key] = unused[key] - xp.astype(self._used_before(reader), weight.dtype)
         return GatedRegion(embeddings, unused, filled(embeddings, self.sharpness), self.sharpness, self.sparsity)
 
-    def _seen_before(self, reader: str) -> Array:
-        """Which of the units that a new task's reader sees any old task uses: for a head, through any old head."""
+    def _used_before(self, reader: str) -> Array:
+        """Return which of the units that a layer reads any old task uses; a new head counts the old heads' gates."""
         heads = self._graph.heads
         keys = [f"{heads[task] if reader in heads else reader}@{task}" for task in range(self.tasks)]
         return _any([self.gates[key] for key in keys])
 
     def end_stage(self, task: int, region: Region | None) -> Self:
-        """Return the memory with the new task's gates, which do not change from now on."""
+        """Return the memory with the gates of the new task, which do not change afterwards."""
         assert region is not None
         readers = [reader for reader, _ in self._graph.readers(self.tasks)]
         gates = {f"{reader}@{self.tasks}": region.scales[f"{reader}@gates"] > 0 for reader in readers}
         return replace(self, gates=self.gates | gates, tasks=self.tasks + 1)
 
     def remember(self, task: FinishedTask) -> Self:
-        """Return the memory: a task is remembered by its gates alone, and ``end_stage`` has kept them."""
+        """Return the memory as it is: a task is remembered by its gates alone, and ``end_stage`` has added them."""
         return self
 
     def view(self, task: int) -> GatedView:
-        """Return the weights that a task, counted from 0, works with."""
+        """Return the effective weights of a learned task, with its gates open or closed."""
         return GatedView({reader: self.gates[f"{reader}@{task}"] for reader, _ in self._graph.readers(task)})
 
     def to_arrays(self) -> dict[str, Array]:
@@ -168,7 +174,7 @@ class HAT(Projector):
         return arrays | {"tasks": integers(self.tasks, arrays)}
 
     def with_arrays(self, arrays: Mapping[str, Array]) -> Self:
-        """Return a memory of the same settings and network with what ``to_arrays`` gave.
+        """Return a projector with the same settings and network, and the memory that ``to_arrays`` returned.
 
         Raises:
             BecameError: if an array is no part of such a memory, or there is no number of tasks.
@@ -183,7 +189,7 @@ class HAT(Projector):
 
 
 def _any(gates: Sequence[Array]) -> Array:
-    """Where any of several gates is open."""
+    """Return where any of several gates is open, bool [units]."""
     total = gates[0]
     for gate in gates[1:]:
         total = total | gate
@@ -191,7 +197,7 @@ def _any(gates: Sequence[Array]) -> Array:
 
 
 def _counts(gate: Array | None) -> tuple[int, int]:
-    """How many units are open, and how many there are; the network's inputs count as one, in use."""
+    """Return how many gates are open, and how many there are; (1, 1) for the network's inputs, which have none."""
     if gate is None:
         return 1, 1
     xp: Any = namespace(gate=gate)

@@ -1,6 +1,6 @@
-"""What projectors that protect layer by layer share: a subspace for each weight, and a threshold that rises.
+"""Base classes of projectors that protect each weight by itself: a subspace for each, and a threshold that rises.
 
-Convention: the arrays of a memory are named ``part.weight``: ``bases.conv1.weight``, ``importance.conv1.weight``.
+Convention: the arrays of a memory are named ``part.weight``, such as ``bases.conv1.weight``.
 """
 
 from collections.abc import Mapping
@@ -10,8 +10,7 @@ from typing import Any, ClassVar, Self
 from became_core.arrays import Array, Params, namespace, static
 from became_core.errors import BecameError
 from became_core.projection.base import Projector, integers
-from became_core.projection.energy import Energies, energies, min_directions
-from became_core.projection.subspace import Subspace
+from became_core.projection.subspace import Energies, Subspace, energies, min_directions
 from became_core.registry import setting
 
 __all__ = ["LayerwiseProjector", "ThresholdProjector"]
@@ -19,13 +18,13 @@ __all__ = ["LayerwiseProjector", "ThresholdProjector"]
 
 @dataclass(frozen=True)
 class LayerwiseProjector(Projector):
-    """A projector whose memory is a subspace for each weight, and what a subclass keeps beside.
+    """A projector whose memory is a subspace for each weight, and further arrays that a subclass names.
 
     Attributes:
         norm_penalty: the strength of a quadratic penalty, strength/2, on what the projector cannot protect,
             normalisation and biases, weighed by Fisher information as in EWC; at 0 these are frozen after the first
             task.
-        tasks: how many tasks it remembers.
+        tasks: how many tasks the memory has.
         spaces: the protected subspace of each weight's input space.
 
     Raises:
@@ -37,7 +36,7 @@ class LayerwiseProjector(Projector):
     tasks: int = static(default=0)
     spaces: dict[str, Subspace] = field(default_factory=dict)
 
-    # Names of the fields, each with an array for some weights, that a subclass remembers by beside the subspaces.
+    # The names of a subclass's own fields that belong to its memory; each is a mapping from weights to arrays.
     beside: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
@@ -46,11 +45,15 @@ class LayerwiseProjector(Projector):
             raise BecameError(f"the penalty on normalisation is {self.norm_penalty}; it must be at least 0.")
 
     def unprotected_penalty(self) -> float:
-        """Return the penalty that was chosen."""
+        """Return ``norm_penalty``."""
         return self.norm_penalty
 
     def project(self, updates: Params) -> Params:
-        """Return each update without its part in its weight's protected space; the others unchanged."""
+        """Return each update without its part in the protected space of its weight.
+
+        Args:
+            updates: by name; a parameter that has no protected space is returned as it is.
+        """
         return {name: self._project(name, update) for name, update in updates.items()}
 
     def _project(self, name: str, update: Array) -> Array:
@@ -61,12 +64,12 @@ class LayerwiseProjector(Projector):
         return xp.reshape(self.project_rows(name, matrix), update.shape)
 
     def project_rows(self, name: str, rows: Array) -> Array:
-        """Return rows [n, d_in] without their part in the protected space; unchanged where the weight has none."""
+        """Return rows [n, d_in] without their part in the weight's protected space, if it has one."""
         return self.spaces[name].project_rows(name, rows) if name in self.spaces else rows
 
     @property
     def rowwise(self) -> frozenset[str]:
-        """All weights that are protected."""
+        """The names of all protected weights."""
         return frozenset(self.spaces)
 
     @property
@@ -80,7 +83,7 @@ class LayerwiseProjector(Projector):
         return {name: space.basis for name, space in self.spaces.items()}
 
     def to_arrays(self) -> dict[str, Array]:
-        """Return bases, importances, what is kept beside, and the number of tasks, as flat arrays."""
+        """Return the bases, the importances, the arrays named by ``beside``, and the number of tasks."""
         parts: dict[str, Params] = {
             "bases": self.bases,
             "importance": {name: space.importance for name, space in self.spaces.items()},
@@ -90,7 +93,7 @@ class LayerwiseProjector(Projector):
         return arrays | {"tasks": integers(self.tasks, arrays)}
 
     def with_arrays(self, arrays: Mapping[str, Array]) -> Self:
-        """Return this projector with the memory that ``to_arrays`` gave.
+        """Return this projector with the memory that ``to_arrays`` returned.
 
         Raises:
             BecameError: if an array is no part of such a memory, or there is no number of tasks.
@@ -109,13 +112,13 @@ class LayerwiseProjector(Projector):
         return replace(self, tasks=int(arrays["tasks"]), spaces=spaces, **beside)
 
     def _extended(self, name: str, directions: Array, like: Array) -> Array:
-        """A weight's basis with directions [d, j] added, in the dtype of another array."""
+        """Return a weight's basis with directions [d, j] added to its columns, which get the dtype of ``like``."""
         xp: Any = namespace(directions=directions)
         added = xp.astype(directions, like.dtype)
         return xp.concat([self.spaces[name].basis, added], axis=1) if name in self.spaces else added
 
     def _remembering(self, spaces: Mapping[str, Subspace], **beside: Params) -> Self:
-        """Return the memory one task on, with these subspaces and what is kept beside, replaced or added."""
+        """Return the memory with one more task: the subspaces and the arrays of ``beside`` are replaced or added."""
         merged: dict[str, Any] = {part: getattr(self, part) | values for part, values in beside.items()}
         return replace(self, tasks=self.tasks + 1, spaces=self.spaces | dict(spaces), **merged)
 
@@ -126,7 +129,7 @@ class ThresholdProjector(LayerwiseProjector):
 
     Attributes:
         threshold: the share of a layer's energy that is protected, epsilon, for the first task; in (0, 1].
-        increment: what the threshold grows by from task to task; it never exceeds 1.
+        increment: how much the threshold grows from task to task; it never exceeds 1.
 
     Raises:
         BecameError: if the threshold is not in its range.
@@ -144,14 +147,15 @@ class ThresholdProjector(LayerwiseProjector):
 
     @property
     def epsilon(self) -> float:
-        """The threshold for the task that is remembered next."""
+        """The threshold for the next task to be remembered."""
         return min(self.threshold + self.increment * self.tasks, 1.0)
 
     def _residual(self, name: str, gram: Array) -> tuple[Energies, int]:
-        """Where a Gram matrix has its energy beside the weight's basis, and how many new directions epsilon asks for.
+        """Return a Gram matrix's energies beside the weight's basis, and how many new directions epsilon needs.
 
-        They are the fewest whose energy, with what the basis captures, is epsilon of the whole (GPM, eq. 9).
+        They are the fewest whose energies, with the energy that the basis captures, are epsilon of the total
+        (GPM, eq. 9).
         """
         parts = energies(name, gram, self.bases.get(name))
         wanted = self.epsilon * parts.total
-        return parts, min_directions(parts.new, wanted, held=parts.captured, floor=parts.floor)
+        return parts, min_directions(parts.new, wanted, captured=parts.captured, floor=parts.floor)

@@ -1,14 +1,14 @@
 """NSCL, training in the null space of feature covariance (Wang, Li, Sun & Xu, CVPR 2021, arXiv 2103.07113).
 
-With R_t a task's inputs as columns and U an optimiser's update, Adam's in the paper:
+With R_t a task's inputs to a layer as columns and U the optimiser's update (the paper's optimiser is Adam):
 
     covariance  C = sum_t R_t R_t^T / n_t, uncentred
     null space  V = eigenvectors of C with eigenvalue <= a lambda_min
     update      U <- U V V^T / |V V^T|_F
 
-What differs: lambda_min is taken to be no less than rounding beside the trace of C, since below that, eigenvalues and
-their ratios are noise; so an exact null space is found whole. ``normalised`` turns off the division, which only
-rescales each weight's learning rate, by 1 / sqrt(dim V).
+What differs: lambda_min is at least the rounding of the trace of C, because smaller eigenvalues, and their ratios, are
+noise; an exact null space is therefore found whole. ``normalised=False`` leaves out the division by |V V^T|_F, which
+only multiplies each weight's learning rate by 1 / sqrt(dim V).
 """
 
 from dataclasses import dataclass, field
@@ -17,9 +17,8 @@ from typing import Any, ClassVar, Self
 from became_core.arrays import Array, Params, namespace, pytree, static
 from became_core.errors import BecameError
 from became_core.projection.base import FinishedTask
-from became_core.projection.energy import checked_gram, rounding, spectrum, wide
 from became_core.projection.layerwise import LayerwiseProjector
-from became_core.projection.subspace import Subspace
+from became_core.projection.subspace import Subspace, checked_gram, rounding, spectrum, wide
 from became_core.registry import setting
 
 __all__ = ["NSCL"]
@@ -30,7 +29,7 @@ __all__ = ["NSCL"]
 class NSCL(LayerwiseProjector):
     """Training in the null space of old tasks' input covariance (Wang 2021).
 
-    The memory is the covariances so far, and a basis of what is not null.
+    The memory is the sum of the tasks' covariances, and a basis of the directions that are not null.
 
     Attributes:
         ratio: how far above the smallest eigenvalue a direction still counts as null, a in the paper; at least 1.
@@ -54,10 +53,11 @@ class NSCL(LayerwiseProjector):
             raise BecameError(f"the NSCL ratio is {self.ratio}; it must be at least 1.")
 
     def project_rows(self, name: str, rows: Array) -> Array:
-        """Return rows V V^T / |V V^T|_F; unchanged where the weight has no covariance."""
+        """Return rows V V^T / |V V^T|_F, or the rows as they are if the weight has no covariance."""
         projected = super().project_rows(name, rows)
         if not self.normalised or name not in self.spaces:
             return projected
+        # The direction of the smallest eigenvalue always counts as null, so the width is greater.
         occupied, width = self.rank[name]
         return projected / (width - occupied) ** 0.5
 

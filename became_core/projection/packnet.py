@@ -1,15 +1,16 @@
 """PackNet, a network packed with tasks by pruning (Mallya & Lazebnik, CVPR 2018, arXiv 1711.05769, Section 3).
 
-    train     task t, in the weights that are free: at first all of them
-    prune     in each layer, of the free weights the share p with the smallest |w|: they become 0 and stay free
-    retrain   the other ones, which are now the task's, while the pruned stay 0
-    task t    sees the weights of tasks 1 ... t alone; all others are 0
+    train      task t moves the free weights, which are all weights at first
+    prune      in each layer, the share p of the free weights with the smallest |w| is set to 0 and stays free; the
+               others now belong to task t
+    retrain    task t moves its own weights, while the pruned ones stay 0
+    evaluate   task t works with the weights of tasks 1 ... t; all others are 0
 
-No weight moves once it is a task's, so no later task changes what an earlier one's network says, to the bit. Biases and
-normalisation are trained with the first task and then frozen. (Running statistics of a network's normalisation, if it
-has them, are no weights: later tasks move them.)
+A weight that belongs to a task does not move in later tasks, so they do not change the outputs of an earlier task's
+network, to the bit. Biases and normalisation are trained with the first task and then frozen. Running statistics of
+normalisation layers, if the network has them, are not weights: later tasks do change them.
 
-Convention: an owner is 0 for a free weight, else the number of its task, from 1.
+Convention: the owner of a free weight is 0; the owner of any other weight is the number of its task, counted from 1.
 """
 
 import math
@@ -24,7 +25,7 @@ from became_core.registry import setting
 
 __all__ = ["MaskedView", "PackNet"]
 
-MOST_TASKS = 255  # owners are bytes
+MOST_TASKS = 255  # An owner is one byte.
 
 
 @pytree
@@ -32,16 +33,22 @@ MOST_TASKS = 255  # owners are bytes
 class PackNet(Projector):
     """Each task in the weights that none owns: trained, pruned, and retrained without the pruned ones (Mallya 2018).
 
-    The memory is which weight belongs to which task; no weight moves but those that the present stage trains.
+    The memory is the owner of each entry of the weights.
 
     Attributes:
         share: the share of a layer's free weights that is pruned at each task, p in the paper; in [0, 1).
-        tasks: how many tasks it remembers.
-        retrains: whether what it lets move are the weights of the task after those; else the free ones.
-        owners: of every weight that masks protect, uint8, of its shape.
+        tasks: how many tasks the memory has.
+        retrains: whether the next task is in its second stage, in which its own weights move; in the first stage, the
+            free ones move.
+        owners: the owner of each entry, uint8, in the shape of its weight.
 
     Raises:
         BecameError: if the share is not in its range.
+
+    >>> import numpy as np
+    >>> memory, theta = PackNet(share=0.5).between_stages({"w": np.array([[3.0, -1.0]])}, frozenset({"w"}))
+    >>> theta["w"], memory.owners["w"]
+    (array([[3., 0.]]), array([[1, 0]], dtype=uint8))
     """
 
     share: float = setting(0.5, option="packnet_share")
@@ -58,7 +65,7 @@ class PackNet(Projector):
             raise BecameError(f"PackNet prunes a share of {self.share}; it must be at least 0 and below 1.")
 
     def project(self, updates: Params) -> Params:
-        """Return the updates, zero for each weight that must stand still; the others, and other parameters', as are."""
+        """Return the updates, set to zero for each entry of a weight that the present stage may not move."""
         return {name: self._project(name, update) for name, update in updates.items()}
 
     def _project(self, name: str, update: Array) -> Array:
@@ -70,19 +77,19 @@ class PackNet(Projector):
 
     @property
     def rank(self) -> dict[str, tuple[int, int]]:
-        """For each weight, how many of its entries are a task's, and how many there are: the capacity used."""
-        found = {}
+        """For each weight, how many of its entries belong to a task, and how many entries it has."""
+        counts = {}
         for name, owner in self.owners.items():
             xp: Any = namespace(owner=owner)
-            found[name] = (int(xp.count_nonzero(owner)), math.prod(owner.shape))
-        return found
+            counts[name] = (int(xp.count_nonzero(owner)), math.prod(owner.shape))
+        return counts
 
     def between_stages(self, theta: Params, projectable: frozenset[str]) -> tuple[Self, Params]:
-        """Return the memory in which the next task has its weights, and all parameters, the pruned weights being 0.
+        """Return the memory in which the next task owns its weights, and all parameters, with the pruned ones set to 0.
 
         Args:
-            theta: after the task was trained in the free weights.
-            projectable: names of the weights that masks protect; the others are left as they are.
+            theta: the parameters after the task was trained in the free weights.
+            projectable: names of the weights that have owners; all other parameters are returned as they are.
 
         Raises:
             BecameError: if there are more tasks than owners can tell apart.
@@ -96,26 +103,26 @@ class PackNet(Projector):
             owner = self.owners.get(name)
             if owner is None:
                 owner = xp.zeros_like(weight, dtype=xp.uint8)
-            taken = _largest(weight, owner == 0, self.share)
-            owners[name] = xp.where(taken, xp.zeros_like(owner) + (self.tasks + 1), owner)
+            survives = _largest(weight, owner == 0, self.share)
+            owners[name] = xp.where(survives, xp.zeros_like(owner) + (self.tasks + 1), owner)
             weights[name] = xp.where(owners[name] > 0, weight, xp.zeros_like(weight))
         return replace(self, owners=owners, retrains=True), weights
 
     def remember(self, task: FinishedTask) -> Self:
-        """Return the memory with one more task, whose weights stand still from now on."""
+        """Return the memory with one more task, whose weights do not move afterwards."""
         return replace(self, tasks=self.tasks + 1, retrains=False)
 
     def view(self, task: int) -> "MaskedView":
-        """Return the weights that a task, counted from 0, sees."""
+        """Return the view of a task, counted from 0: it works with the weights of all tasks up to this one."""
         return MaskedView(self.owners, task + 1)
 
     def to_arrays(self) -> dict[str, Array]:
-        """Return the owners, the number of tasks, and whether the next one is being retrained."""
+        """Return the owners, the number of tasks, and whether the next task is in its second stage."""
         arrays = {f"owners.{name}": owner for name, owner in self.owners.items()}
         return arrays | {"tasks": integers(self.tasks, arrays), "retrains": integers(int(self.retrains), arrays)}
 
     def with_arrays(self, arrays: Mapping[str, Array]) -> Self:
-        """Return a memory of the same share with what ``to_arrays`` gave.
+        """Return a projector with the same share and the memory that ``to_arrays`` returned.
 
         Raises:
             BecameError: if an array is no part of such a memory, or one is missing.
@@ -136,11 +143,11 @@ class PackNet(Projector):
 @pytree
 @dataclass(frozen=True)
 class MaskedView(View):
-    """The weights of the first so many tasks alone.
+    """The effective weights of a task: entries that are free, or belong to a later task, are zero.
 
     Attributes:
-        owners: of every weight that masks protect.
-        latest: the number of the last task, from 1, whose weights are seen.
+        owners: the owner of each entry, by weight.
+        latest: the number of the task, counted from 1; entries of later tasks are zero.
     """
 
     owners: Params
@@ -148,11 +155,11 @@ class MaskedView(View):
 
     @property
     def weights(self) -> frozenset[str]:
-        """The names of the weights that masks protect."""
+        """The names of the weights that have owners."""
         return frozenset(self.owners)
 
     def effective(self, theta: Params) -> Params:
-        """Return the weights, zero where they are free or a later task's.
+        """Return all parameters, with zeros for the entries that are free or belong to a later task.
 
         Raises:
             BecameError: if a weight is missing.
@@ -162,16 +169,17 @@ class MaskedView(View):
             if name not in theta:
                 raise BecameError(f"the weights lack '{name}', which has a mask.")
             xp = namespace(weight=theta[name], owner=owner)
-            seen = (owner > 0) & (owner <= self.latest)
-            result[name] = xp.where(seen, theta[name], xp.zeros_like(theta[name]))
+            is_used = (owner > 0) & (owner <= self.latest)
+            result[name] = xp.where(is_used, theta[name], xp.zeros_like(theta[name]))
         return result
 
 
 def _largest(weight: Array, free: Array, share: float) -> Array:
-    """Which of the free entries are left when this share of them, those of the smallest magnitude, is pruned."""
+    """Return which free entries are left after a share of them, those with the smallest magnitude, is pruned."""
     xp: Any = namespace(weight=weight)
     pruned = int(share * int(xp.count_nonzero(free)))
-    # Entries that are not free come last, in the order of magnitudes; of equal ones, the first are pruned.
+    # Ranks, not a threshold, because several entries can have the same magnitude, zero for example: exactly the wanted
+    # number is pruned, and of equal entries the first ones. An infinite magnitude puts entries that are not free last.
     magnitude = xp.where(free, xp.abs(weight), xp.zeros_like(weight) + math.inf)
-    place = xp.argsort(xp.argsort(xp.reshape(magnitude, (-1,))))
-    return free & xp.reshape(place >= pruned, weight.shape)
+    rank = xp.argsort(xp.argsort(xp.reshape(magnitude, (-1,))))
+    return free & xp.reshape(rank >= pruned, weight.shape)

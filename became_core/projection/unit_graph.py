@@ -1,9 +1,15 @@
-"""Which layers' units each layer of a network sees: what gating units asks of it, and how it is found out by trying.
+"""Which layers' units each layer of a network reads, found by setting units to zero and looking at the layers' inputs.
 
-Setting some of a layer's units to zero changes those same units, and no others, in what the layers after it see. What
-changes further on, although no layer between looks at those units any more, sees them too: residual connections let
-several layers reach one. Where all layers that reach one are cut off, nothing may be left of those units. A
-normalisation over several units lets something through, and such a network is refused.
+HAT needs to know this, and a learner offers each layer's inputs at any weights. For every layer, in the order of the
+network, every second unit is set to zero. A later layer whose inputs change reads these units, and its inputs may
+change in these units alone. Its weight is then blinded: the columns of these units are set to zero, so that the change
+does not pass through it. A layer behind it whose inputs change nevertheless reads the units directly as well, through a
+residual connection.
+
+At the end, all layers that a reader reads are set to zero at once, and nothing may be left of the units in its inputs.
+A normalisation over several units fails this test, and such a network is refused.
+
+Convention: unit i of a layer is row i of its weight; units are set to zero by zero rows.
 """
 
 import math
@@ -17,20 +23,20 @@ from became_core.projection.base import TaskStart
 
 __all__ = ["UnitGraph", "find_unit_graph"]
 
-# What is below this share of the largest input is rounding.
+# A change of inputs up to this share of the largest input is rounding.
 SLACK = 1e-5
 
 
 @dataclass(frozen=True)
 class UnitGraph:
-    """Layers, by the names of their weights, and the layers whose units they see.
+    """Layers, by the names of their weights, and the layers whose units each of them reads.
 
-    Units that reach one layer from several layers are added up, unit by unit, as residual connections do.
+    If a layer reads several layers, it reads the sum of their units, unit by unit, as residual connections make it.
 
     Attributes:
-        layers: the shared ones, in the order of the network.
-        sources: of each of them, and of the heads at last, the layers whose units it sees; none where it sees the
-            network's inputs.
+        layers: the shared layers, in the order of the network.
+        sources: for each of the layers, and for the heads at the end, the layers whose units it reads; empty if it
+            reads the network's inputs.
         heads: the weight of each task's head.
     """
 
@@ -39,52 +45,54 @@ class UnitGraph:
     heads: tuple[str, ...]
 
     def readers(self, task: int) -> Iterator[tuple[str, tuple[str, ...]]]:
-        """Yield the layers that see others' units, in order, a task's head the last of them; and whose they see."""
+        """Yield each layer that reads units, with the layers that it reads; a task's head comes last."""
         for name, sources in zip([*self.layers, self.heads[task]], self.sources, strict=True):
             if sources:
                 yield name, sources
 
     def readers_of(self, layer: str, task: int) -> list[str]:
-        """Return the layers that see a layer's units, a task's head among them."""
+        """Return the layers that read a layer's units, a task's head among them."""
         return [name for name, sources in self.readers(task) if layer in sources]
 
 
 def find_unit_graph(start: TaskStart) -> UnitGraph:
-    """Return which layers' units each of a network's layers sees.
+    """Return which layers' units each layer of a network reads.
 
     Args:
-        start: of the task with whose head, and with some of whose samples, the network is tried.
+        start: the task with whose head and samples the network is tried.
 
     Raises:
-        BecameError: if a layer does not see others' units one by one.
+        BecameError: if a layer does not read the units of other layers one by one.
     """
     theta = start.weights
     layers = tuple(name for name in theta if name in start.projectable)
     heads = tuple(min(head, key=lambda name: len(theta[name].shape) != 2) for head in start.heads)
     readers = [*layers, heads[start.index]]
     sources: dict[str, list[str]] = {name: [] for name in readers}
-    for place, name in enumerate(layers):
+    for position, name in enumerate(layers):
         cut = theta | _without_units(theta, [name], 2)
-        blind: Params = {}  # the weights of readers that no longer look at the units that are cut off
-        whole, part = start.inputs(theta), start.inputs(cut)
-        for reader in readers[place + 1 :]:
-            change = part[reader] - whole[reader]
-            if not _differs(change, whole[reader]):
+        blinded: Params = {}  # the weights of the readers so far, with zeros where they read the units that are cut
+        whole_inputs, cut_inputs = start.inputs(theta), start.inputs(cut)
+        for reader in readers[position + 1 :]:
+            change = cut_inputs[reader] - whole_inputs[reader]
+            if not _differs(change, whole_inputs[reader]):
                 continue
-            if _differs(_units(change, theta[name], cut=False), whole[reader]):
+            if _differs(_units(change, theta[name], cut=False), whole_inputs[reader]):
                 raise _refusal(reader, name)
             sources[reader].append(name)
-            blind[reader] = _blinded(theta[reader], theta[name])
-            whole, part = (start.inputs(weights | blind) for weights in (theta, cut))
-        if not blind:
-            raise BecameError(f"HAT gates units, and no layer sees those of '{name}'; choose another network.")
-    for place, (reader, names) in enumerate(sources.items()):
+            blinded[reader] = _blinded(theta[reader], theta[name])
+            whole_inputs, cut_inputs = (start.inputs(weights | blinded) for weights in (theta, cut))
+        if not blinded:
+            raise BecameError(f"HAT gates units, and no layer reads the units of '{name}'; choose another network.")
+    for position, (reader, names) in enumerate(sources.items()):
+        # With step 2 every second unit is zero, with step 1 every unit.
         for step in (1, 2):
             if names:
+                # Samples are compared with the first one, because a bias may leave a constant in a unit that is cut.
                 inputs = start.inputs(theta | _without_units(theta, names, step))[reader]
                 rest = _units(inputs - inputs[:1, ...], theta[names[0]], cut=True, step=step)
-            else:  # the reader sees the network's own inputs, which no layer may change
-                inputs = start.inputs(theta | _without_units(theta, readers[:place], step))[reader]
+            else:  # It reads the network's own inputs, which no layer may change.
+                inputs = start.inputs(theta | _without_units(theta, readers[:position], step))[reader]
                 rest = inputs - start.inputs(theta)[reader]
             if _differs(rest, inputs):
                 raise _refusal(reader, names[-1] if names else readers[0])
@@ -93,49 +101,56 @@ def find_unit_graph(start: TaskStart) -> UnitGraph:
 
 def _refusal(reader: str, name: str) -> BecameError:
     return BecameError(
-        f"HAT gates units, and '{reader}' does not see those of '{name}' one by one, and nothing else; "
-        "choose another method or network."
+        f"HAT gates units, and '{reader}' does not see those of '{name}' one by one; choose another method or network."
     )
 
 
 def _without_units(theta: Params, names: Iterable[str], step: int) -> Params:
-    """Return these weights with zeros for every unit whose number ``step`` divides."""
+    """Return these weights with zero rows for every unit whose number is divisible by ``step``."""
     weights = {}
     for name in names:
         weight = theta[name]
         xp: Any = namespace(weight=weight)
-        silent = xp.reshape(_every(weight, step), (-1,) + (1,) * (len(weight.shape) - 1))
-        weights[name] = xp.where(silent, xp.zeros_like(weight), weight)
+        is_cut = xp.reshape(_is_cut(weight, step), (-1,) + (1,) * (len(weight.shape) - 1))
+        weights[name] = xp.where(is_cut, xp.zeros_like(weight), weight)
     return weights
 
 
 def _blinded(reader: Array, weight: Array) -> Array:
-    """Return a reader's weight, zero where it looks at every second unit of another layer."""
+    """Return a reader's weight with zero columns for every second unit of another layer's weight."""
     xp: Any = namespace(reader=reader)
     matrix = xp.reshape(reader, (1, int(reader.shape[0]), -1))
     return xp.reshape(matrix - _units(matrix, weight, cut=True), reader.shape)
 
 
 def _units(change: Array, weight: Array, *, cut: bool, step: int = 2) -> Array:
-    """Return a change [samples, positions, d_in] of what is seen of a layer's units, zero but at those cut, or not."""
+    """Return a change of inputs with zeros for all units but those that are cut, or for all but those that are not.
+
+    Args:
+        change: [samples, positions, d_in]; a change whose d_in is no multiple of the number of units is returned as it
+            is, and so counts as a change that is not in the units.
+        weight: the weight of the layer whose units are cut.
+        cut: whether the units that are cut are returned; else the others.
+        step: a unit is cut if its number is divisible by this.
+    """
     xp: Any = namespace(change=change)
     units = int(weight.shape[0])
     if change.shape[2] % units:
         return change
-    silent = xp.reshape(_every(weight, step), (1, 1, units, 1))
+    is_cut = xp.reshape(_is_cut(weight, step), (1, 1, units, 1))
     by_unit = xp.reshape(change, (change.shape[0], change.shape[1], units, -1))
     zero = xp.zeros_like(by_unit)
-    chosen = xp.where(silent, by_unit, zero) if cut else xp.where(silent, zero, by_unit)
+    chosen = xp.where(is_cut, by_unit, zero) if cut else xp.where(is_cut, zero, by_unit)
     return xp.reshape(chosen, change.shape)
 
 
 def _differs(change: Array, inputs: Array) -> bool:
-    """Whether a change is more than rounding."""
+    """Return whether a change of inputs is more than rounding."""
     xp: Any = namespace(change=change)
     return math.prod(change.shape) > 0 and bool(xp.max(xp.abs(change)) > SLACK * xp.max(xp.abs(inputs)))
 
 
-def _every(weight: Array, step: int) -> Array:
-    """Which units' numbers a step divides, bool [units]."""
+def _is_cut(weight: Array, step: int) -> Array:
+    """Return which units of a weight have a number that ``step`` divides, bool [units]."""
     xp: Any = namespace(weight=weight)
     return xp.asarray([unit % step == 0 for unit in range(int(weight.shape[0]))], device=device(weight))

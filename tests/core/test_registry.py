@@ -83,6 +83,10 @@ def test_a_registered_class_is_found_and_a_clash_of_options_is_refused() -> None
     with pytest.raises(BecameError, match="'other' and 'first' share the option 'shared' and differ in its type"):
         things.register("other", Clashing)
     assert "other" not in things
+    things.remove("third")
+    assert things.names == ("first", "second")
+    with pytest.raises(BecameError, match="there is no thing 'third'"):
+        things.remove("third")
 
 
 def test_entry_points_of_other_packages_are_registered_once(monkeypatch: pytest.MonkeyPatch) -> None:

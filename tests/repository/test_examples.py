@@ -5,10 +5,16 @@ TensorFlow, and ``python run`` on each of the three, with the one that is instal
 and for one of these are one program, in their order.
 """
 
+import importlib
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from became_core.continual import METHODS
+from became_core.projection import PROJECTORS
+from became_core.registry import Catalogue
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -43,6 +49,16 @@ def test_each_is_for_a_framework_there_is() -> None:
 def test_an_example_runs(page: str, framework: str, backend: str) -> None:
     if framework not in ("", backend) and not (framework == ANY_FRAMEWORK and backend in FRAMEWORKS):
         pytest.skip(f"this example is for {framework}")
+    registries: list[Catalogue[Any]] = [METHODS, PROJECTORS]
+    if framework == ANY_FRAMEWORK:
+        catalogue = importlib.import_module("adapters.benchmarks.catalogue")
+        registries.append(catalogue.BENCHMARKS)
+    before = [registry.names for registry in registries]
     names: dict[str, object] = {"__name__": "example"}
-    for number, source in enumerate(PROGRAMS[page, framework], start=1):
-        exec(compile(source, f"{page}, example {number} for {framework or 'all'}", "exec"), names)
+    try:
+        for number, source in enumerate(PROGRAMS[page, framework], start=1):
+            exec(compile(source, f"{page}, example {number} for {framework or 'all'}", "exec"), names)
+    finally:  # other tests compare the registries with the documentation
+        for registry, known in zip(registries, before, strict=True):
+            for name in set(registry.names) - set(known):
+                registry.remove(name)

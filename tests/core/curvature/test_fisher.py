@@ -88,5 +88,5 @@ def test_no_samples_is_an_error(xp: Any) -> None:
 
 def test_an_unknown_layer_is_an_error(xp: Any) -> None:
     taps = taps_of(xp, [(np.ones((1, 3, 4)), np.ones((1, 3, 2)))])
-    with pytest.raises(BecameError, match=r"^a tap speaks of 'conv\.bias', which is no parameter of the model\.$"):
+    with pytest.raises(BecameError, match=r"^a tap belongs to 'conv\.bias', which is no parameter of the model\.$"):
         diagonal_fisher(taps, {"conv.weight": xp.zeros((2, 1, 2, 2))}, "empirical", samples=1)

@@ -114,5 +114,5 @@ def test_an_epoch_ends_steep_and_steep_gates_do_not_overflow(xp: Any) -> None:
 
 def test_a_missing_weight_is_named(xp: Any) -> None:
     _, embeddings, unused = drawn(0)
-    with pytest.raises(BecameError, match=r"the weights lack 'fc\.weight', which sees gates"):
+    with pytest.raises(BecameError, match=r"the weights lack 'fc\.weight', which reads gated units"):
         region_of(xp, embeddings, unused, 0.0).effective({})

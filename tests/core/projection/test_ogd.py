@@ -59,20 +59,20 @@ def test_many_samples_of_few_directions_are_compressed_without_loss(xp: Any, bat
     np.testing.assert_allclose(rows @ kept.T @ kept, rows, atol=1e-12)
 
 
-def test_no_more_than_twice_the_share_and_a_batch_is_ever_held(xp: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from became_core.projection import rows
+def test_memory_holds_at_most_twice_the_share_and_one_batch(xp: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from became_core.projection import ogd
 
-    held = []
-    joined = rows._joined
+    counts = []
+    joined = ogd._joined
 
     def observed(batches: Sequence[Params]) -> Params:
-        held.append(sum(map(rows._count, batches)))
+        counts.append(sum(map(ogd._count, batches)))
         return joined(batches)
 
-    monkeypatch.setattr(rows, "_joined", observed)
+    monkeypatch.setattr(ogd, "_joined", observed)
     OGD(samples=300, capacity=10).remember(finished(xp, gradients(np.random.default_rng(0), 300).T, batch=7))
-    assert len(held) > 10
-    assert max(held) <= 2 * 10 + 7
+    assert len(counts) > 10
+    assert max(counts) <= 2 * 10 + 7
 
 
 def test_what_streams_by_keeps_nearly_all_the_energy_that_the_svd_does(xp: Any) -> None:
