@@ -19,8 +19,17 @@ PROJECT = nox.project.load_toml("pyproject.toml")
 FRAMEWORKS = ("torch", "jax", "tensorflow")
 # Not the extra: its `tensorflow` is the build for GPUs too, and the CPU's own is half the size.
 TENSORFLOW = ("tensorflow-cpu", "keras")
-# What runs on every framework beside its own folder: the core, the documentation's examples, and runs that are killed.
-ON_EACH = ("tests/core", "tests/repository/test_examples.py", "tests/cli/test_resuming.py")
+# What runs on every framework beside its own folder: the core, the documentation's examples, and runs that stop and
+# are gone on with. What else the command does is the same on all, and tested with PyTorch.
+STOPPED = (
+    "a_run_in_parts_is_the_run_to_the_bit",
+    "a_killed_process_loses_an_epoch_at_most",
+    "a_signal_is_answered_once_the_epoch_is_saved",
+)
+ON_EACH = (
+    *("tests/core", "tests/repository/test_examples.py"),
+    *(f"tests/cli/test_resuming.py::test_{name}" for name in STOPPED),
+)
 EVERYTHING = Path(".nox", "shared").absolute()
 
 # What may outlive a checkout, as pip's and pre-commit's caches do.
@@ -28,8 +37,9 @@ CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "beca
 
 nox.needs_version = ">=2026.10.20"
 nox.options.default_venv_backend = "virtualenv"
-nox.options.parallel = 2
 nox.options.allow_parallel = True
+if not any(argument.startswith(("-s", "--session", "-e")) for argument in sys.argv):
+    nox.options.parallel = 2  # a session that is asked for by name shows what it does as it does it
 # The longest first, so that nothing long is left when all else is done.
 nox.options.sessions = [
     *("tests-jax", "everything", "tests-tensorflow", "tests-torch", "types", "agreement"),
@@ -101,7 +111,7 @@ def types(session: nox.Session) -> None:
 @nox.session
 def docs(session: nox.Session) -> None:
     """The documentation site, built into ``site/``; a warning is an error, and so is a page that needs a network."""
-    install(session, "docs")
+    install(session, "docs", "-e", ".")
     session.env["NO_MKDOCS_2_WARNING"] = "1"  # on the theme's end of life, which is none of a page's mistakes
     session.run("mkdocs", "build", "--strict", *session.posargs)
 
@@ -118,8 +128,8 @@ def tests_core(session: nox.Session) -> None:
 @nox.session(name="tests-torch", venv_backend="none", requires=["everything"])
 def tests_torch(session: nox.Session) -> None:
     """The core and the adapter on PyTorch; and what needs a framework, whichever it is."""
-    whichever = "tests/analysis", "tests/benchmarks", "tests/cli", "tests/networks", "tests/runs", "tests/tracking"
-    test(session, *ON_EACH[:2], "tests/torch", *whichever, "--backend", "torch")
+    elsewhere = (f"--ignore=tests/{folder}" for folder in ("agreement", "jax", "tensorflow"))
+    test(session, "tests", *elsewhere, "--backend", "torch")
 
 
 @nox.session(name="tests-jax")

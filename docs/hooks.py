@@ -1,4 +1,4 @@
-"""Hooks that MkDocs calls: formulas, pages from other places in the repository, and a check for network requests.
+"""Hooks that MkDocs calls: formulas, generated tables, pages from elsewhere, and a check for network requests.
 
 Convention: formulas on a page are LaTeX between dollar signs. The built page has them as MathML, which browsers show
 without a script.
@@ -10,7 +10,12 @@ from html import unescape
 from pathlib import Path
 from typing import Any
 
+from became_core.continual import METHODS, method_settings
+from became_core.projection import PROJECTORS
+from became_core.registry import Registry
 from latex2mathml.converter import convert
+from markdown import Extension, Markdown
+from markdown.preprocessors import Preprocessor
 from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 
@@ -29,13 +34,45 @@ FORMULA = re.compile(
     r'<(span|div) class="arithmatex">(?:\\\((?P<inline>.*?)\\\)|\\\[(?P<block>.*?)\\\])</\1>',
     re.DOTALL,
 )
-# The title of a code block that is for one framework.
-FRAMEWORKS = {"torch": "PyTorch", "jax": "JAX", "tensorflow": "TensorFlow"}
+# An example in a docstring, with what it prints.
+EXAMPLE = re.compile(r"^(>>> .*\n(?:.+\n)*)", re.MULTILINE)
+# The title of a code block by the word after "python": one framework, or "run" for any framework that trains.
+FRAMEWORKS = {
+    "torch": "PyTorch",
+    "jax": "JAX",
+    "tensorflow": "TensorFlow",
+    "run": "Any framework",
+}
+# The registries of which a page can have a table, by a line such as ``<!-- table of projectors -->``.
+REGISTRIES: dict[str, Registry[Any]] = {"methods": METHODS, "projectors": PROJECTORS}
 # What a browser would request from another server. Links are not among it: only a reader's click follows them.
 REQUEST = re.compile(
     r'<(?!a\b)\w+[^>]*\s(?:src|href|srcset|data|poster)\s*=\s*"?(?:https?:)?//[^>]*>'
     r'|(?:url\(|@import)\s*["\']?(?:https?:)?//'
 )
+
+
+class ExamplesAsCode(Preprocessor):  # type: ignore[misc] # markdown is taken as untyped
+    """Puts the examples of docstrings, from ``>>>`` to the next empty line, into blocks of code."""
+
+    def run(self, lines: list[str]) -> list[str]:
+        """Return the lines with a fence around each example."""
+        text = "\n".join([*lines, ""])
+        return re.sub(EXAMPLE, r"```pycon\n\1```\n", text).split("\n")
+
+
+class DocstringExamples(Extension):  # type: ignore[misc] # likewise
+    """Registers ``ExamplesAsCode`` to run before blocks of code are read."""
+
+    def extendMarkdown(self, md: Markdown) -> None:  # noqa: N802 # the name that Markdown calls
+        """Register the preprocessor."""
+        md.preprocessors.register(ExamplesAsCode(md), "docstring_examples", priority=100)
+
+
+def on_config(config: Any) -> Any:
+    """Add the extension, which docstrings and pages are both converted with."""
+    config.markdown_extensions.append(DocstringExamples())
+    return config
 
 
 def on_files(files: Files, config: Any) -> Files:
@@ -66,8 +103,31 @@ def _link_on_site(source: str) -> Callable[[re.Match[str]], str]:
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Return the page with a title on each code block that is for one framework, such as ``python torch``."""
+    """Return the page with generated tables, and with a title on each code block that needs a framework."""
+    for marker, registry in REGISTRIES.items():
+        markdown = markdown.replace(f"<!-- table of {marker} -->", table(registry))
+    markdown = markdown.replace("<!-- table of settings -->", settings_table())
     return re.sub(r"^```python (\w+)$", _fence_with_title, markdown, flags=re.MULTILINE)
+
+
+def table(registry: Registry[Any]) -> str:
+    """Return a table of all entries of a registry, with the first lines of their docstrings and their options."""
+    rows = []
+    for name in registry.names:
+        options = ", ".join(
+            f"`--{option.replace('_', '-')}`" for option in registry.options_of(name)
+        )
+        rows.append(f"| `{name}` | {registry.summary(name)} | {options} |")
+    return "\n".join(["| name | what it does | settings |", "| --- | --- | --- |", *rows])
+
+
+def settings_table() -> str:
+    """Return a table of the settings of all methods and projectors."""
+    rows = [
+        f"| `--{option.replace('_', '-')}` | {setting.default} | {setting.help} |"
+        for option, setting in sorted(method_settings().items())
+    ]
+    return "\n".join(["| option | default | what it is |", "| --- | --- | --- |", *rows])
 
 
 def _fence_with_title(match: re.Match[str]) -> str:

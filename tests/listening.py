@@ -1,4 +1,4 @@
-"""A callback made of two functions, for tests that look on."""
+"""A callback made of two functions, for tests that observe a run."""
 
 from collections.abc import Callable
 
@@ -8,7 +8,7 @@ __all__ = ["Listening"]
 
 
 class Listening(Callback):
-    """Calls one with every event, the other with every state."""
+    """Calls ``observe`` with every event, and ``keep`` with every state."""
 
     def __init__(
         self,

@@ -1,7 +1,8 @@
-"""Finished tasks for projectors to remember, and the projectors that the interface's tests go through."""
+"""Tasks for tests of projectors, and the projectors that the tests of the base class use."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from became_core.arrays import Params
-from became_core.projection import GPCNS, GPM, NSCL, OGD, SGP, TRGP, Projector
+from became_core.projection import GPCNS, NSCL, Projector
+from became_core.projection import PROJECTORS as REGISTRY
 from tests.backends import to_xp
 
 __all__ = [
@@ -28,19 +30,23 @@ Array = NDArray[Any]
 WIDTH = 8
 EPSILONS = st.sampled_from([0.5, 0.9, 0.97, 0.999])
 
+SETTINGS = {"threshold": 0.9, "increment": 0.003, "ogd_samples": 30, "ogd_capacity": 6}
+# Projectors that the tests of the interface build otherwise, by their registered names.
+BUILT_OTHERWISE: dict[str, Callable[[], Projector]] = {
+    "gpcns": lambda: GPCNS(0.97, increment=0.003),
+    "nscl": lambda: NSCL(normalised=False),
+}
+# Every registered projector that can be combined with others; a new one needs no line here.
 PROJECTORS: dict[str, Callable[[], Projector]] = {
-    "GPCNS": lambda: GPCNS(0.97, increment=0.003),
-    "GPM": lambda: GPM(0.9, increment=0.003),
-    "NSCL": lambda: NSCL(normalised=False),
-    "OGD": lambda: OGD(samples=30, capacity=6),
-    "SGP": lambda: SGP(0.9, increment=0.003),
-    "TRGP": lambda: TRGP(0.9, increment=0.003),
+    REGISTRY[name].__name__: BUILT_OTHERWISE.get(name, partial(REGISTRY.build, name, SETTINGS))
+    for name in REGISTRY.names
+    if not REGISTRY[name].alone
 }
 
 
 @dataclass(frozen=True)
 class Finished:
-    """A finished task, of statistics given as they are."""
+    """A finished task that returns stored values."""
 
     inputs: Params
     gradients: Params
@@ -62,12 +68,12 @@ class Finished:
 
 @dataclass(frozen=True)
 class Started:
-    """A task that begins, with a generator of random numbers and gradients given as they are."""
+    """A task that begins, which returns stored values."""
 
     index: int
     weights: Params
     generator: np.random.Generator = field(default_factory=np.random.default_rng)
-    given_gradients: Params = field(default_factory=dict)
+    stored_gradients: Params = field(default_factory=dict)
 
     @property
     def projectable(self) -> frozenset[str]:
@@ -81,31 +87,31 @@ class Started:
         return self.generator
 
     def gradients(self) -> Params:
-        return self.given_gradients
+        return self.stored_gradients
 
     def inputs(self, theta: Params) -> Params:
         raise NotImplementedError
 
 
 def finished(xp: Any, representation: Array, name: str = "fc.weight", *, batch: int = 4) -> Finished:
-    """A task whose inputs, weight gradients (as rows) and logit gradients are the columns [WIDTH, n] of one matrix."""
+    """Return a task whose inputs, weight gradients (as rows) and logit gradients are the columns of [WIDTH, n]."""
     gram = representation @ representation.T / representation.shape[1]
     rows = representation.T
-    inputs = rows / len(rows) ** 0.5 if len(rows) < rows.shape[1] else gram  # of few inputs the factor, as taps give it
+    inputs = rows / len(rows) ** 0.5 if len(rows) < rows.shape[1] else gram  # few inputs have a factor, as from taps
     logits = [leaves(rows[start : start + batch]) for start in range(0, len(rows), batch)]
     return Finished(
-        {name: to_xp(xp, inputs)}, {name: to_xp(xp, gram)}, tuple(to_xp(xp, each) for each in logits if len(each))
+        {name: to_xp(xp, inputs)}, {name: to_xp(xp, gram)}, tuple(to_xp(xp, part) for part in logits if len(part))
     )
 
 
 def leaves(rows: Array) -> dict[str, Array]:
-    """Rows [n, d] as two leaves, a matrix and a vector, of d numbers together."""
+    """Return rows [n, d] as two leaves, a matrix and a vector, which have d numbers together."""
     half = rows.shape[1] // 2
     return {"fc.weight": rows[:, :half].reshape(len(rows), 1, half), "fc.bias": rows[:, half:]}
 
 
 def updates_for(projector: Projector, draw: np.random.Generator, width: int = WIDTH, dtype: Any = np.float64) -> Any:
-    """Random updates of the shapes that a projector's memory of such tasks is for."""
+    """Return random updates in the shapes of the parameters that a projector protects after such tasks."""
     if projector.protects_all:
         return {name: leaf[0].astype(dtype) for name, leaf in leaves(draw.normal(size=(1, width))).items()}
     return {"fc.weight": draw.normal(size=(5, 2, width // 2)).astype(dtype)}
@@ -113,7 +119,7 @@ def updates_for(projector: Projector, draw: np.random.Generator, width: int = WI
 
 @st.composite
 def representations(draw: st.DrawFn, *, most: int = 3, columns: tuple[int, int] = (1, 20)) -> list[Array]:
-    """Two or more tasks' layer inputs as columns [d_in, n], of falling energy along random directions."""
+    """Return layer inputs of two or more tasks as columns [d_in, n], with falling energy along random directions."""
     random = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     decay = 2.0 ** -(np.arange(WIDTH)[:, None] ** draw(st.sampled_from([0.5, 1.0])))
     number = st.integers(*columns)
@@ -124,5 +130,5 @@ def representations(draw: st.DrawFn, *, most: int = 3, columns: tuple[int, int] 
 
 
 def largest_angle(first: Array, second: Array) -> float:
-    """The sine of the largest principal angle between the spans of two orthonormal bases."""
+    """Return the sine of the largest principal angle between the spans of two orthonormal bases."""
     return float(np.linalg.norm(first - second @ (second.T @ first), ord=2)) if first.shape[1] else 0.0

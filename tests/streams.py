@@ -1,4 +1,4 @@
-"""Small synthetic streams of tasks for whole runs, hard enough that a network which just trains on forgets."""
+"""Small synthetic streams of tasks for whole runs; a network that trains without protection forgets their old tasks."""
 
 import numpy as np
 
@@ -18,9 +18,9 @@ def prototype_stream(
     validation: float = 0.0,
     seed: int = 0,
 ) -> TaskStream:
-    """Return a stream of noisy prototypes as uint8 images; a quarter of each class is for testing.
+    """Return a stream of noisy prototypes as uint8 images; a quarter of the images of each class is the test part.
 
-    A task has a centre of its own, so that tasks use different directions of the input, and its classes lie around it.
+    Every task has its own centre, around which its classes lie, so that tasks use different directions of the input.
     """
     draw = np.random.default_rng(seed)
     shape = (channels, side, side)

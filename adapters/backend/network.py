@@ -44,7 +44,7 @@ class Data(NamedTuple):
         xp: Any = namespace(images=self.images)
         pixels = xp.take(self.images, rows, axis=0)
         if views is not None:
-            pixels = views.shown(pixels, axis=1)
+            pixels = views.apply(pixels, axis=1)
         return (xp.astype(pixels, self.mean.dtype) - self.mean) / self.std
 
 

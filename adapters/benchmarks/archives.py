@@ -25,15 +25,15 @@ def read_archive(folder: Path, name: str, size: int) -> Part | None:
     """
     archive = folder / f"{name}.npz"
     if archive.is_file():
-        found = [_member(archive, key) for key in ("images", "labels")]
+        arrays = [_member(archive, key) for key in ("images", "labels")]
         sources = [f"the array {key!r} of {archive}" for key in ("images", "labels")]
     else:
         files = [folder / f"{name}-{key}.npy" for key in ("images", "labels")]
         if not any(file.is_file() for file in files):
             return None
-        found = [_load(file) for file in files]
+        arrays = [_load(file) for file in files]
         sources = [str(file) for file in files]
-    images, labels = _checked_images(found[0], size, sources[0]), _checked_labels(found[1], sources[1])
+    images, labels = _checked_images(arrays[0], size, sources[0]), _checked_labels(arrays[1], sources[1])
     if len(images) != len(labels):
         raise BecameError(f"{sources[0]} holds {len(images)} images but {sources[1]} {len(labels)} labels.")
     return images, labels
@@ -63,17 +63,17 @@ def _unreadable(file: Path) -> BecameError:
     return BecameError(f"{file} is damaged or holds pickled objects, which are never read: save plain arrays again.")
 
 
-def _checked_images(found: Any, size: int, source: str) -> NDArray[np.uint8]:
-    shape, dtype = getattr(found, "shape", None), getattr(found, "dtype", None)
+def _checked_images(array: Any, size: int, source: str) -> NDArray[np.uint8]:
+    shape, dtype = getattr(array, "shape", None), getattr(array, "dtype", None)
     grey = shape is not None and (len(shape) == 3 or shape[3:] == (1,))
     if dtype != np.uint8 or shape is None or shape[1:] not in {(size, size), (size, size, 1), (size, size, 3)}:
         raise BecameError(f"{source} is {dtype} {shape}; it must be uint8 [N, {size}, {size}, 3].")
-    images = found.reshape(len(found), size, size, -1).transpose(0, 3, 1, 2)
+    images = array.reshape(len(array), size, size, -1).transpose(0, 3, 1, 2)
     return np.array(np.repeat(images, 3, axis=1) if grey else images, order="C")
 
 
-def _checked_labels(found: Any, source: str) -> NDArray[np.int64]:
-    shape, dtype = getattr(found, "shape", None), getattr(found, "dtype", None)
+def _checked_labels(array: Any, source: str) -> NDArray[np.int64]:
+    shape, dtype = getattr(array, "shape", None), getattr(array, "dtype", None)
     if dtype is None or dtype.kind not in "iu" or shape is None or len(shape) != 1:
         raise BecameError(f"{source} is {dtype} {shape}; it must be integers [N].")
-    return np.array(found, dtype=np.int64)
+    return np.array(array, dtype=np.int64)

@@ -11,12 +11,12 @@ __all__ = ["VARIABLE", "data_directory"]
 VARIABLE = "BECAME_DATA_DIR"
 
 
-def data_directory(given: Path | None) -> Path | None:
-    """Return the folder given, or else the one that the environment variable BECAME_DATA_DIR names, or else None.
+def data_directory(chosen: Path | None) -> Path | None:
+    """Return the chosen folder; else the one that the environment variable BECAME_DATA_DIR names; else None.
 
     A variable that is set but empty counts as not set. The folder need not exist: a loader that misses a file says so.
     """
-    if given is not None:
-        return given
+    if chosen is not None:
+        return chosen
     named = os.environ.get(VARIABLE)
     return Path(named).expanduser() if named else None

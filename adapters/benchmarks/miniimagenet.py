@@ -47,14 +47,14 @@ def load_miniimagenet(data_dir: Path | None) -> Dataset:
     folder = data_dir / _FOLDER
     if not folder.is_dir():
         raise BecameError(f"there is no folder {folder}: give the folder that holds {_FOLDER}.")
-    found = [_named_part(folder, names) for names in _PARTS]
-    parts = [part for part in found if part is not None]
+    named = [_named_part(folder, names) for names in _PARTS]
+    parts = [part for part in named if part is not None]
     if not parts:
         raise BecameError(
             f"{folder} holds no part that can be read: train-*.parquet, train.npz, train-images.npy with "
             "train-labels.npy, or train/CLASS/*.jpg (pickle files never are: save their arrays as train.npz)."
         )
-    train, test = _split(parts, official=found[2] is not None, folder=folder)
+    train, test = _split(parts, official=named[2] is not None, folder=folder)
     return assemble("miniimagenet", train, test)
 
 
@@ -95,12 +95,12 @@ def _split(parts: list[_Named], *, official: bool, folder: Path) -> tuple[Part, 
             f"the parts of {folder} share some of their classes but not all; they must share all {_CLASSES} or none."
         )
     images, labels = _joined(numbered)
-    held = np.zeros(len(labels), dtype=bool)
+    is_test = np.zeros(len(labels), dtype=bool)
     for label in range(_CLASSES):
         rows = np.flatnonzero(labels == label)
-        held[rows[len(rows) - round(len(rows) / _HELD_OUT) :]] = True
-    test = check_classes((images[held], labels[held]), _CLASSES, f"the last sixth of each class of {folder}")
-    return (images[~held], labels[~held]), test
+        is_test[rows[len(rows) - round(len(rows) / _HELD_OUT) :]] = True
+    test = check_classes((images[is_test], labels[is_test]), _CLASSES, f"the last sixth of each class of {folder}")
+    return (images[~is_test], labels[~is_test]), test
 
 
 def _joined(parts: list[Part]) -> Part:

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, cast, get_args
 try:
     import tyro
 
-    from adapters.backend import BackendName, first_installed, load_backend
+    from adapters.backend.entry import BackendName, first_installed, load_backend
     from adapters.cli.display import Display
     from adapters.cli.listing import Kind, listed
     from adapters.cli.main import execute, run_request

@@ -56,7 +56,7 @@ class Plan:
         return asdict(self)
 
     def show(self, out: Console) -> None:
-        """Print the resolved configuration, the number of parameters, and each method's steps and time."""
+        """Print the configuration, the number of parameters, and the steps and the time of each method."""
         out.print_json(data=self.configuration | self.own)
         total = self.shared + self.of_heads
         out.print(f"{total:,} parameters: {self.shared:,} shared, {self.of_heads:,} in {self.heads} heads")

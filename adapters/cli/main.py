@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Callable, Sequence
 
-from adapters.backend import Backend
+from adapters.backend.entry import Backend
 from adapters.cli.display import Display, display_of, logged
 from adapters.cli.dryrun import plan
 from adapters.cli.options import Output, Request, parse_request
@@ -39,7 +39,7 @@ def execute(command: Callable[[Display], None], output: Output) -> int:
             print(f"stopped: {stopped}; the same command goes on from there.", file=sys.stderr)
             return stopped.status
         except KeyboardInterrupt:
-            print("interrupted; what was saved is kept, and the same command goes on from there.", file=sys.stderr)
+            print("interrupted; the same command goes on from what was saved.", file=sys.stderr)
             return 130
     return 0
 

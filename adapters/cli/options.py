@@ -230,5 +230,5 @@ def parse(kind: Any, prog: str, arguments: Sequence[str] | None, description: st
 
 def is_completing(arguments: Sequence[str] | None) -> bool:
     """Return whether the arguments ask tyro for a shell's completion."""
-    given = sys.argv[1:] if arguments is None else arguments
-    return any(word.startswith(("--tyro-write-completion", "--tyro-print-completion")) for word in given)
+    words = sys.argv[1:] if arguments is None else arguments
+    return any(word.startswith(("--tyro-write-completion", "--tyro-print-completion")) for word in words)

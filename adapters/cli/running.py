@@ -11,7 +11,7 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Self, get_args
 
-from adapters.backend import Backend, BackendName
+from adapters.backend.entry import Backend, BackendName
 from adapters.benchmarks.catalogue import BENCHMARKS
 from adapters.benchmarks.location import data_directory
 from adapters.cli.display import LOGGER, Display

@@ -1,8 +1,8 @@
-"""The states of a run on disk, the last two of them, for a run on any backend to go on from.
+"""The last two states of a run on disk, from which the run can be resumed on any backend.
 
 A checkpoint is two files: ``000012.safetensors`` holds the arrays, by canonical names and in canonical layouts, and
-``000012.json``, written after it, the plain values, the run's settings and a digest of the arrays. A checkpoint is
-there once its JSON is. Nothing in them is executed.
+``000012.json``, written after it, the plain values, the run's settings and a digest of the arrays. A checkpoint
+exists once its JSON exists. Nothing in the files is executed.
 
 Convention: a checkpoint's number counts the epochs and tasks that are done.
 """
@@ -42,14 +42,14 @@ FILE = r"(\d{6,})\.(?:json|safetensors)"
 
 @dataclass(frozen=True)
 class Checkpoints(Callback):
-    """The checkpoints of one run in a folder: a callback that saves every state; ``load`` gives the last one back.
+    """The checkpoints of one run in a folder: a callback that saves every state; ``load`` returns the last one.
 
     Attributes:
-        folder: theirs alone.
-        stream: the run's, like the others.
-        method: likewise.
-        training: likewise.
-        seed: likewise.
+        folder: the folder; it holds nothing but these checkpoints.
+        stream: the tasks of the run.
+        method: the method of the run.
+        training: how the run trains.
+        seed: the seed of the run.
     """
 
     folder: Path
@@ -59,21 +59,21 @@ class Checkpoints(Callback):
     seed: int = 0
 
     def on_state(self, state: RunState) -> None:
-        """Save it."""
+        """Save the state."""
         self.save(state)
 
     def save(self, state: RunState) -> None:
         """Write a checkpoint; then remove all but the last two.
 
         Raises:
-            BecameError: if it cannot be written, or the folder holds checkpoints further on; those there are stay.
+            BecameError: if it cannot be written, or the folder holds later checkpoints; those that are there stay.
         """
         number = state.epochs + state.task
         if self.numbers()[-1:] > [number]:
             raise BecameError(f"{self.folder} holds a run that is further on; load it or choose another folder.")
         plain, arrays = encoded(state)
         content = packed(arrays)
-        # Its name need not last before that of its JSON, without which it is nothing.
+        # Its name need not reach the disk before the name of its JSON, without which it counts for nothing.
         write_file(self._file(number, "safetensors"), content, lasting=False)
         write_sealed(
             self._file(number, "json"),
@@ -82,14 +82,15 @@ class Checkpoints(Callback):
         tidy(self.folder)
 
     def load(self, learner: Learner, say: Callable[[str], None] = lambda note: None) -> RunState | None:
-        """Return the state of the last checkpoint that is whole, in the learner's arrays; None if there is none at all.
+        """Return the state of the last checkpoint that is whole, as arrays of the learner; None without checkpoints.
 
         Args:
-            learner: of the network that goes on.
-            say: called with a sentence about each checkpoint that had to be left out.
+            learner: holds the network of the run.
+            say: is called with a sentence about each damaged checkpoint that is left out.
 
         Raises:
-            BecameError: if none is whole, or it is of another run or network; the first thing that differs is named.
+            BecameError: if no checkpoint is whole, or the last one is of another run or another network; the message
+                names the first difference.
         """
         for number in reversed(self.numbers()):
             try:
@@ -103,25 +104,25 @@ class Checkpoints(Callback):
         return None
 
     def numbers(self) -> list[int]:
-        """Return the numbers of the checkpoints that are there, in order."""
+        """Return the numbers of the checkpoints, in order."""
         return _numbers(self.folder)
 
     @property
     def last(self) -> Path | None:
-        """The last checkpoint, by its JSON."""
+        """The JSON file of the last checkpoint; None without checkpoints."""
         numbers = self.numbers()
         return self._file(numbers[-1], "json") if numbers else None
 
     @cached_property
     def settings(self) -> dict[str, Any]:
-        """What the run is given."""
+        """What the result of the run depends on, as ``describe`` gives it."""
         return describe(self.stream, self.method, self.training, self.seed)
 
     def _file(self, number: int, suffix: str) -> Path:
         return self.folder / f"{number:06d}.{suffix}"
 
     def _read(self, number: int) -> tuple[dict[str, Any], HostArrays]:
-        """Return a checkpoint's values and arrays as they were written."""
+        """Return the values and the arrays of a checkpoint as they were written."""
         file, beside = self._file(number, "json"), self._file(number, "safetensors")
         values = read_sealed(file)
         if not beside.exists():
@@ -135,13 +136,13 @@ class Checkpoints(Callback):
             raise DamagedError(f"{beside} holds no arrays") from None
 
     def _checked(self, number: int, values: dict[str, Any], arrays: HostArrays, learner: Learner) -> RunState:
-        """Return the state of a whole checkpoint if it is this run's."""
+        """Return the state of a whole checkpoint; raise a BecameError if it is of another run."""
         file = self._file(number, "json")
         if values.get("format") != FORMAT or not isinstance(values.get("settings"), dict):
             raise BecameError(f"{file} is of another version of this package; move it away to begin anew.")
-        found = difference(values["settings"], self.settings)
-        if found is not None:
-            name, theirs, ours = found
+        differing = difference(values["settings"], self.settings)
+        if differing is not None:
+            name, theirs, ours = differing
             raise BecameError(f"{file} is of a run with {name} = {theirs}, not {ours}; choose another folder.")
         theta = learner.parameters()
         like = next(iter(theta.values()))
@@ -186,7 +187,7 @@ def _numbers(folder: Path) -> list[int]:
 
 
 def _weights(state: RunState) -> list[Params]:
-    """Every set of all the network's weights in a state."""
+    """Return every full set of the network's weights in a state."""
     sets = [state.theta]
     if state.theta_gp is not None:
         sets.append(state.theta_gp)
@@ -198,14 +199,14 @@ def _weights(state: RunState) -> list[Params]:
 
 
 def _check_fit(file: Path, weights: Params, theta: Params) -> None:
-    """Raise a BecameError that names the first of these weights that is not like the network's."""
+    """Raise a BecameError that names the first of these weights whose shape or type is not the network's."""
     for name in {**theta, **weights}:
         if name not in weights or name not in theta:
             there, missing = ("network", "checkpoint") if name in theta else ("checkpoint", "network")
             raise BecameError(f"{file} is of another network: the {there} has '{name}', the {missing} has not.")
-        found, own = on_host(weights[name]), on_host(theta[name])
-        if (found.shape, found.dtype) != (own.shape, own.dtype):
+        saved, own = on_host(weights[name]), on_host(theta[name])
+        if (saved.shape, saved.dtype) != (own.shape, own.dtype):
             raise BecameError(
-                f"{file} is of another network: '{name}' is {found.dtype} {list(found.shape)} there, "
+                f"{file} is of another network: '{name}' is {saved.dtype} {list(saved.shape)} there, "
                 f"{own.dtype} {list(own.shape)} here."
             )

@@ -19,6 +19,7 @@ from typing import Any, Literal, Self, get_type_hints
 from adapters.benchmarks.catalogue import BENCHMARKS
 from adapters.networks import NETWORKS, DropoutMasks, Norm
 from adapters.runs.results import RunResult
+from adapters.tracking import TRACKERS
 from became_core import BecameError
 from became_core.continual import (
     METHODS,
@@ -176,8 +177,8 @@ class Configuration:
         hint=True,
         flag=True,
     )
-    tracker: Literal["none", "tensorboard", "trackio"] = _option(
-        "Also write scalars for a tracker as a run goes: TensorBoard, beside the results, or Trackio.",
+    tracker: str = _option(
+        "Also write scalars for a tracker as a run goes",
         "machine",
         "none",
         hint=True,
@@ -218,9 +219,10 @@ class Configuration:
         usual = benchmark.preset(preset or PRESET, tasks).values_of(method)
         resolved: dict[str, Any] = {"first": tasks, **usual, **values, "tasks": tasks}
         declared = {each.name: each for each in fields(cls) if each.name != "settings"}
+        known = options()
         for name in resolved:
-            if name not in declared and name not in method_settings():
-                raise BecameError(f"there is no option '{name}'{nearest(name, options())}.")
+            if name not in known:
+                raise BecameError(f"there is no option '{name}'{nearest(name, known)}.")
         for name, each in declared.items():
             if each.default is MISSING and name not in resolved:
                 raise BecameError(f"the preset '{preset or PRESET}' of {benchmark.name} has no '{name}'; give it one.")
@@ -361,14 +363,14 @@ class Option:
 def options() -> dict[str, Option]:
     """Return every option of a configuration by name: its fields, then the settings of all methods and projectors."""
     hints = get_type_hints(Configuration)
-    registered = {"benchmark": BENCHMARKS.names, "network": NETWORKS.names}
+    registered = {"benchmark": BENCHMARKS.names, "network": NETWORKS.names, "tracker": ("none", *TRACKERS)}
     of_presets = {
         name
         for benchmark in (BENCHMARKS[name] for name in BENCHMARKS.names)
         for preset in benchmark.presets.values()
         for name in preset.values
     }
-    found: dict[str, Option] = {}
+    known: dict[str, Option] = {}
     for each in fields(Configuration):
         if each.name == "settings":
             continue
@@ -377,19 +379,19 @@ def options() -> dict[str, Option]:
             help_text = f"{help_text}: {', '.join(names)}."
         if each.name not in of_presets and each.default not in (MISSING, None, False):
             help_text = f"{help_text} (default: {each.default})"
-        found[each.name] = Option(
+        known[each.name] = Option(
             each.name, hints[each.name], help_text, each.metadata["group"], each.metadata["flag"], names
         )
     for name, setting in method_settings().items():
-        if name in found:
+        if name in known:
             raise BecameError(f"the setting '{name}' of {setting.owners[0]} has the name of another option; rename it.")
         help_text = f"{setting.help[:1].upper()}{setting.help[1:]} ({', '.join(setting.owners)}"
         if name not in of_presets:
             default = " ".join(map(str, setting.default)) if isinstance(setting.default, tuple) else setting.default
             help_text += f"; default: {default}"
         help_text += ")"
-        found[name] = Option(name, setting.type, help_text, "settings")
-    return found
+        known[name] = Option(name, setting.type, help_text, "settings")
+    return known
 
 
 def full_method_name(method: str, projector: str | None) -> str:

@@ -48,7 +48,16 @@ __all__ = [
 
 @dataclass(frozen=True)
 class RunDirectory:
-    """Where one run is, or will be."""
+    """The folder of one run, which need not exist yet.
+
+    >>> RunDirectory(Path("runs/short"), "became+sgp", 3).name
+    'became+sgp-seed3'
+
+    Attributes:
+        out: the folder of the comparison, as ``--out`` names it.
+        method: the run's method, METHOD or METHOD+PROJECTOR.
+        seed: the run's seed.
+    """
 
     out: Path
     method: str
@@ -66,17 +75,17 @@ class RunDirectory:
 
     @property
     def results_file(self) -> Path:
-        """The file of the results."""
+        """The file of the run's results."""
         return self.folder / "results.json"
 
     @property
     def config_file(self) -> Path:
-        """The file of what runs."""
+        """The file of the run's configuration."""
         return self.folder / "config.json"
 
     @property
     def events(self) -> EventLog:
-        """What happened."""
+        """The file of the run's events."""
         return EventLog(self.folder / "events.jsonl")
 
     @property
@@ -216,12 +225,11 @@ def read_record(file: Path) -> Record:
         raise BecameError(f"{file} is damaged; move {file.parent} away.") from None
     try:
         method, seed, config = str(values["method"]), int(values["seed"]), dict(values["config"])
-        hints, backend, preset = dict(values["hints"]), _last(str(values["backend"])), values["preset"]
-        hints["data_dir"] = None if hints["data_dir"] is None else Path(hints["data_dir"])
+        hints, backend, preset = dict(values.get("hints") or {}), _last(str(values["backend"])), values.get("preset")
+        data_dir = None if hints.get("data_dir") is None else Path(hints["data_dir"])
     except (KeyError, TypeError, ValueError):
         raise BecameError(f"{file} holds no run's configuration; give the command that started the run.") from None
-    if hints["data_dir"] is not None and not hints["data_dir"].exists():
-        hints["data_dir"] = None
+    hints["data_dir"] = data_dir if data_dir is not None and data_dir.exists() else None
     configuration = replace(Configuration.from_json(config, method, file=str(file)), **hints)
     return Record(backend, method, seed, preset, configuration)
 
@@ -326,6 +334,8 @@ def _last(backends: str) -> str:
 
 
 def _check_equal(file: Path, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
+    if "benchmark" in ours and "benchmark" not in theirs:
+        raise BecameError(f"{file} is of an earlier version; finish that run with it, or choose another --out.")
     # Ours goes through JSON as theirs did: tuples become lists.
     differing = difference(theirs, json.loads(json.dumps(ours)))
     if differing is not None:

@@ -1,13 +1,15 @@
 """The state of a run as plain values for JSON and named arrays, and back, for any framework's arrays.
 
 Convention: an array is named by its place in the state (``theta.conv1.weight``, ``memory.posterior.mean.conv1.weight``)
-and stands as "array" among the plain values; a dataclass is an object of its fields, with its class's name as ``kind``;
-a float that JSON has no number for is "inf", "-inf" or "nan".
+and is "array" among the plain values. A dataclass is an object of its fields, with the name of its class as ``kind``. A
+float that JSON has no number for is "inf", "-inf" or "nan".
 
-What is read is told by the declared types of ``RunState`` and of what it holds, never by the file: of a union the file
-may choose a member, and that is all. A projector is as ``to_arrays`` has it, with the settings of the method's own.
+The declared types of ``RunState`` and of its parts decide what is read, never the file. The file may only choose among
+the members of a union and among the subclasses of an abstract type, such as ``Precision`` or ``Region``; so those of
+other packages are read as well. A projector's memory is what ``to_arrays`` returns; its settings are the method's.
 """
 
+import inspect
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
@@ -19,23 +21,17 @@ from numpy.typing import NDArray
 
 from became_core.arrays import Array, is_array, on_host
 from became_core.continual import RunState
-from became_core.precision import Dense, Diagonal, Isotropic, Kronecker, LowRank, Precision, Sum
-from became_core.projection import GatedRegion, Projector, Region, TrustRegion
+from became_core.projection import Projector
 
-__all__ = ["MisfitError", "decoded", "encoded"]
+__all__ = ["MisfitError", "concrete_classes", "decoded", "encoded"]
 
 HostArrays = dict[str, NDArray[Any]]
 
-# What may stand where the declared type is an abstract one.
-ALTERNATIVES: dict[Any, tuple[type, ...]] = {
-    Precision: (Dense, Diagonal, Isotropic, Kronecker, LowRank, Sum),
-    Region: (GatedRegion, TrustRegion),
-}
 NUMBERS = {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}
 
 
 class MisfitError(ValueError):
-    """What was read is no state of a run; the message is a clause that names the place."""
+    """What was read is not the state of a run; the message is a clause that names the place."""
 
 
 def encoded(state: RunState) -> tuple[dict[str, Any], HostArrays]:
@@ -47,17 +43,17 @@ def encoded(state: RunState) -> tuple[dict[str, Any], HostArrays]:
 def decoded(
     plain: Any, arrays: Mapping[str, NDArray[Any]], projector: Projector | None, make: Callable[[NDArray[Any]], Array]
 ) -> RunState:
-    """Return the state that ``encoded`` gave.
+    """Return the state that ``encoded`` was given.
 
     Args:
-        plain: its plain values.
-        arrays: its arrays.
-        projector: of the method that runs; its memory does not matter.
-        make: from a NumPy array, which is its alone, to one of the framework that the run goes on with.
+        plain: the plain values of the state.
+        arrays: the arrays of the state.
+        projector: the projector of the method that runs; its memory does not matter.
+        make: turns a NumPy array, which nothing else refers to, into an array of the framework of the run.
 
     Raises:
-        MisfitError: if this is no such state, or one of another method's.
-        BecameError: if a part of it does not fit another.
+        MisfitError: if this is not the state of a run, or the state of another method.
+        BecameError: if a part of the state does not fit another part.
     """
     reader = _Reader(arrays, projector, make)
     try:
@@ -92,7 +88,7 @@ def _plain(value: Any, path: str, arrays: HostArrays) -> Any:
 
 
 def _parts(value: Any) -> Mapping[Any, Any] | None:
-    """A value's parts by name, None if it has none."""
+    """Return the parts of a value by name; None if it has no parts."""
     if hasattr(value, "to_arrays"):
         return cast(Mapping[Any, Any], value.to_arrays())
     if is_dataclass(value):
@@ -106,7 +102,7 @@ def _at(path: str, entry: object) -> str:
 
 @dataclass(frozen=True)
 class _Reader:
-    """Reads by declared type; notes which arrays were asked for."""
+    """Reads values by their declared types, and notes which arrays were read."""
 
     arrays: Mapping[str, NDArray[Any]]
     projector: Projector | None
@@ -117,12 +113,12 @@ class _Reader:
         """Return the value of a declared type at a place."""
         origin, arguments = get_origin(hint), get_args(hint)
         if hint is Any or origin is np.ndarray:
-            found = self.array(plain, path)
-            return self.make(found) if hint is Any else found
-        if hint in ALTERNATIVES or origin in (Union, UnionType):
-            return self.one_of(ALTERNATIVES.get(hint, arguments), plain, path)
+            array = self.array(plain, path)
+            return self.make(array) if hint is Any else array
         if hint is Projector:
-            return self.remembering(plain, path)
+            return self.with_memory(plain, path)
+        if inspect.isabstract(hint) or origin in (Union, UnionType):
+            return self.one_of(arguments or concrete_classes(hint), plain, path)
         if isinstance(hint, type) and is_dataclass(hint):
             return self.record(hint, plain, path)
         if origin is not None:
@@ -145,7 +141,7 @@ class _Reader:
             kind = plain.get("kind") if isinstance(plain, dict) else None
             candidates = tuple(each for each in candidates if each.__name__ == kind)
         if not candidates:
-            raise MisfitError(f"'{path}' is of no known kind")
+            raise MisfitError(f"'{path}' is of an unknown kind")
         return self.read(candidates[0], plain, path)
 
     def record(self, hint: type, plain: Any, path: str) -> Any:
@@ -153,13 +149,13 @@ class _Reader:
         hints = get_type_hints(hint)
         names = [each.name for each in fields(hint)]
         if not isinstance(plain, dict) or set(plain) != {"kind", *names} or plain["kind"] != hint.__name__:
-            raise MisfitError(f"'{path}' is no {hint.__name__}")
+            raise MisfitError(f"'{path}' is not a {hint.__name__}")
         return hint(**{name: self.read(hints[name], plain[name], _at(path, name)) for name in names})
 
-    def remembering(self, plain: Any, path: str) -> Projector:
+    def with_memory(self, plain: Any, path: str) -> Projector:
         """Return the method's projector with the memory at a place."""
         if self.projector is None or not isinstance(plain, dict) or plain.get("kind") != type(self.projector).__name__:
-            raise MisfitError(f"'{path}' is no memory of the method's projector")
+            raise MisfitError(f"'{path}' is not the memory of the method's projector")
         return self.projector.with_arrays(
             {name: self.read(Any, value, _at(path, name)) for name, value in plain.items() if name != "kind"}
         )
@@ -173,7 +169,7 @@ class _Reader:
     def sequence(self, origin: type, arguments: tuple[Any, ...], plain: Any, path: str) -> Any:
         """Return a list, or a tuple of one type throughout or of a type for each entry."""
         if not isinstance(plain, list):
-            raise MisfitError(f"'{path}' is no list")
+            raise MisfitError(f"'{path}' is not a list")
         alike = origin is list or arguments[1:] == (...,)
         hints = [arguments[0]] * len(plain) if alike else list(arguments)
         if len(hints) != len(plain):
@@ -185,8 +181,16 @@ class _Reader:
         """Return a mapping from names or numbers."""
         key, hint = arguments
         if not isinstance(plain, dict) or (key is int and not all(name.isdecimal() for name in plain)):
-            raise MisfitError(f"'{path}' is no mapping")
+            raise MisfitError(f"'{path}' is not a mapping")
         return {key(name): self.read(hint, value, _at(path, name)) for name, value in plain.items()}
+
+
+def concrete_classes(abstract: Any) -> tuple[type, ...]:
+    """Return all subclasses of an abstract class that are not abstract themselves."""
+    classes: list[type] = []
+    for subclass in abstract.__subclasses__():
+        classes += [*([] if inspect.isabstract(subclass) else [subclass]), *concrete_classes(subclass)]
+    return tuple(dict.fromkeys(classes))
 
 
 def _scalar(hint: Any, plain: Any, path: str) -> Any:
@@ -194,4 +198,4 @@ def _scalar(hint: Any, plain: Any, path: str) -> Any:
         return NUMBERS[plain]
     if type(plain) is hint or (hint is float and type(plain) is int):
         return plain
-    raise MisfitError(f"'{path}' is no {hint.__name__}")
+    raise MisfitError(f"'{path}' is not a {hint.__name__}")

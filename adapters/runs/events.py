@@ -1,7 +1,7 @@
-"""``events.jsonl``: what happened in a run, a line each, only ever added to.
+"""``events.jsonl``: what happened in a run, one event a line; lines are only added.
 
 Convention: every line is a JSON object with ``event`` and ``time`` (UTC, ISO 8601). An epoch that was lost with an
-interrupted process is there twice. Nothing is read back from it.
+interrupted process is recorded twice. Nothing is read back from this file.
 """
 
 import json
@@ -19,7 +19,7 @@ __all__ = ["EventLog", "Events", "json_line", "now", "place"]
 
 
 class Events(Callback):
-    """What is told of a run as events by name with plain values; where to is for a subclass to say."""
+    """The events of a run, by name and with plain values; a subclass writes them."""
 
     backend: str
 
@@ -28,31 +28,31 @@ class Events(Callback):
         raise NotImplementedError
 
     def on_run_begin(self, state: RunState) -> None:
-        """Tell of the beginning, or of where an interrupted run goes on."""
+        """Add that a run begins, or where it is resumed."""
         fresh = state.task == 0 and state.stage is None
         after = {} if fresh else {"after": place(state)}
         self.add("begin" if fresh else "resume", **after, backend=self.backend, versions=versions())
 
     def on_epoch_end(self, event: EpochEnd) -> None:
-        """Tell of an epoch."""
+        """Add an epoch."""
         self.add("epoch", **asdict(event))
 
     def on_task_end(self, event: TaskEnd) -> None:
-        """Tell of a task."""
+        """Add a task."""
         self.add("task", **asdict(event))
 
     def on_run_end(self, record: RunRecord) -> None:
-        """Tell of the end."""
+        """Add the end of the run."""
         self.add("end")
 
 
 @dataclass(frozen=True)
 class EventLog(Events):
-    """The events of the run in a folder.
+    """The events of a run in a file.
 
     Attributes:
-        file: where they are.
-        backend: what works on the run.
+        file: the file, ``events.jsonl`` in the run's folder.
+        backend: the name of the backend that works on the run.
     """
 
     file: Path
@@ -73,7 +73,7 @@ class EventLog(Events):
 
 
 def place(state: RunState) -> str:
-    """Return where a run is, in words."""
+    """Return where a run is, for messages: "task 2/5, stage 1, epoch 3"."""
     total = len(state.record.accuracy)
     if state.stage is None:
         return f"task {state.task}/{total}"
@@ -81,17 +81,17 @@ def place(state: RunState) -> str:
 
 
 def now() -> str:
-    """Return the time as events have it."""
+    """Return the present time as events have it."""
     return datetime.now(UTC).isoformat(timespec="milliseconds")
 
 
 def json_line(values: dict[str, Any]) -> str:
-    """Return an object of JSON on one line; sets are sorted, and what is no finite number is null."""
+    """Return an object as one line of JSON; sets are sorted lists, and NaN and infinities are null."""
     return json.dumps({name: _plain(value) for name, value in values.items()}, allow_nan=False)
 
 
 def _ends_a_line(handle: Any) -> bool:
-    """Whether what is there ends a line: it does not where a process was killed while it wrote."""
+    """Whether the file ends with a whole line; it does not if a process was killed while it wrote."""
     end = handle.seek(0, 2)
     if not end:
         return True

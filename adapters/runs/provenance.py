@@ -1,4 +1,4 @@
-"""What a run was made with: versions of packages, and the revision of this code."""
+"""What a run was made with: the versions of packages, and the git revision of this code."""
 
 import platform
 import subprocess
@@ -15,18 +15,18 @@ IF_LOADED = ("torch", "jax", "jaxlib", "tensorflow", "cupy")
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of Python, of this package and of what it computes with here."""
-    found = {"python": platform.python_version()}
-    for name in (*ALWAYS, *(each for each in IF_LOADED if each in sys.modules)):
+    """Return the versions of Python, of this package, and of the packages that it computes with in this process."""
+    versions_by_name = {"python": platform.python_version()}
+    for name in (*ALWAYS, *(module for module in IF_LOADED if module in sys.modules)):
         try:
-            found[name] = version(name)
+            versions_by_name[name] = version(name)
         except PackageNotFoundError:  # run from a checkout, or another distribution of the module
-            found[name] = str(getattr(sys.modules.get(name), "__version__", "unknown"))
-    return found
+            versions_by_name[name] = str(getattr(sys.modules.get(name), "__version__", "unknown"))
+    return versions_by_name
 
 
 def revision() -> str | None:
-    """Return the git revision of the checkout that this code runs from, None if it runs from none."""
+    """Return the git revision of the checkout that this code runs from; None if it does not run from a checkout."""
     root = Path(became_core.__file__).parents[1]
     if not (root / ".git").exists():
         return None

@@ -1,12 +1,12 @@
-"""What a run is given, as plain values: two runs of equal settings are the same run.
+"""What a checkpoint belongs to, as plain values: a run goes on only from a checkpoint of equal values.
 
-Convention: settings are flat, by dotted names (``training.stage1.lr``).
+Convention: the values are flat, by dotted names (``training.stage1.lr``).
 """
 
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from types import NoneType
 from typing import Any
@@ -19,7 +19,7 @@ __all__ = ["describe", "difference", "fingerprint"]
 
 
 def describe(stream: TaskStream, method: Method, training: Training, seed: int) -> dict[str, Any]:
-    """Return the settings of a run: what its result depends on, the network, the backend and versions aside."""
+    """Return what the result of a run depends on, without the network, the backend and the versions."""
     tasks = {
         str(task.index + 1): {
             "classes": list(task.classes),
@@ -29,21 +29,19 @@ def describe(stream: TaskStream, method: Method, training: Training, seed: int) 
         }
         for task in stream.tasks
     }
-    found: dict[str, Any] = {}
     parts = {"seed": seed, "data": fingerprint(stream.dataset), "method": method, "training": training, "task": tasks}
-    for name, part in parts.items():
-        _flatten(name, part, found)
-    return dict(json.loads(json.dumps(found)))  # as they come back from a file: tuples are lists there
+    flat = dict(_flattened(parts))
+    return dict(json.loads(json.dumps(flat)))  # as a file gives it back: tuples are lists
 
 
 def fingerprint(dataset: Dataset) -> str:
-    """Return a digest of a data set: of all that a learner sees of it."""
+    """Return a digest of all that a learner sees of a data set."""
     sizes = repr((dataset.images.shape, dataset.train_size, dataset.mean, dataset.std)).encode()
     return _digest(sizes, dataset.images, dataset.labels)
 
 
 def difference(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> tuple[str, Any, Any] | None:
-    """Return the first name whose values differ, and the two values; None for what is not there."""
+    """Return the first name whose values differ, and both values, None for a missing one; None if all are equal."""
     for name in {**ours, **theirs}:
         if theirs.get(name) != ours.get(name):
             return name, theirs.get(name), ours.get(name)
@@ -51,22 +49,23 @@ def difference(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> tuple[str,
 
 
 def _digest(*parts: Any) -> str:
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     for part in parts:
-        found.update(part if isinstance(part, bytes) else np.ascontiguousarray(part).data)
-    return found.hexdigest()[:16]
+        digest.update(part if isinstance(part, bytes) else np.ascontiguousarray(part).data)
+    return digest.hexdigest()[:16]
 
 
-def _flatten(name: str, value: Any, found: dict[str, Any]) -> None:
+def _flattened(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield nested mappings and dataclasses as dotted names with plain values; a dataclass's own value is its class."""
     if is_dataclass(value) and not isinstance(value, type):
-        found[name] = type(value).__name__
-        value = {each.name: getattr(value, each.name) for each in fields(value)}
+        yield name, type(value).__name__
+        value = {field.name: getattr(value, field.name) for field in fields(value)}
     if isinstance(value, Mapping):
-        for key, each in value.items():
-            _flatten(f"{name}.{key}", each, found)
+        for key, part in value.items():
+            yield from _flattened(part, f"{name}.{key}" if name else str(key))
     elif isinstance(value, float) and not math.isfinite(value):
-        found[name] = str(value)
+        yield name, str(value)
     elif isinstance(value, str | int | float | list | tuple | NoneType):
-        found[name] = value
+        yield name, value
     else:
-        found[name] = getattr(value, "__qualname__", type(value).__name__)
+        yield name, getattr(value, "__qualname__", type(value).__name__)

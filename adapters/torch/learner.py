@@ -204,7 +204,7 @@ class TorchLearner(NetworkLearner):
 
     def _batch(self, indices: Indices, views: Views | None = None) -> tuple[Tensor, Tensor]:
         rows = torch.from_numpy(indices).to(self.device)
-        pixels = self._images[rows] if views is None else views.shown(self._images[rows], axis=2)
+        pixels = self._images[rows] if views is None else views.apply(self._images[rows], axis=2)
         images = pixels.to(self._dtype).sub_(self._mean).div_(self._std)
         return images.contiguous(memory_format=self._layout), self._targets[rows]
 

@@ -1,4 +1,4 @@
-"""Experiment trackers: a run's scalars, written by a package that is an extra, imported only when it is asked for."""
+"""Experiment trackers: the scalars of a run, written by a package that is an extra and imported only if it is used."""
 
 from adapters.tracking.tracker import TRACKERS, Tracker, Writer, open_writer
 

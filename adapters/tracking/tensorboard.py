@@ -1,6 +1,6 @@
 """Scalars as TensorBoard's event files, beside the run's other files: ``tensorboard --logdir OUT`` shows all runs.
 
-A run that goes on adds a file, which tells TensorBoard to drop what older files have of later steps.
+A resumed run adds a file, which tells TensorBoard to drop the later steps of older files.
 """
 
 import os
@@ -18,7 +18,7 @@ class _TensorBoard:
         self._folder = folder
 
     def begin(self, hyperparameters: Mapping[str, str | int | float | bool], step: int) -> None:
-        # A file's own name has the second alone, and one of that name would be written over.
+        # Without a suffix, two files that begin in the same second would have one name, and one would be lost.
         suffix = f".{os.getpid()}.{step}"
         purge = {"purge_step": step + 1} if step else {}
         self._writer = SummaryWriter(logdir=str(self._folder), filename_suffix=suffix, flush_secs=1, **purge)

@@ -1,12 +1,12 @@
-"""What is tracked of a run, whoever writes it down.
+"""The scalars of a run for experiment trackers, whatever package writes them.
 
-Convention: the step of every scalar is the number of the run's epochs so far; accuracies are in percent. What an epoch
-or a task gave is written once the state after it is given away, that is, saved by a callback before this one: so a run
-that is interrupted and gone on with has no point twice.
+Convention: the step of every scalar is the number of the run's epochs so far; accuracies are in percent. The scalars of
+an epoch or a task are written when the state after it has been saved by an earlier callback. So a run that is
+interrupted and resumed has no point twice.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
 from types import TracebackType
@@ -15,32 +15,39 @@ from typing import Any, Protocol, Self, cast
 from became_core import BecameError
 from became_core.continual import Callback, EpochEnd, RunState, TaskEnd
 from became_core.continual.metrics import average_accuracy, backward_transfer
+from became_core.registry import nearest
 
 __all__ = ["TRACKERS", "Tracker", "Writer", "open_writer"]
 
-# The packages that the trackers need; the module of that name here has its ``open_writer``.
+# The package that each tracker needs; the module of the tracker's name in this folder has its ``open_writer``.
 TRACKERS = {"tensorboard": "tensorboardX", "trackio": "trackio"}
 
 
 class Writer(Protocol):
-    """What writes scalars down."""
+    """Writes scalars."""
 
     def begin(self, hyperparameters: Mapping[str, str | int | float | bool], step: int) -> None:
-        """Begin, or, where the step is not 0, go on after it: what is there of later steps no longer counts."""
+        """Begin; or, if the step is not 0, continue after it: scalars of later steps no longer count."""
 
     def log(self, scalars: Mapping[str, float], step: int) -> None:
-        """Write scalars by name, at one step; a process that is killed may lose those of its last moments."""
+        """Write scalars by name at one step; a process that is killed may lose the last ones."""
 
     def end(self) -> None:
-        """Finish what has begun."""
+        """Finish writing."""
 
 
 def open_writer(tracker: str, folder: Path) -> Writer:
-    """Return the writer of a tracker, by name, for the run in a folder, ``OUT/RUN``; nothing is written yet.
+    """Return the writer of a tracker for a run; nothing is written yet.
+
+    Args:
+        tracker: its name, a key of ``TRACKERS``.
+        folder: the run's folder, ``OUT/RUN``.
 
     Raises:
-        BecameError: if its package is missing.
+        BecameError: if there is no such tracker, or its package is missing.
     """
+    if tracker not in TRACKERS:
+        raise BecameError(f"there is no tracker '{tracker}'{nearest(tracker, TRACKERS)}.")
     try:
         module = import_module(f"adapters.tracking.{tracker}")
     except ModuleNotFoundError as error:
@@ -53,43 +60,52 @@ def open_writer(tracker: str, folder: Path) -> Writer:
 
 
 class Tracker(Callback):
-    """Gives a run's scalars to a writer, as a callback of it; use as a context."""
+    """A callback that gives the scalars of a run to a writer; use it as a context."""
 
     def __init__(self, writer: Writer, configuration: Mapping[str, Any]) -> None:
-        """Hold the writer, and the run's configuration, nested plain values."""
+        """Store the writer and the run's configuration.
+
+        Args:
+            writer: writes the scalars.
+            configuration: plain values by name; a list becomes one text, and None is left out.
+        """
         self._writer = writer
-        self._hyperparameters = dict(_flat("", configuration))
+        self._hyperparameters = {
+            name: " ".join(map(str, value)) if isinstance(value, list | tuple) else value
+            for name, value in configuration.items()
+            if value is not None
+        }
         self._scalars: dict[str, float] = {}
-        self._begun = False
+        self._started = False
 
     def __enter__(self) -> Self:
-        """Nothing yet: where to begin is known when the run begins."""
+        """Do nothing yet: the step to begin with is known when the run begins."""
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        """Finish, however the run ended."""
-        if self._begun:
+        """Finish, whether or not the run failed."""
+        if self._started:
             self._writer.end()
 
     def on_run_begin(self, state: RunState) -> None:
-        """Begin at the state's step."""
-        self._begun = True
+        """Begin at the step of the state."""
+        self._started = True
         self._writer.begin(self._hyperparameters, state.epochs)
 
     def on_epoch_end(self, event: EpochEnd) -> None:
-        """Note loss and rate."""
+        """Keep the loss and the rate until the state is saved."""
         self._scalars = {"epoch/loss": event.loss, "epoch/rate": event.rate}
         if math.isfinite(event.validation_loss):
             self._scalars["epoch/validation_loss"] = event.validation_loss
 
     def on_task_end(self, event: TaskEnd) -> None:
-        """Note alpha, and each task's accuracy."""
+        """Keep alpha and the accuracy of each task until the state is saved."""
         self._scalars = {} if event.alpha is None else {"task/alpha": event.alpha}
         for task, accuracy in enumerate(event.accuracy, start=1):
             self._scalars[f"accuracy/task_{task:02d}"] = accuracy
 
     def on_state(self, state: RunState) -> None:
-        """Write down what was noted, and, after a task, the metrics of all tasks so far."""
+        """Write the scalars of the epoch or the task and, after a task, the metrics of all tasks so far."""
         if state.stage is None:
             so_far = state.record.accuracy[: state.task, : state.task]
             by_argmax = state.record.class_incremental_accuracy[: state.task, : state.task]
@@ -98,12 +114,3 @@ class Tracker(Callback):
             self._scalars["task/class_incremental_ACC"] = average_accuracy(by_argmax)
         self._writer.log(self._scalars, state.epochs)
         self._scalars = {}
-
-
-def _flat(name: str, value: Any) -> list[tuple[str, str | int | float | bool]]:
-    """Nested values by dotted names; a list is one value, and what is not there is none."""
-    if isinstance(value, Mapping):
-        return [pair for key, each in value.items() for pair in _flat(f"{name}.{key}" if name else str(key), each)]
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        value = " ".join(map(str, value))
-    return [] if value is None else [(name, value)]

@@ -1,7 +1,8 @@
-"""Scalars to Trackio: the project is called as the comparison's folder, a run as its own.
+"""Scalars for Trackio: the project has the name of the comparison's folder, and a run the name of its own folder.
 
-Trackio keeps them on this machine, ``trackio show`` shows them, and its own environment variables (TRACKIO_SPACE_ID, …)
-send them elsewhere. What it says on standard output goes to standard error, since ours may be read by a program.
+Trackio stores them on this machine, ``trackio show`` shows them, and its environment variables, such as
+TRACKIO_SPACE_ID, send them elsewhere. What Trackio prints on standard output goes to standard error, because a program
+may read our standard output.
 """
 
 import contextlib

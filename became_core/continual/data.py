@@ -204,7 +204,7 @@ class Views(NamedTuple):
     offsets: Array
     flips: Array
 
-    def shown(self, images: Array, *, axis: int) -> Array:
+    def apply(self, images: Array, *, axis: int) -> Array:
         """Return the images, cropped and flipped; it works in any framework, and can be compiled.
 
         Args:

@@ -12,7 +12,7 @@ import pytest
 
 import adapters.backend.entry as of_backends
 import adapters.cli.__main__ as became
-from adapters.backend import first_installed
+from adapters.backend.entry import first_installed
 from adapters.benchmarks.catalogue import BENCHMARKS
 from adapters.cli.__main__ import main
 from adapters.networks import NETWORKS
@@ -115,7 +115,7 @@ def test_resume_refuses_what_it_cannot_go_on_with(
     file = RunDirectory(out, "gpm", 0).config_file
     config = read_sealed(file)
     for changes, message in (
-        ({"hints": None}, "holds no run's configuration; give the command that started the run."),
+        ({"config": None}, "holds no run's configuration; give the command that started the run."),
         (
             {"config": config["config"] | {"momenta": 3}},
             "has an unknown option 'momenta'; resume with the version that started this run.",

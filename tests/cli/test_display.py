@@ -1,12 +1,118 @@
-"""What a run shows: plain lines where there is no terminal, a bar that only moves forward where there is one."""
+"""What a command shows: text, little of it, or JSON alone; a run's progress; and the log on standard error."""
 
 import io
+import json
+import logging
 import math
+import warnings
+from pathlib import Path
 
+import pytest
 from rich.console import Console
 
-from adapters.cli.display import RunProgress
-from became_core.continual import EpochEnd, TaskEnd
+from adapters.cli.display import LOGGER, RunProgress, logged
+from adapters.cli.main import main
+from adapters.runs import Checkpoints, RunDirectory
+from adapters.runs.files import write_file
+from adapters.torch.run import BACKEND
+from became_core.continual import EpochEnd, RunState, TaskEnd
+
+RUN = ["--methods", "gpm", "--epochs", "1", "--batch-size", "64", "--first", "2"]
+
+
+def test_quiet_shows_the_table_and_where_the_results_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(BACKEND, [*RUN, "--out", str(tmp_path), "--quiet"]) == 0
+    shown = capsys.readouterr()
+    lines = shown.out.splitlines()
+    assert lines[0].strip() == "Accuracies in percent"
+    assert lines[-1] == f"results: {tmp_path}/<method>-seed<k>/results.json, {tmp_path}/summary.csv"
+    assert "epoch 1/1" not in shown.out
+    assert shown.err == ""
+    assert main(BACKEND, [*RUN, "--out", str(tmp_path), "--quiet"]) == 0
+    assert capsys.readouterr().out == shown.out  # "finished before" is no result
+    assert main(BACKEND, [*RUN, "--lr", "-1", "--quiet"]) == 2
+    assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_json_is_the_events_and_results_and_nothing_else(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    seeds = ["--seeds", "0", "1"]
+    assert main(BACKEND, [*RUN, *seeds, "--out", str(tmp_path), "--log", "json"]) == 0
+    shown = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    for seed in (0, 1):
+        run = RunDirectory(tmp_path, "gpm", seed)
+        mine = [event for event in shown if event["run"] == run.name]
+        logged_ = [json.loads(line) for line in run.events.file.read_text().splitlines()]
+        assert [event["event"] for event in mine] == ["begin", "epoch", "task", "epoch", "task", "end", "result"]
+        for event, other in zip(mine, logged_, strict=False):
+            assert {**event, "time": None, "run": None} == {**other, "time": None, "run": None}
+        results = json.loads(run.results_file.read_text())
+        assert {name: mine[-1][name] for name in results if name != "sha256"} == {
+            name: value for name, value in results.items() if name != "sha256"
+        }
+        assert mine[-1]["before"] is False
+    assert main(BACKEND, [*RUN, *seeds, "--out", str(tmp_path), "--log", "json"]) == 0
+    shown = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(event["event"], event["run"], event["before"]) for event in shown] == [
+        ("result", "gpm-seed0", True),
+        ("result", "gpm-seed1", True),
+    ]
+
+
+def test_a_dry_run_is_an_object_too(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(BACKEND, [*RUN, "--dry-run", "--log", "json"]) == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    plan = json.loads(line)
+    assert (plan["event"], plan["configuration"]["benchmark"]) == ("plan", "split-mnist")
+    assert plan["steps"] == {"gpm": 2 * 12}  # 760 images a task, without those held out
+
+
+@pytest.mark.parametrize(("more", "told"), [([], True), (["--quiet"], False), (["--log-level", "error"], False)])
+def test_a_damaged_checkpoint_is_a_warning(
+    more: list[str], told: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    saved, save = 0, Checkpoints.save
+
+    def save_twice(self: Checkpoints, state: RunState) -> None:
+        nonlocal saved
+        save(self, state)
+        saved += 1
+        if saved == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "save", save_twice)
+        assert main(BACKEND, [*RUN, "--out", str(tmp_path)]) == 130
+    last = sorted((tmp_path / "gpm-seed0" / "checkpoints").glob("*.json"))[-1]
+    write_file(last, b"{")
+    capsys.readouterr()
+    assert main(BACKEND, [*RUN, "--out", str(tmp_path), "--log", "json", *more]) == 0
+    said = capsys.readouterr()
+    assert said.err == (f"warning: gpm-seed0: {last} is damaged; it is left out.\n" if told else "")
+    first = json.loads(said.out.splitlines()[0])
+    assert (first["event"], first["after"]) == ("resume", "task 1/2, stage 1, epoch 1")
+
+
+def test_the_log_and_pythons_warnings_are_lines_on_standard_error(capsys: pytest.CaptureFixture[str]) -> None:
+    before = LOGGER.level, list(LOGGER.handlers), warnings.showwarning
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        for level, expected in (
+            ("info", ["info: b", "warning: c", "warning: taps do not know it"]),
+            ("error", []),
+        ):
+            with logged(level):  # type: ignore[arg-type] # they are levels
+                LOGGER.debug("a")
+                LOGGER.info("b")
+                logging.getLogger("became.core").warning("c")
+                warnings.warn("taps do not know it", stacklevel=1)
+            assert capsys.readouterr().err.splitlines() == expected
+    assert (LOGGER.level, LOGGER.handlers, warnings.showwarning) == before
+
+
+def test_debug_tells_what_was_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(BACKEND, [*RUN, "--first", "1", "--out", str(tmp_path), "--log-level", "debug", "--quiet"]) == 0
+    assert "debug: split-mnist: 5000 images are read" in capsys.readouterr().err
+
 
 EVENTS: list[EpochEnd | TaskEnd] = [
     EpochEnd(0, 1, 1, 2, 0.5, 0.05, math.nan),

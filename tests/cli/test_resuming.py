@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from adapters.backend import Backend, BackendName, load_backend
+from adapters.backend.entry import Backend, BackendName, load_backend
 from adapters.cli.main import main
 from adapters.runs import Checkpoints, RunDirectory
 from adapters.runs.events import EventLog
@@ -92,12 +92,13 @@ def test_a_run_in_parts_is_the_run_to_the_bit(
     if method != "became":
         assert main(adapter, command(tmp_path / "whole", "--methods", method)) == 0
         expected = result(tmp_path / "whole", f"{method}-seed0")
-    parts = 1
-    after_saves(2)
+    # JAX and TensorFlow compile anew in every part: there are fewer, which still end within tasks and between stages.
+    saves, parts = 2 if adapter.name == "torch" else 5, 1
+    after_saves(saves)
     while main(adapter, command(tmp_path / "parts", "--methods", method)) == 130:
-        after_saves(2)
+        after_saves(saves)
         parts += 1
-    assert parts == (EPOCHS + 3) // 2 + 1
+    assert parts == (EPOCHS + 3) // saves + 1
     assert result(tmp_path / "parts", f"{method}-seed0") == expected
 
 

@@ -79,12 +79,12 @@ def test_an_unknown_name_is_answered_with_the_nearest_known_one() -> None:
 def test_a_registered_class_is_found_and_a_clash_of_options_is_refused() -> None:
     things = registry()
     things.register("third", Second)
-    assert things.names == ("first", "second", "third")
+    assert list(things.names) == ["first", "second", "third"]
     with pytest.raises(BecameError, match="'other' and 'first' share the option 'shared' and differ in its type"):
         things.register("other", Clashing)
     assert "other" not in things
     things.remove("third")
-    assert things.names == ("first", "second")
+    assert list(things.names) == ["first", "second"]
     with pytest.raises(BecameError, match="there is no thing 'third'"):
         things.remove("third")
 

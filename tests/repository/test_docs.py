@@ -13,7 +13,8 @@ import pytest
 import became_core
 from adapters.runs.configuration import options
 from became_core import continual, curvature, laplace, projection
-from became_core.continual import method_names, projector_names
+from became_core.continual import METHODS, method_names, method_settings, projector_names
+from became_core.projection import PROJECTORS
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
@@ -72,7 +73,8 @@ def test_a_link_within_the_repository_leads_somewhere(page: Path) -> None:
 def test_an_option_is_one(page: Path) -> None:
     lines = [line for line in text(page).splitlines() if not line.startswith(OTHERS)]
     options = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", "\n".join(lines)))
-    assert sorted(options - fields_of_commands()) == []
+    declared_here = {f"--{name.replace('_', '-')}" for name in re.findall(r'option="(\w+)"', text(page))}
+    assert sorted(options - fields_of_commands() - declared_here) == []
 
 
 @pytest.mark.parametrize("page", PAGES, ids=NAMES)
@@ -139,9 +141,15 @@ def test_every_file_that_is_named_is_there() -> None:
 
 
 def test_every_method_and_projector_is_explained() -> None:
+    """The recipes on the page; every name, those of new projectors too, in the tables that are made of registries."""
     page = text(ROOT / "docs" / "methods.md")
-    names = set(method_names())
-    assert sorted(name for name in names if f"`{name}`" not in page) == []
+    assert sorted(name for name in METHODS.names if f"`{name}`" not in page) == []
+    tables = text(ROOT / "docs" / "reference" / "choices.md")
+    assert "<!-- table of methods -->" in tables
+    assert "<!-- table of projectors -->" in tables
+    assert all(METHODS.summary(name) for name in METHODS.names)
+    assert all(PROJECTORS.summary(name) for name in PROJECTORS.names)
+    assert all(setting.help for setting in method_settings().values())
 
 
 def test_every_page_is_in_the_navigation() -> None:

@@ -86,6 +86,12 @@ def test_another_configurations_run_is_refused_and_stays(
     assert directory.results_file.read_bytes() == before
 
 
+def test_a_run_of_an_earlier_version_is_refused_in_one_sentence(tmp_path: Path) -> None:
+    directory = _saved(tmp_path, config={"tasks": 2, "stage1": {"lr": 0.1}})
+    with pytest.raises(BecameError, match="is of an earlier version; finish that run with it, or choose another --out"):
+        directory.finished("torch", CONFIG)
+
+
 @pytest.mark.parametrize("damage", [b"", b"{", b"[]", b'{"method": "gpm"}', b"\xff\xfe"])
 def test_a_damaged_file_is_named_and_stays(tmp_path: Path, damage: bytes) -> None:
     directory = _saved(tmp_path)

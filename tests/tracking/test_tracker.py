@@ -28,8 +28,8 @@ from tests.streams import prototype_stream
 
 STREAM = prototype_stream(tasks=3, validation=0.1)
 TRAINING = Training(Annealed(0.1, 2), Annealed(0.1, 1), batch_size=16)
-CONFIGURATION = {"seed": 0, "stage1": {"kind": "annealed", "lr": 0.1}, "path_alphas": [0.0, 0.5], "first": None}
-FLAT = {"seed": 0, "stage1.kind": "annealed", "stage1.lr": 0.1, "path_alphas": "0.0 0.5"}
+CONFIGURATION = {"seed": 0, "schedule": "annealed", "lr": 0.1, "lr_steps": [0.0, 0.5], "first": None}
+FLAT = {"seed": 0, "schedule": "annealed", "lr": 0.1, "lr_steps": "0.0 0.5"}
 
 
 class Stopped(Exception):  # noqa: N818 # it is no error
@@ -181,7 +181,7 @@ def test_tensorboards_file_has_the_scalars_and_the_hyperparameters(tmp_path: Pat
     (file,) = tmp_path.iterdir()
     tags = [value.tag for event in read_events(file) for value in event.summary.value]
     assert "_hparams_/session_start_info" in tags
-    assert b"stage1.lr" in file.read_bytes()
+    assert b"lr_steps" in file.read_bytes()
 
 
 def test_tensorboard_drops_what_is_after_the_state_that_a_run_goes_on_from(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The alpha of a whole run against the oracle: explicit per-sample gradients and Jacobians, dense matrices."""
+"""The alpha of a whole run against an oracle with explicit per-sample gradients, Jacobians and dense matrices."""
 
 import numpy as np
 import pytest
@@ -39,7 +39,7 @@ def jacobians(theta: dict[str, Array], task: Task) -> tuple[Array, Array]:
 
 
 def empirical_fisher(theta: dict[str, Array], task: Task) -> Array:
-    """The mean over samples of squared gradients, each from the Jacobian and the label."""
+    """Return the mean over samples of squared gradients, each computed from the Jacobian and the label."""
     logits, jacobian = jacobians(theta, task)
     total = np.zeros(jacobian.shape[2])
     for z, j, label in zip(logits, jacobian, STREAM.targets[task.train], strict=True):
@@ -62,7 +62,7 @@ def batch_fisher(theta: dict[str, Array], task: Task) -> Array:
 
 @pytest.mark.parametrize("name", ["became", "became-paper"])
 @pytest.mark.parametrize("rate", [0.05, 0.3])
-def test_alpha_is_the_oracles(name: str, rate: float) -> None:
+def test_alpha_is_that_of_the_oracle(name: str, rate: float) -> None:
     learner = new_learner()
     seen: dict[tuple[int, int], dict[str, Array]] = {}
 
@@ -94,8 +94,8 @@ def test_alpha_is_the_oracles(name: str, rate: float) -> None:
 
 
 @pytest.mark.parametrize("name", ["became", "became-paper"])
-def test_old_tasks_that_decay_leave_more_room_to_the_new_one(name: str) -> None:
-    """From the third task on: the second finds one old task, whose curvature has not decayed yet."""
+def test_decay_of_old_curvature_increases_alpha(name: str) -> None:
+    """It is so from the third task on. At the second, the curvature of the only old task has not decayed yet."""
     stream = prototype_stream(tasks=3, per_class=12, side=4)
     training = Training(Annealed(0.3, 30), Annealed(0.3, 30), batch_size=BATCH)
     second, third = [], []

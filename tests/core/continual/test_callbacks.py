@@ -1,4 +1,4 @@
-"""What callbacks are told, in which order, and what they can do to a run: end it."""
+"""When callbacks are called, with which arguments, and that an exception of theirs ends the run."""
 
 import inspect
 import textwrap
@@ -29,7 +29,7 @@ METHOD = build_method("became")
 
 
 class Recorder(Callback):
-    """Notes all that it is told, under a name, in a list that it may share."""
+    """Appends every call, with the name of the recorder, to a list that several recorders can share."""
 
     def __init__(self, heard: list[tuple[str, str, Any]], name: str = "") -> None:
         self.heard, self.name = heard, name
@@ -50,7 +50,7 @@ class Recorder(Callback):
         self.heard.append((self.name, "end", record))
 
 
-def test_each_is_told_in_order_and_of_states_once_all_know_of_the_event() -> None:
+def test_callbacks_are_called_in_order_and_get_states_after_all_have_the_event() -> None:
     heard: list[tuple[str, str, Any]] = []
     record = learn(
         ReferenceLearner(STREAM),
@@ -76,7 +76,7 @@ def test_each_is_told_in_order_and_of_states_once_all_know_of_the_event() -> Non
             np.testing.assert_array_equal(state.record.accuracy[event.task, : event.task + 1], event.accuracy)
 
 
-def test_a_run_that_goes_on_begins_with_the_state_it_goes_on_from() -> None:
+def test_a_resumed_run_begins_with_the_state_that_it_was_given() -> None:
     whole: list[tuple[str, str, Any]] = []
     learn(ReferenceLearner(STREAM), STREAM, METHOD, TRAINING, callbacks=[Recorder(whole)])
     state = whole[4][2]
@@ -84,8 +84,8 @@ def test_a_run_that_goes_on_begins_with_the_state_it_goes_on_from() -> None:
     learn(ReferenceLearner(STREAM), STREAM, METHOD, TRAINING, state=state, callbacks=[Recorder(rest)])
     assert rest[0][1:] == ("begin", state)
     assert [what for _, what, _ in rest[1:]] == [what for _, what, _ in whole[5:]]
-    assert [each for _, what, each in rest if what == "epoch"] == [
-        each for _, what, each in whole[5:] if what == "epoch"
+    assert [value for _, what, value in rest if what == "epoch"] == [
+        value for _, what, value in whole[5:] if what == "epoch"
     ]
     done: list[tuple[str, str, Any]] = []
     learn(ReferenceLearner(STREAM), STREAM, METHOD, TRAINING, state=whole[-2][2], callbacks=[Recorder(done)])
@@ -93,7 +93,7 @@ def test_a_run_that_goes_on_begins_with_the_state_it_goes_on_from() -> None:
 
 
 @pytest.mark.parametrize("place", ["on_run_begin", "on_epoch_end", "on_task_end", "on_state", "on_run_end"])
-def test_what_one_raises_ends_the_run_and_those_after_it_hear_no_more(place: str) -> None:
+def test_an_exception_of_a_callback_ends_the_run_before_later_callbacks(place: str) -> None:
     class Enough(Exception):  # noqa: N818 # it is no error
         pass
 
@@ -119,8 +119,8 @@ def test_the_example_prints_the_accuracies_of_each_task(capsys: pytest.CaptureFi
     text = inspect.getdoc(module) or ""
     example = textwrap.dedent("\n".join(line for line in text.splitlines() if line.startswith("    ") or not line))
     names = {name: getattr(continual, name) for name in continual.__all__}
-    given = {"learner": ReferenceLearner(STREAM), "stream": STREAM, "method": METHOD, "training": TRAINING}
-    exec(compile(example, "the example of callbacks.py", "exec"), names | given)
-    shown = capsys.readouterr().out.splitlines()
-    assert [line.partition(":")[0] for line in shown] == ["task 1", "task 2"]
-    assert shown[1].count(",") == 1
+    arguments = {"learner": ReferenceLearner(STREAM), "stream": STREAM, "method": METHOD, "training": TRAINING}
+    exec(compile(example, "the example of callbacks.py", "exec"), names | arguments)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.partition(":")[0] for line in lines] == ["task 1", "task 2"]
+    assert lines[1].count(",") == 1

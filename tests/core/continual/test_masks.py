@@ -1,4 +1,4 @@
-"""Methods that mask: whole runs in which an old task's logits keep their bits, and what is used of the network."""
+"""HAT and PackNet in whole runs: the logits of old tasks do not change, and how much of the network is used."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -51,7 +51,7 @@ def run(
 
 @pytest.mark.parametrize("optimiser", [SGD(), SGD(momentum=0.9, weight_decay=0.01), Adam(weight_decay=0.01)], ids=str)
 @pytest.mark.parametrize("name", ["packnet", "hat"])
-def test_an_old_tasks_logits_keep_their_bits(name: str, optimiser: Optimiser) -> None:
+def test_the_logits_of_an_old_task_do_not_change_to_the_bit(name: str, optimiser: Optimiser) -> None:
     record, said, weights = run(name, optimiser)
     for task in range(3):
         then = said[task][task][-1]
@@ -81,13 +81,13 @@ def test_packnet_reports_its_capacity_and_leaves_pruned_weights_zero() -> None:
         assert np.any(weights[0][frozen] != 0)
 
 
-def test_packnet_learns_later_tasks_worse_the_less_it_prunes() -> None:
-    """What is not pruned is not free: at a share near 0 the first task takes the network."""
+def test_packnet_learns_later_tasks_worse_if_it_prunes_less() -> None:
+    """A weight that is not pruned is not free; at a share near 0 the first task takes almost the whole network."""
     greedy, modest = (run("packnet", settings={"packnet_share": share})[0].accuracy for share in (0.0, 0.75))
     assert np.mean(np.diagonal(modest)[1:]) > np.mean(np.diagonal(greedy)[1:])
 
 
-def test_hat_uses_fewer_units_the_more_they_cost_and_frozen_biases_stay() -> None:
+def test_hat_uses_fewer_units_at_a_higher_cost_and_freezes_biases() -> None:
     used = {}
     for cost in (0.0, 0.1, 2.0):
         settings = {"hat_sharpness": 20.0, "hat_sparsity": cost}

@@ -13,22 +13,22 @@ from tests.streams import prototype_stream
 STREAM = prototype_stream(tasks=3)
 
 
-@pytest.mark.parametrize("seen", [1, 2, 3])
-def test_accuracies_are_those_of_the_loops(seen: int) -> None:
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_accuracies_agree_with_explicit_loops(count: int) -> None:
     learner = ReferenceLearner(STREAM)
-    within, among_all = accuracies(learner, STREAM.tasks[:seen], batch_size=7)
-    for task in STREAM.tasks[:seen]:
+    within, among_all = accuracies(learner, STREAM.tasks[:count], batch_size=7)
+    for task in STREAM.tasks[:count]:
         logits, targets = learner.logits(task.test, 1000), STREAM.targets[task.test]
         assert within[task.index] == pytest.approx(task_incremental(logits, targets, task.index))
-        assert among_all[task.index] == pytest.approx(class_incremental(logits, targets, task.index, seen))
+        assert among_all[task.index] == pytest.approx(class_incremental(logits, targets, task.index, count))
 
 
-def test_one_task_alone_makes_the_two_equal() -> None:
+def test_both_accuracies_of_a_single_task_are_equal() -> None:
     within, among_all = accuracies(ReferenceLearner(STREAM), STREAM.tasks[:1], batch_size=7)
     assert within == among_all
 
 
-def test_naming_a_class_among_all_is_never_easier() -> None:
+def test_class_incremental_accuracy_is_at_most_task_incremental_accuracy() -> None:
     within, among_all = accuracies(ReferenceLearner(STREAM), STREAM.tasks, batch_size=7)
     assert all(hard <= easy for easy, hard in zip(within, among_all, strict=True))
 
@@ -43,7 +43,7 @@ def test_mean_loss_is_that_of_the_tasks_head() -> None:
     assert np.isfinite(mean_loss(learner, 0, rows, batch_size=len(rows)))
 
 
-def test_a_task_without_test_samples_is_named() -> None:
+def test_a_task_without_test_samples_is_an_error() -> None:
     empty = replace(STREAM.tasks[1], test=STREAM.tasks[1].test[:0])
     with pytest.raises(BecameError, match=r"^task 2 has no test samples to score it on\.$"):
         accuracies(ReferenceLearner(STREAM), [STREAM.tasks[0], empty], batch_size=7)

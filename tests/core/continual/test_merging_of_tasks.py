@@ -1,4 +1,4 @@
-"""Merging task by task, in whole runs: what is merged with what, and where each task's own model begins."""
+"""Methods that merge tasks, in whole runs: which models are merged, and where each task's own model begins."""
 
 from dataclasses import replace
 from typing import Any
@@ -46,7 +46,7 @@ def test_mean_imm_is_the_mean_of_all_tasks_models() -> None:
     assert record.alpha == [None, pytest.approx(1 / 2), pytest.approx(1 / 3)]
 
 
-def test_mode_imm_is_the_mean_by_the_precision_of_each_at_its_own_model() -> None:
+def test_mode_imm_is_the_mean_of_all_models_weighted_by_their_precisions() -> None:
     _, own, merged = run_models("imm-mode")
     probe = ReferenceLearner(STREAM, bias=True)
     fishers = []
@@ -62,7 +62,7 @@ def test_mode_imm_is_the_mean_by_the_precision_of_each_at_its_own_model() -> Non
 
 
 @pytest.mark.parametrize("name", ["imm-mean", "imm-mode", "coma"])
-def test_a_head_is_its_own_models_whole_and_later_merges_leave_it(name: str) -> None:
+def test_a_head_is_that_of_its_own_model_and_later_merges_do_not_change_it(name: str) -> None:
     _, own, merged = run_models(name)
     for task in range(3):
         assert not np.array_equal(merged[2]["fc1.weight"], own[task]["fc1.weight"])  # a merge changes the weights
@@ -70,7 +70,7 @@ def test_a_head_is_its_own_models_whole_and_later_merges_leave_it(name: str) -> 
             np.testing.assert_array_equal(merged[later][f"heads.{task}.weight"], own[task][f"heads.{task}.weight"])
 
 
-def test_coma_takes_its_coefficients_one_a_merge_and_goes_on_from_the_merged_model() -> None:
+def test_coma_uses_one_coefficient_for_each_merge_and_begins_at_the_merged_model() -> None:
     record, own, merged = run_models("coma", coma_alpha=(0.25,))
     assert record.alpha == [None, 0.25, 0.25]
     for task in (1, 2):
@@ -78,16 +78,16 @@ def test_coma_takes_its_coefficients_one_a_merge_and_goes_on_from_the_merged_mod
             expected = 0.75 * merged[task - 1][name] + 0.25 * own[task][name]
             np.testing.assert_allclose(merged[task][name], expected, atol=1e-12)
     assert run_models("coma", coma_alpha=(0.25, 0.75))[0].alpha == [None, 0.25, 0.75]
-    _, free, kept = run_models("coma", coma_alpha=(0.0,))
-    for name in SHARED:  # with nothing merged in, every task begins at the first one's weights
-        np.testing.assert_array_equal(kept[2][name], free[0][name])
+    _, own_alone, merged_alone = run_models("coma", coma_alpha=(0.0,))
+    for name in SHARED:  # At alpha 0 the merged model stays that of the first task.
+        np.testing.assert_array_equal(merged_alone[2][name], own_alone[0][name])
 
 
 def moved(own: list[Weights], origin: Weights, task: int) -> float:
     return float(np.sqrt(sum(np.sum((own[task][name] - origin[name]) ** 2) for name in SHARED)))
 
 
-def test_weight_transfer_begins_at_the_model_before_and_without_it_at_the_initial_weights() -> None:
+def test_training_begins_at_the_model_before_with_transfer_and_at_the_initial_weights_without() -> None:
     initial = ReferenceLearner(STREAM, bias=True).parameters()
     _, with_transfer, _ = run_models("imm-mean")
     _, without, _ = run_models("imm-mean", imm_transfer=False)
@@ -135,7 +135,7 @@ def test_the_ablations_are_the_ends_the_middle_and_the_best_of_the_path() -> Non
         return sum(mean_loss(probe, task.index, task.train, 16) for task in STREAM.tasks[:2])
 
     # The first merge has the same two ends in all of them.
-    losses = {name: loss(found[2][1]) for name, found in ends.items()}
+    losses = {name: loss(gradient[2][1]) for name, gradient in ends.items()}
     assert loss(merged[1]) <= min(losses.values())
     assert loss(own[1]) == losses["became-0"]
 
@@ -149,7 +149,7 @@ def penalty_of(method: Method, minima: list[Weights], fishers: list[Weights]) ->
 
 
 def test_ewc_is_the_sum_of_every_old_tasks_quadratic_and_online_ewc_one_that_decays() -> None:
-    """A head's importance is that of its own task, in the sum as in each term; a task that is to come has none."""
+    """The importance of a head is that of its own task; the head of a later task has none."""
     draw = np.random.default_rng(0)
     shapes = {"fc.weight": (3, 2), "heads.0.weight": (2, 3), "heads.1.weight": (2, 3)}
     minima: list[Weights] = [{name: draw.normal(size=shape) for name, shape in shapes.items()} for _ in range(3)]
@@ -158,10 +158,10 @@ def test_ewc_is_the_sum_of_every_old_tasks_quadratic_and_online_ewc_one_that_dec
         for task in range(3)
     ]
     theta = {name: draw.normal(size=shape) for name, shape in shapes.items()}
-    found = penalty_of(build_method("ewc"), minima, fishers).gradient(theta)
+    gradient = penalty_of(build_method("ewc"), minima, fishers).gradient(theta)
     for name in shapes:
         expected = sum(fisher[name] * (theta[name] - at[name]) for fisher, at in zip(fishers, minima, strict=True))
-        np.testing.assert_allclose(found[name], expected, atol=1e-12)
+        np.testing.assert_allclose(gradient[name], expected, atol=1e-12)
     online = penalty_of(build_method("ewc-online", {"decay": 0.5}), minima, fishers)
     for name, value in online.precision.diagonal().items():
         np.testing.assert_allclose(value, 0.25 * fishers[0][name] + 0.5 * fishers[1][name] + fishers[2][name])

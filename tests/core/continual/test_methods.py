@@ -39,11 +39,11 @@ BUILT = {
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_a_method_knows_its_name(name: str) -> None:
+def test_a_method_has_the_name_by_which_it_is_built(name: str) -> None:
     assert build_method(name, SETTINGS).name == name
 
 
-def test_there_are_those_of_the_table() -> None:
+def test_the_methods_are_those_of_the_table() -> None:
     methods = (
         "became became-0 became-1 became-grid became-half became-paper coma ewc ewc-online finetune gpcns gpm "
         "hat imm-mean imm-mode joint nscl ogd packnet sgp trgp"
@@ -62,13 +62,13 @@ def test_any_method_takes_any_projector(name: str, projector: str) -> None:
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_a_method_has_its_own_projector_otherwise(name: str) -> None:
+def test_a_method_has_its_own_projector_by_default(name: str) -> None:
     expected = "gpm" if name.startswith("became") else name if name in BUILT else "none"
     own = {"packnet": PackNet(0.75), "hat": HAT(50.0, 0.25)}
     assert build_method(name, SETTINGS).projector == own.get(name, BUILT[expected])
 
 
-def test_who_does_what() -> None:
+def test_methods_have_the_parts_that_the_table_says() -> None:
     methods = {name: build_method(name, SETTINGS) for name in METHODS}
     keeping = {"ewc", "ewc-online", "became", "became-paper", "imm-mode"}
     assert {name for name, method in methods.items() if method.keeps_posterior} == keeping
@@ -96,7 +96,7 @@ def test_who_does_what() -> None:
     assert methods["became-paper"].fisher == "batch"
 
 
-def test_what_became_merges_by() -> None:
+def test_became_merges_by_the_chosen_curvature() -> None:
     rules = {
         precision: build_method("became", SETTINGS | {"precision": precision, "per": "layer"})
         for precision in ("exact", "diagonal", "kronecker")
@@ -122,7 +122,7 @@ def test_what_became_merges_by() -> None:
         ("imm-mean", {"imm_pull": -1.0}, "the strength of L2-transfer is -1.0; it must be at least 0."),
     ],
 )
-def test_numbers_that_cannot_be_used(name: str, settings: dict[str, Any], message: str) -> None:
+def test_settings_out_of_range_are_refused(name: str, settings: dict[str, Any], message: str) -> None:
     with pytest.raises(BecameError) as raised:
         build_method(name, SETTINGS | settings)
     assert str(raised.value) == message
@@ -142,7 +142,7 @@ def test_numbers_that_cannot_be_used(name: str, settings: dict[str, Any], messag
         ("packnet+gpm", "'packnet+gpm': masks protect every weight that is in use; it takes no projector."),
     ],
 )
-def test_what_there_is_not(name: str, message: str) -> None:
+def test_an_unknown_or_impossible_name_is_refused(name: str, message: str) -> None:
     with pytest.raises(BecameError) as raised:
         build_method(name, SETTINGS)
     assert str(raised.value) == message

@@ -20,13 +20,13 @@ def matrices(draw: st.DrawFn, least: int = 2) -> Matrix:
 
 @given(accuracy=matrices())
 @pytest.mark.parametrize("name", ["average_accuracy", "backward_transfer", "forgetting", "plasticity"])
-def test_a_metric_is_its_loop(name: str, accuracy: Matrix) -> None:
+def test_a_metric_agrees_with_an_explicit_loop(name: str, accuracy: Matrix) -> None:
     expected = getattr(reference, name)(accuracy)
     assert getattr(metrics, name)(accuracy) == pytest.approx(expected, rel=1e-12, abs=1e-12)
 
 
 @given(accuracy=matrices())
-def test_how_metrics_hang_together(accuracy: Matrix) -> None:
+def test_relations_between_metrics(accuracy: Matrix) -> None:
     tasks = len(accuracy)
     assert metrics.forgetting(accuracy) >= 0
     assert metrics.forgetting(accuracy) >= -metrics.backward_transfer(accuracy) - 1e-9
@@ -34,7 +34,7 @@ def test_how_metrics_hang_together(accuracy: Matrix) -> None:
     assert metrics.average_accuracy(accuracy) == pytest.approx(metrics.plasticity(accuracy) + gained, abs=1e-9)
 
 
-def test_by_hand() -> None:
+def test_metrics_of_a_matrix_computed_by_hand() -> None:
     accuracy = np.array([[90.0, np.nan, np.nan], [95.0, 80.0, np.nan], [85.0, 70.0, 60.0]])
     before = accuracy.copy()
     assert metrics.average_accuracy(accuracy) == pytest.approx((85 + 70 + 60) / 3)
@@ -50,7 +50,7 @@ def test_a_single_task_forgets_nothing(accuracy: Matrix) -> None:
     assert metrics.average_accuracy(accuracy) == metrics.plasticity(accuracy) == accuracy[0, 0]
 
 
-def test_forward_transfer_is_what_is_known_of_tasks_to_come() -> None:
+def test_forward_transfer_is_the_mean_accuracy_on_tasks_not_yet_learned() -> None:
     accuracy = np.array([[90.0, 50.0, 20.0], [95.0, 80.0, 41.0], [85.0, 70.0, 60.0]])
     assert metrics.forward_transfer(accuracy) == pytest.approx((50 + 20 + 41) / 3)
     accuracy[0, 2] = np.nan

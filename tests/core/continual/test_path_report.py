@@ -1,4 +1,4 @@
-"""The estimators of a merge: against brute force on quadratics, and measured on the reference learner."""
+"""The estimators of alpha against brute force on quadratics, and measured on the reference learner."""
 
 import numpy as np
 import pytest
@@ -36,12 +36,12 @@ def test_every_estimate_is_the_minimum_of_its_two_sides(new: list[Along], old: l
         assert alpha == pytest.approx(grid[np.argmin(loss)], abs=6e-4), name
 
 
-def test_flat_sides_keep_the_stable_model() -> None:
+def test_alpha_is_0_if_both_sides_are_flat() -> None:
     new, old = {name: Along(0.0, 0.0) for name in NEW}, {name: Along(0.0, 0.0) for name in OLD}
     assert set(alpha_estimates(new, old).values()) == {0.0}
 
 
-def test_a_traced_run_measures_both_sides_as_the_truth_has_them() -> None:
+def test_the_exact_sides_of_a_traced_run_are_derivatives_of_the_true_loss() -> None:
     """Near theta_gp and theta_hat, which are near each other, the exact sides are the traced loss's derivatives."""
     stream = prototype_stream()
     alphas = tuple(np.linspace(0, 1, 5))

@@ -18,12 +18,12 @@ def biased(stream: TaskStream, seed: int) -> Learner:
 
 @pytest.mark.parametrize("make", [plain, biased])
 @pytest.mark.parametrize("check", CHECKS)
-def test_it_conforms(check: Callable[[Make], None], make: Make) -> None:
+def test_the_reference_learner_conforms(check: Callable[[Make], None], make: Make) -> None:
     check(make)
 
 
 def test_images_are_normalised_with_the_data_sets_statistics() -> None:
-    """Zero mean and unit variance over the training part, as the first layer's taps see it."""
+    """The inputs of the first layer have mean 0 and variance 1 over the training part."""
     rows = np.arange(STREAM.dataset.train_size)
     learner = ReferenceLearner(STREAM)
     (taps,) = learner.taps(0, rows, len(rows), "empirical", fresh_rng())
@@ -31,7 +31,7 @@ def test_images_are_normalised_with_the_data_sets_statistics() -> None:
     assert float(taps["fc1"].inputs.std()) == pytest.approx(1)
 
 
-def test_dropout_is_a_function_of_the_stream() -> None:
+def test_dropout_is_a_function_of_the_generator() -> None:
     batch = Batch(0, STREAM.tasks[0].train)
 
     def trained(seed: int) -> dict[str, np.ndarray]:
@@ -51,6 +51,8 @@ def test_dropout_is_on_in_published_taps_only() -> None:
     (frozen,) = learner.taps(0, rows, len(rows), "empirical", fresh_rng())
     (published,) = learner.taps(0, rows, len(rows), "published", fresh_rng())
     without, dropped = frozen["fc2"].inputs, published["fc2"].inputs
-    kept = dropped != 0
-    np.testing.assert_array_equal(dropped[kept], 2 * without[kept])  # what is left makes up for what is not
-    assert float(kept.sum() / (without != 0).sum()) == pytest.approx(0.5, abs=0.02)
+    is_active = dropped != 0
+    np.testing.assert_array_equal(
+        dropped[is_active], 2 * without[is_active]
+    )  # The remaining units are scaled by 1 / (1 - 0.5).
+    assert float(is_active.sum() / (without != 0).sum()) == pytest.approx(0.5, abs=0.02)

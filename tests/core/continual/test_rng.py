@@ -1,4 +1,4 @@
-"""Random streams: equal names draw equal numbers, in any process; different names do not."""
+"""Generators of random numbers: equal arguments draw equal numbers in any process; different arguments do not."""
 
 import os
 import subprocess
@@ -14,14 +14,14 @@ NAMES = st.tuples(st.integers(0, 2**63), st.text(), st.lists(st.integers(0, 2**3
 
 
 @given(NAMES)
-def test_equal_names_draw_equal_numbers(name: tuple[int, str, tuple[int, ...]]) -> None:
+def test_equal_arguments_draw_equal_numbers(name: tuple[int, str, tuple[int, ...]]) -> None:
     seed, purpose, indices = name
     first, second = random_generator(seed, purpose, *indices), random_generator(seed, purpose, *indices)
     np.testing.assert_array_equal(first.random(8), second.random(8))
 
 
 @given(st.integers(0, 2**31), st.sampled_from(["batches", "validation", "dropout"]), st.integers(1, 50))
-def test_any_difference_in_the_name_gives_another_stream(seed: int, purpose: str, index: int) -> None:
+def test_any_difference_in_the_arguments_gives_another_generator(seed: int, purpose: str, index: int) -> None:
     draw = random_generator(seed, purpose, index).random(8)
     for other in (
         random_generator(seed + 1, purpose, index),
@@ -33,7 +33,7 @@ def test_any_difference_in_the_name_gives_another_stream(seed: int, purpose: str
         assert not np.array_equal(draw, other.random(8))
 
 
-def test_equal_names_draw_equal_numbers_in_another_process() -> None:
+def test_equal_arguments_draw_equal_numbers_in_another_process() -> None:
     draw = "from became_core.continual import random_generator as r; print(r(3, 'batches', 1).permutation(9).tolist())"
     for hash_seed in ("1", "2"):  # what would change the built-in hash of the purpose
         done = subprocess.run(

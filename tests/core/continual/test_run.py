@@ -1,4 +1,4 @@
-"""Whole runs with the reference learner: what the record holds, and that each mechanism does what it claims."""
+"""Whole runs with the reference learner: the contents of the record, and the effect of each mechanism."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -61,7 +61,7 @@ def run(
 
 
 def facts(record: RunRecord) -> dict[str, str]:
-    """A record without its timings, as texts: they compare equal where both are NaN."""
+    """Return a record without its seconds, as texts, so that two NaN are equal."""
     return {name: repr(value) for name, value in vars(record).items() if name != "seconds"}
 
 
@@ -95,7 +95,7 @@ def test_the_shapes_of_a_record(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", sorted(method_names()))
-def test_a_seed_is_a_run(name: str) -> None:
+def test_runs_with_equal_seeds_are_equal_and_with_other_seeds_differ(name: str) -> None:
     def trained(seed: int) -> tuple[dict[str, str], list[float]]:
         learner = ReferenceLearner(STREAM, dropout=0.2)  # equal weights: only the run's own draws may differ
         record = run(name, seed=seed, learner=learner)
@@ -108,7 +108,7 @@ def test_a_seed_is_a_run(name: str) -> None:
 
 @cache
 def forgetting_of(name: str, strength: float = 2.0) -> float:
-    """Forgetting, in points, over three seeds of a stream that is hard on a narrow network."""
+    """Return the mean forgetting, in points, over three seeds of a stream that is hard for a narrow network."""
     training = Training(Annealed(0.2, 20), Annealed(0.2, 10), batch_size=16)
     method = build_method(name, {"threshold": 0.97, "ewc_strength": strength})
     values = []
@@ -140,22 +140,22 @@ Snapshot = dict[str, NDArray[np.float64]]
 
 
 def snapshots(name: str, training: Training = TRAINING) -> tuple[RunRecord, dict[tuple[int, int], Snapshot]]:
-    """Run a method; return the record and the weights at the end of (task, stage), stage 0 being the task's end."""
+    """Run a method; return the record, and the weights at the end of (task, stage), where stage 0 is the whole task."""
     learner = ReferenceLearner(STREAM, bias=True)
-    seen: dict[tuple[int, int], Snapshot] = {}
+    weights_at: dict[tuple[int, int], Snapshot] = {}
 
     def observe(event: EpochEnd | TaskEnd) -> None:
         stage = event.stage if isinstance(event, EpochEnd) else 0
-        seen[event.task, stage] = learner.parameters()  # the last epoch's stays
+        weights_at[event.task, stage] = learner.parameters()  # Those of the last epoch remain.
 
-    return run(name, learner=learner, training=training, observe=observe), seen
+    return run(name, learner=learner, training=training, observe=observe), weights_at
 
 
-def test_under_gpm_what_old_tasks_use_is_kept() -> None:
-    record, seen = snapshots("gpm")
+def test_gpm_protects_the_spaces_of_old_tasks() -> None:
+    record, weights_at = snapshots("gpm")
     probe = ReferenceLearner(STREAM, bias=True)
     for task in (1, 2):
-        before, after = seen[task - 1, 0], seen[task, 0]
+        before, after = weights_at[task - 1, 0], weights_at[task, 0]
         for frozen in {"fc1.bias", "fc2.bias", "heads.0.weight", "heads.1.weight", "heads.2.weight"}:
             if frozen != f"heads.{task}.weight":
                 np.testing.assert_array_equal(after[frozen], before[frozen])
@@ -165,10 +165,10 @@ def test_under_gpm_what_old_tasks_use_is_kept() -> None:
             # The change has no part in at least `rank` dimensions of the layer's input space.
             assert np.linalg.matrix_rank(change, tol=1e-10) <= width - rank
             assert record.ranks[task][name] >= (rank, width)
-    # What the network says of the first task's images has barely moved; under finetuning it has.
+    # The logits of the first task's images have moved much less than under finetuning.
     _, free = snapshots("finetune")
     drift = []
-    for snapshot in (seen, free):
+    for snapshot in (weights_at, free):
         logits = []
         for moment in ((0, 0), (1, 0)):
             probe.assign(snapshot[moment])
@@ -177,8 +177,8 @@ def test_under_gpm_what_old_tasks_use_is_kept() -> None:
     assert drift[0] < 0.25 * drift[1]
 
 
-def test_a_run_says_when_a_space_is_full_and_its_weight_stands_still() -> None:
-    """Enough inputs at a threshold of 1 leave no room: from then on nothing is left of the layer's updates."""
+def test_a_run_reports_once_that_a_space_is_full_and_its_weight_no_longer_moves() -> None:
+    """At a threshold of 1, enough inputs fill the space; afterwards the updates of the layer are zero."""
     ended: list[TaskEnd] = []
     learner = ReferenceLearner(STREAM, hidden=(12, 5))
     weights: dict[int, NDArray[np.float64]] = {}
@@ -191,12 +191,14 @@ def test_a_run_says_when_a_space_is_full_and_its_weight_stands_still() -> None:
     record = run("gpm", learner=learner, settings={"threshold": 1.0}, observe=observe)
     filled = next(task for task, ranks in enumerate(record.ranks) if ranks["fc2.weight"][0] == 12)
     assert filled < 2
-    assert [("fc2.weight" in end.full) for end in ended] == [task == filled for task in range(3)]  # it is said once
+    assert [("fc2.weight" in end.full) for end in ended] == [
+        task == filled for task in range(3)
+    ]  # It is reported once.
     np.testing.assert_array_equal(weights[filled], weights[2])
 
 
-def test_what_a_projector_protects_as_a_whole_need_not_freeze() -> None:
-    """Biases stand still where only matrices are protected; a projector that protects everything lets them train."""
+def test_biases_are_frozen_unless_the_projector_protects_all_parameters() -> None:
+    """Biases are frozen if only matrices are protected; they are trained if the projector protects all parameters."""
 
     @dataclass(frozen=True)
     class ProtectsAll(GPM):
@@ -204,72 +206,72 @@ def test_what_a_projector_protects_as_a_whole_need_not_freeze() -> None:
 
     for projector, frozen in ((GPM(0.9), True), (ProtectsAll(0.9), False)):
         learner = ReferenceLearner(STREAM, bias=True)
-        seen: list[Snapshot] = []
+        weights_at: list[Snapshot] = []
 
         def observe(
-            event: EpochEnd | TaskEnd, learner: ReferenceLearner = learner, seen: list[Snapshot] = seen
+            event: EpochEnd | TaskEnd, learner: ReferenceLearner = learner, weights_at: list[Snapshot] = weights_at
         ) -> None:
             if isinstance(event, TaskEnd):
-                seen.append(learner.parameters())
+                weights_at.append(learner.parameters())
 
         learn(learner, STREAM, Method("projected", projector=projector), TRAINING, callbacks=[Listening(observe)])
-        assert np.array_equal(seen[1]["fc1.bias"], seen[0]["fc1.bias"]) == frozen
-        np.testing.assert_array_equal(seen[1]["heads.0.weight"], seen[0]["heads.0.weight"])
+        assert np.array_equal(weights_at[1]["fc1.bias"], weights_at[0]["fc1.bias"]) == frozen
+        np.testing.assert_array_equal(weights_at[1]["heads.0.weight"], weights_at[0]["heads.0.weight"])
 
 
 def test_finetuning_leaves_other_heads_alone() -> None:
-    _, seen = snapshots("finetune")
+    _, weights_at = snapshots("finetune")
     for task, head in ((1, 0), (1, 2), (2, 0), (2, 1)):
         name = f"heads.{head}.weight"
-        np.testing.assert_array_equal(seen[task, 0][name], seen[task - 1, 0][name])
+        np.testing.assert_array_equal(weights_at[task, 0][name], weights_at[task - 1, 0][name])
 
 
 @pytest.mark.parametrize("name", ["became", "became-paper", "became-half"])
 def test_the_merge_is_the_convex_combination_at_alpha(name: str) -> None:
-    record, seen = snapshots(name)
+    record, weights_at = snapshots(name)
     interior = 0
     for task in (1, 2):
         alpha = record.alpha[task]
         assert alpha is not None
         interior += 0 < alpha < 1
-        for parameter, stable in seen[task, 1].items():
-            plastic, merged = seen[task, 2][parameter], seen[task, 0][parameter]
+        for parameter, stable in weights_at[task, 1].items():
+            plastic, merged = weights_at[task, 2][parameter], weights_at[task, 0][parameter]
             np.testing.assert_allclose(merged, (1 - alpha) * stable + alpha * plastic, atol=1e-14)
-        for head in {0, 1, 2} - {task}:  # nothing but the task's own head has moved, to the bit
-            kept = f"heads.{head}.weight"
-            np.testing.assert_array_equal(seen[task, 0][kept], seen[task - 1, 0][kept])
+        for head in {0, 1, 2} - {task}:  # The heads of other tasks do not change, to the bit.
+            parameter = f"heads.{head}.weight"
+            np.testing.assert_array_equal(weights_at[task, 0][parameter], weights_at[task - 1, 0][parameter])
     assert interior == {"became-half": 2}.get(name, interior)
     assert interior or name == "became"
 
 
 def test_stage_2_is_free_of_the_projection() -> None:
-    _, seen = snapshots("became")
+    _, weights_at = snapshots("became")
     for parameter in ("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias", "heads.1.weight"):
-        assert not np.array_equal(seen[1, 1][parameter], seen[1, 2][parameter])
-    np.testing.assert_array_equal(seen[1, 1]["fc1.bias"], seen[0, 0]["fc1.bias"])
+        assert not np.array_equal(weights_at[1, 1][parameter], weights_at[1, 2][parameter])
+    np.testing.assert_array_equal(weights_at[1, 1]["fc1.bias"], weights_at[0, 0]["fc1.bias"])
 
 
 def test_the_first_task_is_trained_once_for_both_stages() -> None:
-    _, seen = snapshots("became")
+    _, weights_at = snapshots("became")
     longer = replace(TRAINING, stage1=Annealed(0.2, 9))
     _, free = snapshots("finetune", training=longer)
-    assert (0, 2) not in seen
+    assert (0, 2) not in weights_at
     for parameter, value in free[0, 0].items():
-        np.testing.assert_array_equal(seen[0, 0][parameter], value)
+        np.testing.assert_array_equal(weights_at[0, 0][parameter], value)
 
 
-def test_the_trace_of_a_path_ends_at_the_two_models() -> None:
+def test_the_ends_of_a_traced_path_are_the_two_models() -> None:
     alphas = (0.0, 0.5, 1.0)
-    record, seen = snapshots("became", replace(TRAINING, path_alphas=alphas))
+    record, weights_at = snapshots("became", replace(TRAINING, path_alphas=alphas))
     untraced, _ = snapshots("became")
-    assert record.alpha == untraced.alpha  # looking changes nothing
+    assert record.alpha == untraced.alpha  # Tracing does not change the run.
     np.testing.assert_array_equal(record.accuracy, untraced.accuracy)
     probe = ReferenceLearner(STREAM, bias=True)
     assert len(record.paths) == 2
     for task, path in enumerate(record.paths, start=1):
         assert tuple(point.alpha for point in path.points) == alphas
         for point, stage in ((path.points[0], 1), (path.points[-1], 2)):
-            probe.assign(seen[task, stage])
+            probe.assign(weights_at[task, stage])
             tasks = STREAM.tasks[: task + 1]
             assert point.accuracy == pytest.approx(np.mean(accuracies(probe, tasks, 16)[0]))
             assert point.loss == pytest.approx(sum(mean_loss(probe, old.index, old.train, 16) for old in tasks))
@@ -294,20 +296,20 @@ def test_a_patience_run_restores_the_best_validation_model() -> None:
         assert restored[task] == pytest.approx(min(losses[task]), rel=1e-12)
 
 
-def test_fewer_samples_are_looked_at_on_request() -> None:
+def test_the_training_settings_limit_the_numbers_of_samples() -> None:
     few = run("became", training=replace(TRAINING, projector_samples=2, curvature_samples=8))
     many = run("became")
     assert few.ranks[0]["fc1.weight"][0] <= 2 < many.ranks[0]["fc1.weight"][0]
     assert few.alpha != many.alpha
 
 
-def test_divergence_is_one_sentence() -> None:
+def test_divergence_is_an_error() -> None:
     with pytest.raises(BecameError, match=r"^the training loss became (nan|inf) in task 1, stage 1, epoch \d+; try a "):
         run("became", training=replace(TRAINING, stage1=Annealed(1e200, 6)))
 
 
 @pytest.mark.parametrize("name", [*sorted(method_names()), "became+trgp", "ewc+gpm"])
-def test_a_run_whose_paths_are_traced_is_the_run_without_to_the_bit(name: str) -> None:
+def test_tracing_paths_does_not_change_a_run_to_the_bit(name: str) -> None:
     results = []
     for alphas in ((), (0.0, 0.5, 1.0)):
         learner = ReferenceLearner(STREAM, bias=True)
@@ -325,7 +327,7 @@ def test_a_run_whose_paths_are_traced_is_the_run_without_to_the_bit(name: str) -
 
 @dataclass(frozen=True)
 class Cautious(MergeRule):
-    """A share of the alpha of another rule, as a user would write it: it says nothing of what it needs."""
+    """Merges at a share of the alpha of another rule, as a user would write it, without ``needs_losses``."""
 
     share: float
 
@@ -335,7 +337,7 @@ class Cautious(MergeRule):
         return Merged(merge(models[0], models[1], alpha), alpha)
 
 
-def test_a_users_rule_is_given_the_losses_that_the_rule_inside_it_needs() -> None:
+def test_a_rule_of_a_user_gets_the_losses_that_the_rule_inside_it_needs() -> None:
     def first_alpha(rule: MergeRule) -> float:
         method = replace(build_method("became", SETTINGS), rule=rule)
         alpha = learn(ReferenceLearner(STREAM, bias=True), STREAM, method, TRAINING).alpha[1]
@@ -350,14 +352,14 @@ def test_a_users_rule_is_given_the_losses_that_the_rule_inside_it_needs() -> Non
 def test_fisher_weighted_averaging_merges_in_a_run() -> None:
     method = replace(build_method("became", SETTINGS), rule=FisherMerge())
     record = learn(ReferenceLearner(STREAM, bias=True), STREAM, method, TRAINING)
-    assert record.alpha == [None, None, None]  # its models lie on no segment
+    assert record.alpha == [None, None, None]  # Its result is not on the segment between the models.
     mode = learn(ReferenceLearner(STREAM, bias=True), STREAM, replace(method, rule=ModeIMM()), TRAINING)
     np.testing.assert_array_equal(record.accuracy, mode.accuracy)
 
 
 @dataclass(frozen=True)
 class TwoStaged(GPM):
-    """A projector with a second stage of its own, a region-free one, that counts what it is asked."""
+    """A projector with two stages and no region, which records the calls of its hooks."""
 
     stages: ClassVar[int] = 2
     asked: list[str] = field(default_factory=list, compare=False)

@@ -1,4 +1,4 @@
-"""What a stage must respect: what is trained, frozen or held by a penalty, and how fast each group goes."""
+"""Constraints of a stage: which parameters are trained, frozen or penalised, and the learning rate of each group."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -20,7 +20,7 @@ BIASES = frozenset({"fc1.bias", "fc2.bias"})
 
 
 def after_tasks(name: str, settings: Mapping[str, Any], training: Training = TRAINING) -> list[RunState]:
-    """The states after every task."""
+    """Return the states after each task."""
     states: list[RunState] = []
 
     def keep(state: RunState) -> None:
@@ -42,8 +42,8 @@ def moved(before: RunState, after: RunState) -> float:
 
 
 @pytest.mark.parametrize("name", ["gpm", "nscl", "became"])
-def test_what_a_projector_cannot_protect_is_frozen_or_held_by_its_penalty(name: str) -> None:
-    """The stronger, the less it moves; infinitely strong would be frozen."""
+def test_unprotected_parameters_are_frozen_or_penalised(name: str) -> None:
+    """Biases move less under a stronger penalty; without a penalty they are frozen."""
     moves = []
     for strength in (0.0, 0.1, 1e5):
         states = after_tasks(name, {"norm_penalty": strength})
@@ -55,8 +55,8 @@ def test_what_a_projector_cannot_protect_is_frozen_or_held_by_its_penalty(name: 
     assert len(set(moves)) == 3
 
 
-def test_the_penalty_is_of_the_published_sum_and_of_nothing_else() -> None:
-    """Wang 2021: strength x 1/2 sum_t F_t (theta - theta_t)^2, least at the weighted mean of the tasks' ends."""
+def test_the_penalty_of_unprotected_parameters_is_the_published_sum() -> None:
+    """Wang 2021: strength x 1/2 sum_t F_t (theta - theta_t)^2, with its minimum at the weighted mean of the theta_t."""
     method = build_method("nscl", {"norm_penalty": 200.0})
     states = after_tasks("nscl", {"norm_penalty": 200.0})
     learner = ReferenceLearner(STREAM, bias=True)
@@ -77,7 +77,7 @@ def test_the_penalty_is_of_the_published_sum_and_of_nothing_else() -> None:
         np.testing.assert_allclose(constraint.penalty.posterior.mean[name][known], expected, rtol=1e-6)
 
 
-def test_without_memory_or_where_all_is_penalised_anyway_there_is_nothing_of_it() -> None:
+def test_there_is_no_such_penalty_without_memory_or_with_a_penalty_on_all_weights() -> None:
     learner, settings = ReferenceLearner(STREAM, bias=True), {"norm_penalty": 200.0, "ewc_strength": 3.0}
     assert stable_constraint(learner, STREAM.tasks[0], build_method("nscl", settings), Memory()).penalty is None
     memory = after_tasks("ewc+gpm", settings)[0].memory
@@ -89,7 +89,7 @@ def test_without_memory_or_where_all_is_penalised_anyway_there_is_nothing_of_it(
         assert build_method(name, settings).norm_penalty == 0
 
 
-def test_rates_by_group_and_task() -> None:
+def test_relative_rates_depend_on_the_group_and_the_task() -> None:
     learner, rates = ReferenceLearner(STREAM, bias=True), RelativeRates(heads=20.0, norms=10.0, first=2.0)
     first, later = (relative_rates(learner, STREAM.tasks[index], rates) for index in (0, 1))
     assert first == dict.fromkeys(learner.projectable, 2.0) | later
@@ -97,14 +97,14 @@ def test_rates_by_group_and_task() -> None:
     assert relative_rates(learner, STREAM.tasks[0], RelativeRates()) == {}
 
 
-def test_a_run_with_relative_rates_is_one_with_others_where_they_are_equal() -> None:
-    """All groups twice as fast at half the rate: nothing has changed, in a task that is not the first in name only."""
+def test_equal_relative_rates_act_like_another_learning_rate() -> None:
+    """Relative rates of 2 at half the learning rate give the same run."""
     halved = Training(Annealed(0.1, 3), Annealed(0.1, 2), batch_size=16, relative=RelativeRates(2.0, 2.0, 2.0))
-    plain, same = (after_tasks("finetune", {}, each)[0] for each in (TRAINING, halved))
+    plain, same = (after_tasks("finetune", {}, training)[0] for training in (TRAINING, halved))
     for name, value in plain.theta.items():
         np.testing.assert_allclose(same.theta[name], value, rtol=1e-9, atol=1e-12)
 
 
-def test_a_rate_that_is_none() -> None:
+def test_a_relative_rate_of_0_is_refused() -> None:
     with pytest.raises(BecameError, match=r"relative learning rate 'norms' is 0\.0; it must be above 0"):
         RelativeRates(norms=0.0)

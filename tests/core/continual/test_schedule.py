@@ -34,7 +34,7 @@ def test_annealing_is_a_cosine(epochs: int, steps: int) -> None:
     assert rates == pytest.approx(expected, rel=1e-12)
 
 
-def test_a_single_step_is_taken_at_lr() -> None:
+def test_the_rate_of_a_single_step_is_lr() -> None:
     assert all_rates(Annealed(0.5, 1), 1) == [0.5]
 
 
@@ -42,7 +42,7 @@ def test_extended_annealing_is_one_cosine_over_both() -> None:
     assert all_rates(Annealed(0.5, 2).extended(3), 4) == all_rates(Annealed(0.5, 5), 4)
 
 
-def test_schedules_are_values() -> None:
+def test_a_schedule_does_not_change_when_it_advances() -> None:
     schedule = Annealed(0.5, 2)
     schedule.advance(1.0)
     schedule.extended(1)
@@ -50,35 +50,35 @@ def test_schedules_are_values() -> None:
 
 
 @pytest.mark.parametrize("arguments", [(0.1, 0), (0.0, 3), (-0.1, 3)])
-def test_an_annealing_that_cannot_train_is_refused(arguments: tuple[float, int]) -> None:
+def test_annealing_with_settings_out_of_range_is_refused(arguments: tuple[float, int]) -> None:
     with pytest.raises(BecameError, match=r"^a stage has .* epochs at lr .*; give at least 1 and an lr above 0\.$"):
         Annealed(*arguments)
 
 
-def test_patience_by_hand() -> None:
-    """Halve after two epochs without a better loss; stop below 0.2."""
+def test_patience_halves_the_rate_and_stops_as_computed_by_hand() -> None:
+    """The rate is halved after two epochs without a better loss, and training stops below 0.2."""
     schedule = Patience(lr=1.0, factor=2.0, patience=2, minimum=0.2)
-    seen = []
+    rates = []
     for loss in [5.0, 4.0, 4.0, 4.1, 3.0, 3.5, 3.5, 3.5, 2.9, 2.9, 2.9]:
         assert not schedule.finished
         np.testing.assert_array_equal(schedule.rates(3), np.full(3, schedule.lr))
         schedule = schedule.advance(loss)
-        seen.append(schedule.lr)
-    assert seen == [1, 1, 1, 0.5, 0.5, 0.5, 0.25, 0.25, 0.25, 0.25, 0.125]
+        rates.append(schedule.lr)
+    assert rates == [1, 1, 1, 0.5, 0.5, 0.5, 0.25, 0.25, 0.25, 0.25, 0.125]
     assert schedule.finished
     assert schedule.epoch == 11
 
 
-def test_an_equal_loss_is_no_better_one() -> None:
+def test_an_equal_loss_is_not_better() -> None:
     schedule: Patience = Patience(lr=1.0, patience=1).advance(2.0)
     assert schedule.advance(2.0).lr == 0.5
 
 
-def test_a_loss_that_is_not_a_number_is_no_better_one() -> None:
+def test_a_loss_that_is_not_a_number_is_not_better() -> None:
     assert Patience(lr=1.0, patience=1).advance(math.nan).lr == 0.5
 
 
-def test_patience_ends_at_its_last_epoch_at_the_latest() -> None:
+def test_patience_ends_at_its_last_epoch() -> None:
     schedule = Patience(lr=1.0, epochs=3)
     for loss in (3.0, 2.0, 1.0):
         assert not schedule.finished
@@ -86,24 +86,26 @@ def test_patience_ends_at_its_last_epoch_at_the_latest() -> None:
     assert schedule.finished
 
 
-def test_patience_needs_no_more_epochs() -> None:
+def test_extending_patience_changes_nothing() -> None:
     schedule = Patience(lr=1.0)
     assert schedule.extended(10) is schedule
 
 
 @pytest.mark.parametrize("wrong", [{"epochs": 0}, {"lr": 0.0}, {"factor": 1.0}])
-def test_a_patience_that_cannot_end_is_refused(wrong: dict[str, float]) -> None:
+def test_patience_with_settings_out_of_range_is_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(BecameError, match=r"^a patience schedule needs at least 1 epoch, an lr above 0 and a factor"):
         Patience(**({"lr": 1.0} | wrong))  # type: ignore[arg-type]
 
 
-def test_steps_as_published_halve_at_30_and_60_of_80() -> None:
+def test_stepped_rates_are_halved_at_epochs_30_and_60_of_80() -> None:
     rates = all_rates(Stepped(1e-4, 80), 2)
     assert rates == [1e-4] * 60 + [5e-5] * 60 + [2.5e-5] * 40
 
 
 @given(epochs=st.integers(1, 20), more=st.integers(0, 20), steps=st.integers(1, 3))
-def test_a_shorter_or_longer_stage_is_divided_at_the_same_shares(epochs: int, more: int, steps: int) -> None:
+def test_stepped_rates_are_divided_at_the_same_shares_of_any_number_of_epochs(
+    epochs: int, more: int, steps: int
+) -> None:
     schedule = Stepped(1.0, epochs, (0.25, 0.5), factor=10.0).extended(more)
     assert schedule == Stepped(1.0, epochs + more, (0.25, 0.5), factor=10.0)
     rates = np.reshape(all_rates(schedule, steps), (epochs + more, steps))
@@ -113,12 +115,12 @@ def test_a_shorter_or_longer_stage_is_divided_at_the_same_shares(epochs: int, mo
 
 
 @pytest.mark.parametrize("wrong", [{"epochs": 0}, {"lr": 0.0}, {"factor": 1.0}])
-def test_steps_that_cannot_train_are_refused(wrong: dict[str, float]) -> None:
+def test_stepped_rates_with_settings_out_of_range_are_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(BecameError, match=r"^a stepped schedule needs at least 1 epoch, an lr above 0 and a factor"):
         Stepped(**({"lr": 1.0, "epochs": 2} | wrong))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("milestones", [(30.0, 60.0), (0.0,), (0.5, math.nan)])
-def test_a_milestone_that_is_no_share_is_refused(milestones: tuple[float, ...]) -> None:
+def test_a_milestone_outside_0_to_1_is_refused(milestones: tuple[float, ...]) -> None:
     with pytest.raises(BecameError, match="each is a share of the epochs"):
         Stepped(1.0, 80, milestones)

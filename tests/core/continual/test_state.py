@@ -1,4 +1,4 @@
-"""A run goes on from any state that it gave away exactly as it would have without the interruption."""
+"""A run that is resumed from any of its states gives the same results as one without interruption."""
 
 from dataclasses import fields
 
@@ -43,7 +43,7 @@ def new_learner(seed: int = 0) -> ReferenceLearner:
 
 
 def whole(method: Method, training: Training) -> tuple[RunRecord, ReferenceLearner, list[RunState]]:
-    """A run without interruption, and every state that it gave away."""
+    """Return the record, the learner and all states of a run without interruption."""
     learner, states = new_learner(), list[RunState]()
     return learn(learner, STREAM, method, training, callbacks=[Listening(keep=states.append)]), learner, states
 
@@ -51,7 +51,7 @@ def whole(method: Method, training: Training) -> tuple[RunRecord, ReferenceLearn
 def assert_equal_runs(
     record: RunRecord, learner: ReferenceLearner, expected: RunRecord, expected_learner: ReferenceLearner
 ) -> None:
-    """To the bit, seconds aside."""
+    """Assert that two results are equal to the bit, without their seconds."""
     for field in fields(RunRecord):
         if field.name != "seconds":  # texts compare equal where both are NaN
             assert repr(getattr(record, field.name)) == repr(getattr(expected, field.name)), field.name
@@ -61,7 +61,7 @@ def assert_equal_runs(
 
 @pytest.mark.parametrize("training", [ANNEALED, PATIENT], ids=["annealed", "patient"])
 @pytest.mark.parametrize("name", [*method_names(), "became+trgp", "became+ogd", "ewc+gpm"])
-def test_a_run_goes_on_from_any_state(name: str, training: Training) -> None:
+def test_a_run_resumed_from_any_state_is_the_same_run(name: str, training: Training) -> None:
     method = build_method(name, SETTINGS)
     expected, expected_learner, states = whole(method, training)
     for state in states[:: 1 if name == "became" else 3]:
@@ -70,7 +70,7 @@ def test_a_run_goes_on_from_any_state(name: str, training: Training) -> None:
         assert_equal_runs(record, learner, expected, expected_learner)
 
 
-def test_states_are_values_one_for_each_epoch_and_task() -> None:
+def test_there_is_one_state_for_each_epoch_and_task() -> None:
     record, _, states = whole(build_method("became", SETTINGS), ANNEALED)
     places = [(s.task, s.stage and s.stage.number, s.stage and s.stage.schedule.epoch) for s in states]
     first = [(0, 1, 1), (0, 1, 2), (0, 1, 3), (0, 1, 4), (1, None, None)]
@@ -79,15 +79,15 @@ def test_states_are_values_one_for_each_epoch_and_task() -> None:
     assert [len(state.record.alpha) for state in states] == [state.task for state in states]
     assert all((state.theta_gp is not None) == (place[1] == 2) for state, place in zip(states, places, strict=True))
     assert states[-1].record is record
-    assert np.isnan(states[3].record.accuracy).all()  # a later task has not written into it
+    assert np.isnan(states[3].record.accuracy).all()  # A later task has not changed it.
 
 
 def test_the_best_model_is_part_of_a_state() -> None:
     _, _, states = whole(build_method("gpm", SETTINGS), PATIENT)
-    held = [(state.stage.best, state.theta) for state in states if state.stage is not None]
+    models = [(state.stage.best, state.theta) for state in states if state.stage is not None]
     assert any(
         isinstance(best, Best) and not np.array_equal(best.theta["fc1.weight"], theta["fc1.weight"])
-        for best, theta in held
+        for best, theta in models
     )
 
 
@@ -110,15 +110,15 @@ def test_the_seconds_of_all_parts_are_summed() -> None:
     assert record.seconds["evaluation"] < 30
 
 
-def test_what_keep_raises_ends_the_run_and_leaves_the_state() -> None:
+def test_an_exception_of_on_state_ends_the_run_and_leaves_the_state() -> None:
     class Enough(Exception):  # noqa: N818 # it is no error
         pass
 
-    kept: list[RunState] = []
+    states: list[RunState] = []
 
     def keep(state: RunState) -> None:
-        kept.append(state)
-        if len(kept) == 3:
+        states.append(state)
+        if len(states) == 3:
             raise Enough
 
     schedule: Schedule = Annealed(0.2, 4)
@@ -131,5 +131,5 @@ def test_what_keep_raises_ends_the_run_and_leaves_the_state() -> None:
             Training(schedule, schedule),
             callbacks=[Listening(keep=keep)],
         )
-    assert len(kept) == 3
-    np.testing.assert_array_equal(kept[-1].theta["fc1.weight"], learner.parameters()["fc1.weight"])
+    assert len(states) == 3
+    np.testing.assert_array_equal(states[-1].theta["fc1.weight"], learner.parameters()["fc1.weight"])

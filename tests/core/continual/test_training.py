@@ -26,10 +26,10 @@ def task_of(index: int, size: int) -> Task:
 def test_batches_cover_every_row_once(sizes: list[int], batch_size: int, seed: int) -> None:
     tasks = [task_of(index, size) for index, size in enumerate(sizes)]
     batches = epoch_batches(tasks, batch_size, np.random.default_rng(seed))
-    seen = Counter(int(row) for batch in batches for row in batch.indices)
-    assert set(seen.values()) <= {1}
+    counts = Counter(int(row) for batch in batches for row in batch.indices)
+    assert set(counts.values()) <= {1}
     for task in tasks:
-        rows = [row for row in task.train.tolist() if row in seen]
+        rows = [row for row in task.train.tolist() if row in counts]
         # A remainder of one sample has no batch statistics; a task of one sample has nothing else.
         dropped = 1 if len(task.train) % batch_size == 1 and len(task.train) > 1 else 0
         assert len(rows) == len(task.train) - dropped
@@ -38,7 +38,7 @@ def test_batches_cover_every_row_once(sizes: list[int], batch_size: int, seed: i
         assert 1 <= len(batch.indices) <= batch_size
 
 
-def test_batches_are_a_function_of_the_stream() -> None:
+def test_batches_are_a_function_of_the_generator() -> None:
     tasks = [task_of(0, 20), task_of(1, 20)]
 
     def rows(seed: int) -> list[list[int]]:
@@ -47,13 +47,15 @@ def test_batches_are_a_function_of_the_stream() -> None:
     assert rows(0) == rows(0) != rows(1)
 
 
-def test_views_come_with_every_batch_and_leave_its_rows_as_they_were() -> None:
+def test_augmentation_does_not_change_the_rows_of_batches() -> None:
     tasks = [task_of(0, 20), task_of(1, 20)]
     plain = epoch_batches(tasks, 6, np.random.default_rng(0))
-    seen, again, other = (epoch_batches(tasks, 6, np.random.default_rng(seed), Augmentation()) for seed in (0, 0, 1))
+    augmented, again, other = (
+        epoch_batches(tasks, 6, np.random.default_rng(seed), Augmentation()) for seed in (0, 0, 1)
+    )
     assert all(batch.views is None for batch in plain)
     views = []
-    for batch, same, without in zip(seen, again, plain, strict=True):
+    for batch, same, without in zip(augmented, again, plain, strict=True):
         assert batch.task == without.task
         np.testing.assert_array_equal(batch.indices, without.indices)
         assert batch.views is not None
@@ -63,7 +65,7 @@ def test_views_come_with_every_batch_and_leave_its_rows_as_they_were() -> None:
         np.testing.assert_array_equal(batch.views.flips, same.views.flips)
         views.append(batch.views.offsets.tolist())
     assert views != [batch.views.offsets.tolist() for batch in other if batch.views is not None]
-    assert len({str(each) for each in views}) == len(views)  # no batch is seen as another
+    assert len({str(view) for view in views}) == len(views)  # No two batches have the same views.
 
 
 def test_batches_of_several_tasks_are_mixed() -> None:
@@ -107,7 +109,7 @@ def test_the_best_validation_model_is_restored() -> None:
     assert mean_loss(learner, 0, STREAM.tasks[0].validation, 16) == pytest.approx(min(losses), rel=1e-12)
 
 
-def test_the_last_model_is_kept_on_request() -> None:
+def test_the_last_model_is_used_if_the_schedule_does_not_restore_the_best() -> None:
     observed: list[EpochEnd] = []
     learner = ReferenceLearner(STREAM)
     stage(learner, Patience(lr=0.8, patience=3, minimum=0.3, epochs=25, restores_best=False), observed)
@@ -121,7 +123,7 @@ def test_patience_without_validation_rows_is_an_error() -> None:
         stage(ReferenceLearner(STREAM), Patience(lr=0.1), task=task_of(0, 10))
 
 
-def test_divergence_is_one_sentence() -> None:
+def test_divergence_is_an_error() -> None:
     message = (
         r"^the training loss became (nan|inf) in task 1, stage 1, epoch \d+; try a smaller learning rate or penalty\.$"
     )
@@ -130,7 +132,7 @@ def test_divergence_is_one_sentence() -> None:
 
 
 class ThrownOut(ReferenceLearner):
-    """Whose last step, after the last loss was seen, ruins a weight."""
+    """A learner whose last step, after the last loss, makes a weight infinite."""
 
     def train(self, *arguments: Any) -> Trained:
         trained = super().train(*arguments)
@@ -140,7 +142,7 @@ class ThrownOut(ReferenceLearner):
         return trained
 
 
-def test_weights_thrown_out_of_the_numbers_are_named() -> None:
+def test_a_weight_that_is_not_finite_is_named() -> None:
     with pytest.raises(
         BecameError, match=r"^the parameter 'fc2\.weight' is not finite after task 1, stage 1, epoch 1; "
     ):

@@ -12,8 +12,8 @@ from reference.formulas import squared_gradients, squared_mean_gradient
 from tests.backends import to_numpy, to_xp
 from tests.strategies import eighths
 
-# A convolution [2, 1, 2, 2] seen at three positions, in batches of six and two: a mean over eight samples is exact,
-# where one over six depends on whether the framework divides (XLA multiplies by the inverse).
+# A convolution [2, 1, 2, 2] with three positions, in batches of six and two samples. A mean over eight samples is
+# exact, while one over six depends on whether the framework divides or multiplies by the inverse, as XLA does.
 PARAMETERS = {"conv.weight": np.zeros((2, 1, 2, 2)), "conv.bias": np.zeros(2)}
 BATCHES = st.tuples(*[st.tuples(eighths((n, 3, 4)), eighths((n, 3, 2))) for n in (6, 2)])
 
@@ -70,8 +70,8 @@ def test_layers_with_one_position_are_summed_together(xp: Any, gathered: int, ba
     np.testing.assert_array_equal(to_numpy(fisher["conv.bias"]), bias / 8)
 
 
-def test_parameters_without_a_tap_get_zeros_of_their_own_kind(xp: Any) -> None:
-    head = xp.full((3, 2), xp.nan, dtype=xp.float32)  # another task's head; its values play no part
+def test_a_parameter_without_a_tap_gets_zeros_of_its_shape_and_dtype(xp: Any) -> None:
+    head = xp.full((3, 2), xp.nan, dtype=xp.float32)  # The head of another task; its values do not matter.
     parameters = to_xp(xp, PARAMETERS) | {"heads.1.weight": head}
     fisher = diagonal_fisher(
         taps_of(xp, [(np.ones((1, 3, 4)), np.ones((1, 3, 2)))]), parameters, "empirical", samples=1

@@ -20,37 +20,37 @@ def test_a_gram_matrix_is_a_mean_over_batches_samples_and_positions(
 ) -> None:
     inputs = [data.draw(eighths((size, 2, 3))) for size in sizes]
     batches = [{"fc": Tap("matrix", to_xp(xp, a), xp.zeros((a.shape[0], 2, 5)))} for a in inputs]
-    found = to_numpy(input_grams(batches, frozenset({"fc.weight"}))["fc.weight"])
+    result = to_numpy(input_grams(batches, frozenset({"fc.weight"}))["fc.weight"])
     rows = np.concatenate([a.reshape(-1, 3) for a in inputs])
     expected = np.mean([np.outer(row, row) for row in rows], axis=0)
-    if len(rows) < 3:  # fewer inputs than columns: their matrix, a factor
-        assert found.shape == (len(rows), 3)
-        found = found.T @ found
-    np.testing.assert_allclose(found, expected, rtol=1e-14, atol=1e-15)
+    if len(rows) < 3:  # With fewer inputs than columns, a factor is returned.
+        assert result.shape == (len(rows), 3)
+        result = result.T @ result
+    np.testing.assert_allclose(result, expected, rtol=1e-14, atol=1e-15)
 
 
 def test_a_wide_layers_gram_matrix_is_made_of_blocks(xp: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(grams, "SYMMETRIC", 2)
     rows = np.random.default_rng(0).normal(size=(13, 11))
-    found = input_grams(
+    result = input_grams(
         [{"fc": Tap("matrix", to_xp(xp, rows[:, None]), xp.zeros((13, 1, 1)))}], frozenset({"fc.weight"})
     )
-    np.testing.assert_allclose(to_numpy(found["fc.weight"]), rows.T @ rows / 13, rtol=1e-13, atol=1e-15)
+    np.testing.assert_allclose(to_numpy(result["fc.weight"]), rows.T @ rows / 13, rtol=1e-13, atol=1e-15)
 
 
 @given(sizes=SIZES, data=st.data())
 def test_a_gram_matrix_of_gradients_is_a_mean_over_batches(xp: Any, sizes: list[int], data: st.DataObject) -> None:
     pairs = [(data.draw(eighths((size, 2, 3))), data.draw(eighths((size, 2, 4)))) for size in sizes]
     batches = [{"fc": Tap("matrix", to_xp(xp, a), to_xp(xp, g), has_bias=True)} for a, g in pairs]
-    found = gradient_grams(batches, frozenset({"fc.weight"}))
+    result = gradient_grams(batches, frozenset({"fc.weight"}))
     gradients = [np.einsum("nlo,nli->oi", g, a) / len(a) for a, g in pairs]  # of the batch's mean loss
     expected = np.mean([gradient.T @ gradient for gradient in gradients], axis=0)
-    assert list(found) == ["fc.weight"]
-    np.testing.assert_allclose(to_numpy(found["fc.weight"]), expected, rtol=1e-13, atol=1e-15)
+    assert list(result) == ["fc.weight"]
+    np.testing.assert_allclose(to_numpy(result["fc.weight"]), expected, rtol=1e-13, atol=1e-15)
 
 
 @pytest.mark.parametrize("function", [input_grams, gradient_grams])
-def test_only_the_weights_asked_for_have_one(xp: Any, function: Any) -> None:
+def test_only_the_wanted_weights_have_gram_matrices(xp: Any, function: Any) -> None:
     tap = Tap("matrix", xp.ones((1, 1, 2)), xp.ones((1, 1, 2)))
     assert list(function([{"fc1": tap, "heads.0": tap}], frozenset({"fc1.weight", "fc2.weight"}))) == ["fc1.weight"]
 
@@ -58,7 +58,7 @@ def test_only_the_weights_asked_for_have_one(xp: Any, function: Any) -> None:
 def test_half_precision_is_summed_in_float32(xp: Any) -> None:
     if not hasattr(xp, "float16"):
         pytest.skip("this backend has no half precision")
-    inputs = xp.full((3, 1, 2), 300.0, dtype=xp.float16)  # whose square is beyond float16
+    inputs = xp.full((3, 1, 2), 300.0, dtype=xp.float16)  # Its square is more than float16 can represent.
     gram = input_grams([{"fc": Tap("matrix", inputs, inputs)}], frozenset({"fc.weight"}))["fc.weight"]
     assert gram.dtype == xp.float32
     np.testing.assert_array_equal(to_numpy(gram), 90000)
@@ -75,5 +75,5 @@ def test_a_window_has_the_gram_matrix_of_its_patches(xp: Any, data: st.DataObjec
         for q in range(6 - width)
     ]
     tap = Tap("window", to_xp(xp, images), xp.zeros((0,)), kernel=(height, width))
-    found = to_numpy(input_grams([{"conv": tap}], frozenset({"conv.weight"}))["conv.weight"])
-    np.testing.assert_allclose(found, np.mean([np.outer(a, a) for a in patches], axis=0), rtol=1e-13, atol=1e-15)
+    result = to_numpy(input_grams([{"conv": tap}], frozenset({"conv.weight"}))["conv.weight"])
+    np.testing.assert_allclose(result, np.mean([np.outer(a, a) for a in patches], axis=0), rtol=1e-13, atol=1e-15)

@@ -30,8 +30,8 @@ def test_factors_are_those_of_the_definition(xp: Any, sharing: Any, batches: Any
     expected = kfac_factors(a, g, sharing)
     assert set(factors) == {"conv.weight", "conv.bias"}
     assert not diagonal
-    for found, wanted in zip(factors["conv.weight"], expected, strict=True):
-        np.testing.assert_array_equal(to_numpy(found), wanted)
+    for factor, correct in zip(factors["conv.weight"], expected, strict=True):
+        np.testing.assert_array_equal(to_numpy(factor), correct)
     np.testing.assert_array_equal(to_numpy(factors["conv.bias"][0]), [[1.0]])
     np.testing.assert_array_equal(to_numpy(factors["conv.bias"][1]), expected[1])
 
@@ -39,7 +39,7 @@ def test_factors_are_those_of_the_definition(xp: Any, sharing: Any, batches: Any
 @pytest.mark.parametrize("sharing", ["expand", "reduce"])
 @given(a=eighths((1, 1, 3)), g=eighths((1, 1, 2)))
 def test_one_sample_at_one_position_is_exact(xp: Any, sharing: Any, a: Any, g: Any) -> None:
-    """The outer product of the gradient with itself."""
+    """The Kronecker product is the outer product of the gradient with itself."""
     factors, _ = kronecker_factors([{"fc": tap_of(xp, (a, g))}], samples=1, sharing=sharing)
     gradient = np.outer(g, a).ravel()
     kronecker = np.kron(*(to_numpy(factor) for factor in factors["fc.weight"][::-1]))
@@ -48,7 +48,7 @@ def test_one_sample_at_one_position_is_exact(xp: Any, sharing: Any, a: Any, g: A
 
 @given(layer=st.tuples(eighths((4, 2, 3)), eighths((4, 2, 2))), other=eighths((4, 2, 2)))
 def test_passes_of_one_batch_share_their_inputs(xp: Any, layer: Any, other: Any) -> None:
-    """Several taps of one batch: A is counted once, the G of all passes add."""
+    """If a batch has several sets of taps, A is counted once and the G of all sets are added."""
     first = tap_of(xp, layer)
     passes = [{"fc": first}, {"fc": Tap("matrix", first.inputs, to_xp(xp, other))}]
     factors, _ = kronecker_factors(passes, samples=4)
@@ -59,7 +59,7 @@ def test_passes_of_one_batch_share_their_inputs(xp: Any, layer: Any, other: Any)
 
 
 @given(a=eighths((4, 2, 4)), g=eighths((4, 2, 2)))
-def test_what_is_no_plain_matrix_has_its_diagonal(xp: Any, a: Any, g: Any) -> None:
+def test_a_parameter_that_is_no_plain_matrix_has_its_diagonal(xp: Any, a: Any, g: Any) -> None:
     lone = Tap("gradient", to_xp(xp, a[:, :1]), to_xp(xp, np.ones((4, 1, 1))))
     taps = {"conv": tap_of(xp, (a, g), groups=2, has_bias=True), "token": lone}
     factors, diagonal = kronecker_factors([taps], samples=4)

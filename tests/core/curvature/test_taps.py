@@ -42,7 +42,7 @@ def test_squares_of_a_matrix(xp: Any, positions: int, data: st.DataObject) -> No
 
 @given(layer=layers(scale=True))
 def test_squares_of_a_scale(xp: Any, layer: Layer) -> None:
-    """y = w * a + b is the matrix diag(w), of which only the diagonal is free."""
+    """y = w * a + b is a layer with the matrix diag(w), whose diagonal alone is trained."""
     squares = per_sample_square_sum(tap_of(xp, layer, kind="scale"))
     weight, bias = squared_gradients(*layer)
     np.testing.assert_array_equal(to_numpy(squares["fc.weight"]), np.diagonal(weight))
@@ -67,7 +67,7 @@ def test_the_gradient_of_a_scale(xp: Any, layer: Layer) -> None:
 
 @st.composite
 def tapped(draw: st.DrawFn) -> tuple[str, dict[str, Any], Array, Array]:
-    """Any layer but a plain matrix: the tap's fields, its weight's gradients sample by sample, its output gradients."""
+    """Return a layer that is no plain matrix: its tap's kind and fields, per-sample gradients and output gradients."""
     kind = draw(st.sampled_from(["grouped", "scale", "embedding", "gradient"]))
     n, positions, width = draw(st.integers(1, 4)), draw(st.integers(1, 3)), draw(st.integers(1, 3))
     g = draw(eighths((n, positions, width)))
@@ -90,8 +90,8 @@ def tapped(draw: st.DrawFn) -> tuple[str, dict[str, Any], Array, Array]:
 
 
 @given(layer=tapped(), has_bias=st.booleans(), chunk=st.sampled_from([1, 20, 2**20]))
-def test_every_kind_of_layer_is_its_explicit_loop(xp: Any, layer: Any, has_bias: bool, chunk: int) -> None:
-    """Per-sample gradients, their squares and their sum, however many samples are taken at a time."""
+def test_every_kind_of_layer_agrees_with_an_explicit_loop(xp: Any, layer: Any, has_bias: bool, chunk: int) -> None:
+    """Per-sample gradients, the sums of their squares, and their sums do not depend on the chunks of samples."""
     kind, fields, expected, g = layer
     weight = "fc" if kind == "gradient" else "fc.weight"
     parts = {name: to_xp(xp, value) if name == "inputs" else value for name, value in fields.items()}
@@ -120,7 +120,7 @@ def test_per_sample_gradients_of_a_matrix(xp: Any, positions: int, data: st.Data
 
 
 def test_an_index_that_repeats_in_a_sample_is_squared_once(xp: Any) -> None:
-    """(1 + 2)^2 + 4^2 for the first row, and not 1 + 4 + 16."""
+    """The result for the first row is (1 + 2)^2 + 4^2, not 1^2 + 2^2 + 4^2."""
     indices, g = np.asarray([[0, 0], [0, 2]]), np.asarray([[[1.0], [2.0]], [[4.0], [8.0]]])
     taps = {"words": Tap("embedding", to_xp(xp, indices), to_xp(xp, g), size=4)}
     np.testing.assert_array_equal(to_numpy(per_sample_square_sum(taps)["words.weight"]).ravel(), [25, 0, 64, 0])
@@ -128,16 +128,16 @@ def test_an_index_that_repeats_in_a_sample_is_squared_once(xp: Any) -> None:
 
 @pytest.mark.parametrize("kind", ["matrix", "scale"])
 def test_half_precision_is_summed_in_single(xp: Any, kind: Any) -> None:
-    """300^2 is beyond float16."""
+    """300^2 is more than float16 can represent."""
     if not hasattr(xp, "float16"):
         pytest.skip("the standard, read strictly, has no float16")
     a = xp.astype(xp.full((2, 1, 1), 300.0), xp.float16)
     taps = {"fc": Tap(kind, a, xp.ones_like(a), has_bias=True)}
-    for found, expected in ((per_sample_square_sum(taps), 180000), (batch_gradient(taps), 600)):
-        assert found["fc.weight"].dtype == xp.float32
-        assert float(xp.reshape(found["fc.weight"], (-1,))[0]) == expected
+    for sums, expected in ((per_sample_square_sum(taps), 180000), (batch_gradient(taps), 600)):
+        assert sums["fc.weight"].dtype == xp.float32
+        assert float(xp.reshape(sums["fc.weight"], (-1,))[0]) == expected
 
 
-def test_no_bias_without_one(xp: Any) -> None:
+def test_a_layer_without_bias_has_no_bias_gradient(xp: Any) -> None:
     taps = {"fc": Tap("matrix", xp.ones((2, 1, 3)), xp.ones((2, 1, 4)))}
     assert list(per_sample_square_sum(taps)) == list(batch_gradient(taps)) == ["fc.weight"]

@@ -1,4 +1,4 @@
-"""What every projector promises, whichever it is."""
+"""Properties that every projector has."""
 
 from collections.abc import Callable
 from typing import Any
@@ -20,7 +20,7 @@ Make = Callable[[], Projector]
 SEEDS = st.integers(0, 1000)
 
 every = pytest.mark.parametrize("make", PROJECTORS.values(), ids=PROJECTORS)
-# Those whose every direction is protected whole.
+# The projectors that protect every direction as a whole.
 whole = pytest.mark.parametrize("make", [PROJECTORS[name] for name in ("GPM", "NSCL", "OGD", "TRGP")])
 
 
@@ -35,14 +35,14 @@ def numbers(params: Any) -> dict[str, Array]:
 
 
 def directions(projector: Any) -> Array:
-    """What a projector remembers, as orthonormal columns."""
+    """Return the protected directions of a projector, as orthonormal columns."""
     if projector.protects_all:
         return flat(projector.directions, rows=True).T
     return to_numpy(projector.bases["fc.weight"])
 
 
 def flat(params: Any, *, rows: bool = False) -> Array:
-    """Updates as rows [n, d]: of a weight's matrix, or of all leaves at once."""
+    """Return updates as rows [n, d]: the rows of a weight's matrix, or one row of all leaves."""
     if set(params) == {"fc.weight"}:
         matrix = to_numpy(params["fc.weight"])
         return matrix.reshape(len(matrix), -1)
@@ -61,7 +61,7 @@ def test_an_empty_memory_changes_nothing(xp: Any, make: Make) -> None:
 
 
 @every
-def test_what_it_does_not_know_is_unchanged(xp: Any, make: Make) -> None:
+def test_the_update_of_an_unprotected_weight_is_unchanged(xp: Any, make: Make) -> None:
     draw = np.random.default_rng(0)
     memory = remembered(xp, make(), [draw.normal(size=(WIDTH, 3))])
     update = xp.ones((3, 2))
@@ -72,15 +72,19 @@ def test_what_it_does_not_know_is_unchanged(xp: Any, make: Make) -> None:
 
 @whole
 @given(tasks=representations(), seed=SEEDS)
-def test_updates_have_no_part_in_what_is_remembered(xp: Any, make: Make, tasks: list[Array], seed: int) -> None:
+def test_projected_updates_have_no_part_in_the_protected_space(
+    xp: Any, make: Make, tasks: list[Array], seed: int
+) -> None:
     memory = remembered(xp, make(), tasks)
     update = updates_for(memory, np.random.default_rng(seed))
     projected = memory.project(to_xp(xp, update))
-    kept = directions(memory)
+    basis = directions(memory)
     assert {name: leaf.shape for name, leaf in numbers(projected).items()} == {n: u.shape for n, u in update.items()}
-    np.testing.assert_allclose(flat(projected) @ kept, 0, atol=1e-12)
+    np.testing.assert_allclose(flat(projected) @ basis, 0, atol=1e-12)
     taken = flat(update) - flat(projected)
-    np.testing.assert_allclose(taken, taken @ kept @ kept.T, atol=1e-12)  # and nothing but that was taken
+    np.testing.assert_allclose(
+        taken, taken @ basis @ basis.T, atol=1e-12
+    )  # Only the part in the protected space was removed.
 
 
 @whole
@@ -115,7 +119,7 @@ def test_ranks_stay_within_the_width(xp: Any, make: Make, tasks: list[Array]) ->
         assert width == WIDTH
         assert 0 <= rank <= directions(memory).shape[1] <= width
         if isinstance(memory, GPM | SGP | TRGP):
-            assert rank >= before  # only the others let go of anything
+            assert rank >= before  # Other projectors may remove directions.
         before = rank
 
 
@@ -129,13 +133,13 @@ def test_a_full_space_stops_every_update(xp: Any, make: Make, dtype: Any) -> Non
     for value in numbers(memory.project(to_xp(xp, updates_for(memory, draw, dtype=dtype)))).values():
         np.testing.assert_array_equal(value, 0)
     again = memory.remember(finished(xp, draw.normal(size=(WIDTH, 3)).astype(dtype)))
-    # OGD makes room for a task of fewer samples than its share; the others are full for good.
+    # In OGD, old tasks give up directions, and this task has fewer samples than its share; the others stay full.
     assert list(again.rank.values()) == [(7, 8) if memory.protects_all else (8, 8)]
 
 
 @every
 @given(tasks=representations(), seed=SEEDS)
-def test_a_memory_comes_back_from_its_arrays(xp: Any, make: Make, tasks: list[Array], seed: int) -> None:
+def test_a_memory_is_restored_from_its_arrays(xp: Any, make: Make, tasks: list[Array], seed: int) -> None:
     memory = remembered(xp, make(), tasks)
     again: Any = make().with_arrays(memory.to_arrays())
     assert type(again) is type(memory)
@@ -146,15 +150,17 @@ def test_a_memory_comes_back_from_its_arrays(xp: Any, make: Make, tasks: list[Ar
             np.testing.assert_array_equal(to_numpy(other.to_arrays()[name]), value)
         for name, value in numbers(one.project(update)).items():
             np.testing.assert_array_equal(to_numpy(other.project(update)[name]), value)
-    # It goes on where it was: the threshold has risen with the tasks.
-    ours, theirs = (each.remember(finished(xp, tasks[-1])) for each in (memory, again))
+    # The next task is remembered in the same way, because the number of tasks, and so the threshold, is restored.
+    ours, theirs = (projector.remember(finished(xp, tasks[-1])) for projector in (memory, again))
     for name, value in numbers(ours.to_arrays()).items():
         np.testing.assert_array_equal(to_numpy(theirs.to_arrays()[name]), value)
 
 
 @every
 @given(tasks=representations(), seed=SEEDS)
-def test_a_compact_memory_rounds_as_one_from_a_file(xp: Any, make: Make, tasks: list[Array], seed: int) -> None:
+def test_a_compact_memory_projects_to_the_same_bits_as_one_from_a_file(
+    xp: Any, make: Make, tasks: list[Array], seed: int
+) -> None:
     memory = compact(remembered(xp, make(), tasks))
     from_file = {n: to_xp(xp, np.array(value, order="C")) for n, value in numbers(memory.to_arrays()).items()}
     again = make().with_arrays(from_file)
@@ -166,12 +172,12 @@ def test_a_compact_memory_rounds_as_one_from_a_file(xp: Any, make: Make, tasks: 
 
 
 @every
-def test_an_empty_memory_comes_back_too(make: Make) -> None:
+def test_an_empty_memory_is_restored_from_its_arrays(make: Make) -> None:
     assert make().with_arrays(make().to_arrays()) == make()
 
 
 @every
-def test_arrays_of_something_else_are_refused(xp: Any, make: Make) -> None:
+def test_unknown_or_missing_arrays_are_refused(xp: Any, make: Make) -> None:
     name = type(make()).__name__
     with pytest.raises(BecameError, match=rf"^the array 'optimizer\.lr' is no part of a memory of {name}\.$"):
         make().with_arrays({"optimizer.lr": xp.ones((1,))})
@@ -180,18 +186,18 @@ def test_arrays_of_something_else_are_refused(xp: Any, make: Make) -> None:
 
 
 @every
-def test_memories_are_values_to_a_compiler(xp: Any, backend: str, make: Make) -> None:
+def test_projection_can_be_compiled_with_the_memory_as_an_argument(xp: Any, backend: str, make: Make) -> None:
     draw = np.random.default_rng(3)
     memory = remembered(xp, make(), [draw.normal(size=(WIDTH, 3)), draw.normal(size=(WIDTH, 2))])
     update = to_xp(xp, updates_for(memory, draw))
-    found = compiled(backend, lambda memory, update: memory.project(update))(memory, update)
+    result = compiled(backend, lambda memory, update: memory.project(update))(memory, update)
     for name, value in numbers(memory.project(update)).items():
-        np.testing.assert_allclose(to_numpy(found[name]), value, atol=1e-12)
+        np.testing.assert_allclose(to_numpy(result[name]), value, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", sorted(set(PROJECTORS) - {"SGP"}))  # whose bases are GPM's, to the bit
+@pytest.mark.parametrize("name", sorted(set(PROJECTORS) - {"SGP"}))  # The bases of SGP are those of GPM.
 def test_25_tasks_in_float32_stay_orthonormal(xp: Any, name: str) -> None:
-    """No direction drifts: neither among the others, nor back into the updates."""
+    """Rounding does not accumulate: directions stay orthonormal, and updates stay out of the protected space."""
     make = PROJECTORS[name]
     draw, width = np.random.default_rng(1), 96
     memory: Any = OGD(samples=30, capacity=75) if make().protects_all else make()
@@ -199,20 +205,20 @@ def test_25_tasks_in_float32_stay_orthonormal(xp: Any, name: str) -> None:
     for _ in range(25):
         turned = np.linalg.qr(draw.normal(size=(width, width)))[0] @ (decay * draw.normal(size=(width, 60)))
         memory = memory.remember(finished(xp, turned.astype(np.float32)))
-        kept = directions(memory).astype(np.float64)
+        basis = directions(memory).astype(np.float64)
         assert directions(memory).dtype == np.float32
-        assert np.linalg.norm(kept.T @ kept - np.eye(kept.shape[1]), ord=2) < 1e-5
-        if name != "GPCNS":  # which protects most directions in part
+        assert np.linalg.norm(basis.T @ basis - np.eye(basis.shape[1]), ord=2) < 1e-5
+        if name != "GPCNS":  # GPCNS protects most directions in part.
             update = updates_for(memory, draw, width, np.float32)
-            along = flat(memory.project(to_xp(xp, update))) @ kept
+            along = flat(memory.project(to_xp(xp, update))) @ basis
             assert np.abs(along).max() <= 1e-5 * np.linalg.norm(flat(update))
-    assert kept.shape[1] > width // 3
+    assert basis.shape[1] > width // 3
 
 
 @pytest.mark.parametrize("make", [lambda: GPM(1.0), lambda: TRGP(1.0), lambda: NSCL(normalised=False)])
 @given(seed=SEEDS)
 def test_a_linear_network_keeps_its_outputs(xp: Any, make: Make, seed: int) -> None:
-    """Two layers, old inputs of 3 dimensions in 8: whatever the new updates, what was learned stays, to rounding."""
+    """Old inputs have 3 of 8 dimensions, in two layers; projected updates change outputs by rounding alone."""
     draw = np.random.default_rng(seed)
     theta = {"fc1.weight": draw.normal(size=(WIDTH, WIDTH)), "fc2.weight": draw.normal(size=(2, WIDTH))}
     memory: Any = make()
@@ -234,7 +240,7 @@ def test_a_linear_network_keeps_its_outputs(xp: Any, make: Make, seed: int) -> N
 
 @given(seed=SEEDS)
 def test_ogd_keeps_the_outputs_of_a_linear_model(xp: Any, seed: int) -> None:
-    """The logit's gradient of w.x is x itself."""
+    """The gradient of the logit w.x by w is x."""
     draw = np.random.default_rng(seed)
     tasks = [draw.normal(size=(WIDTH, 2)), draw.normal(size=(WIDTH, 3))]
     memory = remembered(xp, OGD(), tasks)
@@ -246,7 +252,7 @@ def test_ogd_keeps_the_outputs_of_a_linear_model(xp: Any, seed: int) -> None:
 
 
 @every
-def test_updates_keep_their_dtype_beside_a_memory_of_another(xp: Any, make: Make) -> None:
+def test_updates_keep_their_dtype_if_the_memory_has_another(xp: Any, make: Make) -> None:
     draw = np.random.default_rng(0)
     memory = remembered(xp, make(), [draw.normal(size=(WIDTH, 3))])
     update = updates_for(memory, draw)

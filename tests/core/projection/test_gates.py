@@ -1,4 +1,4 @@
-"""A gated region, by the paper's formulas and by finite differences."""
+"""Gated regions against the formulas of the paper and against finite differences."""
 
 from typing import Any
 
@@ -13,13 +13,13 @@ from became_core.projection import GatedRegion
 from tests.backends import load, to_numpy, to_xp
 
 SHARPNESS, SPARSITY = 20.0, 0.75
-SHAPES = {"fc.weight": (4, 6), "head.weight": (2, 4)}  # of 3 units with 2 places each, and of 4 units
+SHAPES = {"fc.weight": (4, 6), "head.weight": (2, 4)}  # 3 units with 2 positions each, and 4 units
 UNITS = {"fc.weight": 3, "head.weight": 4}
 Arrays = dict[str, NDArray[np.float64]]
 
 
 def drawn(seed: int) -> tuple[Arrays, Arrays, Arrays]:
-    """Weights, embeddings and what is unused, by keys."""
+    """Return weights, embeddings and unused units, by their keys."""
     draw = np.random.default_rng(seed)
     theta = {name: draw.normal(size=shape) for name, shape in SHAPES.items()}
     embeddings = {f"{name}@gates": draw.normal(size=units) for name, units in UNITS.items()}
@@ -29,8 +29,8 @@ def drawn(seed: int) -> tuple[Arrays, Arrays, Arrays]:
 
 
 def region_of(xp: Any, embeddings: Arrays, unused: Arrays, progress: float) -> GatedRegion:
-    begun = GatedRegion(to_xp(xp, embeddings), to_xp(xp, unused), to_xp(xp, np.array(1.0)), SHARPNESS, SPARSITY)
-    return begun.annealed(progress)
+    initial = GatedRegion(to_xp(xp, embeddings), to_xp(xp, unused), to_xp(xp, np.array(1.0)), SHARPNESS, SPARSITY)
+    return initial.annealed(progress)
 
 
 def sigmoid(x: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -44,49 +44,51 @@ def steepness(progress: float) -> float:
 @given(seed=st.integers(0, 200), progress=st.sampled_from([0.0, 0.25, 1.0]))
 def test_columns_are_scaled_by_the_sigmoid_of_the_annealed_embedding(xp: Any, seed: int, progress: float) -> None:
     theta, embeddings, unused = drawn(seed)
-    found = region_of(xp, embeddings, unused, progress).effective(to_xp(xp, theta | {"bias": np.ones(2)}))
+    result = region_of(xp, embeddings, unused, progress).effective(to_xp(xp, theta | {"bias": np.ones(2)}))
     fc, head = (sigmoid(steepness(progress) * embeddings[f"{name}@gates"]) for name in SHAPES)
-    np.testing.assert_allclose(to_numpy(found["fc.weight"]), theta["fc.weight"] * np.repeat(fc, 2), atol=1e-14)
-    np.testing.assert_allclose(to_numpy(found["head.weight"]), theta["head.weight"] * head, atol=1e-14)
-    np.testing.assert_array_equal(to_numpy(found["bias"]), np.ones(2))
+    np.testing.assert_allclose(to_numpy(result["fc.weight"]), theta["fc.weight"] * np.repeat(fc, 2), atol=1e-14)
+    np.testing.assert_allclose(to_numpy(result["head.weight"]), theta["head.weight"] * head, atol=1e-14)
+    np.testing.assert_array_equal(to_numpy(result["bias"]), np.ones(2))
 
 
 @given(seed=st.integers(0, 200), progress=st.sampled_from([0.02, 0.1, 0.3]))
-def test_gradients_are_the_papers(xp: Any, seed: int, progress: float) -> None:
-    """Of a linear loss and the capacity, written as they read, with the embedding's compensation, eq. 4."""
+def test_gradients_by_embeddings_follow_equations_4_and_5(xp: Any, seed: int, progress: float) -> None:
+    """The loss is linear plus the capacity term; the gradients are computed unit by unit from the formulas."""
     theta, embeddings, unused = drawn(seed)
     gradients = {name: np.random.default_rng([seed, 1]).normal(size=shape) for name, shape in SHAPES.items()}
     region = region_of(xp, embeddings, unused, progress)
-    found = region.pull_back(to_xp(xp, gradients), to_xp(xp, theta))
-    s, room = steepness(progress), sum(float(np.sum(each)) for each in unused.values())
+    result = region.pull_back(to_xp(xp, gradients), to_xp(xp, theta))
+    s, free_units = steepness(progress), sum(float(np.sum(units)) for units in unused.values())
 
     for name, gradient in gradients.items():
         key = f"{name}@gates"
         gate = sigmoid(s * embeddings[key])
         columns = np.repeat(gate, gradient.shape[1] // len(gate))
-        np.testing.assert_allclose(to_numpy(found[name]), gradient * columns, atol=1e-14)
+        np.testing.assert_allclose(to_numpy(result[name]), gradient * columns, atol=1e-14)
         for unit, e in enumerate(embeddings[key]):
-            seen = np.repeat(np.arange(len(gate)) == unit, gradient.shape[1] // len(gate))
-            by_gate = float(np.sum((gradient * theta[name])[:, seen])) + SPARSITY * float(unused[key][unit]) / room
+            in_unit = np.repeat(np.arange(len(gate)) == unit, gradient.shape[1] // len(gate))
+            by_gate = (
+                float(np.sum((gradient * theta[name])[:, in_unit])) + SPARSITY * float(unused[key][unit]) / free_units
+            )
             plain = by_gate * s * gate[unit] * (1 - gate[unit])
             compensation = SHARPNESS * (np.cosh(s * e) + 1) / (s * (np.cosh(e) + 1))
-            assert to_numpy(found[key])[unit] == pytest.approx(plain * compensation, rel=1e-7, abs=1e-12)
+            assert to_numpy(result[key])[unit] == pytest.approx(plain * compensation, rel=1e-7, abs=1e-12)
 
 
 def test_without_compensation_the_gradient_is_that_of_the_loss(xp: Any) -> None:
-    """By finite differences, of a linear loss and the capacity: what eq. 4 adds is taken off again."""
+    """Without the factor of eq. 4, the gradient agrees with finite differences of a linear loss plus capacity."""
     theta, embeddings, unused = drawn(3)
     gradients = {name: np.random.default_rng(4).normal(size=shape) for name, shape in SHAPES.items()}
     progress = 0.05
-    found = region_of(xp, embeddings, unused, progress).pull_back(to_xp(xp, gradients), to_xp(xp, theta))
+    result = region_of(xp, embeddings, unused, progress).pull_back(to_xp(xp, gradients), to_xp(xp, theta))
     s = steepness(progress)
-    room = sum(float(np.sum(each)) for each in unused.values())
+    free_units = sum(float(np.sum(units)) for units in unused.values())
 
     def loss(embeddings: Arrays) -> float:
         region = region_of(load("numpy", "cpu"), embeddings, unused, progress)
         effective, gates = region.effective(theta), region.gates()
         linear = sum(float(np.sum(gradients[name] * effective[name])) for name in SHAPES)
-        return linear + SPARSITY * sum(float(np.sum(gates[n] * unused[f"{n}@gates"])) for n in SHAPES) / room
+        return linear + SPARSITY * sum(float(np.sum(gates[n] * unused[f"{n}@gates"])) for n in SHAPES) / free_units
 
     for key, embedding in embeddings.items():
         for unit, e in enumerate(embedding):
@@ -96,11 +98,11 @@ def test_without_compensation_the_gradient_is_that_of_the_loss(xp: Any) -> None:
                 moved[key][unit] += by
                 ends.append(loss(moved))
             compensation = SHARPNESS * (np.cosh(s * e) + 1) / (s * (np.cosh(e) + 1))
-            plain = to_numpy(found[key])[unit] / compensation
+            plain = to_numpy(result[key])[unit] / compensation
             assert plain == pytest.approx((ends[1] - ends[0]) / 2e-5, rel=1e-6, abs=1e-9)
 
 
-def test_an_epoch_ends_steep_and_steep_gates_do_not_overflow(xp: Any) -> None:
+def test_gates_are_0_or_1_at_the_end_of_an_epoch_and_do_not_overflow(xp: Any) -> None:
     theta, embeddings, unused = drawn(0)
     far = {key: 1e4 * value for key, value in embeddings.items()}
     region = region_of(xp, far, unused, 1.0)

@@ -17,7 +17,7 @@ from tests.projections import WIDTH, Finished, finished, representations
 Array = NDArray[np.float64]
 
 
-# Thresholds at which no sum of singular values, some of which are exactly 1, can tie with the share asked for.
+# Some singular values are exactly 1; with these thresholds no sum of them is equal to the wanted share.
 @given(
     tasks=representations(columns=(WIDTH, 20)), epsilon=st.sampled_from([0.61, 0.83, 0.957]), scale=st.floats(0.5, 20)
 )
@@ -28,20 +28,22 @@ def test_spaces_and_importances_are_the_published_ones(
     epsilons = [epsilon + 0.0002 * index for index in range(len(tasks))]
     for index, representation in enumerate(tasks):
         memory = memory.remember(finished(xp, representation))
-        gradients = [each.T / np.sqrt(each.shape[1]) for each in tasks[: index + 1]]
+        gradients = [task.T / np.sqrt(task.shape[1]) for task in tasks[: index + 1]]
         basis, importance = gpcns_space(gradients, epsilons[: index + 1], scale)
-        kept = memory.spaces["fc.weight"]
-        np.testing.assert_allclose(to_numpy(kept.importance), importance, atol=1e-6)
+        space = memory.spaces["fc.weight"]
+        np.testing.assert_allclose(to_numpy(space.importance), importance, atol=1e-6)
         sigma = np.linalg.svd(np.hstack(gpcns_bases(gradients, epsilons[: index + 1])), compute_uv=False)
         cut = len(importance)
-        assume(index == 0 or cut in (0, len(sigma)) or sigma[cut - 1] - sigma[cut] > 1e-6)  # else any basis may be cut
+        assume(
+            index == 0 or cut in (0, len(sigma)) or sigma[cut - 1] - sigma[cut] > 1e-6
+        )  # If they are equal, the basis is not unique.
         np.testing.assert_allclose(
-            projection(to_numpy(kept.basis), to_numpy(kept.importance)), projection(basis, importance), atol=1e-6
+            projection(to_numpy(space.basis), to_numpy(space.importance)), projection(basis, importance), atol=1e-6
         )
 
 
 def test_the_first_task_is_protected_whole(xp: Any) -> None:
-    """Singular values 4, 3, 2, 1: the sums 4, 7, 9 are within 0.95 of 10."""
+    """The singular values are 4, 3, 2, 1; their sums 4, 7 and 9 are at most 0.95 of 10."""
     gradients = np.diag([4.0, 3.0, 2.0, 1.0])
     memory = GPCNS(0.95, scale=0.1).remember(finished(xp, gradients))
     assert memory.rank == {"fc.weight": (3, 4)}
@@ -51,8 +53,8 @@ def test_the_first_task_is_protected_whole(xp: Any) -> None:
     np.testing.assert_allclose(to_numpy(memory.project(once)["fc.weight"]), to_numpy(once["fc.weight"]), atol=1e-15)
 
 
-def test_what_tasks_have_in_common_matters_most(xp: Any) -> None:
-    """Bases {e1, e2} and {e1, e2, e3}: side by side, their singular values are sqrt 2 for the first two, 1 for e3."""
+def test_directions_that_tasks_share_have_the_largest_importance(xp: Any) -> None:
+    """The bases {e1, e2} and {e1, e2, e3}, side by side, have the singular values sqrt 2, sqrt 2 and 1."""
     memory = GPCNS(1.0, scale=2.0).remember(finished(xp, np.diag([2.0, 1.0, 0.0, 0.0])))
     memory = memory.remember(finished(xp, np.diag([0.0, 0.0, 1.0, 0.0])))
     importance = to_numpy(memory.spaces["fc.weight"].importance)

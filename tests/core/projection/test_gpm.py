@@ -22,19 +22,19 @@ def remember(xp: Any, memory: GPM, representation: Array, name: str = "fc.weight
 
 
 @given(tasks=representations(), epsilon=EPSILONS)
-def test_the_memory_is_that_of_the_published_svd(xp: Any, tasks: list[Array], epsilon: float) -> None:
+def test_the_basis_is_that_of_the_published_svd(xp: Any, tasks: list[Array], epsilon: float) -> None:
     memory, basis = GPM(epsilon, increment=0.0002), None
     for index, representation in enumerate(tasks):
         memory = memory.remember(finished(xp, representation))
         basis = gpm_basis(basis, representation, epsilon + 0.0002 * index)
-        kept = to_numpy(memory.bases["fc.weight"])
-        assert kept.shape == basis.shape
-        assert largest_angle(kept, basis) < 1e-6  # a hundredth of a degree is 1.7e-4
-        np.testing.assert_allclose(projection(kept), projection(basis), atol=1e-6)
+        ours = to_numpy(memory.bases["fc.weight"])
+        assert ours.shape == basis.shape
+        assert largest_angle(ours, basis) < 1e-6  # a hundredth of a degree is 1.7e-4
+        np.testing.assert_allclose(projection(ours), projection(basis), atol=1e-6)
 
 
 @given(tasks=representations(), epsilon=EPSILONS)
-def test_the_scale_of_the_gram_matrix_plays_no_part(xp: Any, tasks: list[Array], epsilon: float) -> None:
+def test_the_scale_of_the_gram_matrix_does_not_matter(xp: Any, tasks: list[Array], epsilon: float) -> None:
     mean, total = GPM(epsilon), GPM(epsilon)
     for representation in tasks:
         mean, total = mean.remember(finished(xp, representation)), remember(xp, total, 1e3 * representation)
@@ -43,12 +43,14 @@ def test_the_scale_of_the_gram_matrix_plays_no_part(xp: Any, tasks: list[Array],
 
 
 @given(tasks=representations(), epsilon=EPSILONS)
-def test_it_holds_the_share_asked_for_with_the_fewest_directions(xp: Any, tasks: list[Array], epsilon: float) -> None:
+def test_the_basis_has_the_fewest_directions_with_the_wanted_share_of_energy(
+    xp: Any, tasks: list[Array], epsilon: float
+) -> None:
     first = tasks[0]
     basis = to_numpy(remember(xp, GPM(epsilon), first).bases["fc.weight"])
-    held = [float(np.sum((basis[:, :k].T @ first) ** 2) / np.sum(first**2)) for k in range(basis.shape[1] + 1)]
-    assert held[-1] >= epsilon - 1e-12
-    assert held[-2] < epsilon
+    shares = [float(np.sum((basis[:, :k].T @ first) ** 2) / np.sum(first**2)) for k in range(basis.shape[1] + 1)]
+    assert shares[-1] >= epsilon - 1e-12
+    assert shares[-2] < epsilon
 
 
 @given(tasks=representations(), epsilon=EPSILONS)
@@ -61,15 +63,15 @@ def test_the_basis_is_orthonormal_and_grows(xp: Any, tasks: list[Array], epsilon
         np.testing.assert_allclose(basis.T @ basis, np.eye(basis.shape[1]), atol=1e-12)
         assert memory.tasks == index + 1
         assert memory.rank["fc.weight"] == (basis.shape[1], WIDTH)
-        if before.bases:  # old directions stay as they are
+        if before.bases:  # Old directions do not change.
             old = to_numpy(before.bases["fc.weight"])
             np.testing.assert_array_equal(basis[:, : old.shape[1]], old)
 
 
-def test_a_task_that_the_memory_holds_already_adds_nothing(xp: Any) -> None:
+def test_remembering_the_same_task_twice_adds_nothing(xp: Any) -> None:
     representation = np.diag([4.0, 2.0, 1.0, 0.0])
     memory = remember(xp, GPM(0.9), representation)
-    assert memory.rank == {"fc.weight": (2, 4)}  # 20 of 21, and 16 of 21 would not do
+    assert memory.rank == {"fc.weight": (2, 4)}  # The energies 16 + 4 of 21 are enough; 16 of 21 is not.
     assert remember(xp, memory, representation).rank == {"fc.weight": (2, 4)}
 
 
@@ -85,8 +87,8 @@ def test_the_threshold_grows_by_the_increment_and_ends_at_one(xp: Any) -> None:
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_a_threshold_of_one_keeps_all_there_is_and_no_rounding(xp: Any, dtype: Any) -> None:
-    """40 inputs within 5 dimensions of 24: their Gram matrix has 19 eigenvalues that are nothing but rounding."""
+def test_a_threshold_of_1_adds_all_directions_but_those_of_rounding(xp: Any, dtype: Any) -> None:
+    """40 inputs lie in 5 of 24 dimensions, so their Gram matrix has 19 eigenvalues that are only rounding."""
     draw = np.random.default_rng(0)
     inputs = (draw.normal(size=(24, 5)) @ draw.normal(size=(5, 40))).astype(dtype)
     memory = remember(xp, GPM(1.0), inputs)
@@ -94,11 +96,11 @@ def test_a_threshold_of_one_keeps_all_there_is_and_no_rounding(xp: Any, dtype: A
     assert remember(xp, memory, inputs).rank == {"fc.weight": (5, 24)}
 
 
-def test_a_layer_that_saw_nothing_keeps_nothing(xp: Any) -> None:
+def test_a_layer_with_zero_inputs_has_an_empty_basis(xp: Any) -> None:
     assert remember(xp, GPM(0.9), np.zeros((4, 5))).rank == {"fc.weight": (0, 4)}
 
 
-def test_a_layer_may_join_later(xp: Any) -> None:
+def test_a_new_layer_can_be_added_by_a_later_task(xp: Any) -> None:
     memory = remember(xp, remember(xp, GPM(0.9), np.eye(4)), np.eye(3), name="new.weight")
     assert memory.rank == {"fc.weight": (4, 4), "new.weight": (3, 3)}
 
@@ -126,16 +128,16 @@ def test_a_gram_matrix_that_does_not_fit_is_refused(xp: Any) -> None:
 
 
 @given(tasks=representations(), epsilon=EPSILONS, updates=st.integers(0, 1000))
-def test_few_inputs_are_remembered_like_their_gram_matrix(
+def test_a_factor_gives_the_same_memory_as_its_gram_matrix(
     xp: Any, tasks: list[Array], epsilon: float, updates: int
 ) -> None:
-    given_inputs = given_gram = GPM(epsilon, increment=0.0)
+    from_factor = from_gram = GPM(epsilon, increment=0.0)
     for representation in tasks:
         few = representation[:, : WIDTH - 2]
-        given_inputs = given_inputs.remember(Finished({"w": to_xp(xp, few.T / few.shape[1] ** 0.5)}, {}))
-        given_gram = given_gram.remember(Finished({"w": to_xp(xp, few @ few.T / few.shape[1])}, {}))
-    assert given_inputs.rank == given_gram.rank
+        from_factor = from_factor.remember(Finished({"w": to_xp(xp, few.T / few.shape[1] ** 0.5)}, {}))
+        from_gram = from_gram.remember(Finished({"w": to_xp(xp, few @ few.T / few.shape[1])}, {}))
+    assert from_factor.rank == from_gram.rank
     update = {"w": to_xp(xp, np.random.default_rng(updates).normal(size=(3, WIDTH)))}
     np.testing.assert_allclose(
-        to_numpy(given_inputs.project(update)["w"]), to_numpy(given_gram.project(update)["w"]), atol=1e-5
+        to_numpy(from_factor.project(update)["w"]), to_numpy(from_gram.project(update)["w"]), atol=1e-5
     )

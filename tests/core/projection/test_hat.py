@@ -1,4 +1,4 @@
-"""HAT's memory: what stands still between units that old tasks use, and what each task sees of the weights."""
+"""The memory of HAT: which weights it freezes, and the effective weights of each task."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ from became_core.projection import HAT, UnitGraph, full
 from tests.backends import to_numpy, to_xp
 from tests.projections import Finished, Started
 
-# A convolution of 3 filters of 2x2, flattened to 3 units of 4 places, to 5 units, to heads of 2 classes.
+# A convolution with 3 filters of 2x2, flattened to 3 units with 4 positions each; then 5 units, and heads of 2 classes.
 SHAPES = {"conv.weight": (3, 1, 2, 2), "fc.weight": (5, 12), "heads.0.weight": (2, 5), "heads.1.weight": (2, 5)}
 ORDER = ("conv.weight", "fc.weight")
 GRAPH = UnitGraph(ORDER, ((), ("conv.weight",), ("fc.weight",)), ("heads.0.weight", "heads.1.weight"))
@@ -26,7 +26,7 @@ def weights(seed: int) -> Weights:
 
 
 def learned(xp: Any, tasks: int, seed: int = 0) -> tuple[HAT, list[dict[str, NDArray[np.bool_]]]]:
-    """A memory of tasks with random gates, and those gates by layer."""
+    """Return a memory of tasks with random gates, and these gates by layer."""
     memory, gates = HAT(unit_graph=GRAPH), []
     for task in range(tasks):
         region = memory.begin_task(Started(task, to_xp(xp, weights(0)), np.random.default_rng([seed, task])))
@@ -38,53 +38,53 @@ def learned(xp: Any, tasks: int, seed: int = 0) -> tuple[HAT, list[dict[str, NDA
 
 
 @given(seed=st.integers(0, 200))
-def test_no_weight_between_units_that_are_in_use_moves_and_all_others_may(xp: Any, seed: int) -> None:
+def test_only_weights_between_two_units_in_use_are_frozen(xp: Any, seed: int) -> None:
     memory, gates = learned(xp, 2, seed)
     conv, fc = (gates[0][name] | gates[1][name] for name in ORDER)
     update = weights(1)
-    found = {name: to_numpy(value) for name, value in memory.project(to_xp(xp, update)).items()}
-    still = conv[:, None, None, None] & np.ones(SHAPES["conv.weight"], dtype=bool)
-    np.testing.assert_array_equal(found["conv.weight"], np.where(still, 0, update["conv.weight"]))
-    still = fc[:, None] & np.repeat(conv, 4)[None, :]
-    np.testing.assert_array_equal(found["fc.weight"], np.where(still, 0, update["fc.weight"]))
-    np.testing.assert_array_equal(found["heads.1.weight"], update["heads.1.weight"])
+    projected = {name: to_numpy(value) for name, value in memory.project(to_xp(xp, update)).items()}
+    frozen = conv[:, None, None, None] & np.ones(SHAPES["conv.weight"], dtype=bool)
+    np.testing.assert_array_equal(projected["conv.weight"], np.where(frozen, 0, update["conv.weight"]))
+    frozen = fc[:, None] & np.repeat(conv, 4)[None, :]
+    np.testing.assert_array_equal(projected["fc.weight"], np.where(frozen, 0, update["fc.weight"]))
+    np.testing.assert_array_equal(projected["heads.1.weight"], update["heads.1.weight"])
 
 
 @given(seed=st.integers(0, 200))
-def test_what_an_old_task_computes_keeps_its_bits_whatever_moves_later(xp: Any, seed: int) -> None:
+def test_the_outputs_of_an_old_task_do_not_change_to_the_bit(xp: Any, seed: int) -> None:
     memory, gates = learned(xp, 1, seed)
     theta = to_xp(xp, weights(2))
     moved = memory.project(to_xp(xp, weights(3)))
     after = {name: value + (moved[name] if name in ORDER else 0 * value) for name, value in theta.items()}
     view = memory.view(0)
     assert view.weights == {"fc.weight", "heads.0.weight"}
-    said = []
-    for each in (theta, after):
-        w = {name: to_numpy(value) for name, value in view.effective(each).items()}
+    results = []
+    for parameters in (theta, after):
+        w = {name: to_numpy(value) for name, value in view.effective(parameters).items()}
         hidden = np.repeat(w["conv.weight"].reshape(3, -1).sum(axis=1), 4)
         hidden = w["fc.weight"] @ hidden
-        said.append((w["heads.0.weight"] @ hidden, hidden[gates[0]["fc.weight"]]))
-    for one, other in zip(*said, strict=True):
+        results.append((w["heads.0.weight"] @ hidden, hidden[gates[0]["fc.weight"]]))
+    for one, other in zip(*results, strict=True):
         np.testing.assert_array_equal(one, other)
     closed = ~np.repeat(gates[0]["conv.weight"], 4)
     assert not np.any(to_numpy(view.effective(theta)["fc.weight"])[:, closed])
 
 
-# A convolution, two more whose outputs are added to the first's, and a head that sees the sum of all three.
+# A first layer, two more layers whose outputs are added to its own, and a head that reads the sum of all three.
 SUM = ("stem.weight", "one.weight", "two.weight")
 SUMMED = UnitGraph(SUM, ((), SUM[:1], SUM[:2], SUM), ("heads.0.weight", "heads.1.weight"))
 
 
-def said_by_the_sum(w: Weights, task: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """What the head says, and the units that it sees."""
-    found = np.tanh(w["stem.weight"] @ np.arange(1.0, 4.0))
-    found = found + np.tanh(w["one.weight"] @ found)
-    found = found + np.tanh(w["two.weight"] @ found)
-    return w[f"heads.{task}.weight"] @ found, found
+def outputs_of_the_sum(w: Weights, task: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return the outputs of the head, and the units that it reads."""
+    units = np.tanh(w["stem.weight"] @ np.arange(1.0, 4.0))
+    units = units + np.tanh(w["one.weight"] @ units)
+    units = units + np.tanh(w["two.weight"] @ units)
+    return w[f"heads.{task}.weight"] @ units, units
 
 
 @given(seed=st.integers(0, 200))
-def test_an_old_task_keeps_its_bits_where_units_are_added_up(xp: Any, seed: int) -> None:
+def test_the_outputs_of_an_old_task_do_not_change_if_units_are_added_up(xp: Any, seed: int) -> None:
     draw = np.random.default_rng(seed)
     shapes = {"stem.weight": (6, 3), "one.weight": (6, 6), "two.weight": (6, 6), "heads.0.weight": (2, 6)}
     theta, step = ({name: draw.normal(size=shape) for name, shape in shapes.items()} for _ in range(2))
@@ -100,13 +100,13 @@ def test_an_old_task_keeps_its_bits_where_units_are_added_up(xp: Any, seed: int)
     outcomes = []
     for by in (0.0, 1.0):
         weights = {name: value + by * moved.get(name, 0.0) for name, value in theta.items()}
-        seen = {name: to_numpy(value) for name, value in view.effective(to_xp(xp, weights)).items()}
-        outcomes.append(said_by_the_sum(seen, 0))
+        effective = {name: to_numpy(value) for name, value in view.effective(to_xp(xp, weights)).items()}
+        outcomes.append(outputs_of_the_sum(effective, 0))
     np.testing.assert_array_equal(outcomes[0][0], outcomes[1][0])
-    before, after = (found[opened["heads.0.weight"]] for _, found in outcomes)
+    before, after = (units[opened["heads.0.weight"]] for _, units in outcomes)
     np.testing.assert_array_equal(before, after)
-    still = to_numpy(memory.used("two.weight"))[:, None] & opened["two.weight"][None, :]
-    np.testing.assert_array_equal(moved["two.weight"] == 0, still)
+    frozen = to_numpy(memory.used("two.weight"))[:, None] & opened["two.weight"][None, :]
+    np.testing.assert_array_equal(moved["two.weight"] == 0, frozen)
     later = memory.begin_task(Started(1, to_xp(xp, theta), draw))
     np.testing.assert_array_equal(to_numpy(later.unused["heads.1.weight@gates"]), ~opened["heads.0.weight"])
 
@@ -122,21 +122,21 @@ def test_capacity_is_counted_in_pairs_of_units(xp: Any) -> None:
     assert memory.project_rows("fc.weight", update["fc.weight"]) is update["fc.weight"]
 
 
-def test_a_new_tasks_room_is_what_no_old_one_uses(xp: Any) -> None:
+def test_the_unused_units_of_a_new_task_are_those_that_no_old_task_uses(xp: Any) -> None:
     memory, gates = learned(xp, 1)
     region = memory.begin_task(Started(1, to_xp(xp, weights(0)), np.random.default_rng(5)))
     for name, key in zip(ORDER, ("fc.weight@gates", "heads.1.weight@gates"), strict=True):
         np.testing.assert_array_equal(to_numpy(region.unused[key]), ~gates[0][name])
 
 
-def test_a_memory_comes_back_from_its_arrays(xp: Any) -> None:
+def test_a_memory_is_restored_from_its_arrays(xp: Any) -> None:
     memory, _ = learned(xp, 2)
-    found = HAT(unit_graph=GRAPH).with_arrays(memory.to_arrays())
-    assert (found.tasks, found.rank) == (2, memory.rank)
+    restored = HAT(unit_graph=GRAPH).with_arrays(memory.to_arrays())
+    assert (restored.tasks, restored.rank) == (2, memory.rank)
     for name in ("fc.weight", "heads.1.weight"):
         theta = to_xp(xp, weights(1))
         expected = to_numpy(memory.view(1).effective(theta)[name])
-        np.testing.assert_array_equal(to_numpy(found.view(1).effective(theta)[name]), expected)
+        np.testing.assert_array_equal(to_numpy(restored.view(1).effective(theta)[name]), expected)
     with pytest.raises(BecameError, match=r"the array 'bases\.fc' is no part of a memory of HAT"):
         HAT().with_arrays({"bases.fc": np.ones(1)})
     with pytest.raises(BecameError, match="the memory of HAT lacks 'tasks'"):
@@ -144,6 +144,6 @@ def test_a_memory_comes_back_from_its_arrays(xp: Any) -> None:
 
 
 @pytest.mark.parametrize("numbers", [(1.0, 0.75), (400.0, -0.1)])
-def test_numbers_that_cannot_be_used(numbers: tuple[float, float]) -> None:
+def test_settings_out_of_range_are_refused(numbers: tuple[float, float]) -> None:
     with pytest.raises(BecameError, match="give above 1 and at least 0"):
         HAT(*numbers)

@@ -33,7 +33,7 @@ def test_updates_are_those_of_the_published_null_space(
         null = nscl_null_space(tasks[: index + 1], ratio)
         covariance = sum(r @ r.T / r.shape[1] for r in tasks[: index + 1])
         values = np.linalg.eigvalsh(covariance)
-        assume(values[0] > 1e-8 * values[-1])  # or else it is a matter of rounding what is null
+        assume(values[0] > 1e-8 * values[-1])  # Otherwise rounding decides what is null.
         assert memory.rank == {"fc.weight": (WIDTH - null.shape[1], WIDTH)}
         expected = update @ null @ null.T / (np.linalg.norm(null @ null.T) if normalised else 1)
         projected = memory.project({"fc.weight": to_xp(xp, update)})["fc.weight"]
@@ -43,7 +43,7 @@ def test_updates_are_those_of_the_published_null_space(
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("seed", range(5))
 def test_an_exact_null_space_is_found_whole(xp: Any, dtype: Any, seed: int) -> None:
-    """Its eigenvalues are rounding, of any ratio to each other."""
+    """Its eigenvalues are rounding, so their ratios can have any value."""
     draw = np.random.default_rng(seed)
     inputs = (draw.normal(size=(24, 5)) @ draw.normal(size=(5, 40))).astype(dtype)
     memory = NSCL().remember(finished(xp, inputs))
@@ -57,7 +57,7 @@ def test_at_least_one_direction_stays_free(xp: Any) -> None:
     np.testing.assert_allclose(to_numpy(projected), [[0, 0, 0, 1]], atol=1e-15)
 
 
-def test_the_ratio_counts_as_null_what_is_within_it(xp: Any) -> None:
+def test_a_direction_is_null_if_its_eigenvalue_is_within_the_ratio(xp: Any) -> None:
     inputs = np.diag([4.0, 3.0, 2.0, 1.0])  # eigenvalues 16, 9, 4, 1, over 4
     ranks = [NSCL(ratio).remember(finished(xp, inputs)).rank["fc.weight"][0] for ratio in (1, 3.9, 4.1, 9.1, 17)]
     assert ranks == [3, 3, 2, 1, 0]

@@ -1,4 +1,4 @@
-"""OGD against the SVD of all gradients at once; its memory is bounded, and shared by the tasks."""
+"""OGD against the singular value decomposition of all gradients at once, and the bounds of its memory."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -21,7 +21,7 @@ WIDTH = 24
 
 
 def gradients(draw: np.random.Generator, samples: int, rank: int = WIDTH) -> Array:
-    """Samples' gradients as rows [samples, WIDTH], in a random subspace, of falling energy in it."""
+    """Return gradients as rows [samples, WIDTH], in a random subspace, with falling energy along its directions."""
     span = np.linalg.qr(draw.normal(size=(WIDTH, WIDTH)))[0][:rank]
     return np.asarray(draw.normal(size=(samples, rank)) * 1.5 ** -np.arange(rank) @ span)
 
@@ -51,12 +51,12 @@ def test_the_directions_are_those_of_the_svd(xp: Any, samples: list[int], capaci
 
 @given(batch=st.integers(1, 7), seed=st.integers(0, 2**32 - 1))
 def test_many_samples_of_few_directions_are_compressed_without_loss(xp: Any, batch: int, seed: int) -> None:
-    """60 gradients within 5 dimensions, and room for 6: what streams by is compressed again and again."""
+    """60 gradients lie in 5 dimensions and the capacity is 6, so rows are compressed many times without loss."""
     rows = gradients(np.random.default_rng(seed), 60, rank=5)
     memory = OGD(capacity=6).remember(finished(xp, rows.T, batch=batch))
-    kept = directions(memory)
+    basis = directions(memory)
     assert memory.rank == {"shared parameters": (5, WIDTH)}
-    np.testing.assert_allclose(rows @ kept.T @ kept, rows, atol=1e-12)
+    np.testing.assert_allclose(rows @ basis.T @ basis, rows, atol=1e-12)
 
 
 def test_memory_holds_at_most_twice_the_share_and_one_batch(xp: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -75,11 +75,11 @@ def test_memory_holds_at_most_twice_the_share_and_one_batch(xp: Any, monkeypatch
     assert max(counts) <= 2 * 10 + 7
 
 
-def test_what_streams_by_keeps_nearly_all_the_energy_that_the_svd_does(xp: Any) -> None:
+def test_directions_found_batch_by_batch_have_nearly_the_energy_of_the_svd(xp: Any) -> None:
     rows = gradients(np.random.default_rng(0), 200)
     best = np.linalg.svd(rows, compute_uv=False)[:6]
-    kept = directions(OGD(capacity=6).remember(finished(xp, rows.T)))
-    assert np.sum((rows @ kept.T) ** 2) > 0.99 * np.sum(best**2)
+    basis = directions(OGD(capacity=6).remember(finished(xp, rows.T)))
+    assert np.sum((rows @ basis.T) ** 2) > 0.99 * np.sum(best**2)
 
 
 def test_tasks_share_the_capacity_and_give_up_their_last_directions(xp: Any) -> None:
@@ -91,10 +91,10 @@ def test_tasks_share_the_capacity_and_give_up_their_last_directions(xp: Any) -> 
         blocks.append(memory.blocks)
         first = directions(memory)[:2] if first is None else first
     assert blocks == [(10,), (5, 5), (4, 3, 3), (3, 3, 2, 2), (2, 2, 2, 2, 2)]
-    np.testing.assert_array_equal(directions(memory)[:2], first)  # the leading ones, to the bit
+    np.testing.assert_array_equal(directions(memory)[:2], first)  # The leading directions stay, to the bit.
 
 
-def test_more_tasks_than_capacity(xp: Any) -> None:
+def test_a_task_beyond_the_capacity_adds_no_direction(xp: Any) -> None:
     draw = np.random.default_rng(0)
     memory = OGD(capacity=2)
     for _ in range(3):
@@ -104,13 +104,13 @@ def test_more_tasks_than_capacity(xp: Any) -> None:
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_a_task_seen_before_adds_nothing(xp: Any, dtype: Any) -> None:
+def test_remembering_the_same_task_twice_adds_no_direction(xp: Any, dtype: Any) -> None:
     rows = gradients(np.random.default_rng(0), 9, rank=5).astype(dtype)
     memory = OGD().remember(finished(xp, rows.T))
     assert memory.remember(finished(xp, rows.T)).blocks == (5, 0)
 
 
-def test_samples_are_no_more_than_asked_for(xp: Any) -> None:
+def test_no_more_samples_are_used_than_the_setting_says(xp: Any) -> None:
     asked = []
 
     class Counting(Finished):
@@ -118,28 +118,30 @@ def test_samples_are_no_more_than_asked_for(xp: Any) -> None:
             asked.append(count)
             return super().logit_gradients(count)
 
-    given = finished(xp, gradients(np.random.default_rng(0), 12).T, batch=5)
-    memory = OGD(samples=7).remember(Counting(given.inputs, given.gradients, given.logits))
+    task = finished(xp, gradients(np.random.default_rng(0), 12).T, batch=5)
+    memory = OGD(samples=7).remember(Counting(task.inputs, task.gradients, task.logits))
     assert asked == [7]
     assert memory.blocks == (7,)
 
 
-def test_leading_directions_carry_most(xp: Any) -> None:
+def test_directions_are_ordered_by_their_energy(xp: Any) -> None:
     rows = gradients(np.random.default_rng(0), 12)
-    kept = directions(OGD().remember(finished(xp, rows.T)))
-    loads = np.sum((rows @ kept.T) ** 2, axis=0)
+    basis = directions(OGD().remember(finished(xp, rows.T)))
+    loads = np.sum((rows @ basis.T) ** 2, axis=0)
     np.testing.assert_allclose(loads, np.linalg.svd(rows, compute_uv=False) ** 2, rtol=1e-9)
 
 
 def test_a_parameter_without_an_update_counts_as_zero(xp: Any) -> None:
     rows = gradients(np.random.default_rng(0), 3)
     memory = OGD().remember(finished(xp, rows.T))
-    kept = directions(memory)
+    basis = directions(memory)
     update = np.random.default_rng(1).normal(size=WIDTH)
     padded = np.where(np.arange(WIDTH) < 12, update, 0.0)
     projected = memory.project({"fc.weight": to_xp(xp, update[:12].reshape(1, 12))})
     assert list(projected) == ["fc.weight"]
-    np.testing.assert_allclose(to_numpy(projected["fc.weight"])[0], (padded - padded @ kept.T @ kept)[:12], atol=1e-12)
+    np.testing.assert_allclose(
+        to_numpy(projected["fc.weight"])[0], (padded - padded @ basis.T @ basis)[:12], atol=1e-12
+    )
 
 
 @pytest.mark.parametrize(("name", "settings"), [("number of samples", {"samples": 0}), ("capacity", {"capacity": 0})])

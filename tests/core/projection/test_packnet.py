@@ -1,4 +1,4 @@
-"""PackNet's masks: what is pruned, who owns what, and that nothing owned moves."""
+"""The masks of PackNet: what is pruned, which task owns it, and that owned weights do not move."""
 
 from typing import Any
 
@@ -30,7 +30,7 @@ def numbers(params: Params) -> dict[str, NDArray[Any]]:
 
 
 def packed(xp: Any, share: float, tasks: int) -> tuple[PackNet, list[Params]]:
-    """The memory of some tasks, each of which moved what it might, and all weights after each."""
+    """Return a memory of tasks, each trained with random updates in both stages, and all weights after each task."""
     memory, theta = PackNet(share), to_xp(xp, {name: np.zeros(shape) for name, shape in SHAPES.items()})
     after = []
     for task in range(tasks):
@@ -45,41 +45,43 @@ def packed(xp: Any, share: float, tasks: int) -> tuple[PackNet, list[Params]]:
 
 
 @given(share=st.sampled_from([0.0, 0.25, 0.5, 0.75, 0.9]), seed=st.integers(0, 1000))
-def test_the_smallest_of_each_layer_are_pruned_to_zero_and_the_others_kept(xp: Any, share: float, seed: int) -> None:
+def test_the_smallest_weights_of_each_layer_are_pruned_and_the_others_unchanged(
+    xp: Any, share: float, seed: int
+) -> None:
     theta = weights(seed)
     memory, after = PackNet(share).between_stages(to_xp(xp, theta), NAMES)
     for name in NAMES:
-        found, pruned = to_numpy(after[name]), int(share * theta[name].size)
-        kept = to_numpy(memory.owners[name]) == 1
-        assert int(np.sum(~kept)) == pruned
-        np.testing.assert_array_equal(found, np.where(kept, theta[name], 0))
+        result, pruned = to_numpy(after[name]), int(share * theta[name].size)
+        survives = to_numpy(memory.owners[name]) == 1
+        assert int(np.sum(~survives)) == pruned
+        np.testing.assert_array_equal(result, np.where(survives, theta[name], 0))
         if pruned:
-            assert np.abs(theta[name][~kept]).max() <= np.abs(theta[name][kept]).min()
+            assert np.abs(theta[name][~survives]).max() <= np.abs(theta[name][survives]).min()
     np.testing.assert_array_equal(to_numpy(after["fc.bias"]), theta["fc.bias"])
 
 
-def test_of_equal_magnitudes_just_as_many_are_pruned(xp: Any) -> None:
+def test_the_share_is_pruned_exactly_if_magnitudes_are_equal(xp: Any) -> None:
     memory, _ = PackNet(0.5).between_stages(to_xp(xp, {"fc.weight": np.ones((3, 3))}), frozenset({"fc.weight"}))
     assert int(np.sum(to_numpy(memory.owners["fc.weight"]))) == 5
 
 
 @given(share=st.sampled_from([0.25, 0.5, 0.75]), tasks=st.integers(2, 3))
-def test_what_a_task_sees_never_changes_again_to_the_bit(xp: Any, share: float, tasks: int) -> None:
+def test_the_view_of_an_old_task_does_not_change_to_the_bit(xp: Any, share: float, tasks: int) -> None:
     memory, after = packed(xp, share, tasks)
     for task in range(tasks):
         then, now = (numbers(memory.view(task).effective(after[moment])) for moment in (task, -1))
         for name in NAMES:
             np.testing.assert_array_equal(then[name], now[name])
-            np.testing.assert_array_equal(to_numpy(after[task][name]), then[name])  # the pruned ones are zero
+            np.testing.assert_array_equal(to_numpy(after[task][name]), then[name])  # Pruned weights are zero.
             latest = numbers(memory.view(tasks - 1).effective(after[-1]))[name]
             assert np.any(now[name] != latest) == (task < tasks - 1)
     assert memory.view(0).weights == NAMES
 
 
-def test_stages_move_what_they_may_and_nothing_else(xp: Any) -> None:
+def test_each_stage_moves_only_its_own_weights(xp: Any) -> None:
     update = to_xp(xp, {name: np.ones(shape) for name, shape in SHAPES.items()})
     first = PackNet(0.5)
-    assert first.project(update) == update  # all is free
+    assert first.project(update) == update  # All weights are free.
     first, _ = first.between_stages(to_xp(xp, weights(0)), NAMES)
     owned = numbers(first.owners)["fc.weight"] == 1
     np.testing.assert_array_equal(numbers(first.project(update))["fc.weight"], owned)
@@ -89,20 +91,20 @@ def test_stages_move_what_they_may_and_nothing_else(xp: Any) -> None:
     assert done.project_rows("fc.weight", update["fc.weight"]) is update["fc.weight"]
 
 
-def test_capacity_is_a_share_of_what_was_free_and_full_at_last(xp: Any) -> None:
+def test_rank_counts_the_owned_entries_of_each_weight(xp: Any) -> None:
     memory, _ = packed(xp, 0.5, 3)
     assert memory.rank == {"conv.weight": (12 + 6 + 3, 24), "fc.weight": (10 + 5 + 3, 20)}
     assert full(memory) == frozenset()
     assert full(packed(xp, 0.0, 1)[0]) == NAMES
 
 
-def test_a_memory_comes_back_from_its_arrays(xp: Any) -> None:
+def test_a_memory_is_restored_from_its_arrays(xp: Any) -> None:
     memory, after = packed(xp, 0.5, 2)
-    for each in (memory, memory.between_stages(after[-1], NAMES)[0]):
-        found = PackNet(0.5).with_arrays(each.to_arrays())
-        assert (found.tasks, found.retrains) == (each.tasks, each.retrains)
+    for stored in (memory, memory.between_stages(after[-1], NAMES)[0]):
+        restored = PackNet(0.5).with_arrays(stored.to_arrays())
+        assert (restored.tasks, restored.retrains) == (stored.tasks, stored.retrains)
         for name in NAMES:
-            np.testing.assert_array_equal(to_numpy(found.owners[name]), to_numpy(each.owners[name]))
+            np.testing.assert_array_equal(to_numpy(restored.owners[name]), to_numpy(stored.owners[name]))
     arrays = memory.to_arrays()
     with pytest.raises(BecameError, match=r"the array 'bases\.fc' is no part of a memory of PackNet"):
         PackNet().with_arrays({**arrays, "bases.fc": arrays["tasks"]})
@@ -111,12 +113,12 @@ def test_a_memory_comes_back_from_its_arrays(xp: Any) -> None:
 
 
 @pytest.mark.parametrize("share", [-0.1, 1.0])
-def test_a_share_that_leaves_nothing_is_refused(share: float) -> None:
+def test_a_share_out_of_range_is_refused(share: float) -> None:
     with pytest.raises(BecameError, match="it must be at least 0 and below 1"):
         PackNet(share)
 
 
-def test_owners_are_bytes(xp: Any) -> None:
+def test_more_than_255_tasks_are_refused(xp: Any) -> None:
     memory = PackNet(tasks=255)
     with pytest.raises(BecameError, match="tell 255 tasks apart; there is one more"):
         memory.between_stages(to_xp(xp, weights(0)), NAMES)

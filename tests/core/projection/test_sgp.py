@@ -26,10 +26,10 @@ def test_bases_and_importances_are_the_published_ones(
     for index, representation in enumerate(tasks):
         memory = memory.remember(finished(xp, representation))
         space = sgp_space(space, representation, epsilon + 0.0002 * index, scale)
-        kept = memory.spaces["fc.weight"]
-        np.testing.assert_allclose(to_numpy(kept.importance), space[1], atol=1e-6)
+        subspace = memory.spaces["fc.weight"]
+        np.testing.assert_allclose(to_numpy(subspace.importance), space[1], atol=1e-6)
         np.testing.assert_allclose(
-            projection(to_numpy(kept.basis), to_numpy(kept.importance)), projection(*space), atol=1e-6
+            projection(to_numpy(subspace.basis), to_numpy(subspace.importance)), projection(*space), atol=1e-6
         )
 
 
@@ -60,8 +60,8 @@ def test_the_bases_are_those_of_gpm_and_importances_never_fall(xp: Any, tasks: l
 
 
 @pytest.mark.parametrize("rank", [3, 6, 8])
-def test_at_importance_one_it_is_gpm(xp: Any, rank: int) -> None:
-    """Equal singular values are all the largest: every importance is 1, at any scale."""
+def test_sgp_with_all_importances_1_is_gpm(xp: Any, rank: int) -> None:
+    """If all singular values are equal, each is the largest, and every importance is 1 at any scale."""
     inputs = np.eye(WIDTH)[:, :rank]
     memory, gpm = SGP(1.0, scale=0.1).remember(finished(xp, inputs)), GPM(1.0).remember(finished(xp, inputs))
     assert memory.rank == gpm.rank == {"fc.weight": (rank, WIDTH)}
@@ -80,12 +80,12 @@ def test_a_space_that_is_full_of_small_importances_still_learns(xp: Any) -> None
     assert not full(memory)
 
 
-def test_a_layer_that_saw_nothing_is_free(xp: Any) -> None:
+def test_a_layer_with_zero_inputs_is_not_protected(xp: Any) -> None:
     memory = SGP(0.9).remember(finished(xp, np.zeros((4, 5))))
     assert memory.remember(finished(xp, np.zeros((4, 5)))).rank == {"fc.weight": (0, 4)}
 
 
-def test_a_silent_task_leaves_importances_as_they_are(xp: Any) -> None:
+def test_a_task_with_zero_inputs_does_not_change_importances(xp: Any) -> None:
     memory = SGP(1.0, scale=1.0).remember(finished(xp, np.diag([2.0, 1.0])))
     again = memory.remember(finished(xp, np.zeros((2, 3))))
     np.testing.assert_array_equal(

@@ -1,4 +1,4 @@
-"""One weight's map, against the matrix I - M diag(importance) M^T, in each of its three forms."""
+"""The projection of rows, in each of its three forms, against the matrix I - M diag(importance) M^T."""
 
 from typing import Any
 
@@ -50,8 +50,8 @@ def test_a_full_space_gives_exact_zeros(xp: Any) -> None:
         np.testing.assert_array_equal(to_numpy(space.project_rows("w", to_xp(xp, np.ones((2, 5), dtype)))), 0)
 
 
-def test_almost_whole_is_not_whole(xp: Any) -> None:
-    """A direction that is protected but for one unit in the last place keeps the space from counting as full."""
+def test_a_space_with_an_importance_just_below_1_is_not_full(xp: Any) -> None:
+    """A space is not full if the importance of one direction is one unit in the last place below 1."""
     importance = np.asarray([1, 1, np.nextafter(np.float32(1), np.float32(0))], np.float32)
     assert Subspace.of(to_xp(xp, np.eye(3, dtype=np.float32)), to_xp(xp, importance)).protected == 2
 

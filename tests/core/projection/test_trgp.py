@@ -50,7 +50,7 @@ def test_each_task_has_its_share_within_the_union(xp: Any, tasks: list[Array], e
         np.testing.assert_allclose(own.T @ own, np.eye(own.shape[1]), atol=1e-12)
         assert np.sum((own.T @ representation) ** 2) >= (epsilon - 1e-9) * np.sum(representation**2)
         gpm = gpm.remember(finished(xp, representation))
-    assert memory.rank["fc.weight"][0] >= gpm.rank["fc.weight"][0]  # never less than GPM's
+    assert memory.rank["fc.weight"][0] >= gpm.rank["fc.weight"][0]  # It is at least that of GPM.
 
 
 def test_old_directions_are_chosen_before_weaker_new_ones(xp: Any) -> None:
@@ -75,13 +75,15 @@ def test_the_trust_region_is_that_of_the_published_rule(xp: Any, tasks: list[Arr
 
 
 @pytest.mark.parametrize(("along", "trusted"), [(0.49, []), (0.51, ["fc.weight@0"])])
-def test_a_task_is_trusted_from_half_of_the_gradient(xp: Any, along: float, trusted: list[str]) -> None:
+def test_a_task_is_trusted_if_more_than_half_of_the_gradient_lies_in_its_space(
+    xp: Any, along: float, trusted: list[str]
+) -> None:
     memory = TRGP(1.0).remember(finished(xp, np.diag([1.0, 0.0])))
     gradient = np.asarray([[along, np.sqrt(1 - along**2)]])
     assert list(memory.trust_region({"fc.weight": to_xp(xp, gradient)}).bases) == trusted
 
 
-def test_two_tasks_at_most_are_trusted_the_strongest_first(xp: Any) -> None:
+def test_at_most_two_tasks_are_trusted_with_the_strongest_first(xp: Any) -> None:
     memory = TRGP(1.0)
     for axes in ([1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0]):
         memory = memory.remember(finished(xp, np.diag(np.asarray(axes, float))))
@@ -98,14 +100,14 @@ def test_effective_weights_are_those_of_the_formula(xp: Any, tasks: list[Array],
     weight = draw.normal(size=(3, 2, 2, 2))
     other = xp.ones((2,))
     theta = {"fc.weight": to_xp(xp, weight), "fc.bias": other}
-    found = TrustRegion(bases, to_xp(xp, scales)).effective(theta)
+    result = TrustRegion(bases, to_xp(xp, scales)).effective(theta)
     expected = effective_weight(weight.reshape(3, -1), [to_numpy(b) for b in bases.values()], list(scales.values()))
-    np.testing.assert_allclose(to_numpy(found["fc.weight"]), expected.reshape(weight.shape), atol=1e-12)
-    assert found["fc.bias"] is other
+    np.testing.assert_allclose(to_numpy(result["fc.weight"]), expected.reshape(weight.shape), atol=1e-12)
+    assert result["fc.bias"] is other
 
 
 @given(tasks=representations(), seed=SEEDS)
-def test_a_fresh_trust_region_changes_nothing(xp: Any, tasks: list[Array], seed: int) -> None:
+def test_a_new_trust_region_does_not_change_the_weights(xp: Any, tasks: list[Array], seed: int) -> None:
     memory = remembered(xp, tasks)
     weight = to_xp(xp, np.random.default_rng(seed).normal(size=(3, WIDTH)))
     region = memory.trust_region({"fc.weight": weight})
@@ -114,7 +116,7 @@ def test_a_fresh_trust_region_changes_nothing(xp: Any, tasks: list[Array], seed:
 
 @given(tasks=representations(), seed=SEEDS)
 def test_updates_leave_every_old_effective_weight_within_its_basis(xp: Any, tasks: list[Array], seed: int) -> None:
-    """What a task's network does to its own inputs stays: updates of W are orthogonal to B, whatever Q is."""
+    """Updates of W are orthogonal to B, so the effective weight does not change on the task's inputs, for any Q."""
     draw, memory = np.random.default_rng(seed), remembered(xp, tasks)
     weight = draw.normal(size=(3, WIDTH))
     region = memory.trust_region({"fc.weight": to_xp(xp, weight)})
@@ -133,23 +135,23 @@ def test_a_framework_differentiates_through_the_effective_weight(xp: Any, backen
         pytest.skip("gradients are taken with PyTorch and JAX")
     draw = np.random.default_rng(0)
     basis, scale = np.linalg.qr(draw.normal(size=(4, 2)))[0], draw.normal(size=(2, 2))
-    weight, seen = draw.normal(size=(3, 4)), draw.normal(size=(3, 4))
+    weight, factor = draw.normal(size=(3, 4)), draw.normal(size=(3, 4))
     region = TrustRegion({"w@0": to_xp(xp, basis)}, {"w@0": to_xp(xp, scale)})
 
     def inner(weight: Any, scale: Any) -> Any:
-        return xp.sum(region.with_scales({"w@0": scale}).effective({"w": weight})["w"] * to_xp(xp, seen))
+        return xp.sum(region.with_scales({"w@0": scale}).effective({"w": weight})["w"] * to_xp(xp, factor))
 
     if backend == "torch":
         import torch
 
-        found = torch.func.grad(inner, argnums=(0, 1))(to_xp(xp, weight), to_xp(xp, scale))
+        result = torch.func.grad(inner, argnums=(0, 1))(to_xp(xp, weight), to_xp(xp, scale))
     else:
         import jax
 
-        found = jax.grad(inner, argnums=(0, 1))(to_xp(xp, weight), to_xp(xp, scale))
+        result = jax.grad(inner, argnums=(0, 1))(to_xp(xp, weight), to_xp(xp, scale))
     projector = basis @ (scale - np.eye(2)) @ basis.T
-    np.testing.assert_allclose(to_numpy(found[0]), seen + seen @ projector.T, atol=1e-12)
-    np.testing.assert_allclose(to_numpy(found[1]), (weight @ basis).T @ seen @ basis, atol=1e-12)
+    np.testing.assert_allclose(to_numpy(result[0]), factor + factor @ projector.T, atol=1e-12)
+    np.testing.assert_allclose(to_numpy(result[1]), (weight @ basis).T @ factor @ basis, atol=1e-12)
 
 
 def test_a_task_without_a_layer_has_no_basis_for_it(xp: Any) -> None:
@@ -176,8 +178,8 @@ def test_bad_input_is_refused(xp: Any) -> None:
 
 
 @given(tasks=representations(), seed=SEEDS)
-def test_what_is_pulled_back_are_the_derivatives_by_weights_and_scales(xp: Any, tasks: list[Array], seed: int) -> None:
-    """For the loss <G, effective(W, Q)>, which is linear in W and in each Q."""
+def test_pull_back_returns_the_derivatives_by_weights_and_scales(xp: Any, tasks: list[Array], seed: int) -> None:
+    """The loss <G, effective(W, Q)> is linear in W and in each Q, so its differences are exact derivatives."""
     draw = np.random.default_rng(seed)
     memory = remembered(xp, tasks)
     gradient, weight, step = (draw.normal(size=(3, WIDTH)) for _ in range(3))
@@ -189,34 +191,36 @@ def test_what_is_pulled_back_are_the_derivatives_by_weights_and_scales(xp: Any, 
         return float(np.sum(gradient * to_numpy(region.effective({"fc.weight": to_xp(xp, at_weight)})["fc.weight"])))
 
     region = TrustRegion(bases, to_xp(xp, scales))
-    found = region.pull_back(
+    result = region.pull_back(
         {"fc.weight": to_xp(xp, gradient), "other": to_xp(xp, step)}, {"fc.weight": to_xp(xp, weight)}
     )
-    assert set(found) == {"fc.weight", "other", *bases}
-    np.testing.assert_array_equal(to_numpy(found["other"]), step)
+    assert set(result) == {"fc.weight", "other", *bases}
+    np.testing.assert_array_equal(to_numpy(result["other"]), step)
     by_weight = loss(weight + step, scales) - loss(weight, scales)
-    np.testing.assert_allclose(np.sum(to_numpy(found["fc.weight"]) * step), by_weight, rtol=1e-8, atol=1e-8)
+    np.testing.assert_allclose(np.sum(to_numpy(result["fc.weight"]) * step), by_weight, rtol=1e-8, atol=1e-8)
     for key in bases:
         by_scale = loss(weight, scales | {key: scales[key] + steps[key]}) - loss(weight, scales)
-        np.testing.assert_allclose(np.sum(to_numpy(found[key]) * steps[key]), by_scale, rtol=1e-8, atol=1e-8)
+        np.testing.assert_allclose(np.sum(to_numpy(result[key]) * steps[key]), by_scale, rtol=1e-8, atol=1e-8)
 
 
 @given(tasks=representations(), seed=SEEDS)
-def test_the_weights_beneath_see_other_inputs(xp: Any, tasks: list[Array], seed: int) -> None:
-    """The effective weight on an input is W on what ``seen`` says."""
+def test_inputs_beneath_give_the_effective_outputs_with_the_shared_weight(
+    xp: Any, tasks: list[Array], seed: int
+) -> None:
+    """The effective weight times an input is W times the result of ``inputs_beneath``."""
     draw = np.random.default_rng(seed)
     memory = remembered(xp, tasks)
     weight, rows = draw.normal(size=(3, WIDTH)), draw.normal(size=(4, 2, WIDTH))
     bases = {f"fc.weight@{task}": memory.task_basis("fc.weight", task) for task in range(len(tasks))}
     region = TrustRegion(bases, {key: to_xp(xp, draw.normal(size=(b.shape[1],) * 2)) for key, b in bases.items()})
     effective = to_numpy(region.effective({"fc.weight": to_xp(xp, weight)})["fc.weight"])
-    seen = to_numpy(region.inputs_beneath("fc.weight", to_xp(xp, rows)))
-    np.testing.assert_allclose(seen @ weight.T, rows @ effective.T, rtol=1e-9, atol=1e-9)
+    inputs = to_numpy(region.inputs_beneath("fc.weight", to_xp(xp, rows)))
+    np.testing.assert_allclose(inputs @ weight.T, rows @ effective.T, rtol=1e-9, atol=1e-9)
     np.testing.assert_array_equal(to_numpy(region.inputs_beneath("other", to_xp(xp, rows))), rows)
     assert region.weights == {"fc.weight"}
 
 
-def test_trust_regions_are_a_part_of_the_memory_and_come_back_from_its_arrays(xp: Any) -> None:
+def test_trust_regions_are_part_of_the_memory_and_are_restored_from_its_arrays(xp: Any) -> None:
     memory = TRGP(0.9).remember(finished(xp, np.diag([3.0, 2.0, 0.0, 0.0])))
     assert memory.begin_task(Started(1, {})) is not None
     assert TRGP(0.9).begin_task(Started(0, {})) is None

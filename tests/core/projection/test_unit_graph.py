@@ -1,4 +1,4 @@
-"""Whose units each layer sees is found out by trying."""
+"""The unit graph of the reference learner's network."""
 
 import numpy as np
 
@@ -11,7 +11,7 @@ from tests.streams import prototype_stream
 STREAM = prototype_stream(tasks=2)
 
 
-def test_the_unit_graph_of_a_network_in_a_row_is_found_and_it_keeps_its_weights() -> None:
+def test_the_unit_graph_of_a_sequential_network_is_found_without_changing_weights() -> None:
     learner = ReferenceLearner(STREAM, bias=True)
     before = learner.parameters()
     layers, heads = ("fc1.weight", "fc2.weight"), ("heads.0.weight", "heads.1.weight")

@@ -1,4 +1,4 @@
-"""Signals are noted once, and then do what they usually do."""
+"""A run is stopped by a signal only when it is saved: signals are noted once, and then do what they usually do."""
 
 import signal
 import threading
