@@ -36,11 +36,12 @@ def setting(default: Any, *, option: str | None = None) -> Any:
         default: its value if the user chooses none.
         option: its option name; None for the name of the field.
 
-    >>> @dataclass(frozen=True)
-    ... class Example:
-    ...     strength: float = setting(1.0, option="example_strength")
-    >>> Registry("example.group", "example", {"example": Example}).build("example", {"example_strength": 2.0})
-    Example(strength=2.0)
+    Examples:
+        >>> @dataclass(frozen=True)
+        ... class Example:
+        ...     strength: float = setting(1.0, option="example_strength")
+        >>> Registry("example.group", "example", {"example": Example}).build("example", {"example_strength": 2.0})
+        Example(strength=2.0)
     """
     return field(default=default, metadata={"static": True, OPTION: option or ""})
 
@@ -80,9 +81,10 @@ class Setting:
 class Catalogue(Generic[T]):
     """Values by name, to which other packages can add their own by entry points.
 
-    >>> numbers = Catalogue("example.group", "number", {"one": 1, "two": 2})
-    >>> numbers["two"], list(numbers)
-    (2, ['one', 'two'])
+    Examples:
+        >>> numbers = Catalogue("example.group", "number", {"one": 1, "two": 2})
+        >>> numbers["two"], list(numbers)
+        (2, ['one', 'two'])
     """
 
     def __init__(self, group: str, kind: str, values: Mapping[str, T]) -> None:
@@ -146,9 +148,10 @@ class Catalogue(Generic[T]):
 class Registry(Catalogue[type[T]]):
     """Classes by name, whose fields made by ``setting`` are settings.
 
-    >>> from became_core.projection import PROJECTORS
-    >>> PROJECTORS["gpm"].__name__, PROJECTORS.build("gpm", {"threshold": 0.9}).threshold
-    ('GPM', 0.9)
+    Examples:
+        >>> from became_core.projection import PROJECTORS
+        >>> PROJECTORS["gpm"].__name__, PROJECTORS.build("gpm", {"threshold": 0.9}).threshold
+        ('GPM', 0.9)
     """
 
     def register(self, name: str, value: type[T]) -> None:
@@ -202,8 +205,9 @@ class Registry(Catalogue[type[T]]):
 def nearest(name: str, names: Iterable[str]) -> str:
     """Return the end of a message about an unknown name, with the nearest known name, if one is near, and all names.
 
-    >>> "there is no method 'bceame'" + nearest("bceame", ["became", "ewc"])
-    "there is no method 'bceame'; did you mean 'became'? Choose from became, ewc"
+    Examples:
+        >>> "there is no method 'bceame'" + nearest("bceame", ["became", "ewc"])
+        "there is no method 'bceame'; did you mean 'became'? Choose from became, ewc"
     """
     known = sorted(names)
     near = difflib.get_close_matches(name, known)

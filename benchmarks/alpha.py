@@ -1,16 +1,16 @@
 """Speed and memory of alpha* and merging: ``python benchmarks/alpha.py [--frameworks …] [--device gpu] [--json]``.
 
-With ``--by-leaf-size``: the time of alpha*, eager and with its checks of values, over that of the three-line
-expression, for many and few leaves of 10^3 to 10^7 elements. There a lower ratio is better.
+Each framework runs in its own process and is compared with itself. Alpha* reads four models; its bandwidth is given as
+a ratio to the bandwidth at which the same framework sums the same four models, in the same process, in turn with it.
+Merging reads two models and writes one, and is compared with the sum of three. ``formula`` is the obvious three-line
+expression. Extra memory is the rise of the process's peak during a call, as a share of one model; the result of a merge
+is not counted. On a GPU, the memory is the number that the framework reports, if its count can restart with a call
+(PyTorch).
 
-Each framework, in a process of its own, is held against itself: alpha* reads four models, and its bandwidth is given as
-a ratio to that at which the same framework sums the same four, in the same process, in turn with it; merging reads two
-models and writes one, and is held against the sum of three. ``formula`` is the obvious three-line expression. Extra
-memory is the rise of the process's peak during a call, as a share of one model, the result of a merge left out.
+With ``--by-leaf-size``, the benchmark instead measures eager alpha*, with its checks of values, at leaves of 10^3 to
+10^7 elements. It prints the time as a ratio to that of the formula, and there a lower ratio is better.
 
-On a GPU memory is the framework's account of its own, where it keeps one that begins anew with a call (PyTorch).
-
-Convention: float32; a higher ratio is better; medians over rounds, in each of which every contender runs.
+Convention: float32. A higher ratio is better. Results are medians over rounds, and every contender runs in each round.
 """
 
 import argparse
@@ -29,26 +29,21 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # so that the checkout is me
 
 LEAVES = 16
 # How many leaves, of how many elements each.
-LEAF_SIZES = (
-    (10, 10**3),
-    (10, 10**4),
-    (10, 10**5),
-    (10, 10**6),
-    (3, 10**7),
-    (300, 10**3),
-    (300, 10**5),
-    (300, 10**6),
-    (30_000, 10**3),
-)
+LEAF_SIZES = ((300, 10**3), (300, 10**4), (300, 10**5), (300, 10**6), (3, 10**7), (30_000, 10**3))
 EAGER = ("numpy", "torch", "jax", "tensorflow")
 FRAMEWORKS = ("numpy", "torch", "torch-compiled", "jax", "tensorflow")
 ON_GPU = ("torch", "torch-compiled", "jax", "cupy", "tensorflow")
 
 
-class Means(NamedTuple):
-    """How a framework makes an array, compiles a function, waits for a result and sums an array.
+class Framework(NamedTuple):
+    """The operations of a framework that the benchmark needs.
 
-    And by how many bytes memory rises during a call above its level before, at its peak.
+    Attributes:
+        make: returns an array of the framework, given one of NumPy.
+        compiled: returns a compiled function, or the function itself where nothing is compiled.
+        wait: returns a result once it is computed.
+        sum_of: returns the sum of an array.
+        extra: returns the bytes by which the peak of memory during a call is above the level before it.
     """
 
     make: Callable[[np.ndarray], Any]
@@ -58,10 +53,10 @@ class Means(NamedTuple):
     extra: Callable[[Callable[[], Any]], float]
 
 
-def means(name: str, device: str) -> Means:
-    """Return what a framework does it with on the processor, or on a GPU."""
+def framework(name: str, device: str) -> Framework:
+    """Return the operations of a framework on the CPU or on a GPU."""
     if name == "numpy":
-        return Means(np.asarray, lambda f: f, lambda x: x, np.sum, _extra_resident)
+        return Framework(np.asarray, lambda f: f, lambda x: x, np.sum, _extra_resident)
     if name.startswith("torch"):
         return _torch(name == "torch-compiled", device)
     if name == "jax":
@@ -69,26 +64,26 @@ def means(name: str, device: str) -> Means:
 
         extra = _extra_resident if device == "cpu" else _unknown
         there = jax.devices("cpu" if device == "cpu" else "cuda")[0]
-        return Means(lambda x: jax.device_put(x, there), jax.jit, jax.block_until_ready, jax.numpy.sum, extra)
+        return Framework(lambda x: jax.device_put(x, there), jax.jit, jax.block_until_ready, jax.numpy.sum, extra)
     if name == "cupy":
         import cupy
 
-        return Means(cupy.asarray, lambda f: f, _after(cupy.cuda.Device().synchronize), cupy.sum, _unknown)
+        return Framework(cupy.asarray, lambda f: f, _after(cupy.cuda.Device().synchronize), cupy.sum, _unknown)
     import tensorflow as tf
 
     def wait(result: Any) -> Any:
         return tf.nest.map_structure(lambda x: x.numpy() if x.shape.rank == 0 else x[:1].numpy(), result)
 
     extra = _extra_resident if device == "cpu" else _unknown
-    return Means(tf.constant, lambda f: tf.function(f, jit_compile=True), wait, tf.reduce_sum, extra)
+    return Framework(tf.constant, lambda f: tf.function(f, jit_compile=True), wait, tf.reduce_sum, extra)
 
 
-def _torch(compiles: bool, device: str) -> Means:
+def _torch(compiles: bool, device: str) -> Framework:
     import torch
 
     compiled = (lambda f: torch.compile(f, fullgraph=True)) if compiles else (lambda f: f)
     if device == "cpu":
-        return Means(torch.from_numpy, compiled, lambda x: x, torch.sum, _extra_resident)
+        return Framework(torch.from_numpy, compiled, lambda x: x, torch.sum, _extra_resident)
 
     def extra(run: Callable[[], Any]) -> float:
         torch.cuda.reset_peak_memory_stats()
@@ -96,7 +91,7 @@ def _torch(compiles: bool, device: str) -> Means:
         run()
         return torch.cuda.max_memory_allocated() - before
 
-    return Means(lambda x: torch.from_numpy(x).cuda(), compiled, _after(torch.cuda.synchronize), torch.sum, extra)
+    return Framework(lambda x: torch.from_numpy(x).cuda(), compiled, _after(torch.cuda.synchronize), torch.sum, extra)
 
 
 def _after(synchronise: Callable[[], Any]) -> Callable[[Any], Any]:
@@ -113,10 +108,10 @@ def _unknown(_: Callable[[], Any]) -> float:
 
 def models(make: Callable[[np.ndarray], Any], parameters: int) -> list[dict[str, Any]]:
     """Return theta_gp, theta_hat, fisher_old and fisher_new, in leaves of equal size."""
-    draw = np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     size = parameters // LEAVES
     return [
-        {f"layer{leaf}.weight": make(draw.random(size, dtype=np.float32)) for leaf in range(LEAVES)} for _ in range(4)
+        {f"layer{leaf}.weight": make(rng.random(size, dtype=np.float32)) for leaf in range(LEAVES)} for _ in range(4)
     ]
 
 
@@ -124,22 +119,22 @@ def measure(name: str, device: str, parameters: int, rounds: int) -> dict[str, f
     """Return the ratios of one framework."""
     from became_core import merge, optimal_alpha
 
-    make, compiled, wait, sum_of, extra = means(name, device)
+    make, compiled, wait, sum_of, extra = framework(name, device)
     trees = models(make, parameters)
     leaves = list(trees[0])
 
-    def totals(*given: Any) -> Any:
-        return [sum_of(tree[leaf]) for tree in given for leaf in leaves]
+    def totals(*trees: Any) -> Any:
+        return [sum_of(tree[leaf]) for tree in trees for leaf in leaves]
 
     contenders: dict[str, Callable[[], Any]] = {
         "sum": _call(compiled(totals), trees),
         "alpha": _call(compiled(optimal_alpha), trees),
-        "formula": _call(compiled(lambda *four: formula(sum_of, *four)), trees),
+        "formula": _call(compiled(lambda *trees: formula(sum_of, *trees)), trees),
         "sum of three": _call(compiled(totals), trees[:3]),
         "merge": _call(compiled(lambda gp, hat: merge(gp, hat, 0.3)), trees[:2]),
     }
     values = {}
-    for contender, run in contenders.items():  # compile, and touch every page
+    for contender, run in contenders.items():  # a first run compiles, and no round pays for new memory pages
         values[contender] = wait(run())
     assert abs(float(values["alpha"]) - float(values["formula"])) < 1e-4
     seconds = _in_turn(contenders, wait, rounds)
@@ -158,25 +153,25 @@ def measure(name: str, device: str, parameters: int, rounds: int) -> dict[str, f
 
 
 def formula(sum_of: Callable[[Any], Any], gp: Any, hat: Any, old: Any, new: Any) -> Any:
-    """Return alpha* by the expression that one would write without us."""
+    """Return alpha* by the obvious expression, without this project."""
     top = sum(sum_of((hat[leaf] - gp[leaf]) ** 2 * new[leaf]) for leaf in gp)
     return top / (top + sum(sum_of((hat[leaf] - gp[leaf]) ** 2 * old[leaf]) for leaf in gp))
 
 
 def measure_leaf_sizes(name: str, device: str, rounds: int) -> dict[str, float]:
-    """Return the time of alpha* over that of the formula, both eager, at each of the leaf sizes."""
+    """Return the ratio of alpha*'s time to the formula's, both eager, for each of the leaf sizes."""
     from became_core import optimal_alpha
 
-    make, _, wait, sum_of, _ = means(name, device)
+    make, _, wait, sum_of, _ = framework(name, device)
     ratios = {}
     for count, size in LEAF_SIZES:
-        draw = np.random.default_rng(0)
-        # Leaves share sixteen arrays, which no cache holds if they are large: more would only take time to make.
-        arrays = [[make(draw.random(size, dtype=np.float32)) for _ in range(min(count, 16))] for _ in range(4)]
+        rng = np.random.default_rng(0)
+        # Leaves share sixteen arrays. No cache can hold sixteen large ones, and more would only take time to make.
+        arrays = [[make(rng.random(size, dtype=np.float32)) for _ in range(min(count, 16))] for _ in range(4)]
         trees = [{f"layer{leaf}.weight": tree[leaf % 16] for leaf in range(count)} for tree in arrays]
         contenders = {"alpha": _call(optimal_alpha, trees), "formula": _call(formula, [sum_of, *trees])}
         values = {contender: float(wait(run())) for contender, run in contenders.items()}
-        # The formula adds leaf after leaf in single precision, which costs it digits.
+        # The formula adds one leaf after another in single precision, and so loses digits.
         assert abs(values["alpha"] - values["formula"]) < 1e-4, values
         seconds = _in_turn(contenders, wait, rounds)
         ratios[f"alpha_over_formula_{count}x{size}"] = float(np.median(np.divide(seconds["alpha"], seconds["formula"])))
@@ -201,14 +196,14 @@ def _call(function: Callable[..., Any], arguments: list[Any]) -> Callable[[], An
 
 
 def _extra_resident(run: Callable[[], Any]) -> float:
-    """Return by how many bytes the process's resident memory rose above its level before, at its peak (Linux)."""
+    """Return the bytes by which the peak of the process's resident memory is above its level before (Linux)."""
     if not Path("/proc/self/clear_refs").exists():
         return float("nan")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    Path("/proc/self/clear_refs").write_text("5")  # this resets the peak
     before = _status("VmRSS")
-    kept = run()
+    result = run()  # it must stay alive until the peak is read
     after = _status("VmHWM")
-    del kept
+    del result
     return max(after - before, 0)
 
 
@@ -218,7 +213,7 @@ def _status(field: str) -> int:
 
 
 def main() -> None:
-    """Measure each framework in a process of its own, and print a table or JSON."""
+    """Measure each framework in its own process, and print a table or JSON."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
     parser.add_argument("--frameworks", nargs="+", choices=sorted({*FRAMEWORKS, *ON_GPU}))
     parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")

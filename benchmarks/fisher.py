@@ -1,13 +1,14 @@
 """Speed of the exact diagonal Fisher information: ``python benchmarks/fisher.py [--batches 8] [--rounds 9] [--json]``.
 
-The AlexNet-like network for CIFAR-100 in batches of 64, on the CPU with two threads. The time that the empirical
-diagonal takes from taps is given as a ratio to that of plain forward and backward passes over the same samples, and to
-those of two other ways to the same numbers: squared per-sample gradients by ``torch.func.vmap(grad)``, and BackPACK's
-``SumGradSquared`` (left out if BackPACK is not installed: ``pip install --group benchmarks``). These two are given
-batch norms whose statistics are already computed, and no dropout; taps compute the statistics themselves.
+The benchmark uses the AlexNet-like network for CIFAR-100 in batches of 64, on the CPU with two threads. It measures the
+time to compute the empirical diagonal from taps, as a ratio to plain forward and backward passes over the same samples,
+and to two other ways to compute the same numbers: squared per-sample gradients by ``torch.func.vmap(grad)``, and
+BackPACK's ``SumGradSquared``, if BackPACK is installed (``pip install --group benchmarks``). These two get batch norms
+whose statistics are already computed, and no dropout. Taps compute the statistics themselves.
 
-Convention: float32; a lower ratio is better; medians over rounds, in each of which every contender runs. All are first
-held against each other, in double precision: in single, rounding may turn a ReLU or a maximum to the other side.
+Convention: float32. A lower ratio is better. Results are medians over rounds, and every contender runs in each round.
+First, all contenders are compared in double precision. In single precision, rounding can move the input of a ReLU or of
+a maximum to the other side of the kink, and the results would differ.
 """
 
 import argparse
@@ -25,7 +26,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # so that the checkout is measured, installed or not
+# So that this checkout is measured, whether or not the package is installed.
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from adapters.networks import alexnet
 from adapters.torch.layers import moments
@@ -52,7 +54,7 @@ def problem(batches: int) -> tuple[nn.Module, Batches]:
 def frozen(network: nn.Module, images: Tensor) -> nn.Module:
     """Return the network for one batch as a sequence, with that batch's statistics as constants and no dropout.
 
-    In contiguous memory, in which BackPACK takes four fifths of the time that it takes with channels last.
+    It is in contiguous memory, because BackPACK then takes four fifths of the time that it takes with channels last.
     """
     whole = copy.deepcopy(network)
     layers: list[nn.Module] = []
@@ -71,24 +73,24 @@ def frozen(network: nn.Module, images: Tensor) -> nn.Module:
 
 
 def forward_backward(network: nn.Module, batches: Batches) -> None:
-    """Run plain passes: what a step of training costs, without the step."""
+    """Run plain forward and backward passes, without an optimiser step."""
     for images, labels in batches:
         network.zero_grad(set_to_none=True)
         functional.cross_entropy(network(images, 0), labels).backward()  # type: ignore[no-untyped-call]
 
 
 def by_taps(network: nn.Module, layers: frozenset[nn.Module], batches: Batches) -> Fisher:
-    """Return the diagonal from taps of these layers, which a learner finds out once."""
+    """Return the diagonal from taps of these layers; a learner determines the layers once, so it is not timed."""
     names = {module: name for name, module in network.named_modules()}
-    stream = np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     taps = (
-        each
+        taps_of_batch
         for images, labels in batches
-        for each in collect_taps(
+        for taps_of_batch in collect_taps(
             network,
             names,
             (images, 0),
-            lambda z, y=labels: logit_cotangents(z, y, "empirical", stream),  # type: ignore[misc]
+            lambda z, y=labels: logit_cotangents(z, y, "empirical", rng),  # type: ignore[misc]
             layers=layers,
         )
     )
@@ -96,7 +98,7 @@ def by_taps(network: nn.Module, layers: frozenset[nn.Module], batches: Batches) 
 
 
 def by_vmap(networks: list[nn.Module], batches: Batches) -> Fisher:
-    """Return the diagonal from per-sample gradients by vmap, 16 samples at a time, which is fastest."""
+    """Return the diagonal from per-sample gradients by vmap, 16 samples at a time, which is the fastest size."""
     total: Fisher = {}
     for network, (images, labels) in zip(networks, batches, strict=True):
         theta = {name: value.detach() for name, value in network.named_parameters()}
@@ -114,10 +116,10 @@ def by_vmap(networks: list[nn.Module], batches: Batches) -> Fisher:
 
 
 def by_backpack(networks: list[nn.Module], batches: Batches) -> Fisher:
-    """Return the diagonal from BackPACK; the networks and their losses have been extended."""
+    """Return the diagonal from BackPACK; the networks and their losses must be extended for it."""
     from backpack import backpack, extensions
 
-    # Of BackPACK's own hooks on the first layer.
+    # BackPACK's own hook on the first layer causes this warning.
     warnings.filterwarnings("ignore", "Full backward hook is firing when gradients are computed with respect to module")
 
     total: Fisher = {}
@@ -133,20 +135,20 @@ def by_backpack(networks: list[nn.Module], batches: Batches) -> Fisher:
 
 
 def extended(networks: list[nn.Module]) -> list[nn.Module] | None:
-    """Return copies that BackPACK can differentiate, each with a summed loss, or None without it."""
+    """Return copies that BackPACK can differentiate, each with a summed loss; None if BackPACK is not installed."""
     try:
         from backpack import extend
     except ImportError:
         return None
     copies = [extend(copy.deepcopy(network)) for network in networks]
     for network in copies:
-        # Not a child, so that the loss is not part of the sequence.
+        # Set without registration as a child module, so that the loss is not a layer of the sequence.
         vars(network)["loss"] = extend(nn.CrossEntropyLoss(reduction="sum"))
     return copies
 
 
 def contenders_on(network: nn.Module, samples: Batches) -> dict[str, Callable[[], Any]]:
-    """Return what is to be timed, by name."""
+    """Return the functions to be timed, by name."""
     networks, contiguous = [frozen(network, images) for images, _ in samples], [(x.contiguous(), y) for x, y in samples]
     names = {module: name for name, module in network.named_modules()}
     layers = layers_with_samples_first(network, names, (samples[0][0][:2], 0))
@@ -162,20 +164,20 @@ def contenders_on(network: nn.Module, samples: Batches) -> dict[str, Callable[[]
 
 
 def assert_equal(network: nn.Module, samples: Batches) -> None:
-    """Assert that all ways give the same numbers."""
+    """Assert that all ways to compute the diagonal give the same numbers."""
     in_double = contenders_on(copy.deepcopy(network).double(), [(x.double(), y) for x, y in samples])
     results = [list(run().values()) for name, run in in_double.items() if name != "forward_backward"]
-    for found, *others in zip(*results, strict=True):
+    for ours, *others in zip(*results, strict=True):
         for other in others:
-            torch.testing.assert_close(found, other, rtol=1e-9, atol=1e-15)
+            torch.testing.assert_close(ours, other, rtol=1e-9, atol=1e-15)
 
 
 def measure(batches: int, rounds: int) -> dict[str, float]:
-    """Return the ratios and, in seconds a batch, the times."""
+    """Return the ratios, and the times in seconds a batch."""
     network, samples = problem(batches)
     assert_equal(network, samples[:1])
     contenders = contenders_on(network, samples)
-    for run in contenders.values():  # touch every page
+    for run in contenders.values():  # a first run, so that no round pays for new memory pages
         run()
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(rounds):

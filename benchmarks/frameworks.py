@@ -1,13 +1,13 @@
 """Speed of the adapters: ``python benchmarks/frameworks.py [--frameworks torch jax …] [--device gpu] [--json]``.
 
-Each adapter beside a plain training loop in the same framework (``benchmarks/plain_loops.py``), in the same process
-and on the same threads, AlexNet-like network, batches of 64 images of CIFAR-100's size: a training step of all
-parameters, a step under GPM with bases of half of every layer's width, and evaluation. What a plain loop has no
-counterpart for is given as a ratio to plain training on the same images: the exact diagonal Fisher information, GPM's
-memory update from 125 images, and alpha* with its merge (to one plain step). The first step, which traces and compiles,
-is apart.
+The benchmark compares each adapter with a plain training loop in the same framework (``benchmarks/plain_loops.py``), in
+the same process and on the same threads, with the AlexNet-like network and batches of 64 images of CIFAR-100's size. It
+times a training step of all parameters, a step under GPM with bases of half of every layer's width, and evaluation. The
+plain loop has no counterpart for three more: the exact diagonal Fisher information and GPM's memory update from 125
+images, which are given as ratios to plain training on the same images, and alpha* with its merge, which is given as a
+ratio to one plain step. The time of the first step, which traces and compiles, is given separately.
 
-Convention: float32; medians of ratios over rounds, in each of which every contender runs; lower is better.
+Convention: float32. Results are medians of ratios over rounds, and every contender runs in each round. Lower is better.
 """
 
 import argparse
@@ -24,7 +24,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # so that the checkout is measured, installed or not
+# So that this checkout is measured, whether or not the package is installed.
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from became_core import merge, optimal_alpha
 from became_core.arrays import device as device_of
@@ -49,30 +50,30 @@ IMAGES = 1024  # of each task, for training and for testing
 
 
 def images() -> TaskStream:
-    """Return two tasks of random images, half of them to test on."""
-    draw = np.random.default_rng(0)
-    pixels = draw.integers(0, 256, (4 * IMAGES, 3, 32, 32), dtype=np.uint8)
+    """Return two tasks of random images; half of the images are for testing."""
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (4 * IMAGES, 3, 32, 32), dtype=np.uint8)
     labels = np.tile(np.arange(2 * CLASSES), 4 * IMAGES // (2 * CLASSES) + 1)[: len(pixels)]
     dataset = Dataset("random", pixels, labels, len(pixels) // 2, (0.5,) * 3, (0.25,) * 3)
     return split_classes(dataset, 2)
 
 
 def half_width(learner: Learner) -> GPM:
-    """Return a memory of random bases, half of every layer's width."""
+    """Return a memory of random bases with half of every layer's width as their rank."""
     theta = learner.parameters()
     xp: Any = namespace(weight=next(iter(theta.values())))
-    draw = np.random.default_rng(0)
-    place = device_of(next(iter(theta.values())))
-    arrays: dict[str, Any] = {"tasks": xp.asarray(1, device=place)}
+    rng = np.random.default_rng(0)
+    device = device_of(next(iter(theta.values())))
+    arrays: dict[str, Any] = {"tasks": xp.asarray(1, device=device)}
     for name in sorted(learner.projectable):
         width = int(np.prod(theta[name].shape[1:]))
-        basis = np.linalg.qr(draw.normal(size=(width, width // 2)))[0].astype(np.float32)
-        arrays[f"bases.{name}"] = xp.asarray(basis, device=place)
+        basis = np.linalg.qr(rng.normal(size=(width, width // 2)))[0].astype(np.float32)
+        arrays[f"bases.{name}"] = xp.asarray(basis, device=device)
     return GPM(threshold=0.97).with_arrays(arrays)
 
 
 def chunks(rows: NDArray[np.int64]) -> list[NDArray[np.int64]]:
-    """Return rows in whole batches."""
+    """Return the rows in batches of full size; rows at the end that fill no batch are left out."""
     return [rows[start : start + BATCH] for start in range(0, len(rows) - BATCH + 1, BATCH)]
 
 
@@ -84,11 +85,11 @@ def timed(run: Callable[[], Any]) -> float:
 
 
 def contenders(framework: str, stream: TaskStream, device: str) -> dict[str, Callable[[], Any]]:
-    """Return what is timed, by name; each call waits until its result is there."""
+    """Return the functions to be timed, by name; each call waits until its result is computed."""
     adapter = importlib.import_module(f"adapters.{framework}.run")
-    # A GPU's own masks, since NumPy's would be drawn on the processor and wait for the way there.
-    place, masks = ("cpu", "numpy") if device == "cpu" else ("cuda", "framework")
-    learner: Learner = adapter.build_learner("alexnet", stream, place, 0, dropout_masks=masks)
+    # NumPy draws masks on the CPU, and a GPU would wait for the copy; so on a GPU the framework draws them there.
+    device_name, masks = ("cpu", "numpy") if device == "cpu" else ("cuda", "framework")
+    learner: Learner = adapter.build_learner("alexnet", stream, device_name, 0, dropout_masks=masks)
     dataset, task = stream.dataset, stream.tasks[1]
     scaled = (dataset.images / np.float32(255) - np.float32(0.5)) / np.float32(0.25)
     plain = PLAIN[framework](scaled.astype(np.float32), stream.targets, CLASSES, device)
@@ -103,13 +104,13 @@ def contenders(framework: str, stream: TaskStream, device: str) -> dict[str, Cal
     plastic = {name: value * 1.01 for name, value in stable.items()}
 
     def train(constraint: Constraint) -> None:
-        batches = [Batch(1, each) for each in steps]
+        batches = [Batch(1, rows) for rows in steps]
         learner.train(batches, np.full(len(batches), RATE), constraint, SGD(), np.random.default_rng(0))
-        settled(learner.parameters())
+        wait_for(learner.parameters())
 
     def evaluate() -> float:
-        own = [on_host(learner.logits(each, BATCH))[:, 1].argmax(1) for each in tests]
-        return float(np.mean(np.concatenate(own) == stream.targets[np.concatenate(tests)]))
+        predictions = [on_host(learner.logits(rows, BATCH))[:, 1].argmax(1) for rows in tests]
+        return float(np.mean(np.concatenate(predictions) == stream.targets[np.concatenate(tests)]))
 
     return {
         "plain step": lambda: plain.train(steps),
@@ -117,16 +118,16 @@ def contenders(framework: str, stream: TaskStream, device: str) -> dict[str, Cal
         "projected step": lambda: train(projected),
         "plain evaluation": lambda: plain.evaluate(tests),
         "evaluation": evaluate,
-        "Fisher": lambda: settled(measured.diagonal().values),
-        "GPM update": lambda: settled(GPM(0.97).remember(measured).bases),
-        "alpha* and merge": lambda: settled(
+        "Fisher": lambda: wait_for(measured.diagonal().values),
+        "GPM update": lambda: wait_for(GPM(0.97).remember(measured).bases),
+        "alpha* and merge": lambda: wait_for(
             merge(stable, plastic, optimal_alpha(stable, plastic, fisher, fisher)),
         ),
     }
 
 
-def settled(arrays: Any) -> None:
-    """Wait for these arrays, as far as their framework makes one wait."""
+def wait_for(arrays: Any) -> None:
+    """Wait until these arrays are computed, in frameworks that compute asynchronously."""
     for value in arrays.values():
         if hasattr(value, "block_until_ready"):
             value.block_until_ready()
@@ -135,7 +136,7 @@ def settled(arrays: Any) -> None:
 
 
 def measure(framework: str, device: str, rounds: int) -> dict[str, float]:
-    """Return one framework's ratios, and in seconds its plain step and first steps."""
+    """Return one framework's ratios, and the seconds of its plain step and of its first steps."""
     prepare(framework)
     runs = contenders(framework, images(), device)
     first = {name: timed(run) for name, run in runs.items()}
@@ -143,7 +144,7 @@ def measure(framework: str, device: str, rounds: int) -> dict[str, float]:
     for _ in range(rounds):
         for name, run in runs.items():
             taken[name].append(timed(run))
-    seconds = {name: np.array(each) for name, each in taken.items()}
+    seconds = {name: np.array(times) for name, times in taken.items()}
     step, evaluation = seconds["plain step"], seconds["plain evaluation"]
     ratios = {
         "step_over_plain": seconds["step"] / step,
@@ -153,30 +154,30 @@ def measure(framework: str, device: str, rounds: int) -> dict[str, float]:
         "gpm_update_over_plain_steps": seconds["GPM update"] / (step * 125 / (STEPS * BATCH)),
         "alpha_and_merge_over_plain_step": seconds["alpha* and merge"] / (step / STEPS),
     }
-    apart = {"plain_step_seconds": float(np.median(step)) / STEPS}
+    absolute = {"plain_step_seconds": float(np.median(step)) / STEPS}
     for name in ("plain step", "step", "projected step"):
-        apart[f"first_{name.replace(' ', '_')}_seconds"] = first[name] - float(np.median(seconds[name]))
-    return {name: float(np.median(each)) for name, each in ratios.items()} | apart
+        absolute[f"first_{name.replace(' ', '_')}_seconds"] = first[name] - float(np.median(seconds[name]))
+    return {name: float(np.median(values)) for name, values in ratios.items()} | absolute
 
 
 def prepare(framework: str) -> None:
-    """Set a framework as its command sets it."""
+    """Configure a framework as the ``became`` command does."""
     importlib.import_module(f"adapters.{framework}.run").BACKEND.prepare()
 
 
 def in_its_own_process(framework: str, device: str, rounds: int) -> dict[str, float]:
-    """Measure a framework where no other is loaded."""
+    """Measure a framework in a process that loads no other framework."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(measure, (framework, device, rounds))
 
 
-def table(found: dict[str, dict[str, float]]) -> Sequence[str]:
-    """Return the lines of a Markdown table."""
-    names = list(next(iter(found.values())))
-    lines = [f"| what | {' | '.join(found)} |", f"| --- |{' ---: |' * len(found)}"]
-    return lines + [
-        f"| {name.replace('_', ' ')} | {' | '.join(f'{each[name]:.2f}' for each in found.values())} |" for name in names
-    ]
+def table(results: dict[str, dict[str, float]]) -> Sequence[str]:
+    """Return the lines of a Markdown table, given each framework's results by name."""
+    lines = [f"| what | {' | '.join(results)} |", f"| --- |{' ---: |' * len(results)}"]
+    for name in next(iter(results.values())):
+        cells = (f"{values[name]:.2f}" for values in results.values())
+        lines.append(f"| {name.replace('_', ' ')} | {' | '.join(cells)} |")
+    return lines
 
 
 def main() -> None:
@@ -187,10 +188,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--json", action="store_true", help="print one object of named ratios for each framework")
     options = parser.parse_args()
-    found = {
+    results = {
         framework: in_its_own_process(framework, options.device, options.rounds) for framework in options.frameworks
     }
-    print(json.dumps(found, indent=2) if options.json else "\n".join(table(found)))
+    print(json.dumps(results, indent=2) if options.json else "\n".join(table(results)))
 
 
 if __name__ == "__main__":

@@ -1,13 +1,14 @@
 """Speed of GPM's memory update: ``python benchmarks/memory.py [--data-dir DIR] [--json]``.
 
-The AlexNet-like network, trained briefly on one CIFAR-100 task, remembers it. The peer does what the published code is
-described as doing: it keeps every layer's activations of 125 images, cuts them into patches one by one in Python, and
-takes the SVD of the matrix of all patches. Ours sums Gram matrices in a streamed pass and takes their eigenvectors.
-Both remember at one threshold; the largest angle between their subspaces is taken with Gram matrices in float64.
+The AlexNet-like network is trained briefly on one CIFAR-100 task, and GPM then remembers the task. The other contender
+works as the published code is described: it keeps every layer's activations of 125 images, cuts them into patches one
+by one in Python, and takes the SVD of the matrix of all patches. Our code adds up Gram matrices batch by batch and
+takes their eigenvectors. Both have the same threshold. The largest angle between their subspaces is computed in
+float64.
 
-The whole task, 4,750 images, is measured beside its plain forward pass, with and without the eigenvectors.
+The update from the whole task, 4,750 images, is compared with a plain forward pass, with and without the eigenvectors.
 
-Convention: float32, PyTorch; medians of ratios over rounds.
+Convention: float32, PyTorch. Results are medians of ratios over rounds.
 """
 
 import argparse
@@ -23,7 +24,8 @@ from typing import Any
 import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # so that the checkout is measured, installed or not
+# So that this checkout is measured, whether or not the package is installed.
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from adapters.benchmarks.cifar import load_cifar100
 from adapters.benchmarks.location import data_directory
@@ -41,7 +43,7 @@ SAMPLES = 125
 
 
 def trained(stream: TaskStream, epochs: int) -> TorchLearner:
-    """Return a learner that knows the first task a little."""
+    """Return a learner that was trained on the first task for a few epochs."""
     learner = build_learner("alexnet", stream, "cpu", 0)
     task, constraint = stream.tasks[0], Constraint(frozenset(learner.parameters()))
     stage = begin_stage(learner, task, 1, Annealed(0.05, epochs), SGD(), constraint)
@@ -50,13 +52,13 @@ def trained(stream: TaskStream, epochs: int) -> TorchLearner:
 
 
 def measurement(learner: TorchLearner, stream: TaskStream, samples: int | None) -> Measurement:
-    """Return the first task, measured on so many samples."""
+    """Return measurements of the first task on this many samples; None for all."""
     training = Training(Annealed(0.05, 1), Annealed(0.05, 1), projector_samples=samples)
     return Measurement(learner, stream.tasks[0], training, "empirical", 0, "posterior")
 
 
 def published(learner: TorchLearner, rows: Any) -> dict[str, np.ndarray]:
-    """Return bases [d_in, rank] by patches and SVD."""
+    """Return the bases [d_in, rank], by name, from patches and an SVD."""
     inputs: dict[str, torch.Tensor] = {}
     layers = {n: m for n, m in learner.network.named_modules() if n.split(".")[-1].startswith(("conv", "fc"))}
     handles = [
@@ -77,14 +79,14 @@ def published(learner: TorchLearner, rows: Any) -> dict[str, np.ndarray]:
 
 
 def _patches(activation: np.ndarray, size: int) -> np.ndarray:
-    """Return all patches as columns, cut one by one."""
+    """Return all patches of square images as columns, cut one by one."""
     samples, channels, height, _ = activation.shape
-    places = height - size + 1
-    matrix = np.zeros((channels * size * size, samples * places * places), dtype=activation.dtype)
+    positions = height - size + 1
+    matrix = np.zeros((channels * size * size, samples * positions * positions), dtype=activation.dtype)
     column = 0
     for sample in range(samples):
-        for top in range(places):
-            for left in range(places):
+        for top in range(positions):
+            for left in range(positions):
                 matrix[:, column] = activation[sample, :, top : top + size, left : left + size].reshape(-1)
                 column += 1
     return matrix
@@ -96,7 +98,8 @@ def largest_angle(bases: Params, others: dict[str, np.ndarray]) -> float:
     for name, basis in others.items():
         ours = bases[name].double().numpy()
         assert ours.shape == basis.shape, (name, ours.shape, basis.shape)
-        # The sine of the largest angle is the norm of what of one lies outside the other; a cosine loses small angles.
+        # The sine of the largest angle is the norm of the part of one basis outside the other. The cosine would be
+        # inaccurate here, because it is 1 to rounding for all small angles.
         sines.append(float(np.linalg.norm(basis - ours @ (ours.T @ basis), ord=2)))
     return float(np.degrees(np.arcsin(min(max(sines), 1.0))))
 
@@ -124,13 +127,13 @@ def main() -> None:
     learner = trained(stream, options.epochs)
     some, whole = measurement(learner, stream, SAMPLES), measurement(learner, stream, None)
     rows = some.projector_rows()
-    # Batch norm takes a batch's own statistics: both look at one batch.
-    at_once = replace(some, training=replace(some.training, batch_size=SAMPLES))
+    # Batch norm uses the statistics of the batch, so both contenders must see all samples in one batch.
+    in_one_batch = replace(some, training=replace(some.training, batch_size=SAMPLES))
     exact = TorchLearner(copy.deepcopy(learner.network.backbone), stream, dtype=torch.float64)
     exact.assign({name: value.double() for name, value in learner.parameters().items()})
-    angle = largest_angle(GPM(EPSILON).remember(replace(at_once, learner=exact)).bases, published(exact, rows))
+    angle = largest_angle(GPM(EPSILON).remember(replace(in_one_batch, learner=exact)).bases, published(exact, rows))
     contenders: dict[str, Callable[[], Any]] = {
-        "ours": lambda: GPM(EPSILON).remember(at_once),
+        "ours": lambda: GPM(EPSILON).remember(in_one_batch),
         "published": lambda: published(learner, rows),
         "forward": lambda: learner.logits(stream.tasks[0].train, 64),
         "whole grams": lambda: whole.input_grams(),
@@ -140,8 +143,8 @@ def main() -> None:
     for _ in range(options.rounds + 1):  # the first round warms up
         for name, run in contenders.items():
             taken[name].append(timed(run))
-    times = {name: np.array(each[1:]) for name, each in taken.items()}
-    found = {
+    times = {name: np.array(seconds[1:]) for name, seconds in taken.items()}
+    results = {
         "published_over_ours": float(np.median(times["published"] / times["ours"])),
         "largest_angle_degrees": angle,
         "whole_grams_over_forward": float(np.median(times["whole grams"] / times["forward"])),
@@ -150,10 +153,10 @@ def main() -> None:
         "forward_seconds": float(np.median(times["forward"])),
     }
     if options.json:
-        print(json.dumps(found, indent=2))
+        print(json.dumps(results, indent=2))
         return
     print("| what | |\n| --- | ---: |")
-    for name, value in found.items():
+    for name, value in results.items():
         print(f"| {name.replace('_', ' ')} | {value:.3g} |")
 
 

@@ -1,10 +1,9 @@
-"""What one would write without this project: the AlexNet-like network trained by a plain loop, in each framework.
+"""Plain training loops, without this project: the AlexNet-like network in each framework.
 
-Each maker places normalised images on a device once and returns a ``Plain`` of two functions: ``train`` takes an SGD
-step on each batch of rows and waits for the last; ``evaluate`` returns the share of rows that are told right, batch by
-batch. They use what their framework offers for the purpose: modules, its optimiser, its dropout, one compiled step.
+Each function copies normalised images to a device once and returns a ``Plain``. They use what their framework offers:
+its modules, its optimiser, its dropout, and one compiled step where there is a compiler.
 
-Convention: float32, inputs [N, C, H, W] for PyTorch and [N, H, W, C] elsewhere; batch norm with batch statistics.
+Convention: float32; inputs [N, C, H, W] for PyTorch and [N, H, W, C] for the others; batch norm with batch statistics.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,14 +21,19 @@ RATE = 0.01
 
 
 class Plain(NamedTuple):
-    """A plain loop."""
+    """A plain loop.
+
+    Attributes:
+        train: takes an SGD step on each batch of rows and waits until the last one is done.
+        evaluate: returns the share of rows that are classified correctly, batch by batch.
+    """
 
     train: Callable[[Rows], None]
     evaluate: Callable[[Rows], float]
 
 
 def torch_loop(images: NDArray[np.float32], targets: NDArray[np.int64], classes: int, device: str) -> Plain:
-    """A sequential module, eager, in the memory format in which it is fastest."""
+    """Return the loop of a sequential module, eager, in the memory format in which it is fastest."""
     import torch
     from torch import nn
     from torch.nn import functional
@@ -47,74 +51,74 @@ def torch_loop(images: NDArray[np.float32], targets: NDArray[np.int64], classes:
         layers += [nn.Linear(width, units, bias=False), norm1, nn.ReLU(), nn.Dropout(0.5)]
         width = units
     network = nn.Sequential(*layers, nn.Linear(width, classes, bias=False))
-    place = torch.device("cpu" if device == "cpu" else "cuda")
-    network.to(place)
+    there = torch.device("cpu" if device == "cpu" else "cuda")
+    network.to(there)
     network.to(memory_format=torch.channels_last)  # type: ignore[call-overload] # PyTorch's own types lack it
     optimiser = torch.optim.SGD(network.parameters(), lr=RATE)
-    x = torch.from_numpy(images).to(place).contiguous(memory_format=torch.channels_last)
-    y = torch.from_numpy(targets).to(place)
+    x = torch.from_numpy(images).to(there).contiguous(memory_format=torch.channels_last)
+    y = torch.from_numpy(targets).to(there)
 
-    def placed(rows: NDArray[np.int64]) -> torch.Tensor:
-        return torch.from_numpy(rows).to(place)
+    def on_device(rows: NDArray[np.int64]) -> torch.Tensor:
+        return torch.from_numpy(rows).to(there)
 
     def train(batches: Rows) -> None:
         network.train()
-        for rows in map(placed, batches):
+        for rows in map(on_device, batches):
             optimiser.zero_grad()
             functional.cross_entropy(network(x[rows]), y[rows]).backward()  # type: ignore[no-untyped-call]
             optimiser.step()
-        if place.type == "cuda":
+        if there.type == "cuda":
             torch.cuda.synchronize()
 
     def evaluate(batches: Rows) -> float:
         network.eval()
         with torch.no_grad():
-            right = [(network(x[rows]).argmax(1) == y[rows]).sum() for rows in map(placed, batches)]
-        return float(sum(right)) / sum(map(len, batches))
+            correct = [(network(x[rows]).argmax(1) == y[rows]).sum() for rows in map(on_device, batches)]
+        return float(sum(correct)) / sum(map(len, batches))
 
     return Plain(train, evaluate)
 
 
 def jax_loop(images: NDArray[np.float32], targets: NDArray[np.int64], classes: int, device: str) -> Plain:
-    """A flax module and optax, one compiled step that takes the buffers of what it changes."""
+    """Return the loop of a flax module with optax: one compiled step, to which the old state's buffers are donated."""
     import jax
     import optax
     from jax import numpy as jnp
 
     network, optimiser = _flax_network(classes), optax.sgd(RATE)
-    place = jax.devices("cpu" if device == "cpu" else "cuda")[0]
-    x, y = jax.device_put((np.moveaxis(images, 1, -1), targets), place)
+    there = jax.devices("cpu" if device == "cpu" else "cuda")[0]
+    x, y = jax.device_put((np.moveaxis(images, 1, -1), targets), there)
     variables = network.init(jax.random.key(0), x[:2], training=False)
-    state = variables["batch_stats"]  # flax keeps running statistics, which nobody reads here
+    statistics = variables["batch_stats"]  # flax needs running statistics; nothing here reads them
     params = variables["params"]
-    held = {"params": params, "optimiser": optimiser.init(params), "key": jax.random.key(1)}
+    state = {"params": params, "optimiser": optimiser.init(params), "key": jax.random.key(1)}
 
-    def step(held: dict[str, Any], rows: Any) -> dict[str, Any]:
-        key, used = jax.random.split(held["key"])
+    def step(state: dict[str, Any], rows: Any) -> dict[str, Any]:
+        key, dropout_key = jax.random.split(state["key"])
 
         def loss(params: Any) -> Any:
-            inputs, options = {"params": params, "batch_stats": state}, {"dropout": used}
-            logits, _ = network.apply(inputs, x[rows], training=True, rngs=options, mutable=["batch_stats"])
+            inputs, rngs = {"params": params, "batch_stats": statistics}, {"dropout": dropout_key}
+            logits, _ = network.apply(inputs, x[rows], training=True, rngs=rngs, mutable=["batch_stats"])
             return optax.softmax_cross_entropy_with_integer_labels(logits, y[rows]).mean()
 
-        updates, after = optimiser.update(jax.grad(loss)(held["params"]), held["optimiser"])
-        return {"params": optax.apply_updates(held["params"], updates), "optimiser": after, "key": key}
+        updates, after = optimiser.update(jax.grad(loss)(state["params"]), state["optimiser"])
+        return {"params": optax.apply_updates(state["params"], updates), "optimiser": after, "key": key}
 
-    def right(params: Any, rows: Any) -> Any:
-        inputs = {"params": params, "batch_stats": state}
+    def count_correct(params: Any, rows: Any) -> Any:
+        inputs = {"params": params, "batch_stats": statistics}
         logits, _ = network.apply(inputs, x[rows], training=False, mutable=["batch_stats"])
         return jnp.sum(logits.argmax(1) == y[rows])
 
     compiled_step: Any = jax.jit(step, donate_argnums=0)
-    compiled_right: Any = jax.jit(right)
+    compiled_count: Any = jax.jit(count_correct)
 
     def train(batches: Rows) -> None:
         for rows in batches:
-            held.update(compiled_step(dict(held), rows))
-        jax.block_until_ready(held["params"])
+            state.update(compiled_step(dict(state), rows))
+        jax.block_until_ready(state["params"])
 
     def evaluate(batches: Rows) -> float:
-        return float(sum(compiled_right(held["params"], rows) for rows in batches)) / sum(map(len, batches))
+        return float(sum(compiled_count(state["params"], rows) for rows in batches)) / sum(map(len, batches))
 
     return Plain(train, evaluate)
 
@@ -141,7 +145,7 @@ def _flax_network(classes: int) -> Any:
 
 
 def tensorflow_loop(images: NDArray[np.float32], targets: NDArray[np.int64], classes: int, device: str) -> Plain:
-    """A Keras model with a gradient tape in one ``tf.function``."""
+    """Return the loop of a Keras model with a gradient tape in one ``tf.function``."""
     import keras
     import tensorflow as tf
 
@@ -168,7 +172,7 @@ def tensorflow_loop(images: NDArray[np.float32], targets: NDArray[np.int64], cla
         )
 
     @tf.function(reduce_retracing=True)  # type: ignore[untyped-decorator]
-    def right(rows: Any) -> Any:
+    def count_correct(rows: Any) -> Any:
         return tf.reduce_sum(
             tf.cast(tf.argmax(network(tf.gather(x, rows), training=False), 1) == tf.gather(y, rows), tf.int32)
         )
@@ -179,12 +183,12 @@ def tensorflow_loop(images: NDArray[np.float32], targets: NDArray[np.int64], cla
         network.trainable_variables[-1].numpy()
 
     def evaluate(batches: Rows) -> float:
-        return float(sum(int(right(tf.constant(rows))) for rows in batches)) / sum(map(len, batches))
+        return float(sum(int(count_correct(tf.constant(rows))) for rows in batches)) / sum(map(len, batches))
 
     return Plain(train, evaluate)
 
 
-# (images [N, C, H, W], targets [N], classes, "cpu" or "gpu") -> the loop.
+# By framework. The arguments are images [N, C, H, W], targets [N], the number of classes, and "cpu" or "gpu".
 PLAIN: dict[str, Callable[[NDArray[np.float32], NDArray[np.int64], int, str], Plain]] = {
     "torch": torch_loop,
     "jax": jax_loop,

@@ -1,10 +1,11 @@
 """Speed of projected training: ``python benchmarks/projection.py [--data-dir DIR] [--json]``.
 
-The AlexNet-like network learns two real CIFAR-100 tasks, briefly, and remembers both by GPM. Then steps on the third
-task are timed, projected and plain, in turns in one process: with that memory, and with bases of half of every layer's
-width. ``dense`` is the straightforward peer, which multiplies every gradient by a stored M M^T, as published code does.
+The AlexNet-like network learns two real CIFAR-100 tasks for a few epochs and remembers both by GPM. Then projected and
+plain steps on the third task are timed in turn in one process, first with this memory, then with random bases of half
+of every layer's width. The contender ``dense`` multiplies every gradient by a stored M M^T, as published code does.
 
-Convention: batch 64, float32, PyTorch; plain steps train the same parameters; medians of ratios over rounds.
+Convention: batch 64, float32, PyTorch. Plain steps train the same parameters. Results are medians of ratios over
+rounds.
 """
 
 import argparse
@@ -18,7 +19,8 @@ from typing import Any
 import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # so that the checkout is measured, installed or not
+# So that this checkout is measured, whether or not the package is installed.
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from adapters.benchmarks.cifar import load_cifar100
 from adapters.benchmarks.location import data_directory
@@ -36,7 +38,7 @@ STEPS = 8  # timed together
 
 @dataclass(frozen=True)
 class Dense:
-    """What one would write without us: every gradient times a stored M M^T."""
+    """The straightforward projector: it multiplies every gradient by a stored M M^T."""
 
     products: dict[str, torch.Tensor]
 
@@ -54,7 +56,7 @@ class Dense:
 
 
 def after_two_tasks(learner: TorchLearner, stream: TaskStream, epochs: int) -> GPM:
-    """Return the memory of two tasks, each trained for so many epochs, as GPM trains them."""
+    """Return the memory of two tasks after GPM has trained each of them for this many epochs."""
     training = Training(Annealed(0.05, epochs), Annealed(0.05, 1))
     memory = GPM(threshold=0.97, increment=0.003)
     for task in stream.tasks[:2]:
@@ -68,7 +70,7 @@ def after_two_tasks(learner: TorchLearner, stream: TaskStream, epochs: int) -> G
 
 
 def half_width(learner: TorchLearner) -> GPM:
-    """Return a memory of random bases, half of every layer's width."""
+    """Return a memory of random bases with half of every layer's width as their rank."""
     torch.manual_seed(0)
     theta = learner.parameters()
     arrays: Params = {"tasks": torch.tensor(1)}
@@ -79,17 +81,15 @@ def half_width(learner: TorchLearner) -> GPM:
 
 
 def seconds(learner: TorchLearner, batches: list[Batch], constraint: Constraint) -> float:
-    """Return the time of these steps; the weights are put back."""
-    theta = learner.parameters()
-    began = time.perf_counter()
-    learner.train(batches, np.full(len(batches), 0.01), constraint, SGD(), np.random.default_rng(0))
-    taken = time.perf_counter() - began
-    learner.assign(theta)
-    return taken
+    """Return the time of these steps; afterwards the learner has its weights again."""
+    with learner.at(learner.parameters()):
+        began = time.perf_counter()
+        learner.train(batches, np.full(len(batches), 0.01), constraint, SGD(), np.random.default_rng(0))
+        return time.perf_counter() - began
 
 
 def ratios(learner: TorchLearner, stream: TaskStream, memory: GPM, rounds: int) -> dict[str, float]:
-    """Return projected and dense steps over plain ones."""
+    """Return the time of projected and of dense steps as ratios to that of plain steps, and that of a plain step."""
     rows = stream.tasks[2].train
     batches = [Batch(2, rows[64 * step : 64 * (step + 1)]) for step in range(STEPS)]
     trainable = learner.projectable | learner.heads[2]
@@ -119,7 +119,7 @@ def main() -> None:
     except BecameError as error:
         sys.exit(f"error: {error}")
     learner = build_learner("alexnet", stream, "cpu", 0)
-    found = {}
+    results = {}
     for label, memory in (
         ("after two tasks", after_two_tasks(learner, stream, options.epochs)),
         ("half width", half_width(learner)),
@@ -127,12 +127,12 @@ def main() -> None:
         ranks = ", ".join(f"{name} {rank}/{width}" for name, (rank, width) in memory.rank.items())
         print(f"{label}: {ranks}", file=sys.stderr)
         for name, value in ratios(learner, stream, memory, options.rounds).items():
-            found[f"{name}_{label.replace(' ', '_')}"] = value
+            results[f"{name}_{label.replace(' ', '_')}"] = value
     if options.json:
-        print(json.dumps(found, indent=2))
+        print(json.dumps(results, indent=2))
         return
     print("| what | over a plain step |\n| --- | ---: |")
-    for name, value in found.items():
+    for name, value in results.items():
         print(f"| {name.replace('_', ' ')} | {value:.3f} |")
 
 

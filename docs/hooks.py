@@ -1,4 +1,4 @@
-"""Hooks that MkDocs calls: formulas, pages from other places in the repository, and a check for network requests.
+"""Hooks that MkDocs calls: formulas, generated tables, pages from elsewhere, and a check for network requests.
 
 Convention: formulas on a page are LaTeX between dollar signs. The built page has them as MathML, which browsers show
 without a script.
@@ -32,14 +32,14 @@ FORMULA = re.compile(
     r'<(span|div) class="arithmatex">(?:\\\((?P<inline>.*?)\\\)|\\\[(?P<block>.*?)\\\])</\1>',
     re.DOTALL,
 )
-# The title of a code block that is for one framework.
+# The title of a code block by the word after "python": one framework, or "run" for any framework that trains.
 FRAMEWORKS = {
     "torch": "PyTorch",
     "jax": "JAX",
     "tensorflow": "TensorFlow",
     "run": "Any framework",
 }
-# The registries whose tables pages ask for, as in ``<!-- table of projectors -->``.
+# The registries of which a page can have a table, by a line such as ``<!-- table of projectors -->``.
 REGISTRIES: dict[str, Registry[Any]] = {"methods": METHODS, "projectors": PROJECTORS}
 # What a browser would request from another server. Links are not among it: only a reader's click follows them.
 REQUEST = re.compile(
@@ -76,7 +76,7 @@ def _link_on_site(source: str) -> Callable[[re.Match[str]], str]:
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Return the page with its generated tables, and with a title on each code block that is for one framework."""
+    """Return the page with generated tables, and with a title on each code block that needs a framework."""
     for marker, registry in REGISTRIES.items():
         markdown = markdown.replace(f"<!-- table of {marker} -->", table(registry))
     markdown = markdown.replace("<!-- table of settings -->", settings_table())

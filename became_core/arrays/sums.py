@@ -12,7 +12,6 @@ Convention: a row is a tuple of arrays of one shape; a sum over a row is over th
 """
 
 import math
-import operator
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
 from typing import Any, NamedTuple
@@ -79,29 +78,34 @@ class Buffers(Arithmetic):
         self._used = 0
         self._writes = False
 
-    def begin_slab(self, *, writes: bool) -> "Buffers":
-        """Reuse the memory of all results so far; say whether functions accept ``out=`` for this slab."""
+    def begin_slab(self, *, writes: bool) -> None:
+        """Reuse the memory of all results so far; ``writes`` says whether functions accept ``out=`` for this slab."""
         self._used, self._writes = 0, writes
-        return self
 
     def subtract(self, left: Array, right: Array) -> Array:
         """Return left - right, valid until the next slab."""
-        return self._result(operator.sub, self._xp.subtract, left, right)
+        if self._writes:
+            return self._xp.subtract(left, right, out=self._buffer(left))
+        return self._kept(left - right)
 
     def multiply(self, left: Array, right: Array) -> Array:
         """Return left * right, valid until the next slab."""
-        return self._result(operator.mul, self._xp.multiply, left, right)
+        if self._writes:
+            return self._xp.multiply(left, right, out=self._buffer(left))
+        return self._kept(left * right)
 
-    def _result(self, plain: Callable[..., Array], writing: Callable[..., Array], left: Array, right: Array) -> Array:
-        place, size = self._used, left.shape[0]
-        self._used += 1
-        if not self._writes:
-            self._buffers[place : place + 1] = [plain(left, right)]
-            return self._buffers[place]
+    def _buffer(self, like: Array) -> Array:
+        """Return the next buffer, of an array's length and dtype; the memory is new only if there is none that fits."""
+        size, place = like.shape[0], self._used
         buffer = self._buffers[place] if place < len(self._buffers) else None
-        if buffer is None or buffer.shape[0] < size or buffer.dtype != left.dtype:
-            self._buffers[place : place + 1] = [buffer := self._xp.empty_like(left)]
-        return writing(left, right, out=buffer if buffer.shape[0] == size else buffer[:size])
+        if buffer is None or buffer.shape[0] < size or buffer.dtype != like.dtype:
+            buffer = self._xp.empty_like(like)
+        return self._kept(buffer)[:size]
+
+    def _kept(self, result: Array) -> Array:
+        self._buffers[self._used : self._used + 1] = [result]
+        self._used += 1
+        return result
 
 
 def sums_of_products(
@@ -144,7 +148,12 @@ def sums_of_products(
 
 
 def _by_slab(
-    xp: Any, framework: Framework, module: Any, factors: Factors, groups: Sequence[Sequence[Row]], nonnegative: Row
+    xp: Any,
+    framework: Framework,
+    module: Any,
+    factors: Factors,
+    groups: Sequence[Sequence[Row]],
+    nonnegative: Sequence[int],
 ) -> SumsOfProducts:
     """Where operations are carried out one by one: everything about one slab, then about the next."""
     slab = framework.slab if framework.on_cpu(groups[0][0][0]) else ACCELERATOR_SLAB
@@ -180,7 +189,7 @@ def _slabs(xp: Any, rows: Sequence[Row], slab: int) -> Iterator[Sequence[Array]]
     size, kinds = 0, None
     for row in rows:
         length = math.prod(row[0].shape)
-        flat = [array if array.ndim == 1 else xp.reshape(array, (-1,)) for array in row]
+        flat = [array if len(array.shape) == 1 else xp.reshape(array, (-1,)) for array in row]
         if 2 * length > JOINED_SLAB:
             for start in range(0, length, slab):
                 end = min(start + slab, length)  # the standard leaves open what lies beyond

@@ -126,10 +126,11 @@ def split_classes(
         BecameError: if the number of tasks does not divide the number of classes, the fraction is not in [0, 1), or
             the class order is no permutation of the classes.
 
-    >>> images, labels = np.zeros((8, 1, 2, 2), np.uint8), np.array([0, 1, 2, 3] * 2)
-    >>> dataset = Dataset("tiny", images, labels, train_size=4, mean=(0.0,), std=(1.0,))
-    >>> [task.classes for task in split_classes(dataset, 2, validation=0.0).tasks]
-    [(0, 1), (2, 3)]
+    Examples:
+        >>> images, labels = np.zeros((8, 1, 2, 2), np.uint8), np.array([0, 1, 2, 3] * 2)
+        >>> dataset = Dataset("tiny", images, labels, train_size=4, mean=(0.0,), std=(1.0,))
+        >>> [task.classes for task in split_classes(dataset, 2, validation=0.0).tasks]
+        [(0, 1), (2, 3)]
     """
     if tasks < 1 or dataset.classes % tasks:
         raise BecameError(f"{tasks} tasks do not divide the {dataset.classes} classes of {dataset.name}.")

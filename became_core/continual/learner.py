@@ -236,9 +236,10 @@ def pooled(batches: Iterable[tuple[int, Params]]) -> Params:
     Args:
         batches: the size and the statistics of each batch, as ``Learner.batch_statistics`` yields them.
 
-    >>> first = {"bn.running_mean": 0.0, "bn.running_var": 1.0}
-    >>> pooled([(1, first), (1, first | {"bn.running_mean": 2.0})])
-    {'bn.running_mean': 1.0, 'bn.running_var': 2.0}
+    Examples:
+        >>> first = {"bn.running_mean": 0.0, "bn.running_var": 1.0}
+        >>> pooled([(1, first), (1, first | {"bn.running_mean": 2.0})])
+        {'bn.running_mean': 1.0, 'bn.running_var': 2.0}
     """
     parts = list(batches)
     layers = dict.fromkeys(name.removesuffix(MEAN) for _, part in parts for name in part if name.endswith(MEAN))

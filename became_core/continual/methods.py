@@ -465,8 +465,9 @@ def build_method(name: str, settings: Mapping[str, Any] | None = None) -> Method
         BecameError: if there is no such method, projector or setting; if method and projector cannot be combined; or if
             the value of a setting cannot be used.
 
-    >>> build_method("became+sgp", {"threshold": 0.9, "scale": 3.0}).projector.scale
-    3.0
+    Examples:
+        >>> build_method("became+sgp", {"threshold": 0.9, "scale": 3.0}).projector.scale
+        3.0
     """
     settings = dict(settings or {})
     known = method_settings()

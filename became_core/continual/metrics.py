@@ -3,10 +3,11 @@
 Convention: accuracy[t, i] is the accuracy, in percent, on task i after task t was learned. It is NaN for i > t, unless
 tasks that are not yet learned were scored as well.
 
->>> import numpy as np
->>> accuracy = np.array([[90.0, np.nan], [80.0, 95.0]])
->>> average_accuracy(accuracy), backward_transfer(accuracy), plasticity(accuracy)
-(87.5, -10.0, 92.5)
+Examples:
+    >>> import numpy as np
+    >>> accuracy = np.array([[90.0, np.nan], [80.0, 95.0]])
+    >>> average_accuracy(accuracy), backward_transfer(accuracy), plasticity(accuracy)
+    (87.5, -10.0, 92.5)
 """
 
 import numpy as np

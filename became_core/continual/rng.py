@@ -21,9 +21,10 @@ def random_generator(seed: int, purpose: str, *indices: int) -> np.random.Genera
         purpose: what the numbers are for, such as "batches".
         indices: the numbers of the task, stage and epoch, as far as the purpose has them.
 
-    >>> first, second = random_generator(0, "batches", 1), random_generator(0, "batches", 1)
-    >>> bool(first.integers(100) == second.integers(100))
-    True
+    Examples:
+        >>> first, second = random_generator(0, "batches", 1), random_generator(0, "batches", 1)
+        >>> bool(first.integers(100) == second.integers(100))
+        True
     """
     # The purpose enters by its CRC-32 because ``hash`` differs from process to process. The number of indices enters
     # because NumPy pads seeds with zeros, so that the indices (1,) and (1, 0) would give the same generator.

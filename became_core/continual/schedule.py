@@ -33,8 +33,9 @@ class Annealed:
     Raises:
         BecameError: if there is no epoch, or the learning rate is not above 0.
 
-    >>> [round(float(rate), 3) for rate in Annealed(lr=0.1, epochs=1).rates(3)]
-    [0.1, 0.05, 0.0]
+    Examples:
+        >>> [round(float(rate), 3) for rate in Annealed(lr=0.1, epochs=1).rates(3)]
+        [0.1, 0.05, 0.0]
     """
 
     lr: float

@@ -36,10 +36,11 @@ class SGD:
     Raises:
         BecameError: if a number is not in its range.
 
-    >>> optimiser = SGD(momentum=0.5).initial({"w": 1.0})
-    >>> direction, optimiser = optimiser.step({"w": 2.0}, {"w": 1.0})
-    >>> optimiser.step({"w": 2.0}, {"w": 0.0})[0]
-    {'w': 3.0}
+    Examples:
+        >>> optimiser = SGD(momentum=0.5).initial({"w": 1.0})
+        >>> direction, optimiser = optimiser.step({"w": 2.0}, {"w": 1.0})
+        >>> optimiser.step({"w": 2.0}, {"w": 0.0})[0]
+        {'w': 3.0}
     """
 
     momentum: float = static(default=0.0)

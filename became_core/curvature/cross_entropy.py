@@ -71,9 +71,10 @@ def logit_cotangents(logits: Array, labels: Array, mode: TapMode, rng: np.random
         rng: the generator that "sampled" draws its labels from. The number of draws depends on the shape of the logits
             alone, so that later draws are the same for any network.
 
-    >>> logits, labels = np.zeros((1, 2)), np.array([0])
-    >>> list(logit_cotangents(logits, labels, "empirical", np.random.default_rng(0)))
-    [array([[-0.5,  0.5]])]
+    Examples:
+        >>> logits, labels = np.zeros((1, 2)), np.array([0])
+        >>> list(logit_cotangents(logits, labels, "empirical", np.random.default_rng(0)))
+        [array([[-0.5,  0.5]])]
     """
     xp = namespace(logits=logits, labels=labels)
     log_p = log_softmax(logits)
@@ -108,9 +109,10 @@ def derivatives_along(batches: Iterable[Pushforward]) -> tuple[Array, Array]:
     Raises:
         BecameError: if there are no batches.
 
-    >>> batch = Pushforward(np.zeros((1, 2)), np.array([[[1.0, -1.0]]]), np.array([0]))
-    >>> derivatives_along([batch])
-    (array([-1.]), array([[1.]]))
+    Examples:
+        >>> batch = Pushforward(np.zeros((1, 2)), np.array([[[1.0, -1.0]]]), np.array([0]))
+        >>> derivatives_along([batch])
+        (array([-1.]), array([[1.]]))
     """
     slope = curvature = None
     samples = 0

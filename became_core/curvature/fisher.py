@@ -50,10 +50,11 @@ def diagonal_fisher(batches: Iterable[Taps], parameters: Params, kind: FisherKin
     Raises:
         BecameError: if there are no samples or no batches, or a tap belongs to an unknown parameter.
 
-    >>> import numpy as np
-    >>> tap = Tap("matrix", np.array([[[2.0, 1.0]]]), np.array([[[3.0]]]))  # one sample: a = (2, 1), g = 3
-    >>> diagonal_fisher([{"fc": tap}], {"fc.weight": np.zeros((1, 2))}, "empirical", samples=1)
-    {'fc.weight': array([[36.,  9.]])}
+    Examples:
+        >>> import numpy as np
+        >>> tap = Tap("matrix", np.array([[[2.0, 1.0]]]), np.array([[[3.0]]]))  # one sample: a = (2, 1), g = 3
+        >>> diagonal_fisher([{"fc": tap}], {"fc.weight": np.zeros((1, 2))}, "empirical", samples=1)
+        {'fc.weight': array([[36.,  9.]])}
     """
     parts = map(_squared_sum, batches) if kind == "batch" else map(per_sample_square_sum, _gathered(batches))
     total: Params = {}

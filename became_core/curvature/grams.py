@@ -37,11 +37,12 @@ def input_grams(batches: Iterable[Taps], weights: frozenset[str]) -> Params:
         batches: the taps of each batch.
         weights: names of weights, such as ``conv1.weight``; those of other weights are left out.
 
-    >>> import numpy as np
-    >>> tap = Tap("matrix", np.array([[[1.0, 0.0]], [[1.0, 2.0]], [[1.0, 1.0]]]), np.zeros((3, 1, 1)))
-    >>> input_grams([{"fc": tap}], frozenset({"fc.weight"}))["fc.weight"] * 3
-    array([[3., 3.],
-           [3., 5.]])
+    Examples:
+        >>> import numpy as np
+        >>> tap = Tap("matrix", np.array([[[1.0, 0.0]], [[1.0, 2.0]], [[1.0, 1.0]]]), np.zeros((3, 1, 1)))
+        >>> input_grams([{"fc": tap}], frozenset({"fc.weight"}))["fc.weight"] * 3
+        array([[3., 3.],
+               [3., 5.]])
     """
     sums: Params = {}
     # A product of d_in rows or more at a time is faster than many small ones, so inputs are gathered first.

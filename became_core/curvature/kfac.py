@@ -51,11 +51,12 @@ def kronecker_factors(batches: Iterable[Taps], *, samples: int, sharing: Sharing
     Raises:
         BecameError: if there are no samples or no batches.
 
-    >>> import numpy as np
-    >>> tap = Tap("matrix", np.array([[[2.0, 1.0]]]), np.array([[[3.0]]]))  # one sample: a = (2, 1), g = 3
-    >>> kronecker_factors([{"fc": tap}], samples=1).factors["fc.weight"]
-    (array([[4., 2.],
-           [2., 1.]]), array([[9.]]))
+    Examples:
+        >>> import numpy as np
+        >>> tap = Tap("matrix", np.array([[[2.0, 1.0]]]), np.array([[[3.0]]]))  # one sample: a = (2, 1), g = 3
+        >>> kronecker_factors([{"fc": tap}], samples=1).factors["fc.weight"]
+        (array([[4., 2.],
+               [2., 1.]]), array([[9.]]))
     """
     inputs: Params = {}
     outputs: Params = {}

@@ -83,10 +83,11 @@ def per_sample_square_sum(taps: Taps) -> Params:
     Returns:
         By parameter; a weight is [d_out, d_in], a scale [d], and a single parameter is flat.
 
-    >>> import numpy as np
-    >>> taps = {"fc": Tap("matrix", np.array([[[2.0, 1.0]], [[1.0, 0.0]]]), np.array([[[3.0]], [[1.0]]]))}
-    >>> per_sample_square_sum(taps)
-    {'fc.weight': array([[37.,  9.]])}
+    Examples:
+        >>> import numpy as np
+        >>> taps = {"fc": Tap("matrix", np.array([[[2.0, 1.0]], [[1.0, 0.0]]]), np.array([[[3.0]], [[1.0]]]))}
+        >>> per_sample_square_sum(taps)
+        {'fc.weight': array([[37.,  9.]])}
     """
     squares: Params = {}
     for name, tap in _weights(taps):

@@ -30,16 +30,17 @@ class GPM(ThresholdProjector):
 
     The memory is a basis of that space for each weight. The settings are those of ``ThresholdProjector``.
 
-    >>> import numpy as np
-    >>> inputs = np.array([[1.0, 0.0, 0.0], [1.0, 1.0, 0.0]])  # two samples of three units
-    >>> class Task:
-    ...     def input_grams(self):
-    ...         return {"fc.weight": inputs.T @ inputs / 2}
-    >>> memory = GPM(threshold=1.0).remember(Task())
-    >>> memory.rank
-    {'fc.weight': (2, 3)}
-    >>> np.allclose(memory.project({"fc.weight": np.ones((1, 3))})["fc.weight"], [[0.0, 0.0, 1.0]])
-    True
+    Examples:
+        >>> import numpy as np
+        >>> inputs = np.array([[1.0, 0.0, 0.0], [1.0, 1.0, 0.0]])  # two samples of three units
+        >>> class Task:
+        ...     def input_grams(self):
+        ...         return {"fc.weight": inputs.T @ inputs / 2}
+        >>> memory = GPM(threshold=1.0).remember(Task())
+        >>> memory.rank
+        {'fc.weight': (2, 3)}
+        >>> np.allclose(memory.project({"fc.weight": np.ones((1, 3))})["fc.weight"], [[0.0, 0.0, 1.0]])
+        True
     """
 
     def remember(self, task: FinishedTask) -> Self:

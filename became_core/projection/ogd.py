@@ -51,16 +51,17 @@ class OGD(Projector):
     Raises:
         BecameError: if samples or capacity are below 1.
 
-    >>> import numpy as np
-    >>> class Task:
-    ...     def logit_gradients(self, count):
-    ...         yield {"w": np.array([[3.0, 0.0]]), "b": np.array([[4.0]])}  # one sample
-    >>> memory = OGD().remember(Task())
-    >>> memory.rank
-    {'shared parameters': (1, 3)}
-    >>> projected = memory.project({"w": np.array([3.0, 1.0]), "b": np.array([4.0])})
-    >>> np.allclose(projected["w"], [0.0, 1.0]), np.allclose(projected["b"], [0.0])
-    (True, True)
+    Examples:
+        >>> import numpy as np
+        >>> class Task:
+        ...     def logit_gradients(self, count):
+        ...         yield {"w": np.array([[3.0, 0.0]]), "b": np.array([[4.0]])}  # one sample
+        >>> memory = OGD().remember(Task())
+        >>> memory.rank
+        {'shared parameters': (1, 3)}
+        >>> projected = memory.project({"w": np.array([3.0, 1.0]), "b": np.array([4.0])})
+        >>> np.allclose(projected["w"], [0.0, 1.0]), np.allclose(projected["b"], [0.0])
+        (True, True)
     """
 
     samples: int = setting(200, option="ogd_samples")

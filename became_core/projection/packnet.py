@@ -45,10 +45,11 @@ class PackNet(Projector):
     Raises:
         BecameError: if the share is not in its range.
 
-    >>> import numpy as np
-    >>> memory, theta = PackNet(share=0.5).between_stages({"w": np.array([[3.0, -1.0]])}, frozenset({"w"}))
-    >>> theta["w"], memory.owners["w"]
-    (array([[3., 0.]]), array([[1, 0]], dtype=uint8))
+    Examples:
+        >>> import numpy as np
+        >>> memory, theta = PackNet(share=0.5).between_stages({"w": np.array([[3.0, -1.0]])}, frozenset({"w"}))
+        >>> theta["w"], memory.owners["w"]
+        (array([[3., 0.]]), array([[1, 0]], dtype=uint8))
     """
 
     share: float = setting(0.5, option="packnet_share")

@@ -82,9 +82,10 @@ def importances(sigma: Array, scale: float) -> Array:
         sigma: singular values, [k], at least 0.
         scale: s, above 0.
 
-    >>> import numpy as np
-    >>> importances(np.array([3.0, 1.0]), scale=1.0)
-    array([1. , 0.5])
+    Examples:
+        >>> import numpy as np
+        >>> importances(np.array([3.0, 1.0]), scale=1.0)
+        array([1. , 0.5])
     """
     xp: Any = namespace(sigma=sigma)
     if not sigma.shape[0] or not bool(xp.any(sigma > 0)):

@@ -106,10 +106,11 @@ def _is_factor(gram: Array) -> bool:
 def complement(basis: Array) -> Array:
     """Return orthonormal columns [d, d - k] that complete the columns of an orthonormal basis [d, k].
 
-    >>> import numpy as np
-    >>> np.abs(complement(np.array([[1.0], [0.0]])))
-    array([[0.],
-           [1.]])
+    Examples:
+        >>> import numpy as np
+        >>> np.abs(complement(np.array([[1.0], [0.0]])))
+        array([[0.],
+               [1.]])
     """
     xp: Any = namespace(basis=basis)
     width, rank = basis.shape
@@ -146,10 +147,11 @@ def energies(name: str, gram: Array, basis: Array | None) -> Energies:
     Raises:
         BecameError: if the Gram matrix is not square, not finite, or does not fit the basis.
 
-    >>> import numpy as np
-    >>> parts = energies("fc.weight", np.diag([4.0, 1.0, 0.0]), np.array([[1.0], [0.0], [0.0]]))
-    >>> parts.old, parts.new
-    (array([4.]), array([1., 0.]))
+    Examples:
+        >>> import numpy as np
+        >>> parts = energies("fc.weight", np.diag([4.0, 1.0, 0.0]), np.array([[1.0], [0.0], [0.0]]))
+        >>> parts.old, parts.new
+        (array([4.]), array([1., 0.]))
     """
     xp: Any = namespace(gram=gram) if basis is None else namespace(gram=gram, basis=basis)
     c = _checked(name, gram, None if basis is None else int(basis.shape[0]))
@@ -204,9 +206,10 @@ def min_directions(values: Array, wanted: Array, *, captured: Array | float = 0.
         captured: the energy that is reached without any of these directions.
         floor: a direction with an energy up to this value is not taken, even if the wanted energy is not reached.
 
-    >>> import numpy as np
-    >>> min_directions(np.array([4.0, 2.0, 1.0]), np.asarray(5.0))
-    2
+    Examples:
+        >>> import numpy as np
+        >>> min_directions(np.array([4.0, 2.0, 1.0]), np.asarray(5.0))
+        2
     """
     xp: Any = namespace(values=values)
     if not values.shape[0] or bool(wanted <= captured):
@@ -227,10 +230,11 @@ class Subspace:
         form: how P is computed from F.
         protected: the sum of the importances, rounded down, which is the trace of I - P.
 
-    >>> import numpy as np
-    >>> space = Subspace.of(np.array([[1.0], [0.0], [0.0]]), importance=np.array([0.5]))
-    >>> space.project_rows("fc.weight", np.array([[2.0, 3.0, 4.0]]))
-    array([[1., 3., 4.]])
+    Examples:
+        >>> import numpy as np
+        >>> space = Subspace.of(np.array([[1.0], [0.0], [0.0]]), importance=np.array([0.5]))
+        >>> space.project_rows("fc.weight", np.array([[2.0, 3.0, 4.0]]))
+        array([[1., 3., 4.]])
     """
 
     basis: Array

@@ -160,10 +160,11 @@ class TrustRegion(Region):
     Raises:
         BecameError: if a basis has no scale, or one that does not fit.
 
-    >>> import numpy as np
-    >>> region = TrustRegion({"fc.weight@0": np.array([[1.0], [0.0]])}, {"fc.weight@0": np.array([[3.0]])})
-    >>> region.effective({"fc.weight": np.array([[1.0, 2.0]])})["fc.weight"]
-    array([[3., 2.]])
+    Examples:
+        >>> import numpy as np
+        >>> region = TrustRegion({"fc.weight@0": np.array([[1.0], [0.0]])}, {"fc.weight@0": np.array([[3.0]])})
+        >>> region.effective({"fc.weight": np.array([[1.0, 2.0]])})["fc.weight"]
+        array([[3., 2.]])
     """
 
     bases: Params

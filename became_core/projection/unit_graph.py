@@ -101,7 +101,7 @@ def find_unit_graph(start: TaskStart) -> UnitGraph:
 
 def _refusal(reader: str, name: str) -> BecameError:
     return BecameError(
-        f"HAT gates units, and '{reader}' does not see those of '{name}' one by one; choose another method or network."
+        f"HAT gates units, and '{reader}' does not read those of '{name}' one by one; choose another method or network."
     )
 
 

@@ -126,8 +126,8 @@ def test_units_that_are_multiplied_one_by_one_are_all_sources() -> None:
 @pytest.mark.parametrize(
     ("backbone", "pair"),
     [
-        (Product, r"'third\.weight' does not see those of 'second\.weight'"),
-        (layer_norm, r"'4\.weight' does not see those of '1\.weight'"),
+        (Product, r"'third\.weight' does not read those of 'second\.weight'"),
+        (layer_norm, r"'4\.weight' does not read those of '1\.weight'"),
     ],
 )
 def test_a_network_whose_units_mix_is_refused(backbone: Callable[[], nn.Module], pair: str) -> None:

@@ -1,6 +1,5 @@
-"""The direction of a step with relative learning rates, with a penalty on some parameters, and with both."""
+"""Running statistics: how those of batches are combined, and when a learner gets new ones."""
 
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -8,66 +7,85 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from became_core.arrays import Params
-from became_core.continual import SGD, Adam, Constraint, Optimiser, Penalty
-from became_core.laplace import Diagonal, LaplacePosterior
-from became_core.projection import GPM
+from became_core.continual import Annealed, TaskStream, Training, build_method
+from became_core.continual.learner import pooled, refresh_statistics, weights_of
+from became_core.continual.run_context import RunContext
+from became_core.continual.state import Memory
+from reference.learner import ReferenceLearner
 from tests.backends import to_numpy
-from tests.projections import Finished
+from tests.streams import prototype_stream
 
-RELATIVE = st.sampled_from([0.25, 2.0, 20.0])
-OPTIMISERS = SGD(), SGD(momentum=0.5, weight_decay=0.1), Adam(weight_decay=0.1)
-
-
-def some(xp: Any, seed: int) -> Params:
-    """Two weights [3, 4], a scale [3] and a head [2, 3]."""
-    draw = np.random.default_rng(seed)
-    shapes = {"fc1.weight": (3, 4), "fc2.weight": (3, 4), "norm.weight": (3,), "heads.0.weight": (2, 3)}
-    return {name: xp.asarray(draw.normal(size=shape), dtype=xp.float64) for name, shape in shapes.items()}
+STREAM = prototype_stream(per_class=12)
 
 
-def moves(constraint: Constraint, optimiser: Optimiser, theta: Params, gradients: list[Params], rate: float) -> Params:
-    """Return how far every parameter moves in steps with these gradients."""
-    at, optimiser = theta, optimiser.initial(theta)
-    for gradient in gradients:
-        directions, optimiser = constraint.directions(gradient, at, rate, optimiser)
-        at = {name: value - rate * directions[name] for name, value in at.items()}
-    return {name: to_numpy(at[name]) - to_numpy(value) for name, value in theta.items()}
+@given(sizes=st.lists(st.integers(1, 5), min_size=1, max_size=4), offset=st.sampled_from([0.0, 1e4]))
+def test_pooled_statistics_are_those_of_all_samples_at_once(xp: Any, sizes: list[int], offset: float) -> None:
+    samples = offset + np.random.default_rng(len(sizes)).normal(size=(sum(sizes), 3))
+    parts = np.split(samples, np.cumsum(sizes)[:-1])
+    batches = []
+    for part in parts:
+        statistics = {"bn.running_mean": part.mean(axis=0), "bn.running_var": part.var(axis=0)}
+        batches.append((len(part), {n: xp.asarray(value, dtype=xp.float64) for n, value in statistics.items()}))
+    result = pooled(batches)
+    np.testing.assert_allclose(to_numpy(result["bn.running_mean"]), samples.mean(axis=0), rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(to_numpy(result["bn.running_var"]), samples.var(axis=0), rtol=1e-7, atol=1e-12)
 
 
-@pytest.mark.parametrize("penalised", [False, True])
-@pytest.mark.parametrize("optimiser", OPTIMISERS)
-@given(relative=RELATIVE, rate=st.sampled_from([0.01, 0.1]), seed=st.integers(0, 9))
-def test_a_relative_rate_acts_like_another_rate_for_its_parameters_alone(
-    xp: Any, optimiser: Optimiser, penalised: bool, relative: float, rate: float, seed: int
-) -> None:
-    """These parameters move as if the whole step had that rate, and all others as if there were no relative rate."""
-    theta, others = some(xp, seed), some(xp, seed + 100)
-    gradients = [some(xp, seed + step) for step in (200, 300)]
-    gram = xp.asarray(np.diag([1.0, 1.0, 0.0, 0.0]), dtype=xp.float64)
-    memory = GPM(0.9).remember(Finished({"fc1.weight": gram, "fc2.weight": gram}, {}))
-    posterior = LaplacePosterior(others, Diagonal({name: value * value for name, value in theta.items()}))
-    plain = Constraint(frozenset(theta), memory, Penalty(posterior, 3.0) if penalised else None)
-    moved = ("fc1.weight", "norm.weight")
-    result = moves(replace(plain, relative=dict.fromkeys(moved, relative)), optimiser, theta, gradients, rate)
-    at_its_rate = moves(plain, optimiser, theta, gradients, rate * relative)
-    as_it_was = moves(plain, optimiser, theta, gradients, rate)
-    for name, move in result.items():
-        expected = at_its_rate if name in moved else as_it_was
-        np.testing.assert_allclose(move, expected[name], rtol=1e-10, atol=1e-12)
-        assert np.abs(move).max() > 0
-    np.testing.assert_allclose(result["fc1.weight"][:, :2], 0, atol=1e-10)
+class Running(ReferenceLearner):
+    """A learner whose running statistics all equal one of its weights; it records the rows that it gets."""
+
+    rows: np.ndarray[Any, Any]
+
+    def __init__(self, stream: TaskStream) -> None:
+        super().__init__(stream)
+        self.running_statistics = frozenset({"bn.running_mean", "bn.running_var"})
+
+    def parameters(self) -> Any:
+        zeros = {name: np.zeros(2) for name in ("bn.running_mean", "bn.running_var")}
+        return super().parameters() | getattr(self, "moments", zeros)
+
+    def assign(self, parameters: Any) -> None:
+        self.moments = {name: parameters[name] for name in self.running_statistics}
+        super().assign(parameters)
+
+    def batch_statistics(self, indices: Any, batch_size: int) -> Any:
+        self.rows = indices
+        first = float(super().parameters()["fc1.weight"][0, 0])
+        yield len(indices), {name: np.full(2, first) for name in sorted(self.running_statistics)}
 
 
-@given(seed=st.integers(0, 9), strength=st.sampled_from([0.5, 200.0]))
-def test_a_parameter_without_a_mean_is_not_penalised(xp: Any, seed: int, strength: float) -> None:
-    theta, gradients = some(xp, seed), [some(xp, seed + 1)]
-    of_norms = {"norm.weight": theta["norm.weight"] + 1}
-    penalty = Penalty(LaplacePosterior(of_norms, Diagonal({"norm.weight": theta["norm.weight"] ** 2 + 1})), strength)
-    penalised = moves(Constraint(frozenset(theta), penalty=penalty), SGD(), theta, gradients, 0.1)
-    free = moves(Constraint(frozenset(theta)), SGD(), theta, gradients, 0.1)
-    for name, move in penalised.items():
-        assert np.array_equal(move, free[name]) == (name != "norm.weight")
-    assert np.all(
-        penalised["norm.weight"] > free["norm.weight"]
-    )  # The mean is larger, and the penalty draws the weight to it.
+@pytest.mark.parametrize(("batch_size", "count"), [(8, 27), (13, 26), (1, 27)])
+def test_statistics_use_all_training_images_but_a_single_last_one(batch_size: int, count: int) -> None:
+    learner, task = Running(STREAM), STREAM.tasks[1]
+    assert len(task.train) == 27
+    refresh_statistics(learner, [task], batch_size, seed=3)
+    assert len(set(learner.rows)) == len(learner.rows) == count
+    assert set(learner.rows) <= set(task.train)
+    assert not np.array_equal(learner.rows, task.train[:count])
+    refresh_statistics(learner, STREAM.tasks[:2], 8, seed=3)
+    assert set(learner.rows) == set(STREAM.tasks[0].train) | set(task.train)
+
+
+def test_statistics_belong_to_the_weights_inside_and_after_a_context() -> None:
+    learner = Running(STREAM)
+    context = RunContext(
+        learner, STREAM, build_method("finetune"), Training(Annealed(0.1, 1), Annealed(0.1, 1), batch_size=8), seed=3
+    )
+    before = learner.parameters()
+    weights = {name: value + 0.5 for name, value in weights_of(learner).items()}
+    assert set(weights) == set(before) - learner.running_statistics
+    with context.at(STREAM.tasks[0], weights, Memory()):
+        for name in learner.running_statistics:
+            np.testing.assert_array_equal(learner.parameters()[name], weights["fc1.weight"][0, 0])
+    for name, value in learner.parameters().items():
+        np.testing.assert_array_equal(value, before[name])
+    context.move_to(STREAM.tasks[0], weights, Memory())
+    for name in learner.running_statistics:
+        np.testing.assert_array_equal(learner.parameters()[name], weights["fc1.weight"][0, 0])
+
+
+def test_a_learner_without_running_statistics_is_unchanged() -> None:
+    learner = ReferenceLearner(STREAM)
+    before = learner.parameters()
+    refresh_statistics(learner, STREAM.tasks[:1], 8, seed=3)
+    assert all(np.array_equal(value, before[name]) for name, value in learner.parameters().items())
