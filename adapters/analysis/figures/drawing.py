@@ -1,7 +1,8 @@
 """What all figures share: matplotlib, colours, type, and figures as SVG and PNG.
 
-Convention: a figure is one column wide, so that a phone shows it whole; a colour stands for one method. Every colour that
-the page changes with its theme is in ``THEME``. Such a colour is used for nothing else, because it is replaced by its text.
+Convention: a figure is one column wide, so that a phone shows it whole; a colour stands for one method. Every colour
+that the page changes with its theme is in ``THEME``. Such a colour is used for nothing else, because the page replaces
+it wherever it occurs.
 """
 
 import io
