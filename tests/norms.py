@@ -46,7 +46,7 @@ from tests.streams import prototype_stream
 __all__ = ["CHECKS", "MakeNormalised", "normalised"]
 
 MakeNormalised = Callable[[Architecture, TaskStream], Learner]
-STREAM = prototype_stream(tasks=2, classes_per_task=3, per_class=16, side=8, validation=0.2)
+STREAM = prototype_stream(tasks=2, classes_per_task=3, per_class=16, side=8, validation=1 / 3)
 # Statistics are compared: in double precision, but for sums of squares.
 RTOL = 1e-9
 
@@ -80,7 +80,7 @@ def stepped(learner: Learner, steps: int = 3) -> None:
 def trained(make: MakeNormalised, kind: str) -> Learner:
     learner = make(normalised(kind), STREAM)
     stepped(learner)
-    move_to(learner, weights_of(learner), STREAM.tasks[:1], 10, 0)
+    move_to(learner, weights_of(learner), STREAM.tasks[:1], 12, 0)
     return learner
 
 
@@ -94,8 +94,8 @@ def check_whether_an_images_batch_matters(make: MakeNormalised) -> None:
     rows = STREAM.tasks[0].test
     for kind in ("batch", "running", "group"):
         learner = trained(make, kind)
-        together, by_two = (to_numpy(learner.logits(rows, size)) for size in (len(rows), 2))
-        assert np.allclose(by_two, together, rtol=1e-9, atol=1e-9) == (kind != "batch")
+        together, by_four = (to_numpy(learner.logits(rows, size)) for size in (len(rows), 4))
+        assert np.allclose(by_four, together, rtol=1e-9, atol=1e-9) == (kind != "batch")
 
 
 def check_statistics_are_no_weights(make: MakeNormalised) -> None:
@@ -134,7 +134,7 @@ def check_batches_say_their_own_statistics(make: MakeNormalised) -> None:
     batch.assign(weights_of(learner))
     learner.assign(learner.parameters() | dict(next(iter(learner.batch_statistics(rows, 8)))[1]))
     expected = to_numpy(batch.logits(rows[:8], 8))
-    np.testing.assert_allclose(to_numpy(learner.logits(rows[:8], 3)), expected, rtol=1e-8, atol=1e-8)
+    np.testing.assert_allclose(to_numpy(learner.logits(rows[:8], 4)), expected, rtol=1e-8, atol=1e-8)
 
 
 def check_every_model_of_a_run_has_its_own_statistics(make: MakeNormalised) -> None:

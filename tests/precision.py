@@ -55,7 +55,7 @@ def check_mixed_precision(make: MakeMixed, network: Any = NETWORK) -> None:
     """
     stream = STREAM
     plain, mixed = (make(network, stream, each) for each in (False, True))
-    task, training = stream.tasks[1], Training(Annealed(0.1, 1), Annealed(0.1, 1), projector_samples=5)
+    task, training = stream.tasks[1], Training(Annealed(0.1, 1), Annealed(0.1, 1), projector_samples=5, batch_size=30)
     measured = Measurement(mixed, stream.tasks[0], training, "empirical", 0, "posterior")
     memory = GPM(0.5).remember(measured)
     same = replace(measured, learner=plain)

@@ -21,8 +21,7 @@ from jax import lax
 from jax import numpy as jnp
 
 from adapters.jax.layers import Pass, convolved
-from adapters.networks import BatchNorm, Dropout, Linear, Mask, Parameter
-from adapters.networks.own import CANONICAL_AXES, OwnLayer
+from adapters.networks import CANONICAL_AXES, BatchNorm, Dropout, Linear, Mask, Parameter, UserLayer
 from became_core import BecameError
 from became_core.arrays import Array, Params
 
@@ -38,7 +37,7 @@ class _Layer(NamedTuple):
     """
 
     kind: Literal["matrix", "scale"]
-    run: Callable[[Pass, OwnLayer, Any, Array], Array]
+    run: Callable[[Pass, UserLayer, Any, Array], Array]
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,7 +52,7 @@ class FlaxBackbone:
     """
 
     module: nn.Module
-    tapped: tuple[OwnLayer, ...]
+    tapped: tuple[UserLayer, ...]
     parameters: Mapping[str, Parameter]
     masks: tuple[Mask, ...]
 
@@ -69,12 +68,12 @@ class FlaxBackbone:
             BecameError: if a parameter belongs to a layer that taps do not know.
         """
         channels, height, width = image
-        layers: dict[str, OwnLayer] = {}
+        layers: dict[str, UserLayer] = {}
         masks: list[Mask] = []
 
-        def look(following: Any, args: Any, kwargs: Any, context: Any) -> Any:
+        def look(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
             if context.method_name != "__call__":
-                return following(*args, **kwargs)
+                return call(*args, **kwargs)
             if type(context.module) is nn.Dropout:
                 threshold = Dropout(context.module.rate).threshold
                 masks.extend([(tuple(args[0].shape[1:]), threshold)] if threshold else [])
@@ -82,24 +81,25 @@ class FlaxBackbone:
             if _is_known(context.module):
                 layer = _layer_of(context.module)
                 layers[layer.name] = layer
-            return following(*args, **kwargs)
+            return call(*args, **kwargs)
 
         def initial(images: Array) -> Any:
             with nn.intercept_methods(look):
                 return module.init({"params": jax.random.key(0), "dropout": jax.random.key(0)}, images)
 
         blank = jax.ShapeDtypeStruct((2, height, width, channels), jnp.float32)
-        found = flatten_dict(jax.eval_shape(initial, blank).get("params", {}), sep=".")
+        leaves = flatten_dict(jax.eval_shape(initial, blank).get("params", {}), sep=".")
         parameters: dict[str, Parameter] = {}
-        for path, leaf in found.items():
+        for path, leaf in leaves.items():
             owner, _, own = path.rpartition(".")
             if owner not in layers:
+                classes = ", ".join(sorted(layer_class.__name__ for layer_class in _LAYERS))
                 raise BecameError(
-                    f"taps do not know the layer of the parameter '{path}'; on JAX they know "
-                    f"{', '.join(sorted(each.__name__ for each in _LAYERS))} with weights, Conv of images, one group."
+                    f"taps do not know the layer of the parameter '{path}'; on JAX they know {classes} with weights, "
+                    "Conv of images, one group."
                 )
             shape = tuple(leaf.shape[axis] for axis in CANONICAL_AXES[leaf.ndim])
-            fan_in = None if layers[owner].kind == "scale" else prod(found[f"{owner}.kernel"].shape[:-1])
+            fan_in = None if layers[owner].kind == "scale" else prod(leaves[f"{owner}.kernel"].shape[:-1])
             parameters[f"{owner}.{'bias' if own == 'bias' else 'weight'}"] = Parameter(shape, fan_in)
         return cls(module, tuple(layers.values()), parameters, tuple(masks))
 
@@ -107,13 +107,13 @@ class FlaxBackbone:
         """Return the features [N, features] of images [N, H, W, C]."""
         layers = {layer.name: layer for layer in self.tapped}
 
-        def take_over(following: Any, args: Any, kwargs: Any, context: Any) -> Any:
+        def take_over(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
             if context.method_name != "__call__":
-                return following(*args, **kwargs)
+                return call(*args, **kwargs)
             if type(context.module) is nn.Dropout:
                 return run(Dropout(context.module.rate), args[0])
             if not _is_known(context.module):
-                return following(*args, **kwargs)
+                return call(*args, **kwargs)
             layer = layers[_layer_of(context.module).name]
             return _LAYERS[type(context.module)].run(run, layer, context.module, args[0])
 
@@ -122,26 +122,27 @@ class FlaxBackbone:
 
     def weights(self, params: Any) -> Params:
         """Return a flax tree of parameters by canonical name, in canonical layouts."""
-        found = {}
+        weights = {}
         for path, leaf in flatten_dict(params, sep=".").items():
             owner, _, own = path.rpartition(".")
-            found[f"{owner}.{'bias' if own == 'bias' else 'weight'}"] = jnp.transpose(leaf, CANONICAL_AXES[leaf.ndim])
-        return found
+            name = f"{owner}.{'bias' if own == 'bias' else 'weight'}"
+            weights[name] = jnp.transpose(leaf, CANONICAL_AXES[leaf.ndim])
+        return weights
 
     def params(self, weights: Params) -> Any:
         """Return weights by canonical name as flax has them; those of other layers, such as heads, are left out."""
         kernels = {layer.name: "kernel" if layer.kind == "matrix" else "scale" for layer in self.tapped}
-        found = {}
+        leaves = {}
         for name in self.parameters:
             owner, _, own = name.rpartition(".")
             path = f"{owner}.{'bias' if own == 'bias' else kernels[owner]}"
             axes = np.argsort(CANONICAL_AXES[weights[name].ndim])
-            found[path] = jnp.transpose(weights[name], axes.tolist())
-        return unflatten_dict(found, sep=".")
+            leaves[path] = jnp.transpose(weights[name], axes.tolist())
+        return unflatten_dict(leaves, sep=".")
 
 
-def _layer_of(module: Any) -> OwnLayer:
-    return OwnLayer(".".join(module.path), _LAYERS[type(module)].kind, module.use_bias)
+def _layer_of(module: Any) -> UserLayer:
+    return UserLayer(".".join(module.path), _LAYERS[type(module)].kind, module.use_bias)
 
 
 def _is_known(module: Any) -> bool:
@@ -152,7 +153,7 @@ def _is_known(module: Any) -> bool:
     return type(module) is nn.Dense or (type(module) in _LAYERS and bool(module.use_scale))
 
 
-def _convolution(run: Pass, layer: OwnLayer, module: Any, inputs: Array) -> Array:
+def _convolution(run: Pass, layer: UserLayer, module: Any, inputs: Array) -> Array:
     window: dict[str, Any] = {
         "window_strides": _pair(module.strides),
         "padding": _padding(module),
@@ -177,18 +178,18 @@ def _padding(module: Any) -> Any:
         return module.padding
     if isinstance(module.padding, int):
         return [(module.padding, module.padding)] * 2
-    return [(each, each) if isinstance(each, int) else each for each in module.padding]
+    return [(side, side) if isinstance(side, int) else side for side in module.padding]
 
 
 def _pair(value: Any) -> tuple[int, ...]:
     return (1, 1) if value is None else (value, value) if isinstance(value, int) else tuple(value)
 
 
-def _layer_norm(run: Pass, layer: OwnLayer, module: Any, inputs: Array) -> Array:
+def _layer_norm(run: Pass, layer: UserLayer, module: Any, inputs: Array) -> Array:
     return _scaled(run, layer, _standardised(inputs, -1, module.epsilon))
 
 
-def _group_norm(run: Pass, layer: OwnLayer, module: Any, inputs: Array) -> Array:
+def _group_norm(run: Pass, layer: UserLayer, module: Any, inputs: Array) -> Array:
     groups = module.num_groups or inputs.shape[-1] // module.group_size
     split = inputs.reshape(len(inputs), -1, groups, inputs.shape[-1] // groups)
     return _scaled(run, layer, _standardised(split, (1, 3), module.epsilon).reshape(inputs.shape))
@@ -199,7 +200,7 @@ def _standardised(inputs: Array, axes: Any, epsilon: float) -> Array:
     return (inputs - mean) * lax.rsqrt(variance + epsilon)
 
 
-def _scaled(run: Pass, layer: OwnLayer, normalised: Array) -> Array:
+def _scaled(run: Pass, layer: UserLayer, normalised: Array) -> Array:
     return run.tapped(layer, lambda: normalised, normalised * run.weights[f"{layer.name}.weight"])
 
 

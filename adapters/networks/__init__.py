@@ -1,8 +1,16 @@
 """Networks described once, without a framework: layers, a network as a value, the benchmarks' networks by name."""
 
 from adapters.networks.catalogue import NETWORKS, Norm, alexnet, build_network, mlp, resnet18
-from adapters.networks.description import Architecture, Backbone, Pass, Record, Tapped
-from adapters.networks.initial import initial_value, initial_values
+from adapters.networks.description import CANONICAL_AXES, Architecture, Backbone, Pass, Record, Tapped, UserLayer
+from adapters.networks.draws import (
+    DropoutMasks,
+    Mask,
+    checked_masks,
+    draw_mask,
+    draw_masks,
+    initial_value,
+    initial_values,
+)
 from adapters.networks.layers import (
     AveragePool,
     BatchNorm,
@@ -22,9 +30,9 @@ from adapters.networks.layers import (
     Weighted,
     is_statistic,
 )
-from adapters.networks.masks import DropoutMasks, Mask, checked_masks, draw_mask, draw_masks
 
 __all__ = [
+    "CANONICAL_AXES",
     "NETWORKS",
     "Architecture",
     "AveragePool",
@@ -49,6 +57,7 @@ __all__ = [
     "Step",
     "Tanh",
     "Tapped",
+    "UserLayer",
     "Weighted",
     "alexnet",
     "build_network",

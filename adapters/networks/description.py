@@ -8,14 +8,17 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar, Literal, Protocol, TypeVar
 
+from adapters.networks.draws import Mask
 from adapters.networks.layers import BatchNorm, Dropout, Layer, Parameter, Residual, Shape, Step, Weighted
-from adapters.networks.masks import Mask
 from became_core import BecameError
 from became_core.arrays import Array, Params
 
-__all__ = ["Architecture", "Backbone", "Pass", "Record", "Tapped"]
+__all__ = ["CANONICAL_AXES", "Architecture", "Backbone", "Pass", "Record", "Tapped", "UserLayer"]
 
 T = TypeVar("T")
+
+# From the layouts of flax and Keras, [in, out] and HWIO, to the canonical ones, by the number of axes.
+CANONICAL_AXES = {1: (0,), 2: (1, 0), 4: (3, 2, 0, 1)}
 
 
 class Tapped(Protocol):
@@ -32,6 +35,15 @@ class Tapped(Protocol):
     @property
     def bias(self) -> bool:
         """Whether it has a bias."""
+
+
+@dataclass(frozen=True)
+class UserLayer:
+    """What a tap tells of a layer of a user's own model, which is no described one; attributes as of ``Tapped``."""
+
+    name: str
+    kind: Literal["matrix", "scale"]
+    bias: bool
 
 
 # Told of each layer with parameters as it runs: the layer, what gives the inputs that a tap has (patches, for a

@@ -133,9 +133,10 @@ class BatchNorm:
 
     def parameters(self, shape: Shape) -> dict[str, Parameter]:
         """Return the parameters by canonical name, for inputs of this shape."""
-        found = _named(self.name, shape[:1], None, bias=True)
         statistics = ("running_mean", "running_var") if self.running else ()
-        return found | {f"{self.name}.{each}": Parameter(shape[:1], None) for each in statistics}
+        return _named(self.name, shape[:1], None, bias=True) | {
+            f"{self.name}.{name}": Parameter(shape[:1], None) for name in statistics
+        }
 
     def output_shape(self, shape: Shape) -> Shape:
         """Return the shape of the output."""
@@ -198,7 +199,7 @@ class Dropout:
 
     @property
     def threshold(self) -> int:
-        """2^16 p, as ``adapters.networks.masks`` draws."""
+        """2^16 p, as ``adapters.networks.draws`` has it."""
         return round(self.p * 2**16)
 
     @property

@@ -18,8 +18,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from adapters.networks import BatchNorm, Dropout, Linear, Mask, Parameter
-from adapters.networks.own import CANONICAL_AXES, OwnLayer
+from adapters.networks import CANONICAL_AXES, BatchNorm, Dropout, Linear, Mask, Parameter, UserLayer
 from adapters.tensorflow.layers import Pass, convolved
 from became_core import BecameError
 from became_core.arrays import Array, Params
@@ -40,7 +39,7 @@ class _Layer(NamedTuple):
     kind: Literal["matrix", "scale"]
     weight: str
     bias: str
-    run: Callable[[Pass, OwnLayer, Any, Array], Array]
+    run: Callable[[Pass, UserLayer, Any, Array], Array]
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,19 +48,21 @@ class KerasBackbone:
 
     Attributes:
         model: built, from images [N, H, W, C] to features [N, features].
-        tapped: its layers with parameters.
+        tapped: its layers with parameters, in the order in which they run.
         parameters: by canonical name.
         masks: what its dropout layers need.
+        variables: the model's own, by canonical name.
     """
 
     model: keras.Model
-    tapped: tuple[OwnLayer, ...]
+    tapped: tuple[UserLayer, ...]
     parameters: Mapping[str, Parameter]
     masks: tuple[Mask, ...]
+    variables: Mapping[str, Any]
 
     @classmethod
     def of(cls, model: keras.Model, image: tuple[int, int, int]) -> "KerasBackbone":
-        """Look at a model.
+        """Look at a model while it sees two blank images.
 
         Args:
             model: any that is called with images alone.
@@ -72,96 +73,101 @@ class KerasBackbone:
         """
         channels, height, width = image
         masks: list[Mask] = []
+        layers: dict[Any, UserLayer] = {}
 
-        def look(following: Callable[..., Array], layer: Any, inputs: Array) -> Array:
-            if type(layer) is not keras.layers.Dropout:
-                return following(inputs)
-            threshold = Dropout(layer.rate).threshold
-            masks.extend([(tuple(inputs.shape[1:]), threshold)] if threshold else [])
-            return inputs
+        def look(call: Callable[[Array], Array], layer: Any, inputs: Array) -> Array:
+            if type(layer) is keras.layers.Dropout:
+                threshold = Dropout(layer.rate).threshold
+                masks.extend([(tuple(inputs.shape[1:]), threshold)] if threshold else [])
+                return inputs
+            if _is_known(layer):
+                layers[layer] = _described(layer)
+            return call(inputs)
 
-        with _intercepted(model, look):
+        with _intercepted(look):
             model(tf.zeros((2, height, width, channels)))
-        found = {layer: _layer_of(layer) for layer in model._flatten_layers() if _is_known(layer)}
-        names = [each.name for each in found.values()]
+        variables: dict[str, Any] = {}
         parameters: dict[str, Parameter] = {}
-        owned = set()
-        for layer, each in found.items():
-            if names.count(each.name) > 1:
-                raise BecameError(f"two layers are called '{each.name}'; give each a name of its own.")
-            fan_in = None if each.kind == "scale" else prod(layer.kernel.shape[:-1])
-            for name, variable in _variables(layer, each).items():
+        names = [described.name for described in layers.values()]
+        for layer, described in layers.items():
+            if names.count(described.name) > 1:
+                raise BecameError(f"two layers are called '{described.name}'; give each a name of its own.")
+            known = _LAYERS[type(layer)]
+            own = {f"{described.name}.weight": getattr(layer, known.weight)}
+            own |= {f"{described.name}.bias": getattr(layer, known.bias)} if described.bias else {}
+            fan_in = None if described.kind == "scale" else prod(layer.kernel.shape[:-1])
+            for name, variable in own.items():
                 shape = tuple(variable.shape[axis] for axis in CANONICAL_AXES[len(variable.shape)])
                 parameters[name] = Parameter(shape, fan_in)
-                owned.add(variable.path)
+            variables |= own
+        owned = {variable.path for variable in variables.values()}
         for variable in model.trainable_variables:
             if variable.path not in owned:
-                known = ", ".join(sorted(each.__name__ for each in _LAYERS))
+                classes = ", ".join(sorted(layer_class.__name__ for layer_class in _LAYERS))
                 raise BecameError(
-                    f"taps do not know the layer of the variable '{variable.path}'; on Keras they know {known} with "
+                    f"taps do not know the layer of the variable '{variable.path}'; on Keras they know {classes} with "
                     "weights, Conv2D of one group."
                 )
-        return cls(model, tuple(found.values()), parameters, tuple(masks))
+        return cls(model, tuple(layers.values()), parameters, tuple(masks), variables)
 
     def __call__(self, run: Pass, images: Array) -> Array:
         """Return the features [N, features] of images [N, H, W, C]."""
 
-        def take_over(following: Callable[..., Array], layer: Any, inputs: Array) -> Array:
+        def take_over(call: Callable[[Array], Array], layer: Any, inputs: Array) -> Array:
             if type(layer) is keras.layers.Dropout:
                 return run(Dropout(layer.rate), inputs)
             if not _is_known(layer):
-                return following(inputs)
-            output = _LAYERS[type(layer)].run(run, _layer_of(layer), layer, inputs)
+                return call(inputs)
+            output = _LAYERS[type(layer)].run(run, _described(layer), layer, inputs)
             activation = getattr(layer, "activation", None)
             return output if activation is None else activation(output)
 
-        with _intercepted(self.model, take_over):
+        with _intercepted(take_over):
             return self.model(images)
 
     def weights(self) -> Params:
         """Return the model's weights by canonical name, in canonical layouts."""
-        layers = {layer.name: layer for layer in self.model._flatten_layers() if _is_known(layer)}
         return {
             name: tf.transpose(variable.value, CANONICAL_AXES[len(variable.shape)])
-            for each in self.tapped
-            for name, variable in _variables(layers[each.name], each).items()
+            for name, variable in self.variables.items()
         }
 
     def assign(self, weights: Params) -> None:
         """Give the model weights by canonical name; those of other layers, such as heads, are left out."""
-        layers = {layer.name: layer for layer in self.model._flatten_layers() if _is_known(layer)}
-        for each in self.tapped:
-            for name, variable in _variables(layers[each.name], each).items():
-                variable.assign(tf.transpose(weights[name], np.argsort(CANONICAL_AXES[len(variable.shape)])))
+        for name, variable in self.variables.items():
+            variable.assign(tf.transpose(weights[name], np.argsort(CANONICAL_AXES[len(variable.shape)])))
 
 
 @contextmanager
-def _intercepted(model: keras.Model, instead: Callable[[Callable[..., Array], Any, Array], Array]) -> Iterator[None]:
-    """Let the layers of a model that taps know, and its Dropout, do something else, for the time of this context."""
-    layers = [each for each in model._flatten_layers() if _is_known(each) or type(each) is keras.layers.Dropout]
-    for layer in layers:
-        following = layer.call
+def _intercepted(instead: Callable[[Callable[[Array], Array], Any, Array], Array]) -> Iterator[None]:
+    """Let layers of the classes that taps know, and Dropout, do something else inside this context.
 
-        def call(inputs: Array, *, layer: Any = layer, following: Any = following, **options: Any) -> Array:
-            return instead(lambda x: following(x, **options), layer, inputs)
+    Args:
+        instead: (what the layer would do with inputs, the layer, its inputs) -> outputs. It must ask for the layer's
+            class, since a subclass may inherit what is replaced here.
+    """
+    classes = (*_LAYERS, keras.layers.Dropout)
+    inherited = {layer_class for layer_class in classes if "call" not in vars(layer_class)}
+    before = {layer_class: layer_class.call for layer_class in classes}
+    for layer_class, original in before.items():
 
-        layer.call = call
+        def call(layer: Any, inputs: Array, *, original: Any = original, **options: Any) -> Array:
+            return instead(lambda x: original(layer, x, **options), layer, inputs)
+
+        layer_class.call = call
     try:
         yield
     finally:
-        for layer in layers:
-            del layer.call
+        for layer_class, original in before.items():
+            if layer_class in inherited:
+                del layer_class.call
+            else:
+                layer_class.call = original
 
 
-def _layer_of(layer: Any) -> OwnLayer:
+def _described(layer: Any) -> UserLayer:
     known = _LAYERS[type(layer)]
-    return OwnLayer(layer.name, known.kind, getattr(layer, known.bias, None) is not None)
-
-
-def _variables(layer: Any, each: OwnLayer) -> dict[str, Any]:
-    known = _LAYERS[type(layer)]
-    weight = {f"{each.name}.weight": getattr(layer, known.weight)}
-    return weight | ({f"{each.name}.bias": getattr(layer, known.bias)} if each.bias else {})
+    return UserLayer(layer.name, known.kind, getattr(layer, known.bias, None) is not None)
 
 
 def _is_known(layer: Any) -> bool:
@@ -172,10 +178,10 @@ def _is_known(layer: Any) -> bool:
     return type(layer) is keras.layers.Dense or (type(layer) in _LAYERS and bool(layer.scale))
 
 
-def _convolution(run: Pass, each: OwnLayer, layer: Any, inputs: Array) -> Array:
+def _convolution(run: Pass, described: UserLayer, layer: Any, inputs: Array) -> Array:
     return convolved(
         run,
-        each,
+        described,
         inputs,
         kernel=layer.kernel_size,
         strides=layer.strides,
@@ -184,13 +190,17 @@ def _convolution(run: Pass, each: OwnLayer, layer: Any, inputs: Array) -> Array:
     )
 
 
-def _layer_norm(run: Pass, each: OwnLayer, layer: Any, inputs: Array) -> Array:
+def _batch_norm(run: Pass, described: UserLayer, layer: Any, inputs: Array) -> Array:
+    return run(BatchNorm(described.name, layer.epsilon), inputs)
+
+
+def _layer_norm(run: Pass, described: UserLayer, layer: Any, inputs: Array) -> Array:
     mean, variance = tf.nn.moments(inputs, [-1], keepdims=True)
-    return _scaled(run, each, (inputs - mean) * tf.math.rsqrt(variance + layer.epsilon))
+    return _scaled(run, described, (inputs - mean) * tf.math.rsqrt(variance + layer.epsilon))
 
 
-def _scaled(run: Pass, each: OwnLayer, normalised: Array) -> Array:
-    return run.tapped(each, lambda: normalised, normalised * run.weights[f"{each.name}.weight"])
+def _scaled(run: Pass, described: UserLayer, normalised: Array) -> Array:
+    return run.tapped(described, lambda: normalised, normalised * run.weights[f"{described.name}.weight"])
 
 
 _LAYERS: dict[type, _Layer] = {
@@ -198,11 +208,14 @@ _LAYERS: dict[type, _Layer] = {
         "matrix",
         "kernel",
         "bias",
-        lambda run, each, layer, inputs: run(Linear(each.name, layer.units, each.bias), inputs),
+        lambda run, described, layer, inputs: run(Linear(described.name, layer.units, described.bias), inputs),
     ),
     keras.layers.Conv2D: _Layer("matrix", "kernel", "bias", _convolution),
     keras.layers.BatchNormalization: _Layer(
-        "scale", "gamma", "beta", lambda run, each, layer, inputs: run(BatchNorm(each.name, layer.epsilon), inputs)
+        "scale",
+        "gamma",
+        "beta",
+        lambda run, described, layer, inputs: run(BatchNorm(described.name, layer.epsilon), inputs),
     ),
     keras.layers.LayerNormalization: _Layer("scale", "gamma", "beta", _layer_norm),
 }

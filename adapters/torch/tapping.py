@@ -41,12 +41,34 @@ CHUNK = 2**22
 Names = Mapping[nn.Module, str]
 
 
+class _Saved(torch.autograd.Function):
+    """Saves a tensor for a backward pass, so that autograd notices if the tensor is overwritten afterwards."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, tensor: Tensor) -> Tensor:
+        ctx.save_for_backward(tensor)
+        return anchor.clone()
+
+
 class _Run(NamedTuple):
-    """One run of a layer: its inputs, arranged for the tap, their version then, and its output's place in the graph."""
+    """One run of a layer.
+
+    Attributes:
+        inputs: arranged for the tap.
+        saved: the node that saved these inputs.
+        output: the output's place in the graph.
+    """
 
     inputs: Tensor
-    version: int
+    saved: Any
     output: GradientEdge
+
+    def is_unchanged(self) -> bool:
+        """Whether the inputs are still those that the layer saw."""
+        try:
+            return self.saved.saved_tensors is not None
+        except RuntimeError:  # as autograd says that a saved tensor was overwritten
+            return False
 
 
 class _Forward(NamedTuple):
@@ -164,7 +186,7 @@ def _forward(
         own = dict(module.named_parameters(recurse=False))
         if (
             taken
-            and all(run.inputs._version == run.version for run in taken)
+            and all(run.is_unchanged() for run in taken)
             and all(owners[value] == _joined(names[module], name) and names[module] for name, value in own.items())
             and all(uses[value] == len(taken) for value in own.values())
         ):
@@ -182,8 +204,10 @@ def _recorded(runs: dict[nn.Module, list[_Run]], samples: int) -> Iterator[None]
         if inputs and output.requires_grad and len(inputs[0]) == len(output) == samples:
             with torch.no_grad():
                 arranged = arranged_inputs(module, inputs[0].detach())
+            with torch.enable_grad():
+                saved = _Saved.apply(torch.zeros((), requires_grad=True), arranged).grad_fn  # type: ignore[no-untyped-call]
             # The place, and not the output itself, which may be overwritten: by ReLU(inplace=True), for one.
-            runs[module].append(_Run(arranged, arranged._version, get_gradient_edge(output)))
+            runs[module].append(_Run(arranged, saved, get_gradient_edge(output)))
 
     handles = [module.register_forward_hook(record) for module in runs]
     try:

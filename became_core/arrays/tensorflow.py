@@ -145,6 +145,11 @@ def where(condition: Any, x1: Any, x2: Any, /) -> Any:
     return tf.where(condition, *_promoted(x1, x2))
 
 
+def maximum(x1: Any, x2: Any, /) -> Any:
+    """Return the greater of two elements."""
+    return tf.maximum(*_promoted(x1, x2))
+
+
 def clip(x: Any, /, min: Any = None, max: Any = None) -> Any:
     """Return x within [min, max], each a number, a tensor or None for no bound; in the dtype of x."""
     x = x if min is None else tf.maximum(x, tf.cast(min, x.dtype))

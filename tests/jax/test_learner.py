@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,8 @@ from tests.streams import prototype_stream
 
 ROOT = Path(__file__).parents[2]
 IMAGE = (1, 6, 6)
-TRAINING = Training(Annealed(lr=0.05, epochs=8), Annealed(lr=0.05, epochs=4), batch_size=16, projector_samples=20)
+# Batches are all of one size, since each other size is compiled by itself: 90 samples for training and 30 for testing.
+TRAINING = Training(Annealed(lr=0.05, epochs=8), Annealed(lr=0.05, epochs=4), batch_size=15, projector_samples=15)
 
 
 def _learn(learner: Learner, stream: TaskStream, method: str, training: Training = TRAINING) -> RunRecord:
@@ -110,7 +112,7 @@ def test_a_network_of_every_layer_learns(method: str) -> None:
 
 
 def test_equal_seeds_give_equal_runs_and_others_do_not() -> None:
-    stream = prototype_stream()
+    stream = prototype_stream(tasks=2)
     weights = []
     for seed in (3, 3, 4):
         learner = JaxLearner(_of_every_layer(), stream, seed=seed)
@@ -138,8 +140,9 @@ def test_nothing_but_new_constraints_is_compiled_again(
 
     count("gradients")
     count("advanced")
-    stream = prototype_stream()
-    _learn(JaxLearner(_of_every_layer(), stream), stream, method)
+    layers = Convolution("conv1", 3, 3), ReLU(), Flatten(), Linear("fc1", 8, bias=True), Dropout(0.1)
+    stream, training = prototype_stream(), replace(TRAINING, stage1=Annealed(0.05, 2), batch_size=16)
+    _learn(JaxLearner(Architecture(layers, IMAGE), stream), stream, method, training)
     sizes = 2  # of batches: the last of an epoch is smaller
     frozen_in_later_tasks = method == "gpm"
     assert traced == {"gradients": sizes * (2 if frozen_in_later_tasks else 1), "advanced": updates}

@@ -16,7 +16,7 @@ def shapes_of(name: str, *image: int) -> dict[str, tuple[int, ...]]:
     return {name: parameter.shape for name, parameter in network.parameters.items()}
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", NETWORKS.names)
 def test_only_batch_norm_has_biases(name: str) -> None:
     network = build_network(name, (3, 32, 32))
     norms = {layer.name for layer in network.tapped if isinstance(layer, BatchNorm)}
@@ -75,7 +75,7 @@ def test_resnet18_has_the_published_layers_and_size() -> None:
     assert sum(map(prod, shapes.values())) == 1_093_140
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", NETWORKS.names)
 def test_a_network_takes_the_smallest_images_it_promises(name: str) -> None:
     side = SMALLEST[name]
     assert build_network(name, (3, side, side + 5)).width > 0

@@ -6,7 +6,7 @@ from torch.nn import functional
 
 from adapters.torch.tapping import collect_taps, layers_with_samples_first
 from became_core.curvature import TapMode, Taps, diagonal_fisher, logit_cotangents
-from tests.conformance import fresh_stream
+from tests.conformance import fresh_rng
 
 __all__ = ["assert_exact", "autograd_gradients", "taps_of"]
 
@@ -29,7 +29,7 @@ def taps_of(network: nn.Module, samples: Tensor, labels: Tensor, mode: TapMode =
     layers = layers_with_samples_first(network, names, (samples[:2],))
 
     def cotangents(logits: Tensor) -> list[Tensor]:
-        return list(logit_cotangents(logits, labels, mode, fresh_stream()))
+        return list(logit_cotangents(logits, labels, mode, fresh_rng()))
 
     return list(collect_taps(network, names, (samples,), cotangents, layers=layers))
 

@@ -11,7 +11,7 @@ from adapters.networks import NETWORKS, Architecture, BatchNorm, Flatten, Linear
 from adapters.torch.networks import Described, Dropout, MultiHead, draw_masks_from
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", NETWORKS.names)
 def test_parameters_go_by_their_canonical_names_and_begin_as_drawn(name: str) -> None:
     network = build_network(name, (3, 24, 25))
     parameters = dict(Described(network, seed=5).named_parameters())
@@ -28,7 +28,7 @@ def test_weights_in_double_precision_are_drawn_so() -> None:
         assert not torch.equal(value, value.float().double())
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", NETWORKS.names)
 def test_it_gives_as_many_features_as_described_and_keeps_no_statistics(name: str) -> None:
     torch.manual_seed(0)
     network = build_network(name, (3, 22, 25))

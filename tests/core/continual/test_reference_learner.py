@@ -5,7 +5,7 @@ import pytest
 
 from became_core.continual import SGD, Batch, Constraint, Learner, TaskStream
 from reference.learner import ReferenceLearner
-from tests.conformance import CHECKS, STREAM, Make, fresh_stream, numbers
+from tests.conformance import CHECKS, STREAM, Make, fresh_rng, numbers
 
 
 def plain(stream: TaskStream, seed: int) -> Learner:
@@ -26,7 +26,7 @@ def test_images_are_normalised_with_the_data_sets_statistics() -> None:
     """The inputs of the first layer have mean 0 and variance 1 over the training part."""
     rows = np.arange(STREAM.dataset.train_size)
     learner = ReferenceLearner(STREAM)
-    (taps,) = learner.taps(0, rows, len(rows), "empirical", fresh_stream())
+    (taps,) = learner.taps(0, rows, len(rows), "empirical", fresh_rng())
     assert float(taps["fc1"].inputs.mean()) == pytest.approx(0, abs=1e-12)
     assert float(taps["fc1"].inputs.std()) == pytest.approx(1)
 
@@ -48,8 +48,8 @@ def test_dropout_is_a_function_of_the_generator() -> None:
 def test_dropout_is_on_in_published_taps_only() -> None:
     rows = STREAM.tasks[0].train
     learner = ReferenceLearner(STREAM, hidden=(200, 100), dropout=0.5)
-    (frozen,) = learner.taps(0, rows, len(rows), "empirical", fresh_stream())
-    (published,) = learner.taps(0, rows, len(rows), "published", fresh_stream())
+    (frozen,) = learner.taps(0, rows, len(rows), "empirical", fresh_rng())
+    (published,) = learner.taps(0, rows, len(rows), "published", fresh_rng())
     without, dropped = frozen["fc2"].inputs, published["fc2"].inputs
     is_active = dropped != 0
     np.testing.assert_array_equal(

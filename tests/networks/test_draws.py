@@ -1,8 +1,9 @@
-"""Initial weights: a function of seed and name, in the range of PyTorch's own."""
+"""Initial weights and dropout masks: functions of seeds and names, the same for every framework."""
 
 import numpy as np
+import pytest
 
-from adapters.networks import Parameter, initial_value, initial_values
+from adapters.networks import Dropout, Parameter, draw_mask, draw_masks, initial_value, initial_values
 
 PARAMETERS = {
     "conv1.weight": Parameter((8, 3, 3, 3), 27),
@@ -34,3 +35,24 @@ def test_weights_are_uniform_within_what_the_fan_in_gives_and_norms_the_identity
     np.testing.assert_array_equal(values["bn1.bias"], np.zeros(8))
     np.testing.assert_array_equal(values["bn1.running_mean"], np.zeros(8))
     np.testing.assert_array_equal(values["bn1.running_var"], np.ones(8))
+
+
+@pytest.mark.parametrize("p", [0.2, 0.5])
+def test_the_right_fraction_is_kept_and_the_scale_keeps_the_mean(p: float) -> None:
+    layer = Dropout(p)
+    mask = draw_mask((400, 501), layer.threshold, np.random.default_rng(0))
+    assert mask.shape == (400, 501)
+    assert abs(mask.mean() - (1 - p)) < 5e-3
+    assert layer.scale == pytest.approx(1 / (1 - p), abs=1e-4)
+    assert abs((mask * layer.scale).mean() - 1) < 1e-2
+
+
+def test_masks_are_drawn_in_order_and_repeat_with_their_generator() -> None:
+    masks = (((3, 5), 2**15), ((7,), 2**14))
+    first, again, other = (draw_masks(masks, 4, np.random.default_rng(seed)) for seed in (0, 0, 1))
+    assert [mask.shape for mask in first] == [(4, 3, 5), (4, 7)]
+    assert all(np.array_equal(mask, same) for mask, same in zip(first, again, strict=True))
+    assert not np.array_equal(first[0], other[0])
+    rng = np.random.default_rng(0)
+    np.testing.assert_array_equal(first[0], draw_mask((4, 3, 5), 2**15, rng))
+    np.testing.assert_array_equal(first[1], draw_mask((4, 7), 2**14, rng))
