@@ -125,6 +125,12 @@ def test_rows_of_all_sizes_and_dtypes_are_summed_by_groups(xp: Any, data: st.Dat
         assert [float(total[index]) for total in sums] == expected.tolist()
 
 
+def test_a_row_keeps_its_precision_beside_one_of_less(xp: Any) -> None:
+    narrow, wide = xp.ones((2,), dtype=xp.float32), xp.full((3,), 0.1, dtype=xp.float64)
+    product, _ = sums_of([(narrow, narrow), (wide, wide)]).sums
+    assert float(product[0]) == pytest.approx(2 + 3 * 0.1**2, rel=1e-14)
+
+
 def test_half_precision_is_summed_in_single(xp: Any) -> None:
     if not hasattr(xp, "float16"):
         pytest.skip("this backend has no half precision")
