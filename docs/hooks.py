@@ -14,8 +14,6 @@ from became_core.continual import METHODS, method_settings
 from became_core.projection import PROJECTORS
 from became_core.registry import Registry
 from latex2mathml.converter import convert
-from markdown import Extension, Markdown
-from markdown.preprocessors import Preprocessor
 from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 
@@ -34,8 +32,6 @@ FORMULA = re.compile(
     r'<(span|div) class="arithmatex">(?:\\\((?P<inline>.*?)\\\)|\\\[(?P<block>.*?)\\\])</\1>',
     re.DOTALL,
 )
-# An example in a docstring, with what it prints.
-EXAMPLE = re.compile(r"^(>>> .*\n(?:.+\n)*)", re.MULTILINE)
 # The title of a code block by the word after "python": one framework, or "run" for any framework that trains.
 FRAMEWORKS = {
     "torch": "PyTorch",
@@ -50,29 +46,6 @@ REQUEST = re.compile(
     r'<(?!a\b)\w+[^>]*\s(?:src|href|srcset|data|poster)\s*=\s*"?(?:https?:)?//[^>]*>'
     r'|(?:url\(|@import)\s*["\']?(?:https?:)?//'
 )
-
-
-class ExamplesAsCode(Preprocessor):  # type: ignore[misc] # markdown is taken as untyped
-    """Puts the examples of docstrings, from ``>>>`` to the next empty line, into blocks of code."""
-
-    def run(self, lines: list[str]) -> list[str]:
-        """Return the lines with a fence around each example."""
-        text = "\n".join([*lines, ""])
-        return re.sub(EXAMPLE, r"```pycon\n\1```\n", text).split("\n")
-
-
-class DocstringExamples(Extension):  # type: ignore[misc] # likewise
-    """Registers ``ExamplesAsCode`` to run before blocks of code are read."""
-
-    def extendMarkdown(self, md: Markdown) -> None:  # noqa: N802 # the name that Markdown calls
-        """Register the preprocessor."""
-        md.preprocessors.register(ExamplesAsCode(md), "docstring_examples", priority=100)
-
-
-def on_config(config: Any) -> Any:
-    """Add the extension, which docstrings and pages are both converted with."""
-    config.markdown_extensions.append(DocstringExamples())
-    return config
 
 
 def on_files(files: Files, config: Any) -> Files:

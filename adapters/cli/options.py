@@ -15,12 +15,13 @@ from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 import tyro
 
+from adapters.backend.entry import BackendName
 from adapters.benchmarks.catalogue import BENCHMARKS
 from adapters.runs.configuration import GROUPS, options
 from became_core.continual import METHODS, method_names, projector_names
 
 __all__ = [
-    "BackendName",
+    "METHODS_BY_DEFAULT",
     "Level",
     "Output",
     "Request",
@@ -33,6 +34,7 @@ __all__ = [
 ]
 
 Level = Literal["debug", "info", "warning", "error"]
+METHODS_BY_DEFAULT = ("became", "gpm", "finetune")
 
 
 def described(help_text: str, **more: Any) -> Any:
@@ -64,9 +66,6 @@ class Output:
     def level(self) -> Level:
         """The level of the log."""
         return self.log_level or ("error" if self.quiet else "warning")
-
-
-BackendName = Literal["torch", "jax", "tensorflow"]
 
 
 @dataclass(frozen=True)
@@ -144,7 +143,7 @@ def request_type(*, backend: bool, completing: bool) -> type:
         "methods": name_option(
             [*methods, *combined],
             f"Which methods: {', '.join(methods)}; or a method with a projector, as in became+trgp. (default: "
-            "became gpm finetune)",
+            f"{' '.join(METHODS_BY_DEFAULT)})",
             several=True,
         ),
         "projector": name_option(
@@ -169,7 +168,7 @@ def request_type(*, backend: bool, completing: bool) -> type:
     kind = make_dataclass("Run", members, frozen=True)
     kind.__doc__ = (
         "Learn a benchmark's tasks with one or more methods; compare them in a table.\n\n"
-        "Without options: Split-MNIST (embedded); became, gpm and finetune; one seed.\n\n"
+        f"Without options: Split-MNIST (embedded); {', '.join(METHODS_BY_DEFAULT)}; one seed.\n\n"
         "An option that shows no default has the preset's value if it is left out."
     )
     return kind

@@ -15,7 +15,7 @@ from adapters.backend.entry import Backend, BackendName
 from adapters.benchmarks.catalogue import BENCHMARKS
 from adapters.benchmarks.location import data_directory
 from adapters.cli.display import LOGGER, Display
-from adapters.cli.options import Request
+from adapters.cli.options import METHODS_BY_DEFAULT, Request
 from adapters.runs import RunDirectory, RunResult, write_summary
 from adapters.runs.configuration import PRESET, Configuration, full_method_name
 from adapters.runs.directory import check_writable, read_record
@@ -26,8 +26,6 @@ from became_core.continual import Callback, Dataset, Learner, RunState, TaskStre
 from became_core.registry import nearest
 
 __all__ = ["InterruptedRun", "Interruption", "Job", "requested_jobs", "run_jobs", "unfinished_jobs"]
-
-METHODS_BY_DEFAULT = ("became", "gpm", "finetune")
 
 
 @dataclass(frozen=True)

@@ -238,10 +238,8 @@ def check_writable(out: Path) -> None:
     """Raise a BecameError unless files can be made in this folder, which is made if it is not there."""
     try:
         out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(
-            dir=out
-        ):  # it has no name where the system can do without, so a kill leaves nothing
-            pass
+        with tempfile.TemporaryFile(dir=out):
+            pass  # where the system can do without, it has no name, so that a kill leaves nothing
     except OSError as error:
         raise BecameError(f"cannot write to {out}: {error.strerror}; choose another --out.") from None
 
@@ -314,11 +312,15 @@ def read_result(file: Path) -> RunResult:
     """Return the result that a file holds.
 
     Raises:
-        BecameError: if it holds none.
+        BecameError: if it holds none, or cannot be read.
     """
     try:
-        return RunResult.from_json(read_sealed(file))
-    except (DamagedError, ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError, RecursionError):
+        values = read_sealed(file)
+    except DamagedError:
+        values = {}  # which is no result
+    try:
+        return RunResult.from_json(values)
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError, RecursionError):
         raise BecameError(
             f"{_text(file)} is damaged or no run's results; move it away or choose another --out."
         ) from None

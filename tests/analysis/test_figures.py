@@ -177,6 +177,10 @@ def test_configurations_of_one_method_are_told_apart_by_what_differs() -> None:
 
 
 def test_without_matplotlib_one_sentence_says_what_to_install() -> None:
-    code = "import sys; sys.modules['matplotlib'] = None; from adapters.cli.__main__ import main; main(['report', '.'])"
+    code = "import sys; sys.modules['matplotlib'] = None; from adapters.cli.__main__ import main\n"
+    code += "for command in ('report', 'compare'): main([command, 'nowhere'])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.stderr == "error: figures need matplotlib; pip install 'became[report]'.\n"
+    assert done.stderr.splitlines() == [
+        "error: figures need matplotlib; pip install 'became[report]'.",
+        "error: nowhere holds no finished runs; give a folder that --out named.",  # a comparison does without
+    ]

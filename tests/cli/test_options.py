@@ -17,6 +17,7 @@ from adapters.cli.__main__ import main
 from adapters.cli.options import Request, parse_request
 from adapters.networks import NETWORKS
 from adapters.runs.configuration import options
+from adapters.tracking import TRACKERS
 from became_core.continual import METHODS, Method, MethodRecipe, method_names, projector_names
 from became_core.projection import PROJECTORS
 from became_core.registry import setting
@@ -211,6 +212,7 @@ def test_registered_names_are_completed(script: str) -> None:
     assert completions(script, "--benchmark") == list(BENCHMARKS.names)
     assert completions(script, "--network") == list(NETWORKS.names)
     assert completions(script, "--preset") == ["quick", "paper", "nscl"]
+    assert completions(script, "--tracker") == ["none", *TRACKERS]
     assert set(completion(script)) >= {f"--{name.replace('_', '-')}" for name in options()}
 
 
@@ -242,6 +244,7 @@ def test_an_unknown_name_is_answered_with_the_nearest(capsys: pytest.CaptureFixt
         (["--projector", "gmp"], "there is no projector 'gmp'; did you mean 'gpm'?"),
         (["--benchmark", "split-mnits"], "there is no benchmark 'split-mnits'; did you mean 'split-mnist'?"),
         (["--network", "resnet"], "there is no network 'resnet'; did you mean 'resnet18'?"),
+        (["--tracker", "tensorbord"], "there is no tracker 'tensorbord'; did you mean 'tensorboard'?"),
         (["--preset", "papre"], "split-mnist has no preset 'papre'; did you mean 'paper'?"),
     ):
         assert main(["run", "--backend", "torch", *arguments]) == 2

@@ -18,12 +18,12 @@ from adapters.analysis.figures.drawing import (
     INK,
     MUTED,
     PAPER,
+    figure_text,
     heat_map,
     label_bars,
     legend,
     new_figure,
     number_tasks,
-    shown,
     styled,
 )
 from adapters.analysis.groups import Group, Results, groups_of
@@ -66,7 +66,7 @@ def plot_accuracy_matrix(results: Results, *, limits: tuple[float, float] | None
         axes.yaxis.set_major_locator(axes.xaxis.get_major_locator())
         axes.set_xlabel("task")
         axes.set_ylabel("after task")
-        axes.set_title(f"{shown(group.label)}: accuracy, %")
+        axes.set_title(f"{figure_text(group.label)}: accuracy, %")
     return figure
 
 
@@ -127,12 +127,12 @@ def plot_scores(results: Results, published: Sequence[PublishedTable] = ()) -> F
                         beyond[row] = max(beyond[row], at)
         label_bars(axes, means, [estimate.text() for estimate in estimates], beyond)
         axes.axvline(0, color=MUTED, linewidth=0.8)
-        axes.set_yticks(range(len(groups)), [shown(group.label) for group in groups])
+        axes.set_yticks(range(len(groups)), [figure_text(group.label) for group in groups])
         axes.tick_params(axis="y", length=0)
         axes.set_title(label)
         axes.set_ylim(len(groups) - 0.4, -0.6)
     for number, table in enumerate(marked):
-        label = shown(f"published: {printable(table.source)}", 64)
+        label = figure_text(f"published: {printable(table.source)}", 64)
         panels[0, 0].plot([], [], **_look(number), label=label)
     if marked:
         legend(figure, panels[0, 0])
@@ -163,7 +163,7 @@ def _look(number: int) -> dict[str, Any]:
 def _draw_line(axes: Axes, time: NDArray[np.int_], values: NDArray[np.float64], group: Group) -> None:
     """A group's mean over seeds [seeds, T], and one standard deviation to either side."""
     mean = values.mean(axis=0)
-    axes.plot(time, mean, **group.line, label=shown(group.label))
+    axes.plot(time, mean, **group.line, label=figure_text(group.label))
     if len(values) > 1:
         sd = values.std(axis=0, ddof=1)
         axes.fill_between(time, mean - sd, np.minimum(mean + sd, 100), color=group.colour, alpha=0.18, linewidth=0)

@@ -1,7 +1,8 @@
 """What all figures share: matplotlib, colours, type, and figures as SVG and PNG.
 
-Convention: a figure is one column wide, so that a phone shows it whole; a colour stands for one method. Every
-colour that a page may change with its theme is in ``THEME``, and is used for nothing else, so that it is told apart.
+Convention: a figure is one column wide, so that a phone shows it whole; a colour stands for one method. Every colour
+that the page changes with its theme is in ``THEME``. Such a colour is used for nothing else, because the page replaces
+it wherever it occurs.
 """
 
 import io
@@ -27,6 +28,7 @@ __all__ = [
     "PAPER",
     "THEME",
     "Figure",
+    "figure_text",
     "heat_map",
     "inline_svg",
     "label_bars",
@@ -34,7 +36,6 @@ __all__ = [
     "new_figure",
     "number_tasks",
     "picture",
-    "shown",
     "styled",
 ]
 
@@ -94,8 +95,8 @@ def new_figure(
     return figure, np.asarray(axes)
 
 
-def shown(text: str, longest: int = 34) -> str:
-    """Return text from a file as a figure shows it: short, and never read as mathematics."""
+def figure_text(text: str, longest: int = 34) -> str:
+    """Return text from a file for a figure: shortened, and never read as a formula."""
     text = printable(text)
     if len(text) > longest:
         text = text[: longest - 1] + "…"

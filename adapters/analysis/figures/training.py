@@ -20,12 +20,12 @@ from adapters.analysis.figures.drawing import (
     INK,
     MUTED,
     PAPER,
+    figure_text,
     heat_map,
     label_bars,
     legend,
     new_figure,
     number_tasks,
-    shown,
     styled,
 )
 from adapters.analysis.groups import Group, Results, groups_of
@@ -80,7 +80,7 @@ def plot_learning_curves(results: Results) -> Figure:
                     labelled.add(name)
         axes.set_ylabel("loss, nats")
         if len(groups) > 1:
-            axes.set_title(shown(group.label))
+            axes.set_title(figure_text(group.label))
     panels[-1, 0].set_xlabel("epoch; dotted: a task begins")
     legend(figure, max(panels[:, 0], key=lambda axes: len(axes.get_legend_handles_labels()[0])))
     return figure
@@ -136,7 +136,7 @@ def plot_alpha(results: Results) -> Figure:
         there = np.isfinite(values).all(axis=0)
         # Beside one another, so that equal values can be told apart.
         tasks = np.flatnonzero(there) + 1 + 0.06 * (groups.index(group) - (len(groups) - 1) / 2)
-        axes.plot(tasks, values[:, there].mean(axis=0), **group.line, label=shown(group.label))
+        axes.plot(tasks, values[:, there].mean(axis=0), **group.line, label=figure_text(group.label))
         if len(values) > 1:
             look: dict[str, Any] = {
                 "marker": group.line["marker"],
@@ -231,11 +231,11 @@ def plot_ranks(results: Results) -> Figure:
         ranks, widths = np.moveaxis(np.array(pairs), -1, 0)
         mean, width = ranks.mean(axis=0), widths[0]
         heat_map(axes, 100 * mean / width, [[f"{rank:.0f}" for rank in row] for row in mean], (0, 100), "% of width")
-        labels = [f"{shown(name, 22)} / {np.nanmax(row):.0f}" for name, row in zip(names, width, strict=True)]
+        labels = [f"{figure_text(name, 22)} / {np.nanmax(row):.0f}" for name, row in zip(names, width, strict=True)]
         axes.set_yticks(range(1, len(names) + 1), labels)
         axes.set_xlabel("after task")
         axes.set_ylabel("layer / width")
-        axes.set_title(f"{shown(group.label)}: rank; lighter: nearer the width")
+        axes.set_title(f"{figure_text(group.label)}: rank; lighter: nearer the width")
     return figure
 
 
@@ -254,8 +254,8 @@ def plot_seconds(results: Results) -> Figure:
     for name, axes in zip(names, panels.flat, strict=False):
         values = [spent[group.label].get(name, 0.0) / divisor for group in groups]
         axes.barh(range(len(groups)), values, 0.62, color=[group.colour for group in groups])
-        axes.set_title(name if name == "total" else shown(name, 24), pad=3)
-        axes.set_yticks(range(len(groups)), [shown(group.label, 20) for group in groups])
+        axes.set_title(name if name == "total" else figure_text(name, 24), pad=3)
+        axes.set_yticks(range(len(groups)), [figure_text(group.label, 20) for group in groups])
         axes.tick_params(axis="y", length=0)
         label_bars(axes, values, [_amount(value) for value in values], values)
     axes = panels[0, 0]
