@@ -105,8 +105,8 @@ def _greatest(inputs: Array, size: int) -> Array:
     """
     squares = _squares(inputs, size)
     best, *others = (squares[:, :, row, :, column] for row in range(size) for column in range(size))
-    for each in others:
-        best = jnp.where((best >= each) | jnp.isnan(best), best, each)
+    for pixel in others:
+        best = jnp.where((best >= pixel) | jnp.isnan(best), best, pixel)
     return best
 
 

@@ -100,11 +100,11 @@ class JaxNetwork(Network):
     def _backward(self, weights: Params, data: Data, rows: Array, masks: Any) -> tuple[Array, Any, Params]:
         """Return the logits, the map from gradients by them to those by all layers' outputs, and all layers' inputs."""
         images = data.normalised(rows)
-        kept = None if masks is None else self._masks(masks, len(rows))
+        masks = None if masks is None else self._masks(masks, len(rows))
 
         def logits(perturbations: Params) -> tuple[Array, _Recorder]:
             recorder = _Recorder(perturbations)
-            return self.logits(Pass(weights, kept, kept is None, recorder), images), recorder
+            return self.logits(Pass(weights, masks, masks is None, recorder), images), recorder
 
         def logits_and_inputs(perturbations: Params) -> tuple[Array, Params]:
             outputs, recorder = logits(perturbations)
@@ -222,7 +222,7 @@ class JaxLearner(FunctionalLearner):
                 *islice(steps, equal),
             )
             together = together._replace(rate=together.rate.astype(self._dtype))
-            state, found = self.network.many_steps(state, frozen, self._data, together, constraint)
-            losses.append(found)
+            state, of_steps = self.network.many_steps(state, frozen, self._data, together, constraint)
+            losses.append(of_steps)
         state, others = super()._steps(state, frozen, constraint, steps, 0)
         return state, losses + others

@@ -111,10 +111,10 @@ class Pass:
         if layer.running and self.masks is None and self.moments is None:
             mean, variance = (self.weights[name] for name in names)
             return mean, variance
-        found = own()
+        statistics = own()
         if layer.running and self.moments is not None:
-            self.moments.update(zip(names, found, strict=True))
-        return found
+            self.moments.update(zip(names, statistics, strict=True))
+        return statistics
 
     def mask(self, layer: Dropout) -> Array | None:
         """Return what a dropout layer keeps, or None for all."""
@@ -197,7 +197,7 @@ class Architecture:
     def parameters(self) -> Mapping[str, Parameter]:
         """The parameters by canonical name, in the order in which they are used."""
         weighted = ((layer, shape) for layer, shape in self.steps if isinstance(layer, Weighted))
-        return {name: each for layer, shape in weighted for name, each in layer.parameters(shape).items()}
+        return {name: parameter for layer, shape in weighted for name, parameter in layer.parameters(shape).items()}
 
     @cached_property
     def masks(self) -> tuple[Mask, ...]:

@@ -88,9 +88,9 @@ class Patches:
     def __call__(self) -> Array:
         """Return them, [N, positions, channels x kernel], as the weight is flattened."""
         window = ((1, *pair, 1) for pair in (self.kernel, self.strides, self.rates))
-        found = tf.image.extract_patches(self.images, *window, self.padding)
-        positions, channels, places = prod(found.shape[1:3]), self.images.shape[-1], prod(self.kernel)
-        apart = tf.reshape(found, (-1, positions, places, channels))
+        patches = tf.image.extract_patches(self.images, *window, self.padding)
+        positions, channels, places = prod(patches.shape[1:3]), self.images.shape[-1], prod(self.kernel)
+        apart = tf.reshape(patches, (-1, positions, places, channels))
         return tf.reshape(tf.transpose(apart, (0, 1, 3, 2)), (-1, positions, channels * places))
 
 

@@ -115,10 +115,10 @@ class TorchLearner(NetworkLearner):
             region, theta = region.with_scales(scales), theta | scales
             trained |= scales if trains else {}
         with constrained_inputs(self._layers, constraint, optimiser, region) as done:
-            shown = None if region is None else region.without(done.beneath)
-            if shown is not None:  # the network's own weights become the effective ones
-                theta |= {name: self._named[name].detach().clone() for name in shown.weights}
-                self._show(shown, theta)
+            remaining = None if region is None else region.without(done.beneath)
+            if remaining is not None:  # the network's own weights become the effective ones
+                theta |= {name: self._named[name].detach().clone() for name in remaining.weights}
+                self._work_with(remaining, theta)
             for batch, rate in zip(batches, rates, strict=True):
                 images, targets = self._batch(batch.indices, batch.views)
                 with torch.autocast(self.device.type, torch.bfloat16, enabled=self._mixed_precision):
@@ -132,8 +132,8 @@ class TorchLearner(NetworkLearner):
                     directions, optimiser = constraint.directions(gradients, theta, float(rate), optimiser, *done)
                     for name, direction in directions.items():
                         theta[name].sub_(direction, alpha=float(rate))
-                if shown is not None:
-                    self._show(shown, theta)
+                if remaining is not None:
+                    self._work_with(remaining, theta)
                 total += loss.detach() * len(batch.indices)
         samples = sum(len(batch.indices) for batch in batches)
         self.network.requires_grad_(True)
@@ -143,7 +143,7 @@ class TorchLearner(NetworkLearner):
         return Trained(float(total) / samples, optimiser, region)
 
     @torch.no_grad()
-    def _show(self, region: Region, theta: Params) -> None:
+    def _work_with(self, region: Region, theta: Params) -> None:
         """Let the network work with the effective weights of a region."""
         for name, weight in region.effective({name: theta[name] for name in region.weights}).items():
             self._named[name].copy_(weight)

@@ -103,15 +103,15 @@ def collect_taps(
     logits, runs, others, used = _forward(network, names, arguments, layers, per_sample=per_sample)
     if per_sample:
         _warn_of(others, names)
-    wanted: list[Any] = [run.output for each in runs.values() for run in each]
+    wanted: list[Any] = [run.output for runs_of_layer in runs.values() for run in runs_of_layer]
     wanted += [] if per_sample else list(others.values())
     seeds = list(cotangents(logits.detach()))
     for index, seed in enumerate(seeds):
         more = index + 1 < len(seeds)
         gradients = iter(torch.autograd.grad(logits, wanted, seed, retain_graph=more) if wanted else ())
         taps = {
-            names[module]: _together([tap_of(module, run.inputs, next(gradients)) for run in each])
-            for module, each in runs.items()
+            names[module]: _together([tap_of(module, run.inputs, next(gradients)) for run in runs_of_layer])
+            for module, runs_of_layer in runs.items()
         }
         rest = _per_sample_gradients(network, others, arguments, seed, used) if per_sample and others else gradients
         yield taps | {
@@ -152,8 +152,8 @@ def collect_inputs(
 def layers_with_samples_first(network: nn.Module, names: Names, arguments: tuple[Any, ...]) -> frozenset[nn.Module]:
     """Return the layers of a known class that keep samples apart, on their first axis.
 
-    A layer may see another axis first, time for one, which may happen to be as long as that of the samples. So only the
-    first of a few samples is held responsible: then no other row of an output's gradient differs from zero.
+    A layer may see another axis first, such as time, which may happen to be as long as that of the samples. So the loss
+    is taken of the first of a few samples alone: then no other row of an output's gradient differs from zero.
 
     Args:
         network: what runs, in evaluation mode.
@@ -163,10 +163,10 @@ def layers_with_samples_first(network: nn.Module, names: Names, arguments: tuple
     logits, runs, _, _ = _forward(network, names, arguments, None, per_sample=True)
     seed = torch.zeros_like(logits)
     seed[0] = torch.linspace(1, 2, seed.shape[1])
-    outputs = [run.output for each in runs.values() for run in each]
+    outputs = [run.output for runs_of_layer in runs.values() for run in runs_of_layer]
     gradients = iter(torch.autograd.grad(logits, outputs, seed) if outputs else ())
-    mixed = {module: [bool(next(gradients)[1:].any()) for _ in each] for module, each in runs.items()}
-    return frozenset(module for module, each in mixed.items() if not any(each))
+    mixes = {module: [bool(next(gradients)[1:].any()) for _ in of_layer] for module, of_layer in runs.items()}
+    return frozenset(module for module, of_layer in mixes.items() if not any(of_layer))
 
 
 def _forward(
@@ -181,8 +181,8 @@ def _forward(
     nodes, uses = _graph(logits)
     owners = _owners(names)
     explained = {}
-    for module, each in runs.items():
-        taken = [run for run in each if run.output.node in nodes]
+    for module, runs_of_layer in runs.items():
+        taken = [run for run in runs_of_layer if run.output.node in nodes]
         own = dict(module.named_parameters(recurse=False))
         if (
             taken
