@@ -115,7 +115,7 @@ def test_the_module_runs_as_a_command_and_shows_plain_lines_and_a_table(tmp_path
         ],
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=900,
         env={**os.environ, "PYTHONWARNINGS": "error::UserWarning"},
         check=False,
     )
