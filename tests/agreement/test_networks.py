@@ -69,11 +69,14 @@ def architectures(draw: st.DrawFn) -> Architecture:
         body = [*convolution("block.conv", outputs, 3, stride, 1), activation, Dropout(0.5)]
         shortcut = [] if keeps else convolution("block.shortcut", outputs, 1, stride, 0)
         layers += [Residual(tuple(body), tuple(shortcut)), activation]
-    pool = draw(st.sampled_from([None, MaxPool(2), AveragePool(2)]))
+    image = draw(st.integers(1, 2)), 6, 7
+    _, before_pooling = Architecture((*layers, Flatten()), image).steps[-1]
+    fits = min(before_pooling[1:]) >= 2
+    pool = draw(st.sampled_from([None, MaxPool(2), AveragePool(2)] if fits else [None]))
     layers += [Flatten()] if pool is None else [pool, Flatten()]
     if draw(st.booleans()):
         layers += [Linear("fc1", draw(st.integers(3, 5)), draw(st.booleans())), BatchNorm("bn1"), activation]
-    return Architecture(tuple(layers), (draw(st.integers(1, 2)), 6, 7))
+    return Architecture(tuple(layers), image)
 
 
 ROUNDING = 1e-28  # what a square is that would be zero but for float64
