@@ -12,16 +12,16 @@ from became_core.continual.data import (
     split_classes,
 )
 from became_core.continual.learner import Batch, Learner, TapMode
-from became_core.continual.methods import (
+from became_core.continual.methods import Method
+from became_core.continual.path_report import Along, alpha_estimates
+from became_core.continual.recipes import (
     METHODS,
-    Method,
     MethodRecipe,
     build_method,
     method_names,
     method_settings,
     projector_names,
 )
-from became_core.continual.path_report import Along, alpha_estimates
 from became_core.continual.record import EpochEnd, MergePath, PathPoint, RunRecord, TaskEnd
 from became_core.continual.rng import random_generator
 from became_core.continual.run import learn

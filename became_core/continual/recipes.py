@@ -1,0 +1,363 @@
+"""The continual-learning methods by name, and the recipes that they are built from.
+
+``build_method`` makes a ``Method`` from a name, such as ``became+sgp``: the
+first part is a registered recipe, whose settings a user may choose, and the second part is a registered projector. A
+projector by itself is a method too, such as ``gpm``.
+
+| name | stage 1 | stage 2 and merge | source |
+| --- | --- | --- | --- |
+| finetune | unconstrained | - | the lower bound |
+| joint | on all tasks so far | - | the upper bound |
+| ewc | penalised by every old task's own quadratic, added | - | Kirkpatrick 2017 |
+| ewc-online | penalised by one quadratic, recentred at each task, decaying | - | Huszar 2018; Schwarz 2018 |
+| gpm, sgp, gpcns, nscl, ogd, trgp | under that gradient projection | - | ``became_core.projection`` |
+| packnet | in the free weights | retrained after pruning, the pruned at zero; no merge | Mallya 2018 |
+| hat | gates of units, learned with the weights between units that no task uses | - | Serra 2018 |
+| imm-mean, imm-mode | unconstrained, or L2-transfer | the tasks' models, by equal shares or precisions | Lee 2017 |
+| coma | unconstrained | the old model and the new, alpha chosen by hand | Marouf 2024 |
+| became | under gradient projection (GPM) | the full formula: true slopes, the old side calibrated | BECAME 2025 |
+| became-paper | under gradient projection (GPM) | the closed form, as published | BECAME 2025 |
+| became-0, became-half, became-1 | under gradient projection (GPM) | alpha = 0, 1/2, 1 | ablations |
+| became-grid | under gradient projection (GPM) | the best alpha by the true loss of all tasks | a bound |
+
+The two forms of EWC differ only in the mean of their quadratic. A sum of quadratics is one quadratic about its minimum,
+which is the precision-weighted mean of the tasks' weights; the recentred form is about the latest weights. Both include
+the importance of old heads. It has no effect, because a later task's loss has no gradient there.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal
+
+from became_core.continual.measurement import Structure
+from became_core.continual.methods import Method, Transfer
+from became_core.errors import BecameError
+from became_core.laplace import (
+    Became,
+    DiagonalFisher,
+    Estimator,
+    Fixed,
+    ModeIMM,
+    NativeExpansion,
+    PaperClosedForm,
+    Secant,
+)
+from became_core.laplace.expansion import Per
+from became_core.laplace.rules import ChosenAlphas, EqualShares, TrueLossGrid
+from became_core.projection import PROJECTORS
+from became_core.registry import Registry, Setting, nearest, setting
+
+__all__ = ["METHODS", "MethodRecipe", "build_method", "method_names", "method_settings", "projector_names"]
+
+Curvature = Literal["diagonal", "kronecker", "exact"]
+
+
+class MethodRecipe(ABC):
+    """Builds a method from settings. It is a frozen dataclass; a user may choose its fields made by ``setting``."""
+
+    projector: ClassVar[str] = "none"
+    """The name of the method's projector if no other is chosen."""
+
+    alone: ClassVar[str] = ""
+    """Why the method takes no projector; empty if it takes any."""
+
+    @abstractmethod
+    def build(self) -> Method:
+        """Return the method without its projector; ``build_method`` adds that, and the full name."""
+
+
+@dataclass(frozen=True)
+class _WithDecay(MethodRecipe):
+    """A method whose posterior forgets old tasks gradually.
+
+    Attributes:
+        decay: gamma, the factor by which the old tasks' curvature is multiplied at each new task; in [0, 1].
+    """
+
+    decay: float = setting(1.0)
+
+    def __post_init__(self) -> None:
+        """Check the decay."""
+        if not 0 <= self.decay <= 1:
+            raise BecameError(f"the decay of old curvature is {self.decay}; it must be in [0, 1].")
+
+
+@dataclass(frozen=True)
+class BecameRecipe(_WithDecay):
+    """Gradient projection, then free training, merged at alpha* of the full formula (BECAME 2025).
+
+    Attributes:
+        per: which parameters share a merging coefficient: those of the whole model, of a layer, or of a leaf.
+        precision: the curvatures that alpha is computed from: both sides' diagonals, both sides' Kronecker factors, or
+            the new task's exact curvature along the path and the old tasks' calibrated diagonal.
+    """
+
+    per: Per = setting("model")
+    precision: Curvature = setting("exact")
+
+    projector: ClassVar[str] = "gpm"
+
+    def build(self) -> Method:
+        """Return the method; if it merges by Kronecker factors, its posterior has them as well."""
+        estimators: dict[Curvature, Estimator] = {
+            "exact": Secant(),
+            "diagonal": DiagonalFisher(),
+            "kronecker": NativeExpansion(),
+        }
+        structure: Structure = "kronecker" if self.precision == "kronecker" else "diagonal"
+        rule = Became(estimators[self.precision], self.per)
+        return Method("became", rule=rule, precision=structure, decay=self.decay)
+
+
+@dataclass(frozen=True)
+class PaperRecipe(_WithDecay):
+    """Gradient projection, then free training, merged at alpha* as published: two diagonals (BECAME 2025)."""
+
+    projector: ClassVar[str] = "gpm"
+
+    def build(self) -> Method:
+        """Return the method, which uses the published code's estimate of the Fisher information."""
+        return Method("became-paper", rule=Became(PaperClosedForm()), fisher="batch", decay=self.decay)
+
+
+@dataclass(frozen=True)
+class StableRecipe(MethodRecipe):
+    """As became, merged at alpha = 0, which keeps stage 1's model (ablation)."""
+
+    alpha: ClassVar[float] = 0.0
+    projector: ClassVar[str] = "gpm"
+
+    def build(self) -> Method:
+        """Return the method."""
+        return Method("became-0", rule=Fixed(self.alpha))
+
+
+@dataclass(frozen=True)
+class HalfRecipe(StableRecipe):
+    """As became, merged at alpha = 1/2 (ablation)."""
+
+    alpha: ClassVar[float] = 0.5
+
+
+@dataclass(frozen=True)
+class PlasticRecipe(StableRecipe):
+    """As became, merged at alpha = 1, which keeps stage 2's model (ablation)."""
+
+    alpha: ClassVar[float] = 1.0
+
+
+@dataclass(frozen=True)
+class GridRecipe(MethodRecipe):
+    """As became, merged at the best alpha of a grid by the true loss of all tasks (a bound).
+
+    Attributes:
+        points: how many coefficients the grid has, with both ends.
+    """
+
+    points: int = setting(21, option="grid_points")
+
+    projector: ClassVar[str] = "gpm"
+
+    def build(self) -> Method:
+        """Return the method."""
+        return Method("became-grid", rule=TrueLossGrid(self.points))
+
+
+@dataclass(frozen=True)
+class CoMARecipe(MethodRecipe):
+    """Plain training, merged with the model before at an alpha chosen by hand (Marouf 2024).
+
+    Attributes:
+        alphas: the new model's coefficient at each merge; the last one is used for all later merges.
+    """
+
+    alphas: tuple[float, ...] = setting((0.5,), option="coma_alpha")
+
+    def build(self) -> Method:
+        """Return the method."""
+        return Method("coma", rule=ChosenAlphas(self.alphas), merges="tasks")
+
+
+@dataclass(frozen=True)
+class _IMM(MethodRecipe):
+    """Incremental moment matching.
+
+    Attributes:
+        transfer: whether a task's training begins with the model of the task before; if not, it begins with the initial
+            weights.
+        pull: the strength of the penalty on leaving the model of the task before (L2-transfer); none if 0.
+    """
+
+    transfer: bool = setting(True, option="imm_transfer")
+    pull: float = setting(0.0, option="imm_pull")
+
+
+@dataclass(frozen=True)
+class MeanIMMRecipe(_IMM):
+    """Plain training, and the mean of all tasks' models (Lee 2017)."""
+
+    def build(self) -> Method:
+        """Return the method."""
+        return Method("imm-mean", rule=EqualShares(), merges="tasks", transfer=Transfer(self.transfer, self.pull))
+
+
+@dataclass(frozen=True)
+class ModeIMMRecipe(_IMM):
+    """Plain training, and all tasks' models weighed by their precisions (Lee 2017)."""
+
+    def build(self) -> Method:
+        """Return the method."""
+        return Method("imm-mode", rule=ModeIMM(), merges="tasks", transfer=Transfer(self.transfer, self.pull))
+
+
+@dataclass(frozen=True)
+class EWCRecipe(MethodRecipe):
+    """Penalised by every old task's own quadratic, added (Kirkpatrick 2017).
+
+    Attributes:
+        strength: lambda, the strength of the penalty, whose Fisher matrices are means over samples and sums over
+            tasks; at least 0.
+    """
+
+    strength: float = setting(100.0, option="ewc_strength")
+
+    def __post_init__(self) -> None:
+        """Check the strength."""
+        _check_strength(self.strength)
+
+    def build(self) -> Method:
+        """Return the method."""
+        return Method("ewc", penalty_strength=self.strength, recentred=False)
+
+
+@dataclass(frozen=True)
+class OnlineEWCRecipe(_WithDecay):
+    """Penalised by one quadratic, recentred at each task, which decays (Huszar 2018; Schwarz 2018).
+
+    Attributes:
+        strength: lambda, the strength of the penalty, whose Fisher matrices are means over samples and sums over
+            tasks; at least 0.
+    """
+
+    strength: float = setting(100.0, option="ewc_strength")
+
+    def __post_init__(self) -> None:
+        """Check the numbers."""
+        super().__post_init__()
+        _check_strength(self.strength)
+
+    def build(self) -> Method:
+        """Return the method."""
+        return Method("ewc-online", penalty_strength=self.strength, decay=self.decay)
+
+
+def _check_strength(strength: float) -> None:
+    if not strength >= 0:
+        raise BecameError(f"the EWC strength is {strength}; it must be at least 0.")
+
+
+@dataclass(frozen=True)
+class FinetuneRecipe(MethodRecipe):
+    """Unconstrained training on the new task alone (the lower bound)."""
+
+    def build(self) -> Method:
+        """Return the method."""
+        return Method("finetune")
+
+
+@dataclass(frozen=True)
+class JointRecipe(MethodRecipe):
+    """Training on all tasks so far (the upper bound)."""
+
+    alone: ClassVar[str] = "joint training sees all tasks and has nothing to protect"
+
+    def build(self) -> Method:
+        """Return the method."""
+        return Method("joint", joint=True)
+
+
+METHODS: Registry[MethodRecipe] = Registry(
+    "became.methods",
+    "method",
+    {
+        "became": BecameRecipe,
+        "became-paper": PaperRecipe,
+        "became-0": StableRecipe,
+        "became-half": HalfRecipe,
+        "became-1": PlasticRecipe,
+        "became-grid": GridRecipe,
+        "imm-mean": MeanIMMRecipe,
+        "imm-mode": ModeIMMRecipe,
+        "coma": CoMARecipe,
+        "ewc": EWCRecipe,
+        "ewc-online": OnlineEWCRecipe,
+        "finetune": FinetuneRecipe,
+        "joint": JointRecipe,
+    },
+)
+
+
+def method_names() -> tuple[str, ...]:
+    """Return the names of all methods: all recipes, and all projectors, which are methods by themselves."""
+    return (*METHODS.names, *PROJECTORS.names)
+
+
+def projector_names() -> tuple[str, ...]:
+    """Return the names of the projectors that a method can be combined with, and "none"."""
+    return ("none", *(name for name in PROJECTORS.names if not PROJECTORS[name].alone))
+
+
+def method_settings() -> dict[str, Setting]:
+    """Return all settings of methods and projectors, by the name of their option.
+
+    Raises:
+        BecameError: if a method and a projector share an option and differ in its type or default.
+    """
+    settings = METHODS.settings()
+    for option, new in PROJECTORS.settings().items():
+        settings[option] = settings[option].shared_with(new) if option in settings else new
+    return settings
+
+
+def build_method(name: str, settings: Mapping[str, Any] | None = None) -> Method:
+    """Return the method with a name of the form ``METHOD``, ``PROJECTOR`` or ``METHOD+PROJECTOR``.
+
+    Args:
+        name: such as ``became``, ``gpm``, ``became+trgp`` or ``became+none``.
+        settings: by option name. Settings of other methods and projectors have no effect, so that one mapping can be
+            used for several methods.
+
+    Raises:
+        BecameError: if there is no such method, projector or setting; if method and projector cannot be combined; or if
+            the value of a setting cannot be used.
+
+    Examples:
+        >>> build_method("became+sgp", {"threshold": 0.9, "scale": 3.0}).projector.scale
+        3.0
+    """
+    settings = dict(settings or {})
+    known = method_settings()
+    for option in settings:
+        if option not in known:
+            raise BecameError(f"there is no setting '{option}'{nearest(option, known)}.")
+    base, plus, chosen = name.partition("+")
+    if base in METHODS:
+        recipe = METHODS.build(base, settings)
+        method, projector, alone = recipe.build(), chosen if plus else recipe.projector, recipe.alone
+    elif base in PROJECTORS:
+        # A projector by itself needs a posterior only for the penalty on what it cannot protect. It is the one of
+        # Wang 2021: the sum of every task's own quadratic.
+        method, projector = Method(base, fisher="batch", recentred=False), chosen if plus else base
+        alone = PROJECTORS[base].alone or "it is a projector by itself"
+    else:
+        raise BecameError(f"there is no method '{base}'{nearest(base, method_names())}.")
+    if plus and alone:
+        raise BecameError(f"'{name}': {alone}; it takes no projector.")
+    if projector == "none":
+        return replace(method, name=name)
+    if projector not in PROJECTORS:
+        raise BecameError(f"there is no projector '{projector}'{nearest(projector, projector_names())}.")
+    if plus and PROJECTORS[projector].alone:
+        raise BecameError(f"'{name}': {PROJECTORS[projector].alone}; {projector} takes no other method.")
+    return replace(method, name=name, projector=PROJECTORS.build(projector, settings))
