@@ -26,6 +26,7 @@ __all__ = ["inf", "nan"]
 int8, int16, int32, int64 = tf.int8, tf.int16, tf.int32, tf.int64
 uint8, uint16, uint32, uint64 = tf.uint8, tf.uint16, tf.uint32, tf.uint64
 float16, bfloat16, float32, float64 = tf.float16, tf.bfloat16, tf.float32, tf.float64
+complex64, complex128 = tf.complex64, tf.complex128
 
 exp, log, sqrt, square, tanh, isfinite = tf.exp, tf.math.log, tf.sqrt, tf.square, tf.tanh, tf.math.is_finite
 logical_and, logical_not = tf.logical_and, tf.logical_not
@@ -110,7 +111,8 @@ def zeros(shape: Any, *, dtype: Any = None, device: Any = None) -> Any:
 
 def ones(shape: Any, *, dtype: Any = None, device: Any = None) -> Any:
     """Return ones."""
-    return full(shape, 1, dtype=dtype or float32, device=device)
+    with _on(device):
+        return tf.ones((shape,) if isinstance(shape, int) else shape, dtype or float32)
 
 
 def full_like(x: Any, /, fill_value: Any, *, dtype: Any = None) -> Any:
