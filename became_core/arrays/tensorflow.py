@@ -106,7 +106,8 @@ def full(shape: Any, fill_value: Any, *, dtype: Any = None, device: Any = None) 
 
 def zeros(shape: Any, *, dtype: Any = None, device: Any = None) -> Any:
     """Return zeros."""
-    return full(shape, 0, dtype=dtype or float32, device=device)
+    with _on(device):
+        return tf.zeros((shape,) if isinstance(shape, int) else shape, dtype or float32)
 
 
 def ones(shape: Any, *, dtype: Any = None, device: Any = None) -> Any:
