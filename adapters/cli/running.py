@@ -22,7 +22,17 @@ from adapters.runs.directory import check_writable, read_record
 from adapters.runs.events import place
 from adapters.tracking import Tracker, Writer, open_writer
 from became_core import BecameError
-from became_core.continual import Callback, Dataset, Learner, RunState, TaskStream, learn, projector_names
+from became_core.continual import (
+    Callback,
+    Dataset,
+    Learner,
+    RunState,
+    TaskStream,
+    check_settings,
+    learn,
+    method_settings,
+    projector_names,
+)
 from became_core.registry import nearest
 
 __all__ = ["InterruptedRun", "Interruption", "Job", "requested_jobs", "run_jobs", "unfinished_jobs"]
@@ -109,6 +119,8 @@ def requested_jobs(request: Request, backend: Backend) -> list[Job]:
     projector = request.projector
     if projector is not None and projector not in projector_names():
         raise BecameError(f"there is no projector '{projector}'{nearest(projector, projector_names())}.")
+    # A value that cannot be used is refused even if none of the methods uses it.
+    check_settings({option: value for option, value in request.values.items() if option in method_settings()})
     names = [full_method_name(method, projector) for method in methods]
     configurations = {name: Configuration.of(values, name, preset) for name in names}
     benchmark = configurations[names[0]].benchmark

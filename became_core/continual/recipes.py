@@ -48,7 +48,15 @@ from became_core.laplace.rules import ChosenAlphas, EqualShares, TrueLossGrid
 from became_core.projection import PROJECTORS
 from became_core.registry import Registry, Setting, nearest, setting
 
-__all__ = ["METHODS", "MethodRecipe", "build_method", "method_names", "method_settings", "projector_names"]
+__all__ = [
+    "METHODS",
+    "MethodRecipe",
+    "build_method",
+    "check_settings",
+    "method_names",
+    "method_settings",
+    "projector_names",
+]
 
 Curvature = Literal["diagonal", "kronecker", "exact"]
 
@@ -318,6 +326,26 @@ def method_settings() -> dict[str, Setting]:
     for option, new in PROJECTORS.settings().items():
         settings[option] = settings[option].shared_with(new) if option in settings else new
     return settings
+
+
+def check_settings(settings: Mapping[str, Any]) -> None:
+    """Check values of settings, no matter which method they are for.
+
+    Args:
+        settings: by option name.
+
+    Raises:
+        BecameError: if there is no such setting, or a method or projector that has it cannot use the value.
+    """
+    known = method_settings()
+    for option, value in settings.items():
+        if option not in known:
+            raise BecameError(f"there is no setting '{option}'{nearest(option, known)}.")
+        for owner in known[option].owners:
+            if owner in METHODS:
+                METHODS.build(owner, {option: value}).build()
+            else:
+                PROJECTORS.build(owner, {option: value})
 
 
 def build_method(name: str, settings: Mapping[str, Any] | None = None) -> Method:

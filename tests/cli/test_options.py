@@ -266,3 +266,22 @@ def test_there_must_be_a_method_and_a_seed(arguments: list[str], capsys: pytest.
     assert main(["run", "--backend", "torch", *arguments]) == 2
     said = capsys.readouterr().err
     assert "at least one method" in said or "the seed -1 is negative; give 0 or more." in said
+
+
+def test_a_value_that_cannot_be_used_is_refused_even_if_no_method_uses_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [
+        "run",
+        "--backend",
+        "torch",
+        "--methods",
+        "finetune",
+        "--ewc-strength",
+        "-1",
+        "--out",
+        str(tmp_path / "x"),
+    ]
+    assert main(arguments) == 2
+    assert "the EWC strength is -1.0; it must be at least 0." in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()

@@ -3,7 +3,7 @@ from typing import Any
 import pytest
 
 from became_core import BecameError
-from became_core.continual import build_method, method_names, projector_names
+from became_core.continual import build_method, check_settings, method_names, method_settings, projector_names
 from became_core.continual.methods import Transfer
 from became_core.laplace import Became, DiagonalFisher, Fixed, ModeIMM, NativeExpansion, PaperClosedForm, Secant
 from became_core.laplace.rules import ChosenAlphas, EqualShares, TrueLossGrid
@@ -157,3 +157,19 @@ def test_settings_of_other_methods_have_no_effect_and_defaults_are_those_of_the_
     assert build_method("finetune", SETTINGS) == build_method("finetune")
     assert build_method("gpm").projector == GPM(0.97, 0.003)
     assert build_method("became", {"norm_penalty": 2.0}).norm_penalty == 2.0
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"ewc_strength": -1.0}, {"coma_alpha": (2.0,)}, {"threshold": 1.5}, {"nscl_ratio": 0.5}, {"imm_pull": -1.0}],
+    ids=str,
+)
+def test_a_value_that_cannot_be_used_is_refused_whichever_method_it_is_for(settings: dict[str, Any]) -> None:
+    with pytest.raises(BecameError, match="must be"):
+        check_settings(SETTINGS | settings)
+
+
+def test_defaults_and_unknown_settings_are_checked_as_well() -> None:
+    check_settings({option: setting.default for option, setting in method_settings().items()})
+    with pytest.raises(BecameError, match="there is no setting 'strength'"):
+        check_settings({"strength": 1.0})
