@@ -122,8 +122,7 @@ class Catalogue(Generic[T]):
         Raises:
             BecameError: if there is no such name; the message has the nearest name, and all names.
         """
-        if name not in self:
-            raise BecameError(f"there is no {self.kind} '{name}'{nearest(name, self.names)}.")
+        self._check_known(name)
         return self._values[name]
 
     def register(self, name: str, value: T) -> None:
@@ -136,9 +135,12 @@ class Catalogue(Generic[T]):
         Raises:
             BecameError: if there is no entry of that name.
         """
+        self._check_known(name)
+        del self._values[name]
+
+    def _check_known(self, name: str) -> None:
         if name not in self:
             raise BecameError(f"there is no {self.kind} '{name}'{nearest(name, self.names)}.")
-        del self._values[name]
 
     def summary(self, name: str) -> str:
         """Return the first line of a value's docstring, without its full stop."""

@@ -337,15 +337,22 @@ def check_settings(settings: Mapping[str, Any]) -> None:
     Raises:
         BecameError: if there is no such setting, or a method or projector that has it cannot use the value.
     """
-    known = method_settings()
+    known = _check_known(settings)
     for option, value in settings.items():
-        if option not in known:
-            raise BecameError(f"there is no setting '{option}'{nearest(option, known)}.")
         for owner in known[option].owners:
             if owner in METHODS:
                 METHODS.build(owner, {option: value}).build()
             else:
                 PROJECTORS.build(owner, {option: value})
+
+
+def _check_known(settings: Mapping[str, Any]) -> dict[str, Setting]:
+    """Return all settings that there are; refuse an option that is none of them."""
+    known = method_settings()
+    for option in settings:
+        if option not in known:
+            raise BecameError(f"there is no setting '{option}'{nearest(option, known)}.")
+    return known
 
 
 def build_method(name: str, settings: Mapping[str, Any] | None = None) -> Method:
@@ -365,10 +372,7 @@ def build_method(name: str, settings: Mapping[str, Any] | None = None) -> Method
         3.0
     """
     settings = dict(settings or {})
-    known = method_settings()
-    for option in settings:
-        if option not in known:
-            raise BecameError(f"there is no setting '{option}'{nearest(option, known)}.")
+    _check_known(settings)
     base, plus, chosen = name.partition("+")
     if base in METHODS:
         recipe = METHODS.build(base, settings)
