@@ -15,7 +15,7 @@ import numpy as np
 import tensorflow as tf
 
 from adapters.backend import Data, Factors, FunctionalLearner, Network, State, Step
-from adapters.networks import Backbone, Linear, Tapped, is_statistic
+from adapters.networks import Backbone, Linear, Record, Tapped, is_statistic
 from adapters.tensorflow.layers import Pass, Patches, with_positions
 from became_core.arrays import Array, Params
 from became_core.continual import Constraint, TapMode, Views
@@ -100,7 +100,11 @@ class TensorFlowNetwork(Network):
         elif mode == "true":
             yield from self._backward_passes(weights, data, rows, masks, mode, rng)
         else:
-            noise = rng.gumbel(size=(len(rows), self.head.outputs)) if mode == "sampled" else None
+            noise = (
+                rng.gumbel(size=(len(rows), weights[f"{self.head.name}.weight"].shape[0]))
+                if mode == "sampled"
+                else None
+            )
             yield self._one_backward_pass(weights, data, rows, masks, mode, noise)
 
     def _one_backward_pass(
@@ -185,9 +189,9 @@ class TensorFlowLearner(FunctionalLearner):
         with tf.device(self.device):
             return tf.convert_to_tensor(array, dtype)
 
-    def _features_shape(self, backbone: Backbone, image: tuple[int, ...]) -> Sequence[int] | None:
+    def _features_shape(self, backbone: Backbone, image: tuple[int, ...], record: Record) -> Sequence[int] | None:
         weights = {name: tf.zeros(it.shape, self._dtype) for name, it in backbone.parameters.items()}
-        return tuple(backbone(Pass(weights), tf.zeros((2, *image), self._dtype)).shape)
+        return tuple(backbone(Pass(weights, record=record), tf.zeros((2, *image), self._dtype)).shape)
 
     def _framework_masks(self, seed: int) -> Callable[[int, int], Any]:
         generator = tf.random.Generator.from_seed(seed)
@@ -210,7 +214,7 @@ class TensorFlowLearner(FunctionalLearner):
         with tf.device(self.device):
             return super().targets(indices)
 
-    def _on_device(self, items: Iterator[T]) -> Iterator[T]:
+    def _measured(self, items: Iterator[T], training: bool = False) -> Iterator[T]:
         while True:
             with tf.device(self.device):
                 item = next(items, None)

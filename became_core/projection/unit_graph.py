@@ -62,10 +62,14 @@ def find_unit_graph(start: TaskStart) -> UnitGraph:
         start: the task with whose head and samples the network is tried.
 
     Raises:
-        BecameError: if a layer does not read the units of other layers one by one.
+        BecameError: if a layer does not read the units of other layers one by one, or there is no layer to gate.
     """
     theta = start.weights
     layers = tuple(name for name in theta if name in start.projectable)
+    if not layers:
+        raise BecameError(
+            "HAT gates units, and the network has no linear or convolutional layer to gate; choose another method."
+        )
     heads = tuple(min(head, key=lambda name: len(theta[name].shape) != 2) for head in start.heads)
     readers = [*layers, heads[start.index]]
     sources: dict[str, list[str]] = {name: [] for name in readers}

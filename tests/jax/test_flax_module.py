@@ -9,7 +9,7 @@ import pytest
 from flax import linen as nn
 from jax import numpy as jnp
 
-from adapters.backend import Step, for_task
+from adapters.backend import Step
 from adapters.jax.flax_module import FlaxBackbone
 from adapters.jax.layers import Pass
 from adapters.jax.learner import JaxLearner
@@ -79,7 +79,10 @@ def test_a_steps_products_are_of_bfloat16_and_its_statistics_of_float32() -> Non
     backbone, stream = FlaxBackbone.of(Network(), IMAGE), prototype_stream(tasks=2, channels=2, side=8)
     learner = in_precision(backbone, stream, True)
     rows, draw = stream.tasks[0].train[:10], np.random.default_rng(0)
-    weights, batch = for_task(learner.parameters(), 0), Step(rows, 0.1, draw_masks(backbone.masks, 10, draw), None)
+    weights, batch = (
+        learner.naming.for_task(learner.parameters(), 0),
+        Step(rows, 0.1, draw_masks(backbone.masks, 10, draw), None),
+    )
     traced = jax.make_jaxpr(learner.network.gradients)(weights, {}, {}, learner._data, batch)
     operands: dict[str, set[str]] = {}
     for equation in equations(traced.jaxpr):

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from adapters.backend import for_task
 from adapters.networks import draw_masks
 from adapters.tensorflow.keras_model import KerasBackbone
 from adapters.tensorflow.layers import Pass
@@ -64,7 +63,7 @@ def test_a_steps_products_are_of_bfloat16_and_its_statistics_of_float32() -> Non
     backbone, stream = KerasBackbone.of(network(), IMAGE), prototype_stream(tasks=2, channels=2, side=8)
     learner = in_precision(backbone, stream, True)
     rows, draw = stream.tasks[0].train[:10], np.random.default_rng(0)
-    weights, masks = for_task(learner.parameters(), 0), draw_masks(backbone.masks, 10, draw)
+    weights, masks = learner.naming.for_task(learner.parameters(), 0), draw_masks(backbone.masks, 10, draw)
     runs: Any = learner.network
     traced = runs._all_gradients.get_concrete_function(weights, learner._data, rows, masks, None)
     operands: dict[str, set[tf.DType]] = {}
