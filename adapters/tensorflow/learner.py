@@ -17,8 +17,9 @@ import tensorflow as tf
 from adapters.backend import Data, Factors, FunctionalLearner, Network, State, Step
 from adapters.networks import Backbone, Linear, Record, Tapped, is_statistic
 from adapters.tensorflow.layers import Pass, Patches, with_positions
+from became_core import BecameError
 from became_core.arrays import Array, Params
-from became_core.continual import Constraint, TapMode, Views
+from became_core.continual import Constraint, TapMode, TaskStream, Views
 from became_core.continual.data import Indices
 from became_core.curvature import Tap, Taps, logit_cotangents
 
@@ -200,9 +201,16 @@ class TensorFlowLearner(FunctionalLearner):
             generator.uniform((samples, *shape)) >= threshold / 2**16 for shape, threshold in masks
         )
 
-    def _build(self, *arguments: Any) -> None:
+    def _build(self, backbone: Backbone, stream: TaskStream, mixed_precision: bool, seed: int) -> None:
+        dataset, scaling = stream.dataset, getattr(backbone, "scaling", ())
+        if scaling and not (np.equal(dataset.mean, 0).all() and np.allclose(np.multiply(dataset.std, dataset.unit), 1)):
+            raise BecameError(
+                f"the model scales its images itself, in the layer '{scaling[0]}', and the data set {dataset.name} has "
+                f"them normalised before; leave one of the two out: means of 0 and deviations of 1/{dataset.unit:.0f} "
+                "leave images as they are."
+            )
         with tf.device(self.device):
-            super()._build(*arguments)
+            super()._build(backbone, stream, mixed_precision, seed)
 
     def train(self, *arguments: Any, **options: Any) -> Any:
         """Take one step on each batch."""

@@ -161,9 +161,9 @@ class MultiHead(nn.Module):
         self.heads = nn.ModuleList(nn.Linear(features, width, bias=False, dtype=dtype) for width in classes)
         self._widest = max(classes)
         with torch.no_grad():
-            for task, head in enumerate(self.heads):
-                value = initial_value(seed, f"{(naming or Heads()).name(task)}.weight", (classes[task], features), features)
-                head.weight.copy_(torch.from_numpy(value))
+            for task, (head, width) in enumerate(zip(self.heads, classes, strict=True)):
+                name = f"{(naming or Heads()).name(task)}.weight"
+                head.weight.copy_(torch.from_numpy(initial_value(seed, name, (width, features), features)))
 
     def forward(self, images: Tensor, task: int | None = None) -> Tensor:
         """Return one task's logits [N, classes], or, if no task is given, all heads' [N, tasks, classes].

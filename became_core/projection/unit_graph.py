@@ -66,10 +66,6 @@ def find_unit_graph(start: TaskStart) -> UnitGraph:
     """
     theta = start.weights
     layers = tuple(name for name in theta if name in start.projectable)
-    if not layers:
-        raise BecameError(
-            "HAT gates units, and the network has no linear or convolutional layer to gate; choose another method."
-        )
     heads = tuple(min(head, key=lambda name: len(theta[name].shape) != 2) for head in start.heads)
     readers = [*layers, heads[start.index]]
     sources: dict[str, list[str]] = {name: [] for name in readers}

@@ -54,10 +54,11 @@ def test_its_taps_are_those_of_the_description() -> None:
 def test_weights_go_there_and_back() -> None:
     backbone = FlaxBackbone.of(Network(), (2, 8, 8))
     variables = Network().init({"params": jax.random.key(0), "dropout": jax.random.key(1)}, jnp.ones((2, 8, 8, 2)))
-    weights = backbone.weights(variables["params"])
+    weights = backbone.weights(variables["params"], variables["batch_stats"])
     assert {name: value.shape for name, value in weights.items()} == {
         name: each.shape for name, each in backbone.parameters.items()
     }
+    jax.tree.map(np.testing.assert_array_equal, backbone.batch_stats(weights), variables["batch_stats"])
     back = backbone.params(weights)
     jax.tree.map(np.testing.assert_array_equal, back, variables["params"])
     assert jax.tree.structure(back) == jax.tree.structure(variables["params"])
