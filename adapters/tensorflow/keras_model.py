@@ -85,25 +85,34 @@ class KerasBackbone:
         masks: list[Mask] = []
         scaling: list[str] = []
         layers: dict[Any, UserLayer] = {}
+        problems: list[BecameError] = []  # what is raised inside a call Keras wraps into its own report
 
         def look(call: Callable[[Array], Array], layer: Any, inputs: Array) -> Array:
             if type(layer) is keras.layers.Dropout:
-                _check_options(layer, _DROPOUT, len(inputs.shape))
+                problems.extend(_options_without_effect(layer, _DROPOUT, len(inputs.shape)))
                 threshold = Dropout(layer.rate).threshold
                 masks.extend([(tuple(inputs.shape[1:]), threshold)] if threshold else [])
                 return inputs
             if type(layer) in _SCALING:
                 scaling.append(layer.name)
             if _is_taken_over(layer):
-                _check_options(layer, _LAYERS[type(layer)], len(inputs.shape))
+                problems.extend(_options_without_effect(layer, _LAYERS[type(layer)], len(inputs.shape)))
+                if layer in layers:
+                    problems.append(
+                        BecameError(f"the layer '{layer.name}' runs twice in one pass; give each run its own.")
+                    )
                 layers[layer] = _described(layer)
             # A batch norm would change its statistics; what it does to its inputs does not matter here.
             return inputs if type(layer) is keras.layers.BatchNormalization else call(inputs)
 
         own = model(images, training=False)  # builds it
         before = {variable.path: variable.numpy() for variable in model.non_trainable_variables}
-        with _intercepted(look):
+        with _intercepted(look) as masked:
             model(images, training=True)
+        for name in masked:
+            problems.append(BecameError(f"taps do not follow the mask that the layer '{name}' is given; leave it out."))
+        if problems:
+            raise problems[0]
         _check_side_effects(model, before)
         parameters, variables = _parameters(layers)
         owned = {variable.path for variable in variables.values()}
@@ -116,13 +125,17 @@ class KerasBackbone:
                 )
         tapped = tuple(layers.values())
         backbone = cls(model, tapped, parameters, tuple(masks), variables, tuple(dict.fromkeys(scaling)))
-        difference = np.abs(own - backbone(Pass(backbone.weights()), images)).max(initial=0.0)
+        backbone._check_agreement(own, images)
+        return backbone
+
+    def _check_agreement(self, own: Array, images: Array) -> None:
+        """Raise an error if the model's own features of images differ from ours."""
+        difference = np.abs(own - self(Pass(self.weights()), images)).max(initial=0.0)
         if not difference <= TOLERANCE * max(1.0, np.abs(own).max(initial=0.0)):
             raise BecameError(
-                f"with the layers that taps know the model '{model.name}' gives other features, by {difference:.3g}; "
-                "one of its layers changes another's weights or inputs, which taps cannot follow."
+                f"with the layers that taps know the model '{self.model.name}' gives other features, by "
+                f"{difference:.3g}; one of its layers changes another's weights or inputs, which taps cannot follow."
             )
-        return backbone
 
     @property
     def initial(self) -> Params:
@@ -179,8 +192,8 @@ def _parameters(layers: Mapping[Any, UserLayer]) -> tuple[dict[str, Parameter], 
     return parameters, variables
 
 
-def _check_options(layer: Any, known: Any, rank: int) -> None:
-    """Raise an error if a layer, whose inputs have so many axes, has an option that is not followed."""
+def _options_without_effect(layer: Any, known: Any, rank: int) -> Iterator[BecameError]:
+    """Yield an error for each option of a layer, whose inputs have so many axes, that is not followed."""
     default = known.default().get_config()
     for option, value in layer.get_config().items():
         if option == "axis":
@@ -190,7 +203,7 @@ def _check_options(layer: Any, known: Any, rank: int) -> None:
         else:
             followed = option in known.options | _WITHOUT_EFFECT or option.endswith("_initializer")
         if not (followed or value == default.get(option)):
-            raise BecameError(
+            yield BecameError(
                 f"taps do not follow the option {option}={value!r} of the layer '{layer.name}', a "
                 f"{type(layer).__name__}; leave it out, or freeze the layer."
             )
@@ -219,26 +232,30 @@ def _check_side_effects(model: Any, before: Mapping[str, Any]) -> None:
 
 
 @contextmanager
-def _intercepted(instead: Callable[[Callable[[Array], Array], Any, Array], Array]) -> Iterator[None]:
+def _intercepted(instead: Callable[[Callable[[Array], Array], Any, Array], Array]) -> Iterator[list[str]]:
     """Let layers of the classes that taps know, and Dropout, do something else inside this context.
 
     Args:
         instead: (what the layer would do with inputs, the layer, its inputs) -> outputs. It must ask for the layer's
             class, since a subclass may inherit what is replaced here.
+
+    Yields:
+        The names of layers that were given a mask.
     """
+    masked: list[str] = []
     classes = (*_LAYERS, *_SCALING, keras.layers.Dropout)
     inherited = {layer_class for layer_class in classes if "call" not in vars(layer_class)}
     before = {layer_class: layer_class.call for layer_class in classes}
     for layer_class, original in before.items():
 
         def call(layer: Any, inputs: Array, *, original: Any = original, **options: Any) -> Array:
-            if options.get("mask") is not None:
-                raise BecameError(f"taps do not follow the mask that the layer '{layer.name}' is given; leave it out.")
+            if options.get("mask") is not None and type(layer) in _LAYERS:
+                masked.append(layer.name)
             return instead(lambda x: original(layer, x, **options), layer, inputs)
 
         layer_class.call = call
     try:
-        yield
+        yield masked
     finally:
         for layer_class, original in before.items():
             if layer_class in inherited:

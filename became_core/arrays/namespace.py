@@ -77,7 +77,7 @@ def _short_name(xp: Any) -> str:
 def check_places(rows: Iterable[Mapping[str, Array]]) -> None:
     """Raise a BecameError if arrays that are to be computed together lie on two devices, or one has gaps.
 
-    Under a trace nothing is checked, as in ``check_values``.
+    Under a trace devices are not known, and the framework says what it cannot do.
 
     Args:
         rows: arrays of one framework that belong together, by the names that a message should call them.
@@ -88,11 +88,10 @@ def check_places(rows: Iterable[Mapping[str, Array]]) -> None:
         for name, array in row.items():
             if framework is None:
                 framework, module = framework_for(name, array)
-                if not framework.have_values(module, [array]):
-                    return
+                looks = framework.have_values(module, [array])
             if not framework.is_dense(module, array):
                 raise BecameError(f"{name} is a sparse or masked array; give one with all its elements.")
-            other = framework.place(array)
+            other = framework.place(array) if looks else None
             if place is None:
                 first, place = name, other
             elif other is not None and other != place:

@@ -70,7 +70,7 @@ def optimal_alpha(
 
     What no optimiser moves is left out, whether the other trees have it or not, so that state dicts can be given:
     leaves that hold integers or booleans in both models, and the statistics of normalisation layers, by their names
-    ``running_mean``, ``running_var``, ``moving_mean`` and ``moving_variance``. Per layer they belong to their layer, and
+    ``running_mean``, ``running_var``, ``moving_mean`` and ``moving_variance``. Per layer they belong to their layer;
     per leaf their coefficient is 0.
 
     Raises:
