@@ -115,6 +115,12 @@ class FlaxBackbone:
             raise _cannot_run(error) from None
         parameters = _parameters(layers, own)
         constants = {name: value for name, value in own.items() if name not in ("params", "batch_stats")}
+        others = {
+            path: leaf
+            for path, leaf in flatten_dict(own.get("batch_stats", {}), sep=".").items()
+            if path.rpartition(".")[0] not in layers
+        }
+        constants |= {"batch_stats": unflatten_dict(others, sep=".")} if others else {}
         backbone = cls(module, tuple(layers.values()), parameters, tuple(masks), {}, constants)
         backbone._check_agreement(own, images)
         weights = {} if variables is None else backbone.weights(own.get("params", {}), own.get("batch_stats", {}))
@@ -170,7 +176,8 @@ class FlaxBackbone:
         weights = {}
         for path, leaf in (flatten_dict(params, sep=".") | flatten_dict(batch_stats or {}, sep=".")).items():
             owner, _, own = path.rpartition(".")
-            weights[_canonical(owner, own)] = jnp.transpose(leaf, CANONICAL_AXES[leaf.ndim])
+            if (name := _canonical(owner, own)) in self.parameters:
+                weights[name] = jnp.transpose(leaf, CANONICAL_AXES[leaf.ndim])
         return weights
 
     def batch_stats(self, weights: Params) -> Any:

@@ -10,7 +10,7 @@ Convention: a layer's name is its own, ``conv1.weight``; canonical weights are [
 [in, out] and HWIO. Images are [N, H, W, C]. A batch norm's ``moving_mean`` is its ``running_mean``.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
@@ -106,7 +106,7 @@ class KerasBackbone:
             return inputs if type(layer) is keras.layers.BatchNormalization else call(inputs)
 
         own = model(images, training=False)  # builds it
-        before = {variable.path: variable.numpy() for variable in model.non_trainable_variables}
+        before = [(variable, variable.numpy()) for variable in model.variables]
         with _intercepted(look) as masked:
             model(images, training=True)
         for name in masked:
@@ -170,6 +170,14 @@ class KerasBackbone:
             variable.assign(tf.transpose(weights[name], np.argsort(CANONICAL_AXES[len(variable.shape)])))
 
 
+def _owner(model: Any, variable: Any) -> Any:
+    """Return the innermost layer that has a variable."""
+    for layer in getattr(model, "layers", ()):
+        if any(own is variable for own in layer.variables):
+            return _owner(layer, variable)
+    return model
+
+
 def _parameters(layers: Mapping[Any, UserLayer]) -> tuple[dict[str, Parameter], dict[str, Any]]:
     """Return the parameters and the variables of layers, by canonical name."""
     variables: dict[str, Any] = {}
@@ -209,21 +217,27 @@ def _options_without_effect(layer: Any, known: Any, rank: int) -> Iterator[Becam
             )
 
 
-def _check_side_effects(model: Any, before: Mapping[str, Any]) -> None:
-    """Raise an error if training does more to a model than to run it: random draws, losses, variables that change."""
-    for variable in model.non_trainable_variables:
-        if not np.array_equal(variable.numpy(), before[variable.path]):
-            variable.assign(before[variable.path])
-            layer = variable.path.rpartition("/seed_generator")[0].rpartition("/")[2]
-            if layer:
-                raise BecameError(
-                    f"the layer '{layer}' draws random numbers in training, which a run could not repeat; take Dropout "
-                    "or the augmentation of Training in its place."
-                )
+def _check_side_effects(model: Any, before: Sequence[tuple[Any, Any]]) -> None:
+    """Raise an error if training does more to a model than to run it: random draws, losses, variables that change.
+
+    Args:
+        model: after a pass in training mode.
+        before: its variables, and their values before that pass, which changed ones get back.
+    """
+    changed = [variable for variable, value in before if not np.array_equal(variable.numpy(), value)]
+    for variable, value in before:
+        variable.assign(value)
+    for variable in changed:
+        layer = _owner(model, variable)
+        if "seed_generator" in variable.path:
             raise BecameError(
-                f"training changes the variable '{variable.path}' besides gradients, which a run could not go on from; "
-                "leave its layer out, or freeze it."
+                f"the layer '{layer.name}' draws random numbers in training, which a run could not repeat; take "
+                "Dropout or the augmentation of Training in its place."
             )
+        raise BecameError(
+            f"the layer '{layer.name}' changes its variable '{variable.path}' in training, and not by gradients, "
+            "which a run could not go on from; leave it out, or freeze it."
+        )
     if model.losses:
         raise BecameError(
             f"the model '{model.name}' adds a loss of its own, by a regulariser, which is not the one that is trained; "
