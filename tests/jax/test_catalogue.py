@@ -68,6 +68,14 @@ class Noise(nn.Module):  # type: ignore[misc] # flax is taken as untyped
         return images + jax.random.normal(self.make_rng("noise"), images.shape)
 
 
+class WeightNormed(nn.Module):  # type: ignore[misc] # flax is taken as untyped
+    """A layer whose weights have a scale of their own."""
+
+    @nn.compact  # type: ignore[untyped-decorator]
+    def __call__(self, images: Any) -> Any:
+        return nn.WeightNorm(nn.Dense(3))(images.reshape(len(images), -1))
+
+
 class Spectral(nn.Module):  # type: ignore[misc] # flax is taken as untyped
     """A layer whose kernel another one changes before it is used."""
 
@@ -124,7 +132,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
         lambda: nn.Sequential([Noise(), plain()]),
         "the module must run with images and its variables alone; flax",
     ),
-    "a norm of weights": (Spectral, "Spectral gives other features, by"),
+    "a norm of weights": (WeightNormed, "do not know the layer of the parameter '\\S*WeightNorm"),
 }
 
 
@@ -167,6 +175,14 @@ def test_it_is_refused_by_layer_and_option(name: str) -> None:
     make, message = REFUSED[name]
     with pytest.raises(BecameError, match=message):
         FlaxBackbone.of(make(), IMAGE)
+
+
+def test_a_module_that_changes_its_kernels_is_refused() -> None:
+    module = Spectral()
+    variables = initial(module)
+    changed = jax.tree.map(lambda value: 2 * value, variables["batch_stats"])
+    with pytest.raises(BecameError, match=r"the module Spectral gives other features, by"):
+        FlaxBackbone.of(module, IMAGE, {**variables, "batch_stats": changed})
 
 
 def test_without_variables_weights_are_drawn_by_the_seed() -> None:

@@ -57,7 +57,7 @@ def called(model: keras.Model) -> keras.Model:
 def masked() -> keras.Model:
     images = keras.Input((8, 8, 2))
     steps = layers.Masking()(layers.Reshape((8, 16))(images))
-    return keras.Model(images, layers.Flatten()(layers.LayerNormalization(name="normalised")(steps)))
+    return keras.Model(images, layers.Flatten()(layers.BatchNormalization(name="normalised")(steps)))
 
 
 def twice() -> keras.Model:
