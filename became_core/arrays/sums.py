@@ -132,7 +132,7 @@ def _slabs(xp: Any, rows: Sequence[Row], slab: int) -> Iterator[tuple[tuple[Any,
     for row in rows:
         length = math.prod(row[0].shape)
         kinds = tuple([array.dtype for array in row])
-        flat = [array if array.ndim == 1 else xp.reshape(array, (-1,)) for array in row]
+        flat = [array if len(array.shape) == 1 else xp.reshape(array, (-1,)) for array in row]
         if length > LARGEST_JOINED:
             for start in range(0, length, slab):
                 end = min(start + slab, length)  # the standard leaves open what lies beyond
