@@ -1,3 +1,7 @@
+#!/usr/bin/env -S uv run --script
+# /// script
+# dependencies = ["nox>=2026.10.20"]
+# ///
 """The checks, one session each: ``nox`` runs them all, ``nox -s NAME`` one; arguments after ``--`` go to pytest.
 
 Convention: a session installs what ``constraints.txt`` pins. ``tests-core``, ``tests-jax`` and ``tests-tensorflow``
@@ -10,6 +14,7 @@ import atexit
 import json
 import os
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -169,7 +174,7 @@ def agreement(session: nox.Session) -> None:
 def wheel(session: nox.Session) -> None:
     """On request: the wheel beside AdapterHub's package ``adapters``, then each without the other."""
     check_files = str(Path("tests", "repository", "check_files.py").absolute())
-    folder = Path(session.create_tmp()).absolute()
+    folder = Path(tempfile.mkdtemp(dir=Path(session.create_tmp()).absolute()))
     lines = Path("constraints.txt").read_text(encoding="utf-8").splitlines()
     pins = [line for line in lines if line.partition("==")[0] not in ADAPTERHUB]
     pins += [f"{name}=={version}" for name, version in ADAPTERHUB.items()]
@@ -227,3 +232,6 @@ if "BECAME_NOX" not in os.environ:
     nox.options.report = str(Path(".nox", "report.json").absolute())
     Path(".nox").mkdir(exist_ok=True)
     atexit.register(print_seconds, Path(nox.options.report), time.time())
+
+if __name__ == "__main__":
+    nox.main()
