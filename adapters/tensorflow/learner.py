@@ -37,6 +37,29 @@ class _Drawn(NamedTuple):
         return self.noise
 
 
+class _Compiled:
+    """A function of weights, compiled once for heads of each width, and for batches of any size."""
+
+    def __init__(self, function: Callable[..., Any], head: str) -> None:
+        self._function, self._head = function, head
+        self._of_width: dict[int | None, Any] = {}
+
+    def _for(self, weights: Params) -> Any:
+        width = weights[self._head].shape[0] if self._head in weights else None
+        if width not in self._of_width:
+            self._of_width[width] = tf.function(self._function, reduce_retracing=True, autograph=False)
+        return self._of_width[width]
+
+    def __call__(self, weights: Params, *arguments: Any) -> Any:
+        return self._for(weights)(weights, *arguments)
+
+    def get_concrete_function(self, weights: Params, *arguments: Any) -> Any:
+        return self._for(weights).get_concrete_function(weights, *arguments)
+
+    def experimental_get_tracing_count(self) -> int:
+        return sum(int(function.experimental_get_tracing_count()) for function in self._of_width.values())
+
+
 @dataclass(frozen=True, eq=False)
 class TensorFlowNetwork(Network):
     """A network with TensorFlow's derivatives."""
@@ -48,7 +71,7 @@ class TensorFlowNetwork(Network):
         compiled: Any = tf.function(super().updated, autograph=False)
         object.__setattr__(self, "_updated", compiled)
         for name in ("_all_gradients", "_one_backward_pass", "_inputs", "_tangent", "all_logits", "batch_statistics"):
-            object.__setattr__(self, name, tf.function(getattr(self, name), reduce_retracing=True, autograph=False))
+            object.__setattr__(self, name, _Compiled(getattr(self, name), f"{self.head.name}.weight"))
 
     def gradients(
         self, trained: Params, factored: Params, frozen: Params, data: Data, batch: Step

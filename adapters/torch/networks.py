@@ -163,7 +163,8 @@ class MultiHead(nn.Module):
         with torch.no_grad():
             for task, (head, width) in enumerate(zip(self.heads, classes, strict=True)):
                 name = f"{(naming or Heads()).name(task)}.weight"
-                head.weight.copy_(torch.from_numpy(initial_value(seed, name, (width, features), features)))
+                weight: Any = head.weight
+                weight.copy_(torch.from_numpy(initial_value(seed, name, (width, features), features)))
 
     def forward(self, images: Tensor, task: int | None = None) -> Tensor:
         """Return one task's logits [N, classes], or, if no task is given, all heads' [N, tasks, classes].

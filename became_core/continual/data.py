@@ -197,7 +197,9 @@ class TaskStream:
             where = f"task {number + 1} of {name}"
             if task.index != number:
                 raise BecameError(f"{where} has the index {task.index}; it must be {number}.")
-            parts = {part: _integers(getattr(task, part), f"the {part} rows of {where}") for part in _PARTS}
+            parts: dict[str, Any] = {
+                part: _integers(getattr(task, part), f"the {part} rows of {where}") for part in _PARTS
+            }
             for part, rows in parts.items():
                 if not len(rows) and part != "validation":
                     raise BecameError(f"{where} has no {part} samples; give at least one.")

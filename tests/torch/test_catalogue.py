@@ -65,13 +65,15 @@ class LowRank(nn.Linear):
         self.down, self.up = nn.Linear(inputs, 2, bias=False), nn.Linear(2, outputs, bias=False)
 
     def forward(self, inputs: Tensor) -> Tensor:
-        return super().forward(inputs) + self.up(self.down(inputs))
+        corrected: Tensor = super().forward(inputs) + self.up(self.down(inputs))
+        return corrected
 
 
 class Counting(nn.Module):
     """A layer that stores what it saw, in place or in new tensors, and depends on it."""
 
     seen: Tensor
+    passes: Tensor
 
     def __init__(self, how: str) -> None:
         super().__init__()
@@ -185,7 +187,9 @@ class Looks:
     @classmethod
     def of(cls, network: nn.Module) -> "Looks":
         modules = list(network.modules())
-        constants = {name: value for name, value in network.named_parameters() if not value.requires_grad}
+        constants: dict[str, Tensor] = {
+            name: value for name, value in network.named_parameters() if not value.requires_grad
+        }
         for name, norm in network.named_modules():
             is_trained = norm.training and any(weight.requires_grad for weight in norm.parameters())
             if isinstance(norm, nn.BatchNorm2d) and network.training and norm.affine and not is_trained:
@@ -255,7 +259,7 @@ def check_it_goes_on(name: str, state: RunState | None, expected: dict[str, Tens
 def check_measuring_changes_nothing(learner: TorchLearner) -> None:
     before = learner.parameters()
     for kind in ("batch", "empirical"):
-        measurement = Measurement(learner, STREAM.tasks[0], TRAINING, kind, 0, "merge")  # type: ignore[arg-type]
+        measurement = Measurement(learner, STREAM.tasks[0], TRAINING, kind, 0, "merge")
         measurement.diagonal()
         measurement.along([measurement.mean])
         measurement.loss()
@@ -276,12 +280,13 @@ def test_it_learns_under_other_methods(name: str, method: str) -> None:
 
 
 def test_a_networks_own_norm_learns_statistics_again() -> None:
-    network = plain(nn.BatchNorm2d(4))
+    norm: Any = nn.BatchNorm2d(4)
+    network = plain(norm)
     learn(TorchLearner(network, STREAM), STREAM, build_method("finetune"), TRAINING)
-    before, count = network[1].running_mean.clone(), int(network[1].num_batches_tracked)
+    before, count = norm.running_mean.clone(), int(norm.num_batches_tracked)
     network.train()(torch.randn(20, 2, 8, 8) + 5)
-    assert not torch.equal(network[1].running_mean, before)
-    assert int(network[1].num_batches_tracked) == count + 1
+    assert not torch.equal(norm.running_mean, before)
+    assert int(norm.num_batches_tracked) == count + 1
 
 
 def learned(network: nn.Module, method: str = "became", **changes: Any) -> None:

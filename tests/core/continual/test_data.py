@@ -202,7 +202,7 @@ def test_a_negative_padding_is_an_error() -> None:
 def small(**changes: Any) -> Dataset:
     """Eight images of two channels, of four classes that are in both parts, with something changed."""
     images = np.random.default_rng(0).integers(0, 256, (8, 2, 3, 4), dtype=np.uint8)
-    fields = {
+    fields: dict[str, Any] = {
         "images": images,
         "labels": [0, 1, 2, 3, 0, 1, 2, 3],
         "train_size": 4,
@@ -264,7 +264,7 @@ STREAMS: dict[str, tuple[Callable[[TaskStream], TaskStream], str]] = {
     "masks for rows": (lambda stream: part_of(stream, train=np.ones(8, bool)), "the train rows .* are bool"),
     "a wrong order": (lambda stream: replace(stream, tasks=stream.tasks[::-1]), "has the index 1; it must be 0"),
     "fewer targets": (lambda stream: replace(stream, targets=stream.targets[:4]), r"has 8 images and targets \[4\]"),
-    "targets as floats": (lambda stream: replace(stream, targets=stream.targets / 1), "are float64"),
+    "targets as floats": (lambda stream: replace(stream, targets=np.asarray(stream.targets / 1)), "are float64"),
     "targets of all classes": (
         lambda stream: replace(stream, targets=stream.dataset.labels),
         "task 2 of small has 2 classes, and a sample with the target 2; targets go from 0 to 1",
@@ -297,9 +297,10 @@ def test_integers_of_any_size_are_labels_targets_and_rows(dtype: type) -> None:
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
 def test_images_may_be_numbers_in_their_own_unit(dtype: type) -> None:
     assert small().unit == 255
-    images = (1000 + 5 * np.random.default_rng(0).normal(size=(8, 2, 3, 4))).astype(dtype)
+    images: Any = (1000 + 5 * np.random.default_rng(0).normal(size=(8, 2, 3, 4))).astype(dtype)
     dataset = small(images=images, mean=(1000.0, 1000.0), std=(5.0, 5.0))
-    assert (dataset.unit, dataset.images.dtype) == (1, dtype)
+    assert dataset.unit == 1
+    assert dataset.images.dtype == dtype
     with pytest.raises(BecameError, match="give those of the images as they are"):
         small(images=images, mean=(0.5, 0.5), std=(0.25, 0.25))
 

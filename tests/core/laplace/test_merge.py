@@ -332,29 +332,33 @@ def test_merge_refuses_what_does_not_fit(xp: Any) -> None:
 
 @pytest.mark.parametrize("alpha", [float("nan"), float("inf")])
 def test_a_coefficient_that_is_no_number_is_refused(xp: Any, alpha: float) -> None:
-    models = [{"w": xp.asarray([value])} for value in (1.0, 2.0)]
+    stable, plastic = ({"w": xp.asarray([value])} for value in (1.0, 2.0))
     with pytest.raises(BecameError, match=r"^alpha is (nan|inf); it must be a finite number\.$"):
-        merge(*models, alpha)
+        merge(stable, plastic, alpha)
     with pytest.raises(BecameError, match=r"^alpha is infinite or not a number; it must be finite\.$"):
-        merge(*models, xp.asarray(alpha))
+        merge(stable, plastic, xp.asarray(alpha))
     with pytest.raises(BecameError, match=r"^alpha 'w' is (nan|inf)"):
-        merge(*models, {"w": alpha})
+        merge(stable, plastic, {"w": alpha})
 
 
 @pytest.mark.parametrize("coefficients", [[1, 1, 1], [0.5, 0.5, 0.5], [float("nan"), 0.5, 0.5], [0.2, 0.2, 0.2]])
 def test_coefficients_that_do_not_sum_to_one_are_refused(xp: Any, coefficients: list[float]) -> None:
     models = [{"w": xp.asarray([value])} for value in (1.0, 2.0, 3.0)]
-    for several in (coefficients, xp.asarray(coefficients, dtype=xp.float64), list(np.float32(coefficients))):
+    for several in (
+        coefficients,
+        xp.asarray(coefficients, dtype=xp.float64),
+        list(np.asarray(coefficients, np.float32)),
+    ):
         with pytest.raises(BecameError, match=r"^the coefficients sum to (nan|[0-9.]+); they must sum to 1\.$"):
             combine(models, several)
 
 
 def test_numbers_of_numpy_are_numbers(xp: Any) -> None:
-    models = [{"w": xp.asarray([value], dtype=xp.float32)} for value in (1.0, 2.0)]
+    stable, plastic = ({"w": xp.asarray([value], dtype=xp.float32)} for value in (1.0, 2.0))
     for number in (np.float32(0.25), np.float64(0.25), np.asarray(0.25)):
-        assert to_numpy(merge(*models, number)["w"]).tolist() == [1.25]
-        assert to_numpy(merge(*models, {"w": number})["w"]).tolist() == [1.25]
-    assert to_numpy(combine(models, list(np.float32([0.75, 0.25])))["w"]).tolist() == [1.25]
+        assert to_numpy(merge(stable, plastic, number)["w"]).tolist() == [1.25]
+        assert to_numpy(merge(stable, plastic, {"w": number})["w"]).tolist() == [1.25]
+    assert to_numpy(combine([stable, plastic], list(np.asarray([0.75, 0.25], np.float32)))["w"]).tolist() == [1.25]
 
 
 def _state_dict(xp: Any, value: float, count: int) -> dict[str, Any]:
