@@ -18,7 +18,7 @@ from became_core.projection import PROJECTORS
 ROOT = Path(__file__).parents[2]
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
 NAMES = [page.relative_to(ROOT).as_posix() for page in PAGES]
-# Pages of the site that docs/hooks.py takes from elsewhere.
+# Pages of the site that docs/pages.py takes from elsewhere.
 ELSEWHERE = {"results.md", "benchmarks.md", "contributing.md", "changelog.md"}
 # Commands of others, whose options are theirs.
 OTHERS = ("pip ", "nox", "mkdocs ")
