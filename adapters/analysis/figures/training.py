@@ -205,7 +205,7 @@ def _draw_prediction(axes: Axes, path: Mapping[str, Any]) -> None:
     losses = [point["loss"] for point in path["points"]]
     reach = (max(losses) - min(losses)) or 1.0
     alphas = np.linspace(path["points"][0]["alpha"], path["points"][-1]["alpha"], 101)
-    axes.plot(alphas, predicted_loss(path, alphas), color=MUTED, linestyle="--", label="predicted")
+    axes.plot(alphas, predicted_loss(path, alphas), color=MUTED, linestyle="--", label="predicted parabola")
     low, high = axes.get_ylim()
     axes.set_ylim(max(low, min(losses) - 0.6 * reach), min(high, max(losses) + 0.3 * reach))
 
