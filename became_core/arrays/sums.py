@@ -128,7 +128,7 @@ def _by_slab(
 def _slabs(xp: Any, rows: Sequence[Row], slab: int) -> Iterator[tuple[tuple[Any, ...], Row]]:
     """Yield dtypes and flat arrays side by side of at most so many elements: large rows cut, small like ones joined."""
     joined: list[Row] = []
-    size, joined_kinds = 0, None
+    size, joined_kinds = 0, ()
     for row in rows:
         length = math.prod(row[0].shape)
         kinds = tuple([array.dtype for array in row])
