@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from became_core import BecameError
 from became_core.laplace import Dense, Diagonal, Kronecker, LowRank, Precision, Sum
 from tests.backends import to_numpy, to_xp
-from tests.strategies import KINDS, Structured, eighths, structured, structured_pairs
+from tests.strategies import COUNTS, KINDS, Structured, eighths, structured, structured_pairs
 
 EPS = np.finfo(float).eps
 
@@ -42,7 +42,7 @@ def test_the_dense_form_is_the_definition(xp: Any, case: Structured) -> None:
 
 @given(case=structured(), data=st.data())
 def test_gram_is_that_of_the_matrix(xp: Any, case: Structured, data: st.DataObject) -> None:
-    left, right = (data.draw(st.integers(1, 3).flatmap(lambda count: eighths((count, case.size)))) for _ in range(2))
+    left, right = (data.draw(COUNTS.flatmap(lambda count: eighths((count, case.size)))) for _ in range(2))
     precision = case.on(xp)
     left_trees, right_trees = ([to_xp(xp, case.tree(row)) for row in rows] for rows in (left, right))
     bound = float((np.abs(left) @ np.abs(case.matrix) @ np.abs(right).T).max()) + 1
