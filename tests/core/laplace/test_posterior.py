@@ -39,9 +39,8 @@ def test_gradient_is_for_the_parameters_given(xp: Any, segment: Segment) -> None
 
 @given(case=structured(), data=st.data())
 def test_quadratic_is_the_loss_along_the_directions(xp: Any, case: Structured, data: st.DataObject) -> None:
-    mean, origin, *directions = data.draw(
-        few_if_compiled(st.integers(3, 5), [3, 5]).flatmap(lambda rows: eighths((rows, case.size)))
-    )
+    rows = data.draw(few_if_compiled(st.integers(3, 5), [3, 5]))
+    mean, origin, *directions = data.draw(eighths((rows, case.size)))
     posterior = LaplacePosterior(to_xp(xp, case.tree(mean)), case.on(xp))
     quadratic = posterior.quadratic(
         to_xp(xp, case.tree(origin)), [to_xp(xp, case.tree(direction)) for direction in directions]
