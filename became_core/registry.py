@@ -196,7 +196,8 @@ class Registry(Catalogue[type[T]]):
         """
         merged: dict[str, Setting] = {}
         for name in self.names:
-            for option, declared in _declared_settings(self._values[name]).items():
+            declared_settings = _declared_settings(self._values[name])  # type: ignore[arg-type] # classes are hashable
+            for option, declared in declared_settings.items():
                 new = replace(declared, owners=(name,))
                 merged[option] = merged[option].shared_with(new) if option in merged else new
         return merged

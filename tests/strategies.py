@@ -34,6 +34,7 @@ Array = NDArray[np.float64]
 Tree = dict[str, Array]
 
 Drawn = TypeVar("Drawn")
+Shape = tuple[int, ...]
 
 
 def few_if_compiled(all_values: st.SearchStrategy[Drawn], few: Sequence[Drawn]) -> st.SearchStrategy[Drawn]:
@@ -47,7 +48,7 @@ def few_if_compiled(all_values: st.SearchStrategy[Drawn], few: Sequence[Drawn]) 
     )
 
 
-LEAF_SHAPES = few_if_compiled(
+LEAF_SHAPES: st.SearchStrategy[list[Shape]] = few_if_compiled(
     st.lists(st.sampled_from([(), (1,), (3,), (2, 3), (3, 1), (2, 1, 2)]), min_size=1, max_size=3),
     [[(2, 3)], [(), (3,)], [(2, 1, 2), (1,), (2, 3)]],
 )
@@ -155,7 +156,9 @@ PARAMETER_SHAPES = hnp.array_shapes(min_dims=1, max_dims=3, min_side=1, max_side
     lambda shape: np.prod(shape) <= 9
 )
 # The few have one and three parameters, of each number of dimensions, and one of a single element.
-PARAMETERS = few_if_compiled(st.lists(PARAMETER_SHAPES, min_size=1, max_size=3), [[(2, 3)], [(3,), (1,), (2, 1, 2)]])
+PARAMETERS: st.SearchStrategy[list[Shape]] = few_if_compiled(
+    st.lists(PARAMETER_SHAPES, min_size=1, max_size=3), [[(2, 3)], [(3,), (1,), (2, 1, 2)]]
+)
 COUNTS = few_if_compiled(st.integers(1, 3), [1, 3])
 
 
