@@ -138,6 +138,9 @@ def tests_jax(session: nox.Session) -> None:
     install(session, "test", "-e", ".[jax]")
     assert_absent(session, "torch", "tensorflow")
     cache_compilations(session)
+    # Thousands of programs are compiled and each runs for microseconds: XLA's optimisations cost more than they save.
+    # The session `agreement` compiles as users do, and so do here the tests of what the optimisations may do.
+    session.env["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
     test(session, *ON_EACH, "tests/jax", "--backend", "jax")
 
 
