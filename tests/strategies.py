@@ -19,10 +19,10 @@ from reference.precisions import block_diagonal, kronecker_matrix, low_rank_matr
 from tests.backends import to_numpy, to_xp
 
 __all__ = [
-    "COUNTS",
     "KINDS",
     "Segment",
     "Structured",
+    "each_structure",
     "eighths",
     "few_if_compiled",
     "segments",
@@ -155,11 +155,13 @@ KINDS = ("Diagonal", "Isotropic", "Kronecker", "LowRank", "Dense", "Blocks")
 PARAMETER_SHAPES = hnp.array_shapes(min_dims=1, max_dims=3, min_side=1, max_side=3).filter(
     lambda shape: np.prod(shape) <= 9
 )
-# The few have one and three parameters, of each number of dimensions, and one of a single element.
+# Where each is compiled, three of different numbers of dimensions, one with a single element.
 PARAMETERS: st.SearchStrategy[list[Shape]] = few_if_compiled(
-    st.lists(PARAMETER_SHAPES, min_size=1, max_size=3), [[(2, 3)], [(3,), (1,), (2, 1, 2)]]
+    st.lists(PARAMETER_SHAPES, min_size=1, max_size=3), [[(1,), (2, 3), (2, 1, 2)]]
 )
-COUNTS = few_if_compiled(st.integers(1, 3), [1, 3])
+RANKS = few_if_compiled(st.integers(1, 3), [2])
+# So often that each of the six structures is drawn several times; with few shapes, more examples compile little more.
+each_structure = settings(max_examples=max(25, settings().max_examples))
 
 
 def parameter_shapes() -> st.SearchStrategy[dict[str, tuple[int, ...]]]:
@@ -171,7 +173,8 @@ def parameter_shapes() -> st.SearchStrategy[dict[str, tuple[int, ...]]]:
 def structured_pairs(draw: st.DrawFn, *, definite: bool = False) -> tuple[Structured, Structured]:
     """Two precisions, each of some of the same parameters."""
     shapes = draw(parameter_shapes())
-    some = st.lists(st.sampled_from(list(shapes)), min_size=1, unique=True)
+    names = list(shapes)
+    some = few_if_compiled(st.lists(st.sampled_from(names), min_size=1, unique=True), [names, names[:1], names[1:]])
     left, right = ({name: shapes[name] for name in draw(some)} for _ in range(2))
     return draw(structured(shapes=left, definite=definite)), draw(structured(shapes=right, definite=definite))
 
@@ -211,7 +214,7 @@ def structured(
         matrix = semidefinite(size)
         return Structured(kind, {"matrix": matrix}, shapes, matrix)
     if kind == "LowRank":
-        rank = draw(COUNTS)
+        rank = draw(RANKS)
         factors = values({name: (*shape, rank) for name, shape in shapes.items()}, -4)
         if draw(st.booleans()):  # a parameter without a factor has zeros
             del factors[min(shapes)]

@@ -21,7 +21,7 @@ Layer = tuple[Array, Array]
 # Samples, positions, inputs and outputs of a layer.
 SIZES = few_if_compiled(
     st.tuples(st.integers(1, 4), st.integers(1, 3), st.integers(1, 4), st.integers(1, 3)),
-    [(1, 1, 1, 1), (4, 3, 2, 3), (3, 2, 4, 1)],
+    [(4, 3, 2, 3), (1, 1, 1, 1)],
 )
 
 
@@ -73,7 +73,7 @@ def test_the_gradient_of_a_scale(xp: Any, layer: Layer) -> None:
 
 
 @st.composite
-def tapped(draw: st.DrawFn, kind: str) -> tuple[str, dict[str, Any], Array, Array]:
+def tapped(draw: st.DrawFn, kind: str) -> tuple[Any, dict[str, Any], Array, Array]:
     """Return a layer that is no plain matrix: its tap's kind and fields, per-sample gradients and output gradients."""
     n, positions, size, width = draw(SIZES)
     g = draw(eighths((n, positions, width)))
