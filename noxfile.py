@@ -216,6 +216,7 @@ def stress(session: nox.Session) -> None:
     for backend, kills in {"torch": 100, "jax": 50, "tensorflow": 50}.items():
         session.env.update(BECAME_KILLS=str(kills))
         test(session, killed, "--backend", backend)
+    test(session, "tests/jax", "--backend", "jax", "--timeout", "3600")  # with all of XLA's optimisations
     session.env.update(HYPOTHESIS_PROFILE="long")
     test(session, "tests/core", "tests/networks", "--timeout", "3600")
 
