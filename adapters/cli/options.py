@@ -222,8 +222,12 @@ def _names_type(choices: Iterable[str] | None, *, several: bool) -> Any:
 
 def parse(kind: Any, prog: str, arguments: Sequence[str] | None, description: str | None = None) -> Any:
     """Return what the arguments hold, of this kind; a question for help and a mistake end the program."""
-    # What is left out is None, and a flag that is left out is off: neither is shown in the help.
-    config = (tyro.conf.OmitArgPrefixes, tyro.conf.DisallowNone, tyro.conf.FlagCreatePairsOff)
+    # What is left out is None, and a flag that is left out is off: neither is shown in the help. All help is given by
+    # `described` and by docstrings; to look for it in comments as well would take a quarter of the time.
+    config = (
+        *(tyro.conf.OmitArgPrefixes, tyro.conf.DisallowNone, tyro.conf.FlagCreatePairsOff),
+        tyro.conf.HelptextFromCommentsOff,
+    )
     return tyro.cli(kind, prog=prog, args=arguments, description=description, config=config)
 
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adapters.benchmarks.catalogue import BENCHMARKS
-from adapters.cli.options import Request, parse_request
+from adapters.cli.options import Request, parse, parse_request, request_of, request_type
 from adapters.cli.running import requested_jobs
 from adapters.runs.configuration import (
     GROUPS,
@@ -210,21 +210,27 @@ COMMANDS = st.fixed_dictionaries({}, optional=VALUES)
 METHODS = st.sampled_from(["became", "became+sgp", "gpm", "coma", "imm-mean", "became+nscl"])
 
 
-def parsed(words: list[str], method: str) -> Configuration:
-    """The configuration that the command line gives."""
-    request = parse_request("became run", ["--methods", method, *words], backend=False)
+def parsed(words: list[str], method: str, kind: type) -> Configuration:
+    """The configuration that the command line gives, whose options are those of a kind of request."""
+    request = request_of(parse(kind, "became run", ["--methods", method, *words]))
     (job,) = requested_jobs(request, BACKEND)
     return job.configuration
+
+
+@pytest.fixture(scope="module")
+def kind() -> type:
+    """The options of a run, made once: tyro reads each kind of request only once."""
+    return request_type(backend=False, completing=False)
 
 
 @settings(max_examples=60, deadline=None)
 @given(values=COMMANDS, method=METHODS, preset=st.sampled_from(["quick", "paper"]))
 def test_a_command_gives_a_configuration_that_gives_the_command(
-    values: dict[str, Any], method: str, preset: str
+    kind: type, values: dict[str, Any], method: str, preset: str
 ) -> None:
     configuration = Configuration.of(values, method, preset)
     words = command_words(configuration, method, preset)
-    again = parsed(words, method)
+    again = parsed(words, method, kind)
     assert again == configuration
     assert command_words(again, method, preset) == words
 
