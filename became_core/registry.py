@@ -13,6 +13,7 @@ Other packages add entries to a catalogue or a registry by an entry point of its
 
 import difflib
 import inspect
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import MISSING, dataclass, field, fields, replace
@@ -179,9 +180,12 @@ class Registry(Catalogue[type[T]]):
             values: by option name; those of other classes have no effect.
 
         Raises:
-            BecameError: if there is no such name, or the class cannot use a value.
+            BecameError: if there is no such name, a value is infinite or not a number, or the class cannot use it.
         """
         cls = self[name]
+        for option in _options_of(cls).keys() & values.keys():
+            if isinstance(values[option], float) and not math.isfinite(values[option]):
+                raise BecameError(f"the setting '{option}' is {values[option]}; it must be a finite number.")
         return cls(**{field: values[option] for option, field in _options_of(cls).items() if option in values})
 
     def options_of(self, name: str) -> tuple[str, ...]:

@@ -30,6 +30,7 @@ from became_core.continual import (
     SGD,
     Adam,
     Annealed,
+    Augmentation,
     Batch,
     Constraint,
     EpochEnd,
@@ -688,6 +689,60 @@ def check_every_method_runs_and_repeats(make: Make, names: Sequence[str] = ()) -
         assert (first.alpha[1] is not None) == (merges and name != "imm-mode")
         assert first.alpha[1] is None or 0 <= first.alpha[1] <= 1
         assert bool(first.paths) == merges
+
+
+def unequal(first: int) -> TaskStream:
+    """A stream of six classes, of which the first task has so many, and the second all others."""
+    labels, count = STREAM.dataset.labels, STREAM.dataset.train_size
+    tasks = []
+    for index, classes in enumerate((range(first), range(first, 6))):
+        rows = np.flatnonzero(np.isin(labels, classes))
+        tasks.append(Task(index, tuple(classes), rows[rows < count], rows[:0], rows[rows >= count]))
+    return TaskStream(STREAM.dataset, tuple(tasks), np.where(labels < first, labels, labels - first))
+
+
+def check_tasks_may_differ_in_their_classes(make: Make) -> None:
+    """In either order: a head is as wide as its task, and no class that a task has not is ever its answer."""
+    training = Training(Annealed(0.05, 2), Annealed(0.05, 1), batch_size=12)
+    for first in (2, 4):
+        stream = unequal(first)
+        learner = make(stream, 0)
+        record = learn(learner, stream, build_method("became"), training)
+        assert record.alpha[1] is not None
+        assert 0 <= record.alpha[1] <= 1
+        theta = learner.parameters()
+        widths = [theta[name].shape[0] for head in learner.heads for name in head]
+        assert widths == [first, 6 - first]
+        logits = to_numpy(learner.logits(stream.tasks[0].test, 12))
+        assert logits.shape == (len(stream.tasks[0].test), 2, 4)
+        for task, width in enumerate(widths):
+            assert np.isfinite(logits[:, task, :width]).all()
+            assert (logits[:, task, width:] == -np.inf).all()
+        for mode, sets in (("true", widths[0]), ("sampled", 1), ("empirical", 1)):
+            taps = list(learner.taps(0, stream.tasks[0].train[:4], 4, mode, fresh_rng()))  # type: ignore[arg-type]
+            assert len(taps) == sets
+
+
+def check_images_in_floating_point_are_normalised_as_they_are(make: Make) -> None:
+    dataset = STREAM.dataset
+    scaled = replace(dataset, images=(dataset.images / 255).astype(np.float64))
+    learners = make(STREAM, 0), make(replace(STREAM, dataset=scaled), 0)
+    training = Training(Annealed(0.05, 1), Annealed(0.05, 1), batch_size=12, augmentation=Augmentation(1))
+    for learner in learners:
+        learn(learner, STREAM, build_method("finetune"), training)
+    for name, value in numbers(learners[0].parameters()).items():
+        np.testing.assert_allclose(to_numpy(learners[1].parameters()[name]), value, rtol=1e-9, atol=1e-12)
+
+
+def check_a_batch_may_have_one_sample(make: Make) -> None:
+    learner = make(STREAM, 0)
+    before = numbers(learner.parameters())
+    training = Training(Annealed(0.01, 1), Annealed(0.01, 1), batch_size=1)
+    one_task = replace(STREAM, tasks=(replace(STREAM.tasks[0], train=STREAM.tasks[0].train[:5]),))
+    record = learn(learner, one_task, build_method("finetune"), training)
+    assert np.isfinite(record.accuracy).all()
+    after = numbers(learner.parameters())
+    assert all(np.any(after[name] != before[name]) for name in learner.heads[0] | learner.projectable)
 
 
 def conforms_where_all_is_compiled(check: Callable[[Make], None], make: Make, backbone: str) -> None:

@@ -10,6 +10,7 @@ compared when a run goes on; a hint, such as the device, is not. Two runs of equ
 and seed are the same run.
 """
 
+import math
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
@@ -192,6 +193,10 @@ class Configuration:
             BecameError: if a value cannot be used.
         """
         NETWORKS[self.network]
+        for name, value in [*((it.name, getattr(self, it.name)) for it in fields(self)), *self.settings.items()]:
+            for number in value if isinstance(value, tuple) else (value,):
+                if isinstance(number, float) and not math.isfinite(number):
+                    raise BecameError(f"--{_dashed(name)} is {number}; it must be a finite number.")
         if self.batch_size < 1:
             raise BecameError(f"--batch-size is {self.batch_size}; it must be at least 1.")
         for name in ("projector_samples", "curvature_samples"):

@@ -107,6 +107,18 @@ def test_the_number_of_tasks_chooses_the_preset() -> None:
         ({"weight_decay": -1.0}, "gpm", None, "weight decay is -1.0"),
         ({"threshold": 1.5}, "gpm", None, "threshold is 1.5"),
         ({"ewc_strength": -1.0}, "ewc", None, "strength is -1.0"),
+        *(
+            (
+                {option: number},
+                "became+gpm",
+                None,
+                f"--{option.replace('_', '-')} is {number}; it must be a finite number",
+            )
+            for option in ("lr", "increment", "threshold", "validation", "weight_decay", "norm_penalty")
+            for number in (float("nan"), float("inf"), -float("inf"))
+        ),
+        ({"ewc_strength": float("inf")}, "ewc", None, "--ewc-strength is inf; it must be a finite number"),
+        ({"increment": -0.1}, "gpm", None, "the threshold grows by -0.1 a task; the increment must be at least 0"),
         ({"momenta": 3}, "gpm", None, "no option 'momenta'; did you mean 'momentum'"),
     ],
 )
