@@ -19,11 +19,13 @@ from adapters.backend.entry import (
     Backend,
     BackendName,
     Builder,
+    available_threads,
     first_installed,
     learner_builder,
     load_backend,
     needs_package,
     run_command,
+    threads_for,
 )
 from adapters.backend.heads import HEAD, for_task, head_name, put_back
 from adapters.backend.learner import FunctionalLearner, NetworkLearner, chunks
@@ -42,6 +44,7 @@ __all__ = [
     "NetworkLearner",
     "State",
     "Step",
+    "available_threads",
     "chunks",
     "first_installed",
     "for_task",
@@ -52,4 +55,5 @@ __all__ = [
     "projected_by_rows",
     "put_back",
     "run_command",
+    "threads_for",
 ]

@@ -95,11 +95,9 @@ class Request:
     ] = None
     out: Annotated[Path | None, described("The folder for results. (default: runs/BENCHMARK-PRESET)")] = None
     dry_run: Annotated[
-        bool,
-        described(
-            "Show the configuration, the numbers of parameters and steps, and an estimate of the time; learn nothing."
-        ),
+        bool, described("Show how many steps each method takes, and an estimate of its time by phase; learn nothing.")
     ] = False
+    print_config: Annotated[bool, described("Print the value of every option as JSON; learn nothing.")] = False
     resume: Annotated[
         bool,
         described(
@@ -154,7 +152,7 @@ def request_type(*, backend: bool, completing: bool) -> type:
         "preset": name_option(
             presets,
             f"What gives the values of all options that are left out: {', '.join(presets)}; became list presets says "
-            "where each is from. (default: quick)",
+            "where each is from. (default: demo for split-mnist, quick for all others)",
         ),
     }
     members: list[tuple[str, Any, Any]] = []
@@ -168,7 +166,7 @@ def request_type(*, backend: bool, completing: bool) -> type:
     kind = make_dataclass("Run", members, frozen=True)
     kind.__doc__ = (
         "Learn a benchmark's tasks with one or more methods; compare them in a table.\n\n"
-        f"Without options: Split-MNIST (embedded); {', '.join(METHODS_BY_DEFAULT)}; one seed.\n\n"
+        f"Without options: Split-MNIST (embedded), preset demo; {', '.join(METHODS_BY_DEFAULT)}; one seed.\n\n"
         "An option that shows no default has the preset's value if it is left out."
     )
     return kind

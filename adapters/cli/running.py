@@ -11,13 +11,13 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Self, get_args
 
-from adapters.backend.entry import Backend, BackendName
+from adapters.backend.entry import Backend, BackendName, threads_for
 from adapters.benchmarks.catalogue import BENCHMARKS
 from adapters.benchmarks.location import data_directory
 from adapters.cli.display import LOGGER, Display
 from adapters.cli.options import METHODS_BY_DEFAULT, Request
 from adapters.runs import RunDirectory, RunResult, write_summary
-from adapters.runs.configuration import PRESET, Configuration, full_method_name
+from adapters.runs.configuration import Configuration, full_method_name
 from adapters.runs.directory import check_writable, read_record
 from adapters.runs.events import place
 from adapters.tracking import Tracker, Writer, open_writer
@@ -81,9 +81,29 @@ class Job:
             dropout_masks=configuration.dropout_masks,
         )
 
-    def write_config(self, backends: str, stream: TaskStream) -> None:
-        """Write what runs, and with which options."""
+    def use_threads(self, stream: TaskStream) -> int:
+        """Let the framework compute with the threads that the run asks for; return how many they are.
+
+        A run that goes on keeps the threads with which it began, for with others its last digits may differ. If other
+        ones are asked for, it says so.
+        """
+        configuration = self.configuration
+        shape: Any = stream.dataset.images.shape[1:]
+        threads, before = configuration.threads, self.run.threads if self.run.started else None
+        if threads is None and before is not None and "OMP_NUM_THREADS" not in os.environ:
+            threads = before
+        used = self.backend.use_threads(threads or threads_for(configuration.network, shape, configuration.norm))
+        if before not in (None, used):
+            LOGGER.warning(
+                "%s began with %d threads and goes on with %d: its last digits may differ; --threads %d keeps them.",
+                self.run.name, before, used, before,
+            )  # fmt: skip
+        return used
+
+    def write_config(self, backends: str, stream: TaskStream, threads: int | None = None) -> None:
+        """Write what runs, with which options, and with how many threads, if that is known."""
         config, hints = self.configuration.to_json(), self.configuration.hints()
+        hints["threads"] = threads or hints["threads"]
         self.run.write_config(backends, config, stream, hints=hints, preset=self.preset)
 
     def writer(self) -> Writer | None:
@@ -121,12 +141,14 @@ def requested_jobs(request: Request, backend: Backend) -> list[Job]:
         raise BecameError(f"there is no projector '{projector}'{nearest(projector, projector_names())}.")
     # A value that cannot be used is refused even if none of the methods uses it.
     check_settings({option: value for option, value in request.values.items() if option in method_settings()})
-    names = [full_method_name(method, projector) for method in methods]
+    names = list(dict.fromkeys(full_method_name(method, projector) for method in methods))
+    seeds = tuple(dict.fromkeys(seeds))
     configurations = {name: Configuration.of(values, name, preset) for name in names}
     benchmark = configurations[names[0]].benchmark
-    out = request.out or Path("runs") / f"{benchmark}-{preset or PRESET}"
+    preset = preset or BENCHMARKS[benchmark].usual
+    out = request.out or Path("runs") / f"{benchmark}-{preset}"
     jobs = [
-        Job(RunDirectory(out, name, seed), backend, configurations[name], preset or PRESET, request.resume)
+        Job(RunDirectory(out, name, seed), backend, configurations[name], preset, request.resume)
         for seed in seeds
         for name in names
     ]
@@ -228,11 +250,12 @@ def _run_to_its_end(job: Job, stream: TaskStream, display: Display) -> RunResult
         if result is not None:  # another process has finished it meanwhile
             return result
         backends = job.check_unfinished()
+        threads = job.use_threads(stream)
         learner = job.learner(stream)
         method, training = configuration.method(run.method), configuration.training()
         checkpoints = run.checkpoints(stream, method, training)
         state = checkpoints.load(learner, lambda note: LOGGER.warning("%s: %s", run.name, note))
-        job.write_config(backends, stream)
+        job.write_config(backends, stream, threads)
         events = replace(run.events, backend=backend.name)
         with (
             Interruption() as interruption,

@@ -52,7 +52,7 @@ __all__ = [
     "repeating_command",
 ]
 
-PRESET, BENCHMARK = "quick", "split-mnist"
+BENCHMARK = "split-mnist"
 
 # The groups of options, in the order of the help.
 GROUPS = {
@@ -82,7 +82,7 @@ def _option(help: str, group: str, default: Any = MISSING, *, hint: bool = False
 class Configuration:
     """What a run of one method does, fully resolved.
 
-    >>> Configuration.of({"benchmark": "split-mnist", "lr": 0.2}, "gpm").epochs
+    >>> Configuration.of({"benchmark": "split-mnist", "lr": 0.2}, "gpm", preset="quick").epochs
     8
     """
 
@@ -169,6 +169,13 @@ class Configuration:
         hint=True,
     )
     device: str = _option("Where to compute: auto, cpu, cuda, cuda:1 and so on.", "machine", "auto", hint=True)
+    threads: int | None = _option(
+        "How many threads the CPU computes with. Without it as many as the environment variable OMP_NUM_THREADS says; "
+        "else one for a small network, which more threads make slower, and the framework's own choice for others.",
+        "machine",
+        None,
+        hint=True,
+    )
     deterministic: bool = _option(
         "Use only operations that give the same bits every time. The usual operations of a GPU do not; those of a CPU "
         "always do.",
@@ -197,6 +204,8 @@ class Configuration:
         for name in ("projector_samples", "curvature_samples"):
             if getattr(self, name) < 0:
                 raise BecameError(f"--{_dashed(name)} is {getattr(self, name)}; it must be at least 0.")
+        if self.threads is not None and self.threads < 1:
+            raise BecameError(f"--threads is {self.threads}; it must be at least 1.")
         if self.path_points < 0 or self.path_points == 1:
             raise BecameError("--path-points must be 0 or at least 2.")
         if self.optimiser != "sgd" and self.momentum:
@@ -209,14 +218,15 @@ class Configuration:
         Args:
             values: by option name; may be incomplete.
             method: METHOD or METHOD+PROJECTOR.
-            preset: "quick" if None.
+            preset: the benchmark's usual one if None.
 
         Raises:
             BecameError: if a name is unknown, or a value cannot be used.
         """
         benchmark = BENCHMARKS[values.get("benchmark", BENCHMARK)]
         tasks = values.get("tasks", benchmark.tasks)
-        usual = benchmark.preset(preset or PRESET, tasks).values_of(method)
+        preset = preset or benchmark.usual
+        usual = benchmark.preset(preset, tasks).values_of(method)
         resolved: dict[str, Any] = {"first": tasks, **usual, **values, "tasks": tasks}
         declared = {each.name: each for each in fields(cls) if each.name != "settings"}
         known = options()
@@ -225,7 +235,7 @@ class Configuration:
                 raise BecameError(f"there is no option '{name}'{nearest(name, known)}.")
         for name, each in declared.items():
             if each.default is MISSING and name not in resolved:
-                raise BecameError(f"the preset '{preset or PRESET}' of {benchmark.name} has no '{name}'; give it one.")
+                raise BecameError(f"the preset '{preset}' of {benchmark.name} has no '{name}'; give it one.")
         settings = {name: resolved.get(name, each.default) for name, each in _settings_of(method).items()}
         configuration = cls(**{name: resolved[name] for name in declared if name in resolved}, settings=settings)
         configuration.training()
@@ -404,7 +414,7 @@ def full_method_name(method: str, projector: str | None) -> str:
     return f"{method}+{projector}" if projector is not None and takes_one else method
 
 
-def command_words(configuration: Configuration, method: str, preset: str = PRESET) -> list[str]:
+def command_words(configuration: Configuration, method: str, preset: str | None = None) -> list[str]:
     """Return the words on the command line that give a configuration: its difference to a preset, hints included.
 
     >>> command_words(Configuration.of({"lr": 0.2}, "gpm"), "gpm")
@@ -413,7 +423,7 @@ def command_words(configuration: Configuration, method: str, preset: str = PRESE
     Args:
         configuration: of a run.
         method: of the run, METHOD or METHOD+PROJECTOR.
-        preset: from which the difference is taken.
+        preset: from which the difference is taken; the benchmark's usual one if None.
 
     Raises:
         BecameError: if no words can give it, or there is no such preset.
@@ -423,7 +433,7 @@ def command_words(configuration: Configuration, method: str, preset: str = PRESE
     start = {"benchmark": configuration.benchmark, "tasks": configuration.tasks}
     usual = Configuration.of(start, method, preset)
     before = {**vars(usual), **usual.settings, "benchmark": None, "tasks": BENCHMARKS[configuration.benchmark].tasks}
-    words = ["--preset", preset] if preset != PRESET else []
+    words = ["--preset", preset] if preset not in (None, BENCHMARKS[configuration.benchmark].usual) else []
     for name, option in known.items():
         if name in values and values[name] != before[name]:
             words += option.words(values[name])

@@ -17,7 +17,7 @@ from adapters.runs.files import write_file
 from adapters.torch.run import BACKEND
 from became_core.continual import EpochEnd, RunState, TaskEnd
 
-RUN = ["--methods", "gpm", "--epochs", "1", "--batch-size", "64", "--first", "2"]
+RUN = ["--preset", "quick", "--methods", "gpm", "--epochs", "1", "--batch-size", "64", "--first", "2"]
 
 
 def test_quiet_shows_the_table_and_where_the_results_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
