@@ -56,7 +56,9 @@ class Preset:
         """Return the values for a method, such as "sgp" or "became+sgp"."""
         base, _, projector = method.partition("+")
         values = {**self.values, **self.special.get(projector or base, {})}
-        return values | self.one_stage if self.one_stage and build_method(method).stages == 1 else values
+        if self.one_stage and build_method(method).stages == 1:
+            values |= self.one_stage
+        return values
 
 
 def _annealed(lr: float, epochs: int, stage2_epochs: int) -> dict[str, Any]:

@@ -65,7 +65,7 @@ def _show_plan(jobs: Sequence[Job], display: Display) -> None:
     job = jobs[0]
     if job.configuration.deterministic:
         job.backend.repeat_exactly()
-    stream = job.configuration.stream(job.load(), job.run.seed)
+    stream = job.stream()
     job.use_threads(stream)
     configurations = {job.run.method: job.configuration for job in jobs}
     seeds = len(jobs) // len(configurations)
