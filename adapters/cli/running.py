@@ -313,7 +313,13 @@ def _run_to_its_end(job: Job, stream: TaskStream, display: Display) -> RunResult
                 raise BecameError(f"{str(error).removesuffix('.')}; the last good checkpoint is {last}.") from None
             benchmark, config = configuration.benchmark, configuration.to_json()
             result = RunResult.of(
-                record, backend=backends, benchmark=benchmark, method=run.method, seed=run.seed, config=config
+                record,
+                backend=backends,
+                benchmark=benchmark,
+                method=run.method,
+                seed=run.seed,
+                config=config,
+                data_dir=configuration.hints()["data_dir"],
             )
             run.save(result)
             interruption.check(f"{run.name} is finished")
