@@ -102,7 +102,7 @@ _ALEXNET = {"network": "alexnet", "threshold": 0.97, "increment": 0.003, "scale"
 # How the values were chosen, on training and validation images alone: benchmarks/first_run.py.
 _DEMO = {
     **_MLP,
-    **_annealed(0.1, 5, 5),
+    **_annealed(0.1, 7, 3),
     "batch_size": 20,
     "class_order": "seeded",
     "augment": True,
