@@ -60,19 +60,19 @@ def _packages() -> Iterator[str]:
 
 
 def _frameworks() -> Iterator[str]:
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # else TensorFlow reports on the processor
     installed = [name for name in BACKENDS if find_spec(name) is not None]
     if not installed:
         yield f"none; pip install 'became[{BACKENDS[0]}]', or with {' or '.join(BACKENDS[1:])} in its place"
     for name in installed:
         try:
-            yield f"{name} {_version(name)}: {_devices(name)}"
+            yield f"{name} {import_module(name).__version__}: {_devices(name)}"
         except Exception as error:  # a broken installation may fail in any way
-            yield f"{name} {_version(name)}: it cannot be used ({type(error).__name__}: {error})"
+            yield f"{name}: it cannot be used ({type(error).__name__}: {error})"
 
 
 def _devices(framework: str) -> str:
     """Return the devices that a framework finds, as it calls them."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     module = import_module(framework)
     if framework == "torch":
         names = ["cpu", *(f"cuda:{number}" for number in range(module.cuda.device_count()))]

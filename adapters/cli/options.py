@@ -263,6 +263,7 @@ def with_short_help(kind: type, prog: str, words: Sequence[str]) -> Sequence[str
 def short_help(kind: type, prog: str) -> str:
     """Return what ``--help`` shows of a run: each group's most used options with their text, and all others by name."""
     wrapper = textwrap.TextWrapper(80, initial_indent=" " * 6, subsequent_indent=" " * 6, break_on_hyphens=False)
+    narrow = textwrap.TextWrapper(80, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False)
     lines = [f"usage: {prog} [OPTIONS]", "", *(kind.__doc__ or "").splitlines()]
     lines += ["", f"The text of every option: {prog} --help-all"]
     for group in fields(kind):
@@ -273,8 +274,7 @@ def short_help(kind: type, prog: str) -> str:
             told = next(marker for marker in members[name].__metadata__ if hasattr(marker, "help"))
             lines += [f"  --{name.replace('_', '-')}", *wrapper.wrap(told.help)]
         others = " ".join(f"--{name.replace('_', '-')}" for name in members if name not in explained)
-        indents = {"initial_indent": "  ", "subsequent_indent": "  "}
-        lines += textwrap.wrap(f"also: {others}", 80, break_on_hyphens=False, **indents) if others else []
+        lines += narrow.wrap(f"also: {others}") if others else []
     return "\n".join(lines)
 
 
@@ -334,7 +334,7 @@ def parse(kind: Any, prog: str, arguments: Sequence[str] | None, description: st
 
 
 def mended(spec: dict[str, Any]) -> dict[str, Any]:
-    """Return what a completion script knows of a command, where tyro guesses: words are choices, and text is no file."""
+    """Return what a completion script knows of a command, where tyro guesses: words are choices, text is no file."""
     options = []
     for option in spec["options"]:
         metavar = option["description"].partition(" • ")[0]

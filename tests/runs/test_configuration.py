@@ -2,6 +2,7 @@
 
 import json
 import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
@@ -20,6 +21,7 @@ from adapters.runs.configuration import (
     options,
     repeating_command,
 )
+from adapters.runs.results import RunResult
 from adapters.torch.run import BACKEND
 from became_core import BecameError
 from became_core.continual import Augmentation, RelativeRates, build_method
@@ -258,6 +260,16 @@ def test_the_shortest_command_that_repeats_runs_is_found_from_their_record() -> 
         (0, configuration),
         (4, configuration),
     ]
+
+
+def test_the_command_that_repeats_a_run_has_the_folder_of_its_data() -> None:
+    config = configured().to_json()
+    there = replace(run(config=config), data_dir="/data/a b")
+    assert RunResult.from_json(there.to_json()).data_dir == "/data/a b"
+    command = repeating_command([there])
+    assert command is not None
+    (job,) = requested_jobs(parse_request("run", shlex.split(command)[3:], backend=False), BACKEND)
+    assert job.configuration.data_dir == Path("/data/a b")
 
 
 def test_no_command_is_given_that_would_run_something_else() -> None:
