@@ -19,11 +19,13 @@ from adapters.backend.entry import (
     Backend,
     BackendName,
     Builder,
+    available_threads,
     first_installed,
     learner_builder,
     load_backend,
     needs_package,
     run_command,
+    threads_for,
 )
 from adapters.backend.heads import Heads
 from adapters.backend.learner import FunctionalLearner, NetworkLearner
@@ -42,10 +44,12 @@ __all__ = [
     "NetworkLearner",
     "State",
     "Step",
+    "available_threads",
     "first_installed",
     "learner_builder",
     "load_backend",
     "needs_package",
     "projected_by_rows",
     "run_command",
+    "threads_for",
 ]
