@@ -63,7 +63,8 @@ class FisherFile:
         Raises:
             BecameError: if they have another shape than the model's tensor, or are no floating-point numbers.
         """
-        values = tensor_or_tied(self.checkpoint, name)
+        # Where the model's tensor is tied to another one, its own name is that one's.
+        values = self.checkpoint.tensors.get(name) or self.checkpoint.tensors.get(own.name)
         if values is None:
             return None
         if not values.is_float:

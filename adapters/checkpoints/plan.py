@@ -336,6 +336,8 @@ def _yaml(file: Path) -> Any:
         if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):
             raise BecameError(f"{file} refers to a part of itself by '*'; write it out.")
         return yaml.load(text, Loader=Strict)  # a SafeLoader
+    except BecameError:
+        raise
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f" in line {mark.line + 1}" if mark else ""

@@ -229,6 +229,8 @@ def parse_json(content: bytes, where: object) -> Any:
 
     try:
         return json.loads(content.decode(), object_pairs_hook=unique)
+    except BecameError:
+        raise
     except (ValueError, RecursionError):
         raise BecameError(f"{where} is not valid JSON.") from None
 
