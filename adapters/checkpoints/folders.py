@@ -31,7 +31,7 @@ from adapters.checkpoints.tensors import (
 from adapters.runs.files import read_file
 from became_core import BecameError
 
-__all__ = ["Checkpoint", "open_checkpoint", "read_json", "tensors_of_torch"]
+__all__ = ["Checkpoint", "load_torch", "open_checkpoint", "read_json", "tensors_of_torch"]
 
 ADAPTER_CONFIG = "adapter_config.json"
 # The files of weights of a folder, in the order in which they are looked for.
@@ -110,7 +110,7 @@ def _file(path: Path) -> tuple[dict[str, StoredTensor], str, dict[str, str]]:
     if path.suffix == ".npz":
         return _npz(path), "NumPy archive", {}
     if path.suffix in {".pt", ".pth", ".bin"}:
-        return tensors_of_torch(_state_dict(_loaded(path), path), path), "PyTorch file", {}
+        return tensors_of_torch(_state_dict(load_torch(path), path), path), "PyTorch file", {}
     raise BecameError(
         f"{path} is no checkpoint that is known; give .safetensors, .pt, .pth, .bin or .npz, or a folder."
     )
@@ -225,7 +225,7 @@ def _without_shared(checkpoint: Checkpoint) -> Checkpoint:
     return Checkpoint(**{**vars(checkpoint), "tensors": tensors, "tied": tied})
 
 
-def _loaded(path: Path) -> Any:
+def load_torch(path: Path) -> Any:
     """Return what PyTorch reads from a file without executing anything; tensors stay on the disk if they can."""
     try:
         import torch

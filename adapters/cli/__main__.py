@@ -14,6 +14,7 @@ try:
     import tyro
 
     from adapters.backend.entry import BackendName, first_installed, load_backend
+    from adapters.cli.checkpoints import Fisher, Inspect, Merge
     from adapters.cli.display import Display
     from adapters.cli.listing import Kind, listed
     from adapters.cli.main import execute, run_request
@@ -140,6 +141,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         | Annotated[Compare, tyro.conf.subcommand("compare")]
         | Annotated[Report, tyro.conf.subcommand("report")]
         | Annotated[List, tyro.conf.subcommand("list")]
+        | Annotated[Inspect, tyro.conf.subcommand("inspect")]
+        | Annotated[Fisher, tyro.conf.subcommand("fisher")]
+        | Annotated[Merge, tyro.conf.subcommand("merge")]
     )
     command = parse(commands, "became", words, DESCRIPTION)
     if isinstance(command, run_type):

@@ -96,7 +96,7 @@ def test_alpha_is_that_of_the_differences(tmp_path: Path) -> None:
     report = merge_checkpoints(MergePlan(models), tmp_path / "out")
     whole = [{f"{module}.weight": d for module, d in differences(folder).items()} for folder in (first, second)]
     curvatures = [{name: fisher[name].astype(float) for name in whole[0]} for fisher in fishers]
-    assert report.alpha == pytest.approx(float(optimal_alpha(*whole, *curvatures)), rel=1e-5)  # type: ignore[arg-type]
+    assert report.alpha == pytest.approx(float(optimal_alpha(*whole, *curvatures)), rel=1e-5)
     assert isinstance(report.alpha, float)
     expected = mixed({first: 1 - report.alpha, second: report.alpha})
     for module, difference in differences(tmp_path / "out").items():
@@ -129,7 +129,7 @@ def test_transposed_weights_have_transposed_differences(tmp_path: Path) -> None:
         {f"{module}.weight": d.T.copy() for module, d in differences(folder).items()} for folder in (first, second)
     ]
     curvatures = [{name: value.astype(float) for name, value in fisher.items()} for fisher in fishers]
-    assert report.alpha == pytest.approx(float(optimal_alpha(*whole, *curvatures)), rel=1e-5)  # type: ignore[arg-type]
+    assert report.alpha == pytest.approx(float(optimal_alpha(*whole, *curvatures)), rel=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -65,7 +65,7 @@ def test_layers_are_found_by_name(tmp_path: Path) -> None:
         {name: values[name] for name in names}
         for values in (arrays(0), arrays(1), arrays(10, positive=True), arrays(11, positive=True))
     ]
-    alpha = float(optimal_alpha(*parts))  # type: ignore[arg-type]
+    alpha = float(optimal_alpha(*parts))
     assert report.alpha["model.layers.1"] == pytest.approx(alpha, rel=1e-5)
     alike({name: merged(tmp_path / "out")[name] for name in names}, merge(parts[0], parts[1], alpha))
     assert (tmp_path / "out" / "alpha.svg").read_text(encoding="utf-8").count("<rect") == 6
