@@ -256,8 +256,8 @@ class _Squares:
         """Return the sums by parameter, and how many tokens the chunk has; ``first`` is its first sample's number."""
         import torch
 
-        rows = torch.from_numpy(np.ascontiguousarray(inputs))
-        targets = torch.from_numpy(np.ascontiguousarray(labels)).reshape(len(rows), -1)
+        rows = torch.from_numpy(np.array(inputs))
+        targets = torch.from_numpy(np.array(labels)).reshape(len(rows), -1)
         total: dict[str, Any] = {}
         for target, weight in self._labels(rows, targets, first):
             for mask in self._masks(weight):

@@ -16,6 +16,8 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from adapters.checkpoints.tensors import FLOATS
 from adapters.runs.files import read_file
 from became_core import BecameError
@@ -35,7 +37,9 @@ FLOAT_WORDS = {
     "bf16": "BF16",
 }
 PERS = ("model", "layer", "leaf", "weight")
-LONGEST_PLAN = 1_000_000
+LONGEST_PLAN = 250_000
+# The time that a YAML reader takes grows with the square of the depth.
+DEEPEST_PLAN = 20
 
 
 @dataclass(frozen=True)
@@ -328,11 +332,8 @@ def _yaml(file: Path) -> Any:
         return yaml.SafeLoader.construct_mapping(loader, node, deep=True)
 
     Strict.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, mapping)
-    content = read_file(file)
-    if len(content) > LONGEST_PLAN:
-        raise BecameError(f"{file} has {len(content)} bytes, too many for a plan.")
     try:
-        text = content.decode()
+        text = _text_of(file)
         if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):
             raise BecameError(f"{file} refers to a part of itself by '*'; write it out.")
         return yaml.load(text, Loader=Strict)  # a SafeLoader
@@ -344,6 +345,18 @@ def _yaml(file: Path) -> Any:
         raise BecameError(f"{file} is no valid YAML{line}.") from None
     except (ValueError, TypeError, RecursionError):  # no text, a date that is none, a key that is a list
         raise BecameError(f"{file} is no valid YAML.") from None
+
+
+def _text_of(file: Path) -> str:
+    """Return the text of a plan; raises a UnicodeDecodeError if it is none."""
+    content = read_file(file)
+    if len(content) > LONGEST_PLAN:
+        raise BecameError(f"{file} has {len(content)} bytes, too many for a plan.")
+    text = content.decode()
+    depth = np.cumsum([(letter in "[{") - (letter in "]}") for letter in text])
+    if depth.size and depth.max() > DEEPEST_PLAN:
+        raise BecameError(f"{file} nests brackets more than {DEEPEST_PLAN} deep.")
+    return text
 
 
 def _check_words(words: Any, known: set[str], where: str) -> None:

@@ -281,7 +281,7 @@ def size_of(text: str, option: str) -> int:
         >>> size_of("1.5KiB", "--memory")
         1536
     """
-    parts = re.fullmatch(r"(\d{1,15}(?:\.\d{1,9})?)\s*([a-zA-Z]*?)B?", text.strip())
+    parts = re.fullmatch(r"(\d{1,15}(?:\.\d{1,9})?)\s*([a-zA-Z]*?)[bB]?", text.strip())
     unit = "" if parts is None or not parts[2] else f"{parts[2].upper()}B"
     if parts is None or unit not in SIZES:
         raise BecameError(f"{option} is '{text[:40]}'; give a size such as 512MiB or 5GB.")
