@@ -59,13 +59,14 @@ def damaged(content: bytes, damage: tuple[float, Any]) -> bytes:
         return content[:place]
     if isinstance(what, bytes):
         return content[:place] + what + content[place + len(what) :]
-    kind, value = what
+    kind: str = what[0]
+    value: Any = what[1]
     if kind == "insert":
-        return content[:place] + value + content[place:]
+        return b"".join([content[:place], value, content[place:]])
     if kind == "drop":
         return content[:place] + content[place + value :]
     if kind == "word":
-        return content[:place] + value + content[place + len(value) :]
+        return b"".join([content[:place], value, content[place + len(value) :]])
     digits = [k for k in range(place, min(place + 400, len(content))) if content[k : k + 1].isdigit()]
     at = digits[0] if digits else 0
     return content[:at] + str(value).encode() + content[at + 1 :]

@@ -19,7 +19,7 @@ USUAL = {"became.fisher": "1", "kind": "empirical", "unit": "sum", "per": "sampl
 
 
 def metadata(file: Path) -> dict[str, str]:
-    with safe_open(file, "numpy") as opened:  # type: ignore[no-untyped-call]
+    with safe_open(file, "numpy") as opened:
         return dict(opened.metadata())
 
 
@@ -39,7 +39,7 @@ def gradient(network: Any, inputs: Any, target: Any) -> Arrays:
     network.zero_grad()
     logits = network(torch.from_numpy(np.atleast_2d(inputs)))
     loss = torch.nn.functional.cross_entropy(logits, torch.from_numpy(np.atleast_1d(target)), reduction="sum")
-    loss.backward()
+    loss.backward()  # type: ignore[no-untyped-call]
     return {name: value.grad.numpy().astype(float) for name, value in network.named_parameters()}
 
 
@@ -178,7 +178,7 @@ def optimizer(tmp_path: Path, *, groups: int = 1, **options: Any) -> tuple[Path,
     named = dict(network.named_parameters())
     matrices = [value for value in named.values() if value.ndim > 1]
     vectors = [value for value in named.values() if value.ndim < 2]
-    parts = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}] if groups == 2 else named.values()
+    parts: Any = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}] if groups == 2 else named.values()
     adam = torch.optim.AdamW(parts, betas=(0.9, 0.99), **options)
     moments = {name: torch.zeros_like(value) for name, value in named.items()}
     generator = torch.Generator().manual_seed(0)

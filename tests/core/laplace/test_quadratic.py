@@ -67,7 +67,7 @@ def test_several_quadratics_sum(xp: Any) -> None:
     assert to_numpy(total.slope).tolist() == [7.0, 7.0]
     assert to_numpy(total.curvature).tolist() == [[7.0, 0.0], [0.0, 7.0]]
     with pytest.raises(TypeError):
-        1 + parts[0]  # type: ignore[operator] # nothing but the start of a sum
+        1 + parts[0]  # nothing but the start of a sum
 
 
 def test_the_origin_is_a_model_of_its_own_on_the_simplex(xp: Any) -> None:
