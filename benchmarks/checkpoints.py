@@ -3,11 +3,13 @@
 Two synthetic Llama checkpoints in bfloat16, in five shards each, and a Fisher file in float32 for each, of as many
 billion weights as ``--sizes`` says; they are written once into ``--folder``, and read from the page cache if they fit
 there. Contenders, each a process of its own, in turn: ``read twice`` (the files that ``became`` reads, twice, into one
-buffer), our ``linear`` and ``became``, and mergekit's ``linear``, if ``--mergekit`` names a Python that has mergekit 0.1.5
-(``python -m venv mk && mk/bin/pip install mergekit==0.1.5``). Given are medians over rounds: seconds, the peak of resident
-memory as the system counts it (pages of mapped files included), and the bytes read and written.
+buffer), our ``linear`` and ``became``, and mergekit's ``linear``, if ``--mergekit`` names a Python that has mergekit
+0.1.5 (``python -m venv mk && mk/bin/pip install mergekit==0.1.5``). Given are medians over rounds: seconds, seconds of
+processor time, the peak of resident memory as the system counts it (pages of mapped files included), and the bytes
+read and written.
 
-Convention: ratios are of seconds, ours over the other's; lower is better.
+Convention: ratios are of seconds, ours over the other's; lower is better. On a machine that is busy with other things
+the processor time tells more than the seconds.
 """
 
 import argparse
@@ -51,10 +53,12 @@ class Measured(NamedTuple):
 
     Attributes:
         seconds: from its start to its end.
+        processor: seconds of processor time, of all threads, in user and system mode.
         peak: of its resident memory, in bytes.
     """
 
     seconds: float
+    processor: float
     peak: int
 
 
@@ -143,7 +147,7 @@ def run(command: Sequence[str]) -> Measured:
         if process.returncode:
             log.seek(0)
             raise SystemExit(f"{' '.join(command)} failed:\n{log.read().decode()[-2000:]}")
-    return Measured(seconds, usage.ru_maxrss * 1024)
+    return Measured(seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024)
 
 
 def contenders(
@@ -179,13 +183,22 @@ def measure(folder: Path, size: float, rounds: int, mergekit: str | None) -> dic
     shutil.rmtree(folder / "out", ignore_errors=True)
     seconds = {name: statistics.median(each.seconds for each in runs) for name, runs in results.items()}
     peaks = {name: statistics.median(each.peak for each in runs) for name, runs in results.items()}
+    processor = {name: statistics.median(each.processor for each in runs) for name, runs in results.items()}
     ratios = {"became_over_reading_twice": seconds["became"] / seconds["read twice"]}
     if mergekit is not None:
         ratios["linear_over_mergekit"] = seconds["linear"] / seconds["mergekit linear"]
+        ratios["linear_over_mergekit_processor"] = processor["linear"] / processor["mergekit linear"]
     weights = sum(int(np.prod(shape)) for shape in shapes(size).values())
     moved = {"read twice": 24, "linear": 4 + 2, "became": 12 + 4 + 2, "mergekit linear": 4 + 2}
     gibibytes = {name: moved[name] * weights / 2**30 for name in results}
-    return {"weights": weights, "seconds": seconds, "peak_bytes": peaks, "gibibytes": gibibytes, "ratios": ratios}
+    return {
+        "weights": weights,
+        "seconds": seconds,
+        "processor_seconds": processor,
+        "peak_bytes": peaks,
+        "gibibytes": gibibytes,
+        "ratios": ratios,
+    }
 
 
 def main() -> None:
@@ -204,11 +217,13 @@ def main() -> None:
     if options.json:
         print(json.dumps(results))
         return
-    print("| weights | what | seconds | peak memory, MiB | GiB moved |\n| ---: | --- | ---: | ---: | ---: |")
+    print("| weights | what | seconds | processor seconds | peak memory, MiB | GiB moved |")
+    print("| ---: | --- | ---: | ---: | ---: | ---: |")
     for result in results.values():
         for name, seconds in result["seconds"].items():
             peak, moved = result["peak_bytes"][name] / 2**20, result["gibibytes"][name]
-            print(f"| {result['weights'] / 1e9:.2f} B | {name} | {seconds:.2f} | {peak:.0f} | {moved:.1f} |")
+            busy, billions = result["processor_seconds"][name], result["weights"] / 1e9
+            print(f"| {billions:.2f} B | {name} | {seconds:.2f} | {busy:.2f} | {peak:.0f} | {moved:.1f} |")
         print("\n".join(f"  {name}: {ratio:.2f}" for name, ratio in result["ratios"].items()))
 
 

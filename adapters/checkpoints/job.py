@@ -6,10 +6,11 @@ Convention: an *input* is a checkpoint, a Fisher file, a gradient or a mean; a *
 elements, and blocks are in the order in which they are written.
 """
 
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -80,6 +81,7 @@ class Job:
         fishers: by the number of the plan's model; and so are the next two.
         gradients: of the models' losses.
         means: where the models' losses are expanded.
+        grams: the Gram matrices of the models' inputs, by the number of the plan's model.
         adapters: the LoRA adapters whose differences the checkpoints are; none for whole models.
     """
 
@@ -90,7 +92,10 @@ class Job:
     fishers: Mapping[int, FisherFile] = field(default_factory=dict)
     gradients: Mapping[int, Extra] = field(default_factory=dict)
     means: Mapping[int, Extra] = field(default_factory=dict)
+    grams: Mapping[int, Checkpoint] = field(default_factory=dict)
     adapters: Sequence[Adapter] = ()
+    _last_grams: dict[str, Any] = field(default_factory=dict, repr=False)
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     @property
     def has_base(self) -> bool:
@@ -104,6 +109,7 @@ class Job:
         inputs = {"base model": models[0]} if self.has_base else {}
         inputs |= {f"model {k + 1}": model for k, model in enumerate(models[int(self.has_base) :])}
         inputs |= {f"Fisher {k + 1}": fisher.checkpoint for k, fisher in self.fishers.items()}
+        inputs |= {f"Gram {k + 1}": grams for k, grams in self.grams.items()}
         inputs |= {f"gradient {k + 1}": extra.checkpoint for k, extra in self.gradients.items()}
         return inputs | {f"mean {k + 1}": extra.checkpoint for k, extra in self.means.items()}
 
@@ -196,9 +202,35 @@ class Job:
         first = not self.rule.measures
         slab, prints = self.read(block, losses=self.rule.needs_fisher and first, printed=first)
         known = {f"Fisher {k + 1}" for k, f in enumerate(slab.fishers) if f is not None and f.any()}
+        if self.has_grams(leaf):
+            return self._merge_rows(block, solution), prints, known
         with np.errstate(over="ignore", invalid="ignore"):
             merged = self.rule.merge(slab, solution)
         return narrowed(merged, leaf.dtype, leaf.name).view(np.uint8), prints, known
+
+    def has_grams(self, leaf: Leaf) -> bool:
+        """Whether a leaf has Gram matrices."""
+        return bool(self.grams) and leaf.name in self.grams[0].tensors
+
+    def _merge_rows(self, block: Block, solution: Solution) -> NDArray[np.uint8]:
+        """Return a merged slab of a leaf with Gram matrices, from the whole rows that it is a part of."""
+        leaf, start, stop = block
+        width = leaf.shape[1]
+        top, bottom = start // width, -(-stop // width)
+        slab, _ = self.read(Block(leaf, top * width, bottom * width), losses=False, printed=False)
+        grams, inverse = self._grams_of(leaf, slab.weights)
+        merged = self.rule.merge(replace(slab, grams=grams, gram_inverse=inverse), solution)
+        return narrowed(merged[start - top * width : stop - top * width], leaf.dtype, leaf.name).view(np.uint8)
+
+    def _grams_of(self, leaf: Leaf, weights: Sequence[float]) -> tuple[list[NDArray[Any]], NDArray[Any]]:
+        """Return the Gram matrices of a leaf and the pseudo-inverse of their sum; those of the last leaf are kept."""
+        with self._lock:
+            if self._last_grams.get("leaf") != leaf.name:
+                grams = [self.grams[k].tensors[leaf.name].whole().astype(np.float64) for k in sorted(self.grams)]
+                total = sum(weight * gram for weight, gram in zip(weights, grams, strict=True))
+                inverse = np.linalg.pinv(total, rcond=1e-10, hermitian=True)
+                self._last_grams.update(leaf=leaf.name, grams=grams, inverse=inverse)
+            return self._last_grams["grams"], self._last_grams["inverse"]
 
     def ahead(self, memory: int, workers: int) -> int:
         """Return how many blocks may be in memory at a time.
@@ -206,9 +238,10 @@ class Job:
         Raises:
             BecameError: if not even one fits.
         """
-        room = memory - resident()
+        widest = max((leaf.shape[1] for leaf in self.alignment.leaves if self.has_grams(leaf)), default=0)
+        room = memory - resident() - widest**2 * 8 * (len(self.grams) + 4)
         if room < self.block_bytes:
-            least = size_text(resident() + self.block_bytes)
+            least = size_text(memory - room + self.block_bytes)
             raise BecameError(f"this merge needs at least {least} of memory; give --memory more than that.")
         return max(1, min(2 * workers, room // self.block_bytes))
 
@@ -242,7 +275,8 @@ def open_job(plan: MergePlan, open_model: Callable[[Path], Checkpoint] = open_ch
     )
     if fishers:
         check_comparable(list(fishers.values()))
-    job = Job(plan, rule, checkpoints, alignment, fishers, gradients, means, adapters)
+    grams = {k: open_checkpoint(model.gram) for k, model in enumerate(plan.models) if model.gram is not None}
+    job = Job(plan, rule, checkpoints, alignment, fishers, gradients, means, grams, adapters)
     for leaf in alignment.leaves:
         _check_leaf(job, leaf)
     return job
@@ -273,16 +307,30 @@ def _check_leaf(job: Job, leaf: Leaf) -> None:
             fisher.tensor(leaf.name, own or leaf.tensors[0], leaf.shape)
         for extra in (*job.gradients.values(), *job.means.values()):
             extra.tensor(leaf)
+    for grams in job.grams.values():
+        gram = grams.tensors.get(leaf.name)
+        if gram is None and not job.has_grams(leaf):
+            continue
+        if gram is None or len(leaf.shape) != 2 or gram.shape != (leaf.shape[1],) * 2 or not gram.is_float:
+            shape = "none" if gram is None else list(gram.shape)
+            raise BecameError(
+                f"{grams.path} should have a Gram matrix of '{leaf.name}', whose weight has shape {list(leaf.shape)}, "
+                f"but has {shape}."
+            )
+        _finite(widened(gram.whole()), gram)
 
 
 def _check_needed(model: PlannedModel, rule: Rule, plan: MergePlan) -> None:
     if rule.needs_fisher and model.fisher is None:
         raise BecameError(f"{plan.merge_method} needs a Fisher file for each model, and {model.model} has none.")
+    if rule.needs_gram != (model.gram is not None):
+        verb = "needs" if rule.needs_gram else "makes no use of"
+        raise BecameError(f"{plan.merge_method} {verb} a file of Gram matrices for {model.model}.")
     if not rule.needs_fisher:
         for name in ("fisher", "gradient", "mean"):
             if getattr(model, name) is not None:
                 raise BecameError(f"{plan.merge_method} makes no use of the {name} of {model.model}; leave it out.")
-    if rule.needs_fisher and model.weight.least < 0:
+    if (rule.needs_fisher or rule.needs_gram) and model.weight.least < 0:
         raise BecameError(f"the weight of {model.model} is {model.weight}; for {plan.merge_method} it is at least 0.")
     if plan.merge_method != "became" and (model.gradient is not None or model.mean is not None):
         raise BecameError(f"{plan.merge_method} takes no gradient and no mean; became does.")

@@ -41,6 +41,8 @@ class Slab:
         means: where each model's loss is expanded; None for the model itself.
         depth: how deep in the model the tensor lies, 0 to 1.
         has_base: whether the first of the models is a base model, which has no weight and no loss.
+        grams: of the inputs of each model's linear layer, [d_in, d_in]; the slab then has whole rows.
+        gram_inverse: the pseudo-inverse of their weighted sum.
     """
 
     name: str
@@ -51,6 +53,8 @@ class Slab:
     means: Sequence[Array | None] = ()
     depth: float = 0.0
     has_base: bool = False
+    grams: Sequence[Array] = ()
+    gram_inverse: Any = None
 
     @property
     def learned(self) -> Sequence[Array]:
@@ -100,6 +104,8 @@ class Rule:
 
     needs_fisher: ClassVar[bool] = False
     """Whether it needs the diagonal curvature of every model's loss."""
+    needs_gram: ClassVar[bool] = False
+    """Whether it needs the Gram matrices of the inputs of linear layers."""
     measures: ClassVar[bool] = False
     """Whether its coefficients depend on all weights, so that they are read twice."""
     by_weight: ClassVar[bool] = False
@@ -133,7 +139,7 @@ class Rule:
         return _combined([np.zeros_like(slab.models[0]), *slab.learned], [rest, *shares])
 
 
-class Linear(Rule):
+class LinearMean(Rule):
     """The weighted mean, or without ``normalize`` the weighted sum."""
 
     def shares(self, name: str, depth: float, weights: Sequence[float], solution: Solution) -> Sequence[float]:
@@ -206,6 +212,39 @@ class Slerp(Rule):
         return super().merge(replace(slab, models=slab.learned, has_base=False), solution)
 
 
+class RegressionMean(Rule):
+    """RegMean (Jin et al., 2023): linear layers whose outputs fit all models' outputs best, on each one's own inputs.
+
+    A tensor without Gram matrices has the weighted mean.
+    """
+
+    needs_gram = True
+
+    def shares(self, name: str, depth: float, weights: Sequence[float], solution: Solution) -> Sequence[float]:
+        """Return w_k / sum_k w_k."""
+        total = math.fsum(weights)
+        if not total > 0:
+            raise BecameError(f"the weights of '{name}' sum to {total:g}; regmean needs more than 0.")
+        return [weight / total for weight in weights]
+
+    def merge(self, slab: Slab, solution: Solution) -> Array:
+        """Return the rows of (sum_k w_k W_k G_k) (sum_k w_k G_k)^-1, W_k [rows, d_in], and G_k [d_in, d_in].
+
+        Written from the mean, so that inputs that no model has seen keep the mean's response.
+        """
+        slab = replace(slab, models=slab.learned, has_base=False)
+        mean = super().merge(slab, solution)
+        if not slab.grams:
+            return mean
+        width = slab.grams[0].shape[0]
+        centre = mean.astype(np.float64).reshape(-1, width)
+        pull = np.zeros_like(centre)
+        for model, gram, weight in zip(slab.models, slab.grams, slab.weights, strict=True):
+            pull += (model.reshape(-1, width) - centre) @ (weight * gram)
+        merged = (centre + pull @ slab.gram_inverse).reshape(-1)
+        return np.asarray(merged, dtype=mean.dtype)
+
+
 class FisherMean(Rule):
     """The precision-weighted mean, weight by weight (Matena & Raffel, 2022)."""
 
@@ -226,7 +265,7 @@ class FisherMean(Rule):
         return np.asarray(rule.merge([{"": model} for model in models], losses).theta[""])
 
 
-class IMMMode(FisherMean):
+class PosteriorMode(FisherMean):
     """Mode-based incremental moment matching (Lee et al., 2017): the same mean, with mixing weights."""
 
     def merge(self, slab: Slab, solution: Solution) -> Array:
@@ -234,7 +273,7 @@ class IMMMode(FisherMean):
         return self._mean(ModeIMM(tuple(slab.weights)), slab)
 
 
-class BecameByWeight(IMMMode):
+class WeightwiseMinimum(PosteriorMode):
     """The minimum of the sum of the losses' quadratics, with a coefficient for every weight: their posteriors' mode."""
 
     def __init__(self, plan: MergePlan) -> None:
@@ -245,7 +284,7 @@ class BecameByWeight(IMMMode):
                 raise BecameError("a coefficient for each weight takes no gradient and no mean; choose another per.")
 
 
-class Became(Rule):
+class GroupwiseMinimum(Rule):
     """The minimum of the sum of the losses' quadratics between the models (BECAME, 2025), by model, layer or leaf.
 
     Two models: the segment. More: the simplex. With a base model: the differences from it, each between 0 and 1.
@@ -328,10 +367,11 @@ class _Known:
 
 
 RULES: Mapping[str, type[Rule]] = {
-    "became": Became,
-    "linear": Linear,
+    "became": GroupwiseMinimum,
+    "linear": LinearMean,
     "fisher": FisherMean,
-    "imm-mode": IMMMode,
+    "imm-mode": PosteriorMode,
+    "regmean": RegressionMean,
     "slerp": Slerp,
     "task_arithmetic": TaskArithmetic,
 }
@@ -348,7 +388,7 @@ def rule_of(plan: MergePlan) -> Rule:
     if plan.merge_method != "became" and plan.per != "model":
         raise BecameError(f"'per: {plan.per}' is for became; {plan.merge_method} has no such coefficient.")
     if plan.merge_method == "became" and plan.per == "weight":
-        return BecameByWeight(plan)
+        return WeightwiseMinimum(plan)
     return RULES[plan.merge_method](plan)
 
 

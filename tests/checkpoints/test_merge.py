@@ -319,3 +319,44 @@ print(merge_checkpoints(MergePlan(models), {str(tmp_path / "out")!r}).alpha)
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
     expected = optimal_alpha(arrays(0), arrays(1), arrays(10, positive=True), arrays(11, positive=True))
     assert float(done.stdout) == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_regmean_fits_the_outputs_of_linear_layers(tmp_path: Path) -> None:
+    name = "model.layers.0.mlp.weight"
+    generator = np.random.default_rng(5)
+    inputs = [generator.normal(size=(20, 5)) for _ in range(2)]
+    models = []
+    for k, rows in enumerate(inputs):
+        gram = saved(tmp_path, f"G{k}", {name: rows.T @ rows})
+        models.append(PlannedModel(saved(tmp_path, f"M{k}", arrays(k)), weight=1.0 + k, gram=gram))
+    merge_checkpoints(MergePlan(tuple(models), "regmean"), tmp_path / "out")
+    out = merged(tmp_path / "out")
+    # The least squares fit to both models' outputs, the second one's counted twice.
+    stacked = np.concatenate([inputs[0], np.sqrt(2) * inputs[1]])
+    outputs = np.concatenate([inputs[0] @ arrays(0)[name].T, np.sqrt(2) * inputs[1] @ arrays(1)[name].T])
+    assert_allclose(out[name], np.linalg.lstsq(stacked, outputs, rcond=None)[0].T, rtol=1e-4, atol=1e-5)
+    other = "model.layers.1.mlp.weight"
+    assert_allclose(out[other], (arrays(0)[other] + 2 * arrays(1)[other]) / 3, rtol=1e-5, atol=1e-6)
+
+
+def test_regmean_keeps_the_mean_where_no_inputs_were_and_works_across_slabs(tmp_path: Path) -> None:
+    shapes = {"w.weight": (SLAB // 50, 70)}
+    gram = np.zeros((70, 70))
+    gram[:3, :3] = np.eye(3)
+    models = [
+        PlannedModel(saved(tmp_path, f"M{k}", arrays(k, shapes)), gram=saved(tmp_path, f"G{k}", {"w.weight": g}))
+        for k, g in enumerate((gram, 3 * gram))
+    ]
+    merge_checkpoints(MergePlan(tuple(models), "regmean"), tmp_path / "out")
+    first, second, out = (
+        arrays(0, shapes)["w.weight"],
+        arrays(1, shapes)["w.weight"],
+        merged(tmp_path / "out")["w.weight"],
+    )
+    assert_allclose(out[:, :3], (first[:, :3] + 3 * second[:, :3]) / 4, atol=1e-5)
+    assert_allclose(out[:, 3:], (first[:, 3:] + second[:, 3:]) / 2, atol=1e-5)
+    wrong = PlannedModel(models[0].model, gram=saved(tmp_path, "G", {"w.weight": np.eye(2)}))
+    with pytest.raises(BecameError, match=r"should have a Gram matrix of 'w.weight', .* but has \[2, 2\]"):
+        merge_checkpoints(MergePlan((models[0], wrong), "regmean"), tmp_path / "wrong")
+    with pytest.raises(BecameError, match="linear makes no use of a file of Gram matrices"):
+        merge_checkpoints(MergePlan(tuple(models), "linear"), tmp_path / "wrong")
