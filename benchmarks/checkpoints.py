@@ -121,7 +121,7 @@ def prepare(folder: Path, size: float) -> tuple[list[Path], list[Path]]:
         model = folder / f"{size:g}" / letter
         model.mkdir(parents=True, exist_ok=True)
         (model / "config.json").write_text(json.dumps(configuration(size)), encoding="utf-8")
-        weight_map = {}
+        weight_map: dict[str, str] = {}
         for shard in range(SHARDS):
             file = f"model-{shard + 1:05d}-of-{SHARDS:05d}.safetensors"
             part = names[len(names) * shard // SHARDS : len(names) * (shard + 1) // SHARDS]
@@ -139,15 +139,29 @@ def prepare(folder: Path, size: float) -> tuple[list[Path], list[Path]]:
 def run(command: Sequence[str]) -> Measured:
     """Run a process to its end; its time and the peak of its memory."""
     with tempfile.TemporaryFile() as log:
-        begin = time.monotonic()
+        begin, peak = time.monotonic(), 0
         process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
+        done, status, usage = os.wait4(process.pid, os.WNOHANG)
+        while not done:
+            # Not the peak that wait4 returns: it begins with that of this process, from which the other was forked.
+            peak = max(peak, _highest(process.pid))
+            time.sleep(0.02)
+            done, status, usage = os.wait4(process.pid, os.WNOHANG)
         seconds = time.monotonic() - begin
+        process.returncode = os.waitstatus_to_exitcode(status)
         if process.returncode:
             log.seek(0)
             raise SystemExit(f"{' '.join(command)} failed:\n{log.read().decode()[-2000:]}")
-    return Measured(seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024)
+    return Measured(seconds, usage.ru_utime + usage.ru_stime, peak)
+
+
+def _highest(process: int) -> int:
+    """Return the peak of a process's resident memory so far, in bytes; 0 where the system does not say."""
+    try:
+        status = Path(f"/proc/{process}/status").read_text(encoding="ascii")
+    except OSError:
+        return 0
+    return max((int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM:")), default=0)
 
 
 def contenders(

@@ -25,7 +25,7 @@ from adapters.checkpoints.folders import Checkpoint, open_checkpoint
 from adapters.checkpoints.lora import Adapter, adapter_of, dense
 from adapters.checkpoints.plan import MergePlan, PlannedModel
 from adapters.checkpoints.rules import Rule, Slab, Solution, rule_of
-from adapters.checkpoints.tensors import SLAB, StoredTensor, narrowed, ranges, size_text, widened
+from adapters.checkpoints.tensors import SLAB, StoredTensor, narrowed, ranges, scratch, size_text, widened
 from became_core import BecameError
 from became_core.laplace import Quadratic
 
@@ -182,6 +182,10 @@ class Job:
 
     def measure(self, block: Block) -> tuple[Quadratic | None, Prints, set[str]]:
         """Return what a slab adds to the rule's sums, prints, and the labels of the Fisher files that are not zero."""
+        with scratch.block():
+            return self._measure(block)
+
+    def _measure(self, block: Block) -> tuple[Quadratic | None, Prints, set[str]]:
         slab, prints = self.read(block, losses=self.rule.needs_fisher)
         known = {f"Fisher {k + 1}" for k, f in enumerate(slab.fishers) if f is not None and f.any()}
         if self.rule.needs_fisher and any(fisher is None for fisher in slab.fishers):
@@ -194,7 +198,14 @@ class Job:
         return Quadratic(slope, curvature), prints, known
 
     def merge(self, block: Block, solution: Solution) -> tuple[NDArray[np.uint8], Prints, set[str]]:
-        """Return the bytes of a merged slab as they are written, prints, and which Fisher files are not zero."""
+        """Return the bytes of a merged slab as they are written, prints, and which Fisher files are not zero.
+
+        The bytes are valid until this thread's next block.
+        """
+        with scratch.block():
+            return self._merge(block, solution)
+
+    def _merge(self, block: Block, solution: Solution) -> tuple[NDArray[np.uint8], Prints, set[str]]:
         leaf = block.leaf
         if not leaf.is_merged:
             return leaf.tensors[0].slab(block.start, block.stop).view(np.uint8), {}, set()

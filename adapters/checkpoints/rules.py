@@ -27,6 +27,9 @@ __all__ = ["RULES", "Rule", "Slab", "Solution", "rule_of"]
 
 Array = NDArray[Any]
 
+# A curvature over a slab that float32 is not trusted with.
+TINY = 1e-30
+
 
 @dataclass(frozen=True)
 class Slab:
@@ -184,7 +187,7 @@ class Slerp(Rule):
 
     def measure(self, slab: Slab) -> Quadratic:
         """Return the inner products of the two models, as a curvature."""
-        pair = [{"": model.astype(np.float64)} for model in slab.learned]
+        pair = [{"": widened(model, np.float64)} for model in slab.learned]
         return subspace_quadratic(pair, Diagonal({"": np.ones(pair[0][""].shape)}))
 
     def solve(self, sums: Mapping[str, Quadratic]) -> Solution:
@@ -303,18 +306,13 @@ class GroupwiseMinimum(Rule):
         """Return the quadratic of all losses along the ways from the origin to the other models."""
         fishers = [_scaled(fisher, weight) for fisher, weight in zip(slab.fishers, slab.weights, strict=True)]
         if len(slab.models) == 2 and not slab.has_base and slab.gradients[0] is None and slab.means[1] is None:
-            # One array in float64 makes every sum so, slab by slab within the cache.
-            first, second = slab.models
-            gradient, mean = slab.gradients[1], slab.means[0]
-            return path_quadratic(
-                {slab.name: first.astype(np.float64)},
-                {slab.name: second},
-                {slab.name: fishers[0]},
-                {slab.name: fishers[1]},
-                gradient=None if gradient is None else {slab.name: _times(gradient, slab.weights[1])},
-                mean=None if mean is None else {slab.name: mean},
-            )
-        origin, *others = (model.astype(np.float64) for model in slab.models)
+            quadratic = self._between(slab, fishers, np.float32)
+            # Squares of small differences times small curvatures leave float32's range before float64's. What is lost
+            # below it, 2^18 times 1e-45 at most, is nothing beside such a curvature.
+            if not TINY < float(quadratic.curvature[0, 0]) < np.inf or not np.isfinite(quadratic.slope[0]):
+                quadratic = self._between(slab, fishers, np.float64)
+            return quadratic
+        origin, *others = (widened(model, np.float64) for model in slab.models)
         directions = [{slab.name: other - origin} for other in others]
         quadratics = []
         for k, model in enumerate(slab.learned):
@@ -322,12 +320,25 @@ class GroupwiseMinimum(Rule):
             quadratics.append(
                 subspace_quadratic(
                     directions,
-                    Diagonal({slab.name: fishers[k].astype(np.float64)}),
+                    Diagonal({slab.name: widened(fishers[k], np.float64)}),
                     offset={slab.name: origin - (model if mean is None else mean)},
                     gradient=None if gradient is None else {slab.name: _times(gradient, slab.weights[k])},
                 )
             )
         return sum(quadratics)  # type: ignore[return-value] # 0 + Quadratic
+
+    def _between(self, slab: Slab, fishers: Sequence[Array], dtype: Any) -> Quadratic:
+        """Return the quadratic along the segment, added up in a dtype or a wider one."""
+        first, second = slab.models
+        gradient, mean = slab.gradients[1], slab.means[0]
+        return path_quadratic(
+            {slab.name: widened(first, dtype)},
+            {slab.name: second},
+            {slab.name: fishers[0]},
+            {slab.name: fishers[1]},
+            gradient=None if gradient is None else {slab.name: _times(gradient, slab.weights[1])},
+            mean=None if mean is None else {slab.name: mean},
+        )
 
     def solve(self, sums: Mapping[str, Quadratic]) -> Solution:
         """Return the minimiser of each group."""

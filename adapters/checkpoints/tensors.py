@@ -11,7 +11,8 @@ import json
 import os
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -35,6 +36,7 @@ __all__ = [
     "ranges",
     "read_safetensors",
     "safetensors_header",
+    "scratch",
     "size_text",
     "widened",
 ]
@@ -63,6 +65,42 @@ LONGEST_HEADER = 100_000_000
 MOST_AXES = 32
 
 
+class _Scratch(threading.local):
+    """Memory that a thread uses again for each block of a merge.
+
+    Fresh memory for each slab costs as much as the arithmetic, because the system has to clear its pages. Outside of
+    ``block`` every array is fresh.
+    """
+
+    def __init__(self) -> None:
+        self._buffers: list[NDArray[np.uint8]] = []
+        self._used: int | None = None
+
+    @contextmanager
+    def block(self) -> Iterator[None]:
+        """Take memory again that was given in the last block of this thread."""
+        self._used = 0
+        try:
+            yield
+        finally:
+            self._used = None
+
+    def empty(self, count: int, dtype: Any) -> NDArray[Any]:
+        """Return a flat array, valid until this thread's next block."""
+        if self._used is None:
+            return np.empty(count, dtype)
+        nbytes, place = count * np.dtype(dtype).itemsize, self._used
+        self._used += 1
+        if place == len(self._buffers):
+            self._buffers.append(np.empty(nbytes, np.uint8))
+        elif self._buffers[place].size < nbytes:
+            self._buffers[place] = np.empty(nbytes, np.uint8)
+        return self._buffers[place][:nbytes].view(dtype)
+
+
+scratch = _Scratch()
+
+
 class InputFile:
     """A file that threads read from at any place."""
 
@@ -83,7 +121,7 @@ class InputFile:
         Raises:
             BecameError: if the file is shorter, or cannot be read.
         """
-        content = np.empty(end - begin, dtype=np.uint8)
+        content = scratch.empty(end - begin, np.uint8)
         view, done = memoryview(content), 0  # type: ignore[arg-type]
         try:
             while done < len(content):
@@ -165,7 +203,7 @@ def ranges(size: int) -> Iterable[tuple[int, int]]:
 def widened(values: NDArray[Any], least: Any = np.float32) -> NDArray[Any]:
     """Return stored numbers in float32, or as wide as they are or as asked for."""
     dtype = np.float64 if values.dtype == np.float64 or least == np.float64 else np.float32
-    return values if values.dtype == dtype else values.astype(dtype)
+    return _converted(values, dtype)
 
 
 def narrowed(values: NDArray[Any], word: str, name: str) -> NDArray[Any]:
@@ -176,14 +214,22 @@ def narrowed(values: NDArray[Any], word: str, name: str) -> NDArray[Any]:
     """
     dtype = DTYPES[word]
     if values.size == 0:
-        return values.astype(dtype)
+        return _converted(values, dtype)
     # A comparison with NaN is false, so that NaN is refused here too.
     largest, least = float(values.max()), float(values.min())
     finite = float(ml_dtypes.finfo(dtype).max)  # type: ignore[no-untyped-call]
     if not (largest <= finite and least >= -finite):
         wrong = largest if not largest <= finite else least
         raise BecameError(f"the merged '{name}' has an entry {wrong:.4g}, which {word} cannot hold; try --out-dtype.")
-    return values.astype(dtype, copy=False)
+    return _converted(values, dtype)
+
+
+def _converted(values: NDArray[Any], dtype: Any) -> NDArray[Any]:
+    if values.dtype == dtype:
+        return values
+    result = scratch.empty(values.size, dtype)
+    np.copyto(result, values.reshape(-1), casting="unsafe")
+    return result.reshape(values.shape)
 
 
 def dtype_word(dtype: Any, what: str) -> str:
