@@ -117,9 +117,9 @@ def test_a_merged_adapter_loads_with_peft(tmp_path: Path, rank: int | None) -> N
     peft: Any = pytest.importorskip("peft", reason="peft is not installed")
     base = model(tmp_path / "base", 0, "llama", tied=False)
     places = []
-    for k, options in enumerate(
-        ({"r": 2}, {"r": 4, "use_rslora": True, "rank_pattern": {"layers.1.self_attn.v_proj": 3}})
-    ):
+    ranks: list[dict[str, Any]] = [{"r": 2}]
+    ranks.append({"r": 4, "use_rslora": True, "rank_pattern": {"layers.1.self_attn.v_proj": 3}})
+    for k, options in enumerate(ranks):
         torch.manual_seed(10 + k)
         words = peft.LoraConfig(target_modules=["q_proj", "v_proj"], lora_alpha=6, init_lora_weights=False, **options)
         network = peft.get_peft_model(loaded(base), words)
