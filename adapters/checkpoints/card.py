@@ -18,6 +18,7 @@ from adapters.runs.provenance import versions
 __all__ = ["FIGURE", "as_json", "card", "figure", "yaml_lines"]
 
 FIGURE = "alpha.svg"
+COMPUTING = ("python", "became", "numpy", "array-api-compat", "optree", "safetensors")
 
 
 def card(report: Any, command: str | None) -> str:
@@ -139,7 +140,8 @@ def yaml_lines(plan: MergePlan) -> list[str]:
 
 
 def _versions() -> dict[str, str]:
-    numbers = versions()
+    """Return the versions of what a merge computes with, whatever else is loaded."""
+    numbers = {name: number for name, number in versions().items() if name in COMPUTING}
     try:
         numbers["ml-dtypes"] = version("ml-dtypes")
     except PackageNotFoundError:  # another distribution of the module

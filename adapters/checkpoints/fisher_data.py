@@ -142,8 +142,9 @@ def load_model(model: Path, loader: str | None) -> tuple[Any, Callable[[str], li
         if not names & {"tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json"}:
             return network, None
         return network, AutoTokenizer.from_pretrained(model, local_files_only=True).encode
-    except (OSError, ValueError) as error:
-        raise BecameError(f"transformers cannot load {model}: {str(error).splitlines()[0][:160]}") from None
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:160].rstrip(".")
+        raise BecameError(f"transformers cannot load {model}: {reason}.") from None
 
 
 def called(name: str) -> Callable[..., Any]:

@@ -11,6 +11,11 @@ from adapters.checkpoints.fisher_data import FisherRequest, fisher_from_data, lo
 torch: Any = pytest.importorskip("torch")
 transformers: Any = pytest.importorskip("transformers", reason="transformers is not installed")
 
+try:
+    transformers.LlamaForCausalLM, transformers.GPT2LMHeadModel  # noqa: B018 # loaded only now
+except Exception as error:  # whatever its own requirements lead it to
+    pytest.skip(f"transformers does not load here: {error}", allow_module_level=True)
+
 # What they say of themselves is theirs.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 VOCABULARY = 19
