@@ -11,6 +11,7 @@ from numpy.testing import assert_allclose
 from safetensors.numpy import load_file, save_file
 
 from adapters.checkpoints import MergePlan, PlannedModel, merge_checkpoints
+from adapters.checkpoints.inspection import inspect_checkpoints
 from became_core import BecameError, optimal_alpha
 from tests.checkpoints.models import Arrays, arrays, saved
 
@@ -168,3 +169,14 @@ def test_a_tensor_that_is_no_factor_is_refused_by_name(tmp_path: Path) -> None:
     save_file(tensors | {name: np.ones(5, np.float32)}, second / "adapter_model.safetensors")
     with pytest.raises(BecameError, match=f"'{name}' of .* is no factor"):
         merge_checkpoints(MergePlan((PlannedModel(first), PlannedModel(second)), "linear"), tmp_path / "out")
+
+
+def test_inspect_says_what_adapters_are_and_how_they_merge(tmp_path: Path) -> None:
+    first, second = adapter(tmp_path, "A", 0), adapter(tmp_path, "B", 1, rank=3)
+    lines = inspect_checkpoints([first, second])
+    assert f"{first}: LoRA adapter" in lines
+    assert "  2 modules of rank 3" in lines
+    assert "They can be merged: 2 tensors, and 0 that are equal or copied." in lines
+    assert "  With a Fisher file for each: became. `became fisher` makes them." in lines
+    whole = saved(tmp_path, "C", arrays(0))
+    assert inspect_checkpoints([first, whole])[-1].startswith("They cannot be merged: LoRA adapters and whole models")
