@@ -39,7 +39,6 @@ HARMLESS = {
     *("auto_mapping", "base_model_name_or_path", "exclude_modules", "inference_mode", "layers_pattern"),
     *("layers_to_transform", "lora_dropout", "megatron_core", "peft_type", "peft_version", "revision"),
     *("target_modules", "task_type", "qalora_group_size", "runtime_config", "loftq_config", "eva_config"),
-    *("ensure_weight_tying", "use_bdlora", "monteclora_config", "velora_config"),
 }
 UNDERSTOOD = {
     *("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "fan_in_fan_out"),

@@ -141,6 +141,7 @@ def test_transposed_weights_have_transposed_differences(tmp_path: Path) -> None:
         ({"peft_type": "IA3"}, "'IA3' adapter"),
         ({"init_lora_weights": "pissa"}, "'pissa'"),
         ({"layer_replication": [[0, 2]]}, "'layer_replication'"),
+        ({"use_bdlora": {"blocks": 2}}, "'use_bdlora'"),
         ({"modules_to_save": ["lm_head"]}, "'modules_to_save'"),
         ({"r": 4}, "not rank 4"),
         ({"rank_pattern": {"(": 3}}, "rank_pattern"),
