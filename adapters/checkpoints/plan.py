@@ -139,7 +139,7 @@ class MergePlan:
     """What to merge, and how.
 
     Attributes:
-        models: at least two, or one beside a base model.
+        models: at least two, or one beside a base model; a path stands for a model with weight 1.
         merge_method: ``became``, ``linear``, ``fisher``, ``imm-mode``, ``regmean``, ``slerp`` or ``task_arithmetic``.
         base_model: what differences are taken from, and what tokenizer and configuration are copied from; without it
             the latter is the first model.
@@ -172,7 +172,8 @@ class MergePlan:
 
     def __post_init__(self) -> None:
         """Bring the values into their types, and check what needs no file."""
-        models = tuple(model if isinstance(model, PlannedModel) else PlannedModel(model) for model in self.models)
+        listed: tuple[Any, ...] = self.models  # paths alone, too
+        models = tuple(model if isinstance(model, PlannedModel) else PlannedModel(model) for model in listed)
         object.__setattr__(self, "models", models)
         object.__setattr__(self, "t", Setting.of(self.t, "t"))
         object.__setattr__(self, "scale", Setting.of(self.scale, "lambda"))
