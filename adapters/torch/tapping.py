@@ -186,6 +186,7 @@ def _forward(
         own = dict(module.named_parameters(recurse=False))
         if (
             taken
+            and own
             and all(run.is_unchanged() for run in taken)
             and all(owners[value] == _joined(names[module], name) and names[module] for name, value in own.items())
             and all(uses[value] == len(taken) for value in own.values())
