@@ -112,7 +112,7 @@ def everything(session: nox.Session) -> None:
     session.run(sys.executable, "-m", "virtualenv", "--quiet", "--clear", "--no-periodic-update", str(EVERYTHING))
     groups = [*nox.project.dependency_groups(PROJECT, "test-torch"), *nox.project.dependency_groups(PROJECT, "types")]
     pinned = "--no-compile", "--quiet", "-c", "constraints.txt", *groups
-    extras = "-e", ".[torch,jax,report,tensorboard]", *TENSORFLOW
+    extras = "-e", ".[merge,torch,jax,report,tensorboard]", *TENSORFLOW
     session.run(python(session), "-m", "pip", "install", *pinned, *extras)
 
 
@@ -211,11 +211,13 @@ def wheel(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none", requires=["everything"])
 def stress(session: nox.Session) -> None:
-    """Far more of what is drawn at random: 200 killed processes, 10,000 damaged files, the long hypothesis profile."""
+    """Far more of what is drawn at random: 250 killed processes, 25,000 damaged files, the long hypothesis profile."""
     cache_compilations(session)
     session.env.update(BECAME_DAMAGES="5000")  # in each of two folders
-    test(session, "tests/runs/test_damage.py", "--timeout", "3600")
+    test(session, "tests/runs/test_damage.py", "tests/checkpoints/test_damage.py", "--timeout", "3600")
     killed = "tests/cli/test_resuming.py::test_a_killed_process_loses_an_epoch_at_most"
+    session.env.update(BECAME_KILLS="50")
+    test(session, "tests/checkpoints/test_resume.py", "--timeout", "3600")
     for backend, kills in {"torch": 100, "jax": 50, "tensorflow": 50}.items():
         session.env.update(BECAME_KILLS=str(kills))
         test(session, killed, "--backend", backend)

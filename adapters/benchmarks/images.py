@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from became_core.errors import BecameError
 
@@ -27,6 +26,8 @@ def decoded(encoded: bytes, size: int, source: str) -> NDArray[np.uint8]:
     Raises:
         BecameError: if it is no PNG or JPEG, is corrupt or truncated, or of another size.
     """
+    from PIL import Image
+
     try:
         if encoded.startswith(_PNG):
             _check_png(encoded)

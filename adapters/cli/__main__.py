@@ -13,6 +13,7 @@ try:
     import tyro
 
     from adapters.backend.entry import BACKENDS, BackendName, first_installed, load_backend
+    from adapters.cli.checkpoints import Fisher, Inspect, Merge
     from adapters.cli.display import Display
     from adapters.cli.listing import Kind, listed
     from adapters.cli.main import execute, run_request
@@ -166,6 +167,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         | Annotated[Compare, tyro.conf.subcommand("compare")]
         | Annotated[Report, tyro.conf.subcommand("report")]
         | Annotated[List, tyro.conf.subcommand("list")]
+        | Annotated[Inspect, tyro.conf.subcommand("inspect")]
+        | Annotated[Fisher, tyro.conf.subcommand("fisher")]
+        | Annotated[Merge, tyro.conf.subcommand("merge")]
         | Annotated[Doctor, tyro.conf.subcommand("doctor")]
     )
     if words[:1] == ["run"]:

@@ -72,9 +72,33 @@ class Quadratic:
         """Return the quadratic of the sum of the two losses."""
         return Quadratic(self.slope + other.slope, self.curvature + other.curvature)
 
+    def __radd__(self, other: Any) -> "Quadratic":
+        """Return the quadratic itself when it is added to 0, so that ``sum(quadratics)`` is the sum of several."""
+        if isinstance(other, int | float) and other == 0:
+            return self
+        return NotImplemented
+
     def __mul__(self, factor: Array | float) -> "Quadratic":
         """Return the quadratic of the loss times a number."""
         return Quadratic(self.slope * factor, self.curvature * factor)
+
+    def with_origin(self) -> "Quadratic":
+        """Return it in the coefficients of K + 1 models: the origin, to which nothing leads, and the directions' ends.
+
+        On the simplex of these coefficients lie the weighted means of the models.
+
+        Example:
+            >>> import numpy as np
+            >>> between = Quadratic(np.asarray([-1.0]), np.asarray([[4.0]]))
+            >>> between.with_origin().minimiser("simplex").tolist()
+            [0.75, 0.25]
+        """
+        xp = namespace(slope=self.slope)
+        column = xp.zeros_like(self.curvature[:, :1])
+        row = xp.zeros_like(self.slope[:1])
+        below = xp.concat([column, self.curvature], axis=1)
+        above = xp.zeros_like(below[:1, :])
+        return Quadratic(xp.concat([row, self.slope]), xp.concat([above, below], axis=0))
 
     def value(self, a: Array | float) -> Array:
         """Return the change of the loss from a = 0 to this point [K] (or to each of [..., K]; a number means [1])."""

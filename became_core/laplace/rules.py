@@ -37,7 +37,6 @@ from became_core.laplace.estimators import Estimator, LocalLoss, MergeSubspace, 
 from became_core.laplace.expansion import Per, group_directions, group_names, group_of
 from became_core.laplace.merge import combine, merge, scalar
 from became_core.laplace.path import trace_path
-from became_core.laplace.quadratic import Quadratic
 
 __all__ = [
     "Became",
@@ -209,7 +208,7 @@ class Became(MergeRule):
         newest = [0.0] * (len(others) - 1) + [1.0]
         frame = MergeSubspace(first, [difference(model, first) for model in others], newest)
         quadratic = self.precision.quadratic(frame, losses)
-        coefficients = _with_origin(quadratic).minimiser("simplex")
+        coefficients = quadratic.with_origin().minimiser("simplex")
         return Merged(combine(models, coefficients), coefficients)
 
     def _between(self, theta_gp: Params, theta_hat: Params, losses: Sequence[LocalLoss]) -> Merged:
@@ -343,16 +342,6 @@ def precision_weighted_mean(models: Sequence[Params], precisions: Sequence[Param
             step = step + xp.where(known, factor / safe, xp.zeros_like(total) + weight) * (model[name] - first)
         merged[name] = xp.astype(first + step, first.dtype, copy=False)
     return merged
-
-
-def _with_origin(quadratic: Quadratic) -> Quadratic:
-    """The same quadratic with the origin as a direction of its own, to which nothing leads: K models' simplex."""
-    xp = namespace(slope=quadratic.slope)
-    column = xp.zeros_like(quadratic.curvature[:, :1])
-    row = xp.zeros_like(quadratic.slope[:1])
-    below = xp.concat([column, quadratic.curvature], axis=1)
-    above = xp.zeros_like(below[:1, :])
-    return Quadratic(xp.concat([row, quadratic.slope]), xp.concat([above, below], axis=0))
 
 
 def _check_losses(models: Sequence[Params], losses: Sequence[LocalLoss]) -> None:

@@ -61,6 +61,23 @@ def test_quadratics_add_and_scale(xp: Any, problem: tuple[Array, Array], unit: f
     np.testing.assert_allclose(to_numpy(total.curvature), (1 + unit) * curvature, rtol=1e-15)
 
 
+def test_several_quadratics_sum(xp: Any) -> None:
+    parts = [Quadratic(to_xp(xp, np.ones(2) * k), to_xp(xp, np.eye(2) * k)) for k in (1.0, 2.0, 4.0)]
+    total = sum(parts)
+    assert isinstance(total, Quadratic)
+    assert to_numpy(total.slope).tolist() == [7.0, 7.0]
+    assert to_numpy(total.curvature).tolist() == [[7.0, 0.0], [0.0, 7.0]]
+    with pytest.raises(TypeError):
+        1 + parts[0]  # nothing but the start of a sum
+
+
+def test_the_origin_is_a_model_of_its_own_on_the_simplex(xp: Any) -> None:
+    between = Quadratic(to_xp(xp, np.asarray([-1.0])), to_xp(xp, np.asarray([[4.0]])))
+    models = between.with_origin()
+    assert to_numpy(models.minimiser("simplex")).tolist() == [0.75, 0.25]
+    assert float(models.value(to_xp(xp, np.asarray([0.5, 0.5])))) == float(between.value(0.5))
+
+
 @given(problem=problems())
 def test_the_free_minimiser_is_stationary(xp: Any, problem: tuple[Array, Array]) -> None:
     slope, curvature = problem

@@ -1,0 +1,352 @@
+"""Checkpoints: what a file or a folder of a model holds, in whichever format it was saved.
+
+Formats: a safetensors file; a folder of shards with their index; a folder of a Hugging Face model; a PyTorch file,
+which PyTorch reads with ``weights_only=True`` and in no other way; a NumPy archive; a folder of a LoRA adapter. Nothing
+is executed and nothing is unpickled. A link that leads out of its folder is refused, except the links of the Hugging
+Face cache into the cache's own ``blobs``.
+
+Convention: names of tensors are the files' own; a checkpoint's tensors are in the order of its files.
+"""
+
+import ast
+import threading
+import warnings
+import zipfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from adapters.checkpoints.tensors import (
+    DTYPES,
+    StoredTensor,
+    dtype_word,
+    parse_json,
+    read_safetensors,
+)
+from adapters.runs.files import read_file
+from became_core import BecameError
+
+__all__ = ["Checkpoint", "load_torch", "open_checkpoint", "read_json", "tensors_of_torch"]
+
+ADAPTER_CONFIG = "adapter_config.json"
+# The files of weights of a folder, in the order in which they are looked for.
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+# What else belongs to a model is copied: files with these endings, but no weights, no state of a training, no card.
+COMPANIONS = {".json", ".txt", ".model", ".jinja", ".py", ".tiktoken", ".vocab", ".bpe"}
+NOT_COPIED = ("trainer_state.json", "training_args", "optimizer", "scheduler", "all_results.json", "became_merge.json")
+LONGEST_JSON = 100_000_000
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model on a disk.
+
+    Attributes:
+        path: the file or folder, as the user gave it.
+        kind: what it is, for people.
+        tensors: by name; of tensors that share memory the first.
+        tied: the name of each tensor that shares the memory of another one, and that one's name.
+        config: the content of ``config.json``, empty without one.
+        companions: the tokenizer's, the configuration's and the other files that belong to the model.
+        metadata: text by name, of a safetensors file.
+        adapter: the content of ``adapter_config.json`` if it is a LoRA adapter.
+        ordered: whether tensors are in the order in which the model defines them.
+    """
+
+    path: Path
+    kind: str
+    tensors: Mapping[str, StoredTensor]
+    tied: Mapping[str, str] = field(default_factory=dict)
+    config: Mapping[str, Any] = field(default_factory=dict)
+    companions: tuple[Path, ...] = ()
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    adapter: Mapping[str, Any] | None = None
+    ordered: bool = False
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The files that the tensors lie in."""
+        return tuple(dict.fromkeys(tensor.file for tensor in self.tensors.values()))
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of all tensors."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Return what a file or a folder of a model holds; only headers are read.
+
+    Raises:
+        BecameError: if it is missing, of no known format, damaged, or leads out of its folder.
+    """
+    if path.is_dir():
+        return _folder(path)
+    if not path.exists():
+        raise BecameError(f"there is no {path}.")
+    tensors, kind, metadata = _file(path)
+    return _without_shared(Checkpoint(path, kind, tensors, metadata=metadata, ordered=kind != "safetensors file"))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the object of a JSON file; raises a BecameError if it is none, or too long."""
+    if path.exists() and path.stat().st_size > LONGEST_JSON:
+        raise BecameError(f"{path} has more than {LONGEST_JSON} bytes, too many for JSON of a model.")
+    values = parse_json(read_file(path), path)
+    if not isinstance(values, dict):
+        raise BecameError(f"{path} holds no JSON object.")
+    return values
+
+
+def _file(path: Path) -> tuple[dict[str, StoredTensor], str, dict[str, str]]:
+    if path.suffix == ".safetensors":
+        tensors, metadata = read_safetensors(path)
+        return tensors, "safetensors file", metadata
+    if path.suffix == ".npz":
+        return _npz(path), "NumPy archive", {}
+    if path.suffix in {".pt", ".pth", ".bin"}:
+        return tensors_of_torch(_state_dict(load_torch(path), path), path), "PyTorch file", {}
+    raise BecameError(
+        f"{path} is no checkpoint that is known; give .safetensors, .pt, .pth, .bin or .npz, or a folder."
+    )
+
+
+def _folder(folder: Path) -> Checkpoint:
+    if (folder / ADAPTER_CONFIG).exists():
+        return _adapter_folder(folder)
+    config = read_json(_inside(folder, "config.json")) if (folder / "config.json").exists() else {}
+    files, index, kind = _weight_files(folder)
+    tensors: dict[str, StoredTensor] = {}
+    for name in files:
+        part = _file(_inside(folder, name))[0]
+        for double in part.keys() & tensors.keys():
+            raise BecameError(f"{part[double]} is in {tensors[double].file} too; the folder is damaged.")
+        tensors |= part
+    if index:
+        _check_index(folder, index, tensors)
+    kind = f"Hugging Face model, {kind}" if config else kind
+    ordered = not files[0].endswith(".safetensors")
+    return _without_shared(
+        Checkpoint(folder, kind, tensors, config=config, companions=_companions(folder, set(files)), ordered=ordered)
+    )
+
+
+def _adapter_folder(folder: Path) -> Checkpoint:
+    adapter = read_json(_inside(folder, ADAPTER_CONFIG))
+    names = [name for name in ("adapter_model.safetensors", "adapter_model.bin") if (folder / name).exists()]
+    if not names:
+        raise BecameError(f"{folder} has {ADAPTER_CONFIG} but no adapter_model.safetensors.")
+    tensors, _, metadata = _file(_inside(folder, names[0]))
+    companions = _companions(folder, {ADAPTER_CONFIG})
+    return Checkpoint(folder, "LoRA adapter", tensors, adapter=adapter, companions=companions, metadata=metadata)
+
+
+def _check_index(folder: Path, index: Mapping[str, str], tensors: Mapping[str, StoredTensor]) -> None:
+    for name, file in index.items():
+        if name not in tensors or tensors[name].file.name != file:
+            raise BecameError(f"the index of {folder} has '{name}' in {file}, which does not hold it.")
+    for tensor in tensors.values():
+        if tensor.name not in index:
+            raise BecameError(f"{tensor} is not in the index of {folder}.")
+
+
+def _weight_files(folder: Path) -> tuple[list[str], dict[str, str], str]:
+    """Return the names of a folder's files of weights, which file its index has each tensor in, and what it is."""
+    for name in WEIGHTS:
+        index_file = f"{name}.index.json"
+        if (folder / index_file).exists():
+            index = _index(_inside(folder, index_file))
+            shards = list(dict.fromkeys(index.values()))
+            return sorted(shards), index, f"{len(shards)} shards"
+        if (folder / name).exists():
+            return [name], {}, "one file"
+    indices = sorted(folder.glob("*.safetensors.index.json"))
+    if len(indices) == 1:
+        index = _index(_inside(folder, indices[0].name))
+        return sorted(dict.fromkeys(index.values())), index, f"{len(set(index.values()))} shards"
+    files = sorted(file.name for file in folder.glob("*.safetensors"))
+    if len(files) == 1:
+        return files, {}, "one file"
+    if files:
+        raise BecameError(f"{folder} has {len(files)} files of tensors and no index; add model.safetensors.index.json.")
+    raise BecameError(f"{folder} has no weights: no .safetensors, no pytorch_model.bin and no index of shards.")
+
+
+def _index(file: Path) -> dict[str, str]:
+    """Return the shard of each tensor; a shard is a file beside the index, and nothing else."""
+    weight_map = read_json(file).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise BecameError(f"{file} has no 'weight_map' from tensors to shards.")
+    for name, shard in weight_map.items():
+        plain = isinstance(shard, str) and shard not in ("", ".", "..") and not any(c in shard for c in "/\\:\0")
+        if not plain or not shard.endswith((".safetensors", ".bin")):
+            raise BecameError(f"{file} has '{name}' in {str(shard)[:80]!r}, which is no file of weights beside it.")
+        if not (file.parent / shard).is_file():
+            raise BecameError(f"{file} names the shard {shard}, which is missing.")
+    return weight_map
+
+
+def _inside(folder: Path, name: str) -> Path:
+    """Return a file of a folder, once it is known that no link leads elsewhere."""
+    file = folder / name
+    try:
+        target = file.resolve(strict=True)
+    except (OSError, RuntimeError):
+        raise BecameError(f"{file} is a link that leads nowhere, or there is no such file.") from None
+    allowed = [folder.resolve()]
+    if folder.resolve().parent.name == "snapshots":  # the Hugging Face cache
+        allowed.append(folder.resolve().parent.parent / "blobs")
+    if not any(target.is_relative_to(place) for place in allowed):
+        raise BecameError(f"{file} is a link that leads out of its folder; copy the file there, or give its folder.")
+    if not target.is_file():
+        raise BecameError(f"{file} is no file.")
+    return file
+
+
+def _companions(folder: Path, weights: set[str]) -> tuple[Path, ...]:
+    names = sorted(file.name for file in folder.iterdir() if file.suffix in COMPANIONS and not file.is_dir())
+    names = [name for name in names if name not in weights and not name.endswith(".index.json")]
+    return tuple(_inside(folder, name) for name in names if not name.startswith((*NOT_COPIED, "README", ".")))
+
+
+def _without_shared(checkpoint: Checkpoint) -> Checkpoint:
+    """Return the checkpoint with one name for each memory that several tensors share."""
+    owners: dict[object, str] = {}
+    tied = {}
+    for name, tensor in checkpoint.tensors.items():
+        if tensor.memory is not None and owners.setdefault(tensor.memory, name) != name:
+            tied[name] = owners[tensor.memory]
+    tensors = {name: tensor for name, tensor in checkpoint.tensors.items() if name not in tied}
+    return Checkpoint(**{**vars(checkpoint), "tensors": tensors, "tied": tied})
+
+
+def load_torch(path: Path) -> Any:
+    """Return what PyTorch reads from a file without executing anything; tensors stay on the disk if they can."""
+    try:
+        import torch
+    except ModuleNotFoundError:
+        raise BecameError(f"{path} is a PyTorch file, which PyTorch alone reads; pip install torch.") from None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            mapped = zipfile.is_zipfile(path)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except OSError as error:
+        raise BecameError(f"cannot read {path}: {error.strerror}.") from None
+    except Exception as error:  # PyTorch raises whatever a damaged archive leads it to
+        reason = str(error).partition("\n")[0].rstrip(".")[:120] or type(error).__name__
+        raise BecameError(f"{path} is no PyTorch file of weights alone ({reason}).") from None
+
+
+def _state_dict(loaded: Any, path: Path) -> dict[str, Any]:
+    """Return the named tensors within what a training saved."""
+    for key in ("state_dict", "model_state_dict", "model"):
+        if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
+            loaded = loaded[key]
+    if not isinstance(loaded, dict) or not loaded:
+        raise BecameError(f"{path} holds no tensors by name; save model.state_dict().")
+    return loaded
+
+
+def tensors_of_torch(state: Mapping[str, Any], path: Path) -> dict[str, StoredTensor]:
+    """Return PyTorch tensors as stored ones.
+
+    Raises:
+        BecameError: if a value is no dense tensor, or has a dtype that is not known.
+    """
+    import torch
+
+    words = {str(torch.float8_e4m3fn): "F8_E4M3", str(torch.float8_e5m2): "F8_E5M2", "torch.bfloat16": "BF16"}
+    tensors = {}
+    for name, value in state.items():
+        if not isinstance(value, torch.Tensor) or value.layout != torch.strided or value.is_quantized:
+            raise BecameError(f"'{name}' of {path} is no dense tensor but {type(value).__name__}.")
+        word = words.get(str(value.dtype)) or _numpy_word(
+            str(value.dtype).removeprefix("torch."), f"'{name}' of {path}"
+        )
+        memory = None if value.numel() == 0 else (value.data_ptr(), tuple(value.shape), value.stride())
+        flat = value.detach().contiguous().reshape(-1).view(torch.uint8)
+        tensors[str(name)] = StoredTensor(str(name), word, tuple(value.shape), path, _bytes_of(flat), memory)
+    return tensors
+
+
+def _numpy_word(name: str, what: str) -> str:
+    try:
+        return dtype_word(np.dtype(name), what)
+    except TypeError:
+        raise BecameError(f"{what} has dtype '{name}', which is not known; known are {', '.join(DTYPES)}.") from None
+
+
+def _bytes_of(flat: Any) -> Callable[[int, int], NDArray[np.uint8]]:
+    return lambda first, last: np.asarray(flat[first:last].numpy())
+
+
+def _npz(path: Path) -> dict[str, StoredTensor]:
+    """Return the arrays of a NumPy archive."""
+    tensors = {}
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for member in archive.infolist():
+                name = member.filename.removesuffix(".npy")
+                if name == member.filename or name in tensors:
+                    raise BecameError(f"{path} holds '{member.filename}', which is no array or there twice.")
+                tensors[name] = _npy(path, archive, member, name)
+    except BecameError:
+        raise
+    except Exception as error:  # a damaged archive can fail anywhere in a decompressor, with errors of all kinds
+        raise BecameError(f"{path} is no NumPy archive, or damaged ({str(error)[:80]}).") from None
+    return tensors
+
+
+def _npy(path: Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo, name: str) -> StoredTensor:
+    what = f"'{name}' of {path}"
+    with archive.open(member) as content:
+        magic = content.read(8)
+        if magic[:6] != b"\x93NUMPY" or magic[6] not in (1, 2, 3):
+            raise BecameError(f"{what} is no NumPy array.")
+        length = int.from_bytes(content.read(2 if magic[6] == 1 else 4), "little")
+        if length > LONGEST_JSON // 1000:
+            raise BecameError(f"{what} has a header of {length} bytes, too many for an array.")
+        text = content.read(length)
+        begin = content.tell()
+    try:
+        header = ast.literal_eval(text.decode("latin1"))
+        descr, fortran, shape = header["descr"], header["fortran_order"], header["shape"]
+        if not isinstance(shape, tuple) or not all(type(size) is int and 0 <= size < 2**63 for size in shape):
+            raise ValueError
+    except (ValueError, SyntaxError, TypeError, KeyError, RecursionError, MemoryError):
+        raise BecameError(f"{what} has a header that is not understood; it is damaged.") from None
+    word = _numpy_word(descr if isinstance(descr, str) else "object", what)
+    if fortran and len(shape) > 1:
+        raise BecameError(f"{what} is stored column by column; save numpy.ascontiguousarray of it.")
+    reader = _Member(path, member.filename, begin)
+    tensor = StoredTensor(name, word, shape, path, reader.read)
+    if begin + tensor.nbytes != member.file_size:
+        raise BecameError(f"{what} has a shape that does not fit its {member.file_size - begin} bytes.")
+    return tensor
+
+
+class _Member:
+    """An array in an archive, whose content is read from the front to the back."""
+
+    def __init__(self, path: Path, name: str, begin: int) -> None:
+        self._path, self._name, self._begin = path, name, begin
+        self._open: Any = None
+        self._lock = threading.Lock()
+
+    def read(self, first: int, last: int) -> NDArray[np.uint8]:
+        with self._lock:
+            try:
+                if self._open is None:
+                    self._open = zipfile.ZipFile(self._path).open(self._name)  # noqa: SIM115 # for all slabs
+                self._open.seek(self._begin + first)
+                content = self._open.read(last - first)
+            except Exception as error:  # as above
+                raise BecameError(f"'{self._name}' of {self._path} is damaged ({str(error)[:80]}).") from None
+        if len(content) != last - first:
+            raise BecameError(f"'{self._name}' of {self._path} ends too early; the archive is damaged.")
+        return np.frombuffer(content, dtype=np.uint8)

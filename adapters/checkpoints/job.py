@@ -1,0 +1,389 @@
+"""A merge, once its inputs are open: which tensors there are, and how one slab is read, measured and merged.
+
+Everything that can be refused without reading weights is refused here, before anything is written.
+
+Convention: an *input* is a checkpoint, a Fisher file, a gradient or a mean; a *block* is a leaf and a range of its
+elements, and blocks are in the order in which they are written.
+"""
+
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from adapters.checkpoints.align import Alignment, Leaf, align, is_statistic, tensor_or_tied
+from adapters.checkpoints.digest import print_of
+from adapters.checkpoints.fisher_files import FisherFile, check_comparable, fisher_values, open_fisher
+from adapters.checkpoints.folders import Checkpoint, open_checkpoint
+from adapters.checkpoints.lora import Adapter, adapter_of, dense
+from adapters.checkpoints.plan import MergePlan, PlannedModel
+from adapters.checkpoints.rules import Rule, Slab, Solution, rule_of
+from adapters.checkpoints.tensors import SLAB, StoredTensor, narrowed, ranges, scratch, size_text, widened
+from became_core import BecameError
+from became_core.laplace import Quadratic
+
+__all__ = ["Block", "Job", "Prints", "in_order", "open_job", "resident"]
+
+A = TypeVar("A")
+B = TypeVar("B")
+# From an input's label and a tensor's name to the prints of the slabs that were read.
+Prints = dict[tuple[str, str], int]
+
+
+class Block(NamedTuple):
+    """A range of the elements of a leaf."""
+
+    leaf: Leaf
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Extra:
+    """What a plan gives beside a model: its Fisher file, its loss's gradient, or the point of its expansion.
+
+    Attributes:
+        label: what it is, for the model card.
+        checkpoint: its tensors.
+    """
+
+    label: str
+    checkpoint: Checkpoint
+
+    def tensor(self, leaf: Leaf) -> StoredTensor:
+        """Return its tensor of a leaf; raises a BecameError if it has none, or in another shape."""
+        tensor = tensor_or_tied(self.checkpoint, leaf.name)
+        if tensor is None or tensor.shape != leaf.shape or not tensor.is_float:
+            shape = "none" if tensor is None else f"one of shape {list(tensor.shape)} and dtype {tensor.dtype}"
+            raise BecameError(
+                f"{self.checkpoint.path} should have '{leaf.name}' as numbers of shape {list(leaf.shape)}, "
+                f"but has {shape}."
+            )
+        return tensor
+
+
+@dataclass(frozen=True)
+class Job:
+    """A merge whose inputs are open and fit together.
+
+    Attributes:
+        plan: what the user asks for.
+        rule: how it is done.
+        checkpoints: the models; the base model first if there is one.
+        alignment: which tensors belong together.
+        fishers: by the number of the plan's model; and so are the next two.
+        gradients: of the models' losses.
+        means: where the models' losses are expanded.
+        grams: the Gram matrices of the models' inputs, by the number of the plan's model.
+        adapters: the LoRA adapters whose differences the checkpoints are; none for whole models.
+    """
+
+    plan: MergePlan
+    rule: Rule
+    checkpoints: Sequence[Checkpoint]
+    alignment: Alignment
+    fishers: Mapping[int, FisherFile] = field(default_factory=dict)
+    gradients: Mapping[int, Extra] = field(default_factory=dict)
+    means: Mapping[int, Extra] = field(default_factory=dict)
+    grams: Mapping[int, Checkpoint] = field(default_factory=dict)
+    adapters: Sequence[Adapter] = ()
+    _last_grams: dict[str, Any] = field(default_factory=dict, repr=False)
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+
+    @property
+    def has_base(self) -> bool:
+        """Whether the first checkpoint is a base model."""
+        return self.plan.base_model is not None
+
+    @cached_property
+    def inputs(self) -> Mapping[str, Checkpoint]:
+        """All that is read, by a label."""
+        models = [adapter.checkpoint for adapter in self.adapters] or list(self.checkpoints)
+        inputs = {"base model": models[0]} if self.has_base else {}
+        inputs |= {f"model {k + 1}": model for k, model in enumerate(models[int(self.has_base) :])}
+        inputs |= {f"Fisher {k + 1}": fisher.checkpoint for k, fisher in self.fishers.items()}
+        inputs |= {f"Gram {k + 1}": grams for k, grams in self.grams.items()}
+        inputs |= {f"gradient {k + 1}": extra.checkpoint for k, extra in self.gradients.items()}
+        return inputs | {f"mean {k + 1}": extra.checkpoint for k, extra in self.means.items()}
+
+    def blocks(self, leaves: Iterable[Leaf]) -> list[Block]:
+        """Return the blocks of leaves, in their order."""
+        return [Block(leaf, start, stop) for leaf in leaves for start, stop in ranges(leaf.size)]
+
+    @cached_property
+    def measured(self) -> list[Leaf]:
+        """The leaves that a rule measures: all parameters."""
+        if not self.rule.measures:
+            return []
+        return [leaf for leaf in self.alignment.leaves if leaf.is_merged and not is_statistic(leaf.name)]
+
+    @cached_property
+    def block_bytes(self) -> int:
+        """An upper bound of the memory that one block needs while it is merged."""
+        inputs = len(self.checkpoints) + len(self.fishers) + len(self.gradients) + len(self.means)
+        return SLAB * (inputs * (8 + 4 + 8) + 6 * 8)
+
+    def read(self, block: Block, *, losses: bool, printed: bool = True) -> tuple[Slab, Prints]:
+        """Return a slab of every model, and the prints of the bytes that were read.
+
+        Args:
+            block: which.
+            losses: whether what is known about the losses is read too.
+            printed: whether the bytes are to be printed.
+
+        Raises:
+            BecameError: if a number is not finite, a Fisher's is negative, or a Fisher is missing where models differ.
+        """
+        leaf, start, stop = block
+        prints: Prints = {}
+
+        def values(tensor: StoredTensor, label: str) -> NDArray[Any]:
+            stored = tensor.slab(start, stop)
+            if printed and self.inputs[label].tensors.get(leaf.name) is tensor:
+                prints[label, leaf.name] = print_of(stored.view(np.uint8))
+            return stored
+
+        labels = list(self.inputs)
+        models = [
+            _finite(widened(values(tensor, label)), tensor)
+            for tensor, label in zip(leaf.tensors, labels[: len(self.checkpoints)], strict=True)
+        ]
+        if len({model.dtype for model in models}) > 1:
+            models = [widened(model, np.float64) for model in models]
+        count = len(self.plan.models)
+        fishers: list[Any] = [None] * count
+        gradients, means = list(fishers), list(fishers)
+        if losses and not is_statistic(leaf.name):
+            for k in range(count):
+                own = tensor_or_tied(self.checkpoints[k + int(self.has_base)], leaf.name)
+                fisher = self.fishers[k].tensor(leaf.name, own or leaf.tensors[0], leaf.shape)
+                if fisher is not None:
+                    fishers[k] = fisher_values(values(fisher, f"Fisher {k + 1}"), fisher)
+                for extras, label, numbers in (
+                    (self.gradients, "gradient", gradients),
+                    (self.means, "mean", means),
+                ):
+                    if k in extras:
+                        tensor = extras[k].tensor(leaf)
+                        numbers[k] = _finite(widened(values(tensor, f"{label} {k + 1}")), tensor)
+        weights = [model.weight.at(leaf.name, leaf.depth) for model in self.plan.models]
+        slab = Slab(leaf.name, models, weights, fishers, gradients, means, leaf.depth, self.has_base)
+        if losses and not is_statistic(leaf.name) and any(f is None for f in fishers) and not slab.agrees:
+            path = self.fishers[next(k for k in range(count) if fishers[k] is None)].path
+            raise BecameError(f"{path} has no '{leaf.name}', in which the models differ.")
+        return slab, prints
+
+    def measure(self, block: Block) -> tuple[Quadratic | None, Prints, set[str]]:
+        """Return what a slab adds to the rule's sums, prints, and the labels of the Fisher files that are not zero."""
+        with scratch.block():
+            return self._measure(block)
+
+    def _measure(self, block: Block) -> tuple[Quadratic | None, Prints, set[str]]:
+        slab, prints = self.read(block, losses=self.rule.needs_fisher)
+        known = {f"Fisher {k + 1}" for k, f in enumerate(slab.fishers) if f is not None and f.any()}
+        if self.rule.needs_fisher and any(fisher is None for fisher in slab.fishers):
+            return None, prints, known
+        with np.errstate(over="ignore", invalid="ignore"):
+            quadratic = self.rule.measure(slab)
+        slope, curvature = np.asarray(quadratic.slope, np.float64), np.asarray(quadratic.curvature, np.float64)
+        if not (np.isfinite(slope).all() and np.isfinite(curvature).all()):
+            raise BecameError(f"the curvature along '{block.leaf.name}' is too large; rescale the Fisher files.")
+        return Quadratic(slope, curvature), prints, known
+
+    def merge(self, block: Block, solution: Solution) -> tuple[NDArray[np.uint8], Prints, set[str]]:
+        """Return the bytes of a merged slab as they are written, prints, and which Fisher files are not zero.
+
+        The bytes are valid until this thread's next block.
+        """
+        with scratch.block():
+            return self._merge(block, solution)
+
+    def _merge(self, block: Block, solution: Solution) -> tuple[NDArray[np.uint8], Prints, set[str]]:
+        leaf = block.leaf
+        if not leaf.is_merged:
+            return leaf.tensors[0].slab(block.start, block.stop).view(np.uint8), {}, set()
+        # What pass 1 has looked at already is neither read nor printed again.
+        first = not self.rule.measures
+        slab, prints = self.read(block, losses=self.rule.needs_fisher and first, printed=first)
+        known = {f"Fisher {k + 1}" for k, f in enumerate(slab.fishers) if f is not None and f.any()}
+        if self.has_grams(leaf):
+            return self._merge_rows(block, solution), prints, known
+        with np.errstate(over="ignore", invalid="ignore"):
+            merged = self.rule.merge(slab, solution)
+        return narrowed(merged, leaf.dtype, leaf.name).view(np.uint8), prints, known
+
+    def has_grams(self, leaf: Leaf) -> bool:
+        """Whether a leaf has Gram matrices."""
+        return bool(self.grams) and leaf.name in self.grams[0].tensors
+
+    def _merge_rows(self, block: Block, solution: Solution) -> NDArray[np.uint8]:
+        """Return a merged slab of a leaf with Gram matrices, from the whole rows that it is a part of."""
+        leaf, start, stop = block
+        width = leaf.shape[1]
+        top, bottom = start // width, -(-stop // width)
+        slab, _ = self.read(Block(leaf, top * width, bottom * width), losses=False, printed=False)
+        grams, inverse = self._grams_of(leaf, slab.weights)
+        merged = self.rule.merge(replace(slab, grams=grams, gram_inverse=inverse), solution)
+        return narrowed(merged[start - top * width : stop - top * width], leaf.dtype, leaf.name).view(np.uint8)
+
+    def _grams_of(self, leaf: Leaf, weights: Sequence[float]) -> tuple[list[NDArray[Any]], NDArray[Any]]:
+        """Return the Gram matrices of a leaf and the pseudo-inverse of their sum; those of the last leaf are kept."""
+        with self._lock:
+            if self._last_grams.get("leaf") != leaf.name:
+                grams = [self.grams[k].tensors[leaf.name].whole().astype(np.float64) for k in sorted(self.grams)]
+                total = sum(weight * gram for weight, gram in zip(weights, grams, strict=True))
+                inverse = np.linalg.pinv(total, rcond=1e-10, hermitian=True)
+                self._last_grams.update(leaf=leaf.name, grams=grams, inverse=inverse)
+            return self._last_grams["grams"], self._last_grams["inverse"]
+
+    def ahead(self, memory: int, workers: int) -> int:
+        """Return how many blocks may be in memory at a time.
+
+        Raises:
+            BecameError: if not even one fits.
+        """
+        widest = max((leaf.shape[1] for leaf in self.alignment.leaves if self.has_grams(leaf)), default=0)
+        room = memory - resident() - widest**2 * 8 * (len(self.grams) + 4)
+        if room < self.block_bytes:
+            least = size_text(memory - room + self.block_bytes)
+            raise BecameError(f"this merge needs at least {least} of memory; give --memory more than that.")
+        return max(1, min(2 * workers, room // self.block_bytes))
+
+
+def open_job(plan: MergePlan, open_model: Callable[[Path], Checkpoint] = open_checkpoint) -> Job:
+    """Return the merge of a plan, with its inputs open.
+
+    Raises:
+        BecameError: if anything about them does not fit; nothing has been written then.
+    """
+    rule = rule_of(plan)
+    for model in plan.models:
+        _check_needed(model, rule, plan)
+    base = [] if plan.base_model is None else [open_model(plan.base_model)]
+    checkpoints = [*base, *(open_model(model.model) for model in plan.models)]
+    adapters = _adapters(checkpoints, plan, rule)
+    checkpoints = dense(adapters) if adapters else checkpoints
+    alignment = align(checkpoints, out_dtype=plan.out_dtype, pad_vocabulary=plan.pad_vocabulary)
+    fishers = {
+        k: open_fisher(model.fisher, None if adapters else checkpoints[k + len(base)])
+        for k, model in enumerate(plan.models)
+        if model.fisher is not None
+    }
+    gradients, means = (
+        {
+            k: Extra(f"{what} {k + 1}", open_checkpoint(getattr(model, what)))
+            for k, model in enumerate(plan.models)
+            if getattr(model, what) is not None
+        }
+        for what in ("gradient", "mean")
+    )
+    if fishers:
+        check_comparable(list(fishers.values()))
+    grams = {k: open_checkpoint(model.gram) for k, model in enumerate(plan.models) if model.gram is not None}
+    job = Job(plan, rule, checkpoints, alignment, fishers, gradients, means, grams, adapters)
+    for leaf in alignment.leaves:
+        _check_leaf(job, leaf)
+    return job
+
+
+def _adapters(checkpoints: Sequence[Checkpoint], plan: MergePlan, rule: Rule) -> list[Adapter]:
+    """Return the LoRA adapters that the checkpoints are; none if they are whole models."""
+    are_adapters = [checkpoint.adapter is not None for checkpoint in checkpoints]
+    if not any(are_adapters):
+        if plan.rank is not None:
+            raise BecameError(f"a rank is for LoRA adapters, and {checkpoints[0].path} is none.")
+        return []
+    if not all(are_adapters):
+        path = checkpoints[are_adapters.index(True)].path
+        raise BecameError(f"{path} is a LoRA adapter and other models are not.")
+    if rule.by_weight:
+        raise BecameError("a merge of LoRA adapters has a coefficient per model, layer or leaf, not per weight.")
+    return [adapter_of(checkpoint) for checkpoint in checkpoints]
+
+
+def _check_leaf(job: Job, leaf: Leaf) -> None:
+    """Refuse weights without a value for a leaf, and Fisher files and others that do not fit it."""
+    for model in job.plan.models:
+        model.weight.at(leaf.name, leaf.depth)
+    if leaf.is_merged and not is_statistic(leaf.name):
+        for k, fisher in job.fishers.items():
+            own = tensor_or_tied(job.checkpoints[k + int(job.has_base)], leaf.name)
+            fisher.tensor(leaf.name, own or leaf.tensors[0], leaf.shape)
+        for extra in (*job.gradients.values(), *job.means.values()):
+            extra.tensor(leaf)
+    for grams in job.grams.values():
+        gram = grams.tensors.get(leaf.name)
+        if gram is None and not job.has_grams(leaf):
+            continue
+        if gram is None or len(leaf.shape) != 2 or gram.shape != (leaf.shape[1],) * 2 or not gram.is_float:
+            shape = "none" if gram is None else list(gram.shape)
+            raise BecameError(
+                f"{grams.path} should have a Gram matrix of '{leaf.name}', whose weight has shape {list(leaf.shape)}, "
+                f"but has {shape}."
+            )
+        _finite(widened(gram.whole()), gram)
+
+
+def _check_needed(model: PlannedModel, rule: Rule, plan: MergePlan) -> None:
+    if rule.needs_fisher and model.fisher is None:
+        raise BecameError(f"{plan.merge_method} needs a Fisher file for each model, and {model.model} has none.")
+    if rule.needs_gram != (model.gram is not None):
+        verb = "needs" if rule.needs_gram else "makes no use of"
+        raise BecameError(f"{plan.merge_method} {verb} a file of Gram matrices for {model.model}.")
+    if not rule.needs_fisher:
+        for name in ("fisher", "gradient", "mean"):
+            if getattr(model, name) is not None:
+                raise BecameError(f"{plan.merge_method} makes no use of the {name} of {model.model}; leave it out.")
+    if (rule.needs_fisher or rule.needs_gram) and model.weight.least < 0:
+        raise BecameError(f"the weight of {model.model} is {model.weight}; for {plan.merge_method} it is at least 0.")
+    if plan.merge_method != "became" and (model.gradient is not None or model.mean is not None):
+        raise BecameError(f"{plan.merge_method} takes no gradient and no mean; became does.")
+
+
+def in_order(function: Callable[[A], B], tasks: Iterable[A], workers: int, ahead: int) -> Iterator[B]:
+    """Yield a function's results in the order of the tasks, which threads carry out beside each other.
+
+    Args:
+        function: of one task.
+        tasks: in order.
+        workers: how many threads.
+        ahead: how many results may wait.
+    """
+    if workers == 1 or ahead == 1:
+        yield from map(function, tasks)
+        return
+    waiting: deque[Future[B]] = deque()
+    with ThreadPoolExecutor(min(workers, ahead)) as pool:
+        try:
+            for task in tasks:
+                waiting.append(pool.submit(function, task))
+                if len(waiting) >= ahead:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+def resident() -> int:
+    """Return the bytes of memory that this process holds beside the page cache; 0 where the system does not say."""
+    try:
+        status = Path("/proc/self/status").read_text(encoding="ascii")
+    except OSError:
+        return 0
+    lines = [line.split() for line in status.splitlines() if line.startswith("RssAnon:")]
+    return int(lines[0][1]) * 1024 if lines else 0
+
+
+def _finite(values: NDArray[Any], tensor: StoredTensor) -> NDArray[Any]:
+    if values.size and not (values.max() < np.inf and values.min() > -np.inf):
+        raise BecameError(f"{tensor} has an entry that is infinite or not a number; every entry must be finite.")
+    return values

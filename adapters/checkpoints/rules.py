@@ -1,0 +1,432 @@
+"""The merging rules of checkpoints: what each must know of the whole model first, and how it merges one slab.
+
+A rule reads a model in slabs, flat ranges of one tensor's elements, the same range of every model. Rules with
+``measures`` see every slab twice: first to be measured, which gives numbers that add up over slabs and tensors; then,
+when the coefficients are known, to be merged. The formulas are the core's: quadratics, their minimisers, combinations
+and precision-weighted means.
+
+Convention: the first model of a slab is the origin: the base model if the plan has one, else the plan's first. A weight
+multiplies its model's loss, except in ``linear`` and ``task_arithmetic``, where it is the coefficient itself.
+"""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from adapters.checkpoints.plan import MergePlan, group_of_tensor
+from adapters.checkpoints.tensors import widened
+from became_core import BecameError, combine, merge
+from became_core.laplace import Diagonal, FisherMerge, ModeIMM, Quadratic, path_quadratic, subspace_quadratic
+
+__all__ = ["RULES", "Rule", "Slab", "Solution", "rule_of"]
+
+Array = NDArray[Any]
+
+# A curvature over a slab that float32 is not trusted with.
+TINY = 1e-30
+
+
+@dataclass(frozen=True)
+class Slab:
+    """The same elements of one tensor in every model.
+
+    Attributes:
+        name: the tensor.
+        models: its elements in each, flat, in float32 or wider; the base model first if there is one.
+        weights: each model's, except the base's.
+        fishers: the diagonal curvature of each model's loss; None where it is not known.
+        gradients: of each model's loss; None for zero.
+        means: where each model's loss is expanded; None for the model itself.
+        depth: how deep in the model the tensor lies, 0 to 1.
+        has_base: whether the first of the models is a base model, which has no weight and no loss.
+        grams: of the inputs of each model's linear layer, [d_in, d_in]; the slab then has whole rows.
+        gram_inverse: the pseudo-inverse of their weighted sum.
+    """
+
+    name: str
+    models: Sequence[Array]
+    weights: Sequence[float]
+    fishers: Sequence[Array | None] = ()
+    gradients: Sequence[Array | None] = ()
+    means: Sequence[Array | None] = ()
+    depth: float = 0.0
+    has_base: bool = False
+    grams: Sequence[Array] = ()
+    gram_inverse: Any = None
+
+    @property
+    def learned(self) -> Sequence[Array]:
+        """The models without the base."""
+        return self.models[int(self.has_base) :]
+
+    @property
+    def agrees(self) -> bool:
+        """Whether all models have the same numbers here."""
+        return all(np.array_equal(self.models[0], model) for model in self.models[1:])
+
+
+@dataclass(frozen=True)
+class Solution:
+    """The coefficients of a merge, and what the quadratic says about them.
+
+    Attributes:
+        coefficients: by group, one number for each model, the origin included.
+        groups: the quadratic of each group, from which the coefficients are.
+        constraint: where the minimum was looked for.
+    """
+
+    coefficients: Mapping[str, tuple[float, ...]]
+    groups: Mapping[str, Quadratic]
+    constraint: str = "box"
+
+    @property
+    def total(self) -> Quadratic | None:
+        """The quadratic of the whole model in common coefficients; None where nothing was measured."""
+        return sum(self.groups.values()) if self.groups else None  # type: ignore[return-value] # 0 + Quadratic
+
+    @property
+    def gain(self) -> float | None:
+        """How much smaller than at the origin the losses are predicted to be, in the unit of the Fisher files."""
+        if not self.groups:
+            return None
+        values = [quadratic.value(np.asarray(self.coefficients[group][1:])) for group, quadratic in self.groups.items()]
+        return -math.fsum(map(float, values))
+
+
+class Rule:
+    """How to merge checkpoints.
+
+    Attributes:
+        plan: what the user asks for.
+    """
+
+    needs_fisher: ClassVar[bool] = False
+    """Whether it needs the diagonal curvature of every model's loss."""
+    needs_gram: ClassVar[bool] = False
+    """Whether it needs the Gram matrices of the inputs of linear layers."""
+    measures: ClassVar[bool] = False
+    """Whether its coefficients depend on all weights, so that they are read twice."""
+    by_weight: ClassVar[bool] = False
+    """Whether its coefficients differ from weight to weight, so that no factors of a LoRA adapter can be merged."""
+
+    def __init__(self, plan: MergePlan) -> None:
+        """Keep the plan; raises a BecameError if the rule cannot follow it."""
+        self.plan = plan
+
+    def measure(self, slab: Slab) -> Quadratic:
+        """Return what adds up over slabs."""
+        raise NotImplementedError
+
+    def solve(self, sums: Mapping[str, Quadratic]) -> Solution:
+        """Return the coefficients, given the sums by tensor."""
+        return Solution({}, {})
+
+    def shares(self, name: str, depth: float, weights: Sequence[float], solution: Solution) -> Sequence[float] | None:
+        """Return what each model, without the base, is multiplied by in a tensor; None where that differs by weight."""
+        return None
+
+    def merge(self, slab: Slab, solution: Solution) -> Array:
+        """Return the merged elements, flat, as wide as the models'."""
+        shares = self.shares(slab.name, slab.depth, slab.weights, solution)
+        assert shares is not None, "a rule without shares merges by itself"
+        rest = 1.0 - math.fsum(shares)
+        if slab.has_base and len(shares) < len(slab.models):
+            return _combined(slab.models, [rest, *shares])
+        if abs(rest) < 1e-12:
+            return _combined(slab.learned, shares)
+        return _combined([np.zeros_like(slab.models[0]), *slab.learned], [rest, *shares])
+
+
+class LinearMean(Rule):
+    """The weighted mean, or without ``normalize`` the weighted sum."""
+
+    def shares(self, name: str, depth: float, weights: Sequence[float], solution: Solution) -> Sequence[float]:
+        """Return w_k, or w_k / sum_k w_k."""
+        total = math.fsum(weights)
+        if not self.plan.normalize:
+            return weights
+        if not abs(total) > 1e-12:
+            raise BecameError(f"the weights of '{name}' sum to {total:g}; they cannot be normalised.")
+        return [weight / total for weight in weights]
+
+    def merge(self, slab: Slab, solution: Solution) -> Array:
+        """Return sum_k w_k theta_k, without the base."""
+        return super().merge(replace(slab, models=slab.learned, has_base=False), solution)
+
+
+class TaskArithmetic(Rule):
+    """The base model and the weighted differences from it (Ilharco et al., 2023)."""
+
+    def __init__(self, plan: MergePlan) -> None:
+        """Ask for a base model."""
+        super().__init__(plan)
+        if plan.base_model is None:
+            raise BecameError("task_arithmetic adds differences to a base model; give base_model.")
+
+    def shares(self, name: str, depth: float, weights: Sequence[float], solution: Solution) -> Sequence[float]:
+        """Return lambda w_k, of theta_0 + lambda sum_k w_k (theta_k - theta_0)."""
+        scale = self.plan.scale.at(name, depth)
+        return [scale * weight for weight in weights]
+
+
+class Slerp(Rule):
+    """The arc between two models, tensor by tensor (Shoemake, 1985); a straight line where they are almost parallel."""
+
+    measures = True
+
+    def __init__(self, plan: MergePlan) -> None:
+        """Ask for two models."""
+        super().__init__(plan)
+        if len(plan.models) != 2:
+            raise BecameError(f"slerp is between two models, not {len(plan.models)}.")
+
+    def measure(self, slab: Slab) -> Quadratic:
+        """Return the inner products of the two models, as a curvature."""
+        pair = [{"": widened(model, np.float64)} for model in slab.learned]
+        return subspace_quadratic(pair, Diagonal({"": np.ones(pair[0][""].shape)}))
+
+    def solve(self, sums: Mapping[str, Quadratic]) -> Solution:
+        """Return the coefficients of each tensor."""
+        coefficients = {}
+        for name, products in sums.items():
+            (first, both), (_, second) = products.curvature.tolist()
+            norms = math.sqrt(first * second)
+            coefficients[name] = (both / norms if norms else 1.0,)
+        return Solution(coefficients, {})
+
+    def shares(self, name: str, depth: float, weights: Sequence[float], solution: Solution) -> Sequence[float]:
+        """Return sin((1 - t) angle) / sin(angle) and sin(t angle) / sin(angle)."""
+        t = self.plan.t.at(name, depth)
+        if name not in solution.coefficients:
+            return 1.0 - t, t
+        cosine = solution.coefficients[name][0]
+        if abs(cosine) > 0.9995:  # the sines would be quotients of rounding
+            return 1.0 - t, t
+        angle = math.acos(cosine)
+        return math.sin((1.0 - t) * angle) / math.sin(angle), math.sin(t * angle) / math.sin(angle)
+
+    def merge(self, slab: Slab, solution: Solution) -> Array:
+        """Return the point of the arc, without the base."""
+        return super().merge(replace(slab, models=slab.learned, has_base=False), solution)
+
+
+class RegressionMean(Rule):
+    """RegMean (Jin et al., 2023): linear layers whose outputs fit all models' outputs best, on each one's own inputs.
+
+    A tensor without Gram matrices has the weighted mean.
+    """
+
+    needs_gram = True
+
+    def shares(self, name: str, depth: float, weights: Sequence[float], solution: Solution) -> Sequence[float]:
+        """Return w_k / sum_k w_k."""
+        total = math.fsum(weights)
+        if not total > 0:
+            raise BecameError(f"the weights of '{name}' sum to {total:g}; regmean needs more than 0.")
+        return [weight / total for weight in weights]
+
+    def merge(self, slab: Slab, solution: Solution) -> Array:
+        """Return the rows of (sum_k w_k W_k G_k) (sum_k w_k G_k)^-1, W_k [rows, d_in], and G_k [d_in, d_in].
+
+        Written from the mean, so that inputs that no model has seen keep the mean's response.
+        """
+        slab = replace(slab, models=slab.learned, has_base=False)
+        mean = super().merge(slab, solution)
+        if not slab.grams:
+            return mean
+        width = slab.grams[0].shape[0]
+        centre = mean.astype(np.float64).reshape(-1, width)
+        pull = np.zeros_like(centre)
+        for model, gram, weight in zip(slab.models, slab.grams, slab.weights, strict=True):
+            pull += (model.reshape(-1, width) - centre) @ (weight * gram)
+        merged = (centre + pull @ slab.gram_inverse).reshape(-1)
+        return np.asarray(merged, dtype=mean.dtype)
+
+
+class FisherMean(Rule):
+    """The precision-weighted mean, weight by weight (Matena & Raffel, 2022)."""
+
+    needs_fisher = True
+    by_weight = True
+
+    def merge(self, slab: Slab, solution: Solution) -> Array:
+        """Return (sum_k w_k F_k)^-1 sum_k w_k F_k theta_k; where nothing is curved, the weighted mean."""
+        return self._mean(FisherMerge(tuple(slab.weights)), slab)
+
+    def _mean(self, rule: ModeIMM | FisherMerge, slab: Slab) -> Array:
+        models = list(slab.learned)
+        if any(fisher is None for fisher in slab.fishers):  # equal models, or batch statistics
+            fishers = [np.zeros_like(model) for model in models]
+        else:
+            fishers = [_scaled(fisher, 1.0) for fisher in slab.fishers]
+        losses: Any = [_Known({"": model}, Diagonal({"": f})) for model, f in zip(models, fishers, strict=True)]
+        return np.asarray(rule.merge([{"": model} for model in models], losses).theta[""])
+
+
+class PosteriorMode(FisherMean):
+    """Mode-based incremental moment matching (Lee et al., 2017): the same mean, with mixing weights."""
+
+    def merge(self, slab: Slab, solution: Solution) -> Array:
+        """Return the mode of the product of the models' Laplace posteriors."""
+        return self._mean(ModeIMM(tuple(slab.weights)), slab)
+
+
+class WeightwiseMinimum(PosteriorMode):
+    """The minimum of the sum of the losses' quadratics, with a coefficient for every weight: their posteriors' mode."""
+
+    def __init__(self, plan: MergePlan) -> None:
+        """Refuse what the closed form does not have."""
+        super().__init__(plan)
+        for model in plan.models:
+            if model.gradient is not None or model.mean is not None:
+                raise BecameError("a coefficient for each weight takes no gradient and no mean; choose another per.")
+
+
+class GroupwiseMinimum(Rule):
+    """The minimum of the sum of the losses' quadratics between the models (BECAME, 2025), by model, layer or leaf.
+
+    Two models: the segment. More: the simplex. With a base model: the differences from it, each between 0 and 1.
+    """
+
+    needs_fisher = True
+    measures = True
+
+    @property
+    def constraint(self) -> Any:
+        """Where the minimum is looked for."""
+        two = len(self.plan.models) == 2
+        return "box" if two or self.plan.base_model is not None else "simplex"
+
+    def measure(self, slab: Slab) -> Quadratic:
+        """Return the quadratic of all losses along the ways from the origin to the other models."""
+        fishers = [_scaled(fisher, weight) for fisher, weight in zip(slab.fishers, slab.weights, strict=True)]
+        if len(slab.models) == 2 and not slab.has_base and slab.gradients[0] is None and slab.means[1] is None:
+            quadratic = self._between(slab, fishers, np.float32)
+            # Squares of small differences times small curvatures leave float32's range before float64's. What is lost
+            # below it, 2^18 times 1e-45 at most, is nothing beside such a curvature.
+            if not TINY < float(quadratic.curvature[0, 0]) < np.inf or not np.isfinite(quadratic.slope[0]):
+                quadratic = self._between(slab, fishers, np.float64)
+            return quadratic
+        origin, *others = (widened(model, np.float64) for model in slab.models)
+        directions = [{slab.name: other - origin} for other in others]
+        quadratics = []
+        for k, model in enumerate(slab.learned):
+            mean, gradient = slab.means[k], slab.gradients[k]
+            quadratics.append(
+                subspace_quadratic(
+                    directions,
+                    Diagonal({slab.name: widened(fishers[k], np.float64)}),
+                    offset={slab.name: origin - (model if mean is None else mean)},
+                    gradient=None if gradient is None else {slab.name: _times(gradient, slab.weights[k])},
+                )
+            )
+        return sum(quadratics)  # type: ignore[return-value] # 0 + Quadratic
+
+    def _between(self, slab: Slab, fishers: Sequence[Array], dtype: Any) -> Quadratic:
+        """Return the quadratic along the segment, added up in a dtype or a wider one."""
+        first, second = slab.models
+        gradient, mean = slab.gradients[1], slab.means[0]
+        return path_quadratic(
+            {slab.name: widened(first, dtype)},
+            {slab.name: second},
+            {slab.name: fishers[0]},
+            {slab.name: fishers[1]},
+            gradient=None if gradient is None else {slab.name: _times(gradient, slab.weights[1])},
+            mean=None if mean is None else {slab.name: mean},
+        )
+
+    def solve(self, sums: Mapping[str, Quadratic]) -> Solution:
+        """Return the minimiser of each group."""
+        members: dict[str, list[Quadratic]] = {}
+        for name, quadratic in sums.items():
+            members.setdefault(group_of_tensor(name, self.plan.per), []).append(quadratic)
+        groups: dict[str, Any] = {group: sum(members[group]) for group in sorted(members, key=_natural)}
+        coefficients = {}
+        for group, quadratic in groups.items():
+            if self.constraint == "simplex":
+                numbers = quadratic.with_origin().minimiser("simplex").tolist()
+            else:
+                ways = quadratic.minimiser("box").tolist()
+                numbers = [1.0 - math.fsum(ways), *ways]
+            coefficients[group] = tuple(map(float, numbers))
+        return Solution(coefficients, groups, self.constraint)
+
+    def shares(self, name: str, depth: float, weights: Sequence[float], solution: Solution) -> Sequence[float]:
+        """Return the coefficients of the tensor's group; of a group without parameters the mean of all groups'."""
+        count = len(self.plan.models)
+        numbers = solution.coefficients.get(group_of_tensor(name, self.plan.per))
+        if numbers is None:
+            numbers = _mean_coefficients(solution, count + (self.plan.base_model is not None))
+        return numbers[len(numbers) - count :]
+
+
+@dataclass(frozen=True)
+class _Known:
+    """A loss that is known by its diagonal, at one point."""
+
+    mean: Mapping[str, Array]
+    precision: Diagonal
+
+    def diagonal(self) -> Diagonal:
+        """Return the diagonal."""
+        return self.precision
+
+
+RULES: Mapping[str, type[Rule]] = {
+    "became": GroupwiseMinimum,
+    "linear": LinearMean,
+    "fisher": FisherMean,
+    "imm-mode": PosteriorMode,
+    "regmean": RegressionMean,
+    "slerp": Slerp,
+    "task_arithmetic": TaskArithmetic,
+}
+
+
+def rule_of(plan: MergePlan) -> Rule:
+    """Return the rule that a plan names.
+
+    Raises:
+        BecameError: if it is not known, or cannot follow the plan.
+    """
+    if plan.merge_method not in RULES:
+        raise BecameError(f"the merge_method '{plan.merge_method}' is not known; known are {', '.join(RULES)}.")
+    if plan.merge_method != "became" and plan.per != "model":
+        raise BecameError(f"'per: {plan.per}' is for became; {plan.merge_method} has no such coefficient.")
+    if plan.merge_method == "became" and plan.per == "weight":
+        return WeightwiseMinimum(plan)
+    return RULES[plan.merge_method](plan)
+
+
+def _combined(models: Sequence[Array], coefficients: Sequence[float]) -> Array:
+    """Return the models' combination, exact at the ends of a segment and wherever all agree."""
+    if len(models) == 2:
+        return np.asarray(merge({"": models[0]}, {"": models[1]}, float(coefficients[1]))[""])
+    return np.asarray(combine([{"": model} for model in models], list(coefficients))[""])
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """Order names as people do: layer 10 after layer 9."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d{1,9})", name)]
+
+
+def _mean_coefficients(solution: Solution, count: int) -> tuple[float, ...]:
+    """Return the mean of all groups' coefficients; equal ones where there is none."""
+    if not solution.coefficients:
+        return (1.0 / count,) * count
+    return tuple(np.mean(list(solution.coefficients.values()), axis=0).tolist())
+
+
+def _scaled(fisher: Array | None, weight: float) -> Array:
+    if fisher is None:
+        raise AssertionError("a rule was given no Fisher where the models differ")
+    return _times(widened(fisher), weight)
+
+
+def _times(values: Array, weight: float) -> Array:
+    return values if weight == 1 else values * values.dtype.type(weight)

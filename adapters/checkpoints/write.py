@@ -1,0 +1,267 @@
+"""The folder of a merged model: it appears whole or not at all, and a merge that was killed goes on where it was.
+
+Sizes are known beforehand. So each file gets its header and its full length first, which also takes the room on the
+disk, and every slab is then written at its own place, in any order and by any thread. All this happens in a hidden
+folder beside the final one, which gets its name at the very end. A journal in it, a JSON object a line, says what is
+done: a merge of the same plan and the same inputs goes on from there, and ends with the same bytes.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from adapters.checkpoints.align import Leaf
+from adapters.checkpoints.job import Job
+from adapters.checkpoints.tensors import DTYPES, safetensors_header, size_text
+from adapters.runs.lock import locked
+from became_core import BecameError
+
+__all__ = ["INDEX", "Journal", "Layout", "OutputFolder", "identity", "layout_of"]
+
+INDEX = "model.safetensors.index.json"
+# A journal is forced to the disk, with what it speaks of, after this many seconds.
+SYNC_SECONDS = 5.0
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where everything will lie.
+
+    Attributes:
+        leaves: in the order in which they are written.
+        files: the name of each file, and its leaves in the order of their bytes.
+        headers: what each file begins with.
+        places: the file of each leaf, and the byte at which it begins.
+        sizes: of the files.
+    """
+
+    leaves: Sequence[Leaf]
+    files: Mapping[str, Sequence[Leaf]]
+    headers: Mapping[str, bytes]
+    places: Mapping[str, tuple[str, int]]
+    sizes: Mapping[str, int]
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of all files."""
+        return sum(self.sizes.values())
+
+    def index(self) -> bytes | None:
+        """Return the index of the shards; None for a single file."""
+        if len(self.files) == 1:
+            return None
+        total = sum(leaf.size * DTYPES[leaf.dtype].itemsize for leaf in self.leaves)
+        weight_map = {leaf.name: name for name, leaves in self.files.items() for leaf in leaves}
+        return json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2).encode() + b"\n"
+
+
+def layout_of(leaves: Sequence[Leaf], shard_size: int | None, name: str = "model") -> Layout:
+    """Return the layout of a merged model: leaves in their order, in files of at most so many bytes.
+
+    A leaf that is larger than a file has one of its own.
+
+    Args:
+        leaves: all of them.
+        shard_size: the most bytes of a file; None for one file.
+        name: what the files' names begin with.
+    """
+    shards: list[list[Leaf]] = [[]]
+    used = 0
+    for leaf in leaves:
+        size = leaf.size * DTYPES[leaf.dtype].itemsize
+        if shards[-1] and shard_size is not None and used + size > shard_size:
+            shards.append([])
+            used = 0
+        shards[-1].append(leaf)
+        used += size
+    count = len(shards)
+    names = [f"{name}-{k + 1:05d}-of-{count:05d}.safetensors" for k in range(count)]
+    names = names if count > 1 else [f"{name}.safetensors"]
+    # Wide numbers first: so every tensor lies at a multiple of its item's size, which readers that map files want.
+    files = {
+        file: sorted(shard, key=lambda leaf: -DTYPES[leaf.dtype].itemsize)
+        for file, shard in zip(names, shards, strict=True)
+    }
+    headers, sizes = {}, {}
+    places: dict[str, tuple[str, int]] = {}
+    for file, shard in files.items():
+        entries = [(leaf.name, leaf.dtype, leaf.shape) for leaf in shard]
+        headers[file], offsets = safetensors_header(entries, {"format": "pt"})
+        places |= {leaf: (file, offset) for leaf, offset in offsets.items()}
+        content = sum(leaf.size * DTYPES[leaf.dtype].itemsize for leaf in shard)
+        sizes[file] = len(headers[file]) + content
+    return Layout([leaf for shard in files.values() for leaf in shard], files, headers, places, sizes)
+
+
+def identity(job: Job) -> str:
+    """Return what a merge is known by: its plan, and the names, sizes and times of its files."""
+    files = []
+    for checkpoint in job.inputs.values():
+        for file in (*checkpoint.files, *checkpoint.companions):
+            state = file.stat()
+            files.append([str(file.absolute()), state.st_size, state.st_mtime_ns])
+    text = json.dumps([job.plan.as_words(), files], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+class Journal:
+    """What is done of a merge, a JSON object a line."""
+
+    def __init__(self, file: Path, identity: str) -> None:
+        """Read what an earlier process wrote for the same merge."""
+        self.entries: list[dict[str, Any]] = []
+        self.goes_on = False
+        try:
+            content = file.read_bytes()
+        except OSError:
+            content = b""
+        end = 0
+        for line in content.splitlines(keepends=True):
+            try:
+                entry = json.loads(line) if line.endswith(b"\n") else None
+            except ValueError:
+                entry = None
+            if not isinstance(entry, dict):
+                break  # a process was killed, or a machine stopped, while it wrote
+            self.entries.append(entry)
+            end += len(line)
+        self.goes_on = bool(self.entries) and self.entries[0].get("merge") == identity
+        self._file = file
+        if not self.goes_on:
+            self.entries, end = [], 0
+        self._end, self._identity = end, identity
+        self._handle: BinaryIO | None = None
+
+    def begin(self) -> None:
+        """Open the file for what is to come."""
+        self._handle = self._file.open("ab")
+        self._handle.truncate(self._end)
+        if not self.goes_on:
+            self.append({"merge": self._identity})
+
+    def append(self, entry: dict[str, Any], *, lasting: bool = False) -> None:
+        """Write one more line; a lasting one survives a crash of the machine."""
+        assert self._handle is not None, "the journal has not begun"
+        self._handle.write(json.dumps(entry, separators=(",", ":")).encode() + b"\n")
+        self._handle.flush()
+        if lasting:
+            os.fsync(self._handle.fileno())
+
+    def close(self) -> None:
+        """Close the file, if it is open."""
+        if self._handle is not None:
+            self._handle.close()
+
+
+class OutputFolder:
+    """The hidden folder in which a merged model is made."""
+
+    def __init__(self, out: Path, layout: Layout) -> None:
+        """Refuse to begin where something is already."""
+        check_free(out)
+        self.out, self.layout = out, layout
+        self.folder = out.with_name(f".{out.name}.merging")
+        self._handles: dict[str, int] = {}
+
+    @contextmanager
+    def opened(self, merge: str) -> Iterator[Journal]:
+        """Hold the folder for one process, with all files at their full length.
+
+        Args:
+            merge: what the merge is known by; the folder of another merge is begun anew.
+
+        Raises:
+            BecameError: if another process is at work in it, or the disk has no room.
+        """
+        with locked(self.folder.with_name(f"{self.folder.name}.lock")):
+            journal = Journal(self.folder / "journal.jsonl", merge)
+            if not journal.goes_on:
+                shutil.rmtree(self.folder, ignore_errors=True)
+            self._check_room()
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                journal.begin()
+                for name in self.layout.files:
+                    self._open(name)
+                yield journal
+            except OSError as error:
+                raise self._what_failed(error) from None
+            except BecameError:
+                # The same plan would fail again, so that there is nothing to go on with.
+                shutil.rmtree(self.folder, ignore_errors=True)
+                raise
+            finally:
+                journal.close()
+                for handle in self._handles.values():
+                    os.close(handle)
+                self._handles = {}
+
+    def write(self, name: str, offset: int, content: Any) -> None:
+        """Write bytes of a leaf, from a place within it; raises an OSError as the system does."""
+        file, begin = self.layout.places[name]
+        view, done = memoryview(content), 0
+        while done < len(view):
+            done += os.pwrite(self._handles[file], view[done:], begin + offset + done)
+
+    def sync(self) -> None:
+        """Force what was written to the disk."""
+        for handle in self._handles.values():
+            os.fsync(handle)
+
+    def finish(self, journal: Journal, others: Mapping[str, bytes], copies: Iterable[Path]) -> None:
+        """Add the other files of the model, and give the folder its name.
+
+        Args:
+            journal: of this merge, which ends.
+            others: the content of files by name.
+            copies: files to copy, unless they are among the others.
+        """
+        index = self.layout.index()
+        contents = dict(others) | ({INDEX: index} if index is not None else {})
+        for file in copies:
+            if file.name not in contents:
+                shutil.copyfile(file, self.folder / file.name)
+        for name, content in contents.items():
+            (self.folder / name).write_bytes(content)
+        self.sync()
+        journal.close()
+        (self.folder / "journal.jsonl").unlink()
+        check_free(self.out)
+        self.folder.rename(self.out)
+
+    def _check_room(self) -> None:
+        parent = next(folder for folder in self.out.absolute().parents if folder.exists())
+        there = [self.folder / name for name in self.layout.files]
+        taken = sum(file.stat().st_blocks * 512 for file in there if file.exists())
+        needed, free = self.layout.nbytes - taken, shutil.disk_usage(parent).free
+        if needed > free:
+            raise BecameError(f"{self.out} needs {size_text(needed)} and {parent} has {size_text(free)} free.")
+
+    def _open(self, name: str) -> None:
+        handle = os.open(self.folder / name, os.O_RDWR | os.O_CREAT, 0o666)
+        self._handles[name] = handle
+        size = self.layout.sizes[name]
+        if os.fstat(handle).st_size != size:
+            if hasattr(os, "posix_fallocate") and size:
+                os.posix_fallocate(handle, 0, size)
+            else:  # pragma: no cover # macOS
+                os.ftruncate(handle, size)
+        os.pwrite(handle, self.layout.headers[name], 0)
+
+    def _what_failed(self, error: OSError) -> BecameError:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return BecameError(f"there is no room left for {self.out}; the same command goes on once there is.")
+        return BecameError(f"cannot write {self.out}: {error.strerror}.")
+
+
+def check_free(out: Path) -> None:
+    """Refuse a place where something is already."""
+    if out.exists() or out.is_symlink():
+        raise BecameError(f"{out} exists; nothing is overwritten, so give another name.")

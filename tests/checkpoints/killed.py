@@ -1,0 +1,25 @@
+"""A merge as a process that tests kill: ``python -m tests.checkpoints.killed FOLDER OUT PAUSE``.
+
+It sleeps for PAUSE seconds after each block, so that there is time to kill it, and prints a line when it begins each.
+"""
+
+import sys
+import time
+from pathlib import Path
+
+from adapters.checkpoints import MergePlan, PlannedModel, merge_checkpoints
+
+
+def plan_in(folder: Path) -> MergePlan:
+    models = [PlannedModel(folder / f"{n}.safetensors", fisher=folder / f"F{n}.safetensors") for n in "AB"]
+    return MergePlan(tuple(models), per="leaf", shard_size=400_000)
+
+
+if __name__ == "__main__":
+    folder, out, pause = Path(sys.argv[1]), Path(sys.argv[2]), float(sys.argv[3])
+
+    def progress(what: str, done: int, whole: int) -> None:
+        print(what, done, whole, flush=True)
+        time.sleep(pause)
+
+    merge_checkpoints(plan_in(folder), out, workers=2, progress=progress)

@@ -1,0 +1,287 @@
+"""Fisher files: exact per-sample squares from data, Adam's second moments, and sums of files."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.testing import assert_allclose, assert_array_equal
+from safetensors import safe_open
+from safetensors.numpy import load_file
+
+from adapters.checkpoints import MergePlan, PlannedModel, add_fisher_files, merge_checkpoints, open_checkpoint
+from adapters.checkpoints.digest import digest_of
+from became_core import BecameError
+from tests.checkpoints.models import Arrays, arrays, saved
+from tests.checkpoints.networks import CLASSES, SHAPES, WIDTH, load
+
+USUAL = {"became.fisher": "1", "kind": "empirical", "unit": "sum", "per": "sample", "samples": "3", "tokens": "5"}
+
+
+def metadata(file: Path) -> dict[str, str]:
+    with safe_open(file, "numpy") as opened:
+        return dict(opened.metadata())
+
+
+def data(file: Path, samples: int, seed: int = 0, *, positions: int | None = None) -> tuple[Any, Any]:
+    generator = np.random.default_rng(seed)
+    leading = (samples,) if positions is None else (samples, positions)
+    inputs = generator.normal(size=(*leading, WIDTH)).astype(np.float32)
+    targets = generator.integers(0, CLASSES, leading)
+    np.savez(file, inputs=inputs, targets=targets)
+    return inputs, targets
+
+
+def gradient(network: Any, inputs: Any, target: Any) -> Arrays:
+    """Of one sample's loss, the plain way."""
+    import torch
+
+    network.zero_grad()
+    logits = network(torch.from_numpy(np.atleast_2d(inputs)))
+    loss = torch.nn.functional.cross_entropy(logits, torch.from_numpy(np.atleast_1d(target)), reduction="sum")
+    loss.backward()  # type: ignore[no-untyped-call]
+    return {name: value.grad.numpy().astype(float) for name, value in network.named_parameters()}
+
+
+def measured(tmp_path: Path, name: str = "F", **options: Any) -> Path:
+    from adapters.checkpoints.fisher_data import FisherRequest, fisher_from_data, read_samples
+
+    model, out = tmp_path / "M.safetensors", tmp_path / f"{name}.safetensors"
+    samples = read_samples(str(tmp_path / f"{options.pop('data', 'data')}.npz"))
+    fisher_from_data(model, samples, out, FisherRequest(**options), load(model))
+    return out
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    pytest.importorskip("torch")
+    return saved(tmp_path, "M", arrays(3, SHAPES))
+
+
+def test_it_is_the_sum_of_every_samples_squared_gradient(tmp_path: Path, model: Path) -> None:
+    inputs, targets = data(tmp_path / "data.npz", 7)
+    values = load_file(measured(tmp_path, chunk=3))
+    expected = [gradient(load(model), row, target) for row, target in zip(inputs, targets, strict=True)]
+    for name, value in values.items():
+        assert_allclose(value, sum(each[name] ** 2 for each in expected), rtol=1e-5)
+    words = metadata(tmp_path / "F.safetensors")
+    assert (words["kind"], words["unit"], words["per"], words["samples"]) == ("empirical", "sum", "sample", "7")
+    assert words["model"] == digest_of(open_checkpoint(model))
+
+
+def test_a_token_has_a_gradient_of_its_own_and_a_sample_the_sum(tmp_path: Path, model: Path) -> None:
+    inputs, targets = data(tmp_path / "data.npz", 4, positions=3)
+    each = [[gradient(load(model), inputs[n, p], targets[n, p]) for p in range(3)] for n in range(4)]
+    by_sample, by_token = load_file(measured(tmp_path, "S")), load_file(measured(tmp_path, "T", per="token"))
+    for name in SHAPES:
+        assert_allclose(by_sample[name], sum(sum(g[name] for g in row) ** 2 for row in each), rtol=1e-5)
+        assert_allclose(by_token[name], sum(g[name] ** 2 for row in each for g in row), rtol=1e-5)
+    assert metadata(tmp_path / "T.safetensors")["tokens"] == "12"
+
+
+def test_the_true_fisher_weighs_all_labels_and_samples_of_them_agree(tmp_path: Path, model: Path) -> None:
+    import torch
+
+    inputs, _ = data(tmp_path / "data.npz", 5)
+    true = load_file(measured(tmp_path, kind="true"))
+    probabilities = load(model)(torch.from_numpy(inputs)).softmax(-1).detach().numpy()
+    for name in SHAPES:
+        expected = sum(
+            probabilities[n, c] * gradient(load(model), inputs[n], np.int64(c))[name] ** 2
+            for n in range(5)
+            for c in range(CLASSES)
+        )
+        assert_allclose(true[name], expected, rtol=1e-4)
+    drawn = [load_file(measured(tmp_path, f"D{seed}", kind="sampled", seed=seed)) for seed in range(150)]
+    mean = {name: np.mean([values[name] for values in drawn], axis=0) for name in SHAPES}
+    total = [sum(float(values[name].sum()) for name in SHAPES) for values in (mean, true)]
+    assert total[0] == pytest.approx(total[1], rel=0.1)
+
+
+def test_neither_chunks_nor_an_interruption_change_what_is_drawn(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from adapters.checkpoints import fisher_data
+    from adapters.checkpoints.fisher_data import FisherRequest, fisher_from_data, read_samples
+
+    data(tmp_path / "data.npz", 9)
+    whole = load_file(measured(tmp_path, kind="sampled", chunk=9))
+    for name, value in load_file(measured(tmp_path, "C", kind="sampled", chunk=2)).items():
+        assert_allclose(value, whole[name], rtol=1e-6)
+    monkeypatch.setattr(fisher_data, "SAVE_EVERY", 1)
+    samples, out = read_samples(str(tmp_path / "data.npz")), tmp_path / "I.safetensors"
+    request, seen = FisherRequest("sampled", chunk=2), list[int]()
+
+    class Stop(Exception):  # noqa: N818 # it is no error
+        pass
+
+    def stop(done: int, _: int) -> None:
+        seen.append(done)
+        if done == 4:
+            raise Stop
+
+    with pytest.raises(Stop):
+        fisher_from_data(model, samples, out, request, load(model), stop)
+    fisher_from_data(model, samples, out, request, load(model), lambda done, _: seen.append(done))
+    assert seen == [2, 4, 6, 8, 9]
+    assert_array_equal(load_file(out)["0.weight"], load_file(tmp_path / "C.safetensors")["0.weight"])
+    assert list(tmp_path.glob(".*")) == []
+
+
+@pytest.mark.usefixtures("model")
+def test_files_of_disjoint_data_add(tmp_path: Path) -> None:
+    inputs, targets = data(tmp_path / "data.npz", 6)
+    np.savez(tmp_path / "one.npz", inputs=inputs[:2], targets=targets[:2])
+    np.savez(tmp_path / "two.npz", inputs=inputs[2:], targets=targets[2:])
+    parts = [measured(tmp_path, name, data=name) for name in ("one", "two")]
+    add_fisher_files(parts, tmp_path / "sum.safetensors")
+    whole = load_file(measured(tmp_path))
+    for name, value in load_file(tmp_path / "sum.safetensors").items():
+        assert_allclose(value, whole[name], rtol=1e-6)
+    assert metadata(tmp_path / "sum.safetensors") == metadata(tmp_path / "F.safetensors")
+
+
+def test_means_add_by_their_counts(tmp_path: Path) -> None:
+    files = [
+        saved(tmp_path, f"F{k}", arrays(k, positive=True), USUAL | {"unit": "mean", "samples": str(count)})
+        for k, count in enumerate((1, 3))
+    ]
+    add_fisher_files(files, tmp_path / "sum.safetensors")
+    for name, value in load_file(tmp_path / "sum.safetensors").items():
+        expected = 0.25 * arrays(0, positive=True)[name] + 0.75 * arrays(1, positive=True)[name]
+        assert_allclose(value, expected, rtol=1e-6)
+    assert metadata(tmp_path / "sum.safetensors")["samples"] == "4"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ({"model": "a"}, "of another model"),
+        ({"kind": "true"}, "has kind"),
+        ({"unit": "mean"}, "has unit"),
+        ({"per": "token"}, "has per"),
+    ],
+)
+def test_files_that_are_not_alike_do_not_add(tmp_path: Path, words: dict[str, str], message: str) -> None:
+    first = saved(tmp_path, "F0", arrays(0, positive=True), USUAL)
+    files = [first, saved(tmp_path, "F1", arrays(1, positive=True), USUAL | words)]
+    with pytest.raises(BecameError, match=message):
+        add_fisher_files(files, tmp_path / "sum.safetensors")
+    assert not (tmp_path / "sum.safetensors").exists()
+
+
+def optimizer(tmp_path: Path, *, groups: int = 1, **options: Any) -> tuple[Path, Path, dict[str, Any]]:
+    """What a training with AdamW leaves: its state, the weights in the model's order, and the true second moments."""
+    import torch
+
+    network = load(tmp_path / "M.safetensors")
+    named = dict(network.named_parameters())
+    matrices = [value for value in named.values() if value.ndim > 1]
+    vectors = [value for value in named.values() if value.ndim < 2]
+    parts: Any = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}] if groups == 2 else named.values()
+    adam = torch.optim.AdamW(parts, betas=(0.9, 0.99), **options)
+    moments = {name: torch.zeros_like(value) for name, value in named.items()}
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(5):
+        adam.zero_grad()
+        network(torch.randn((6, WIDTH), generator=generator)).square().sum().backward()
+        for name, value in named.items():
+            assert value.grad is not None
+            moments[name] = 0.99 * moments[name] + 0.01 * value.grad**2
+        adam.step()
+    torch.save(adam.state_dict(), tmp_path / "optimizer.pt")
+    torch.save(network.state_dict(), tmp_path / "end.bin")
+    return tmp_path / "optimizer.pt", tmp_path / "end.bin", {n: (v / (1 - 0.99**5)).numpy() for n, v in moments.items()}
+
+
+@pytest.mark.usefixtures("model")
+@pytest.mark.parametrize("groups", [1, 2])
+def test_adams_second_moments_are_corrected_for_their_start(tmp_path: Path, groups: int) -> None:
+    from adapters.checkpoints.fisher_adam import fisher_from_optimizer
+
+    state, end, expected = optimizer(tmp_path, groups=groups)
+    remarks = fisher_from_optimizer(state, end, tmp_path / "F.safetensors")
+    for name, value in load_file(tmp_path / "F.safetensors").items():
+        assert_allclose(value, expected[name], rtol=1e-5)
+    words = metadata(tmp_path / "F.safetensors")
+    assert (words["kind"], words["per"], words["steps"], words["beta2"]) == ("adam", "step", "5", "0.99")
+    assert any("clipped, accumulated or scaled" in remark for remark in remarks)
+    plan = MergePlan(tuple(PlannedModel(end, fisher=tmp_path / "F.safetensors") for _ in range(2)))
+    assert merge_checkpoints(plan, tmp_path / "out").alpha == 0.0
+
+
+@pytest.mark.usefixtures("model")
+def test_names_in_the_state_or_in_a_file_say_which_parameter_is_which(tmp_path: Path) -> None:
+    import torch
+
+    from adapters.checkpoints.fisher_adam import fisher_from_optimizer
+
+    state, end, expected = optimizer(tmp_path)
+    unordered = saved(tmp_path, "end", {n: t.whole() for n, t in open_checkpoint(end).tensors.items()})
+    with pytest.raises(BecameError, match=r"has lost their order; give --names"):
+        fisher_from_optimizer(state, unordered, tmp_path / "F.safetensors")
+    fisher_from_optimizer(state, unordered, tmp_path / "F.safetensors", list(SHAPES))
+    content = torch.load(state, weights_only=True)
+    content["param_groups"][0]["param_names"] = list(SHAPES)
+    torch.save(content, state)
+    fisher_from_optimizer(state, unordered, tmp_path / "G.safetensors")
+    for name, value in expected.items():
+        assert_allclose(load_file(tmp_path / "F.safetensors")[name], value, rtol=1e-5)
+        assert_allclose(load_file(tmp_path / "G.safetensors")[name], value, rtol=1e-5)
+    with pytest.raises(BecameError, match="3 parameters, and 2 different names"):
+        fisher_from_optimizer(state, unordered, tmp_path / "H.safetensors", list(SHAPES)[:2])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"state1": 1, "qmap1": 1}, "an 8-bit optimiser"),
+        ({"exp_avg_sq_row": 1}, "Adafactor"),
+        ({"momentum_buffer": 1}, "SGD"),
+        ({}, "it is no state of Adam"),
+        ({"exp_avg_sq": "int"}, "8-bit state"),
+        ({"exp_avg_sq": "zero"}, "step 0"),
+    ],
+)
+@pytest.mark.usefixtures("model")
+def test_a_state_that_is_not_adams_is_refused_by_its_name(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    import torch
+
+    from adapters.checkpoints.fisher_adam import fisher_from_optimizer
+
+    state, end, _ = optimizer(tmp_path)
+    content = torch.load(state, weights_only=True)
+    if change.get("exp_avg_sq") == "int":
+        change = {"exp_avg_sq": torch.zeros((5, WIDTH), dtype=torch.uint8), "step": 3}
+    if change.get("exp_avg_sq") == "zero":
+        change = {"exp_avg_sq": torch.zeros(5, WIDTH), "step": 0}
+    content["state"][0] = change
+    torch.save(content, state)
+    with pytest.raises(BecameError, match=message):
+        fisher_from_optimizer(state, end, tmp_path / "F.safetensors")
+    torch.save({"w": torch.zeros(3)}, state)
+    with pytest.raises(BecameError, match="no optimiser's state"):
+        fisher_from_optimizer(state, end, tmp_path / "F.safetensors")
+    assert not (tmp_path / "F.safetensors").exists()
+
+
+def test_random_tokens_come_with_a_warning_and_data_that_is_none_with_a_sentence(tmp_path: Path) -> None:
+    from adapters.checkpoints.fisher_data import read_samples
+
+    samples = read_samples("random:3x5x7", seed=1)
+    assert samples.inputs.shape == samples.targets.shape == (3, 4)
+    assert_array_equal(samples.inputs[:, 1:], samples.targets[:, :-1])
+    assert "no text" in samples.notes[0]
+    (tmp_path / "text.txt").write_text("ab\n\ncde\n", encoding="utf-8")
+    lines = read_samples(str(tmp_path / "text.txt"), lambda text: [ord(letter) for letter in text])
+    assert lines.inputs.tolist() == [[97, 0], [99, 100]]
+    assert lines.targets.tolist() == [[98, -100], [100, 101]]
+    np.savez(tmp_path / "other.npz", x=np.zeros(3))
+    for name, message in (
+        ("random:3x5", "SAMPLESxLENGTHxVOCABULARY"),
+        (str(tmp_path / "missing.npz"), "there is no file"),
+        (str(tmp_path / "other.npz"), "neither 'tokens'"),
+        (str(tmp_path / "text.txt"), "no data that is known"),
+    ):
+        with pytest.raises(BecameError, match=message):
+            read_samples(name)

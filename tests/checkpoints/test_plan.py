@@ -1,0 +1,142 @@
+"""A plan in mergekit's words runs as it says, or is refused by the word that is not known."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from adapters.checkpoints import MergePlan, PlannedModel, merge_checkpoints, read_plan
+from adapters.checkpoints.card import yaml_lines
+from became_core import BecameError
+from tests.checkpoints.models import arrays, merged, pair, saved
+
+pytest.importorskip("yaml")
+
+MERGEKIT = """
+models:
+  - model: A.safetensors
+    parameters:
+      weight: 1.0
+  - model: B.safetensors
+    parameters:
+      weight:
+        - filter: mlp
+          value: [0.0, 0.5, 1.0]
+        - value: 0.5
+merge_method: linear
+parameters:
+  normalize: true
+dtype: bfloat16
+"""
+
+
+def plan_from(tmp_path: Path, text: str) -> MergePlan:
+    file = tmp_path / "plan.yaml"
+    file.write_text(text, encoding="utf-8")
+    return read_plan(file)
+
+
+def test_a_plan_of_mergekit_is_understood(tmp_path: Path) -> None:
+    plan = plan_from(tmp_path, MERGEKIT)
+    assert plan.merge_method == "linear"
+    assert plan.normalize
+    assert plan.out_dtype == "BF16"
+    weight: Any = plan.models[1].weight
+    assert [weight.at("layers.0.mlp.weight", depth) for depth in (0.0, 0.25, 0.5, 1.0)] == [0.0, 0.25, 0.5, 1.0]
+    assert weight.at("layers.0.attn.weight", 1.0) == 0.5
+    assert plan.models[0].model == Path("A.safetensors")
+
+
+def test_the_plan_on_the_card_is_the_plan(tmp_path: Path) -> None:
+    plans = [
+        plan_from(tmp_path, MERGEKIT),
+        pair(tmp_path, per="layer", out_dtype="float16", base_model=tmp_path / "A", shard_size=1000),
+        MergePlan(("A", "B"), "slerp", t=[0.0, 1.0], pad_vocabulary=True),  # type: ignore[arg-type]
+        MergePlan(("A",), "task_arithmetic", base_model="B", scale=0.5, rank=3),  # type: ignore[arg-type]
+    ]
+    for plan in plans:
+        assert plan_from(tmp_path, "\n".join(yaml_lines(plan))) == plan
+
+
+def test_our_words_stand_beside_each_model_or_in_its_parameters(tmp_path: Path) -> None:
+    text = "models: [{model: A, fisher: FA, mean: M}, {model: B, parameters: {fisher: FB, gradient: G}}]\nper: leaf\n"
+    plan = plan_from(tmp_path, text)
+    assert (plan.merge_method, plan.per) == ("became", "leaf")
+    assert (plan.models[0].fisher, plan.models[0].mean) == (Path("FA"), Path("M"))
+    assert (plan.models[1].fisher, plan.models[1].gradient) == (Path("FB"), Path("G"))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (MERGEKIT + "slices: []\n", "'slices', which is not known"),
+        (MERGEKIT + "chat_template: auto\n", "'chat_template', which is not known"),
+        (MERGEKIT.replace("normalize: true", "int8_mask: true"), "parameters of .* has 'int8_mask'"),
+        (MERGEKIT.replace("weight: 1.0", "density: 0.5"), "'density', which is not known"),
+        (MERGEKIT.replace("bfloat16", "int4"), "out_dtype is 'int4', which is no known dtype"),
+        (MERGEKIT.replace("normalize: true", "normalize: 1"), "'normalize' with a value that is no bool"),
+        (MERGEKIT + "tokenizer_source: union\n", "tokenizer_source other than 'base'"),
+        (MERGEKIT + "merge_method: ties\n", "'merge_method' twice"),
+        (MERGEKIT.replace("1.0\n", "high\n"), "weight of A.safetensors is no number"),
+        (MERGEKIT.replace("weight: 1.0", "weight: .nan"), "not finite"),
+        (MERGEKIT.replace("weight: 1.0", "weight: true"), "is no number"),
+        (MERGEKIT.replace("weight: 1.0", "weight: []"), "is no number"),
+        (MERGEKIT.replace("filter: mlp", "filter: 3"), "needs a 'value', and a 'filter'"),
+        ("models: [A]\n", "the plan has 1 models"),
+        ("models: {}\n", "no list of 'models'"),
+        ("[1, 2]\n", "is not a mapping"),
+        ("", "is not a mapping"),
+        ("a: [\n", "is no valid YAML in line"),
+        ("a: &x [1]\nb: *x\n", "refers to a part of itself"),
+        ("a: !!python/object/apply:os.system ['true']\n", "is no valid YAML"),
+        ("? [1]\n: 2\n", "is no valid YAML"),
+        ("[" * 5000, "nests brackets more than 20 deep"),
+        ("a: 2020-99-99\n", "is no valid YAML|not known"),
+        ("models: [{model: 3}, B]\n", "has no 'model'"),
+        ('models: ["A", "B\\0"]\n', "is the path of a file"),
+        (MERGEKIT.replace("linear", "3"), "'merge_method' with a value that is no str"),
+        ("models: [A, B]\nper: row\n", "no coefficient per 'row'"),
+        ("models: [A, B]\nrank: 0\n", "the rank is 0"),
+        ("models: [A, B]\nshard_size: 5GB\n", "'shard_size' with a value that is no int"),
+    ],
+)
+def test_what_a_plan_cannot_say_is_refused_by_its_word(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(BecameError, match=message) as error:
+        plan_from(tmp_path, text)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"merge_method": "ties"}, "merge_method 'ties' is not known; known are became, linear"),
+        ({"merge_method": "linear"}, "linear makes no use of the fisher"),
+        ({"merge_method": "linear", "per": "layer"}, "'per: layer' is for became"),
+        ({"merge_method": "task_arithmetic"}, "give base_model"),
+    ],
+)
+def test_a_rule_says_what_it_cannot_use(tmp_path: Path, options: Any, message: str) -> None:
+    with pytest.raises(BecameError, match=message):
+        merge_checkpoints(pair(tmp_path, **options), tmp_path / "out")
+
+
+def test_a_rule_asks_for_what_it_needs(tmp_path: Path) -> None:
+    models = [saved(tmp_path, name, arrays(k)) for k, name in enumerate("ABC")]
+    cases: list[tuple[Any, str]] = [
+        (MergePlan(tuple(map(PlannedModel, models))), "became needs a Fisher file for each model, and .*A"),
+        (MergePlan(tuple(map(PlannedModel, models)), "slerp"), "slerp is between two models, not 3"),
+        (MergePlan((PlannedModel(models[0], 1.0), PlannedModel(models[1], -1.0)), "linear"), "sum to 0"),
+        (MergePlan((PlannedModel(models[0], [{"filter": "x", "value": 1}]), PlannedModel(models[1])), "linear"),
+         "no filter fits the tensor"),
+    ]  # fmt: skip
+    for plan, message in cases:
+        with pytest.raises(BecameError, match=message):
+            merge_checkpoints(plan, tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+
+
+def test_paths_are_those_of_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pair(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    merge_checkpoints(plan_from(tmp_path, MERGEKIT), tmp_path / "out")
+    assert all(value.dtype.name == "bfloat16" for value in merged(tmp_path / "out").values())

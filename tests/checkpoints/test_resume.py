@@ -1,0 +1,137 @@
+"""A merge that was killed goes on, and ends with the bytes of one that was not; OUT is there whole or not at all."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from adapters.checkpoints import merge as merging
+from adapters.checkpoints import merge_checkpoints
+from adapters.checkpoints.tensors import SLAB
+from became_core import BecameError
+from tests.checkpoints.killed import plan_in
+from tests.checkpoints.models import arrays, contents, pair, saved
+
+# Processes to kill, each at another moment; `nox -s stress` kills more.
+KILLS = int(os.environ.get("BECAME_KILLS", "2"))
+SHAPES = {f"model.layers.{k}.weight": (40, 1000 + k) for k in range(20)} | {"big.weight": (2, SLAB)}
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("models")
+    for k, name in enumerate("AB"):
+        saved(place, name, arrays(k, SHAPES))
+        saved(place, f"F{name}", arrays(10 + k, SHAPES, positive=True))
+    merge_checkpoints(plan_in(place), place / "whole")
+    return place
+
+
+def killed_after(lines: int, folder: Path, out: Path) -> int:
+    """Start the merge, kill it when it has printed so many lines, and return how many it printed in all."""
+    command = [sys.executable, "-m", "tests.checkpoints.killed", str(folder), str(out), "0.002"]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    count = 0
+    for _ in process.stdout:
+        count += 1
+        if count == lines:
+            process.send_signal(signal.SIGKILL)
+    process.stdout.close()
+    process.wait(timeout=60)
+    return count
+
+
+def test_a_killed_merge_goes_on_and_ends_with_the_same_bytes(folder: Path, tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    moments = generator.integers(1, 2 * len(SHAPES), KILLS)
+    for number, moment in enumerate(moments.tolist()):
+        out = tmp_path / str(number)
+        killed_after(moment, folder, out)
+        assert not out.exists() or contents(out) == contents(folder / "whole")
+        assert number or (tmp_path / ".0.merging" / "journal.jsonl").exists()
+        if not out.exists():
+            killed_after(0, folder, out)
+        assert contents(out) == contents(folder / "whole")
+        assert list(tmp_path.glob(".*")) == []
+
+
+def test_what_is_done_is_not_done_again(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(merging, "SYNC_SECONDS", 0.0)
+    seen: list[tuple[str, int]] = []
+
+    class Stop(Exception):  # noqa: N818 # it is no error
+        pass
+
+    def stop(what: str, done: int, whole: int) -> None:
+        seen.append((what, done))
+        if what == "writing" and done > whole / 2:
+            raise Stop
+
+    with pytest.raises(Stop):
+        merge_checkpoints(plan_in(folder), tmp_path / "out", workers=1, progress=stop)
+    last, again = seen[-1], list[tuple[str, int]]()
+    report = merge_checkpoints(
+        plan_in(folder), tmp_path / "out", workers=1, progress=lambda *state: again.append(state[:2])
+    )
+    assert all(what == "writing" and done > last[1] for what, done in again)
+    assert contents(tmp_path / "out") == contents(folder / "whole")
+    whole = json.loads((folder / "whole" / "became_merge.json").read_text(encoding="utf-8"))
+    assert {label: entry["digest"] for label, entry in whole["inputs"].items()} == report.digests
+
+
+def test_a_torn_journal_is_read_up_to_the_tear(folder: Path, tmp_path: Path) -> None:
+    killed_after(15, folder, tmp_path / "out")
+    journal = tmp_path / ".out.merging" / "journal.jsonl"
+    content = journal.read_bytes()
+    journal.write_bytes(content[:-7])
+    killed_after(0, folder, tmp_path / "out")
+    assert contents(tmp_path / "out") == contents(folder / "whole")
+
+
+def test_a_merge_of_other_inputs_does_not_go_on(folder: Path, tmp_path: Path) -> None:
+    killed_after(2 * len(SHAPES) - 5, folder, tmp_path / "out")
+    assert (tmp_path / ".out.merging").exists()
+    report = merge_checkpoints(pair(tmp_path), tmp_path / "out")
+    merge_checkpoints(pair(tmp_path), tmp_path / "fresh")
+    assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
+    assert report.files == ["model.safetensors"]
+
+
+def test_out_that_exists_is_refused_and_stays(tmp_path: Path) -> None:
+    plan = pair(tmp_path)
+    for out in (tmp_path / "A.safetensors", tmp_path):
+        before = sorted(tmp_path.iterdir())
+        with pytest.raises(BecameError, match="exists; nothing is overwritten"):
+            merge_checkpoints(plan, out)
+        assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_full_disk_is_noticed_before_it_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = pair(tmp_path)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=100))
+    with pytest.raises(BecameError, match=r"out needs .* and .* has 100 bytes free"):
+        merge_checkpoints(plan, tmp_path / "out")
+    assert not list(tmp_path.glob("*out*"))
+
+
+def test_a_disk_that_fills_up_in_between_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = pair(tmp_path)
+
+    def full(*_: Any) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "pwrite", full)
+    with pytest.raises(BecameError, match=r"there is no room left for .*; the same command goes on"):
+        merge_checkpoints(plan, tmp_path / "out")
+    monkeypatch.undo()
+    merge_checkpoints(plan, tmp_path / "out")
+    assert not list(tmp_path.glob(".*"))
