@@ -13,6 +13,7 @@ float32 that is about 2e-5 of the scale on which the network bends.
 Convention: the function is of the network's parameters by PyTorch's own names; a parameter without a direction stays.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -135,4 +136,4 @@ def _difference(function: Function, theta: Parameters, directions: Sequence[Para
 
 
 def _norm(values: Parameters) -> float:
-    return sum(float(value.double().square().sum()) for value in values.values()) ** 0.5
+    return math.sqrt(sum(float(value.double().square().sum()) for value in values.values()))

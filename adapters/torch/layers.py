@@ -6,7 +6,7 @@ batch norm has them.
 """
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from math import prod
 from typing import Any
@@ -14,7 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Statistics", "batch_statistics", "constant_statistics", "moments", "patches", "running_norms"]
+__all__ = [
+    "Statistics",
+    "batch_statistics",
+    "constant_statistics",
+    "estimate_statistics",
+    "moments",
+    "patches",
+    "running_norms",
+]
 
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
@@ -91,6 +99,39 @@ def batch_statistics(network: nn.Module, norms: Mapping[nn.Module, str], inputs:
         for norm, mean, variance in before:
             norm.running_mean, norm.running_var = mean, variance  # the very tensors, which others may have
     yield from passes
+
+
+@torch.no_grad()
+def estimate_statistics(model: nn.Module, passes: Iterable[Callable[[], Any]]) -> None:
+    """Estimate the running statistics of a model's batch norms anew, as the mean over batches of each batch's own.
+
+    Batch norms whose weights the user has frozen keep theirs, and every module keeps its mode.
+
+    Args:
+        model: the model, which is otherwise in evaluation mode.
+        passes: each runs the model on one batch.
+    """
+    norms = [
+        module
+        for module in model.modules()
+        if isinstance(module, _BATCH_NORMS)
+        and module.running_mean is not None
+        and all(parameter.requires_grad for parameter in module.parameters())
+    ]
+    before = [(module, module.training) for module in model.modules()], [module.momentum for module in norms]
+    model.eval()
+    for module in norms:
+        module.reset_running_stats()
+        module.momentum = None  # the plain mean over batches
+        module.training = True
+    try:
+        for run in passes:
+            run()
+    finally:
+        for changed, training in before[0]:
+            changed.training = training
+        for module, momentum in zip(norms, before[1], strict=True):
+            module.momentum = momentum
 
 
 @contextmanager
