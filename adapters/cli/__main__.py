@@ -6,7 +6,6 @@ No framework is loaded before a run needs it.
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast, get_args
 
@@ -25,7 +24,7 @@ except ModuleNotFoundError as error:
 
 from adapters.runs import read_results
 from adapters.runs.directory import read_record
-from became_core import BecameError
+from became_core import BecameError, __version__
 
 __all__ = ["main"]
 
@@ -127,7 +126,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return its exit status, as ``execute`` does."""
     words = sys.argv[1:] if arguments is None else list(arguments)
     if words == ["--version"]:
-        print(f"became {_version()}")
+        print(f"became {__version__}")
         return 0
     try:
         run_type: Any = request_type(backend=True, completing=is_completing(words))
@@ -165,13 +164,6 @@ def _run(request: Request) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return run_request(load_backend(cast(BackendName, name)), request, *remarks)
-
-
-def _version() -> str:
-    try:
-        return version("became")
-    except PackageNotFoundError:  # run from a checkout
-        return "of this checkout"
 
 
 if __name__ == "__main__":

@@ -104,10 +104,9 @@ class RunDirectory:
         Raises:
             BecameError: if another process is at work in the folder, or it cannot be written to.
         """
-        with locked(self.folder / "lock") as alone:
-            if alone:
-                remove_temporary_files(self.folder, r"(?:config|results)\.json")
-                tidy(self.folder / "checkpoints")
+        with locked(self.folder / "lock"):
+            remove_temporary_files(self.folder, r"(?:config|results)\.json")
+            tidy(self.folder / "checkpoints")
             yield
 
     def finished(self, backend: str, config: dict[str, Any]) -> RunResult | None:
@@ -252,9 +251,8 @@ def write_summary(out: Path) -> None:
     Raises:
         BecameError: if a file is no result, or the folder cannot be written to.
     """
-    with locked(out / "summary.lock", wait=True) as alone:
-        if alone:
-            remove_temporary_files(out, r"summary\.csv")
+    with locked(out / "summary.lock", wait=True):
+        remove_temporary_files(out, r"summary\.csv")
         write_file(out / "summary.csv", _summary(read_results(out)).encode())
 
 

@@ -10,13 +10,13 @@ import became_core
 
 __all__ = ["revision", "versions"]
 
-ALWAYS = ("became", "numpy", "array-api-compat", "optree", "safetensors")
+ALWAYS = ("numpy", "array-api-compat", "optree", "safetensors")
 IF_LOADED = ("torch", "jax", "jaxlib", "tensorflow", "cupy")
 
 
 def versions() -> dict[str, str]:
     """Return the versions of Python, of this package, and of the packages that it computes with in this process."""
-    versions_by_name = {"python": platform.python_version()}
+    versions_by_name = {"python": platform.python_version(), "became": became_core.__version__}
     for name in (*ALWAYS, *(module for module in IF_LOADED if module in sys.modules)):
         try:
             versions_by_name[name] = version(name)

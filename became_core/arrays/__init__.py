@@ -11,7 +11,7 @@ from became_core.arrays.namespace import (
     on_host,
     reduction_dtype,
 )
-from became_core.arrays.sums import Arithmetic, Factors, SumsOfProducts, sums_of_products, tree_sum
+from became_core.arrays.sums import Factors, SumsOfProducts, sums_of_products, tree_sum
 from became_core.arrays.trees import (
     Params,
     Tree,
@@ -27,7 +27,6 @@ from became_core.arrays.trees import (
 from became_core.arrays.values import pytree, static
 
 __all__ = [
-    "Arithmetic",
     "Array",
     "Factors",
     "Params",

@@ -41,8 +41,8 @@ class Framework:
         on_cpu: array -> whether a processor computes with it.
         slab: how many elements of such arrays are summed at a time where values exist. With its intermediate results a
             slab should stay within the processor's cache.
-        has_fast_vecdot: whether ``vecdot`` takes one pass over its arguments and does not write the products.
-        takes_out: (module, arrays) -> whether functions of these arrays accept ``out=``.
+        dot: (namespace, left, right) -> the inner product of two flat arrays, without their products in memory; None if
+            the framework has no such function that is also accurate.
         lerp: (module, start, end, weight) -> start + weight * (end - start) in one pass, computed from the nearer end,
             so that both ends are exact; None if the framework has no such function.
         on_host: array -> its numbers in NumPy, from whatever device.
@@ -57,8 +57,7 @@ class Framework:
     compiles: Callable[[Any], Callable[..., Any]] | None = None
     on_cpu: Callable[[Any], bool] = lambda array: True
     slab: int = 2**18
-    has_fast_vecdot: bool = False
-    takes_out: Callable[[Any, Sequence[Any]], bool] = lambda module, arrays: False
+    dot: Callable[[Any, Any, Any], Any] | None = None
     lerp: Callable[[Any, Any, Any, Any], Any] | None = None
     on_host: Callable[[Any], NDArray[Any]] = np.asarray
 
@@ -81,14 +80,6 @@ def _torch_have_values(torch: Any, arrays: Sequence[Any]) -> bool:
     except RuntimeError:
         return False
     return True
-
-
-def _torch_takes_out(torch: Any, arrays: Sequence[Any]) -> bool:
-    # Not where derivatives are taken, backwards or forwards.
-    if torch.is_grad_enabled() and any(array.requires_grad for array in arrays):
-        return False
-    unpack = torch.autograd.forward_ad.unpack_dual
-    return all(unpack(array).tangent is None for array in arrays)
 
 
 def _jax_namespace(array: Any) -> Any:
@@ -118,6 +109,17 @@ def _tensorflow_loop(
     return tensorflow.map_fn(at, numbers, fn_output_signature=at(starts.start).dtype)
 
 
+def _vecdot_of_pieces(xp: Any, left: Any, right: Any) -> Any:
+    """Return the inner product by ``vecdot``, which writes no products, but may add them one after the other.
+
+    So it is given pieces of 1,024, whose results are summed in a tree.
+    """
+    length = 2**10
+    count = left.shape[0] // length
+    whole = [xp.reshape(array[: count * length], (count, length)) for array in (left, right)]
+    return xp.sum(xp.vecdot(*whole)) + xp.vecdot(left[count * length :], right[count * length :])
+
+
 def _is_any_other_array(_: Any, value: Any) -> bool:
     # The type's attribute, where array-api-compat asks for the object's: an nnx.Param has its value's, and is a node.
     return array_api_compat.is_numpy_array(value) or hasattr(type(value), "__array_namespace__")
@@ -132,7 +134,6 @@ _ROWS = (
         device=lambda array: array.device,
         have_values=_torch_have_values,
         on_cpu=lambda array: array.device.type == "cpu",
-        takes_out=_torch_takes_out,
         lerp=lambda torch, start, end, weight: torch.lerp(start, end, weight),
         on_host=lambda array: np.asarray(array.detach().cpu()),
     ),
@@ -166,15 +167,13 @@ _ROWS = (
         module="cupy",
         owns=lambda cupy, array: isinstance(array, cupy.ndarray),
         on_cpu=lambda array: False,
-        has_fast_vecdot=True,
-        takes_out=lambda cupy, arrays: True,
+        dot=_vecdot_of_pieces,
         on_host=lambda array: array.get(),
     ),
     Framework(
         module="",
         owns=_is_any_other_array,
-        has_fast_vecdot=True,
-        takes_out=lambda _, arrays: all(type(array) is np.ndarray for array in arrays),
+        dot=_vecdot_of_pieces,
     ),
 )
 

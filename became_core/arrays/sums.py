@@ -14,6 +14,7 @@ Convention: a row is a tuple of arrays of one shape; a sum over a row is over th
 import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
+from operator import methodcaller
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,20 +22,21 @@ import numpy as np
 from became_core.arrays.frameworks import Framework
 from became_core.arrays.namespace import Array, device, framework_for, namespace, reduction_dtype
 
-__all__ = ["Arithmetic", "Factors", "SumsOfProducts", "sums_of_products", "tree_sum"]
+__all__ = ["Factors", "SumsOfProducts", "sums_of_products", "tree_sum"]
 
-# Elements of a slab that small rows are joined to.
-JOINED_SLAB = 2**16
+# Elements of a slab that small rows are joined to, and of the largest row that is: to join larger ones costs more time
+# than it saves.
+JOINED_SLAB, LARGEST_JOINED = 3 * 2**13, 2**13
 # Elements of a slab on an accelerator, which needs no cache but time to start each operation.
 ACCELERATOR_SLAB = 2**22
 # Elements of a piece in a compiler's loop: of most pieces, and of those that cut up what is left. Powers of two.
 LOOP_PIECES = 2**20, 2**16
-# Elements whose inner product is left to ``vecdot``, which may add them one after the other.
-DOT_LENGTH = 2**10
+# Elements from which on an inner product without products in memory is worth its more calls.
+DOT_LENGTH = 2**14
 
 Row = Sequence[Array]
-# From an arithmetic and flat arrays side by side to the two factors of each product, flat and of the same length.
-Factors = Callable[["Arithmetic", Row], Sequence[tuple[Array, Array]]]
+# From flat arrays side by side to the two factors of each product, flat and of the same length.
+Factors = Callable[[Row], Sequence[tuple[Array, Array]]]
 
 
 class SumsOfProducts(NamedTuple):
@@ -49,71 +51,6 @@ class SumsOfProducts(NamedTuple):
     sums: list[Array]
     least: Array | None
     has_values: bool
-
-
-class Arithmetic:
-    """Differences and products of flat arrays, as operators make them."""
-
-    def subtract(self, left: Array, right: Array) -> Array:
-        """Return left - right."""
-        return left - right
-
-    def multiply(self, left: Array, right: Array) -> Array:
-        """Return left * right."""
-        return left * right
-
-
-class Buffers(Arithmetic):
-    """The same, in memory that is used again for the next slab.
-
-    Fresh memory for each slab costs several times what the arithmetic does, because the C library returns to the kernel
-    what is freed. So where a framework accepts ``out=``, results are written into buffers. Where it does not, a result
-    is only freed when the next slab's takes its place, so that the memory is never free all at once.
-    """
-
-    def __init__(self, xp: Any) -> None:
-        """Begin without memory."""
-        self._xp = xp
-        self._buffers: list[Array] = []
-        self._used = 0
-        self._writes = False
-
-    def begin_slab(self, *, writes: bool) -> None:
-        """Reuse the memory of all results so far; ``writes`` says whether functions accept ``out=`` for this slab."""
-        self._used, self._writes = 0, writes
-
-    def subtract(self, left: Array, right: Array) -> Array:
-        """Return left - right, valid until the next slab."""
-        if self._writes:
-            return self._xp.subtract(left, right, out=self._buffer(left))
-        return self._kept(left - right)
-
-    def multiply(self, left: Array, right: Array) -> Array:
-        """Return left * right, valid until the next slab."""
-        if self._writes:
-            return self._xp.multiply(left, right, out=self._buffer(left))
-        return self._kept(left * right)
-
-    def joined(self, arrays: Sequence[Array]) -> Array:
-        """Return flat arrays of one dtype end to end, valid until the next slab."""
-        if self._writes:
-            size = sum(array.shape[0] for array in arrays)
-            return self._xp.concat(arrays, out=self._buffer(arrays[0], size))
-        return self._kept(self._xp.concat(arrays))
-
-    def _buffer(self, like: Array, size: int | None = None) -> Array:
-        """Return the next buffer, of an array's dtype and of this size; it is new only if none fits."""
-        size, place = size or like.shape[0], self._used
-        buffer = self._buffers[place] if place < len(self._buffers) else None
-        if buffer is None or buffer.shape[0] < size or buffer.dtype != like.dtype:
-            buffer = self._xp.empty((size,), dtype=like.dtype, device=device(like))
-        self._kept(buffer)
-        return buffer if buffer.shape[0] == size else buffer[:size]  # a slice takes as long as the arithmetic on a leaf
-
-    def _kept(self, result: Array) -> Array:
-        self._buffers[self._used : self._used + 1] = [result]
-        self._used += 1
-        return result
 
 
 def sums_of_products(
@@ -131,7 +68,7 @@ def sums_of_products(
 
     Example:
         >>> rows = [(np.asarray([1.0, 2.0]), np.asarray([3.0, 4.0])), (np.asarray([1.0]), np.asarray([-1.0]))]
-        >>> [total] = sums_of_products(lambda arithmetic, row: [(row[0], row[1])], [rows]).sums
+        >>> [total] = sums_of_products(lambda row: [(row[0], row[1])], [rows]).sums
         >>> total.tolist()
         [10.0]
     """
@@ -152,41 +89,32 @@ def sums_of_products(
             compiler = framework.compiles(module)
             compiled = _compiled(compiler, module, xp, framework.loop(module), factors, tuple(nonnegative))
             return _by_row(xp, compiled, groups, checks=bool(nonnegative))
-        return _by_slab(xp, framework, module, factors, groups, nonnegative)
+        return _by_slab(xp, framework, factors, groups, nonnegative)
 
 
 def _by_slab(
-    xp: Any,
-    framework: Framework,
-    module: Any,
-    factors: Factors,
-    groups: Sequence[Sequence[Row]],
-    nonnegative: Sequence[int],
+    xp: Any, framework: Framework, factors: Factors, groups: Sequence[Sequence[Row]], nonnegative: Sequence[int]
 ) -> SumsOfProducts:
     """Where operations are carried out one by one: everything about one slab, then about the next."""
-    slab = framework.slab if framework.on_cpu(groups[0][0][0]) else ACCELERATOR_SLAB
-    buffers, dtypes, least, parts, ends = Buffers(xp), {}, [], [], []
-    side_by_side = Buffers(xp)
-
-    def join(rows: Sequence[Row]) -> Row:
-        side_by_side.begin_slab(writes=framework.takes_out(module, [array for row in rows for array in row]))
-        return rows[0] if len(rows) == 1 else [side_by_side.joined(column) for column in zip(*rows, strict=True)]
-
+    first = groups[0][0][0]
+    slab = framework.slab if framework.on_cpu(first) else ACCELERATOR_SLAB
+    # A method, where there is one, takes less time than array-api-compat's function, which shows in small slabs.
+    total = methodcaller("sum") if hasattr(first, "sum") else xp.sum
+    smallest = next((methodcaller(name) for name in ("amin", "min") if hasattr(first, name)), xp.min)
+    dtypes, least, parts, ends = {}, [], [], []
     for rows in groups:
-        for pieces in _slabs(xp, rows, slab, join):
-            kinds = tuple(piece.dtype for piece in pieces)
+        for kinds, pieces in _slabs(xp, rows, slab):
             if kinds not in dtypes:
-                dtypes[kinds] = reduction_dtype(xp, **{f"array {index}": piece for index, piece in enumerate(pieces)})
-            wide = [piece if piece.dtype == dtypes[kinds] else xp.astype(piece, dtypes[kinds]) for piece in pieces]
-            buffers.begin_slab(writes=framework.takes_out(module, wide))
-            parts.append(
-                [
-                    _vecdot(xp, *pair) if framework.has_fast_vecdot else xp.sum(buffers.multiply(*pair))
-                    for pair in factors(buffers, wide)
-                ]
-            )
-            if pieces[0].shape[0]:
-                least += [xp.min(pieces[index]) for index in nonnegative]
+                dtype = reduction_dtype(xp, **{f"array {index}": piece for index, piece in enumerate(pieces)})
+                dtypes[kinds] = dtype if any(kind != dtype for kind in kinds) else None
+            dtype, size = dtypes[kinds], pieces[0].shape[0]
+            # The pairs stay until the next slab's are there. If all were freed before, the C library might return the
+            # memory to the kernel, and to get it back costs several times what the arithmetic does.
+            pairs = factors(pieces if dtype is None else [xp.astype(piece, dtype, copy=False) for piece in pieces])
+            dot = framework.dot if size >= DOT_LENGTH else None
+            parts.append([total(left * right) if dot is None else dot(xp, left, right) for left, right in pairs])
+            if size:
+                least += [smallest(pieces[index]) for index in nonnegative]
         ends.append(len(parts))
     sums = []
     for column in zip(*parts, strict=True):
@@ -197,35 +125,29 @@ def _by_slab(
     return SumsOfProducts(sums, xp.min(xp.stack(_promoted(xp, least))) if least else None, has_values=True)
 
 
-def _slabs(xp: Any, rows: Sequence[Row], slab: int, join: Callable[[Sequence[Row]], Row]) -> Iterator[Row]:
-    """Yield flat arrays side by side of at most so many elements: large rows cut, small ones of like dtypes joined."""
+def _slabs(xp: Any, rows: Sequence[Row], slab: int) -> Iterator[tuple[tuple[Any, ...], Row]]:
+    """Yield dtypes and flat arrays side by side of at most so many elements: large rows cut, small like ones joined."""
     joined: list[Row] = []
-    size, kinds = 0, None
+    size, joined_kinds = 0, ()
     for row in rows:
         length = math.prod(row[0].shape)
+        kinds = tuple([array.dtype for array in row])
         flat = [array if len(array.shape) == 1 else xp.reshape(array, (-1,)) for array in row]
-        if 2 * length > JOINED_SLAB:
+        if length > LARGEST_JOINED:
             for start in range(0, length, slab):
                 end = min(start + slab, length)  # the standard leaves open what lies beyond
-                yield flat if length <= slab else [array[start:end] for array in flat]
+                yield kinds, flat if length <= slab else [array[start:end] for array in flat]
             continue
-        own = tuple(array.dtype for array in row)
-        if joined and (size + length > JOINED_SLAB or own != kinds):
-            yield join(joined)
+        if joined and (size + length > JOINED_SLAB or kinds != joined_kinds):
+            yield joined_kinds, [xp.concat(column) for column in zip(*joined, strict=True)]
             joined, size = [], 0
         joined.append(flat)
-        size, kinds = size + length, own
+        size, joined_kinds = size + length, kinds
     if joined:
-        yield join(joined)
-
-
-def _vecdot(xp: Any, left: Array, right: Array) -> Array:
-    """Return the inner product of flat arrays from those of short pieces, 0-d."""
-    count = left.shape[0] // DOT_LENGTH
-    if count == 0:
-        return xp.vecdot(left, right)
-    whole = [xp.reshape(array[: count * DOT_LENGTH], (count, DOT_LENGTH)) for array in (left, right)]
-    return xp.sum(xp.vecdot(*whole)) + xp.vecdot(left[count * DOT_LENGTH :], right[count * DOT_LENGTH :])
+        yield (
+            joined_kinds,
+            joined[0] if len(joined) == 1 else [xp.concat(column) for column in zip(*joined, strict=True)],
+        )
 
 
 def _by_row(
@@ -273,7 +195,7 @@ def _sums_of_row(xp: Any, loop: Callable[..., Array] | None, factors: Factors, r
 
     def products(pieces: Row) -> list[Array]:
         wide = [xp.astype(piece, dtype, copy=False) for piece in pieces]
-        return [left * right for left, right in factors(Arithmetic(), wide)]
+        return [left * right for left, right in factors(wide)]
 
     def piece_sums(pieces: Row) -> Array:
         # First the sums of the slabs, element by element, which the compiler fuses with the products.

@@ -25,7 +25,6 @@ from typing import Literal
 import numpy as np
 
 from became_core.arrays import (
-    Arithmetic,
     Array,
     Params,
     Tree,
@@ -243,17 +242,14 @@ class _Terms:
 
     roles: tuple[str, ...]
 
-    def __call__(self, arithmetic: Arithmetic, row: Sequence[Array]) -> list[tuple[Array, Array]]:
+    def __call__(self, row: Sequence[Array]) -> list[tuple[Array, Array]]:
         """Return the pairs of factors."""
-        at = dict(zip(self.roles, row, strict=True))
-        delta = arithmetic.subtract(at["theta_hat"], at["theta_gp"])
-        square = arithmetic.multiply(delta, delta)
-        pairs = [(square, at["fisher_old"]), (square, at["fisher_new"])]
-        if "gradient" in at:
-            pairs.append((at["gradient"], delta))
-        if "mean" in at:
-            offset = arithmetic.subtract(at["theta_gp"], at["mean"])
-            pairs.append((arithmetic.multiply(offset, at["fisher_old"]), delta))
+        theta_gp, theta_hat, fisher_old, fisher_new, *others = row
+        delta = theta_hat - theta_gp
+        square = delta * delta
+        pairs = [(square, fisher_old), (square, fisher_new)]
+        for role, array in zip(self.roles[4:], others, strict=True):
+            pairs.append((array if role == "gradient" else (theta_gp - array) * fisher_old, delta))
         return pairs
 
 
@@ -295,7 +291,7 @@ def _inner_product(gradient: Tree, direction: Tree) -> Array:
     return sums_of_products(_pair, [list(rows.values())]).sums[0][0]
 
 
-def _pair(_: Arithmetic, row: Sequence[Array]) -> list[tuple[Array, Array]]:
+def _pair(row: Sequence[Array]) -> list[tuple[Array, Array]]:
     left, right = row
     return [(left, right)]
 

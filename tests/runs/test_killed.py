@@ -15,11 +15,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from numpy.typing import NDArray
 
 from adapters.backend.entry import Backend
+from adapters.benchmarks.assembly import Part
 from adapters.cli.main import main
 from adapters.runs import RunDirectory, write_summary
 from adapters.runs.lock import locked
@@ -69,16 +68,17 @@ def result(out: Path) -> dict[str, Any]:
 
 
 @pytest.fixture(autouse=True)
-def digits_read_once(monkeypatch: pytest.MonkeyPatch, digits: NDArray[np.uint8]) -> None:
-    monkeypatch.setattr("adapters.benchmarks.mnist._read_table", lambda: digits)
+def digits_read_once(monkeypatch: pytest.MonkeyPatch, digits: Part) -> None:
+    monkeypatch.setattr("adapters.benchmarks.mnist._read_digits", lambda: digits)
 
 
 @pytest.fixture(scope="module")
-def digits() -> NDArray[np.uint8]:
+def digits() -> Part:
     """A tenth of them."""
-    from adapters.benchmarks.mnist import _read_table
+    from adapters.benchmarks.mnist import _read_digits
 
-    return _read_table()[::10]
+    images, labels = _read_digits()
+    return images[::10], labels[::10]
 
 
 @pytest.fixture

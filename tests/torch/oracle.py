@@ -17,7 +17,7 @@ def autograd_gradients(network: nn.Module, samples: Tensor, labels: Tensor) -> d
     for sample, label in zip(samples, labels, strict=True):
         loss = functional.cross_entropy(network(sample[None]), label[None])
         named = dict(network.named_parameters())
-        gradients = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
+        gradients: tuple[Tensor | None, ...] = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
         for (name, parameter), gradient in zip(named.items(), gradients, strict=True):
             rows.setdefault(name, []).append(torch.zeros_like(parameter) if gradient is None else gradient)
     return {name: torch.stack(gradients) for name, gradients in rows.items()}

@@ -76,11 +76,11 @@ def test_a_tree_sum_takes_every_element_once(xp: Any, backend: str, size: int) -
     assert (float(totals[0]), float(totals[1])) == (expected, -2 * expected)
 
 
-def products(arithmetic: Any, row: Sequence[Any]) -> list[tuple[Any, Any]]:
+def products(row: Sequence[Any]) -> list[tuple[Any, Any]]:
     """Left times right, and the cubes of their difference, in which a buffer is used again too early would show."""
     left, right = row
-    difference = arithmetic.subtract(left, right)
-    return [(left, right), (arithmetic.multiply(difference, difference), difference)]
+    difference = left - right
+    return [(left, right), (difference * difference, difference)]
 
 
 def sums_of(*groups: Sequence[Sequence[Any]]) -> SumsOfProducts:

@@ -161,7 +161,7 @@ def test_kinds_of_dtypes_are_numpys(name: str) -> None:
 @pytest.mark.parametrize("first", [*DTYPES[1:]])
 @pytest.mark.parametrize("second", [1, 1.5])
 def test_python_numbers_are_weak(first: str, second: float) -> None:
-    if isinstance(second, float) and "int" in first:
+    if second == 1.5 and "int" in first:
         pytest.skip("the standard leaves this open")
     assert xp.result_type(getattr(xp, first), second) == getattr(xp, first)
     assert xp.result_type(xp.ones((), dtype=getattr(xp, first)), second) == getattr(xp, first)
