@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from adapters.backend.own_loop import Finding, NetworkCheck
 from adapters.torch.derivatives import Derivatives
-from adapters.torch.tapping import Names, collect_taps, samples_of
+from adapters.torch.tapping import Names, collect_taps, owners_of, samples_of
 from became_core.curvature import per_sample_gradients
 
 __all__ = ["check_network"]
@@ -42,18 +42,20 @@ def check_network(
         Finding("outputs, computed twice", _apart([again], [outputs]), tolerance),
         Finding("outputs of a sample alone", _apart([first], [outputs[:1]]), tolerance),
     ]
-    parameters = {name: value for name, value in network.named_parameters() if value.requires_grad}
+    parameters: dict[str, nn.Parameter] = {n: value for n, value in network.named_parameters() if value.requires_grad}
     if not parameters:
         return NetworkCheck(findings)
     seed = random_like(outputs)
     (taps,) = collect_taps(network, names, arguments, lambda _: [seed])
     by_taps = per_sample_gradients(taps)
-    own = {value: name for module, layer in names.items() for name, value in _named(module, layer)}
+    own = owners_of(names)
     loop: dict[str, list[Tensor]] = {name: [] for name in by_taps}
     for sample in range(len(outputs)):
         with torch.enable_grad():
             alone = network(*samples_of(arguments, slice(sample, sample + 1), len(outputs)))
-        gradients = torch.autograd.grad(alone, list(parameters.values()), seed[sample : sample + 1], allow_unused=True)
+        gradients: tuple[Tensor | None, ...] = torch.autograd.grad(
+            alone, list(parameters.values()), seed[sample : sample + 1], allow_unused=True
+        )
         for value, gradient in zip(parameters.values(), gradients, strict=True):
             if own[value] in loop:
                 loop[own[value]].append(torch.zeros_like(value) if gradient is None else gradient)
@@ -71,11 +73,6 @@ def check_network(
     # A difference is near where the network is smooth; a kink between its two ends shows.
     findings.append(Finding(f"a derivative, by {derivatives.way}", _apart([tangents], [expected]), 0.1))
     return NetworkCheck(findings)
-
-
-def _named(module: nn.Module, layer: str) -> list[tuple[str, nn.Parameter]]:
-    own = module.named_parameters(recurse=False)
-    return [(f"{layer}.{name}" if layer else name, value) for name, value in own]
 
 
 def _apart(found: Any, expected: Any) -> float:

@@ -151,7 +151,9 @@ class DataLoss:
                 outputs, targets = self.run(batch)
                 (seed,) = _cotangents(self.likelihood, outputs.detach(), targets)
                 units += _units(self.likelihood, outputs, targets)
-                gradients = torch.autograd.grad(outputs, list(trained.values()), seed, allow_unused=True)
+                gradients: tuple[Tensor | None, ...] = torch.autograd.grad(
+                    outputs, list(trained.values()), seed, allow_unused=True
+                )
                 for name, gradient in zip(trained, gradients, strict=True):
                     for index, direction in enumerate(directions):
                         total[index] += 0.0 if gradient is None else float((gradient.double() * direction[name]).sum())
@@ -294,8 +296,6 @@ def _cotangents(likelihood: Likelihood | Loss, outputs: Tensor, targets: Any) ->
         leaf = outputs.detach().requires_grad_()
         loss = likelihood(leaf, targets)
         if loss.ndim:
-            raise BecameError(
-                f"the loss has shape {list(loss.shape)}; it must return the mean over the batch, a number."
-            )
+            raise BecameError(f"the loss has shape {list(loss.shape)}; it must return one number, the batch's mean.")
         (gradient,) = torch.autograd.grad(loss * len(outputs), leaf)
     yield gradient

@@ -102,7 +102,9 @@ def _two_reverse_passes(
     with torch.enable_grad(), _differentiable(), unfused():
         outputs = function(leaves)
         seed = torch.zeros_like(outputs, requires_grad=True)
-        gradients = torch.autograd.grad(outputs, list(leaves.values()), seed, create_graph=True, allow_unused=True)
+        gradients: tuple[Tensor | None, ...] = torch.autograd.grad(
+            outputs, list(leaves.values()), seed, create_graph=True, allow_unused=True
+        )
         tangents = []
         for direction in directions:
             pairs = [

@@ -6,10 +6,7 @@ silence: one that is used in a way that no known operation explains, or whose us
 gradients computed by ``torch.func.vmap(grad)``, or by a loop over the samples where vmap cannot, with one warning that
 names it.
 
-Which sample a row of a use belongs to is found by trying, and not guessed from a length: a backward pass that begins
-with the gradients of sample n multiplied by 2^k(n) has exactly 2^k(n) times the first one's rows wherever a row belongs
-to sample n, because backward passes are linear and powers of two do not round. ``Layouts`` remembers the pattern, so
-that later batches need no such pass, unless rows can move from batch to batch.
+Which sample a row of a use belongs to is found by trying (``adapters/torch/rows.py``).
 
 Convention: as in ``became_core.curvature.taps``. The network returns [samples, ...], and its first argument is the
 samples: a tensor, or a tree of dicts, lists and tuples, whose tensors with that many rows belong to them.
@@ -18,7 +15,7 @@ samples: a tensor, or a tree of dicts, lists and tuples, whose tensors with that
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -28,81 +25,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from adapters.torch.graph import Graph, Unknown, Use, graph_of, pulled_back
 from adapters.torch.layers import Statistics, constant_statistics
+from adapters.torch.rows import Arrangement, Forward, Key, Layouts, Split, by_sample, studied
 from became_core.curvature import Tap, Taps
 
-__all__ = ["Layouts", "Names", "collect_inputs", "collect_taps", "matrices_of", "samples_of", "unfused"]
+__all__ = ["Layouts", "Names", "collect_inputs", "collect_taps", "matrices_of", "owners_of", "samples_of", "unfused"]
 
 # Per-sample gradients that vmap computes at a time, in numbers.
 CHUNK = 2**22
 
-# Samples that one backward pass tells apart: their gradients are multiplied by 2^0 to 2^7.
-CODES = 8
-
 # All modules of a network by canonical name.
 Names = Mapping[nn.Module, str]
-
-Key = tuple[Any, ...]
-
-
-class _Split(NamedTuple):
-    """Rows [R] as [before, samples, after].
-
-    Attributes:
-        before: how many rows of one sample lie before the same ones of the next; 1 if samples come first.
-        rows: how many rows one sample has.
-    """
-
-    before: int
-    rows: int
-
-
-@dataclass
-class Layouts:
-    """What has been found out of a network's uses of its parameters; it is filled while taps are collected.
-
-    Attributes:
-        splits: by use, and by the shape of a sample, how its rows may be arranged, as far as batches have told; empty
-            for rows in no regular order.
-        mixed: uses whose rows belong to no one sample.
-        selections: embeddings that select rows of their weight for all samples alike, by parameter and operation.
-        unfused: whether recurrent layers must be computed step by step, for their uses to be seen.
-        warned: the parameters that a warning has named.
-    """
-
-    splits: dict[Key, frozenset[_Split]] = field(default_factory=dict)
-    mixed: set[Key] = field(default_factory=set)
-    selections: set[Key] = field(default_factory=set)
-    unfused: bool = False
-    warned: set[str] = field(default_factory=set)
-
-
-# The rows of each sample: how [R] is split, or their numbers [samples, positions], R for none.
-Arrangement = _Split | Tensor
-
-
-@dataclass(frozen=True)
-class _Forward:
-    """A forward pass.
-
-    Attributes:
-        logits: [samples, ...].
-        graph: what it did with the parameters.
-        parameters: all that need a gradient, by canonical name.
-        used: the batch statistics that were constants.
-        shapes: those of the first sample and its logits: of batches in which they are equal, rows are arranged alike.
-    """
-
-    logits: Tensor
-    graph: Graph
-    parameters: Mapping[str, nn.Parameter]
-    used: Statistics
-    shapes: tuple[Any, ...]
-
-    def gradients(self, edges: Sequence[GradientEdge], seed: Tensor) -> list[Tensor | None]:
-        """Return the gradients of seed . logits at these places; None for one that the logits do not depend on."""
-        if not edges:
-            return []
-        return list(torch.autograd.grad(self.logits, edges, seed, retain_graph=True, allow_unused=True))
 
 
 def collect_taps(
@@ -129,7 +61,7 @@ def collect_taps(
     run = _forward(network, names, arguments, layouts, per_sample=per_sample)
     arranged: dict[Key, Arrangement] = {}
     if per_sample:
-        run, arranged = _studied(run, layouts)
+        run, arranged = studied(run, layouts)
     plan = _plan(run, layouts, per_sample=per_sample)
     if per_sample:
         _warn_of(plan.others, run.graph, names, layouts)
@@ -204,7 +136,7 @@ def matrices_of(
         layouts: what other batches of the same network told.
     """
     layouts = Layouts() if layouts is None else layouts
-    run, arranged = _studied(_forward(network, names, arguments, layouts, per_sample=True), layouts)
+    run, arranged = studied(_forward(network, names, arguments, layouts, per_sample=True), layouts)
     samples = len(run.logits)
     fewer = None
     matrices: dict[str, bool] = {}
@@ -252,8 +184,8 @@ def _row_count(uses: Sequence[Use | Unknown]) -> int:
 
 def _forward(
     network: nn.Module, names: Names, arguments: tuple[Any, ...], layouts: Layouts, per_sample: bool
-) -> _Forward:
-    parameters = {name: parameter for parameter, name in _owners(names).items() if parameter.requires_grad}
+) -> Forward:
+    parameters = {name: parameter for parameter, name in owners_of(names).items() if parameter.requires_grad}
     selections = frozenset(layouts.selections)
     statistics = constant_statistics(network) if per_sample else nullcontext(Statistics())
     with torch.enable_grad(), torch.compiler.set_stance("force_eager"), statistics as used:
@@ -267,7 +199,7 @@ def _forward(
                 logits = network(*arguments)
             graph = graph_of(logits, parameters, selections)
     shapes = tuple(logits.shape[1:]), *_shapes(samples_of(arguments, slice(1), len(logits))[0])
-    return _Forward(logits, graph, parameters, used, shapes)
+    return Forward(logits, graph, parameters, used, shapes)
 
 
 def _shapes(tree: Any) -> tuple[Any, ...]:
@@ -288,137 +220,13 @@ def unfused() -> Iterator[None]:
         yield
 
 
-def _owners(names: Names) -> dict[nn.Parameter, str]:
+def owners_of(names: Names) -> dict[nn.Parameter, str]:
     """Return the canonical name of each parameter: that in the first module that has it."""
     owners: dict[nn.Parameter, str] = {}
     for module, layer in names.items():
         for name, parameter in module.named_parameters(recurse=False):
             owners.setdefault(parameter, f"{layer}.{name}" if layer else name)
     return owners
-
-
-# Which sample a row belongs to.
-
-
-def _studied(run: _Forward, layouts: Layouts) -> tuple[_Forward, dict[Key, Arrangement]]:
-    """Return the pass and how the rows of its uses are arranged; uses that mix samples go into the layouts.
-
-    An embedding that mixes samples may look up what is no sample's, such as positions. It then selects rows of its
-    weight, and what it is a part of is the use.
-    """
-    while True:
-        uses = [use for of_parameter in run.graph.uses.values() for use in of_parameter if isinstance(use, Use)]
-        arranged = _arranged_uses(run, uses, layouts)
-        lookups = {use.key[:2] for use in uses if use.kind == "embedding" and use.key in layouts.mixed}
-        if lookups <= layouts.selections:
-            return run, arranged
-        layouts.selections |= lookups
-        run = replace(run, graph=graph_of(run.logits, run.parameters, frozenset(layouts.selections)))
-
-
-def _arranged_uses(run: _Forward, uses: Sequence[Use], layouts: Layouts) -> dict[Key, Arrangement]:
-    samples = len(run.logits)
-    known = {use.key: layouts.splits.get((run.shapes, use.key), ()) for use in uses if use.key not in layouts.mixed}
-    if samples > 1 and not run.graph.routes and all(len(ways) == 1 for ways in known.values()):
-        return {key: next(iter(ways)) for key, ways in known.items()}
-    nodes = list(dict.fromkeys(use.node for use in uses))
-    edges = [GradientEdge(node, 0) for node in nodes]
-    generator = torch.Generator().manual_seed(0)
-    seed = torch.randn(run.logits.shape, generator=generator).add_(3).to(run.logits)
-    plain = dict(zip(nodes, run.gradients(edges, seed), strict=True))
-    coded: list[Mapping[Any, Tensor | None]] = []
-    for place in range(10):
-        if CODES**place >= samples:
-            break
-        exponents = torch.arange(samples) // CODES**place % CODES
-        factors = torch.pow(2.0, exponents).to(seed).reshape(-1, *[1] * (seed.ndim - 1))
-        coded.append(dict(zip(nodes, run.gradients(edges, seed * factors), strict=True)))
-    arranged: dict[Key, Arrangement] = {}
-    for use in uses:
-        of_row = _samples_of_rows(use, plain[use.node], [each[use.node] for each in coded])
-        if of_row is None:
-            layouts.mixed.add(use.key)
-            continue
-        ways = _splits(of_row, samples)
-        if samples > 1 and bool((of_row >= 0).any()):
-            key = run.shapes, use.key
-            layouts.splits[key] = layouts.splits.get(key, ways) & ways
-        if ways and (samples == 1 or bool((of_row >= 0).any())):
-            arranged[use.key] = min(ways)
-        elif not ways:
-            arranged[use.key] = _numbers_by_sample(of_row, samples)
-    return arranged
-
-
-def _samples_of_rows(use: Use, plain: Tensor | None, coded: Sequence[Tensor | None]) -> Tensor | None:
-    """Return the sample that each row of a use belongs to, -1 where no gradient tells; None if one belongs to several.
-
-    Args:
-        use: the use.
-        plain: the gradient by its node's output.
-        coded: those with the gradients of sample n multiplied by 2^digit, a digit of n to the base ``CODES`` each.
-    """
-    if plain is None:
-        return torch.zeros(0, dtype=torch.int64)
-    first = _flat_rows(use, plain)
-    energy = first.square().sum(1)
-    told = energy > 0
-    of_row = torch.where(told, 0, -1)
-    for place, gradient in enumerate(coded):
-        assert gradient is not None
-        second = _flat_rows(use, gradient)
-        if bool(second[~told].any()):
-            return None
-        ratio = (first * second).sum(1)[told] / energy[told]
-        digit = ratio.clamp(min=0.25).log2().round()
-        apart = (second[told] - first[told] * torch.pow(2.0, digit)[:, None]).square().sum(1)
-        if bool((apart > 1e-5 * energy[told] * ratio.square()).any()) or bool(((digit < 0) | (digit >= CODES)).any()):
-            return None
-        of_row[told] += digit.to(torch.int64) * CODES**place
-    return of_row
-
-
-def _flat_rows(use: Use, gradient: Tensor) -> Tensor:
-    rows = use.rows(gradient)
-    rows = rows.reshape(-1, 1) if use.kind == "elementwise" else rows.flatten(1)
-    return rows.to(torch.promote_types(rows.dtype, torch.float32))
-
-
-def _splits(of_row: Tensor, samples: int) -> frozenset[_Split]:
-    """Return all regular arrangements that agree with what is known of the rows' samples."""
-    if len(of_row) % samples:
-        return frozenset()
-    rows = len(of_row) // samples
-    told = (of_row >= 0).nonzero()[:, 0]
-    owners = of_row[told]
-    ways = set()
-    for before in _divisors(rows):
-        after = rows // before
-        if bool((told // after % samples == owners).all()):
-            ways.add(_Split(before, rows))
-    return frozenset(ways)
-
-
-def _divisors(number: int) -> list[int]:
-    small = [candidate for candidate in range(1, int(number**0.5) + 1) if number % candidate == 0]
-    return sorted({*small, *(number // candidate for candidate in small)})
-
-
-def _numbers_by_sample(of_row: Tensor, samples: int) -> Tensor:
-    """Return the numbers of each sample's rows, [samples, positions], filled up with the number of rows."""
-    numbers = [(of_row == sample).nonzero()[:, 0] for sample in range(samples)]
-    return nn.utils.rnn.pad_sequence(numbers, batch_first=True, padding_value=len(of_row))
-
-
-def _by_sample(rows: Tensor, arrangement: Arrangement, samples: int) -> Tensor:
-    """Return [R, ...] as [samples, positions, ...]."""
-    if isinstance(arrangement, Tensor):
-        nothing = rows.new_zeros((1, *rows.shape[1:]))
-        return torch.cat([rows, nothing])[arrangement]
-    if samples == 1 or arrangement.before == 1:
-        return rows.reshape(samples, len(rows) // samples, *rows.shape[1:])
-    split = rows.reshape(arrangement.before, samples, -1, *rows.shape[1:]).movedim(1, 0)
-    return split.reshape(samples, len(rows) // samples, *rows.shape[1:])
 
 
 # From uses to taps.
@@ -438,7 +246,7 @@ class _Plan(NamedTuple):
     others: list[str]
 
 
-def _plan(run: _Forward, layouts: Layouts, *, per_sample: bool) -> _Plan:
+def _plan(run: Forward, layouts: Layouts, *, per_sample: bool) -> _Plan:
     explained: dict[str, list[Use]] = {}
     for name, uses in run.graph.uses.items():
         own = [use for use in uses if isinstance(use, Use) and use.key not in layouts.mixed]
@@ -486,7 +294,7 @@ def _tap_of(
     samples: int,
     arranged: Mapping[Key, Arrangement],
     inputs: dict[Key, Any],
-    run: _Forward,
+    run: Forward,
 ) -> Tap | None:
     """Return the tap of one use; None if the result does not depend on it.
 
@@ -501,7 +309,7 @@ def _tap_of(
     gradient = at[use.node]
     if gradient is None:
         return None
-    arrangement = arranged.get(use.key, _Split(1, 0))
+    arrangement = arranged.get(use.key, Split(1, 0))
     if use.kind == "elementwise":
         by_operand = run.parameters[use.name] if use.operand is None else at[use.key]
         assert by_operand is not None
@@ -510,9 +318,9 @@ def _tap_of(
             parameter, edge = run.parameters[use.name], use.operand
             total = torch.stack([pulled_back(edge, parameter, each) for each in total])
         return _lone_tap(total, samples)
-    g = _by_sample(use.rows(gradient), arrangement, samples)
+    g = by_sample(use.rows(gradient), arrangement, samples)
     if use.key not in inputs:
-        a = _by_sample(use.inputs(), arrangement, samples)
+        a = by_sample(use.inputs(), arrangement, samples)
         inputs[use.key] = a if use.kind == "embedding" else a.flatten(1, 2)
     return Tap(
         use.kind,
@@ -549,11 +357,11 @@ def _elementwise_gradient(
     """Return each sample's gradient by the operand of an elementwise use, [samples, *shape]."""
     parts = use.rows(gradient * use.inputs())
     size = shape.numel()
-    by_sample = _by_sample(parts.reshape(-1), arrangement, samples)
-    if len(shape) == 1 and parts.shape[-1] == size and isinstance(arrangement, _Split) and arrangement.before == 1:
-        return by_sample.reshape(samples, -1, size).sum(1)
+    arranged = by_sample(parts.reshape(-1), arrangement, samples)
+    if len(shape) == 1 and parts.shape[-1] == size and isinstance(arrangement, Split) and arrangement.before == 1:
+        return arranged.reshape(samples, -1, size).sum(1)
     entries = torch.arange(size, device=parts.device).reshape(shape).expand(parts.shape).reshape(-1)
-    total = parts.new_zeros(samples, size).scatter_add_(1, _by_sample(entries, arrangement, samples), by_sample)
+    total = parts.new_zeros(samples, size).scatter_add_(1, by_sample(entries, arrangement, samples), arranged)
     return total.reshape(samples, *shape)
 
 
@@ -587,7 +395,7 @@ def _warn_of(others: Sequence[str], graph: Graph, names: Names, layouts: Layouts
 
 
 def _per_sample_gradients(
-    network: nn.Module, others: Sequence[str], run: _Forward, arguments: tuple[Any, ...], seed: Tensor
+    network: nn.Module, others: Sequence[str], run: Forward, arguments: tuple[Any, ...], seed: Tensor
 ) -> Iterator[Tensor]:
     """Return for each of these parameters the gradients of each sample's seed . logits, [samples, *shape]."""
     parameters = [run.parameters[name] for name in others]
@@ -610,7 +418,7 @@ def _per_sample_gradients(
 
 
 def _by_loop(
-    network: nn.Module, parameters: Sequence[nn.Parameter], run: _Forward, arguments: tuple[Any, ...], seed: Tensor
+    network: nn.Module, parameters: Sequence[nn.Parameter], run: Forward, arguments: tuple[Any, ...], seed: Tensor
 ) -> Iterator[Tensor]:
     """Return the same by a pass for each sample."""
     rows: list[tuple[Tensor, ...]] = []
@@ -618,7 +426,9 @@ def _by_loop(
         alone = samples_of(arguments, slice(sample, sample + 1), len(seed))
         with torch.enable_grad(), constant_statistics(network, run.used):
             logits = network(*alone)
-        gradients = torch.autograd.grad(logits, parameters, seed[sample : sample + 1], allow_unused=True)
+        gradients: tuple[Tensor | None, ...] = torch.autograd.grad(
+            logits, parameters, seed[sample : sample + 1], allow_unused=True
+        )
         filled = (torch.zeros_like(p) if g is None else g for p, g in zip(parameters, gradients, strict=True))
         rows.append(tuple(filled))
     return (torch.stack(of_parameter) for of_parameter in zip(*rows, strict=True))

@@ -20,7 +20,8 @@ PARTS: dict[str, dict[str, tuple[str, ...]]] = {
     "torch": {
         "learner": ("learner", "linear"),
         "layers": ("layers", "networks"),
-        "own models": ("graph", "tapping", "derivatives"),
+        "own models": ("graph", "rows", "tapping", "derivatives"),
+        "own loops": ("batches", "checking", "continual", "data_loss", "steps"),
         "command": ("run",),
     },
 }
