@@ -24,7 +24,7 @@ from torch.optim import Optimizer
 
 from adapters.backend.own_loop import Coverage, Covered, MergeReport, NetworkCheck, Uncovered, first_difference
 from adapters.torch.batches import Apply, Reader, Targets, repeatable
-from adapters.torch.data_loss import Batches, DataLoss, Loss, NewTask
+from adapters.torch.data_loss import Batches, DataLoss, Kind, Loss, NewTask
 from adapters.torch.layers import estimate_statistics
 from adapters.torch.steps import StepGuard, groups_of, unwrapped
 from became_core import BecameError, Diagonal, LaplacePosterior, Secant, merge
@@ -77,6 +77,7 @@ class Continual:
         projector: Projector | None = None,
         uncovered: Uncovered = "penalised",
         penalty: float = 100.0,
+        fisher: Kind = "empirical",
         decay: float = 1.0,
         estimator: Estimator | None = None,
         apply: Apply | None = None,
@@ -96,6 +97,9 @@ class Continual:
             uncovered: what is done with parameters that it cannot protect: they are "penalised" for leaving the old
                 tasks' posterior, "frozen" or "free".
             penalty: the strength of that penalty; 100, as in NSCL's published runs.
+            fisher: the Fisher information of "empirical" targets, those given; or of the model's own, as the "true"
+                expectation (a backward pass for each class or output) or "sampled". Where a network fits its data
+                well, the empirical one vanishes, and the others do not.
             decay: the share of the old tasks' precision that each new task leaves, the paper's gamma.
             estimator: how losses along the way between two models are estimated; ``Secant()`` if not given.
             apply: (model, batch) -> outputs, for batches of a kind that ``adapters/torch/batches.py`` does not know.
@@ -108,12 +112,12 @@ class Continual:
         """
         self.model = model
         self.projector: Projector = GPM() if projector is None else projector
-        self.uncovered, self.penalty, self.decay = uncovered, penalty, decay
+        self.uncovered, self.penalty, self.decay, self.fisher = uncovered, penalty, decay, fisher
         self.estimator: Estimator = Secant() if estimator is None else estimator
         self.posterior: LaplacePosterior | None = None
-        _check_settings(self.projector, uncovered, penalty, decay)
+        _check_settings(self.projector, uncovered, penalty, decay, fisher)
         known = likelihood_named(likelihood) if isinstance(likelihood, str) else likelihood
-        self._data = DataLoss(model, known, Reader(apply, targets), checks=check, shows=progress)
+        self._data = DataLoss(model, known, Reader(apply, targets), checks=check, shows=progress, fisher=fisher)
         self._theta_gp: Params | None = None
         if not self._data.trained:
             raise BecameError("no parameter of the model needs a gradient; there is nothing to learn.")
@@ -283,6 +287,7 @@ class Continual:
             "uncovered": self.uncovered,
             "penalty": self.penalty,
             "decay": self.decay,
+            "fisher": self.fisher,
         }
         tensors = {name: value.detach().contiguous().cpu() for name, value in arrays.items()}
         save_file(tensors, str(file), {"became": json.dumps(description)})
@@ -317,7 +322,7 @@ class Continual:
             settings.setdefault("likelihood", kinds[name](**values))
         elif "likelihood" not in settings:
             raise BecameError(f"{file} was made with a loss of your own; give it as likelihood=.")
-        kept = {key: description[key] for key in ("uncovered", "penalty", "decay")}
+        kept = {key: description[key] for key in ("uncovered", "penalty", "decay", "fisher")}
         name, values = description["projector"]
         learning = cls(model, **(kept | {"projector": PROJECTORS[name](**values)} | settings))
         learning._restore(arrays, description["matrices"])
@@ -351,7 +356,9 @@ class Continual:
             raise BecameError(f"{what} needs a memory of old data; call learning.remember(old_batches) first.")
 
 
-def _check_settings(projector: Projector, uncovered: str, penalty: float, decay: float) -> None:
+def _check_settings(projector: Projector, uncovered: str, penalty: float, decay: float, fisher: str) -> None:
+    if fisher not in ("empirical", "true", "sampled"):
+        raise BecameError(f"the Fisher information is '{fisher}'; choose empirical, true or sampled.")
     if uncovered not in ("penalised", "frozen", "free"):
         raise BecameError(f"uncovered is '{uncovered}'; choose penalised, frozen or free.")
     if not 0 <= penalty < float("inf"):

@@ -10,7 +10,7 @@ measurement. Parameters go by PyTorch's own names, and are those that need a gra
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -25,10 +25,11 @@ from became_core import BecameError, Diagonal, Quadratic
 from became_core.arrays import Params
 from became_core.curvature import Likelihood, Taps, input_grams, per_sample_square_sum
 
-__all__ = ["Batches", "DataLoss", "InputGrams", "Loss", "NewTask"]
+__all__ = ["Batches", "DataLoss", "InputGrams", "Kind", "Loss", "NewTask"]
 
 Loss = Callable[[Tensor, Any], Tensor]
 Batches = Iterable[Any]
+Kind = Literal["empirical", "true", "sampled"]
 
 ONE_PASS = "which one pass over the data does not gather; choose GPM, SGP or NSCL."
 
@@ -47,7 +48,14 @@ class DataLoss:
     """
 
     def __init__(
-        self, model: nn.Module, likelihood: Likelihood | Loss, reader: Reader, *, checks: bool, shows: bool
+        self,
+        model: nn.Module,
+        likelihood: Likelihood | Loss,
+        reader: Reader,
+        *,
+        checks: bool,
+        shows: bool,
+        fisher: Kind = "empirical",
     ) -> None:
         """Keep what is needed.
 
@@ -57,12 +65,13 @@ class DataLoss:
             reader: how batches are read.
             checks: whether the network is checked at the first look.
             shows: whether a terminal shows how far a pass is.
+            fisher: of which targets the Fisher information is: those given, or the model's own, exactly or drawn.
         """
         self.likelihood = likelihood
         self.checked: NetworkCheck | None = None
         self.matrices: dict[str, bool] | None = None
         self._model, self._applied, self._reader = model, Applied(model, reader), reader
-        self._checks, self._shows = checks, shows
+        self._checks, self._shows, self._kind = checks, shows, fisher
         self._derivatives, self._layouts = Derivatives(), Layouts()
 
     @property
@@ -115,7 +124,7 @@ class DataLoss:
         names = {module: name for name, module in self._model.named_modules()}
         squares: Params = {}
         finished = InputGrams()
-        units = 0.0
+        units, rng = 0.0, np.random.default_rng(0)
         with in_evaluation(self._model):
             for batch in with_progress(batches, what, self._shows):
                 inputs, targets = self._split(batch)
@@ -128,12 +137,13 @@ class DataLoss:
                 def cotangents(outputs: Tensor, targets: Any = targets) -> Iterator[Tensor]:
                     nonlocal units
                     units += _units(self.likelihood, outputs, targets)
-                    yield from _cotangents(self.likelihood, outputs, targets)
+                    yield from _cotangents(self.likelihood, outputs, targets, self._kind, rng)
 
-                for taps in collect_taps(self._applied, names, (inputs,), cotangents, layouts=self._layouts):
+                passes = collect_taps(self._applied, names, (inputs,), cotangents, layouts=self._layouts)
+                for index, taps in enumerate(passes):
                     for name, square in per_sample_square_sum(taps).items():
                         squares[name] = squares[name].add_(square) if name in squares else square
-                    if with_memory:
+                    if with_memory and index == 0:  # the inputs are the same for all targets
                         finished.add(taps, frozenset(self.matrices))
         if not units:
             raise BecameError("there are no samples; give at least one batch.")
@@ -287,11 +297,19 @@ def _units(likelihood: Likelihood | Loss, outputs: Tensor, targets: Any) -> floa
     return likelihood.units(outputs, targets) if isinstance(likelihood, Likelihood) else float(len(outputs))
 
 
-def _cotangents(likelihood: Likelihood | Loss, outputs: Tensor, targets: Any) -> Iterator[Tensor]:
-    """Yield the gradient of each sample's own loss by the outputs."""
+def _cotangents(
+    likelihood: Likelihood | Loss,
+    outputs: Tensor,
+    targets: Any,
+    kind: Kind = "empirical",
+    rng: np.random.Generator | None = None,
+) -> Iterator[Tensor]:
+    """Yield the gradients of each sample's own loss by the outputs, at the targets given or at the model's own."""
     if isinstance(likelihood, Likelihood):
-        yield from likelihood.cotangents(outputs, targets, "empirical", np.random.default_rng(0))
+        yield from likelihood.cotangents(outputs, targets, kind, rng or np.random.default_rng(0))
         return
+    if kind != "empirical":
+        raise BecameError(f"a loss of your own has no targets of the model's own; '{kind}' needs a likelihood.")
     with torch.enable_grad():
         leaf = outputs.detach().requires_grad_()
         loss = likelihood(leaf, targets)

@@ -1,5 +1,6 @@
 """``Continual`` against brute force in double precision: what it remembers, what it projects, how it merges."""
 
+import importlib
 import importlib.util
 import math
 import warnings
@@ -391,6 +392,26 @@ def test_regression_and_several_labels_are_remembered_and_merged(likelihood: Any
     assert 0 <= learning.merge(new).alpha <= 1
 
 
+def test_the_fisher_information_may_be_of_the_models_own_targets() -> None:
+    """The exact expectation is the diagonal of the GGN; what is drawn is near it; a loss of one's own has neither."""
+    model, batches = _network("perceptron"), _data(1, 40, 8)
+    found = []
+    for kind in ("true", "sampled"):
+        learning = Continual(model, fisher=kind)  # type: ignore[arg-type]
+        learning.remember(batches)
+        assert learning.posterior is not None
+        found.append(learning.posterior.precision.diagonal()["2.weight"])
+    inputs, _ = _whole(batches)
+    hidden, p = model[1](model[0](inputs)).detach(), model(inputs).detach().softmax(1)
+    expected = (p * (1 - p)).T @ hidden.square() / len(inputs)
+    torch.testing.assert_close(found[0], expected)
+    assert float((found[1] - expected).norm()) < 0.3 * float(expected.norm())
+    with pytest.raises(BecameError, match="a loss of your own has no targets of the model's own"):
+        Continual(model, functional.cross_entropy, fisher="true").remember(batches)
+    with pytest.raises(BecameError, match="the Fisher information is 'batch'; choose empirical, true or sampled"):
+        Continual(model, fisher="batch")  # type: ignore[arg-type]
+
+
 class _Language(nn.Module):
     """A causal language model with tied embeddings, called as those of ``transformers`` are."""
 
@@ -630,7 +651,7 @@ def test_models_of_transformers_are_exact_and_covered(monkeypatch: pytest.Monkey
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name, *a: None if name == "torchvision" else find_spec(name, *a)
     )
-    import transformers as hf  # type: ignore[import-not-found, import-untyped, unused-ignore]
+    hf: Any = importlib.import_module("transformers")
 
     torch.manual_seed(0)
     sizes = {
