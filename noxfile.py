@@ -127,7 +127,10 @@ def docs(session: nox.Session) -> None:
     """The documentation site, built into ``site/``; a warning is an error, and so is a page that needs a network."""
     install(session, "docs", "-e", ".")
     session.env["NO_MKDOCS_2_WARNING"] = "1"  # on the theme's end of life, which is none of a page's mistakes
+    session.env["BECAME_REPOSITORY"] = PROJECT["project"].get("urls", {}).get("Repository", "")
+    session.run("python", "docs/pages.py")
     session.run("mkdocs", "build", "--strict", *session.posargs)
+    session.run("python", "docs/pages.py", "check")
 
 
 @nox.session(name="tests-core")

@@ -9,14 +9,14 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from adapters.analysis.bootstrap import LEVEL, RESAMPLES, Estimate, paired_difference
-from adapters.analysis.groups import Group, groups_of
+from adapters.analysis.groups import Group, groups_of, have_spread
 from adapters.analysis.tables import Cell, Column, Table
 from adapters.runs import RunResult, finished_runs
 from adapters.runs.published import PublishedTable, published_tables
 from became_core import BecameError
 from became_core.continual.metrics import forward_transfer
 
-__all__ = ["comparison", "gather", "published_table", "results_table", "scores_table"]
+__all__ = ["comparison", "gather", "heading", "published_table", "results_table", "scores_table"]
 
 
 @dataclass(frozen=True)
@@ -77,12 +77,23 @@ def _mean_alphas(runs: Sequence[RunResult]) -> str:
     return " ".join(f"{sum(task) / len(task):.2f}" if task else "–" for task in means)
 
 
+def heading(run: RunResult) -> str:
+    """Return the benchmark of a run and its tasks: of how many, and how many of them the run learned."""
+    learned = len(run.accuracy)
+    tasks, first = run.config.get("tasks", learned), run.config.get("first", learned)
+    part = "" if first == tasks else f", the first {first}"
+    return f"{run.benchmark}, {tasks} {'task' if tasks == 1 else 'tasks'}{part}"
+
+
 def scores_table(groups: Sequence[Group]) -> Table:
-    """Return the scores of each group, a row each."""
-    metrics = (*_SCORES, *_CLASS_SCORES, *_COSTS)
+    """Return the scores of each group, a row each; a metric that no run has is left out."""
+    metrics = [*_SCORES, _TRANSFER, _CLASS_SCORES[0], *_COSTS, _MEMORY]
+    metrics = [metric for metric in metrics if any(metric.estimate(group) for group in groups)]
     rows = [[group.label, str(len(group.runs)), *(metric.estimate(group) for metric in metrics)] for group in groups]
     columns = [Column("method"), Column("seeds"), *(metric.column for metric in metrics)]
-    return Table("Scores of each method", columns, rows)
+    spread = "Mean ± standard deviation over seeds. " if have_spread(groups) else ""
+    notes = [f"{spread}Accuracies in percent, memory in MiB, beside the network's own."]
+    return Table(heading(groups[0].runs[0]), columns, rows, notes)
 
 
 def gather(outs: Sequence[Path]) -> list[Group]:
@@ -135,19 +146,13 @@ def comparison(groups: Sequence[Group], baseline: str | None = None) -> list[Tab
         BecameError: if there is no such baseline.
     """
     run = groups[0].runs[0]
-    tasks, first = int(run.config["tasks"]), int(run.config["first"])
-    title = f"{run.benchmark}, {tasks} tasks" + (f", the first {first}" if first < tasks else "")
-    metrics = [*_SCORES, _TRANSFER, _CLASS_SCORES[0], *_COSTS, _MEMORY]
-    metrics = [metric for metric in metrics if any(metric.estimate(group) for group in groups)]
-    rows = [[group.label, str(len(group.runs)), *(metric.estimate(group) for metric in metrics)] for group in groups]
-    columns = [Column("method"), Column("seeds"), *(metric.column for metric in metrics)]
-    notes = ["Mean ± standard deviation over seeds; accuracies in percent, memory in MiB, beside the network's own."]
-    tables = [Table(title, columns, rows, notes)]
+    tables = [scores_table(groups)]
     if baseline is not None:
         tables.append(_differences(groups, baseline))
-    published = published_tables(run.benchmark, tasks) if first == tasks else []
+    tasks = run.config["tasks"]
+    published = published_tables(run.benchmark, tasks) if run.config["first"] == tasks else []
     if published:
-        tables.append(published_table(published, f"Published: {run.benchmark}, {tasks} tasks"))
+        tables.append(published_table(published, f"Published: {heading(run)}"))
     return tables
 
 

@@ -6,13 +6,14 @@ Convention: groups are in the order in which their first run is met; a group's p
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
+from adapters.analysis.bootstrap import Estimate
 from adapters.analysis.tables import printable
 from adapters.runs import RunResult
 from became_core import BecameError
 
-__all__ = ["MARKERS", "SERIES", "Group", "Results", "groups_of"]
+__all__ = ["MARKERS", "SERIES", "Group", "Results", "groups_of", "have_spread"]
 
 # After Okabe and Ito, the light ones darkened for white paper; with the markers, any two differ in more than hue.
 SERIES = ("#0072b2", "#d55e00", "#009e73", "#b8538f", "#b37400", "#4a9fd8", "#5b4b8a")
@@ -47,6 +48,10 @@ class Group:
             "linestyle": ("-", "--", ":")[self.place // len(SERIES) % 3],
         }
 
+    def score(self, name: Literal["acc", "bwt", "forgetting", "plasticity"]) -> Estimate:
+        """Return a task-incremental score over the group's seeds."""
+        return Estimate(tuple(getattr(run.scores, name) for run in self.runs))
+
     def values(self, number: Callable[[RunResult], float | None]) -> dict[int, float]:
         """Return a number of each run by seed, of the runs that have it."""
         numbers = {run.seed: number(run) for run in self.runs}
@@ -74,6 +79,11 @@ def groups_of(results: Results) -> list[Group]:
         groups.append(Group(label, tuple(runs), len(groups)))
     _check(groups)
     return groups
+
+
+def have_spread(groups: Sequence[Group]) -> bool:
+    """Whether any group has several seeds, so that there is a spread to show and to explain."""
+    return any(len(group.runs) > 1 for group in groups)
 
 
 def _check(groups: Sequence[Group]) -> None:

@@ -8,15 +8,17 @@ import html
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import date
 from functools import cached_property
 
 import numpy as np
 
-from adapters.analysis.comparison import published_table, scores_table
+from adapters.analysis.comparison import heading, published_table, scores_table
 from adapters.analysis.figures.drawing import THEME, Figure, inline_svg, picture
 from adapters.analysis.groups import SERIES, Group
 from adapters.analysis.tables import Column, Table, as_html, printable
 from adapters.runs.configuration import repeating_command
+from adapters.runs.provenance import versions
 from adapters.runs.published import PublishedTable
 
 __all__ = ["Drawing", "escaped", "page"]
@@ -83,19 +85,19 @@ def page(
         own: the figures of each group.
         published: published numbers of the benchmark.
     """
-    first = groups[0].runs[0]
-    tasks, runs = len(first.accuracy), sum(len(group.runs) for group in groups)
-    title = f"{escaped(first.benchmark)}: {tasks} {'task' if tasks == 1 else 'tasks'}"
+    scores, runs = scores_table(groups), sum(len(group.runs) for group in groups)
+    title = escaped(heading(groups[0].runs[0]))
     links = [("scores", "Scores"), *((f"method-{group.place}", escaped(group.label)) for group in groups)]
     parts = [
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
         "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">",
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
         f"<title>{title}</title>\n<style>{_theme()}{_STYLE}</style>\n</head>\n<body>",
-        f"<header><h1>{title}</h1>\n<p>{runs} finished {'run' if runs == 1 else 'runs'}. Accuracies in percent; "
-        "mean ± standard deviation where there are several seeds.</p></header>",
+        f"<header><h1>{title}</h1>\n<p>{runs} finished {'run' if runs == 1 else 'runs'}. Written by "
+        f"BECAME {escaped(versions()['became'])} on {date.today().isoformat()}.</p></header>",
         "<nav><ul>" + "".join(f'<li><a href="#{at}">{name}</a></li>' for at, name in links) + "</ul></nav>",
-        f'<main>\n<section id="scores"><h2>Scores</h2>{as_html(scores_table(groups), [*map(_chip, groups)])}',
+        f'<main>\n<section id="scores"><h2>Scores</h2>{as_html(scores, [*map(_chip, groups)])}',
+        *(f"<p>{escaped(note)}</p>" for note in scores.notes),
         f'<div class="grid">{"".join(map(_figure, shared))}</div>{_published(published)}</section>',
         *(_section(group, drawings) for group, drawings in zip(groups, own, strict=True)),
         "</main>\n</body>\n</html>\n",
@@ -129,7 +131,7 @@ def _published(published: Sequence[PublishedTable]) -> str:
 
 
 def _section(group: Group, drawings: Sequence[Drawing]) -> str:
-    seeds = ", ".join(str(run.seed) for run in group.runs)
+    seeds = ("seed " if len(group.runs) == 1 else "seeds ") + ", ".join(str(run.seed) for run in group.runs)
     command = repeating_command(group.runs)
     repeat = (
         f"<pre><code>{escaped(command)}</code></pre>"
@@ -140,7 +142,7 @@ def _section(group: Group, drawings: Sequence[Drawing]) -> str:
     config = "\n".join(map(escaped, config.split("\n")))
     return (
         f'<section id="method-{group.place}"><h2>{_chip(group)}{escaped(group.label)}</h2>\n'
-        f"<p>{escaped(group.runs[0].backend)}; seeds: {escaped(seeds)}. To repeat it:</p>{repeat}\n"
+        f"<p>{escaped(group.runs[0].backend)}; {escaped(seeds)}. To repeat it:</p>{repeat}\n"
         f'<div class="grid">{"".join(map(_figure, drawings))}</div>\n'
         f"<details><summary>Accuracies as tables</summary>{_matrices(group)}</details>\n"
         f"<details><summary>Configuration</summary><pre><code>{config}</code></pre></details></section>"

@@ -5,13 +5,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from adapters.analysis.bootstrap import Estimate
+from adapters.analysis.comparison import gather
 from adapters.analysis.figures.accuracy import (
     accuracy_limits,
     plot_accuracy_matrix,
     plot_accuracy_over_time,
+    plot_plasticity,
     plot_scores,
 )
-from adapters.analysis.figures.drawing import Figure, picture
+from adapters.analysis.figures.drawing import Figure, picture, themed_svg
 from adapters.analysis.figures.training import (
     has_curves,
     plot_alpha,
@@ -20,11 +22,10 @@ from adapters.analysis.figures.training import (
     plot_ranks,
     plot_seconds,
 )
-from adapters.analysis.groups import Group, groups_of
+from adapters.analysis.groups import Group, Results, groups_of, have_spread
 from adapters.analysis.page import Drawing, page
 from adapters.analysis.path_report import merged_tasks
 from adapters.analysis.tables import printable
-from adapters.runs import RunResult, finished_runs
 from adapters.runs.published import PublishedTable, published_tables
 from became_core import BecameError
 
@@ -43,15 +44,16 @@ def report(outs: Sequence[Path], into: Path | None = None) -> Path:
     """
     if not outs:
         raise BecameError("there is nothing to report on; give a folder that --out named.")
-    results = finished_runs(outs)
-    return write_report(results, into or outs[0], published_tables(results[0].benchmark, len(results[0].accuracy)))
+    groups = gather(outs)
+    first = groups[0].runs[0]
+    return write_report(groups, into or outs[0], published_tables(first.benchmark, len(first.accuracy)))
 
 
-def write_report(results: Sequence[RunResult], folder: Path, published: Sequence[PublishedTable] = ()) -> Path:
+def write_report(results: Results, folder: Path, published: Sequence[PublishedTable] = ()) -> Path:
     """Write the report of these runs and return its file.
 
     Args:
-        results: finished runs of one benchmark.
+        results: finished runs of one benchmark, or groups of them as ``gather`` names them.
         folder: where ``report.html`` and ``figures`` go; it is created if it does not exist.
         published: published numbers of the benchmark; they are shown only if the runs learned all of its tasks.
 
@@ -67,7 +69,7 @@ def write_report(results: Sequence[RunResult], folder: Path, published: Sequence
     try:
         (folder / "figures").mkdir(parents=True, exist_ok=True)
         for drawing in [*shared, *(drawing for drawings in own for drawing in drawings)]:
-            (folder / "figures" / f"{drawing.name}.svg").write_bytes(drawing.svg)
+            (folder / "figures" / f"{drawing.name}.svg").write_bytes(themed_svg(drawing.svg))
             (folder / "figures" / f"{drawing.name}.png").write_bytes(picture(drawing.figure, "png"))
         target.write_text(page(groups, shared, own, published), encoding="utf-8")
     except OSError as error:
@@ -79,30 +81,44 @@ def write_report(results: Sequence[RunResult], folder: Path, published: Sequence
 
 def _shared(groups: Sequence[Group], published: Sequence[PublishedTable]) -> list[Drawing]:
     """The figures of all groups together."""
-    accuracies = [Estimate(tuple(run.scores.acc for run in group.runs)).text() for group in groups]
     times = [Estimate(tuple(run.seconds["total"] for run in group.runs)).text(0) for group in groups]
-    scores = "; ".join(f"{group.label} {text}" for group, text in zip(groups, accuracies, strict=True))
+    scores = "; ".join(f"{group.label} {group.score('acc').text()}" for group in groups)
     seconds = "; ".join(f"{group.label} {text}" for group, text in zip(groups, times, strict=True))
+    several = have_spread(groups)
+    shaded = "; shaded: ± one standard deviation" if several else ""
+    lines = "; thin lines: ± one standard deviation over seeds" if several else ""
     beside = " Open marks: published, under protocols of their own." if published else ""
     drawings = [
         Drawing(
             "scores",
             plot_scores(groups, published),
             f"Bars of average accuracy, backward transfer and plasticity. Average accuracy in percent: {scores}.",
-            f"Task-incremental scores; thin lines: ± one standard deviation over seeds.{beside}",
+            f"Task-incremental scores; bars of accuracies begin where the title says{lines}.{beside}",
         ),
         Drawing(
             "accuracy-over-time",
             plot_accuracy_over_time(groups),
             "Lines of the accuracy of each task from its own end on; the tables of each method hold the values.",
-            "The accuracy of each task while later ones are learned; shaded: ± one standard deviation.",
+            f"The accuracy of each task while later ones are learned{shaded}.",
         ),
     ]
+    if len(groups[0].runs[0].accuracy) > 1:
+        pairs = "; ".join(
+            f"{group.label} {group.score('forgetting').text()}, {group.score('plasticity').text()}" for group in groups
+        )
+        drawings.append(
+            Drawing(
+                "plasticity",
+                plot_plasticity(groups),
+                f"Each method's plasticity against its forgetting. Forgetting, plasticity in percent: {pairs}.",
+                "Plasticity: accuracy on each task as it was learned. Forgetting: how far it has fallen from its best.",
+            )
+        )
     merging = [group for group in groups if any(merged_tasks(run) for run in group.runs)]
     if merging:
         first = [["–" if alpha is None else f"{alpha:.2f}" for alpha in group.runs[0].alpha] for group in merging]
         alphas = "; ".join(f"{group.label} {' '.join(texts)}" for group, texts in zip(merging, first, strict=True))
-        caption = "The merging coefficient of each task. Open marks: single seeds."
+        caption = "The merging coefficient of each task." + (" Open marks: single seeds." if several else "")
         drawings.append(Drawing("alpha", plot_alpha(groups), f"Lines of alpha by task: {alphas}.", caption))
     alt = f"Bars of the time in each phase. In all, in seconds: {seconds}."
     drawings.append(Drawing("seconds", plot_seconds(groups), alt, "Where the time went."))
@@ -129,7 +145,8 @@ def _own(group: Group, limits: tuple[float, float]) -> list[Drawing]:
         curves = next(filter(has_curves, group.runs)).curves
         losses = " ".join(f"{curve[-1]['loss']:.3f}" if curve else "–" for curve in curves)
         alt = f"Curves of the training loss by epoch, {group.label}. Last of each task: {losses}."
-        caption = "Training loss of each epoch, a line a seed; validation loss where samples are held out."
+        seeds = ", a line a seed" if len(group.runs) > 1 else ""
+        caption = f"Training loss of each epoch{seeds}; validation loss where samples are held out."
         drawings.append(_drawing(group, "learning", plot_learning_curves, alt, caption))
     for run in group.runs:
         if run.paths:

@@ -77,14 +77,14 @@ def _plain(value: Any, path: str, arrays: HostArrays) -> Any:
         arrays[path] = np.array(on_host(value), order="C")
         return "array"
     if isinstance(value, list | tuple):
-        return [_plain(each, _at(path, index), arrays) for index, each in enumerate(value)]
+        return [_plain(part, _at(path, index), arrays) for index, part in enumerate(value)]
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     parts = _parts(value)
     if parts is None:
         return value
     kind = {"kind": type(value).__name__} if is_dataclass(value) else {}
-    return kind | {str(name): _plain(each, _at(path, name), arrays) for name, each in parts.items()}
+    return kind | {str(name): _plain(part, _at(path, name), arrays) for name, part in parts.items()}
 
 
 def _parts(value: Any) -> Mapping[Any, Any] | None:
@@ -136,10 +136,10 @@ class _Reader:
         """Return the value of one of several types."""
         if plain is None and NoneType in candidates:
             return None
-        candidates = tuple(each for each in candidates if each is not NoneType)
+        candidates = tuple(kind for kind in candidates if kind is not NoneType)
         if len(candidates) > 1:
             kind = plain.get("kind") if isinstance(plain, dict) else None
-            candidates = tuple(each for each in candidates if each.__name__ == kind)
+            candidates = tuple(candidate for candidate in candidates if candidate.__name__ == kind)
         if not candidates:
             raise MisfitError(f"'{path}' is of an unknown kind")
         return self.read(candidates[0], plain, path)
@@ -175,7 +175,7 @@ class _Reader:
         if len(hints) != len(plain):
             raise MisfitError(f"'{path}' has {len(plain)} entries, not {len(hints)}")
         pairs = zip(hints, plain, strict=True)
-        return origin(self.read(each, value, _at(path, n)) for n, (each, value) in enumerate(pairs))
+        return origin(self.read(part, value, _at(path, n)) for n, (part, value) in enumerate(pairs))
 
     def mapping(self, arguments: tuple[Any, ...], plain: Any, path: str) -> dict[Any, Any]:
         """Return a mapping from names or numbers."""

@@ -38,17 +38,17 @@ def namespace(**arrays: Array) -> Any:
         BecameError: if one is no array, or two belong to different frameworks.
     """
     first_name, first = next(iter(arrays.items()))
-    found = _namespace_of(first_name, first)
+    expected = _namespace_of(first_name, first)
     for name, array in arrays.items():
         if type(array) is type(first):
             continue
         other = _namespace_of(name, array)
-        if other is not found:
+        if other is not expected:
             raise BecameError(
-                f"{first_name} is an array of {_short_name(found)} but {name} is one of {_short_name(other)}; "
+                f"{first_name} is an array of {_short_name(expected)} but {name} is one of {_short_name(other)}; "
                 "give arrays of a single framework."
             )
-    return found
+    return expected
 
 
 def _namespace_of(name: str, array: Array) -> Any:
@@ -62,11 +62,11 @@ def framework_for(name: str, array: Array) -> tuple[Framework, Any]:
     Raises:
         BecameError: if it is no array of a known framework.
     """
-    found = framework_of(array)
-    if found is None:
+    framework = framework_of(array)
+    if framework is None:
         kind = type(array)
         raise BecameError(f"{name} is a {kind.__module__}.{kind.__qualname__}, not an array of a known framework.")
-    return found
+    return framework
 
 
 def _short_name(xp: Any) -> str:

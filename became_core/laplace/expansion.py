@@ -219,15 +219,15 @@ def separable_terms(
     for path, row in rows.items():
         groups.setdefault(group_of(path, per), []).append(row)
     # The curvatures are third and fourth in a row.
-    found = sums_of_products(_Terms(tuple(trees)), list(groups.values()), nonnegative=[2, 3])
-    old, new, *others = found.sums
-    # What overflows is found below, and said in a sentence; NumPy alone would warn of it before.
-    with np.errstate(over="ignore", invalid="ignore") if found.has_values else nullcontext():
+    totals = sums_of_products(_Terms(tuple(trees)), list(groups.values()), nonnegative=[2, 3])
+    old, new, *others = totals.sums
+    # What overflows is noticed below, and said in a sentence; NumPy alone would warn of it before.
+    with np.errstate(over="ignore", invalid="ignore") if totals.has_values else nullcontext():
         slope, curvature = sum(others, -new), old + new
     xp = namespace(slope=slope)
-    if found.has_values:
+    if totals.has_values:
         sound = xp.all(xp.isfinite(slope) & xp.isfinite(curvature))
-        if not bool(sound if found.least is None else sound & (found.least >= 0)):
+        if not bool(sound if totals.least is None else sound & (totals.least >= 0)):
             raise BecameError(_what_is_wrong(trees, rows))
     return slope, curvature
 

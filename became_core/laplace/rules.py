@@ -219,8 +219,8 @@ class Became(MergeRule):
             return Merged(merge(theta_gp, theta_hat, alpha), alpha)
         groups = group_names(theta_gp, self.per)
         frame = MergeSubspace(theta_gp, group_directions(delta, self.per), [1.0] * len(groups))
-        found = self.precision.quadratic(frame, losses).minimiser("box")
-        alphas = {name: found[groups.index(group_of(name, self.per))] for name in theta_gp}
+        minimiser = self.precision.quadratic(frame, losses).minimiser("box")
+        alphas = {name: minimiser[groups.index(group_of(name, self.per))] for name in theta_gp}
         return Merged(merge(theta_gp, theta_hat, alphas), alphas)
 
 

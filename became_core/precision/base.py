@@ -58,9 +58,9 @@ class Precision(ABC):
             BecameError: if a direction lacks a parameter that is covered, or has it in another shape.
         """
         sides = {"left": left} if right is None else {"left": left, "right": right}
-        vectors = [(f"{side} direction {k}", u) for side, given in sides.items() for k, u in enumerate(given)]
-        for side, given in sides.items():
-            if not given:
+        vectors = [(f"{side} direction {k}", u) for side, directions in sides.items() for k, u in enumerate(directions)]
+        for side, directions in sides.items():
+            if not directions:
                 raise BecameError(f"there are no {side} directions; give at least one.")
         xp, dtype = self._common(vectors, self.covered())
         rows = Rows(left, xp, dtype)
@@ -224,6 +224,11 @@ class Isotropic(Precision):
 
     Raises:
         BecameError: if an amount is negative or not a number, or the names are not the same.
+
+    Example:
+        >>> import numpy as np
+        >>> Isotropic.over({"w": np.zeros(2)}, 0.5).diagonal()["w"].tolist()
+        [0.5, 0.5]
     """
 
     amounts: Params

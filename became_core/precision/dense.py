@@ -38,6 +38,12 @@ class Dense(Precision):
     Raises:
         BecameError: if the matrix is not square and symmetric, has negative or NaN entries on its diagonal, or is not
             of the size that the shapes make together.
+
+    Example:
+        >>> import numpy as np
+        >>> precision = Dense(np.asarray([[2.0, 1.0], [1.0, 3.0]]), {"w": (2,)})
+        >>> precision.apply({"w": np.asarray([1.0, 0.0])})["w"].tolist()
+        [2.0, 1.0]
     """
 
     matrix: Array

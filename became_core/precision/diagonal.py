@@ -36,6 +36,12 @@ class Diagonal(Precision):
 
     Raises:
         BecameError: if a value is negative or not a number; the message names the parameter.
+
+    Example:
+        >>> import numpy as np
+        >>> vector = {"w": np.asarray([1.0, 2.0])}
+        >>> float(Diagonal({"w": np.asarray([3.0, 1.0])}).inner(vector, vector))
+        7.0
     """
 
     values: Params

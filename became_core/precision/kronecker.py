@@ -46,6 +46,12 @@ class Kronecker(Precision):
     Raises:
         BecameError: if a factor is not square and symmetric, has negative or NaN entries on its diagonal, or does not
             fit its weight's shape.
+
+    Example:
+        >>> import numpy as np
+        >>> precision = Kronecker({"w": (np.diag([1.0, 2.0, 3.0]), np.eye(2))})
+        >>> precision.diagonal()["w"].tolist()
+        [[1.0, 2.0, 3.0], [1.0, 2.0, 3.0]]
     """
 
     factors: Mapping[str, tuple[Array, Array]]

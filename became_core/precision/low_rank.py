@@ -33,6 +33,12 @@ class LowRank(Precision):
 
     Raises:
         BecameError: if a scale is negative or not a number, or U does not fit the scales and the diagonal.
+
+    Example:
+        >>> import numpy as np
+        >>> precision = LowRank({"w": np.asarray([[1.0], [0.0]])}, np.asarray([4.0]), Diagonal({"w": np.ones(2)}))
+        >>> precision.diagonal()["w"].tolist()
+        [5.0, 1.0]
     """
 
     factors: Params

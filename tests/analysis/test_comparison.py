@@ -62,6 +62,9 @@ def test_a_row_is_a_method_over_its_seeds_in_whatever_folders(tmp_path: Path) ->
         "memory": "3.0 ± 0.0",
     }
     assert rows["ewc"]["ACC"] == "87.50"  # no deviation of one
+    assert table.notes[0].startswith("Mean ± standard deviation over seeds.")
+    (table,) = tables(tmp_path / "a")
+    assert "±" not in table.notes[0]
 
 
 def test_one_method_with_two_configurations_is_two_rows(tmp_path: Path) -> None:

@@ -15,10 +15,12 @@ from adapters.analysis.figures import (
     plot_alpha,
     plot_learning_curves,
     plot_path,
+    plot_plasticity,
     plot_ranks,
     plot_scores,
     plot_seconds,
 )
+from adapters.analysis.figures.accuracy import bar_base
 from adapters.analysis.figures.drawing import picture
 from adapters.analysis.figures.training import predicted_loss
 from adapters.analysis.groups import groups_of
@@ -26,7 +28,7 @@ from adapters.runs.published import PublishedScores, PublishedTable
 from became_core import BecameError
 from tests.analysis.runs import CONFIG, path, plain, run
 
-ALWAYS = [plot_accuracy_matrix, plot_accuracy_over_time, plot_scores, plot_seconds]
+ALWAYS = [plot_accuracy_matrix, plot_accuracy_over_time, plot_plasticity, plot_scores, plot_seconds]
 ALL = [*ALWAYS, plot_alpha, plot_learning_curves, plot_path, plot_ranks]
 
 
@@ -98,6 +100,49 @@ def test_bars_show_mean_and_spread_and_the_published_numbers_of_that_method_alon
     marks = [line.get_xdata() for line in figure.axes[0].lines if line.get_marker() == "D" and len(line.get_xdata())]  # type: ignore[arg-type]
     assert [float(np.asarray(each)[0]) for each in marks] == [75.05, 72.48]
     assert len(plot_scores(runs, [published_table(hat=PublishedScores(72.06))]).legends) == 0
+
+
+def test_bars_of_accuracies_begin_where_their_differences_show() -> None:
+    """98.10, 97.80 and 95.80 looked equal when bars began at 0."""
+    runs = [run(method, accuracy=np.full((3, 3), value)) for method, value in (("a", 98.1), ("b", 97.8), ("c", 95.8))]
+    acc, bwt, plasticity = plot_scores(runs).axes
+    bars = [bar.get_extents().transformed(acc.transData.inverted()) for bar in acc.patches]
+    assert [bar.x0 for bar in bars] == pytest.approx([95.0] * 3)
+    assert [bar.x1 for bar in bars] == pytest.approx([98.1, 97.8, 95.8])
+    assert acc.get_xlim()[0] == 95.0
+    assert [axes.get_title(loc="left") for axes in (acc, bwt)] == ["ACC, %; bars begin at 95", "BWT, points"]
+    assert plasticity.get_title(loc="left") == "plasticity, %; bars begin at 95"
+    assert texts(plot_scores(runs))[:3] == ["98.10", "97.80", "95.80"]
+
+
+@pytest.mark.parametrize(
+    ("values", "base"),
+    [
+        ([98.1], 0.0),
+        ([98.0, 98.0], 0.0),
+        ([30.0, 90.0], 0.0),
+        ([60.0, 80.0], 50.0),
+        ([98.0, 98.3], 97.9),
+        ([99.99, 100.0], 99.987),
+    ],
+)
+def test_bars_begin_at_zero_where_nothing_differs_or_all_shows(values: list[float], base: float) -> None:
+    assert bar_base(values) == pytest.approx(base)
+
+
+def test_plasticity_stands_against_forgetting_with_its_spread() -> None:
+    runs = [run(seed=0), run(seed=1), plain("gpm")]
+    (axes,) = plot_plasticity(runs).axes
+    first, second = (container.lines for container in axes.containers)  # type: ignore[attr-defined]
+    assert [float(first[0].get_xdata()[0]), float(first[0].get_ydata()[0])] == pytest.approx([1.5, 90.5])
+    assert len(first[2]) == 2  # a line to each side in both directions
+    assert len(second[2]) == 0  # one seed has no spread
+
+
+def test_epochs_are_whole() -> None:
+    for tasks in (1, 2, 3):
+        (axes,) = plot_learning_curves(run(tasks=tasks)).axes
+        assert all(float(tick).is_integer() for tick in axes.get_xticks())
 
 
 def test_alpha_has_a_point_for_each_merge_and_each_seed() -> None:

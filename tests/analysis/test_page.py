@@ -1,13 +1,18 @@
 """The page is whole, refers to nothing outside itself, executes nothing, and tells apart what it shows."""
 
 import re
+from datetime import date
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 
+from adapters.analysis.comparison import comparison, gather
+from adapters.analysis.report import report as report_of
 from adapters.analysis.report import write_report
+from adapters.runs import RunDirectory
 from adapters.runs.configuration import Configuration
+from adapters.runs.provenance import versions
 from adapters.runs.published import PublishedScores, PublishedTable
 from became_core import BecameError
 from tests.analysis.runs import plain, run
@@ -60,13 +65,45 @@ def test_every_method_has_a_section_with_its_figures(report: Path) -> None:
     sections = [attributes["id"] for tag, attributes in page.elements if tag == "section"]
     assert sections == ["scores", "method-0", "method-1", "method-2"]
     described = [str(attributes.get("aria-label")) for tag, attributes in page.elements if tag == "svg"]
-    # Four shared; accuracy, ranks, learning and two paths; accuracy and ranks; accuracy.
-    assert len(described) == 4 + 5 + 2 + 1
+    # Five shared; accuracy, ranks, learning and two paths; accuracy and ranks; accuracy.
+    assert len(described) == 5 + 5 + 2 + 1
     assert all(len(each) > 40 for each in described)
     assert any("became 89.50 ± 0.71" in each for each in described)
     headings = [attributes for tag, attributes in page.elements if tag == "th"]
     assert headings
     assert all(attributes["scope"] in ("col", "row") for attributes in headings)
+
+
+def test_the_page_says_when_and_by_which_version_it_was_written(report: Path) -> None:
+    _, page = read(report)
+    assert f"Written by BECAME {versions()['became']} on {date.today().isoformat()}." in page.text
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_one_seed_has_no_legend_of_spreads(tmp_path: Path) -> None:
+    words = ("±", "deviation", "single seeds", "a line a seed", "over seeds")
+    _, page = read(write_report([run(), plain("gpm")], tmp_path / "one"))
+    assert [word for word in words if word in page.text] == []
+    _, page = read(write_report([run(), run(seed=1)], tmp_path / "two"))
+    assert [word for word in words if word not in page.text] == []
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_the_page_has_the_title_the_scores_and_the_names_of_the_comparison(tmp_path: Path) -> None:
+    config = {"tasks": 10, "first": 3}
+    for folder, method, seed, epochs in (("a", "gpm", 0, 2), ("a", "became", 0, 2), ("b", "became", 0, 9)):
+        RunDirectory(tmp_path / folder, method, seed).save(run(method, seed, config=config | {"epochs": epochs}))
+    outs = [tmp_path / "a", tmp_path / "b"]
+    (table,) = comparison(gather(outs))
+    text, page = read(report_of(outs))
+    assert f"<h1>{table.title}</h1>" in text
+    assert table.title == "split-mnist, 10 tasks, the first 3"
+    assert [row[0] for row in table.texts()] == ["became (a, torch)", "gpm", "became (b, torch)"]
+    assert (
+        "".join(column.heading for column in table.columns) + "".join("".join(row) for row in table.texts())
+        in page.text
+    )
+    assert [heading[:-1] for heading in re.findall(r"</span>([^<]*<)/h2>", text)] == [row[0] for row in table.texts()]
 
 
 def test_figures_lie_beside_the_page_in_both_forms(report: Path) -> None:
@@ -89,6 +126,17 @@ def test_the_page_refers_to_nothing_outside_itself(report: Path) -> None:
     assert "@import" not in text
     policy = [a["content"] for tag, a in page.elements if a.get("http-equiv") == "Content-Security-Policy"]
     assert policy == ["default-src 'none'; style-src 'unsafe-inline'"]
+
+
+def test_a_figures_file_follows_the_readers_theme_and_stays_as_it_is_elsewhere(report: Path) -> None:
+    for name in ("alpha", "plasticity", "scores", "method0-became-path-seed0"):
+        text = (report.parent / "figures" / f"{name}.svg").read_text(encoding="utf-8")
+        style = text[text.index("<style>") : text.index("</style>")]
+        assert "@media (prefers-color-scheme: dark)" in style
+        colours = {colour for what, colour in re.findall(r"(fill|stroke): (#\w{6})", text.replace(style, ""))}
+        assert {"#1f2328"} < colours
+        assert [colour for colour in colours if colour not in style] == []
+        assert "#ffffff" not in text
 
 
 def test_the_page_follows_the_readers_theme(report: Path) -> None:

@@ -18,7 +18,7 @@ from became_core.projection import PROJECTORS
 ROOT = Path(__file__).parents[2]
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
 NAMES = [page.relative_to(ROOT).as_posix() for page in PAGES]
-# Pages of the site that docs/hooks.py takes from elsewhere.
+# Pages of the site that docs/pages.py takes from elsewhere.
 ELSEWHERE = {"results.md", "benchmarks.md", "contributing.md", "changelog.md"}
 # Commands of others, whose options are theirs.
 OTHERS = ("pip ", "nox", "mkdocs ")
@@ -156,3 +156,15 @@ def test_every_method_and_projector_is_explained() -> None:
 def test_every_page_is_in_the_navigation() -> None:
     listed = set(re.findall(r"- (?:Start: )?([\w/]+\.md)$", text(ROOT / "mkdocs.yml"), re.MULTILINE))
     assert listed == {page.relative_to(ROOT / "docs").as_posix() for page in PAGES} | ELSEWHERE
+
+
+def test_the_gallery_shows_four_figures_of_a_report_and_the_commands_that_made_them() -> None:
+    page = text(ROOT / "docs" / "index.md")
+    files = [ROOT / "docs" / name for name in re.findall(r"\]\((figures/gallery/[\w.-]+)\)", page)]
+    assert len(files) == 4
+    assert sorted(files) == sorted((ROOT / "docs" / "figures" / "gallery").iterdir())
+    assert all("prefers-color-scheme: dark" in text(file) for file in files)
+    methods = re.search(r"^became run .*--methods ([a-z -]+) --out", page.replace("\\\n", ""), re.MULTILINE)
+    assert methods
+    plasticity = text(ROOT / "docs" / "figures" / "gallery" / "plasticity.svg")
+    assert [name for name in methods[1].split() if f">{name}<" not in plasticity] == []

@@ -13,7 +13,12 @@ from became_core import BecameError
 if find_spec("matplotlib") is None:
     raise BecameError("figures need matplotlib; pip install 'became[report]'.")
 
-from adapters.analysis.figures.accuracy import plot_accuracy_matrix, plot_accuracy_over_time, plot_scores
+from adapters.analysis.figures.accuracy import (
+    plot_accuracy_matrix,
+    plot_accuracy_over_time,
+    plot_plasticity,
+    plot_scores,
+)
 from adapters.analysis.figures.training import (
     plot_alpha,
     plot_learning_curves,
@@ -28,6 +33,7 @@ __all__ = [
     "plot_alpha",
     "plot_learning_curves",
     "plot_path",
+    "plot_plasticity",
     "plot_ranks",
     "plot_scores",
     "plot_seconds",

@@ -1,4 +1,4 @@
-"""Figures of accuracy: the matrix, each task over time, and the scores beside published ones.
+"""Figures of accuracy: the matrix, each task over time, plasticity and forgetting, and scores beside published ones.
 
 Convention: percent, task-incremental; row t of a matrix is the state after task t. Several seeds give their mean, and
 their standard deviation where there is room for it.
@@ -13,7 +13,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from adapters.analysis.bootstrap import Estimate
 from adapters.analysis.figures.drawing import (
     INK,
     MUTED,
@@ -32,8 +31,10 @@ from adapters.runs.published import PublishedScores, PublishedTable
 
 __all__ = [
     "accuracy_limits",
+    "bar_base",
     "plot_accuracy_matrix",
     "plot_accuracy_over_time",
+    "plot_plasticity",
     "plot_scores",
     "published_names",
 ]
@@ -97,39 +98,68 @@ def plot_accuracy_over_time(results: Results) -> Figure:
 
 
 @styled
+def plot_plasticity(results: Results) -> Figure:
+    """Return plasticity against forgetting: a mark a method, with one standard deviation over seeds to each side.
+
+    The best corner is the upper left one, where all is learned and nothing is forgotten.
+    """
+    groups = groups_of(results)
+    figure, panels = new_figure(2.6 + 0.16 * math.ceil(len(groups) / 3), grid="both")
+    axes = panels[0, 0]
+    for group in groups:
+        forgetting, plasticity = group.score("forgetting"), group.score("plasticity")
+        look = group.line | {"linestyle": "none", "markersize": 7, "label": figure_text(group.label)}
+        spread = {"xerr": forgetting.deviation, "yerr": plasticity.deviation, "elinewidth": 1}
+        axes.errorbar(forgetting.mean, plasticity.mean, **look, **spread)
+    axes.margins(0.12)
+    axes.set_xlabel("forgetting, points")
+    axes.set_ylabel("plasticity, %")
+    axes.set_title("better: higher, and further to the left")
+    legend(figure, axes)
+    return figure
+
+
+@styled
 def plot_scores(results: Results, published: Sequence[PublishedTable] = ()) -> Figure:
     """Return bars of ACC, BWT and plasticity, mean ± standard deviation over seeds.
+
+    Bars of accuracies begin where their differences show, and the title says where that is.
 
     Args:
         results: runs of one method or several.
         published: numbers on this benchmark; those of a method that is shown are marked in its row.
     """
     groups = groups_of(results)
-    scores = {"acc": "ACC, %", "bwt": "BWT, points", "plasticity": "plasticity, %"}
     marked = [table for table in published if any(_published_scores(table, group) for group in groups)]
     height = 3 * (0.5 + 0.27 * len(groups)) + 0.32 * len(marked)
     figure, panels = new_figure(height, 3, grid="x", sharey=True)
-    for axes, (score, label) in zip(panels[:, 0], scores.items(), strict=True):
-        estimates = [Estimate(tuple(getattr(run.scores, score) for run in group.runs)) for group in groups]
+    titles: dict[Any, str] = {"acc": "ACC, %", "bwt": "BWT, points", "plasticity": "plasticity, %"}
+    for axes, (score, title) in zip(panels[:, 0], titles.items(), strict=True):
+        estimates = [group.score(score) for group in groups]
         means = [estimate.mean for estimate in estimates]
         sds = [estimate.deviation or 0.0 for estimate in estimates]
-        axes.barh(range(len(groups)), means, 0.62, color=[group.colour for group in groups])
+        marks = [
+            (number, row, at)
+            for number, table in enumerate(marked)
+            for row, group in enumerate(groups)
+            for value in _published_scores(table, group)
+            if (at := getattr(value, score, None)) is not None
+        ]
+        ends = [end for mean, sd in zip(means, sds, strict=True) for end in (mean - sd, mean + sd)]
+        base = 0.0 if score == "bwt" else bar_base([*ends, *(at for _, _, at in marks)])
+        axes.barh(range(len(groups)), np.array(means) - base, 0.62, base, color=[group.colour for group in groups])
         for row, (mean, sd) in enumerate(zip(means, sds, strict=True)):
             if sd:
                 axes.errorbar(mean, row, xerr=sd, color=INK, linewidth=1, capsize=2.5)
-        beyond = [mean + sd for mean, sd in zip(means, sds, strict=True)]
-        for number, table in enumerate(marked):
-            for row, group in enumerate(groups):
-                for value in _published_scores(table, group):
-                    at = getattr(value, score, None)
-                    if at is not None:
-                        axes.plot([at], [row], **_look(number), zorder=3)
-                        beyond[row] = max(beyond[row], at)
-        label_bars(axes, means, [estimate.text() for estimate in estimates], beyond)
-        axes.axvline(0, color=MUTED, linewidth=0.8)
+        beyond = ends[1::2]
+        for number, row, at in marks:
+            axes.plot([at], [row], **_look(number), zorder=3)
+            beyond[row] = max(beyond[row], at)
+        label_bars(axes, means, [estimate.text() for estimate in estimates], beyond, base)
+        axes.axvline(base, color=MUTED, linewidth=0.8)
         axes.set_yticks(range(len(groups)), [figure_text(group.label) for group in groups])
         axes.tick_params(axis="y", length=0)
-        axes.set_title(label)
+        axes.set_title(title + (f"; bars begin at {base:g}" if base else ""))
         axes.set_ylim(len(groups) - 0.4, -0.6)
     for number, table in enumerate(marked):
         label = figure_text(f"published: {printable(table.source)}", 64)
@@ -137,6 +167,21 @@ def plot_scores(results: Results, published: Sequence[PublishedTable] = ()) -> F
     if marked:
         legend(figure, panels[0, 0])
     return figure
+
+
+def bar_base(values: Sequence[float]) -> float:
+    """Return where bars of these accuracies begin: at 0 if their differences show from there, else nearer.
+
+    Then the shortest bar is at least a quarter of the range of values long.
+
+    >>> bar_base([98.1, 97.8, 95.8]), bar_base([98.1, 40.0]), bar_base([98.1])
+    (95.0, 0.0, 0.0)
+    """
+    low, high = min(values), max(values)
+    if not 0 < high - low < high / 2:
+        return 0.0
+    step = 10.0 ** math.floor(math.log10((high - low) / 2))
+    return max(0.0, round(math.floor((low - (high - low) / 4) / step) * step, 9))
 
 
 def published_names(method: str) -> list[str]:

@@ -37,6 +37,7 @@ __all__ = [
     "number_tasks",
     "picture",
     "styled",
+    "themed_svg",
 ]
 
 INK, MUTED, GRID, PAPER = "#1f2328", "#59636e", "#d8dee4", "#fffffe"
@@ -118,14 +119,22 @@ def number_tasks(axes: Axes, tasks: int, label: str) -> None:
     axes.set_xlabel(label)
 
 
-def label_bars(axes: Axes, values: list[float], texts: list[str], beyond: list[float]) -> None:
-    """Write a text at the end of each horizontal bar, past what else is drawn there, and leave room for it."""
-    low, high = min(0.0, *values), max(0.0, *values, *beyond)
+def label_bars(axes: Axes, values: list[float], texts: list[str], beyond: list[float], base: float = 0.0) -> None:
+    """Write a text at the end of each horizontal bar, past what else is drawn there, and leave room for it.
+
+    Args:
+        axes: where the bars are.
+        values: the end of each bar.
+        texts: what to write.
+        beyond: how far to the right something is drawn in each row.
+        base: where the bars begin.
+    """
+    low, high = min(base, *values), max(base, *values, *beyond)
     span = (high - low) or 1.0
     for row, (value, text, at) in enumerate(zip(values, texts, beyond, strict=True)):
         place: Any = {"xytext": (6 if at > value else 3, 0), "textcoords": "offset points", "va": "center"}
-        axes.annotate(text, (max(value, at, 0.0), row), **place, fontsize=8)
-    axes.set_xlim(low - 0.03 * span * (low < 0), high + span * (0.05 + 0.024 * max(map(len, texts))))
+        axes.annotate(text, (max(value, at, base), row), **place, fontsize=8)
+    axes.set_xlim(low - 0.03 * span * (low < base), high + span * (0.05 + 0.024 * max(map(len, texts))))
 
 
 def heat_map(
@@ -172,6 +181,22 @@ def picture(figure: Figure, kind: str, **options: Any) -> bytes:
             figure.set_layout_engine("none")
         figure.savefig(target, format=kind, metadata=metadata, **{"dpi": 200, "facecolor": "white", **options})
     return target.getvalue()
+
+
+def themed_svg(svg: bytes) -> bytes:
+    """Return a figure as an SVG file that follows its reader's theme, on whatever page it stands.
+
+    Colours stay written as they are, for programs that know no themes; the style sheet replaces them in the dark.
+    """
+    rules = "".join(
+        f'[style*="{what}: {light}"]{{{what}:{dark} !important}}'
+        for light, dark in THEME.values()
+        for what in ("fill", "stroke")
+    )
+    style = f"<style>svg{{color-scheme:light dark}}@media (prefers-color-scheme: dark){{{rules}}}</style>"
+    text = svg.decode("utf-8").replace("fill: #ffffff", "fill: none", 1)  # the background
+    end = text.index(">", text.index("<svg")) + 1
+    return (text[:end] + style + text[end:]).encode("utf-8")
 
 
 def inline_svg(svg: bytes, name: str, description: str) -> str:

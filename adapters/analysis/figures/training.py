@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from adapters.analysis.figures.drawing import (
@@ -28,7 +29,7 @@ from adapters.analysis.figures.drawing import (
     number_tasks,
     styled,
 )
-from adapters.analysis.groups import Group, Results, groups_of
+from adapters.analysis.groups import Group, Results, groups_of, have_spread
 from adapters.analysis.path_report import merged_tasks
 from adapters.runs import RunResult
 from became_core import BecameError
@@ -81,6 +82,7 @@ def plot_learning_curves(results: Results) -> Figure:
         axes.set_ylabel("loss, nats")
         if len(groups) > 1:
             axes.set_title(figure_text(group.label))
+    panels[-1, 0].xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     panels[-1, 0].set_xlabel("epoch; dotted: a task begins")
     legend(figure, max(panels[:, 0], key=lambda axes: len(axes.get_legend_handles_labels()[0])))
     return figure
@@ -203,7 +205,7 @@ def _draw_prediction(axes: Axes, path: Mapping[str, Any]) -> None:
     losses = [point["loss"] for point in path["points"]]
     reach = (max(losses) - min(losses)) or 1.0
     alphas = np.linspace(path["points"][0]["alpha"], path["points"][-1]["alpha"], 101)
-    axes.plot(alphas, predicted_loss(path, alphas), color=MUTED, linestyle="--", label="predicted")
+    axes.plot(alphas, predicted_loss(path, alphas), color=MUTED, linestyle="--", label="predicted parabola")
     low, high = axes.get_ylim()
     axes.set_ylim(max(low, min(losses) - 0.6 * reach), min(high, max(losses) + 0.3 * reach))
 
@@ -261,7 +263,7 @@ def plot_seconds(results: Results) -> Figure:
     axes = panels[0, 0]
     axes.set_ylim(len(groups) - 0.4, -0.6)
     axes.set_xlim(0, 1.22 * longest / divisor)
-    figure.supxlabel(f"{unit}, mean over seeds", fontsize=8.5)
+    figure.supxlabel(unit + (", mean over seeds" if have_spread(groups) else ""), fontsize=8.5)
     return figure
 
 

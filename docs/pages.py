@@ -1,23 +1,26 @@
-"""Hooks that MkDocs calls: formulas, generated tables, pages from elsewhere, and a check for network requests.
+"""The pages of the documentation site, made before a site generator reads them.
 
-Convention: formulas on a page are LaTeX between dollar signs. The built page has them as MathML, which browsers show
-without a script.
+``python docs/pages.py`` writes them into ``build/pages``: the pages of ``docs``, and those whose source is elsewhere in
+the repository, with formulas, tables of what is registered, and titles of code blocks. A generator then needs nothing
+but Markdown. ``python docs/pages.py check`` examines the built site.
+
+Convention: formulas are LaTeX between dollar signs. The made page has them as MathML, which browsers show without a
+script.
 """
 
 import re
+import shutil
+import sys
 from collections.abc import Callable
-from html import unescape
 from pathlib import Path
 from typing import Any
 
 from became_core.continual import METHODS, method_settings
 from became_core.projection import PROJECTORS
 from became_core.registry import Registry
-from latex2mathml.converter import convert
-from mkdocs.exceptions import PluginError
-from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parents[1]
+MADE = ROOT / "build" / "pages"
 # Pages of the site whose source is outside docs/, where readers of the code look for it.
 ELSEWHERE = {
     "results.md": "RESULTS.md",
@@ -28,9 +31,11 @@ ELSEWHERE = {
 # For each file that has a page, the page.
 PAGES = {source: page for page, source in ELSEWHERE.items()} | {"README.md": "index.md"}
 LINK = re.compile(r"\[([^\]]+)\]\(([^)#\s]+)(#[^)]*)?\)")
-FORMULA = re.compile(
-    r'<(span|div) class="arithmatex">(?:\\\((?P<inline>.*?)\\\)|\\\[(?P<block>.*?)\\\])</\1>',
-    re.DOTALL,
+# Code, which is left as it is, or a formula: a displayed one, or one within a line, which may go on in the next line.
+CODE_OR_FORMULA = re.compile(
+    r"(?P<code>^(?P<fence> *```+)[^\n]*\n.*?^(?P=fence)$|(?P<quotes>`+).+?(?P=quotes))"
+    r"|\$\$(?P<block>.+?)\$\$|(?<![\\\w$])\$(?=\S)(?P<inline>(?:[^$\n]|\n(?!\s*\n))+?)(?<=\S)\$(?!\w)",
+    re.DOTALL | re.MULTILINE,
 )
 # The title of a code block by the word after "python": one framework, or "run" for any framework that trains.
 FRAMEWORKS = {
@@ -41,6 +46,8 @@ FRAMEWORKS = {
 }
 # The registries of which a page can have a table, by a line such as ``<!-- table of projectors -->``.
 REGISTRIES: dict[str, Registry[Any]] = {"methods": METHODS, "projectors": PROJECTORS}
+# Where a generator puts the search index that a page can load without a server: MkDocs' theme, and Zensical.
+SEARCH_INDICES = ("search/search_index.js", "search.js")
 # What a browser would request from another server. Links are not among it: only a reader's click follows them.
 REQUEST = re.compile(
     r'<(?!a\b)\w+[^>]*\s(?:src|href|srcset|data|poster)\s*=\s*"?(?:https?:)?//[^>]*>'
@@ -48,14 +55,16 @@ REQUEST = re.compile(
 )
 
 
-def on_files(files: Files, config: Any) -> Files:
-    """Add the pages whose source is outside docs/."""
+def write_pages(into: Path = MADE) -> None:
+    """Write everything that the site is made of into a folder, which is emptied first."""
+    shutil.rmtree(into, ignore_errors=True)
+    tools = shutil.ignore_patterns("*.py", "*.toml", "__pycache__")
+    shutil.copytree(ROOT / "docs", into, ignore=tools)
     for page, source in ELSEWHERE.items():
         content = (ROOT / source).read_text(encoding="utf-8")
-        files.append(
-            File.generated(config, page, content=LINK.sub(_link_on_site(source), content))
-        )
-    return files
+        (into / page).write_text(LINK.sub(_link_on_site(source), content), encoding="utf-8")
+    for file in sorted(into.rglob("*.md")):
+        file.write_text(made(file.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 def _link_on_site(source: str) -> Callable[[re.Match[str]], str]:
@@ -75,12 +84,13 @@ def _link_on_site(source: str) -> Callable[[re.Match[str]], str]:
     return link
 
 
-def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Return the page with generated tables, and with a title on each code block that needs a framework."""
+def made(markdown: str) -> str:
+    """Return a page with its tables, its formulas, and a title on each code block that needs a framework."""
     for marker, registry in REGISTRIES.items():
         markdown = markdown.replace(f"<!-- table of {marker} -->", table(registry))
     markdown = markdown.replace("<!-- table of settings -->", settings_table())
-    return re.sub(r"^```python (\w+)$", _fence_with_title, markdown, flags=re.MULTILINE)
+    markdown = CODE_OR_FORMULA.sub(_mathml, markdown)
+    return re.sub(r"^( *)```python (\w+)$", _fence_with_title, markdown, flags=re.MULTILINE)
 
 
 def table(registry: Registry[Any]) -> str:
@@ -103,24 +113,38 @@ def settings_table() -> str:
     return "\n".join(["| option | default | what it is |", "| --- | --- | --- |", *rows])
 
 
-def _fence_with_title(match: re.Match[str]) -> str:
-    return f'```{{ .python title="{FRAMEWORKS[match[1]]}" }}'
-
-
-def on_page_content(html: str, **_: Any) -> str:
-    """Return the page with its formulas as MathML."""
-    return FORMULA.sub(_mathml, html)
-
-
 def _mathml(match: re.Match[str]) -> str:
+    if match["code"] is not None:
+        return match[0]
+    from latex2mathml.converter import convert  # only who makes the site needs it
+
     display = "block" if match["block"] is not None else "inline"
-    return str(convert(unescape(match[display]), display=display))
+    # A span, because Markdown would take a line that begins with <math> for the beginning of a block.
+    formula = convert(match[display].strip(), display=display)
+    return f"<span>{formula}</span>".replace("<mover>", '<mover accent="true">')
 
 
-def on_post_build(config: Any) -> None:
-    """Fail if a page would request anything from a network."""
-    for file in sorted(Path(config.site_dir).rglob("*")):
+def _fence_with_title(match: re.Match[str]) -> str:
+    return f'{match[1]}```{{ .python title="{FRAMEWORKS[match[2]]}" }}'
+
+
+def check_site(site: Path) -> None:
+    """Fail if the search of the built site needs a server, or a page would request anything from a network.
+
+    Raises:
+        SystemExit: with a sentence that names the file.
+    """
+    if not any((site / index).exists() for index in SEARCH_INDICES):
+        sys.exit(f"{site} has no search index that a page read from a folder can load.")
+    for file in sorted(site.rglob("*")):
         if file.suffix in (".html", ".css"):
             request = REQUEST.search(file.read_text(encoding="utf-8"))
             if request:
-                raise PluginError(f"{file} fetches from a network: {request[0]}")
+                sys.exit(f"{file} fetches from a network: {request[0]}")
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] == ["check"]:
+        check_site(ROOT / "site")
+    else:
+        write_pages()
