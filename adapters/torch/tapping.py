@@ -54,8 +54,8 @@ def collect_taps(
         arguments: of the network, the first being the samples.
         cotangents: from logits to the gradients by them that backward passes begin with.
         layouts: what earlier batches of the same network told; the batch at hand is added to it.
-        per_sample: whether per-sample gradients exist, batch statistics being constants; otherwise all rows are taken
-            for those of one sample, and a parameter of which no layer's tap speaks has one gradient, the batch's.
+        per_sample: whether per-sample gradients exist, batch statistics being constants; otherwise taps are
+            right as sums over all samples alone, and a parameter of which no layer's tap speaks has one gradient.
     """
     layouts = Layouts() if layouts is None else layouts
     run = _forward(network, names, arguments, layouts, per_sample=per_sample)
@@ -71,7 +71,7 @@ def collect_taps(
     lone = [] if per_sample else [run.parameters[name] for name in plan.others]
     inputs: dict[Key, Any] = {}
     for seed in cotangents(run.logits.detach()):
-        samples = len(seed) if per_sample else 1
+        samples = len(seed)
         gradients = run.gradients([*edges.values(), *lone], seed)  # type: ignore[list-item]
         at = dict(zip(edges, gradients, strict=False))
         taps = {
@@ -86,7 +86,9 @@ def collect_taps(
         if per_sample and plan.others:
             rest = _per_sample_gradients(network, plan.others, run, arguments, seed)
         yield taps | {
-            name: _lone_tap(torch.zeros_like(run.parameters[name]) if value is None else value, samples)
+            name: _lone_tap(
+                torch.zeros_like(run.parameters[name]) if value is None else value, len(seed) if per_sample else 1
+            )
             for name, value in zip(plan.others, rest, strict=True)
         }
 
@@ -112,13 +114,15 @@ def collect_inputs(
                 continue
             if index == len(passes):
                 passes.append({})
+            layer, _, last = name.rpartition(".")
+            is_layers = bool(layer) and last == "weight"
             if use.window is not None:
                 images, kernel = use.window()
-                tap = Tap("window", images, images[:, :0, :0], kernel=kernel, own_name=True)
+                tap = Tap("window", images, images[:, :0, :0], kernel=kernel, own_name=not is_layers)
             else:
                 rows = use.inputs()
-                tap = Tap("matrix", rows, rows[:, :, :0], own_name=True, transposed=use.transposed)
-            passes[index][name] = tap
+                tap = Tap("matrix", rows, rows[:, :, :0], own_name=not is_layers, transposed=use.transposed)
+            passes[index][layer if is_layers else name] = tap
     yield from passes
 
 
@@ -310,6 +314,8 @@ def _tap_of(
     if gradient is None:
         return None
     arrangement = arranged.get(use.key, Split(1, 0))
+    if use.kind != "elementwise" and use.key not in arranged and len(use.rows(gradient)) % samples:
+        samples = 1  # where only sums over all samples are asked for, it does not matter
     if use.kind == "elementwise":
         by_operand = run.parameters[use.name] if use.operand is None else at[use.key]
         assert by_operand is not None
@@ -347,6 +353,9 @@ def _in_a_row(taps: Sequence[Tap]) -> Tap:
         return taps[0]
     if taps[0].kind == "gradient":
         return replace(taps[0], inputs=torch.stack([tap.inputs for tap in taps]).sum(0))
+    if len({len(tap.inputs) for tap in taps}) > 1:  # sums over all samples, again
+        flat = [(tap.inputs.flatten(0, 1)[None], tap.output_gradients.flatten(0, 1)[None]) for tap in taps]
+        taps = [replace(tap, inputs=a, output_gradients=g) for tap, (a, g) in zip(taps, flat, strict=True)]
     inputs, gradients = (torch.cat([getattr(tap, side) for tap in taps], 1) for side in ("inputs", "output_gradients"))
     return replace(taps[0], inputs=inputs, output_gradients=gradients)
 

@@ -397,7 +397,7 @@ def test_the_fisher_information_may_be_of_the_models_own_targets() -> None:
     model, batches = _network("perceptron"), _data(1, 40, 8)
     found = []
     for kind in ("true", "sampled"):
-        learning = Continual(model, fisher=kind)  # type: ignore[arg-type]
+        learning = Continual(model, fisher=kind)
         learning.remember(batches)
         assert learning.posterior is not None
         found.append(learning.posterior.precision.diagonal()["2.weight"])

@@ -306,7 +306,8 @@ def test_matrices_are_those_that_multiply_rows_of_the_samples(case: str) -> None
     parameters = dict(network.named_parameters())
     with torch.no_grad():
         for name, transposed in matrices.items():
-            rows = torch.cat([taps[name].inputs.flatten(0, 1) for taps in passes if name in taps])
+            seen = [{tap.weight_name(key): tap.inputs for key, tap in taps.items()} for taps in passes]
+            rows = torch.cat([inputs[name].flatten(0, 1) for inputs in seen if name in inputs])
             values = parameters[name].flatten(1)
             step = torch.randn(values.shape, dtype=torch.float64)
             step = step.T if transposed else step
