@@ -265,3 +265,13 @@ def test_attention_and_a_recurrent_layer_learn_under_the_default_method() -> Non
     alphas = _merged(learn(learner, stream, build_method("became"), short))
     assert all(0 <= alpha <= 1 for alpha in alphas)
     assert learner.derivatives.way == "forward mode"
+
+
+def test_a_projector_that_can_protect_little_says_so() -> None:
+    stream = prototype_stream()
+    backbone = nn.Sequential(nn.Flatten(), nn.utils.parametrizations.weight_norm(nn.Linear(36, 8)))
+    learner = TorchLearner(backbone, stream)
+    assert not learner.projectable
+    short = Training(Annealed(0.05, 1), Annealed(0.05, 1), batch_size=16)
+    with pytest.warns(UserWarning, match="100 % of the shared weights stand still in stage 1 of this and later tasks"):
+        learn(learner, stream.first(2), build_method("gpm"), short)
