@@ -155,6 +155,9 @@ def tests_jax(session: nox.Session) -> None:
     install(session, "test", "-e", ".[jax]")
     assert_absent(session, "torch", "tensorflow")
     cache_compilations(session)
+    # Thousands of programs are compiled and each runs for microseconds: XLA's optimisations cost more than they save.
+    # The session `agreement` compiles as users do, and so do here the tests of what the optimisations may do.
+    session.env["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
     test(session, *ON_EACH, "tests/jax", "--backend", "jax")
 
 
@@ -216,6 +219,7 @@ def stress(session: nox.Session) -> None:
     for backend, kills in {"torch": 100, "jax": 50, "tensorflow": 50}.items():
         session.env.update(BECAME_KILLS=str(kills))
         test(session, killed, "--backend", backend)
+    test(session, "tests/jax", "--backend", "jax", "--timeout", "3600")  # with all of XLA's optimisations
     session.env.update(HYPOTHESIS_PROFILE="long")
     test(session, "tests/core", "tests/networks", "--timeout", "3600")
 

@@ -13,9 +13,11 @@ Other packages add entries to a catalogue or a registry by an entry point of its
 
 import difflib
 import inspect
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import MISSING, dataclass, field, fields, replace
+from functools import cache
 from importlib.metadata import entry_points
 from typing import Any, Generic, TypeVar, get_type_hints
 
@@ -178,9 +180,12 @@ class Registry(Catalogue[type[T]]):
             values: by option name; those of other classes have no effect.
 
         Raises:
-            BecameError: if there is no such name, or the class cannot use a value.
+            BecameError: if there is no such name, a value is infinite or not a number, or the class cannot use it.
         """
         cls = self[name]
+        for option in _options_of(cls).keys() & values.keys():
+            if isinstance(values[option], float) and not math.isfinite(values[option]):
+                raise BecameError(f"the setting '{option}' is {values[option]}; it must be a finite number.")
         return cls(**{field: values[option] for option, field in _options_of(cls).items() if option in values})
 
     def options_of(self, name: str) -> tuple[str, ...]:
@@ -195,11 +200,9 @@ class Registry(Catalogue[type[T]]):
         """
         merged: dict[str, Setting] = {}
         for name in self.names:
-            cls = self._values[name]
-            hints = get_type_hints(cls)
-            defaults = {attribute.name: attribute.default for attribute in fields(cls)}  # type: ignore[arg-type]
-            for option, field_name in _options_of(cls).items():
-                new = Setting(option, hints[field_name], defaults[field_name], _help(cls, field_name), (name,))
+            declared_settings = _declared_settings(self._values[name])  # type: ignore[arg-type] # classes are hashable
+            for option, declared in declared_settings.items():
+                new = replace(declared, owners=(name,))
                 merged[option] = merged[option].shared_with(new) if option in merged else new
         return merged
 
@@ -222,6 +225,17 @@ def _options_of(cls: type) -> dict[str, str]:
     """Return the names of the fields of a dataclass that are settings, by option name."""
     settings = [field for field in fields(cls) if OPTION in field.metadata and field.default is not MISSING]
     return {field.metadata[OPTION] or field.name: field.name for field in settings}
+
+
+@cache  # every command asks for all settings many times, and reading annotations and docstrings takes milliseconds
+def _declared_settings(cls: type) -> dict[str, Setting]:
+    """Return the settings that a class declares, by option name, before it has a registered name."""
+    hints = get_type_hints(cls)
+    defaults = {attribute.name: attribute.default for attribute in fields(cls)}
+    return {
+        option: Setting(option, hints[name], defaults[name], _help(cls, name), ())
+        for option, name in _options_of(cls).items()
+    }
 
 
 def _help(cls: type, field_name: str) -> str:

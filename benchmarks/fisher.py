@@ -44,7 +44,7 @@ Fisher = dict[str, Tensor]
 def problem(batches: int) -> tuple[nn.Module, Batches]:
     """Return the network and its samples, in the memory format that the learner uses."""
     torch.manual_seed(0)
-    network = MultiHead(Described(alexnet(3, 32, 32)), 2048, tasks=1, classes=CLASSES).eval()
+    network = MultiHead(Described(alexnet(3, 32, 32)), 2048, [CLASSES]).eval()
     network.to(memory_format=torch.channels_last)  # type: ignore[call-overload] # PyTorch's own types lack it
     images = torch.randn(batches, BATCH, 3, 32, 32)
     labels = torch.randint(0, CLASSES, (batches, BATCH))

@@ -23,7 +23,7 @@ from became_core.continual import (
     Views,
     random_generator,
 )
-from became_core.continual.data import Indices
+from became_core.continual.data import Indices, chunks
 from became_core.curvature import Pushforward, Tap, Taps
 from became_core.projection import Region
 
@@ -81,7 +81,7 @@ class ReferenceLearner(Learner):
         rng = random_generator(seed, "weights")
         self._parameters: dict[str, Array] = {}
         shapes = {"fc1": (hidden[0], self._inputs.shape[1]), "fc2": (hidden[1], hidden[0])}
-        shapes |= dict.fromkeys(self._heads, (stream.classes_per_task, hidden[1]))
+        shapes |= {head: (len(task.classes), hidden[1]) for head, task in zip(self._heads, stream.tasks, strict=True)}
         for layer, shape in shapes.items():
             self._parameters[f"{layer}.weight"] = rng.normal(scale=np.sqrt(2 / shape[1]), size=shape)
             if bias and layer not in self._heads:
@@ -128,12 +128,11 @@ class ReferenceLearner(Learner):
 
     def logits(self, indices: Indices, batch_size: int) -> Array:
         """Return all heads' logits, [samples, tasks, classes]."""
-        return np.concatenate(
-            [
-                np.stack([self._forward(task, rows).logits for task in range(len(self._heads))], axis=1)
-                for rows in _chunks(indices, batch_size)
-            ]
-        )
+        widths = [len(self._parameters[f"{head}.weight"]) for head in self._heads]
+        logits = np.full((len(indices), len(widths), max(widths)), -np.inf)
+        for task, width in enumerate(widths):
+            logits[:, task, :width] = self._forward(task, indices).logits
+        return logits
 
     def targets(self, indices: Indices) -> Indices:
         """Return the labels within the task, [samples]."""
@@ -143,7 +142,7 @@ class ReferenceLearner(Learner):
         self, task: int, indices: Indices, batch_size: int, mode: TapMode, rng: np.random.Generator
     ) -> Iterator[Taps]:
         """Yield each batch's taps; every layer has one position a sample."""
-        for rows in _chunks(indices, batch_size):
+        for rows in chunks(indices, batch_size):
             forward = self._forward(task, rows, rng if mode == "published" else None)
             if mode == "inputs":
                 passes = [[a[:, :0] for a in forward.inputs]]
@@ -160,7 +159,7 @@ class ReferenceLearner(Learner):
         self, task: int, indices: Indices, batch_size: int, directions: Sequence[Params]
     ) -> Iterator[Pushforward]:
         """Yield each batch's logits and their derivatives along directions."""
-        for rows in _chunks(indices, batch_size):
+        for rows in chunks(indices, batch_size):
             forward = self._forward(task, rows)
             tangents = np.stack([self._tangent(task, forward, direction) for direction in directions])
             yield Pushforward(forward.logits, tangents, self._targets[rows])
@@ -181,7 +180,7 @@ class ReferenceLearner(Learner):
     def _normalised(self, images: NDArray[np.uint8]) -> Array:
         channel = (1, -1, 1, 1)
         mean, std = np.reshape(self._dataset.mean, channel), np.reshape(self._dataset.std, channel)
-        return np.asarray((images / 255 - mean) / std).reshape(len(images), -1)
+        return np.asarray((images / self._dataset.unit - mean) / std).reshape(len(images), -1)
 
     def _forward(
         self, task: int, rows: Indices, rng: np.random.Generator | None = None, views: Views | None = None
@@ -263,8 +262,3 @@ def cropped(images: NDArray[np.uint8], views: Views) -> NDArray[np.uint8]:
         crop = image[:, border + down : border + down + height, border + right : border + right + width]
         crops.append(crop[:, :, ::-1] if flip else crop)  # from left to right
     return np.stack(crops)
-
-
-def _chunks(indices: Indices, size: int) -> Iterator[Indices]:
-    for start in range(0, len(indices), size):
-        yield indices[start : start + size]

@@ -5,7 +5,7 @@ statistics, so that a loss is a smooth function of the parameters which finite d
 passes them needs no further test to be trusted in the loop. Nothing is framework-specific: arrays are read by NumPy.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -30,6 +30,7 @@ from became_core.continual import (
     SGD,
     Adam,
     Annealed,
+    Augmentation,
     Batch,
     Constraint,
     EpochEnd,
@@ -66,11 +67,13 @@ from tests.listening import Listening
 from tests.projections import Finished
 from tests.streams import prototype_stream
 
-__all__ = ["BACKBONES", "CHECKS", "Make", "convolutional", "linear", "listened"]
+__all__ = ["BACKBONES", "CHECKS", "Make", "conforms_where_all_is_compiled", "convolutional", "linear", "listened"]
 
 Make = Callable[[TaskStream, int], Learner]
 STREAM = prototype_stream(tasks=2, classes_per_task=3, per_class=16, side=8)
 RATE = 0.125
+# They merge, penalise, train in a region, gate units, and remember gradients.
+ONE_OF_EACH_KIND = ("became", "ewc", "trgp", "hat", "ogd")
 STEP = 1e-6  # of finite differences: so small that hardly any ReLU changes sides
 
 
@@ -79,11 +82,14 @@ def linear(stream: TaskStream) -> Architecture:
 
 
 def convolutional(stream: TaskStream) -> Architecture:
-    """With a residual block, and one whose shortcut changes the shape."""
+    """With a residual block, and one whose shortcut changes the shape.
+
+    The blocks' weights have one shape, because JAX compiles each operation of curvature and projection for each shape.
+    """
     block = Convolution("conv2", 4, 3, padding=1, bias=True), Tanh()
     layers = (
         *(Convolution("conv1", 4, 3, stride=2, padding=1), Tanh(), Residual(block)),
-        *(Residual((Convolution("conv3", 3, 2, stride=2), Tanh()), (Convolution("shortcut", 3, 1, stride=2),)),),
+        *(Residual((Convolution("conv3", 4, 3, 2, padding=1), Tanh()), (Convolution("shortcut", 4, 1, stride=2),)),),
         *(AveragePool(2), Flatten(), Linear("fc1", 7, bias=True)),
     )
     return Architecture(layers, stream.dataset.images.shape[1:])
@@ -321,15 +327,15 @@ def check_true_taps_are_the_expectation_over_labels(make: Make) -> None:
         for name in sorted(set(parameters) - learner.heads[1])
         for index in draw.choice(fisher[name].size, size=min(4, fisher[name].size), replace=False)
     ]
-    directions = []
-    for name, index in entries:
-        units = {other: value * 0 for other, value in parameters.items()}
+    expected = np.zeros(len(entries))
+    zeros = {name: value * 0 for name, value in parameters.items()}
+    for place, (name, index) in enumerate(entries):
         unit = np.zeros(fisher[name].size)
         unit[index] = 1
-        units[name] = in_the_framework_of(parameters[name], unit.reshape(fisher[name].shape))
-        directions.append(units)
-    _, curvature = derivatives_along(learner.pushforward(0, rows, 8, directions))
-    expected = np.diagonal(to_numpy(curvature))
+        direction = zeros | {name: in_the_framework_of(parameters[name], unit.reshape(fisher[name].shape))}
+        # One direction at a time: what is compiled for one serves all.
+        _, curvature = derivatives_along(learner.pushforward(0, rows, 8, [direction]))
+        expected[place] = float(curvature[0, 0])
     assert np.any(expected > 1e-6)
     found = [fisher[name].ravel()[index] for name, index in entries]
     np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-14)
@@ -660,10 +666,15 @@ def check_masks_keep_what_an_old_task_says_to_the_bit(make: Make) -> None:
     assert kept == dict.fromkeys(masks, True) | {"finetune": False}
 
 
-def check_every_method_runs_and_repeats(make: Make) -> None:
-    """The whole loop; some of them twice with one seed: equal records; alpha is a fraction where two were merged."""
+def check_every_method_runs_and_repeats(make: Make, names: Sequence[str] = ()) -> None:
+    """The whole loop; some of them twice with one seed: equal records; alpha is a fraction where two were merged.
+
+    Args:
+        make: a learner.
+        names: of the methods; all if there are none.
+    """
     training = Training(Annealed(0.05, 2), Annealed(0.05, 1), batch_size=12, path_alphas=(0.0, 1.0))
-    for name in method_names():
+    for name in names or method_names():
         if name == "hat" and not can_be_gated(make(STREAM, 0)):
             continue
         records = []
@@ -678,6 +689,72 @@ def check_every_method_runs_and_repeats(make: Make) -> None:
         assert (first.alpha[1] is not None) == (merges and name != "imm-mode")
         assert first.alpha[1] is None or 0 <= first.alpha[1] <= 1
         assert bool(first.paths) == merges
+
+
+def unequal(first: int) -> TaskStream:
+    """A stream of six classes, of which the first task has so many, and the second all others."""
+    labels, count = STREAM.dataset.labels, STREAM.dataset.train_size
+    tasks = []
+    for index, classes in enumerate((range(first), range(first, 6))):
+        rows = np.flatnonzero(np.isin(labels, classes))
+        tasks.append(Task(index, tuple(classes), rows[rows < count], rows[:0], rows[rows >= count]))
+    return TaskStream(STREAM.dataset, tuple(tasks), np.where(labels < first, labels, labels - first))
+
+
+def check_tasks_may_differ_in_their_classes(make: Make) -> None:
+    """In either order: a head is as wide as its task, and no class that a task has not is ever its answer."""
+    training = Training(Annealed(0.05, 2), Annealed(0.05, 1), batch_size=12)
+    for first in (2, 4):
+        stream = unequal(first)
+        learner = make(stream, 0)
+        record = learn(learner, stream, build_method("became"), training)
+        assert record.alpha[1] is not None
+        assert 0 <= record.alpha[1] <= 1
+        theta = learner.parameters()
+        widths = [theta[name].shape[0] for head in learner.heads for name in head]
+        assert widths == [first, 6 - first]
+        logits = to_numpy(learner.logits(stream.tasks[0].test, 12))
+        assert logits.shape == (len(stream.tasks[0].test), 2, 4)
+        for task, width in enumerate(widths):
+            assert np.isfinite(logits[:, task, :width]).all()
+            assert (logits[:, task, width:] == -np.inf).all()
+        for mode, sets in (("true", widths[0]), ("sampled", 1), ("empirical", 1)):
+            taps = list(learner.taps(0, stream.tasks[0].train[:4], 4, mode, fresh_rng()))  # type: ignore[arg-type]
+            assert len(taps) == sets
+
+
+def check_images_in_floating_point_are_normalised_as_they_are(make: Make) -> None:
+    dataset = STREAM.dataset
+    scaled = replace(dataset, images=(dataset.images / 255).astype(np.float64))
+    learners = make(STREAM, 0), make(replace(STREAM, dataset=scaled), 0)
+    training = Training(Annealed(0.05, 1), Annealed(0.05, 1), batch_size=12, augmentation=Augmentation(1))
+    for learner in learners:
+        learn(learner, STREAM, build_method("finetune"), training)
+    for name, value in numbers(learners[0].parameters()).items():
+        np.testing.assert_allclose(to_numpy(learners[1].parameters()[name]), value, rtol=1e-9, atol=1e-12)
+
+
+def check_a_batch_may_have_one_sample(make: Make) -> None:
+    learner = make(STREAM, 0)
+    before = numbers(learner.parameters())
+    training = Training(Annealed(0.01, 1), Annealed(0.01, 1), batch_size=1)
+    one_task = replace(STREAM, tasks=(replace(STREAM.tasks[0], train=STREAM.tasks[0].train[:5]),))
+    record = learn(learner, one_task, build_method("finetune"), training)
+    assert np.isfinite(record.accuracy).all()
+    after = numbers(learner.parameters())
+    assert all(np.any(after[name] != before[name]) for name in learner.heads[0] | learner.projectable)
+
+
+def conforms_where_all_is_compiled(check: Callable[[Make], None], make: Make, backbone: str) -> None:
+    """Run a check on a framework that compiles each operation for each shape.
+
+    Every method runs with one backbone, and with the others one method of each kind, which ask a learner for all that
+    a method can ask for. PyTorch's learner runs every method with every backbone.
+    """
+    if check is check_every_method_runs_and_repeats and backbone != "linear":
+        check_every_method_runs_and_repeats(make, ONE_OF_EACH_KIND)
+    else:
+        check(make)
 
 
 CHECKS: list[Callable[[Make], None]] = [check for name, check in sorted(globals().items()) if name.startswith("check_")]

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import pytest
 from numpy.typing import NDArray
 
 from adapters.networks import (
@@ -22,6 +23,7 @@ from adapters.networks import (
     ReLU,
     Residual,
 )
+from became_core import BecameError
 from became_core.arrays import Params
 from became_core.continual import (
     SGD,
@@ -96,6 +98,34 @@ def check_whether_an_images_batch_matters(make: MakeNormalised) -> None:
         learner = trained(make, kind)
         together, by_four = (to_numpy(learner.logits(rows, size)) for size in (len(rows), 4))
         assert np.allclose(by_four, together, rtol=1e-9, atol=1e-9) == (kind != "batch")
+
+
+def check_no_sample_is_alone(make: MakeNormalised) -> None:
+    """A single last sample is normalised with those before it: its logits are its own, whatever the batch size."""
+    learner, rows = trained(make, "batch"), STREAM.tasks[0].train
+    for size, count in ((8, 9), (7, 22), (1, 3)):
+        last = [to_numpy(learner.logits(np.r_[rows[: count - 1], row], size))[-1, 0] for row in rows[count : count + 2]]
+        assert np.abs(last[0] - last[1]).max() > 1e-6
+        for mode in ("empirical", "published"):
+            batches = list(learner.taps(0, rows[:count], size, mode, np.random.default_rng(0)))
+            sizes = [tap["fc1"].inputs.shape[0] for tap in batches]
+            assert sum(sizes) == count
+            assert min(sizes) > 1
+    learner, last_alone = trained(make, "running"), rows[:9]
+    assert [size for size, _ in learner.batch_statistics(last_alone, 8)] == [9]
+
+
+def check_what_has_no_batch_statistics_is_refused(make: MakeNormalised) -> None:
+    """A step on one sample, and a task with one."""
+    training = Training(Annealed(0.05, 1), Annealed(0.05, 1), batch_size=1)
+    one = replace(STREAM, tasks=(replace(STREAM.tasks[0], test=STREAM.tasks[0].test[:1]),))
+    for kind in ("batch", "running"):
+        with pytest.raises(BecameError, match=r"^the batch size is 1, and the network normalises by statistics over"):
+            learn(make(normalised(kind), STREAM), STREAM, build_method("finetune"), training)
+    with pytest.raises(BecameError, match=r"and task 1 has a single test sample; give it two, or the network another"):
+        make(normalised("batch"), one)
+    make(normalised("running"), one)  # whose own statistics serve one
+    learn(make(normalised("group"), one), one, build_method("finetune"), training)
 
 
 def check_statistics_are_no_weights(make: MakeNormalised) -> None:

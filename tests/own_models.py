@@ -27,7 +27,7 @@ __all__ = ["DESCRIPTION", "IMAGE", "check_it_has_the_taps_of_its_description", "
 IMAGE = (2, 8, 8)
 DESCRIPTION = Architecture(
     (
-        *(Convolution("conv1", 4, 3, padding=1, bias=True), BatchNorm("bn1"), ReLU(), Dropout(0.25)),
+        *(Convolution("conv1", 4, 3, padding=1, bias=True), BatchNorm("bn1", running=True), ReLU(), Dropout(0.25)),
         *(Residual((Convolution("conv2", 4, 3, padding=1),)), MaxPool(2)),
         *(Convolution("conv3", 6, 2, stride=2, bias=True), Flatten(), Linear("fc1", 7, bias=True), ReLU()),
     ),
@@ -45,6 +45,7 @@ def check_it_learns_as_its_description(make: MakeLearner, backbone: Backbone) ->
     assert dict(backbone.parameters) == dict(DESCRIPTION.parameters)
     assert backbone.masks == DESCRIPTION.masks
     ours, theirs = (make(each, STREAM, 3) for each in (backbone, DESCRIPTION))
+    ours.assign(theirs.parameters())
     method = build_method("became", {"threshold": 0.9})
     records = [learn(learner, STREAM, method, TRAINING, seed=5) for learner in (ours, theirs)]
     np.testing.assert_array_equal(records[0].accuracy, records[1].accuracy)
@@ -56,6 +57,7 @@ def check_it_learns_as_its_description(make: MakeLearner, backbone: Backbone) ->
 def check_it_has_the_taps_of_its_description(make: MakeLearner, backbone: Backbone) -> None:
     """The same true Fisher information, which every tap takes part in."""
     learners = [make(each, STREAM, 3) for each in (backbone, DESCRIPTION)]
+    learners[0].assign(learners[1].parameters())
     ours, theirs = (
         Measurement(learner, STREAM.tasks[0], TRAINING, "true", 0, "merge").diagonal().values for learner in learners
     )

@@ -13,6 +13,7 @@ from became_core.arrays import Params
 from became_core.projection import GPCNS, NSCL, Projector
 from became_core.projection import PROJECTORS as REGISTRY
 from tests.backends import to_xp
+from tests.strategies import few_if_compiled
 
 __all__ = [
     "EPSILONS",
@@ -122,7 +123,8 @@ def representations(draw: st.DrawFn, *, most: int = 3, columns: tuple[int, int] 
     """Return layer inputs of two or more tasks as columns [d_in, n], with falling energy along random directions."""
     random = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     decay = 2.0 ** -(np.arange(WIDTH)[:, None] ** draw(st.sampled_from([0.5, 1.0])))
-    number = st.integers(*columns)
+    # Fewer columns than one batch of ``finished``, a batch and a smaller one, and whole batches.
+    number = few_if_compiled(st.integers(*columns), [max(columns[0], few) for few in (1, 5, 20)])
     return [
         np.linalg.qr(random.normal(size=(WIDTH, WIDTH)))[0] @ (decay * random.normal(size=(WIDTH, draw(number))))
         for _ in range(draw(st.integers(2, most)))

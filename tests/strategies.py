@@ -6,7 +6,7 @@ paper holds to the bit, and a test needs no tolerance to hide behind.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from hypothesis import settings
@@ -18,12 +18,40 @@ from became_core.laplace import Dense, Diagonal, Isotropic, Kronecker, LowRank, 
 from reference.precisions import block_diagonal, kronecker_matrix, low_rank_matrix
 from tests.backends import to_numpy, to_xp
 
-__all__ = ["KINDS", "Segment", "Structured", "eighths", "segments", "structured", "structured_pairs"]
+__all__ = [
+    "KINDS",
+    "Segment",
+    "Structured",
+    "each_structure",
+    "eighths",
+    "few_if_compiled",
+    "segments",
+    "structured",
+    "structured_pairs",
+]
 
 Array = NDArray[np.float64]
 Tree = dict[str, Array]
 
-SHAPES = st.sampled_from([(), (1,), (3,), (2, 3), (3, 1), (2, 1, 2)])
+Drawn = TypeVar("Drawn")
+Shape = tuple[int, ...]
+
+
+def few_if_compiled(all_values: st.SearchStrategy[Drawn], few: Sequence[Drawn]) -> st.SearchStrategy[Drawn]:
+    """What decides on the shapes of arrays: all values, or a few where each operation is compiled for each new shape.
+
+    There, compilation is most of what a test costs, and an operation that is right for one shape on one framework is
+    right for all. NumPy's and PyTorch's sessions draw all values, and so does the long profile on every framework.
+    """
+    return st.deferred(
+        lambda: st.sampled_from(few) if settings.get_current_profile_name() == "compiled" else all_values
+    )
+
+
+LEAF_SHAPES: st.SearchStrategy[list[Shape]] = few_if_compiled(
+    st.lists(st.sampled_from([(), (1,), (3,), (2, 3), (3, 1), (2, 1, 2)]), min_size=1, max_size=3),
+    [[(2, 3)], [(), (3,)], [(2, 1, 2), (1,), (2, 3)]],
+)
 
 
 def eighths(shape: tuple[int, ...], low: int = -4) -> st.SearchStrategy[Array]:
@@ -70,7 +98,7 @@ def _flat(tree: Tree) -> Array:
 @st.composite
 def segments(draw: st.DrawFn) -> Segment:
     """Segments with one to three leaves of any small shape; degenerate ones included."""
-    shapes = draw(st.lists(SHAPES, min_size=1, max_size=3))
+    shapes = draw(LEAF_SHAPES)
     names = [f"layer{index}.weight" for index in range(len(shapes))]
 
     def tree(low: int) -> Tree:
@@ -127,24 +155,26 @@ KINDS = ("Diagonal", "Isotropic", "Kronecker", "LowRank", "Dense", "Blocks")
 PARAMETER_SHAPES = hnp.array_shapes(min_dims=1, max_dims=3, min_side=1, max_side=3).filter(
     lambda shape: np.prod(shape) <= 9
 )
-# One of each number of dimensions, and one of a single element, for backends that compile every operation anew for a
-# new shape: there, different shapes are most of what a test costs, and NumPy's session draws them all.
-FEW_SHAPES = st.sampled_from([(1,), (3,), (2, 3), (2, 1, 2)])
+# Where each is compiled, three of different numbers of dimensions, one with a single element.
+PARAMETERS: st.SearchStrategy[list[Shape]] = few_if_compiled(
+    st.lists(PARAMETER_SHAPES, min_size=1, max_size=3), [[(1,), (2, 3), (2, 1, 2)]]
+)
+RANKS = few_if_compiled(st.integers(1, 3), [2])
+# So often that each of the six structures is drawn several times; with few shapes, more examples compile little more.
+each_structure = settings(max_examples=max(25, settings().max_examples))
 
 
 def parameter_shapes() -> st.SearchStrategy[dict[str, tuple[int, ...]]]:
     """One to three small parameters; their names are not in order."""
-    one = st.deferred(lambda: FEW_SHAPES if settings.get_current_profile_name() == "compiled" else PARAMETER_SHAPES)
-    return st.lists(one, min_size=1, max_size=3).map(
-        lambda shapes: dict(zip(("b.weight", "a.weight", "c"), shapes, strict=False))
-    )
+    return PARAMETERS.map(lambda shapes: dict(zip(("b.weight", "a.weight", "c"), shapes, strict=False)))
 
 
 @st.composite
 def structured_pairs(draw: st.DrawFn, *, definite: bool = False) -> tuple[Structured, Structured]:
     """Two precisions, each of some of the same parameters."""
     shapes = draw(parameter_shapes())
-    some = st.lists(st.sampled_from(list(shapes)), min_size=1, unique=True)
+    names = list(shapes)
+    some = few_if_compiled(st.lists(st.sampled_from(names), min_size=1, unique=True), [names, names[:1], names[1:]])
     left, right = ({name: shapes[name] for name in draw(some)} for _ in range(2))
     return draw(structured(shapes=left, definite=definite)), draw(structured(shapes=right, definite=definite))
 
@@ -184,7 +214,7 @@ def structured(
         matrix = semidefinite(size)
         return Structured(kind, {"matrix": matrix}, shapes, matrix)
     if kind == "LowRank":
-        rank = draw(st.integers(1, 3))
+        rank = draw(RANKS)
         factors = values({name: (*shape, rank) for name, shape in shapes.items()}, -4)
         if draw(st.booleans()):  # a parameter without a factor has zeros
             del factors[min(shapes)]

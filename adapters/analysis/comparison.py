@@ -16,7 +16,7 @@ from adapters.runs.published import PublishedTable, published_tables
 from became_core import BecameError
 from became_core.continual.metrics import forward_transfer
 
-__all__ = ["comparison", "gather", "heading", "published_table", "results_table", "scores_table"]
+__all__ = ["comparison", "gather", "heading", "published_table", "scores_table"]
 
 
 @dataclass(frozen=True)
@@ -52,29 +52,6 @@ _COSTS = (
     _Metric("seconds", 0, lambda run: run.seconds["total"]),
 )
 _MEMORY = _Metric("memory", 1, lambda run: run.memory[-1] / 2**20 if run.memory else None)
-
-
-def results_table(results: Sequence[RunResult]) -> Table:
-    """Return the table at the end of a run: two rows a method, task- and class-incremental, in the order given."""
-    columns = [Column("method"), Column("incremental"), *(metric.column for metric in _SCORES)]
-    columns += [Column("α per task", prose=True), *(metric.column for metric in _COSTS)]
-    rows: list[list[Cell]] = []
-    for method in dict.fromkeys(result.method for result in results):
-        runs = tuple(result for result in results if result.method == method)
-        group = Group(method, runs, 0)
-        tail = [_mean_alphas(runs), *(metric.estimate(group) for metric in _COSTS)]
-        rows.append([method, "task", *(metric.estimate(group) for metric in _SCORES), *tail])
-        rows.append(["", "class", *(metric.estimate(group) for metric in _CLASS_SCORES), "", "", ""])
-    return Table("Accuracies in percent", columns, rows, section=2)
-
-
-def _mean_alphas(runs: Sequence[RunResult]) -> str:
-    """Each task's mean coefficient over seeds, a dash where nothing was merged; empty if nothing ever was."""
-    alphas = list(zip(*(run.alpha for run in runs), strict=True))
-    if all(alpha is None for task in alphas for alpha in task):
-        return ""
-    means = [[alpha for alpha in task if alpha is not None] for task in alphas]
-    return " ".join(f"{sum(task) / len(task):.2f}" if task else "–" for task in means)
 
 
 def heading(run: RunResult) -> str:

@@ -19,37 +19,37 @@ from adapters.backend.entry import (
     Backend,
     BackendName,
     Builder,
+    available_threads,
     first_installed,
     learner_builder,
     load_backend,
     needs_package,
     run_command,
+    threads_for,
 )
-from adapters.backend.heads import HEAD, for_task, head_name, put_back
-from adapters.backend.learner import FunctionalLearner, NetworkLearner, chunks
+from adapters.backend.heads import Heads
+from adapters.backend.learner import FunctionalLearner, NetworkLearner
 from adapters.backend.network import Data, Factors, Network, State, Step, projected_by_rows
 
 __all__ = [
     "BACKENDS",
-    "HEAD",
     "Backend",
     "BackendName",
     "Builder",
     "Data",
     "Factors",
     "FunctionalLearner",
+    "Heads",
     "Network",
     "NetworkLearner",
     "State",
     "Step",
-    "chunks",
+    "available_threads",
     "first_installed",
-    "for_task",
-    "head_name",
     "learner_builder",
     "load_backend",
     "needs_package",
     "projected_by_rows",
-    "put_back",
     "run_command",
+    "threads_for",
 ]

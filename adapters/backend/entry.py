@@ -3,6 +3,8 @@
 ``adapters/FRAMEWORK/run.py`` makes one ``Backend``. Nothing here imports a framework.
 """
 
+import math
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,7 +13,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import Literal, Protocol, TypeVar, cast
 
-from adapters.networks import DropoutMasks, Norm, build_network
+from adapters.networks import Architecture, DropoutMasks, Norm, Weighted, build_network
 from became_core import BecameError
 from became_core.continual import Learner, TaskStream
 
@@ -20,11 +22,13 @@ __all__ = [
     "Backend",
     "BackendName",
     "Builder",
+    "available_threads",
     "first_installed",
     "learner_builder",
     "load_backend",
     "needs_package",
     "run_command",
+    "threads_for",
 ]
 
 BackendName = Literal["torch", "jax", "tensorflow"]
@@ -32,6 +36,11 @@ BackendName = Literal["torch", "jax", "tensorflow"]
 # In the order in which one is looked for.
 BACKENDS: tuple[BackendName, ...] = ("torch", "jax", "tensorflow")
 
+
+# Of one sample, in one pass: the multiplications below which a second thread waits for more than it computes. The mlp
+# of the MNIST benchmarks has 88,400. With two threads it is no faster on idle cores, and ten times slower beside busy
+# processes. The AlexNet-like network has 20 million.
+SMALL = 1_000_000
 
 L = TypeVar("L", bound=Learner)
 L_co = TypeVar("L_co", bound=Learner, covariant=True)
@@ -77,12 +86,15 @@ class Backend:
         repeat_exactly: makes the framework use only operations that give the same bits every time, on a GPU too; it is
             called once, when a program starts.
         prepare: sets the framework up for runs; it is called once, when a program starts.
+        use_threads: lets the CPU compute with so many threads, or with the framework's own choice if it is given None,
+            and returns how many they are. A framework may only be able to before it has computed anything.
     """
 
     name: str
     learner: Builder[Learner]
     repeat_exactly: Callable[[], None]
     prepare: Callable[[], None] = lambda: None
+    use_threads: Callable[[int | None], int] = lambda threads: threads or 1
 
 
 def learner_builder(learner: Callable[..., L]) -> Builder[L]:
@@ -119,6 +131,42 @@ def load_backend(name: BackendName) -> Backend:
     backend = cast(Backend, import_module(f"adapters.{name}.run").BACKEND)
     backend.prepare()
     return backend
+
+
+def threads_for(network: str, shape: tuple[int, int, int], norm: Norm = "batch") -> int | None:
+    """Return how many threads a network should compute with: one if its arrays are small, None for the usual number.
+
+    What the environment variable OMP_NUM_THREADS says comes first.
+
+    >>> threads_for("mlp", (1, 28, 28)), threads_for("alexnet", (3, 32, 32))
+    (1, None)
+
+    Args:
+        network: as in ``adapters.networks.NETWORKS``.
+        shape: of an image, [C, H, W].
+        norm: the network's kind of normalisation.
+    """
+    chosen = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]
+    if chosen.isdecimal() and int(chosen) > 0:
+        return int(chosen)
+    return 1 if _multiplications(build_network(network, shape, norm)) < SMALL else None
+
+
+def available_threads() -> int:
+    """Return how many cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1  # other systems than Linux do not say
+
+
+def _multiplications(network: Architecture) -> int:
+    """Return how many multiplications a network's layers take for one sample."""
+    return sum(
+        math.prod(parameter.shape) * math.prod(layer.output_shape(shape)[1:])
+        for layer, shape in network.steps
+        if isinstance(layer, Weighted)
+        for parameter in layer.parameters(shape).values()
+    )
 
 
 def first_installed() -> BackendName:

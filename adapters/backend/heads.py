@@ -1,62 +1,95 @@
 """One task's head among all: within a step it is called ``head``, so that what is compiled serves every task.
 
-Convention: the head of task 3 has the parameter ``heads.3.weight``. A value is a dictionary by parameter name, a set of
-names, or a frozen dataclass or tuple that holds such, as constraints, optimisers and posteriors do.
+Convention: the head of task 3 has the parameter ``heads.3.weight``. A network may have layers of these names itself;
+then those of the heads get underscores, and the network keeps its own. A value is a dictionary by parameter name, a set
+of names, or a frozen dataclass or tuple that holds such, as constraints, optimisers and posteriors do.
 """
 
-from collections.abc import Callable
-from dataclasses import fields, is_dataclass, replace
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any, Self, TypeVar
 
 from became_core.continual import Constraint
 
-__all__ = ["HEAD", "for_task", "head_name", "put_back"]
-
-HEAD = "head"
+__all__ = ["Heads"]
 
 T = TypeVar("T")
 
 
-def head_name(task: int) -> str:
-    """Return the canonical name of a task's head."""
-    return f"heads.{task}"
+@dataclass(frozen=True)
+class Heads:
+    """The names of a network's heads.
 
-
-def for_task(value: T, task: int) -> T:
-    """Return a value with the task's head called ``head``, and without the heads of other tasks.
-
-    A projector is left as it is: it remembers shared parameters alone.
-
-    >>> for_task({"fc.weight": 1, "heads.0.weight": 2, "heads.3.weight": 3}, 3)
-    {'fc.weight': 1, 'head.weight': 3}
+    Attributes:
+        suffix: underscores that tell them from the network's own layers.
     """
-    own = f"{head_name(task)}."
 
-    def renamed(name: str) -> str | None:
-        if name.startswith(own):
-            return f"{HEAD}.{name.removeprefix(own)}"
-        return None if name.startswith("heads.") else name
+    suffix: str = ""
 
-    if isinstance(value, Constraint):
-        rest: Constraint = _renamed(replace(value, projector=None), renamed)
-        return replace(rest, projector=value.projector)  # type: ignore[return-value] # a constraint is T here
-    part: T = _renamed(value, renamed)
-    return part
+    @classmethod
+    def beside(cls, names: Iterable[str]) -> Self:
+        """Return names that no parameter of a network has.
 
+        Args:
+            names: of all parameters of the network.
 
-def put_back(value: T, part: T, task: int) -> T:
-    """Return a value in which a part, made by ``for_task`` and changed since, takes its old place again.
+        Examples:
+            >>> Heads.beside(["fc.weight"]).name(3), Heads.beside(["heads.0.weight", "head_.bias"]).name(3)
+            ('heads.3', 'heads__.3')
+        """
+        taken = {name.split(".")[0] for name in names}
+        suffix = ""
+        while taken & {f"heads{suffix}", f"head{suffix}"}:
+            suffix += "_"
+        return cls(suffix)
 
-    >>> put_back({"fc.weight": 1, "heads.3.weight": 3}, {"fc.weight": 5, "head.weight": 7}, 3)
-    {'fc.weight': 5, 'heads.3.weight': 7}
-    """
-    own = f"{HEAD}."
+    @property
+    def one(self) -> str:
+        """The name of the task's head within a step."""
+        return f"head{self.suffix}"
 
-    def renamed(name: str) -> str:
-        return f"{head_name(task)}.{name.removeprefix(own)}" if name.startswith(own) else name
+    def name(self, task: int) -> str:
+        """Return the canonical name of a task's head."""
+        return f"heads{self.suffix}.{task}"
 
-    whole: T = _merged(value, _renamed(part, renamed))
-    return whole
+    def has(self, name: str) -> bool:
+        """Return whether a parameter of this name is some head's."""
+        return name.startswith(f"heads{self.suffix}.")
+
+    def for_task(self, value: T, task: int) -> T:
+        """Return a value with the task's head called ``head``, and without the heads of other tasks.
+
+        A projector is left as it is: it remembers shared parameters alone.
+
+        >>> Heads().for_task({"fc.weight": 1, "heads.0.weight": 2, "heads.3.weight": 3}, 3)
+        {'fc.weight': 1, 'head.weight': 3}
+        """
+        own = f"{self.name(task)}."
+
+        def renamed(name: str) -> str | None:
+            if name.startswith(own):
+                return f"{self.one}.{name.removeprefix(own)}"
+            return None if self.has(name) else name
+
+        if isinstance(value, Constraint):
+            rest: Constraint = _renamed(replace(value, projector=None), renamed)
+            return replace(rest, projector=value.projector)  # type: ignore[return-value] # a constraint is T here
+        part: T = _renamed(value, renamed)
+        return part
+
+    def put_back(self, value: T, part: T, task: int) -> T:
+        """Return a value in which a part, made by ``for_task`` and changed since, takes its old place again.
+
+        >>> Heads().put_back({"fc.weight": 1, "heads.3.weight": 3}, {"fc.weight": 5, "head.weight": 7}, 3)
+        {'fc.weight': 5, 'heads.3.weight': 7}
+        """
+        own = f"{self.one}."
+
+        def renamed(name: str) -> str:
+            return f"{self.name(task)}.{name.removeprefix(own)}" if name.startswith(own) else name
+
+        whole: T = _merged(value, _renamed(part, renamed))
+        return whole
 
 
 def _renamed(value: Any, new_name: Callable[[str], str | None]) -> Any:

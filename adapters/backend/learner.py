@@ -4,23 +4,27 @@
 of its weights, as JAX's and TensorFlow's are; its framework adds a ``Network`` with the derivatives, and how data and
 parameters are placed on a device.
 
-Convention: images are uint8 and normalised on the device, batch by batch; parameters are named arrays.
+Convention: images lie on the device as the data set has them and are normalised there, batch by batch; parameters are
+named arrays.
 """
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby, islice, takewhile
+from math import prod
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from adapters.backend.heads import HEAD, for_task, head_name, put_back
+from adapters.backend.heads import Heads
 from adapters.backend.network import Data, Network, State, Step
 from adapters.networks import (
     Backbone,
+    BatchNorm,
     DropoutMasks,
     Linear,
+    Record,
     checked_masks,
     draw_masks,
     initial_values,
@@ -29,18 +33,12 @@ from adapters.networks import (
 from became_core import BecameError
 from became_core.arrays import Array, Params, namespace, on_host
 from became_core.continual import Batch, Constraint, Learner, Optimiser, TapMode, TaskStream, Trained
-from became_core.continual.data import Indices
+from became_core.continual.data import Indices, chunks
 from became_core.curvature import Pushforward, Taps
 
-__all__ = ["FunctionalLearner", "NetworkLearner", "chunks"]
+__all__ = ["FunctionalLearner", "NetworkLearner"]
 
 T = TypeVar("T")
-
-
-def chunks(indices: Indices, size: int) -> Iterator[Indices]:
-    """Yield indices in order, so many at a time; the last ones may be fewer."""
-    for start in range(0, len(indices), size):
-        yield indices[start : start + size]
 
 
 class NetworkLearner(Learner):
@@ -48,8 +46,11 @@ class NetworkLearner(Learner):
 
     Attributes:
         device: where all arithmetic happens, as the framework has it.
+        naming: the names of the heads.
     """
 
+    naming: Heads
+    _of_two: tuple[str, ...] = ()  # the parts of tasks that cannot have a single sample
     framework: ClassVar[str]  # as messages call it
     default_device: ClassVar[str] = "cpu"
 
@@ -68,8 +69,9 @@ class NetworkLearner(Learner):
 
         Args:
             backbone: what maps images to features: a description of ``adapters.networks``, a value like one, or on
-                PyTorch any module, which keeps the weights that it has. JAX needs it hashable. Batch norms of a module
-                no longer change their running statistics while they train: the core estimates these.
+                PyTorch any module. JAX needs it hashable. It is trained in place, from the weights that it has, and
+                what the user has frozen stays as it is. While the learner works, batch norms leave their running
+                statistics alone: the core estimates these.
             stream: the tasks; its images and targets go to the device once.
             device: where all arithmetic happens, e.g. "cpu", "cuda", "cuda:1", or "auto" for the first accelerator
                 there is, else the CPU. If it is not given, JAX takes "auto" and the others take "cpu".
@@ -81,8 +83,8 @@ class NetworkLearner(Learner):
             seed: names the draw of the initial weights, which a module has already, but for its heads'.
 
         Raises:
-            BecameError: if the device, the dtype or the source of masks does not exist, or the backbone does not return
-                [N, features].
+            BecameError: if the device, the dtype or the source of masks does not exist, the backbone does not return
+                [N, features], or it normalises by statistics over samples of which a task has one alone.
         """
         device = self.default_device if device is None else device
         try:
@@ -92,9 +94,10 @@ class NetworkLearner(Learner):
                 f"{self.framework} has no device '{device}' here; try cpu, or cuda on a machine with a GPU."
             ) from None
         self._masks_by_framework = checked_masks(dropout_masks) == "framework"
-        self.heads = [frozenset({f"{head_name(task)}.weight"}) for task in range(len(stream.tasks))]
         self._dtype = self._find_dtype(dtype)
         self._build(backbone, stream, mixed_precision, seed)
+        self.heads = [frozenset({f"{self.naming.name(task.index)}.weight"}) for task in stream.tasks]
+        self._check_sizes(stream)
 
     # What a framework adds.
 
@@ -108,7 +111,10 @@ class NetworkLearner(Learner):
 
     @abstractmethod
     def _build(self, backbone: Any, stream: TaskStream, mixed_precision: bool, seed: int) -> None:
-        """Make the network and place it and the data on the device; arguments as of the constructor."""
+        """Make the network and place it and the data on the device; arguments as of the constructor.
+
+        It sets all attributes but ``heads``.
+        """
 
     @abstractmethod
     def _masks(self, rng: np.random.Generator) -> Callable[[int, int], Any]:
@@ -130,15 +136,18 @@ class NetworkLearner(Learner):
     def _batch_statistics(self, rows: Indices) -> Iterator[Params]:
         """Yield the statistics of one batch, once for every time that a layer runs."""
 
-    def _on_device(self, items: Iterator[T]) -> Iterator[T]:
-        """Return an iterator that takes its steps on the device, for frameworks that have a current one."""
+    def _measured(self, items: Iterator[T], training: bool = False) -> Iterator[T]:
+        """Return an iterator that runs the network on the device, in evaluation or training mode, and changes nothing.
+
+        It is for frameworks that have a current device, or networks that have modes and store what they see.
+        """
         return items
 
     # What all share.
 
     def logits(self, indices: Indices, batch_size: int) -> Array:
         """Return all heads' logits, [samples, tasks, classes]."""
-        parts = list(self._on_device(self._logits(rows) for rows in chunks(indices, batch_size)))
+        parts = list(self._measured(self._logits(rows) for rows in chunks(indices, batch_size)))
         return namespace(logits=parts[0]).concat(parts, axis=0)
 
     def taps(
@@ -152,20 +161,20 @@ class NetworkLearner(Learner):
                 masks = None if masks_of is None else masks_of(number, len(rows))
                 yield from self._taps(task, rows, mode, rng, masks)
 
-        return self._on_device(batches())
+        return self._measured(batches(), training=mode == "published")
 
     def pushforward(
         self, task: int, indices: Indices, batch_size: int, directions: Sequence[Params]
     ) -> Iterator[Pushforward]:
         """Yield each batch's logits and their derivatives along directions."""
-        return self._on_device(
+        return self._measured(
             Pushforward(*self._tangents(task, rows, directions), self.targets(rows))
             for rows in chunks(indices, batch_size)
         )
 
     def batch_statistics(self, indices: Indices, batch_size: int) -> Iterator[tuple[int, Params]]:
         """Yield each batch's size and statistics, once for every time that a layer runs."""
-        return self._on_device(
+        return self._measured(
             (len(rows), moments) for rows in chunks(indices, batch_size) for moments in self._batch_statistics(rows)
         )
 
@@ -176,6 +185,22 @@ class NetworkLearner(Learner):
         if not (number or "0").isdecimal():
             raise ValueError(device)
         return kind, int(number or 0)
+
+    def _normalises_over_samples(self, running: bool) -> None:
+        """Note that a layer normalises by statistics over samples alone, or has running ones besides."""
+        self.least_batch = 2
+        if not running or not self._of_two:
+            self._of_two = ("train",) if running else ("train", "validation", "test")
+
+    def _check_sizes(self, stream: TaskStream) -> None:
+        """Raise an error if a task has a single sample, and the network statistics over samples alone."""
+        for task in stream.tasks:
+            for part in self._of_two:
+                if len(getattr(task, part)) == 1:
+                    raise BecameError(
+                        f"the network normalises by statistics over samples, and task {task.index + 1} has a single "
+                        f"{part} sample; give it two, or the network another normalisation."
+                    )
 
     @staticmethod
     def _check_features(shape: Sequence[int] | None) -> int:
@@ -212,16 +237,16 @@ class FunctionalLearner(NetworkLearner):
         """Return an array of the framework on the device, a copy if need be."""
 
     @abstractmethod
-    def _features_shape(self, backbone: Backbone, image: tuple[int, ...]) -> Sequence[int] | None:
+    def _features_shape(self, backbone: Backbone, image: tuple[int, ...], record: Record) -> Sequence[int] | None:
         """Return the shape of a backbone's features of two images [H, W, C]; None if they are no array."""
 
     @abstractmethod
     def _framework_masks(self, seed: int) -> Callable[[int, int], Any]:
         """Return what the framework draws the masks of a batch from, by its number and its samples."""
 
-    def _scale(self, values: Sequence[float]) -> Array:
-        """Return 255 x the mean or standard deviation of the channels, in the dtype of the weights."""
-        return self._placed(values, self._dtype) * 255
+    def _scale(self, values: Sequence[float], unit: float) -> Array:
+        """Return the mean or standard deviation of the channels in the unit of images, in the dtype of the weights."""
+        return self._placed(values, self._dtype) * unit
 
     def _steps(
         self, state: State, frozen: Params, constraint: Constraint, steps: Iterator[Step], equal: int
@@ -248,18 +273,25 @@ class FunctionalLearner(NetworkLearner):
         images = np.ascontiguousarray(np.moveaxis(dataset.images, 1, -1))
         self._data = Data(
             *(self._placed(images), self._placed(stream.targets)),
-            *(self._scale(dataset.mean), self._scale(dataset.std)),
+            *(self._scale(values, dataset.unit) for values in (dataset.mean, dataset.std)),
         )
-        features = self._check_features(self._features_shape(backbone, images.shape[1:]))
-        head = Linear(HEAD, stream.classes_per_task)
+
+        def look(layer: Any, inputs: Any, output: Array) -> Array:  # noqa: ARG001 - a record's signature
+            if isinstance(layer, BatchNorm) and prod(output.shape[1:-1]) == 1:
+                self._normalises_over_samples(layer.running)
+            return output
+
+        features = self._check_features(self._features_shape(backbone, images.shape[1:], look))
+        self.naming = Heads.beside(backbone.parameters)
+        head = Linear(self.naming.one, max(len(task.classes) for task in stream.tasks))
         self.network = self._network(backbone, head, mixed_precision)
         parameters = dict(backbone.parameters)
-        for task in range(len(stream.tasks)):
-            parameters |= Linear(head_name(task), head.outputs).parameters((features,))
+        for task in stream.tasks:
+            parameters |= Linear(self.naming.name(task.index), len(task.classes)).parameters((features,))
         self.running_statistics = frozenset(filter(is_statistic, backbone.parameters))
         self.projectable = self.network.matrices
         self._theta: Params = dict.fromkeys(parameters)
-        self.assign(initial_values(seed, parameters))
+        self.assign(initial_values(seed, parameters) | getattr(backbone, "initial", {}))
 
     def parameters(self) -> Params:
         """Return all parameters by canonical name."""
@@ -292,14 +324,14 @@ class FunctionalLearner(NetworkLearner):
             sizes = [len(batch.indices) for batch in group]
             equal = sum(1 for _ in takewhile(sizes[0].__eq__, sizes))
             state, of_task = self._steps(
-                for_task((trained, optimiser), task),
-                for_task(frozen, task),
-                for_task(constraint, task),
+                self.naming.for_task((trained, optimiser), task),
+                self.naming.for_task(frozen, task),
+                self.naming.for_task(constraint, task),
                 islice(steps, len(sizes)),
                 equal if len(sizes) == len(batches) else 0,
             )
             losses += of_task
-            trained, optimiser = put_back((trained, optimiser), state, task)
+            trained, optimiser = self.naming.put_back((trained, optimiser), state, task)
         self._theta = {name: trained.get(name, value) for name, value in self._theta.items()}
         if region is not None:
             region = region.with_scales({key: trained[key] for key in region.scales})
@@ -318,7 +350,7 @@ class FunctionalLearner(NetworkLearner):
 
     def _shared(self) -> Params:
         """Return the parameters that are no head's."""
-        return {name: value for name, value in self._theta.items() if not name.startswith("heads.")}
+        return {name: value for name, value in self._theta.items() if not self.naming.has(name)}
 
     def _logits(self, rows: Indices) -> Array:
         heads = [self._theta[name] for head in self.heads for name in head]
@@ -329,13 +361,13 @@ class FunctionalLearner(NetworkLearner):
         return namespace(targets=self._data.targets).take(self._data.targets, indices, axis=0)
 
     def _taps(self, task: int, rows: Indices, mode: TapMode, rng: np.random.Generator, masks: Any) -> Iterator[Taps]:
-        weights = for_task(self._theta, task)
+        weights, head = self.naming.for_task(self._theta, task), self.naming.one
         for taps in self.network.taps(weights, self._data, rows, masks, mode, rng):
-            yield {head_name(task) if layer == HEAD else layer: tap for layer, tap in taps.items()}
+            yield {self.naming.name(task) if layer == head else layer: tap for layer, tap in taps.items()}
 
     def _tangents(self, task: int, rows: Indices, directions: Sequence[Params]) -> tuple[Array, Array]:
-        along = [for_task(direction, task) for direction in directions]
-        return self.network.tangents(for_task(self._theta, task), along, self._data, rows)
+        along = [self.naming.for_task(direction, task) for direction in directions]
+        return self.network.tangents(self.naming.for_task(self._theta, task), along, self._data, rows)
 
     def _batch_statistics(self, rows: Indices) -> Iterator[Params]:
         yield self.network.batch_statistics(self._shared(), self._data, rows)

@@ -4,12 +4,13 @@ A framework adds the derivatives to ``Network``, and compiles what is worth comp
 every framework: which gradients come as factors, where the projector sees a layer's inputs instead of gradients, what a
 region makes of the weights, and what the optimiser does with the result.
 
-Convention: images are uint8 [N, H, W, C] and stay on the device; the task's head is called ``head``. Gradients are of a
+Convention: images are [N, H, W, C] and stay on the device; the task's head is called ``head``. Gradients are of a
 batch's mean cross-entropy. The gradient of a linear layer's weight may come as its factors, the gradient by the outputs
 g [n, d_out] and the inputs a [n, d_in], of which it is the product g^T a: projecting a few inputs then stands for
 projecting d_out rows.
 """
 
+import math
 from collections.abc import Iterator, Set
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
@@ -32,7 +33,7 @@ State = tuple[Params, Optimiser]
 
 
 class Data(NamedTuple):
-    """What lies on the device: uint8 images [N, H, W, C], labels [N], and by channel 255 x mean and 255 x std."""
+    """What lies on the device: images [N, H, W, C], labels [N], and by channel mean and std in the images' unit."""
 
     images: Array
     targets: Array
@@ -89,7 +90,7 @@ class Network:
 
     Attributes:
         backbone: images [N, H, W, C] to features [N, features].
-        head: features to logits [N, classes].
+        head: features to logits [N, classes], for the task with the most classes.
         products: the dtype that training steps multiply in, as in a ``Pass``.
     """
 
@@ -139,10 +140,17 @@ class Network:
         return outputs
 
     def all_logits(self, weights: Params, heads: list[Array], data: Data, rows: Array) -> Array:
-        """Return the logits of all heads [rows, heads, classes]."""
+        """Return the logits of all heads [rows, heads, classes], -inf for the classes that a task has not."""
         features = self.backbone(self.runs(weights), data.normalised(rows))
         xp: Any = namespace(features=features)
-        return xp.stack([xp.matmul(features, xp.matrix_transpose(head)) for head in heads], axis=1)
+        logits = [xp.matmul(features, xp.matrix_transpose(head)) for head in heads]
+        never = xp.zeros_like(logits[0][:, :1]) - math.inf
+        missing = [self.head.outputs - head.shape[0] for head in heads]
+        logits = [
+            xp.concat([of_one, *([never] * m)], axis=1) if m else of_one
+            for of_one, m in zip(logits, missing, strict=True)
+        ]
+        return xp.stack(logits, axis=1)
 
     def batch_statistics(self, weights: Params, data: Data, rows: Array) -> Params:
         """Return a batch's own mean and variance of every layer that has running ones."""

@@ -40,6 +40,7 @@ class Benchmark:
         presets: by name, "quick" among them.
         otherwise: the presets of other numbers of tasks, where they differ.
         permuted: whether the tasks are permutations of the pixels, rather than groups of classes.
+        usual: the name of the preset that is used if none is named.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Benchmark:
     presets: Mapping[str, Preset]
     otherwise: Mapping[int, Mapping[str, Preset]] = field(default_factory=dict)
     permuted: bool = False
+    usual: str = "quick"
 
     def preset(self, name: str, tasks: int) -> Preset:
         """Return the preset of that name for so many tasks.
@@ -88,7 +90,7 @@ BENCHMARKS: Catalogue[Benchmark] = Catalogue(
         benchmark.name: benchmark
         for benchmark in (
             # The images of the first two are embedded.
-            Benchmark("split-mnist", load_mnist, 5, SPLIT_MNIST),
+            Benchmark("split-mnist", load_mnist, 5, SPLIT_MNIST, usual="demo"),
             Benchmark("permuted-mnist", load_mnist, 10, PERMUTED_MNIST, permuted=True),
             Benchmark("split-cifar100", load_cifar100, 10, CIFAR100, otherwise={20: CIFAR100_IN_20}),
             Benchmark("split-miniimagenet", load_miniimagenet, 20, MINIIMAGENET),

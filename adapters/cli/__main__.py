@@ -12,11 +12,21 @@ from typing import Annotated, Any, Literal, cast, get_args
 try:
     import tyro
 
-    from adapters.backend.entry import BackendName, first_installed, load_backend
+    from adapters.backend.entry import BACKENDS, BackendName, first_installed, load_backend
     from adapters.cli.display import Display
     from adapters.cli.listing import Kind, listed
     from adapters.cli.main import execute, run_request
-    from adapters.cli.options import Output, Request, described, is_completing, parse, request_of, request_type
+    from adapters.cli.options import (
+        Output,
+        Request,
+        described,
+        is_completing,
+        one_of,
+        parse,
+        request_of,
+        request_type,
+        with_short_help,
+    )
     from adapters.cli.running import run_jobs, unfinished_jobs
 except ModuleNotFoundError as error:
     print(f"error: the package '{error.name}' is missing; pip install 'became[run]'.", file=sys.stderr)
@@ -46,7 +56,9 @@ class Resume:
 
     out: Annotated[Path, tyro.conf.Positional, described("A folder that --out named.", metavar="OUT")]
     backend: Annotated[
-        BackendName | None, described("The framework; without it the one that worked on a run last.")
+        BackendName | None,
+        one_of(*BACKENDS),
+        described("The framework; without it the one that worked on a run last."),
     ] = None
     data_dir: Annotated[Path | None, described("Where the data is, if it is no longer where it was.")] = None
     device: Annotated[str | None, described("Where to compute, if not where it was.")] = None
@@ -70,7 +82,9 @@ class Compare:
     outs: Outs
     baseline: Annotated[str | None, described("The row that the others are compared with, seed by seed.")] = None
     format: Annotated[
-        Literal["text", "markdown", "csv", "latex"], described("How the tables are written. (default: text)")
+        Literal["text", "markdown", "csv", "latex"],
+        one_of("text", "markdown", "csv", "latex"),
+        described("How the tables are written. (default: text)"),
     ] = "text"
 
     def run(self) -> int:
@@ -113,12 +127,25 @@ class List:
     kind: Annotated[
         Literal["all", Kind],
         tyro.conf.Positional,
+        one_of("all", *get_args(Kind)),
         described("What to list: all, or benchmarks, methods, projectors, networks or presets. (default: all)"),
     ] = "all"
 
     def run(self) -> int:
         """Print the lines."""
         print(listed(None if self.kind == "all" else self.kind))
+        return 0
+
+
+@dataclass(frozen=True)
+class Doctor:
+    """Say what is installed, on which devices it can run, which data are found, and what is missing."""
+
+    def run(self) -> int:
+        """Print the lines."""
+        from adapters.cli.doctor import diagnosis  # it imports every framework that is installed
+
+        print(diagnosis())
         return 0
 
 
@@ -139,7 +166,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         | Annotated[Compare, tyro.conf.subcommand("compare")]
         | Annotated[Report, tyro.conf.subcommand("report")]
         | Annotated[List, tyro.conf.subcommand("list")]
+        | Annotated[Doctor, tyro.conf.subcommand("doctor")]
     )
+    if words[:1] == ["run"]:
+        words = ["run", *with_short_help(run_type, "became run", words[1:])]
     command = parse(commands, "became", words, DESCRIPTION)
     if isinstance(command, run_type):
         return _run(request_of(command))

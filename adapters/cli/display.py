@@ -19,10 +19,10 @@ from typing import Any, Protocol, Self
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from adapters.analysis.comparison import results_table
 from adapters.analysis.path_report import estimator_table, path_table
 from adapters.cli.dryrun import Plan
 from adapters.cli.options import Level, Output
+from adapters.cli.results import results_tables, show_table
 from adapters.runs import RunDirectory, RunResult
 from adapters.runs.events import Events, json_line, now, place
 from became_core.continual import Callback, EpochEnd, RunState, TaskEnd
@@ -50,6 +50,9 @@ class Display(Protocol):
     def plan(self, plan: Plan) -> None:
         """Show what a dry run says would be done."""
 
+    def configuration(self, values: dict[str, Any]) -> None:
+        """Show the value of every option."""
+
 
 class _Text:
     def __init__(self, *, quiet: bool) -> None:
@@ -75,14 +78,18 @@ class _Text:
     def results(self, results: Sequence[RunResult], out: Path) -> None:
         for result in results:
             if result.paths:
-                self._console.print(path_table(result))
-                self._console.print(estimator_table(result))
-        self._console.print(results_table(results))
+                show_table(self._console, path_table(result))
+                show_table(self._console, estimator_table(result))
+        for table in results_tables(results):
+            show_table(self._console, table)
         where = f"results: {out}/<method>-seed<k>/results.json, {out}/summary.csv"
         self._console.print(where, soft_wrap=True, highlight=False)
 
     def plan(self, plan: Plan) -> None:
-        plan.show(self._console)
+        plan.show(self._console, quiet=self._quiet)
+
+    def configuration(self, values: dict[str, Any]) -> None:
+        self._console.print_json(data=values)
 
 
 @dataclass(frozen=True)
@@ -113,6 +120,9 @@ class _Json:
     def plan(self, plan: Plan) -> None:
         _print_line("plan", **plan.to_json())
 
+    def configuration(self, values: dict[str, Any]) -> None:
+        _print_line("configuration", configuration=values)
+
 
 def display_of(output: Output) -> Display:
     """Return the display that these options ask for."""
@@ -141,9 +151,11 @@ class RunProgress(Callback):
         self._stages = stages
         self._bar = Progress(
             TextColumn("{task.description}"),
-            BarColumn(),
+            BarColumn(bar_width=10),
             TextColumn("{task.fields[state]}"),
+            TextColumn("took"),
             TimeElapsedColumn(),
+            TextColumn("left"),
             TimeRemainingColumn(),
             console=console,
             transient=True,
@@ -173,16 +185,16 @@ class RunProgress(Callback):
 
     def on_epoch_end(self, event: EpochEnd) -> None:
         """Move the bar, or print a line."""
-        state = (
-            f"task {event.task + 1}/{self._tasks}  stage {event.stage}  epoch {event.epoch}/{event.epochs}  "
-            f"loss {event.loss:.4f}  lr {event.rate:.2g}"
-        )
+        where = f"task {event.task + 1}/{self._tasks}  stage {event.stage}  epoch {event.epoch}/{event.epochs}"
+        loss = f"  loss {event.loss:.4f}  lr {event.rate:.2g}"
         if not math.isnan(event.validation_loss):
-            state += f"  validation loss {event.validation_loss:.4f}"
+            loss += f"  validation loss {event.validation_loss:.4f}"
         done = (event.stage - 1 + event.epoch / event.epochs) / self._stages
+        # In a narrow terminal the bar would cut the line short.
+        state = where + loss if self._console.width >= 120 else where.replace("  ", " ")
         self._bar.update(self._row, completed=event.task + done, state=state)
         if not self._console.is_terminal:
-            self._print(state)
+            self._print(where + loss)
 
     def on_task_end(self, event: TaskEnd) -> None:
         """Print a line."""
@@ -206,8 +218,9 @@ class _StandardError(logging.Handler):
 
 @contextmanager
 def logged(level: Level) -> Iterator[None]:
-    """Show messages of a level and of more serious ones on standard error, Python's warnings among them."""
+    """Show messages of a level and of more serious ones on standard error, Python's warnings among them, each once."""
     handler, usual = _StandardError(), LOGGER.level
+    shown: set[str] = set()
 
     def warn(
         message: Warning | str,
@@ -217,6 +230,9 @@ def logged(level: Level) -> Iterator[None]:
         file: object = None,  # noqa: ARG001 # what it stands in for fixes the signature
         line: object = None,  # noqa: ARG001
     ) -> None:
+        if str(message) in shown:
+            return
+        shown.add(str(message))
         LOGGER.warning("%s", message)
         LOGGER.debug("that is a %s, from %s:%d", category.__name__, filename, lineno)
 

@@ -1,28 +1,55 @@
-"""``--dry-run``: what a command would do, how large it is, how long it may take. It learns and writes nothing.
+"""``--dry-run``: how large the networks of a command are, how many steps it takes, and how long. It writes nothing.
 
-Convention: a step is one batch; its time is that of a plain training step, the mean of ten after two to warm up.
-Projection, validation, memory, curvature and evaluation come on top.
+The time of a method is that of short runs of it: three tasks, with a part of their samples and few epochs. Every phase
+that a run has is measured there, checkpoints included, and is carried over to all tasks, samples and epochs:
+
+| phase | what it grows with |
+| --- | --- |
+| training | steps, and epochs, each of which ends with a checkpoint |
+| memory | the samples that curvature, and perhaps the projector, are measured on |
+| merging | the samples that curvature is measured on; the path's report also with the number of tasks so far |
+| evaluation | the test samples of all tasks so far |
+
+Convention: a step is one batch. The first tasks stand for themselves, the last of them for all later ones. Times are
+those of this machine as busy as it is now; where several times are measured, the median counts.
 """
 
 import math
-import time
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from itertools import cycle, islice
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 from rich.console import Console
 
 from adapters.analysis.tables import Column, Table
+from adapters.cli.results import show_table
+from adapters.runs import Checkpoints
 from adapters.runs.configuration import Configuration
-from became_core.continual import Constraint, Learner, Method, TaskStream, Training, random_generator
+from became_core.continual import (
+    Callback,
+    Learner,
+    Method,
+    RunState,
+    Schedule,
+    Task,
+    TaskStream,
+    Training,
+    learn,
+    random_generator,
+)
 from became_core.continual.learner import weights_of
 from became_core.continual.training import epoch_batches
 
-__all__ = ["Plan", "plan", "steps"]
+__all__ = ["PHASES", "Plan", "plan", "steps"]
 
-_WARM_UP, _TIMED = 2, 10
+PHASES = ("training", "memory", "merging", "evaluation")
+
+# Of a short run: its tasks, its epochs in each stage if it is quick, and the seconds that it may take, more or less.
+_TASKS, _EPOCHS, _SECONDS = 3, 3, 3.0
 
 
 @dataclass(frozen=True)
@@ -35,10 +62,9 @@ class Plan:
         shared: the number of parameters outside heads.
         of_heads: the number of parameters in heads.
         heads: the number of heads.
-        batch_size: samples of a step.
-        seconds: the time of a plain training step.
         steps: the steps of all seeds together, by method.
-        bounded: whether a schedule may end earlier, so that ``steps`` are upper bounds.
+        seconds: the estimated time of all seeds together, by method and then by phase.
+        bounded: whether a schedule may end earlier, so that steps and times are upper bounds.
     """
 
     configuration: dict[str, Any]
@@ -46,96 +72,213 @@ class Plan:
     shared: int
     of_heads: int
     heads: int
-    batch_size: int
-    seconds: float
     steps: dict[str, int]
+    seconds: dict[str, dict[str, float]]
     bounded: bool
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values."""
         return asdict(self)
 
-    def show(self, out: Console) -> None:
-        """Print the configuration, the number of parameters, and the steps and the time of each method."""
-        out.print_json(data=self.configuration | self.own)
-        total = self.shared + self.of_heads
-        out.print(f"{total:,} parameters: {self.shared:,} shared, {self.of_heads:,} in {self.heads} heads")
-        out.print(f"{1000 * self.seconds:.1f} ms a plain training step of {self.batch_size} samples")
-        rows, most = [], "at most " if self.bounded else ""
-        for name, count in {**self.steps, "all": sum(self.steps.values())}.items():
-            rows.append([name, f"{most}{count:,}", f"{most}{_duration(count * self.seconds)}"])
-        columns = [Column("method"), Column("steps"), Column("time")]
-        out.print(Table("Training, without projection, memory and evaluation", columns, rows))
+    def show(self, out: Console, *, quiet: bool = False) -> None:
+        """Print the steps and the time of each method, and, unless quiet, the number of parameters."""
+        most = "at most " if self.bounded else ""
+        totals = {name: sum(seconds.values()) for name, seconds in self.seconds.items()}
+        rows = [
+            [name, f"{self.steps[name]:,}", *(_duration(seconds[phase]) for phase in PHASES), _duration(totals[name])]
+            for name, seconds in self.seconds.items()
+        ]
+        if len(rows) > 1:
+            of_phases = [sum(seconds[phase] for seconds in self.seconds.values()) for phase in PHASES]
+            times = map(_duration, (*of_phases, sum(totals.values())))
+            rows.append(["all", f"{sum(self.steps.values()):,}", *times])
+        columns = [Column("method"), Column("steps"), *map(Column, PHASES), Column("in all")]
+        title = f"{most or 'about '}what each method would take, and its time by phase"
+        show_table(out, Table(title.capitalize(), columns, rows))
+        if not quiet:
+            total = self.shared + self.of_heads
+            out.print(f"{total:,} parameters: {self.shared:,} shared, {self.of_heads:,} in {self.heads} heads")
+            out.print("--print-config shows the configuration.")
 
 
-def plan(learner: Learner, stream: TaskStream, configurations: Mapping[str, Configuration], seeds: int) -> Plan:
+def plan(
+    learner: Callable[[], Learner], stream: TaskStream, configurations: Mapping[str, Configuration], seeds: int
+) -> Plan:
     """Return what runs would do.
 
     Args:
-        learner: a fresh one; it is of no further use.
+        learner: returns a fresh learner.
         stream: what it would learn.
         configurations: of the runs, by the name of the method.
         seeds: how many runs there are of each method.
     """
-    records = {name: configuration.to_json() for name, configuration in configurations.items()}
-    first = next(iter(records.values()))
-    common = {
-        name: value
-        for name, value in first.items()
-        if all(name in record and record[name] == value for record in records.values())
-    }
+    common, own = shared_values(configurations)
     training = next(iter(configurations.values())).training()
-    sizes = {name: math.prod(int(n) for n in value.shape) for name, value in weights_of(learner).items()}
-    of_heads = sum(sizes[name] for head in learner.heads for name in head)
+    fresh = learner()
+    sizes = {name: math.prod(int(n) for n in value.shape) for name, value in weights_of(fresh).items()}
+    of_heads = sum(sizes[name] for head in fresh.heads for name in head)
+    methods = {name: configuration.method(name) for name, configuration in configurations.items()}
+    trainings = {name: configuration.training() for name, configuration in configurations.items()}
     return Plan(
         configuration=common,
-        own={
-            name: {option: value for option, value in record.items() if option not in common}
-            for name, record in records.items()
-        },
+        own=own,
         shared=sum(sizes.values()) - of_heads,
         of_heads=of_heads,
-        heads=len(learner.heads),
-        batch_size=training.batch_size,
-        seconds=_seconds_of_a_step(learner, stream, training),
-        steps={
-            name: seeds * steps(configuration.method(name), stream, training)
-            for name, configuration in configurations.items()
+        heads=len(fresh.heads),
+        steps={name: seeds * steps(method, stream, trainings[name]) for name, method in methods.items()},
+        seconds={
+            name: {
+                phase: seeds * seconds for phase, seconds in estimated(learner, stream, method, trainings[name]).items()
+            }
+            for name, method in methods.items()
         },
         bounded=training.stage1.needs_validation,
     )
 
 
+def shared_values(configurations: Mapping[str, Configuration]) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """Return the values that all configurations have, and those that are each method's own, as they are recorded."""
+    records = {name: configuration.to_json() for name, configuration in configurations.items()}
+    first, *others = records.values()
+    common = {name: value for name, value in first.items() if all(other.get(name, ...) == value for other in others)}
+    own = {
+        name: {option: value for option, value in record.items() if option not in common}
+        for name, record in records.items()
+    }
+    return common, own
+
+
 def steps(method: Method, stream: TaskStream, training: Training) -> int:
     """Return how many steps a run of a method takes; an upper bound where a schedule ends by itself."""
-    total = 0
+    return sum(
+        epochs * _steps_of_an_epoch(method, stream, training, task)
+        for task in stream.tasks
+        for epochs in _epochs(method, training, task)
+    )
+
+
+def _epochs(method: Method, training: Training, task: Task) -> tuple[int, ...]:
+    """Return how many epochs each stage of a task has."""
+    if method.merges_stages and task.index == 0:
+        return (training.stage1.extended(training.stage2.epochs).epochs,)
+    return (training.stage1.epochs, training.stage2.epochs)[: method.stages]
+
+
+def _steps_of_an_epoch(method: Method, stream: TaskStream, training: Training, task: Task) -> int:
+    trained_on = stream.tasks[: task.index + 1] if method.joint else [task]
+    return len(epoch_batches(trained_on, training.batch_size, random_generator(0, "steps")))
+
+
+def estimated(
+    learner: Callable[[], Learner], stream: TaskStream, method: Method, training: Training
+) -> dict[str, float]:
+    """Return the seconds that a run of a method would take, by phase.
+
+    Args:
+        learner: returns a fresh learner.
+        stream: what it would learn.
+        method: the method.
+        training: how it would train.
+    """
+    whole = min(len(task.train) for task in stream.tasks)
+    fewest = min(whole, max(2 * training.batch_size, training.projector_samples or 0))
+    warming = _short_run(learner, stream, method, training, fewest, epochs=1)  # the first of its kind: not counted
+    quick = warming.total < _SECONDS / 2
+    few = _short_run(learner, stream, method, training, fewest, epochs=_EPOCHS) if quick else warming
+    factor = max(_SECONDS / max(few.total, 1e-3), 3.0)
+    many = _short_run(learner, stream, method, training, min(whole, int(factor * fewest)), few.epochs)
+    return _carried_over(few, many, stream, method, training)
+
+
+@dataclass
+class _ShortRun(Callback):
+    """A short run, as a callback of it.
+
+    Attributes:
+        stream: its tasks.
+        epochs: how many epochs each stage has, at most.
+        total: its seconds.
+        phases: for each task, the seconds by phase.
+        by_epoch: for each task and stage, the seconds of each epoch.
+    """
+
+    stream: TaskStream
+    epochs: int
+    total: float = 0.0
+    phases: list[dict[str, float]] = field(default_factory=list)
+    by_epoch: dict[tuple[int, int], list[float]] = field(default_factory=dict)
+    _last: dict[str, float] = field(default_factory=dict)
+    _before_task: dict[str, float] = field(default_factory=dict)
+
+    def on_state(self, state: RunState) -> None:
+        """Note how long the epoch took, or the task."""
+        seconds = state.record.seconds
+        if state.stage is not None:
+            stage = state.stage.number
+            phase = f"stage{stage}"
+            spent = seconds.get(phase, 0.0) - self._last.get(phase, 0.0)
+            self.by_epoch.setdefault((state.task, stage), []).append(spent)
+            self._last = dict(seconds)
+            return
+        self.phases.append({name: spent - self._before_task.get(name, 0.0) for name, spent in seconds.items()})
+        self._last = self._before_task = dict(seconds)
+        self.total = seconds["total"]
+
+
+def _short_run(
+    learner: Callable[[], Learner], stream: TaskStream, method: Method, training: Training, samples: int, epochs: int
+) -> _ShortRun:
+    """Return a run of the first tasks with so many samples of each, in training and in testing."""
+
+    def part(rows: Any) -> Any:
+        return rows[np.linspace(0, len(rows) - 1, min(samples, len(rows))).astype(int)]
+
+    tasks = stream.first(min(_TASKS, len(stream.tasks))).tasks
+    short = replace(stream, tasks=tuple(replace(task, train=part(task.train), test=part(task.test)) for task in tasks))
+    stages: list[Schedule] = [replace(stage, epochs=epochs) for stage in (training.stage1, training.stage2)]
+    training = replace(training, stage1=stages[0], stage2=stages[1])
+    run = _ShortRun(short, epochs)
+    with TemporaryDirectory() as folder:
+        checkpoints = Checkpoints(Path(folder), short, method, training)
+        learn(learner(), short, method, training, callbacks=(checkpoints, run))
+    return run
+
+
+def _carried_over(
+    few: _ShortRun, many: _ShortRun, stream: TaskStream, method: Method, training: Training
+) -> dict[str, float]:
+    """Return the seconds of a run of all tasks by phase, from two short runs of few and of many samples."""
+    seconds = dict.fromkeys(PHASES, 0.0)
+    rows_tested = 0
     for task in stream.tasks:
-        trained_on = stream.tasks[: task.index + 1] if method.joint else [task]
-        an_epoch = len(epoch_batches(trained_on, training.batch_size, random_generator(0, "steps")))
-        epochs = training.stage1.epochs
-        if method.rule is not None and method.stages == 2 and task.index == 0:
-            epochs = training.stage1.extended(training.stage2.epochs).epochs
-        elif method.stages == 2:
-            epochs += training.stage2.epochs
-        total += epochs * an_epoch
-    return total
+        like = min(task.index, len(many.phases) - 1)
+        rows_tested += len(task.test)
+        for stage, epochs in enumerate(_epochs(method, training, task), start=1):
+            an_epoch = _line(
+                [_steps_of_an_epoch(method, run.stream, training, run.stream.tasks[like]) for run in (few, many)],
+                [statistics.median(run.by_epoch[like, stage]) for run in (few, many)],
+                _steps_of_an_epoch(method, stream, training, task),
+            )
+            seconds["training"] += epochs * an_epoch
+        samples = [len(run.stream.tasks[like].train) for run in (few, many)]
+        for phase, parts in (("memory", ("memory",)), ("merging", ("merge", "path"))):
+            for part in parts:
+                of_runs = [run.phases[like].get(part, 0.0) for run in (few, many)]
+                curved = [min(count, training.curvature_samples or count) for count in (*samples, len(task.train))]
+                growth = (task.index + 1) / (like + 1) if part == "path" else 1
+                seconds[phase] += growth * _line(curved[:2], of_runs, curved[2])
+        tested = sum(len(learned.test) for learned in many.stream.tasks[: like + 1])
+        seconds["evaluation"] += many.phases[like].get("evaluation", 0.0) * rows_tested / tested
+    return seconds
 
 
-def _seconds_of_a_step(learner: Learner, stream: TaskStream, training: Training) -> float:
-    first, others = stream.tasks[0], frozenset[str]().union(*learner.heads[1:])
-    batches = epoch_batches([first], training.batch_size, random_generator(0, "steps"), training.augmentation)
-    whole = [batch for batch in batches if len(batch.indices) == training.batch_size] or batches
-    constraint = Constraint(trainable=frozenset(weights_of(learner)) - others)
-    theta = learner.parameters()
-    optimiser = training.optimiser.initial({name: theta[name] for name in sorted(constraint.trainable)})
-    began = 0.0
-    for count in (_WARM_UP, _TIMED):
-        rates = np.full(count, training.stage1.lr)
-        began = time.perf_counter()
-        _, optimiser, _ = learner.train(
-            list(islice(cycle(whole), count)), rates, constraint, optimiser, random_generator(0, "dropout")
-        )
-    return (time.perf_counter() - began) / _TIMED
+def _line(sizes: Sequence[int], seconds: Sequence[float], size: int) -> float:
+    """Return the time of a size, on the line through two measured times, which rises and has nothing below 0 on it."""
+    (smaller, larger), (before, after) = sizes, seconds
+    if larger == smaller:
+        return after * max(size / larger, 1.0) if larger else after
+    slope = min(max((after - before) / (larger - smaller), 0.0), after / larger)
+    return max(after + slope * (size - larger), 0.0)
 
 
 def _duration(seconds: float) -> str:

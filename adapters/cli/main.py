@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 
 from adapters.backend.entry import Backend
 from adapters.cli.display import Display, display_of, logged
-from adapters.cli.dryrun import plan
+from adapters.cli.dryrun import plan, shared_values
 from adapters.cli.options import Output, Request, parse_request
 from adapters.cli.running import InterruptedRun, Job, requested_jobs, run_jobs
 from became_core import BecameError
@@ -53,7 +53,9 @@ def run_request(backend: Backend, request: Request, *remarks: str) -> int:
         jobs = requested_jobs(request, backend)
         if request.dry_run:
             _show_plan(jobs, display)
-        else:
+        if request.print_config:
+            _show_configuration(jobs, display)
+        if not (request.dry_run or request.print_config):
             display.results(run_jobs(jobs, display), jobs[0].run.out)
 
     return execute(command, request.output)
@@ -63,6 +65,13 @@ def _show_plan(jobs: Sequence[Job], display: Display) -> None:
     job = jobs[0]
     if job.configuration.deterministic:
         job.backend.repeat_exactly()
-    stream = job.configuration.stream(job.load(), job.run.seed)
+    stream = job.stream()
+    job.use_threads(stream)
     configurations = {job.run.method: job.configuration for job in jobs}
-    display.plan(plan(job.learner(stream), stream, configurations, len(jobs) // len(configurations)))
+    seeds = len(jobs) // len(configurations)
+    display.plan(plan(lambda: job.learner(stream), stream, configurations, seeds))
+
+
+def _show_configuration(jobs: Sequence[Job], display: Display) -> None:
+    common, own = shared_values({job.run.method: job.configuration for job in jobs})
+    display.configuration(common | own)

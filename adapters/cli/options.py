@@ -6,19 +6,25 @@ generated from ``adapters.runs.configuration.options``, whatever is registered, 
 Convention: an option that is left out is None here and takes the preset's value, or the recorded one.
 """
 
+import ast
+import io
+import re
 import sys
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import redirect_stdout, suppress
 from dataclasses import dataclass, field, fields, make_dataclass
 from pathlib import Path
 from types import NoneType
-from typing import Annotated, Any, Literal, get_args, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import tyro
 
-from adapters.backend.entry import BackendName
+from adapters.backend.entry import BACKENDS, BackendName
 from adapters.benchmarks.catalogue import BENCHMARKS
-from adapters.runs.configuration import GROUPS, options
+from adapters.runs.configuration import GROUPS, Option, options
 from became_core.continual import METHODS, method_names, projector_names
+from became_core.registry import nearest
 
 __all__ = [
     "METHODS_BY_DEFAULT",
@@ -27,19 +33,59 @@ __all__ = [
     "Request",
     "described",
     "is_completing",
+    "one_of",
     "parse",
     "parse_request",
     "request_of",
     "request_type",
+    "with_short_help",
 ]
 
 Level = Literal["debug", "info", "warning", "error"]
 METHODS_BY_DEFAULT = ("became", "gpm", "finetune")
 
+# The options that belong to a request, by the group they stand in; those of a configuration say theirs themselves.
+_REQUESTED = {
+    "methods": ("methods", "projector", "preset", "seeds"),
+    "where": ("backend", "out", "config", "resume"),
+    "output": ("dry_run", "print_config"),
+}
+# Those that a first look at the help explains.
+_EXPLAINED = {
+    "learn": ("benchmark", "tasks", "first", "network"),
+    "methods": ("methods", "projector", "preset", "seeds"),
+    "training": ("lr", "epochs", "stage2_epochs", "batch_size"),
+    "curvature": ("curvature_samples", "projector_samples", "path_points"),
+    "where": ("backend", "device", "threads", "data_dir", "out"),
+    "output": ("dry_run", "print_config", "quiet", "log"),
+}
+
 
 def described(help_text: str, **more: Any) -> Any:
     """Return what tyro is told of an option: its help as one paragraph, and no default where there is none."""
     return tyro.conf.arg(help=" ".join(help_text.split()), help_behavior_hint="", **more)
+
+
+def one_of(*words: str) -> Any:
+    """Return what tyro is told of an option that is one of some words: an unknown one is answered with the nearest.
+
+    tyro itself would also offer None, where an option may be left out, and name no nearest word.
+    """
+
+    def chosen(given: Sequence[str]) -> Any:
+        (word,) = given
+        if word not in words:
+            raise ValueError(f"there is no '{word}'{nearest(word, words)}.")
+        return {"True": True, "False": False}.get(word, word)
+
+    spec: tyro.constructors.PrimitiveConstructorSpec[Any] = tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar=f"{{{','.join(words)}}}",
+        instance_from_str=chosen,
+        is_instance=lambda value: value is None or str(value) in words,
+        str_from_instance=lambda value: [] if value is None else [str(value)],
+    )
+    return spec
 
 
 @dataclass(frozen=True)
@@ -49,6 +95,7 @@ class Output:
     quiet: Annotated[bool, described("Show only errors and results.")] = False
     log: Annotated[
         Literal["text", "json"],
+        one_of("text", "json"),
         described(
             "What standard output has: text, or one JSON object a line for every event and result, and nothing else. "
             "(default: text)"
@@ -56,6 +103,7 @@ class Output:
     ] = "text"
     log_level: Annotated[
         Level | None,
+        one_of(*get_args(Level)),
         described(
             "What standard error has beside errors: messages of this level and of more serious ones. Without it: "
             "warnings; with --quiet: nothing."
@@ -81,7 +129,11 @@ class Request:
 
     backend: Annotated[
         BackendName | None,
-        described("The framework; without it the recorded one, or the first of these that is installed."),
+        one_of(*BACKENDS),
+        described(
+            "The framework: torch, jax or tensorflow; without it the recorded one, or the first of these three that is "
+            "installed."
+        ),
     ] = None
     methods: tuple[str, ...] | None = None
     projector: str | None = None
@@ -95,11 +147,9 @@ class Request:
     ] = None
     out: Annotated[Path | None, described("The folder for results. (default: runs/BENCHMARK-PRESET)")] = None
     dry_run: Annotated[
-        bool,
-        described(
-            "Show the configuration, the numbers of parameters and steps, and an estimate of the time; learn nothing."
-        ),
+        bool, described("Show how many steps each method takes, and an estimate of its time by phase; learn nothing.")
     ] = False
+    print_config: Annotated[bool, described("Print the value of every option as JSON; learn nothing.")] = False
     resume: Annotated[
         bool,
         described(
@@ -119,7 +169,8 @@ def parse_request(prog: str, arguments: Sequence[str] | None, *, backend: bool) 
         backend: whether ``--backend`` is an option.
     """
     kind = request_type(backend=backend, completing=is_completing(arguments))
-    return request_of(parse(kind, prog, arguments))
+    words = sys.argv[1:] if arguments is None else list(arguments)
+    return request_of(parse(kind, prog, with_short_help(kind, prog, words)))
 
 
 def request_type(*, backend: bool, completing: bool) -> type:
@@ -154,57 +205,93 @@ def request_type(*, backend: bool, completing: bool) -> type:
         "preset": name_option(
             presets,
             f"What gives the values of all options that are left out: {', '.join(presets)}; became list presets says "
-            "where each is from. (default: quick)",
+            "where each is from. (default: demo for split-mnist, quick for all others)",
         ),
     }
-    members: list[tuple[str, Any, Any]] = []
     hints = get_type_hints(Request, include_extras=True)
-    for each in fields(Request):
-        if each.name == "output":  # it comes last
-            members += [(group, *member) for group, member in _groups(completing).items()]
-        if each.name != "values" and (backend or each.name != "backend"):
-            default = field(default=each.default, default_factory=each.default_factory)
-            members.append((each.name, registered.get(each.name, hints[each.name]), default))
+    defaults = {
+        each.name: field(default=each.default, default_factory=each.default_factory) for each in fields(Request)
+    }
+    groups: dict[str, list[tuple[str, Any, Any]]] = {
+        group: [
+            (name, registered.get(name, hints[name]), defaults[name])
+            for name in _REQUESTED.get(group, ())
+            if backend or name != "backend"
+        ]
+        for group in GROUPS
+    }
+    for option in options().values():
+        groups[option.group].append(_member(option, completing=completing))
+    members: list[tuple[str, Any, Any]] = []
+    for group, options_of_group in groups.items():
+        bases = (Output,) if group == "output" else ()
+        of_group = make_dataclass(group, options_of_group, bases=bases, frozen=True)
+        of_group.__doc__ = GROUPS[group]
+        members.append((group, of_group, field(default_factory=of_group)))
     kind = make_dataclass("Run", members, frozen=True)
     kind.__doc__ = (
         "Learn a benchmark's tasks with one or more methods; compare them in a table.\n\n"
-        f"Without options: Split-MNIST (embedded); {', '.join(METHODS_BY_DEFAULT)}; one seed.\n\n"
+        f"Without options: Split-MNIST (embedded), {', '.join(METHODS_BY_DEFAULT)}, one seed.\n"
         "An option that shows no default has the preset's value if it is left out."
     )
     return kind
 
 
-def _groups(completing: bool) -> dict[str, tuple[Any, Any]]:
-    """The options of a configuration by group, each group as the type and the default of a field."""
-    groups: dict[str, list[tuple[str, Any, Any]]] = {group: [] for group in GROUPS}
-    for option in options().values():
-        kind: Any = option.type | None
-        markers: list[Any] = [described(option.help)]
-        if option.flag:
-            kind = bool
-        elif option.names:
-            kind = _names_type(option.names if completing else None, several=False)
-        elif set(get_args(kind)) == {bool, NoneType}:  # three values, which a flag does not have
-            markers.append(tyro.conf.FlagConversionOff)
-        default = False if option.flag else None
-        groups[option.group].append((option.name, Annotated[kind, *markers], field(default=default)))
-    made = {}
-    for group, members in groups.items():
-        kind = make_dataclass(group, members, frozen=True)
-        kind.__doc__ = GROUPS[group]
-        made[group] = kind, field(default_factory=kind)
-    return made
+def _member(option: Option, *, completing: bool) -> tuple[str, Any, Any]:
+    """Return the name, the type and the default of the field that gives tyro an option of a configuration."""
+    kind: Any = option.type | None
+    markers: list[Any] = [described(option.help)]
+    if option.flag:
+        kind = bool
+    elif option.names:
+        kind = _names_type(option.names if completing else None, several=False)
+    elif set(get_args(kind)) == {bool, NoneType}:  # three values, which a flag does not have
+        markers += [tyro.conf.FlagConversionOff, one_of("True", "False")]
+    elif get_origin(option.type) is Literal:
+        markers.append(one_of(*get_args(option.type)))
+    return option.name, Annotated[kind, *markers], field(default=False if option.flag else None)
+
+
+def with_short_help(kind: type, prog: str, words: Sequence[str]) -> Sequence[str]:
+    """Return the words of a run's command as tyro knows them; if they ask for the short help, show it and end."""
+    if not {"-h", "--help"}.isdisjoint(words):
+        print(short_help(kind, prog))
+        raise SystemExit(0)
+    return ["--help" if word == "--help-all" else word for word in words]
+
+
+def short_help(kind: type, prog: str) -> str:
+    """Return what ``--help`` shows of a run: each group's most used options with their text, and all others by name."""
+    wrapper = textwrap.TextWrapper(80, initial_indent=" " * 6, subsequent_indent=" " * 6, break_on_hyphens=False)
+    narrow = textwrap.TextWrapper(80, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False)
+    lines = [f"usage: {prog} [OPTIONS]", "", *(kind.__doc__ or "").splitlines()]
+    lines += ["", f"The text of every option: {prog} --help-all"]
+    for group in fields(kind):
+        members: dict[str, Any] = get_type_hints(group.type, include_extras=True)
+        lines += ["", f"{GROUPS[group.name]}:"]
+        explained = [name for name in _EXPLAINED[group.name] if name in members]
+        for name in explained:
+            told = next(marker for marker in members[name].__metadata__ if hasattr(marker, "help"))
+            lines += [f"  --{name.replace('_', '-')}", *wrapper.wrap(told.help)]
+        others = " ".join(f"--{name.replace('_', '-')}" for name in members if name not in explained)
+        lines += narrow.wrap(f"also: {others}") if others else []
+    return "\n".join(lines)
 
 
 def request_of(parsed: Any) -> Request:
     """Return the request that an instance of ``request_type`` holds."""
-    known, values = options(), dict[str, Any]()
+    known, given = options(), dict[str, Any]()
     for group in GROUPS:
-        values |= vars(getattr(parsed, group))
+        given |= vars(getattr(parsed, group))
     # A flag that is left out is False, and asks for nothing.
-    asked = {name: value for name, value in values.items() if value is not None and (value or not known[name].flag)}
-    own = {each.name: getattr(parsed, each.name) for each in fields(Request) if hasattr(parsed, each.name)}
-    return Request(**own, values=asked)
+    values = {
+        name: value
+        for name, value in given.items()
+        if name in known and value is not None and (value or not known[name].flag)
+    }
+    output = Output(**{each.name: given[each.name] for each in fields(Output)})
+    own = {name: given[name] for names in _REQUESTED.values() for name in names if name in given}
+    return Request(**own, output=output, values=values)
 
 
 def _names_type(choices: Iterable[str] | None, *, several: bool) -> Any:
@@ -222,12 +309,50 @@ def _names_type(choices: Iterable[str] | None, *, several: bool) -> Any:
 
 def parse(kind: Any, prog: str, arguments: Sequence[str] | None, description: str | None = None) -> Any:
     """Return what the arguments hold, of this kind; a question for help and a mistake end the program."""
-    # What is left out is None, and a flag that is left out is off: neither is shown in the help.
-    config = (tyro.conf.OmitArgPrefixes, tyro.conf.DisallowNone, tyro.conf.FlagCreatePairsOff)
-    return tyro.cli(kind, prog=prog, args=arguments, description=description, config=config)
+    # What is left out is None, and a flag that is left out is off: neither is shown in the help. All help is given by
+    # `described` and by docstrings; to look for it in comments as well would take a quarter of the time.
+    config = (
+        *(tyro.conf.OmitArgPrefixes, tyro.conf.DisallowNone, tyro.conf.FlagCreatePairsOff),
+        tyro.conf.HelptextFromCommentsOff,
+    )
+    words = sys.argv[1:] if arguments is None else list(arguments)
+    if not is_completing(words) or len(words) < 2:
+        return tyro.cli(kind, prog=prog, args=words, description=description, config=config)
+    script = io.StringIO()
+    with suppress(SystemExit), redirect_stdout(script):
+        tyro.cli(kind, prog=prog, args=["--tyro-write-completion", words[1], "-"], config=config)
+
+    def corrected(spec: re.Match[str]) -> str:
+        quoted = '\\"' in spec[1]  # fish has the whole of it between double quotes
+        known = ast.literal_eval(spec[1].replace('\\"', '"') if quoted else spec[1])
+        text = f"COMPLETION_SPEC = {mended(known)!r}"
+        return text.replace('"', '\\"') if quoted else text
+
+    pattern = r"^COMPLETION_SPEC = (\{.*?\})(?=\n+import )"  # on one line or on many
+    text = re.sub(pattern, corrected, script.getvalue(), flags=re.MULTILINE | re.DOTALL)
+    if words[2:] in ([], ["-"]):
+        print(text, end="")
+    else:
+        Path(words[2]).write_text(text, encoding="utf-8")
+    raise SystemExit(0)
+
+
+def mended(spec: dict[str, Any]) -> dict[str, Any]:
+    """Return what a completion script knows of a command, where tyro guesses: words are choices, text is no file."""
+    options = []
+    for option in spec["options"]:
+        metavar = option["description"].partition(" • ")[0]
+        if re.fullmatch(r"\{[\w,]+\}", metavar):
+            option = option | {"type": "choice", "choices": metavar[1:-1].split(",")}
+        elif option["type"] == "path" and metavar != "PATH":
+            option = option | {"type": "value"}
+        options.append(option)
+    commands = {name: mended(command) for name, command in spec["subcommands"].items()}
+    return spec | {"options": options, "subcommands": commands}
 
 
 def is_completing(arguments: Sequence[str] | None) -> bool:
     """Return whether the arguments ask tyro for a shell's completion."""
     words = sys.argv[1:] if arguments is None else arguments
-    return any(word.startswith(("--tyro-write-completion", "--tyro-print-completion")) for word in words)
+    asking = ("--tyro-write-completion", "--tyro-print-completion")
+    return bool(words) and words[0].replace("_", "-") in asking

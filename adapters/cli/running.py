@@ -11,13 +11,13 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Self, get_args
 
-from adapters.backend.entry import Backend, BackendName
+from adapters.backend.entry import Backend, BackendName, threads_for
 from adapters.benchmarks.catalogue import BENCHMARKS
 from adapters.benchmarks.location import data_directory
 from adapters.cli.display import LOGGER, Display
 from adapters.cli.options import METHODS_BY_DEFAULT, Request
 from adapters.runs import RunDirectory, RunResult, write_summary
-from adapters.runs.configuration import PRESET, Configuration, full_method_name
+from adapters.runs.configuration import Configuration, full_method_name
 from adapters.runs.directory import check_writable, read_record
 from adapters.runs.events import place
 from adapters.tracking import Tracker, Writer, open_writer
@@ -64,9 +64,9 @@ class Job:
         """Return the backends that will have worked on the run; raise a BecameError if it cannot be resumed."""
         return self.run.check_unfinished(self.backend.name, self.configuration.to_json(), resume=self.resume)
 
-    def load(self) -> Dataset:
-        """Return the data set of the benchmark."""
-        return BENCHMARKS[self.configuration.benchmark].load(data_directory(self.configuration.data_dir))
+    def stream(self) -> TaskStream:
+        """Return the tasks of the run; the data set is read."""
+        return _stream(self, _load)
 
     def learner(self, stream: TaskStream) -> Learner:
         """Return a fresh learner of these tasks."""
@@ -81,9 +81,41 @@ class Job:
             dropout_masks=configuration.dropout_masks,
         )
 
-    def write_config(self, backends: str, stream: TaskStream) -> None:
-        """Write what runs, and with which options."""
+    def check_values(self, stream: TaskStream) -> None:
+        """Raise a BecameError if there is no such device, or the network cannot be built for these images."""
+        self.backend.use_threads(self.threads(stream))
+        self.learner(stream)
+
+    def threads(self, stream: TaskStream) -> int | None:
+        """Return with how many threads the run is to be computed; None for the framework's usual number.
+
+        A run that goes on keeps the number with which it began, unless another one is asked for.
+        """
+        configuration = self.configuration
+        asked_for = configuration.threads is not None or "OMP_NUM_THREADS" in os.environ
+        if self.run.started and not asked_for and self.run.threads is not None:
+            return self.run.threads
+        shape: Any = stream.dataset.images.shape[1:]
+        return configuration.threads or threads_for(configuration.network, shape, configuration.norm)
+
+    def use_threads(self, stream: TaskStream) -> int:
+        """Let the framework compute with the run's threads, and return how many they are.
+
+        If the run began with another number, a warning says so, because its last digits may then differ.
+        """
+        before = self.run.threads if self.run.started else None
+        threads = self.backend.use_threads(self.threads(stream))
+        if before not in (None, threads):
+            LOGGER.warning(
+                "%s began with %d threads and goes on with %d, so that its last digits may differ; --threads %d keeps "
+                "them.", self.run.name, before, threads, before,
+            )  # fmt: skip
+        return threads
+
+    def write_config(self, backends: str, stream: TaskStream, threads: int | None = None) -> None:
+        """Write what runs, with which options, and with how many threads, if that is known."""
         config, hints = self.configuration.to_json(), self.configuration.hints()
+        hints["threads"] = threads or hints["threads"]
         self.run.write_config(backends, config, stream, hints=hints, preset=self.preset)
 
     def writer(self) -> Writer | None:
@@ -121,12 +153,14 @@ def requested_jobs(request: Request, backend: Backend) -> list[Job]:
         raise BecameError(f"there is no projector '{projector}'{nearest(projector, projector_names())}.")
     # A value that cannot be used is refused even if none of the methods uses it.
     check_settings({option: value for option, value in request.values.items() if option in method_settings()})
-    names = [full_method_name(method, projector) for method in methods]
+    names = list(dict.fromkeys(full_method_name(method, projector) for method in methods))
+    seeds = tuple(dict.fromkeys(seeds))
     configurations = {name: Configuration.of(values, name, preset) for name in names}
     benchmark = configurations[names[0]].benchmark
-    out = request.out or Path("runs") / f"{benchmark}-{preset or PRESET}"
+    preset = preset or BENCHMARKS[benchmark].usual
+    out = request.out or Path("runs") / f"{benchmark}-{preset}"
     jobs = [
-        Job(RunDirectory(out, name, seed), backend, configurations[name], preset or PRESET, request.resume)
+        Job(RunDirectory(out, name, seed), backend, configurations[name], preset, request.resume)
         for seed in seeds
         for name in names
     ]
@@ -187,7 +221,8 @@ def run_jobs(jobs: Sequence[Job], display: Display) -> list[RunResult]:
     """
     for backend in {id(job.backend): job.backend for job in jobs if job.configuration.deterministic}.values():
         backend.repeat_exactly()
-    results = [job.finished() for job in jobs]
+    load = cache(_load)
+    results = _results_before(jobs, load)
     to_do = [job for job, result in zip(jobs, results, strict=True) if result is None]
     for run in (job.run for job, result in zip(jobs, results, strict=True) if result is not None):
         # A process that was killed after it had saved the result can have left files, and the summary without this run.
@@ -195,30 +230,57 @@ def run_jobs(jobs: Sequence[Job], display: Display) -> list[RunResult]:
         with suppress(BecameError), run.locked():
             write_summary(run.out)
     for job in to_do:
-        job.check_unfinished()
         job.writer()
-    datasets: dict[tuple[str, Path | None], Dataset] = {}
+    _check_values(to_do, load)  # before a folder is made: a command that fails leaves none
     for job in to_do:
         check_writable(job.run.out)
-        key = job.configuration.benchmark, job.configuration.data_dir
-        if key not in datasets:
-            datasets[key] = job.load()
-            LOGGER.debug("%s: %d images are read", key[0], len(datasets[key].images))
-        stream = job.configuration.stream(datasets[key], job.run.seed)
         if not job.run.started:
             # So that `became resume` knows of all runs. One that another process is working on is left to it.
             with suppress(BecameError), job.run.locked():
-                job.write_config(job.backend.name, stream)
+                job.write_config(job.backend.name, _stream(job, load))
     finished = []
     for job, result in zip(jobs, results, strict=True):
         before = result is not None
         if result is None:
-            dataset = datasets[job.configuration.benchmark, job.configuration.data_dir]
-            result = _run_to_its_end(job, job.configuration.stream(dataset, job.run.seed), display)
+            result = _run_to_its_end(job, _stream(job, load), display)
             write_summary(job.run.out)
         display.result(job.run, result, before=before)
         finished.append(result)
     return finished
+
+
+def _results_before(jobs: Sequence[Job], load: Callable[[str, Path | None], Dataset]) -> list[RunResult | None]:
+    """Return the results of the runs that have finished before; raise a BecameError if one cannot be resumed."""
+    try:
+        results = [job.finished() for job in jobs]
+        for job, result in zip(jobs, results, strict=True):
+            if result is None:
+                job.check_unfinished()
+    except BecameError:
+        _check_values(jobs, load)  # a value that no run can have is told of before a folder that has another one
+        raise
+    return results
+
+
+def _load(benchmark: str, data_dir: Path | None) -> Dataset:
+    dataset = BENCHMARKS[benchmark].load(data_directory(data_dir))
+    LOGGER.debug("%s: %d images are read", benchmark, len(dataset.images))
+    return dataset
+
+
+def _stream(job: Job, load: Callable[[str, Path | None], Dataset]) -> TaskStream:
+    """Return the tasks of a run."""
+    dataset = load(job.configuration.benchmark, job.configuration.data_dir)
+    return job.configuration.stream(dataset, job.run.seed)
+
+
+def _check_values(jobs: Sequence[Job], load: Callable[[str, Path | None], Dataset]) -> None:
+    """Raise a BecameError if the data cannot be read, or cut as asked for, or the network cannot be built for them.
+
+    Of the runs of one command, which differ in what the methods need, the first on each backend stands for all.
+    """
+    for job in {id(job.backend): job for job in reversed(jobs)}.values():
+        job.check_values(_stream(job, load))
 
 
 def _run_to_its_end(job: Job, stream: TaskStream, display: Display) -> RunResult:
@@ -228,11 +290,12 @@ def _run_to_its_end(job: Job, stream: TaskStream, display: Display) -> RunResult
         if result is not None:  # another process has finished it meanwhile
             return result
         backends = job.check_unfinished()
+        threads = job.use_threads(stream)
         learner = job.learner(stream)
         method, training = configuration.method(run.method), configuration.training()
         checkpoints = run.checkpoints(stream, method, training)
         state = checkpoints.load(learner, lambda note: LOGGER.warning("%s: %s", run.name, note))
-        job.write_config(backends, stream)
+        job.write_config(backends, stream, threads)
         events = replace(run.events, backend=backend.name)
         with (
             Interruption() as interruption,
@@ -250,7 +313,13 @@ def _run_to_its_end(job: Job, stream: TaskStream, display: Display) -> RunResult
                 raise BecameError(f"{str(error).removesuffix('.')}; the last good checkpoint is {last}.") from None
             benchmark, config = configuration.benchmark, configuration.to_json()
             result = RunResult.of(
-                record, backend=backends, benchmark=benchmark, method=run.method, seed=run.seed, config=config
+                record,
+                backend=backends,
+                benchmark=benchmark,
+                method=run.method,
+                seed=run.seed,
+                config=config,
+                data_dir=configuration.hints()["data_dir"],
             )
             run.save(result)
             interruption.check(f"{run.name} is finished")

@@ -18,7 +18,7 @@ from jax import numpy as jnp
 
 from adapters.backend import Data, Factors, FunctionalLearner, Network, State, Step
 from adapters.jax.layers import Pass
-from adapters.networks import Backbone, Linear, Tapped
+from adapters.networks import Backbone, Linear, Record, Tapped
 from became_core import BecameError
 from became_core.arrays import Array, Params, namespace
 from became_core.continual import Constraint, TapMode
@@ -194,13 +194,15 @@ class JaxLearner(FunctionalLearner):
     def _placed(self, array: Any, dtype: Any = None) -> Array:
         return jax.device_put(array if dtype is None else jnp.array(array, dtype=dtype), self.device)
 
-    def _scale(self, values: Sequence[float]) -> Array:
-        return self._placed(np.multiply(values, 255.0).astype(self._dtype))
+    def _scale(self, values: Sequence[float], unit: float) -> Array:
+        return self._placed(np.multiply(values, unit).astype(self._dtype))
 
-    def _features_shape(self, backbone: Backbone, image: tuple[int, ...]) -> Sequence[int] | None:
+    def _features_shape(self, backbone: Backbone, image: tuple[int, ...], record: Record) -> Sequence[int] | None:
         weights = {name: jax.ShapeDtypeStruct(it.shape, jnp.float32) for name, it in backbone.parameters.items()}
         images = jax.ShapeDtypeStruct((2, *image), jnp.float32)
-        features = jax.eval_shape(lambda weights, images: backbone(Pass(weights), images), weights, images)
+        features = jax.eval_shape(
+            lambda weights, images: backbone(Pass(weights, record=record), images), weights, images
+        )
         return getattr(features, "shape", None)
 
     def _framework_masks(self, seed: int) -> Callable[[int, int], Any]:

@@ -2,7 +2,7 @@
 
 import os
 
-from adapters.backend import Backend, learner_builder, needs_package, run_command
+from adapters.backend import Backend, available_threads, learner_builder, needs_package, run_command
 
 with needs_package("jax"):
     import jax
@@ -26,8 +26,16 @@ def _prepare() -> None:
     jax.config.update("jax_default_matmul_precision", "float32")
 
 
+def _use_threads(threads: int | None) -> int:
+    """Tell XLA how many threads its pool may have; it looks when JAX first looks at its devices, and never again."""
+    if threads is not None:
+        for name in ("PJRT_NPROC", "NPROC"):  # what newer and what older versions read
+            os.environ.setdefault(name, str(threads))
+    return int(os.environ.get("PJRT_NPROC") or available_threads())
+
+
 build_learner = learner_builder(JaxLearner)
-BACKEND = Backend("jax", build_learner, _repeat_exactly, _prepare)
+BACKEND = Backend("jax", build_learner, _repeat_exactly, _prepare, _use_threads)
 
 if __name__ == "__main__":
     run_command(BACKEND)

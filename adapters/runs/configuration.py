@@ -10,6 +10,7 @@ compared when a run goes on; a hint, such as the device, is not. Two runs of equ
 and seed are the same run.
 """
 
+import math
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
@@ -52,16 +53,16 @@ __all__ = [
     "repeating_command",
 ]
 
-PRESET, BENCHMARK = "quick", "split-mnist"
+BENCHMARK = "split-mnist"
 
 # The groups of options, in the order of the help.
 GROUPS = {
-    "data": "The data and the tasks",
-    "network": "The network",
-    "training": "Training",
-    "settings": "Settings of methods and projectors",
-    "measurement": "What is measured",
-    "machine": "This machine; the result does not depend on it",
+    "learn": "What to learn: the data, the tasks, the network",
+    "methods": "Which methods, and their settings",
+    "training": "How each stage is trained",
+    "curvature": "What curvature, the projector's memory and merging paths are measured on",
+    "where": "Where: the framework, the machine, the data, the folder of results",
+    "output": "What is shown, and what else is written",
 }
 
 
@@ -82,44 +83,44 @@ def _option(help: str, group: str, default: Any = MISSING, *, hint: bool = False
 class Configuration:
     """What a run of one method does, fully resolved.
 
-    >>> Configuration.of({"benchmark": "split-mnist", "lr": 0.2}, "gpm").epochs
+    >>> Configuration.of({"benchmark": "split-mnist", "lr": 0.2}, "gpm", preset="quick").epochs
     8
     """
 
-    benchmark: str = _option("What to learn", "data", BENCHMARK)
-    tasks: int = _option("How many tasks the classes are split into; it must divide them.", "data")
-    first: int = _option("Learn only this many tasks, the first ones.", "data")
+    benchmark: str = _option("What to learn", "learn", BENCHMARK)
+    tasks: int = _option("How many tasks the classes are split into; it must divide them.", "learn")
+    first: int = _option("Learn only this many tasks, the first ones.", "learn")
     class_order: ClassOrder = _option(
         "How classes are assigned to tasks: in the order of their labels, or in an order that the seed draws.",
-        "data",
+        "learn",
         "label",
     )
-    validation: float = _option("The fraction of each task's training samples that is held out.", "data", 0.05)
+    validation: float = _option("The fraction of each task's training samples that is held out.", "learn", 0.05)
     augment: bool = _option(
         "Whether training images are cropped at random, after padding by 4 pixels, and flipped left to right.",
-        "data",
+        "learn",
         False,
     )
-    network: str = _option("The backbone", "network")
+    network: str = _option("The backbone", "learn")
     norm: Norm = _option(
         "What alexnet and resnet18 normalise by: batch, the statistics of the batch, in testing too; running, the same "
         "in training and running statistics otherwise, estimated anew for every model; group, each image's own "
         "statistics over groups of channels.",
-        "network",
+        "learn",
         "batch",
     )
     mixed_precision: bool = _option(
         "Multiply in bfloat16 in training steps; weights, losses, normalisation, memory and everything that is "
         "measured stay float32. A CPU without instructions for bfloat16 emulates them, ten times slower: see "
         "--dry-run.",
-        "network",
+        "training",
         False,
         flag=True,
     )
     dropout_masks: DropoutMasks = _option(
         "What draws dropout's masks: numpy, the same masks for every framework, or framework, the framework's own "
         "generator, on the device of the network.",
-        "network",
+        "training",
         "numpy",
     )
     schedule: Literal["annealed", "stepped", "patience"] = _option(
@@ -147,39 +148,49 @@ class Configuration:
         "What the learning rate of normalisation and of biases is multiplied by.", "training", 1.0
     )
     first_rate: float = _option(
-        "What the learning rate of all other parameters is multiplied by in the first task.", "training", 1.0
+        "What the learning rate of all weights but those of heads and normalisation is multiplied by in the first "
+        "task.",
+        "training",
+        1.0,
     )
     optimiser: Literal["sgd", "adam"] = _option("What turns gradients into steps.", "training", "sgd")
     momentum: float = _option("The momentum of SGD.", "training", 0.0)
     weight_decay: float = _option("How much of each parameter is added to its gradient.", "training", 0.0)
     batch_size: int = _option("Samples of a step, in training and in evaluation.", "training", 64)
     projector_samples: int = _option(
-        "Training samples of each task for the projector's memory; 0 for all.", "measurement", 125
+        "Training samples of each task for the projector's memory; 0 for all.", "curvature", 125
     )
     curvature_samples: int = _option(
-        "Training samples of each task for Fisher information and directional curvature; 0 for all.", "measurement", 0
+        "Training samples of each task for Fisher information and directional curvature; 0 for all.", "curvature", 0
     )
     path_points: int = _option(
-        "Trace the true loss and accuracy at this many points of every merging path.", "measurement", 0
+        "Trace the true loss and accuracy at this many points of every merging path.", "curvature", 0
     )
     data_dir: Path | None = _option(
         "A folder with the data in the hub's layout; else the environment variable BECAME_DATA_DIR; else the hub.",
-        "machine",
+        "where",
         None,
         hint=True,
     )
-    device: str = _option("Where to compute: auto, cpu, cuda, cuda:1 and so on.", "machine", "auto", hint=True)
+    device: str = _option("Where to compute: auto, cpu, cuda, cuda:1 and so on.", "where", "auto", hint=True)
+    threads: int | None = _option(
+        "How many threads the CPU computes with. Without it as many as the environment variable OMP_NUM_THREADS says; "
+        "else one for a small network, which more threads make slower, and the framework's own choice for others.",
+        "where",
+        None,
+        hint=True,
+    )
     deterministic: bool = _option(
         "Use only operations that give the same bits every time. The usual operations of a GPU do not; those of a CPU "
         "always do.",
-        "machine",
+        "where",
         False,
         hint=True,
         flag=True,
     )
     tracker: str = _option(
         "Also write scalars for a tracker as a run goes",
-        "machine",
+        "output",
         "none",
         hint=True,
     )
@@ -192,11 +203,17 @@ class Configuration:
             BecameError: if a value cannot be used.
         """
         NETWORKS[self.network]
+        for name, value in [*((it.name, getattr(self, it.name)) for it in fields(self)), *self.settings.items()]:
+            for number in value if isinstance(value, tuple) else (value,):
+                if isinstance(number, float) and not math.isfinite(number):
+                    raise BecameError(f"--{_dashed(name)} is {number}; it must be a finite number.")
         if self.batch_size < 1:
             raise BecameError(f"--batch-size is {self.batch_size}; it must be at least 1.")
         for name in ("projector_samples", "curvature_samples"):
             if getattr(self, name) < 0:
                 raise BecameError(f"--{_dashed(name)} is {getattr(self, name)}; it must be at least 0.")
+        if self.threads is not None and self.threads < 1:
+            raise BecameError(f"--threads is {self.threads}; it must be at least 1.")
         if self.path_points < 0 or self.path_points == 1:
             raise BecameError("--path-points must be 0 or at least 2.")
         if self.optimiser != "sgd" and self.momentum:
@@ -209,14 +226,15 @@ class Configuration:
         Args:
             values: by option name; may be incomplete.
             method: METHOD or METHOD+PROJECTOR.
-            preset: "quick" if None.
+            preset: the benchmark's usual one if None.
 
         Raises:
             BecameError: if a name is unknown, or a value cannot be used.
         """
         benchmark = BENCHMARKS[values.get("benchmark", BENCHMARK)]
         tasks = values.get("tasks", benchmark.tasks)
-        usual = benchmark.preset(preset or PRESET, tasks).values_of(method)
+        preset = preset or benchmark.usual
+        usual = benchmark.preset(preset, tasks).values_of(method)
         resolved: dict[str, Any] = {"first": tasks, **usual, **values, "tasks": tasks}
         declared = {each.name: each for each in fields(cls) if each.name != "settings"}
         known = options()
@@ -225,7 +243,7 @@ class Configuration:
                 raise BecameError(f"there is no option '{name}'{nearest(name, known)}.")
         for name, each in declared.items():
             if each.default is MISSING and name not in resolved:
-                raise BecameError(f"the preset '{preset or PRESET}' of {benchmark.name} has no '{name}'; give it one.")
+                raise BecameError(f"the preset '{preset}' of {benchmark.name} has no '{name}'; give it one.")
         settings = {name: resolved.get(name, each.default) for name, each in _settings_of(method).items()}
         configuration = cls(**{name: resolved[name] for name in declared if name in resolved}, settings=settings)
         configuration.training()
@@ -390,7 +408,7 @@ def options() -> dict[str, Option]:
             default = " ".join(map(str, setting.default)) if isinstance(setting.default, tuple) else setting.default
             help_text += f"; default: {default}"
         help_text += ")"
-        known[name] = Option(name, setting.type, help_text, "settings")
+        known[name] = Option(name, setting.type, help_text, "methods")
     return known
 
 
@@ -404,7 +422,7 @@ def full_method_name(method: str, projector: str | None) -> str:
     return f"{method}+{projector}" if projector is not None and takes_one else method
 
 
-def command_words(configuration: Configuration, method: str, preset: str = PRESET) -> list[str]:
+def command_words(configuration: Configuration, method: str, preset: str | None = None) -> list[str]:
     """Return the words on the command line that give a configuration: its difference to a preset, hints included.
 
     >>> command_words(Configuration.of({"lr": 0.2}, "gpm"), "gpm")
@@ -413,7 +431,7 @@ def command_words(configuration: Configuration, method: str, preset: str = PRESE
     Args:
         configuration: of a run.
         method: of the run, METHOD or METHOD+PROJECTOR.
-        preset: from which the difference is taken.
+        preset: from which the difference is taken; the benchmark's usual one if None.
 
     Raises:
         BecameError: if no words can give it, or there is no such preset.
@@ -423,7 +441,7 @@ def command_words(configuration: Configuration, method: str, preset: str = PRESE
     start = {"benchmark": configuration.benchmark, "tasks": configuration.tasks}
     usual = Configuration.of(start, method, preset)
     before = {**vars(usual), **usual.settings, "benchmark": None, "tasks": BENCHMARKS[configuration.benchmark].tasks}
-    words = ["--preset", preset] if preset != PRESET else []
+    words = ["--preset", preset] if preset not in (None, BENCHMARKS[configuration.benchmark].usual) else []
     for name, option in known.items():
         if name in values and values[name] != before[name]:
             words += option.words(values[name])
@@ -435,11 +453,12 @@ def repeating_command(runs: Sequence[RunResult]) -> str | None:
     run = runs[0]
     start = ["python", "-m", f"adapters.{run.backend.rpartition('+')[2]}.run"]
     start += ["--methods", run.method, "--seeds", *(str(run.seed) for run in runs)]
+    end = ["--data-dir", run.data_dir] if run.data_dir is not None else []
     commands = []
     try:
         configuration = Configuration.from_json(run.config, run.method)
         for preset in BENCHMARKS[configuration.benchmark].presets:
-            commands.append(shlex.join([*start, *command_words(configuration, run.method, preset)]))
+            commands.append(shlex.join([*start, *command_words(configuration, run.method, preset), *end]))
     except (BecameError, TypeError, ValueError):
         return None
     return min(commands, key=len, default=None)

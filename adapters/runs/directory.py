@@ -93,6 +93,15 @@ class RunDirectory:
         """Whether there is a checkpoint to resume from, or a result."""
         return self.results_file.exists() or any((self.folder / "checkpoints").glob("*.json"))
 
+    @property
+    def threads(self) -> int | None:
+        """With how many threads the run was computed, as its configuration says; None if it does not say."""
+        try:
+            threads = read_sealed(self.config_file)["hints"]["threads"]
+        except (BecameError, DamagedError, KeyError, TypeError):
+            return None
+        return threads if type(threads) is int else None
+
     def checkpoints(self, stream: TaskStream, method: Method, training: Training) -> Checkpoints:
         """Return the run's checkpoints."""
         return Checkpoints(self.folder / "checkpoints", stream, method, training, self.seed)

@@ -56,12 +56,21 @@ class RunResult:
     seconds: dict[str, float]
     memory: list[int] = field(default_factory=list)
     curves: list[list[dict[str, Any]]] = field(default_factory=list)
+    data_dir: str | None = None
 
     @classmethod
     def of(
-        cls, record: RunRecord, *, backend: str, benchmark: str, method: str, seed: int, config: dict[str, Any]
+        cls,
+        record: RunRecord,
+        *,
+        backend: str,
+        benchmark: str,
+        method: str,
+        seed: int,
+        config: dict[str, Any],
+        data_dir: str | None = None,
     ) -> Self:
-        """Return the result of a record."""
+        """Return the result of a record; ``data_dir`` is the folder of the data, if one was given."""
         return cls(
             backend=backend,
             benchmark=benchmark,
@@ -77,6 +86,7 @@ class RunResult:
             seconds=record.seconds,
             memory=record.memory,
             curves=[[_epoch(event) for event in curve] for curve in record.curves],
+            data_dir=data_dir,
         )
 
     @property
@@ -108,17 +118,18 @@ class RunResult:
             "paths": _without(math.nan, self.paths),
             "curves": _without(math.nan, self.curves),
             "seconds": self.seconds,
+            "data_dir": self.data_dir,
         }
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Self:
-        """Return the result that ``to_json`` gave; an early version recorded neither memory nor curves.
+        """Return the result that ``to_json`` gave; earlier versions recorded no memory, curves and data folder.
 
         Raises:
             ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError: if a value is missing or is none
                 that a run could have written.
         """
-        later = "memory", "curves"
+        later = "memory", "curves", "data_dir"
         fields = {name: values[name] for name in cls.__dataclass_fields__ if name in values or name not in later}
         for name in ("accuracy", "class_incremental_accuracy"):
             fields[name] = np.array(fields[name], dtype=float)  # null becomes NaN
@@ -131,6 +142,7 @@ class RunResult:
     def _check(self) -> None:
         tasks = len(self.accuracy)
         _require(all(type(text) is str for text in (self.backend, self.benchmark, self.method)))
+        _require(self.data_dir is None or type(self.data_dir) is str)
         _require(type(self.seed) is int and type(self.config) is dict and tasks > 0)
         for matrix in (self.accuracy, self.class_incremental_accuracy):
             _require(matrix.shape == (tasks, tasks))

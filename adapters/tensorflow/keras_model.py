@@ -1,14 +1,16 @@
 """A user's own Keras model as a backbone, images to features, called with nothing but the images.
 
 While it runs, its Dense, Conv2D, normalisation and Dropout layers are taken over: they compute as described layers do,
-with weights by canonical name, and so can be tapped; everything between them is the model's. Batch norm takes the
-batch's statistics, in evaluation too, and keeps none.
+with weights by canonical name, and so can be tapped; everything between them is the model's, and so are layers that the
+user has frozen (``trainable = False``), which are never changed. A layer that is taken over computes what Keras's own
+does, for the options in ``_LAYERS``; one with any other option is refused by its name, and so is a model whose features
+differ.
 
 Convention: a layer's name is its own, ``conv1.weight``; canonical weights are [out, in] and OIHW, where Keras has
-[in, out] and HWIO. Images are [N, H, W, C].
+[in, out] and HWIO. Images are [N, H, W, C]. A batch norm's ``moving_mean`` is its ``running_mean``.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
@@ -34,12 +36,16 @@ class _Layer(NamedTuple):
         weight: the attribute that holds its weight.
         bias: the attribute that holds its bias.
         run: (pass, layer, the Keras layer, inputs) -> outputs before the layer's activation.
+        default: such a layer as Keras makes it.
+        options: the options that ``run`` follows: all others must be as in the default.
     """
 
     kind: Literal["matrix", "scale"]
     weight: str
     bias: str
     run: Callable[[Pass, UserLayer, Any, Array], Array]
+    default: Callable[[], Any]
+    options: frozenset[str]
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,6 +58,7 @@ class KerasBackbone:
         parameters: by canonical name.
         masks: what its dropout layers need.
         variables: the model's own, by canonical name.
+        scaling: the names of layers that scale the images themselves.
     """
 
     model: keras.Model
@@ -59,56 +66,81 @@ class KerasBackbone:
     parameters: Mapping[str, Parameter]
     masks: tuple[Mask, ...]
     variables: Mapping[str, Any]
+    scaling: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, model: keras.Model, image: tuple[int, int, int]) -> "KerasBackbone":
-        """Look at a model while it sees two blank images.
+        """Look at a model while it sees two random images.
 
         Args:
-            model: any that is called with images alone.
+            model: any that is called with images alone; learners begin with the weights that it has.
             image: the shape of an image, [C, H, W].
 
         Raises:
-            BecameError: if a variable belongs to a layer that taps do not know, or two layers have one name.
+            BecameError: if a variable belongs to a layer that taps do not know, two layers have one name, a layer has
+                an option that taps do not follow, draws random numbers, adds a loss or changes a variable in training.
         """
         channels, height, width = image
+        images = tf.random.stateless_normal((2, height, width, channels), (0, 0))
         masks: list[Mask] = []
+        scaling: list[str] = []
         layers: dict[Any, UserLayer] = {}
+        problems: list[BecameError] = []  # what is raised inside a call Keras wraps into its own report
 
         def look(call: Callable[[Array], Array], layer: Any, inputs: Array) -> Array:
             if type(layer) is keras.layers.Dropout:
+                problems.extend(_options_without_effect(layer, _DROPOUT, len(inputs.shape)))
                 threshold = Dropout(layer.rate).threshold
                 masks.extend([(tuple(inputs.shape[1:]), threshold)] if threshold else [])
                 return inputs
-            if _is_known(layer):
+            if type(layer) in _SCALING:
+                scaling.append(layer.name)
+            if _is_taken_over(layer):
+                problems.extend(_options_without_effect(layer, _LAYERS[type(layer)], len(inputs.shape)))
+                if layer in layers:
+                    problems.append(
+                        BecameError(f"the layer '{layer.name}' runs twice in one pass; give each run its own.")
+                    )
                 layers[layer] = _described(layer)
-            return call(inputs)
+            # A batch norm would change its statistics; what it does to its inputs does not matter here.
+            return inputs if type(layer) is keras.layers.BatchNormalization else call(inputs)
 
-        with _intercepted(look):
-            model(tf.zeros((2, height, width, channels)))
-        variables: dict[str, Any] = {}
-        parameters: dict[str, Parameter] = {}
-        names = [described.name for described in layers.values()]
-        for layer, described in layers.items():
-            if names.count(described.name) > 1:
-                raise BecameError(f"two layers are called '{described.name}'; give each a name of its own.")
-            known = _LAYERS[type(layer)]
-            own = {f"{described.name}.weight": getattr(layer, known.weight)}
-            own |= {f"{described.name}.bias": getattr(layer, known.bias)} if described.bias else {}
-            fan_in = None if described.kind == "scale" else prod(layer.kernel.shape[:-1])
-            for name, variable in own.items():
-                shape = tuple(variable.shape[axis] for axis in CANONICAL_AXES[len(variable.shape)])
-                parameters[name] = Parameter(shape, fan_in)
-            variables |= own
+        own = model(images, training=False)  # builds it
+        before = [(variable, variable.numpy()) for variable in model.variables]
+        with _intercepted(look) as masked:
+            model(images, training=True)
+        for name in masked:
+            problems.append(BecameError(f"taps do not follow the mask that the layer '{name}' is given; leave it out."))
+        if problems:
+            raise problems[0]
+        _check_side_effects(model, before)
+        parameters, variables = _parameters(layers)
         owned = {variable.path for variable in variables.values()}
         for variable in model.trainable_variables:
             if variable.path not in owned:
                 classes = ", ".join(sorted(layer_class.__name__ for layer_class in _LAYERS))
                 raise BecameError(
-                    f"taps do not know the layer of the variable '{variable.path}'; on Keras they know {classes} with "
-                    "weights, Conv2D of one group."
+                    f"taps do not know the layer of the variable '{variable.path}', or its call is replaced; on Keras "
+                    f"they know {classes}, whose call is Keras's own."
                 )
-        return cls(model, tuple(layers.values()), parameters, tuple(masks), variables)
+        tapped = tuple(layers.values())
+        backbone = cls(model, tapped, parameters, tuple(masks), variables, tuple(dict.fromkeys(scaling)))
+        backbone._check_agreement(own, images)
+        return backbone
+
+    def _check_agreement(self, own: Array, images: Array) -> None:
+        """Raise an error if the model's own features of images differ from ours."""
+        difference = np.abs(own - self(Pass(self.weights()), images)).max(initial=0.0)
+        if not difference <= TOLERANCE * max(1.0, np.abs(own).max(initial=0.0)):
+            raise BecameError(
+                f"with the layers that taps know the model '{self.model.name}' gives other features, by "
+                f"{difference:.3g}; one of its layers changes another's weights or inputs, which taps cannot follow."
+            )
+
+    @property
+    def initial(self) -> Params:
+        """The weights that a learner begins with, which are the model's."""
+        return self.weights()
 
     def __call__(self, run: Pass, images: Array) -> Array:
         """Return the features [N, features] of images [N, H, W, C]."""
@@ -116,14 +148,14 @@ class KerasBackbone:
         def take_over(call: Callable[[Array], Array], layer: Any, inputs: Array) -> Array:
             if type(layer) is keras.layers.Dropout:
                 return run(Dropout(layer.rate), inputs)
-            if not _is_known(layer):
+            if not _is_taken_over(layer):
                 return call(inputs)
             output = _LAYERS[type(layer)].run(run, _described(layer), layer, inputs)
             activation = getattr(layer, "activation", None)
             return output if activation is None else activation(output)
 
         with _intercepted(take_over):
-            return self.model(images)
+            return self.model(images, training=run.masks is not None)
 
     def weights(self) -> Params:
         """Return the model's weights by canonical name, in canonical layouts."""
@@ -138,25 +170,106 @@ class KerasBackbone:
             variable.assign(tf.transpose(weights[name], np.argsort(CANONICAL_AXES[len(variable.shape)])))
 
 
+def _owner(model: Any, variable: Any) -> Any:
+    """Return the innermost layer that has a variable."""
+    for layer in getattr(model, "layers", ()):
+        if any(own is variable for own in layer.variables):
+            return _owner(layer, variable)
+    return model
+
+
+def _parameters(layers: Mapping[Any, UserLayer]) -> tuple[dict[str, Parameter], dict[str, Any]]:
+    """Return the parameters and the variables of layers, by canonical name."""
+    variables: dict[str, Any] = {}
+    parameters: dict[str, Parameter] = {}
+    names = [described.name for described in layers.values()]
+    for layer, described in layers.items():
+        if names.count(described.name) > 1:
+            raise BecameError(f"two layers are called '{described.name}'; give each a name of its own.")
+        known = _LAYERS[type(layer)]
+        weights = {f"{described.name}.weight": getattr(layer, known.weight)}
+        weights |= {f"{described.name}.bias": getattr(layer, known.bias)} if described.bias else {}
+        if type(layer) is keras.layers.BatchNormalization:
+            weights[f"{described.name}.running_mean"] = layer.moving_mean
+            weights[f"{described.name}.running_var"] = layer.moving_variance
+        fan_in = None if described.kind == "scale" else prod(layer.kernel.shape[:-1])
+        for name, variable in weights.items():
+            shape = tuple(variable.shape[axis] for axis in CANONICAL_AXES[len(variable.shape)])
+            parameters[name] = Parameter(shape, fan_in)
+        variables |= weights
+    return parameters, variables
+
+
+def _options_without_effect(layer: Any, known: Any, rank: int) -> Iterator[BecameError]:
+    """Yield an error for each option of a layer, whose inputs have so many axes, that is not followed."""
+    default = known.default().get_config()
+    for option, value in layer.get_config().items():
+        if option == "axis":
+            followed = value in (-1, rank - 1, [-1], [rank - 1], (-1,), (rank - 1,))
+        elif option == "dtype":  # as a policy; that of the learner is its own
+            followed = layer.compute_dtype in ("float32", "float64")
+        else:
+            followed = option in known.options | _WITHOUT_EFFECT or option.endswith("_initializer")
+        if not (followed or value == default.get(option)):
+            yield BecameError(
+                f"taps do not follow the option {option}={value!r} of the layer '{layer.name}', a "
+                f"{type(layer).__name__}; leave it out, or freeze the layer."
+            )
+
+
+def _check_side_effects(model: Any, before: Sequence[tuple[Any, Any]]) -> None:
+    """Raise an error if training does more to a model than to run it: random draws, losses, variables that change.
+
+    Args:
+        model: after a pass in training mode.
+        before: its variables, and their values before that pass, which changed ones get back.
+    """
+    changed = [variable for variable, value in before if not np.array_equal(variable.numpy(), value)]
+    for variable, value in before:
+        variable.assign(value)
+    for variable in changed:
+        layer = _owner(model, variable)
+        if "seed_generator" in variable.path:
+            raise BecameError(
+                f"the layer '{layer.name}' draws random numbers in training, which a run could not repeat; take "
+                "Dropout or the augmentation of Training in its place."
+            )
+        raise BecameError(
+            f"the layer '{layer.name}' changes its variable '{variable.path}' in training, and not by gradients, "
+            "which a run could not go on from; leave it out, or freeze it."
+        )
+    if model.losses:
+        raise BecameError(
+            f"the model '{model.name}' adds a loss of its own, by a regulariser, which is not the one that is trained; "
+            "leave it out, and give the optimiser a weight decay."
+        )
+
+
 @contextmanager
-def _intercepted(instead: Callable[[Callable[[Array], Array], Any, Array], Array]) -> Iterator[None]:
+def _intercepted(instead: Callable[[Callable[[Array], Array], Any, Array], Array]) -> Iterator[list[str]]:
     """Let layers of the classes that taps know, and Dropout, do something else inside this context.
 
     Args:
         instead: (what the layer would do with inputs, the layer, its inputs) -> outputs. It must ask for the layer's
             class, since a subclass may inherit what is replaced here.
+
+    Yields:
+        The names of layers that were given a mask.
     """
-    classes = (*_LAYERS, keras.layers.Dropout)
+    masked: list[str] = []
+    classes = (*_LAYERS, *_SCALING, keras.layers.Dropout)
     inherited = {layer_class for layer_class in classes if "call" not in vars(layer_class)}
     before = {layer_class: layer_class.call for layer_class in classes}
     for layer_class, original in before.items():
 
         def call(layer: Any, inputs: Array, *, original: Any = original, **options: Any) -> Array:
+            if options.get("mask") is not None and type(layer) in _LAYERS:
+                masked.append(layer.name)
             return instead(lambda x: original(layer, x, **options), layer, inputs)
 
         layer_class.call = call
     try:
-        yield
+        yield masked
     finally:
         for layer_class, original in before.items():
             if layer_class in inherited:
@@ -170,12 +283,20 @@ def _described(layer: Any) -> UserLayer:
     return UserLayer(layer.name, known.kind, getattr(layer, known.bias, None) is not None)
 
 
-def _is_known(layer: Any) -> bool:
-    if type(layer) is keras.layers.Conv2D:
-        return bool(layer.groups == 1 and layer.data_format == "channels_last")
-    if type(layer) is keras.layers.BatchNormalization:
-        return bool(layer.scale and layer.center)
-    return type(layer) is keras.layers.Dense or (type(layer) in _LAYERS and bool(layer.scale))
+def _is_taken_over(layer: Any) -> bool:
+    """Whether a layer is one that taps know, and trained; a frozen one runs by itself.
+
+    Raises:
+        BecameError: if a part of it is frozen.
+    """
+    if type(layer) not in _LAYERS or not layer.trainable:
+        return False
+    known = _LAYERS[type(layer)]
+    own = [getattr(layer, name, None) for name in (known.weight, known.bias)]
+    trained = [variable.trainable for variable in own if variable is not None]
+    if len(set(trained)) > 1:
+        raise BecameError(f"a part of the layer '{layer.name}' is frozen; freeze all of it, or nothing.")
+    return all(trained)
 
 
 def _convolution(run: Pass, described: UserLayer, layer: Any, inputs: Array) -> Array:
@@ -190,10 +311,6 @@ def _convolution(run: Pass, described: UserLayer, layer: Any, inputs: Array) -> 
     )
 
 
-def _batch_norm(run: Pass, described: UserLayer, layer: Any, inputs: Array) -> Array:
-    return run(BatchNorm(described.name, layer.epsilon), inputs)
-
-
 def _layer_norm(run: Pass, described: UserLayer, layer: Any, inputs: Array) -> Array:
     mean, variance = tf.nn.moments(inputs, [-1], keepdims=True)
     return _scaled(run, described, (inputs - mean) * tf.math.rsqrt(variance + layer.epsilon))
@@ -203,19 +320,51 @@ def _scaled(run: Pass, described: UserLayer, normalised: Array) -> Array:
     return run.tapped(described, lambda: normalised, normalised * run.weights[f"{described.name}.weight"])
 
 
+class _Options(NamedTuple):
+    """The options of a class of layers without weights; attributes as of ``_Layer``."""
+
+    default: Callable[[], Any]
+    options: frozenset[str]
+
+
+# What is in a layer's configuration and changes nothing that is computed from its weights, or is the learner's.
+_WITHOUT_EFFECT = frozenset({"name", "trainable", "momentum", "synchronized", "seed"})
+_SCALING = (keras.layers.Rescaling, keras.layers.Normalization)
+_DROPOUT = _Options(lambda: keras.layers.Dropout(0.5), frozenset({"rate"}))
+# Features may differ by rounding, as a share of the greatest.
+TOLERANCE = 1e-3
+
 _LAYERS: dict[type, _Layer] = {
     keras.layers.Dense: _Layer(
         "matrix",
         "kernel",
         "bias",
         lambda run, described, layer, inputs: run(Linear(described.name, layer.units, described.bias), inputs),
+        lambda: keras.layers.Dense(1),
+        frozenset({"units", "activation", "use_bias"}),
     ),
-    keras.layers.Conv2D: _Layer("matrix", "kernel", "bias", _convolution),
+    keras.layers.Conv2D: _Layer(
+        "matrix",
+        "kernel",
+        "bias",
+        _convolution,
+        lambda: keras.layers.Conv2D(1, 1, data_format="channels_last"),
+        frozenset({"filters", "kernel_size", "strides", "padding", "dilation_rate", "activation", "use_bias"}),
+    ),
     keras.layers.BatchNormalization: _Layer(
         "scale",
         "gamma",
         "beta",
-        lambda run, described, layer, inputs: run(BatchNorm(described.name, layer.epsilon), inputs),
+        lambda run, described, layer, inputs: run(BatchNorm(described.name, layer.epsilon, running=True), inputs),
+        keras.layers.BatchNormalization,
+        frozenset({"epsilon"}),
     ),
-    keras.layers.LayerNormalization: _Layer("scale", "gamma", "beta", _layer_norm),
+    keras.layers.LayerNormalization: _Layer(
+        "scale",
+        "gamma",
+        "beta",
+        _layer_norm,
+        keras.layers.LayerNormalization,
+        frozenset({"epsilon", "center"}),
+    ),
 }

@@ -15,10 +15,11 @@ import numpy as np
 import tensorflow as tf
 
 from adapters.backend import Data, Factors, FunctionalLearner, Network, State, Step
-from adapters.networks import Backbone, Linear, Tapped, is_statistic
+from adapters.networks import Backbone, Linear, Record, Tapped, is_statistic
 from adapters.tensorflow.layers import Pass, Patches, with_positions
+from became_core import BecameError
 from became_core.arrays import Array, Params
-from became_core.continual import Constraint, TapMode, Views
+from became_core.continual import Constraint, TapMode, TaskStream, Views
 from became_core.continual.data import Indices
 from became_core.curvature import Tap, Taps, logit_cotangents
 
@@ -36,6 +37,29 @@ class _Drawn(NamedTuple):
         return self.noise
 
 
+class _Compiled:
+    """A function of weights, compiled once for heads of each width, and for batches of any size."""
+
+    def __init__(self, function: Callable[..., Any], head: str) -> None:
+        self._function, self._head = function, head
+        self._of_width: dict[int | None, Any] = {}
+
+    def _for(self, weights: Params) -> Any:
+        width = weights[self._head].shape[0] if self._head in weights else None
+        if width not in self._of_width:
+            self._of_width[width] = tf.function(self._function, reduce_retracing=True, autograph=False)
+        return self._of_width[width]
+
+    def __call__(self, weights: Params, *arguments: Any) -> Any:
+        return self._for(weights)(weights, *arguments)
+
+    def get_concrete_function(self, weights: Params, *arguments: Any) -> Any:
+        return self._for(weights).get_concrete_function(weights, *arguments)
+
+    def experimental_get_tracing_count(self) -> int:
+        return sum(int(function.experimental_get_tracing_count()) for function in self._of_width.values())
+
+
 @dataclass(frozen=True, eq=False)
 class TensorFlowNetwork(Network):
     """A network with TensorFlow's derivatives."""
@@ -47,7 +71,7 @@ class TensorFlowNetwork(Network):
         compiled: Any = tf.function(super().updated, autograph=False)
         object.__setattr__(self, "_updated", compiled)
         for name in ("_all_gradients", "_one_backward_pass", "_inputs", "_tangent", "all_logits", "batch_statistics"):
-            object.__setattr__(self, name, tf.function(getattr(self, name), reduce_retracing=True, autograph=False))
+            object.__setattr__(self, name, _Compiled(getattr(self, name), f"{self.head.name}.weight"))
 
     def gradients(
         self, trained: Params, factored: Params, frozen: Params, data: Data, batch: Step
@@ -100,7 +124,11 @@ class TensorFlowNetwork(Network):
         elif mode == "true":
             yield from self._backward_passes(weights, data, rows, masks, mode, rng)
         else:
-            noise = rng.gumbel(size=(len(rows), self.head.outputs)) if mode == "sampled" else None
+            noise = (
+                rng.gumbel(size=(len(rows), weights[f"{self.head.name}.weight"].shape[0]))
+                if mode == "sampled"
+                else None
+            )
             yield self._one_backward_pass(weights, data, rows, masks, mode, noise)
 
     def _one_backward_pass(
@@ -185,9 +213,9 @@ class TensorFlowLearner(FunctionalLearner):
         with tf.device(self.device):
             return tf.convert_to_tensor(array, dtype)
 
-    def _features_shape(self, backbone: Backbone, image: tuple[int, ...]) -> Sequence[int] | None:
+    def _features_shape(self, backbone: Backbone, image: tuple[int, ...], record: Record) -> Sequence[int] | None:
         weights = {name: tf.zeros(it.shape, self._dtype) for name, it in backbone.parameters.items()}
-        return tuple(backbone(Pass(weights), tf.zeros((2, *image), self._dtype)).shape)
+        return tuple(backbone(Pass(weights, record=record), tf.zeros((2, *image), self._dtype)).shape)
 
     def _framework_masks(self, seed: int) -> Callable[[int, int], Any]:
         generator = tf.random.Generator.from_seed(seed)
@@ -196,9 +224,16 @@ class TensorFlowLearner(FunctionalLearner):
             generator.uniform((samples, *shape)) >= threshold / 2**16 for shape, threshold in masks
         )
 
-    def _build(self, *arguments: Any) -> None:
+    def _build(self, backbone: Backbone, stream: TaskStream, mixed_precision: bool, seed: int) -> None:
+        dataset, scaling = stream.dataset, getattr(backbone, "scaling", ())
+        if scaling and not (np.equal(dataset.mean, 0).all() and np.allclose(np.multiply(dataset.std, dataset.unit), 1)):
+            raise BecameError(
+                f"the model scales its images itself, in the layer '{scaling[0]}', and the data set {dataset.name} has "
+                f"them normalised before; leave one of the two out: means of 0 and deviations of 1/{dataset.unit:.0f} "
+                "leave images as they are."
+            )
         with tf.device(self.device):
-            super()._build(*arguments)
+            super()._build(backbone, stream, mixed_precision, seed)
 
     def train(self, *arguments: Any, **options: Any) -> Any:
         """Take one step on each batch."""
@@ -210,7 +245,7 @@ class TensorFlowLearner(FunctionalLearner):
         with tf.device(self.device):
             return super().targets(indices)
 
-    def _on_device(self, items: Iterator[T]) -> Iterator[T]:
+    def _measured(self, items: Iterator[T], training: bool = False) -> Iterator[T]:
         while True:
             with tf.device(self.device):
                 item = next(items, None)

@@ -1,8 +1,9 @@
 """``python -m adapters.tensorflow.run``: continual learning on TensorFlow from the command line."""
 
 import os
+from contextlib import suppress
 
-from adapters.backend import Backend, learner_builder, needs_package, run_command
+from adapters.backend import Backend, available_threads, learner_builder, needs_package, run_command
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # else it reports on the processor before anything is asked of it
 
@@ -25,8 +26,16 @@ def _prepare() -> None:
     tf.config.experimental.enable_tensor_float_32_execution(False)
 
 
+def _use_threads(threads: int | None) -> int:
+    """Tell TensorFlow how many threads it may have, of both kinds; it refuses once it has computed anything."""
+    with suppress(RuntimeError):
+        tf.config.threading.set_intra_op_parallelism_threads(threads or 0)
+        tf.config.threading.set_inter_op_parallelism_threads(threads or 0)
+    return tf.config.threading.get_intra_op_parallelism_threads() or available_threads()
+
+
 build_learner = learner_builder(TensorFlowLearner)
-BACKEND = Backend("tensorflow", build_learner, _repeat_exactly, _prepare)
+BACKEND = Backend("tensorflow", build_learner, _repeat_exactly, _prepare, _use_threads)
 
 if __name__ == "__main__":
     run_command(BACKEND)

@@ -19,6 +19,8 @@ __all__ = [
     "batch_statistics",
     "constant_statistics",
     "estimate_statistics",
+    "is_batch_norm",
+    "is_frozen_norm",
     "moments",
     "patches",
     "running_norms",
@@ -59,12 +61,23 @@ def moments(inputs: Tensor) -> tuple[Tensor, Tensor]:
     return mean, variance
 
 
+def is_batch_norm(module: nn.Module) -> bool:
+    """Whether the layer is a batch norm."""
+    return isinstance(module, _BATCH_NORMS)
+
+
+def is_frozen_norm(module: Any) -> bool:
+    """Whether the layer is a batch norm with running statistics whose weights are frozen, and these with them."""
+    weights = list(module.parameters(recurse=False))
+    frozen = bool(weights) and not any(weight.requires_grad for weight in weights)
+    return is_batch_norm(module) and module.running_mean is not None and frozen
+
+
 def running_norms(names: Mapping[nn.Module, str]) -> dict[nn.Module, str]:
-    """Return the batch norms that have running statistics, of modules by name; training changes these no more."""
+    """Return the batch norms in training mode that have running statistics, of modules by name."""
     norms: dict[nn.Module, str] = {}
     for module, name in names.items():
-        if isinstance(module, _BATCH_NORMS) and module.running_mean is not None:
-            module.momentum = 0.0
+        if isinstance(module, _BATCH_NORMS) and module.running_mean is not None and module.training:
             norms[module] = name
     return norms
 

@@ -1,12 +1,18 @@
 """The learner on PyTorch: any module that maps images to features, with a head for each task.
 
-Convention: images are uint8 [N, C, H, W] and are normalised on the device, batch by batch. Parameters are named arrays,
-the running statistics of batch norms among them; other buffers stay in the module.
+Convention: images are [N, C, H, W] and are normalised on the device, batch by batch. Parameters are named arrays, the
+running statistics of batch norms and all other buffers among them.
+
+The module is the user's. Its weights are trained in place, as PyTorch's own loops do, and nothing else of it is
+changed for good: not what it has frozen, its modes, its layout in memory, or how its batch norms learn statistics.
+``_working`` is the one place that changes such things, for the time of a context. Layers in evaluation mode inside a
+module in training mode stay in it, and a batch norm whose weights are frozen is frozen with its statistics.
 """
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar
+from contextlib import ExitStack, contextmanager
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import torch
@@ -14,10 +20,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
-from adapters.backend import NetworkLearner
+from adapters.backend import Heads, NetworkLearner
 from adapters.networks import Architecture
 from adapters.torch.derivatives import Derivatives
-from adapters.torch.layers import batch_statistics, running_norms
+from adapters.torch.layers import batch_statistics, is_batch_norm, is_frozen_norm, running_norms
 from adapters.torch.linear import constrained_inputs, plain_linear_layers
 from adapters.torch.networks import Described, MultiHead, draw_masks_from
 from adapters.torch.tapping import Layouts, collect_inputs, collect_taps, matrices_of
@@ -28,6 +34,8 @@ from became_core.curvature import Taps, logit_cotangents
 from became_core.projection import Region
 
 __all__ = ["TorchLearner"]
+
+T = TypeVar("T")
 
 
 class TorchLearner(NetworkLearner):
@@ -53,45 +61,122 @@ class TorchLearner(NetworkLearner):
         return dtype
 
     def _build(self, backbone: nn.Module | Architecture, stream: TaskStream, mixed_precision: bool, seed: int) -> None:
-        if isinstance(backbone, Architecture):
-            backbone = Described(backbone, seed, self._dtype)
+        is_ours = isinstance(backbone, Architecture)
+        module = Described(backbone, seed, self._dtype) if isinstance(backbone, Architecture) else backbone
         dataset, place = stream.dataset, {"device": self.device, "dtype": self._dtype}
-        # Of group norm with channels last PyTorch has no forward-mode derivative.
-        last = self.device.type in ("cpu", "cuda") and not any(isinstance(m, nn.GroupNorm) for m in backbone.modules())
+        features = self._check_features(self._features_shape(module, dataset.images.shape[1:]))
+        self.naming = Heads.beside(name for name, _ in [*module.named_parameters(), *module.named_buffers()])
+        widths = [len(task.classes) for task in stream.tasks]
+        self.network = MultiHead(module, features, widths, seed, self._dtype, self.naming).to(**place)
+        # Of group norm with channels last PyTorch has no forward-mode derivative. Users choose their own layout.
+        has_group_norm = any(isinstance(layer, nn.GroupNorm) for layer in module.modules())
+        if is_ours and self.device.type in ("cpu", "cuda") and not has_group_norm:
+            self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload] # PyTorch's types lack it
+        last = any(parameter.ndim == 4 and not parameter.is_contiguous() for parameter in module.parameters())
         self._layout = torch.channels_last if last else torch.contiguous_format
+        self._copied = torch.preserve_format if is_ours else torch.contiguous_format  # which safetensors can save
         self._mixed_precision = mixed_precision
-        features = self._check_features(_features_shape(backbone, dataset.images.shape[1:]))
-        network = MultiHead(backbone, features, len(stream.tasks), stream.classes_per_task, seed, self._dtype)
-        self.network = network.to(**place)
-        self.network.to(memory_format=self._layout)  # type: ignore[call-overload] # PyTorch's own types lack it
         self._images = torch.from_numpy(dataset.images).to(self.device)
         self._targets = torch.from_numpy(stream.targets).to(self.device)
         self._mean, self._std = (
-            torch.tensor(values, **place).mul(255).view(1, -1, 1, 1) for values in (dataset.mean, dataset.std)
+            torch.tensor(values, **place).mul(dataset.unit).view(1, -1, 1, 1) for values in (dataset.mean, dataset.std)
         )
-        self._named = {_canonical(name): parameter for name, parameter in self.network.named_parameters()}
-        self._layers = {module: _canonical(name) for name, module in self.network.named_modules()}
-        self._norms = running_norms(self._layers)
-        self._running: dict[str, Tensor] = {
-            f"{name}.{kind}": getattr(module, kind)
-            for module, name in self._norms.items()
-            for kind in ("running_mean", "running_var")
-        }
-        self.running_statistics = frozenset(self._running)
+        self._named = {self._canonical(name): parameter for name, parameter in self.network.named_parameters()}
+        self._layers = {layer: self._canonical(name) for name, layer in self.network.named_modules()}
+        self._frozen = frozenset(name for name, parameter in self._named.items() if not parameter.requires_grad)
+        self._in_evaluation = [layer for layer in module.modules() if module.training and not layer.training]
+        self._in_evaluation += [layer for layer in module.modules() if is_frozen_norm(layer)]
+        self._norms: dict[nn.Module, str] = {}
+        with self._working(training=True):
+            self._norms = running_norms(self._layers)
+        self.running_statistics = frozenset(
+            f"{name}.{kind}" for name in self._norms.values() for kind in ("running_mean", "running_var")
+        )
+        counts = {f"{name}.num_batches_tracked" for name in self._norms.values()}
+        buffers = {self._canonical(name) for name, _ in self.network.named_buffers()}
+        self._stored = frozenset(buffers - counts)
+        self.constants = self._frozen | (self._stored - self.running_statistics)
         self._layouts: dict[int, Layouts] = defaultdict(Layouts)
         self.derivatives = Derivatives()
         self._plain_layers: dict[nn.Module, str] | None = None
-        self.projectable = self._find_projectable()
+        with self._working(training=False):
+            few = (self._batch(np.arange(min(3, len(self._images))))[0], 0)
+            matrices = matrices_of(self.network, self._layers, few)
+        # Stored as [d_out, d_in], as a few samples tell.
+        self.projectable = frozenset(
+            name for name, transposed in matrices.items() if not (transposed or self.naming.has(name))
+        )
+
+    def _canonical(self, name: str) -> str:
+        """Return the canonical name of a parameter, buffer or module of the network with heads."""
+        if name.startswith("heads."):
+            return f"{self.naming.name(0).removesuffix('.0')}.{name.removeprefix('heads.')}"
+        return "" if name == "backbone" else name.removeprefix("backbone.")
+
+    def _features_shape(self, backbone: nn.Module, image: tuple[int, ...]) -> Sequence[int] | None:
+        """Return the shape of a backbone's features of two blank images; None if they are no tensor."""
+
+        def look(norm: Any, inputs: tuple[Tensor, ...]) -> None:
+            if inputs[0].numel() == len(inputs[0]) * inputs[0].shape[1] and not is_frozen_norm(norm):
+                self._normalises_over_samples(running=norm.running_mean is not None)
+
+        probe = next(backbone.parameters(), torch.zeros(()))
+        with ExitStack() as context:
+            context.enter_context(torch.no_grad())
+            context.enter_context(_as_it_was(backbone))
+            backbone.eval()
+            for norm in filter(is_batch_norm, backbone.modules()):
+                context.callback(norm.register_forward_pre_hook(look).remove)
+            features = backbone(torch.zeros(2, *image, device=probe.device, dtype=probe.dtype))
+        return features.shape if isinstance(features, Tensor) else None
+
+    @contextmanager
+    def _working(self, training: bool) -> Iterator[None]:
+        """Put the network into training or evaluation mode for the time of this context, except for what is frozen."""
+        with _as_it_was(self.network):
+            self.network.train(training)
+            for layer in self._in_evaluation:
+                layer.eval()
+            norms: list[Any] = list(self._norms) if training else []
+            for norm in norms:
+                norm.track_running_stats = False  # the core estimates them
+            try:
+                yield
+            finally:
+                for norm in norms:
+                    norm.track_running_stats = True
+
+    def _measured(self, items: Iterator[T], training: bool = False) -> Iterator[T]:
+        before = {name: value.clone() for name, value in self._buffers().items()}
+        with self._working(training):
+            yield from items
+        self._put_buffers(before)
+
+    def _buffers(self) -> dict[str, Tensor]:
+        """Return what the network stores besides its parameters; a forward pass may put other tensors there."""
+        named = {self._canonical(name): value for name, value in self.network.named_buffers()}
+        return {name: value for name, value in named.items() if name in self._stored}
+
+    @torch.no_grad()
+    def _put_buffers(self, values: Params) -> None:
+        for name, buffer in self._buffers().items():
+            if buffer.shape == values[name].shape:
+                buffer.copy_(values[name])
+            else:
+                owner, _, own = name.rpartition(".")
+                setattr(self.network.backbone.get_submodule(owner), own, values[name].clone())
 
     def parameters(self) -> Params:
         """Return a copy of all parameters by canonical name."""
-        return {name: value.detach().clone() for name, value in (self._named | self._running).items()}
+        entries = self._named | self._buffers()
+        return {name: value.detach().clone(memory_format=self._copied) for name, value in entries.items()}
 
     @torch.no_grad()
     def assign(self, parameters: Params) -> None:
         """Copy these values into the parameters."""
-        for name, value in (self._named | self._running).items():
+        for name, value in self._named.items():
             value.copy_(parameters[name])
+        self._put_buffers(parameters)
 
     def train(
         self,
@@ -102,15 +187,30 @@ class TorchLearner(NetworkLearner):
         rng: np.random.Generator,
     ) -> Trained:
         """Take one step on each batch."""
-        trained = {name: parameter for name, parameter in self._named.items() if name in constraint.trainable}
-        for name, parameter in self._named.items():
-            parameter.requires_grad_(name in trained)
+        names = constraint.trainable - self._frozen
+        try:
+            for name, parameter in self._named.items():
+                parameter.requires_grad_(name in names)
+            with self._working(training=True):
+                return self._trained(batches, rates, constraint, optimiser, rng)
+        finally:
+            for name, parameter in self._named.items():
+                parameter.requires_grad_(name not in self._frozen)
+
+    def _trained(
+        self,
+        batches: Sequence[Batch],
+        rates: NDArray[np.float64],
+        constraint: Constraint,
+        optimiser: Optimiser,
+        rng: np.random.Generator,
+    ) -> Trained:
+        trained = {name: parameter for name, parameter in self._named.items() if parameter.requires_grad}
         if self._plain_layers is None:
             draw_masks_from(self.network, None)
             few = self._batch(batches[0].indices[:3])[0], batches[0].task
             plain = plain_linear_layers(self.network, self._layers, few)
             self._plain_layers = {module: name for module, name in self._layers.items() if module in plain}
-        self.network.train()
         self._masks(rng)
         total = torch.zeros((), device=self.device, dtype=torch.promote_types(self._dtype, torch.float32))
         theta: Params = {name: parameter.detach() for name, parameter in trained.items()}
@@ -142,7 +242,6 @@ class TorchLearner(NetworkLearner):
                     self._work_with(remaining, theta)
                 total += loss.detach() * len(batch.indices)
         samples = sum(len(batch.indices) for batch in batches)
-        self.network.requires_grad_(True)
         if region is not None:
             self.assign({name: theta.get(name, value) for name, value in self.parameters().items()})
             region = region.with_scales({key: theta[key].detach() for key in region.scales})
@@ -160,14 +259,12 @@ class TorchLearner(NetworkLearner):
 
     @torch.no_grad()
     def _logits(self, rows: Indices) -> Tensor:
-        self.network.eval()
         logits: Tensor = self.network(self._batch(rows)[0])
         return logits
 
     def _taps(self, task: int, rows: Indices, mode: TapMode, rng: np.random.Generator, masks: Any) -> Iterator[Taps]:
         images, targets = self._batch(rows)
         per_sample = mode != "published"
-        self.network.train(not per_sample)
         if mode == "inputs":
             return collect_inputs(self.network, self._layers, (images, task), sorted(self.projectable))
         return collect_taps(
@@ -180,26 +277,19 @@ class TorchLearner(NetworkLearner):
         )
 
     def _tangents(self, task: int, rows: Indices, directions: Sequence[Params]) -> tuple[Tensor, Tensor]:
-        self.network.eval()
-        primals = dict(self.network.named_parameters())
+        named = dict(self.network.named_parameters())
+        primals = {name: value for name, value in named.items() if self._canonical(name) not in self._frozen}
         images, _ = self._batch(rows)
 
         def logits(theta: Mapping[str, Tensor]) -> Tensor:
             result: Tensor = torch.func.functional_call(self.network, dict(theta), (images, task))
             return result
 
-        along = [{name: direction[_canonical(name)] for name in primals} for direction in directions]
+        along = [{name: direction[self._canonical(name)] for name in primals} for direction in directions]
         return self.derivatives.along(logits, primals, along)
 
     def _batch_statistics(self, rows: Indices) -> Iterator[Params]:
         return batch_statistics(self.network.backbone, self._norms, self._batch(rows)[0])
-
-    def _find_projectable(self) -> frozenset[str]:
-        """Return the shared weights [d_out, d_in] that are used as matrices alone, as a few samples tell."""
-        self.network.eval()
-        arguments = (self._batch(np.arange(min(3, len(self._images))))[0], 0)
-        matrices = matrices_of(self.network, self._layers, arguments)
-        return frozenset(name for name, transposed in matrices.items() if not (transposed or name.startswith("heads.")))
 
     def _batch(self, indices: Indices, views: Views | None = None) -> tuple[Tensor, Tensor]:
         rows = torch.from_numpy(indices).to(self.device)
@@ -214,16 +304,12 @@ class TorchLearner(NetworkLearner):
         return lambda number, samples: None  # the modules draw them
 
 
-def _canonical(name: str) -> str:
-    return "" if name == "backbone" else name.removeprefix("backbone.")
-
-
-def _features_shape(backbone: nn.Module, image: tuple[int, ...]) -> Sequence[int] | None:
-    """Return the shape of a backbone's features of two blank images; None if they are no tensor."""
-    probe = next(backbone.parameters(), torch.zeros(()))
-    was_training = backbone.training
-    backbone.eval()
-    with torch.no_grad():
-        features = backbone(torch.zeros(2, *image, device=probe.device, dtype=probe.dtype))
-    backbone.train(was_training)
-    return features.shape if isinstance(features, Tensor) else None
+@contextmanager
+def _as_it_was(module: nn.Module) -> Iterator[None]:
+    """Give all modules within a module the modes back that they had."""
+    modes = [(layer, layer.training) for layer in module.modules()]
+    try:
+        yield
+    finally:
+        for layer, mode in modes:
+            layer.training = mode

@@ -63,7 +63,7 @@ def plain_linear_layers(network: nn.Module, names: dict[nn.Module, str], argumen
     may be dropped out, normalised, tied or multiplied beside it, or its ``forward`` may be the user's own.
 
     Args:
-        network: what runs; its buffers, its mode and PyTorch's random numbers are left as they were.
+        network: what runs, in training mode; its buffers and PyTorch's random numbers are left as they were.
         names: all its modules by canonical name.
         arguments: of the network.
     """
@@ -81,20 +81,19 @@ def plain_linear_layers(network: nn.Module, names: dict[nn.Module, str], argumen
         own[module].add(output.grad_fn)
         return output
 
-    was_training, buffers = network.training, {name: value.clone() for name, value in network.named_buffers()}
+    buffers = {name: value.clone() for name, value in network.named_buffers()}
     try:
         for module in layers:
             vars(module)["forward"] = partial(forward, module)
         with torch.random.fork_rng(devices=[]), torch.enable_grad():
-            network.train()
             graph = graph_of(network(*arguments), {name: module.weight for module, name in layers.items()})
     finally:
         for module in layers:
             del vars(module)["forward"]
-        network.train(was_training)
         with torch.no_grad():
             for name, value in network.named_buffers():
-                value.copy_(buffers[name])
+                if name in buffers and value.shape == buffers[name].shape:
+                    value.copy_(buffers[name])
     plain: set[nn.Module] = set()
     for module, name in layers.items():
         nodes = {use.node for use in graph.uses.get(name, ()) if isinstance(use, Use) and use.kind == "matrix"}

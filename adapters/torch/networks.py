@@ -3,7 +3,8 @@
 Convention: images are [N, C, H, W]; a backbone returns [N, features]; heads have no bias, one for each task.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from adapters import networks
+from adapters.backend import Heads
 from adapters.networks import (
     Architecture,
     AveragePool,
@@ -139,33 +141,40 @@ class MultiHead(nn.Module):
         self,
         backbone: nn.Module,
         features: int,
-        tasks: int,
-        classes: int,
+        classes: Sequence[int],
         seed: int = 0,
         dtype: torch.dtype = torch.float32,
+        naming: Heads | None = None,
     ) -> None:
         """Build the heads.
 
         Args:
             backbone: images [N, C, H, W] to features [N, features].
             features: the backbone's output width.
-            tasks: how many heads.
-            classes: every head's width.
+            classes: the width of each head.
             seed: names the draw of the heads' weights; the backbone keeps those it has.
             dtype: of the heads' weights.
+            naming: the names of the heads, by which their weights are drawn; the usual ones if not given.
         """
         super().__init__()
         self.backbone = backbone
-        self.heads = nn.ModuleList(nn.Linear(features, classes, bias=False, dtype=dtype) for _ in range(tasks))
+        self.heads = nn.ModuleList(nn.Linear(features, width, bias=False, dtype=dtype) for width in classes)
+        self._widest = max(classes)
         with torch.no_grad():
-            for name, parameter in self.heads.named_parameters():
-                value = initial_value(seed, f"heads.{name}", (classes, features), features)
-                parameter.copy_(torch.from_numpy(value))
+            for task, (head, width) in enumerate(zip(self.heads, classes, strict=True)):
+                name = f"{(naming or Heads()).name(task)}.weight"
+                weight: Any = head.weight
+                weight.copy_(torch.from_numpy(initial_value(seed, name, (width, features), features)))
 
     def forward(self, images: Tensor, task: int | None = None) -> Tensor:
-        """Return one task's logits [N, classes], or, if no task is given, all heads' [N, tasks, classes]."""
+        """Return one task's logits [N, classes], or, if no task is given, all heads' [N, tasks, classes].
+
+        A head of fewer classes than others has -inf for those that it has not.
+        """
         features = self.backbone(images)
         if task is not None:
             logits: Tensor = self.heads[task](features)
             return logits
-        return torch.stack([head(features) for head in self.heads], dim=1)
+        of_all = [head(features) for head in self.heads]
+        widest = self._widest
+        return torch.stack([nn.functional.pad(it, (0, widest - it.shape[1]), value=-math.inf) for it in of_all], dim=1)

@@ -46,8 +46,16 @@ def _prepare() -> None:
     torch.backends.cudnn.allow_tf32 = False
 
 
+_USUAL_THREADS = torch.get_num_threads()
+
+
+def _use_threads(threads: int | None) -> int:
+    torch.set_num_threads(threads or _USUAL_THREADS)
+    return torch.get_num_threads()
+
+
 build_learner = learner_builder(TorchLearner)
-BACKEND = Backend("torch", build_learner, _repeat_exactly, _prepare)
+BACKEND = Backend("torch", build_learner, _repeat_exactly, _prepare, _use_threads)
 
 if __name__ == "__main__":
     run_command(BACKEND)

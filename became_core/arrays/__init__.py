@@ -3,6 +3,7 @@
 from became_core.arrays.frameworks import is_array
 from became_core.arrays.namespace import (
     Array,
+    check_places,
     check_values,
     device,
     has_values,
@@ -34,6 +35,7 @@ __all__ = [
     "Tree",
     "aligned_leaves",
     "aligned_rows",
+    "check_places",
     "check_values",
     "device",
     "difference",

@@ -46,6 +46,9 @@ class Framework:
         lerp: (module, start, end, weight) -> start + weight * (end - start) in one pass, computed from the nearer end,
             so that both ends are exact; None if the framework has no such function.
         on_host: array -> its numbers in NumPy, from whatever device.
+        place: array -> where it lies, if the framework refuses to compute with arrays from other places; None if it
+            does not.
+        is_dense: (module, array) -> whether it has all its elements: it is neither sparse nor masked.
     """
 
     module: str
@@ -60,6 +63,8 @@ class Framework:
     dot: Callable[[Any, Any, Any], Any] | None = None
     lerp: Callable[[Any, Any, Any, Any], Any] | None = None
     on_host: Callable[[Any], NDArray[Any]] = np.asarray
+    place: Callable[[Any], Any] = lambda array: None
+    is_dense: Callable[[Any, Any], bool] = lambda module, array: True
 
 
 def _torch_namespace(_: Any) -> Any:
@@ -136,6 +141,8 @@ _ROWS = (
         on_cpu=lambda array: array.device.type == "cpu",
         lerp=lambda torch, start, end, weight: torch.lerp(start, end, weight),
         on_host=lambda array: np.asarray(array.detach().cpu()),
+        place=lambda array: array.device,
+        is_dense=lambda torch, array: array.layout is torch.strided,
     ),
     Framework(
         module="tensorflow",
@@ -157,6 +164,7 @@ _ROWS = (
         loop=lambda jax: _jax_loop if jax.default_backend() == "cpu" else None,
         compiles=lambda jax: jax.jit,
         on_cpu=lambda array: all(device.platform == "cpu" for device in array.devices()),
+        place=lambda array: frozenset(array.devices()) if getattr(array, "committed", False) else None,
     ),
     Framework(
         module="dask.array",
@@ -169,11 +177,13 @@ _ROWS = (
         on_cpu=lambda array: False,
         dot=_vecdot_of_pieces,
         on_host=lambda array: array.get(),
+        place=lambda array: array.device,
     ),
     Framework(
         module="",
         owns=_is_any_other_array,
         dot=_vecdot_of_pieces,
+        is_dense=lambda _, array: not isinstance(array, np.ma.MaskedArray),
     ),
 )
 

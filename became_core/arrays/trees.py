@@ -1,7 +1,8 @@
 """Trees of arrays: named leaves, and several trees walked side by side.
 
 A tree is any nesting of dicts, lists, tuples, named tuples, dataclasses, nodes registered with optree and, where JAX is
-loaded, with JAX (``flax.struct``, ``FrozenDict``, ``nnx.State``); None is an empty node.
+loaded, with JAX (``flax.struct``, ``FrozenDict``, ``nnx.State``); None is an empty node. A variable of Keras is a leaf,
+its value.
 
 Convention: a leaf is called by its path, entries joined by dots (``conv1.weight``, ``encoder.0``); a tree that is a
 bare array has one leaf with an empty path, and messages then give the tree's own name alone.
@@ -17,7 +18,7 @@ from typing import Any, NamedTuple
 import optree
 
 from became_core.arrays.frameworks import is_array
-from became_core.arrays.namespace import Array, namespace
+from became_core.arrays.namespace import Array, check_places, namespace
 from became_core.errors import BecameError
 
 __all__ = [
@@ -101,6 +102,12 @@ def _open_dataclass(node: Tree) -> _Node | None:
     )
 
 
+def _value(leaf: Any) -> Any:
+    """Return a leaf, a variable of Keras as the array that it holds."""
+    keras = sys.modules.get("keras")
+    return leaf.value if keras is not None and isinstance(leaf, keras.Variable) else leaf
+
+
 class _Flat(NamedTuple):
     """A tree's leaves by dotted path, and the kind of every container by its entries, to compare structures by."""
 
@@ -116,7 +123,7 @@ def _flatten(tree: Tree) -> _Flat:
         opened = _open(node)
         if opened is None:
             count += 1
-            flat.leaves[".".join(path)] = node
+            flat.leaves[".".join(path)] = node = _value(node)
             kind_of_leaf = type(node) if is_array(node) else kind_of_leaf
             return
         # Mappings may differ in the order of their keys.
@@ -157,8 +164,8 @@ def aligned_rows(trees: Mapping[str, Tree]) -> dict[str, tuple[Array, ...]]:
         trees: the trees by the names that a message should call them; the others must match the first one.
 
     Raises:
-        BecameError: naming the first leaf that is missing, superfluous, of another shape or framework, or the tree
-            whose containers differ.
+        BecameError: naming the first leaf that is missing, superfluous, of another shape, framework or device, sparse
+            or masked, or the tree whose containers differ.
     """
     flat = list(_flatten_alike(trees).values())
     paths = list(flat[0])
@@ -178,6 +185,9 @@ def aligned_rows(trees: Mapping[str, Tree]) -> dict[str, tuple[Array, ...]]:
                     f"{label(names[index], path)} has shape {tuple(array.shape)} but {label(names[0], path)} has "
                     f"{tuple(shape)}; make them equal."
                 )
+    check_places(
+        {label(name, path): array for name, array in zip(trees, row, strict=True)} for path, row in rows.items()
+    )
     return rows
 
 

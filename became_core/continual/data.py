@@ -1,7 +1,12 @@
 """Data sets, the tasks that they are split into, and augmentation of training images.
 
-Convention: a data set is one array of uint8 images [N, C, H, W], with all training rows before all test rows. A task is
-index arrays into it. A learner therefore places the data set on its device once, and every batch is a row of indices.
+Convention: a data set is one array of images [N, C, H, W], with all training rows before all test rows. Images are
+uint8 pixels from 0 to 255, which are scaled to [0, 1] and normalised there, or numbers in floating point, which are
+normalised as they are. A task is index arrays into it. A learner therefore places the data set on its device once, and
+every batch is a row of indices.
+
+What is wrong with a data set or a stream is said when it is made, in one sentence: an error that comes out of a
+framework after an hour of training, or a network that learns nothing, says less.
 
 Augmentation is random crops and flips, drawn here so that every backend trains on the same ones. An image is padded
 with black pixels (zeros, before it is normalised), cropped to its size, and perhaps flipped from left to right, as
@@ -20,8 +25,20 @@ from became_core.arrays import Array, device, namespace
 from became_core.continual.rng import random_generator
 from became_core.errors import BecameError
 
-__all__ = ["Augmentation", "ClassOrder", "Dataset", "Task", "TaskStream", "Views", "permute_pixels", "split_classes"]
+__all__ = [
+    "Augmentation",
+    "ClassOrder",
+    "Dataset",
+    "Task",
+    "TaskStream",
+    "Views",
+    "chunks",
+    "permute_pixels",
+    "split_classes",
+]
 
+# Normalised inputs have a mean square of about 1. Beyond this, images and statistics are in different units.
+LARGEST_MEAN_SQUARE = 1000.0
 
 Indices = NDArray[np.int64]
 ClassOrder = Literal["label", "seeded"]
@@ -33,19 +50,95 @@ class Dataset:
 
     Attributes:
         name: its name in messages and records.
-        images: uint8, [N, C, H, W]; the first ``train_size`` rows are the training part, the others the test part.
-        labels: int64, [N], from 0 to ``classes`` - 1.
+        images: [N, C, H, W], uint8 or floating point; the first ``train_size`` rows are the training part, the others
+            the test part. Tables of d numbers are images [N, d, 1, 1].
+        labels: integers, [N], from 0 to ``classes`` - 1; they are kept as int64.
         train_size: the number of training rows.
-        mean: for each channel, the mean of pixels scaled to [0, 1], with which inputs are normalised.
-        std: for each channel, the standard deviation of pixels scaled to [0, 1], with which inputs are normalised.
+        mean: for each channel, the mean with which inputs are normalised: of uint8 images that of pixels scaled to
+            [0, 1], of others that of the numbers as they are.
+        std: for each channel, the standard deviation with which inputs are normalised, in the unit of the mean.
+
+    Raises:
+        BecameError: if the images, labels and statistics do not fit together.
+
+    Examples:
+        >>> table, labels = np.array([[1.0, 20.0], [3.0, 40.0]], np.float32), [0, 1]
+        >>> mean, std = table.mean(0), table.std(0)
+        >>> Dataset("table", table[:, :, None, None], labels, 2, tuple(mean), tuple(std)).unit
+        1.0
     """
 
     name: str
-    images: NDArray[np.uint8]
+    images: NDArray[Any]
     labels: Indices
     train_size: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        """Check that images, labels and statistics fit together, and turn labels into int64."""
+        images = np.asarray(self.images)
+        self._check_images(images)
+        self._check_statistics(images)
+        labels = _integers(self.labels, f"the labels of {self.name}")
+        if labels.shape != (len(images),):
+            raise BecameError(
+                f"{self.name} has {len(images)} images and labels {list(labels.shape)}; give one label an image."
+            )
+        if len(labels) and labels.min() < 0:
+            raise BecameError(f"{self.name} has the label {labels.min()}; labels go from 0 to the classes - 1.")
+        if not 1 <= self.train_size <= len(images):
+            raise BecameError(
+                f"{self.name} has {self.train_size} training images among {len(images)}; give at least 1 of them."
+            )
+        object.__setattr__(self, "images", images)
+        object.__setattr__(self, "labels", labels)
+
+    def _check_images(self, images: NDArray[Any]) -> None:
+        """Raise an error if these are no images [N, C, H, W] with the channels of the statistics."""
+        channels = len(self.mean)
+        if images.dtype != np.uint8 and not np.issubdtype(images.dtype, np.floating):
+            raise BecameError(
+                f"the images of {self.name} are {images.dtype}; give pixels as uint8, 0 to 255, or floating point."
+            )
+        if images.ndim != 4 or images.shape[1] != channels:
+            hint = "a table [N, d] is images [N, d, 1, 1]" if images.ndim == 2 else "they must be [N, C, H, W]"
+            if images.ndim == 4 and images.shape[-1] == channels:
+                hint = "channels come first, as numpy.moveaxis(images, -1, 1) puts them"
+            raise BecameError(
+                f"the images of {self.name} are {list(images.shape)} and have {channels} means of channels; {hint}."
+            )
+
+    def _check_statistics(self, images: NDArray[Any]) -> None:
+        """Raise an error if the statistics cannot be those of the images; then nothing would be learned."""
+        mean, std = np.asarray(self.mean, np.float64), np.asarray(self.std, np.float64)
+        if mean.shape != std.shape or not np.isfinite([mean, std]).all() or not (std > 0).all():
+            raise BecameError(
+                f"{self.name} is normalised by the means {self.mean} and standard deviations {self.std}; give a finite "
+                "number of each for every channel, and deviations above 0."
+            )
+        if images.dtype == np.uint8:
+            if not ((mean >= 0) & (mean <= 1) & (std <= 1)).all():
+                raise BecameError(
+                    f"{self.name} is normalised by the means {self.mean} and standard deviations {self.std}; those of "
+                    "uint8 images are of pixels scaled to [0, 1], so divide them by 255."
+                )
+            return
+        per_channel = np.mean(np.square(images, dtype=np.float64), axis=(0, 2, 3))
+        if not np.isfinite(per_channel).all():
+            raise BecameError(f"the images of {self.name} have a number that is not finite.")
+        first = np.mean(images, axis=(0, 2, 3), dtype=np.float64)
+        square = (per_channel - 2 * mean * first + mean**2) / std**2  # of the normalised numbers
+        if (square > LARGEST_MEAN_SQUARE).any():
+            raise BecameError(
+                f"the images of {self.name} have the mean {first.tolist()}, and are normalised by the means "
+                f"{self.mean} and standard deviations {self.std}; give those of the images as they are."
+            )
+
+    @property
+    def unit(self) -> float:
+        """What 1 in ``mean`` and ``std`` is in the images: 255 for uint8, 1 for floating point."""
+        return 255.0 if self.images.dtype == np.uint8 else 1.0
 
     @property
     def classes(self) -> int:
@@ -74,22 +167,53 @@ class Task:
 
 @dataclass(frozen=True)
 class TaskStream:
-    """A sequence of tasks over one data set.
+    """A sequence of tasks over one data set; tasks may differ in how many classes they have.
 
     Attributes:
         dataset: the images, and their labels among all classes.
         tasks: the tasks, in the order in which they are learned.
-        targets: int64, [N]: the label of each row within its own task, from 0 to ``classes_per_task`` - 1.
+        targets: integers, [N]: the label of each row within its own task, from 0 to the task's classes - 1; they are
+            kept as int64.
+
+    Raises:
+        BecameError: if a task has no training or no test rows, a row is not in the data set, or a target is no class of
+            its task.
     """
 
     dataset: Dataset
     tasks: tuple[Task, ...]
     targets: Indices
 
-    @property
-    def classes_per_task(self) -> int:
-        """The number of classes of every task, which is the number of outputs of every head."""
-        return len(self.tasks[0].classes)
+    def __post_init__(self) -> None:
+        """Check that the tasks are of this data set, and turn indices and targets into int64."""
+        name, size = self.dataset.name, len(self.dataset.labels)
+        targets = _integers(self.targets, f"the targets of {name}")
+        if targets.shape != (size,):
+            raise BecameError(f"{name} has {size} images and targets {list(targets.shape)}; give one target an image.")
+        if not self.tasks:
+            raise BecameError(f"{name} is split into no tasks; give at least one.")
+        tasks = []
+        for number, task in enumerate(self.tasks):
+            where = f"task {number + 1} of {name}"
+            if task.index != number:
+                raise BecameError(f"{where} has the index {task.index}; it must be {number}.")
+            parts: dict[str, Any] = {
+                part: _integers(getattr(task, part), f"the {part} rows of {where}") for part in _PARTS
+            }
+            for part, rows in parts.items():
+                if not len(rows) and part != "validation":
+                    raise BecameError(f"{where} has no {part} samples; give at least one.")
+                if len(rows) and not (rows.min() >= 0 and rows.max() < size):
+                    raise BecameError(f"{where} has {part} rows beyond the {size} images.")
+                beyond = targets[rows][(targets[rows] < 0) | (targets[rows] >= len(task.classes))]
+                if len(beyond):
+                    raise BecameError(
+                        f"{where} has {len(task.classes)} classes, and a sample with the target {beyond[0]}; targets "
+                        f"go from 0 to {len(task.classes) - 1}."
+                    )
+            tasks.append(replace(task, **parts))
+        object.__setattr__(self, "tasks", tuple(tasks))
+        object.__setattr__(self, "targets", targets)
 
     def first(self, count: int) -> Self:
         """Return the stream of the first ``count`` tasks.
@@ -102,6 +226,35 @@ class TaskStream:
                 f"the first {count} tasks are asked for; {self.dataset.name} is split into {len(self.tasks)}."
             )
         return replace(self, tasks=self.tasks[:count])
+
+
+_PARTS = ("train", "validation", "test")
+
+
+def _integers(values: Any, what: str) -> Indices:
+    """Return a row of integers as int64."""
+    array = np.asarray(values)
+    if array.size and not np.issubdtype(array.dtype, np.integer):
+        raise BecameError(f"{what} are {array.dtype}; they must be integers.")
+    return array.astype(np.int64, copy=False)
+
+
+def chunks(indices: Indices, size: int) -> list[Indices]:
+    """Return indices in order, so many at a time; the last ones may be fewer, but one is never left alone.
+
+    A single last one comes with those before it: a layer that normalises by the statistics of its batch has none of a
+    single sample. For the same reason chunks have at least two, even if ``size`` is 1.
+
+    Examples:
+        >>> [len(rows) for rows in chunks(np.arange(9), 4)]
+        [4, 5]
+        >>> [len(rows) for rows in chunks(np.arange(5), 1)]
+        [2, 3]
+    """
+    starts = list(range(0, len(indices), max(size, 2)))
+    if len(starts) > 1 and len(indices) - starts[-1] == 1:
+        starts.pop()
+    return [indices[start:end] for start, end in zip(starts, [*starts[1:], len(indices)], strict=True)]
 
 
 def split_classes(
@@ -123,11 +276,11 @@ def split_classes(
             a random one, or a permutation of the classes.
 
     Raises:
-        BecameError: if the number of tasks does not divide the number of classes, the fraction is not in [0, 1), or
-            the class order is no permutation of the classes.
+        BecameError: if the number of tasks does not divide the number of classes, the fraction is not in [0, 1), the
+            class order is no permutation of the classes, or a class has no training images.
 
     Examples:
-        >>> images, labels = np.zeros((8, 1, 2, 2), np.uint8), np.array([0, 1, 2, 3] * 2)
+        >>> images, labels = np.zeros((8, 1, 2, 2), np.uint8), [0, 1, 2, 3, 0, 1, 2, 3]
         >>> dataset = Dataset("tiny", images, labels, train_size=4, mean=(0.0,), std=(1.0,))
         >>> [task.classes for task in split_classes(dataset, 2, validation=0.0).tasks]
         [(0, 1), (2, 3)]
@@ -136,6 +289,12 @@ def split_classes(
         raise BecameError(f"{tasks} tasks do not divide the {dataset.classes} classes of {dataset.name}.")
     if not 0 <= validation < 1:
         raise BecameError(f"the validation fraction is {validation}; it must be at least 0 and below 1.")
+    counts = np.bincount(dataset.labels[: dataset.train_size], minlength=dataset.classes)
+    if not counts.all():
+        raise BecameError(
+            f"{dataset.name} has no training images of class {int(np.argmin(counts))}; labels must go from 0 to the "
+            "classes - 1 without a gap."
+        )
     if class_order == "seeded":
         order = random_generator(seed, "class order").permutation(dataset.classes)
     else:

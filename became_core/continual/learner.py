@@ -69,11 +69,18 @@ class Learner(ABC):
         running_statistics: the names of those entries of ``parameters`` that are running statistics of normalisation
             layers and not weights. The network uses them except in training and in taps of the mode "published". Only
             ``assign`` changes them.
+        constants: the names of those entries of ``parameters`` that are neither: weights that the user has frozen, and
+            what layers store besides weights, which a training step may change. They are part of a run's state, and
+            no optimiser, projector, penalty, curvature or merge includes them.
+        least_batch: how few samples a step of training can have; 2 if a layer normalises by statistics over samples
+            alone, because a single sample has none.
     """
 
     heads: Sequence[frozenset[str]]
     projectable: frozenset[str]
     running_statistics: frozenset[str]
+    constants: frozenset[str] = frozenset()
+    least_batch: int = 1
 
     @abstractmethod
     def parameters(self) -> Params:
@@ -118,7 +125,11 @@ class Learner(ABC):
 
     @abstractmethod
     def logits(self, indices: Indices, batch_size: int) -> Array:
-        """Return the logits of all heads, [samples, tasks, classes], computed batch by batch and without dropout."""
+        """Return the logits of all heads, [samples, tasks, classes], computed batch by batch and without dropout.
+
+        ``became_core.continual.data.chunks`` says which samples come together. A task with fewer classes than others
+        has -inf for those that it has not.
+        """
 
     @abstractmethod
     def batch_statistics(self, indices: Indices, batch_size: int) -> Iterator[tuple[int, Params]]:
@@ -145,7 +156,7 @@ class Learner(ABC):
         Args:
             task: the number of the task, and of its head.
             indices: the rows of the data set.
-            batch_size: how many rows a batch has; the last may have fewer.
+            batch_size: how many rows a batch has, as ``chunks`` divides them.
             mode: the gradients with which backward passes begin.
             rng: the generator that the modes "sampled" and "published" draw from.
         """
@@ -162,7 +173,7 @@ class Learner(ABC):
         Args:
             task: the number of the task, and of its head.
             indices: the rows of the data set.
-            batch_size: how many rows a batch has; the last may have fewer.
+            batch_size: how many rows a batch has, as ``chunks`` divides them.
             directions: K directions, each by parameter.
         """
 
@@ -173,9 +184,9 @@ def heads_of(learner: Learner) -> frozenset[str]:
 
 
 def weights_of(learner: Learner) -> Params:
-    """Return a learner's parameters without its running statistics."""
-    statistics = learner.running_statistics
-    return {name: value for name, value in learner.parameters().items() if name not in statistics}
+    """Return a learner's parameters without its running statistics and its constants."""
+    others = learner.running_statistics | learner.constants
+    return {name: value for name, value in learner.parameters().items() if name not in others}
 
 
 @contextmanager
@@ -212,7 +223,7 @@ def refresh_statistics(
     Args:
         learner: the learner, whose running statistics are set.
         tasks: the tasks whose training images are used, in a random order.
-        batch_size: how many images a batch has; a last batch of one image is left out, because it has no variance.
+        batch_size: how many images a batch has.
         seed: the seed of the run; the order depends on it and on the last task.
         view: the view that the last task has, if any.
     """
@@ -220,8 +231,6 @@ def refresh_statistics(
         return
     rows = np.concatenate([task.train for task in tasks])
     rows = random_generator(seed, "statistics", tasks[-1].index).permutation(rows)
-    if len(rows) > 1 and len(rows) % batch_size == 1:
-        rows = rows[:-1]
     with seen_through(learner, view):
         statistics = pooled(learner.batch_statistics(rows, batch_size))
     learner.assign(learner.parameters() | statistics)

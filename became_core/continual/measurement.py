@@ -13,7 +13,7 @@ from typing import Literal
 import numpy as np
 
 from became_core.arrays import Array, Params, namespace
-from became_core.continual.data import Indices, Task
+from became_core.continual.data import Indices, Task, chunks
 from became_core.continual.learner import (
     Learner,
     heads_of,
@@ -177,10 +177,9 @@ class Measurement:
         rows, heads = self._sample("logit-gradients", count), heads_of(self.learner)
         shared = {name: value for name, value in weights_of(self.learner).items() if name not in heads}
         rng = random_generator(self.seed, "logit-gradient-taps", self.task.index)
-        size = self.training.batch_size
-        batches = self._taps(rows, "logit", rng)
-        for start, taps in zip(range(0, len(rows), size), batches, strict=True):
-            by_layer, samples = per_sample_gradients(taps), min(size, len(rows) - start)
+        parts = chunks(rows, self.training.batch_size)
+        for part, taps in zip(parts, self._taps(rows, "logit", rng), strict=True):
+            by_layer, samples = per_sample_gradients(taps), len(part)
             gradients: Params = {}
             for name, like in shared.items():
                 xp = namespace(parameter=like)
@@ -256,8 +255,8 @@ class Measurement:
 
     @property
     def weights(self) -> Params:
-        """All parameters of the learner, with running statistics."""
-        return self.learner.parameters()
+        """The learner's weights, without running statistics."""
+        return weights_of(self.learner)
 
     @property
     def projectable(self) -> frozenset[str]:

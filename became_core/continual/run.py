@@ -31,6 +31,7 @@ from became_core.continual.schedule import Schedule, Training
 from became_core.continual.state import Memory, RunState
 from became_core.continual.step import Constraint
 from became_core.continual.training import Stage, begin_stage, train_stage
+from became_core.errors import BecameError
 from became_core.laplace import LaplacePosterior, LocalLoss, Merged, MergeRule, Precision
 from became_core.projection import compact
 
@@ -61,7 +62,7 @@ def learn(
             at the first task.
 
     Raises:
-        BecameError: if training diverges.
+        BecameError: if the batch size is too small for the network's normalisation, or training diverges.
 
     For example, with a learner, a stream and a training:
 
@@ -69,6 +70,11 @@ def learn(
         record = learn(learner, stream, method, training, callbacks=[Printer()])
         print(average_accuracy(record.accuracy), record.alpha)
     """
+    if training.batch_size < learner.least_batch:
+        raise BecameError(
+            f"the batch size is {training.batch_size}, and the network normalises by statistics over the samples of a "
+            f"batch; take at least {learner.least_batch}, or another normalisation."
+        )
     if state is None:
         state = RunState.initial(learner, stream, method)
     else:

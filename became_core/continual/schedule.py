@@ -31,7 +31,7 @@ class Annealed:
         epoch: how many epochs are done.
 
     Raises:
-        BecameError: if there is no epoch, or the learning rate is not above 0.
+        BecameError: if there is no epoch, or a learning rate is negative or not finite, or the first one is 0.
 
     Examples:
         >>> [round(float(rate), 3) for rate in Annealed(lr=0.1, epochs=1).rates(3)]
@@ -47,8 +47,10 @@ class Annealed:
 
     def __post_init__(self) -> None:
         """Check the numbers."""
-        if self.epochs < 1 or self.lr <= 0:
+        if self.epochs < 1 or not 0 < self.lr < math.inf:
             raise BecameError(f"a stage has {self.epochs} epochs at lr {self.lr}; give at least 1 and an lr above 0.")
+        if not 0 <= self.final_lr < math.inf:
+            raise BecameError(f"the final learning rate is {self.final_lr}; it must be at least 0 and finite.")
 
     @property
     def finished(self) -> bool:
@@ -87,7 +89,8 @@ class Patience:
         waited: how many epochs have passed since the best loss, or since the rate was divided.
 
     Raises:
-        BecameError: if there is no epoch, the learning rate is not above 0, or the factor is not above 1.
+        BecameError: if there is no epoch, the learning rate is not above 0, the factor is not above 1, the patience is
+            below 1, or a number is not finite.
     """
 
     lr: float
@@ -103,8 +106,12 @@ class Patience:
 
     def __post_init__(self) -> None:
         """Check the numbers."""
-        if self.epochs < 1 or self.lr <= 0 or self.factor <= 1:
+        if self.epochs < 1 or not 0 < self.lr < math.inf or not 1 < self.factor < math.inf:
             raise BecameError("a patience schedule needs at least 1 epoch, an lr above 0 and a factor above 1.")
+        if self.patience < 1 or not 0 <= self.minimum < math.inf:
+            raise BecameError(
+                f"the patience is {self.patience} epochs and the least lr {self.minimum}; give at least 1 and 0."
+            )
 
     @property
     def finished(self) -> bool:
@@ -155,7 +162,7 @@ class Stepped:
 
     def __post_init__(self) -> None:
         """Check the numbers."""
-        if self.epochs < 1 or self.lr <= 0 or self.factor <= 1:
+        if self.epochs < 1 or not 0 < self.lr < math.inf or not 1 < self.factor < math.inf:
             raise BecameError("a stepped schedule needs at least 1 epoch, an lr above 0 and a factor above 1.")
         if not all(0 < share < 1 for share in self.milestones):
             raise BecameError(f"the milestones are {self.milestones}; each is a share of the epochs, between 0 and 1.")

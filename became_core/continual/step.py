@@ -11,6 +11,7 @@ momentum, weight decay or Adam's rescaling could carry a step into the space tha
 All classes here are frozen, and frameworks treat them as trees of arrays, so that a whole step can be compiled.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple, Self
@@ -153,8 +154,8 @@ def _decayed(gradients: Params, theta: Params, weight_decay: float) -> Params:
 def _check_settings(name: str, share: float, weight_decay: float) -> None:
     if not 0 <= share < 1:
         raise BecameError(f"the optimiser's {name} is {share}; it must be at least 0 and below 1.")
-    if not weight_decay >= 0:
-        raise BecameError(f"the weight decay is {weight_decay}; it must be at least 0.")
+    if not 0 <= weight_decay < math.inf:
+        raise BecameError(f"the weight decay is {weight_decay}; it must be at least 0 and finite.")
 
 
 @pytree

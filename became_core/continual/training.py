@@ -70,7 +70,7 @@ def epoch_batches(
 ) -> list[Batch]:
     """Return the batches of one epoch: each task's rows in random order, then the batches of all tasks in random order.
 
-    The last batch of a task may be smaller. It is left out if it has only one sample, because that has no batch
+    The last batch of a task may be smaller. It is left out if it alone has only one sample, because that has no batch
     statistics, unless it is the only batch of the task.
 
     Args:
@@ -92,7 +92,7 @@ def _task_batches(task: Task, batch_size: int, rng: np.random.Generator) -> Iter
     rows = rng.permutation(task.train)
     for start in range(0, len(rows), batch_size):
         indices = rows[start : start + batch_size]
-        if len(indices) > 1 or len(rows) == 1:
+        if len(indices) > 1 or batch_size == 1 or len(rows) == 1:
             yield Batch(task.index, indices)
 
 

@@ -1,15 +1,20 @@
 """Merging models: alpha* and convex combinations (BECAME, Section 3.2 and Algorithm 1)."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Sequence, Set
 from typing import Any
+
+import numpy as np
 
 from became_core.arrays import (
     Array,
     Tree,
     aligned_leaves,
+    check_values,
     device,
     has_values,
     is_array,
+    label,
     lerp_of,
     map_leaves,
     named_leaves,
@@ -23,6 +28,12 @@ from became_core.laplace.quadratic import segment_minimiser
 from became_core.precision import Precision
 
 __all__ = ["combine", "merge", "optimal_alpha", "scalar"]
+
+# The last parts of the names of what normalisation layers store, in PyTorch and Keras.
+STATISTICS = frozenset({"running_mean", "running_var", "moving_mean", "moving_variance"})
+
+# How far from 1 a sum of coefficients may be, which users round as they like.
+SUM_TOLERANCE = 1e-3
 
 
 def optimal_alpha(
@@ -57,9 +68,24 @@ def optimal_alpha(
         leaf, a tree of such in the structure of theta_gp. 0 (keep the stable model) where the models agree or nothing
         is curved. Merge with ``merge``.
 
+    What no optimiser moves is left out, whether the other trees have it or not, so that state dicts can be given:
+    leaves that hold integers or booleans in both models, and the statistics of normalisation layers, by their names
+    ``running_mean``, ``running_var``, ``moving_mean`` and ``moving_variance``. Per layer they belong to their layer;
+    per leaf their coefficient is 0.
+
     Raises:
-        BecameError: if structures, shapes or frameworks differ, a Fisher value is negative, or an entry is not finite.
+        BecameError: if structures, shapes, frameworks or devices differ, a Fisher value is negative, an array is sparse
+            or masked, or an entry is not finite.
     """
+    theta, others = named_leaves(theta_gp), named_leaves(theta_hat)
+    left_out = {path for path, leaf in theta.items() if path in others and _is_no_weight(path, leaf, others[path])}
+    whole = theta_gp
+    if left_out:
+        map_leaves(lambda *leaves: leaves[0], theta_gp, theta_hat)  # whose structures must be equal all the same
+        theta_gp, theta_hat, fisher_old, fisher_new, gradient, mean = (
+            tree if tree is None or isinstance(tree, Precision) else _without(left_out, tree)
+            for tree in (theta_gp, theta_hat, fisher_old, fisher_new, gradient, mean)
+        )
     arguments: dict[str, Any] = {
         "theta_gp": theta_gp,
         "theta_hat": theta_hat,
@@ -76,14 +102,32 @@ def optimal_alpha(
     if per == "model":
         return alphas[0]
     position = {group: index for index, group in enumerate(group_names(theta_gp, per))}
-    return with_leaves(theta_gp, {path: alphas[position[group_of(path, per)]] for path in named_leaves(theta_gp)})
+    groups = {path: position.get(group_of(path, per)) for path in theta}
+    zero = alphas[0] * 0
+    return with_leaves(whole, {path: zero if index is None else alphas[index] for path, index in groups.items()})
+
+
+def _is_no_weight(path: str, *leaves: Array) -> bool:
+    """Whether a leaf is a statistic of a normalisation layer by its name, or no leaf holds real or complex numbers."""
+    return path.rpartition(".")[2] in STATISTICS or all(_is_whole(leaf) for leaf in leaves)
+
+
+def _is_whole(leaf: Any) -> bool:
+    """Whether an array holds integers or booleans."""
+    return is_array(leaf) and bool(namespace(leaf=leaf).isdtype(leaf.dtype, ("integral", "bool")))
+
+
+def _without(paths: Set[str], tree: Tree) -> dict[str, Array]:
+    return {path: leaf for path, leaf in named_leaves(tree).items() if path not in paths}
 
 
 def merge(theta_gp: Tree, theta_hat: Tree, alpha: Array | Tree | float) -> Tree:
     """Return ``(1 - alpha) * theta_gp + alpha * theta_hat``, leaf by leaf, each in its own dtype.
 
     The two ends are exact: alpha = 0 gives theta_gp and alpha = 1 gives theta_hat; so is every weight in which the two
-    models agree (another task's head, say), at any alpha.
+    models agree (another task's head, say), at any alpha. Integers and booleans, such as a batch norm's
+    ``num_batches_tracked``, are carried over from the nearer model. Statistics such as ``running_mean`` lie between
+    those of the models; they are not those of the merged model, which are estimated from data.
 
     Args:
         theta_gp: the stable weights, an array or a tree of arrays.
@@ -91,39 +135,73 @@ def merge(theta_gp: Tree, theta_hat: Tree, alpha: Array | Tree | float) -> Tree:
         alpha: a number, a 0-d array of the same framework, or a tree of either in the structure of theta_gp.
 
     Raises:
-        BecameError: if structures, shapes or frameworks differ.
+        BecameError: if structures, shapes, frameworks or devices differ, an array is sparse or masked, or alpha is not
+            finite.
     """
     for leaf in aligned_leaves(theta_gp=theta_gp, theta_hat=theta_hat):
-        reduction_dtype(namespace(**leaf), **leaf)
+        if not all(map(_is_whole, leaf.values())):
+            reduction_dtype(namespace(**leaf), **leaf)
     if isinstance(alpha, int | float) or is_array(alpha):
+        _check_alpha(alpha)
         return map_leaves(lambda stable, plastic: _between(stable, plastic, alpha), theta_gp, theta_hat)
+    for path, number in named_leaves(alpha).items():
+        _check_alpha(number, label("alpha", path))
     return map_leaves(_between, theta_gp, theta_hat, alpha)
+
+
+def _check_alpha(alpha: Any, name: str = "alpha") -> None:
+    """Raise an error if a coefficient is not finite; under a trace nothing is known of it."""
+    if isinstance(alpha, int | float):
+        if not math.isfinite(alpha):
+            raise BecameError(f"{name} is {alpha}; it must be a finite number.")
+        return
+    xp = namespace(alpha=alpha)
+    check_values(xp.all(xp.isfinite(alpha)), f"{name} is infinite or not a number; it must be finite.")
 
 
 def combine(models: Sequence[Tree], coefficients: Array | Sequence[float]) -> Tree:
     """Return ``sum_k coefficients_k * models_k``, leaf by leaf, each in its own dtype; the coefficients sum to 1.
 
-    A weight in which all models agree keeps its bits.
+    A weight in which all models agree keeps its bits. Integers and booleans are carried over from the last model.
 
     Args:
         models: K trees of one structure.
-        coefficients: K numbers, or an array [K] of the same framework; only their ratio to the first model counts:
-            it is given what the others leave of 1.
+        coefficients: K numbers, or an array [K] of the same framework, whose sum is 1; the first model is given what
+            the others leave of 1, to the last bit.
 
     Raises:
-        BecameError: if their numbers differ, or structures, shapes or frameworks do.
+        BecameError: if their numbers differ, the coefficients do not sum to 1, or structures, shapes, frameworks or
+            devices differ.
     """
     count = len(coefficients) if isinstance(coefficients, Sequence) else int(coefficients.shape[0])
     if not models or count != len(models):
         raise BecameError(f"there are {len(models)} models and {count} coefficients; give one coefficient a model.")
     for leaf in aligned_leaves(**{f"model {index}": model for index, model in enumerate(models)}):
-        reduction_dtype(namespace(**leaf), **leaf)
-    weights = [coefficients[index] for index in range(1, count)]
+        if not all(map(_is_whole, leaf.values())):
+            reduction_dtype(namespace(**leaf), **leaf)
+    numbers = [coefficients[index] for index in range(count)]
+    _check_sum(numbers)
+    weights = numbers[1:]
     return map_leaves(lambda *leaves: _combination(leaves, weights), *models)
+
+
+def _check_sum(coefficients: Sequence[Any]) -> None:
+    """Raise an error if coefficients do not sum to 1, but for rounding; under a trace nothing is known of them."""
+    total = sum(coefficients[1:], start=coefficients[0])
+    if isinstance(total, int | float | np.generic):
+        wrong = not abs(float(total) - 1) <= SUM_TOLERANCE
+    else:
+        xp = namespace(coefficients=total)
+        tolerance = max(SUM_TOLERANCE, len(coefficients) * float(xp.finfo(total.dtype).eps))
+        wrong = has_values(total) and not bool(xp.abs(total - 1) <= tolerance)
+    if wrong:
+        raise BecameError(f"the coefficients sum to {float(total):.6g}; they must sum to 1.")
 
 
 def _combination(leaves: Sequence[Array], weights: Sequence[Any]) -> Array:
     first = leaves[0]
+    if all(map(_is_whole, leaves)):
+        return leaves[-1]
     xp = namespace(model=first)
     dtype = reduction_dtype(xp, model=first)
     origin = xp.astype(first, dtype, copy=False)
@@ -134,6 +212,12 @@ def _combination(leaves: Sequence[Array], weights: Sequence[Any]) -> Array:
 
 
 def _between(stable: Array, plastic: Array, alpha: Any) -> Array:
+    alpha = _number(alpha, stable)
+    if _is_whole(stable) and _is_whole(plastic):
+        nearer = alpha < 0.5
+        if isinstance(nearer, bool):
+            return stable if nearer else plastic
+        return namespace(stable=stable).where(nearer, stable, plastic)
     arrays = {"theta_gp": stable, "theta_hat": plastic} | ({} if isinstance(alpha, int | float) else {"alpha": alpha})
     xp = namespace(**arrays)
     dtype = reduction_dtype(xp, **arrays)
@@ -159,9 +243,15 @@ def _step_between(stable: Array, plastic: Array, weight: Array) -> Array:
     return nearer + weight * (plastic - stable)
 
 
+def _number(number: Any, like: Array) -> Any:
+    """Return a number of NumPy as Python has it, unless the other array is NumPy's too."""
+    is_numbers = isinstance(number, np.generic) or (isinstance(number, np.ndarray) and number.ndim == 0)
+    return number.item() if is_numbers and not isinstance(like, np.ndarray | np.generic) else number
+
+
 def scalar(number: Any, dtype: Any, like: Array) -> Array:
     """Return a number, or a sequence of numbers, as an array of this dtype on another one's device."""
-    xp = namespace(like=like)
+    xp, number = namespace(like=like), _number(number, like)
     if isinstance(number, int | float | Sequence):
         return xp.asarray(number, dtype=dtype, device=device(like))
     return xp.astype(number, dtype, copy=False)

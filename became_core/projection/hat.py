@@ -116,8 +116,13 @@ class HAT(Projector):
         """Return the projector with the unit graph of the network, which the first call finds.
 
         Raises:
-            BecameError: if a layer of the network does not read the units of other layers one by one.
+            BecameError: if a layer of the network does not read the units of other layers one by one, or it has no
+                layer to gate.
         """
+        if not start.projectable:
+            raise BecameError(
+                "HAT gates linear and convolutional layers, and the network has none; choose another method."
+            )
         return self if self.unit_graph is not None else replace(self, unit_graph=find_unit_graph(start))
 
     @property

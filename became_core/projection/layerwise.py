@@ -132,7 +132,7 @@ class ThresholdProjector(LayerwiseProjector):
         increment: how much the threshold grows from task to task; it never exceeds 1.
 
     Raises:
-        BecameError: if the threshold is not in its range.
+        BecameError: if the threshold is not in its range, or the increment is negative.
     """
 
     threshold: float = setting(0.97)
@@ -144,6 +144,8 @@ class ThresholdProjector(LayerwiseProjector):
         if not 0 < self.threshold <= 1:
             kind = type(self).__name__
             raise BecameError(f"the {kind} threshold is {self.threshold}; it must be above 0 and at most 1.")
+        if not self.increment >= 0:
+            raise BecameError(f"the threshold grows by {self.increment} a task; the increment must be at least 0.")
 
     @property
     def epsilon(self) -> float:

@@ -22,7 +22,7 @@ from typing import Any, ClassVar, Self
 
 from became_core.arrays import Array, Params, namespace, pytree, reduction_dtype, static
 from became_core.errors import BecameError
-from became_core.projection.base import FinishedTask, Projector, integers
+from became_core.projection.base import FinishedTask, Projector, TaskStart, integers
 from became_core.projection.subspace import spectrum, wide
 from became_core.registry import setting
 
@@ -99,6 +99,16 @@ class OGD(Projector):
         """The number of directions, and the number of entries of all shared parameters."""
         width = sum(_size(leaf) for leaf in self.directions.values())
         return {SHARED: (sum(self.blocks), width)} if self.directions else {}
+
+    def prepare(self, start: TaskStart) -> Self:
+        """Return the projector as it is.
+
+        Raises:
+            BecameError: if the network has no shared weights, and so nothing to protect.
+        """
+        if not set(start.weights).difference(*start.heads):
+            raise BecameError("OGD protects shared weights, and the network has none to train; choose another method.")
+        return self
 
     def remember(self, task: FinishedTask) -> Self:
         """Return the memory with one more task's directions.

@@ -95,7 +95,7 @@ def test_permuted_mnist_as_published_by_gpm() -> None:
 
 
 def test_a_preset_that_a_benchmark_lacks_is_named_beside_those_there_are() -> None:
-    with pytest.raises(BecameError, match="split-mnist has no preset 'nscl'; choose from paper, quick"):
+    with pytest.raises(BecameError, match="split-mnist has no preset 'nscl'; choose from demo, paper, quick"):
         BENCHMARKS["split-mnist"].preset("nscl", 5)
 
 

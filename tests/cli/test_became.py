@@ -25,7 +25,8 @@ from became_core import BecameError
 from became_core.continual import RunState, method_names
 from became_core.projection import PROJECTORS
 
-SHORT = ["--epochs", "1", "--stage2-epochs", "1", "--batch-size", "64", "--first", "2", "--curvature-samples", "64"]
+SHORT = ["--preset", "quick", "--epochs", "1", "--stage2-epochs", "1", "--batch-size", "64", "--first", "2"]
+SHORT += ["--curvature-samples", "64"]
 ROOT = Path(__file__).parents[2]
 
 
@@ -140,8 +141,8 @@ def test_a_recorded_run_comes_back_with_the_hints_that_still_hold(
     record = read_record(file)
     assert (record.backend, record.method, record.seed, record.preset) == ("torch", "gpm", 0, "quick")
     short: dict[str, Any] = {"epochs": 1, "stage2_epochs": 1, "batch_size": 64, "first": 2, "curvature_samples": 64}
-    expected = {**short, "lr": 0.5, "device": "cpu", "data_dir": tmp_path}
-    assert record.configuration == Configuration.of(expected, "gpm")
+    expected = {**short, "lr": 0.5, "device": "cpu", "data_dir": tmp_path, "threads": 1}
+    assert record.configuration == Configuration.of(expected, "gpm", "quick")
     values = read_sealed(file)
     write_sealed(file, values | {"hints": values["hints"] | {"data_dir": str(tmp_path / "gone")}})
     assert read_record(file).configuration == replace(record.configuration, data_dir=None)
@@ -267,7 +268,7 @@ def test_what_there_is_to_choose_from_is_listed_in_the_modules_own_words(capsys:
     assert sorted(networks) == sorted(NETWORKS.names)
     assert all(networks.values())
     presets = lines_of(capsys, "presets")
-    assert sorted(presets) == ["nscl", "paper", "quick"]
+    assert sorted(presets) == ["demo", "nscl", "paper", "quick"]
     assert presets["nscl"].endswith("(for split-cifar100, split-tinyimagenet)")
     everything = lines_of(capsys)
     assert {*methods, *projectors, *benchmarks, *networks, *presets} < set(everything)

@@ -17,7 +17,7 @@ from adapters.runs.files import write_file
 from adapters.torch.run import BACKEND
 from became_core.continual import EpochEnd, RunState, TaskEnd
 
-RUN = ["--methods", "gpm", "--epochs", "1", "--batch-size", "64", "--first", "2"]
+RUN = ["--preset", "quick", "--methods", "gpm", "--epochs", "1", "--batch-size", "64", "--first", "2"]
 
 
 def test_quiet_shows_the_table_and_where_the_results_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -25,6 +25,7 @@ def test_quiet_shows_the_table_and_where_the_results_are(tmp_path: Path, capsys:
     shown = capsys.readouterr()
     lines = shown.out.splitlines()
     assert lines[0].strip() == "Accuracies in percent"
+    assert not [line for line in lines if "α" in line]  # where nothing is merged, nothing is said of it
     assert lines[-1] == f"results: {tmp_path}/<method>-seed<k>/results.json, {tmp_path}/summary.csv"
     assert "epoch 1/1" not in shown.out
     assert shown.err == ""
@@ -104,7 +105,8 @@ def test_the_log_and_pythons_warnings_are_lines_on_standard_error(capsys: pytest
                 LOGGER.debug("a")
                 LOGGER.info("b")
                 logging.getLogger("became.core").warning("c")
-                warnings.warn("taps do not know it", stacklevel=1)
+                for _ in range(3):  # it is shown once
+                    warnings.warn("taps do not know it", stacklevel=1)
             assert capsys.readouterr().err.splitlines() == expected
     assert (LOGGER.level, LOGGER.handlers, warnings.showwarning) == before
 
@@ -158,3 +160,15 @@ def test_on_a_terminal_the_bar_shows_the_state_and_only_moves_forward() -> None:
     assert done == [0.25, 0.5, 1, 1.5, 2, 2]
     shown = console.file.getvalue()  # type: ignore[attr-defined]
     assert "task 2/2  stage 2  epoch 1/1  loss 0.5000  lr 0.05" in shown
+    assert "took" in shown
+    assert "left" in shown
+
+
+def test_the_bar_fits_a_terminal_of_80_columns() -> None:
+    console = Console(file=io.StringIO(), force_terminal=True, width=80)
+    with RunProgress(console, "finetune-seed0", tasks=5, stages=2) as progress:
+        for event in EVENTS:
+            show(progress, event)
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "…" not in shown
+    assert "task 2/5 stage 2 epoch 1/1" in shown

@@ -1,15 +1,30 @@
 """A dry run: the steps it counts are those that a run takes, and it leaves nothing."""
 
+import json
+import time
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from adapters.cli.dryrun import steps
+from adapters.benchmarks.mnist import load_mnist
+from adapters.cli.dryrun import PHASES, estimated, steps
 from adapters.cli.main import main
+from adapters.runs.configuration import Configuration
 from adapters.torch.run import BACKEND
-from became_core.continual import Annealed, Batch, Patience, Trained, Training, build_method, learn
+from became_core.continual import (
+    Annealed,
+    Batch,
+    Learner,
+    Patience,
+    Trained,
+    Training,
+    build_method,
+    learn,
+    run_context,
+)
 from reference.learner import ReferenceLearner
 from tests.streams import prototype_stream
 
@@ -50,13 +65,13 @@ def test_it_says_what_would_be_and_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    arguments = ["--dry-run", "--methods", "became", "gpm", "--seeds", "0", "1", "--validation", "0"]
-    assert main(BACKEND, arguments) == 0
+    arguments = ["--preset", "quick", "--methods", "became", "gpm", "--seeds", "0", "1", "--validation", "0"]
+    assert main(BACKEND, [*arguments, "--dry-run", "--print-config"]) == 0
     shown = capsys.readouterr().out
-    assert '"benchmark": "split-mnist"' in shown
+    assert shown.index("became") < shown.index('"benchmark": "split-mnist"')  # the table comes first
     assert '"batch_size": 10' in shown
     assert "89,400 parameters: 88,400 shared, 1,000 in 5 heads" in shown  # 784 · 100 + 100 · 100, 5 · 2 · 100
-    rows = {row[0]: row[1] for line in shown.splitlines() if len(row := line.replace("│", " ").split()) > 2}
+    rows = {row[0]: row[1] for line in shown.splitlines() if len(row := line.split()) > 2}
     an_epoch = 80  # 800 images a task
     assert rows["became"] == f"{2 * 5 * 12 * an_epoch:,}"
     assert rows["gpm"] == f"{2 * 5 * 8 * an_epoch:,}"
@@ -65,8 +80,53 @@ def test_it_says_what_would_be_and_leaves_nothing(
 
 
 def test_a_published_schedule_is_an_upper_bound(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(BACKEND, ["--dry-run", "--preset", "paper", "--methods", "gpm"]) == 0
-    assert "at most" in capsys.readouterr().out
+    arguments = ["--benchmark", "split-mnist", "--preset", "paper", "--methods", "gpm"]
+    assert main(BACKEND, ["--dry-run", *arguments]) == 0
+    assert "At most" in capsys.readouterr().out
+
+
+def test_quietly_there_is_the_table_alone_and_the_configuration_only_on_request(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    arguments = ["--preset", "quick", "--methods", "gpm", "--epochs", "1", "--first", "2"]
+    assert main(BACKEND, [*arguments, "--dry-run", "--quiet"]) == 0
+    shown = capsys.readouterr().out
+    assert "parameters" not in shown
+    assert "{" not in shown
+    assert max(map(len, shown.splitlines())) <= 80
+    assert main(BACKEND, [*arguments, "--print-config"]) == 0
+    assert json.loads(capsys.readouterr().out)["threshold"] == 0.95
+
+
+@pytest.mark.parametrize("name", ["gpm", "became", "ewc", "trgp", "hat", "packnet"])
+def test_the_time_is_that_of_a_run_within_a_factor_of_one_and_a_half(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In processor time, since other processes take their share of the seconds of a clock."""
+    monkeypatch.setattr(run_context, "time", SimpleNamespace(perf_counter=time.process_time))
+    values = {"benchmark": "split-mnist", "network": "mlp", "first": 3, "epochs": 4, "stage2_epochs": 2}
+    configuration = Configuration.of(values, name, "quick")
+    method, training = configuration.method(name), configuration.training()
+    stream = configuration.stream(load_mnist(), 0)
+
+    def learner() -> Learner:
+        return BACKEND.learner("mlp", stream, "cpu", 0)
+
+    for _ in range(3):  # a burst of other work can fall on one of the two
+        estimate = estimated(learner, stream, method, training)
+        seconds = learn(learner(), stream, method, training).seconds
+        ratio = sum(estimate.values()) / sum(seconds[name] for name in seconds if name != "total")
+        if 2 / 3 < ratio < 3 / 2:
+            break
+    assert 2 / 3 < ratio < 3 / 2
+    real = {
+        "training": seconds["stage1"],
+        "memory": seconds["memory"],
+        "merging": seconds.get("merge", 0.0),
+        "evaluation": seconds["evaluation"],
+    }
+    for phase in PHASES:
+        assert (estimate[phase] > 0) == (real[phase] > 0)
 
 
 def test_what_is_wrong_is_said_before_any_run(capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,14 +6,25 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
+from adapters.backend import threads_for
+from adapters.cli import display
 from adapters.cli.main import main
+from adapters.cli.options import parse_request
+from adapters.cli.running import requested_jobs
+from adapters.runs import Checkpoints, RunDirectory
 from adapters.torch.run import BACKEND
+from became_core.continual import RunState
+from tests.streams import prototype_stream
 
-SHORT = ["--epochs", "1", "--stage2-epochs", "1", "--curvature-samples", "64", "--batch-size", "64", "--lr", "0.2"]
+SHORT = ["--preset", "quick", "--epochs", "1", "--stage2-epochs", "1", "--curvature-samples", "64"]
+SHORT += ["--batch-size", "64", "--lr", "0.2"]
+STREAM = prototype_stream(tasks=2)
 
 
 def _files(out: Path) -> dict[str, bytes]:
@@ -63,10 +74,11 @@ def test_a_finished_run_is_shown_and_not_repeated(finished: Path, capsys: pytest
     assert shown.count("finished before") == 2
     assert _files(finished) == before
     became = json.loads(before["became-seed0/results.json"])
-    row = next(line for line in shown.splitlines() if "became" in line and "task" in line and "│" in line)
-    assert f"{became['acc']:.2f}" in row
-    assert " ".join(f"{alpha:.2f}" for alpha in became["alpha"][1:]) in row
-    assert "class" in shown
+    scores = next(line for line in shown.splitlines() if re.match(r" *became +task ", line))
+    assert f"{became['acc']:.2f}" in scores
+    merges = next(line for line in shown.splitlines() if re.match(r" *became +–", line))
+    assert " ".join(f"{alpha:.2f}" for alpha in became["alpha"][1:]) in merges
+    assert re.search(r"^ +class +\d", shown, re.MULTILINE)
 
 
 @pytest.mark.parametrize(
@@ -89,6 +101,106 @@ def test_bad_input_is_one_sentence_and_status_2(
     assert message in said
     assert len(said.splitlines()) == 1
     assert not list(tmp_path.rglob("results.json"))
+    if "--lr" not in arguments:  # what fails before it begins leaves nothing
+        assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--network", "vgg"], "there is no network 'vgg'"),
+        (["--tasks", "3"], "3 tasks do not divide the 10 classes of mnist"),
+        (["--device", "quantum"], "PyTorch has no device 'quantum'"),
+        (["--norm", "group"], "the mlp network has no normalisation that could be 'group'"),
+    ],
+)
+def test_a_value_that_cannot_be_used_is_told_of_before_a_folder_of_another_configuration(
+    arguments: list[str], message: str, finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = _files(finished)
+    words = [*SHORT, "--epochs", "2", "--methods", "became", "--out", str(finished)]
+    assert main(BACKEND, [*words, *arguments]) == 2
+    assert message in capsys.readouterr().err
+    assert _files(finished) == before
+
+
+def test_the_same_method_or_seed_twice_is_one_run(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    twice = ["--methods", "became", "finetune", "became+gpm", "became", "--seeds", "0", "0"]
+    jobs = requested_jobs(parse_request("run", [*SHORT, *twice], backend=False), BACKEND)
+    assert [job.run.name for job in jobs] == ["became-seed0", "finetune-seed0", "became+gpm-seed0"]
+    assert main(BACKEND, [*SHORT, "--methods", "became", "--seeds", "0", "0", "--out", str(finished)]) == 0
+    assert "±" not in capsys.readouterr().out
+
+
+def test_a_run_records_its_threads_and_keeps_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One for a small network, whatever the framework would take; others where they are asked for."""
+    asked_for: list[int | None] = []
+
+    def use_threads(threads: int | None) -> int:
+        asked_for.append(threads)
+        return threads or 7
+
+    backend = replace(BACKEND, use_threads=use_threads)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    run = [*SHORT, "--methods", "finetune", "--first", "2", "--out", str(tmp_path)]
+
+    def stop(self: Checkpoints, state: RunState) -> None:
+        save(self, state)
+        raise KeyboardInterrupt
+
+    save = Checkpoints.save
+    with monkeypatch.context() as interrupted:
+        interrupted.setattr(Checkpoints, "save", stop)
+        assert main(backend, [*run, "--threads", "2"]) == 130
+    assert RunDirectory(tmp_path, "finetune", 0).threads == 2
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert requested_jobs(parse_request("run", run, backend=False), backend)[0].threads(STREAM) == 3
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    asked_for.clear()
+    capsys.readouterr()
+    assert main(backend, run) == 0
+    assert set(asked_for) == {2}  # those with which it began
+    assert capsys.readouterr().err == ""
+    assert threads_for("mlp", (1, 28, 28)) == 1
+    assert threads_for("alexnet", (3, 32, 32)) is None
+
+
+def test_a_run_that_goes_on_with_other_threads_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    backend = replace(BACKEND, use_threads=lambda threads: threads or 7)
+    run = [*SHORT, "--methods", "finetune", "--first", "1", "--out", str(tmp_path)]
+
+    def stop(self: Checkpoints, state: RunState) -> None:
+        save(self, state)
+        raise KeyboardInterrupt
+
+    save = Checkpoints.save
+    with monkeypatch.context() as interrupted:
+        interrupted.setattr(Checkpoints, "save", stop)
+        assert main(backend, [*run, "--threads", "2"]) == 130
+    capsys.readouterr()
+    assert main(backend, [*run, "--threads", "1"]) == 0
+    said = "warning: finetune-seed0 began with 2 threads and goes on with 1, so that its last digits may differ"
+    assert capsys.readouterr().err.startswith(said)
+
+
+def test_the_first_run_fits_80_columns_and_explains_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr(display, "Console", lambda **_: Console(width=80))
+    words = ["--preset", "demo", "--epochs", "1", "--stage2-epochs", "1", "--first", "2", "--batch-size", "100"]
+    assert main(BACKEND, [*words, "--seeds", "0", "1", "--out", str(tmp_path), "--quiet"]) == 0
+    shown = capsys.readouterr().out
+    tables = shown.splitlines()[:-1]  # the last line names the folder
+    assert max(map(len, tables)) <= 80
+    assert "…" not in shown
+    for column in ("ACC", "BWT", "forgetting", "plasticity"):
+        assert shown.count(column) >= 2  # once above, once explained
+    assert "At α = 0 stage 2 was thrown away" in " ".join(shown.split())
 
 
 def test_another_configurations_folder_is_refused_untouched(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -122,7 +234,7 @@ def test_the_module_runs_as_a_command_and_shows_plain_lines_and_a_table(tmp_path
     assert done.returncode == 0, done.stderr
     line = r"gpm-seed1  task 5/5  stage 1  epoch 1/1  loss \d+\.\d{4}  lr \S+"
     assert re.search(line, done.stdout)
-    assert re.search(r"gpm +│ task +│ +\d+\.\d\d ± \d+\.\d\d", done.stdout)
+    assert re.search(r"^ *gpm +task +\d+\.\d\d ± \d+\.\d\d", done.stdout, re.MULTILINE)
     assert "\x1b" not in done.stdout
     assert f"{tmp_path}/summary.csv" in done.stdout
 

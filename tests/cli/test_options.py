@@ -16,7 +16,7 @@ from adapters.benchmarks.catalogue import BENCHMARKS
 from adapters.cli.__main__ import main
 from adapters.cli.options import Request, parse_request
 from adapters.networks import NETWORKS
-from adapters.runs.configuration import options
+from adapters.runs.configuration import GROUPS, options
 from adapters.tracking import TRACKERS
 from became_core.continual import METHODS, Method, MethodRecipe, method_names, projector_names
 from became_core.projection import PROJECTORS
@@ -127,7 +127,8 @@ def test_what_another_package_registers_is_listed_explained_and_completed(instal
     assert ["thrifty", "Saves a little"] in lines
     assert ["tiny", "eight units"] in lines
     assert ["digits", "2 tasks, groups of the classes of 5,000 digits of MNIST; presets quick"] in lines
-    shown = " ".join(became(installed, "run", "--help").split())
+    assert "--caution" in became(installed, "run", "--help")
+    shown = " ".join(became(installed, "run", "--help-all").split())
     assert "--caution FLOAT By how much more. (cautious; default: 0.01)" in shown
     assert "--thrift INT How thrifty it is. (thrifty)" in shown
     script = became(installed, "--tyro-write-completion", "bash", "-")
@@ -171,6 +172,46 @@ def test_a_setting_with_the_name_of_another_option_is_refused_in_one_sentence(
     assert capsys.readouterr().err == said
 
 
+def test_the_short_help_names_every_option_once_in_its_group_and_fits_80_columns(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["run", "--help"])
+    assert stopped.value.code == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    heads = [line for line in lines if line.endswith(":") and not line.startswith(" ")]
+    assert heads == [f"{title}:" for title in GROUPS.values()]
+    named = [word for line in lines if re.match(r"  (--|also)", line) for word in line.split() if word.startswith("--")]
+    named += [word for line in lines if re.match(r"  --\S+ --", line) for word in line.split()[99:]]
+    assert len(named) == len(set(named))
+    expected = {*options(), "methods", "projector", "preset", "seeds", "backend", "out", "config", "resume", "dry_run"}
+    expected |= {"print_config", "quiet", "log", "log_level"}
+    assert set(named) == {f"--{name.replace('_', '-')}" for name in expected}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "nearest"),
+    [
+        (["run", "--schedule", "anealed"], "did you mean 'annealed'?"),
+        (["run", "--augment", "Ture"], "did you mean 'True'?"),
+        (["run", "--backend", "torhc"], "did you mean 'torch'?"),
+        (["run", "--precision", "exakt"], "did you mean 'exact'?"),
+        (["list", "netwoks"], "did you mean 'networks'?"),
+        (["compare", "x", "--format", "latx"], "did you mean 'latex'?"),
+    ],
+)
+def test_an_unknown_word_is_answered_with_the_nearest_and_never_with_none(
+    arguments: list[str], nearest: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 2
+    said = " ".join(capsys.readouterr().err.replace("│", " ").split())
+    assert nearest in said
+    assert "None" not in said
+
+
 def completion(script: str) -> dict[str, dict[str, Any]]:
     """What the script knows of each option of `became run`, by flag."""
     found = re.search(r"^COMPLETION_SPEC = (.*)$", script, re.MULTILINE)
@@ -194,6 +235,25 @@ def script() -> str:
     return done.stdout
 
 
+def test_no_option_offers_none_and_files_are_offered_for_paths_alone(script: str) -> None:
+    known = completion(script)
+    assert completions(script, "--schedule") == ["annealed", "stepped", "patience"]
+    assert completions(script, "--augment") == ["True", "False"]
+    assert not [flag for flag, option in known.items() if "None" in option.get("choices", ())]
+    paths = {flag for flag, option in known.items() if option["type"] == "path"}
+    assert paths == {"--config", "--out", "--data-dir"}
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_a_script_is_written_to_a_file_with_the_same_corrections(shell: str, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["--tyro-write-completion", shell, str(tmp_path / "script")])
+    assert stopped.value.code in (0, None)
+    written = (tmp_path / "script").read_text()
+    assert "'choices': ['annealed', 'stepped', 'patience']" in written
+    assert not [choices for choices in re.findall(r"'choices': \[.*?\]", written) if "'None'" in choices]
+
+
 @pytest.mark.parametrize("shell", ["zsh", "fish"])
 def test_other_shells_can_complete(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
@@ -211,7 +271,7 @@ def test_registered_names_are_completed(script: str) -> None:
     assert completions(script, "--projector") == list(projector_names())
     assert completions(script, "--benchmark") == list(BENCHMARKS.names)
     assert completions(script, "--network") == list(NETWORKS.names)
-    assert completions(script, "--preset") == ["quick", "paper", "nscl"]
+    assert completions(script, "--preset") == ["demo", "quick", "paper", "nscl"]
     assert completions(script, "--tracker") == ["none", *TRACKERS]
     assert set(completion(script)) >= {f"--{name.replace('_', '-')}" for name in options()}
 

@@ -22,7 +22,20 @@ from adapters.runs import Checkpoints, RunDirectory
 from adapters.runs.events import EventLog
 from became_core.continual import EpochEnd, Learner, RunState, Trained
 
-RUN = ["--methods", "became", "--epochs", "2", "--stage2-epochs", "1", "--batch-size", "25", "--first", "3"]
+RUN = [
+    "--preset",
+    "quick",
+    "--methods",
+    "became",
+    "--epochs",
+    "2",
+    "--stage2-epochs",
+    "1",
+    "--batch-size",
+    "25",
+    "--first",
+    "3",
+]
 EPOCHS = 9
 # How many processes are killed: each must start its framework first. `nox -s stress` kills many more.
 KILLS = int(os.environ.get("BECAME_KILLS", "2"))

@@ -9,7 +9,7 @@ import pytest
 from flax import linen as nn
 from jax import numpy as jnp
 
-from adapters.backend import Step, for_task
+from adapters.backend import Step
 from adapters.jax.flax_module import FlaxBackbone
 from adapters.jax.layers import Pass
 from adapters.jax.learner import JaxLearner
@@ -54,10 +54,11 @@ def test_its_taps_are_those_of_the_description() -> None:
 def test_weights_go_there_and_back() -> None:
     backbone = FlaxBackbone.of(Network(), (2, 8, 8))
     variables = Network().init({"params": jax.random.key(0), "dropout": jax.random.key(1)}, jnp.ones((2, 8, 8, 2)))
-    weights = backbone.weights(variables["params"])
+    weights = backbone.weights(variables["params"], variables["batch_stats"])
     assert {name: value.shape for name, value in weights.items()} == {
         name: each.shape for name, each in backbone.parameters.items()
     }
+    jax.tree.map(np.testing.assert_array_equal, backbone.batch_stats(weights), variables["batch_stats"])
     back = backbone.params(weights)
     jax.tree.map(np.testing.assert_array_equal, back, variables["params"])
     assert jax.tree.structure(back) == jax.tree.structure(variables["params"])
@@ -79,7 +80,10 @@ def test_a_steps_products_are_of_bfloat16_and_its_statistics_of_float32() -> Non
     backbone, stream = FlaxBackbone.of(Network(), IMAGE), prototype_stream(tasks=2, channels=2, side=8)
     learner = in_precision(backbone, stream, True)
     rows, draw = stream.tasks[0].train[:10], np.random.default_rng(0)
-    weights, batch = for_task(learner.parameters(), 0), Step(rows, 0.1, draw_masks(backbone.masks, 10, draw), None)
+    weights, batch = (
+        learner.naming.for_task(learner.parameters(), 0),
+        Step(rows, 0.1, draw_masks(backbone.masks, 10, draw), None),
+    )
     traced = jax.make_jaxpr(learner.network.gradients)(weights, {}, {}, learner._data, batch)
     operands: dict[str, set[str]] = {}
     for equation in equations(traced.jaxpr):

@@ -20,6 +20,7 @@ from adapters.networks import (
     initial_values,
 )
 from became_core import BecameError
+from tests.compilers import optimised_by_jax
 from tests.streams import prototype_stream
 
 
@@ -85,6 +86,7 @@ def test_compiled_gradients_in_single_precision_are_those_in_double() -> None:
 
         return jax.jit(jax.grad(along_features))({n: jax.numpy.asarray(v, dtype) for n, v in initial.items()})
 
-    single, double = gradients("float32"), gradients("float64")
+    with optimised_by_jax():
+        single, double = gradients("float32"), gradients("float64")
     for name, value in double.items():
         np.testing.assert_allclose(single[name], value, atol=1e-4 * float(abs(value).max()), err_msg=name)

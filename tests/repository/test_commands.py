@@ -29,3 +29,13 @@ def test_the_continuous_integration_ends_with_the_command_and_so_with_its_status
 
 def test_the_readme_shows_the_first_run() -> None:
     assert 'pip install -c constraints.txt -e ".[torch]" && python -m adapters.torch.run' in shown_commands()
+
+
+def test_the_readme_is_short_and_its_commands_run_in_every_shell() -> None:
+    """zsh does not split the value of a variable into words, so that ``$run …`` is no command there."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(readme.splitlines()) <= 150
+    blocks = re.findall(r"^```sh\n(.*?)^```", readme, re.DOTALL | re.MULTILINE)
+    lines = [line for block in blocks for line in block.splitlines()]
+    assert not [line for line in lines if "$" in line]
+    assert {line.split()[0] for line in lines} == {"pip", "became"}  # one spelling of each command

@@ -48,7 +48,7 @@ def fields_of_commands() -> set[str]:
             if isinstance(node, ast.ClassDef):
                 fields = [each.target for each in node.body if isinstance(each, ast.AnnAssign)]
                 found |= {field.id for field in fields if isinstance(field, ast.Name)}
-    return {"--" + name.replace("_", "-") for name in found} | {"--help", "--tyro-write-completion"}
+    return {"--" + name.replace("_", "-") for name in found} | {"--help", "--help-all", "--tyro-write-completion"}
 
 
 def classes() -> set[str]:

@@ -2,6 +2,7 @@
 
 import json
 import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adapters.benchmarks.catalogue import BENCHMARKS
-from adapters.cli.options import Request, parse_request
+from adapters.cli.options import Request, parse, parse_request, request_of, request_type
 from adapters.cli.running import requested_jobs
 from adapters.runs.configuration import (
     GROUPS,
@@ -20,6 +21,7 @@ from adapters.runs.configuration import (
     options,
     repeating_command,
 )
+from adapters.runs.results import RunResult
 from adapters.torch.run import BACKEND
 from became_core import BecameError
 from became_core.continual import Augmentation, RelativeRates, build_method
@@ -30,10 +32,10 @@ def configured(method: str = "became", preset: str | None = None, **values: Any)
     return Configuration.of(values, method, preset)
 
 
-def test_without_options_it_is_the_quick_preset_on_the_embedded_benchmark() -> None:
+def test_without_options_it_is_the_demo_on_the_embedded_benchmark() -> None:
     configuration = configured()
     assert (configuration.benchmark, configuration.tasks, configuration.first) == ("split-mnist", 5, 5)
-    for name, value in BENCHMARKS["split-mnist"].presets["quick"].values.items():
+    for name, value in BENCHMARKS["split-mnist"].presets["demo"].values.items():
         assert {**vars(configuration), **configured("gpm").settings}[name] == value
 
 
@@ -92,13 +94,14 @@ def test_the_number_of_tasks_chooses_the_preset() -> None:
     ("values", "method", "preset", "message"),
     [
         ({"benchmark": "split-cifar"}, "gpm", None, "no benchmark 'split-cifar'; did you mean 'split-cifar100'"),
-        ({}, "gpm", "nscl", "split-mnist has no preset 'nscl'; choose from paper, quick"),
+        ({}, "gpm", "nscl", "split-mnist has no preset 'nscl'; choose from demo, paper, quick"),
         ({}, "gmp", None, "no method 'gmp'; did you mean 'gpm'"),
         ({"network": "alexnett"}, "gpm", None, "no network 'alexnett'; did you mean 'alexnet'"),
         ({"epochs": 0}, "gpm", None, "0 epochs"),
         ({"lr": -0.1}, "gpm", None, "lr -0.1"),
         ({"batch_size": 0}, "gpm", None, "--batch-size is 0"),
         ({"projector_samples": -1}, "gpm", None, "--projector-samples is -1"),
+        ({"threads": 0}, "gpm", None, "--threads is 0; it must be at least 1"),
         ({"path_points": 1}, "gpm", None, "--path-points must be 0 or at least 2"),
         ({}, "became+gmp", None, "no projector 'gmp'; did you mean 'gpm'"),
         ({}, "joint+gpm", None, "joint training sees all tasks"),
@@ -107,6 +110,18 @@ def test_the_number_of_tasks_chooses_the_preset() -> None:
         ({"weight_decay": -1.0}, "gpm", None, "weight decay is -1.0"),
         ({"threshold": 1.5}, "gpm", None, "threshold is 1.5"),
         ({"ewc_strength": -1.0}, "ewc", None, "strength is -1.0"),
+        *(
+            (
+                {option: number},
+                "became+gpm",
+                None,
+                f"--{option.replace('_', '-')} is {number}; it must be a finite number",
+            )
+            for option in ("lr", "increment", "threshold", "validation", "weight_decay", "norm_penalty")
+            for number in (float("nan"), float("inf"), -float("inf"))
+        ),
+        ({"ewc_strength": float("inf")}, "ewc", None, "--ewc-strength is inf; it must be a finite number"),
+        ({"increment": -0.1}, "gpm", None, "the threshold grows by -0.1 a task; the increment must be at least 0"),
         ({"momenta": 3}, "gpm", None, "no option 'momenta'; did you mean 'momentum'"),
     ],
 )
@@ -180,6 +195,7 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "curvature_samples": st.integers(0, 99),
     "path_points": st.sampled_from([0, 2, 11]),
     "device": st.sampled_from(["auto", "cpu", "cuda:1"]),
+    "threads": st.integers(1, 9),
     "deterministic": st.just(True),
     "tracker": st.sampled_from(["none", "tensorboard", "trackio"]),
     "data_dir": st.sampled_from([Path("/data"), Path("/data/a b")]),
@@ -198,21 +214,27 @@ COMMANDS = st.fixed_dictionaries({}, optional=VALUES)
 METHODS = st.sampled_from(["became", "became+sgp", "gpm", "coma", "imm-mean", "became+nscl"])
 
 
-def parsed(words: list[str], method: str) -> Configuration:
-    """The configuration that the command line gives."""
-    request = parse_request("became run", ["--methods", method, *words], backend=False)
+def parsed(words: list[str], method: str, kind: type) -> Configuration:
+    """The configuration that the command line gives, whose options are those of a kind of request."""
+    request = request_of(parse(kind, "became run", ["--methods", method, *words]))
     (job,) = requested_jobs(request, BACKEND)
     return job.configuration
+
+
+@pytest.fixture(scope="module")
+def kind() -> type:
+    """The options of a run, made once: tyro reads each kind of request only once."""
+    return request_type(backend=False, completing=False)
 
 
 @settings(max_examples=60, deadline=None)
 @given(values=COMMANDS, method=METHODS, preset=st.sampled_from(["quick", "paper"]))
 def test_a_command_gives_a_configuration_that_gives_the_command(
-    values: dict[str, Any], method: str, preset: str
+    kind: type, values: dict[str, Any], method: str, preset: str
 ) -> None:
     configuration = Configuration.of(values, method, preset)
     words = command_words(configuration, method, preset)
-    again = parsed(words, method)
+    again = parsed(words, method, kind)
     assert again == configuration
     assert command_words(again, method, preset) == words
 
@@ -256,6 +278,16 @@ def test_the_shortest_command_that_repeats_runs_is_found_from_their_record() -> 
         (0, configuration),
         (4, configuration),
     ]
+
+
+def test_the_command_that_repeats_a_run_has_the_folder_of_its_data() -> None:
+    config = configured().to_json()
+    there = replace(run(config=config), data_dir="/data/a b")
+    assert RunResult.from_json(there.to_json()).data_dir == "/data/a b"
+    command = repeating_command([there])
+    assert command is not None
+    (job,) = requested_jobs(parse_request("run", shlex.split(command)[3:], backend=False), BACKEND)
+    assert job.configuration.data_dir == Path("/data/a b")
 
 
 def test_no_command_is_given_that_would_run_something_else() -> None:

@@ -7,7 +7,8 @@ import tensorflow as tf
 
 from adapters.tensorflow.learner import TensorFlowLearner
 from adapters.tensorflow.run import BACKEND
-from tests.conformance import BACKBONES, CHECKS, Make
+from became_core.continual import Learner, TaskStream
+from tests.conformance import BACKBONES, CHECKS, Make, conforms_where_all_is_compiled
 from tests.dropout import check_framework_masks
 from tests.norms import CHECKS as NORM_CHECKS
 from tests.norms import MakeNormalised
@@ -17,7 +18,10 @@ from tests.precision import check_mixed_precision
 @pytest.mark.parametrize("backbone", BACKBONES)
 @pytest.mark.parametrize("check", CHECKS)
 def test_it_conforms(check: Callable[[Make], None], backbone: str) -> None:
-    check(lambda stream, seed: TensorFlowLearner(BACKBONES[backbone](stream), stream, dtype="float64", seed=seed))
+    def make(stream: TaskStream, seed: int) -> Learner:
+        return TensorFlowLearner(BACKBONES[backbone](stream), stream, dtype="float64", seed=seed)
+
+    conforms_where_all_is_compiled(check, make, backbone)
 
 
 @pytest.mark.timeout(1200)  # each compiles what it runs

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from adapters.backend import for_task
 from adapters.networks import draw_masks
 from adapters.tensorflow.keras_model import KerasBackbone
 from adapters.tensorflow.layers import Pass
@@ -64,7 +63,7 @@ def test_a_steps_products_are_of_bfloat16_and_its_statistics_of_float32() -> Non
     backbone, stream = KerasBackbone.of(network(), IMAGE), prototype_stream(tasks=2, channels=2, side=8)
     learner = in_precision(backbone, stream, True)
     rows, draw = stream.tasks[0].train[:10], np.random.default_rng(0)
-    weights, masks = for_task(learner.parameters(), 0), draw_masks(backbone.masks, 10, draw)
+    weights, masks = learner.naming.for_task(learner.parameters(), 0), draw_masks(backbone.masks, 10, draw)
     runs: Any = learner.network
     traced = runs._all_gradients.get_concrete_function(weights, learner._data, rows, masks, None)
     operands: dict[str, set[tf.DType]] = {}
@@ -95,7 +94,9 @@ def test_a_layer_that_taps_do_not_know_is_named() -> None:
     model = keras.Sequential(
         [keras.Input((8, 8, 2)), keras.layers.Conv2DTranspose(2, 3, name="up"), keras.layers.Flatten()]
     )
-    with pytest.raises(BecameError, match=r"the variable '\S*up/kernel'; on Keras they know BatchNorm"):
+    with pytest.raises(
+        BecameError, match=r"the variable '\S*up/kernel', or its call is replaced; on Keras they know BatchNorm"
+    ):
         KerasBackbone.of(model, (2, 8, 8))
 
 

@@ -22,7 +22,7 @@ from became_core.continual import (
     learn,
     method_names,
 )
-from became_core.continual.learner import refresh_statistics
+from became_core.continual.learner import refresh_statistics, weights_of
 from became_core.continual.measurement import Measurement
 from became_core.curvature import FisherKind
 from became_core.laplace import Diagonal
@@ -150,16 +150,17 @@ def test_equal_seeds_give_equal_runs_and_others_do_not() -> None:
     assert not torch.equal(runs[0], runs[2])
 
 
-def test_running_statistics_of_a_users_module_are_the_models_and_other_buffers_are_kept_apart() -> None:
+def test_running_statistics_and_other_buffers_of_a_users_module_are_part_of_its_state() -> None:
     stream = prototype_stream()
     backbone = _convolutional()
     backbone.register_buffer("beside", torch.ones(2))
     learner = TorchLearner(backbone, stream)
     assert learner.running_statistics == {"1.running_mean", "1.running_var"} < set(learner.parameters())
-    assert not any("beside" in name or "tracked" in name for name in learner.parameters())
+    assert learner.constants == {"beside"} < set(learner.parameters())
+    assert not any("tracked" in name for name in learner.parameters())  # no batch of ours is counted
     before = learner.parameters()
     batches = [Batch(0, stream.tasks[0].train[:16])]
-    constraint = Constraint(frozenset(before) - learner.running_statistics)
+    constraint = Constraint(frozenset(weights_of(learner)))
     learner.train(batches, np.array([0.1]), constraint, SGD(), np.random.default_rng(0))
     for name in learner.running_statistics:
         torch.testing.assert_close(learner.parameters()[name], before[name], rtol=0, atol=0)

@@ -118,13 +118,13 @@ class _Mixed(nn.Module):
 
 def test_plain_linear_layers_are_those_whose_weights_nothing_else_uses() -> None:
     torch.manual_seed(0)
-    network: Any = _Mixed().eval()
+    network: Any = _Mixed().train()
     patched = network.patched.forward
     state, random = {name: value.clone() for name, value in network.state_dict().items()}, torch.random.get_rng_state()
     names = {module: name for name, module in network.named_modules()}
     assert plain_linear_layers(network, names, (torch.randn(3, 3, generator=torch.Generator()),)) == {network.plain}
     assert torch.equal(torch.random.get_rng_state(), random)
-    assert not network.training
+    assert network.training
     assert network.patched.forward is patched
     assert "forward" not in vars(network.plain)
     for name, value in network.state_dict().items():

@@ -22,7 +22,7 @@ def test_parameters_go_by_their_canonical_names_and_begin_as_drawn(name: str) ->
 
 
 def test_weights_in_double_precision_are_drawn_so() -> None:
-    network = MultiHead(Described(build_network("mlp", (1, 3, 3)), 5, torch.float64), 100, 2, 3, 5, torch.float64)
+    network = MultiHead(Described(build_network("mlp", (1, 3, 3)), 5, torch.float64), 100, [3, 3], 5, torch.float64)
     assert {parameter.dtype for parameter in network.parameters()} == {torch.float64}
     for value in network.parameters():
         assert not torch.equal(value, value.float().double())
@@ -55,7 +55,7 @@ def test_a_batch_norm_knows_whether_it_sees_images() -> None:
 
 def test_heads_are_separate_and_stacked_in_task_order() -> None:
     torch.manual_seed(0)
-    network = MultiHead(Described(build_network("mlp", (1, 8, 8))), 100, tasks=3, classes=2).eval()
+    network = MultiHead(Described(build_network("mlp", (1, 8, 8))), 100, [2, 2, 2]).eval()
     images = torch.randn(4, 1, 8, 8)
     every = network(images)
     assert every.shape == (4, 3, 2)

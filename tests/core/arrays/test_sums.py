@@ -18,6 +18,7 @@ from became_core.arrays import SumsOfProducts, sums_of_products, tree_sum
 from became_core.arrays.frameworks import _ROWS, framework_of
 from became_core.arrays.sums import LOOP_PIECES
 from tests.compilers import compiled
+from tests.strategies import few_if_compiled
 
 # The analysis for 10^9 elements, which do not fit a test. A number goes through log2(n) additions, each of which errs
 # by u = 2^-24 = 6e-8 relative at most, by a third of it on average: 24 additions here, 30 for 10^9. Rounding to either
@@ -67,7 +68,7 @@ def check_alpha(xp: Any, function: Callable[..., Any], value: float | None) -> N
     assert alpha == pytest.approx(top / (top + rest), rel=1e-6)
 
 
-@given(size=st.integers(1, 400))
+@given(size=few_if_compiled(st.integers(1, 400), [1, 3, 256, 399]))
 def test_a_tree_sum_takes_every_element_once(xp: Any, backend: str, size: int) -> None:
     numbers = 2.0 ** (np.arange(size) % 40)
     table = np.stack([numbers, -2 * numbers], axis=-1)

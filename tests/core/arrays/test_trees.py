@@ -10,6 +10,7 @@ import pytest
 
 from became_core import BecameError, merge, optimal_alpha
 from became_core.arrays import aligned_leaves, map_leaves, named_leaves, size_in_bytes
+from tests.backends import to_numpy
 
 
 class Layer(NamedTuple):
@@ -203,3 +204,19 @@ def test_the_size_of_a_tree_is_that_of_its_arrays(xp: Any) -> None:
         "nothing": None,
     }
     assert size_in_bytes(tree) == 3 * 2 * 4 + 5 * 8 + 7 + 4 + 8
+
+
+def test_variables_of_keras_are_leaves(backend: str) -> None:
+    if backend != "tensorflow":
+        pytest.skip("Keras computes with TensorFlow here")
+    import keras
+
+    models = [keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)]) for _ in range(2)]
+    kernels = [model.variables[0].numpy() for model in models]
+    merged = merge(models[0].variables, models[1].variables, 0.5)
+    np.testing.assert_allclose(to_numpy(merged[0]), (kernels[0] + kernels[1]) / 2, rtol=1e-6)
+    for variable, value in zip(models[0].variables, merged, strict=True):
+        variable.assign(value)
+    by_path = {variable.path: variable for variable in models[0].variables}
+    ones = {path: variable.value * 0 + 1 for path, variable in by_path.items()}
+    assert float(optimal_alpha(by_path, by_path, ones, ones)) == 0

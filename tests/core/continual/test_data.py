@@ -1,5 +1,6 @@
 """Task streams: every row is in one part of one task. Views: images are padded, cropped and flipped."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from random import Random
 from typing import Any
@@ -11,9 +12,10 @@ from hypothesis import strategies as st
 
 from became_core import BecameError
 from became_core.continual import Augmentation, Views
-from became_core.continual.data import Dataset, TaskStream, permute_pixels, split_classes
+from became_core.continual.data import Dataset, TaskStream, chunks, permute_pixels, split_classes
 from reference.learner import cropped
 from tests.backends import to_numpy, to_xp
+from tests.strategies import few_if_compiled
 
 SHAPES = [(tasks, classes) for classes in (1, 4, 6, 10, 12) for tasks in range(1, classes + 1) if classes % tasks == 0]
 
@@ -39,7 +41,7 @@ def rows(stream: TaskStream, *parts: str) -> list[int]:
     return [int(row) for task in stream.tasks for part in parts for row in getattr(task, part)]
 
 
-@given(st.sampled_from(SHAPES), st.floats(0, 0.99), st.integers(0, 2**32 - 1))
+@given(st.sampled_from(SHAPES), st.floats(0, 0.5), st.integers(0, 2**32 - 1))
 def test_every_row_is_in_one_part_of_one_task(shape: tuple[int, int], validation: float, seed: int) -> None:
     dataset = make_dataset(shape[1])
     stream = split_classes(dataset, shape[0], validation=validation, seed=seed)
@@ -65,10 +67,9 @@ def test_tasks_have_their_classes_in_the_wanted_order(shape: tuple[int, int], ra
 def test_classes_are_in_label_order_by_default() -> None:
     stream = split_classes(make_dataset(6), 3)
     assert [task.classes for task in stream.tasks] == [(0, 1), (2, 3), (4, 5)]
-    assert stream.classes_per_task == 2
 
 
-@given(st.floats(0, 0.99))
+@given(st.floats(0, 0.7))
 def test_the_validation_fraction_is_of_each_tasks_training_rows(validation: float) -> None:
     for task in split_classes(make_dataset(6), 3, validation=validation).tasks:
         assert len(task.validation) == round(validation * (len(task.train) + len(task.validation)))
@@ -117,13 +118,14 @@ def test_a_seeded_class_order_is_a_permutation_drawn_by_the_seed() -> None:
 def images_of(classes: int, channels: int = 3) -> Dataset:
     draw = np.random.default_rng(0)
     dataset = make_dataset(classes)
-    return replace(dataset, images=draw.integers(0, 256, (60, channels, 4, 5), dtype=np.uint8))
+    images = draw.integers(0, 256, (60, channels, 4, 5), dtype=np.uint8)
+    return replace(dataset, images=images, mean=(0.5,) * channels, std=(0.5,) * channels)
 
 
 def test_every_permuted_task_holds_every_image_with_its_pixels_in_one_order() -> None:
     plain = images_of(4)
     stream = split_classes(permute_pixels(plain, 3), 3, validation=0)
-    assert stream.classes_per_task == 4
+    assert [len(task.classes) for task in stream.tasks] == [4] * len(stream.tasks)
     orders = []
     for task in stream.tasks:
         for part, expected in ((task.train, slice(0, 40)), (task.test, slice(40, 60))):
@@ -150,16 +152,19 @@ def test_zero_permuted_tasks_are_an_error() -> None:
 
 
 @given(
-    count=st.integers(1, 3),
-    shape=st.tuples(st.integers(1, 2), st.integers(1, 4), st.integers(1, 4)),
+    sizes=few_if_compiled(
+        st.tuples(st.integers(1, 3), st.integers(1, 2), st.integers(1, 4), st.integers(1, 4)),
+        [(1, 1, 1, 1), (3, 2, 3, 4), (2, 1, 4, 1)],
+    ),
     far=st.integers(0, 5),
     seed=st.integers(0, 99),
 )
 def test_views_are_padded_cropped_and_flipped_images(
-    xp: Any, count: int, shape: tuple[int, int, int], far: int, seed: int
+    xp: Any, sizes: tuple[int, int, int, int], far: int, seed: int
 ) -> None:
-    draw = np.random.default_rng(seed)
-    images = draw.integers(1, 256, (count, *shape), dtype=np.uint8)  # nothing in them is black
+    """Of sizes [images, channels, height, width]."""
+    draw, count = np.random.default_rng(seed), sizes[0]
+    images = draw.integers(1, 256, sizes, dtype=np.uint8)  # nothing in them is black
     views = Views(draw.integers(-far, far + 1, (count, 2)), draw.integers(0, 2, count).astype(bool))
     expected = cropped(images, views)
     channels_first = views.apply(to_xp(xp, images), axis=2)
@@ -196,3 +201,120 @@ def test_without_flips_nothing_is_flipped_and_offsets_are_the_same() -> None:
 def test_a_negative_padding_is_an_error() -> None:
     with pytest.raises(BecameError, match="padding is -1 pixels"):
         Augmentation(padding=-1)
+
+
+def small(**changes: Any) -> Dataset:
+    """Eight images of two channels, of four classes that are in both parts, with something changed."""
+    images = np.random.default_rng(0).integers(0, 256, (8, 2, 3, 4), dtype=np.uint8)
+    fields: dict[str, Any] = {
+        "images": images,
+        "labels": [0, 1, 2, 3, 0, 1, 2, 3],
+        "train_size": 4,
+        "mean": (0.5, 0.5),
+        "std": (0.3, 0.3),
+    }
+    return Dataset(name="small", **(fields | changes))
+
+
+PIXELS = small().images
+
+# By what is wrong with them: what a data set is made of, and what the message says.
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "channels last": (
+        {"images": np.moveaxis(PIXELS, 1, -1)},
+        r"channels come first, as numpy\.moveaxis\(images, -1, 1\)",
+    ),
+    "a table": ({"images": PIXELS[:, :, 0, 0]}, r"a table \[N, d\] is images \[N, d, 1, 1\]"),
+    "no channels": ({"images": PIXELS[:, 0]}, r"they must be \[N, C, H, W\]"),
+    "other channels": ({"mean": (0.5,), "std": (0.3,)}, r"are \[8, 2, 3, 4\] and have 1 means of channels"),
+    "integers": ({"images": PIXELS.astype(np.int64)}, r"are int64; give pixels as uint8, 0 to 255, or floating point"),
+    "booleans": ({"images": PIXELS > 9}, r"are bool; give pixels as uint8"),
+    "statistics of 0..255": (
+        {"mean": (127.0, 127.0), "std": (70.0, 70.0)},
+        r"scaled to \[0, 1\], so divide them by 255",
+    ),
+    "a mean below 0": ({"mean": (-0.5, 0.5)}, r"scaled to \[0, 1\]"),
+    "no deviation": ({"std": (0.3, 0.0)}, r"deviations above 0"),
+    "a mean that is no number": ({"mean": (0.5, np.nan)}, r"give a finite number of each"),
+    "one deviation": ({"std": (0.3,)}, r"give a finite number of each for every channel"),
+    "pixels as floats": ({"images": PIXELS.astype(np.float32)}, r"give those of the images as they are"),
+    "a float that is none": ({"images": np.full((8, 2, 3, 4), np.nan)}, r"have a number that is not finite"),
+    "more labels": ({"labels": [0, 1, 2, 3] * 3}, r"has 8 images and labels \[12\]; give one label an image"),
+    "fewer labels": ({"labels": [0, 1, 2, 3]}, r"has 8 images and labels \[4\]"),
+    "one-hot labels": ({"labels": np.eye(8, dtype=np.int64)}, r"has 8 images and labels \[8, 8\]"),
+    "labels as floats": ({"labels": np.arange(8.0)}, r"the labels of small are float64; they must be integers"),
+    "a negative label": ({"labels": [-1, 1, 2, 3] * 2}, r"has the label -1; labels go from 0"),
+    "no training images": ({"train_size": 0}, r"has 0 training images among 8"),
+    "too many of them": ({"train_size": 9}, r"has 9 training images among 8"),
+    "a gap": ({"labels": [0, 1, 3, 3] * 2}, r"has no training images of class 2; labels must go from 0"),
+    "a class in the test part alone": ({"labels": [0, 1, 2, 2, 0, 1, 2, 3]}, r"no training images of class 3"),
+}
+
+
+@pytest.mark.parametrize("wrong", REFUSED)
+def test_a_data_set_that_contradicts_itself_is_refused(wrong: str) -> None:
+    changes, message = REFUSED[wrong]
+    with pytest.raises(BecameError, match=message):
+        split_classes(small(**changes), 2)
+
+
+# Changes of a stream of two tasks with two classes each, which is made of ``small``.
+STREAMS: dict[str, tuple[Callable[[TaskStream], TaskStream], str]] = {
+    "no tasks": (lambda stream: replace(stream, tasks=()), "is split into no tasks"),
+    "no training rows": (lambda stream: part_of(stream, train=[]), "task 2 of small has no train samples"),
+    "no test rows": (lambda stream: part_of(stream, test=np.zeros(0)), "task 2 of small has no test samples"),
+    "rows beyond": (lambda stream: part_of(stream, train=[2, 8]), "has train rows beyond the 8 images"),
+    "negative rows": (lambda stream: part_of(stream, test=[-1]), "has test rows beyond the 8 images"),
+    "masks for rows": (lambda stream: part_of(stream, train=np.ones(8, bool)), "the train rows .* are bool"),
+    "a wrong order": (lambda stream: replace(stream, tasks=stream.tasks[::-1]), "has the index 1; it must be 0"),
+    "fewer targets": (lambda stream: replace(stream, targets=stream.targets[:4]), r"has 8 images and targets \[4\]"),
+    "targets as floats": (lambda stream: replace(stream, targets=np.asarray(stream.targets / 1)), "are float64"),
+    "targets of all classes": (
+        lambda stream: replace(stream, targets=stream.dataset.labels),
+        "task 2 of small has 2 classes, and a sample with the target 2; targets go from 0 to 1",
+    ),
+    "classes that are too few": (lambda stream: part_of(stream, classes=(2,)), "has 1 classes, and .* the target 1"),
+}
+
+
+def part_of(stream: TaskStream, **changes: Any) -> TaskStream:
+    return replace(stream, tasks=(stream.tasks[0], replace(stream.tasks[1], **changes)))
+
+
+@pytest.mark.parametrize("wrong", STREAMS)
+def test_a_stream_that_contradicts_itself_is_refused(wrong: str) -> None:
+    change, message = STREAMS[wrong]
+    with pytest.raises(BecameError, match=message):
+        change(split_classes(small(), 2, validation=0.0))
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.uint8, np.int64])
+def test_integers_of_any_size_are_labels_targets_and_rows(dtype: type) -> None:
+    expected = split_classes(small(), 2, validation=0.0)
+    stream = split_classes(small(labels=np.asarray(expected.dataset.labels, dtype)), 2, validation=0.0)
+    stream = replace(part_of(stream, train=stream.tasks[1].train.astype(dtype)), targets=stream.targets.astype(dtype))
+    assert stream.dataset.labels.dtype == stream.targets.dtype == stream.tasks[1].train.dtype == np.int64
+    np.testing.assert_array_equal(stream.targets, expected.targets)
+    np.testing.assert_array_equal(stream.tasks[1].train, expected.tasks[1].train)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_images_may_be_numbers_in_their_own_unit(dtype: type) -> None:
+    assert small().unit == 255
+    images: Any = (1000 + 5 * np.random.default_rng(0).normal(size=(8, 2, 3, 4))).astype(dtype)
+    dataset = small(images=images, mean=(1000.0, 1000.0), std=(5.0, 5.0))
+    assert dataset.unit == 1
+    assert dataset.images.dtype == dtype
+    with pytest.raises(BecameError, match="give those of the images as they are"):
+        small(images=images, mean=(0.5, 0.5), std=(0.25, 0.25))
+
+
+@given(st.integers(2, 60), st.integers(1, 20))
+def test_chunks_are_in_order_and_none_is_of_one(count: int, size: int) -> None:
+    parts = chunks(np.arange(count), size)
+    np.testing.assert_array_equal(np.concatenate(parts), np.arange(count))
+    sizes = [len(part) for part in parts]
+    assert min(sizes) > 1
+    assert set(sizes[:-1]) <= {max(size, 2)}
+    assert sizes[-1] <= max(size, 2) + 1
+    assert [len(part) for part in chunks(np.arange(1), size)] == [1]

@@ -54,14 +54,14 @@ class Running(ReferenceLearner):
         yield len(indices), {name: np.full(2, first) for name in sorted(self.running_statistics)}
 
 
-@pytest.mark.parametrize(("batch_size", "count"), [(8, 27), (13, 26), (1, 27)])
-def test_statistics_use_all_training_images_but_a_single_last_one(batch_size: int, count: int) -> None:
+@pytest.mark.parametrize("batch_size", [8, 13, 1])
+def test_statistics_use_all_training_images(batch_size: int) -> None:
     learner, task = Running(STREAM), STREAM.tasks[1]
     assert len(task.train) == 27
     refresh_statistics(learner, [task], batch_size, seed=3)
-    assert len(set(learner.rows)) == len(learner.rows) == count
+    assert len(set(learner.rows)) == len(learner.rows) == 27
     assert set(learner.rows) <= set(task.train)
-    assert not np.array_equal(learner.rows, task.train[:count])
+    assert not np.array_equal(learner.rows, task.train)
     refresh_statistics(learner, STREAM.tasks[:2], 8, seed=3)
     assert set(learner.rows) == set(STREAM.tasks[0].train) | set(task.train)
 

@@ -173,3 +173,10 @@ def test_defaults_and_unknown_settings_are_checked_as_well() -> None:
     check_settings({option: setting.default for option, setting in method_settings().items()})
     with pytest.raises(BecameError, match="there is no setting 'strength'"):
         check_settings({"strength": 1.0})
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_a_setting_that_is_no_number_is_refused(number: float) -> None:
+    for method, option in (("ewc", "ewc_strength"), ("gpm", "threshold"), ("became+gpm", "increment")):
+        with pytest.raises(BecameError, match=rf"^the setting '{option}' is (nan|inf); it must be a finite number\.$"):
+            build_method(method, {option: number})

@@ -1,4 +1,5 @@
 import math
+from collections.abc import Callable
 from itertools import pairwise
 
 import numpy as np
@@ -7,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from became_core import BecameError
-from became_core.continual import Annealed, Patience, Schedule, Stepped
+from became_core.continual import SGD, Adam, Annealed, Patience, Schedule, Stepped
 
 
 def all_rates(schedule: Schedule, steps: int) -> list[float]:
@@ -124,3 +125,15 @@ def test_stepped_rates_with_settings_out_of_range_are_refused(wrong: dict[str, f
 def test_a_milestone_outside_0_to_1_is_refused(milestones: tuple[float, ...]) -> None:
     with pytest.raises(BecameError, match="each is a share of the epochs"):
         Stepped(1.0, 80, milestones)
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf])
+def test_rates_that_are_no_numbers_are_refused(number: float) -> None:
+    schedules: list[Callable[[], object]] = [
+        *(lambda: Annealed(number, 2), lambda: Annealed(0.1, 2, number), lambda: Patience(number)),
+        *(lambda: Patience(0.1, factor=number), lambda: Patience(0.1, minimum=number), lambda: Stepped(number, 2)),
+        *(lambda: Stepped(0.1, 2, factor=number), lambda: SGD(weight_decay=number), lambda: Adam(weight_decay=number)),
+    ]
+    for make in schedules:
+        with pytest.raises(BecameError):
+            make()

@@ -9,9 +9,11 @@ from hypothesis import strategies as st
 
 from became_core.curvature import Tap, gradient_grams, grams, input_grams
 from tests.backends import to_numpy, to_xp
-from tests.strategies import eighths
+from tests.strategies import eighths, few_if_compiled
 
-SIZES = st.lists(st.integers(1, 4), min_size=1, max_size=3)
+SIZES = few_if_compiled(st.lists(st.integers(1, 4), min_size=1, max_size=3), [[1], [4], [2, 4, 1]])
+# Of images, channels, and a window's height and width.
+WINDOWS = few_if_compiled(st.tuples(*[st.integers(1, 3)] * 4), [(1, 1, 1, 1), (3, 2, 2, 3), (2, 3, 3, 1)])
 
 
 @given(sizes=SIZES, data=st.data())
@@ -64,13 +66,15 @@ def test_half_precision_is_summed_in_float32(xp: Any) -> None:
     np.testing.assert_array_equal(to_numpy(gram), 90000)
 
 
-@given(data=st.data(), height=st.integers(1, 3), width=st.integers(1, 3))
-def test_a_window_has_the_gram_matrix_of_its_patches(xp: Any, data: st.DataObject, height: int, width: int) -> None:
-    shape = (data.draw(st.integers(1, 3)), data.draw(st.integers(1, 3)), 4, 5)
-    images = data.draw(eighths(shape))
+@given(data=st.data(), sizes=WINDOWS)
+def test_a_window_has_the_gram_matrix_of_its_patches(
+    xp: Any, data: st.DataObject, sizes: tuple[int, int, int, int]
+) -> None:
+    count, channels, height, width = sizes
+    images = data.draw(eighths((count, channels, 4, 5)))
     patches = [
         images[n, :, p : p + height, q : q + width].reshape(-1)
-        for n in range(shape[0])
+        for n in range(count)
         for p in range(5 - height)
         for q in range(6 - width)
     ]

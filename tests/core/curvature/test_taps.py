@@ -12,17 +12,24 @@ from became_core.curvature import Tap, batch_gradient, per_sample_gradients, per
 from became_core.curvature import taps as taps_module
 from reference.formulas import embedding_gradients, grouped_gradients, squared_gradients
 from tests.backends import to_numpy, to_xp
-from tests.strategies import eighths
+from tests.strategies import eighths, few_if_compiled
 
 Array = NDArray[np.float64]
 Layer = tuple[Array, Array]
 
 
+# Samples, positions, inputs and outputs of a layer.
+SIZES = few_if_compiled(
+    st.tuples(st.integers(1, 4), st.integers(1, 3), st.integers(1, 4), st.integers(1, 3)),
+    [(4, 3, 2, 3), (1, 1, 1, 1)],
+)
+
+
 @st.composite
 def layers(draw: st.DrawFn, *, positions: int = 3, scale: bool = False) -> Layer:
     """Inputs [n, l, d_in] and output gradients [n, l, d_out]: linear (l = 1) or convolution-like."""
-    n, d_in = draw(st.integers(1, 4)), draw(st.integers(1, 4))
-    l, d_out = draw(st.integers(1, positions)), d_in if scale else draw(st.integers(1, 3))  # noqa: E741
+    n, l, d_in, d_out = draw(SIZES)  # noqa: E741
+    l, d_out = min(l, positions), d_in if scale else d_out  # noqa: E741
     return draw(eighths((n, l, d_in))), draw(eighths((n, l, d_out)))
 
 
@@ -66,10 +73,9 @@ def test_the_gradient_of_a_scale(xp: Any, layer: Layer) -> None:
 
 
 @st.composite
-def tapped(draw: st.DrawFn) -> tuple[str, dict[str, Any], Array, Array]:
+def tapped(draw: st.DrawFn, kind: str) -> tuple[Any, dict[str, Any], Array, Array]:
     """Return a layer that is no plain matrix: its tap's kind and fields, per-sample gradients and output gradients."""
-    kind = draw(st.sampled_from(["grouped", "scale", "embedding", "gradient"]))
-    n, positions, width = draw(st.integers(1, 4)), draw(st.integers(1, 3)), draw(st.integers(1, 3))
+    n, positions, size, width = draw(SIZES)
     g = draw(eighths((n, positions, width)))
     if kind == "gradient":
         a = draw(eighths((n, 1, width)))
@@ -78,21 +84,23 @@ def tapped(draw: st.DrawFn) -> tuple[str, dict[str, Any], Array, Array]:
         a = draw(eighths((n, positions, width)))
         return kind, {"inputs": a}, (a * g).sum(axis=1), g
     if kind == "embedding":
-        size = draw(st.integers(1, 4))
         indices = np.reshape(
             draw(st.lists(st.integers(0, size - 1), min_size=n * positions, max_size=n * positions)), (n, positions)
         )
         return kind, {"inputs": indices, "size": size}, embedding_gradients(indices, g, size), g
-    groups = draw(st.integers(2, 3))
+    groups = draw(few_if_compiled(st.integers(2, 3), [2]))
     g = draw(eighths((n, positions, groups * width)))
-    a = draw(eighths((n, positions, groups * draw(st.integers(1, 3)))))
+    a = draw(eighths((n, positions, groups * size)))
     return "matrix", {"inputs": a, "groups": groups}, grouped_gradients(a, g, groups), g
 
 
-@given(layer=tapped(), has_bias=st.booleans(), chunk=st.sampled_from([1, 20, 2**20]))
-def test_every_kind_of_layer_agrees_with_an_explicit_loop(xp: Any, layer: Any, has_bias: bool, chunk: int) -> None:
+@pytest.mark.parametrize("layer", ["grouped", "scale", "embedding", "gradient"])
+@given(data=st.data(), has_bias=st.booleans(), chunk=st.sampled_from([1, 20, 2**20]))
+def test_every_kind_of_layer_agrees_with_an_explicit_loop(
+    xp: Any, layer: str, data: st.DataObject, has_bias: bool, chunk: int
+) -> None:
     """Per-sample gradients, the sums of their squares, and their sums do not depend on the chunks of samples."""
-    kind, fields, expected, g = layer
+    kind, fields, expected, g = data.draw(tapped(layer))
     weight = "fc" if kind == "gradient" else "fc.weight"
     parts = {name: to_xp(xp, value) if name == "inputs" else value for name, value in fields.items()}
     has_bias = has_bias and kind != "gradient"

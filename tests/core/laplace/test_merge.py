@@ -8,10 +8,10 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from became_core import BecameError, merge, optimal_alpha
+from became_core import BecameError, combine, merge, optimal_alpha
 from reference.formulas import alpha_in_circulation, alpha_star, brute_force_minimiser, laplace_loss
 from tests.backends import to_numpy, to_xp
-from tests.strategies import Segment, segments
+from tests.strategies import Segment, few_if_compiled, segments
 
 
 def alpha_of(xp: Any, segment: Segment, *, full: bool = True, clip: bool = True) -> float:
@@ -201,12 +201,14 @@ def test_merge_is_the_convex_combination(xp: Any, segment: Segment, alpha: float
 
 
 @given(
-    pair=st.lists(st.tuples(*[st.floats(-1e3, 1e3, width=32)] * 2), min_size=1, max_size=5),
+    pair=few_if_compiled(st.integers(1, 5), [1, 5]).flatmap(
+        lambda size: st.tuples(*[st.tuples(*[st.floats(-1e3, 1e3, width=32)] * 2)] * size)
+    ),
     alpha=st.floats(0, 1, width=32),
     as_array=st.booleans(),
 )
 def test_merge_is_exact_at_its_ends_and_where_the_models_agree(
-    xp: Any, pair: list[tuple[float, float]], alpha: float, as_array: bool
+    xp: Any, pair: tuple[tuple[float, float], ...], alpha: float, as_array: bool
 ) -> None:
     stable, plastic = (xp.asarray(list(values), dtype=xp.float32) for values in zip(*pair, strict=True))
 
@@ -328,6 +330,100 @@ def test_merge_refuses_what_does_not_fit(xp: Any) -> None:
         merge({"w": xp.ones((2,))}, {"w": xp.ones((2,), dtype=xp.int64)}, 0.5)
     with pytest.raises(BecameError, match=r"^theta_hat is nested otherwise than theta_gp; give equal structures\.$"):
         merge([xp.ones((2,))], (xp.ones((2,)),), 0.5)
+
+
+@pytest.mark.parametrize("alpha", [float("nan"), float("inf")])
+def test_a_coefficient_that_is_no_number_is_refused(xp: Any, alpha: float) -> None:
+    stable, plastic = ({"w": xp.asarray([value])} for value in (1.0, 2.0))
+    with pytest.raises(BecameError, match=r"^alpha is (nan|inf); it must be a finite number\.$"):
+        merge(stable, plastic, alpha)
+    with pytest.raises(BecameError, match=r"^alpha is infinite or not a number; it must be finite\.$"):
+        merge(stable, plastic, xp.asarray(alpha))
+    with pytest.raises(BecameError, match=r"^alpha 'w' is (nan|inf)"):
+        merge(stable, plastic, {"w": alpha})
+
+
+@pytest.mark.parametrize("coefficients", [[1, 1, 1], [0.5, 0.5, 0.5], [float("nan"), 0.5, 0.5], [0.2, 0.2, 0.2]])
+def test_coefficients_that_do_not_sum_to_one_are_refused(xp: Any, coefficients: list[float]) -> None:
+    models = [{"w": xp.asarray([value])} for value in (1.0, 2.0, 3.0)]
+    for several in (
+        coefficients,
+        xp.asarray(coefficients, dtype=xp.float64),
+        list(np.asarray(coefficients, np.float32)),
+    ):
+        with pytest.raises(BecameError, match=r"^the coefficients sum to (nan|[0-9.]+); they must sum to 1\.$"):
+            combine(models, several)
+
+
+def test_numbers_of_numpy_are_numbers(xp: Any) -> None:
+    stable, plastic = ({"w": xp.asarray([value], dtype=xp.float32)} for value in (1.0, 2.0))
+    for number in (np.float32(0.25), np.float64(0.25), np.asarray(0.25)):
+        assert to_numpy(merge(stable, plastic, number)["w"]).tolist() == [1.25]
+        assert to_numpy(merge(stable, plastic, {"w": number})["w"]).tolist() == [1.25]
+    assert to_numpy(combine([stable, plastic], list(np.asarray([0.75, 0.25], np.float32)))["w"]).tolist() == [1.25]
+
+
+def _state_dict(xp: Any, value: float, count: int) -> dict[str, Any]:
+    """Return a state dict as a batch norm and a layer with a mask have it."""
+    return {
+        "bn.weight": xp.full((2,), value),
+        "bn.running_var": xp.full((2,), 3 * value),
+        "bn.num_batches_tracked": xp.asarray(count),
+        "fc.mask": xp.asarray([count > 5, True]),
+    }
+
+
+def test_integers_are_carried_over_by_a_merge(xp: Any) -> None:
+    models = _state_dict(xp, 1.0, 3), _state_dict(xp, 2.0, 7)
+    for alpha, count in ((0.25, 3), (0.75, 7), (xp.asarray(0.75), 7), (np.float32(0.25), 3)):
+        merged = merge(*models, alpha)
+        assert int(merged["bn.num_batches_tracked"]) == count
+        assert merged["bn.num_batches_tracked"].dtype == models[0]["bn.num_batches_tracked"].dtype
+        assert to_numpy(merged["fc.mask"]).tolist() == [count > 5, True]
+        np.testing.assert_allclose(to_numpy(merged["bn.running_var"]), 3 * (1 + float(alpha)), rtol=1e-6)
+    assert int(combine(models, [0.75, 0.25])["bn.num_batches_tracked"]) == 7
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_what_no_optimiser_moves_has_no_part_in_alpha(xp: Any, whole: bool) -> None:
+    models = _state_dict(xp, 1.0, 3), _state_dict(xp, 2.0, 7)
+    fishers = _state_dict(xp, 2.0, 1), _state_dict(xp, 6.0, 1)
+    old, new = fishers if whole else ({"bn.weight": fisher["bn.weight"]} for fisher in fishers)
+    assert float(optimal_alpha(*models, old, new)) == 0.75
+    by_leaf = optimal_alpha(*models, old, new, per="leaf")
+    assert {name: float(alpha) for name, alpha in by_leaf.items()} == {
+        name: 0.75 * (name == "bn.weight") for name in old | models[0]
+    }
+    by_layer = optimal_alpha(*models, old, new, per="layer")
+    assert {name: float(alpha) for name, alpha in by_layer.items()} == {n: 0.75 * n.startswith("bn") for n in models[0]}
+    assert int(merge(*models, by_layer)["bn.num_batches_tracked"]) == 7
+
+
+def test_sparse_and_masked_arrays_are_refused(backend: str, xp: Any) -> None:
+    if backend == "torch":
+        gaps = xp.ones((2,)).to_sparse()
+    elif backend == "numpy":
+        gaps = np.ma.masked_array([1.0, 2.0], [True, False])
+    else:
+        pytest.skip("this backend has no such arrays")
+    for models in ((gaps, xp.ones((2,))), (xp.ones((2,)), gaps)):
+        with pytest.raises(BecameError, match=r"^theta_(gp|hat) is a sparse or masked array; give one with all its"):
+            merge(*models, 0.5)
+        with pytest.raises(BecameError, match=r"^theta_(gp|hat) is a sparse or masked array; give one with all its"):
+            optimal_alpha(*models, xp.ones((2,)), xp.ones((2,)))
+
+
+def test_models_on_two_devices_are_refused(backend: str, xp: Any) -> None:
+    if backend != "torch":
+        pytest.skip("this backend has one device here, or computes with arrays of several")
+    here, there = {"w": xp.ones((2,))}, {"w": xp.ones((2,), device="meta")}
+    message = r"^{} 'w' is on cpu but {} 'w' on meta; move both to one device\.$"
+    with pytest.raises(BecameError, match=message.format("theta_gp", "theta_hat")):
+        merge(here, there, 0.5)
+    with pytest.raises(BecameError, match=message.format("theta_gp", "fisher_new")):
+        optimal_alpha(here, here, here, there)
+    with pytest.raises(BecameError, match=message.format("model 0", "model 1")):
+        combine([here, there], [0.5, 0.5])
 
 
 def test_gradients_flow(backend: str) -> None:

@@ -13,6 +13,7 @@ from became_core.laplace.quadratic import _Faces
 from reference.quadratics import height, minimum_in_box, minimum_on_simplex
 from tests.backends import to_numpy, to_xp
 from tests.quadratics import crossed
+from tests.strategies import few_if_compiled
 
 Array = NDArray[np.float64]
 
@@ -28,7 +29,7 @@ def scalar(xp: Any, slope: float, curvature: float) -> Quadratic:
 @st.composite
 def problems(draw: st.DrawFn, low: int = 1, high: int = 4, indefinite: bool = False) -> tuple[Array, Array]:
     """Slope and curvature: a square of a matrix of small integers, so of any rank; or any symmetric matrix."""
-    size = draw(st.integers(low, high))
+    size = draw(few_if_compiled(st.integers(low, high), [low, high]))
     entries = st.integers(-3, 3)
     slope = np.array(draw(st.lists(entries, min_size=size, max_size=size)), dtype=float)
     root = np.array(draw(st.lists(entries, min_size=size * size, max_size=size * size)), dtype=float)

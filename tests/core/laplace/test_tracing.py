@@ -100,7 +100,7 @@ CASES: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
     ),
     "merge": (lambda gp, hat: merge(gp, hat, 0.3), (GP, HAT)),
     "merge at alpha": (lambda gp, hat, old, new: merge(gp, hat, optimal_alpha(gp, hat, old, new)), (GP, HAT, OLD, NEW)),
-    "combine": (lambda gp, hat, b: combine([gp, hat, gp], b), (GP, HAT, SLOPE)),
+    "combine": (lambda gp, hat, b: combine([gp, hat, gp], b / (b[0] + b[1] + b[2])), (GP, HAT, SLOPE)),
     "equal": (lambda *four: Equal().merge(*clients(*four)).theta, (GP, HAT, OLD, NEW)),
     "fisher merge": (lambda *four: FisherMerge().merge(*clients(*four)).theta, (GP, HAT, OLD, NEW)),
     "became": (lambda *four: Became(DiagonalFisher()).merge(*pair(*four)), (GP, HAT, OLD, NEW)),

@@ -15,6 +15,7 @@ from became_core.projection import OGD
 from reference.projection import ogd_directions
 from tests.backends import to_numpy, to_xp
 from tests.projections import Finished, finished
+from tests.strategies import few_if_compiled
 
 Array = NDArray[np.float64]
 WIDTH = 24
@@ -32,9 +33,9 @@ def directions(memory: OGD) -> Array:
 
 
 @given(
-    samples=st.lists(st.integers(1, 10), min_size=1, max_size=4),
-    capacity=st.integers(20, 40),
-    batch=st.integers(1, 6),
+    samples=few_if_compiled(st.lists(st.integers(1, 10), min_size=1, max_size=4), [[1], [10, 4, 10]]),
+    capacity=few_if_compiled(st.integers(20, 40), [20, 40]),
+    batch=few_if_compiled(st.integers(1, 6), [1, 4]),
     seed=st.integers(0, 2**32 - 1),
 )
 def test_the_directions_are_those_of_the_svd(xp: Any, samples: list[int], capacity: int, batch: int, seed: int) -> None:
@@ -49,7 +50,7 @@ def test_the_directions_are_those_of_the_svd(xp: Any, samples: list[int], capaci
         np.testing.assert_allclose(ours @ ours.T, np.eye(len(ours)), atol=1e-12)
 
 
-@given(batch=st.integers(1, 7), seed=st.integers(0, 2**32 - 1))
+@given(batch=few_if_compiled(st.integers(1, 7), [1, 7]), seed=st.integers(0, 2**32 - 1))
 def test_many_samples_of_few_directions_are_compressed_without_loss(xp: Any, batch: int, seed: int) -> None:
     """60 gradients lie in 5 dimensions and the capacity is 6, so rows are compressed many times without loss."""
     rows = gradients(np.random.default_rng(seed), 60, rank=5)

@@ -1,0 +1,83 @@
+"""The tables at the end of a command: what its runs reached, what they cost, and in words what the columns mean.
+
+Convention: accuracies are in percent; over several seeds a number is ``mean ± standard deviation``. Two narrow tables
+rather than one, because a method of three seeds must fit a terminal of 80 columns.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+
+from rich import box
+from rich.console import Console
+
+from adapters.analysis.bootstrap import Estimate
+from adapters.analysis.tables import Cell, Column, Table
+from adapters.runs import RunResult, Scores
+
+__all__ = ["results_tables", "show_table"]
+
+_SCORES = (
+    "ACC: the mean accuracy on all tasks after the last one. BWT: how much a task's accuracy has changed since it was "
+    "learned; forgetting: how much it has fallen below its best. plasticity: the mean accuracy on a task just after it "
+    "was learned. task, class: it chooses among the classes of the image's own task, or of all tasks."
+)
+_ALPHA = (
+    "α: how far each task's merge went from stage 1's model, which is trained under gradient projection, to stage 2's, "
+    "which is trained freely. At α = 0 stage 2 was thrown away; at α = 1 stage 1's constraint was given up; – is for a "
+    "task that was not merged, as the first never is."
+)
+
+
+def results_tables(results: Sequence[RunResult]) -> list[Table]:
+    """Return the scores, two rows a method, and what the methods did and cost; methods are in the order given."""
+    scores: list[list[Cell]] = []
+    costs: list[list[Cell]] = []
+    for method in dict.fromkeys(result.method for result in results):
+        runs = [result for result in results if result.method == method]
+        scores.append([method, "task", *_estimates([run.scores for run in runs])])
+        scores.append(["", "class", *_estimates([run.class_incremental_scores for run in runs])])
+        epochs = Estimate(tuple(float(sum(run.epochs)) for run in runs))
+        seconds = Estimate(tuple(run.seconds["total"] for run in runs))
+        costs.append([method, _mean_alphas(runs), epochs, seconds])
+    merged = any(alpha is not None for run in results for alpha in run.alpha)
+    headings = ("ACC", "BWT", "forgetting", "plasticity")
+    score_columns = [Column("method"), Column("among"), *(Column(heading, 2) for heading in headings)]
+    cost_columns = [Column("method"), Column("α of each task", prose=True), Column("epochs", 0), Column("seconds", 1)]
+    if not merged:
+        del cost_columns[1]
+        costs = [[method, *others] for method, _, *others in costs]
+    return [
+        Table("Accuracies in percent", score_columns, scores, [_SCORES], section=2),
+        Table("What was merged, and the cost" if merged else "The cost", cost_columns, costs, [_ALPHA] * merged),
+    ]
+
+
+def show_table(console: Console, table: Table) -> None:
+    """Print a table without lines between its columns, so that it fits a narrow terminal, and its notes below it.
+
+    Where it does not fit all the same, words are broken into lines and none is cut.
+    """
+    drawn = table.__rich__()
+    drawn.box, drawn.show_edge, drawn.pad_edge = box.SIMPLE_HEAD, False, False
+    drawn.padding = (0, 1, 0, 0)
+    drawn.title = None  # it would be broken into lines as wide as the table
+    for column in drawn.columns:
+        column.overflow = "fold"
+    console.print(table.title, highlight=False, markup=False)
+    console.print(drawn)
+    for note in table.notes:
+        console.print(note, highlight=False, markup=False, width=min(console.width, 100))
+
+
+def _estimates(scores: Sequence[Scores]) -> list[Estimate]:
+    names = ("acc", "bwt", "forgetting", "plasticity")
+    return [Estimate(tuple(asdict(score)[name] for score in scores)) for name in names]
+
+
+def _mean_alphas(runs: Sequence[RunResult]) -> str:
+    """Each task's mean coefficient over seeds, a dash where nothing was merged; empty if nothing ever was."""
+    alphas = list(zip(*(run.alpha for run in runs), strict=True))
+    if all(alpha is None for task in alphas for alpha in task):
+        return ""
+    means = [[alpha for alpha in task if alpha is not None] for task in alphas]
+    return " ".join(f"{sum(task) / len(task):.2f}" if task else "–" for task in means)

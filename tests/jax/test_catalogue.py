@@ -1,0 +1,176 @@
+"""A catalogue of users' flax modules: each runs as it is and learns, or is refused by layer and option.
+
+To add a module, add a row to ``MODULES`` or to ``REFUSED``. Images are [N, 8, 8, 2].
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from flax import linen as nn
+from jax import numpy as jnp
+
+from adapters.jax.flax_module import FlaxBackbone
+from adapters.jax.layers import Pass
+from adapters.jax.learner import JaxLearner
+from became_core import BecameError
+from became_core.continual import Annealed, Training, build_method, learn
+from tests.streams import prototype_stream
+
+IMAGE = (2, 8, 8)
+STREAM = prototype_stream(tasks=2, classes_per_task=2, per_class=8, channels=2, side=8)
+TRAINING = Training(Annealed(0.05, 1), Annealed(0.05, 1), batch_size=11)  # a last chunk of one sample
+IMAGES = np.random.default_rng(0).normal(size=(5, 8, 8, 2)).astype(np.float32)
+
+
+def plain(*middle: Any) -> nn.Module:
+    """Return two layers with others between them."""
+    first, last = nn.Conv(4, (3, 3), strides=2, padding="VALID"), nn.Dense(6)
+    return nn.Sequential([first, *middle, jnp.tanh, lambda x: x.reshape(len(x), -1), last])
+
+
+class Named(nn.Module):  # type: ignore[misc] # flax is taken as untyped
+    """Layers that have the names of our heads."""
+
+    @nn.compact  # type: ignore[untyped-decorator]
+    def __call__(self, images: Any) -> Any:
+        flat = images.reshape(len(images), -1)
+        return jnp.tanh(nn.Dense(3, name="heads")(flat)) * nn.Dense(3, name="head")(flat)
+
+
+class Attribute(nn.Module):  # type: ignore[misc] # flax is taken as untyped
+    """A list of layers called ``heads``, whose parameters are ``heads_0`` and ``heads_1``."""
+
+    def setup(self) -> None:
+        self.heads = [nn.Dense(3) for _ in range(2)]
+
+    def __call__(self, images: Any) -> Any:
+        flat = images.reshape(len(images), -1)
+        return jnp.tanh(jnp.concatenate([head(flat) for head in self.heads], axis=1))
+
+
+class Offset(nn.Module):  # type: ignore[misc] # flax is taken as untyped
+    """A variable of the user's own, that is no parameter."""
+
+    @nn.compact  # type: ignore[untyped-decorator]
+    def __call__(self, images: Any) -> Any:
+        offset = self.variable("constants", "offset", lambda: jnp.full((2,), 0.5))
+        return images - offset.value
+
+
+class Noise(nn.Module):  # type: ignore[misc] # flax is taken as untyped
+    """Noise that is drawn from a generator of its own."""
+
+    @nn.compact  # type: ignore[untyped-decorator]
+    def __call__(self, images: Any) -> Any:
+        return images + jax.random.normal(self.make_rng("noise"), images.shape)
+
+
+class WeightNormed(nn.Module):  # type: ignore[misc] # flax is taken as untyped
+    """A layer whose weights have a scale of their own."""
+
+    @nn.compact  # type: ignore[untyped-decorator]
+    def __call__(self, images: Any) -> Any:
+        return nn.WeightNorm(nn.Dense(3))(images.reshape(len(images), -1))
+
+
+MODULES: dict[str, Callable[[], nn.Module]] = {
+    "plain": plain,
+    "called heads and head": Named,
+    "an attribute called heads": Attribute,
+    "batch norm": lambda: plain(nn.BatchNorm(use_running_average=True, momentum=0.5)),
+    "layer norm": lambda: plain(nn.LayerNorm(use_bias=False)),
+    "group norm": lambda: plain(nn.GroupNorm(2, epsilon=1e-3)),
+    "group norm by size": lambda: plain(nn.GroupNorm(None, group_size=1)),
+    "norm without weights": lambda: plain(nn.LayerNorm(use_bias=False, use_scale=False)),
+    "dilated": lambda: plain(nn.Conv(3, (2, 2), kernel_dilation=2, padding=[(1, 0), (0, 1)])),
+    "first values": lambda: plain(nn.Conv(3, (1, 1), kernel_init=nn.initializers.ones, precision="highest")),
+    "dropout": lambda: plain(nn.Dropout(0.2, deterministic=True)),
+    "own variables": lambda: nn.Sequential([Offset(), plain()]),
+}
+
+REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "norm over images": (
+        lambda: plain(nn.LayerNorm(reduction_axes=(1, 2, 3))),
+        r"reduction_axes=\(1, 2, 3\) of the layer",
+    ),
+    "scales of images": (
+        lambda: plain(nn.LayerNorm(reduction_axes=(1, 2, 3), feature_axes=(1, 2, 3))),
+        "the option reduction_axes=",
+    ),
+    "groups over channels": (
+        lambda: plain(nn.GroupNorm(2, reduction_axes=(3,))),
+        r"reduction_axes=\(3,\) of the layer",
+    ),
+    "a bias alone": (lambda: plain(nn.LayerNorm(use_scale=False)), "the option use_scale=False of the layer"),
+    "batch norm by position": (lambda: plain(nn.BatchNorm(True, axis=1)), "the option axis=1 of the layer"),
+    "batch norm without weights": (
+        lambda: plain(nn.BatchNorm(True, use_bias=False, use_scale=False)),
+        "the option use_bias=False of the layer",
+    ),
+    "groups of channels": (
+        lambda: plain(nn.Conv(4, (3, 3), feature_group_count=2)),
+        "the option feature_group_count=2",
+    ),
+    "a masked kernel": (lambda: plain(nn.Conv(3, (2, 2), mask=jnp.ones((2, 2, 4, 3)))), "the option mask="),
+    "own products": (lambda: plain(nn.Dense(3, dot_general=jax.lax.dot_general)), "the option dot_general="),
+    "half precision": (lambda: plain(nn.Dense(3, dtype=jnp.bfloat16)), "the option dtype="),
+    "integer kernel size": (lambda: plain(nn.Conv(3, 3)), "taps do not know the layer of the parameter"),
+    "dropout of channels": (lambda: plain(nn.Dropout(0.5, broadcast_dims=(1, 2))), r"broadcast_dims=\(1, 2\)"),
+    "noise": (
+        lambda: nn.Sequential([Noise(), plain()]),
+        "the module must run with images and its variables alone; flax",
+    ),
+    "a norm of weights": (WeightNormed, "do not know the layer of the parameter '\\S*WeightNorm"),
+}
+
+
+def initial(module: nn.Module) -> Any:
+    """Return variables other than those that a look at the module would draw."""
+    return jax.jit(module.init)({"params": jax.random.key(1), "dropout": jax.random.key(2)}, IMAGES)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_it_runs_as_it_is(name: str) -> None:
+    module = MODULES[name]()
+    variables = initial(module)
+    backbone = FlaxBackbone.of(module, IMAGE, variables)
+    ours = jax.jit(lambda weights: backbone(Pass(weights), IMAGES))(backbone.initial)
+    np.testing.assert_allclose(ours, jax.jit(module.apply)(variables, IMAGES), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["called heads and head", "batch norm"])
+def test_it_learns_from_the_weights_that_it_has(name: str) -> None:
+    module = MODULES[name]()
+    variables = initial(module)
+    backbone = FlaxBackbone.of(module, IMAGE, variables)
+    learner = JaxLearner(backbone, STREAM)
+    before = learner.parameters()
+    for entry, value in backbone.initial.items():
+        np.testing.assert_array_equal(before[entry], value)
+    record = learn(learner, STREAM, build_method("became"), TRAINING)
+    assert record.alpha[1] is not None
+    assert 0 <= record.alpha[1] <= 1
+    after = learner.parameters()
+    moved = {entry for entry, value in after.items() if not np.array_equal(value, before[entry])}
+    assert set(before) - learner.running_statistics <= moved
+    changed = {"params": backbone.params(after), "batch_stats": backbone.batch_stats(after)}
+    theirs = jax.jit(module.apply)({**variables, **changed}, IMAGES)
+    np.testing.assert_allclose(backbone(Pass(after), IMAGES), theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_it_is_refused_by_layer_and_option(name: str) -> None:
+    make, message = REFUSED[name]
+    with pytest.raises(BecameError, match=message):
+        FlaxBackbone.of(make(), IMAGE)
+
+
+def test_without_variables_weights_are_drawn_by_the_seed() -> None:
+    backbone = FlaxBackbone.of(plain(), IMAGE)
+    first, again, other = (JaxLearner(backbone, STREAM, seed=seed).parameters() for seed in (0, 0, 1))
+    for name, value in first.items():
+        np.testing.assert_array_equal(value, again[name])
+    assert any(not np.array_equal(value, other[name]) for name, value in first.items())

@@ -1,0 +1,164 @@
+"""A catalogue of users' Keras models: each runs as it is and learns, or is refused by layer and option.
+
+To add a model, add a row to ``MODELS`` or to ``REFUSED``. Images are [N, 8, 8, 2].
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from keras import layers
+
+from adapters.tensorflow.keras_model import KerasBackbone
+from adapters.tensorflow.layers import Pass
+from adapters.tensorflow.learner import TensorFlowLearner
+from became_core import BecameError
+from became_core.continual import Annealed, Training, build_method, learn
+from tests.streams import prototype_stream
+
+IMAGE = (2, 8, 8)
+STREAM = prototype_stream(tasks=2, classes_per_task=2, per_class=8, channels=2, side=8)
+TRAINING = Training(Annealed(0.05, 1), Annealed(0.05, 1), batch_size=11)  # a last chunk of one sample
+IMAGES = tf.random.stateless_normal((5, 8, 8, 2), (0, 0))
+
+
+def plain(*middle: Any, name: str = "last") -> keras.Model:
+    """Return two layers with others between them."""
+    first = [keras.Input((8, 8, 2)), layers.Conv2D(4, 3, strides=2, name="first")]
+    return keras.Sequential([*first, *middle, layers.Flatten(), layers.Dense(6, activation="tanh", name=name)])
+
+
+def with_statistics(model: keras.Model) -> keras.Model:
+    """Return a model whose batch norms have statistics as pretrained ones have them."""
+    for layer in model.layers:
+        if isinstance(layer, layers.BatchNormalization):
+            layer.moving_mean.assign(layer.moving_mean + 0.5)
+            layer.moving_variance.assign(layer.moving_variance * 2)
+    return model
+
+
+def frozen(model: keras.Model, *names: str) -> keras.Model:
+    for name in names:
+        model.get_layer(name).trainable = False
+    return model
+
+
+def called(model: keras.Model) -> keras.Model:
+    layer = model.get_layer("last")
+    own = layer.call
+    layer.call = lambda inputs, **options: 0.5 * own(inputs, **options)
+    return model
+
+
+def masked() -> keras.Model:
+    images = keras.Input((8, 8, 2))
+    steps = layers.Masking()(layers.Reshape((8, 16))(images))
+    return keras.Model(images, layers.Flatten()(layers.BatchNormalization(name="normalised")(steps)))
+
+
+def twice() -> keras.Model:
+    images, layer = keras.Input((8, 8, 2)), layers.Dense(128, name="again")
+    return keras.Model(images, layer(layer(layers.Flatten()(images))))
+
+
+MODELS: dict[str, Callable[[], keras.Model]] = {
+    "plain": plain,
+    "called heads": lambda: plain(name="heads"),
+    "called head": lambda: plain(layers.Conv2D(3, 1, name="heads.0"), name="head"),
+    "frozen layer": lambda: frozen(plain(), "first"),
+    "frozen norm": lambda: frozen(with_statistics(plain(layers.BatchNormalization(name="norm"))), "norm"),
+    "frozen odd layer": lambda: frozen(plain(layers.Conv2DTranspose(2, 3, name="up")), "up"),
+    "frozen throughout": lambda: frozen(plain(), "first", "last"),
+    "batch norm": lambda: with_statistics(plain(layers.BatchNormalization(momentum=0.5))),
+    "batch norm by its last axis": lambda: plain(layers.BatchNormalization(axis=3, epsilon=1e-2)),
+    "layer norm": lambda: plain(layers.LayerNormalization(center=False)),
+    "dilated": lambda: plain(layers.Conv2D(3, 2, dilation_rate=2, padding="same", activation="relu")),
+    "first values": lambda: plain(layers.Conv2D(3, 1, kernel_initializer="ones")),
+    "dropout": lambda: plain(layers.Dropout(0.2, seed=3)),
+}
+
+REFUSED: dict[str, tuple[Callable[[], keras.Model], str]] = {
+    "root mean squares": (lambda: plain(layers.LayerNormalization(rms_scaling=True)), "the option rms_scaling=True of"),
+    "norm over images": (lambda: plain(layers.LayerNormalization(axis=(1, 2, 3))), r"the option axis="),
+    "batch norm by position": (lambda: plain(layers.BatchNormalization(axis=1)), "the option axis=1 of the layer"),
+    "batch norm without scales": (lambda: plain(layers.BatchNormalization(scale=False)), "the option scale=False of"),
+    "groups of channels": (lambda: plain(layers.Conv2D(4, 3, groups=2)), "the option groups=2 of the layer"),
+    "regulariser": (lambda: plain(layers.Conv2D(3, 1, kernel_regularizer="l2")), "the option kernel_regularizer="),
+    "regulariser of outputs": (lambda: plain(layers.ActivityRegularization(l2=0.1)), "adds a loss of its own"),
+    "constraint": (lambda: plain(layers.Conv2D(3, 1, bias_constraint="non_neg")), "the option bias_constraint="),
+    "half precision": (lambda: plain(layers.Conv2D(3, 1, dtype="mixed_bfloat16")), "the option dtype="),
+    "dropout of channels": (lambda: plain(layers.Dropout(0.5, noise_shape=(None, 1, 1, 4))), "the option noise_shape="),
+    "spatial dropout": (lambda: plain(layers.SpatialDropout2D(0.5, name="spatial")), "'spatial' draws random numbers"),
+    "noise": (lambda: plain(layers.GaussianNoise(0.5, name="noise")), "the layer 'noise' draws random numbers"),
+    "augmentation": (lambda: plain(layers.RandomFlip(name="flip")), "the layer 'flip' draws random numbers"),
+    "a mask": (masked, "the mask that the layer 'normalised' is given"),
+    "a layer that runs twice": (twice, "the layer 'again' runs twice in one pass"),
+    "spectral norm": (
+        lambda: plain(layers.SpectralNormalization(layers.Conv2D(3, 1))),
+        "the layer 'spectral_normalization\\w*' changes its variable '.*' in training",
+    ),
+    "a replaced call": (lambda: called(plain()), "the layer of the variable '.*last/kernel', or its call is replaced"),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_it_runs_as_it_is(name: str) -> None:
+    model = MODELS[name]()
+    before, own = [variable.numpy() for variable in model.variables], model(IMAGES, training=False)
+    backbone = KerasBackbone.of(model, IMAGE)
+    np.testing.assert_allclose(backbone(Pass(backbone.initial), IMAGES), own, rtol=1e-4, atol=1e-5)
+    for variable, value in zip(model.variables, before, strict=True):
+        np.testing.assert_array_equal(variable.numpy(), value)
+
+
+@pytest.mark.parametrize("name", ["called head", "frozen norm", "batch norm"])
+def test_it_learns_from_the_weights_that_it_has(name: str) -> None:
+    model = MODELS[name]()
+    frozen_before = {variable.path: variable.numpy() for variable in model.non_trainable_variables}
+    backbone = KerasBackbone.of(model, IMAGE)
+    learner = TensorFlowLearner(backbone, STREAM)
+    before = learner.parameters()
+    for entry, value in backbone.initial.items():
+        np.testing.assert_array_equal(before[entry], value)
+    record = learn(learner, STREAM, build_method("became"), TRAINING)
+    assert record.alpha[1] is not None
+    assert 0 <= record.alpha[1] <= 1
+    after = learner.parameters()
+    moved = {entry for entry, value in after.items() if not np.array_equal(value, before[entry])}
+    assert set(before) - learner.running_statistics <= moved
+    for variable in model.non_trainable_variables:
+        np.testing.assert_array_equal(variable.numpy(), frozen_before[variable.path])
+    backbone.assign(after)
+    np.testing.assert_allclose(backbone(Pass(after), IMAGES), model(IMAGES, training=False), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:You passed `rms_scaling=True`, which is deprecated")
+@pytest.mark.filterwarnings("ignore:Layer 'flatten:UserWarning")
+@pytest.mark.parametrize("name", REFUSED)
+def test_it_is_refused_by_layer_and_option(name: str) -> None:
+    make, message = REFUSED[name]
+    model = make()
+    before = model(IMAGES, training=False)
+    with pytest.raises(BecameError, match=message):
+        KerasBackbone.of(model, IMAGE)
+    np.testing.assert_array_equal(model(IMAGES, training=False), before)
+    if name == "a replaced call":
+        assert "call" in vars(model.get_layer("last"))
+
+
+def test_images_are_scaled_once() -> None:
+    backbone = KerasBackbone.of(plain(layers.Rescaling(1 / 255, name="scaled")), IMAGE)
+    with pytest.raises(
+        BecameError, match=r"scales its images itself, in the layer 'scaled', and the data set prototypes"
+    ):
+        TensorFlowLearner(backbone, STREAM)
+    as_they_are = replace(STREAM.dataset, mean=(0.0, 0.0), std=(1 / 255, 1 / 255))
+    learner = TensorFlowLearner(backbone, replace(STREAM, dataset=as_they_are))
+    rows = np.arange(4)
+    images = np.moveaxis(STREAM.dataset.images[rows], 1, -1).astype(np.float32)
+    own = backbone.model(images, training=False).numpy() @ np.asarray(learner.parameters()["heads.0.weight"]).T
+    np.testing.assert_allclose(learner.logits(rows, 4)[:, 0], own, rtol=1e-4, atol=1e-5)

@@ -1,0 +1,329 @@
+"""A catalogue of users' PyTorch networks: each learns exactly, and is as it was but for its weights, or is refused.
+
+To add a network, add a row to ``NETWORKS`` or to ``REFUSED``. Images are [N, 2, 8, 8].
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from adapters.torch.learner import TorchLearner
+from became_core import BecameError
+from became_core.continual import Annealed, Callback, RunState, Training, build_method, learn
+from became_core.continual.measurement import Measurement
+from tests.streams import prototype_stream
+
+STREAM = prototype_stream(tasks=2, classes_per_task=2, per_class=12, channels=2, side=8, validation=0.2)
+TRAINING = Training(Annealed(0.05, 1), Annealed(0.05, 1), batch_size=7)  # some last batches have one sample
+
+
+def plain(*middle: nn.Module, width: int = 6) -> nn.Sequential:
+    """Return two layers with others between them, of images."""
+    return nn.Sequential(
+        nn.Conv2d(2, 4, 3, stride=2, bias=False), *middle, nn.Tanh(), nn.Flatten(), nn.Linear(36, width), nn.Tanh()
+    )
+
+
+class Named(nn.Module):
+    """A network with layers of these names, of which it uses the outputs together."""
+
+    def __init__(self, *names: str) -> None:
+        super().__init__()
+        for name in names:
+            layers = nn.ModuleList(nn.Linear(128, 3) for _ in range(2)) if name.endswith("s") else nn.Linear(128, 3)
+            self.add_module(name, layers)
+
+    def forward(self, images: Tensor) -> Tensor:
+        flat, features = images.flatten(1), []
+        for layer in self.children():
+            features += [one(flat) for one in (layer if isinstance(layer, nn.ModuleList) else [layer])]
+        return torch.cat(features, 1).tanh()
+
+
+class KeptInEvaluation(nn.Sequential):
+    """A network whose first norm stays in evaluation mode, as detection networks keep theirs."""
+
+    def train(self, mode: bool = True) -> "KeptInEvaluation":
+        super().train(mode)
+        self[1].eval()
+        return self
+
+
+class LowRank(nn.Linear):
+    """A frozen layer with a trained correction of low rank."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs)
+        self.requires_grad_(False)
+        self.down, self.up = nn.Linear(inputs, 2, bias=False), nn.Linear(2, outputs, bias=False)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        corrected: Tensor = super().forward(inputs) + self.up(self.down(inputs))
+        return corrected
+
+
+class Counting(nn.Module):
+    """A layer that stores what it saw, in place or in new tensors, and depends on it."""
+
+    seen: Tensor
+    passes: Tensor
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        self.register_buffer("seen", torch.zeros(4) if how != "growing" else torch.zeros(1, 4))
+        self.register_buffer("passes", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, images: Tensor) -> Tensor:
+        if self.training:
+            mean = images.detach().mean((0, 2, 3))
+            if self.how == "in place":
+                self.seen.mul_(0.9).add_(0.1 * mean)
+            elif self.how == "anew":
+                self.seen = 0.9 * self.seen + 0.1 * mean
+            else:
+                self.seen = torch.cat([self.seen, mean[None]])
+            self.passes += 1
+        return images - self.seen.reshape(-1, 4).mean(0)[:, None, None]
+
+
+def frozen(network: nn.Sequential, *layers: int) -> nn.Sequential:
+    for layer in layers:
+        network[layer].requires_grad_(False)
+    return network
+
+
+def in_evaluation(network: nn.Sequential, layer: int) -> nn.Sequential:
+    network[layer].eval()
+    return network
+
+
+def biases_alone() -> nn.Sequential:
+    network = plain()
+    for name, parameter in network.named_parameters():
+        parameter.requires_grad_(name.endswith("bias"))
+    return network
+
+
+def patched(network: nn.Sequential) -> nn.Sequential:
+    last: Any = network[-2]
+    own = last.forward
+    last.forward = lambda inputs: 0.5 * own(inputs)
+    return network
+
+
+def trained_norm() -> nn.BatchNorm2d:
+    """Return a norm with statistics, as a pretrained one has them."""
+    norm = nn.BatchNorm2d(4)
+    nn.init.constant_(norm.running_mean, 0.5)  # type: ignore[arg-type]
+    return norm
+
+
+# By name: what makes a network that must learn.
+NETWORKS: dict[str, Callable[[], nn.Module]] = {
+    "plain": plain,
+    "without weights": nn.Flatten,
+    "called heads": lambda: Named("heads"),
+    "called head": lambda: Named("head"),
+    "called heads and head": lambda: Named("heads", "head", "heads_s", "backbone"),
+    "frozen first layer": lambda: frozen(plain(), 0),
+    "frozen last layer": lambda: frozen(plain(), -2),
+    "frozen throughout": lambda: frozen(plain(trained_norm()), 0, 1, -2),
+    "frozen weights": biases_alone,
+    "frozen norm": lambda: frozen(plain(trained_norm()), 1),
+    "norm in evaluation": lambda: in_evaluation(plain(trained_norm()), 1),
+    "norm kept in evaluation": lambda: KeptInEvaluation(*plain(trained_norm())),
+    "dropout in evaluation": lambda: in_evaluation(plain(nn.Dropout(0.5)), 1),
+    "all in evaluation": lambda: plain(trained_norm()).eval(),
+    "low rank": lambda: nn.Sequential(nn.Flatten(), LowRank(128, 6), nn.Tanh()),
+    "batch norm": lambda: plain(nn.BatchNorm2d(4)),
+    "batch norm without momentum": lambda: plain(nn.BatchNorm2d(4, momentum=None)),
+    "batch norm without weights": lambda: plain(nn.BatchNorm2d(4, affine=False)),
+    "batch norm without statistics": lambda: plain(nn.BatchNorm2d(4, track_running_stats=False)),
+    "flat batch norm": lambda: nn.Sequential(nn.Flatten(), nn.Linear(128, 6), nn.BatchNorm1d(6)),
+    "flat batch norm without statistics": lambda: nn.Sequential(
+        nn.Flatten(), nn.Linear(128, 6), nn.BatchNorm1d(6, track_running_stats=False)
+    ),
+    "instance norm": lambda: plain(nn.InstanceNorm2d(4, affine=True)),
+    "instance norm with statistics": lambda: plain(nn.InstanceNorm2d(4, affine=True, track_running_stats=True)),
+    "group norm": lambda: plain(nn.GroupNorm(2, 4)),
+    "layer norm": lambda: plain(nn.LayerNorm(3)),
+    "dropout": lambda: plain(nn.Dropout(0.2)),
+    "buffers in place": lambda: plain(Counting("in place")),
+    "buffers anew": lambda: plain(Counting("anew")),
+    "buffers that grow": lambda: plain(Counting("growing")),
+    "patched": lambda: patched(plain()),
+    "channels last": lambda: plain(nn.BatchNorm2d(4)).to(memory_format=torch.channels_last),  # type: ignore[call-overload]
+    "lazy": lambda: nn.Sequential(nn.LazyConv2d(4, 3), nn.Flatten(), nn.LazyLinear(6)),
+    "in double precision": lambda: plain().double(),
+}
+
+# These take gradients of single samples apart, with a warning that says so.
+pytestmark = pytest.mark.filterwarnings("ignore:taps do not know:UserWarning")
+
+
+def built(name: str) -> nn.Module:
+    torch.manual_seed(3)
+    return NETWORKS[name]()
+
+
+@dataclass(frozen=True)
+class Looks:
+    """What of a network is no one's but the user's."""
+
+    modes: list[bool]
+    frozen: list[bool]
+    strides: list[tuple[int, ...]]
+    settings: list[dict[str, Any]]
+    constants: dict[str, Tensor]
+
+    @classmethod
+    def of(cls, network: nn.Module) -> "Looks":
+        modules = list(network.modules())
+        constants: dict[str, Tensor] = {
+            name: value for name, value in network.named_parameters() if not value.requires_grad
+        }
+        for name, norm in network.named_modules():
+            is_trained = norm.training and any(weight.requires_grad for weight in norm.parameters())
+            if isinstance(norm, nn.BatchNorm2d) and network.training and norm.affine and not is_trained:
+                constants |= {f"{name}.{own}": value for own, value in norm.named_buffers()}
+        return cls(
+            [module.training for module in modules],
+            [parameter.requires_grad for parameter in network.parameters()],
+            [parameter.stride() for parameter in network.parameters()],
+            [{own: value for own, value in vars(module).items() if not own.startswith("_")} for module in modules],
+            {name: value.detach().clone() for name, value in constants.items()},
+        )
+
+
+class Kept(Callback):
+    """Stores the state in the middle of the second task."""
+
+    state: RunState | None = None
+
+    def on_state(self, state: RunState) -> None:
+        if state.task == 1 and state.in_stage(1):
+            self.state = state
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_it_learns_and_is_left_as_it_was(name: str) -> None:
+    network = built(name)
+    network(torch.zeros(2, 2, 8, 8, dtype=torch.float64 if name == "in double precision" else torch.float32))
+    network = built(name) if name != "lazy" else network
+    before = Looks.of(network)
+    learner = TorchLearner(network, STREAM, dtype=torch.float64)
+    assert Looks.of(network).settings == before.settings
+    theta, own = learner.parameters(), {f"{name}.": value for name, value in network.state_dict().items()}
+    assert {name.removesuffix(".") for name in own if "num_batches_tracked" not in name} <= set(theta)
+    kept = Kept()
+    record = learn(learner, STREAM, build_method("became"), TRAINING, callbacks=[kept])
+    assert np.isfinite(record.accuracy[-1]).all()
+    assert record.alpha[1] is not None
+    assert 0 <= record.alpha[1] <= 1
+    after = Looks.of(network)
+    assert (after.modes, after.frozen, after.strides, after.settings) == (
+        before.modes,
+        before.frozen,
+        before.strides,
+        before.settings,
+    )
+    for constant, value in before.constants.items():
+        torch.testing.assert_close(after.constants[constant], value.to(after.constants[constant].dtype), rtol=0, atol=0)
+    learned = learner.parameters()
+    moved = {name for name, value in learned.items() if not torch.equal(value, theta[name])}
+    weights = set(theta) - learner.constants - learner.running_statistics
+    assert weights <= moved  # each of them
+    safetensors.torch.save(learned)
+    if name != "channels last":
+        safetensors.torch.save(network.state_dict())
+    check_it_goes_on(name, kept.state, learned)
+    check_measuring_changes_nothing(learner)
+
+
+def check_it_goes_on(name: str, state: RunState | None, expected: dict[str, Tensor]) -> None:
+    network = built(name)
+    learner = TorchLearner(network, STREAM, dtype=torch.float64)
+    learn(learner, STREAM, build_method("became"), TRAINING, state=state)
+    for entry, value in learner.parameters().items():
+        torch.testing.assert_close(value, expected[entry], rtol=0, atol=0)
+
+
+def check_measuring_changes_nothing(learner: TorchLearner) -> None:
+    before = learner.parameters()
+    for kind in ("batch", "empirical"):
+        measurement = Measurement(learner, STREAM.tasks[0], TRAINING, kind, 0, "merge")
+        measurement.diagonal()
+        measurement.along([measurement.mean])
+        measurement.loss()
+    for name, value in learner.parameters().items():
+        torch.testing.assert_close(value, before[name], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("method", ["gpm", "ewc"])
+@pytest.mark.parametrize("name", ["called heads and head", "frozen first layer", "frozen norm", "low rank", "patched"])
+def test_it_learns_under_other_methods(name: str, method: str) -> None:
+    network = built(name)
+    before = Looks.of(network)
+    learner = TorchLearner(network, STREAM, dtype=torch.float64)
+    record = learn(learner, STREAM, build_method(method), TRAINING)
+    assert np.isfinite(record.accuracy[-1]).all()
+    for constant, value in before.constants.items():
+        torch.testing.assert_close(Looks.of(network).constants[constant].to(value.dtype), value, rtol=0, atol=0)
+
+
+def test_a_networks_own_norm_learns_statistics_again() -> None:
+    norm: Any = nn.BatchNorm2d(4)
+    network = plain(norm)
+    learn(TorchLearner(network, STREAM), STREAM, build_method("finetune"), TRAINING)
+    before, count = norm.running_mean.clone(), int(norm.num_batches_tracked)
+    network.train()(torch.randn(20, 2, 8, 8) + 5)
+    assert not torch.equal(norm.running_mean, before)
+    assert int(norm.num_batches_tracked) == count + 1
+
+
+def learned(network: nn.Module, method: str = "became", **changes: Any) -> None:
+    learn(TorchLearner(network, STREAM), STREAM, build_method(method), replace(TRAINING, **changes))
+
+
+# By name: what is refused, before a step is taken, and what the message says.
+REFUSED: dict[str, tuple[Callable[[], object], str]] = {
+    "images for features": (partial(learned, nn.Conv2d(2, 4, 3)), r"to features \[N, features\]; of 2 images it made"),
+    "batches of one": (
+        lambda: learned(built("flat batch norm"), batch_size=1),
+        "the batch size is 1, and the network normalises by statistics over the samples",
+    ),
+    "nothing to gate": (lambda: learned(nn.Flatten(), "hat"), "HAT gates linear and convolutional layers"),
+    "nothing to protect": (
+        lambda: learned(nn.Flatten(), "ogd"),
+        "OGD protects shared weights, and the network has none",
+    ),
+    "nothing left to protect": (
+        lambda: learned(built("frozen throughout"), "ogd"),
+        "and the network has none to train",
+    ),
+    "nothing left to gate": (lambda: learned(built("frozen throughout"), "hat"), "HAT gates linear and convolutional"),
+}
+
+
+@pytest.fixture
+def _no_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    def train(*_: Any) -> None:
+        raise AssertionError("a step was taken")
+
+    monkeypatch.setattr(TorchLearner, "train", train)
+
+
+@pytest.mark.usefixtures("_no_steps")
+@pytest.mark.parametrize("name", REFUSED)
+def test_it_is_refused_before_a_step_is_taken(name: str) -> None:
+    act, message = REFUSED[name]
+    with pytest.raises(BecameError, match=message):
+        act()
