@@ -209,7 +209,9 @@ class TorchLearner(NetworkLearner):
         if self._plain_layers is None:
             draw_masks_from(self.network, None)
             few = self._batch(batches[0].indices[:3])[0], batches[0].task
+            before = {name: value.clone() for name, value in self._buffers().items()}
             plain = plain_linear_layers(self.network, self._layers, few)
+            self._put_buffers(before)
             self._plain_layers = {module: name for module, name in self._layers.items() if module in plain}
         self._masks(rng)
         total = torch.zeros((), device=self.device, dtype=torch.promote_types(self._dtype, torch.float32))

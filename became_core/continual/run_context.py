@@ -127,9 +127,9 @@ def _protecting_unprojectable(
 
 def _warn_of_what_stands_still(learner: Learner, names: frozenset[str]) -> None:
     """Warn if most of the shared weights are frozen, because no projector can protect them."""
-    sizes = {name: math.prod(value.shape) for name, value in weights_of(learner).items()}
+    sizes = {name: math.prod(value.shape) for name, value in learner.parameters().items()}
     still = sum(sizes[name] for name in names)
-    shared = still + sum(sizes[name] for name in learner.projectable)
+    shared = sum(sizes.values()) - sum(sizes[name] for name in heads_of(learner))
     if still > shared / 2:
         warnings.warn(
             f"{100 * still / shared:.0f} % of the shared weights stand still in stage 1 of this and later tasks: they "
