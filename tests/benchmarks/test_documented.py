@@ -56,12 +56,13 @@ def shown(schedule: Schedule) -> str:
 
 
 def training_row(row: Row) -> str:
-    configuration = row.configured()
-    training = configuration.training()
+    configuration, training = row.configured("became"), row.configured("became").training()
     assert training.optimiser in (SGD(), Adam(weight_decay=5e-5))
     optimiser = "SGD" if training.optimiser == SGD() else "Adam"
     stage1, stage2 = shown(training.stage1), shown(training.stage2)
     stage2 = "the same" if stage1 == stage2 else stage2
+    alone = row.configured("gpm").training().stage1
+    stage1 += "" if alone == training.stage1 else f"; {alone.epochs} without a stage 2"
     what = f"{row.benchmark} | `{row.name}` | {configuration.network}, {optimiser} | {row.tasks}"
     return f"| {what} | {training.batch_size} | {stage1} | {stage2} | {configuration.validation:.0%} |"
 

@@ -91,8 +91,9 @@ def test_parts_of_continual_learning_are_taken_as_they_are(layout: Layout, tmp_p
 def test_the_published_classes_are_split_500_to_100(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(miniimagenet, "_SIZE", 1)
     (tmp_path / "mini-imagenet").mkdir()
-    labels = np.tile(np.arange(100), 600)
-    np.savez(tmp_path / "mini-imagenet" / "train.npz", images=np.zeros((60_000, 1, 1, 3), np.uint8), labels=labels)
+    labels, images = np.tile(np.arange(100), 600), np.zeros((60_000, 1, 1, 3), np.uint8)
+    images[::2] = 255  # a data set of one colour has no deviation to be divided by
+    np.savez(tmp_path / "mini-imagenet" / "train.npz", images=images, labels=labels)
     dataset = load_miniimagenet(tmp_path)
     assert np.bincount(dataset.labels[:50_000]).tolist() == [500] * 100
     assert np.bincount(dataset.labels[50_000:]).tolist() == [100] * 100
