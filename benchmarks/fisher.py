@@ -33,7 +33,7 @@ from adapters.networks import alexnet
 from adapters.torch.layers import moments
 from adapters.torch.networks import Described, Dropout, MultiHead
 from adapters.torch.run import keep_freed_memory
-from adapters.torch.tapping import collect_taps, layers_with_samples_first
+from adapters.torch.tapping import Layouts, collect_taps
 from became_core.curvature import diagonal_fisher, logit_cotangents
 
 BATCH, CLASSES, THREADS = 64, 10, 2
@@ -79,8 +79,8 @@ def forward_backward(network: nn.Module, batches: Batches) -> None:
         functional.cross_entropy(network(images, 0), labels).backward()  # type: ignore[no-untyped-call]
 
 
-def by_taps(network: nn.Module, layers: frozenset[nn.Module], batches: Batches) -> Fisher:
-    """Return the diagonal from taps of these layers; a learner determines the layers once, so it is not timed."""
+def by_taps(network: nn.Module, layouts: Layouts, batches: Batches) -> Fisher:
+    """Return the diagonal from taps; the first round finds out which row is which sample's, and is not timed."""
     names = {module: name for name, module in network.named_modules()}
     rng = np.random.default_rng(0)
     taps = (
@@ -91,7 +91,7 @@ def by_taps(network: nn.Module, layers: frozenset[nn.Module], batches: Batches) 
             names,
             (images, 0),
             lambda z, y=labels: logit_cotangents(z, y, "empirical", rng),  # type: ignore[misc]
-            layers=layers,
+            layouts=layouts,
         )
     )
     return diagonal_fisher(taps, dict(network.named_parameters()), "empirical", samples=BATCH * len(batches))
@@ -150,11 +150,10 @@ def extended(networks: list[nn.Module]) -> list[nn.Module] | None:
 def contenders_on(network: nn.Module, samples: Batches) -> dict[str, Callable[[], Any]]:
     """Return the functions to be timed, by name."""
     networks, contiguous = [frozen(network, images) for images, _ in samples], [(x.contiguous(), y) for x, y in samples]
-    names = {module: name for name, module in network.named_modules()}
-    layers = layers_with_samples_first(network, names, (samples[0][0][:2], 0))
+    layouts = Layouts()
     contenders: dict[str, Callable[[], Any]] = {
         "forward_backward": lambda: forward_backward(network, samples),
-        "fisher": lambda: by_taps(network, layers, samples),
+        "fisher": lambda: by_taps(network, layouts, samples),
         "vmap": lambda: by_vmap(networks, contiguous),
     }
     for_backpack = extended(networks)

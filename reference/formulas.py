@@ -21,6 +21,8 @@ __all__ = [
     "grouped_gradients",
     "kfac_factors",
     "laplace_loss",
+    "negative_log_likelihood",
+    "output_curvature",
     "softmax",
     "squared_gradients",
     "squared_mean_gradient",
@@ -130,6 +132,36 @@ def directional_derivatives(
         gradient += jacobian.T @ (p - np.eye(p.size)[label]) / len(labels)
         ggn += jacobian.T @ (np.diag(p) - np.outer(p, p)) @ jacobian / len(labels)
     return directions @ gradient, directions @ ggn @ directions.T
+
+
+def negative_log_likelihood(kind: str, outputs: Array, targets: Array, scale: float | Array = 1.0) -> float:
+    """Return one target's negative log-likelihood, up to a constant.
+
+    Args:
+        kind: "categorical", "gaussian" or "bernoulli".
+        outputs: z, [d].
+        targets: a label, or numbers [d].
+        scale: of a categorical target, the classes' weights [d] or 1; of a Gaussian one, the standard deviation.
+    """
+    if kind == "categorical":
+        label = int(targets)
+        return float(-np.broadcast_to(scale, outputs.shape)[label] * np.log(softmax(outputs)[label]))
+    if kind == "gaussian":
+        return float(((outputs - targets) ** 2).sum() / (2 * float(scale) ** 2))
+    p = 1 / (1 + np.exp(-outputs))
+    return float(-(targets * np.log(p) + (1 - targets) * np.log(1 - p)).sum())
+
+
+def output_curvature(kind: str, outputs: Array, targets: Array, scale: float | Array = 1.0) -> Array:
+    """Return the Hessian by the outputs of ``negative_log_likelihood``, [d, d]; arguments alike."""
+    if kind == "categorical":
+        p = softmax(outputs)
+        weight = np.broadcast_to(scale, outputs.shape)[int(targets)]
+        return np.asarray(weight * (np.diag(p) - np.outer(p, p)))
+    if kind == "gaussian":
+        return np.eye(outputs.size) / float(scale) ** 2
+    p = 1 / (1 + np.exp(-outputs))
+    return np.diag(p * (1 - p))
 
 
 def squared_gradients(inputs: Array, output_gradients: Array) -> tuple[Array, Array]:

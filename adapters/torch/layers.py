@@ -1,7 +1,4 @@
-"""The PyTorch layers that taps know and what each gives a tap; batch norms and their statistics.
-
-Convention: as in ``became_core.curvature.taps``; a layer's inputs and output gradients come as PyTorch has them,
-samples first. A class is known by itself, never by a subclass, which may compute something else.
+"""The patches that a convolution sees, and batch norms' statistics.
 
 A batch norm that keeps no running statistics takes each batch's own in evaluation too, and their gradients couple the
 samples: for per-sample gradients to exist they are computed beforehand, without gradient. Variances are biased, as
@@ -9,186 +6,51 @@ batch norm has them.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from math import prod
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
-
-from became_core.curvature import Tap
 
 __all__ = [
     "Statistics",
-    "arranged_inputs",
     "batch_statistics",
     "constant_statistics",
-    "input_tap_of",
+    "estimate_statistics",
     "is_batch_norm",
     "is_frozen_norm",
-    "is_known",
-    "is_matrix",
     "moments",
+    "patches",
     "running_norms",
-    "tap_of",
 ]
 
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-_INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 
 # By module, the mean and variance of each of its runs in one pass.
 Statistics = dict[nn.Module, list[tuple[Tensor, Tensor]]]
 
 
-@dataclass(frozen=True)
-class _Layer:
-    """How a class of layers is tapped.
+def patches(images: Tensor, kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int]) -> Tensor:
+    """Return what each output position of a convolution sees, [N, positions, channels x the kernel's sizes].
 
-    Attributes:
-        kind: of the tap.
-        inputs: (module, inputs) -> the tap's inputs.
-        gradients: (module, gradient by the output) -> the tap's output gradients.
-    """
-
-    kind: Literal["matrix", "scale", "embedding"]
-    inputs: Callable[[Any, Tensor], Tensor]
-    gradients: Callable[[Any, Tensor], Tensor]
-
-
-def is_known(module: nn.Module) -> bool:
-    """Whether taps know the layer."""
-    return type(module) in _LAYERS
-
-
-def is_matrix(module: nn.Module) -> bool:
-    """Whether the layer's weight is one matrix on the layer's whole input space, as a projector can protect it."""
-    return type(module) in (nn.Linear, *_CONVOLUTIONS) and getattr(module, "groups", 1) == 1
-
-
-def arranged_inputs(module: nn.Module, inputs: Tensor) -> Tensor:
-    """Return what a known layer's tap has for inputs."""
-    return _LAYERS[type(module)].inputs(module, inputs)
-
-
-def input_tap_of(module: Any, inputs: Tensor) -> Tap:
-    """Return the tap of a matrix that had these inputs in a forward pass alone; it holds a copy of them."""
-    has_bias = module.bias is not None
-    if _is_window(module):
-        images = _padded(module, inputs).clone()
-        return Tap("window", images, images[:, :0, :0], has_bias, kernel=module.kernel_size)
-    arranged = arranged_inputs(module, inputs).clone()
-    return Tap("matrix", arranged, arranged[:, :, :0], has_bias)
-
-
-def _is_window(module: Any) -> bool:
-    """Whether a layer is a convolution whose windows slide by one, over all channels together."""
-    steps = (1, 1)
-    return type(module) is nn.Conv2d and module.groups == 1 and module.stride == steps and module.dilation == steps
-
-
-def tap_of(module: Any, inputs: Tensor, gradient: Tensor) -> Tap:
-    """Return the tap of a known layer.
+    The patches of all groups lie in a row. They are gathered as [N, channels x ..., positions], so that memory is read
+    and written in runs, and handed over as a view of that.
 
     Args:
-        module: the layer.
-        inputs: arranged by ``arranged_inputs``.
-        gradient: by the layer's output.
+        images: [N, C, ...], with padding.
+        kernel: its size along each axis; stride and dilation alike.
+        stride: of the convolution.
+        dilation: of the convolution.
     """
-    layer = _LAYERS[type(module)]
-    g = layer.gradients(module, gradient)
-    if layer.kind == "embedding":
-        if module.padding_idx is not None:  # whose row gets no gradient
-            g = g.masked_fill((inputs == module.padding_idx)[..., None], 0.0)
-        return Tap("embedding", inputs, g, size=module.num_embeddings)
-    return Tap(layer.kind, inputs, g, getattr(module, "bias", None) is not None, getattr(module, "groups", 1))
-
-
-def _positions_in_the_middle(_: nn.Module, array: Tensor) -> Tensor:
-    """Return [N, ..., d] as [N, positions, d]."""
-    return array.reshape(array.shape[0], -1, array.shape[-1])
-
-
-def _channels_last(_: nn.Module, array: Tensor) -> Tensor:
-    """Return [N, C, ...] as [N, positions, C]."""
-    return array.movedim(1, -1).reshape(array.shape[0], -1, array.shape[1])
-
-
-def _trailing(module: Any, array: Tensor) -> Tensor:
-    """Return [N, ..., *the normalised shape] as [N, positions, d]."""
-    return array.reshape(array.shape[0], -1, prod(module.normalized_shape))
-
-
-def _patches(module: Any, inputs: Tensor) -> Tensor:
-    """Return what each output position sees, [N, positions, channels x the kernel's sizes], of all groups in a row.
-
-    They are gathered as [N, channels x ..., positions], so that memory is read and written in runs, and handed over as
-    a view of that.
-    """
-    windows = _padded(module, inputs).contiguous()
-    kernel = zip(module.kernel_size, module.stride, module.dilation, strict=True)
-    for axis, (size, stride, dilation) in enumerate(kernel, start=2):
-        windows = windows.unfold(axis, dilation * (size - 1) + 1, stride)[..., ::dilation]
-    outputs = range(2, 2 + len(module.kernel_size))
+    windows = images.contiguous()
+    for axis, (size, step, spread) in enumerate(zip(kernel, stride, dilation, strict=True), start=2):
+        windows = windows.unfold(axis, spread * (size - 1) + 1, step)[..., ::spread]
+    outputs = range(2, 2 + len(kernel))
     sizes = range(outputs.stop, windows.ndim)
-    patches = windows.permute(0, 1, *sizes, *outputs)
-    return patches.reshape(len(inputs), prod(patches.shape[1 : outputs.stop]), -1).transpose(1, 2)
-
-
-def _padded(module: Any, inputs: Tensor) -> Tensor:
-    """Return the inputs as a convolution pads them."""
-    around: list[int] = []  # as ``functional.pad`` takes it, the last axis first
-    for axis in reversed(range(len(module.kernel_size))):
-        if isinstance(module.padding, str):
-            both = module.dilation[axis] * (module.kernel_size[axis] - 1) if module.padding == "same" else 0
-            around += [both // 2, both - both // 2]
-        else:
-            around += [module.padding[axis]] * 2
-    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-    return functional.pad(inputs, around, mode=mode) if any(around) else inputs
-
-
-def _embedded(_: nn.Module, inputs: Tensor) -> Tensor:
-    return inputs.reshape(len(inputs), -1)
-
-
-def _layer_normalised(module: nn.LayerNorm, inputs: Tensor) -> Tensor:
-    return _trailing(module, functional.layer_norm(inputs, module.normalized_shape, eps=module.eps))
-
-
-def _rms_normalised(module: nn.RMSNorm, inputs: Tensor) -> Tensor:
-    return _trailing(module, functional.rms_norm(inputs, list(module.normalized_shape), eps=module.eps))
-
-
-def _group_normalised(module: nn.GroupNorm, inputs: Tensor) -> Tensor:
-    return _channels_last(module, functional.group_norm(inputs, module.num_groups, eps=module.eps))
-
-
-def _batch_normalised(module: Any, inputs: Tensor) -> Tensor:
-    has_own = module.running_mean is not None and not module.training
-    mean, variance = (module.running_mean, module.running_var) if has_own else moments(inputs)
-    return _channels_last(module, functional.batch_norm(inputs, mean, variance, eps=module.eps))
-
-
-def _instance_normalised(module: Any, inputs: Tensor) -> Tensor:
-    if module.running_mean is not None and not module.training:
-        return _batch_normalised(module, inputs)
-    return _channels_last(module, functional.instance_norm(inputs, eps=module.eps))
-
-
-_LAYERS: dict[type[nn.Module], _Layer] = {
-    nn.Linear: _Layer("matrix", _positions_in_the_middle, _positions_in_the_middle),
-    **dict.fromkeys(_CONVOLUTIONS, _Layer("matrix", _patches, _channels_last)),
-    nn.Embedding: _Layer("embedding", _embedded, _positions_in_the_middle),
-    nn.LayerNorm: _Layer("scale", _layer_normalised, _trailing),
-    nn.RMSNorm: _Layer("scale", _rms_normalised, _trailing),
-    nn.GroupNorm: _Layer("scale", _group_normalised, _channels_last),
-    **dict.fromkeys(_BATCH_NORMS, _Layer("scale", _batch_normalised, _channels_last)),
-    **dict.fromkeys(_INSTANCE_NORMS, _Layer("scale", _instance_normalised, _channels_last)),
-}
+    gathered = windows.permute(0, 1, *sizes, *outputs)
+    return gathered.reshape(len(images), prod(gathered.shape[1 : outputs.stop]), -1).transpose(1, 2)
 
 
 @torch.no_grad()
@@ -250,6 +112,39 @@ def batch_statistics(network: nn.Module, norms: Mapping[nn.Module, str], inputs:
         for norm, mean, variance in before:
             norm.running_mean, norm.running_var = mean, variance  # the very tensors, which others may have
     yield from passes
+
+
+@torch.no_grad()
+def estimate_statistics(model: nn.Module, passes: Iterable[Callable[[], Any]]) -> None:
+    """Estimate the running statistics of a model's batch norms anew, as the mean over batches of each batch's own.
+
+    Batch norms whose weights the user has frozen keep theirs, and every module keeps its mode.
+
+    Args:
+        model: the model, which is otherwise in evaluation mode.
+        passes: each runs the model on one batch.
+    """
+    norms = [
+        module
+        for module in model.modules()
+        if isinstance(module, _BATCH_NORMS)
+        and module.running_mean is not None
+        and all(parameter.requires_grad for parameter in module.parameters())
+    ]
+    before = [(module, module.training) for module in model.modules()], [module.momentum for module in norms]
+    model.eval()
+    for module in norms:
+        module.reset_running_stats()
+        module.momentum = None  # the plain mean over batches
+        module.training = True
+    try:
+        for run in passes:
+            run()
+    finally:
+        for changed, training in before[0]:
+            changed.training = training
+        for module, momentum in zip(norms, before[1], strict=True):
+            module.momentum = momentum
 
 
 @contextmanager

@@ -9,7 +9,8 @@ changed for good: not what it has frozen, its modes, its layout in memory, or ho
 module in training mode stay in it, and a batch norm whose weights are frozen is frozen with its statistics.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, ClassVar, TypeVar
 
@@ -21,10 +22,11 @@ from torch.nn import functional
 
 from adapters.backend import Heads, NetworkLearner
 from adapters.networks import Architecture
-from adapters.torch.layers import batch_statistics, is_batch_norm, is_frozen_norm, is_matrix, running_norms
-from adapters.torch.linear import constrained_inputs
+from adapters.torch.derivatives import Derivatives
+from adapters.torch.layers import batch_statistics, is_batch_norm, is_frozen_norm, running_norms
+from adapters.torch.linear import constrained_inputs, plain_linear_layers
 from adapters.torch.networks import Described, MultiHead, draw_masks_from
-from adapters.torch.tapping import collect_inputs, collect_taps, layers_with_samples_first
+from adapters.torch.tapping import Layouts, collect_inputs, collect_taps, matrices_of
 from became_core.arrays import Params
 from became_core.continual import Batch, Constraint, Optimiser, TapMode, TaskStream, Trained, Views
 from became_core.continual.data import Indices
@@ -41,6 +43,7 @@ class TorchLearner(NetworkLearner):
 
     Attributes:
         network: the backbone with all heads.
+        derivatives: what measures curvature along directions; its ``way`` says how.
     """
 
     framework: ClassVar = "PyTorch"
@@ -93,13 +96,15 @@ class TorchLearner(NetworkLearner):
         buffers = {self._canonical(name) for name, _ in self.network.named_buffers()}
         self._stored = frozenset(buffers - counts)
         self.constants = self._frozen | (self._stored - self.running_statistics)
-        self._layers_of_task: dict[int, frozenset[nn.Module]] = {}
+        self._layouts: dict[int, Layouts] = defaultdict(Layouts)
+        self.derivatives = Derivatives()
+        self._plain_layers: dict[nn.Module, str] | None = None
         with self._working(training=False):
-            tapped = self._tapped_layers(0)
+            few = (self._batch(np.arange(min(3, len(self._images))))[0], 0)
+            matrices = matrices_of(self.network, self._layers, few)
+        # Stored as [d_out, d_in], as a few samples tell.
         self.projectable = frozenset(
-            f"{name}.weight"
-            for layer, name in self._layers.items()
-            if is_matrix(layer) and layer in tapped and not self.naming.has(f"{name}.") and "forward" not in vars(layer)
+            name for name, transposed in matrices.items() if not (transposed or self.naming.has(name))
         )
 
     def _canonical(self, name: str) -> str:
@@ -201,6 +206,13 @@ class TorchLearner(NetworkLearner):
         rng: np.random.Generator,
     ) -> Trained:
         trained = {name: parameter for name, parameter in self._named.items() if parameter.requires_grad}
+        if self._plain_layers is None:
+            draw_masks_from(self.network, None)
+            few = self._batch(batches[0].indices[:3])[0], batches[0].task
+            before = {name: value.clone() for name, value in self._buffers().items()}
+            plain = plain_linear_layers(self.network, self._layers, few)
+            self._put_buffers(before)
+            self._plain_layers = {module: name for module, name in self._layers.items() if module in plain}
         self._masks(rng)
         total = torch.zeros((), device=self.device, dtype=torch.promote_types(self._dtype, torch.float32))
         theta: Params = {name: parameter.detach() for name, parameter in trained.items()}
@@ -210,7 +222,7 @@ class TorchLearner(NetworkLearner):
             scales = {key: scale.clone().requires_grad_(trains) for key, scale in region.scales.items()}
             region, theta = region.with_scales(scales), theta | scales
             trained |= scales if trains else {}
-        with constrained_inputs(self._layers, constraint, optimiser, region) as done:
+        with constrained_inputs(self._plain_layers, constraint, optimiser, region) as done:
             remaining = None if region is None else region.without(done.beneath)
             if remaining is not None:  # the network's own weights become the effective ones
                 theta |= {name: self._named[name].detach().clone() for name in remaining.weights}
@@ -255,44 +267,31 @@ class TorchLearner(NetworkLearner):
     def _taps(self, task: int, rows: Indices, mode: TapMode, rng: np.random.Generator, masks: Any) -> Iterator[Taps]:
         images, targets = self._batch(rows)
         per_sample = mode != "published"
-        layers = self._tapped_layers(task) if per_sample else None
         if mode == "inputs":
-            return collect_inputs(self.network, self._layers, (images, task), self._tapped_layers(task))
+            return collect_inputs(self.network, self._layers, (images, task), sorted(self.projectable))
         return collect_taps(
             self.network,
             self._layers,
             (images, task),
             lambda logits: logit_cotangents(logits, targets, mode, rng),
-            layers=layers,
+            layouts=self._layouts[task],
             per_sample=per_sample,
         )
 
-    @torch.no_grad()
     def _tangents(self, task: int, rows: Indices, directions: Sequence[Params]) -> tuple[Tensor, Tensor]:
         named = dict(self.network.named_parameters())
         primals = {name: value for name, value in named.items() if self._canonical(name) not in self._frozen}
         images, _ = self._batch(rows)
 
-        def logits(theta: dict[str, Tensor]) -> Tensor:
-            result: Tensor = torch.func.functional_call(self.network, theta, (images, task))
+        def logits(theta: Mapping[str, Tensor]) -> Tensor:
+            result: Tensor = torch.func.functional_call(self.network, dict(theta), (images, task))
             return result
 
-        tangents = []
-        for direction in directions:
-            along = {name: direction[self._canonical(name)] for name in primals}
-            outputs, tangent, *_ = torch.func.jvp(logits, (primals,), (along,))
-            tangents.append(tangent)
-        return outputs, torch.stack(tangents)
+        along = [{name: direction[self._canonical(name)] for name in primals} for direction in directions]
+        return self.derivatives.along(logits, primals, along)
 
     def _batch_statistics(self, rows: Indices) -> Iterator[Params]:
         return batch_statistics(self.network.backbone, self._norms, self._batch(rows)[0])
-
-    def _tapped_layers(self, task: int) -> frozenset[nn.Module]:
-        """Return the layers that can be tapped for a task; two samples of any kind tell it once."""
-        if task not in self._layers_of_task:
-            arguments = (self._batch(np.arange(min(2, len(self._images))))[0], task)
-            self._layers_of_task[task] = layers_with_samples_first(self.network, self._layers, arguments)
-        return self._layers_of_task[task]
 
     def _batch(self, indices: Indices, views: Views | None = None) -> tuple[Tensor, Tensor]:
         rows = torch.from_numpy(indices).to(self.device)

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from adapters.backend import projected_by_rows
+from adapters.torch.graph import Graph, Use, graph_of
 from became_core.continual import Constraint, Optimiser
 from became_core.projection import Projector, Region
 
-__all__ = ["ByInputs", "constrained_inputs"]
+__all__ = ["ByInputs", "constrained_inputs", "plain_linear_layers"]
 
 
 class ByInputs(NamedTuple):
@@ -55,6 +56,62 @@ class _ProjectedLinear(torch.autograd.Function):
         return onwards, rows.T @ seen, rows.sum(0) if ctx.has_bias else None, None, None
 
 
+def plain_linear_layers(network: nn.Module, names: dict[nn.Module, str], arguments: tuple[Any, ...]) -> set[nn.Module]:
+    """Return the linear layers whose weights are used by nothing but the layers' own forward passes, in training.
+
+    Only of these can what a constraint asks of the weight be done by the rows of inputs. In another layer the weight
+    may be dropped out, normalised, tied or multiplied beside it, or its ``forward`` may be the user's own.
+
+    Args:
+        network: what runs, in training mode; its buffers and PyTorch's random numbers are left as they were.
+        names: all its modules by canonical name.
+        arguments: of the network.
+    """
+    layers = {
+        module: name
+        for module, name in names.items()
+        if type(module) is nn.Linear
+        and "forward" not in vars(module)
+        and dict(module.named_parameters()).get("weight") is not None
+    }
+    own: dict[nn.Module, set[Any]] = {module: set() for module in layers}
+
+    def forward(module: nn.Linear, inputs: Tensor) -> Tensor:
+        output = nn.functional.linear(inputs, module.weight, module.bias)
+        own[module].add(output.grad_fn)
+        return output
+
+    buffers = {name: value.clone() for name, value in network.named_buffers()}
+    try:
+        for module in layers:
+            vars(module)["forward"] = partial(forward, module)
+        with torch.random.fork_rng(devices=[]), torch.enable_grad():
+            graph = graph_of(network(*arguments), {name: module.weight for module, name in layers.items()})
+    finally:
+        for module in layers:
+            del vars(module)["forward"]
+        with torch.no_grad():
+            for name, value in network.named_buffers():
+                if name in buffers and value.shape == buffers[name].shape:
+                    value.copy_(buffers[name])
+    plain: set[nn.Module] = set()
+    for module, name in layers.items():
+        nodes = {use.node for use in graph.uses.get(name, ()) if isinstance(use, Use) and use.kind == "matrix"}
+        if nodes and len(nodes) == len(graph.uses[name]) and all(_leads_to(node, own[module], graph) for node in nodes):
+            plain.add(module)
+    return plain
+
+
+def _leads_to(node: Any, outputs: set[Any], graph: Graph) -> bool:
+    """Whether a node is one of these, or reaches one by views and the addition of a bias alone."""
+    while node not in outputs:
+        above = graph.consumers.get(node, ())
+        if len(above) != 1 or above[0][0].name() not in ("ViewBackward0", "UnsafeViewBackward0", "AddBackward0"):
+            return False
+        node = above[0][0]
+    return True
+
+
 @contextmanager
 def constrained_inputs(
     layers: dict[nn.Module, str], constraint: Constraint, optimiser: Optimiser, region: Region | None = None
@@ -62,15 +119,15 @@ def constrained_inputs(
     """Let linear layers project their gradients, and work in a region, for the time of this context.
 
     Args:
-        layers: the modules by canonical name.
+        layers: those of ``plain_linear_layers`` by canonical name.
         constraint: of the stage.
         optimiser: of the stage.
         region: the constraint's, with the scales that gradients reach and that steps change in place.
     """
-    linear = {f"{name}.weight": module for module, name in layers.items() if type(module) is nn.Linear}
+    linear = {f"{name}.weight": module for module, name in layers.items()}
     beneath = frozenset[str]() if region is None else region.rowwise & linear.keys()
     projected = projected_by_rows(constraint, optimiser, linear.keys(), beneath)
-    changed = [(name, linear[name]) for name in projected | beneath]
+    changed: list[tuple[str, Any]] = [(name, linear[name]) for name in projected | beneath]
     for name, module in changed:
         chosen = constraint.projector if name in projected else None, region if name in beneath else None
         vars(module)["forward"] = partial(_forward, module, name, *chosen)  # is found before the class's own

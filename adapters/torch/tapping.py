@@ -1,38 +1,34 @@
-"""Taps from PyTorch modules: hooks that record layer inputs, and output gradients by one backward pass.
+"""Taps of any PyTorch network: the inputs and output gradients of each use that it makes of a parameter.
 
-Convention: as in ``became_core.curvature.taps``. No weight gradient is computed: the backward pass stops at a layer's
-output.
+The uses are read off the autograd graph of a forward pass (``adapters/torch/graph.py``), so that layer classes do not
+matter, and one backward pass stops at their outputs; no weight gradient is computed. No parameter is passed over in
+silence: one that is used in a way that no known operation explains, or whose use mixes samples, has its per-sample
+gradients computed by ``torch.func.vmap(grad)``, or by a loop over the samples where vmap cannot, with one warning that
+names it.
 
-No parameter is passed over in silence: the graph of the forward pass is read for how often it uses each, and one that
-is used otherwise than by the layers that taps know (in a layer of another class, as a bare parameter, by two modules,
-by a layer whose first axis is not the samples') has its per-sample gradients computed by ``torch.func.vmap(grad)``,
-with a warning that names it.
+Which sample a row of a use belongs to is found by trying (``adapters/torch/rows.py``).
+
+Convention: as in ``became_core.curvature.taps``. The network returns [samples, ...], and its first argument is the
+samples: a tensor, or a tree of dicts, lists and tuples, whose tensors with that many rows belong to them.
 """
 
 import warnings
-from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+from torch.autograd.graph import GradientEdge
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from adapters.torch.layers import (
-    Statistics,
-    arranged_inputs,
-    constant_statistics,
-    input_tap_of,
-    is_known,
-    is_matrix,
-    tap_of,
-)
+from adapters.torch.graph import Graph, Unknown, Use, graph_of, pulled_back
+from adapters.torch.layers import Statistics, constant_statistics
+from adapters.torch.rows import Arrangement, Forward, Key, Layouts, Split, by_sample, studied
 from became_core.curvature import Tap, Taps
 
-__all__ = ["Names", "collect_inputs", "collect_taps", "layers_with_samples_first"]
+__all__ = ["Layouts", "Names", "collect_inputs", "collect_taps", "matrices_of", "owners_of", "samples_of", "unfused"]
 
 # Per-sample gradients that vmap computes at a time, in numbers.
 CHUNK = 2**22
@@ -41,221 +37,341 @@ CHUNK = 2**22
 Names = Mapping[nn.Module, str]
 
 
-class _Saved(torch.autograd.Function):
-    """Saves a tensor for a backward pass, so that autograd notices if the tensor is overwritten afterwards."""
-
-    @staticmethod
-    def forward(ctx: Any, anchor: Tensor, tensor: Tensor) -> Tensor:
-        ctx.save_for_backward(tensor)
-        return anchor.clone()
-
-
-class _Run(NamedTuple):
-    """One run of a layer.
-
-    Attributes:
-        inputs: arranged for the tap.
-        saved: the node that saved these inputs.
-        output: the output's place in the graph.
-    """
-
-    inputs: Tensor
-    saved: Any
-    output: GradientEdge
-
-    def is_unchanged(self) -> bool:
-        """Whether the inputs are still those that the layer saw."""
-        try:
-            return self.saved.saved_tensors is not None
-        except RuntimeError:  # as autograd says that a saved tensor was overwritten
-            return False
-
-
-class _Forward(NamedTuple):
-    """A forward pass: its logits, the runs of each layer to be tapped, all other parameters used, its statistics."""
-
-    logits: Tensor
-    runs: dict[nn.Module, list[_Run]]
-    others: dict[str, nn.Parameter]
-    used: Statistics
-
-
 def collect_taps(
     network: nn.Module,
     names: Names,
     arguments: tuple[Any, ...],
     cotangents: Callable[[Tensor], Iterable[Tensor]],
     *,
-    layers: Collection[nn.Module] | None = None,
+    layouts: Layouts | None = None,
     per_sample: bool = True,
 ) -> Iterator[Taps]:
     """Run one forward pass and a backward pass for each cotangent; yield the taps of each.
 
     Args:
-        network: what runs, in the mode it is in; it returns logits [samples, classes].
+        network: what runs, in the mode it is in; it returns logits [samples, ...].
         names: all its modules by canonical name.
-        arguments: of the network, the first being the samples, [N, ...].
+        arguments: of the network, the first being the samples.
         cotangents: from logits to the gradients by them that backward passes begin with.
-        layers: those that may be tapped; if not given, all of a known class.
-        per_sample: whether per-sample gradients exist, batch statistics being constants; otherwise a parameter of which
-            no layer's tap speaks has one gradient, the batch's.
+        layouts: what earlier batches of the same network told; the batch at hand is added to it.
+        per_sample: whether per-sample gradients exist, batch statistics being constants; otherwise taps are
+            right as sums over all samples alone, and a parameter of which no layer's tap speaks has one gradient.
     """
-    logits, runs, others, used = _forward(network, names, arguments, layers, per_sample=per_sample)
+    layouts = Layouts() if layouts is None else layouts
+    run = _forward(network, names, arguments, layouts, per_sample=per_sample)
+    arranged: dict[Key, Arrangement] = {}
     if per_sample:
-        _warn_of(others, names)
-    wanted: list[Any] = [run.output for runs_of_layer in runs.values() for run in runs_of_layer]
-    wanted += [] if per_sample else list(others.values())
-    seeds = list(cotangents(logits.detach()))
-    for index, seed in enumerate(seeds):
-        more = index + 1 < len(seeds)
-        gradients = iter(torch.autograd.grad(logits, wanted, seed, retain_graph=more) if wanted else ())
+        run, arranged = studied(run, layouts)
+    plan = _plan(run, layouts, per_sample=per_sample)
+    if per_sample:
+        _warn_of(plan.others, run.graph, names, layouts)
+    uses = [use for of_weight in plan.taps.values() for use in of_weight]
+    edges: dict[Any, GradientEdge] = {use.node: GradientEdge(use.node, 0) for use in uses}
+    edges |= {use.key: use.operand for use in uses if use.operand is not None}
+    lone = [] if per_sample else [run.parameters[name] for name in plan.others]
+    inputs: dict[Key, Any] = {}
+    for seed in cotangents(run.logits.detach()):
+        samples = len(seed)
+        gradients = run.gradients([*edges.values(), *lone], seed)  # type: ignore[list-item]
+        at = dict(zip(edges, gradients, strict=False))
         taps = {
-            names[module]: _together([tap_of(module, run.inputs, next(gradients)) for run in runs_of_layer])
-            for module, runs_of_layer in runs.items()
+            name: _tap([_tap_of(use, at, samples, arranged, inputs, run) for use in of_weight])
+            for name, of_weight in plan.taps.items()
         }
-        rest = _per_sample_gradients(network, others, arguments, seed, used) if per_sample and others else gradients
+        taps = {
+            name: replace(tap, has_bias=name in plan.biased, own_name=name in run.parameters)
+            for name, tap in taps.items()
+        }
+        rest: Iterable[Tensor | None] = gradients[len(edges) :]
+        if per_sample and plan.others:
+            rest = _per_sample_gradients(network, plan.others, run, arguments, seed)
         yield taps | {
-            name: _lone_tap(value, len(seed) if per_sample else 1) for name, value in zip(others, rest, strict=True)
+            name: _lone_tap(
+                torch.zeros_like(run.parameters[name]) if value is None else value, len(seed) if per_sample else 1
+            )
+            for name, value in zip(plan.others, rest, strict=True)
         }
 
 
-@torch.no_grad()
 def collect_inputs(
-    network: nn.Module, names: Names, arguments: tuple[Any, ...], layers: Collection[nn.Module]
+    network: nn.Module, names: Names, arguments: tuple[Any, ...], weights: Iterable[str], layouts: Layouts | None = None
 ) -> Iterator[Taps]:
-    """Run one forward pass; yield the taps of the matrices' inputs, once for every time that one of them runs.
+    """Run one forward pass; yield the taps of the inputs of these matrices, once for every time that one is used.
 
     Args:
         network: what runs.
         names: all its modules by canonical name.
         arguments: of the network.
-        layers: those that may be tapped.
+        weights: names of parameters that ``matrices_of`` returned.
+        layouts: what earlier batches of the same network told.
     """
+    layouts = Layouts() if layouts is None else layouts
+    graph = _forward(network, names, arguments, layouts, per_sample=False).graph
     passes: list[dict[str, Tap]] = []
-    runs: Counter[nn.Module] = Counter()
-
-    def record(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001 - a hook's signature
-        runs[module] += 1
-        if runs[module] > len(passes):
-            passes.append({})
-        passes[runs[module] - 1][names[module]] = input_tap_of(module, inputs[0])
-
-    handles = [module.register_forward_hook(record) for module in layers if is_matrix(module)]
-    try:
-        network(*arguments)
-    finally:
-        for handle in handles:
-            handle.remove()
+    for name in weights:
+        for index, use in enumerate(graph.uses.get(name, ())):
+            if isinstance(use, Unknown):
+                continue
+            if index == len(passes):
+                passes.append({})
+            layer, _, last = name.rpartition(".")
+            is_layers = bool(layer) and last == "weight"
+            if use.window is not None:
+                images, kernel = use.window()
+                tap = Tap("window", images, images[:, :0, :0], kernel=kernel, own_name=not is_layers)
+            else:
+                rows = use.inputs()
+                tap = Tap("matrix", rows, rows[:, :, :0], own_name=not is_layers, transposed=use.transposed)
+            passes[index][layer if is_layers else name] = tap
     yield from passes
 
 
-def layers_with_samples_first(network: nn.Module, names: Names, arguments: tuple[Any, ...]) -> frozenset[nn.Module]:
-    """Return the layers of a known class that keep samples apart, on their first axis.
+def matrices_of(
+    network: nn.Module, names: Names, arguments: tuple[Any, ...], layouts: Layouts | None = None
+) -> dict[str, bool]:
+    """Return the parameters that are used as whole matrices alone, and whether they are stored as [d_in, d_out].
 
-    A layer may see another axis first, such as time, which may happen to be as long as that of the samples. So the loss
-    is taken of the first of a few samples alone: then no other row of an output's gradient differs from zero.
+    A projector can protect such a parameter: all that it does to the network is to be multiplied with rows of inputs.
 
     Args:
         network: what runs, in evaluation mode.
         names: all its modules by canonical name.
-        arguments: of the network, the first being a few samples.
+        arguments: of the network, the first being at least two samples.
+        layouts: what other batches of the same network told.
     """
-    logits, runs, _, _ = _forward(network, names, arguments, None, per_sample=True)
-    seed = torch.zeros_like(logits)
-    seed[0] = torch.linspace(1, 2, seed.shape[1])
-    outputs = [run.output for runs_of_layer in runs.values() for run in runs_of_layer]
-    gradients = iter(torch.autograd.grad(logits, outputs, seed) if outputs else ())
-    mixes = {module: [bool(next(gradients)[1:].any()) for _ in of_layer] for module, of_layer in runs.items()}
-    return frozenset(module for module, of_layer in mixes.items() if not any(of_layer))
+    layouts = Layouts() if layouts is None else layouts
+    run, arranged = studied(_forward(network, names, arguments, layouts, per_sample=True), layouts)
+    samples = len(run.logits)
+    fewer = None
+    matrices: dict[str, bool] = {}
+    for name, uses in run.graph.uses.items():
+        own = [use for use in uses if isinstance(use, Use) and use.kind == "matrix" and use.groups == 1]
+        ways = {use.transposed for use in own}
+        if len(own) < len(uses) or len(ways) != 1 or any(use.key in layouts.mixed for use in own):
+            continue
+        # What no gradient reaches, behind a branch that begins at zero, say, has not told whether its inputs are the
+        # samples' rows. They are if there are fewer rows with fewer samples.
+        if any(use.key not in arranged for use in own):
+            fewer = fewer or _forward(
+                network, names, samples_of(arguments, slice(1), samples), layouts, per_sample=True
+            )
+            if _row_count(uses) <= _row_count(fewer.graph.uses.get(name, ())):
+                continue
+        matrices[name] = ways.pop()
+    return matrices
+
+
+def samples_of(arguments: tuple[Any, ...], rows: slice, samples: int) -> tuple[Any, ...]:
+    """Return a network's arguments with a slice of the samples.
+
+    Args:
+        arguments: the first is the samples; the others are left as they are.
+        rows: which samples.
+        samples: how many there are; a tensor with another length is no samples'.
+    """
+
+    def sliced(tree: Any) -> Any:
+        if isinstance(tree, Tensor):
+            return tree[rows] if tree.ndim and len(tree) == samples else tree
+        if isinstance(tree, Mapping):
+            return {key: sliced(value) for key, value in tree.items()}
+        if isinstance(tree, tuple) and hasattr(tree, "_fields"):
+            return type(tree)(*map(sliced, tree))
+        return type(tree)(map(sliced, tree)) if isinstance(tree, tuple | list) else tree
+
+    return sliced(arguments[0]), *arguments[1:]
+
+
+def _row_count(uses: Sequence[Use | Unknown]) -> int:
+    return sum(int(use.inputs().shape[0]) for use in uses if isinstance(use, Use))
 
 
 def _forward(
-    network: nn.Module, names: Names, arguments: tuple[Any, ...], layers: Collection[nn.Module] | None, per_sample: bool
-) -> _Forward:
-    runs: dict[nn.Module, list[_Run]] = {
-        module: [] for module in names if is_known(module) and (layers is None or module in layers)
-    }
+    network: nn.Module, names: Names, arguments: tuple[Any, ...], layouts: Layouts, per_sample: bool
+) -> Forward:
+    parameters = {name: parameter for parameter, name in owners_of(names).items() if parameter.requires_grad}
+    selections = frozenset(layouts.selections)
     statistics = constant_statistics(network) if per_sample else nullcontext(Statistics())
-    with _recorded(runs, len(arguments[0])), statistics as used:
-        logits = network(*arguments)
-    nodes, uses = _graph(logits)
-    owners = _owners(names)
-    explained = {}
-    for module, runs_of_layer in runs.items():
-        taken = [run for run in runs_of_layer if run.output.node in nodes]
-        own = dict(module.named_parameters(recurse=False))
-        if (
-            taken
-            and own
-            and all(run.is_unchanged() for run in taken)
-            and all(owners[value] == _joined(names[module], name) and names[module] for name, value in own.items())
-            and all(uses[value] == len(taken) for value in own.values())
-        ):
-            explained[module] = taken
-    served = {parameter for module in explained for parameter in module.parameters(recurse=False)}
-    others = {name: parameter for parameter, name in owners.items() if uses[parameter] and parameter not in served}
-    return _Forward(logits, explained, others, used)
+    with torch.enable_grad(), torch.compiler.set_stance("force_eager"), statistics as used:
+        with unfused() if layouts.unfused else nullcontext():
+            logits = network(*arguments)
+        graph = graph_of(logits, parameters, selections)
+        if graph.is_fused and per_sample and not layouts.unfused:
+            layouts.unfused = True
+            used.clear()
+            with unfused():
+                logits = network(*arguments)
+            graph = graph_of(logits, parameters, selections)
+    shapes = tuple(logits.shape[1:]), *_shapes(samples_of(arguments, slice(1), len(logits))[0])
+    return Forward(logits, graph, parameters, used, shapes)
+
+
+def _shapes(tree: Any) -> tuple[Any, ...]:
+    if isinstance(tree, Tensor):
+        return (tuple(tree.shape),)
+    parts = tree.values() if isinstance(tree, Mapping) else tree if isinstance(tree, tuple | list) else ()
+    return tuple(map(_shapes, parts))
 
 
 @contextmanager
-def _recorded(runs: dict[nn.Module, list[_Run]], samples: int) -> Iterator[None]:
-    """Add the layers' runs, for the time of this context."""
-
-    def record(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
-        if inputs and output.requires_grad and len(inputs[0]) == len(output) == samples:
-            with torch.no_grad():
-                arranged = arranged_inputs(module, inputs[0].detach())
-            with torch.enable_grad():
-                saved = _Saved.apply(torch.zeros((), requires_grad=True), arranged).grad_fn  # type: ignore[no-untyped-call]
-            # The place, and not the output itself, which may be overwritten: by ReLU(inplace=True), for one.
-            runs[module].append(_Run(arranged, saved, get_gradient_edge(output)))
-
-    handles = [module.register_forward_hook(record) for module in runs]
-    try:
+def unfused() -> Iterator[None]:
+    """Let PyTorch compute recurrent layers step by step, by operations that have all derivatives."""
+    with ExitStack() as stack:
+        stack.enter_context(warnings.catch_warnings())
+        warnings.filterwarnings("ignore", "TF32 acceleration on top of oneDNN", UserWarning)  # for Intel's GPUs alone
+        stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
+        stack.enter_context(torch.backends.cudnn.flags(enabled=False))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
-def _graph(result: Tensor) -> tuple[set[Node], Counter[Tensor]]:
-    """Return the nodes of the graph that a result comes from, and how many of them use each of its leaves."""
-    nodes: set[Node] = set()
-    uses: Counter[Tensor] = Counter()
-    waiting = [result.grad_fn]
-    while waiting:
-        node = waiting.pop()
-        if node is None or node in nodes:
-            continue
-        nodes.add(node)
-        for before, _ in node.next_functions:
-            leaf = getattr(before, "variable", None)  # where a leaf's gradient gathers
-            if leaf is None:
-                waiting.append(before)
-            else:
-                uses[leaf] += 1
-    return nodes, uses
-
-
-def _owners(names: Names) -> dict[nn.Parameter, str]:
+def owners_of(names: Names) -> dict[nn.Parameter, str]:
     """Return the canonical name of each parameter: that in the first module that has it."""
     owners: dict[nn.Parameter, str] = {}
     for module, layer in names.items():
         for name, parameter in module.named_parameters(recurse=False):
-            owners.setdefault(parameter, _joined(layer, name))
+            owners.setdefault(parameter, f"{layer}.{name}" if layer else name)
     return owners
 
 
-def _joined(layer: str, name: str) -> str:
-    return f"{layer}.{name}" if layer else name
+# From uses to taps.
 
 
-def _together(taps: list[Tap]) -> Tap:
-    """Return a layer's runs in one pass as one tap, with the positions of all."""
+class _Plan(NamedTuple):
+    """Which taps a pass has.
+
+    Attributes:
+        taps: by the tap's name, the uses of its weight.
+        biased: the taps whose layers have a bias with the same output gradients.
+        others: the parameters that no tap explains.
+    """
+
+    taps: dict[str, list[Use]]
+    biased: frozenset[str]
+    others: list[str]
+
+
+def _plan(run: Forward, layouts: Layouts, *, per_sample: bool) -> _Plan:
+    explained: dict[str, list[Use]] = {}
+    for name, uses in run.graph.uses.items():
+        own = [use for use in uses if isinstance(use, Use) and use.key not in layouts.mixed]
+        kinds = {use.kind for use in own}
+        if len(own) == len(uses) and (kinds == {"elementwise"} or "elementwise" not in kinds):
+            explained[name] = own
+    taps: dict[str, list[Use]] = {}
+    biased: set[str] = set()
+    for name, own in explained.items():
+        layer, _, last = name.rpartition(".")
+        bias = explained.get(f"{layer}.bias")
+        if layer and last == "weight" and own[0].kind in ("matrix", "scale") and not own[0].transposed:
+            taps[layer] = own
+            biased |= {layer} if bias and _have_common_outputs(own, bias, run.graph) else set()
+    for name, own in explained.items():
+        layer, _, last = name.rpartition(".")
+        is_served = (last == "bias" and layer in biased) or (last == "weight" and layer in taps)
+        # The batch's gradient of an elementwise use is autograd's own.
+        if not is_served and (per_sample or own[0].kind != "elementwise"):
+            taps[name] = own
+    served = {f"{layer}.weight" for layer in taps} | {f"{layer}.bias" for layer in biased} | taps.keys()
+    return _Plan(taps, frozenset(biased), [name for name in run.graph.uses if name not in served])
+
+
+def _have_common_outputs(weights: Sequence[Use], biases: Sequence[Use], graph: Graph) -> bool:
+    """Whether every use of a weight has a bias added to its output, and to nothing else."""
+    if len(weights) != len(biases):
+        return False
+    nodes = {use.node for use in biases}
+    for use in weights:
+        node = use.node
+        if node in nodes:
+            continue
+        above = graph.consumers.get(node, ())
+        while len(above) == 1 and above[0][0].name() in ("ViewBackward0", "UnsafeViewBackward0"):
+            above = graph.consumers.get(above[0][0], ())
+        if len(above) != 1 or above[0][0] not in nodes or above[0][0].name() != "AddBackward0":
+            return False
+    return True
+
+
+def _tap_of(
+    use: Use,
+    at: Mapping[Any, Tensor | None],
+    samples: int,
+    arranged: Mapping[Key, Arrangement],
+    inputs: dict[Key, Any],
+    run: Forward,
+) -> Tap | None:
+    """Return the tap of one use; None if the result does not depend on it.
+
+    Args:
+        use: the use.
+        at: the gradients by the outputs of nodes, and by what uses have for operands.
+        samples: how many there are.
+        arranged: how the rows of uses are arranged.
+        inputs: of uses whose taps have been made for other cotangents of the same pass.
+        run: the forward pass.
+    """
+    gradient = at[use.node]
+    if gradient is None:
+        return None
+    arrangement = arranged.get(use.key, Split(1, 0))
+    if use.kind != "elementwise" and use.key not in arranged and len(use.rows(gradient)) % samples:
+        samples = 1  # where only sums over all samples are asked for, it does not matter
+    if use.kind == "elementwise":
+        by_operand = run.parameters[use.name] if use.operand is None else at[use.key]
+        assert by_operand is not None
+        total = _elementwise_gradient(use, gradient, arrangement, samples, by_operand.shape)
+        if use.operand is not None:  # one pass back through the views for each sample
+            parameter, edge = run.parameters[use.name], use.operand
+            total = torch.stack([pulled_back(edge, parameter, each) for each in total])
+        return _lone_tap(total, samples)
+    g = by_sample(use.rows(gradient), arrangement, samples)
+    if use.key not in inputs:
+        a = by_sample(use.inputs(), arrangement, samples)
+        inputs[use.key] = a if use.kind == "embedding" else a.flatten(1, 2)
+    return Tap(
+        use.kind,
+        inputs[use.key],
+        g.flatten(1, 2),
+        groups=use.groups,
+        size=use.size,
+        transposed=use.transposed,
+    )
+
+
+def _tap(uses: Sequence[Tap | None]) -> Tap:
+    """Return all uses of one weight as one tap: those of one kind have their positions in a row."""
+    alike: dict[tuple[Any, ...], list[Tap]] = {}
+    for tap in uses:
+        if tap is not None:
+            alike.setdefault((tap.kind, tap.transposed, tap.groups), []).append(tap)
+    first, *others = (_in_a_row(taps) for taps in alike.values())
+    return replace(first, others=tuple(others))
+
+
+def _in_a_row(taps: Sequence[Tap]) -> Tap:
     if len(taps) == 1:
         return taps[0]
+    if taps[0].kind == "gradient":
+        return replace(taps[0], inputs=torch.stack([tap.inputs for tap in taps]).sum(0))
+    if len({len(tap.inputs) for tap in taps}) > 1:  # sums over all samples, again
+        flat = [(tap.inputs.flatten(0, 1)[None], tap.output_gradients.flatten(0, 1)[None]) for tap in taps]
+        taps = [replace(tap, inputs=a, output_gradients=g) for tap, (a, g) in zip(taps, flat, strict=True)]
     inputs, gradients = (torch.cat([getattr(tap, side) for tap in taps], 1) for side in ("inputs", "output_gradients"))
     return replace(taps[0], inputs=inputs, output_gradients=gradients)
+
+
+def _elementwise_gradient(
+    use: Use, gradient: Tensor, arrangement: Arrangement, samples: int, shape: torch.Size
+) -> Tensor:
+    """Return each sample's gradient by the operand of an elementwise use, [samples, *shape]."""
+    parts = use.rows(gradient * use.inputs())
+    size = shape.numel()
+    arranged = by_sample(parts.reshape(-1), arrangement, samples)
+    if len(shape) == 1 and parts.shape[-1] == size and isinstance(arrangement, Split) and arrangement.before == 1:
+        return arranged.reshape(samples, -1, size).sum(1)
+    entries = torch.arange(size, device=parts.device).reshape(shape).expand(parts.shape).reshape(-1)
+    total = parts.new_zeros(samples, size).scatter_add_(1, by_sample(entries, arrangement, samples), arranged)
+    return total.reshape(samples, *shape)
 
 
 def _lone_tap(gradient: Tensor, samples: int) -> Tap:
@@ -263,32 +379,65 @@ def _lone_tap(gradient: Tensor, samples: int) -> Tap:
     return Tap("gradient", flat, torch.ones_like(flat[..., :1]))
 
 
-def _warn_of(others: Mapping[str, nn.Parameter], names: Names) -> None:
+# Parameters that no known operation explains.
+
+
+def _warn_of(others: Sequence[str], graph: Graph, names: Names, layouts: Layouts) -> None:
+    """Warn once of the parameters whose per-sample gradients take longer."""
+    new = [name for name in others if name not in layouts.warned]
+    if not new:
+        return
+    layouts.warned |= set(new)
     classes = {layer: type(module).__name__ for module, layer in names.items()}
-    for name in others:
+    parts = []
+    for name in new:
         layer = name.rpartition(".")[0]
         where = f"the layer '{layer}'" if layer else "the network itself"
-        warnings.warn(
-            f"taps do not know how the parameter '{name}' is used, in {where}, a {classes[layer]}; its per-sample "
-            "gradients are computed by vmap, which is exact but slower.",
-            stacklevel=3,
-        )
+        how = sorted({use.operation for use in graph.uses[name] if isinstance(use, Unknown)})
+        by = f", by {' and '.join(operation.removesuffix('Backward0') for operation in how)}" if how else ""
+        parts.append(f"'{name}' (in {where}, a {classes[layer]}{by})")
+    warnings.warn(
+        f"taps do not know how these parameters are used: {', '.join(parts)}; their per-sample gradients are computed "
+        "sample by sample, which is exact but slower.",
+        stacklevel=3,
+    )
 
 
 def _per_sample_gradients(
-    network: nn.Module, others: Mapping[str, nn.Parameter], arguments: tuple[Any, ...], seed: Tensor, used: Statistics
+    network: nn.Module, others: Sequence[str], run: Forward, arguments: tuple[Any, ...], seed: Tensor
 ) -> Iterator[Tensor]:
     """Return for each of these parameters the gradients of each sample's seed . logits, [samples, *shape]."""
+    parameters = [run.parameters[name] for name in others]
     raw = {parameter: name for name, parameter in network.named_parameters()}
-    theta = {raw[parameter]: parameter.detach() for parameter in others.values()}
+    theta = {raw[parameter]: parameter.detach() for parameter in parameters}
 
     def one(theta: dict[str, Tensor], sample: Tensor, at_logits: Tensor) -> Tensor:
-        with constant_statistics(network, used):
+        with constant_statistics(network, run.used):
             logits: Tensor = torch.func.functional_call(network, theta, (sample[None], *arguments[1:]))
         return (logits[0] * at_logits).sum()
 
     size = max(1, CHUNK // sum(value.numel() for value in theta.values()))
-    # No graph of the others' parameters; and vmap knows no other kernel of attention.
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
-        gradients = torch.func.vmap(torch.func.grad(one), (None, 0, 0), chunk_size=size)(theta, arguments[0], seed)
-    return iter([gradients[name] for name in theta])
+    try:
+        # No graph of the others' parameters; and vmap knows no other kernel of attention.
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+            gradients = torch.func.vmap(torch.func.grad(one), (None, 0, 0), chunk_size=size)(theta, arguments[0], seed)
+        return iter([gradients[raw[parameter]] for parameter in parameters])
+    except Exception:
+        return _by_loop(network, parameters, run, arguments, seed)
+
+
+def _by_loop(
+    network: nn.Module, parameters: Sequence[nn.Parameter], run: Forward, arguments: tuple[Any, ...], seed: Tensor
+) -> Iterator[Tensor]:
+    """Return the same by a pass for each sample."""
+    rows: list[tuple[Tensor, ...]] = []
+    for sample in range(len(seed)):
+        alone = samples_of(arguments, slice(sample, sample + 1), len(seed))
+        with torch.enable_grad(), constant_statistics(network, run.used):
+            logits = network(*alone)
+        gradients: tuple[Tensor | None, ...] = torch.autograd.grad(
+            logits, parameters, seed[sample : sample + 1], allow_unused=True
+        )
+        filled = (torch.zeros_like(p) if g is None else g for p, g in zip(parameters, gradients, strict=True))
+        rows.append(tuple(filled))
+    return (torch.stack(of_parameter) for of_parameter in zip(*rows, strict=True))

@@ -208,8 +208,8 @@ def taps_of_shared_weights(region: Region | None, taps: Taps) -> Taps:
     if region is None or not region.rowwise:
         return taps
     return {
-        layer: replace(tap, inputs=region.inputs_beneath(f"{layer}.weight", tap.inputs))
-        if f"{layer}.weight" in region.rowwise
+        layer: replace(tap, inputs=region.inputs_beneath(tap.weight_name(layer), tap.inputs))
+        if tap.weight_name(layer) in region.rowwise
         else tap
         for layer, tap in taps.items()
     }

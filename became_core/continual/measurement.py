@@ -278,7 +278,7 @@ class Measurement:
         with self.learner.at(theta):
             batches = self.learner.taps(self.task.index, rows, len(rows), "empirical", random_generator(0, "wiring"))
             (taps,) = batches
-            return {f"{layer}.weight": tap.inputs for layer, tap in taps.items()}
+            return {tap.weight_name(layer): tap.inputs for layer, tap in taps.items()}
 
     def input_grams(self) -> Params:
         """Return, for each weight that can be protected, the mean of a a^T over the samples of ``projector_rows``."""

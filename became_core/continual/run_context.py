@@ -4,7 +4,9 @@ Convention: a constraint says which parameters a stage may change, and how. Only
 other function restores it.
 """
 
+import math
 import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -114,12 +116,27 @@ def _protecting_unprojectable(
     """
     names = _unprojectable(learner)
     if method.norm_penalty == 0 or memory.posterior is None or not names:
+        _warn_of_what_stands_still(learner, names)
         return replace(constraint, trainable=learner.projectable | learner.heads[task.index])
     if constraint.penalty is not None:
         return constraint
     mean = {name: value for name, value in memory.posterior.mean.items() if name in names}
     precision = {name: value for name, value in memory.posterior.precision.diagonal().items() if name in names}
     return replace(constraint, penalty=Penalty(LaplacePosterior(mean, Diagonal(precision)), method.norm_penalty))
+
+
+def _warn_of_what_stands_still(learner: Learner, names: frozenset[str]) -> None:
+    """Warn if most of the shared weights are frozen, because no projector can protect them."""
+    sizes = {name: math.prod(value.shape) for name, value in learner.parameters().items()}
+    still = sum(sizes[name] for name in names)
+    shared = sum(sizes.values()) - sum(sizes[name] for name in heads_of(learner))
+    if still > shared / 2:
+        warnings.warn(
+            f"{100 * still / shared:.0f} % of the shared weights stand still in stage 1 of this and later tasks: they "
+            f"are no matrices that a projector can protect ({', '.join(sorted(names)[:3])}, for example); a penalty on "
+            "them, norm_penalty, lets them learn.",
+            stacklevel=3,
+        )
 
 
 def relative_rates(learner: Learner, task: Task, rates: RelativeRates) -> dict[str, float]:

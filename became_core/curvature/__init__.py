@@ -14,12 +14,25 @@ from became_core.curvature.cross_entropy import (
 from became_core.curvature.fisher import TAP_MODES, FisherKind, diagonal_fisher
 from became_core.curvature.grams import gradient_grams, input_grams
 from became_core.curvature.kfac import KroneckerFactors, Sharing, kronecker_factors
+from became_core.curvature.likelihoods import (
+    LIKELIHOODS,
+    Bernoulli,
+    Categorical,
+    Gaussian,
+    Likelihood,
+    likelihood_named,
+)
 from became_core.curvature.taps import Tap, Taps, batch_gradient, per_sample_gradients, per_sample_square_sum
 
 __all__ = [
+    "LIKELIHOODS",
     "TAP_MODES",
+    "Bernoulli",
+    "Categorical",
     "FisherKind",
+    "Gaussian",
     "KroneckerFactors",
+    "Likelihood",
     "Pushforward",
     "Sharing",
     "Tap",
@@ -31,6 +44,7 @@ __all__ = [
     "gradient_grams",
     "input_grams",
     "kronecker_factors",
+    "likelihood_named",
     "log_softmax",
     "logit_cotangents",
     "per_sample_gradients",

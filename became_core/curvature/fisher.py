@@ -84,7 +84,7 @@ def _gathered(batches: Iterable[Taps]) -> Iterator[Taps]:
     for taps in batches:
         ready = dict(taps)
         for layer, tap in taps.items():
-            if tap.kind == "matrix" and tap.groups == 1 and tap.inputs.shape[1] == 1:
+            if tap.is_plain_matrix and tap.inputs.shape[1] == 1:
                 gathered = [*waiting.pop(layer, ()), ready.pop(layer)]
                 if sum(part.inputs.shape[0] for part in gathered) < GATHERED:
                     waiting[layer] = gathered

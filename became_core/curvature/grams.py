@@ -15,6 +15,7 @@ computed in at least float32.
 """
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 from became_core.arrays import Array, Params, namespace, reduction_dtype
@@ -92,8 +93,7 @@ def gradient_grams(batches: Iterable[Taps], weights: frozenset[str]) -> Params:
     batch_counts: dict[str, int] = {}
     for taps in batches:
         for name, tap in _of(weights, taps).items():
-            layer = name.removesuffix(".weight")
-            gradient = batch_gradient({layer: tap})[name] / tap.inputs.shape[0]
+            gradient = batch_gradient({name: replace(tap, own_name=True, has_bias=False)})[name] / tap.inputs.shape[0]
             _add(sums, name, _gram(gradient))
             batch_counts[name] = batch_counts.get(name, 0) + 1
     return {name: total / batch_counts[name] for name, total in sums.items()}
@@ -101,7 +101,7 @@ def gradient_grams(batches: Iterable[Taps], weights: frozenset[str]) -> Params:
 
 def _of(weights: frozenset[str], taps: Taps) -> Taps:
     """Return the taps of these weights, by the names of the weights."""
-    return {f"{layer}.weight": tap for layer, tap in taps.items() if f"{layer}.weight" in weights}
+    return {tap.weight_name(layer): tap for layer, tap in taps.items() if tap.weight_name(layer) in weights}
 
 
 def _gram(rows: Array) -> Array:

@@ -63,9 +63,10 @@ def kronecker_factors(batches: Iterable[Taps], *, samples: int, sharing: Sharing
     diagonal: Params = {}
     biased: set[str] = set()
     latest: dict[str, Array] = {}
+    names: dict[str, str] = {}
     for taps in batches:
         for layer, tap in taps.items():
-            if tap.kind != "matrix" or tap.groups != 1:
+            if not tap.is_plain_matrix:
                 _add_to(diagonal, per_sample_square_sum({layer: tap}))
                 continue
             # The sets of taps of one batch share the array of their inputs, which must be counted once.
@@ -73,12 +74,13 @@ def kronecker_factors(batches: Iterable[Taps], *, samples: int, sharing: Sharing
                 _add_to(inputs, {layer: _gram(tap, "inputs", sharing)})
                 latest[layer] = tap.inputs
             _add_to(outputs, {layer: _gram(tap, "output_gradients", sharing)})
+            names[layer] = tap.weight_name(layer)
             biased |= {layer} if tap.has_bias else set()
     if samples < 1 or not (outputs or diagonal):
         raise BecameError("Kronecker factors need at least one sample; none was given.")
     factors = {}
     for layer, g in outputs.items():
-        factors[f"{layer}.weight"] = (inputs[layer] / samples, g / samples)
+        factors[names[layer]] = (inputs[layer] / samples, g / samples)
         if layer in biased:
             factors[f"{layer}.bias"] = (namespace(g=g).ones((1, 1), dtype=g.dtype, device=device(g)), g / samples)
     return KroneckerFactors(factors, {name: value / samples for name, value in diagonal.items()})

@@ -54,6 +54,10 @@ class Tap:
             outputs depends on its own block of inputs alone, and W is [d_out, d_in / groups].
         size: for an embedding, the number of rows of W.
         kernel: for a window, its height and width.
+        own_name: whether the tap goes by the weight's own name and not by its layer's; then it has no bias.
+        transposed: for a matrix, whether W is stored as [d_in, d_out].
+        others: further uses of the same weight, of other kinds, whose gradients are added to this one's: an embedding
+            that is also the network's last matrix, for example. All have the same samples, and none has a bias.
     """
 
     kind: Literal["matrix", "scale", "embedding", "gradient", "window"] = field(metadata={"static": True})
@@ -63,14 +67,31 @@ class Tap:
     groups: int = static(default=1)
     size: int = static(default=0)
     kernel: tuple[int, int] = static(default=(0, 0))
+    own_name: bool = static(default=False)
+    transposed: bool = static(default=False)
+    others: tuple["Tap", ...] = ()
 
     def __getitem__(self, samples: slice) -> "Tap":
         """Return the tap of a slice of the samples."""
-        return replace(self, inputs=self.inputs[samples, ...], output_gradients=self.output_gradients[samples, ...])
+        return replace(
+            self,
+            inputs=self.inputs[samples, ...],
+            output_gradients=self.output_gradients[samples, ...],
+            others=tuple(other[samples] for other in self.others),
+        )
+
+    @property
+    def is_plain_matrix(self) -> bool:
+        """Whether W [d_out, d_in] is one whole matrix that is used in no other way, as Kronecker factors need it."""
+        return self.kind == "matrix" and self.groups == 1 and not self.transposed and not self.others
+
+    def weight_name(self, name: str) -> str:
+        """Return the name of the weight of the tap that goes by a name: ``fc.weight`` for a layer ``fc``."""
+        return name if self.own_name or self.kind == "gradient" else f"{name}.weight"
 
 
 # By the name of the layer: the tap of ``conv1`` belongs to ``conv1.weight`` and ``conv1.bias``. A tap of the kind
-# "gradient" goes by the name of its parameter.
+# "gradient", or one that says so, goes by the name of its parameter.
 Taps = Mapping[str, Tap]
 
 
@@ -91,9 +112,9 @@ def per_sample_square_sum(taps: Taps) -> Params:
     """
     squares: Params = {}
     for name, tap in _weights(taps):
-        if tap.kind == "embedding":
+        if tap.kind == "embedding" and not tap.others:
             squares[name] = _squares_by_key(tap.output_gradients, tap.inputs, tap.size)
-        elif tap.kind == "matrix" and tap.groups == 1 and tap.inputs.shape[1] == 1:
+        elif tap.is_plain_matrix and tap.inputs.shape[1] == 1:
             # With one position the square of g a^T is g^2 (a^2)^T, so the sum over samples is one matrix product.
             squares[name] = _weight_gradients(tap, squared=True)
         else:
@@ -130,7 +151,7 @@ def batch_gradient(taps: Taps) -> Params:
 
 def _weights(taps: Taps) -> Iterator[tuple[str, Tap]]:
     for layer, tap in taps.items():
-        yield layer if tap.kind == "gradient" else f"{layer}.weight", tap
+        yield tap.weight_name(layer), tap
 
 
 def _biases(taps: Taps) -> Iterator[tuple[str, Tap]]:
@@ -139,17 +160,25 @@ def _biases(taps: Taps) -> Iterator[tuple[str, Tap]]:
 
 def _chunks(tap: Tap) -> Iterator[Tap]:
     """Yield the tap in slices of samples, each with at most ``CHUNK`` numbers of per-sample weight gradients."""
-    samples, d_out, d_in = tap.inputs.shape[0], tap.output_gradients.shape[2], tap.inputs.shape[2]
-    one = d_out * d_in // tap.groups if tap.kind == "matrix" else d_in * tap.inputs.shape[1]
-    step = max(1, CHUNK // max(1, one))
+    samples = tap.inputs.shape[0]
+    step = max(1, CHUNK // max(1, *(_size(use) for use in (tap, *tap.others))))
     for start in range(0, samples, step):
         yield tap[start : min(start + step, samples)]
+
+
+def _size(tap: Tap) -> int:
+    """Return how many numbers are made of one sample to get its weight gradient."""
+    d_out = int(tap.output_gradients.shape[2])
+    if tap.kind == "embedding":
+        return tap.size * d_out
+    d_in = int(tap.inputs.shape[2])
+    return d_out * d_in // tap.groups if tap.kind == "matrix" else d_in * int(tap.inputs.shape[1])
 
 
 def _as_one_sample(tap: Tap) -> Tap:
     xp = namespace(inputs=tap.inputs)
     a, g = (xp.reshape(x, (1, x.shape[0] * x.shape[1], *x.shape[2:])) for x in (tap.inputs, tap.output_gradients))
-    return replace(tap, inputs=a, output_gradients=g)
+    return replace(tap, inputs=a, output_gradients=g, others=tuple(map(_as_one_sample, tap.others)))
 
 
 def _weight_gradients(tap: Tap, *, squared: bool = False) -> Array:
@@ -159,6 +188,9 @@ def _weight_gradients(tap: Tap, *, squared: bool = False) -> Array:
         tap: of a layer.
         squared: for a matrix with one position and without groups, return the sum over samples of the squares instead.
     """
+    if tap.others:
+        first, *others = (_weight_gradients(use) for use in (replace(tap, others=()), *tap.others))
+        return sum(others, first)
     if tap.kind == "embedding":
         return _sums_by_key(tap.output_gradients, tap.inputs, tap.size)
     xp = namespace(inputs=tap.inputs, output_gradients=tap.output_gradients)
@@ -169,7 +201,8 @@ def _weight_gradients(tap: Tap, *, squared: bool = False) -> Array:
     if squared:
         return xp.matmul(xp.matrix_transpose(xp.square(g[:, 0, :])), xp.square(a[:, 0, :]))
     if tap.groups == 1:
-        return xp.matmul(xp.matrix_transpose(g), a)
+        left, right = (a, g) if tap.transposed else (g, a)
+        return xp.matmul(xp.matrix_transpose(left), right)
     (n, positions, d_out), d_in = g.shape, a.shape[2]
     a, g = (xp.reshape(x, (n, positions, tap.groups, x.shape[2] // tap.groups)) for x in (a, g))
     blocks = xp.matmul(xp.permute_dims(g, (0, 2, 3, 1)), xp.permute_dims(a, (0, 2, 1, 3)))

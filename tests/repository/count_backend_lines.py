@@ -18,8 +18,10 @@ PARTS: dict[str, dict[str, tuple[str, ...]]] = {
     "jax": {"learner": ("learner",), "layers": ("layers",), "own models": ("flax_module",), "command": ("run",)},
     "tensorflow": {"learner": ("learner",), "layers": ("layers",), "own models": ("keras_model",), "command": ("run",)},
     "torch": {
-        "learner": ("learner", "linear", "tapping"),
+        "learner": ("learner", "linear"),
         "layers": ("layers", "networks"),
+        "own models": ("graph", "rows", "tapping", "derivatives"),
+        "own loops": ("batches", "checking", "continual", "data_loss", "steps"),
         "command": ("run",),
     },
 }

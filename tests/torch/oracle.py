@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from adapters.torch.tapping import collect_taps, layers_with_samples_first
+from adapters.torch.tapping import collect_taps
 from became_core.curvature import TapMode, Taps, diagonal_fisher, logit_cotangents
 from tests.conformance import fresh_rng
 
@@ -26,12 +26,11 @@ def autograd_gradients(network: nn.Module, samples: Tensor, labels: Tensor) -> d
 def taps_of(network: nn.Module, samples: Tensor, labels: Tensor, mode: TapMode = "empirical") -> list[Taps]:
     """All taps of one batch."""
     names = {module: name for name, module in network.named_modules()}
-    layers = layers_with_samples_first(network, names, (samples[:2],))
 
     def cotangents(logits: Tensor) -> list[Tensor]:
         return list(logit_cotangents(logits, labels, mode, fresh_rng()))
 
-    return list(collect_taps(network, names, (samples,), cotangents, layers=layers))
+    return list(collect_taps(network, names, (samples,), cotangents))
 
 
 def assert_exact(network: nn.Module, samples: Tensor, labels: Tensor) -> None:

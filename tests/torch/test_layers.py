@@ -8,7 +8,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from adapters.torch.layers import constant_statistics, is_known, is_matrix, moments
+from adapters.torch.layers import constant_statistics, moments
 from became_core.curvature import per_sample_gradients
 from tests.torch.oracle import assert_exact, autograd_gradients, taps_of
 
@@ -144,19 +144,6 @@ def test_per_sample_gradients_are_autograds() -> None:
     assert set(found) == set(expected)
     for name, gradient in expected.items():
         torch.testing.assert_close(found[name].reshape(gradient.shape), gradient, rtol=1e-9, atol=1e-13)
-
-
-def test_a_subclass_is_not_known_and_a_grouped_convolution_is_no_matrix() -> None:
-    class Doubled(nn.Linear):
-        def forward(self, inputs: Tensor) -> Tensor:
-            return 2 * super().forward(inputs)
-
-    assert is_known(nn.Linear(2, 2))
-    assert not is_known(Doubled(2, 2))
-    assert is_matrix(nn.Conv1d(2, 2, 1))
-    assert is_matrix(nn.Linear(2, 2))
-    assert not is_matrix(nn.Conv1d(2, 2, 1, groups=2))
-    assert not is_matrix(nn.LayerNorm(2))
 
 
 def _network() -> nn.Sequential:

@@ -1,5 +1,7 @@
 """The PyTorch learner: any module, its parameters and buffers, its constraints, its agreement with the reference."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -106,16 +108,17 @@ def test_fisher_of_every_kind_equals_the_reference_learners(kind: FisherKind) ->
 
 
 class _WithToken(nn.Module):
-    """A backbone with a parameter of its own, and a layer whose first axis is not the samples'."""
+    """A backbone with a parameter of its own, a layer whose first axis is not the samples', and a normalised weight."""
 
     def __init__(self) -> None:
         super().__init__()
         self.token = nn.Parameter(torch.ones(6))
         self.body, self.rows = nn.Linear(6, 6), nn.Linear(6, 6)
+        self.scaled = nn.utils.parametrizations.weight_norm(nn.Linear(6, 6))
 
     def forward(self, images: Tensor) -> Tensor:
         rows = self.rows(images[:, 0].transpose(0, 1)).tanh().sum(0)  # [height, samples, width]
-        features: Tensor = self.body(rows).tanh() * self.token
+        features: Tensor = self.scaled(self.body(rows).tanh()) * self.token
         return features
 
 
@@ -123,12 +126,13 @@ class _WithToken(nn.Module):
 def test_what_taps_do_not_know_is_measured_but_not_projected() -> None:
     stream = prototype_stream()
     learner = TorchLearner(_WithToken(), stream)
-    assert learner.projectable == {"body.weight"}
+    assert learner.projectable == {"body.weight", "rows.weight"}
     measurement = Measurement(learner, stream.tasks[0], TRAINING, "empirical", 0, "merge")
-    with pytest.warns(UserWarning, match="the parameter 'token' is used, in the network itself, a _WithToken;"):
+    with pytest.warns(UserWarning, match=r"'scaled.parametrizations.weight.original0' \(in the layer"):
         fisher = measurement.diagonal().values
     assert all(fisher[name].max() > 0 for name in ("token", "rows.weight", "rows.bias", "body.weight"))
-    assert set(measurement.input_grams()) == {"body.weight"}
+    assert fisher["scaled.parametrizations.weight.original1"].max() > 0
+    assert set(measurement.input_grams()) == {"body.weight", "rows.weight"}
     alphas = _merged(_learn(learner, "became"))
     assert alphas
     assert all(0 <= alpha <= 1 for alpha in alphas)
@@ -210,3 +214,65 @@ def test_what_cannot_be_used_is_said_in_one_sentence() -> None:
         TorchLearner(_convolutional(), stream, device="quantum")
     with pytest.raises(BecameError, match=r"to features \[N, features\]; of 2 images it made \[2, 4, 4, 4\]"):
         TorchLearner(nn.Sequential(nn.Conv2d(1, 4, 3)), stream)
+
+
+class _DropConnect(nn.Module):
+    """A weight that is dropped out in training alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(36, 12, bias=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        rows = images.flatten(1)
+        weight = nn.functional.dropout(self.fc.weight, 0.3, self.training)
+        return nn.functional.linear(rows, weight).tanh() if self.training else self.fc(rows).tanh()
+
+
+def test_a_weight_that_training_uses_in_another_way_is_protected_all_the_same() -> None:
+    """GPM with all of a task's directions: whatever training does to the weight, old logits stand still."""
+    stream = prototype_stream()
+    learner = TorchLearner(_DropConnect(), stream, dtype=torch.float64)
+    task = stream.tasks[0].train[:8]
+    measured = Measurement(learner, replace(stream.tasks[0], train=task), TRAINING, "empirical", 0, "merge")
+    memory = GPM(1.0).remember(measured)
+    before = learner.logits(task, 8)[:, 0]
+    batches, weight = [Batch(1, stream.tasks[1].train[:16])] * 3, learner.parameters()["fc.weight"]
+    constraint = Constraint(frozenset({"fc.weight", "heads.1.weight"}), projector=memory)
+    learner.train(batches, np.full(3, 0.5), constraint, SGD(), np.random.default_rng(0))
+    assert float((learner.parameters()["fc.weight"] - weight).abs().max()) > 1e-3
+    torch.testing.assert_close(learner.logits(task, 8)[:, 0], before)
+
+
+class _Attending(nn.Module):
+    """The rows of an image as tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.TransformerEncoderLayer(6, 2, 8, batch_first=True)
+        self.cell = nn.GRU(6, 5, batch_first=True)
+
+    def forward(self, images: Tensor) -> Tensor:
+        features: Tensor = self.cell(self.encoder(images[:, 0]))[0][:, -1]
+        return features
+
+
+def test_attention_and_a_recurrent_layer_learn_under_the_default_method() -> None:
+    stream = prototype_stream()
+    torch.manual_seed(0)
+    learner = TorchLearner(_Attending(), stream)
+    assert {"encoder.self_attn.in_proj_weight", "cell.weight_hh_l0", "cell.weight_ih_l0"} <= learner.projectable
+    short = Training(Annealed(0.05, 1), Annealed(0.05, 1), batch_size=16, curvature_samples=16)
+    alphas = _merged(learn(learner, stream, build_method("became"), short))
+    assert all(0 <= alpha <= 1 for alpha in alphas)
+    assert learner.derivatives.way == "forward mode"
+
+
+def test_a_projector_that_can_protect_little_says_so() -> None:
+    stream = prototype_stream()
+    backbone = nn.Sequential(nn.Flatten(), nn.utils.parametrizations.weight_norm(nn.Linear(36, 8)))
+    learner = TorchLearner(backbone, stream)
+    assert not learner.projectable
+    short = Training(Annealed(0.05, 1), Annealed(0.05, 1), batch_size=16)
+    with pytest.warns(UserWarning, match="100 % of the shared weights stand still in stage 1 of this and later tasks"):
+        learn(learner, stream.first(2), build_method("gpm"), short)

@@ -1,11 +1,13 @@
 """Linear layers constrained by their inputs, against projecting and pulling back the gradient itself."""
 
+from typing import Any
+
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import nn
+from torch import Tensor, nn
 
-from adapters.torch.linear import ByInputs, constrained_inputs
+from adapters.torch.linear import ByInputs, constrained_inputs, plain_linear_layers
 from became_core.continual import SGD, Constraint
 from became_core.projection import GPM, TrustRegion
 
@@ -91,3 +93,39 @@ def test_nothing_is_left_behind_and_unknown_layers_stay_as_they_are() -> None:
     assert "forward" not in vars(known)
     with constrained_inputs({known: "fc"}, Constraint(frozenset()), SGD()) as done:
         assert not any(done)
+
+
+class _Mixed(nn.Module):
+    """Linear layers, some of whose weights are used beside them while they train."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.plain, self.dropped, self.beside, self.patched = (nn.Linear(3, 3) for _ in range(4))
+        self.pruned = nn.utils.parametrizations.weight_norm(nn.Linear(3, 3))
+        self.norm = nn.BatchNorm1d(3)
+        own: Any = self.patched.forward
+        self.patched.forward = lambda x: own(x) * 2  # type: ignore[method-assign, assignment]
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            x = nn.functional.linear(x, nn.functional.dropout(self.dropped.weight, 0.5))
+        else:
+            x = self.dropped(x)
+        x = self.beside(self.plain(self.plain(x).tanh())) @ self.beside.weight
+        outputs: Tensor = self.pruned(self.patched(self.norm(x)))
+        return outputs
+
+
+def test_plain_linear_layers_are_those_whose_weights_nothing_else_uses() -> None:
+    torch.manual_seed(0)
+    network: Any = _Mixed().train()
+    patched = network.patched.forward
+    state, random = {name: value.clone() for name, value in network.state_dict().items()}, torch.random.get_rng_state()
+    names = {module: name for name, module in network.named_modules()}
+    assert plain_linear_layers(network, names, (torch.randn(3, 3, generator=torch.Generator()),)) == {network.plain}
+    assert torch.equal(torch.random.get_rng_state(), random)
+    assert network.training
+    assert network.patched.forward is patched
+    assert "forward" not in vars(network.plain)
+    for name, value in network.state_dict().items():
+        assert torch.equal(value, state[name])

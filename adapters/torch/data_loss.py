@@ -1,0 +1,319 @@
+"""The loss of a model on a user's batches: its Fisher information, slopes and curvature, and what its layers read.
+
+A likelihood gives all of it. Any other loss, (outputs, targets) -> the mean over the samples of a batch, has the
+empirical Fisher information, and curvature along a direction as the difference of slopes at its two sides.
+
+Convention: means over samples or over tokens, as the likelihood says; the model is in evaluation mode for the time of a
+measurement. Parameters go by PyTorch's own names, and are those that need a gradient.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from adapters.backend.own_loop import NetworkCheck
+from adapters.torch.batches import Applied, Reader, in_evaluation, to_device, with_progress
+from adapters.torch.checking import check_network
+from adapters.torch.derivatives import Derivatives
+from adapters.torch.tapping import Layouts, collect_taps, matrices_of, samples_of
+from became_core import BecameError, Diagonal, Quadratic
+from became_core.arrays import Params
+from became_core.curvature import Likelihood, Taps, input_grams, per_sample_square_sum
+
+__all__ = ["Batches", "DataLoss", "InputGrams", "Kind", "Loss", "NewTask"]
+
+Loss = Callable[[Tensor, Any], Tensor]
+Batches = Iterable[Any]
+Kind = Literal["empirical", "true", "sampled"]
+
+ONE_PASS = "which one pass over the data does not gather; choose GPM, SGP or NSCL."
+
+# The part of the way along a direction at whose two sides slopes are taken.
+STEP = 0.01
+
+
+class DataLoss:
+    """A model's loss on batches, as a function of its weights.
+
+    Attributes:
+        likelihood: or a loss of the user's own.
+        checked: what the first look at the network found; None before it, or if there is none.
+        matrices: the parameters that are used as matrices alone, and whether they are stored as [d_in, d_out]; None
+            before the first look.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        likelihood: Likelihood | Loss,
+        reader: Reader,
+        *,
+        checks: bool,
+        shows: bool,
+        fisher: Kind = "empirical",
+    ) -> None:
+        """Keep what is needed.
+
+        Args:
+            model: the model.
+            likelihood: or a loss.
+            reader: how batches are read.
+            checks: whether the network is checked at the first look.
+            shows: whether a terminal shows how far a pass is.
+            fisher: of which targets the Fisher information is: those given, or the model's own, exactly or drawn.
+        """
+        self.likelihood = likelihood
+        self.checked: NetworkCheck | None = None
+        self.matrices: dict[str, bool] | None = None
+        self._model, self._applied, self._reader = model, Applied(model, reader), reader
+        self._checks, self._shows, self._kind = checks, shows, fisher
+        self._derivatives, self._layouts = Derivatives(), Layouts()
+
+    @property
+    def trained(self) -> dict[str, nn.Parameter]:
+        """The parameters that need a gradient."""
+        return {name: value for name, value in self._model.named_parameters() if value.requires_grad}
+
+    def weights(self) -> Params:
+        """Return copies of the parameters that need a gradient."""
+        return {name: value.detach().clone() for name, value in self.trained.items()}
+
+    @torch.no_grad()
+    def assign(self, theta: Params) -> None:
+        """Copy these values into the parameters that need a gradient."""
+        for name, value in self.trained.items():
+            value.copy_(theta[name])
+
+    @contextmanager
+    def at(self, theta: Params) -> Iterator[None]:
+        """Set the weights inside the context, and restore the own ones after it."""
+        before = self.weights()
+        self.assign(theta)
+        try:
+            yield
+        finally:
+            self.assign(before)
+
+    def run(self, batch: Any) -> tuple[Tensor, Any]:
+        """Return the outputs of a batch, and its targets."""
+        inputs, targets = self._split(batch)
+        return self._applied(inputs), targets
+
+    def _split(self, batch: Any) -> tuple[Any, Any]:
+        return self._reader.split(to_device(batch, next(iter(self._model.parameters())).device))
+
+    def _look(self, inputs: Any, outputs: Tensor, targets: Any) -> None:
+        """Look at the network once: which parameters are matrices, and whether we compute what it computes."""
+        if isinstance(self.likelihood, Likelihood):
+            self.likelihood = self.likelihood.fitted(outputs, targets)
+        names = {module: name for name, module in self._model.named_modules()}
+        few = samples_of((inputs,), slice(3), len(outputs))
+        if self._checks and self.checked is None:
+            self.checked = check_network(self._applied, names, few, self._derivatives)
+            self.checked.assert_sound()
+        if self.matrices is None:
+            self.matrices = matrices_of(self._applied, names, few, self._layouts)
+
+    def fisher(self, batches: Batches, what: str, *, with_memory: bool) -> tuple[Params, "InputGrams"]:
+        """Return the diagonal Fisher information at the weights as they are, and what a projector remembers."""
+        names = {module: name for name, module in self._model.named_modules()}
+        squares: Params = {}
+        finished = InputGrams()
+        units, rng = 0.0, np.random.default_rng(0)
+        with in_evaluation(self._model):
+            for batch in with_progress(batches, what, self._shows):
+                inputs, targets = self._split(batch)
+                if self.matrices is None or (self._checks and self.checked is None):
+                    with torch.no_grad():
+                        outputs = self._applied(inputs)
+                    self._look(inputs, outputs, targets)
+                assert self.matrices is not None
+
+                def cotangents(outputs: Tensor, targets: Any = targets) -> Iterator[Tensor]:
+                    nonlocal units
+                    units += _units(self.likelihood, outputs, targets)
+                    yield from _cotangents(self.likelihood, outputs, targets, self._kind, rng)
+
+                passes = collect_taps(self._applied, names, (inputs,), cotangents, layouts=self._layouts)
+                for index, taps in enumerate(passes):
+                    for name, square in per_sample_square_sum(taps).items():
+                        squares[name] = squares[name].add_(square) if name in squares else square
+                    if with_memory and index == 0:  # the inputs are the same for all targets
+                        finished.add(taps, frozenset(self.matrices))
+        if not units:
+            raise BecameError("there are no samples; give at least one batch.")
+        fisher = {
+            name: squares[name].reshape(value.shape) / units if name in squares else torch.zeros_like(value)
+            for name, value in ((name, value.detach()) for name, value in self.trained.items())
+        }
+        return fisher, finished
+
+    def slope(self, batches: Batches, directions: Sequence[Params]) -> Tensor:
+        """Return the slopes of the mean loss along directions at the weights as they are, [directions]."""
+        trained, units, total = self.trained, 0.0, [0.0] * len(directions)
+        with in_evaluation(self._model), torch.enable_grad():
+            for batch in batches:
+                outputs, targets = self.run(batch)
+                (seed,) = _cotangents(self.likelihood, outputs.detach(), targets)
+                units += _units(self.likelihood, outputs, targets)
+                gradients: tuple[Tensor | None, ...] = torch.autograd.grad(
+                    outputs, list(trained.values()), seed, allow_unused=True
+                )
+                for name, gradient in zip(trained, gradients, strict=True):
+                    for index, direction in enumerate(directions):
+                        total[index] += 0.0 if gradient is None else float((gradient.double() * direction[name]).sum())
+        return torch.tensor(total, dtype=torch.float64) / units
+
+    def along(self, batches: Batches, directions: Sequence[Params]) -> tuple[Quadratic, str]:
+        """Return the mean loss along directions at the weights as they are, and how its curvature was measured."""
+        if not isinstance(self.likelihood, Likelihood):
+            return self._along_by_slopes(batches, directions), "a difference of slopes"
+        slope, curvature, units = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64), 0.0
+        theta = {f"model.{name}": value for name, value in self.trained.items()}
+        moves = [{f"model.{name}": value for name, value in direction.items()} for direction in directions]
+        with in_evaluation(self._model):
+            for batch in batches:
+                inputs, targets = self._split(batch)
+
+                def function(moved: Mapping[str, Tensor], inputs: Any = inputs) -> Tensor:
+                    result: Tensor = torch.func.functional_call(self._applied, dict(moved), (inputs,))
+                    return result
+
+                outputs, tangents = self._derivatives.along(function, theta, moves)
+                first, second = self.likelihood.derivatives(outputs, tangents, targets)
+                slope, curvature = slope + first.cpu().double(), curvature + second.cpu().double()
+                units += self.likelihood.units(outputs, targets)
+        return Quadratic(slope / units, curvature / units), self._derivatives.way
+
+    def _along_by_slopes(self, batches: Batches, directions: Sequence[Params]) -> Quadratic:
+        """Return the same for any loss, with the curvature from slopes at both sides."""
+        slope, theta, rows = self.slope(batches, directions), self.weights(), []
+        for direction in directions:
+            sides = []
+            for sign in (1, -1):
+                with self.at({name: value + sign * STEP * direction[name] for name, value in theta.items()}):
+                    sides.append(self.slope(batches, directions))
+            rows.append((sides[0] - sides[1]) / (2 * STEP))
+        curvature = torch.stack(rows)
+        return Quadratic(slope, (curvature + curvature.T) / 2)
+
+    def mean(self, batches: Batches) -> float:
+        """Return the mean loss at the weights as they are."""
+        total = units = 0.0
+        with in_evaluation(self._model), torch.no_grad():
+            for batch in batches:
+                outputs, targets = self.run(batch)
+                size = _units(self.likelihood, outputs, targets)
+                if isinstance(self.likelihood, Likelihood):
+                    total += float(self.likelihood.loss(outputs, targets))
+                else:
+                    total += float(self.likelihood(outputs, targets)) * size
+                units += size
+        return total / units
+
+
+@dataclass
+class InputGrams:
+    """What a projector may ask about data that were remembered: the Gram matrices of what layers read.
+
+    Attributes:
+        sums: the sums of a a^T by weight.
+        rows: how many inputs they are of.
+    """
+
+    sums: Params = field(default_factory=dict)
+    rows: dict[str, int] = field(default_factory=dict)
+
+    def add(self, taps: Taps, weights: frozenset[str]) -> None:
+        """Add the inputs of one batch."""
+        for name, gram in input_grams([taps], weights).items():
+            tap = next(tap for layer, tap in taps.items() if tap.weight_name(layer) == name)
+            count = tap.inputs.shape[0] * tap.inputs.shape[1]
+            whole = gram if gram.shape[0] == gram.shape[1] else gram.T @ gram
+            self.sums[name] = self.sums[name].add_(whole, alpha=count) if name in self.sums else whole * count
+            self.rows[name] = self.rows.get(name, 0) + count
+
+    def input_grams(self) -> Params:
+        """Return the means of a a^T, [d_in, d_in], by weight."""
+        return {name: total / self.rows[name] for name, total in self.sums.items()}
+
+    def gradient_grams(self) -> Params:
+        """Raise a BecameError: only what layers read is gathered."""
+        raise BecameError(
+            "this projector remembers gradients, which one pass does not gather; choose GPM, SGP or NSCL."
+        )
+
+    def logit_gradients(self, count: int) -> Iterator[Params]:
+        """Raise a BecameError, as ``gradient_grams`` does."""
+        raise BecameError(
+            "this projector remembers gradients, which one pass does not gather; choose GPM, SGP or NSCL."
+        )
+
+
+class NewTask:
+    """The new task's loss at the plastic weights, which the model has; it measures what an estimator asks for.
+
+    Attributes:
+        mean: the plastic weights.
+        way: how the curvature along a direction was measured.
+    """
+
+    def __init__(self, data: DataLoss, batches: Batches, theta_hat: Params) -> None:
+        """Keep the data; the model is at the plastic weights, ``theta_hat``."""
+        self._data, self._batches = data, batches
+        self.mean = theta_hat
+        self.way = "the diagonal Fisher information"
+
+    def diagonal(self) -> Diagonal:
+        """Return the diagonal Fisher information at the plastic weights."""
+        return Diagonal(self._data.fisher(self._batches, "measuring", with_memory=False)[0])
+
+    def along(self, directions: Sequence[Params]) -> Quadratic:
+        """Return the mean loss along directions from the plastic weights."""
+        quadratic, self.way = self._data.along(self._batches, directions)
+        like = next(iter(self.mean.values()))
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        return Quadratic(quadratic.slope.to(like.device, dtype), quadratic.curvature.to(like.device, dtype))
+
+    def slope(self, origin: Params, directions: Sequence[Params]) -> Tensor:
+        """Return the slopes of the mean loss at other weights."""
+        with self._data.at(origin):
+            slope = self._data.slope(self._batches, directions)
+        like = next(iter(self.mean.values()))
+        return slope.to(like.device, torch.promote_types(like.dtype, torch.float32))
+
+    def loss(self, theta: Params) -> float:
+        """Return the true mean loss at other weights."""
+        with self._data.at(theta):
+            return self._data.mean(self._batches)
+
+
+def _units(likelihood: Likelihood | Loss, outputs: Tensor, targets: Any) -> float:
+    return likelihood.units(outputs, targets) if isinstance(likelihood, Likelihood) else float(len(outputs))
+
+
+def _cotangents(
+    likelihood: Likelihood | Loss,
+    outputs: Tensor,
+    targets: Any,
+    kind: Kind = "empirical",
+    rng: np.random.Generator | None = None,
+) -> Iterator[Tensor]:
+    """Yield the gradients of each sample's own loss by the outputs, at the targets given or at the model's own."""
+    if isinstance(likelihood, Likelihood):
+        yield from likelihood.cotangents(outputs, targets, kind, rng or np.random.default_rng(0))
+        return
+    if kind != "empirical":
+        raise BecameError(f"a loss of your own has no targets of the model's own; '{kind}' needs a likelihood.")
+    with torch.enable_grad():
+        leaf = outputs.detach().requires_grad_()
+        loss = likelihood(leaf, targets)
+        if loss.ndim:
+            raise BecameError(f"the loss has shape {list(loss.shape)}; it must return one number, the batch's mean.")
+        (gradient,) = torch.autograd.grad(loss * len(outputs), leaf)
+    yield gradient

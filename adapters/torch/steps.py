@@ -1,0 +1,99 @@
+"""Steps of an optimiser of PyTorch that stay out of what must not change, whatever made them.
+
+The weights are noted before a step, and what the step changed is projected after it. What a projector cannot protect is
+pulled back by the proximal step of a quadratic penalty,
+
+    theta <- (theta + s mean) / (1 + s)    with s = learning rate x penalty x precision
+
+which is decoupled from the optimiser, as AdamW's weight decay is, and stable at any strength.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from adapters.backend.own_loop import Uncovered
+from became_core import BecameError
+from became_core.projection import Projector
+
+__all__ = ["StepGuard", "groups_of", "unwrapped"]
+
+# The model's parameters by name, and the optimiser's group that they are in.
+Groups = list[tuple[dict[str, nn.Parameter], dict[str, Any]]]
+
+
+def unwrapped(optimizer: Any) -> Optimizer:
+    """Return the optimiser that takes the steps, of a wrapper such as accelerate's."""
+    while isinstance(getattr(optimizer, "optimizer", None), Optimizer):
+        optimizer = optimizer.optimizer
+    if not isinstance(optimizer, Optimizer):
+        raise BecameError(f"a {type(optimizer).__name__} is no optimizer of PyTorch; give the one that takes steps.")
+    return optimizer
+
+
+def groups_of(optimizer: Optimizer, parameters: dict[str, nn.Parameter]) -> Groups:
+    """Return an optimiser's groups with those of these parameters that are in them."""
+    names = {value: name for name, value in parameters.items()}
+    groups = [
+        ({names[value]: value for value in group["params"] if value in names}, group)
+        for group in optimizer.param_groups
+    ]
+    if not any(own for own, _ in groups):
+        raise BecameError("the optimizer steps no parameter of the model; give the one that trains it.")
+    return groups
+
+
+@dataclass
+class StepGuard:
+    """Projects what an optimiser's steps change, and pulls back what the projector cannot protect.
+
+    Attributes:
+        groups: the model's parameters by name, and the optimiser's group that they are in.
+        projector: the memory.
+        transposed: the matrices that are stored as [d_in, d_out].
+        standing: those that are protected as a whole.
+        uncovered: what is done with the others.
+        penalised: their mean, and penalty x precision.
+        before: the weights before the step.
+    """
+
+    groups: Groups
+    projector: Projector
+    transposed: frozenset[str]
+    standing: frozenset[str]
+    uncovered: Uncovered
+    penalised: dict[str, tuple[Tensor, Tensor]]
+    before: dict[str, Tensor] = field(default_factory=dict)
+
+    @torch.no_grad()
+    def before_step(self, *_: Any) -> None:
+        """Note the weights that the step must not move as it likes."""
+        protected = self.projector.rank.keys()
+        for parameters, _group in self.groups:
+            for name, value in parameters.items():
+                if name in protected or self.uncovered == "frozen":
+                    if name in self.before:
+                        self.before[name].copy_(value)
+                    else:
+                        self.before[name] = value.detach().clone()
+
+    @torch.no_grad()
+    def after_step(self, *_: Any) -> None:
+        """Take out of the step what it must not change."""
+        protected = self.projector.rank.keys()
+        for parameters, group in self.groups:
+            for name, value in parameters.items():
+                if name in protected and name not in self.standing:
+                    change = value - self.before[name]
+                    change = change.T if name in self.transposed else change
+                    allowed = self.projector.project({name: change})[name]
+                    torch.add(self.before[name], allowed.T if name in self.transposed else allowed, out=value.data)
+                elif name in self.before:
+                    value.copy_(self.before[name])
+                elif self.uncovered == "penalised" and name in self.penalised:
+                    mean, strength = self.penalised[name]
+                    pull = float(group["lr"]) * strength
+                    value.addcmul_(pull, mean).div_(1 + pull)

@@ -1,0 +1,166 @@
+"""Likelihoods against the oracle: losses by their definition, gradients by differences, curvature by dense Hessians."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from became_core import BecameError
+from became_core.curvature import Bernoulli, Categorical, Gaussian, Likelihood, derivatives_along, likelihood_named
+from became_core.curvature.cross_entropy import Pushforward
+from reference.formulas import negative_log_likelihood, output_curvature
+from tests.backends import to_numpy, to_xp
+from tests.strategies import eighths
+
+SAMPLES, WIDTH = 4, 3
+WEIGHTS = (0.5, 2.0, 1.0)
+LABELS = np.asarray([0, 2, 1, 2])
+BITS = np.asarray([[0, 1, 1], [1, 1, 0], [0, 0, 0], [1, 0, 1]])
+REALS = np.asarray([[0.5, -1.0, 2.0], [0.0, 0.25, -0.5], [1.0, 1.0, 1.0], [-2.0, 0.0, 3.0]])
+
+# The likelihood, its targets, and its kind and scale for the oracle.
+CASES: dict[str, tuple[Likelihood, Any, str, Any]] = {
+    "categorical": (Categorical(), LABELS, "categorical", 1.0),
+    "weighted": (Categorical(weights=WEIGHTS), LABELS, "categorical", np.asarray(WEIGHTS)),
+    "gaussian": (Gaussian(noise=0.5), REALS, "gaussian", 0.5),
+    "bernoulli": (Bernoulli(), BITS, "bernoulli", 1.0),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+@given(outputs=eighths((SAMPLES, WIDTH)))
+def test_losses_and_gradients_are_those_of_the_definition(xp: Any, case: str, outputs: Any) -> None:
+    likelihood, targets, kind, scale = CASES[case]
+    arrays = to_xp(xp, outputs), to_xp(xp, targets)
+    terms = zip(outputs, targets, strict=True)
+    total = sum(negative_log_likelihood(kind, z, y, scale) for z, y in terms)
+    assert float(likelihood.loss(*arrays)) == pytest.approx(total, rel=1e-12, abs=1e-12)
+    (gradient,) = likelihood.cotangents(*arrays, "empirical", np.random.default_rng(0))
+    step = 1e-6
+    for sample, (z, y) in enumerate(zip(outputs, targets, strict=True)):
+        for index, unit in enumerate(np.eye(WIDTH)):
+            ahead, behind = (negative_log_likelihood(kind, z + sign * step * unit, y, scale) for sign in (1, -1))
+            assert to_numpy(gradient)[sample, index] == pytest.approx((ahead - behind) / (2 * step), abs=2e-7, rel=1e-6)
+
+
+@pytest.mark.parametrize("case", CASES)
+@given(outputs=eighths((SAMPLES, WIDTH)), tangents=eighths((2, SAMPLES, WIDTH)))
+def test_derivatives_along_directions_are_those_of_dense_hessians(
+    xp: Any, case: str, outputs: Any, tangents: Any
+) -> None:
+    likelihood, targets, kind, scale = CASES[case]
+    arrays = to_xp(xp, outputs), to_xp(xp, targets)
+    (gradient,) = likelihood.cotangents(*arrays, "empirical", np.random.default_rng(0))
+    slope, curvature = likelihood.derivatives(arrays[0], to_xp(xp, tangents), arrays[1])
+    expected = sum(
+        tangents[:, n] @ output_curvature(kind, outputs[n], targets[n], scale) @ tangents[:, n].T
+        for n in range(SAMPLES)
+    )
+    bound = 1e-13 * (1 + np.abs(tangents).max()) ** 2 * (1 + np.abs(outputs).max())
+    np.testing.assert_allclose(to_numpy(slope), np.einsum("knd,nd->k", tangents, to_numpy(gradient)), atol=100 * bound)
+    np.testing.assert_allclose(to_numpy(curvature), expected, atol=100 * bound)
+    np.testing.assert_array_equal(to_numpy(curvature), to_numpy(curvature).T)
+
+
+@pytest.mark.parametrize("case", CASES)
+@given(outputs=eighths((SAMPLES, WIDTH)))
+def test_the_squares_of_all_passes_are_the_output_curvature(xp: Any, case: str, outputs: Any) -> None:
+    likelihood, targets, kind, scale = CASES[case]
+    passes = likelihood.cotangents(to_xp(xp, outputs), to_xp(xp, targets), "true", np.random.default_rng(0))
+    found = sum(np.einsum("ni,nj->nij", x, x) for x in map(to_numpy, passes))
+    expected = [output_curvature(kind, z, y, scale) for z, y in zip(outputs, targets, strict=True)]
+    np.testing.assert_allclose(found, expected, atol=1e-12)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_targets_that_are_drawn_have_the_models_curvature_on_average(xp: Any, case: str) -> None:
+    likelihood, targets, kind, scale = CASES[case]
+    draws, outputs = 3000, np.asarray([[0.5, -1.0, 0.0]] * SAMPLES)
+    rng, arrays = np.random.default_rng(0), (to_xp(xp, outputs), to_xp(xp, targets))
+    total = np.zeros((WIDTH, WIDTH))
+    for _ in range(draws // SAMPLES):
+        (gradient,) = likelihood.cotangents(*arrays, "sampled", rng)
+        total += np.einsum("ni,nj->ij", to_numpy(gradient), to_numpy(gradient))
+    expected = np.mean([output_curvature(kind, z, y, scale) for z, y in zip(outputs, targets, strict=True)], axis=0)
+    np.testing.assert_allclose(total / draws, expected, atol=6 * expected.max() / draws**0.5)
+
+
+@given(logits=eighths((SAMPLES, WIDTH)), tangents=eighths((2, SAMPLES, WIDTH)))
+def test_a_categorical_likelihood_is_the_cross_entropy(xp: Any, logits: Any, tangents: Any) -> None:
+    arrays = to_xp(xp, logits), to_xp(xp, tangents), to_xp(xp, LABELS)
+    found = Categorical().derivatives(*arrays)
+    expected = derivatives_along([Pushforward(*arrays)])
+    for ours, theirs in zip(found, expected, strict=True):
+        np.testing.assert_allclose(
+            to_numpy(ours) / SAMPLES, to_numpy(theirs), atol=1e-12 * (1 + np.abs(tangents).max()) ** 2
+        )
+
+
+@given(logits=eighths((2, 3, WIDTH)), tangents=eighths((1, 2, 3, WIDTH)), shift=st.booleans())
+def test_tokens_are_counted_one_by_one_and_ignored_ones_are_not(
+    xp: Any, logits: Any, tangents: Any, shift: bool
+) -> None:
+    labels = np.asarray([[0, -100, 2], [1, 2, -100]])
+    likelihood = Categorical(by="token", shift=shift)
+    arrays = to_xp(xp, logits), to_xp(xp, labels)
+    pairs = [
+        (n, place, labels[n, place + shift])
+        for n in range(2)
+        for place in range(3 - shift)
+        if labels[n, place + shift] >= 0
+    ]
+    assert likelihood.units(*arrays) == len(pairs) == (2 if shift else 4)
+    total = sum(negative_log_likelihood("categorical", logits[n, place], label) for n, place, label in pairs)
+    assert float(likelihood.loss(*arrays)) == pytest.approx(total)
+    (gradient,) = likelihood.cotangents(*arrays, "empirical", np.random.default_rng(0))
+    expected = np.zeros_like(logits)
+    for n, place, label in pairs:
+        alone = Categorical().cotangents(
+            logits[n, place][None], np.asarray([label]), "empirical", np.random.default_rng(0)
+        )
+        expected[n, place] = next(alone)[0]
+    np.testing.assert_allclose(to_numpy(gradient), expected, atol=1e-13)
+    slope, curvature = likelihood.derivatives(arrays[0], to_xp(xp, tangents), arrays[1])
+    np.testing.assert_allclose(to_numpy(slope)[0], (expected * tangents[0]).sum(), atol=1e-11)
+    hessians = [
+        tangents[0, n, p] @ output_curvature("categorical", logits[n, p], y) @ tangents[0, n, p] for n, p, y in pairs
+    ]
+    np.testing.assert_allclose(to_numpy(curvature)[0, 0], sum(hessians), atol=1e-10)
+
+
+def test_units_are_samples_or_weights(xp: Any) -> None:
+    outputs, labels = to_xp(xp, np.zeros((4, 3))), to_xp(xp, LABELS)
+    assert Categorical().units(outputs, labels) == 4
+    assert Categorical(weights=WEIGHTS).units(outputs, labels) == 0.5 + 1 + 2 + 1
+    tokens, ignored = to_xp(xp, np.zeros((2, 3, 3))), to_xp(xp, np.asarray([[0, -100, 1], [-100] * 3]))
+    assert Categorical().units(tokens, ignored) == 1
+    assert Gaussian(1.0).units(outputs, outputs) == Bernoulli().units(outputs, outputs) == 4
+
+
+def test_noise_is_fitted_unless_it_is_known(xp: Any) -> None:
+    outputs, targets = to_xp(xp, np.asarray([[0.0], [2.0]])), to_xp(xp, np.asarray([[3.0], [-2.0]]))
+    assert Gaussian().fitted(outputs, targets) == Gaussian(12.5**0.5)
+    assert Gaussian(2.0).fitted(outputs, targets) == Gaussian(2.0)
+    with pytest.raises(BecameError, match=r"the noise of a Gaussian likelihood is not known yet"):
+        Gaussian().loss(outputs, targets)
+
+
+def test_what_makes_no_sense_is_refused(xp: Any) -> None:
+    outputs, labels, rng = to_xp(xp, np.zeros((4, 3))), to_xp(xp, LABELS), np.random.default_rng(0)
+    with pytest.raises(BecameError, match=r"there is no likelihood 'poisson'; choose from categorical, gaussian, bern"):
+        likelihood_named("poisson")
+    with pytest.raises(
+        BecameError, match=r"the noise of a Gaussian likelihood is nan; it must be above 0 and finite\."
+    ):
+        Gaussian(float("nan"))
+    with pytest.raises(BecameError, match=r"outputs have shape \(4, 3\) and targets \(4,\); make them equal\."):
+        Gaussian(1.0).loss(outputs, labels)
+    with pytest.raises(BecameError, match=r"targets \(2,\); a categorical likelihood needs a label for each row"):
+        Categorical().loss(outputs, labels[:2])
+    with pytest.raises(BecameError, match="one label a sample"):
+        next(Categorical().cotangents(to_xp(xp, np.zeros((2, 2, 3))), to_xp(xp, np.zeros((2, 2), int)), "true", rng))
+    for likelihood in (Gaussian(1.0), Bernoulli()):
+        with pytest.raises(BecameError, match="has no gradients of the mode 'logit'"):
+            next(likelihood.cotangents(outputs, outputs, "logit", rng))

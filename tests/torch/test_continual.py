@@ -1,0 +1,692 @@
+"""``Continual`` against brute force in double precision: what it remembers, what it projects, how it merges."""
+
+import importlib
+import importlib.util
+import math
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from adapters.torch import Continual
+from became_core import BecameError, Diagonal
+from became_core.curvature import Bernoulli, Categorical, Gaussian
+from became_core.projection import GPM, NSCL, SGP, TRGP
+from tests.torch.oracle import autograd_gradients
+
+WIDTH, CLASSES = 6, 3
+
+
+class _Encoder(nn.Module):
+    """Attention over three tokens, with a linear layer for the result."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.TransformerEncoderLayer(WIDTH, 2, 8, batch_first=True, dropout=0.0)
+        self.head = nn.Linear(WIDTH, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        outputs: Tensor = self.head(self.layer(torch.stack([x, x.cos(), x * x], 1)).mean(1))
+        return outputs
+
+
+class _Recurrent(nn.Module):
+    def __init__(self, kind: Any) -> None:
+        super().__init__()
+        self.cell, self.head = kind(WIDTH, 5, batch_first=True), nn.Linear(5, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        outputs: Tensor = self.head(self.cell(torch.stack([x, x.cos(), x * x], 1))[0][:, -1])
+        return outputs
+
+
+class _Stored(nn.Module):
+    """A weight that is stored as [d_in, d_out], as GPT-2 has them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(WIDTH, 8) / 3), nn.Parameter(torch.zeros(8))
+        self.head = nn.Linear(8, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        outputs: Tensor = self.head(torch.addmm(self.bias, x, self.weight).tanh())
+        return outputs
+
+
+def _convolutional() -> nn.Module:
+    return nn.Sequential(
+        nn.Unflatten(1, (1, 2, 3)),
+        nn.Conv2d(1, 4, 2, padding=1),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(48, 3),
+    )
+
+
+NETWORKS: dict[str, Callable[[], nn.Module]] = {
+    "perceptron": lambda: nn.Sequential(nn.Linear(WIDTH, 8), nn.Tanh(), nn.Linear(8, CLASSES)),
+    "convolutional": _convolutional,
+    "encoder": _Encoder,
+    "GRU": lambda: _Recurrent(nn.GRU),
+    "LSTM": lambda: _Recurrent(nn.LSTM),
+    "stored": _Stored,
+    "weight norm": lambda: nn.Sequential(
+        nn.utils.parametrizations.weight_norm(nn.Linear(WIDTH, 8)), nn.Tanh(), nn.Linear(8, CLASSES)
+    ),
+}
+Pairs = list[tuple[Tensor, Tensor]]
+
+
+def _network(name: str) -> Any:
+    torch.manual_seed(0)
+    return NETWORKS[name]().double()
+
+
+def _data(seed: int, batches: int = 2, size: int = 2) -> Pairs:
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        (
+            torch.randn(size, WIDTH, dtype=torch.float64, generator=generator),
+            torch.randint(0, CLASSES, (size,), generator=generator),
+        )
+        for _ in range(batches)
+    ]
+
+
+def _train(model: nn.Module, optimizer: torch.optim.Optimizer, batches: Pairs, epochs: int = 3) -> None:
+    model.train()
+    for _ in range(epochs):
+        for inputs, targets in batches:
+            optimizer.zero_grad()
+            functional.cross_entropy(model(inputs), targets, label_smoothing=0.1).backward()  # type: ignore[no-untyped-call]
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+
+
+@pytest.fixture(autouse=True)
+def _expected_warnings() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "taps do not know", UserWarning)
+        yield
+
+
+def _whole(batches: Pairs) -> tuple[Tensor, Tensor]:
+    inputs, targets = zip(*batches, strict=True)
+    return torch.cat(inputs), torch.cat(targets)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_it_remembers_the_mean_of_squared_gradients_of_single_samples(name: str) -> None:
+    model, batches = _network(name), _data(1)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    model.train()
+    model.eval() if name == "GRU" else None
+    modes = [module.training for module in model.modules()]
+    learning = Continual(model)
+    learning.remember(batches)
+    assert [module.training for module in model.modules()] == modes
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    expected = autograd_gradients(model.eval(), *_whole(batches))
+    assert learning.posterior is not None
+    found = learning.posterior.precision.diagonal()
+    assert set(found) == set(expected)
+    for key, gradients in expected.items():
+        torch.testing.assert_close(found[key], gradients.square().mean(0), rtol=1e-9, atol=1e-14)
+    assert learning.checked is not None
+    assert len(learning.checked.findings) == 4
+
+
+OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
+    "SGD": lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, weight_decay=0.01, nesterov=True),
+    "AdamW": lambda p: torch.optim.AdamW(p, 0.05),
+    "Adam": lambda p: torch.optim.Adam(p, 0.05, weight_decay=0.1, amsgrad=True),
+    "RMSprop": lambda p: torch.optim.RMSprop(p, 0.02, momentum=0.5),
+}
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("name", NETWORKS)
+def test_old_outputs_stand_still_in_stable_training(name: str, optimizer: str) -> None:
+    """All directions of the old data are protected, and what cannot be protected is frozen; then all is free."""
+    model, old, new = _network(name), _data(1, batches=1), _data(2, batches=2, size=5)
+    learning = Continual(model, projector=GPM(1.0), uncovered="frozen", check=False)
+    learning.remember(old)
+    stepper = OPTIMIZERS[optimizer](model.parameters())
+    with torch.no_grad():
+        before, theta = model.eval()(old[0][0]), {key: value.clone() for key, value in model.named_parameters()}
+    with learning.stable(stepper):
+        scheduler = torch.optim.lr_scheduler.StepLR(stepper, 1)
+        _train(model, stepper, new)
+        scheduler.step()
+    if name == "convolutional":  # whose running statistics the user's own training changes
+        model[2].reset_running_stats()
+    torch.testing.assert_close(model.eval()(old[0][0]), before, rtol=0, atol=1e-9)
+    moved = {key for key, value in model.named_parameters() if not torch.equal(value, theta[key])}
+    assert moved
+    assert moved <= {p.name for p in learning.coverage.parameters if p.treatment == "protected"}
+    with learning.plastic():
+        _train(model, stepper, new)
+    assert float((model.eval()(old[0][0]) - before).detach().abs().max()) > 1e-4
+
+
+def test_steps_under_autocast_with_a_scaler_and_accumulation_are_projected() -> None:
+    torch.manual_seed(0)
+    model: Any = nn.Sequential(nn.Linear(WIDTH, 8), nn.Tanh(), nn.Linear(8, CLASSES))
+    old, new = ([(x.float(), y) for x, y in _data(seed)] for seed in (1, 2))
+    learning = Continual(model, projector=GPM(1.0), uncovered="frozen")
+    learning.remember(old[:1])
+    optimizer, scaler = torch.optim.AdamW(model.parameters(), 0.05), torch.amp.GradScaler("cpu")
+    before, weight = model(old[0][0]).detach(), model[0].weight.detach().clone()
+    with learning.stable(optimizer):
+        for _ in range(5):
+            for inputs, targets in new:
+                with torch.autocast("cpu", torch.bfloat16):
+                    loss = functional.cross_entropy(model(inputs), targets) / len(new)
+                scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+            scaler.unscale_(optimizer)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+    assert not torch.equal(model[0].weight, weight)
+    torch.testing.assert_close(model(old[0][0]), before, rtol=0, atol=1e-5)
+
+
+def test_what_is_not_covered_takes_a_proximal_step_to_the_old_mean() -> None:
+    model, old, new = _network("perceptron"), _data(1), _data(2)
+    learning = Continual(model, penalty=30.0)
+    learning.remember(old)
+    assert learning.posterior is not None
+    optimizer = torch.optim.SGD(model.parameters(), 0.5)
+    mean, precision = learning.posterior.mean["0.bias"], learning.posterior.precision.diagonal()["0.bias"]
+    functional.cross_entropy(model(new[0][0]), new[0][1]).backward()  # type: ignore[no-untyped-call]
+    bias: Any = model[0].bias
+    free = bias.detach() - 0.5 * bias.grad
+    with learning.stable(optimizer):
+        optimizer.step()
+    pull = 0.5 * 30.0 * precision
+    torch.testing.assert_close(bias.detach(), (free + pull * mean) / (1 + pull))
+    stiff = Continual(model, penalty=1e12)
+    stiff.remember(old)
+    at = bias.detach().clone()
+    with stiff.stable(optimizer):
+        _train(model, optimizer, new)
+    torch.testing.assert_close(bias.detach(), at, rtol=0, atol=1e-6)
+
+
+def test_what_the_user_froze_is_never_touched() -> None:
+    model = _network("convolutional")
+    model[1].requires_grad_(False)
+    kernel = model[1].weight.clone()
+    learning = Continual(model)
+    learning.remember(_data(1))
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1)
+    with learning.stable(optimizer):
+        _train(model, optimizer, _data(2))
+    with learning.plastic():
+        _train(model, optimizer, _data(2))
+    learning.merge(_data(2))
+    assert torch.equal(model[1].weight, kernel)
+    assert not model[1].weight.requires_grad
+    treatments = {p.name: p.treatment for p in learning.coverage.parameters}
+    assert treatments["1.weight"] == treatments["1.bias"] == "not trained"
+    assert treatments["5.weight"] == "protected"
+    assert treatments["2.weight"] == treatments["5.bias"] == "penalised"
+
+
+@pytest.mark.parametrize("projector", [GPM(0.9), SGP(0.9), NSCL()])
+def test_coverage_says_what_happens_to_every_parameter(projector: Any) -> None:
+    model = _network("encoder")
+    learning = Continual(model, projector=projector)
+    learning.remember(_data(1))
+    coverage = learning.coverage
+    assert [p.name for p in coverage.parameters] == [name for name, _ in model.named_parameters()]
+    by_name = {p.name: p for p in coverage.parameters}
+    attention = by_name["layer.self_attn.in_proj_weight"]
+    assert (attention.treatment, attention.use, attention.width) == ("protected", "matrix", WIDTH)
+    assert by_name["layer.norm1.weight"].treatment == "penalised"
+    assert by_name["layer.norm1.weight"].use == "other"
+    assert coverage.share("protected") + coverage.share("penalised") == pytest.approx(1)
+    text = str(coverage)
+    assert "layer.norm1.weight" in text
+    assert f"{100 * coverage.share('protected'):.1f} % protected" in text
+
+
+def _merged_by_brute_force(
+    model: nn.Module, theta_gp: dict[str, Tensor], theta_hat: dict[str, Tensor], learning: Continual, new: Pairs
+) -> float:
+    """The secant's alpha from dense Jacobians: new slopes at both ends, the old side scaled by exact over diagonal."""
+    inputs, targets = _whole(new)
+    assert learning.posterior is not None
+    delta = {name: theta_hat[name] - theta_gp[name] for name in theta_hat}
+
+    def logits(theta: dict[str, Tensor]) -> Tensor:
+        result: Tensor = torch.func.functional_call(model.eval(), theta, (inputs,))
+        return result
+
+    def slope(theta: dict[str, Tensor]) -> float:
+        leaves = {name: value.clone().requires_grad_() for name, value in theta.items()}
+        loss = functional.cross_entropy(logits(leaves), targets)
+        gradients = torch.autograd.grad(loss, list(leaves.values()))
+        return sum(float((g * delta[name]).sum()) for name, g in zip(leaves, gradients, strict=True))
+
+    step = 1e-5
+    moved = [{n: v + sign * step * delta[n] for n, v in theta_hat.items()} for sign in (1, -1)]
+    along = (logits(moved[0]) - logits(moved[1])) / (2 * step)
+    p = logits(theta_hat).softmax(1)
+    exact = float(((p * along.square()).sum(1) - (p * along).sum(1).square()).mean())
+    gradients = autograd_gradients(model, inputs, targets)
+    diagonal = sum(float((gradients[n].square().mean(0) * delta[n].square()).sum()) for n in delta)
+    old = learning.posterior.precision.diagonal()
+    offset = {n: theta_gp[n] - learning.posterior.mean[n] for n in delta}
+    kappa = exact / diagonal
+    start, end = slope(theta_gp), slope(theta_hat)
+    b = start + kappa * sum(float((offset[n] * old[n] * delta[n]).sum()) for n in delta)
+    c = end - start + kappa * sum(float((old[n] * delta[n].square()).sum()) for n in delta)
+    return min(max(-b / c, 0.0), 1.0)
+
+
+@pytest.mark.parametrize("name", ["perceptron", "encoder", "GRU", "stored"])
+def test_the_merge_is_the_minimum_that_brute_force_finds(name: str) -> None:
+    model, old, new = _network(name), _data(1, 4, 8), _data(2, 4, 8)
+    optimizer = torch.optim.AdamW(model.parameters(), 0.02)
+    _train(model, optimizer, old, epochs=10)
+    learning = Continual(model)
+    learning.remember(iter(old))
+    with learning.stable(optimizer):
+        _train(model, optimizer, new)
+    theta_gp = {key: value.detach().clone() for key, value in model.named_parameters()}
+    with learning.plastic():
+        _train(model, optimizer, new, epochs=25)
+    theta_hat = {key: value.detach().clone() for key, value in model.named_parameters()}
+    expected = _merged_by_brute_force(model, theta_gp, theta_hat, learning, new)
+    report = learning.merge(iter(new), trace=3)
+    assert report.alpha == pytest.approx(expected, rel=1e-4, abs=1e-6)
+    assert 0 < report.alpha < 1
+    assert report.promised
+    assert report.is_convex
+    assert report.slopes[0] < 0 < report.slopes[1]
+    assert report.gain > 0
+    assert report.curvature == "forward mode"
+    for key, value in model.named_parameters():
+        torch.testing.assert_close(value.detach(), theta_gp[key] + report.alpha * (theta_hat[key] - theta_gp[key]))
+    inputs, targets = _whole(new)
+    for alpha, loss in report.trace:
+        theta = {key: theta_gp[key] + alpha * (theta_hat[key] - theta_gp[key]) for key in theta_gp}
+        outputs = torch.func.functional_call(model.eval(), theta, (inputs,))
+        assert loss == pytest.approx(float(functional.cross_entropy(outputs, targets)))
+    assert f"α* = {report.alpha:.3f}" in str(report)
+    learning.remember(new)
+    with pytest.raises(BecameError, match="a merge is of two models"):
+        learning.merge(new)
+
+
+def test_a_loss_of_ones_own_is_merged_by_slopes() -> None:
+    """The cross-entropy, given as a callable, against the likelihood that it is of."""
+    alphas = []
+    for likelihood in ("categorical", functional.cross_entropy):
+        model, old, new = _network("perceptron"), _data(1, 4, 8), _data(2, 4, 8)
+        optimizer = torch.optim.AdamW(model.parameters(), 0.02)
+        _train(model, optimizer, old, epochs=10)
+        learning = Continual(model, likelihood)
+        learning.remember(old)
+        with learning.stable(optimizer):
+            _train(model, optimizer, new)
+        with learning.plastic():
+            _train(model, optimizer, new, epochs=20)
+        report = learning.merge(new, trace=2)
+        alphas.append(report.alpha)
+    assert report.curvature == "a difference of slopes"
+    assert 0 < alphas[0] < 1
+    # A difference of slopes sees all curvature, and not only the Gauss-Newton part that calibrates the old side.
+    assert alphas[1] == pytest.approx(alphas[0], abs=0.1)
+    with pytest.raises(BecameError, match=r"the loss has shape \[8\]; it must return one number"):
+        Continual(model, lambda z, y: functional.cross_entropy(z, y, reduction="none")).remember(old)
+
+
+@pytest.mark.parametrize("likelihood", [Gaussian(), Gaussian(0.5), Bernoulli()])
+def test_regression_and_several_labels_are_remembered_and_merged(likelihood: Any) -> None:
+    model, inputs = _network("perceptron"), [x for x, _ in _data(1, 3, 8)]
+    kind = type(likelihood)
+    old, new = (
+        [(x, x[:, :3].sin() + s if kind is Gaussian else (x[:, :3] > s).double()) for x in inputs] for s in (0, 1)
+    )
+    learning = Continual(model, likelihood)
+    learning.remember(old)
+    assert learning.posterior is not None
+    rows = []
+    for x, y in old:
+        for sample, target in zip(x, y, strict=True):
+            z = model(sample[None])[0]
+            if kind is Gaussian:
+                assert isinstance(learning.likelihood, Gaussian)
+                noise = learning.likelihood.noise
+                assert noise is not None
+                loss = (z - target).square().sum() / (2 * noise**2)
+            else:
+                loss = functional.binary_cross_entropy_with_logits(z, target, reduction="sum")
+            rows.append(torch.autograd.grad(loss, model[0].weight)[0])
+    expected = torch.stack(rows).square().mean(0)
+    torch.testing.assert_close(learning.posterior.precision.diagonal()["0.weight"], expected)
+    if likelihood == Gaussian():
+        first = (model(old[0][0]) - old[0][1]).detach().square().mean().sqrt()
+        assert isinstance(learning.likelihood, Gaussian)
+        assert learning.likelihood.noise == pytest.approx(float(first))
+    optimizer = torch.optim.Adam(model.parameters(), 0.02)
+
+    def train() -> None:
+        for x, y in new * 10:
+            optimizer.zero_grad()
+            (model(x) - y).square().mean().backward()
+            optimizer.step()
+
+    with learning.stable(optimizer):
+        train()
+    with learning.plastic():
+        train()
+    assert 0 <= learning.merge(new).alpha <= 1
+
+
+def test_the_fisher_information_may_be_of_the_models_own_targets() -> None:
+    """The exact expectation is the diagonal of the GGN; what is drawn is near it; a loss of one's own has neither."""
+    model, batches = _network("perceptron"), _data(1, 40, 8)
+    found = []
+    for kind in ("true", "sampled"):
+        learning = Continual(model, fisher=kind)
+        learning.remember(batches)
+        assert learning.posterior is not None
+        found.append(learning.posterior.precision.diagonal()["2.weight"])
+    inputs, _ = _whole(batches)
+    hidden, p = model[1](model[0](inputs)).detach(), model(inputs).detach().softmax(1)
+    expected = (p * (1 - p)).T @ hidden.square() / len(inputs)
+    torch.testing.assert_close(found[0], expected)
+    assert float((found[1] - expected).norm()) < 0.3 * float(expected.norm())
+    with pytest.raises(BecameError, match="a loss of your own has no targets of the model's own"):
+        Continual(model, functional.cross_entropy, fisher="true").remember(batches)
+    with pytest.raises(BecameError, match="the Fisher information is 'batch'; choose empirical, true or sampled"):
+        Continual(model, fisher="batch")  # type: ignore[arg-type]
+
+
+class _Language(nn.Module):
+    """A causal language model with tied embeddings, called as those of ``transformers`` are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.places = nn.Embedding(7, WIDTH), nn.Embedding(5, WIDTH)
+        self.block = nn.TransformerEncoderLayer(WIDTH, 2, 8, batch_first=True, dropout=0.0)
+        self.head = nn.Linear(WIDTH, 7, bias=False)
+        self.head.weight = self.words.weight
+
+    def forward(self, input_ids: Tensor, mask: Tensor) -> Any:
+        length = input_ids.shape[1]
+        hidden = self.words(input_ids) * mask[..., None] + self.places(torch.arange(length))
+        causal = nn.Transformer.generate_square_subsequent_mask(length, dtype=torch.float64)
+        logits = self.head(self.block(hidden, src_mask=causal))
+        return type("Output", (), {"logits": logits})()
+
+
+def test_tokens_of_a_language_model_are_remembered_by_the_sequence() -> None:
+    torch.manual_seed(0)
+    model = _Language().double().eval()
+    batches = []
+    for length in (4, 3, 4):
+        tokens = torch.randint(0, 7, (3, length))
+        labels = tokens.masked_fill(torch.rand(tokens.shape) < 0.2, -100)
+        batches.append({"input_ids": tokens, "mask": torch.ones(tokens.shape, dtype=torch.float64), "labels": labels})
+    learning = Continual(model, Categorical(by="token", shift=True), projector=GPM(0.8))
+    learning.remember(batches)
+    assert learning.posterior is not None
+    found = learning.posterior.precision.diagonal()
+    total = {name: torch.zeros_like(value) for name, value in model.named_parameters()}
+    count = 0
+    for batch in batches:
+        for row in range(3):
+            one = {key: value[row : row + 1] for key, value in batch.items()}
+            labels = one.pop("labels")[:, 1:]
+            loss = functional.cross_entropy(model(**one).logits[:, :-1].transpose(1, 2), labels, reduction="sum")
+            count += int((labels >= 0).sum())
+            gradients: tuple[Tensor | None, ...] = torch.autograd.grad(
+                loss, list(model.parameters()), allow_unused=True
+            )
+            for name, gradient in zip(total, gradients, strict=True):
+                total[name] += 0 if gradient is None else gradient.square()
+    for name, value in total.items():
+        torch.testing.assert_close(found[name], value / count, rtol=1e-9, atol=1e-14)
+    by_name = {p.name: p for p in learning.coverage.parameters}
+    assert by_name["words.weight"].treatment == "penalised"  # as an embedding and as a matrix
+    assert by_name["block.self_attn.in_proj_weight"].treatment == "protected"
+
+
+def test_batches_of_any_kind_are_read_by_the_users_own_functions() -> None:
+    model, (batch, *_), nothing = _network("perceptron"), _data(1), cast("Any", lambda net, b: {})
+    record = {"x": batch[0], "y": batch[1]}
+    by_hand = Continual(model, apply=lambda net, b: net(b["x"]), targets=lambda b: b["y"])
+    by_hand.remember([record])
+    plain = Continual(model)
+    plain.remember([batch])
+    assert by_hand.posterior is not None
+    assert plain.posterior is not None
+    for name, value in plain.posterior.precision.diagonal().items():
+        torch.testing.assert_close(by_hand.posterior.precision.diagonal()[name], value)
+    with pytest.raises(BecameError, match="a batch has the keys x, y; it needs labels, or give apply= and targets="):
+        Continual(model).remember([record])
+    with pytest.raises(BecameError, match="a batch is a Tensor; give pairs"):
+        Continual(model).remember([batch[0]])
+    with pytest.raises(BecameError, match="both apply= and targets="):
+        Continual(model, apply=lambda net, b: net(b)).remember([batch])
+    with pytest.raises(BecameError, match="the model returned a dict, and no tensor"):
+        Continual(nn.ModuleDict({"a": model}), apply=nothing, targets=lambda b: b[1]).remember([batch])
+
+
+def test_second_moments_of_an_optimizer_stand_for_old_data_with_a_warning() -> None:
+    model, batches = _network("perceptron"), _data(1)
+    optimizer = torch.optim.AdamW(model.parameters(), 0.01, betas=(0.9, 0.99))
+    _train(model, optimizer, batches, epochs=4)
+    learning = Continual(model)
+    with pytest.warns(UserWarning, match="unfit after clipping"):
+        learning.remember(optimizer=optimizer, samples=32)
+    assert learning.posterior is not None
+    moment = optimizer.state[model[0].weight]["exp_avg_sq"]
+    found = learning.posterior.precision.diagonal()["0.weight"]
+    torch.testing.assert_close(found, moment / (1 - 0.99**8) * 32)
+    assert learning.coverage.share("penalised") == 1
+    with learning.stable(optimizer):
+        _train(model, optimizer, _data(2))
+    with learning.plastic():
+        _train(model, optimizer, _data(2))
+    assert 0 <= learning.merge(_data(2)).alpha <= 1
+    with pytest.raises(BecameError, match="needs samples="):
+        learning.remember(optimizer=optimizer)
+    with pytest.raises(BecameError, match="no second moments"):
+        learning.remember(optimizer=torch.optim.SGD(model.parameters(), 0.1), samples=1)
+    with pytest.raises(BecameError, match="either batches or an optimizer"):
+        learning.remember(batches, optimizer=optimizer, samples=1)
+
+
+def test_a_second_task_adds_to_the_memory() -> None:
+    model, first, second = _network("perceptron"), _data(1), _data(2)
+    learning = Continual(model, decay=0.5)
+    learning.remember(first)
+    assert learning.posterior is not None
+    before, rank = learning.posterior.precision.diagonal(), dict(learning.projector.rank)
+    with torch.no_grad():
+        model[0].bias.add_(0.1)
+    learning.remember(second)
+    alone = Continual(model)
+    alone.remember(second)
+    assert alone.posterior is not None
+    for name, value in alone.posterior.precision.diagonal().items():
+        torch.testing.assert_close(learning.posterior.precision.diagonal()[name], value + 0.5 * before[name])
+    torch.testing.assert_close(learning.posterior.mean["0.bias"], model[0].bias.detach())
+    assert learning.projector.rank["0.weight"][0] > rank["0.weight"][0]
+
+
+def test_a_memory_comes_back_from_a_file(tmp_path: Path) -> None:
+    model, old, new = _network("stored"), _data(1), _data(2)
+    learning = Continual(model, Categorical(weights=(1.0, 2.0, 3.0)), projector=SGP(0.9), penalty=7.0, uncovered="free")
+    learning.remember(old)
+    file = tmp_path / "memory.safetensors"
+    learning.save(file)
+    again = Continual.load(model, file)
+    assert again.likelihood == learning.likelihood
+    assert (again.penalty, again.uncovered, again.decay) == (7.0, "free", 1.0)
+    assert str(again.coverage) == str(learning.coverage)
+    results = []
+    theta = {name: value.detach().clone() for name, value in model.named_parameters()}
+    for each in (learning, again):
+        model.load_state_dict(theta)
+        optimizer = torch.optim.AdamW(model.parameters(), 0.05)
+        with each.stable(optimizer):
+            _train(model, optimizer, new)
+        with each.plastic():
+            _train(model, optimizer, new)
+        results.append((each.merge(new).alpha, model.weight.detach().clone()))
+    assert results[0][0] == pytest.approx(results[1][0])
+    torch.testing.assert_close(results[0][1], results[1][1])
+    with pytest.raises(BecameError, match=r"the memory of another architecture: the memory has no '0\.weight'"):
+        Continual.load(_network("perceptron"), file)
+    wider = _Stored().double()
+    wider.head = nn.Linear(8, 4).double()
+    with pytest.raises(BecameError, match=r"'head\.weight' is \[4, 8\] in the model and \[3, 8\] in the memory"):
+        Continual.load(wider, file)
+    file.write_bytes(b"no safetensors")
+    with pytest.raises(BecameError, match="is no memory that"):
+        Continual.load(model, file)
+    own = Continual(model, functional.cross_entropy)
+    own.remember(old)
+    own.save(file)
+    with pytest.raises(BecameError, match="made with a loss of your own; give it as likelihood="):
+        Continual.load(model, file)
+    assert Continual.load(model, file, likelihood=functional.cross_entropy).coverage.share("protected") > 0
+
+
+def test_running_statistics_are_estimated_again_on_request() -> None:
+    model, old, new = _network("convolutional"), _data(1, 2, 8), _data(2, 3, 8)
+    norm: Any = model[2]
+    learning = Continual(model)
+    learning.remember(old)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with learning.stable(optimizer):
+        _train(model, optimizer, new)
+    with learning.plastic():
+        _train(model, optimizer, new)
+    learning.merge(new, statistics=new)
+    with torch.no_grad():
+        seen = [model[1](model[0](x)) for x, _ in new]
+    means = torch.stack([x.mean((0, 2, 3)) for x in seen]).mean(0)
+    torch.testing.assert_close(norm.running_mean, means)
+    assert norm.momentum == 0.1
+    assert all(module.training for module in model.modules())
+
+
+class _Random(nn.Module):
+    def __init__(self, across: bool) -> None:
+        super().__init__()
+        self.fc, self.across = nn.Linear(WIDTH, CLASSES), across
+
+    def forward(self, x: Tensor) -> Tensor:
+        outputs: Tensor = self.fc(x)
+        return outputs + outputs.mean(0) if self.across else functional.dropout(outputs, 0.5, training=True)
+
+
+@pytest.mark.parametrize(("across", "what"), [(True, "outputs of a sample alone"), (False, "outputs, computed twice")])
+def test_the_first_look_finds_what_makes_measurements_meaningless(across: bool, what: str) -> None:
+    batches = _data(1, size=5)
+    with pytest.raises(BecameError, match=rf"does not compute the same twice: {what}"):
+        Continual(_Random(across).double()).remember(batches)
+    Continual(_Random(across).double(), check=False).remember(batches)
+
+
+def test_what_cannot_be_done_is_said_in_a_sentence() -> None:
+    model, batches = _network("perceptron"), _data(1)
+    learning, optimizer = Continual(model), torch.optim.SGD(model.parameters(), 0.1)
+    with (
+        pytest.raises(BecameError, match="stable training needs a memory of old data; call"),
+        learning.stable(optimizer),
+    ):
+        pass
+    with pytest.raises(BecameError, match="coverage needs a memory"):
+        _ = learning.coverage
+    with pytest.raises(BecameError, match="plastic training comes after stable"), learning.plastic():
+        pass
+    with pytest.raises(BecameError, match="there are no samples"):
+        learning.remember([])
+    learning.remember(batches)
+    other = torch.optim.SGD(nn.Linear(1, 1).parameters(), 0.1)
+    with pytest.raises(BecameError, match="steps no parameter of the model"), learning.stable(other):
+        pass
+    with pytest.raises(BecameError, match="TRGP does more than to project steps"):
+        Continual(model, projector=TRGP())
+    with pytest.raises(BecameError, match="there is no likelihood 'poisson'"):
+        Continual(model, "poisson")
+    with pytest.raises(BecameError, match="the penalty is nan"):
+        Continual(model, penalty=math.nan)
+    with pytest.raises(BecameError, match="uncovered is 'thawed'"):
+        Continual(model, uncovered="thawed")  # type: ignore[arg-type]
+    with pytest.raises(BecameError, match="nothing to learn"):
+        Continual(nn.Flatten())
+
+
+def test_hooks_are_gone_after_training_whatever_happens() -> None:
+    model, batches = _network("perceptron"), _data(1)
+    learning, optimizer = Continual(model, uncovered="frozen"), torch.optim.SGD(model.parameters(), 0.1)
+    learning.remember(batches)
+    with pytest.raises(ZeroDivisionError), learning.stable(optimizer):
+        raise ZeroDivisionError
+    bias = model[0].bias.detach().clone()
+    _train(model, optimizer, batches)
+    assert not torch.equal(model[0].bias, bias)
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("transformers"), reason="transformers is not installed")
+def test_models_of_transformers_are_exact_and_covered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """GPT-2's matrices are stored as [d_in, d_out]; Llama has rotations and grouped heads; BERT is a classifier."""
+    find_spec = importlib.util.find_spec
+    # Models of text need no torchvision, and one that does not fit PyTorch must not spoil them.
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *a: None if name == "torchvision" else find_spec(name, *a)
+    )
+    hf: Any = importlib.import_module("transformers")
+
+    torch.manual_seed(0)
+    sizes = {
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 24,
+        "vocab_size": 32,
+    }
+    tokens, causal = torch.randint(0, 32, (4, 6)), Categorical(by="token", shift=True)
+    cases: list[tuple[Any, Any, Any, float]] = [
+        (
+            hf.GPT2LMHeadModel(
+                hf.GPT2Config(
+                    vocab_size=32, n_positions=8, n_embd=16, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0
+                )
+            ),
+            causal,
+            tokens,
+            0.7,
+        ),
+        (hf.LlamaForCausalLM(hf.LlamaConfig(**sizes, num_key_value_heads=1)), causal, tokens, 0.8),
+        (hf.BertForSequenceClassification(hf.BertConfig(**sizes)), "categorical", tokens[:, 0] % 2, 0.15),
+    ]
+    for model, likelihood, labels, share in cases:
+        learning = Continual(model.double(), likelihood)
+        learning.remember([{"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": labels}])
+        assert learning.checked is not None  # per-sample gradients against a loop, among others
+        assert learning.coverage.share("protected") > share
+        other = {p.name for p in learning.coverage.parameters if p.treatment != "protected" and p.use != "other"}
+        assert not other
+
+
+def test_a_posterior_is_a_diagonal() -> None:
+    learning = Continual(_network("perceptron"))
+    learning.remember(_data(1))
+    assert learning.posterior is not None
+    assert isinstance(learning.posterior.precision, Diagonal)
