@@ -39,9 +39,9 @@ def _is_tensor(value: Any) -> Any:
 
 
 def isdtype(dtype: Any, kind: Any) -> Any:
-    """Whether a dtype is of a kind ("bool", "integral" or "real floating"), is a given dtype, or is of one of several."""
+    """Whether a dtype is of a kind ("bool", "integral", "real floating"), of one of several, or is a given dtype."""
     if isinstance(kind, tuple):
-        return any(isdtype(dtype, one) for one in kind)
+        return True in [isdtype(dtype, one) for one in kind]
     kinds = {"bool": dtype.is_bool, "integral": dtype.is_integer, "real floating": dtype.is_floating}
     return kinds[kind] if isinstance(kind, str) else dtype == kind
 

@@ -156,6 +156,7 @@ def test_kinds_of_dtypes_are_numpys(name: str) -> None:
     ours, theirs = getattr(xp, name), getattr(np, name)
     assert [xp.isdtype(ours, kind) for kind in KINDS] == [np.isdtype(theirs, kind) for kind in KINDS]
     assert xp.isdtype(ours, xp.float32) == (name == "float32")
+    assert xp.isdtype(ours, ("integral", "bool")) == np.isdtype(theirs, ("integral", "bool"))
 
 
 @pytest.mark.parametrize("first", [*DTYPES[1:]])
