@@ -16,7 +16,7 @@ try:
     from adapters.cli.checkpoints import Fisher, Inspect, Merge
     from adapters.cli.display import Display
     from adapters.cli.listing import Kind, listed
-    from adapters.cli.main import execute, run_request
+    from adapters.cli.main import execute, run_request, while_it_is_read
     from adapters.cli.options import (
         Output,
         Request,
@@ -150,6 +150,7 @@ class Doctor:
         return 0
 
 
+@while_it_is_read
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return its exit status, as ``execute`` does."""
     words = sys.argv[1:] if arguments is None else list(arguments)

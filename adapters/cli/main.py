@@ -1,7 +1,10 @@
 """The command of one backend: options in, runs and a table out. The same for every backend."""
 
+import os
 import sys
 from collections.abc import Callable, Sequence
+from functools import wraps
+from typing import ParamSpec
 
 from adapters.backend.entry import Backend
 from adapters.cli.display import Display, display_of, logged
@@ -10,9 +13,30 @@ from adapters.cli.options import Output, Request, parse_request
 from adapters.cli.running import InterruptedRun, Job, requested_jobs, run_jobs
 from became_core import BecameError
 
-__all__ = ["Backend", "execute", "main", "run_request"]
+__all__ = ["Backend", "execute", "main", "run_request", "while_it_is_read"]
+
+Arguments = ParamSpec("Arguments")
 
 
+def while_it_is_read(main: Callable[Arguments, int]) -> Callable[Arguments, int]:
+    """Have a command end in silence once nobody reads its output, as that of ``became list | head -1``."""
+
+    @wraps(main)
+    def quiet(*arguments: Arguments.args, **options: Arguments.kwargs) -> int:
+        try:
+            try:
+                return main(*arguments, **options)
+            finally:
+                sys.stdout.flush()
+        except BrokenPipeError:
+            # Python flushes once more at its end, which must not fail again.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 1  # as rich does where it prints
+
+    return quiet
+
+
+@while_it_is_read
 def main(backend: Backend, arguments: Sequence[str] | None = None) -> int:
     """Run the command on a backend; return its exit status, as ``execute`` does.
 

@@ -306,3 +306,16 @@ def test_bad_input_is_one_sentence_and_status_2(
     assert said.startswith(f"error: {message}")
     assert len(said.splitlines()) == 1
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("words", [["list"], ["run", "--help-all"], ["run", "--backend", "torch", "--dry-run", *SHORT]])
+def test_a_command_whose_output_nobody_reads_ends_in_silence(words: list[str]) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "became", *words], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    process.stdout.close()
+    _, said = process.communicate(timeout=120)
+    assert "Traceback" not in said
+    assert "BrokenPipeError" not in said
+    assert process.returncode == 1
