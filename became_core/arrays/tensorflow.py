@@ -28,7 +28,8 @@ uint8, uint16, uint32, uint64 = tf.uint8, tf.uint16, tf.uint32, tf.uint64
 float16, bfloat16, float32, float64 = tf.float16, tf.bfloat16, tf.float32, tf.float64
 complex64, complex128 = tf.complex64, tf.complex128
 
-exp, log, sqrt, square, tanh, isfinite = tf.exp, tf.math.log, tf.sqrt, tf.square, tf.tanh, tf.math.is_finite
+exp, log, log1p, sqrt, square, tanh = tf.exp, tf.math.log, tf.math.log1p, tf.sqrt, tf.square, tf.tanh
+isfinite = tf.math.is_finite
 logical_and, logical_not = tf.logical_and, tf.logical_not
 reshape, expand_dims, broadcast_to = tf.reshape, tf.expand_dims, tf.broadcast_to
 permute_dims, matrix_transpose = tf.transpose, tf.linalg.matrix_transpose

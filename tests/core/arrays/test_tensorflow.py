@@ -31,7 +31,7 @@ SPECIAL = numpy.asarray([0.0, -1.0, numpy.nan, numpy.inf, 2.5, -numpy.inf])
 SINGLE = A.astype(numpy.float32)
 
 CASES: list[tuple[Callable[..., Any], tuple[Any, ...]]] = [
-    (lambda xp, a: (xp.exp(a), xp.tanh(a), xp.log(xp.square(a)), xp.sqrt(xp.abs(a))), (A,)),
+    (lambda xp, a: (xp.exp(a), xp.tanh(a), xp.log(xp.square(a)), xp.log1p(xp.square(a)), xp.sqrt(xp.abs(a))), (A,)),
     (lambda xp, i: (xp.abs(i), xp.square(i)), (I,)),
     (lambda xp, s: xp.isfinite(s), (SPECIAL,)),
     (lambda xp, t: (xp.logical_not(t), xp.logical_and(t, t[0, :])), (T,)),
