@@ -29,7 +29,10 @@ from adapters.checkpoints.tensors import SLAB, StoredTensor, narrowed, ranges, s
 from became_core import BecameError
 from became_core.laplace import Quadratic
 
-__all__ = ["Block", "Job", "Prints", "in_order", "open_job", "resident"]
+__all__ = ["Block", "Job", "Prints", "held_already", "in_order", "open_job", "resident"]
+
+# What a process of the command holds before it reads anything is below this, in bytes.
+COMMAND = 128 * 2**20
 
 A = TypeVar("A")
 B = TypeVar("B")
@@ -250,7 +253,7 @@ class Job:
             BecameError: if not even one fits.
         """
         widest = max((leaf.shape[1] for leaf in self.alignment.leaves if self.has_grams(leaf)), default=0)
-        room = memory - resident() - widest**2 * 8 * (len(self.grams) + 4)
+        room = memory - held_already() - widest**2 * 8 * (len(self.grams) + 4)
         if room < self.block_bytes:
             least = size_text(memory - room + self.block_bytes)
             raise BecameError(f"this merge needs at least {least} of memory; give --memory more than that.")
@@ -371,6 +374,14 @@ def in_order(function: Callable[[A], B], tasks: Iterable[A], workers: int, ahead
         finally:
             for future in waiting:
                 future.cancel()
+
+
+def held_already() -> int:
+    """Return the bytes that count as held before a merge begins.
+
+    What is above the command's own belongs to the program that calls us, which may have a whole framework loaded.
+    """
+    return min(resident(), COMMAND)
 
 
 def resident() -> int:

@@ -23,7 +23,7 @@ from adapters.checkpoints.align import Leaf
 from adapters.checkpoints.card import FIGURE, as_json, card, figure
 from adapters.checkpoints.digest import digest_of
 from adapters.checkpoints.folders import ADAPTER_CONFIG
-from adapters.checkpoints.job import Block, Job, in_order, open_job, resident
+from adapters.checkpoints.job import Block, Job, held_already, in_order, open_job
 from adapters.checkpoints.lora import PREFIX, adapter_config, combined, compressed
 from adapters.checkpoints.plan import FLOAT_WORDS, MergePlan
 from adapters.checkpoints.rules import Solution
@@ -121,7 +121,8 @@ def merge_checkpoints(
     Args:
         plan: what to merge, and how.
         out: the folder; it must not exist, and appears whole or not at all.
-        memory: the bytes that may be held beside the page cache.
+        memory: the bytes that may be held beside the page cache. What the calling program holds itself does not count,
+            but for its first 128 MiB.
         workers: how many threads read, merge and write; as many as there are cores, and at most four, if None.
         command: what made the merge, for the model card.
         progress: is told how far it is.
@@ -192,7 +193,7 @@ def preview(plan: MergePlan, *, memory: int = MEMORY, workers: int | None = None
     whole = sum(leaf.size for leaf in job.alignment.leaves) * (1 + job.rule.measures)
     seconds = (time.monotonic() - begin) * whole / max(elements, 1) / workers
     notes = [*job.alignment.notes, *_notes(job)]
-    held = resident() + ahead * job.block_bytes
+    held = held_already() + ahead * job.block_bytes
     return MergePreview(to_read, layout.nbytes, held, seconds, 1 + job.rule.measures, notes)
 
 

@@ -87,6 +87,13 @@ def _torch_have_values(torch: Any, arrays: Sequence[Any]) -> bool:
     return True
 
 
+def _jax_place(array: Any) -> Any:
+    # What is not committed to its devices is moved to where the others are. Nothing is known of what is traced.
+    if isinstance(array, sys.modules["jax"].core.Tracer) or not array.committed:
+        return None
+    return frozenset(array.devices())
+
+
 def _jax_namespace(array: Any) -> Any:
     introduce_to_jax(sys.modules["jax"])
     return array_api_compat.array_namespace(array)
@@ -164,7 +171,7 @@ _ROWS = (
         loop=lambda jax: _jax_loop if jax.default_backend() == "cpu" else None,
         compiles=lambda jax: jax.jit,
         on_cpu=lambda array: all(device.platform == "cpu" for device in array.devices()),
-        place=lambda array: frozenset(array.devices()) if getattr(array, "committed", False) else None,
+        place=_jax_place,
     ),
     Framework(
         module="dask.array",

@@ -84,7 +84,7 @@ def test_a_step_does_not_change_the_optimiser(xp: Any) -> None:
     ("make", "message"),
     [
         (lambda: SGD(momentum=1.0), r"^the optimiser's momentum is 1\.0; it must be at least 0 and below 1\.$"),
-        (lambda: SGD(weight_decay=-1), r"^the weight decay is -1; it must be at least 0\.$"),
+        (lambda: SGD(weight_decay=-1), r"^the weight decay is -1; it must be at least 0 and finite\.$"),
         (lambda: Adam(beta2=-0.1), r"^the optimiser's beta2 is -0\.1; "),
     ],
 )
