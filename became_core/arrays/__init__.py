@@ -3,7 +3,6 @@
 from became_core.arrays.frameworks import is_array
 from became_core.arrays.namespace import (
     Array,
-    check_places,
     check_values,
     device,
     has_values,
@@ -35,7 +34,6 @@ __all__ = [
     "Tree",
     "aligned_leaves",
     "aligned_rows",
-    "check_places",
     "check_values",
     "device",
     "difference",

@@ -91,7 +91,7 @@ def _jax_place(array: Any) -> Any:
     # What is not committed to its devices is moved to where the others are. Nothing is known of what is traced.
     if isinstance(array, sys.modules["jax"].core.Tracer) or not array.committed:
         return None
-    return frozenset(array.devices())
+    return ", ".join(sorted(map(str, array.devices())))
 
 
 def _jax_namespace(array: Any) -> Any:

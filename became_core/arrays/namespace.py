@@ -3,7 +3,7 @@
 Convention: code in the core receives arrays, asks here for their namespace ``xp`` and calls nothing else.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -14,7 +14,6 @@ from became_core.errors import BecameError
 
 __all__ = [
     "Array",
-    "check_places",
     "check_values",
     "device",
     "framework_for",
@@ -72,36 +71,6 @@ def framework_for(name: str, array: Array) -> tuple[Framework, Any]:
 
 def _short_name(xp: Any) -> str:
     return str(xp.__name__).removeprefix("array_api_compat.").removeprefix("became_core.arrays.")
-
-
-def check_places(rows: Iterable[Mapping[str, Array]]) -> None:
-    """Raise a BecameError if arrays that are to be computed together lie on two devices, or one has gaps.
-
-    Under a trace devices are not known, and the framework says what it cannot do.
-
-    Args:
-        rows: arrays of one framework that belong together, by the names that a message should call them.
-    """
-    framework: Framework | None = None
-    for row in rows:
-        place = None
-        for name, array in row.items():
-            if framework is None:
-                framework, module = framework_for(name, array)
-                looks = framework.have_values(module, [array])
-            if not framework.is_dense(module, array):
-                raise BecameError(f"{name} is a sparse or masked array; give one with all its elements.")
-            other = framework.place(array) if looks else None
-            if place is None:
-                first, place = name, other
-            elif other is not None and other != place:
-                raise BecameError(
-                    f"{first} is on {_place(place)} but {name} on {_place(other)}; move both to one device."
-                )
-
-
-def _place(place: Any) -> str:
-    return ", ".join(map(str, place)) if isinstance(place, frozenset) else str(place)
 
 
 def device(array: Array) -> Any:

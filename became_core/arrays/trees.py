@@ -15,10 +15,11 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import optree
 
 from became_core.arrays.frameworks import is_array
-from became_core.arrays.namespace import Array, check_places, namespace
+from became_core.arrays.namespace import Array, framework_for, namespace
 from became_core.errors import BecameError
 
 __all__ = [
@@ -185,10 +186,32 @@ def aligned_rows(trees: Mapping[str, Tree]) -> dict[str, tuple[Array, ...]]:
                     f"{label(names[index], path)} has shape {tuple(array.shape)} but {label(names[0], path)} has "
                     f"{tuple(shape)}; make them equal."
                 )
-    check_places(
-        {label(name, path): array for name, array in zip(trees, row, strict=True)} for path, row in rows.items()
-    )
+    _check_places(list(trees), rows)
     return rows
+
+
+def _check_places(names: Sequence[str], rows: Mapping[str, tuple[Array, ...]]) -> None:
+    """Raise a BecameError if a row's arrays lie on two devices, or an array is sparse or masked.
+
+    Under a trace devices are not known, and the framework says what it cannot do.
+    """
+    if all(type(array) is np.ndarray for row in rows.values() for array in row):
+        return  # by far the quickest check of many small leaves
+    first = next(iter(rows.values()))[0]
+    framework, module = framework_for(names[0], first)
+    looks = framework.have_values(module, [first])
+    for path, row in rows.items():
+        for name, array in zip(names, row, strict=True):
+            if not framework.is_dense(module, array):
+                raise BecameError(f"{label(name, path)} is a sparse or masked array; give one with all its elements.")
+        places = [framework.place(array) for array in row] if looks else []
+        known = [index for index, place in enumerate(places) if place is not None]
+        for index in known[1:]:
+            if places[index] != places[known[0]]:
+                raise BecameError(
+                    f"{label(names[known[0]], path)} is on {places[known[0]]} but {label(names[index], path)} on "
+                    f"{places[index]}; move both to one device."
+                )
 
 
 def aligned_leaves(**trees: Tree) -> Iterator[dict[str, Array]]:

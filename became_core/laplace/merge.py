@@ -8,6 +8,7 @@ import numpy as np
 
 from became_core.arrays import (
     Array,
+    Params,
     Tree,
     aligned_leaves,
     check_values,
@@ -78,7 +79,7 @@ def optimal_alpha(
             or masked, or an entry is not finite.
     """
     theta, others = named_leaves(theta_gp), named_leaves(theta_hat)
-    left_out = {path for path, leaf in theta.items() if path in others and _is_no_weight(path, leaf, others[path])}
+    left_out = _no_weights(theta, others)
     whole = theta_gp
     if left_out:
         map_leaves(lambda *leaves: leaves[0], theta_gp, theta_hat)  # whose structures must be equal all the same
@@ -107,9 +108,23 @@ def optimal_alpha(
     return with_leaves(whole, {path: zero if index is None else alphas[index] for path, index in groups.items()})
 
 
-def _is_no_weight(path: str, *leaves: Array) -> bool:
-    """Whether a leaf is a statistic of a normalisation layer by its name, or no leaf holds real or complex numbers."""
-    return path.rpartition(".")[2] in STATISTICS or all(_is_whole(leaf) for leaf in leaves)
+def _no_weights(theta_gp: Params, theta_hat: Params) -> set[str]:
+    """Return the leaves that are statistics of normalisation layers by their names, or hold no real numbers in both."""
+    whole: dict[Any, bool] = {}
+
+    def is_whole(leaf: Array) -> bool:
+        # Once for each dtype, because to ask a framework takes as long as a small leaf's arithmetic.
+        kind = type(leaf), getattr(leaf, "dtype", None)
+        if kind not in whole:
+            whole[kind] = _is_whole(leaf)
+        return whole[kind]
+
+    return {
+        path
+        for path, leaf in theta_gp.items()
+        if path in theta_hat
+        and (path.rpartition(".")[2] in STATISTICS or (is_whole(leaf) and is_whole(theta_hat[path])))
+    }
 
 
 def _is_whole(leaf: Any) -> bool:
