@@ -101,18 +101,21 @@ def _by_slab(
     # A method, where there is one, takes less time than array-api-compat's function, which shows in small slabs.
     total = methodcaller("sum") if hasattr(first, "sum") else xp.sum
     smallest = next((methodcaller(name) for name in ("amin", "min") if hasattr(first, name)), xp.min)
-    dtypes, least, parts, ends = {}, [], [], []
+    dtypes, least, parts, ends, above = {}, [], [], [], None
     for rows in groups:
         for kinds, pieces in _slabs(xp, rows, slab):
             if kinds not in dtypes:
                 dtype = reduction_dtype(xp, **{f"array {index}": piece for index, piece in enumerate(pieces)})
                 dtypes[kinds] = dtype if any(kind != dtype for kind in kinds) else None
             dtype, size = dtypes[kinds], pieces[0].shape[0]
-            # The pairs stay until the next slab's are there. If all were freed before, the C library might return the
-            # memory to the kernel, and to get it back costs several times what the arithmetic does.
             pairs = factors(pieces if dtype is None else [xp.astype(piece, dtype, copy=False) for piece in pieces])
             dot = framework.dot if size >= DOT_LENGTH else None
             parts.append([total(left * right) if dot is None else dot(xp, left, right) for left, right in pairs])
+            # The C library returns freed memory to the kernel if nothing lies above it. To get it back for each slab
+            # costs several times what the arithmetic does. So an array that is not used stays above the first
+            # slab's.
+            if dot is None and above is None:
+                above = xp.zeros_like(pairs[0][0])
             if size:
                 least += [smallest(pieces[index]) for index in nonnegative]
         ends.append(len(parts))
