@@ -6,12 +6,16 @@ has PyTorch's, JAX's and TensorFlow's arrays live on a GPU.
 """
 
 import os
-from typing import Any
+import sys
+from typing import Any, cast
 
 import pytest
 from hypothesis import settings
 
 from tests.backends import BACKENDS, load
+
+# A torchvision that does not fit the installed PyTorch fails where ``transformers`` loads it. No test needs one.
+cast(dict[str, Any], sys.modules)["torchvision"] = None
 
 settings.register_profile("ci", max_examples=50, deadline=None, derandomize=True, database=None)
 # JAX and TensorFlow compile anew, or look up a kernel, for every new shape, which is most of what examples cost there.

@@ -644,13 +644,8 @@ def test_hooks_are_gone_after_training_whatever_happens() -> None:
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("transformers"), reason="transformers is not installed")
-def test_models_of_transformers_are_exact_and_covered(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_models_of_transformers_are_exact_and_covered() -> None:
     """GPT-2's matrices are stored as [d_in, d_out]; Llama has rotations and grouped heads; BERT is a classifier."""
-    find_spec = importlib.util.find_spec
-    # Models of text need no torchvision, and one that does not fit PyTorch must not spoil them.
-    monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name, *a: None if name == "torchvision" else find_spec(name, *a)
-    )
     hf: Any = importlib.import_module("transformers")
 
     torch.manual_seed(0)
