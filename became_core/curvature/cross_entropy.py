@@ -21,7 +21,7 @@ import numpy as np
 from became_core.arrays import Array, device, namespace
 from became_core.errors import BecameError
 
-__all__ = ["Pushforward", "TapMode", "derivatives_along", "log_softmax", "logit_cotangents"]
+__all__ = ["Pushforward", "TapMode", "derivative_sums", "derivatives_along", "log_softmax", "logit_cotangents"]
 
 # Which gradient a backward pass begins with:
 #
@@ -117,7 +117,7 @@ def derivatives_along(batches: Iterable[Pushforward]) -> tuple[Array, Array]:
     slope = curvature = None
     samples = 0
     for batch in batches:
-        slope_part, curvature_part = _sums(*batch)
+        slope_part, curvature_part = derivative_sums(*batch)
         slope = slope_part if slope is None else slope + slope_part
         curvature = curvature_part if curvature is None else curvature + curvature_part
         samples += batch.logits.shape[0]
@@ -126,17 +126,26 @@ def derivatives_along(batches: Iterable[Pushforward]) -> tuple[Array, Array]:
     return slope / samples, curvature / samples
 
 
-def _sums(logits: Array, tangents: Array, labels: Array) -> tuple[Array, Array]:
-    """Return the slopes and curvatures of a batch, as sums over its samples."""
+def derivative_sums(logits: Array, tangents: Array, labels: Array, weights: Array | None = None) -> tuple[Array, Array]:
+    """Return the sums over rows of the slopes, [K], and of the curvatures, [K, K], along K directions.
+
+    Args:
+        logits: [rows, classes].
+        tangents: the derivatives of the logits, [K, rows, classes].
+        labels: integers [rows].
+        weights: how much each row counts, [rows]; 1 each if not given.
+    """
     xp = namespace(logits=logits, tangents=tangents, labels=labels)
     p = xp.exp(log_softmax(logits))
     expected = xp.sum(p * tangents, axis=-1, keepdims=True)
     at_label = xp.take_along_axis(tangents, xp.broadcast_to(labels[None, :, None], expected.shape), axis=-1)
     # The covariance is computed from centred values; E[v v] - E[v] E[v] would cancel where the variance is small.
-    centred = tangents - expected
+    centred, slopes = tangents - expected, expected - at_label
+    if weights is not None:
+        p, slopes = p * weights[:, None], slopes * weights[:, None]
     rows = (tangents.shape[0], -1)
     weighted = xp.reshape(p * centred, rows)
     curvature = xp.matmul(weighted, xp.matrix_transpose(xp.reshape(centred, rows)))
     # The product is symmetric up to rounding; the mean with its transpose is symmetric to the bit.
     symmetric = (curvature + xp.matrix_transpose(curvature)) / 2
-    return xp.sum(expected - at_label, axis=(1, 2)), symmetric
+    return xp.sum(slopes, axis=(1, 2)), symmetric

@@ -26,7 +26,7 @@ from typing import Any, Literal, Self
 import numpy as np
 
 from became_core.arrays import Array, device, namespace
-from became_core.curvature.cross_entropy import TapMode, log_softmax, logit_cotangents
+from became_core.curvature.cross_entropy import TapMode, derivative_sums, log_softmax, logit_cotangents
 from became_core.errors import BecameError
 
 __all__ = ["LIKELIHOODS", "Bernoulli", "Categorical", "Gaussian", "Likelihood", "likelihood_named"]
@@ -137,14 +137,8 @@ class Categorical(Likelihood):
         if self.shift:
             tangents = tangents[:, :, :-1, ...]
         logits, labels, weights = self._flat(self._own(outputs), self._own(targets))
-        xp: Any = namespace(logits=logits, tangents=tangents)
-        tangents = xp.reshape(tangents, (tangents.shape[0], *logits.shape))
-        p = xp.exp(log_softmax(logits))
-        expected = xp.sum(p * tangents, axis=-1, keepdims=True)
-        at_label = xp.take_along_axis(tangents, xp.broadcast_to(labels[None, :, None], expected.shape), axis=-1)
-        centred = tangents - expected  # E[v v] - E[v] E[v] would cancel where the variance is small
-        slope = xp.sum(weights * (expected - at_label)[..., 0], axis=1)
-        return slope, _gram(xp, centred, p * weights[:, None])
+        tangents = namespace(tangents=tangents).reshape(tangents, (tangents.shape[0], *logits.shape))
+        return derivative_sums(logits, tangents, labels, weights)
 
     def _own(self, array: Array) -> Array:
         """Return outputs [N, L, C] or targets [N, L] without what has no counterpart, if predictions are shifted."""
