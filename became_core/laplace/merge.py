@@ -1,7 +1,7 @@
 """Merging models: alpha* and convex combinations (BECAME, Section 3.2 and Algorithm 1)."""
 
 import math
-from collections.abc import Sequence, Set
+from collections.abc import Callable, Sequence, Set
 from typing import Any
 
 import numpy as np
@@ -69,10 +69,10 @@ def optimal_alpha(
         leaf, a tree of such in the structure of theta_gp. 0 (keep the stable model) where the models agree or nothing
         is curved. Merge with ``merge``.
 
-    What no optimiser moves is left out, whether the other trees have it or not, so that state dicts can be given:
-    leaves that hold integers or booleans in both models, and the statistics of normalisation layers, by their names
-    ``running_mean``, ``running_var``, ``moving_mean`` and ``moving_variance``. Per layer they belong to their layer;
-    per leaf their coefficient is 0.
+    State dicts can be given as they are, because leaves that no optimiser moves have no part in alpha: those that hold
+    integers or booleans in both models, and the statistics of normalisation layers, which are known by their names
+    ``running_mean``, ``running_var``, ``moving_mean`` and ``moving_variance``. The Fisher matrices, the gradient and
+    the mean may have them or not. Per layer such a leaf has its layer's coefficient, and per leaf its coefficient is 0.
 
     Raises:
         BecameError: if structures, shapes, frameworks or devices differ, a Fisher value is negative, an array is sparse
@@ -110,26 +110,30 @@ def optimal_alpha(
 
 def _no_weights(theta_gp: Params, theta_hat: Params) -> set[str]:
     """Return the leaves that are statistics of normalisation layers by their names, or hold no real numbers in both."""
-    whole: dict[Any, bool] = {}
-
-    def is_whole(leaf: Array) -> bool:
-        # Once for each dtype, because to ask a framework takes as long as a small leaf's arithmetic.
-        kind = type(leaf), getattr(leaf, "dtype", None)
-        if kind not in whole:
-            whole[kind] = _is_whole(leaf)
-        return whole[kind]
-
+    holds_integers = _integer_test()
     return {
         path
         for path, leaf in theta_gp.items()
         if path in theta_hat
-        and (path.rpartition(".")[2] in STATISTICS or (is_whole(leaf) and is_whole(theta_hat[path])))
+        and (path.rpartition(".")[2] in STATISTICS or (holds_integers(leaf) and holds_integers(theta_hat[path])))
     }
 
 
-def _is_whole(leaf: Any) -> bool:
-    """Whether an array holds integers or booleans."""
-    return is_array(leaf) and bool(namespace(leaf=leaf).isdtype(leaf.dtype, ("integral", "bool")))
+def _integer_test() -> Callable[[Any], bool]:
+    """Return a function that says whether an array holds integers or booleans.
+
+    It asks a framework once for each dtype, because that takes as long as a small leaf's arithmetic.
+    """
+    known: dict[Any, bool] = {}
+
+    def holds_integers(leaf: Any) -> bool:
+        kind = type(leaf), getattr(leaf, "dtype", None)
+        if kind not in known:
+            xp = namespace(leaf=leaf) if is_array(leaf) else None
+            known[kind] = xp is not None and bool(xp.isdtype(leaf.dtype, ("integral", "bool")))
+        return known[kind]
+
+    return holds_integers
 
 
 def _without(paths: Set[str], tree: Tree) -> dict[str, Array]:
@@ -153,15 +157,23 @@ def merge(theta_gp: Tree, theta_hat: Tree, alpha: Array | Tree | float) -> Tree:
         BecameError: if structures, shapes, frameworks or devices differ, an array is sparse or masked, or alpha is not
             finite.
     """
+    holds_integers = _integer_test()
     for leaf in aligned_leaves(theta_gp=theta_gp, theta_hat=theta_hat):
-        if not all(map(_is_whole, leaf.values())):
+        if not all(map(holds_integers, leaf.values())):
             reduction_dtype(namespace(**leaf), **leaf)
+
+    def merged(stable: Array, plastic: Array, number: Any) -> Array:
+        number = _number(number, stable)
+        if holds_integers(stable) and holds_integers(plastic):
+            return _nearer(stable, plastic, number)
+        return _between(stable, plastic, number)
+
     if isinstance(alpha, int | float) or is_array(alpha):
         _check_alpha(alpha)
-        return map_leaves(lambda stable, plastic: _between(stable, plastic, alpha), theta_gp, theta_hat)
+        return map_leaves(lambda stable, plastic: merged(stable, plastic, alpha), theta_gp, theta_hat)
     for path, number in named_leaves(alpha).items():
         _check_alpha(number, label("alpha", path))
-    return map_leaves(_between, theta_gp, theta_hat, alpha)
+    return map_leaves(merged, theta_gp, theta_hat, alpha)
 
 
 def _check_alpha(alpha: Any, name: str = "alpha") -> None:
@@ -191,13 +203,18 @@ def combine(models: Sequence[Tree], coefficients: Array | Sequence[float]) -> Tr
     count = len(coefficients) if isinstance(coefficients, Sequence) else int(coefficients.shape[0])
     if not models or count != len(models):
         raise BecameError(f"there are {len(models)} models and {count} coefficients; give one coefficient a model.")
+    holds_integers = _integer_test()
     for leaf in aligned_leaves(**{f"model {index}": model for index, model in enumerate(models)}):
-        if not all(map(_is_whole, leaf.values())):
+        if not all(map(holds_integers, leaf.values())):
             reduction_dtype(namespace(**leaf), **leaf)
     numbers = [coefficients[index] for index in range(count)]
     _check_sum(numbers)
     weights = numbers[1:]
-    return map_leaves(lambda *leaves: _combination(leaves, weights), *models)
+
+    def combined(*leaves: Array) -> Array:
+        return leaves[-1] if all(map(holds_integers, leaves)) else _combination(leaves, weights)
+
+    return map_leaves(combined, *models)
 
 
 def _check_sum(coefficients: Sequence[Any]) -> None:
@@ -215,8 +232,6 @@ def _check_sum(coefficients: Sequence[Any]) -> None:
 
 def _combination(leaves: Sequence[Array], weights: Sequence[Any]) -> Array:
     first = leaves[0]
-    if all(map(_is_whole, leaves)):
-        return leaves[-1]
     xp = namespace(model=first)
     dtype = reduction_dtype(xp, model=first)
     origin = xp.astype(first, dtype, copy=False)
@@ -226,13 +241,14 @@ def _combination(leaves: Sequence[Array], weights: Sequence[Any]) -> Array:
     return xp.astype(total, first.dtype, copy=False)
 
 
+def _nearer(stable: Array, plastic: Array, alpha: Any) -> Array:
+    is_stable = alpha < 0.5
+    if isinstance(is_stable, bool):
+        return stable if is_stable else plastic
+    return namespace(stable=stable).where(is_stable, stable, plastic)
+
+
 def _between(stable: Array, plastic: Array, alpha: Any) -> Array:
-    alpha = _number(alpha, stable)
-    if _is_whole(stable) and _is_whole(plastic):
-        nearer = alpha < 0.5
-        if isinstance(nearer, bool):
-            return stable if nearer else plastic
-        return namespace(stable=stable).where(nearer, stable, plastic)
     arrays = {"theta_gp": stable, "theta_hat": plastic} | ({} if isinstance(alpha, int | float) else {"alpha": alpha})
     xp = namespace(**arrays)
     dtype = reduction_dtype(xp, **arrays)
