@@ -124,7 +124,8 @@ class Dataset:
                     "uint8 images are of pixels scaled to [0, 1], so divide them by 255."
                 )
             return
-        per_channel = np.mean(np.square(images, dtype=np.float64), axis=(0, 2, 3))
+        # Without an array of squares, which would be as large as the images, or larger.
+        per_channel = np.einsum("nchw,nchw->c", images, images, dtype=np.float64) / (images.size / images.shape[1])
         if not np.isfinite(per_channel).all():
             raise BecameError(f"the images of {self.name} have a number that is not finite.")
         first = np.mean(images, axis=(0, 2, 3), dtype=np.float64)

@@ -232,7 +232,8 @@ class EWCRecipe(MethodRecipe):
 
     def __post_init__(self) -> None:
         """Check the strength."""
-        _check_strength(self.strength)
+        if not self.strength >= 0:
+            raise BecameError(f"the EWC strength is {self.strength}; it must be at least 0.")
 
     def build(self) -> Method:
         """Return the method."""
@@ -240,29 +241,17 @@ class EWCRecipe(MethodRecipe):
 
 
 @dataclass(frozen=True)
-class OnlineEWCRecipe(_WithDecay):
-    """Penalised by one quadratic, recentred at each task, which decays (Huszar 2018; Schwarz 2018).
-
-    Attributes:
-        strength: lambda, the strength of the penalty, whose Fisher matrices are means over samples and sums over
-            tasks; at least 0.
-    """
-
-    strength: float = setting(100.0, option="ewc_strength")
+class OnlineEWCRecipe(_WithDecay, EWCRecipe):
+    """Penalised by one quadratic, recentred at each task, which decays (Huszar 2018; Schwarz 2018)."""
 
     def __post_init__(self) -> None:
         """Check the numbers."""
-        super().__post_init__()
-        _check_strength(self.strength)
+        _WithDecay.__post_init__(self)
+        EWCRecipe.__post_init__(self)
 
     def build(self) -> Method:
         """Return the method."""
         return Method("ewc-online", penalty_strength=self.strength, decay=self.decay)
-
-
-def _check_strength(strength: float) -> None:
-    if not strength >= 0:
-        raise BecameError(f"the EWC strength is {strength}; it must be at least 0.")
 
 
 @dataclass(frozen=True)

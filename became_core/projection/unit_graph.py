@@ -62,7 +62,7 @@ def find_unit_graph(start: TaskStart) -> UnitGraph:
         start: the task with whose head and samples the network is tried.
 
     Raises:
-        BecameError: if a layer does not read the units of other layers one by one, or there is no layer to gate.
+        BecameError: if a layer does not read the units of other layers one by one.
     """
     theta = start.weights
     layers = tuple(name for name in theta if name in start.projectable)
