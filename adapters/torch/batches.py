@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from adapters.torch.layers import modes_kept
 from became_core import BecameError
 
 __all__ = ["Applied", "Reader", "in_evaluation", "repeatable", "to_device", "with_progress"]
@@ -105,13 +106,9 @@ def to_device(tree: Any, device: torch.device) -> Any:
 @contextmanager
 def in_evaluation(model: nn.Module) -> Iterator[None]:
     """Put a model into evaluation mode, and every module back into the mode that it was in."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
+    with modes_kept(model):
+        model.eval()
         yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def repeatable(batches: Iterable[Any]) -> Iterable[Any]:

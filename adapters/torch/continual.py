@@ -379,10 +379,11 @@ def _second_moments(optimizer: Optimizer, trained: Mapping[str, nn.Parameter], s
     if samples is None or samples < 1:
         raise BecameError("remembering an optimizer needs samples=, how many samples or tokens a step had, at least 1.")
     fisher: Params = {}
+    names = {parameter: name for name, parameter in trained.items()}
     for group in unwrapped(optimizer).param_groups:
         betas = group.get("betas")
         for value in group["params"]:
-            name = next((name for name, parameter in trained.items() if parameter is value), None)
+            name = names.get(value)
             state = optimizer.state.get(value, {})
             if name is None or "exp_avg_sq" not in state or betas is None:
                 continue

@@ -31,7 +31,7 @@ Loss = Callable[[Tensor, Any], Tensor]
 Batches = Iterable[Any]
 Kind = Literal["empirical", "true", "sampled"]
 
-ONE_PASS = "which one pass over the data does not gather; choose GPM, SGP or NSCL."
+NOT_GATHERED = "this projector remembers gradients, which one pass does not gather; choose GPM, SGP or NSCL."
 
 # The part of the way along a direction at whose two sides slopes are taken.
 STEP = 0.01
@@ -244,15 +244,11 @@ class InputGrams:
 
     def gradient_grams(self) -> Params:
         """Raise a BecameError: only what layers read is gathered."""
-        raise BecameError(
-            "this projector remembers gradients, which one pass does not gather; choose GPM, SGP or NSCL."
-        )
+        raise BecameError(NOT_GATHERED)
 
     def logit_gradients(self, count: int) -> Iterator[Params]:
         """Raise a BecameError, as ``gradient_grams`` does."""
-        raise BecameError(
-            "this projector remembers gradients, which one pass does not gather; choose GPM, SGP or NSCL."
-        )
+        raise BecameError(NOT_GATHERED)
 
 
 class NewTask:

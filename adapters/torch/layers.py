@@ -21,6 +21,7 @@ __all__ = [
     "estimate_statistics",
     "is_batch_norm",
     "is_frozen_norm",
+    "modes_kept",
     "moments",
     "patches",
     "running_norms",
@@ -114,6 +115,17 @@ def batch_statistics(network: nn.Module, norms: Mapping[nn.Module, str], inputs:
     yield from passes
 
 
+@contextmanager
+def modes_kept(module: nn.Module) -> Iterator[None]:
+    """Give all modules within a module the modes back that they had, after this context."""
+    modes = [(layer, layer.training) for layer in module.modules()]
+    try:
+        yield
+    finally:
+        for layer, mode in modes:
+            layer.training = mode
+
+
 @torch.no_grad()
 def estimate_statistics(model: nn.Module, passes: Iterable[Callable[[], Any]]) -> None:
     """Estimate the running statistics of a model's batch norms anew, as the mean over batches of each batch's own.
@@ -131,19 +143,18 @@ def estimate_statistics(model: nn.Module, passes: Iterable[Callable[[], Any]]) -
         and module.running_mean is not None
         and all(parameter.requires_grad for parameter in module.parameters())
     ]
-    before = [(module, module.training) for module in model.modules()], [module.momentum for module in norms]
-    model.eval()
-    for module in norms:
-        module.reset_running_stats()
-        module.momentum = None  # the plain mean over batches
-        module.training = True
+    momenta = [module.momentum for module in norms]
     try:
-        for run in passes:
-            run()
+        with modes_kept(model):
+            model.eval()
+            for module in norms:
+                module.reset_running_stats()
+                module.momentum = None  # the plain mean over batches
+                module.training = True
+            for run in passes:
+                run()
     finally:
-        for changed, training in before[0]:
-            changed.training = training
-        for module, momentum in zip(norms, before[1], strict=True):
+        for module, momentum in zip(norms, momenta, strict=True):
             module.momentum = momentum
 
 

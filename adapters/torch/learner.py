@@ -23,7 +23,7 @@ from torch.nn import functional
 from adapters.backend import Heads, NetworkLearner
 from adapters.networks import Architecture
 from adapters.torch.derivatives import Derivatives
-from adapters.torch.layers import batch_statistics, is_batch_norm, is_frozen_norm, running_norms
+from adapters.torch.layers import batch_statistics, is_batch_norm, is_frozen_norm, modes_kept, running_norms
 from adapters.torch.linear import constrained_inputs, plain_linear_layers
 from adapters.torch.networks import Described, MultiHead, draw_masks_from
 from adapters.torch.tapping import Layouts, collect_inputs, collect_taps, matrices_of
@@ -123,7 +123,7 @@ class TorchLearner(NetworkLearner):
         probe = next(backbone.parameters(), torch.zeros(()))
         with ExitStack() as context:
             context.enter_context(torch.no_grad())
-            context.enter_context(_as_it_was(backbone))
+            context.enter_context(modes_kept(backbone))
             backbone.eval()
             for norm in filter(is_batch_norm, backbone.modules()):
                 context.callback(norm.register_forward_pre_hook(look).remove)
@@ -133,7 +133,7 @@ class TorchLearner(NetworkLearner):
     @contextmanager
     def _working(self, training: bool) -> Iterator[None]:
         """Put the network into training or evaluation mode for the time of this context, except for what is frozen."""
-        with _as_it_was(self.network):
+        with modes_kept(self.network):
             self.network.train(training)
             for layer in self._in_evaluation:
                 layer.eval()
@@ -148,9 +148,11 @@ class TorchLearner(NetworkLearner):
 
     def _measured(self, items: Iterator[T], training: bool = False) -> Iterator[T]:
         before = {name: value.clone() for name, value in self._buffers().items()}
-        with self._working(training):
-            yield from items
-        self._put_buffers(before)
+        try:
+            with self._working(training):
+                yield from items
+        finally:  # also if whoever asked stops early, or a pass fails
+            self._put_buffers(before)
 
     def _buffers(self) -> dict[str, Tensor]:
         """Return what the network stores besides its parameters; a forward pass may put other tensors there."""
@@ -187,67 +189,66 @@ class TorchLearner(NetworkLearner):
         rng: np.random.Generator,
     ) -> Trained:
         """Take one step on each batch."""
-        names = constraint.trainable - self._frozen
+        with self._stepping(constraint.trainable - self._frozen):
+            trained = {name: parameter for name, parameter in self._named.items() if parameter.requires_grad}
+            if self._plain_layers is None:
+                self._plain_layers = self._find_plain_layers(batches[0])
+            self._masks(rng)
+            total = torch.zeros((), device=self.device, dtype=torch.promote_types(self._dtype, torch.float32))
+            theta: Params = {name: parameter.detach() for name, parameter in trained.items()}
+            region = constraint.region
+            if region is not None:
+                trains = constraint.trains_scales
+                scales = {key: scale.clone().requires_grad_(trains) for key, scale in region.scales.items()}
+                region, theta = region.with_scales(scales), theta | scales
+                trained |= scales if trains else {}
+            with constrained_inputs(self._plain_layers, constraint, optimiser, region) as done:
+                remaining = None if region is None else region.without(done.beneath)
+                if remaining is not None:  # the network's own weights become the effective ones
+                    theta |= {name: self._named[name].detach().clone() for name in remaining.weights}
+                    self._work_with(remaining, theta)
+                for batch, rate in zip(batches, rates, strict=True):
+                    images, targets = self._batch(batch.indices, batch.views)
+                    with torch.autocast(self.device.type, torch.bfloat16, enabled=self._mixed_precision):
+                        logits = self.network(images, batch.task)
+                    loss = functional.cross_entropy(logits.to(images.dtype), targets)
+                    for parameter in trained.values():
+                        parameter.grad = None
+                    loss.backward()  # type: ignore[no-untyped-call]
+                    gradients = {name: value.grad for name, value in trained.items() if value.grad is not None}
+                    with torch.no_grad():
+                        directions, optimiser = constraint.directions(gradients, theta, float(rate), optimiser, *done)
+                        for name, direction in directions.items():
+                            theta[name].sub_(direction, alpha=float(rate))
+                    if remaining is not None:
+                        self._work_with(remaining, theta)
+                    total += loss.detach() * len(batch.indices)
+            samples = sum(len(batch.indices) for batch in batches)
+            if region is not None:
+                self.assign({name: theta.get(name, value) for name, value in self.parameters().items()})
+                region = region.with_scales({key: theta[key].detach() for key in region.scales})
+            return Trained(float(total) / samples, optimiser, region)
+
+    @contextmanager
+    def _stepping(self, names: frozenset[str]) -> Iterator[None]:
+        """Let only these parameters need a gradient, and put the network into training mode, inside this context."""
         try:
             for name, parameter in self._named.items():
                 parameter.requires_grad_(name in names)
             with self._working(training=True):
-                return self._trained(batches, rates, constraint, optimiser, rng)
+                yield
         finally:
             for name, parameter in self._named.items():
                 parameter.requires_grad_(name not in self._frozen)
 
-    def _trained(
-        self,
-        batches: Sequence[Batch],
-        rates: NDArray[np.float64],
-        constraint: Constraint,
-        optimiser: Optimiser,
-        rng: np.random.Generator,
-    ) -> Trained:
-        trained = {name: parameter for name, parameter in self._named.items() if parameter.requires_grad}
-        if self._plain_layers is None:
-            draw_masks_from(self.network, None)
-            few = self._batch(batches[0].indices[:3])[0], batches[0].task
-            before = {name: value.clone() for name, value in self._buffers().items()}
-            plain = plain_linear_layers(self.network, self._layers, few)
-            self._put_buffers(before)
-            self._plain_layers = {module: name for module, name in self._layers.items() if module in plain}
-        self._masks(rng)
-        total = torch.zeros((), device=self.device, dtype=torch.promote_types(self._dtype, torch.float32))
-        theta: Params = {name: parameter.detach() for name, parameter in trained.items()}
-        region = constraint.region
-        if region is not None:
-            trains = constraint.trains_scales
-            scales = {key: scale.clone().requires_grad_(trains) for key, scale in region.scales.items()}
-            region, theta = region.with_scales(scales), theta | scales
-            trained |= scales if trains else {}
-        with constrained_inputs(self._plain_layers, constraint, optimiser, region) as done:
-            remaining = None if region is None else region.without(done.beneath)
-            if remaining is not None:  # the network's own weights become the effective ones
-                theta |= {name: self._named[name].detach().clone() for name in remaining.weights}
-                self._work_with(remaining, theta)
-            for batch, rate in zip(batches, rates, strict=True):
-                images, targets = self._batch(batch.indices, batch.views)
-                with torch.autocast(self.device.type, torch.bfloat16, enabled=self._mixed_precision):
-                    logits = self.network(images, batch.task)
-                loss = functional.cross_entropy(logits.to(images.dtype), targets)
-                for parameter in trained.values():
-                    parameter.grad = None
-                loss.backward()  # type: ignore[no-untyped-call]
-                gradients = {name: value.grad for name, value in trained.items() if value.grad is not None}
-                with torch.no_grad():
-                    directions, optimiser = constraint.directions(gradients, theta, float(rate), optimiser, *done)
-                    for name, direction in directions.items():
-                        theta[name].sub_(direction, alpha=float(rate))
-                if remaining is not None:
-                    self._work_with(remaining, theta)
-                total += loss.detach() * len(batch.indices)
-        samples = sum(len(batch.indices) for batch in batches)
-        if region is not None:
-            self.assign({name: theta.get(name, value) for name, value in self.parameters().items()})
-            region = region.with_scales({key: theta[key].detach() for key in region.scales})
-        return Trained(float(total) / samples, optimiser, region)
+    def _find_plain_layers(self, batch: Batch) -> dict[nn.Module, str]:
+        """Return the linear layers that compute nothing but their product; what the network stores stays as it is."""
+        draw_masks_from(self.network, None)
+        few = self._batch(batch.indices[:3])[0], batch.task
+        before = {name: value.clone() for name, value in self._buffers().items()}
+        plain = plain_linear_layers(self.network, self._layers, few)
+        self._put_buffers(before)
+        return {module: name for module, name in self._layers.items() if module in plain}
 
     @torch.no_grad()
     def _work_with(self, region: Region, theta: Params) -> None:
@@ -304,14 +305,3 @@ class TorchLearner(NetworkLearner):
         torch.manual_seed(int(rng.integers(2**63)))
         draw_masks_from(self.network, None if self._masks_by_framework else rng)
         return lambda number, samples: None  # the modules draw them
-
-
-@contextmanager
-def _as_it_was(module: nn.Module) -> Iterator[None]:
-    """Give all modules within a module the modes back that they had."""
-    modes = [(layer, layer.training) for layer in module.modules()]
-    try:
-        yield
-    finally:
-        for layer, mode in modes:
-            layer.training = mode
