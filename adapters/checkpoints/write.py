@@ -7,7 +7,6 @@ done: a merge of the same plan and the same inputs goes on from there, and ends 
 """
 
 import errno
-import hashlib
 import json
 import os
 import shutil
@@ -20,6 +19,7 @@ from typing import Any, BinaryIO
 from adapters.checkpoints.align import Leaf
 from adapters.checkpoints.job import Job
 from adapters.checkpoints.tensors import DTYPES, safetensors_header, size_text
+from adapters.runs.files import digest
 from adapters.runs.lock import locked
 from became_core import BecameError
 
@@ -108,7 +108,7 @@ def identity(job: Job) -> str:
             state = file.stat()
             files.append([str(file.absolute()), state.st_size, state.st_mtime_ns])
     text = json.dumps([job.plan.as_words(), files], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
+    return digest(text.encode())
 
 
 class Journal:
