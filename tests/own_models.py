@@ -17,12 +17,19 @@ from adapters.networks import (
     ReLU,
     Residual,
 )
+from became_core.arrays import Params
 from became_core.continual import Annealed, Learner, TaskStream, Training, build_method, learn
 from became_core.continual.measurement import Measurement
 from tests.backends import to_numpy
 from tests.streams import prototype_stream
 
-__all__ = ["DESCRIPTION", "IMAGE", "check_it_has_the_taps_of_its_description", "check_it_learns_as_its_description"]
+__all__ = [
+    "DESCRIPTION",
+    "IMAGE",
+    "check_it_has_the_taps_of_its_description",
+    "check_it_learns_as_its_description",
+    "check_it_learns_from",
+]
 
 IMAGE = (2, 8, 8)
 DESCRIPTION = Architecture(
@@ -63,3 +70,17 @@ def check_it_has_the_taps_of_its_description(make: MakeLearner, backbone: Backbo
     )
     for name, value in theirs.items():
         np.testing.assert_allclose(to_numpy(ours[name]), to_numpy(value), rtol=1e-3, atol=1e-6, err_msg=name)
+
+
+def check_it_learns_from(initial: dict[str, Any], learner: Learner, stream: TaskStream, training: Training) -> Params:
+    """A network of a user's own begins with the weights it has, and all of them move; its parameters are returned."""
+    before = learner.parameters()
+    for name, value in initial.items():
+        np.testing.assert_array_equal(before[name], value)
+    record = learn(learner, stream, build_method("became"), training)
+    assert record.alpha[1] is not None
+    assert 0 <= record.alpha[1] <= 1
+    after = learner.parameters()
+    moved = {name for name, value in after.items() if not np.array_equal(value, before[name])}
+    assert set(before) - learner.running_statistics <= moved
+    return after

@@ -16,13 +16,13 @@ from adapters.backend.entry import first_installed
 from adapters.benchmarks.catalogue import BENCHMARKS
 from adapters.cli.__main__ import main
 from adapters.networks import NETWORKS
-from adapters.runs import Checkpoints, RunDirectory
+from adapters.runs import RunDirectory
 from adapters.runs.configuration import Configuration
 from adapters.runs.directory import read_record
 from adapters.runs.files import read_sealed, write_sealed
 from adapters.torch.run import BACKEND
 from became_core import BecameError
-from became_core.continual import RunState, method_names
+from became_core.continual import method_names
 from became_core.projection import PROJECTORS
 
 SHORT = ["--preset", "quick", "--epochs", "1", "--stage2-epochs", "1", "--batch-size", "64", "--first", "2"]
@@ -53,19 +53,13 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 @pytest.fixture
-def interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+def interrupted(tmp_path: Path, after_saves: Callable[[int], None]) -> Callable[..., Path]:
     """A command that was interrupted within its first run."""
 
     def make(*more: str) -> Path:
-        save = Checkpoints.save
-
-        def save_and_stop(self: Checkpoints, state: RunState) -> None:
-            save(self, state)
-            raise KeyboardInterrupt
-
-        monkeypatch.setattr(Checkpoints, "save", save_and_stop)
+        after_saves(1)
         assert main(command(tmp_path / "out", *more)) == 130
-        monkeypatch.setattr(Checkpoints, "save", save)
+        after_saves(0)
         return tmp_path / "out"
 
     return make

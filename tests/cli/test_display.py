@@ -5,6 +5,7 @@ import json
 import logging
 import math
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,10 +13,10 @@ from rich.console import Console
 
 from adapters.cli.display import LOGGER, RunProgress, logged
 from adapters.cli.main import main
-from adapters.runs import Checkpoints, RunDirectory
+from adapters.runs import RunDirectory
 from adapters.runs.files import write_file
 from adapters.torch.run import BACKEND
-from became_core.continual import EpochEnd, RunState, TaskEnd
+from became_core.continual import EpochEnd, TaskEnd
 
 RUN = ["--preset", "quick", "--methods", "gpm", "--epochs", "1", "--batch-size", "64", "--first", "2"]
 
@@ -69,20 +70,11 @@ def test_a_dry_run_is_an_object_too(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize(("more", "told"), [([], True), (["--quiet"], False), (["--log-level", "error"], False)])
 def test_a_damaged_checkpoint_is_a_warning(
-    more: list[str], told: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    more: list[str], told: bool, tmp_path: Path, after_saves: Callable[[int], None], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    saved, save = 0, Checkpoints.save
-
-    def save_twice(self: Checkpoints, state: RunState) -> None:
-        nonlocal saved
-        save(self, state)
-        saved += 1
-        if saved == 2:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Checkpoints, "save", save_twice)
-        assert main(BACKEND, [*RUN, "--out", str(tmp_path)]) == 130
+    after_saves(2)
+    assert main(BACKEND, [*RUN, "--out", str(tmp_path)]) == 130
+    after_saves(0)
     last = sorted((tmp_path / "gpm-seed0" / "checkpoints").glob("*.json"))[-1]
     write_file(last, b"{")
     capsys.readouterr()

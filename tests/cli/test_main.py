@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,9 +18,8 @@ from adapters.cli import display
 from adapters.cli.main import main
 from adapters.cli.options import parse_request
 from adapters.cli.running import requested_jobs
-from adapters.runs import Checkpoints, RunDirectory
+from adapters.runs import RunDirectory
 from adapters.torch.run import BACKEND
-from became_core.continual import RunState
 from tests.streams import prototype_stream
 
 SHORT = ["--preset", "quick", "--epochs", "1", "--stage2-epochs", "1", "--curvature-samples", "64"]
@@ -133,7 +133,10 @@ def test_the_same_method_or_seed_twice_is_one_run(finished: Path, capsys: pytest
 
 
 def test_a_run_records_its_threads_and_keeps_them(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    after_saves: Callable[[int], None],
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """One for a small network, whatever the framework would take; others where they are asked for."""
     asked_for: list[int | None] = []
@@ -145,15 +148,9 @@ def test_a_run_records_its_threads_and_keeps_them(
     backend = replace(BACKEND, use_threads=use_threads)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     run = [*SHORT, "--methods", "finetune", "--first", "2", "--out", str(tmp_path)]
-
-    def stop(self: Checkpoints, state: RunState) -> None:
-        save(self, state)
-        raise KeyboardInterrupt
-
-    save = Checkpoints.save
-    with monkeypatch.context() as interrupted:
-        interrupted.setattr(Checkpoints, "save", stop)
-        assert main(backend, [*run, "--threads", "2"]) == 130
+    after_saves(1)
+    assert main(backend, [*run, "--threads", "2"]) == 130
+    after_saves(0)
     assert RunDirectory(tmp_path, "finetune", 0).threads == 2
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     assert requested_jobs(parse_request("run", run, backend=False), backend)[0].threads(STREAM) == 3
@@ -168,19 +165,13 @@ def test_a_run_records_its_threads_and_keeps_them(
 
 
 def test_a_run_that_goes_on_with_other_threads_says_so(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, after_saves: Callable[[int], None], capsys: pytest.CaptureFixture[str]
 ) -> None:
     backend = replace(BACKEND, use_threads=lambda threads: threads or 7)
     run = [*SHORT, "--methods", "finetune", "--first", "1", "--out", str(tmp_path)]
-
-    def stop(self: Checkpoints, state: RunState) -> None:
-        save(self, state)
-        raise KeyboardInterrupt
-
-    save = Checkpoints.save
-    with monkeypatch.context() as interrupted:
-        interrupted.setattr(Checkpoints, "save", stop)
-        assert main(backend, [*run, "--threads", "2"]) == 130
+    after_saves(1)
+    assert main(backend, [*run, "--threads", "2"]) == 130
+    after_saves(0)
     capsys.readouterr()
     assert main(backend, [*run, "--threads", "1"]) == 0
     said = "warning: finetune-seed0 began with 2 threads and goes on with 1, so that its last digits may differ"

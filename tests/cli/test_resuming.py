@@ -18,9 +18,9 @@ import pytest
 
 from adapters.backend.entry import Backend, BackendName, load_backend
 from adapters.cli.main import main
-from adapters.runs import Checkpoints, RunDirectory
+from adapters.runs import RunDirectory
 from adapters.runs.events import EventLog
-from became_core.continual import EpochEnd, Learner, RunState, Trained
+from became_core.continual import EpochEnd, Learner, Trained
 
 RUN = [
     "--preset",
@@ -75,26 +75,6 @@ def expected(adapter: Backend, tmp_path_factory: pytest.TempPathFactory) -> dict
     out = tmp_path_factory.mktemp("whole")
     assert main(adapter, command(out)) == 0
     return result(out)
-
-
-@pytest.fixture
-def after_saves(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
-    """Let every following command be interrupted after it has saved so often; never if 0."""
-    save = Checkpoints.save
-
-    def set_to(count: int) -> None:
-        saved = 0
-
-        def save_and_stop(self: Checkpoints, state: RunState) -> None:
-            nonlocal saved
-            save(self, state)
-            saved += 1
-            if saved == count:
-                raise KeyboardInterrupt
-
-        monkeypatch.setattr(Checkpoints, "save", save_and_stop)
-
-    return set_to
 
 
 @pytest.mark.parametrize("method", ["became", "became+trgp"])

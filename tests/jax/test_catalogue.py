@@ -16,7 +16,8 @@ from adapters.jax.flax_module import FlaxBackbone
 from adapters.jax.layers import Pass
 from adapters.jax.learner import JaxLearner
 from became_core import BecameError
-from became_core.continual import Annealed, Training, build_method, learn
+from became_core.continual import Annealed, Training
+from tests.own_models import check_it_learns_from
 from tests.streams import prototype_stream
 
 IMAGE = (2, 8, 8)
@@ -147,15 +148,7 @@ def test_it_learns_from_the_weights_that_it_has(name: str) -> None:
     variables = initial(module)
     backbone = FlaxBackbone.of(module, IMAGE, variables)
     learner = JaxLearner(backbone, STREAM)
-    before = learner.parameters()
-    for entry, value in backbone.initial.items():
-        np.testing.assert_array_equal(before[entry], value)
-    record = learn(learner, STREAM, build_method("became"), TRAINING)
-    assert record.alpha[1] is not None
-    assert 0 <= record.alpha[1] <= 1
-    after = learner.parameters()
-    moved = {entry for entry, value in after.items() if not np.array_equal(value, before[entry])}
-    assert set(before) - learner.running_statistics <= moved
+    after = check_it_learns_from(backbone.initial, learner, STREAM, TRAINING)
     changed = {"params": backbone.params(after), "batch_stats": backbone.batch_stats(after)}
     theirs = jax.jit(module.apply)({**variables, **changed}, IMAGES)
     np.testing.assert_allclose(backbone(Pass(after), IMAGES), theirs, rtol=1e-4, atol=1e-5)

@@ -17,7 +17,8 @@ from adapters.tensorflow.keras_model import KerasBackbone
 from adapters.tensorflow.layers import Pass
 from adapters.tensorflow.learner import TensorFlowLearner
 from became_core import BecameError
-from became_core.continual import Annealed, Training, build_method, learn
+from became_core.continual import Annealed, Training
+from tests.own_models import check_it_learns_from
 from tests.streams import prototype_stream
 
 IMAGE = (2, 8, 8)
@@ -121,15 +122,7 @@ def test_it_learns_from_the_weights_that_it_has(name: str) -> None:
     frozen_before = {variable.path: variable.numpy() for variable in model.non_trainable_variables}
     backbone = KerasBackbone.of(model, IMAGE)
     learner = TensorFlowLearner(backbone, STREAM)
-    before = learner.parameters()
-    for entry, value in backbone.initial.items():
-        np.testing.assert_array_equal(before[entry], value)
-    record = learn(learner, STREAM, build_method("became"), TRAINING)
-    assert record.alpha[1] is not None
-    assert 0 <= record.alpha[1] <= 1
-    after = learner.parameters()
-    moved = {entry for entry, value in after.items() if not np.array_equal(value, before[entry])}
-    assert set(before) - learner.running_statistics <= moved
+    after = check_it_learns_from(backbone.initial, learner, STREAM, TRAINING)
     for variable in model.non_trainable_variables:
         np.testing.assert_array_equal(variable.numpy(), frozen_before[variable.path])
     backbone.assign(after)
