@@ -1,6 +1,6 @@
 """``became doctor``: what this installation has, what it lacks, and the command that installs that.
 
-It needs no framework, and fails at nothing: what cannot be imported is told of.
+It needs no framework. What cannot be imported is a line of the report and not an error.
 """
 
 import os

@@ -72,8 +72,8 @@ def one_of(*words: str) -> Any:
     tyro itself would also offer None, where an option may be left out, and name no nearest word.
     """
 
-    def chosen(given: Sequence[str]) -> Any:
-        (word,) = given
+    def chosen(words_given: Sequence[str]) -> Any:
+        (word,) = words_given
         if word not in words:
             raise ValueError(f"there is no '{word}'{nearest(word, words)}.")
         return {"True": True, "False": False}.get(word, word)
@@ -271,8 +271,8 @@ def short_help(kind: type, prog: str) -> str:
         lines += ["", f"{GROUPS[group.name]}:"]
         explained = [name for name in _EXPLAINED[group.name] if name in members]
         for name in explained:
-            told = next(marker for marker in members[name].__metadata__ if hasattr(marker, "help"))
-            lines += [f"  --{name.replace('_', '-')}", *wrapper.wrap(told.help)]
+            argument = next(marker for marker in members[name].__metadata__ if hasattr(marker, "help"))
+            lines += [f"  --{name.replace('_', '-')}", *wrapper.wrap(argument.help)]
         others = " ".join(f"--{name.replace('_', '-')}" for name in members if name not in explained)
         lines += narrow.wrap(f"also: {others}") if others else []
     return "\n".join(lines)

@@ -257,7 +257,7 @@ def _results_before(jobs: Sequence[Job], load: Callable[[str, Path | None], Data
             if result is None:
                 job.check_unfinished()
     except BecameError:
-        _check_values(jobs, load)  # a value that no run can have is told of before a folder that has another one
+        _check_values(jobs, load)  # a value that no run can have is reported before a folder that holds another run
         raise
     return results
 

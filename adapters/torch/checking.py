@@ -75,7 +75,7 @@ def check_network(
     return NetworkCheck(findings)
 
 
-def _apart(found: Any, expected: Any) -> float:
+def _apart(computed: Any, expected: Any) -> float:
     """Return the largest difference of corresponding tensors, as a share of the largest value."""
     scale = max(float(value.abs().max()) for value in expected) or 1.0
-    return max(float((a - b).abs().max()) for a, b in zip(found, expected, strict=True)) / scale
+    return max(float((a - b).abs().max()) for a, b in zip(computed, expected, strict=True)) / scale

@@ -406,9 +406,9 @@ def _plain_fields(value: Any) -> dict[str, Any]:
     """Return the settings of a dataclass: its fields that JSON can hold."""
     if not is_dataclass(value):
         return {}
-    kept = {each.name: getattr(value, each.name) for each in fields(value) if each.init}
+    values = {part.name: getattr(value, part.name) for part in fields(value) if part.init}
     return {
-        name: each
-        for name, each in kept.items()
-        if isinstance(each, int | float | str | tuple | None) and name != "tasks"
+        name: part
+        for name, part in values.items()
+        if isinstance(part, int | float | str | tuple | None) and name != "tasks"
     }
