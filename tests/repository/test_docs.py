@@ -171,3 +171,8 @@ def test_the_gallery_shows_four_figures_of_a_report_and_the_commands_that_made_t
     assert methods
     plasticity = text(ROOT / "docs" / "figures" / "gallery" / "plasticity.svg")
     assert [name for name in methods[1].split() if f">{name}<" not in plasticity] == []
+
+
+def test_no_page_holds_the_marks_of_a_merge() -> None:
+    pages = [*PAGES, *ROOT.glob("*.md"), *(ROOT / "benchmarks").glob("*.md")]
+    assert [page.name for page in pages if re.search(r"^(<{7} |={7}$|>{7} )", text(page), re.MULTILINE)] == []
