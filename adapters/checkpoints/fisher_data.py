@@ -1,17 +1,19 @@
 """A Fisher file from data: exact per-sample diagonals of a PyTorch model, summed in a stream.
 
-Every sample's own gradient is squared (``torch.func``: vmap over grad, in chunks), never a batch's mean. Kinds:
-``empirical`` takes the labels in the data; ``sampled`` draws them from the model's own prediction, with a generator
-that the seed and the sample's number determine; ``true`` sums over all labels, weighted by their probability. Per
-sample the loss of a sequence is the sum over its tokens; per token each token's loss has a gradient of its own.
+Every sample's own gradient is squared, never a batch's mean. It comes from the taps of ``adapters/torch``, as that of
+``Continual`` does, and what they do not know is computed sample by sample, with one warning that names it. Kinds:
+``empirical`` takes the labels in the data; ``sampled`` draws them from the model's own prediction, in the samples'
+order, so that chunks do not matter; ``true`` sums over all labels, weighted by their probability. Per sample the loss
+of a sequence is the sum over its tokens; per token each token's loss has a gradient of its own, and a backward pass.
 
 What is written are sums and counts. So files of disjoint data add, and a measurement that was stopped goes on: what has
 been summed lies beside the file until it is whole.
 """
 
 import importlib
+import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -40,7 +42,7 @@ class FisherRequest:
         kind: whose labels: ``empirical``, ``sampled`` or ``true``.
         per: ``sample`` or ``token``.
         samples: how many at most; None for all.
-        chunk: how many samples' gradients are in memory at a time.
+        chunk: how many samples run at a time.
         seed: of sampled labels and of random tokens.
     """
 
@@ -113,7 +115,7 @@ def read_samples(data: str, tokenizer: Callable[[str], list[int]] | None = None,
 
 
 def load_model(model: Path, loader: str | None) -> tuple[Any, Callable[[str], list[int]] | None]:
-    """Return a PyTorch module with a model's weights, and its tokenizer if it has one.
+    """Return a PyTorch module with a model's weights in float32, and its tokenizer if it has one.
 
     Args:
         model: the checkpoint.
@@ -131,13 +133,13 @@ def load_model(model: Path, loader: str | None) -> tuple[Any, Callable[[str], li
         module = called(loader)(model)
         if not isinstance(module, Module):
             raise BecameError(f"{loader} returned {type(module).__name__}, not a torch.nn.Module.")
-        return module, None
+        return module.float().requires_grad_(True), None
     try:
         from transformers import AutoModelForCausalLM, AutoTokenizer
     except ModuleNotFoundError:
         raise BecameError("without --load, transformers loads the model; pip install transformers.") from None
     try:
-        network = AutoModelForCausalLM.from_pretrained(model, local_files_only=True, attn_implementation="eager")
+        network = AutoModelForCausalLM.from_pretrained(model, local_files_only=True).float()
         names = {file.name for file in model.iterdir()} if model.is_dir() else set()
         if not names & {"tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json"}:
             return network, None
@@ -172,37 +174,52 @@ def fisher_from_data(
         out: the Fisher file; nothing may be there.
         request: how to measure.
         network: a ``torch.nn.Module`` from inputs to logits, [samples, classes] or [samples, positions, classes], or to
-            an object with ``logits``.
+            an object with ``logits``. Its gradients have its parameters' dtype, and those that need none get none.
         progress: is told how many samples of how many are done.
 
     Raises:
         BecameError: if ``out`` exists, the network's parameters are not the checkpoint's, or a gradient is not finite.
     """
+    import torch
+
+    from adapters.torch.batches import Reader, in_evaluation
+    from adapters.torch.data_loss import DataLoss
+    from became_core.curvature import Categorical, per_sample_square_sum
+
     if out.exists():
         raise BecameError(f"{out} exists; nothing is overwritten.")
     checkpoint = open_checkpoint(model)
     digest = digest_of(checkpoint)
-    names = _parameters(network, checkpoint)
+    owners = _owners(network, checkpoint)
     count = min(len(samples.inputs), request.samples or len(samples.inputs))
     partial = out.with_name(f".{out.name}.partial.safetensors")
     about = {"model": digest, "request": repr((request.kind, request.per, count, request.seed, len(samples.inputs)))}
-    sums, done, tokens = _resumed(partial, about, names)
-    squares = _Squares(network, request)
-    for begin in range(done, count, request.chunk):
-        end = min(begin + request.chunk, count)
-        parts, number = squares(samples.inputs[begin:end], samples.targets[begin:end], begin)
-        for name, values in parts.items():
-            if not np.isfinite(values).all():
-                raise BecameError(f"the gradient of '{name}' is not finite for a sample among {begin} to {end - 1}.")
-            sums[name] = sums[name] + values if name in sums else values
-        tokens += number
-        if (begin // request.chunk + 1) % SAVE_EVERY == 0:
-            _save(partial, sums, about | {"done": str(end), "tokens": str(tokens)})
-        if progress is not None:
-            progress(end, count)
+    sums, done, tokens, rng = _resumed(partial, about, set(owners.values()), request.seed)
+    # Under the model's own labels the gradients of two tokens are uncorrelated, so that the expectation of a sequence's
+    # square over its labels is the sum of those over each token's.
+    apart = request.per == "token" or request.kind == "true"
+    likelihood = Categorical(squares="token" if apart else "sample")
+    data = DataLoss(network, likelihood, Reader(), checks=False, shows=False, fisher=request.kind)
+    with in_evaluation(network):
+        for begin in range(done, count, request.chunk):
+            end = min(begin + request.chunk, count)
+            inputs, targets = samples.inputs[begin:end], samples.targets[begin:end]
+            for taps, _ in data.passes((torch.from_numpy(inputs.copy()), torch.from_numpy(targets.copy())), rng):
+                for name, square in per_sample_square_sum(taps).items():
+                    owner = owners[name]
+                    total = sums.setdefault(owner, np.zeros(checkpoint.tensors[owner].shape))
+                    total += square.cpu().double().numpy().reshape(total.shape)
+            for name, total in sums.items():
+                if not np.isfinite(total).all():
+                    raise BecameError(f"the gradient of '{name}' is not finite for a sample of {begin} to {end - 1}.")
+            tokens += int((targets != likelihood.ignored).sum())
+            if (begin // request.chunk + 1) % SAVE_EVERY == 0:
+                _save(partial, sums, about, end, tokens, rng)
+            if progress is not None:
+                progress(end, count)
     write_fisher(
         out,
-        [(name, checkpoint.tensors[name].shape) for name in checkpoint.tensors if name in sums],
+        [(name, tensor.shape) for name, tensor in checkpoint.tensors.items() if name in sums],
         lambda name, start, stop: sums[name].reshape(-1)[start:stop],
         kind=request.kind,
         unit="sum",
@@ -213,115 +230,46 @@ def fisher_from_data(
     partial.unlink(missing_ok=True)
 
 
-def _parameters(network: Any, checkpoint: Checkpoint) -> set[str]:
-    names = set()
+def _owners(network: Any, checkpoint: Checkpoint) -> dict[str, str]:
+    """Return the checkpoint's name of each of the network's parameters."""
+    owners: dict[str, str] = {}
     for name, parameter in network.named_parameters():
         owner = checkpoint.tied.get(name, name)
         if owner not in checkpoint.tensors or checkpoint.tensors[owner].shape != tuple(parameter.shape):
             raise BecameError(
                 f"the network has '{name}' {list(parameter.shape)}, which {checkpoint.path} does not have."
             )
-        names.add(name)
-    return names
+        if owner in owners.values():
+            raise BecameError(f"'{name}' is a parameter of its own in the network, but tied in {checkpoint.path}.")
+        owners[name] = owner
+    return owners
 
 
-def _resumed(file: Path, about: Mapping[str, str], names: set[str]) -> tuple[dict[str, NDArray[Any]], int, int]:
-    """Return what an earlier process has summed of the same measurement."""
-    if not file.exists():
-        return {}, 0, 0
+def _resumed(
+    file: Path, about: Mapping[str, str], names: set[str], seed: int
+) -> tuple[dict[str, NDArray[Any]], int, int, np.random.Generator]:
+    """Return what an earlier process has summed of the same measurement, and the generator as it left it."""
+    rng = np.random.default_rng(seed)
     try:
         checkpoint = open_checkpoint(file)
-        if {name: checkpoint.metadata.get(name) for name in about} != dict(about) or set(checkpoint.tensors) - names:
-            return {}, 0, 0
-        return dict(load_file(file)), int(checkpoint.metadata["done"]), int(checkpoint.metadata["tokens"])
-    except (BecameError, KeyError, ValueError):
-        return {}, 0, 0
+        words = checkpoint.metadata
+        if {name: words.get(name) for name in about} == dict(about) and not set(checkpoint.tensors) - names:
+            rng.bit_generator.state = json.loads(words["generator"])
+            return dict(load_file(file)), int(words["done"]), int(words["tokens"]), rng
+    except (BecameError, KeyError, ValueError, TypeError):
+        pass
+    return {}, 0, 0, np.random.default_rng(seed)
 
 
-def _save(file: Path, sums: Mapping[str, NDArray[Any]], metadata: dict[str, str]) -> None:
+def _save(
+    file: Path,
+    sums: Mapping[str, NDArray[Any]],
+    about: Mapping[str, str],
+    done: int,
+    tokens: int,
+    rng: np.random.Generator,
+) -> None:
+    words = {"done": str(done), "tokens": str(tokens), "generator": json.dumps(rng.bit_generator.state)}
     temporary = file.with_name(f"{file.name}.{os.getpid()}")
-    save_file({name: np.ascontiguousarray(values) for name, values in sums.items()}, temporary, metadata)
+    save_file(dict(sums), temporary, {**about, **words})
     temporary.replace(file)
-
-
-class _Squares:
-    """From a chunk of samples to the sums of their squared gradients."""
-
-    def __init__(self, network: Any, request: FisherRequest) -> None:
-        network.eval()
-        self._network, self._request = network, request
-        self._parameters = {name: value.detach().float() for name, value in network.named_parameters()}
-        self._buffers = {name: value.detach() for name, value in network.named_buffers()}
-
-    def __call__(self, inputs: NDArray[Any], labels: NDArray[Any], first: int) -> tuple[dict[str, NDArray[Any]], int]:
-        """Return the sums by parameter, and how many tokens the chunk has; ``first`` is its first sample's number."""
-        import torch
-
-        rows = torch.from_numpy(np.array(inputs))
-        targets = torch.from_numpy(np.array(labels)).reshape(len(rows), -1)
-        total: dict[str, Any] = {}
-        for target, weight in self._labels(rows, targets, first):
-            for mask in self._masks(weight):
-                for name, value in self._squared(rows, target, mask).items():
-                    total[name] = total[name] + value if name in total else value
-        return {name: value.numpy() for name, value in total.items()}, int((targets != -100).sum())
-
-    def _logits(self, parameters: Any, row: Any) -> Any:
-        """Of one sample, [positions, classes]."""
-        from torch.func import functional_call
-
-        result = functional_call(self._network, (parameters, self._buffers), (row[None],))
-        logits = getattr(result, "logits", result)[0].float()
-        return logits if logits.ndim == 2 else logits[None]
-
-    def _loss(self, parameters: Any, row: Any, target: Any, weight: Any) -> Any:
-        """The weighted sum over positions of the label's negative log-probability."""
-        from torch.nn.functional import cross_entropy
-
-        logits = self._logits(parameters, row)
-        return (cross_entropy(logits, target, ignore_index=-100, reduction="none") * weight).sum()
-
-    def _squared(self, rows: Any, targets: Any, weights: Any) -> dict[str, Any]:
-        from torch.func import grad, vmap
-
-        gradients = vmap(grad(self._loss), in_dims=(None, 0, 0, 0))(self._parameters, rows, targets, weights)
-        return {name: (value.double() ** 2).sum(0) for name, value in gradients.items()}
-
-    def _labels(self, rows: Any, targets: Any, first: int) -> Iterator[tuple[Any, Any]]:
-        """Yield labels, [samples, positions], and the square roots of their weights."""
-        import torch
-        from torch.func import vmap
-
-        known = (targets != -100).float()
-        if self._request.kind == "empirical":
-            yield targets, known
-            return
-        with torch.no_grad():
-            probabilities = vmap(lambda row: self._logits(self._parameters, row).softmax(-1))(rows).double()
-        if self._request.kind == "true":
-            for label in range(probabilities.shape[-1]):
-                yield torch.full_like(targets, label), known * probabilities[..., label].sqrt().float()
-            return
-        # Each sample has a generator of its own, so that neither chunks nor a resumption change what is drawn.
-        seeds = [(self._request.seed, first + k) for k in range(len(rows))]
-        draws = np.stack([np.random.default_rng(seed).random(targets.shape[1]) for seed in seeds])
-        cumulative = probabilities.cumsum(-1)
-        points = torch.from_numpy(draws)[..., None] * cumulative[..., -1:]
-        yield torch.searchsorted(cumulative, points)[..., 0].clamp(max=probabilities.shape[-1] - 1), known
-
-    def _masks(self, weight: Any) -> Iterator[Any]:
-        """Yield the weights of the positions whose losses share a gradient: all of a sample's, or one at a time.
-
-        Under the model's own labels the scores of two tokens are uncorrelated, so that the expectation over a
-        sequence's labels is the sum of those over each token's.
-        """
-        import torch
-
-        alone = self._request.per == "token" or self._request.kind == "true"
-        if not alone or weight.shape[1] == 1:
-            yield weight
-            return
-        for position in range(weight.shape[1]):
-            mask = torch.zeros_like(weight)
-            mask[:, position] = weight[:, position]
-            yield mask

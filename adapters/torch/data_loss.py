@@ -119,32 +119,48 @@ class DataLoss:
         if self.matrices is None:
             self.matrices = matrices_of(self._applied, names, few, self._layouts)
 
+    def passes(self, batch: Any, rng: np.random.Generator) -> Iterator[tuple[Taps, float]]:
+        """Run a batch, and yield the taps of every backward pass that its Fisher information needs.
+
+        The model must be in evaluation mode.
+
+        Args:
+            batch: of a kind that the reader knows.
+            rng: what targets of the model's own are drawn from, one number for each output, in the samples' order.
+
+        Yields:
+            The taps, and the samples or tokens that they add to those of a mean: 0 after the first pass.
+        """
+        names = {module: name for name, module in self._model.named_modules()}
+        inputs, targets = self._split(batch)
+        if self.matrices is None or (self._checks and self.checked is None):
+            with torch.no_grad():
+                outputs = self._applied(inputs)
+            self._look(inputs, outputs, targets)
+        units = 0.0
+
+        def cotangents(outputs: Tensor) -> Iterator[Tensor]:
+            nonlocal units
+            units = _units(self.likelihood, outputs, targets)
+            yield from _cotangents(self.likelihood, outputs, targets, self._kind, rng)
+
+        for taps in collect_taps(self._applied, names, (inputs,), cotangents, layouts=self._layouts):
+            yield taps, units
+            units = 0.0
+
     def fisher(self, batches: Batches, what: str, *, with_memory: bool) -> tuple[Params, "InputGrams"]:
         """Return the diagonal Fisher information at the weights as they are, and what a projector remembers."""
-        names = {module: name for name, module in self._model.named_modules()}
         squares: Params = {}
         finished = InputGrams()
         units, rng = 0.0, np.random.default_rng(0)
         with in_evaluation(self._model):
             for batch in with_progress(batches, what, self._shows):
-                inputs, targets = self._split(batch)
-                if self.matrices is None or (self._checks and self.checked is None):
-                    with torch.no_grad():
-                        outputs = self._applied(inputs)
-                    self._look(inputs, outputs, targets)
-                assert self.matrices is not None
-
-                def cotangents(outputs: Tensor, targets: Any = targets) -> Iterator[Tensor]:
-                    nonlocal units
-                    units += _units(self.likelihood, outputs, targets)
-                    yield from _cotangents(self.likelihood, outputs, targets, self._kind, rng)
-
-                passes = collect_taps(self._applied, names, (inputs,), cotangents, layouts=self._layouts)
-                for index, taps in enumerate(passes):
+                for index, (taps, more) in enumerate(self.passes(batch, rng)):
+                    units += more
                     for name, square in per_sample_square_sum(taps).items():
                         squares[name] = squares[name].add_(square) if name in squares else square
                     if with_memory and index == 0:  # the inputs are the same for all targets
-                        finished.add(taps, frozenset(self.matrices))
+                        finished.add(taps, frozenset(self.matrices or ()))
         if not units:
             raise BecameError("there are no samples; give at least one batch.")
         fisher = {

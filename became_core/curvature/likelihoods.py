@@ -11,8 +11,8 @@ curvature v_k . H v_l, H being the curvature by the outputs: that of the general
 
 A sample is what the first axis of the outputs counts. With a target for each of its positions (tokens), its loss is
 their sum. Means are over samples or over positions, as ``by`` says; ``units`` counts them. Squares of gradients are
-those of samples: with labels drawn from the model, the products of two positions' gradients have the mean zero, so
-their sum estimates the sum over positions without bias.
+those of samples, unless ``squares`` says otherwise: with labels drawn from the model, the products of two positions'
+gradients have the mean zero, so their sum estimates the sum over positions without bias.
 
 Convention: gradients are of each sample's own loss, not divided by anything. Sums are sums, and the caller divides them
 by the units.
@@ -84,6 +84,8 @@ class Categorical(Likelihood):
         ignored: the label of positions that do not count.
         weights: the weight of each class; 1 each if not given. A mean divides by the sum of weights, as PyTorch's does.
         shift: whether outputs are predictions of the next position's label, as a causal language model's are.
+        squares: whose gradients are squared, where there are several positions: those of each sample's loss, or those
+            of each position's own, for which there is a backward pass for each position.
 
     Examples:
         >>> outputs, targets = np.zeros((1, 2, 2)), np.array([[0, -100]])
@@ -91,12 +93,16 @@ class Categorical(Likelihood):
         1.0
         >>> float(Categorical(by="token").loss(outputs, targets).round(4))
         0.6931
+        >>> apart = Categorical(squares="token").cotangents(outputs, targets, "empirical", np.random.default_rng(0))
+        >>> [gradient.tolist() for gradient in apart]
+        [[[[-0.5, 0.5], [0.0, 0.0]]], [[[0.0, 0.0], [0.0, 0.0]]]]
     """
 
     by: Unit = "sample"
     ignored: int = -100
     weights: tuple[float, ...] | None = None
     shift: bool = False
+    squares: Unit = "sample"
 
     def units(self, outputs: Array, targets: Array) -> float:
         """Return the weights' sum over samples, or over positions; a sample has its largest one's."""
@@ -118,19 +124,19 @@ class Categorical(Likelihood):
         """Yield w (p - y), y being the labels given, drawn, or each class in turn."""
         own = self._own(outputs)
         logits, labels, weights = self._flat(own, self._own(targets))
-        if mode == "true" and logits.shape[0] != outputs.shape[0]:
+        if mode == "true" and self.squares == "sample" and logits.shape[0] != outputs.shape[0]:
             raise BecameError(
                 "the exact expectation over labels is for one label a sample; with one for each position, choose "
-                "'sampled', whose mean is the same, or 'empirical'."
+                "'sampled', whose mean is the same, 'empirical', or squares='token'."
             )
         xp = namespace(logits=logits)
         for gradient in logit_cotangents(logits, labels, mode, rng):
             # Squares of labels that are the model's own add up to the curvature, w (diag p - p p^T).
             factor = xp.sqrt(weights) if mode in ("true", "sampled") else weights
-            scaled = xp.reshape(gradient * factor[:, None], own.shape)
-            if self.shift:
-                scaled = xp.concat([scaled, xp.zeros_like(outputs[:, :1, ...])], axis=1)
-            yield scaled
+            for scaled in self._squared_apart(xp, xp.reshape(gradient * factor[:, None], own.shape)):
+                if self.shift:
+                    scaled = xp.concat([scaled, xp.zeros_like(outputs[:, :1, ...])], axis=1)
+                yield scaled
 
     def derivatives(self, outputs: Array, tangents: Array, targets: Array) -> tuple[Array, Array]:
         """Return the sums of w (p - y) . v_k and of w Cov_{c ~ p}(v_kc, v_lc)."""
@@ -139,6 +145,16 @@ class Categorical(Likelihood):
         logits, labels, weights = self._flat(self._own(outputs), self._own(targets))
         tangents = namespace(tangents=tangents).reshape(tangents, (tangents.shape[0], *logits.shape))
         return derivative_sums(logits, tangents, labels, weights)
+
+    def _squared_apart(self, xp: Any, gradient: Array) -> Iterator[Array]:
+        """Yield the parts of a gradient by the outputs that are squared by themselves, each of its shape."""
+        if self.squares == "sample" or len(gradient.shape) == 2:
+            yield gradient
+            return
+        rows = xp.reshape(gradient, (gradient.shape[0], -1, gradient.shape[-1]))
+        positions = xp.arange(rows.shape[1], device=device(rows))[None, :, None]
+        for position in range(rows.shape[1]):
+            yield xp.reshape(xp.where(positions == position, rows, xp.zeros_like(rows)), gradient.shape)
 
     def _own(self, array: Array) -> Array:
         """Return outputs [N, L, C] or targets [N, L] without what has no counterpart, if predictions are shifted."""

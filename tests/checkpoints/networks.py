@@ -22,6 +22,26 @@ def load(path: Path) -> Any:
     return network
 
 
+MIXING_SHAPES = SHAPES | {"rate": (5,)}
+
+
+def load_mixing(path: Path) -> Any:
+    """A network whose outputs at a position depend on earlier ones, and one parameter of which no tap speaks."""
+    import torch
+    from torch import nn
+
+    class Mixing(nn.Sequential):
+        def __init__(self) -> None:
+            super().__init__(*load(path.with_name("M.safetensors")))
+            self.rate = nn.Parameter(torch.from_numpy(open_checkpoint(path).tensors["rate"].whole().copy()))
+
+        def forward(self, inputs: Any) -> Any:
+            hidden = torch.tanh(self[0](inputs))
+            return self[2](hidden.cumsum(1) * self.rate.exp())
+
+    return Mixing()
+
+
 def load_sequence(path: Path) -> Any:
     """The same network at every position of a sequence, [samples, positions, WIDTH]."""
     return load(path)

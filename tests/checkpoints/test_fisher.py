@@ -13,7 +13,7 @@ from adapters.checkpoints import MergePlan, PlannedModel, add_fisher_files, merg
 from adapters.checkpoints.digest import digest_of
 from became_core import BecameError
 from tests.checkpoints.models import Arrays, arrays, saved
-from tests.checkpoints.networks import CLASSES, SHAPES, WIDTH, load
+from tests.checkpoints.networks import CLASSES, MIXING_SHAPES, SHAPES, WIDTH, load, load_mixing
 
 USUAL = {"became.fisher": "1", "kind": "empirical", "unit": "sum", "per": "sample", "samples": "3", "tokens": "5"}
 
@@ -32,12 +32,12 @@ def data(file: Path, samples: int, seed: int = 0, *, positions: int | None = Non
     return inputs, targets
 
 
-def gradient(network: Any, inputs: Any, target: Any) -> Arrays:
+def gradient(network: Any, inputs: Any, target: Any, position: Any = slice(None)) -> Arrays:
     """Of one sample's loss, the plain way."""
     import torch
 
     network.zero_grad()
-    logits = network(torch.from_numpy(np.atleast_2d(inputs)))
+    logits = network(torch.from_numpy(np.atleast_2d(inputs)))[position]
     loss = torch.nn.functional.cross_entropy(logits, torch.from_numpy(np.atleast_1d(target)), reduction="sum")
     loss.backward()  # type: ignore[no-untyped-call]
     return {name: value.grad.numpy().astype(float) for name, value in network.named_parameters()}
@@ -126,6 +126,75 @@ def test_neither_chunks_nor_an_interruption_change_what_is_drawn(
     assert seen == [2, 4, 6, 8, 9]
     assert_array_equal(load_file(out)["0.weight"], load_file(tmp_path / "C.safetensors")["0.weight"])
     assert list(tmp_path.glob(".*")) == []
+
+
+@pytest.mark.parametrize("kind", ["empirical", "true"])
+def test_a_tokens_gradient_reaches_all_positions_and_what_taps_do_not_know_is_named(
+    tmp_path: Path, model: Path, kind: str
+) -> None:
+    import torch
+
+    from adapters.checkpoints.fisher_data import FisherRequest, fisher_from_data, read_samples
+
+    mixing, out = saved(tmp_path, "X", arrays(3, SHAPES) | arrays(4, {"rate": (5,)})), tmp_path / "F.safetensors"
+    assert model.exists()
+    inputs, targets = data(tmp_path / "data.npz", 3, positions=2)
+    request = FisherRequest(kind, "token", chunk=2)  # type: ignore[arg-type]
+    with pytest.warns(UserWarning, match=r"taps do not know how .*'rate' .* by Exp") as caught:
+        fisher_from_data(mixing, read_samples(str(tmp_path / "data.npz")), out, request, load_mixing(mixing))
+    assert len(caught) == 1
+    values, network = load_file(out), load_mixing(mixing)
+    expected = {name: np.zeros(shape) for name, shape in MIXING_SHAPES.items()}
+    for row, labels in zip(inputs, targets, strict=True):
+        chances = network(torch.from_numpy(row[None])).softmax(-1).detach().numpy()[0]
+        for p in range(2):
+            for c in [labels[p]] if kind == "empirical" else range(CLASSES):
+                weight = 1.0 if kind == "empirical" else chances[p, c]
+                for name, value in gradient(network, row[None], c, (0, slice(p, p + 1))).items():
+                    expected[name] += weight * value**2
+    for name, value in expected.items():
+        assert_allclose(values[name], value, rtol=2e-4, atol=1e-7)
+
+
+def test_it_is_the_fisher_information_of_continual(tmp_path: Path, model: Path) -> None:
+    import torch
+
+    from adapters.torch import Continual
+
+    inputs, targets = (torch.from_numpy(value) for value in data(tmp_path / "data.npz", 6))
+    learning = Continual(load(model), fisher="true", check=False)
+    learning.remember([(inputs, targets)])
+    assert learning.posterior is not None
+    values = load_file(measured(tmp_path, kind="true", chunk=6))
+    for name, value in learning.posterior.precision.diagonal().items():
+        assert_allclose(values[name], 6 * value.numpy(), rtol=1e-6)
+
+
+def test_a_tied_parameter_has_the_name_of_its_file_and_one_that_is_untied_is_refused(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+
+    from adapters.checkpoints.fisher_data import FisherRequest, fisher_from_data, read_samples
+
+    class Tied(torch.nn.Module):  # type: ignore[misc,name-defined]
+        def __init__(self, *, tied: bool) -> None:
+            super().__init__()
+            self.head = torch.nn.Linear(3, CLASSES, bias=False)
+            self.table = self.head if tied else torch.nn.Linear(3, CLASSES, bias=False)
+
+        def forward(self, inputs: Any) -> Any:
+            return self.head(torch.tanh(self.table(inputs)))
+
+    weight, file = torch.ones(CLASSES, 3), tmp_path / "M.bin"
+    torch.save({"table.weight": weight, "head.weight": weight}, file)
+    assert open_checkpoint(file).tied == {"head.weight": "table.weight"}
+    generator = np.random.default_rng(0)
+    inputs, targets = generator.normal(size=(4, 3)).astype(np.float32), generator.integers(0, CLASSES, 4)
+    np.savez(tmp_path / "data.npz", inputs=inputs, targets=targets)
+    samples = read_samples(str(tmp_path / "data.npz"))
+    fisher_from_data(file, samples, tmp_path / "F.safetensors", FisherRequest(), Tied(tied=True))
+    assert list(load_file(tmp_path / "F.safetensors")) == ["table.weight"]
+    with pytest.raises(BecameError, match="is a parameter of its own in the network, but tied in"):
+        fisher_from_data(file, samples, tmp_path / "G.safetensors", FisherRequest(), Tied(tied=False))
 
 
 @pytest.mark.usefixtures("model")

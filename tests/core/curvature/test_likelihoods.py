@@ -130,6 +130,25 @@ def test_tokens_are_counted_one_by_one_and_ignored_ones_are_not(
     np.testing.assert_allclose(to_numpy(curvature)[0, 0], sum(hessians), atol=1e-10)
 
 
+@pytest.mark.parametrize("shift", [False, True])
+def test_squares_of_tokens_have_a_pass_for_each_position(xp: Any, shift: bool) -> None:
+    logits = np.random.default_rng(0).normal(size=(2, 3, WIDTH))
+    arrays = to_xp(xp, logits), to_xp(xp, np.asarray([[0, 1, 2], [1, 2, -100]]))
+    rng = np.random.default_rng(0)
+    (whole,) = map(to_numpy, Categorical(shift=shift).cotangents(*arrays, "empirical", rng))
+    apart = Categorical(shift=shift, squares="token")
+    parts = [to_numpy(part) for part in apart.cotangents(*arrays, "empirical", rng)]
+    assert len(parts) == 3 - shift
+    for position, part in enumerate(parts):
+        np.testing.assert_array_equal(part[:, position], whole[:, position])
+        assert not np.delete(part, position, axis=1).any()
+    # All labels of all positions: the squares add up to the diagonal of the output curvature, p (1 - p).
+    squares = sum(to_numpy(part) ** 2 for part in Categorical(squares="token").cotangents(*arrays, "true", rng))
+    p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    counts = np.asarray([[1, 1, 1], [1, 1, 0]])[..., None]
+    np.testing.assert_allclose(squares, counts * p * (1 - p), atol=1e-12)
+
+
 def test_units_are_samples_or_weights(xp: Any) -> None:
     outputs, labels = to_xp(xp, np.zeros((4, 3))), to_xp(xp, LABELS)
     assert Categorical().units(outputs, labels) == 4
