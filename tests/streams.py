@@ -2,9 +2,10 @@
 
 import numpy as np
 
-from became_core.continual import Dataset, TaskStream, split_classes
+from became_core.continual import Dataset, TaskStream, split_classes, split_domains
+from became_core.curvature import Gaussian
 
-__all__ = ["prototype_stream"]
+__all__ = ["drifting_stream", "prototype_stream"]
 
 
 def prototype_stream(
@@ -40,3 +41,22 @@ def prototype_stream(
         std=tuple(scaled.std(axis=(0, 2, 3)).tolist()),
     )
     return split_classes(dataset, tasks, validation=validation, seed=seed)
+
+
+def drifting_stream(*, tasks: int = 2, rows: int = 40, outputs: int = 2, shared_head: bool = True) -> TaskStream:
+    """Return a stream of regression whose inputs and function move by task; a quarter of the rows is for testing."""
+    draw, pixels = np.random.default_rng(0), 64
+    centres = 2 * draw.normal(size=(tasks, pixels))
+    inputs = centres.repeat(rows, axis=0) + draw.normal(size=(tasks * rows, pixels))
+    targets = 3 * np.sin(inputs @ draw.normal(size=(pixels, outputs)) / 8) + 1
+    domains = np.repeat(np.arange(tasks), rows)
+    targets = targets * np.where(domains % 2, -1, 1)[:, None]
+    order = draw.permutation(len(inputs))
+    images, train = inputs[order].astype(np.float32).reshape(-1, 1, 8, 8), len(inputs) * 3 // 4
+    mean, std = float(images[:train].mean()), float(images[:train].std())
+    dataset = Dataset(
+        *("drift", images, targets[order], train, (mean,), (std,)),
+        likelihood=Gaussian(noise=0.5),
+        domains=domains[order],
+    )
+    return split_domains(dataset, validation=0.0, shared_head=shared_head)

@@ -95,8 +95,10 @@ class NetworkLearner(Learner):
             ) from None
         self._masks_by_framework = checked_masks(dropout_masks) == "framework"
         self._dtype = self._find_dtype(dtype)
+        self.likelihood, self.target_scale = stream.dataset.likelihood, stream.target_scale
         self._build(backbone, stream, mixed_precision, seed)
-        self.heads = [frozenset({f"{self.naming.name(task.index)}.weight"}) for task in stream.tasks]
+        own = (frozenset({f"{self.naming.name(task.index)}.weight"}) for task in stream.tasks)
+        self.heads = [frozenset() if stream.shared_head else head for head in own]
         self._check_sizes(stream)
 
     # What a framework adds.
@@ -272,7 +274,8 @@ class FunctionalLearner(NetworkLearner):
         dataset = stream.dataset
         images = np.ascontiguousarray(np.moveaxis(dataset.images, 1, -1))
         self._data = Data(
-            *(self._placed(images), self._placed(stream.targets)),
+            self._placed(images),
+            self._placed(stream.targets, None if self.likelihood.has_labels else self._dtype),
             *(self._scale(values, dataset.unit) for values in (dataset.mean, dataset.std)),
         )
 
@@ -282,14 +285,14 @@ class FunctionalLearner(NetworkLearner):
             return output
 
         features = self._check_features(self._features_shape(backbone, images.shape[1:], look))
-        self.naming = Heads.beside(backbone.parameters)
+        self.naming = Heads.beside(backbone.parameters, shared=stream.shared_head)
         head = Linear(self.naming.one, max(len(task.classes) for task in stream.tasks))
         self.network = self._network(backbone, head, mixed_precision)
         parameters = dict(backbone.parameters)
         for task in stream.tasks:
             parameters |= Linear(self.naming.name(task.index), len(task.classes)).parameters((features,))
         self.running_statistics = frozenset(filter(is_statistic, backbone.parameters))
-        self.projectable = self.network.matrices
+        self.projectable = self.network.matrices | ({f"{head.name}.weight"} if stream.shared_head else set())
         self._theta: Params = dict.fromkeys(parameters)
         self.assign(initial_values(seed, parameters) | getattr(backbone, "initial", {}))
 
@@ -353,11 +356,12 @@ class FunctionalLearner(NetworkLearner):
         return {name: value for name, value in self._theta.items() if not self.naming.has(name)}
 
     def _logits(self, rows: Indices) -> Array:
-        heads = [self._theta[name] for head in self.heads for name in head]
+        names = [f"{self.naming.one}.weight"] if self.shares_head else [name for head in self.heads for name in head]
+        heads = [self._theta[name] for name in names]
         return self.network.all_logits(self._shared(), heads, self._data, rows)
 
     def targets(self, indices: Indices) -> Array:
-        """Return the labels within the task, [samples]."""
+        """Return the labels within the task [samples], or numbers [samples, outputs]."""
         return namespace(targets=self._data.targets).take(self._data.targets, indices, axis=0)
 
     def _taps(self, task: int, rows: Indices, mode: TapMode, rng: np.random.Generator, masks: Any) -> Iterator[Taps]:

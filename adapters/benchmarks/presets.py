@@ -22,6 +22,7 @@ __all__ = [
     "PERMUTED_MNIST",
     "SOURCES",
     "SPLIT_MNIST",
+    "TABULAR",
     "TINYIMAGENET",
     "Preset",
 ]
@@ -123,6 +124,8 @@ PERMUTED_MNIST = {
     "quick": Preset({**_MLP, "increment": 0.0, **_annealed(0.1, 8, 4)}),
     "paper": Preset({**_MLP, "increment": 0.0, **_CONSTANT, "projector_samples": 300, "validation": 0.1}),
 }
+
+TABULAR = {"quick": Preset({**_MLP, **_annealed(0.1, 16, 8), "batch_size": 32, "increment": 0.003})}
 
 CIFAR100 = {
     "quick": Preset({**_ALEXNET, **_annealed(0.05, 12, 6), "curvature_samples": 1024}),

@@ -22,7 +22,7 @@ from adapters.networks import Backbone, Linear, Record, Tapped
 from became_core import BecameError
 from became_core.arrays import Array, Params, namespace
 from became_core.continual import Constraint, TapMode
-from became_core.curvature import Tap, Taps, logit_cotangents
+from became_core.curvature import Tap, Taps
 
 __all__ = ["JaxLearner", "JaxNetwork"]
 
@@ -81,7 +81,10 @@ class JaxNetwork(Network):
         def loss(trained: Params, perturbations: Params) -> tuple[Array, _Recorder]:
             recorder = _Recorder(perturbations, linear)
             run = Pass(frozen | factored | trained, masks, record=recorder, products=self.products)
-            log_likelihoods = jax.nn.log_softmax(self.logits(run, images))
+            outputs = self.logits(run, images)
+            if not self.likelihood.is_plain:
+                return self.likelihood.mean_loss(outputs, targets), recorder
+            log_likelihoods = jax.nn.log_softmax(outputs)
             return -jnp.take_along_axis(log_likelihoods, targets[:, None], axis=1).mean(), recorder
 
         def loss_and_inputs(trained: Params, perturbations: Params) -> tuple[Array, Params]:
@@ -124,7 +127,7 @@ class JaxNetwork(Network):
                 if layer.kind == "matrix"
             }
             return
-        for by_logits in logit_cotangents(logits, data.targets[rows], mode, rng):
+        for by_logits in self.likelihood.cotangents(logits, data.targets[rows], mode, rng):
             by_outputs = _backpropagated(backward, by_logits)
             yield {
                 layer.name: Tap(layer.kind, inputs[layer.name], by_outputs[layer.name], layer.bias)
@@ -189,7 +192,7 @@ class JaxLearner(FunctionalLearner):
 
     def _network(self, backbone: Backbone, head: Linear, mixed_precision: bool) -> JaxNetwork:
         namespace(images=self._data.images)  # JAX learns of the core's values
-        return JaxNetwork(backbone, head, "bfloat16" if mixed_precision else None)
+        return JaxNetwork(backbone, head, "bfloat16" if mixed_precision else None, self.likelihood)
 
     def _placed(self, array: Any, dtype: Any = None) -> Array:
         return jax.device_put(array if dtype is None else jnp.array(array, dtype=dtype), self.device)

@@ -158,6 +158,8 @@ class MultiHead(nn.Module):
         """
         super().__init__()
         self.backbone = backbone
+        self._shared = naming is not None and naming.shared
+        classes = classes[:1] if self._shared else classes
         self.heads = nn.ModuleList(nn.Linear(features, width, bias=False, dtype=dtype) for width in classes)
         self._widest = max(classes)
         with torch.no_grad():
@@ -167,13 +169,13 @@ class MultiHead(nn.Module):
                 weight.copy_(torch.from_numpy(initial_value(seed, name, (width, features), features)))
 
     def forward(self, images: Tensor, task: int | None = None) -> Tensor:
-        """Return one task's logits [N, classes], or, if no task is given, all heads' [N, tasks, classes].
+        """Return one task's logits [N, classes], or, if no task is given, all heads' [N, heads, classes].
 
         A head of fewer classes than others has -inf for those that it has not.
         """
         features = self.backbone(images)
         if task is not None:
-            logits: Tensor = self.heads[task](features)
+            logits: Tensor = self.heads[0 if self._shared else task](features)
             return logits
         of_all = [head(features) for head in self.heads]
         widest = self._widest
