@@ -161,7 +161,8 @@ def _features(name: str, column: str, cells: Sequence[Any]) -> Numbers:
     if numbers is not None:
         return numbers[:, None]
     texts = np.array([str(cell).strip() for cell in cells])
-    return (texts[:, None] == np.unique(texts)[None, :]).astype(np.float64)
+    ones: Numbers = (texts[:, None] == np.unique(texts)[None, :]).astype(np.float64)
+    return ones
 
 
 def _numbers(name: str, column: str, cells: Sequence[Any]) -> Numbers | None:

@@ -217,7 +217,7 @@ class TorchLearner(NetworkLearner):
                         logits = self.network(images, batch.task)
                     logits = logits.to(images.dtype)
                     plain = self.likelihood.is_plain
-                    loss = (functional.cross_entropy if plain else self.likelihood.mean_loss)(logits, targets)
+                    loss: Tensor = (functional.cross_entropy if plain else self.likelihood.mean_loss)(logits, targets)
                     for parameter in trained.values():
                         parameter.grad = None
                     loss.backward()  # type: ignore[no-untyped-call]
