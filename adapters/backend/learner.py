@@ -96,6 +96,7 @@ class NetworkLearner(Learner):
         self._masks_by_framework = checked_masks(dropout_masks) == "framework"
         self._dtype = self._find_dtype(dtype)
         self.likelihood, self.target_scale = stream.dataset.likelihood, stream.target_scale
+        self.unit = stream.unit
         self._build(backbone, stream, mixed_precision, seed)
         own = (frozenset({f"{self.naming.name(task.index)}.weight"}) for task in stream.tasks)
         self.heads = [frozenset() if stream.shared_head else head for head in own]
@@ -205,18 +206,18 @@ class NetworkLearner(Learner):
                     )
 
     @staticmethod
-    def _check_features(shape: Sequence[int] | None) -> int:
-        """Return the width of a backbone's features, given the shape of what it returns for two images.
+    def _check_features(shape: Sequence[int] | None, text: bool = False) -> int:
+        """Return the width of a backbone's features, given the shape of what it returns for two samples.
 
         Raises:
             BecameError: if they are not [N, features].
         """
-        if shape is None or len(shape) != 2:
+        if shape is None or len(shape) != (3 if text else 2):
             returned = "no array" if shape is None else list(shape)
             raise BecameError(
                 f"the backbone must map images to features [N, features]; of 2 images it made {returned}."
             )
-        return int(shape[1])
+        return int(shape[-1])
 
 
 class FunctionalLearner(NetworkLearner):
@@ -272,7 +273,7 @@ class FunctionalLearner(NetworkLearner):
 
     def _build(self, backbone: Backbone, stream: TaskStream, mixed_precision: bool, seed: int) -> None:
         dataset = stream.dataset
-        images = np.ascontiguousarray(np.moveaxis(dataset.images, 1, -1))
+        images = np.ascontiguousarray(dataset.images if dataset.is_text else np.moveaxis(dataset.images, 1, -1))
         self._data = Data(
             self._placed(images),
             self._placed(stream.targets, None if self.likelihood.has_labels else self._dtype),
@@ -284,7 +285,7 @@ class FunctionalLearner(NetworkLearner):
                 self._normalises_over_samples(layer.running)
             return output
 
-        features = self._check_features(self._features_shape(backbone, images.shape[1:], look))
+        features = self._check_features(self._features_shape(backbone, images.shape[1:], look), dataset.is_text)
         self.naming = Heads.beside(backbone.parameters, shared=stream.shared_head)
         head = Linear(self.naming.one, max(len(task.classes) for task in stream.tasks))
         self.network = self._network(backbone, head, mixed_precision)

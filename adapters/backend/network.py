@@ -41,9 +41,11 @@ class Data(NamedTuple):
     std: Array
 
     def normalised(self, rows: Array, views: Views | None = None) -> Array:
-        """Return the network's input [rows, H, W, C]."""
+        """Return the network's input, [rows, H, W, C] or of text [rows, L]."""
         xp: Any = namespace(images=self.images)
         pixels = xp.take(self.images, rows, axis=0)
+        if len(pixels.shape) == 2:
+            return xp.astype(pixels, xp.int32)  # text
         if views is not None:
             pixels = views.apply(pixels, axis=1)
         return (xp.astype(pixels, self.mean.dtype) - self.mean) / self.std

@@ -20,10 +20,12 @@ from adapters.benchmarks.presets import (
     PERMUTED_MNIST,
     SPLIT_MNIST,
     TABULAR,
+    TEXT,
     TINYIMAGENET,
     Preset,
 )
 from adapters.benchmarks.tabular import TABULAR_SETTINGS, load_tabular
+from adapters.benchmarks.text import TEXT_SETTINGS, load_text
 from adapters.benchmarks.tinyimagenet import load_tinyimagenet
 from became_core import BecameError
 from became_core.continual import ClassOrder, Dataset, TaskStream, permute_pixels, split_classes, split_domains
@@ -114,6 +116,7 @@ BENCHMARKS: Catalogue[Benchmark] = Catalogue(
             # The images of the first two are embedded.
             Benchmark("split-mnist", load_mnist, 5, SPLIT_MNIST, usual="demo"),
             Benchmark("permuted-mnist", load_mnist, 10, PERMUTED_MNIST, permuted=True),
+            Benchmark("text-domains", load_text, 0, TEXT, settings=TEXT_SETTINGS),
             Benchmark("tabular", load_tabular, 0, TABULAR, settings=TABULAR_SETTINGS),
             Benchmark("split-cifar100", load_cifar100, 10, CIFAR100, otherwise={20: CIFAR100_IN_20}),
             Benchmark("split-miniimagenet", load_miniimagenet, 20, MINIIMAGENET),

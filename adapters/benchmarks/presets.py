@@ -23,6 +23,7 @@ __all__ = [
     "SOURCES",
     "SPLIT_MNIST",
     "TABULAR",
+    "TEXT",
     "TINYIMAGENET",
     "Preset",
 ]
@@ -126,6 +127,21 @@ PERMUTED_MNIST = {
 }
 
 TABULAR = {"quick": Preset({**_MLP, **_annealed(0.1, 16, 8), "batch_size": 32, "increment": 0.003})}
+
+TEXT = {
+    "quick": Preset(
+        {
+            **_annealed(2e-3, 3, 2),
+            "network": "gpt",
+            "optimiser": "adam",
+            "batch_size": 16,
+            "threshold": 0.95,
+            "increment": 0.003,
+            "projector_samples": 64,
+            "curvature_samples": 128,
+        }
+    )
+}
 
 CIFAR100 = {
     "quick": Preset({**_ALEXNET, **_annealed(0.05, 12, 6), "curvature_samples": 1024}),

@@ -69,8 +69,8 @@ def load_tabular(
     """Return a table with a task column: rows of numbers [N, d, 1, 1], with a target and a domain each.
 
     Args:
-        data_dir: a file ``.csv`` or ``.parquet``, or a folder that holds one such file; None, or a folder of the hub's
-            layout without such files, for the table of our own making.
+        data_dir: a file ``.csv`` or ``.parquet``, or a folder that holds one such file; None for the table of our own
+            making.
         task_column: the name of the column that says which task a row is of.
         target_column: the name of the column that is to be predicted.
         target_kind: whether targets are classes or numbers; "auto" looks at them.
@@ -119,13 +119,13 @@ def load_tabular(
     )
 
 
-def _file(path: Path) -> Path | None:
-    """Return the table that a path names; None for a folder of other data, which BECAME_DATA_DIR may name."""
+def _file(path: Path) -> Path:
+    """Return the table that a path names."""
     if path.is_dir():
         tables = sorted(file for file in path.iterdir() if file.suffix in (".csv", ".parquet"))
-        if len(tables) > 1:
-            raise BecameError(f"{path} holds {len(tables)} tables; name one of them, as {tables[0].name}.")
-        return tables[0] if tables else None
+        if len(tables) != 1:
+            raise BecameError(f"{path} holds {len(tables)} tables, .csv or .parquet; name the one to learn.")
+        return tables[0]
     if not path.is_file():
         raise BecameError(f"there is no file {path}; give a table, .csv or .parquet.")
     return path

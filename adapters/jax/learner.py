@@ -45,7 +45,8 @@ class _Recorder:
         if self.layers is not None and layer.name not in self.layers:
             return output
         seen = inputs()
-        self.inputs[layer.name] = seen.reshape(seen.shape[0], -1, seen.shape[-1])
+        is_text = layer.kind == "embedding"  # then inputs are tokens [N, L]
+        self.inputs[layer.name] = seen if is_text else seen.reshape(seen.shape[0], -1, seen.shape[-1])
         self.outputs[layer.name] = output.reshape(output.shape[0], -1, output.shape[-1])
         perturbation = self.perturbations.get(layer.name)
         return output if perturbation is None else output + perturbation.reshape(output.shape)
@@ -130,7 +131,9 @@ class JaxNetwork(Network):
         for by_logits in self.likelihood.cotangents(logits, data.targets[rows], mode, rng):
             by_outputs = _backpropagated(backward, by_logits)
             yield {
-                layer.name: Tap(layer.kind, inputs[layer.name], by_outputs[layer.name], layer.bias)
+                layer.name: Tap(
+                    layer.kind, inputs[layer.name], by_outputs[layer.name], layer.bias, size=getattr(layer, "size", 0)
+                )
                 for layer in self.layers
             }
 
@@ -202,7 +205,7 @@ class JaxLearner(FunctionalLearner):
 
     def _features_shape(self, backbone: Backbone, image: tuple[int, ...], record: Record) -> Sequence[int] | None:
         weights = {name: jax.ShapeDtypeStruct(it.shape, jnp.float32) for name, it in backbone.parameters.items()}
-        images = jax.ShapeDtypeStruct((2, *image), jnp.float32)
+        images = jax.ShapeDtypeStruct((2, *image), jnp.int32 if len(image) == 1 else jnp.float32)
         features = jax.eval_shape(
             lambda weights, images: backbone(Pass(weights, record=record), images), weights, images
         )

@@ -156,14 +156,14 @@ class TensorFlowNetwork(Network):
                 layers.append(layer)
                 outputs.append(output)
                 with tape.stop_recording():
-                    inputs.append(with_positions(seen()))
+                    inputs.append(seen() if layer.kind == "embedding" else with_positions(seen()))
                 return output
 
             logits = self.logits(Pass(weights, masks, mode != "published", record), data.normalised(rows))
         for by_logits in self.likelihood.cotangents(logits, tf.gather(data.targets, rows), mode, rng):
             by_outputs = tape.gradient(logits, outputs, by_logits)
             yield {
-                layer.name: Tap(layer.kind, a, with_positions(gradient), layer.bias)
+                layer.name: Tap(layer.kind, a, with_positions(gradient), layer.bias, size=getattr(layer, "size", 0))
                 for layer, a, gradient in zip(layers, inputs, by_outputs, strict=True)
             }
 
@@ -218,7 +218,8 @@ class TensorFlowLearner(FunctionalLearner):
 
     def _features_shape(self, backbone: Backbone, image: tuple[int, ...], record: Record) -> Sequence[int] | None:
         weights = {name: tf.zeros(it.shape, self._dtype) for name, it in backbone.parameters.items()}
-        return tuple(backbone(Pass(weights, record=record), tf.zeros((2, *image), self._dtype)).shape)
+        samples = tf.zeros((2, *image), tf.int32 if len(image) == 1 else self._dtype)
+        return tuple(backbone(Pass(weights, record=record), samples).shape)
 
     def _framework_masks(self, seed: int) -> Callable[[int, int], Any]:
         generator = tf.random.Generator.from_seed(seed)

@@ -64,7 +64,7 @@ class TorchLearner(NetworkLearner):
         is_ours = isinstance(backbone, Architecture)
         module = Described(backbone, seed, self._dtype) if isinstance(backbone, Architecture) else backbone
         dataset, place = stream.dataset, {"device": self.device, "dtype": self._dtype}
-        features = self._check_features(self._features_shape(module, dataset.images.shape[1:]))
+        features = self._check_features(self._features_shape(module, dataset.images.shape[1:]), dataset.is_text)
         names = (name for name, _ in [*module.named_parameters(), *module.named_buffers()])
         self.naming = Heads.beside(names, shared=stream.shared_head)
         widths = [len(task.classes) for task in stream.tasks]
@@ -131,7 +131,8 @@ class TorchLearner(NetworkLearner):
             backbone.eval()
             for norm in filter(is_batch_norm, backbone.modules()):
                 context.callback(norm.register_forward_pre_hook(look).remove)
-            features = backbone(torch.zeros(2, *image, device=probe.device, dtype=probe.dtype))
+            dtype = torch.int64 if len(image) == 1 else probe.dtype  # text
+            features = backbone(torch.zeros(2, *image, device=probe.device, dtype=dtype))
         return features.shape if isinstance(features, Tensor) else None
 
     @contextmanager
@@ -215,7 +216,7 @@ class TorchLearner(NetworkLearner):
                     images, targets = self._batch(batch.indices, batch.views)
                     with torch.autocast(self.device.type, torch.bfloat16, enabled=self._mixed_precision):
                         logits = self.network(images, batch.task)
-                    logits = logits.to(images.dtype)
+                    logits = logits.to(self._dtype)
                     plain = self.likelihood.is_plain
                     loss: Tensor = (functional.cross_entropy if plain else self.likelihood.mean_loss)(logits, targets)
                     for parameter in trained.values():
@@ -303,6 +304,8 @@ class TorchLearner(NetworkLearner):
     def _batch(self, indices: Indices, views: Views | None = None) -> tuple[Tensor, Tensor]:
         rows = torch.from_numpy(indices).to(self.device)
         pixels = self._images[rows] if views is None else views.apply(self._images[rows], axis=2)
+        if pixels.ndim == 2:
+            return pixels.to(torch.int64), self._targets[rows]  # text
         images = pixels.to(self._dtype).sub_(self._mean).div_(self._std)
         return images.contiguous(memory_format=self._layout), self._targets[rows]
 

@@ -53,9 +53,11 @@ class Dataset:
     Attributes:
         name: its name in messages and records.
         images: [N, C, H, W], uint8 or floating point; the first ``train_size`` rows are the training part, the others
-            the test part. Tables of d numbers are images [N, d, 1, 1].
+            the test part. Tables of d numbers are images [N, d, 1, 1]. Or text: sequences of bytes, uint8 [N, L], with
+            no means and deviations.
         labels: integers, [N], from 0 to ``classes`` - 1; they are kept as int64. If the likelihood has no labels, as
             the Gaussian has none, numbers [N, outputs], in the unit that they are given in; they are kept as float64.
+            Of text integers [N, L], a label for each byte, such as the next one; what the likelihood ignores has none.
         train_size: the number of training rows.
         mean: for each channel, the mean with which inputs are normalised: of uint8 images that of pixels scaled to
             [0, 1], of others that of the numbers as they are.
@@ -86,14 +88,17 @@ class Dataset:
     def __post_init__(self) -> None:
         """Check that images, labels and statistics fit together, and turn labels into int64."""
         images = np.asarray(self.images)
-        self._check_images(images)
-        self._check_statistics(images)
+        object.__setattr__(self, "images", images)
+        if not self.is_text:
+            self._check_images(images)
+            self._check_statistics(images)
+        elif images.dtype != np.uint8:
+            raise BecameError(f"the text of {self.name} is {images.dtype}; give bytes as uint8 [N, L].")
         labels = self._checked_labels(len(images))
         if not 1 <= self.train_size <= len(images):
             raise BecameError(
                 f"{self.name} has {self.train_size} training images among {len(images)}; give at least 1 of them."
             )
-        object.__setattr__(self, "images", images)
         object.__setattr__(self, "labels", labels)
         if self.domains is not None:
             domains = _integers(self.domains, f"the domains of {self.name}")
@@ -111,6 +116,13 @@ class Dataset:
                 )
             return numbers
         labels = _integers(self.labels, f"the labels of {self.name}")
+        if self.is_text:
+            if labels.shape != self.images.shape or self.likelihood.unit != "bits per token":
+                raise BecameError(
+                    f"{self.name} has text {list(self.images.shape)} and labels {list(labels.shape)}; give a label for "
+                    "each byte, and the categorical likelihood by token."
+                )
+            return labels
         if labels.shape != (rows,):
             raise BecameError(
                 f"{self.name} has {rows} images and labels {list(labels.shape)}; give one label an image."
@@ -167,8 +179,15 @@ class Dataset:
         return 255.0 if self.images.dtype == np.uint8 else 1.0
 
     @property
+    def is_text(self) -> bool:
+        """Whether samples are sequences of bytes."""
+        return np.ndim(self.images) == 2 and len(self.mean) == 0
+
+    @property
     def classes(self) -> int:
-        """The number of classes; of targets that are no labels, the number of outputs."""
+        """The number of classes, of text that of all bytes; of targets that are no labels, the number of outputs."""
+        if self.is_text:
+            return 256
         return int(self.labels.max()) + 1 if self.likelihood.has_labels else self.labels.shape[1]
 
 
@@ -223,7 +242,7 @@ class TaskStream:
         targets: Any = np.asarray(self.targets, np.float64)
         if labelled:
             targets = _integers(self.targets, f"the targets of {name}")
-        if targets.shape != ((size,) if labelled else (size, self.dataset.classes)):
+        if targets.shape != self.dataset.labels.shape:
             raise BecameError(f"{name} has {size} images and targets {list(targets.shape)}; give one target an image.")
         if not self.tasks:
             raise BecameError(f"{name} is split into no tasks; give at least one.")
@@ -250,7 +269,7 @@ class TaskStream:
                 raise BecameError(f"{where} has no {part} samples; give at least one.")
             if len(rows) and not (rows.min() >= 0 and rows.max() < size):
                 raise BecameError(f"{where} has {part} rows beyond the {size} images.")
-            if not self.dataset.likelihood.has_labels:
+            if self.dataset.is_text or not self.dataset.likelihood.has_labels:
                 continue
             beyond = targets[rows][(targets[rows] < 0) | (targets[rows] >= len(task.classes))]
             if len(beyond):
@@ -259,6 +278,13 @@ class TaskStream:
                     f"go from 0 to {len(task.classes) - 1}."
                 )
         return parts
+
+    @property
+    def unit(self) -> str:
+        """The unit in which runs are measured: "%" for accuracy, or that of the loss, where there are no classes."""
+        if self.dataset.is_text:
+            return "bits per byte"
+        return "%" if self.dataset.likelihood.has_labels else self.dataset.likelihood.unit
 
     def first(self, count: int) -> Self:
         """Return the stream of the first ``count`` tasks.

@@ -77,6 +77,7 @@ class Learner(ABC):
             alone, because a single sample has none.
         likelihood: what the outputs of the heads, which are called logits throughout, say of the targets.
         target_scale: as of ``TaskStream``.
+        unit: in which runs are measured, as of ``TaskStream``.
     """
 
     heads: Sequence[frozenset[str]]
@@ -86,6 +87,7 @@ class Learner(ABC):
     least_batch: int = 1
     likelihood: Likelihood = Categorical()
     target_scale: float = 1.0
+    unit: str = "%"
 
     @property
     def shares_head(self) -> bool:
@@ -137,7 +139,7 @@ class Learner(ABC):
     def logits(self, indices: Indices, batch_size: int) -> Array:
         """Return the logits of all heads, [samples, heads, classes], computed batch by batch and without dropout.
 
-        There is a head for each task, or one if they share it.
+        There is a head for each task, or one if they share it. Of text they are [samples, heads, length, classes].
 
         ``became_core.continual.data.chunks`` says which samples come together. A task with fewer classes than others
         has -inf for those that it has not.

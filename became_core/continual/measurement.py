@@ -86,10 +86,12 @@ def accuracies(
     for task in tasks:
         if not len(task.test):
             raise BecameError(f"task {task.index + 1} has no test samples to score it on.")
+    if learner.shares_head:
+        return _by_one_head(learner, tasks, batch_size)
     logits: list[list[Array]] = []  # by the task of the samples, and by head: [samples, classes]
     for task in tasks:
         of_all_heads = learner.logits(task.test, batch_size)
-        logits.append([of_all_heads[:, head, :] for head in range(1 if learner.shares_head else len(tasks))])
+        logits.append([of_all_heads[:, head, :] for head in range(len(tasks))])
     for head, view in (views or {}).items():
         with seen_through(learner, view):
             for by_head, task in zip(logits, tasks, strict=True):
@@ -97,7 +99,7 @@ def accuracies(
     result = Evaluation([], [], [])
     for task, by_head in zip(tasks, logits, strict=True):
         targets = learner.targets(task.test)
-        own = by_head[0 if learner.shares_head else task.index]
+        own = by_head[task.index]
         mean, width = float(learner.likelihood.mean_loss(own, targets)), int(own.shape[1])
         result.loss.append(learner.target_scale * learner.likelihood.natural(mean, width))
         if not learner.likelihood.has_labels:
@@ -108,8 +110,27 @@ def accuracies(
         among_own = xp.argmax(own, axis=-1)
         result.accuracy.append(_percent(among_own == targets))
         among_all = xp.argmax(xp.concat(by_head, axis=1), axis=-1)
-        first = 0 if learner.shares_head else task.index * width
-        result.class_incremental_accuracy.append(_percent(among_all == targets + first))
+        result.class_incremental_accuracy.append(_percent(among_all == targets + task.index * width))
+    return result
+
+
+def _by_one_head(learner: Learner, tasks: Sequence[Task], batch_size: int) -> Evaluation:
+    """Return what a learner reaches whose tasks share a head; a batch at a time, because logits of text are many."""
+    result, likelihood = Evaluation([], [], []), learner.likelihood
+    for task in tasks:
+        total = units = correct = counted = 0.0
+        for rows in chunks(task.test, batch_size):
+            outputs, targets = learner.logits(rows, batch_size)[:, 0, ...], learner.targets(rows)
+            total, units = total + float(likelihood.loss(outputs, targets)), units + likelihood.count(targets)
+            if likelihood.has_labels:
+                xp = namespace(outputs=outputs, targets=targets)
+                correct += int(xp.count_nonzero(xp.argmax(outputs, axis=-1) == targets))
+                counted += int(xp.count_nonzero(targets >= 0))
+        width = int(outputs.shape[-1])
+        result.loss.append(learner.target_scale * likelihood.natural(total / units, width))
+        accuracy = 100 * correct / counted if counted else math.nan
+        result.accuracy.append(accuracy)
+        result.class_incremental_accuracy.append(accuracy)
     return result
 
 
@@ -120,8 +141,15 @@ def _percent(correct: Array) -> float:
 
 def mean_loss(learner: Learner, task: int, indices: Indices, batch_size: int) -> float:
     """Return the mean loss of a task's head on these samples, in evaluation, in nats."""
-    logits = learner.logits(indices, batch_size)[:, 0 if learner.shares_head else task, :]
-    return float(learner.likelihood.mean_loss(logits, learner.targets(indices)))
+    if not learner.shares_head:
+        logits = learner.logits(indices, batch_size)[:, task, :]
+        return float(learner.likelihood.mean_loss(logits, learner.targets(indices)))
+    total = units = 0.0
+    for rows in chunks(indices, batch_size):
+        targets = learner.targets(rows)
+        total += float(learner.likelihood.loss(learner.logits(rows, batch_size)[:, 0, ...], targets))
+        units += learner.likelihood.count(targets)
+    return total / units
 
 
 @dataclass(frozen=True)

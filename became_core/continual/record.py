@@ -13,8 +13,6 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
-from became_core.curvature import Likelihood
-
 __all__ = ["EpochEnd", "MergePath", "PathPoint", "RunRecord", "TaskEnd"]
 
 
@@ -138,14 +136,13 @@ class RunRecord:
         return [len(curve) for curve in self.curves]
 
     @classmethod
-    def empty(cls, tasks: int, likelihood: Likelihood | None = None) -> Self:
+    def empty(cls, tasks: int, unit: str = "%") -> Self:
         """Return the record of a run of ``tasks`` tasks before the first task.
 
         Args:
             tasks: how many there are.
-            likelihood: what says whether accuracy or the loss is measured; without one there are labels.
+            unit: the unit in which the run is measured.
         """
-        unit = "%" if likelihood is None or likelihood.has_labels else likelihood.unit
         accuracy, by_argmax, loss = (np.full((tasks, tasks), np.nan) for _ in range(3))
         return cls(accuracy, by_argmax, loss=loss, unit=unit)
 

@@ -96,12 +96,15 @@ def check_method(method: Method, stream: TaskStream, training: Training | None =
         raise BecameError(
             f"{method.name} is not for {stream.dataset.name}, whose tasks share a head: {projector.needs_own_heads}."
         )
+    if projector is not None and projector.needs_labels and (stream.dataset.is_text or not likelihood.has_labels):
+        raise BecameError(
+            f"{method.name} is not for {stream.dataset.name}, whose targets are no labels of samples: "
+            f"{projector.needs_labels}."
+        )
+    if training is not None and training.augmentation and stream.dataset.is_text:
+        raise BecameError(f"text is not cropped and flipped; leave --augment out for {stream.dataset.name}.")
     if likelihood.has_labels:
         return
-    if projector is not None and projector.needs_labels:
-        raise BecameError(
-            f"{method.name} is not for {stream.dataset.name}, whose targets are no labels: {projector.needs_labels}."
-        )
     if method.fisher == "batch" and method.keeps_posterior:
         raise BecameError(
             f"{method.name} is not for {stream.dataset.name}, whose targets are no labels: its Fisher information is "

@@ -100,5 +100,5 @@ class RunState:
         return cls(
             learner.parameters(),
             Memory(projector=method.projector),
-            RunRecord.empty(len(stream.tasks), learner.likelihood),
+            RunRecord.empty(len(stream.tasks), learner.unit),
         )

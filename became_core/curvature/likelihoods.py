@@ -52,8 +52,10 @@ Unit = Literal["sample", "token"]
 class Likelihood(ABC):
     """How probable targets are, given a network's outputs."""
 
-    unit: ClassVar[str] = "nats"
-    """What ``natural`` measures a mean loss in."""
+    @property
+    def unit(self) -> str:
+        """What ``natural`` measures a mean loss in."""
+        return "nats"
 
     has_labels: ClassVar[bool] = False
     """Whether a target is a label, the number of one of the outputs."""
@@ -160,6 +162,15 @@ class Categorical(Likelihood):
         """Whether the loss is the mean cross-entropy of all labels, which frameworks compute themselves."""
         return self == Categorical()
 
+    @property
+    def unit(self) -> str:
+        """Nats, or bits where there is a label for every token."""
+        return "nats" if self.by == "sample" else "bits per token"
+
+    def natural(self, mean_loss: float, outputs: int) -> float:
+        """Return the loss in nats, or in bits where there is a label for every token."""
+        return mean_loss if self.by == "sample" else mean_loss / math.log(2)
+
     def count(self, targets: Array) -> float:
         """Return the number of samples or of positions that count; weighed, if classes have weights."""
         if self.is_plain:
@@ -252,9 +263,12 @@ class Gaussian(Likelihood):
         2.0
     """
 
-    unit: ClassVar[str] = "RMSE"
-
     noise: float | None = None
+
+    @property
+    def unit(self) -> str:
+        """What ``natural`` measures a mean loss in."""
+        return "RMSE"
 
     def __post_init__(self) -> None:
         """Check the noise."""

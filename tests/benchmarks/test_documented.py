@@ -110,7 +110,7 @@ def test_every_preset_with_rates_by_group_has_its_row() -> None:
 
 
 def test_a_row_is_of_a_preset() -> None:
-    rows = [line for line in PAGE.splitlines() if line.startswith(("| split-", "| permuted-"))]
+    rows = [line for line in PAGE.splitlines() if line.startswith(("| split-", "| permuted-", "| tabular", "| text-"))]
     assert len(rows) == 2 * len(presets()) + len(with_rates())
 
 

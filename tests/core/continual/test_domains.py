@@ -72,7 +72,7 @@ def test_methods_of_labels_are_refused_for_numbers(method: str) -> None:
 
 
 def test_the_record_turns_the_sign_of_losses_alone() -> None:
-    numbers, labels = RunRecord.empty(1, Gaussian(noise=1.0)), RunRecord.empty(1, Categorical())
+    numbers, labels = RunRecord.empty(1, "RMSE"), RunRecord.empty(1)
     end = TaskEnd(0, None, [50.0], [40.0], loss=[2.0])
     rest: dict[str, object] = {"curve": (), "ranks": {}, "memory": 0, "path": None}
     assert numbers.with_task(end, **rest).measured == -2.0  # type: ignore[arg-type]
