@@ -3,9 +3,9 @@
 import numpy as np
 
 from became_core.continual import Dataset, TaskStream, split_classes, split_domains
-from became_core.curvature import Gaussian
+from became_core.curvature import Categorical, Gaussian
 
-__all__ = ["drifting_stream", "prototype_stream"]
+__all__ = ["drifting_stream", "prototype_stream", "text_stream"]
 
 
 def prototype_stream(
@@ -60,3 +60,17 @@ def drifting_stream(*, tasks: int = 2, rows: int = 40, outputs: int = 2, shared_
         domains=domains[order],
     )
     return split_domains(dataset, validation=0.0, shared_head=shared_head)
+
+
+def text_stream(*, tasks: int = 2, samples: int = 16, length: int = 6) -> TaskStream:
+    """Return a stream of text, a few letters a domain, of which every fourth label is ignored in the last sample."""
+    draw = np.random.default_rng(0)
+    domains = np.repeat(np.arange(tasks), samples)
+    letters = 97 + 3 * domains[:, None] + draw.integers(0, 3, (len(domains), length + 1))
+    order = draw.permutation(len(domains))
+    text, labels = letters[order, :-1].astype(np.uint8), letters[order, 1:].copy()
+    labels[-1, ::4] = -100
+    labels[0, ::4] = -100
+    likelihood, train = Categorical(by="token"), len(domains) * 3 // 4
+    dataset = Dataset("letters", text, labels, train, (), (), likelihood=likelihood, domains=domains[order])
+    return split_domains(dataset, validation=0.0)

@@ -153,7 +153,7 @@ def _matrices(group: Group) -> str:
     """Both accuracy matrices and that of the loss, as far as they were measured, the mean over seeds, as tables."""
     parts = []
     first = group.runs[0]
-    loss = "RMSE" if first.unit == "RMSE" else "Loss, nats"
+    loss = {"RMSE": "RMSE", "%": "Loss, nats"}.get(first.unit, f"Loss, {first.unit}")
     titles = {
         "accuracy": "Task-incremental accuracy, %",
         "class_incremental_accuracy": "Class-incremental accuracy, %",
