@@ -145,8 +145,24 @@ def _section(group: Group, drawings: Sequence[Drawing]) -> str:
         f"<p>{escaped(group.runs[0].backend)}; {escaped(seeds)}. To repeat it:</p>{repeat}\n"
         f'<div class="grid">{"".join(map(_figure, drawings))}</div>\n'
         f"<details><summary>{tables} as tables</summary>{_matrices(group)}</details>\n"
-        f"<details><summary>Configuration</summary><pre><code>{config}</code></pre></details></section>"
+        f"{_texts(group)}<details><summary>Configuration</summary><pre><code>{config}</code></pre></details></section>"
     )
+
+
+def _texts(group: Group) -> str:
+    """What the network of the first seed writes after each task, in the manner of each task so far."""
+    run = group.runs[0]
+    if not run.samples:
+        return ""
+    columns = [Column("after task"), Column("in the manner of task"), Column("text", prose=True)]
+    rows = [
+        [str(after), str(task), printable(text)]
+        for after, texts in enumerate(run.samples, start=1)
+        for task, text in enumerate(texts, start=1)
+    ]
+    about = f"Seed {run.seed}. The first quarter of each text is given; the network has drawn the rest, byte by byte."
+    table = as_html(Table("What the network writes", columns, rows))
+    return f"<details open><summary>What the network writes</summary><p>{about}</p>{table}</details>"
 
 
 def _matrices(group: Group) -> str:

@@ -61,6 +61,7 @@ class RunResult:
     data_dir: str | None = None
     loss: NDArray[np.float64] = field(default_factory=lambda: np.zeros((0, 0)))
     unit: str = "%"
+    samples: list[list[str]] = field(default_factory=list)
 
     @classmethod
     def of(
@@ -93,6 +94,7 @@ class RunResult:
             data_dir=data_dir,
             loss=record.loss,
             unit=record.unit,
+            samples=record.samples,
         )
 
     @property
@@ -137,17 +139,18 @@ class RunResult:
             "data_dir": self.data_dir,
             "loss": _rows(self.loss),
             "unit": self.unit,
+            "samples": self.samples,
         }
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Self:
-        """Return the result that ``to_json`` gave; earlier versions recorded no memory, curves, data folder and losses.
+        """Return the result that ``to_json`` gave; earlier versions recorded less.
 
         Raises:
             ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError: if a value is missing or is none
                 that a run could have written.
         """
-        later = "memory", "curves", "data_dir", "loss", "unit"
+        later = "memory", "curves", "data_dir", "loss", "unit", "samples"
         fields = {name: values[name] for name in cls.__dataclass_fields__ if name in values or name not in later}
         for name in ("accuracy", "class_incremental_accuracy"):
             fields[name] = np.array(fields[name], dtype=float)  # null becomes NaN
@@ -163,6 +166,7 @@ class RunResult:
         _require(all(type(text) is str for text in (self.backend, self.benchmark, self.method)))
         _require(self.data_dir is None or type(self.data_dir) is str)
         _require(type(self.unit) is str)
+        _require(len(self.samples) in (0, tasks) and all(type(text) is str for texts in self.samples for text in texts))
         _require(type(self.seed) is int and type(self.config) is dict and tasks > 0)
         for matrix in (self.accuracy, self.class_incremental_accuracy):
             _require(matrix.shape == (tasks, tasks))

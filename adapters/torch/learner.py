@@ -272,6 +272,11 @@ class TorchLearner(NetworkLearner):
         logits: Tensor = self.network(self._batch(rows)[0])
         return logits
 
+    @torch.no_grad()
+    def _logits_of_text(self, text: NDArray[np.uint8]) -> Tensor:
+        logits: Tensor = self.network(torch.from_numpy(text).to(self.device, torch.int64))
+        return logits
+
     def _taps(self, task: int, rows: Indices, mode: TapMode, rng: np.random.Generator, masks: Any) -> Iterator[Taps]:
         images, targets = self._batch(rows)
         per_sample = mode != "published"

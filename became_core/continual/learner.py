@@ -145,6 +145,15 @@ class Learner(ABC):
         has -inf for those that it has not.
         """
 
+    def written(self, task: Task, rng: np.random.Generator) -> str:
+        """Return what the network writes after the beginning of a task's first test sample; empty if it writes no text.
+
+        Args:
+            task: whose text it goes on with.
+            rng: the generator that each byte is drawn from.
+        """
+        return ""
+
     @abstractmethod
     def batch_statistics(self, indices: Indices, batch_size: int) -> Iterator[tuple[int, Params]]:
         """Yield each batch's size, and its mean and biased variance for every layer that has running statistics.

@@ -80,6 +80,7 @@ class TaskEnd:
         class_incremental_accuracy: the class-incremental accuracy on each task so far.
         full: the protected spaces that became whole with this task: such a weight no longer changes in stage 1.
         loss: the loss on each task so far, in its natural unit.
+        samples: what the network writes in the manner of each task so far; empty if samples are no text.
     """
 
     task: int
@@ -88,6 +89,7 @@ class TaskEnd:
     class_incremental_accuracy: list[float]
     full: frozenset[str] = frozenset()
     loss: list[float] = field(default_factory=list)
+    samples: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -107,6 +109,7 @@ class RunRecord:
         loss: the loss [T, T], in its natural unit; [t, i] is that on task i after task t, NaN for i > t. It is empty if
             an earlier version began the run.
         unit: the unit in which the run is measured: "%" for accuracy, or that of the loss.
+        samples: after each task, what the network writes in the manner of each task so far; empty if it writes no text.
     """
 
     accuracy: NDArray[np.float64]
@@ -119,6 +122,7 @@ class RunRecord:
     seconds: dict[str, float] = field(default_factory=dict)
     loss: NDArray[np.float64] = field(default_factory=lambda: np.zeros((0, 0)), metadata={"later": True})
     unit: str = field(default="%", metadata={"later": True})
+    samples: list[list[str]] = field(default_factory=list, metadata={"later": True})
 
     @property
     def measured(self) -> NDArray[np.float64]:
@@ -163,6 +167,7 @@ class RunRecord:
                 self.class_incremental_accuracy, end.task, end.class_incremental_accuracy
             ),
             loss=_with_row(self.loss, end.task, end.loss) if len(self.loss) else self.loss,
+            samples=[*self.samples, end.samples] if end.samples else self.samples,
             alpha=[*self.alpha, end.alpha],
             curves=[*self.curves, curve],
             ranks=[*self.ranks, ranks],

@@ -20,6 +20,7 @@ from became_core.continual.learner import Learner, heads_of, weights_of
 from became_core.continual.methods import Method
 from became_core.continual.path_report import old_tasks_with, report_path
 from became_core.continual.record import EpochEnd, MergePath, RunRecord, TaskEnd
+from became_core.continual.rng import random_generator
 from became_core.continual.run_context import (
     RunContext,
     Stopwatch,
@@ -323,7 +324,15 @@ class _Run(RunContext):
         memory = state.memory
         with self.stopwatch.phase("evaluation"):
             reached = self.accuracies(task, memory)
-            end = TaskEnd(task.index, alpha, reached.accuracy, reached.class_incremental_accuracy, filled, reached.loss)
+            samples = [
+                self.learner.written(learned, random_generator(self.seed, "writing", task.index, learned.index))
+                for learned in self.tasks_until(task)
+            ]
+            end = TaskEnd(
+                *(task.index, alpha, reached.accuracy, reached.class_incremental_accuracy, filled),
+                loss=reached.loss,
+                samples=samples if any(samples) else [],
+            )
         ranks = {} if memory.projector is None else dict(memory.projector.rank)
         record = state.record.with_task(end, curve=state.stage.curve, ranks=ranks, memory=memory.size, path=path)
         self.callbacks.on_task_end(end)

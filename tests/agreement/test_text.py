@@ -49,6 +49,7 @@ def measured(learner: Learner) -> dict[str, NDArray[Any]]:
     constraint = Constraint(frozenset(theta))
     outcome["loss"] = np.array(learner.train([Batch(0, rows)], np.array([0.1]), constraint, SGD(), fresh()).loss)
     outcome |= {f"{name} after a step": value for name, value in learner.parameters().items()}
+    outcome["text"] = np.frombuffer(learner.written(STREAM.tasks[0], fresh()).encode("utf-16"), np.uint8)
     return {name: np.array(to_numpy(value)) for name, value in outcome.items()}
 
 

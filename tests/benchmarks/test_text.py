@@ -110,6 +110,12 @@ def test_the_command_learns_text(tmp_path: Path, capsys: pytest.CaptureFixture[s
         assert run.unit == "bits per byte"
         assert 0 < run.loss[0, 0] < 4  # of 8 before it has learned anything
         assert run.accuracy[0, 0] > 40
+        assert [len(texts) for texts in run.samples] == [1, 2]
+        assert run.samples[0][0].startswith("abab")
+        assert len(run.samples[1][1]) == 16
+    page = report([tmp_path / "runs"]).read_text(encoding="utf-8")
+    assert "What the network writes" in page
+    assert f">{read_results(tmp_path / 'runs')[0].samples[0][0]}<" in page
     assert "Loss, bits per byte" in report([tmp_path / "runs"]).read_text(encoding="utf-8")
     assert main(BACKEND, [*words, "--network", "mlp", "--methods", "gpm"]) == 2
     assert "is not for text" in capsys.readouterr().err
