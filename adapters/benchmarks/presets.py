@@ -22,6 +22,8 @@ __all__ = [
     "PERMUTED_MNIST",
     "SOURCES",
     "SPLIT_MNIST",
+    "TABULAR",
+    "TEXT",
     "TINYIMAGENET",
     "Preset",
 ]
@@ -122,6 +124,23 @@ _CONSTANT = {"schedule": "stepped", "lr": 0.01, "epochs": 5, "stage2_epochs": 5,
 PERMUTED_MNIST = {
     "quick": Preset({**_MLP, "increment": 0.0, **_annealed(0.1, 8, 4)}),
     "paper": Preset({**_MLP, "increment": 0.0, **_CONSTANT, "projector_samples": 300, "validation": 0.1}),
+}
+
+TABULAR = {"quick": Preset({**_MLP, **_annealed(0.1, 16, 8), "batch_size": 32, "increment": 0.003})}
+
+TEXT = {
+    "quick": Preset(
+        {
+            **_annealed(2e-3, 3, 2),
+            "network": "gpt",
+            "optimiser": "adam",
+            "batch_size": 16,
+            "threshold": 0.95,
+            "increment": 0.003,
+            "projector_samples": 64,
+            "curvature_samples": 128,
+        }
+    )
 }
 
 CIFAR100 = {

@@ -1,7 +1,8 @@
 """Metrics of a continual run, computed from its accuracy matrix.
 
 Convention: accuracy[t, i] is the accuracy, in percent, on task i after task t was learned. It is NaN for i > t, unless
-tasks that are not yet learned were scored as well.
+tasks that are not yet learned were scored as well. Where there are no labels it is a loss with its sign turned, so that
+up is good in every matrix, and a BWT below 0 is forgetting in every unit (``RunRecord.measured``).
 
 Examples:
     >>> import numpy as np

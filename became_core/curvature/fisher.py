@@ -37,7 +37,7 @@ TAP_MODES: dict[FisherKind, TapMode] = {
 }
 
 
-def diagonal_fisher(batches: Iterable[Taps], parameters: Params, kind: FisherKind, *, samples: int) -> Params:
+def diagonal_fisher(batches: Iterable[Taps], parameters: Params, kind: FisherKind, *, samples: float) -> Params:
     """Return the diagonal Fisher information of every parameter, each in its parameter's shape.
 
     Args:
@@ -46,6 +46,7 @@ def diagonal_fisher(batches: Iterable[Taps], parameters: Params, kind: FisherKin
         parameters: all parameters; one that has no tap, such as the head of another task, gets zeros.
         kind: one of the kinds that this module defines.
         samples: how many samples all batches have together; a batch with several sets of taps is counted once.
+            It is what the mean loss divides by, which may be a number of tokens.
 
     Raises:
         BecameError: if there are no samples or no batches, or a tap belongs to an unknown parameter.

@@ -143,6 +143,12 @@ class Projector(ABC):
     alone: ClassVar[str] = ""
     """Why the projector cannot be combined with a method or another projector; empty if it can."""
 
+    needs_own_heads: ClassVar[str] = ""
+    """Why every task must have a head of its own; empty if tasks may share one."""
+
+    needs_labels: ClassVar[str] = ""
+    """Why targets must be labels; empty if they may be numbers."""
+
     stages: ClassVar[int] = 1
     """How many stages the projector trains a task in, 1 or 2; ``between_stages`` is called between two stages."""
 

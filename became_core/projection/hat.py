@@ -68,6 +68,10 @@ class HAT(Projector):
     gates: Params = field(default_factory=dict)
 
     alone: ClassVar[str] = "gates protect every unit that is in use"
+    needs_own_heads: ClassVar[str] = (
+        "a task works behind gates of its own, and a head that later tasks train would no longer fit what these let "
+        "through"
+    )
 
     def __post_init__(self) -> None:
         """Check the numbers."""

@@ -58,6 +58,10 @@ class PackNet(Projector):
     owners: Params = field(default_factory=dict)
 
     alone: ClassVar[str] = "masks protect every weight that is in use"
+    needs_own_heads: ClassVar[str] = (
+        "a task works with a mask of its own, and a head that later tasks train would no longer fit the weights that "
+        "it keeps"
+    )
     stages: ClassVar[int] = 2
 
     def __post_init__(self) -> None:

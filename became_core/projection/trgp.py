@@ -52,6 +52,7 @@ class TRGP(ThresholdProjector):
     regions: dict[int, "TrustRegion"] = field(default_factory=dict, kw_only=True)
 
     beside: ClassVar[tuple[str, ...]] = ("selections",)
+    needs_own_heads: ClassVar[str] = "a task works with scales of its own, which a shared head would not fit"
 
     def remember(self, task: FinishedTask) -> Self:
         """Return the memory with one more task's basis.

@@ -57,7 +57,7 @@ def shown(schedule: Schedule) -> str:
 
 def training_row(row: Row) -> str:
     configuration, training = row.configured("became"), row.configured("became").training()
-    assert training.optimiser in (SGD(), Adam(weight_decay=5e-5))
+    assert training.optimiser in (SGD(), Adam(), Adam(weight_decay=5e-5))
     optimiser = "SGD" if training.optimiser == SGD() else "Adam"
     stage1, stage2 = shown(training.stage1), shown(training.stage2)
     stage2 = "the same" if stage1 == stage2 else stage2
@@ -110,7 +110,7 @@ def test_every_preset_with_rates_by_group_has_its_row() -> None:
 
 
 def test_a_row_is_of_a_preset() -> None:
-    rows = [line for line in PAGE.splitlines() if line.startswith(("| split-", "| permuted-"))]
+    rows = [line for line in PAGE.splitlines() if line.startswith(("| split-", "| permuted-", "| tabular", "| text-"))]
     assert len(rows) == 2 * len(presets()) + len(with_rates())
 
 
