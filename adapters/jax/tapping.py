@@ -57,7 +57,7 @@ class TappedFunction:
         >>> tapped.matrices
         {'kernel': True}
         >>> {name: tap.inputs.shape for name, tap in tapped.taps(params, inputs, seed).items()}
-        {'kernel': (5, 1, 2), 'bias': (5, 1, 3)}
+        {'bias': (5, 1, 3), 'kernel': (5, 1, 2)}
     """
 
     def __init__(self, apply: Apply, params: Any, inputs: Any) -> None:

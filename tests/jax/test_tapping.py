@@ -1,5 +1,6 @@
 """Taps by operation against ``vmap(grad)``, for functions of every kind; all in double precision, on three samples."""
 
+import doctest
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -12,6 +13,7 @@ from flax import nnx
 from jax import lax
 from jax import numpy as jnp
 
+from adapters.jax import tapping
 from adapters.jax.tapping import TappedFunction
 from became_core import BecameError
 from became_core.arrays import named_leaves
@@ -165,3 +167,7 @@ def test_integers_have_no_taps_and_shared_inputs_are_no_samples() -> None:
 def test_outputs_without_an_axis_of_samples_are_refused() -> None:
     with pytest.raises(BecameError, match="must return one array of outputs"):
         TappedFunction(lambda w, x: (x @ w).sum(), _random(4, 2), INPUTS)
+
+
+def test_the_examples_of_the_docstrings_run() -> None:
+    assert doctest.testmod(tapping) == (0, 7)
