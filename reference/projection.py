@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 __all__ = [
-    "effective_weight",
     "clamped_gate_derivative",
+    "effective_weight",
     "gpcns_bases",
     "gpcns_space",
     "gpm_basis",

@@ -146,6 +146,9 @@ class Projector(ABC):
     stages: ClassVar[int] = 1
     """How many stages the projector trains a task in, 1 or 2; ``between_stages`` is called between two stages."""
 
+    retraining_rate: float = 1.0
+    """What the learning rate of the second of a projector's own two stages is multiplied by."""
+
     protects_all: ClassVar[bool] = False
     """Whether every shared parameter is protected; if not, only matrices are, and the rest is frozen or penalised."""
 
