@@ -100,14 +100,10 @@ def preact_resnet18(channels: int, height: int, width: int, norm: Norm = "batch"
     convolution, plus a shortcut. As in the published code, the shortcut begins after the first batch norm: it is that
     norm's output or, where the shape changes, a 1x1 convolution of what the ReLU makes of it.
 
-    Raises:
-        BecameError: if the images are not square, or too small for it.
+    The mean is over squares of the smaller side, so that an image that is not square has more features.
     """
-    if height != width:
-        raise BecameError(f"the preact_resnet18 network needs square images, not {height}x{width}.")
-    _assert_at_least(2, "preact_resnet18", height, width)
     layers: list[Layer] = [Convolution("conv1", 64, 3, padding=1)]
-    side, filters_before = height, 64
+    side, filters_before = min(height, width), 64
     for group, (filters, stride) in enumerate(((64, 1), (128, 2), (256, 2), (512, 2)), start=1):
         for index, step in enumerate((stride, 1)):
             name = f"stage{group}.{index}"
