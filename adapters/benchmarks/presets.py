@@ -9,7 +9,7 @@ The preset ``paper`` is the protocol of BECAME's own script, which trains GPM, S
 rate 0.05, which falls to 5e-5, and s = 5; on miniImageNet 0.98, 0.001 and s = 3. The code of the papers that introduced
 the methods differs, and the preset ``original`` has its values: on CIFAR-100, GPM and TRGP have rates from 0.01 to
 1e-5, and SGP has s = 10; on miniImageNet, TRGP has the constant threshold 0.985 and holds out 2 %. GPM's code also
-takes another number of samples for each layer of the AlexNet-like network (24, 100, 100, 125, 125); we have 125 for all.
+takes another number of samples for each layer of the AlexNet-like network: 24, 100, 100, 125, 125; we take 125 for all.
 
 Convention: a preset's values have the names of options and of fields of ``Configuration``; what a preset does not give
 has the default of ``Configuration`` or of its setting. Schedules hold for stage 1 and, anew, for stage 2.
@@ -109,7 +109,7 @@ _ALEXNET = {"network": "alexnet", "threshold": 0.97, "increment": 0.003, "scale"
 # Of masks: the clamps of Serra's code; Mallya's share by the number of tasks, and retraining at a tenth of the rate.
 _MASKS = {
     "hat": {"hat_clamped": True},
-    "packnet": {"packnet_equal_shares": True, "packnet_retraining_rate": 0.1},
+    "packnet": {"packnet_equal": True, "packnet_retraining": 0.1},
 }
 
 # How the values were chosen, on training and validation images alone: benchmarks/first_run.py.

@@ -74,6 +74,8 @@ class Learner(ABC):
             no optimiser, projector, penalty, curvature or merge includes them.
         least_batch: how few samples a step of training can have; 2 if a layer normalises by statistics over samples
             alone, because a single sample has none.
+        mixes_samples: whether the logits of a sample depend on the other samples of its batch in evaluation too, as
+            with batch norm by the batch's own statistics.
     """
 
     heads: Sequence[frozenset[str]]
@@ -81,6 +83,7 @@ class Learner(ABC):
     running_statistics: frozenset[str]
     constants: frozenset[str] = frozenset()
     least_batch: int = 1
+    mixes_samples: bool = False
 
     @abstractmethod
     def parameters(self) -> Params:

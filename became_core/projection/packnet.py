@@ -62,8 +62,8 @@ class PackNet(Projector):
     """
 
     share: float = setting(0.5, option="packnet_share")
-    equal_shares: bool = setting(False, option="packnet_equal_shares")
-    retraining_rate: float = setting(1.0, option="packnet_retraining_rate")
+    equal_shares: bool = setting(False, option="packnet_equal")
+    retraining_rate: float = setting(1.0, option="packnet_retraining")
     tasks: int = static(default=0)
     expected: int = static(default=0)
     retrains: bool = static(default=False)

@@ -114,8 +114,8 @@ def test_masks_as_published_in_paper_and_ours_in_quick(name: str) -> None:
     for preset, published in (("paper", True), ("quick", False)):
         assert configured(name, tasks, preset, "hat").settings["hat_clamped"] is published
         packnet = configured(name, tasks, preset, "packnet").settings
-        assert packnet["packnet_equal_shares"] is published
-        assert packnet["packnet_retraining_rate"] == (0.1 if published else 1.0)
+        assert packnet["packnet_equal"] is published
+        assert packnet["packnet_retraining"] == (0.1 if published else 1.0)
 
 
 def test_permuted_mnist_as_published_by_gpm() -> None:
