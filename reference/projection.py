@@ -163,7 +163,7 @@ def clamped_gate_derivative(embedding: float, steepness: float, sharpness: float
     gate = np.float32(1 / (1 + np.exp(min(-steepness * embedding, 700.0))))
     derivative = steepness * float(gate * (np.float32(1) - gate))
     inner = min(max(steepness * embedding, -50.0), 50.0)
-    return derivative * sharpness / steepness * (np.cosh(inner) + 1) / (np.cosh(embedding) + 1)
+    return float(derivative * sharpness / steepness * (np.cosh(inner) + 1) / (np.cosh(embedding) + 1))
 
 
 def ogd_directions(gradients: Sequence[Array], capacity: int) -> Array:

@@ -107,9 +107,9 @@ _MLP = {"network": "mlp", "batch_size": 10, "threshold": 0.95}
 _ALEXNET = {"network": "alexnet", "threshold": 0.97, "increment": 0.003, "scale": 5.0}
 
 # Of masks: the clamps of Serra's code; Mallya's share by the number of tasks, and retraining at a tenth of the rate.
-_MASKS = {
+_MASKS: dict[str, dict[str, Any]] = {
     "hat": {"hat_clamped": True},
-    "packnet": {"packnet_equal": True, "packnet_retraining": 0.1},
+    "packnet": {"packnet_even": True, "packnet_retraining": 0.1},
 }
 
 # How the values were chosen, on training and validation images alone: benchmarks/first_run.py.
@@ -153,7 +153,7 @@ CIFAR100 = {
 CIFAR100_IN_20 = CIFAR100 | {"nscl": _nscl(batch_size=16, ratio=30.0)}
 
 _MINI = {"network": "resnet18", "projector_samples": 100, **_RESNET}
-_MINI_SPECIAL = {"sgp": _RESNET_SCALED, "gpcns": _RESNET_SCALED}
+_MINI_SPECIAL: dict[str, dict[str, Any]] = {"sgp": _RESNET_SCALED, "gpcns": _RESNET_SCALED}
 MINIIMAGENET = {
     "quick": Preset({**_MINI, **_annealed(0.1, 4, 2), "curvature_samples": 1024}, _MINI_SPECIAL),
     "paper": Preset({**_MINI, **_patient(0.1, 3.0, 5, 1e-3)}, _MINI_SPECIAL | _MASKS),

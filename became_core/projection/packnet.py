@@ -62,7 +62,7 @@ class PackNet(Projector):
     """
 
     share: float = setting(0.5, option="packnet_share")
-    equal_shares: bool = setting(False, option="packnet_equal")
+    equal_shares: bool = setting(False, option="packnet_even")
     retraining_rate: float = setting(1.0, option="packnet_retraining")
     tasks: int = static(default=0)
     expected: int = static(default=0)

@@ -114,7 +114,7 @@ def test_masks_as_published_in_paper_and_ours_in_quick(name: str) -> None:
     for preset, published in (("paper", True), ("quick", False)):
         assert configured(name, tasks, preset, "hat").settings["hat_clamped"] is published
         packnet = configured(name, tasks, preset, "packnet").settings
-        assert packnet["packnet_equal"] is published
+        assert packnet["packnet_even"] is published
         assert packnet["packnet_retraining"] == (0.1 if published else 1.0)
 
 

@@ -82,7 +82,7 @@ def test_packnet_reports_its_capacity_and_leaves_pruned_weights_zero() -> None:
 
 
 def test_packnet_retrains_at_its_own_rate_and_shares_the_weights_equally() -> None:
-    settings = {"packnet_equal": True, "packnet_retraining": 0.1}
+    settings = {"packnet_even": True, "packnet_retraining": 0.1}
     record, _, weights = run("packnet", settings=settings)
     size = weights[0]["fc1.weight"].size
     owned = [ranks["fc1.weight"][0] for ranks in record.ranks]

@@ -82,8 +82,8 @@ def test_clamped_gradients_are_those_of_the_published_code(xp: Any) -> None:
     key, units = "fc.weight@gates", len(far)
     weight, gradient = np.ones((1, units), np.float32), np.arange(1.0, units + 1, dtype=np.float32)[None]
     unused, steep = {key: np.zeros(units, np.float32)}, np.array(400.0, np.float32)
-    arrays = [to_xp(xp, array) for array in ({key: far}, unused, steep)]
-    regions = [GatedRegion(*arrays, 400.0, 0.75, clamped) for clamped in (True, False)]
+    scales, unused_units, steepness = (to_xp(xp, array) for array in ({key: far}, unused, steep))
+    regions = [GatedRegion(scales, unused_units, steepness, 400.0, 0.75, clamped) for clamped in (True, False)]
     clamped, closed = (
         to_numpy(region.pull_back({"fc.weight": to_xp(xp, gradient)}, {"fc.weight": to_xp(xp, weight)})[key])
         for region in regions
