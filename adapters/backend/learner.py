@@ -301,8 +301,10 @@ class FunctionalLearner(NetworkLearner):
         )
 
         def look(layer: Any, inputs: Any, output: Array) -> Array:  # noqa: ARG001 - a record's signature
-            if isinstance(layer, BatchNorm) and prod(output.shape[1:-1]) == 1:
-                self._normalises_over_samples(layer.running)
+            if isinstance(layer, BatchNorm):
+                self.mixes_samples |= not layer.running
+                if prod(output.shape[1:-1]) == 1:
+                    self._normalises_over_samples(layer.running)
             return output
 
         features = self._check_features(self._features_shape(backbone, images.shape[1:], look), dataset.is_text)

@@ -38,7 +38,7 @@ from adapters.networks.layers import (
 from became_core import BecameError
 from became_core.registry import Catalogue
 
-__all__ = ["NETWORKS", "Norm", "alexnet", "build_network", "gpt", "mlp", "resnet18"]
+__all__ = ["NETWORKS", "Norm", "alexnet", "build_network", "gpt", "mlp", "preact_resnet18", "resnet18"]
 
 Norm = Literal["batch", "running", "group"]
 
@@ -96,6 +96,36 @@ def resnet18(channels: int, height: int, width: int, norm: Norm = "batch") -> Ar
     )
     layers = (*stem, *chain.from_iterable(blocks), AveragePool(2), Flatten())
     return Architecture(layers, (channels, height, width))
+
+
+def preact_resnet18(channels: int, height: int, width: int, norm: Norm = "batch") -> Architecture:
+    """Return the pre-activation ResNet-18 of Adam-NSCL, with 64 base filters (He 2016, "Identity mappings"; Wang 2021).
+
+    A 3x3 convolution of 64 filters with stride 1 and padding 1; four groups of two blocks, of 64, 128, 256 and 512
+    filters, the first block of a group with stride 1, 2, 2 and 2; batch norm, ReLU, and the mean over all places, which
+    gives 512 features (11.2 M parameters). A block is batch norm, ReLU, 3x3 convolution, batch norm, ReLU, 3x3
+    convolution, plus a shortcut. As in the published code, the shortcut begins after the first batch norm: it is that
+    norm's output or, where the shape changes, a 1x1 convolution of what the ReLU makes of it.
+
+    The mean is over squares of the smaller side, so that an image that is not square has more features.
+    """
+    layers: list[Layer] = [Convolution("conv1", 64, 3, padding=1)]
+    side, filters_before = min(height, width), 64
+    for group, (filters, stride) in enumerate(((64, 1), (128, 2), (256, 2), (512, 2)), start=1):
+        for index, step in enumerate((stride, 1)):
+            name = f"stage{group}.{index}"
+            body = (
+                *(Convolution(f"{name}.conv1", filters, 3, step, padding=1), _norm(norm, f"{name}.bn2"), ReLU()),
+                Convolution(f"{name}.conv2", filters, 3, padding=1),
+            )
+            layers.append(_norm(norm, f"{name}.bn1"))
+            if step == 1 and filters == filters_before:
+                layers.append(Residual((ReLU(), *body)))
+            else:
+                layers += [ReLU(), Residual(body, (Convolution(f"{name}.shortcut.0", filters, 1, step),))]
+            side, filters_before = (side - 1) // step + 1, filters
+    layers += [_norm(norm, "bn_last"), ReLU(), AveragePool(side), Flatten()]
+    return Architecture(tuple(layers), (channels, height, width))
 
 
 def _block(name: str, filters: int, stride: int, norm: Norm, *, keeps: bool) -> tuple[Layer, ...]:
@@ -164,6 +194,7 @@ NETWORKS: Catalogue[Callable[..., Architecture]] = Catalogue(
     {
         "alexnet": alexnet,
         "mlp": mlp,
+        "preact_resnet18": preact_resnet18,
         "resnet18": resnet18,
         "gpt": gpt,
         "gpt-medium": _gpt_medium,

@@ -121,6 +121,7 @@ class TorchLearner(NetworkLearner):
         """Return the shape of a backbone's features of two blank images; None if they are no tensor."""
 
         def look(norm: Any, inputs: tuple[Tensor, ...]) -> None:
+            self.mixes_samples |= norm.running_mean is None and not is_frozen_norm(norm)
             if inputs[0].numel() == len(inputs[0]) * inputs[0].shape[1] and not is_frozen_norm(norm):
                 self._normalises_over_samples(running=norm.running_mean is not None)
 

@@ -75,6 +75,8 @@ class Learner(ABC):
             no optimiser, projector, penalty, curvature or merge includes them.
         least_batch: how few samples a step of training can have; 2 if a layer normalises by statistics over samples
             alone, because a single sample has none.
+        mixes_samples: whether the logits of a sample depend on the other samples of its batch in evaluation too, as
+            with batch norm by the batch's own statistics.
         likelihood: what the outputs of the heads, which are called logits throughout, say of the targets.
         target_scale: as of ``TaskStream``.
         unit: in which runs are measured, as of ``TaskStream``.
@@ -88,6 +90,7 @@ class Learner(ABC):
     likelihood: Likelihood = Categorical()
     target_scale: float = 1.0
     unit: str = "%"
+    mixes_samples: bool = False
 
     @property
     def shares_head(self) -> bool:

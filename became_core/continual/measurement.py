@@ -9,11 +9,11 @@ gradients are means over batches.
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from became_core.arrays import Array, Params, namespace
+from became_core.arrays import Array, Params, device, namespace
 from became_core.continual.data import Indices, Task, chunks
 from became_core.continual.learner import (
     Learner,
@@ -74,6 +74,11 @@ def accuracies(
     There is one pass over the test samples of all tasks for the shared weights, and one for every task that has a view,
     because the head of that task works with other weights.
 
+    For task-incremental accuracy a batch holds samples of one task, as in published code. If the network normalises by
+    the statistics of a batch, such a batch tells which task it is of, and class-incremental accuracy would profit from
+    it. For that accuracy the samples of all tasks are therefore mixed, in an order that depends on the number of tasks
+    alone, and the passes are made once more.
+
     Args:
         learner: the learner that is scored.
         tasks: all tasks that have been learned, in order.
@@ -88,16 +93,16 @@ def accuracies(
             raise BecameError(f"task {task.index + 1} has no test samples to score it on.")
     if learner.shares_head:
         return _by_one_head(learner, tasks, batch_size)
-    logits: list[list[Array]] = []  # by the task of the samples, and by head: [samples, classes]
-    for task in tasks:
-        of_all_heads = learner.logits(task.test, batch_size)
-        logits.append([of_all_heads[:, head, :] for head in range(len(tasks))])
-    for head, view in (views or {}).items():
-        with seen_through(learner, view):
-            for by_head, task in zip(logits, tasks, strict=True):
-                by_head[head] = learner.logits(task.test, batch_size)[:, head, :]
+    parts = [task.test for task in tasks]
+    logits = mixed = _logits_by_head(learner, parts, len(tasks), batch_size, views or {})
+    if learner.mixes_samples and learner.likelihood.has_labels and len(tasks) > 1:
+        rows = np.concatenate(parts)
+        order = random_generator(0, "mixed-evaluation", len(tasks)).permutation(len(rows))
+        (shuffled,) = _logits_by_head(learner, [rows[order]], len(tasks), batch_size, views or {})
+        places = np.split(np.argsort(order), np.cumsum([len(part) for part in parts])[:-1])
+        mixed = [[_rows_of(by_class, place) for by_class in shuffled] for place in places]
     result = Evaluation([], [], [])
-    for task, by_head in zip(tasks, logits, strict=True):
+    for task, by_head, by_head_mixed in zip(tasks, logits, mixed, strict=True):
         targets = learner.targets(task.test)
         own = by_head[task.index]
         mean, width = float(learner.likelihood.mean_loss(own, targets)), int(own.shape[1])
@@ -109,7 +114,7 @@ def accuracies(
         xp = namespace(logits=own, targets=targets)
         among_own = xp.argmax(own, axis=-1)
         result.accuracy.append(_percent(among_own == targets))
-        among_all = xp.argmax(xp.concat(by_head, axis=1), axis=-1)
+        among_all = xp.argmax(xp.concat(by_head_mixed, axis=1), axis=-1)
         result.class_incremental_accuracy.append(_percent(among_all == targets + task.index * width))
     return result
 
@@ -132,6 +137,29 @@ def _by_one_head(learner: Learner, tasks: Sequence[Task], batch_size: int) -> Ev
         result.accuracy.append(accuracy)
         result.class_incremental_accuracy.append(accuracy)
     return result
+
+
+def _logits_by_head(
+    learner: Learner, parts: Sequence[Indices], heads: int, batch_size: int, views: Mapping[int, View]
+) -> list[list[Array]]:
+    """Return, for each part of the rows and each of the first heads, the logits [samples, classes].
+
+    They are by the weights of the head's task. Batches do not cross from one part to the next.
+    """
+    logits: list[list[Array]] = []
+    for rows in parts:
+        of_all_heads = learner.logits(rows, batch_size)
+        logits.append([of_all_heads[:, head, :] for head in range(heads)])
+    for head, view in views.items():
+        with seen_through(learner, view):
+            for by_head, rows in zip(logits, parts, strict=True):
+                by_head[head] = learner.logits(rows, batch_size)[:, head, :]
+    return logits
+
+
+def _rows_of(logits: Array, places: Indices) -> Array:
+    xp: Any = namespace(logits=logits)
+    return xp.take(logits, xp.asarray(places, device=device(logits)), axis=0)
 
 
 def _percent(correct: Array) -> float:
@@ -184,8 +212,11 @@ class Measurement:
     def diagonal(self) -> Diagonal:
         """Return the diagonal Fisher information of all parameters; ``kind`` says which one."""
         rows, parameters = self.curvature_rows(), weights_of(self.learner)
+        sizes = [len(part) for part in chunks(rows, self.training.batch_size)]
         with seen_through(self.learner, self.region):
-            return Diagonal(diagonal_fisher(self._fisher_taps(rows), parameters, self.kind, samples=self._units(rows)))
+            taps = self._fisher_taps(rows)
+            samples = self._units(rows)
+            return Diagonal(diagonal_fisher(taps, parameters, self.kind, samples=samples, sizes=sizes))
 
     def kronecker(self, sharing: Sharing = "expand") -> Precision:
         """Return Kronecker factors of the curvature for weights and biases, and the diagonal for other parameters.
@@ -272,7 +303,9 @@ class Measurement:
     def gradients(self) -> Params:
         """Return the gradient of the mean loss by every projectable weight, on the samples of ``curvature_rows``.
 
-        Running statistics, if there are any, are estimated first.
+        Batch statistics are constants. With batch norm by batch, the result is therefore not the gradient that training
+        sees: on the same samples, the two differ by 0.66 to 1.25 of its norm. Running statistics, if there are any, are
+        estimated first.
         """
         self._refresh_statistics()
         rows, parameters = self.curvature_rows(), self.learner.parameters()

@@ -149,7 +149,7 @@ class _Run(RunContext):
         It is trained without constraint if stages are merged; otherwise it is the second stage of the projector, which
         is trained under the method's constraint.
         """
-        projector = state.memory.projector
+        projector, schedule = state.memory.projector, self.training.stage2
         if self.method.merges_stages:
             if task.index == 0:
                 return state
@@ -165,8 +165,9 @@ class _Run(RunContext):
             constraint = stable_constraint(self.learner, task, self.method, state.memory)
             # The second stage of a projector is projected in the first task as well.
             constraint = replace(constraint, projector=projector)
+            schedule = schedule.scaled(projector.retraining_rate)
         with self.stopwatch.phase("stage2"):
-            return self.train(task, state, 2, self.training.stage2, constraint)
+            return self.train(task, state, 2, schedule, constraint)
 
     def train(self, task: Task, state: RunState, number: int, schedule: Schedule, constraint: Constraint) -> RunState:
         """Return the state after a stage, from a state before or in the middle of it.

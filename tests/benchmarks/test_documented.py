@@ -73,11 +73,13 @@ def thresholds(settings: Mapping[str, Any]) -> str:
 
 def memory_row(row: Row) -> str:
     training, settings, scaled = row.configured().training(), row.configured().settings, row.configured("sgp").settings
-    assert row.configured("gpcns").settings == scaled
+    other = row.configured("gpcns").settings
+    assert {**other, "scale": scaled["scale"]} == scaled
     assert training.augmentation in (None, Augmentation())
     samples = ["all" if n is None else f"{n:,}" for n in (training.projector_samples, training.curvature_samples)]
     images = "as they are" if training.augmentation is None else "cropped, flipped"
     of_scaled = f"{thresholds(scaled)}; s = {scaled['scale']:g}"
+    of_scaled += "" if other == scaled else f", GPCNS {other['scale']:g}"
     usual = row.tasks == BENCHMARKS[row.benchmark].tasks
     title = row.benchmark if usual else f"{row.benchmark}, {row.tasks} tasks"
     return f"| {title} | `{row.name}` | {thresholds(settings)} | {of_scaled} | {' | '.join(samples)} | {images} |"

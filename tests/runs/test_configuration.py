@@ -253,8 +253,9 @@ def test_a_record_gives_the_configuration_back(values: dict[str, Any], method: s
 
 def test_every_option_is_drawn_by_these_properties() -> None:
     """All but those of one method or projector, which are drawn by those of another of their type."""
-    others = {"benchmark", "optimiser", "momentum", "nscl_ratio", "ogd_samples", "ogd_capacity", "grid_points"}
-    others |= {"ewc_strength", "packnet_share", "hat_sharpness", "hat_sparsity"}
+    others = {"benchmark", "optimiser", "momentum", "nscl_ratio", "nscl_floored", "ogd_samples", "ogd_capacity"}
+    others |= {"ewc_strength", "packnet_share", "packnet_even", "packnet_retraining", "grid_points"}
+    others |= {"hat_sharpness", "hat_sparsity", "hat_clamped"}
     others |= {"task_column", "target_column", "target_kind", "head", "context"}
     assert set(options()) == set(VALUES) | others
     kinds = {get_origin(option.type) or option.type for name, option in options().items() if name in VALUES}
