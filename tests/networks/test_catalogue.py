@@ -100,5 +100,5 @@ def test_a_network_takes_the_smallest_images_it_promises(name: str) -> None:
 
 
 def test_an_unknown_network_is_named_with_those_there_are() -> None:
-    with pytest.raises(BecameError, match=f"no network 'vgg'; choose from {', '.join(NETWORKS.names)}"):
+    with pytest.raises(BecameError, match=f"no network 'vgg'; choose from {', '.join(sorted(NETWORKS.names))}"):
         build_network("vgg", (3, 32, 32))
