@@ -50,8 +50,8 @@ class Reader:
             return _as_tensors(batch[0]), _as_tensors(batch[1])
         if isinstance(batch, tuple | list) and len(batch) == 3:
             raise BecameError(
-                "a batch has three parts; weights of samples are not known here: give pairs of inputs and targets, or "
-                "apply= and targets=."
+                "a batch has three parts; weights of samples are not known here: give pairs of inputs and targets, "
+                "or apply= and targets=."
             )
         raise BecameError(
             f"a batch is a {type(batch).__name__}; give pairs of inputs and targets, as model.fit takes them, or apply= "

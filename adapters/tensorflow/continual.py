@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import keras
+import numpy as np
 import tensorflow as tf
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
@@ -261,7 +262,7 @@ class Continual:
             "decay": self.decay,
             "fisher": self.fisher,
         }
-        tensors = {name: tf.convert_to_tensor(value).numpy() for name, value in arrays.items()}
+        tensors = {name: np.asarray(tf.convert_to_tensor(value).numpy()) for name, value in arrays.items()}
         save_file(tensors, str(file), {"became": json.dumps(description)})
 
     @classmethod
@@ -283,7 +284,8 @@ class Continual:
         try:
             with safe_open(str(file), "np") as opened:
                 description = json.loads((opened.metadata() or {})["became"])
-                arrays = {name: tf.constant(opened.get_tensor(name)) for name in opened.keys()}  # noqa: SIM118 - no mapping
+                names = list(opened.keys())
+                arrays = {name: tf.constant(opened.get_tensor(name)) for name in names}
         except (OSError, SafetensorError, KeyError, ValueError) as error:
             raise BecameError(f"{file} is no memory that Continual.save wrote ({error}).") from None
         if description["likelihood"] is not None:

@@ -4,9 +4,9 @@
 | --- | --- | --- |
 | forward mode | a forward-mode derivative of every operation (``tf.autodiff.ForwardAccumulator``) | rounding |
 | two reverse passes | a derivative of every operation's derivative: J d is that of u . (J d) by u | rounding |
-| difference | forward passes alone: (z(theta + h d) - z(theta - h d)) / 2h, h = cbrt(epsilon) |theta| / |d| | about h^2 |
+| difference | forward passes alone: (z(theta + h d) - z(theta - h d)) / 2h | about h^2 |
 
-Each way is tried in turn, and what works is remembered.
+Each way is tried in turn, and what works is remembered. The difference takes h = cbrt(epsilon) |theta| / |d|.
 
 Convention: directions go by parameters' names; a parameter without a direction stays.
 """

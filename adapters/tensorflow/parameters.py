@@ -124,8 +124,8 @@ def parameters_of(model: keras.Model) -> dict[str, Parameter]:
     """
     if not model.variables:
         raise BecameError(
-            f"the model '{model.name}' has no variables yet; call it on a batch, or give it a keras.Input, before it is "
-            "handed over."
+            f"the model '{model.name}' has no variables yet; call it on a batch, or give it a keras.Input, before "
+            "it is handed over."
         )
     layers = layers_of(model)
     owners: dict[int, keras.Layer] = {}

@@ -107,15 +107,16 @@ def observed(optimizer: keras.Optimizer, guard: StepGuard) -> Iterator[None]:
     optimizer.apply = apply
     try:
         yield
-        missed = int(optimizer.iterations) - begun - int(seen)
+        # Not a difference: a fit counts the end of its data as an iteration.
+        is_missed = int(optimizer.iterations) > begun and not int(seen)
     finally:
         is_on.assign(False)
         if own is None:
             del optimizer.apply
         else:
             optimizer.apply = own
-    if missed:
+    if is_missed:
         raise BecameError(
-            f"{missed} steps of the optimizer were not seen, so they were not projected: they were taken by a function "
+            "the steps of the optimizer were not seen, so they were not projected: they were taken by a function "
             "that tf.function had compiled before stable training began; compile it inside of learning.stable()."
         )

@@ -164,7 +164,7 @@ class Tapping:
         return replace(taps[0], others=tuple(taps[1:]))
 
     def _sample_by_sample(self, plan: _Plan, weights: list[Array], inputs: Any, seed: Array) -> Params:
-        """Return the gradients of parameters that no tap explains, [samples, *shape of the variable], by a pass each."""
+        """Return the gradients of parameters that no tap explains, [samples, *variable's shape], by a pass each."""
         if plan.others not in self._by_sample:
             self._by_sample[plan.others] = self._function_of_one(plan.others)
         one = self._by_sample[plan.others]

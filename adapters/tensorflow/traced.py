@@ -114,7 +114,7 @@ class KerasFunction:
             parameter.variable.assign(parameter.own(theta[name]))
 
     def in_order(self, theta: Params) -> list[Array]:
-        """Return values of the trained parameters in the shapes of their variables; zeros for those that are missing."""
+        """Return values of the trained parameters in the shapes of their variables, zeros where there is none."""
         return [
             parameter.own(theta[name])
             if name in theta
