@@ -54,8 +54,8 @@ class Reader:
                 "or apply= and targets=."
             )
         raise BecameError(
-            f"a batch is a {type(batch).__name__}; give pairs of inputs and targets, as model.fit takes them, or apply= "
-            "and targets=, which say what to do with it."
+            f"a batch is a {type(batch).__name__}; give pairs of inputs and targets, as model.fit takes them, or "
+            "apply= and targets=, which say what to do with it."
         )
 
     def outputs(self, model: keras.Model, inputs: Any) -> Array:

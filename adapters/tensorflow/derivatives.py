@@ -11,6 +11,7 @@ Each way is tried in turn, and what works is remembered. The difference takes h 
 Convention: directions go by parameters' names; a parameter without a direction stays.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -92,4 +93,4 @@ class Derivatives:
 
 
 def _norm(values: Params) -> float:
-    return sum(float(tf.reduce_sum(tf.square(tf.cast(value, tf.float64)))) for value in values.values()) ** 0.5
+    return math.sqrt(sum(float(tf.reduce_sum(tf.square(tf.cast(value, tf.float64)))) for value in values.values()))

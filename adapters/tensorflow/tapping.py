@@ -68,9 +68,7 @@ class Tapping:
         if plan.uses:
             rows = self._traced(weights, (inputs, seed))
             taps |= {
-                name: self._tap(
-                    name, [_of_use(use, *pair, samples) for use, pair in zip(uses, rows[name], strict=True)]
-                )
+                name: self._tap(name, [_of_use(use, pair, samples) for use, pair in zip(uses, rows[name], strict=True)])
                 for name, uses in plan.uses.items()
                 if uses
             }
@@ -149,10 +147,11 @@ class Tapping:
 
     def _tap(self, name: str, uses: Sequence[Tap]) -> Tap:
         """Return all uses of one parameter as one tap: those of one kind have their positions in a row."""
-        parameter, alike = self._network.parameters[name], {}
+        parameter = self._network.parameters[name]
+        alike: dict[tuple[Any, ...], list[Tap]] = {}
         for tap in uses:
             alike.setdefault((tap.kind, tap.transposed, tap.groups), []).append(tap)
-        taps = []
+        taps: list[Tap] = []
         for (kind, *_), same in alike.items():
             first = same[0]
             if kind == "gradient":
@@ -232,7 +231,8 @@ def _is_part(whole: tuple[Array, Array], part: tuple[Array, Array], place: int, 
     return True
 
 
-def _of_use(use: Use, inputs: Array, gradients: Array, samples: int) -> Tap:
+def _of_use(use: Use, rows: tuple[Array, Array], samples: int) -> Tap:
+    inputs, gradients = rows
     g = tf.reshape(gradients, (samples, -1, gradients.shape[-1]))
     if use.kind == "elementwise":
         return _lone(tf.reduce_sum(g, 1))
