@@ -101,13 +101,14 @@ def _by_slab(
     # A method, where there is one, takes less time than array-api-compat's function, which shows in small slabs.
     total = methodcaller("sum") if hasattr(first, "sum") else xp.sum
     smallest = next((methodcaller(name) for name in ("amin", "min") if hasattr(first, name)), xp.min)
-    dtypes, least, parts, ends, above = {}, [], [], [], None
+    least, parts, ends, above, last_kinds, dtype = [], [], [], None, None, None
     for rows in groups:
         for kinds, pieces in _slabs(xp, rows, slab):
-            if kinds not in dtypes:
+            if kinds != last_kinds:
                 dtype = reduction_dtype(xp, **{f"array {index}": piece for index, piece in enumerate(pieces)})
-                dtypes[kinds] = dtype if any(kind != dtype for kind in kinds) else None
-            dtype, size = dtypes[kinds], pieces[0].shape[0]
+                dtype = dtype if any(kind != dtype for kind in kinds) else None
+                last_kinds = kinds
+            size = pieces[0].shape[0]
             pairs = factors(pieces if dtype is None else [xp.astype(piece, dtype, copy=False) for piece in pieces])
             dot = framework.dot if size >= DOT_LENGTH else None
             parts.append([total(left * right) if dot is None else dot(xp, left, right) for left, right in pairs])
@@ -121,11 +122,11 @@ def _by_slab(
         ends.append(len(parts))
     sums = []
     for column in zip(*parts, strict=True):
-        values = xp.stack(_promoted(xp, column))
+        values = _stacked(xp, column)
         if len(ends) < len(parts):
             values = xp.stack([tree_sum(values[start:end]) for start, end in zip([0, *ends], ends, strict=False)])
         sums.append(values)
-    return SumsOfProducts(sums, xp.min(xp.stack(_promoted(xp, least))) if least else None, has_values=True)
+    return SumsOfProducts(sums, xp.min(_stacked(xp, least)) if least else None, has_values=True)
 
 
 def _slabs(xp: Any, rows: Sequence[Row], slab: int) -> Iterator[tuple[tuple[Any, ...], Row]]:
@@ -232,6 +233,12 @@ def tree_sum(values: Array) -> Array:
         if rest.shape[0]:
             values = xp.concat([values, rest])
     return values[0, ...]
+
+
+def _stacked(xp: Any, values: Sequence[Array]) -> Array:
+    """Return 0-d arrays, or NumPy's scalars, as one array [values] of their promoted dtype."""
+    # To stack NumPy's scalars takes a microsecond for each, which is what an operation on a small leaf takes.
+    return np.asarray(values) if isinstance(values[0], np.generic) else xp.stack(_promoted(xp, values))
 
 
 def _promoted(xp: Any, arrays: Sequence[Array]) -> Sequence[Array]:

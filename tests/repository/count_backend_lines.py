@@ -15,7 +15,13 @@ ADAPTERS = Path(__file__).parents[2] / "adapters"
 LIMIT = 250
 
 PARTS: dict[str, dict[str, tuple[str, ...]]] = {
-    "jax": {"learner": ("learner",), "layers": ("layers",), "own models": ("flax_module",), "command": ("run",)},
+    "jax": {
+        "learner": ("learner",),
+        "layers": ("layers",),
+        "own models": ("flax_module",),
+        "own loops": ("graph", "tapping"),
+        "command": ("run",),
+    },
     "tensorflow": {
         "learner": ("learner",),
         "layers": ("layers",),
