@@ -22,7 +22,16 @@ PARTS: dict[str, dict[str, tuple[str, ...]]] = {
         "own loops": ("graph", "tapping"),
         "command": ("run",),
     },
-    "tensorflow": {"learner": ("learner",), "layers": ("layers",), "own models": ("keras_model",), "command": ("run",)},
+    "tensorflow": {
+        "learner": ("learner",),
+        "layers": ("layers",),
+        "own models": ("keras_model",),
+        "own loops": (
+            *("batches", "checking", "continual", "data_loss", "derivatives"),
+            *("graph", "parameters", "steps", "tapping", "traced"),
+        ),
+        "command": ("run",),
+    },
     "torch": {
         "learner": ("learner", "linear"),
         "layers": ("layers", "networks"),
