@@ -175,17 +175,25 @@ class LowRank(Precision):
         diagonal = self.diagonal_part + other.diagonal_part
         factors = {}
         for name, shape in diagonal.covered().items():
-            columns = xp.concat([one._columns(name, xp, dtype, size(shape)) for one in (self, other)], axis=1)
-            factors[name] = xp.reshape(columns, (*shape, columns.shape[1]))
+            columns = []
+            for one, another in ((self, other), (other, self)):
+                rank = (*shape, one.scales.shape[0])
+                if name in one.factors:
+                    columns.append(wide(xp, one.factors[name], dtype))
+                elif name in another.factors:  # zeros that are cut among processes as those are
+                    columns.append(xp.broadcast_to(wide(xp, another.factors[name][..., :1] * 0, dtype), rank))
+                else:
+                    columns.append(xp.zeros(rank, dtype=dtype, device=device(self.scales)))
+            factors[name] = xp.concat(columns, axis=-1)
         scales = xp.concat([wide(xp, one.scales, dtype) for one in (self, other)], axis=0)
         return LowRank(factors, scales, diagonal)  # type: ignore[arg-type]
 
     def _joint(self) -> Iterable[str]:
         return self.covered()
 
-    def _columns(self, name: str, xp: Any, dtype: Any, rows: int | None = None) -> Array:
+    def _columns(self, name: str, xp: Any, dtype: Any) -> Array:
         """A parameter's rows of U, [rows, r]; zeros if it has no factor."""
-        shape = (size(self.covered()[name]) if rows is None else rows, self.scales.shape[0])
+        shape = (size(self.covered()[name]), self.scales.shape[0])
         if name not in self.factors:
             return xp.zeros(shape, dtype=dtype, device=device(self.scales))
         return wide(xp, xp.reshape(self.factors[name], shape), dtype)

@@ -6,6 +6,7 @@ Convention: every check compares with the same function of whole arrays, in floa
 import json
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -54,14 +55,12 @@ def check_collectives(counts: dict[str, int], most: int = 2) -> None:
     assert sum(counts.values()) <= most, counts
 
 
-def layouts(mesh: DeviceMesh) -> Iterator[tuple[str, dict[str, Sequence[Placement]]]]:
-    """All arrays alike, or each in its own way, in as many dimensions as the mesh has."""
+def layouts(mesh: DeviceMesh) -> dict[str, dict[str, Sequence[Placement]]]:
+    """All arrays cut alike, or each in its own way; the mesh's last dimension has both processes."""
     rest = [Replicate()] * (mesh.ndim - 1)
-    for placement in (Shard(0), Replicate()):
-        yield str(placement), {name: [*rest, placement] for name in SHAPES}
     columns = {name: [*rest, Shard(len(shape) - 1)] for name, shape in SHAPES.items()}
-    yield "the last axis", columns
-    yield "mixed", {**columns, "fc.weight": [*rest, Shard(0)], "fc.bias": [*rest, Replicate()]}
+    mixed = {"fc.weight": [*rest, Shard(0)], "fc.bias": [*rest, Replicate()], "out.weight": [*rest, Replicate()]}
+    return {"rows": {name: [*rest, Shard(0)] for name in SHAPES}, "mixed": columns | mixed}
 
 
 def precisions(share: Callable[[str, Tensor], Tensor]) -> Iterator[Precision]:
@@ -199,15 +198,17 @@ def work(rank: int, folder: str) -> None:
     distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     line, plane = DeviceMesh("cpu", [0, 1]), DeviceMesh("cpu", [[0, 1]])
     checks: dict[str, Callable[[], None]] = {
-        "partial": lambda: check_partial(line),
-        "messages": lambda: check_messages(line, plane),
+        "partial": partial(check_partial, line),
+        "messages": partial(check_messages, line, plane),
     }
-    for mesh in (line, plane):
-        for name, placements in layouts(mesh):
-            for check in (check_alpha, check_precisions, check_became):
-                checks[f"{check.__name__}, {mesh.ndim} dimensions, {name}"] = (
-                    lambda check=check, mesh=mesh, placements=placements: check(mesh, placements)  # type: ignore[misc]
-                )
+    rows, mixed = layouts(line).values()
+    for kind, mesh, placements in (
+        ("rows", line, rows),
+        ("mixed", line, mixed),
+        ("plane", plane, layouts(plane)["mixed"]),
+    ):
+        for check in (check_alpha, check_precisions, check_became):
+            checks[f"{check.__name__}, {kind}"] = partial(check, mesh, placements)
     for name, check in checks.items():
         try:
             check()
