@@ -96,8 +96,9 @@ def main() -> None:
         name, shared = type(precision).__name__, spread(precision)
         gram, counts = collectives(lambda precision, trees: precision.gram(trees), shared, own[:3])
         check_close(gram, precision.gram(trees[:3]))
-        check_collectives(f"gram of {name}", counts)
-        posterior = (LaplacePosterior(own[0], shared), own[1], shared)
+        if not precision.couples:  # else devices exchange entries, in the way that XLA chooses
+            check_collectives(f"gram of {name}", counts)
+        posterior = LaplacePosterior(own[0], shared), own[1], shared
         updated, counts = collectives(lambda old, theta, new: old.update(theta, new, weight=3.0), *posterior)
         check_collectives(f"update of {name}", counts)
         # Kronecker(A, G) does not add to itself into one product, but the sum's Gram matrix is known all the same.
@@ -111,10 +112,10 @@ def main() -> None:
         check_collectives(f"Became({type(estimator).__name__})", counts)
         check_close(between.alpha, rule.merge(models[:2], losses[:2]).alpha)
         check_close(rule.merge(spread(models), spread(losses)).alpha, rule.merge(models, losses).alpha)
-    check_parts_by_hand(mesh, trees, losses)
+    check_parts_by_hand(mesh, trees)
 
 
-def check_parts_by_hand(mesh: Mesh, trees: list[Trees], losses: list[LaplacePosterior]) -> None:
+def check_parts_by_hand(mesh: Mesh, trees: list[Trees]) -> None:
     """Within ``shard_map`` every device has a part, and ``reduce`` adds the sums."""
     names = [name for name, spec in SPECS.items() if spec != P()]  # parts that all devices have would count four times
     parts = [{name: tree[name] for name in names} for tree in trees]

@@ -2,6 +2,7 @@
 
 import json
 import time
+from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
@@ -14,14 +15,21 @@ LIMIT = 60  # seconds
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this PyTorch has no torch.distributed")
 def test_two_processes_merge_as_one_does_and_gather_nothing(tmp_path: Path) -> None:
-    processes = torch.multiprocessing.spawn(work, args=(str(tmp_path),), nprocs=2, join=False)
-    end = time.monotonic() + LIMIT
+    context = get_context("spawn")  # a fresh interpreter each, as torchrun gives
+    processes = [context.Process(target=work, args=(rank, str(tmp_path))) for rank in (0, 1)]
     try:
-        while not processes.join(timeout=max(end - time.monotonic(), 0.1)):
-            assert time.monotonic() < end, f"the processes have not ended within {LIMIT} seconds"
+        for process in processes:
+            process.start()
+        end = time.monotonic() + LIMIT
+        for process in processes:
+            process.join(max(end - time.monotonic(), 0.0))
+            assert process.exitcode == 0, (
+                f"a process ended with {process.exitcode}; None is none within {LIMIT} seconds"
+            )
     finally:
-        for process in processes.processes:
+        for process in processes:
             process.kill()
+            process.join()
     for rank in (0, 1):
         count, failures = json.loads((tmp_path / f"{rank}.json").read_text(encoding="utf-8"))
         assert failures == {}, "\n".join(f"{name}:\n{text}" for name, text in failures.items())
