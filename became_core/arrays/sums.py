@@ -104,8 +104,8 @@ def sums_of_products(
     with np.errstate(over="ignore", invalid="ignore"):
         if framework.compiles is not None:
             compiler = framework.compiles(module)
-            loop, spreads = framework.loop(module), framework.spreads(module)
-            compiled = _compiled(compiler, module, xp, loop, factors, tuple(nonnegative), spreads)
+            sums = framework.loop(module), factors, tuple(nonnegative), framework.spreads(module)
+            compiled = _compiled(compiler, module, xp, *sums)
             return _by_row(xp, compiled, groups, checks=bool(nonnegative))
         return _by_slab(xp, framework, factors, groups, nonnegative)
 

@@ -10,6 +10,7 @@ Convention: the coordinates of a point or direction are the ``Params`` {COORDINA
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from became_core.arrays import Array, Params, Reduce, device, difference, namespace
 from became_core.laplace.estimators import LocalLoss, MergeSubspace
@@ -96,7 +97,7 @@ def restricted(
     like = next(iter(subspace.origin.values()))
     xp = namespace(like=like)
     axes = xp.eye(len(vectors), dtype=like.dtype, device=device(like))
-    count, in_coordinates = len(subspace.directions), list[LocalLoss]()
+    count, in_coordinates = len(subspace.directions), list[Any]()  # what answers as a diagonal is a matrix
     for index, loss in enumerate(losses):
         mean = {COORDINATES: -axes[count + index, :]}
         if isinstance(loss, LaplacePosterior):

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, distributed
-from torch.distributed.tensor import DeviceMesh, DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 
 from became_core import BecameError, merge, optimal_alpha, path_quadratic
@@ -41,7 +42,7 @@ def placed(tree: Trees, mesh: DeviceMesh, placements: Placements) -> Trees:
 
 def counted(function: Callable[..., Any], *arguments: Any, **options: Any) -> tuple[Any, dict[str, int]]:
     """What a function returns, and how often each collective was called."""
-    with CommDebugMode() as mode:
+    with CommDebugMode() as mode:  # type: ignore[no-untyped-call]
         result = function(*arguments, **options)
     return result, {str(name).rpartition(".")[2]: count for name, count in mode.get_comm_counts().items()}
 
@@ -90,12 +91,12 @@ def check_alpha(mesh: DeviceMesh, placements: Placements) -> None:
     trees = {"theta_gp": drawn(1), "theta_hat": drawn(2), "fisher_old": drawn(3, True), "fisher_new": drawn(4, True)}
     more = {"gradient": drawn(5), "mean": drawn(6)}
     shared = {role: placed(tree, mesh, placements) for role, tree in (trees | more).items()}
-    for options in ({}, more):
-        own = {role: shared[role] for role in trees | options}
-        alpha, counts = counted(optimal_alpha, **own)
+    for options in dict[str, Any](), more:
+        own, own_more = ({role: shared[role] for role in part} for part in (trees, options))
+        alpha, counts = counted(optimal_alpha, *own.values(), **own_more)
         check_collectives(counts)
         assert not isinstance(alpha, DTensor)
-        check_close(alpha, optimal_alpha(*trees.values(), **options))
+        check_close(alpha, optimal_alpha(*trees.values(), **dict[str, Any](options)))
     by_layer, counts = counted(optimal_alpha, *(shared[role] for role in trees), per="layer")
     check_collectives(counts)
     for name, alpha in optimal_alpha(*trees.values(), per="layer").items():

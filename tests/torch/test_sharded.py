@@ -23,9 +23,7 @@ def test_two_processes_merge_as_one_does_and_gather_nothing(tmp_path: Path) -> N
         end = time.monotonic() + LIMIT
         for process in processes:
             process.join(max(end - time.monotonic(), 0.0))
-            assert process.exitcode == 0, (
-                f"a process ended with {process.exitcode}; None is none within {LIMIT} seconds"
-            )
+            assert process.exitcode == 0, f"exit status {process.exitcode}, or None after {LIMIT} seconds"
     finally:
         for process in processes:
             process.kill()
