@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 __all__ = [
+    "clamped_gate_derivative",
     "effective_weight",
     "gpcns_bases",
     "gpcns_space",
@@ -149,6 +150,20 @@ def effective_weight(weight: Array, bases: Sequence[Array], scales: Sequence[Arr
     for basis, scale in zip(bases, scales, strict=True):
         total += weight @ basis @ (scale - np.eye(len(scale))) @ basis.T
     return total
+
+
+def clamped_gate_derivative(embedding: float, steepness: float, sharpness: float) -> float:
+    """Return d gate / d e of the published code of HAT, with the factor of Serra 2018, eq. 4: clamped, and in float32.
+
+    Args:
+        embedding: e of one unit, at most 6 in magnitude.
+        steepness: s of the batch.
+        sharpness: s_max.
+    """
+    gate = np.float32(1 / (1 + np.exp(min(-steepness * embedding, 700.0))))
+    derivative = steepness * float(gate * (np.float32(1) - gate))
+    inner = min(max(steepness * embedding, -50.0), 50.0)
+    return float(derivative * sharpness / steepness * (np.cosh(inner) + 1) / (np.cosh(embedding) + 1))
 
 
 def ogd_directions(gradients: Sequence[Array], capacity: int) -> Array:

@@ -65,7 +65,7 @@ from reference.learner import cropped
 from tests.backends import to_numpy
 from tests.listening import Listening
 from tests.projections import Finished
-from tests.streams import prototype_stream
+from tests.streams import drifting_stream, prototype_stream
 
 __all__ = ["BACKBONES", "CHECKS", "Make", "conforms_where_all_is_compiled", "convolutional", "linear", "listened"]
 
@@ -313,6 +313,66 @@ def check_taps_speak_of_the_tasks_parameters(make: Make) -> None:
         layer = taps[name.removesuffix(".weight")]
         assert layer.kind == "matrix"
         assert layer.inputs.shape[2] == parameters[name][0].size
+
+
+def check_regression_with_a_shared_head(make: Make) -> None:
+    """Steps, taps and curvature are those of the Gaussian loss; the head is a shared weight like others."""
+    stream = drifting_stream()
+    learner, rows = make(stream, 0), stream.tasks[1].train[:12]
+    assert learner.shares_head
+    assert "head.weight" in learner.projectable
+    theta, noise = learner.parameters(), 0.5
+
+    def loss(parameters: Params) -> float:
+        with learner.at(parameters):
+            outputs = to_numpy(learner.logits(rows, 12))
+        assert outputs.shape == (12, 1, 2)
+        return float(((outputs[:, 0] - stream.targets[rows]) ** 2).sum() / (2 * noise**2) / 12)
+
+    direction = direction_of(learner)
+    slope, curvature = derivatives_along(learner.pushforward(1, rows, 8, [direction]), learner.likelihood)
+    ahead, behind = (loss(moved(theta, direction, sign * STEP)) for sign in (1, -1))
+    np.testing.assert_allclose(to_numpy(slope)[0], (ahead - behind) / (2 * STEP), rtol=1e-6)
+    outputs = []
+    for sign in (1, -1):
+        with learner.at(moved(theta, direction, sign * STEP)):
+            outputs.append(to_numpy(learner.logits(rows, 12)))
+    tangent = (outputs[0] - outputs[1]) / (2 * STEP)
+    np.testing.assert_allclose(to_numpy(curvature)[0, 0], (tangent**2).sum() / noise**2 / 12, rtol=1e-6)
+    (taps,) = learner.taps(1, rows, 12, "empirical", fresh_rng())
+    gradient, before = numbers(batch_gradient(taps)), numbers(theta)
+    assert set(gradient) == set(before)
+    parameters = {name: theta[name] for name in theta}
+    trained = learner.train(
+        [Batch(1, rows)], np.array([0.01]), everything(learner), SGD().initial(parameters), fresh_rng()
+    )
+    np.testing.assert_allclose(trained.loss, loss(theta), rtol=1e-9)
+    for name, after in numbers(learner.parameters()).items():
+        expected = before[name] - 0.01 * gradient[name].reshape(before[name].shape) / 12
+        np.testing.assert_allclose(after, expected, atol=1e-12)
+    assert len(list(learner.taps(1, rows, 12, "true", fresh_rng()))) == 2
+    assert len(list(learner.taps(1, rows, 12, "sampled", fresh_rng()))) == 1
+
+
+def check_regression_is_learned_and_protected(make: Make) -> None:
+    """Losses fall, and projection forgets less than plain training; the matrices are root mean squared errors."""
+    stream, records = drifting_stream(rows=80), {}
+    for method in ("became", "gpm", "finetune"):
+        learner = make(stream, 0)
+        schedule = Annealed(0.05, 6)
+        training = Training(stage1=schedule, stage2=schedule, batch_size=12, projector_samples=None)
+        settings = {"threshold": 0.999} if method != "finetune" else {}
+        records[method] = learn(learner, stream, build_method(method, settings), training)
+        (test,) = (task.test for task in stream.tasks[-1:])
+        outputs = to_numpy(learner.logits(test, 12))[:, 0]
+        rmse = stream.target_scale * np.sqrt(((outputs - stream.targets[test]) ** 2).mean())
+        np.testing.assert_allclose(records[method].loss[-1, -1], rmse, rtol=1e-9)
+    for record in records.values():
+        assert record.unit == "RMSE"
+        assert np.isnan(record.accuracy).all()
+        assert record.curves[0][-1].loss < 0.9 * record.curves[0][0].loss
+    forgotten = {method: record.loss[1, 0] - record.loss[0, 0] for method, record in records.items()}
+    assert forgotten["gpm"] < max(forgotten["finetune"], 0.05 * stream.target_scale)
 
 
 def check_true_taps_are_the_expectation_over_labels(make: Make) -> None:

@@ -2,9 +2,10 @@
 
 import numpy as np
 
-from became_core.continual import Dataset, TaskStream, split_classes
+from became_core.continual import Dataset, TaskStream, split_classes, split_domains
+from became_core.curvature import Categorical, Gaussian
 
-__all__ = ["prototype_stream"]
+__all__ = ["drifting_stream", "prototype_stream", "text_stream"]
 
 
 def prototype_stream(
@@ -40,3 +41,36 @@ def prototype_stream(
         std=tuple(scaled.std(axis=(0, 2, 3)).tolist()),
     )
     return split_classes(dataset, tasks, validation=validation, seed=seed)
+
+
+def drifting_stream(*, tasks: int = 2, rows: int = 40, outputs: int = 2, shared_head: bool = True) -> TaskStream:
+    """Return a stream of regression whose inputs and function move by task; a quarter of the rows is for testing."""
+    draw, pixels = np.random.default_rng(0), 64
+    centres = 2 * draw.normal(size=(tasks, pixels))
+    inputs = centres.repeat(rows, axis=0) + draw.normal(size=(tasks * rows, pixels))
+    targets = 3 * np.sin(inputs @ draw.normal(size=(pixels, outputs)) / 8) + 1
+    domains = np.repeat(np.arange(tasks), rows)
+    targets = targets * np.where(domains % 2, -1, 1)[:, None]
+    order = draw.permutation(len(inputs))
+    images, train = inputs[order].astype(np.float32).reshape(-1, 1, 8, 8), len(inputs) * 3 // 4
+    mean, std = float(images[:train].mean()), float(images[:train].std())
+    dataset = Dataset(
+        *("drift", images, targets[order], train, (mean,), (std,)),
+        likelihood=Gaussian(noise=0.5),
+        domains=domains[order],
+    )
+    return split_domains(dataset, validation=0.0, shared_head=shared_head)
+
+
+def text_stream(*, tasks: int = 2, samples: int = 16, length: int = 6) -> TaskStream:
+    """Return a stream of text, a few letters a domain, of which every fourth label is ignored in the last sample."""
+    draw = np.random.default_rng(0)
+    domains = np.repeat(np.arange(tasks), samples)
+    letters = 97 + 3 * domains[:, None] + draw.integers(0, 3, (len(domains), length + 1))
+    order = draw.permutation(len(domains))
+    text, labels = letters[order, :-1].astype(np.uint8), letters[order, 1:].copy()
+    labels[-1, ::4] = -100
+    labels[0, ::4] = -100
+    likelihood, train = Categorical(by="token"), len(domains) * 3 // 4
+    dataset = Dataset("letters", text, labels, train, (), (), likelihood=likelihood, domains=domains[order])
+    return split_domains(dataset, validation=0.0)

@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import numpy as np
+
 from adapters.analysis.bootstrap import LEVEL, RESAMPLES, Estimate, paired_difference
 from adapters.analysis.groups import Group, groups_of, have_spread
 from adapters.analysis.tables import Cell, Column, Table
@@ -41,12 +43,13 @@ _SCORES = (
     _Metric("plasticity", 2, lambda run: run.scores.plasticity),
 )
 _CLASS_SCORES = (
-    _Metric("class-inc. ACC", 2, lambda run: run.class_incremental_scores.acc),
+    _Metric("class-inc. ACC", 2, lambda run: None if run.unit != "%" else run.class_incremental_scores.acc),
     _Metric("class-inc. BWT", 2, lambda run: run.class_incremental_scores.bwt),
     _Metric("class-inc. forgetting", 2, lambda run: run.class_incremental_scores.forgetting),
     _Metric("class-inc. plasticity", 2, lambda run: run.class_incremental_scores.plasticity),
 )
-_TRANSFER = _Metric("FWT", 2, lambda run: forward_transfer(run.accuracy))
+_TRANSFER = _Metric("FWT", 2, lambda run: forward_transfer(run.measured))
+_LOSS = _Metric("loss", 3, lambda run: float(np.mean(run.loss[-1])) if len(run.loss) else None)
 _COSTS = (
     _Metric("epochs", 0, lambda run: float(sum(run.epochs))),
     _Metric("seconds", 0, lambda run: run.seconds["total"]),
@@ -57,6 +60,8 @@ _MEMORY = _Metric("memory", 1, lambda run: run.memory[-1] / 2**20 if run.memory 
 def heading(run: RunResult) -> str:
     """Return the benchmark of a run and its tasks: of how many, and how many of them the run learned."""
     learned = len(run.accuracy)
+    if not run.config.get("tasks", learned):  # as many as the data have domains
+        return f"{run.benchmark}, {learned} {'task' if learned == 1 else 'tasks'}"
     tasks, first = run.config.get("tasks", learned), run.config.get("first", learned)
     part = "" if first == tasks else f", the first {first}"
     return f"{run.benchmark}, {tasks} {'task' if tasks == 1 else 'tasks'}{part}"
@@ -65,11 +70,16 @@ def heading(run: RunResult) -> str:
 def scores_table(groups: Sequence[Group]) -> Table:
     """Return the scores of each group, a row each; a metric that no run has is left out."""
     metrics = [*_SCORES, _TRANSFER, _CLASS_SCORES[0], *_COSTS, _MEMORY]
+    unit = groups[0].runs[0].unit
+    if unit != "%":
+        metrics[:1] = [replace(_LOSS, heading=unit), replace(_SCORES[0], heading=f"−{unit}")]
+        metrics = [replace(metric, digits=3) if metric.digits == 2 else metric for metric in metrics]
     metrics = [metric for metric in metrics if any(metric.estimate(group) for group in groups)]
     rows = [[group.label, str(len(group.runs)), *(metric.estimate(group) for metric in metrics)] for group in groups]
     columns = [Column("method"), Column("seeds"), *(metric.column for metric in metrics)]
     spread = "Mean ± standard deviation over seeds. " if have_spread(groups) else ""
-    notes = [f"{spread}Accuracies in percent, memory in MiB, beside the network's own."]
+    scores = "Accuracies in percent" if unit == "%" else f"BWT, forgetting and plasticity are of −{unit}: up is good"
+    notes = [f"{spread}{scores}, memory in MiB, beside the network's own."]
     return Table(heading(groups[0].runs[0]), columns, rows, notes)
 
 
@@ -138,6 +148,7 @@ def _differences(groups: Sequence[Group], baseline: str) -> Table:
     if against is None:
         labels = ", ".join(f"'{group.label}'" for group in groups)
         raise BecameError(f"there is no baseline '{baseline}'; choose from {labels}.")
+    unit = groups[0].runs[0].unit
     metrics = [metric for metric in (*_SCORES, _TRANSFER, _CLASS_SCORES[0]) if metric.estimate(against)]
     rows: list[list[Cell]] = []
     for group in groups:
@@ -145,7 +156,9 @@ def _differences(groups: Sequence[Group], baseline: str) -> Table:
             common = {run.seed for run in group.runs} & {run.seed for run in against.runs}
             pairs = [paired_difference(group.values(metric.of), against.values(metric.of)) for metric in metrics]
             rows.append([group.label, str(len(common)), *pairs])
-    columns = [Column("method"), Column("seeds"), *(Column(f"Δ {metric.heading}", metric.digits) for metric in metrics)]
+    headings = [f"−{unit}" if metric.heading == "ACC" and unit != "%" else metric.heading for metric in metrics]
+    digits = 2 if unit == "%" else 3
+    columns = [Column("method"), Column("seeds"), *(Column(f"Δ {heading}", digits) for heading in headings)]
     notes = [
         f"Differences by seed; [middle {LEVEL:.0%} of {RESAMPLES:,} bootstrap means over the seeds that both have]. "
         "Of one seed there is no interval, and of a few it is too narrow."

@@ -132,7 +132,7 @@ def _published(published: Sequence[PublishedTable]) -> str:
 
 def _section(group: Group, drawings: Sequence[Drawing]) -> str:
     seeds = ("seed " if len(group.runs) == 1 else "seeds ") + ", ".join(str(run.seed) for run in group.runs)
-    command = repeating_command(group.runs)
+    command, tables = repeating_command(group.runs), "Accuracies" if group.runs[0].unit == "%" else "Losses"
     repeat = (
         f"<pre><code>{escaped(command)}</code></pre>"
         if command
@@ -144,21 +144,47 @@ def _section(group: Group, drawings: Sequence[Drawing]) -> str:
         f'<section id="method-{group.place}"><h2>{_chip(group)}{escaped(group.label)}</h2>\n'
         f"<p>{escaped(group.runs[0].backend)}; {escaped(seeds)}. To repeat it:</p>{repeat}\n"
         f'<div class="grid">{"".join(map(_figure, drawings))}</div>\n'
-        f"<details><summary>Accuracies as tables</summary>{_matrices(group)}</details>\n"
-        f"<details><summary>Configuration</summary><pre><code>{config}</code></pre></details></section>"
+        f"<details><summary>{tables} as tables</summary>{_matrices(group)}</details>\n"
+        f"{_texts(group)}<details><summary>Configuration</summary><pre><code>{config}</code></pre></details></section>"
     )
 
 
+def _texts(group: Group) -> str:
+    """What the network of the first seed writes after each task, in the manner of each task so far."""
+    run = group.runs[0]
+    if not run.samples:
+        return ""
+    columns = [Column("after task"), Column("in the manner of task"), Column("text", prose=True)]
+    rows = [
+        [str(after), str(task), printable(text)]
+        for after, texts in enumerate(run.samples, start=1)
+        for task, text in enumerate(texts, start=1)
+    ]
+    about = f"Seed {run.seed}. The first quarter of each text is given; the network has drawn the rest, byte by byte."
+    table = as_html(Table("What the network writes", columns, rows))
+    return f"<details open><summary>What the network writes</summary><p>{about}</p>{table}</details>"
+
+
 def _matrices(group: Group) -> str:
-    """Both accuracy matrices, the mean over seeds, as tables."""
+    """Both accuracy matrices and that of the loss, as far as they were measured, the mean over seeds, as tables."""
     parts = []
-    for kind, field in (("Task", "accuracy"), ("Class", "class_incremental_accuracy")):
-        mean = np.mean([getattr(run, field) for run in group.runs], axis=0)
+    first = group.runs[0]
+    loss = {"RMSE": "RMSE", "%": "Loss, nats"}.get(first.unit, f"Loss, {first.unit}")
+    titles = {
+        "accuracy": "Task-incremental accuracy, %",
+        "class_incremental_accuracy": "Class-incremental accuracy, %",
+        "loss": loss,
+    }
+    for field, title in titles.items():
+        measured = [getattr(run, field) for run in group.runs]
+        if any(not matrix.size or np.isnan(matrix).all() for matrix in measured):
+            continue
+        mean = np.mean(measured, axis=0)
         columns = [Column("after task"), *(Column(f"task {task}", 2) for task in range(1, len(mean) + 1))]
         rows = [
             [str(task), *("" if np.isnan(value) else f"{value:.2f}" for value in row)]
             for task, row in enumerate(mean.tolist(), start=1)
         ]
-        table = as_html(Table(f"{kind}-incremental accuracy", columns, rows))
-        parts.append(f"<h3>{kind}-incremental accuracy, %</h3>{table}")
+        table = as_html(Table(title.removesuffix(", %"), columns, rows))
+        parts.append(f"<h3>{title}</h3>{table}")
     return "".join(parts)

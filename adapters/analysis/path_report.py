@@ -6,16 +6,19 @@ is than the best traced point.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 
 from adapters.analysis.bootstrap import Estimate
 from adapters.analysis.tables import Cell, Column, Table
 from adapters.runs import RunResult
+from adapters.runs.directory import finished_runs
+from became_core import BecameError
 from became_core.continual import Along, alpha_estimates
 
-__all__ = ["estimated_alphas", "estimator_table", "merged_tasks", "path_table", "regret"]
+__all__ = ["estimated_alphas", "estimator_table", "merged_tasks", "path_table", "regret", "regret_table", "write_paths"]
 
 
 def merged_tasks(result: RunResult) -> list[int]:
@@ -46,6 +49,66 @@ def estimator_table(result: RunResult) -> Table:
         numbers = [*alphas[name], points[name], regret(result.paths, alphas[name], "loss")]
         rows.append([name, *(Estimate((number,)) for number in numbers)])
     return Table(f"{result.method}-seed{result.seed}: what estimators make of them", columns, rows)
+
+
+def regret_table(result: RunResult, what: Literal["accuracy", "loss"]) -> Table:
+    """Return every estimator's regret at each merge, and the mean over merges; the least mean comes first.
+
+    The alpha that the run itself merged at is a row as well, and so are the constants 0, 1/2 and 1.
+
+    Args:
+        result: a run whose paths were traced.
+        what: "accuracy", in points, or "loss".
+    """
+    merged = [float(result.alpha[task - 1] or 0.0) for task in merged_tasks(result)]
+    constants = {f"constant {alpha:g}": [alpha] * len(merged) for alpha in (0.0, 0.5, 1.0)}
+    alphas = {"the run": merged} | constants | estimated_alphas(result.paths)
+    by_task = {
+        name: [regret([path], [alpha], what) for path, alpha in zip(result.paths, values, strict=True)]
+        for name, values in alphas.items()
+    }
+    digits = 2 if what == "accuracy" else 3
+    columns = [Column("alpha of"), *(Column(f"into {task}", digits) for task in merged_tasks(result))]
+    rows: list[list[Cell]] = [
+        [name, *(Estimate((number,)) for number in (*by_task[name], float(np.mean(by_task[name]))))]
+        for name in sorted(by_task, key=lambda name: float(np.mean(by_task[name])))
+    ]
+    unit = "points of accuracy" if what == "accuracy" else "loss"
+    title = f"{result.method}-seed{result.seed}: regret in {unit}, merge by merge"
+    return Table(title, [*columns, Column("mean", digits)], rows)
+
+
+def write_paths(outs: Sequence[Path], into: Path | None = None) -> tuple[list[Table], list[Path]]:
+    """Return the tables of every traced run, and write a figure of each run's paths.
+
+    Args:
+        outs: folders that ``--out`` named.
+        into: the folder of the figures; that of the run if None. A figure is ``paths-METHOD-seedSEED.svg``; the name of
+            the run's folder is added where two runs have the same name.
+
+    Raises:
+        BecameError: if no run has traced its paths, a folder has no runs, or a file cannot be written.
+    """
+    from adapters.analysis.figures.drawing import picture, themed_svg  # needs matplotlib, which is an extra
+    from adapters.analysis.figures.training import plot_path
+
+    traced = [(out, run) for out in outs for run in finished_runs([out]) if run.paths]
+    if not traced:
+        raise BecameError("no run in these folders has traced its merging paths; run with --path-points 11.")
+    tables: list[Table] = []
+    written: list[Path] = []
+    for out, run in traced:
+        tables += [path_table(run), estimator_table(run), regret_table(run, "accuracy"), regret_table(run, "loss")]
+        file = (into or out) / f"paths-{run.method}-seed{run.seed}.svg"
+        if file in written:
+            file = file.with_stem(f"{file.stem}-{out.name}")
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(themed_svg(picture(plot_path([run]), "svg")))
+        except OSError as error:
+            raise BecameError(f"{file} cannot be written: {error.strerror}.") from None
+        written.append(file)
+    return tables, written
 
 
 def estimated_alphas(paths: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:

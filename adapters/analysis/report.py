@@ -84,7 +84,7 @@ def _shared(groups: Sequence[Group], published: Sequence[PublishedTable]) -> lis
     times = [Estimate(tuple(run.seconds["total"] for run in group.runs)).text(0) for group in groups]
     scores = "; ".join(f"{group.label} {group.score('acc').text()}" for group in groups)
     seconds = "; ".join(f"{group.label} {text}" for group, text in zip(groups, times, strict=True))
-    several = have_spread(groups)
+    several, measure = have_spread(groups), groups[0].runs[0].measure
     shaded = "; shaded: ± one standard deviation" if several else ""
     lines = "; thin lines: ± one standard deviation over seeds" if several else ""
     beside = " Open marks: published, under protocols of their own." if published else ""
@@ -92,14 +92,14 @@ def _shared(groups: Sequence[Group], published: Sequence[PublishedTable]) -> lis
         Drawing(
             "scores",
             plot_scores(groups, published),
-            f"Bars of average accuracy, backward transfer and plasticity. Average accuracy in percent: {scores}.",
+            f"Bars of the average {measure}, backward transfer and plasticity. Averages: {scores}.",
             f"Task-incremental scores; bars of accuracies begin where the title says{lines}.{beside}",
         ),
         Drawing(
             "accuracy-over-time",
             plot_accuracy_over_time(groups),
-            "Lines of the accuracy of each task from its own end on; the tables of each method hold the values.",
-            f"The accuracy of each task while later ones are learned{shaded}.",
+            f"Lines of each task's {measure} from its own end on; the tables of each method hold the values.",
+            f"Each task's {measure} while later ones are learned{shaded}.",
         ),
     ]
     if len(groups[0].runs[0].accuracy) > 1:
@@ -110,8 +110,8 @@ def _shared(groups: Sequence[Group], published: Sequence[PublishedTable]) -> lis
             Drawing(
                 "plasticity",
                 plot_plasticity(groups),
-                f"Each method's plasticity against its forgetting. Forgetting, plasticity in percent: {pairs}.",
-                "Plasticity: accuracy on each task as it was learned. Forgetting: how far it has fallen from its best.",
+                f"Each method's plasticity against its forgetting. Forgetting, plasticity ({measure}): {pairs}.",
+                f"Plasticity: {measure} on each task as it was learned. Forgetting: how far it fell from its best.",
             )
         )
     merging = [group for group in groups if any(merged_tasks(run) for run in group.runs)]
@@ -127,13 +127,14 @@ def _shared(groups: Sequence[Group], published: Sequence[PublishedTable]) -> lis
 
 def _own(group: Group, limits: tuple[float, float]) -> list[Drawing]:
     """The figures of one group."""
-    matrix = plot_accuracy_matrix(group, limits=limits)
+    matrix, unit = plot_accuracy_matrix(group, limits=limits), group.runs[0].unit
+    scale = f"{limits[0]} to {limits[1]} %" if unit == "%" else f"{limits[0]:.3g} to {limits[1]:.3g}, −{unit}"
     drawings = [
         Drawing(
             _file_name(group, "accuracy"),
             matrix,
-            f"Heat map of the accuracy of each task after each task, {group.label}; a table below holds the values.",
-            f"Row: after which task; column: of which task. One scale for all methods, {limits[0]} to {limits[1]} %.",
+            f"Heat map of each task's {group.runs[0].measure} after each, {group.label}; a table below has the values.",
+            f"Row: after which task; column: of which task. One scale for all methods, {scale}.",
         )
     ]
     if any(group.runs[0].ranks):

@@ -114,8 +114,7 @@ def learner_builder(learner: Callable[..., L]) -> Builder[L]:
         mixed_precision: bool = False,
         dropout_masks: DropoutMasks = "numpy",
     ) -> L:
-        channels, height, width = stream.dataset.images.shape[1:]
-        backbone = build_network(network, (channels, height, width), norm)
+        backbone = build_network(network, stream.dataset.images.shape[1:], norm)
         return learner(
             backbone, stream, device=device, mixed_precision=mixed_precision, dropout_masks=dropout_masks, seed=seed
         )
@@ -133,7 +132,7 @@ def load_backend(name: BackendName) -> Backend:
     return backend
 
 
-def threads_for(network: str, shape: tuple[int, int, int], norm: Norm = "batch") -> int | None:
+def threads_for(network: str, shape: tuple[int, ...], norm: Norm = "batch") -> int | None:
     """Return how many threads a network should compute with: one if its arrays are small, None for the usual number.
 
     What the environment variable OMP_NUM_THREADS says comes first.
@@ -143,7 +142,7 @@ def threads_for(network: str, shape: tuple[int, int, int], norm: Norm = "batch")
 
     Args:
         network: as in ``adapters.networks.NETWORKS``.
-        shape: of an image, [C, H, W].
+        shape: of an image, [C, H, W], or of text, [L].
         norm: the network's kind of normalisation.
     """
     chosen = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]
@@ -161,8 +160,9 @@ def available_threads() -> int:
 
 def _multiplications(network: Architecture) -> int:
     """Return how many multiplications a network's layers take for one sample."""
+    positions = network.image[0] if len(network.image) == 1 else 1  # of text
     return sum(
-        math.prod(parameter.shape) * math.prod(layer.output_shape(shape)[1:])
+        positions * math.prod(parameter.shape) * (math.prod(layer.output_shape(shape)[1:]) if positions == 1 else 1)
         for layer, shape in network.steps
         if isinstance(layer, Weighted)
         for parameter in layer.parameters(shape).values()

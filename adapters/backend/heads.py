@@ -22,16 +22,19 @@ class Heads:
 
     Attributes:
         suffix: underscores that tell them from the network's own layers.
+        shared: whether all tasks have one head, which is called ``head`` everywhere and is no task's own.
     """
 
     suffix: str = ""
+    shared: bool = False
 
     @classmethod
-    def beside(cls, names: Iterable[str]) -> Self:
+    def beside(cls, names: Iterable[str], *, shared: bool = False) -> Self:
         """Return names that no parameter of a network has.
 
         Args:
             names: of all parameters of the network.
+            shared: whether all tasks have one head.
 
         Examples:
             >>> Heads.beside(["fc.weight"]).name(3), Heads.beside(["heads.0.weight", "head_.bias"]).name(3)
@@ -41,7 +44,7 @@ class Heads:
         suffix = ""
         while taken & {f"heads{suffix}", f"head{suffix}"}:
             suffix += "_"
-        return cls(suffix)
+        return cls(suffix, shared)
 
     @property
     def one(self) -> str:
@@ -50,11 +53,11 @@ class Heads:
 
     def name(self, task: int) -> str:
         """Return the canonical name of a task's head."""
-        return f"heads{self.suffix}.{task}"
+        return self.one if self.shared else f"heads{self.suffix}.{task}"
 
     def has(self, name: str) -> bool:
-        """Return whether a parameter of this name is some head's."""
-        return name.startswith(f"heads{self.suffix}.")
+        """Return whether a parameter of this name is that of a head that is a task's own."""
+        return not self.shared and name.startswith(f"heads{self.suffix}.")
 
     def for_task(self, value: T, task: int) -> T:
         """Return a value with the task's head called ``head``, and without the heads of other tasks.

@@ -32,7 +32,7 @@ from adapters.networks import (
 )
 from became_core import BecameError
 from became_core.arrays import Array, Params, namespace, on_host
-from became_core.continual import Batch, Constraint, Learner, Optimiser, TapMode, TaskStream, Trained
+from became_core.continual import Batch, Constraint, Learner, Optimiser, TapMode, Task, TaskStream, Trained
 from became_core.continual.data import Indices, chunks
 from became_core.curvature import Pushforward, Taps
 
@@ -50,6 +50,7 @@ class NetworkLearner(Learner):
     """
 
     naming: Heads
+    _text: NDArray[np.uint8] | None = None
     _of_two: tuple[str, ...] = ()  # the parts of tasks that cannot have a single sample
     framework: ClassVar[str]  # as messages call it
     default_device: ClassVar[str] = "cpu"
@@ -95,8 +96,12 @@ class NetworkLearner(Learner):
             ) from None
         self._masks_by_framework = checked_masks(dropout_masks) == "framework"
         self._dtype = self._find_dtype(dtype)
+        self.likelihood, self.target_scale = stream.dataset.likelihood, stream.target_scale
+        self.unit = stream.unit
+        self._text = stream.dataset.images if stream.dataset.is_text else None
         self._build(backbone, stream, mixed_precision, seed)
-        self.heads = [frozenset({f"{self.naming.name(task.index)}.weight"}) for task in stream.tasks]
+        own = (frozenset({f"{self.naming.name(task.index)}.weight"}) for task in stream.tasks)
+        self.heads = [frozenset() if stream.shared_head else head for head in own]
         self._check_sizes(stream)
 
     # What a framework adds.
@@ -125,6 +130,10 @@ class NetworkLearner(Learner):
         """Return the logits of all heads [rows, tasks, classes]."""
 
     @abstractmethod
+    def _logits_of_text(self, text: NDArray[np.uint8]) -> Array:
+        """Return the logits of all heads [samples, heads, length, classes] of text [samples, length]."""
+
+    @abstractmethod
     def _taps(self, task: int, rows: Indices, mode: TapMode, rng: np.random.Generator, masks: Any) -> Iterator[Taps]:
         """Yield the taps of one batch; without masks for no dropout."""
 
@@ -149,6 +158,20 @@ class NetworkLearner(Learner):
         """Return all heads' logits, [samples, tasks, classes]."""
         parts = list(self._measured(self._logits(rows) for rows in chunks(indices, batch_size)))
         return namespace(logits=parts[0]).concat(parts, axis=0)
+
+    def written(self, task: Task, rng: np.random.Generator) -> str:
+        """Return what the network writes after the first quarter of a task's first test sample, byte by byte."""
+        if self._text is None:
+            return ""
+        text = self._text[task.test[:1]].copy()
+        places = range(max(1, text.shape[1] // 4), text.shape[1])
+        text[0, places.start :] = 0  # no position sees what comes after it
+        logits = self._measured(self._logits_of_text(text) for _ in places)
+        for place, of_text in zip(places, logits, strict=True):
+            scores = np.asarray(on_host(of_text), np.float64)[0, 0 if self.shares_head else task.index, place - 1]
+            p = np.exp(scores - scores.max())
+            text[0, place] = rng.choice(len(p), p=p / p.sum())
+        return text.tobytes().decode("utf-8", "replace")
 
     def taps(
         self, task: int, indices: Indices, batch_size: int, mode: TapMode, rng: np.random.Generator
@@ -203,18 +226,18 @@ class NetworkLearner(Learner):
                     )
 
     @staticmethod
-    def _check_features(shape: Sequence[int] | None) -> int:
-        """Return the width of a backbone's features, given the shape of what it returns for two images.
+    def _check_features(shape: Sequence[int] | None, text: bool = False) -> int:
+        """Return the width of a backbone's features, given the shape of what it returns for two samples.
 
         Raises:
             BecameError: if they are not [N, features].
         """
-        if shape is None or len(shape) != 2:
+        if shape is None or len(shape) != (3 if text else 2):
             returned = "no array" if shape is None else list(shape)
             raise BecameError(
                 f"the backbone must map images to features [N, features]; of 2 images it made {returned}."
             )
-        return int(shape[1])
+        return int(shape[-1])
 
 
 class FunctionalLearner(NetworkLearner):
@@ -270,26 +293,29 @@ class FunctionalLearner(NetworkLearner):
 
     def _build(self, backbone: Backbone, stream: TaskStream, mixed_precision: bool, seed: int) -> None:
         dataset = stream.dataset
-        images = np.ascontiguousarray(np.moveaxis(dataset.images, 1, -1))
+        images = np.ascontiguousarray(dataset.images if dataset.is_text else np.moveaxis(dataset.images, 1, -1))
         self._data = Data(
-            *(self._placed(images), self._placed(stream.targets)),
+            self._placed(images),
+            self._placed(stream.targets, None if self.likelihood.has_labels else self._dtype),
             *(self._scale(values, dataset.unit) for values in (dataset.mean, dataset.std)),
         )
 
         def look(layer: Any, inputs: Any, output: Array) -> Array:  # noqa: ARG001 - a record's signature
-            if isinstance(layer, BatchNorm) and prod(output.shape[1:-1]) == 1:
-                self._normalises_over_samples(layer.running)
+            if isinstance(layer, BatchNorm):
+                self.mixes_samples |= not layer.running
+                if prod(output.shape[1:-1]) == 1:
+                    self._normalises_over_samples(layer.running)
             return output
 
-        features = self._check_features(self._features_shape(backbone, images.shape[1:], look))
-        self.naming = Heads.beside(backbone.parameters)
+        features = self._check_features(self._features_shape(backbone, images.shape[1:], look), dataset.is_text)
+        self.naming = Heads.beside(backbone.parameters, shared=stream.shared_head)
         head = Linear(self.naming.one, max(len(task.classes) for task in stream.tasks))
         self.network = self._network(backbone, head, mixed_precision)
         parameters = dict(backbone.parameters)
         for task in stream.tasks:
             parameters |= Linear(self.naming.name(task.index), len(task.classes)).parameters((features,))
         self.running_statistics = frozenset(filter(is_statistic, backbone.parameters))
-        self.projectable = self.network.matrices
+        self.projectable = self.network.matrices | ({f"{head.name}.weight"} if stream.shared_head else set())
         self._theta: Params = dict.fromkeys(parameters)
         self.assign(initial_values(seed, parameters) | getattr(backbone, "initial", {}))
 
@@ -352,12 +378,19 @@ class FunctionalLearner(NetworkLearner):
         """Return the parameters that are no head's."""
         return {name: value for name, value in self._theta.items() if not self.naming.has(name)}
 
+    def _logits_of_text(self, text: NDArray[np.uint8]) -> Array:
+        return self._logits_in(self._data._replace(images=self._placed(text)), np.arange(len(text)))
+
     def _logits(self, rows: Indices) -> Array:
-        heads = [self._theta[name] for head in self.heads for name in head]
-        return self.network.all_logits(self._shared(), heads, self._data, rows)
+        return self._logits_in(self._data, rows)
+
+    def _logits_in(self, data: Data, rows: Indices) -> Array:
+        names = [f"{self.naming.one}.weight"] if self.shares_head else [name for head in self.heads for name in head]
+        heads = [self._theta[name] for name in names]
+        return self.network.all_logits(self._shared(), heads, data, rows)
 
     def targets(self, indices: Indices) -> Array:
-        """Return the labels within the task, [samples]."""
+        """Return the labels within the task [samples], or numbers [samples, outputs]."""
         return namespace(targets=self._data.targets).take(self._data.targets, indices, axis=0)
 
     def _taps(self, task: int, rows: Indices, mode: TapMode, rng: np.random.Generator, masks: Any) -> Iterator[Taps]:

@@ -12,7 +12,7 @@ projecting d_out rows.
 
 import math
 from collections.abc import Iterator, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -20,7 +20,7 @@ import numpy as np
 from adapters.networks import Backbone, Linear, Pass, Tapped
 from became_core.arrays import Array, Params, namespace
 from became_core.continual import Constraint, Optimiser, TapMode, Views
-from became_core.curvature import Taps
+from became_core.curvature import Categorical, Likelihood, Taps
 from became_core.projection import Region
 
 __all__ = ["Data", "Factors", "Network", "State", "Step", "projected_by_rows"]
@@ -33,7 +33,7 @@ State = tuple[Params, Optimiser]
 
 
 class Data(NamedTuple):
-    """What lies on the device: images [N, H, W, C], labels [N], and by channel mean and std in the images' unit."""
+    """What lies on the device: images [N, H, W, C], targets [N, ...], and by channel mean and std in images' units."""
 
     images: Array
     targets: Array
@@ -41,9 +41,11 @@ class Data(NamedTuple):
     std: Array
 
     def normalised(self, rows: Array, views: Views | None = None) -> Array:
-        """Return the network's input [rows, H, W, C]."""
+        """Return the network's input, [rows, H, W, C] or of text [rows, L]."""
         xp: Any = namespace(images=self.images)
         pixels = xp.take(self.images, rows, axis=0)
+        if len(pixels.shape) == 2:
+            return xp.astype(pixels, xp.int32)  # text
         if views is not None:
             pixels = views.apply(pixels, axis=1)
         return (xp.astype(pixels, self.mean.dtype) - self.mean) / self.std
@@ -92,11 +94,13 @@ class Network:
         backbone: images [N, H, W, C] to features [N, features].
         head: features to logits [N, classes], for the task with the most classes.
         products: the dtype that training steps multiply in, as in a ``Pass``.
+        likelihood: what the logits say of the targets.
     """
 
     backbone: Backbone
     head: Linear
     products: Any = None
+    likelihood: Likelihood = field(default_factory=Categorical)
 
     runs: ClassVar[type[Pass]]  # the framework's own
 

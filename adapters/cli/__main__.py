@@ -122,6 +122,29 @@ class Report:
 
 
 @dataclass(frozen=True)
+class Paths:
+    """Hold the alpha of every estimator against the traced truth: tables, and a figure of each run as SVG."""
+
+    outs: Outs
+    into: Annotated[Path | None, described("The folder of the figures; without it the first of the given folders.")] = (
+        None
+    )
+
+    def run(self) -> int:
+        """Print the tables of all traced runs, and where the figures are."""
+        from adapters.analysis.path_report import write_paths
+        from adapters.analysis.tables import FORMATS
+
+        def shown() -> str:
+            if not self.outs:
+                raise BecameError("there are no paths to show; give a folder that --out named.")
+            tables, files = write_paths(self.outs, self.into)
+            return FORMATS["text"](tables) + "\n".join(["", *map(str, files)])
+
+        return execute(lambda display: print(shown()), Output())
+
+
+@dataclass(frozen=True)
 class List:
     """List what there is to choose from, a line each."""
 
@@ -167,6 +190,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         | Annotated[Resume, tyro.conf.subcommand("resume")]
         | Annotated[Compare, tyro.conf.subcommand("compare")]
         | Annotated[Report, tyro.conf.subcommand("report")]
+        | Annotated[Paths, tyro.conf.subcommand("paths")]
         | Annotated[List, tyro.conf.subcommand("list")]
         | Annotated[Inspect, tyro.conf.subcommand("inspect")]
         | Annotated[Fisher, tyro.conf.subcommand("fisher")]

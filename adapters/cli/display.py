@@ -199,9 +199,11 @@ class RunProgress(Callback):
     def on_task_end(self, event: TaskEnd) -> None:
         """Print a line."""
         alpha = "" if event.alpha is None else f"  alpha {event.alpha:.3f}"
-        scores = " ".join(f"{accuracy:.1f}" for accuracy in event.accuracy)
+        measured = [math.isfinite(accuracy) for accuracy in event.accuracy]
+        what, values = ("accuracy", event.accuracy) if all(measured) else ("loss", event.loss)
+        scores = " ".join(f"{value:.{1 if what == 'accuracy' else 3}f}" for value in values)
         self._bar.update(self._row, completed=event.task + 1)
-        self._print(f"task {event.task + 1}/{self._tasks} learned{alpha}  accuracy {scores}")
+        self._print(f"task {event.task + 1}/{self._tasks} learned{alpha}  {what} {scores}")
         for name in sorted(event.full):
             self._print(f"the protected space of {name} is full: no update is left for it in stage 1")
 

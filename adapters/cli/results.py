@@ -21,6 +21,11 @@ _SCORES = (
     "learned; forgetting: how much it has fallen below its best. plasticity: the mean accuracy on a task just after it "
     "was learned. task, class: it chooses among the classes of the image's own task, or of all tasks."
 )
+_LOSSES = (
+    "−{unit}: the mean {unit} on all tasks after the last one, with its sign turned so that up is good, as in all "
+    "columns. BWT: how much it has changed since a task was learned; forgetting: how far it fell below its best. "
+    "plasticity: the mean just after a task was learned."
+)
 _ALPHA = (
     "α: how far each task's merge went from stage 1's model, which is trained under gradient projection, to stage 2's, "
     "which is trained freely. At α = 0 stage 2 was thrown away; at α = 1 stage 1's constraint was given up; – is for a "
@@ -30,12 +35,14 @@ _ALPHA = (
 
 def results_tables(results: Sequence[RunResult]) -> list[Table]:
     """Return the scores, two rows a method, and what the methods did and cost; methods are in the order given."""
+    unit = results[0].unit
     scores: list[list[Cell]] = []
     costs: list[list[Cell]] = []
     for method in dict.fromkeys(result.method for result in results):
         runs = [result for result in results if result.method == method]
         scores.append([method, "task", *_estimates([run.scores for run in runs])])
-        scores.append(["", "class", *_estimates([run.class_incremental_scores for run in runs])])
+        if unit == "%":
+            scores.append(["", "class", *_estimates([run.class_incremental_scores for run in runs])])
         epochs = Estimate(tuple(float(sum(run.epochs)) for run in runs))
         seconds = Estimate(tuple(run.seconds["total"] for run in runs))
         costs.append([method, _mean_alphas(runs), epochs, seconds])
@@ -46,8 +53,15 @@ def results_tables(results: Sequence[RunResult]) -> list[Table]:
     if not merged:
         del cost_columns[1]
         costs = [[method, *others] for method, _, *others in costs]
+    note = _SCORES
+    if unit != "%":  # there is no choice among classes, and a loss has more digits that matter
+        headings = (f"−{unit}", *headings[1:])
+        score_columns = [Column("method"), *(Column(heading, 3) for heading in headings)]
+        scores = [[method, *numbers] for method, _, *numbers in scores]
+        note = _LOSSES.format(unit=unit)
+    title, section = ("Accuracies in percent", 2) if unit == "%" else (f"Losses, {unit}, with the sign turned", 0)
     return [
-        Table("Accuracies in percent", score_columns, scores, [_SCORES], section=2),
+        Table(title, score_columns, scores, [note], section=section),
         Table("What was merged, and the cost" if merged else "The cost", cost_columns, costs, [_ALPHA] * merged),
     ]
 

@@ -28,12 +28,15 @@ from became_core.continual import (
     Learner,
     RunState,
     TaskStream,
+    check_method,
     check_settings,
     learn,
     method_settings,
     projector_names,
 )
 from became_core.registry import nearest
+
+_Load = Callable[[str, Path | None, tuple[tuple[str, Any], ...]], Dataset]
 
 __all__ = ["InterruptedRun", "Interruption", "Job", "requested_jobs", "run_jobs", "unfinished_jobs"]
 
@@ -249,7 +252,7 @@ def run_jobs(jobs: Sequence[Job], display: Display) -> list[RunResult]:
     return finished
 
 
-def _results_before(jobs: Sequence[Job], load: Callable[[str, Path | None], Dataset]) -> list[RunResult | None]:
+def _results_before(jobs: Sequence[Job], load: _Load) -> list[RunResult | None]:
     """Return the results of the runs that have finished before; raise a BecameError if one cannot be resumed."""
     try:
         results = [job.finished() for job in jobs]
@@ -262,25 +265,30 @@ def _results_before(jobs: Sequence[Job], load: Callable[[str, Path | None], Data
     return results
 
 
-def _load(benchmark: str, data_dir: Path | None) -> Dataset:
-    dataset = BENCHMARKS[benchmark].load(data_directory(data_dir))
-    LOGGER.debug("%s: %d images are read", benchmark, len(dataset.images))
+def _load(benchmark: str, data_dir: Path | None, settings: tuple[tuple[str, Any], ...]) -> Dataset:
+    dataset = BENCHMARKS[benchmark].load(data_directory(data_dir), **dict(settings))
+    LOGGER.debug("%s: %d rows are read", benchmark, len(dataset.images))
     return dataset
 
 
-def _stream(job: Job, load: Callable[[str, Path | None], Dataset]) -> TaskStream:
+def _stream(job: Job, load: _Load) -> TaskStream:
     """Return the tasks of a run."""
-    dataset = load(job.configuration.benchmark, job.configuration.data_dir)
+    configuration = job.configuration
+    settings = tuple(configuration.data_settings.items())
+    dataset = load(configuration.benchmark, configuration.data_dir, settings)
     return job.configuration.stream(dataset, job.run.seed)
 
 
-def _check_values(jobs: Sequence[Job], load: Callable[[str, Path | None], Dataset]) -> None:
+def _check_values(jobs: Sequence[Job], load: _Load) -> None:
     """Raise a BecameError if the data cannot be read, or cut as asked for, or the network cannot be built for them.
 
     Of the runs of one command, which differ in what the methods need, the first on each backend stands for all.
     """
     for job in {id(job.backend): job for job in reversed(jobs)}.values():
         job.check_values(_stream(job, load))
+    for job in jobs:
+        configuration = job.configuration
+        check_method(configuration.method(job.run.method), _stream(job, load), configuration.training())
 
 
 def _run_to_its_end(job: Job, stream: TaskStream, display: Display) -> RunResult:

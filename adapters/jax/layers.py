@@ -12,14 +12,19 @@ from jax import numpy as jnp
 
 from adapters import networks
 from adapters.networks import (
+    GELU,
     AveragePool,
     BatchNorm,
+    CausalAttention,
     Convolution,
     Dropout,
+    Embedding,
     Flatten,
     GroupNorm,
+    LayerNorm,
     Linear,
     MaxPool,
+    Positions,
     ReLU,
     Tanh,
     Tapped,
@@ -92,6 +97,30 @@ def _group_norm(run: "Pass", layer: GroupNorm, inputs: Array) -> Array:
     return run.tapped(layer, lambda: normalised, normalised * run.weights[f"{layer.name}.weight"])
 
 
+def _layer_norm(run: "Pass", layer: LayerNorm, inputs: Array) -> Array:
+    mean, variance = inputs.mean(-1, keepdims=True), inputs.var(-1, keepdims=True)
+    normalised = (inputs - mean) * lax.rsqrt(variance + layer.epsilon)
+    return run.tapped(layer, lambda: normalised, normalised * run.weights[f"{layer.name}.weight"])
+
+
+def _embedding(run: "Pass", layer: Embedding, inputs: Array) -> Array:
+    return run.tapped(layer, lambda: inputs, run.weights[f"{layer.name}.weight"][inputs])
+
+
+def _positions(run: "Pass", layer: Positions, inputs: Array) -> Array:
+    numbers = jnp.broadcast_to(jnp.arange(inputs.shape[1], dtype=jnp.int32), inputs.shape[:2])
+    return inputs + run.tapped(layer, lambda: numbers, run.weights[f"{layer.name}.weight"][numbers])
+
+
+def _attention(run: "Pass", layer: CausalAttention, inputs: Array) -> Array:  # noqa: ARG001 - a table's signature
+    n, length, width = inputs.shape
+    q, k, v = jnp.moveaxis(inputs.reshape(n, length, 3, layer.heads, -1), 2, 0)
+    scores = jnp.einsum("nqhd,nkhd->nhqk", q, k) / q.shape[-1] ** 0.5
+    before = jnp.tril(jnp.ones((length, length), bool))
+    weights = jax.nn.softmax(jnp.where(before, scores, -jnp.inf), axis=-1)
+    return jnp.einsum("nhqk,nkhd->nqhd", weights, v).reshape(n, length, width // 3)
+
+
 def _dropout(run: "Pass", layer: Dropout, inputs: Array) -> Array:
     keep = run.mask(layer)
     return inputs if keep is None else jnp.where(keep, inputs * layer.scale, 0)
@@ -130,6 +159,11 @@ class Pass(networks.Pass):
         Convolution: _convolution,
         BatchNorm: _batch_norm,
         GroupNorm: _group_norm,
+        LayerNorm: _layer_norm,
+        Embedding: _embedding,
+        Positions: _positions,
+        CausalAttention: _attention,
+        GELU: lambda run, layer, inputs: jax.nn.gelu(inputs, approximate=False),
         ReLU: lambda run, layer, inputs: jax.nn.relu(inputs),
         Tanh: lambda run, layer, inputs: jnp.tanh(inputs),
         Dropout: _dropout,

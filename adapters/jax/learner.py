@@ -22,7 +22,7 @@ from adapters.networks import Backbone, Linear, Record, Tapped
 from became_core import BecameError
 from became_core.arrays import Array, Params, namespace
 from became_core.continual import Constraint, TapMode
-from became_core.curvature import Tap, Taps, logit_cotangents
+from became_core.curvature import Tap, Taps
 
 __all__ = ["JaxLearner", "JaxNetwork"]
 
@@ -45,7 +45,8 @@ class _Recorder:
         if self.layers is not None and layer.name not in self.layers:
             return output
         seen = inputs()
-        self.inputs[layer.name] = seen.reshape(seen.shape[0], -1, seen.shape[-1])
+        is_text = layer.kind == "embedding"  # then inputs are tokens [N, L]
+        self.inputs[layer.name] = seen if is_text else seen.reshape(seen.shape[0], -1, seen.shape[-1])
         self.outputs[layer.name] = output.reshape(output.shape[0], -1, output.shape[-1])
         perturbation = self.perturbations.get(layer.name)
         return output if perturbation is None else output + perturbation.reshape(output.shape)
@@ -81,7 +82,10 @@ class JaxNetwork(Network):
         def loss(trained: Params, perturbations: Params) -> tuple[Array, _Recorder]:
             recorder = _Recorder(perturbations, linear)
             run = Pass(frozen | factored | trained, masks, record=recorder, products=self.products)
-            log_likelihoods = jax.nn.log_softmax(self.logits(run, images))
+            outputs = self.logits(run, images)
+            if not self.likelihood.is_plain:
+                return self.likelihood.mean_loss(outputs, targets), recorder
+            log_likelihoods = jax.nn.log_softmax(outputs)
             return -jnp.take_along_axis(log_likelihoods, targets[:, None], axis=1).mean(), recorder
 
         def loss_and_inputs(trained: Params, perturbations: Params) -> tuple[Array, Params]:
@@ -124,10 +128,12 @@ class JaxNetwork(Network):
                 if layer.kind == "matrix"
             }
             return
-        for by_logits in logit_cotangents(logits, data.targets[rows], mode, rng):
+        for by_logits in self.likelihood.cotangents(logits, data.targets[rows], mode, rng):
             by_outputs = _backpropagated(backward, by_logits)
             yield {
-                layer.name: Tap(layer.kind, inputs[layer.name], by_outputs[layer.name], layer.bias)
+                layer.name: Tap(
+                    layer.kind, inputs[layer.name], by_outputs[layer.name], layer.bias, size=getattr(layer, "size", 0)
+                )
                 for layer in self.layers
             }
 
@@ -189,7 +195,7 @@ class JaxLearner(FunctionalLearner):
 
     def _network(self, backbone: Backbone, head: Linear, mixed_precision: bool) -> JaxNetwork:
         namespace(images=self._data.images)  # JAX learns of the core's values
-        return JaxNetwork(backbone, head, "bfloat16" if mixed_precision else None)
+        return JaxNetwork(backbone, head, "bfloat16" if mixed_precision else None, self.likelihood)
 
     def _placed(self, array: Any, dtype: Any = None) -> Array:
         return jax.device_put(array if dtype is None else jnp.array(array, dtype=dtype), self.device)
@@ -199,7 +205,7 @@ class JaxLearner(FunctionalLearner):
 
     def _features_shape(self, backbone: Backbone, image: tuple[int, ...], record: Record) -> Sequence[int] | None:
         weights = {name: jax.ShapeDtypeStruct(it.shape, jnp.float32) for name, it in backbone.parameters.items()}
-        images = jax.ShapeDtypeStruct((2, *image), jnp.float32)
+        images = jax.ShapeDtypeStruct((2, *image), jnp.int32 if len(image) == 1 else jnp.float32)
         features = jax.eval_shape(
             lambda weights, images: backbone(Pass(weights, record=record), images), weights, images
         )

@@ -1,6 +1,6 @@
 """Networks described once, without a framework: layers, a network as a value, the benchmarks' networks by name."""
 
-from adapters.networks.catalogue import NETWORKS, Norm, alexnet, build_network, mlp, resnet18
+from adapters.networks.catalogue import NETWORKS, Norm, alexnet, build_network, gpt, mlp, resnet18
 from adapters.networks.description import CANONICAL_AXES, Architecture, Backbone, Pass, Record, Tapped, UserLayer
 from adapters.networks.draws import (
     DropoutMasks,
@@ -12,16 +12,21 @@ from adapters.networks.draws import (
     initial_values,
 )
 from adapters.networks.layers import (
+    GELU,
     AveragePool,
     BatchNorm,
+    CausalAttention,
     Convolution,
     Dropout,
+    Embedding,
     Flatten,
     GroupNorm,
     Layer,
+    LayerNorm,
     Linear,
     MaxPool,
     Parameter,
+    Positions,
     ReLU,
     Residual,
     Shape,
@@ -33,23 +38,28 @@ from adapters.networks.layers import (
 
 __all__ = [
     "CANONICAL_AXES",
+    "GELU",
     "NETWORKS",
     "Architecture",
     "AveragePool",
     "Backbone",
     "BatchNorm",
+    "CausalAttention",
     "Convolution",
     "Dropout",
     "DropoutMasks",
+    "Embedding",
     "Flatten",
     "GroupNorm",
     "Layer",
+    "LayerNorm",
     "Linear",
     "Mask",
     "MaxPool",
     "Norm",
     "Parameter",
     "Pass",
+    "Positions",
     "ReLU",
     "Record",
     "Residual",
@@ -64,6 +74,7 @@ __all__ = [
     "checked_masks",
     "draw_mask",
     "draw_masks",
+    "gpt",
     "initial_value",
     "initial_values",
     "is_statistic",

@@ -1,6 +1,7 @@
 """The benchmarks' networks, images to features, described once for every framework; by name.
 
-Convention: each takes an image's channels, height and width. None has a bias. Normalisation layers have a weight and a
+Convention: each takes an image's channels, height and width; those of text take its length. None has a bias.
+Normalisation layers have a weight and a
 bias of their own, and are of one of three kinds:
 
 | norm | statistics | names |
@@ -10,28 +11,34 @@ bias of their own, and are of one of three kinds:
 | ``group`` | each image's own, over gcd(32, channels) groups of channels | ``norm1`` |
 """
 
+import inspect
 from collections.abc import Callable
 from itertools import chain
 from typing import Literal
 
 from adapters.networks.description import Architecture
 from adapters.networks.layers import (
+    GELU,
     AveragePool,
     BatchNorm,
+    CausalAttention,
     Convolution,
     Dropout,
+    Embedding,
     Flatten,
     GroupNorm,
     Layer,
+    LayerNorm,
     Linear,
     MaxPool,
+    Positions,
     ReLU,
     Residual,
 )
 from became_core import BecameError
 from became_core.registry import Catalogue
 
-__all__ = ["NETWORKS", "Norm", "alexnet", "build_network", "mlp", "resnet18"]
+__all__ = ["NETWORKS", "Norm", "alexnet", "build_network", "gpt", "mlp", "preact_resnet18", "resnet18"]
 
 Norm = Literal["batch", "running", "group"]
 
@@ -91,6 +98,36 @@ def resnet18(channels: int, height: int, width: int, norm: Norm = "batch") -> Ar
     return Architecture(layers, (channels, height, width))
 
 
+def preact_resnet18(channels: int, height: int, width: int, norm: Norm = "batch") -> Architecture:
+    """Return the pre-activation ResNet-18 of Adam-NSCL, with 64 base filters (He 2016, "Identity mappings"; Wang 2021).
+
+    A 3x3 convolution of 64 filters with stride 1 and padding 1; four groups of two blocks, of 64, 128, 256 and 512
+    filters, the first block of a group with stride 1, 2, 2 and 2; batch norm, ReLU, and the mean over all places, which
+    gives 512 features (11.2 M parameters). A block is batch norm, ReLU, 3x3 convolution, batch norm, ReLU, 3x3
+    convolution, plus a shortcut. As in the published code, the shortcut begins after the first batch norm: it is that
+    norm's output or, where the shape changes, a 1x1 convolution of what the ReLU makes of it.
+
+    The mean is over squares of the smaller side, so that an image that is not square has more features.
+    """
+    layers: list[Layer] = [Convolution("conv1", 64, 3, padding=1)]
+    side, filters_before = min(height, width), 64
+    for group, (filters, stride) in enumerate(((64, 1), (128, 2), (256, 2), (512, 2)), start=1):
+        for index, step in enumerate((stride, 1)):
+            name = f"stage{group}.{index}"
+            body = (
+                *(Convolution(f"{name}.conv1", filters, 3, step, padding=1), _norm(norm, f"{name}.bn2"), ReLU()),
+                Convolution(f"{name}.conv2", filters, 3, padding=1),
+            )
+            layers.append(_norm(norm, f"{name}.bn1"))
+            if step == 1 and filters == filters_before:
+                layers.append(Residual((ReLU(), *body)))
+            else:
+                layers += [ReLU(), Residual(body, (Convolution(f"{name}.shortcut.0", filters, 1, step),))]
+            side, filters_before = (side - 1) // step + 1, filters
+    layers += [_norm(norm, "bn_last"), ReLU(), AveragePool(side), Flatten()]
+    return Architecture(tuple(layers), (channels, height, width))
+
+
 def _block(name: str, filters: int, stride: int, norm: Norm, *, keeps: bool) -> tuple[Layer, ...]:
     """Return a basic block; whether it keeps the shape of its inputs decides on its shortcut."""
     body = (
@@ -114,15 +151,68 @@ def _assert_at_least(side: int, name: str, height: int, width: int) -> None:
         raise BecameError(f"the {name} network needs images of at least {side}x{side} pixels, not {height}x{width}.")
 
 
-NETWORKS: Catalogue[Callable[[int, int, int, Norm], Architecture]] = Catalogue(
-    "became.networks", "network", {"alexnet": alexnet, "mlp": mlp, "resnet18": resnet18}
+def gpt(length: int, norm: Norm = "batch", *, width: int = 96, blocks: int = 2, heads: int = 4) -> Architecture:
+    """Return a decoder-only transformer of bytes (Radford 2019), with about 0.3 million weights.
+
+    A byte's row of an embedding and its position's; blocks of causal attention and of a GELU MLP of four times the
+    width, each after a layer norm (LayerNorm, which has a weight and a bias) and beside a shortcut; a last layer norm.
+
+    Args:
+        length: how many bytes a sample has.
+        norm: as of the other networks; it has none of these kinds.
+        width: of the features of a byte.
+        blocks: how many.
+        heads: of attention.
+
+    Raises:
+        BecameError: if another norm is asked for.
+    """
+    if norm != "batch":
+        raise BecameError(f"the gpt networks have layer norms, and none that could be '{norm}'; leave the norm out.")
+    layers: list[Layer] = [Embedding("tokens", 256, width), Positions("positions", length)]
+    for block in range(blocks):
+        name = f"block{block}"
+        attention = LayerNorm(f"{name}.norm1"), Linear(f"{name}.qkv", 3 * width), CausalAttention(heads)
+        mlp = LayerNorm(f"{name}.norm2"), Linear(f"{name}.fc1", 4 * width), GELU(), Linear(f"{name}.fc2", width)
+        layers += [Residual((*attention, Linear(f"{name}.out", width))), Residual(mlp)]
+    return Architecture((*layers, LayerNorm("norm")), (length,))
+
+
+def _gpt_medium(length: int, norm: Norm = "batch") -> Architecture:
+    """Return the transformer of gpt with about 3 million weights: 4 blocks of 256 features and 8 heads."""
+    return gpt(length, norm, width=256, blocks=4, heads=8)
+
+
+def _gpt_large(length: int, norm: Norm = "batch") -> Architecture:
+    """Return the transformer of gpt with about 30 million weights: 6 blocks of 640 features and 10 heads."""
+    return gpt(length, norm, width=640, blocks=6, heads=10)
+
+
+NETWORKS: Catalogue[Callable[..., Architecture]] = Catalogue(
+    "became.networks",
+    "network",
+    {
+        "alexnet": alexnet,
+        "mlp": mlp,
+        "preact_resnet18": preact_resnet18,
+        "resnet18": resnet18,
+        "gpt": gpt,
+        "gpt-medium": _gpt_medium,
+        "gpt-large": _gpt_large,
+    },
 )
 
 
-def build_network(name: str, shape: tuple[int, int, int], norm: Norm = "batch") -> Architecture:
-    """Return the network of that name for images of this shape [C, H, W], with this kind of normalisation.
+def build_network(name: str, shape: tuple[int, ...], norm: Norm = "batch") -> Architecture:
+    """Return the network of that name for images of this shape [C, H, W] or text [L], with this kind of normalisation.
 
     Raises:
-        BecameError: if there is none, it has no such normalisation, or the images are too small for it.
+        BecameError: if there is none, it is for other samples, it has no such normalisation, or images are too small.
     """
-    return NETWORKS[name](*shape, norm)
+    network = NETWORKS[name]
+    try:
+        inspect.signature(network).bind(*shape, norm)
+    except TypeError:
+        samples = "text" if len(shape) == 1 else "images"
+        raise BecameError(f"the network '{name}' is not for {samples}; choose another --network.") from None
+    return network(*shape, norm)

@@ -1,6 +1,7 @@
 """A network as a value: layers in a row, what can be said of them without a framework, and how a framework runs them.
 
-Convention: a shape is one sample's, [C, H, W] or [d]; a residual's body runs before its shortcut.
+Convention: a shape is one sample's, [C, H, W] or [d], or of text [L] and [L, d]; a residual's body runs before its
+shortcut.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -29,7 +30,7 @@ class Tapped(Protocol):
         """The layer's canonical name."""
 
     @property
-    def kind(self) -> Literal["matrix", "scale"]:
+    def kind(self) -> Literal["matrix", "scale", "embedding"]:
         """What its tap is."""
 
     @property
@@ -42,7 +43,7 @@ class UserLayer:
     """What a tap tells of a layer of a user's own model, which is no described one; attributes as of ``Tapped``."""
 
     name: str
-    kind: Literal["matrix", "scale"]
+    kind: Literal["matrix", "scale", "embedding"]
     bias: bool
 
 
@@ -170,8 +171,10 @@ class Architecture:
         for name in names:
             if names.count(name) > 1:
                 raise BecameError(f"two layers are called '{name}'; give each a name of its own.")
-        if len(self._walked[1]) != 1:
-            raise BecameError("the backbone must map images [N, C, H, W] to features [N, features].")
+        if len(self._walked[1]) != (2 if len(self.image) == 1 else 1):
+            raise BecameError(
+                "the backbone must map images [N, C, H, W] to features [N, features], or text to [N, L, features]."
+            )
 
     @cached_property
     def _walked(self) -> tuple[list[tuple[Step, Shape]], Shape]:
@@ -186,7 +189,7 @@ class Architecture:
     @property
     def width(self) -> int:
         """The number of features."""
-        return self._walked[1][0]
+        return self._walked[1][-1]
 
     @cached_property
     def tapped(self) -> tuple[Weighted, ...]:

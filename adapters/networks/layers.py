@@ -2,7 +2,8 @@
 
 Nothing here computes; each adapter says, for every class of layers, what its framework does.
 
-Convention: a shape is one sample's, [C, H, W] or [d]. A parameter is called ``NAME.weight`` or ``NAME.bias``; a weight
+Convention: a shape is one sample's, [C, H, W] or [d]; of text [L] bytes, and then [L, d]. A
+parameter is called ``NAME.weight`` or ``NAME.bias``; a weight
 is [outputs, inputs], a convolution's [outputs, inputs, kernel, kernel]. What no gradient moves goes with the parameters
 too, as ``NAME.running_mean`` and ``NAME.running_var``.
 """
@@ -14,16 +15,21 @@ from typing import ClassVar, Literal, NamedTuple
 from became_core import BecameError
 
 __all__ = [
+    "GELU",
     "AveragePool",
     "BatchNorm",
+    "CausalAttention",
     "Convolution",
     "Dropout",
+    "Embedding",
     "Flatten",
     "GroupNorm",
     "Layer",
+    "LayerNorm",
     "Linear",
     "MaxPool",
     "Parameter",
+    "Positions",
     "ReLU",
     "Residual",
     "Shape",
@@ -45,7 +51,7 @@ class Parameter(NamedTuple):
 
 @dataclass(frozen=True)
 class Linear:
-    """``y = W a + b``, of flat inputs.
+    """``y = W a + b``, of flat inputs, or at each position of a text.
 
     Attributes:
         name: canonical.
@@ -61,7 +67,7 @@ class Linear:
 
     def parameters(self, shape: Shape) -> dict[str, Parameter]:
         """Return the parameters by canonical name, for inputs of this shape."""
-        return _named(self.name, (self.outputs, shape[0]), shape[0], bias=self.bias)
+        return _named(self.name, (self.outputs, shape[-1]), shape[-1], bias=self.bias)
 
     def output_shape(self, shape: Shape) -> Shape:
         """Return the shape of the output.
@@ -69,11 +75,11 @@ class Linear:
         Raises:
             BecameError: if the inputs are images.
         """
-        if len(shape) != 1:
+        if len(shape) > 2:
             raise BecameError(
                 f"the layer '{self.name}' is linear, but sees images {list(shape)}; put Flatten before it."
             )
-        return (self.outputs,)
+        return (*shape[:-1], self.outputs)
 
 
 @dataclass(frozen=True)
@@ -174,6 +180,118 @@ class GroupNorm:
 
 
 @dataclass(frozen=True)
+class Embedding:
+    """A row of W for each byte or other token of a text, [L] -> [L, width].
+
+    Attributes:
+        name: canonical.
+        size: how many tokens there are.
+        width: of a row.
+    """
+
+    name: str
+    size: int
+    width: int
+
+    kind: ClassVar[Literal["embedding"]] = "embedding"
+    bias: ClassVar[Literal[False]] = False
+
+    def parameters(self, shape: Shape) -> dict[str, Parameter]:
+        """Return the parameters by canonical name, for inputs of this shape."""
+        return _named(self.name, (self.size, self.width), self.width, bias=False)
+
+    def output_shape(self, shape: Shape) -> Shape:
+        """Return the shape of the output.
+
+        Raises:
+            BecameError: if the inputs are no text.
+        """
+        if len(shape) != 1:
+            raise BecameError(f"the layer '{self.name}' embeds tokens [L], but sees {list(shape)}.")
+        return (*shape, self.width)
+
+
+@dataclass(frozen=True)
+class Positions:
+    """``y_l = x_l + w_l``: a row for each position of a text, [L, d] -> [L, d].
+
+    Attributes:
+        name: canonical.
+        size: how many positions there are, at most.
+    """
+
+    name: str
+    size: int
+
+    kind: ClassVar[Literal["embedding"]] = "embedding"
+    bias: ClassVar[Literal[False]] = False
+
+    def parameters(self, shape: Shape) -> dict[str, Parameter]:
+        """Return the parameters by canonical name, for inputs of this shape."""
+        return _named(self.name, (self.size, shape[-1]), shape[-1], bias=False)
+
+    def output_shape(self, shape: Shape) -> Shape:
+        """Return the shape of the output."""
+        return shape
+
+
+@dataclass(frozen=True)
+class LayerNorm:
+    """``y = w * (x - mean) / sqrt(variance + epsilon) + b``, with the statistics of each position (Ba 2016).
+
+    Attributes:
+        name: canonical.
+        epsilon: what is added to the variance.
+    """
+
+    name: str
+    epsilon: float = 1e-5
+
+    kind: ClassVar[Literal["scale"]] = "scale"
+    bias: ClassVar[Literal[True]] = True
+
+    def parameters(self, shape: Shape) -> dict[str, Parameter]:
+        """Return the parameters by canonical name, for inputs of this shape."""
+        return _named(self.name, shape[-1:], None, bias=True)
+
+    def output_shape(self, shape: Shape) -> Shape:
+        """Return the shape of the output."""
+        return shape
+
+
+@dataclass(frozen=True)
+class CausalAttention:
+    """Each position's mean of the values before it, its own among them, weighed by softmax(q . k / sqrt(d_head)).
+
+    Inputs are queries, keys and values in a row, [L, 3 d]; the output is [L, d] (Vaswani 2017).
+
+    Attributes:
+        heads: how many; they divide d.
+    """
+
+    heads: int
+
+    def output_shape(self, shape: Shape) -> Shape:
+        """Return the shape of the output.
+
+        Raises:
+            BecameError: if the heads do not divide the inputs.
+        """
+        if len(shape) != 2 or shape[1] % (3 * self.heads):
+            raise BecameError(f"attention by {self.heads} heads needs inputs [L, 3 d], but sees {list(shape)}.")
+        return (shape[0], shape[1] // 3)
+
+
+@dataclass(frozen=True)
+class GELU:
+    """``x Phi(x)``, Phi being the normal distribution function (Hendrycks & Gimpel 2016)."""
+
+    def output_shape(self, shape: Shape) -> Shape:
+        """Return the shape of the output."""
+        return shape
+
+
+@dataclass(frozen=True)
 class ReLU:
     """``max(x, 0)``."""
 
@@ -260,9 +378,9 @@ class Residual:
 
 
 # With parameters.
-Weighted = Linear | Convolution | BatchNorm | GroupNorm
+Weighted = Linear | Convolution | BatchNorm | GroupNorm | LayerNorm | Embedding | Positions
 # One step of a network.
-Step = Weighted | ReLU | Tanh | Dropout | MaxPool | AveragePool | Flatten
+Step = Weighted | ReLU | Tanh | GELU | CausalAttention | Dropout | MaxPool | AveragePool | Flatten
 Layer = Step | Residual
 
 

@@ -88,7 +88,10 @@ class Configuration:
     """
 
     benchmark: str = _option("What to learn", "learn", BENCHMARK)
-    tasks: int = _option("How many tasks the classes are split into; it must divide them.", "learn")
+    tasks: int = _option(
+        "How many tasks the classes are split into; it must divide them. 0 is for as many as the data have domains.",
+        "learn",
+    )
     first: int = _option("Learn only this many tasks, the first ones.", "learn")
     class_order: ClassOrder = _option(
         "How classes are assigned to tasks: in the order of their labels, or in an order that the seed draws.",
@@ -244,7 +247,9 @@ class Configuration:
         for name, each in declared.items():
             if each.default is MISSING and name not in resolved:
                 raise BecameError(f"the preset '{preset}' of {benchmark.name} has no '{name}'; give it one.")
-        settings = {name: resolved.get(name, each.default) for name, each in _settings_of(method).items()}
+        settings = {
+            name: resolved.get(name, each.default) for name, each in _settings_of(method, benchmark.name).items()
+        }
         configuration = cls(**{name: resolved[name] for name in declared if name in resolved}, settings=settings)
         configuration.training()
         configuration.method(method)
@@ -279,14 +284,21 @@ class Configuration:
 
     def method(self, name: str) -> Method:
         """Return the method of that name, built with this configuration's settings."""
-        return build_method(name, self.settings)
+        known = method_settings()
+        return build_method(name, {option: value for option, value in self.settings.items() if option in known})
+
+    @property
+    def data_settings(self) -> dict[str, Any]:
+        """The settings of the benchmark."""
+        return {option: self.settings[option] for option in BENCHMARKS[self.benchmark].settings}
 
     def stream(self, dataset: Dataset, seed: int) -> TaskStream:
         """Return the tasks that a run of this seed learns."""
         stream = BENCHMARKS[self.benchmark].stream(
-            dataset, self.tasks, validation=self.validation, seed=seed, class_order=self.class_order
-        )
-        return stream.first(self.first)
+            dataset, self.tasks, validation=self.validation, seed=seed, class_order=self.class_order,
+            settings=self.data_settings,
+        )  # fmt: skip
+        return stream.first(self.first) if self.first else stream
 
     def to_json(self) -> dict[str, Any]:
         """Return the values that may change the result, the settings among them, for JSON."""
@@ -313,7 +325,7 @@ class Configuration:
             BecameError: if an option is missing, or this version does not know one.
         """
         names = {each.name for each in fields(cls) if each.metadata.get("hint") is False}
-        expected = names | set(_settings_of(method))
+        expected = names | set(_settings_of(method, str(values.get("benchmark"))))
         for what, odd in (("has an unknown", set(values) - expected), ("lacks the", expected - set(values))):
             if odd:
                 raise BecameError(f"{file} {what} option '{min(odd)}'; resume with the version that started this run.")
@@ -333,8 +345,8 @@ def _dashed(name: str) -> str:
     return name.replace("_", "-")
 
 
-def _settings_of(method: str) -> dict[str, Setting]:
-    """The settings of a method, METHOD or METHOD+PROJECTOR, and of its projector, by option name."""
+def _settings_of(method: str, benchmark: str) -> dict[str, Setting]:
+    """The settings of a method, METHOD or METHOD+PROJECTOR, of its projector and of a benchmark, by option name."""
     build_method(method)  # raises if there is no such method
     base, plus, projector = method.partition("+")
     names = METHODS.options_of(base) if base in METHODS else ()
@@ -342,7 +354,8 @@ def _settings_of(method: str) -> dict[str, Setting]:
         projector = METHODS[base].projector if base in METHODS else base
     if projector != "none":
         names += PROJECTORS.options_of(projector)
-    return {name: setting for name, setting in method_settings().items() if name in names}
+    of_data = BENCHMARKS[benchmark].settings if benchmark in BENCHMARKS else {}
+    return {name: setting for name, setting in method_settings().items() if name in names} | dict(of_data)
 
 
 @dataclass(frozen=True)
@@ -400,7 +413,8 @@ def options() -> dict[str, Option]:
         known[each.name] = Option(
             each.name, hints[each.name], help_text, each.metadata["group"], each.metadata["flag"], names
         )
-    for name, setting in method_settings().items():
+    of_data = {name: each for benchmark in BENCHMARKS for name, each in BENCHMARKS[benchmark].settings.items()}
+    for name, setting in {**method_settings(), **of_data}.items():
         if name in known:
             raise BecameError(f"the setting '{name}' of {setting.owners[0]} has the name of another option; rename it.")
         help_text = f"{setting.help[:1].upper()}{setting.help[1:]} ({', '.join(setting.owners)}"
@@ -408,7 +422,7 @@ def options() -> dict[str, Option]:
             default = " ".join(map(str, setting.default)) if isinstance(setting.default, tuple) else setting.default
             help_text += f"; default: {default}"
         help_text += ")"
-        known[name] = Option(name, setting.type, help_text, "methods")
+        known[name] = Option(name, setting.type, help_text, "learn" if name in of_data else "methods")
     return known
 
 

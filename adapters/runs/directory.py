@@ -275,6 +275,7 @@ def _summary(results: Sequence[RunResult]) -> str:
                 "benchmark": result.benchmark,
                 "method": result.method,
                 "seed": result.seed,
+                "unit": result.unit,
                 **asdict(result.scores),
                 **{
                     f"class_incremental_{name}": value

@@ -148,6 +148,10 @@ class _Reader:
         """Return a dataclass."""
         hints = get_type_hints(hint)
         names = [each.name for each in fields(hint)]
+        # Earlier versions did not save what is later; it then has its default.
+        later = {each.name for each in fields(hint) if each.metadata.get("later")}
+        if isinstance(plain, dict):
+            names = [name for name in names if name in plain or name not in later]
         if not isinstance(plain, dict) or set(plain) != {"kind", *names} or plain["kind"] != hint.__name__:
             raise MisfitError(f"'{path}' is not a {hint.__name__}")
         return hint(**{name: self.read(hints[name], plain[name], _at(path, name)) for name in names})

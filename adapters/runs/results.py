@@ -20,7 +20,7 @@ __all__ = ["RunResult", "Scores"]
 
 @dataclass(frozen=True)
 class Scores:
-    """The metrics of one accuracy matrix."""
+    """The metrics of one matrix in which up is good, as ``RunRecord.measured`` is."""
 
     acc: float
     bwt: float
@@ -29,7 +29,9 @@ class Scores:
 
     @classmethod
     def of(cls, accuracy: NDArray[np.float64]) -> Self:
-        """Return the metrics of an accuracy matrix [T, T]."""
+        """Return the metrics of a matrix [T, T]; all are NaN if the matrix is."""
+        if np.isnan(accuracy).all():
+            return cls(math.nan, math.nan, math.nan, math.nan)
         return cls(
             acc=average_accuracy(accuracy),
             bwt=backward_transfer(accuracy),
@@ -57,6 +59,9 @@ class RunResult:
     memory: list[int] = field(default_factory=list)
     curves: list[list[dict[str, Any]]] = field(default_factory=list)
     data_dir: str | None = None
+    loss: NDArray[np.float64] = field(default_factory=lambda: np.zeros((0, 0)))
+    unit: str = "%"
+    samples: list[list[str]] = field(default_factory=list)
 
     @classmethod
     def of(
@@ -87,12 +92,25 @@ class RunResult:
             memory=record.memory,
             curves=[[_epoch(event) for event in curve] for curve in record.curves],
             data_dir=data_dir,
+            loss=record.loss,
+            unit=record.unit,
+            samples=record.samples,
         )
 
     @property
     def scores(self) -> Scores:
-        """The task-incremental metrics."""
-        return Scores.of(self.accuracy)
+        """The task-incremental metrics, of the accuracy or of the loss with its sign turned: up is good."""
+        return Scores.of(self.measured)
+
+    @property
+    def measured(self) -> NDArray[np.float64]:
+        """The matrix that scores are of, as of ``RunRecord``."""
+        return self.accuracy if self.unit == "%" else -self.loss
+
+    @property
+    def measure(self) -> str:
+        """What the matrix holds, in words."""
+        return "accuracy, %" if self.unit == "%" else f"−{self.unit}"
 
     @property
     def class_incremental_scores(self) -> Scores:
@@ -110,7 +128,7 @@ class RunResult:
             "accuracy": _rows(self.accuracy),
             "class_incremental_accuracy": _rows(self.class_incremental_accuracy),
             **asdict(self.scores),
-            "class_incremental": asdict(self.class_incremental_scores),
+            "class_incremental": _without(math.nan, asdict(self.class_incremental_scores)),
             "alpha": self.alpha,
             "epochs": self.epochs,
             "ranks": self.ranks,
@@ -119,20 +137,24 @@ class RunResult:
             "curves": _without(math.nan, self.curves),
             "seconds": self.seconds,
             "data_dir": self.data_dir,
+            "loss": _rows(self.loss),
+            "unit": self.unit,
+            "samples": self.samples,
         }
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Self:
-        """Return the result that ``to_json`` gave; earlier versions recorded no memory, curves and data folder.
+        """Return the result that ``to_json`` gave; earlier versions recorded less.
 
         Raises:
             ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError: if a value is missing or is none
                 that a run could have written.
         """
-        later = "memory", "curves", "data_dir"
+        later = "memory", "curves", "data_dir", "loss", "unit", "samples"
         fields = {name: values[name] for name in cls.__dataclass_fields__ if name in values or name not in later}
         for name in ("accuracy", "class_incremental_accuracy"):
             fields[name] = np.array(fields[name], dtype=float)  # null becomes NaN
+        fields["loss"] = np.array(fields["loss"], dtype=float) if fields.get("loss") else np.zeros((0, 0))
         for name in ("paths", "curves"):
             fields[name] = _without(None, fields.get(name, []))
         result = cls(**fields)
@@ -143,10 +165,16 @@ class RunResult:
         tasks = len(self.accuracy)
         _require(all(type(text) is str for text in (self.backend, self.benchmark, self.method)))
         _require(self.data_dir is None or type(self.data_dir) is str)
+        _require(type(self.unit) is str)
+        _require(len(self.samples) in (0, tasks) and all(type(text) is str for texts in self.samples for text in texts))
         _require(type(self.seed) is int and type(self.config) is dict and tasks > 0)
         for matrix in (self.accuracy, self.class_incremental_accuracy):
             _require(matrix.shape == (tasks, tasks))
-            _require(all(0 <= value <= 100 for task in range(tasks) for value in matrix[task, : task + 1]))
+            in_range = all(0 <= value <= 100 for task in range(tasks) for value in matrix[task, : task + 1])
+            _require(in_range or (self.unit != "%" and bool(np.isnan(matrix).all())))
+        if self.unit != "%" or len(self.loss):
+            _require(self.loss.shape == (tasks, tasks))
+            _require_numbers(value for task in range(tasks) for value in self.loss[task, : task + 1].tolist())
         _require(len(self.alpha) == len(self.epochs) == tasks and len(self.ranks) <= tasks)
         _require_numbers(alpha for alpha in self.alpha if alpha is not None)
         _require_numbers(self.epochs)

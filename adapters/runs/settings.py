@@ -30,14 +30,15 @@ def describe(stream: TaskStream, method: Method, training: Training, seed: int) 
         for task in stream.tasks
     }
     parts = {"seed": seed, "data": fingerprint(stream.dataset), "method": method, "training": training, "task": tasks}
-    flat = dict(_flattened(parts))
+    flat = dict(_flattened(parts)) | ({"shared_head": True} if stream.shared_head else {})
     return dict(json.loads(json.dumps(flat)))  # as a file gives it back: tuples are lists
 
 
 def fingerprint(dataset: Dataset) -> str:
     """Return a digest of all that a learner sees of a data set."""
     sizes = repr((dataset.images.shape, dataset.train_size, dataset.mean, dataset.std)).encode()
-    return _digest(sizes, dataset.images, dataset.labels)
+    domains = () if dataset.domains is None else (repr(dataset.likelihood).encode(), dataset.domains)
+    return _digest(sizes, dataset.images, dataset.labels, *domains)
 
 
 def difference(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> tuple[str, Any, Any] | None:

@@ -12,14 +12,19 @@ import tensorflow as tf
 
 from adapters import networks
 from adapters.networks import (
+    GELU,
     AveragePool,
     BatchNorm,
+    CausalAttention,
     Convolution,
     Dropout,
+    Embedding,
     Flatten,
     GroupNorm,
+    LayerNorm,
     Linear,
     MaxPool,
+    Positions,
     ReLU,
     Tanh,
     Tapped,
@@ -119,6 +124,36 @@ def _group_norm(run: "Pass", layer: GroupNorm, inputs: Array) -> Array:
     return run.tapped(layer, lambda: normalised, normalised * run.weights[f"{layer.name}.weight"])
 
 
+def _layer_norm(run: "Pass", layer: LayerNorm, inputs: Array) -> Array:
+    mean, variance = tf.nn.moments(inputs, [-1], keepdims=True)
+    normalised = (inputs - mean) * tf.math.rsqrt(variance + layer.epsilon)
+    return run.tapped(layer, lambda: normalised, normalised * run.weights[f"{layer.name}.weight"])
+
+
+def _embedding(run: "Pass", layer: Embedding, inputs: Array) -> Array:
+    return run.tapped(layer, lambda: inputs, tf.gather(run.weights[f"{layer.name}.weight"], inputs))
+
+
+def _positions(run: "Pass", layer: Positions, inputs: Array) -> Array:
+    numbers = tf.broadcast_to(tf.range(inputs.shape[1]), tf.shape(inputs)[:2])
+    return inputs + run.tapped(layer, lambda: numbers, tf.gather(run.weights[f"{layer.name}.weight"], numbers))
+
+
+def _attention(run: "Pass", layer: CausalAttention, inputs: Array) -> Array:  # noqa: ARG001 - a table's signature
+    length, width = inputs.shape[1:]
+    q, k, v = tf.unstack(tf.reshape(inputs, (-1, length, 3, layer.heads, width // 3 // layer.heads)), axis=2)
+    scores = tf.einsum("nqhd,nkhd->nhqk", q, k) / q.shape[-1] ** 0.5
+    # Not a select: of -inf times 0 the forward-mode derivative would be no number.
+    beyond = 1 - tf.linalg.band_part(tf.ones((length, length), inputs.dtype), -1, 0)
+    weights = tf.nn.softmax(scores - 1e9 * beyond)
+    return tf.reshape(tf.einsum("nhqk,nkhd->nqhd", weights, v), (-1, length, width // 3))
+
+
+def _gelu(inputs: Array) -> Array:
+    # TensorFlow's own has the root of two in single precision alone, whatever the inputs' dtype.
+    return inputs * (0.5 * (1 + tf.math.erf(inputs * 0.5**0.5)))
+
+
 def _dropout(run: "Pass", layer: Dropout, inputs: Array) -> Array:
     keep = run.mask(layer)
     return inputs if keep is None else inputs * (tf.cast(keep, inputs.dtype) * layer.scale)
@@ -142,6 +177,11 @@ class Pass(networks.Pass):
         Convolution: _convolution,
         BatchNorm: _batch_norm,
         GroupNorm: _group_norm,
+        LayerNorm: _layer_norm,
+        Embedding: _embedding,
+        Positions: _positions,
+        CausalAttention: _attention,
+        GELU: lambda run, layer, inputs: _gelu(inputs),
         ReLU: lambda run, layer, inputs: tf.nn.relu(inputs),
         Tanh: lambda run, layer, inputs: tf.tanh(inputs),
         Dropout: _dropout,

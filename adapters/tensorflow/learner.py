@@ -21,7 +21,7 @@ from became_core import BecameError
 from became_core.arrays import Array, Params
 from became_core.continual import Constraint, TapMode, TaskStream, Views
 from became_core.continual.data import Indices
-from became_core.curvature import Tap, Taps, logit_cotangents
+from became_core.curvature import Tap, Taps
 
 __all__ = ["TensorFlowLearner", "TensorFlowNetwork"]
 
@@ -99,7 +99,10 @@ class TensorFlowNetwork(Network):
             run = Pass(weights, masks, record=record, products=self.products)
             logits = self.logits(run, data.normalised(rows, views))
             targets = tf.gather(data.targets, rows)
-            loss = tf.reduce_mean(tf.nn.sparse_softmax_cross_entropy_with_logits(targets, logits))
+            if self.likelihood.is_plain:
+                loss = tf.reduce_mean(tf.nn.sparse_softmax_cross_entropy_with_logits(targets, logits))
+            else:
+                loss = self.likelihood.mean_loss(logits, targets)
         others = {name: it for name, it in weights.items() if name not in outputs and not is_statistic(name)}
         gradients, by_outputs = tape.gradient(loss, (others, outputs))
         rows_of = {name: tf.reshape(it, (-1, it.shape[-1])) for name, it in by_outputs.items()}
@@ -121,7 +124,7 @@ class TensorFlowNetwork(Network):
         """Yield the taps of a batch."""
         if mode == "inputs":
             yield self._inputs(weights, data, rows)
-        elif mode == "true":
+        elif mode == "true" or (mode == "sampled" and not self.likelihood.is_plain):
             yield from self._backward_passes(weights, data, rows, masks, mode, rng)
         else:
             noise = (
@@ -153,14 +156,14 @@ class TensorFlowNetwork(Network):
                 layers.append(layer)
                 outputs.append(output)
                 with tape.stop_recording():
-                    inputs.append(with_positions(seen()))
+                    inputs.append(seen() if layer.kind == "embedding" else with_positions(seen()))
                 return output
 
             logits = self.logits(Pass(weights, masks, mode != "published", record), data.normalised(rows))
-        for by_logits in logit_cotangents(logits, tf.gather(data.targets, rows), mode, rng):
+        for by_logits in self.likelihood.cotangents(logits, tf.gather(data.targets, rows), mode, rng):
             by_outputs = tape.gradient(logits, outputs, by_logits)
             yield {
-                layer.name: Tap(layer.kind, a, with_positions(gradient), layer.bias)
+                layer.name: Tap(layer.kind, a, with_positions(gradient), layer.bias, size=getattr(layer, "size", 0))
                 for layer, a, gradient in zip(layers, inputs, by_outputs, strict=True)
             }
 
@@ -207,7 +210,7 @@ class TensorFlowLearner(FunctionalLearner):
         return tf.as_dtype(name)
 
     def _network(self, backbone: Backbone, head: Linear, mixed_precision: bool) -> TensorFlowNetwork:
-        return TensorFlowNetwork(backbone, head, tf.bfloat16 if mixed_precision else None)
+        return TensorFlowNetwork(backbone, head, tf.bfloat16 if mixed_precision else None, self.likelihood)
 
     def _placed(self, array: Any, dtype: Any = None) -> Array:
         with tf.device(self.device):
@@ -215,7 +218,8 @@ class TensorFlowLearner(FunctionalLearner):
 
     def _features_shape(self, backbone: Backbone, image: tuple[int, ...], record: Record) -> Sequence[int] | None:
         weights = {name: tf.zeros(it.shape, self._dtype) for name, it in backbone.parameters.items()}
-        return tuple(backbone(Pass(weights, record=record), tf.zeros((2, *image), self._dtype)).shape)
+        samples = tf.zeros((2, *image), tf.int32 if len(image) == 1 else self._dtype)
+        return tuple(backbone(Pass(weights, record=record), samples).shape)
 
     def _framework_masks(self, seed: int) -> Callable[[int, int], Any]:
         generator = tf.random.Generator.from_seed(seed)

@@ -30,7 +30,7 @@ from adapters.torch.tapping import Layouts, collect_inputs, collect_taps, matric
 from became_core.arrays import Params
 from became_core.continual import Batch, Constraint, Optimiser, TapMode, TaskStream, Trained, Views
 from became_core.continual.data import Indices
-from became_core.curvature import Taps, logit_cotangents
+from became_core.curvature import Taps
 from became_core.projection import Region
 
 __all__ = ["TorchLearner"]
@@ -64,8 +64,9 @@ class TorchLearner(NetworkLearner):
         is_ours = isinstance(backbone, Architecture)
         module = Described(backbone, seed, self._dtype) if isinstance(backbone, Architecture) else backbone
         dataset, place = stream.dataset, {"device": self.device, "dtype": self._dtype}
-        features = self._check_features(self._features_shape(module, dataset.images.shape[1:]))
-        self.naming = Heads.beside(name for name, _ in [*module.named_parameters(), *module.named_buffers()])
+        features = self._check_features(self._features_shape(module, dataset.images.shape[1:]), dataset.is_text)
+        names = (name for name, _ in [*module.named_parameters(), *module.named_buffers()])
+        self.naming = Heads.beside(names, shared=stream.shared_head)
         widths = [len(task.classes) for task in stream.tasks]
         self.network = MultiHead(module, features, widths, seed, self._dtype, self.naming).to(**place)
         # Of group norm with channels last PyTorch has no forward-mode derivative. Users choose their own layout.
@@ -77,7 +78,8 @@ class TorchLearner(NetworkLearner):
         self._copied = torch.preserve_format if is_ours else torch.contiguous_format  # which safetensors can save
         self._mixed_precision = mixed_precision
         self._images = torch.from_numpy(dataset.images).to(self.device)
-        self._targets = torch.from_numpy(stream.targets).to(self.device)
+        targets = torch.from_numpy(stream.targets)
+        self._targets = targets.to(self.device, targets.dtype if self.likelihood.has_labels else self._dtype)
         self._mean, self._std = (
             torch.tensor(values, **place).mul(dataset.unit).view(1, -1, 1, 1) for values in (dataset.mean, dataset.std)
         )
@@ -109,6 +111,8 @@ class TorchLearner(NetworkLearner):
 
     def _canonical(self, name: str) -> str:
         """Return the canonical name of a parameter, buffer or module of the network with heads."""
+        if name.startswith("heads.0") and self.naming.shared:
+            return self.naming.one + name.removeprefix("heads.0")
         if name.startswith("heads."):
             return f"{self.naming.name(0).removesuffix('.0')}.{name.removeprefix('heads.')}"
         return "" if name == "backbone" else name.removeprefix("backbone.")
@@ -117,6 +121,7 @@ class TorchLearner(NetworkLearner):
         """Return the shape of a backbone's features of two blank images; None if they are no tensor."""
 
         def look(norm: Any, inputs: tuple[Tensor, ...]) -> None:
+            self.mixes_samples |= norm.running_mean is None and not is_frozen_norm(norm)
             if inputs[0].numel() == len(inputs[0]) * inputs[0].shape[1] and not is_frozen_norm(norm):
                 self._normalises_over_samples(running=norm.running_mean is not None)
 
@@ -127,7 +132,8 @@ class TorchLearner(NetworkLearner):
             backbone.eval()
             for norm in filter(is_batch_norm, backbone.modules()):
                 context.callback(norm.register_forward_pre_hook(look).remove)
-            features = backbone(torch.zeros(2, *image, device=probe.device, dtype=probe.dtype))
+            dtype = torch.int64 if len(image) == 1 else probe.dtype  # text
+            features = backbone(torch.zeros(2, *image, device=probe.device, dtype=dtype))
         return features.shape if isinstance(features, Tensor) else None
 
     @contextmanager
@@ -211,7 +217,9 @@ class TorchLearner(NetworkLearner):
                     images, targets = self._batch(batch.indices, batch.views)
                     with torch.autocast(self.device.type, torch.bfloat16, enabled=self._mixed_precision):
                         logits = self.network(images, batch.task)
-                    loss = functional.cross_entropy(logits.to(images.dtype), targets)
+                    logits = logits.to(self._dtype)
+                    plain = self.likelihood.is_plain
+                    loss: Tensor = (functional.cross_entropy if plain else self.likelihood.mean_loss)(logits, targets)
                     for parameter in trained.values():
                         parameter.grad = None
                     loss.backward()  # type: ignore[no-untyped-call]
@@ -257,12 +265,17 @@ class TorchLearner(NetworkLearner):
             self._named[name].copy_(weight)
 
     def targets(self, indices: Indices) -> Tensor:
-        """Return the labels within the task, [samples]."""
+        """Return the labels within the task [samples], or numbers [samples, outputs]."""
         return self._targets[torch.from_numpy(indices).to(self.device)]
 
     @torch.no_grad()
     def _logits(self, rows: Indices) -> Tensor:
         logits: Tensor = self.network(self._batch(rows)[0])
+        return logits
+
+    @torch.no_grad()
+    def _logits_of_text(self, text: NDArray[np.uint8]) -> Tensor:
+        logits: Tensor = self.network(torch.from_numpy(text).to(self.device, torch.int64))
         return logits
 
     def _taps(self, task: int, rows: Indices, mode: TapMode, rng: np.random.Generator, masks: Any) -> Iterator[Taps]:
@@ -274,7 +287,7 @@ class TorchLearner(NetworkLearner):
             self.network,
             self._layers,
             (images, task),
-            lambda logits: logit_cotangents(logits, targets, mode, rng),
+            lambda logits: self.likelihood.cotangents(logits, targets, mode, rng),
             layouts=self._layouts[task],
             per_sample=per_sample,
         )
@@ -297,6 +310,8 @@ class TorchLearner(NetworkLearner):
     def _batch(self, indices: Indices, views: Views | None = None) -> tuple[Tensor, Tensor]:
         rows = torch.from_numpy(indices).to(self.device)
         pixels = self._images[rows] if views is None else views.apply(self._images[rows], axis=2)
+        if pixels.ndim == 2:
+            return pixels.to(torch.int64), self._targets[rows]  # text
         images = pixels.to(self._dtype).sub_(self._mean).div_(self._std)
         return images.contiguous(memory_format=self._layout), self._targets[rows]
 

@@ -14,14 +14,19 @@ from torch import Tensor, nn
 from adapters import networks
 from adapters.backend import Heads
 from adapters.networks import (
+    GELU,
     Architecture,
     AveragePool,
     BatchNorm,
+    CausalAttention,
     Convolution,
+    Embedding,
     Flatten,
     GroupNorm,
+    LayerNorm,
     Linear,
     MaxPool,
+    Positions,
     ReLU,
     Shape,
     Tanh,
@@ -67,6 +72,31 @@ def draw_masks_from(network: nn.Module, rng: np.random.Generator | None) -> None
             module.rng = rng
 
 
+class _AddedPositions(nn.Module):
+    """Add a row of the weight to each position of [N, L, d]."""
+
+    def __init__(self, size: int, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size, width))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return inputs + self.weight[: inputs.shape[1]]
+
+
+class _Attention(nn.Module):
+    """Causal attention of queries, keys and values in a row, [N, L, 3 d]."""
+
+    def __init__(self, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        n, length, width = inputs.shape
+        q, k, v = inputs.reshape(n, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        attended = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return attended.transpose(1, 2).reshape(n, length, width // 3)
+
+
 def _batch_norm(layer: BatchNorm, shape: Shape) -> nn.Module:
     kind = nn.BatchNorm2d if len(shape) == 3 else nn.BatchNorm1d
     return kind(shape[0], layer.epsilon, track_running_stats=layer.running)
@@ -74,7 +104,12 @@ def _batch_norm(layer: BatchNorm, shape: Shape) -> nn.Module:
 
 # By class of layer: (layer, shape of its inputs) -> module.
 _MODULES: dict[type, Callable[[Any, Shape], nn.Module]] = {
-    Linear: lambda layer, shape: nn.Linear(shape[0], layer.outputs, layer.bias),
+    Linear: lambda layer, shape: nn.Linear(shape[-1], layer.outputs, layer.bias),
+    Embedding: lambda layer, shape: nn.Embedding(layer.size, layer.width),
+    Positions: lambda layer, shape: _AddedPositions(layer.size, shape[-1]),
+    LayerNorm: lambda layer, shape: nn.LayerNorm(shape[-1], layer.epsilon),
+    CausalAttention: lambda layer, shape: _Attention(layer.heads),
+    GELU: lambda layer, shape: nn.GELU(),
     Convolution: lambda layer, shape: nn.Conv2d(
         shape[0], layer.outputs, layer.kernel, layer.stride, layer.padding, bias=layer.bias
     ),
@@ -158,6 +193,8 @@ class MultiHead(nn.Module):
         """
         super().__init__()
         self.backbone = backbone
+        self._shared = naming is not None and naming.shared
+        classes = classes[:1] if self._shared else classes
         self.heads = nn.ModuleList(nn.Linear(features, width, bias=False, dtype=dtype) for width in classes)
         self._widest = max(classes)
         with torch.no_grad():
@@ -167,14 +204,14 @@ class MultiHead(nn.Module):
                 weight.copy_(torch.from_numpy(initial_value(seed, name, (width, features), features)))
 
     def forward(self, images: Tensor, task: int | None = None) -> Tensor:
-        """Return one task's logits [N, classes], or, if no task is given, all heads' [N, tasks, classes].
+        """Return one task's logits [N, classes], or, if no task is given, all heads' [N, heads, classes].
 
         A head of fewer classes than others has -inf for those that it has not.
         """
         features = self.backbone(images)
         if task is not None:
-            logits: Tensor = self.heads[task](features)
+            logits: Tensor = self.heads[0 if self._shared else task](features)
             return logits
         of_all = [head(features) for head in self.heads]
         widest = self._widest
-        return torch.stack([nn.functional.pad(it, (0, widest - it.shape[1]), value=-math.inf) for it in of_all], dim=1)
+        return torch.stack([nn.functional.pad(it, (0, widest - it.shape[-1]), value=-math.inf) for it in of_all], dim=1)

@@ -101,16 +101,18 @@ class Tracker(Callback):
     def on_task_end(self, event: TaskEnd) -> None:
         """Keep alpha and the accuracy of each task until the state is saved."""
         self._scalars = {} if event.alpha is None else {"task/alpha": event.alpha}
-        for task, accuracy in enumerate(event.accuracy, start=1):
-            self._scalars[f"accuracy/task_{task:02d}"] = accuracy
+        for what, values in (("accuracy", event.accuracy), ("loss", event.loss)):
+            finite = {task: value for task, value in enumerate(values, start=1) if math.isfinite(value)}
+            self._scalars |= {f"{what}/task_{task:02d}": value for task, value in finite.items()}
 
     def on_state(self, state: RunState) -> None:
         """Write the scalars of the epoch or the task and, after a task, the metrics of all tasks so far."""
         if state.stage is None:
-            so_far = state.record.accuracy[: state.task, : state.task]
+            so_far = state.record.measured[: state.task, : state.task]
             by_argmax = state.record.class_incremental_accuracy[: state.task, : state.task]
             self._scalars["task/ACC"] = average_accuracy(so_far)
             self._scalars["task/BWT"] = backward_transfer(so_far)
-            self._scalars["task/class_incremental_ACC"] = average_accuracy(by_argmax)
+            if state.record.unit == "%":
+                self._scalars["task/class_incremental_ACC"] = average_accuracy(by_argmax)
         self._writer.log(self._scalars, state.epochs)
         self._scalars = {}

@@ -11,6 +11,7 @@ from became_core.arrays.namespace import (
     on_host,
     reduction_dtype,
 )
+from became_core.arrays.shards import Reduce, Shared, holds, is_spread, shared_by_processes
 from became_core.arrays.sums import Factors, SumsOfProducts, sums_of_products, tree_sum
 from became_core.arrays.trees import (
     Params,
@@ -30,6 +31,8 @@ __all__ = [
     "Array",
     "Factors",
     "Params",
+    "Reduce",
+    "Shared",
     "SumsOfProducts",
     "Tree",
     "aligned_leaves",
@@ -38,7 +41,9 @@ __all__ = [
     "device",
     "difference",
     "has_values",
+    "holds",
     "is_array",
+    "is_spread",
     "label",
     "lerp_of",
     "map_leaves",
@@ -47,6 +52,7 @@ __all__ = [
     "on_host",
     "pytree",
     "reduction_dtype",
+    "shared_by_processes",
     "size_in_bytes",
     "static",
     "sums_of_products",

@@ -7,6 +7,7 @@ the table claims is left to array-api-compat (NumPy, array-api-strict and all th
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 import array_api_compat
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 
 from became_core.arrays.values import introduce_to_jax, introduce_to_torch
 
-__all__ = ["Framework", "framework_of", "is_array"]
+__all__ = ["Framework", "framework_of", "is_array", "shards_among"]
 
 # (module, function, arrays, starts, length) -> what ``function`` returns for pieces of flat arrays, each of so many
 # elements from one of the starts, stacked. The pieces are cut within the compiler's loop: what is cut before is copied.
@@ -49,6 +50,10 @@ class Framework:
         place: array -> where it lies, if the framework refuses to compute with arrays from other places; None if it
             does not.
         is_dense: (module, array) -> whether it has all its elements: it is neither sparse nor masked.
+        shards: the module that knows which part of such arrays this process has, for arrays that are shared by
+            processes; None for all others. It is imported when there is such an array.
+        spreads: module -> whether a compiler may spread such arrays over several devices, which a trace does not show.
+            Then none is flattened or cut into pieces: that would gather what another device has.
     """
 
     module: str
@@ -65,6 +70,8 @@ class Framework:
     on_host: Callable[[Any], NDArray[Any]] = np.asarray
     place: Callable[[Any], Any] = lambda array: None
     is_dense: Callable[[Any, Any], bool] = lambda module, array: True
+    shards: str | None = None
+    spreads: Callable[[Any], bool] = lambda module: False
 
 
 def _torch_namespace(_: Any) -> Any:
@@ -138,7 +145,18 @@ def _is_any_other_array(_: Any, value: Any) -> bool:
 
 
 _ROWS = (
-    # PyTorch is first: torch.compile traces the rows before its own, and can trace none of the others.
+    # PyTorch's are first: torch.compile traces the rows before its own, and can trace none of the others.
+    Framework(
+        module="torch.distributed.tensor",
+        owns=lambda distributed, array: isinstance(array, distributed.DTensor),
+        namespace=_torch_namespace,
+        device=lambda array: array.device,
+        on_cpu=lambda array: array.device.type == "cpu",
+        lerp=lambda distributed, start, end, weight: sys.modules["torch"].lerp(start, end, weight),
+        on_host=lambda array: np.asarray(array.detach().full_tensor().cpu()),
+        place=lambda array: array.device,
+        shards="became_core.arrays.dtensor",
+    ),
     Framework(
         module="torch",
         owns=lambda torch, array: isinstance(array, torch.Tensor),
@@ -168,8 +186,9 @@ _ROWS = (
         owns=lambda jax, array: isinstance(array, jax.Array),
         namespace=_jax_namespace,
         have_values=lambda jax, arrays: not any(isinstance(array, jax.core.Tracer) for array in arrays),
-        loop=lambda jax: _jax_loop if jax.default_backend() == "cpu" else None,
+        loop=lambda jax: _jax_loop if jax.default_backend() == "cpu" and jax.device_count() == 1 else None,
         compiles=lambda jax: jax.jit,
+        spreads=lambda jax: jax.device_count() > 1,
         on_cpu=lambda array: all(device.platform == "cpu" for device in array.devices()),
         place=_jax_place,
     ),
@@ -201,6 +220,15 @@ def framework_of(array: Any) -> tuple[Framework, Any] | None:
         module = sys.modules.get(framework.module)
         if (module is not None or not framework.module) and framework.owns(module, array):
             return framework, module
+    return None
+
+
+def shards_among(arrays: Sequence[Any]) -> Any | None:
+    """Return the module that knows this process's parts of arrays shared by processes; None if there is no such one."""
+    for framework in _ROWS:
+        module = sys.modules.get(framework.module)
+        if framework.shards and module is not None and any(framework.owns(module, array) for array in arrays):
+            return import_module(framework.shards)
     return None
 
 

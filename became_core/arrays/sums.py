@@ -8,6 +8,10 @@ Speed: arrays are cut into slabs that fit a processor's cache, and many small ar
 each operation costs a microsecond or more whatever its size. Memory: intermediate results are as large as a slab, and
 under a trace as large as a piece of the compiler's loop, never as large as an array.
 
+Arrays that several processes share are summed part by part, and their few sums once over the processes. Arrays that a
+compiler may spread over several devices keep their shapes, and the compiler adds the devices' sums: on an accelerator
+in a tree of its own; on several processor devices a float32 sum is as accurate as XLA makes it.
+
 Convention: a row is a tuple of arrays of one shape; a sum over a row is over the elements of these arrays side by side.
 """
 
@@ -21,6 +25,7 @@ import numpy as np
 
 from became_core.arrays.frameworks import Framework
 from became_core.arrays.namespace import Array, device, framework_for, namespace, reduction_dtype
+from became_core.arrays.shards import Reduce, Shared, shared_by_processes
 
 __all__ = ["Factors", "SumsOfProducts", "sums_of_products", "tree_sum"]
 
@@ -44,7 +49,8 @@ class SumsOfProducts(NamedTuple):
 
     Attributes:
         sums: one array [groups] for each product.
-        least: the least element of the arrays to check, 0-d; None under a trace, or if there is none.
+        least: the least element of the arrays to check, 0-d; None under a trace, or if there is none. Where several
+            processes add their sums, minus the number of those whose least element is negative or not a number.
         has_values: whether the numbers can be looked at.
     """
 
@@ -54,7 +60,10 @@ class SumsOfProducts(NamedTuple):
 
 
 def sums_of_products(
-    factors: Factors, groups: Sequence[Sequence[Row]], nonnegative: Sequence[int] = ()
+    factors: Factors,
+    groups: Sequence[Sequence[Row]],
+    nonnegative: Sequence[int] = (),
+    reduce: Reduce | None = None,
 ) -> SumsOfProducts:
     """Return for each group of rows the sums of products whose factors are computed element by element.
 
@@ -62,6 +71,8 @@ def sums_of_products(
         factors: the two factors of each product. In JAX it is compiled, so give the same function object every time.
         groups: rows of arrays, all of one framework; at least one group, and at least one row in each.
         nonnegative: the positions in a row of the arrays whose least element is to be returned.
+        reduce: how numbers are summed over all processes or devices, if the arrays are one's own parts. Arrays that a
+            framework distributes (PyTorch's ``DTensor``) need none.
 
     Returns:
         Sums in the arrays' promoted dtype, and at least float32.
@@ -73,12 +84,18 @@ def sums_of_products(
         [10.0]
     """
     arrays = [array for rows in groups for row in rows for array in row]
+    shared = shared_by_processes(arrays)
+    if shared is not None:
+        here = [[_counted(shared, row) for row in rows] for rows in groups]
+        return _reduced(sums_of_products(factors, here, nonnegative, reduce), shared.total)
+    if reduce is not None:
+        return _reduced(sums_of_products(factors, groups, nonnegative), reduce)
     framework, module = framework_for("the value", arrays[0])
     xp = framework.namespace(arrays[0])
     if not framework.have_values(module, arrays):
-        in_pieces = framework.loop(module)
+        in_pieces, spreads = framework.loop(module), framework.spreads(module)
         loop = None if in_pieces is None else partial(in_pieces, module)
-        parts = [[_sums_of_row(xp, loop, factors, row) for row in rows] for rows in groups]
+        parts = [[_sums_of_row(xp, loop, factors, row, spreads) for row in rows] for rows in groups]
         totals = xp.stack(_promoted(xp, [tree_sum(xp.stack(_promoted(xp, part))) for part in parts]))
         return SumsOfProducts([totals[:, index] for index in range(totals.shape[1])], None, has_values=False)
     # There is nothing to sum in arrays without elements, nor a least element; but a group may have no others.
@@ -87,9 +104,29 @@ def sums_of_products(
     with np.errstate(over="ignore", invalid="ignore"):
         if framework.compiles is not None:
             compiler = framework.compiles(module)
-            compiled = _compiled(compiler, module, xp, framework.loop(module), factors, tuple(nonnegative))
+            sums = framework.loop(module), factors, tuple(nonnegative), framework.spreads(module)
+            compiled = _compiled(compiler, module, xp, *sums)
             return _by_row(xp, compiled, groups, checks=bool(nonnegative))
         return _by_slab(xp, framework, factors, groups, nonnegative)
+
+
+def _counted(shared: Shared, row: Row) -> Row:
+    """Return what this process has of a row; nothing, if another process counts that part."""
+    layout = shared.layout(row)
+    parts = [layout.part(array) for array in row]
+    return parts if layout.counts else [namespace(part=part).reshape(part, (-1,))[:0] for part in parts]
+
+
+def _reduced(own: SumsOfProducts, reduce: Reduce) -> SumsOfProducts:
+    """Return the sums over all processes, of which each has given its own: one reduction of all numbers."""
+    xp, first = namespace(sums=own.sums[0]), own.sums[0]
+    failures = xp.zeros_like(first[:1])
+    if own.least is not None:
+        failures = failures + xp.astype(xp.logical_not(own.least >= 0), first.dtype)
+    totals = reduce(xp.concat([*_promoted(xp, own.sums), failures]))
+    groups = int(first.shape[0])
+    sums = [totals[index * groups : (index + 1) * groups] for index in range(len(own.sums))]
+    return SumsOfProducts(sums, -totals[-1] if own.has_values else None, own.has_values)
 
 
 def _by_slab(
@@ -101,13 +138,14 @@ def _by_slab(
     # A method, where there is one, takes less time than array-api-compat's function, which shows in small slabs.
     total = methodcaller("sum") if hasattr(first, "sum") else xp.sum
     smallest = next((methodcaller(name) for name in ("amin", "min") if hasattr(first, name)), xp.min)
-    dtypes, least, parts, ends, above = {}, [], [], [], None
+    least, parts, ends, above, last_kinds, dtype = [], [], [], None, None, None
     for rows in groups:
         for kinds, pieces in _slabs(xp, rows, slab):
-            if kinds not in dtypes:
+            if kinds != last_kinds:
                 dtype = reduction_dtype(xp, **{f"array {index}": piece for index, piece in enumerate(pieces)})
-                dtypes[kinds] = dtype if any(kind != dtype for kind in kinds) else None
-            dtype, size = dtypes[kinds], pieces[0].shape[0]
+                dtype = dtype if any(kind != dtype for kind in kinds) else None
+                last_kinds = kinds
+            size = pieces[0].shape[0]
             pairs = factors(pieces if dtype is None else [xp.astype(piece, dtype, copy=False) for piece in pieces])
             dot = framework.dot if size >= DOT_LENGTH else None
             parts.append([total(left * right) if dot is None else dot(xp, left, right) for left, right in pairs])
@@ -121,11 +159,11 @@ def _by_slab(
         ends.append(len(parts))
     sums = []
     for column in zip(*parts, strict=True):
-        values = xp.stack(_promoted(xp, column))
+        values = _stacked(xp, column)
         if len(ends) < len(parts):
             values = xp.stack([tree_sum(values[start:end]) for start, end in zip([0, *ends], ends, strict=False)])
         sums.append(values)
-    return SumsOfProducts(sums, xp.min(xp.stack(_promoted(xp, least))) if least else None, has_values=True)
+    return SumsOfProducts(sums, xp.min(_stacked(xp, least)) if least else None, has_values=True)
 
 
 def _slabs(xp: Any, rows: Sequence[Row], slab: int) -> Iterator[tuple[tuple[Any, ...], Row]]:
@@ -177,11 +215,12 @@ def _compiled(
     loop: Callable[..., Array] | None,
     factors: Factors,
     nonnegative: Sequence[int],
+    spreads: bool,
 ) -> Callable[[Row], Array]:
     """Return the compiled function from a row to its sums and, if something is to be checked, the least element."""
 
     def terms(row: Row) -> Array:
-        sums = _sums_of_row(xp, None if loop is None else partial(loop, module), factors, row)
+        sums = _sums_of_row(xp, None if loop is None else partial(loop, module), factors, row, spreads)
         if not nonnegative:
             return sums
         nothing = xp.zeros_like(sums[:1]) + float("inf")
@@ -191,9 +230,12 @@ def _compiled(
     return compiler(terms)
 
 
-def _sums_of_row(xp: Any, loop: Callable[..., Array] | None, factors: Factors, row: Row) -> Array:
+def _sums_of_row(xp: Any, loop: Callable[..., Array] | None, factors: Factors, row: Row, spreads: bool) -> Array:
     """Return the sums of a row's products, [products], without a look at any value."""
     dtype = reduction_dtype(xp, **{f"array {index}": array for index, array in enumerate(row)})
+    if spreads:
+        pairs = factors([xp.astype(array, dtype, copy=False) for array in row])
+        return xp.stack([xp.sum(left * right) for left, right in pairs])
     flat = [xp.reshape(array, (-1,)) for array in row]
 
     def products(pieces: Row) -> list[Array]:
@@ -232,6 +274,12 @@ def tree_sum(values: Array) -> Array:
         if rest.shape[0]:
             values = xp.concat([values, rest])
     return values[0, ...]
+
+
+def _stacked(xp: Any, values: Sequence[Array]) -> Array:
+    """Return 0-d arrays, or NumPy's scalars, as one array [values] of their promoted dtype."""
+    # To stack NumPy's scalars takes a microsecond for each, which is what an operation on a small leaf takes.
+    return np.asarray(values) if isinstance(values[0], np.generic) else xp.stack(_promoted(xp, values))
 
 
 def _promoted(xp: Any, arrays: Sequence[Array]) -> Sequence[Array]:

@@ -10,6 +10,7 @@ from became_core.continual.data import (
     Views,
     permute_pixels,
     split_classes,
+    split_domains,
 )
 from became_core.continual.learner import Batch, Learner, TapMode
 from became_core.continual.methods import Method
@@ -26,6 +27,7 @@ from became_core.continual.recipes import (
 from became_core.continual.record import EpochEnd, MergePath, PathPoint, RunRecord, TaskEnd
 from became_core.continual.rng import random_generator
 from became_core.continual.run import learn
+from became_core.continual.run_context import check_method
 from became_core.continual.schedule import Annealed, Patience, RelativeRates, Schedule, Stepped, Training
 from became_core.continual.state import Memory, RunState
 from became_core.continual.step import SGD, Adam, Constraint, Optimiser, Penalty, Trained
@@ -69,6 +71,7 @@ __all__ = [
     "Views",
     "alpha_estimates",
     "build_method",
+    "check_method",
     "check_settings",
     "learn",
     "method_names",
@@ -77,4 +80,5 @@ __all__ = [
     "projector_names",
     "random_generator",
     "split_classes",
+    "split_domains",
 ]

@@ -15,7 +15,7 @@ and not for curvature or memory.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from became_core.arrays import Array, device, namespace
 from became_core.continual.rng import random_generator
+from became_core.curvature import Categorical, Likelihood
 from became_core.errors import BecameError
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "chunks",
     "permute_pixels",
     "split_classes",
+    "split_domains",
 ]
 
 # Normalised inputs have a mean square of about 1. Beyond this, images and statistics are in different units.
@@ -46,17 +48,23 @@ ClassOrder = Literal["label", "seeded"]
 
 @dataclass(frozen=True)
 class Dataset:
-    """Labelled images.
+    """Images or tables, and what is to be predicted of each row.
 
     Attributes:
         name: its name in messages and records.
         images: [N, C, H, W], uint8 or floating point; the first ``train_size`` rows are the training part, the others
-            the test part. Tables of d numbers are images [N, d, 1, 1].
-        labels: integers, [N], from 0 to ``classes`` - 1; they are kept as int64.
+            the test part. Tables of d numbers are images [N, d, 1, 1]. Or text: sequences of bytes, uint8 [N, L], with
+            no means and deviations.
+        labels: integers, [N], from 0 to ``classes`` - 1; they are kept as int64. If the likelihood has no labels, as
+            the Gaussian has none, numbers [N, outputs], in the unit that they are given in; they are kept as float64.
+            Of text integers [N, L], a label for each byte, such as the next one; what the likelihood ignores has none.
         train_size: the number of training rows.
         mean: for each channel, the mean with which inputs are normalised: of uint8 images that of pixels scaled to
             [0, 1], of others that of the numbers as they are.
         std: for each channel, the standard deviation with which inputs are normalised, in the unit of the mean.
+        likelihood: what the network's outputs say of the labels.
+        domains: integers, [N]: the domain of each row, from 0; None if rows are of no domains. ``split_domains`` makes
+            a task of each.
 
     Raises:
         BecameError: if the images, labels and statistics do not fit together.
@@ -74,25 +82,54 @@ class Dataset:
     train_size: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    likelihood: Likelihood = field(default_factory=Categorical)
+    domains: Indices | None = None
 
     def __post_init__(self) -> None:
         """Check that images, labels and statistics fit together, and turn labels into int64."""
         images = np.asarray(self.images)
-        self._check_images(images)
-        self._check_statistics(images)
-        labels = _integers(self.labels, f"the labels of {self.name}")
-        if labels.shape != (len(images),):
-            raise BecameError(
-                f"{self.name} has {len(images)} images and labels {list(labels.shape)}; give one label an image."
-            )
-        if len(labels) and labels.min() < 0:
-            raise BecameError(f"{self.name} has the label {labels.min()}; labels go from 0 to the classes - 1.")
+        object.__setattr__(self, "images", images)
+        if not self.is_text:
+            self._check_images(images)
+            self._check_statistics(images)
+        elif images.dtype != np.uint8:
+            raise BecameError(f"the text of {self.name} is {images.dtype}; give bytes as uint8 [N, L].")
+        labels = self._checked_labels(len(images))
         if not 1 <= self.train_size <= len(images):
             raise BecameError(
                 f"{self.name} has {self.train_size} training images among {len(images)}; give at least 1 of them."
             )
-        object.__setattr__(self, "images", images)
         object.__setattr__(self, "labels", labels)
+        if self.domains is not None:
+            domains = _integers(self.domains, f"the domains of {self.name}")
+            if domains.shape != (len(images),) or domains.min() < 0:
+                raise BecameError(f"{self.name} has domains {list(domains.shape)}; give one a row, from 0.")
+            object.__setattr__(self, "domains", domains)
+
+    def _checked_labels(self, rows: int) -> NDArray[Any]:
+        """Return labels as the likelihood needs them."""
+        if not self.likelihood.has_labels:
+            numbers = np.asarray(self.labels, np.float64)
+            if numbers.ndim != 2 or len(numbers) != rows or not np.isfinite(numbers).all():
+                raise BecameError(
+                    f"{self.name} has {rows} rows and targets {list(numbers.shape)}; give finite numbers [N, outputs]."
+                )
+            return numbers
+        labels = _integers(self.labels, f"the labels of {self.name}")
+        if self.is_text:
+            if labels.shape != self.images.shape or self.likelihood.unit != "bits per token":
+                raise BecameError(
+                    f"{self.name} has text {list(self.images.shape)} and labels {list(labels.shape)}; give a label for "
+                    "each byte, and the categorical likelihood by token."
+                )
+            return labels
+        if labels.shape != (rows,):
+            raise BecameError(
+                f"{self.name} has {rows} images and labels {list(labels.shape)}; give one label an image."
+            )
+        if len(labels) and labels.min() < 0:
+            raise BecameError(f"{self.name} has the label {labels.min()}; labels go from 0 to the classes - 1.")
+        return labels
 
     def _check_images(self, images: NDArray[Any]) -> None:
         """Raise an error if these are no images [N, C, H, W] with the channels of the statistics."""
@@ -142,9 +179,16 @@ class Dataset:
         return 255.0 if self.images.dtype == np.uint8 else 1.0
 
     @property
+    def is_text(self) -> bool:
+        """Whether samples are sequences of bytes."""
+        return np.ndim(self.images) == 2 and len(self.mean) == 0
+
+    @property
     def classes(self) -> int:
-        """The number of classes."""
-        return int(self.labels.max()) + 1
+        """The number of classes, of text that of all bytes; of targets that are no labels, the number of outputs."""
+        if self.is_text:
+            return 256
+        return int(self.labels.max()) + 1 if self.likelihood.has_labels else self.labels.shape[1]
 
 
 @dataclass(frozen=True)
@@ -153,7 +197,8 @@ class Task:
 
     Attributes:
         index: its number, from 0, which is also the number of its head.
-        classes: the labels of its classes in the data set, in the order of the head's outputs.
+        classes: the labels of its classes in the data set, in the order of the head's outputs; of targets that are no
+            labels, the numbers of the outputs.
         train: the rows of the data set that are trained on.
         validation: the training rows that are held out.
         test: the rows that it is scored on.
@@ -174,7 +219,10 @@ class TaskStream:
         dataset: the images, and their labels among all classes.
         tasks: the tasks, in the order in which they are learned.
         targets: integers, [N]: the label of each row within its own task, from 0 to the task's classes - 1; they are
-            kept as int64.
+            kept as int64. Targets that are no labels are numbers [N, outputs], standardised.
+        shared_head: whether all tasks have one head, as where only the inputs change (domain-incremental learning); if
+            not, each has a head of its own.
+        target_scale: what 1 in targets that are no labels is in the unit of the data set's; 1 for labels.
 
     Raises:
         BecameError: if a task has no training or no test rows, a row is not in the data set, or a target is no class of
@@ -184,12 +232,17 @@ class TaskStream:
     dataset: Dataset
     tasks: tuple[Task, ...]
     targets: Indices
+    shared_head: bool = False
+    target_scale: float = 1.0
 
     def __post_init__(self) -> None:
         """Check that the tasks are of this data set, and turn indices and targets into int64."""
         name, size = self.dataset.name, len(self.dataset.labels)
-        targets = _integers(self.targets, f"the targets of {name}")
-        if targets.shape != (size,):
+        labelled = self.dataset.likelihood.has_labels
+        targets: Any = np.asarray(self.targets, np.float64)
+        if labelled:
+            targets = _integers(self.targets, f"the targets of {name}")
+        if targets.shape != self.dataset.labels.shape:
             raise BecameError(f"{name} has {size} images and targets {list(targets.shape)}; give one target an image.")
         if not self.tasks:
             raise BecameError(f"{name} is split into no tasks; give at least one.")
@@ -198,23 +251,40 @@ class TaskStream:
             where = f"task {number + 1} of {name}"
             if task.index != number:
                 raise BecameError(f"{where} has the index {task.index}; it must be {number}.")
-            parts: dict[str, Any] = {
-                part: _integers(getattr(task, part), f"the {part} rows of {where}") for part in _PARTS
-            }
-            for part, rows in parts.items():
-                if not len(rows) and part != "validation":
-                    raise BecameError(f"{where} has no {part} samples; give at least one.")
-                if len(rows) and not (rows.min() >= 0 and rows.max() < size):
-                    raise BecameError(f"{where} has {part} rows beyond the {size} images.")
-                beyond = targets[rows][(targets[rows] < 0) | (targets[rows] >= len(task.classes))]
-                if len(beyond):
-                    raise BecameError(
-                        f"{where} has {len(task.classes)} classes, and a sample with the target {beyond[0]}; targets "
-                        f"go from 0 to {len(task.classes) - 1}."
-                    )
+            parts = self._checked_parts(task, where, targets)
+            if self.shared_head and len(task.classes) != len(self.tasks[0].classes):
+                raise BecameError(
+                    f"{where} has {len(task.classes)} classes; tasks that share a head have equally many."
+                )
             tasks.append(replace(task, **parts))
         object.__setattr__(self, "tasks", tuple(tasks))
         object.__setattr__(self, "targets", targets)
+
+    def _checked_parts(self, task: Task, where: str, targets: NDArray[Any]) -> dict[str, Any]:
+        """Return a task's rows by part as int64, if its targets are its classes; ``where`` is how messages call it."""
+        size = len(self.dataset.labels)
+        parts: dict[str, Any] = {part: _integers(getattr(task, part), f"the {part} rows of {where}") for part in _PARTS}
+        for part, rows in parts.items():
+            if not len(rows) and part != "validation":
+                raise BecameError(f"{where} has no {part} samples; give at least one.")
+            if len(rows) and not (rows.min() >= 0 and rows.max() < size):
+                raise BecameError(f"{where} has {part} rows beyond the {size} images.")
+            if self.dataset.is_text or not self.dataset.likelihood.has_labels:
+                continue
+            beyond = targets[rows][(targets[rows] < 0) | (targets[rows] >= len(task.classes))]
+            if len(beyond):
+                raise BecameError(
+                    f"{where} has {len(task.classes)} classes, and a sample with the target {beyond[0]}; targets "
+                    f"go from 0 to {len(task.classes) - 1}."
+                )
+        return parts
+
+    @property
+    def unit(self) -> str:
+        """The unit in which runs are measured: "%" for accuracy, or that of the loss, where there are no classes."""
+        if self.dataset.is_text:
+            return "bits per byte"
+        return "%" if self.dataset.likelihood.has_labels else self.dataset.likelihood.unit
 
     def first(self, count: int) -> Self:
         """Return the stream of the first ``count`` tasks.
@@ -307,19 +377,64 @@ def split_classes(
     position[groups] = np.arange(groups.shape[1])
     return TaskStream(
         dataset=dataset,
-        tasks=tuple(_task(dataset, index, group, validation, seed) for index, group in enumerate(groups)),
+        tasks=tuple(
+            _task(dataset, index, np.isin(dataset.labels, group), tuple(group.tolist()), validation, seed)
+            for index, group in enumerate(groups)
+        ),
         targets=position[dataset.labels],
     )
 
 
-def _task(dataset: Dataset, index: int, group: Indices, validation: float, seed: int) -> Task:
-    rows = np.flatnonzero(np.isin(dataset.labels, group))
+def split_domains(dataset: Dataset, *, validation: float = 0.05, seed: int = 0, shared_head: bool = True) -> TaskStream:
+    """Split a data set into a task for each of its domains, in the order of their numbers.
+
+    Targets that are no labels are standardised: they have the mean 0 and the standard deviation 1 over the training
+    rows of all domains.
+
+    Args:
+        dataset: with domains; each must have training and test rows.
+        validation: the fraction of each task's training rows that is held out, chosen at random.
+        seed: the seed of the choice of validation rows.
+        shared_head: whether all tasks have one head (domain-incremental), or each its own.
+
+    Raises:
+        BecameError: if the data set has no domains, one of them has no rows, or the fraction is not in [0, 1).
+
+    Examples:
+        >>> table, domains = np.zeros((6, 2, 1, 1), np.float32), [0, 0, 1, 0, 1, 1]
+        >>> dataset = Dataset("tiny", table, [0, 1, 0, 1, 0, 1], 3, (0.0, 0.0), (1.0, 1.0), domains=domains)
+        >>> [task.train.tolist() for task in split_domains(dataset, validation=0.0).tasks]
+        [[0, 1], [2]]
+    """
+    if dataset.domains is None:
+        raise BecameError(f"{dataset.name} has no domains to make tasks of.")
+    if not 0 <= validation < 1:
+        raise BecameError(f"the validation fraction is {validation}; it must be at least 0 and below 1.")
+    targets, scale = dataset.labels, 1.0
+    if not dataset.likelihood.has_labels:
+        train = dataset.labels[: dataset.train_size]
+        scale = float(np.sqrt(train.var(axis=0).mean()))
+        if scale == 0:
+            raise BecameError(f"the targets of {dataset.name} are all alike, so that there is nothing to learn.")
+        targets = (dataset.labels - train.mean(axis=0)) / scale
+    outputs = tuple(range(dataset.classes))
+    tasks = tuple(
+        _task(dataset, index, dataset.domains == index, outputs, validation, seed)
+        for index in range(int(dataset.domains.max()) + 1)
+    )
+    return TaskStream(dataset, tasks, targets, shared_head, scale)
+
+
+def _task(
+    dataset: Dataset, index: int, chosen: NDArray[np.bool_], classes: tuple[int, ...], validation: float, seed: int
+) -> Task:
+    rows = np.flatnonzero(chosen)
     train, test = rows[rows < dataset.train_size], rows[rows >= dataset.train_size]
     train = random_generator(seed, "validation", index).permutation(train)
     held_out = round(validation * len(train))
     return Task(
         index=index,
-        classes=tuple(group.tolist()),
+        classes=classes,
         train=np.sort(train[held_out:]),
         validation=np.sort(train[:held_out]),
         test=test,

@@ -28,7 +28,7 @@ from became_core.arrays import Array, Params
 from became_core.continual.data import Indices, Task, Views
 from became_core.continual.rng import random_generator
 from became_core.continual.step import Constraint, Optimiser, Trained
-from became_core.curvature import Pushforward, TapMode, Taps
+from became_core.curvature import Categorical, Likelihood, Pushforward, TapMode, Taps
 from became_core.projection import Region, View
 
 __all__ = [
@@ -64,7 +64,8 @@ class Learner(ABC):
     """A network on a device, with the data that it learns from.
 
     Attributes:
-        heads: for each task, the names of the parameters that are its own.
+        heads: for each task, the names of the parameters that are its own; none if all tasks share a head, whose
+            weight is then a shared one, and projectable.
         projectable: the names of the shared weights that taps describe as matrices, which a projector can protect.
         running_statistics: the names of those entries of ``parameters`` that are running statistics of normalisation
             layers and not weights. The network uses them except in training and in taps of the mode "published". Only
@@ -74,6 +75,11 @@ class Learner(ABC):
             no optimiser, projector, penalty, curvature or merge includes them.
         least_batch: how few samples a step of training can have; 2 if a layer normalises by statistics over samples
             alone, because a single sample has none.
+        mixes_samples: whether the logits of a sample depend on the other samples of its batch in evaluation too, as
+            with batch norm by the batch's own statistics.
+        likelihood: what the outputs of the heads, which are called logits throughout, say of the targets.
+        target_scale: as of ``TaskStream``.
+        unit: in which runs are measured, as of ``TaskStream``.
     """
 
     heads: Sequence[frozenset[str]]
@@ -81,6 +87,15 @@ class Learner(ABC):
     running_statistics: frozenset[str]
     constants: frozenset[str] = frozenset()
     least_batch: int = 1
+    likelihood: Likelihood = Categorical()
+    target_scale: float = 1.0
+    unit: str = "%"
+    mixes_samples: bool = False
+
+    @property
+    def shares_head(self) -> bool:
+        """Whether all tasks share a head."""
+        return not any(self.heads)
 
     @abstractmethod
     def parameters(self) -> Params:
@@ -113,7 +128,7 @@ class Learner(ABC):
         optimiser: Optimiser,
         rng: np.random.Generator,
     ) -> Trained:
-        """Take one step on the mean cross-entropy of each batch; ``Constraint.directions`` computes its direction.
+        """Take one step on the mean loss of each batch; ``Constraint.directions`` computes its direction.
 
         Args:
             batches: the batches, in the order of the steps.
@@ -125,11 +140,22 @@ class Learner(ABC):
 
     @abstractmethod
     def logits(self, indices: Indices, batch_size: int) -> Array:
-        """Return the logits of all heads, [samples, tasks, classes], computed batch by batch and without dropout.
+        """Return the logits of all heads, [samples, heads, classes], computed batch by batch and without dropout.
+
+        There is a head for each task, or one if they share it. Of text they are [samples, heads, length, classes].
 
         ``became_core.continual.data.chunks`` says which samples come together. A task with fewer classes than others
         has -inf for those that it has not.
         """
+
+    def written(self, task: Task, rng: np.random.Generator) -> str:
+        """Return what the network writes after the beginning of a task's first test sample; empty if it writes no text.
+
+        Args:
+            task: whose text it goes on with.
+            rng: the generator that each byte is drawn from.
+        """
+        return ""
 
     @abstractmethod
     def batch_statistics(self, indices: Indices, batch_size: int) -> Iterator[tuple[int, Params]]:
@@ -142,7 +168,10 @@ class Learner(ABC):
 
     @abstractmethod
     def targets(self, indices: Indices) -> Array:
-        """Return the labels of these rows within their task, integers [samples], on the device of the logits."""
+        """Return the targets of these rows, on the device of the logits.
+
+        They are labels within the task, integers [samples], or numbers [samples, outputs].
+        """
 
     @abstractmethod
     def taps(

@@ -1,7 +1,8 @@
 """Metrics of a continual run, computed from its accuracy matrix.
 
 Convention: accuracy[t, i] is the accuracy, in percent, on task i after task t was learned. It is NaN for i > t, unless
-tasks that are not yet learned were scored as well.
+tasks that are not yet learned were scored as well. Where there are no labels it is a loss with its sign turned, so that
+up is good in every matrix, and a BWT below 0 is forgetting in every unit (``RunRecord.measured``).
 
 Examples:
     >>> import numpy as np
@@ -36,7 +37,8 @@ def backward_transfer(accuracy: Matrix) -> float:
 def forgetting(accuracy: Matrix) -> float:
     """Return forgetting: the mean over all tasks but the last of (best accuracy so far - accuracy at the end).
 
-    It is 0 for a single task.
+    It is 0 for a single task. The best accuracy may be the one at the end, so that no task counts as less than 0.
+    Chaudhry et al. (2018) leave the last row out of the best, so that a task that has improved counts as negative.
     """
     if len(accuracy) < 2:
         return 0.0

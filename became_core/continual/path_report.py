@@ -179,7 +179,7 @@ def report_path(context: RunContext, task: Task, theta_gp: Params, theta_hat: Pa
     def truth(theta: Params) -> tuple[float, float]:
         with context.at(task, theta, memory):
             losses = [measurement.loss() for measurement in measurements]
-            return sum(losses), float(np.mean(context.accuracies(task, memory)[0]))
+            return sum(losses), float(np.mean(context.accuracies(task, memory).accuracy))
 
     measurements = [
         replace(context.measurement(learned, "merge", memory), last=task) for learned in context.tasks_until(task)

@@ -224,8 +224,9 @@ class EWCRecipe(MethodRecipe):
     """Penalised by every old task's own quadratic, added (Kirkpatrick 2017).
 
     Attributes:
-        strength: lambda, the strength of the penalty, whose Fisher matrices are means over samples and sums over
-            tasks; at least 0.
+        strength: lambda, the strength of the penalty, whose Fisher matrices are means over samples of squared gradients
+            of single samples, and sums over tasks; at least 0. Codes that square the gradients of batches have another
+            unit.
     """
 
     strength: float = setting(100.0, option="ewc_strength")

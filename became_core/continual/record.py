@@ -1,6 +1,9 @@
 """The events that a run reports, and the record of a whole run.
 
-Convention: accuracies are in percent. Row t of a matrix is the state after task t, with NaN for tasks not yet learned.
+Convention: accuracies are in percent, losses in the natural unit of the likelihood. Row t of a matrix is the state
+after task t, with NaN for tasks not yet learned. All scores are of a matrix in which up is good: the accuracies where
+there are labels, and the losses with their signs turned where there are none. ``RunRecord.measured`` is that matrix,
+and the only place where a sign is turned.
 """
 
 from collections.abc import Sequence
@@ -76,6 +79,8 @@ class TaskEnd:
         accuracy: the task-incremental accuracy on each task so far.
         class_incremental_accuracy: the class-incremental accuracy on each task so far.
         full: the protected spaces that became whole with this task: such a weight no longer changes in stage 1.
+        loss: the loss on each task so far, in its natural unit.
+        samples: what the network writes in the manner of each task so far; empty if samples are no text.
     """
 
     task: int
@@ -83,6 +88,8 @@ class TaskEnd:
     accuracy: list[float]
     class_incremental_accuracy: list[float]
     full: frozenset[str] = frozenset()
+    loss: list[float] = field(default_factory=list)
+    samples: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -99,6 +106,10 @@ class RunRecord:
         memory: for each task, the bytes that the method stores after it, without the network.
         paths: for each merge, the report of its path, if paths are traced.
         seconds: the wall-clock time by phase, and in total; if a run was interrupted, the sum over its parts.
+        loss: the loss [T, T], in its natural unit; [t, i] is that on task i after task t, NaN for i > t. It is empty if
+            an earlier version began the run.
+        unit: the unit in which the run is measured: "%" for accuracy, or that of the loss.
+        samples: after each task, what the network writes in the manner of each task so far; empty if it writes no text.
     """
 
     accuracy: NDArray[np.float64]
@@ -109,6 +120,19 @@ class RunRecord:
     memory: list[int] = field(default_factory=list)
     paths: list[MergePath] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
+    loss: NDArray[np.float64] = field(default_factory=lambda: np.zeros((0, 0)), metadata={"later": True})
+    unit: str = field(default="%", metadata={"later": True})
+    samples: list[list[str]] = field(default_factory=list, metadata={"later": True})
+
+    @property
+    def measured(self) -> NDArray[np.float64]:
+        """The matrix of which scores are computed, in which up is good: the accuracy, or the loss with its sign turned.
+
+        Examples:
+            >>> RunRecord(np.zeros((1, 1)), np.zeros((1, 1)), loss=np.array([[2.0]]), unit="RMSE").measured
+            array([[-2.]])
+        """
+        return self.accuracy if self.unit == "%" else -self.loss
 
     @property
     def epochs(self) -> list[int]:
@@ -116,9 +140,15 @@ class RunRecord:
         return [len(curve) for curve in self.curves]
 
     @classmethod
-    def empty(cls, tasks: int) -> Self:
-        """Return the record of a run of ``tasks`` tasks before the first task."""
-        return cls(np.full((tasks, tasks), np.nan), np.full((tasks, tasks), np.nan))
+    def empty(cls, tasks: int, unit: str = "%") -> Self:
+        """Return the record of a run of ``tasks`` tasks before the first task.
+
+        Args:
+            tasks: how many there are.
+            unit: the unit in which the run is measured.
+        """
+        accuracy, by_argmax, loss = (np.full((tasks, tasks), np.nan) for _ in range(3))
+        return cls(accuracy, by_argmax, loss=loss, unit=unit)
 
     def with_task(
         self,
@@ -136,6 +166,8 @@ class RunRecord:
             class_incremental_accuracy=_with_row(
                 self.class_incremental_accuracy, end.task, end.class_incremental_accuracy
             ),
+            loss=_with_row(self.loss, end.task, end.loss) if len(self.loss) else self.loss,
+            samples=[*self.samples, end.samples] if end.samples else self.samples,
             alpha=[*self.alpha, end.alpha],
             curves=[*self.curves, curve],
             ranks=[*self.ranks, ranks],

@@ -20,9 +20,11 @@ from became_core.continual.learner import Learner, heads_of, weights_of
 from became_core.continual.methods import Method
 from became_core.continual.path_report import old_tasks_with, report_path
 from became_core.continual.record import EpochEnd, MergePath, RunRecord, TaskEnd
+from became_core.continual.rng import random_generator
 from became_core.continual.run_context import (
     RunContext,
     Stopwatch,
+    check_method,
     free_constraint,
     relative_rates,
     stable_constraint,
@@ -62,7 +64,8 @@ def learn(
             at the first task.
 
     Raises:
-        BecameError: if the batch size is too small for the network's normalisation, or training diverges.
+        BecameError: if the batch size is too small for the network's normalisation, the method makes no sense on the
+            stream, or training diverges.
 
     For example, with a learner, a stream and a training:
 
@@ -70,6 +73,7 @@ def learn(
         record = learn(learner, stream, method, training, callbacks=[Printer()])
         print(average_accuracy(record.accuracy), record.alpha)
     """
+    check_method(method, stream, training)
     if training.batch_size < learner.least_batch:
         raise BecameError(
             f"the batch size is {training.batch_size}, and the network normalises by statistics over the samples of a "
@@ -145,7 +149,7 @@ class _Run(RunContext):
         It is trained without constraint if stages are merged; otherwise it is the second stage of the projector, which
         is trained under the method's constraint.
         """
-        projector = state.memory.projector
+        projector, schedule = state.memory.projector, self.training.stage2
         if self.method.merges_stages:
             if task.index == 0:
                 return state
@@ -161,8 +165,9 @@ class _Run(RunContext):
             constraint = stable_constraint(self.learner, task, self.method, state.memory)
             # The second stage of a projector is projected in the first task as well.
             constraint = replace(constraint, projector=projector)
+            schedule = schedule.scaled(projector.retraining_rate)
         with self.stopwatch.phase("stage2"):
-            return self.train(task, state, 2, self.training.stage2, constraint)
+            return self.train(task, state, 2, schedule, constraint)
 
     def train(self, task: Task, state: RunState, number: int, schedule: Schedule, constraint: Constraint) -> RunState:
         """Return the state after a stage, from a state before or in the middle of it.
@@ -319,7 +324,16 @@ class _Run(RunContext):
         assert state.stage is not None
         memory = state.memory
         with self.stopwatch.phase("evaluation"):
-            end = TaskEnd(task.index, alpha, *self.accuracies(task, memory), filled)
+            reached = self.accuracies(task, memory)
+            samples = [
+                self.learner.written(learned, random_generator(self.seed, "writing", task.index, learned.index))
+                for learned in self.tasks_until(task)
+            ]
+            end = TaskEnd(
+                *(task.index, alpha, reached.accuracy, reached.class_incremental_accuracy, filled),
+                loss=reached.loss,
+                samples=samples if any(samples) else [],
+            )
         ranks = {} if memory.projector is None else dict(memory.projector.rank)
         record = state.record.with_task(end, curve=state.stage.curve, ranks=ranks, memory=memory.size, path=path)
         self.callbacks.on_task_end(end)

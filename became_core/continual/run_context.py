@@ -14,15 +14,16 @@ from dataclasses import dataclass, replace
 from became_core.arrays import Params
 from became_core.continual.data import Task, TaskStream
 from became_core.continual.learner import Learner, heads_of, refresh_statistics, weights_of
-from became_core.continual.measurement import Measurement, accuracies
+from became_core.continual.measurement import Evaluation, Measurement, accuracies
 from became_core.continual.methods import Method
 from became_core.continual.schedule import RelativeRates, Training
 from became_core.continual.state import Memory
 from became_core.continual.step import Constraint, Penalty
+from became_core.errors import BecameError
 from became_core.laplace import Diagonal, LaplacePosterior
 from became_core.projection import Region, View
 
-__all__ = ["RunContext", "Stopwatch", "free_constraint", "relative_rates", "stable_constraint"]
+__all__ = ["RunContext", "Stopwatch", "check_method", "free_constraint", "relative_rates", "stable_constraint"]
 
 
 @dataclass(frozen=True)
@@ -55,8 +56,8 @@ class RunContext:
         region = self.region(task, memory)
         return Measurement(self.learner, task, self.training, self.method.fisher, self.seed, purpose, region)
 
-    def accuracies(self, task: Task, memory: Memory) -> tuple[list[float], list[float]]:
-        """Return the accuracies on all tasks up to this one, task- and class-incremental, in percent."""
+    def accuracies(self, task: Task, memory: Memory) -> Evaluation:
+        """Return the accuracies on all tasks up to this one, task- and class-incremental, and the losses."""
         views = self.views(task, memory)
         return accuracies(self.learner, self.tasks_until(task), self.training.batch_size, views)
 
@@ -80,6 +81,40 @@ class RunContext:
     def _refresh_statistics(self, task: Task, memory: Memory) -> None:
         size = self.training.batch_size
         refresh_statistics(self.learner, [task], size, self.seed, self.region(task, memory))
+
+
+def check_method(method: Method, stream: TaskStream, training: Training | None = None) -> None:
+    """Raise a BecameError, with the reason, if a method makes no sense on a stream.
+
+    Args:
+        method: how tasks are learned.
+        stream: the tasks.
+        training: the settings of training, if they are to be checked as well.
+    """
+    projector, likelihood = method.projector, stream.dataset.likelihood
+    if stream.shared_head and projector is not None and projector.needs_own_heads:
+        raise BecameError(
+            f"{method.name} is not for {stream.dataset.name}, whose tasks share a head: {projector.needs_own_heads}."
+        )
+    if projector is not None and projector.needs_labels and (stream.dataset.is_text or not likelihood.has_labels):
+        raise BecameError(
+            f"{method.name} is not for {stream.dataset.name}, whose targets are no labels of samples: "
+            f"{projector.needs_labels}."
+        )
+    if training is not None and training.augmentation and stream.dataset.is_text:
+        raise BecameError(f"text is not cropped and flipped; leave --augment out for {stream.dataset.name}.")
+    if likelihood.has_labels:
+        return
+    if method.fisher == "batch" and method.keeps_posterior:
+        raise BecameError(
+            f"{method.name} is not for {stream.dataset.name}, whose targets are no labels: its Fisher information is "
+            "that of the model's most likely labels, and of a Gaussian's most likely target it is 0."
+        )
+    if training is not None and training.path_alphas:
+        raise BecameError(
+            f"merging paths are not traced for {stream.dataset.name}, whose targets are no labels: the report compares "
+            "with the published form, which needs them; leave out --path-points."
+        )
 
 
 def free_constraint(learner: Learner, task: Task, method: Method) -> Constraint:

@@ -67,6 +67,10 @@ class Annealed:
         """Return the schedule after one more epoch."""
         return replace(self, epoch=self.epoch + 1)
 
+    def scaled(self, factor: float) -> Self:
+        """Return the schedule with all learning rates multiplied by a factor; the same schedule for a factor of 1."""
+        return replace(self, lr=self.lr * factor, final_lr=self.final_lr * factor)
+
     def extended(self, epochs: int) -> Self:
         """Return the schedule that falls over ``epochs`` more epochs."""
         return replace(self, epochs=self.epochs + epochs)
@@ -131,6 +135,10 @@ class Patience:
             return replace(after, waited=self.waited + 1)
         return replace(after, waited=0, lr=self.lr / self.factor)
 
+    def scaled(self, factor: float) -> Self:
+        """Return the schedule with all learning rates multiplied by a factor; the same schedule for a factor of 1."""
+        return replace(self, lr=self.lr * factor, minimum=self.minimum * factor)
+
     def extended(self, epochs: int) -> Self:
         """Return this schedule as it is, because the validation loss decides when it ends."""
         return self
@@ -180,6 +188,10 @@ class Stepped:
     def advance(self, validation_loss: float) -> Self:
         """Return the schedule after one more epoch."""
         return replace(self, epoch=self.epoch + 1)
+
+    def scaled(self, factor: float) -> Self:
+        """Return the schedule with all learning rates multiplied by a factor; the same schedule for a factor of 1."""
+        return replace(self, lr=self.lr * factor)
 
     def extended(self, epochs: int) -> Self:
         """Return the schedule with ``epochs`` more epochs, whose rate is divided at the same shares of all of them."""

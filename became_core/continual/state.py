@@ -97,4 +97,8 @@ class RunState:
     @classmethod
     def initial(cls, learner: Learner, stream: TaskStream, method: Method) -> Self:
         """Return the state before the first epoch."""
-        return cls(learner.parameters(), Memory(projector=method.projector), RunRecord.empty(len(stream.tasks)))
+        return cls(
+            learner.parameters(),
+            Memory(projector=method.projector),
+            RunRecord.empty(len(stream.tasks), learner.unit),
+        )

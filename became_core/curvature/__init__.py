@@ -7,7 +7,6 @@ loss along directions come from forward-mode differentiation.
 from became_core.curvature.cross_entropy import (
     Pushforward,
     TapMode,
-    derivatives_along,
     log_softmax,
     logit_cotangents,
 )
@@ -20,6 +19,7 @@ from became_core.curvature.likelihoods import (
     Categorical,
     Gaussian,
     Likelihood,
+    derivatives_along,
     likelihood_named,
 )
 from became_core.curvature.taps import Tap, Taps, batch_gradient, per_sample_gradients, per_sample_square_sum

@@ -13,15 +13,14 @@ Convention: gradients by the logits are those of each sample's own loss, not div
 and curvatures are means over samples.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from became_core.arrays import Array, device, namespace
-from became_core.errors import BecameError
 
-__all__ = ["Pushforward", "TapMode", "derivative_sums", "derivatives_along", "log_softmax", "logit_cotangents"]
+__all__ = ["Pushforward", "TapMode", "derivative_sums", "log_softmax", "logit_cotangents"]
 
 # Which gradient a backward pass begins with:
 #
@@ -101,29 +100,6 @@ def logit_cotangents(logits: Array, labels: Array, mode: TapMode, rng: np.random
 def _one_hot(xp: Any, labels: Array, like: Array) -> Array:
     classes = xp.arange(like.shape[1], dtype=labels.dtype, device=device(labels))
     return xp.astype(labels[:, None] == classes, like.dtype)
-
-
-def derivatives_along(batches: Iterable[Pushforward]) -> tuple[Array, Array]:
-    """Return the slopes g.d_k [K] and curvatures d_k.GGN.d_l [K, K] of the mean cross-entropy over all batches.
-
-    Raises:
-        BecameError: if there are no batches.
-
-    Examples:
-        >>> batch = Pushforward(np.zeros((1, 2)), np.array([[[1.0, -1.0]]]), np.array([0]))
-        >>> derivatives_along([batch])
-        (array([-1.]), array([[1.]]))
-    """
-    slope = curvature = None
-    samples = 0
-    for batch in batches:
-        slope_part, curvature_part = derivative_sums(*batch)
-        slope = slope_part if slope is None else slope + slope_part
-        curvature = curvature_part if curvature is None else curvature + curvature_part
-        samples += batch.logits.shape[0]
-    if slope is None or curvature is None:
-        raise BecameError("a directional derivative needs at least one sample; none was given.")
-    return slope / samples, curvature / samples
 
 
 def derivative_sums(logits: Array, tangents: Array, labels: Array, weights: Array | None = None) -> tuple[Array, Array]:

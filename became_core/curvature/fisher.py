@@ -7,9 +7,11 @@ with batch statistics as constants. They differ in the labels with which the tap
 - ``true``: E_n E_{c ~ p_n} [(d loss_n(c) / d theta)^2], the exact expectation over labels drawn from the model. For
   cross-entropy it is the exact diagonal of the generalised Gauss-Newton matrix.
 - ``sampled``: an estimate of that expectation, from one label a sample, drawn from the model.
-- ``batch``: the estimate of the published code, batch size x (gradient of the batch's mean loss)^2, averaged over
-  batches, at the model's most likely labels and with dropout. It is here so that published runs can be reproduced. As
-  the square of a mean, it is far smaller and noisier than the other kinds.
+- ``batch``: the estimate of the published code, s x the mean over samples of (gradient of the batch's mean loss)^2, at
+  the model's most likely labels and with dropout; s is the size of the first batch, and makes it comparable with the
+  other kinds. A smaller last batch is weighed as published: by its own samples, after its gradient was divided by its
+  own size. It is here so that published runs can be reproduced. As the square of a mean, it is far smaller and noisier
+  than the other kinds.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -37,7 +39,14 @@ TAP_MODES: dict[FisherKind, TapMode] = {
 }
 
 
-def diagonal_fisher(batches: Iterable[Taps], parameters: Params, kind: FisherKind, *, samples: int) -> Params:
+def diagonal_fisher(
+    batches: Iterable[Taps],
+    parameters: Params,
+    kind: FisherKind,
+    *,
+    samples: float,
+    sizes: Sequence[int] | None = None,
+) -> Params:
     """Return the diagonal Fisher information of every parameter, each in its parameter's shape.
 
     Args:
@@ -46,6 +55,8 @@ def diagonal_fisher(batches: Iterable[Taps], parameters: Params, kind: FisherKin
         parameters: all parameters; one that has no tap, such as the head of another task, gets zeros.
         kind: one of the kinds that this module defines.
         samples: how many samples all batches have together; a batch with several sets of taps is counted once.
+            It is what the mean loss divides by, which may be a number of tokens.
+        sizes: how many samples each batch has; only the kind "batch" needs it, and None says that all have as many.
 
     Raises:
         BecameError: if there are no samples or no batches, or a tap belongs to an unknown parameter.
@@ -56,7 +67,7 @@ def diagonal_fisher(batches: Iterable[Taps], parameters: Params, kind: FisherKin
         >>> diagonal_fisher([{"fc": tap}], {"fc.weight": np.zeros((1, 2))}, "empirical", samples=1)
         {'fc.weight': array([[36.,  9.]])}
     """
-    parts = map(_squared_sum, batches) if kind == "batch" else map(per_sample_square_sum, _gathered(batches))
+    parts = _published(batches, sizes) if kind == "batch" else map(per_sample_square_sum, _gathered(batches))
     total: Params = {}
     for part in parts:
         for name, value in part.items():
@@ -101,9 +112,13 @@ def _joined(taps: Sequence[Tap]) -> Tap:
     return replace(taps[0], inputs=a, output_gradients=g)
 
 
-def _squared_sum(taps: Taps) -> Params:
-    # With s the batch size and G the summed gradient, the estimate s (G / s)^2 weighed by the batch's s samples is G^2.
-    return {name: gradient * gradient for name, gradient in batch_gradient(taps).items()}
+def _published(batches: Iterable[Taps], sizes: Sequence[int] | None) -> Iterator[Params]:
+    """Yield s n (G / n)^2 for each batch, with n its size, G its summed gradient and s the size of the first batch."""
+    for number, taps in enumerate(batches):
+        squares = {name: gradient * gradient for name, gradient in batch_gradient(taps).items()}
+        if sizes is not None and sizes[number] != sizes[0]:
+            squares = {name: sizes[0] / sizes[number] * square for name, square in squares.items()}
+        yield squares
 
 
 def _in_shape(value: Array | None, like: Array) -> Array:

@@ -40,13 +40,16 @@ class KroneckerFactors(NamedTuple):
     diagonal: Params
 
 
-def kronecker_factors(batches: Iterable[Taps], *, samples: int, sharing: Sharing = "expand") -> KroneckerFactors:
+def kronecker_factors(
+    batches: Iterable[Taps], *, samples: int, sharing: Sharing = "expand", units: float | None = None
+) -> KroneckerFactors:
     """Return the curvature of all parameters that have taps.
 
     Args:
         batches: the taps of each batch; the several sets of taps that a batch has in the mode "true" follow each other.
         samples: how many samples all batches have together; a batch with several sets of taps is counted once.
         sharing: how positions are averaged, as this module defines it.
+        units: what the mean loss divides by, if not by the samples: the number of tokens, for example.
 
     Raises:
         BecameError: if there are no samples or no batches.
@@ -78,12 +81,13 @@ def kronecker_factors(batches: Iterable[Taps], *, samples: int, sharing: Sharing
             biased |= {layer} if tap.has_bias else set()
     if samples < 1 or not (outputs or diagonal):
         raise BecameError("Kronecker factors need at least one sample; none was given.")
+    units = samples if units is None else units
     factors = {}
     for layer, g in outputs.items():
-        factors[names[layer]] = (inputs[layer] / samples, g / samples)
+        factors[names[layer]] = (inputs[layer] / samples, g / units)
         if layer in biased:
-            factors[f"{layer}.bias"] = (namespace(g=g).ones((1, 1), dtype=g.dtype, device=device(g)), g / samples)
-    return KroneckerFactors(factors, {name: value / samples for name, value in diagonal.items()})
+            factors[f"{layer}.bias"] = (namespace(g=g).ones((1, 1), dtype=g.dtype, device=device(g)), g / units)
+    return KroneckerFactors(factors, {name: value / units for name, value in diagonal.items()})
 
 
 def _add_to(total: Params, parts: Params) -> None:

@@ -18,24 +18,52 @@ Convention: gradients are of each sample's own loss, not divided by anything. Su
 by the units.
 """
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 
 from became_core.arrays import Array, device, namespace
-from became_core.curvature.cross_entropy import TapMode, derivative_sums, log_softmax, logit_cotangents
+from became_core.curvature.cross_entropy import (
+    Pushforward,
+    TapMode,
+    derivative_sums,
+    log_softmax,
+    logit_cotangents,
+)
 from became_core.errors import BecameError
 
-__all__ = ["LIKELIHOODS", "Bernoulli", "Categorical", "Gaussian", "Likelihood", "likelihood_named"]
+__all__ = [
+    "LIKELIHOODS",
+    "Bernoulli",
+    "Categorical",
+    "Gaussian",
+    "Likelihood",
+    "derivatives_along",
+    "likelihood_named",
+]
 
 Unit = Literal["sample", "token"]
 
 
 class Likelihood(ABC):
     """How probable targets are, given a network's outputs."""
+
+    @property
+    def unit(self) -> str:
+        """What ``natural`` measures a mean loss in."""
+        return "nats"
+
+    has_labels: ClassVar[bool] = False
+    """Whether a target is a label, the number of one of the outputs."""
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the loss is the mean cross-entropy of all labels, which frameworks compute themselves."""
+        return False
 
     @abstractmethod
     def units(self, outputs: Array, targets: Array) -> float:
@@ -74,6 +102,26 @@ class Likelihood(ABC):
         """Return the likelihood with what it must know of the data's noise, from some of them."""
         return self
 
+    def count(self, targets: Array) -> float:
+        """Return what a mean over samples with these targets divides by: ``units``, without the outputs."""
+        return float(targets.shape[0])
+
+    def mean_loss(self, outputs: Array, targets: Array) -> Array:
+        """Return the mean loss, a 0-d array; unlike ``loss / units`` it can be compiled."""
+        xp: Any = namespace(outputs=outputs)
+        # Where a function is compiled for batches of any size, the shape does not say how many samples there are.
+        first = xp.reshape(outputs, (-1, math.prod(outputs.shape[1:])))[:, 0]
+        return self.loss(outputs, targets) / xp.sum(xp.ones_like(first))
+
+    def natural(self, mean_loss: float, outputs: int) -> float:
+        """Return a mean loss in its natural unit.
+
+        Args:
+            mean_loss: in nats, over the units.
+            outputs: how many outputs a sample or a position has.
+        """
+        return mean_loss
+
 
 @dataclass(frozen=True)
 class Categorical(Likelihood):
@@ -98,6 +146,8 @@ class Categorical(Likelihood):
         [[[[-0.5, 0.5], [0.0, 0.0]]], [[[0.0, 0.0], [0.0, 0.0]]]]
     """
 
+    has_labels: ClassVar[bool] = True
+
     by: Unit = "sample"
     ignored: int = -100
     weights: tuple[float, ...] | None = None
@@ -112,6 +162,40 @@ class Categorical(Likelihood):
         if self.by == "token" or len(targets.shape) == 1:
             return float(xp.sum(weights))
         return float(xp.sum(xp.max(xp.reshape(weights, (targets.shape[0], -1)), axis=1)))
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the loss is the mean cross-entropy of all labels, which frameworks compute themselves."""
+        return self == Categorical()
+
+    @property
+    def unit(self) -> str:
+        """Nats, or bits where there is a label for every token."""
+        return "nats" if self.by == "sample" else "bits per token"
+
+    def natural(self, mean_loss: float, outputs: int) -> float:
+        """Return the loss in nats, or in bits where there is a label for every token."""
+        return mean_loss if self.by == "sample" else mean_loss / math.log(2)
+
+    def count(self, targets: Array) -> float:
+        """Return the number of samples or of positions that count; weighed, if classes have weights."""
+        if self.is_plain:
+            return float(targets.shape[0])
+        counted = self._own(targets) != self.ignored
+        xp: Any = namespace(targets=targets)
+        if self.weights is None:
+            counted = counted if self.by == "token" else xp.any(xp.reshape(counted, (targets.shape[0], -1)), axis=1)
+            return float(xp.count_nonzero(counted))
+        outputs = xp.zeros((*targets.shape, len(self.weights)), device=device(targets))
+        return self.units(outputs, targets)
+
+    def mean_loss(self, outputs: Array, targets: Array) -> Array:
+        """Return the mean cross-entropy, a 0-d array; unlike ``loss / units`` it can be compiled."""
+        _, _, weights = self._flat(self._own(outputs), self._own(targets))
+        xp: Any = namespace(weights=weights)
+        if self.by == "sample" and len(targets.shape) > 1:
+            weights = xp.max(xp.reshape(weights, (-1, *self._own(targets).shape[1:])), axis=1)
+        return self.loss(outputs, targets) / xp.sum(weights)
 
     def loss(self, outputs: Array, targets: Array) -> Array:
         """Return the sum of all positions' cross-entropies."""
@@ -133,7 +217,8 @@ class Categorical(Likelihood):
         for gradient in logit_cotangents(logits, labels, mode, rng):
             # Squares of labels that are the model's own add up to the curvature, w (diag p - p p^T).
             factor = xp.sqrt(weights) if mode in ("true", "sampled") else weights
-            for scaled in self._squared_apart(xp, xp.reshape(gradient * factor[:, None], own.shape)):
+            whole = xp.reshape(gradient * factor[:, None], (-1, *own.shape[1:]))
+            for scaled in self._squared_apart(xp, whole):
                 if self.shift:
                     scaled = xp.concat([scaled, xp.zeros_like(outputs[:, :1, ...])], axis=1)
                 yield scaled
@@ -151,10 +236,12 @@ class Categorical(Likelihood):
         if self.squares == "sample" or len(gradient.shape) == 2:
             yield gradient
             return
-        rows = xp.reshape(gradient, (gradient.shape[0], -1, gradient.shape[-1]))
-        positions = xp.arange(rows.shape[1], device=device(rows))[None, :, None]
-        for position in range(rows.shape[1]):
-            yield xp.reshape(xp.where(positions == position, rows, xp.zeros_like(rows)), gradient.shape)
+        count = math.prod(gradient.shape[1:-1])
+        rows = xp.reshape(gradient, (-1, count, gradient.shape[-1]))
+        positions = xp.arange(count, device=device(rows))[None, :, None]
+        for position in range(count):
+            part = xp.where(positions == position, rows, xp.zeros_like(rows))
+            yield xp.reshape(part, (-1, *gradient.shape[1:]))
 
     def _own(self, array: Array) -> Array:
         """Return outputs [N, L, C] or targets [N, L] without what has no counterpart, if predictions are shifted."""
@@ -197,6 +284,11 @@ class Gaussian(Likelihood):
 
     noise: float | None = None
 
+    @property
+    def unit(self) -> str:
+        """What ``natural`` measures a mean loss in."""
+        return "RMSE"
+
     def __post_init__(self) -> None:
         """Check the noise."""
         if self.noise is not None and not 0 < self.noise < float("inf"):
@@ -214,6 +306,10 @@ class Gaussian(Likelihood):
     def units(self, outputs: Array, targets: Array) -> float:
         """Return the number of samples."""
         return float(outputs.shape[0])
+
+    def natural(self, mean_loss: float, outputs: int) -> float:
+        """Return the root of the mean squared residual, over samples and outputs."""
+        return math.sqrt(2 * mean_loss / self._precision / outputs)
 
     def loss(self, outputs: Array, targets: Array) -> Array:
         """Return the sum of squared residuals over 2 s^2."""
@@ -299,6 +395,34 @@ LIKELIHOODS: dict[str, type[Likelihood]] = {
     "gaussian": Gaussian,
     "bernoulli": Bernoulli,
 }
+
+
+def derivatives_along(batches: Iterable[Pushforward], likelihood: Likelihood | None = None) -> tuple[Array, Array]:
+    """Return the slopes g.d_k [K] and curvatures d_k.GGN.d_l [K, K] of the mean loss over all batches.
+
+    Args:
+        batches: the outputs of each batch, their derivatives along K directions, and its targets.
+        likelihood: what the loss is; categorical, a label a sample, if None.
+
+    Raises:
+        BecameError: if there are no batches.
+
+    Examples:
+        >>> batch = Pushforward(np.zeros((1, 2)), np.array([[[1.0, -1.0]]]), np.array([0]))
+        >>> derivatives_along([batch])
+        (array([-1.]), array([[1.]]))
+    """
+    likelihood = Categorical() if likelihood is None else likelihood
+    slope = curvature = None
+    units = 0.0
+    for outputs, tangents, targets in batches:
+        slope_part, curvature_part = likelihood.derivatives(outputs, tangents, targets)
+        slope = slope_part if slope is None else slope + slope_part
+        curvature = curvature_part if curvature is None else curvature + curvature_part
+        units += likelihood.count(targets)
+    if slope is None or curvature is None:
+        raise BecameError("a directional derivative needs at least one sample; none was given.")
+    return slope / units, curvature / units
 
 
 def likelihood_named(name: str) -> Likelihood:

@@ -27,10 +27,12 @@ import numpy as np
 from became_core.arrays import (
     Array,
     Params,
+    Reduce,
     Tree,
     aligned_rows,
     device,
     difference,
+    holds,
     label,
     named_leaves,
     namespace,
@@ -39,7 +41,7 @@ from became_core.arrays import (
 )
 from became_core.errors import BecameError
 from became_core.laplace.quadratic import Quadratic
-from became_core.precision import Diagonal, Precision, check_diagonal
+from became_core.precision import Diagonal, GramRequest, Precision, check_diagonal, gram_matrices
 
 __all__ = [
     "Fisher",
@@ -68,6 +70,7 @@ def path_quadratic(
     *,
     gradient: Tree | None = None,
     mean: Tree | None = None,
+    reduce: Reduce | None = None,
 ) -> Quadratic:
     """Return the Laplace cumulative loss on the segment from theta_gp to theta_hat, a quadratic of one direction.
 
@@ -78,6 +81,8 @@ def path_quadratic(
         fisher_new: the curvature of the new task at theta_hat, likewise, in the same unit (means over samples, say).
         gradient: the new task's gradient at theta_hat; zero if not given (stage 2 converged).
         mean: the old posterior's mean; theta_gp if not given.
+        reduce: how numbers are summed over all processes or devices, if the arrays are one's own parts, as within
+            ``jax.shard_map``: ``lambda numbers: jax.lax.psum(numbers, "data")``. PyTorch's ``DTensor`` needs none.
 
     Raises:
         BecameError: if structures, shapes or frameworks differ, a curvature is negative, or an entry is not finite.
@@ -89,7 +94,9 @@ def path_quadratic(
         >>> float(quadratic.slope[0]), float(quadratic.curvature[0, 0])
         (-4.0, 8.0)
     """
-    return layerwise_quadratic(theta_gp, theta_hat, fisher_old, fisher_new, gradient=gradient, mean=mean, per="model")
+    return layerwise_quadratic(
+        theta_gp, theta_hat, fisher_old, fisher_new, gradient=gradient, mean=mean, per="model", reduce=reduce
+    )
 
 
 def layerwise_quadratic(
@@ -101,6 +108,7 @@ def layerwise_quadratic(
     gradient: Tree | None = None,
     mean: Tree | None = None,
     per: Per = "layer",
+    reduce: Reduce | None = None,
 ) -> Quadratic:
     """Return the Laplace cumulative loss with a coefficient of its own for each layer, or each leaf.
 
@@ -112,6 +120,7 @@ def layerwise_quadratic(
         gradient: the gradient of the new task.
         mean: the old posterior's mean.
         per: what shares a coefficient; a layer is what stands before a leaf's last dot (``conv1`` of ``conv1.weight``).
+        reduce: as for ``path_quadratic``.
 
     Returns:
         One direction for each of ``group_names``, in that order: delta in its leaves, zero elsewhere.
@@ -127,7 +136,7 @@ def layerwise_quadratic(
     """
     if not isinstance(fisher_old, Precision) and not isinstance(fisher_new, Precision):
         slope, curvature = separable_terms(
-            theta_gp, theta_hat, fisher_old, fisher_new, gradient=gradient, mean=mean, per=per
+            theta_gp, theta_hat, fisher_old, fisher_new, gradient=gradient, mean=mean, per=per, reduce=reduce
         )
         xp = namespace(slope=slope)
         identity = xp.eye(slope.shape[0], dtype=curvature.dtype, device=device(curvature))
@@ -143,9 +152,10 @@ def layerwise_quadratic(
     directions = group_directions(delta, per)
     from_mean = difference(leaves["theta_gp"], leaves.get("mean", leaves["theta_gp"]))
     from_theta_hat = {path: -value for path, value in delta.items()}
-    return subspace_quadratic(directions, old, offset=from_mean) + subspace_quadratic(
-        directions, new, gradient=leaves.get("gradient"), offset=from_theta_hat
+    of_old, of_new = _expansions(
+        directions, [(old, None, from_mean), (new, leaves.get("gradient"), from_theta_hat)], reduce
     )
+    return of_old + of_new
 
 
 def subspace_quadratic(
@@ -154,6 +164,7 @@ def subspace_quadratic(
     *,
     gradient: Tree | None = None,
     offset: Tree | None = None,
+    reduce: Reduce | None = None,
 ) -> Quadratic:
     """Return a loss known to second order at a point, along K directions from another one.
 
@@ -162,6 +173,7 @@ def subspace_quadratic(
         precision: the loss's curvature P at the point.
         gradient: its gradient there; zero if not given.
         offset: from the point to where the directions begin (theta_0 - point); zero if not given.
+        reduce: as for ``path_quadratic``.
 
     Returns:
         Slope ``g.d_k + offset.P.d_k`` and curvature ``d_k.P.d_l``.
@@ -175,17 +187,32 @@ def subspace_quadratic(
         >>> subspace_quadratic([direction], Diagonal({"w": np.ones(2)}), gradient=direction).slope.tolist()
         [5.0]
     """
+    return _expansions(directions, [(precision, gradient, offset)], reduce)[0]
+
+
+def _expansions(
+    directions: Sequence[Tree], losses: Sequence[tuple[Precision, Tree | None, Tree | None]], reduce: Reduce | None
+) -> list[Quadratic]:
+    """Return the quadratics of several losses (precision, gradient, offset): one reduction, and one for gradients."""
     if not directions:
         raise BecameError("there are no directions; give at least one.")
     named = [named_leaves(direction) for direction in directions]
-    curvature = precision.gram(named)
-    xp = namespace(curvature=curvature)
-    slope = xp.zeros_like(curvature[:, 0])
-    if gradient is not None:
-        slope = slope + xp.stack([_inner_product(gradient, direction) for direction in directions])
-    if offset is not None:
-        slope = slope + precision.gram(named, [named_leaves(offset)])[:, 0]
-    return Quadratic(slope, curvature)
+    requests = []
+    for precision, _, offset in losses:
+        requests.append(GramRequest(precision, named))
+        if offset is not None:
+            requests.append(GramRequest(precision, named, [named_leaves(offset)]))
+    matrices, quadratics = iter(gram_matrices(requests, reduce)), []
+    for _, gradient, offset in losses:
+        curvature = next(matrices)
+        xp = namespace(curvature=curvature)
+        slope = xp.zeros_like(curvature[:, 0])
+        if gradient is not None:
+            slope = slope + _inner_products(gradient, directions, reduce)
+        if offset is not None:
+            slope = slope + next(matrices)[:, 0]
+        quadratics.append(Quadratic(slope, curvature))
+    return quadratics
 
 
 def separable_terms(
@@ -197,6 +224,7 @@ def separable_terms(
     gradient: Tree | None,
     mean: Tree | None,
     per: Per,
+    reduce: Reduce | None = None,
 ) -> tuple[Array, Array]:
     """Return each group's slope and curvature, [groups] both, for curvatures that are diagonals, as trees of arrays.
 
@@ -219,7 +247,7 @@ def separable_terms(
     for path, row in rows.items():
         groups.setdefault(group_of(path, per), []).append(row)
     # The curvatures are third and fourth in a row.
-    totals = sums_of_products(_Terms(tuple(trees)), list(groups.values()), nonnegative=[2, 3])
+    totals = sums_of_products(_Terms(tuple(trees)), list(groups.values()), nonnegative=[2, 3], reduce=reduce)
     old, new, *others = totals.sums
     # What overflows is noticed below, and said in a sentence; NumPy alone would warn of it before.
     with np.errstate(over="ignore", invalid="ignore") if totals.has_values else nullcontext():
@@ -268,10 +296,10 @@ def _what_is_wrong(trees: dict[str, Tree], rows: dict[str, tuple[Array, ...]]) -
     too_large = "the curvature along {} is too large for its dtype; rescale the curvatures, or give a wider dtype."
     for path, row in rows.items():
         for role, array in zip(trees, row, strict=True):
-            name, xp = label(role, path), namespace(array=array)
+            name = label(role, path)
             if role.startswith("fisher"):
                 check_diagonal(name, array)
-            if not bool(xp.all(xp.isfinite(array))):
+            if not holds(lambda xp, values: xp.isfinite(values), array):
                 return f"{name} has entries that are infinite or not a number; every entry must be a finite number."
         sums = sums_of_products(_Terms(tuple(trees)), [[row]]).sums
         xp = namespace(sums=sums[0])
@@ -284,11 +312,15 @@ def _without_none(**trees: Tree | None) -> dict[str, Tree]:
     return {role: tree for role, tree in trees.items() if tree is not None}
 
 
-def _inner_product(gradient: Tree, direction: Tree) -> Array:
-    trees = {"gradient": gradient, "direction": direction}
-    rows = aligned_rows(trees)
-    _check_dtypes(trees, rows)
-    return sums_of_products(_pair, [list(rows.values())]).sums[0][0]
+def _inner_products(gradient: Tree, directions: Sequence[Tree], reduce: Reduce | None) -> Array:
+    """Return g.d_k, [K]."""
+    groups = []
+    for direction in directions:
+        trees = {"gradient": gradient, "direction": direction}
+        rows = aligned_rows(trees)
+        _check_dtypes(trees, rows)
+        groups.append(list(rows.values()))
+    return sums_of_products(_pair, groups, reduce=reduce).sums[0]
 
 
 def _pair(row: Sequence[Array]) -> list[tuple[Array, Array]]:

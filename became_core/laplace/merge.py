@@ -9,6 +9,7 @@ import numpy as np
 from became_core.arrays import (
     Array,
     Params,
+    Reduce,
     Tree,
     aligned_leaves,
     check_values,
@@ -47,6 +48,7 @@ def optimal_alpha(
     mean: Tree | None = None,
     clip: bool = True,
     per: Per = "model",
+    reduce: Reduce | None = None,
 ) -> Array | Tree:
     """Return the coefficient that minimises the Laplace cumulative loss on the segment between two models.
 
@@ -63,11 +65,17 @@ def optimal_alpha(
         mean: the mean of the old tasks' posterior; theta_gp if not given.
         clip: minimise over [0, 1], as the paper does.
         per: "model" for one coefficient, "layer" or "leaf" for one each, which together are the minimum in the box.
+        reduce: how numbers are summed over all processes or devices, if the arrays are one's own parts, as within
+            ``jax.shard_map``: ``lambda numbers: jax.lax.psum(numbers, "data")``. PyTorch's ``DTensor`` needs none.
 
     Returns:
         A 0-d array of the inputs' framework and device, of their dtype or float32, whichever is wider; per layer or
         leaf, a tree of such in the structure of theta_gp. 0 (keep the stable model) where the models agree or nothing
         is curved. Merge with ``merge``.
+
+    Arrays that processes share (PyTorch's ``DTensor``) are summed where they are, and at most two reductions of a few
+    numbers follow; alpha is then an ordinary array, the same in every process. So it is with JAX's sharded arrays under
+    ``jax.jit``.
 
     State dicts can be given as they are, because leaves that no optimiser moves have no part in alpha: those that hold
     integers or booleans in both models, and the statistics of normalisation layers, which are known by their names
@@ -95,6 +103,7 @@ def optimal_alpha(
         "gradient": gradient,
         "mean": mean,
         "per": per,
+        "reduce": reduce,
     }
     if isinstance(fisher_old, Precision) or isinstance(fisher_new, Precision):
         alphas = layerwise_quadratic(**arguments).minimiser("box" if clip else None)

@@ -15,7 +15,7 @@ import numpy as np
 from became_core.arrays import Array, Params, device, namespace, pytree
 from became_core.errors import BecameError
 from became_core.laplace.quadratic import Quadratic
-from became_core.precision import Diagonal, Precision
+from became_core.precision import Diagonal, GramRequest, Precision, gram_matrices
 
 __all__ = ["LaplacePosterior"]
 
@@ -97,8 +97,9 @@ class LaplacePosterior:
         Returns:
             slope_k = (origin - mean).P.d_k, [K], and curvature_kl = d_k.P.d_l, [K, K].
         """
-        slope = self.precision.gram([self._offset(origin)], directions)[0, :]
-        return Quadratic(slope=slope, curvature=self.precision.gram(directions))
+        from_mean = GramRequest(self.precision, [self._offset(origin)], directions)
+        slope, curvature = gram_matrices([from_mean, GramRequest(self.precision, directions)])
+        return Quadratic(slope=slope[0, :], curvature=curvature)
 
     def along(self, directions: Sequence[Params]) -> Quadratic:
         """Return the old tasks' loss along directions from the mean, where it has no slope."""

@@ -31,12 +31,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
-from became_core.arrays import Array, Params, Tree, difference, namespace, reduction_dtype
+from became_core.arrays import Array, Params, Reduce, Tree, difference, namespace, reduction_dtype, shared_by_processes
 from became_core.errors import BecameError
 from became_core.laplace.estimators import Estimator, LocalLoss, MergeSubspace, Secant
 from became_core.laplace.expansion import Per, group_directions, group_names, group_of
 from became_core.laplace.merge import combine, merge, scalar
 from became_core.laplace.path import trace_path
+from became_core.laplace.quadratic import Quadratic
+from became_core.laplace.restricted import restricted
 
 __all__ = [
     "Became",
@@ -187,10 +189,13 @@ class Became(MergeRule):
     Attributes:
         precision: how the losses' curvatures are estimated; ``estimators`` has several.
         per: "model" for one coefficient, "layer" or "leaf" for one each (of two models).
+        reduce: how numbers are summed over all processes or devices, if the models are one's own parts of models, as
+            within ``jax.shard_map``. PyTorch's ``DTensor`` needs none.
     """
 
     precision: Estimator = field(default_factory=Secant)
     per: Per = "model"
+    reduce: Reduce | None = None
 
     def merge(self, models: Sequence[Params], losses: Sequence[LocalLoss]) -> Merged:
         """Return the best point of the segment between two models, or of the simplex that K models span.
@@ -206,19 +211,26 @@ class Became(MergeRule):
             raise BecameError(f"a coefficient per {self.per} is for two models, not {len(models)}.")
         first, *others = models
         newest = [0.0] * (len(others) - 1) + [1.0]
-        frame = MergeSubspace(first, [difference(model, first) for model in others], newest)
-        quadratic = self.precision.quadratic(frame, losses)
+        quadratic = self._quadratic(
+            MergeSubspace(first, [difference(model, first) for model in others], newest), losses
+        )
         coefficients = quadratic.with_origin().minimiser("simplex")
         return Merged(combine(models, coefficients), coefficients)
+
+    def _quadratic(self, subspace: MergeSubspace, losses: Sequence[LocalLoss]) -> Quadratic:
+        """Return the estimated quadratic; of models that processes share, with one reduction for all posteriors."""
+        if self.reduce is not None or shared_by_processes(list(subspace.origin.values())) is not None:
+            subspace, losses = restricted(subspace, losses, self.reduce)
+        return self.precision.quadratic(subspace, losses)
 
     def _between(self, theta_gp: Params, theta_hat: Params, losses: Sequence[LocalLoss]) -> Merged:
         delta = difference(theta_hat, theta_gp)
         if self.per == "model":
-            alpha = self.precision.quadratic(MergeSubspace(theta_gp, [delta], [1.0]), losses).minimiser("box")[0]
+            alpha = self._quadratic(MergeSubspace(theta_gp, [delta], [1.0]), losses).minimiser("box")[0]
             return Merged(merge(theta_gp, theta_hat, alpha), alpha)
         groups = group_names(theta_gp, self.per)
         frame = MergeSubspace(theta_gp, group_directions(delta, self.per), [1.0] * len(groups))
-        minimiser = self.precision.quadratic(frame, losses).minimiser("box")
+        minimiser = self._quadratic(frame, losses).minimiser("box")
         alphas = {name: minimiser[groups.index(group_of(name, self.per))] for name in theta_gp}
         return Merged(merge(theta_gp, theta_hat, alphas), alphas)
 

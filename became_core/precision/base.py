@@ -18,12 +18,26 @@ Convention on dtype: everything is computed in the promoted dtype of all arrays,
 back in the dtype of those given, Gram matrices and determinants in the dtype of the computation.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import accumulate
+from typing import Any, ClassVar, NamedTuple
 
-from became_core.arrays import Array, Params, device, namespace, pytree, reduction_dtype, static
+from became_core.arrays import (
+    Array,
+    Params,
+    Reduce,
+    Shared,
+    device,
+    is_spread,
+    namespace,
+    pytree,
+    reduction_dtype,
+    shared_by_processes,
+    static,
+)
 from became_core.errors import BecameError
 from became_core.precision.vectors import (
     Rows,
@@ -36,39 +50,41 @@ from became_core.precision.vectors import (
     diagonal_matrix,
     embedded,
     flat,
+    inner_products,
     parted,
     size,
+    whole,
     wide,
 )
 
-__all__ = ["Isotropic", "Precision", "Sum"]
+__all__ = ["GramRequest", "Isotropic", "Precision", "Sum", "gram_matrices"]
 
 
 class Precision(ABC):
     """What every structure offers. A structure fills in the abstract methods; the others are built on these."""
 
+    couples: ClassVar[bool] = False
+    """Whether the structure couples entries of one parameter, so that processes with different ones must exchange them.
+    """
+
     @abstractmethod
     def covered(self) -> dict[str, Shape]:
         """Return the shapes of the parameters that it covers, by name."""
 
-    def gram(self, left: Sequence[Params], right: Sequence[Params] | None = None) -> Array:
+    def gram(
+        self, left: Sequence[Params], right: Sequence[Params] | None = None, *, reduce: Reduce | None = None
+    ) -> Array:
         """Return left^T P right, [K, K'], for K and K' directions; without ``right``, left^T P left, [K, K], symmetric.
+
+        Args:
+            left: K directions.
+            right: K' directions.
+            reduce: as for ``gram_matrices``.
 
         Raises:
             BecameError: if a direction lacks a parameter that is covered, or has it in another shape.
         """
-        sides = {"left": left} if right is None else {"left": left, "right": right}
-        vectors = [(f"{side} direction {k}", u) for side, directions in sides.items() for k, u in enumerate(directions)]
-        for side, directions in sides.items():
-            if not directions:
-                raise BecameError(f"there are no {side} directions; give at least one.")
-        xp, dtype = self._common(vectors, self.covered())
-        rows = Rows(left, xp, dtype)
-        if right is not None:
-            return self._gram(rows, Rows(right, xp, dtype))
-        product = self._gram(rows, rows)
-        # Symmetric on paper, and then to the last bit.
-        return 0.5 * (product + xp.matrix_transpose(product))
+        return gram_matrices([GramRequest(self, left, right)], reduce)[0]
 
     def inner(self, left: Params, right: Params) -> Array:
         """Return u.P.v, a 0-d array; raises as ``gram`` does."""
@@ -142,6 +158,43 @@ class Precision(ABC):
     def _gram(self, left: Rows, right: Rows) -> Array:
         """As ``gram``, for checked directions."""
 
+    def _sums(self, left: Rows, right: Rows) -> list[Array]:
+        """What ``_gram_of`` makes the Gram matrix of: sums over parameters, to which each process adds its own.
+
+        Of a structure that couples a parameter's entries with one another, they are the directions themselves.
+        """
+        if not self.couples:
+            return [self._gram(left, right)]
+        return [rows.of(name) for rows in ((left,) if left is right else (left, right)) for name in self.covered()]
+
+    def _gram_of(self, sums: Sequence[Array], xp: Any, dtype: Any) -> Array:
+        """The Gram matrix, given the sums."""
+        if not self.couples:
+            return sums[0]
+        names = list(self.covered())
+        sides = [dict(zip(names, sums[start:], strict=False)) for start in range(0, len(sums), len(names))]
+        rows = [
+            Rows([{name: value[k] for name, value in side.items()} for k in range(side[names[0]].shape[0])], xp, dtype)
+            for side in sides
+        ]
+        return self._gram(rows[0], rows[-1])
+
+    def _checked(self, left: Sequence[Params], right: Sequence[Params] | None) -> tuple[Rows, Rows]:
+        """Check directions; return them as rows, the same ones twice where there are none on the right."""
+        sides = {"left": left} if right is None else {"left": left, "right": right}
+        vectors = [(f"{side} direction {k}", u) for side, directions in sides.items() for k, u in enumerate(directions)]
+        for side, directions in sides.items():
+            if not directions:
+                raise BecameError(f"there are no {side} directions; give at least one.")
+        xp, dtype = self._common(vectors, self.covered())
+        flattens = not is_spread(left[0][next(iter(self.covered()))])
+        rows = Rows(left, xp, dtype, flattens)
+        return rows, rows if right is None else Rows(right, xp, dtype, flattens)
+
+    @abstractmethod
+    def _here(self, layouts: Mapping[str, Any]) -> "Precision":
+        """This process's part, given how each parameter is cut; whole where the structure couples entries."""
+
     @abstractmethod
     def _times(self, vector: Params) -> Params:
         """P times a vector: like ``_solved`` and ``_coloured``, of flat and widened parts for covered parameters."""
@@ -208,6 +261,123 @@ class Precision(ABC):
                     arrays[f"{label} '{name}'"] = vector[name]
         xp = namespace(**arrays)
         return xp, reduction_dtype(xp, **arrays)
+
+
+class GramRequest(NamedTuple):
+    """A Gram matrix to be computed.
+
+    Attributes:
+        precision: P.
+        left: K directions.
+        right: K' directions; those on the left if None.
+        diagonal: whether the diagonal of P takes P's place.
+    """
+
+    precision: Precision
+    left: Sequence[Params]
+    right: Sequence[Params] | None = None
+    diagonal: bool = False
+
+
+def gram_matrices(requests: Sequence[GramRequest], reduce: Reduce | None = None) -> list[Array]:
+    """Return several Gram matrices, as ``Precision.gram`` returns each.
+
+    Of arrays that processes share (PyTorch's ``DTensor``), every process sums over its own part, and there is one
+    reduction for all matrices together. It is of K x K' numbers for each matrix, and r (K + K') more for a ``LowRank``
+    of r columns. ``Kronecker`` and ``Dense`` couple entries that are in different processes, so that the directions
+    themselves take part in the reduction, whole.
+
+    Args:
+        requests: at least one.
+        reduce: how numbers are summed over all processes or devices, if the arrays are one's own parts, as within
+            ``jax.shard_map``; structures that couple a parameter's entries cannot be summed so. Arrays that a framework
+            distributes need none.
+
+    Raises:
+        BecameError: as ``Precision.gram`` does; if the arrays lie on two meshes of processes, or a structure couples
+            entries and ``reduce`` is given.
+    """
+    checked = [each.precision._checked(each.left, each.right) for each in requests]
+    arrays = [each for request in requests for side in (request.left, request.right or ()) for each in side]
+    shared = shared_by_processes([array for direction in arrays for array in direction.values()])
+    if shared is None and reduce is None:
+        matrices = [
+            (_diagonal_of(each.precision) if each.diagonal else each.precision)._gram(*sides)
+            for each, sides in zip(requests, checked, strict=True)
+        ]
+    else:
+        terms = [
+            [_term_here(term, each, sides, shared) for term in _terms(each.precision)]
+            for each, sides in zip(requests, checked, strict=True)
+        ]
+        sums = [array for of_request in terms for _, parts in of_request for array in parts]
+        xp, dtype = (
+            namespace(sums=sums[0]),
+            reduction_dtype(checked[0][0].xp, **{str(k): each for k, each in enumerate(sums)}),
+        )
+        numbers = xp.concat([flat(xp, array, dtype) for array in sums])
+        numbers = numbers if shared is None else shared.total(numbers)
+        numbers = numbers if reduce is None else reduce(numbers)
+        ends = list(accumulate(math.prod(array.shape) for array in sums))
+        pieces = zip([0, *ends], ends, sums, strict=False)
+        totals = iter([xp.reshape(numbers[start:end], array.shape) for start, end, array in pieces])
+        matrices = [
+            sum(term._gram_of([next(totals) for _ in parts], xp, dtype) for term, parts in of_request)
+            for of_request in terms
+        ]
+    # Symmetric on paper, and then to the last bit.
+    return [
+        0.5 * (matrix + namespace(matrix=matrix).matrix_transpose(matrix)) if each.right is None else matrix
+        for each, matrix in zip(requests, matrices, strict=True)
+    ]
+
+
+def _diagonal_of(precision: Precision) -> Precision:
+    from became_core.precision.diagonal import Diagonal  # which is made of this module
+
+    return Diagonal._of_checked(precision.diagonal())
+
+
+def _term_here(
+    term: Precision, request: GramRequest, sides: tuple[Rows, Rows], shared: Shared | None
+) -> tuple[Precision, list[Array]]:
+    """Return this process's part of one term of a precision, and its sums over the process's parts of directions.
+
+    Where the caller has parts already, the term is one of parts.
+    """
+    if shared is None:
+        if term.couples and not request.diagonal:
+            raise BecameError(
+                f"a {type(term).__name__} precision couples entries of different parts, which no sum over the parts "
+                "shows; take a Diagonal, Isotropic or LowRank one."
+            )
+        term = _diagonal_of(term) if request.diagonal else term
+        return term, term._sums(*sides)
+    left, right = sides
+    layouts = {
+        name: shared.layout(
+            [each[name] for rows in {id(rows): rows for rows in sides}.values() for each in rows.directions]
+        )
+        for name in term.covered()
+    }
+    if request.diagonal:
+        is_whole = term.couples or isinstance(term, Isotropic)
+        term = _diagonal_of(term)._here(layouts) if is_whole else _diagonal_of(term._here(layouts))
+    else:
+        term = term._here(layouts)
+
+    def here(rows: Rows) -> Rows:
+        own = [
+            {
+                name: layout.embedded(each[name]) if term.couples else layout.share(each[name])
+                for name, layout in layouts.items()
+            }
+            for each in rows.directions
+        ]
+        return Rows(own, rows.xp, rows.dtype)
+
+    on_left = here(left)
+    return term, term._sums(on_left, on_left if right is left else here(right))
 
 
 @pytree
@@ -290,9 +460,11 @@ class Isotropic(Precision):
         return {f"the precision of '{name}'": value for name, value in self.amounts.items()}
 
     def _gram(self, left: Rows, right: Rows) -> Array:
-        xp = left.xp
-        amounts = {name: wide(xp, amount, left.dtype) for name, amount in self.amounts.items()}
-        return sum(xp.matmul(left.of(name) * amounts[name], xp.matrix_transpose(right.of(name))) for name in amounts)
+        amounts = {name: wide(left.xp, amount, left.dtype) for name, amount in self.amounts.items()}
+        return sum(inner_products(left.xp, left.of(name) * amounts[name], right.of(name)) for name in amounts)
+
+    def _here(self, layouts: Mapping[str, Any]) -> "Isotropic":
+        return Isotropic({name: whole("an amount", value) for name, value in self.amounts.items()}, self.shapes)
 
     def _times(self, vector: Params) -> Params:
         return {name: amount_in(self.amounts[name], u) * u for name, u in vector.items()}
@@ -384,6 +556,9 @@ class Sum(Precision):
 
     def _gram(self, left: Rows, right: Rows) -> Array:
         return sum(term._gram(left, right) for term in self.terms)
+
+    def _here(self, layouts: Mapping[str, Any]) -> "Sum":
+        return Sum(tuple(term._here(layouts) for term in self.terms))
 
     def _times(self, vector: Params) -> Params:
         total: Params = {}

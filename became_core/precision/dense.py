@@ -5,7 +5,8 @@ Convention: rows and columns are the parameters sorted by name, each flattened r
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from itertools import accumulate
+from typing import Any, ClassVar
 
 from became_core.arrays import Array, Params, check_values, namespace, pytree, static
 from became_core.errors import BecameError
@@ -19,7 +20,9 @@ from became_core.precision.vectors import (
     check_symmetric,
     embedded,
     identity,
+    inner_products,
     size,
+    whole,
     wide,
 )
 
@@ -45,6 +48,8 @@ class Dense(Precision):
         >>> precision.apply({"w": np.asarray([1.0, 0.0])})["w"].tolist()
         [2.0, 1.0]
     """
+
+    couples: ClassVar[bool] = True
 
     matrix: Array
     shapes: Mapping[str, Shape] = static()
@@ -104,8 +109,29 @@ class Dense(Precision):
 
     def _gram(self, left: Rows, right: Rows) -> Array:
         xp = left.xp
+        if not left.flattens:
+            return self._gram_by_blocks(left, right)
         u, v = (xp.concat([rows.of(name) for name in self.covered()], axis=1) for rows in (left, right))
         return xp.matmul(xp.matmul(u, wide(xp, self.matrix, left.dtype)), xp.matrix_transpose(v))
+
+    def _gram_by_blocks(self, left: Rows, right: Rows) -> Array:
+        """As ``_gram``, for parameters that keep their shapes: block by block of the matrix."""
+        xp, shapes = left.xp, self.covered()
+        starts = dict(zip(shapes, accumulate(map(size, shapes.values()), initial=0), strict=False))
+        total = None
+        for row, u_shape in shapes.items():
+            u, axes = left.of(row), tuple(range(len(u_shape)))
+            for column, v_shape in shapes.items():
+                across = slice(starts[row], starts[row] + size(u_shape))
+                along = slice(starts[column], starts[column] + size(v_shape))
+                block = xp.reshape(wide(xp, self.matrix, left.dtype)[across, along], (*u_shape, *v_shape))
+                times = xp.tensordot(u, block, axes=(tuple(axis + 1 for axis in axes), axes))
+                part = inner_products(xp, times, right.of(column))
+                total = part if total is None else total + part
+        return total
+
+    def _here(self, layouts: Mapping[str, Any]) -> "Dense":
+        return Dense(whole("the precision matrix", self.matrix), self.shapes)
 
     def _times(self, vector: Params) -> Params:
         xp, joined = self._joined(vector)

@@ -3,7 +3,7 @@
 Convention: the unit of a curvature, a mean or a sum over samples, is its maker's.
 """
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,10 +15,11 @@ from became_core.precision.vectors import (
     added,
     amount_in,
     check_amount,
-    check_diagonal,
+    check_diagonals,
     check_positive,
     diagonal_matrix,
     flat,
+    inner_products,
     parted,
     wide,
 )
@@ -48,8 +49,14 @@ class Diagonal(Precision):
 
     def __post_init__(self) -> None:
         """Check the values."""
-        for name, value in self.values.items():
-            check_diagonal(f"the precision of '{name}'", value)
+        check_diagonals(self._arrays())
+
+    @classmethod
+    def _of_checked(cls, values: Params) -> "Diagonal":
+        """The precision of values that follow from checked ones, so that they are not negative: without a check."""
+        precision = object.__new__(cls)
+        object.__setattr__(precision, "values", values)
+        return precision
 
     def covered(self) -> dict[str, Shape]:
         """Return the shapes of the parameters that have values."""
@@ -79,19 +86,20 @@ class Diagonal(Precision):
     def __mul__(self, factor: Array | float) -> "Diagonal":
         """Return the values times a number that is at least 0."""
         check_amount(factor, "a precision's factor")
-        return Diagonal({name: value * amount_in(factor, value) for name, value in self.values.items()})
+        return self._of_checked({name: value * amount_in(factor, value) for name, value in self.values.items()})
 
     def _arrays(self) -> dict[str, Array]:
         return {f"the precision of '{name}'": value for name, value in self.values.items()}
 
     def _gram(self, left: Rows, right: Rows) -> Array:
-        xp = left.xp
         total = None
         for name, value in self.values.items():
-            u, v = left.of(name), right.of(name)
-            part = xp.matmul(u * flat(xp, value, left.dtype), xp.matrix_transpose(v))
+            part = inner_products(left.xp, left.of(name) * left.like(value), right.of(name))
             total = part if total is None else total + part
         return total
+
+    def _here(self, layouts: Mapping[str, Any]) -> "Diagonal":
+        return self._of_checked({name: layouts[name].part(value) for name, value in self.values.items()})
 
     def _times(self, vector: Params) -> Params:
         return {name: self._flat(name, u) * u for name, u in vector.items()}
@@ -108,7 +116,11 @@ class Diagonal(Precision):
         return diagonal_matrix(xp, xp.concat([flat(xp, self.values[name], dtype) for name in sorted(self.values)]))
 
     def _combined(self, other: Precision) -> Precision | None:
-        return Diagonal(added(self.values, other.diagonal())) if isinstance(other, Diagonal | Isotropic) else None
+        if isinstance(other, Isotropic):  # its numbers, where there is something to add them to, and not arrays of them
+            others = {name: other.amounts[name] for name in self.values if name in other.amounts}
+            others |= {name: value for name, value in other.diagonal().items() if name not in self.values}
+            return self._of_checked(added(self.values, others))
+        return self._of_checked(added(self.values, other.values)) if isinstance(other, Diagonal) else None
 
     def _split(self, names: Collection[str]) -> tuple[Precision, Precision]:
         inside, outside = parted(self.values, names)

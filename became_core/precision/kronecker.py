@@ -7,7 +7,7 @@ output gradients. The unit, a mean or a sum over samples, is that of the product
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from became_core.arrays import Array, Params, check_values, device, namespace, pytree, static
 from became_core.errors import BecameError
@@ -22,8 +22,10 @@ from became_core.precision.vectors import (
     check_symmetric,
     embedded,
     identity,
+    inner_products,
     parted,
     size,
+    whole,
     wide,
 )
 
@@ -53,6 +55,8 @@ class Kronecker(Precision):
         >>> precision.diagonal()["w"].tolist()
         [[1.0, 2.0, 3.0], [1.0, 2.0, 3.0]]
     """
+
+    couples: ClassVar[bool] = True
 
     factors: Mapping[str, tuple[Array, Array]]
     damping: Params = field(default_factory=dict)
@@ -125,12 +129,23 @@ class Kronecker(Precision):
         return arrays | {f"the damping of '{name}'": value for name, value in self.damping.items()}
 
     def _gram(self, left: Rows, right: Rows) -> Array:
-        xp = left.xp
         total = None
         for name in self.factors:
-            part = xp.matmul(left.of(name), xp.matrix_transpose(self._block_times(name, right.of(name))))
+            part = self._block_gram(name, left, right)
             total = part if total is None else total + part
         return total
+
+    def _block_gram(self, name: str, left: Rows, right: Rows) -> Array:
+        xp, u, v = left.xp, left.of(name), right.of(name)
+        if left.flattens:
+            return xp.matmul(u, xp.matrix_transpose(self._block_times(name, v)))
+        u, v = (xp.reshape(rows, (rows.shape[0], *self._matrix_shape(name))) for rows in (u, v))
+        return inner_products(xp, u, self._matrix_times(name, v))
+
+    def _here(self, layouts: Mapping[str, Any]) -> "Kronecker":
+        labels = iter(self._arrays().items())
+        factors = {name: (whole(*next(labels)), whole(*next(labels))) for name in self.factors}
+        return Kronecker(factors, {name: whole(*next(labels)) for name in self.damping}, self.shapes)
 
     def _times(self, vector: Params) -> Params:
         return {name: self._block_times(name, u) for name, u in vector.items()}
@@ -184,10 +199,14 @@ class Kronecker(Precision):
     def _block_times(self, name: str, vectors: Array) -> Array:
         """G V A + damping V, for flat vectors [..., d_out * d_in]."""
         xp = namespace(vectors=vectors)
-        a, g = (wide(xp, factor, vectors.dtype) for factor in self.factors[name])
         v = xp.reshape(vectors, (*vectors.shape[:-1], *self._matrix_shape(name)))
-        product = xp.matmul(xp.matmul(g, v), a) + self._damping(name, a) * v
-        return xp.reshape(product, vectors.shape)
+        return xp.reshape(self._matrix_times(name, v), vectors.shape)
+
+    def _matrix_times(self, name: str, v: Array) -> Array:
+        """G V A + damping V, for matrices [..., d_out, d_in]."""
+        xp = namespace(v=v)
+        a, g = (wide(xp, factor, v.dtype) for factor in self.factors[name])
+        return xp.matmul(xp.matmul(g, v), a) + self._damping(name, a) * v
 
     def _by_spectrum(self, name: str, vector: Array, power: float) -> Array:
         """A power of the block, symmetric like the block itself, times a flat vector."""

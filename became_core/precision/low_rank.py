@@ -7,7 +7,7 @@ and C = I + W^T D^-1 W [r, r], all that needs an inverse is exact (Woodbury; the
     log det = log det D + log det C
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from became_core.arrays import Array, Params, check_values, device, namespace, p
 from became_core.errors import BecameError
 from became_core.precision.base import Isotropic, Precision
 from became_core.precision.diagonal import Diagonal
-from became_core.precision.vectors import Rows, Shape, amount_in, check_amount, flat, identity, size, wide
+from became_core.precision.vectors import Rows, Shape, amount_in, check_amount, flat, identity, size, whole, wide
 
 __all__ = ["LowRank"]
 
@@ -104,13 +104,33 @@ class LowRank(Precision):
         return {"the scales": self.scales, **factors, **self.diagonal_part._arrays()}
 
     def _gram(self, left: Rows, right: Rows) -> Array:
-        xp, dtype = left.xp, left.dtype
-        u, v = (
-            sum(xp.matmul(rows.of(name), self._columns(name, xp, dtype)) for name in self.covered())
-            for rows in (left, right)
-        )
-        scaled = u * wide(xp, self.scales, dtype)
-        return self.diagonal_part._gram(left, right) + xp.matmul(scaled, xp.matrix_transpose(v))
+        return self._gram_of(self._sums(left, right), left.xp, left.dtype)
+
+    def _sums(self, left: Rows, right: Rows) -> list[Array]:
+        # What is linear in a direction is summed over its parameters before it is multiplied by the other one's.
+        sides = (left,) if left is right else (left, right)
+        return [self.diagonal_part._gram(left, right), *(self._along(rows) for rows in sides)]
+
+    def _gram_of(self, sums: Sequence[Array], xp: Any, dtype: Any) -> Array:
+        scaled = sums[1] * wide(xp, self.scales, dtype)
+        return sums[0] + xp.matmul(scaled, xp.matrix_transpose(sums[-1]))
+
+    def _along(self, rows: Rows) -> Array:
+        """The directions' coefficients along U's columns, [K, r]."""
+        if rows.flattens:
+            return sum(
+                rows.xp.matmul(rows.of(name), self._columns(name, rows.xp, rows.dtype)) for name in self.covered()
+            )
+        total = rows.xp.zeros((len(rows.directions), self.scales.shape[0]), dtype=rows.dtype)
+        for name, factor in self.factors.items():
+            axes = tuple(range(factor.ndim - 1))
+            of_shape = (tuple(axis + 1 for axis in axes), axes)
+            total = total + rows.xp.tensordot(rows.of(name), wide(rows.xp, factor, rows.dtype), axes=of_shape)
+        return total
+
+    def _here(self, layouts: Mapping[str, Any]) -> "LowRank":
+        factors = {name: layouts[name].part(value) for name, value in self.factors.items()}
+        return LowRank(factors, whole("the scales", self.scales), self.diagonal_part._here(layouts))
 
     def _times(self, vector: Params) -> Params:
         xp, dtype = _kind(vector)
@@ -155,17 +175,25 @@ class LowRank(Precision):
         diagonal = self.diagonal_part + other.diagonal_part
         factors = {}
         for name, shape in diagonal.covered().items():
-            columns = xp.concat([one._columns(name, xp, dtype, size(shape)) for one in (self, other)], axis=1)
-            factors[name] = xp.reshape(columns, (*shape, columns.shape[1]))
+            columns = []
+            for one, another in ((self, other), (other, self)):
+                rank = (*shape, one.scales.shape[0])
+                if name in one.factors:
+                    columns.append(wide(xp, one.factors[name], dtype))
+                elif name in another.factors:  # zeros that are cut among processes as those are
+                    columns.append(xp.broadcast_to(wide(xp, another.factors[name][..., :1] * 0, dtype), rank))
+                else:
+                    columns.append(xp.zeros(rank, dtype=dtype, device=device(self.scales)))
+            factors[name] = xp.concat(columns, axis=-1)
         scales = xp.concat([wide(xp, one.scales, dtype) for one in (self, other)], axis=0)
         return LowRank(factors, scales, diagonal)  # type: ignore[arg-type]
 
     def _joint(self) -> Iterable[str]:
         return self.covered()
 
-    def _columns(self, name: str, xp: Any, dtype: Any, rows: int | None = None) -> Array:
+    def _columns(self, name: str, xp: Any, dtype: Any) -> Array:
         """A parameter's rows of U, [rows, r]; zeros if it has no factor."""
-        shape = (size(self.covered()[name]) if rows is None else rows, self.scales.shape[0])
+        shape = (size(self.covered()[name]), self.scales.shape[0])
         if name not in self.factors:
             return xp.zeros(shape, dtype=dtype, device=device(self.scales))
         return wide(xp, xp.reshape(self.factors[name], shape), dtype)

@@ -10,7 +10,16 @@ from itertools import accumulate
 from numbers import Real
 from typing import Any
 
-from became_core.arrays import Array, Params, check_values, device, namespace, reduction_dtype
+from became_core.arrays import (
+    Array,
+    Params,
+    check_values,
+    device,
+    namespace,
+    on_host,
+    reduction_dtype,
+    shared_by_processes,
+)
 from became_core.errors import BecameError
 
 __all__ = [
@@ -21,14 +30,17 @@ __all__ = [
     "amount_in",
     "check_amount",
     "check_diagonal",
+    "check_diagonals",
     "check_positive",
     "check_symmetric",
     "diagonal_matrix",
     "embedded",
     "flat",
     "identity",
+    "inner_products",
     "parted",
     "size",
+    "whole",
     "wide",
 ]
 
@@ -52,20 +64,59 @@ class Shapes(dict[str, Shape]):
 
 @dataclass(frozen=True)
 class Rows:
-    """K directions, read parameter by parameter, so that no copy is larger than K times one parameter."""
+    """K directions, read parameter by parameter, so that no copy is larger than K times one parameter.
+
+    Attributes:
+        directions: the directions.
+        xp: their namespace.
+        dtype: of the computation.
+        flattens: whether parameters are read as vectors. Those that a compiler may spread over several devices keep
+            their shapes.
+    """
 
     directions: Sequence[Params]
     xp: Any
     dtype: Any
+    flattens: bool = True
 
     def of(self, name: str) -> Array:
-        """Return one parameter of each direction, [K, size]."""
-        return self.xp.stack([flat(self.xp, direction[name], self.dtype) for direction in self.directions], axis=0)
+        """Return one parameter of each direction, [K, size], or [K, *shape] if it keeps its shape."""
+        return self.xp.stack([self.like(direction[name]) for direction in self.directions], axis=0)
+
+    def like(self, array: Array) -> Array:
+        """Return an array of a parameter's shape as its rows are."""
+        return flat(self.xp, array, self.dtype) if self.flattens else wide(self.xp, array, self.dtype)
+
+
+def inner_products(xp: Any, left: Array, right: Array) -> Array:
+    """Return the inner products of K and of K' arrays, [K, ...] and [K', ...] to [K, K'].
+
+    Arrays keep their shapes, so that each device can sum what it has of them.
+    """
+    if left.ndim <= 2:
+        return xp.matmul(left, xp.matrix_transpose(right))
+    axes = tuple(range(1, left.ndim))
+    return xp.tensordot(left, right, axes=(axes, axes))
 
 
 def wide(xp: Any, array: Array, dtype: Any) -> Array:
     """Return an array in the dtype of the computation."""
     return xp.astype(array, dtype, copy=False)
+
+
+def whole(label: str, array: Array) -> Array:
+    """Return an array that every process must have whole, as this process has it.
+
+    Raises:
+        BecameError: if processes share it.
+    """
+    shared = shared_by_processes([array])
+    if shared is None:
+        return array
+    part = shared.layout([array]).part(array)
+    if tuple(part.shape) != tuple(array.shape):
+        raise BecameError(f"{label} is shared by processes, each of which needs it whole; replicate it.")
+    return part
 
 
 def flat(xp: Any, array: Array, dtype: Any) -> Array:
@@ -138,11 +189,28 @@ def amount_in(amount: Array | float, like: Array) -> Any:
 
 def check_diagonal(label: str, values: Array) -> None:
     """Raise a BecameError that names the array if an entry is negative or not a number."""
-    xp = namespace(values=values)
-    # `not (x >= 0)` rather than `x < 0`: the comparison is false for a NaN too.
-    check_values(
-        xp.all(values >= 0), f"{label} has negative or NaN entries; a curvature's diagonal must be at least 0."
-    )
+    check_diagonals({label: values})
+
+
+def check_diagonals(diagonals: Mapping[str, Array]) -> None:
+    """Raise a BecameError that names the first array, by label, with an entry that is negative or not a number.
+
+    Arrays that processes share are checked with one reduction for all of them.
+    """
+    message = "{} has negative or NaN entries; a curvature's diagonal must be at least 0."
+    shared = shared_by_processes(list(diagonals.values()))
+    if shared is None:
+        for label, values in diagonals.items():
+            # `not (x >= 0)` rather than `x < 0`: the comparison is false for a NaN too.
+            check_values(namespace(values=values).all(values >= 0), message.format(label))
+        return
+    parts = {label: shared.layout([values]).part(values) for label, values in diagonals.items()}
+    xp = namespace(**parts)
+    sound = xp.stack([xp.all(part >= 0) for part in parts.values()])
+    failures = on_host(shared.total(1 - xp.astype(sound, xp.float32)))
+    for label, count in zip(diagonals, failures, strict=True):
+        if count:
+            raise BecameError(message.format(label))
 
 
 def check_positive(label: str, values: Array) -> None:

@@ -34,7 +34,8 @@ class FinishedTask(Protocol):
     def gradient_grams(self) -> Params:
         """Return, for each weight that can be protected, the mean over batches of G^T G, [d_in, d_in].
 
-        G [d_out, d_in] is the gradient of a batch's mean loss.
+        G [d_out, d_in] is the gradient of a batch's mean loss, without dropout, and with the batch statistics of
+        normalisation layers as constants. It is the mean of the samples' own gradients, which do not exist otherwise.
         """
 
     def logit_gradients(self, count: int) -> Iterator[Params]:
@@ -71,7 +72,10 @@ class TaskStart(Protocol):
         """Return the generator of random numbers that belongs to the run's seed, the purpose and the task."""
 
     def gradients(self) -> Params:
-        """Return the gradient of the task's mean loss by every projectable weight, at ``weights``."""
+        """Return the gradient of the task's mean loss by every projectable weight, at ``weights``.
+
+        There is no dropout, and batch statistics of normalisation layers are constants.
+        """
 
     def inputs(self, theta: Params) -> Params:
         """Return each layer's inputs for a few samples at other weights, [samples, positions, d_in], by weight."""
@@ -143,8 +147,17 @@ class Projector(ABC):
     alone: ClassVar[str] = ""
     """Why the projector cannot be combined with a method or another projector; empty if it can."""
 
+    needs_own_heads: ClassVar[str] = ""
+    """Why every task must have a head of its own; empty if tasks may share one."""
+
+    needs_labels: ClassVar[str] = ""
+    """Why targets must be labels; empty if they may be numbers."""
+
     stages: ClassVar[int] = 1
     """How many stages the projector trains a task in, 1 or 2; ``between_stages`` is called between two stages."""
+
+    retraining_rate: float = 1.0
+    """What the learning rate of the second of a projector's own two stages is multiplied by."""
 
     protects_all: ClassVar[bool] = False
     """Whether every shared parameter is protected; if not, only matrices are, and the rest is frozen or penalised."""

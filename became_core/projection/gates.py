@@ -18,6 +18,8 @@ __all__ = ["GatedRegion", "GatedView", "filled", "spread"]
 
 # An embedding outside [-LARGEST, LARGEST] has the gate of the nearest end, as in the published code.
 LARGEST = 6.0
+# In the published compensation of gradients (eq. 4), |s e| is at most this.
+LARGEST_EXPONENT = 50.0
 
 
 @pytree
@@ -64,6 +66,7 @@ class GatedRegion(Region):
         steepness: s, 0-d.
         sharpness: s_max.
         sparsity: c.
+        clamped: whether embeddings and their gradients have the clamps of the published code.
     """
 
     scales: Params
@@ -71,6 +74,7 @@ class GatedRegion(Region):
     steepness: Array
     sharpness: float = static()
     sparsity: float = static()
+    clamped: bool = static(default=False)
 
     anneals: ClassVar[bool] = True
 
@@ -80,9 +84,13 @@ class GatedRegion(Region):
         return frozenset(key.rpartition("@")[0] for key in self.scales)
 
     def annealed(self, progress: float) -> Self:
-        """Return the region for one batch of an epoch: s rises from 1 / s_max at progress 0 to s_max at 1."""
+        """Return the region for one batch of an epoch: s rises from 1 / s_max at progress 0 to s_max at 1.
+
+        If the region is clamped, embeddings that the last step has moved out of [-LARGEST, LARGEST] are put back.
+        """
         steepness = 1 / self.sharpness + (self.sharpness - 1 / self.sharpness) * progress
-        return replace(self, steepness=filled(self.scales, steepness))
+        scales = {key: _clipped(scale) for key, scale in self.scales.items()} if self.clamped else self.scales
+        return replace(self, scales=scales, steepness=filled(scales, steepness))
 
     def with_scales(self, scales: Params) -> Self:
         """Return the region with other embeddings."""
@@ -135,11 +143,28 @@ class GatedRegion(Region):
             result[name] = xp.reshape(g * by_column, gradient.shape)
             by_gate = xp.sum(xp.reshape(xp.sum(g * w, axis=0), (gate.shape[0], -1)), axis=1)
             by_gate = by_gate + self.sparsity * self.unused[key] / free_units
+            if self.clamped:
+                result[key] = by_gate * self._clamped_derivative(self.scales[key])
+                continue
             # The true derivative of a gate, s sigmoid'(s e), nearly vanishes at both ends of the annealing. By eq. 4,
             # s_max sigmoid'(e) takes its place, with sigmoid'(e) = (1 - tanh(e / 2)^2) / 4.
             half = xp.tanh(0.5 * _clipped(self.scales[key]))
             result[key] = by_gate * self.sharpness * (1 - half * half) / 4
         return result
+
+    def _clamped_derivative(self, embedding: Array) -> Array:
+        """Return what takes the place of the derivative of a gate by its embedding, as the published code computes it.
+
+        It is s a (1 - a) times the factor of eq. 4. It vanishes where a is rounded to 1, which in single precision is
+        for s e above 17, and where s e is far below -50, from where on the factor no longer grows.
+        """
+        xp: Any = namespace(embedding=embedding)
+        inner = self.steepness * embedding
+        small = xp.exp(-xp.abs(inner))  # at most 1, so that nothing overflows
+        gate = xp.where(inner >= 0, xp.ones_like(small), small) / (1 + small)
+        numerator = _cosh(xp.clip(inner, -LARGEST_EXPONENT, LARGEST_EXPONENT)) + 1
+        factor = self.sharpness / self.steepness * (numerator / (_cosh(embedding) + 1))
+        return self.steepness * (gate * (1 - gate)) * factor
 
     def _free_units(self) -> Array:
         """Return the number of units that no old task uses, or 1 if there is none, so that it can be divided by."""
@@ -156,6 +181,11 @@ def spread(gate: Array, columns: int) -> Array:
     xp: Any = namespace(gate=gate)
     units = int(gate.shape[0])
     return xp.reshape(xp.broadcast_to(gate[:, None], (units, columns // units)), (columns,))
+
+
+def _cosh(values: Array) -> Array:
+    xp: Any = namespace(values=values)
+    return (xp.exp(values) + xp.exp(-values)) / 2
 
 
 def _clipped(embedding: Array) -> Array:

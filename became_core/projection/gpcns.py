@@ -15,6 +15,14 @@ is at most epsilon_t of the total. A weight with a single gradient direction is 
 
 What differs: the memory has Gram matrices instead of stacks, sum G^T G and sum V V^T, both [d_in, d_in] for any number
 of tasks. A singular value that is rounding beside the largest one counts as 0.
+
+The gradients differ too. The published code has those that the last training step left behind: of its last batch, which
+is smaller than the others, with dropout, through the batch statistics, and, from the second task on, already projected.
+Here they are of the samples that a projector remembers a task by, 125 for example, batch by batch, at the weights of
+the end, without dropout, not projected, with batch statistics as constants. A projector sees only what a learner can
+measure at finished weights, so that merged weights can be remembered as well. The measured effect, as directions after
+two tasks of CIFAR-100, by the published gradients and by ours: conv2 218 and 351, conv3 313 and 443, fc1 23 and 157,
+fc2 23 and 159. So ours protects more of the wide layers.
 """
 
 from dataclasses import dataclass, field

@@ -70,6 +70,7 @@ class OGD(Projector):
     directions: Params = field(default_factory=dict)
 
     protects_all: ClassVar[bool] = True
+    needs_labels: ClassVar[str] = "it remembers gradients of the true class's logit"
 
     def __post_init__(self) -> None:
         """Check the numbers."""

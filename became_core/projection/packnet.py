@@ -10,6 +10,11 @@ A weight that belongs to a task does not move in later tasks, so they do not cha
 network, to the bit. Biases and normalisation are trained with the first task and then frozen. Running statistics of
 normalisation layers, if the network has them, are not weights: later tasks do change them.
 
+What differs: the published script gives the share pruned at each task by hand, by how many tasks there are (such as
+0.5, 0.75, 0.75 for four), and retrains at a tenth of the learning rate. Here the share is one number for all tasks, so
+that 1/2 leaves 1/1024 of the weights free after ten; ``equal_shares`` chooses it by the number of tasks, (T - t) / (T -
+t + 1) at task t of T, which gives each task 1/T of the weights. ``retraining_rate`` is the factor of the rate.
+
 Convention: the owner of a free weight is 0; the owner of any other weight is the number of its task, counted from 1.
 """
 
@@ -20,7 +25,7 @@ from typing import Any, ClassVar, Self
 
 from became_core.arrays import Array, Params, namespace, pytree, static
 from became_core.errors import BecameError
-from became_core.projection.base import FinishedTask, Projector, View, integers
+from became_core.projection.base import FinishedTask, Projector, TaskStart, View, integers
 from became_core.registry import setting
 
 __all__ = ["MaskedView", "PackNet"]
@@ -37,13 +42,17 @@ class PackNet(Projector):
 
     Attributes:
         share: the share of a layer's free weights that is pruned at each task, p in the paper; in [0, 1).
+        equal_shares: whether every task keeps an equal number of weights, none being left free after the last one;
+            ``share`` is then not used.
+        retraining_rate: what the learning rate is multiplied by after pruning; above 0. The published code has 0.1.
         tasks: how many tasks the memory has.
+        expected: how many tasks there are in all; 0 until ``prepare`` is told.
         retrains: whether the next task is in its second stage, in which its own weights move; in the first stage, the
             free ones move.
         owners: the owner of each entry, uint8, in the shape of its weight.
 
     Raises:
-        BecameError: if the share is not in its range.
+        BecameError: if the share or the rate is not in its range.
 
     Examples:
         >>> import numpy as np
@@ -53,17 +62,37 @@ class PackNet(Projector):
     """
 
     share: float = setting(0.5, option="packnet_share")
+    equal_shares: bool = setting(False, option="packnet_even")
+    retraining_rate: float = setting(1.0, option="packnet_retraining")
     tasks: int = static(default=0)
+    expected: int = static(default=0)
     retrains: bool = static(default=False)
     owners: Params = field(default_factory=dict)
 
     alone: ClassVar[str] = "masks protect every weight that is in use"
+    needs_own_heads: ClassVar[str] = (
+        "a task works with a mask of its own, and a head that later tasks train would no longer fit the weights that "
+        "it keeps"
+    )
     stages: ClassVar[int] = 2
 
     def __post_init__(self) -> None:
         """Check the share."""
         if not 0 <= self.share < 1:
             raise BecameError(f"PackNet prunes a share of {self.share}; it must be at least 0 and below 1.")
+        if not 0 < self.retraining_rate < math.inf:
+            raise BecameError(f"PackNet retrains at {self.retraining_rate} of the learning rate; it must be above 0.")
+
+    def prepare(self, start: TaskStart) -> Self:
+        """Return the projector with the number of tasks, which equal shares depend on."""
+        return replace(self, expected=len(start.heads))
+
+    def _pruned_share(self) -> float:
+        """Return the share of the free weights that is pruned at the next task."""
+        if not self.equal_shares:
+            return self.share
+        later = max(self.expected - self.tasks - 1, 0)
+        return later / (later + 1)
 
     def project(self, updates: Params) -> Params:
         """Return the updates, set to zero for each entry of a weight that the present stage may not move."""
@@ -97,14 +126,14 @@ class PackNet(Projector):
         """
         if self.tasks >= MOST_TASKS:
             raise BecameError(f"PackNet's masks tell {MOST_TASKS} tasks apart; there is one more.")
-        owners, weights = {}, dict(theta)
+        owners, weights, share = {}, dict(theta), self._pruned_share()
         for name in sorted(projectable):
             weight = theta[name]
             xp: Any = namespace(weight=weight)
             owner = self.owners.get(name)
             if owner is None:
                 owner = xp.zeros_like(weight, dtype=xp.uint8)
-            survives = _largest(weight, owner == 0, self.share)
+            survives = _largest(weight, owner == 0, share)
             owners[name] = xp.where(survives, xp.zeros_like(owner) + (self.tasks + 1), owner)
             weights[name] = xp.where(owners[name] > 0, weight, xp.zeros_like(weight))
         return replace(self, owners=owners, retrains=True), weights

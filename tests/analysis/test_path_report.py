@@ -4,9 +4,12 @@ from pathlib import Path
 
 import pytest
 
-from adapters.analysis.path_report import regret
+from adapters.analysis.bootstrap import Estimate
+from adapters.analysis.path_report import regret, regret_table
+from adapters.cli.__main__ import main as became
 from adapters.cli.main import main
 from adapters.torch.run import BACKEND
+from tests.analysis.runs import path, run
 
 PATHS = [
     {
@@ -48,3 +51,38 @@ def test_a_traced_run_ends_with_its_report(tmp_path: Path, capsys: pytest.Captur
         "grid, by loss",
     ):
         assert name in shown
+
+
+def test_the_regret_of_each_merge_is_how_far_its_best_traced_point_is() -> None:
+    """The parabola of a path has its minimum at 1/2, where the constant 1/2 has no regret, and 0 has a quarter."""
+    kinds = ("exact", "exact, with gradient", "secant", "batch", "diagonal", "kronecker", "diagonal, without head")
+    sides = {side: {kind: [-1.0, 1.0] for kind in kinds} for side in ("new", "old")}
+    traced = run(alpha=[None, 0.25, 0.5], paths=[path() | sides, path() | sides])
+    cells = {str(row[0]): row[1:] for row in regret_table(traced, "loss").rows}
+    numbers = {name: [cell.values[0] for cell in row if isinstance(cell, Estimate)] for name, row in cells.items()}
+    assert numbers["constant 0.5"] == pytest.approx([0.0, 0.0, 0.0])
+    assert numbers["constant 0"] == pytest.approx([0.25, 0.25, 0.25])
+    assert numbers["the run"] == pytest.approx([0.0625, 0.0, 0.03125])
+    by_accuracy = {str(row[0]): row[-1] for row in regret_table(traced, "accuracy").rows}
+    assert isinstance(by_accuracy["constant 1"], Estimate)
+    assert by_accuracy["constant 1"].values[0] == pytest.approx(1.25)
+
+
+def test_paths_of_finished_runs_are_tables_and_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--epochs", "1", "--stage2-epochs", "1", "--curvature-samples", "32", "--batch-size", "64", "--quiet"]
+    arguments += ["--first", "2", "--methods", "became", "--path-points", "3", "--out", str(tmp_path / "out")]
+    assert main(BACKEND, arguments) == 0
+    capsys.readouterr()
+    assert became(["paths", str(tmp_path / "out")]) == 0
+    shown = capsys.readouterr().out
+    for words in ("the truth along the merging paths", "regret in points of accuracy, merge by merge", "the run"):
+        assert words in shown
+    figure = tmp_path / "out" / "paths-became-seed0.svg"
+    assert str(figure) in shown
+    assert b"<svg" in figure.read_bytes()[:400]
+
+
+def test_runs_that_traced_nothing_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(BACKEND, ["--epochs", "1", "--first", "2", "--methods", "finetune", "--out", str(tmp_path)]) == 0
+    assert became(["paths", str(tmp_path)]) == 2
+    assert "no run in these folders has traced its merging paths; run with --path-points 11" in capsys.readouterr().err

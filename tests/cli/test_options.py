@@ -128,7 +128,7 @@ def test_what_another_package_registers_is_listed_explained_and_completed(instal
     assert ["tiny", "eight units"] in lines
     assert ["digits", "2 tasks, groups of the classes of 5,000 digits of MNIST; presets quick"] in lines
     assert "--caution" in became(installed, "run", "--help")
-    shown = " ".join(became(installed, "run", "--help-all").split())
+    shown = " ".join(became(installed, "run", "--help-all").replace("│", " ").split())  # whatever the width
     assert "--caution FLOAT By how much more. (cautious; default: 0.01)" in shown
     assert "--thrift INT How thrifty it is. (thrifty)" in shown
     script = became(installed, "--tyro-write-completion", "bash", "-")
@@ -271,7 +271,7 @@ def test_registered_names_are_completed(script: str) -> None:
     assert completions(script, "--projector") == list(projector_names())
     assert completions(script, "--benchmark") == list(BENCHMARKS.names)
     assert completions(script, "--network") == list(NETWORKS.names)
-    assert completions(script, "--preset") == ["demo", "quick", "paper", "nscl"]
+    assert completions(script, "--preset") == ["demo", "quick", "paper", "original", "nscl"]
     assert completions(script, "--tracker") == ["none", *TRACKERS]
     assert set(completion(script)) >= {f"--{name.replace('_', '-')}" for name in options()}
 

@@ -7,7 +7,8 @@ import pytest
 from adapters.networks import NETWORKS, BatchNorm, Convolution, GroupNorm, build_network, is_statistic
 from became_core import BecameError
 
-SMALLEST = {"alexnet": 22, "mlp": 1, "resnet18": 17}
+# The networks of images, and the side of the smallest image of each.
+SMALLEST = {"alexnet": 22, "mlp": 1, "preact_resnet18": 1, "resnet18": 17}
 
 
 def shapes_of(name: str, *image: int) -> dict[str, tuple[int, ...]]:
@@ -16,14 +17,14 @@ def shapes_of(name: str, *image: int) -> dict[str, tuple[int, ...]]:
     return {name: parameter.shape for name, parameter in network.parameters.items()}
 
 
-@pytest.mark.parametrize("name", NETWORKS.names)
+@pytest.mark.parametrize("name", sorted(SMALLEST))
 def test_only_batch_norm_has_biases(name: str) -> None:
     network = build_network(name, (3, 32, 32))
     norms = {layer.name for layer in network.tapped if isinstance(layer, BatchNorm)}
     assert {n for n in network.parameters if n.endswith("bias")} == {f"{norm}.bias" for norm in norms}
 
 
-@pytest.mark.parametrize("name", ["alexnet", "resnet18"])
+@pytest.mark.parametrize("name", ["alexnet", "preact_resnet18", "resnet18"])
 def test_kinds_of_normalisation_differ_in_layers_and_names_alone(name: str) -> None:
     batch, running, group = (build_network(name, (3, 32, 32), norm) for norm in ("batch", "running", "group"))
     assert len({len(network.steps) for network in (batch, running, group)}) == 1
@@ -75,7 +76,21 @@ def test_resnet18_has_the_published_layers_and_size() -> None:
     assert sum(map(prod, shapes.values())) == 1_093_140
 
 
-@pytest.mark.parametrize("name", NETWORKS.names)
+def test_preact_resnet18_has_the_published_layers_and_size() -> None:
+    """Without heads, 11.2 M: 17 3x3 convolutions, 3 of shortcuts without norm, and 17 batch norms."""
+    network, shapes = build_network("preact_resnet18", (3, 32, 32)), shapes_of("preact_resnet18", 3, 32, 32)
+    assert network.width == build_network("preact_resnet18", (3, 64, 64)).width == 512
+    assert sum(isinstance(layer, Convolution) for layer in network.tapped) == 17 + 3
+    assert sum(isinstance(layer, BatchNorm) for layer in network.tapped) == 17
+    strided = [shape[1] for layer, shape in network.steps if isinstance(layer, Convolution) and layer.stride == 2]
+    assert strided == [32, 32, 16, 16, 8, 8]
+    kernels = 9 * (3 * 64 + 4 * 64**2 + 64 * 128 + 3 * 128**2 + 128 * 256 + 3 * 256**2 + 256 * 512 + 3 * 512**2)
+    shortcuts = 64 * 128 + 128 * 256 + 256 * 512
+    norms = 2 * (4 * 64 + (64 + 3 * 128) + (128 + 3 * 256) + (256 + 3 * 512) + 512)
+    assert sum(map(prod, shapes.values())) == kernels + shortcuts + norms == 11_167_040
+
+
+@pytest.mark.parametrize("name", sorted(SMALLEST))
 def test_a_network_takes_the_smallest_images_it_promises(name: str) -> None:
     side = SMALLEST[name]
     assert build_network(name, (3, side, side + 5)).width > 0
@@ -85,5 +100,5 @@ def test_a_network_takes_the_smallest_images_it_promises(name: str) -> None:
 
 
 def test_an_unknown_network_is_named_with_those_there_are() -> None:
-    with pytest.raises(BecameError, match="there is no network 'vgg'; choose from alexnet, mlp, resnet18"):
+    with pytest.raises(BecameError, match=f"no network 'vgg'; choose from {', '.join(sorted(NETWORKS.names))}"):
         build_network("vgg", (3, 32, 32))

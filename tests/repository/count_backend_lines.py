@@ -15,8 +15,23 @@ ADAPTERS = Path(__file__).parents[2] / "adapters"
 LIMIT = 250
 
 PARTS: dict[str, dict[str, tuple[str, ...]]] = {
-    "jax": {"learner": ("learner",), "layers": ("layers",), "own models": ("flax_module",), "command": ("run",)},
-    "tensorflow": {"learner": ("learner",), "layers": ("layers",), "own models": ("keras_model",), "command": ("run",)},
+    "jax": {
+        "learner": ("learner",),
+        "layers": ("layers",),
+        "own models": ("flax_module",),
+        "own loops": ("graph", "tapping"),
+        "command": ("run",),
+    },
+    "tensorflow": {
+        "learner": ("learner",),
+        "layers": ("layers",),
+        "own models": ("keras_model",),
+        "own loops": (
+            *("batches", "checking", "continual", "data_loss", "derivatives"),
+            *("graph", "parameters", "steps", "tapping", "traced"),
+        ),
+        "command": ("run",),
+    },
     "torch": {
         "learner": ("learner", "linear"),
         "layers": ("layers", "networks"),

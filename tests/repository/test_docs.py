@@ -6,6 +6,7 @@ Convention: a name in code is an option if it begins with ``--``, a class if it 
 import ast
 import importlib
 import re
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -52,15 +53,16 @@ def fields_of_commands() -> set[str]:
     return options | {"--help", "--help-all", "--tyro-write-completion"}
 
 
-def classes() -> set[str]:
+@cache
+def classes() -> frozenset[str]:
     """The names of all classes in the repository's packages."""
-    return {
+    return frozenset(
         node.name
         for package in ("became_core", "adapters")
         for file in (ROOT / package).rglob("*.py")
         for node in ast.walk(ast.parse(text(file)))
         if isinstance(node, ast.ClassDef)
-    }
+    )
 
 
 @pytest.mark.parametrize("page", PAGES, ids=NAMES)

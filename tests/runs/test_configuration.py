@@ -253,12 +253,23 @@ def test_a_record_gives_the_configuration_back(values: dict[str, Any], method: s
 
 def test_every_option_is_drawn_by_these_properties() -> None:
     """All but those of one method or projector, which are drawn by those of another of their type."""
-    others = {"benchmark", "optimiser", "momentum", "nscl_ratio", "ogd_samples", "ogd_capacity", "grid_points"}
-    others |= {"ewc_strength", "packnet_share", "hat_sharpness", "hat_sparsity"}
+    others = {"benchmark", "optimiser", "momentum", "nscl_ratio", "nscl_floored", "ogd_samples", "ogd_capacity"}
+    others |= {"ewc_strength", "packnet_share", "packnet_even", "packnet_retraining", "grid_points"}
+    others |= {"hat_sharpness", "hat_sparsity", "hat_clamped"}
+    others |= {"task_column", "target_column", "target_kind", "head", "context"}
     assert set(options()) == set(VALUES) | others
     kinds = {get_origin(option.type) or option.type for name, option in options().items() if name in VALUES}
     assert {get_origin(options()[name].type) or options()[name].type for name in others} <= kinds
     assert len(get_args(options()["optimiser"].type)) == 2
+
+
+def test_settings_of_a_benchmark_are_recorded_with_its_runs_alone() -> None:
+    configuration = configured("gpm", benchmark="tabular", task_column="street", head="own")
+    values = configuration.to_json()
+    assert (values["task_column"], values["target_column"], values["head"]) == ("street", "target", "own")
+    assert Configuration.from_json(values, "gpm") == configuration
+    assert "street" in command_words(configuration, "gpm")
+    assert "task_column" not in configured("gpm", task_column="street").to_json()
 
 
 def test_the_shortest_command_that_repeats_runs_is_found_from_their_record() -> None:

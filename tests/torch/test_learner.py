@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from adapters.networks import Norm, build_network
 from adapters.torch.learner import TorchLearner
 from adapters.torch.run import build_learner
 from became_core import BecameError, LaplacePosterior
@@ -276,3 +277,13 @@ def test_a_projector_that_can_protect_little_says_so() -> None:
     short = Training(Annealed(0.05, 1), Annealed(0.05, 1), batch_size=16)
     with pytest.warns(UserWarning, match="100 % of the shared weights stand still in stage 1 of this and later tasks"):
         learn(learner, stream.first(2), build_method("gpm"), short)
+
+
+@pytest.mark.parametrize(("norm", "mixes"), [("batch", True), ("running", False), ("group", False)])
+def test_a_network_mixes_samples_if_it_normalises_by_the_batch_in_evaluation(norm: Norm, mixes: bool) -> None:
+    stream = prototype_stream(tasks=2, channels=1, side=24, per_class=4)
+    learner = TorchLearner(build_network("alexnet", (1, 24, 24), norm), stream)
+    assert learner.mixes_samples is mixes
+    rows = stream.dataset.images.shape[0] - 1 - np.arange(6)
+    apart, together = learner.logits(rows[:3], 3), learner.logits(rows, 6)[:3]
+    assert torch.allclose(apart, together, rtol=1e-4, atol=1e-5) is not mixes

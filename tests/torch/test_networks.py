@@ -5,7 +5,8 @@ import copy
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional
 
 from adapters.networks import NETWORKS, Architecture, BatchNorm, Flatten, Linear, build_network, initial_values
 from adapters.torch.networks import Described, Dropout, MultiHead, draw_masks_from
@@ -97,3 +98,32 @@ def test_evaluation_drops_nothing() -> None:
     layer = Dropout(0.5).eval()
     inputs = torch.randn(5)
     assert layer(inputs) is inputs
+
+
+@torch.no_grad()
+def test_preact_resnet18_computes_what_its_paper_has() -> None:
+    """Written out by PyTorch's functions: the shortcut begins behind a block's first norm."""
+    described = Described(build_network("preact_resnet18", (3, 8, 8)))
+    weights = dict(described.named_parameters())
+
+    def norm(x: Tensor, name: str) -> Tensor:
+        return functional.batch_norm(x, None, None, weights[f"{name}.weight"], weights[f"{name}.bias"], training=True)
+
+    def convolution(x: Tensor, name: str, stride: int = 1) -> Tensor:
+        weight = weights[f"{name}.weight"]
+        return functional.conv2d(x, weight, stride=stride, padding=weight.shape[-1] // 2)
+
+    for value in weights.values():  # norms have weights of 1 and 0 at first
+        value.add_(0.1 * torch.rand(value.shape, generator=torch.Generator().manual_seed(value.numel())))
+    images = torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    x = convolution(images, "conv1")
+    for stage in range(1, 5):
+        for index in range(2):
+            name, stride = f"stage{stage}.{index}", 2 if stage > 1 and index == 0 else 1
+            x = norm(x, f"{name}.bn1")
+            inner = x.relu()
+            shortcut = x if stride == 1 else convolution(inner, f"{name}.shortcut.0", stride)
+            inner = norm(convolution(inner, f"{name}.conv1", stride), f"{name}.bn2").relu()
+            x = convolution(inner, f"{name}.conv2") + shortcut
+    expected = norm(x, "bn_last").relu().mean((2, 3))
+    torch.testing.assert_close(described(images), expected, rtol=1e-4, atol=1e-4)

@@ -95,6 +95,7 @@ def test_every_epoch_and_task_is_a_point() -> None:
         so_far = record.accuracy[:task, :task]
         expected = {
             **{f"accuracy/task_{each + 1:02d}": record.accuracy[task - 1, each] for each in range(task)},
+            **{f"loss/task_{each + 1:02d}": record.loss[task - 1, each] for each in range(task)},
             "task/ACC": average_accuracy(so_far),
             "task/BWT": backward_transfer(so_far),
             "task/class_incremental_ACC": average_accuracy(record.class_incremental_accuracy[:task, :task]),

@@ -43,9 +43,13 @@ _MARKS = ("D", "^", "v", "s", "P")
 
 
 def accuracy_limits(results: Results) -> tuple[float, float]:
-    """Return the least and the greatest accuracy of these runs, outwards to whole tens."""
-    values = np.concatenate([run.accuracy.ravel() for group in groups_of(results) for run in group.runs])
+    """Return the least and the greatest accuracy of these runs, outwards to whole tens; losses as they are."""
+    groups = groups_of(results)
+    values = np.concatenate([run.measured.ravel() for group in groups for run in group.runs])
     values = values[np.isfinite(values)]
+    if groups[0].runs[0].unit != "%":
+        low, high = float(values.min()), float(values.max())
+        return low, high if high > low else low + 1
     return 10 * math.floor(values.min() / 10), 10 * math.ceil(values.max() / 10)
 
 
@@ -62,12 +66,14 @@ def plot_accuracy_matrix(results: Results, *, limits: tuple[float, float] | None
     tasks = len(groups[0].runs[0].accuracy)
     figure, panels = new_figure(len(groups) * (0.75 + 0.27 * tasks), len(groups))
     for group, axes in zip(groups, panels[:, 0], strict=True):
-        mean = np.mean([run.accuracy for run in group.runs], axis=0)
-        heat_map(axes, mean, [[f"{value:.1f}" for value in row] for row in mean], limits, "accuracy, %")
+        mean = np.mean([run.measured for run in group.runs], axis=0)
+        run = group.runs[0]
+        digits = 1 if run.unit == "%" else 2
+        heat_map(axes, mean, [[f"{value:.{digits}f}" for value in row] for row in mean], limits, run.measure)
         axes.yaxis.set_major_locator(axes.xaxis.get_major_locator())
         axes.set_xlabel("task")
         axes.set_ylabel("after task")
-        axes.set_title(f"{figure_text(group.label)}: accuracy, %")
+        axes.set_title(f"{figure_text(group.label)}: {run.measure}")
     return figure
 
 
@@ -82,7 +88,7 @@ def plot_accuracy_over_time(results: Results) -> Figure:
     time = np.arange(1, tasks + 1)
     for panel, axes in enumerate(panels.flat):
         for group in groups:
-            matrices = np.stack([run.accuracy for run in group.runs])
+            matrices = np.stack([run.measured for run in group.runs])
             values = np.nanmean(matrices, axis=2) if panel == 0 else matrices[:, :, min(panel, tasks) - 1]
             if panel <= tasks:
                 _draw_line(axes, time, values, group)
@@ -92,7 +98,7 @@ def plot_accuracy_over_time(results: Results) -> Figure:
         last = max(row for row in range(rows) if panels[row, column].get_visible())
         number_tasks(panels[last, column], tasks, "after task")
         panels[last, column].tick_params(labelbottom=True)
-    figure.supylabel("accuracy, %", fontsize=8.5)
+    figure.supylabel(groups[0].runs[0].measure, fontsize=8.5)
     legend(figure, panels[0, 0])
     return figure
 
@@ -112,8 +118,9 @@ def plot_plasticity(results: Results) -> Figure:
         spread = {"xerr": forgetting.deviation, "yerr": plasticity.deviation, "elinewidth": 1}
         axes.errorbar(forgetting.mean, plasticity.mean, **look, **spread)
     axes.margins(0.12)
-    axes.set_xlabel("forgetting, points")
-    axes.set_ylabel("plasticity, %")
+    first = groups[0].runs[0]
+    axes.set_xlabel("forgetting, points" if first.unit == "%" else "forgetting")
+    axes.set_ylabel(first.measure.replace("accuracy", "plasticity"))
     axes.set_title("better: higher, and further to the left")
     legend(figure, axes)
     return figure
@@ -134,6 +141,9 @@ def plot_scores(results: Results, published: Sequence[PublishedTable] = ()) -> F
     height = 3 * (0.5 + 0.27 * len(groups)) + 0.32 * len(marked)
     figure, panels = new_figure(height, 3, grid="x", sharey=True)
     titles: dict[Any, str] = {"acc": "ACC, %", "bwt": "BWT, points", "plasticity": "plasticity, %"}
+    measure = groups[0].runs[0].measure
+    if groups[0].runs[0].unit != "%":
+        titles = {"acc": f"{measure} at the end", "bwt": "BWT", "plasticity": f"{measure} as learned"}
     for axes, (score, title) in zip(panels[:, 0], titles.items(), strict=True):
         estimates = [group.score(score) for group in groups]
         means = [estimate.mean for estimate in estimates]
@@ -211,4 +221,5 @@ def _draw_line(axes: Axes, time: NDArray[np.int_], values: NDArray[np.float64], 
     axes.plot(time, mean, **group.line, label=figure_text(group.label))
     if len(values) > 1:
         sd = values.std(axis=0, ddof=1)
-        axes.fill_between(time, mean - sd, np.minimum(mean + sd, 100), color=group.colour, alpha=0.18, linewidth=0)
+        above = np.minimum(mean + sd, 100) if group.runs[0].unit == "%" else mean + sd
+        axes.fill_between(time, mean - sd, above, color=group.colour, alpha=0.18, linewidth=0)

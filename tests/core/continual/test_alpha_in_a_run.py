@@ -48,7 +48,10 @@ def empirical_fisher(theta: dict[str, Array], task: Task) -> Array:
 
 
 def batch_fisher(theta: dict[str, Array], task: Task) -> Array:
-    """The published estimate: size x (gradient of the batch's mean loss)^2 by the model's own labels."""
+    """The published estimate: the sum over batches of size x (gradient of the batch's mean loss)^2, in our unit.
+
+    By the model's own labels. The unit is BATCH times the published one, which divides by all samples.
+    """
     logits, jacobian = jacobians(theta, task)
     total = np.zeros(jacobian.shape[2])
     for start in range(0, len(logits), BATCH):
@@ -56,7 +59,7 @@ def batch_fisher(theta: dict[str, Array], task: Task) -> Array:
         at_logits = softmax(z) - np.eye(3)[z.argmax(axis=1)]
         per_sample = np.einsum("nkd,nk->nd", j, at_logits)
         square, _ = squared_mean_gradient(per_sample[:, None, :], np.ones((len(z), 1, 1)))
-        total += len(z) / len(logits) * square[0]
+        total += BATCH / len(logits) * square[0]
     return total
 
 

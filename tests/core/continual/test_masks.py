@@ -81,6 +81,18 @@ def test_packnet_reports_its_capacity_and_leaves_pruned_weights_zero() -> None:
         assert np.any(weights[0][frozen] != 0)
 
 
+def test_packnet_retrains_at_its_own_rate_and_shares_the_weights_equally() -> None:
+    settings = {"packnet_even": True, "packnet_retraining": 0.1}
+    record, _, weights = run("packnet", settings=settings)
+    size = weights[0]["fc1.weight"].size
+    owned = [ranks["fc1.weight"][0] for ranks in record.ranks]
+    assert [abs(used - size * (task + 1) / 3) < 2 for task, used in enumerate(owned)] == [True] * 3
+    assert owned[-1] == size
+    for curve in record.curves:
+        first, second = ([event.rate for event in curve if event.stage == stage] for stage in (1, 2))
+        assert second[0] < 0.15 * max(first)
+
+
 def test_packnet_learns_later_tasks_worse_if_it_prunes_less() -> None:
     """A weight that is not pruned is not free; at a share near 0 the first task takes almost the whole network."""
     greedy, modest = (run("packnet", settings={"packnet_share": share})[0].accuracy for share in (0.0, 0.75))

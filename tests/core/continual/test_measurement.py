@@ -2,9 +2,12 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from became_core import BecameError
+from became_core.continual.data import Indices, chunks
 from became_core.continual.measurement import accuracies, mean_loss
+from became_core.continual.rng import random_generator
 from reference.formulas import cross_entropy
 from reference.learner import ReferenceLearner
 from reference.metrics import class_incremental, task_incremental
@@ -16,7 +19,7 @@ STREAM = prototype_stream(tasks=3)
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_accuracies_agree_with_explicit_loops(count: int) -> None:
     learner = ReferenceLearner(STREAM)
-    within, among_all = accuracies(learner, STREAM.tasks[:count], batch_size=7)
+    within, among_all, _ = accuracies(learner, STREAM.tasks[:count], batch_size=7)
     for task in STREAM.tasks[:count]:
         logits, targets = learner.logits(task.test, 1000), STREAM.targets[task.test]
         assert within[task.index] == pytest.approx(task_incremental(logits, targets, task.index))
@@ -24,13 +27,46 @@ def test_accuracies_agree_with_explicit_loops(count: int) -> None:
 
 
 def test_both_accuracies_of_a_single_task_are_equal() -> None:
-    within, among_all = accuracies(ReferenceLearner(STREAM), STREAM.tasks[:1], batch_size=7)
+    within, among_all, _ = accuracies(ReferenceLearner(STREAM), STREAM.tasks[:1], batch_size=7)
     assert within == among_all
 
 
 def test_class_incremental_accuracy_is_at_most_task_incremental_accuracy() -> None:
-    within, among_all = accuracies(ReferenceLearner(STREAM), STREAM.tasks, batch_size=7)
+    within, among_all, _ = accuracies(ReferenceLearner(STREAM), STREAM.tasks, batch_size=7)
     assert all(hard <= easy for easy, hard in zip(within, among_all, strict=True))
+
+
+class Telling(ReferenceLearner):
+    """A learner that favours the heads of the tasks in a batch, as statistics of a batch may."""
+
+    mixes_samples = True
+
+    def logits(self, indices: Indices, batch_size: int) -> NDArray[np.float64]:
+        """Return logits that depend on which tasks the samples of a batch are of."""
+        own = super().logits(indices, batch_size)
+        of_task = np.stack([np.isin(indices, task.test) for task in STREAM.tasks], axis=1)  # [samples, tasks]
+        for part in chunks(np.arange(len(indices)), batch_size):
+            own[part] += 1000 * of_task[part].mean(axis=0)[None, :, None]
+        return own
+
+
+def test_class_incremental_accuracy_is_of_mixed_batches_where_a_batch_would_tell_the_task() -> None:
+    """Once the batches are mixed, the accuracy is that of explicit loops over the logits of these batches."""
+    learner, tasks = Telling(STREAM), STREAM.tasks
+    within, among_all, _ = accuracies(learner, tasks, batch_size=7)
+    rows = np.concatenate([task.test for task in tasks])
+    order = random_generator(0, "mixed-evaluation", len(tasks)).permutation(len(rows))
+    logits = dict(zip(rows[order].tolist(), learner.logits(rows[order], 7), strict=True))
+    for task in tasks:
+        targets = STREAM.targets[task.test]
+        mixed = np.stack([logits[row] for row in task.test.tolist()])
+        assert among_all[task.index] == pytest.approx(class_incremental(mixed, targets, task.index, len(tasks)))
+        alone = learner.logits(task.test, 7)
+        assert within[task.index] == pytest.approx(task_incremental(alone, targets, task.index))
+    learner.mixes_samples = False
+    told = accuracies(learner, tasks, batch_size=7)
+    assert told[0] == told[1] == within  # a batch of one task has told which one it is
+    assert np.mean(among_all) < np.mean(within)
 
 
 def test_mean_loss_is_that_of_the_tasks_head() -> None:

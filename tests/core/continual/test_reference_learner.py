@@ -17,8 +17,9 @@ def biased(stream: TaskStream, seed: int) -> Learner:
 
 
 @pytest.mark.parametrize("make", [plain, biased])
-@pytest.mark.parametrize("check", CHECKS)
+@pytest.mark.parametrize("check", [check for check in CHECKS if "regression" not in check.__name__])
 def test_the_reference_learner_conforms(check: Callable[[Make], None], make: Make) -> None:
+    """But for regression: the reference has one likelihood, the categorical one."""
     check(make)
 
 

@@ -35,6 +35,12 @@ def test_annealing_is_a_cosine(epochs: int, steps: int) -> None:
     assert rates == pytest.approx(expected, rel=1e-12)
 
 
+@pytest.mark.parametrize("schedule", [Annealed(0.5, 2, 0.1), Stepped(0.5, 4), Patience(0.5, minimum=0.1, epochs=9)])
+def test_a_scaled_schedule_has_all_rates_multiplied(schedule: Schedule) -> None:
+    assert schedule.scaled(1.0) == schedule
+    assert all_rates(schedule.scaled(0.1), 3) == pytest.approx([0.1 * rate for rate in all_rates(schedule, 3)])
+
+
 def test_the_rate_of_a_single_step_is_lr() -> None:
     assert all_rates(Annealed(0.5, 1), 1) == [0.5]
 

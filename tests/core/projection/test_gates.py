@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from became_core import BecameError
 from became_core.projection import GatedRegion
+from reference.projection import clamped_gate_derivative
 from tests.backends import load, to_numpy, to_xp
 
 SHARPNESS, SPARSITY = 20.0, 0.75
@@ -73,6 +74,36 @@ def test_gradients_by_embeddings_follow_equations_4_and_5(xp: Any, seed: int, pr
             plain = by_gate * s * gate[unit] * (1 - gate[unit])
             compensation = SHARPNESS * (np.cosh(s * e) + 1) / (s * (np.cosh(e) + 1))
             assert to_numpy(result[key])[unit] == pytest.approx(plain * compensation, rel=1e-7, abs=1e-12)
+
+
+def test_clamped_gradients_are_those_of_the_published_code(xp: Any) -> None:
+    """In single precision: they vanish where a gate is 1 to rounding, and where it is far below where eq. 4 stops."""
+    far = np.array([-5.9, -0.3, -0.1, 0.0, 0.02, 0.3, 5.9], dtype=np.float32)  # s e: -2360 to 2360
+    key, units = "fc.weight@gates", len(far)
+    weight, gradient = np.ones((1, units), np.float32), np.arange(1.0, units + 1, dtype=np.float32)[None]
+    unused, steep = {key: np.zeros(units, np.float32)}, np.array(400.0, np.float32)
+    scales, unused_units, steepness = (to_xp(xp, array) for array in ({key: far}, unused, steep))
+    regions = [GatedRegion(scales, unused_units, steepness, 400.0, 0.75, clamped) for clamped in (True, False)]
+    clamped, closed = (
+        to_numpy(region.pull_back({"fc.weight": to_xp(xp, gradient)}, {"fc.weight": to_xp(xp, weight)})[key])
+        for region in regions
+    )
+    expected = gradient[0] * [clamped_gate_derivative(float(e), 400.0, 400.0) for e in far]
+    np.testing.assert_allclose(clamped, expected, rtol=2e-5, atol=1e-12)
+    assert list(np.abs(clamped) < 1e-9) == [True, True, False, False, False, True, True]
+    inside = [2, 3, 4]  # the closed form is the same where neither clamp nor rounding acts
+    np.testing.assert_allclose(clamped[inside], closed[inside], rtol=1e-3)
+    assert np.linalg.norm(clamped - closed) > 0.5 * np.linalg.norm(clamped)
+
+
+def test_clamped_embeddings_are_put_back_before_the_next_step(xp: Any) -> None:
+    _, embeddings, unused = drawn(0)
+    far = {key: 100 * value for key, value in embeddings.items()}
+    loose = region_of(xp, far, unused, 0.5)
+    tight = GatedRegion(loose.scales, loose.unused, loose.steepness, SHARPNESS, SPARSITY, clamped=True).annealed(0.5)
+    for key, value in far.items():
+        np.testing.assert_array_equal(to_numpy(tight.scales[key]), np.clip(value, -6, 6))
+        np.testing.assert_array_equal(to_numpy(loose.scales[key]), value)
 
 
 def test_without_compensation_the_gradient_is_that_of_the_loss(xp: Any) -> None:

@@ -50,6 +50,14 @@ def test_an_exact_null_space_is_found_whole(xp: Any, dtype: Any, seed: int) -> N
     assert memory.rank == {"fc.weight": (5, 24)}
 
 
+def test_without_a_floor_the_smallest_eigenvalue_decides(xp: Any) -> None:
+    """Of eigenvalues that are all rounding, the published rule keeps those near the smallest one, and the floor all."""
+    inputs = np.diag([2.0, 1.5, 1e-9, 2e-11, 1e-11])  # the eigenvalues are a fifth of the squares
+    published, floored = (NSCL(10.0, floored).remember(finished(xp, inputs)) for floored in (False, True))
+    assert published.rank == {"fc.weight": (5 - nscl_null_space([inputs], 10.0).shape[1], 5)} == {"fc.weight": (3, 5)}
+    assert floored.rank == {"fc.weight": (2, 5)}
+
+
 def test_at_least_one_direction_stays_free(xp: Any) -> None:
     memory = NSCL(1.0).remember(finished(xp, np.diag([4.0, 3.0, 2.0, 1.0])))
     assert memory.rank == {"fc.weight": (3, 4)}

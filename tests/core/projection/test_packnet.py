@@ -12,7 +12,7 @@ from became_core import BecameError
 from became_core.arrays import Params
 from became_core.projection import PackNet, full
 from tests.backends import to_numpy, to_xp
-from tests.projections import Finished
+from tests.projections import Finished, Started
 
 NAMES = frozenset({"conv.weight", "fc.weight"})
 SHAPES = {"conv.weight": (3, 2, 2, 2), "fc.weight": (4, 5), "fc.bias": (4,)}
@@ -122,3 +122,28 @@ def test_more_than_255_tasks_are_refused(xp: Any) -> None:
     memory = PackNet(tasks=255)
     with pytest.raises(BecameError, match="tell 255 tasks apart; there is one more"):
         memory.between_stages(to_xp(xp, weights(0)), NAMES)
+
+
+class StartedOfMany(Started):
+    """A task that begins in a network with a head for each task."""
+
+    @property
+    def heads(self) -> list[frozenset[str]]:
+        return [frozenset({name}) for name in self.weights if name.startswith("heads.")]
+
+
+@pytest.mark.parametrize("tasks", [1, 2, 3, 4])
+def test_equal_shares_give_every_task_as_many_weights_and_leave_none(xp: Any, tasks: int) -> None:
+    heads = {f"heads.{task}.weight": np.zeros((2, 4)) for task in range(tasks)}
+    memory, theta = PackNet(equal_shares=True), to_xp(xp, {"fc.weight": weights(1)["fc.weight"][:, :3]} | heads)
+    for task in range(tasks):
+        memory = memory.prepare(StartedOfMany(task, theta))
+        memory, theta = memory.between_stages(theta, frozenset({"fc.weight"}))
+        memory = memory.remember(DONE)
+    owners = to_numpy(memory.owners["fc.weight"])
+    assert [int(np.sum(owners == owner)) for owner in range(tasks + 1)] == [0] + [12 // tasks] * tasks
+
+
+def test_a_retraining_rate_that_is_no_rate_is_refused() -> None:
+    with pytest.raises(BecameError, match=r"PackNet retrains at 0\.0 of the learning rate; it must be above 0"):
+        PackNet(retraining_rate=0.0)

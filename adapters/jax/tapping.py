@@ -1,0 +1,193 @@
+"""Taps of any JAX function: the inputs and output gradients of each use that it makes of a parameter.
+
+The uses are read off the jaxpr of the function for one sample (``adapters/jax/graph.py``), and all samples are run by
+``jax.vmap``. So what a tap holds belongs to one sample, whatever the function does with its axes, and per-sample
+gradients of parameters that are used otherwise come from the same backward pass.
+
+Convention: as in ``became_core.curvature.taps``. The function returns [samples, ...] for a batch; of the inputs, arrays
+whose first axis is as long as the outputs' belong to the samples. Parameters go by their dotted paths in the tree, and
+their taps by the same names. Only parameters of real or complex numbers are tapped.
+"""
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import jax
+from jax import numpy as jnp
+
+from adapters.jax.graph import Run, Unknown, Use
+from became_core import BecameError
+from became_core.arrays import Array, Params, named_leaves, namespace, with_leaves
+from became_core.curvature import Tap, Taps
+
+__all__ = ["Apply", "TappedFunction", "trained_of"]
+
+# (params, inputs) -> outputs [samples, ...].
+Apply = Callable[[Any, Any], Array]
+
+
+def trained_of(params: Any) -> Params:
+    """Return the arrays of a tree that have gradients, by dotted path.
+
+    Examples:
+        >>> list(trained_of({"fc": {"kernel": jnp.ones((2, 3))}, "step": jnp.array(3)}))
+        ['fc.kernel']
+    """
+    leaves = named_leaves(params)
+    return {name: leaf for name, leaf in leaves.items() if jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)}
+
+
+class TappedFunction:
+    """A function of parameters and inputs, whose taps can be collected; it is read once for inputs of one kind.
+
+    Attributes:
+        matrices: the parameters that are used as whole matrices alone, on samples, and whether they are stored as
+            [d_in, d_out] when they are flattened.
+        others: the parameters that no tap explains, but elementwise operations do.
+        slow: the parameters that are used by operations that taps do not know, and these.
+
+    Examples:
+        >>> def apply(params, inputs):
+        ...     return inputs @ params["kernel"] + params["bias"]
+        >>> params = {"kernel": jnp.ones((2, 3)), "bias": jnp.zeros(3)}
+        >>> inputs, seed = jnp.ones((5, 2)), jnp.ones((5, 3))
+        >>> tapped = TappedFunction(apply, params, inputs)
+        >>> tapped.matrices
+        {'kernel': True}
+        >>> {name: tap.inputs.shape for name, tap in tapped.taps(params, inputs, seed).items()}
+        {'bias': (5, 1, 3), 'kernel': (5, 1, 2)}
+    """
+
+    def __init__(self, apply: Apply, params: Any, inputs: Any) -> None:
+        """Read the function, for inputs of these shapes but for their number of samples.
+
+        Args:
+            apply: (params, inputs) -> outputs, [samples, ...].
+            params: a tree of arrays.
+            inputs: of a batch: an array, or a tree of arrays.
+
+        Raises:
+            BecameError: if the outputs are no array with an axis of samples.
+        """
+        namespace(values=next(iter(named_leaves(params).values())))  # JAX learns of the core's values
+        outputs = jax.eval_shape(apply, params, inputs)
+        if not hasattr(outputs, "shape") or not outputs.shape:
+            raise BecameError("the function must return one array of outputs, [samples, ...]; give one that does.")
+        self._samples = outputs.shape[0]
+        self._params = params
+        leaves, self._structure = jax.tree.flatten(inputs)
+        self._is_samples = [jnp.ndim(leaf) > 0 and jnp.shape(leaf)[0] == self._samples for leaf in leaves]
+        trained = trained_of(params)
+
+        def of_leaves(trained: Params, leaves: Sequence[Array]) -> Array:
+            # What is not trained is part of the function.
+            theta = with_leaves(params, named_leaves(params) | trained)
+            return apply(theta, jax.tree.unflatten(self._structure, leaves))
+
+        one = [leaf[:1] if own else leaf for leaf, own in zip(leaves, self._is_samples, strict=True)]
+        self._closed = jax.make_jaxpr(of_leaves)(trained, one)
+        # A dict's leaves are sorted in a jaxpr.
+        self._names = sorted(trained)
+        run = Run()
+        jax.eval_shape(lambda: run(self._closed, {name: trained[name] for name in self._names}, one))
+        self._shapes = {n: jax.ShapeDtypeStruct(o.shape, o.dtype) for n, o in run.outputs.items()}
+        self._explain(run.uses)
+        self.taps = jax.jit(self._taps)
+        self.outputs = jax.jit(self._outputs)
+
+    def _explain(self, uses: Sequence[Use | Unknown]) -> None:
+        self._tapped: dict[str, list[int]] = {}
+        self.matrices: dict[str, bool] = {}
+        self.others: list[str] = []
+        self.slow: dict[str, list[str]] = {}
+        for name in self._names:
+            own = {number: use for number, use in enumerate(uses) if use.name == name}
+            if own and all(isinstance(use, Use) for use in own.values()):
+                self._tapped[name] = list(own)
+                ways = {(use.kind, use.transposed, use.groups) for use in own.values() if isinstance(use, Use)}
+                kind, transposed, groups = next(iter(ways))
+                if len(ways) == 1 and kind == "matrix" and groups == 1:
+                    self.matrices[name] = transposed
+                continue
+            self.others.append(name)
+            how = {use.operation for use in own.values() if isinstance(use, Unknown) and not use.is_elementwise}
+            if how:
+                self.slow[name] = sorted(how)
+
+    def warn(self) -> None:
+        """Warn of the parameters whose per-sample gradients cost much memory, and of what operations they meet."""
+        if self.slow:
+            parts = ", ".join(f"'{name}' (by {' and '.join(how)})" for name, how in self.slow.items())
+            warnings.warn(
+                f"taps do not know how these parameters are used: {parts}; their gradients are computed for each "
+                "sample, which is exact but takes more memory and time.",
+                stacklevel=2,
+            )
+
+    def _leaves(self, inputs: Any) -> tuple[list[Array], list[int | None]]:
+        leaves = jax.tree.leaves(inputs)
+        return leaves, [0 if own else None for own in self._is_samples]
+
+    def _outputs(self, params: Any, inputs: Any) -> Array:
+        """Return the outputs [samples, ...], each sample's alone, as the taps' own pass computes them."""
+        theta = {name: trained_of(params)[name] for name in self._names}
+        leaves, axes = self._leaves(inputs)
+
+        def one(leaves: Sequence[Array]) -> Array:
+            alone = [leaf if axis is None else leaf[None] for leaf, axis in zip(leaves, axes, strict=True)]
+            return Run()(self._closed, theta, alone)[0][0]
+
+        outputs: Array = jax.vmap(one, in_axes=(axes,))(leaves)
+        return outputs
+
+    def _taps(self, params: Any, inputs: Any, seed: Array) -> Taps:
+        """Return the taps of a batch.
+
+        Args:
+            params: the parameters.
+            inputs: of the batch.
+            seed: the gradient of each sample's own loss by its outputs, [samples, ...].
+        """
+        trained = trained_of(params)
+        theta = {name: trained[name] for name in self._names}
+        leaves, axes = self._leaves(inputs)
+
+        def one(leaves: Sequence[Array], seed: Array) -> tuple[Mapping[int, tuple[Array, Array]], Params]:
+            alone = [leaf if axis is None else leaf[None] for leaf, axis in zip(leaves, axes, strict=True)]
+
+            def function(perturbations: Mapping[int, Array], others: Params) -> tuple[Array, Any]:
+                run = Run(perturbations)
+                outputs = run(self._closed, theta | others, alone)[0]
+                uses = {number: run.uses[number] for number in self._shapes}
+                self._kinds = {n: use for n, use in uses.items() if isinstance(use, Use)}
+                return outputs[0], {n: use.inputs() for n, use in self._kinds.items()}
+
+            zeros = {n: jnp.zeros(shape.shape, shape.dtype) for n, shape in self._shapes.items()}
+            others = {name: theta[name] for name in self.others}
+            _, backward, inputs = jax.vjp(function, zeros, others, has_aux=True)
+            by_outputs, by_others = backward(seed)
+            return {n: (inputs[n], use.rows(by_outputs[n])) for n, use in self._kinds.items()}, by_others
+
+        pairs, lone = jax.vmap(one, in_axes=(axes, 0))(leaves, seed)
+        taps = {name: self._tap([pairs[n] for n in numbers], numbers) for name, numbers in self._tapped.items()}
+        for name, gradient in lone.items():
+            flat = gradient.reshape(gradient.shape[0], 1, -1)
+            taps[name] = Tap("gradient", flat, jnp.ones_like(flat[..., :1]))
+        return {name: taps[name] for name in trained}
+
+    def _tap(self, pairs: Sequence[tuple[Array, Array]], numbers: Sequence[int]) -> Tap:
+        """Return all uses of one parameter as one tap: those of one kind have their positions in a row."""
+        alike: dict[tuple[Any, ...], Tap] = {}
+        for (a, g), number in zip(pairs, numbers, strict=True):
+            use = self._kinds[number]
+            key = use.kind, use.transposed, use.groups
+            tap = Tap(use.kind, a, g, groups=use.groups, size=use.size, own_name=True, transposed=use.transposed)
+            if key in alike:
+                before = alike[key]
+                a, g = (jnp.concatenate(both, 1) for both in ((before.inputs, a), (before.output_gradients, g)))
+                tap = replace(tap, inputs=a, output_gradients=g)
+            alike[key] = tap
+        first, *others = alike.values()
+        return replace(first, others=tuple(others))

@@ -1,0 +1,85 @@
+"""Batches of a user's own: what a Keras model takes, what it returns, and what is known of the targets.
+
+| batch | the model is called as | outputs | targets |
+| --- | --- | --- | --- |
+| a pair ``(inputs, targets)``, as ``model.fit`` has it | ``model(inputs, training=False)`` | a tensor | the second |
+| anything else | as ``apply`` does | what ``apply`` returns | what ``targets`` returns |
+
+Convention: outputs are [samples, ...]; inputs may be a tensor, or a list, tuple or dict of tensors with samples first.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from became_core import BecameError
+from became_core.arrays import Array
+
+__all__ = ["Reader", "batches_of"]
+
+Apply = Callable[[keras.Model, Any], Array]
+Targets = Callable[[Any], Any]
+
+
+@dataclass(frozen=True)
+class Reader:
+    """How batches are read.
+
+    Attributes:
+        apply: (model, batch) -> outputs; None for the way of the table above.
+        targets: batch -> targets; likewise.
+    """
+
+    apply: Apply | None = None
+    targets: Targets | None = None
+
+    def split(self, batch: Any) -> tuple[Any, Any]:
+        """Return what the model takes, as tensors, and the targets.
+
+        Raises:
+            BecameError: if the batch is of a kind that only ``apply`` and ``targets`` can read.
+        """
+        if self.apply is not None or self.targets is not None:
+            if self.apply is None or self.targets is None:
+                raise BecameError("batches of your own need both apply= and targets=; one of them is missing.")
+            return _as_tensors(batch), _as_tensors(self.targets(batch))
+        if isinstance(batch, tuple | list) and len(batch) == 2:
+            return _as_tensors(batch[0]), _as_tensors(batch[1])
+        if isinstance(batch, tuple | list) and len(batch) == 3:
+            raise BecameError(
+                "a batch has three parts; weights of samples are not known here: give pairs of inputs and targets, "
+                "or apply= and targets=."
+            )
+        raise BecameError(
+            f"a batch is a {type(batch).__name__}; give pairs of inputs and targets, as model.fit takes them, or "
+            "apply= and targets=, which say what to do with it."
+        )
+
+    def outputs(self, model: keras.Model, inputs: Any) -> Array:
+        """Return the model's outputs, [samples, ...].
+
+        Raises:
+            BecameError: if they are no tensor.
+        """
+        outputs: Any = self.apply(model, inputs) if self.apply is not None else model(inputs, training=False)
+        if not isinstance(outputs, tf.Tensor):
+            raise BecameError(
+                f"the model returned a {type(outputs).__name__}, and no tensor; give apply= and targets=, of which "
+                "apply calls the model and returns the outputs that the loss is of."
+            )
+        return outputs
+
+
+def _as_tensors(tree: Any) -> Any:
+    return tf.nest.map_structure(tf.convert_to_tensor, tree)
+
+
+def batches_of(batches: Iterable[Any]) -> Iterator[Any]:
+    """Yield batches of any iterable, of a ``tf.data.Dataset`` or of a ``keras.utils.PyDataset``."""
+    if isinstance(batches, keras.utils.PyDataset):
+        yield from (batches[index] for index in range(batches.num_batches or 0))
+    else:
+        yield from batches

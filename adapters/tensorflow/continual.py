@@ -1,0 +1,362 @@
+"""The method around the training of a user's own Keras model: ``model.fit`` or a loop of their own, any optimizer.
+
+What is projected is the step of the user's optimizer (``adapters/tensorflow/steps.py``), and what is measured is the
+loss on the user's batches (``adapters/tensorflow/data_loss.py``). The model runs as it is.
+
+Convention: losses and Fisher information are means over samples or over tokens, as the likelihood says, and tasks count
+alike, each with its mean. Parameters go by the names and in the layouts of ``adapters/tensorflow/parameters.py``; those
+that are not trained are never touched.
+"""
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import keras
+import numpy as np
+import tensorflow as tf
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from adapters.backend.own_loop import Coverage, Covered, MergeReport, NetworkCheck, Uncovered, first_difference
+from adapters.tensorflow.batches import Apply, Reader, Targets
+from adapters.tensorflow.data_loss import DataLoss, Kind, Loss, NewTask
+from adapters.tensorflow.steps import StepGuard, observed
+from became_core import BecameError, Diagonal, LaplacePosterior, Secant, merge
+from became_core.arrays import Array, Params, difference
+from became_core.curvature import LIKELIHOODS, Likelihood, likelihood_named
+from became_core.laplace import Estimator, MergeSubspace
+from became_core.projection import GPM, PROJECTORS, Projector
+
+__all__ = ["Continual"]
+
+FORMAT = 1
+
+
+class Continual:
+    """A Keras model that learns tasks one after the other, by ``model.fit`` or in a loop of the user's own.
+
+    Attributes:
+        model: the user's own; between calls nothing of ours is left in it.
+        posterior: the old tasks' loss, to second order; None before anything is remembered.
+        projector: the memory of the spaces that old tasks use.
+
+    Examples:
+        >>> keras.utils.set_random_seed(0)
+        >>> model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(4)])
+        >>> model.compile("adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+        >>> old = tf.data.Dataset.from_tensors((tf.random.normal((32, 8)), tf.range(32) % 4))
+        >>> new = tf.data.Dataset.from_tensors((tf.random.normal((32, 8)), tf.range(32) % 4))
+        >>> learning = Continual(model, likelihood="categorical")
+        >>> learning.remember(old)
+        >>> with learning.stable():
+        ...     _ = model.fit(new, verbose=0)
+        >>> with learning.plastic():
+        ...     _ = model.fit(new, verbose=0)
+        >>> 0 <= learning.merge(new).alpha <= 1
+        True
+    """
+
+    def __init__(
+        self,
+        model: keras.Model,
+        likelihood: str | Likelihood | Loss = "categorical",
+        *,
+        projector: Projector | None = None,
+        uncovered: Uncovered = "penalised",
+        penalty: float = 100.0,
+        fisher: Kind = "empirical",
+        decay: float = 1.0,
+        estimator: Estimator | None = None,
+        apply: Apply | None = None,
+        targets: Targets | None = None,
+        check: bool = True,
+    ) -> None:
+        """Keep the model, and what is to be done with it.
+
+        Args:
+            model: any Keras model that is built.
+            likelihood: "categorical", "gaussian" or "bernoulli", a value of ``became_core.curvature``, one of Keras's
+                losses, or any loss: (outputs, targets) -> the mean over the samples of the batch, of which Fisher
+                information is the empirical one, and curvature along a direction a difference of slopes.
+            projector: what protects matrices: an empty ``GPM()``, ``SGP()`` or ``NSCL()``, or another that needs only
+                what layers read; ``GPM()`` if not given.
+            uncovered: what is done with parameters that it cannot protect: they are "penalised" for leaving the old
+                tasks' posterior, "frozen" or "free".
+            penalty: the strength of that penalty; 100, as in NSCL's published runs.
+            fisher: the Fisher information of "empirical" targets, those given; or of the model's own, as the "true"
+                expectation (a backward pass for each class or output) or "sampled".
+            decay: the share of the old tasks' precision that each new task leaves, the paper's gamma.
+            estimator: how losses along the way between two models are estimated; ``Secant()`` if not given.
+            apply: (model, batch) -> outputs, for batches that are no pairs of inputs and targets.
+            targets: batch -> targets, likewise.
+            check: whether the network is looked at once, in the first ``remember`` or ``merge``.
+
+        Raises:
+            BecameError: if something of these cannot be used.
+        """
+        self.model = model
+        self.projector: Projector = GPM() if projector is None else projector
+        self.uncovered, self.penalty, self.decay, self.fisher = uncovered, penalty, decay, fisher
+        self.estimator: Estimator = Secant() if estimator is None else estimator
+        self.posterior: LaplacePosterior | None = None
+        _check_settings(self.projector, uncovered, penalty, decay, fisher)
+        known = likelihood_named(likelihood) if isinstance(likelihood, str) else likelihood
+        self._data = DataLoss(model, known, Reader(apply, targets), checks=check, fisher=fisher)
+        self._theta_gp: Params | None = None
+        if not self._data.network.trained:
+            raise BecameError("no variable of the model is trainable; there is nothing to learn.")
+
+    @property
+    def likelihood(self) -> Likelihood | Loss:
+        """How probable targets are, or the loss that was given; a Gaussian one's noise is fitted to the first data."""
+        return self._data.likelihood
+
+    @property
+    def checked(self) -> NetworkCheck | None:
+        """What the first look at the network found; None before it, or if there is none."""
+        return self._data.checked
+
+    def remember(self, batches: Iterable[Any]) -> None:
+        """Remember the data that the model has learned, at the weights as they are.
+
+        One pass over the batches, in evaluation mode, gives the memory of the spaces that they use and the exact
+        diagonal of the Fisher information.
+
+        Args:
+            batches: of the old data: an iterable of pairs, a ``tf.data.Dataset`` or a ``keras.utils.PyDataset``.
+
+        Raises:
+            BecameError: if there is no batch, or a batch cannot be used.
+        """
+        fisher, finished = self._data.fisher(batches, with_memory=True)
+        self.projector = self.projector.remember(finished)
+        # A parameter that was frozen then has no curvature from that time.
+        old = {} if self.posterior is None else self.posterior.precision.diagonal()
+        total = {name: value + self.decay * old[name] if name in old else value for name, value in fisher.items()}
+        self.posterior = LaplacePosterior(self._data.network.weights(), Diagonal(total))
+        self._theta_gp = None
+
+    @property
+    def coverage(self) -> Coverage:
+        """What happens to every parameter while training is stable.
+
+        Raises:
+            BecameError: before anything is remembered.
+        """
+        self._check_remembered("coverage")
+        matrices, ranks, trained = self._data.matrices or {}, self.projector.rank, self._data.network.trained
+        rows = []
+        for name, parameter in self._data.network.parameters.items():
+            use = "matrix, transposed" if matrices.get(name) else "matrix" if name in matrices else "other"
+            if name not in trained:
+                rows.append(Covered(name, use, "not trained", parameter.size))
+            elif name in ranks:
+                rows.append(Covered(name, use, "protected", parameter.size, *ranks[name]))
+            else:
+                rows.append(Covered(name, use, self.uncovered, parameter.size))
+        return Coverage(rows)
+
+    @contextmanager
+    def stable(self, *optimizers: keras.Optimizer) -> Iterator[None]:
+        """Keep every step of the optimizer out of the spaces that old data use, for the time of this context.
+
+        Args:
+            optimizers: all that step the model in a loop of the user's own; the one that the model was compiled with if
+                none is given.
+
+        Raises:
+            BecameError: before anything is remembered, if there is no optimizer, or if steps were taken by a function
+                that was compiled before.
+        """
+        self._check_remembered("stable training")
+        own = getattr(self.model, "optimizer", None)
+        used = optimizers or ((own,) if own is not None else ())
+        if not used:
+            raise BecameError("the model is not compiled, so it has no optimizer; compile it, or give stable() yours.")
+        # What fit has compiled takes steps of its own; it is put back afterwards, and needs no new trace.
+        compiled, self.model.train_function = self.model.train_function, None
+        try:
+            with ExitStack() as stack:
+                for optimizer in used:
+                    stack.enter_context(observed(optimizer, self._guard()))
+                yield
+        finally:
+            self.model.train_function = compiled
+            self._theta_gp = self._data.network.weights()
+
+    @contextmanager
+    def plastic(self) -> Iterator[None]:
+        """Mark the time in which the model is trained freely; it must come after a stable one."""
+        if self._theta_gp is None:
+            raise BecameError("plastic training comes after stable training; train in learning.stable(...) first.")
+        yield
+
+    def merge(self, batches: Iterable[Any], *, trace: int = 0) -> MergeReport:
+        """Merge the stable and the present, plastic weights; the model then has the merged ones, theta*.
+
+        Args:
+            batches: of the new data; a part of them will do.
+            trace: at how many alphas the true loss of the new data is measured, both ends among them; 0 for none.
+
+        Raises:
+            BecameError: if there was no stable training since the last memory.
+        """
+        if self._theta_gp is None or self.posterior is None:
+            raise BecameError(
+                "a merge is of two models; train in learning.stable(...), and then in learning.plastic()."
+            )
+        theta_hat = self._data.network.weights()
+        if self._theta_gp.keys() != theta_hat.keys():
+            raise BecameError("other variables are trainable than in stable training; let the same ones be trained.")
+        new = NewTask(self._data, list(batches) if iter(batches) is batches else batches, theta_hat)
+        subspace = MergeSubspace(self._theta_gp, [difference(theta_hat, self._theta_gp)], [1.0])
+        precision = {n: value for n, value in self.posterior.precision.diagonal().items() if n in theta_hat}
+        mean = {name: self.posterior.mean.get(name, value) for name, value in self._theta_gp.items()}
+        quadratic = self.estimator.quadratic(subspace, (LaplacePosterior(mean, Diagonal(precision)), new))
+        alpha = float(quadratic.minimiser("box")[0])
+        points = [index / (trace - 1) for index in range(trace)] if trace > 1 else [alpha] * trace
+        traced = [(point, new.loss(merge(self._theta_gp, theta_hat, point))) for point in points]
+        self._data.network.assign(merge(self._theta_gp, theta_hat, alpha))
+        self._theta_gp = None
+        return MergeReport(
+            alpha=alpha,
+            slopes=(float(quadratic.slope_at(0.0)[0]), float(quadratic.slope_at(1.0)[0])),
+            gain=float(quadratic.predicted_gain("box")),
+            is_convex=bool(quadratic.is_convex),
+            promised=bool(quadratic.has_interior_optimum),
+            curvature=new.way,
+            quadratic=quadratic,
+            trace=traced,
+        )
+
+    def save(self, file: str | Path) -> None:
+        """Write the memory, without the model, as safetensors with metadata in JSON, as PyTorch's ``Continual`` does.
+
+        Raises:
+            BecameError: before anything is remembered, or if the projector has no registered name.
+        """
+        self._check_remembered("a file")
+        assert self.posterior is not None
+        names = [name for name in PROJECTORS.names if PROJECTORS[name] is type(self.projector)]
+        if not names:
+            raise BecameError(
+                f"the projector {type(self.projector).__name__} has no name in PROJECTORS; register it, so that a file "
+                "can say which one it is."
+            )
+        arrays = {f"mean.{name}": value for name, value in self.posterior.mean.items()}
+        arrays |= {f"fisher.{name}": value for name, value in self.posterior.precision.diagonal().items()}
+        arrays |= {f"projector.{name}": value for name, value in self.projector.to_arrays().items()}
+        known = isinstance(self.likelihood, Likelihood)
+        description = {
+            "format": FORMAT,
+            "parameters": self._shapes(),
+            "matrices": self._data.matrices or {},
+            "projector": [names[0], _plain_fields(self.projector)],
+            "likelihood": [type(self.likelihood).__name__, _plain_fields(self.likelihood)] if known else None,
+            "uncovered": self.uncovered,
+            "penalty": self.penalty,
+            "decay": self.decay,
+            "fisher": self.fisher,
+        }
+        tensors = {name: np.asarray(tf.convert_to_tensor(value).numpy()) for name, value in arrays.items()}
+        save_file(tensors, str(file), {"became": json.dumps(description)})
+
+    @classmethod
+    def load(cls, model: keras.Model, file: str | Path, **settings: Any) -> Self:
+        """Return what ``save`` wrote, around a model of the same architecture.
+
+        A memory of PyTorch's is taken as well, if names and shapes agree: ``Dense(..., name="fc1")`` is ``self.fc1``.
+        A matrix that reads flattened images has its columns in another order there, which no shape tells.
+
+        Args:
+            model: its weights are left as they are.
+            file: the memory.
+            settings: arguments of the constructor that a file does not hold (``apply``, ``targets``, a loss), or that
+                are to be others.
+
+        Raises:
+            BecameError: if the file is no memory, or is one of another architecture.
+        """
+        try:
+            with safe_open(str(file), "np") as opened:
+                description = json.loads((opened.metadata() or {})["became"])
+                names = list(opened.keys())
+                arrays = {name: tf.constant(opened.get_tensor(name)) for name in names}
+        except (OSError, SafetensorError, KeyError, ValueError) as error:
+            raise BecameError(f"{file} is no memory that Continual.save wrote ({error}).") from None
+        if description["likelihood"] is not None:
+            kinds = {kind.__name__: kind for kind in LIKELIHOODS.values()}
+            name, values = description["likelihood"]
+            values = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+            settings.setdefault("likelihood", kinds[name](**values))
+        elif "likelihood" not in settings:
+            raise BecameError(f"{file} was made with a loss of your own; give it as likelihood=.")
+        restored = {key: description[key] for key in ("uncovered", "penalty", "decay", "fisher")}
+        name, values = description["projector"]
+        learning = cls(model, **(restored | {"projector": PROJECTORS[name](**values)} | settings))
+        differs = first_difference(learning._shapes(), description["parameters"])
+        if differs:
+            raise BecameError(f"{file} is the memory of another architecture: {differs}.")
+        learning._restore(arrays, description["matrices"])
+        return learning
+
+    def _shapes(self) -> dict[str, list[int]]:
+        return {name: list(parameter.shape) for name, parameter in self._data.network.parameters.items()}
+
+    def _restore(self, arrays: Mapping[str, Array], matrices: dict[str, bool]) -> None:
+        parts: dict[str, Params] = {"mean": {}, "fisher": {}, "projector": {}}
+        for key, value in arrays.items():
+            part, _, name = key.partition(".")
+            parts[part][name] = value
+        self.posterior = LaplacePosterior(parts["mean"], Diagonal(parts["fisher"]))
+        self.projector = self.projector.with_arrays(parts["projector"])
+        self._data.matrices = matrices
+
+    def _guard(self) -> StepGuard:
+        assert self.posterior is not None
+        precision, matrices = self.posterior.precision.diagonal(), self._data.matrices or {}
+        return StepGuard(
+            parameters=self._data.network.trained,
+            projector=self.projector,
+            transposed=frozenset(name for name, is_transposed in matrices.items() if is_transposed),
+            uncovered=self.uncovered,
+            penalised={name: (self.posterior.mean[name], self.penalty * value) for name, value in precision.items()},
+        )
+
+    def _check_remembered(self, what: str) -> None:
+        if self.posterior is None:
+            raise BecameError(f"{what} needs a memory of old data; call learning.remember(old_batches) first.")
+
+
+def _check_settings(projector: Projector, uncovered: str, penalty: float, decay: float, fisher: str) -> None:
+    if fisher not in ("empirical", "true", "sampled"):
+        raise BecameError(f"the Fisher information is '{fisher}'; choose empirical, true or sampled.")
+    if uncovered not in ("penalised", "frozen", "free"):
+        raise BecameError(f"uncovered is '{uncovered}'; choose penalised, frozen or free.")
+    if not 0 <= penalty < float("inf"):
+        raise BecameError(f"the penalty is {penalty}; it must be at least 0 and finite.")
+    if not 0 <= decay <= 1:
+        raise BecameError(f"the decay is {decay}; it must be in [0, 1].")
+    own = type(projector)
+    steps_alone = own.begin_task is Projector.begin_task and own.stages == 1 and not own.protects_all
+    if not steps_alone:
+        raise BecameError(
+            f"{own.__name__} does more than to project steps, which a loop of your own cannot do for it; choose GPM, "
+            "SGP or NSCL."
+        )
+
+
+def _plain_fields(value: Any) -> dict[str, Any]:
+    """Return the settings of a dataclass: its fields that JSON can hold."""
+    if not is_dataclass(value):
+        return {}
+    values = {part.name: getattr(value, part.name) for part in fields(value) if part.init}
+    return {
+        name: part
+        for name, part in values.items()
+        if isinstance(part, int | float | str | tuple | None) and name != "tasks"
+    }

@@ -1,0 +1,268 @@
+"""The loss of a Keras model on a user's batches: its Fisher information, slopes and curvature, and what layers read.
+
+A likelihood gives all of it. Any other loss, (outputs, targets) -> the mean over the samples of a batch, has the
+empirical Fisher information, and curvature along a direction as the difference of slopes at its two sides.
+
+Convention: means over samples or over tokens, as the likelihood says; the model runs in evaluation mode and is not
+changed. Parameters go by the names of ``adapters/tensorflow/parameters.py``, and are those that are trained.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from adapters.backend.own_loop import NetworkCheck
+from adapters.tensorflow.batches import Reader, batches_of
+from adapters.tensorflow.checking import check_network
+from adapters.tensorflow.derivatives import Derivatives
+from adapters.tensorflow.tapping import Tapping
+from adapters.tensorflow.traced import KerasFunction, samples_of
+from became_core import BecameError, Diagonal, Quadratic
+from became_core.arrays import Array, Params
+from became_core.curvature import Bernoulli, Categorical, Likelihood, Taps, input_grams, per_sample_square_sum
+
+__all__ = ["DataLoss", "InputGrams", "Kind", "Loss", "NewTask"]
+
+Loss = Callable[[Array, Any], Array]
+Kind = Literal["empirical", "true", "sampled"]
+NOT_GATHERED = "this projector remembers gradients, which one pass does not gather; choose GPM, SGP or NSCL."
+
+# The part of the way along a direction at whose two sides slopes are taken.
+STEP = 0.01
+
+
+class DataLoss:
+    """A model's loss on batches, as a function of its weights.
+
+    Attributes:
+        likelihood: or a loss of the user's own.
+        network: the model as a function of its trained parameters.
+        checked: what the first look at the network found; None before it, or if there is none.
+        matrices: the parameters that are used as matrices alone, and whether they are stored as [d_in, d_out]; None
+            before the first look.
+    """
+
+    def __init__(
+        self, model: keras.Model, likelihood: Likelihood | Loss, reader: Reader, *, checks: bool, fisher: Kind
+    ) -> None:
+        """Keep what is needed.
+
+        Args:
+            model: built.
+            likelihood: or a loss.
+            reader: how batches are read.
+            checks: whether the network is checked at the first look.
+            fisher: of which targets the Fisher information is: those given, or the model's own, exactly or drawn.
+        """
+        self.likelihood = likelihood
+        self.network = KerasFunction(model, reader)
+        self.checked: NetworkCheck | None = None
+        self.matrices: dict[str, bool] | None = None
+        self._reader, self._checks, self._kind = reader, checks, fisher
+        self._tapping, self._derivatives = Tapping(self.network), Derivatives(self.network)
+        self._looked = False
+
+    def _look(self, theta: Params, inputs: Any, targets: Any) -> None:
+        """Look at the network once: which parameters are matrices, and whether we compute what it computes."""
+        if self._looked:
+            return
+        few = samples_of(inputs, slice(3))
+        if isinstance(self.likelihood, Categorical | Bernoulli):
+            wanted = "softmax" if isinstance(self.likelihood, Categorical) else "sigmoid"
+            self.network.find_link(theta, few, wanted)
+        outputs = self.network.outputs(theta, inputs)
+        if isinstance(self.likelihood, Likelihood):
+            self.likelihood = self.likelihood.fitted(outputs, targets)
+        if self.matrices is None:
+            self.matrices = self._tapping.matrices(theta, inputs, outputs)
+        if self._checks:
+            self.checked = check_network(self.network, self._tapping, self._derivatives, theta, few)
+            self.checked.assert_sound()
+        self._looked = True
+
+    def _read(self, theta: Params, batches: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
+        for batch in batches_of(batches):
+            inputs, targets = self._reader.split(batch)
+            self._look(theta, inputs, targets)
+            yield inputs, targets
+
+    def fisher(self, batches: Iterable[Any], *, with_memory: bool) -> tuple[Params, "InputGrams"]:
+        """Return the diagonal Fisher information at the weights as they are, and what a projector remembers."""
+        theta, squares, finished = self.network.weights(), Params(), InputGrams()
+        units, rng = 0.0, np.random.default_rng(0)
+        for inputs, targets in self._read(theta, batches):
+            outputs = self.network.outputs(theta, inputs)
+            units += _units(self.likelihood, outputs, targets)
+            for index, seed in enumerate(_cotangents(self.likelihood, outputs, targets, self._kind, rng)):
+                taps = self._tapping.taps(theta, inputs, seed)
+                for name, square in per_sample_square_sum(taps).items():
+                    squares[name] = squares[name] + square if name in squares else square
+                if with_memory and index == 0:  # the inputs are the same for all targets
+                    finished.add(taps, frozenset(self.matrices or {}))
+        if not units:
+            raise BecameError("there are no samples; give at least one batch.")
+        fisher = {
+            name: tf.reshape(squares[name], value.shape) / units if name in squares else tf.zeros_like(value)
+            for name, value in theta.items()
+        }
+        return fisher, finished
+
+    def slope(self, batches: Iterable[Any], theta: Params, directions: Sequence[Params]) -> Array:
+        """Return the slopes of the mean loss along directions, [directions], in float64."""
+        units, total = 0.0, [0.0] * len(directions)
+        for inputs, targets in self._read(theta, batches):
+            outputs = self.network.outputs(theta, inputs)
+            (seed,) = _cotangents(self.likelihood, outputs, targets)
+            units += _units(self.likelihood, outputs, targets)
+            gradient = self.network.gradient(theta, inputs, seed)
+            for index, direction in enumerate(directions):
+                total[index] += sum(
+                    float(tf.reduce_sum(_double(gradient[n]) * _double(d))) for n, d in direction.items()
+                )
+        return tf.constant(total, tf.float64) / units
+
+    def along(self, batches: Iterable[Any], theta: Params, directions: Sequence[Params]) -> tuple[Quadratic, str]:
+        """Return the mean loss along directions from these weights, and how its curvature was measured."""
+        if not isinstance(self.likelihood, Likelihood):
+            return self._along_by_slopes(batches, theta, directions), "a difference of slopes"
+        slope, curvature, units = tf.zeros((), tf.float64), tf.zeros((), tf.float64), 0.0
+        for inputs, targets in self._read(theta, batches):
+            outputs, tangents = self._derivatives.along(theta, directions, inputs)
+            first, second = self.likelihood.derivatives(outputs, tangents, targets)
+            slope, curvature = slope + _double(first), curvature + _double(second)
+            units += self.likelihood.units(outputs, targets)
+        return Quadratic(slope / units, curvature / units), self._derivatives.way
+
+    def _along_by_slopes(self, batches: Iterable[Any], theta: Params, directions: Sequence[Params]) -> Quadratic:
+        """Return the same for any loss, with the curvature from slopes at both sides."""
+        slope, rows = self.slope(batches, theta, directions), []
+        for direction in directions:
+            ahead, behind = (
+                self.slope(batches, {n: value + sign * STEP * direction[n] for n, value in theta.items()}, directions)
+                for sign in (1, -1)
+            )
+            rows.append((ahead - behind) / (2 * STEP))
+        curvature = tf.stack(rows)
+        return Quadratic(slope, (curvature + tf.transpose(curvature)) / 2)
+
+    def mean(self, batches: Iterable[Any], theta: Params) -> float:
+        """Return the mean loss at these weights."""
+        total = units = 0.0
+        for inputs, targets in self._read(theta, batches):
+            outputs = self.network.outputs(theta, inputs)
+            size = _units(self.likelihood, outputs, targets)
+            is_mean = not isinstance(self.likelihood, Likelihood)
+            total += float(_loss(self.likelihood, outputs, targets)) * (size if is_mean else 1)
+            units += size
+        return total / units
+
+
+@dataclass
+class InputGrams:
+    """What a projector may ask about data that were remembered: the Gram matrices of what layers read.
+
+    Attributes:
+        sums: the sums of a a^T by weight.
+        rows: how many inputs they are of.
+    """
+
+    sums: Params = field(default_factory=dict)
+    rows: dict[str, int] = field(default_factory=dict)
+
+    def add(self, taps: Taps, weights: frozenset[str]) -> None:
+        """Add the inputs of one batch."""
+        for name, gram in input_grams([taps], weights).items():
+            count = int(taps[name].inputs.shape[0]) * int(taps[name].inputs.shape[1])
+            whole = gram if gram.shape[0] == gram.shape[1] else tf.matmul(gram, gram, transpose_a=True)
+            self.sums[name] = self.sums[name] + whole * count if name in self.sums else whole * count
+            self.rows[name] = self.rows.get(name, 0) + count
+
+    def input_grams(self) -> Params:
+        """Return the means of a a^T, [d_in, d_in], by weight."""
+        return {name: total / self.rows[name] for name, total in self.sums.items()}
+
+    def gradient_grams(self) -> Params:
+        """Raise a BecameError: only what layers read is gathered."""
+        raise BecameError(NOT_GATHERED)
+
+    def logit_gradients(self, count: int) -> Iterator[Params]:
+        """Raise a BecameError, as ``gradient_grams`` does."""
+        raise BecameError(NOT_GATHERED)
+
+
+class NewTask:
+    """The new task's loss at the plastic weights, which the model has; it measures what an estimator asks for.
+
+    Attributes:
+        mean: the plastic weights.
+        way: how the curvature along a direction was measured.
+    """
+
+    def __init__(self, data: DataLoss, batches: Iterable[Any], theta_hat: Params) -> None:
+        """Keep the data; the model is at the plastic weights, ``theta_hat``."""
+        self._data, self._batches = data, batches
+        self.mean = theta_hat
+        self.way = "the diagonal Fisher information"
+
+    def diagonal(self) -> Diagonal:
+        """Return the diagonal Fisher information at the plastic weights."""
+        return Diagonal(self._data.fisher(self._batches, with_memory=False)[0])
+
+    def along(self, directions: Sequence[Params]) -> Quadratic:
+        """Return the mean loss along directions from the plastic weights."""
+        quadratic, self.way = self._data.along(self._batches, self.mean, directions)
+        return Quadratic(self._in_dtype(quadratic.slope), self._in_dtype(quadratic.curvature))
+
+    def slope(self, origin: Params, directions: Sequence[Params]) -> Array:
+        """Return the slopes of the mean loss at other weights."""
+        return self._in_dtype(self._data.slope(self._batches, origin, directions))
+
+    def loss(self, theta: Params) -> float:
+        """Return the true mean loss at other weights."""
+        return self._data.mean(self._batches, theta)
+
+    def _in_dtype(self, value: Any) -> Array:
+        like = next(iter(self.mean.values())).dtype
+        return tf.cast(value, like if like == tf.float64 else tf.float32)
+
+
+def _double(value: Any) -> Array:
+    return tf.cast(value, tf.float64)
+
+
+def _units(likelihood: Likelihood | Loss, outputs: Array, targets: Any) -> float:
+    return likelihood.units(outputs, targets) if isinstance(likelihood, Likelihood) else float(outputs.shape[0])
+
+
+def _loss(likelihood: Likelihood | Loss, outputs: Array, targets: Any) -> Array:
+    if isinstance(likelihood, Likelihood):
+        return likelihood.loss(outputs, targets)
+    # Keras's own losses have the targets first.
+    is_keras = isinstance(likelihood, keras.losses.Loss)
+    loss: Array = tf.convert_to_tensor(likelihood(targets, outputs) if is_keras else likelihood(outputs, targets))
+    if loss.shape.rank:
+        raise BecameError(f"the loss has shape {list(loss.shape)}; it must return one number, the batch's mean.")
+    return loss
+
+
+def _cotangents(
+    likelihood: Likelihood | Loss,
+    outputs: Array,
+    targets: Any,
+    kind: Kind = "empirical",
+    rng: np.random.Generator | None = None,
+) -> Iterator[Array]:
+    """Yield the gradients of each sample's own loss by the outputs, at the targets given or at the model's own."""
+    if isinstance(likelihood, Likelihood):
+        yield from likelihood.cotangents(outputs, targets, kind, rng or np.random.default_rng(0))
+        return
+    if kind != "empirical":
+        raise BecameError(f"a loss of your own has no targets of the model's own; '{kind}' needs a likelihood.")
+    with tf.GradientTape() as tape:
+        tape.watch(outputs)
+        loss = _loss(likelihood, outputs, targets)
+    yield tape.gradient(loss, outputs) * tf.cast(outputs.shape[0], outputs.dtype)

@@ -1,0 +1,122 @@
+"""Steps of a Keras optimizer that stay out of what must not change, whatever made them.
+
+The optimizer's ``apply`` is observed: the weights are noted before it, and what it changed is projected after it, in
+the same graph, so that this works in a compiled ``model.fit`` too. The optimizer's own state is not touched. What a
+projector cannot protect is pulled back by the proximal step of a quadratic penalty,
+
+    theta <- (theta + s mean) / (1 + s)    with s = learning rate x penalty x precision
+
+which is decoupled from the optimizer, as AdamW's weight decay is, and stable at any strength. A call that only
+accumulates gradients, or that a loss scale skips, takes no such step.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from adapters.backend.own_loop import Uncovered
+from adapters.tensorflow.parameters import Parameter
+from became_core import BecameError
+from became_core.arrays import Array
+from became_core.projection import Projector, full
+
+__all__ = ["StepGuard", "observed"]
+
+
+@dataclass(frozen=True)
+class StepGuard:
+    """Projects what an optimizer's steps change, and pulls back what the projector cannot protect.
+
+    Attributes:
+        parameters: those that are trained, by name.
+        projector: the memory.
+        transposed: the matrices that are stored as [d_in, d_out].
+        uncovered: what is done with parameters that the projector does not protect.
+        penalised: their mean, and penalty x precision.
+    """
+
+    parameters: Mapping[str, Parameter]
+    projector: Projector
+    transposed: frozenset[str]
+    uncovered: Uncovered
+    penalised: Mapping[str, tuple[Array, Array]]
+
+    def noted(self) -> dict[str, Array]:
+        """Return the weights that a step must not move as it likes."""
+        protected = self.projector.rank.keys()
+        return {n: p.value for n, p in self.parameters.items() if n in protected or self.uncovered == "frozen"}
+
+    def correct(self, before: Mapping[str, Array], rate: Array) -> None:
+        """Take out of a step what it must not change.
+
+        Args:
+            before: the weights that were noted.
+            rate: the learning rate of the step that was taken; 0 if none was.
+        """
+        standing, ranks = full(self.projector), self.projector.rank
+        for name, parameter in self.parameters.items():
+            if name in ranks and name not in standing:
+                change = parameter.value - before[name]
+                if name in self.transposed:
+                    change = tf.linalg.matrix_transpose(tf.reshape(change, (ranks[name][1], -1)))
+                allowed = self.projector.project({name: change})[name]
+                if name in self.transposed:
+                    allowed = tf.reshape(tf.linalg.matrix_transpose(allowed), parameter.shape)
+                parameter.variable.assign(parameter.own(before[name] + allowed))
+            elif name in before:
+                parameter.variable.assign(parameter.own(before[name]))
+            elif self.uncovered == "penalised" and name in self.penalised:
+                mean, strength = self.penalised[name]
+                pull = tf.cast(rate, strength.dtype) * strength
+                parameter.variable.assign(parameter.own((parameter.value + pull * mean) / (1 + pull)))
+
+
+@contextmanager
+def observed(optimizer: keras.Optimizer, guard: StepGuard) -> Iterator[None]:
+    """Correct every step of an optimizer in this context, and leave no trace in it after the context.
+
+    A function that is compiled inside the context corrects no step after it.
+
+    Raises:
+        BecameError: at the end, if the optimizer has taken steps that were not seen, in a function that was compiled
+            before.
+    """
+    if not isinstance(optimizer, keras.Optimizer):
+        raise BecameError(f"a {type(optimizer).__name__} is no optimizer of Keras; give the one that takes steps.")
+    original, own = optimizer.apply, vars(optimizer).get("apply")
+    is_on, seen = tf.Variable(True, trainable=False), tf.Variable(0, trainable=False, dtype=tf.int64)
+
+    def apply(grads: Any, trainable_variables: Any = None) -> Any:
+        before, steps = guard.noted(), tf.cast(tf.identity(optimizer.iterations), tf.int64)
+        result = original(grads, trainable_variables)
+        taken = tf.cast(tf.identity(optimizer.iterations), tf.int64) - steps
+
+        def correct() -> Array:
+            seen.assign_add(taken)
+            guard.correct(before, tf.cast(taken, tf.float32) * tf.cast(optimizer.learning_rate, tf.float32))
+            return tf.constant(True)
+
+        tf.cond(is_on, correct, lambda: tf.constant(False))
+        return result
+
+    begun = int(optimizer.iterations)
+    optimizer.apply = apply
+    try:
+        yield
+        # Not a difference: a fit counts the end of its data as an iteration.
+        is_missed = int(optimizer.iterations) > begun and not int(seen)
+    finally:
+        is_on.assign(False)
+        if own is None:
+            del optimizer.apply
+        else:
+            optimizer.apply = own
+    if is_missed:
+        raise BecameError(
+            "the steps of the optimizer were not seen, so they were not projected: they were taken by a function "
+            "that tf.function had compiled before stable training began; compile it inside of learning.stable()."
+        )

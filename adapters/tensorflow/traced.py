@@ -1,0 +1,198 @@
+"""A Keras model as a function of its trained weights and of a batch's inputs, traced once for batches of each kind.
+
+The model runs as it is, in evaluation mode, with weights that are given in the place of its own
+(``keras.StatelessScope``), so that nothing of it changes. A function is traced for each shape of a sample, and serves
+batches of any size. What cannot be traced, because the model computes with values that a graph does not have, runs
+eagerly, which is slower.
+
+Convention: outputs are [samples, ...] and logits; a model that ends in a softmax or a sigmoid is taken back to logits.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from adapters.tensorflow.batches import Reader
+from adapters.tensorflow.parameters import Parameter, parameters_of, trained_of
+from became_core import BecameError
+from became_core.arrays import Array, Params, namespace
+
+__all__ = ["KerasFunction", "Traced", "kind_of", "samples_of"]
+
+
+class Traced:
+    """A function of tensors and of a batch, traced once for batches of each kind, and for any number of samples.
+
+    Attributes:
+        is_eager: whether it could not be traced and runs as it is.
+    """
+
+    def __init__(self, function: Callable[[list[Any], Any], Any], *, needs_graph: bool = False) -> None:
+        """Keep the function.
+
+        Args:
+            function: of tensors whose shapes stay, and a tree of tensors that have samples first.
+            needs_graph: whether an error in tracing is raised, as the function is of no use without a graph.
+        """
+        self.is_eager = False
+        self._function, self._needs_graph = function, needs_graph
+        self._of_kind: dict[Any, Any] = {}
+
+    def __call__(self, tensors: list[Any], batch: Any) -> Any:
+        """Return what the function does."""
+        if self.is_eager:
+            return self._function(tensors, batch)
+        kind = kind_of(batch)
+        if kind not in self._of_kind:
+            signature = [tf.nest.map_structure(_whole, tensors), tf.nest.map_structure(_any_number, batch)]
+            # As Keras's own training does: nothing is rewritten by autograph.
+            self._of_kind[kind] = tf.function(self._function, input_signature=signature, autograph=False)
+        try:
+            return self._of_kind[kind](tensors, batch)
+        except BecameError:
+            raise
+        except Exception:
+            if self._needs_graph:
+                raise
+            self.is_eager = True
+            return self._function(tensors, batch)
+
+
+def kind_of(batch: Any) -> Any:
+    """Return what two batches have in common that one trace serves: structure, shapes of samples, dtypes."""
+    return str(tf.nest.map_structure(_any_number, batch))
+
+
+def _whole(tensor: Any) -> tf.TensorSpec:
+    return tf.TensorSpec(tensor.shape, tensor.dtype)
+
+
+def _any_number(tensor: Any) -> tf.TensorSpec:
+    return tf.TensorSpec([None, *tensor.shape[1:]] if tensor.shape.rank else [], tensor.dtype)
+
+
+def samples_of(tree: Any, rows: slice) -> Any:
+    """Return some of the samples of a tree of tensors."""
+    return tf.nest.map_structure(lambda tensor: tensor[rows] if tensor.shape.rank else tensor, tree)
+
+
+class KerasFunction:
+    """A model's logits as a function of its trained parameters.
+
+    Attributes:
+        model: the user's.
+        parameters: all of the model, by name.
+        link: what the model's last operation makes of logits, "softmax", "sigmoid" or None.
+    """
+
+    def __init__(self, model: keras.Model, reader: Reader) -> None:
+        """Keep the model, which must be built.
+
+        Raises:
+            BecameError: if it is not.
+        """
+        self.model, self._reader = model, reader
+        self.parameters = parameters_of(model)
+        self.link: str | None = None
+        self._outputs = Traced(self.run)
+        self._gradient = Traced(self._run_gradient)
+
+    @property
+    def trained(self) -> dict[str, Parameter]:
+        """The parameters that training changes."""
+        return {parameter.name: parameter for parameter in trained_of(self.model, self.parameters)}
+
+    def weights(self) -> Params:
+        """Return the trained parameters' values now, by name."""
+        return {name: parameter.value for name, parameter in self.trained.items()}
+
+    def assign(self, theta: Params) -> None:
+        """Set the trained parameters."""
+        for name, parameter in self.trained.items():
+            parameter.variable.assign(parameter.own(theta[name]))
+
+    def in_order(self, theta: Params) -> list[Array]:
+        """Return values of the trained parameters in the shapes of their variables, zeros where there is none."""
+        return [
+            parameter.own(theta[name])
+            if name in theta
+            else tf.zeros(parameter.variable.shape, parameter.variable.dtype)
+            for name, parameter in self.trained.items()
+        ]
+
+    def run(self, weights: Sequence[Array], inputs: Any) -> Array:
+        """Return logits; inside a trace or eagerly.
+
+        Args:
+            weights: of the trained parameters, in the shapes of their variables.
+            inputs: of a batch.
+        """
+        variables = [parameter.variable for parameter in self.trained.values()]
+        with keras.StatelessScope(state_mapping=list(zip(variables, weights, strict=True))):
+            outputs = self._reader.outputs(self.model, inputs)
+        return _logits(outputs, self.link)
+
+    def outputs(self, theta: Params, inputs: Any) -> Array:
+        """Return the logits at these weights."""
+        return self._outputs(self.in_order(theta), inputs)
+
+    def gradient(self, theta: Params, inputs: Any, seed: Array) -> Params:
+        """Return the gradient of seed . logits by the trained parameters."""
+        gradients = self._gradient(self.in_order(theta), (inputs, seed))
+        return {n: p.canonical(gradient) for (n, p), gradient in zip(self.trained.items(), gradients, strict=True)}
+
+    def _run_gradient(self, weights: list[Array], batch: tuple[Any, Array]) -> list[Array]:
+        inputs, seed = batch
+        with tf.GradientTape(watch_accessed_variables=False) as tape:
+            tape.watch(weights)
+            outputs = self.run(weights, inputs)
+        gradients: list[Array] = tape.gradient(outputs, weights, seed, unconnected_gradients="zero")
+        return [tf.convert_to_tensor(gradient) for gradient in gradients]  # those of embeddings are sparse
+
+    def find_link(self, theta: Params, inputs: Any, wanted: str) -> None:
+        """Find out whether the model ends in the link function of its likelihood, and what the logits are.
+
+        Args:
+            theta: weights.
+            inputs: of some samples.
+            wanted: "softmax" or "sigmoid".
+
+        Raises:
+            BecameError: if that cannot be found out.
+        """
+        last: list[str] = []
+
+        def look(weights: list[Array], inputs: Any) -> Array:
+            outputs = self.run(weights, inputs)
+            if not tf.executing_eagerly():
+                last.append(_last_operation(outputs))
+            return outputs
+
+        outputs = Traced(look)(self.in_order(theta), inputs)
+        if last:
+            self.link = wanted if last[0] == wanted.title() else None
+        elif bool(tf.reduce_all((outputs >= 0) & (outputs <= 1))):
+            raise BecameError(
+                "the model cannot be traced, and its outputs lie between 0 and 1, so they may be probabilities or "
+                "logits; let it return logits, or give a loss of your own."
+            )
+        self._outputs, self._gradient = Traced(self.run), Traced(self._run_gradient)
+
+
+def _last_operation(outputs: Array) -> str:
+    operation = outputs.op
+    while operation.type in ("Identity", "Cast", "Reshape"):
+        operation = operation.inputs[0].op
+    return str(operation.type)
+
+
+def _logits(outputs: Array, link: str | None) -> Array:
+    """Return outputs of which the link makes the same probabilities again: their logarithms, or log odds."""
+    if link is None:
+        return outputs
+    # Away from 0 and 1 by so little that no probability that the dtype tells from them is moved.
+    limits = namespace(outputs=outputs).finfo(outputs.dtype)
+    log = tf.math.log(tf.maximum(outputs, 10 * limits.smallest_normal))
+    return log if link == "softmax" else log - tf.math.log(tf.maximum(1 - outputs, limits.eps / 2))

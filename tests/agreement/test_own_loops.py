@@ -1,0 +1,91 @@
+"""``Continual`` on PyTorch and on Keras: the same memory, merge and file for one perceptron, in double precision."""
+
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+keras = pytest.importorskip("keras")
+
+from adapters.tensorflow import Continual as KerasContinual  # noqa: E402
+from adapters.torch import Continual as TorchContinual  # noqa: E402
+
+
+class _Perceptron(torch.nn.Module):  # type: ignore[misc, name-defined, unused-ignore]
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = torch.nn.Linear(6, 8), torch.nn.Linear(8, 3)
+
+    def forward(self, x: Any) -> Any:
+        return self.last(torch.tanh(self.first(x)))
+
+
+@pytest.fixture(autouse=True)
+def _in_double_precision() -> Iterator[None]:
+    before = keras.config.floatx()
+    keras.config.set_floatx("float64")
+    with warnings.catch_warnings():
+        yield
+    keras.config.set_floatx(before)
+
+
+def _weights(scale: float) -> dict[str, Any]:
+    rng = np.random.default_rng(7)
+    shapes = {"first.weight": (8, 6), "first.bias": (8,), "last.weight": (3, 8), "last.bias": (3,)}
+    first = {name: rng.normal(size=shape) for name, shape in shapes.items()}
+    return {name: value + scale * rng.normal(size=shapes[name]) for name, value in first.items()}
+
+
+def _set_keras(model: Any, weights: dict[str, Any]) -> None:
+    for layer in ("first", "last"):
+        model.get_layer(layer).set_weights([weights[f"{layer}.weight"].T, weights[f"{layer}.bias"]])
+
+
+def _data(seed: int) -> list[tuple[Any, Any]]:
+    rng = np.random.default_rng(seed)
+    return [(rng.normal(size=(8, 6)), rng.integers(0, 3, size=8)) for _ in range(2)]
+
+
+def test_both_remember_merge_and_save_the_same(tmp_path: Path) -> None:
+    layers = [keras.layers.Dense(8, "tanh", name="first"), keras.layers.Dense(3, name="last")]
+    model, module = keras.Sequential([keras.Input((6,)), *layers]), _Perceptron().double()
+
+    def in_torch(batches: list[tuple[Any, Any]]) -> list[tuple[Any, Any]]:
+        return [tuple(map(torch.from_numpy, batch)) for batch in batches]
+
+    def set_torch(weights: dict[str, Any]) -> None:
+        module.load_state_dict({name: torch.from_numpy(value) for name, value in weights.items()})
+
+    old, new, by_keras, by_torch = _data(1), _data(2), KerasContinual(model), TorchContinual(module)
+    _set_keras(model, _weights(0.0))
+    set_torch(_weights(0.0))
+    by_keras.remember(old)
+    by_torch.remember(in_torch(old))
+    assert by_keras.posterior is not None
+    assert by_torch.posterior is not None
+    for name, value in by_torch.posterior.precision.diagonal().items():
+        np.testing.assert_allclose(by_keras.posterior.precision.diagonal()[name], value, rtol=1e-9)
+    assert str(by_keras.coverage) == str(by_torch.coverage)
+    # A memory of one framework is read by the other.
+    files = tmp_path / "keras.safetensors", tmp_path / "torch.safetensors"
+    by_keras.save(files[0])
+    by_torch.save(files[1])
+    by_torch, by_keras = TorchContinual.load(module, files[0]), KerasContinual.load(model, files[1])
+    assert str(by_keras.coverage) == str(by_torch.coverage)
+    # Both have the same stable and plastic weights; how they were trained does not matter to a merge.
+    optimizer = torch.optim.SGD(module.parameters(), 0.1)
+    with by_keras.stable(keras.optimizers.SGD(0.1)), by_torch.stable(optimizer):
+        _set_keras(model, _weights(0.02))
+        set_torch(_weights(0.02))
+    with by_keras.plastic(), by_torch.plastic():
+        _set_keras(model, _weights(0.3))
+        set_torch(_weights(0.3))
+    reports = by_keras.merge(new, trace=3), by_torch.merge(in_torch(new), trace=3)
+    assert reports[0].alpha == pytest.approx(reports[1].alpha, rel=1e-8)
+    assert reports[0].slopes == pytest.approx(reports[1].slopes, rel=1e-8)
+    np.testing.assert_allclose(reports[0].trace, reports[1].trace, rtol=1e-8)
+    np.testing.assert_allclose(model.get_layer("first").kernel.numpy().T, module.first.weight.detach(), rtol=1e-8)

@@ -1,0 +1,173 @@
+"""Taps by operation against ``vmap(grad)``, for functions of every kind; all in double precision, on three samples."""
+
+import doctest
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from flax import linen as nn
+from flax import nnx
+from jax import lax
+from jax import numpy as jnp
+
+from adapters.jax import tapping
+from adapters.jax.tapping import TappedFunction
+from became_core import BecameError
+from became_core.arrays import named_leaves
+from became_core.curvature import per_sample_gradients
+
+INPUTS = np.random.default_rng(0).normal(size=(3, 5, 4))
+KEYS = np.array([[1, 2, 2], [0, 6, 1], [3, 3, 3]])
+
+Case = tuple[Callable[[Any, Any], Any], Any, Any]
+
+
+def _random(*shape: int) -> Any:
+    return jnp.asarray(np.random.default_rng(sum(shape)).normal(size=shape))
+
+
+def _of_linen(module: Any) -> Case:
+    return module.apply, module.init(jax.random.key(0), INPUTS), INPUTS
+
+
+def _of_nnx() -> Case:
+    class Network(nnx.Module):  # type: ignore[misc] # flax is taken as untyped
+        def __init__(self, rngs: Any) -> None:
+            self.first = nnx.Linear(4, 3, param_dtype=jnp.float64, rngs=rngs)
+            self.norm = nnx.LayerNorm(3, param_dtype=jnp.float64, rngs=rngs)
+
+        def __call__(self, inputs: Any) -> Any:
+            return self.norm(self.first(inputs))
+
+    definition, state = nnx.split(Network(nnx.Rngs(0)))
+    return lambda state, inputs: nnx.merge(definition, state)(inputs), state, INPUTS
+
+
+def _tied(params: Any, keys: Any) -> Any:
+    return jnp.tanh(params["table"][keys]).mean(1) @ params["table"].T
+
+
+def _shared(params: Any, inputs: Any) -> Any:
+    return jnp.tanh(inputs @ params["w"].T) @ params["w"].T
+
+
+@jax.custom_jvp  # type: ignore[untyped-decorator] # JAX is taken as untyped
+def _doubled(weight: Any, inputs: Any) -> Any:
+    return inputs @ weight
+
+
+_doubled.defjvp(
+    lambda primals, tangents: (_doubled(*primals), 2 * (primals[1] @ tangents[0]) + tangents[1] @ primals[0])
+)
+
+FLOAT64 = {"dtype": jnp.float64, "param_dtype": jnp.float64}
+CASES: dict[str, Callable[[], Case]] = {
+    "dense": lambda: _of_linen(nn.Dense(3, **FLOAT64)),
+    "convolution with a stride": lambda: _of_linen(nn.Conv(6, (3,), strides=2, **FLOAT64)),
+    "convolution in groups": lambda: _of_linen(nn.Conv(6, (3,), feature_group_count=2, **FLOAT64)),
+    "dilated convolution, output first": lambda: (
+        lambda w, x: lax.conv_general_dilated(
+            x, w, (1,), [(1, 0)], rhs_dilation=(2,), dimension_numbers=("NWC", "OIW", "NWC"), feature_group_count=2
+        ),
+        _random(6, 2, 2),
+        INPUTS,
+    ),
+    "transposed convolution": lambda: _of_linen(nn.ConvTranspose(2, (3,), strides=(2,), **FLOAT64)),
+    "layer norm": lambda: _of_linen(nn.LayerNorm(**FLOAT64)),
+    "attention": lambda: _of_linen(nn.MultiHeadDotProductAttention(2, **FLOAT64)),
+    "recurrent, by a scan": lambda: _of_linen(nn.RNN(nn.SimpleCell(3, **FLOAT64))),
+    "checkpointed": lambda: _of_linen(nn.remat(nn.Dense)(3, **FLOAT64)),
+    "nnx": _of_nnx,
+    "embedding tied to the output": lambda: (_tied, {"table": _random(7, 4)}, KEYS),
+    "one matrix used twice": lambda: (_shared, {"w": _random(4, 4)}, INPUTS),
+    "matrix stored as [d_out, d_in], with a position": lambda: (
+        lambda p, x: jax.vmap(lambda row: p["w"] @ row.T)(x + p["position"][:5]),
+        {"w": _random(2, 4), "position": _random(9, 4)},
+        INPUTS,
+    ),
+    "weight that is computed": lambda: (
+        lambda p, x: x @ (p["g"] * p["v"] / jnp.linalg.norm(p["v"])),
+        {"v": _random(4, 2), "g": _random(2)},
+        INPUTS,
+    ),
+    "flat weight that is reshaped and cast": lambda: (
+        lambda p, x: jax.jit(lambda w: x @ w.reshape(4, 3).astype(float))(p),
+        _random(12),
+        INPUTS,
+    ),
+    "derivative of the user's own": lambda: (lambda p, x: _doubled(p, x), _random(4, 3), INPUTS),
+}
+# What is explained as a whole matrix, and whether it is stored as [d_in, d_out]; and what no operation explains.
+MATRICES = {
+    "dense": {"params.kernel": True},
+    "convolution with a stride": {"params.kernel": True},
+    "transposed convolution": {"params.kernel": True},
+    "attention": {f"params.{name}.kernel": True for name in ("query", "key", "value", "out")},
+    "checkpointed": {"params.kernel": True},
+    "one matrix used twice": {"w": False},
+    "matrix stored as [d_out, d_in], with a position": {"w": False},
+    "flat weight that is reshaped and cast": {"": True},
+}
+SLOW = {
+    "convolution in groups": {"params.kernel": ["conv_general_dilated"]},
+    "recurrent, by a scan": {f"params.cell.{name}": ["scan"] for name in ("h.kernel", "i.kernel", "i.bias")},
+    "weight that is computed": {"v": ["dot_general"], "g": ["dot_general"]},
+    "derivative of the user's own": {"": ["custom_jvp_call"]},
+}
+
+
+def _gradients(apply: Any, params: Any, inputs: Any, seed: Any) -> Any:
+    def loss(params: Any, sample: Any, seed: Any) -> Any:
+        return (apply(params, sample[None])[0] * seed).sum()
+
+    return jax.jit(jax.vmap(jax.grad(loss), (None, 0, 0)))(params, inputs, seed)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_taps_have_the_gradients_of_single_samples(name: str) -> None:
+    apply, params, inputs = CASES[name]()
+    tapped = TappedFunction(apply, params, inputs)
+    outputs = jax.jit(apply)(params, inputs)
+    np.testing.assert_allclose(tapped.outputs(params, inputs), outputs, rtol=1e-12, atol=1e-12)
+    seed = jnp.asarray(np.random.default_rng(1).normal(size=outputs.shape))
+    found = per_sample_gradients(tapped.taps(params, inputs, seed))
+    expected = named_leaves(_gradients(apply, params, inputs, seed))
+    assert list(found) == list(expected)
+    for key, value in expected.items():
+        np.testing.assert_allclose(found[key].reshape(value.shape), value, rtol=1e-9, atol=1e-12, err_msg=key)
+    if name != "nnx":
+        assert tapped.matrices == MATRICES.get(name, {})
+        assert tapped.slow == SLOW.get(name, {})
+
+
+def test_what_no_operation_explains_is_named_once() -> None:
+    apply, params, inputs = CASES["derivative of the user's own"]()
+    tapped = TappedFunction(apply, params, inputs)
+    with pytest.warns(UserWarning, match=r"'' \(by custom_jvp_call\); their gradients are computed for each sample"):
+        tapped.warn()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        TappedFunction(*CASES["dense"]()).warn()
+
+
+def test_integers_have_no_taps_and_shared_inputs_are_no_samples() -> None:
+    def apply(params: Any, inputs: Any) -> Any:
+        return inputs["x"] @ params["w"] * inputs["scale"] + params["count"]
+
+    params = {"w": _random(4, 2), "count": jnp.array(3)}
+    inputs = {"x": INPUTS[:, 0], "scale": jnp.array([0.5, 2.0])}
+    tapped = TappedFunction(apply, params, inputs)
+    assert list(tapped.taps(params, inputs, jnp.ones((3, 2)))) == ["w"]
+    np.testing.assert_allclose(tapped.outputs(params, inputs), apply(params, inputs))
+
+
+def test_outputs_without_an_axis_of_samples_are_refused() -> None:
+    with pytest.raises(BecameError, match="must return one array of outputs"):
+        TappedFunction(lambda w, x: (x @ w).sum(), _random(4, 2), INPUTS)
+
+
+def test_the_examples_of_the_docstrings_run() -> None:
+    assert doctest.testmod(tapping) == (0, 7)

@@ -1,0 +1,220 @@
+"""``Continual`` around Keras models against brute force in double precision: taps, steps, merges, files."""
+
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from adapters.tensorflow import Continual
+from adapters.tensorflow.traced import samples_of
+from became_core import BecameError
+from became_core.projection import GPM
+
+L = keras.layers
+CLASSES = 3
+Batches = list[tuple[Any, Any]]
+
+
+@pytest.fixture(autouse=True)
+def _in_double_precision() -> Iterator[None]:
+    before = keras.config.floatx()
+    keras.config.set_floatx("float64")
+    keras.utils.set_random_seed(0)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "taps do not know", UserWarning)
+        yield
+    keras.config.set_floatx(before)
+
+
+def _row(shape: tuple[int, ...], *layers: Any, dtype: str | None = None) -> keras.Model:
+    return keras.Sequential([keras.Input(shape, dtype=dtype), *layers, L.Flatten(), L.Dense(CLASSES)])
+
+
+def _shared() -> keras.Model:
+    inputs, layer = keras.Input((5,)), L.Dense(5, activation="tanh")
+    return keras.Model(inputs, L.Dense(CLASSES)(layer(layer(inputs))))
+
+
+def _two_inputs() -> keras.Model:
+    a, b = keras.Input((5,)), keras.Input((4,))
+    return keras.Model([a, b], L.Dense(CLASSES)(L.Concatenate()([L.Dense(4)(a), L.Dense(2)(b)])))
+
+
+def _attention() -> keras.Model:
+    inputs = keras.Input((4, 6))
+    return keras.Model(inputs, L.Dense(CLASSES)(L.Flatten()(L.MultiHeadAttention(2, 3)(inputs, inputs))))
+
+
+def _batch_norm() -> keras.Model:
+    model = _row((4, 4, 2), L.Conv2D(3, 2), L.BatchNormalization(), L.ReLU())
+    model(np.random.default_rng(1).normal(size=(5, 4, 4, 2)), training=True)
+    return model
+
+
+def _replaced_call() -> keras.Model:
+    """A layer whose call the user has replaced."""
+    model = _row((5,), L.Dense(4, name="d"))
+    layer = model.get_layer("d")
+    own = layer.call
+    layer.call = lambda x, **options: 0.5 * own(2 * x + 1, **options)
+    return model
+
+
+NETWORKS: dict[str, tuple[Callable[[], keras.Model], list[tuple[int, ...]]]] = {
+    "dense": (lambda: _row((5,), L.Dense(4, activation="relu")), [(5,)]),
+    "strided": (lambda: _row((6, 6, 2), L.Conv2D(4, 3, strides=2, padding="same", activation="tanh")), [(6, 6, 2)]),
+    "grouped": (lambda: _row((5, 5, 2), L.Conv2D(4, 3, groups=2)), [(5, 5, 2)]),
+    "depthwise": (lambda: _row((5, 5, 2), L.DepthwiseConv2D(3, depth_multiplier=2)), [(5, 5, 2)]),
+    "embedding": (lambda: _row((4,), L.Embedding(7, 3), L.LayerNormalization(), dtype="int32"), []),
+    "attention": (_attention, [(4, 6)]),
+    "LSTM": (lambda: _row((4, 3), L.LSTM(2)), [(4, 3)]),
+    "shared": (_shared, [(5,)]),
+    "two inputs": (_two_inputs, [(5,), (4,)]),
+    "batch norm": (_batch_norm, [(4, 4, 2)]),
+    "replaced call": (_replaced_call, [(5,)]),
+    "noise": (
+        lambda: _row((4, 4, 2), L.RandomFlip(), L.GaussianNoise(0.5), L.Conv2D(3, 2), L.Dropout(0.5)),
+        [(4, 4, 2)],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_it_remembers_the_mean_of_squared_gradients_of_single_samples(name: str) -> None:
+    make, shapes = NETWORKS[name]
+    model, rng = make(), np.random.default_rng(0)
+    for variable in model.trainable_variables:
+        variable.assign_add(0.1 * rng.normal(size=variable.shape))
+    before = [variable.numpy() for variable in model.variables]
+    inputs: Any = [tf.constant(rng.normal(size=(3, *shape))) for shape in shapes] or [tf.constant([[1, 2, 2, 6]] * 3)]
+    inputs = inputs[0] if len(inputs) == 1 else inputs
+    labels = np.array([0, 2, 1])
+    learning = Continual(model)
+    learning.remember([(inputs, labels)])
+    assert all(np.array_equal(a, b.numpy()) for a, b in zip(before, model.variables, strict=True))
+    assert learning.posterior is not None
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    total: dict[str, Any] = {}
+    trained = learning._data.network.trained
+    for sample in range(3):
+        at = slice(sample, sample + 1)
+        with tf.GradientTape() as tape:
+            value = loss(labels[at], model(samples_of(inputs, at), training=False))
+        variables = [parameter.variable.value for parameter in trained.values()]
+        for (key, parameter), gradient in zip(trained.items(), tape.gradient(value, variables), strict=True):
+            total[key] = total.get(key, 0) + parameter.canonical(tf.convert_to_tensor(gradient)).numpy() ** 2 / 3
+    found = learning.posterior.precision.diagonal()
+    assert set(found) == set(total)
+    for key, expected in total.items():
+        np.testing.assert_allclose(found[key], expected, rtol=1e-8, atol=1e-14)
+    assert learning.checked is not None
+    protected = {p.name for p in learning.coverage.parameters if p.treatment == "protected"}
+    assert all(p.name in protected for p in learning.coverage.parameters if p.use.startswith("matrix"))
+    if name == "replaced call":
+        assert "call" in vars(model.get_layer("d"))
+        assert len(protected) == 2
+
+
+def _perceptron(end: str | None = None) -> keras.Model:
+    layers = [L.Dense(8, activation="tanh", name="first"), L.GaussianNoise(0.1), L.Dense(CLASSES, end, name="last")]
+    return keras.Sequential([keras.Input((6,)), *layers])
+
+
+def _data(seed: int, batches: int, size: int = 4) -> Batches:
+    rng = np.random.default_rng(seed)
+    return [(rng.normal(size=(size, 6)), rng.integers(0, CLASSES, size=size)) for _ in range(batches)]
+
+
+def _fit(model: keras.Model, batches: Batches, epochs: int) -> None:
+    inputs, targets = (np.concatenate(side) for side in zip(*batches, strict=True))
+    model.fit(inputs, targets, batch_size=4, epochs=epochs, verbose=0)
+
+
+@pytest.mark.parametrize(("optimizer", "eager"), [("SGD", False), ("AdamW", False), ("AdamW", True)])
+def test_old_outputs_stand_still_in_stable_training_under_fit(optimizer: str, eager: bool) -> None:
+    model, old, new = _perceptron("softmax"), _data(1, 1, 2), _data(2, 3)
+    makers: dict[str, Any] = {
+        "SGD": lambda: keras.optimizers.SGD(0.1, momentum=0.9, nesterov=True, weight_decay=0.01),
+        "AdamW": lambda: keras.optimizers.AdamW(0.05),
+    }
+    stepper = makers[optimizer]()
+    model.compile(stepper, "sparse_categorical_crossentropy", run_eagerly=eager)
+    _fit(model, new, 1)
+    learning = Continual(model, projector=GPM(1.0), uncovered="frozen", check=False)
+    learning.remember(old)
+    before, names, kernel = model(old[0][0]).numpy(), set(vars(stepper)), model.get_layer("first").kernel.numpy()
+    with learning.stable():
+        _fit(model, new, 2)
+    np.testing.assert_allclose(model(old[0][0]), before, rtol=0, atol=1e-9)
+    assert not np.array_equal(model.get_layer("first").kernel, kernel)
+    assert set(vars(stepper)) == names
+    with learning.plastic():
+        _fit(model, new, 2)
+    assert np.abs(model(old[0][0]).numpy() - before).max() > 1e-4
+    report = learning.merge(new, trace=2)
+    assert 0 <= report.alpha <= 1
+    assert report.curvature == "forward mode"
+
+
+def test_a_loop_of_ones_own_is_projected_and_a_step_compiled_before_is_noticed() -> None:
+    model, old, new = _perceptron(), _data(1, 1, 2), _data(2, 2)
+    learning, optimizer = Continual(model, projector=GPM(1.0), uncovered="frozen"), keras.optimizers.SGD(0.5)
+    learning.remember(old)
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+
+    def step(inputs: Any, targets: Any) -> None:
+        with tf.GradientTape() as tape:
+            value = loss(targets, model(inputs, training=True))
+        gradients = tape.gradient(value, model.trainable_variables)
+        optimizer.apply_gradients(zip(gradients, model.trainable_variables, strict=True))
+
+    before = model(old[0][0]).numpy()
+    with learning.stable(optimizer):
+        step(*new[0])
+    np.testing.assert_allclose(model(old[0][0]), before, rtol=0, atol=1e-12)
+    compiled = tf.function(step)
+    compiled(*new[0])
+    with pytest.raises(BecameError, match=r"had compiled before stable training began"), learning.stable(optimizer):
+        compiled(*new[0])
+    with pytest.raises(ZeroDivisionError), learning.stable(optimizer):
+        raise ZeroDivisionError
+    assert "apply" not in vars(optimizer)
+
+
+def test_a_memory_comes_back_from_a_file_and_another_architecture_is_refused(tmp_path: Path) -> None:
+    model, file = _perceptron(), tmp_path / "memory.safetensors"
+    learning = Continual(model, "bernoulli", penalty=7.0)
+    learning.remember([(x, np.eye(CLASSES)[y]) for x, y in _data(1, 2)])
+    learning.save(file)
+    again = Continual.load(_perceptron(), file)
+    assert str(again.coverage) == str(learning.coverage)
+    assert (again.penalty, again.likelihood) == (7.0, learning.likelihood)
+    with pytest.raises(BecameError, match=r"another architecture: the memory has no 'dense"):
+        Continual.load(_row((6,), L.Dense(4)), file)
+
+
+def test_what_cannot_be_done_is_said_in_a_sentence() -> None:
+    model = _perceptron()
+    learning = Continual(model)
+    with pytest.raises(BecameError, match="stable training needs a memory"), learning.stable():
+        pass
+    with pytest.raises(BecameError, match="there are no samples"):
+        learning.remember([])
+    with pytest.raises(BecameError, match="has no variables yet"):
+        Continual(keras.Sequential([L.Dense(2)]))
+    with pytest.raises(BecameError, match="needs a label for each row of logits"):
+        learning.remember([(np.zeros((4, 6)), np.zeros((4, 2), np.int64))])
+    with pytest.raises(BecameError, match="a batch has three parts"):
+        learning.remember([(np.zeros((4, 6)), np.zeros(4), np.ones(4))])
+    learning.remember(_data(1, 1))
+    with pytest.raises(BecameError, match="the model is not compiled"), learning.stable():
+        pass
+    with pytest.raises(BecameError, match="plastic training comes after stable"), learning.plastic():
+        pass
+    with pytest.raises(BecameError, match="a merge is of two models"):
+        learning.merge(_data(1, 1))
