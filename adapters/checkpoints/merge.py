@@ -147,7 +147,8 @@ def merge_checkpoints(
     passes = _Passes(job, workers, ahead, progress)
     with folder.opened(identity(job)) as journal:
         solution = passes.measure(journal)
-        errors = passes.write_factors(folder, solution) if ranks else passes.write(journal, folder, solution)
+        write = passes.write_factors if ranks else passes.write
+        errors = write(journal, folder, solution)
         report = MergeReport(
             out=out,
             files=list(layout.files),
@@ -345,12 +346,19 @@ class _Passes:
             self._check_fishers()
         return {}
 
-    def write_factors(self, folder: OutputFolder, solution: Solution) -> dict[str, float]:
+    def write_factors(self, journal: Journal, folder: OutputFolder, solution: Solution) -> dict[str, float]:
         """Pass 2 of LoRA adapters, module by module; return the error of each module's smaller rank."""
-        job, errors = self.job, {}
+        job = self.job
+        errors: dict[str, float] = {}
+        begin, whole = 0, len(job.alignment.leaves)
+        for entry in journal.entries:
+            if "modules" in entry:
+                begin = int(entry["modules"])
+                errors |= entry["errors"]
         learned = job.adapters[int(job.has_base) :]
         leaves = {leaf.name: leaf for leaf in folder.layout.leaves}
-        for leaf in job.alignment.leaves:
+        last = time.monotonic()
+        for count, leaf in enumerate(job.alignment.leaves[begin:], begin + 1):
             module = leaf.name.removesuffix(".weight")
             weights = [model.weight.at(leaf.name, leaf.depth) for model in job.plan.models]
             shares = job.rule.shares(leaf.name, leaf.depth, weights, solution) or []
@@ -365,6 +373,11 @@ class _Passes:
             for name, values in zip(names, (down, up), strict=True):
                 content = narrowed(values.reshape(-1), leaves[name].dtype, name)
                 folder.write(name, 0, np.ascontiguousarray(content).view(np.uint8))
+            if time.monotonic() - last > SYNC_SECONDS or count == whole:
+                folder.sync()
+                journal.append({"modules": count, "errors": errors}, lasting=True)
+                last = time.monotonic()
+            self._progress("writing", count, whole)
         self.bytes_read += sum(adapter.checkpoint.nbytes for adapter in job.adapters)
         return errors
 

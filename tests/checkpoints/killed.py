@@ -1,6 +1,7 @@
 """A merge as a process that tests kill: ``python -m tests.checkpoints.killed FOLDER OUT PAUSE``.
 
 It sleeps for PAUSE seconds after each block, so that there is time to kill it, and prints a line when it begins each.
+The folder has two models, or two LoRA adapters, whose every module is forced to the disk.
 """
 
 import sys
@@ -8,9 +9,13 @@ import time
 from pathlib import Path
 
 from adapters.checkpoints import MergePlan, PlannedModel, merge_checkpoints
+from adapters.checkpoints import merge as merging
 
 
 def plan_in(folder: Path) -> MergePlan:
+    if (folder / "A").is_dir():
+        adapters = [PlannedModel(folder / n, fisher=folder / f"F{n}.safetensors") for n in "AB"]
+        return MergePlan(tuple(adapters), per="leaf", rank=4)
     models = [PlannedModel(folder / f"{n}.safetensors", fisher=folder / f"F{n}.safetensors") for n in "AB"]
     return MergePlan(tuple(models), per="leaf", shard_size=400_000)
 
@@ -22,4 +27,6 @@ if __name__ == "__main__":
         print(what, done, whole, flush=True)
         time.sleep(pause)
 
+    if (folder / "A").is_dir():
+        merging.SYNC_SECONDS = 0.0
     merge_checkpoints(plan_in(folder), out, workers=2, progress=progress)

@@ -18,10 +18,12 @@ from adapters.checkpoints.tensors import SLAB
 from became_core import BecameError
 from tests.checkpoints.killed import plan_in
 from tests.checkpoints.models import arrays, contents, pair, saved
+from tests.checkpoints.test_lora import adapter
 
 # Processes to kill, each at another moment; `nox -s stress` kills more.
 KILLS = int(os.environ.get("BECAME_KILLS", "2"))
 SHAPES = {f"model.layers.{k}.weight": (40, 1000 + k) for k in range(20)} | {"big.weight": (2, SLAB)}
+MODULES = {f"model.layers.{k}.q_proj": (30, 20 + k) for k in range(12)}
 ROOT = Path(__file__).parents[2]
 
 
@@ -31,6 +33,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for k, name in enumerate("AB"):
         saved(place, name, arrays(k, SHAPES))
         saved(place, f"F{name}", arrays(10 + k, SHAPES, positive=True))
+    merge_checkpoints(plan_in(place), place / "whole")
+    return place
+
+
+@pytest.fixture(scope="module")
+def lora(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("adapters")
+    for k, name in enumerate("AB"):
+        adapter(place, name, k, rank=3 + k, modules=MODULES)
+        shapes = {f"{module}.weight": shape for module, shape in MODULES.items()}
+        saved(place, f"F{name}", arrays(10 + k, shapes, positive=True))
     merge_checkpoints(plan_in(place), place / "whole")
     return place
 
@@ -62,6 +75,40 @@ def test_a_killed_merge_goes_on_and_ends_with_the_same_bytes(folder: Path, tmp_p
             killed_after(0, folder, out)
         assert contents(out) == contents(folder / "whole")
         assert list(tmp_path.glob(".*")) == []
+
+
+def test_a_killed_merge_of_adapters_goes_on_and_ends_with_the_same_bytes(lora: Path, tmp_path: Path) -> None:
+    generator = np.random.default_rng(1)
+    # At least one while it measures and one while it writes.
+    moments = [5, len(MODULES) + 5, *generator.integers(1, 2 * len(MODULES), max(1, KILLS - 2)).tolist()]
+    for number, moment in enumerate(moments):
+        out = tmp_path / str(number)
+        killed_after(moment, lora, out)
+        if not out.exists():
+            killed_after(0, lora, out)
+        assert contents(out) == contents(lora / "whole")
+        assert list(tmp_path.glob(".*")) == []
+
+
+def test_modules_that_are_written_are_not_written_again(
+    lora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(merging, "SYNC_SECONDS", 0.0)
+
+    class Stop(Exception):  # noqa: N818 # it is no error
+        pass
+
+    def stop(what: str, done: int, _: int) -> None:
+        if (what, done) == ("writing", 7):
+            raise Stop
+
+    with pytest.raises(Stop):
+        merge_checkpoints(plan_in(lora), tmp_path / "out", progress=stop)
+    states = list[tuple[str, int]]()
+    report = merge_checkpoints(plan_in(lora), tmp_path / "out", progress=lambda *state: states.append(state[:2]))
+    assert states == [("writing", count) for count in range(8, len(MODULES) + 1)]
+    assert report.errors.keys() == MODULES.keys()
+    assert contents(tmp_path / "out") == contents(lora / "whole")
 
 
 def test_what_is_done_is_not_done_again(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
