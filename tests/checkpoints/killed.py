@@ -28,5 +28,5 @@ if __name__ == "__main__":
         time.sleep(pause)
 
     if (folder / "A").is_dir():
-        merging.SYNC_SECONDS = 0.0
+        vars(merging)["SYNC_SECONDS"] = 0.0
     merge_checkpoints(plan_in(folder), out, workers=2, progress=progress)
