@@ -8,21 +8,23 @@ these functions, as for all that communicates. Only ``total`` communicates, unle
 differently or one is partial: these are then distributed anew, a collective for each.
 """
 
+import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
-
+from became_core.arrays.namespace import Array
 from became_core.errors import BecameError
+
+# Not import statements: the core imports no framework, and only distributed tensors ask for this module.
+torch: Any = importlib.import_module("torch")
+distributed: Any = importlib.import_module("torch.distributed.tensor")
+DTensor, Partial, Replicate, Shard = distributed.DTensor, distributed.Partial, distributed.Replicate, distributed.Shard
 
 __all__ = ["Layout", "layout", "mesh_of", "total"]
 
 
-def mesh_of(arrays: Sequence[Any]) -> DeviceMesh:
+def mesh_of(arrays: Sequence[Any]) -> Any:
     """Return the mesh of those arrays that are distributed, of which there is at least one.
 
     Raises:
@@ -46,8 +48,8 @@ class Layout:
         placements: for each dimension of the mesh, ``Shard`` or ``Replicate``.
     """
 
-    mesh: DeviceMesh
-    placements: tuple[Placement, ...]
+    mesh: Any
+    placements: tuple[Any, ...]
 
     @property
     def counts(self) -> bool:
@@ -58,7 +60,7 @@ class Layout:
             for placement, position in zip(self.placements, coordinate, strict=True)
         )
 
-    def part(self, array: Tensor) -> Tensor:
+    def part(self, array: Array) -> Array:
         """Return what this process has of an array; one that is not distributed is the same in all processes."""
         if not isinstance(array, DTensor):
             array = DTensor.from_local(array, self.mesh, [Replicate()] * self.mesh.ndim, run_check=False)
@@ -66,12 +68,12 @@ class Layout:
             array = array.redistribute(self.mesh, self.placements)
         return array.to_local()
 
-    def share(self, array: Tensor) -> Tensor:
+    def share(self, array: Array) -> Array:
         """Return what this process adds to a sum: its part, or zeros if another process counts that part."""
         part = self.part(array)
         return part if self.counts else torch.zeros_like(part)
 
-    def embedded(self, array: Tensor) -> Tensor:
+    def embedded(self, array: Array) -> Array:
         """Return this process's share of an array within zeros of the whole array's shape.
 
         The sum over all processes is the array.
@@ -98,7 +100,7 @@ class Layout:
         return whole
 
 
-def layout(mesh: DeviceMesh, arrays: Sequence[Any]) -> Layout:
+def layout(mesh: Any, arrays: Sequence[Any]) -> Layout:
     """Return how arrays side by side are cut: as the first of them that is sharded, or not at all."""
     for array in arrays:
         if isinstance(array, DTensor) and any(isinstance(placement, Shard) for placement in array.placements):
@@ -106,7 +108,7 @@ def layout(mesh: DeviceMesh, arrays: Sequence[Any]) -> Layout:
     return Layout(mesh, (Replicate(),) * mesh.ndim)
 
 
-def total(mesh: DeviceMesh, values: Tensor) -> Tensor:
+def total(mesh: Any, values: Array) -> Array:
     """Return the sum over all processes of an array that each has, in every process: one all-reduce a mesh dimension.
 
     It has derivatives, as the operations of distributed tensors have.
