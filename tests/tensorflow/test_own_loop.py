@@ -22,13 +22,15 @@ Batches = list[tuple[Any, Any]]
 
 @pytest.fixture(autouse=True)
 def _in_double_precision() -> Iterator[None]:
-    before = keras.config.floatx()
+    before, policy = keras.config.floatx(), keras.config.dtype_policy()
     keras.config.set_floatx("float64")
+    keras.config.set_dtype_policy("float64")  # a model of another test may have fixed it
     keras.utils.set_random_seed(0)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "taps do not know", UserWarning)
         yield
     keras.config.set_floatx(before)
+    keras.config.set_dtype_policy(policy)
 
 
 def _row(shape: tuple[int, ...], *layers: Any, dtype: str | None = None) -> keras.Model:
