@@ -281,7 +281,10 @@ def test_what_is_no_state_is_said_with_its_place(path: tuple[str, ...], value: A
 
 
 def test_a_posterior_of_any_precision_can_be_saved() -> None:
-    every = {each for name in precision.__all__ if isinstance(each := getattr(precision, name), type)} - {Precision, GramRequest}
+    every = {each for name in precision.__all__ if isinstance(each := getattr(precision, name), type)} - {
+        Precision,
+        GramRequest,
+    }
     assert set(concrete_classes(Precision)) >= every
     theta, weights = new_learner().parameters(), ("fc1.weight", "fc2.weight")
     factors = {name: (np.eye(theta[name].shape[1]), np.eye(theta[name].shape[0])) for name in weights}
