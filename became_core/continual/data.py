@@ -46,11 +46,12 @@ class Dataset:
     Attributes:
         name: its name in messages and records.
         images: [N, C, H, W], uint8 or floating point; the first ``train_size`` rows are the training part, the others
-            the test part. Tables of d numbers are images [N, d, 1, 1]. Or text: sequences of bytes, uint8 [N, L], with
-            no means and deviations.
+            the test part. Tables of d numbers are images [N, d, 1, 1]. Text is sequences of bytes, uint8 [N, L], and
+            has no means and deviations.
         labels: integers, [N], from 0 to ``classes`` - 1; they are kept as int64. If the likelihood has no labels, as
-            the Gaussian has none, numbers [N, outputs], in the unit that they are given in; they are kept as float64.
-            Of text integers [N, L], a label for each byte, such as the next one; what the likelihood ignores has none.
+            the Gaussian has none, they are numbers [N, outputs], in the unit in which they are given, and are kept as
+            float64. The labels of text are integers [N, L], one for each byte, such as the next byte; a byte with the
+            label that the likelihood ignores does not count.
         train_size: the number of training rows.
         mean: for each channel, the mean with which inputs are normalised: of uint8 images that of pixels scaled to
             [0, 1], of others that of the numbers as they are.
