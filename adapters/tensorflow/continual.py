@@ -8,32 +8,39 @@ alike, each with its mean. Parameters go by the names and in the layouts of ``ad
 that are not trained are never touched.
 """
 
-import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, Self
 
 import keras
 import numpy as np
 import tensorflow as tf
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from adapters.backend.own_loop import Coverage, Covered, MergeReport, NetworkCheck, Uncovered, first_difference
+from adapters.backend.memory import (
+    Kind,
+    check_settings,
+    coverage_of,
+    described,
+    grown,
+    memory_arrays,
+    merge_report,
+    read_memory,
+    repeatable,
+    restored,
+)
+from adapters.backend.own_loop import Coverage, MergeReport, NetworkCheck, Uncovered
 from adapters.tensorflow.batches import Apply, Reader, Targets
-from adapters.tensorflow.data_loss import DataLoss, Kind, Loss, NewTask
+from adapters.tensorflow.data_loss import DataLoss, Loss, NewTask
 from adapters.tensorflow.steps import StepGuard, observed
-from became_core import BecameError, Diagonal, LaplacePosterior, Secant, merge
-from became_core.arrays import Array, Params, difference
-from became_core.curvature import LIKELIHOODS, Likelihood, likelihood_named
-from became_core.laplace import Estimator, MergeSubspace
-from became_core.projection import GPM, PROJECTORS, Projector
+from became_core import BecameError, LaplacePosterior, Secant, merge
+from became_core.arrays import Params
+from became_core.curvature import Likelihood, likelihood_named
+from became_core.laplace import Estimator
+from became_core.projection import GPM, Projector
 
 __all__ = ["Continual"]
-
-FORMAT = 1
 
 
 class Continual:
@@ -103,7 +110,7 @@ class Continual:
         self.uncovered, self.penalty, self.decay, self.fisher = uncovered, penalty, decay, fisher
         self.estimator: Estimator = Secant() if estimator is None else estimator
         self.posterior: LaplacePosterior | None = None
-        _check_settings(self.projector, uncovered, penalty, decay, fisher)
+        check_settings(self.projector, uncovered, penalty, decay, fisher)
         known = likelihood_named(likelihood) if isinstance(likelihood, str) else likelihood
         self._data = DataLoss(model, known, Reader(apply, targets), checks=check, fisher=fisher)
         self._theta_gp: Params | None = None
@@ -134,10 +141,7 @@ class Continual:
         """
         fisher, finished = self._data.fisher(batches, with_memory=True)
         self.projector = self.projector.remember(finished)
-        # A parameter that was frozen then has no curvature from that time.
-        old = {} if self.posterior is None else self.posterior.precision.diagonal()
-        total = {name: value + self.decay * old[name] if name in old else value for name, value in fisher.items()}
-        self.posterior = LaplacePosterior(self._data.network.weights(), Diagonal(total))
+        self.posterior = grown(self.posterior, self._data.network.weights(), fisher, self.decay)
         self._theta_gp = None
 
     @property
@@ -148,17 +152,9 @@ class Continual:
             BecameError: before anything is remembered.
         """
         self._check_remembered("coverage")
-        matrices, ranks, trained = self._data.matrices or {}, self.projector.rank, self._data.network.trained
-        rows = []
-        for name, parameter in self._data.network.parameters.items():
-            use = "matrix, transposed" if matrices.get(name) else "matrix" if name in matrices else "other"
-            if name not in trained:
-                rows.append(Covered(name, use, "not trained", parameter.size))
-            elif name in ranks:
-                rows.append(Covered(name, use, "protected", parameter.size, *ranks[name]))
-            else:
-                rows.append(Covered(name, use, self.uncovered, parameter.size))
-        return Coverage(rows)
+        network = self._data.network
+        sizes = {name: parameter.size for name, parameter in network.parameters.items()}
+        return coverage_of(sizes, network.trained, self._data.matrices or {}, self.projector, self.uncovered)
 
     @contextmanager
     def stable(self, *optimizers: keras.Optimizer) -> Iterator[None]:
@@ -212,26 +208,11 @@ class Continual:
         theta_hat = self._data.network.weights()
         if self._theta_gp.keys() != theta_hat.keys():
             raise BecameError("other variables are trainable than in stable training; let the same ones be trained.")
-        new = NewTask(self._data, list(batches) if iter(batches) is batches else batches, theta_hat)
-        subspace = MergeSubspace(self._theta_gp, [difference(theta_hat, self._theta_gp)], [1.0])
-        precision = {n: value for n, value in self.posterior.precision.diagonal().items() if n in theta_hat}
-        mean = {name: self.posterior.mean.get(name, value) for name, value in self._theta_gp.items()}
-        quadratic = self.estimator.quadratic(subspace, (LaplacePosterior(mean, Diagonal(precision)), new))
-        alpha = float(quadratic.minimiser("box")[0])
-        points = [index / (trace - 1) for index in range(trace)] if trace > 1 else [alpha] * trace
-        traced = [(point, new.loss(merge(self._theta_gp, theta_hat, point))) for point in points]
-        self._data.network.assign(merge(self._theta_gp, theta_hat, alpha))
+        new = NewTask(self._data, repeatable(batches), theta_hat)
+        report = merge_report(self.estimator, self.posterior, self._theta_gp, new, trace)
+        self._data.network.assign(merge(self._theta_gp, theta_hat, report.alpha))
         self._theta_gp = None
-        return MergeReport(
-            alpha=alpha,
-            slopes=(float(quadratic.slope_at(0.0)[0]), float(quadratic.slope_at(1.0)[0])),
-            gain=float(quadratic.predicted_gain("box")),
-            is_convex=bool(quadratic.is_convex),
-            promised=bool(quadratic.has_interior_optimum),
-            curvature=new.way,
-            quadratic=quadratic,
-            trace=traced,
-        )
+        return report
 
     def save(self, file: str | Path) -> None:
         """Write the memory, without the model, as safetensors with metadata in JSON, as PyTorch's ``Continual`` does.
@@ -241,29 +222,19 @@ class Continual:
         """
         self._check_remembered("a file")
         assert self.posterior is not None
-        names = [name for name in PROJECTORS.names if PROJECTORS[name] is type(self.projector)]
-        if not names:
-            raise BecameError(
-                f"the projector {type(self.projector).__name__} has no name in PROJECTORS; register it, so that a file "
-                "can say which one it is."
-            )
-        arrays = {f"mean.{name}": value for name, value in self.posterior.mean.items()}
-        arrays |= {f"fisher.{name}": value for name, value in self.posterior.precision.diagonal().items()}
-        arrays |= {f"projector.{name}": value for name, value in self.projector.to_arrays().items()}
-        known = isinstance(self.likelihood, Likelihood)
-        description = {
-            "format": FORMAT,
-            "parameters": self._shapes(),
-            "matrices": self._data.matrices or {},
-            "projector": [names[0], _plain_fields(self.projector)],
-            "likelihood": [type(self.likelihood).__name__, _plain_fields(self.likelihood)] if known else None,
-            "uncovered": self.uncovered,
-            "penalty": self.penalty,
-            "decay": self.decay,
-            "fisher": self.fisher,
-        }
+        metadata = described(
+            self._shapes(),
+            self._data.matrices or {},
+            self.projector,
+            self.likelihood,
+            uncovered=self.uncovered,
+            penalty=self.penalty,
+            decay=self.decay,
+            fisher=self.fisher,
+        )
+        arrays = memory_arrays(self.posterior, self.projector)
         tensors = {name: np.asarray(tf.convert_to_tensor(value).numpy()) for name, value in arrays.items()}
-        save_file(tensors, str(file), {"became": json.dumps(description)})
+        save_file(tensors, str(file), metadata)
 
     @classmethod
     def load(cls, model: keras.Model, file: str | Path, **settings: Any) -> Self:
@@ -281,40 +252,17 @@ class Continual:
         Raises:
             BecameError: if the file is no memory, or is one of another architecture.
         """
-        try:
-            with safe_open(str(file), "np") as opened:
-                description = json.loads((opened.metadata() or {})["became"])
-                names = list(opened.keys())
-                arrays = {name: tf.constant(opened.get_tensor(name)) for name in names}
-        except (OSError, SafetensorError, KeyError, ValueError) as error:
-            raise BecameError(f"{file} is no memory that Continual.save wrote ({error}).") from None
-        if description["likelihood"] is not None:
-            kinds = {kind.__name__: kind for kind in LIKELIHOODS.values()}
-            name, values = description["likelihood"]
-            values = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
-            settings.setdefault("likelihood", kinds[name](**values))
-        elif "likelihood" not in settings:
-            raise BecameError(f"{file} was made with a loss of your own; give it as likelihood=.")
-        restored = {key: description[key] for key in ("uncovered", "penalty", "decay", "fisher")}
-        name, values = description["projector"]
-        learning = cls(model, **(restored | {"projector": PROJECTORS[name](**values)} | settings))
-        differs = first_difference(learning._shapes(), description["parameters"])
-        if differs:
-            raise BecameError(f"{file} is the memory of another architecture: {differs}.")
-        learning._restore(arrays, description["matrices"])
+        description, arrays = read_memory(file, "np")
+        tensors = {name: tf.constant(value) for name, value in arrays.items()}
+        # The names of the model's parameters are known when it is wrapped.
+        shapes = cls(model, **settings)._shapes()
+        stored = restored(file, description, tensors, shapes, settings)
+        learning = cls(model, **stored.settings)
+        learning.posterior, learning._data.matrices = stored.posterior, stored.matrices
         return learning
 
     def _shapes(self) -> dict[str, list[int]]:
         return {name: list(parameter.shape) for name, parameter in self._data.network.parameters.items()}
-
-    def _restore(self, arrays: Mapping[str, Array], matrices: dict[str, bool]) -> None:
-        parts: dict[str, Params] = {"mean": {}, "fisher": {}, "projector": {}}
-        for key, value in arrays.items():
-            part, _, name = key.partition(".")
-            parts[part][name] = value
-        self.posterior = LaplacePosterior(parts["mean"], Diagonal(parts["fisher"]))
-        self.projector = self.projector.with_arrays(parts["projector"])
-        self._data.matrices = matrices
 
     def _guard(self) -> StepGuard:
         assert self.posterior is not None
@@ -330,33 +278,3 @@ class Continual:
     def _check_remembered(self, what: str) -> None:
         if self.posterior is None:
             raise BecameError(f"{what} needs a memory of old data; call learning.remember(old_batches) first.")
-
-
-def _check_settings(projector: Projector, uncovered: str, penalty: float, decay: float, fisher: str) -> None:
-    if fisher not in ("empirical", "true", "sampled"):
-        raise BecameError(f"the Fisher information is '{fisher}'; choose empirical, true or sampled.")
-    if uncovered not in ("penalised", "frozen", "free"):
-        raise BecameError(f"uncovered is '{uncovered}'; choose penalised, frozen or free.")
-    if not 0 <= penalty < float("inf"):
-        raise BecameError(f"the penalty is {penalty}; it must be at least 0 and finite.")
-    if not 0 <= decay <= 1:
-        raise BecameError(f"the decay is {decay}; it must be in [0, 1].")
-    own = type(projector)
-    steps_alone = own.begin_task is Projector.begin_task and own.stages == 1 and not own.protects_all
-    if not steps_alone:
-        raise BecameError(
-            f"{own.__name__} does more than to project steps, which a loop of your own cannot do for it; choose GPM, "
-            "SGP or NSCL."
-        )
-
-
-def _plain_fields(value: Any) -> dict[str, Any]:
-    """Return the settings of a dataclass: its fields that JSON can hold."""
-    if not is_dataclass(value):
-        return {}
-    values = {part.name: getattr(value, part.name) for part in fields(value) if part.init}
-    return {
-        name: part
-        for name, part in values.items()
-        if isinstance(part, int | float | str | tuple | None) and name != "tasks"
-    }

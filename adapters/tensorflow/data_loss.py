@@ -8,13 +8,13 @@ changed. Parameters go by the names of ``adapters/tensorflow/parameters.py``, an
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import keras
 import numpy as np
 import tensorflow as tf
 
+from adapters.backend.memory import InputGrams, Kind, by_slopes, gram_sums
 from adapters.backend.own_loop import NetworkCheck
 from adapters.tensorflow.batches import Reader, batches_of
 from adapters.tensorflow.checking import check_network
@@ -23,16 +23,11 @@ from adapters.tensorflow.tapping import Tapping
 from adapters.tensorflow.traced import KerasFunction, samples_of
 from became_core import BecameError, Diagonal, Quadratic
 from became_core.arrays import Array, Params
-from became_core.curvature import Bernoulli, Categorical, Likelihood, Taps, input_grams, per_sample_square_sum
+from became_core.curvature import Bernoulli, Categorical, Likelihood, per_sample_square_sum
 
-__all__ = ["DataLoss", "InputGrams", "Kind", "Loss", "NewTask"]
+__all__ = ["DataLoss", "Loss", "NewTask"]
 
 Loss = Callable[[Array, Any], Array]
-Kind = Literal["empirical", "true", "sampled"]
-NOT_GATHERED = "this projector remembers gradients, which one pass does not gather; choose GPM, SGP or NSCL."
-
-# The part of the way along a direction at whose two sides slopes are taken.
-STEP = 0.01
 
 
 class DataLoss:
@@ -90,7 +85,7 @@ class DataLoss:
             self._look(theta, inputs, targets)
             yield inputs, targets
 
-    def fisher(self, batches: Iterable[Any], *, with_memory: bool) -> tuple[Params, "InputGrams"]:
+    def fisher(self, batches: Iterable[Any], *, with_memory: bool) -> tuple[Params, InputGrams]:
         """Return the diagonal Fisher information at the weights as they are, and what a projector remembers."""
         theta, squares, finished = self.network.weights(), Params(), InputGrams()
         units, rng = 0.0, np.random.default_rng(0)
@@ -102,7 +97,7 @@ class DataLoss:
                 for name, square in per_sample_square_sum(taps).items():
                     squares[name] = squares[name] + square if name in squares else square
                 if with_memory and index == 0:  # the inputs are the same for all targets
-                    finished.add(taps, frozenset(self.matrices or {}))
+                    finished.add(gram_sums(taps, frozenset(self.matrices or {})))
         if not units:
             raise BecameError("there are no samples; give at least one batch.")
         fisher = {
@@ -128,7 +123,8 @@ class DataLoss:
     def along(self, batches: Iterable[Any], theta: Params, directions: Sequence[Params]) -> tuple[Quadratic, str]:
         """Return the mean loss along directions from these weights, and how its curvature was measured."""
         if not isinstance(self.likelihood, Likelihood):
-            return self._along_by_slopes(batches, theta, directions), "a difference of slopes"
+            slopes = by_slopes(lambda moved, along: self.slope(batches, moved, along), theta, directions)
+            return slopes, "a difference of slopes"
         slope, curvature, units = tf.zeros((), tf.float64), tf.zeros((), tf.float64), 0.0
         for inputs, targets in self._read(theta, batches):
             outputs, tangents = self._derivatives.along(theta, directions, inputs)
@@ -136,18 +132,6 @@ class DataLoss:
             slope, curvature = slope + _double(first), curvature + _double(second)
             units += self.likelihood.units(outputs, targets)
         return Quadratic(slope / units, curvature / units), self._derivatives.way
-
-    def _along_by_slopes(self, batches: Iterable[Any], theta: Params, directions: Sequence[Params]) -> Quadratic:
-        """Return the same for any loss, with the curvature from slopes at both sides."""
-        slope, rows = self.slope(batches, theta, directions), []
-        for direction in directions:
-            ahead, behind = (
-                self.slope(batches, {n: value + sign * STEP * direction[n] for n, value in theta.items()}, directions)
-                for sign in (1, -1)
-            )
-            rows.append((ahead - behind) / (2 * STEP))
-        curvature = tf.stack(rows)
-        return Quadratic(slope, (curvature + tf.transpose(curvature)) / 2)
 
     def mean(self, batches: Iterable[Any], theta: Params) -> float:
         """Return the mean loss at these weights."""
@@ -159,39 +143,6 @@ class DataLoss:
             total += float(_loss(self.likelihood, outputs, targets)) * (size if is_mean else 1)
             units += size
         return total / units
-
-
-@dataclass
-class InputGrams:
-    """What a projector may ask about data that were remembered: the Gram matrices of what layers read.
-
-    Attributes:
-        sums: the sums of a a^T by weight.
-        rows: how many inputs they are of.
-    """
-
-    sums: Params = field(default_factory=dict)
-    rows: dict[str, int] = field(default_factory=dict)
-
-    def add(self, taps: Taps, weights: frozenset[str]) -> None:
-        """Add the inputs of one batch."""
-        for name, gram in input_grams([taps], weights).items():
-            count = int(taps[name].inputs.shape[0]) * int(taps[name].inputs.shape[1])
-            whole = gram if gram.shape[0] == gram.shape[1] else tf.matmul(gram, gram, transpose_a=True)
-            self.sums[name] = self.sums[name] + whole * count if name in self.sums else whole * count
-            self.rows[name] = self.rows.get(name, 0) + count
-
-    def input_grams(self) -> Params:
-        """Return the means of a a^T, [d_in, d_in], by weight."""
-        return {name: total / self.rows[name] for name, total in self.sums.items()}
-
-    def gradient_grams(self) -> Params:
-        """Raise a BecameError: only what layers read is gathered."""
-        raise BecameError(NOT_GATHERED)
-
-    def logit_gradients(self, count: int) -> Iterator[Params]:
-        """Raise a BecameError, as ``gradient_grams`` does."""
-        raise BecameError(NOT_GATHERED)
 
 
 class NewTask:

@@ -9,7 +9,7 @@
 Convention: outputs are [samples, ...]. Tensors go to the device of the model.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -17,10 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from adapters.backend.memory import inputs_and_targets
 from adapters.torch.layers import modes_kept
 from became_core import BecameError
 
-__all__ = ["Applied", "Reader", "in_evaluation", "repeatable", "to_device", "with_progress"]
+__all__ = ["Applied", "Reader", "in_evaluation", "to_device"]
 
 Apply = Callable[[nn.Module, Any], Tensor]
 Targets = Callable[[Any], Any]
@@ -48,18 +49,7 @@ class Reader:
             if self.apply is None or self.targets is None:
                 raise BecameError("batches of your own need both apply= and targets=; one of them is missing.")
             return batch, self.targets(batch)
-        if isinstance(batch, Mapping):
-            if "labels" not in batch:
-                raise BecameError(
-                    f"a batch has the keys {', '.join(map(str, batch))}; it needs labels, or give apply= and targets=."
-                )
-            return {key: value for key, value in batch.items() if key != "labels"}, batch["labels"]
-        if isinstance(batch, tuple | list) and len(batch) == 2:
-            return batch[0], batch[1]
-        raise BecameError(
-            f"a batch is a {type(batch).__name__}; give pairs of inputs and targets, mappings with labels, or apply= "
-            "and targets=, which say what to do with it."
-        )
+        return inputs_and_targets(batch, "or give apply= and targets=, which say what to do with it")
 
 
 class Applied(nn.Module):
@@ -109,22 +99,3 @@ def in_evaluation(model: nn.Module) -> Iterator[None]:
     with modes_kept(model):
         model.eval()
         yield
-
-
-def repeatable(batches: Iterable[Any]) -> Iterable[Any]:
-    """Return batches that can be gone through more than once; those of an iterator are kept in a list."""
-    return list(batches) if iter(batches) is batches else batches
-
-
-def with_progress(batches: Iterable[Any], what: str, shows: bool) -> Iterator[Any]:
-    """Yield batches, and show on a terminal how many are done."""
-    if shows:
-        from rich.console import Console
-        from rich.progress import track
-
-        console = Console(stderr=True)
-        if console.is_terminal:
-            total = len(batches) if isinstance(batches, Sized) else None
-            yield from track(batches, what, total, console=console, transient=True)
-            return
-    yield from batches

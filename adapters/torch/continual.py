@@ -7,35 +7,42 @@ Convention: losses and Fisher information are means over samples or over tokens,
 alike, each with its mean. Parameters go by PyTorch's own names; those that need no gradient are never touched.
 """
 
-import json
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import fields, is_dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
-from adapters.backend.own_loop import Coverage, Covered, MergeReport, NetworkCheck, Uncovered, first_difference
-from adapters.torch.batches import Apply, Reader, Targets, repeatable
-from adapters.torch.data_loss import Batches, DataLoss, Kind, Loss, NewTask
+from adapters.backend.memory import (
+    Kind,
+    check_settings,
+    coverage_of,
+    described,
+    grown,
+    memory_arrays,
+    merge_report,
+    read_memory,
+    repeatable,
+    restored,
+)
+from adapters.backend.own_loop import Coverage, MergeReport, NetworkCheck, Uncovered
+from adapters.torch.batches import Apply, Reader, Targets
+from adapters.torch.data_loss import Batches, DataLoss, Loss, NewTask
 from adapters.torch.layers import estimate_statistics
 from adapters.torch.steps import StepGuard, groups_of, unwrapped
-from became_core import BecameError, Diagonal, LaplacePosterior, Secant, merge
-from became_core.arrays import Params, difference
-from became_core.curvature import LIKELIHOODS, Likelihood, likelihood_named
-from became_core.laplace import Estimator, MergeSubspace
-from became_core.projection import GPM, PROJECTORS, Projector, full
+from became_core import BecameError, LaplacePosterior, Secant, merge
+from became_core.arrays import Params
+from became_core.curvature import Likelihood, likelihood_named
+from became_core.laplace import Estimator
+from became_core.projection import GPM, Projector, full
 
 __all__ = ["Continual"]
-
-FORMAT = 1
 
 
 class Continual:
@@ -115,7 +122,7 @@ class Continual:
         self.uncovered, self.penalty, self.decay, self.fisher = uncovered, penalty, decay, fisher
         self.estimator: Estimator = Secant() if estimator is None else estimator
         self.posterior: LaplacePosterior | None = None
-        _check_settings(self.projector, uncovered, penalty, decay, fisher)
+        check_settings(self.projector, uncovered, penalty, decay, fisher)
         known = likelihood_named(likelihood) if isinstance(likelihood, str) else likelihood
         self._data = DataLoss(model, known, Reader(apply, targets), checks=check, shows=progress, fisher=fisher)
         self._theta_gp: Params | None = None
@@ -160,10 +167,7 @@ class Continual:
             assert batches is not None
             fisher, finished = self._data.fisher(batches, "remembering", with_memory=True)
             self.projector = self.projector.remember(finished)
-        # A parameter that was frozen then has no curvature from that time.
-        old = {} if self.posterior is None else self.posterior.precision.diagonal()
-        total = {name: value + self.decay * old[name] if name in old else value for name, value in fisher.items()}
-        self.posterior = LaplacePosterior(self._data.weights(), Diagonal(total))
+        self.posterior = grown(self.posterior, self._data.weights(), fisher, self.decay)
         self._theta_gp = None
 
     @property
@@ -174,17 +178,8 @@ class Continual:
             BecameError: before anything is remembered.
         """
         self._check_remembered("coverage")
-        matrices, ranks = self._data.matrices or {}, self.projector.rank
-        rows = []
-        for name, value in self.model.named_parameters():
-            use = "matrix, transposed" if matrices.get(name) else "matrix" if name in matrices else "other"
-            if not value.requires_grad:
-                rows.append(Covered(name, use, "not trained", value.numel()))
-            elif name in ranks:
-                rows.append(Covered(name, use, "protected", value.numel(), *ranks[name]))
-            else:
-                rows.append(Covered(name, use, self.uncovered, value.numel()))
-        return Coverage(rows)
+        sizes = {name: value.numel() for name, value in self.model.named_parameters()}
+        return coverage_of(sizes, self._data.trained, self._data.matrices or {}, self.projector, self.uncovered)
 
     # Training.
 
@@ -236,27 +231,12 @@ class Continual:
         if self._theta_gp.keys() != theta_hat.keys():
             raise BecameError("other parameters need a gradient than in stable training; let the same ones be trained.")
         new = NewTask(self._data, repeatable(batches), theta_hat)
-        subspace = MergeSubspace(self._theta_gp, [difference(theta_hat, self._theta_gp)], [1.0])
-        precision = {n: value for n, value in self.posterior.precision.diagonal().items() if n in theta_hat}
-        mean = {name: self.posterior.mean.get(name, value) for name, value in self._theta_gp.items()}
-        quadratic = self.estimator.quadratic(subspace, (LaplacePosterior(mean, Diagonal(precision)), new))
-        alpha = float(quadratic.minimiser("box")[0])
-        points = [index / (trace - 1) for index in range(trace)] if trace > 1 else [alpha] * trace
-        traced = [(point, new.loss(merge(self._theta_gp, theta_hat, point))) for point in points]
-        self._data.assign(merge(self._theta_gp, theta_hat, alpha))
+        report = merge_report(self.estimator, self.posterior, self._theta_gp, new, trace)
+        self._data.assign(merge(self._theta_gp, theta_hat, report.alpha))
         self._theta_gp = None
         if statistics is not None:
             estimate_statistics(self.model, (partial(self._data.run, batch) for batch in statistics))
-        return MergeReport(
-            alpha=alpha,
-            slopes=(float(quadratic.slope_at(0.0)[0]), float(quadratic.slope_at(1.0)[0])),
-            gain=float(quadratic.predicted_gain("box")),
-            is_convex=bool(quadratic.is_convex),
-            promised=bool(quadratic.has_interior_optimum),
-            curvature=new.way,
-            quadratic=quadratic,
-            trace=traced,
-        )
+        return report
 
     # On disk.
 
@@ -268,29 +248,19 @@ class Continual:
         """
         self._check_remembered("a file")
         assert self.posterior is not None
-        names = [name for name in PROJECTORS.names if PROJECTORS[name] is type(self.projector)]
-        if not names:
-            raise BecameError(
-                f"the projector {type(self.projector).__name__} has no name in PROJECTORS; register it, so that a file "
-                "can say which one it is."
-            )
-        arrays = {f"mean.{name}": value for name, value in self.posterior.mean.items()}
-        arrays |= {f"fisher.{name}": value for name, value in self.posterior.precision.diagonal().items()}
-        arrays |= {f"projector.{name}": torch.as_tensor(value) for name, value in self.projector.to_arrays().items()}
-        known = isinstance(self.likelihood, Likelihood)
-        description = {
-            "format": FORMAT,
-            "parameters": {name: list(value.shape) for name, value in self.model.named_parameters()},
-            "matrices": self._data.matrices or {},
-            "projector": [names[0], _plain_fields(self.projector)],
-            "likelihood": [type(self.likelihood).__name__, _plain_fields(self.likelihood)] if known else None,
-            "uncovered": self.uncovered,
-            "penalty": self.penalty,
-            "decay": self.decay,
-            "fisher": self.fisher,
-        }
-        tensors = {name: value.detach().contiguous().cpu() for name, value in arrays.items()}
-        save_file(tensors, str(file), {"became": json.dumps(description)})
+        metadata = described(
+            self._shapes(),
+            self._data.matrices or {},
+            self.projector,
+            self.likelihood,
+            uncovered=self.uncovered,
+            penalty=self.penalty,
+            decay=self.decay,
+            fisher=self.fisher,
+        )
+        arrays = memory_arrays(self.posterior, self.projector)
+        tensors = {name: torch.as_tensor(value).detach().contiguous().cpu() for name, value in arrays.items()}
+        save_file(tensors, str(file), metadata)
 
     @classmethod
     def load(cls, model: nn.Module, file: str | Path, **settings: Any) -> Self:
@@ -305,39 +275,20 @@ class Continual:
         Raises:
             BecameError: if the file is no memory, or is one of another architecture.
         """
-        try:
-            with safe_open(str(file), "pt") as opened:
-                description = json.loads((opened.metadata() or {})["became"])
-                arrays = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - no mapping
-        except (OSError, SafetensorError, KeyError, ValueError) as error:
-            raise BecameError(f"{file} is no memory that Continual.save wrote ({error}).") from None
-        shapes = {name: tuple(value.shape) for name, value in model.named_parameters()}
-        differs = first_difference(shapes, description["parameters"])
-        if differs:
-            raise BecameError(f"{file} is the memory of another architecture: {differs}.")
-        if description["likelihood"] is not None:
-            kinds = {kind.__name__: kind for kind in LIKELIHOODS.values()}
-            name, values = description["likelihood"]
-            values = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
-            settings.setdefault("likelihood", kinds[name](**values))
-        elif "likelihood" not in settings:
-            raise BecameError(f"{file} was made with a loss of your own; give it as likelihood=.")
-        kept = {key: description[key] for key in ("uncovered", "penalty", "decay", "fisher")}
-        name, values = description["projector"]
-        learning = cls(model, **(kept | {"projector": PROJECTORS[name](**values)} | settings))
-        learning._restore(arrays, description["matrices"])
-        return learning
-
-    def _restore(self, arrays: Mapping[str, Tensor], matrices: dict[str, bool]) -> None:
-        place = {name: value.device for name, value in self.model.named_parameters()}
-        parts: dict[str, Params] = {"mean": {}, "fisher": {}, "projector": {}}
+        description, arrays = read_memory(file, "pt")
+        devices = {name: value.device for name, value in model.named_parameters()}
         for key, value in arrays.items():
             part, _, name = key.partition(".")
             owner = name.partition(".")[2] if part == "projector" else name
-            parts[part][name] = value.to(place.get(owner, value.device))
-        self.posterior = LaplacePosterior(parts["mean"], Diagonal(parts["fisher"]))
-        self.projector = self.projector.with_arrays(parts["projector"])
-        self._data.matrices = matrices
+            arrays[key] = value.to(devices.get(owner, value.device))
+        shapes = {name: tuple(value.shape) for name, value in model.named_parameters()}
+        stored = restored(file, description, arrays, shapes, settings)
+        learning = cls(model, **stored.settings)
+        learning.posterior, learning._data.matrices = stored.posterior, stored.matrices
+        return learning
+
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: tuple(value.shape) for name, value in self.model.named_parameters()}
 
     def _guard(self, optimizer: Optimizer) -> StepGuard:
         assert self.posterior is not None
@@ -354,24 +305,6 @@ class Continual:
     def _check_remembered(self, what: str) -> None:
         if self.posterior is None:
             raise BecameError(f"{what} needs a memory of old data; call learning.remember(old_batches) first.")
-
-
-def _check_settings(projector: Projector, uncovered: str, penalty: float, decay: float, fisher: str) -> None:
-    if fisher not in ("empirical", "true", "sampled"):
-        raise BecameError(f"the Fisher information is '{fisher}'; choose empirical, true or sampled.")
-    if uncovered not in ("penalised", "frozen", "free"):
-        raise BecameError(f"uncovered is '{uncovered}'; choose penalised, frozen or free.")
-    if not 0 <= penalty < float("inf"):
-        raise BecameError(f"the penalty is {penalty}; it must be at least 0 and finite.")
-    if not 0 <= decay <= 1:
-        raise BecameError(f"the decay is {decay}; it must be in [0, 1].")
-    own = type(projector)
-    steps_alone = own.begin_task is Projector.begin_task and own.stages == 1 and not own.protects_all
-    if not steps_alone:
-        raise BecameError(
-            f"{own.__name__} does more than to project steps, which a loop of your own cannot do for it; choose GPM, "
-            "SGP or NSCL."
-        )
 
 
 def _second_moments(optimizer: Optimizer, trained: Mapping[str, nn.Parameter], samples: int | None) -> Params:
@@ -400,15 +333,3 @@ def _second_moments(optimizer: Optimizer, trained: Mapping[str, nn.Parameter], s
         stacklevel=3,
     )
     return {name: fisher.get(name, torch.zeros_like(value.detach())) for name, value in trained.items()}
-
-
-def _plain_fields(value: Any) -> dict[str, Any]:
-    """Return the settings of a dataclass: its fields that JSON can hold."""
-    if not is_dataclass(value):
-        return {}
-    values = {part.name: getattr(value, part.name) for part in fields(value) if part.init}
-    return {
-        name: part
-        for name, part in values.items()
-        if isinstance(part, int | float | str | tuple | None) and name != "tasks"
-    }

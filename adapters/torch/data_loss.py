@@ -9,32 +9,26 @@ measurement. Parameters go by PyTorch's own names, and are those that need a gra
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from adapters.backend.memory import InputGrams, Kind, by_slopes, gram_sums, with_progress
 from adapters.backend.own_loop import NetworkCheck
-from adapters.torch.batches import Applied, Reader, in_evaluation, to_device, with_progress
+from adapters.torch.batches import Applied, Reader, in_evaluation, to_device
 from adapters.torch.checking import check_network
 from adapters.torch.derivatives import Derivatives
 from adapters.torch.tapping import Layouts, collect_taps, matrices_of, samples_of
 from became_core import BecameError, Diagonal, Quadratic
 from became_core.arrays import Params
-from became_core.curvature import Likelihood, Taps, input_grams, per_sample_square_sum
+from became_core.curvature import Likelihood, Taps, per_sample_square_sum
 
-__all__ = ["Batches", "DataLoss", "InputGrams", "Kind", "Loss", "NewTask"]
+__all__ = ["Batches", "DataLoss", "Loss", "NewTask"]
 
 Loss = Callable[[Tensor, Any], Tensor]
 Batches = Iterable[Any]
-Kind = Literal["empirical", "true", "sampled"]
-
-NOT_GATHERED = "this projector remembers gradients, which one pass does not gather; choose GPM, SGP or NSCL."
-
-# The part of the way along a direction at whose two sides slopes are taken.
-STEP = 0.01
 
 
 class DataLoss:
@@ -148,7 +142,7 @@ class DataLoss:
             yield taps, units
             units = 0.0
 
-    def fisher(self, batches: Batches, what: str, *, with_memory: bool) -> tuple[Params, "InputGrams"]:
+    def fisher(self, batches: Batches, what: str, *, with_memory: bool) -> tuple[Params, InputGrams]:
         """Return the diagonal Fisher information at the weights as they are, and what a projector remembers."""
         squares: Params = {}
         finished = InputGrams()
@@ -160,7 +154,7 @@ class DataLoss:
                     for name, square in per_sample_square_sum(taps).items():
                         squares[name] = squares[name].add_(square) if name in squares else square
                     if with_memory and index == 0:  # the inputs are the same for all targets
-                        finished.add(taps, frozenset(self.matrices or ()))
+                        finished.add(gram_sums(taps, frozenset(self.matrices or ())))
         if not units:
             raise BecameError("there are no samples; give at least one batch.")
         fisher = {
@@ -188,7 +182,12 @@ class DataLoss:
     def along(self, batches: Batches, directions: Sequence[Params]) -> tuple[Quadratic, str]:
         """Return the mean loss along directions at the weights as they are, and how its curvature was measured."""
         if not isinstance(self.likelihood, Likelihood):
-            return self._along_by_slopes(batches, directions), "a difference of slopes"
+
+            def slope_at(theta: Params, directions: Sequence[Params]) -> Tensor:
+                with self.at(theta):
+                    return self.slope(batches, directions)
+
+            return by_slopes(slope_at, self.weights(), directions), "a difference of slopes"
         slope, curvature, units = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64), 0.0
         theta = {f"model.{name}": value for name, value in self.trained.items()}
         moves = [{f"model.{name}": value for name, value in direction.items()} for direction in directions]
@@ -206,18 +205,6 @@ class DataLoss:
                 units += self.likelihood.units(outputs, targets)
         return Quadratic(slope / units, curvature / units), self._derivatives.way
 
-    def _along_by_slopes(self, batches: Batches, directions: Sequence[Params]) -> Quadratic:
-        """Return the same for any loss, with the curvature from slopes at both sides."""
-        slope, theta, rows = self.slope(batches, directions), self.weights(), []
-        for direction in directions:
-            sides = []
-            for sign in (1, -1):
-                with self.at({name: value + sign * STEP * direction[name] for name, value in theta.items()}):
-                    sides.append(self.slope(batches, directions))
-            rows.append((sides[0] - sides[1]) / (2 * STEP))
-        curvature = torch.stack(rows)
-        return Quadratic(slope, (curvature + curvature.T) / 2)
-
     def mean(self, batches: Batches) -> float:
         """Return the mean loss at the weights as they are."""
         total = units = 0.0
@@ -231,40 +218,6 @@ class DataLoss:
                     total += float(self.likelihood(outputs, targets)) * size
                 units += size
         return total / units
-
-
-@dataclass
-class InputGrams:
-    """What a projector may ask about data that were remembered: the Gram matrices of what layers read.
-
-    Attributes:
-        sums: the sums of a a^T by weight.
-        rows: how many inputs they are of.
-    """
-
-    sums: Params = field(default_factory=dict)
-    rows: dict[str, int] = field(default_factory=dict)
-
-    def add(self, taps: Taps, weights: frozenset[str]) -> None:
-        """Add the inputs of one batch."""
-        for name, gram in input_grams([taps], weights).items():
-            tap = next(tap for layer, tap in taps.items() if tap.weight_name(layer) == name)
-            count = tap.inputs.shape[0] * tap.inputs.shape[1]
-            whole = gram if gram.shape[0] == gram.shape[1] else gram.T @ gram
-            self.sums[name] = self.sums[name].add_(whole, alpha=count) if name in self.sums else whole * count
-            self.rows[name] = self.rows.get(name, 0) + count
-
-    def input_grams(self) -> Params:
-        """Return the means of a a^T, [d_in, d_in], by weight."""
-        return {name: total / self.rows[name] for name, total in self.sums.items()}
-
-    def gradient_grams(self) -> Params:
-        """Raise a BecameError: only what layers read is gathered."""
-        raise BecameError(NOT_GATHERED)
-
-    def logit_gradients(self, count: int) -> Iterator[Params]:
-        """Raise a BecameError, as ``gradient_grams`` does."""
-        raise BecameError(NOT_GATHERED)
 
 
 class NewTask:

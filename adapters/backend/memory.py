@@ -1,0 +1,404 @@
+"""What a method around a user's own loop does alike in every framework: it remembers, covers, merges, saves and loads.
+
+A framework's adapter measures: Fisher information, slopes, curvature, and what layers read. What is made of the
+measurements stands here, so that it cannot be different in PyTorch, JAX and Keras.
+
+Convention: losses and Fisher information are means over samples or over tokens, as the likelihood says, and tasks count
+alike, each with its mean. Parameters are arrays by name. A matrix is stored as [d_out, d_in] or, transposed, as
+[d_in, d_out]; further axes are flattened.
+"""
+
+import json
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Sized
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Protocol
+
+from safetensors import SafetensorError, safe_open
+
+from adapters.backend.own_loop import Coverage, Covered, MergeReport, Uncovered, first_difference
+from became_core import BecameError, Diagonal, LaplacePosterior, Quadratic, merge
+from became_core.arrays import Array, Params, difference, namespace
+from became_core.curvature import LIKELIHOODS, Likelihood, Taps, input_grams
+from became_core.laplace import Estimator, MergeSubspace
+from became_core.laplace.estimators import LocalLoss
+from became_core.projection import PROJECTORS, Projector
+
+__all__ = [
+    "InputGrams",
+    "Kind",
+    "MeasuredLoss",
+    "Stored",
+    "by_slopes",
+    "check_settings",
+    "coverage_of",
+    "described",
+    "gram_sums",
+    "grown",
+    "inputs_and_targets",
+    "memory_arrays",
+    "merge_report",
+    "read_memory",
+    "repeatable",
+    "restored",
+    "with_progress",
+]
+
+# Of which targets Fisher information is: those given, or the model's own, exactly or drawn.
+Kind = Literal["empirical", "true", "sampled"]
+
+FORMAT = 1
+NOT_GATHERED = "this projector remembers gradients, which one pass does not gather; choose GPM, SGP or NSCL."
+
+# The part of the way along a direction at whose two sides slopes are taken.
+STEP = 0.01
+
+
+def check_settings(projector: Projector, uncovered: str, penalty: float, decay: float, fisher: str) -> None:
+    """Raise a BecameError if a setting is out of its range, or the projector does more than to project steps."""
+    if fisher not in ("empirical", "true", "sampled"):
+        raise BecameError(f"the Fisher information is '{fisher}'; choose empirical, true or sampled.")
+    if uncovered not in ("penalised", "frozen", "free"):
+        raise BecameError(f"uncovered is '{uncovered}'; choose penalised, frozen or free.")
+    if not 0 <= penalty < float("inf"):
+        raise BecameError(f"the penalty is {penalty}; it must be at least 0 and finite.")
+    if not 0 <= decay <= 1:
+        raise BecameError(f"the decay is {decay}; it must be in [0, 1].")
+    own = type(projector)
+    steps_alone = own.begin_task is Projector.begin_task and own.stages == 1 and not own.protects_all
+    if not steps_alone:
+        raise BecameError(
+            f"{own.__name__} does more than to project steps, which a loop of your own cannot do for it; choose GPM, "
+            "SGP or NSCL."
+        )
+
+
+# Batches.
+
+
+def inputs_and_targets(batch: Any, otherwise: str) -> tuple[Any, Any]:
+    """Return the inputs and the targets of a pair, or of a mapping with ``labels``, as ``transformers`` has it.
+
+    Args:
+        batch: of one of these kinds.
+        otherwise: what a message says of batches of other kinds: "or give ...".
+
+    Raises:
+        BecameError: if it is of another kind.
+
+    Examples:
+        >>> inputs_and_targets({"ids": [1, 2], "labels": [0]}, "or give pairs")
+        ({'ids': [1, 2]}, [0])
+    """
+    if isinstance(batch, Mapping):
+        if "labels" not in batch:
+            raise BecameError(f"a batch has the keys {', '.join(map(str, batch))}; it needs labels, {otherwise}.")
+        return {key: value for key, value in batch.items() if key != "labels"}, batch["labels"]
+    if isinstance(batch, tuple | list) and len(batch) == 2:
+        return batch[0], batch[1]
+    raise BecameError(
+        f"a batch is a {type(batch).__name__}; give pairs of inputs and targets, mappings with labels, {otherwise}."
+    )
+
+
+def repeatable(batches: Iterable[Any]) -> Iterable[Any]:
+    """Return batches that can be gone through more than once; those of an iterator are kept in a list."""
+    return list(batches) if iter(batches) is batches else batches
+
+
+def with_progress(batches: Iterable[Any], what: str, shows: bool) -> Iterator[Any]:
+    """Yield batches, and show on a terminal how many are done."""
+    if shows:
+        from rich.console import Console
+        from rich.progress import track
+
+        console = Console(stderr=True)
+        if console.is_terminal:
+            total = len(batches) if isinstance(batches, Sized) else None
+            yield from track(batches, what, total, console=console, transient=True)
+            return
+    yield from batches
+
+
+# What is remembered.
+
+
+def grown(posterior: LaplacePosterior | None, theta: Params, fisher: Params, decay: float) -> LaplacePosterior:
+    """Return the posterior with one more task: mean theta, precision fisher + decay x that of the old tasks.
+
+    A parameter that was not trained before has the curvature of this task alone, and one that is not trained now has
+    none.
+    """
+    old = {} if posterior is None else posterior.precision.diagonal()
+    total = {name: value + decay * old[name] if name in old else value for name, value in fisher.items()}
+    return LaplacePosterior(theta, Diagonal(total))
+
+
+def gram_sums(taps: Taps, weights: frozenset[str]) -> dict[str, tuple[Array, int]]:
+    """Return the sum of a a^T over what each of these weights reads in a batch, [d_in, d_in], and the number of a."""
+    sums: dict[str, tuple[Array, int]] = {}
+    for name, gram in input_grams([taps], weights).items():
+        tap = next(tap for layer, tap in taps.items() if tap.weight_name(layer) == name)
+        count = int(tap.inputs.shape[0]) * int(tap.inputs.shape[1])
+        xp: Any = namespace(gram=gram)
+        # Of fewer inputs than d_in there is a factor [n, d_in].
+        whole = gram if gram.shape[0] == gram.shape[1] else xp.matmul(xp.matrix_transpose(gram), gram)
+        sums[name] = whole * count, count
+    return sums
+
+
+@dataclass
+class InputGrams:
+    """What a projector may ask about data that were remembered: the Gram matrices of what layers read.
+
+    Attributes:
+        sums: the sums of a a^T by weight, and how many inputs they are of.
+    """
+
+    sums: dict[str, tuple[Array, int]] = field(default_factory=dict)
+
+    def add(self, sums: Mapping[str, tuple[Array, int]]) -> None:
+        """Add the sums of one batch."""
+        for name, (gram, count) in sums.items():
+            total, rows = self.sums.get(name, (0, 0))
+            self.sums[name] = total + gram, rows + int(count)
+
+    def input_grams(self) -> Params:
+        """Return the means of a a^T, [d_in, d_in], by weight."""
+        return {name: total / rows for name, (total, rows) in self.sums.items()}
+
+    def gradient_grams(self) -> Params:
+        """Raise a BecameError: only what layers read is gathered."""
+        raise BecameError(NOT_GATHERED)
+
+    def logit_gradients(self, count: int) -> Iterator[Params]:
+        """Raise a BecameError, as ``gradient_grams`` does."""
+        raise BecameError(NOT_GATHERED)
+
+
+def coverage_of(
+    sizes: Mapping[str, int],
+    trained: Collection[str],
+    matrices: Mapping[str, bool],
+    projector: Projector,
+    uncovered: Uncovered,
+) -> Coverage:
+    """Return what happens to every parameter while training is stable.
+
+    Args:
+        sizes: of all parameters, in the order of the model.
+        trained: the names of those that are trained.
+        matrices: the names of those that are used as matrices alone, and whether they are stored as [d_in, d_out].
+        projector: the memory.
+        uncovered: what is done with those that it does not protect.
+    """
+    ranks, rows = projector.rank, []
+    for name, size in sizes.items():
+        use = "matrix, transposed" if matrices.get(name) else "matrix" if name in matrices else "other"
+        if name not in trained:
+            rows.append(Covered(name, use, "not trained", size))
+        elif name in ranks:
+            rows.append(Covered(name, use, "protected", size, *ranks[name]))
+        else:
+            rows.append(Covered(name, use, uncovered, size))
+    return Coverage(rows)
+
+
+# Merging.
+
+
+class MeasuredLoss(LocalLoss, Protocol):
+    """The new task's loss at the plastic weights, its ``mean``.
+
+    Attributes:
+        way: how the curvature along a direction was measured.
+    """
+
+    way: str
+
+    def loss(self, theta: Params) -> float:
+        """Return the true mean loss at other weights."""
+
+
+def by_slopes(
+    slope: Callable[[Params, Sequence[Params]], Array], theta: Params, directions: Sequence[Params]
+) -> Quadratic:
+    """Return a loss along K directions from theta, with the curvature as the difference of slopes at both sides.
+
+    Args:
+        slope: from weights and directions to the loss's slopes there, [K].
+        theta: where to measure.
+        directions: K of them.
+    """
+    rows = []
+    for direction in directions:
+        ahead, behind = (
+            slope({name: value + sign * STEP * direction[name] for name, value in theta.items()}, directions)
+            for sign in (1, -1)
+        )
+        rows.append((ahead - behind) / (2 * STEP))
+    xp: Any = namespace(row=rows[0])
+    curvature = xp.stack(rows)
+    return Quadratic(slope(theta, directions), (curvature + xp.matrix_transpose(curvature)) / 2)
+
+
+def merge_report(
+    estimator: Estimator, posterior: LaplacePosterior, theta_gp: Params, new: MeasuredLoss, trace: int
+) -> MergeReport:
+    """Return the best coefficient between the stable weights and the plastic ones, ``new.mean``, and what tells of it.
+
+    Args:
+        estimator: how losses along the way are estimated.
+        posterior: the old tasks' loss; of parameters that it does not know it says nothing.
+        theta_gp: the stable weights.
+        new: the new task's loss at the plastic weights, of the same names.
+        trace: at how many alphas the true loss of the new data is measured, both ends among them; 0 for none.
+    """
+    theta_hat = new.mean
+    subspace = MergeSubspace(theta_gp, [difference(theta_hat, theta_gp)], [1.0])
+    precision = {name: value for name, value in posterior.precision.diagonal().items() if name in theta_hat}
+    mean = {name: posterior.mean.get(name, value) for name, value in theta_gp.items()}
+    quadratic = estimator.quadratic(subspace, (LaplacePosterior(mean, Diagonal(precision)), new))
+    alpha = float(quadratic.minimiser("box")[0])
+    points = [index / (trace - 1) for index in range(trace)] if trace > 1 else [alpha] * trace
+    return MergeReport(
+        alpha=alpha,
+        slopes=(float(quadratic.slope_at(0.0)[0]), float(quadratic.slope_at(1.0)[0])),
+        gain=float(quadratic.predicted_gain("box")),
+        is_convex=bool(quadratic.is_convex),
+        promised=bool(quadratic.has_interior_optimum),
+        curvature=new.way,
+        quadratic=quadratic,
+        trace=[(point, new.loss(merge(theta_gp, theta_hat, point))) for point in points],
+    )
+
+
+# On disk.
+
+
+def memory_arrays(posterior: LaplacePosterior, projector: Projector) -> dict[str, Array]:
+    """Return the arrays of a memory by the names that they have in a file."""
+    arrays = {f"mean.{name}": value for name, value in posterior.mean.items()}
+    arrays |= {f"fisher.{name}": value for name, value in posterior.precision.diagonal().items()}
+    return arrays | {f"projector.{name}": value for name, value in projector.to_arrays().items()}
+
+
+def described(
+    shapes: Mapping[str, Sequence[int]],
+    matrices: Mapping[str, bool],
+    projector: Projector,
+    likelihood: Any,
+    **settings: Any,
+) -> dict[str, str]:
+    """Return what a memory's file says beside its arrays, as metadata of safetensors.
+
+    Args:
+        shapes: of all parameters of the model.
+        matrices: as ``coverage_of`` has them.
+        projector: the memory.
+        likelihood: of which only one of ``became_core.curvature`` is written.
+        settings: ``uncovered``, ``penalty``, ``decay`` and ``fisher``.
+
+    Raises:
+        BecameError: if the projector has no registered name.
+    """
+    names = [name for name in PROJECTORS.names if PROJECTORS[name] is type(projector)]
+    if not names:
+        raise BecameError(
+            f"the projector {type(projector).__name__} has no name in PROJECTORS; register it, so that a file can say "
+            "which one it is."
+        )
+    known = isinstance(likelihood, Likelihood)
+    description = {
+        "format": FORMAT,
+        "parameters": {name: list(shape) for name, shape in shapes.items()},
+        "matrices": dict(matrices),
+        "projector": [names[0], _plain_fields(projector)],
+        "likelihood": [type(likelihood).__name__, _plain_fields(likelihood)] if known else None,
+        **settings,
+    }
+    return {"became": json.dumps(description)}
+
+
+def read_memory(file: str | Path, framework: str) -> tuple[dict[str, Any], dict[str, Array]]:
+    """Return what a memory's file says, and its arrays.
+
+    Args:
+        file: the file.
+        framework: of the arrays, as safetensors calls it: "pt", "np" or "flax".
+
+    Raises:
+        BecameError: if it is no memory.
+    """
+    try:
+        with safe_open(str(file), framework) as opened:
+            description = json.loads((opened.metadata() or {})["became"])
+            names = list(opened.keys())
+            return description, {name: opened.get_tensor(name) for name in names}
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise BecameError(f"{file} is no memory that Continual.save wrote ({error}).") from None
+
+
+class Stored(NamedTuple):
+    """What a file holds of a memory.
+
+    Attributes:
+        posterior: the old tasks' loss.
+        matrices: as ``coverage_of`` has them.
+        settings: ``projector`` with its memory, ``likelihood``, ``uncovered``, ``penalty``, ``decay`` and ``fisher``.
+    """
+
+    posterior: LaplacePosterior
+    matrices: dict[str, bool]
+    settings: dict[str, Any]
+
+
+def restored(
+    file: str | Path,
+    description: Mapping[str, Any],
+    arrays: Mapping[str, Array],
+    shapes: Mapping[str, Sequence[int]],
+    settings: Mapping[str, Any],
+) -> Stored:
+    """Return the memory of ``read_memory``, for a model of these shapes.
+
+    Args:
+        file: what a message calls it.
+        description: what the file says.
+        arrays: where the memory's arrays shall be.
+        shapes: of all parameters of the model.
+        settings: what shall be otherwise than in the file, or is not in it.
+
+    Raises:
+        BecameError: if it is the memory of another architecture, or of a loss that is not given.
+    """
+    differs = first_difference(shapes, description["parameters"])
+    if differs:
+        raise BecameError(f"{file} is the memory of another architecture: {differs}.")
+    own = {key: description[key] for key in ("uncovered", "penalty", "decay", "fisher")}
+    if description["likelihood"] is not None:
+        name, values = description["likelihood"]
+        values = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+        own["likelihood"] = {kind.__name__: kind for kind in LIKELIHOODS.values()}[name](**values)
+    elif "likelihood" not in settings:
+        raise BecameError(f"{file} was made with a loss of your own; give it as likelihood=.")
+    parts: dict[str, Params] = {"mean": {}, "fisher": {}, "projector": {}}
+    for key, value in arrays.items():
+        part, _, name = key.partition(".")
+        parts[part][name] = value
+    name, values = description["projector"]
+    projector = settings.get("projector", PROJECTORS[name](**values)).with_arrays(parts["projector"])
+    posterior = LaplacePosterior(parts["mean"], Diagonal(parts["fisher"]))
+    return Stored(posterior, dict(description["matrices"]), own | dict(settings) | {"projector": projector})
+
+
+def _plain_fields(value: Any) -> dict[str, Any]:
+    """Return the settings of a dataclass: its fields that JSON can hold."""
+    if not is_dataclass(value):
+        return {}
+    values = {part.name: getattr(value, part.name) for part in fields(value) if part.init}
+    return {
+        name: part
+        for name, part in values.items()
+        if isinstance(part, int | float | str | tuple | None) and name != "tasks"
+    }
