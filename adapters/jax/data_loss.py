@@ -1,0 +1,342 @@
+"""The loss of a JAX function on a user's batches: its Fisher information, slopes and curvature, and what it reads.
+
+A likelihood gives all of it. Any other loss, (outputs, targets) -> the mean over the samples of a batch, has the
+empirical Fisher information, and curvature along a direction as the difference of slopes at its two sides. Derivatives
+along a direction, J d, are taken by the first way that the function allows:
+
+| way | what it needs |
+| --- | --- |
+| forward mode | ``jax.jvp`` |
+| two reverse passes | ``jax.vjp`` alone, as with ``jax.custom_vjp``: J d is the derivative of u . (J d) by u |
+| difference | outputs alone: (z(theta + h d) - z(theta - h d)) / 2h, with h = cbrt(epsilon) |theta| / |d| |
+
+Convention: means over samples or over tokens, as the likelihood says. Parameters go by dotted path, and are those of
+real numbers; the function is ``apply(params, inputs)``, and it returns [samples, ...].
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from typing import Any, Literal
+
+import jax
+import numpy as np
+from jax import numpy as jnp
+
+from adapters.backend.memory import InputGrams, Kind, by_slopes, gram_sums, inputs_and_targets, with_progress
+from adapters.backend.own_loop import Finding, NetworkCheck
+from adapters.jax.tapping import Apply, TappedFunction, trained_of
+from became_core import BecameError, Diagonal, Quadratic
+from became_core.arrays import Array, Params, named_leaves, namespace, with_leaves
+from became_core.curvature import Likelihood, per_sample_gradients, per_sample_square_sum
+
+__all__ = ["DataLoss", "Loss", "NewTask"]
+
+Loss = Callable[[Array, Any], Array]
+Way = Literal["forward mode", "two reverse passes", "difference"]
+
+
+class DataLoss:
+    """A function's loss on batches, as a function of its trained parameters.
+
+    Attributes:
+        likelihood: or a loss of the user's own.
+        theta: the trained parameters as they were given.
+        matrices: the parameters that are used as matrices alone, and whether they are stored as [d_in, d_out]; of all
+            inputs that were measured.
+        checked: what the first look at the function found; None before it, or if there is none.
+        way: how derivatives along a direction are taken, or tried next.
+    """
+
+    def __init__(
+        self, apply: Apply, params: Any, likelihood: Likelihood | Loss, *, fisher: Kind, checks: bool, shows: bool
+    ) -> None:
+        """Keep what is needed.
+
+        Args:
+            apply: (params, inputs) -> outputs, [samples, ...].
+            params: a tree of arrays.
+            likelihood: or a loss.
+            fisher: of which targets the Fisher information is: those given, or the model's own, exactly or drawn.
+            checks: whether the function is checked at the first look.
+            shows: whether a terminal shows how far a pass is.
+
+        Raises:
+            BecameError: if nothing can be trained.
+        """
+        self.likelihood = likelihood
+        self.theta: Params = {name: jnp.asarray(value) for name, value in trained_of(params).items()}
+        if not self.theta:
+            raise BecameError("no array of the parameters holds real numbers; there is nothing to learn.")
+        namespace(values=next(iter(self.theta.values())))  # JAX learns of the core's values
+        self.matrices: dict[str, bool] = {}
+        self.checked: NetworkCheck | None = None
+        self.way: Way = "forward mode"
+        self._apply, self._params, self._kind, self._checks, self._shows = apply, params, fisher, checks, shows
+        self._tapped: dict[Any, tuple[TappedFunction, Any]] = {}
+        self._is_looked_at = False
+        self._outputs = jax.jit(self._run)
+        self._gradient = jax.jit(lambda theta, inputs, seed: jax.vjp(lambda t: self._run(t, inputs), theta)[1](seed)[0])
+        self._slopes = jax.jit(self._slopes_of_batch)
+        self._taken_along: Callable[..., tuple[Array, Array]] = jax.jit(self._along_of_batch, static_argnames="way")
+
+    def tree(self, theta: Params) -> Any:
+        """Return the user's tree with these values of the trained parameters."""
+        return with_leaves(self._params, named_leaves(self._params) | theta)
+
+    def _run(self, theta: Params, inputs: Any) -> Array:
+        return self._apply(self.tree(theta), inputs)
+
+    def _read(self, batches: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
+        for batch in batches:
+            parts = inputs_and_targets(batch, "or a generator that makes such pairs of your batches")
+            inputs, targets = (jax.tree.map(jnp.asarray, part) for part in parts)
+            self._look(inputs, targets)
+            yield inputs, targets
+
+    def _function(self, inputs: Any) -> tuple[TappedFunction, Any]:
+        """Return what collects taps for inputs of these shapes, and what measures squares and Gram matrices of them."""
+        leaves, structure = jax.tree.flatten(inputs)
+        key = (structure, *((leaf.shape, leaf.dtype) for leaf in leaves))
+        if key not in self._tapped:
+            tapped = TappedFunction(self._apply, self._params, inputs)
+            if not self._tapped:
+                tapped.warn()
+            self.matrices |= tapped.matrices
+
+            @partial(jax.jit, static_argnames="weights")
+            def measure(theta: Params, inputs: Any, seed: Array, weights: frozenset[str]) -> tuple[Params, Any]:
+                taps = tapped.taps(self.tree(theta), inputs, seed)
+                return per_sample_square_sum(taps), gram_sums(taps, weights)
+
+            self._tapped[key] = tapped, measure
+        return self._tapped[key]
+
+    def _look(self, inputs: Any, targets: Any) -> None:
+        """Look at the function once: the noise of the data, and whether we compute what it computes."""
+        if self._is_looked_at:
+            return
+        outputs = self._outputs(self.theta, inputs)
+        if not hasattr(outputs, "shape") or not outputs.shape:
+            raise BecameError("the function must return one array of outputs, [samples, ...]; give one that does.")
+        if isinstance(self.likelihood, Likelihood):
+            self.likelihood = self.likelihood.fitted(outputs, targets)
+        if self._checks:
+            self.checked = self._check(_samples(inputs, slice(3), len(outputs)))
+            self.checked.assert_sound()
+        self._is_looked_at = True
+
+    def _check(self, inputs: Any) -> NetworkCheck:
+        """Return what was compared for a few samples, and how far it differs."""
+        rng, theta = np.random.default_rng(0), self.theta
+        outputs, own = self._outputs(theta, inputs), self._apply(self.tree(theta), inputs)  # the latter not compiled
+        count, tolerance = len(outputs), 10 * float(jnp.finfo(outputs.dtype).eps) ** 0.5
+        alone = [_samples(inputs, slice(sample, sample + 1), count) for sample in range(count)]
+        first = self._outputs(theta, alone[0])
+        seed = jnp.asarray(rng.normal(size=outputs.shape), outputs.dtype)
+        tapped, _ = self._function(inputs)
+        by_taps = per_sample_gradients(tapped.taps(self.tree(theta), inputs, seed))
+        rows = [self._gradient(theta, each, seed[sample : sample + 1]) for sample, each in enumerate(alone)]
+        pairs = [
+            (value[sample].ravel(), row[n].ravel()) for n, value in by_taps.items() for sample, row in enumerate(rows)
+        ]
+        gradients = _apart(*(jnp.concatenate(side) for side in zip(*pairs, strict=True)))
+        direction = {
+            name: jnp.asarray(rng.normal(size=value.shape), value.dtype) * jnp.maximum(value.std(), 1e-3)
+            for name, value in theta.items()
+        }
+        _, tangents = self._derivatives(theta, [direction], inputs)
+        _, expected = self._difference(theta, [direction], inputs)
+        return NetworkCheck(
+            (
+                Finding("outputs, computed twice", _apart(own, outputs), tolerance),
+                Finding("outputs of a sample alone", _apart(first, outputs[:1]), tolerance),
+                Finding("gradients of single samples", gradients, tolerance),
+                # A difference is near where the function is smooth; a kink between its two ends shows.
+                Finding(f"a derivative, by {self.way}", _apart(tangents, expected), 0.1),
+            )
+        )
+
+    def fisher(
+        self, batches: Iterable[Any], what: str, *, with_memory: bool, theta: Params | None = None
+    ) -> tuple[Params, InputGrams]:
+        """Return the diagonal Fisher information at these weights, or as given, and what a projector remembers."""
+        theta = self.theta if theta is None else theta
+        squares: Params = {}
+        finished, units, rng = InputGrams(), 0.0, np.random.default_rng(0)
+        for inputs, targets in self._read(with_progress(batches, what, self._shows)):
+            outputs = self._outputs(theta, inputs)
+            units += _units(self.likelihood, outputs, targets)
+            tapped, measure = self._function(inputs)
+            for index, seed in enumerate(_cotangents(self.likelihood, outputs, targets, self._kind, rng)):
+                # What is read is the same for all targets.
+                weights = frozenset(tapped.matrices) if with_memory and index == 0 else frozenset[str]()
+                more, grams = measure(theta, inputs, seed, weights=weights)
+                squares = {name: squares[name] + value if squares else value for name, value in more.items()}
+                finished.add(grams)
+        if not units:
+            raise BecameError("there are no samples; give at least one batch.")
+        return {name: squares[name].reshape(value.shape) / units for name, value in theta.items()}, finished
+
+    def slope(self, batches: Iterable[Any], theta: Params, directions: Sequence[Params]) -> Array:
+        """Return the slopes of the mean loss along directions at these weights, [directions], in float64 of NumPy."""
+        units, total = 0.0, np.zeros(len(directions))
+        for inputs, targets in self._read(batches):
+            outputs = self._outputs(theta, inputs)
+            (seed,) = _cotangents(self.likelihood, outputs, targets)
+            units += _units(self.likelihood, outputs, targets)
+            total += np.asarray(self._slopes(theta, list(directions), inputs, seed), np.float64).sum(1)
+        return total / units
+
+    def _slopes_of_batch(self, theta: Params, directions: list[Params], inputs: Any, seed: Array) -> Array:
+        """Return the parts of the slopes by parameter, [directions, parameters]; they are summed on the host."""
+        gradient = self._gradient(theta, inputs, seed)
+        return jnp.stack(
+            [jnp.stack([jnp.vdot(_wide(gradient[n]), _wide(value)) for n, value in d.items()]) for d in directions]
+        )
+
+    def along(self, batches: Iterable[Any], theta: Params, directions: Sequence[Params]) -> tuple[Quadratic, str]:
+        """Return the mean loss along directions from these weights, and how its curvature was measured."""
+        if not isinstance(self.likelihood, Likelihood):
+            quadratic = by_slopes(lambda moved, along: self.slope(batches, moved, along), theta, directions)
+            return quadratic, "a difference of slopes"
+        slope, curvature, units = np.zeros(len(directions)), np.zeros((len(directions),) * 2), 0.0
+        for inputs, targets in self._read(batches):
+            outputs, tangents = self._derivatives(theta, directions, inputs)
+            first, second = self.likelihood.derivatives(outputs, tangents, targets)
+            slope, curvature = slope + np.asarray(first, np.float64), curvature + np.asarray(second, np.float64)
+            units += self.likelihood.units(outputs, targets)
+        return Quadratic(slope / units, curvature / units), self.way
+
+    def mean(self, batches: Iterable[Any], theta: Params) -> float:
+        """Return the mean loss at these weights."""
+        total = units = 0.0
+        for inputs, targets in self._read(batches):
+            outputs = self._outputs(theta, inputs)
+            size = _units(self.likelihood, outputs, targets)
+            if isinstance(self.likelihood, Likelihood):
+                total += float(self.likelihood.loss(outputs, targets))
+            else:
+                total += float(self.likelihood(outputs, targets)) * size
+            units += size
+        return total / units
+
+    def _derivatives(self, theta: Params, directions: Sequence[Params], inputs: Any) -> tuple[Array, Array]:
+        """Return the outputs and their derivatives along directions, [directions, *outputs]."""
+        if self.way == "forward mode":
+            try:
+                return self._taken_along(theta, list(directions), inputs, way=self.way)
+            except Exception:
+                self.way = "two reverse passes"
+        if self.way == "two reverse passes":
+            try:
+                return self._taken_along(theta, list(directions), inputs, way=self.way)
+            except Exception:
+                self.way = "difference"
+        return self._difference(theta, directions, inputs)
+
+    def _along_of_batch(self, theta: Params, directions: list[Params], inputs: Any, way: Way) -> tuple[Array, Array]:
+        def function(theta: Params) -> Array:
+            return self._run(theta, inputs)
+
+        if way == "forward mode":
+            pairs = [jax.jvp(function, (theta,), (direction,)) for direction in directions]
+            return pairs[0][0], jnp.stack([tangent for _, tangent in pairs])
+        outputs, backward = jax.vjp(function, theta)
+
+        def dot(seed: Array, direction: Params) -> Array:
+            (gradient,) = backward(seed)
+            return sum(jnp.vdot(gradient[name], value) for name, value in direction.items())
+
+        zeros = jnp.zeros_like(outputs)
+        return outputs, jnp.stack([jax.grad(dot)(zeros, direction) for direction in directions])
+
+    def _difference(self, theta: Params, directions: Sequence[Params], inputs: Any) -> tuple[Array, Array]:
+        outputs, size, tangents = self._outputs(theta, inputs), _norm(theta), []
+        epsilon = max(float(jnp.finfo(value.dtype).eps) for value in (*theta.values(), outputs))
+        for direction in directions:
+            length = _norm(direction)
+            step = epsilon ** (1 / 3) * (size or 1.0) / (length or 1.0)
+            ahead, behind = (
+                self._outputs(
+                    {n: v + jnp.asarray(sign * step * direction[n], v.dtype) for n, v in theta.items()}, inputs
+                )
+                for sign in (1, -1)
+            )
+            tangents.append((ahead - behind) / (2 * step))
+        return outputs, jnp.stack(tangents)
+
+
+class NewTask:
+    """The new task's loss at the plastic weights; it measures what an estimator asks for.
+
+    Attributes:
+        mean: the plastic weights.
+        way: how the curvature along a direction was measured.
+    """
+
+    def __init__(self, data: DataLoss, batches: Iterable[Any]) -> None:
+        """Keep the data, whose weights are the plastic ones, and batches that can be gone through more than once."""
+        self._data, self._batches = data, batches
+        self.mean = data.theta
+        self.way = "the diagonal Fisher information"
+
+    def diagonal(self) -> Diagonal:
+        """Return the diagonal Fisher information at the plastic weights."""
+        return Diagonal(self._data.fisher(self._batches, "measuring", with_memory=False)[0])
+
+    def along(self, directions: Sequence[Params]) -> Quadratic:
+        """Return the mean loss along directions from the plastic weights."""
+        quadratic, self.way = self._data.along(self._batches, self.mean, directions)
+        return Quadratic(self._in_dtype(quadratic.slope), self._in_dtype(quadratic.curvature))
+
+    def slope(self, origin: Params, directions: Sequence[Params]) -> Array:
+        """Return the slopes of the mean loss at other weights."""
+        return self._in_dtype(self._data.slope(self._batches, origin, directions))
+
+    def loss(self, theta: Params) -> float:
+        """Return the true mean loss at other weights."""
+        return self._data.mean(self._batches, theta)
+
+    def _in_dtype(self, value: Any) -> Array:
+        return jnp.asarray(value, _wide(next(iter(self.mean.values()))).dtype)
+
+
+def _samples(inputs: Any, at: slice, count: int) -> Any:
+    """Return some samples of a batch of this many; what is no array of samples stays whole."""
+    return jax.tree.map(lambda leaf: leaf[at] if leaf.ndim and leaf.shape[0] == count else leaf, inputs)
+
+
+def _wide(array: Array) -> Array:
+    return array.astype(jnp.promote_types(array.dtype, jnp.float32))
+
+
+def _norm(values: Params) -> float:
+    return float(np.sqrt(sum(float(jnp.vdot(_wide(value), _wide(value))) for value in values.values())))
+
+
+def _apart(computed: Array, expected: Array) -> float:
+    """Return the largest difference, as a share of the largest value."""
+    return float(jnp.abs(computed - expected).max()) / (float(jnp.abs(expected).max()) or 1.0)
+
+
+def _units(likelihood: Likelihood | Loss, outputs: Array, targets: Any) -> float:
+    return likelihood.units(outputs, targets) if isinstance(likelihood, Likelihood) else float(len(outputs))
+
+
+def _cotangents(
+    likelihood: Likelihood | Loss,
+    outputs: Array,
+    targets: Any,
+    kind: Kind = "empirical",
+    rng: np.random.Generator | None = None,
+) -> Iterator[Array]:
+    """Yield the gradients of each sample's own loss by the outputs, at the targets given or at the model's own."""
+    if isinstance(likelihood, Likelihood):
+        yield from likelihood.cotangents(outputs, targets, kind, rng or np.random.default_rng(0))
+        return
+    if kind != "empirical":
+        raise BecameError(f"a loss of your own has no targets of the model's own; '{kind}' needs a likelihood.")
+    loss, backward = jax.vjp(lambda outputs: likelihood(outputs, targets), outputs)
+    if loss.ndim:
+        raise BecameError(f"the loss has shape {list(loss.shape)}; it must return one number, the batch's mean.")
+    yield backward(jnp.ones_like(loss))[0] * len(outputs)
