@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import optax
 import pytest
-from flax import linen as nn
+from jax import lax
 from jax import numpy as jnp
 
 from adapters.jax import own_loop
@@ -21,10 +21,10 @@ from adapters.jax.own_loop import coverage, load, merge, penalty, projected, rem
 from became_core import BecameError
 from became_core.arrays import named_leaves
 from became_core.curvature import Bernoulli, Categorical, Gaussian
+from became_core.laplace import NativeExpansion
 from became_core.projection import GPM, NSCL, SGP, TRGP
 
 WIDTH, CLASSES = 6, 3
-FLOAT64 = {"dtype": jnp.float64, "param_dtype": jnp.float64}
 Batches = list[tuple[Any, Any]]
 
 
@@ -52,22 +52,23 @@ def _weights(seed: int = 3) -> Any:
     return {"first": first, "last": last}
 
 
-class _Network(nn.Module):  # type: ignore[misc] # flax is taken as untyped
-    """A convolution, attention, a norm and a dense layer."""
-
-    @nn.compact  # type: ignore[untyped-decorator]
-    def __call__(self, inputs: Any) -> Any:
-        hidden = nn.tanh(nn.Conv(4, (2,), **FLOAT64)(inputs.reshape(-1, 3, 2)))
-        hidden = nn.LayerNorm(**FLOAT64)(hidden + nn.MultiHeadDotProductAttention(2, **FLOAT64)(hidden))
-        return nn.Dense(CLASSES, **FLOAT64)(hidden.reshape(len(inputs), -1))
+def _convolution(params: Any, inputs: Any) -> Any:
+    """A kernel [width, in, out], whose first two axes are the inputs', and a scale that no projector protects."""
+    images = inputs.reshape(-1, 3, 2)
+    hidden = lax.conv_general_dilated(images, params["conv"], (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC"))
+    return jnp.tanh(hidden * params["scale"]).reshape(len(inputs), -1) @ params["kernel"]
 
 
-def _linen() -> tuple[Any, Any]:
-    network = _Network()
-    return network.apply, network.init(jax.random.key(0), jnp.zeros((1, WIDTH)))
+def _kernels() -> Any:
+    rng = np.random.default_rng(5)
+    shapes = {"conv": (2, 2, 4), "scale": (4,), "kernel": (12, CLASSES)}
+    return {name: jnp.asarray(rng.normal(size=shape)) for name, shape in shapes.items()}
 
 
-NETWORKS: dict[str, Callable[[], tuple[Any, Any]]] = {"perceptron": lambda: (_perceptron, _weights()), "linen": _linen}
+NETWORKS: dict[str, Callable[[], tuple[Any, Any]]] = {
+    "perceptron": lambda: (_perceptron, _weights()),
+    "convolution": lambda: (_convolution, _kernels()),
+}
 
 
 def _cross_entropy(outputs: Any, targets: Any) -> Any:
@@ -94,26 +95,28 @@ def _sample_gradients(loss: Any, apply: Any, params: Any, batches: Batches) -> A
     def of_sample(params: Any, x: Any, y: Any) -> Any:
         return loss(apply(params, x[None]), y[None])
 
-    inputs, targets = (jnp.concatenate([jnp.asarray(part) for part in side]) for side in zip(*batches, strict=True))
-    return named_leaves(jax.jit(jax.vmap(jax.grad(of_sample), (None, 0, 0)))(params, inputs, targets))
+    inputs, targets = (np.concatenate(side) for side in zip(*batches, strict=True))
+    gradients = jax.jit(jax.vmap(jax.grad(of_sample), (None, 0, 0)))(params, inputs, targets)
+    return {name: np.asarray(value) for name, value in named_leaves(gradients).items()}
 
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_it_remembers_the_mean_of_squared_gradients_of_single_samples(name: str) -> None:
     apply, params = NETWORKS[name]()
     batches = _data(1)
-    memory = remember(apply, params, iter(batches))
+    memory = remember(apply, params, iter(batches), check=name == "convolution")
     found = memory.posterior.precision.diagonal()
     expected = _sample_gradients(_cross_entropy, apply, params, batches)
     assert set(found) == set(expected) == set(memory.posterior.mean)
     for key, gradients in expected.items():
         np.testing.assert_allclose(found[key], (gradients**2).mean(0), rtol=1e-9, atol=1e-14, err_msg=key)
-    assert memory.checked is not None
-    assert len(memory.checked.findings) == 4
+    if name == "convolution":
+        assert memory.checked is not None
+        assert len(memory.checked.findings) == 4
     table = coverage(memory)
     assert [p.name for p in table.parameters] == list(named_leaves(params))
     protected = {p.name for p in table.parameters if p.treatment == "protected"}
-    assert protected == {key for key in expected if key.endswith(("kernel", "last.weight"))}
+    assert protected == {key for key in expected if key.endswith(("kernel", "last.weight", "conv"))}
     assert table.share("protected") + table.share("penalised") == pytest.approx(1)
     use = {p.name: p.use for p in table.parameters}
     if name == "perceptron":
@@ -126,7 +129,7 @@ OPTIMIZERS: dict[str, Callable[[], Any]] = {
 }
 
 
-@pytest.mark.parametrize(("name", "optimizer"), [("perceptron", "SGD"), ("linen", "AdamW")])
+@pytest.mark.parametrize(("name", "optimizer"), [("perceptron", "SGD"), ("convolution", "AdamW")])
 def test_old_outputs_stand_still_in_steps_that_are_projected(name: str, optimizer: str) -> None:
     """All directions of the old data are protected, and what cannot be protected is frozen; steps are compiled."""
     apply, params = NETWORKS[name]()
@@ -204,39 +207,43 @@ def test_a_compiled_step_has_the_memory_among_its_arguments() -> None:
 
 
 def test_steps_keep_the_dtype_of_the_parameters() -> None:
+    memory = remember(_perceptron, _weights(), _data(1), check=False)
     params = jax.tree.map(lambda value: value.astype(jnp.bfloat16), _weights())
-    batches = [(jnp.asarray(x, jnp.bfloat16), y) for x, y in _data(1)]
-    memory = remember(_perceptron, params, batches, check=False)
     transformation = projected(memory, 0.1)
-    updates, _ = transformation.update(params, transformation.init(params), params)
+    updates, _ = jax.jit(transformation.update)(params, transformation.init(params), params)
     assert {str(leaf.dtype) for leaf in jax.tree.leaves(updates)} == {"bfloat16"}
 
 
 def _alpha_by_brute_force(apply: Any, memory: Any, theta_gp: Any, theta_hat: Any, new: Batches) -> float:
     """The secant's alpha from dense differences: slopes at both ends, the old side scaled by exact over diagonal."""
-    inputs, targets = (jnp.concatenate([jnp.asarray(part) for part in side]) for side in zip(*new, strict=True))
-    delta = jax.tree.map(jnp.subtract, theta_hat, theta_gp)
+    inputs, targets = (np.concatenate(side) for side in zip(*new, strict=True))
 
+    @jax.jit
     def at(alpha: Any) -> Any:
-        return apply(jax.tree.map(lambda a, d: a + alpha * d, theta_gp, delta), inputs)
+        theta = jax.tree.map(lambda a, b: a + alpha * (b - a), theta_gp, theta_hat)
+        return apply(theta, inputs), jax.grad(lambda theta: _cross_entropy(apply(theta, inputs), targets))(theta)
 
-    start, end = (float(jax.grad(lambda alpha: _cross_entropy(at(alpha), targets))(alpha)) for alpha in (0.0, 1.0))
-    along, p = (at(1 + 1e-5) - at(1 - 1e-5)) / 2e-5, jax.nn.softmax(at(1.0))
+    gp, hat = ({n: np.asarray(value) for n, value in named_leaves(tree).items()} for tree in (theta_gp, theta_hat))
+    d = {n: value - gp[n] for n, value in hat.items()}
+    start, end = (
+        sum(float((value * d[n]).sum()) for n, value in named_leaves(at(alpha)[1]).items()) for alpha in (0.0, 1.0)
+    )
+    along = np.asarray(at(1 + 1e-5)[0] - at(1 - 1e-5)[0]) / 2e-5
+    p = np.exp(at(1.0)[0])
+    p /= p.sum(1, keepdims=True)
     exact = float(((p * along**2).sum(1) - (p * along).sum(1) ** 2).mean())
-    d, gp = named_leaves(delta), named_leaves(theta_gp)
     squares = _sample_gradients(_cross_entropy, apply, theta_hat, new)
     kappa = exact / sum(float(((squares[n] ** 2).mean(0) * d[n] ** 2).sum()) for n in d)
-    old, mean = memory.posterior.precision.diagonal(), memory.posterior.mean
+    known = memory.posterior.precision.diagonal(), memory.posterior.mean
+    old, mean = ({n: np.asarray(value) for n, value in part.items()} for part in known)
     b = start + kappa * sum(float(((gp[n] - mean[n]) * old[n] * d[n]).sum()) for n in d)
     c = end - start + kappa * sum(float((old[n] * d[n] ** 2).sum()) for n in d)
     return min(max(-b / c, 0.0), 1.0)
 
 
-@pytest.mark.parametrize("name", NETWORKS)
-def test_the_merge_is_the_minimum_that_brute_force_finds(name: str) -> None:
-    apply, params = NETWORKS[name]()
-    old, new = _data(1, 2, 8), _data(2, 2, 8)
-    params = _train(apply, params, old, optax.adam(0.02), 10)
+def test_the_merge_is_the_minimum_that_brute_force_finds() -> None:
+    apply, old, new = _perceptron, _data(1, 2, 8), _data(2, 2, 8)
+    params = _train(apply, _weights(), old, optax.adam(0.02), 10)
     memory = remember(apply, params, old, check=False)
     theta_gp = _train(apply, params, new, optax.chain(optax.adam(0.02), projected(memory, 0.02)))
     theta_hat = _train(apply, theta_gp, new, optax.adam(0.02), 20)
@@ -252,11 +259,15 @@ def test_the_merge_is_the_minimum_that_brute_force_finds(name: str) -> None:
     assert f"α* = {report.alpha:.3f}" in str(report)
     assert jax.tree.structure(report.params) == jax.tree.structure(theta_hat)
     for found, a, b in zip(*map(jax.tree.leaves, (report.params, theta_gp, theta_hat)), strict=True):
-        np.testing.assert_allclose(found, a + report.alpha * (b - a), rtol=1e-12, atol=1e-14)
+        np.testing.assert_allclose(found, a + report.alpha * np.asarray(b - a), rtol=1e-12, atol=1e-14)
+    inputs, targets = (np.concatenate(side) for side in zip(*new, strict=True))
+    loss_at = jax.jit(lambda alpha: _cross_entropy(apply(between(alpha), inputs), targets))
+
+    def between(alpha: Any) -> Any:
+        return jax.tree.map(lambda a, b: a + alpha * (b - a), theta_gp, theta_hat)
+
     for alpha, loss in report.trace:
-        theta = jax.tree.map(lambda a, b, alpha=alpha: a + alpha * (b - a), theta_gp, theta_hat)
-        true = np.mean([float(_cross_entropy(apply(theta, jnp.asarray(x)), jnp.asarray(y))) for x, y in new])
-        assert loss == pytest.approx(true)
+        assert loss == pytest.approx(float(loss_at(alpha)))
 
 
 @jax.custom_vjp  # type: ignore[untyped-decorator] # JAX is taken as untyped
@@ -289,16 +300,28 @@ def test_a_derivative_is_taken_by_the_first_way_that_there_is() -> None:
     np.testing.assert_allclose(found[2], found[0], rtol=1e-6)
 
 
+def _expanded(report: Any, memory: Any, theta_gp: Any, theta_hat: Any) -> tuple[float, float]:
+    """The new loss's slope and curvature along the way at its end, from a report of all losses' own expansions."""
+    precision, gp = memory.posterior.precision.diagonal(), named_leaves(theta_gp)
+    old = sum(float((precision[n] * (value - gp[n]) ** 2).sum()) for n, value in named_leaves(theta_hat).items())
+    return report.slopes[1] - old, report.slopes[1] - report.slopes[0] - old
+
+
 def test_a_loss_of_ones_own_is_merged_by_slopes() -> None:
-    """The cross-entropy, given as a callable, against its second difference along the way."""
-    params, far, new = _weights(3), _weights(4), _data(2)
+    """The cross-entropy, given as a callable: its own second derivative, and not only the Gauss-Newton part."""
+    params, far, (new,) = _weights(3), _weights(4), _data(2, 1)
     memory = remember(_perceptron, params, _data(1), _cross_entropy, check=False)
-    plain = remember(_perceptron, params, _data(1), check=False)
-    for name, value in plain.posterior.precision.diagonal().items():
-        np.testing.assert_allclose(memory.posterior.precision.diagonal()[name], value, rtol=1e-10)
-    report = merge(_perceptron, memory, params, far, new)
+    for name, gradients in _sample_gradients(_cross_entropy, _perceptron, params, _data(1)).items():
+        found = memory.posterior.precision.diagonal()[name]
+        np.testing.assert_allclose(found, (gradients**2).mean(0), rtol=1e-10, atol=1e-14)
+    report = merge(_perceptron, memory, params, far, [new], estimator=NativeExpansion())
     assert report.curvature == "a difference of slopes"
-    assert report.slopes[0] == pytest.approx(merge(_perceptron, plain, params, far, new).slopes[0])
+
+    def along(alpha: Any) -> Any:
+        return _cross_entropy(_perceptron(jax.tree.map(lambda a, b: a + alpha * (b - a), params, far), new[0]), new[1])
+
+    slope, curvature = jax.jit(lambda a: (jax.grad(along)(a), jax.grad(jax.grad(along))(a)))(1.0)
+    assert _expanded(report, memory, params, far) == pytest.approx((float(slope), float(curvature)), rel=1e-3)
     with pytest.raises(BecameError, match=r"the loss has shape \[4\]; it must return one number"):
         remember(_perceptron, params, _data(1), optax.softmax_cross_entropy_with_integer_labels, check=False)
     with pytest.raises(BecameError, match="a loss of your own has no targets of the model's own"):
@@ -324,7 +347,18 @@ def test_regression_and_several_labels_are_remembered_and_merged(likelihood: Any
     for key, gradients in _sample_gradients(loss, _perceptron, params, batches).items():
         found = memory.posterior.precision.diagonal()[key]
         np.testing.assert_allclose(found, (gradients**2).mean(0), rtol=1e-9, atol=1e-14)
-    assert 0 <= merge(_perceptron, memory, params, _weights(4), batches).alpha <= 1
+    far = _weights(4)
+    report = merge(_perceptron, memory, params, far, batches, estimator=NativeExpansion())
+    inputs, targets = (np.concatenate(side) for side in zip(*batches, strict=True))
+    delta = jax.tree.map(lambda a, b: b - a, params, far)
+    z, v = jax.jit(lambda: jax.jvp(lambda theta: _perceptron(theta, inputs), (far,), (delta,)))()
+    if is_gaussian:
+        precision = memory.likelihood.noise**-2  # type: ignore[union-attr]
+        residual, bend = (z - targets) * precision, precision
+    else:
+        residual, bend = jax.nn.sigmoid(z) - targets, jax.nn.sigmoid(z) * jax.nn.sigmoid(-z)
+    expected = float((residual * v).sum() / len(z)), float((bend * v**2).sum() / len(z))
+    assert _expanded(report, memory, params, far) == pytest.approx(expected, rel=1e-9)
 
 
 def test_sequences_of_several_lengths_are_remembered_by_the_token() -> None:
@@ -337,29 +371,23 @@ def test_sequences_of_several_lengths_are_remembered_by_the_token() -> None:
         return jnp.tanh(jnp.cumsum(hidden, 1)) @ params["out"]
 
     batches = []
-    for length in (4, 3, 4):
+    for length in (4, 3):
         ids = rng.integers(0, 7, size=(2, length))
-        batches.append(
-            {"ids": ids, "mask": np.ones(ids.shape), "labels": np.where(rng.random(ids.shape) < 0.2, -100, ids)}
-        )
+        labels = np.where(rng.random(ids.shape) < 0.2, -100, ids)
+        batches.append({"ids": ids, "mask": np.ones(ids.shape), "labels": labels})
     memory = remember(apply, params, batches, Categorical(by="token", shift=True), check=False)
-    total: dict[str, Any] = {"table": 0.0, "out": 0.0}
-    count = 0
-    for batch in batches:
-        for row in range(2):
-            one = {key: jnp.asarray(value[row : row + 1]) for key, value in batch.items()}
-            labels = one.pop("labels")[:, 1:]
-            count += int((labels >= 0).sum())
 
-            def loss(params: Any, one: Any = one, labels: Any = labels) -> Any:
-                each = optax.softmax_cross_entropy_with_integer_labels(
-                    apply(params, one)[:, :-1], jnp.maximum(labels, 0)
-                )
-                return jnp.where(labels >= 0, each, 0).sum()
+    def loss(params: Any, ids: Any, mask: Any, labels: Any) -> Any:
+        logits = apply(params, {"ids": ids[None], "mask": mask[None]})[0, :-1]
+        each = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(labels[1:], 0))
+        return jnp.where(labels[1:] >= 0, each, 0).sum()
 
-            total = {key: total[key] + value**2 for key, value in jax.grad(loss)(params).items()}
-    for key, value in total.items():
-        np.testing.assert_allclose(memory.posterior.precision.diagonal()[key], value / count, rtol=1e-9, atol=1e-14)
+    gradients_of = jax.jit(jax.vmap(jax.grad(loss), (None, 0, 0, 0)))
+    rows = [gradients_of(params, *(batch[key] for key in ("ids", "mask", "labels"))) for batch in batches]
+    count = sum(int((batch["labels"][:, 1:] >= 0).sum()) for batch in batches)
+    for key in params:
+        expected = sum((np.asarray(row[key]) ** 2).sum(0) for row in rows) / count
+        np.testing.assert_allclose(memory.posterior.precision.diagonal()[key], expected, rtol=1e-9, atol=1e-14)
     assert {p.name: p.treatment for p in coverage(memory).parameters} == {"table": "penalised", "out": "protected"}
 
 
@@ -390,22 +418,20 @@ def test_a_second_task_adds_to_the_memory_and_may_have_a_head_of_its_own() -> No
 
 
 def test_a_memory_comes_back_from_a_file(tmp_path: Path) -> None:
-    params, new, file = _weights(), _data(2), tmp_path / "memory.safetensors"
+    params, file = _weights(), tmp_path / "memory.safetensors"
     likelihood = Categorical(weights=(1.0, 2.0, 3.0))
-    memory = remember(_perceptron, params, _data(1), likelihood, projector=SGP(0.9), penalty=7.0, uncovered="free")
+    memory = remember(
+        _perceptron, params, _data(1), likelihood, projector=SGP(0.9), penalty=7.0, uncovered="free", check=False
+    )
     save(memory, file)
     again = load(params, file)
     assert again.likelihood == memory.likelihood
     assert again.parameters == memory.parameters
     assert (again.penalty, again.uncovered, again.decay, again.fisher) == (7.0, "free", 1.0, "empirical")
     assert str(coverage(again)) == str(coverage(memory))
-    steps = [
-        _train(_perceptron, params, new, optax.chain(optax.adam(0.05), projected(m, 0.05))) for m in (memory, again)
-    ]
-    for one, other in zip(*map(jax.tree.leaves, steps), strict=True):
+    for one, other in zip(*map(jax.tree.leaves, (memory, again)), strict=True):
         np.testing.assert_array_equal(one, other)
-    reports = [merge(_perceptron, each, steps[0], _weights(5), new) for each in (memory, again)]
-    assert reports[0].alpha == pytest.approx(reports[1].alpha, rel=1e-12)
+    assert jax.tree.structure(again) == jax.tree.structure(memory)
     assert load(params, file, uncovered="frozen").uncovered == "frozen"
     with pytest.raises(BecameError, match=r"the memory of another architecture: the memory has no 'w'"):
         load({"w": jnp.ones(3)}, file)
@@ -477,4 +503,4 @@ def test_what_cannot_be_done_is_said_in_a_sentence() -> None:
 
 
 def test_the_examples_of_the_docstrings_run() -> None:
-    assert doctest.testmod(own_loop) == (0, 22)
+    assert doctest.testmod(own_loop) == (0, 20)
