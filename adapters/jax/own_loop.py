@@ -314,8 +314,6 @@ class Merged(MergeReport):
 
     params: Any = field(repr=False)
 
-    __str__ = MergeReport.__str__
-
 
 def merge(
     apply: Apply,
@@ -374,8 +372,10 @@ def save(memory: Memory, file: str | Path) -> None:
     """Write a memory as safetensors with metadata in JSON, in the format of PyTorch's ``Continual``.
 
     Raises:
-        BecameError: if the projector has no registered name.
+        BecameError: if the projector has no registered name, or the parameters are one array without a name.
     """
+    if "" in memory.shapes:
+        raise BecameError("the parameters are one array without a name; put it in a dict, so that a file can name it.")
     settings = {name: getattr(memory, name) for name in DEFAULTS}
     metadata = shared.described(memory.shapes, memory.matrices, memory.projector, memory.likelihood, **settings)
     arrays = shared.memory_arrays(memory.posterior, memory.projector)

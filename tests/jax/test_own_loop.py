@@ -218,7 +218,7 @@ def _alpha_by_brute_force(apply: Any, memory: Any, theta_gp: Any, theta_hat: Any
     """The secant's alpha from dense differences: slopes at both ends, the old side scaled by exact over diagonal."""
     inputs, targets = (np.concatenate(side) for side in zip(*new, strict=True))
 
-    @jax.jit
+    @jax.jit  # type: ignore[untyped-decorator] # JAX is taken as untyped
     def at(alpha: Any) -> Any:
         theta = jax.tree.map(lambda a, b: a + alpha * (b - a), theta_gp, theta_hat)
         return apply(theta, inputs), jax.grad(lambda theta: _cross_entropy(apply(theta, inputs), targets))(theta)
@@ -496,6 +496,10 @@ def test_what_cannot_be_done_is_said_in_a_sentence() -> None:
         remember(_perceptron, {"count": jnp.array(3)}, batches)
     with pytest.raises(BecameError, match="must return one array of outputs"):
         remember(lambda params, x: _perceptron(params, x).sum(), params, batches)
+    with pytest.raises(BecameError, match="the parameters are one array without a name; put it in a dict"):
+        save(remember(lambda w, x: x @ w, jnp.eye(WIDTH), batches, check=False), "nowhere")
+    with pytest.raises(BecameError, match=r"another architecture: the model has no 'first\.kernel'"):
+        optax.masked(transformation, jax.tree.map(lambda _: False, params)).init(params)
     turned = {"w": jnp.eye(WIDTH)}
     other = remember(lambda p, x: x @ p["w"], turned, [(x, y) for x, y in batches], check=False)
     with pytest.raises(BecameError, match="'w' was multiplied from its other side in the memory"):
