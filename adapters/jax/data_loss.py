@@ -121,19 +121,25 @@ class DataLoss:
         if isinstance(self.likelihood, Likelihood):
             self.likelihood = self.likelihood.fitted(outputs, targets)
         if self._checks:
-            self.checked = self._check(_samples(inputs, slice(3), len(outputs)))
+            self.checked = self._check(inputs, len(outputs))
             self.checked.assert_sound()
         self._is_looked_at = True
 
-    def _check(self, inputs: Any) -> NetworkCheck:
-        """Return what was compared for a few samples, and how far it differs."""
-        rng, theta = np.random.default_rng(0), self.theta
+    def _check(self, batch: Any, size: int) -> NetworkCheck:
+        """Return what was compared for a few samples of a batch of this size, and how far it differs."""
+        # Which arrays belong to samples is read off the whole batch, where a length is rarely theirs by chance.
+        of_samples = jax.tree.map(lambda leaf: leaf.ndim > 0 and leaf.shape[0] == size, batch)
+
+        def samples(at: slice) -> Any:
+            return jax.tree.map(lambda leaf, own: leaf[at] if own else leaf, batch, of_samples)
+
+        rng, theta, count, inputs = np.random.default_rng(0), self.theta, min(3, size), samples(slice(3))
         outputs, own = self._outputs(theta, inputs), self._apply(self.tree(theta), inputs)  # the latter not compiled
-        count, tolerance = len(outputs), 10 * float(jnp.finfo(outputs.dtype).eps) ** 0.5
-        alone = [_samples(inputs, slice(sample, sample + 1), count) for sample in range(count)]
+        tolerance = 10 * float(jnp.finfo(outputs.dtype).eps) ** 0.5
+        alone = [samples(slice(sample, sample + 1)) for sample in range(count)]
         first = self._outputs(theta, alone[0])
         seed = jnp.asarray(rng.normal(size=outputs.shape), outputs.dtype)
-        tapped, _ = self._function(inputs)
+        tapped, _ = self._function(batch)
         by_taps = per_sample_gradients(tapped.taps(self.tree(theta), inputs, seed))
         rows = [self._gradient(theta, each, seed[sample : sample + 1]) for sample, each in enumerate(alone)]
         pairs = [
@@ -299,11 +305,6 @@ class NewTask:
 
     def _in_dtype(self, value: Any) -> Array:
         return jnp.asarray(value, _wide(next(iter(self.mean.values()))).dtype)
-
-
-def _samples(inputs: Any, at: slice, count: int) -> Any:
-    """Return some samples of a batch of this many; what is no array of samples stays whole."""
-    return jax.tree.map(lambda leaf: leaf[at] if leaf.ndim and leaf.shape[0] == count else leaf, inputs)
 
 
 def _wide(array: Array) -> Array:

@@ -187,6 +187,11 @@ def test_the_penalty_in_a_loss_has_the_gradient_of_the_posterior() -> None:
     params, away = _weights(3), _weights(4)
     memory = remember(_perceptron, params, _data(1), penalty=30.0, check=False)
     found = jax.jit(jax.grad(penalty, 1))(memory, away)  # the memory is a tree
+    given_away = jax.tree.map(jnp.array, params)
+    after = remember(_perceptron, given_away, _data(1), check=False)
+    jax.jit(lambda tree: jax.tree.map(jnp.negative, tree), donate_argnums=0)(given_away)
+    assert given_away["first"]["bias"].is_deleted()
+    assert float(penalty(after, params)) == 0
     for name in ("first", "last"):
         precision = memory.posterior.precision.diagonal()[f"{name}.bias"]
         expected = 30.0 * precision * (away[name]["bias"] - params[name]["bias"])
@@ -460,6 +465,8 @@ def test_the_first_look_finds_what_makes_measurements_meaningless() -> None:
         outputs = _perceptron(params, inputs)
         return outputs * rng.normal(size=outputs.shape)
 
+    shared = [({"x": x, "scale": np.arange(1.0, 4.0)}, y) for x, y in _data(1)]  # as long as the few samples are many
+    remember(lambda params, inputs: _perceptron(params, inputs["x"]) * inputs["scale"], params, shared)
     with pytest.raises(BecameError, match="does not compute the same twice: outputs of a sample alone"):
         remember(across, params, _data(1))
     with pytest.raises(BecameError, match="does not compute the same twice: outputs, computed twice"):
