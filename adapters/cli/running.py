@@ -267,7 +267,7 @@ def _results_before(jobs: Sequence[Job], load: _Load) -> list[RunResult | None]:
 
 def _load(benchmark: str, data_dir: Path | None, settings: tuple[tuple[str, Any], ...]) -> Dataset:
     dataset = BENCHMARKS[benchmark].load(data_directory(data_dir), **dict(settings))
-    LOGGER.debug("%s: %d rows are read", benchmark, len(dataset.images))
+    LOGGER.debug("%s: %d samples are read", benchmark, len(dataset.images))
     return dataset
 
 

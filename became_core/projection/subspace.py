@@ -41,6 +41,10 @@ __all__ = [
     "wide",
 ]
 
+# How many times the rounding of a Gram matrix its decomposition may leave in a direction that has no energy. With a
+# threshold of 1, directions of pure rounding would otherwise be remembered.
+DECOMPOSED = 4.0
+
 
 class Energies(NamedTuple):
     """The energy of a Gram matrix [d, d] in the directions of a basis [d, k], and in new directions.
@@ -167,7 +171,7 @@ def energies(name: str, gram: Array, basis: Array | None) -> Energies:
     total = xp.linalg.trace(c)
     return Energies(
         total=total,
-        floor=rounding(gram, total),
+        floor=DECOMPOSED * rounding(gram, total),
         old=xp.clip(xp.sum(m * xp.matmul(c, m), axis=0), 0.0, None),
         new=new,
         directions=directions,
@@ -184,7 +188,7 @@ def _energies_of_factor(factor: Array, m: Array, gram: Array) -> Energies:
         residual = residual - xp.matmul(xp.matmul(residual, m), xp.matrix_transpose(m))
     new, vectors = spectrum(xp.matmul(residual, xp.matrix_transpose(residual)))
     total = xp.sum(factor * factor)
-    floor = rounding(gram, total)
+    floor = DECOMPOSED * rounding(gram, total)
     # A direction without energy is never used: dividing by 1 there only keeps it finite.
     sigma = xp.sqrt(xp.where(new > floor, new, xp.ones_like(new)))
     return Energies(

@@ -256,13 +256,16 @@ def test_what_there_is_to_choose_from_is_listed_in_the_modules_own_words(capsys:
     assert sorted(projectors) == sorted(PROJECTORS.names)
     assert all(projectors.values())
     benchmarks = lines_of(capsys, "benchmarks")
-    assert benchmarks["split-cifar100"] == "10 tasks, groups of the classes of CIFAR-100; presets quick, paper, nscl"
+    assert (
+        benchmarks["split-cifar100"]
+        == "10 tasks, groups of the classes of CIFAR-100; presets quick, paper, original, nscl"
+    )
     assert sorted(benchmarks) == sorted(BENCHMARKS.names)
     networks = lines_of(capsys, "networks")
     assert sorted(networks) == sorted(NETWORKS.names)
     assert all(networks.values())
     presets = lines_of(capsys, "presets")
-    assert sorted(presets) == ["demo", "nscl", "paper", "quick"]
+    assert sorted(presets) == ["demo", "nscl", "original", "paper", "quick"]
     assert presets["nscl"].endswith("(for split-cifar100, split-tinyimagenet)")
     everything = lines_of(capsys)
     assert {*methods, *projectors, *benchmarks, *networks, *presets} < set(everything)

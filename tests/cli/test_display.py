@@ -105,7 +105,7 @@ def test_the_log_and_pythons_warnings_are_lines_on_standard_error(capsys: pytest
 
 def test_debug_tells_what_was_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(BACKEND, [*RUN, "--first", "1", "--out", str(tmp_path), "--log-level", "debug", "--quiet"]) == 0
-    assert "debug: split-mnist: 5000 images are read" in capsys.readouterr().err
+    assert "debug: split-mnist: 5000 samples are read" in capsys.readouterr().err
 
 
 EVENTS: list[EpochEnd | TaskEnd] = [
