@@ -23,9 +23,9 @@ from torch.nn import functional
 # So that this checkout is measured, whether or not the package is installed.
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from adapters.backend.batches import Reader
 from adapters.networks import resnet18
 from adapters.torch import Continual
-from adapters.torch.batches import Reader
 from adapters.torch.data_loss import DataLoss
 from adapters.torch.networks import Described
 from adapters.torch.run import keep_freed_memory

@@ -9,8 +9,9 @@ it: a rule that stands here cannot be different in PyTorch, JAX and TensorFlow.
 | ``learner.py`` | the constructor, devices, chunks, heads, masks and the outline of training and of taps |
 | ``network.py`` | one step of training as a pure function: what is projected where, what a region changes |
 | ``heads.py`` | one head among all: the names of a task's own parameters |
-| ``own_loop.py`` | around a user's own loop: what is reported of coverage, merges and checks |
+| ``batches.py`` | around a user's own loop: how batches are read, and where passes begin |
 | ``memory.py`` | around a user's own loop: what is remembered, merged, saved and loaded |
+| ``own_loop.py`` | around a user's own loop: what is reported of coverage, merges and checks |
 
 A framework whose networks are pure functions of their weights (JAX, TensorFlow) adds the derivatives: gradients, taps
 and tangents. PyTorch, whose users bring modules, adds its own training and shares all else.

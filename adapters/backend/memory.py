@@ -9,10 +9,10 @@ alike, each with its mean. Parameters are arrays by name. A matrix is stored as 
 """
 
 import json
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from safetensors import SafetensorError, safe_open
 
@@ -26,7 +26,6 @@ from became_core.projection import PROJECTORS, Projector
 
 __all__ = [
     "InputGrams",
-    "Kind",
     "MeasuredLoss",
     "Stored",
     "by_slopes",
@@ -35,17 +34,11 @@ __all__ = [
     "described",
     "gram_sums",
     "grown",
-    "inputs_and_targets",
     "memory_arrays",
     "merge_report",
     "read_memory",
-    "repeatable",
     "restored",
-    "with_progress",
 ]
-
-# Of which targets Fisher information is: those given, or the model's own, exactly or drawn.
-Kind = Literal["empirical", "true", "sampled"]
 
 FORMAT = 1
 NOT_GATHERED = "this projector remembers gradients, which one pass does not gather; choose GPM, SGP or NSCL."
@@ -71,53 +64,6 @@ def check_settings(projector: Projector, uncovered: str, penalty: float, decay: 
             f"{own.__name__} does more than to project steps, which a loop of your own cannot do for it; choose GPM, "
             "SGP or NSCL."
         )
-
-
-# Batches.
-
-
-def inputs_and_targets(batch: Any, otherwise: str) -> tuple[Any, Any]:
-    """Return the inputs and the targets of a pair, or of a mapping with ``labels``, as ``transformers`` has it.
-
-    Args:
-        batch: of one of these kinds.
-        otherwise: what a message says of batches of other kinds: "or give ...".
-
-    Raises:
-        BecameError: if it is of another kind.
-
-    Examples:
-        >>> inputs_and_targets({"ids": [1, 2], "labels": [0]}, "or give pairs")
-        ({'ids': [1, 2]}, [0])
-    """
-    if isinstance(batch, Mapping):
-        if "labels" not in batch:
-            raise BecameError(f"a batch has the keys {', '.join(map(str, batch))}; it needs labels, {otherwise}.")
-        return {key: value for key, value in batch.items() if key != "labels"}, batch["labels"]
-    if isinstance(batch, tuple | list) and len(batch) == 2:
-        return batch[0], batch[1]
-    raise BecameError(
-        f"a batch is a {type(batch).__name__}; give pairs of inputs and targets, mappings with labels, {otherwise}."
-    )
-
-
-def repeatable(batches: Iterable[Any]) -> Iterable[Any]:
-    """Return batches that can be gone through more than once; those of an iterator are kept in a list."""
-    return list(batches) if iter(batches) is batches else batches
-
-
-def with_progress(batches: Iterable[Any], what: str, shows: bool) -> Iterator[Any]:
-    """Yield batches, and show on a terminal how many are done."""
-    if shows:
-        from rich.console import Console
-        from rich.progress import track
-
-        console = Console(stderr=True)
-        if console.is_terminal:
-            total = len(batches) if isinstance(batches, Sized) else None
-            yield from track(batches, what, total, console=console, transient=True)
-            return
-    yield from batches
 
 
 # What is remembered.

@@ -182,7 +182,8 @@ def fisher_from_data(
     """
     import torch
 
-    from adapters.torch.batches import Reader, in_evaluation
+    from adapters.backend.batches import Reader
+    from adapters.torch.batches import in_evaluation
     from adapters.torch.data_loss import DataLoss
     from became_core.curvature import Categorical, per_sample_square_sum
 

@@ -123,10 +123,10 @@ class Report:
 
 @dataclass(frozen=True)
 class Paths:
-    """Hold the alpha of every estimator against the traced truth: tables, and a figure of each run as SVG."""
+    """Compare the alpha of every estimator with the traced truth: tables, and a figure of each run as SVG."""
 
     outs: Outs
-    into: Annotated[Path | None, described("The folder of the figures; without it the first of the given folders.")] = (
+    into: Annotated[Path | None, described("The folder of the figures; without it, the given folder of the run.")] = (
         None
     )
 

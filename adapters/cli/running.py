@@ -282,11 +282,12 @@ def _stream(job: Job, load: _Load) -> TaskStream:
 def _check_values(jobs: Sequence[Job], load: _Load) -> None:
     """Raise a BecameError if the data cannot be read, or cut as asked for, or the network cannot be built for them.
 
-    Of the runs of one command, which differ in what the methods need, the first on each backend stands for all.
+    Of the runs of one command, which differ in what the methods need, the first on each backend stands for all. Of the
+    runs of one method, which differ in their seeds, the first does.
     """
     for job in {id(job.backend): job for job in reversed(jobs)}.values():
         job.check_values(_stream(job, load))
-    for job in jobs:
+    for job in {(id(job.configuration), job.run.method): job for job in reversed(jobs)}.values():
         configuration = job.configuration
         check_method(configuration.method(job.run.method), _stream(job, load), configuration.training())
 

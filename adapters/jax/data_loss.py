@@ -22,7 +22,8 @@ import jax
 import numpy as np
 from jax import numpy as jnp
 
-from adapters.backend.memory import InputGrams, Kind, by_slopes, gram_sums, inputs_and_targets, with_progress
+from adapters.backend.batches import Kind, cotangents_of, inputs_and_targets, units_of, with_progress
+from adapters.backend.memory import InputGrams, by_slopes, gram_sums
 from adapters.backend.own_loop import Finding, NetworkCheck
 from adapters.jax.tapping import Apply, TappedFunction, trained_of
 from became_core import BecameError, Diagonal, Quadratic
@@ -171,7 +172,7 @@ class DataLoss:
         finished, units, rng = InputGrams(), 0.0, np.random.default_rng(0)
         for inputs, targets in self._read(with_progress(batches, what, self._shows)):
             outputs = self._outputs(theta, inputs)
-            units += _units(self.likelihood, outputs, targets)
+            units += units_of(self.likelihood, outputs, targets)
             tapped, measure = self._function(inputs)
             for index, seed in enumerate(_cotangents(self.likelihood, outputs, targets, self._kind, rng)):
                 # What is read is the same for all targets.
@@ -189,7 +190,7 @@ class DataLoss:
         for inputs, targets in self._read(batches):
             outputs = self._outputs(theta, inputs)
             (seed,) = _cotangents(self.likelihood, outputs, targets)
-            units += _units(self.likelihood, outputs, targets)
+            units += units_of(self.likelihood, outputs, targets)
             total += np.asarray(self._slopes(theta, list(directions), inputs, seed), np.float64).sum(1)
         return total / units
 
@@ -218,7 +219,7 @@ class DataLoss:
         total = units = 0.0
         for inputs, targets in self._read(batches):
             outputs = self._outputs(theta, inputs)
-            size = _units(self.likelihood, outputs, targets)
+            size = units_of(self.likelihood, outputs, targets)
             if isinstance(self.likelihood, Likelihood):
                 total += float(self.likelihood.loss(outputs, targets))
             else:
@@ -320,10 +321,6 @@ def _apart(computed: Array, expected: Array) -> float:
     return float(jnp.abs(computed - expected).max()) / (float(jnp.abs(expected).max()) or 1.0)
 
 
-def _units(likelihood: Likelihood | Loss, outputs: Array, targets: Any) -> float:
-    return likelihood.units(outputs, targets) if isinstance(likelihood, Likelihood) else float(len(outputs))
-
-
 def _cotangents(
     likelihood: Likelihood | Loss,
     outputs: Array,
@@ -331,13 +328,11 @@ def _cotangents(
     kind: Kind = "empirical",
     rng: np.random.Generator | None = None,
 ) -> Iterator[Array]:
-    """Yield the gradients of each sample's own loss by the outputs, at the targets given or at the model's own."""
-    if isinstance(likelihood, Likelihood):
-        yield from likelihood.cotangents(outputs, targets, kind, rng or np.random.default_rng(0))
-        return
-    if kind != "empirical":
-        raise BecameError(f"a loss of your own has no targets of the model's own; '{kind}' needs a likelihood.")
-    loss, backward = jax.vjp(lambda outputs: likelihood(outputs, targets), outputs)
-    if loss.ndim:
-        raise BecameError(f"the loss has shape {list(loss.shape)}; it must return one number, the batch's mean.")
-    yield backward(jnp.ones_like(loss))[0] * len(outputs)
+    def of_own_loss() -> Array:
+        loss, backward = jax.vjp(lambda outputs: likelihood(outputs, targets), outputs)  # type: ignore[operator]
+        if loss.ndim:
+            raise BecameError(f"the loss has shape {list(loss.shape)}; it must return one number, the batch's mean.")
+        gradient: Array = backward(jnp.ones_like(loss))[0] * len(outputs)
+        return gradient
+
+    return cotangents_of(likelihood, outputs, targets, of_own_loss, kind, rng)

@@ -26,7 +26,7 @@ from jax import numpy as jnp
 from safetensors.flax import save_file
 
 from adapters.backend import memory as shared
-from adapters.backend.memory import Kind
+from adapters.backend.batches import Kind, repeatable
 from adapters.backend.own_loop import Coverage, MergeReport, NetworkCheck, Uncovered, first_difference
 from adapters.jax.data_loss import DataLoss, Loss, NewTask
 from adapters.jax.tapping import Apply, trained_of
@@ -359,7 +359,7 @@ def merge(
     _check_architecture(memory, stable)
     _check_architecture(memory, data.theta)
     stable = {name: stable[name] for name in data.theta}
-    new = NewTask(data, shared.repeatable(new_batches))
+    new = NewTask(data, repeatable(new_batches))
     report = shared.merge_report(Secant() if estimator is None else estimator, memory.posterior, stable, new, trace)
     found = {part.name: getattr(report, part.name) for part in fields(report)}
     return Merged(**found, params=data.tree(merge_trees(stable, data.theta, report.alpha)))

@@ -11,7 +11,6 @@ their taps by the same names. Only parameters of real or complex numbers are tap
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import jax
@@ -20,7 +19,7 @@ from jax import numpy as jnp
 from adapters.jax.graph import Run, Unknown, Use
 from became_core import BecameError
 from became_core.arrays import Array, Params, named_leaves, namespace, with_leaves
-from became_core.curvature import Tap, Taps
+from became_core.curvature import Tap, Taps, joined_uses
 
 __all__ = ["Apply", "TappedFunction", "trained_of"]
 
@@ -178,16 +177,11 @@ class TappedFunction:
         return {name: taps[name] for name in trained}
 
     def _tap(self, pairs: Sequence[tuple[Array, Array]], numbers: Sequence[int]) -> Tap:
-        """Return all uses of one parameter as one tap: those of one kind have their positions in a row."""
-        alike: dict[tuple[Any, ...], Tap] = {}
-        for (a, g), number in zip(pairs, numbers, strict=True):
-            use = self._kinds[number]
-            key = use.kind, use.transposed, use.groups
-            tap = Tap(use.kind, a, g, groups=use.groups, size=use.size, own_name=True, transposed=use.transposed)
-            if key in alike:
-                before = alike[key]
-                a, g = (jnp.concatenate(both, 1) for both in ((before.inputs, a), (before.output_gradients, g)))
-                tap = replace(tap, inputs=a, output_gradients=g)
-            alike[key] = tap
-        first, *others = alike.values()
-        return replace(first, others=tuple(others))
+        """Return all uses of one parameter as one tap."""
+        uses = [(self._kinds[number], a, g) for (a, g), number in zip(pairs, numbers, strict=True)]
+        return joined_uses(
+            [
+                Tap(use.kind, a, g, groups=use.groups, size=use.size, own_name=True, transposed=use.transposed)
+                for use, a, g in uses
+            ]
+        )

@@ -1,6 +1,6 @@
 """Networks described once, without a framework: layers, a network as a value, the benchmarks' networks by name."""
 
-from adapters.networks.catalogue import NETWORKS, Norm, alexnet, build_network, gpt, mlp, resnet18
+from adapters.networks.catalogue import NETWORKS, Norm, alexnet, build_network, gpt, mlp, preact_resnet18, resnet18
 from adapters.networks.description import CANONICAL_AXES, Architecture, Backbone, Pass, Record, Tapped, UserLayer
 from adapters.networks.draws import (
     DropoutMasks,
@@ -79,5 +79,6 @@ __all__ = [
     "initial_values",
     "is_statistic",
     "mlp",
+    "preact_resnet18",
     "resnet18",
 ]

@@ -1,8 +1,7 @@
 """The benchmarks' networks, images to features, described once for every framework; by name.
 
 Convention: each takes an image's channels, height and width; those of text take its length. None has a bias.
-Normalisation layers have a weight and a
-bias of their own, and are of one of three kinds:
+Normalisation layers have a weight and a bias of their own, and those of images are of one of three kinds:
 
 | norm | statistics | names |
 | --- | --- | --- |

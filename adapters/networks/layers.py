@@ -2,10 +2,9 @@
 
 Nothing here computes; each adapter says, for every class of layers, what its framework does.
 
-Convention: a shape is one sample's, [C, H, W] or [d]; of text [L] bytes, and then [L, d]. A
-parameter is called ``NAME.weight`` or ``NAME.bias``; a weight
-is [outputs, inputs], a convolution's [outputs, inputs, kernel, kernel]. What no gradient moves goes with the parameters
-too, as ``NAME.running_mean`` and ``NAME.running_var``.
+Convention: a shape is one sample's, [C, H, W] or [d]; of text [L] bytes, and then [L, d]. A parameter is called
+``NAME.weight`` or ``NAME.bias``; a weight is [outputs, inputs], a convolution's [outputs, inputs, kernel, kernel]. What
+no gradient moves goes with the parameters too, as ``NAME.running_mean`` and ``NAME.running_var``.
 """
 
 from dataclasses import dataclass

@@ -295,9 +295,13 @@ class Configuration:
     def stream(self, dataset: Dataset, seed: int) -> TaskStream:
         """Return the tasks that a run of this seed learns."""
         stream = BENCHMARKS[self.benchmark].stream(
-            dataset, self.tasks, validation=self.validation, seed=seed, class_order=self.class_order,
+            dataset,
+            self.tasks,
+            validation=self.validation,
+            seed=seed,
+            class_order=self.class_order,
             settings=self.data_settings,
-        )  # fmt: skip
+        )
         return stream.first(self.first) if self.first else stream
 
     def to_json(self) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from became_core.continual import EpochEnd, RunRecord
 from became_core.continual.metrics import average_accuracy, backward_transfer, forgetting, plasticity
+from became_core.continual.record import measured_matrix
 
 __all__ = ["RunResult", "Scores"]
 
@@ -105,7 +106,7 @@ class RunResult:
     @property
     def measured(self) -> NDArray[np.float64]:
         """The matrix that scores are of, as of ``RunRecord``."""
-        return self.accuracy if self.unit == "%" else -self.loss
+        return measured_matrix(self.accuracy, self.loss, self.unit)
 
     @property
     def measure(self) -> str:

@@ -9,12 +9,12 @@ Convention: outputs are [samples, ...]; inputs may be a tensor, or a list, tuple
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import keras
 import tensorflow as tf
 
+from adapters.backend import batches as backend
 from became_core import BecameError
 from became_core.arrays import Array
 
@@ -24,30 +24,22 @@ Apply = Callable[[keras.Model, Any], Array]
 Targets = Callable[[Any], Any]
 
 
-@dataclass(frozen=True)
-class Reader:
-    """How batches are read.
-
-    Attributes:
-        apply: (model, batch) -> outputs; None for the way of the table above.
-        targets: batch -> targets; likewise.
-    """
-
-    apply: Apply | None = None
-    targets: Targets | None = None
+class Reader(backend.Reader[keras.Model]):
+    """How batches of the kinds above are read."""
 
     def split(self, batch: Any) -> tuple[Any, Any]:
-        """Return what the model takes, as tensors, and the targets.
+        """Return what the model takes and the targets, as tensors; raises as the reader of all frameworks does."""
+        inputs, targets = super().split(batch)
+        return _as_tensors(inputs), _as_tensors(targets)
+
+    def known(self, batch: Any) -> tuple[Any, Any]:
+        """Return the parts of a pair, as ``model.fit`` takes it.
 
         Raises:
-            BecameError: if the batch is of a kind that only ``apply`` and ``targets`` can read.
+            BecameError: if the batch is no pair.
         """
-        if self.apply is not None or self.targets is not None:
-            if self.apply is None or self.targets is None:
-                raise BecameError("batches of your own need both apply= and targets=; one of them is missing.")
-            return _as_tensors(batch), _as_tensors(self.targets(batch))
         if isinstance(batch, tuple | list) and len(batch) == 2:
-            return _as_tensors(batch[0]), _as_tensors(batch[1])
+            return batch[0], batch[1]
         if isinstance(batch, tuple | list) and len(batch) == 3:
             raise BecameError(
                 "a batch has three parts; weights of samples are not known here: give pairs of inputs and targets, "

@@ -18,8 +18,8 @@ import numpy as np
 import tensorflow as tf
 from safetensors.numpy import save_file
 
+from adapters.backend.batches import Kind, repeatable
 from adapters.backend.memory import (
-    Kind,
     check_settings,
     coverage_of,
     described,
@@ -27,7 +27,6 @@ from adapters.backend.memory import (
     memory_arrays,
     merge_report,
     read_memory,
-    repeatable,
     restored,
 )
 from adapters.backend.own_loop import Coverage, MergeReport, NetworkCheck, Uncovered

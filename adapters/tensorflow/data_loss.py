@@ -14,7 +14,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from adapters.backend.memory import InputGrams, Kind, by_slopes, gram_sums
+from adapters.backend.batches import Kind, cotangents_of, units_of
+from adapters.backend.memory import InputGrams, by_slopes, gram_sums
 from adapters.backend.own_loop import NetworkCheck
 from adapters.tensorflow.batches import Reader, batches_of
 from adapters.tensorflow.checking import check_network
@@ -91,7 +92,7 @@ class DataLoss:
         units, rng = 0.0, np.random.default_rng(0)
         for inputs, targets in self._read(theta, batches):
             outputs = self.network.outputs(theta, inputs)
-            units += _units(self.likelihood, outputs, targets)
+            units += units_of(self.likelihood, outputs, targets)
             for index, seed in enumerate(_cotangents(self.likelihood, outputs, targets, self._kind, rng)):
                 taps = self._tapping.taps(theta, inputs, seed)
                 for name, square in per_sample_square_sum(taps).items():
@@ -112,7 +113,7 @@ class DataLoss:
         for inputs, targets in self._read(theta, batches):
             outputs = self.network.outputs(theta, inputs)
             (seed,) = _cotangents(self.likelihood, outputs, targets)
-            units += _units(self.likelihood, outputs, targets)
+            units += units_of(self.likelihood, outputs, targets)
             gradient = self.network.gradient(theta, inputs, seed)
             for index, direction in enumerate(directions):
                 total[index] += sum(
@@ -138,7 +139,7 @@ class DataLoss:
         total = units = 0.0
         for inputs, targets in self._read(theta, batches):
             outputs = self.network.outputs(theta, inputs)
-            size = _units(self.likelihood, outputs, targets)
+            size = units_of(self.likelihood, outputs, targets)
             is_mean = not isinstance(self.likelihood, Likelihood)
             total += float(_loss(self.likelihood, outputs, targets)) * (size if is_mean else 1)
             units += size
@@ -185,10 +186,6 @@ def _double(value: Any) -> Array:
     return tf.cast(value, tf.float64)
 
 
-def _units(likelihood: Likelihood | Loss, outputs: Array, targets: Any) -> float:
-    return likelihood.units(outputs, targets) if isinstance(likelihood, Likelihood) else float(outputs.shape[0])
-
-
 def _loss(likelihood: Likelihood | Loss, outputs: Array, targets: Any) -> Array:
     if isinstance(likelihood, Likelihood):
         return likelihood.loss(outputs, targets)
@@ -207,13 +204,10 @@ def _cotangents(
     kind: Kind = "empirical",
     rng: np.random.Generator | None = None,
 ) -> Iterator[Array]:
-    """Yield the gradients of each sample's own loss by the outputs, at the targets given or at the model's own."""
-    if isinstance(likelihood, Likelihood):
-        yield from likelihood.cotangents(outputs, targets, kind, rng or np.random.default_rng(0))
-        return
-    if kind != "empirical":
-        raise BecameError(f"a loss of your own has no targets of the model's own; '{kind}' needs a likelihood.")
-    with tf.GradientTape() as tape:
-        tape.watch(outputs)
-        loss = _loss(likelihood, outputs, targets)
-    yield tape.gradient(loss, outputs) * tf.cast(outputs.shape[0], outputs.dtype)
+    def of_own_loss() -> Array:
+        with tf.GradientTape() as tape:
+            tape.watch(outputs)
+            loss = _loss(likelihood, outputs, targets)
+        return tape.gradient(loss, outputs) * tf.cast(outputs.shape[0], outputs.dtype)
+
+    return cotangents_of(likelihood, outputs, targets, of_own_loss, kind, rng)

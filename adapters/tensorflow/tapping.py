@@ -21,7 +21,7 @@ from adapters.tensorflow.graph import Unknown, Use, operations_of, uses_of
 from adapters.tensorflow.traced import KerasFunction, Traced, kind_of, samples_of
 from became_core import BecameError
 from became_core.arrays import Array, Params, namespace
-from became_core.curvature import Tap, Taps
+from became_core.curvature import Tap, Taps, joined_uses
 
 __all__ = ["Tapping"]
 
@@ -67,10 +67,12 @@ class Tapping:
         taps: dict[str, Tap] = {}
         if plan.uses:
             rows = self._traced(weights, (inputs, seed))
+            shapes = {name: self._network.parameters[name].shape for name, uses in plan.uses.items() if uses}
             taps |= {
-                name: self._tap(name, [_of_use(use, pair, samples) for use, pair in zip(uses, rows[name], strict=True)])
-                for name, uses in plan.uses.items()
-                if uses
+                name: joined_uses(
+                    [_of_use(use, pair, samples, shape) for use, pair in zip(plan.uses[name], rows[name], strict=True)]
+                )
+                for name, shape in shapes.items()
             }
         if plan.others:
             by_sample = self._sample_by_sample(plan, weights, inputs, seed)
@@ -145,23 +147,6 @@ class Tapping:
         known = {name: [use for use in own if isinstance(use, Use)] for name, own in uses.items() if name in sound}
         return _Plan(known, frozenset(name for name in network.trained if name not in known))
 
-    def _tap(self, name: str, uses: Sequence[Tap]) -> Tap:
-        """Return all uses of one parameter as one tap: those of one kind have their positions in a row."""
-        parameter = self._network.parameters[name]
-        alike: dict[tuple[Any, ...], list[Tap]] = {}
-        for tap in uses:
-            alike.setdefault((tap.kind, tap.transposed, tap.groups), []).append(tap)
-        taps: list[Tap] = []
-        for (kind, *_), same in alike.items():
-            first = same[0]
-            if kind == "gradient":
-                joined = replace(first, inputs=sum(tap.inputs for tap in same))
-            else:
-                a, g = (tf.concat([getattr(t, s) for t in same], 1) for s in ("inputs", "output_gradients"))
-                joined = replace(first, inputs=a, output_gradients=g, own_name=True)
-            taps.append(replace(joined, size=parameter.shape[0]) if kind == "embedding" else joined)
-        return replace(taps[0], others=tuple(taps[1:]))
-
     def _sample_by_sample(self, plan: _Plan, weights: list[Array], inputs: Any, seed: Array) -> Params:
         """Return the gradients of parameters that no tap explains, [samples, *variable's shape], by a pass each."""
         if plan.others not in self._by_sample:
@@ -231,13 +216,14 @@ def _is_part(whole: tuple[Array, Array], part: tuple[Array, Array], place: int, 
     return True
 
 
-def _of_use(use: Use, rows: tuple[Array, Array], samples: int) -> Tap:
+def _of_use(use: Use, rows: tuple[Array, Array], samples: int, shape: Sequence[int]) -> Tap:
+    """Return the tap of one use of a parameter of this shape."""
     inputs, gradients = rows
     g = tf.reshape(gradients, (samples, -1, gradients.shape[-1]))
     if use.kind == "elementwise":
         return _lone(tf.reduce_sum(g, 1))
     if use.kind == "embedding":
-        return Tap("embedding", tf.reshape(inputs, (samples, -1)), g, own_name=True)
+        return Tap("embedding", tf.reshape(inputs, (samples, -1)), g, size=shape[0], own_name=True)
     a = tf.reshape(inputs, (samples, -1, inputs.shape[-1]))
     return Tap("matrix", a, g, groups=use.groups, transposed=use.transposed, own_name=True)
 

@@ -11,51 +11,25 @@ Convention: outputs are [samples, ...]. Tensors go to the device of the model.
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from adapters.backend.memory import inputs_and_targets
+from adapters.backend.batches import Reader
 from adapters.torch.layers import modes_kept
 from became_core import BecameError
 
-__all__ = ["Applied", "Reader", "in_evaluation", "to_device"]
+__all__ = ["Applied", "in_evaluation", "to_device"]
 
 Apply = Callable[[nn.Module, Any], Tensor]
 Targets = Callable[[Any], Any]
 
 
-@dataclass(frozen=True)
-class Reader:
-    """How batches are read.
-
-    Attributes:
-        apply: (model, batch) -> outputs; None for the ways of the table above.
-        targets: batch -> targets; likewise.
-    """
-
-    apply: Apply | None = None
-    targets: Targets | None = None
-
-    def split(self, batch: Any) -> tuple[Any, Any]:
-        """Return what the model takes, and the targets.
-
-        Raises:
-            BecameError: if the batch is of a kind that only ``apply`` and ``targets`` can read.
-        """
-        if self.apply is not None or self.targets is not None:
-            if self.apply is None or self.targets is None:
-                raise BecameError("batches of your own need both apply= and targets=; one of them is missing.")
-            return batch, self.targets(batch)
-        return inputs_and_targets(batch, "or give apply= and targets=, which say what to do with it")
-
-
 class Applied(nn.Module):
     """A model that takes the inputs of a batch and returns a tensor of outputs."""
 
-    def __init__(self, model: nn.Module, reader: Reader) -> None:
+    def __init__(self, model: nn.Module, reader: Reader[nn.Module]) -> None:
         """Keep both; the model's parameters stay its own."""
         super().__init__()
         self.model = model

@@ -19,8 +19,8 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.optim import Optimizer
 
+from adapters.backend.batches import Kind, Reader, repeatable
 from adapters.backend.memory import (
-    Kind,
     check_settings,
     coverage_of,
     described,
@@ -28,11 +28,10 @@ from adapters.backend.memory import (
     memory_arrays,
     merge_report,
     read_memory,
-    repeatable,
     restored,
 )
 from adapters.backend.own_loop import Coverage, MergeReport, NetworkCheck, Uncovered
-from adapters.torch.batches import Apply, Reader, Targets
+from adapters.torch.batches import Apply, Targets
 from adapters.torch.data_loss import Batches, DataLoss, Loss, NewTask
 from adapters.torch.layers import estimate_statistics
 from adapters.torch.steps import StepGuard, groups_of, unwrapped

@@ -15,9 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from adapters.backend.memory import InputGrams, Kind, by_slopes, gram_sums, with_progress
+from adapters.backend.batches import Kind, Reader, cotangents_of, units_of, with_progress
+from adapters.backend.memory import InputGrams, by_slopes, gram_sums
 from adapters.backend.own_loop import NetworkCheck
-from adapters.torch.batches import Applied, Reader, in_evaluation, to_device
+from adapters.torch.batches import Applied, in_evaluation, to_device
 from adapters.torch.checking import check_network
 from adapters.torch.derivatives import Derivatives
 from adapters.torch.tapping import Layouts, collect_taps, matrices_of, samples_of
@@ -45,7 +46,7 @@ class DataLoss:
         self,
         model: nn.Module,
         likelihood: Likelihood | Loss,
-        reader: Reader,
+        reader: Reader[nn.Module],
         *,
         checks: bool,
         shows: bool,
@@ -135,7 +136,7 @@ class DataLoss:
 
         def cotangents(outputs: Tensor) -> Iterator[Tensor]:
             nonlocal units
-            units = _units(self.likelihood, outputs, targets)
+            units = units_of(self.likelihood, outputs, targets)
             yield from _cotangents(self.likelihood, outputs, targets, self._kind, rng)
 
         for taps in collect_taps(self._applied, names, (inputs,), cotangents, layouts=self._layouts):
@@ -170,7 +171,7 @@ class DataLoss:
             for batch in batches:
                 outputs, targets = self.run(batch)
                 (seed,) = _cotangents(self.likelihood, outputs.detach(), targets)
-                units += _units(self.likelihood, outputs, targets)
+                units += units_of(self.likelihood, outputs, targets)
                 gradients: tuple[Tensor | None, ...] = torch.autograd.grad(
                     outputs, list(trained.values()), seed, allow_unused=True
                 )
@@ -211,7 +212,7 @@ class DataLoss:
         with in_evaluation(self._model), torch.no_grad():
             for batch in batches:
                 outputs, targets = self.run(batch)
-                size = _units(self.likelihood, outputs, targets)
+                size = units_of(self.likelihood, outputs, targets)
                 if isinstance(self.likelihood, Likelihood):
                     total += float(self.likelihood.loss(outputs, targets))
                 else:
@@ -258,10 +259,6 @@ class NewTask:
             return self._data.mean(self._batches)
 
 
-def _units(likelihood: Likelihood | Loss, outputs: Tensor, targets: Any) -> float:
-    return likelihood.units(outputs, targets) if isinstance(likelihood, Likelihood) else float(len(outputs))
-
-
 def _cotangents(
     likelihood: Likelihood | Loss,
     outputs: Tensor,
@@ -269,16 +266,15 @@ def _cotangents(
     kind: Kind = "empirical",
     rng: np.random.Generator | None = None,
 ) -> Iterator[Tensor]:
-    """Yield the gradients of each sample's own loss by the outputs, at the targets given or at the model's own."""
-    if isinstance(likelihood, Likelihood):
-        yield from likelihood.cotangents(outputs, targets, kind, rng or np.random.default_rng(0))
-        return
-    if kind != "empirical":
-        raise BecameError(f"a loss of your own has no targets of the model's own; '{kind}' needs a likelihood.")
-    with torch.enable_grad():
-        leaf = outputs.detach().requires_grad_()
-        loss = likelihood(leaf, targets)
-        if loss.ndim:
-            raise BecameError(f"the loss has shape {list(loss.shape)}; it must return one number, the batch's mean.")
-        (gradient,) = torch.autograd.grad(loss * len(outputs), leaf)
-    yield gradient
+    def of_own_loss() -> Tensor:
+        with torch.enable_grad():
+            leaf = outputs.detach().requires_grad_()
+            loss = likelihood(leaf, targets)  # type: ignore[operator] # it is no likelihood
+            if loss.ndim:
+                raise BecameError(
+                    f"the loss has shape {list(loss.shape)}; it must return one number, the batch's mean."
+                )
+            (gradient,) = torch.autograd.grad(loss * len(outputs), leaf)
+        return gradient
+
+    return cotangents_of(likelihood, outputs, targets, of_own_loss, kind, rng)

@@ -26,7 +26,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from adapters.torch.graph import Graph, Unknown, Use, graph_of, pulled_back
 from adapters.torch.layers import Statistics, constant_statistics
 from adapters.torch.rows import Arrangement, Forward, Key, Layouts, Split, by_sample, studied
-from became_core.curvature import Tap, Taps
+from became_core.curvature import Tap, Taps, joined_uses
 
 __all__ = ["Layouts", "Names", "collect_inputs", "collect_taps", "matrices_of", "owners_of", "samples_of", "unfused"]
 
@@ -74,10 +74,11 @@ def collect_taps(
         samples = len(seed)
         gradients = run.gradients([*edges.values(), *lone], seed)  # type: ignore[list-item]
         at = dict(zip(edges, gradients, strict=False))
-        taps = {
-            name: _tap([_tap_of(use, at, samples, arranged, inputs, run) for use in of_weight])
+        of_uses = {
+            name: [_tap_of(use, at, samples, arranged, inputs, run) for use in of_weight]
             for name, of_weight in plan.taps.items()
         }
+        taps = {name: joined_uses([tap for tap in own if tap is not None]) for name, own in of_uses.items()}
         taps = {
             name: replace(tap, has_bias=name in plan.biased, own_name=name in run.parameters)
             for name, tap in taps.items()
@@ -336,28 +337,6 @@ def _tap_of(
         size=use.size,
         transposed=use.transposed,
     )
-
-
-def _tap(uses: Sequence[Tap | None]) -> Tap:
-    """Return all uses of one weight as one tap: those of one kind have their positions in a row."""
-    alike: dict[tuple[Any, ...], list[Tap]] = {}
-    for tap in uses:
-        if tap is not None:
-            alike.setdefault((tap.kind, tap.transposed, tap.groups), []).append(tap)
-    first, *others = (_in_a_row(taps) for taps in alike.values())
-    return replace(first, others=tuple(others))
-
-
-def _in_a_row(taps: Sequence[Tap]) -> Tap:
-    if len(taps) == 1:
-        return taps[0]
-    if taps[0].kind == "gradient":
-        return replace(taps[0], inputs=torch.stack([tap.inputs for tap in taps]).sum(0))
-    if len({len(tap.inputs) for tap in taps}) > 1:  # sums over all samples, again
-        flat = [(tap.inputs.flatten(0, 1)[None], tap.output_gradients.flatten(0, 1)[None]) for tap in taps]
-        taps = [replace(tap, inputs=a, output_gradients=g) for tap, (a, g) in zip(taps, flat, strict=True)]
-    inputs, gradients = (torch.cat([getattr(tap, side) for tap in taps], 1) for side in ("inputs", "output_gradients"))
-    return replace(taps[0], inputs=inputs, output_gradients=gradients)
 
 
 def _elementwise_gradient(

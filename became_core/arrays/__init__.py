@@ -11,7 +11,7 @@ from became_core.arrays.namespace import (
     on_host,
     reduction_dtype,
 )
-from became_core.arrays.shards import Reduce, Shared, holds, is_spread, shared_by_processes
+from became_core.arrays.shards import Reduce, Shared, hold, is_spread, shared_by_processes
 from became_core.arrays.sums import Factors, SumsOfProducts, sums_of_products, tree_sum
 from became_core.arrays.trees import (
     Params,
@@ -41,7 +41,7 @@ __all__ = [
     "device",
     "difference",
     "has_values",
-    "holds",
+    "hold",
     "is_array",
     "is_spread",
     "label",

@@ -10,12 +10,10 @@ Convention: a part that several processes have counts once.
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
-
 from became_core.arrays.frameworks import shards_among
-from became_core.arrays.namespace import Array, framework_for, namespace
+from became_core.arrays.namespace import Array, framework_for, namespace, on_host
 
-__all__ = ["Reduce", "Shared", "holds", "is_spread", "shared_by_processes"]
+__all__ = ["Reduce", "Shared", "hold", "is_spread", "shared_by_processes"]
 
 # From an array of this process or device to the sum of all processes' or devices' arrays.
 Reduce = Callable[[Array], Array]
@@ -58,16 +56,16 @@ def is_spread(array: Array) -> bool:
     return framework.spreads(module)
 
 
-def holds(condition: Callable[[Any, Array], Array], array: Array) -> bool:
-    """Return whether a condition is true of every element, in all processes, of an array that has values.
+def hold(condition: Callable[[Any, Array], Array], arrays: Sequence[Array]) -> list[bool]:
+    """Return for each array whether a condition is true of every element, in all processes: by one reduction for all.
 
     Args:
         condition: (namespace, array) -> booleans of the array's shape.
-        array: any array.
+        arrays: of one framework; they have values.
     """
-    xp, shared = namespace(array=array), shared_by_processes([array])
+    xp, shared = namespace(array=arrays[0]), shared_by_processes(arrays)
     if shared is None:
-        return bool(xp.all(condition(xp, array)))
-    part = shared.layout([array]).part(array)
-    failures = 1 - xp.astype(xp.all(condition(xp, part)), xp.float32)
-    return not float(np.asarray(shared.total(failures[None]))[0])
+        return [bool(xp.all(condition(xp, array))) for array in arrays]
+    parts = [shared.layout([array]).part(array) for array in arrays]
+    failures = xp.stack([1 - xp.astype(xp.all(condition(xp, part)), xp.float32) for part in parts])
+    return [not count for count in on_host(shared.total(failures))]

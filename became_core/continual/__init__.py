@@ -1,17 +1,7 @@
 """Continual learning: task streams, the base class of learners, methods, and ``learn``, the loop that runs them."""
 
 from became_core.continual.callbacks import Callback
-from became_core.continual.data import (
-    Augmentation,
-    ClassOrder,
-    Dataset,
-    Task,
-    TaskStream,
-    Views,
-    permute_pixels,
-    split_classes,
-    split_domains,
-)
+from became_core.continual.data import Augmentation, Dataset, Task, TaskStream, Views
 from became_core.continual.learner import Batch, Learner, TapMode
 from became_core.continual.methods import Method
 from became_core.continual.path_report import Along, alpha_estimates
@@ -29,6 +19,7 @@ from became_core.continual.rng import random_generator
 from became_core.continual.run import learn
 from became_core.continual.run_context import check_method
 from became_core.continual.schedule import Annealed, Patience, RelativeRates, Schedule, Stepped, Training
+from became_core.continual.splits import ClassOrder, permute_pixels, split_classes, split_domains
 from became_core.continual.state import Memory, RunState
 from became_core.continual.step import SGD, Adam, Constraint, Optimiser, Penalty, Trained
 from became_core.continual.training import Best, Stage

@@ -1,4 +1,4 @@
-"""Data sets, the tasks that they are split into, and augmentation of training images.
+"""Data sets, the tasks that they are split into (``splits.py`` splits them), and augmentation of training images.
 
 Convention: a data set is one array of images [N, C, H, W], with all training rows before all test rows. Images are
 uint8 pixels from 0 to 255, which are scaled to [0, 1] and normalised there, or numbers in floating point, which are
@@ -14,36 +14,29 @@ torchvision's ``RandomCrop`` and ``RandomHorizontalFlip`` do. Images are augment
 and not for curvature or memory.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from became_core.arrays import Array, device, namespace
-from became_core.continual.rng import random_generator
 from became_core.curvature import Categorical, Likelihood
 from became_core.errors import BecameError
 
 __all__ = [
     "Augmentation",
-    "ClassOrder",
     "Dataset",
     "Task",
     "TaskStream",
     "Views",
     "chunks",
-    "permute_pixels",
-    "split_classes",
-    "split_domains",
 ]
 
 # Normalised inputs have a mean square of about 1. Beyond this, images and statistics are in different units.
 LARGEST_MEAN_SQUARE = 1000.0
 
 Indices = NDArray[np.int64]
-ClassOrder = Literal["label", "seeded"]
 
 
 @dataclass(frozen=True)
@@ -53,11 +46,12 @@ class Dataset:
     Attributes:
         name: its name in messages and records.
         images: [N, C, H, W], uint8 or floating point; the first ``train_size`` rows are the training part, the others
-            the test part. Tables of d numbers are images [N, d, 1, 1]. Or text: sequences of bytes, uint8 [N, L], with
-            no means and deviations.
+            the test part. Tables of d numbers are images [N, d, 1, 1]. Text is sequences of bytes, uint8 [N, L], and
+            has no means and deviations.
         labels: integers, [N], from 0 to ``classes`` - 1; they are kept as int64. If the likelihood has no labels, as
-            the Gaussian has none, numbers [N, outputs], in the unit that they are given in; they are kept as float64.
-            Of text integers [N, L], a label for each byte, such as the next one; what the likelihood ignores has none.
+            the Gaussian has none, they are numbers [N, outputs], in the unit in which they are given, and are kept as
+            float64. The labels of text are integers [N, L], one for each byte, such as the next byte; a byte with the
+            label that the likelihood ignores does not count.
         train_size: the number of training rows.
         mean: for each channel, the mean with which inputs are normalised: of uint8 images that of pixels scaled to
             [0, 1], of others that of the numbers as they are.
@@ -326,146 +320,6 @@ def chunks(indices: Indices, size: int) -> list[Indices]:
     if len(starts) > 1 and len(indices) - starts[-1] == 1:
         starts.pop()
     return [indices[start:end] for start, end in zip(starts, [*starts[1:], len(indices)], strict=True)]
-
-
-def split_classes(
-    dataset: Dataset,
-    tasks: int,
-    *,
-    validation: float = 0.05,
-    seed: int = 0,
-    class_order: ClassOrder | Sequence[int] = "label",
-) -> TaskStream:
-    """Split a data set by classes into tasks with equally many classes.
-
-    Args:
-        dataset: the data set.
-        tasks: the number of tasks; it must divide the number of classes.
-        validation: the fraction of each task's training rows that is held out, chosen at random.
-        seed: the seed of the choice of validation rows, and of the class order if it is "seeded".
-        class_order: the order in which classes are given to tasks: "label" for the order of their labels, "seeded" for
-            a random one, or a permutation of the classes.
-
-    Raises:
-        BecameError: if the number of tasks does not divide the number of classes, the fraction is not in [0, 1), the
-            class order is no permutation of the classes, or a class has no training images.
-
-    Examples:
-        >>> images, labels = np.zeros((8, 1, 2, 2), np.uint8), [0, 1, 2, 3, 0, 1, 2, 3]
-        >>> dataset = Dataset("tiny", images, labels, train_size=4, mean=(0.0,), std=(1.0,))
-        >>> [task.classes for task in split_classes(dataset, 2, validation=0.0).tasks]
-        [(0, 1), (2, 3)]
-    """
-    if tasks < 1 or dataset.classes % tasks:
-        raise BecameError(f"{tasks} tasks do not divide the {dataset.classes} classes of {dataset.name}.")
-    if not 0 <= validation < 1:
-        raise BecameError(f"the validation fraction is {validation}; it must be at least 0 and below 1.")
-    counts = np.bincount(dataset.labels[: dataset.train_size], minlength=dataset.classes)
-    if not counts.all():
-        raise BecameError(
-            f"{dataset.name} has no training images of class {int(np.argmin(counts))}; labels must go from 0 to the "
-            "classes - 1 without a gap."
-        )
-    if class_order == "seeded":
-        order = random_generator(seed, "class order").permutation(dataset.classes)
-    else:
-        order = np.arange(dataset.classes) if class_order == "label" else np.asarray(class_order)
-    if sorted(order.tolist()) != list(range(dataset.classes)):
-        raise BecameError(f"the class order is not a permutation of the {dataset.classes} classes of {dataset.name}.")
-    groups = order.reshape(tasks, -1)
-    position = np.empty(dataset.classes, dtype=np.int64)  # the number of each class within its task
-    position[groups] = np.arange(groups.shape[1])
-    return TaskStream(
-        dataset=dataset,
-        tasks=tuple(
-            _task(dataset, index, np.isin(dataset.labels, group), tuple(group.tolist()), validation, seed)
-            for index, group in enumerate(groups)
-        ),
-        targets=position[dataset.labels],
-    )
-
-
-def split_domains(dataset: Dataset, *, validation: float = 0.05, seed: int = 0, shared_head: bool = True) -> TaskStream:
-    """Split a data set into a task for each of its domains, in the order of their numbers.
-
-    Targets that are no labels are standardised: they have the mean 0 and the standard deviation 1 over the training
-    rows of all domains.
-
-    Args:
-        dataset: with domains; each must have training and test rows.
-        validation: the fraction of each task's training rows that is held out, chosen at random.
-        seed: the seed of the choice of validation rows.
-        shared_head: whether all tasks have one head (domain-incremental), or each its own.
-
-    Raises:
-        BecameError: if the data set has no domains, one of them has no rows, or the fraction is not in [0, 1).
-
-    Examples:
-        >>> table, domains = np.zeros((6, 2, 1, 1), np.float32), [0, 0, 1, 0, 1, 1]
-        >>> dataset = Dataset("tiny", table, [0, 1, 0, 1, 0, 1], 3, (0.0, 0.0), (1.0, 1.0), domains=domains)
-        >>> [task.train.tolist() for task in split_domains(dataset, validation=0.0).tasks]
-        [[0, 1], [2]]
-    """
-    if dataset.domains is None:
-        raise BecameError(f"{dataset.name} has no domains to make tasks of.")
-    if not 0 <= validation < 1:
-        raise BecameError(f"the validation fraction is {validation}; it must be at least 0 and below 1.")
-    targets, scale = dataset.labels, 1.0
-    if not dataset.likelihood.has_labels:
-        train = dataset.labels[: dataset.train_size]
-        scale = float(np.sqrt(train.var(axis=0).mean()))
-        if scale == 0:
-            raise BecameError(f"the targets of {dataset.name} are all alike, so that there is nothing to learn.")
-        targets = (dataset.labels - train.mean(axis=0)) / scale
-    outputs = tuple(range(dataset.classes))
-    tasks = tuple(
-        _task(dataset, index, dataset.domains == index, outputs, validation, seed)
-        for index in range(int(dataset.domains.max()) + 1)
-    )
-    return TaskStream(dataset, tasks, targets, shared_head, scale)
-
-
-def _task(
-    dataset: Dataset, index: int, chosen: NDArray[np.bool_], classes: tuple[int, ...], validation: float, seed: int
-) -> Task:
-    rows = np.flatnonzero(chosen)
-    train, test = rows[rows < dataset.train_size], rows[rows >= dataset.train_size]
-    train = random_generator(seed, "validation", index).permutation(train)
-    held_out = round(validation * len(train))
-    return Task(
-        index=index,
-        classes=classes,
-        train=np.sort(train[held_out:]),
-        validation=np.sort(train[:held_out]),
-        test=test,
-    )
-
-
-def permute_pixels(dataset: Dataset, tasks: int) -> Dataset:
-    """Return a data set with a copy of all images for each task, each with another pixel order (Goodfellow 2014).
-
-    With C the number of classes of the data set, copy t has the classes C t to C (t + 1) - 1. So ``split_classes`` into
-    the same number of tasks, in label order, gives every pixel order to a task, and a head, of its own. The first copy
-    has the original order. In every other copy, one order is used for all channels and images, and in every run.
-
-    Raises:
-        BecameError: if the number of tasks is below 1.
-    """
-    if tasks < 1:
-        raise BecameError(f"{tasks} tasks of permuted pixels are asked for; give at least 1.")
-    flat = dataset.images.reshape(*dataset.images.shape[:2], -1)
-    pixels = np.arange(flat.shape[2])
-    orders = [random_generator(0, "pixels", task).permutation(pixels) if task else pixels for task in range(tasks)]
-    parts = [slice(0, dataset.train_size), slice(dataset.train_size, None)]  # All training rows must come first.
-    images = np.concatenate([flat[part][:, :, order] for part in parts for order in orders])
-    labels = [dataset.labels[part] + dataset.classes * task for part in parts for task in range(tasks)]
-    return replace(
-        dataset,
-        name=f"permuted {dataset.name}",
-        images=images.reshape(-1, *dataset.images.shape[1:]),
-        labels=np.concatenate(labels),
-        train_size=dataset.train_size * tasks,
-    )
 
 
 class Views(NamedTuple):

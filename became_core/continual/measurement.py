@@ -120,12 +120,11 @@ def accuracies(
 
 
 def _by_one_head(learner: Learner, tasks: Sequence[Task], batch_size: int) -> Evaluation:
-    """Return what a learner reaches whose tasks share a head; a batch at a time, because logits of text are many."""
+    """Return what a learner reaches whose tasks share a head."""
     result, likelihood = Evaluation([], [], []), learner.likelihood
     for task in tasks:
         total = units = correct = counted = 0.0
-        for rows in chunks(task.test, batch_size):
-            outputs, targets = learner.logits(rows, batch_size)[:, 0, ...], learner.targets(rows)
+        for outputs, targets in _batches_of_one_head(learner, task.test, batch_size):
             total, units = total + float(likelihood.loss(outputs, targets)), units + likelihood.count(targets)
             if likelihood.has_labels:
                 xp = namespace(outputs=outputs, targets=targets)
@@ -137,6 +136,12 @@ def _by_one_head(learner: Learner, tasks: Sequence[Task], batch_size: int) -> Ev
         result.accuracy.append(accuracy)
         result.class_incremental_accuracy.append(accuracy)
     return result
+
+
+def _batches_of_one_head(learner: Learner, rows: Indices, batch_size: int) -> Iterator[tuple[Array, Array]]:
+    """Yield the outputs of the shared head, and the targets, a batch at a time, because logits of text are many."""
+    for part in chunks(rows, batch_size):
+        yield learner.logits(part, batch_size)[:, 0, ...], learner.targets(part)
 
 
 def _logits_by_head(
@@ -173,9 +178,8 @@ def mean_loss(learner: Learner, task: int, indices: Indices, batch_size: int) ->
         logits = learner.logits(indices, batch_size)[:, task, :]
         return float(learner.likelihood.mean_loss(logits, learner.targets(indices)))
     total = units = 0.0
-    for rows in chunks(indices, batch_size):
-        targets = learner.targets(rows)
-        total += float(learner.likelihood.loss(learner.logits(rows, batch_size)[:, 0, ...], targets))
+    for outputs, targets in _batches_of_one_head(learner, indices, batch_size):
+        total += float(learner.likelihood.loss(outputs, targets))
         units += learner.likelihood.count(targets)
     return total / units
 

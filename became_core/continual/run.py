@@ -330,7 +330,11 @@ class _Run(RunContext):
                 for learned in self.tasks_until(task)
             ]
             end = TaskEnd(
-                *(task.index, alpha, reached.accuracy, reached.class_incremental_accuracy, filled),
+                task=task.index,
+                alpha=alpha,
+                accuracy=reached.accuracy,
+                class_incremental_accuracy=reached.class_incremental_accuracy,
+                full=filled,
                 loss=reached.loss,
                 samples=samples if any(samples) else [],
             )

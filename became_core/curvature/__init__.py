@@ -22,7 +22,14 @@ from became_core.curvature.likelihoods import (
     derivatives_along,
     likelihood_named,
 )
-from became_core.curvature.taps import Tap, Taps, batch_gradient, per_sample_gradients, per_sample_square_sum
+from became_core.curvature.taps import (
+    Tap,
+    Taps,
+    batch_gradient,
+    joined_uses,
+    per_sample_gradients,
+    per_sample_square_sum,
+)
 
 __all__ = [
     "LIKELIHOODS",
@@ -43,6 +50,7 @@ __all__ = [
     "diagonal_fisher",
     "gradient_grams",
     "input_grams",
+    "joined_uses",
     "kronecker_factors",
     "likelihood_named",
     "log_softmax",

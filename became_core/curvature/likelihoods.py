@@ -54,7 +54,7 @@ class Likelihood(ABC):
 
     @property
     def unit(self) -> str:
-        """What ``natural`` measures a mean loss in."""
+        """The unit in which ``natural`` measures a mean loss."""
         return "nats"
 
     has_labels: ClassVar[bool] = False
@@ -286,7 +286,7 @@ class Gaussian(Likelihood):
 
     @property
     def unit(self) -> str:
-        """What ``natural`` measures a mean loss in."""
+        """The root of the mean squared residual, in which ``natural`` measures a mean loss."""
         return "RMSE"
 
     def __post_init__(self) -> None:

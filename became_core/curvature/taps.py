@@ -19,13 +19,13 @@ the sum of all its rows. All shapes are known beforehand, so this can be compile
 accurate.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from became_core.arrays import Array, Params, device, namespace, pytree, reduction_dtype, static
 
-__all__ = ["Tap", "Taps", "batch_gradient", "per_sample_gradients", "per_sample_square_sum"]
+__all__ = ["Tap", "Taps", "batch_gradient", "joined_uses", "per_sample_gradients", "per_sample_square_sum"]
 
 # How many numbers of per-sample gradients exist at a time: 4 MiB of float32, which fit in a processor's cache.
 CHUNK = 2**20
@@ -88,6 +88,38 @@ class Tap:
     def weight_name(self, name: str) -> str:
         """Return the name of the weight of the tap that goes by a name: ``fc.weight`` for a layer ``fc``."""
         return name if self.own_name or self.kind == "gradient" else f"{name}.weight"
+
+
+def joined_uses(uses: Sequence[Tap]) -> Tap:
+    """Return all uses of one weight as one tap: those of one kind have their positions in a row.
+
+    Args:
+        uses: at least one, all of the same samples; or some of them are sums over all samples, with one sample.
+
+    Examples:
+        >>> import numpy as np
+        >>> use = Tap("matrix", np.ones((2, 1, 3)), np.ones((2, 1, 4)))
+        >>> joined_uses([use, use]).inputs.shape
+        (2, 2, 3)
+    """
+    alike: dict[tuple[Any, ...], list[Tap]] = {}
+    for use in uses:
+        alike.setdefault((use.kind, use.transposed, use.groups), []).append(use)
+    first, *others = (_in_a_row(of_kind) for of_kind in alike.values())
+    return replace(first, others=tuple(others))
+
+
+def _in_a_row(taps: Sequence[Tap]) -> Tap:
+    if len(taps) == 1:
+        return taps[0]
+    xp: Any = namespace(inputs=taps[0].inputs)
+    if taps[0].kind == "gradient":
+        return replace(taps[0], inputs=xp.sum(xp.stack([tap.inputs for tap in taps]), axis=0))
+    sides = [[tap.inputs for tap in taps], [tap.output_gradients for tap in taps]]
+    if len({tap.inputs.shape[0] for tap in taps}) > 1:  # then all are summed over samples
+        sides = [[xp.reshape(array, (1, -1, *array.shape[2:])) for array in side] for side in sides]
+    inputs, gradients = (xp.concat(side, axis=1) for side in sides)
+    return replace(taps[0], inputs=inputs, output_gradients=gradients)
 
 
 # By the name of the layer: the tap of ``conv1`` belongs to ``conv1.weight`` and ``conv1.bias``. A tap of the kind

@@ -32,7 +32,7 @@ from became_core.arrays import (
     aligned_rows,
     device,
     difference,
-    holds,
+    hold,
     label,
     named_leaves,
     namespace,
@@ -299,7 +299,8 @@ def _what_is_wrong(trees: dict[str, Tree], rows: dict[str, tuple[Array, ...]]) -
             name = label(role, path)
             if role.startswith("fisher"):
                 check_diagonal(name, array)
-            if not holds(lambda xp, values: xp.isfinite(values), array):
+            (is_finite,) = hold(lambda xp, values: xp.isfinite(values), [array])
+            if not is_finite:
                 return f"{name} has entries that are infinite or not a number; every entry must be a finite number."
         sums = sums_of_products(_Terms(tuple(trees)), [[row]]).sums
         xp = namespace(sums=sums[0])

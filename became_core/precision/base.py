@@ -18,27 +18,24 @@ Convention on dtype: everything is computed in the promoted dtype of all arrays,
 back in the dtype of those given, Gram matrices and determinants in the dtype of the computation.
 """
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 from became_core.arrays import (
     Array,
     Params,
     Reduce,
-    Shared,
     device,
     is_spread,
     namespace,
     pytree,
     reduction_dtype,
-    shared_by_processes,
     static,
 )
 from became_core.errors import BecameError
+from became_core.precision.gram import GramRequest, gram_matrices
 from became_core.precision.vectors import (
     Rows,
     Shape,
@@ -57,7 +54,7 @@ from became_core.precision.vectors import (
     wide,
 )
 
-__all__ = ["GramRequest", "Isotropic", "Precision", "Sum", "gram_matrices"]
+__all__ = ["Isotropic", "Precision", "Sum"]
 
 
 class Precision(ABC):
@@ -195,6 +192,14 @@ class Precision(ABC):
     def _here(self, layouts: Mapping[str, Any]) -> "Precision":
         """This process's part, given how each parameter is cut; whole where the structure couples entries."""
 
+    def _diagonal_here(self, layouts: Mapping[str, Any]) -> Params:
+        """This process's part of the diagonal, given how each parameter is cut."""
+        return {name: layouts[name].part(value) for name, value in self.diagonal().items()}
+
+    def _terms(self) -> "tuple[Precision, ...]":
+        """The precisions, none of them a sum, that this one is the sum of."""
+        return (self,)
+
     @abstractmethod
     def _times(self, vector: Params) -> Params:
         """P times a vector: like ``_solved`` and ``_coloured``, of flat and widened parts for covered parameters."""
@@ -261,123 +266,6 @@ class Precision(ABC):
                     arrays[f"{label} '{name}'"] = vector[name]
         xp = namespace(**arrays)
         return xp, reduction_dtype(xp, **arrays)
-
-
-class GramRequest(NamedTuple):
-    """A Gram matrix to be computed.
-
-    Attributes:
-        precision: P.
-        left: K directions.
-        right: K' directions; those on the left if None.
-        diagonal: whether the diagonal of P takes P's place.
-    """
-
-    precision: Precision
-    left: Sequence[Params]
-    right: Sequence[Params] | None = None
-    diagonal: bool = False
-
-
-def gram_matrices(requests: Sequence[GramRequest], reduce: Reduce | None = None) -> list[Array]:
-    """Return several Gram matrices, as ``Precision.gram`` returns each.
-
-    Of arrays that processes share (PyTorch's ``DTensor``), every process sums over its own part, and there is one
-    reduction for all matrices together. It is of K x K' numbers for each matrix, and r (K + K') more for a ``LowRank``
-    of r columns. ``Kronecker`` and ``Dense`` couple entries that are in different processes, so that the directions
-    themselves take part in the reduction, whole.
-
-    Args:
-        requests: at least one.
-        reduce: how numbers are summed over all processes or devices, if the arrays are one's own parts, as within
-            ``jax.shard_map``; structures that couple a parameter's entries cannot be summed so. Arrays that a framework
-            distributes need none.
-
-    Raises:
-        BecameError: as ``Precision.gram`` does; if the arrays lie on two meshes of processes, or a structure couples
-            entries and ``reduce`` is given.
-    """
-    checked = [each.precision._checked(each.left, each.right) for each in requests]
-    arrays = [each for request in requests for side in (request.left, request.right or ()) for each in side]
-    shared = shared_by_processes([array for direction in arrays for array in direction.values()])
-    if shared is None and reduce is None:
-        matrices = [
-            (_diagonal_of(each.precision) if each.diagonal else each.precision)._gram(*sides)
-            for each, sides in zip(requests, checked, strict=True)
-        ]
-    else:
-        terms = [
-            [_term_here(term, each, sides, shared) for term in _terms(each.precision)]
-            for each, sides in zip(requests, checked, strict=True)
-        ]
-        sums = [array for of_request in terms for _, parts in of_request for array in parts]
-        xp, dtype = (
-            namespace(sums=sums[0]),
-            reduction_dtype(checked[0][0].xp, **{str(k): each for k, each in enumerate(sums)}),
-        )
-        numbers = xp.concat([flat(xp, array, dtype) for array in sums])
-        numbers = numbers if shared is None else shared.total(numbers)
-        numbers = numbers if reduce is None else reduce(numbers)
-        ends = list(accumulate(math.prod(array.shape) for array in sums))
-        pieces = zip([0, *ends], ends, sums, strict=False)
-        totals = iter([xp.reshape(numbers[start:end], array.shape) for start, end, array in pieces])
-        matrices = [
-            sum(term._gram_of([next(totals) for _ in parts], xp, dtype) for term, parts in of_request)
-            for of_request in terms
-        ]
-    # Symmetric on paper, and then to the last bit.
-    return [
-        0.5 * (matrix + namespace(matrix=matrix).matrix_transpose(matrix)) if each.right is None else matrix
-        for each, matrix in zip(requests, matrices, strict=True)
-    ]
-
-
-def _diagonal_of(precision: Precision) -> Precision:
-    from became_core.precision.diagonal import Diagonal  # which is made of this module
-
-    return Diagonal._of_checked(precision.diagonal())
-
-
-def _term_here(
-    term: Precision, request: GramRequest, sides: tuple[Rows, Rows], shared: Shared | None
-) -> tuple[Precision, list[Array]]:
-    """Return this process's part of one term of a precision, and its sums over the process's parts of directions.
-
-    Where the caller has parts already, the term is one of parts.
-    """
-    if shared is None:
-        if term.couples and not request.diagonal:
-            raise BecameError(
-                f"a {type(term).__name__} precision couples entries of different parts, which no sum over the parts "
-                "shows; take a Diagonal, Isotropic or LowRank one."
-            )
-        term = _diagonal_of(term) if request.diagonal else term
-        return term, term._sums(*sides)
-    left, right = sides
-    layouts = {
-        name: shared.layout(
-            [each[name] for rows in {id(rows): rows for rows in sides}.values() for each in rows.directions]
-        )
-        for name in term.covered()
-    }
-    if request.diagonal:
-        is_whole = term.couples or isinstance(term, Isotropic)
-        term = _diagonal_of(term)._here(layouts) if is_whole else _diagonal_of(term._here(layouts))
-    else:
-        term = term._here(layouts)
-
-    def here(rows: Rows) -> Rows:
-        own = [
-            {
-                name: layout.embedded(each[name]) if term.couples else layout.share(each[name])
-                for name, layout in layouts.items()
-            }
-            for each in rows.directions
-        ]
-        return Rows(own, rows.xp, rows.dtype)
-
-    on_left = here(left)
-    return term, term._sums(on_left, on_left if right is left else here(right))
 
 
 @pytree
@@ -560,6 +448,9 @@ class Sum(Precision):
     def _here(self, layouts: Mapping[str, Any]) -> "Sum":
         return Sum(tuple(term._here(layouts) for term in self.terms))
 
+    def _terms(self) -> tuple[Precision, ...]:
+        return self.terms
+
     def _times(self, vector: Params) -> Params:
         total: Params = {}
         for term in self.terms:
@@ -613,14 +504,10 @@ def _sum_of(left: Precision, right: Precision) -> Precision:
         other = right.covered().get(name, shape)
         if not (left._fits(name, other) or right._fits(name, shape)):
             raise BecameError(f"two precisions of '{name}' are for shapes {shape} and {other}; make them equal.")
-    terms = _terms(left)
-    for term in _terms(right):
+    terms = left._terms()
+    for term in right._terms():
         terms = _with(terms, term)
     return terms[0] if len(terms) == 1 else Sum(terms)
-
-
-def _terms(precision: Precision) -> tuple[Precision, ...]:
-    return precision.terms if isinstance(precision, Sum) else (precision,)
 
 
 def _with(terms: tuple[Precision, ...], new: Precision) -> tuple[Precision, ...]:

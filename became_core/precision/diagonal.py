@@ -17,9 +17,9 @@ from became_core.precision.vectors import (
     check_amount,
     check_diagonals,
     check_positive,
+    diagonal_gram,
     diagonal_matrix,
     flat,
-    inner_products,
     parted,
     wide,
 )
@@ -92,11 +92,7 @@ class Diagonal(Precision):
         return {f"the precision of '{name}'": value for name, value in self.values.items()}
 
     def _gram(self, left: Rows, right: Rows) -> Array:
-        total = None
-        for name, value in self.values.items():
-            part = inner_products(left.xp, left.of(name) * left.like(value), right.of(name))
-            total = part if total is None else total + part
-        return total
+        return diagonal_gram(self.values, left, right)
 
     def _here(self, layouts: Mapping[str, Any]) -> "Diagonal":
         return self._of_checked({name: layouts[name].part(value) for name, value in self.values.items()})

@@ -132,6 +132,9 @@ class LowRank(Precision):
         factors = {name: layouts[name].part(value) for name, value in self.factors.items()}
         return LowRank(factors, whole("the scales", self.scales), self.diagonal_part._here(layouts))
 
+    def _diagonal_here(self, layouts: Mapping[str, Any]) -> Params:
+        return self._here(layouts).diagonal()  # of this process's rows of U, so that no other's are needed
+
     def _times(self, vector: Params) -> Params:
         xp, dtype = _kind(vector)
         inner = sum(xp.matmul(xp.matrix_transpose(self._columns(name, xp, dtype)), u) for name, u in vector.items())

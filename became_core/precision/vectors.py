@@ -15,8 +15,8 @@ from became_core.arrays import (
     Params,
     check_values,
     device,
+    hold,
     namespace,
-    on_host,
     reduction_dtype,
     shared_by_processes,
 )
@@ -33,6 +33,7 @@ __all__ = [
     "check_diagonals",
     "check_positive",
     "check_symmetric",
+    "diagonal_gram",
     "diagonal_matrix",
     "embedded",
     "flat",
@@ -97,6 +98,15 @@ def inner_products(xp: Any, left: Array, right: Array) -> Array:
         return xp.matmul(left, xp.matrix_transpose(right))
     axes = tuple(range(1, left.ndim))
     return xp.tensordot(left, right, axes=(axes, axes))
+
+
+def diagonal_gram(values: Params, left: Rows, right: Rows) -> Array:
+    """Return the Gram matrix of directions by a diagonal, [K, K'], given its values by parameter."""
+    total = None
+    for name, value in values.items():
+        part = inner_products(left.xp, left.of(name) * left.like(value), right.of(name))
+        total = part if total is None else total + part
+    return total
 
 
 def wide(xp: Any, array: Array, dtype: Any) -> Array:
@@ -198,18 +208,14 @@ def check_diagonals(diagonals: Mapping[str, Array]) -> None:
     Arrays that processes share are checked with one reduction for all of them.
     """
     message = "{} has negative or NaN entries; a curvature's diagonal must be at least 0."
-    shared = shared_by_processes(list(diagonals.values()))
-    if shared is None:
+    if shared_by_processes(list(diagonals.values())) is None:
         for label, values in diagonals.items():
             # `not (x >= 0)` rather than `x < 0`: the comparison is false for a NaN too.
             check_values(namespace(values=values).all(values >= 0), message.format(label))
         return
-    parts = {label: shared.layout([values]).part(values) for label, values in diagonals.items()}
-    xp = namespace(**parts)
-    sound = xp.stack([xp.all(part >= 0) for part in parts.values()])
-    failures = on_host(shared.total(1 - xp.astype(sound, xp.float32)))
-    for label, count in zip(diagonals, failures, strict=True):
-        if count:
+    sound = hold(lambda xp, values: values >= 0, list(diagonals.values()))
+    for label, is_sound in zip(diagonals, sound, strict=True):
+        if not is_sound:
             raise BecameError(message.format(label))
 
 

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from became_core import BecameError
 from became_core.continual import Augmentation, Views
-from became_core.continual.data import Dataset, TaskStream, chunks, permute_pixels, split_classes
+from became_core.continual.data import Dataset, TaskStream, chunks
+from became_core.continual.splits import permute_pixels, split_classes
 from reference.learner import cropped
 from tests.backends import to_numpy, to_xp
 from tests.strategies import few_if_compiled

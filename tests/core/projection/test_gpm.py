@@ -42,13 +42,13 @@ def test_the_scale_of_the_gram_matrix_does_not_matter(xp: Any, tasks: list[Array
     assert largest_angle(to_numpy(mean.bases["fc.weight"]), to_numpy(total.bases["fc.weight"])) < 1e-6
 
 
-def test_a_threshold_of_1_remembers_no_direction_of_rounding() -> None:
+def test_a_threshold_of_1_remembers_no_direction_of_rounding(xp: Any) -> None:
     """Inputs of one and of three dimensions need four directions, whatever rounding leaves in the other four."""
     for seed in range(100):
         draw = np.random.default_rng(seed)
         memory = GPM(1.0)
         for rank in (1, 3):
-            memory = remember(np, memory, 1e3 * draw.normal(size=(8, rank)))
+            memory = remember(xp, memory, 1e3 * draw.normal(size=(8, rank)))
         assert memory.rank == {"fc.weight": (4, 8)}
 
 

@@ -1,0 +1,129 @@
+"""Batches of a user's own loop: how they are read, and the gradients by a model's outputs that passes begin with.
+
+Convention: outputs are [samples, ...]. Gradients by the outputs are those of each sample's own loss, not divided by
+anything; ``units_of`` says what a mean divides by.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from dataclasses import dataclass
+from typing import Any, Generic, Literal, TypeVar
+
+import numpy as np
+
+from became_core import BecameError
+from became_core.arrays import Array
+from became_core.curvature import Likelihood
+
+__all__ = ["Kind", "Reader", "cotangents_of", "inputs_and_targets", "repeatable", "units_of", "with_progress"]
+
+# Of which targets Fisher information is: those given, or the model's own, exactly or drawn.
+Kind = Literal["empirical", "true", "sampled"]
+
+Model = TypeVar("Model")
+
+
+@dataclass(frozen=True)
+class Reader(Generic[Model]):
+    """How batches are read.
+
+    Attributes:
+        apply: (model, batch) -> outputs; None for the ways that the framework's own reader knows.
+        targets: batch -> targets; likewise.
+    """
+
+    apply: Callable[[Model, Any], Array] | None = None
+    targets: Callable[[Any], Any] | None = None
+
+    def split(self, batch: Any) -> tuple[Any, Any]:
+        """Return what the model takes, and the targets.
+
+        Raises:
+            BecameError: if the batch is of a kind that only ``apply`` and ``targets`` can read.
+        """
+        if self.apply is not None or self.targets is not None:
+            if self.apply is None or self.targets is None:
+                raise BecameError("batches of your own need both apply= and targets=; one of them is missing.")
+            return batch, self.targets(batch)
+        return self.known(batch)
+
+    def known(self, batch: Any) -> tuple[Any, Any]:
+        """Return the same of a batch that needs no ``apply`` and ``targets``; raises as ``split`` does."""
+        return inputs_and_targets(batch, "or give apply= and targets=, which say what to do with it")
+
+
+def inputs_and_targets(batch: Any, otherwise: str) -> tuple[Any, Any]:
+    """Return the inputs and the targets of a pair, or of a mapping with ``labels``, as ``transformers`` has it.
+
+    Args:
+        batch: of one of these kinds.
+        otherwise: what a message says of batches of other kinds: "or give ...".
+
+    Raises:
+        BecameError: if it is of another kind.
+
+    Examples:
+        >>> inputs_and_targets({"ids": [1, 2], "labels": [0]}, "or give pairs")
+        ({'ids': [1, 2]}, [0])
+    """
+    if isinstance(batch, Mapping):
+        if "labels" not in batch:
+            raise BecameError(f"a batch has the keys {', '.join(map(str, batch))}; it needs labels, {otherwise}.")
+        return {key: value for key, value in batch.items() if key != "labels"}, batch["labels"]
+    if isinstance(batch, tuple | list) and len(batch) == 2:
+        return batch[0], batch[1]
+    raise BecameError(
+        f"a batch is a {type(batch).__name__}; give pairs of inputs and targets, mappings with labels, {otherwise}."
+    )
+
+
+def repeatable(batches: Iterable[Any]) -> Iterable[Any]:
+    """Return batches that can be gone through more than once; those of an iterator are kept in a list."""
+    return list(batches) if iter(batches) is batches else batches
+
+
+def with_progress(batches: Iterable[Any], what: str, shows: bool) -> Iterator[Any]:
+    """Yield batches, and show on a terminal how many are done."""
+    if shows:
+        from rich.console import Console
+        from rich.progress import track
+
+        console = Console(stderr=True)
+        if console.is_terminal:
+            total = len(batches) if isinstance(batches, Sized) else None
+            yield from track(batches, what, total, console=console, transient=True)
+            return
+    yield from batches
+
+
+def units_of(likelihood: Likelihood | Callable[..., Any], outputs: Array, targets: Any) -> float:
+    """Return what a mean over a batch divides by: samples or tokens, as a likelihood says, and samples for any loss."""
+    return likelihood.units(outputs, targets) if isinstance(likelihood, Likelihood) else float(outputs.shape[0])
+
+
+def cotangents_of(
+    likelihood: Likelihood | Callable[..., Any],
+    outputs: Array,
+    targets: Any,
+    of_own_loss: Callable[[], Array],
+    kind: Kind = "empirical",
+    rng: np.random.Generator | None = None,
+) -> Iterator[Array]:
+    """Yield the gradients of each sample's own loss by the outputs, at the targets given or at the model's own.
+
+    Args:
+        likelihood: or any loss.
+        outputs: of a batch.
+        targets: of the batch.
+        of_own_loss: what computes the gradient of a loss that is no likelihood.
+        kind: of which targets.
+        rng: what targets are drawn from.
+
+    Raises:
+        BecameError: if targets of the model's own are asked for, and the loss is no likelihood.
+    """
+    if isinstance(likelihood, Likelihood):
+        yield from likelihood.cotangents(outputs, targets, kind, rng or np.random.default_rng(0))
+        return
+    if kind != "empirical":
+        raise BecameError(f"a loss of your own has no targets of the model's own; '{kind}' needs a likelihood.")
+    yield of_own_loss()

@@ -1,0 +1,159 @@
+"""How data sets are split into tasks: by classes, by domains, or by permutations of the pixels.
+
+Convention: validation rows are drawn from each task's training rows by the seed, and rows stay in their order.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from became_core.continual.data import Dataset, Task, TaskStream
+from became_core.continual.rng import random_generator
+from became_core.errors import BecameError
+
+__all__ = ["ClassOrder", "permute_pixels", "split_classes", "split_domains"]
+
+ClassOrder = Literal["label", "seeded"]
+
+
+def split_classes(
+    dataset: Dataset,
+    tasks: int,
+    *,
+    validation: float = 0.05,
+    seed: int = 0,
+    class_order: ClassOrder | Sequence[int] = "label",
+) -> TaskStream:
+    """Split a data set by classes into tasks with equally many classes.
+
+    Args:
+        dataset: the data set.
+        tasks: the number of tasks; it must divide the number of classes.
+        validation: the fraction of each task's training rows that is held out, chosen at random.
+        seed: the seed of the choice of validation rows, and of the class order if it is "seeded".
+        class_order: the order in which classes are given to tasks: "label" for the order of their labels, "seeded" for
+            a random one, or a permutation of the classes.
+
+    Raises:
+        BecameError: if the number of tasks does not divide the number of classes, the fraction is not in [0, 1), the
+            class order is no permutation of the classes, or a class has no training images.
+
+    Examples:
+        >>> images, labels = np.zeros((8, 1, 2, 2), np.uint8), [0, 1, 2, 3, 0, 1, 2, 3]
+        >>> dataset = Dataset("tiny", images, labels, train_size=4, mean=(0.0,), std=(1.0,))
+        >>> [task.classes for task in split_classes(dataset, 2, validation=0.0).tasks]
+        [(0, 1), (2, 3)]
+    """
+    if tasks < 1 or dataset.classes % tasks:
+        raise BecameError(f"{tasks} tasks do not divide the {dataset.classes} classes of {dataset.name}.")
+    if not 0 <= validation < 1:
+        raise BecameError(f"the validation fraction is {validation}; it must be at least 0 and below 1.")
+    counts = np.bincount(dataset.labels[: dataset.train_size], minlength=dataset.classes)
+    if not counts.all():
+        raise BecameError(
+            f"{dataset.name} has no training images of class {int(np.argmin(counts))}; labels must go from 0 to the "
+            "classes - 1 without a gap."
+        )
+    if class_order == "seeded":
+        order = random_generator(seed, "class order").permutation(dataset.classes)
+    else:
+        order = np.arange(dataset.classes) if class_order == "label" else np.asarray(class_order)
+    if sorted(order.tolist()) != list(range(dataset.classes)):
+        raise BecameError(f"the class order is not a permutation of the {dataset.classes} classes of {dataset.name}.")
+    groups = order.reshape(tasks, -1)
+    position = np.empty(dataset.classes, dtype=np.int64)  # the number of each class within its task
+    position[groups] = np.arange(groups.shape[1])
+    return TaskStream(
+        dataset=dataset,
+        tasks=tuple(
+            _task(dataset, index, np.isin(dataset.labels, group), tuple(group.tolist()), validation, seed)
+            for index, group in enumerate(groups)
+        ),
+        targets=position[dataset.labels],
+    )
+
+
+def split_domains(dataset: Dataset, *, validation: float = 0.05, seed: int = 0, shared_head: bool = True) -> TaskStream:
+    """Split a data set into a task for each of its domains, in the order of their numbers.
+
+    Targets that are no labels are standardised: they have the mean 0 and the standard deviation 1 over the training
+    rows of all domains.
+
+    Args:
+        dataset: with domains; each must have training and test rows.
+        validation: the fraction of each task's training rows that is held out, chosen at random.
+        seed: the seed of the choice of validation rows.
+        shared_head: whether all tasks have one head (domain-incremental), or each its own.
+
+    Raises:
+        BecameError: if the data set has no domains, one of them has no rows, or the fraction is not in [0, 1).
+
+    Examples:
+        >>> table, domains = np.zeros((6, 2, 1, 1), np.float32), [0, 0, 1, 0, 1, 1]
+        >>> dataset = Dataset("tiny", table, [0, 1, 0, 1, 0, 1], 3, (0.0, 0.0), (1.0, 1.0), domains=domains)
+        >>> [task.train.tolist() for task in split_domains(dataset, validation=0.0).tasks]
+        [[0, 1], [2]]
+    """
+    if dataset.domains is None:
+        raise BecameError(f"{dataset.name} has no domains to make tasks of.")
+    if not 0 <= validation < 1:
+        raise BecameError(f"the validation fraction is {validation}; it must be at least 0 and below 1.")
+    targets, scale = dataset.labels, 1.0
+    if not dataset.likelihood.has_labels:
+        train = dataset.labels[: dataset.train_size]
+        scale = float(np.sqrt(train.var(axis=0).mean()))
+        if scale == 0:
+            raise BecameError(f"the targets of {dataset.name} are all alike, so that there is nothing to learn.")
+        targets = (dataset.labels - train.mean(axis=0)) / scale
+    outputs = tuple(range(dataset.classes))
+    tasks = tuple(
+        _task(dataset, index, dataset.domains == index, outputs, validation, seed)
+        for index in range(int(dataset.domains.max()) + 1)
+    )
+    return TaskStream(dataset, tasks, targets, shared_head, scale)
+
+
+def _task(
+    dataset: Dataset, index: int, chosen: NDArray[np.bool_], classes: tuple[int, ...], validation: float, seed: int
+) -> Task:
+    rows = np.flatnonzero(chosen)
+    train, test = rows[rows < dataset.train_size], rows[rows >= dataset.train_size]
+    train = random_generator(seed, "validation", index).permutation(train)
+    held_out = round(validation * len(train))
+    return Task(
+        index=index,
+        classes=classes,
+        train=np.sort(train[held_out:]),
+        validation=np.sort(train[:held_out]),
+        test=test,
+    )
+
+
+def permute_pixels(dataset: Dataset, tasks: int) -> Dataset:
+    """Return a data set with a copy of all images for each task, each with another pixel order (Goodfellow 2014).
+
+    With C the number of classes of the data set, copy t has the classes C t to C (t + 1) - 1. So ``split_classes`` into
+    the same number of tasks, in label order, gives every pixel order to a task, and a head, of its own. The first copy
+    has the original order. In every other copy, one order is used for all channels and images, and in every run.
+
+    Raises:
+        BecameError: if the number of tasks is below 1.
+    """
+    if tasks < 1:
+        raise BecameError(f"{tasks} tasks of permuted pixels are asked for; give at least 1.")
+    flat = dataset.images.reshape(*dataset.images.shape[:2], -1)
+    pixels = np.arange(flat.shape[2])
+    orders = [random_generator(0, "pixels", task).permutation(pixels) if task else pixels for task in range(tasks)]
+    parts = [slice(0, dataset.train_size), slice(dataset.train_size, None)]  # All training rows must come first.
+    images = np.concatenate([flat[part][:, :, order] for part in parts for order in orders])
+    labels = [dataset.labels[part] + dataset.classes * task for part in parts for task in range(tasks)]
+    return replace(
+        dataset,
+        name=f"permuted {dataset.name}",
+        images=images.reshape(-1, *dataset.images.shape[1:]),
+        labels=np.concatenate(labels),
+        train_size=dataset.train_size * tasks,
+    )
