@@ -28,7 +28,7 @@ from adapters.backend.own_loop import Finding, NetworkCheck
 from adapters.jax.tapping import Apply, TappedFunction, trained_of
 from became_core import BecameError, Diagonal, Quadratic
 from became_core.arrays import Array, Params, named_leaves, namespace, with_leaves
-from became_core.curvature import Likelihood, per_sample_gradients, per_sample_square_sum
+from became_core.curvature import Likelihood, Taps, per_sample_gradients, per_sample_square_sum
 
 __all__ = ["DataLoss", "Loss", "NewTask"]
 
@@ -128,38 +128,33 @@ class DataLoss:
 
     def _check(self, batch: Any, size: int) -> NetworkCheck:
         """Return what was compared for a few samples of a batch of this size, and how far it differs."""
-        # Which arrays belong to samples is read off the whole batch, where a length is rarely theirs by chance.
-        of_samples = jax.tree.map(lambda leaf: leaf.ndim > 0 and leaf.shape[0] == size, batch)
+        leaves, structure = jax.tree.flatten(batch)
+        leaves = [np.asarray(leaf) for leaf in leaves]  # JAX would compile every slice
 
         def samples(at: slice) -> Any:
-            return jax.tree.map(lambda leaf, own: leaf[at] if own else leaf, batch, of_samples)
+            # Which arrays belong to samples is read off the whole batch, where a length is rarely theirs by chance.
+            few = [leaf[at] if leaf.ndim and len(leaf) == size else leaf for leaf in leaves]
+            return jax.tree.unflatten(structure, few)
 
         rng, theta, count, inputs = np.random.default_rng(0), self.theta, min(3, size), samples(slice(3))
         outputs, own = self._outputs(theta, inputs), self._apply(self.tree(theta), inputs)  # the latter not compiled
         tolerance = 10 * float(jnp.finfo(outputs.dtype).eps) ** 0.5
         alone = [samples(slice(sample, sample + 1)) for sample in range(count)]
         first = self._outputs(theta, alone[0])
-        seed = jnp.asarray(rng.normal(size=outputs.shape), outputs.dtype)
+        seed = rng.normal(size=outputs.shape).astype(outputs.dtype)
         tapped, _ = self._function(batch)
-        by_taps = per_sample_gradients(tapped.taps(self.tree(theta), inputs, seed))
+        by_taps = _by_sample(tapped.taps(self.tree(theta), inputs, seed), theta)
         rows = [self._gradient(theta, each, seed[sample : sample + 1]) for sample, each in enumerate(alone)]
-        pairs = [
-            (value[sample].ravel(), row[n].ravel()) for n, value in by_taps.items() for sample, row in enumerate(rows)
-        ]
-        gradients = _apart(*(jnp.concatenate(side) for side in zip(*pairs, strict=True)))
-        direction = {
-            name: jnp.asarray(rng.normal(size=value.shape), value.dtype) * jnp.maximum(value.std(), 1e-3)
-            for name, value in theta.items()
-        }
+        direction = _scaled({name: rng.normal(size=value.shape) for name, value in theta.items()}, theta)
         _, tangents = self._derivatives(theta, [direction], inputs)
         _, expected = self._difference(theta, [direction], inputs)
         return NetworkCheck(
             (
-                Finding("outputs, computed twice", _apart(own, outputs), tolerance),
-                Finding("outputs of a sample alone", _apart(first, outputs[:1]), tolerance),
-                Finding("gradients of single samples", gradients, tolerance),
+                Finding("outputs, computed twice", _apart([own], [outputs]), tolerance),
+                Finding("outputs of a sample alone", _apart([first], [np.asarray(outputs)[:1]]), tolerance),
+                Finding("gradients of single samples", _apart(by_taps, rows), tolerance),
                 # A difference is near where the function is smooth; a kink between its two ends shows.
-                Finding(f"a derivative, by {self.way}", _apart(tangents, expected), 0.1),
+                Finding(f"a derivative, by {self.way}", _apart([tangents], [expected]), 0.1),
             )
         )
 
@@ -178,11 +173,11 @@ class DataLoss:
                 # What is read is the same for all targets.
                 weights = frozenset(tapped.matrices) if with_memory and index == 0 else frozenset[str]()
                 more, grams = measure(theta, inputs, seed, weights=weights)
-                squares = {name: squares[name] + value if squares else value for name, value in more.items()}
+                squares = _sum(squares, more) if squares else more
                 finished.add(grams)
         if not units:
             raise BecameError("there are no samples; give at least one batch.")
-        return {name: squares[name].reshape(value.shape) / units for name, value in theta.items()}, finished
+        return _mean(squares, theta, units), finished
 
     def slope(self, batches: Iterable[Any], theta: Params, directions: Sequence[Params]) -> Array:
         """Return the slopes of the mean loss along directions at these weights, [directions], in float64 of NumPy."""
@@ -258,17 +253,12 @@ class DataLoss:
         return outputs, jnp.stack([jax.grad(dot)(zeros, direction) for direction in directions])
 
     def _difference(self, theta: Params, directions: Sequence[Params], inputs: Any) -> tuple[Array, Array]:
-        outputs, size, tangents = self._outputs(theta, inputs), _norm(theta), []
+        outputs, size, tangents = self._outputs(theta, inputs), float(_norm(theta)), []
         epsilon = max(float(jnp.finfo(value.dtype).eps) for value in (*theta.values(), outputs))
         for direction in directions:
-            length = _norm(direction)
+            length = float(_norm(direction))
             step = epsilon ** (1 / 3) * (size or 1.0) / (length or 1.0)
-            ahead, behind = (
-                self._outputs(
-                    {n: v + jnp.asarray(sign * step * direction[n], v.dtype) for n, v in theta.items()}, inputs
-                )
-                for sign in (1, -1)
-            )
+            ahead, behind = (self._outputs(_moved(theta, direction, sign * step), inputs) for sign in (1, -1))
             tangents.append((ahead - behind) / (2 * step))
         return outputs, jnp.stack(tangents)
 
@@ -312,13 +302,55 @@ def _wide(array: Array) -> Array:
     return array.astype(jnp.promote_types(array.dtype, jnp.float32))
 
 
-def _norm(values: Params) -> float:
-    return float(np.sqrt(sum(float(jnp.vdot(_wide(value), _wide(value))) for value in values.values())))
+def _apart(computed: Any, expected: Any) -> float:
+    """Return the largest difference between two trees, as a share of the largest value."""
+    difference, largest = _largest(computed, expected)
+    return float(difference) / (float(largest) or 1.0)
 
 
-def _apart(computed: Array, expected: Array) -> float:
-    """Return the largest difference, as a share of the largest value."""
-    return float(jnp.abs(computed - expected).max()) / (float(jnp.abs(expected).max()) or 1.0)
+# Whole trees in one program: JAX would compile every operation for every shape.
+
+
+@jax.jit  # type: ignore[untyped-decorator] # JAX is taken as untyped
+def _largest(computed: Any, expected: Any) -> tuple[Array, Array]:
+    pairs = list(zip(*map(jax.tree.leaves, (computed, expected)), strict=True))
+    differences = [jnp.abs(left - right).max() for left, right in pairs]
+    return jnp.stack(differences).max(), jnp.stack([jnp.abs(right).max() for _, right in pairs]).max()
+
+
+@jax.jit  # type: ignore[untyped-decorator] # JAX is taken as untyped
+def _by_sample(taps: Taps, theta: Params) -> list[Params]:
+    """Return the gradients of each sample."""
+    gradients = per_sample_gradients(taps)
+    samples = range(len(next(iter(gradients.values()))))
+    return [{n: gradients[n][sample].reshape(value.shape) for n, value in theta.items()} for sample in samples]
+
+
+@jax.jit  # type: ignore[untyped-decorator] # JAX is taken as untyped
+def _scaled(normals: Params, theta: Params) -> Params:
+    """Return normal numbers times the standard deviation of each parameter."""
+    return {n: (normals[n] * jnp.maximum(value.std(), 1e-3)).astype(value.dtype) for n, value in theta.items()}
+
+
+@jax.jit  # type: ignore[untyped-decorator] # JAX is taken as untyped
+def _sum(left: Params, right: Params) -> Params:
+    return {name: value + right[name] for name, value in left.items()}
+
+
+@jax.jit  # type: ignore[untyped-decorator] # JAX is taken as untyped
+def _mean(sums: Params, theta: Params, units: float) -> Params:
+    """Return sums in the shapes of these parameters, divided by the units."""
+    return {name: sums[name].reshape(value.shape) / units for name, value in theta.items()}
+
+
+@jax.jit  # type: ignore[untyped-decorator] # JAX is taken as untyped
+def _moved(theta: Params, direction: Params, step: float) -> Params:
+    return {name: value + (step * direction[name]).astype(value.dtype) for name, value in theta.items()}
+
+
+@jax.jit  # type: ignore[untyped-decorator] # JAX is taken as untyped
+def _norm(values: Params) -> Array:
+    return jnp.sqrt(sum(jnp.vdot(_wide(value), _wide(value)).real for value in values.values()))
 
 
 def _cotangents(

@@ -181,7 +181,7 @@ def remember(
     if turned:
         raise BecameError(f"'{turned[0]}' was multiplied from its other side in the memory; let apply use it alike.")
     # A compiled step may take its arguments' memory away, so the mean is a copy.
-    mean = {name: jnp.array(value) for name, value in data.theta.items()}
+    mean = _copied(data.theta)
     return Memory(
         posterior=shared.grown(None if memory is None else memory.posterior, mean, squares, settings["decay"]),
         projector=before.remember(finished),
@@ -245,7 +245,7 @@ def projected(memory: Memory, learning_rate: float | Callable[[Any], Any]) -> op
         _check_architecture(memory, trained_of(params))
         namespace(values=next(iter(memory.posterior.mean.values())))  # JAX learns of the core's values
         state = ProjectedState(jnp.zeros((), jnp.int32), memory.projector, memory.penalised)
-        copied: ProjectedState = jax.tree.map(jnp.array, state)  # a compiled step may take its arguments' memory away
+        copied: ProjectedState = _copied(state)  # a compiled step may take its arguments' memory away
         return copied
 
     def update(updates: Any, state: ProjectedState, params: Any = None) -> tuple[Any, ProjectedState]:
@@ -407,6 +407,11 @@ def load(params: Any, file: str | Path, **settings: Any) -> Memory:
     return Memory(
         stored.posterior, stored.settings["projector"], _parameters(shapes, stored.matrices), known, **settings
     )
+
+
+@jax.jit  # type: ignore[untyped-decorator] # JAX is taken as untyped
+def _copied(tree: Any) -> Any:
+    return jax.tree.map(jnp.copy, tree)
 
 
 def _parameters(shapes: dict[str, tuple[int, ...]], matrices: dict[str, bool]) -> tuple[Parameter, ...]:
