@@ -346,9 +346,9 @@ def merge(
     Examples:
         >>> def apply(params, inputs):
         ...     return inputs @ params["w"]
-        >>> theta_gp, theta_hat = ({"w": jnp.array([[0.0, 0], [0, scale]])} for scale in (0, 4))
-        >>> memory = remember(apply, theta_gp, [(jnp.eye(2), jnp.array([0, 0]))], check=False)
-        >>> report = merge(apply, memory, theta_gp, theta_hat, [(jnp.eye(2), jnp.array([0, 1]))])
+        >>> theta_gp, theta_hat = ({"w": jnp.array([[0.0, 0], [0, scale], [0, 0]])} for scale in (0, 4))
+        >>> memory = remember(apply, theta_gp, [(jnp.eye(3)[:2], jnp.array([0, 0]))], check=False)
+        >>> report = merge(apply, memory, theta_gp, theta_hat, [(jnp.eye(3)[:2], jnp.array([0, 1]))])
         >>> 0 < report.alpha < 1
         True
         >>> report.curvature
