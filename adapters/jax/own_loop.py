@@ -382,30 +382,51 @@ def save(memory: Memory, file: str | Path) -> None:
     save_file({name: jnp.asarray(value) for name, value in arrays.items()}, str(file), metadata)
 
 
-def load(params: Any, file: str | Path, **settings: Any) -> Memory:
+def load(
+    params: Any,
+    file: str | Path,
+    likelihood: str | Likelihood | Loss | None = None,
+    *,
+    projector: Projector | None = None,
+    uncovered: Uncovered | None = None,
+    penalty: float | None = None,
+    fisher: Kind | None = None,
+    decay: float | None = None,
+) -> Memory:
     """Return the memory that ``save`` wrote, or ``Continual.save`` of another framework.
 
     A memory of another framework is taken if names and shapes agree: ``params["fc"]["weight"]`` of shape [out, in] is
-    ``self.fc.weight`` of PyTorch.
+    ``self.fc.weight`` of PyTorch. What is given holds instead of what the file says.
 
     Args:
         params: a tree of the model's architecture.
         file: the memory.
-        settings: what a file does not hold (a loss of one's own, as ``likelihood=``), or what is to be otherwise:
-            ``uncovered``, ``penalty``, ``decay``, ``fisher``.
+        likelihood: as in ``remember``; a file does not hold a loss of one's own.
+        projector: of the class of the memory's, with other settings.
+        uncovered: as in ``remember``.
+        penalty: as in ``remember``.
+        fisher: as in ``remember``.
+        decay: as in ``remember``.
 
     Raises:
         BecameError: if the file is no memory, or is one of another architecture.
     """
+    chosen = {"likelihood": likelihood, "projector": projector, "uncovered": uncovered, "penalty": penalty}
+    chosen |= {"fisher": fisher, "decay": decay}
     description, arrays = shared.read_memory(file, "flax")
     shapes = {name: tuple(jnp.shape(value)) for name, value in trained_of(params).items()}
-    stored = shared.restored(file, description, arrays, shapes, settings)
+    stored = shared.restored(
+        file, description, arrays, shapes, {name: value for name, value in chosen.items() if value is not None}
+    )
     settings = {name: stored.settings[name] for name in DEFAULTS}
     shared.check_settings(stored.settings["projector"], **settings)
-    chosen = stored.settings["likelihood"]
-    known = likelihood_named(chosen) if isinstance(chosen, str) else chosen
+    known = stored.settings["likelihood"]
     return Memory(
-        stored.posterior, stored.settings["projector"], _parameters(shapes, stored.matrices), known, **settings
+        posterior=stored.posterior,
+        projector=stored.settings["projector"],
+        parameters=_parameters(shapes, stored.matrices),
+        likelihood=likelihood_named(known) if isinstance(known, str) else known,
+        **settings,
     )
 
 

@@ -461,15 +461,20 @@ def test_a_memory_comes_back_from_a_file(tmp_path: Path) -> None:
     for one, other in zip(*map(jax.tree.leaves, (memory, again)), strict=True):
         np.testing.assert_array_equal(one, other)
     assert jax.tree.structure(again) == jax.tree.structure(memory)
-    assert load(params, file, uncovered="frozen").uncovered == "frozen"
+    other = load(params, file, "bernoulli", projector=SGP(0.5), uncovered="frozen", penalty=2.0)
+    assert (other.uncovered, other.penalty, other.decay) == ("frozen", 2.0, 1.0)
+    assert (other.likelihood, type(other.projector)) == (Bernoulli(), SGP)
+    assert other.projector.rank == memory.projector.rank
     with pytest.raises(BecameError, match=r"the memory of another architecture: the memory has no 'w'"):
         load({"w": jnp.ones(3)}, file)
     wider = params | {"last": {"weight": jnp.ones((4, 8)), "bias": jnp.ones(4)}}
     with pytest.raises(BecameError, match=r"'last\.weight' is \[4, 8\] in the model and \[3, 8\] in the memory"):
         load(wider, file)
     with pytest.raises(BecameError, match="uncovered is 'thawed'"):
-        load(params, file, uncovered="thawed")
+        load(params, file, uncovered="thawed")  # type: ignore[arg-type]
     file.write_bytes(b"no safetensors")
+    with pytest.raises(TypeError, match="pennalty"):
+        load(params, file, pennalty=2.0)  # type: ignore[call-arg]
     with pytest.raises(BecameError, match="is no memory that"):
         load(params, file)
     save(remember(_perceptron, params, _data(1), _cross_entropy, check=False), file)
