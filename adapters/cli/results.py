@@ -35,31 +35,31 @@ _ALPHA = (
 
 def results_tables(results: Sequence[RunResult]) -> list[Table]:
     """Return the scores, two rows a method, and what the methods did and cost; methods are in the order given."""
-    unit = results[0].unit
+    measure = results[0].measure
     scores: list[list[Cell]] = []
     costs: list[list[Cell]] = []
     for method in dict.fromkeys(result.method for result in results):
         runs = [result for result in results if result.method == method]
         scores.append([method, "task", *_estimates([run.scores for run in runs])])
-        if unit == "%":
+        if measure.is_accuracy:
             scores.append(["", "class", *_estimates([run.class_incremental_scores for run in runs])])
         epochs = Estimate(tuple(float(sum(run.epochs)) for run in runs))
         seconds = Estimate(tuple(run.seconds["total"] for run in runs))
         costs.append([method, _mean_alphas(runs), epochs, seconds])
     merged = any(alpha is not None for run in results for alpha in run.alpha)
-    headings = ("ACC", "BWT", "forgetting", "plasticity")
-    score_columns = [Column("method"), Column("among"), *(Column(heading, 2) for heading in headings)]
+    headings = (measure.heading, "BWT", "forgetting", "plasticity")
+    score_columns = [Column("method"), Column("among"), *(Column(heading, measure.digits) for heading in headings)]
     cost_columns = [Column("method"), Column("α of each task", prose=True), Column("epochs", 0), Column("seconds", 1)]
     if not merged:
         del cost_columns[1]
         costs = [[method, *others] for method, _, *others in costs]
     note = _SCORES
-    if unit != "%":  # there is no choice among classes, and a loss has more digits that matter
-        headings = (f"−{unit}", *headings[1:])
-        score_columns = [Column("method"), *(Column(heading, 3) for heading in headings)]
+    title, section = "Accuracies in percent", 2
+    if not measure.is_accuracy:  # there is no choice among classes
+        del score_columns[1]
         scores = [[method, *numbers] for method, _, *numbers in scores]
-        note = _LOSSES.format(unit=unit)
-    title, section = ("Accuracies in percent", 2) if unit == "%" else (f"Losses, {unit}, with the sign turned", 0)
+        note = _LOSSES.format(unit=measure.unit)
+        title, section = f"Losses, {measure.unit}, with the sign turned", 0
     return [
         Table(title, score_columns, scores, [note], section=section),
         Table("What was merged, and the cost" if merged else "The cost", cost_columns, costs, [_ALPHA] * merged),
