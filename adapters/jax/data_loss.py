@@ -15,7 +15,8 @@ real numbers; the function is ``apply(params, inputs)``, and it returns [samples
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
+from functools import partial, reduce
+from operator import add
 from typing import Any, Literal
 
 import jax
@@ -184,7 +185,7 @@ class DataLoss:
         units, total = 0.0, np.zeros(len(directions))
         for inputs, targets in self._read(batches):
             outputs = self._outputs(theta, inputs)
-            (seed,) = _cotangents(self.likelihood, outputs, targets)
+            seed = reduce(add, _cotangents(self.likelihood, outputs, targets))  # one by token, if those are squared
             units += units_of(self.likelihood, outputs, targets)
             total += np.asarray(self._slopes(theta, list(directions), inputs, seed), np.float64).sum(1)
         return total / units
