@@ -113,7 +113,9 @@ def test_a_text_with_one_target_is_learned_alike() -> None:
     draw = np.random.default_rng(0)
     text, ratings = draw.integers(97, 100, (24, 5)).astype(np.uint8), draw.normal(size=(24, 1))
     domains = np.repeat([0, 1], 12)[draw.permutation(24)]
-    dataset = Dataset("rated", text, np.asarray(ratings, dtype=Any), 16, (), (), likelihood=Gaussian(noise=1.0), domains=domains)
+    dataset = Dataset(
+        "rated", text, np.asarray(ratings, dtype=Any), 16, (), (), likelihood=Gaussian(noise=1.0), domains=domains
+    )
     stream = split_domains(dataset, validation=0.0)
     network = Architecture((Embedding("tokens", 256, 4), Positions("positions", 5), LastPosition()), (5,))
     losses = {}

@@ -501,9 +501,9 @@ def test_the_first_look_finds_what_makes_measurements_meaningless() -> None:
 
     shared = [({"x": x, "scale": np.arange(1.0, 4.0)}, y) for x, y in _data(1)]  # as long as the few samples are many
     remember(lambda params, inputs: _perceptron(params, inputs["x"]) * inputs["scale"], params, shared)
-    with pytest.raises(BecameError, match="does not compute the same twice: outputs of a sample alone"):
+    with pytest.raises(BecameError, match="fails its first look: outputs of a sample alone"):
         remember(across, params, _data(1))
-    with pytest.raises(BecameError, match="does not compute the same twice: outputs, computed twice"):
+    with pytest.raises(BecameError, match="fails its first look: outputs, computed twice"):
         remember(at_random, params, _data(1))
     assert remember(across, params, _data(1), check=False).checked is None
 

@@ -597,9 +597,43 @@ class _Random(nn.Module):
 @pytest.mark.parametrize(("across", "what"), [(True, "outputs of a sample alone"), (False, "outputs, computed twice")])
 def test_the_first_look_finds_what_makes_measurements_meaningless(across: bool, what: str) -> None:
     batches = _data(1, size=5)
-    with pytest.raises(BecameError, match=rf"does not compute the same twice: {what}"):
+    with pytest.raises(BecameError, match=rf"fails its first look: {what}"):
         Continual(_Random(across).double()).remember(batches)
     Continual(_Random(across).double(), check=False).remember(batches)
+
+
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [
+        (torch.full((4,), CLASSES), rf"has the label {CLASSES}; the model has {CLASSES} outputs, so labels go from 0"),
+        (torch.full((4,), -1), "has the label -1"),
+        (torch.zeros(4), "the targets are torch.float32; the categorical likelihood needs labels, which are integers"),
+    ],
+)
+def test_targets_that_are_no_labels_are_refused(targets: Tensor, message: str) -> None:
+    with pytest.raises(BecameError, match=message):
+        Continual(nn.Linear(3, CLASSES)).remember([(torch.randn(4, 3), targets)])
+
+
+def test_inputs_that_are_no_numbers_are_named_as_the_cause() -> None:
+    with pytest.raises(BecameError, match="are not finite for the first samples; look at the inputs"):
+        Continual(nn.Linear(3, CLASSES)).remember([(torch.full((4, 3), torch.nan), torch.zeros(4, dtype=torch.long))])
+
+
+def test_a_merge_takes_tokens_whose_gradients_are_squared_apart() -> None:
+    batches = [(torch.randn(6, 5, 3), torch.randint(0, CLASSES, (6, 5)))]
+    slopes = []
+    for squares in ("sample", "token"):
+        torch.manual_seed(0)
+        model = nn.Linear(3, CLASSES)
+        learning = Continual(model, Categorical(by="token", squares=squares))
+        learning.remember(batches)
+        with learning.stable(torch.optim.SGD(model.parameters(), 0.1)):
+            pass
+        with learning.plastic(), torch.no_grad():
+            model.weight += 0.1
+        slopes.append(learning.merge(batches).slopes[0])
+    assert slopes[0] == pytest.approx(slopes[1], rel=1e-5)
 
 
 def test_what_cannot_be_done_is_said_in_a_sentence() -> None:
