@@ -7,14 +7,11 @@ rather than one, because a method of three seeds must fit a terminal of 80 colum
 from collections.abc import Sequence
 from dataclasses import asdict
 
-from rich import box
-from rich.console import Console
-
 from adapters.analysis.bootstrap import Estimate
 from adapters.analysis.tables import Cell, Column, Table
 from adapters.runs import RunResult, Scores
 
-__all__ = ["results_tables", "show_table"]
+__all__ = ["results_tables"]
 
 _SCORES = (
     "ACC: the mean accuracy on all tasks after the last one. BWT: how much a task's accuracy has changed since it was "
@@ -64,23 +61,6 @@ def results_tables(results: Sequence[RunResult]) -> list[Table]:
         Table(title, score_columns, scores, [note], section=section),
         Table("What was merged, and the cost" if merged else "The cost", cost_columns, costs, [_ALPHA] * merged),
     ]
-
-
-def show_table(console: Console, table: Table) -> None:
-    """Print a table without lines between its columns, so that it fits a narrow terminal, and its notes below it.
-
-    Where it does not fit all the same, words are broken into lines and none is cut.
-    """
-    drawn = table.__rich__()
-    drawn.box, drawn.show_edge, drawn.pad_edge = box.SIMPLE_HEAD, False, False
-    drawn.padding = (0, 1, 0, 0)
-    drawn.title = None  # it would be broken into lines as wide as the table
-    for column in drawn.columns:
-        column.overflow = "fold"
-    console.print(table.title, highlight=False, markup=False)
-    console.print(drawn)
-    for note in table.notes:
-        console.print(note, highlight=False, markup=False, width=min(console.width, 100))
 
 
 def _estimates(scores: Sequence[Scores]) -> list[Estimate]:
