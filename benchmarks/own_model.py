@@ -62,7 +62,7 @@ METHODS = (
 RATES, STRENGTHS = (3e-4, 1e-3), (1e2, 1e3, 1e4)
 TUNING_SEED = 100
 BATCH = 25
-MEASURED = 500  # images of the second group that a merge looks at
+MEASURED = 250  # images of the second group that a merge looks at
 
 Weights = dict[str, Tensor]
 
@@ -263,7 +263,7 @@ def main() -> None:
     parser.add_argument("--data-dir", type=Path, required=True, help="the folder of CIFAR-100, as became run takes it")
     parser.add_argument("--out", type=Path, default=Path("runs/own_model"), help="where results are kept")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--images", type=int, default=100, help="training images a class")
+    parser.add_argument("--images", type=int, default=50, help="training images a class")
     parser.add_argument("--side", type=int, default=64, help="pixels that images are enlarged to")
     parser.add_argument("--first-epochs", type=int, default=5, help="on the first group")
     parser.add_argument("--epochs", type=int, default=6, help="on the second group")
