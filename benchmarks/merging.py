@@ -52,7 +52,7 @@ from benchmarks.real_models import (
 
 SIDES = ("first", "second")
 GRID = [k / 10 for k in range(11)]
-FISHER_SAMPLES = {"cnn": 500, "text": 400}
+FISHER_SAMPLES = {"cnn": 400, "text": 200}
 
 
 class Problem(ABC):
@@ -182,11 +182,11 @@ class Written(Problem):
             chosen = rng.permutation(rows[(rows >= data.train_size) == test])[:count]
             return Part(torch.from_numpy(data.images[chosen]).long(), torch.from_numpy(data.labels[chosen]))
 
-        whole = [part(domain, test=False, count=2000) for domain in (1, 3)]
-        self.train = [Part(each.inputs[:-400], each.targets[:-400]) for each in whole]
-        self.validation = [Part(each.inputs[-400:], each.targets[-400:]) for each in whole]
-        self.test = [part(domain, test=True, count=400) for domain in (1, 3)]
-        self._others = [part(domain, test=False, count=1200) for domain in (0, 2, 4, 5)]
+        whole = [part(domain, test=False, count=1000) for domain in (1, 3)]
+        self.train = [Part(each.inputs[:-200], each.targets[:-200]) for each in whole]
+        self.validation = [Part(each.inputs[-200:], each.targets[-200:]) for each in whole]
+        self.test = [part(domain, test=True, count=250) for domain in (1, 3)]
+        self._others = [part(domain, test=False, count=600) for domain in (0, 2, 4, 5)]
         self.model = NextByte(gpt(128), 96, seed)
 
     def base(self) -> None:
@@ -283,9 +283,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/merging"), help="where models and results are kept")
     parser.add_argument("--problems", nargs="+", choices=list(PROBLEMS), default=list(PROBLEMS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--images", type=int, default=50, help="training images a class")
+    parser.add_argument("--images", type=int, default=40, help="training images a class")
     parser.add_argument("--side", type=int, default=64, help="pixels that images are enlarged to")
-    parser.add_argument("--rate", type=float, default=1e-3, help="Adam's, for the CNN")
+    parser.add_argument("--rate", type=float, default=5e-4, help="Adam's, for the CNN")
     parser.add_argument("--epochs", type=int, default=5, help="of fine-tuning the CNN")
     parser.add_argument("--table", action="store_true", help="only print what is there")
     options = parser.parse_args()

@@ -42,7 +42,7 @@ __all__ = [
 
 GROUPS = (slice(0, 10), slice(10, 20))
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, which the weights expect
-VALIDATION = 20  # images a class
+VALIDATION, TEST = 20, 50  # images a class
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Pictures:
     Attributes:
         train: for each group; targets are 0 to 9 within a group.
         validation: for each group, other images of the training set.
-        test: for each group, the test set's 1,000.
+        test: for each group, 50 images a class of the test set.
         others: images of the other classes, [N, 3, side, side].
     """
 
@@ -92,7 +92,7 @@ class Pictures:
             rows = [rng.permutation(np.flatnonzero(labels[:split] == label)) for label in group]
             self.train.append(part([each[VALIDATION : VALIDATION + a_class] for each in rows], group))
             self.validation.append(part([each[:VALIDATION] for each in rows], group))
-            self.test.append(part([split + np.flatnonzero(labels[split:] == label) for label in group], group))
+            self.test.append(part([split + np.flatnonzero(labels[split:] == label)[:TEST] for label in group], group))
         others = np.flatnonzero(np.isin(labels[:split], classes[20:]))
         self.others = pixels(rng.choice(others, 1000, replace=False))
 
