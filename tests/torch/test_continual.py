@@ -636,6 +636,57 @@ def test_a_merge_takes_tokens_whose_gradients_are_squared_apart() -> None:
     assert slopes[0] == pytest.approx(slopes[1], rel=1e-5)
 
 
+def test_the_first_look_accepts_a_network_with_more_kinks_than_a_difference_can_avoid() -> None:
+    """A dozen layers with batch norm and ReLU6: no step is so short that a difference of outputs meets no kink."""
+    torch.manual_seed(0)
+    layers = [(nn.Linear(16, 16), nn.BatchNorm1d(16), nn.ReLU6()) for _ in range(12)]
+    model = nn.Sequential(*(layer for triple in layers for layer in triple), nn.Linear(16, CLASSES))
+    model(torch.randn(64, 16))
+    learning = Continual(model)
+    learning.remember([(torch.randn(4, 16), torch.arange(4) % CLASSES)])
+    assert learning.checked is not None
+    assert learning.checked.findings[-1].what == "a derivative, by forward mode"
+    assert learning.checked.findings[-1].difference < 1e-4
+
+
+class _WrongTangent(torch.autograd.Function):
+    """A sine whose derivative is right backwards, and half of it forwards."""
+
+    @staticmethod
+    def forward(inputs: Tensor) -> Tensor:
+        return inputs.sin()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, *_: Any) -> None:
+        ctx.save_for_backward(inputs[0])
+        ctx.save_for_forward(inputs[0])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        result: Tensor = gradients[0] * ctx.saved_tensors[0].cos()
+        return result
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor) -> Tensor:
+        result: Tensor = tangents[0] * ctx.saved_tensors[0].cos() / 2
+        return result
+
+
+class _WrongForwards(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(WIDTH, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        outputs: Tensor = _WrongTangent.apply(self.fc(x))  # type: ignore[no-untyped-call]
+        return outputs
+
+
+def test_the_first_look_refuses_a_derivative_that_is_wrong_forwards() -> None:
+    with pytest.raises(BecameError, match="does not compute the same twice: a derivative, by forward mode"):
+        Continual(_WrongForwards().double()).remember(_data(1))
+
+
 def test_what_cannot_be_done_is_said_in_a_sentence() -> None:
     model, batches = _network("perceptron"), _data(1)
     learning, optimizer = Continual(model), torch.optim.SGD(model.parameters(), 0.1)
