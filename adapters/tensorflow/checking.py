@@ -63,7 +63,8 @@ def check_network(
         tangents += [way.along(theta, [direction], inputs)[1] for way in ways]
     along = [tf.reduce_sum(tf.reshape(tangent[0] * seed, (len(slopes), -1)), 1) for tangent in tangents]
     difference = min(_apart(slope, tf.stack(slopes)) for slope in along)
-    findings.append(Finding(f"a derivative, by {derivatives.way}", difference, 0.1))
+    allowed = 0.1 if derivatives.way == "difference" else max(tolerance, 0.01)
+    findings.append(Finding(f"a derivative, by {derivatives.way}", difference, allowed))
     return NetworkCheck(findings)
 
 

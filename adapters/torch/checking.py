@@ -78,7 +78,8 @@ def check_network(
         tangents += [Derivatives("difference", short).along(function, theta, [direction])[1] for short in (0.05, 0.002)]
     along = [(tangent[0] * seed).double().flatten(1).sum(1).cpu() for tangent in tangents]
     apart = [_apart([slope], [torch.tensor(slopes, dtype=torch.float64)]) for slope in along]
-    findings.append(Finding(f"a derivative, by {derivatives.way}", min(apart), 0.1))
+    allowed = 0.1 if derivatives.way == "difference" else max(tolerance, 0.01)
+    findings.append(Finding(f"a derivative, by {derivatives.way}", min(apart), allowed))
     return NetworkCheck(findings)
 
 
