@@ -18,7 +18,7 @@ Images are [N, H, W, C]. A batch norm's ``moving_mean`` is its ``running_mean``.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import prod
 from typing import Any, Literal, NamedTuple
@@ -27,6 +27,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from adapters.backend.checking import agreement
+from adapters.backend.own_loop import Finding
 from adapters.networks import CANONICAL_AXES, BatchNorm, Dropout, Linear, Mask, Parameter, UserLayer
 from adapters.tensorflow import parameters as own_parameters
 from adapters.tensorflow.layers import Pass, convolved
@@ -69,6 +71,7 @@ class KerasBackbone:
         variables: the model's own, by canonical name.
         own: the parameters of layers that run as they are, by canonical name.
         scaling: the names of layers that scale the images themselves.
+        agreement: how far its features are from those of the model as the user runs it.
     """
 
     model: keras.Model
@@ -78,6 +81,7 @@ class KerasBackbone:
     variables: Mapping[str, Any]
     own: Mapping[str, own_parameters.Parameter] = field(default_factory=dict)
     scaling: tuple[str, ...] = ()
+    agreement: tuple[Finding, ...] = ()
 
     @classmethod
     def of(cls, model: keras.Model, image: tuple[int, int, int]) -> "KerasBackbone":
@@ -126,7 +130,7 @@ class KerasBackbone:
             # A batch norm would change its statistics; what it does to its inputs does not matter here.
             return inputs if is_norm else call(inputs)
 
-        own = model(images, training=False)  # builds it
+        model(images, training=False)  # builds it
         before = [(variable, variable.numpy()) for variable in model.variables]
         with _intercepted(look):
             model(images, training=True)
@@ -140,17 +144,36 @@ class KerasBackbone:
         variables |= {name: parameter.variable for name, parameter in others.items()}
         names = tuple(dict.fromkeys(scaling))
         backbone = cls(model, layers, parameters, tuple(masks), variables, others, names)
-        backbone._check_agreement(own, images)
-        return backbone
+        return replace(backbone, agreement=tuple(backbone._compared(images)))
 
-    def _check_agreement(self, own: Array, images: Array) -> None:
-        """Raise an error if the model's own features of images differ from ours."""
-        difference = np.abs(own - self(Pass(self.weights()), images)).max(initial=0.0)
-        if not difference <= TOLERANCE * max(1.0, np.abs(own).max(initial=0.0)):
-            raise BecameError(
-                f"with the layers that taps know the model '{self.model.name}' gives other features, by "
-                f"{difference:.3g}; one of its layers changes another's weights or inputs, which taps cannot follow."
-            )
+    def _compared(self, images: Array) -> Iterator[Finding]:
+        """Yield how far our features of images are from the model's own, in evaluation and in training.
+
+        In both, dropout keeps everything.
+
+        Raises:
+            BecameError: if they differ.
+        """
+
+        def keep_all(call: Callable[[Array], Array], layer: Any, inputs: Array, has_mask: bool) -> Array:  # noqa: ARG001 - a signature
+            return inputs * Dropout(layer.rate).scale if type(layer) is keras.layers.Dropout else call(inputs)
+
+        before = [(variable, variable.numpy()) for variable in self.model.variables]
+        kept = tuple(tf.ones((len(images), *shape), tf.bool) for shape, _ in self.masks)
+        for training, masks in ((False, None), (True, kept)):
+            with _intercepted(keep_all) if training else nullcontext():
+                own = self.model(images, training=training)
+            for variable, value in before:  # a batch norm's statistics have moved
+                variable.assign(value)
+            ours = self(Pass(self.weights(), masks), images)
+            finding = agreement(ours, own, "training" if training else "evaluation")
+            if not finding.difference <= TOLERANCE:
+                raise BecameError(
+                    f"with the layers that taps know the model '{self.model.name}' gives other features, by "
+                    f"{finding.difference:.3g} of the largest; one of its layers changes another's weights or inputs, "
+                    "which taps cannot follow."
+                )
+            yield finding
 
     @property
     def tapped(self) -> tuple[UserLayer, ...]:

@@ -237,6 +237,19 @@ class TensorFlowNetwork(Network):
         logits: tuple[Array, Array] = self._slower[width].along(weights, directions, data.normalised(rows))
         return logits
 
+    @property
+    def way(self) -> str:
+        """How ``tangents`` were computed last."""
+        return next((slower.way for slower in self._slower.values()), "forward mode")
+
+    def pulled_back(self, weights: Params, data: Data, rows: Array, seed: Array) -> Params:
+        """Return the gradients of seed . logits by all weights."""
+        with tf.GradientTape() as tape:
+            tape.watch(weights)
+            logits = self.outputs(weights, data, rows)
+        gradients = tape.gradient(logits, weights, seed, unconnected_gradients="zero")
+        return {name: tf.convert_to_tensor(gradient) for name, gradient in gradients.items()}
+
     def _tangent(self, weights: Params, direction: Params, data: Data, rows: Array) -> tuple[Array, Array]:
         with tf.autodiff.ForwardAccumulator(weights, direction) as forward:
             logits = self.logits(Pass(weights), data.normalised(rows))

@@ -22,6 +22,7 @@ from torch.nn import functional
 
 from adapters.backend import Heads, NetworkLearner
 from adapters.networks import Architecture
+from adapters.torch.checking import TorchView, agreement_of
 from adapters.torch.derivatives import Derivatives
 from adapters.torch.layers import batch_statistics, is_batch_norm, is_frozen_norm, modes_kept, running_norms
 from adapters.torch.linear import constrained_inputs, plain_linear_layers
@@ -107,6 +108,23 @@ class TorchLearner(NetworkLearner):
         # Stored as [d_out, d_in], as a few samples tell.
         self.projectable = frozenset(
             name for name, transposed in matrices.items() if not (transposed or self.naming.has(name))
+        )
+
+    def _is_shipped(self, backbone: Any) -> bool:
+        return isinstance(backbone, Architecture | Described)
+
+    def _view(self, rows: Indices) -> TorchView:
+        images, backbone = self._batch(rows)[0], self.network.backbone
+        modes = {mode: self._working(mode) for mode in (False, True)}
+        compared = agreement_of(backbone, images, self._in_evaluation, modes)
+        arguments = (images, 0)
+        return TorchView(
+            self.network,
+            self._layers,
+            arguments,
+            self.derivatives,
+            mixes_samples=self.mixes_samples,
+            compared=compared,
         )
 
     def _canonical(self, name: str) -> str:

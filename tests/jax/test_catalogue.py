@@ -161,6 +161,15 @@ def test_it_is_refused_by_layer_and_option(name: str) -> None:
         FlaxBackbone.of(make(), IMAGE)
 
 
+def test_outputs_that_depend_on_other_samples_are_refused_unless_a_switch_says_no() -> None:
+    backbone = FlaxBackbone.of(nn.Sequential([lambda x: x - x.mean(0), lambda x: x.reshape(len(x), -1)]), IMAGE)
+    with pytest.raises(
+        BecameError, match=r"(?s)outputs of a sample alone.*check=False leaves.*outputs, computed twice"
+    ):
+        JaxLearner(backbone, STREAM)
+    assert JaxLearner(backbone, STREAM, check=False).checked is None
+
+
 def test_without_variables_weights_are_drawn_by_the_seed() -> None:
     backbone = FlaxBackbone.of(plain(), IMAGE)
     first, again, other = (JaxLearner(backbone, STREAM, seed=seed).parameters() for seed in (0, 0, 1))

@@ -237,6 +237,15 @@ def test_it_is_refused_by_layer_and_option(name: str) -> None:
     np.testing.assert_array_equal(model(IMAGES, training=False), before)
 
 
+def test_outputs_that_depend_on_other_samples_are_refused_unless_a_switch_says_no() -> None:
+    backbone = KerasBackbone.of(plain(layers.Lambda(lambda x: x - tf.reduce_mean(x, 0))), IMAGE)
+    with pytest.raises(
+        BecameError, match=r"(?s)outputs of a sample alone.*check=False leaves.*outputs, computed twice"
+    ):
+        TensorFlowLearner(backbone, STREAM)
+    assert TensorFlowLearner(backbone, STREAM, check=False).checked is None
+
+
 def test_images_are_scaled_once() -> None:
     backbone = KerasBackbone.of(plain(layers.Rescaling(1 / 255, name="scaled")), IMAGE)
     with pytest.raises(

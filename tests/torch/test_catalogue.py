@@ -94,6 +94,17 @@ class Counting(nn.Module):
         return images - self.seen.reshape(-1, 4).mean(0)[:, None, None]
 
 
+class Odd(nn.Module):
+    """A layer that draws random numbers, or looks at the batch's other samples, in evaluation too."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__()
+        self.what = what
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images + torch.randn_like(images) if self.what == "noise" else images - images.mean(0)
+
+
 def frozen(network: nn.Sequential, *layers: int) -> nn.Sequential:
     for layer in layers:
         network[layer].requires_grad_(False)
@@ -165,6 +176,9 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "in double precision": lambda: plain().double(),
 }
 
+# A derivative may differ more from the difference that it is held against.
+SOUND = {f"a derivative, by {way}": 1e-3 for way in ("forward mode", "two reverse passes", "difference")}
+
 # These take gradients of single samples apart, with a warning that says so.
 pytestmark = pytest.mark.filterwarnings("ignore:taps do not know:UserWarning")
 
@@ -224,6 +238,8 @@ def test_it_learns_and_is_left_as_it_was(name: str) -> None:
     theta, own = learner.parameters(), {f"{name}.": value for name, value in network.state_dict().items()}
     assert {name.removesuffix(".") for name in own if "num_batches_tracked" not in name} <= set(theta)
     kept = Kept()
+    assert learner.checked is not None
+    assert all(finding.difference <= SOUND.get(finding.what, 1e-6) for finding in learner.checked.findings)
     record = learn(learner, STREAM, build_method("became"), TRAINING, callbacks=[kept])
     assert np.isfinite(record.accuracy[-1]).all()
     assert record.alpha[1] is not None
@@ -295,6 +311,8 @@ def learned(network: nn.Module, method: str = "became", **changes: Any) -> None:
 
 # By name: what is refused, before a step is taken, and what the message says.
 REFUSED: dict[str, tuple[Callable[[], object], str]] = {
+    "randomness in evaluation": (lambda: learned(plain(Odd("noise"))), "outputs of the user's own pass, in evaluation"),
+    "samples that see each other": (lambda: learned(plain(Odd("batch"))), "the same twice: outputs of a sample alone"),
     "images for features": (partial(learned, nn.Conv2d(2, 4, 3)), r"to features \[N, features\]; of 2 images it made"),
     "batches of one": (
         lambda: learned(built("flat batch norm"), batch_size=1),
@@ -311,6 +329,26 @@ REFUSED: dict[str, tuple[Callable[[], object], str]] = {
     ),
     "nothing left to gate": (lambda: learned(built("frozen throughout"), "hat"), "HAT gates linear and convolutional"),
 }
+
+
+def test_a_switch_leaves_the_check_out() -> None:
+    assert TorchLearner(plain(Odd("batch")), STREAM, check=False).checked is None
+
+
+def test_the_check_leaves_a_network_and_what_is_drawn_as_they_were() -> None:
+    network = plain(trained_norm(), nn.Dropout(0.5))
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    torch.manual_seed(5)
+    drawn = torch.random.get_rng_state()
+    with_check = TorchLearner(network, STREAM).parameters()
+    after_check = torch.random.get_rng_state()
+    torch.random.set_rng_state(drawn)
+    without = TorchLearner(network, STREAM, check=False).parameters()
+    assert torch.equal(torch.random.get_rng_state(), after_check)
+    for name, value in network.state_dict().items():
+        torch.testing.assert_close(value, before[name], rtol=0, atol=0)
+    for name, value in with_check.items():
+        torch.testing.assert_close(value, without[name], rtol=0, atol=0)
 
 
 @pytest.fixture
