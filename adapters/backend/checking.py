@@ -118,6 +118,7 @@ def check_network(network: NetworkView) -> NetworkCheck:
         findings.append(Finding("outputs of a sample alone", _apart([alone], [outputs[:1]]), tolerance))
     if not theta:
         return NetworkCheck(findings)
+    moving: Params = {}
     if not network.mixes_samples:
         seed, taps = network.taps(outputs)
         by_taps = per_sample_gradients(taps)
@@ -131,10 +132,11 @@ def check_network(network: NetworkView) -> NetworkCheck:
         pairs = [(np.ravel(on_host(by_taps[name])), np.ravel(rows)) for name, rows in loop.items()]
         ours, expected = zip(*pairs, strict=True)
         findings.append(Finding("gradients of single samples", _apart(ours, expected), tolerance))
+        moving = {name: np.any(rows, axis=0).reshape(theta[name].shape) for name, rows in loop.items()}
     difference = math.inf
     for seed, share in enumerate(_STEPS):
         if not difference <= _TOLERANCE_OF_DIFFERENCES:
-            difference = _derivative_apart(network, seed, share)
+            difference = _derivative_apart(network, moving, seed, share)
     findings.append(Finding(f"a derivative, by {network.way}", difference, _TOLERANCE_OF_DIFFERENCES))
     return NetworkCheck(findings)
 
@@ -150,16 +152,20 @@ def tolerance_of(outputs: Array) -> float:
     return 10 * math.sqrt(epsilon)
 
 
-def _derivative_apart(network: NetworkView, seed: int, share: float) -> float:
-    """Return how far a derivative along a random direction is from a difference of outputs over a share of a step."""
+def _derivative_apart(network: NetworkView, moving: Params, seed: int, share: float) -> float:
+    """Return how far a derivative along a random direction is from a difference of outputs over a share of a step.
+
+    The direction leaves out what no gradient moves, where that is known: a sign that a parametrisation keeps beside its
+    weights, for example, at which the outputs jump.
+    """
     rng, theta = np.random.default_rng(seed), network.theta
     xp: Any = namespace(**{"theta": next(iter(theta.values()))})
     direction = {}
     for name, value in theta.items():
         host = np.asarray(on_host(value), np.float64)
-        drawn = rng.normal(size=value.shape) * max(float(host.std()), 1e-3)
+        drawn = rng.normal(size=value.shape) * max(float(host.std()), 1e-3) * moving.get(name, 1.0)
         direction[name] = xp.asarray(drawn, dtype=value.dtype, device=getattr(value, "device", None))
-    length, size = _norm(direction), _norm(theta)
+    length, size = _norm(direction) or 1.0, _norm(theta)
     epsilon = max(float(xp.finfo(value.dtype).eps) for value in theta.values())
     step = share * epsilon ** (1 / 3) * (size or 1.0) / length
     tangents = network.along(direction)
