@@ -237,6 +237,11 @@ def _parameters(layers: Mapping[str, UserLayer], variables: Mapping[str, Any]) -
                 f"taps do not know the layer of the parameter '{path}'; on JAX they know {classes} with weights, "
                 "Conv of images, one group."
             )
+        if leaf.ndim not in ((2, 4) if kind == "kernel" else (1,)):
+            raise BecameError(
+                f"the parameter '{path}' has the shape {list(leaf.shape)}, as nn.scan and nn.vmap make it of several "
+                "layers, which taps do not follow on JAX; write the layers out one by one."
+            )
         shape = tuple(leaf.shape[axis] for axis in CANONICAL_AXES[leaf.ndim])
         fan_in = None if layers[owner].kind == "scale" else prod(leaves[f"{owner}.kernel"].shape[:-1])
         parameters[_canonical(owner, kind)] = Parameter(shape, fan_in)

@@ -9,6 +9,7 @@ changed for good: not what it has frozen, its modes, its layout in memory, or ho
 module in training mode stay in it, and a batch norm whose weights are frozen is frozen with its statistics.
 """
 
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -78,8 +79,8 @@ class TorchLearner(NetworkLearner):
         self._layout = torch.channels_last if last else torch.contiguous_format
         self._copied = torch.preserve_format if is_ours else torch.contiguous_format  # which safetensors can save
         self._mixed_precision = mixed_precision
-        self._images = torch.from_numpy(dataset.images).to(self.device)
-        targets = torch.from_numpy(stream.targets)
+        self._images = _tensor_of(dataset.images).to(self.device)
+        targets = _tensor_of(stream.targets)
         self._targets = targets.to(self.device, targets.dtype if self.likelihood.has_labels else self._dtype)
         self._mean, self._std = (
             torch.tensor(values, **place).mul(dataset.unit).view(1, -1, 1, 1) for values in (dataset.mean, dataset.std)
@@ -338,3 +339,10 @@ class TorchLearner(NetworkLearner):
         torch.manual_seed(int(rng.integers(2**63)))
         draw_masks_from(self.network, None if self._masks_by_framework else rng)
         return lambda number, samples: None  # the modules draw them
+
+
+def _tensor_of(array: NDArray[Any]) -> Tensor:
+    """Return an array as a tensor, which shares its memory where PyTorch can; nothing is written there."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable", UserWarning)  # a mapped file, say
+        return torch.from_numpy(array.copy() if min(array.strides, default=0) < 0 else array)
