@@ -38,8 +38,8 @@ NUMBERS = PIXELS / 255
 def data_set(images: Any = PIXELS, labels: Any = LABELS, mean: Any = 0.5, std: Any = 0.3, **fields: Any) -> Dataset:
     """Return a data set of four classes, three quarters of whose rows are for training."""
     channels = np.shape(images)[1]
-    statistics = (tuple(np.broadcast_to(value, channels).tolist()) for value in (mean, std))
-    return Dataset("small", images, labels, fields.pop("train_size", 24), *statistics, **fields)
+    means, deviations = (tuple(np.broadcast_to(value, channels).tolist()) for value in (mean, std))
+    return Dataset("small", images, labels, 24, means, deviations, **fields)
 
 
 def split(dataset: Dataset, **options: Any) -> TaskStream:
@@ -84,7 +84,7 @@ STREAMS: dict[str, Callable[[], TaskStream]] = {
     "floats of the other byte order": lambda: split(data_set(NUMBERS.astype(">f4"))),
     "statistics by channel": lambda: split(data_set(mean=(0.2, 0.7), std=(0.1, 0.5))),
     "one channel": lambda: split(data_set(PIXELS[:, :1])),
-    "a channel that is constant": lambda: split(data_set(PIXELS * np.uint8([1, 0])[:, None, None])),
+    "a channel that is constant": lambda: split(data_set(PIXELS * np.array([1, 0], np.uint8)[:, None, None])),
     "images that are not square": lambda: split(data_set(PIXELS[:, :, :3])),
     "channels last, moved": lambda: split(data_set(np.moveaxis(np.moveaxis(PIXELS, 1, -1).copy(), -1, 1))),
     "images upside down": lambda: split(data_set(PIXELS[:, :, ::-1])),

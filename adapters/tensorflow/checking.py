@@ -51,15 +51,19 @@ class KerasView:
         """Return the logits of some of the samples."""
         return self._network.outputs(theta, samples_of(self._inputs, samples))
 
-    def taps(self, outputs: Array) -> tuple[Array, Taps]:
-        """Return random gradients by the logits, and the taps of the backward pass that begins with them."""
-        seed = tf.constant(np.random.default_rng(0).normal(size=outputs.shape), outputs.dtype)
-        return seed, self._tapping.taps(self.theta, self._inputs, seed)
+    def seed(self, outputs: Array) -> Array:
+        """Return random gradients by the logits."""
+        return tf.constant(np.random.default_rng(0).normal(size=outputs.shape), outputs.dtype)
+
+    def taps(self, seed: Array) -> Taps:
+        """Return the taps of the backward pass that begins with these gradients."""
+        return self._tapping.taps(self.theta, self._inputs, seed)
 
     def gradients(self, samples: slice, seed: Array) -> Params:
-        """Return the gradients of one sample alone."""
+        """Return the gradients of some of the samples alone."""
         return self._network.gradient(self.theta, samples_of(self._inputs, samples), seed)
 
-    def along(self, direction: Params) -> Array:
-        """Return the derivative of the logits along a direction."""
-        return self._derivatives.along(self.theta, [direction], self._inputs)[1][0]
+    def along(self, direction: Params, shorter: float) -> Array:
+        """Return the derivative of the logits along a direction; if by a difference, with a shorter step."""
+        way = self._derivatives if shorter == 1 else Derivatives(self._network, "difference", shorter)
+        return way.along(self.theta, [direction], self._inputs)[1][0]

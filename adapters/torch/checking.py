@@ -72,26 +72,28 @@ class TorchView:
         self._samples = self._samples or len(outputs)
         return outputs
 
-    def taps(self, outputs: Tensor) -> tuple[Tensor, Taps]:
-        """Return random gradients by the outputs, and the taps of the backward pass that begins with them."""
-        drawn = torch.randn(outputs.shape, generator=torch.Generator().manual_seed(0))
-        seed = drawn.to(outputs)
+    def seed(self, outputs: Tensor) -> Tensor:
+        """Return random gradients by the outputs."""
+        return torch.randn(outputs.shape, generator=torch.Generator().manual_seed(0)).to(outputs)
+
+    def taps(self, seed: Tensor) -> Taps:
+        """Return the taps of the backward pass that begins with these gradients."""
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "taps do not know", UserWarning)  # said once they are needed
             (taps,) = collect_taps(self._network, self._names, self._arguments, lambda _: [seed])
-        return seed, taps
+        return taps
 
     def gradients(self, samples: slice, seed: Tensor) -> dict[str, Tensor | None]:
-        """Return autograd's gradients of one sample alone."""
+        """Return autograd's gradients of some of the samples alone."""
         with torch.enable_grad():
             outputs = self._call({}, samples)
         gradients = torch.autograd.grad(outputs, list(self._trained.values()), seed, allow_unused=True)
         return dict(zip(self._trained, gradients, strict=True))
 
-    def along(self, direction: Params) -> Tensor:
-        """Return the derivative of the outputs along a direction."""
-        _, tangents = self._derivatives.along(lambda theta: self._call(theta, slice(None)), self.theta, [direction])
-        return tangents[0]
+    def along(self, direction: Params, shorter: float) -> Tensor:
+        """Return the derivative of the outputs along a direction; if by a difference, with a shorter step."""
+        way = self._derivatives if shorter == 1 else Derivatives("difference", shorter)
+        return way.along(lambda theta: self._call(theta, slice(None)), self.theta, [direction])[1][0]
 
 
 def agreement_of(
