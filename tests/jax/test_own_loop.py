@@ -488,6 +488,20 @@ def test_a_memory_comes_back_from_a_file(tmp_path: Path) -> None:
     assert load(params, file, likelihood=_cross_entropy).likelihood is _cross_entropy
 
 
+def test_the_first_look_accepts_a_network_with_more_kinks_than_a_difference_can_avoid() -> None:
+    rng = np.random.default_rng(0)
+    params = {f"layer{index}": jnp.asarray(rng.normal(size=(WIDTH, WIDTH)) * 0.6) for index in range(12)}
+
+    def apply(params: Any, inputs: Any) -> Any:
+        for weight in params.values():
+            inputs = jnp.maximum(inputs @ weight, 0.0) - 0.3
+        return inputs
+
+    memory = remember(apply, params, [(rng.normal(size=(4, WIDTH)), np.zeros(4, int))])
+    assert memory.checked is not None
+    assert memory.checked.findings[-1].difference < 1e-3
+
+
 def test_the_first_look_finds_what_makes_measurements_meaningless() -> None:
     params, rng = _weights(), np.random.default_rng(0)
 
