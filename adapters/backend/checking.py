@@ -9,6 +9,7 @@ Convention: outputs are [samples, ...]; a difference is a share of the largest v
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -18,7 +19,7 @@ from adapters.backend.network import Data, Network
 from adapters.backend.own_loop import Finding, NetworkCheck
 from became_core.arrays import Array, Params, namespace, on_host
 from became_core.continual.data import Indices
-from became_core.curvature import Taps, per_sample_gradients
+from became_core.curvature import Tap, Taps, per_sample_gradients
 
 __all__ = ["LearnerView", "NetworkView", "agreement", "check_network"]
 
@@ -49,10 +50,10 @@ class NetworkView(Protocol):
     def seed(self, outputs: Array) -> Array:
         """Return gradients by the outputs of all samples."""
 
-    def taps(self, seed: Array) -> Taps:
+    def taps(self, seed: NDArray[Any]) -> Taps:
         """Return the taps of the backward pass that begins with these gradients."""
 
-    def gradients(self, samples: slice, seed: Array) -> Mapping[str, Array | None]:
+    def gradients(self, samples: slice, seed: NDArray[Any]) -> Mapping[str, Array | None]:
         """Return autograd's gradients by the trained parameters, of these samples alone; None where there is none."""
 
     def along(self, direction: Params, shorter: float) -> Array:
@@ -100,7 +101,7 @@ class LearnerView:
         weights, rng = self._fixed | self.theta, np.random.default_rng(0)
         return next(iter(self._network.taps(weights, self._data, self._rows, None, "empirical", rng)))
 
-    def gradients(self, samples: slice, seed: Array) -> Params:
+    def gradients(self, samples: slice, seed: NDArray[Any]) -> Params:
         """Return autograd's gradients of some of the samples alone."""
         return self._network.pulled_back(self._fixed | self.theta, self._data, self._rows[samples], seed)
 
@@ -120,17 +121,17 @@ def check_network(network: NetworkView) -> NetworkCheck:
     findings = [*network.agreement, Finding("outputs, computed twice", _apart([again], [outputs]), tolerance)]
     if not network.mixes_samples:
         alone = network.outputs(theta, slice(1))
-        findings.append(Finding("outputs of a sample alone", _apart([alone], [outputs[:1]]), tolerance))
+        first = np.asarray(on_host(outputs))[:1]
+        findings.append(Finding("outputs of a sample alone", _apart([alone], [first]), tolerance))
     if not theta:
         return NetworkCheck(findings)
-    seed = network.seed(outputs)
+    # The arithmetic from here on is NumPy's: JAX would compile each operation for each shape.
+    seed = np.asarray(on_host(network.seed(outputs)))
     parts = [everything] if network.mixes_samples else [slice(row, row + 1) for row in range(outputs.shape[0])]
     gradients = [_on_host(network.gradients(part, seed[part]), theta) for part in parts]
     if not network.mixes_samples:
-        by_taps = per_sample_gradients(network.taps(seed))
-        pairs = [
-            (np.ravel(on_host(rows)), np.ravel([part[name] for part in gradients])) for name, rows in by_taps.items()
-        ]
+        by_taps = per_sample_gradients({name: _tap_on_host(tap) for name, tap in network.taps(seed).items()})
+        pairs = [(np.ravel(rows), np.ravel([part[name] for part in gradients])) for name, rows in by_taps.items()]
         findings.append(Finding("gradients of single samples", _apart(*zip(*pairs, strict=True)), tolerance))
     # In the gradients' terms, since a difference of outputs is no measure here: in a deep network with ReLUs there are
     # kinks within any step that rounding allows. Where a difference is all there is, the best of three steps counts.
@@ -140,7 +141,7 @@ def check_network(network: NetworkView) -> NetworkCheck:
     difference = math.inf
     for shorter in _STEPS:
         tangent = np.asarray(on_host(network.along(direction, shorter)), np.float64)
-        products = (tangent * np.asarray(on_host(seed), np.float64)).reshape(outputs.shape[0], -1).sum(1)
+        products = (tangent * seed).reshape(outputs.shape[0], -1).sum(1)
         along = products.sum(keepdims=True) if network.mixes_samples else products
         difference = min(difference, _apart([along], [slopes]))
         if network.way != "difference":
@@ -169,6 +170,16 @@ def _random_direction(theta: Params) -> Params:
         drawn = rng.normal(size=value.shape) * max(float(np.std(np.asarray(on_host(value), np.float64))), 1e-3)
         direction[name] = xp.asarray(drawn, dtype=value.dtype, device=getattr(value, "device", None))
     return direction
+
+
+def _tap_on_host(tap: Tap) -> Tap:
+    """Return a tap whose arrays are NumPy's."""
+    return replace(
+        tap,
+        inputs=np.asarray(on_host(tap.inputs)),
+        output_gradients=np.asarray(on_host(tap.output_gradients)),
+        others=tuple(map(_tap_on_host, tap.others)),
+    )
 
 
 def _on_host(values: Mapping[str, Array | None], theta: Params) -> dict[str, NDArray[np.float64]]:

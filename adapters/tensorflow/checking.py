@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import tensorflow as tf
+from numpy.typing import NDArray
 
 from adapters.backend.checking import agreement
 from adapters.backend.own_loop import Finding
@@ -55,13 +56,13 @@ class KerasView:
         """Return random gradients by the logits."""
         return tf.constant(np.random.default_rng(0).normal(size=outputs.shape), outputs.dtype)
 
-    def taps(self, seed: Array) -> Taps:
+    def taps(self, seed: NDArray[Any]) -> Taps:
         """Return the taps of the backward pass that begins with these gradients."""
-        return self._tapping.taps(self.theta, self._inputs, seed)
+        return self._tapping.taps(self.theta, self._inputs, tf.constant(seed))
 
-    def gradients(self, samples: slice, seed: Array) -> Params:
+    def gradients(self, samples: slice, seed: NDArray[Any]) -> Params:
         """Return the gradients of some of the samples alone."""
-        return self._network.gradient(self.theta, samples_of(self._inputs, samples), seed)
+        return self._network.gradient(self.theta, samples_of(self._inputs, samples), tf.constant(seed))
 
     def along(self, direction: Params, shorter: float) -> Array:
         """Return the derivative of the logits along a direction; if by a difference, with a shorter step."""

@@ -247,7 +247,7 @@ class TensorFlowNetwork(Network):
         with tf.GradientTape() as tape:
             tape.watch(weights)
             logits = self.outputs(weights, data, rows)
-        gradients = tape.gradient(logits, weights, seed, unconnected_gradients="zero")
+        gradients = tape.gradient(logits, weights, tf.constant(seed), unconnected_gradients="zero")
         return {name: tf.convert_to_tensor(gradient) for name, gradient in gradients.items()}
 
     def _tangent(self, weights: Params, direction: Params, data: Data, rows: Array) -> tuple[Array, Array]:

@@ -9,6 +9,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from adapters.backend.checking import agreement
@@ -76,18 +77,23 @@ class TorchView:
         """Return random gradients by the outputs."""
         return torch.randn(outputs.shape, generator=torch.Generator().manual_seed(0)).to(outputs)
 
-    def taps(self, seed: Tensor) -> Taps:
+    def taps(self, seed: NDArray[Any]) -> Taps:
         """Return the taps of the backward pass that begins with these gradients."""
+
+        def cotangents(outputs: Tensor) -> list[Tensor]:
+            return [torch.from_numpy(seed).to(outputs)]
+
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "taps do not know", UserWarning)  # said once they are needed
-            (taps,) = collect_taps(self._network, self._names, self._arguments, lambda _: [seed])
+            (taps,) = collect_taps(self._network, self._names, self._arguments, cotangents)
         return taps
 
-    def gradients(self, samples: slice, seed: Tensor) -> dict[str, Tensor | None]:
+    def gradients(self, samples: slice, seed: NDArray[Any]) -> dict[str, Tensor | None]:
         """Return autograd's gradients of some of the samples alone."""
         with torch.enable_grad():
             outputs = self._call({}, samples)
-        gradients = torch.autograd.grad(outputs, list(self._trained.values()), seed, allow_unused=True)
+        at_outputs = torch.from_numpy(seed).to(outputs)
+        gradients = torch.autograd.grad(outputs, list(self._trained.values()), at_outputs, allow_unused=True)
         return dict(zip(self._trained, gradients, strict=True))
 
     def along(self, direction: Params, shorter: float) -> Tensor:
