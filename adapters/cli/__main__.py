@@ -5,7 +5,7 @@ No framework is loaded before a run needs it.
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast, get_args
 
@@ -14,12 +14,16 @@ try:
 
     from adapters.backend.entry import BACKENDS, BackendName, first_installed, load_backend
     from adapters.cli.checkpoints import Fisher, Inspect, Merge
+    from adapters.cli.crew import engine_of
     from adapters.cli.display import Display
+    from adapters.cli.jobs import unfinished_jobs
     from adapters.cli.listing import Kind, listed
     from adapters.cli.main import execute, run_request, while_it_is_read
     from adapters.cli.options import (
         Output,
         Request,
+        Scheduler,
+        Workers,
         described,
         is_completing,
         one_of,
@@ -28,7 +32,7 @@ try:
         request_type,
         with_short_help,
     )
-    from adapters.cli.running import run_jobs, unfinished_jobs
+    from adapters.cli.running import UnfinishedError, run_jobs
 except ModuleNotFoundError as error:
     print(f"error: the package '{error.name}' is missing; pip install 'became[run]'.", file=sys.stderr)
     sys.exit(2)
@@ -63,6 +67,8 @@ class Resume:
     ] = None
     data_dir: Annotated[Path | None, described("Where the data is, if it is no longer where it was.")] = None
     device: Annotated[str | None, described("Where to compute, if not where it was.")] = None
+    workers: Workers = None
+    scheduler: Scheduler = None
     output: Output = field(default_factory=Output)
 
     def run(self) -> int:
@@ -70,7 +76,13 @@ class Resume:
 
         def command(display: Display) -> None:
             options: Any = {"backend": self.backend, "data_dir": self.data_dir, "device": self.device}
-            run_jobs(unfinished_jobs(self.out, load_backend, **options), display)
+            engine, share = engine_of(self.workers, self.scheduler)
+            jobs = [replace(job, share=share) for job in unfinished_jobs(self.out, load_backend, **options)]
+            try:
+                run_jobs(jobs, display, engine)
+            except UnfinishedError:
+                display.results(read_results(self.out), self.out)
+                raise
             display.results(read_results(self.out), self.out)
 
         return execute(command, self.output)
