@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol, Self
 
 from adapters.cli.display import LOGGER, Display
@@ -121,16 +122,21 @@ class Many:
     A run that fails is shown, and the others go on. A run that another process works on is waited for.
 
     Attributes:
-        crew: returns the crew.
+        crew: returns the crew for the folder of all runs.
     """
 
-    crew: Callable[[], AbstractContextManager[Crew]]
+    crew: Callable[[Path], AbstractContextManager[Crew]]
 
     def __call__(self, jobs: Sequence[Job], load: Load, display: Display) -> list[RunResult | None]:
         """Carry out the runs; see ``Engine``."""
         shift = _Shift(display, {job.run.name: job for job in jobs})
         saved = "every run is saved after its epoch first"
-        with Interruption(saved) as interruption, self.crew() as crew, display.several(len(jobs)), shift.shown:
+        with (
+            Interruption(saved) as interruption,
+            self.crew(jobs[0].run.out) as crew,
+            display.several(len(jobs)),
+            shift.shown,
+        ):
             told = False
             while shift.waiting or shift.working:
                 if interruption.received is not None:
@@ -260,9 +266,11 @@ def engine_of(workers: int | None, scheduler: str | None) -> tuple[Engine, int]:
         return one_after_another, 1
     if workers is not None and scheduler is not None:
         raise BecameError("--workers are processes of this machine, and --scheduler has workers of its own; give one.")
-    if workers is None:
-        raise BecameError("TODO")
-    if workers < 1:
+    if scheduler is not None:
+        from adapters.cli.cluster import ClusterCrew  # needs Dask, which is an extra
+
+        return Many(lambda out: ClusterCrew(scheduler, out)), 1
+    if workers is not None and workers < 1:
         raise BecameError(f"--workers is {workers}; it must be at least 1.")
     environment = dict(os.environ)  # as it is before a framework is set up in this process
-    return Many(lambda: LocalCrew(workers, environment)), workers
+    return Many(lambda out: LocalCrew(workers, environment)), workers

@@ -18,11 +18,12 @@ from typing import Any, Self
 
 import pytest
 
-from adapters.cli.crew import Many
+from adapters.cli.crew import Many, engine_of
 from adapters.cli.interruption import InterruptedRun
 from adapters.cli.jobs import Job, load_data, requested_jobs
 from adapters.cli.main import main
 from adapters.cli.options import Request
+from adapters.cli.running import run_jobs
 from adapters.cli.worker import Message, order_of
 from adapters.runs.events import Events
 from adapters.torch.run import BACKEND
@@ -45,18 +46,23 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return {name: result(out, name) for name in NAMES}
 
 
-def test_two_commands_on_one_folder_do_each_run_once_and_to_the_bit(
-    expected: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_two_commands_on_one_folder_do_each_run_once_and_to_the_bit(expected: dict[str, Any], tmp_path: Path) -> None:
     """Each has one worker: four runs, in two processes."""
-    status = []
-    arguments = command(tmp_path, "--seeds", "0", "1", "--workers", "1")
-    commands = [threading.Thread(target=lambda: status.append(main(BACKEND, arguments))) for _ in range(2)]
+    values = {"epochs": 2, "batch_size": 50, "first": 2}
+    request = Request(methods=("gpm", "finetune"), seeds=(0, 1), preset="quick", out=tmp_path, values=values)
+    results = []
+
+    def carry_out() -> None:
+        engine, _ = engine_of(1, None)
+        display: Any = Notes()
+        results.append(run_jobs(requested_jobs(request, BACKEND), display, engine))
+
+    commands = [threading.Thread(target=carry_out) for _ in range(2)]
     for each in commands:
         each.start()
     for each in commands:
         each.join(WAIT)
-    assert (status, capsys.readouterr().err) == ([0, 0], "")
+    assert [[f"{each.method}-seed{each.seed}" for each in of_one] for of_one in results] == [NAMES, NAMES]
     assert {name: result(tmp_path, name) for name in NAMES} == expected
     for name in NAMES:
         events = (tmp_path / name / "events.jsonl").read_text().splitlines()
@@ -66,14 +72,12 @@ def test_two_commands_on_one_folder_do_each_run_once_and_to_the_bit(
 
 
 @pytest.mark.timeout(60 + WAIT * KILLS)
-def test_a_killed_worker_is_named_and_the_others_go_on(
-    expected: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_killed_worker_is_named_and_the_others_go_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     draw = random.Random(KILLS)
     for kill in range(KILLS):
         out = tmp_path / str(kill)
         # A run in which there is no time to strike.
-        long = ["--epochs", "300"]
+        long = ["--epochs", "30"]
         heard, after = draw.randint(1, 3), draw.uniform(0, 0.1)
 
         def strike(gpm: Path = out / "gpm-seed0", heard: int = heard, after: float = after) -> None:
@@ -85,7 +89,7 @@ def test_a_killed_worker_is_named_and_the_others_go_on(
         (out / "finetune-seed0" / "checkpoints").touch()  # where a folder belongs
         striker = threading.Thread(target=strike)
         striker.start()
-        assert main(BACKEND, command(out, *long, "--methods", "gpm", "finetune", "agem", "--workers", "2")) == 2
+        assert main(BACKEND, command(out, *long, "--methods", "gpm", "finetune", "joint", "--workers", "2")) == 2
         striker.join()
         said = capsys.readouterr()
         ended = (
@@ -95,13 +99,12 @@ def test_a_killed_worker_is_named_and_the_others_go_on(
         assert "error: finetune-seed0: cannot " in said.err
         assert "2 of 3 runs failed; the same command tries them again: gpm-seed0, finetune-seed0." in said.err
         assert "Traceback" not in said.err
-        assert "agem" in said.out[said.out.index("Accuracies in percent") :]
+        assert "joint" in said.out[said.out.index("Accuracies in percent") :]
 
 
 def test_ctrl_c_saves_all_runs_and_the_command_goes_on_from_there(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(signal, "default_int_handler", signal.getsignal(signal.SIGINT))
     logs = [tmp_path / name / "events.jsonl" for name in NAMES[:2]]
 
     def press() -> None:
@@ -116,14 +119,16 @@ def test_ctrl_c_saves_all_runs_and_the_command_goes_on_from_there(
     shown = [json.loads(line) for line in said.out.splitlines()]
     for log in logs:
         events = [json.loads(line) for line in log.read_text().splitlines()]
-        told = [event for event in shown if event.pop("run") == log.parent.name]
-        assert [{**event, "time": None} for event in told] == [{**event, "time": None} for event in events]
+        told = [event for event in shown if event["run"] == log.parent.name]
+        about = {"time": None, "run": log.parent.name}
+        assert [{**event, **about} for event in told] == [{**event, **about} for event in events]
         (last,) = sorted((log.parent / "checkpoints").glob("*.json"))[-1:]
         assert int(last.stem) == sum(event["event"] == "epoch" for event in events)  # not an epoch is lost
         assert not (log.parent / "lock").exists()
 
 
 ORDERING = """import os, pickle, sys
+from adapters.cli.running import run_jobs
 from adapters.cli.worker import WorkerProcess
 for message in WorkerProcess(dict(os.environ)).messages(pickle.load(sys.stdin.buffer)):
     pass
@@ -243,7 +248,7 @@ class Notes(Events):
 
 def carried_out(crew: ScriptedCrew, out: Path, notes: Any) -> list[Any]:
     jobs = requested_jobs(Request(methods=("gpm", "finetune"), out=out), BACKEND)
-    return [each is not None for each in Many(lambda: crew)(jobs, load_data, notes)]
+    return [each is not None for each in Many(lambda out: crew)(jobs, load_data, notes)]
 
 
 def test_a_run_that_another_process_works_on_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
