@@ -9,9 +9,11 @@ from typing import Any
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
+from flwr.supercore.task_identity import TaskIdentity
 
 __all__ = ["LocalGrid"]
 
+SERVER = 0  # its number as a node
 FAILED = 1  # any number: Flower's own codes are not for apps
 
 
@@ -30,6 +32,8 @@ class LocalGrid(Grid):  # type: ignore[misc] # Flower is as if absent to the typ
             nodes: how many there are.
             config: the run's configuration, which all see.
         """
+        # Flower asks the process who it is when a message is made; on a SuperLink that is set beforehand.
+        TaskIdentity.run_id, TaskIdentity.task_id, TaskIdentity.node_id = 1, 1, SERVER
         self._app = app
         self.contexts = {
             number: Context(

@@ -119,7 +119,8 @@ class MergeStrategy(FedAvg):  # type: ignore[misc] # Flower is as if absent to t
         sentences: list[str] = []
         contributions: list[Contribution] = []
         messages: list[Message] = []
-        for message in self._in_order(replies, sentences):
+        answers = list(replies)
+        for message in self._in_order(answers, sentences, self._asked):
             try:
                 contribution = what_came(message, self._sent)
                 reason = why_not(contribution, self._sent, self._without_fisher)
@@ -130,7 +131,7 @@ class MergeStrategy(FedAvg):  # type: ignore[misc] # Flower is as if absent to t
                 messages.append(message)
             else:
                 sentences.append(f"node {message.metadata.src_node_id} is left out: {reason}.")
-        absent = self._asked - {message.metadata.src_node_id for message in self._last}
+        absent = self._asked - {message.metadata.src_node_id for message in answers}
         sentences += [f"node {node} is left out: it has not answered." for node in sorted(absent)]
         result: tuple[ArrayRecord | None, MetricRecord | None] = None, None
         if len(contributions) < self._fewest:
@@ -154,15 +155,24 @@ class MergeStrategy(FedAvg):  # type: ignore[misc] # Flower is as if absent to t
             LOGGER.warning("%s", sentence)
         return _mean_metrics(messages)
 
-    def _in_order(self, replies: Iterable[Message], sentences: list[str]) -> list[Message]:
-        """Return the answers that are no errors, one of each node, in an order that does not depend on time."""
-        self._last = list(replies)
+    def _in_order(
+        self, replies: Iterable[Message], sentences: list[str], asked: frozenset[int] | None = None
+    ) -> list[Message]:
+        """Return the answers that are no errors, one of each node, in an order that does not depend on time.
+
+        Args:
+            replies: the answers.
+            sentences: takes in one on each node that is left out.
+            asked: the nodes that were; None if that does not matter.
+        """
         by_node: dict[int, list[Message]] = {}
-        for message in self._last:
+        for message in replies:
             by_node.setdefault(message.metadata.src_node_id, []).append(message)
         good = []
         for node, messages in sorted(by_node.items()):
-            if len(messages) > 1:
+            if asked is not None and node not in asked:
+                sentences.append(f"node {node} is left out: it was not asked.")
+            elif len(messages) > 1:
                 sentences.append(f"node {node} is left out: it has answered {len(messages)} times.")
             elif messages[0].has_error():
                 sentences.append(f"node {node} is left out: it failed ({messages[0].error.reason}).")

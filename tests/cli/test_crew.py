@@ -294,7 +294,8 @@ def test_after_a_signal_nothing_is_started(tmp_path: Path, monkeypatch: pytest.M
     start: Callable[[Job], bool] = crew.start
 
     def interrupt(job: Job) -> bool:
-        signal.raise_signal(signal.SIGTERM)
+        if not crew.started:
+            signal.raise_signal(signal.SIGTERM)
         return start(job)
 
     monkeypatch.setattr(crew, "start", interrupt)
