@@ -75,7 +75,6 @@ def client_app(images: Tensor, labels: Tensor, rows: list[Tensor], seed: int) ->
     """Return what each client does: it trains, and answers with what the strategy can use."""
     app = ClientApp()
 
-    @app.train()
     def train(message: Message, context: Context) -> Message:
         part, config = int(context.node_config["partition-id"]), message.content["config"]
         model, mine = network(seed), rows[part]
@@ -84,12 +83,12 @@ def client_app(images: Tensor, labels: Tensor, rows: list[Tensor], seed: int) ->
         optimizer = torch.optim.SGD(model.parameters(), RATE)
         for epoch in range(EPOCHS):
             draw = random_generator(seed, "batches of a client", int(config["server-round"]), part, epoch)
-            for batch in torch.from_numpy(draw.permutation(len(mine))).split(BATCH):
+            for batch in torch.split(torch.from_numpy(draw.permutation(len(mine))), BATCH):
                 loss = functional.cross_entropy(model(images[mine[batch]]), labels[mine[batch]])
                 for name, value in model.named_parameters():
                     loss = loss + config.get("proximal-mu", 0.0) / 2 * (value - sent[name]).square().sum()
                 optimizer.zero_grad()
-                loss.backward()
+                loss.backward()  # type: ignore[no-untyped-call]
                 optimizer.step()
         if not config["fisher"]:
             metrics = MetricRecord({"num-examples": len(mine)})
@@ -98,6 +97,7 @@ def client_app(images: Tensor, labels: Tensor, rows: list[Tensor], seed: int) ->
         fisher, _ = measured.fisher([(images[mine], labels[mine])], "Fisher", with_memory=False)
         return answer(message, model.state_dict(), fisher, len(mine), **{"partition-id": part})
 
+    app.train()(train)
     return app
 
 

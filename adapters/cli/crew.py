@@ -270,7 +270,8 @@ def engine_of(workers: int | None, scheduler: str | None) -> tuple[Engine, int]:
         from adapters.cli.cluster import ClusterCrew  # needs Dask, which is an extra
 
         return Many(lambda out: ClusterCrew(scheduler, out)), 1
-    if workers is not None and workers < 1:
-        raise BecameError(f"--workers is {workers}; it must be at least 1.")
+    most = workers or 0
+    if most < 1:
+        raise BecameError(f"--workers is {most}; it must be at least 1.")
     environment = dict(os.environ)  # as it is before a framework is set up in this process
-    return Many(lambda out: LocalCrew(workers, environment)), workers
+    return Many(lambda out: LocalCrew(most, environment)), most

@@ -7,6 +7,7 @@ its losses, which is what is added over clients. Clients are merged in the order
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +17,7 @@ from became_core.precision import Diagonal
 
 __all__ = ["Arrays", "Contribution", "limited", "merged", "why_not"]
 
-Arrays = Mapping[str, NDArray[np.generic]]
+Arrays = Mapping[str, NDArray[Any]]
 
 # More samples than any client has: a count above it is a lie, and would drown all others.
 MOST_SAMPLES = 10**9
@@ -107,7 +108,7 @@ def limited(contributions: Sequence[Contribution], cap: float | None) -> tuple[l
     return within, sentences
 
 
-def merged(contributions: Sequence[Contribution], rule: MergeRule) -> dict[str, NDArray[np.generic]]:
+def merged(contributions: Sequence[Contribution], rule: MergeRule) -> dict[str, NDArray[Any]]:
     """Return the weights that a rule makes of the clients'.
 
     The rule is given each client's weights and its loss near them: a Laplace posterior with the client's share of all
@@ -127,7 +128,7 @@ def merged(contributions: Sequence[Contribution], rule: MergeRule) -> dict[str, 
     first, *others = contributions
     total = sum(contribution.count for contribution in contributions)
     shares = [contribution.count / total for contribution in contributions]
-    theta: dict[str, NDArray[np.generic]] = {}
+    theta: dict[str, NDArray[Any]] = {}
     for name, like in first.weights.items():
         if name not in first.fisher:
             mean = sum(

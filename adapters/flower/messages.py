@@ -31,7 +31,7 @@ def record_of(arrays: Mapping[str, Any]) -> ArrayRecord:
     return ArrayRecord({name: Array(np.ascontiguousarray(on_host(value))) for name, value in arrays.items()})
 
 
-def weights_of(message: Message) -> dict[str, NDArray[np.generic]]:
+def weights_of(message: Message) -> dict[str, NDArray[Any]]:
     """Return the weights that a client was sent, by name, as NumPy arrays of its own."""
     return {name: np.array(array.numpy()) for name, array in message.content[WEIGHTS].items()}
 
@@ -76,7 +76,7 @@ def what_came(message: Message, sent: Arrays) -> Contribution:
     return Contribution(message.metadata.src_node_id, weights, fisher, content[METRICS].get(COUNT))
 
 
-def _loaded(name: str, array: Array, sent: Arrays) -> NDArray[np.generic]:
+def _loaded(name: str, array: Array, sent: Arrays) -> NDArray[Any]:
     """Return an array of an answer; its header is not believed, since it could claim any size."""
     if name not in sent:
         raise BecameError(f"its answer has an unknown array '{name}'")

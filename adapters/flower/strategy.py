@@ -179,9 +179,9 @@ class MergeStrategy(FedAvg):  # type: ignore[misc] # Flower is as if absent to t
             else:
                 good.append(messages[0])
         # Flower may give nodes other numbers in every run; what a client calls its part of the data stays.
-        parts = [message.content[METRICS].get(PARTITION) if METRICS in message.content else None for message in good]
+        parts: list[Any] = [message.content.get(METRICS, {}).get(PARTITION) for message in good]
         if all(type(part) is int for part in parts):
-            good = [message for _, message in sorted(zip(parts, good, strict=True), key=lambda pair: pair[0])]
+            return [good[index] for index in sorted(range(len(good)), key=parts.__getitem__)]
         return good
 
 

@@ -56,7 +56,7 @@ def test_what_cannot_be_is_told(changed: dict[str, Any], reason: str | None) -> 
 
 
 def test_running_statistics_need_no_fisher_and_are_averaged_by_samples() -> None:
-    sent = {**SENT, "mean": np.zeros(2, np.float32), "steps": np.zeros((), np.int64)}
+    sent: dict[str, Any] = {**SENT, "mean": np.zeros(2, np.float32), "steps": np.zeros((), np.int64)}
     clients = [
         replace(each, count=count, weights={**each.weights, "mean": np.full(2, value, np.float32), "steps": steps})
         for each, count, value, steps in [
@@ -77,8 +77,9 @@ def test_fisher_merges_weigh_by_information_and_samples(rule: Any) -> None:
     clients = [contribution(1, 10), contribution(2, 30), contribution(3, 5)]
     theta = merged(clients, rule)
     for name in SENT:
-        above = sum(each.count * np.float64(each.fisher[name]) * each.weights[name] for each in clients)
-        below = sum(each.count * np.float64(each.fisher[name]) for each in clients)
+        information = [each.count * each.fisher[name].astype(float) for each in clients]
+        above = sum(share * each.weights[name].astype(float) for share, each in zip(information, clients, strict=True))
+        below = sum(information)
         np.testing.assert_allclose(theta[name], above / below, rtol=1e-5)
         assert theta[name].dtype == np.float32
 

@@ -24,18 +24,18 @@ def app_of(change: Any = lambda part, answered, message: answered) -> ClientApp:
     """Clients that each move the weights towards their own part; one of them is changed."""
     app = ClientApp()
 
-    @app.train()
     def train(message: Message, context: Any) -> Message:
         part = int(context.node_config["partition-id"])
-        weights = {"w": 0.5 * weights_of(message)["w"] + np.float32(part / 3)}
+        weights = {"w": (weights_of(message)["w"] * 0.5 + part / 3).astype(np.float32)}
         fisher = {"w": np.full(4, 1 / (1 + part), np.float32)}
         return change(part, answer(message, weights, fisher, 10 + part, loss=float(part)), message)
 
-    @app.evaluate()
     def evaluate(message: Message, context: Any) -> Message:
         metrics = MetricRecord({"num-examples": 10, "accuracy": 0.5 if context.node_id > 1 else float("nan")})
         return Message(RecordDict({"metrics": metrics}), reply_to=message)
 
+    app.train()(train)
+    app.evaluate()(evaluate)
     return app
 
 
