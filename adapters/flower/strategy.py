@@ -10,7 +10,7 @@ not depend on when they came.
 What it guards against, and what not: an answer is checked before it is used, nothing in it is executed, no client has
 more than ``cap`` times the median say, and no round is merged of fewer than ``fewest`` clients, whose models could be
 read off the result. A client that sends plausible weights that harm is not recognised. Encryption and authentication
-are Flower's: give its SuperLink certificates, and not ``--insecure``.
+are Flower's: give its SuperLink certificates, and start it insecurely in tests alone.
 """
 
 import logging
