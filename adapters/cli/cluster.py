@@ -23,12 +23,30 @@ try:
 except ModuleNotFoundError as error:
     raise BecameError(f"the package '{error.name}' is missing; pip install 'became[dask]'.") from None
 
-__all__ = ["ClusterCrew", "carry_out"]
+__all__ = ["ClusterCrew", "carry_out", "connected"]
 
 CONNECT = 10.0  # seconds until a scheduler that does not answer counts as missing
 # On a worker: the processes at work for each command, by its topic; and the topics of commands that were stopped.
 _PROCESSES: dict[str, set[WorkerProcess]] = {}
 _STOPPED: set[str] = set()
+
+
+def connected(scheduler: str) -> Client:
+    """Return a client of a scheduler, as a context.
+
+    Args:
+        scheduler: its address, or the path of its scheduler file.
+
+    Raises:
+        BecameError: if there is none.
+    """
+    where: dict[str, Any] = {"scheduler_file": scheduler} if Path(scheduler).is_file() else {"address": scheduler}
+    try:
+        return Client(**where, timeout=CONNECT, set_as_default=False, name="became")
+    except (OSError, ValueError) as error:
+        why = str(error).partition("\n")[0]
+        message = f"no scheduler answers at {scheduler} ({why}); start one with 'dask scheduler'."
+        raise BecameError(message) from None
 
 
 class ClusterCrew:
@@ -57,15 +75,7 @@ class ClusterCrew:
         Raises:
             BecameError: if there is no scheduler, or a worker has another version of this package.
         """
-        file = Path(self._scheduler)
-        where: dict[str, Any] = {"scheduler_file": str(file)} if file.is_file() else {"address": self._scheduler}
-        try:
-            self._client = Client(**where, timeout=CONNECT, set_as_default=False, name="became")
-        except (OSError, ValueError) as error:
-            why = str(error).partition("\n")[0]
-            raise BecameError(
-                f"no scheduler answers at {self._scheduler} ({why}); start one with 'dask scheduler'."
-            ) from None
+        self._client = connected(self._scheduler)
         try:
             self._check_workers()
             self._mark.touch()
@@ -181,7 +191,9 @@ def carry_out(name: str, order: dict[str, Any]) -> Message:
     last: Message = ("failed", "it said nothing")
     try:
         for message in process.messages(order):
-            if message[0] in LAST:
+            if message[0] == "failed":
+                last = ("failed", f"on {worker.address}: {message[1]}")
+            elif message[0] in LAST:
                 last = message
             else:
                 worker.log_event(topic, [name, *_plain(message)])

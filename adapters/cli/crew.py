@@ -25,7 +25,7 @@ from adapters.runs.directory import read_result
 from adapters.runs.events import Events
 from became_core import BecameError
 
-__all__ = ["Crew", "LocalCrew", "Many", "engine_of"]
+__all__ = ["Crew", "LocalCrew", "Many", "engine_of", "slots_of"]
 
 # Seconds: how often signals and the crew are looked at, and after how long a run is tried again that another process
 # works on.
@@ -275,3 +275,16 @@ def engine_of(workers: int | None, scheduler: str | None) -> tuple[Engine, int]:
         raise BecameError(f"--workers is {most}; it must be at least 1.")
     environment = dict(os.environ)  # as it is before a framework is set up in this process
     return Many(lambda out: LocalCrew(most, environment)), most
+
+
+def slots_of(scheduler: str) -> int:
+    """Return how many runs the workers of a Dask cluster carry out at the same time, at least 1.
+
+    Raises:
+        BecameError: as ``ClusterCrew`` does.
+    """
+    from adapters.cli.cluster import connected
+
+    with connected(scheduler) as client:
+        workers = client.scheduler_info(n_workers=-1)["workers"]
+        return max(1, sum(about["nthreads"] for about in workers.values()))

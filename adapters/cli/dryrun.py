@@ -86,7 +86,7 @@ class Plan:
     workers: int = 1
     threads: int | None = None
 
-    def with_workers(self, workers: int, threads: int) -> Self:
+    def with_workers(self, workers: int, threads: int, cores: int | None = None) -> Self:
         """Return the plan for some workers at the same time, which begin the next run as they end one.
 
         If their threads are more than the cores, they wait for each other. That they share the memory's bandwidth, and
@@ -95,13 +95,14 @@ class Plan:
         Args:
             workers: how many there are.
             threads: how many threads each run has.
+            cores: how many cores there are for all; those that this process may use if None.
         """
         ends = [0.0] * workers
         for _ in range(self.seeds):
             for phases in self.seconds.values():
                 heapq.heapreplace(ends, ends[0] + sum(phases.values()) / self.seeds)
         busy = min(workers, self.seeds * len(self.seconds)) * threads
-        elapsed = max(ends) * max(1.0, busy / available_threads())
+        elapsed = max(ends) * max(1.0, busy / (cores or available_threads()))
         return replace(self, workers=workers, threads=threads, elapsed=elapsed)
 
     def to_json(self) -> dict[str, Any]:

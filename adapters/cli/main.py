@@ -8,7 +8,7 @@ from functools import wraps
 from typing import ParamSpec
 
 from adapters.backend.entry import Backend
-from adapters.cli.crew import engine_of
+from adapters.cli.crew import engine_of, slots_of
 from adapters.cli.display import Display, display_of, logged
 from adapters.cli.dryrun import plan, shared_values
 from adapters.cli.interruption import InterruptedRun
@@ -81,7 +81,7 @@ def run_request(backend: Backend, request: Request, *remarks: str) -> int:
         engine, share = engine_of(request.workers, request.scheduler)
         jobs = [replace(job, share=share) for job in requested_jobs(request, backend)]
         if request.dry_run:
-            _show_plan(jobs, display, share)
+            _show_plan(jobs, display, share, request.scheduler)
         if request.print_config:
             _show_configuration(jobs, display)
         if not (request.dry_run or request.print_config):
@@ -95,7 +95,7 @@ def run_request(backend: Backend, request: Request, *remarks: str) -> int:
     return execute(command, request.output)
 
 
-def _show_plan(jobs: Sequence[Job], display: Display, workers: int) -> None:
+def _show_plan(jobs: Sequence[Job], display: Display, workers: int, scheduler: str | None) -> None:
     job = jobs[0]
     if job.configuration.deterministic:
         job.backend.repeat_exactly()
@@ -104,7 +104,12 @@ def _show_plan(jobs: Sequence[Job], display: Display, workers: int) -> None:
     configurations = {job.run.method: job.configuration for job in jobs}
     seeds = len(jobs) // len(configurations)
     estimated = plan(lambda: job.learner(stream), stream, configurations, seeds)
-    display.plan(estimated if workers == 1 else estimated.with_workers(workers, threads))
+    if scheduler is not None:
+        slots = slots_of(scheduler)  # each as fast as this machine is for one run
+        estimated = estimated.with_workers(slots, threads, cores=slots * threads)
+    elif workers > 1:
+        estimated = estimated.with_workers(workers, threads)
+    display.plan(estimated)
 
 
 def _show_configuration(jobs: Sequence[Job], display: Display) -> None:

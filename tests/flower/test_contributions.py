@@ -69,7 +69,8 @@ def test_running_statistics_need_no_fisher_and_are_averaged_by_samples() -> None
     theta = merged(clients, FisherMerge())
     assert list(theta) == ["w", "b", "mean", "steps"]
     np.testing.assert_allclose(theta["mean"], 2.5)
-    assert (theta["steps"].dtype, int(theta["steps"])) == (np.int64, 7)
+    assert theta["steps"].dtype == np.int64
+    assert int(theta["steps"]) == 7
 
 
 @pytest.mark.parametrize("rule", [FisherMerge(), ModeIMM()])
