@@ -229,7 +229,7 @@ def federation(session: nox.Session) -> None:
     folder = Path(tempfile.mkdtemp(dir=Path(session.create_tmp()).absolute()))
     groups = nox.project.dependency_groups(PROJECT, "test")
     session.install(*pinned_with(folder, FLOWER), *groups, "-e", ".[flower]")
-    session.env.update(BECAME_KILLS="20")
+    session.env.update(BECAME_KILLS="20", BECAME_FEDERATION="1")
     test(session, "tests/flower")
 
 
