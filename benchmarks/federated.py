@@ -46,6 +46,8 @@ STRATEGIES: dict[str, Callable[[], Any]] = {
     "FedProx, mu 1": lambda: FedProx(proximal_mu=1.0, **ALL),
     "FisherMerge (= ModeIMM)": lambda: MergeStrategy(FisherMerge(), **ALL),
     "Became": lambda: MergeStrategy(Became(NativeExpansion()), **ALL),
+    "FisherMerge, no cap": lambda: MergeStrategy(FisherMerge(), cap=None, **ALL),
+    "Became, no cap": lambda: MergeStrategy(Became(NativeExpansion()), cap=None, **ALL),
 }
 
 
