@@ -43,7 +43,7 @@ _SCORES = (
     _Metric("plasticity", 2, lambda run: run.scores.plasticity),
 )
 _CLASS_SCORES = (
-    _Metric("class-inc. ACC", 2, lambda run: None if run.unit != "%" else run.class_incremental_scores.acc),
+    _Metric("class-inc. ACC", 2, lambda run: run.class_incremental_scores.acc if run.measure.is_accuracy else None),
     _Metric("class-inc. BWT", 2, lambda run: run.class_incremental_scores.bwt),
     _Metric("class-inc. forgetting", 2, lambda run: run.class_incremental_scores.forgetting),
     _Metric("class-inc. plasticity", 2, lambda run: run.class_incremental_scores.plasticity),
@@ -70,15 +70,17 @@ def heading(run: RunResult) -> str:
 def scores_table(groups: Sequence[Group]) -> Table:
     """Return the scores of each group, a row each; a metric that no run has is left out."""
     metrics = [*_SCORES, _TRANSFER, _CLASS_SCORES[0], *_COSTS, _MEMORY]
-    unit = groups[0].runs[0].unit
-    if unit != "%":
-        metrics[:1] = [replace(_LOSS, heading=unit), replace(_SCORES[0], heading=f"−{unit}")]
-        metrics = [replace(metric, digits=3) if metric.digits == 2 else metric for metric in metrics]
+    measure = groups[0].runs[0].measure
+    if not measure.is_accuracy:
+        metrics[:1] = [replace(_LOSS, heading=measure.unit), replace(_SCORES[0], heading=measure.heading)]
+        metrics = [replace(metric, digits=measure.digits) if metric.digits == 2 else metric for metric in metrics]
     metrics = [metric for metric in metrics if any(metric.estimate(group) for group in groups)]
     rows = [[group.label, str(len(group.runs)), *(metric.estimate(group) for metric in metrics)] for group in groups]
     columns = [Column("method"), Column("seeds"), *(metric.column for metric in metrics)]
     spread = "Mean ± standard deviation over seeds. " if have_spread(groups) else ""
-    scores = "Accuracies in percent" if unit == "%" else f"BWT, forgetting and plasticity are of −{unit}: up is good"
+    scores = "Accuracies in percent"
+    if not measure.is_accuracy:
+        scores = f"BWT, forgetting and plasticity are of {measure.name}: up is good"
     notes = [f"{spread}{scores}, memory in MiB, beside the network's own."]
     return Table(heading(groups[0].runs[0]), columns, rows, notes)
 
@@ -148,7 +150,7 @@ def _differences(groups: Sequence[Group], baseline: str) -> Table:
     if against is None:
         labels = ", ".join(f"'{group.label}'" for group in groups)
         raise BecameError(f"there is no baseline '{baseline}'; choose from {labels}.")
-    unit = groups[0].runs[0].unit
+    measure = groups[0].runs[0].measure
     metrics = [metric for metric in (*_SCORES, _TRANSFER, _CLASS_SCORES[0]) if metric.estimate(against)]
     rows: list[list[Cell]] = []
     for group in groups:
@@ -156,9 +158,8 @@ def _differences(groups: Sequence[Group], baseline: str) -> Table:
             common = {run.seed for run in group.runs} & {run.seed for run in against.runs}
             pairs = [paired_difference(group.values(metric.of), against.values(metric.of)) for metric in metrics]
             rows.append([group.label, str(len(common)), *pairs])
-    headings = [f"−{unit}" if metric.heading == "ACC" and unit != "%" else metric.heading for metric in metrics]
-    digits = 2 if unit == "%" else 3
-    columns = [Column("method"), Column("seeds"), *(Column(f"Δ {heading}", digits) for heading in headings)]
+    headings = [measure.heading if metric is _SCORES[0] else metric.heading for metric in metrics]
+    columns = [Column("method"), Column("seeds"), *(Column(f"Δ {heading}", measure.digits) for heading in headings)]
     notes = [
         f"Differences by seed; [middle {LEVEL:.0%} of {RESAMPLES:,} bootstrap means over the seeds that both have]. "
         "Of one seed there is no interval, and of a few it is too narrow."

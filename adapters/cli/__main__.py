@@ -3,11 +3,14 @@
 No framework is loaded before a run needs it.
 """
 
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast, get_args
+
+from became_core import BecameError, __version__
 
 try:
     import tyro
@@ -34,12 +37,20 @@ try:
     )
     from adapters.cli.running import UnfinishedError, run_jobs
 except ModuleNotFoundError as error:
-    print(f"error: the package '{error.name}' is missing; pip install 'became[run]'.", file=sys.stderr)
+    if sys.argv[1:] == ["--version"]:
+        print(f"became {__version__}")
+        sys.exit(0)
+    if sys.argv[1:] == ["doctor"]:  # which says what is missing
+        from adapters.cli.doctor import diagnosis
+
+        print(diagnosis())
+        sys.exit(0)
+    extras = "'became[torch]', or with jax or tensorflow in its place; a merge of files needs 'became[merge]' alone"
+    print(f"error: the package '{error.name}' is missing; pip install {extras}.", file=sys.stderr)
     sys.exit(2)
 
 from adapters.runs import read_results
 from adapters.runs.directory import read_record
-from became_core import BecameError, __version__
 
 __all__ = ["main"]
 
@@ -157,6 +168,52 @@ class Paths:
 
 
 @dataclass(frozen=True)
+class Reproduce:
+    """Compute all runs of a table that people look for, or go on with them, and compare them. Without a name: list."""
+
+    name: Annotated[
+        str | None, tyro.conf.Positional, described("Which table. (default: list them all)", metavar="NAME")
+    ] = None
+    out: Annotated[Path, described("The folder that the runs' folders are made in. (default: runs/reproduce)")] = Path(
+        "runs", "reproduce"
+    )
+    seeds: Annotated[tuple[int, ...], described("Other seeds than the table's own.", metavar="INT…")] = ()
+    first: Annotated[int | None, described("Learn only this many tasks of each stream, the first ones.")] = None
+    backend: Annotated[
+        BackendName | None, one_of(*BACKENDS), described("The framework; without it the first that is installed.")
+    ] = None
+    data_dir: Annotated[Path | None, described("Where the data is.")] = None
+    device: Annotated[str | None, described("Where to compute.")] = None
+    workers: Workers = None
+    scheduler: Scheduler = None
+    dry_run: Annotated[bool, described("Print the commands that make the table, and run nothing.")] = False
+
+    def run(self) -> int:
+        """Run the table's commands one after the other, and print the comparison."""
+        from adapters.cli.reproduce import Reproduction, reproductions
+
+        if self.name is None:
+            print(reproductions())
+            return 0
+        try:
+            table = Reproduction.named(self.name)
+        except BecameError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        options = {"first": self.first, "backend": self.backend, "data-dir": self.data_dir, "device": self.device}
+        options |= {"workers": self.workers, "scheduler": self.scheduler}
+        others = [word for name, value in options.items() if value is not None for word in (f"--{name}", str(value))]
+        commands = table.commands(self.out, *others, seeds=self.seeds)
+        print(f"{self.name}: {table.title}\n")
+        for words in commands:
+            print(f"became {shlex.join(words)}", flush=True)
+            status = 0 if self.dry_run else main(words)
+            if status:
+                return status
+        return execute(lambda display: None if self.dry_run else print(table.compared(self.out), end=""), Output())
+
+
+@dataclass(frozen=True)
 class List:
     """List what there is to choose from, a line each."""
 
@@ -203,6 +260,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         | Annotated[Compare, tyro.conf.subcommand("compare")]
         | Annotated[Report, tyro.conf.subcommand("report")]
         | Annotated[Paths, tyro.conf.subcommand("paths")]
+        | Annotated[Reproduce, tyro.conf.subcommand("reproduce")]
         | Annotated[List, tyro.conf.subcommand("list")]
         | Annotated[Inspect, tyro.conf.subcommand("inspect")]
         | Annotated[Fisher, tyro.conf.subcommand("fisher")]

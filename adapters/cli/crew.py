@@ -287,4 +287,4 @@ def slots_of(scheduler: str) -> int:
 
     with connected(scheduler) as client:
         workers = client.scheduler_info(n_workers=-1)["workers"]
-        return max(1, sum(about["nthreads"] for about in workers.values()))
+        return max(1, sum(int(about["nthreads"]) for about in workers.values()))

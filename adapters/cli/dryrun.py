@@ -26,9 +26,8 @@ from typing import Any, Self
 import numpy as np
 from rich.console import Console
 
-from adapters.analysis.tables import Column, Table
+from adapters.analysis.tables import Column, Table, print_table
 from adapters.backend.entry import available_threads
-from adapters.cli.results import show_table
 from adapters.runs import Checkpoints
 from adapters.runs.configuration import Configuration
 from became_core.continual import (
@@ -123,7 +122,7 @@ class Plan:
             rows.append(["all", f"{sum(self.steps.values()):,}", *times])
         columns = [Column("method"), Column("steps"), *map(Column, PHASES), Column("in all")]
         title = f"{most or 'about '}what each method would take, and its time by phase"
-        show_table(out, Table(title.capitalize(), columns, rows))
+        print_table(out, Table(title.capitalize(), columns, rows))
         if self.workers > 1:
             threads = f"{self.threads} thread{'s' if self.threads != 1 else ''}"
             out.print(

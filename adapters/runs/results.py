@@ -13,8 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from became_core.continual import EpochEnd, RunRecord
-from became_core.continual.metrics import average_accuracy, backward_transfer, forgetting, plasticity
-from became_core.continual.record import measured_matrix
+from became_core.continual.metrics import Measure, average_accuracy, backward_transfer, forgetting, plasticity
 
 __all__ = ["RunResult", "Scores"]
 
@@ -106,12 +105,12 @@ class RunResult:
     @property
     def measured(self) -> NDArray[np.float64]:
         """The matrix that scores are of, as of ``RunRecord``."""
-        return measured_matrix(self.accuracy, self.loss, self.unit)
+        return self.measure.matrix(self.accuracy, self.loss)
 
     @property
-    def measure(self) -> str:
-        """What the matrix holds, in words."""
-        return "accuracy, %" if self.unit == "%" else f"−{self.unit}"
+    def measure(self) -> Measure:
+        """What the run is measured by: accuracy or a loss."""
+        return Measure(self.unit)
 
     @property
     def class_incremental_scores(self) -> Scores:
@@ -172,8 +171,8 @@ class RunResult:
         for matrix in (self.accuracy, self.class_incremental_accuracy):
             _require(matrix.shape == (tasks, tasks))
             in_range = all(0 <= value <= 100 for task in range(tasks) for value in matrix[task, : task + 1])
-            _require(in_range or (self.unit != "%" and bool(np.isnan(matrix).all())))
-        if self.unit != "%" or len(self.loss):
+            _require(in_range or (not self.measure.is_accuracy and bool(np.isnan(matrix).all())))
+        if not self.measure.is_accuracy or len(self.loss):
             _require(self.loss.shape == (tasks, tasks))
             _require_numbers(value for task in range(tasks) for value in self.loss[task, : task + 1].tolist())
         _require(len(self.alpha) == len(self.epochs) == tasks and len(self.ranks) <= tasks)

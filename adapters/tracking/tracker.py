@@ -14,7 +14,7 @@ from typing import Any, Protocol, Self, cast
 
 from became_core import BecameError
 from became_core.continual import Callback, EpochEnd, RunState, TaskEnd
-from became_core.continual.metrics import average_accuracy, backward_transfer
+from became_core.continual.metrics import Measure, average_accuracy, backward_transfer
 from became_core.registry import nearest
 
 __all__ = ["TRACKERS", "Tracker", "Writer", "open_writer"]
@@ -112,7 +112,7 @@ class Tracker(Callback):
             by_argmax = state.record.class_incremental_accuracy[: state.task, : state.task]
             self._scalars["task/ACC"] = average_accuracy(so_far)
             self._scalars["task/BWT"] = backward_transfer(so_far)
-            if state.record.unit == "%":
+            if Measure(state.record.unit).is_accuracy:
                 self._scalars["task/class_incremental_ACC"] = average_accuracy(by_argmax)
         self._writer.log(self._scalars, state.epochs)
         self._scalars = {}

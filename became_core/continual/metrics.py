@@ -2,7 +2,7 @@
 
 Convention: accuracy[t, i] is the accuracy, in percent, on task i after task t was learned. It is NaN for i > t, unless
 tasks that are not yet learned were scored as well. Where there are no labels it is a loss with its sign turned, so that
-up is good in every matrix, and a BWT below 0 is forgetting in every unit (``RunRecord.measured``).
+up is good in every matrix, and a BWT below 0 is forgetting in every unit (``Measure``).
 
 Examples:
     >>> import numpy as np
@@ -11,12 +11,65 @@ Examples:
     (87.5, -10.0, 92.5)
 """
 
+from dataclasses import dataclass
+
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["average_accuracy", "backward_transfer", "forgetting", "forward_transfer", "plasticity"]
+__all__ = ["Measure", "average_accuracy", "backward_transfer", "forgetting", "forward_transfer", "plasticity"]
 
 Matrix = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Measure:
+    """What a run is measured by: accuracy, or a loss where there are no classes.
+
+    Attributes:
+        unit: "%" for accuracy, or the unit of the loss.
+
+    Examples:
+        >>> Measure("RMSE").heading, Measure().heading
+        ('−RMSE', 'ACC')
+    """
+
+    unit: str = "%"
+
+    @property
+    def is_accuracy(self) -> bool:
+        """Whether it is accuracy, which class-incremental scores, points and the bounds 0 and 100 come with."""
+        return self.unit == "%"
+
+    @property
+    def name(self) -> str:
+        """What the matrix holds, in words."""
+        return "accuracy, %" if self.is_accuracy else f"−{self.unit}"
+
+    @property
+    def heading(self) -> str:
+        """The heading of the mean over all tasks at the end."""
+        return "ACC" if self.is_accuracy else self.name
+
+    @property
+    def digits(self) -> int:
+        """How many decimals of a score matter."""
+        return 2 if self.is_accuracy else 3
+
+    def matrix(self, accuracy: Matrix, loss: Matrix) -> Matrix:
+        """Return the matrix of which scores are computed, in which up is good.
+
+        Args:
+            accuracy: [T, T], in percent.
+            loss: [T, T], in its natural unit.
+
+        Returns:
+            The accuracy, or the loss with its sign turned.
+
+        Examples:
+            >>> Measure("RMSE").matrix(np.array([[90.0]]), np.array([[2.0]]))
+            array([[-2.]])
+        """
+        return accuracy if self.is_accuracy else -loss
 
 
 def average_accuracy(accuracy: Matrix) -> float:

@@ -2,8 +2,8 @@
 
 Convention: accuracies are in percent, losses in the natural unit of the likelihood. Row t of a matrix is the state
 after task t, with NaN for tasks not yet learned. All scores are of a matrix in which up is good: the accuracies where
-there are labels, and the losses with their signs turned where there are none. ``measured_matrix`` is that matrix, and
-the only place where a sign is turned.
+there are labels, and the losses with their signs turned where there are none. ``Measure`` is the only place where a
+sign is turned.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,9 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["EpochEnd", "MergePath", "PathPoint", "RunRecord", "TaskEnd", "measured_matrix"]
+from became_core.continual.metrics import Measure
+
+__all__ = ["EpochEnd", "MergePath", "PathPoint", "RunRecord", "TaskEnd"]
 
 
 @dataclass(frozen=True)
@@ -92,21 +94,6 @@ class TaskEnd:
     samples: list[str] = field(default_factory=list)
 
 
-def measured_matrix(accuracy: NDArray[np.float64], loss: NDArray[np.float64], unit: str) -> NDArray[np.float64]:
-    """Return the matrix of which scores are computed, in which up is good.
-
-    Args:
-        accuracy: [T, T], in percent.
-        loss: [T, T], in its natural unit.
-        unit: in which the run is measured: "%" for accuracy, or that of the loss, whose sign is then turned.
-
-    Examples:
-        >>> measured_matrix(np.array([[90.0]]), np.array([[2.0]]), "RMSE")
-        array([[-2.]])
-    """
-    return accuracy if unit == "%" else -loss
-
-
 @dataclass(frozen=True)
 class RunRecord:
     """The results of a run so far.
@@ -147,7 +134,7 @@ class RunRecord:
             >>> RunRecord(np.zeros((1, 1)), np.zeros((1, 1)), loss=np.array([[2.0]]), unit="RMSE").measured
             array([[-2.]])
         """
-        return measured_matrix(self.accuracy, self.loss, self.unit)
+        return Measure(self.unit).matrix(self.accuracy, self.loss)
 
     @property
     def epochs(self) -> list[int]:

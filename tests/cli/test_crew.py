@@ -128,7 +128,6 @@ def test_ctrl_c_saves_all_runs_and_the_command_goes_on_from_there(
 
 
 ORDERING = """import os, pickle, sys
-from adapters.cli.running import run_jobs
 from adapters.cli.worker import WorkerProcess
 for message in WorkerProcess(dict(os.environ)).messages(pickle.load(sys.stdin.buffer)):
     pass
