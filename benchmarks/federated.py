@@ -47,7 +47,6 @@ STRATEGIES: dict[str, Callable[[], Any]] = {
     "FisherMerge (= ModeIMM)": lambda: MergeStrategy(FisherMerge(), **ALL),
     "Became": lambda: MergeStrategy(Became(NativeExpansion()), **ALL),
     "FisherMerge, no cap": lambda: MergeStrategy(FisherMerge(), cap=None, **ALL),
-    "Became, no cap": lambda: MergeStrategy(Became(NativeExpansion()), cap=None, **ALL),
 }
 
 
