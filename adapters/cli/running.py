@@ -30,7 +30,6 @@ from became_core.continual import (
     TaskStream,
     check_method,
     check_settings,
-    learn,
     method_settings,
     projector_names,
 )
@@ -314,7 +313,9 @@ def _run_to_its_end(job: Job, stream: TaskStream, display: Display) -> RunResult
             # The tracker comes after the checkpoints: what it writes is then saved.
             callbacks = progress, events, checkpoints, tracker, _Stopping(interruption, run.name)
             try:
-                record = learn(learner, stream, method, training, seed=run.seed, callbacks=callbacks, state=state)
+                record = backend.learn(
+                    learner, stream, method, training, seed=run.seed, callbacks=callbacks, state=state
+                )
             except BecameError as error:
                 last = checkpoints.last
                 if last is None:
