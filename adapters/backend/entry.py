@@ -14,8 +14,8 @@ from importlib.util import find_spec
 from typing import Literal, Protocol, TypeVar, cast
 
 from adapters.networks import Architecture, DropoutMasks, Norm, Weighted, build_network
-from became_core import BecameError
-from became_core.continual import Learner, RunRecord, TaskStream, learn
+from became_core import BecameError, continual
+from became_core.continual import Learner, RunRecord, TaskStream
 
 __all__ = [
     "BACKENDS",
@@ -96,7 +96,7 @@ class Backend:
     repeat_exactly: Callable[[], None]
     prepare: Callable[[], None] = lambda: None
     use_threads: Callable[[int | None], int] = lambda threads: threads or 1
-    learn: Callable[..., RunRecord] = learn
+    learn: Callable[..., RunRecord] = continual.learn
 
 
 def learner_builder(learner: Callable[..., L]) -> Builder[L]:

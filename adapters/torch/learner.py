@@ -28,6 +28,7 @@ from adapters.torch.linear import constrained_inputs, plain_linear_layers
 from adapters.torch.networks import Described, MultiHead, draw_masks_from
 from adapters.torch.share import divided
 from adapters.torch.tapping import Layouts, collect_inputs, collect_taps, matrices_of
+from became_core import BecameError
 from became_core.arrays import Params
 from became_core.continual import Batch, Constraint, Optimiser, TapMode, TaskStream, Trained, Views
 from became_core.continual.data import Indices
@@ -109,6 +110,18 @@ class TorchLearner(NetworkLearner):
         self.projectable = frozenset(
             name for name, transposed in matrices.items() if not (transposed or self.naming.has(name))
         )
+
+    def check_divisible(self) -> None:
+        """Raise a BecameError if processes cannot share a training batch so that they learn what one would."""
+        if not isinstance(self.network.backbone, Described):
+            raise BecameError(
+                "processes share the batches of described networks alone: a module of your own may compute what "
+                "depends on the whole batch, or draw for it; train it in one process, or give a description."
+            )
+        if self._masks_by_framework:
+            raise BecameError(
+                "processes draw dropout masks for the whole batch by NumPy; leave out --dropout-masks framework."
+            )
 
     def _canonical(self, name: str) -> str:
         """Return the canonical name of a parameter, buffer or module of the network with heads."""

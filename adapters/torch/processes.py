@@ -1,8 +1,8 @@
 """``torchrun -m adapters.torch.run``: the first process runs the command, and the others share the work of its runs.
 
 The first process reads options and data, writes files, prints and decides. When it begins or resumes a run, it sends
-the others what the run is made of, and from then on all of them call ``learn`` with the same arguments. They stay alike,
-because all random numbers are functions of the seed and all sums are those of all processes (``share.py``).
+the others what the run is made of, and from then on all of them call ``learn`` with the same arguments. They stay
+alike, because all random numbers are functions of the seed and all sums are those of all processes (``share.py``).
 
 | what happens | what it leads to |
 | --- | --- |
@@ -26,6 +26,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import distributed
+from torch.distributed.rendezvous import rendezvous
 
 from adapters.backend import Backend, Builder
 from adapters.torch.learner import TorchLearner
@@ -103,11 +104,8 @@ class Crew:
         Raises:
             BecameError: if the run cannot be shared.
         """
-        if options.get("dropout_masks") == "framework":
-            raise BecameError(
-                "several processes draw the masks of the whole batch by NumPy; leave out --dropout-masks framework."
-            )
         learner = self.build(network, stream, _own_device(device), seed, **options)
+        learner.check_divisible()
         self.made[learner] = (network, stream, device, seed), options
         return learner
 
@@ -150,7 +148,7 @@ def _own_device(name: str) -> str:
     return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if name == "cuda" else name
 
 
-def _check_alike(arguments: list[str], rank: int, count: int, orders: Any) -> None:
+def _check_alike(arguments: list[str], count: int, orders: Any) -> None:
     """Raise a BecameError, in every process, if one was given another command than the first or has other versions."""
     own = {"command": " ".join(arguments), "torch": torch.__version__, "Python": sys.version.split()[0]}
     of_all: list[Any] = [None] * count
@@ -199,10 +197,10 @@ def _met(build: Builder[TorchLearner], words: list[str]) -> tuple[Crew, Any]:
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         sums = "cpu:gloo,cuda:nccl"
-    store, rank, count = next(distributed.rendezvous("env://"))
+    store, rank, count = next(rendezvous("env://"))
     distributed.init_process_group(sums, timeout=timedelta(seconds=timeout), store=store, rank=rank, world_size=count)
     orders = distributed.new_group(backend="gloo", timeout=PATIENCE)
-    _check_alike(words, rank, count, orders)
+    _check_alike(words, count, orders)
     return Crew(build, ProcessShare(rank, count, timeout), orders), store
 
 
