@@ -7,7 +7,6 @@ import json
 import os
 import random
 import signal
-import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -35,7 +34,7 @@ END = 60  # seconds after which no process may be left when one has died
 # `nox -s stress` kills twenty.
 KILLS = int(os.environ.get("BECAME_KILLS", "3"))
 EPOCHS = 9
-WORDS = "--preset quick --methods became --epochs 2 --stage2-epochs 1 --batch-size 25 --first 3 --curvature-samples 100 --out"
+WORDS = "--preset quick --methods became --epochs 2 --stage2-epochs 1 --batch-size 25 --first 3 --curvature-samples 100"
 
 
 @contextmanager
@@ -62,13 +61,13 @@ def ended(processes: list[Any], within: float = LIMIT) -> list[int | None]:
     return [process.exitcode for process in processes]
 
 
-def by_words(folder: Path, words: list[list[str]], timeout: float = 60.0) -> Callable[[int], None]:
-    """The command of each process, with its own words."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+@contextmanager
+def commanded(folder: Path, words: list[list[str]], timeout: float = 60.0) -> Iterator[list[Any]]:
+    """Processes that run a command, each with its own words; they meet at a store of this process, as at torchrun's."""
     folder.mkdir(exist_ok=True)
-    return partial(_commanded, words, port, str(folder / "log"), timeout)
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    with started(partial(_commanded, words, store.port, str(folder / "log"), timeout), len(words)) as processes:
+        yield processes
 
 
 def _commanded(words: list[list[str]], port: int, log: str, timeout: float, rank: int) -> None:
@@ -80,7 +79,7 @@ def said(folder: Path, rank: int, where: str = "err") -> str:
 
 
 def words_for(out: Path) -> list[str]:
-    return [*WORDS.split(), str(out)]
+    return [*WORDS.split(), "--out", str(out)]
 
 
 def result(out: Path) -> dict[str, Any]:
@@ -121,7 +120,7 @@ def test_two_processes_learn_what_one_learns(tmp_path: Path) -> None:
 
 def test_the_first_process_alone_writes_and_prints(tmp_path: Path, expected: dict[str, Any]) -> None:
     out = tmp_path / "out"
-    with started(by_words(tmp_path, [words_for(out)] * 2)) as processes:
+    with commanded(tmp_path, [words_for(out)] * 2) as processes:
         assert ended(processes) == [0, 0]
     check_result(out, expected)
     assert lines(out) > EPOCHS
@@ -137,7 +136,7 @@ def test_a_process_that_dies_ends_all_and_another_number_goes_on(tmp_path: Path,
             check_result(out, expected)
             out = tmp_path / f"out-{kill}"
         folder, count, before, heard = tmp_path / f"kill-{kill}", 2 + kill % 2, lines(out), draw.randint(1, 3)
-        with started(by_words(folder, [words_for(out)] * count), count) as processes:
+        with commanded(folder, [words_for(out)] * count) as processes:
             until = time.monotonic() + LIMIT
             while lines(out) < before + heard and all(process.is_alive() for process in processes):
                 assert time.monotonic() < until
@@ -158,7 +157,7 @@ def test_a_process_that_dies_ends_all_and_another_number_goes_on(tmp_path: Path,
 
 def test_a_process_that_stalls_ends_all_after_the_time_out(tmp_path: Path, expected: dict[str, Any]) -> None:
     out = tmp_path / "out"
-    with started(by_words(tmp_path, [words_for(out)] * 2, timeout=2.0)) as processes:
+    with commanded(tmp_path, [words_for(out)] * 2, timeout=2.0) as processes:
         until = time.monotonic() + LIMIT
         while lines(out) < 2 and processes[0].is_alive():
             assert time.monotonic() < until
@@ -173,7 +172,7 @@ def test_a_process_that_stalls_ends_all_after_the_time_out(tmp_path: Path, expec
 
 def test_unlike_commands_are_refused(tmp_path: Path) -> None:
     words = [words_for(tmp_path / "out"), [*words_for(tmp_path / "out"), "--lr", "0.2"]]
-    with started(by_words(tmp_path, words)) as processes:
+    with commanded(tmp_path, words) as processes:
         assert ended(processes) == [2, 2]
     assert "error: process 2 of 2 has command '" in said(tmp_path, 0)
     assert "--lr 0.2', and process 1 has '" in said(tmp_path, 0)
@@ -182,7 +181,7 @@ def test_unlike_commands_are_refused(tmp_path: Path) -> None:
 
 def test_a_signal_stops_all_after_the_epoch(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    with started(by_words(tmp_path, [words_for(out)] * 2)) as processes:
+    with commanded(tmp_path, [words_for(out)] * 2) as processes:
         until = time.monotonic() + LIMIT
         while lines(out) < 2 and processes[0].is_alive():
             assert time.monotonic() < until

@@ -138,9 +138,8 @@ def run(case: Case, share: Share) -> dict[str, Any]:
         "class-incremental accuracy": record.class_incremental_accuracy,
         "losses": losses,
     }
-    return {name: np.asarray(of_run) for name, of_run in numbers.items()} | {
-        name: value.numpy() for name, value in learner.parameters().items()
-    }
+    weights = {name: value.numpy() for name, value in learner.parameters().items()}
+    return weights | {name: np.asarray(of_run) for name, of_run in numbers.items()}
 
 
 def compare(rank: int, folder: str) -> None:
@@ -167,9 +166,12 @@ def compare(rank: int, folder: str) -> None:
 
 def command(rank: int, count: int, port: int, words: list[str], log: str, timeout: float = 60.0) -> None:
     """Be one of the processes that torchrun starts; what it prints goes into files beside each other."""
-    sys.stdout, sys.stderr = (Path(f"{log}.{rank}.{name}").open("w", buffering=1) for name in ("out", "err"))
+    for number, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(f"{log}.{rank}.{name}", os.O_WRONLY | os.O_CREAT), number)
+    sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_RANK": str(rank)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "BECAME_TIMEOUT": str(timeout)}
+    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"  # the store outlives each process
     torch.set_num_threads(1)
     status = run_in_processes(BACKEND, build_learner, words)
     sys.stdout.flush()
