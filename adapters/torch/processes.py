@@ -17,6 +17,7 @@ CPU, and waits for as long as the first process takes to prepare; sums go by NCC
 import os
 import signal
 import sys
+import time
 import warnings
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -236,10 +237,11 @@ def _follow(crew: Crew, store: Any) -> int:
 
 def _is_said(store: Any) -> bool:
     """Whether the first process, or another one of those that are left, says why all end."""
-    try:
-        store.wait([SAID], timedelta(seconds=3))
-    except RuntimeError:  # the first process has died, and the store with it if it was there
-        with suppress(RuntimeError):
-            return bool(store.add(f"{SAID}, or another", 1) > 1)
-        return False
-    return True
+    with suppress(RuntimeError):  # of a store that was in the first process, and has died with it
+        until = time.monotonic() + 3
+        while time.monotonic() < until:
+            if store.check([SAID]):
+                return True
+            time.sleep(0.05)
+        return bool(store.add(f"{SAID}, or another", 1) > 1)
+    return False
