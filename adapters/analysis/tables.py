@@ -8,18 +8,32 @@ it is empty.
 import csv
 import html
 import io
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from rich import box
 from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
 from adapters.analysis.bootstrap import Estimate
 
-__all__ = ["FORMATS", "Cell", "Column", "Table", "as_csv", "as_html", "as_latex", "as_markdown", "as_text", "printable"]
+__all__ = [
+    "FORMATS",
+    "Cell",
+    "Column",
+    "Table",
+    "as_csv",
+    "as_html",
+    "as_latex",
+    "as_markdown",
+    "as_text",
+    "print_table",
+    "printable",
+]
 
-WIDTH = 160  # of notes in plain text; a table there is as wide as it must be
+NOTE_WIDTH = 100  # of notes, at most
 
 Cell = str | Estimate | None
 
@@ -49,7 +63,7 @@ class Table:
         rows: each has one cell for each column.
         notes: one line each, below the table.
         intervals: whether estimates are shown with their interval instead of their standard deviation.
-        section: after how many rows a terminal shows a line; 0 for no lines.
+        section: after how many rows a terminal shows a space; 0 for none.
     """
 
     title: str
@@ -69,26 +83,43 @@ class Table:
         return "–" if cell is None else cell
 
     def __rich__(self) -> RichTable:
-        """Return the table as ``rich`` draws it, so that ``console.print(table)`` shows it; without the notes."""
-        drawn = RichTable(title=Text(self.title), title_justify="left")
+        """Return the table as ``rich`` draws it, so that ``console.print(table)`` shows it; without title and notes.
+
+        There are no lines between columns, so that it fits a narrow terminal. Where it does not fit all the same, words
+        are broken into lines and none is cut.
+        """
+        drawn = RichTable(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
         for column in self.columns:
             side = "left" if column.digits is None else "right"
-            drawn.add_column(Text(column.heading), justify=side)  # type: ignore[arg-type]
+            drawn.add_column(Text(column.heading), justify=side, overflow="fold")  # type: ignore[arg-type]
         for number, row in enumerate(self.texts(), start=1):
             drawn.add_row(*map(Text, row), end_section=bool(self.section) and number % self.section == 0)
         return drawn
 
 
 def as_text(tables: Sequence[Table]) -> str:
-    """Return the tables drawn with lines, with their notes below them."""
+    """Return the tables as wide as they must be, with their titles above and their notes below them."""
     text = io.StringIO()
     console = Console(file=text, width=1000)
     for table in tables:
-        console.print(table)
-        for note in table.notes:
-            console.print(Text(note), width=WIDTH)
+        print_table(console, table, shutil.get_terminal_size().columns)
         console.print()
-    return text.getvalue()
+    # What fills up the last column is of no use.
+    return "".join(f"{line.rstrip()}\n" for line in text.getvalue().splitlines())
+
+
+def print_table(console: Console, table: Table, width: int | None = None) -> None:
+    """Print a table with its title above and its notes below it.
+
+    Args:
+        console: where.
+        table: what.
+        width: of the notes, at most; the console's if None.
+    """
+    console.print(table.title, highlight=False, markup=False)
+    console.print(table)
+    for note in table.notes:
+        console.print(note, highlight=False, markup=False, width=min(width or console.width, NOTE_WIDTH))
 
 
 def as_markdown(tables: Sequence[Table]) -> str:

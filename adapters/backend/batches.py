@@ -4,6 +4,7 @@ Convention: outputs are [samples, ...]. Gradients by the outputs are those of ea
 anything; ``units_of`` says what a mean divides by.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass
 from typing import Any, Generic, Literal, TypeVar
@@ -11,8 +12,8 @@ from typing import Any, Generic, Literal, TypeVar
 import numpy as np
 
 from became_core import BecameError
-from became_core.arrays import Array
-from became_core.curvature import Likelihood
+from became_core.arrays import Array, namespace
+from became_core.curvature import Categorical, Likelihood
 
 __all__ = ["Kind", "Reader", "cotangents_of", "inputs_and_targets", "repeatable", "units_of", "with_progress"]
 
@@ -96,8 +97,30 @@ def with_progress(batches: Iterable[Any], what: str, shows: bool) -> Iterator[An
 
 
 def units_of(likelihood: Likelihood | Callable[..., Any], outputs: Array, targets: Any) -> float:
-    """Return what a mean over a batch divides by: samples or tokens, as a likelihood says, and samples for any loss."""
+    """Return what a mean over a batch divides by: samples or tokens, as a likelihood says, and samples for any loss.
+
+    Raises:
+        BecameError: if the targets are no labels of these outputs, where the likelihood has labels.
+    """
+    if isinstance(likelihood, Categorical):
+        _check_labels(likelihood, outputs, targets)
     return likelihood.units(outputs, targets) if isinstance(likelihood, Likelihood) else float(outputs.shape[0])
+
+
+def _check_labels(likelihood: Categorical, outputs: Array, targets: Any) -> None:
+    xp, classes = namespace(targets=targets), int(outputs.shape[-1])
+    if not xp.isdtype(targets.dtype, "integral"):
+        raise BecameError(
+            f"the targets are {targets.dtype}; the categorical likelihood needs labels, which are integers."
+        )
+    labels = xp.where(targets == likelihood.ignored, xp.zeros_like(targets), targets)
+    if math.prod(labels.shape):
+        least, greatest = int(xp.min(labels)), int(xp.max(labels))
+        if least < 0 or greatest >= classes:
+            raise BecameError(
+                f"a batch has the label {least if least < 0 else greatest}; the model has {classes} outputs, so labels "
+                f"go from 0 to {classes - 1}, and {likelihood.ignored} is ignored."
+            )
 
 
 def cotangents_of(

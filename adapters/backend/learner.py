@@ -98,7 +98,7 @@ class NetworkLearner(Learner):
         self._dtype = self._find_dtype(dtype)
         self.likelihood, self.target_scale = stream.dataset.likelihood, stream.target_scale
         self.unit = stream.unit
-        self._text = stream.dataset.images if stream.dataset.is_text else None
+        self._text = stream.dataset.images if stream.dataset.predicts_bytes else None
         self._build(backbone, stream, mixed_precision, seed)
         own = (frozenset({f"{self.naming.name(task.index)}.weight"}) for task in stream.tasks)
         self.heads = [frozenset() if stream.shared_head else head for head in own]
@@ -260,17 +260,16 @@ class NetworkLearner(Learner):
                     )
 
     @staticmethod
-    def _check_features(shape: Sequence[int] | None, text: bool = False) -> int:
+    def _check_features(shape: Sequence[int] | None, by_token: bool = False) -> int:
         """Return the width of a backbone's features, given the shape of what it returns for two samples.
 
         Raises:
-            BecameError: if they are not [N, features].
+            BecameError: if they are not [N, features], or [N, L, features] where each token has a target.
         """
-        if shape is None or len(shape) != (3 if text else 2):
+        if shape is None or len(shape) != (3 if by_token else 2):
             returned = "no array" if shape is None else list(shape)
-            raise BecameError(
-                f"the backbone must map images to features [N, features]; of 2 images it made {returned}."
-            )
+            features = "tokens to features [N, L, features]" if by_token else "samples to features [N, features]"
+            raise BecameError(f"the backbone must map {features}; of 2 images it made {returned}.")
         return int(shape[-1])
 
 
@@ -341,7 +340,7 @@ class FunctionalLearner(NetworkLearner):
                     self._normalises_over_samples(layer.running)
             return output
 
-        features = self._check_features(self._features_shape(backbone, images.shape[1:], look), dataset.is_text)
+        features = self._check_features(self._features_shape(backbone, images.shape[1:], look), dataset.predicts_bytes)
         self.naming = Heads.beside(backbone.parameters, shared=stream.shared_head)
         head = Linear(self.naming.one, max(len(task.classes) for task in stream.tasks))
         self.network = self._network(backbone, head, mixed_precision)

@@ -3,6 +3,7 @@
 Convention: losses and curvatures are means over samples or over tokens, as the likelihood says.
 """
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -90,8 +91,8 @@ class MergeReport:
         slopes: the slopes of the estimated cumulative loss along the way, at the stable and at the plastic model.
         gain: how much lower that loss is at alpha* than at the stable model.
         is_convex: whether it is convex along the way.
-        promised: whether the slopes at the ends have opposite signs, so that the plasticity theorem promises a merged
-            model better than both ends.
+        promised: whether the slopes at the ends have opposite signs: then the merged model is better than both ends, if
+            the quadratic approximation holds (the plasticity theorem; BECAME, Section 3.3).
         curvature: how the new task's curvature along the way was measured.
         quadratic: the estimated loss along the way.
         trace: pairs of alpha and the true mean loss of the new task there, if it was asked for.
@@ -130,10 +131,12 @@ class MergeReport:
 
     def __str__(self) -> str:
         """Return the report in one line."""
-        promise = "promises" if self.promised else "does not promise"
+        ends = "lower than at both ends" if self.promised else "not lower than at both ends"
         return (
-            f"α* = {self.alpha:.3f}: slopes {self.slopes[0]:.3g} and {self.slopes[1]:.3g} at the ends, expected gain "
-            f"{self.gain:.3g}; the theorem {promise} a gain over both ends; curvature by {self.curvature}."
+            f"α* = {self.alpha:.3f} of the way from the stable to the plastic model. If the loss of all tasks is "
+            f"quadratic on this way, as estimated, it is {self.gain:.3g} lower there than at the stable model, and "
+            f"{ends}; its slopes at the ends are {self.slopes[0]:.3g} and {self.slopes[1]:.3g}. The new task's "
+            f"curvature is by {self.curvature}."
         )
 
 
@@ -171,11 +174,17 @@ class NetworkCheck:
 
     def assert_sound(self) -> None:
         """Raise a BecameError with the table if something differs."""
-        wrong = [finding.what for finding in self.findings if not finding.is_sound]
+        wrong = [finding for finding in self.findings if not finding.is_sound]
+        if any(math.isnan(finding.difference) for finding in wrong):
+            raise BecameError(
+                "the network's outputs or their derivatives are not finite for the first samples; look at the inputs "
+                f"and the weights. check=False leaves this check out.\n{self}"
+            )
         if wrong:
             raise BecameError(
-                f"the network does not compute the same twice: {', '.join(wrong)}; look for randomness in evaluation, "
-                f"or for outputs that depend on a batch's other samples. check=False leaves this check out.\n{self}"
+                f"the network fails its first look: {', '.join(finding.what for finding in wrong)}. What should agree "
+                "differs; look for randomness in evaluation, for outputs that depend on a batch's other samples, or "
+                f"for gradients that are not those of the outputs. check=False leaves this check out.\n{self}"
             )
 
 

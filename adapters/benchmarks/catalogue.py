@@ -18,6 +18,7 @@ from adapters.benchmarks.presets import (
     CIFAR100_IN_20,
     MINIIMAGENET,
     PERMUTED_MNIST,
+    RATED_TEXT,
     SPLIT_MNIST,
     TABULAR,
     TEXT,
@@ -25,7 +26,7 @@ from adapters.benchmarks.presets import (
     Preset,
 )
 from adapters.benchmarks.tabular import TABULAR_SETTINGS, load_tabular
-from adapters.benchmarks.text import TEXT_SETTINGS, load_text
+from adapters.benchmarks.text import TEXT_SETTINGS, load_rated_text, load_text
 from adapters.benchmarks.tinyimagenet import load_tinyimagenet
 from became_core import BecameError
 from became_core.continual import ClassOrder, Dataset, TaskStream, permute_pixels, split_classes, split_domains
@@ -117,6 +118,7 @@ BENCHMARKS: Catalogue[Benchmark] = Catalogue(
             Benchmark("split-mnist", load_mnist, 5, SPLIT_MNIST, usual="demo"),
             Benchmark("permuted-mnist", load_mnist, 10, PERMUTED_MNIST, permuted=True),
             Benchmark("text-domains", load_text, 0, TEXT, settings=TEXT_SETTINGS),
+            Benchmark("text-sentiment", load_rated_text, 0, RATED_TEXT, settings=TEXT_SETTINGS),
             Benchmark("tabular", load_tabular, 0, TABULAR, settings=TABULAR_SETTINGS),
             Benchmark("split-cifar100", load_cifar100, 10, CIFAR100, otherwise={20: CIFAR100_IN_20}),
             Benchmark("split-miniimagenet", load_miniimagenet, 20, MINIIMAGENET),

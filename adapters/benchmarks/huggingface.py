@@ -49,7 +49,7 @@ def rows_of_hub(repository: str, split: str) -> "datasets.Dataset":
         except Exception as error:  # no network, no such data set, no space, a broken cache: each an error of its own
             raise BecameError(
                 f"{repository} cannot be had from the Hugging Face hub ({_reason(error)}): "
-                "check the connection, or give a data folder that holds it."
+                "check the connection, or name by --data-dir a folder that holds it (docs/runs.md has its layout)."
             ) from error
 
 

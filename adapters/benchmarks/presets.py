@@ -26,6 +26,7 @@ __all__ = [
     "CIFAR100_IN_20",
     "MINIIMAGENET",
     "PERMUTED_MNIST",
+    "RATED_TEXT",
     "SOURCES",
     "SPLIT_MNIST",
     "TABULAR",
@@ -152,6 +153,21 @@ TEXT = {
             "increment": 0.003,
             "projector_samples": 64,
             "curvature_samples": 128,
+        }
+    )
+}
+
+RATED_TEXT = {
+    "quick": Preset(
+        {
+            **_annealed(1e-3, 3, 2),
+            "network": "gpt-last",
+            "optimiser": "adam",
+            "batch_size": 64,
+            "threshold": 0.95,
+            "increment": 0.003,
+            "projector_samples": 64,
+            "curvature_samples": 512,
         }
     )
 }

@@ -1,15 +1,17 @@
-"""Text by domain: bytes, of each of which the next is to be predicted; a task for each domain.
+"""Text by domain, a task for each domain: either each next byte is predicted, or a number that a text is rated with.
 
-Without a folder there are three domains that come with Python: English (the help's topics, ``pydoc_data.topics``),
-source code of its standard library, and the names of Unicode's characters. They are those of the Python that runs, so
-the record of a run has their digest.
+Without a folder the next byte is predicted of three domains that come with Python: English (the help's topics,
+``pydoc_data.topics``), source code of its standard library, and the names of Unicode's characters. They are those of
+the Python that runs, so the record of a run has their digest.
 
-Convention: text is UTF-8. The passages of a domain follow each other, an empty line between two, and are cut into
-samples of ``context`` bytes; the labels are the same bytes, one ahead. The last sample of a domain is filled up with
-zeros, whose labels are ignored.
+Convention: text is UTF-8. Where the next byte is predicted, the passages of a domain follow each other, an empty line
+between two, and are cut into samples of ``context`` bytes; the labels are the same bytes, one ahead. The last sample of
+a domain is filled up with zeros, whose labels are ignored. Of a rated text the first ``context`` bytes are a sample,
+after zeros if it has fewer, so that the last byte of a sample is the text's.
 """
 
 import importlib.util
+import math
 import unicodedata
 from collections.abc import Mapping, Sequence
 from itertools import islice
@@ -22,17 +24,19 @@ from numpy.typing import NDArray
 from adapters.benchmarks.huggingface import rows_of_file
 from adapters.benchmarks.parquet import split_files
 from became_core.continual.data import Dataset
-from became_core.curvature import Categorical
+from became_core.curvature import Categorical, Gaussian
 from became_core.errors import BecameError
 from became_core.registry import Setting
 
-__all__ = ["TEXT_SETTINGS", "load_text"]
+__all__ = ["TEXT_SETTINGS", "load_rated_text", "load_text"]
 
 TEXT_SETTINGS = {
-    "context": Setting("context", int, 128, "how many bytes of text a sample has", ("text-domains",)),
+    "context": Setting("context", int, 128, "how many bytes of text a sample has", ("text-domains", "text-sentiment")),
 }
 
-_FOLDERS = ("", "data", "text/domains/data")  # where the files may lie within a folder
+# Where the files may lie within a folder.
+_FOLDERS = ("", "data", "text/domains/data")
+_RATED = ("", "data", "text/sentiment/data")
 _EMBEDDED = 150_000  # bytes of each domain that comes with Python
 _PASSAGE = 1200
 _MODULES = (
@@ -66,7 +70,7 @@ def load_text(data_dir: Path | None, *, context: int = 128) -> Dataset:
     """
     if context < 2:
         raise BecameError(f"--context is {context}; a sample needs at least 2 bytes.")
-    train, test = _embedded() if data_dir is None else _read(data_dir)
+    train, test = _embedded() if data_dir is None else _texts(data_dir)
     name = "text of Python" if data_dir is None else "text-domains"
     odd = sorted(set(train) ^ set(test))
     if odd:
@@ -101,30 +105,89 @@ def _samples(texts: Sequence[str], context: int, what: str) -> tuple[NDArray[np.
     return samples.reshape(count, context), labels.reshape(count, context)
 
 
-def _read(folder: Path) -> tuple[Texts, Texts]:
-    """Return the texts of both parts of a folder, by domain."""
-    within = [folder / name for name in _FOLDERS if any((folder / name).glob("train-*.parquet"))]
+def load_rated_text(data_dir: Path | None, *, context: int = 128) -> Dataset:
+    """Return rated text by domain: bytes [N, context], and of each text the number that it is rated with.
+
+    Args:
+        data_dir: a folder with ``train-*.parquet`` and ``test-*.parquet``, whose columns are ``text``, ``domain`` and
+            ``rating``, or one that has it as ``data`` or ``text/sentiment/data``.
+        context: how many bytes a sample has.
+
+    Raises:
+        BecameError: if there is no folder, it lacks the files or a column, a cell is empty, no UTF-8 or no finite
+            number, or a domain is not in both parts.
+    """
+    if context < 2:
+        raise BecameError(f"--context is {context}; a sample needs at least 2 bytes.")
+    if data_dir is None:
+        raise BecameError(
+            "text-sentiment comes without data; name by --data-dir or BECAME_DATA_DIR a folder with train-*.parquet "
+            "and test-*.parquet, whose columns are text, domain and rating."
+        )
+    train, test = (_rows(_files(data_dir, part, _RATED), "rating") for part in ("train", "test"))
+    names = list(dict.fromkeys(domain for domain, _, _ in train))
+    odd = sorted(set(names) ^ {domain for domain, _, _ in test})
+    if odd:
+        raise BecameError(f"the domain '{odd[0]}' of {data_dir} is not in both the training and the test part.")
+    rows = train + test
+    samples = np.zeros((len(rows), context), np.uint8)
+    for sample, (_, text, _) in zip(samples, rows, strict=True):
+        content = np.frombuffer(text.encode()[:context], np.uint8)
+        sample[context - len(content) :] = content
+    return Dataset(
+        name="text-sentiment",
+        images=samples,
+        labels=np.array([[rating] for _, _, rating in rows]),
+        train_size=len(train),
+        mean=(),
+        std=(),
+        likelihood=Gaussian(noise=1.0),
+        domains=np.array([names.index(domain) for domain, _, _ in rows]),
+    )
+
+
+def _files(folder: Path, part: str, places: Sequence[str], otherwise: str = "") -> Sequence[Path]:
+    """Return the files of a part of the data; what else could be done ends the message if there are none."""
+    within = [folder / name for name in places if any((folder / name).glob("train-*.parquet"))]
     if not within:
         raise BecameError(
-            f"{folder} holds no files train-*.parquet, and neither do its folders {' and '.join(_FOLDERS[1:])}; "
-            "without --data-dir and BECAME_DATA_DIR the text is Python's own."
+            f"{folder} holds no files train-*.parquet, and neither do its folders {' and '.join(places[1:])}"
+            f"{otherwise or '; name the folder that does'}."
         )
-    train, test = (_of_files(split_files(within[0], split)) for split in ("train", "test"))
-    return train, test
+    return split_files(within[0], part)
 
 
-def _of_files(files: Sequence[Path]) -> Texts:
-    texts: dict[str, list[str]] = {}
+def _texts(folder: Path) -> tuple[Texts, Texts]:
+    """Return the texts of both parts of a folder, by domain."""
+    otherwise = "; without --data-dir and BECAME_DATA_DIR the text is Python's own"
+    parts: list[dict[str, list[str]]] = [{}, {}]
+    for texts, part in zip(parts, ("train", "test"), strict=True):
+        for domain, text, _ in _rows(_files(folder, part, _FOLDERS, otherwise)):
+            texts.setdefault(domain, []).append(text)
+    return parts[0], parts[1]
+
+
+def _rows(files: Sequence[Path], number: str | None = None) -> list[tuple[str, str, float]]:
+    """Return each row's domain, text and number, 0 if no column of numbers is named."""
+    checked: list[tuple[str, str, float]] = []
     for file in files:
         rows = rows_of_file(file)
-        for column in ("text", "domain"):
+        columns = ["text", "domain"] if number is None else ["text", "domain", number]
+        for column in columns:
             if column not in rows.column_names:
                 raise BecameError(f"{file} has no column '{column}'; its columns are {', '.join(rows.column_names)}.")
-        for number, (text, domain) in enumerate(zip(rows["text"], rows["domain"], strict=True)):
+        for place, (text, domain, *others) in enumerate(zip(*(rows[column] for column in columns), strict=True)):
+            where = f"row {place} of {file}"
             if not text or domain in (None, ""):
-                raise BecameError(f"row {number} of {file} has no {'domain' if text else 'text'}; leave it out.")
-            texts.setdefault(str(domain), []).append(_decoded(text, f"row {number} of {file}"))
-    return texts
+                raise BecameError(f"{where} has no {'domain' if text else 'text'}; leave it out.")
+            if number is not None and not _is_finite(others[0]):
+                raise BecameError(f"{where} has the {number} {others[0]!r}; give a finite number.")
+            checked.append((str(domain), _decoded(text, where), float(others[0]) if others else 0.0))
+    return checked
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def _decoded(text: Any, where: str) -> str:

@@ -38,7 +38,8 @@ def print_of(content: NDArray[np.uint8]) -> int:
     multipliers = _multipliers()
     ends = np.dot(np.frombuffer(rest, np.uint64), multipliers[:2])
     words = content[:whole].view(np.uint64)  # at most one an element
-    return (int(ends) + int(np.dot(words, multipliers[2 : 2 + len(words)]))) % 2**64
+    # einsum adds integers several at a time, and takes two thirds of the time of np.dot.
+    return (int(ends) + int(np.einsum("i,i->", words, multipliers[2 : 2 + len(words)]))) % 2**64
 
 
 def digest_of(checkpoint: Checkpoint, prints: Mapping[str, Sequence[int]] | None = None) -> str:

@@ -1,10 +1,14 @@
-"""A Fisher file from data: exact per-sample diagonals of a PyTorch model, summed in a stream.
+"""A Fisher file from data: exact per-sample diagonals of a PyTorch model, or Kronecker factors, summed in a stream.
 
 Every sample's own gradient is squared, never a batch's mean. It comes from the taps of ``adapters/torch``, as that of
 ``Continual`` does, and what they do not know is computed sample by sample, with one warning that names it. Kinds:
 ``empirical`` takes the labels in the data; ``sampled`` draws them from the model's own prediction, in the samples'
 order, so that chunks do not matter; ``true`` sums over all labels, weighted by their probability. Per sample the loss
 of a sequence is the sum over its tokens; per token each token's loss has a gradient of its own, and a backward pass.
+
+With Kronecker factors, a weight that is used as a matrix, in one way alone, has those of ``fisher_files``, unless they
+are larger than ``LARGEST_FACTOR``. Every other parameter has its diagonal: biases, scales, embeddings, a head that is
+tied to one, grouped convolutions, and what taps do not know.
 
 What is written are sums and counts. So files of disjoint data add, and a measurement that was stopped goes on: what has
 been summed lies beside the file until it is whole.
@@ -13,8 +17,9 @@ been summed lies beside the file until it is whole.
 import importlib
 import json
 import os
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,7 +28,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
 from adapters.checkpoints.digest import digest_of
-from adapters.checkpoints.fisher_files import write_fisher
+from adapters.checkpoints.fisher_files import FACTORS, write_fisher
 from adapters.checkpoints.folders import Checkpoint, open_checkpoint
 from became_core import BecameError
 
@@ -32,6 +37,8 @@ __all__ = ["FisherRequest", "Samples", "fisher_from_data", "load_model", "read_s
 Kind = Literal["empirical", "sampled", "true"]
 # After so many chunks the sums so far are saved.
 SAVE_EVERY = 32
+# The most rows of a Kronecker factor, which is a square: at 2^13 it has 512 MiB while it is summed.
+LARGEST_FACTOR = 2**13
 
 
 @dataclass(frozen=True)
@@ -44,6 +51,7 @@ class FisherRequest:
         samples: how many at most; None for all.
         chunk: how many samples run at a time.
         seed: of sampled labels and of random tokens.
+        factors: ``diagonal``, or ``kronecker`` for Kronecker factors of matrices.
     """
 
     kind: Kind = "empirical"
@@ -51,6 +59,7 @@ class FisherRequest:
     samples: int | None = None
     chunk: int = 8
     seed: int = 0
+    factors: Literal["diagonal", "kronecker"] = "diagonal"
 
 
 @dataclass(frozen=True)
@@ -166,7 +175,7 @@ def fisher_from_data(
     network: Any,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
-    """Measure the diagonal Fisher information of a categorical model, and write it as a sum with its counts.
+    """Measure the Fisher information of a categorical model, and write it as a sum with its counts.
 
     Args:
         model: the checkpoint that the network was loaded from.
@@ -185,7 +194,7 @@ def fisher_from_data(
     from adapters.backend.batches import Reader
     from adapters.torch.batches import in_evaluation
     from adapters.torch.data_loss import DataLoss
-    from became_core.curvature import Categorical, per_sample_square_sum
+    from became_core.curvature import Categorical
 
     if out.exists():
         raise BecameError(f"{out} exists; nothing is overwritten.")
@@ -194,8 +203,10 @@ def fisher_from_data(
     owners = _owners(network, checkpoint)
     count = min(len(samples.inputs), request.samples or len(samples.inputs))
     partial = out.with_name(f".{out.name}.partial.safetensors")
-    about = {"model": digest, "request": repr((request.kind, request.per, count, request.seed, len(samples.inputs)))}
-    sums, done, tokens, rng = _resumed(partial, about, set(owners.values()), request.seed)
+    wanted = (request.kind, request.per, count, request.seed, len(samples.inputs), request.factors)
+    about = {"model": digest, "request": repr(wanted)}
+    shapes = _shapes(checkpoint, owners)
+    sums, done, tokens, rng = _resumed(partial, about, set(shapes), request.seed)
     # Under the model's own labels the gradients of two tokens are uncorrelated, so that the expectation of a sequence's
     # square over its labels is the sum of those over each token's.
     apart = request.per == "token" or request.kind == "true"
@@ -205,11 +216,12 @@ def fisher_from_data(
         for begin in range(done, count, request.chunk):
             end = min(begin + request.chunk, count)
             inputs, targets = samples.inputs[begin:end], samples.targets[begin:end]
-            for taps, _ in data.passes((torch.from_numpy(inputs.copy()), torch.from_numpy(targets.copy())), rng):
-                for name, square in per_sample_square_sum(taps).items():
-                    owner = owners[name]
-                    total = sums.setdefault(owner, np.zeros(checkpoint.tensors[owner].shape))
-                    total += square.cpu().double().numpy().reshape(total.shape)
+            passes = data.passes((torch.from_numpy(inputs.copy()), torch.from_numpy(targets.copy())), rng)
+            for number, (taps, _) in enumerate(passes):
+                for name, suffix, part in _parts(taps, request.factors, with_inputs=number == 0):
+                    owner = owners[name] + suffix
+                    total = sums.setdefault(owner, np.zeros(shapes[owner]))
+                    total += part.cpu().double().numpy().reshape(total.shape)
             for name, total in sums.items():
                 if not np.isfinite(total).all():
                     raise BecameError(f"the gradient of '{name}' is not finite for a sample of {begin} to {end - 1}.")
@@ -220,15 +232,58 @@ def fisher_from_data(
                 progress(end, count)
     write_fisher(
         out,
-        [(name, tensor.shape) for name, tensor in checkpoint.tensors.items() if name in sums],
+        [(name, shape) for name, shape in shapes.items() if name in sums],
         lambda name, start, stop: sums[name].reshape(-1)[start:stop],
         kind=request.kind,
         unit="sum",
         per=request.per,
         counts={"samples": count, "tokens": tokens},
         model=digest,
+        factors=request.factors,
     )
     partial.unlink(missing_ok=True)
+
+
+def _parts(taps: Mapping[str, Any], factors: str, *, with_inputs: bool) -> Iterator[tuple[str, str, Any]]:
+    """Yield what one backward pass adds to the file: a parameter's name; nothing, ``@A`` or ``@G``; and the numbers.
+
+    Args:
+        taps: of the pass, by layer.
+        factors: ``diagonal`` or ``kronecker``.
+        with_inputs: whether A, which is the same for all passes over the same samples, is among it.
+    """
+    import torch
+
+    from became_core.curvature import Tap, kronecker_factors, per_sample_square_sum
+
+    for layer, tap in taps.items():
+        as_stored = replace(tap, transposed=False)
+        sides = (tap.inputs.shape[-1], tap.output_gradients.shape[-1])
+        if factors == "diagonal" or not as_stored.is_plain_matrix or max(sides) > LARGEST_FACTOR:
+            yield from ((name, "", square) for name, square in per_sample_square_sum({layer: tap}).items())
+            continue
+        name = tap.weight_name(layer)
+        a, g = kronecker_factors([{layer: as_stored}], samples=1).factors[name]
+        of_inputs, of_outputs = reversed(FACTORS) if tap.transposed else FACTORS
+        if with_inputs:
+            yield name, of_inputs, a
+        yield name, of_outputs, g
+        if tap.has_bias:
+            gradient = tap.output_gradients.sum(1, keepdim=True)
+            bias = Tap("gradient", gradient, torch.ones_like(gradient[..., :1]))
+            yield f"{layer}.bias", "", per_sample_square_sum({f"{layer}.bias": bias})[f"{layer}.bias"]
+
+
+def _shapes(checkpoint: Checkpoint, owners: Mapping[str, str]) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every tensor that a Fisher file may have, in the order of the checkpoint's."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, tensor in checkpoint.tensors.items():
+        if name in owners.values():
+            shapes[name] = tensor.shape
+            if len(tensor.shape) > 1:
+                for suffix, size in zip(FACTORS, (prod(tensor.shape[1:]), tensor.shape[0]), strict=True):
+                    shapes[name + suffix] = (size, size)
+    return shapes
 
 
 def _owners(network: Any, checkpoint: Checkpoint) -> dict[str, str]:

@@ -1,14 +1,23 @@
-"""Fisher files: the diagonal curvature of a loss, by the model's own names, and what is known about it.
+"""Fisher files: the curvature of a loss, by the model's own names, and what is known about it.
 
 A Fisher file is safetensors. Its metadata say of which kind the estimate is, in which unit, over how many samples, and
 of which model. What cannot be compared is not merged: a mean with a sum, a token with a sample, one kind with another,
 or a file of another model. Files of disjoint data add: sums add, and means add by their counts.
 
-Convention: ``unit`` is ``mean`` or ``sum``, ``per`` is ``sample``, ``token`` or ``step``: what a sum goes over.
+A diagonal file has a tensor for each of the model's, of its shape. In a file with Kronecker factors (K-FAC, Martens and
+Grosse 2015, arXiv 1503.05671, "expand" of Eschenhagen et al. 2023, arXiv 2311.00636) a weight ``w`` that is read as a
+matrix [d_out, d_in] has two tensors instead: ``w@A``, the sum over samples of the mean over positions of a a^T
+[d_in, d_in], and ``w@G``, the sum over samples and positions of g g^T [d_out, d_out], of the inputs a and the output
+gradients g of its layer. The curvature of the sum of the losses is (A / samples) x G. Of a weight that is stored as
+[d_in, d_out], A and G have changed places, so that A always belongs to the columns. All other tensors are diagonals.
+
+Convention: ``unit`` is ``mean`` or ``sum``, ``per`` is ``sample``, ``token`` or ``step``: what a sum goes over. Factors
+are sums.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +29,27 @@ from adapters.checkpoints.folders import Checkpoint, open_checkpoint
 from adapters.checkpoints.tensors import StoredTensor, ranges, safetensors_header, widened
 from became_core import BecameError
 
-__all__ = ["FisherFile", "add_fisher_files", "check_comparable", "fisher_values", "open_fisher", "write_fisher"]
+__all__ = [
+    "FACTORS",
+    "FisherFile",
+    "add_fisher_files",
+    "check_comparable",
+    "factor_values",
+    "fisher_values",
+    "open_fisher",
+    "write_fisher",
+]
 
 FORMAT = "became.fisher"
 UNITS, PERS = ("mean", "sum"), ("sample", "token", "step")
+# What the names of the two factors of a weight end with.
+FACTORS = ("@A", "@G")
 COUNTS = {"sample": "samples", "token": "tokens", "step": "steps"}
 
 
 @dataclass(frozen=True)
 class FisherFile:
-    """The diagonal curvature of a loss.
+    """The curvature of a loss.
 
     Attributes:
         checkpoint: its tensors.
@@ -38,6 +58,7 @@ class FisherFile:
         per: what the mean or the sum is over: samples, tokens or an optimiser's steps.
         counts: samples, tokens and steps, as far as they are known.
         model: the digest of the model that it was measured at; None where it is not known.
+        factors: ``diagonal``, or ``kronecker`` where matrices have Kronecker factors.
     """
 
     checkpoint: Checkpoint
@@ -46,6 +67,7 @@ class FisherFile:
     per: str = "sample"
     counts: Mapping[str, int] | None = None
     model: str | None = None
+    factors: str = "diagonal"
 
     @property
     def path(self) -> Path:
@@ -73,6 +95,41 @@ class FisherFile:
             raise BecameError(f"{values} has shape {list(values.shape)}, but its model's tensor {list(own.shape)}.")
         return values if own.shape == shape else padded(values, None, shape)
 
+    @property
+    def samples(self) -> int:
+        """The number of samples, by which A of a file with factors is divided."""
+        return (self.counts or {})["samples"]
+
+    def factors_of(
+        self, name: str, own: StoredTensor, shape: tuple[int, ...]
+    ) -> tuple[StoredTensor, StoredTensor] | None:
+        """Return A [d_in, d_in] and G [d_out, d_out] of a tensor of its model, None if it has no factors.
+
+        Args:
+            name: the tensor.
+            own: the model's own tensor, [d_out, ...], whose trailing axes are d_in.
+            shape: of the merged tensor.
+
+        Raises:
+            BecameError: if one factor is missing, they do not fit the tensor, or they are no floating-point numbers.
+        """
+        tensors = self.checkpoint.tensors
+        owner = name if any(name + suffix in tensors for suffix in FACTORS) else own.name
+        a, g = (tensors.get(owner + suffix) for suffix in FACTORS)
+        if a is None and g is None:
+            return None
+        if a is None or g is None:
+            raise BecameError(f"{self.path} has only one of '{owner}@A' and '{owner}@G'; it is damaged.")
+        rows, columns = (shape[0], prod(shape[1:])) if shape else (1, 1)
+        if own.shape != shape or a.shape != (columns,) * 2 or g.shape != (rows,) * 2:
+            raise BecameError(
+                f"{a} and '{g.name}' have shapes {list(a.shape)} and {list(g.shape)}, which do not fit the merged "
+                f"tensor {list(shape)}."
+            )
+        if not (a.is_float and g.is_float):
+            raise BecameError(f"{a} or '{g.name}' holds no floating-point numbers.")
+        return a, g
+
 
 def open_fisher(path: Path, model: Checkpoint | None) -> FisherFile:
     """Return a Fisher file of a model; of a part of it, such as a LoRA adapter, if the model is None.
@@ -82,7 +139,8 @@ def open_fisher(path: Path, model: Checkpoint | None) -> FisherFile:
     """
     fisher = _described(open_checkpoint(path))
     for name in fisher.checkpoint.tensors:
-        if model is not None and tensor_or_tied(model, name) is None:
+        owner = name[:-2] if fisher.factors == "kronecker" and name.endswith(FACTORS) else name
+        if model is not None and tensor_or_tied(model, owner) is None:
             raise BecameError(f"'{name}' is in {path} but not in its model {model.path}.")
     return fisher
 
@@ -104,7 +162,12 @@ def _described(checkpoint: Checkpoint) -> FisherFile:
             if not words[name].isdecimal() or len(words[name]) > 18:
                 raise BecameError(f"{path} has '{words[name][:20]}' as its number of {name}.")
             counts[name] = int(words[name])
-    return FisherFile(checkpoint, words.get("kind"), unit, per, counts, words.get("model"))
+    factors = words.get("factors", "diagonal")
+    if factors not in ("diagonal", "kronecker"):
+        raise BecameError(f"{path} has factors '{factors[:20]}'; known are diagonal and kronecker.")
+    if factors == "kronecker" and (unit != "sum" or not counts.get("samples")):
+        raise BecameError(f"{path} has Kronecker factors, which must be sums over a known number of samples.")
+    return FisherFile(checkpoint, words.get("kind"), unit, per, counts, words.get("model"), factors)
 
 
 def check_comparable(fishers: Sequence[FisherFile]) -> None:
@@ -115,7 +178,7 @@ def check_comparable(fishers: Sequence[FisherFile]) -> None:
     """
     first = fishers[0]
     for fisher in fishers[1:]:
-        for what in ("kind", "unit", "per"):
+        for what in ("kind", "unit", "per", "factors"):
             one, other = getattr(first, what), getattr(fisher, what)
             if one != other:
                 raise BecameError(
@@ -136,6 +199,24 @@ def fisher_values(values: NDArray[Any], tensor: StoredTensor) -> NDArray[Any]:
     return wide
 
 
+def factor_values(content: NDArray[Any], tensor: StoredTensor) -> NDArray[np.float64]:
+    """Return a whole factor in float64, exactly symmetric.
+
+    Raises:
+        BecameError: if it has an entry that is no finite number, is not symmetric, or has a negative diagonal.
+    """
+    matrix = content.reshape(tensor.shape).astype(np.float64)
+    diagonal = np.diagonal(matrix)
+    if not np.isfinite(matrix).all() or (diagonal.size and diagonal.min() < 0):
+        raise BecameError(f"{tensor} has an entry that is infinite or not a number, or a negative one on its diagonal.")
+    scale = float(diagonal.max()) if diagonal.size else 0.0
+    largest = float(np.abs(matrix - matrix.T).max()) if diagonal.size else 0.0
+    # Float32 rounds sums of squares to 6e-8 of them; bfloat16 to 4e-3.
+    if largest > 1e-2 * scale:
+        raise BecameError(f"{tensor} is not symmetric; a Kronecker factor is a sum of x x^T.")
+    return (matrix + matrix.T) / 2
+
+
 def write_fisher(
     out: Path,
     tensors: Iterable[tuple[str, tuple[int, ...]]],
@@ -146,6 +227,7 @@ def write_fisher(
     per: str,
     counts: Mapping[str, int],
     model: str | None,
+    factors: str = "diagonal",
     remarks: Mapping[str, str] | None = None,
 ) -> None:
     """Write a Fisher file in float32.
@@ -153,12 +235,13 @@ def write_fisher(
     Args:
         out: where; nothing may be there.
         tensors: the name and shape of each.
-        slabs: from a name, a first and a last element to the values there, at least 0.
+        slabs: from a name, a first and a last element to the values there; those of a diagonal are at least 0.
         kind: as in ``FisherFile``, like all that follows.
         unit: ``mean`` or ``sum``.
         per: what it is over.
         counts: samples, tokens and steps.
         model: the digest of the model.
+        factors: ``diagonal`` or ``kronecker``.
         remarks: more metadata.
 
     Raises:
@@ -167,7 +250,8 @@ def write_fisher(
     if out.exists():
         raise BecameError(f"{out} exists; nothing is overwritten.")
     words = {FORMAT: "1", "kind": kind, "unit": unit, "per": per, **{n: str(count) for n, count in counts.items()}}
-    words |= ({"model": model} if model else {}) | dict(remarks or {})
+    words |= ({"model": model} if model else {}) | ({"factors": factors} if factors != "diagonal" else {})
+    words |= dict(remarks or {})
     entries = [(name, "F32", shape) for name, shape in tensors]
     header, _ = safetensors_header(entries, words)
     temporary = out.with_name(f".{out.name}.writing")
@@ -215,7 +299,9 @@ def add_fisher_files(paths: Sequence[Path], out: Path) -> None:
 
     def slabs(name: str, start: int, stop: int) -> NDArray[Any]:
         parts = [fisher.checkpoint.tensors[name] for fisher in fishers]
-        wide = [fisher_values(part.slab(start, stop), part).astype(np.float64) for part in parts]
+        is_factor = first.factors == "kronecker" and name.endswith(FACTORS)
+        read = _finite if is_factor else fisher_values
+        wide = [read(part.slab(start, stop), part).astype(np.float64) for part in parts]
         return np.asarray(sum(weight * values for weight, values in zip(weights, wide, strict=True)))
 
     totals = {
@@ -232,4 +318,12 @@ def add_fisher_files(paths: Sequence[Path], out: Path) -> None:
         per=first.per,
         counts=totals,
         model=first.model,
+        factors=first.factors,
     )
+
+
+def _finite(values: NDArray[Any], tensor: StoredTensor) -> NDArray[Any]:
+    wide = widened(values)
+    if not np.isfinite(wide).all():
+        raise BecameError(f"{tensor} has an entry that is infinite or not a number.")
+    return wide

@@ -3,7 +3,8 @@
 Everything that can be refused without reading weights is refused here, before anything is written.
 
 Convention: an *input* is a checkpoint, a Fisher file, a gradient or a mean; a *block* is a leaf and a range of its
-elements, and blocks are in the order in which they are written.
+elements, and blocks are in the order in which they are written. A leaf whose curvature has Kronecker factors is
+measured as one block, because the factors couple all of its elements; it is read in slabs all the same.
 """
 
 import threading
@@ -20,12 +21,18 @@ from numpy.typing import NDArray
 
 from adapters.checkpoints.align import Alignment, Leaf, align, is_statistic, tensor_or_tied
 from adapters.checkpoints.digest import print_of
-from adapters.checkpoints.fisher_files import FisherFile, check_comparable, fisher_values, open_fisher
+from adapters.checkpoints.fisher_files import (
+    FisherFile,
+    check_comparable,
+    factor_values,
+    fisher_values,
+    open_fisher,
+)
 from adapters.checkpoints.folders import Checkpoint, open_checkpoint
 from adapters.checkpoints.lora import Adapter, adapter_of, dense
 from adapters.checkpoints.plan import MergePlan, PlannedModel
 from adapters.checkpoints.rules import Rule, Slab, Solution, rule_of
-from adapters.checkpoints.tensors import SLAB, StoredTensor, narrowed, ranges, scratch, size_text, widened
+from adapters.checkpoints.tensors import DTYPES, SLAB, StoredTensor, narrowed, ranges, scratch, size_text, widened
 from became_core import BecameError
 from became_core.laplace import Quadratic
 
@@ -36,8 +43,8 @@ COMMAND = 128 * 2**20
 
 A = TypeVar("A")
 B = TypeVar("B")
-# From an input's label and a tensor's name to the prints of the slabs that were read.
-Prints = dict[tuple[str, str], int]
+# From an input's label and a tensor's name to the prints of the slabs that were read, in their order.
+Prints = dict[tuple[str, str], list[int]]
 
 
 class Block(NamedTuple):
@@ -128,6 +135,28 @@ class Job:
         return [leaf for leaf in self.alignment.leaves if leaf.is_merged and not is_statistic(leaf.name)]
 
     @cached_property
+    def factored(self) -> Mapping[str, Sequence[tuple[StoredTensor, StoredTensor] | None]]:
+        """The Kronecker factors of every measured leaf that has some, of each of the plan's models."""
+        if not any(fisher.factors == "kronecker" for fisher in self.fishers.values()):
+            return {}
+        factored = {}
+        for leaf in self.measured:
+            owned = ((k, self._own(k, leaf)) for k in self.fishers)
+            factors = [self.fishers[k].factors_of(leaf.name, own, leaf.shape) for k, own in owned]
+            if leaf.size and any(pair is not None for pair in factors):
+                factored[leaf.name] = factors
+        return factored
+
+    def measured_blocks(self, leaves: Iterable[Leaf]) -> Iterator[Block]:
+        """Yield the blocks in which leaves are measured, in their order."""
+        for leaf in leaves:
+            yield from [Block(leaf, 0, leaf.size)] if leaf.name in self.factored else self.blocks([leaf])
+
+    def _own(self, k: int, leaf: Leaf) -> StoredTensor:
+        """Return the plan's k-th model's own tensor of a leaf."""
+        return tensor_or_tied(self.checkpoints[k + int(self.has_base)], leaf.name) or leaf.tensors[0]
+
+    @cached_property
     def block_bytes(self) -> int:
         """An upper bound of the memory that one block needs while it is merged."""
         inputs = len(self.checkpoints) + len(self.fishers) + len(self.gradients) + len(self.means)
@@ -150,7 +179,7 @@ class Job:
         def values(tensor: StoredTensor, label: str) -> NDArray[Any]:
             stored = tensor.slab(start, stop)
             if printed and self.inputs[label].tensors.get(leaf.name) is tensor:
-                prints[label, leaf.name] = print_of(stored.view(np.uint8))
+                prints[label, leaf.name] = [print_of(stored.view(np.uint8))]
             return stored
 
         labels = list(self.inputs)
@@ -165,8 +194,7 @@ class Job:
         gradients, means = list(fishers), list(fishers)
         if losses and not is_statistic(leaf.name):
             for k in range(count):
-                own = tensor_or_tied(self.checkpoints[k + int(self.has_base)], leaf.name)
-                fisher = self.fishers[k].tensor(leaf.name, own or leaf.tensors[0], leaf.shape)
+                fisher = self.fishers[k].tensor(leaf.name, self._own(k, leaf), leaf.shape)
                 if fisher is not None:
                     fishers[k] = fisher_values(values(fisher, f"Fisher {k + 1}"), fisher)
                 for extras, label, numbers in (
@@ -178,10 +206,54 @@ class Job:
                         numbers[k] = _finite(widened(values(tensor, f"{label} {k + 1}")), tensor)
         weights = [model.weight.at(leaf.name, leaf.depth) for model in self.plan.models]
         slab = Slab(leaf.name, models, weights, fishers, gradients, means, leaf.depth, self.has_base)
-        if losses and not is_statistic(leaf.name) and any(f is None for f in fishers) and not slab.agrees:
-            path = self.fishers[next(k for k in range(count) if fishers[k] is None)].path
-            raise BecameError(f"{path} has no '{leaf.name}', in which the models differ.")
+        if losses and not is_statistic(leaf.name):
+            self._check_known(slab)
         return slab, prints
+
+    def _check_known(self, slab: Slab) -> None:
+        """Refuse a Fisher file that lacks a tensor in which the models differ."""
+        factors = self.factored.get(slab.name, (None,) * len(slab.fishers))
+        for k, (fisher, pair) in enumerate(zip(slab.fishers, factors, strict=True)):
+            if fisher is None and pair is None and not slab.agrees:
+                raise BecameError(f"{self.fishers[k].path} has no '{slab.name}', in which the models differ.")
+
+    def read_whole(self, leaf: Leaf) -> tuple[Slab, Prints]:
+        """Return a leaf with Kronecker factors, whole and in float64, and the prints of the bytes that were read.
+
+        Raises:
+            BecameError: as ``read`` does, or if a factor is not symmetric or has a negative diagonal.
+        """
+        prints: Prints = {}
+        arrays: dict[tuple[str, int], Any] = {}
+        for block in self.blocks([leaf]):
+            with scratch.block():
+                slab, more = self.read(block, losses=True)
+                for what in ("models", "fishers", "gradients", "means"):
+                    for k, values in enumerate(getattr(slab, what)):
+                        if values is not None:
+                            whole = arrays.setdefault((what, k), np.empty(leaf.shape))
+                            whole.reshape(-1)[block.start : block.stop] = values
+            for key, numbers in more.items():
+                prints.setdefault(key, []).extend(numbers)
+        factors: list[tuple[Any, Any] | None] = []
+        for k, pair in enumerate(self.factored[leaf.name]):
+            if pair is None:
+                factors.append(None)
+                continue
+            matrices = []
+            for tensor in pair:
+                content = np.empty(tensor.size, DTYPES[tensor.dtype])
+                numbers = prints[f"Fisher {k + 1}", tensor.name] = []
+                for start, stop in ranges(tensor.size):
+                    content[start:stop] = tensor.slab(start, stop)
+                    numbers.append(print_of(content[start:stop].view(np.uint8)))
+                matrices.append(factor_values(content, tensor))
+            factors.append((matrices[0] / self.fishers[k].samples, matrices[1]))
+        wholes: dict[str, Any] = {
+            what: [arrays.get((what, k)) for k in range(len(getattr(slab, what)))]
+            for what in ("models", "fishers", "gradients", "means")
+        }
+        return replace(slab, **wholes, factors=factors), prints
 
     def measure(self, block: Block) -> tuple[Quadratic | None, Prints, set[str]]:
         """Return what a slab adds to the rule's sums, prints, and the labels of the Fisher files that are not zero."""
@@ -189,9 +261,15 @@ class Job:
             return self._measure(block)
 
     def _measure(self, block: Block) -> tuple[Quadratic | None, Prints, set[str]]:
-        slab, prints = self.read(block, losses=self.rule.needs_fisher)
+        if block.leaf.name in self.factored:
+            slab, prints = self.read_whole(block.leaf)
+        else:
+            slab, prints = self.read(block, losses=self.rule.needs_fisher)
+        factors = slab.factors or (None,) * len(slab.fishers)
         known = {f"Fisher {k + 1}" for k, f in enumerate(slab.fishers) if f is not None and f.any()}
-        if self.rule.needs_fisher and any(fisher is None for fisher in slab.fishers):
+        known |= {f"Fisher {k + 1}" for k, f in enumerate(factors) if f is not None and f[0].any() and f[1].any()}
+        nothing = [fisher is None and pair is None for fisher, pair in zip(slab.fishers, factors, strict=True)]
+        if self.rule.needs_fisher and any(nothing):
             return None, prints, known
         with np.errstate(over="ignore", invalid="ignore"):
             quadratic = self.rule.measure(slab)
@@ -246,6 +324,22 @@ class Job:
                 self._last_grams.update(leaf=leaf.name, grams=grams, inverse=inverse)
             return self._last_grams["grams"], self._last_grams["inverse"]
 
+    @cached_property
+    def whole_bytes(self) -> int:
+        """An upper bound of the memory that is needed to measure the largest leaf with Kronecker factors."""
+        extras = len(self.gradients) + len(self.means)
+        most = 0
+        for leaf in self.measured:
+            if leaf.name in self.factored:
+                pairs = [pair for pair in self.factored[leaf.name] if pair is not None]
+                kept = sum(tensor.size for pair in pairs for tensor in pair)
+                largest = max(tensor.size for pair in pairs for tensor in pair)
+                diagonals = len(self.factored[leaf.name]) - len(pairs)
+                # The models, then the directions, and what their products with the factors need.
+                arrays = 5 * len(self.checkpoints) + extras + diagonals
+                most = max(most, 8 * (leaf.size * arrays + kept * 2 + largest * 3))
+        return most
+
     def ahead(self, memory: int, workers: int) -> int:
         """Return how many blocks may be in memory at a time.
 
@@ -253,7 +347,7 @@ class Job:
             BecameError: if not even one fits.
         """
         widest = max((leaf.shape[1] for leaf in self.alignment.leaves if self.has_grams(leaf)), default=0)
-        room = memory - held_already() - widest**2 * 8 * (len(self.grams) + 4)
+        room = memory - held_already() - widest**2 * 8 * (len(self.grams) + 4) - self.whole_bytes
         if room < self.block_bytes:
             least = size_text(memory - room + self.block_bytes)
             raise BecameError(f"this merge needs at least {least} of memory; give --memory more than that.")
@@ -289,6 +383,11 @@ def open_job(plan: MergePlan, open_model: Callable[[Path], Checkpoint] = open_ch
     )
     if fishers:
         check_comparable(list(fishers.values()))
+        if not rule.takes_factors and fishers[0].factors == "kronecker":
+            raise BecameError(
+                f"{fishers[0].path} has Kronecker factors, and {plan.merge_method} merges weight by weight, for which "
+                "a Fisher file must be diagonal; became per model, layer or leaf takes factors."
+            )
     grams = {k: open_checkpoint(model.gram) for k, model in enumerate(plan.models) if model.gram is not None}
     job = Job(plan, rule, checkpoints, alignment, fishers, gradients, means, grams, adapters)
     for leaf in alignment.leaves:

@@ -27,7 +27,7 @@ from adapters.checkpoints.job import Block, Job, held_already, in_order, open_jo
 from adapters.checkpoints.lora import PREFIX, adapter_config, combined, compressed
 from adapters.checkpoints.plan import FLOAT_WORDS, MergePlan
 from adapters.checkpoints.rules import Solution
-from adapters.checkpoints.tensors import DTYPES, StoredTensor, narrowed, ranges
+from adapters.checkpoints.tensors import DTYPES, StoredTensor, narrowed
 from adapters.checkpoints.write import SYNC_SECONDS, Journal, Layout, OutputFolder, check_free, identity, layout_of
 from became_core import BecameError
 from became_core.laplace import Quadratic
@@ -183,7 +183,7 @@ def preview(plan: MergePlan, *, memory: int = MEMORY, workers: int | None = None
     models = sum(checkpoint.nbytes for checkpoint in job.checkpoints)
     everything = sum(checkpoint.nbytes for checkpoint in job.inputs.values())
     to_read = everything + models if job.rule.measures else everything
-    blocks = job.blocks(leaf for leaf in job.alignment.leaves if leaf.is_merged)
+    blocks = list(job.measured_blocks(leaf for leaf in job.alignment.leaves if leaf.is_merged))
     tried = blocks[:: max(1, len(blocks) // 8)][:8]
     begin = time.monotonic()
     measured = {leaf.name for leaf in job.measured}
@@ -194,7 +194,7 @@ def preview(plan: MergePlan, *, memory: int = MEMORY, workers: int | None = None
     whole = sum(leaf.size for leaf in job.alignment.leaves) * (1 + job.rule.measures)
     seconds = (time.monotonic() - begin) * whole / max(elements, 1) / workers
     notes = [*job.alignment.notes, *_notes(job)]
-    held = held_already() + ahead * job.block_bytes
+    held = held_already() + ahead * job.block_bytes + job.whole_bytes
     return MergePreview(to_read, layout.nbytes, held, seconds, 1 + job.rule.measures, notes)
 
 
@@ -271,17 +271,19 @@ class _Passes:
             sum(leaf.size for leaf in job.measured),
             sum(leaf.size for leaf in job.measured if leaf.name in finished),
         )
-        results = in_order(job.measure, job.blocks(rest), self.workers, self.ahead)
+        # Whole leaves are measured one at a time, so that memory is bounded.
+        workers = 1 if job.factored else self.workers
+        results = in_order(job.measure, job.measured_blocks(rest), workers, self.ahead)
         for leaf in rest:
             total: Any = 0
             prints: dict[tuple[str, str], list[int]] = {}
             nonzero: set[str] = set()
-            for _ in ranges(leaf.size):
+            for _ in job.measured_blocks([leaf]):
                 quadratic, more, known = next(results)
                 total = total if quadratic is None else total + quadratic
                 nonzero |= known
-                for key, number in more.items():
-                    prints.setdefault(key, []).append(number)
+                for key, numbers in more.items():
+                    prints.setdefault(key, []).extend(numbers)
             done += leaf.size
             self.bytes_read += self._bytes_of(leaf)
             measured = None if isinstance(total, int) else total
@@ -326,8 +328,8 @@ class _Passes:
             count += 1
             done += block.stop - block.start
             nonzero |= known
-            for key, number in prints.items():
-                news.setdefault(key, []).append(number)
+            for key, numbers in prints.items():
+                news.setdefault(key, []).extend(numbers)
             if time.monotonic() - last > SYNC_SECONDS or count == len(blocks):
                 folder.sync()
                 entry = {
@@ -398,8 +400,9 @@ class _Passes:
         self._nonzero |= set(entry["nonzero"])
 
     def _bytes_of(self, leaf: Leaf) -> int:
-        fishers = (fisher.checkpoint.tensors.get(leaf.name) for fisher in self.job.fishers.values())
-        return sum(tensor.nbytes for tensor in (*leaf.tensors, *fishers) if tensor is not None)
+        fishers = [fisher.checkpoint.tensors.get(leaf.name) for fisher in self.job.fishers.values()]
+        factors = [tensor for pair in self.job.factored.get(leaf.name, ()) if pair is not None for tensor in pair]
+        return sum(tensor.nbytes for tensor in (*leaf.tensors, *fishers, *factors) if tensor is not None)
 
     def _check_fishers(self) -> None:
         """Refuse Fisher files that are zero throughout, or that were measured at other weights."""

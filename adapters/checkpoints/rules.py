@@ -21,7 +21,15 @@ from numpy.typing import NDArray
 from adapters.checkpoints.plan import MergePlan, group_of_tensor
 from adapters.checkpoints.tensors import widened
 from became_core import BecameError, combine, merge
-from became_core.laplace import Diagonal, FisherMerge, ModeIMM, Quadratic, path_quadratic, subspace_quadratic
+from became_core.laplace import (
+    Diagonal,
+    FisherMerge,
+    Kronecker,
+    ModeIMM,
+    Quadratic,
+    path_quadratic,
+    subspace_quadratic,
+)
 
 __all__ = ["RULES", "Rule", "Slab", "Solution", "rule_of"]
 
@@ -40,6 +48,8 @@ class Slab:
         models: its elements in each, flat, in float32 or wider; the base model first if there is one.
         weights: each model's, except the base's.
         fishers: the diagonal curvature of each model's loss; None where it is not known.
+        factors: the Kronecker factors of the curvature of each model's loss, A [d_in, d_in] and G [d_out, d_out]; None
+            where it has none, and empty where no model has any. Otherwise the slab is a whole tensor, and not flat.
         gradients: of each model's loss; None for zero.
         means: where each model's loss is expanded; None for the model itself.
         depth: how deep in the model the tensor lies, 0 to 1.
@@ -58,6 +68,7 @@ class Slab:
     has_base: bool = False
     grams: Sequence[Array] = ()
     gram_inverse: Any = None
+    factors: Sequence[tuple[Array, Array] | None] = ()
 
     @property
     def learned(self) -> Sequence[Array]:
@@ -68,6 +79,13 @@ class Slab:
     def agrees(self) -> bool:
         """Whether all models have the same numbers here."""
         return all(np.array_equal(self.models[0], model) for model in self.models[1:])
+
+    def precision(self, k: int) -> Diagonal | Kronecker:
+        """Return the curvature of a model's loss times its weight, in float64."""
+        factors = self.factors[k] if self.factors else None
+        if factors is None:
+            return Diagonal({self.name: widened(_scaled(self.fishers[k], self.weights[k]), np.float64)})
+        return Kronecker({self.name: factors}) * self.weights[k]
 
 
 @dataclass(frozen=True)
@@ -107,6 +125,8 @@ class Rule:
 
     needs_fisher: ClassVar[bool] = False
     """Whether it needs the diagonal curvature of every model's loss."""
+    takes_factors: ClassVar[bool] = False
+    """Whether a Fisher file may have Kronecker factors: the curvature along a direction, and not of each weight."""
     needs_gram: ClassVar[bool] = False
     """Whether it needs the Gram matrices of the inputs of linear layers."""
     measures: ClassVar[bool] = False
@@ -294,6 +314,7 @@ class GroupwiseMinimum(Rule):
     """
 
     needs_fisher = True
+    takes_factors = True
     measures = True
 
     @property
@@ -304,8 +325,9 @@ class GroupwiseMinimum(Rule):
 
     def measure(self, slab: Slab) -> Quadratic:
         """Return the quadratic of all losses along the ways from the origin to the other models."""
-        fishers = [_scaled(fisher, weight) for fisher, weight in zip(slab.fishers, slab.weights, strict=True)]
-        if len(slab.models) == 2 and not slab.has_base and slab.gradients[0] is None and slab.means[1] is None:
+        is_segment = len(slab.models) == 2 and not slab.has_base and slab.gradients[0] is None and slab.means[1] is None
+        if is_segment and not slab.factors:
+            fishers = [_scaled(fisher, weight) for fisher, weight in zip(slab.fishers, slab.weights, strict=True)]
             quadratic = self._between(slab, fishers, np.float32)
             # Squares of small differences times small curvatures leave float32's range before float64's. What is lost
             # below it, 2^18 times 1e-45 at most, is nothing beside such a curvature.
@@ -320,7 +342,7 @@ class GroupwiseMinimum(Rule):
             quadratics.append(
                 subspace_quadratic(
                     directions,
-                    Diagonal({slab.name: widened(fishers[k], np.float64)}),
+                    slab.precision(k),
                     offset={slab.name: origin - (model if mean is None else mean)},
                     gradient=None if gradient is None else {slab.name: _times(gradient, slab.weights[k])},
                 )

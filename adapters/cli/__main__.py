@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast, get_args
 
+from became_core import BecameError, __version__
+
 try:
     import tyro
 
@@ -31,12 +33,20 @@ try:
     )
     from adapters.cli.running import run_jobs, unfinished_jobs
 except ModuleNotFoundError as error:
-    print(f"error: the package '{error.name}' is missing; pip install 'became[run]'.", file=sys.stderr)
+    if sys.argv[1:] == ["--version"]:
+        print(f"became {__version__}")
+        sys.exit(0)
+    if sys.argv[1:] == ["doctor"]:  # which says what is missing
+        from adapters.cli.doctor import diagnosis
+
+        print(diagnosis())
+        sys.exit(0)
+    extras = "'became[torch]', or with jax or tensorflow in its place; a merge of files needs 'became[merge]' alone"
+    print(f"error: the package '{error.name}' is missing; pip install {extras}.", file=sys.stderr)
     sys.exit(2)
 
 from adapters.runs import read_results
 from adapters.runs.directory import read_record
-from became_core import BecameError, __version__
 
 __all__ = ["main"]
 

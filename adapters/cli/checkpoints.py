@@ -53,7 +53,7 @@ class Inspect:
 
 @dataclass(frozen=True)
 class Fisher:
-    """Write a Fisher file, the diagonal curvature of a model's loss: from data, from Adam's state, or as a sum.
+    """Write a Fisher file, the curvature of a model's loss: from data, from Adam's state, or as a sum.
 
     From data: became fisher MODEL --data FILE --out F.safetensors
 
@@ -84,6 +84,13 @@ class Fisher:
     per: Annotated[Literal["sample", "token"], described("What has a gradient of its own. (default: sample)")] = (
         "sample"
     )
+    factors: Annotated[
+        Literal["diagonal", "kronecker"],
+        described(
+            "What the file has of a matrix: its diagonal, or two Kronecker factors, which became uses per model, layer "
+            "or leaf. (default: diagonal)"
+        ),
+    ] = "diagonal"
     samples: Annotated[int | None, described("How many samples at most; all without it.")] = None
     chunk: Annotated[int, described("How many samples' gradients are in memory at a time. (default: 8)")] = 8
     seed: Annotated[int, described("Of drawn labels and random tokens. (default: 0)")] = 0
@@ -124,7 +131,7 @@ class Fisher:
             raise BecameError(f"--data measures one model, and {len(self.models)} were given before the options.")
         if self.chunk < 1 or (self.samples is not None and self.samples < 1):
             raise BecameError("--chunk and --samples are at least 1.")
-        request = FisherRequest(self.kind, self.per, self.samples, self.chunk, self.seed)
+        request = FisherRequest(self.kind, self.per, self.samples, self.chunk, self.seed, self.factors)
         network, tokenizer = load_model(self.models[0], self.load)
         samples = read_samples(str(self.data), tokenizer, self.seed)
         for note in samples.notes:

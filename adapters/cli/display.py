@@ -7,6 +7,7 @@ then. On a terminal a run shows a live bar, elsewhere a plain line for each epoc
 
 import logging
 import math
+import os
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -20,9 +21,10 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from adapters.analysis.path_report import estimator_table, path_table
+from adapters.analysis.tables import print_table
 from adapters.cli.dryrun import Plan
 from adapters.cli.options import Level, Output
-from adapters.cli.results import results_tables, show_table
+from adapters.cli.results import results_tables
 from adapters.runs import RunDirectory, RunResult
 from adapters.runs.events import Events, json_line, now, place
 from became_core.continual import Callback, EpochEnd, RunState, TaskEnd
@@ -56,7 +58,7 @@ class Display(Protocol):
 
 class _Text:
     def __init__(self, *, quiet: bool) -> None:
-        self._console = Console() if sys.stdout.isatty() else Console(width=160)
+        self._console = Console() if sys.stdout.isatty() or "COLUMNS" in os.environ else Console(width=160)
         self._quiet = quiet
 
     def note(self, text: str) -> None:
@@ -78,10 +80,10 @@ class _Text:
     def results(self, results: Sequence[RunResult], out: Path) -> None:
         for result in results:
             if result.paths:
-                show_table(self._console, path_table(result))
-                show_table(self._console, estimator_table(result))
+                print_table(self._console, path_table(result))
+                print_table(self._console, estimator_table(result))
         for table in results_tables(results):
-            show_table(self._console, table)
+            print_table(self._console, table)
         where = f"results: {out}/<method>-seed<k>/results.json, {out}/summary.csv"
         self._console.print(where, soft_wrap=True, highlight=False)
 

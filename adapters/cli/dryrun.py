@@ -25,8 +25,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from adapters.analysis.tables import Column, Table
-from adapters.cli.results import show_table
+from adapters.analysis.tables import Column, Table, print_table
 from adapters.runs import Checkpoints
 from adapters.runs.configuration import Configuration
 from became_core.continual import (
@@ -94,7 +93,7 @@ class Plan:
             rows.append(["all", f"{sum(self.steps.values()):,}", *times])
         columns = [Column("method"), Column("steps"), *map(Column, PHASES), Column("in all")]
         title = f"{most or 'about '}what each method would take, and its time by phase"
-        show_table(out, Table(title.capitalize(), columns, rows))
+        print_table(out, Table(title.capitalize(), columns, rows))
         if not quiet:
             total = self.shared + self.of_heads
             out.print(f"{total:,} parameters: {self.shared:,} shared, {self.of_heads:,} in {self.heads} heads")

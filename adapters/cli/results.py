@@ -7,19 +7,17 @@ rather than one, because a method of three seeds must fit a terminal of 80 colum
 from collections.abc import Sequence
 from dataclasses import asdict
 
-from rich import box
-from rich.console import Console
-
 from adapters.analysis.bootstrap import Estimate
 from adapters.analysis.tables import Cell, Column, Table
 from adapters.runs import RunResult, Scores
 
-__all__ = ["results_tables", "show_table"]
+__all__ = ["results_tables"]
 
 _SCORES = (
-    "ACC: the mean accuracy on all tasks after the last one. BWT: how much a task's accuracy has changed since it was "
-    "learned; forgetting: how much it has fallen below its best. plasticity: the mean accuracy on a task just after it "
-    "was learned. task, class: it chooses among the classes of the image's own task, or of all tasks."
+    "ACC: the mean accuracy on all tasks after the last one. BWT: how much the accuracy has changed since a task was "
+    "learned; forgetting: how much it has fallen below its best; both are means over all tasks but the last. "
+    "plasticity: the mean accuracy on a task just after it was learned. task, class: whether the model chooses among "
+    "the classes of the image's own task, or of all tasks."
 )
 _LOSSES = (
     "−{unit}: the mean {unit} on all tasks after the last one, with its sign turned so that up is good, as in all "
@@ -54,33 +52,18 @@ def results_tables(results: Sequence[RunResult]) -> list[Table]:
         del cost_columns[1]
         costs = [[method, *others] for method, _, *others in costs]
     note = _SCORES
-    title, section = "Accuracies in percent", 2
+    seeds = sorted({result.seed for result in results})
+    of_seeds = f"seed {seeds[0]}" if len(seeds) == 1 else f"mean over seeds {', '.join(map(str, seeds))}"
+    title, section = f"Accuracies in percent, {of_seeds}", 2
     if not measure.is_accuracy:  # there is no choice among classes
         del score_columns[1]
         scores = [[method, *numbers] for method, _, *numbers in scores]
         note = _LOSSES.format(unit=measure.unit)
-        title, section = f"Losses, {measure.unit}, with the sign turned", 0
+        title, section = f"Losses, {measure.unit}, with the sign turned, {of_seeds}", 0
     return [
         Table(title, score_columns, scores, [note], section=section),
         Table("What was merged, and the cost" if merged else "The cost", cost_columns, costs, [_ALPHA] * merged),
     ]
-
-
-def show_table(console: Console, table: Table) -> None:
-    """Print a table without lines between its columns, so that it fits a narrow terminal, and its notes below it.
-
-    Where it does not fit all the same, words are broken into lines and none is cut.
-    """
-    drawn = table.__rich__()
-    drawn.box, drawn.show_edge, drawn.pad_edge = box.SIMPLE_HEAD, False, False
-    drawn.padding = (0, 1, 0, 0)
-    drawn.title = None  # it would be broken into lines as wide as the table
-    for column in drawn.columns:
-        column.overflow = "fold"
-    console.print(table.title, highlight=False, markup=False)
-    console.print(drawn)
-    for note in table.notes:
-        console.print(note, highlight=False, markup=False, width=min(console.width, 100))
 
 
 def _estimates(scores: Sequence[Scores]) -> list[Estimate]:

@@ -21,6 +21,7 @@ from adapters.networks import (
     Embedding,
     Flatten,
     GroupNorm,
+    LastPosition,
     LayerNorm,
     Linear,
     MaxPool,
@@ -169,5 +170,6 @@ class Pass(networks.Pass):
         Dropout: _dropout,
         MaxPool: lambda run, layer, inputs: _greatest(inputs, layer.size),
         AveragePool: lambda run, layer, inputs: _squares(inputs, layer.size).mean((2, 4)),
+        LastPosition: lambda run, layer, inputs: inputs[:, -1],
         Flatten: lambda run, layer, inputs: jnp.moveaxis(inputs, -1, 1).reshape(inputs.shape[0], -1),
     }

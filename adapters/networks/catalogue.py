@@ -26,6 +26,7 @@ from adapters.networks.layers import (
     Embedding,
     Flatten,
     GroupNorm,
+    LastPosition,
     Layer,
     LayerNorm,
     Linear,
@@ -187,6 +188,12 @@ def _gpt_large(length: int, norm: Norm = "batch") -> Architecture:
     return gpt(length, norm, width=640, blocks=6, heads=10)
 
 
+def _gpt_last(length: int, norm: Norm = "batch") -> Architecture:
+    """Return the transformer of gpt with the features of the last byte, which are those of the whole text."""
+    every = gpt(length, norm)
+    return Architecture((*every.layers, LastPosition()), every.image)
+
+
 NETWORKS: Catalogue[Callable[..., Architecture]] = Catalogue(
     "became.networks",
     "network",
@@ -198,6 +205,7 @@ NETWORKS: Catalogue[Callable[..., Architecture]] = Catalogue(
         "gpt": gpt,
         "gpt-medium": _gpt_medium,
         "gpt-large": _gpt_large,
+        "gpt-last": _gpt_last,
     },
 )
 

@@ -171,9 +171,10 @@ class Architecture:
         for name in names:
             if names.count(name) > 1:
                 raise BecameError(f"two layers are called '{name}'; give each a name of its own.")
-        if len(self._walked[1]) != (2 if len(self.image) == 1 else 1):
+        if len(self._walked[1]) not in ((1, 2) if len(self.image) == 1 else (1,)):
             raise BecameError(
-                "the backbone must map images [N, C, H, W] to features [N, features], or text to [N, L, features]."
+                "the backbone must map images [N, C, H, W] to features [N, features], and text to those or to "
+                "[N, L, features]."
             )
 
     @cached_property

@@ -23,6 +23,7 @@ __all__ = [
     "Embedding",
     "Flatten",
     "GroupNorm",
+    "LastPosition",
     "Layer",
     "LayerNorm",
     "Linear",
@@ -369,6 +370,21 @@ class Flatten:
 
 
 @dataclass(frozen=True)
+class LastPosition:
+    """What a sequence has at its last position, which causal attention lets see all of it: [L, d] to [d]."""
+
+    def output_shape(self, shape: Shape) -> Shape:
+        """Return the shape of the output.
+
+        Raises:
+            BecameError: if the inputs are no sequence.
+        """
+        if len(shape) != 2:
+            raise BecameError(f"LastPosition needs a sequence [L, d], but sees {list(shape)}.")
+        return shape[1:]
+
+
+@dataclass(frozen=True)
 class Residual:
     """The sum of what two rows of layers make of the same inputs; without a shortcut, the inputs themselves."""
 
@@ -379,7 +395,7 @@ class Residual:
 # With parameters.
 Weighted = Linear | Convolution | BatchNorm | GroupNorm | LayerNorm | Embedding | Positions
 # One step of a network.
-Step = Weighted | ReLU | Tanh | GELU | CausalAttention | Dropout | MaxPool | AveragePool | Flatten
+Step = Weighted | ReLU | Tanh | GELU | CausalAttention | Dropout | MaxPool | AveragePool | Flatten | LastPosition
 Layer = Step | Residual
 
 

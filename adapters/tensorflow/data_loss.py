@@ -8,6 +8,8 @@ changed. Parameters go by the names of ``adapters/tensorflow/parameters.py``, an
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import reduce
+from operator import add
 from typing import Any
 
 import keras
@@ -112,7 +114,7 @@ class DataLoss:
         units, total = 0.0, [0.0] * len(directions)
         for inputs, targets in self._read(theta, batches):
             outputs = self.network.outputs(theta, inputs)
-            (seed,) = _cotangents(self.likelihood, outputs, targets)
+            seed = reduce(add, _cotangents(self.likelihood, outputs, targets))  # one by token, if those are squared
             units += units_of(self.likelihood, outputs, targets)
             gradient = self.network.gradient(theta, inputs, seed)
             for index, direction in enumerate(directions):

@@ -32,11 +32,12 @@ class Derivatives:
 
     Attributes:
         way: the way that is used, or tried next.
+        shorter: what a difference's step is multiplied by.
     """
 
-    def __init__(self, network: KerasFunction, way: Way = "forward mode") -> None:
+    def __init__(self, network: KerasFunction, way: Way = "forward mode", shorter: float = 1.0) -> None:
         """Keep the model as a function, and the way to begin with."""
-        self.way, self._network = way, network
+        self.way, self.shorter, self._network = way, shorter, network
         self._forward = Traced(self._forward_mode, needs_graph=True)
         self._reverse = Traced(self._two_reverse_passes, needs_graph=True)
 
@@ -81,7 +82,8 @@ class Derivatives:
                 tangents.append(tf.zeros_like(logits))
                 continue
             epsilon = max(2.0**-52 if value.dtype == tf.float64 else 2.0**-23 for value in direction.values())
-            step = epsilon ** (1 / 3) * (_norm({name: theta[name] for name in direction}) or 1.0) / length
+            size = _norm({name: theta[name] for name in direction}) or 1.0
+            step = self.shorter * epsilon ** (1 / 3) * size / length
             ahead, behind = (
                 self._network.outputs(
                     theta | {n: theta[n] + sign * step * value for n, value in direction.items()}, inputs

@@ -21,6 +21,7 @@ from adapters.networks import (
     Embedding,
     Flatten,
     GroupNorm,
+    LastPosition,
     LayerNorm,
     Linear,
     MaxPool,
@@ -187,5 +188,6 @@ class Pass(networks.Pass):
         Dropout: _dropout,
         MaxPool: lambda run, layer, inputs: tf.nn.max_pool2d(inputs, layer.size, layer.size, "VALID"),
         AveragePool: lambda run, layer, inputs: tf.nn.avg_pool2d(inputs, layer.size, layer.size, "VALID"),
+        LastPosition: lambda run, layer, inputs: inputs[:, -1],
         Flatten: lambda run, layer, inputs: _flattened(inputs),
     }

@@ -9,6 +9,8 @@ measurement. Parameters go by PyTorch's own names, and are those that need a gra
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import reduce
+from operator import add
 from typing import Any
 
 import numpy as np
@@ -170,7 +172,8 @@ class DataLoss:
         with in_evaluation(self._model), torch.enable_grad():
             for batch in batches:
                 outputs, targets = self.run(batch)
-                (seed,) = _cotangents(self.likelihood, outputs.detach(), targets)
+                # There is one by token, if those are squared.
+                seed = reduce(add, _cotangents(self.likelihood, outputs.detach(), targets))
                 units += units_of(self.likelihood, outputs, targets)
                 gradients: tuple[Tensor | None, ...] = torch.autograd.grad(
                     outputs, list(trained.values()), seed, allow_unused=True

@@ -39,9 +39,11 @@ class Derivatives:
 
     Attributes:
         way: the way that is used, or tried next.
+        shorter: what a difference's step is multiplied by.
     """
 
     way: Way = "forward mode"
+    shorter: float = 1.0
 
     def along(self, function: Function, theta: Parameters, directions: Sequence[Parameters]) -> tuple[Tensor, Tensor]:
         """Return the outputs at theta and their derivatives along directions, [directions, *outputs].
@@ -68,7 +70,7 @@ class Derivatives:
                 return _two_reverse_passes(function, theta, directions)
             except Exception:
                 self.way = "difference"
-        return _difference(function, theta, directions)
+        return _difference(function, theta, directions, self.shorter)
 
 
 @contextmanager
@@ -119,7 +121,9 @@ def _two_reverse_passes(
 
 
 @torch.no_grad()
-def _difference(function: Function, theta: Parameters, directions: Sequence[Parameters]) -> tuple[Tensor, Tensor]:
+def _difference(
+    function: Function, theta: Parameters, directions: Sequence[Parameters], shorter: float
+) -> tuple[Tensor, Tensor]:
     outputs, tangents = function(theta), []
     for direction in directions:
         along = {name: direction[name] for name in theta if name in direction}
@@ -128,7 +132,7 @@ def _difference(function: Function, theta: Parameters, directions: Sequence[Para
             tangents.append(torch.zeros_like(outputs))
             continue
         epsilon = max(torch.finfo(value.dtype).eps for value in (*along.values(), outputs))
-        step = epsilon ** (1 / 3) * (size or 1.0) / length
+        step = shorter * epsilon ** (1 / 3) * (size or 1.0) / length
         ahead, behind = (
             function({**theta, **{name: theta[name] + sign * step * value for name, value in along.items()}})
             for sign in (1, -1)

@@ -66,7 +66,7 @@ class TorchLearner(NetworkLearner):
         is_ours = isinstance(backbone, Architecture)
         module = Described(backbone, seed, self._dtype) if isinstance(backbone, Architecture) else backbone
         dataset, place = stream.dataset, {"device": self.device, "dtype": self._dtype}
-        features = self._check_features(self._features_shape(module, dataset.images.shape[1:]), dataset.is_text)
+        features = self._check_features(self._features_shape(module, dataset.images.shape[1:]), dataset.predicts_bytes)
         names = (name for name, _ in [*module.named_parameters(), *module.named_buffers()])
         self.naming = Heads.beside(names, shared=stream.shared_head)
         widths = [len(task.classes) for task in stream.tasks]

@@ -23,6 +23,7 @@ from adapters.networks import (
     Embedding,
     Flatten,
     GroupNorm,
+    LastPosition,
     LayerNorm,
     Linear,
     MaxPool,
@@ -89,6 +90,13 @@ class _AddedPositions(nn.Module):
         return inputs + self.weight[: inputs.shape[1]]
 
 
+class _LastPosition(nn.Module):
+    """What [N, L, d] has at the last position."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return inputs[:, -1]
+
+
 class _Attention(nn.Module):
     """Causal attention of queries, keys and values in a row, [N, L, 3 d]."""
 
@@ -127,6 +135,7 @@ _MODULES: dict[type, Callable[[Any, Shape], nn.Module]] = {
     MaxPool: lambda layer, shape: nn.MaxPool2d(layer.size),
     AveragePool: lambda layer, shape: nn.AvgPool2d(layer.size),
     Flatten: lambda layer, shape: nn.Flatten(),
+    LastPosition: lambda layer, shape: _LastPosition(),
 }
 
 

@@ -50,8 +50,8 @@ class Dataset:
             has no means and deviations.
         labels: integers, [N], from 0 to ``classes`` - 1; they are kept as int64. If the likelihood has no labels, as
             the Gaussian has none, they are numbers [N, outputs], in the unit in which they are given, and are kept as
-            float64. The labels of text are integers [N, L], one for each byte, such as the next byte; a byte with the
-            label that the likelihood ignores does not count.
+            float64. The labels of text are as these or, if the likelihood is by token, integers [N, L], one for each
+            byte, such as the next byte; a byte with the label that the likelihood ignores does not count.
         train_size: the number of training rows.
         mean: for each channel, the mean with which inputs are normalised: of uint8 images that of pixels scaled to
             [0, 1], of others that of the numbers as they are.
@@ -110,11 +110,11 @@ class Dataset:
                 )
             return numbers
         labels = _integers(self.labels, f"the labels of {self.name}")
-        if self.is_text:
-            if labels.shape != self.images.shape or self.likelihood.unit != "bits per token":
+        if self.predicts_bytes:
+            if labels.shape != self.images.shape:
                 raise BecameError(
                     f"{self.name} has text {list(self.images.shape)} and labels {list(labels.shape)}; give a label for "
-                    "each byte, and the categorical likelihood by token."
+                    "each byte, or a likelihood that is not by token."
                 )
             return labels
         if labels.shape != (rows,):
@@ -178,9 +178,14 @@ class Dataset:
         return np.ndim(self.images) == 2 and len(self.mean) == 0
 
     @property
+    def predicts_bytes(self) -> bool:
+        """Whether each byte of a text has a label, such as the next byte."""
+        return self.is_text and self.likelihood.unit == "bits per token"
+
+    @property
     def classes(self) -> int:
-        """The number of classes, of text that of all bytes; of targets that are no labels, the number of outputs."""
-        if self.is_text:
+        """The number of classes: of bytes that are predicted all 256, of targets that are no labels the outputs."""
+        if self.predicts_bytes:
             return 256
         return int(self.labels.max()) + 1 if self.likelihood.has_labels else self.labels.shape[1]
 
@@ -263,7 +268,7 @@ class TaskStream:
                 raise BecameError(f"{where} has no {part} samples; give at least one.")
             if len(rows) and not (rows.min() >= 0 and rows.max() < size):
                 raise BecameError(f"{where} has {part} rows beyond the {size} images.")
-            if self.dataset.is_text or not self.dataset.likelihood.has_labels:
+            if self.dataset.predicts_bytes or not self.dataset.likelihood.has_labels:
                 continue
             beyond = targets[rows][(targets[rows] < 0) | (targets[rows] >= len(task.classes))]
             if len(beyond):
@@ -276,7 +281,7 @@ class TaskStream:
     @property
     def unit(self) -> str:
         """The unit in which runs are measured: "%" for accuracy, or that of the loss, where there are no classes."""
-        if self.dataset.is_text:
+        if self.dataset.predicts_bytes:
             return "bits per byte"
         return "%" if self.dataset.likelihood.has_labels else self.dataset.likelihood.unit
 

@@ -96,7 +96,8 @@ def check_method(method: Method, stream: TaskStream, training: Training | None =
         raise BecameError(
             f"{method.name} is not for {stream.dataset.name}, whose tasks share a head: {projector.needs_own_heads}."
         )
-    if projector is not None and projector.needs_labels and (stream.dataset.is_text or not likelihood.has_labels):
+    of_samples = likelihood.has_labels and not stream.dataset.predicts_bytes
+    if projector is not None and projector.needs_labels and not of_samples:
         raise BecameError(
             f"{method.name} is not for {stream.dataset.name}, whose targets are no labels of samples: "
             f"{projector.needs_labels}."

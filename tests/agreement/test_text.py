@@ -7,10 +7,17 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from adapters.networks import gpt
-from became_core.continual import SGD, Batch, Constraint, Learner
+from adapters.networks import Architecture, Embedding, LastPosition, Positions, gpt
+from became_core.continual import SGD, Batch, Constraint, Dataset, Learner, split_domains
 from became_core.continual.measurement import accuracies
-from became_core.curvature import batch_gradient, derivatives_along, diagonal_fisher, input_grams, kronecker_factors
+from became_core.curvature import (
+    Gaussian,
+    batch_gradient,
+    derivatives_along,
+    diagonal_fisher,
+    input_grams,
+    kronecker_factors,
+)
 from tests.agreement.frameworks import FRAMEWORKS
 from tests.backends import to_numpy
 from tests.streams import text_stream
@@ -100,3 +107,23 @@ def test_the_loss_and_its_curvature_by_finite_differences() -> None:
 
     slope, _ = derivatives_along(learner.pushforward(0, rows, 7, [direction]), learner.likelihood)
     np.testing.assert_allclose(to_numpy(slope)[0], (loss(step) - loss(-step)) / (2 * step), rtol=1e-6)
+
+
+def test_a_text_with_one_target_is_learned_alike() -> None:
+    draw = np.random.default_rng(0)
+    text, ratings = draw.integers(97, 100, (24, 5)).astype(np.uint8), draw.normal(size=(24, 1))
+    domains = np.repeat([0, 1], 12)[draw.permutation(24)]
+    dataset = Dataset(
+        "rated", text, np.asarray(ratings, dtype=Any), 16, (), (), likelihood=Gaussian(noise=1.0), domains=domains
+    )
+    stream = split_domains(dataset, validation=0.0)
+    network = Architecture((Embedding("tokens", 256, 4), Positions("positions", 5), LastPosition()), (5,))
+    losses = {}
+    for name, framework in FRAMEWORKS.items():
+        learner = framework.learner(network, stream, 3)
+        constraint = Constraint(frozenset(learner.parameters()))
+        rows = stream.tasks[0].train[:5]
+        first = learner.train([Batch(0, rows)], np.array([0.1]), constraint, SGD(), fresh()).loss
+        losses[name] = np.array([first, *accuracies(learner, stream.tasks, 3).loss])
+    for name in FRAMEWORKS:
+        np.testing.assert_allclose(losses[name], losses["torch"], rtol=1e-12, err_msg=name)

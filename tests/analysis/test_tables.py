@@ -68,7 +68,7 @@ def test_html_escapes_its_cells_and_heads_rows_and_columns() -> None:
     )
 
 
-def test_a_terminal_shows_a_line_after_each_section() -> None:
+def test_a_terminal_shows_a_space_after_each_section() -> None:
     text = io.StringIO()
     Console(file=text, width=40).print(Table("title", [Column("a")], [["1"], ["2"], ["3"], ["4"]], section=2))
-    assert [line[:1] for line in text.getvalue().splitlines()] == ["t", "┏", "┃", "┡", "│", "│", "├", "│", "│", "└"]
+    assert [line[:1] for line in text.getvalue().splitlines()] == ["a", "─", "1", "2", " ", "3", "4"]

@@ -71,6 +71,11 @@ def test_every_format_of_numpy_gives_the_same_tensors(tmp_path: Path, kind: str)
     assert digest_of(checkpoint) != digest_of(open_checkpoint(saved(tmp_path, "other", arrays(1))))
 
 
+def test_a_digest_is_the_same_in_every_version(tmp_path: Path) -> None:
+    # Fisher files name their model by it, so that it must never change.
+    assert digest_of(open_checkpoint(saved(tmp_path, "A", arrays(0)))) == "b0a99dcaebd6f6de2579c948918c0de6"
+
+
 @pytest.mark.parametrize("save", ["state_dict", "nested", "old"])
 def test_a_pytorch_file_is_read_as_weights_alone(tmp_path: Path, save: str) -> None:
     torch = pytest.importorskip("torch")

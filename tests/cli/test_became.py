@@ -210,6 +210,19 @@ sys.exit(main(["run", "--backend", "{backend}"]))
     assert done.stderr == f"error: the package '{package}' is missing; pip install 'became[{backend}]'.\n"
 
 
+def test_without_the_packages_of_any_extra_the_version_is_known_and_a_run_names_what_installs_them() -> None:
+    source = """
+import sys
+sys.modules["tyro"] = None
+sys.argv = ["became", "{}"]
+import adapters.cli.__main__
+"""
+    assert run_python(source.format("--version")).stdout.startswith("became ")
+    done = run_python(source.format("run"))
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: the package 'tyro' is missing; pip install 'became[torch]', or with jax")
+
+
 def test_help_loads_no_framework() -> None:
     source = """
 import sys

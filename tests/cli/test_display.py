@@ -25,7 +25,7 @@ def test_quiet_shows_the_table_and_where_the_results_are(tmp_path: Path, capsys:
     assert main(BACKEND, [*RUN, "--out", str(tmp_path), "--quiet"]) == 0
     shown = capsys.readouterr()
     lines = shown.out.splitlines()
-    assert lines[0].strip() == "Accuracies in percent"
+    assert lines[0].strip() == "Accuracies in percent, seed 0"
     assert not [line for line in lines if "α" in line]  # where nothing is merged, nothing is said of it
     assert lines[-1] == f"results: {tmp_path}/<method>-seed<k>/results.json, {tmp_path}/summary.csv"
     assert "epoch 1/1" not in shown.out

@@ -19,7 +19,7 @@ PARTS: dict[str, dict[str, tuple[str, ...]]] = {
         "learner": ("learner",),
         "layers": ("layers",),
         "own models": ("flax_module",),
-        "own loops": ("graph", "tapping"),
+        "own loops": ("data_loss", "graph", "own_loop", "tapping"),
         "command": ("run",),
     },
     "tensorflow": {

@@ -6,6 +6,7 @@ and for one of these are one program, in their order.
 """
 
 import importlib
+import importlib.util
 import re
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 FRAMEWORKS = ("torch", "jax", "tensorflow")
 ANY_FRAMEWORK = "run"
+# Packages that examples import and that not every test environment has.
+OTHERS = ("transformers",)
 
 
 def programs() -> dict[tuple[str, str], list[str]]:
@@ -50,6 +53,9 @@ def test_each_is_for_a_framework_there_is() -> None:
 def test_an_example_runs(page: str, framework: str, backend: str) -> None:
     if framework not in ("", backend) and not (framework == ANY_FRAMEWORK and backend in FRAMEWORKS):
         pytest.skip(f"this example is for {framework}")
+    for package in OTHERS:
+        if re.search(rf"^(from|import) {package}\b", "\n".join(PROGRAMS[page, framework]), re.MULTILINE):
+            pytest.importorskip(package, reason="an example uses it, and it is not installed")
     registries: list[Catalogue[Any]] = [METHODS, PROJECTORS]
     if framework == ANY_FRAMEWORK:
         catalogue = importlib.import_module("adapters.benchmarks.catalogue")

@@ -122,6 +122,20 @@ def test_it_remembers_the_mean_of_squared_gradients_of_single_samples(name: str)
         assert len(protected) == 2
 
 
+def test_the_first_look_accepts_a_network_with_more_kinks_than_a_difference_can_avoid() -> None:
+    """Layers with batch norm and ReLU6: no step is so short that a difference of outputs meets no kink."""
+    keras.config.set_floatx("float32")  # in which a step must be long
+    keras.config.set_dtype_policy("float32")
+    layers = [layer for _ in range(5) for layer in (L.Dense(16), L.BatchNormalization(momentum=0.0), L.ReLU(6.0))]
+    model, rng = _row((16,), *layers), np.random.default_rng(0)
+    inputs = tf.constant(rng.normal(size=(64, 16)), tf.float32)
+    model(inputs, training=True)
+    learning = Continual(model)
+    learning.remember([(inputs[:4], np.arange(4) % CLASSES)])
+    assert learning.checked is not None
+    assert learning.checked.findings[-1].difference < 1e-4
+
+
 def _perceptron(end: str | None = None) -> keras.Model:
     layers = [L.Dense(8, activation="tanh", name="first"), L.GaussianNoise(0.1), L.Dense(CLASSES, end, name="last")]
     return keras.Sequential([keras.Input((6,)), *layers])

@@ -597,9 +597,94 @@ class _Random(nn.Module):
 @pytest.mark.parametrize(("across", "what"), [(True, "outputs of a sample alone"), (False, "outputs, computed twice")])
 def test_the_first_look_finds_what_makes_measurements_meaningless(across: bool, what: str) -> None:
     batches = _data(1, size=5)
-    with pytest.raises(BecameError, match=rf"does not compute the same twice: {what}"):
+    with pytest.raises(BecameError, match=rf"fails its first look: {what}"):
         Continual(_Random(across).double()).remember(batches)
     Continual(_Random(across).double(), check=False).remember(batches)
+
+
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [
+        (torch.full((4,), CLASSES), rf"has the label {CLASSES}; the model has {CLASSES} outputs, so labels go from 0"),
+        (torch.full((4,), -1), "has the label -1"),
+        (torch.zeros(4), "the targets are torch.float32; the categorical likelihood needs labels, which are integers"),
+    ],
+)
+def test_targets_that_are_no_labels_are_refused(targets: Tensor, message: str) -> None:
+    with pytest.raises(BecameError, match=message):
+        Continual(nn.Linear(3, CLASSES)).remember([(torch.randn(4, 3), targets)])
+
+
+def test_inputs_that_are_no_numbers_are_named_as_the_cause() -> None:
+    with pytest.raises(BecameError, match="are not finite for the first samples; look at the inputs"):
+        Continual(nn.Linear(3, CLASSES)).remember([(torch.full((4, 3), torch.nan), torch.zeros(4, dtype=torch.long))])
+
+
+def test_a_merge_takes_tokens_whose_gradients_are_squared_apart() -> None:
+    batches = [(torch.randn(6, 5, 3), torch.randint(0, CLASSES, (6, 5)))]
+    slopes = []
+    for squares in ("sample", "token"):
+        torch.manual_seed(0)
+        model = nn.Linear(3, CLASSES)
+        learning = Continual(model, Categorical(by="token", squares=squares))
+        learning.remember(batches)
+        with learning.stable(torch.optim.SGD(model.parameters(), 0.1)):
+            pass
+        with learning.plastic(), torch.no_grad():
+            model.weight += 0.1
+        slopes.append(learning.merge(batches).slopes[0])
+    assert slopes[0] == pytest.approx(slopes[1], rel=1e-5)
+
+
+def test_the_first_look_accepts_a_network_with_more_kinks_than_a_difference_can_avoid() -> None:
+    """A dozen layers with batch norm and ReLU6: no step is so short that a difference of outputs meets no kink."""
+    torch.manual_seed(0)
+    layers = [(nn.Linear(16, 16), nn.BatchNorm1d(16), nn.ReLU6()) for _ in range(12)]
+    model = nn.Sequential(*(layer for triple in layers for layer in triple), nn.Linear(16, CLASSES))
+    model(torch.randn(64, 16))
+    learning = Continual(model)
+    learning.remember([(torch.randn(4, 16), torch.arange(4) % CLASSES)])
+    assert learning.checked is not None
+    assert learning.checked.findings[-1].what == "a derivative, by forward mode"
+    assert learning.checked.findings[-1].difference < 1e-4
+
+
+class _WrongTangent(torch.autograd.Function):
+    """A sine whose derivative is right backwards, and half of it forwards."""
+
+    @staticmethod
+    def forward(inputs: Tensor) -> Tensor:
+        return inputs.sin()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, *_: Any) -> None:
+        ctx.save_for_backward(inputs[0])
+        ctx.save_for_forward(inputs[0])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        result: Tensor = gradients[0] * ctx.saved_tensors[0].cos()
+        return result
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor) -> Tensor:
+        result: Tensor = tangents[0] * ctx.saved_tensors[0].cos() / 2
+        return result
+
+
+class _WrongForwards(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(WIDTH, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        outputs: Tensor = _WrongTangent.apply(self.fc(x))  # type: ignore[no-untyped-call]
+        return outputs
+
+
+def test_the_first_look_refuses_a_derivative_that_is_wrong_forwards() -> None:
+    with pytest.raises(BecameError, match="fails its first look: a derivative, by forward mode"):
+        Continual(_WrongForwards().double()).remember(_data(1))
 
 
 def test_what_cannot_be_done_is_said_in_a_sentence() -> None:

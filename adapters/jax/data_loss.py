@@ -1,0 +1,380 @@
+"""The loss of a JAX function on a user's batches: its Fisher information, slopes and curvature, and what it reads.
+
+A likelihood gives all of it. Any other loss, (outputs, targets) -> the mean over the samples of a batch, has the
+empirical Fisher information, and curvature along a direction as the difference of slopes at its two sides. Derivatives
+along a direction, J d, are taken by the first way that the function allows:
+
+| way | what it needs |
+| --- | --- |
+| forward mode | ``jax.jvp`` |
+| two reverse passes | ``jax.vjp`` alone, as with ``jax.custom_vjp``: J d is the derivative of u . (J d) by u |
+| difference | outputs alone: (z(theta + h d) - z(theta - h d)) / 2h, with h = cbrt(epsilon) |theta| / |d| |
+
+Convention: means over samples or over tokens, as the likelihood says. Parameters go by dotted path, and are those of
+real numbers; the function is ``apply(params, inputs)``, and it returns [samples, ...].
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial, reduce
+from operator import add
+from typing import Any, Literal
+
+import jax
+import numpy as np
+from jax import numpy as jnp
+
+from adapters.backend.batches import Kind, cotangents_of, inputs_and_targets, units_of, with_progress
+from adapters.backend.memory import InputGrams, by_slopes, gram_sums
+from adapters.backend.own_loop import Finding, NetworkCheck
+from adapters.jax.tapping import Apply, TappedFunction, trained_of
+from became_core import BecameError, Diagonal, Quadratic
+from became_core.arrays import Array, Params, named_leaves, namespace, with_leaves
+from became_core.curvature import Likelihood, Taps, per_sample_gradients, per_sample_square_sum
+
+__all__ = ["DataLoss", "Loss", "NewTask"]
+
+Loss = Callable[[Array, Any], Array]
+Way = Literal["forward mode", "two reverse passes", "difference"]
+
+
+class DataLoss:
+    """A function's loss on batches, as a function of its trained parameters.
+
+    Attributes:
+        likelihood: or a loss of the user's own.
+        theta: the trained parameters as they were given.
+        matrices: the parameters that are used as matrices alone, and whether they are stored as [d_in, d_out]; of all
+            inputs that were measured.
+        checked: what the first look at the function found; None before it, or if there is none.
+        way: how derivatives along a direction are taken, or tried next.
+    """
+
+    def __init__(
+        self, apply: Apply, params: Any, likelihood: Likelihood | Loss, *, fisher: Kind, checks: bool, shows: bool
+    ) -> None:
+        """Keep what is needed.
+
+        Args:
+            apply: (params, inputs) -> outputs, [samples, ...].
+            params: a tree of arrays.
+            likelihood: or a loss.
+            fisher: of which targets the Fisher information is: those given, or the model's own, exactly or drawn.
+            checks: whether the function is checked at the first look.
+            shows: whether a terminal shows how far a pass is.
+
+        Raises:
+            BecameError: if nothing can be trained.
+        """
+        self.likelihood = likelihood
+        self.theta: Params = {name: jnp.asarray(value) for name, value in trained_of(params).items()}
+        if not self.theta:
+            raise BecameError("no array of the parameters holds real numbers; there is nothing to learn.")
+        namespace(values=next(iter(self.theta.values())))  # JAX learns of the core's values
+        self.matrices: dict[str, bool] = {}
+        self.checked: NetworkCheck | None = None
+        self.way: Way = "forward mode"
+        self._apply, self._params, self._kind, self._checks, self._shows = apply, params, fisher, checks, shows
+        self._tapped: dict[Any, tuple[TappedFunction, Any]] = {}
+        self._is_looked_at = False
+        self._outputs = jax.jit(self._run)
+        self._gradient = jax.jit(lambda theta, inputs, seed: jax.vjp(lambda t: self._run(t, inputs), theta)[1](seed)[0])
+        self._slopes = jax.jit(self._slopes_of_batch)
+        self._taken_along: Callable[..., tuple[Array, Array]] = jax.jit(self._along_of_batch, static_argnames="way")
+
+    def tree(self, theta: Params) -> Any:
+        """Return the user's tree with these values of the trained parameters."""
+        return with_leaves(self._params, named_leaves(self._params) | theta)
+
+    def _run(self, theta: Params, inputs: Any) -> Array:
+        return self._apply(self.tree(theta), inputs)
+
+    def _read(self, batches: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
+        for batch in batches:
+            parts = inputs_and_targets(batch, "or a generator that makes such pairs of your batches")
+            inputs, targets = (jax.tree.map(jnp.asarray, part) for part in parts)
+            self._look(inputs, targets)
+            yield inputs, targets
+
+    def _function(self, inputs: Any) -> tuple[TappedFunction, Any]:
+        """Return what collects taps for inputs of these shapes, and what measures squares and Gram matrices of them."""
+        leaves, structure = jax.tree.flatten(inputs)
+        key = (structure, *((leaf.shape, leaf.dtype) for leaf in leaves))
+        if key not in self._tapped:
+            tapped = TappedFunction(self._apply, self._params, inputs)
+            if not self._tapped:
+                tapped.warn()
+            self.matrices |= tapped.matrices
+
+            @partial(jax.jit, static_argnames="weights")
+            def measure(theta: Params, inputs: Any, seed: Array, weights: frozenset[str]) -> tuple[Params, Any]:
+                taps = tapped.taps(self.tree(theta), inputs, seed)
+                return per_sample_square_sum(taps), gram_sums(taps, weights)
+
+            self._tapped[key] = tapped, measure
+        return self._tapped[key]
+
+    def _look(self, inputs: Any, targets: Any) -> None:
+        """Look at the function once: the noise of the data, and whether we compute what it computes."""
+        if self._is_looked_at:
+            return
+        outputs = self._outputs(self.theta, inputs)
+        if not hasattr(outputs, "shape") or not outputs.shape:
+            raise BecameError("the function must return one array of outputs, [samples, ...]; give one that does.")
+        if isinstance(self.likelihood, Likelihood):
+            self.likelihood = self.likelihood.fitted(outputs, targets)
+        if self._checks:
+            self.checked = self._check(inputs, len(outputs))
+            self.checked.assert_sound()
+        self._is_looked_at = True
+
+    def _check(self, batch: Any, size: int) -> NetworkCheck:
+        """Return what was compared for a few samples of a batch of this size, and how far it differs."""
+        leaves, structure = jax.tree.flatten(batch)
+        leaves = [np.asarray(leaf) for leaf in leaves]  # JAX would compile every slice
+
+        def samples(at: slice) -> Any:
+            # Which arrays belong to samples is read off the whole batch, where a length is rarely theirs by chance.
+            few = [leaf[at] if leaf.ndim and len(leaf) == size else leaf for leaf in leaves]
+            return jax.tree.unflatten(structure, few)
+
+        rng, theta, count, inputs = np.random.default_rng(0), self.theta, min(3, size), samples(slice(3))
+        outputs, own = self._outputs(theta, inputs), self._apply(self.tree(theta), inputs)  # the latter not compiled
+        tolerance = 10 * float(jnp.finfo(outputs.dtype).eps) ** 0.5
+        alone = [samples(slice(sample, sample + 1)) for sample in range(count)]
+        first = self._outputs(theta, alone[0])
+        seed = rng.normal(size=outputs.shape).astype(outputs.dtype)
+        tapped, _ = self._function(batch)
+        by_taps = _by_sample(tapped.taps(self.tree(theta), inputs, seed), theta)
+        rows = [self._gradient(theta, each, seed[sample : sample + 1]) for sample, each in enumerate(alone)]
+        direction = _scaled({name: rng.normal(size=value.shape) for name, value in theta.items()}, theta)
+        slopes = [sum(np.vdot(row[name], value) for name, value in direction.items()) for row in rows]
+        tangents = [self._derivatives(theta, [direction], inputs)[1]]
+        exact = self.way != "difference"
+        if not exact:  # whose steps may meet kinks; the best of three counts
+            tangents += [self._difference(theta, [direction], inputs, shorter)[1] for shorter in (0.05, 0.002)]
+        along = [np.sum(np.asarray(tangent[0] * seed).reshape(count, -1), 1) for tangent in tangents]
+        return NetworkCheck(
+            (
+                Finding("outputs, computed twice", _apart([own], [outputs]), tolerance),
+                Finding("outputs of a sample alone", _apart([first], [np.asarray(outputs)[:1]]), tolerance),
+                Finding("gradients of single samples", _apart(by_taps, rows), tolerance),
+                Finding(
+                    f"a derivative, by {self.way}",
+                    min(_apart([slope], [np.asarray(slopes)]) for slope in along),
+                    max(tolerance, 0.01) if exact else 0.1,
+                ),
+            )
+        )
+
+    def fisher(
+        self, batches: Iterable[Any], what: str, *, with_memory: bool, theta: Params | None = None
+    ) -> tuple[Params, InputGrams]:
+        """Return the diagonal Fisher information at these weights, or as given, and what a projector remembers."""
+        theta = self.theta if theta is None else theta
+        squares: Params = {}
+        finished, units, rng = InputGrams(), 0.0, np.random.default_rng(0)
+        for inputs, targets in self._read(with_progress(batches, what, self._shows)):
+            outputs = self._outputs(theta, inputs)
+            units += units_of(self.likelihood, outputs, targets)
+            tapped, measure = self._function(inputs)
+            for index, seed in enumerate(_cotangents(self.likelihood, outputs, targets, self._kind, rng)):
+                # What is read is the same for all targets.
+                weights = frozenset(tapped.matrices) if with_memory and index == 0 else frozenset[str]()
+                more, grams = measure(theta, inputs, seed, weights=weights)
+                squares = _sum(squares, more) if squares else more
+                finished.add(grams)
+        if not units:
+            raise BecameError("there are no samples; give at least one batch.")
+        return _mean(squares, theta, units), finished
+
+    def slope(self, batches: Iterable[Any], theta: Params, directions: Sequence[Params]) -> Array:
+        """Return the slopes of the mean loss along directions at these weights, [directions], in float64 of NumPy."""
+        units, total = 0.0, np.zeros(len(directions))
+        for inputs, targets in self._read(batches):
+            outputs = self._outputs(theta, inputs)
+            seed = reduce(add, _cotangents(self.likelihood, outputs, targets))  # one by token, if those are squared
+            units += units_of(self.likelihood, outputs, targets)
+            total += np.asarray(self._slopes(theta, list(directions), inputs, seed), np.float64).sum(1)
+        return total / units
+
+    def _slopes_of_batch(self, theta: Params, directions: list[Params], inputs: Any, seed: Array) -> Array:
+        """Return the parts of the slopes by parameter, [directions, parameters]; they are summed on the host."""
+        gradient = self._gradient(theta, inputs, seed)
+        return jnp.stack(
+            [jnp.stack([jnp.vdot(_wide(gradient[n]), _wide(value)) for n, value in d.items()]) for d in directions]
+        )
+
+    def along(self, batches: Iterable[Any], theta: Params, directions: Sequence[Params]) -> tuple[Quadratic, str]:
+        """Return the mean loss along directions from these weights, and how its curvature was measured."""
+        if not isinstance(self.likelihood, Likelihood):
+            quadratic = by_slopes(lambda moved, along: self.slope(batches, moved, along), theta, directions)
+            return quadratic, "a difference of slopes"
+        slope, curvature, units = np.zeros(len(directions)), np.zeros((len(directions),) * 2), 0.0
+        for inputs, targets in self._read(batches):
+            outputs, tangents = self._derivatives(theta, directions, inputs)
+            first, second = self.likelihood.derivatives(outputs, tangents, targets)
+            slope, curvature = slope + np.asarray(first, np.float64), curvature + np.asarray(second, np.float64)
+            units += self.likelihood.units(outputs, targets)
+        return Quadratic(slope / units, curvature / units), self.way
+
+    def mean(self, batches: Iterable[Any], theta: Params) -> float:
+        """Return the mean loss at these weights."""
+        total = units = 0.0
+        for inputs, targets in self._read(batches):
+            outputs = self._outputs(theta, inputs)
+            size = units_of(self.likelihood, outputs, targets)
+            if isinstance(self.likelihood, Likelihood):
+                total += float(self.likelihood.loss(outputs, targets))
+            else:
+                total += float(self.likelihood(outputs, targets)) * size
+            units += size
+        return total / units
+
+    def _derivatives(self, theta: Params, directions: Sequence[Params], inputs: Any) -> tuple[Array, Array]:
+        """Return the outputs and their derivatives along directions, [directions, *outputs]."""
+        if self.way == "forward mode":
+            try:
+                return self._taken_along(theta, list(directions), inputs, way=self.way)
+            except Exception:
+                self.way = "two reverse passes"
+        if self.way == "two reverse passes":
+            try:
+                return self._taken_along(theta, list(directions), inputs, way=self.way)
+            except Exception:
+                self.way = "difference"
+        return self._difference(theta, directions, inputs)
+
+    def _along_of_batch(self, theta: Params, directions: list[Params], inputs: Any, way: Way) -> tuple[Array, Array]:
+        def function(theta: Params) -> Array:
+            return self._run(theta, inputs)
+
+        if way == "forward mode":
+            pairs = [jax.jvp(function, (theta,), (direction,)) for direction in directions]
+            return pairs[0][0], jnp.stack([tangent for _, tangent in pairs])
+        outputs, backward = jax.vjp(function, theta)
+
+        def dot(seed: Array, direction: Params) -> Array:
+            (gradient,) = backward(seed)
+            return sum(jnp.vdot(gradient[name], value) for name, value in direction.items())
+
+        zeros = jnp.zeros_like(outputs)
+        return outputs, jnp.stack([jax.grad(dot)(zeros, direction) for direction in directions])
+
+    def _difference(
+        self, theta: Params, directions: Sequence[Params], inputs: Any, shorter: float = 1.0
+    ) -> tuple[Array, Array]:
+        outputs, size, tangents = self._outputs(theta, inputs), float(_norm(theta)), []
+        epsilon = max(float(jnp.finfo(value.dtype).eps) for value in (*theta.values(), outputs))
+        for direction in directions:
+            length = float(_norm(direction))
+            step = shorter * epsilon ** (1 / 3) * (size or 1.0) / (length or 1.0)
+            ahead, behind = (self._outputs(_moved(theta, direction, sign * step), inputs) for sign in (1, -1))
+            tangents.append((ahead - behind) / (2 * step))
+        return outputs, jnp.stack(tangents)
+
+
+class NewTask:
+    """The new task's loss at the plastic weights; it measures what an estimator asks for.
+
+    Attributes:
+        mean: the plastic weights.
+        way: how the curvature along a direction was measured.
+    """
+
+    def __init__(self, data: DataLoss, batches: Iterable[Any]) -> None:
+        """Keep the data, whose weights are the plastic ones, and batches that can be gone through more than once."""
+        self._data, self._batches = data, batches
+        self.mean = data.theta
+        self.way = "the diagonal Fisher information"
+
+    def diagonal(self) -> Diagonal:
+        """Return the diagonal Fisher information at the plastic weights."""
+        return Diagonal(self._data.fisher(self._batches, "measuring", with_memory=False)[0])
+
+    def along(self, directions: Sequence[Params]) -> Quadratic:
+        """Return the mean loss along directions from the plastic weights."""
+        quadratic, self.way = self._data.along(self._batches, self.mean, directions)
+        return Quadratic(self._in_dtype(quadratic.slope), self._in_dtype(quadratic.curvature))
+
+    def slope(self, origin: Params, directions: Sequence[Params]) -> Array:
+        """Return the slopes of the mean loss at other weights."""
+        return self._in_dtype(self._data.slope(self._batches, origin, directions))
+
+    def loss(self, theta: Params) -> float:
+        """Return the true mean loss at other weights."""
+        return self._data.mean(self._batches, theta)
+
+    def _in_dtype(self, value: Any) -> Array:
+        return jnp.asarray(value, _wide(next(iter(self.mean.values()))).dtype)
+
+
+def _wide(array: Array) -> Array:
+    return array.astype(jnp.promote_types(array.dtype, jnp.float32))
+
+
+def _apart(computed: Any, expected: Any) -> float:
+    """Return the largest difference between two trees, as a share of the largest value."""
+    difference, largest = _largest(computed, expected)
+    return float(difference) / (float(largest) or 1.0)
+
+
+# Whole trees in one program: JAX would compile every operation for every shape.
+
+
+@jax.jit  # type: ignore[untyped-decorator] # JAX is taken as untyped
+def _largest(computed: Any, expected: Any) -> tuple[Array, Array]:
+    pairs = list(zip(*map(jax.tree.leaves, (computed, expected)), strict=True))
+    differences = [jnp.abs(left - right).max() for left, right in pairs]
+    return jnp.stack(differences).max(), jnp.stack([jnp.abs(right).max() for _, right in pairs]).max()
+
+
+@jax.jit  # type: ignore[untyped-decorator] # JAX is taken as untyped
+def _by_sample(taps: Taps, theta: Params) -> list[Params]:
+    """Return the gradients of each sample."""
+    gradients = per_sample_gradients(taps)
+    samples = range(len(next(iter(gradients.values()))))
+    return [{n: gradients[n][sample].reshape(value.shape) for n, value in theta.items()} for sample in samples]
+
+
+@jax.jit  # type: ignore[untyped-decorator] # JAX is taken as untyped
+def _scaled(normals: Params, theta: Params) -> Params:
+    """Return normal numbers times the standard deviation of each parameter."""
+    return {n: (normals[n] * jnp.maximum(value.std(), 1e-3)).astype(value.dtype) for n, value in theta.items()}
+
+
+@jax.jit  # type: ignore[untyped-decorator] # JAX is taken as untyped
+def _sum(left: Params, right: Params) -> Params:
+    return {name: value + right[name] for name, value in left.items()}
+
+
+@jax.jit  # type: ignore[untyped-decorator] # JAX is taken as untyped
+def _mean(sums: Params, theta: Params, units: float) -> Params:
+    """Return sums in the shapes of these parameters, divided by the units."""
+    return {name: sums[name].reshape(value.shape) / units for name, value in theta.items()}
+
+
+@jax.jit  # type: ignore[untyped-decorator] # JAX is taken as untyped
+def _moved(theta: Params, direction: Params, step: float) -> Params:
+    return {name: value + (step * direction[name]).astype(value.dtype) for name, value in theta.items()}
+
+
+@jax.jit  # type: ignore[untyped-decorator] # JAX is taken as untyped
+def _norm(values: Params) -> Array:
+    return jnp.sqrt(sum(jnp.vdot(_wide(value), _wide(value)).real for value in values.values()))
+
+
+def _cotangents(
+    likelihood: Likelihood | Loss,
+    outputs: Array,
+    targets: Any,
+    kind: Kind = "empirical",
+    rng: np.random.Generator | None = None,
+) -> Iterator[Array]:
+    def of_own_loss() -> Array:
+        loss, backward = jax.vjp(lambda outputs: likelihood(outputs, targets), outputs)  # type: ignore[operator]
+        if loss.ndim:
+            raise BecameError(f"the loss has shape {list(loss.shape)}; it must return one number, the batch's mean.")
+        gradient: Array = backward(jnp.ones_like(loss))[0] * len(outputs)
+        return gradient
+
+    return cotangents_of(likelihood, outputs, targets, of_own_loss, kind, rng)

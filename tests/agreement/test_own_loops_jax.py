@@ -1,0 +1,114 @@
+"""``Continual`` on PyTorch and the functions on JAX: the same memory, steps, merge and file, in double precision."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+jax = pytest.importorskip("jax")
+optax = pytest.importorskip("optax")
+
+from adapters.jax import own_loop  # noqa: E402
+from adapters.torch import Continual  # noqa: E402
+from became_core.arrays import named_leaves  # noqa: E402
+from became_core.projection import SGP  # noqa: E402
+from tests.backends import load  # noqa: E402
+
+RATE = 0.3
+
+
+class _Perceptron(torch.nn.Module):  # type: ignore[misc, name-defined, unused-ignore]
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = torch.nn.Linear(6, 8), torch.nn.Linear(8, 3)
+
+    def forward(self, x: Any) -> Any:
+        return self.last(torch.tanh(self.first(x)))
+
+
+def _apply(params: Any, x: Any) -> Any:
+    first, last = params["first"], params["last"]
+    hidden = jax.numpy.tanh(x @ first["weight"].T + first["bias"])
+    return hidden @ last["weight"].T + last["bias"]
+
+
+def _data(seed: int) -> list[tuple[Any, Any]]:
+    rng = np.random.default_rng(seed)
+    return [(rng.normal(size=(8, 6)), rng.integers(0, 3, size=8)) for _ in range(2)]
+
+
+def _as_tree(module: Any) -> Any:
+    tree: dict[str, Any] = {"first": {}, "last": {}}
+    for name, value in module.named_parameters():
+        layer, _, part = name.partition(".")
+        tree[layer][part] = jax.numpy.asarray(value.detach().numpy().copy())
+    return tree
+
+
+def _assert_alike(tree: Any, module: Any) -> None:
+    leaves = named_leaves(tree)
+    for name, value in module.named_parameters():
+        np.testing.assert_allclose(leaves[name], value.detach(), rtol=1e-9, atol=1e-12, err_msg=name)
+
+
+def test_both_remember_step_merge_and_save_the_same(tmp_path: Path) -> None:
+    load("jax", "cpu")
+    torch.manual_seed(0)
+    module, old, new = _Perceptron().double(), _data(1), _data(2)
+    old_torch, new_torch = ([tuple(map(torch.from_numpy, batch)) for batch in data] for data in (old, new))
+    params = _as_tree(module)
+    learning = Continual(module, projector=SGP(0.9), penalty=30.0, check=False)
+    learning.remember(old_torch)
+    memory = own_loop.remember(_apply, params, old, projector=SGP(0.9), penalty=30.0, check=False)
+    assert learning.posterior is not None
+    for name, value in learning.posterior.precision.diagonal().items():
+        np.testing.assert_allclose(memory.posterior.precision.diagonal()[name], value, rtol=1e-9, atol=1e-14)
+    assert str(own_loop.coverage(memory)) == str(learning.coverage)
+    # Each goes on with the memory that the other has written.
+    files = tmp_path / "jax.safetensors", tmp_path / "torch.safetensors"
+    own_loop.save(memory, files[0])
+    learning.save(files[1])
+    learning, memory = Continual.load(module, files[0], check=False), own_loop.load(params, files[1])
+    assert (memory.penalty, learning.penalty) == (30.0, 30.0)
+    assert str(own_loop.coverage(memory)) == str(learning.coverage)
+
+    def train_torch(optimizer: Any) -> None:
+        for x, y in new_torch * 3:
+            optimizer.zero_grad()
+            torch.nn.functional.cross_entropy(module(x), y).backward()
+            optimizer.step()
+
+    def train_jax(params: Any, optimizer: Any) -> Any:
+        def loss(params: Any, x: Any, y: Any) -> Any:
+            return optax.softmax_cross_entropy_with_integer_labels(_apply(params, x), y).mean()
+
+        @jax.jit  # type: ignore[untyped-decorator, unused-ignore] # JAX is taken as untyped
+        def step(params: Any, state: Any, x: Any, y: Any) -> Any:
+            updates, state = optimizer.update(jax.grad(loss)(params, x, y), state, params)
+            return optax.apply_updates(params, updates), state
+
+        state = jax.jit(optimizer.init)(params)
+        for x, y in new * 3:
+            params, state = step(params, state, x, y)
+        return params
+
+    sgd = torch.optim.SGD(module.parameters(), RATE, momentum=0.9)
+    with learning.stable(sgd):
+        train_torch(sgd)
+    theta_gp = train_jax(params, optax.chain(optax.sgd(RATE, momentum=0.9), own_loop.projected(memory, RATE)))
+    _assert_alike(theta_gp, module)
+    with learning.plastic():
+        train_torch(torch.optim.SGD(module.parameters(), RATE))
+    theta_hat = train_jax(theta_gp, optax.sgd(RATE))
+    _assert_alike(theta_hat, module)
+    expected = learning.merge(new_torch, trace=3)
+    report = own_loop.merge(_apply, memory, theta_gp, theta_hat, new, trace=3)
+    assert 0 < report.alpha < 1
+    assert report.alpha == pytest.approx(expected.alpha, rel=1e-8)
+    assert report.slopes == pytest.approx(expected.slopes, rel=1e-8)
+    assert report.gain == pytest.approx(expected.gain, rel=1e-8)
+    assert report.promised == expected.promised
+    np.testing.assert_allclose(report.trace, expected.trace, rtol=1e-8)
+    _assert_alike(report.params, module)
