@@ -65,7 +65,8 @@ def ended(processes: list[Any], within: float = LIMIT) -> list[int | None]:
 def commanded(folder: Path, words: list[list[str]], timeout: float = 60.0) -> Iterator[list[Any]]:
     """Processes that run a command, each with its own words; they meet at a store of this process, as at torchrun's."""
     folder.mkdir(exist_ok=True)
-    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    distributed: Any = torch.distributed  # whose types lack the store
+    store = distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     with started(partial(_commanded, words, store.port, str(folder / "log"), timeout), len(words)) as processes:
         yield processes
 

@@ -145,8 +145,8 @@ def run(case: Case, share: Share) -> dict[str, Any]:
 def compare(rank: int, folder: str) -> None:
     """Run each case in one process, and once more shared by two; write what differs."""
     os.chdir(folder)
-    store = distributed.FileStore("store", 2)
-    distributed.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=60))
+    meeting = f"file://{folder}/store"
+    distributed.init_process_group("gloo", meeting, timedelta(seconds=60), world_size=2, rank=rank)
     share, failures = ProcessShare(rank, 2), {}
     alone: list[Any] = [None, None]
     mine = {name: run(case, Share()) for number, (name, case) in enumerate(CASES.items()) if number % 2 == rank}

@@ -50,10 +50,11 @@ def by_all(work: Callable[[int, Exchange], Any]) -> list[Any]:
         return of_all
 
     def exchange(rank: int) -> Exchange:
-        return Exchange(
-            lambda sums: {name: sum(theirs[name] for theirs in tell(rank, sums)) for name in sums},
-            lambda rows: np.concatenate(tell(rank, rows)),
-        )
+        def total(sums: dict[str, Any]) -> dict[str, Any]:
+            of_all = tell(rank, dict(sums))  # a copy, since the caller may change its own
+            return {name: sum(theirs[name] for theirs in of_all) for name in sums}
+
+        return Exchange(total, lambda rows: np.concatenate(tell(rank, rows)))
 
     with ThreadPoolExecutor(PROCESSES) as pool:
         return list(pool.map(lambda rank: work(rank, exchange(rank)), range(PROCESSES)))
@@ -103,9 +104,8 @@ def test_kronecker_factors_are_those_of_all_samples() -> None:
         return {f"{name}, {side}": factor for name, pair in factors.items() for side, factor in enumerate(pair)}
 
     whole, _ = kronecker_factors(batches(), samples=sum(SIZES))
-    assert_alike(
-        by_all(work), {f"{n}, {side}": factor for n, pair in whole.items() for side, factor in enumerate(pair)}
-    )
+    expected = {f"{name}, {side}": factor for name, pair in whole.items() for side, factor in enumerate(pair)}
+    assert_alike(by_all(work), expected)
 
 
 def test_derivatives_along_directions_are_means_over_all_samples() -> None:
