@@ -17,9 +17,12 @@ from typing import Any, ClassVar, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from adapters.backend.checking import LearnerView, NetworkView, check_network
 from adapters.backend.heads import Heads
 from adapters.backend.network import Data, Network, State, Step
+from adapters.backend.own_loop import NetworkCheck
 from adapters.networks import (
+    Architecture,
     Backbone,
     BatchNorm,
     DropoutMasks,
@@ -47,9 +50,11 @@ class NetworkLearner(Learner):
     Attributes:
         device: where all arithmetic happens, as the framework has it.
         naming: the names of the heads.
+        checked: what the look at a user's own network found; None if there was none.
     """
 
     naming: Heads
+    checked: NetworkCheck | None = None
     _text: NDArray[np.uint8] | None = None
     _of_two: tuple[str, ...] = ()  # the parts of tasks that cannot have a single sample
     framework: ClassVar[str]  # as messages call it
@@ -65,6 +70,7 @@ class NetworkLearner(Learner):
         mixed_precision: bool = False,
         dropout_masks: DropoutMasks = "numpy",
         seed: int = 0,
+        check: bool = True,
     ) -> None:
         """Place a backbone, with a fresh head for each task, and the stream's data on a device.
 
@@ -82,10 +88,13 @@ class NetworkLearner(Learner):
             dropout_masks: what draws them: "numpy", the same ones for every framework, or the "framework" itself, where
                 the network is; a function of the seeds either way.
             seed: names the draw of the initial weights, which a module has already, but for its heads'.
+            check: whether a network of the user's own is looked at once: outputs, per-sample gradients and derivatives
+                are computed twice, in different ways, from a few samples. It takes seconds at most.
 
         Raises:
             BecameError: if the device, the dtype or the source of masks does not exist, the backbone does not return
-                [N, features], or it normalises by statistics over samples of which a task has one alone.
+                [N, features], it normalises by statistics over samples of which a task has one alone, or the check
+                finds a difference.
         """
         device = self.default_device if device is None else device
         try:
@@ -103,6 +112,10 @@ class NetworkLearner(Learner):
         own = (frozenset({f"{self.naming.name(task.index)}.weight"}) for task in stream.tasks)
         self.heads = [frozenset() if stream.shared_head else head for head in own]
         self._check_sizes(stream)
+        if check and not self._is_shipped(backbone):
+            rows = np.arange(min(3, len(stream.dataset.images)))
+            (self.checked,) = self._measured(check_network(self._view(few)) for few in [rows])
+            self.checked.assert_sound()
 
     # What a framework adds.
 
@@ -147,6 +160,14 @@ class NetworkLearner(Learner):
 
     def _draw_for_taps(self, task: int, rows: Indices, mode: TapMode, rng: np.random.Generator) -> None:
         """Draw what the taps of a batch draw; only of learners that several processes can share."""
+
+    @abstractmethod
+    def _view(self, rows: Indices) -> NetworkView:
+        """Return the network with the first task's head, on these samples, as a check sees it."""
+
+    def _is_shipped(self, backbone: Any) -> bool:
+        """Whether a backbone is one that comes with this package, which its own tests have checked."""
+        return isinstance(backbone, Architecture)
 
     def _measured(self, items: Iterator[T], training: bool = False) -> Iterator[T]:
         """Return an iterator that runs the network on the device, in evaluation or training mode, and changes nothing.
@@ -396,6 +417,10 @@ class FunctionalLearner(NetworkLearner):
             region = region.with_scales({key: trained[key] for key in region.scales})
         means = np.concatenate([np.ravel(on_host(loss)) for loss in losses])
         return Trained(float(np.average(means, weights=[len(batch.indices) for batch in batches])), optimiser, region)
+
+    def _view(self, rows: Indices) -> NetworkView:
+        weights = self.naming.for_task(self._theta, 0)
+        return LearnerView(self.network, weights, self._data, rows, self.mixes_samples, self.running_statistics)
 
     def _own(self, state: State) -> State:
         """Return a state whose arrays steps may overwrite, for frameworks whose steps do so."""

@@ -9,6 +9,7 @@ changed for good: not what it has frozen, its modes, its layout in memory, or ho
 module in training mode stay in it, and a batch norm whose weights are frozen is frozen with its statistics.
 """
 
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -22,6 +23,7 @@ from torch.nn import functional
 
 from adapters.backend import Heads, NetworkLearner
 from adapters.networks import Architecture
+from adapters.torch.checking import TorchView, agreement_of
 from adapters.torch.derivatives import Derivatives
 from adapters.torch.layers import batch_statistics, is_batch_norm, is_frozen_norm, modes_kept, running_norms
 from adapters.torch.linear import constrained_inputs, plain_linear_layers
@@ -79,8 +81,8 @@ class TorchLearner(NetworkLearner):
         self._layout = torch.channels_last if last else torch.contiguous_format
         self._copied = torch.preserve_format if is_ours else torch.contiguous_format  # which safetensors can save
         self._mixed_precision = mixed_precision
-        self._images = torch.from_numpy(dataset.images).to(self.device)
-        targets = torch.from_numpy(stream.targets)
+        self._images = _tensor_of(dataset.images).to(self.device)
+        targets = _tensor_of(stream.targets)
         self._targets = targets.to(self.device, targets.dtype if self.likelihood.has_labels else self._dtype)
         self._mean, self._std = (
             torch.tensor(values, **place).mul(dataset.unit).view(1, -1, 1, 1) for values in (dataset.mean, dataset.std)
@@ -122,6 +124,23 @@ class TorchLearner(NetworkLearner):
             raise BecameError(
                 "processes draw dropout masks for the whole batch by NumPy; leave out --dropout-masks framework."
             )
+
+    def _is_shipped(self, backbone: Any) -> bool:
+        return isinstance(backbone, Architecture | Described)
+
+    def _view(self, rows: Indices) -> TorchView:
+        images, backbone = self._batch(rows)[0], self.network.backbone
+        modes = {mode: self._working(mode) for mode in (False, True)}
+        compared = agreement_of(backbone, images, self._in_evaluation, modes)
+        arguments = (images, 0)
+        return TorchView(
+            self.network,
+            self._layers,
+            arguments,
+            self.derivatives,
+            mixes_samples=self.mixes_samples,
+            compared=compared,
+        )
 
     def _canonical(self, name: str) -> str:
         """Return the canonical name of a parameter, buffer or module of the network with heads."""
@@ -358,3 +377,10 @@ class TorchLearner(NetworkLearner):
         torch.manual_seed(int(rng.integers(2**63)))
         draw_masks_from(self.network, None if self._masks_by_framework else rng)
         return lambda number, samples: None  # the modules draw them
+
+
+def _tensor_of(array: NDArray[Any]) -> Tensor:
+    """Return an array as a tensor, which shares its memory where PyTorch can; nothing is written there."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable", UserWarning)  # a mapped file, say
+        return torch.from_numpy(array.copy() if min(array.strides, default=0) < 0 else array)

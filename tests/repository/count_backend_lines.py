@@ -19,13 +19,13 @@ PARTS: dict[str, dict[str, tuple[str, ...]]] = {
         "learner": ("learner",),
         "layers": ("layers",),
         "own models": ("flax_module",),
-        "own loops": ("data_loss", "graph", "own_loop", "tapping"),
+        "own loops": ("checking", "data_loss", "graph", "own_loop", "tapping"),
         "command": ("run",),
     },
     "tensorflow": {
         "learner": ("learner",),
         "layers": ("layers",),
-        "own models": ("keras_model",),
+        "own models": ("keras_model", "own_layers"),
         "own loops": (
             *("batches", "checking", "continual", "data_loss", "derivatives"),
             *("graph", "parameters", "steps", "tapping", "traced"),
