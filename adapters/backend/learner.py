@@ -158,6 +158,9 @@ class NetworkLearner(Learner):
     def _batch_statistics(self, rows: Indices) -> Iterator[Params]:
         """Yield the statistics of one batch, once for every time that a layer runs."""
 
+    def _draw_for_taps(self, task: int, rows: Indices, mode: TapMode, rng: np.random.Generator) -> None:
+        """Draw what the taps of a batch draw; only of learners that several processes can share."""
+
     @abstractmethod
     def _view(self, rows: Indices) -> NetworkView:
         """Return the network with the first task's head, on these samples, as a check sees it."""
@@ -177,8 +180,13 @@ class NetworkLearner(Learner):
 
     def logits(self, indices: Indices, batch_size: int) -> Array:
         """Return all heads' logits, [samples, tasks, classes]."""
-        parts = list(self._measured(self._logits(rows) for rows in chunks(indices, batch_size)))
-        return namespace(logits=parts[0]).concat(parts, axis=0)
+        batches = chunks(indices, batch_size)
+        parts = list(self._measured(self._logits(rows) for rows in self.share.own(batches)))
+        logits = namespace(logits=parts[0]).concat(parts, axis=0)
+        if not self.share.divides(len(batches)):
+            return logits
+        places = self.share.own(chunks(np.arange(len(indices)), batch_size))
+        return self.share.joined(logits, np.concatenate(places))
 
     def written(self, task: Task, rng: np.random.Generator) -> str:
         """Return what the network writes after the first quarter of a task's first test sample, byte by byte."""
@@ -195,32 +203,58 @@ class NetworkLearner(Learner):
         return text.tobytes().decode("utf-8", "replace")
 
     def taps(
-        self, task: int, indices: Indices, batch_size: int, mode: TapMode, rng: np.random.Generator
+        self,
+        task: int,
+        indices: Indices,
+        batch_size: int,
+        mode: TapMode,
+        rng: np.random.Generator,
+        *,
+        own: bool = False,
     ) -> Iterator[Taps]:
         """Yield each batch's taps."""
+        parts = chunks(indices, batch_size)
+        wanted = set(self.share.own(range(len(parts))) if own else range(len(parts)))
 
         def batches() -> Iterator[Taps]:
             masks_of = self._masks(rng) if mode == "published" else None
-            for number, rows in enumerate(chunks(indices, batch_size)):
+            for number, rows in enumerate(parts):
                 masks = None if masks_of is None else masks_of(number, len(rows))
-                yield from self._taps(task, rows, mode, rng, masks)
+                if number in wanted:
+                    yield from self._taps(task, rows, mode, rng, masks)
+                else:
+                    self._draw_for_taps(task, rows, mode, rng)
 
         return self._measured(batches(), training=mode == "published")
 
     def pushforward(
         self, task: int, indices: Indices, batch_size: int, directions: Sequence[Params]
     ) -> Iterator[Pushforward]:
-        """Yield each batch's logits and their derivatives along directions."""
+        """Yield each own batch's logits and their derivatives along directions."""
         return self._measured(
             Pushforward(*self._tangents(task, rows, directions), self.targets(rows))
-            for rows in chunks(indices, batch_size)
+            for rows in self.share.own(chunks(indices, batch_size))
         )
 
     def batch_statistics(self, indices: Indices, batch_size: int) -> Iterator[tuple[int, Params]]:
         """Yield each batch's size and statistics, once for every time that a layer runs."""
-        return self._measured(
-            (len(rows), moments) for rows in chunks(indices, batch_size) for moments in self._batch_statistics(rows)
+        parts = chunks(indices, batch_size)
+        own = self._measured(
+            (len(rows), moments) for rows in self.share.own(parts) for moments in self._batch_statistics(rows)
         )
+        return self._of_all_batches(own, parts) if self.share.divides(len(parts)) else own
+
+    def _of_all_batches(
+        self, own: Iterator[tuple[int, Params]], parts: Sequence[Indices]
+    ) -> Iterator[tuple[int, Params]]:
+        """Yield the statistics of all batches, given this process's; each of their layers runs once in a batch."""
+        moments = [of_batch for _, of_batch in own]
+        places, joined = np.asarray(self.share.own(range(len(parts)))), dict[str, Array]()
+        for name in sorted(moments[0]):
+            xp = namespace(first=moments[0][name])
+            joined[name] = self.share.joined(xp.stack([of_batch[name] for of_batch in moments]), places)
+        for number, rows in enumerate(parts):
+            yield len(rows), {name: joined[name][number, ...] for name in moments[0]}
 
     @staticmethod
     def _parts_of(device: str) -> tuple[str, int]:

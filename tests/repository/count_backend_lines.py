@@ -38,6 +38,7 @@ PARTS: dict[str, dict[str, tuple[str, ...]]] = {
         "own models": ("graph", "rows", "tapping", "derivatives"),
         "own loops": ("batches", "checking", "continual", "data_loss", "steps"),
         "command": ("run",),
+        "processes": ("processes", "share"),
     },
 }
 
@@ -50,7 +51,7 @@ def count_lines(framework: str, part: str) -> int:
 
 def main() -> None:
     """Print the counts as a Markdown table."""
-    parts = list(PARTS["jax"])
+    parts = list(dict.fromkeys(part for files in PARTS.values() for part in files))
     print(f"| framework | {' | '.join(parts)} |\n| --- |{' ---: |' * len(parts)}")
     for framework, files in PARTS.items():
         counts = (str(count_lines(framework, part)) if part in files else "" for part in parts)
