@@ -68,9 +68,12 @@ def test_a_slab_is_added_up_in_double_precision_where_single_is_not_enough(
         saved(tmp_path, f"F{name}", fisher)
     added = list[Any]()
     between = GroupwiseMinimum._between
-    monkeypatch.setattr(
-        GroupwiseMinimum, "_between", lambda rule, slab, *rest: added.append(slab.name) or between(rule, slab, *rest)
-    )
+
+    def counted(rule: Any, slab: Any, *rest: Any) -> Any:
+        added.append(slab.name)
+        return between(rule, slab, *rest)
+
+    monkeypatch.setattr(GroupwiseMinimum, "_between", counted)
     report = merge_checkpoints(plan.replaced(per="leaf"), tmp_path / "out")
     assert added.count("model.layers.0.mlp.weight") == passes
     assert isinstance(report.alpha, dict)

@@ -223,6 +223,18 @@ import adapters.cli.__main__
     assert done.stderr.startswith("error: the package 'tyro' is missing; pip install 'became[torch]', or with jax")
 
 
+def test_an_unknown_name_is_refused_before_a_framework_is_loaded() -> None:
+    source = """
+import sys
+from adapters.cli.__main__ import main
+assert main(["run", "--methods", "becme"]) == 2
+print(sorted({"torch", "jax", "tensorflow"} & set(sys.modules)))
+"""
+    done = run_python(source)
+    assert "there is no method 'becme'; did you mean 'became'?" in done.stderr
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
 def test_help_loads_no_framework() -> None:
     source = """
 import sys
