@@ -235,7 +235,7 @@ def federation(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none", requires=["everything"])
 def stress(session: nox.Session) -> None:
-    """Far more of what is drawn at random: 290 killed processes, 25,000 damaged files, the long hypothesis profile."""
+    """Far more of what is drawn at random: 310 killed processes, 25,000 damaged files, the long hypothesis profile."""
     cache_compilations(session)
     session.env.update(BECAME_DAMAGES="5000")  # in each of two folders
     test(session, "tests/runs/test_damage.py", "tests/checkpoints/test_damage.py", "--timeout", "3600")
@@ -247,6 +247,8 @@ def stress(session: nox.Session) -> None:
     for backend, kills in {"torch": 100, "jax": 50, "tensorflow": 50}.items():
         session.env.update(BECAME_KILLS=str(kills))
         test(session, killed, "--backend", backend)
+    session.env.update(BECAME_KILLS="20")
+    test(session, "tests/torch/test_torchrun.py", "--backend", "torch", "--timeout", "7200")
     test(session, "tests/jax", "--backend", "jax", "--timeout", "3600")  # with all of XLA's optimisations
     session.env.update(HYPOTHESIS_PROFILE="long")
     test(session, "tests/core", "tests/networks", "--timeout", "3600")

@@ -78,7 +78,8 @@ def _devices(framework: str) -> str:
     module = import_module(framework)
     if framework == "torch":
         names = ["cpu", *(f"cuda:{number}" for number in range(module.cuda.device_count()))]
-        return f"{', '.join(names)}; {module.get_num_threads()} threads unless told otherwise"
+        threads = module.get_num_threads()
+        return f"{', '.join(names)}; {threads} thread{'' if threads == 1 else 's'} unless told otherwise"
     devices = module.devices() if framework == "jax" else module.config.list_logical_devices()
     return ", ".join(str(getattr(device, "name", device)) for device in devices)
 

@@ -14,7 +14,7 @@ from adapters.runs.directory import check_writable
 from adapters.runs.events import place
 from adapters.tracking import Tracker
 from became_core import BecameError
-from became_core.continual import Callback, RunState, check_method, learn
+from became_core.continual import Callback, RunState, check_method
 
 __all__ = ["Engine", "UnfinishedError", "one_after_another", "run_job", "run_jobs"]
 
@@ -174,7 +174,9 @@ def _run_to_its_end(job: Job, load: Load, display: Display) -> RunResult:
             # The tracker comes after the checkpoints: what it writes is then saved.
             callbacks = progress, events, checkpoints, tracker, _Stopping(interruption, run.name)
             try:
-                record = learn(learner, stream, method, training, seed=run.seed, callbacks=callbacks, state=state)
+                record = backend.learn(
+                    learner, stream, method, training, seed=run.seed, callbacks=callbacks, state=state
+                )
             except BecameError as error:
                 last = checkpoints.last
                 if last is None:

@@ -191,7 +191,7 @@ def test_ranks_stand_beside_their_layers_width() -> None:
 
 def test_time_that_no_phase_accounts_for_is_shown_too() -> None:
     shown = {axes.get_title(loc="left"): axes.texts[0].get_text() for axes in plot_seconds(run()).axes}
-    assert shown == {"stage1": "6", "merge": "3", "other": "1", "total": "10"}
+    assert shown == {"stage 1": "6", "merge": "3", "other": "1", "total": "10"}
 
 
 @pytest.mark.parametrize("plot", ALL)

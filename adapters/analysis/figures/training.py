@@ -45,6 +45,9 @@ __all__ = [
     "predicted_loss",
 ]
 
+# In the order in which a task goes through them; others come after these.
+PHASES = ("stage1", "stage2", "merge", "memory", "evaluation")
+
 
 def has_curves(run: RunResult) -> bool:
     """Whether the run has a loss of any epoch."""
@@ -246,7 +249,8 @@ def plot_seconds(results: Results) -> Figure:
     """Return the time that each method spent in each phase, and in all; one scale for all phases."""
     groups = groups_of(results)
     spent = {group.label: phases(group) for group in groups}
-    names = [*dict.fromkeys(name for each in spent.values() for name in each if name != "total"), "total"]
+    found = dict.fromkeys(name for each in spent.values() for name in each if name != "total")
+    names = [*(name for name in PHASES if name in found), *(name for name in found if name not in PHASES), "total"]
     longest = max(each["total"] for each in spent.values())
     unit, divisor = ("hours", 3600) if longest > 7200 else ("minutes", 60) if longest > 600 else ("seconds", 1)
     rows = math.ceil(len(names) / 2)
@@ -256,7 +260,8 @@ def plot_seconds(results: Results) -> Figure:
     for name, axes in zip(names, panels.flat, strict=False):
         values = [spent[group.label].get(name, 0.0) / divisor for group in groups]
         axes.barh(range(len(groups)), values, 0.62, color=[group.colour for group in groups])
-        axes.set_title(name if name == "total" else figure_text(name, 24), pad=3)
+        title = {"stage1": "stage 1", "stage2": "stage 2"}.get(name, name)
+        axes.set_title(figure_text(title, 24), pad=3)
         axes.set_yticks(range(len(groups)), [figure_text(group.label, 20) for group in groups])
         axes.tick_params(axis="y", length=0)
         label_bars(axes, values, [_amount(value) for value in values], values)
