@@ -27,6 +27,7 @@ from adapters.cli.running import run_jobs
 from adapters.cli.worker import Message, order_of
 from adapters.runs.events import Events
 from adapters.torch.run import BACKEND
+from became_core import BecameError
 from tests.processes import WAIT, lines, result, until
 
 RUN = ["--preset", "quick", "--methods", "gpm", "finetune", "--epochs", "2", "--batch-size", "50", "--first", "2"]
@@ -169,6 +170,13 @@ def test_options_that_cannot_be_are_refused(
     assert main(BACKEND, command(tmp_path / "out", *words)) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_torchrun_and_workers_exclude_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    assert engine_of(None, None)[1] == 1
+    with pytest.raises(BecameError, match="torchrun shares one; use one of them"):
+        engine_of(2, None)
 
 
 def test_threads_are_divided_among_workers_unless_they_are_asked_for(
