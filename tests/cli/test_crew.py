@@ -27,6 +27,7 @@ from adapters.cli.running import run_jobs
 from adapters.cli.worker import Message, order_of
 from adapters.runs.events import Events
 from adapters.torch.run import BACKEND
+from became_core import BecameError
 from tests.processes import WAIT, lines, result, until
 
 RUN = ["--preset", "quick", "--methods", "gpm", "finetune", "--epochs", "2", "--batch-size", "50", "--first", "2"]
@@ -76,8 +77,8 @@ def test_a_killed_worker_is_named_and_the_others_go_on(tmp_path: Path, capsys: p
     draw = random.Random(KILLS)
     for kill in range(KILLS):
         out = tmp_path / str(kill)
-        # A run in which there is no time to strike.
-        long = ["--epochs", "30"]
+        # In a shorter run there is no time to strike.
+        long = ["--epochs", "12"]
         heard, after = draw.randint(1, 3), draw.uniform(0, 0.1)
 
         def strike(gpm: Path = out / "gpm-seed0", heard: int = heard, after: float = after) -> None:
@@ -89,7 +90,7 @@ def test_a_killed_worker_is_named_and_the_others_go_on(tmp_path: Path, capsys: p
         (out / "finetune-seed0" / "checkpoints").touch()  # where a folder belongs
         striker = threading.Thread(target=strike)
         striker.start()
-        assert main(BACKEND, command(out, *long, "--methods", "gpm", "finetune", "joint", "--workers", "2")) == 2
+        assert main(BACKEND, command(out, *long, "--methods", "gpm", "finetune", "ewc", "--workers", "2")) == 2
         striker.join()
         said = capsys.readouterr()
         ended = (
@@ -99,7 +100,7 @@ def test_a_killed_worker_is_named_and_the_others_go_on(tmp_path: Path, capsys: p
         assert "error: finetune-seed0: cannot " in said.err
         assert "2 of 3 runs failed; the same command tries them again: gpm-seed0, finetune-seed0." in said.err
         assert "Traceback" not in said.err
-        assert "joint" in said.out[said.out.index("Accuracies in percent") :]
+        assert "ewc" in said.out[said.out.index("Accuracies in percent") :]
 
 
 def test_ctrl_c_saves_all_runs_and_the_command_goes_on_from_there(
@@ -169,6 +170,13 @@ def test_options_that_cannot_be_are_refused(
     assert main(BACKEND, command(tmp_path / "out", *words)) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_torchrun_and_workers_exclude_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    assert engine_of(None, None)[1] == 1
+    with pytest.raises(BecameError, match="torchrun shares one; use one of them"):
+        engine_of(2, None)
 
 
 def test_threads_are_divided_among_workers_unless_they_are_asked_for(
