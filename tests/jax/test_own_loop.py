@@ -517,7 +517,7 @@ def test_the_first_look_finds_what_makes_measurements_meaningless() -> None:
     remember(lambda params, inputs: _perceptron(params, inputs["x"]) * inputs["scale"], params, shared)
     with pytest.raises(BecameError, match="fails its first look: outputs of a sample alone"):
         remember(across, params, _data(1))
-    with pytest.raises(BecameError, match="fails its first look: outputs of the user.s own pass, in evaluation"):
+    with pytest.raises(BecameError, match="fails its first look: outputs of the user's own pass, in evaluation"):
         remember(at_random, params, _data(1))
     assert remember(across, params, _data(1), check=False).checked is None
 
