@@ -66,7 +66,7 @@ def test_a_slab_is_added_up_in_double_precision_where_single_is_not_enough(
         fisher = {name: np.asarray(value * np.float32(size)) for name, value in arrays(10 + k, positive=True).items()}
         fisher["lm_head.weight"] = arrays(10 + k, positive=True)["lm_head.weight"]  # so that no file is all zero
         saved(tmp_path, f"F{name}", fisher)
-    added = list[Any]()
+    added = list[str]()
     between = GroupwiseMinimum._between
 
     def counted(rule: Any, slab: Any, *rest: Any) -> Any:
