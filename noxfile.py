@@ -58,6 +58,11 @@ ADAPTERHUB = {
 # What may outlive a checkout, as pip's and pre-commit's caches do.
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "became-tests"
 
+# What Python compiles is written down, whatever the caller's settings say, and outside the checkout's own folders:
+# PyTorch or TensorFlow is compiled once, and not by each process that imports it. That is most of what an import costs.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+os.environ["PYTHONPYCACHEPREFIX"] = str(Path(".nox", "bytecode").absolute())
+
 nox.needs_version = ">=2026.10.20"
 nox.options.default_venv_backend = "virtualenv"
 nox.options.allow_parallel = True
