@@ -36,6 +36,15 @@ ON_EACH = (
     *(f"tests/cli/test_resuming.py::test_{name}" for name in STOPPED),
 )
 EVERYTHING = Path(".nox", "shared").absolute()
+# What Flower accepts of what is pinned otherwise, TensorFlow's protobuf among it: so it has an environment of its own.
+FLOWER = {
+    "certifi": "2026.10.19.post1",
+    "flwr": "1.42.0",
+    "packaging": "25.0",
+    "protobuf": "6.33.6",
+    "rich": "14.3.4",
+    "typer": "0.20.1",
+}
 # AdapterHub's package, whose name is that of our folder, and what it accepts of what is pinned otherwise.
 ADAPTERHUB = {
     "adapters": "1.3.0",
@@ -68,6 +77,15 @@ def install(session: nox.Session, group: str, *requirements: str) -> None:
     """
     pinned = "--no-compile", "-c", "constraints.txt", *nox.project.dependency_groups(PROJECT, group)
     session.install(*pinned, *requirements)
+
+
+def pinned_with(folder: Path, other: dict[str, str]) -> tuple[str, str, str]:
+    """Return pip's words for the pinned versions, with other ones of some packages, in a file in this folder."""
+    lines = Path("constraints.txt").read_text(encoding="utf-8").splitlines()
+    pins = [line for line in lines if line.partition("==")[0] not in other]
+    pins += [f"{name}=={version}" for name, version in other.items()]
+    (folder / "constraints.txt").write_text("\n".join(pins), encoding="utf-8")
+    return "--no-compile", "-c", str(folder / "constraints.txt")
 
 
 def python(session: nox.Session) -> str:
@@ -112,7 +130,7 @@ def everything(session: nox.Session) -> None:
     session.run(sys.executable, "-m", "virtualenv", "--quiet", "--clear", "--no-periodic-update", str(EVERYTHING))
     groups = [*nox.project.dependency_groups(PROJECT, "test-torch"), *nox.project.dependency_groups(PROJECT, "types")]
     pinned = "--no-compile", "--quiet", "-c", "constraints.txt", *groups
-    extras = "-e", ".[merge,torch,jax,report,tensorboard]", *TENSORFLOW
+    extras = "-e", ".[merge,torch,jax,report,tensorboard,dask]", *TENSORFLOW
     session.run(python(session), "-m", "pip", "install", *pinned, *extras)
 
 
@@ -181,11 +199,7 @@ def wheel(session: nox.Session) -> None:
     """On request: the wheel beside AdapterHub's package ``adapters``, then each without the other."""
     check_files = str(Path("tests", "repository", "check_files.py").absolute())
     folder = Path(tempfile.mkdtemp(dir=Path(session.create_tmp()).absolute()))
-    lines = Path("constraints.txt").read_text(encoding="utf-8").splitlines()
-    pins = [line for line in lines if line.partition("==")[0] not in ADAPTERHUB]
-    pins += [f"{name}=={version}" for name, version in ADAPTERHUB.items()]
-    (folder / "constraints.txt").write_text("\n".join(pins), encoding="utf-8")
-    pinned = "--no-compile", "-c", str(folder / "constraints.txt")
+    pinned = pinned_with(folder, ADAPTERHUB)
 
     session.run("python", "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(folder), ".")
     (ours,) = folder.glob("became-*.whl")
@@ -209,18 +223,32 @@ def wheel(session: nox.Session) -> None:
     session.run(*import_theirs)
 
 
+@nox.session
+def federation(session: nox.Session) -> None:
+    """On request: federations with Flower, in an environment of its own."""
+    folder = Path(tempfile.mkdtemp(dir=Path(session.create_tmp()).absolute()))
+    groups = nox.project.dependency_groups(PROJECT, "test")
+    session.install(*pinned_with(folder, FLOWER), *groups, "-e", ".[flower]")
+    session.env.update(BECAME_KILLS="20", BECAME_FEDERATION="1")
+    test(session, "tests/flower")
+
+
 @nox.session(venv_backend="none", requires=["everything"])
 def stress(session: nox.Session) -> None:
-    """Far more of what is drawn at random: 250 killed processes, 25,000 damaged files, the long hypothesis profile."""
+    """Far more of what is drawn at random: 310 killed processes, 25,000 damaged files, the long hypothesis profile."""
     cache_compilations(session)
     session.env.update(BECAME_DAMAGES="5000")  # in each of two folders
     test(session, "tests/runs/test_damage.py", "tests/checkpoints/test_damage.py", "--timeout", "3600")
     killed = "tests/cli/test_resuming.py::test_a_killed_process_loses_an_epoch_at_most"
+    session.env.update(BECAME_KILLS="20")
+    test(session, "tests/cli/test_crew.py", "tests/cli/test_cluster.py", "--timeout", "3600")
     session.env.update(BECAME_KILLS="50")
     test(session, "tests/checkpoints/test_resume.py", "--timeout", "3600")
     for backend, kills in {"torch": 100, "jax": 50, "tensorflow": 50}.items():
         session.env.update(BECAME_KILLS=str(kills))
         test(session, killed, "--backend", backend)
+    session.env.update(BECAME_KILLS="20")
+    test(session, "tests/torch/test_torchrun.py", "--backend", "torch", "--timeout", "7200")
     test(session, "tests/jax", "--backend", "jax", "--timeout", "3600")  # with all of XLA's optimisations
     session.env.update(HYPOTHESIS_PROFILE="long")
     test(session, "tests/core", "tests/networks", "--timeout", "3600")

@@ -139,7 +139,14 @@ class ReferenceLearner(Learner):
         return self._targets[indices]
 
     def taps(
-        self, task: int, indices: Indices, batch_size: int, mode: TapMode, rng: np.random.Generator
+        self,
+        task: int,
+        indices: Indices,
+        batch_size: int,
+        mode: TapMode,
+        rng: np.random.Generator,
+        *,
+        own: bool = False,
     ) -> Iterator[Taps]:
         """Yield each batch's taps; every layer has one position a sample."""
         for rows in chunks(indices, batch_size):

@@ -29,6 +29,7 @@ __all__ = [
     "check_it_has_the_taps_of_its_description",
     "check_it_learns_as_its_description",
     "check_it_learns_from",
+    "check_it_was_looked_at",
 ]
 
 IMAGE = (2, 8, 8)
@@ -72,8 +73,23 @@ def check_it_has_the_taps_of_its_description(make: MakeLearner, backbone: Backbo
         np.testing.assert_allclose(to_numpy(ours[name]), to_numpy(value), rtol=1e-3, atol=1e-6, err_msg=name)
 
 
+def check_it_was_looked_at(learner: Any) -> None:
+    """A learner has compared a user's own network with other ways to compute the same, which one table shows."""
+    compared = [finding.what for finding in learner.checked.findings]
+    assert compared == [
+        "outputs of the user's own pass, in evaluation",
+        "outputs of the user's own pass, in training",
+        "outputs, computed twice",
+        "outputs of a sample alone",
+        "gradients of single samples",
+        f"a derivative, by {learner.checked.findings[-1].what.removeprefix('a derivative, by ')}",
+    ]
+    assert all(line.endswith("as it should be") for line in str(learner.checked).splitlines()[2:])
+
+
 def check_it_learns_from(initial: dict[str, Any], learner: Learner, stream: TaskStream, training: Training) -> Params:
     """A network of a user's own begins with the weights it has, and all of them move; its parameters are returned."""
+    check_it_was_looked_at(learner)
     before = learner.parameters()
     for name, value in initial.items():
         np.testing.assert_array_equal(before[name], value)

@@ -9,6 +9,7 @@ it: a rule that stands here cannot be different in PyTorch, JAX and TensorFlow.
 | ``learner.py`` | the constructor, devices, chunks, heads, masks and the outline of training and of taps |
 | ``network.py`` | one step of training as a pure function: what is projected where, what a region changes |
 | ``heads.py`` | one head among all: the names of a task's own parameters |
+| ``checking.py`` | the look at a user's network, once, in learners and around a user's own loop |
 | ``batches.py`` | around a user's own loop: how batches are read, and where passes begin |
 | ``memory.py`` | around a user's own loop: what is remembered, merged, saved and loaded |
 | ``own_loop.py`` | around a user's own loop: what is reported of coverage, merges and checks |

@@ -14,8 +14,8 @@ from importlib.util import find_spec
 from typing import Literal, Protocol, TypeVar, cast
 
 from adapters.networks import Architecture, DropoutMasks, Norm, Weighted, build_network
-from became_core import BecameError
-from became_core.continual import Learner, TaskStream
+from became_core import BecameError, continual
+from became_core.continual import Learner, RunRecord, TaskStream
 
 __all__ = [
     "BACKENDS",
@@ -88,6 +88,7 @@ class Backend:
         prepare: sets the framework up for runs; it is called once, when a program starts.
         use_threads: lets the CPU compute with so many threads, or with the framework's own choice if it is given None,
             and returns how many they are. A framework may only be able to before it has computed anything.
+        learn: is ``became_core.continual.learn``, or does the same with several processes.
     """
 
     name: str
@@ -95,6 +96,7 @@ class Backend:
     repeat_exactly: Callable[[], None]
     prepare: Callable[[], None] = lambda: None
     use_threads: Callable[[int | None], int] = lambda threads: threads or 1
+    learn: Callable[..., RunRecord] = continual.learn
 
 
 def learner_builder(learner: Callable[..., L]) -> Builder[L]:

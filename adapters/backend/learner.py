@@ -17,9 +17,12 @@ from typing import Any, ClassVar, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from adapters.backend.checking import LearnerView, NetworkView, check_network
 from adapters.backend.heads import Heads
 from adapters.backend.network import Data, Network, State, Step
+from adapters.backend.own_loop import NetworkCheck
 from adapters.networks import (
+    Architecture,
     Backbone,
     BatchNorm,
     DropoutMasks,
@@ -47,9 +50,11 @@ class NetworkLearner(Learner):
     Attributes:
         device: where all arithmetic happens, as the framework has it.
         naming: the names of the heads.
+        checked: what the look at a user's own network found; None if there was none.
     """
 
     naming: Heads
+    checked: NetworkCheck | None = None
     _text: NDArray[np.uint8] | None = None
     _of_two: tuple[str, ...] = ()  # the parts of tasks that cannot have a single sample
     framework: ClassVar[str]  # as messages call it
@@ -65,6 +70,7 @@ class NetworkLearner(Learner):
         mixed_precision: bool = False,
         dropout_masks: DropoutMasks = "numpy",
         seed: int = 0,
+        check: bool = True,
     ) -> None:
         """Place a backbone, with a fresh head for each task, and the stream's data on a device.
 
@@ -82,10 +88,13 @@ class NetworkLearner(Learner):
             dropout_masks: what draws them: "numpy", the same ones for every framework, or the "framework" itself, where
                 the network is; a function of the seeds either way.
             seed: names the draw of the initial weights, which a module has already, but for its heads'.
+            check: whether a network of the user's own is looked at once: outputs, per-sample gradients and derivatives
+                are computed twice, in different ways, from a few samples. It takes seconds at most.
 
         Raises:
             BecameError: if the device, the dtype or the source of masks does not exist, the backbone does not return
-                [N, features], or it normalises by statistics over samples of which a task has one alone.
+                [N, features], it normalises by statistics over samples of which a task has one alone, or the check
+                finds a difference.
         """
         device = self.default_device if device is None else device
         try:
@@ -103,6 +112,10 @@ class NetworkLearner(Learner):
         own = (frozenset({f"{self.naming.name(task.index)}.weight"}) for task in stream.tasks)
         self.heads = [frozenset() if stream.shared_head else head for head in own]
         self._check_sizes(stream)
+        if check and not self._is_shipped(backbone):
+            rows = np.arange(min(3, len(stream.dataset.images)))
+            (self.checked,) = self._measured(check_network(self._view(few)) for few in [rows])
+            self.checked.assert_sound()
 
     # What a framework adds.
 
@@ -145,6 +158,17 @@ class NetworkLearner(Learner):
     def _batch_statistics(self, rows: Indices) -> Iterator[Params]:
         """Yield the statistics of one batch, once for every time that a layer runs."""
 
+    def _draw_for_taps(self, task: int, rows: Indices, mode: TapMode, rng: np.random.Generator) -> None:
+        """Draw what the taps of a batch draw; only of learners that several processes can share."""
+
+    @abstractmethod
+    def _view(self, rows: Indices) -> NetworkView:
+        """Return the network with the first task's head, on these samples, as a check sees it."""
+
+    def _is_shipped(self, backbone: Any) -> bool:
+        """Whether a backbone is one that comes with this package, which its own tests have checked."""
+        return isinstance(backbone, Architecture)
+
     def _measured(self, items: Iterator[T], training: bool = False) -> Iterator[T]:
         """Return an iterator that runs the network on the device, in evaluation or training mode, and changes nothing.
 
@@ -156,8 +180,13 @@ class NetworkLearner(Learner):
 
     def logits(self, indices: Indices, batch_size: int) -> Array:
         """Return all heads' logits, [samples, tasks, classes]."""
-        parts = list(self._measured(self._logits(rows) for rows in chunks(indices, batch_size)))
-        return namespace(logits=parts[0]).concat(parts, axis=0)
+        batches = chunks(indices, batch_size)
+        parts = list(self._measured(self._logits(rows) for rows in self.share.own(batches)))
+        logits = namespace(logits=parts[0]).concat(parts, axis=0)
+        if not self.share.divides(len(batches)):
+            return logits
+        places = self.share.own(chunks(np.arange(len(indices)), batch_size))
+        return self.share.joined(logits, np.concatenate(places))
 
     def written(self, task: Task, rng: np.random.Generator) -> str:
         """Return what the network writes after the first quarter of a task's first test sample, byte by byte."""
@@ -174,32 +203,58 @@ class NetworkLearner(Learner):
         return text.tobytes().decode("utf-8", "replace")
 
     def taps(
-        self, task: int, indices: Indices, batch_size: int, mode: TapMode, rng: np.random.Generator
+        self,
+        task: int,
+        indices: Indices,
+        batch_size: int,
+        mode: TapMode,
+        rng: np.random.Generator,
+        *,
+        own: bool = False,
     ) -> Iterator[Taps]:
         """Yield each batch's taps."""
+        parts = chunks(indices, batch_size)
+        wanted = set(self.share.own(range(len(parts))) if own else range(len(parts)))
 
         def batches() -> Iterator[Taps]:
             masks_of = self._masks(rng) if mode == "published" else None
-            for number, rows in enumerate(chunks(indices, batch_size)):
+            for number, rows in enumerate(parts):
                 masks = None if masks_of is None else masks_of(number, len(rows))
-                yield from self._taps(task, rows, mode, rng, masks)
+                if number in wanted:
+                    yield from self._taps(task, rows, mode, rng, masks)
+                else:
+                    self._draw_for_taps(task, rows, mode, rng)
 
         return self._measured(batches(), training=mode == "published")
 
     def pushforward(
         self, task: int, indices: Indices, batch_size: int, directions: Sequence[Params]
     ) -> Iterator[Pushforward]:
-        """Yield each batch's logits and their derivatives along directions."""
+        """Yield each own batch's logits and their derivatives along directions."""
         return self._measured(
             Pushforward(*self._tangents(task, rows, directions), self.targets(rows))
-            for rows in chunks(indices, batch_size)
+            for rows in self.share.own(chunks(indices, batch_size))
         )
 
     def batch_statistics(self, indices: Indices, batch_size: int) -> Iterator[tuple[int, Params]]:
         """Yield each batch's size and statistics, once for every time that a layer runs."""
-        return self._measured(
-            (len(rows), moments) for rows in chunks(indices, batch_size) for moments in self._batch_statistics(rows)
+        parts = chunks(indices, batch_size)
+        own = self._measured(
+            (len(rows), moments) for rows in self.share.own(parts) for moments in self._batch_statistics(rows)
         )
+        return self._of_all_batches(own, parts) if self.share.divides(len(parts)) else own
+
+    def _of_all_batches(
+        self, own: Iterator[tuple[int, Params]], parts: Sequence[Indices]
+    ) -> Iterator[tuple[int, Params]]:
+        """Yield the statistics of all batches, given this process's; each of their layers runs once in a batch."""
+        moments = [of_batch for _, of_batch in own]
+        places, joined = np.asarray(self.share.own(range(len(parts)))), dict[str, Array]()
+        for name in sorted(moments[0]):
+            xp = namespace(first=moments[0][name])
+            joined[name] = self.share.joined(xp.stack([of_batch[name] for of_batch in moments]), places)
+        for number, rows in enumerate(parts):
+            yield len(rows), {name: joined[name][number, ...] for name in moments[0]}
 
     @staticmethod
     def _parts_of(device: str) -> tuple[str, int]:
@@ -362,6 +417,10 @@ class FunctionalLearner(NetworkLearner):
             region = region.with_scales({key: trained[key] for key in region.scales})
         means = np.concatenate([np.ravel(on_host(loss)) for loss in losses])
         return Trained(float(np.average(means, weights=[len(batch.indices) for batch in batches])), optimiser, region)
+
+    def _view(self, rows: Indices) -> NetworkView:
+        weights = self.naming.for_task(self._theta, 0)
+        return LearnerView(self.network, weights, self._data, rows, self.mixes_samples, self.running_statistics)
 
     def _own(self, state: State) -> State:
         """Return a state whose arrays steps may overwrite, for frameworks whose steps do so."""

@@ -129,6 +129,19 @@ class Network:
         raise NotImplementedError
 
     @property
+    def way(self) -> str:
+        """How ``tangents`` are computed."""
+        return "forward mode"
+
+    def outputs(self, weights: Params, data: Data, rows: Array) -> Array:
+        """Return the logits [rows, classes], in evaluation mode."""
+        return self.logits(self.runs(weights), data.normalised(rows))
+
+    def pulled_back(self, weights: Params, data: Data, rows: Array, seed: Array) -> Params:
+        """Return the gradients of seed . logits by all weights, by the framework's own backward pass alone."""
+        raise NotImplementedError
+
+    @property
     def layers(self) -> tuple[Tapped, ...]:
         """The layers that have parameters, the head being the last."""
         return (*self.backbone.tapped, self.head)

@@ -17,6 +17,7 @@ been summed lies beside the file until it is whole.
 import importlib
 import json
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from math import prod
@@ -25,6 +26,7 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from adapters.checkpoints.digest import digest_of
@@ -35,6 +37,8 @@ from became_core import BecameError
 __all__ = ["FisherRequest", "Samples", "fisher_from_data", "load_model", "read_samples"]
 
 Kind = Literal["empirical", "sampled", "true"]
+# The target of a position that does not count, as PyTorch and transformers have it.
+IGNORED = -100
 # After so many chunks the sums so far are saved.
 SAVE_EVERY = 32
 # The most rows of a Kronecker factor, which is a square: at 2^13 it has 512 MiB while it is summed.
@@ -99,28 +103,63 @@ def read_samples(data: str, tokenizer: Callable[[str], list[int]] | None = None,
         note = (
             "Random tokens are no text: their curvature is that of a model that is lost, and differs from real data's."
         )
-        return Samples(tokens[:, :-1], tokens[:, 1:], (note,))
+        return replace(_next_tokens(tokens, data), notes=(note,))
     path = Path(data)
     if not path.is_file():
         raise BecameError(f"there is no file {path}.")
     if path.suffix == ".npz":
         arrays = {name: tensor.whole() for name, tensor in open_checkpoint(path).tensors.items()}
         if "tokens" in arrays and arrays["tokens"].ndim == 2:
-            return Samples(arrays["tokens"][:, :-1], arrays["tokens"][:, 1:].astype(np.int64))
+            return _next_tokens(arrays["tokens"], data)
         if {"inputs", "targets"} <= arrays.keys() and len(arrays["inputs"]) == len(arrays["targets"]):
-            return Samples(arrays["inputs"], arrays["targets"].astype(np.int64))
+            return Samples(arrays["inputs"], _labels(arrays["targets"], data))
         raise BecameError(f"{path} has neither 'tokens' [samples, length] nor 'inputs' and as many 'targets'.")
     if path.suffix == ".txt" and tokenizer is not None:
-        rows = [tokenizer(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-        rows = [row for row in rows if len(row) > 1]
-        if not rows:
-            raise BecameError(f"{path} has no line of two tokens or more.")
-        length = max(map(len, rows))
-        inputs, targets = np.zeros((len(rows), length - 1), np.int64), np.full((len(rows), length - 1), -100)
-        for k, row in enumerate(rows):
-            inputs[k, : len(row) - 1], targets[k, : len(row) - 1] = row[:-1], row[1:]
-        return Samples(inputs, targets)
+        return _read_text(path, tokenizer)
     raise BecameError(f"{path} is no data that is known; give .npz, or .txt for a model with a tokenizer.")
+
+
+def _read_text(path: Path, tokenizer: Callable[[str], list[int]]) -> Samples:
+    """Return the samples of a text, a line each, padded to the longest."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        raise BecameError(f"cannot read {path} as text in UTF-8.") from None
+    rows = [tokenizer(line) for line in text.splitlines() if line.strip()]
+    rows = [row for row in rows if len(row) > 1]
+    if not rows:
+        raise BecameError(f"{path} has no line of two tokens or more.")
+    length = max(map(len, rows))
+    inputs, targets = np.zeros((len(rows), length - 1), np.int64), np.full((len(rows), length - 1), IGNORED)
+    for k, row in enumerate(rows):
+        inputs[k, : len(row) - 1], targets[k, : len(row) - 1] = row[:-1], row[1:]
+    return Samples(inputs, targets)
+
+
+def _next_tokens(tokens: NDArray[Any], where: str) -> Samples:
+    """Return samples whose targets are the tokens after their inputs."""
+    if tokens.shape[1] < 2:
+        raise BecameError(
+            f"{where} has sequences of {tokens.shape[1]} tokens; give at least two, an input and a target."
+        )
+    labels = _labels(tokens, where)
+    return Samples(labels[:, :-1], labels[:, 1:])
+
+
+def _labels(targets: NDArray[Any], where: str) -> NDArray[np.int64]:
+    """Return class numbers as integers.
+
+    Raises:
+        BecameError: if there are none, or they are no class numbers.
+    """
+    if len(targets) == 0:
+        raise BecameError(f"{where} has no samples.")
+    if targets.dtype.kind not in "iu" or ((targets < 0) & (targets != IGNORED)).any():
+        raise BecameError(
+            f"{where} has targets that are no class numbers: integers from 0, and {IGNORED} for a position that does "
+            "not count."
+        )
+    return targets.astype(np.int64)
 
 
 def load_model(model: Path, loader: str | None) -> tuple[Any, Callable[[str], list[int]] | None]:
@@ -143,13 +182,17 @@ def load_model(model: Path, loader: str | None) -> tuple[Any, Callable[[str], li
         if not isinstance(module, Module):
             raise BecameError(f"{loader} returned {type(module).__name__}, not a torch.nn.Module.")
         return module.float().requires_grad_(True), None
+    if not (model / "config.json").is_file():  # otherwise transformers would look for it on the internet
+        raise BecameError(
+            f"transformers loads a folder with a config.json, which {model} is not; give --load module:function."
+        )
     try:
         from transformers import AutoModelForCausalLM, AutoTokenizer
     except ModuleNotFoundError:
         raise BecameError("without --load, transformers loads the model; pip install transformers.") from None
     try:
         network = AutoModelForCausalLM.from_pretrained(model, local_files_only=True).float()
-        names = {file.name for file in model.iterdir()} if model.is_dir() else set()
+        names = {file.name for file in model.iterdir()}
         if not names & {"tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json"}:
             return network, None
         return network, AutoTokenizer.from_pretrained(model, local_files_only=True).encode
@@ -159,12 +202,21 @@ def load_model(model: Path, loader: str | None) -> tuple[Any, Callable[[str], li
 
 
 def called(name: str) -> Callable[..., Any]:
-    """Return the function that ``module:function`` names; raises a BecameError if there is none."""
+    """Return the function that ``module:function`` names, in a module that is installed or in the working directory.
+
+    Raises:
+        BecameError: if there is none, or its module cannot be imported.
+    """
     module, _, function = name.partition(":")
+    if str(Path.cwd()) not in sys.path:  # an installed command does not look there by itself
+        sys.path.append(str(Path.cwd()))
     try:
         return getattr(importlib.import_module(module), function)  # type: ignore[no-any-return]
-    except (ImportError, AttributeError, ValueError):
-        raise BecameError(f"there is no function '{name}'; give module:function, as Python imports it.") from None
+    except (ImportError, AttributeError, ValueError) as error:
+        reason = str(error).partition("\n")[0].rstrip(".")
+        raise BecameError(
+            f"there is no function '{name}' ({reason}); give module:function, as Python imports it."
+        ) from None
 
 
 def fisher_from_data(
@@ -196,8 +248,7 @@ def fisher_from_data(
     from adapters.torch.data_loss import DataLoss
     from became_core.curvature import Categorical
 
-    if out.exists():
-        raise BecameError(f"{out} exists; nothing is overwritten.")
+    _check_request(samples, out)
     checkpoint = open_checkpoint(model)
     digest = digest_of(checkpoint)
     owners = _owners(network, checkpoint)
@@ -213,18 +264,21 @@ def fisher_from_data(
     likelihood = Categorical(squares="token" if apart else "sample")
     data = DataLoss(network, likelihood, Reader(), checks=False, shows=False, fisher=request.kind)
     with in_evaluation(network):
+        _check_labels(lambda one: data.run(one)[0].shape[-1], samples, str(model))
         for begin in range(done, count, request.chunk):
             end = min(begin + request.chunk, count)
             inputs, targets = samples.inputs[begin:end], samples.targets[begin:end]
             passes = data.passes((torch.from_numpy(inputs.copy()), torch.from_numpy(targets.copy())), rng)
-            for number, (taps, _) in enumerate(passes):
-                for name, suffix, part in _parts(taps, request.factors, with_inputs=number == 0):
-                    owner = owners[name] + suffix
-                    total = sums.setdefault(owner, np.zeros(shapes[owner]))
-                    total += part.cpu().double().numpy().reshape(total.shape)
-            for name, total in sums.items():
-                if not np.isfinite(total).all():
-                    raise BecameError(f"the gradient of '{name}' is not finite for a sample of {begin} to {end - 1}.")
+            try:
+                for number, (taps, _) in enumerate(passes):
+                    for name, suffix, part in _parts(taps, request.factors, with_inputs=number == 0):
+                        owner = owners[name] + suffix
+                        total = sums.setdefault(owner, np.zeros(shapes[owner]))
+                        total += part.cpu().double().numpy().reshape(total.shape)
+            except (IndexError, RuntimeError) as error:  # a token or a label beyond the last, another dtype or shape
+                reason = str(error).partition("\n")[0].rstrip(".")[:160]
+                raise BecameError(f"{model} cannot take the samples {begin} to {end - 1}: {reason}.") from error
+            _check_finite(sums, begin, end)
             tokens += int((targets != likelihood.ignored).sum())
             if (begin // request.chunk + 1) % SAVE_EVERY == 0:
                 _save(partial, sums, about, end, tokens, rng)
@@ -242,6 +296,38 @@ def fisher_from_data(
         factors=request.factors,
     )
     partial.unlink(missing_ok=True)
+
+
+def _check_request(samples: Samples, out: Path) -> None:
+    """Refuse what cannot be measured or written, and make the folder of the file."""
+    if out.exists():
+        raise BecameError(f"{out} exists; nothing is overwritten.")
+    if not len(samples.inputs):
+        raise BecameError("there are no samples; give at least one.")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BecameError(f"cannot write {out}: {error.strerror}.") from None
+
+
+def _check_labels(classes_of: Callable[[Any], int], samples: Samples, model: str) -> None:
+    """Refuse a label beyond the last class of the logits, which would count as no class at all."""
+    import torch
+
+    try:
+        with torch.no_grad():
+            classes = classes_of((torch.from_numpy(samples.inputs[:1].copy()), torch.from_numpy(samples.targets[:1])))
+    except (IndexError, RuntimeError):
+        return  # what is wrong with the samples is said of the first chunk
+    largest = int(samples.targets.max())
+    if largest >= classes:
+        raise BecameError(f"the data have a label {largest}, and {model} has the classes 0 to {classes - 1}.")
+
+
+def _check_finite(sums: Mapping[str, NDArray[Any]], begin: int, end: int) -> None:
+    for name, total in sums.items():
+        if not np.isfinite(total).all():
+            raise BecameError(f"the gradient of '{name}' is not finite for a sample of {begin} to {end - 1}.")
 
 
 def _parts(taps: Mapping[str, Any], factors: str, *, with_inputs: bool) -> Iterator[tuple[str, str, Any]]:
@@ -327,5 +413,9 @@ def _save(
 ) -> None:
     words = {"done": str(done), "tokens": str(tokens), "generator": json.dumps(rng.bit_generator.state)}
     temporary = file.with_name(f"{file.name}.{os.getpid()}")
-    save_file(dict(sums), temporary, {**about, **words})
-    temporary.replace(file)
+    try:
+        save_file(dict(sums), temporary, {**about, **words})
+        temporary.replace(file)
+    except (OSError, SafetensorError) as error:
+        temporary.unlink(missing_ok=True)
+        raise BecameError(f"cannot write {file}: {error}.") from None

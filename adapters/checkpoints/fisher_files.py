@@ -275,21 +275,9 @@ def add_fisher_files(paths: Sequence[Path], out: Path) -> None:
     Raises:
         BecameError: if the files are of different models, kinds or units, a mean has no count, or ``out`` exists.
     """
-    if len(paths) < 2:
-        raise BecameError("to add Fisher files, give at least two.")
-    fishers = [_described(open_checkpoint(path)) for path in paths]
-    check_comparable(fishers)
+    fishers = _addable(paths)
     first = fishers[0]
     names = {name: tensor.shape for name, tensor in first.checkpoint.tensors.items()}
-    for fisher in fishers:
-        if fisher.model != first.model:
-            raise BecameError(f"{fisher.path} is of another model than {first.path}; they cannot be added.")
-        for name in names.keys() ^ fisher.checkpoint.tensors.keys():
-            raise BecameError(f"'{name}' is in only one of {first.path} and {fisher.path}.")
-        for name, shape in names.items():
-            tensor = fisher.checkpoint.tensors[name]
-            if tensor.shape != shape or not tensor.is_float:
-                raise BecameError(f"{tensor} has shape {list(tensor.shape)}, but that of {first.path} {list(shape)}.")
     counts = [(fisher.counts or {}).get(COUNTS[first.per]) for fisher in fishers]
     if first.unit == "mean" and not all(counts):
         missing = fishers[counts.index(next(count for count in counts if not count))].path
@@ -320,6 +308,29 @@ def add_fisher_files(paths: Sequence[Path], out: Path) -> None:
         model=first.model,
         factors=first.factors,
     )
+
+
+def _addable(paths: Sequence[Path]) -> list[FisherFile]:
+    """Return Fisher files that are of the same model and alike."""
+    if len(paths) < 2:
+        raise BecameError("to add Fisher files, give at least two.")
+    for number, path in enumerate(paths):
+        if path.resolve() in [other.resolve() for other in paths[:number]]:
+            raise BecameError(f"{path} is given twice; files are added whose data are disjoint.")
+    fishers = [_described(open_checkpoint(path)) for path in paths]
+    check_comparable(fishers)
+    first = fishers[0]
+    names = {name: tensor.shape for name, tensor in first.checkpoint.tensors.items()}
+    for fisher in fishers:
+        if fisher.model != first.model:
+            raise BecameError(f"{fisher.path} is of another model than {first.path}; they cannot be added.")
+        for name in names.keys() ^ fisher.checkpoint.tensors.keys():
+            raise BecameError(f"'{name}' is in only one of {first.path} and {fisher.path}.")
+        for name, shape in names.items():
+            tensor = fisher.checkpoint.tensors[name]
+            if tensor.shape != shape or not tensor.is_float:
+                raise BecameError(f"{tensor} has shape {list(tensor.shape)}, but that of {first.path} {list(shape)}.")
+    return fishers
 
 
 def _finite(values: NDArray[Any], tensor: StoredTensor) -> NDArray[Any]:

@@ -220,6 +220,7 @@ class MergePlan:
         return replace(self, **changes)
 
 
+METHODS = ("became", "linear", "fisher", "imm-mode", "regmean", "slerp", "task_arithmetic")
 # The words of a plan file, by the place where they stand.
 IN_PLAN = {"models", "merge_method", "base_model", "parameters", "dtype", "out_dtype", "per", "tokenizer_source"} | {
     "pad_vocabulary",
@@ -242,6 +243,9 @@ def read_plan(file: Path) -> MergePlan:
 def plan_of(words: Any, where: str) -> MergePlan:
     """Return the plan that a mapping of words describes; raises as ``read_plan`` does."""
     _check_words(words, IN_PLAN, where)
+    # Before the words that only a method of mergekit's knows.
+    method = _typed(words.get("merge_method", METHODS[0]), str, "merge_method", where)
+    check_method(method)
     listed = words.get("models")
     if not isinstance(listed, list) or not listed:
         raise BecameError(f"{where} has no list of 'models'.")
@@ -252,16 +256,14 @@ def plan_of(words: Any, where: str) -> MergePlan:
     weight = parameters.get("weight", 1.0)
     given: dict[str, Any] = {
         "models": tuple(_planned(entry, weight, where) for entry in listed),
+        "merge_method": method,
         "base_model": words.get("base_model"),
         "out_dtype": words.get("out_dtype", words.get("dtype")),
     }
-    for name in ("merge_method", "per"):
-        if name in words:
-            given[name] = _typed(words[name], str, name, where)
     for name, key in (("normalize", "normalize"), ("t", "t"), ("lambda", "scale"), ("per", "per")):
         if name in parameters:
             given[key] = parameters[name]
-    for name, kind in (("pad_vocabulary", bool), ("rank", int), ("shard_size", int)):
+    for name, kind in (("per", str), ("pad_vocabulary", bool), ("rank", int), ("shard_size", int)):
         if name in words:
             given[name] = _typed(words[name], kind, name, where)
     if "normalize" in given:
@@ -279,6 +281,12 @@ def _planned(entry: Any, weight: Any, where: str) -> PlannedModel:
     _check_words(parameters, OF_MODEL, f"the parameters of {_path(entry['model'], 'model')} in {where}")
     merged = {"weight": weight} | {name: value for name, value in entry.items() if name in OF_MODEL} | parameters
     return PlannedModel(Path(entry["model"]), **merged)
+
+
+def check_method(name: str) -> None:
+    """Refuse a method that is not known."""
+    if name not in METHODS:
+        raise BecameError(f"the merge_method '{_text(name)}' is not known; known are {', '.join(METHODS)}.")
 
 
 def float_word(name: Any, what: str) -> str:

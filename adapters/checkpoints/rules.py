@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from adapters.checkpoints.plan import MergePlan, group_of_tensor
+from adapters.checkpoints.plan import MergePlan, check_method, group_of_tensor
 from adapters.checkpoints.tensors import widened
 from became_core import BecameError, combine, merge
 from became_core.laplace import (
@@ -113,7 +113,7 @@ class Solution:
         if not self.groups:
             return None
         values = [quadratic.value(np.asarray(self.coefficients[group][1:])) for group, quadratic in self.groups.items()]
-        return -math.fsum(map(float, values))
+        return 0.0 - math.fsum(map(float, values))  # and never -0
 
 
 class Rule:
@@ -330,8 +330,10 @@ class GroupwiseMinimum(Rule):
             fishers = [_scaled(fisher, weight) for fisher, weight in zip(slab.fishers, slab.weights, strict=True)]
             quadratic = self._between(slab, fishers, np.float32)
             # Squares of small differences times small curvatures leave float32's range before float64's. What is lost
-            # below it, 2^18 times 1e-45 at most, is nothing beside such a curvature.
-            if not TINY < float(quadratic.curvature[0, 0]) < np.inf or not np.isfinite(quadratic.slope[0]):
+            # below it, 2^18 times 1e-45 at most, is nothing beside such a curvature. A curvature that is 0 because no
+            # data reached these weights is exact.
+            is_sound = TINY < float(quadratic.curvature[0, 0]) < np.inf and np.isfinite(quadratic.slope[0])
+            if not is_sound and (slab.gradients[1] is not None or any(fisher.any() for fisher in fishers)):
                 quadratic = self._between(slab, fishers, np.float64)
             return quadratic
         origin, *others = (widened(model, np.float64) for model in slab.models)
@@ -416,8 +418,7 @@ def rule_of(plan: MergePlan) -> Rule:
     Raises:
         BecameError: if it is not known, or cannot follow the plan.
     """
-    if plan.merge_method not in RULES:
-        raise BecameError(f"the merge_method '{plan.merge_method}' is not known; known are {', '.join(RULES)}.")
+    check_method(plan.merge_method)
     if plan.merge_method != "became" and plan.per != "model":
         raise BecameError(f"'per: {plan.per}' is for became; {plan.merge_method} has no such coefficient.")
     if plan.merge_method == "became" and plan.per == "weight":

@@ -17,7 +17,7 @@ from adapters.checkpoints.plan import MergePlan, PlannedModel
 from adapters.runs.files import write_file
 from became_core import BecameError
 
-__all__ = ["Trace", "trace_merge"]
+__all__ = ["Trace", "check_traceable", "trace_merge"]
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,14 @@ class Trace:
         return self.merged - min(self.losses)
 
 
+def check_traceable(plan: MergePlan, points: int) -> None:
+    """Refuse a path that has no two ends; raises a BecameError as ``trace_merge`` does, which calls it."""
+    if len(plan.models) != 2 or plan.base_model is not None:
+        raise BecameError("a path is traced between two models, without a base model.")
+    if points < 2:
+        raise BecameError(f"a path of {points} points has no ends; give at least 2.")
+
+
 def trace_merge(
     plan: MergePlan,
     out: Path,
@@ -69,10 +77,7 @@ def trace_merge(
     Raises:
         BecameError: if there are not two models, fewer than two points, or a loss is no finite number.
     """
-    if len(plan.models) != 2 or plan.base_model is not None:
-        raise BecameError("a path is traced between two models, without a base model.")
-    if points < 2:
-        raise BecameError(f"a path of {points} points has no ends; give at least 2.")
+    check_traceable(plan, points)
     folder = out.with_name(f".{out.name}.trace")
     alphas = [k / (points - 1) for k in range(points)]
     losses = []

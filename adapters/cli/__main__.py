@@ -6,7 +6,7 @@ No framework is loaded before a run needs it.
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast, get_args
 
@@ -15,14 +15,18 @@ from became_core import BecameError, __version__
 try:
     import tyro
 
-    from adapters.backend.entry import BACKENDS, BackendName, first_installed, load_backend
+    from adapters.backend.entry import BACKENDS, Backend, BackendName, first_installed, load_backend
     from adapters.cli.checkpoints import Fisher, Inspect, Merge
+    from adapters.cli.crew import engine_of
     from adapters.cli.display import Display
+    from adapters.cli.jobs import requested_jobs, unfinished_jobs
     from adapters.cli.listing import Kind, listed
     from adapters.cli.main import execute, run_request, while_it_is_read
     from adapters.cli.options import (
         Output,
         Request,
+        Scheduler,
+        Workers,
         described,
         is_completing,
         one_of,
@@ -31,7 +35,7 @@ try:
         request_type,
         with_short_help,
     )
-    from adapters.cli.running import run_jobs, unfinished_jobs
+    from adapters.cli.running import UnfinishedError, run_jobs
 except ModuleNotFoundError as error:
     if sys.argv[1:] == ["--version"]:
         print(f"became {__version__}")
@@ -74,6 +78,8 @@ class Resume:
     ] = None
     data_dir: Annotated[Path | None, described("Where the data is, if it is no longer where it was.")] = None
     device: Annotated[str | None, described("Where to compute, if not where it was.")] = None
+    workers: Workers = None
+    scheduler: Scheduler = None
     output: Output = field(default_factory=Output)
 
     def run(self) -> int:
@@ -81,7 +87,13 @@ class Resume:
 
         def command(display: Display) -> None:
             options: Any = {"backend": self.backend, "data_dir": self.data_dir, "device": self.device}
-            run_jobs(unfinished_jobs(self.out, load_backend, **options), display)
+            engine, share = engine_of(self.workers, self.scheduler)
+            jobs = [replace(job, share=share) for job in unfinished_jobs(self.out, load_backend, **options)]
+            try:
+                run_jobs(jobs, display, engine)
+            except UnfinishedError:
+                display.results(read_results(self.out), self.out)
+                raise
             display.results(read_results(self.out), self.out)
 
         return execute(command, self.output)
@@ -172,6 +184,8 @@ class Reproduce:
     ] = None
     data_dir: Annotated[Path | None, described("Where the data is.")] = None
     device: Annotated[str | None, described("Where to compute.")] = None
+    workers: Workers = None
+    scheduler: Scheduler = None
     dry_run: Annotated[bool, described("Print the commands that make the table, and run nothing.")] = False
 
     def run(self) -> int:
@@ -187,6 +201,7 @@ class Reproduce:
             print(f"error: {error}", file=sys.stderr)
             return 2
         options = {"first": self.first, "backend": self.backend, "data-dir": self.data_dir, "device": self.device}
+        options |= {"workers": self.workers, "scheduler": self.scheduler}
         others = [word for name, value in options.items() if value is not None for word in (f"--{name}", str(value))]
         commands = table.commands(self.out, *others, seeds=self.seeds)
         print(f"{self.name}: {table.title}\n")
@@ -274,6 +289,8 @@ def _run(request: Request) -> int:
             remarks = [f"backend: {name}, the first that is installed"]
         if name not in get_args(BackendName):
             raise BecameError(f"{request.config} is of a run on {name}; say with --backend what to run on.")
+        # A mistake in a name or a value is said before the framework is loaded, which takes seconds.
+        requested_jobs(request, cast(Backend, None))
     except BecameError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -214,10 +214,14 @@ class Merge:
         if (self.trace is None) != (self.evaluate is None):
             raise BecameError("--trace and --evaluate go together.")
         if self.dry_run:
-            for line in _preview_lines(preview(plan, memory=memory, workers=self.workers)):
+            for line in _preview_lines(plan, preview(plan, memory=memory, workers=self.workers)):
                 print(line)
             return
         evaluate = _function(self.evaluate) if self.evaluate else None
+        if self.trace is not None:
+            from adapters.checkpoints.trace import check_traceable
+
+            check_traceable(plan, self.trace)
         command = shlex.join(["became", *sys.argv[1:]])
         with _progress(self.output) as tell:
             report = merge_checkpoints(plan, out, memory=memory, workers=self.workers, command=command, progress=tell)
@@ -313,9 +317,12 @@ def _executed(command: Callable[[Display], None], output: Output) -> int:
     return execute(complete, output)
 
 
-def _preview_lines(preview: Any) -> Iterator[str]:
+def _preview_lines(plan: Any, preview: Any) -> Iterator[str]:
+    from adapters.checkpoints.card import yaml_lines
     from adapters.checkpoints.tensors import size_text
 
+    yield from yaml_lines(plan)
+    yield ""
     yield f"{size_text(preview.bytes_to_read)} to read in {preview.passes} passes"
     yield f"{size_text(preview.bytes_to_write)} to write"
     yield f"{size_text(preview.memory)} of memory at most"

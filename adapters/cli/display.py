@@ -11,7 +11,7 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -26,8 +26,8 @@ from adapters.cli.dryrun import Plan
 from adapters.cli.options import Level, Output
 from adapters.cli.results import results_tables
 from adapters.runs import RunDirectory, RunResult
-from adapters.runs.events import Events, json_line, now, place
-from became_core.continual import Callback, EpochEnd, RunState, TaskEnd
+from adapters.runs.events import Events, json_line, now
+from became_core.continual import EpochEnd, TaskEnd
 
 __all__ = ["LOGGER", "Display", "RunProgress", "display_of", "logged"]
 
@@ -40,8 +40,14 @@ class Display(Protocol):
     def note(self, text: str) -> None:
         """Show a remark."""
 
-    def watching(self, run: RunDirectory, backend: str, tasks: int, stages: int) -> Any:
-        """Return a context whose value is a callback that shows a run; arguments as of ``RunProgress``."""
+    def several(self, count: int) -> AbstractContextManager[None]:
+        """Return a context in which so many runs are shown, and some of them at the same time."""
+
+    def watching(self, run: RunDirectory, backend: str, tasks: int, stages: int) -> AbstractContextManager[Events]:
+        """Return a context whose value shows a run's events; arguments as of ``RunProgress``."""
+
+    def failed(self, run: RunDirectory, message: str) -> None:
+        """Show why a run failed, while others go on."""
 
     def result(self, run: RunDirectory, result: RunResult, *, before: bool) -> None:
         """Show that a run is finished, or was finished before."""
@@ -60,20 +66,38 @@ class _Text:
     def __init__(self, *, quiet: bool) -> None:
         self._console = Console() if sys.stdout.isatty() or "COLUMNS" in os.environ else Console(width=160)
         self._quiet = quiet
+        self._several: Progress | None = None
 
     def note(self, text: str) -> None:
         if not self._quiet:
             self._console.print(text, highlight=False, soft_wrap=True, markup=False)
 
     @contextmanager
-    def watching(self, run: RunDirectory, backend: str, tasks: int, stages: int) -> Iterator[Callback]:
+    def several(self, count: int) -> Iterator[None]:
         if self._quiet:
-            yield Callback()
+            yield
+            return
+        with _bars(self._console) as self._several:
+            self._several.add_task("all runs", total=float(count), state=f"0/{count} finished")
+            yield
+        self._several = None
+
+    @contextmanager
+    def watching(self, run: RunDirectory, backend: str, tasks: int, stages: int) -> Iterator[Events]:
+        if self._quiet:
+            yield _Silent()
         else:
-            with RunProgress(self._console, run.name, tasks, stages) as progress:
+            with RunProgress(self._console, run.name, tasks, stages, self._several) as progress:
                 yield progress
 
+    def failed(self, run: RunDirectory, message: str) -> None:
+        LOGGER.error("%s: %s", run.name, message)
+
     def result(self, run: RunDirectory, result: RunResult, *, before: bool) -> None:
+        if self._several is not None:
+            total = self._several.tasks[0]
+            state = f"{total.completed + 1:.0f}/{total.total:.0f} finished"
+            self._several.update(total.id, advance=1.0, state=state)
         if before:
             self.note(f"{run.name}  finished before: {run.results_file}")
 
@@ -105,13 +129,26 @@ class _Lines(Events):
         _print_line(name, run=self.run, **values)
 
 
+class _Silent(Events):
+    def add(self, name: str, **values: Any) -> None:
+        pass
+
+
 class _Json:
     def note(self, text: str) -> None:
         LOGGER.info("%s", text)
 
     @contextmanager
-    def watching(self, run: RunDirectory, backend: str, tasks: int, stages: int) -> Iterator[Callback]:
+    def several(self, count: int) -> Iterator[None]:
+        yield
+
+    @contextmanager
+    def watching(self, run: RunDirectory, backend: str, tasks: int, stages: int) -> Iterator[Events]:
         yield _Lines(run.name, backend)
+
+    def failed(self, run: RunDirectory, message: str) -> None:
+        LOGGER.error("%s: %s", run.name, message)
+        _print_line("failed", run=run.name, message=message)
 
     def result(self, run: RunDirectory, result: RunResult, *, before: bool) -> None:
         _print_line("result", run=run.name, file=str(run.results_file), before=before, **result.to_json())
@@ -135,10 +172,26 @@ def _print_line(event: str, **values: Any) -> None:
     print(json_line({"event": event, "time": now(), **values}), flush=True)
 
 
-class RunProgress(Callback):
-    """Shows one run's events, as a callback of it; use as a context."""
+def _bars(console: Console) -> Progress:
+    """Return a display of bars, one for each run that is shown."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=10),
+        TextColumn("{task.fields[state]}"),
+        TextColumn("took"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
 
-    def __init__(self, console: Console, title: str, tasks: int, stages: int) -> None:
+
+class RunProgress(Events):
+    """Shows one run's events, as a callback of it or as they are added; use as a context."""
+
+    def __init__(self, console: Console, title: str, tasks: int, stages: int, several: Progress | None = None) -> None:
         """Prepare the display.
 
         Args:
@@ -146,47 +199,46 @@ class RunProgress(Callback):
             title: the run's name.
             tasks: the number of tasks.
             stages: the largest number of stages of a task.
+            several: the bars of all runs that are shown at the same time, which are shown already; None if this run is
+                alone.
         """
         self._console = console
         self._title = title
         self._tasks = tasks
         self._stages = stages
-        self._bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=10),
-            TextColumn("{task.fields[state]}"),
-            TextColumn("took"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=console,
-            transient=True,
-            disable=not console.is_terminal,
-        )
+        self._alone = several is None
+        self._bar = _bars(console) if several is None else several
         self._row = self._bar.add_task(title, total=float(tasks), state="")
 
     def __enter__(self) -> Self:
         """Start the display."""
-        self._bar.start()
+        if self._alone:
+            self._bar.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        """End the display."""
-        self._bar.stop()
+        """End the display; a bar among several goes, and its last lines stay."""
+        if self._alone:
+            self._bar.stop()
+        else:
+            self._bar.remove_task(self._row)
 
     @property
     def completed(self) -> float:
         """How many tasks are done; the present one counts by the share of its epochs that are done."""
-        return float(self._bar.tasks[0].completed)
+        return float(next(row.completed for row in self._bar.tasks if row.id == self._row))
 
-    def on_run_begin(self, state: RunState) -> None:
-        """Say where a resumed run goes on."""
-        if state.task or state.stage is not None:
-            self._bar.update(self._row, completed=state.task)
-            self._print(f"goes on after {place(state)}")
+    def add(self, name: str, **values: Any) -> None:
+        """Move the bar, and print a line where a run goes on, a task ends or there is no bar."""
+        if name == "resume":
+            self._bar.update(self._row, completed=values["tasks_done"])
+            self._print(f"goes on after {values['after']}")
+        elif name == "epoch":
+            self._show_epoch(EpochEnd(**values))
+        elif name == "task":
+            self._show_task(TaskEnd(**values))
 
-    def on_epoch_end(self, event: EpochEnd) -> None:
-        """Move the bar, or print a line."""
+    def _show_epoch(self, event: EpochEnd) -> None:
         where = f"task {event.task + 1}/{self._tasks}  stage {event.stage}  epoch {event.epoch}/{event.epochs}"
         loss = f"  loss {event.loss:.4f}  lr {event.rate:.2g}"
         if not math.isnan(event.validation_loss):
@@ -198,8 +250,7 @@ class RunProgress(Callback):
         if not self._console.is_terminal:
             self._print(where + loss)
 
-    def on_task_end(self, event: TaskEnd) -> None:
-        """Print a line."""
+    def _show_task(self, event: TaskEnd) -> None:
         alpha = "" if event.alpha is None else f"  alpha {event.alpha:.3f}"
         measured = [math.isfinite(accuracy) for accuracy in event.accuracy]
         what, values = ("accuracy", event.accuracy) if all(measured) else ("loss", event.loss)
@@ -221,9 +272,14 @@ class _StandardError(logging.Handler):
 
 
 @contextmanager
-def logged(level: Level) -> Iterator[None]:
-    """Show messages of a level and of more serious ones on standard error, Python's warnings among them, each once."""
-    handler, usual = _StandardError(), LOGGER.level
+def logged(level: Level, handler: logging.Handler | None = None) -> Iterator[None]:
+    """Show messages of a level and of more serious ones, Python's warnings among them, each of these once.
+
+    Args:
+        level: the least serious level that is shown.
+        handler: what shows them; None for standard error.
+    """
+    handler, usual = handler or _StandardError(), LOGGER.level
     shown: set[str] = set()
 
     def warn(

@@ -25,6 +25,8 @@ EXTRAS = {
     "report": (("matplotlib",), "became report"),
     "tensorboard": (("tensorboardX",), "--tracker tensorboard"),
     "trackio": (("trackio",), "--tracker trackio"),
+    "dask": (("distributed",), "--scheduler"),
+    "flower": (("flwr",), "adapters.flower, federations"),
 }
 ALWAYS = ("became", "numpy", "array-api-compat", "optree", "safetensors", "tyro", "rich", "datasets")
 # By benchmark, the folder of its images within a folder of data.

@@ -14,18 +14,20 @@ Convention: a step is one batch. The first tasks stand for themselves, the last 
 those of this machine as busy as it is now; where several times are measured, the median counts.
 """
 
+import heapq
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from rich.console import Console
 
 from adapters.analysis.tables import Column, Table, print_table
+from adapters.backend.entry import available_threads
 from adapters.runs import Checkpoints
 from adapters.runs.configuration import Configuration
 from became_core.continual import (
@@ -64,6 +66,10 @@ class Plan:
         steps: the steps of all seeds together, by method.
         seconds: the estimated time of all seeds together, by method and then by phase.
         bounded: whether a schedule may end earlier, so that steps and times are upper bounds.
+        seeds: how many runs there are of each method.
+        workers: how many runs are carried out at the same time.
+        threads: how many threads each of them has; None if that was not asked.
+        elapsed: the estimated seconds from the beginning to the end of all runs.
     """
 
     configuration: dict[str, Any]
@@ -74,6 +80,29 @@ class Plan:
     steps: dict[str, int]
     seconds: dict[str, dict[str, float]]
     bounded: bool
+    seeds: int
+    elapsed: float
+    workers: int = 1
+    threads: int | None = None
+
+    def with_workers(self, workers: int, threads: int, cores: int | None = None) -> Self:
+        """Return the plan for some workers at the same time, which begin the next run as they end one.
+
+        If their threads are more than the cores, they wait for each other. That they share the memory's bandwidth, and
+        that each loads its framework first, is not in the estimate.
+
+        Args:
+            workers: how many there are.
+            threads: how many threads each run has.
+            cores: how many cores there are for all; those that this process may use if None.
+        """
+        ends = [0.0] * workers
+        for _ in range(self.seeds):
+            for phases in self.seconds.values():
+                heapq.heapreplace(ends, ends[0] + sum(phases.values()) / self.seeds)
+        busy = min(workers, self.seeds * len(self.seconds)) * threads
+        elapsed = max(ends) * max(1.0, busy / (cores or available_threads()))
+        return replace(self, workers=workers, threads=threads, elapsed=elapsed)
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values."""
@@ -94,6 +123,14 @@ class Plan:
         columns = [Column("method"), Column("steps"), *map(Column, PHASES), Column("in all")]
         title = f"{most or 'about '}what each method would take, and its time by phase"
         print_table(out, Table(title.capitalize(), columns, rows))
+        if self.workers > 1:
+            threads = f"{self.threads} thread{'s' if self.threads != 1 else ''}"
+            out.print(
+                f"with {self.workers} workers of {threads} each: {most or 'about '}{_duration(self.elapsed)} from the "
+                "beginning to the end",
+                soft_wrap=True,
+                highlight=False,
+            )
         if not quiet:
             total = self.shared + self.of_heads
             out.print(f"{total:,} parameters: {self.shared:,} shared, {self.of_heads:,} in {self.heads} heads")
@@ -118,6 +155,10 @@ def plan(
     of_heads = sum(sizes[name] for head in fresh.heads for name in head)
     methods = {name: configuration.method(name) for name, configuration in configurations.items()}
     trainings = {name: configuration.training() for name, configuration in configurations.items()}
+    times = {
+        name: {phase: seeds * seconds for phase, seconds in estimated(learner, stream, method, trainings[name]).items()}
+        for name, method in methods.items()
+    }
     return Plan(
         configuration=common,
         own=own,
@@ -125,13 +166,10 @@ def plan(
         of_heads=of_heads,
         heads=len(fresh.heads),
         steps={name: seeds * steps(method, stream, trainings[name]) for name, method in methods.items()},
-        seconds={
-            name: {
-                phase: seeds * seconds for phase, seconds in estimated(learner, stream, method, trainings[name]).items()
-            }
-            for name, method in methods.items()
-        },
+        seconds=times,
         bounded=training.stage1.needs_validation,
+        seeds=seeds,
+        elapsed=sum(sum(phases.values()) for phases in times.values()),
     )
 
 

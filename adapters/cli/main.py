@@ -3,14 +3,18 @@
 import os
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import wraps
 from typing import ParamSpec
 
 from adapters.backend.entry import Backend
+from adapters.cli.crew import engine_of, slots_of
 from adapters.cli.display import Display, display_of, logged
 from adapters.cli.dryrun import plan, shared_values
+from adapters.cli.interruption import InterruptedRun
+from adapters.cli.jobs import Job, requested_jobs
 from adapters.cli.options import Output, Request, parse_request
-from adapters.cli.running import InterruptedRun, Job, requested_jobs, run_jobs
+from adapters.cli.running import UnfinishedError, run_jobs
 from became_core import BecameError
 
 __all__ = ["Backend", "execute", "main", "run_request", "while_it_is_read"]
@@ -74,26 +78,38 @@ def run_request(backend: Backend, request: Request, *remarks: str) -> int:
     def command(display: Display) -> None:
         for remark in remarks:
             display.note(remark)
-        jobs = requested_jobs(request, backend)
+        engine, share = engine_of(request.workers, request.scheduler)
+        jobs = [replace(job, share=share) for job in requested_jobs(request, backend)]
         if request.dry_run:
-            _show_plan(jobs, display)
+            _show_plan(jobs, display, share, request.scheduler)
         if request.print_config:
             _show_configuration(jobs, display)
         if not (request.dry_run or request.print_config):
-            display.results(run_jobs(jobs, display), jobs[0].run.out)
+            try:
+                results = run_jobs(jobs, display, engine)
+            except UnfinishedError as error:
+                display.results(error.results, jobs[0].run.out)
+                raise
+            display.results(results, jobs[0].run.out)
 
     return execute(command, request.output)
 
 
-def _show_plan(jobs: Sequence[Job], display: Display) -> None:
+def _show_plan(jobs: Sequence[Job], display: Display, workers: int, scheduler: str | None) -> None:
     job = jobs[0]
     if job.configuration.deterministic:
         job.backend.repeat_exactly()
     stream = job.stream()
-    job.use_threads(stream)
+    threads = job.use_threads(stream)
     configurations = {job.run.method: job.configuration for job in jobs}
     seeds = len(jobs) // len(configurations)
-    display.plan(plan(lambda: job.learner(stream), stream, configurations, seeds))
+    estimated = plan(lambda: job.learner(stream), stream, configurations, seeds)
+    if scheduler is not None:
+        slots = slots_of(scheduler)  # each as fast as this machine is for one run
+        estimated = estimated.with_workers(slots, threads, cores=slots * threads)
+    elif workers > 1:
+        estimated = estimated.with_workers(workers, threads)
+    display.plan(estimated)
 
 
 def _show_configuration(jobs: Sequence[Job], display: Display) -> None:

@@ -31,6 +31,8 @@ __all__ = [
     "Level",
     "Output",
     "Request",
+    "Scheduler",
+    "Workers",
     "described",
     "is_completing",
     "one_of",
@@ -47,7 +49,7 @@ METHODS_BY_DEFAULT = ("became", "gpm", "finetune")
 # The options that belong to a request, by the group they stand in; those of a configuration say theirs themselves.
 _REQUESTED = {
     "methods": ("methods", "projector", "preset", "seeds"),
-    "where": ("backend", "out", "config", "resume"),
+    "where": ("backend", "out", "config", "resume", "workers", "scheduler"),
     "output": ("dry_run", "print_config"),
 }
 # Those that a first look at the help explains.
@@ -56,7 +58,7 @@ _EXPLAINED = {
     "methods": ("methods", "projector", "preset", "seeds"),
     "training": ("lr", "epochs", "stage2_epochs", "batch_size"),
     "curvature": ("curvature_samples", "projector_samples", "path_points"),
-    "where": ("backend", "device", "threads", "data_dir", "out"),
+    "where": ("backend", "device", "threads", "workers", "data_dir", "out"),
     "output": ("dry_run", "print_config", "quiet", "log"),
 }
 
@@ -116,6 +118,22 @@ class Output:
         return self.log_level or ("error" if self.quiet else "warning")
 
 
+Workers = Annotated[
+    int | None,
+    described(
+        "Carry out so many runs at the same time, each in a process of this machine; they divide its cores among them. "
+        "Without it the runs follow one another in one process."
+    ),
+]
+Scheduler = Annotated[
+    str | None,
+    described(
+        "Carry out the runs on a Dask cluster: the address of its scheduler, as tcp://10.0.0.1:8786, or its scheduler "
+        "file. All its workers must see the folder of results. It needs the extra dask."
+    ),
+]
+
+
 @dataclass(frozen=True)
 class Request:
     """What a command asks for.
@@ -156,6 +174,8 @@ class Request:
             "Fail if the folder holds nothing to resume; and resume runs of another backend too, instead of refusing."
         ),
     ] = False
+    workers: Workers = None
+    scheduler: Scheduler = None
     output: Output = field(default_factory=Output)
     values: Mapping[str, Any] = field(default_factory=dict)
 

@@ -24,12 +24,14 @@ import numpy as np
 from jax import numpy as jnp
 
 from adapters.backend.batches import Kind, cotangents_of, inputs_and_targets, units_of, with_progress
+from adapters.backend.checking import check_network
 from adapters.backend.memory import InputGrams, by_slopes, gram_sums
-from adapters.backend.own_loop import Finding, NetworkCheck
+from adapters.backend.own_loop import NetworkCheck
+from adapters.jax.checking import FunctionView
 from adapters.jax.tapping import Apply, TappedFunction, trained_of
 from became_core import BecameError, Diagonal, Quadratic
 from became_core.arrays import Array, Params, named_leaves, namespace, with_leaves
-from became_core.curvature import Likelihood, Taps, per_sample_gradients, per_sample_square_sum
+from became_core.curvature import Likelihood, per_sample_square_sum
 
 __all__ = ["DataLoss", "Loss", "NewTask"]
 
@@ -134,35 +136,24 @@ class DataLoss:
 
         def samples(at: slice) -> Any:
             # Which arrays belong to samples is read off the whole batch, where a length is rarely theirs by chance.
-            few = [leaf[at] if leaf.ndim and len(leaf) == size else leaf for leaf in leaves]
+            few = [leaf[:3][at] if leaf.ndim and len(leaf) == size else leaf for leaf in leaves]
             return jax.tree.unflatten(structure, few)
 
-        rng, theta, count, inputs = np.random.default_rng(0), self.theta, min(3, size), samples(slice(3))
-        outputs, own = self._outputs(theta, inputs), self._apply(self.tree(theta), inputs)  # the latter not compiled
-        tolerance = 10 * float(jnp.finfo(outputs.dtype).eps) ** 0.5
-        alone = [samples(slice(sample, sample + 1)) for sample in range(count)]
-        first = self._outputs(theta, alone[0])
-        seed = rng.normal(size=outputs.shape).astype(outputs.dtype)
+        def along(direction: Params, inputs: Any, shorter: float) -> tuple[Array, str]:
+            if shorter == 1:
+                return self._derivatives(self.theta, [direction], inputs)[1][0], self.way
+            return self._difference(self.theta, [direction], inputs, shorter)[1][0], self.way
+
         tapped, _ = self._function(batch)
-        by_taps = _by_sample(tapped.taps(self.tree(theta), inputs, seed), theta)
-        rows = [self._gradient(theta, each, seed[sample : sample + 1]) for sample, each in enumerate(alone)]
-        direction = _scaled({name: rng.normal(size=value.shape) for name, value in theta.items()}, theta)
-        slopes = [sum(np.vdot(row[name], value) for name, value in direction.items()) for row in rows]
-        tangents = [self._derivatives(theta, [direction], inputs)[1]]
-        exact = self.way != "difference"
-        if not exact:  # whose steps may meet kinks; the best of three counts
-            tangents += [self._difference(theta, [direction], inputs, shorter)[1] for shorter in (0.05, 0.002)]
-        along = [np.sum(np.asarray(tangent[0] * seed).reshape(count, -1), 1) for tangent in tangents]
-        return NetworkCheck(
-            (
-                Finding("outputs, computed twice", _apart([own], [outputs]), tolerance),
-                Finding("outputs of a sample alone", _apart([first], [np.asarray(outputs)[:1]]), tolerance),
-                Finding("gradients of single samples", _apart(by_taps, rows), tolerance),
-                Finding(
-                    f"a derivative, by {self.way}",
-                    min(_apart([slope], [np.asarray(slopes)]) for slope in along),
-                    max(tolerance, 0.01) if exact else 0.1,
-                ),
+        return check_network(
+            FunctionView(
+                self.theta,
+                samples,
+                outputs=self._outputs,
+                own=lambda inputs: self._apply(self.tree(self.theta), inputs),  # not compiled
+                taps=lambda inputs, seed: tapped.taps(self.tree(self.theta), inputs, seed),
+                gradient=self._gradient,
+                along=along,
             )
         )
 
@@ -312,34 +303,7 @@ def _wide(array: Array) -> Array:
     return array.astype(jnp.promote_types(array.dtype, jnp.float32))
 
 
-def _apart(computed: Any, expected: Any) -> float:
-    """Return the largest difference between two trees, as a share of the largest value."""
-    difference, largest = _largest(computed, expected)
-    return float(difference) / (float(largest) or 1.0)
-
-
 # Whole trees in one program: JAX would compile every operation for every shape.
-
-
-@jax.jit  # type: ignore[untyped-decorator] # JAX is taken as untyped
-def _largest(computed: Any, expected: Any) -> tuple[Array, Array]:
-    pairs = list(zip(*map(jax.tree.leaves, (computed, expected)), strict=True))
-    differences = [jnp.abs(left - right).max() for left, right in pairs]
-    return jnp.stack(differences).max(), jnp.stack([jnp.abs(right).max() for _, right in pairs]).max()
-
-
-@jax.jit  # type: ignore[untyped-decorator] # JAX is taken as untyped
-def _by_sample(taps: Taps, theta: Params) -> list[Params]:
-    """Return the gradients of each sample."""
-    gradients = per_sample_gradients(taps)
-    samples = range(len(next(iter(gradients.values()))))
-    return [{n: gradients[n][sample].reshape(value.shape) for n, value in theta.items()} for sample in samples]
-
-
-@jax.jit  # type: ignore[untyped-decorator] # JAX is taken as untyped
-def _scaled(normals: Params, theta: Params) -> Params:
-    """Return normal numbers times the standard deviation of each parameter."""
-    return {n: (normals[n] * jnp.maximum(value.std(), 1e-3)).astype(value.dtype) for n, value in theta.items()}
 
 
 @jax.jit  # type: ignore[untyped-decorator] # JAX is taken as untyped

@@ -12,6 +12,7 @@ flax has [in, out] and HWIO. Images are [N, H, W, C]. A batch norm's ``mean`` in
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from itertools import filterfalse
 from math import prod
 from typing import Any, Literal, NamedTuple
@@ -24,6 +25,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import lax
 from jax import numpy as jnp
 
+from adapters.backend.checking import agreement
+from adapters.backend.own_loop import Finding
 from adapters.jax.layers import Pass, convolved
 from adapters.networks import CANONICAL_AXES, BatchNorm, Dropout, Linear, Mask, Parameter, UserLayer, is_statistic
 from became_core import BecameError
@@ -57,6 +60,7 @@ class FlaxBackbone:
         masks: what its dropout layers need.
         initial: the weights that a learner begins with, by canonical name; if it is empty, they are drawn.
         constants: the variables that are neither parameters nor a batch norm's statistics.
+        agreement: how far its features are from those of the module as the user runs it.
     """
 
     module: nn.Module
@@ -65,6 +69,7 @@ class FlaxBackbone:
     masks: tuple[Mask, ...]
     initial: Params = field(default_factory=dict)
     constants: Mapping[str, Any] = field(default_factory=dict)
+    agreement: tuple[Finding, ...] = ()
 
     @classmethod
     def of(
@@ -122,37 +127,48 @@ class FlaxBackbone:
         }
         constants |= {"batch_stats": unflatten_dict(others, sep=".")} if others else {}
         backbone = cls(module, tuple(layers.values()), parameters, tuple(masks), {}, constants)
-        backbone._check_agreement(own, images)
+        compared = backbone._compared(own, images)
         weights = {} if variables is None else backbone.weights(own.get("params", {}), own.get("batch_stats", {}))
-        return replace(backbone, initial=weights)
+        return replace(backbone, initial=weights, agreement=compared)
 
-    def _check_agreement(self, variables: Mapping[str, Any], images: Array) -> None:
-        """Raise an error if the module's features of images differ from ours."""
+    def _compared(self, variables: Mapping[str, Any], images: Array) -> tuple[Finding, ...]:
+        """Return how far our features of images are from the module's own, in evaluation and in training.
 
-        def own(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
-            if context.method_name == "__call__" and type(context.module) is nn.Dropout:
-                return args[0]
-            if context.method_name == "__call__" and type(context.module) is nn.BatchNorm:
-                object.__setattr__(context.module, "use_running_average", None)
-                return call(*args, **{**kwargs, "use_running_average": True})
-            return call(*args, **kwargs)
+        In both, dropout keeps everything.
 
-        def features(variables: Any, images: Array) -> tuple[Array, Array]:
+        Raises:
+            BecameError: if they differ.
+        """
+
+        def features(variables: Any, images: Array, training: bool) -> tuple[Array, Array]:
+            def own(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
+                if context.method_name == "__call__" and type(context.module) is nn.Dropout:
+                    return args[0] * (Dropout(context.module.rate).scale if training else 1)
+                if context.method_name == "__call__" and type(context.module) is nn.BatchNorm:
+                    object.__setattr__(context.module, "use_running_average", None)
+                    return call(*args, **{**kwargs, "use_running_average": not training})
+                return call(*args, **kwargs)
+
             with nn.intercept_methods(own):
-                theirs = self.module.apply(variables, images)
+                theirs, _ = self.module.apply(variables, images, mutable=["batch_stats"] if training else [])
             weights = self.weights(variables.get("params", {}), variables.get("batch_stats", {}))
-            return theirs, self(Pass(weights), images)
+            masks = tuple(jnp.ones((len(images), *shape), bool) for shape, _ in self.masks)
+            return theirs, self(Pass(weights, masks if training else None), images)
 
-        try:
-            theirs, ours = jax.jit(features)(dict(variables), images)
-        except FlaxError as error:
-            raise _cannot_run(error) from None
-        difference = float(jnp.max(jnp.abs(theirs - ours), initial=0.0))
-        if not difference <= TOLERANCE * max(1.0, float(jnp.max(jnp.abs(theirs), initial=0.0))):
-            raise BecameError(
-                f"with the layers that taps know the module {type(self.module).__name__} gives other features, by "
-                f"{difference:.3g}; it changes a layer's weights or inputs in a way that taps cannot follow."
-            )
+        findings = []
+        for training in (False, True):
+            try:
+                theirs, ours = jax.jit(partial(features, training=training))(dict(variables), images)
+            except FlaxError as error:
+                raise _cannot_run(error) from None
+            findings.append(agreement(ours, theirs, "training" if training else "evaluation"))
+            if not findings[-1].difference <= TOLERANCE:
+                raise BecameError(
+                    f"with the layers that taps know the module {type(self.module).__name__} gives other features, by "
+                    f"{findings[-1].difference:.3g} of the largest; it changes a layer's weights or inputs in a way "
+                    "that taps cannot follow."
+                )
+        return tuple(findings)
 
     def __call__(self, run: Pass, images: Array) -> Array:
         """Return the features [N, features] of images [N, H, W, C]."""
@@ -220,6 +236,11 @@ def _parameters(layers: Mapping[str, UserLayer], variables: Mapping[str, Any]) -
             raise BecameError(
                 f"taps do not know the layer of the parameter '{path}'; on JAX they know {classes} with weights, "
                 "Conv of images, one group."
+            )
+        if leaf.ndim not in ((2, 4) if kind == "kernel" else (1,)):
+            raise BecameError(
+                f"the parameter '{path}' has the shape {list(leaf.shape)}, as nn.scan and nn.vmap make it of several "
+                "layers, which taps do not follow on JAX; write the layers out one by one."
             )
         shape = tuple(leaf.shape[axis] for axis in CANONICAL_AXES[leaf.ndim])
         fan_in = None if layers[owner].kind == "scale" else prod(leaves[f"{owner}.kernel"].shape[:-1])

@@ -142,6 +142,11 @@ class JaxNetwork(Network):
         logits, along = jax.linearize(lambda weights: self.logits(Pass(weights), images), weights)
         return logits, jnp.stack([along(direction) for direction in directions])
 
+    def _pulled_back(self, weights: Params, data: Data, rows: Array, seed: Array) -> Params:
+        images = data.normalised(rows)
+        gradients: Params = jax.grad(lambda weights: jnp.sum(self.logits(Pass(weights), images) * seed))(weights)
+        return gradients
+
     def _many_steps(
         self, state: State, frozen: Params, data: Data, steps: Step, constraint: Constraint
     ) -> tuple[State, Array]:
@@ -154,6 +159,8 @@ class JaxNetwork(Network):
 
     gradients = jax.jit(_gradients, static_argnums=0)
     tangents = jax.jit(_tangents, static_argnums=0)
+    outputs = jax.jit(Network.outputs, static_argnums=0)
+    pulled_back = jax.jit(_pulled_back, static_argnums=0)
     many_steps = jax.jit(_many_steps, static_argnums=0, donate_argnums=1)
     all_logits = jax.jit(Network.all_logits, static_argnums=0)
     batch_statistics = jax.jit(Network.batch_statistics, static_argnums=0)

@@ -175,7 +175,13 @@ class Configuration:
         None,
         hint=True,
     )
-    device: str = _option("Where to compute: auto, cpu, cuda, cuda:1 and so on.", "where", "auto", hint=True)
+    device: str = _option(
+        "Where to compute: auto, cpu, cuda, cuda:1 and so on. Under torchrun (torchrun --nproc-per-node N -m "
+        "adapters.torch.run), of which every process computes a share of each batch, cuda is each process's own GPU.",
+        "where",
+        "auto",
+        hint=True,
+    )
     threads: int | None = _option(
         "How many threads the CPU computes with. Without it as many as the environment variable OMP_NUM_THREADS says; "
         "else one for a small network, which more threads make slower, and the framework's own choice for others.",

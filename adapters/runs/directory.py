@@ -111,7 +111,8 @@ class RunDirectory:
         """Keep other processes out for the time of this context; first remove what killed processes left.
 
         Raises:
-            BecameError: if another process is at work in the folder, or it cannot be written to.
+            BusyError: if another process is at work in the folder.
+            BecameError: if the folder cannot be written to.
         """
         with locked(self.folder / "lock"):
             remove_temporary_files(self.folder, r"(?:config|results)\.json")

@@ -21,7 +21,7 @@ __all__ = ["EventLog", "Events", "json_line", "now", "place"]
 class Events(Callback):
     """The events of a run, by name and with plain values; a subclass writes them."""
 
-    backend: str
+    backend: str = ""
 
     def add(self, name: str, **values: Any) -> None:
         """Add an event."""
@@ -30,7 +30,7 @@ class Events(Callback):
     def on_run_begin(self, state: RunState) -> None:
         """Add that a run begins, or where it is resumed."""
         fresh = state.task == 0 and state.stage is None
-        after = {} if fresh else {"after": place(state)}
+        after = {} if fresh else {"after": place(state), "tasks_done": state.task}
         self.add("begin" if fresh else "resume", **after, backend=self.backend, versions=versions())
 
     def on_epoch_end(self, event: EpochEnd) -> None:

@@ -16,7 +16,11 @@ from filelock import FileLock, Timeout
 
 from became_core import BecameError
 
-__all__ = ["locked"]
+__all__ = ["BusyError", "locked"]
+
+
+class BusyError(BecameError):
+    """Another process holds the lock."""
 
 
 @contextmanager
@@ -28,14 +32,15 @@ def locked(file: Path, *, wait: bool = False) -> Iterator[None]:
         wait: whether to wait while another process holds it.
 
     Raises:
-        BecameError: if another process holds it and this one does not wait, or it cannot be made.
+        BusyError: if another process holds it and this one does not wait.
+        BecameError: if it cannot be made.
     """
     lock = FileLock(file, timeout=-1 if wait else 0, on_acquired=_write_holder)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     except Timeout:
-        raise BecameError(
+        raise BusyError(
             f"{_read_holder(file)} is at work in {file.parent}; wait for it or choose another --out."
         ) from None
     except OSError as error:

@@ -17,10 +17,11 @@ import numpy as np
 import tensorflow as tf
 
 from adapters.backend.batches import Kind, cotangents_of, units_of
+from adapters.backend.checking import check_network
 from adapters.backend.memory import InputGrams, by_slopes, gram_sums
 from adapters.backend.own_loop import NetworkCheck
 from adapters.tensorflow.batches import Reader, batches_of
-from adapters.tensorflow.checking import check_network
+from adapters.tensorflow.checking import KerasView
 from adapters.tensorflow.derivatives import Derivatives
 from adapters.tensorflow.tapping import Tapping
 from adapters.tensorflow.traced import KerasFunction, samples_of
@@ -78,7 +79,7 @@ class DataLoss:
         if self.matrices is None:
             self.matrices = self._tapping.matrices(theta, inputs, outputs)
         if self._checks:
-            self.checked = check_network(self.network, self._tapping, self._derivatives, theta, few)
+            self.checked = check_network(KerasView(self.network, self._tapping, self._derivatives, theta, few))
             self.checked.assert_sound()
         self._looked = True
 

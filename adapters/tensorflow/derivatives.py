@@ -13,18 +13,31 @@ Convention: directions go by parameters' names; a parameter without a direction 
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import tensorflow as tf
 
-from adapters.tensorflow.traced import KerasFunction, Traced
+from adapters.tensorflow.traced import Traced
 from became_core import BecameError
 from became_core.arrays import Array, Params
 
-__all__ = ["Derivatives", "Way"]
+__all__ = ["Derivatives", "Differentiable", "Way"]
 
 Way = Literal["forward mode", "two reverse passes", "difference"]
 Batch = tuple[list[Array], Any]
+
+
+class Differentiable(Protocol):
+    """A function of weights and inputs that is differentiated along directions, such as a ``KerasFunction``."""
+
+    def in_order(self, theta: Params) -> list[Array]:
+        """Return the weights of a pass in their order."""
+
+    def run(self, weights: Sequence[Array], inputs: Any) -> Array:
+        """Return the logits, inside a trace or eagerly."""
+
+    def outputs(self, theta: Params, inputs: Any) -> Array:
+        """Return the logits at these weights."""
 
 
 class Derivatives:
@@ -35,7 +48,7 @@ class Derivatives:
         shorter: what a difference's step is multiplied by.
     """
 
-    def __init__(self, network: KerasFunction, way: Way = "forward mode", shorter: float = 1.0) -> None:
+    def __init__(self, network: Differentiable, way: Way = "forward mode", shorter: float = 1.0) -> None:
         """Keep the model as a function, and the way to begin with."""
         self.way, self.shorter, self._network = way, shorter, network
         self._forward = Traced(self._forward_mode, needs_graph=True)

@@ -3,16 +3,23 @@
 While it runs, its Dense, Conv2D, normalisation and Dropout layers are taken over: they compute as described layers do,
 with weights by canonical name, and so can be tapped; everything between them is the model's, and so are layers that the
 user has frozen (``trainable = False``), which are never changed. A layer that is taken over computes what Keras's own
-does, for the options in ``_LAYERS``; one with any other option is refused by its name, and so is a model whose features
-differ.
+does, for the options in ``_LAYERS``.
+
+Any other layer that is trained runs as it is, with given weights in the place of its variables, and its taps are read
+off the graph of the forward pass (``adapters/tensorflow/own_layers.py``): a layer of another class or with other
+options, one whose ``call`` is replaced, and one that runs twice. What cannot be right in a run is refused by the
+layer's name: random draws other than Dropout's, constraints, losses of a layer's own, and variables that training
+changes.
 
 Convention: a layer's name is its own, ``conv1.weight``; canonical weights are [out, in] and OIHW, where Keras has
-[in, out] and HWIO. Images are [N, H, W, C]. A batch norm's ``moving_mean`` is its ``running_mean``.
+[in, out] and HWIO. Parameters of layers that run as they are have the names of ``adapters/tensorflow/parameters.py``.
+Images are [N, H, W, C]. A batch norm's ``moving_mean`` is its ``running_mean``.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from math import prod
 from typing import Any, Literal, NamedTuple
 
@@ -20,8 +27,12 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from adapters.backend.checking import agreement
+from adapters.backend.own_loop import Finding
 from adapters.networks import CANONICAL_AXES, BatchNorm, Dropout, Linear, Mask, Parameter, UserLayer
+from adapters.tensorflow import parameters as own_parameters
 from adapters.tensorflow.layers import Pass, convolved
+from adapters.tensorflow.own_layers import OwnLayers, own_parameters_of, owner_of
 from became_core import BecameError
 from became_core.arrays import Array, Params
 
@@ -54,19 +65,23 @@ class KerasBackbone:
 
     Attributes:
         model: built, from images [N, H, W, C] to features [N, features].
-        tapped: its layers with parameters, in the order in which they run.
+        layers: those that are taken over, in the order in which they run, and what a tap tells of them.
         parameters: by canonical name.
         masks: what its dropout layers need.
         variables: the model's own, by canonical name.
+        own: the parameters of layers that run as they are, by canonical name.
         scaling: the names of layers that scale the images themselves.
+        agreement: how far its features are from those of the model as the user runs it.
     """
 
     model: keras.Model
-    tapped: tuple[UserLayer, ...]
+    layers: Mapping[Any, UserLayer]
     parameters: Mapping[str, Parameter]
     masks: tuple[Mask, ...]
     variables: Mapping[str, Any]
+    own: Mapping[str, own_parameters.Parameter] = field(default_factory=dict)
     scaling: tuple[str, ...] = ()
+    agreement: tuple[Finding, ...] = ()
 
     @classmethod
     def of(cls, model: keras.Model, image: tuple[int, int, int]) -> "KerasBackbone":
@@ -77,17 +92,18 @@ class KerasBackbone:
             image: the shape of an image, [C, H, W].
 
         Raises:
-            BecameError: if a variable belongs to a layer that taps do not know, two layers have one name, a layer has
-                an option that taps do not follow, draws random numbers, adds a loss or changes a variable in training.
+            BecameError: if two layers have one name, or a layer draws random numbers, has a constraint, adds a loss,
+                changes a variable in training, or is a batch norm with an option that taps do not follow.
         """
         channels, height, width = image
         images = tf.random.stateless_normal((2, height, width, channels), (0, 0))
         masks: list[Mask] = []
         scaling: list[str] = []
         layers: dict[Any, UserLayer] = {}
+        as_they_are: set[Any] = set()
         problems: list[BecameError] = []  # what is raised inside a call Keras wraps into its own report
 
-        def look(call: Callable[[Array], Array], layer: Any, inputs: Array) -> Array:
+        def look(call: Callable[[Array], Array], layer: Any, inputs: Array, has_mask: bool) -> Array:
             if type(layer) is keras.layers.Dropout:
                 problems.extend(_options_without_effect(layer, _DROPOUT, len(inputs.shape)))
                 threshold = Dropout(layer.rate).threshold
@@ -95,47 +111,83 @@ class KerasBackbone:
                 return inputs
             if type(layer) in _SCALING:
                 scaling.append(layer.name)
-            if _is_taken_over(layer):
-                problems.extend(_options_without_effect(layer, _LAYERS[type(layer)], len(inputs.shape)))
+            is_norm = type(layer) is keras.layers.BatchNormalization
+            if _is_known(layer):
+                unfit = list(_options_without_effect(layer, _LAYERS[type(layer)], len(inputs.shape)))
+                if has_mask:
+                    unfit.append(
+                        BecameError(
+                            f"taps do not follow the mask that the layer '{layer.name}' is given; leave it out."
+                        )
+                    )
                 if layer in layers:
-                    problems.append(
+                    unfit.append(
                         BecameError(f"the layer '{layer.name}' runs twice in one pass; give each run its own.")
                     )
                 layers[layer] = _described(layer)
+                problems.extend(unfit if is_norm else [])  # the core estimates its statistics
+                as_they_are.update([layer] if unfit else [])
             # A batch norm would change its statistics; what it does to its inputs does not matter here.
-            return inputs if type(layer) is keras.layers.BatchNormalization else call(inputs)
+            return inputs if is_norm else call(inputs)
 
-        own = model(images, training=False)  # builds it
+        model(images, training=False)  # builds it
         before = [(variable, variable.numpy()) for variable in model.variables]
-        with _intercepted(look) as masked:
+        with _intercepted(look):
             model(images, training=True)
-        for name in masked:
-            problems.append(BecameError(f"taps do not follow the mask that the layer '{name}' is given; leave it out."))
         if problems:
             raise problems[0]
         _check_side_effects(model, before)
+        layers = {layer: described for layer, described in layers.items() if layer not in as_they_are}
         parameters, variables = _parameters(layers)
-        owned = {variable.path for variable in variables.values()}
-        for variable in model.trainable_variables:
-            if variable.path not in owned:
-                classes = ", ".join(sorted(layer_class.__name__ for layer_class in _LAYERS))
-                raise BecameError(
-                    f"taps do not know the layer of the variable '{variable.path}', or its call is replaced; on Keras "
-                    f"they know {classes}, whose call is Keras's own."
-                )
-        tapped = tuple(layers.values())
-        backbone = cls(model, tapped, parameters, tuple(masks), variables, tuple(dict.fromkeys(scaling)))
-        backbone._check_agreement(own, images)
-        return backbone
+        others = own_parameters_of(model, variables)
+        parameters |= {name: Parameter(parameter.shape, None) for name, parameter in others.items()}
+        variables |= {name: parameter.variable for name, parameter in others.items()}
+        names = tuple(dict.fromkeys(scaling))
+        backbone = cls(model, layers, parameters, tuple(masks), variables, others, names)
+        return replace(backbone, agreement=tuple(backbone._compared(images)))
 
-    def _check_agreement(self, own: Array, images: Array) -> None:
-        """Raise an error if the model's own features of images differ from ours."""
-        difference = np.abs(own - self(Pass(self.weights()), images)).max(initial=0.0)
-        if not difference <= TOLERANCE * max(1.0, np.abs(own).max(initial=0.0)):
-            raise BecameError(
-                f"with the layers that taps know the model '{self.model.name}' gives other features, by "
-                f"{difference:.3g}; one of its layers changes another's weights or inputs, which taps cannot follow."
-            )
+    def _compared(self, images: Array) -> Iterator[Finding]:
+        """Yield how far our features of images are from the model's own, in evaluation and in training.
+
+        In both, dropout keeps everything.
+
+        Raises:
+            BecameError: if they differ.
+        """
+
+        def keep_all(call: Callable[[Array], Array], layer: Any, inputs: Array, has_mask: bool) -> Array:  # noqa: ARG001 - a signature
+            return inputs * Dropout(layer.rate).scale if type(layer) is keras.layers.Dropout else call(inputs)
+
+        before = [(variable, variable.numpy()) for variable in self.model.variables]
+        kept = tuple(tf.ones((len(images), *shape), tf.bool) for shape, _ in self.masks)
+        for training, masks in ((False, None), (True, kept)):
+            with _intercepted(keep_all) if training else nullcontext():
+                own = self.model(images, training=training)
+            for variable, value in before:  # a batch norm's statistics have moved
+                variable.assign(value)
+            ours = self(Pass(self.weights(), masks), images)
+            finding = agreement(ours, own, "training" if training else "evaluation")
+            if not finding.difference <= TOLERANCE:
+                raise BecameError(
+                    f"with the layers that taps know the model '{self.model.name}' gives other features, by "
+                    f"{finding.difference:.3g} of the largest; one of its layers changes another's weights or inputs, "
+                    "which taps cannot follow."
+                )
+            yield finding
+
+    @property
+    def tapped(self) -> tuple[UserLayer, ...]:
+        """The layers that are taken over, in the order in which they run."""
+        return tuple(self.layers.values())
+
+    @cached_property
+    def own_layers(self) -> OwnLayers | None:
+        """What collects the taps of layers that run as they are; None if there is none."""
+
+        def features(own: Sequence[Array], others: Params, masks: Any, images: Array) -> Array:
+            return self.features(Pass(others, masks, constant_statistics=masks is None), own, images)
+
+        return OwnLayers(features, self.own, self.parameters) if self.own else None
 
     @property
     def initial(self) -> Params:
@@ -144,38 +196,41 @@ class KerasBackbone:
 
     def __call__(self, run: Pass, images: Array) -> Array:
         """Return the features [N, features] of images [N, H, W, C]."""
+        values = [parameter.own(run.weights[name]) for name, parameter in self.own.items()]
+        return self.features(run, values, images)
 
-        def take_over(call: Callable[[Array], Array], layer: Any, inputs: Array) -> Array:
+    def features(self, run: Pass, own: Sequence[Array], images: Array) -> Array:
+        """Return the features of images, with values of ``own`` in the shapes of their variables."""
+
+        def take_over(call: Callable[[Array], Array], layer: Any, inputs: Array, has_mask: bool) -> Array:  # noqa: ARG001 - a signature
             if type(layer) is keras.layers.Dropout:
                 return run(Dropout(layer.rate), inputs)
-            if not _is_taken_over(layer):
+            if layer not in self.layers:
                 return call(inputs)
-            output = _LAYERS[type(layer)].run(run, _described(layer), layer, inputs)
+            output = _LAYERS[type(layer)].run(run, self.layers[layer], layer, inputs)
             activation = getattr(layer, "activation", None)
             return output if activation is None else activation(output)
 
-        with _intercepted(take_over):
+        given = [(parameter.variable, value) for parameter, value in zip(self.own.values(), own, strict=True)]
+        with _intercepted(take_over), keras.StatelessScope(state_mapping=given) if given else nullcontext():
             return self.model(images, training=run.masks is not None)
 
     def weights(self) -> Params:
         """Return the model's weights by canonical name, in canonical layouts."""
         return {
-            name: tf.transpose(variable.value, CANONICAL_AXES[len(variable.shape)])
+            name: self.own[name].value
+            if name in self.own
+            else tf.transpose(variable.value, CANONICAL_AXES[len(variable.shape)])
             for name, variable in self.variables.items()
         }
 
     def assign(self, weights: Params) -> None:
         """Give the model weights by canonical name; those of other layers, such as heads, are left out."""
         for name, variable in self.variables.items():
-            variable.assign(tf.transpose(weights[name], np.argsort(CANONICAL_AXES[len(variable.shape)])))
-
-
-def _owner(model: Any, variable: Any) -> Any:
-    """Return the innermost layer that has a variable."""
-    for layer in getattr(model, "layers", ()):
-        if any(own is variable for own in layer.variables):
-            return _owner(layer, variable)
-    return model
+            if name in self.own:
+                variable.assign(self.own[name].own(weights[name]))
+            else:
+                variable.assign(tf.transpose(weights[name], np.argsort(CANONICAL_AXES[len(variable.shape)])))
 
 
 def _parameters(layers: Mapping[Any, UserLayer]) -> tuple[dict[str, Parameter], dict[str, Any]]:
@@ -228,7 +283,7 @@ def _check_side_effects(model: Any, before: Sequence[tuple[Any, Any]]) -> None:
     for variable, value in before:
         variable.assign(value)
     for variable in changed:
-        layer = _owner(model, variable)
+        layer = owner_of(model, variable)
         if "seed_generator" in variable.path:
             raise BecameError(
                 f"the layer '{layer.name}' draws random numbers in training, which a run could not repeat; take "
@@ -246,30 +301,25 @@ def _check_side_effects(model: Any, before: Sequence[tuple[Any, Any]]) -> None:
 
 
 @contextmanager
-def _intercepted(instead: Callable[[Callable[[Array], Array], Any, Array], Array]) -> Iterator[list[str]]:
+def _intercepted(instead: Callable[[Callable[[Array], Array], Any, Array, bool], Array]) -> Iterator[None]:
     """Let layers of the classes that taps know, and Dropout, do something else inside this context.
 
     Args:
-        instead: (what the layer would do with inputs, the layer, its inputs) -> outputs. It must ask for the layer's
-            class, since a subclass may inherit what is replaced here.
-
-    Yields:
-        The names of layers that were given a mask.
+        instead: (what the layer would do with inputs, the layer, its inputs, whether it is given a mask) -> outputs. It
+            must ask for the layer's class, since a subclass may inherit what is replaced here.
     """
-    masked: list[str] = []
     classes = (*_LAYERS, *_SCALING, keras.layers.Dropout)
     inherited = {layer_class for layer_class in classes if "call" not in vars(layer_class)}
     before = {layer_class: layer_class.call for layer_class in classes}
     for layer_class, original in before.items():
 
         def call(layer: Any, inputs: Array, *, original: Any = original, **options: Any) -> Array:
-            if options.get("mask") is not None and type(layer) in _LAYERS:
-                masked.append(layer.name)
-            return instead(lambda x: original(layer, x, **options), layer, inputs)
+            has_mask = options.get("mask") is not None
+            return instead(lambda x: original(layer, x, **options), layer, inputs, has_mask)
 
         layer_class.call = call
     try:
-        yield masked
+        yield
     finally:
         for layer_class, original in before.items():
             if layer_class in inherited:
@@ -283,20 +333,13 @@ def _described(layer: Any) -> UserLayer:
     return UserLayer(layer.name, known.kind, getattr(layer, known.bias, None) is not None)
 
 
-def _is_taken_over(layer: Any) -> bool:
-    """Whether a layer is one that taps know, and trained; a frozen one runs by itself.
-
-    Raises:
-        BecameError: if a part of it is frozen.
-    """
-    if type(layer) not in _LAYERS or not layer.trainable:
+def _is_known(layer: Any) -> bool:
+    """Whether a layer is one that taps know, and trained as a whole; any other runs by itself."""
+    if type(layer) not in _LAYERS or "call" in vars(layer) or not layer.trainable:
         return False
     known = _LAYERS[type(layer)]
     own = [getattr(layer, name, None) for name in (known.weight, known.bias)]
-    trained = [variable.trainable for variable in own if variable is not None]
-    if len(set(trained)) > 1:
-        raise BecameError(f"a part of the layer '{layer.name}' is frozen; freeze all of it, or nothing.")
-    return all(trained)
+    return all(variable.trainable for variable in own if variable is not None)
 
 
 def _convolution(run: Pass, described: UserLayer, layer: Any, inputs: Array) -> Array:

@@ -4,11 +4,12 @@ Convention: as in ``adapters.backend.network``. Steps and evaluation are compile
 which a convolutional network's step takes a third longer on a CPU. So are taps of one backward pass; those of many
 share a forward pass, and run eagerly. The network's part of a step has the head as an argument and gives the gradients
 by all parameters, so it is traced once for all tasks and methods, and once more for batches of another size. The
-constraint's part is a few operations, whose structure is the memory's, so it is traced for each stage.
+constraint's part is a few operations, whose structure is the memory's, so it is traced for each stage. Layers of a
+user's model that run as they are have taps by operation, from a pass of their own.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import numpy as np
@@ -16,6 +17,7 @@ import tensorflow as tf
 
 from adapters.backend import Data, Factors, FunctionalLearner, Network, State, Step
 from adapters.networks import Backbone, Linear, Record, Tapped, is_statistic
+from adapters.tensorflow.derivatives import Derivatives
 from adapters.tensorflow.layers import Pass, Patches, with_positions
 from became_core import BecameError
 from became_core.arrays import Array, Params
@@ -60,9 +62,27 @@ class _Compiled:
         return sum(int(function.experimental_get_tracing_count()) for function in self._of_width.values())
 
 
+class _Logits:
+    """A network's logits as a function of its weights, for derivatives that are not by forward mode."""
+
+    def __init__(self, network: Network, names: Sequence[str]) -> None:
+        self._network, self._names = network, names
+
+    def in_order(self, theta: Params) -> list[Array]:
+        return [theta[name] for name in self._names]
+
+    def run(self, weights: Sequence[Array], inputs: Any) -> Array:
+        return self._network.logits(Pass(dict(zip(self._names, weights, strict=True))), inputs)
+
+    def outputs(self, theta: Params, inputs: Any) -> Array:
+        return self.run(self.in_order(theta), inputs)
+
+
 @dataclass(frozen=True, eq=False)
 class TensorFlowNetwork(Network):
     """A network with TensorFlow's derivatives."""
+
+    _slower: dict[int, Derivatives] = field(default_factory=dict, init=False, repr=False)  # by classes of the head
 
     runs: ClassVar = Pass
 
@@ -104,7 +124,7 @@ class TensorFlowNetwork(Network):
             else:
                 loss = self.likelihood.mean_loss(logits, targets)
         others = {name: it for name, it in weights.items() if name not in outputs and not is_statistic(name)}
-        gradients, by_outputs = tape.gradient(loss, (others, outputs))
+        gradients, by_outputs = tape.gradient(loss, (others, outputs), unconnected_gradients="zero")
         rows_of = {name: tf.reshape(it, (-1, it.shape[-1])) for name, it in by_outputs.items()}
         return loss, gradients, {name: (rows_of[name], tf.reshape(a, (-1, a.shape[-1]))) for name, a in inputs.items()}
 
@@ -121,7 +141,26 @@ class TensorFlowNetwork(Network):
     def taps(
         self, weights: Params, data: Data, rows: Array, masks: Any, mode: TapMode, rng: np.random.Generator
     ) -> Iterator[Taps]:
-        """Yield the taps of a batch."""
+        """Yield the taps of a batch, by operation those of layers that run as they are."""
+        own = getattr(self.backbone, "own_layers", None)
+        if own is None:
+            yield from self._taps_of_layers(weights, data, rows, masks, mode, rng)
+            return
+        images, head = data.normalised(rows), self.head.name
+        shared = {name: value for name, value in weights.items() if name in self.backbone.parameters}
+        for taps in self._taps_of_layers(weights, data, rows, masks, mode, rng):
+            if mode == "inputs":
+                yield taps | own.inputs(shared, images)
+                continue
+            by_features = tf.matmul(taps[head].output_gradients[:, 0], weights[f"{head}.weight"])
+            if mode == "published":
+                yield taps | own.of_the_batch(shared, images, masks, by_features)
+            else:
+                yield taps | own.taps(shared, images, by_features)
+
+    def _taps_of_layers(
+        self, weights: Params, data: Data, rows: Array, masks: Any, mode: TapMode, rng: np.random.Generator
+    ) -> Iterator[Taps]:
         if mode == "inputs":
             yield self._inputs(weights, data, rows)
         elif mode == "true" or (mode == "sampled" and not self.likelihood.is_plain):
@@ -185,8 +224,31 @@ class TensorFlowNetwork(Network):
 
     def tangents(self, weights: Params, directions: list[Params], data: Data, rows: Array) -> tuple[Array, Array]:
         """Return the logits and their derivatives along directions."""
-        pairs = [self._tangent(weights, direction, data, rows) for direction in directions]
-        return pairs[-1][0], tf.stack([tangent for _, tangent in pairs])
+        width = weights[f"{self.head.name}.weight"].shape[0]
+        if width not in self._slower:
+            try:
+                pairs = [self._tangent(weights, direction, data, rows) for direction in directions]
+                return pairs[-1][0], tf.stack([tangent for _, tangent in pairs])
+            except Exception:
+                if getattr(self.backbone, "own_layers", None) is None:
+                    raise
+                # Some operation of the user's has no forward-mode derivative.
+                self._slower[width] = Derivatives(_Logits(self, list(weights)), "two reverse passes")
+        logits: tuple[Array, Array] = self._slower[width].along(weights, directions, data.normalised(rows))
+        return logits
+
+    @property
+    def way(self) -> str:
+        """How ``tangents`` were computed last."""
+        return next((slower.way for slower in self._slower.values()), "forward mode")
+
+    def pulled_back(self, weights: Params, data: Data, rows: Array, seed: Array) -> Params:
+        """Return the gradients of seed . logits by all weights."""
+        with tf.GradientTape() as tape:
+            tape.watch(weights)
+            logits = self.outputs(weights, data, rows)
+        gradients = tape.gradient(logits, weights, tf.constant(seed), unconnected_gradients="zero")
+        return {name: tf.convert_to_tensor(gradient) for name, gradient in gradients.items()}
 
     def _tangent(self, weights: Params, direction: Params, data: Data, rows: Array) -> tuple[Array, Array]:
         with tf.autodiff.ForwardAccumulator(weights, direction) as forward:
@@ -236,8 +298,18 @@ class TensorFlowLearner(FunctionalLearner):
                 f"them normalised before; leave one of the two out: means of 0 and deviations of 1/{dataset.unit:.0f} "
                 "leave images as they are."
             )
+        for variable in getattr(backbone, "variables", {}).values():
+            if tf.as_dtype(variable.dtype) != self._dtype:
+                raise BecameError(
+                    f"the model's variable '{variable.path}' is of {variable.dtype}, and the learner computes in "
+                    f"{self._dtype.name}; give both one dtype, keras.config.set_dtype_policy before the model is made."
+                )
         with tf.device(self.device):
             super()._build(backbone, stream, mixed_precision, seed)
+            own = getattr(backbone, "own_layers", None)
+            if own is not None:
+                few = self._data.normalised(np.arange(min(3, len(self._data.images))))
+                self.projectable |= own.matrices(self._shared(), few)
 
     def train(self, *arguments: Any, **options: Any) -> Any:
         """Take one step on each batch."""

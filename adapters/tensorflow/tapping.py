@@ -12,18 +12,19 @@ Convention: as in ``became_core.curvature.taps``; the taps of a pass go by the n
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import tensorflow as tf
 
 from adapters.tensorflow.graph import Unknown, Use, operations_of, uses_of
-from adapters.tensorflow.traced import KerasFunction, Traced, kind_of, samples_of
+from adapters.tensorflow.parameters import Parameter
+from adapters.tensorflow.traced import Traced, kind_of, samples_of
 from became_core import BecameError
 from became_core.arrays import Array, Params, namespace
 from became_core.curvature import Tap, Taps, joined_uses
 
-__all__ = ["Tapping"]
+__all__ = ["TappedNetwork", "Tapping"]
 
 # For each parameter's use, the rows that it was met by (empty if it has none) and the gradients by its outputs.
 Rows = Mapping[str, Sequence[tuple[Array, Array]]]
@@ -42,10 +43,28 @@ class _Plan:
     others: frozenset[str]
 
 
+class TappedNetwork(Protocol):
+    """A function of weights and inputs whose taps are collected, such as a ``KerasFunction``."""
+
+    @property
+    def parameters(self) -> Mapping[str, Parameter]:
+        """The parameters by name, those that are trained among them."""
+
+    @property
+    def trained(self) -> Mapping[str, Parameter]:
+        """The parameters whose taps are asked for."""
+
+    def in_order(self, theta: Params) -> list[Array]:
+        """Return the weights of a pass: those of ``trained`` in the shapes of their variables, and then all others."""
+
+    def run(self, weights: Sequence[Array], inputs: Any) -> Array:
+        """Return the outputs, [samples, ...], inside a trace or eagerly."""
+
+
 class Tapping:
     """Collects taps of a model."""
 
-    def __init__(self, network: KerasFunction) -> None:
+    def __init__(self, network: TappedNetwork) -> None:
         """Keep the model as a function."""
         self._network = network
         self._traced = Traced(self._trace, needs_graph=True)
@@ -95,8 +114,8 @@ class Tapping:
         """Return the rows of all uses that are known; the uses themselves are noted while the graph is traced."""
         inputs, seed = batch
         trained = self._network.trained
-        leaves = {name: tf.identity(weight) for name, weight in zip(trained, weights, strict=True)}
-        logits = self._network.run(list(leaves.values()), inputs)
+        leaves = {name: tf.identity(weight) for name, weight in zip(trained, weights, strict=False)}
+        logits = self._network.run([*leaves.values(), *weights[len(leaves) :]], inputs)
         uses = uses_of(leaves, trained, tf.nest.flatten(inputs), logits)
         explained = {name: [use for use in own if isinstance(use, Use)] for name, own in uses.items() if _is_known(own)}
         self._uses[kind_of(inputs)] = {

@@ -1,89 +1,144 @@
-"""One look at a user's network, when it is given: that what we compute of it is what it computes.
+"""A user's PyTorch network, as the check of ``adapters/backend/checking.py`` sees it.
 
-It takes a few samples and a moment: outputs are computed twice; per-sample gradients by taps are held against a plain
-loop over the samples; a derivative along a random direction is held against the gradients of that loop.
+Convention: parameters go by the names that the network's own ``named_parameters`` give them.
 """
 
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from adapters.backend.own_loop import Finding, NetworkCheck
+from adapters.backend.checking import agreement
+from adapters.backend.own_loop import Finding
 from adapters.torch.derivatives import Derivatives
+from adapters.torch.layers import modes_kept
 from adapters.torch.tapping import Names, collect_taps, owners_of, samples_of
-from became_core.curvature import per_sample_gradients
+from became_core.arrays import Params
+from became_core.curvature import Taps
 
-__all__ = ["check_network"]
+__all__ = ["TorchView", "agreement_of"]
 
 
-def check_network(
-    network: nn.Module, names: Names, arguments: tuple[Any, ...], derivatives: Derivatives
-) -> NetworkCheck:
-    """Return what was compared, and how far it differs.
+class TorchView:
+    """A network in evaluation mode on a few samples; its attributes are those of a ``NetworkView``."""
+
+    def __init__(
+        self,
+        network: nn.Module,
+        names: Names,
+        arguments: tuple[Any, ...],
+        derivatives: Derivatives,
+        *,
+        mixes_samples: bool = False,
+        compared: Sequence[Finding] = (),
+    ) -> None:
+        """Keep them.
+
+        Args:
+            network: in evaluation mode; it returns [samples, ...].
+            names: all its modules by canonical name.
+            arguments: of the network, the first being a few samples.
+            derivatives: what differentiates along directions.
+            mixes_samples: as of a view.
+            compared: what was compared with the network as the user runs it.
+        """
+        self._network, self._arguments, self._derivatives = network, arguments, derivatives
+        self._names, self._samples = names, 0
+        owners = owners_of(names)
+        self._trained = {owners[value]: value for value in network.parameters() if value.requires_grad}
+        self._raw = {owners[value]: raw for raw, value in network.named_parameters() if value.requires_grad}
+        self.theta: Params = {name: value.detach() for name, value in self._trained.items()}
+        self.mixes_samples, self.agreement = mixes_samples, compared
+
+    @property
+    def way(self) -> str:
+        """How derivatives along directions were computed last."""
+        return self._derivatives.way
+
+    def _call(self, theta: Mapping[str, Tensor], samples: slice) -> Tensor:
+        arguments = self._arguments if samples == slice(None) else samples_of(self._arguments, samples, self._samples)
+        named = {self._raw[name]: value for name, value in theta.items()}
+        outputs: Tensor = torch.func.functional_call(self._network, named, arguments)
+        return outputs
+
+    @torch.no_grad()
+    def outputs(self, theta: Params, samples: slice) -> Tensor:
+        """Return the outputs of some of the samples, of all of them first."""
+        # A module that something has replaced the forward of runs as it is.
+        outputs = self._call({} if theta is self.theta else theta, samples)
+        self._samples = self._samples or len(outputs)
+        return outputs
+
+    def seed(self, outputs: Tensor) -> Tensor:
+        """Return random gradients by the outputs."""
+        return torch.randn(outputs.shape, generator=torch.Generator().manual_seed(0)).to(outputs)
+
+    def taps(self, seed: NDArray[Any]) -> Taps:
+        """Return the taps of the backward pass that begins with these gradients."""
+
+        def cotangents(outputs: Tensor) -> list[Tensor]:
+            return [torch.from_numpy(seed).to(outputs)]
+
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "taps do not know", UserWarning)  # said once they are needed
+            (taps,) = collect_taps(self._network, self._names, self._arguments, cotangents)
+        return taps
+
+    def gradients(self, samples: slice, seed: NDArray[Any]) -> dict[str, Tensor | None]:
+        """Return autograd's gradients of some of the samples alone."""
+        with torch.enable_grad():
+            outputs = self._call({}, samples)
+        at_outputs = torch.from_numpy(seed).to(outputs)
+        gradients = torch.autograd.grad(outputs, list(self._trained.values()), at_outputs, allow_unused=True)
+        return dict(zip(self._trained, gradients, strict=True))
+
+    def along(self, direction: Params, shorter: float) -> Tensor:
+        """Return the derivative of the outputs along a direction; if by a difference, with a shorter step."""
+        way = self._derivatives if shorter == 1 else Derivatives("difference", shorter)
+        return way.along(lambda theta: self._call(theta, slice(None)), self.theta, [direction])[1][0]
+
+
+def agreement_of(
+    module: nn.Module, images: Tensor, in_evaluation: Sequence[nn.Module], ours: Mapping[bool, Any]
+) -> list[Finding]:
+    """Return how far our passes are from a module's own, in evaluation and in training.
 
     Args:
-        network: in evaluation mode; it returns [samples, ...].
-        names: all its modules by canonical name.
-        arguments: of the network, the first being a few samples.
-        derivatives: what differentiates along directions.
+        module: the user's; all of it is as it was afterwards.
+        images: a few samples.
+        in_evaluation: those of its layers that stay in evaluation mode, in training too.
+        ours: by whether the network trains, the context in which the learner runs it.
     """
-    generator = torch.Generator().manual_seed(0)
-
-    def random_like(value: Tensor) -> Tensor:
-        return torch.randn(value.shape, generator=generator).to(value)
-
-    with torch.no_grad():
-        outputs, again = network(*arguments), network(*arguments)
-        first = network(*samples_of(arguments, slice(1), len(outputs)))
-    # A loop and a batch may round in different orders, through many layers.
-    tolerance = float(torch.finfo(outputs.dtype).eps) ** 0.5 * 10
-    findings = [
-        Finding("outputs, computed twice", _apart([again], [outputs]), tolerance),
-        Finding("outputs of a sample alone", _apart([first], [outputs[:1]]), tolerance),
-    ]
-    parameters: dict[str, nn.Parameter] = {n: value for n, value in network.named_parameters() if value.requires_grad}
-    if not parameters:
-        return NetworkCheck(findings)
-    seed = random_like(outputs)
-    (taps,) = collect_taps(network, names, arguments, lambda _: [seed])
-    by_taps = per_sample_gradients(taps)
-    own = owners_of(names)
-    loop: dict[str, list[Tensor]] = {name: [] for name in by_taps}
-    theta = {name: value.detach() for name, value in parameters.items()}
-    direction = {name: random_like(value) * value.std(correction=0).clamp(min=1e-3) for name, value in theta.items()}
-    slopes: list[float] = []
-    for sample in range(len(outputs)):
-        with torch.enable_grad():
-            alone = network(*samples_of(arguments, slice(sample, sample + 1), len(outputs)))
-        gradients: tuple[Tensor | None, ...] = torch.autograd.grad(
-            alone, list(parameters.values()), seed[sample : sample + 1], allow_unused=True
-        )
-        moved = [(g, direction[name]) for name, g in zip(parameters, gradients, strict=True) if g is not None]
-        slopes.append(sum(float((gradient.double() * move.double()).sum()) for gradient, move in moved))
-        for value, gradient in zip(parameters.values(), gradients, strict=True):
-            if own[value] in loop:
-                loop[own[value]].append(torch.zeros_like(value) if gradient is None else gradient)
-    pairs = [(by_taps[name].flatten(), torch.stack(rows).flatten()) for name, rows in loop.items()]
-    findings.append(Finding("gradients of single samples", _apart(*zip(*pairs, strict=True)), tolerance))
-
-    def function(theta: Any) -> Tensor:
-        result: Tensor = torch.func.functional_call(network, dict(theta), arguments)
-        return result
-
-    # In the gradients' terms, since a difference of outputs is no measure here: in a deep network with ReLUs there are
-    # kinks within any step that rounding allows. Where a difference is all there is, the best of three steps counts.
-    tangents = [derivatives.along(function, theta, [direction])[1]]
-    if derivatives.way == "difference":
-        tangents += [Derivatives("difference", short).along(function, theta, [direction])[1] for short in (0.05, 0.002)]
-    along = [(tangent[0] * seed).double().flatten(1).sum(1).cpu() for tangent in tangents]
-    apart = [_apart([slope], [torch.tensor(slopes, dtype=torch.float64)]) for slope in along]
-    allowed = 0.1 if derivatives.way == "difference" else max(tolerance, 0.01)
-    findings.append(Finding(f"a derivative, by {derivatives.way}", min(apart), allowed))
-    return NetworkCheck(findings)
+    findings = []
+    for training, working in ours.items():
+        passes = []
+        for context in (working, modes_kept(module)):
+            with torch.no_grad(), torch.random.fork_rng(devices=[]), buffers_kept(module), context:
+                if context is not working:
+                    module.train(training)
+                    for layer in in_evaluation:
+                        layer.eval()
+                torch.manual_seed(0)
+                passes.append(module(images))
+        findings.append(agreement(passes[0], passes[1], "training" if training else "evaluation"))
+    return findings
 
 
-def _apart(computed: Any, expected: Any) -> float:
-    """Return the largest difference of corresponding tensors, as a share of the largest value."""
-    scale = max(float(value.abs().max()) for value in expected) or 1.0
-    return max(float((a - b).abs().max()) for a, b in zip(computed, expected, strict=True)) / scale
+@contextmanager
+def buffers_kept(module: nn.Module) -> Iterator[None]:
+    """Give a module's buffers the values back that they had, and those tensors that it had."""
+    with ExitStack() as stack:
+        for layer in module.modules():
+            for name, buffer in layer.named_buffers(recurse=False):
+                stack.callback(_restore, layer, name, buffer, buffer.clone())
+        yield
+
+
+@torch.no_grad()
+def _restore(layer: nn.Module, name: str, buffer: Tensor, value: Tensor) -> None:
+    buffer.copy_(value)
+    setattr(layer, name, buffer)

@@ -18,10 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from adapters.backend.batches import Kind, Reader, cotangents_of, units_of, with_progress
+from adapters.backend.checking import check_network
 from adapters.backend.memory import InputGrams, by_slopes, gram_sums
 from adapters.backend.own_loop import NetworkCheck
 from adapters.torch.batches import Applied, in_evaluation, to_device
-from adapters.torch.checking import check_network
+from adapters.torch.checking import TorchView
 from adapters.torch.derivatives import Derivatives
 from adapters.torch.tapping import Layouts, collect_taps, matrices_of, samples_of
 from became_core import BecameError, Diagonal, Quadratic
@@ -111,7 +112,7 @@ class DataLoss:
         names = {module: name for name, module in self._model.named_modules()}
         few = samples_of((inputs,), slice(3), len(outputs))
         if self._checks and self.checked is None:
-            self.checked = check_network(self._applied, names, few, self._derivatives)
+            self.checked = check_network(TorchView(self._applied, names, few, self._derivatives))
             self.checked.assert_sound()
         if self.matrices is None:
             self.matrices = matrices_of(self._applied, names, few, self._layouts)

@@ -9,6 +9,7 @@ changed for good: not what it has frozen, its modes, its layout in memory, or ho
 module in training mode stay in it, and a batch norm whose weights are frozen is frozen with its statistics.
 """
 
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -22,11 +23,14 @@ from torch.nn import functional
 
 from adapters.backend import Heads, NetworkLearner
 from adapters.networks import Architecture
+from adapters.torch.checking import TorchView, agreement_of
 from adapters.torch.derivatives import Derivatives
 from adapters.torch.layers import batch_statistics, is_batch_norm, is_frozen_norm, modes_kept, running_norms
 from adapters.torch.linear import constrained_inputs, plain_linear_layers
 from adapters.torch.networks import Described, MultiHead, draw_masks_from
+from adapters.torch.share import divided
 from adapters.torch.tapping import Layouts, collect_inputs, collect_taps, matrices_of
+from became_core import BecameError
 from became_core.arrays import Params
 from became_core.continual import Batch, Constraint, Optimiser, TapMode, TaskStream, Trained, Views
 from became_core.continual.data import Indices
@@ -77,8 +81,8 @@ class TorchLearner(NetworkLearner):
         self._layout = torch.channels_last if last else torch.contiguous_format
         self._copied = torch.preserve_format if is_ours else torch.contiguous_format  # which safetensors can save
         self._mixed_precision = mixed_precision
-        self._images = torch.from_numpy(dataset.images).to(self.device)
-        targets = torch.from_numpy(stream.targets)
+        self._images = _tensor_of(dataset.images).to(self.device)
+        targets = _tensor_of(stream.targets)
         self._targets = targets.to(self.device, targets.dtype if self.likelihood.has_labels else self._dtype)
         self._mean, self._std = (
             torch.tensor(values, **place).mul(dataset.unit).view(1, -1, 1, 1) for values in (dataset.mean, dataset.std)
@@ -107,6 +111,35 @@ class TorchLearner(NetworkLearner):
         # Stored as [d_out, d_in], as a few samples tell.
         self.projectable = frozenset(
             name for name, transposed in matrices.items() if not (transposed or self.naming.has(name))
+        )
+
+    def check_divisible(self) -> None:
+        """Raise a BecameError if processes cannot share a training batch so that they learn what one would."""
+        if not isinstance(self.network.backbone, Described):
+            raise BecameError(
+                "processes share the batches of described networks alone: a module of your own may compute what "
+                "depends on the whole batch, or draw for it; train it in one process, or give a description."
+            )
+        if self._masks_by_framework:
+            raise BecameError(
+                "processes draw dropout masks for the whole batch by NumPy; leave out --dropout-masks framework."
+            )
+
+    def _is_shipped(self, backbone: Any) -> bool:
+        return isinstance(backbone, Architecture | Described)
+
+    def _view(self, rows: Indices) -> TorchView:
+        images, backbone = self._batch(rows)[0], self.network.backbone
+        modes = {mode: self._working(mode) for mode in (False, True)}
+        compared = agreement_of(backbone, images, self._in_evaluation, modes)
+        arguments = (images, 0)
+        return TorchView(
+            self.network,
+            self._layers,
+            arguments,
+            self.derivatives,
+            mixes_samples=self.mixes_samples,
+            compared=compared,
         )
 
     def _canonical(self, name: str) -> str:
@@ -214,16 +247,12 @@ class TorchLearner(NetworkLearner):
                     theta |= {name: self._named[name].detach().clone() for name in remaining.weights}
                     self._work_with(remaining, theta)
                 for batch, rate in zip(batches, rates, strict=True):
-                    images, targets = self._batch(batch.indices, batch.views)
-                    with torch.autocast(self.device.type, torch.bfloat16, enabled=self._mixed_precision):
-                        logits = self.network(images, batch.task)
-                    logits = logits.to(self._dtype)
-                    plain = self.likelihood.is_plain
-                    loss: Tensor = (functional.cross_entropy if plain else self.likelihood.mean_loss)(logits, targets)
+                    loss = self._loss(batch)
                     for parameter in trained.values():
                         parameter.grad = None
                     loss.backward()  # type: ignore[no-untyped-call]
                     gradients = {name: value.grad for name, value in trained.items() if value.grad is not None}
+                    gradients = self.share.total(gradients)
                     with torch.no_grad():
                         directions, optimiser = constraint.directions(gradients, theta, float(rate), optimiser, *done)
                         for name, direction in directions.items():
@@ -231,11 +260,31 @@ class TorchLearner(NetworkLearner):
                     if remaining is not None:
                         self._work_with(remaining, theta)
                     total += loss.detach() * len(batch.indices)
+            total = self.share.total({"loss": total})["loss"]
             samples = sum(len(batch.indices) for batch in batches)
             if region is not None:
                 self.assign({name: theta.get(name, value) for name, value in self.parameters().items()})
                 region = region.with_scales({key: theta[key].detach() for key in region.scales})
             return Trained(float(total) / samples, optimiser, region)
+
+    def _loss(self, batch: Batch) -> Tensor:
+        """Return the mean loss of a training batch; if processes share it, this one's part: their sum is the mean."""
+        samples, likelihood = len(batch.indices), self.likelihood
+        own = self.share.rows(samples)
+        views = None if batch.views is None else Views(batch.views.offsets[own], batch.views.flips[own])
+        images, targets = self._batch(batch.indices[own], views)
+        with (
+            divided(self.network, self.share, samples),
+            torch.autocast(self.device.type, torch.bfloat16, enabled=self._mixed_precision),
+        ):
+            logits = self.network(images, batch.task)
+        logits = logits.to(self._dtype)
+        if self.share.count == 1:
+            mean = functional.cross_entropy if likelihood.is_plain else likelihood.mean_loss
+            loss: Tensor = mean(logits, targets)
+            return loss
+        loss = likelihood.loss(logits, targets) / likelihood.count(self.targets(batch.indices))
+        return loss if self.share.divides(samples) else loss / self.share.count  # of which every process has all
 
     @contextmanager
     def _stepping(self, names: frozenset[str]) -> Iterator[None]:
@@ -304,6 +353,14 @@ class TorchLearner(NetworkLearner):
         along = [{name: direction[self._canonical(name)] for name in primals} for direction in directions]
         return self.derivatives.along(logits, primals, along)
 
+    @torch.no_grad()
+    def _draw_for_taps(self, task: int, rows: Indices, mode: TapMode, rng: np.random.Generator) -> None:
+        if mode not in ("sampled", "published"):
+            return
+        images, targets = self._batch(rows)
+        for _ in self.likelihood.cotangents(self.network(images, task), targets, mode, rng):
+            pass
+
     def _batch_statistics(self, rows: Indices) -> Iterator[Params]:
         return batch_statistics(self.network.backbone, self._norms, self._batch(rows)[0])
 
@@ -320,3 +377,10 @@ class TorchLearner(NetworkLearner):
         torch.manual_seed(int(rng.integers(2**63)))
         draw_masks_from(self.network, None if self._masks_by_framework else rng)
         return lambda number, samples: None  # the modules draw them
+
+
+def _tensor_of(array: NDArray[Any]) -> Tensor:
+    """Return an array as a tensor, which shares its memory where PyTorch can; nothing is written there."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable", UserWarning)  # a mapped file, say
+        return torch.from_numpy(array.copy() if min(array.strides, default=0) < 0 else array)

@@ -46,6 +46,10 @@ class Dropout(nn.Module):
     p is rounded to a multiple of 2^-16. Masks come from the generator ``rng``, so that every
     backend can draw the same ones, or from PyTorch if there is none. A mask for images is drawn with channels last,
     [N, H, W, C], the order in which they lie in memory.
+
+    Attributes:
+        rng: what masks are drawn from.
+        part: if inputs are some samples of a batch, how many it has, and which they are; the whole batch's is drawn.
     """
 
     def __init__(self, p: float) -> None:
@@ -53,6 +57,7 @@ class Dropout(nn.Module):
         super().__init__()
         self.threshold = round(p * 2**16)
         self.rng: np.random.Generator | None = None
+        self.part: tuple[int, slice] | None = None
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Return the inputs, dropped out in training."""
@@ -61,7 +66,8 @@ class Dropout(nn.Module):
         p = self.threshold / 2**16
         if self.rng is None:
             return nn.functional.dropout(inputs, p)
-        mask = draw_mask(tuple(inputs.movedim(1, -1).shape), self.threshold, self.rng)
+        samples, own = self.part or (len(inputs), slice(None))
+        mask = draw_mask((samples, *inputs.movedim(1, -1).shape[1:]), self.threshold, self.rng)[own]
         keep = torch.from_numpy(mask).movedim(-1, 1)
         return inputs * keep.to(inputs.device, inputs.dtype).mul_(1 / (1 - p))
 

@@ -1,4 +1,7 @@
-"""``python -m adapters.torch.run``: continual learning on PyTorch from the command line."""
+"""``python -m adapters.torch.run``: continual learning on PyTorch from the command line.
+
+``torchrun --nproc-per-node N -m adapters.torch.run`` does the same with N processes, which share each step's batch.
+"""
 
 import ctypes
 import os
@@ -10,6 +13,7 @@ with needs_package("torch"):
     import torch
 
     from adapters.torch.learner import TorchLearner
+    from adapters.torch.processes import is_one_of_several, run_in_processes
 
 __all__ = ["BACKEND", "build_learner", "keep_freed_memory"]
 
@@ -58,4 +62,7 @@ build_learner = learner_builder(TorchLearner)
 BACKEND = Backend("torch", build_learner, _repeat_exactly, _prepare, _use_threads)
 
 if __name__ == "__main__":
-    run_command(BACKEND)
+    if not is_one_of_several():
+        run_command(BACKEND)
+    BACKEND.prepare()
+    sys.exit(run_in_processes(BACKEND, build_learner))

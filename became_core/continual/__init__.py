@@ -19,6 +19,7 @@ from became_core.continual.rng import random_generator
 from became_core.continual.run import learn
 from became_core.continual.run_context import check_method
 from became_core.continual.schedule import Annealed, Patience, RelativeRates, Schedule, Stepped, Training
+from became_core.continual.share import Share
 from became_core.continual.splits import ClassOrder, permute_pixels, split_classes, split_domains
 from became_core.continual.state import Memory, RunState
 from became_core.continual.step import SGD, Adam, Constraint, Optimiser, Penalty, Trained
@@ -51,6 +52,7 @@ __all__ = [
     "RunRecord",
     "RunState",
     "Schedule",
+    "Share",
     "Stage",
     "Stepped",
     "TapMode",

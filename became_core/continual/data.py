@@ -82,6 +82,8 @@ class Dataset:
     def __post_init__(self) -> None:
         """Check that images, labels and statistics fit together, and turn labels into int64."""
         images = np.asarray(self.images)
+        if not images.dtype.isnative:  # as some file formats have numbers, and no framework takes them
+            images = images.astype(images.dtype.newbyteorder("="))
         object.__setattr__(self, "images", images)
         if not self.is_text:
             self._check_images(images)

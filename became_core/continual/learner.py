@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from became_core.arrays import Array, Params
 from became_core.continual.data import Indices, Task, Views
 from became_core.continual.rng import random_generator
+from became_core.continual.share import Share
 from became_core.continual.step import Constraint, Optimiser, Trained
 from became_core.curvature import Categorical, Likelihood, Pushforward, TapMode, Taps
 from became_core.projection import Region, View
@@ -77,6 +78,8 @@ class Learner(ABC):
             alone, because a single sample has none.
         mixes_samples: whether the logits of a sample depend on the other samples of its batch in evaluation too, as
             with batch norm by the batch's own statistics.
+        share: what this process does of the work, if several share it: of a training step's batch its samples, and of
+            what is measured its batches.
         likelihood: what the outputs of the heads, which are called logits throughout, say of the targets.
         target_scale: as of ``TaskStream``.
         unit: in which runs are measured, as of ``TaskStream``.
@@ -91,6 +94,7 @@ class Learner(ABC):
     target_scale: float = 1.0
     unit: str = "%"
     mixes_samples: bool = False
+    share: Share = Share()
 
     @property
     def shares_head(self) -> bool:
@@ -175,7 +179,14 @@ class Learner(ABC):
 
     @abstractmethod
     def taps(
-        self, task: int, indices: Indices, batch_size: int, mode: TapMode, rng: np.random.Generator
+        self,
+        task: int,
+        indices: Indices,
+        batch_size: int,
+        mode: TapMode,
+        rng: np.random.Generator,
+        *,
+        own: bool = False,
     ) -> Iterator[Taps]:
         """Yield the taps of each batch, of all layers that the task's loss depends on.
 
@@ -188,13 +199,14 @@ class Learner(ABC):
             batch_size: how many rows a batch has, as ``chunks`` divides them.
             mode: the gradients with which backward passes begin.
             rng: the generator that the modes "sampled" and "published" draw from.
+            own: whether batches that are not this process's own, by ``share``, are left out. What they draw is drawn.
         """
 
     @abstractmethod
     def pushforward(
         self, task: int, indices: Indices, batch_size: int, directions: Sequence[Params]
     ) -> Iterator[Pushforward]:
-        """Yield each batch's logits of the task's head, and their derivatives along directions in parameter space.
+        """Yield each own batch's logits of the task's head, and their derivatives along directions in parameter space.
 
         There is no dropout. If the network uses batch statistics in evaluation, they are differentiated. Running
         statistics are constants, and entries of a direction for them have no effect.

@@ -27,6 +27,7 @@ from became_core.continual.rng import random_generator
 from became_core.continual.schedule import Training
 from became_core.curvature import (
     TAP_MODES,
+    Exchange,
     FisherKind,
     Sharing,
     TapMode,
@@ -124,12 +125,14 @@ def _by_one_head(learner: Learner, tasks: Sequence[Task], batch_size: int) -> Ev
     result, likelihood = Evaluation([], [], []), learner.likelihood
     for task in tasks:
         total = units = correct = counted = 0.0
-        for outputs, targets in _batches_of_one_head(learner, task.test, batch_size):
+        for outputs, targets in _own_batches_of_one_head(learner, task.test, batch_size):
             total, units = total + float(likelihood.loss(outputs, targets)), units + likelihood.count(targets)
             if likelihood.has_labels:
                 xp = namespace(outputs=outputs, targets=targets)
                 correct += int(xp.count_nonzero(xp.argmax(outputs, axis=-1) == targets))
                 counted += int(xp.count_nonzero(targets >= 0))
+        sums = _of_all_processes(learner, len(chunks(task.test, batch_size)), outputs, [total, units, correct, counted])
+        total, units, correct, counted = sums
         width = int(outputs.shape[-1])
         result.loss.append(learner.target_scale * likelihood.natural(total / units, width))
         accuracy = 100 * correct / counted if counted else math.nan
@@ -138,10 +141,20 @@ def _by_one_head(learner: Learner, tasks: Sequence[Task], batch_size: int) -> Ev
     return result
 
 
-def _batches_of_one_head(learner: Learner, rows: Indices, batch_size: int) -> Iterator[tuple[Array, Array]]:
+def _own_batches_of_one_head(learner: Learner, rows: Indices, batch_size: int) -> Iterator[tuple[Array, Array]]:
     """Yield the outputs of the shared head, and the targets, a batch at a time, because logits of text are many."""
-    for part in chunks(rows, batch_size):
+    for part in learner.share.own(chunks(rows, batch_size)):
         yield learner.logits(part, batch_size)[:, 0, ...], learner.targets(part)
+
+
+def _of_all_processes(learner: Learner, parts: int, like: Array, sums: list[float]) -> list[float]:
+    """Return sums over this process's own parts as sums over all."""
+    exchange = learner.share.exchange(parts)
+    if exchange is None:
+        return sums
+    xp: Any = namespace(like=like)
+    total = exchange.total({"sums": xp.asarray(sums, dtype=xp.float64, device=device(like))})["sums"]
+    return [float(value) for value in total]
 
 
 def _logits_by_head(
@@ -178,9 +191,10 @@ def mean_loss(learner: Learner, task: int, indices: Indices, batch_size: int) ->
         logits = learner.logits(indices, batch_size)[:, task, :]
         return float(learner.likelihood.mean_loss(logits, learner.targets(indices)))
     total = units = 0.0
-    for outputs, targets in _batches_of_one_head(learner, indices, batch_size):
+    for outputs, targets in _own_batches_of_one_head(learner, indices, batch_size):
         total += float(learner.likelihood.loss(outputs, targets))
         units += learner.likelihood.count(targets)
+    total, units = _of_all_processes(learner, len(chunks(indices, batch_size)), outputs, [total, units])
     return total / units
 
 
@@ -216,11 +230,21 @@ class Measurement:
     def diagonal(self) -> Diagonal:
         """Return the diagonal Fisher information of all parameters; ``kind`` says which one."""
         rows, parameters = self.curvature_rows(), weights_of(self.learner)
-        sizes = [len(part) for part in chunks(rows, self.training.batch_size)]
+        parts = chunks(rows, self.training.batch_size)
+        sizes = [len(part) for part in self.learner.share.own(parts)]
         with seen_through(self.learner, self.region):
             taps = self._fisher_taps(rows)
             samples = self._units(rows)
-            return Diagonal(diagonal_fisher(taps, parameters, self.kind, samples=samples, sizes=sizes))
+            fisher = diagonal_fisher(
+                taps,
+                parameters,
+                self.kind,
+                samples=samples,
+                sizes=sizes,
+                first=len(parts[0]) if parts else None,
+                exchange=self._exchange(rows),
+            )
+            return Diagonal(fisher)
 
     def kronecker(self, sharing: Sharing = "expand") -> Precision:
         """Return Kronecker factors of the curvature for weights and biases, and the diagonal for other parameters.
@@ -236,7 +260,9 @@ class Measurement:
         rows, shapes = self.curvature_rows(), {n: tuple(v.shape) for n, v in self.learner.parameters().items()}
         with seen_through(self.learner, self.region):
             taps, units = self._fisher_taps(rows), self._units(rows)
-            factors, rest = kronecker_factors(taps, samples=len(rows), sharing=sharing, units=units)
+            factors, rest = kronecker_factors(
+                taps, samples=len(rows), sharing=sharing, units=units, exchange=self._exchange(rows)
+            )
         parts: list[Precision] = []
         if factors:
             parts.append(Kronecker(factors, shapes={name: shapes[name] for name in factors}))
@@ -261,7 +287,7 @@ class Measurement:
         shared = {name: value for name, value in weights_of(self.learner).items() if name not in heads}
         rng = random_generator(self.seed, "logit-gradient-taps", self.task.index)
         parts = chunks(rows, self.training.batch_size)
-        for part, taps in zip(parts, self._taps(rows, "logit", rng), strict=True):
+        for part, taps in zip(parts, self._taps(rows, "logit", rng, own=False), strict=True):
             by_layer, samples = per_sample_gradients(taps), len(part)
             gradients: Params = {}
             for name, like in shared.items():
@@ -298,7 +324,7 @@ class Measurement:
             directions = [direction | constant for direction in directions]
         with seen_through(self.learner, self.region):
             batches = self.learner.pushforward(self.task.index, rows, size, directions)
-            return Quadratic(*derivatives_along(batches, self.learner.likelihood))
+            return Quadratic(*derivatives_along(batches, self.learner.likelihood, self._exchange(rows)))
 
     def slope(self, origin: Params, directions: Sequence[Params]) -> Array:
         """Return the slopes of the mean loss along K directions at other weights, [K]."""
@@ -318,6 +344,8 @@ class Measurement:
             for taps in self._taps(rows, "empirical", rng):
                 for name, value in batch_gradient(taps).items():
                     total[name] = total[name] + value if name in total else value
+        exchange = self._exchange(rows)
+        total = total if exchange is None else exchange.total(total)
         projectable, units = sorted(self.learner.projectable & set(total)), self._units(rows)
         return {
             name: namespace(total=total[name]).reshape(total[name], parameters[name].shape) / units
@@ -369,12 +397,14 @@ class Measurement:
     def input_grams(self) -> Params:
         """Return, for each weight that can be protected, the mean of a a^T over the samples of ``projector_rows``."""
         with seen_through(self.learner, self.region):
-            return input_grams(self._projector_taps("inputs"), self.learner.projectable)
+            exchange = self._exchange(self.projector_rows())
+            return input_grams(self._projector_taps("inputs"), self.learner.projectable, exchange)
 
     def gradient_grams(self) -> Params:
         """Return, for each weight that can be protected, the mean of G^T G over the batches of ``projector_rows``."""
         with seen_through(self.learner, self.region):
-            return gradient_grams(self._projector_taps("empirical"), self.learner.projectable)
+            exchange = self._exchange(self.projector_rows())
+            return gradient_grams(self._projector_taps("empirical"), self.learner.projectable, exchange)
 
     def _projector_taps(self, mode: TapMode) -> Iterator[Taps]:
         return self._taps(self.projector_rows(), mode, random_generator(self.seed, "projector-taps", self.task.index))
@@ -393,8 +423,12 @@ class Measurement:
     def _units(self, rows: Indices) -> float:
         return self.learner.likelihood.count(self.learner.targets(rows))
 
-    def _taps(self, rows: Indices, mode: TapMode, rng: np.random.Generator) -> Iterator[Taps]:
-        batches = self.learner.taps(self.task.index, rows, self.training.batch_size, mode, rng)
+    def _exchange(self, rows: Indices) -> Exchange | None:
+        return self.learner.share.exchange(len(chunks(rows, self.training.batch_size)))
+
+    def _taps(self, rows: Indices, mode: TapMode, rng: np.random.Generator, own: bool = True) -> Iterator[Taps]:
+        """Yield the taps of this process's own batches, or of all."""
+        batches = self.learner.taps(self.task.index, rows, self.training.batch_size, mode, rng, own=own)
         # The Gram matrices of inputs are those of what a layer really reads, so these taps are not changed.
         return batches if mode == "inputs" else (taps_of_shared_weights(self.region, taps) for taps in batches)
 

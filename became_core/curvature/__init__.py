@@ -10,6 +10,7 @@ from became_core.curvature.cross_entropy import (
     log_softmax,
     logit_cotangents,
 )
+from became_core.curvature.exchange import Exchange
 from became_core.curvature.fisher import TAP_MODES, FisherKind, diagonal_fisher
 from became_core.curvature.grams import gradient_grams, input_grams
 from became_core.curvature.kfac import KroneckerFactors, Sharing, kronecker_factors
@@ -36,6 +37,7 @@ __all__ = [
     "TAP_MODES",
     "Bernoulli",
     "Categorical",
+    "Exchange",
     "FisherKind",
     "Gaussian",
     "KroneckerFactors",

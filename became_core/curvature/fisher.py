@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 from became_core.arrays import Array, Params, namespace
 from became_core.curvature.cross_entropy import TapMode
+from became_core.curvature.exchange import Exchange
 from became_core.curvature.taps import Tap, Taps, batch_gradient, per_sample_square_sum
 from became_core.errors import BecameError
 
@@ -46,6 +47,8 @@ def diagonal_fisher(
     *,
     samples: float,
     sizes: Sequence[int] | None = None,
+    first: int | None = None,
+    exchange: Exchange | None = None,
 ) -> Params:
     """Return the diagonal Fisher information of every parameter, each in its parameter's shape.
 
@@ -57,6 +60,8 @@ def diagonal_fisher(
         samples: how many samples all batches have together; a batch with several sets of taps is counted once.
             It is what the mean loss divides by, which may be a number of tokens.
         sizes: how many samples each batch has; only the kind "batch" needs it, and None says that all have as many.
+        first: how many the first batch of all has, if that is not the first one here.
+        exchange: if the batches are shared out among processes, how their sums are added; ``samples`` are those of all.
 
     Raises:
         BecameError: if there are no samples or no batches, or a tap belongs to an unknown parameter.
@@ -67,7 +72,7 @@ def diagonal_fisher(
         >>> diagonal_fisher([{"fc": tap}], {"fc.weight": np.zeros((1, 2))}, "empirical", samples=1)
         {'fc.weight': array([[36.,  9.]])}
     """
-    parts = _published(batches, sizes) if kind == "batch" else map(per_sample_square_sum, _gathered(batches))
+    parts = _published(batches, sizes, first) if kind == "batch" else map(per_sample_square_sum, _gathered(batches))
     total: Params = {}
     for part in parts:
         for name, value in part.items():
@@ -82,6 +87,8 @@ def diagonal_fisher(
     unknown = sorted(set(total) - set(parameters))
     if unknown:
         raise BecameError(f"a tap belongs to '{unknown[0]}', which is no parameter of the model.")
+    if exchange is not None:
+        total = exchange.total({name: _in_shape(total.get(name), like) for name, like in parameters.items()})
     return {name: _in_shape(total.get(name), like) / samples for name, like in parameters.items()}
 
 
@@ -112,12 +119,13 @@ def _joined(taps: Sequence[Tap]) -> Tap:
     return replace(taps[0], inputs=a, output_gradients=g)
 
 
-def _published(batches: Iterable[Taps], sizes: Sequence[int] | None) -> Iterator[Params]:
+def _published(batches: Iterable[Taps], sizes: Sequence[int] | None, first: int | None) -> Iterator[Params]:
     """Yield s n (G / n)^2 for each batch, with n its size, G its summed gradient and s the size of the first batch."""
+    first = sizes[0] if sizes and first is None else first
     for number, taps in enumerate(batches):
         squares = {name: gradient * gradient for name, gradient in batch_gradient(taps).items()}
-        if sizes is not None and sizes[number] != sizes[0]:
-            squares = {name: sizes[0] / sizes[number] * square for name, square in squares.items()}
+        if sizes is not None and first is not None and sizes[number] != first:
+            squares = {name: first / sizes[number] * square for name, square in squares.items()}
         yield squares
 
 

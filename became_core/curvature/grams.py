@@ -18,7 +18,8 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
-from became_core.arrays import Array, Params, namespace, reduction_dtype
+from became_core.arrays import Array, Params, device, namespace, reduction_dtype
+from became_core.curvature.exchange import Exchange
 from became_core.curvature.taps import Tap, Taps, batch_gradient
 
 __all__ = ["gradient_grams", "input_grams"]
@@ -28,7 +29,7 @@ __all__ = ["gradient_grams", "input_grams"]
 SYMMETRIC = 512
 
 
-def input_grams(batches: Iterable[Taps], weights: frozenset[str]) -> Params:
+def input_grams(batches: Iterable[Taps], weights: frozenset[str], exchange: Exchange | None = None) -> Params:
     """Return, for each weight that has a tap, the mean of a a^T over its layer's inputs a, [d_in, d_in].
 
     If a layer has only n < d_in inputs, the result is a factor F [n, d_in] instead, with F^T F the mean. It is smaller
@@ -37,6 +38,7 @@ def input_grams(batches: Iterable[Taps], weights: frozenset[str]) -> Params:
     Args:
         batches: the taps of each batch.
         weights: names of weights, such as ``conv1.weight``; those of other weights are left out.
+        exchange: if the batches are shared out among processes, how they are brought together.
 
     Examples:
         >>> import numpy as np
@@ -59,12 +61,39 @@ def input_grams(batches: Iterable[Taps], weights: frozenset[str]) -> Params:
             waiting.setdefault(name, []).append(xp.reshape(tap.inputs, (-1, tap.inputs.shape[2])))
             if sum(int(a.shape[0]) for a in waiting[name]) >= tap.inputs.shape[2]:
                 _add(sums, name, _gram(_joined(waiting.pop(name))))
+    if exchange is not None:
+        rows = _of_all_processes(sums, waiting, rows, exchange)
     means: Params = {}
     for name, count in rows.items():
         if name in waiting and name in sums:
             _add(sums, name, _gram(_joined(waiting[name])))
         means[name] = sums[name] / count if name in sums else _wide(_joined(waiting[name])) / count**0.5
     return means
+
+
+def _of_all_processes(
+    sums: Params, waiting: dict[str, list[Array]], rows: dict[str, int], exchange: Exchange
+) -> dict[str, int]:
+    """Put what all processes have into sums, and into what waits to be summed; return how many rows all have.
+
+    Where all have fewer rows than columns, a factor of the Gram matrix is kept, as in one process.
+    """
+    rows = _total_counts(rows, [*sums.values(), *(parts[0] for parts in waiting.values())][0], exchange)
+    for name in sorted(waiting):
+        joined = _joined(waiting.pop(name))
+        if rows[name] < joined.shape[1]:
+            waiting[name] = [exchange.joined(joined)]
+        else:
+            _add(sums, name, _gram(joined))
+    sums |= exchange.total(sums)
+    return rows
+
+
+def _total_counts(counts: dict[str, int], like: Array, exchange: Exchange) -> dict[str, int]:
+    xp: Any = namespace(like=like)
+    place = {"dtype": xp.float64, "device": device(like)}
+    totals = exchange.total({name: xp.asarray(count, **place) for name, count in counts.items()})
+    return {name: int(total) for name, total in totals.items()}
 
 
 def _positions(tap: Tap) -> int:
@@ -80,7 +109,7 @@ def _joined(parts: list[Array]) -> Array:
     return parts[0] if len(parts) == 1 else xp.concat(parts)
 
 
-def gradient_grams(batches: Iterable[Taps], weights: frozenset[str]) -> Params:
+def gradient_grams(batches: Iterable[Taps], weights: frozenset[str], exchange: Exchange | None = None) -> Params:
     """Return, for each weight that has a tap, the mean over batches of G^T G, [d_in, d_in].
 
     G [d_out, d_in] is the gradient of a batch's mean loss.
@@ -88,6 +117,7 @@ def gradient_grams(batches: Iterable[Taps], weights: frozenset[str]) -> Params:
     Args:
         batches: the taps of each batch.
         weights: names of weights, such as ``conv1.weight``; those of other weights are left out.
+        exchange: if the batches are shared out among processes, how their sums are added.
     """
     sums: Params = {}
     batch_counts: dict[str, int] = {}
@@ -96,6 +126,9 @@ def gradient_grams(batches: Iterable[Taps], weights: frozenset[str]) -> Params:
             gradient = batch_gradient({name: replace(tap, own_name=True, has_bias=False)})[name] / tap.inputs.shape[0]
             _add(sums, name, _gram(gradient))
             batch_counts[name] = batch_counts.get(name, 0) + 1
+    if exchange is not None:
+        batch_counts = _total_counts(batch_counts, next(iter(sums.values())), exchange)
+        sums = exchange.total(sums)
     return {name: total / batch_counts[name] for name, total in sums.items()}
 
 

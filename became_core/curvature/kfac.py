@@ -20,6 +20,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Literal, NamedTuple
 
 from became_core.arrays import Array, Params, device, namespace, reduction_dtype
+from became_core.curvature.exchange import Exchange
 from became_core.curvature.taps import Tap, Taps, per_sample_square_sum
 from became_core.errors import BecameError
 
@@ -41,7 +42,12 @@ class KroneckerFactors(NamedTuple):
 
 
 def kronecker_factors(
-    batches: Iterable[Taps], *, samples: int, sharing: Sharing = "expand", units: float | None = None
+    batches: Iterable[Taps],
+    *,
+    samples: int,
+    sharing: Sharing = "expand",
+    units: float | None = None,
+    exchange: Exchange | None = None,
 ) -> KroneckerFactors:
     """Return the curvature of all parameters that have taps.
 
@@ -50,6 +56,8 @@ def kronecker_factors(
         samples: how many samples all batches have together; a batch with several sets of taps is counted once.
         sharing: how positions are averaged, as this module defines it.
         units: what the mean loss divides by, if not by the samples: the number of tokens, for example.
+        exchange: if the batches are shared out among processes, how their sums are added; ``samples`` and ``units`` are
+            those of all.
 
     Raises:
         BecameError: if there are no samples or no batches.
@@ -81,6 +89,8 @@ def kronecker_factors(
             biased |= {layer} if tap.has_bias else set()
     if samples < 1 or not (outputs or diagonal):
         raise BecameError("Kronecker factors need at least one sample; none was given.")
+    if exchange is not None:
+        inputs, outputs, diagonal = (exchange.total(sums) for sums in (inputs, outputs, diagonal))
     units = samples if units is None else units
     factors = {}
     for layer, g in outputs.items():

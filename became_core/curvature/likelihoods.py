@@ -34,6 +34,7 @@ from became_core.curvature.cross_entropy import (
     log_softmax,
     logit_cotangents,
 )
+from became_core.curvature.exchange import Exchange
 from became_core.errors import BecameError
 
 __all__ = [
@@ -397,12 +398,15 @@ LIKELIHOODS: dict[str, type[Likelihood]] = {
 }
 
 
-def derivatives_along(batches: Iterable[Pushforward], likelihood: Likelihood | None = None) -> tuple[Array, Array]:
+def derivatives_along(
+    batches: Iterable[Pushforward], likelihood: Likelihood | None = None, exchange: Exchange | None = None
+) -> tuple[Array, Array]:
     """Return the slopes g.d_k [K] and curvatures d_k.GGN.d_l [K, K] of the mean loss over all batches.
 
     Args:
         batches: the outputs of each batch, their derivatives along K directions, and its targets.
         likelihood: what the loss is; categorical, a label a sample, if None.
+        exchange: if the batches are shared out among processes, how their sums are added.
 
     Raises:
         BecameError: if there are no batches.
@@ -422,6 +426,11 @@ def derivatives_along(batches: Iterable[Pushforward], likelihood: Likelihood | N
         units += likelihood.count(targets)
     if slope is None or curvature is None:
         raise BecameError("a directional derivative needs at least one sample; none was given.")
+    if exchange is not None:
+        xp: Any = namespace(slope=slope)
+        count = xp.asarray(units, dtype=xp.float64, device=device(slope))
+        sums = exchange.total({"slope": slope, "curvature": curvature, "units": count})
+        slope, curvature, units = sums["slope"], sums["curvature"], float(sums["units"])
     return slope / units, curvature / units
 
 

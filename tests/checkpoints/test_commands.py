@@ -1,6 +1,7 @@
 """``became inspect``, ``became fisher`` and ``became merge`` as a user calls them."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from adapters.cli.__main__ import main
 from adapters.cli.checkpoints import size_of
 from became_core import BecameError
 from tests.checkpoints.models import arrays, contents, merged, pair, saved
+from tests.checkpoints.test_inputs import folder_of
 
 
 def words(*parts: Any) -> list[str]:
@@ -84,6 +86,7 @@ def test_a_dry_run_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[
     first, second, *fishers = files(tmp_path)
     assert main(words("merge", first, second, "--fisher", *fishers, "--out", tmp_path / "out", "--dry-run")) == 0
     shown = capsys.readouterr().out
+    assert f'merge_method: "became"\nmodels:\n  - model: "{first}"' in shown
     assert "to read in 2 passes" in shown
     assert "MiB of memory at most" in shown
     assert not (tmp_path / "out").exists()
@@ -100,6 +103,36 @@ def test_a_trace_finds_the_best_of_a_grid_and_the_regret(tmp_path: Path, capsys:
     gap = sum(float(((arrays(1)[name] - value) ** 2).sum()) for name, value in arrays(0).items())
     assert trace["regret"] == pytest.approx(0.2**2 * gap, rel=1e-4)
     assert list(tmp_path.glob(".*")) == []
+
+
+@pytest.mark.parametrize(
+    ("models", "options", "message"),
+    [("AB", ["--trace", "1"], "a path of 1 points has no ends"), ("ABA", ["--trace", "3"], "between two models")],
+)
+def test_a_path_without_two_ends_is_refused_before_anything_is_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], models: str, options: list[str], message: str
+) -> None:
+    pair(tmp_path)
+    named = [tmp_path / f"{name}.safetensors" for name in models]
+    command = words("merge", *named, "--rule", "linear", "--out", tmp_path / "out", *options)
+    assert main([*command, "--evaluate", "tests.checkpoints.networks:distance"]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_function_is_found_in_the_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pair(tmp_path)
+    (tmp_path / "beside_the_models.py").write_text("def loss(folder):\n    return 0.5\n", encoding="utf-8")
+    (tmp_path / "needs_more.py").write_text("import not_installed\n", encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path not in ("", str(tmp_path))])
+    command = words("merge", *files(tmp_path)[:2], "--rule", "linear", "--trace", 2)
+    assert main([*command, "--out", "out", "--evaluate", "beside_the_models:loss"]) == 0
+    assert "loss of the merge: 0.5" in capsys.readouterr().out
+    assert main([*command, "--out", "other", "--evaluate", "needs_more:loss"]) == 2
+    assert "there is no function 'needs_more:loss' (No module named 'not_installed')" in capsys.readouterr().err
 
 
 def test_a_function_that_is_not_there_is_said_before_anything_is_written(
@@ -124,6 +157,10 @@ def test_inspect_says_what_checkpoints_are_and_whether_they_merge(
     other = saved(tmp_path, "C", {name: value for name, value in arrays(3).items() if name != "model.norm.weight"})
     assert main(words("inspect", files(tmp_path)[0], other)) == 0
     assert "They cannot be merged: 'model.norm.weight' is in" in capsys.readouterr().out
+    config = {"tie_word_embeddings": True}
+    tied = folder_of(tmp_path / "T", {n: v for n, v in arrays(4).items() if n != "lm_head.weight"}, config=config)
+    assert main(words("inspect", files(tmp_path)[0], tied)) == 0
+    assert "The head is tied to the embedding in some of them" in capsys.readouterr().out
     assert main(words("inspect", tmp_path / "missing")) == 2
     assert "there is no" in capsys.readouterr().err
 

@@ -14,6 +14,7 @@ from safetensors.numpy import load_file
 
 from adapters.checkpoints import MergePlan, PlannedModel, merge_checkpoints, preview
 from adapters.checkpoints.plan import group_of_tensor
+from adapters.checkpoints.rules import GroupwiseMinimum
 from adapters.checkpoints.tensors import SLAB
 from became_core import BecameError, merge, optimal_alpha
 from became_core.laplace import Became, Diagonal, DiagonalFisher, LaplacePosterior, combine
@@ -54,6 +55,35 @@ def test_alpha_and_the_prediction_are_those_of_the_oracle(tmp_path: Path) -> Non
     assert report.slopes == pytest.approx((slope[0], slope[0] + curvature[0, 0]), rel=1e-6)
     assert report.convex
     assert report.gain == pytest.approx(-height(slope, curvature, np.asarray([report.alpha])), rel=1e-6)
+
+
+@pytest.mark.parametrize(("size", "passes"), [(1.0, 1), (0.0, 1), (1e-36, 2)])
+def test_a_slab_is_added_up_in_double_precision_where_single_is_not_enough(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: float, passes: int
+) -> None:
+    plan = pair(tmp_path)
+    for k, name in enumerate("AB"):
+        fisher = {name: np.asarray(value * np.float32(size)) for name, value in arrays(10 + k, positive=True).items()}
+        fisher["lm_head.weight"] = arrays(10 + k, positive=True)["lm_head.weight"]  # so that no file is all zero
+        saved(tmp_path, f"F{name}", fisher)
+    added = list[Any]()
+    between = GroupwiseMinimum._between
+
+    def counted(rule: Any, slab: Any, *rest: Any) -> Any:
+        added.append(slab.name)
+        return between(rule, slab, *rest)
+
+    monkeypatch.setattr(GroupwiseMinimum, "_between", counted)
+    report = merge_checkpoints(plan.replaced(per="leaf"), tmp_path / "out")
+    assert added.count("model.layers.0.mlp.weight") == passes
+    assert isinstance(report.alpha, dict)
+    parts = [
+        values["model.layers.0.mlp.weight"].astype(float)
+        for values in (arrays(10, positive=True), arrays(11, positive=True))
+    ]
+    squares = (arrays(1)["model.layers.0.mlp.weight"].astype(float) - arrays(0)["model.layers.0.mlp.weight"]) ** 2
+    old, new = ((part * squares).sum() for part in parts)
+    assert report.alpha["model.layers.0.mlp.weight"] == pytest.approx(new / (old + new) if size else 0.0, rel=1e-5)
 
 
 def test_layers_are_found_by_name(tmp_path: Path) -> None:
@@ -198,7 +228,7 @@ def test_slerp_follows_the_arc_tensor_by_tensor(tmp_path: Path) -> None:
     assert_allclose(merged(tmp_path / "out")[name], expected, rtol=1e-5)
 
 
-def test_arithmetic_is_wide_whatever_is_stored(tmp_path: Path) -> None:
+def test_arithmetic_is_wide_whatever_is_stored(tmp_path: Path) -> None:  # mergekit 316, 347, 604
     # In bfloat16 1 + 2^-9 is 1, so that a mean in bfloat16 arithmetic of 1 and 1 + 2^-7 could be either neighbour.
     plan = pair(tmp_path, dtype=ml_dtypes.bfloat16, merge_method="became")
     merge_checkpoints(plan.replaced(out_dtype="float32"), tmp_path / "wide")

@@ -7,6 +7,8 @@ import pytest
 
 from adapters.checkpoints import MergePlan, PlannedModel, merge_checkpoints, read_plan
 from adapters.checkpoints.card import yaml_lines
+from adapters.checkpoints.plan import METHODS
+from adapters.checkpoints.rules import RULES
 from became_core import BecameError
 from tests.checkpoints.models import arrays, merged, pair, saved
 
@@ -76,6 +78,10 @@ def test_our_words_stand_beside_each_model_or_in_its_parameters(tmp_path: Path) 
         (MERGEKIT.replace("bfloat16", "int4"), "out_dtype is 'int4', which is no known dtype"),
         (MERGEKIT.replace("normalize: true", "normalize: 1"), "'normalize' with a value that is no bool"),
         (MERGEKIT + "tokenizer_source: union\n", "tokenizer_source other than 'base'"),
+        (
+            "models:\n- model: a\n  parameters: {density: 0.5}\nmerge_method: ties\n",
+            "merge_method 'ties' is not known; known are became",
+        ),
         (MERGEKIT + "merge_method: ties\n", "'merge_method' twice"),
         (MERGEKIT.replace("1.0\n", "high\n"), "weight of A.safetensors is no number"),
         (MERGEKIT.replace("weight: 1.0", "weight: .nan"), "not finite"),
@@ -140,3 +146,7 @@ def test_paths_are_those_of_the_working_directory(tmp_path: Path, monkeypatch: p
     monkeypatch.chdir(tmp_path)
     merge_checkpoints(plan_from(tmp_path, MERGEKIT), tmp_path / "out")
     assert all(value.dtype.name == "bfloat16" for value in merged(tmp_path / "out").values())
+
+
+def test_the_methods_of_plans_are_the_rules() -> None:
+    assert set(METHODS) == set(RULES)

@@ -223,6 +223,18 @@ import adapters.cli.__main__
     assert done.stderr.startswith("error: the package 'tyro' is missing; pip install 'became[torch]', or with jax")
 
 
+def test_an_unknown_name_is_refused_before_a_framework_is_loaded() -> None:
+    source = """
+import sys
+from adapters.cli.__main__ import main
+assert main(["run", "--methods", "becme"]) == 2
+print(sorted({"torch", "jax", "tensorflow"} & set(sys.modules)))
+"""
+    done = run_python(source)
+    assert "there is no method 'becme'; did you mean 'became'?" in done.stderr
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
 def test_help_loads_no_framework() -> None:
     source = """
 import sys
@@ -295,6 +307,9 @@ def test_what_there_is_to_choose_from_is_listed_in_the_modules_own_words(capsys:
             ["run", "--tracker", "trackio"],
             "the tracker trackio needs the package trackio; pip install 'became[trackio]'.",
         ),
+        (["run", "--scheduler", "tcp://x:1"], "the package 'distributed' is missing; pip install 'became[dask]'."),
+        (["run", "--workers", "0"], "--workers is 0; it must be at least 1."),
+        (["resume", ".", "--workers", "0"], "--workers is 0; it must be at least 1."),
         (["compare"], "there is nothing to compare"),
         (["compare", "nowhere"], "nowhere holds no finished runs"),
         (["report"], "there is nothing to report on"),
@@ -310,7 +325,9 @@ def test_bad_input_is_one_sentence_and_status_2(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delitem(sys.modules, "adapters.tracking.trackio", raising=False)
-    monkeypatch.setitem(sys.modules, "trackio", None)  # as if it were not there
+    monkeypatch.delitem(sys.modules, "adapters.cli.cluster", raising=False)
+    for name in ("trackio", "distributed"):
+        monkeypatch.setitem(sys.modules, name, None)  # as if they were not there
     assert main(arguments) == 2
     said = capsys.readouterr().err
     assert said.startswith(f"error: {message}")

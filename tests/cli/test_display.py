@@ -6,13 +6,16 @@ import logging
 import math
 import warnings
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
 
-from adapters.cli.display import LOGGER, RunProgress, logged
+from adapters.cli.display import LOGGER, RunProgress, display_of, logged
 from adapters.cli.main import main
+from adapters.cli.options import Output
 from adapters.runs import RunDirectory
 from adapters.runs.files import write_file
 from adapters.torch.run import BACKEND
@@ -164,3 +167,26 @@ def test_the_bar_fits_a_terminal_of_80_columns() -> None:
     shown = console.file.getvalue()  # type: ignore[attr-defined]
     assert "…" not in shown
     assert "task 2/5 stage 2 epoch 1/1" in shown
+
+
+def test_several_runs_have_a_bar_each_and_one_for_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = io.StringIO()
+    console = Console(file=text, force_terminal=True, width=150)
+    monkeypatch.setattr("adapters.cli.display.Console", lambda **options: console)
+    display = display_of(Output())
+    first, second = (RunDirectory(tmp_path, "gpm", seed) for seed in (0, 1))
+    finished: Any = None  # what came out is not shown here
+    with display.several(2):
+        with display.watching(first, "torch", 2, 2) as one, display.watching(second, "torch", 2, 2) as two:
+            for event in EVENTS[:3]:
+                name = "epoch" if isinstance(event, EpochEnd) else "task"
+                one.add(name, **asdict(event))
+            two.add("resume", after="task 1/2", tasks_done=1)
+            assert isinstance(one, RunProgress)
+            assert isinstance(two, RunProgress)
+            assert (one.completed, two.completed) == (1.0, 1.0)
+        display.result(first, finished, before=False)
+    assert "gpm-seed0  task 1/2 learned  accuracy 90.0" in text.getvalue()
+    assert "gpm-seed1  goes on after task 1/2" in text.getvalue()
+    assert "all runs" in text.getvalue()
+    assert "1/2 finished" in text.getvalue()

@@ -1,6 +1,7 @@
 """A dry run: the steps it counts are those that a run takes, and it leaves nothing."""
 
 import json
+import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 
 from adapters.benchmarks.mnist import load_mnist
-from adapters.cli.dryrun import PHASES, estimated, steps
+from adapters.cli.dryrun import PHASES, Plan, estimated, steps
 from adapters.cli.main import main
 from adapters.runs.configuration import Configuration
 from adapters.torch.run import BACKEND
@@ -132,3 +133,36 @@ def test_the_time_is_that_of_a_run_within_a_factor_of_one_and_a_half(
 def test_what_is_wrong_is_said_before_any_run(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(BACKEND, ["--dry-run", "--network", "perceptron"]) == 2
     assert "there is no network 'perceptron'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("workers", "threads", "cores", "elapsed"),
+    [
+        (1, 1, 8, 2 * (3 + 2 + 1)),
+        (2, 1, 8, 6.0),
+        (3, 1, 8, 4.0),
+        (6, 1, 8, 3.0),
+        (9, 1, 8, 3.0),  # there is nothing for the others to do
+        (6, 2, 8, 4.5),  # twelve threads on eight cores
+        (9, 2, 8, 4.5),
+        (1, 8, 4, 2 * (3 + 2 + 1) * 2),
+    ],
+)
+def test_workers_share_the_runs_and_the_cores(
+    workers: int, threads: int, cores: int, elapsed: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three methods of two seeds, whose runs take 3, 2 and 1 seconds."""
+    monkeypatch.setattr("adapters.cli.dryrun.available_threads", lambda: cores)
+    times = {name: {"training": 2.0 * seconds} for name, seconds in {"a": 3, "b": 2, "c": 1}.items()}
+    alone = Plan({}, {}, 1, 1, 1, {}, times, bounded=False, seeds=2, elapsed=12.0)
+    plan = alone.with_workers(workers, threads)
+    assert (plan.workers, plan.threads) == (workers, threads)
+    assert plan.elapsed == pytest.approx(elapsed)
+
+
+def test_a_dry_run_with_workers_says_how_long_all_takes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--preset", "quick", "--methods", "gpm", "--seeds", "0", "1", "--first", "2", "--epochs", "1"]
+    assert main(BACKEND, [*words, "--dry-run", "--workers", "2", "--threads", "1", "--out", str(tmp_path / "out")]) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"with 2 workers of 1 thread each: about [\d.]+ \w+ from the beginning to the end", said)
+    assert not (tmp_path / "out").exists()

@@ -15,9 +15,9 @@ from rich.console import Console
 
 from adapters.backend import threads_for
 from adapters.cli import display
+from adapters.cli.jobs import requested_jobs
 from adapters.cli.main import main
 from adapters.cli.options import parse_request
-from adapters.cli.running import requested_jobs
 from adapters.runs import RunDirectory
 from adapters.torch.run import BACKEND
 from tests.streams import prototype_stream

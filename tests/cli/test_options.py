@@ -186,7 +186,7 @@ def test_the_short_help_names_every_option_once_in_its_group_and_fits_80_columns
     named += [word for line in lines if re.match(r"  --\S+ --", line) for word in line.split()[99:]]
     assert len(named) == len(set(named))
     expected = {*options(), "methods", "projector", "preset", "seeds", "backend", "out", "config", "resume", "dry_run"}
-    expected |= {"print_config", "quiet", "log", "log_level"}
+    expected |= {"print_config", "quiet", "log", "log_level", "workers", "scheduler"}
     assert set(named) == {f"--{name.replace('_', '-')}" for name in expected}
 
 

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 
 from adapters.cli.__main__ import main
+from adapters.cli.jobs import requested_jobs
 from adapters.cli.options import parse_request
 from adapters.cli.reproduce import Reproduction, reproductions
-from adapters.cli.running import requested_jobs
 from adapters.torch.run import BACKEND
 from became_core import BecameError
 
@@ -44,8 +44,10 @@ def test_what_has_finished_is_compared_by_benchmark(tmp_path: Path, capsys: pyte
 
 def test_dry_run_prints_the_commands_and_makes_no_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
-    assert main(["reproduce", "ablation", "--out", str(out), "--dry-run"]) == 0
-    assert "became run --benchmark split-cifar100 --epochs 14 --stage2-epochs 6" in capsys.readouterr().out
+    assert main(["reproduce", "ablation", "--out", str(out), "--dry-run", "--workers", "2"]) == 0
+    said = capsys.readouterr().out
+    assert "became run --benchmark split-cifar100 --epochs 14 --stage2-epochs 6" in said
+    assert "--workers 2 " in said
     assert not out.exists()
 
 

@@ -77,6 +77,33 @@ class WeightNormed(nn.Module):  # type: ignore[misc] # flax is taken as untyped
         return nn.WeightNorm(nn.Dense(3))(images.reshape(len(images), -1))
 
 
+class Places(nn.Module):  # type: ignore[misc] # flax is taken as untyped
+    """A row for each step of time."""
+
+    @nn.compact  # type: ignore[untyped-decorator]
+    def __call__(self, steps: Any) -> Any:
+        return steps + self.param("places", nn.initializers.normal(), steps.shape[1:])
+
+
+class Scanned(nn.Module):  # type: ignore[misc] # flax is taken as untyped
+    """Two layers whose weights lie in one array each, one after the other."""
+
+    @nn.compact  # type: ignore[untyped-decorator]
+    def __call__(self, steps: Any) -> Any:
+        scan = nn.scan(
+            lambda layer, hidden, _: (jnp.tanh(layer(hidden)), None),
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            length=2,
+        )
+        return scan(nn.Dense(16), steps, None)[0]
+
+
+def of_rows(layer: Any) -> nn.Module:
+    """Return a layer of the rows of images as steps of time."""
+    return nn.Sequential([lambda x: x.reshape(len(x), 8, 16), layer, lambda x: x.reshape(len(x), -1)])
+
+
 MODULES: dict[str, Callable[[], nn.Module]] = {
     "plain": plain,
     "called heads and head": Named,
@@ -89,6 +116,7 @@ MODULES: dict[str, Callable[[], nn.Module]] = {
     "dilated": lambda: plain(nn.Conv(3, (2, 2), kernel_dilation=2, padding=[(1, 0), (0, 1)])),
     "first values": lambda: plain(nn.Conv(3, (1, 1), kernel_init=nn.initializers.ones, precision="highest")),
     "dropout": lambda: plain(nn.Dropout(0.2, deterministic=True)),
+    "checkpointed": lambda: plain(nn.remat(nn.Conv)(3, (2, 2))),
     "own variables": lambda: nn.Sequential([Offset(), plain()]),
 }
 
@@ -124,6 +152,17 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
         lambda: nn.Sequential([Noise(), plain()]),
         "the module must run with images and its variables alone; flax",
     ),
+    "attention": (lambda: of_rows(nn.MultiHeadDotProductAttention(2)), "the parameter '\\S*key.bias'"),
+    "recurrent": (lambda: of_rows(nn.RNN(nn.GRUCell(3))), "'layers_1.cell.ir' runs twice in one pass"),
+    "positions": (lambda: of_rows(Places()), "do not know the layer of the parameter '\\S*places'"),
+    "depthwise": (lambda: plain(nn.Conv(4, (2, 2), feature_group_count=4)), "the option feature_group_count=4"),
+    "transposed convolution": (lambda: plain(nn.ConvTranspose(2, (3, 3))), "the parameter '\\S*bias'; on JAX"),
+    "slopes": (lambda: plain(nn.PReLU()), "the parameter '\\S*negative_slope'"),
+    "layers side by side": (
+        lambda: of_rows(nn.vmap(nn.Dense, variable_axes={"params": 0}, split_rngs={"params": True})(3)),
+        r"'layers_1.bias' has the shape \[2, 3\], as nn.scan and nn.vmap make it",
+    ),
+    "layers by a scan": (lambda: of_rows(Scanned()), "as nn.scan and nn.vmap make it of several layers"),
     "a norm of weights": (WeightNormed, "do not know the layer of the parameter '\\S*WeightNorm"),
 }
 
@@ -159,6 +198,15 @@ def test_it_is_refused_by_layer_and_option(name: str) -> None:
     make, message = REFUSED[name]
     with pytest.raises(BecameError, match=message):
         FlaxBackbone.of(make(), IMAGE)
+
+
+def test_outputs_that_depend_on_other_samples_are_refused_unless_a_switch_says_no() -> None:
+    backbone = FlaxBackbone.of(nn.Sequential([lambda x: x - x.mean(0), lambda x: x.reshape(len(x), -1)]), IMAGE)
+    with pytest.raises(
+        BecameError, match=r"(?s)outputs of a sample alone.*check=False leaves.*outputs, computed twice"
+    ):
+        JaxLearner(backbone, STREAM)
+    assert JaxLearner(backbone, STREAM, check=False).checked is None
 
 
 def test_without_variables_weights_are_drawn_by_the_seed() -> None:

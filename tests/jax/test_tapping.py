@@ -46,6 +46,34 @@ def _of_nnx() -> Case:
     return lambda state, inputs: nnx.merge(definition, state)(inputs), state, INPUTS
 
 
+def _of_nnx_attention() -> Case:
+    attention = nnx.MultiHeadAttention(
+        2, 4, 4, decode=False, deterministic=True, param_dtype=jnp.float64, rngs=nnx.Rngs(0)
+    )
+    definition, state, rest = nnx.split(attention, nnx.Param, ...)
+    return lambda state, inputs: nnx.merge(definition, state, rest)(inputs), state, INPUTS
+
+
+class _Scanned(nn.Module):  # type: ignore[misc] # flax is taken as untyped
+    """Two layers whose weights lie in one array each, one after the other."""
+
+    @nn.compact  # type: ignore[untyped-decorator]
+    def __call__(self, inputs: Any) -> Any:
+        def one(layer: Any, hidden: Any, _: Any) -> tuple[Any, None]:
+            return jnp.tanh(layer(hidden)), None
+
+        scan = nn.scan(one, variable_axes={"params": 0}, split_rngs={"params": True}, length=2)
+        return scan(nn.Dense(4, **FLOAT64), inputs, None)[0]
+
+
+def _routed(params: Any, inputs: Any) -> Any:
+    """Each sample is seen by the expert that its router prefers."""
+    mean = inputs.mean(1)
+    shares = jax.nn.softmax(mean @ params["router"])
+    best = shares.argmax(1)
+    return jnp.einsum("nd,ndk->nk", mean, params["experts"][best]) * shares.max(1, keepdims=True)
+
+
 def _tied(params: Any, keys: Any) -> Any:
     return jnp.tanh(params["table"][keys]).mean(1) @ params["table"].T
 
@@ -80,7 +108,21 @@ CASES: dict[str, Callable[[], Case]] = {
     "attention": lambda: _of_linen(nn.MultiHeadDotProductAttention(2, **FLOAT64)),
     "recurrent, by a scan": lambda: _of_linen(nn.RNN(nn.SimpleCell(3, **FLOAT64))),
     "checkpointed": lambda: _of_linen(nn.remat(nn.Dense)(3, **FLOAT64)),
+    "recurrent with gates, by a scan": lambda: _of_linen(nn.RNN(nn.GRUCell(3, **FLOAT64))),
+    "layers by a scan": lambda: _of_linen(_Scanned()),
+    "layers side by side": lambda: _of_linen(
+        nn.vmap(
+            nn.Dense, in_axes=None, out_axes=1, axis_size=2, variable_axes={"params": 0}, split_rngs={"params": True}
+        )(3, **FLOAT64)
+    ),
+    "depthwise convolution": lambda: _of_linen(nn.Conv(4, (3,), feature_group_count=4, **FLOAT64)),
+    "weight norm": lambda: _of_linen(nn.WeightNorm(nn.Dense(3, **FLOAT64), **FLOAT64)),
+    "group norm and slopes": lambda: _of_linen(
+        nn.Sequential([nn.GroupNorm(2, **FLOAT64), nn.PReLU(param_dtype=float)])
+    ),
+    "experts with hard routing": lambda: (_routed, {"router": _random(4, 2), "experts": _random(2, 4, 3)}, INPUTS),
     "nnx": _of_nnx,
+    "nnx with attention": _of_nnx_attention,
     "embedding tied to the output": lambda: (_tied, {"table": _random(7, 4)}, KEYS),
     "one matrix used twice": lambda: (_shared, {"w": _random(4, 4)}, INPUTS),
     "matrix stored as [d_out, d_in], with a position": lambda: (
@@ -110,10 +152,23 @@ MATRICES = {
     "one matrix used twice": {"w": False},
     "matrix stored as [d_out, d_in], with a position": {"w": False},
     "flat weight that is reshaped and cast": {"": True},
+    "experts with hard routing": {"router": True},
 }
+_GATES = (
+    "hn.bias",
+    "hn.kernel",
+    "hr.kernel",
+    "hz.kernel",
+    *(f"i{gate}.{own}" for gate in "nrz" for own in ("bias", "kernel")),
+)
 SLOW = {
     "convolution in groups": {"params.kernel": ["conv_general_dilated"]},
     "recurrent, by a scan": {f"params.cell.{name}": ["scan"] for name in ("h.kernel", "i.kernel", "i.bias")},
+    "recurrent with gates, by a scan": {f"params.cell.{name}": ["scan"] for name in _GATES},
+    "layers by a scan": {f"params.Dense_0.{name}": ["scan"] for name in ("bias", "kernel")},
+    "layers side by side": {"params.kernel": ["dot_general"]},
+    "depthwise convolution": {"params.kernel": ["conv_general_dilated"]},
+    "weight norm": {f"params.layer_instance{name}": ["dot_general"] for name in (".kernel", "/kernel/scale")},
     "weight that is computed": {"v": ["dot_general"], "g": ["dot_general"]},
     "derivative of the user's own": {"": ["custom_jvp_call"]},
 }
@@ -138,7 +193,7 @@ def test_taps_have_the_gradients_of_single_samples(name: str) -> None:
     assert list(found) == list(expected)
     for key, value in expected.items():
         np.testing.assert_allclose(found[key].reshape(value.shape), value, rtol=1e-9, atol=1e-12, err_msg=key)
-    if name != "nnx":
+    if not name.startswith("nnx"):
         assert tapped.matrices == MATRICES.get(name, {})
         assert tapped.slow == SLOW.get(name, {})
 

@@ -19,13 +19,13 @@ PARTS: dict[str, dict[str, tuple[str, ...]]] = {
         "learner": ("learner",),
         "layers": ("layers",),
         "own models": ("flax_module",),
-        "own loops": ("data_loss", "graph", "own_loop", "tapping"),
+        "own loops": ("checking", "data_loss", "graph", "own_loop", "tapping"),
         "command": ("run",),
     },
     "tensorflow": {
         "learner": ("learner",),
         "layers": ("layers",),
-        "own models": ("keras_model",),
+        "own models": ("keras_model", "own_layers"),
         "own loops": (
             *("batches", "checking", "continual", "data_loss", "derivatives"),
             *("graph", "parameters", "steps", "tapping", "traced"),
@@ -38,6 +38,7 @@ PARTS: dict[str, dict[str, tuple[str, ...]]] = {
         "own models": ("graph", "rows", "tapping", "derivatives"),
         "own loops": ("batches", "checking", "continual", "data_loss", "steps"),
         "command": ("run",),
+        "processes": ("processes", "share"),
     },
 }
 
@@ -50,7 +51,7 @@ def count_lines(framework: str, part: str) -> int:
 
 def main() -> None:
     """Print the counts as a Markdown table."""
-    parts = list(PARTS["jax"])
+    parts = list(dict.fromkeys(part for files in PARTS.values() for part in files))
     print(f"| framework | {' | '.join(parts)} |\n| --- |{' ---: |' * len(parts)}")
     for framework, files in PARTS.items():
         counts = (str(count_lines(framework, part)) if part in files else "" for part in parts)

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adapters.benchmarks.catalogue import BENCHMARKS
+from adapters.cli.jobs import requested_jobs
 from adapters.cli.options import Request, parse, parse_request, request_of, request_type
-from adapters.cli.running import requested_jobs
 from adapters.runs.configuration import (
     GROUPS,
     Configuration,

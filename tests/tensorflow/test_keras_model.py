@@ -90,14 +90,12 @@ def test_the_model_is_as_it_was_and_takes_weights_back() -> None:
         np.testing.assert_array_equal(value, 2 * weights[name])
 
 
-def test_a_layer_that_taps_do_not_know_is_named() -> None:
-    model = keras.Sequential(
-        [keras.Input((8, 8, 2)), keras.layers.Conv2DTranspose(2, 3, name="up"), keras.layers.Flatten()]
-    )
+def test_a_model_in_another_precision_than_the_learner_is_refused() -> None:
+    backbone = KerasBackbone.of(network(), (2, 8, 8))
     with pytest.raises(
-        BecameError, match=r"the variable '\S*up/kernel', or its call is replaced; on Keras they know BatchNorm"
+        BecameError, match=r"variable '\S*conv1/kernel' is of float32, and the learner computes in float64"
     ):
-        KerasBackbone.of(model, (2, 8, 8))
+        TensorFlowLearner(backbone, prototype_stream(tasks=2, channels=2, side=8), dtype="float64")
 
 
 def test_norms_compute_as_keras_does() -> None:

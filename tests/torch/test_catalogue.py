@@ -13,6 +13,8 @@ import pytest
 import safetensors.torch
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.utils import prune
 
 from adapters.torch.learner import TorchLearner
 from became_core import BecameError
@@ -94,6 +96,17 @@ class Counting(nn.Module):
         return images - self.seen.reshape(-1, 4).mean(0)[:, None, None]
 
 
+class Odd(nn.Module):
+    """A layer that draws random numbers, or looks at the batch's other samples, in evaluation too."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__()
+        self.what = what
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images + torch.randn_like(images) if self.what == "noise" else images - images.mean(0)
+
+
 def frozen(network: nn.Sequential, *layers: int) -> nn.Sequential:
     for layer in layers:
         network[layer].requires_grad_(False)
@@ -124,6 +137,144 @@ def trained_norm() -> nn.BatchNorm2d:
     norm = nn.BatchNorm2d(4)
     nn.init.constant_(norm.running_mean, 0.5)  # type: ignore[arg-type]
     return norm
+
+
+class OfRows(nn.Module):
+    """A network of the rows of images as eight tokens [N, 8, 16], of which the mean is taken."""
+
+    def __init__(self, body: nn.Module, *, places: bool = False, last: bool = False) -> None:
+        super().__init__()
+        self.body, self.last = body, last
+        self.places = nn.Parameter(torch.randn(8, 16)) if places else None
+
+    def forward(self, images: Tensor) -> Tensor:
+        tokens = images.transpose(1, 2).flatten(2)
+        tokens = tokens if self.places is None else tokens + self.places
+        outputs = self.body(tokens)
+        outputs = outputs[0] if isinstance(outputs, tuple) else outputs
+        mean: Tensor = outputs[:, -1] if self.last else outputs.mean(1)
+        return mean
+
+
+class Attending(nn.Module):
+    """Attention from tokens to tokens, called with keywords."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(16, 2, batch_first=True, **options)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        attended: Tensor = self.attention(query=tokens, key=tokens, value=tokens, need_weights=False)[0]
+        return attended
+
+
+class Experts(nn.Module):
+    """Two experts, each of which sees the images that are routed to it, and no others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router, self.experts = nn.Linear(128, 2), nn.ModuleList(nn.Linear(128, 6) for _ in range(2))
+
+    def forward(self, images: Tensor) -> Tensor:
+        flat = images.flatten(1)
+        shares = self.router(flat).softmax(1)
+        best, output = shares.argmax(1), flat.new_zeros(len(flat), 6)
+        for number, expert in enumerate(self.experts):
+            mine = best == number
+            output[mine] = expert(flat[mine]) * shares[mine, number, None]
+        return output.tanh()
+
+
+class Residual(nn.Module):
+    """A block of a residual network."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(4, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4)
+        self.conv2, self.bn2 = nn.Conv2d(4, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4)
+
+    def forward(self, images: Tensor) -> Tensor:
+        inner: Tensor = self.bn2(self.conv2(self.bn1(self.conv1(images)).relu()))
+        return (images + inner).relu()
+
+
+class Pair(nn.Module):
+    """A bilinear layer of an input with itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pair = nn.Bilinear(128, 128, 2)
+
+    def forward(self, flat: Tensor) -> Tensor:
+        product: Tensor = self.pair(flat, flat.cos())
+        return product.tanh()
+
+
+class Tied(nn.Module):
+    """One matrix that is used forward and back, and a bias of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(6, 128) / 12), nn.Parameter(torch.zeros(128))
+
+    def forward(self, images: Tensor) -> Tensor:
+        hidden = functional.linear(images.flatten(1), self.weight).tanh()
+        return functional.linear((hidden @ self.weight + self.bias).tanh(), self.weight)
+
+
+class OfTransformers(nn.Module):
+    """A model of ``transformers``, from its configuration, of the rows of images for embedded tokens, or of images."""
+
+    def __init__(self, kind: str, *, lora: bool = False) -> None:
+        super().__init__()
+        transformers: Any = pytest.importorskip("transformers", reason="transformers is not installed")
+        sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+        self.takes_images = kind == "ViT"
+        if kind == "GPT2":
+            config = transformers.GPT2Config(n_embd=16, n_layer=1, n_head=2, n_inner=8, n_positions=8, vocab_size=4)
+        elif kind == "ViT":
+            config = transformers.ViTConfig(**sizes, image_size=8, patch_size=4, num_channels=2)
+        else:
+            grouped = {"num_key_value_heads": 1} if kind == "Llama" else {}
+            config = getattr(transformers, f"{kind}Config")(**sizes, **grouped, vocab_size=4, max_position_embeddings=8)
+        options = {} if kind in ("GPT2", "Llama") else {"add_pooling_layer": False}
+        model = getattr(transformers, f"{kind}Model")(config, **options)
+        if lora:
+            peft: Any = pytest.importorskip("peft", reason="peft is not installed")
+            names = ["c_attn"] if kind == "GPT2" else ["query", "value"]
+            settings = peft.LoraConfig(
+                r=2, target_modules=names, fan_in_fan_out=kind == "GPT2", init_lora_weights=False
+            )
+            model = peft.get_peft_model(model, settings)
+        self.model = model
+        for name, value in self.model.named_parameters():
+            if any(table in name for table in ("wte", "embed_tokens", "word_embeddings")):
+                value.requires_grad_(False)  # no token is looked up
+
+    def forward(self, images: Tensor) -> Tensor:
+        tokens = images.transpose(1, 2).flatten(2)
+        given = {"pixel_values": images} if self.takes_images else {"inputs_embeds": tokens}
+        mean: Tensor = self.model(**given).last_hidden_state.mean(1)
+        return mean
+
+
+def residual_with_frozen_stem() -> nn.Sequential:
+    stem = nn.Sequential(nn.Conv2d(2, 4, 3, stride=2), trained_norm(), nn.ReLU())
+    stem.requires_grad_(False)
+    return nn.Sequential(stem, Residual(), Residual(), nn.AdaptiveAvgPool2d(2), nn.Flatten())
+
+
+def normed(how: Any) -> nn.Sequential:
+    network = plain()
+    how(network[-2])
+    return network
+
+
+def hooked(network: nn.Sequential) -> nn.Sequential:
+    """Return a network with hooks that change a layer's inputs and another's outputs."""
+    network[0].register_forward_hook(lambda layer, inputs, output: 2 * output)
+    network[-2].register_forward_pre_hook(lambda layer, inputs: (inputs[0].sin(),))
+    return network
 
 
 # By name: what makes a network that must learn.
@@ -163,10 +314,43 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "channels last": lambda: plain(nn.BatchNorm2d(4)).to(memory_format=torch.channels_last),  # type: ignore[call-overload]
     "lazy": lambda: nn.Sequential(nn.LazyConv2d(4, 3), nn.Flatten(), nn.LazyLinear(6)),
     "in double precision": lambda: plain().double(),
+    "hooks": lambda: hooked(plain()),
+    "attention": lambda: OfRows(Attending()),
+    "attention without biases": lambda: OfRows(Attending(bias=False, kdim=16, vdim=16, dropout=0.1)),
+    "an encoder's layer": lambda: OfRows(nn.TransformerEncoderLayer(16, 2, 8, dropout=0.1, batch_first=True)),
+    "an encoder with norms first": lambda: OfRows(
+        nn.TransformerEncoderLayer(16, 2, 8, 0.0, batch_first=True, norm_first=True), places=True
+    ),
+    "LSTM": lambda: OfRows(nn.LSTM(16, 5, batch_first=True), last=True),
+    "LSTM both ways": lambda: OfRows(nn.LSTM(16, 3, bidirectional=True, batch_first=True)),
+    "GRU": lambda: OfRows(nn.GRU(16, 5, batch_first=True), last=True),
+    "GRU of two layers": lambda: OfRows(nn.GRU(16, 3, num_layers=2, batch_first=True), places=True),
+    "experts with hard routing": Experts,
+    "residual with a frozen stem": residual_with_frozen_stem,
+    "weight norm": lambda: normed(nn.utils.parametrizations.weight_norm),
+    "orthogonal": lambda: normed(nn.utils.parametrizations.orthogonal),
+    "pruned": lambda: normed(lambda layer: prune.l1_unstructured(layer, "weight", 0.5)),  # type: ignore[no-untyped-call]
+    "depthwise": lambda: plain(nn.Conv2d(4, 8, 2, groups=4, padding=1), nn.Conv2d(8, 4, 2)),
+    "transposed convolution": lambda: plain(nn.ConvTranspose2d(4, 4, 3, padding=1)),
+    "dilated": lambda: plain(nn.Conv2d(4, 4, 2, dilation=2, padding=1)),
+    "slopes": lambda: plain(nn.PReLU(4)),
+    "a bilinear layer": lambda: nn.Sequential(nn.Flatten(), Pair()),
+    "one matrix forward and back": Tied,
+    "GPT-2": lambda: OfTransformers("GPT2"),
+    "BERT": lambda: OfTransformers("Bert"),
+    "Llama": lambda: OfTransformers("Llama"),
+    "ViT": lambda: OfTransformers("ViT"),
+    "GPT-2 with LoRA": lambda: OfTransformers("GPT2", lora=True),
+    "BERT with LoRA": lambda: OfTransformers("Bert", lora=True),
+    "positions": lambda: OfRows(nn.Linear(16, 5), places=True),
 }
 
 # These take gradients of single samples apart, with a warning that says so.
-pytestmark = pytest.mark.filterwarnings("ignore:taps do not know:UserWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:taps do not know:UserWarning"),
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),  # by peft itself
+    pytest.mark.filterwarnings("ignore:\\d+ % of the shared weights stand still:UserWarning"),
+]
 
 
 def built(name: str) -> nn.Module:
@@ -198,7 +382,10 @@ class Looks:
             [module.training for module in modules],
             [parameter.requires_grad for parameter in network.parameters()],
             [parameter.stride() for parameter in network.parameters()],
-            [{own: value for own, value in vars(module).items() if not own.startswith("_")} for module in modules],
+            [
+                {own: value for own, value in vars(module).items() if not (own[0] == "_" or isinstance(value, Tensor))}
+                for module in modules
+            ],
             {name: value.detach().clone() for name, value in constants.items()},
         )
 
@@ -224,6 +411,8 @@ def test_it_learns_and_is_left_as_it_was(name: str) -> None:
     theta, own = learner.parameters(), {f"{name}.": value for name, value in network.state_dict().items()}
     assert {name.removesuffix(".") for name in own if "num_batches_tracked" not in name} <= set(theta)
     kept = Kept()
+    assert learner.checked is not None
+    assert all(finding.difference <= 1e-6 for finding in learner.checked.findings)
     record = learn(learner, STREAM, build_method("became"), TRAINING, callbacks=[kept])
     assert np.isfinite(record.accuracy[-1]).all()
     assert record.alpha[1] is not None
@@ -242,7 +431,7 @@ def test_it_learns_and_is_left_as_it_was(name: str) -> None:
     weights = set(theta) - learner.constants - learner.running_statistics
     assert weights <= moved  # each of them
     safetensors.torch.save(learned)
-    if name != "channels last":
+    if name not in ("channels last", "orthogonal"):  # which safetensors did not save before
         safetensors.torch.save(network.state_dict())
     check_it_goes_on(name, kept.state, learned)
     check_measuring_changes_nothing(learner)
@@ -295,6 +484,11 @@ def learned(network: nn.Module, method: str = "became", **changes: Any) -> None:
 
 # By name: what is refused, before a step is taken, and what the message says.
 REFUSED: dict[str, tuple[Callable[[], object], str]] = {
+    "randomness in evaluation": (lambda: learned(plain(Odd("noise"))), "outputs of the user's own pass, in evaluation"),
+    "samples that see each other": (
+        lambda: learned(plain(Odd("batch"))),
+        "fails its first look: outputs of a sample alone",
+    ),
     "images for features": (partial(learned, nn.Conv2d(2, 4, 3)), r"to features \[N, features\]; of 2 images it made"),
     "batches of one": (
         lambda: learned(built("flat batch norm"), batch_size=1),
@@ -311,6 +505,26 @@ REFUSED: dict[str, tuple[Callable[[], object], str]] = {
     ),
     "nothing left to gate": (lambda: learned(built("frozen throughout"), "hat"), "HAT gates linear and convolutional"),
 }
+
+
+def test_a_switch_leaves_the_check_out() -> None:
+    assert TorchLearner(plain(Odd("batch")), STREAM, check=False).checked is None
+
+
+def test_the_check_leaves_a_network_and_what_is_drawn_as_they_were() -> None:
+    network = plain(trained_norm(), nn.Dropout(0.5))
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    torch.manual_seed(5)
+    drawn = torch.random.get_rng_state()
+    with_check = TorchLearner(network, STREAM).parameters()
+    after_check = torch.random.get_rng_state()
+    torch.random.set_rng_state(drawn)
+    without = TorchLearner(network, STREAM, check=False).parameters()
+    assert torch.equal(torch.random.get_rng_state(), after_check)
+    for name, value in network.state_dict().items():
+        torch.testing.assert_close(value, before[name], rtol=0, atol=0)
+    for name, value in with_check.items():
+        torch.testing.assert_close(value, without[name], rtol=0, atol=0)
 
 
 @pytest.fixture

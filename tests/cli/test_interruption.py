@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from adapters.cli.running import InterruptedRun, Interruption
+from adapters.cli.interruption import InterruptedRun, Interruption
 
 
 @pytest.fixture(autouse=True)

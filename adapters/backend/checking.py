@@ -1,0 +1,199 @@
+"""One look at a user's network, when it is given: that what we compute of it is what it computes, for all frameworks.
+
+It takes a few samples and a moment: outputs are computed twice, together and alone, and held against those of the
+network as the user runs it; per-sample gradients by taps are held against a plain loop over the samples; a derivative
+along a random direction is held against the gradients of that loop.
+
+Convention: outputs are [samples, ...]; a difference is a share of the largest value.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from adapters.backend.network import Data, Network
+from adapters.backend.own_loop import Finding, NetworkCheck
+from became_core.arrays import Array, Params, namespace, on_host
+from became_core.continual.data import Indices
+from became_core.curvature import Tap, Taps, per_sample_gradients
+
+__all__ = ["LearnerView", "NetworkView", "agreement", "check_network"]
+
+# What steps of a difference are multiplied by: shorter ones meet fewer kinks, and round more.
+_STEPS = (1.0, 0.05, 0.002)
+
+
+class NetworkView(Protocol):
+    """A network on a few samples, in evaluation mode, as a check sees it.
+
+    Attributes:
+        theta: the trained parameters, by name.
+        mixes_samples: whether outputs depend on a batch's other samples by design, as batch statistics make them.
+        agreement: what was compared with the network as the user runs it.
+    """
+
+    theta: Params
+    mixes_samples: bool
+    agreement: Sequence[Finding]
+
+    @property
+    def way(self) -> str:
+        """How derivatives along directions were computed last."""
+
+    def outputs(self, theta: Params, samples: slice) -> Array:
+        """Return the outputs of some of the samples at these weights."""
+
+    def seed(self, outputs: Array) -> Array:
+        """Return gradients by the outputs of all samples."""
+
+    def taps(self, seed: NDArray[Any]) -> Taps:
+        """Return the taps of the backward pass that begins with these gradients."""
+
+    def gradients(self, samples: slice, seed: NDArray[Any]) -> Mapping[str, Array | None]:
+        """Return autograd's gradients by the trained parameters, of these samples alone; None where there is none."""
+
+    def along(self, direction: Params, shorter: float) -> Array:
+        """Return the derivative of all outputs along a direction; if by a difference, with a shorter step."""
+
+
+class LearnerView:
+    """A learner's network as a pure function, with the head of the first task, on a few samples."""
+
+    def __init__(
+        self, network: Network, weights: Params, data: Data, rows: Indices, mixes_samples: bool, fixed: frozenset[str]
+    ) -> None:
+        """Keep them.
+
+        Args:
+            network: a backbone and a head.
+            weights: all that it has.
+            data: on the device.
+            rows: of the samples.
+            mixes_samples: as of a view.
+            fixed: the weights that no gradient moves.
+        """
+        self._network, self._data, self._rows = network, data, rows
+        self.theta = {name: value for name, value in weights.items() if name not in fixed}
+        self._fixed = {name: value for name, value in weights.items() if name in fixed}
+        self.mixes_samples, self.agreement = mixes_samples, getattr(network.backbone, "agreement", ())
+
+    @property
+    def way(self) -> str:
+        """How derivatives along directions were computed last."""
+        return self._network.way
+
+    def outputs(self, theta: Params, samples: slice) -> Array:
+        """Return the logits of some of the samples."""
+        return self._network.outputs(self._fixed | theta, self._data, self._rows[samples])
+
+    def seed(self, outputs: Array) -> Array:
+        """Return the gradients of each sample's loss by its logits."""
+        targets = namespace(targets=self._data.targets).take(self._data.targets, self._rows, axis=0)
+        rng = np.random.default_rng(0)
+        return next(iter(self._network.likelihood.cotangents(outputs, targets, "empirical", rng)))
+
+    def taps(self, seed: Array) -> Taps:
+        """Return the taps."""
+        weights, rng = self._fixed | self.theta, np.random.default_rng(0)
+        return next(iter(self._network.taps(weights, self._data, self._rows, None, "empirical", rng)))
+
+    def gradients(self, samples: slice, seed: NDArray[Any]) -> Params:
+        """Return autograd's gradients of some of the samples alone."""
+        return self._network.pulled_back(self._fixed | self.theta, self._data, self._rows[samples], seed)
+
+    def along(self, direction: Params, shorter: float) -> Array:
+        """Return the derivative of the logits along a direction."""
+        xp: Any = namespace(**{"direction": next(iter(direction.values()))})
+        along = {name: xp.zeros_like(value) for name, value in self._fixed.items()} | direction
+        return self._network.tangents(self._fixed | self.theta, [along], self._data, self._rows)[1][0]
+
+
+def check_network(network: NetworkView) -> NetworkCheck:
+    """Return what was compared, and how far it differs."""
+    theta, everything = network.theta, slice(None)
+    outputs = network.outputs(theta, everything)
+    again = network.outputs(theta, everything)
+    tolerance = tolerance_of(outputs)
+    findings = [*network.agreement, Finding("outputs, computed twice", _apart([again], [outputs]), tolerance)]
+    if not network.mixes_samples:
+        alone = network.outputs(theta, slice(1))
+        first = np.asarray(on_host(outputs))[:1]
+        findings.append(Finding("outputs of a sample alone", _apart([alone], [first]), tolerance))
+    if not theta:
+        return NetworkCheck(findings)
+    # The arithmetic from here on is NumPy's: JAX would compile each operation for each shape.
+    seed = np.asarray(on_host(network.seed(outputs)))
+    parts = [everything] if network.mixes_samples else [slice(row, row + 1) for row in range(outputs.shape[0])]
+    gradients = [_on_host(network.gradients(part, seed[part]), theta) for part in parts]
+    if not network.mixes_samples:
+        by_taps = per_sample_gradients({name: _tap_on_host(tap) for name, tap in network.taps(seed).items()})
+        pairs = [(np.ravel(rows), np.ravel([part[name] for part in gradients])) for name, rows in by_taps.items()]
+        findings.append(Finding("gradients of single samples", _apart(*zip(*pairs, strict=True)), tolerance))
+    # In the gradients' terms, since a difference of outputs is no measure here: in a deep network with ReLUs there are
+    # kinks within any step that rounding allows. Where a difference is all there is, the best of three steps counts.
+    direction = _random_direction(theta)
+    host = _on_host(direction, theta)
+    slopes = np.array([sum(float((part[name] * host[name]).sum()) for name in theta) for part in gradients])
+    difference = math.inf
+    for shorter in _STEPS:
+        tangent = np.asarray(on_host(network.along(direction, shorter)), np.float64)
+        products = (tangent * seed).reshape(outputs.shape[0], -1).sum(1)
+        along = products.sum(keepdims=True) if network.mixes_samples else products
+        difference = min(difference, _apart([along], [slopes]))
+        if network.way != "difference":
+            break
+    allowed = 0.1 if network.way == "difference" else max(tolerance, 0.01)
+    findings.append(Finding(f"a derivative, by {network.way}", difference, allowed))
+    return NetworkCheck(findings)
+
+
+def agreement(ours: Array, own: Array, mode: str) -> Finding:
+    """Return how far our pass is from the user's own one in a mode."""
+    return Finding(f"outputs of the user's own pass, in {mode}", _apart([ours], [own]), tolerance_of(own))
+
+
+def tolerance_of(outputs: Array) -> float:
+    """Return the share up to which a difference is rounding: many layers may round in different orders."""
+    epsilon = float(namespace(outputs=outputs).finfo(outputs.dtype).eps)
+    return 10 * math.sqrt(epsilon)
+
+
+def _random_direction(theta: Params) -> Params:
+    """Return a direction in which each parameter moves as much as it varies."""
+    rng, xp = np.random.default_rng(0), namespace(theta=next(iter(theta.values())))
+    direction = {}
+    for name, value in theta.items():
+        drawn = rng.normal(size=value.shape) * max(float(np.std(np.asarray(on_host(value), np.float64))), 1e-3)
+        direction[name] = xp.asarray(drawn, dtype=value.dtype, device=getattr(value, "device", None))
+    return direction
+
+
+def _tap_on_host(tap: Tap) -> Tap:
+    """Return a tap whose arrays are NumPy's."""
+    return replace(
+        tap,
+        inputs=np.asarray(on_host(tap.inputs)),
+        output_gradients=np.asarray(on_host(tap.output_gradients)),
+        others=tuple(map(_tap_on_host, tap.others)),
+    )
+
+
+def _on_host(values: Mapping[str, Array | None], theta: Params) -> dict[str, NDArray[np.float64]]:
+    """Return the values of the parameters in NumPy, zeros where there is none."""
+    return {
+        name: np.zeros(weight.shape) if values[name] is None else np.asarray(on_host(values[name]), np.float64)
+        for name, weight in theta.items()
+    }
+
+
+def _apart(computed: Sequence[Any], expected: Sequence[Any]) -> float:
+    """Return the largest difference of corresponding arrays, as a share of the largest value."""
+    pairs = [
+        tuple(np.asarray(on_host(side), np.float64) for side in pair) for pair in zip(computed, expected, strict=True)
+    ]
+    scale = max(float(np.abs(b).max(initial=0.0)) for _, b in pairs) or 1.0
+    return max(float(np.abs(a - b).max(initial=0.0)) for a, b in pairs) / scale

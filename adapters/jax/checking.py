@@ -1,0 +1,73 @@
+"""A user's function of JAX in a loop of the user's own, as the check of ``adapters/backend/checking.py`` sees it.
+
+Convention: parameters go by dotted paths in the user's tree; outputs are [samples, ...].
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from adapters.backend.checking import agreement
+from adapters.backend.own_loop import Finding
+from became_core.arrays import Array, Params
+from became_core.curvature import Taps
+
+__all__ = ["FunctionView"]
+
+
+class FunctionView:
+    """A function on a few samples; its attributes are those of a ``NetworkView``."""
+
+    mixes_samples = False
+
+    def __init__(
+        self,
+        theta: Params,
+        samples: Callable[[slice], Any],
+        *,
+        outputs: Callable[[Params, Any], Array],
+        own: Callable[[Any], Array],
+        taps: Callable[[Any, Any], Taps],
+        gradient: Callable[[Params, Any, Any], Params],
+        along: Callable[[Params, Any, float], tuple[Array, str]],
+    ) -> None:
+        """Keep what computes, and compare the outputs with those of the function as it is.
+
+        Args:
+            theta: the trained parameters.
+            samples: gives the inputs of some of the few samples.
+            outputs: of parameters and inputs.
+            own: the user's own function, of inputs.
+            taps: of inputs and of gradients by the outputs.
+            gradient: of parameters, inputs and gradients by the outputs.
+            along: a direction, inputs and what the step of a difference is multiplied by -> the derivative of the
+                outputs, and the way by which it was computed.
+        """
+        self.theta, self._samples, self.way = theta, samples, ""
+        self._outputs, self._taps, self._gradient, self._along = outputs, taps, gradient, along
+        everything = samples(slice(None))
+        compared = agreement(outputs(theta, everything), own(everything), "evaluation")
+        self.agreement: Sequence[Finding] = [compared]
+
+    def outputs(self, theta: Params, samples: slice) -> Array:
+        """Return the outputs of some of the samples."""
+        return self._outputs(theta, self._samples(samples))
+
+    def seed(self, outputs: Array) -> Array:
+        """Return random gradients by the outputs."""
+        return np.random.default_rng(0).normal(size=outputs.shape).astype(outputs.dtype)
+
+    def taps(self, seed: NDArray[Any]) -> Taps:
+        """Return the taps of the backward pass that begins with these gradients."""
+        return self._taps(self._samples(slice(None)), seed)
+
+    def gradients(self, samples: slice, seed: NDArray[Any]) -> Params:
+        """Return the gradients of some of the samples alone."""
+        return self._gradient(self.theta, self._samples(samples), seed)
+
+    def along(self, direction: Params, shorter: float) -> Array:
+        """Return the derivative of the outputs along a direction; if by a difference, with a shorter step."""
+        tangent, self.way = self._along(direction, self._samples(slice(None)), shorter)
+        return tangent

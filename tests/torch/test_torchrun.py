@@ -1,0 +1,222 @@
+"""Real processes that share a run: the numbers of one process, one writer, and an end with a sentence if one dies.
+
+The processes are forked from one that has imported PyTorch, once for the whole file, and meet as those of torchrun do.
+"""
+
+import json
+import os
+import random
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from adapters.cli.main import main
+from adapters.torch.learner import TorchLearner
+from adapters.torch.processes import Crew, timeout_asked_for
+from adapters.torch.run import BACKEND, build_learner
+from adapters.torch.share import ProcessShare
+from became_core import BecameError
+from tests.streams import prototype_stream
+from tests.torch.torchrun_processes import command, compare
+
+pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="this PyTorch has no torch.distributed")
+
+LIMIT = 180  # seconds; what is waited for takes a few, or many times that beside busy processes
+END = 60  # seconds after which no process may be left when one has died
+# `nox -s stress` kills twenty.
+KILLS = int(os.environ.get("BECAME_KILLS", "3"))
+EPOCHS = 6
+WORDS = "--preset quick --methods became --epochs 2 --stage2-epochs 1 --batch-size 25 --first 2 --curvature-samples 100"
+
+
+@contextmanager
+def started(work: Callable[[int], None], count: int = 2) -> Iterator[list[Any]]:
+    """Processes that do their work, each by its rank; none is left afterwards."""
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["tests.torch.torchrun_processes"])
+    processes = [context.Process(target=work, args=(rank,)) for rank in range(count)]
+    try:
+        for process in processes:
+            process.start()
+        yield processes
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+
+
+def ended(processes: list[Any], within: float = LIMIT) -> list[int | None]:
+    """The exit statuses of processes; None for one that is still there after so many seconds."""
+    until = time.monotonic() + within
+    for process in processes:
+        process.join(max(until - time.monotonic(), 0.0))
+    return [process.exitcode for process in processes]
+
+
+@contextmanager
+def commanded(folder: Path, words: list[list[str]], timeout: float = 60.0) -> Iterator[list[Any]]:
+    """Processes that run a command, each with its own words; they meet at a store of this process, as at torchrun's."""
+    folder.mkdir(exist_ok=True)
+    distributed: Any = torch.distributed  # whose types lack the store
+    store = distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    with started(partial(_commanded, words, store.port, str(folder / "log"), timeout), len(words)) as processes:
+        yield processes
+
+
+def _commanded(words: list[list[str]], port: int, log: str, timeout: float, rank: int) -> None:
+    command(rank, len(words), port, words[rank], log, timeout)
+
+
+def said(folder: Path, rank: int, where: str = "err") -> str:
+    return (folder / f"log.{rank}.{where}").read_text(encoding="utf-8")
+
+
+def words_for(out: Path) -> list[str]:
+    return [*WORDS.split(), "--out", str(out)]
+
+
+def result(out: Path) -> dict[str, Any]:
+    values: dict[str, Any] = json.loads((out / "became-seed0" / "results.json").read_text(encoding="utf-8"))
+    return values
+
+
+def lines(out: Path) -> int:
+    log = out / "became-seed0" / "events.jsonl"
+    return log.read_bytes().count(b"\n") if log.exists() else 0
+
+
+def check_result(out: Path, expected: dict[str, Any]) -> None:
+    """In single precision; a rounding may move an image or two to another class."""
+    found = result(out)
+    assert found["epochs"] == expected["epochs"]
+    assert found["alpha"][1:] == pytest.approx(expected["alpha"][1:], abs=1e-3)
+    for row, wanted in zip(found["accuracy"], expected["accuracy"], strict=True):
+        assert row == pytest.approx(wanted, abs=1.0)
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The result of one process."""
+    out = tmp_path_factory.mktemp("alone")
+    assert main(BACKEND, words_for(out)) == 0
+    return result(out)
+
+
+def test_two_processes_learn_what_one_learns(tmp_path: Path) -> None:
+    """To 1e-9 in double precision: losses, alpha, accuracies and weights of every kind of method and network."""
+    with started(partial(compare, folder=str(tmp_path))) as processes:
+        assert ended(processes) == [0, 0]
+    for rank in (0, 1):
+        failures = json.loads((tmp_path / f"{rank}.json").read_text(encoding="utf-8"))
+        assert failures == {}, "\n".join(f"{name}:\n{text}" for name, text in failures.items())
+
+
+def test_the_first_process_alone_writes_and_prints(tmp_path: Path, expected: dict[str, Any]) -> None:
+    out = tmp_path / "out"
+    with commanded(tmp_path, [words_for(out)] * 2) as processes:
+        assert ended(processes) == [0, 0]
+    check_result(out, expected)
+    assert lines(out) > EPOCHS
+    assert "task 2/2 learned" in said(tmp_path, 0, "out")
+    assert said(tmp_path, 1, "out") == said(tmp_path, 1, "err") == said(tmp_path, 0, "err") == ""
+
+
+@pytest.mark.timeout(300 + LIMIT * KILLS)
+def test_a_process_that_dies_ends_all_and_another_number_goes_on(tmp_path: Path, expected: dict[str, Any]) -> None:
+    draw, out = random.Random(KILLS), tmp_path / "out"
+    for kill in range(KILLS):
+        if (out / "became-seed0" / "results.json").exists():
+            check_result(out, expected)
+            out = tmp_path / f"out-{kill}"
+        folder, count, before, heard = tmp_path / f"kill-{kill}", 2 + kill % 2, lines(out), draw.randint(1, 3)
+        with commanded(folder, [words_for(out)] * count) as processes:
+            until = time.monotonic() + LIMIT
+            while lines(out) < before + heard and all(process.is_alive() for process in processes):
+                assert time.monotonic() < until
+                time.sleep(0.005)
+            time.sleep(draw.uniform(0, 0.1))
+            victim = draw.randrange(count)
+            processes[victim].kill()
+            statuses = ended(processes, END)
+        assert None not in statuses, "a process is left"
+        if 0 in statuses and statuses[0] in (0, -signal.SIGKILL):
+            continue  # it came as the run had ended
+        errors = "".join(said(folder, rank) for rank in range(count) if rank != victim)
+        assert errors.count("ended, or did not answer within 60 seconds; all have stopped") == 1, errors
+        assert "Traceback" not in errors
+    assert main(BACKEND, words_for(out)) == 0
+    check_result(out, expected)
+
+
+def test_a_process_that_stalls_ends_all_after_the_time_out(tmp_path: Path, expected: dict[str, Any]) -> None:
+    out = tmp_path / "out"
+    with commanded(tmp_path, [words_for(out)] * 2, timeout=2.0) as processes:
+        until = time.monotonic() + LIMIT
+        while lines(out) < 2 and processes[0].is_alive():
+            assert time.monotonic() < until
+            time.sleep(0.005)
+        os.kill(processes[1].pid, signal.SIGSTOP)
+        assert ended(processes[:1], END) == [2]
+    assert "one of the 2 processes ended, or did not answer within 2 seconds; all have stopped" in said(tmp_path, 0)
+    assert (out / "became-seed0" / "config.json").exists()
+    assert main(BACKEND, words_for(out)) == 0
+    check_result(out, expected)
+
+
+def test_unlike_commands_are_refused(tmp_path: Path) -> None:
+    words = [words_for(tmp_path / "out"), [*words_for(tmp_path / "out"), "--lr", "0.2"]]
+    with commanded(tmp_path, words) as processes:
+        assert ended(processes) == [2, 2]
+    assert "error: process 2 of 2 has command '" in said(tmp_path, 0)
+    assert "--lr 0.2', and process 1 has '" in said(tmp_path, 0)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_signal_stops_all_after_the_epoch(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with commanded(tmp_path, [words_for(out)] * 2) as processes:
+        until = time.monotonic() + LIMIT
+        while lines(out) < 2 and processes[0].is_alive():
+            assert time.monotonic() < until
+            time.sleep(0.005)
+        for process in processes:
+            os.kill(process.pid, signal.SIGTERM)
+        first, second = ended(processes, END)
+    assert first == 128 + signal.SIGTERM
+    assert second is not None
+    assert "the same command goes on from there" in said(tmp_path, 0)
+    assert said(tmp_path, 1) == ""
+
+
+def crew(build: Any = build_learner) -> Crew:
+    return Crew(build, ProcessShare(0, 2), None)
+
+
+@pytest.mark.parametrize(
+    ("device", "masks", "message"),
+    [("cpu", "framework", "for the whole batch by NumPy"), ("cuda:1", "numpy", "cannot all have the device 'cuda:1'")],
+)
+def test_what_processes_cannot_share_is_refused(device: str, masks: str, message: str) -> None:
+    with pytest.raises(BecameError, match=message):
+        crew().learner("mlp", prototype_stream(), device, 0, dropout_masks=masks)
+
+
+def test_a_module_of_ones_own_is_refused() -> None:
+    learner = TorchLearner(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(36, 4)), prototype_stream())
+    with pytest.raises(BecameError, match="described networks alone"):
+        learner.check_divisible()
+
+
+@pytest.mark.parametrize("text", ["soon", "0", "nan"])
+def test_a_time_out_is_a_number(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BECAME_TIMEOUT", text)
+    with pytest.raises(BecameError, match=f"BECAME_TIMEOUT is '{text}'"):
+        timeout_asked_for()
