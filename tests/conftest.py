@@ -5,8 +5,10 @@ has PyTorch's, JAX's and TensorFlow's arrays live on a GPU.
 ``HYPOTHESIS_PROFILE=long`` searches longer, at random.
 """
 
+import gc
 import os
 import sys
+from collections.abc import Generator
 from typing import Any, cast
 
 import pytest
@@ -26,6 +28,17 @@ settings.register_profile("long", max_examples=2000, deadline=None)
 def pytest_configure(config: pytest.Config) -> None:
     usual = "compiled" if config.getoption("--backend") in ("jax", "tensorflow") else "ci"
     settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", usual))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Import what is tested without looking for garbage in it: a million objects are made, and live until the end."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()  # nor do the tests look there
+        gc.enable()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
