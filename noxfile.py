@@ -107,7 +107,8 @@ def test(session: nox.Session, *arguments: str) -> None:
     threads = "OMP_NUM_THREADS", "TF_NUM_INTEROP_THREADS", "TF_NUM_INTRAOP_THREADS"
     session.env.update(dict.fromkeys(threads, "1"))
     processes = "--numprocesses", "auto", "--maxprocesses", "8", "--dist", "worksteal"
-    session.run(python(session), "-m", "pytest", *processes, *arguments, *session.posargs)
+    slowest = "--durations", "15", "--durations-min", "5"
+    session.run(python(session), "-m", "pytest", *processes, *slowest, *arguments, *session.posargs)
 
 
 def cache_compilations(session: nox.Session) -> None:
