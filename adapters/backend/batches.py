@@ -15,7 +15,16 @@ from became_core import BecameError
 from became_core.arrays import Array, namespace
 from became_core.curvature import Categorical, Likelihood
 
-__all__ = ["Kind", "Reader", "cotangents_of", "inputs_and_targets", "repeatable", "units_of", "with_progress"]
+__all__ = [
+    "Kind",
+    "Reader",
+    "cotangents_of",
+    "counted",
+    "inputs_and_targets",
+    "repeatable",
+    "units_of",
+    "with_progress",
+]
 
 # Of which targets Fisher information is: those given, or the model's own, exactly or drawn.
 Kind = Literal["empirical", "true", "sampled"]
@@ -105,6 +114,13 @@ def units_of(likelihood: Likelihood | Callable[..., Any], outputs: Array, target
     if isinstance(likelihood, Categorical):
         _check_labels(likelihood, outputs, targets)
     return likelihood.units(outputs, targets) if isinstance(likelihood, Likelihood) else float(outputs.shape[0])
+
+
+def counted(units: float) -> float:
+    """Return what a mean divides by; raise a BecameError if it is 0, as where there are no batches."""
+    if not units:
+        raise BecameError("there are no samples; give at least one batch, and no iterator that has been read before.")
+    return units
 
 
 def _check_labels(likelihood: Categorical, outputs: Array, targets: Any) -> None:

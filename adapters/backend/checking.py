@@ -124,7 +124,7 @@ def check_network(network: NetworkView) -> NetworkCheck:
         first = np.asarray(on_host(outputs))[:1]
         findings.append(Finding("outputs of a sample alone", _apart([alone], [first]), tolerance))
     if not theta:
-        return NetworkCheck(findings)
+        return NetworkCheck(tuple(findings))
     # The arithmetic from here on is NumPy's: JAX would compile each operation for each shape.
     seed = np.asarray(on_host(network.seed(outputs)))
     parts = [everything] if network.mixes_samples else [slice(row, row + 1) for row in range(outputs.shape[0])]
@@ -148,7 +148,7 @@ def check_network(network: NetworkView) -> NetworkCheck:
             break
     allowed = 0.1 if network.way == "difference" else max(tolerance, 0.01)
     findings.append(Finding(f"a derivative, by {network.way}", difference, allowed))
-    return NetworkCheck(findings)
+    return NetworkCheck(tuple(findings))
 
 
 def agreement(ours: Array, own: Array, mode: str) -> Finding:

@@ -164,7 +164,8 @@ class Finding:
 class NetworkCheck:
     """What a look at a user's network found; printed, it is a table."""
 
-    findings: Sequence[Finding]
+    # Two checks are alike for JAX, which compiles anew where what is not an array differs.
+    findings: tuple[Finding, ...] = field(compare=False)
 
     def __str__(self) -> str:
         """Return the table."""

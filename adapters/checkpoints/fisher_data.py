@@ -284,6 +284,12 @@ def fisher_from_data(
                 _save(partial, sums, about, end, tokens, rng)
             if progress is not None:
                 progress(end, count)
+    twice = next((name for name in sums if any(name + suffix in sums for suffix in FACTORS)), None)
+    if twice is not None:
+        raise BecameError(
+            f"'{twice}' is used in other ways by some of the samples, so that it has no Kronecker factors of them all; "
+            "leave --factors kronecker out."
+        )
     write_fisher(
         out,
         [(name, shape) for name, shape in shapes.items() if name in sums],
@@ -327,7 +333,7 @@ def _check_labels(classes_of: Callable[[Any], int], samples: Samples, model: str
 def _check_finite(sums: Mapping[str, NDArray[Any]], begin: int, end: int) -> None:
     for name, total in sums.items():
         if not np.isfinite(total).all():
-            raise BecameError(f"the gradient of '{name}' is not finite for a sample of {begin} to {end - 1}.")
+            raise BecameError(f"what is summed for '{name}' is not finite for a sample of {begin} to {end - 1}.")
 
 
 def _parts(taps: Mapping[str, Any], factors: str, *, with_inputs: bool) -> Iterator[tuple[str, str, Any]]:

@@ -60,7 +60,7 @@ class Extra:
     """What a plan gives beside a model: its Fisher file, its loss's gradient, or the point of its expansion.
 
     Attributes:
-        label: what it is, for the model card.
+        label: what it is, for messages.
         checkpoint: its tensors.
     """
 
@@ -392,6 +392,7 @@ def open_job(plan: MergePlan, open_model: Callable[[Path], Checkpoint] = open_ch
     job = Job(plan, rule, checkpoints, alignment, fishers, gradients, means, grams, adapters)
     for leaf in alignment.leaves:
         _check_leaf(job, leaf)
+    _ = job.factored  # factors that do not fit are refused now
     return job
 
 

@@ -125,7 +125,7 @@ class Fisher:
         return _executed(command, self.output)
 
     def _measure(self, display: Display, out: Path) -> None:
-        from adapters.checkpoints.fisher_data import FisherRequest, fisher_from_data, load_model, read_samples
+        from adapters.checkpoints.fisher_data import IGNORED, FisherRequest, fisher_from_data, load_model, read_samples
 
         if len(self.models) != 1 or self.model is not None:
             raise BecameError(f"--data measures one model, and {len(self.models)} were given before the options.")
@@ -136,6 +136,11 @@ class Fisher:
         samples = read_samples(str(self.data), tokenizer, self.seed)
         for note in samples.notes:
             display.note(f"warning: {note}")
+        if self.factors == "kronecker" and (samples.targets == IGNORED).any():
+            display.note(
+                "warning: positions without a label, such as those that fill up short lines, count in the factors of "
+                "the inputs; give samples of one length to be exact."
+            )
         with _progress(self.output) as tell:
             told = lambda done, whole: tell("samples", done, whole)  # noqa: E731
             fisher_from_data(self.models[0], samples, out, request, network, told)

@@ -60,7 +60,10 @@ class Reproduction:
         return [["run", *options, *shared, "--out", str(out / folder)] for folder, options in self.runs]
 
     def compared(self, out: Path) -> str:
-        """Return the tables of what has finished, a benchmark after the other, beside the published numbers."""
+        """Return the tables of what has finished, a benchmark after the other, beside the published numbers.
+
+        Folders that tables share are compared whole, with what another table has computed there.
+        """
         groups: dict[tuple[str, object], list[Path]] = {}
         for folder, _ in self.runs:
             finished = read_results(out / folder) if (out / folder).is_dir() else []

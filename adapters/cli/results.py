@@ -1,7 +1,8 @@
 """The tables at the end of a command: what its runs reached, what they cost, and in words what the columns mean.
 
-Convention: accuracies are in percent; over several seeds a number is ``mean ± standard deviation``. Two narrow tables
-rather than one, because a method of three seeds must fit a terminal of 80 columns.
+Convention: accuracies are in percent, and losses have their sign turned; over several seeds a number is ``mean ±
+standard deviation``. Two narrow tables rather than one, because a method of three seeds must fit a terminal of 80
+columns.
 """
 
 from collections.abc import Sequence
@@ -32,7 +33,7 @@ _ALPHA = (
 
 
 def results_tables(results: Sequence[RunResult]) -> list[Table]:
-    """Return the scores, two rows a method, and what the methods did and cost; methods are in the order given."""
+    """Return the scores, two rows a method (one of losses), and what the methods did and cost, in the order given."""
     measure = results[0].measure
     scores: list[list[Cell]] = []
     costs: list[list[Cell]] = []

@@ -23,7 +23,7 @@ import jax
 import numpy as np
 from jax import numpy as jnp
 
-from adapters.backend.batches import Kind, cotangents_of, inputs_and_targets, units_of, with_progress
+from adapters.backend.batches import Kind, cotangents_of, counted, inputs_and_targets, units_of, with_progress
 from adapters.backend.checking import check_network
 from adapters.backend.memory import InputGrams, by_slopes, gram_sums
 from adapters.backend.own_loop import NetworkCheck
@@ -174,9 +174,7 @@ class DataLoss:
                 more, grams = measure(theta, inputs, seed, weights=weights)
                 squares = _sum(squares, more) if squares else more
                 finished.add(grams)
-        if not units:
-            raise BecameError("there are no samples; give at least one batch.")
-        return _mean(squares, theta, units), finished
+        return _mean(squares, theta, counted(units)), finished
 
     def slope(self, batches: Iterable[Any], theta: Params, directions: Sequence[Params]) -> Array:
         """Return the slopes of the mean loss along directions at these weights, [directions], in float64 of NumPy."""
@@ -186,7 +184,7 @@ class DataLoss:
             seed = reduce(add, _cotangents(self.likelihood, outputs, targets))  # one by token, if those are squared
             units += units_of(self.likelihood, outputs, targets)
             total += np.asarray(self._slopes(theta, list(directions), inputs, seed), np.float64).sum(1)
-        return total / units
+        return total / counted(units)
 
     def _slopes_of_batch(self, theta: Params, directions: list[Params], inputs: Any, seed: Array) -> Array:
         """Return the parts of the slopes by parameter, [directions, parameters]; they are summed on the host."""
@@ -206,7 +204,7 @@ class DataLoss:
             first, second = self.likelihood.derivatives(outputs, tangents, targets)
             slope, curvature = slope + np.asarray(first, np.float64), curvature + np.asarray(second, np.float64)
             units += self.likelihood.units(outputs, targets)
-        return Quadratic(slope / units, curvature / units), self.way
+        return Quadratic(slope / counted(units), curvature / units), self.way
 
     def mean(self, batches: Iterable[Any], theta: Params) -> float:
         """Return the mean loss at these weights."""
@@ -219,7 +217,7 @@ class DataLoss:
             else:
                 total += float(self.likelihood(outputs, targets)) * size
             units += size
-        return total / units
+        return total / counted(units)
 
     def _derivatives(self, theta: Params, directions: Sequence[Params], inputs: Any) -> tuple[Array, Array]:
         """Return the outputs and their derivatives along directions, [directions, *outputs]."""

@@ -16,7 +16,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from adapters.backend.batches import Kind, cotangents_of, units_of
+from adapters.backend.batches import Kind, cotangents_of, counted, units_of
 from adapters.backend.checking import check_network
 from adapters.backend.memory import InputGrams, by_slopes, gram_sums
 from adapters.backend.own_loop import NetworkCheck
@@ -102,8 +102,7 @@ class DataLoss:
                     squares[name] = squares[name] + square if name in squares else square
                 if with_memory and index == 0:  # the inputs are the same for all targets
                     finished.add(gram_sums(taps, frozenset(self.matrices or {})))
-        if not units:
-            raise BecameError("there are no samples; give at least one batch.")
+        counted(units)
         fisher = {
             name: tf.reshape(squares[name], value.shape) / units if name in squares else tf.zeros_like(value)
             for name, value in theta.items()
@@ -122,7 +121,7 @@ class DataLoss:
                 total[index] += sum(
                     float(tf.reduce_sum(_double(gradient[n]) * _double(d))) for n, d in direction.items()
                 )
-        return tf.constant(total, tf.float64) / units
+        return tf.constant(total, tf.float64) / counted(units)
 
     def along(self, batches: Iterable[Any], theta: Params, directions: Sequence[Params]) -> tuple[Quadratic, str]:
         """Return the mean loss along directions from these weights, and how its curvature was measured."""
@@ -135,7 +134,7 @@ class DataLoss:
             first, second = self.likelihood.derivatives(outputs, tangents, targets)
             slope, curvature = slope + _double(first), curvature + _double(second)
             units += self.likelihood.units(outputs, targets)
-        return Quadratic(slope / units, curvature / units), self._derivatives.way
+        return Quadratic(slope / counted(units), curvature / units), self._derivatives.way
 
     def mean(self, batches: Iterable[Any], theta: Params) -> float:
         """Return the mean loss at these weights."""
@@ -146,7 +145,7 @@ class DataLoss:
             is_mean = not isinstance(self.likelihood, Likelihood)
             total += float(_loss(self.likelihood, outputs, targets)) * (size if is_mean else 1)
             units += size
-        return total / units
+        return total / counted(units)
 
 
 class NewTask:

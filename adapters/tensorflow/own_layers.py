@@ -115,11 +115,11 @@ def own_parameters_of(model: keras.Model, taken_over: Mapping[str, Any]) -> dict
     Raises:
         BecameError: if one has a constraint, belongs to a batch norm, or is computed with in half precision.
     """
-    paths = {variable.path for variable in taken_over.values()}
-    trained = {variable.path for variable in model.trainable_variables} - paths
+    # By identity, since two layers of one name, in two parts of a model, have variables of one path.
+    trained = {id(variable) for variable in model.trainable_variables} - {id(value) for value in taken_over.values()}
     own: dict[str, Parameter] = {}
     for parameter in parameters_of(model).values() if trained else ():
-        if parameter.variable.path not in trained:
+        if id(parameter.variable) not in trained:
             continue
         layer = owner_of(model, parameter.variable)
         if parameter.variable.constraint is not None:

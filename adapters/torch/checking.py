@@ -114,10 +114,11 @@ def agreement_of(
         ours: by whether the network trains, the context in which the learner runs it.
     """
     findings = []
+    devices = [images.device] if images.is_cuda else []
     for training, working in ours.items():
         passes = []
         for context in (working, modes_kept(module)):
-            with torch.no_grad(), torch.random.fork_rng(devices=[]), buffers_kept(module), context:
+            with torch.no_grad(), torch.random.fork_rng(devices=devices), buffers_kept(module), context:
                 if context is not working:
                     module.train(training)
                     for layer in in_evaluation:

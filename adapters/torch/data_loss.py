@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from adapters.backend.batches import Kind, Reader, cotangents_of, units_of, with_progress
+from adapters.backend.batches import Kind, Reader, cotangents_of, counted, units_of, with_progress
 from adapters.backend.checking import check_network
 from adapters.backend.memory import InputGrams, by_slopes, gram_sums
 from adapters.backend.own_loop import NetworkCheck
@@ -159,8 +159,7 @@ class DataLoss:
                         squares[name] = squares[name].add_(square) if name in squares else square
                     if with_memory and index == 0:  # the inputs are the same for all targets
                         finished.add(gram_sums(taps, frozenset(self.matrices or ())))
-        if not units:
-            raise BecameError("there are no samples; give at least one batch.")
+        counted(units)
         fisher = {
             name: squares[name].reshape(value.shape) / units if name in squares else torch.zeros_like(value)
             for name, value in ((name, value.detach()) for name, value in self.trained.items())
@@ -182,7 +181,7 @@ class DataLoss:
                 for name, gradient in zip(trained, gradients, strict=True):
                     for index, direction in enumerate(directions):
                         total[index] += 0.0 if gradient is None else float((gradient.double() * direction[name]).sum())
-        return torch.tensor(total, dtype=torch.float64) / units
+        return torch.tensor(total, dtype=torch.float64) / counted(units)
 
     def along(self, batches: Batches, directions: Sequence[Params]) -> tuple[Quadratic, str]:
         """Return the mean loss along directions at the weights as they are, and how its curvature was measured."""
@@ -208,7 +207,7 @@ class DataLoss:
                 first, second = self.likelihood.derivatives(outputs, tangents, targets)
                 slope, curvature = slope + first.cpu().double(), curvature + second.cpu().double()
                 units += self.likelihood.units(outputs, targets)
-        return Quadratic(slope / units, curvature / units), self._derivatives.way
+        return Quadratic(slope / counted(units), curvature / units), self._derivatives.way
 
     def mean(self, batches: Batches) -> float:
         """Return the mean loss at the weights as they are."""
@@ -222,7 +221,7 @@ class DataLoss:
                 else:
                     total += float(self.likelihood(outputs, targets)) * size
                 units += size
-        return total / units
+        return total / counted(units)
 
 
 class NewTask:

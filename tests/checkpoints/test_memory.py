@@ -1,4 +1,4 @@
-"""The memory of a merge is a few slabs, whatever the size of the models (mergekit 20, 107, 157, 549)."""
+"""The memory of a merge is a few slabs, whatever the size of the models (issues 20, 107, 157 and 549 of mergekit)."""
 
 import json
 import struct

@@ -158,14 +158,16 @@ def test_a_process_that_dies_ends_all_and_another_number_goes_on(tmp_path: Path,
 
 def test_a_process_that_stalls_ends_all_after_the_time_out(tmp_path: Path, expected: dict[str, Any]) -> None:
     out = tmp_path / "out"
-    with commanded(tmp_path, [words_for(out)] * 2, timeout=2.0) as processes:
+    with commanded(tmp_path, [words_for(out)] * 2, timeout=10.0) as processes:
         until = time.monotonic() + LIMIT
         while lines(out) < 2 and processes[0].is_alive():
             assert time.monotonic() < until
             time.sleep(0.005)
+        assert processes[0].is_alive()
+        assert processes[1].is_alive()
         os.kill(processes[1].pid, signal.SIGSTOP)
         assert ended(processes[:1], END) == [2]
-    assert "one of the 2 processes ended, or did not answer within 2 seconds; all have stopped" in said(tmp_path, 0)
+    assert "one of the 2 processes ended, or did not answer within 10 seconds; all have stopped" in said(tmp_path, 0)
     assert (out / "became-seed0" / "config.json").exists()
     assert main(BACKEND, words_for(out)) == 0
     check_result(out, expected)
