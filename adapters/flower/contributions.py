@@ -5,6 +5,7 @@ its losses, which is what is added over clients. Clients are merged in the order
 """
 
 import math
+import statistics
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -41,8 +42,9 @@ class Contribution:
 
     @property
     def curvature(self) -> float:
-        """The trace of the curvature of its loss, a sum over samples."""
-        return self.count * math.fsum(float(np.sum(value, dtype=np.float64)) for value in self.fisher.values())
+        """The trace of the curvature of its loss, a sum over samples; infinite if it is too large for a float."""
+        with np.errstate(over="ignore"):
+            return self.count * sum(float(np.sum(value, dtype=np.float64)) for value in self.fisher.values())
 
 
 def why_not(contribution: Contribution, sent: Arrays, without_fisher: Collection[str] = ()) -> str | None:
@@ -66,6 +68,8 @@ def why_not(contribution: Contribution, sent: Arrays, without_fisher: Collection
     for name, value in contribution.fisher.items():
         if np.any(value < 0):
             return f"its Fisher of '{name}' is negative, which no Fisher information is"
+    if not math.isfinite(contribution.curvature):
+        return "the sum of its Fisher is not finite"
     return None
 
 
@@ -85,7 +89,8 @@ def _misfit(what: str, arrays: Arrays, like: Arrays) -> str | None:
 def limited(contributions: Sequence[Contribution], cap: float | None) -> tuple[list[Contribution], list[str]]:
     """Return the contributions, none with more than ``cap`` times the median curvature, and a sentence on each change.
 
-    Whoever claims a large curvature has the say in a merge. The median is that of a majority.
+    Whoever claims a large curvature has the say in a merge. Of two clients, or of two in the middle, the median is the
+    smaller one. What has no Fisher information is averaged by counts, which are not limited.
 
     Args:
         contributions: of at least one client.
@@ -93,12 +98,12 @@ def limited(contributions: Sequence[Contribution], cap: float | None) -> tuple[l
     """
     if cap is None:
         return list(contributions), []
-    most = cap * float(np.median([contribution.curvature for contribution in contributions]))
+    most = cap * statistics.median_low([contribution.curvature for contribution in contributions])
     sentences, within = [], []
     for contribution in contributions:
         if most > 0 and contribution.curvature > most:
             share = most / contribution.curvature
-            fisher = {name: value * value.dtype.type(share) for name, value in contribution.fisher.items()}
+            fisher = {name: value * share for name, value in contribution.fisher.items()}
             times = contribution.curvature / most * cap
             sentences.append(
                 f"node {contribution.node} claims {times:.3g} times the median curvature; it counts with {cap:g} times."

@@ -3,6 +3,7 @@
 What is sent goes through Flower's own messages, so that a client app that works here works on a SuperNode.
 """
 
+import itertools
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -46,6 +47,7 @@ class LocalGrid(Grid):  # type: ignore[misc] # Flower is as if absent to the typ
             for number in range(1, nodes + 1)
         }
         self._answers: dict[str, Message] = {}
+        self._numbers = itertools.count()
 
     def set_run(self, run: Any) -> None:
         """Do nothing: there is one run."""
@@ -69,7 +71,7 @@ class LocalGrid(Grid):  # type: ignore[misc] # Flower is as if absent to the typ
         """Have nodes answer, at once; return the numbers under which ``pull_messages`` has the answers."""
         numbers = []
         for message in messages:
-            numbers.append(str(len(self._answers)))
+            numbers.append(str(next(self._numbers)))
             self._answers[numbers[-1]] = self._answer(message)
         return numbers
 

@@ -92,5 +92,5 @@ def _loaded(name: str, array: Array, sent: Arrays) -> NDArray[Any]:
             raise ValueError("objects")
         values = np.frombuffer(stream.read(), dtype)
         return values.reshape(shape, order="F" if by_columns else "C")
-    except (ValueError, TypeError, EOFError) as error:
+    except Exception as error:  # NumPy's reader of headers raises whatever a crafted one leads to
         raise BecameError(f"'{name}' of its answer is no array: {error}") from None

@@ -199,5 +199,5 @@ def _mean_metrics(messages: Sequence[Message]) -> MetricRecord | None:
     for name in good[0][0]:
         values = [record.get(name) for record, _ in good]
         if name != COUNT and all(isinstance(value, int | float) and math.isfinite(value) for value in values):
-            means[name] = math.fsum(value * count for value, (_, count) in zip(values, good, strict=True)) / total
+            means[name] = sum(value * (count / total) for value, (_, count) in zip(values, good, strict=True))
     return means

@@ -71,12 +71,16 @@ class Order:
         options: its options.
         arguments: those of ``learn`` after the stream.
         state: the state to go on from, if any; seed likewise.
+        threads: with how many threads each process computes.
+        repeatable: whether only operations are used that give the same bits every time.
     """
 
     builder: tuple[Any, ...]
     options: dict[str, Any]
     arguments: tuple[Any, ...]
     state: dict[str, Any]
+    threads: int
+    repeatable: bool
 
 
 @dataclass
@@ -115,7 +119,8 @@ class Crew:
         builder, how = self.made[learner]
         told = {name: options.get(name) for name in ("seed", "state")}
         self.busy = True
-        self.tell(Order(builder, how, (method, training), told))
+        repeatable = torch.are_deterministic_algorithms_enabled()
+        self.tell(Order(builder, how, (method, training), told, torch.get_num_threads(), repeatable))
         learner.share = self.share
         record = learn(learner, stream, method, training, **options)
         self.busy = False
@@ -128,6 +133,9 @@ class Crew:
     def follow(self) -> None:
         """Take part in runs until the first process ends."""
         while (order := self._send([None])) is not None:
+            # What every process computes by itself, such as alpha, must have the same bits in all.
+            torch.set_num_threads(order.threads)
+            torch.use_deterministic_algorithms(order.repeatable)
             learner = self.learner(*order.builder, **order.options)
             learner.share = self.share
             learn(learner, order.builder[1], *order.arguments, **order.state)
@@ -225,8 +233,10 @@ def _follow(crew: Crew, store: Any) -> int:
         if not _is_said(store):
             print(f"error: {error}", file=sys.stderr, flush=True)
         return 1
-    except BecameError:
-        return 2  # the first process has the same error, and says so
+    except BecameError as error:
+        if not _is_said(store):  # the first process mostly has the same error, and says so
+            print(f"error: process {crew.share.rank + 1} of {crew.share.count}: {error}", file=sys.stderr, flush=True)
+        return 2
     except Exception as error:
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         where = f"process {crew.share.rank + 1} of {crew.share.count}"

@@ -78,6 +78,8 @@ def _of_all_processes(
 
     Where all have fewer rows than columns, a factor of the Gram matrix is kept, as in one process.
     """
+    if not rows:  # no weight has a tap, in any process
+        return rows
     rows = _total_counts(rows, [*sums.values(), *(parts[0] for parts in waiting.values())][0], exchange)
     for name in sorted(waiting):
         joined = _joined(waiting.pop(name))
@@ -126,7 +128,7 @@ def gradient_grams(batches: Iterable[Taps], weights: frozenset[str], exchange: E
             gradient = batch_gradient({name: replace(tap, own_name=True, has_bias=False)})[name] / tap.inputs.shape[0]
             _add(sums, name, _gram(gradient))
             batch_counts[name] = batch_counts.get(name, 0) + 1
-    if exchange is not None:
+    if exchange is not None and sums:
         batch_counts = _total_counts(batch_counts, next(iter(sums.values())), exchange)
         sums = exchange.total(sums)
     return {name: total / batch_counts[name] for name, total in sums.items()}

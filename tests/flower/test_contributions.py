@@ -46,6 +46,10 @@ GOOD = contribution(1)
         ({"fisher": {**GOOD.fisher, "b": np.array([0, np.inf, 0])}}, "its Fisher of 'b' are not all finite numbers"),
         ({"fisher": {**GOOD.fisher, "b": np.zeros(3, complex)}}, "its Fisher of 'b' are not all finite numbers"),
         (
+            {"fisher": {name: np.full(value.shape, 1e308) for name, value in SENT.items()}},
+            "the sum of its Fisher is not finite",
+        ),
+        (
             {"fisher": {**GOOD.fisher, "b": np.array([0, -1e-30, 0])}},
             "its Fisher of 'b' is negative, which no Fisher information is",
         ),
@@ -102,6 +106,18 @@ def test_became_is_the_best_mixture_of_the_clients() -> None:
             name: sum(share * each.weights[name] for share, each in zip(shares, clients, strict=True)) for name in SENT
         }
         assert best <= loss(mixed) * (1 + 1e-6)
+
+
+def test_of_two_clients_none_has_more_than_its_share_of_the_smaller_one() -> None:
+    within, sentences = limited([contribution(1), contribution(2, scale=1e9)], 10.0)
+    assert within[1].curvature == pytest.approx(10 * contribution(1).curvature, rel=1e-5)
+    assert len(sentences) == 1
+
+
+def test_a_fisher_of_integers_is_limited_as_well() -> None:
+    large = replace(GOOD, fisher={name: np.full(value.shape, 10**9) for name, value in SENT.items()})
+    within, _ = limited([contribution(2), contribution(3), large], 10.0)
+    assert 0 < within[2].curvature < large.curvature
 
 
 def test_one_client_is_its_own_merge() -> None:
