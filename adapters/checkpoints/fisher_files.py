@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from adapters.checkpoints.align import padded, tensor_or_tied
 from adapters.checkpoints.folders import Checkpoint, open_checkpoint
-from adapters.checkpoints.tensors import StoredTensor, ranges, safetensors_header, widened
+from adapters.checkpoints.tensors import StoredTensor, finite, ranges, safetensors_header, widened
 from became_core import BecameError
 
 __all__ = [
@@ -288,7 +288,7 @@ def add_fisher_files(paths: Sequence[Path], out: Path) -> None:
     def slabs(name: str, start: int, stop: int) -> NDArray[Any]:
         parts = [fisher.checkpoint.tensors[name] for fisher in fishers]
         is_factor = first.factors == "kronecker" and name.endswith(FACTORS)
-        read = _finite if is_factor else fisher_values
+        read = finite if is_factor else fisher_values
         wide = [read(part.slab(start, stop), part).astype(np.float64) for part in parts]
         return np.asarray(sum(weight * values for weight, values in zip(weights, wide, strict=True)))
 
@@ -331,10 +331,3 @@ def _addable(paths: Sequence[Path]) -> list[FisherFile]:
             if tensor.shape != shape or not tensor.is_float:
                 raise BecameError(f"{tensor} has shape {list(tensor.shape)}, but that of {first.path} {list(shape)}.")
     return fishers
-
-
-def _finite(values: NDArray[Any], tensor: StoredTensor) -> NDArray[Any]:
-    wide = widened(values)
-    if not np.isfinite(wide).all():
-        raise BecameError(f"{tensor} has an entry that is infinite or not a number.")
-    return wide

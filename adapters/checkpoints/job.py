@@ -1,48 +1,43 @@
 """A merge, once its inputs are open: which tensors there are, and how one slab is read, measured and merged.
 
-Everything that can be refused without reading weights is refused here, before anything is written.
-
 Convention: an *input* is a checkpoint, a Fisher file, a gradient or a mean; a *block* is a leaf and a range of its
 elements, and blocks are in the order in which they are written. A leaf whose curvature has Kronecker factors is
 measured as one block, because the factors couple all of its elements; it is read in slabs all the same.
 """
 
 import threading
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from adapters.checkpoints.align import Alignment, Leaf, align, is_statistic, tensor_or_tied
+from adapters.checkpoints.align import Alignment, Leaf, is_statistic, tensor_or_tied
 from adapters.checkpoints.digest import print_of
-from adapters.checkpoints.fisher_files import (
-    FisherFile,
-    check_comparable,
-    factor_values,
-    fisher_values,
-    open_fisher,
+from adapters.checkpoints.fisher_files import FisherFile, factor_values, fisher_values
+from adapters.checkpoints.folders import Checkpoint
+from adapters.checkpoints.lora import Adapter
+from adapters.checkpoints.plan import MergePlan
+from adapters.checkpoints.resources import held_already
+from adapters.checkpoints.rules import Rule, Slab, Solution
+from adapters.checkpoints.tensors import (
+    DTYPES,
+    SLAB,
+    StoredTensor,
+    finite,
+    narrowed,
+    ranges,
+    scratch,
+    size_text,
+    widened,
 )
-from adapters.checkpoints.folders import Checkpoint, open_checkpoint
-from adapters.checkpoints.lora import Adapter, adapter_of, dense
-from adapters.checkpoints.plan import MergePlan, PlannedModel
-from adapters.checkpoints.rules import Rule, Slab, Solution, rule_of
-from adapters.checkpoints.tensors import DTYPES, SLAB, StoredTensor, narrowed, ranges, scratch, size_text, widened
 from became_core import BecameError
 from became_core.laplace import Quadratic
 
-__all__ = ["Block", "Job", "Prints", "held_already", "in_order", "open_job", "resident"]
+__all__ = ["Block", "Extra", "Job", "Prints"]
 
-# What a process of the command holds before it reads anything is below this, in bytes.
-COMMAND = 128 * 2**20
-
-A = TypeVar("A")
-B = TypeVar("B")
 # From an input's label and a tensor's name to the prints of the slabs that were read, in their order.
 Prints = dict[tuple[str, str], list[int]]
 
@@ -184,7 +179,7 @@ class Job:
 
         labels = list(self.inputs)
         models = [
-            _finite(widened(values(tensor, label)), tensor)
+            finite(values(tensor, label), tensor)
             for tensor, label in zip(leaf.tensors, labels[: len(self.checkpoints)], strict=True)
         ]
         if len({model.dtype for model in models}) > 1:
@@ -203,7 +198,7 @@ class Job:
                 ):
                     if k in extras:
                         tensor = extras[k].tensor(leaf)
-                        numbers[k] = _finite(widened(values(tensor, f"{label} {k + 1}")), tensor)
+                        numbers[k] = finite(values(tensor, f"{label} {k + 1}"), tensor)
         weights = [model.weight.at(leaf.name, leaf.depth) for model in self.plan.models]
         slab = Slab(leaf.name, models, weights, fishers, gradients, means, leaf.depth, self.has_base)
         if losses and not is_statistic(leaf.name):
@@ -352,149 +347,3 @@ class Job:
             least = size_text(memory - room + self.block_bytes)
             raise BecameError(f"this merge needs at least {least} of memory; give --memory more than that.")
         return max(1, min(2 * workers, room // self.block_bytes))
-
-
-def open_job(plan: MergePlan, open_model: Callable[[Path], Checkpoint] = open_checkpoint) -> Job:
-    """Return the merge of a plan, with its inputs open.
-
-    Raises:
-        BecameError: if anything about them does not fit; nothing has been written then.
-    """
-    rule = rule_of(plan)
-    for model in plan.models:
-        _check_needed(model, rule, plan)
-    base = [] if plan.base_model is None else [open_model(plan.base_model)]
-    checkpoints = [*base, *(open_model(model.model) for model in plan.models)]
-    adapters = _adapters(checkpoints, plan, rule)
-    checkpoints = dense(adapters) if adapters else checkpoints
-    alignment = align(checkpoints, out_dtype=plan.out_dtype, pad_vocabulary=plan.pad_vocabulary)
-    fishers = {
-        k: open_fisher(model.fisher, None if adapters else checkpoints[k + len(base)])
-        for k, model in enumerate(plan.models)
-        if model.fisher is not None
-    }
-    gradients, means = (
-        {
-            k: Extra(f"{what} {k + 1}", open_checkpoint(getattr(model, what)))
-            for k, model in enumerate(plan.models)
-            if getattr(model, what) is not None
-        }
-        for what in ("gradient", "mean")
-    )
-    if fishers:
-        check_comparable(list(fishers.values()))
-        if not rule.takes_factors and fishers[0].factors == "kronecker":
-            raise BecameError(
-                f"{fishers[0].path} has Kronecker factors, and {plan.merge_method} merges weight by weight, for which "
-                "a Fisher file must be diagonal; became per model, layer or leaf takes factors."
-            )
-    grams = {k: open_checkpoint(model.gram) for k, model in enumerate(plan.models) if model.gram is not None}
-    job = Job(plan, rule, checkpoints, alignment, fishers, gradients, means, grams, adapters)
-    for leaf in alignment.leaves:
-        _check_leaf(job, leaf)
-    _ = job.factored  # factors that do not fit are refused now
-    return job
-
-
-def _adapters(checkpoints: Sequence[Checkpoint], plan: MergePlan, rule: Rule) -> list[Adapter]:
-    """Return the LoRA adapters that the checkpoints are; none if they are whole models."""
-    are_adapters = [checkpoint.adapter is not None for checkpoint in checkpoints]
-    if not any(are_adapters):
-        if plan.rank is not None:
-            raise BecameError(f"a rank is for LoRA adapters, and {checkpoints[0].path} is none.")
-        return []
-    if not all(are_adapters):
-        path = checkpoints[are_adapters.index(True)].path
-        raise BecameError(f"{path} is a LoRA adapter and other models are not.")
-    if rule.by_weight:
-        raise BecameError("a merge of LoRA adapters has a coefficient per model, layer or leaf, not per weight.")
-    return [adapter_of(checkpoint) for checkpoint in checkpoints]
-
-
-def _check_leaf(job: Job, leaf: Leaf) -> None:
-    """Refuse weights without a value for a leaf, and Fisher files and others that do not fit it."""
-    for model in job.plan.models:
-        model.weight.at(leaf.name, leaf.depth)
-    if leaf.is_merged and not is_statistic(leaf.name):
-        for k, fisher in job.fishers.items():
-            own = tensor_or_tied(job.checkpoints[k + int(job.has_base)], leaf.name)
-            fisher.tensor(leaf.name, own or leaf.tensors[0], leaf.shape)
-        for extra in (*job.gradients.values(), *job.means.values()):
-            extra.tensor(leaf)
-    for grams in job.grams.values():
-        gram = grams.tensors.get(leaf.name)
-        if gram is None and not job.has_grams(leaf):
-            continue
-        if gram is None or len(leaf.shape) != 2 or gram.shape != (leaf.shape[1],) * 2 or not gram.is_float:
-            shape = "none" if gram is None else list(gram.shape)
-            raise BecameError(
-                f"{grams.path} should have a Gram matrix of '{leaf.name}', whose weight has shape {list(leaf.shape)}, "
-                f"but has {shape}."
-            )
-        _finite(widened(gram.whole()), gram)
-
-
-def _check_needed(model: PlannedModel, rule: Rule, plan: MergePlan) -> None:
-    if rule.needs_fisher and model.fisher is None:
-        raise BecameError(f"{plan.merge_method} needs a Fisher file for each model, and {model.model} has none.")
-    if rule.needs_gram != (model.gram is not None):
-        verb = "needs" if rule.needs_gram else "makes no use of"
-        raise BecameError(f"{plan.merge_method} {verb} a file of Gram matrices for {model.model}.")
-    if not rule.needs_fisher:
-        for name in ("fisher", "gradient", "mean"):
-            if getattr(model, name) is not None:
-                raise BecameError(f"{plan.merge_method} makes no use of the {name} of {model.model}; leave it out.")
-    if (rule.needs_fisher or rule.needs_gram) and model.weight.least < 0:
-        raise BecameError(f"the weight of {model.model} is {model.weight}; for {plan.merge_method} it is at least 0.")
-    if plan.merge_method != "became" and (model.gradient is not None or model.mean is not None):
-        raise BecameError(f"{plan.merge_method} takes no gradient and no mean; became does.")
-
-
-def in_order(function: Callable[[A], B], tasks: Iterable[A], workers: int, ahead: int) -> Iterator[B]:
-    """Yield a function's results in the order of the tasks, which threads carry out beside each other.
-
-    Args:
-        function: of one task.
-        tasks: in order.
-        workers: how many threads.
-        ahead: how many results may wait.
-    """
-    if workers == 1 or ahead == 1:
-        yield from map(function, tasks)
-        return
-    waiting: deque[Future[B]] = deque()
-    with ThreadPoolExecutor(min(workers, ahead)) as pool:
-        try:
-            for task in tasks:
-                waiting.append(pool.submit(function, task))
-                if len(waiting) >= ahead:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            for future in waiting:
-                future.cancel()
-
-
-def held_already() -> int:
-    """Return the bytes that count as held before a merge begins.
-
-    What is above the command's own belongs to the program that calls us, which may have a whole framework loaded.
-    """
-    return min(resident(), COMMAND)
-
-
-def resident() -> int:
-    """Return the bytes of memory that this process holds beside the page cache; 0 where the system does not say."""
-    try:
-        status = Path("/proc/self/status").read_text(encoding="ascii")
-    except OSError:
-        return 0
-    lines = [line.split() for line in status.splitlines() if line.startswith("RssAnon:")]
-    return int(lines[0][1]) * 1024 if lines else 0
-
-
-def _finite(values: NDArray[Any], tensor: StoredTensor) -> NDArray[Any]:
-    if values.size and not (values.max() < np.inf and values.min() > -np.inf):
-        raise BecameError(f"{tensor} has an entry that is infinite or not a number; every entry must be finite.")
-    return values

@@ -23,9 +23,11 @@ from adapters.checkpoints.align import Leaf
 from adapters.checkpoints.card import FIGURE, as_json, card, figure
 from adapters.checkpoints.digest import digest_of
 from adapters.checkpoints.folders import ADAPTER_CONFIG
-from adapters.checkpoints.job import Block, Job, held_already, in_order, open_job
+from adapters.checkpoints.job import Block, Job
 from adapters.checkpoints.lora import PREFIX, adapter_config, combined, compressed
+from adapters.checkpoints.opening import open_job
 from adapters.checkpoints.plan import FLOAT_WORDS, MergePlan
+from adapters.checkpoints.resources import held_already, in_order
 from adapters.checkpoints.rules import Solution
 from adapters.checkpoints.tensors import DTYPES, StoredTensor, narrowed
 from adapters.checkpoints.write import SYNC_SECONDS, Journal, Layout, OutputFolder, check_free, identity, layout_of

@@ -31,6 +31,7 @@ __all__ = [
     "InputFile",
     "StoredTensor",
     "dtype_word",
+    "finite",
     "narrowed",
     "parse_json",
     "ranges",
@@ -204,6 +205,14 @@ def widened(values: NDArray[Any], least: Any = np.float32) -> NDArray[Any]:
     """Return stored numbers in float32, or as wide as they are or as asked for."""
     dtype = np.float64 if values.dtype == np.float64 or least == np.float64 else np.float32
     return _converted(values, dtype)
+
+
+def finite(values: NDArray[Any], tensor: StoredTensor) -> NDArray[Any]:
+    """Return values of a tensor, in at least float32; raise a BecameError if one is infinite or not a number."""
+    wide = widened(values)
+    if wide.size and not (wide.max() < np.inf and wide.min() > -np.inf):
+        raise BecameError(f"{tensor} has an entry that is infinite or not a number; every entry must be finite.")
+    return wide
 
 
 def narrowed(values: NDArray[Any], word: str, name: str) -> NDArray[Any]:

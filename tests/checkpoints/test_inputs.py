@@ -13,7 +13,7 @@ import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 from safetensors.numpy import load_file, save_file
 
-from adapters.checkpoints import MergePlan, PlannedModel, job, merge_checkpoints, open_checkpoint
+from adapters.checkpoints import MergePlan, PlannedModel, merge_checkpoints, open_checkpoint, resources
 from adapters.checkpoints.digest import digest_of
 from became_core import BecameError
 from tests.checkpoints.models import SHAPES, Arrays, arrays, merged, pair, saved
@@ -414,6 +414,6 @@ def test_too_little_memory_is_refused_with_what_is_needed(tmp_path: Path) -> Non
 def test_what_the_calling_program_holds_is_no_part_of_the_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(job, "resident", lambda: 10 * 2**30)  # a framework and a model of its own, say
+    monkeypatch.setattr(resources, "resident", lambda: 10 * 2**30)  # a framework and a model of its own, say
     merge_checkpoints(pair(tmp_path), tmp_path / "out", memory=256 * 2**20)
     assert (tmp_path / "out" / "model.safetensors").exists()

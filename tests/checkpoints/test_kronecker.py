@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
 from adapters.checkpoints import MergePlan, PlannedModel, add_fisher_files, merge_checkpoints, open_checkpoint, preview
-from adapters.checkpoints.job import open_job
+from adapters.checkpoints.opening import open_job
 from became_core import BecameError
 from reference.formulas import alpha_star
 from reference.precisions import block_diagonal, kronecker_matrix

@@ -14,7 +14,7 @@ MEASURED = """
 import sys
 from pathlib import Path
 from adapters.checkpoints import MergePlan, PlannedModel, merge_checkpoints
-from adapters.checkpoints.job import resident
+from adapters.checkpoints.resources import resident
 folder, memory = Path(sys.argv[1]), int(sys.argv[2])
 models = tuple(PlannedModel(folder / f"{n}.safetensors", fisher=folder / f"F{n}.safetensors") for n in "AB")
 highest = 0
