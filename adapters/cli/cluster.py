@@ -156,11 +156,13 @@ class ClusterCrew:
             return None
 
     def stop(self) -> None:
-        """Take back the runs that have not begun, and let workers save those that have."""
+        """Take back the runs that no worker is at work on, and let workers save the others."""
+        at_work = {key for keys in self._client.processing().values() for key in keys}
         for name, future in self._futures.items():
-            if name not in self._begun and not future.done():
+            if (name not in self._begun or future.key not in at_work) and not future.done():
                 future.cancel()
-                self._inbox.put((name, ("stopped", "it had not begun")))
+                why = "its worker is gone; what it had saved is there" if name in self._begun else "it had not begun"
+                self._inbox.put((name, ("stopped", why)))
         self._client.run(_stop, self._topic, on_error="ignore")
 
 
@@ -188,6 +190,8 @@ def carry_out(name: str, order: dict[str, Any]) -> Message:
     by_nanny = {key: str(value) for key, value in config.get("distributed.nanny.pre-spawn-environ").items()}
     process = WorkerProcess({key: value for key, value in os.environ.items() if by_nanny.get(key) != value})
     _PROCESSES.setdefault(topic, set()).add(process)
+    if topic in _STOPPED:  # since the look above
+        process.stop()
     last: Message = ("failed", "it said nothing")
     try:
         for message in process.messages(order):

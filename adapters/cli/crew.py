@@ -95,8 +95,11 @@ class LocalCrew:
         return True
 
     def _listen(self, process: WorkerProcess, name: str, order: dict[str, Any]) -> None:
-        for message in process.messages(order):
-            self._inbox.put((process, name, message))
+        try:
+            for message in process.messages(order):
+                self._inbox.put((process, name, message))
+        except Exception as error:  # or nobody would ever hear of this run
+            self._inbox.put((process, name, ("failed", f"{type(error).__name__}: {error}")))
 
     def message(self, timeout: float) -> tuple[str, Message] | None:
         """Return the next message of any process."""

@@ -127,7 +127,8 @@ class WorkerProcess:
     def _how_it_ended(self) -> str:
         status = self._process.returncode
         if status < 0:
-            name = signal.Signals(-status).name
+            known = {int(number): number.name for number in signal.Signals}
+            name = known.get(-status, f"signal {-status}")
             why = " (as the system does when memory is short)" if -status == signal.SIGKILL else ""
             return f"its process was ended by {name}{why}; what it had saved is there."
         self._errors.seek(0)

@@ -14,6 +14,7 @@ Convention: ranks count from 0, and messages count processes from 1. What is sen
 CPU, and waits for as long as the first process takes to prepare; sums go by NCCL between GPUs.
 """
 
+import io
 import os
 import signal
 import sys
@@ -70,7 +71,8 @@ class Order:
         builder: the arguments of the builder of learners; the stream is among them.
         options: its options.
         arguments: those of ``learn`` after the stream.
-        state: the state to go on from, if any; seed likewise.
+        state: the state to go on from, if any, and the seed, as PyTorch writes them: a process reads the arrays onto
+            its own device.
         threads: with how many threads each process computes.
         repeatable: whether only operations are used that give the same bits every time.
     """
@@ -78,7 +80,7 @@ class Order:
     builder: tuple[Any, ...]
     options: dict[str, Any]
     arguments: tuple[Any, ...]
-    state: dict[str, Any]
+    state: bytes
     threads: int
     repeatable: bool
 
@@ -117,10 +119,11 @@ class Crew:
     def learn(self, learner: Learner, stream: Any, method: Any, training: Any, **options: Any) -> RunRecord:
         """Learn as ``became_core.continual.learn`` does, with all processes; only the first one has callbacks."""
         builder, how = self.made[learner]
-        told = {name: options.get(name) for name in ("seed", "state")}
+        told = io.BytesIO()
+        torch.save({name: options.get(name) for name in ("seed", "state")}, told)
         self.busy = True
         repeatable = torch.are_deterministic_algorithms_enabled()
-        self.tell(Order(builder, how, (method, training), told, torch.get_num_threads(), repeatable))
+        self.tell(Order(builder, how, (method, training), told.getvalue(), torch.get_num_threads(), repeatable))
         learner.share = self.share
         record = learn(learner, stream, method, training, **options)
         self.busy = False
@@ -138,7 +141,9 @@ class Crew:
             torch.use_deterministic_algorithms(order.repeatable)
             learner = self.learner(*order.builder, **order.options)
             learner.share = self.share
-            learn(learner, order.builder[1], *order.arguments, **order.state)
+            # It comes from the first process of the same command, as all else that these processes exchange.
+            state = torch.load(io.BytesIO(order.state), map_location=learner.device, weights_only=False)
+            learn(learner, order.builder[1], *order.arguments, **state)
 
     def _send(self, box: list[Any]) -> Any:
         try:

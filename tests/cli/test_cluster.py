@@ -84,16 +84,21 @@ def test_a_killed_workers_run_goes_on_elsewhere_and_ends_with_the_same_bits(
     while kills < KILLS:
         run = tmp_path / f"after-{kills}" / "gpm-seed0"
         planned = min(3, KILLS - kills)  # the scheduler gives up a run with which four workers died
+        struck: list[int] = []
 
-        def strike(run: Path = run, planned: int = planned) -> None:
-            log, lock = run / "events.jsonl", run / "lock"
+        def strike(run: Path = run, planned: int = planned, struck: list[int] = struck) -> None:
+            log, ends = run / "events.jsonl", run / "results.json"
             for _ in range(planned):
                 before, heard = lines(log), draw.randint(2, 4)
-                until(lambda: lines(log) >= before + heard)  # noqa: B023 # it is called at once
+                until(lambda: lines(log) >= before + heard or ends.exists())  # noqa: B023 # it is called at once
                 time.sleep(draw.uniform(0, 0.1))
-                worker = parent_of(int(lock.read_text()))
+                try:
+                    worker = parent_of(int((run / "lock").read_text()))
+                except (OSError, ValueError):  # beside busy processes, the run may have ended meanwhile
+                    return
                 add_worker(start, address)
                 os.kill(worker, signal.SIGKILL)
+                struck.append(worker)
 
         striker = threading.Thread(target=strike)
         striker.start()
@@ -103,7 +108,8 @@ def test_a_killed_workers_run_goes_on_elsewhere_and_ends_with_the_same_bits(
         assert result(run.parent, run.name) == result(tmp_path / "one", run.name)
         assert {path.name for path in run.parent.iterdir()} == {run.name, "summary.csv"}
         said = capfd.readouterr()
-        assert said.out.count("goes on after task ") == planned
+        # The last one may have come as the run ended.
+        assert len(struck) - 1 <= said.out.count("goes on after task ") <= len(struck)
         assert "Traceback" not in said.err
 
 

@@ -78,7 +78,7 @@ def test_a_killed_worker_is_named_and_the_others_go_on(tmp_path: Path, capsys: p
     for kill in range(KILLS):
         out = tmp_path / str(kill)
         # In a shorter run there is no time to strike.
-        long = ["--epochs", "12"]
+        long = ["--epochs", "30"]
         heard, after = draw.randint(1, 3), draw.uniform(0, 0.1)
 
         def strike(gpm: Path = out / "gpm-seed0", heard: int = heard, after: float = after) -> None:
