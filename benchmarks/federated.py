@@ -95,7 +95,7 @@ def client_app(images: Tensor, labels: Tensor, rows: list[Tensor], seed: int) ->
             metrics = MetricRecord({"num-examples": len(mine)})
             return Message(RecordDict({"arrays": record_of(model.state_dict()), "metrics": metrics}), reply_to=message)
         measured = DataLoss(model, Categorical(), Reader(None, None), checks=False, shows=False, fisher="true")
-        fisher, _ = measured.fisher([(images[mine], labels[mine])], "Fisher", with_memory=False)
+        fisher, _ = measured.fisher([(images[mine], labels[mine])], with_memory=False)
         return answer(message, model.state_dict(), fisher, len(mine), **{"partition-id": part})
 
     app.train()(train)

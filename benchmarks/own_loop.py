@@ -131,7 +131,7 @@ def measure(rounds: int, share: float) -> dict[str, float]:
         data = DataLoss(model, likelihood, Reader(), checks=False, shows=False)
 
         def remember(data: DataLoss = data, batch: tuple[Tensor, Tensor] = batch) -> None:
-            data.fisher([batch], "remembering", with_memory=True)
+            data.fisher([batch], with_memory=True)
 
         remember()  # the first pass finds out which row is which sample's
 

@@ -7,10 +7,12 @@ it: a rule that stands here cannot be different in PyTorch, JAX and TensorFlow.
 | --- | --- |
 | ``entry.py`` | ``Backend``, how one is found and loaded, ``python -m adapters.FRAMEWORK.run`` |
 | ``learner.py`` | the constructor, devices, chunks, heads, masks and the outline of training and of taps |
+| ``functional.py`` | the learner whose network is a pure function of its weights |
 | ``network.py`` | one step of training as a pure function: what is projected where, what a region changes |
 | ``heads.py`` | one head among all: the names of a task's own parameters |
 | ``checking.py`` | the look at a user's network, once, in learners and around a user's own loop |
 | ``batches.py`` | around a user's own loop: how batches are read, and where passes begin |
+| ``continual.py`` | around a user's own loop: what ``Continual`` does alike in PyTorch and Keras |
 | ``memory.py`` | around a user's own loop: what is remembered, merged, saved and loaded |
 | ``own_loop.py`` | around a user's own loop: what is reported of coverage, merges and checks |
 
@@ -31,8 +33,9 @@ from adapters.backend.entry import (
     run_command,
     threads_for,
 )
+from adapters.backend.functional import FunctionalLearner
 from adapters.backend.heads import Heads
-from adapters.backend.learner import FunctionalLearner, NetworkLearner
+from adapters.backend.learner import NetworkLearner
 from adapters.backend.network import Data, Factors, Network, State, Step, projected_by_rows
 
 __all__ = [

@@ -7,6 +7,8 @@ anything; ``units_of`` says what a mean divides by.
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass
+from functools import reduce
+from operator import add
 from typing import Any, Generic, Literal, TypeVar
 
 import numpy as np
@@ -20,6 +22,7 @@ __all__ = [
     "Reader",
     "cotangents_of",
     "counted",
+    "gradient_by_outputs",
     "inputs_and_targets",
     "repeatable",
     "units_of",
@@ -143,7 +146,7 @@ def cotangents_of(
     likelihood: Likelihood | Callable[..., Any],
     outputs: Array,
     targets: Any,
-    of_own_loss: Callable[[], Array],
+    own_gradient: Callable[[Any, Array, Any], Array],
     kind: Kind = "empirical",
     rng: np.random.Generator | None = None,
 ) -> Iterator[Array]:
@@ -153,7 +156,8 @@ def cotangents_of(
         likelihood: or any loss.
         outputs: of a batch.
         targets: of the batch.
-        of_own_loss: what computes the gradient of a loss that is no likelihood.
+        own_gradient: (loss, outputs, targets) -> the gradient of a loss that is no likelihood, a mean over the batch,
+            times the number of samples.
         kind: of which targets.
         rng: what targets are drawn from.
 
@@ -165,4 +169,15 @@ def cotangents_of(
         return
     if kind != "empirical":
         raise BecameError(f"a loss of your own has no targets of the model's own; '{kind}' needs a likelihood.")
-    yield of_own_loss()
+    yield own_gradient(likelihood, outputs, targets)
+
+
+def gradient_by_outputs(
+    likelihood: Likelihood | Callable[..., Any],
+    outputs: Array,
+    targets: Any,
+    own_gradient: Callable[[Any, Array, Any], Array],
+) -> Array:
+    """Return the gradient of the sum of all samples' losses by the outputs; arguments as of ``cotangents_of``."""
+    # Where gradients of single tokens are squared, they come one by one.
+    return reduce(add, cotangents_of(likelihood, outputs, targets, own_gradient))

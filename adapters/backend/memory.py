@@ -9,24 +9,25 @@ alike, each with its mean. Parameters are arrays by name. A matrix is stored as 
 """
 
 import json
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from safetensors import SafetensorError, safe_open
 
+from adapters.backend.batches import repeatable
 from adapters.backend.own_loop import Coverage, Covered, MergeReport, Uncovered, first_difference
 from became_core import BecameError, Diagonal, LaplacePosterior, Quadratic, merge
 from became_core.arrays import Array, Params, difference, namespace
 from became_core.curvature import LIKELIHOODS, Likelihood, Taps, input_grams
 from became_core.laplace import Estimator, MergeSubspace
-from became_core.laplace.estimators import LocalLoss
 from became_core.projection import PROJECTORS, Projector
 
 __all__ = [
     "InputGrams",
-    "MeasuredLoss",
+    "NewTask",
+    "NewTaskData",
     "Stored",
     "by_slopes",
     "check_settings",
@@ -153,17 +154,58 @@ def coverage_of(
 # Merging.
 
 
-class MeasuredLoss(LocalLoss, Protocol):
-    """The new task's loss at the plastic weights, its ``mean``.
+class NewTaskData(Protocol):
+    """What an adapter measures on a user's batches."""
+
+    def fisher(self, batches: Iterable[Any], *, with_memory: bool) -> tuple[Params, "InputGrams"]:
+        """Return the diagonal Fisher information at the weights as they are, and what a projector remembers."""
+
+    def along(self, batches: Iterable[Any], theta: Params, directions: Sequence[Params]) -> tuple[Quadratic, str]:
+        """Return the mean loss along directions from theta, and how its curvature was measured."""
+
+    def slope(self, batches: Iterable[Any], theta: Params, directions: Sequence[Params]) -> Array:
+        """Return the slopes of the mean loss along directions at theta, [directions]."""
+
+    def mean(self, batches: Iterable[Any], theta: Params) -> float:
+        """Return the mean loss at theta."""
+
+    def in_dtype(self, numbers: Any, like: Array) -> Array:
+        """Return numbers where an array is, in its dtype and in at least float32."""
+
+
+class NewTask:
+    """The new task's loss at the plastic weights, at which the model is; it measures what an estimator asks for.
 
     Attributes:
+        mean: the plastic weights.
         way: how the curvature along a direction was measured.
     """
 
-    way: str
+    def __init__(self, data: NewTaskData, batches: Iterable[Any], theta_hat: Params) -> None:
+        """Keep the data, batches, which are gone through several times, and the plastic weights."""
+        self._data, self._batches = data, repeatable(batches)
+        self.mean = theta_hat
+        self.way = "the diagonal Fisher information"
+
+    def diagonal(self) -> Diagonal:
+        """Return the diagonal Fisher information at the plastic weights."""
+        return Diagonal(self._data.fisher(self._batches, with_memory=False)[0])
+
+    def along(self, directions: Sequence[Params]) -> Quadratic:
+        """Return the mean loss along directions from the plastic weights."""
+        quadratic, self.way = self._data.along(self._batches, self.mean, directions)
+        return Quadratic(self._in_dtype(quadratic.slope), self._in_dtype(quadratic.curvature))
+
+    def slope(self, origin: Params, directions: Sequence[Params]) -> Array:
+        """Return the slopes of the mean loss at other weights."""
+        return self._in_dtype(self._data.slope(self._batches, origin, directions))
 
     def loss(self, theta: Params) -> float:
         """Return the true mean loss at other weights."""
+        return self._data.mean(self._batches, theta)
+
+    def _in_dtype(self, numbers: Any) -> Array:
+        return self._data.in_dtype(numbers, next(iter(self.mean.values())))
 
 
 def by_slopes(
@@ -189,7 +231,7 @@ def by_slopes(
 
 
 def merge_report(
-    estimator: Estimator, posterior: LaplacePosterior, theta_gp: Params, new: MeasuredLoss, trace: int
+    estimator: Estimator, posterior: LaplacePosterior, theta_gp: Params, new: NewTask, trace: int
 ) -> MergeReport:
     """Return the best coefficient between the stable weights and the plastic ones, ``new.mean``, and what tells of it.
 

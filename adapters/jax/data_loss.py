@@ -15,25 +15,32 @@ real numbers; the function is ``apply(params, inputs)``, and it returns [samples
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial, reduce
-from operator import add
+from functools import partial
 from typing import Any, Literal
 
 import jax
 import numpy as np
 from jax import numpy as jnp
 
-from adapters.backend.batches import Kind, cotangents_of, counted, inputs_and_targets, units_of, with_progress
+from adapters.backend.batches import (
+    Kind,
+    cotangents_of,
+    counted,
+    gradient_by_outputs,
+    inputs_and_targets,
+    units_of,
+    with_progress,
+)
 from adapters.backend.checking import check_network
 from adapters.backend.memory import InputGrams, by_slopes, gram_sums
 from adapters.backend.own_loop import NetworkCheck
 from adapters.jax.checking import FunctionView
 from adapters.jax.tapping import Apply, TappedFunction, trained_of
-from became_core import BecameError, Diagonal, Quadratic
+from became_core import BecameError, Quadratic
 from became_core.arrays import Array, Params, named_leaves, namespace, with_leaves
 from became_core.curvature import Likelihood, per_sample_square_sum
 
-__all__ = ["DataLoss", "Loss", "NewTask"]
+__all__ = ["DataLoss", "Loss"]
 
 Loss = Callable[[Array, Any], Array]
 Way = Literal["forward mode", "two reverse passes", "difference"]
@@ -158,17 +165,19 @@ class DataLoss:
         )
 
     def fisher(
-        self, batches: Iterable[Any], what: str, *, with_memory: bool, theta: Params | None = None
+        self, batches: Iterable[Any], *, with_memory: bool, theta: Params | None = None
     ) -> tuple[Params, InputGrams]:
         """Return the diagonal Fisher information at these weights, or as given, and what a projector remembers."""
         theta = self.theta if theta is None else theta
+        what = "remembering" if with_memory else "measuring"
         squares: Params = {}
         finished, units, rng = InputGrams(), 0.0, np.random.default_rng(0)
         for inputs, targets in self._read(with_progress(batches, what, self._shows)):
             outputs = self._outputs(theta, inputs)
             units += units_of(self.likelihood, outputs, targets)
             tapped, measure = self._function(inputs)
-            for index, seed in enumerate(_cotangents(self.likelihood, outputs, targets, self._kind, rng)):
+            seeds = cotangents_of(self.likelihood, outputs, targets, _own_gradient, self._kind, rng)
+            for index, seed in enumerate(seeds):
                 # What is read is the same for all targets.
                 weights = frozenset(tapped.matrices) if with_memory and index == 0 else frozenset[str]()
                 more, grams = measure(theta, inputs, seed, weights=weights)
@@ -181,7 +190,7 @@ class DataLoss:
         units, total = 0.0, np.zeros(len(directions))
         for inputs, targets in self._read(batches):
             outputs = self._outputs(theta, inputs)
-            seed = reduce(add, _cotangents(self.likelihood, outputs, targets))  # one by token, if those are squared
+            seed = gradient_by_outputs(self.likelihood, outputs, targets, _own_gradient)
             units += units_of(self.likelihood, outputs, targets)
             total += np.asarray(self._slopes(theta, list(directions), inputs, seed), np.float64).sum(1)
         return total / counted(units)
@@ -218,6 +227,11 @@ class DataLoss:
                 total += float(self.likelihood(outputs, targets)) * size
             units += size
         return total / counted(units)
+
+    @staticmethod
+    def in_dtype(numbers: Any, like: Array) -> Array:
+        """Return numbers in the dtype of an array, and in at least float32."""
+        return jnp.asarray(numbers, _wide(like).dtype)
 
     def _derivatives(self, theta: Params, directions: Sequence[Params], inputs: Any) -> tuple[Array, Array]:
         """Return the outputs and their derivatives along directions, [directions, *outputs]."""
@@ -262,41 +276,6 @@ class DataLoss:
         return outputs, jnp.stack(tangents)
 
 
-class NewTask:
-    """The new task's loss at the plastic weights; it measures what an estimator asks for.
-
-    Attributes:
-        mean: the plastic weights.
-        way: how the curvature along a direction was measured.
-    """
-
-    def __init__(self, data: DataLoss, batches: Iterable[Any]) -> None:
-        """Keep the data, whose weights are the plastic ones, and batches that can be gone through more than once."""
-        self._data, self._batches = data, batches
-        self.mean = data.theta
-        self.way = "the diagonal Fisher information"
-
-    def diagonal(self) -> Diagonal:
-        """Return the diagonal Fisher information at the plastic weights."""
-        return Diagonal(self._data.fisher(self._batches, "measuring", with_memory=False)[0])
-
-    def along(self, directions: Sequence[Params]) -> Quadratic:
-        """Return the mean loss along directions from the plastic weights."""
-        quadratic, self.way = self._data.along(self._batches, self.mean, directions)
-        return Quadratic(self._in_dtype(quadratic.slope), self._in_dtype(quadratic.curvature))
-
-    def slope(self, origin: Params, directions: Sequence[Params]) -> Array:
-        """Return the slopes of the mean loss at other weights."""
-        return self._in_dtype(self._data.slope(self._batches, origin, directions))
-
-    def loss(self, theta: Params) -> float:
-        """Return the true mean loss at other weights."""
-        return self._data.mean(self._batches, theta)
-
-    def _in_dtype(self, value: Any) -> Array:
-        return jnp.asarray(value, _wide(next(iter(self.mean.values()))).dtype)
-
-
 def _wide(array: Array) -> Array:
     return array.astype(jnp.promote_types(array.dtype, jnp.float32))
 
@@ -325,18 +304,9 @@ def _norm(values: Params) -> Array:
     return jnp.sqrt(sum(jnp.vdot(_wide(value), _wide(value)).real for value in values.values()))
 
 
-def _cotangents(
-    likelihood: Likelihood | Loss,
-    outputs: Array,
-    targets: Any,
-    kind: Kind = "empirical",
-    rng: np.random.Generator | None = None,
-) -> Iterator[Array]:
-    def of_own_loss() -> Array:
-        loss, backward = jax.vjp(lambda outputs: likelihood(outputs, targets), outputs)  # type: ignore[operator]
-        if loss.ndim:
-            raise BecameError(f"the loss has shape {list(loss.shape)}; it must return one number, the batch's mean.")
-        gradient: Array = backward(jnp.ones_like(loss))[0] * len(outputs)
-        return gradient
-
-    return cotangents_of(likelihood, outputs, targets, of_own_loss, kind, rng)
+def _own_gradient(loss_of: Loss, outputs: Array, targets: Any) -> Array:
+    loss, backward = jax.vjp(lambda outputs: loss_of(outputs, targets), outputs)
+    if loss.ndim:
+        raise BecameError(f"the loss has shape {list(loss.shape)}; it must return one number, the batch's mean.")
+    gradient: Array = backward(jnp.ones_like(loss))[0] * len(outputs)
+    return gradient

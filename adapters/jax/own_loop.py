@@ -26,9 +26,9 @@ from jax import numpy as jnp
 from safetensors.flax import save_file
 
 from adapters.backend import memory as shared
-from adapters.backend.batches import Kind, repeatable
+from adapters.backend.batches import Kind
 from adapters.backend.own_loop import Coverage, MergeReport, NetworkCheck, Uncovered, first_difference
-from adapters.jax.data_loss import DataLoss, Loss, NewTask
+from adapters.jax.data_loss import DataLoss, Loss
 from adapters.jax.tapping import Apply, trained_of
 from became_core import BecameError, LaplacePosterior, Secant
 from became_core import merge as merge_trees
@@ -175,7 +175,7 @@ def remember(
     data = DataLoss(apply, params, known, fisher=settings["fisher"], checks=check, shows=progress)
     if memory is not None:
         _check_architecture(memory, data.theta)
-    squares, finished = data.fisher(batches, "remembering", with_memory=True)
+    squares, finished = data.fisher(batches, with_memory=True)
     matrices = data.matrices if memory is None else memory.matrices | data.matrices
     turned = [name for name, way in matrices.items() if memory is not None and memory.matrices.get(name, way) != way]
     if turned:
@@ -359,7 +359,7 @@ def merge(
     _check_architecture(memory, stable)
     _check_architecture(memory, data.theta)
     stable = {name: stable[name] for name in data.theta}
-    new = NewTask(data, repeatable(new_batches))
+    new = shared.NewTask(data, new_batches, data.theta)
     report = shared.merge_report(Secant() if estimator is None else estimator, memory.posterior, stable, new, trace)
     found = {part.name: getattr(report, part.name) for part in fields(report)}
     return Merged(**found, params=data.tree(merge_trees(stable, data.theta, report.alpha)))

@@ -18,31 +18,26 @@ import numpy as np
 import tensorflow as tf
 from safetensors.numpy import save_file
 
-from adapters.backend.batches import Kind, repeatable
+from adapters.backend.batches import Kind
+from adapters.backend.continual import ContinualModel
 from adapters.backend.memory import (
-    check_settings,
-    coverage_of,
-    described,
-    grown,
-    memory_arrays,
-    merge_report,
     read_memory,
     restored,
 )
-from adapters.backend.own_loop import Coverage, MergeReport, NetworkCheck, Uncovered
+from adapters.backend.own_loop import MergeReport, Uncovered
 from adapters.tensorflow.batches import Apply, Reader, Targets
-from adapters.tensorflow.data_loss import DataLoss, Loss, NewTask
+from adapters.tensorflow.data_loss import DataLoss, Loss
 from adapters.tensorflow.steps import StepGuard, observed
-from became_core import BecameError, LaplacePosterior, Secant, merge
-from became_core.arrays import Params
+from became_core import BecameError
+from became_core.arrays import Array
 from became_core.curvature import Likelihood, likelihood_named
 from became_core.laplace import Estimator
-from became_core.projection import GPM, Projector
+from became_core.projection import Projector
 
 __all__ = ["Continual"]
 
 
-class Continual:
+class Continual(ContinualModel):
     """A Keras model that learns tasks one after the other, by ``model.fit`` or in a loop of the user's own.
 
     Attributes:
@@ -104,27 +99,19 @@ class Continual:
         Raises:
             BecameError: if something of these cannot be used.
         """
-        self.model = model
-        self.projector: Projector = GPM() if projector is None else projector
-        self.uncovered, self.penalty, self.decay, self.fisher = uncovered, penalty, decay, fisher
-        self.estimator: Estimator = Secant() if estimator is None else estimator
-        self.posterior: LaplacePosterior | None = None
-        check_settings(self.projector, uncovered, penalty, decay, fisher)
+        super().__init__(
+            model,
+            projector=projector,
+            uncovered=uncovered,
+            penalty=penalty,
+            fisher=fisher,
+            decay=decay,
+            estimator=estimator,
+        )
         known = likelihood_named(likelihood) if isinstance(likelihood, str) else likelihood
-        self._data = DataLoss(model, known, Reader(apply, targets), checks=check, fisher=fisher)
-        self._theta_gp: Params | None = None
-        if not self._data.network.trained:
+        self._data: DataLoss = DataLoss(model, known, Reader(apply, targets), checks=check, fisher=fisher)
+        if not self._data.trained:
             raise BecameError("no variable of the model is trainable; there is nothing to learn.")
-
-    @property
-    def likelihood(self) -> Likelihood | Loss:
-        """How probable targets are, or the loss that was given; a Gaussian one's noise is fitted to the first data."""
-        return self._data.likelihood
-
-    @property
-    def checked(self) -> NetworkCheck | None:
-        """What the first look at the network found; None before it, or if there is none."""
-        return self._data.checked
 
     def remember(self, batches: Iterable[Any]) -> None:
         """Remember the data that the model has learned, at the weights as they are.
@@ -140,20 +127,7 @@ class Continual:
         """
         fisher, finished = self._data.fisher(batches, with_memory=True)
         self.projector = self.projector.remember(finished)
-        self.posterior = grown(self.posterior, self._data.network.weights(), fisher, self.decay)
-        self._theta_gp = None
-
-    @property
-    def coverage(self) -> Coverage:
-        """What happens to every parameter while training is stable.
-
-        Raises:
-            BecameError: before anything is remembered.
-        """
-        self._check_remembered("coverage")
-        network = self._data.network
-        sizes = {name: parameter.size for name, parameter in network.parameters.items()}
-        return coverage_of(sizes, network.trained, self._data.matrices or {}, self.projector, self.uncovered)
+        self._remember(fisher)
 
     @contextmanager
     def stable(self, *optimizers: keras.Optimizer) -> Iterator[None]:
@@ -181,14 +155,7 @@ class Continual:
                 yield
         finally:
             self.model.train_function = compiled
-            self._theta_gp = self._data.network.weights()
-
-    @contextmanager
-    def plastic(self) -> Iterator[None]:
-        """Mark the time in which the model is trained freely; it must come after a stable one."""
-        if self._theta_gp is None:
-            raise BecameError("plastic training comes after stable training; train in learning.stable(...) first.")
-        yield
+            self._theta_gp = self._data.weights()
 
     def merge(self, batches: Iterable[Any], *, trace: int = 0) -> MergeReport:
         """Merge the stable and the present, plastic weights; the model then has the merged ones, theta*.
@@ -200,38 +167,10 @@ class Continual:
         Raises:
             BecameError: if there was no stable training since the last memory.
         """
-        if self._theta_gp is None or self.posterior is None:
-            raise BecameError(
-                "a merge is of two models; train in learning.stable(...), and then in learning.plastic()."
-            )
-        theta_hat = self._data.network.weights()
-        if self._theta_gp.keys() != theta_hat.keys():
-            raise BecameError("other variables are trainable than in stable training; let the same ones be trained.")
-        new = NewTask(self._data, repeatable(batches), theta_hat)
-        report = merge_report(self.estimator, self.posterior, self._theta_gp, new, trace)
-        self._data.network.assign(merge(self._theta_gp, theta_hat, report.alpha))
-        self._theta_gp = None
-        return report
+        return self._merge(batches, trace, "other variables are trainable")
 
-    def save(self, file: str | Path) -> None:
-        """Write the memory, without the model, as safetensors with metadata in JSON, as PyTorch's ``Continual`` does.
-
-        Raises:
-            BecameError: before anything is remembered, or if the projector has no registered name.
-        """
-        self._check_remembered("a file")
-        assert self.posterior is not None
-        metadata = described(
-            self._shapes(),
-            self._data.matrices or {},
-            self.projector,
-            self.likelihood,
-            uncovered=self.uncovered,
-            penalty=self.penalty,
-            decay=self.decay,
-            fisher=self.fisher,
-        )
-        arrays = memory_arrays(self.posterior, self.projector)
+    @staticmethod
+    def _write(arrays: dict[str, Array], file: str | Path, metadata: dict[str, str]) -> None:
         tensors = {name: np.asarray(tf.convert_to_tensor(value).numpy()) for name, value in arrays.items()}
         save_file(tensors, str(file), metadata)
 
@@ -254,26 +193,17 @@ class Continual:
         description, arrays = read_memory(file, "np")
         tensors = {name: tf.constant(value) for name, value in arrays.items()}
         # The names of the model's parameters are known when it is wrapped.
-        shapes = cls(model, **settings)._shapes()
+        shapes = cls(model, **settings)._data.shapes
         stored = restored(file, description, tensors, shapes, settings)
         learning = cls(model, **stored.settings)
         learning.posterior, learning._data.matrices = stored.posterior, stored.matrices
         return learning
 
-    def _shapes(self) -> dict[str, list[int]]:
-        return {name: list(parameter.shape) for name, parameter in self._data.network.parameters.items()}
-
     def _guard(self) -> StepGuard:
-        assert self.posterior is not None
-        precision, matrices = self.posterior.precision.diagonal(), self._data.matrices or {}
         return StepGuard(
-            parameters=self._data.network.trained,
+            parameters=self._data.trained,
             projector=self.projector,
-            transposed=frozenset(name for name, is_transposed in matrices.items() if is_transposed),
+            transposed=self._transposed,
             uncovered=self.uncovered,
-            penalised={name: (self.posterior.mean[name], self.penalty * value) for name, value in precision.items()},
+            penalised=self._penalised,
         )
-
-    def _check_remembered(self, what: str) -> None:
-        if self.posterior is None:
-            raise BecameError(f"{what} needs a memory of old data; call learning.remember(old_batches) first.")

@@ -8,28 +8,27 @@ changed. Parameters go by the names of ``adapters/tensorflow/parameters.py``, an
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import reduce
-from operator import add
 from typing import Any
 
 import keras
 import numpy as np
 import tensorflow as tf
 
-from adapters.backend.batches import Kind, cotangents_of, counted, units_of
+from adapters.backend.batches import Kind, cotangents_of, counted, gradient_by_outputs, units_of
 from adapters.backend.checking import check_network
 from adapters.backend.memory import InputGrams, by_slopes, gram_sums
 from adapters.backend.own_loop import NetworkCheck
 from adapters.tensorflow.batches import Reader, batches_of
 from adapters.tensorflow.checking import KerasView
 from adapters.tensorflow.derivatives import Derivatives
+from adapters.tensorflow.parameters import Parameter
 from adapters.tensorflow.tapping import Tapping
 from adapters.tensorflow.traced import KerasFunction, samples_of
-from became_core import BecameError, Diagonal, Quadratic
+from became_core import BecameError, Quadratic
 from became_core.arrays import Array, Params
 from became_core.curvature import Bernoulli, Categorical, Likelihood, per_sample_square_sum
 
-__all__ = ["DataLoss", "Loss", "NewTask"]
+__all__ = ["DataLoss", "Loss"]
 
 Loss = Callable[[Array, Any], Array]
 
@@ -65,6 +64,29 @@ class DataLoss:
         self._tapping, self._derivatives = Tapping(self.network), Derivatives(self.network)
         self._looked = False
 
+    @property
+    def trained(self) -> dict[str, Parameter]:
+        """The parameters that training changes."""
+        return self.network.trained
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of all parameters."""
+        return {name: tuple(parameter.shape) for name, parameter in self.network.parameters.items()}
+
+    def weights(self) -> Params:
+        """Return copies of the parameters that are trained."""
+        return self.network.weights()
+
+    def assign(self, theta: Params) -> None:
+        """Set the parameters that are trained."""
+        self.network.assign(theta)
+
+    @staticmethod
+    def in_dtype(numbers: Array, like: Array) -> Array:
+        """Return numbers in the dtype of an array, and in at least float32."""
+        return tf.cast(numbers, like.dtype if like.dtype == tf.float64 else tf.float32)
+
     def _look(self, theta: Params, inputs: Any, targets: Any) -> None:
         """Look at the network once: which parameters are matrices, and whether we compute what it computes."""
         if self._looked:
@@ -96,7 +118,8 @@ class DataLoss:
         for inputs, targets in self._read(theta, batches):
             outputs = self.network.outputs(theta, inputs)
             units += units_of(self.likelihood, outputs, targets)
-            for index, seed in enumerate(_cotangents(self.likelihood, outputs, targets, self._kind, rng)):
+            seeds = cotangents_of(self.likelihood, outputs, targets, _own_gradient, self._kind, rng)
+            for index, seed in enumerate(seeds):
                 taps = self._tapping.taps(theta, inputs, seed)
                 for name, square in per_sample_square_sum(taps).items():
                     squares[name] = squares[name] + square if name in squares else square
@@ -114,7 +137,7 @@ class DataLoss:
         units, total = 0.0, [0.0] * len(directions)
         for inputs, targets in self._read(theta, batches):
             outputs = self.network.outputs(theta, inputs)
-            seed = reduce(add, _cotangents(self.likelihood, outputs, targets))  # one by token, if those are squared
+            seed = gradient_by_outputs(self.likelihood, outputs, targets, _own_gradient)
             units += units_of(self.likelihood, outputs, targets)
             gradient = self.network.gradient(theta, inputs, seed)
             for index, direction in enumerate(directions):
@@ -148,42 +171,6 @@ class DataLoss:
         return total / counted(units)
 
 
-class NewTask:
-    """The new task's loss at the plastic weights, which the model has; it measures what an estimator asks for.
-
-    Attributes:
-        mean: the plastic weights.
-        way: how the curvature along a direction was measured.
-    """
-
-    def __init__(self, data: DataLoss, batches: Iterable[Any], theta_hat: Params) -> None:
-        """Keep the data; the model is at the plastic weights, ``theta_hat``."""
-        self._data, self._batches = data, batches
-        self.mean = theta_hat
-        self.way = "the diagonal Fisher information"
-
-    def diagonal(self) -> Diagonal:
-        """Return the diagonal Fisher information at the plastic weights."""
-        return Diagonal(self._data.fisher(self._batches, with_memory=False)[0])
-
-    def along(self, directions: Sequence[Params]) -> Quadratic:
-        """Return the mean loss along directions from the plastic weights."""
-        quadratic, self.way = self._data.along(self._batches, self.mean, directions)
-        return Quadratic(self._in_dtype(quadratic.slope), self._in_dtype(quadratic.curvature))
-
-    def slope(self, origin: Params, directions: Sequence[Params]) -> Array:
-        """Return the slopes of the mean loss at other weights."""
-        return self._in_dtype(self._data.slope(self._batches, origin, directions))
-
-    def loss(self, theta: Params) -> float:
-        """Return the true mean loss at other weights."""
-        return self._data.mean(self._batches, theta)
-
-    def _in_dtype(self, value: Any) -> Array:
-        like = next(iter(self.mean.values())).dtype
-        return tf.cast(value, like if like == tf.float64 else tf.float32)
-
-
 def _double(value: Any) -> Array:
     return tf.cast(value, tf.float64)
 
@@ -199,17 +186,8 @@ def _loss(likelihood: Likelihood | Loss, outputs: Array, targets: Any) -> Array:
     return loss
 
 
-def _cotangents(
-    likelihood: Likelihood | Loss,
-    outputs: Array,
-    targets: Any,
-    kind: Kind = "empirical",
-    rng: np.random.Generator | None = None,
-) -> Iterator[Array]:
-    def of_own_loss() -> Array:
-        with tf.GradientTape() as tape:
-            tape.watch(outputs)
-            loss = _loss(likelihood, outputs, targets)
-        return tape.gradient(loss, outputs) * tf.cast(outputs.shape[0], outputs.dtype)
-
-    return cotangents_of(likelihood, outputs, targets, of_own_loss, kind, rng)
+def _own_gradient(loss_of: Loss, outputs: Array, targets: Any) -> Array:
+    with tf.GradientTape() as tape:
+        tape.watch(outputs)
+        loss = _loss(loss_of, outputs, targets)
+    return tape.gradient(loss, outputs) * tf.cast(outputs.shape[0], outputs.dtype)

@@ -19,32 +19,27 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.optim import Optimizer
 
-from adapters.backend.batches import Kind, Reader, repeatable
+from adapters.backend.batches import Kind, Reader
+from adapters.backend.continual import ContinualModel
 from adapters.backend.memory import (
-    check_settings,
-    coverage_of,
-    described,
-    grown,
-    memory_arrays,
-    merge_report,
     read_memory,
     restored,
 )
-from adapters.backend.own_loop import Coverage, MergeReport, NetworkCheck, Uncovered
+from adapters.backend.own_loop import MergeReport, Uncovered
 from adapters.torch.batches import Apply, Targets
-from adapters.torch.data_loss import Batches, DataLoss, Loss, NewTask
+from adapters.torch.data_loss import Batches, DataLoss, Loss
 from adapters.torch.layers import estimate_statistics
 from adapters.torch.steps import StepGuard, groups_of, unwrapped
-from became_core import BecameError, LaplacePosterior, Secant, merge
-from became_core.arrays import Params
+from became_core import BecameError
+from became_core.arrays import Array, Params
 from became_core.curvature import Likelihood, likelihood_named
 from became_core.laplace import Estimator
-from became_core.projection import GPM, Projector, full
+from became_core.projection import Projector, full
 
 __all__ = ["Continual"]
 
 
-class Continual:
+class Continual(ContinualModel):
     """A model that learns tasks one after the other, in a training loop of the user's own.
 
     Attributes:
@@ -116,27 +111,21 @@ class Continual:
         Raises:
             BecameError: if something of these cannot be used.
         """
-        self.model = model
-        self.projector: Projector = GPM() if projector is None else projector
-        self.uncovered, self.penalty, self.decay, self.fisher = uncovered, penalty, decay, fisher
-        self.estimator: Estimator = Secant() if estimator is None else estimator
-        self.posterior: LaplacePosterior | None = None
-        check_settings(self.projector, uncovered, penalty, decay, fisher)
+        super().__init__(
+            model,
+            projector=projector,
+            uncovered=uncovered,
+            penalty=penalty,
+            fisher=fisher,
+            decay=decay,
+            estimator=estimator,
+        )
         known = likelihood_named(likelihood) if isinstance(likelihood, str) else likelihood
-        self._data = DataLoss(model, known, Reader(apply, targets), checks=check, shows=progress, fisher=fisher)
-        self._theta_gp: Params | None = None
+        self._data: DataLoss = DataLoss(
+            model, known, Reader(apply, targets), checks=check, shows=progress, fisher=fisher
+        )
         if not self._data.trained:
             raise BecameError("no parameter of the model needs a gradient; there is nothing to learn.")
-
-    @property
-    def likelihood(self) -> Likelihood | Loss:
-        """How probable targets are, or the loss that was given; a Gaussian one's noise is fitted to the first data."""
-        return self._data.likelihood
-
-    @property
-    def checked(self) -> NetworkCheck | None:
-        """What the first look at the network found; None before it, or if there is none."""
-        return self._data.checked
 
     # What must not be lost.
 
@@ -164,21 +153,9 @@ class Continual:
             fisher = _second_moments(optimizer, self._data.trained, samples)
         else:
             assert batches is not None
-            fisher, finished = self._data.fisher(batches, "remembering", with_memory=True)
+            fisher, finished = self._data.fisher(batches, with_memory=True)
             self.projector = self.projector.remember(finished)
-        self.posterior = grown(self.posterior, self._data.weights(), fisher, self.decay)
-        self._theta_gp = None
-
-    @property
-    def coverage(self) -> Coverage:
-        """What happens to every parameter while training is stable.
-
-        Raises:
-            BecameError: before anything is remembered.
-        """
-        self._check_remembered("coverage")
-        sizes = {name: value.numel() for name, value in self.model.named_parameters()}
-        return coverage_of(sizes, self._data.trained, self._data.matrices or {}, self.projector, self.uncovered)
+        self._remember(fisher)
 
     # Training.
 
@@ -203,13 +180,6 @@ class Continual:
             finally:
                 self._theta_gp = self._data.weights()
 
-    @contextmanager
-    def plastic(self) -> Iterator[None]:
-        """Mark the time in which the model is trained freely; it must come after a stable one."""
-        if self._theta_gp is None:
-            raise BecameError("plastic training comes after stable training; train in learning.stable(...) first.")
-        yield
-
     def merge(self, batches: Batches, *, trace: int = 0, statistics: Batches | None = None) -> MergeReport:
         """Merge the stable and the present, plastic weights; the model then has the merged ones, theta*.
 
@@ -222,42 +192,15 @@ class Continual:
         Raises:
             BecameError: if there was no stable training since the last memory.
         """
-        if self._theta_gp is None or self.posterior is None:
-            raise BecameError(
-                "a merge is of two models; train in learning.stable(...), and then in learning.plastic()."
-            )
-        theta_hat = self._data.weights()
-        if self._theta_gp.keys() != theta_hat.keys():
-            raise BecameError("other parameters need a gradient than in stable training; let the same ones be trained.")
-        new = NewTask(self._data, repeatable(batches), theta_hat)
-        report = merge_report(self.estimator, self.posterior, self._theta_gp, new, trace)
-        self._data.assign(merge(self._theta_gp, theta_hat, report.alpha))
-        self._theta_gp = None
+        report = self._merge(batches, trace, "other parameters need a gradient")
         if statistics is not None:
             estimate_statistics(self.model, (partial(self._data.run, batch) for batch in statistics))
         return report
 
     # On disk.
 
-    def save(self, file: str | Path) -> None:
-        """Write the memory, without the model, as safetensors with metadata in JSON.
-
-        Raises:
-            BecameError: before anything is remembered, or if the projector has no registered name.
-        """
-        self._check_remembered("a file")
-        assert self.posterior is not None
-        metadata = described(
-            self._shapes(),
-            self._data.matrices or {},
-            self.projector,
-            self.likelihood,
-            uncovered=self.uncovered,
-            penalty=self.penalty,
-            decay=self.decay,
-            fisher=self.fisher,
-        )
-        arrays = memory_arrays(self.posterior, self.projector)
+    @staticmethod
+    def _write(arrays: dict[str, Array], file: str | Path, metadata: dict[str, str]) -> None:
         tensors = {name: torch.as_tensor(value).detach().contiguous().cpu() for name, value in arrays.items()}
         save_file(tensors, str(file), metadata)
 
@@ -286,24 +229,15 @@ class Continual:
         learning.posterior, learning._data.matrices = stored.posterior, stored.matrices
         return learning
 
-    def _shapes(self) -> dict[str, tuple[int, ...]]:
-        return {name: tuple(value.shape) for name, value in self.model.named_parameters()}
-
     def _guard(self, optimizer: Optimizer) -> StepGuard:
-        assert self.posterior is not None
-        precision, matrices = self.posterior.precision.diagonal(), self._data.matrices or {}
         return StepGuard(
             groups=groups_of(optimizer, self._data.trained),
             projector=self.projector,
-            transposed=frozenset(name for name, is_transposed in matrices.items() if is_transposed),
+            transposed=self._transposed,
             standing=full(self.projector),
             uncovered=self.uncovered,
-            penalised={name: (self.posterior.mean[name], self.penalty * value) for name, value in precision.items()},
+            penalised=self._penalised,
         )
-
-    def _check_remembered(self, what: str) -> None:
-        if self.posterior is None:
-            raise BecameError(f"{what} needs a memory of old data; call learning.remember(old_batches) first.")
 
 
 def _second_moments(optimizer: Optimizer, trained: Mapping[str, nn.Parameter], samples: int | None) -> Params:

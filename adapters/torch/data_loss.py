@@ -9,15 +9,13 @@ measurement. Parameters go by PyTorch's own names, and are those that need a gra
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import reduce
-from operator import add
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from adapters.backend.batches import Kind, Reader, cotangents_of, counted, units_of, with_progress
+from adapters.backend.batches import Kind, Reader, cotangents_of, counted, gradient_by_outputs, units_of, with_progress
 from adapters.backend.checking import check_network
 from adapters.backend.memory import InputGrams, by_slopes, gram_sums
 from adapters.backend.own_loop import NetworkCheck
@@ -25,11 +23,11 @@ from adapters.torch.batches import Applied, in_evaluation, to_device
 from adapters.torch.checking import TorchView
 from adapters.torch.derivatives import Derivatives
 from adapters.torch.tapping import Layouts, collect_taps, matrices_of, samples_of
-from became_core import BecameError, Diagonal, Quadratic
+from became_core import BecameError, Quadratic
 from became_core.arrays import Params
 from became_core.curvature import Likelihood, Taps, per_sample_square_sum
 
-__all__ = ["Batches", "DataLoss", "Loss", "NewTask"]
+__all__ = ["Batches", "DataLoss", "Loss"]
 
 Loss = Callable[[Tensor, Any], Tensor]
 Batches = Iterable[Any]
@@ -76,6 +74,11 @@ class DataLoss:
     def trained(self) -> dict[str, nn.Parameter]:
         """The parameters that need a gradient."""
         return {name: value for name, value in self._model.named_parameters() if value.requires_grad}
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of all parameters."""
+        return {name: tuple(value.shape) for name, value in self._model.named_parameters()}
 
     def weights(self) -> Params:
         """Return copies of the parameters that need a gradient."""
@@ -140,14 +143,15 @@ class DataLoss:
         def cotangents(outputs: Tensor) -> Iterator[Tensor]:
             nonlocal units
             units = units_of(self.likelihood, outputs, targets)
-            yield from _cotangents(self.likelihood, outputs, targets, self._kind, rng)
+            yield from cotangents_of(self.likelihood, outputs, targets, _own_gradient, self._kind, rng)
 
         for taps in collect_taps(self._applied, names, (inputs,), cotangents, layouts=self._layouts):
             yield taps, units
             units = 0.0
 
-    def fisher(self, batches: Batches, what: str, *, with_memory: bool) -> tuple[Params, InputGrams]:
+    def fisher(self, batches: Batches, *, with_memory: bool) -> tuple[Params, InputGrams]:
         """Return the diagonal Fisher information at the weights as they are, and what a projector remembers."""
+        what = "remembering" if with_memory else "measuring"
         squares: Params = {}
         finished = InputGrams()
         units, rng = 0.0, np.random.default_rng(0)
@@ -166,14 +170,14 @@ class DataLoss:
         }
         return fisher, finished
 
-    def slope(self, batches: Batches, directions: Sequence[Params]) -> Tensor:
-        """Return the slopes of the mean loss along directions at the weights as they are, [directions]."""
-        trained, units, total = self.trained, 0.0, [0.0] * len(directions)
-        with in_evaluation(self._model), torch.enable_grad():
+    def slope(self, batches: Batches, theta: Params, directions: Sequence[Params]) -> Tensor:
+        """Return the slopes of the mean loss along directions at these weights, [directions], in float64."""
+        units, total = 0.0, [0.0] * len(directions)
+        with self.at(theta), in_evaluation(self._model), torch.enable_grad():
+            trained = self.trained
             for batch in batches:
                 outputs, targets = self.run(batch)
-                # There is one by token, if those are squared.
-                seed = reduce(add, _cotangents(self.likelihood, outputs.detach(), targets))
+                seed = gradient_by_outputs(self.likelihood, outputs.detach(), targets, _own_gradient)
                 units += units_of(self.likelihood, outputs, targets)
                 gradients: tuple[Tensor | None, ...] = torch.autograd.grad(
                     outputs, list(trained.values()), seed, allow_unused=True
@@ -183,17 +187,13 @@ class DataLoss:
                         total[index] += 0.0 if gradient is None else float((gradient.double() * direction[name]).sum())
         return torch.tensor(total, dtype=torch.float64) / counted(units)
 
-    def along(self, batches: Batches, directions: Sequence[Params]) -> tuple[Quadratic, str]:
-        """Return the mean loss along directions at the weights as they are, and how its curvature was measured."""
+    def along(self, batches: Batches, theta: Params, directions: Sequence[Params]) -> tuple[Quadratic, str]:
+        """Return the mean loss along directions from these weights, and how its curvature was measured."""
         if not isinstance(self.likelihood, Likelihood):
-
-            def slope_at(theta: Params, directions: Sequence[Params]) -> Tensor:
-                with self.at(theta):
-                    return self.slope(batches, directions)
-
-            return by_slopes(slope_at, self.weights(), directions), "a difference of slopes"
+            slopes = by_slopes(lambda moved, along: self.slope(batches, moved, along), theta, directions)
+            return slopes, "a difference of slopes"
         slope, curvature, units = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64), 0.0
-        theta = {f"model.{name}": value for name, value in self.trained.items()}
+        own = {f"model.{name}": theta[name] for name in self.trained}
         moves = [{f"model.{name}": value for name, value in direction.items()} for direction in directions]
         with in_evaluation(self._model):
             for batch in batches:
@@ -203,16 +203,16 @@ class DataLoss:
                     result: Tensor = torch.func.functional_call(self._applied, dict(moved), (inputs,))
                     return result
 
-                outputs, tangents = self._derivatives.along(function, theta, moves)
+                outputs, tangents = self._derivatives.along(function, own, moves)
                 first, second = self.likelihood.derivatives(outputs, tangents, targets)
                 slope, curvature = slope + first.cpu().double(), curvature + second.cpu().double()
                 units += self.likelihood.units(outputs, targets)
         return Quadratic(slope / counted(units), curvature / units), self._derivatives.way
 
-    def mean(self, batches: Batches) -> float:
-        """Return the mean loss at the weights as they are."""
+    def mean(self, batches: Batches, theta: Params) -> float:
+        """Return the mean loss at these weights."""
         total = units = 0.0
-        with in_evaluation(self._model), torch.no_grad():
+        with self.at(theta), in_evaluation(self._model), torch.no_grad():
             for batch in batches:
                 outputs, targets = self.run(batch)
                 size = units_of(self.likelihood, outputs, targets)
@@ -223,61 +223,17 @@ class DataLoss:
                 units += size
         return total / counted(units)
 
-
-class NewTask:
-    """The new task's loss at the plastic weights, which the model has; it measures what an estimator asks for.
-
-    Attributes:
-        mean: the plastic weights.
-        way: how the curvature along a direction was measured.
-    """
-
-    def __init__(self, data: DataLoss, batches: Batches, theta_hat: Params) -> None:
-        """Keep the data; the model is at the plastic weights, ``theta_hat``."""
-        self._data, self._batches = data, batches
-        self.mean = theta_hat
-        self.way = "the diagonal Fisher information"
-
-    def diagonal(self) -> Diagonal:
-        """Return the diagonal Fisher information at the plastic weights."""
-        return Diagonal(self._data.fisher(self._batches, "measuring", with_memory=False)[0])
-
-    def along(self, directions: Sequence[Params]) -> Quadratic:
-        """Return the mean loss along directions from the plastic weights."""
-        quadratic, self.way = self._data.along(self._batches, directions)
-        like = next(iter(self.mean.values()))
-        dtype = torch.promote_types(like.dtype, torch.float32)
-        return Quadratic(quadratic.slope.to(like.device, dtype), quadratic.curvature.to(like.device, dtype))
-
-    def slope(self, origin: Params, directions: Sequence[Params]) -> Tensor:
-        """Return the slopes of the mean loss at other weights."""
-        with self._data.at(origin):
-            slope = self._data.slope(self._batches, directions)
-        like = next(iter(self.mean.values()))
-        return slope.to(like.device, torch.promote_types(like.dtype, torch.float32))
-
-    def loss(self, theta: Params) -> float:
-        """Return the true mean loss at other weights."""
-        with self._data.at(theta):
-            return self._data.mean(self._batches)
+    @staticmethod
+    def in_dtype(numbers: Tensor, like: Tensor) -> Tensor:
+        """Return numbers where an array is, in its dtype and in at least float32."""
+        return numbers.to(like.device, torch.promote_types(like.dtype, torch.float32))
 
 
-def _cotangents(
-    likelihood: Likelihood | Loss,
-    outputs: Tensor,
-    targets: Any,
-    kind: Kind = "empirical",
-    rng: np.random.Generator | None = None,
-) -> Iterator[Tensor]:
-    def of_own_loss() -> Tensor:
-        with torch.enable_grad():
-            leaf = outputs.detach().requires_grad_()
-            loss = likelihood(leaf, targets)  # type: ignore[operator] # it is no likelihood
-            if loss.ndim:
-                raise BecameError(
-                    f"the loss has shape {list(loss.shape)}; it must return one number, the batch's mean."
-                )
-            (gradient,) = torch.autograd.grad(loss * len(outputs), leaf)
-        return gradient
-
-    return cotangents_of(likelihood, outputs, targets, of_own_loss, kind, rng)
+def _own_gradient(loss_of: Loss, outputs: Tensor, targets: Any) -> Tensor:
+    with torch.enable_grad():
+        leaf = outputs.detach().requires_grad_()
+        loss = loss_of(leaf, targets)
+        if loss.ndim:
+            raise BecameError(f"the loss has shape {list(loss.shape)}; it must return one number, the batch's mean.")
+        (gradient,) = torch.autograd.grad(loss * len(outputs), leaf)
+    return gradient

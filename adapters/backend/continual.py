@@ -1,0 +1,189 @@
+"""What ``Continual`` does alike on the frameworks whose models hold their own weights.
+
+An adapter's class adds how steps are kept out of old data's spaces, and how arrays are written and read. What it
+measures is its ``DataLoss``. In JAX, where a model is a function, ``adapters/jax/own_loop.py`` has functions instead.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from math import prod
+from pathlib import Path
+from typing import Any, Protocol
+
+from adapters.backend.batches import Kind
+from adapters.backend.memory import (
+    NewTask,
+    NewTaskData,
+    check_settings,
+    coverage_of,
+    described,
+    grown,
+    memory_arrays,
+    merge_report,
+)
+from adapters.backend.own_loop import Coverage, MergeReport, NetworkCheck, Uncovered
+from became_core import BecameError, LaplacePosterior, Secant, merge
+from became_core.arrays import Array, Params
+from became_core.laplace import Estimator
+from became_core.projection import GPM, Projector
+
+__all__ = ["ContinualModel", "ModelData"]
+
+
+class ModelData(NewTaskData, Protocol):
+    """A model's loss on batches, and the model's parameters.
+
+    Attributes:
+        likelihood: or a loss of the user's own.
+        checked: what the first look at the network found; None before it, or if there is none.
+        matrices: the parameters that are used as matrices alone, and whether they are stored as [d_in, d_out]; None
+            before the first look.
+    """
+
+    likelihood: Any
+    checked: NetworkCheck | None
+    matrices: dict[str, bool] | None
+
+    @property
+    def trained(self) -> Mapping[str, Any]:
+        """The parameters that are trained."""
+
+    @property
+    def shapes(self) -> Mapping[str, Sequence[int]]:
+        """The shapes of all parameters, in the model's order."""
+
+    def weights(self) -> Params:
+        """Return copies of the trained parameters."""
+
+    def assign(self, theta: Params) -> None:
+        """Set the trained parameters."""
+
+
+class ContinualModel(ABC):
+    """A model that learns tasks one after the other, in training that is not ours.
+
+    Attributes:
+        model: the user's own; between calls nothing of ours is left in it.
+        posterior: the old tasks' loss, to second order; None before anything is remembered.
+        projector: the memory of the spaces that old tasks use.
+    """
+
+    _data: ModelData
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        projector: Projector | None,
+        uncovered: Uncovered,
+        penalty: float,
+        fisher: Kind,
+        decay: float,
+        estimator: Estimator | None,
+    ) -> None:
+        """Keep the model and the settings, which are those of the adapter's constructor; it adds ``_data``.
+
+        Raises:
+            BecameError: if a setting cannot be used.
+        """
+        self.model = model
+        self.projector: Projector = GPM() if projector is None else projector
+        self.uncovered, self.penalty, self.decay, self.fisher = uncovered, penalty, decay, fisher
+        self.estimator: Estimator = Secant() if estimator is None else estimator
+        self.posterior: LaplacePosterior | None = None
+        self._theta_gp: Params | None = None
+        check_settings(self.projector, uncovered, penalty, decay, fisher)
+
+    @property
+    def likelihood(self) -> Any:
+        """How probable targets are, or the loss that was given; a Gaussian one's noise is fitted to the first data."""
+        return self._data.likelihood
+
+    @property
+    def checked(self) -> NetworkCheck | None:
+        """What the first look at the network found; None before it, or if there is none."""
+        return self._data.checked
+
+    @property
+    def coverage(self) -> Coverage:
+        """What happens to every parameter while training is stable.
+
+        Raises:
+            BecameError: before anything is remembered.
+        """
+        self._check_remembered("coverage")
+        sizes = {name: prod(shape) for name, shape in self._data.shapes.items()}
+        return coverage_of(sizes, self._data.trained, self._data.matrices or {}, self.projector, self.uncovered)
+
+    @contextmanager
+    def plastic(self) -> Iterator[None]:
+        """Mark the time in which the model is trained freely; it must come after a stable one."""
+        if self._theta_gp is None:
+            raise BecameError("plastic training comes after stable training; train in learning.stable(...) first.")
+        yield
+
+    def save(self, file: str | Path) -> None:
+        """Write the memory, without the model, as safetensors with metadata in JSON; all frameworks' are alike.
+
+        Raises:
+            BecameError: before anything is remembered, or if the projector has no registered name.
+        """
+        self._check_remembered("a file")
+        assert self.posterior is not None
+        metadata = described(
+            self._data.shapes,
+            self._data.matrices or {},
+            self.projector,
+            self._data.likelihood,
+            uncovered=self.uncovered,
+            penalty=self.penalty,
+            decay=self.decay,
+            fisher=self.fisher,
+        )
+        self._write(memory_arrays(self.posterior, self.projector), file, metadata)
+
+    # What a framework adds.
+
+    @staticmethod
+    @abstractmethod
+    def _write(arrays: dict[str, Array], file: str | Path, metadata: dict[str, str]) -> None:
+        """Write arrays and metadata as safetensors."""
+
+    # What its methods are made of.
+
+    def _remember(self, fisher: Params) -> None:
+        """Add a task of this Fisher information, at the weights as they are."""
+        self.posterior = grown(self.posterior, self._data.weights(), fisher, self.decay)
+        self._theta_gp = None
+
+    def _merge(self, batches: Iterable[Any], trace: int, others: str) -> MergeReport:
+        """Merge as ``merge`` of an adapter says; ``others`` begins the message if other parameters are trained now."""
+        if self._theta_gp is None or self.posterior is None:
+            raise BecameError(
+                "a merge is of two models; train in learning.stable(...), and then in learning.plastic()."
+            )
+        theta_hat = self._data.weights()
+        if self._theta_gp.keys() != theta_hat.keys():
+            raise BecameError(f"{others} than in stable training; let the same ones be trained.")
+        new = NewTask(self._data, batches, theta_hat)
+        report = merge_report(self.estimator, self.posterior, self._theta_gp, new, trace)
+        self._data.assign(merge(self._theta_gp, theta_hat, report.alpha))
+        self._theta_gp = None
+        return report
+
+    @property
+    def _transposed(self) -> frozenset[str]:
+        """The matrices that are stored as [d_in, d_out]."""
+        return frozenset(name for name, is_transposed in (self._data.matrices or {}).items() if is_transposed)
+
+    @property
+    def _penalised(self) -> dict[str, tuple[Array, Array]]:
+        """The mean of every remembered parameter, and penalty x precision."""
+        assert self.posterior is not None
+        precision, mean = self.posterior.precision.diagonal(), self.posterior.mean
+        return {name: (mean[name], self.penalty * value) for name, value in precision.items()}
+
+    def _check_remembered(self, what: str) -> None:
+        if self.posterior is None:
+            raise BecameError(f"{what} needs a memory of old data; call learning.remember(old_batches) first.")
