@@ -30,7 +30,7 @@ import torch
 from torch import distributed
 from torch.distributed.rendezvous import rendezvous
 
-from adapters.backend import Backend, Builder
+from adapters.backend import Backend
 from adapters.torch.learner import TorchLearner
 from adapters.torch.share import LostProcessError, ProcessShare
 from became_core import BecameError
@@ -86,18 +86,18 @@ class Order:
 
 
 @dataclass
-class Crew:
-    """The processes, as one of them sees them.
+class Processes:
+    """The processes of one command, as one of them sees them.
 
     Attributes:
-        build: builds a learner of one process.
+        backend: PyTorch, for one process.
         share: what this process does of the work.
         orders: the group by which the first process tells the others what to do.
         busy: whether the others may be in the middle of a run.
         made: how each learner was built.
     """
 
-    build: Builder[TorchLearner]
+    backend: Backend
     share: ProcessShare
     orders: Any
     busy: bool = False
@@ -111,7 +111,8 @@ class Crew:
         Raises:
             BecameError: if the run cannot be shared.
         """
-        learner = self.build(network, stream, _own_device(device), seed, **options)
+        learner = self.backend.learner(network, stream, _own_device(device), seed, **options)
+        assert isinstance(learner, TorchLearner)
         learner.check_divisible()
         self.made[learner] = (network, stream, device, seed), options
         return learner
@@ -137,8 +138,9 @@ class Crew:
         """Take part in runs until the first process ends."""
         while (order := self._send([None])) is not None:
             # What every process computes by itself, such as alpha, must have the same bits in all.
-            torch.set_num_threads(order.threads)
-            torch.use_deterministic_algorithms(order.repeatable)
+            self.backend.use_threads(order.threads)
+            if order.repeatable:
+                self.backend.repeat_exactly()
             learner = self.learner(*order.builder, **order.options)
             learner.share = self.share
             # It comes from the first process of the same command, as all else that these processes exchange.
@@ -176,12 +178,11 @@ def _check_alike(arguments: list[str], count: int, orders: Any) -> None:
                 )
 
 
-def run_in_processes(backend: Backend, build: Builder[TorchLearner], arguments: list[str] | None = None) -> int:
+def run_in_processes(backend: Backend, arguments: list[str] | None = None) -> int:
     """Run the command in the first process, and follow it in the others; return the exit status.
 
     Args:
         backend: PyTorch, for one process.
-        build: its builder of learners.
         arguments: the words of the command; those of this process if None.
     """
     words = sys.argv[1:] if arguments is None else arguments
@@ -191,15 +192,15 @@ def run_in_processes(backend: Backend, build: Builder[TorchLearner], arguments: 
             signal.signal(number, signal.SIG_IGN)
         warnings.simplefilter("ignore")
     try:
-        crew, store = _met(build, words)
+        processes, store = _met(backend, words)
     except (BecameError, RuntimeError, ValueError) as error:
         if is_first:
             print(f"error: {error}", file=sys.stderr)
         return 2
-    return _lead(backend, crew, store, words) if is_first else _follow(crew, store)
+    return _lead(backend, processes, store, words) if is_first else _follow(processes, store)
 
 
-def _met(build: Builder[TorchLearner], words: list[str]) -> tuple[Crew, Any]:
+def _met(backend: Backend, words: list[str]) -> tuple[Processes, Any]:
     """Wait for all processes; return what this one works with, and a store that all have.
 
     Raises:
@@ -215,37 +216,37 @@ def _met(build: Builder[TorchLearner], words: list[str]) -> tuple[Crew, Any]:
     distributed.init_process_group(sums, timeout=timedelta(seconds=timeout), store=store, rank=rank, world_size=count)
     orders = distributed.new_group(backend="gloo", timeout=PATIENCE)
     _check_alike(words, count, orders)
-    return Crew(build, ProcessShare(rank, count, timeout), orders), store
+    return Processes(backend, ProcessShare(rank, count, timeout), orders), store
 
 
-def _lead(backend: Backend, crew: Crew, store: Any, words: list[str]) -> int:
+def _lead(backend: Backend, processes: Processes, store: Any, words: list[str]) -> int:
     from adapters.cli.main import main
 
     try:
-        return main(replace(backend, learner=crew.learner, learn=crew.learn), words)
+        return main(replace(backend, learner=processes.learner, learn=processes.learn), words)
     finally:
         with suppress(RuntimeError):
             store.set(SAID, "yes")
-        if not crew.busy:
+        if not processes.busy:
             with suppress(BecameError):
-                crew.tell(None)
+                processes.tell(None)
 
 
-def _follow(crew: Crew, store: Any) -> int:
+def _follow(processes: Processes, store: Any) -> int:
+    own = f"process {processes.share.rank + 1} of {processes.share.count}"
     try:
-        crew.follow()
+        processes.follow()
     except LostProcessError as error:
         if not _is_said(store):
             print(f"error: {error}", file=sys.stderr, flush=True)
         return 1
     except BecameError as error:
         if not _is_said(store):  # the first process mostly has the same error, and says so
-            print(f"error: process {crew.share.rank + 1} of {crew.share.count}: {error}", file=sys.stderr, flush=True)
+            print(f"error: {own}: {error}", file=sys.stderr, flush=True)
         return 2
     except Exception as error:
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        where = f"process {crew.share.rank + 1} of {crew.share.count}"
-        print(f"error: {where} failed: {reason}", file=sys.stderr, flush=True)
+        print(f"error: {own} failed: {reason}", file=sys.stderr, flush=True)
         return 1
     return 0
 

@@ -65,4 +65,4 @@ if __name__ == "__main__":
     if not is_one_of_several():
         run_command(BACKEND)
     BACKEND.prepare()
-    sys.exit(run_in_processes(BACKEND, build_learner))
+    sys.exit(run_in_processes(BACKEND))

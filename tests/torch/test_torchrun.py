@@ -21,10 +21,11 @@ import torch
 
 from adapters.cli.main import main
 from adapters.torch.learner import TorchLearner
-from adapters.torch.processes import Crew, timeout_asked_for
-from adapters.torch.run import BACKEND, build_learner
+from adapters.torch.processes import Processes, timeout_asked_for
+from adapters.torch.run import BACKEND
 from adapters.torch.share import ProcessShare
 from became_core import BecameError
+from tests.processes import lines, result, until
 from tests.streams import prototype_stream
 from tests.torch.torchrun_processes import command, compare
 
@@ -56,9 +57,9 @@ def started(work: Callable[[int], None], count: int = 2) -> Iterator[list[Any]]:
 
 def ended(processes: list[Any], within: float = LIMIT) -> list[int | None]:
     """The exit statuses of processes; None for one that is still there after so many seconds."""
-    until = time.monotonic() + within
+    end = time.monotonic() + within
     for process in processes:
-        process.join(max(until - time.monotonic(), 0.0))
+        process.join(max(end - time.monotonic(), 0.0))
     return [process.exitcode for process in processes]
 
 
@@ -84,19 +85,13 @@ def words_for(out: Path) -> list[str]:
     return [*WORDS.split(), "--out", str(out)]
 
 
-def result(out: Path) -> dict[str, Any]:
-    values: dict[str, Any] = json.loads((out / "became-seed0" / "results.json").read_text(encoding="utf-8"))
-    return values
-
-
-def lines(out: Path) -> int:
-    log = out / "became-seed0" / "events.jsonl"
-    return log.read_bytes().count(b"\n") if log.exists() else 0
+def events(out: Path) -> int:
+    return lines(out / "became-seed0" / "events.jsonl")
 
 
 def check_result(out: Path, expected: dict[str, Any]) -> None:
     """In single precision; a rounding may move an image or two to another class."""
-    found = result(out)
+    found = result(out, "became-seed0")
     assert found["epochs"] == expected["epochs"]
     assert found["alpha"][1:] == pytest.approx(expected["alpha"][1:], abs=1e-3)
     for row, wanted in zip(found["accuracy"], expected["accuracy"], strict=True):
@@ -108,7 +103,7 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """The result of one process."""
     out = tmp_path_factory.mktemp("alone")
     assert main(BACKEND, words_for(out)) == 0
-    return result(out)
+    return result(out, "became-seed0")
 
 
 def test_two_processes_learn_what_one_learns(tmp_path: Path) -> None:
@@ -125,7 +120,7 @@ def test_the_first_process_alone_writes_and_prints(tmp_path: Path, expected: dic
     with commanded(tmp_path, [words_for(out)] * 2) as processes:
         assert ended(processes) == [0, 0]
     check_result(out, expected)
-    assert lines(out) > EPOCHS
+    assert events(out) > EPOCHS
     assert "task 2/2 learned" in said(tmp_path, 0, "out")
     assert said(tmp_path, 1, "out") == said(tmp_path, 1, "err") == said(tmp_path, 0, "err") == ""
 
@@ -137,12 +132,9 @@ def test_a_process_that_dies_ends_all_and_another_number_goes_on(tmp_path: Path,
         if (out / "became-seed0" / "results.json").exists():
             check_result(out, expected)
             out = tmp_path / f"out-{kill}"
-        folder, count, before, heard = tmp_path / f"kill-{kill}", 2 + kill % 2, lines(out), draw.randint(1, 3)
+        folder, count, enough = tmp_path / f"kill-{kill}", 2 + kill % 2, events(out) + draw.randint(1, 3)
         with commanded(folder, [words_for(out)] * count) as processes:
-            until = time.monotonic() + LIMIT
-            while lines(out) < before + heard and all(process.is_alive() for process in processes):
-                assert time.monotonic() < until
-                time.sleep(0.005)
+            until(lambda: events(out) >= enough or not all(process.is_alive() for process in processes))  # noqa: B023
             time.sleep(draw.uniform(0, 0.1))
             victim = draw.randrange(count)
             processes[victim].kill()
@@ -162,10 +154,7 @@ def test_a_process_that_dies_ends_all_and_another_number_goes_on(tmp_path: Path,
 def test_a_process_that_stalls_ends_all_after_the_time_out(tmp_path: Path, expected: dict[str, Any]) -> None:
     out = tmp_path / "out"
     with commanded(tmp_path, [words_for(out)] * 2, timeout=10.0) as processes:
-        until = time.monotonic() + LIMIT
-        while lines(out) < 2 and processes[0].is_alive():
-            assert time.monotonic() < until
-            time.sleep(0.005)
+        until(lambda: events(out) >= 2 or not processes[0].is_alive())
         assert processes[0].is_alive()
         assert processes[1].is_alive()
         os.kill(processes[1].pid, signal.SIGSTOP)
@@ -188,10 +177,7 @@ def test_unlike_commands_are_refused(tmp_path: Path) -> None:
 def test_a_signal_stops_all_after_the_epoch(tmp_path: Path) -> None:
     out = tmp_path / "out"
     with commanded(tmp_path, [words_for(out)] * 2) as processes:
-        until = time.monotonic() + LIMIT
-        while lines(out) < 2 and processes[0].is_alive():
-            assert time.monotonic() < until
-            time.sleep(0.005)
+        until(lambda: events(out) >= 2 or not processes[0].is_alive())
         for process in processes:
             os.kill(process.pid, signal.SIGTERM)
         first, second = ended(processes, END)
@@ -201,17 +187,13 @@ def test_a_signal_stops_all_after_the_epoch(tmp_path: Path) -> None:
     assert said(tmp_path, 1) == ""
 
 
-def crew(build: Any = build_learner) -> Crew:
-    return Crew(build, ProcessShare(0, 2), None)
-
-
 @pytest.mark.parametrize(
     ("device", "masks", "message"),
     [("cpu", "framework", "for the whole batch by NumPy"), ("cuda:1", "numpy", "cannot all have the device 'cuda:1'")],
 )
 def test_what_processes_cannot_share_is_refused(device: str, masks: str, message: str) -> None:
     with pytest.raises(BecameError, match=message):
-        crew().learner("mlp", prototype_stream(), device, 0, dropout_masks=masks)
+        Processes(BACKEND, ProcessShare(0, 2), None).learner("mlp", prototype_stream(), device, 0, dropout_masks=masks)
 
 
 def test_a_module_of_ones_own_is_refused() -> None:

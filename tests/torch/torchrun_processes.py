@@ -34,7 +34,7 @@ from adapters.networks import (
 )
 from adapters.torch.learner import TorchLearner
 from adapters.torch.processes import run_in_processes
-from adapters.torch.run import BACKEND, build_learner
+from adapters.torch.run import BACKEND
 from adapters.torch.share import ProcessShare
 from became_core.continual import (
     Annealed,
@@ -173,7 +173,7 @@ def command(rank: int, count: int, port: int, words: list[str], log: str, timeou
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "BECAME_TIMEOUT": str(timeout)}
     os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"  # the store outlives each process
     torch.set_num_threads(1)
-    status = run_in_processes(BACKEND, build_learner, words)
+    status = run_in_processes(BACKEND, words)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
