@@ -7,6 +7,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast, get_args
 
@@ -15,11 +16,11 @@ from became_core import BecameError, __version__
 try:
     import tyro
 
-    from adapters.backend.entry import BACKENDS, Backend, BackendName, first_installed, load_backend
+    from adapters.backend.entry import BACKENDS, BackendName, first_installed, load_backend
     from adapters.cli.checkpoints import Fisher, Inspect, Merge
     from adapters.cli.crew import engine_of
     from adapters.cli.display import Display
-    from adapters.cli.jobs import requested_jobs, unfinished_jobs
+    from adapters.cli.jobs import unfinished_jobs
     from adapters.cli.listing import Kind, listed
     from adapters.cli.main import execute, run_request, while_it_is_read
     from adapters.cli.options import (
@@ -289,12 +290,10 @@ def _run(request: Request) -> int:
             remarks = [f"backend: {name}, the first that is installed"]
         if name not in get_args(BackendName):
             raise BecameError(f"{request.config} is of a run on {name}; say with --backend what to run on.")
-        # A mistake in a name or a value is said before the framework is loaded, which takes seconds.
-        requested_jobs(request, cast(Backend, None))
     except BecameError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    return run_request(load_backend(cast(BackendName, name)), request, *remarks)
+    return run_request(partial(load_backend, cast(BackendName, name)), request, *remarks)
 
 
 if __name__ == "__main__":

@@ -137,8 +137,12 @@ class Job:
         return None if tracker == "none" else open_writer(tracker, self.run.folder)
 
 
-def requested_jobs(request: Request, backend: Backend) -> list[Job]:
+def requested_jobs(request: Request, load: Callable[[], Backend]) -> list[Job]:
     """Return the runs that a command asks for, by seed and then by method.
+
+    Args:
+        request: what the command asks for.
+        load: returns the framework. That takes seconds, so a mistake in a name or a value is said before.
 
     Raises:
         BecameError: if a name is unknown, a value cannot be used, or there is nothing to resume where there should be.
@@ -171,7 +175,7 @@ def requested_jobs(request: Request, backend: Backend) -> list[Job]:
     configurations = {name: Configuration.of(values, name, preset) for name in names}
     benchmark = configurations[names[0]].benchmark
     preset = preset or BENCHMARKS[benchmark].usual
-    out = request.out or Path("runs") / f"{benchmark}-{preset}"
+    out, backend = request.out or Path("runs") / f"{benchmark}-{preset}", load()
     jobs = [
         Job(RunDirectory(out, name, seed), backend, configurations[name], preset, request.resume)
         for seed in seeds

@@ -48,7 +48,9 @@ def main(backend: Backend, arguments: Sequence[str] | None = None) -> int:
         backend: the framework.
         arguments: the words of the command; those of this process if None.
     """
-    return run_request(backend, parse_request(f"python -m adapters.{backend.name}.run", arguments, backend=False))
+    return run_request(
+        lambda: backend, parse_request(f"python -m adapters.{backend.name}.run", arguments, backend=False)
+    )
 
 
 def execute(command: Callable[[Display], None], output: Output) -> int:
@@ -72,14 +74,20 @@ def execute(command: Callable[[Display], None], output: Output) -> int:
     return 0
 
 
-def run_request(backend: Backend, request: Request, *remarks: str) -> int:
-    """Do what a command asks for, after showing some remarks; return the exit status."""
+def run_request(load: Callable[[], Backend], request: Request, *remarks: str) -> int:
+    """Do what a command asks for, after showing some remarks; return the exit status.
+
+    Args:
+        load: returns the framework.
+        request: what the command asks for.
+        remarks: lines.
+    """
 
     def command(display: Display) -> None:
         for remark in remarks:
             display.note(remark)
         engine, share = engine_of(request.workers, request.scheduler)
-        jobs = [replace(job, share=share) for job in requested_jobs(request, backend)]
+        jobs = [replace(job, share=share) for job in requested_jobs(request, load)]
         if request.dry_run:
             _show_plan(jobs, display, share, request.scheduler)
         if request.print_config:

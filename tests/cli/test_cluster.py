@@ -174,7 +174,7 @@ def test_a_worker_that_cannot_do_its_part_says_why(
 ) -> None:
     worker = SimpleNamespace(address="tcp://host:1")
     monkeypatch.setattr(cluster, "get_worker", lambda: worker)
-    (job,) = requested_jobs(Request(methods=("gpm",), out=tmp_path), BACKEND)
+    (job,) = requested_jobs(Request(methods=("gpm",), out=tmp_path), lambda: BACKEND)
     assert isinstance(job, Job)
     order = {**order_of(job), "mark": str(tmp_path), "topic": "topic", "slots": {}}
     kind, text = cluster.carry_out("gpm-seed0", {**order, **changed})

@@ -56,7 +56,7 @@ def test_two_commands_on_one_folder_do_each_run_once_and_to_the_bit(expected: di
     def carry_out() -> None:
         engine, _ = engine_of(1, None)
         display: Any = Notes()
-        results.append(run_jobs(requested_jobs(request, BACKEND), display, engine))
+        results.append(run_jobs(requested_jobs(request, lambda: BACKEND), display, engine))
 
     commands = [threading.Thread(target=carry_out) for _ in range(2)]
     for each in commands:
@@ -137,7 +137,7 @@ for message in WorkerProcess(dict(os.environ)).messages(pickle.load(sys.stdin.bu
 
 def test_a_worker_saves_its_run_when_its_command_is_killed(tmp_path: Path) -> None:
     arguments = Request(methods=("gpm",), out=tmp_path, preset="quick", values={"epochs": 1500})
-    (job,) = requested_jobs(arguments, BACKEND)
+    (job,) = requested_jobs(arguments, lambda: BACKEND)
     log, lock = job.run.events.file, job.run.folder / "lock"
     with subprocess.Popen([sys.executable, "-c", ORDERING], stdin=subprocess.PIPE) as process:
         try:
@@ -194,7 +194,7 @@ def test_threads_are_divided_among_workers_unless_they_are_asked_for(
         ("mlp", {}, 2, 1),
     ]:
         values = {"network": network, **asked_for}
-        (job,) = requested_jobs(Request(methods=("gpm",), out=tmp_path, values=values), BACKEND)
+        (job,) = requested_jobs(Request(methods=("gpm",), out=tmp_path, values=values), lambda: BACKEND)
         assert Job(job.run, BACKEND, job.configuration, share=share).threads(job.stream()) == threads
 
 
@@ -254,7 +254,7 @@ class Notes(Events):
 
 
 def carried_out(crew: ScriptedCrew, out: Path, notes: Any) -> list[Any]:
-    jobs = requested_jobs(Request(methods=("gpm", "finetune"), out=out), BACKEND)
+    jobs = requested_jobs(Request(methods=("gpm", "finetune"), out=out), lambda: BACKEND)
     return [each is not None for each in Many(lambda out: crew)(jobs, load_data, notes)]
 
 

@@ -126,7 +126,7 @@ def test_a_value_that_cannot_be_used_is_told_of_before_a_folder_of_another_confi
 
 def test_the_same_method_or_seed_twice_is_one_run(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
     twice = ["--methods", "became", "finetune", "became+gpm", "became", "--seeds", "0", "0"]
-    jobs = requested_jobs(parse_request("run", [*SHORT, *twice], backend=False), BACKEND)
+    jobs = requested_jobs(parse_request("run", [*SHORT, *twice], backend=False), lambda: BACKEND)
     assert [job.run.name for job in jobs] == ["became-seed0", "finetune-seed0", "became+gpm-seed0"]
     assert main(BACKEND, [*SHORT, "--methods", "became", "--seeds", "0", "0", "--out", str(finished)]) == 0
     assert "±" not in capsys.readouterr().out
@@ -153,7 +153,7 @@ def test_a_run_records_its_threads_and_keeps_them(
     after_saves(0)
     assert RunDirectory(tmp_path, "finetune", 0).threads == 2
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
-    assert requested_jobs(parse_request("run", run, backend=False), backend)[0].threads(STREAM) == 3
+    assert requested_jobs(parse_request("run", run, backend=False), lambda: backend)[0].threads(STREAM) == 3
     monkeypatch.delenv("OMP_NUM_THREADS")
     asked_for.clear()
     capsys.readouterr()

@@ -19,7 +19,7 @@ def test_each_table_is_made_of_commands_that_can_be_run(name: str, tmp_path: Pat
     table = Reproduction.named(name)
     for words in table.commands(tmp_path):
         request = parse_request("became run", words[1:], backend=True)
-        jobs = requested_jobs(request, BACKEND)
+        jobs = requested_jobs(request, lambda: BACKEND)
         assert {job.run.seed for job in jobs} == set(table.seeds)
 
 

@@ -217,7 +217,7 @@ METHODS = st.sampled_from(["became", "became+sgp", "gpm", "coma", "imm-mean", "b
 def parsed(words: list[str], method: str, kind: type) -> Configuration:
     """The configuration that the command line gives, whose options are those of a kind of request."""
     request = request_of(parse(kind, "became run", ["--methods", method, *words]))
-    (job,) = requested_jobs(request, BACKEND)
+    (job,) = requested_jobs(request, lambda: BACKEND)
     return job.configuration
 
 
@@ -285,7 +285,7 @@ def test_the_shortest_command_that_repeats_runs_is_found_from_their_record() -> 
         "--norm-penalty 2.0"
     )
     request: Request = parse_request("run", shlex.split(command)[3:], backend=False)
-    assert [(job.run.seed, job.configuration) for job in requested_jobs(request, BACKEND)] == [
+    assert [(job.run.seed, job.configuration) for job in requested_jobs(request, lambda: BACKEND)] == [
         (0, configuration),
         (4, configuration),
     ]
@@ -297,7 +297,7 @@ def test_the_command_that_repeats_a_run_has_the_folder_of_its_data() -> None:
     assert RunResult.from_json(there.to_json()).data_dir == "/data/a b"
     command = repeating_command([there])
     assert command is not None
-    (job,) = requested_jobs(parse_request("run", shlex.split(command)[3:], backend=False), BACKEND)
+    (job,) = requested_jobs(parse_request("run", shlex.split(command)[3:], backend=False), lambda: BACKEND)
     assert job.configuration.data_dir == Path("/data/a b")
 
 
