@@ -70,7 +70,7 @@ def heading(run: RunResult) -> str:
 def scores_table(groups: Sequence[Group]) -> Table:
     """Return the scores of each group, a row each; a metric that no run has is left out."""
     metrics = [*_SCORES, _TRANSFER, _CLASS_SCORES[0], *_COSTS, _MEMORY]
-    measure = groups[0].runs[0].measure
+    measure = groups[0].measure
     if not measure.is_accuracy:
         metrics[:1] = [replace(_LOSS, heading=measure.unit), replace(_SCORES[0], heading=measure.heading)]
         metrics = [replace(metric, digits=measure.digits) if metric.digits == 2 else metric for metric in metrics]
@@ -150,7 +150,7 @@ def _differences(groups: Sequence[Group], baseline: str) -> Table:
     if against is None:
         labels = ", ".join(f"'{group.label}'" for group in groups)
         raise BecameError(f"there is no baseline '{baseline}'; choose from {labels}.")
-    measure = groups[0].runs[0].measure
+    measure = groups[0].measure
     metrics = [metric for metric in (*_SCORES, _TRANSFER, _CLASS_SCORES[0]) if metric.estimate(against)]
     rows: list[list[Cell]] = []
     for group in groups:

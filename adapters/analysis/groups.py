@@ -12,6 +12,7 @@ from adapters.analysis.bootstrap import Estimate
 from adapters.analysis.tables import printable
 from adapters.runs import RunResult
 from became_core import BecameError
+from became_core.continual.metrics import Measure
 
 __all__ = ["MARKERS", "SERIES", "Group", "Results", "groups_of", "have_spread"]
 
@@ -33,6 +34,11 @@ class Group:
     label: str
     runs: tuple[RunResult, ...]
     place: int
+
+    @property
+    def measure(self) -> Measure:
+        """What its runs are measured by, which is the same for all runs that are compared."""
+        return self.runs[0].measure
 
     @property
     def colour(self) -> str:

@@ -132,7 +132,7 @@ def _published(published: Sequence[PublishedTable]) -> str:
 
 def _section(group: Group, drawings: Sequence[Drawing]) -> str:
     seeds = ("seed " if len(group.runs) == 1 else "seeds ") + ", ".join(str(run.seed) for run in group.runs)
-    command, tables = repeating_command(group.runs), "Accuracies" if group.runs[0].measure.is_accuracy else "Losses"
+    command, tables = repeating_command(group.runs), "Accuracies" if group.measure.is_accuracy else "Losses"
     repeat = (
         f"<pre><code>{escaped(command)}</code></pre>"
         if command

@@ -84,7 +84,7 @@ def _shared(groups: Sequence[Group], published: Sequence[PublishedTable]) -> lis
     times = [Estimate(tuple(run.seconds["total"] for run in group.runs)).text(0) for group in groups]
     scores = "; ".join(f"{group.label} {group.score('acc').text()}" for group in groups)
     seconds = "; ".join(f"{group.label} {text}" for group, text in zip(groups, times, strict=True))
-    several, measure = have_spread(groups), groups[0].runs[0].measure.name
+    several, measure = have_spread(groups), groups[0].measure.name
     shaded = "; shaded: ± one standard deviation" if several else ""
     lines = "; thin lines: ± one standard deviation over seeds" if several else ""
     beside = " Open marks: published, under protocols of their own." if published else ""
@@ -127,7 +127,7 @@ def _shared(groups: Sequence[Group], published: Sequence[PublishedTable]) -> lis
 
 def _own(group: Group, limits: tuple[float, float]) -> list[Drawing]:
     """The figures of one group."""
-    matrix, measure = plot_accuracy_matrix(group, limits=limits), group.runs[0].measure
+    matrix, measure = plot_accuracy_matrix(group, limits=limits), group.measure
     scale = f"{limits[0]:.3g} to {limits[1]:.3g} ({measure.name})"
     drawings = [
         Drawing(

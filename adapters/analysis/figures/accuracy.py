@@ -47,7 +47,7 @@ def accuracy_limits(results: Results) -> tuple[float, float]:
     groups = groups_of(results)
     values = np.concatenate([run.measured.ravel() for group in groups for run in group.runs])
     values = values[np.isfinite(values)]
-    if not groups[0].runs[0].measure.is_accuracy:
+    if not groups[0].measure.is_accuracy:
         low, high = float(values.min()), float(values.max())
         return low, high if high > low else low + 1
     return 10 * math.floor(values.min() / 10), 10 * math.ceil(values.max() / 10)
@@ -67,7 +67,7 @@ def plot_accuracy_matrix(results: Results, *, limits: tuple[float, float] | None
     figure, panels = new_figure(len(groups) * (0.75 + 0.27 * tasks), len(groups))
     for group, axes in zip(groups, panels[:, 0], strict=True):
         mean = np.mean([run.measured for run in group.runs], axis=0)
-        measure = group.runs[0].measure
+        measure = group.measure
         texts = [[f"{value:.{measure.digits - 1}f}" for value in row] for row in mean]
         heat_map(axes, mean, texts, limits, measure.name)
         axes.yaxis.set_major_locator(axes.xaxis.get_major_locator())
@@ -98,7 +98,7 @@ def plot_accuracy_over_time(results: Results) -> Figure:
         last = max(row for row in range(rows) if panels[row, column].get_visible())
         number_tasks(panels[last, column], tasks, "after task")
         panels[last, column].tick_params(labelbottom=True)
-    figure.supylabel(groups[0].runs[0].measure.name, fontsize=8.5)
+    figure.supylabel(groups[0].measure.name, fontsize=8.5)
     legend(figure, panels[0, 0])
     return figure
 
@@ -118,7 +118,7 @@ def plot_plasticity(results: Results) -> Figure:
         spread = {"xerr": forgetting.deviation, "yerr": plasticity.deviation, "elinewidth": 1}
         axes.errorbar(forgetting.mean, plasticity.mean, **look, **spread)
     axes.margins(0.12)
-    measure = groups[0].runs[0].measure
+    measure = groups[0].measure
     axes.set_xlabel("forgetting, points" if measure.is_accuracy else "forgetting")
     axes.set_ylabel(measure.name.replace("accuracy", "plasticity"))
     axes.set_title("better: higher, and further to the left")
@@ -141,7 +141,7 @@ def plot_scores(results: Results, published: Sequence[PublishedTable] = ()) -> F
     height = 3 * (0.5 + 0.27 * len(groups)) + 0.32 * len(marked)
     figure, panels = new_figure(height, 3, grid="x", sharey=True)
     titles: dict[Any, str] = {"acc": "ACC, %", "bwt": "BWT, points", "plasticity": "plasticity, %"}
-    measure = groups[0].runs[0].measure
+    measure = groups[0].measure
     if not measure.is_accuracy:
         titles = {"acc": f"{measure.name} at the end", "bwt": "BWT", "plasticity": f"{measure.name} as learned"}
     for axes, (score, title) in zip(panels[:, 0], titles.items(), strict=True):
@@ -221,5 +221,5 @@ def _draw_line(axes: Axes, time: NDArray[np.int_], values: NDArray[np.float64], 
     axes.plot(time, mean, **group.line, label=figure_text(group.label))
     if len(values) > 1:
         sd = values.std(axis=0, ddof=1)
-        above = np.minimum(mean + sd, 100) if group.runs[0].measure.is_accuracy else mean + sd
+        above = np.minimum(mean + sd, 100) if group.measure.is_accuracy else mean + sd
         axes.fill_between(time, mean - sd, above, color=group.colour, alpha=0.18, linewidth=0)
