@@ -21,10 +21,11 @@ from became_core.arrays import Array, Params, namespace, on_host
 from became_core.continual.data import Indices
 from became_core.curvature import Tap, Taps, per_sample_gradients
 
-__all__ = ["LearnerView", "NetworkView", "agreement", "check_network"]
+__all__ = ["STEPS", "LearnerView", "NetworkView", "agreement", "check_network"]
 
-# What steps of a difference are multiplied by: shorter ones meet fewer kinks, and round more.
-_STEPS = (1.0, 0.05, 0.002)
+
+# Of views that can take steps of any length.
+STEPS: Sequence[float] = (1.0, 0.05, 0.002)
 
 
 class NetworkView(Protocol):
@@ -34,11 +35,13 @@ class NetworkView(Protocol):
         theta: the trained parameters, by name.
         mixes_samples: whether outputs depend on a batch's other samples by design, as batch statistics make them.
         agreement: what was compared with the network as the user runs it.
+        steps: what steps of a difference are multiplied by: shorter ones meet fewer kinks, and round more.
     """
 
     theta: Params
     mixes_samples: bool
     agreement: Sequence[Finding]
+    steps: Sequence[float]
 
     @property
     def way(self) -> str:
@@ -62,6 +65,8 @@ class NetworkView(Protocol):
 
 class LearnerView:
     """A learner's network as a pure function, with the head of the first task, on a few samples."""
+
+    steps: Sequence[float] = (1.0,)  # its network knows one length
 
     def __init__(
         self, network: Network, weights: Params, data: Data, rows: Indices, mixes_samples: bool, fixed: frozenset[str]
@@ -134,12 +139,12 @@ def check_network(network: NetworkView) -> NetworkCheck:
         pairs = [(np.ravel(rows), np.ravel([part[name] for part in gradients])) for name, rows in by_taps.items()]
         findings.append(Finding("gradients of single samples", _apart(*zip(*pairs, strict=True)), tolerance))
     # In the gradients' terms, since a difference of outputs is no measure here: in a deep network with ReLUs there are
-    # kinks within any step that rounding allows. Where a difference is all there is, the best of three steps counts.
+    # kinks within any step that rounding allows. Where a difference is all there is, the best of some steps counts.
     direction = _random_direction(theta)
     host = _on_host(direction, theta)
     slopes = np.array([sum(float((part[name] * host[name]).sum()) for name in theta) for part in gradients])
     difference = math.inf
-    for shorter in _STEPS:
+    for shorter in network.steps:
         tangent = np.asarray(on_host(network.along(direction, shorter)), np.float64)
         products = (tangent * seed).reshape(outputs.shape[0], -1).sum(1)
         along = products.sum(keepdims=True) if network.mixes_samples else products

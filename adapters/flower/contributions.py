@@ -131,6 +131,8 @@ def merged(contributions: Sequence[Contribution], rule: MergeRule) -> dict[str, 
         rule: ``Became``, ``FisherMerge``, ``ModeIMM``, or another.
     """
     first, *others = contributions
+    if not others:
+        return {**first.weights}
     total = sum(contribution.count for contribution in contributions)
     shares = [contribution.count / total for contribution in contributions]
     theta: dict[str, NDArray[Any]] = {}
@@ -142,8 +144,6 @@ def merged(contributions: Sequence[Contribution], rule: MergeRule) -> dict[str, 
             )
             whole = np.issubdtype(like.dtype, np.integer)
             theta[name] = np.asarray(np.rint(mean) if whole else mean).astype(like.dtype)
-    if not others:
-        return {**first.weights}
     models = [{name: each.weights[name] for name in first.fisher} for each in contributions]
     losses = [
         LaplacePosterior(model, Diagonal({name: share * each.fisher[name].astype(np.float64) for name in model}))

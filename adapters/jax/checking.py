@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from adapters.backend.checking import agreement
+from adapters.backend.checking import STEPS, agreement
 from adapters.backend.own_loop import Finding
 from became_core.arrays import Array, Params
 from became_core.curvature import Taps
@@ -20,6 +20,7 @@ __all__ = ["FunctionView"]
 class FunctionView:
     """A function on a few samples; its attributes are those of a ``NetworkView``."""
 
+    steps = STEPS
     mixes_samples = False
 
     def __init__(

@@ -10,7 +10,7 @@ import numpy as np
 import tensorflow as tf
 from numpy.typing import NDArray
 
-from adapters.backend.checking import agreement
+from adapters.backend.checking import STEPS, agreement
 from adapters.backend.own_loop import Finding
 from adapters.tensorflow.derivatives import Derivatives
 from adapters.tensorflow.tapping import Tapping
@@ -24,6 +24,7 @@ __all__ = ["KerasView"]
 class KerasView:
     """A model on a few samples; its attributes are those of a ``NetworkView``."""
 
+    steps = STEPS
     mixes_samples = False
 
     def __init__(

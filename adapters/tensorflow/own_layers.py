@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import keras
-import numpy as np
 import tensorflow as tf
 
 from adapters.networks import Parameter as Shaped
@@ -65,8 +64,9 @@ class OwnLayers:
             images: a few.
         """
         if self._matrices is None:
-            seed = self._random(self.run(self.in_order(theta), images))
-            ways = self._tapping.matrices(theta, images, seed)
+            features = self.run(self.in_order(theta), images)
+            self._no_gradient = tf.zeros_like(features[:1])
+            ways = self._tapping.matrices(theta, images, tf.zeros_like(features))
             self._matrices = frozenset(name for name, transposed in ways.items() if not transposed)
         return self._matrices
 
@@ -79,7 +79,8 @@ class OwnLayers:
         names = self.matrices(theta, images)
         if not names:
             return {}
-        taps = self._tapping.taps(theta, images, self._random(self.run(self.in_order(theta), images)))
+        seed = tf.repeat(self._no_gradient, images.shape[0], axis=0)  # what layers read does not depend on it
+        taps = self._tapping.taps(theta, images, seed, by_sample=False)
         return {
             name: Tap("matrix", tap.inputs, tap.inputs[:, :, :0], own_name=True)
             for name, tap in taps.items()
@@ -99,10 +100,6 @@ class OwnLayers:
             flat = tf.reshape(parameter.canonical(tf.convert_to_tensor(gradient)), (1, 1, -1))
             taps[name] = Tap("gradient", flat, tf.ones_like(flat[..., :1]), own_name=True)
         return taps
-
-    @staticmethod
-    def _random(features: Array) -> Array:
-        return tf.constant(np.random.default_rng(0).normal(size=features.shape), features.dtype)
 
 
 def own_parameters_of(model: keras.Model, taken_over: Mapping[str, Any]) -> dict[str, Parameter]:

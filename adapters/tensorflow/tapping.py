@@ -73,13 +73,14 @@ class Tapping:
         self._by_sample: dict[frozenset[str], Traced] = {}
         self._warned: set[str] = set()
 
-    def taps(self, theta: Params, inputs: Any, seed: Array) -> Taps:
+    def taps(self, theta: Params, inputs: Any, seed: Array, *, by_sample: bool = True) -> Taps:
         """Return the taps of a forward pass and of the backward pass that begins with a seed.
 
         Args:
             theta: the trained parameters.
             inputs: of a batch.
             seed: the gradients of each sample's own loss by the logits.
+            by_sample: whether the parameters that no known operation explains are among them, by a pass a sample.
         """
         plan, weights = self._plan(theta, inputs, seed), self._network.in_order(theta)
         samples = int(seed.shape[0])
@@ -93,9 +94,9 @@ class Tapping:
                 )
                 for name, shape in shapes.items()
             }
-        if plan.others:
-            by_sample = self._sample_by_sample(plan, weights, inputs, seed)
-            taps |= {name: _lone(self._network.parameters[name].canonical_rows(by_sample[name])) for name in by_sample}
+        if plan.others and by_sample:
+            rows_of = self._sample_by_sample(plan, weights, inputs, seed)
+            taps |= {name: _lone(self._network.parameters[name].canonical_rows(rows_of[name])) for name in rows_of}
         return taps
 
     def matrices(self, theta: Params, inputs: Any, seed: Array) -> dict[str, bool]:

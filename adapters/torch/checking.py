@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from adapters.backend.checking import agreement
+from adapters.backend.checking import STEPS, agreement
 from adapters.backend.own_loop import Finding
 from adapters.torch.derivatives import Derivatives
 from adapters.torch.layers import modes_kept
@@ -25,6 +25,8 @@ __all__ = ["TorchView", "agreement_of"]
 
 class TorchView:
     """A network in evaluation mode on a few samples; its attributes are those of a ``NetworkView``."""
+
+    steps = STEPS
 
     def __init__(
         self,
