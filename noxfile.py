@@ -247,7 +247,7 @@ def stress(session: nox.Session) -> None:
     test(session, "tests/runs/test_damage.py", "tests/checkpoints/test_damage.py", "--timeout", "3600")
     killed = "tests/cli/test_resuming.py::test_a_killed_process_loses_an_epoch_at_most"
     session.env.update(BECAME_KILLS="20")
-    test(session, "tests/cli/test_crew.py", "tests/cli/test_cluster.py", "--timeout", "3600")
+    test(session, "tests/cli/test_pool.py", "tests/cli/test_cluster.py", "--timeout", "3600")
     session.env.update(BECAME_KILLS="50")
     test(session, "tests/checkpoints/test_resume.py", "--timeout", "3600")
     for backend, kills in {"torch": 100, "jax": 50, "tensorflow": 50}.items():

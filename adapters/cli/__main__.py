@@ -18,7 +18,6 @@ try:
 
     from adapters.backend.entry import BACKENDS, BackendName, first_installed, load_backend
     from adapters.cli.checkpoints import Fisher, Inspect, Merge
-    from adapters.cli.crew import engine_of
     from adapters.cli.display import Display
     from adapters.cli.jobs import unfinished_jobs
     from adapters.cli.listing import Kind, listed
@@ -36,6 +35,7 @@ try:
         request_type,
         with_short_help,
     )
+    from adapters.cli.pool import engine_of
     from adapters.cli.running import UnfinishedError, run_jobs
 except ModuleNotFoundError as error:
     if sys.argv[1:] == ["--version"]:

@@ -23,7 +23,7 @@ try:
 except ModuleNotFoundError as error:
     raise BecameError(f"the package '{error.name}' is missing; pip install 'became[dask]'.") from None
 
-__all__ = ["ClusterCrew", "carry_out", "connected"]
+__all__ = ["ClusterPool", "carry_out", "connected"]
 
 CONNECT = 10.0  # seconds until a scheduler that does not answer counts as missing
 # On a worker: the processes at work for each command, by its topic; and the topics of commands that were stopped.
@@ -49,7 +49,7 @@ def connected(scheduler: str) -> Client:
         raise BecameError(message) from None
 
 
-class ClusterCrew:
+class ClusterPool:
     """The workers of a Dask cluster; the scheduler decides which of them carries out which run, and when."""
 
     def __init__(self, scheduler: str, out: Path) -> None:

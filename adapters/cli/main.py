@@ -8,12 +8,12 @@ from functools import wraps
 from typing import ParamSpec
 
 from adapters.backend.entry import Backend
-from adapters.cli.crew import engine_of, slots_of
 from adapters.cli.display import Display, display_of, logged
 from adapters.cli.dryrun import plan, shared_values
 from adapters.cli.interruption import InterruptedRun
 from adapters.cli.jobs import Job, requested_jobs
 from adapters.cli.options import Output, Request, parse_request
+from adapters.cli.pool import engine_of, slots_of
 from adapters.cli.running import UnfinishedError, run_jobs
 from became_core import BecameError
 

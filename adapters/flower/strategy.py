@@ -8,9 +8,9 @@ so. A round repeats to the bit: nodes are drawn by the seed and the round, and a
 not depend on when they came.
 
 What it guards against, and what not: an answer is checked before it is used, nothing in it is executed, no client has
-more than ``cap`` times the median say, and no round is merged of fewer than ``fewest`` clients, whose models could be
-read off the result. A client that sends plausible weights that harm is not recognised. Encryption and authentication
-are Flower's: give its SuperLink certificates, and start it insecurely in tests alone.
+more than ``cap`` times the median curvature, and no round is merged of fewer than ``min_clients`` clients, whose models
+could be read off the result. A client that sends plausible weights that harm is not recognised. Encryption and
+authentication are Flower's: give its SuperLink certificates, and start it insecurely in tests alone.
 """
 
 import logging
@@ -49,7 +49,7 @@ class MergeStrategy(FedAvg):  # type: ignore[misc] # Flower is as if absent to t
         *,
         seed: int = 0,
         cap: float | None = 10.0,
-        fewest: int = 2,
+        min_clients: int = 2,
         without_fisher: Collection[str] = (),
         **options: Any,
     ) -> None:
@@ -60,7 +60,7 @@ class MergeStrategy(FedAvg):  # type: ignore[misc] # Flower is as if absent to t
                 are models, and each one's loss is its Laplace posterior: Fisher information times its share of samples.
             seed: draws which nodes take part, where not all do.
             cap: how many times the median curvature a client may claim; None for no limit.
-            fewest: the number of clients below which a round is not merged and the weights stay.
+            min_clients: the number of clients below which a round is not merged and the weights stay.
             without_fisher: the names for which clients send no Fisher information; they are averaged by samples.
             **options: of Flower's ``FedAvg``: ``fraction_train``, ``min_train_nodes`` and others.
 
@@ -70,11 +70,11 @@ class MergeStrategy(FedAvg):  # type: ignore[misc] # Flower is as if absent to t
         super().__init__(weighted_by_key=COUNT, arrayrecord_key=WEIGHTS, **options)
         if cap is not None and not cap >= 1:
             raise BecameError(f"cap is {cap}; it must be at least 1, or None for no limit.")
-        if fewest < 1:
-            raise BecameError(f"fewest is {fewest}; it must be at least 1.")
+        if min_clients < 1:
+            raise BecameError(f"min_clients is {min_clients}; it must be at least 1.")
         self.rule: MergeRule = Became(NativeExpansion()) if rule is None else rule
         self.left_out: dict[int, list[str]] = {}
-        self._seed, self._cap, self._fewest = seed, cap, fewest
+        self._seed, self._cap, self._min_clients = seed, cap, min_clients
         self._without_fisher = frozenset(without_fisher)
         self._sent: Arrays = {}
         self._asked: frozenset[int] = frozenset()
@@ -95,13 +95,13 @@ class MergeStrategy(FedAvg):  # type: ignore[misc] # Flower is as if absent to t
         nodes = self._nodes(grid, "evaluate", server_round, self.fraction_evaluate, self.min_evaluate_nodes)
         return self._messages(nodes, MessageType.EVALUATE, server_round, arrays, config)
 
-    def _nodes(self, grid: Grid, purpose: str, server_round: int, fraction: float, fewest: int) -> list[int]:
+    def _nodes(self, grid: Grid, purpose: str, server_round: int, fraction: float, min_clients: int) -> list[int]:
         """Return the nodes that take part, in order; wait until there are enough."""
         if not fraction:
             return []
-        while len(nodes := sorted(grid.get_node_ids())) < max(self.min_available_nodes, fewest):
+        while len(nodes := sorted(grid.get_node_ids())) < max(self.min_available_nodes, min_clients):
             time.sleep(1)
-        count = min(max(int(len(nodes) * fraction), fewest), len(nodes))
+        count = min(max(int(len(nodes) * fraction), min_clients), len(nodes))
         drawn = random_generator(self._seed, f"nodes that {purpose}", server_round).permutation(len(nodes))[:count]
         return [nodes[index] for index in sorted(drawn)]
 
@@ -134,9 +134,10 @@ class MergeStrategy(FedAvg):  # type: ignore[misc] # Flower is as if absent to t
         absent = self._asked - {message.metadata.src_node_id for message in answers}
         sentences += [f"node {node} is left out: it has not answered." for node in sorted(absent)]
         result: tuple[ArrayRecord | None, MetricRecord | None] = None, None
-        if len(contributions) < self._fewest:
+        if len(contributions) < self._min_clients:
             sentences.append(
-                f"round {server_round} is not merged: {len(contributions)} clients are left of at least {self._fewest}."
+                f"round {server_round} is not merged: {len(contributions)} clients are left of at least "
+                f"{self._min_clients}."
             )
         else:
             within, changes = limited(contributions, self._cap)

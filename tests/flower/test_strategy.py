@@ -181,7 +181,10 @@ def test_a_node_that_answers_twice_or_unasked_is_left_out() -> None:
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"cap": 0.5}, "cap is 0.5; it must be at least 1"), ({"fewest": 0}, "fewest is 0; it must be at least 1")],
+    [
+        ({"cap": 0.5}, "cap is 0.5; it must be at least 1"),
+        ({"min_clients": 0}, "min_clients is 0; it must be at least 1"),
+    ],
 )
 def test_numbers_that_cannot_be_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(BecameError, match=message):

@@ -1,6 +1,7 @@
 """Runs carried out by several workers at the same time: processes of this machine, or the workers of a Dask cluster.
 
-``Many`` is the engine: it hands out runs and shows what comes back. A ``Crew`` is where they are carried out.
+``PoolEngine`` is the engine: it gives runs to a ``WorkerPool``, whose workers carry them out, and shows what they say.
+
 Convention: a run is known by its name, which is unique among those of a command.
 """
 
@@ -25,14 +26,14 @@ from adapters.runs.directory import read_result
 from adapters.runs.events import Events
 from became_core import BecameError
 
-__all__ = ["Crew", "LocalCrew", "Many", "engine_of", "slots_of"]
+__all__ = ["LocalPool", "PoolEngine", "WorkerPool", "engine_of", "slots_of"]
 
-# Seconds: how often signals and the crew are looked at, and after how long a run is tried again that another process
+# Seconds: how often signals and the pool are looked at, and after how long a run is tried again that another process
 # works on.
 LOOK, AGAIN = 0.2, 1.0
 
 
-class Crew(Protocol):
+class WorkerPool(Protocol):
     """Workers that carry out runs, as a context; at its end none is left at work."""
 
     def __enter__(self) -> Self:
@@ -48,14 +49,14 @@ class Crew(Protocol):
         """Return the name of a run and what is said of it; None if nothing is within so many seconds.
 
         Raises:
-            BecameError: if the crew is lost, so that nothing will ever be said again.
+            BecameError: if the pool is lost, so that nothing will ever be said again.
         """
 
     def stop(self) -> None:
         """Let all workers save what they work on, and end with it; each then says so."""
 
 
-class LocalCrew:
+class LocalPool:
     """Processes of this machine, each of which carries out one run at a time."""
 
     def __init__(self, workers: int, environment: dict[str, str]) -> None:
@@ -72,7 +73,7 @@ class LocalCrew:
         self._inbox: queue.SimpleQueue[tuple[WorkerProcess, str, Message]] = queue.SimpleQueue()
 
     def __enter__(self) -> Self:
-        """Return the crew."""
+        """Return the pool."""
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -119,46 +120,46 @@ class LocalCrew:
 
 
 @dataclass(frozen=True)
-class Many:
-    """An engine that has a crew carry out the runs.
+class PoolEngine:
+    """An engine that has a pool carry out the runs.
 
     A run that fails is shown, and the others go on. A run that another process works on is waited for.
 
     Attributes:
-        crew: returns the crew for the folder of all runs.
+        pool: returns the pool for the folder of all runs.
     """
 
-    crew: Callable[[Path], AbstractContextManager[Crew]]
+    pool: Callable[[Path], AbstractContextManager[WorkerPool]]
 
     def __call__(self, jobs: Sequence[Job], load: Load, display: Display) -> list[RunResult | None]:
         """Carry out the runs; see ``Engine``."""
-        shift = _Shift(display, {job.run.name: job for job in jobs})
+        states = _RunStates(display, {job.run.name: job for job in jobs})
         saved = "every run is saved after its epoch first"
         with (
             Interruption(saved) as interruption,
-            self.crew(jobs[0].run.out) as crew,
+            self.pool(jobs[0].run.out) as pool,
             display.several(len(jobs)),
-            shift.shown,
+            states.shown,
         ):
             told = False
-            while shift.waiting or shift.working:
+            while states.waiting or states.working:
                 if interruption.received is not None:
-                    shift.waiting.clear()
+                    states.waiting.clear()
                     if not told:
-                        crew.stop()
+                        pool.stop()
                     told = True
-                shift.hand_out(crew)
-                came = crew.message(LOOK)
+                states.start_waiting(pool)
+                came = pool.message(LOOK)
                 if came is not None:
-                    shift.receive(*came)
-            if interruption.received is not None and shift.unfinished:
-                raise InterruptedRun(shift.summary(), interruption.received)
-        return [shift.results.get(job.run.name) for job in jobs]
+                    states.receive(*came)
+            if interruption.received is not None and states.unfinished:
+                raise InterruptedRun(states.summary(), interruption.received)
+        return [states.results.get(job.run.name) for job in jobs]
 
 
 @dataclass
-class _Shift:
-    """What is known of each run while a crew works on them."""
+class _RunStates:
+    """What is known of each run while a pool works on them."""
 
     display: Display
     jobs: dict[str, Job]
@@ -180,13 +181,13 @@ class _Shift:
         """How many runs have neither a result nor failed."""
         return len(self.jobs) - len(self.results) - len(self.failed)
 
-    def hand_out(self, crew: Crew) -> None:
-        """Give the crew all runs that it can take now."""
+    def start_waiting(self, pool: WorkerPool) -> None:
+        """Give the pool all runs that it can take now."""
         for _ in range(len(self.waiting)):
             name, earliest = self.waiting.popleft()
             if time.monotonic() < earliest:
                 self.waiting.append((name, earliest))
-            elif crew.start(self.jobs[name]):
+            elif pool.start(self.jobs[name]):
                 self.working.add(name)
             else:
                 self.waiting.appendleft((name, earliest))
@@ -272,21 +273,21 @@ def engine_of(workers: int | None, scheduler: str | None) -> tuple[Engine, int]:
     if workers is not None and scheduler is not None:
         raise BecameError("--workers are processes of this machine, and --scheduler has workers of its own; give one.")
     if scheduler is not None:
-        from adapters.cli.cluster import ClusterCrew  # needs Dask, which is an extra
+        from adapters.cli.cluster import ClusterPool  # needs Dask, which is an extra
 
-        return Many(lambda out: ClusterCrew(scheduler, out)), 1
+        return PoolEngine(lambda out: ClusterPool(scheduler, out)), 1
     most = workers or 0
     if most < 1:
         raise BecameError(f"--workers is {most}; it must be at least 1.")
     environment = dict(os.environ)  # as it is before a framework is set up in this process
-    return Many(lambda out: LocalCrew(most, environment)), most
+    return PoolEngine(lambda out: LocalPool(most, environment)), most
 
 
 def slots_of(scheduler: str) -> int:
     """Return how many runs the workers of a Dask cluster carry out at the same time, at least 1.
 
     Raises:
-        BecameError: as ``ClusterCrew`` does.
+        BecameError: as ``ClusterPool`` does.
     """
     from adapters.cli.cluster import connected
 

@@ -18,11 +18,11 @@ from typing import Any, Self
 
 import pytest
 
-from adapters.cli.crew import Many, engine_of
 from adapters.cli.interruption import InterruptedRun
 from adapters.cli.jobs import Job, load_data, requested_jobs
 from adapters.cli.main import main
 from adapters.cli.options import Request
+from adapters.cli.pool import PoolEngine, engine_of
 from adapters.cli.running import run_jobs
 from adapters.cli.worker import Message, order_of
 from adapters.runs.events import Events
@@ -198,7 +198,7 @@ def test_threads_are_divided_among_workers_unless_they_are_asked_for(
         assert Job(job.run, BACKEND, job.configuration, share=share).threads(job.stream()) == threads
 
 
-class ScriptedCrew:
+class ScriptedPool:
     """Says what a test has written down, each time that a run is started."""
 
     def __init__(self, script: dict[str, list[list[Message]]], most: int) -> None:
@@ -253,33 +253,33 @@ class Notes(Events):
         self.told.append(f"{run.name} gone")
 
 
-def carried_out(crew: ScriptedCrew, out: Path, notes: Any) -> list[Any]:
+def carried_out(pool: ScriptedPool, out: Path, notes: Any) -> list[Any]:
     jobs = requested_jobs(Request(methods=("gpm", "finetune"), out=out), lambda: BACKEND)
-    return [each is not None for each in Many(lambda out: crew)(jobs, load_data, notes)]
+    return [each is not None for each in PoolEngine(lambda out: pool)(jobs, load_data, notes)]
 
 
 def test_a_run_that_another_process_works_on_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("adapters.cli.crew.AGAIN", 0.01)
-    monkeypatch.setattr("adapters.cli.crew.read_result", lambda file: file)
+    monkeypatch.setattr("adapters.cli.pool.AGAIN", 0.01)
+    monkeypatch.setattr("adapters.cli.pool.read_result", lambda file: file)
     busy: list[Message] = [("busy", "another process (7) is at work")]
     script: dict[str, list[list[Message]]] = {
         "gpm-seed0": [busy, busy, [("finished", "")]],
         "finetune-seed0": [[("finished", "")]],
     }
-    crew, notes = ScriptedCrew(script, most=1), Notes()
-    assert carried_out(crew, tmp_path, notes) == [True, True]
+    pool, notes = ScriptedPool(script, most=1), Notes()
+    assert carried_out(pool, tmp_path, notes) == [True, True]
     assert notes.told == [
         "gpm-seed0  another process works on it, and it is waited for.",  # said once
         "finetune-seed0 finished",
         "gpm-seed0 finished",
     ]
-    assert crew.started == ["gpm-seed0", "finetune-seed0", "gpm-seed0", "gpm-seed0"]
+    assert pool.started == ["gpm-seed0", "finetune-seed0", "gpm-seed0", "gpm-seed0"]
 
 
 def test_a_run_that_begins_again_elsewhere_has_one_bar_and_late_messages_are_dropped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("adapters.cli.crew.read_result", lambda file: file)
+    monkeypatch.setattr("adapters.cli.pool.read_result", lambda file: file)
     watch: Message = ("watch", "torch", 2, 1)
     late: Message = ("event", "late", {})
     script: dict[str, list[list[Message]]] = {
@@ -287,7 +287,7 @@ def test_a_run_that_begins_again_elsewhere_has_one_bar_and_late_messages_are_dro
         "finetune-seed0": [[watch, ("failed", "the sentence")]],
     }
     notes = Notes()
-    assert carried_out(ScriptedCrew(script, most=9), tmp_path, notes) == [True, False]
+    assert carried_out(ScriptedPool(script, most=9), tmp_path, notes) == [True, False]
     assert notes.told == [
         *("gpm-seed0 shown", "begin", "gpm-seed0 gone", "gpm-seed0 shown", "resume", "gpm-seed0 gone"),
         "gpm-seed0 finished",
@@ -297,15 +297,15 @@ def test_a_run_that_begins_again_elsewhere_has_one_bar_and_late_messages_are_dro
 
 def test_after_a_signal_nothing_is_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     script: dict[str, list[list[Message]]] = {"gpm-seed0": [[("busy", "")]], "finetune-seed0": [[]]}
-    crew = ScriptedCrew(script, most=1)
-    start: Callable[[Job], bool] = crew.start
+    pool = ScriptedPool(script, most=1)
+    start: Callable[[Job], bool] = pool.start
 
     def interrupt(job: Job) -> bool:
-        if not crew.started:
+        if not pool.started:
             signal.raise_signal(signal.SIGTERM)
         return start(job)
 
-    monkeypatch.setattr(crew, "start", interrupt)
+    monkeypatch.setattr(pool, "start", interrupt)
     with pytest.raises(InterruptedRun, match=re.escape("of 2 runs 2 not begun")) as stopped:
-        carried_out(crew, tmp_path, Notes())
-    assert (stopped.value.status, crew.stopped, crew.started) == (143, True, ["gpm-seed0"])
+        carried_out(pool, tmp_path, Notes())
+    assert (stopped.value.status, pool.stopped, pool.started) == (143, True, ["gpm-seed0"])
