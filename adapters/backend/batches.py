@@ -24,6 +24,7 @@ __all__ = [
     "counted",
     "gradient_by_outputs",
     "inputs_and_targets",
+    "mean_loss",
     "repeatable",
     "units_of",
     "with_progress",
@@ -124,6 +125,32 @@ def counted(units: float) -> float:
     if not units:
         raise BecameError("there are no samples; give at least one batch, and no iterator that has been read before.")
     return units
+
+
+def mean_loss(
+    likelihood: Likelihood | Callable[..., Any],
+    passes: Iterable[tuple[Array, Any]],
+    own_loss: Callable[[Array, Any], Any] | None = None,
+) -> float:
+    """Return the mean loss over batches.
+
+    Args:
+        likelihood: or any loss.
+        passes: the outputs and the targets of each batch.
+        own_loss: how a loss that is no likelihood is called, if not with outputs and targets.
+
+    Raises:
+        BecameError: if there is no batch.
+    """
+    total = units = 0.0
+    for outputs, targets in passes:
+        size = units_of(likelihood, outputs, targets)
+        if isinstance(likelihood, Likelihood):
+            total += float(likelihood.loss(outputs, targets))
+        else:
+            total += float((own_loss or likelihood)(outputs, targets)) * size
+        units += size
+    return total / counted(units)
 
 
 def _check_labels(likelihood: Categorical, outputs: Array, targets: Any) -> None:

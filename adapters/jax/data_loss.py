@@ -28,6 +28,7 @@ from adapters.backend.batches import (
     counted,
     gradient_by_outputs,
     inputs_and_targets,
+    mean_loss,
     units_of,
     with_progress,
 )
@@ -217,16 +218,8 @@ class DataLoss:
 
     def mean(self, batches: Iterable[Any], theta: Params) -> float:
         """Return the mean loss at these weights."""
-        total = units = 0.0
-        for inputs, targets in self._read(batches):
-            outputs = self._outputs(theta, inputs)
-            size = units_of(self.likelihood, outputs, targets)
-            if isinstance(self.likelihood, Likelihood):
-                total += float(self.likelihood.loss(outputs, targets))
-            else:
-                total += float(self.likelihood(outputs, targets)) * size
-            units += size
-        return total / counted(units)
+        passes = ((self._outputs(theta, inputs), targets) for inputs, targets in self._read(batches))
+        return mean_loss(self.likelihood, passes)
 
     @staticmethod
     def in_dtype(numbers: Any, like: Array) -> Array:

@@ -8,13 +8,14 @@ changed. Parameters go by the names of ``adapters/tensorflow/parameters.py``, an
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import keras
 import numpy as np
 import tensorflow as tf
 
-from adapters.backend.batches import Kind, cotangents_of, counted, gradient_by_outputs, units_of
+from adapters.backend.batches import Kind, cotangents_of, counted, gradient_by_outputs, mean_loss, units_of
 from adapters.backend.checking import check_network
 from adapters.backend.memory import InputGrams, by_slopes, gram_sums
 from adapters.backend.own_loop import NetworkCheck
@@ -161,26 +162,18 @@ class DataLoss:
 
     def mean(self, batches: Iterable[Any], theta: Params) -> float:
         """Return the mean loss at these weights."""
-        total = units = 0.0
-        for inputs, targets in self._read(theta, batches):
-            outputs = self.network.outputs(theta, inputs)
-            size = units_of(self.likelihood, outputs, targets)
-            is_mean = not isinstance(self.likelihood, Likelihood)
-            total += float(_loss(self.likelihood, outputs, targets)) * (size if is_mean else 1)
-            units += size
-        return total / counted(units)
+        passes = ((self.network.outputs(theta, inputs), targets) for inputs, targets in self._read(theta, batches))
+        return mean_loss(self.likelihood, passes, partial(_own_loss, self.likelihood))
 
 
 def _double(value: Any) -> Array:
     return tf.cast(value, tf.float64)
 
 
-def _loss(likelihood: Likelihood | Loss, outputs: Array, targets: Any) -> Array:
-    if isinstance(likelihood, Likelihood):
-        return likelihood.loss(outputs, targets)
+def _own_loss(loss_of: Any, outputs: Array, targets: Any) -> Array:
     # Keras's own losses have the targets first.
-    is_keras = isinstance(likelihood, keras.losses.Loss)
-    loss: Array = tf.convert_to_tensor(likelihood(targets, outputs) if is_keras else likelihood(outputs, targets))
+    is_keras = isinstance(loss_of, keras.losses.Loss)
+    loss: Array = tf.convert_to_tensor(loss_of(targets, outputs) if is_keras else loss_of(outputs, targets))
     if loss.shape.rank:
         raise BecameError(f"the loss has shape {list(loss.shape)}; it must return one number, the batch's mean.")
     return loss
@@ -189,5 +182,5 @@ def _loss(likelihood: Likelihood | Loss, outputs: Array, targets: Any) -> Array:
 def _own_gradient(loss_of: Loss, outputs: Array, targets: Any) -> Array:
     with tf.GradientTape() as tape:
         tape.watch(outputs)
-        loss = _loss(loss_of, outputs, targets)
+        loss = _own_loss(loss_of, outputs, targets)
     return tape.gradient(loss, outputs) * tf.cast(outputs.shape[0], outputs.dtype)

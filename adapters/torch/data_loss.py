@@ -15,7 +15,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from adapters.backend.batches import Kind, Reader, cotangents_of, counted, gradient_by_outputs, units_of, with_progress
+from adapters.backend.batches import (
+    Kind,
+    Reader,
+    cotangents_of,
+    counted,
+    gradient_by_outputs,
+    mean_loss,
+    units_of,
+    with_progress,
+)
 from adapters.backend.checking import check_network
 from adapters.backend.memory import InputGrams, by_slopes, gram_sums
 from adapters.backend.own_loop import NetworkCheck
@@ -211,17 +220,8 @@ class DataLoss:
 
     def mean(self, batches: Batches, theta: Params) -> float:
         """Return the mean loss at these weights."""
-        total = units = 0.0
         with self.at(theta), in_evaluation(self._model), torch.no_grad():
-            for batch in batches:
-                outputs, targets = self.run(batch)
-                size = units_of(self.likelihood, outputs, targets)
-                if isinstance(self.likelihood, Likelihood):
-                    total += float(self.likelihood.loss(outputs, targets))
-                else:
-                    total += float(self.likelihood(outputs, targets)) * size
-                units += size
-        return total / counted(units)
+            return mean_loss(self.likelihood, map(self.run, batches))
 
     @staticmethod
     def in_dtype(numbers: Tensor, like: Tensor) -> Tensor:
