@@ -409,4 +409,5 @@ def test_matrices_too_large_for_factors_are_named(
     large = [name for name, value in values.items() if "@" not in name and value.ndim == 2]
     shown = " ".join((captured := capsys.readouterr()).out.split() + captured.err.split())
     names = ", ".join(f"'{name}'" for name in large)
-    assert large and f"have the diagonal of their curvature, no factors: {names}." in shown
+    assert large
+    assert f"have the diagonal of their curvature, no factors: {names}." in shown
