@@ -64,11 +64,16 @@ class MergePath:
         points: the true loss and accuracy at each traced alpha.
         new: the slope at theta_gp and the curvature of the new task's loss along delta, by the way of measuring.
         old: the slope at theta_gp and the curvature of all old tasks' loss along delta, by the way of measuring.
+        curve: the true loss and accuracy at the same places of the curve through the mode of both sides' diagonals;
+            empty if an earlier version traced the path.
+        predicted_advantage: by how much the loss of these diagonals is lower at the mode than anywhere on the segment.
     """
 
     points: list[PathPoint]
     new: dict[str, tuple[float, float]]
     old: dict[str, tuple[float, float]]
+    curve: list[PathPoint] = field(default_factory=list, metadata={"later": True})
+    predicted_advantage: float = field(default=float("nan"), metadata={"later": True})
 
 
 @dataclass(frozen=True)
