@@ -31,4 +31,4 @@ def least_along_curve(slope: Array, curvature: Array, points: int = 20001) -> fl
 
 def posterior_mode(theta_gp: Array, theta_hat: Array, old: Array, new: Array) -> Array:
     """Return the solution of (P_old + P_new) theta = P_old theta_gp + P_new theta_hat."""
-    return np.linalg.solve(old + new, old @ theta_gp + new @ theta_hat)
+    return np.asarray(np.linalg.solve(old + new, old @ theta_gp + new @ theta_hat), dtype=np.float64)

@@ -118,7 +118,7 @@ class BecameRecipe(_WithDecay):
 
     def build(self) -> Method:
         """Return the method; if it merges by Kronecker factors, its posterior has them as well."""
-        rule = Became(ESTIMATORS[self.precision], self.per, self.shrinkage)
+        rule = Became(ESTIMATORS[self.precision], self.per, shrinkage=self.shrinkage)
         return Method("became", rule=rule, precision=STRUCTURES[self.precision], decay=self.decay)
 
 

@@ -194,16 +194,19 @@ class Became(MergeRule):
         precision: how the losses' curvatures are estimated; ``estimators`` has several.
         per: "model" for one coefficient, "layer" or "leaf" for one each (of two models), "weight" for one for each
             weight, by the losses' diagonals alone: the mode of their product, as ``ModeIMM`` has it.
-        shrinkage: of "weight": the share of the way from there to the merge per model, in [0, 1]. A diagonal overstates
-            what it knows of single weights; the merge per model looks at their common way.
         reduce: how numbers are summed over all processes or devices, if the models are one's own parts of models, as
             within ``jax.shard_map``. PyTorch's ``DTensor`` needs none.
+        shrinkage: of "weight": the share of the way from there to the merge per model, in [0, 1]. A diagonal overstates
+            what it knows of single weights; the merge per model looks at their common way.
+
+    Raises:
+        BecameError: if the shrinkage is not in [0, 1].
     """
 
     precision: Estimator = field(default_factory=Secant)
     per: PerWeight = "model"
-    shrinkage: float = 0.0
     reduce: Reduce | None = None
+    shrinkage: float = 0.0
 
     def __post_init__(self) -> None:
         """Check the shrinkage."""

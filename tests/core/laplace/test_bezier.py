@@ -101,7 +101,7 @@ def test_the_minimum_along_a_curve_is_that_of_a_fine_grid(xp: Any, slope: Any, c
 @pytest.mark.parametrize("stiff", [0.0, 1e-13, 1e-9, 1e-5, 1e-2])
 def test_a_curve_that_hardly_bends_has_the_minimum_of_the_segment(xp: Any, stiff: float) -> None:
     """However small the cubic's first coefficient is beside the others, no digit is lost."""
-    quadratic = Quadratic(xp.asarray([-1.0, 0.0]), xp.asarray([[4.0, 0.0], [0.0, stiff]]))
+    quadratic = Quadratic(to_xp(xp, np.array([-1.0, 0.0])), to_xp(xp, np.diag([4.0, stiff])))
     t = float(curve_minimiser(quadratic))
     slope = -1 + 4 * t + stiff * (4 * t - 12 * t**2 + 8 * t**3)
     assert slope == pytest.approx(0, abs=1e-15)

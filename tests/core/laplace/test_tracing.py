@@ -109,7 +109,10 @@ CASES: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
     "curve": (lambda *four: bezier_path(*four).at(0.5), (GP, HAT, OLD, NEW)),
     "minimum of a curve": (lambda b, c: curve_minimiser(Quadratic(b, c)), (SLOPE[:2], CURVATURE[:2, :2])),
     "became, curve": (lambda *four: BecameCurve(DiagonalFisher()).merge(*pair(*four)), (GP, HAT, OLD, NEW)),
-    "became, weights": (lambda *four: Became(per="weight").merge(*pair(*four)).theta, (GP, HAT, OLD, NEW)),
+    "became, weights": (
+        lambda *four: Became(DiagonalFisher(), "weight", shrinkage=0.3).merge(*pair(*four)).theta,
+        (GP, HAT, OLD, NEW),
+    ),
     "advantage": (lambda *four: predicted_advantage(*four), (GP, HAT, OLD, NEW)),
 }
 
