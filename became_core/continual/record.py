@@ -87,7 +87,8 @@ class TaskEnd:
         class_incremental_accuracy: the class-incremental accuracy on each task so far.
         full: the protected spaces that became whole with this task: such a weight no longer changes in stage 1.
         loss: the loss on each task so far, in its natural unit.
-        samples: what the network writes in the manner of each task so far; empty if samples are no text.
+        samples: what the network writes or draws in the manner of each task so far, as ``Learner.written`` returns it;
+            empty if it does neither.
     """
 
     task: int
@@ -116,7 +117,8 @@ class RunRecord:
         loss: the loss [T, T], in its natural unit; [t, i] is that on task i after task t, NaN for i > t. It is empty if
             an earlier version began the run.
         unit: the unit in which the run is measured: "%" for accuracy, or that of the loss.
-        samples: after each task, what the network writes in the manner of each task so far; empty if it writes no text.
+        samples: after each task, what the network writes or draws in the manner of each task so far; empty if it does
+            neither.
     """
 
     accuracy: NDArray[np.float64]

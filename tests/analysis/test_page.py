@@ -125,7 +125,7 @@ def test_the_page_refers_to_nothing_outside_itself(report: Path) -> None:
     assert {target.removeprefix("#") for target in targets} <= set(ids)
     assert "@import" not in text
     policy = [a["content"] for tag, a in page.elements if a.get("http-equiv") == "Content-Security-Policy"]
-    assert policy == ["default-src 'none'; style-src 'unsafe-inline'"]
+    assert policy == ["default-src 'none'; style-src 'unsafe-inline'; img-src data:"]
 
 
 def test_a_figures_file_follows_the_readers_theme_and_stays_as_it_is_elsewhere(report: Path) -> None:
