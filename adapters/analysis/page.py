@@ -28,6 +28,8 @@ __all__ = ["Drawing", "escaped", "page"]
 # How a sample begins that is a picture, as ``Learner.written`` returns it.
 PICTURE = "data:image/png;base64,"
 
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+
 _STYLE = """
 * { box-sizing: border-box }
 body { margin: 0 auto; max-width: 78rem; padding: 1rem; background: var(--paper); color: var(--ink);
@@ -95,7 +97,7 @@ def page(
     links = [("scores", "Scores"), *((f"method-{group.place}", escaped(group.label)) for group in groups)]
     parts = [
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
-        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'; img-src data:\">",
+        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">',
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
         f"<title>{title}</title>\n<style>{_theme()}{_STYLE}</style>\n</head>\n<body>",
         f"<header><h1>{title}</h1>\n<p>{runs} finished {'run' if runs == 1 else 'runs'}. Written by "
