@@ -176,22 +176,17 @@ def _texts(group: Group) -> str:
 
 def _pictures(run: RunResult) -> str:
     """What the network draws after each task, of each task so far."""
-    parts = []
+    rows = []
     for after, texts in enumerate(run.samples, start=1):
-        parts.append(f"<h3>After task {after}</h3>")
+        parts: list[str] = []
         for task, address in enumerate(texts, start=1):
-            alt = f"After task {after}: digits of task {task}, what is made of them, and what is drawn."
-            caption = f"Task {task}"
-            parts.append(
-                f'<figure><img src="{html.escape(address)}" alt="{escaped(alt)}">'
-                f"<figcaption>{caption}</figcaption></figure>"
-            )
+            alt = f"After task {after}: test samples of task {task}, what is made of them, and what is drawn."
+            picture = f'<img src="{html.escape(address)}" alt="{escaped(alt)}">'
+            parts.append(f"<figure>{picture}<figcaption>Task {task}</figcaption></figure>")
+        rows.append(f'<h3>After task {after}</h3><div class="grid">{"".join(parts)}</div>')
     about = f"Seed {run.seed}. Above: test samples of the task. Middle: what the network makes of them. Below: what it "
     about += "draws from the prior, by the noise of the same samples."
-    return (
-        f"<details open><summary>What the network draws</summary><p>{about}</p>"
-        f'<div class="grid">{"".join(parts)}</div></details>'
-    )
+    return f"<details open><summary>What the network draws</summary><p>{about}</p>{''.join(rows)}</details>"
 
 
 def _matrices(group: Group) -> str:
