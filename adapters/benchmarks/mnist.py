@@ -8,6 +8,7 @@ import hashlib
 import io
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -56,7 +57,7 @@ def load_mnist_to_draw(data_dir: Path | None = None) -> Dataset:  # noqa: ARG001
         BecameError: if the file of digits is missing or damaged.
     """
     digits = load_mnist()
-    pixels = (digits.images.reshape(len(digits.images), -1) > 127).astype(np.float32)
+    pixels: Any = (digits.images.reshape(len(digits.images), -1) > 127).astype(np.float32)
     noise = random_generator(0, "latent noise").standard_normal((len(pixels), LATENT)).astype(np.float32)
     samples = np.concatenate([pixels, noise], axis=1)
     width = samples.shape[1]

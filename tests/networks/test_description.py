@@ -109,7 +109,7 @@ def test_it_is_a_value() -> None:
         ((Flatten(), Linear("fc", 4), Latent()), r"Latent needs means, .* in a row, \[3 d\], but sees \[4\]"),
         (
             (Branches(((0, 2, ()),)), Flatten()),
-            r"a branch has the features 0 to 2 of \[2, 7, 6\]; give a part of a row",
+            r"a branch has the features 0 to 2 of \[2, 7, 6\]; give a part",
         ),
         ((Flatten(), Branches(((80, 90, ()),))), r"a branch has the features 80 to 90 of \[84\]; give a part of a row"),
         (
