@@ -144,7 +144,7 @@ PERMUTED_MNIST = {
 MNIST_VAE = {
     "quick": Preset(
         {
-            **_annealed(2e-3, 30, 15),
+            **_annealed(2e-3, 12, 6),
             "network": "vae",
             "optimiser": "adam",
             "batch_size": 50,
