@@ -122,10 +122,12 @@ def test_the_outputs_are_those_of_the_definition(expected: dict[str, NDArray[Any
     np.testing.assert_allclose(expected["outputs"][:, 0], np.concatenate([logits, encoded], axis=1), rtol=1e-12)
 
 
+@pytest.mark.parametrize("masks", ["numpy", "framework"])
 @pytest.mark.parametrize("name", FRAMEWORKS)
-def test_noise_is_new_in_training_and_a_function_of_the_generator(name: str) -> None:
+def test_noise_is_new_in_training_and_a_function_of_the_generator(name: str, masks: str) -> None:
     """Without a rate nothing is learned, so losses differ by the noise alone; what is measured has the samples' own."""
-    learner = FRAMEWORKS[name].learner(NETWORK, STREAM, 3)
+    kind: Any = type(FRAMEWORKS[name].learner(NETWORK, STREAM, 3))
+    learner = kind(NETWORK, STREAM, dtype="float64", seed=3, dropout_masks=masks)
     constraint, rates = Constraint(frozenset(learner.parameters())), np.zeros(1)
 
     def loss(seed: int) -> float:
