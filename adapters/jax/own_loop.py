@@ -11,7 +11,8 @@ which is decoupled from the optimiser, as AdamW's weight decay is, and stable at
 
 Convention: losses and Fisher information are means over samples or over tokens, as the likelihood says, and tasks count
 alike, each with its mean. Parameters go by dotted path. Every array of real numbers in ``params`` is a parameter, so
-what is not trained, such as running statistics, must not be in that tree but in ``apply``.
+what is not trained, such as running statistics, must not be in that tree but in ``apply``. ``merge`` therefore cannot
+estimate running statistics anew, as it does for models that hold their own.
 """
 
 from collections.abc import Callable, Iterable
@@ -28,7 +29,7 @@ from safetensors.flax import save_file
 from adapters.backend import memory as shared
 from adapters.backend.batches import Kind
 from adapters.backend.own_loop import Coverage, MergeReport, NetworkCheck, Uncovered, first_difference
-from adapters.jax.data_loss import DataLoss, Loss
+from adapters.jax.data_loss import DataLoss, Loss, moments_of
 from adapters.jax.tapping import Apply, trained_of
 from became_core import BecameError, LaplacePosterior, Secant
 from became_core import merge as merge_trees
@@ -108,10 +109,13 @@ class Memory:
 def remember(
     apply: Apply,
     params: Any,
-    batches: Iterable[Any],
+    batches: Iterable[Any] | None = None,
     likelihood: str | Likelihood | Loss | None = None,
     memory: Memory | None = None,
     *,
+    state: Any = None,
+    samples: int | None = None,
+    b2: float = 0.999,
     projector: Projector | None = None,
     uncovered: Uncovered | None = None,
     penalty: float | None = None,
@@ -123,18 +127,23 @@ def remember(
     """Return the memory with the data that the parameters have learned.
 
     One pass over the batches gives the spaces that they use and the exact diagonal of the Fisher information, both at
-    these parameters. With a memory, its settings hold where no other is given.
+    these parameters. With a memory, its settings hold where no other is given. Without old data there may be the state
+    of an optimiser: the second moments of optax's Adam, without their bias and times the samples of a step, stand for
+    the Fisher information; then there is no memory of spaces, and nothing is protected but penalised.
 
     Args:
         apply: (params, inputs) -> outputs, [samples, ...], as in evaluation: without dropout and without statistics of
             the batch.
         params: a tree of arrays.
         batches: of the old data: pairs of inputs and targets, or mappings with ``labels``, of which ``apply`` takes the
-            rest. Inputs are an array or a tree of arrays.
+            rest. Inputs are an array or a tree of arrays. None if there is a state.
         likelihood: "categorical" (the default), "gaussian" or "bernoulli", a value of ``became_core.curvature``, or any
             loss: (outputs, targets) -> the mean over the samples of the batch, of which Fisher information is the
             empirical one, and curvature along a direction a difference of slopes.
         memory: of the tasks before; None for none.
+        state: of an optax optimiser with an Adam in it that has just trained the parameters, instead of batches.
+        samples: with a state, how many samples (or tokens) a step had.
+        b2: with a state, the decay of that Adam's second moments, which the state does not say.
         projector: what protects matrices: an empty ``GPM()`` (the default), ``SGP()`` or ``NSCL()``, or another that
             needs only what layers read; not with a memory, which has one.
         uncovered: what is done with parameters that it cannot protect: they are "penalised" (the default) for leaving
@@ -175,7 +184,13 @@ def remember(
     data = DataLoss(apply, params, known, fisher=settings["fisher"], checks=check, shows=progress)
     if memory is not None:
         _check_architecture(memory, data.theta)
-    squares, finished = data.fisher(batches, with_memory=True)
+    if (batches is None) == (state is None):
+        raise BecameError("remember needs either batches or the state of an optimiser; give one of them.")
+    if batches is None:
+        squares = shared.fisher_of_moments(moments_of(state, b2), samples, data.theta, stacklevel=2)
+    else:
+        squares, finished = data.fisher(batches, with_memory=True)
+        before = before.remember(finished)
     matrices = data.matrices if memory is None else memory.matrices | data.matrices
     turned = [name for name, way in matrices.items() if memory is not None and memory.matrices.get(name, way) != way]
     if turned:
@@ -184,7 +199,7 @@ def remember(
     mean = _copied(data.theta)
     return Memory(
         posterior=shared.grown(None if memory is None else memory.posterior, mean, squares, settings["decay"]),
-        projector=before.remember(finished),
+        projector=before,
         parameters=_parameters({name: value.shape for name, value in data.theta.items()}, matrices),
         likelihood=data.likelihood,
         checked=data.checked,
@@ -422,10 +437,10 @@ def load(
     shared.check_settings(stored.settings["projector"], **settings)
     known = stored.settings["likelihood"]
     return Memory(
-        posterior=stored.posterior,
-        projector=stored.settings["projector"],
-        parameters=_parameters(shapes, stored.matrices),
-        likelihood=likelihood_named(known) if isinstance(known, str) else known,
+        stored.posterior,
+        stored.settings["projector"],
+        _parameters(shapes, stored.matrices),
+        likelihood_named(known) if isinstance(known, str) else known,
         **settings,
     )
 

@@ -87,13 +87,24 @@ class StepGuard:
         for parameters, group in self.groups:
             for name, value in parameters.items():
                 if name in protected and name not in self.standing:
-                    change = value - self.before[name]
-                    change = change.T if name in self.transposed else change
-                    allowed = self.projector.project({name: change})[name]
-                    torch.add(self.before[name], allowed.T if name in self.transposed else allowed, out=value.data)
+                    self._project(name, value.data)
                 elif name in self.before:
                     value.copy_(self.before[name])
                 elif self.uncovered == "penalised" and name in self.penalised:
                     mean, strength = self.penalised[name]
                     pull = float(group["lr"]) * strength
                     value.addcmul_(pull, mean).div_(1 + pull)
+
+    def _project(self, name: str, value: Tensor) -> None:
+        """Take a step's part in the protected space out of a weight, in place."""
+        before, is_transposed = self.before[name], name in self.transposed
+        factor = self.projector.removed_factor(name)
+        if factor is not None and value.dtype == factor.dtype and value.is_contiguous():
+            # Two products and no further array of the weight's size; the weights from before the step are not needed.
+            back = before.sub_(value)
+            into, rows = (array.T if is_transposed else array.view(len(array), -1) for array in (value, back))
+            into.addmm_(rows @ factor, factor.T)
+            return
+        change = value - before
+        allowed = self.projector.project({name: change.T if is_transposed else change})[name]
+        torch.add(before, allowed.T if is_transposed else allowed, out=value)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from adapters.torch.graph import Graph, Unknown, Use, graph_of, pulled_back
+from adapters.torch.graph import Graph, Unknown, Use, Window, graph_of, pulled_back
 from adapters.torch.layers import Statistics, constant_statistics
 from adapters.torch.rows import Arrangement, Forward, Key, Layouts, Split, by_sample, studied
 from became_core.curvature import Tap, Taps, joined_uses
@@ -45,6 +45,7 @@ def collect_taps(
     *,
     layouts: Layouts | None = None,
     per_sample: bool = True,
+    windows: bool = False,
 ) -> Iterator[Taps]:
     """Run one forward pass and a backward pass for each cotangent; yield the taps of each.
 
@@ -56,6 +57,7 @@ def collect_taps(
         layouts: what earlier batches of the same network told; the batch at hand is added to it.
         per_sample: whether per-sample gradients exist, batch statistics being constants; otherwise taps are
             right as sums over all samples alone, and a parameter of which no layer's tap speaks has one gradient.
+        windows: whether convolutions whose kernels slide by one have their images too, for Gram matrices.
     """
     layouts = Layouts() if layouts is None else layouts
     run = _forward(network, names, arguments, layouts, per_sample=per_sample)
@@ -69,13 +71,13 @@ def collect_taps(
     edges: dict[Any, GradientEdge] = {use.node: GradientEdge(use.node, 0) for use in uses}
     edges |= {use.key: use.operand for use in uses if use.operand is not None}
     lone = [] if per_sample else [run.parameters[name] for name in plan.others]
-    inputs: dict[Key, Any] = {}
+    inputs: dict[Key, tuple[Tensor, Window | None]] = {}
     for seed in cotangents(run.logits.detach()):
         samples = len(seed)
         gradients = run.gradients([*edges.values(), *lone], seed)  # type: ignore[list-item]
         at = dict(zip(edges, gradients, strict=False))
         of_uses = {
-            name: [_tap_of(use, at, samples, arranged, inputs, run) for use in of_weight]
+            name: [_tap_of(use, at, samples, arranged, inputs, run, windows) for use in of_weight]
             for name, of_weight in plan.taps.items()
         }
         taps = {name: joined_uses([tap for tap in own if tap is not None]) for name, own in of_uses.items()}
@@ -298,8 +300,9 @@ def _tap_of(
     at: Mapping[Any, Tensor | None],
     samples: int,
     arranged: Mapping[Key, Arrangement],
-    inputs: dict[Key, Any],
+    inputs: dict[Key, tuple[Tensor, Window | None]],
     run: Forward,
+    windows: bool,
 ) -> Tap | None:
     """Return the tap of one use; None if the result does not depend on it.
 
@@ -310,6 +313,7 @@ def _tap_of(
         arranged: how the rows of uses are arranged.
         inputs: of uses whose taps have been made for other cotangents of the same pass.
         run: the forward pass.
+        windows: whether convolutions have their images too.
     """
     gradient = at[use.node]
     if gradient is None:
@@ -328,14 +332,18 @@ def _tap_of(
     g = by_sample(use.rows(gradient), arrangement, samples)
     if use.key not in inputs:
         a = by_sample(use.inputs(), arrangement, samples)
-        inputs[use.key] = a if use.kind == "embedding" else a.flatten(1, 2)
+        window = use.window() if windows and use.window is not None else None
+        inputs[use.key] = a if use.kind == "embedding" else a.flatten(1, 2), window
+    a, window = inputs[use.key]
     return Tap(
         use.kind,
-        inputs[use.key],
+        a,
         g.flatten(1, 2),
         groups=use.groups,
         size=use.size,
+        kernel=(0, 0) if window is None else window.kernel,
         transposed=use.transposed,
+        images=None if window is None else window.images,
     )
 
 

@@ -199,6 +199,13 @@ class Projector(ABC):
         """
         return rows
 
+    def removed_factor(self, name: str) -> Array | None:
+        """Return F [d_in, k] if rows of a weight are projected to rows - rows F F^T and by nothing else; None if not.
+
+        A framework that can add a product to an array in place may then do so, without an array of the weight's size.
+        """
+        return None
+
     def unprotected_penalty(self) -> float:
         """Return the strength of the quadratic penalty on shared parameters that are no matrices; 0 freezes them."""
         return 0.0

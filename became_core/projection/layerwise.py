@@ -67,6 +67,12 @@ class LayerwiseProjector(Projector):
         """Return rows [n, d_in] without their part in the weight's protected space, if it has one."""
         return self.spaces[name].project_rows(name, rows) if name in self.spaces else rows
 
+    def removed_factor(self, name: str) -> Array | None:
+        """Return the factor of a weight's subspace, if projecting is what this class does and the subspace has one."""
+        own, space = type(self), self.spaces.get(name)
+        is_plain = own.project is LayerwiseProjector.project and own.project_rows is LayerwiseProjector.project_rows
+        return space.factor if is_plain and space is not None and space.form == "I - F F^T" else None
+
     @property
     def rowwise(self) -> frozenset[str]:
         """The names of all protected weights."""

@@ -91,3 +91,29 @@ def test_both_remember_merge_and_save_the_same(tmp_path: Path) -> None:
     assert reports[0].slopes == pytest.approx(reports[1].slopes, rel=1e-8)
     np.testing.assert_allclose(reports[0].trace, reports[1].trace, rtol=1e-8)
     np.testing.assert_allclose(model.get_layer("first").kernel.numpy().T, module.first.weight.detach(), rtol=1e-8)
+
+
+def test_both_remember_the_same_of_an_adams_second_moments() -> None:
+    layers = [keras.layers.Dense(8, "tanh", name="first"), keras.layers.Dense(3, name="last")]
+    model, module, data = keras.Sequential([keras.Input((6,)), *layers]), _Perceptron().double(), _data(1)
+    _set_keras(model, _weights(0.0))
+    module.load_state_dict({name: torch.from_numpy(value) for name, value in _weights(0.0).items()})
+    settings = {"learning_rate": 1e-2, "beta_2": 0.9}
+    of_keras = keras.optimizers.AdamW(**settings, weight_decay=0.0, epsilon=1e-8)
+    of_torch = torch.optim.AdamW(module.parameters(), 1e-2, betas=(0.9, 0.9), weight_decay=0.0)
+    model.compile(of_keras, keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    for x, y in data * 2:
+        model.train_on_batch(x, y)
+        of_torch.zero_grad()
+        torch.nn.functional.cross_entropy(module(torch.from_numpy(x)), torch.from_numpy(y)).backward()
+        of_torch.step()
+    by_keras, by_torch = KerasContinual(model), TorchContinual(module)
+    for learning, optimizer in ((by_keras, of_keras), (by_torch, of_torch)):
+        with pytest.warns(UserWarning, match="unfit after clipping"):
+            learning.remember(optimizer=optimizer, samples=8)
+        assert learning.coverage.share("penalised") == 1
+    assert by_keras.posterior is not None
+    assert by_torch.posterior is not None
+    for name, value in by_torch.posterior.precision.diagonal().items():
+        np.testing.assert_allclose(by_keras.posterior.precision.diagonal()[name], value, rtol=1e-5)
+        assert float(value.abs().max()) > 0

@@ -112,3 +112,35 @@ def test_both_remember_step_merge_and_save_the_same(tmp_path: Path) -> None:
     assert report.promised == expected.promised
     np.testing.assert_allclose(report.trace, expected.trace, rtol=1e-8)
     _assert_alike(report.params, module)
+
+
+def test_both_remember_the_same_of_an_adams_second_moments() -> None:
+    load("jax", "cpu")
+    torch.manual_seed(0)
+    module, data = _Perceptron().double(), _data(1)
+    params = _as_tree(module)
+    of_torch = torch.optim.Adam(module.parameters(), RATE, betas=(0.9, 0.99))
+    # Each part of the parameters has an optimiser, and another comes before it.
+    adams = {"first": optax.adam(RATE, b2=0.99), "last": optax.adam(RATE, b2=0.99)}
+    of_jax = optax.chain(optax.identity(), optax.multi_transform(adams, {"first": "first", "last": "last"}))
+    state = of_jax.init(params)
+
+    def loss(params: Any, x: Any, y: Any) -> Any:
+        return optax.softmax_cross_entropy_with_integer_labels(_apply(params, x), y).mean()
+
+    for x, y in data:
+        of_torch.zero_grad()
+        torch.nn.functional.cross_entropy(module(torch.from_numpy(x)), torch.from_numpy(y)).backward()
+        of_torch.step()
+        updates, state = of_jax.update(jax.grad(loss)(params, x, y), state, params)
+        params = optax.apply_updates(params, updates)
+    learning = Continual(module)
+    with pytest.warns(UserWarning, match="unfit after clipping"):
+        learning.remember(optimizer=of_torch, samples=8)
+    with pytest.warns(UserWarning, match="unfit after clipping"):
+        memory = own_loop.remember(_apply, params, state=state, samples=8, b2=0.99)
+    assert learning.posterior is not None
+    for name, value in learning.posterior.precision.diagonal().items():
+        np.testing.assert_allclose(memory.posterior.precision.diagonal()[name], value, rtol=1e-9)
+        assert float(value.abs().max()) > 0
+    assert own_loop.coverage(memory).share("penalised") == 1

@@ -508,6 +508,39 @@ def test_second_moments_of_an_optimizer_stand_for_old_data_with_a_warning() -> N
         learning.remember(batches, optimizer=optimizer, samples=1)
 
 
+@pytest.mark.parametrize("share", [0.25, 0.75])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_a_step_is_projected_alike_in_place_and_not(share: float, layout: Any) -> None:
+    model = nn.Sequential(nn.Conv2d(4, 3, 3), nn.Flatten(), nn.Linear(12, CLASSES)).double().to(memory_format=layout)
+    learning = Continual(model, uncovered="free", check=False)
+    images = torch.randn(8, 4, 4, 4, dtype=torch.float64)
+    learning.remember([(images, torch.arange(8) % CLASSES)])
+    ranks, arrays = learning.projector.rank, {"tasks": torch.tensor(1)}
+    for name, (_, width) in ranks.items():
+        basis = torch.randn(width, int(share * width), dtype=torch.float64)
+        arrays[f"bases.{name}"] = torch.linalg.qr(basis)[0]
+    learning.projector = GPM().with_arrays(arrays)
+    before = {name: value.detach().clone() for name, value in model.named_parameters()}
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with learning.stable(optimizer):
+        functional.cross_entropy(model(images), torch.arange(8) % CLASSES).backward()
+        optimizer.step()
+    for name, value in model.named_parameters():
+        step = -0.1 * (torch.zeros_like(value) if value.grad is None else value.grad)
+        expected = before[name] + learning.projector.project({name: step})[name]
+        torch.testing.assert_close(value.detach(), expected, rtol=1e-12, atol=1e-14)
+
+
+def test_few_rows_of_several_batches_have_the_spaces_of_all_rows_together() -> None:
+    model, batches = nn.Linear(40, CLASSES).double(), [(torch.randn(3, 40).double(), torch.arange(3))] * 1
+    batches += [(torch.randn(2, 40).double(), torch.arange(2))]
+    learning = Continual(model, projector=GPM(1.0))
+    learning.remember(batches)
+    assert learning.projector.rank == {"weight": (5, 40)}
+    rows = torch.cat([x for x, _ in batches])
+    assert float(learning.projector.project({"weight": rows})["weight"].abs().max()) < 1e-12
+
+
 def test_a_second_task_adds_to_the_memory() -> None:
     model, first, second = _network("perceptron"), _data(1), _data(2)
     learning = Continual(model, decay=0.5)
