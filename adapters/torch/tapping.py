@@ -134,7 +134,8 @@ def matrices_of(
 ) -> dict[str, bool]:
     """Return the parameters that are used as whole matrices alone, and whether they are stored as [d_in, d_out].
 
-    A projector can protect such a parameter: all that it does to the network is to be multiplied with rows of inputs.
+    A projector can protect such a parameter: all that it does to the network is to be multiplied with rows of inputs,
+    those of an embedding [size, d_out] being one-hot vectors.
 
     Args:
         network: what runs, in evaluation mode.
@@ -148,9 +149,10 @@ def matrices_of(
     fewer = None
     matrices: dict[str, bool] = {}
     for name, uses in run.graph.uses.items():
-        own = [use for use in uses if isinstance(use, Use) and use.kind == "matrix" and use.groups == 1]
-        ways = {use.transposed for use in own}
-        if len(own) < len(uses) or len(ways) != 1 or any(use.key in layouts.mixed for use in own):
+        kinds = {use.kind for use in uses if isinstance(use, Use)}
+        own = [use for use in uses if isinstance(use, Use) and use.kind in ("matrix", "embedding") and use.groups == 1]
+        ways = {use.transposed or use.kind == "embedding" for use in own}
+        if len(kinds) != 1 or len(own) < len(uses) or len(ways) != 1 or any(use.key in layouts.mixed for use in own):
             continue
         # What no gradient reaches, behind a branch that begins at zero, say, has not told whether its inputs are the
         # samples' rows. They are if there are fewer rows with fewer samples.

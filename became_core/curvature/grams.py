@@ -20,7 +20,7 @@ from typing import Any
 
 from became_core.arrays import Array, Params, device, namespace, reduction_dtype
 from became_core.curvature.exchange import Exchange
-from became_core.curvature.taps import Tap, Taps, batch_gradient
+from became_core.curvature.taps import Tap, Taps, batch_gradient, row_counts
 
 __all__ = ["GramSums", "gradient_grams", "input_grams"]
 
@@ -33,7 +33,8 @@ def input_grams(batches: Iterable[Taps], weights: frozenset[str], exchange: Exch
     """Return, for each weight that has a tap, the mean of a a^T over its layer's inputs a, [d_in, d_in].
 
     If a layer has only n < d_in inputs, the result is a factor F [n, d_in] instead, with F^T F the mean. It is smaller
-    than the Gram matrix, and so is its singular value decomposition.
+    than the Gram matrix, and so is its singular value decomposition. An embedding's inputs are one-hot vectors, so that
+    its Gram matrix is diagonal; that diagonal is the result, [size].
 
     Args:
         batches: the taps of each batch.
@@ -77,6 +78,9 @@ class GramSums:
         """Add what the layers of these weights read in a batch."""
         for name, tap in _of(weights, taps).items():
             self._rows[name] = self._rows.get(name, 0) + _positions(tap)
+            if tap.kind == "embedding":
+                _add(self._sums, name, row_counts(tap))
+                continue
             images = tap.inputs if tap.kind == "window" else tap.images
             if images is not None:
                 _add(self._sums, name, _window_gram(_wide(images), tap.kernel))
@@ -98,7 +102,7 @@ class GramSums:
         """Add what ``parts`` returned."""
         for name, (array, count) in parts.items():
             self._rows[name] = self._rows.get(name, 0) + int(count)
-            if array.shape[0] == array.shape[1]:
+            if len(array.shape) == 1 or array.shape[0] == array.shape[1]:
                 _add(self._sums, name, array)
             else:
                 self._add_rows(name, array)

@@ -26,7 +26,15 @@ from typing import Any, Literal
 
 from became_core.arrays import Array, Params, device, namespace, pytree, reduction_dtype, static
 
-__all__ = ["Tap", "Taps", "batch_gradient", "joined_uses", "per_sample_gradients", "per_sample_square_sum"]
+__all__ = [
+    "Tap",
+    "Taps",
+    "batch_gradient",
+    "joined_uses",
+    "per_sample_gradients",
+    "per_sample_square_sum",
+    "row_counts",
+]
 
 # How many numbers of per-sample gradients exist at a time: 4 MiB of float32, which fit in a processor's cache.
 CHUNK = 2**20
@@ -164,6 +172,22 @@ def per_sample_square_sum(taps: Taps) -> Params:
     for name, tap in _biases(taps):
         squares[name] = _square_sum(_bias_gradients(tap))
     return squares
+
+
+def row_counts(tap: Tap) -> Array:
+    """Return how many positions look up each row of an embedding, [size]; one without a gradient, as padding, is none.
+
+    It is the diagonal of the sum of a a^T over the embedding's inputs a, if they are seen as one-hot vectors.
+
+    Examples:
+        >>> import numpy as np
+        >>> row_counts(Tap("embedding", np.array([[2, 0, 2]]), np.ones((1, 3, 1)), size=3))
+        array([1., 0., 2.])
+    """
+    xp: Any = namespace(gradients=tap.output_gradients)
+    counted = xp.any(tap.output_gradients != 0, axis=2)
+    rows = xp.astype(counted, reduction_dtype(xp, gradients=tap.output_gradients))
+    return _sums_by_key(xp.reshape(rows, (1, -1, 1)), xp.reshape(tap.inputs, (1, -1)), tap.size)[0, :, 0]
 
 
 def per_sample_gradients(taps: Taps) -> Params:

@@ -28,7 +28,8 @@ class FinishedTask(Protocol):
         """Return, for each weight that can be protected, the mean over samples and positions of a a^T, [d_in, d_in].
 
         a is an input of the layer. If there are only n < d_in inputs, a factor F [n, d_in] may be returned instead,
-        with F^T F the mean.
+        with F^T F the mean. Of an embedding in a loop of a user's own, whose inputs are one-hot vectors, it is the
+        diagonal alone, [size].
         """
 
     def gradient_grams(self) -> Params:

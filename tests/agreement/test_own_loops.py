@@ -10,9 +10,11 @@ import pytest
 
 torch = pytest.importorskip("torch")
 keras = pytest.importorskip("keras")
+tf = pytest.importorskip("tensorflow")
 
 from adapters.tensorflow import Continual as KerasContinual  # noqa: E402
 from adapters.torch import Continual as TorchContinual  # noqa: E402
+from became_core.projection import GPM  # noqa: E402
 
 
 class _Perceptron(torch.nn.Module):  # type: ignore[misc, name-defined, unused-ignore]
@@ -22,6 +24,15 @@ class _Perceptron(torch.nn.Module):  # type: ignore[misc, name-defined, unused-i
 
     def forward(self, x: Any) -> Any:
         return self.last(torch.tanh(self.first(x)))
+
+
+class _Words(torch.nn.Module):  # type: ignore[misc, name-defined, unused-ignore]
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.last = torch.nn.Embedding(9, 2), torch.nn.Linear(8, 3)
+
+    def forward(self, x: Any) -> Any:
+        return self.last(self.words(x).flatten(1))
 
 
 @pytest.fixture(autouse=True)
@@ -117,3 +128,34 @@ def test_both_remember_the_same_of_an_adams_second_moments() -> None:
     for name, value in by_torch.posterior.precision.diagonal().items():
         np.testing.assert_allclose(by_keras.posterior.precision.diagonal()[name], value, rtol=1e-5)
         assert float(value.abs().max()) > 0
+
+
+def test_both_protect_the_same_rows_of_an_embedding() -> None:
+    layers = [keras.layers.Embedding(9, 2, name="words"), keras.layers.Flatten(), keras.layers.Dense(3, name="last")]
+    model, module = keras.Sequential([keras.Input((4,), dtype="int32"), *layers]), _Words().double()
+    rng, old = np.random.default_rng(3), np.array([[1, 2, 1, 5], [5, 1, 7, 1]])
+    words, last, bias = rng.normal(size=(9, 2)), rng.normal(size=(3, 8)), rng.normal(size=3)
+    model.get_layer("words").set_weights([words])
+    model.get_layer("last").set_weights([last.T, bias])
+    module.load_state_dict(
+        {
+            "words.weight": torch.from_numpy(words),
+            "last.weight": torch.from_numpy(last),
+            "last.bias": torch.from_numpy(bias),
+        }
+    )
+    by_keras, by_torch = (
+        kind(net, projector=GPM(0.7)) for kind, net in ((KerasContinual, model), (TorchContinual, module))
+    )
+    by_keras.remember([(old.astype(np.int32), np.array([0, 2]))])
+    by_torch.remember([(torch.from_numpy(old), torch.tensor([0, 2]))])
+    assert str(by_keras.coverage) == str(by_torch.coverage)
+    assert by_torch.projector.rank["words.weight"] == (2, 9)
+    update = {"words.weight": np.ones((2, 9))}
+    found = by_keras.projector.project({n: tf.constant(v) for n, v in update.items()})["words.weight"]
+    np.testing.assert_array_equal(found, [[1, 0, 1, 1, 1, 0, 1, 1, 1]] * 2)
+    optimizer = keras.optimizers.SGD(0.5)
+    with by_keras.stable(optimizer):
+        optimizer.apply([tf.ones((9, 2), "float64")], [model.get_layer("words").embeddings])
+    moved = (model.get_layer("words").embeddings.numpy() != words).any(1)
+    assert moved.tolist() == [True, False, True, True, True, False, True, True, True]

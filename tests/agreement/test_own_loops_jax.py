@@ -13,7 +13,7 @@ optax = pytest.importorskip("optax")
 from adapters.jax import own_loop  # noqa: E402
 from adapters.torch import Continual  # noqa: E402
 from became_core.arrays import named_leaves  # noqa: E402
-from became_core.projection import SGP  # noqa: E402
+from became_core.projection import GPM, SGP  # noqa: E402
 from tests.backends import load  # noqa: E402
 
 RATE = 0.3
@@ -144,3 +144,24 @@ def test_both_remember_the_same_of_an_adams_second_moments() -> None:
         np.testing.assert_allclose(memory.posterior.precision.diagonal()[name], value, rtol=1e-9)
         assert float(value.abs().max()) > 0
     assert own_loop.coverage(memory).share("penalised") == 1
+
+
+def test_rows_of_an_embedding_that_old_data_look_up_stand_still() -> None:
+    load("jax", "cpu")
+    rng, old, new = np.random.default_rng(3), np.array([[1, 2, 1, 5], [5, 1, 7, 1]]), np.array([[0, 1, 2, 3]])
+    params = {"words": jax.numpy.asarray(rng.normal(size=(9, 2))), "last": jax.numpy.asarray(rng.normal(size=(8, 3)))}
+
+    def apply(params: Any, keys: Any) -> Any:
+        return jax.numpy.tanh(params["words"][keys]).reshape(len(keys), -1) @ params["last"]
+
+    def loss(params: Any) -> Any:
+        return optax.softmax_cross_entropy_with_integer_labels(apply(params, new), np.array([1])).mean()
+
+    memory = own_loop.remember(apply, params, [(old, np.array([0, 2]))], projector=GPM(1.0))
+    assert memory.projector.rank["words"] == (4, 9)
+    assert own_loop.coverage(memory).share("protected") == 1
+    optimizer = optax.chain(optax.sgd(0.5), own_loop.projected(memory, 0.5))
+    updates, _ = optimizer.update(jax.grad(loss)(params), optimizer.init(params), params)
+    moved = optax.apply_updates(params, updates)
+    np.testing.assert_allclose(apply(moved, old), apply(params, old), rtol=0, atol=1e-12)
+    assert np.asarray(moved["words"] != params["words"]).any(1).tolist() == [True, *[False] * 2, True, *[False] * 5]

@@ -58,6 +58,19 @@ class _Stored(nn.Module):
         return outputs
 
 
+class _Words(nn.Module):
+    """Looks up rows of an embedding, many of which no input of one batch does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.head = nn.Embedding(21, 3), nn.Linear(3 * WIDTH, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        keys = (5 * x).round().clamp(-10, 10).long() + 10
+        outputs: Tensor = self.head(self.words(keys).tanh().flatten(1))
+        return outputs
+
+
 def _convolutional() -> nn.Module:
     return nn.Sequential(
         nn.Unflatten(1, (1, 2, 3)),
@@ -76,6 +89,7 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "GRU": lambda: _Recurrent(nn.GRU),
     "LSTM": lambda: _Recurrent(nn.LSTM),
     "stored": _Stored,
+    "words": _Words,
     "weight norm": lambda: nn.Sequential(
         nn.utils.parametrizations.weight_norm(nn.Linear(WIDTH, 8)), nn.Tanh(), nn.Linear(8, CLASSES)
     ),
@@ -539,6 +553,20 @@ def test_few_rows_of_several_batches_have_the_spaces_of_all_rows_together() -> N
     assert learning.projector.rank == {"weight": (5, 40)}
     rows = torch.cat([x for x, _ in batches])
     assert float(learning.projector.project({"weight": rows})["weight"].abs().max()) < 1e-12
+
+
+def test_of_an_embedding_the_rows_that_are_looked_up_most_are_protected() -> None:
+    model = nn.Sequential(nn.Embedding(6, 2, padding_idx=0), nn.Flatten(), nn.Linear(8, CLASSES)).double()
+    keys = torch.tensor([[1, 2, 1, 0], [1, 2, 0, 0], [3, 0, 0, 0]])  # 0 is padding, which has no gradient
+    learning = Continual(model, projector=GPM(0.8), uncovered="free")
+    learning.remember([(keys, torch.tensor([0, 1, 2]))])
+    assert learning.projector.rank["0.weight"] == (2, 6)
+    before, optimizer = model[0].weight.detach().clone(), torch.optim.SGD(model.parameters(), 0.1)
+    with learning.stable(optimizer):
+        functional.cross_entropy(model(torch.tensor([[1, 2, 3, 4]])), torch.tensor([0])).backward()
+        optimizer.step()
+    moved = (model[0].weight.detach() != before).any(1)
+    assert moved.tolist() == [False, False, False, True, True, False]
 
 
 def test_a_second_task_adds_to_the_memory() -> None:
