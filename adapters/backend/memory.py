@@ -39,12 +39,16 @@ __all__ = [
     "grown",
     "memory_arrays",
     "merge_report",
+    "pull_of",
     "read_memory",
     "restored",
 ]
 
 FORMAT = 1
 NOT_GATHERED = "this projector remembers gradients, which one pass does not gather; choose GPM, SGP or NSCL."
+
+# What Adams add to the root of a second moment, so that nothing is divided by zero.
+SMALLEST_SCALE = 1e-8
 
 # The part of the way along a direction at whose two sides slopes are taken.
 STEP = 0.01
@@ -88,23 +92,25 @@ class Moments(NamedTuple):
 
     Attributes:
         second: the running mean of squared gradients of batches, which begins at zero, of the parameter's shape.
-        steps: how many steps it is of.
+        steps: how many steps it is of, a number or a 0-d array.
         beta: the share of it that each step leaves, the optimiser's beta_2.
     """
 
     second: Array
-    steps: float
+    steps: Any
     beta: float
 
 
-def fisher_of_moments(moments: Mapping[str, Moments], samples: int | None, theta: Params, stacklevel: int) -> Params:
+def fisher_of_moments(
+    moments: Mapping[str, Moments | None], samples: int | None, theta: Params, stacklevel: int
+) -> Params:
     """Return Fisher information from an Adam's second moments, without their bias, times the samples of a step.
 
     The gradient of a batch of B samples is a mean, so that its square is 1/B of a sample's on average, where the mean
     gradient is small.
 
     Args:
-        moments: by parameter; one that is not there has no information.
+        moments: by parameter; one that has none has no information.
         samples: how many samples (or tokens) a step had.
         theta: the trained parameters.
         stacklevel: of the warning that says what makes moments unfit.
@@ -114,7 +120,7 @@ def fisher_of_moments(moments: Mapping[str, Moments], samples: int | None, theta
     """
     if samples is None or samples < 1:
         raise BecameError("remembering an optimizer needs samples=, how many samples or tokens a step had, at least 1.")
-    known = {name: value for name, value in moments.items() if name in theta and value.steps > 0}
+    known = {name: value for name, value in moments.items() if value is not None and name in theta and value.steps > 0}
     if not known:
         raise BecameError(
             "the optimizer has no second moments of the model's parameters; give an Adam that has stepped."
@@ -132,6 +138,25 @@ def fisher_of_moments(moments: Mapping[str, Moments], samples: int | None, theta
         else xp.zeros_like(value)
         for name, value in theta.items()
     }
+
+
+def pull_of(rate: Any, strength: Array, moments: Moments | None) -> Array:
+    """Return s of the proximal step theta <- (theta + s mean) / (1 + s) that pulls a parameter back, of its shape.
+
+    It minimises the penalty plus the squared distance from where the optimiser's step has led, and the distance is in
+    the optimiser's own metric. An Adam divides by the root of its second moments, so that it goes as far where
+    gradients are small as where they are large. If the pull did not, it would be nothing beside such steps.
+
+    Args:
+        rate: the learning rate.
+        strength: penalty x precision.
+        moments: what an Adam knows of the parameter's gradients; None of another optimiser.
+    """
+    if moments is None:
+        return rate * strength
+    xp: Any = namespace(second=moments.second)
+    scale = xp.sqrt(moments.second / (1 - moments.beta**moments.steps)) + SMALLEST_SCALE
+    return rate * strength / scale
 
 
 class InputGrams(GramSums):

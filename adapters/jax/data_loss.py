@@ -282,7 +282,7 @@ def moments_of(state: Any, b2: float) -> dict[str, Moments]:
     for adam in filter(is_adam, jax.tree.leaves(state, is_leaf=is_adam)):
         # Where several optimisers share the parameters, each has a mask in the place of the others'.
         seconds = {name: value for name, value in named_leaves(adam.nu).items() if hasattr(value, "dtype")}
-        moments |= {name: Moments(value, float(adam.count), b2) for name, value in seconds.items()}
+        moments |= {name: Moments(value, adam.count, b2) for name, value in seconds.items()}
     return moments
 
 

@@ -7,7 +7,8 @@ proximal step of a quadratic penalty,
 
     theta <- (theta + s mean) / (1 + s)    with s = learning rate x penalty x precision
 
-which is decoupled from the optimiser, as AdamW's weight decay is, and stable at any strength.
+which is decoupled from the optimiser, as AdamW's weight decay is, and stable at any strength. Of an Adam that
+``projected`` is given, s is divided by the root of its second moments, as its steps are.
 
 Convention: losses and Fisher information are means over samples or over tokens, as the likelihood says, and tasks count
 alike, each with its mean. Parameters go by dotted path. Every array of real numbers in ``params`` is a parameter, so
@@ -223,23 +224,34 @@ class ProjectedState(NamedTuple):
         count: how many steps were taken.
         projector: the memory.
         penalised: the mean of every parameter that is pulled back to it, and penalty x precision.
+        inner: the state of the optimiser that was given.
     """
 
     count: Array
     projector: Projector
     penalised: dict[str, tuple[Array, Array]]
+    inner: Any
 
 
-def projected(memory: Memory, learning_rate: float | Callable[[Any], Any]) -> optax.GradientTransformation:
-    """Return a transformation that keeps steps out of the spaces that old data use; it comes last in ``optax.chain``.
+def projected(
+    memory: Memory,
+    learning_rate: float | Callable[[Any], Any],
+    optimizer: optax.GradientTransformation | None = None,
+    *,
+    b2: float = 0.999,
+) -> optax.GradientTransformation:
+    """Return an optimiser whose steps stay out of the spaces that old data use.
 
-    Its updates need the parameters: ``optimizer.update(gradients, state, params)``. It is given the whole tree of
-    parameters, so it stands outside of ``optax.masked`` and ``optax.multi_transform``.
+    Without an optimiser it comes last in ``optax.chain``. It then cannot see an Adam's second moments, and its pull is
+    weak beside an Adam's steps. Its updates need the parameters: ``optimizer.update(gradients, state, params)``. It is
+    given the whole tree of parameters, so it stands outside of ``optax.masked`` and ``optax.multi_transform``.
 
     Args:
         memory: of the old data.
         learning_rate: a number, or a schedule of the steps' count, as the optimiser has it; it scales the pull on
             parameters that are penalised, and 0 leaves that to ``penalty`` in the loss.
+        optimizer: whose steps are projected.
+        b2: the decay of second moments, if an Adam is in the optimiser.
 
     Raises:
         BecameError: in ``init``, if the parameters are not those of the memory; in ``update``, if there are none.
@@ -247,7 +259,7 @@ def projected(memory: Memory, learning_rate: float | Callable[[Any], Any]) -> op
     Examples:
         >>> apply, params = lambda params, inputs: inputs @ params["w"], {"w": jnp.ones((3, 2))}
         >>> memory = remember(apply, params, [(jnp.eye(3)[:2], jnp.array([0, 1]))], check=False)
-        >>> optimizer = optax.chain(optax.sgd(0.5), projected(memory, 0.5))
+        >>> optimizer = projected(memory, 0.5, optax.sgd(0.5))
         >>> gradients, state = {"w": jnp.ones((3, 2))}, optimizer.init(params)
         >>> updates, state = optimizer.update(gradients, state, params)
         >>> bool(jnp.allclose(updates["w"], jnp.array([[0.0, 0], [0, 0], [-0.5, -0.5]]), atol=1e-6))
@@ -255,18 +267,20 @@ def projected(memory: Memory, learning_rate: float | Callable[[Any], Any]) -> op
     """
     # Only what is no array is taken from the memory here; the arrays come from the state.
     ranks, matrices, standing = memory.projector.rank, memory.matrices, full(memory.projector)
+    taking_steps = optax.identity() if optimizer is None else optimizer
 
     def init(params: Any) -> ProjectedState:
         _check_architecture(memory, trained_of(params))
         namespace(values=next(iter(memory.posterior.mean.values())))  # JAX learns of the core's values
-        state = ProjectedState(jnp.zeros((), jnp.int32), memory.projector, memory.penalised)
-        copied: ProjectedState = _copied(state)  # a compiled step may take its arguments' memory away
-        return copied
+        # A compiled step may take its arguments' memory away.
+        projector, penalised = _copied((memory.projector, memory.penalised))
+        return ProjectedState(jnp.zeros((), jnp.int32), projector, penalised, taking_steps.init(params))
 
     def update(updates: Any, state: ProjectedState, params: Any = None) -> tuple[Any, ProjectedState]:
         if params is None:
             raise BecameError("projected needs the parameters; call optimizer.update(gradients, state, params).")
-        theta, steps = trained_of(params), named_leaves(updates)
+        updates, inner = taking_steps.update(updates, state.inner, params)
+        theta, steps, moments = trained_of(params), named_leaves(updates), moments_of(inner, b2)
         rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
         allowed = dict(steps)
         for name, step in steps.items():
@@ -283,10 +297,10 @@ def projected(memory: Memory, learning_rate: float | Callable[[Any], Any]) -> op
                 wide = (rows.T if matrices.get(name) else rows).reshape(step.shape)
             elif name in state.penalised:
                 mean, strength = state.penalised[name]
-                pull = rate * strength
+                pull = shared.pull_of(rate, strength, moments.get(name))
                 wide = (wide + pull * (mean - theta[name])) / (1 + pull)
             allowed[name] = wide.astype(step.dtype)
-        return with_leaves(updates, allowed), state._replace(count=state.count + 1)
+        return with_leaves(updates, allowed), state._replace(count=state.count + 1, inner=inner)
 
     return optax.GradientTransformation(init, update)
 

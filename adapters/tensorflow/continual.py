@@ -8,7 +8,7 @@ alike, each with its mean. Parameters go by the names and in the layouts of ``ad
 that are not trained are never touched.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Self
@@ -20,12 +20,11 @@ from safetensors.numpy import save_file
 
 from adapters.backend.batches import Kind
 from adapters.backend.continual import ContinualModel
-from adapters.backend.memory import Moments, fisher_of_moments, read_memory, restored
+from adapters.backend.memory import fisher_of_moments, read_memory, restored
 from adapters.backend.own_loop import MergeReport, Uncovered
 from adapters.tensorflow.batches import Apply, Reader, Targets
 from adapters.tensorflow.data_loss import DataLoss, Loss
-from adapters.tensorflow.parameters import Parameter
-from adapters.tensorflow.steps import StepGuard, observed
+from adapters.tensorflow.steps import StepGuard, moments_of, observed
 from became_core import BecameError
 from became_core.arrays import Array
 from became_core.curvature import Likelihood, likelihood_named
@@ -140,7 +139,7 @@ class Continual(ContinualModel):
         if (batches is None) == (optimizer is None):
             raise BecameError("remember needs either batches or an optimizer; give one of them.")
         if optimizer is not None:
-            moments = _moments(optimizer, self._data.trained)
+            moments = moments_of(optimizer, self._data.trained)
             fisher = fisher_of_moments(moments, samples, self._data.weights(), stacklevel=2)
         else:
             assert batches is not None
@@ -231,21 +230,3 @@ class Continual(ContinualModel):
             uncovered=self.uncovered,
             penalised=self._penalised,
         )
-
-
-def _moments(optimizer: keras.Optimizer, trained: Mapping[str, Parameter]) -> dict[str, Moments]:
-    """Return what an Adam knows of the parameters' gradients, in the layouts of the parameters."""
-    optimizer = getattr(optimizer, "inner_optimizer", optimizer)  # of one that scales losses
-    beta, steps = getattr(optimizer, "beta_2", None), float(optimizer.iterations)
-    if beta is None:
-        return {}
-    seconds: dict[str, list[Any]] = {}
-    for variable in optimizer.variables:
-        seconds.setdefault(variable.name, []).append(variable.value)
-    moments = {}
-    for name, parameter in trained.items():
-        # Keras names them so. Where two layers have one name, theirs are in the layers' order.
-        own = seconds.get(f"{parameter.variable.path.replace('/', '_')}_velocity")
-        if own:
-            moments[name] = Moments(parameter.canonical(tf.identity(own.pop(0))), steps, float(beta))
-    return moments

@@ -7,7 +7,7 @@ Convention: losses and Fisher information are means over samples or over tokens,
 alike, each with its mean. Parameters go by PyTorch's own names; those that need no gradient are never touched.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -20,12 +20,12 @@ from torch.optim import Optimizer
 
 from adapters.backend.batches import Kind, Reader
 from adapters.backend.continual import ContinualModel
-from adapters.backend.memory import Moments, fisher_of_moments, read_memory, restored
+from adapters.backend.memory import fisher_of_moments, read_memory, restored
 from adapters.backend.own_loop import MergeReport, Uncovered
 from adapters.torch.batches import Apply, Targets
 from adapters.torch.data_loss import Batches, DataLoss, Loss
 from adapters.torch.layers import estimate_statistics
-from adapters.torch.steps import StepGuard, groups_of, unwrapped
+from adapters.torch.steps import StepGuard, groups_of, moments_of, unwrapped
 from became_core import BecameError
 from became_core.arrays import Array
 from became_core.curvature import Likelihood, likelihood_named
@@ -146,8 +146,13 @@ class Continual(ContinualModel):
         if (batches is None) == (optimizer is None):
             raise BecameError("remember needs either batches or an optimizer; give one of them.")
         if optimizer is not None:
-            moments = _moments(unwrapped(optimizer), self._data.trained)
-            fisher = fisher_of_moments(moments, samples, self._data.weights(), stacklevel=2)
+            stepper = unwrapped(optimizer)
+            of_all = {
+                name: moments_of(stepper, group, value)
+                for own, group in groups_of(stepper, self._data.trained)
+                for name, value in own.items()
+            }
+            fisher = fisher_of_moments(of_all, samples, self._data.weights(), stacklevel=2)
         else:
             assert batches is not None
             fisher, finished = self._data.fisher(batches, with_memory=True)
@@ -228,6 +233,7 @@ class Continual(ContinualModel):
 
     def _guard(self, optimizer: Optimizer) -> StepGuard:
         return StepGuard(
+            optimizer=optimizer,
             groups=groups_of(optimizer, self._data.trained),
             projector=self.projector,
             transposed=self._transposed,
@@ -235,16 +241,3 @@ class Continual(ContinualModel):
             uncovered=self.uncovered,
             penalised=self._penalised,
         )
-
-
-def _moments(optimizer: Optimizer, trained: Mapping[str, nn.Parameter]) -> dict[str, Moments]:
-    """Return what an Adam knows of the parameters' gradients."""
-    moments = {}
-    names = {parameter: name for name, parameter in trained.items()}
-    for group in optimizer.param_groups:
-        for value in group["params"]:
-            state = optimizer.state.get(value, {})
-            if value in names and "exp_avg_sq" in state and "betas" in group:
-                second = state["exp_avg_sq"].detach()
-                moments[names[value]] = Moments(second, float(state["step"]), group["betas"][1])
-    return moments

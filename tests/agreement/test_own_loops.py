@@ -130,6 +130,31 @@ def test_both_remember_the_same_of_an_adams_second_moments() -> None:
         assert float(value.abs().max()) > 0
 
 
+def test_both_take_the_same_steps_of_an_adam() -> None:
+    """What is penalised is pulled back in the Adam's own metric, in compiled steps of Keras too."""
+    layers = [keras.layers.Dense(8, "tanh", name="first"), keras.layers.Dense(3, name="last")]
+    model, module, old, new = keras.Sequential([keras.Input((6,)), *layers]), _Perceptron().double(), _data(1), _data(2)
+    _set_keras(model, _weights(0.0))
+    module.load_state_dict({name: torch.from_numpy(value) for name, value in _weights(0.0).items()})
+    by_keras, by_torch = KerasContinual(model, check=False), TorchContinual(module, check=False)
+    by_keras.remember(old)
+    by_torch.remember([tuple(map(torch.from_numpy, batch)) for batch in old])
+    of_torch = torch.optim.Adam(module.parameters(), 0.05, betas=(0.9, 0.99))
+    of_keras = keras.optimizers.Adam(0.05, beta_2=0.99, epsilon=1e-8)
+    model.compile(of_keras, keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    with by_keras.stable(), by_torch.stable(of_torch):
+        for x, y in new * 2:
+            model.train_on_batch(x, y)
+            of_torch.zero_grad()
+            torch.nn.functional.cross_entropy(module(torch.from_numpy(x)), torch.from_numpy(y)).backward()
+            of_torch.step()
+    # Keras keeps the learning rate and its powers of beta in single precision.
+    for layer in ("first", "last"):
+        kernel, bias = model.get_layer(layer).get_weights()
+        np.testing.assert_allclose(kernel.T, getattr(module, layer).weight.detach(), rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(bias, getattr(module, layer).bias.detach(), rtol=1e-4, atol=1e-6)
+
+
 def test_both_protect_the_same_rows_of_an_embedding() -> None:
     layers = [keras.layers.Embedding(9, 2, name="words"), keras.layers.Flatten(), keras.layers.Dense(3, name="last")]
     model, module = keras.Sequential([keras.Input((4,), dtype="int32"), *layers]), _Words().double()

@@ -146,6 +146,33 @@ def test_both_remember_the_same_of_an_adams_second_moments() -> None:
     assert own_loop.coverage(memory).share("penalised") == 1
 
 
+def test_both_take_the_same_steps_of_an_adam() -> None:
+    """What is penalised is pulled back in the Adam's own metric."""
+    load("jax", "cpu")
+    torch.manual_seed(0)
+    module, old, new = _Perceptron().double(), _data(1), _data(2)
+    params = _as_tree(module)
+    learning = Continual(module, projector=GPM(0.7), check=False)
+    learning.remember([tuple(map(torch.from_numpy, batch)) for batch in old])
+    memory = own_loop.remember(_apply, params, old, projector=GPM(0.7), check=False)
+    of_torch = torch.optim.AdamW(module.parameters(), 0.05, betas=(0.9, 0.99), weight_decay=0.01)
+    adam = optax.chain(optax.identity(), optax.adamw(0.05, b2=0.99, weight_decay=0.01))
+    of_jax = own_loop.projected(memory, 0.05, adam, b2=0.99)
+
+    def loss(params: Any, x: Any, y: Any) -> Any:
+        return optax.softmax_cross_entropy_with_integer_labels(_apply(params, x), y).mean()
+
+    state, update, gradient = of_jax.init(params), jax.jit(of_jax.update), jax.jit(jax.grad(loss))
+    with learning.stable(of_torch):
+        for x, y in new * 2:
+            of_torch.zero_grad()
+            torch.nn.functional.cross_entropy(module(torch.from_numpy(x)), torch.from_numpy(y)).backward()
+            of_torch.step()
+            updates, state = update(gradient(params, x, y), state, params)
+            params = optax.apply_updates(params, updates)
+    _assert_alike(params, module)
+
+
 def test_rows_of_an_embedding_that_old_data_look_up_stand_still() -> None:
     load("jax", "cpu")
     rng, old, new = np.random.default_rng(3), np.array([[1, 2, 1, 5], [5, 1, 7, 1]]), np.array([[0, 1, 2, 3]])
