@@ -276,3 +276,28 @@ def test_second_moments_of_an_optimizer_stand_for_old_data_with_a_warning() -> N
         learning.remember(optimizer=keras.optimizers.SGD(), samples=1)
     with pytest.raises(BecameError, match="either batches or an optimizer"):
         learning.remember()
+
+
+class _Sequence(keras.utils.PyDataset):  # type: ignore[misc, unused-ignore] # Keras is taken as untyped
+    def __len__(self) -> int:
+        return 2
+
+    def __getitem__(self, index: int) -> Any:
+        return _data(index, 1)[0]
+
+
+def test_a_terminal_shows_how_far_a_pass_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    totals: list[int | None] = []
+
+    def track(batches: Any, what: str, total: int | None, **_: Any) -> Any:
+        assert what == "remembering"
+        totals.append(total)
+        return batches
+
+    monkeypatch.setattr("rich.progress.track", track)
+    monkeypatch.setattr("rich.console.Console.is_terminal", True)
+    endless = tf.data.Dataset.from_tensors(_data(1, 1)[0]).repeat()
+    for data in (_Sequence(), endless.take(3), endless.take(3).filter(lambda x, y: True)):
+        Continual(_perceptron(), check=False).remember(data)
+    Continual(_perceptron(), check=False, progress=False).remember(_data(1, 1))
+    assert totals == [2, 3, None]

@@ -782,6 +782,27 @@ def test_what_cannot_be_done_is_said_in_a_sentence() -> None:
         Continual(nn.Flatten())
 
 
+class _Stream(torch.utils.data.IterableDataset[tuple[Tensor, Tensor]]):
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return iter([(x, y) for batch in _data(1) for x, y in zip(*batch, strict=True)])
+
+
+def test_a_terminal_shows_how_far_a_pass_over_a_stream_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    totals: list[int | None] = []
+
+    def track(batches: Any, what: str, total: int | None, **_: Any) -> Any:
+        assert what == "remembering"
+        totals.append(total)
+        return batches
+
+    monkeypatch.setattr("rich.progress.track", track)
+    monkeypatch.setattr("rich.console.Console.is_terminal", True)
+    for loader in (torch.utils.data.DataLoader(_Stream(), batch_size=2), _data(1)):
+        Continual(_network("perceptron"), check=False).remember(loader)
+    Continual(_network("perceptron"), check=False, progress=False).remember(_data(1))
+    assert totals == [None, 2]
+
+
 def test_hooks_are_gone_after_training_whatever_happens() -> None:
     model, batches = _network("perceptron"), _data(1)
     learning, optimizer = Continual(model, uncovered="frozen"), torch.optim.SGD(model.parameters(), 0.1)
