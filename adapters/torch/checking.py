@@ -53,7 +53,7 @@ class TorchView:
         owners = owners_of(names)
         self._trained = {owners[value]: value for value in network.parameters() if value.requires_grad}
         # Padding's row has no gradient by convention, and a derivative forwards.
-        embeddings = [m for m in names if isinstance(m, nn.Embedding) and m.padding_idx is not None]
+        embeddings: list[Any] = [m for m in names if isinstance(m, nn.Embedding) and m.padding_idx is not None]
         self._padding = {owners[m.weight]: m.padding_idx for m in embeddings if m.weight in owners}
         self._raw = {owners[value]: raw for raw, value in network.named_parameters() if value.requires_grad}
         self.theta: Params = {name: value.detach() for name, value in self._trained.items()}

@@ -529,7 +529,8 @@ def test_second_moments_of_an_optimizer_stand_for_old_data_with_a_warning() -> N
 @pytest.mark.parametrize("share", [0.25, 0.75])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_a_step_is_projected_alike_in_place_and_not(share: float, layout: Any) -> None:
-    model = nn.Sequential(nn.Conv2d(4, 3, 3), nn.Flatten(), nn.Linear(12, CLASSES)).double().to(memory_format=layout)
+    model: Any = nn.Sequential(nn.Conv2d(4, 3, 3), nn.Flatten(), nn.Linear(12, CLASSES)).double()
+    model.to(memory_format=layout)
     learning = Continual(model, uncovered="free", check=False)
     images = torch.randn(8, 4, 4, 4, dtype=torch.float64)
     learning.remember([(images, torch.arange(8) % CLASSES)])
@@ -541,7 +542,7 @@ def test_a_step_is_projected_alike_in_place_and_not(share: float, layout: Any) -
     before = {name: value.detach().clone() for name, value in model.named_parameters()}
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     with learning.stable(optimizer):
-        functional.cross_entropy(model(images), torch.arange(8) % CLASSES).backward()
+        functional.cross_entropy(model(images), torch.arange(8) % CLASSES).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
     for name, value in model.named_parameters():
         step = -0.1 * (torch.zeros_like(value) if value.grad is None else value.grad)
@@ -550,7 +551,7 @@ def test_a_step_is_projected_alike_in_place_and_not(share: float, layout: Any) -
 
 
 def test_few_rows_of_several_batches_have_the_spaces_of_all_rows_together() -> None:
-    model, batches = nn.Linear(40, CLASSES).double(), [(torch.randn(3, 40).double(), torch.arange(3))] * 1
+    model, batches = nn.Linear(40, CLASSES).double(), [(torch.randn(3, 40).double(), torch.arange(3))]
     batches += [(torch.randn(2, 40).double(), torch.arange(2))]
     learning = Continual(model, projector=GPM(1.0))
     learning.remember(batches)
@@ -560,14 +561,15 @@ def test_few_rows_of_several_batches_have_the_spaces_of_all_rows_together() -> N
 
 
 def test_of_an_embedding_the_rows_that_are_looked_up_most_are_protected() -> None:
-    model = nn.Sequential(nn.Embedding(6, 2, padding_idx=0), nn.Flatten(), nn.Linear(8, CLASSES)).double()
+    model: Any = nn.Sequential(nn.Embedding(6, 2, padding_idx=0), nn.Flatten(), nn.Linear(8, CLASSES)).double()
     keys = torch.tensor([[1, 2, 1, 0], [1, 2, 0, 0], [3, 0, 0, 0]])  # 0 is padding, which has no gradient
     learning = Continual(model, projector=GPM(0.8), uncovered="free")
     learning.remember([(keys, torch.tensor([0, 1, 2]))])
     assert learning.projector.rank["0.weight"] == (2, 6)
     before, optimizer = model[0].weight.detach().clone(), torch.optim.SGD(model.parameters(), 0.1)
     with learning.stable(optimizer):
-        functional.cross_entropy(model(torch.tensor([[1, 2, 3, 4]])), torch.tensor([0])).backward()
+        loss = functional.cross_entropy(model(torch.tensor([[1, 2, 3, 4]])), torch.tensor([0]))
+        loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
     moved = (model[0].weight.detach() != before).any(1)
     assert moved.tolist() == [False, False, False, True, True, False]
