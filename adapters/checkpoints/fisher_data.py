@@ -226,7 +226,7 @@ def fisher_from_data(
     request: FisherRequest,
     network: Any,
     progress: Callable[[int, int], None] | None = None,
-) -> None:
+) -> list[str]:
     """Measure the Fisher information of a categorical model, and write it as a sum with its counts.
 
     Args:
@@ -237,6 +237,9 @@ def fisher_from_data(
         network: a ``torch.nn.Module`` from inputs to logits, [samples, classes] or [samples, positions, classes], or to
             an object with ``logits``. Its gradients have its parameters' dtype, and those that need none get none.
         progress: is told how many samples of how many are done.
+
+    Returns:
+        Sentences on what is not as the request says.
 
     Raises:
         BecameError: if ``out`` exists, the network's parameters are not the checkpoint's, or a gradient is not finite.
@@ -302,6 +305,11 @@ def fisher_from_data(
         factors=request.factors,
     )
     partial.unlink(missing_ok=True)
+    large = [name for name in sums if len(shapes[name]) == 2 and max(shapes[name]) > LARGEST_FACTOR]
+    if request.factors == "diagonal" or not large:
+        return []
+    names = ", ".join(f"'{name}'" for name in large)
+    return [f"matrices with a side above {LARGEST_FACTOR:,} have the diagonal of their curvature, no factors: {names}."]
 
 
 def _check_request(samples: Samples, out: Path) -> None:

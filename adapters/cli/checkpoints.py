@@ -143,7 +143,9 @@ class Fisher:
             )
         with _progress(self.output) as tell:
             told = lambda done, whole: tell("samples", done, whole)  # noqa: E731
-            fisher_from_data(self.models[0], samples, out, request, network, told)
+            notes = fisher_from_data(self.models[0], samples, out, request, network, told)
+        for note in notes:
+            display.note(f"warning: {note}")
 
     def _convert(self, display: Display, out: Path) -> None:
         from adapters.checkpoints.fisher_adam import fisher_from_optimizer

@@ -390,3 +390,24 @@ def test_the_command_measures_and_merges_by_factors(
     assert "predicted gain" in capsys.readouterr().out
     assert main(["inspect", str(fishers[0])]) == 0
     assert "factors kronecker" in capsys.readouterr().out
+
+
+def test_matrices_too_large_for_factors_are_named(
+    tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("tyro")
+    import adapters.checkpoints.fisher_data as module
+    from adapters.cli.__main__ import main
+
+    np.savez(tmp_path / "d.npz", inputs=np.eye(WIDTH, dtype=np.float32), targets=np.arange(WIDTH) % CLASSES)
+    words = ["fisher", str(model), "--data", str(tmp_path / "d.npz"), "--load", "tests.checkpoints.networks:load"]
+    assert main([*words, "--factors", "kronecker", "--out", str(tmp_path / "F.safetensors")]) == 0
+    assert "warning: matrices" not in capsys.readouterr().err
+    monkeypatch.setattr(module, "LARGEST_FACTOR", WIDTH - 1)
+    assert main([*words, "--factors", "kronecker", "--out", str(tmp_path / "D.safetensors")]) == 0
+    values = load_file(tmp_path / "D.safetensors")
+    large = [name for name, value in values.items() if "@" not in name and value.ndim == 2]
+    shown = " ".join((captured := capsys.readouterr()).out.split() + captured.err.split())
+    names = ", ".join(f"'{name}'" for name in large)
+    assert large
+    assert f"have the diagonal of their curvature, no factors: {names}." in shown
