@@ -122,6 +122,10 @@ def collect_inputs(
             if use.window is not None:
                 images, kernel = use.window()
                 tap = Tap("window", images, images[:, :0, :0], kernel=kernel, own_name=not is_layers)
+            elif use.kind == "embedding":
+                keys = use.inputs()[:, None]
+                looked_up = torch.ones((*keys.shape, 1), device=keys.device)  # in the place of gradients
+                tap = Tap("embedding", keys, looked_up, size=use.size, own_name=not is_layers)
             else:
                 rows = use.inputs()
                 tap = Tap("matrix", rows, rows[:, :, :0], own_name=not is_layers, transposed=use.transposed)
