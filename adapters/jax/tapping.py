@@ -107,7 +107,9 @@ class TappedFunction:
                 self._tapped[name] = list(own)
                 ways = {(use.kind, use.transposed, use.groups) for use in own.values() if isinstance(use, Use)}
                 kind, transposed, groups = next(iter(ways))
-                if len(ways) == 1 and groups == 1:
+                # A stack of matrices that are looked up, as those of experts are, would stand still as a whole.
+                is_stack = kind == "embedding" and jnp.ndim(trained_of(self._params)[name]) != 2
+                if len(ways) == 1 and groups == 1 and not is_stack:
                     self.matrices[name] = transposed or kind == "embedding"
                 continue
             self.others.append(name)

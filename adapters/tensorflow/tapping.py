@@ -109,8 +109,10 @@ class Tapping:
         for name, uses in self._plan(theta, inputs, seed).uses.items():
             ways = {(use.kind, use.transposed, use.groups) for use in uses}
             kind, transposed, groups = next(iter(ways), ("", False, 0))
-            if len(ways) == 1 and kind in ("matrix", "embedding") and groups == 1:
-                matrices[name] = transposed or kind == "embedding"
+            # A stack of matrices that are looked up, as those of experts are, would stand still as a whole.
+            is_embedding = kind == "embedding" and len(self._network.parameters[name].shape) == 2
+            if len(ways) == 1 and (kind == "matrix" or is_embedding) and groups == 1:
+                matrices[name] = transposed or is_embedding
         return matrices
 
     def _trace(self, weights: list[Array], batch: tuple[Any, Array]) -> dict[str, list[tuple[Array, Array]]]:
