@@ -93,7 +93,8 @@ class Continual(ContinualModel):
                 what layers read; ``GPM()`` if not given.
             uncovered: what is done with parameters that it cannot protect: they are "penalised" for leaving the old
                 tasks' posterior, "frozen" or "free".
-            penalty: the strength of that penalty; 100, as in NSCL's published runs.
+            penalty: the strength of that penalty; 100, as in NSCL's published runs. Of an Adam it acts in the metric of
+                the steps, as a penalty in the loss would.
             fisher: the Fisher information of "empirical" targets, those given; or of the model's own, as the "true"
                 expectation (a backward pass for each class or output) or "sampled". Where a network fits its data
                 well, the empirical one vanishes, and the others do not.
