@@ -10,6 +10,7 @@ from became_core.curvature.cross_entropy import (
     log_softmax,
     logit_cotangents,
 )
+from became_core.curvature.elbo import ELBO
 from became_core.curvature.exchange import Exchange
 from became_core.curvature.fisher import TAP_MODES, FisherKind, diagonal_fisher, square_sums
 from became_core.curvature.grams import GramSums, gradient_grams, input_grams
@@ -33,6 +34,7 @@ from became_core.curvature.taps import (
 )
 
 __all__ = [
+    "ELBO",
     "LIKELIHOODS",
     "TAP_MODES",
     "Bernoulli",
