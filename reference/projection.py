@@ -16,6 +16,7 @@ __all__ = [
     "gpcns_bases",
     "gpcns_space",
     "gpm_basis",
+    "low_rank_gradients",
     "nscl_null_space",
     "ogd_directions",
     "projection",
@@ -186,3 +187,20 @@ def ogd_directions(gradients: Sequence[Array], capacity: int) -> Array:
         rank = int(np.sum(sigma > 1e-7 * np.linalg.norm(rows)))
         blocks.append(vh[: min(rank, shares[-1])])
     return np.vstack(blocks)
+
+
+def low_rank_gradients(gradient: Array, a: Array, b: Array, scale: float) -> tuple[Array, Array]:
+    """Return the gradients by A [r, d_in] and B [d_out, r] of a loss of W + s B A, entry by entry (Hu 2022).
+
+    Args:
+        gradient: of the loss by the effective weight, [d_out, d_in].
+        a: A.
+        b: B.
+        scale: s.
+    """
+    by_a, by_b = np.zeros_like(a), np.zeros_like(b)
+    for i, j in np.ndindex(gradient.shape):
+        for k in range(len(a)):  # the effective weight's entry i, j has the term s B_ik A_kj
+            by_a[k, j] += scale * gradient[i, j] * b[i, k]
+            by_b[i, k] += scale * gradient[i, j] * a[k, j]
+    return by_a, by_b

@@ -75,6 +75,7 @@ class Started:
     weights: Params
     generator: np.random.Generator = field(default_factory=np.random.default_rng)
     stored_gradients: Params = field(default_factory=dict)
+    stored_grams: Params = field(default_factory=dict)
 
     @property
     def projectable(self) -> frozenset[str]:
@@ -89,6 +90,9 @@ class Started:
 
     def gradients(self) -> Params:
         return self.stored_gradients
+
+    def input_grams(self) -> Params:
+        return self.stored_grams
 
     def inputs(self, theta: Params) -> Params:
         raise NotImplementedError

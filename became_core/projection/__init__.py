@@ -9,6 +9,7 @@ from became_core.projection.gates import GatedRegion
 from became_core.projection.gpcns import GPCNS
 from became_core.projection.gpm import GPM
 from became_core.projection.hat import HAT
+from became_core.projection.low_rank import LowRankRegion
 from became_core.projection.nscl import NSCL
 from became_core.projection.ogd import OGD
 from became_core.projection.packnet import PackNet
@@ -28,6 +29,7 @@ __all__ = [
     "TRGP",
     "FinishedTask",
     "GatedRegion",
+    "LowRankRegion",
     "PackNet",
     "Projector",
     "Region",
