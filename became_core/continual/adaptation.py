@@ -22,34 +22,7 @@ from became_core.continual.learner import Learner, heads_of, weights_of
 from became_core.errors import BecameError
 from became_core.projection import LowRankRegion, Projector, Region, TaskStart
 
-__all__ = ["Adaptation", "LoRA"]
-
-
-@dataclass(frozen=True)
-class LoRA:
-    """Low-rank adapters of some layers (Hu 2022).
-
-    Attributes:
-        rank: r, at least 1; a weight whose own rank is lower gets adapters of that rank.
-        layers: patterns of the weights that get adapters: of matrices, and of convolutions, which are matrices of
-            flattened patches.
-        scale: s, what the product of both factors is multiplied by; above 0. Codes that divide by the rank have
-            s = lora_alpha / r.
-
-    Raises:
-        BecameError: if the rank is below 1, or the scale is not above 0.
-    """
-
-    rank: int
-    layers: tuple[str, ...] = ("*",)
-    scale: float = 1.0
-
-    def __post_init__(self) -> None:
-        """Check the numbers."""
-        if self.rank < 1:
-            raise BecameError(f"the rank of low-rank adapters is {self.rank}; it must be at least 1.")
-        if not 0 < self.scale < math.inf:
-            raise BecameError(f"the scale of low-rank adapters is {self.scale}; it must be above 0 and finite.")
+__all__ = ["Adaptation"]
 
 
 @dataclass(frozen=True)
@@ -58,15 +31,32 @@ class Adaptation:
 
     Attributes:
         freeze: patterns of the shared parameters that stand still.
-        lora: the adapters in whose place their weights stand still; None for none.
+        rank: r of the low-rank adapters, at least 1; a weight whose own rank is lower gets adapters of that rank. None
+            for no adapters, unless the projector has a rank of its own.
+        layers: patterns of the weights that get adapters: of matrices, and of convolutions, which are matrices of
+            flattened patches.
+        scale: s, what the product of both factors is multiplied by; above 0. Codes that divide by the rank have
+            s = lora_alpha / r.
+
+    Raises:
+        BecameError: if the rank is below 1, or the scale is not above 0 and finite.
 
     Examples:
-        >>> Adaptation(freeze=("conv*", "bn1")).frozen(["conv1.weight", "fc1.weight", "bn1.weight", "bn1.bias"])
-        frozenset({'conv1.weight', 'bn1.bias', 'bn1.weight'})
+        >>> sorted(Adaptation(freeze=("conv*", "bn1")).frozen(["conv1.weight", "fc1.weight", "bn1.bias"]))
+        ['bn1.bias', 'conv1.weight']
     """
 
     freeze: tuple[str, ...] = ()
-    lora: LoRA | None = None
+    rank: int | None = None
+    layers: tuple[str, ...] = ("*",)
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Check the numbers."""
+        if self.rank is not None and self.rank < 1:
+            raise BecameError(f"the rank of low-rank adapters is {self.rank}; it must be at least 1, or be left out.")
+        if not 0 < self.scale < math.inf:
+            raise BecameError(f"the scale of low-rank adapters is {self.scale}; it must be above 0 and finite.")
 
     def frozen(self, names: Iterable[str]) -> frozenset[str]:
         """Return those of these names that a pattern freezes."""
@@ -74,17 +64,17 @@ class Adaptation:
 
     def adapted(self, learner: Learner) -> frozenset[str]:
         """Return the names of the weights that have adapters: those that match, are matrices, and are not frozen."""
-        if self.lora is None:
+        if self.rank is None:
             return frozenset()
         names = learner.projectable & _shared(learner)
-        return _matching(self.lora.layers, names) - self.frozen(names)
+        return _matching(self.layers, names) - self.frozen(names)
 
     def still(self, learner: Learner) -> frozenset[str]:
         """Return the names of the shared parameters that no stage changes."""
-        if self.lora is None and not self.freeze:
+        if self.rank is None and not self.freeze:
             return frozenset()
         shared = _shared(learner)
-        return self.frozen(shared) if self.lora is None else shared - self.adapted(learner)
+        return self.frozen(shared) if self.rank is None else shared - self.adapted(learner)
 
     def check(self, learner: Learner) -> None:
         """Raise a BecameError if a pattern matches nothing, nothing is left to adapt, or the rank is above all others.
@@ -94,17 +84,17 @@ class Adaptation:
         shared = _shared(learner)
         for pattern in self.freeze:
             _check_matches("--freeze", pattern, shared)
-        if self.lora is None:
+        if self.rank is None:
             return
-        for pattern in self.lora.layers:
+        for pattern in self.layers:
             _check_matches("--lora-layers", pattern, learner.projectable & shared)
         adapted, theta = self.adapted(learner), learner.parameters()
         if not adapted:
             raise BecameError("no layer is left for low-rank adapters: --freeze has all that --lora-layers names.")
         most = max(_own_rank(theta[name].shape) for name in adapted)
-        if self.lora.rank > most:
+        if self.rank > most:
             raise BecameError(
-                f"the rank of low-rank adapters is {self.lora.rank}, and no weight that they adapt has a rank above "
+                f"the rank of low-rank adapters is {self.rank}, and no weight that they adapt has a rank above "
                 f"{most}; take at most {most}."
             )
 
@@ -122,18 +112,18 @@ class Adaptation:
             rng: the generator that the rows are drawn from.
             projector: that of the stage; None if it has none.
         """
-        if self.lora is None:
+        if self.rank is None:
             return None
         theta, rows = learner.parameters(), dict[str, Any]()
         for name in sorted(self.adapted(learner)):
-            rank, width = min(self.lora.rank, _own_rank(theta[name].shape)), math.prod(theta[name].shape[1:])
+            rank, width = min(self.rank, _own_rank(theta[name].shape)), math.prod(theta[name].shape[1:])
             drawn = rng.uniform(-1.0, 1.0, (rank, width)) / math.sqrt(width)
             xp: Any = namespace(weight=theta[name])
             rows[name] = xp.asarray(drawn, dtype=theta[name].dtype, device=device(theta[name]))
         if projector is None:
-            return LowRankRegion.initial(rows, theta, scale=self.lora.scale)
+            return LowRankRegion.initial(rows, theta, scale=self.scale)
         rows, trains = projector.adapter_rows(start, rows), projector.trains_rows
-        return LowRankRegion.initial(rows, theta, scale=self.lora.scale, trains_rows=trains)
+        return LowRankRegion.initial(rows, theta, scale=self.scale, trains_rows=trains)
 
 
 def _own_rank(shape: Sequence[int]) -> int:

@@ -137,7 +137,7 @@ class _Run(RunContext):
             constraint = self.stable_constraint(task, state.memory)
             if state.stage is not None:
                 region = state.stage.region
-            elif self.adaptation.lora is not None:
+            elif self.adaptation.rank is not None:
                 region = self.adapters(task, 1, state.memory)
             elif state.memory.projector is not None:
                 region = state.memory.projector.begin_task(self.measurement(task, "start", state.memory))
@@ -157,7 +157,7 @@ class _Run(RunContext):
             if task.index == 0:
                 return state
             state = replace(state, theta_gp=state.theta_gp or self.learner.parameters())
-            region, trains = self.region(task, state.memory), self.adaptation.lora is not None
+            region, trains = self.region(task, state.memory), self.adaptation.rank is not None
             if trains and not state.in_stage(2):
                 region = self.adapters(task, 2, state.memory)
             constraint = free_constraint(self.learner, task, self.method)

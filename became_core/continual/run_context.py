@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 from became_core.arrays import Params
-from became_core.continual.adaptation import Adaptation, LoRA
+from became_core.continual.adaptation import Adaptation
 from became_core.continual.data import Task, TaskStream
 from became_core.continual.learner import Learner, heads_of, refresh_statistics, weights_of
 from became_core.continual.measurement import Evaluation, Measurement, accuracies
@@ -46,8 +46,8 @@ class RunContext:
     def adaptation(self) -> Adaptation:
         """Which parameters learn; a projector that trains in adapters has some of its own where none are asked for."""
         adaptation, projector = self.training.adaptation, self.method.projector
-        if adaptation.lora is None and projector is not None and projector.own_rank:
-            return replace(adaptation, lora=LoRA(projector.own_rank))
+        if adaptation.rank is None and projector is not None and projector.own_rank:
+            return replace(adaptation, rank=projector.own_rank)
         return adaptation
 
     @property
@@ -127,7 +127,7 @@ def check_method(method: Method, stream: TaskStream, training: Training | None =
         )
     if (
         training is not None
-        and training.adaptation.lora is not None
+        and training.adaptation.rank is not None
         and projector is not None
         and projector.no_adapters
     ):

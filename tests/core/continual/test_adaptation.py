@@ -14,7 +14,6 @@ from became_core.continual import (
     Adam,
     Adaptation,
     Annealed,
-    LoRA,
     Patience,
     Penalty,
     RunRecord,
@@ -27,6 +26,7 @@ from became_core.continual import (
 from became_core.laplace import Diagonal, LaplacePosterior
 from became_core.projection import PROJECTORS, LowRankRegion
 from reference.learner import ReferenceLearner
+from reference.projection import olora_overlap
 from tests.listening import Listening
 from tests.streams import prototype_stream
 
@@ -38,7 +38,7 @@ TRAINING = Training(
     SGD(momentum=0.5),
     batch_size=6,
     projector_samples=None,
-    adaptation=Adaptation(lora=LoRA(RANK)),
+    adaptation=Adaptation(rank=RANK),
 )
 SETTINGS = {"threshold": 1.0, "ewc_strength": 2.0}
 FIT = [name for name in method_names() if name not in PROJECTORS or not PROJECTORS[name].no_adapters]
@@ -214,11 +214,11 @@ def test_what_is_frozen_stands_still_to_the_bit_and_is_not_remembered(name: str)
 
 
 def test_all_may_be_frozen_but_heads() -> None:
-    for adaptation in (Adaptation(freeze=("*",)), Adaptation(("fc2*",), LoRA(1, ("fc1", "fc2.weight")))):
+    for adaptation in (Adaptation(freeze=("*",)), Adaptation(("fc2*",), 1, ("fc1", "fc2.weight"))):
         thetas = at_ends("became", replace(TRAINING, adaptation=adaptation))
         by = changes(thetas[0], thetas[3])
         assert not by["fc2.weight"].any()
-        assert by["fc1.weight"].any() == (adaptation.lora is not None)
+        assert by["fc1.weight"].any() == (adaptation.rank is not None)
         assert all(by[f"heads.{task}.weight"].any() for task in range(3))
 
 
@@ -238,9 +238,9 @@ def test_what_adapters_make_no_sense_for_is_refused_with_its_reason(name: str) -
     [
         (Adaptation(freeze=("conv*",)), "--freeze conv\\* matches none .* fc1.bias, fc1.weight, fc2.bias, fc2.weight"),
         (Adaptation(freeze=("heads*",)), "--freeze heads\\* matches none"),
-        (Adaptation(lora=LoRA(1, ("fc1", "fc3"))), "--lora-layers fc3 matches none .* fc1.weight, fc2.weight"),
-        (Adaptation(("fc?.weight",), LoRA(1)), "no layer is left for low-rank adapters"),
-        (Adaptation(lora=LoRA(25)), "rank of low-rank adapters is 25, .* above 24; take at most 24"),
+        (Adaptation((), 1, ("fc1", "fc3")), "--lora-layers fc3 matches none .* fc1.weight, fc2.weight"),
+        (Adaptation(("fc?.weight",), 1), "no layer is left for low-rank adapters"),
+        (Adaptation(rank=25), "rank of low-rank adapters is 25, .* above 24; take at most 24"),
     ],
 )
 def test_what_does_not_fit_the_network_is_refused_in_a_sentence(adaptation: Adaptation, message: str) -> None:
@@ -249,7 +249,7 @@ def test_what_does_not_fit_the_network_is_refused_in_a_sentence(adaptation: Adap
 
 
 def test_a_weight_of_a_lower_rank_has_adapters_of_that_rank() -> None:
-    training = replace(TRAINING, adaptation=Adaptation(lora=LoRA(20)))  # fc2 is 16 by 24
+    training = replace(TRAINING, adaptation=Adaptation(rank=20))  # fc2 is 16 by 24
     region = next(s.stage.region for s in states_of("finetune", training)[2] if s.stage is not None)
     assert region is not None
     assert [region.scales[f"fc{layer}.weight@B"].shape[1] for layer in (1, 2)] == [20, 16]
@@ -258,4 +258,37 @@ def test_a_weight_of_a_lower_rank_has_adapters_of_that_rank() -> None:
 @pytest.mark.parametrize(("rank", "scale", "what"), [(0, 1.0, "rank"), (-2, 1.0, "rank"), (4, 0.0, "scale")])
 def test_numbers_of_adapters_are_checked(rank: int, scale: float, what: str) -> None:
     with pytest.raises(BecameError, match=f"the {what} of low-rank adapters is"):
-        LoRA(rank, scale=scale)
+        Adaptation(rank=rank, scale=scale)
+
+
+def test_inflora_learns_b_alone_and_moves_no_old_logits() -> None:
+    thetas, learner, old = at_ends("inflora"), new_learner(), STREAM.tasks[0].train
+    logits = []
+    for theta in thetas[1:]:
+        learner.assign(theta)
+        logits.append(learner.logits(old, 100)[:, 0])
+    np.testing.assert_allclose(logits[1], logits[0], atol=1e-9)
+    np.testing.assert_allclose(logits[2], logits[0], atol=1e-9)
+    by = changes(thetas[1], thetas[2])["fc1.weight"]
+    assert np.linalg.matrix_rank(by, tol=1e-10) == RANK
+    regions = [state.stage.region for state in states_of("inflora")[2] if state.stage is not None]
+    for region in regions:
+        assert isinstance(region, LowRankRegion)
+        assert set(region.scales) == {"fc1.weight@B", "fc2.weight@B"}
+
+
+@pytest.mark.parametrize("name", ["olora", "finetune"])
+def test_tasks_of_olora_have_no_overlap_by_the_published_code(name: str) -> None:
+    regions = [s.stage.region for s in states_of(name)[2] if s.stage is not None and s.stage.schedule.finished]
+    rows = [region.scales["fc1.weight@A"] for region in regions if region is not None]
+    assert len(rows) == 3
+    overlaps = [olora_overlap(rows[:task], rows[task]) for task in (1, 2)]
+    assert all(overlap < 1e-11 for overlap in overlaps) == (name == "olora")
+
+
+@pytest.mark.parametrize(("name", "rank"), [("inflora", 10), ("became+olora", 8)])
+def test_projectors_of_adapters_have_the_published_rank_unless_a_run_names_one(name: str, rank: int) -> None:
+    training = replace(TRAINING, adaptation=Adaptation())
+    region = next(s.stage.region for s in states_of(name, training)[2] if s.stage is not None)
+    assert region is not None
+    assert region.scales["fc1.weight@B"].shape == (24, rank)
