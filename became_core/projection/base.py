@@ -255,7 +255,7 @@ class Projector(ABC):
         rows = {}
         for name, projected in self.project(drawn).items():
             xp: Any = namespace(rows=projected)
-            before, after = (xp.linalg.vector_norm(it, axis=1, keepdims=True) for it in (drawn[name], projected))
+            before, after = (xp.sqrt(xp.sum(it * it, axis=1, keepdims=True)) for it in (drawn[name], projected))
             # What is so small is as much rounding as remainder, and would be made large.
             is_zero = after <= before * float(xp.finfo(projected.dtype).eps) ** 0.5
             ratio = before / xp.where(is_zero, xp.ones_like(after), after)
