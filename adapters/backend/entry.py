@@ -11,9 +11,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
-from typing import Literal, Protocol, TypeVar, cast
+from typing import Any, Literal, Protocol, TypeVar, cast
 
-from adapters.networks import Architecture, DropoutMasks, Norm, Weighted, build_network
+from adapters.networks import Architecture, DropoutMasks, HubNetwork, Norm, Weighted, build_network, hub_network
 from became_core import BecameError, continual
 from became_core.continual import Learner, RunRecord, TaskStream
 
@@ -57,17 +57,19 @@ class Builder(Protocol[L_co]):
         seed: int,
         *,
         norm: Norm = "batch",
+        pretrained: bool = False,
         mixed_precision: bool = False,
         dropout_masks: DropoutMasks = "numpy",
     ) -> L_co:
         """Return a fresh learner with a backbone known by name.
 
         Args:
-            network: the backbone, as in ``adapters.networks.NETWORKS``.
+            network: the backbone, one of ``adapters.networks.NETWORKS``, or of the hub, ``hf:NAME``.
             stream: what it will learn.
             device: a device as the framework calls it, or "auto" for the first accelerator there is, else the CPU.
             seed: names the draw of the initial weights.
             norm: the backbone's kind of normalisation, as in ``adapters.networks``.
+            pretrained: whether a network of the hub has its pretrained weights.
             mixed_precision: whether training steps multiply in bfloat16.
             dropout_masks: what draws them.
 
@@ -99,11 +101,15 @@ class Backend:
     learn: Callable[..., RunRecord] = continual.learn
 
 
-def learner_builder(learner: Callable[..., L]) -> Builder[L]:
+def learner_builder(
+    learner: Callable[..., L], of_hub: Callable[[HubNetwork, TaskStream, int], Any] | None = None
+) -> Builder[L]:
     """Return what builds learners of a class with backbones known by name.
 
     Args:
         learner: the class, whose constructor is that of ``NetworkLearner``.
+        of_hub: makes the framework's module of a network of the hub, for a stream, with weights drawn by a seed; None
+            if the framework has none.
     """
 
     def build_learner(
@@ -113,10 +119,19 @@ def learner_builder(learner: Callable[..., L]) -> Builder[L]:
         seed: int,
         *,
         norm: Norm = "batch",
+        pretrained: bool = False,
         mixed_precision: bool = False,
         dropout_masks: DropoutMasks = "numpy",
     ) -> L:
-        backbone = build_network(network, stream.dataset.images.shape[1:], norm)
+        hub = hub_network(network, norm, pretrained=pretrained)
+        if hub is None:
+            backbone: Any = build_network(network, stream.dataset.images.shape[1:], norm)
+        elif of_hub is not None:
+            backbone = of_hub(hub, stream, seed)
+        else:
+            raise BecameError(
+                f"the network '{network}' is one for PyTorch; choose --backend torch, or another network."
+            )
         return learner(
             backbone, stream, device=device, mixed_precision=mixed_precision, dropout_masks=dropout_masks, seed=seed
         )
@@ -143,14 +158,15 @@ def threads_for(network: str, shape: tuple[int, ...], norm: Norm = "batch") -> i
     (1, None)
 
     Args:
-        network: as in ``adapters.networks.NETWORKS``.
+        network: one of ``adapters.networks.NETWORKS``, or of the hub.
         shape: of an image, [C, H, W], or of text, [L].
         norm: the network's kind of normalisation.
     """
     chosen = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]
     if chosen.isdecimal() and int(chosen) > 0:
         return int(chosen)
-    return 1 if _multiplications(build_network(network, shape, norm)) < SMALL else None
+    is_small = hub_network(network) is None and _multiplications(build_network(network, shape, norm)) < SMALL
+    return 1 if is_small else None
 
 
 def available_threads() -> int:

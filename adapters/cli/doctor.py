@@ -25,6 +25,7 @@ EXTRAS = {
     "report": (("matplotlib",), "became report"),
     "tensorboard": (("tensorboardX",), "--tracker tensorboard"),
     "trackio": (("trackio",), "--tracker trackio"),
+    "transformers": (("transformers",), "--network hf:NAME"),
     "dask": (("distributed",), "--scheduler"),
     "flower": (("flwr",), "adapters.flower, federations"),
 }

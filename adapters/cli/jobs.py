@@ -89,6 +89,7 @@ class Job:
             configuration.device,
             self.run.seed,
             norm=configuration.norm,
+            pretrained=configuration.pretrained,
             mixed_precision=configuration.mixed_precision,
             dropout_masks=configuration.dropout_masks,
         )

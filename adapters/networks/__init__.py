@@ -1,6 +1,16 @@
 """Networks described once, without a framework: layers, a network as a value, the benchmarks' networks by name."""
 
-from adapters.networks.catalogue import NETWORKS, Norm, alexnet, build_network, gpt, mlp, preact_resnet18, resnet18
+from adapters.networks.catalogue import (
+    NETWORKS,
+    Norm,
+    alexnet,
+    build_network,
+    gpt,
+    hub_network,
+    mlp,
+    preact_resnet18,
+    resnet18,
+)
 from adapters.networks.description import CANONICAL_AXES, Architecture, Backbone, Pass, Record, Tapped, UserLayer
 from adapters.networks.draws import (
     DropoutMasks,
@@ -11,6 +21,7 @@ from adapters.networks.draws import (
     initial_value,
     initial_values,
 )
+from adapters.networks.hub import HubNetwork
 from adapters.networks.layers import (
     GELU,
     AveragePool,
@@ -52,6 +63,7 @@ __all__ = [
     "Embedding",
     "Flatten",
     "GroupNorm",
+    "HubNetwork",
     "LastPosition",
     "Layer",
     "LayerNorm",
@@ -77,6 +89,7 @@ __all__ = [
     "draw_mask",
     "draw_masks",
     "gpt",
+    "hub_network",
     "initial_value",
     "initial_values",
     "is_statistic",

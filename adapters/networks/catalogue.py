@@ -16,6 +16,7 @@ from itertools import chain
 from typing import Literal
 
 from adapters.networks.description import Architecture
+from adapters.networks.hub import HubNetwork
 from adapters.networks.layers import (
     GELU,
     AveragePool,
@@ -38,7 +39,7 @@ from adapters.networks.layers import (
 from became_core import BecameError
 from became_core.registry import Catalogue
 
-__all__ = ["NETWORKS", "Norm", "alexnet", "build_network", "gpt", "mlp", "preact_resnet18", "resnet18"]
+__all__ = ["NETWORKS", "Norm", "alexnet", "build_network", "gpt", "hub_network", "mlp", "preact_resnet18", "resnet18"]
 
 Norm = Literal["batch", "running", "group"]
 
@@ -208,6 +209,22 @@ NETWORKS: Catalogue[Callable[..., Architecture]] = Catalogue(
         "gpt-last": _gpt_last,
     },
 )
+
+
+def hub_network(name: str, norm: Norm = "batch", *, pretrained: bool = False) -> HubNetwork | None:
+    """Return the network of the hub that a name such as ``hf:NAME`` is of; None if the name is one of ``NETWORKS``.
+
+    Raises:
+        BecameError: if there is no such name, or it has no such normalisation or no pretrained weights.
+    """
+    hub = HubNetwork.named(name, pretrained=pretrained)
+    if hub is None:
+        NETWORKS[name]
+        if pretrained:
+            raise BecameError(f"there are no pretrained weights of '{name}'; a network of the hub, hf:NAME, has some.")
+    elif norm != "batch":
+        raise BecameError(f"the network '{name}' has norms of its own, and none that could be '{norm}'.")
+    return hub
 
 
 def build_network(name: str, shape: tuple[int, ...], norm: Norm = "batch") -> Architecture:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal, Self, get_type_hints
 
 from adapters.benchmarks.catalogue import BENCHMARKS
-from adapters.networks import NETWORKS, DropoutMasks, Norm
+from adapters.networks import NETWORKS, DropoutMasks, Norm, hub_network
 from adapters.runs.results import RunResult
 from adapters.tracking import TRACKERS
 from became_core import BecameError
@@ -105,7 +105,16 @@ class Configuration:
         "learn",
         False,
     )
-    network: str = _option("The backbone", "learn")
+    network: str = _option(
+        "The backbone: hf:NAME, of Hugging Face's hub or a folder in its layout, on PyTorch alone, or one of these",
+        "learn",
+    )
+    pretrained: bool = _option(
+        "Begin with the weights that come with a network of the hub, instead of drawing them.",
+        "learn",
+        False,
+        flag=True,
+    )
     norm: Norm = _option(
         "What alexnet and resnet18 normalise by: batch, the statistics of the batch, in testing too; running, the same "
         "in training and running statistics otherwise, estimated anew for every model; group, each image's own "
@@ -228,7 +237,7 @@ class Configuration:
         Raises:
             BecameError: if a value cannot be used.
         """
-        NETWORKS[self.network]
+        hub_network(self.network, self.norm, pretrained=self.pretrained)
         for name, value in [*((it.name, getattr(self, it.name)) for it in fields(self)), *self.settings.items()]:
             for number in value if isinstance(value, tuple) else (value,):
                 if isinstance(number, float) and not math.isfinite(number):

@@ -11,7 +11,7 @@ import became_core
 __all__ = ["revision", "versions"]
 
 ALWAYS = ("numpy", "array-api-compat", "optree", "safetensors")
-IF_LOADED = ("torch", "jax", "jaxlib", "tensorflow", "cupy")
+IF_LOADED = ("torch", "transformers", "jax", "jaxlib", "tensorflow", "cupy")
 
 
 def versions() -> dict[str, str]:

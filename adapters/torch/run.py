@@ -12,6 +12,7 @@ from adapters.backend import Backend, learner_builder, needs_package, run_comman
 with needs_package("torch"):
     import torch
 
+    from adapters.torch.hub import hub_backbone
     from adapters.torch.learner import TorchLearner
     from adapters.torch.processes import is_one_of_several, run_in_processes
 
@@ -58,7 +59,7 @@ def _use_threads(threads: int | None) -> int:
     return torch.get_num_threads()
 
 
-build_learner = learner_builder(TorchLearner)
+build_learner = learner_builder(TorchLearner, hub_backbone)
 BACKEND = Backend("torch", build_learner, _repeat_exactly, _prepare, _use_threads)
 
 if __name__ == "__main__":

@@ -1,0 +1,203 @@
+"""Networks of Hugging Face's hub as backbones: a model of the package ``transformers``, seen as samples to features.
+
+Convention: a network reads images at its own size and with its own number of channels, so that images are resized
+(bilinearly, with antialiasing) and one channel is repeated. Pretrained weights see images normalised by the mean and
+standard deviation of ``preprocessor_config.json`` if the folder has one, and by the data set's otherwise. Text is
+bytes, which are given as the numbers of tokens. A matrix that GPT-2 stores as [d_in, d_out] becomes a linear layer's
+[d_out, d_in], which a projector can protect. Features are:
+
+| the network's last hidden state | features |
+| --- | --- |
+| [N, tokens, d] of images | the class token's, the first |
+| [N, d, H, W] of images | the mean over places |
+| [N, L, d] of text, a label for each byte | all positions'; no position may depend on a later byte |
+| [N, L, d] of text, a label for each text | the last position's if the network is causal, else the mean |
+
+Code that comes with a network is never run, and weights are read from safetensors files alone.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from adapters.networks.hub import HubNetwork
+from became_core import BecameError
+from became_core.continual import TaskStream
+
+__all__ = ["HubBackbone", "hub_backbone"]
+
+BYTES = 256
+
+
+class HubBackbone(nn.Module):
+    """A model of ``transformers`` as a backbone: images [N, C, H, W] or bytes [N, L] to features."""
+
+    image_factor: Tensor
+    image_shift: Tensor
+
+    def __init__(self, model: nn.Module, stream: TaskStream, scale: tuple[Tensor, Tensor] | None = None) -> None:
+        """Keep the model.
+
+        Args:
+            model: its outputs have a ``last_hidden_state``.
+            stream: what it will learn.
+            scale: what the learner's normalised images are multiplied by, and what is then added, [C, 1, 1].
+        """
+        super().__init__()
+        self.model = model
+        config: Any = model.config
+        size = getattr(config, "image_size", None)
+        self.size = (size, size) if isinstance(size, int) else size
+        self.channels = getattr(config, "num_channels", 3)
+        self.per_position = stream.dataset.predicts_bytes
+        self.is_causal = False
+        factor, shift = scale or (torch.ones(()), torch.zeros(()))
+        self.register_buffer("image_factor", factor, persistent=False)
+        self.register_buffer("image_shift", shift, persistent=False)
+
+    def forward(self, samples: Tensor) -> Tensor:
+        """Return the features [N, features] or [N, L, features]."""
+        if samples.ndim == 2:
+            hidden = self._hidden(samples)
+            if self.per_position:
+                return hidden
+            return hidden[:, -1] if self.is_causal else hidden.mean(1)
+        images = samples * self.image_factor + self.image_shift
+        if images.shape[1] == 1:
+            images = images.expand(-1, self.channels, -1, -1)
+        if self.size is not None and tuple(images.shape[2:]) != tuple(self.size):
+            images = functional.interpolate(images, self.size, mode="bilinear", antialias=True)
+        hidden = self._hidden(images)
+        return hidden.mean((2, 3)) if hidden.ndim == 4 else hidden[:, 0]
+
+    def _hidden(self, inputs: Tensor) -> Tensor:
+        hidden: Tensor = self.model(inputs).last_hidden_state
+        return hidden
+
+    @torch.no_grad()
+    def find_causality(self, length: int) -> None:
+        """Find out whether no position of a text of this length depends on a later byte."""
+        texts = torch.arange(2 * length).reshape(2, length) % BYTES
+        texts[1, :-1] = texts[0, :-1]
+        texts[1, -1] = (texts[0, -1] + 1) % BYTES
+        first, second = self._hidden(texts)
+        self.is_causal = bool(torch.allclose(first[:-1], second[:-1], rtol=1e-4, atol=1e-5))
+
+
+def hub_backbone(network: HubNetwork, stream: TaskStream, seed: int) -> HubBackbone:
+    """Return a network of the hub as a backbone for a stream.
+
+    Args:
+        network: which.
+        stream: what it will learn.
+        seed: draws the weights if they are not pretrained.
+
+    Raises:
+        BecameError: if the package ``transformers`` is missing, the network cannot be read, or it cannot learn these
+            samples.
+    """
+    try:
+        import transformers
+    except ModuleNotFoundError as error:
+        raise BecameError(f"the package '{error.name}' is missing; pip install 'became[transformers]'.") from None
+    source, shape = network.source, stream.dataset.images.shape[1:]
+    with _quiet(transformers), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            config = transformers.AutoConfig.from_pretrained(source)
+            _check(network, config, is_text=len(shape) == 1)
+            if network.pretrained:
+                words = {"use_safetensors": True, "dtype": torch.float32}
+                model = transformers.AutoModel.from_pretrained(source, **words)
+            else:
+                model = transformers.AutoModel.from_config(config, dtype=torch.float32)
+        except (OSError, ValueError) as error:  # no such folder or name, no network, a configuration of another kind
+            raise BecameError(f"the network '{source}' cannot be read: {_first_line(error)}.") from None
+    expected = "input_ids" if len(shape) == 1 else "pixel_values"
+    if model.main_input_name != expected:
+        samples = "text" if len(shape) == 1 else "images"
+        raise BecameError(f"the network '{source}' reads {model.main_input_name}, not {samples}; choose another.")
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, transformers.pytorch_utils.Conv1D):
+            model.set_submodule(name, _linear(layer))
+    backbone = HubBackbone(model.eval(), stream, _scale_of(network, stream) if network.pretrained else None)
+    try:
+        if len(shape) == 1:
+            backbone.find_causality(shape[0])
+        else:
+            with torch.no_grad():
+                backbone(torch.zeros(2, *shape))
+    except (AttributeError, IndexError, RuntimeError, ValueError) as error:
+        raise BecameError(f"the network '{source}' cannot take samples {list(shape)}: {_first_line(error)}.") from None
+    if backbone.per_position and not backbone.is_causal:
+        raise BecameError(
+            f"the network '{source}' sees the byte that it is to predict; a benchmark of next bytes needs one whose "
+            "positions depend on earlier bytes alone, such as GPT-2's."
+        )
+    return backbone.train()
+
+
+def _check(network: HubNetwork, config: Any, *, is_text: bool) -> None:
+    """Refuse what a configuration says that it cannot do, before weights are read."""
+    if getattr(config, "is_encoder_decoder", False):
+        raise BecameError(f"the network '{network.source}' is an encoder with a decoder; choose one that is either.")
+    tokens = getattr(config, "vocab_size", None)
+    if not is_text or tokens is None:
+        return
+    if tokens < BYTES:
+        raise BecameError(f"the network '{network.source}' knows {tokens} tokens; text is bytes and needs {BYTES}.")
+    if network.pretrained and tokens != BYTES:
+        raise BecameError(
+            f"the weights of '{network.source}' know {tokens:,} tokens of a tokenizer, and text is bytes here; leave "
+            "--pretrained out."
+        )
+
+
+def _linear(layer: Any) -> nn.Linear:
+    """Return the linear layer that computes what a Conv1D of ``transformers`` does, a W + b with W [d_in, d_out]."""
+    inputs, outputs = layer.weight.shape
+    linear = nn.Linear(inputs, outputs, device="meta").to_empty(device="cpu")  # which draws no weights
+    with torch.no_grad():
+        linear.weight.copy_(layer.weight.T)
+        linear.bias.copy_(layer.bias)
+    return linear
+
+
+def _scale_of(network: HubNetwork, stream: TaskStream) -> tuple[Tensor, Tensor] | None:
+    """Return what makes the learner's normalised images those that pretrained weights know; None if nothing says so."""
+    from transformers import AutoImageProcessor
+
+    try:
+        known = AutoImageProcessor.from_pretrained(network.source)
+    except (ImportError, OSError, ValueError):
+        return None
+    mean, std = getattr(known, "image_mean", None), getattr(known, "image_std", None)
+    if mean is None or std is None:
+        return None
+    own_mean, own_std, of_mean, of_std = (
+        torch.tensor(values, dtype=torch.float32).view(-1, 1, 1)
+        for values in (stream.dataset.mean, stream.dataset.std, mean, std)
+    )
+    return own_std / of_std, (own_mean - of_mean) / of_std
+
+
+@contextmanager
+def _quiet(transformers: Any) -> Iterator[None]:
+    """Let ``transformers`` say errors alone for the time of a context, and draw no bars."""
+    level, bars = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(level)
+        if bars:
+            transformers.logging.enable_progress_bar()
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0].rstrip(".")[:200]
