@@ -16,7 +16,7 @@ NOTHING = np.zeros((WIDTH, 0))
 
 
 def gram(representation: Array) -> Array:
-    return representation @ representation.T / representation.shape[1]
+    return np.asarray(representation @ representation.T / representation.shape[1])
 
 
 def rows_of(xp: Any, memory: InfLoRA, representation: Array, rank: int) -> Array:
