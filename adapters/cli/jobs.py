@@ -95,9 +95,12 @@ class Job:
         )
 
     def check_values(self, stream: TaskStream) -> None:
-        """Raise a BecameError if there is no such device, or the network cannot be built for these images."""
+        """Raise a BecameError if there is no such device, or the network cannot be built for these images.
+
+        So it does if a pattern of what is frozen or adapted matches nothing of the network.
+        """
         self.backend.use_threads(self.threads(stream))
-        self.learner(stream)
+        self.configuration.training().adaptation.check(self.learner(stream))
 
     def threads(self, stream: TaskStream) -> int | None:
         """Return with how many threads the run is to be computed; None for the framework's usual number.

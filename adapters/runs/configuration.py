@@ -24,6 +24,7 @@ from became_core.continual import (
     METHODS,
     SGD,
     Adam,
+    Adaptation,
     Annealed,
     Augmentation,
     ClassOrder,
@@ -155,6 +156,22 @@ class Configuration:
         "training",
         1.0,
     )
+    freeze: tuple[str, ...] = _option(
+        "Patterns, such as 'conv*', of the parameters or layers that stand still; heads always learn.", "training", ()
+    )
+    lora: int | None = _option(
+        "Learn through low-rank adapters of this rank (LoRA): W + B A in place of W, which becomes the new W when a "
+        "stage ends. Shared parameters without adapters stand still. A weight of a lower rank has adapters of that "
+        "rank.",
+        "training",
+        None,
+    )
+    lora_layers: tuple[str, ...] = _option(
+        "Patterns, such as '*.attn.*', of the weights or layers that have low-rank adapters.", "training", ("*",)
+    )
+    lora_scale: float = _option(
+        "What B A is multiplied by; lora_alpha / r in codes that divide by the rank.", "training", 1.0
+    )
     optimiser: Literal["sgd", "adam"] = _option("What turns gradients into steps.", "training", "sgd")
     momentum: float = _option("The momentum of SGD.", "training", 0.0)
     weight_decay: float = _option("How much of each parameter is added to its gradient.", "training", 0.0)
@@ -278,6 +295,7 @@ class Configuration:
             path_alphas=tuple(point / last for point in range(self.path_points)),
             augmentation=Augmentation() if self.augment else None,
             relative=RelativeRates(heads=self.head_rate, norms=self.norm_rate, first=self.first_rate),
+            adaptation=Adaptation(self.freeze, self.lora, self.lora_layers, self.lora_scale),
         )
 
     def _schedule(self, epochs: int, *, restores_best: bool) -> Schedule:
@@ -417,8 +435,9 @@ def options() -> dict[str, Option]:
         names, help_text = registered.get(each.name, ()), each.metadata["help"]
         if names:
             help_text = f"{help_text}: {', '.join(names)}."
-        if each.name not in of_presets and each.default not in (MISSING, None, False):
-            help_text = f"{help_text} (default: {each.default})"
+        if each.name not in of_presets and each.default not in (MISSING, None, False, ()):
+            several = isinstance(each.default, tuple)
+            help_text += f" (default: {' '.join(map(str, each.default)) if several else each.default})"
         known[each.name] = Option(
             each.name, hints[each.name], help_text, each.metadata["group"], each.metadata["flag"], names
         )
