@@ -1,8 +1,8 @@
 """Change points by enumeration: every way to cut a series into runs, each with its own mean and variance.
 
 Convention: a run's length counts the values up to the last one. A normal-gamma prior: the precision of a run has a
-gamma distribution of shape ``freedom / 2`` and rate ``squares / 2``, and its mean, given the precision, is normal around
-0 with the precision times ``count``.
+gamma distribution of shape ``freedom / 2`` and rate ``squares / 2``, and its mean, given the precision, is normal
+around 0 with the precision times ``count``.
 """
 
 from itertools import combinations, pairwise
