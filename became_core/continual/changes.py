@@ -120,9 +120,7 @@ class BayesianDetector:
     def __post_init__(self) -> None:
         """Check the numbers."""
         if not 0 < self.hazard < 1:
-            raise BecameError(
-                f"the hazard is {self.hazard}; it is a probability, between 0 and 1, and neither of them."
-            )
+            raise BecameError(f"the hazard is {self.hazard}; give a probability between 0 and 1.")
         if not 0 < self.certainty < 1:
             raise BecameError(f"the certainty is {self.certainty}; give a probability between 0 and 1.")
         if not 0 < self.rise < FARTHEST:

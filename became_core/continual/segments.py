@@ -28,7 +28,7 @@ from became_core.continual.schedule import Training
 from became_core.continual.step import Constraint, Optimiser
 from became_core.errors import BecameError
 
-__all__ = ["Segment", "Segments", "Watch", "arrivals", "find_segments"]
+__all__ = ["Segment", "Segments", "Watch", "arrivals", "check_watchable", "find_segments"]
 
 # With fewer batches their mean and deviation say too little.
 FEWEST = 8
@@ -135,32 +135,12 @@ def find_segments(learner: Learner, stream: TaskStream, training: Training, watc
         seed: of the run.
 
     Raises:
-        BecameError: if tasks have heads of their own, the network has running statistics, the schedule needs validation
-            rows, or the stream or the reservoir has too few batches.
+        BecameError: if ``check_watchable`` does, or a loss is no longer finite.
     """
-    size, name = training.batch_size, stream.dataset.name
-    if not stream.shared_head:
-        raise BecameError(
-            f"{name} has a head for each task, and without boundaries nothing says which head a sample is for; let all "
-            "tasks share one (--head shared)."
-        )
-    if learner.running_statistics:
-        raise BecameError(
-            "the network has running statistics, which are estimated on whole tasks; without boundaries, take one "
-            "without them, or with group norm."
-        )
+    check_watchable(learner, stream, training, watch)
+    size = training.batch_size
     capacity, rows = watch.reservoir // size, arrivals(stream, seed, watch.gradual)
-    if capacity < FEWEST:
-        raise BecameError(
-            f"a reservoir of {watch.reservoir} samples holds {capacity} batches of {size}; let it hold at least "
-            f"{FEWEST * size} samples."
-        )
     batches = [rows[start : start + size] for start in range(0, len(rows) - size + 1, size)]
-    if len(batches) <= capacity:
-        raise BecameError(
-            f"the stream of {name} has {len(batches)} batches, and the first {capacity} fill the reservoir before a "
-            "change can be told; give a longer stream, or a smaller reservoir or batch size."
-        )
     watcher = _Watcher(learner, training, watch, seed, capacity)
     for batch in batches:
         watcher.observe(batch)
@@ -169,6 +149,36 @@ def find_segments(learner: Learner, stream: TaskStream, training: Training, watc
     lengths = [len(task.train) for task in stream.tasks]
     changes = tuple(max(int(row - watch.gradual / 2), 0) // size for row in np.cumsum(lengths)[:-1])
     return Segments(_tasks(stream, rows, size, segments, watcher.reservoirs, seed), segments, changes)
+
+
+def check_watchable(learner: Learner, stream: TaskStream, training: Training, watch: Watch) -> None:
+    """Raise a BecameError if a stream cannot be watched: arguments as of ``find_segments``.
+
+    Tasks may not have heads of their own, nor the network running statistics; the reservoir must hold some batches, and
+    the stream must have more.
+    """
+    size, name = training.batch_size, stream.dataset.name
+    if not stream.shared_head:
+        raise BecameError(
+            f"{name} has a head for each task, and without boundaries nothing says which head a sample is for; let all "
+            "tasks share one (--single-head)."
+        )
+    if learner.running_statistics:
+        raise BecameError(
+            "the network has running statistics, which are estimated on whole tasks; without boundaries, take one "
+            "without them, or with group norm."
+        )
+    capacity, batches = watch.reservoir // size, sum(len(task.train) for task in stream.tasks) // size
+    if capacity < FEWEST:
+        raise BecameError(
+            f"a reservoir of {watch.reservoir} samples holds {capacity} batches of {size}; let it hold at least "
+            f"{FEWEST * size} samples."
+        )
+    if batches <= capacity:
+        raise BecameError(
+            f"the stream of {name} has {batches} batches, and the first {capacity} fill the reservoir before a change "
+            "can be told; give a longer stream, or a smaller reservoir or batch size."
+        )
 
 
 @dataclass
