@@ -3,23 +3,27 @@
 A network of its own, the watcher, sees every batch once, as it arrives: its loss on a new batch, compared with that on
 a reservoir of the segment's batches, is what a detector watches (``changes.py``). The reservoir's batches are never
 trained on, so both losses are of unseen data by the same weights, and their difference stays where it is while the
-watcher learns. Then the watcher takes one step on the batch, and one on a batch of an earlier segment's reservoir, so
-that it keeps knowing what it has seen. When the detector announces a change, the segment ends where the change began.
+watcher learns. Then the watcher takes one step on the batch. When the detector announces a change, the segment ends
+where the change began.
 
-A segment whose first batches the watcher still knows is not learned again: its loss is that on an earlier segment's
-reservoir, on batches that it was not trained on. ``learn`` then gets the others as tasks. It trains on their batches,
-and computes curvature, merges and the projector's memory from their reservoirs alone.
+The watcher soon forgets. A second set of its weights, the keeper, takes a step on a batch of an earlier segment's
+reservoir after each of its own, so that it keeps knowing what came before. A segment is known if the keeper's loss on
+its first batches is that on batches of an earlier segment that it was not trained on; then it is not learned again.
+``learn`` gets the others as tasks. It trains on their batches, and computes curvature, merges and the projector's
+memory from their reservoirs alone.
 
 Convention: places in the stream are numbers of batches, from 0. Test and validation rows do not arrive; of each task, a
 segment is tested on as large a share as it has of the task's training rows. That is for the scores alone.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
+from became_core.arrays import Params
 from became_core.continual.changes import BayesianDetector, Detector, Reservoir, standardised
 from became_core.continual.data import Indices, Task, TaskStream
 from became_core.continual.learner import Batch, Learner, weights_of
@@ -34,6 +38,8 @@ __all__ = ["Segment", "Segments", "Watch", "arrivals", "check_watchable", "find_
 FEWEST = 8
 # In standard deviations: how near a loss is to that of known data, and how far known data is from what it was at first.
 NEAR = 3.0
+# Where losses are nearly 0 their deviation says little: how much of the way back to what it was at first a loss may be.
+SHARE = 0.1
 
 
 @dataclass(frozen=True)
@@ -95,7 +101,7 @@ class Segments:
     @property
     def delays(self) -> list[int | None]:
         """For each true change, after how many batches it was announced; None if it was not, before the next one."""
-        ends = [*self.changes[1:], self.segments[-1].end]
+        ends = [*self.changes, self.segments[-1].end][1:]
         announced = [segment.announced for segment in self.segments if segment.announced is not None]
         within = [
             [place - start + 1 for place in announced if start <= place < end]
@@ -148,7 +154,8 @@ def find_segments(learner: Learner, stream: TaskStream, training: Training, watc
     segments = tuple(watcher.segments)
     lengths = [len(task.train) for task in stream.tasks]
     changes = tuple(max(int(row - watch.gradual / 2), 0) // size for row in np.cumsum(lengths)[:-1])
-    return Segments(_tasks(stream, rows, size, segments, watcher.reservoirs, seed), segments, changes)
+    reservoirs = [np.sort(np.concatenate(watcher.at(places))) for places in watcher.reservoirs]
+    return Segments(_tasks(stream, rows, size, segments, reservoirs, seed), segments, changes)
 
 
 def check_watchable(learner: Learner, stream: TaskStream, training: Training, watch: Watch) -> None:
@@ -193,7 +200,10 @@ class _Known:
 
 @dataclass
 class _Watcher:
-    """The network that watches, and what it has found so far; the only value of this module that changes."""
+    """The network that watches, and what it has found so far; the only value of this module that changes.
+
+    The learner has the watcher's weights; ``keeper`` are the keeper's, and None as long as both are the same.
+    """
 
     learner: Learner
     training: Training
@@ -202,7 +212,7 @@ class _Watcher:
     capacity: int
     losses: list[float] = field(default_factory=list)
     segments: list[Segment] = field(default_factory=list)
-    reservoirs: list[Reservoir] = field(default_factory=list)
+    reservoirs: list[list[int]] = field(default_factory=list)
     known: list[_Known] = field(default_factory=list)
     arrived: list[Indices] = field(default_factory=list)
 
@@ -211,6 +221,8 @@ class _Watcher:
         self.trainable = frozenset(weights_of(self.learner))
         theta = self.learner.parameters()
         self.optimiser: Optimiser = self.training.optimiser.initial({n: theta[n] for n in sorted(self.trainable)})
+        self.keeper: tuple[Params, Optimiser] | None = None
+        self.left, self.arrival = -1, math.inf  # of the last learned segment its number, of the present one its loss
         self.detector, self.reservoir = self.watch.detector, Reservoir(self.capacity, self.seed)
         self.present = Segment(0, 0)
 
@@ -218,19 +230,23 @@ class _Watcher:
         """Watch one batch; then learn from it, unless it is stored or suspected to be of something new."""
         place = len(self.losses)
         self.losses += self.batch_losses([batch])
-        self.arrived = [*self.arrived, batch][-self.capacity :]
+        self.arrived.append(batch)
         if self.reservoir.full:
-            value = standardised(self.losses[-1], self.batch_losses(self.reservoir.batches))
+            value = standardised(self.losses[-1], self.batch_losses(self.at(self.reservoir.batches)))
             self.detector = self.detector.observe(value)
             if self.detector.changed:
                 self.begin_segment(place)
                 return
             if self.detector.suspects:
                 return
-        offered = self.reservoir.offer(batch)
+        offered = self.reservoir.offer(place)
         if offered.batches is self.reservoir.batches:
             self.train(batch, place)
         self.reservoir = offered
+
+    def at(self, places: Iterable[int]) -> list[Indices]:
+        """Return the batches at places of the stream."""
+        return [self.arrived[place] for place in places]
 
     def batch_losses(self, batches: Sequence[Indices]) -> list[float]:
         """Return the mean loss of each batch, in nats."""
@@ -242,49 +258,67 @@ class _Watcher:
         return [float(likelihood.mean_loss(outputs[part], targets[part])) for part in parts]
 
     def train(self, batch: Indices, place: int) -> None:
-        """Take a step on a batch, and one on a batch of an earlier segment, if there is one."""
-        rng, past = random_generator(self.seed, "watching", place), [b for k in self.known for b in k.rehearsed]
-        steps = [batch, past[int(rng.integers(len(past)))]] if past else [batch]
-        rates = np.full(len(steps), float(self.training.stage1.rates(1)[0]))
-        constraint = Constraint(trainable=self.trainable)
-        trained = self.learner.train([Batch(0, rows) for rows in steps], rates, constraint, self.optimiser, rng)
-        self.optimiser = trained.optimiser
+        """Take a step on a batch; the keeper takes another one, on a batch of an earlier segment."""
+        self.optimiser = self.after_steps([batch], self.optimiser, place)
+        if self.keeper is not None:
+            past = [rows for earlier in self.known for rows in earlier.rehearsed]
+            chosen = past[int(random_generator(self.seed, "rehearsal", place).integers(len(past)))]
+            theta, optimiser = self.keeper
+            with self.learner.at(theta):
+                optimiser = self.after_steps([batch, chosen], optimiser, place)
+                self.keeper = self.learner.parameters(), optimiser
+
+    def after_steps(self, batches: Sequence[Indices], optimiser: Optimiser, place: int) -> Optimiser:
+        """Take a step of the learner on each batch, and return the optimiser after them."""
+        rates = np.full(len(batches), float(self.training.stage1.rates(1)[0]))
+        constraint, rng = Constraint(trainable=self.trainable), random_generator(self.seed, "watching", place)
+        return self.learner.train([Batch(0, rows) for rows in batches], rates, constraint, optimiser, rng).optimiser
 
     def begin_segment(self, place: int) -> None:
         """End the present segment and begin the next, which the last batches are of already."""
         start = max(place - self.detector.length + 1, self.present.start + 1)
-        fresh = self.losses[start:]
+        fresh = range(start, place + 1)
         self.end_segment(start)
-        self.present = Segment(start, start, announced=place, known=self.recognised(fresh))
+        assert self.keeper is not None  # It is there since the end of the first segment.
+        with self.learner.at(self.keeper[0]):
+            losses = self.batch_losses(self.at(fresh))
+            known = self.recognised(losses)
+        self.present, self.arrival = Segment(start, start, announced=place, known=known), float(np.mean(losses))
         self.detector = self.watch.detector
         self.reservoir = Reservoir(self.capacity, self.seed, len(self.segments))
-        for batch in self.arrived[-len(fresh) :]:
-            self.reservoir = self.reservoir.offer(batch)
+        for earlier in fresh:
+            self.reservoir = self.reservoir.offer(earlier)
 
     def end_segment(self, end: int) -> None:
         """Remember the present segment."""
-        segment, batches = replace(self.present, end=end), self.reservoir.batches
+        # A batch that is of the next segment already may have been stored before it was suspected.
+        segment, stored = replace(self.present, end=end), [place for place in self.reservoir.batches if place < end]
         if segment.known is None:
-            first = self.losses[segment.start : segment.start + 3]
-            number = sum(earlier.known is None for earlier in self.segments)
-            self.known.append(_Known(number, list(batches[::2]), list(batches[1::2]), float(np.mean(first))))
+            rehearsed, unseen = self.at(stored[::2]), self.at(stored[1::2])
+            arrival = float(np.mean(self.losses[:3])) if self.keeper is None else self.arrival
+            self.known.append(_Known(len(self.known), rehearsed, unseen, arrival))
+        self.left = len(self.known) - 1 if segment.known is None else segment.known
+        if self.keeper is None:
+            self.keeper = self.learner.parameters(), self.optimiser
         self.segments.append(segment)
-        self.reservoirs.append(self.reservoir)
+        self.reservoirs.append(stored)
 
     def recognised(self, losses: Sequence[float]) -> int | None:
         """Return the number of the learned segment whose losses these are; None if they are no one's.
 
-        A segment that the watcher has forgotten is not recognised: its loss is nearly what it was when it arrived.
+        It is not the segment that has just ended, because the change was one from it. A segment that the keeper has
+        forgotten is not recognised: its loss is nearly what it was when it arrived.
         """
-        nearest: tuple[float, int | None] = NEAR, None
+        nearest: tuple[float, int | None] = math.inf, None
         for earlier in self.known:
-            if len(earlier.unseen) < FEWEST // 2:
+            if earlier.number == self.left or len(earlier.unseen) < FEWEST // 2:
                 continue
             now = self.batch_losses(earlier.unseen)
-            mean, deviation = float(np.mean(now)), float(np.std(now, ddof=1)) + 1e-12
-            distance = (float(np.mean(losses)) - mean) / (deviation * (1 / len(losses) + 1 / len(now)) ** 0.5)
-            if distance < nearest[0] and earlier.arrival - mean > NEAR * deviation:
-                nearest = distance, earlier.number
+            mean, deviation = float(np.mean(now)), float(np.std(now, ddof=1))
+            distance, gap = float(np.mean(losses)) - mean, earlier.arrival - mean
+            near = max(NEAR * deviation * math.sqrt(1 / len(losses) + 1 / len(now)), SHARE * gap)
+            if distance < near and gap > NEAR * deviation and abs(distance) < nearest[0]:
+                nearest = abs(distance), earlier.number
         return nearest[1]
 
 
@@ -293,7 +327,7 @@ def _tasks(
     rows: Indices,
     size: int,
     segments: Sequence[Segment],
-    reservoirs: Sequence[Reservoir],
+    reservoirs: Sequence[Indices],
     seed: int,
 ) -> TaskStream:
     """Return the segments that are learned as tasks; rows after the last whole batch belong to the last one."""
@@ -314,7 +348,7 @@ def _tasks(
             train=np.sort(parts[number]),
             validation=held_out["validation"][index],
             test=held_out["test"][index],
-            reservoir=np.sort(np.concatenate(reservoirs[number].batches)),
+            reservoir=reservoirs[number],
         )
         for index, number in enumerate(learned)
     )
