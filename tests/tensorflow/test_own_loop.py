@@ -234,3 +234,18 @@ def test_what_cannot_be_done_is_said_in_a_sentence() -> None:
         pass
     with pytest.raises(BecameError, match="a merge is of two models"):
         learning.merge(_data(1, 1))
+
+
+def test_a_change_of_the_stream_is_observed() -> None:
+    model, rule = _perceptron(), np.random.default_rng(7).normal(size=(6, CLASSES))
+    inputs = np.random.default_rng(8).normal(size=(60, 16, 6))
+    labels = (inputs @ rule).argmax(-1)
+    model.compile(keras.optimizers.Adam(0.02), keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    model.fit(np.concatenate(inputs), np.concatenate(labels), batch_size=16, epochs=4, verbose=0)
+    learning = Continual(model)
+    new = np.random.default_rng(9).normal(size=(60, 16, 6))
+    stream = [(x, (x @ (rule if place < 50 else -rule)).argmax(-1)) for place, x in enumerate(new)]
+    observed = [place for place, batch in enumerate(stream[:53]) if learning.observe(batch)]
+    assert observed == [52]
+    assert len(learning.reservoir.batches) == 20
+    assert all(any(batch is earlier for earlier in stream[:50]) for batch in learning.reservoir.batches)
