@@ -20,7 +20,7 @@ from adapters.runs.configuration import (
 from adapters.runs.repeating import command_words
 from adapters.torch.run import BACKEND
 from became_core import BecameError
-from became_core.continual import Augmentation, RelativeRates, build_method
+from became_core.continual import Adaptation, Augmentation, RelativeRates, build_method
 
 
 def configured(method: str = "became", preset: str | None = None, **values: Any) -> Configuration:
@@ -39,7 +39,8 @@ def test_every_option_reaches_the_parts_that_it_is_for() -> None:
         "became+nscl", benchmark="split-cifar100", tasks=20, epochs=3, stage2_epochs=2, lr=0.2, batch_size=8,
         validation=0.1, projector_samples=11, curvature_samples=0, path_points=3, network="mlp", class_order="seeded",
         augment=True, decay=0.5, per="layer", precision="kronecker", head_rate=2.0, norm_rate=0.5, first_rate=4.0,
-        norm_penalty=3.0, nscl_ratio=7.0, momentum=0.5, weight_decay=0.25,
+        norm_penalty=3.0, nscl_ratio=7.0, momentum=0.5, weight_decay=0.25, freeze=("conv1",), lora=4,
+        lora_layers=("conv*", "fc1"), lora_scale=0.5,
     )  # fmt: skip
     training, method = configuration.training(), configuration.method("became+nscl")
     assert (training.stage1.epochs, training.stage2.epochs) == (3, 2)
@@ -47,6 +48,7 @@ def test_every_option_reaches_the_parts_that_it_is_for() -> None:
     assert (training.batch_size, training.projector_samples, training.curvature_samples) == (8, 11, None)
     assert training.augmentation == Augmentation(padding=4, flips=True)
     assert training.relative == RelativeRates(heads=2.0, norms=0.5, first=4.0)
+    assert training.adaptation == Adaptation(freeze=("conv1",), rank=4, layers=("conv*", "fc1"), scale=0.5)
     assert training.path_alphas == (0.0, 0.5, 1.0)
     assert (training.optimiser.momentum, training.optimiser.weight_decay) == (0.5, 0.25)  # type: ignore[union-attr]
     assert method == build_method(
@@ -101,6 +103,8 @@ def test_the_number_of_tasks_chooses_the_preset() -> None:
         ({}, "became+gmp", None, "no projector 'gmp'; did you mean 'gpm'"),
         ({}, "joint+gpm", None, "joint training sees all tasks"),
         ({"momentum": 1.0}, "gpm", None, "momentum is 1.0"),
+        ({"lora": 0}, "gpm", None, "the rank of low-rank adapters is 0; it must be at least 1"),
+        ({"lora": 2, "lora_scale": 0.0}, "gpm", None, "the scale of low-rank adapters is 0.0; it must be above 0"),
         ({"optimiser": "adam", "momentum": 0.5}, "gpm", None, "--momentum is SGD's"),
         ({"weight_decay": -1.0}, "gpm", None, "weight decay is -1.0"),
         ({"threshold": 1.5}, "gpm", None, "threshold is 1.5"),
@@ -184,6 +188,10 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "head_rate": st.floats(0.1, 10),
     "norm_rate": st.floats(0.1, 10),
     "first_rate": st.floats(0.1, 10),
+    "freeze": st.lists(st.sampled_from(["conv1", "fc*"]), max_size=2).map(tuple),
+    "lora": st.integers(1, 9),
+    "lora_layers": st.lists(st.sampled_from(["conv2", "fc*"]), min_size=1, max_size=2).map(tuple),
+    "lora_scale": st.floats(0.1, 10),
     "weight_decay": st.floats(0, 1),
     "batch_size": st.integers(1, 99),
     "projector_samples": st.integers(0, 99),
@@ -275,7 +283,8 @@ def test_settings_of_a_benchmark_are_recorded_with_its_runs_alone() -> None:
     ],
 )
 def test_a_record_of_another_version_is_refused_in_one_sentence(changes: dict[str, Any], message: str) -> None:
-    record = {name: value for name, value in (configured().to_json() | changes).items() if value is not None}
+    gone = [name for name, value in changes.items() if value is None]
+    record = {name: value for name, value in (configured().to_json() | changes).items() if name not in gone}
     with pytest.raises(BecameError) as refused:
         Configuration.from_json(record, "became")
     assert str(refused.value) == message

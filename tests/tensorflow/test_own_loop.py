@@ -301,3 +301,18 @@ def test_a_terminal_shows_how_far_a_pass_is(monkeypatch: pytest.MonkeyPatch) -> 
         Continual(_perceptron(), check=False).remember(data)
     Continual(_perceptron(), check=False, progress=False).remember(_data(1, 1))
     assert totals == [2, 3, None]
+
+
+def test_a_change_of_the_stream_is_observed() -> None:
+    model, rule = _perceptron(), np.random.default_rng(7).normal(size=(6, CLASSES))
+    inputs = np.random.default_rng(8).normal(size=(60, 16, 6))
+    labels = (inputs @ rule).argmax(-1)
+    model.compile(keras.optimizers.Adam(0.02), keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    model.fit(np.concatenate(inputs), np.concatenate(labels), batch_size=16, epochs=4, verbose=0)
+    learning = Continual(model)
+    new = np.random.default_rng(9).normal(size=(60, 16, 6))
+    stream = [(x, (x @ (rule if place < 50 else -rule)).argmax(-1)) for place, x in enumerate(new)]
+    observed = [place for place, batch in enumerate(stream[:53]) if learning.observe(batch)]
+    assert observed == [52]
+    assert len(learning.reservoir.batches) == 20
+    assert all(any(batch is earlier for earlier in stream[:50]) for batch in learning.reservoir.batches)
