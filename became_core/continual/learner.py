@@ -155,10 +155,13 @@ class Learner(ABC):
         """
 
     def written(self, task: Task, rng: np.random.Generator) -> str:
-        """Return what the network writes after the beginning of a task's first test sample; empty if it writes no text.
+        """Return what the network makes in the manner of a task: text, or the address of a picture; empty if neither.
+
+        Text goes on after the beginning of the task's first test sample. A picture is ``data:image/png;base64,...``:
+        some of the task's test samples, what the network makes of them, and what it draws from its prior.
 
         Args:
-            task: whose text it goes on with.
+            task: whose text or pictures it begins with.
             rng: the generator that each byte is drawn from.
         """
         return ""

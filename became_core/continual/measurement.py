@@ -390,7 +390,7 @@ class Measurement:
 
     def inputs(self, theta: Params) -> Params:
         """Return each layer's inputs for a few samples at other weights, [samples, positions, d_in], by weight."""
-        rows = self.task.train[:TRIED_SAMPLES]
+        rows = self.task.measured[:TRIED_SAMPLES]
         with self.learner.at(theta):
             batches = self.learner.taps(self.task.index, rows, len(rows), "empirical", random_generator(0, "wiring"))
             (taps,) = batches
@@ -440,5 +440,5 @@ class Measurement:
 
     def _sample(self, purpose: str, count: int | None) -> Indices:
         if count is None:
-            return self.task.train
-        return random_generator(self.seed, purpose, self.task.index).permutation(self.task.train)[:count]
+            return self.task.measured
+        return random_generator(self.seed, purpose, self.task.index).permutation(self.task.measured)[:count]

@@ -126,21 +126,18 @@ def check_method(method: Method, stream: TaskStream, training: Training | None =
             f"{method.name} is not for {stream.dataset.name}, whose targets are no labels of samples: "
             f"{projector.needs_labels}."
         )
-    if (
-        training is not None
-        and training.adaptation.rank is not None
-        and projector is not None
-        and projector.no_adapters
-    ):
+    adapts = training is not None and training.adaptation.rank is not None
+    if adapts and projector is not None and projector.no_adapters:
         raise BecameError(f"{method.name} is not for low-rank adapters: {projector.no_adapters}; leave out --lora.")
-    if training is not None and training.augmentation and stream.dataset.is_text:
-        raise BecameError(f"text is not cropped and flipped; leave --augment out for {stream.dataset.name}.")
+    if training is not None and training.augmentation and (stream.dataset.is_text or stream.dataset.pictures):
+        what = "text is" if stream.dataset.is_text else "samples that are rows of pixels and noise are"
+        raise BecameError(f"{what} not cropped and flipped; leave --augment out for {stream.dataset.name}.")
     if likelihood.has_labels:
         return
     if method.fisher == "batch" and method.keeps_posterior:
         raise BecameError(
             f"{method.name} is not for {stream.dataset.name}, whose targets are no labels: its Fisher information is "
-            "that of the model's most likely labels, and of a Gaussian's most likely target it is 0."
+            "that of the model's most likely labels, and there are none; of a Gaussian's most likely target it is 0."
         )
     if training is not None and training.path_alphas:
         raise BecameError(

@@ -28,7 +28,8 @@ class FinishedTask(Protocol):
         """Return, for each weight that can be protected, the mean over samples and positions of a a^T, [d_in, d_in].
 
         a is an input of the layer. If there are only n < d_in inputs, a factor F [n, d_in] may be returned instead,
-        with F^T F the mean.
+        with F^T F the mean. Of an embedding in a loop of a user's own, whose inputs are one-hot vectors, it is the
+        diagonal alone, [size].
         """
 
     def gradient_grams(self) -> Params:
@@ -229,6 +230,13 @@ class Projector(ABC):
         a batch gives the same update as projecting the product, at a fraction of the work.
         """
         return rows
+
+    def removed_factor(self, name: str) -> Array | None:
+        """Return F [d_in, k] if rows of a weight are projected to rows - rows F F^T and by nothing else; None if not.
+
+        A framework that can add a product to an array in place may then do so, without an array of the weight's size.
+        """
+        return None
 
     def unprotected_penalty(self) -> float:
         """Return the strength of the quadratic penalty on shared parameters that are no matrices; 0 freezes them."""

@@ -1,8 +1,6 @@
 """One description of a configuration: presets, records, and the command that repeats a run all give it back."""
 
 import json
-import shlex
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
@@ -12,20 +10,17 @@ from hypothesis import strategies as st
 
 from adapters.benchmarks.catalogue import BENCHMARKS
 from adapters.cli.jobs import requested_jobs
-from adapters.cli.options import Request, parse, parse_request, request_of, request_type
+from adapters.cli.options import parse, request_of, request_type
 from adapters.runs.configuration import (
     GROUPS,
     Configuration,
-    command_words,
     full_method_name,
     options,
-    repeating_command,
 )
-from adapters.runs.results import RunResult
+from adapters.runs.repeating import command_words
 from adapters.torch.run import BACKEND
 from became_core import BecameError
 from became_core.continual import Adaptation, Augmentation, RelativeRates, build_method
-from tests.analysis.runs import run
 
 
 def configured(method: str = "became", preset: str | None = None, **values: Any) -> Configuration:
@@ -278,45 +273,6 @@ def test_settings_of_a_benchmark_are_recorded_with_its_runs_alone() -> None:
     assert Configuration.from_json(values, "gpm") == configuration
     assert "street" in command_words(configuration, "gpm")
     assert "task_column" not in configured("gpm", task_column="street").to_json()
-
-
-def test_the_shortest_command_that_repeats_runs_is_found_from_their_record() -> None:
-    configuration = configured(
-        "became", epochs=3, lr=0.02, optimiser="adam", path_points=5, projector_samples=0, first=3, norm="running",
-        head_rate=20.0, norm_penalty=2.0,
-    )  # fmt: skip
-    runs = [run(seed=seed, config=configuration.to_json()) for seed in (0, 4)]
-    command = repeating_command(runs)
-    assert command == (
-        "python -m adapters.torch.run --methods became --seeds 0 4 --benchmark split-mnist --first 3 --norm running "
-        "--lr 0.02 --epochs 3 --head-rate 20.0 --optimiser adam --projector-samples 0 --path-points 5 "
-        "--norm-penalty 2.0"
-    )
-    request: Request = parse_request("run", shlex.split(command)[3:], backend=False)
-    assert [(job.run.seed, job.configuration) for job in requested_jobs(request, lambda: BACKEND)] == [
-        (0, configuration),
-        (4, configuration),
-    ]
-
-
-def test_the_command_that_repeats_a_run_has_the_folder_of_its_data() -> None:
-    config = configured().to_json()
-    there = replace(run(config=config), data_dir="/data/a b")
-    assert RunResult.from_json(there.to_json()).data_dir == "/data/a b"
-    command = repeating_command([there])
-    assert command is not None
-    (job,) = requested_jobs(parse_request("run", shlex.split(command)[3:], backend=False), lambda: BACKEND)
-    assert job.configuration.data_dir == Path("/data/a b")
-
-
-def test_no_command_is_given_that_would_run_something_else() -> None:
-    config = configured().to_json()
-    assert repeating_command([run(config=config)])
-    assert repeating_command([run(config=config | {"unknown": 1})]) is None
-    assert repeating_command([run(config=config | {"benchmark": "unknown"})]) is None
-    assert repeating_command([run("unknown", config=config)]) is None
-    del config["lr"]
-    assert repeating_command([run(config=config)]) is None
 
 
 @pytest.mark.parametrize(
