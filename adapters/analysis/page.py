@@ -19,9 +19,9 @@ from adapters.analysis.figures.drawing import THEME, Figure, inline_svg, picture
 from adapters.analysis.groups import SERIES, Group
 from adapters.analysis.tables import Column, Table, as_html, printable
 from adapters.runs import RunResult
-from adapters.runs.configuration import repeating_command
 from adapters.runs.provenance import versions
 from adapters.runs.published import PublishedTable
+from adapters.runs.repeating import repeating_command
 
 __all__ = ["Drawing", "escaped", "page"]
 
