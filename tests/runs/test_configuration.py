@@ -259,7 +259,7 @@ def test_every_option_is_drawn_by_these_properties() -> None:
     others = {"benchmark", "optimiser", "momentum", "nscl_ratio", "nscl_floored", "ogd_samples", "ogd_capacity"}
     others |= {"ewc_strength", "packnet_share", "packnet_even", "packnet_retraining", "grid_points"}
     others |= {"hat_sharpness", "hat_sparsity", "hat_clamped"}
-    others |= {"task_column", "target_column", "target_kind", "head", "context"}
+    others |= {"task_column", "target_column", "target_kind", "head", "context", "pretrained", "shrinkage"}
     assert set(options()) == set(VALUES) | others
     kinds = {get_origin(option.type) or option.type for name, option in options().items() if name in VALUES}
     assert {get_origin(options()[name].type) or options()[name].type for name in others} <= kinds
