@@ -113,11 +113,15 @@ class Job:
         return find_segments(self.learner(stream), stream, configuration.training(), watch, self.run.seed)
 
     def check_values(self, stream: TaskStream) -> None:
-        """Raise a BecameError if there is no such device, the network cannot be built, or the stream not be watched."""
+        """Raise a BecameError if there is no such device, the network cannot be built, or the stream not be watched.
+
+        So it does if a pattern of what is frozen or adapted matches nothing of the network.
+        """
         self.backend.use_threads(self.threads(stream))
-        learner, watch = self.learner(stream), self.configuration.watch()
+        learner, training, watch = self.learner(stream), self.configuration.training(), self.configuration.watch()
+        training.adaptation.check(learner)
         if watch is not None:
-            check_watchable(learner, stream, self.configuration.training(), watch)
+            check_watchable(learner, stream, training, watch)
 
     def threads(self, stream: TaskStream) -> int | None:
         """Return with how many threads the run is to be computed; None for the framework's usual number.

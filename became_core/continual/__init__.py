@@ -1,5 +1,6 @@
 """Continual learning: task streams, the base class of learners, methods, and ``learn``, the loop that runs them."""
 
+from became_core.continual.adaptation import Adaptation
 from became_core.continual.callbacks import Callback
 from became_core.continual.changes import BayesianDetector, Detector, PlateauDetector, Reservoir, standardised
 from became_core.continual.data import Augmentation, Dataset, Task, TaskStream, Views
@@ -31,6 +32,7 @@ __all__ = [
     "METHODS",
     "SGD",
     "Adam",
+    "Adaptation",
     "Along",
     "Annealed",
     "Augmentation",

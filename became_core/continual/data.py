@@ -59,6 +59,7 @@ class Dataset:
         likelihood: what the network's outputs say of the labels.
         domains: integers, [N]: the domain of each row, from 0; None if rows are of no domains. ``split_domains`` makes
             a task of each.
+        pictures: if the labels are pixels from 0 to 1, the height and the width of their pictures; None otherwise.
 
     Raises:
         BecameError: if the images, labels and statistics do not fit together.
@@ -78,6 +79,7 @@ class Dataset:
     std: tuple[float, ...]
     likelihood: Likelihood = field(default_factory=Categorical)
     domains: Indices | None = None
+    pictures: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         """Check that images, labels and statistics fit together, and turn labels into int64."""
@@ -101,6 +103,8 @@ class Dataset:
             if domains.shape != (len(images),) or domains.min() < 0:
                 raise BecameError(f"{self.name} has domains {list(domains.shape)}; give one a row, from 0.")
             object.__setattr__(self, "domains", domains)
+        if self.pictures is not None and self.pictures[0] * self.pictures[1] != self.classes:
+            raise BecameError(f"{self.name} has pictures {self.pictures}, and {self.classes} pixels of each.")
 
     def _checked_labels(self, rows: int) -> NDArray[Any]:
         """Return labels as the likelihood needs them."""
