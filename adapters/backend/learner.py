@@ -99,8 +99,9 @@ class NetworkLearner(Learner):
         self._text = stream.dataset.images if stream.dataset.predicts_bytes else None
         self._pictures, self._encoding = stream.dataset.pictures, getattr(backbone, "encoding", "")
         self._build(backbone, stream, mixed_precision, seed)
-        own = (frozenset({f"{self.naming.name(task.index)}.weight"}) for task in stream.tasks)
+        own = [frozenset({f"{self.naming.name(task.index)}.weight"}) for task in stream.tasks]
         self.heads = [frozenset() if stream.shared_head else head for head in own]
+        self.shared_head = own[0] if stream.shared_head else frozenset()
         self._check_sizes(stream)
         if check and not self._is_shipped(backbone):
             rows = np.arange(min(3, len(stream.dataset.images)))

@@ -12,7 +12,7 @@ and seed are the same run.
 
 import math
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, Self, get_type_hints
 
@@ -24,17 +24,22 @@ from became_core.continual import (
     METHODS,
     SGD,
     Adam,
+    Adaptation,
     Annealed,
     Augmentation,
+    BayesianDetector,
     ClassOrder,
     Dataset,
+    Detector,
     Method,
     Patience,
+    PlateauDetector,
     RelativeRates,
     Schedule,
     Stepped,
     TaskStream,
     Training,
+    Watch,
     build_method,
     method_settings,
 )
@@ -87,6 +92,36 @@ class Configuration:
         "How classes are assigned to tasks: in the order of their labels, or in an order that the seed draws.",
         "learn",
         "label",
+    )
+    single_head: bool = _option(
+        "Let all tasks share one head (domain-incremental), whose classes are those of each task in their order. "
+        "text-domains and text-sentiment have one anyway.",
+        "learn",
+        False,
+        flag=True,
+    )
+    boundaries: Literal["known", "unknown"] = _option(
+        "Whether the tasks are announced, or a detector cuts the stream of their samples where it changes. Unknown "
+        "boundaries need one head for all tasks.",
+        "learn",
+        "known",
+    )
+    detector: Literal["bayesian", "plateau"] = _option(
+        "What tells unknown boundaries: Bayesian online change-point detection, or plateaus and peaks of the loss.",
+        "learn",
+        "bayesian",
+    )
+    hazard: float = _option(
+        "How probable a change is at each batch, before anything is seen, for the bayesian detector.", "learn", 0.01
+    )
+    reservoir: int = _option(
+        "How many samples of what comes between two changes are stored, where boundaries are unknown; curvature and "
+        "the projector's memory are computed from them alone.",
+        "learn",
+        200,
+    )
+    gradual: int = _option(
+        "Over how many samples one task goes over into the next, where boundaries are unknown.", "learn", 0
     )
     validation: float = _option("The fraction of each task's training samples that is held out.", "learn", 0.05)
     augment: bool = _option(
@@ -154,6 +189,22 @@ class Configuration:
         "task.",
         "training",
         1.0,
+    )
+    freeze: tuple[str, ...] = _option(
+        "Patterns, such as 'conv*', of the parameters or layers that stand still; heads always learn.", "training", ()
+    )
+    lora: int | None = _option(
+        "Learn through low-rank adapters of this rank (LoRA): W + B A in place of W, which becomes the new W when a "
+        "stage ends. Shared parameters without adapters stand still. A weight of a lower rank has adapters of that "
+        "rank.",
+        "training",
+        None,
+    )
+    lora_layers: tuple[str, ...] = _option(
+        "Patterns, such as '*.attn.*', of the weights or layers that have low-rank adapters.", "training", ("*",)
+    )
+    lora_scale: float = _option(
+        "What B A is multiplied by; lora_alpha / r in codes that divide by the rank.", "training", 1.0
     )
     optimiser: Literal["sgd", "adam"] = _option("What turns gradients into steps.", "training", "sgd")
     momentum: float = _option("The momentum of SGD.", "training", 0.0)
@@ -257,6 +308,7 @@ class Configuration:
         }
         configuration = cls(**{name: resolved[name] for name in declared if name in resolved}, settings=settings)
         configuration.training()
+        configuration.watch()
         configuration.method(method)
         return configuration
 
@@ -278,7 +330,18 @@ class Configuration:
             path_alphas=tuple(point / last for point in range(self.path_points)),
             augmentation=Augmentation() if self.augment else None,
             relative=RelativeRates(heads=self.head_rate, norms=self.norm_rate, first=self.first_rate),
+            adaptation=Adaptation(self.freeze, self.lora, self.lora_layers, self.lora_scale),
         )
+
+    def watch(self) -> Watch | None:
+        """Return how the stream is watched for changes; None if the tasks are announced.
+
+        Raises:
+            BecameError: if a value cannot be used.
+        """
+        detector: Detector = BayesianDetector(self.hazard)
+        watch = Watch(detector if self.detector == "bayesian" else PlateauDetector(), self.reservoir, self.gradual)
+        return None if self.boundaries == "known" else watch
 
     def _schedule(self, epochs: int, *, restores_best: bool) -> Schedule:
         if self.schedule == "annealed":
@@ -307,6 +370,8 @@ class Configuration:
             class_order=self.class_order,
             settings=self.data_settings,
         )
+        if self.single_head:
+            stream = replace(stream, shared_head=True)
         return stream.first(self.first) if self.first else stream
 
     def to_json(self) -> dict[str, Any]:
@@ -417,8 +482,9 @@ def options() -> dict[str, Option]:
         names, help_text = registered.get(each.name, ()), each.metadata["help"]
         if names:
             help_text = f"{help_text}: {', '.join(names)}."
-        if each.name not in of_presets and each.default not in (MISSING, None, False):
-            help_text = f"{help_text} (default: {each.default})"
+        if each.name not in of_presets and each.default not in (MISSING, None, False, ()):
+            several = isinstance(each.default, tuple)
+            help_text += f" (default: {' '.join(map(str, each.default)) if several else each.default})"
         known[each.name] = Option(
             each.name, hints[each.name], help_text, each.metadata["group"], each.metadata["flag"], names
         )

@@ -21,12 +21,13 @@ from adapters.backend.batches import (
     cotangents_of,
     counted,
     gradient_by_outputs,
+    length_of,
     mean_loss,
     units_of,
     with_progress,
 )
 from adapters.backend.checking import check_network
-from adapters.backend.memory import InputGrams, by_slopes, gram_sums
+from adapters.backend.memory import InputGrams, by_slopes
 from adapters.backend.own_loop import NetworkCheck
 from adapters.torch.batches import Applied, in_evaluation, to_device
 from adapters.torch.checking import TorchView
@@ -34,7 +35,7 @@ from adapters.torch.derivatives import Derivatives
 from adapters.torch.tapping import Layouts, collect_taps, matrices_of, samples_of
 from became_core import BecameError, Quadratic
 from became_core.arrays import Params
-from became_core.curvature import Likelihood, Taps, per_sample_square_sum
+from became_core.curvature import Likelihood, Taps, square_sums
 
 __all__ = ["Batches", "DataLoss", "Loss"]
 
@@ -129,7 +130,7 @@ class DataLoss:
         if self.matrices is None:
             self.matrices = matrices_of(self._applied, names, few, self._layouts)
 
-    def passes(self, batch: Any, rng: np.random.Generator) -> Iterator[tuple[Taps, float]]:
+    def passes(self, batch: Any, rng: np.random.Generator, *, windows: bool = False) -> Iterator[tuple[Taps, float]]:
         """Run a batch, and yield the taps of every backward pass that its Fisher information needs.
 
         The model must be in evaluation mode.
@@ -137,6 +138,7 @@ class DataLoss:
         Args:
             batch: of a kind that the reader knows.
             rng: what targets of the model's own are drawn from, one number for each output, in the samples' order.
+            windows: whether taps of convolutions have their images too.
 
         Yields:
             The taps, and the samples or tokens that they add to those of a mean: 0 after the first pass.
@@ -154,24 +156,27 @@ class DataLoss:
             units = units_of(self.likelihood, outputs, targets)
             yield from cotangents_of(self.likelihood, outputs, targets, _own_gradient, self._kind, rng)
 
-        for taps in collect_taps(self._applied, names, (inputs,), cotangents, layouts=self._layouts):
+        for taps in collect_taps(self._applied, names, (inputs,), cotangents, layouts=self._layouts, windows=windows):
             yield taps, units
             units = 0.0
 
     def fisher(self, batches: Batches, *, with_memory: bool) -> tuple[Params, InputGrams]:
         """Return the diagonal Fisher information at the weights as they are, and what a projector remembers."""
         what = "remembering" if with_memory else "measuring"
-        squares: Params = {}
         finished = InputGrams()
         units, rng = 0.0, np.random.default_rng(0)
-        with in_evaluation(self._model):
-            for batch in with_progress(batches, what, self._shows):
-                for index, (taps, more) in enumerate(self.passes(batch, rng)):
+
+        def taps_of_batches() -> Iterator[Taps]:
+            nonlocal units
+            for batch in with_progress(batches, what, self._shows, length_of(batches)):
+                for index, (taps, more) in enumerate(self.passes(batch, rng, windows=with_memory)):
                     units += more
-                    for name, square in per_sample_square_sum(taps).items():
-                        squares[name] = squares[name].add_(square) if name in squares else square
                     if with_memory and index == 0:  # the inputs are the same for all targets
-                        finished.add(gram_sums(taps, frozenset(self.matrices or ())))
+                        finished.add(taps, frozenset(self.matrices or ()))
+                    yield taps
+
+        with in_evaluation(self._model):
+            squares = square_sums(taps_of_batches())
         counted(units)
         fisher = {
             name: squares[name].reshape(value.shape) / units if name in squares else torch.zeros_like(value)

@@ -207,6 +207,8 @@ class Task:
         train: the rows of the data set that are trained on.
         validation: the training rows that are held out.
         test: the rows that it is scored on.
+        reservoir: the training rows that curvature and the projector's memory are computed from, if they are only some
+            of them, as where a stream goes by; None for all training rows.
     """
 
     index: int
@@ -214,6 +216,12 @@ class Task:
     train: Indices
     validation: Indices
     test: Indices
+    reservoir: Indices | None = None
+
+    @property
+    def measured(self) -> Indices:
+        """The training rows that curvature and the projector's memory are computed from."""
+        return self.train if self.reservoir is None else self.reservoir
 
 
 @dataclass(frozen=True)
@@ -269,6 +277,10 @@ class TaskStream:
         """Return a task's rows by part as int64, if its targets are its classes; ``where`` is how messages call it."""
         size = len(self.dataset.labels)
         parts: dict[str, Any] = {part: _integers(getattr(task, part), f"the {part} rows of {where}") for part in _PARTS}
+        if task.reservoir is not None:
+            parts["reservoir"] = _integers(task.reservoir, f"the reservoir of {where}")
+            if not np.isin(parts["reservoir"], parts["train"]).all():
+                raise BecameError(f"{where} has a reservoir of other rows than its training rows.")
         for part, rows in parts.items():
             if not len(rows) and part != "validation":
                 raise BecameError(f"{where} has no {part} samples; give at least one.")

@@ -67,6 +67,7 @@ class Learner(ABC):
     Attributes:
         heads: for each task, the names of the parameters that are its own; none if all tasks share a head, whose
             weight is then a shared one, and projectable.
+        shared_head: the names of the parameters of the head that all tasks share; empty if every task has its own.
         projectable: the names of the shared weights that taps describe as matrices, which a projector can protect.
         running_statistics: the names of those entries of ``parameters`` that are running statistics of normalisation
             layers and not weights. The network uses them except in training and in taps of the mode "published". Only
@@ -88,6 +89,7 @@ class Learner(ABC):
     heads: Sequence[frozenset[str]]
     projectable: frozenset[str]
     running_statistics: frozenset[str]
+    shared_head: frozenset[str] = frozenset()
     constants: frozenset[str] = frozenset()
     least_batch: int = 1
     likelihood: Likelihood = Categorical()

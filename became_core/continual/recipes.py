@@ -11,6 +11,7 @@ projector by itself is a method too, such as ``gpm``.
 | ewc | penalised by every old task's own quadratic, added | - | Kirkpatrick 2017 |
 | ewc-online | penalised by one quadratic, recentred at each task, decaying | - | Huszar 2018; Schwarz 2018 |
 | gpm, sgp, gpcns, nscl, ogd, trgp | under that gradient projection | - | ``became_core.projection`` |
+| inflora, olora | low-rank adapters, in spaces that old tasks leave free | - | ``became_core.projection`` |
 | packnet | in the free weights | retrained after pruning, the pruned at zero; no merge | Mallya 2018 |
 | hat | gates of units, learned with the weights between units that no task uses | - | Serra 2018 |
 | imm-mean, imm-mode | unconstrained, or L2-transfer | the tasks' models, by equal shares or precisions | Lee 2017 |

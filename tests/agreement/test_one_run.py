@@ -30,15 +30,19 @@ from adapters.networks import (
 )
 from became_core.continual import (
     Adam,
+    Adaptation,
     Annealed,
     EpochEnd,
     Learner,
     RelativeRates,
     RunRecord,
+    Segments,
     TaskEnd,
     TaskStream,
     Training,
+    Watch,
     build_method,
+    find_segments,
     learn,
     split_classes,
 )
@@ -126,6 +130,29 @@ def test_a_run_is_the_same_on_every_framework(method: str, framework: str) -> No
     assert_equal(run(learner, stream(), method), expected)
 
 
+@cache
+def reference_segments() -> tuple[dict[str, NDArray[Any]], TaskStream, Segments]:
+    """The watcher's weights, and what it found in a stream whose tasks share a head."""
+    tasks = replace(stream(), shared_head=True).first(2)
+    tasks = replace(tasks, tasks=tuple(replace(task, train=task.train[:320]) for task in tasks.tasks))
+    learner = FRAMEWORKS["torch"].learner(mlp(*SHAPE), tasks, 0)
+    before = {name: np.array(to_numpy(value)) for name, value in learner.parameters().items()}
+    return before, tasks, find_segments(learner, tasks, replace(TRAINING, batch_size=16), Watch(reservoir=128))
+
+
+@pytest.mark.parametrize("framework", ["jax", "tensorflow"])
+def test_a_stream_is_cut_alike_on_every_framework(framework: str) -> None:
+    before, tasks, expected = reference_segments()
+    learner = FRAMEWORKS[framework].learner(mlp(*SHAPE), tasks, 0)
+    learner.assign({name: FRAMEWORKS[framework].array(value) for name, value in before.items()})
+    found = find_segments(learner, tasks, replace(TRAINING, batch_size=16), Watch(reservoir=128))
+    assert len(expected.segments) == 2
+    assert found.segments == expected.segments
+    for ours, theirs in zip(found.stream.tasks, expected.stream.tasks, strict=True):
+        np.testing.assert_array_equal(ours.train, theirs.train)
+        np.testing.assert_array_equal(ours.measured, theirs.measured)
+
+
 BIASED = Architecture(
     (Flatten(), Linear("fc1", 100, bias=True), ReLU(), Linear("fc2", 100, bias=True), ReLU()),
     SHAPE,
@@ -150,6 +177,20 @@ def test_rates_by_group_and_a_penalty_on_biases_are_the_same_on_every_framework(
     learner = FRAMEWORKS[framework].learner(BIASED, short_stream(), 0)
     learner.assign({name: FRAMEWORKS[framework].array(value) for name, value in reference.parameters().items()})
     assert_equal(penalised_run(learner), penalised_run(reference))
+
+
+def adapted_run(learner: Learner) -> Run:
+    training = replace(BY_GROUP, adaptation=Adaptation(freeze=("fc1.bias",), rank=3, scale=2.0))
+    return run(learner, short_stream(), "ewc", training)
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+def test_low_rank_adapters_learn_the_same_on_every_framework(framework: str) -> None:
+    """Under a penalty, which is on the effective weights."""
+    reference = ReferenceLearner(short_stream(), hidden=(100, 100), bias=True)
+    learner = FRAMEWORKS[framework].learner(BIASED, short_stream(), 0)
+    learner.assign({name: FRAMEWORKS[framework].array(value) for name, value in reference.parameters().items()})
+    assert_equal(adapted_run(learner), adapted_run(reference))
 
 
 @cache

@@ -131,7 +131,7 @@ def test_noise_is_new_in_training_and_a_function_of_the_generator(name: str, mas
     constraint, rates = Constraint(frozenset(learner.parameters())), np.zeros(1)
 
     def loss(seed: int) -> float:
-        return learner.train([Batch(0, ROWS)], rates, constraint, SGD(), np.random.default_rng(seed)).loss
+        return float(learner.train([Batch(0, ROWS)], rates, constraint, SGD(), np.random.default_rng(seed)).loss)
 
     assert loss(1) == loss(1)
     assert loss(1) != loss(2)

@@ -21,7 +21,9 @@ SEEDS = st.integers(0, 1000)
 
 every = pytest.mark.parametrize("make", PROJECTORS.values(), ids=PROJECTORS)
 # The projectors that protect every direction as a whole.
-whole = pytest.mark.parametrize("make", [PROJECTORS[name] for name in ("GPM", "NSCL", "OGD", "TRGP")])
+whole = pytest.mark.parametrize(
+    "make", [PROJECTORS[name] for name in ("GPM", "NSCL", "OGD", "TRGP", "InfLoRA", "OLoRA")]
+)
 
 
 def remembered(xp: Any, projector: Any, tasks: list[Array]) -> Any:
