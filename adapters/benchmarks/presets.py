@@ -198,6 +198,23 @@ CIFAR100 = {
         },
     ),
     "nscl": _nscl(batch_size=32, ratio=10.0),
+    # As the published code of InfLoRA has it: adapters of the keys and values of a pretrained vision transformer.
+    "pretrained": Preset(
+        {
+            **_annealed(5e-4, 20, 20),
+            "network": "hf:google/vit-base-patch16-224-in21k",
+            "pretrained": True,
+            "optimiser": "adam",
+            "batch_size": 128,
+            "lora": 10,
+            "lora_layers": ("*.key", "*.value"),
+            "threshold": 0.95,
+            "increment": 0.005,
+            "projector_samples": 0,
+            "augment": True,
+            "validation": 0.0,
+        }
+    ),
 }
 CIFAR100_IN_20 = CIFAR100 | {"nscl": _nscl(batch_size=16, ratio=30.0)}
 

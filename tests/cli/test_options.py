@@ -273,7 +273,7 @@ def test_registered_names_are_completed(script: str) -> None:
     assert completions(script, "--projector") == list(projector_names())
     assert completions(script, "--benchmark") == list(BENCHMARKS.names)
     assert completions(script, "--network") == list(NETWORKS.names)
-    assert completions(script, "--preset") == ["demo", "quick", "paper", "original", "nscl"]
+    assert completions(script, "--preset") == ["demo", "quick", "paper", "original", "nscl", "pretrained"]
     assert completions(script, "--tracker") == ["none", *TRACKERS]
     assert set(completion(script)) >= {f"--{name.replace('_', '-')}" for name in options()}
 
