@@ -169,8 +169,7 @@ class Continual(ContinualModel):
         """
         return self._merge(batches, trace, "other variables are trainable")
 
-    @staticmethod
-    def _write(arrays: dict[str, Array], file: str | Path, metadata: dict[str, str]) -> None:
+    def _write(self, arrays: dict[str, Array], file: str | Path, metadata: dict[str, str]) -> None:
         tensors = {name: np.asarray(tf.convert_to_tensor(value).numpy()) for name, value in arrays.items()}
         save_file(tensors, str(file), metadata)
 

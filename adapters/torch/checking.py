@@ -53,7 +53,8 @@ class TorchView:
         owners = owners_of(names)
         self._trained = {owners[value]: value for value in network.parameters() if value.requires_grad}
         self._raw = {owners[value]: raw for raw, value in network.named_parameters() if value.requires_grad}
-        self.theta: Params = {name: value.detach() for name, value in self._trained.items()}
+        # Copies: memory that NumPy has seen cannot be freed again, and FSDP2 frees that of its parameters.
+        self.theta: Params = {name: value.detach().clone() for name, value in self._trained.items()}
         self.mixes_samples, self.agreement = mixes_samples, compared
 
     @property
