@@ -34,7 +34,7 @@ def result(out: Path, name: str) -> dict[str, Any]:
 
 @contextmanager
 def started(work: Callable[[int], None], count: int = 2) -> Iterator[list[Any]]:
-    """Processes that do their work, each by its rank; none is left afterwards. They are forked from one with PyTorch."""
+    """Processes with PyTorch that do their work, each by its rank; none is left afterwards."""
     context = get_context("forkserver")
     context.set_forkserver_preload(["tests.torch.torchrun_processes"])
     processes = [context.Process(target=work, args=(rank,)) for rank in range(count)]

@@ -196,7 +196,7 @@ class Continual(ContinualModel):
         """
         if statistics is not None and self._data.shared.count > 1:
             raise BecameError(
-                "statistics= estimates batch norms from one process's batches; leave it out where processes train together."
+                "statistics= estimates batch norms from one process's batches; leave it out where several train."
             )
         report = self._merge(batches, trace, "other parameters need a gradient")
         if statistics is not None:
@@ -238,7 +238,7 @@ class Continual(ContinualModel):
         """
         description, arrays = read_memory(file, "pt")
         shared = SharedModel(model)
-        parameters = dict(shared.model.named_parameters())
+        parameters: dict[str, Any] = dict(shared.model.named_parameters())
         for key, value in arrays.items():
             part, _, name = key.partition(".")
             owner = parameters.get(name.partition(".")[2] if part == "projector" else name, value)

@@ -220,7 +220,7 @@ class DataLoss:
         return {name: value / units for name, value in sums.items()}, finished
 
     def _of_all(self, finished: InputGrams) -> InputGrams:
-        """Return the Gram matrices of all processes' batches; a process may have none of a matrix that it did not use."""
+        """Return the Gram matrices of all processes' batches; one process may not have used a matrix."""
         result, parameters = InputGrams(), self.trained
         for name, is_transposed in sorted((self.matrices or {}).items()):
             rows = parameters[name].shape

@@ -16,7 +16,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, distributed, nn
 
 from became_core import BecameError
@@ -88,7 +87,8 @@ class SharedModel:
         """
         self.shard()
         meshes: list[Any] = []
-        for name, value in self.model.named_parameters():
+        parameters: dict[str, Any] = dict(self.model.named_parameters())
+        for name, value in parameters.items():
             placements = getattr(value, "placements", ())
             if placements and (not self._sharded or sum(not each.is_replicate() for each in placements) > 1):
                 raise BecameError(

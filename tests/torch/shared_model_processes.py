@@ -1,4 +1,4 @@
-"""What the processes of ``test_shared_model.py`` do: the user's own loop around a wrapped model, as ``torchrun`` runs it.
+"""What the processes of ``test_shared_model.py`` do: the user's own loop around a wrapped model.
 
 Convention: a process writes what it finds into a file of its rank. All is compared with one process that has all data,
 in double precision, to 1e-9.
@@ -6,6 +6,7 @@ in double precision, to 1e-9.
 
 import json
 import os
+import sys
 import traceback
 import warnings
 from collections.abc import Callable
@@ -20,7 +21,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 
@@ -29,7 +30,7 @@ from became_core import BecameError
 from became_core.laplace import Calibrated, DiagonalFisher
 from became_core.projection import GPM, NSCL
 
-__all__ = ["CASES", "work"]
+__all__ = ["page", "work"]
 
 WIDTH, CLASSES = 6, 3
 
@@ -107,17 +108,24 @@ def batches(seed: int, gaussian: bool) -> list[tuple[Tensor, Tensor]]:
     return [batch(size) for size in (8, 6, 4, 10, 8)]
 
 
-def wrapped(model: nn.Module, how: str, case: Case) -> nn.Module:
+def wrapped(model: Any, how: str, case: Case) -> Any:
     if how == "DDP":
         return DistributedDataParallel(model)
     if how == "FSDP2":
         first = model.weight if isinstance(model, Stored) else None
-        along = {"shard_placement_fn": lambda value: Shard(1) if value is first else None} if case.one_stored else {}
+        along: Any = (
+            {"shard_placement_fn": lambda value: Shard(1) if value is first else None} if case.one_stored else {}
+        )
         inner = model.layer if isinstance(model, Encoder) else model[-1] if isinstance(model, nn.Sequential) else None
         if inner is not None:
             fully_shard(inner)
         fully_shard(model, **along)
     return model
+
+
+def sharded(model: nn.Module, **options: Any) -> Any:
+    """The same module, sharded; its declared type lacks what a module has."""
+    return fully_shard(model, **options)
 
 
 def plain(value: Any) -> Any:
@@ -139,7 +147,8 @@ def learned(case: Case, how: str, file: str) -> dict[str, Any]:
     def train() -> None:
         for x, y in steps:
             optimizer.zero_grad()
-            loss(model(x), y).backward()
+            value: Any = loss(model(x), y)
+            value.backward()
             optimizer.step()
         with torch.no_grad():
             model(x)  # leaves the outermost module's parameters whole
@@ -216,10 +225,10 @@ def check_refusals() -> None:
 
     rank, data = distributed.get_rank(), batches(1, gaussian=False)
     refuses("inside, at '_orig_mod'", Continual, torch.compile(DistributedDataParallel(perceptron())))
-    refuses("inside, at '_orig_mod'", Continual, torch.compile(fully_shard(perceptron())))
-    half = fully_shard(perceptron().double(), mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+    refuses("inside, at '_orig_mod'", Continual, torch.compile(sharded(perceptron())))
+    half = sharded(perceptron().double(), mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
     refuses("computes with '0.weight' as torch.bfloat16", Continual(half).remember, data)
-    by_columns = fully_shard(
+    by_columns = sharded(
         nn.Sequential(nn.Linear(WIDTH, 4)).double(), shard_placement_fn=lambda value: Shard(value.ndim - 1)
     )
     learning = Continual(by_columns, projector=GPM(0.5))
@@ -239,7 +248,7 @@ def check_refusals() -> None:
 
 def check_state() -> None:
     """After a measurement, modules free their parameters as fully_shard has it, and a failed one changes nothing."""
-    model = perceptron().double()
+    model: Any = perceptron().double()
     fully_shard(model[0])
     fully_shard(model)
     learning = Continual(model)
@@ -249,11 +258,10 @@ def check_state() -> None:
         model(torch.zeros(2, WIDTH, dtype=torch.float64))
     kinds = {name: isinstance(value, DTensor) for name, value in model.named_parameters()}
     assert kinds == {name: name.startswith("0.") for name in kinds}
-    assert isinstance(model, FSDPModule)
-    before = {name: value.full_tensor() for name, value in learning._data.weights().items()}
+    before = {name: plain(value) for name, value in learning._data.weights().items()}
     with pytest.raises(BecameError, match="label 7"):
         learning.remember([(torch.zeros(2, WIDTH, dtype=torch.float64), torch.tensor([7, 0]))])
-    assert all(torch.equal(before[name], value.full_tensor()) for name, value in model.named_parameters())
+    assert all(np.array_equal(before[name], plain(value)) for name, value in model.named_parameters())
 
 
 def check_mesh_of_two_axes() -> None:
@@ -270,6 +278,15 @@ def check_mesh_of_two_axes() -> None:
         np.testing.assert_allclose(plain(of_both[0][name]), plain(value), rtol=1e-9, atol=1e-12)
 
 
+def page(code: str, port: int, rank: int) -> None:
+    """Run a page's script as one of the processes that torchrun starts."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    os.environ |= {"MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    torch.set_num_threads(1)
+    sys.stdout = Path(f"out.{rank}").open("w", encoding="utf-8", buffering=1)
+    exec(compile(code, "docs/scale.md", "exec"), {"__name__": "__main__"})  # our own page
+
+
 def work(rank: int, folder: str) -> None:
     """Run every check, and write what failed."""
     os.chdir(folder)
@@ -278,7 +295,14 @@ def work(rank: int, folder: str) -> None:
     warnings.filterwarnings("ignore", ".*nested tensors is in prototype", UserWarning)
     timeout = timedelta(seconds=60)
     distributed.init_process_group("gloo", f"file://{folder}/store", timeout, world_size=2, rank=rank)
-    expected = {name: learned(case, "alone", f"alone-{rank}.safetensors") for name, case in CASES.items()}
+    own = {
+        name: learned(case, "alone", f"alone-{rank}.safetensors")
+        for number, (name, case) in enumerate(CASES.items())
+        if number % 2 == rank
+    }
+    of_both: list[Any] = [None, None]
+    distributed.all_gather_object(of_both, own)
+    expected: dict[str, Any] = of_both[0] | of_both[1]
     checks: dict[str, Callable[[], None]] = {
         f"{name}, {how}": partial(check_case, name, how, of_one)
         for name, of_one in expected.items()
