@@ -6,10 +6,10 @@ in double precision, to 1e-9.
 
 import json
 import os
-import sys
 import traceback
 import warnings
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -283,8 +283,8 @@ def page(code: str, port: int, rank: int) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
     os.environ |= {"MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
     torch.set_num_threads(1)
-    sys.stdout = Path(f"out.{rank}").open("w", encoding="utf-8", buffering=1)
-    exec(compile(code, "docs/scale.md", "exec"), {"__name__": "__main__"})  # our own page
+    with Path(f"out.{rank}").open("w", encoding="utf-8") as out, redirect_stdout(out):
+        exec(compile(code, "docs/scale.md", "exec"), {"__name__": "__main__"})  # our own page
 
 
 def work(rank: int, folder: str) -> None:
