@@ -14,6 +14,7 @@ array([0.5])
 from became_core.errors import BecameError
 from became_core.laplace import (
     Became,
+    BecameCurve,
     Calibrated,
     Dense,
     Diagonal,
@@ -35,6 +36,7 @@ from became_core.laplace import (
     bezier_path,
     combine,
     compare,
+    curve_minimiser,
     layerwise_quadratic,
     merge,
     optimal_alpha,
@@ -47,6 +49,7 @@ from became_core.laplace import (
 
 __all__ = [
     "Became",
+    "BecameCurve",
     "BecameError",
     "Calibrated",
     "Dense",
@@ -69,6 +72,7 @@ __all__ = [
     "bezier_path",
     "combine",
     "compare",
+    "curve_minimiser",
     "layerwise_quadratic",
     "merge",
     "optimal_alpha",

@@ -12,12 +12,16 @@ from numpy.typing import NDArray
 
 __all__ = [
     "clamped_gate_derivative",
+    "dualgpm_complement",
     "effective_weight",
     "gpcns_bases",
     "gpcns_space",
     "gpm_basis",
+    "inflora_rows",
+    "low_rank_gradients",
     "nscl_null_space",
     "ogd_directions",
+    "olora_overlap",
     "projection",
     "sgp_space",
     "trgp_bases",
@@ -186,3 +190,54 @@ def ogd_directions(gradients: Sequence[Array], capacity: int) -> Array:
         rank = int(np.sum(sigma > 1e-7 * np.linalg.norm(rows)))
         blocks.append(vh[: min(rank, shares[-1])])
     return np.vstack(blocks)
+
+
+def low_rank_gradients(gradient: Array, a: Array, b: Array, scale: float) -> tuple[Array, Array]:
+    """Return the gradients by A [r, d_in] and B [d_out, r] of a loss of W + s B A, entry by entry (Hu 2022).
+
+    Args:
+        gradient: of the loss by the effective weight, [d_out, d_in].
+        a: A.
+        b: B.
+        scale: s.
+    """
+    by_a, by_b = np.zeros_like(a), np.zeros_like(b)
+    for i, j in np.ndindex(gradient.shape):
+        for k in range(len(a)):  # the effective weight's entry i, j has the term s B_ik A_kj
+            by_a[k, j] += scale * gradient[i, j] * b[i, k]
+            by_b[i, k] += scale * gradient[i, j] * a[k, j]
+    return by_a, by_b
+
+
+def inflora_rows(gram: Array, basis: Array, rank: int) -> Array:
+    """Return A of InfLoRA as its published code designs it (Liang & Li 2024), [rank, d_in], up to the signs of rows.
+
+    Args:
+        gram: C = R R^T / n of the new task, whose left singular vectors the code takes.
+        basis: of the old tasks' inputs, [d_in, k].
+        rank: of the adapters.
+    """
+    vectors = np.linalg.svd(gram - basis @ basis.T @ gram)[0]
+    return np.asarray(vectors[:, :rank].T / np.sqrt(3))
+
+
+def dualgpm_complement(complement: Array, gram: Array, epsilon: float) -> Array:
+    """Return DualGPM's basis of what is free after one more task, where it stores that: the published code's "retain".
+
+    Args:
+        complement: N, a basis of what was free before, [d_in, j].
+        gram: C of the task, in the place of R.
+        epsilon: the share of C's energy that must not be free.
+    """
+    vectors, sigma, _ = np.linalg.svd(complement @ complement.T @ gram)
+    free, total, taken = np.sum(sigma**2), np.sum(gram**2), 0
+    while taken < complement.shape[1] and free > (1 - epsilon) * total:
+        free -= sigma[taken] ** 2
+        taken += 1
+    rest = complement - vectors[:, :taken] @ vectors[:, :taken].T @ complement
+    return np.asarray(np.linalg.svd(rest)[0][:, : complement.shape[1] - taken])
+
+
+def olora_overlap(old: Sequence[Array], new: Array) -> float:
+    """Return the published code's orthogonality loss of O-LoRA (Wang 2023): sum |A_i A^T| over all old A_i."""
+    return float(sum(np.sum(np.abs(rows @ new.T)) for rows in old))

@@ -59,7 +59,7 @@ from became_core.curvature import (
     per_sample_square_sum,
 )
 from became_core.laplace import Diagonal, LaplacePosterior
-from became_core.projection import GPM, TRGP, UnitGraph
+from became_core.projection import GPM, TRGP, LowRankRegion, UnitGraph
 from became_core.projection.unit_graph import find_unit_graph
 from reference.formulas import cross_entropy, softmax
 from reference.learner import cropped
@@ -637,6 +637,41 @@ def check_a_trust_region_is_trained_beneath_the_network(make: Make) -> None:
     held = learner.train([batch], rate, replace(free, trains_scales=False), SGD(), fresh_rng()).region
     assert held is not None
     assert all(np.array_equal(to_numpy(held.scales[key]), to_numpy(scale)) for key, scale in region.scales.items())
+
+
+def check_low_rank_adapters_are_trained_beneath_the_network(make: Make) -> None:
+    """Steps move A and B along the loss's derivatives, A off old inputs, and the network is left with W as it was."""
+    learner, draw = make(STREAM, 0), np.random.default_rng(0)
+    theta = learner.parameters()
+    memory = GPM(0.9).remember(Finished(input_grams_of(learner), {}))
+    rows, ups = dict[str, Any](), dict[str, Any]()
+    for name in learner.projectable:
+        flat = to_numpy(theta[name]).reshape(theta[name].shape[0], -1)
+        rows[name] = in_the_framework_of(theta[name], draw.normal(size=(2, flat.shape[1])) / 4)
+        ups[f"{name}@B"] = in_the_framework_of(theta[name], draw.normal(size=(flat.shape[0], 2)) / 4)
+    region = LowRankRegion.initial(rows, theta, scale=0.5)
+    region = region.with_scales({**region.scales, **ups})
+    batch, rate = Batch(0, STREAM.tasks[0].train[:12]), np.asarray([RATE])
+    constraint = Constraint(region.weights, region=region, trains_scales=True)
+    loss, _, free = learner.train([batch], rate, constraint, SGD(), fresh_rng())
+    np.testing.assert_allclose(loss, loss_at(learner, region.effective(theta)), rtol=1e-10)
+    projected = learner.train([batch], rate, replace(constraint, projector=memory), SGD(), fresh_rng()).region
+    for name, value in numbers(learner.parameters()).items():
+        np.testing.assert_array_equal(value, to_numpy(theta[name]))
+    assert free is not None
+    assert projected is not None
+    steps = {key: (to_numpy(scale) - to_numpy(free.scales[key])) / RATE for key, scale in region.scales.items()}
+    along = {key: scale * scale + 0.1 for key, scale in region.scales.items()}
+    ends = [
+        loss_at(learner, region.with_scales(moved(region.scales, along, by)).effective(theta)) for by in (-STEP, STEP)
+    ]
+    expected = sum(float(np.sum(steps[key] * to_numpy(along[key]))) for key in steps)
+    np.testing.assert_allclose((ends[1] - ends[0]) / (2 * STEP), expected, rtol=1e-5, atol=1e-8)
+    for name in learner.projectable:
+        change = to_numpy(projected.scales[f"{name}@A"]) - to_numpy(rows[name])
+        assert np.abs(change).max() > 0
+        np.testing.assert_allclose(change @ to_numpy(memory.bases[name]), 0, atol=1e-12)
+        np.testing.assert_array_equal(to_numpy(projected.scales[f"{name}@B"]), to_numpy(free.scales[f"{name}@B"]))
 
 
 def check_a_penalty_pulls_towards_its_mean(make: Make) -> None:

@@ -20,14 +20,17 @@ from tests.backends import BACKENDS, load
 cast(dict[str, Any], sys.modules)["torchvision"] = None
 
 settings.register_profile("ci", max_examples=50, deadline=None, derandomize=True, database=None)
+# The strict namespaces compute with NumPy, whose own tests have all those examples; they differ in what they refuse.
+settings.register_profile("strict", settings.get_profile("ci"), max_examples=15)
 # JAX and TensorFlow compile anew, or look up a kernel, for every new shape, which is most of what examples cost there.
 settings.register_profile("compiled", settings.get_profile("ci"), max_examples=10)
 settings.register_profile("long", max_examples=2000, deadline=None)
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    usual = "compiled" if config.getoption("--backend") in ("jax", "tensorflow") else "ci"
-    settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", usual))
+    usual = {"jax": "compiled", "tensorflow": "compiled", "strict": "strict", "strictest": "strict"}
+    backend = config.getoption("--backend")
+    settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", usual.get(backend, "ci")))
 
 
 @pytest.hookimpl(wrapper=True)

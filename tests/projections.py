@@ -3,14 +3,14 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from became_core.arrays import Params
-from became_core.projection import GPCNS, NSCL, Projector
+from became_core.projection import GPCNS, NSCL, FinishedTask, LowRankRegion, OLoRA, Projector
 from became_core.projection import PROJECTORS as REGISTRY
 from tests.backends import to_xp
 from tests.strategies import few_if_compiled
@@ -31,11 +31,22 @@ Array = NDArray[Any]
 WIDTH = 8
 EPSILONS = st.sampled_from([0.5, 0.9, 0.97, 0.999])
 
+
+class OfInputs(OLoRA):
+    """O-LoRA for tests of the interface: as rows of adapters it remembers combinations of a task's inputs."""
+
+    def remember(self, task: FinishedTask) -> Self:
+        rows = {name: gram[:3, :] for name, gram in task.input_grams().items()}
+        weights = {name: gram[:2, :] for name, gram in task.input_grams().items()}
+        return super().remember(task).end_stage(self.tasks, LowRankRegion.initial(rows, weights))
+
+
 SETTINGS = {"threshold": 0.9, "increment": 0.003, "ogd_samples": 30, "ogd_capacity": 6}
 # Projectors that the tests of the interface build otherwise, by their registered names.
 BUILT_OTHERWISE: dict[str, Callable[[], Projector]] = {
     "gpcns": lambda: GPCNS(0.97, increment=0.003),
     "nscl": lambda: NSCL(normalised=False),
+    "olora": OfInputs,
 }
 # Every registered projector that can be combined with others; a new one needs no line here.
 PROJECTORS: dict[str, Callable[[], Projector]] = {
@@ -75,6 +86,7 @@ class Started:
     weights: Params
     generator: np.random.Generator = field(default_factory=np.random.default_rng)
     stored_gradients: Params = field(default_factory=dict)
+    stored_grams: Params = field(default_factory=dict)
 
     @property
     def projectable(self) -> frozenset[str]:
@@ -89,6 +101,9 @@ class Started:
 
     def gradients(self) -> Params:
         return self.stored_gradients
+
+    def input_grams(self) -> Params:
+        return self.stored_grams
 
     def inputs(self, theta: Params) -> Params:
         raise NotImplementedError

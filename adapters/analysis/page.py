@@ -1,7 +1,8 @@
 """The page of the report: one HTML file that holds everything, follows the reader's theme, and executes nothing.
 
 Convention: text from files passes through ``escaped``, and tables through ``as_html``, which escapes their cells. The
-content security policy forbids scripts and every request, so that a mistake there would still run nothing.
+content security policy forbids scripts and every request, so that a mistake there would still run nothing; pictures
+are within the page.
 """
 
 import html
@@ -17,11 +18,17 @@ from adapters.analysis.comparison import heading, published_table, scores_table
 from adapters.analysis.figures.drawing import THEME, Figure, inline_svg, picture
 from adapters.analysis.groups import SERIES, Group
 from adapters.analysis.tables import Column, Table, as_html, printable
-from adapters.runs.configuration import repeating_command
+from adapters.runs import RunResult
 from adapters.runs.provenance import versions
 from adapters.runs.published import PublishedTable
+from adapters.runs.repeating import repeating_command
 
 __all__ = ["Drawing", "escaped", "page"]
+
+# How a sample begins that is a picture, as ``Learner.written`` returns it.
+PICTURE = "data:image/png;base64,"
+
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
 _STYLE = """
 * { box-sizing: border-box }
@@ -32,7 +39,7 @@ p, figcaption { color: var(--muted); max-width: 44rem; margin: .3rem 0 } a { col
 nav ul { display: flex; flex-wrap: wrap; gap: .2rem 1.2rem; list-style: none; padding: 0 }
 .grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); gap: 1.5rem 2.5rem;
   align-items: start }
-figure { margin: .5rem 0; max-width: 36rem } figure svg { display: block; width: 100%; height: auto }
+figure { margin: .5rem 0; max-width: 36rem } figure svg, figure img { display: block; width: 100%; height: auto }
 figcaption { font-size: .875rem }
 .scroll { overflow-x: auto } table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums }
 th, td { padding: .3rem .7rem .3rem 0; text-align: right; border-bottom: 1px solid var(--grid);
@@ -90,7 +97,7 @@ def page(
     links = [("scores", "Scores"), *((f"method-{group.place}", escaped(group.label)) for group in groups)]
     parts = [
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
-        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">",
+        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">',
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
         f"<title>{title}</title>\n<style>{_theme()}{_STYLE}</style>\n</head>\n<body>",
         f"<header><h1>{title}</h1>\n<p>{runs} finished {'run' if runs == 1 else 'runs'}. Written by "
@@ -154,6 +161,8 @@ def _texts(group: Group) -> str:
     run = group.runs[0]
     if not run.samples:
         return ""
+    if all(text.startswith(PICTURE) for texts in run.samples for text in texts):
+        return _pictures(run)
     columns = [Column("after task"), Column("in the manner of task"), Column("text", prose=True)]
     rows = [
         [str(after), str(task), printable(text)]
@@ -163,6 +172,21 @@ def _texts(group: Group) -> str:
     about = f"Seed {run.seed}. The first quarter of each text is given; the network has drawn the rest, byte by byte."
     table = as_html(Table("What the network writes", columns, rows))
     return f"<details open><summary>What the network writes</summary><p>{about}</p>{table}</details>"
+
+
+def _pictures(run: RunResult) -> str:
+    """What the network draws after each task, of each task so far."""
+    rows = []
+    for after, texts in enumerate(run.samples, start=1):
+        parts: list[str] = []
+        for task, address in enumerate(texts, start=1):
+            alt = f"After task {after}: test samples of task {task}, what is made of them, and what is drawn."
+            picture = f'<img src="{html.escape(address)}" alt="{escaped(alt)}">'
+            parts.append(f"<figure>{picture}<figcaption>Task {task}</figcaption></figure>")
+        rows.append(f'<h3>After task {after}</h3><div class="grid">{"".join(parts)}</div>')
+    about = f"Seed {run.seed}. Above: test samples of the task. Middle: what the network makes of them. Below: what it "
+    about += "draws from the prior, by the noise of the same samples."
+    return f"<details open><summary>What the network draws</summary><p>{about}</p>{''.join(rows)}</details>"
 
 
 def _matrices(group: Group) -> str:

@@ -18,12 +18,27 @@ from adapters.runs.directory import finished_runs
 from became_core import BecameError
 from became_core.continual import Along, alpha_estimates
 
-__all__ = ["estimated_alphas", "estimator_table", "merged_tasks", "path_table", "regret", "regret_table", "write_paths"]
+__all__ = [
+    "curve_table",
+    "estimated_alphas",
+    "estimator_table",
+    "merged_tasks",
+    "path_table",
+    "regret",
+    "regret_table",
+    "traced_tasks",
+    "write_paths",
+]
 
 
 def merged_tasks(result: RunResult) -> list[int]:
-    """Return the numbers, from 1, of the tasks after which the run merged."""
+    """Return the numbers, from 1, of the tasks after which the run merged at an alpha."""
     return [task for task, alpha in enumerate(result.alpha, start=1) if alpha is not None]
+
+
+def traced_tasks(result: RunResult) -> list[int]:
+    """Return the numbers, from 1, of the tasks whose merging paths were traced: all but the first, if any."""
+    return list(range(2, len(result.paths) + 2))
 
 
 def path_table(result: RunResult) -> Table:
@@ -31,7 +46,7 @@ def path_table(result: RunResult) -> Table:
     columns = [Column("into task", 0), Column("")]
     columns += [Column(f"α={point['alpha']:.2g}", 3) for point in result.paths[0]["points"]]
     rows = []
-    for task, path in zip(merged_tasks(result), result.paths, strict=True):
+    for task, path in zip(traced_tasks(result), result.paths, strict=True):
         rows.append([str(task), "loss", *(f"{point['loss']:.3f}" for point in path["points"])])
         rows.append(["", "accuracy", *(f"{point['accuracy']:.2f}" for point in path["points"])])
     return Table(f"{result.method}-seed{result.seed}: the truth along the merging paths", columns, rows, section=2)
@@ -42,7 +57,7 @@ def estimator_table(result: RunResult) -> Table:
     alphas = estimated_alphas(result.paths)
     points = {name: regret(result.paths, values, "accuracy") for name, values in alphas.items()}
     columns = [Column("estimator (new side / old side)")]
-    columns += [Column(f"α into {task}", 2) for task in merged_tasks(result)]
+    columns += [Column(f"α into {task}", 2) for task in traced_tasks(result)]
     columns += [Column("regret, points", 2), Column("in loss", 3)]
     rows: list[list[Cell]] = []
     for name in sorted(alphas, key=lambda name: points[name]):
@@ -54,21 +69,22 @@ def estimator_table(result: RunResult) -> Table:
 def regret_table(result: RunResult, what: Literal["accuracy", "loss"]) -> Table:
     """Return every estimator's regret at each merge, and the mean over merges; the least mean comes first.
 
-    The alpha that the run itself merged at is a row as well, and so are the constants 0, 1/2 and 1.
+    The alpha that the run itself merged at is a row as well, if it has one, and so are the constants 0, 1/2 and 1.
 
     Args:
         result: a run whose paths were traced.
         what: "accuracy", in points, or "loss".
     """
-    merged = [float(result.alpha[task - 1] or 0.0) for task in merged_tasks(result)]
-    constants = {f"constant {alpha:g}": [alpha] * len(merged) for alpha in (0.0, 0.5, 1.0)}
-    alphas = {"the run": merged} | constants | estimated_alphas(result.paths)
+    merged = [result.alpha[task - 1] for task in traced_tasks(result)]
+    alphas = {f"constant {alpha:g}": [alpha] * len(merged) for alpha in (0.0, 0.5, 1.0)}
+    alphas |= {"the run": [float(alpha or 0.0) for alpha in merged]} if None not in merged else {}
+    alphas |= estimated_alphas(result.paths)
     by_task = {
         name: [regret([path], [alpha], what) for path, alpha in zip(result.paths, values, strict=True)]
         for name, values in alphas.items()
     }
     digits = 2 if what == "accuracy" else 3
-    columns = [Column("alpha of"), *(Column(f"into {task}", digits) for task in merged_tasks(result))]
+    columns = [Column("alpha of"), *(Column(f"into {task}", digits) for task in traced_tasks(result))]
     rows: list[list[Cell]] = [
         [name, *(Estimate((number,)) for number in (*by_task[name], float(np.mean(by_task[name]))))]
         for name in sorted(by_task, key=lambda name: float(np.mean(by_task[name])))
@@ -76,6 +92,31 @@ def regret_table(result: RunResult, what: Literal["accuracy", "loss"]) -> Table:
     unit = "points of accuracy" if what == "accuracy" else "loss"
     title = f"{result.method}-seed{result.seed}: regret in {unit}, merge by merge"
     return Table(title, [*columns, Column("mean", digits)], rows)
+
+
+def curve_table(result: RunResult) -> Table:
+    """Return what the curve beside the segment promised at each merge and what it gave.
+
+    The predicted advantage is that of the mode over the best of the segment, both by the two sides' diagonals. The
+    measured one is that of the true loss at the same two points; below 0, the mode is worse.
+
+    Args:
+        result: a run whose paths were traced.
+    """
+    alphas = estimated_alphas(result.paths)["published, diagonal"]
+    columns = [Column("into task", 0), Column("predicted advantage", 2), Column("measured", 3)]
+    columns += [Column(f"least loss of the {path}", 3) for path in ("segment", "curve")]
+    columns += [Column(f"best accuracy of the {path}", 2) for path in ("segment", "curve")]
+    rows: list[list[Cell]] = []
+    for task, path, alpha in zip(traced_tasks(result), result.paths, alphas, strict=True):
+        traced = [path["points"], path["curve"]]
+        losses = [np.array([point["loss"] for point in points]) for points in traced]
+        places = [point["alpha"] for point in path["points"]]
+        measured = np.interp(alpha, places, losses[0]) - np.interp(0.5, places, losses[1])
+        best = [max(point["accuracy"] for point in points) for points in traced]
+        numbers = [measured, losses[0].min(), losses[1].min(), *best]
+        rows.append([str(task), f"{path['predicted_advantage']:.2g}", *(Estimate((float(n),)) for n in numbers)])
+    return Table(f"{result.method}-seed{result.seed}: the curve beside the segment", columns, rows, section=1)
 
 
 def write_paths(outs: Sequence[Path], into: Path | None = None) -> tuple[list[Table], list[Path]]:
@@ -99,6 +140,7 @@ def write_paths(outs: Sequence[Path], into: Path | None = None) -> tuple[list[Ta
     written: list[Path] = []
     for out, run in traced:
         tables += [path_table(run), estimator_table(run), regret_table(run, "accuracy"), regret_table(run, "loss")]
+        tables += [curve_table(run)] if all(path.get("curve") for path in run.paths) else []
         file = (into or out) / f"paths-{run.method}-seed{run.seed}.svg"
         if file in written:
             file = file.with_stem(f"{file.stem}-{out.name}")

@@ -24,7 +24,7 @@ from adapters.analysis.figures.training import (
 )
 from adapters.analysis.groups import Group, Results, groups_of, have_spread
 from adapters.analysis.page import Drawing, page
-from adapters.analysis.path_report import merged_tasks
+from adapters.analysis.path_report import merged_tasks, traced_tasks
 from adapters.analysis.tables import printable
 from adapters.runs.published import PublishedTable, published_tables
 from became_core import BecameError
@@ -116,7 +116,7 @@ def _shared(groups: Sequence[Group], published: Sequence[PublishedTable]) -> lis
         )
     merging = [group for group in groups if any(merged_tasks(run) for run in group.runs)]
     if merging:
-        first = [["–" if alpha is None else f"{alpha:.2f}" for alpha in group.runs[0].alpha] for group in merging]
+        first = [[_shown(alpha) for alpha in group.runs[0].alpha] for group in merging]
         alphas = "; ".join(f"{group.label} {' '.join(texts)}" for group, texts in zip(merging, first, strict=True))
         caption = "The merging coefficient of each task." + (" Open marks: single seeds." if several else "")
         drawings.append(Drawing("alpha", plot_alpha(groups), f"Lines of alpha by task: {alphas}.", caption))
@@ -152,7 +152,7 @@ def _own(group: Group, limits: tuple[float, float]) -> list[Drawing]:
     for run in group.runs:
         if run.paths:
             alt = f"Curves of loss and accuracy along each merging path, {group.label}, seed {run.seed}. Alpha: "
-            alt += " ".join(f"{run.alpha[task - 1]:.2f} into task {task}" for task in merged_tasks(run)) + "."
+            alt += " ".join(f"{_shown(run.alpha[task - 1])} into task {task}" for task in traced_tasks(run)) + "."
             caption = f"Seed {run.seed}. Left: loss of all tasks so far, and the default estimator's parabola from the "
             caption += "true loss at stage 1's end. Right: mean accuracy over tasks so far."
             one = Group(group.label, (run,), group.place)
@@ -168,3 +168,7 @@ def _file_name(group: Group, what: str) -> str:
     """A name of files; no two figures share one, and no method's name can lead out of the folder."""
     name = re.sub(r"[^a-z0-9]+", "-", group.label.lower()).strip("-")[:40]
     return f"method{group.place}-{name}-{what}".replace("--", "-")
+
+
+def _shown(alpha: float | None) -> str:
+    return "–" if alpha is None else f"{alpha:.2f}"

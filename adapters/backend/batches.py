@@ -5,7 +5,7 @@ anything; ``units_of`` says what a mean divides by.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import reduce
 from operator import add
@@ -24,6 +24,7 @@ __all__ = [
     "counted",
     "gradient_by_outputs",
     "inputs_and_targets",
+    "length_of",
     "mean_loss",
     "repeatable",
     "units_of",
@@ -95,15 +96,22 @@ def repeatable(batches: Iterable[Any]) -> Iterable[Any]:
     return list(batches) if iter(batches) is batches else batches
 
 
-def with_progress(batches: Iterable[Any], what: str, shows: bool) -> Iterator[Any]:
-    """Yield batches, and show on a terminal how many are done."""
+def length_of(batches: Any) -> int | None:
+    """Return how many batches there are; None if that is not known, as of an iterator or a stream."""
+    try:
+        return len(batches)
+    except TypeError:  # a loader of a stream has a length that raises it
+        return None
+
+
+def with_progress(batches: Iterable[Any], what: str, shows: bool, total: int | None) -> Iterator[Any]:
+    """Yield batches, and show on a terminal how many are done, of a total if it is known."""
     if shows:
         from rich.console import Console
         from rich.progress import track
 
         console = Console(stderr=True)
         if console.is_terminal:
-            total = len(batches) if isinstance(batches, Sized) else None
             yield from track(batches, what, total, console=console, transient=True)
             return
     yield from batches

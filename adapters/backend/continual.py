@@ -25,10 +25,14 @@ from adapters.backend.memory import (
 from adapters.backend.own_loop import Coverage, MergeReport, NetworkCheck, Uncovered
 from became_core import BecameError, LaplacePosterior, Secant, merge
 from became_core.arrays import Array, Params
+from became_core.continual import BayesianDetector, Detector, Reservoir, standardised
 from became_core.laplace import Estimator
 from became_core.projection import GPM, Projector
 
 __all__ = ["ContinualModel", "ModelData"]
+
+# How many batches a loss is compared with.
+COMPARED = 20
 
 
 class ModelData(NewTaskData, Protocol):
@@ -67,6 +71,9 @@ class ContinualModel(ABC):
         model: the user's own; between calls nothing of ours is left in it.
         posterior: the old tasks' loss, to second order; None before anything is remembered.
         projector: the memory of the spaces that old tasks use.
+        detector: what decides, in ``observe``, that the data have changed; another may be set before the first batch.
+        reservoir: batches that ``observe`` was given since the last change, each with the same chance; one of another
+            capacity may be set before the first batch. After a change they are those before it, until the next batch.
     """
 
     _data: ModelData
@@ -93,6 +100,10 @@ class ContinualModel(ABC):
         self.estimator: Estimator = Secant() if estimator is None else estimator
         self.posterior: LaplacePosterior | None = None
         self._theta_gp: Params | None = None
+        self.detector: Detector = BayesianDetector()
+        self.reservoir = Reservoir(COMPARED)
+        self._beginning: tuple[Detector, Reservoir] | None = None
+        self._losses: tuple[float, ...] = ()
         check_settings(self.projector, uncovered, penalty, decay, fisher)
 
     @property
@@ -122,6 +133,41 @@ class ContinualModel(ABC):
         if self._theta_gp is None:
             raise BecameError("plastic training comes after stable training; train in learning.stable(...) first.")
         yield
+
+    def observe(self, batch: Any) -> bool:
+        """Return whether what the model knew no longer holds; the batch is one that it has not been trained on yet.
+
+        The batch's loss by the model as it is, in evaluation mode, is compared with those of the last 20 batches, each
+        as it arrived, in standard deviations; ``detector`` decides. So nothing is announced among the first 20 batches
+        after a change. A batch that looks new is not stored until that is known.
+
+        Args:
+            batch: of a stream, before the model is trained on it.
+
+        Raises:
+            BecameError: if the batch cannot be used, or its loss is not finite.
+
+        For example, in a loop over a stream, with a function of the user's own that learns what is new:
+
+            for batch in stream:
+                if learning.observe(batch):
+                    learning.remember(learning.reservoir.batches)
+                    learn_new_task(learning, stream)
+                train(model, batch)
+        """
+        if self._beginning is None:
+            self._beginning = self.detector, self.reservoir
+        if self.detector.changed:
+            self.detector, self.reservoir = self._beginning
+            self._losses = ()
+        loss = self._data.mean([batch], self._data.weights())
+        if len(self._losses) == COMPARED:
+            self.detector = self.detector.observe(standardised(loss, self._losses))
+            if self.detector.changed or self.detector.suspects:
+                return self.detector.changed
+        self._losses = (*self._losses, loss)[-COMPARED:]
+        self.reservoir = self.reservoir.offer(batch)
+        return False
 
     def save(self, file: str | Path) -> None:
         """Write the memory, without the model, as safetensors with metadata in JSON; all frameworks' are alike.

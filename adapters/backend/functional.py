@@ -104,6 +104,7 @@ class FunctionalLearner(NetworkLearner):
             return output
 
         features = self._check_features(self._features_shape(backbone, images.shape[1:], look), dataset.predicts_bytes)
+        features -= getattr(backbone, "beside", 0)
         self.naming = Heads.beside(backbone.parameters, shared=stream.shared_head)
         head = Linear(self.naming.one, max(len(task.classes) for task in stream.tasks))
         self.network = self._network(backbone, head, mixed_precision)

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from adapters.backend.checking import NetworkView, check_network
 from adapters.backend.heads import Heads
 from adapters.backend.own_loop import NetworkCheck
+from adapters.backend.pictures import picture_text, side_by_side
 from adapters.networks import (
     Architecture,
     DropoutMasks,
@@ -42,6 +43,8 @@ class NetworkLearner(Learner):
     naming: Heads
     checked: NetworkCheck | None = None
     _text: NDArray[np.uint8] | None = None
+    _pictures: tuple[int, int] | None = None
+    _encoding: str = ""
     _of_two: tuple[str, ...] = ()  # the parts of tasks that cannot have a single sample
     framework: ClassVar[str]  # as messages call it
     default_device: ClassVar[str] = "cpu"
@@ -94,9 +97,11 @@ class NetworkLearner(Learner):
         self.likelihood, self.target_scale = stream.dataset.likelihood, stream.target_scale
         self.unit = stream.unit
         self._text = stream.dataset.images if stream.dataset.predicts_bytes else None
+        self._pictures, self._encoding = stream.dataset.pictures, getattr(backbone, "encoding", "")
         self._build(backbone, stream, mixed_precision, seed)
-        own = (frozenset({f"{self.naming.name(task.index)}.weight"}) for task in stream.tasks)
+        own = [frozenset({f"{self.naming.name(task.index)}.weight"}) for task in stream.tasks]
         self.heads = [frozenset() if stream.shared_head else head for head in own]
+        self.shared_head = own[0] if stream.shared_head else frozenset()
         self._check_sizes(stream)
         if check and not self._is_shipped(backbone):
             rows = np.arange(min(3, len(stream.dataset.images)))
@@ -175,9 +180,9 @@ class NetworkLearner(Learner):
         return self.share.joined(logits, np.concatenate(places))
 
     def written(self, task: Task, rng: np.random.Generator) -> str:
-        """Return what the network writes after the first quarter of a task's first test sample, byte by byte."""
+        """Return what the network writes after the first quarter of a task's first test sample, or what it draws."""
         if self._text is None:
-            return ""
+            return "" if self._pictures is None else self._drawn(task, *self._pictures)
         text = self._text[task.test[:1]].copy()
         places = range(max(1, text.shape[1] // 4), text.shape[1])
         text[0, places.start :] = 0  # no position sees what comes after it
@@ -187,6 +192,22 @@ class NetworkLearner(Learner):
             p = np.exp(scores - scores.max())
             text[0, place] = rng.choice(len(p), p=p / p.sum())
         return text.tobytes().decode("utf-8", "replace")
+
+    def _drawn(self, task: Task, height: int, width: int) -> str:
+        """Return a picture of ten test samples of a task, what is made of them, and what their noise alone gives."""
+        rows = task.test[:: max(1, len(task.test) // 10)][:10]
+
+        def decoded() -> NDArray[Any]:
+            outputs = np.asarray(on_host(self.logits(rows, len(rows))), np.float64)
+            logits = outputs[:, 0 if self.shares_head else task.index, : height * width]
+            return 0.5 + 0.5 * np.tanh(logits / 2)
+
+        made = [np.asarray(on_host(self.targets(rows)), np.float64), decoded()]
+        if self._encoding:  # without its weight means and log variances are those of the prior
+            name = f"{self._encoding}.weight"
+            with self.at({name: self.parameters()[name] * 0}):
+                made.append(decoded())
+        return picture_text(side_by_side(np.stack(made).reshape(len(made), len(rows), height, width)))
 
     def taps(
         self,

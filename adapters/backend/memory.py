@@ -9,8 +9,9 @@ alike, each with its mean. Parameters are arrays by name. A matrix is stored as 
 """
 
 import json
+import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -20,12 +21,13 @@ from adapters.backend.batches import repeatable
 from adapters.backend.own_loop import Coverage, Covered, MergeReport, Uncovered, first_difference
 from became_core import BecameError, Diagonal, LaplacePosterior, Quadratic, merge
 from became_core.arrays import Array, Params, difference, namespace
-from became_core.curvature import LIKELIHOODS, Likelihood, Taps, input_grams
+from became_core.curvature import LIKELIHOODS, Exchange, GramSums, Likelihood
 from became_core.laplace import Estimator, MergeSubspace
 from became_core.projection import PROJECTORS, Projector
 
 __all__ = [
     "InputGrams",
+    "Moments",
     "NewTask",
     "NewTaskData",
     "Stored",
@@ -33,16 +35,20 @@ __all__ = [
     "check_settings",
     "coverage_of",
     "described",
-    "gram_sums",
+    "fisher_of_moments",
     "grown",
     "memory_arrays",
     "merge_report",
+    "pull_of",
     "read_memory",
     "restored",
 ]
 
 FORMAT = 1
 NOT_GATHERED = "this projector remembers gradients, which one pass does not gather; choose GPM, SGP or NSCL."
+
+# What Adams add to the root of a second moment, so that nothing is divided by zero.
+SMALLEST_SCALE = 1e-8
 
 # The part of the way along a direction at whose two sides slopes are taken.
 STEP = 0.01
@@ -81,38 +87,93 @@ def grown(posterior: LaplacePosterior | None, theta: Params, fisher: Params, dec
     return LaplacePosterior(theta, Diagonal(total))
 
 
-def gram_sums(taps: Taps, weights: frozenset[str]) -> dict[str, tuple[Array, int]]:
-    """Return the sum of a a^T over what each of these weights reads in a batch, [d_in, d_in], and the number of a."""
-    sums: dict[str, tuple[Array, int]] = {}
-    for name, gram in input_grams([taps], weights).items():
-        tap = next(tap for layer, tap in taps.items() if tap.weight_name(layer) == name)
-        count = int(tap.inputs.shape[0]) * int(tap.inputs.shape[1])
-        xp: Any = namespace(gram=gram)
-        # Of fewer inputs than d_in there is a factor [n, d_in].
-        whole = gram if gram.shape[0] == gram.shape[1] else xp.matmul(xp.matrix_transpose(gram), gram)
-        sums[name] = whole * count, count
-    return sums
+class Moments(NamedTuple):
+    """What an Adam knows of one parameter's gradients.
+
+    Attributes:
+        second: the running mean of squared gradients of batches, which begins at zero, of the parameter's shape.
+        steps: how many steps it is of, a number or a 0-d array.
+        beta: the share of it that each step leaves, the optimiser's beta_2.
+    """
+
+    second: Array
+    steps: Any
+    beta: float
 
 
-@dataclass
-class InputGrams:
+def fisher_of_moments(
+    moments: Mapping[str, Moments | None], samples: int | None, theta: Params, stacklevel: int
+) -> Params:
+    """Return Fisher information from an Adam's second moments, without their bias, times the samples of a step.
+
+    The gradient of a batch of B samples is a mean, so that its square is 1/B of a sample's on average, where the mean
+    gradient is small.
+
+    Args:
+        moments: by parameter; one that has none has no information.
+        samples: how many samples (or tokens) a step had.
+        theta: the trained parameters.
+        stacklevel: of the warning that says what makes moments unfit.
+
+    Raises:
+        BecameError: if there are no samples, or no moments.
+    """
+    if samples is None or samples < 1:
+        raise BecameError("remembering an optimizer needs samples=, how many samples or tokens a step had, at least 1.")
+    known = {name: value for name, value in moments.items() if value is not None and name in theta and value.steps > 0}
+    if not known:
+        raise BecameError(
+            "the optimizer has no second moments of the model's parameters; give an Adam that has stepped."
+        )
+    warnings.warn(
+        "second moments of an optimizer stand for the Fisher information of old data: they are those of batches, at "
+        "the weights of the last steps, and are unfit after clipping, a scaled loss, weight decay in the gradient "
+        "(Adam's, not AdamW's), or few steps; batches of old data are better.",
+        stacklevel=stacklevel + 1,
+    )
+    xp: Any = namespace(values=next(iter(theta.values())))
+    return {
+        name: known[name].second / (1 - known[name].beta ** known[name].steps) * samples
+        if name in known
+        else xp.zeros_like(value)
+        for name, value in theta.items()
+    }
+
+
+def pull_of(rate: Any, strength: Array, moments: Moments | None) -> Array:
+    """Return s of the proximal step theta <- (theta + s mean) / (1 + s) that pulls a parameter back, of its shape.
+
+    It minimises the penalty plus the squared distance from where the optimiser's step has led, and the distance is in
+    the optimiser's own metric. An Adam divides by the root of its second moments, so that it goes as far where
+    gradients are small as where they are large. If the pull did not, it would be nothing beside such steps.
+
+    Args:
+        rate: the learning rate.
+        strength: penalty x precision.
+        moments: what an Adam knows of the parameter's gradients; None of another optimiser.
+    """
+    if moments is None:
+        return rate * strength
+    xp: Any = namespace(second=moments.second)
+    scale = xp.sqrt(moments.second / (1 - moments.beta**moments.steps)) + SMALLEST_SCALE
+    return rate * strength / scale
+
+
+class InputGrams(GramSums):
     """What a projector may ask about data that were remembered: the Gram matrices of what layers read.
 
     Attributes:
-        sums: the sums of a a^T by weight, and how many inputs they are of.
+        exchange: how processes bring together what each has of the data; None if this one has all.
     """
 
-    sums: dict[str, tuple[Array, int]] = field(default_factory=dict)
-
-    def add(self, sums: Mapping[str, tuple[Array, int]]) -> None:
-        """Add the sums of one batch."""
-        for name, (gram, count) in sums.items():
-            total, rows = self.sums.get(name, (0, 0))
-            self.sums[name] = total + gram, rows + int(count)
+    exchange: Exchange | None = None
+    _means: Params | None = None
 
     def input_grams(self) -> Params:
-        """Return the means of a a^T, [d_in, d_in], by weight."""
-        return {name: total / rows for name, (total, rows) in self.sums.items()}
+        """Return the means of a a^T by weight, [d_in, d_in], or factors of those."""
+        if self._means is None:  # an exchange can be done once
+            self._means = self.means(self.exchange)
+        return self._means
 
     def gradient_grams(self) -> Params:
         """Raise a BecameError: only what layers read is gathered."""

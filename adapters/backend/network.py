@@ -152,19 +152,25 @@ class Network:
         return frozenset(f"{layer.name}.weight" for layer in self.backbone.tapped if layer.kind == "matrix")
 
     def logits(self, run: Any, images: Array) -> Array:
-        """Return the head's logits [N, classes] in a run of the network."""
-        outputs: Array = run(self.head, self.backbone(run, images))
-        return outputs
+        """Return the head's logits [N, classes] in a run of the network, and what features are outputs besides."""
+        features, apart = self._seen(self.backbone(run, images))
+        outputs: Array = run(self.head, features)
+        return namespace(outputs=outputs).concat([outputs, *apart], axis=1) if apart else outputs
+
+    def _seen(self, features: Array) -> tuple[Array, list[Array]]:
+        """Return the features that a head sees, and those that are outputs as they are."""
+        beside = getattr(self.backbone, "beside", 0)
+        return (features[:, :-beside], [features[:, -beside:]]) if beside else (features, [])
 
     def all_logits(self, weights: Params, heads: list[Array], data: Data, rows: Array) -> Array:
         """Return the logits of all heads [rows, heads, classes], -inf for the classes that a task has not."""
-        features = self.backbone(self.runs(weights), data.normalised(rows))
+        features, apart = self._seen(self.backbone(self.runs(weights), data.normalised(rows)))
         xp: Any = namespace(features=features)
         logits = [xp.matmul(features, xp.matrix_transpose(head)) for head in heads]
         never = xp.zeros_like(logits[0][:, :1]) - math.inf
         missing = [self.head.outputs - head.shape[0] for head in heads]
         logits = [
-            xp.concat([of_one, *([never] * m)], axis=1) if m else of_one
+            xp.concat([of_one, *([never] * m), *apart], axis=1) if m or apart else of_one
             for of_one, m in zip(logits, missing, strict=True)
         ]
         return xp.stack(logits, axis=1)

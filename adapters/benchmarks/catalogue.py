@@ -12,11 +12,12 @@ from typing import Any
 
 from adapters.benchmarks.cifar import load_cifar100
 from adapters.benchmarks.miniimagenet import load_miniimagenet
-from adapters.benchmarks.mnist import load_mnist
+from adapters.benchmarks.mnist import load_mnist, load_mnist_to_draw
 from adapters.benchmarks.presets import (
     CIFAR100,
     CIFAR100_IN_20,
     MINIIMAGENET,
+    MNIST_VAE,
     PERMUTED_MNIST,
     RATED_TEXT,
     SPLIT_MNIST,
@@ -114,9 +115,10 @@ BENCHMARKS: Catalogue[Benchmark] = Catalogue(
     {
         benchmark.name: benchmark
         for benchmark in (
-            # The images of the first two are embedded.
+            # The images of the first three are embedded.
             Benchmark("split-mnist", load_mnist, 5, SPLIT_MNIST, usual="demo"),
             Benchmark("permuted-mnist", load_mnist, 10, PERMUTED_MNIST, permuted=True),
+            Benchmark("split-mnist-vae", load_mnist_to_draw, 0, MNIST_VAE),
             Benchmark("text-domains", load_text, 0, TEXT, settings=TEXT_SETTINGS),
             Benchmark("text-sentiment", load_rated_text, 0, RATED_TEXT, settings=TEXT_SETTINGS),
             Benchmark("tabular", load_tabular, 0, TABULAR, settings=TABULAR_SETTINGS),

@@ -25,6 +25,7 @@ __all__ = [
     "CIFAR100",
     "CIFAR100_IN_20",
     "MINIIMAGENET",
+    "MNIST_VAE",
     "PERMUTED_MNIST",
     "RATED_TEXT",
     "SOURCES",
@@ -138,6 +139,19 @@ _CONSTANT = {"schedule": "stepped", "lr": 0.01, "epochs": 5, "stage2_epochs": 5,
 PERMUTED_MNIST = {
     "quick": Preset({**_MLP, "increment": 0.0, **_annealed(0.1, 8, 4)}),
     "paper": Preset({**_MLP, "increment": 0.0, **_CONSTANT, "projector_samples": 300, "validation": 0.1}, _MASKS),
+}
+
+MNIST_VAE = {
+    "quick": Preset(
+        {
+            **_annealed(2e-3, 12, 6),
+            "network": "vae",
+            "optimiser": "adam",
+            "batch_size": 50,
+            "threshold": 0.95,
+            "increment": 0.003,
+        }
+    )
 }
 
 TABULAR = {"quick": Preset({**_MLP, **_annealed(0.1, 16, 8), "batch_size": 32, "increment": 0.003})}

@@ -17,7 +17,17 @@ from adapters.runs.configuration import Configuration, full_method_name
 from adapters.runs.directory import read_record
 from adapters.tracking import Writer, open_writer
 from became_core import BecameError
-from became_core.continual import Dataset, Learner, TaskStream, check_settings, method_settings, projector_names
+from became_core.continual import (
+    Dataset,
+    Learner,
+    Segments,
+    TaskStream,
+    check_settings,
+    check_watchable,
+    find_segments,
+    method_settings,
+    projector_names,
+)
 from became_core.registry import nearest
 
 __all__ = ["Job", "Load", "load_data", "requested_jobs", "unfinished_jobs"]
@@ -94,10 +104,31 @@ class Job:
             dropout_masks=configuration.dropout_masks,
         )
 
+    def segments(self, stream: TaskStream) -> Segments | None:
+        """Return what a detector finds in the stream of these tasks' samples; None if the tasks are announced."""
+        configuration = self.configuration
+        watch = configuration.watch()
+        if watch is None:
+            return None
+        found = find_segments(self.learner(stream), stream, configuration.training(), watch, self.run.seed)
+        missed = sum(delay is None for delay in found.delays)
+        LOGGER.info(
+            "%s: %d segments in %d batches, %d of them learned; of %d changes %d missed, and %d false alarms",
+            *(self.run.name, len(found.segments), found.segments[-1].end, len(found.stream.tasks)),
+            *(len(found.changes), missed, found.false_alarms),
+        )
+        return found
+
     def check_values(self, stream: TaskStream) -> None:
-        """Raise a BecameError if there is no such device, or the network cannot be built for these images."""
+        """Raise a BecameError if there is no such device, the network cannot be built, or the stream not be watched.
+
+        So it does if a pattern of what is frozen or adapted matches nothing of the network.
+        """
         self.backend.use_threads(self.threads(stream))
-        self.learner(stream)
+        learner, training, watch = self.learner(stream), self.configuration.training(), self.configuration.watch()
+        training.adaptation.check(learner)
+        if watch is not None:
+            check_watchable(learner, stream, training, watch)
 
     def threads(self, stream: TaskStream) -> int | None:
         """Return with how many threads the run is to be computed; None for the framework's usual number.

@@ -160,6 +160,8 @@ def _run_to_its_end(job: Job, load: Load, display: Display) -> RunResult:
         backends = job.check_unfinished()
         stream = job.stream(load)
         threads = job.use_threads(stream)
+        segments = job.segments(stream)
+        stream = stream if segments is None else segments.stream
         learner = job.learner(stream)
         method, training = configuration.method(run.method), configuration.training()
         checkpoints = run.checkpoints(stream, method, training)
@@ -191,6 +193,7 @@ def _run_to_its_end(job: Job, load: Load, display: Display) -> RunResult:
                 seed=run.seed,
                 config=config,
                 data_dir=configuration.hints()["data_dir"],
+                segments=segments,
             )
             run.save(result)
             interruption.check(f"{run.name} is finished")

@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 import jax
 import numpy as np
+import optax
 from jax import numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -29,20 +30,21 @@ from adapters.backend.batches import (
     counted,
     gradient_by_outputs,
     inputs_and_targets,
+    length_of,
     mean_loss,
     units_of,
     with_progress,
 )
 from adapters.backend.checking import check_network
-from adapters.backend.memory import InputGrams, by_slopes, gram_sums
+from adapters.backend.memory import InputGrams, Moments, by_slopes
 from adapters.backend.own_loop import NetworkCheck
 from adapters.jax.checking import FunctionView
 from adapters.jax.tapping import Apply, TappedFunction, trained_of
 from became_core import BecameError, Quadratic
 from became_core.arrays import Array, Params, named_leaves, namespace, with_leaves
-from became_core.curvature import Likelihood, per_sample_square_sum
+from became_core.curvature import GramSums, Likelihood, per_sample_square_sum
 
-__all__ = ["DataLoss", "Loss"]
+__all__ = ["DataLoss", "Loss", "moments_of"]
 
 Loss = Callable[[Array, Any], Array]
 Way = Literal["forward mode", "two reverse passes", "difference"]
@@ -118,8 +120,9 @@ class DataLoss:
 
             @partial(jax.jit, static_argnames="weights")
             def measure(theta: Params, inputs: Any, seed: Array, weights: frozenset[str]) -> tuple[Params, Any]:
-                taps = tapped.taps(self.tree(theta), inputs, seed)
-                return per_sample_square_sum(taps), gram_sums(taps, weights)
+                taps, grams = tapped.taps(self.tree(theta), inputs, seed), GramSums()
+                grams.add(taps, weights)
+                return per_sample_square_sum(taps), grams.parts()
 
             self._tapped[key] = tapped, measure
         return self._tapped[key]
@@ -174,7 +177,7 @@ class DataLoss:
         what = "remembering" if with_memory else "measuring"
         squares: Params = {}
         finished, units, rng = InputGrams(), 0.0, np.random.default_rng(0)
-        for inputs, targets in self._read(with_progress(batches, what, self._shows)):
+        for inputs, targets in self._read(with_progress(batches, what, self._shows, length_of(batches))):
             outputs = self._outputs(theta, inputs)
             units += units_of(self.likelihood, outputs, targets)
             tapped, measure = self._function(inputs)
@@ -184,7 +187,7 @@ class DataLoss:
                 weights = frozenset(tapped.matrices) if with_memory and index == 0 else frozenset[str]()
                 more, grams = measure(theta, inputs, seed, weights=weights)
                 squares = _sum(squares, more) if squares else more
-                finished.add(grams)
+                finished.add_parts(grams)
         means = _mean(squares, theta, counted(units))
         # XLA chooses where results lie; Fisher information lies where its parameter does.
         spread = (name for name, value in theta.items() if isinstance(value.sharding, NamedSharding))
@@ -273,6 +276,20 @@ class DataLoss:
             ahead, behind = (self._outputs(_moved(theta, direction, sign * step), inputs) for sign in (1, -1))
             tangents.append((ahead - behind) / (2 * step))
         return outputs, jnp.stack(tangents)
+
+
+def moments_of(state: Any, b2: float) -> dict[str, Moments]:
+    """Return what the Adams in an optimiser's state know of the parameters' gradients."""
+
+    def is_adam(node: Any) -> bool:
+        return isinstance(node, optax.ScaleByAdamState)
+
+    moments: dict[str, Moments] = {}
+    for adam in filter(is_adam, jax.tree.leaves(state, is_leaf=is_adam)):
+        # Where several optimisers share the parameters, each has a mask in the place of the others'.
+        seconds = {name: value for name, value in named_leaves(adam.nu).items() if hasattr(value, "dtype")}
+        moments |= {name: Moments(value, adam.count, b2) for name, value in seconds.items()}
+    return moments
 
 
 def _wide(array: Array) -> Array:

@@ -22,6 +22,7 @@ from adapters.networks import (
     Flatten,
     GroupNorm,
     LastPosition,
+    Latent,
     LayerNorm,
     Linear,
     MaxPool,
@@ -127,6 +128,11 @@ def _dropout(run: "Pass", layer: Dropout, inputs: Array) -> Array:
     return inputs if keep is None else jnp.where(keep, inputs * layer.scale, 0)
 
 
+def _latent(run: "Pass", layer: Latent, inputs: Array) -> Array:  # noqa: ARG001 - a table's signature
+    mean, log_variance, noise = run.latent(inputs)
+    return mean + jnp.exp(log_variance / 2) * noise
+
+
 def _greatest(inputs: Array, size: int) -> Array:
     """Return the greatest of each square; of equal ones the first has the gradient, as in other frameworks.
 
@@ -170,6 +176,7 @@ class Pass(networks.Pass):
         Dropout: _dropout,
         MaxPool: lambda run, layer, inputs: _greatest(inputs, layer.size),
         AveragePool: lambda run, layer, inputs: _squares(inputs, layer.size).mean((2, 4)),
+        Latent: _latent,
         LastPosition: lambda run, layer, inputs: inputs[:, -1],
         Flatten: lambda run, layer, inputs: jnp.moveaxis(inputs, -1, 1).reshape(inputs.shape[0], -1),
     }

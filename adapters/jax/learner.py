@@ -67,9 +67,12 @@ class JaxNetwork(Network):
         """Return the masks of a batch, which are drawn here if a key is given."""
         if isinstance(masks, tuple):
             return masks
+        keys = (jax.random.fold_in(masks, place) for place in range(len(self.backbone.masks)))
         return tuple(
-            jax.random.bits(jax.random.fold_in(masks, place), (samples, *shape), "uint16") >= threshold
-            for place, (shape, threshold) in enumerate(self.backbone.masks)
+            jax.random.normal(key, (samples, *shape))
+            if threshold is None
+            else jax.random.bits(key, (samples, *shape), "uint16") >= threshold
+            for key, (shape, threshold) in zip(keys, self.backbone.masks, strict=True)
         )
 
     def _gradients(

@@ -7,11 +7,13 @@ proximal step of a quadratic penalty,
 
     theta <- (theta + s mean) / (1 + s)    with s = learning rate x penalty x precision
 
-which is decoupled from the optimiser, as AdamW's weight decay is, and stable at any strength.
+which is decoupled from the optimiser, as AdamW's weight decay is, and stable at any strength. Of an Adam that
+``projected`` is given, s is divided by the root of its second moments, as its steps are.
 
 Convention: losses and Fisher information are means over samples or over tokens, as the likelihood says, and tasks count
 alike, each with its mean. Parameters go by dotted path. Every array of real numbers in ``params`` is a parameter, so
-what is not trained, such as running statistics, must not be in that tree but in ``apply``.
+what is not trained, such as running statistics, must not be in that tree but in ``apply``. ``merge`` therefore cannot
+estimate running statistics anew, as it does for models that hold their own.
 """
 
 from collections.abc import Callable, Iterable
@@ -28,7 +30,7 @@ from safetensors.flax import save_file
 from adapters.backend import memory as shared
 from adapters.backend.batches import Kind
 from adapters.backend.own_loop import Coverage, MergeReport, NetworkCheck, Uncovered, first_difference
-from adapters.jax.data_loss import DataLoss, Loss
+from adapters.jax.data_loss import DataLoss, Loss, moments_of
 from adapters.jax.tapping import Apply, trained_of
 from became_core import BecameError, LaplacePosterior, Secant
 from became_core import merge as merge_trees
@@ -108,10 +110,13 @@ class Memory:
 def remember(
     apply: Apply,
     params: Any,
-    batches: Iterable[Any],
+    batches: Iterable[Any] | None = None,
     likelihood: str | Likelihood | Loss | None = None,
     memory: Memory | None = None,
     *,
+    state: Any = None,
+    samples: int | None = None,
+    b2: float = 0.999,
     projector: Projector | None = None,
     uncovered: Uncovered | None = None,
     penalty: float | None = None,
@@ -123,18 +128,23 @@ def remember(
     """Return the memory with the data that the parameters have learned.
 
     One pass over the batches gives the spaces that they use and the exact diagonal of the Fisher information, both at
-    these parameters. With a memory, its settings hold where no other is given.
+    these parameters. With a memory, its settings hold where no other is given. Without old data there may be the state
+    of an optimiser: the second moments of optax's Adam, without their bias and times the samples of a step, stand for
+    the Fisher information; then there is no memory of spaces, and nothing is protected but penalised.
 
     Args:
         apply: (params, inputs) -> outputs, [samples, ...], as in evaluation: without dropout and without statistics of
             the batch.
         params: a tree of arrays.
         batches: of the old data: pairs of inputs and targets, or mappings with ``labels``, of which ``apply`` takes the
-            rest. Inputs are an array or a tree of arrays.
+            rest. Inputs are an array or a tree of arrays. None if there is a state.
         likelihood: "categorical" (the default), "gaussian" or "bernoulli", a value of ``became_core.curvature``, or any
             loss: (outputs, targets) -> the mean over the samples of the batch, of which Fisher information is the
             empirical one, and curvature along a direction a difference of slopes.
         memory: of the tasks before; None for none.
+        state: of an optax optimiser with an Adam in it that has just trained the parameters, instead of batches.
+        samples: with a state, how many samples (or tokens) a step had.
+        b2: with a state, the decay of that Adam's second moments, which the state does not say.
         projector: what protects matrices: an empty ``GPM()`` (the default), ``SGP()`` or ``NSCL()``, or another that
             needs only what layers read; not with a memory, which has one.
         uncovered: what is done with parameters that it cannot protect: they are "penalised" (the default) for leaving
@@ -175,7 +185,13 @@ def remember(
     data = DataLoss(apply, params, known, fisher=settings["fisher"], checks=check, shows=progress)
     if memory is not None:
         _check_architecture(memory, data.theta)
-    squares, finished = data.fisher(batches, with_memory=True)
+    if (batches is None) == (state is None):
+        raise BecameError("remember needs either batches or the state of an optimiser; give one of them.")
+    if batches is None:
+        squares = shared.fisher_of_moments(moments_of(state, b2), samples, data.theta, stacklevel=2)
+    else:
+        squares, finished = data.fisher(batches, with_memory=True)
+        before = before.remember(finished)
     matrices = data.matrices if memory is None else memory.matrices | data.matrices
     turned = [name for name, way in matrices.items() if memory is not None and memory.matrices.get(name, way) != way]
     if turned:
@@ -184,7 +200,7 @@ def remember(
     mean = _copied(data.theta)
     return Memory(
         posterior=shared.grown(None if memory is None else memory.posterior, mean, squares, settings["decay"]),
-        projector=before.remember(finished),
+        projector=before,
         parameters=_parameters({name: value.shape for name, value in data.theta.items()}, matrices),
         likelihood=data.likelihood,
         checked=data.checked,
@@ -208,23 +224,34 @@ class ProjectedState(NamedTuple):
         count: how many steps were taken.
         projector: the memory.
         penalised: the mean of every parameter that is pulled back to it, and penalty x precision.
+        inner: the state of the optimiser that was given.
     """
 
     count: Array
     projector: Projector
     penalised: dict[str, tuple[Array, Array]]
+    inner: Any
 
 
-def projected(memory: Memory, learning_rate: float | Callable[[Any], Any]) -> optax.GradientTransformation:
-    """Return a transformation that keeps steps out of the spaces that old data use; it comes last in ``optax.chain``.
+def projected(
+    memory: Memory,
+    learning_rate: float | Callable[[Any], Any],
+    optimizer: optax.GradientTransformation | None = None,
+    *,
+    b2: float = 0.999,
+) -> optax.GradientTransformation:
+    """Return an optimiser whose steps stay out of the spaces that old data use.
 
-    Its updates need the parameters: ``optimizer.update(gradients, state, params)``. It is given the whole tree of
-    parameters, so it stands outside of ``optax.masked`` and ``optax.multi_transform``.
+    Without an optimiser it comes last in ``optax.chain``. It then cannot see an Adam's second moments, and its pull is
+    weak beside an Adam's steps. Its updates need the parameters: ``optimizer.update(gradients, state, params)``. It is
+    given the whole tree of parameters, so it stands outside of ``optax.masked`` and ``optax.multi_transform``.
 
     Args:
         memory: of the old data.
         learning_rate: a number, or a schedule of the steps' count, as the optimiser has it; it scales the pull on
             parameters that are penalised, and 0 leaves that to ``penalty`` in the loss.
+        optimizer: whose steps are projected.
+        b2: the decay of second moments, if an Adam is in the optimiser.
 
     Raises:
         BecameError: in ``init``, if the parameters are not those of the memory; in ``update``, if there are none.
@@ -232,7 +259,7 @@ def projected(memory: Memory, learning_rate: float | Callable[[Any], Any]) -> op
     Examples:
         >>> apply, params = lambda params, inputs: inputs @ params["w"], {"w": jnp.ones((3, 2))}
         >>> memory = remember(apply, params, [(jnp.eye(3)[:2], jnp.array([0, 1]))], check=False)
-        >>> optimizer = optax.chain(optax.sgd(0.5), projected(memory, 0.5))
+        >>> optimizer = projected(memory, 0.5, optax.sgd(0.5))
         >>> gradients, state = {"w": jnp.ones((3, 2))}, optimizer.init(params)
         >>> updates, state = optimizer.update(gradients, state, params)
         >>> bool(jnp.allclose(updates["w"], jnp.array([[0.0, 0], [0, 0], [-0.5, -0.5]]), atol=1e-6))
@@ -240,18 +267,20 @@ def projected(memory: Memory, learning_rate: float | Callable[[Any], Any]) -> op
     """
     # Only what is no array is taken from the memory here; the arrays come from the state.
     ranks, matrices, standing = memory.projector.rank, memory.matrices, full(memory.projector)
+    taking_steps = optax.identity() if optimizer is None else optimizer
 
     def init(params: Any) -> ProjectedState:
         _check_architecture(memory, trained_of(params))
         namespace(values=next(iter(memory.posterior.mean.values())))  # JAX learns of the core's values
-        state = ProjectedState(jnp.zeros((), jnp.int32), memory.projector, memory.penalised)
-        copied: ProjectedState = _copied(state)  # a compiled step may take its arguments' memory away
-        return copied
+        # A compiled step may take its arguments' memory away.
+        projector, penalised = _copied((memory.projector, memory.penalised))
+        return ProjectedState(jnp.zeros((), jnp.int32), projector, penalised, taking_steps.init(params))
 
     def update(updates: Any, state: ProjectedState, params: Any = None) -> tuple[Any, ProjectedState]:
         if params is None:
             raise BecameError("projected needs the parameters; call optimizer.update(gradients, state, params).")
-        theta, steps = trained_of(params), named_leaves(updates)
+        updates, inner = taking_steps.update(updates, state.inner, params)
+        theta, steps, moments = trained_of(params), named_leaves(updates), moments_of(inner, b2)
         rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
         allowed = dict(steps)
         for name, step in steps.items():
@@ -268,10 +297,10 @@ def projected(memory: Memory, learning_rate: float | Callable[[Any], Any]) -> op
                 wide = (rows.T if matrices.get(name) else rows).reshape(step.shape)
             elif name in state.penalised:
                 mean, strength = state.penalised[name]
-                pull = rate * strength
+                pull = shared.pull_of(rate, strength, moments.get(name))
                 wide = (wide + pull * (mean - theta[name])) / (1 + pull)
             allowed[name] = wide.astype(step.dtype)
-        return with_leaves(updates, allowed), state._replace(count=state.count + 1)
+        return with_leaves(updates, allowed), state._replace(count=state.count + 1, inner=inner)
 
     return optax.GradientTransformation(init, update)
 
@@ -422,10 +451,10 @@ def load(
     shared.check_settings(stored.settings["projector"], **settings)
     known = stored.settings["likelihood"]
     return Memory(
-        posterior=stored.posterior,
-        projector=stored.settings["projector"],
-        parameters=_parameters(shapes, stored.matrices),
-        likelihood=likelihood_named(known) if isinstance(known, str) else known,
+        stored.posterior,
+        stored.settings["projector"],
+        _parameters(shapes, stored.matrices),
+        likelihood_named(known) if isinstance(known, str) else known,
         **settings,
     )
 

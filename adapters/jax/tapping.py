@@ -43,7 +43,7 @@ class TappedFunction:
 
     Attributes:
         matrices: the parameters that are used as whole matrices alone, on samples, and whether they are stored as
-            [d_in, d_out] when they are flattened.
+            [d_in, d_out] when they are flattened. An embedding is multiplied with one-hot vectors.
         others: the parameters that no tap explains, but elementwise operations do.
         slow: the parameters that are used by operations that taps do not know, and these.
 
@@ -107,8 +107,10 @@ class TappedFunction:
                 self._tapped[name] = list(own)
                 ways = {(use.kind, use.transposed, use.groups) for use in own.values() if isinstance(use, Use)}
                 kind, transposed, groups = next(iter(ways))
-                if len(ways) == 1 and kind == "matrix" and groups == 1:
-                    self.matrices[name] = transposed
+                # A stack of matrices that are looked up, as those of experts are, would stand still as a whole.
+                is_stack = kind == "embedding" and jnp.ndim(trained_of(self._params)[name]) != 2
+                if len(ways) == 1 and groups == 1 and not is_stack:
+                    self.matrices[name] = transposed or kind == "embedding"
                 continue
             self.others.append(name)
             how = {use.operation for use in own.values() if isinstance(use, Unknown) and not use.is_elementwise}

@@ -21,6 +21,7 @@ from adapters.networks.layers import (
     GELU,
     AveragePool,
     BatchNorm,
+    Branches,
     CausalAttention,
     Convolution,
     Dropout,
@@ -28,6 +29,7 @@ from adapters.networks.layers import (
     Flatten,
     GroupNorm,
     LastPosition,
+    Latent,
     Layer,
     LayerNorm,
     Linear,
@@ -39,7 +41,18 @@ from adapters.networks.layers import (
 from became_core import BecameError
 from became_core.registry import Catalogue
 
-__all__ = ["NETWORKS", "Norm", "alexnet", "build_network", "gpt", "hub_network", "mlp", "preact_resnet18", "resnet18"]
+__all__ = [
+    "NETWORKS",
+    "Norm",
+    "alexnet",
+    "build_network",
+    "gpt",
+    "hub_network",
+    "mlp",
+    "preact_resnet18",
+    "resnet18",
+    "vae",
+]
 
 Norm = Literal["batch", "running", "group"]
 
@@ -195,6 +208,40 @@ def _gpt_last(length: int, norm: Norm = "batch") -> Architecture:
     return Architecture((*every.layers, LastPosition()), every.image)
 
 
+def vae(channels: int, height: int, width: int, norm: Norm = "batch", *, latent: int = 16) -> Architecture:
+    """Return a variational autoencoder of pictures (Kingma & Welling 2014), with about 0.3 million weights.
+
+    A sample is a row of pixels and of noise, [pixels + latent, 1, 1]. The encoder makes of the pixels the mean and the
+    log variance of each latent number; the decoder makes of a draw 200 features, of which the head makes the pixels'
+    logits. Means and log variances are outputs besides, as the likelihood ``ELBO`` has them.
+
+    Args:
+        channels: the numbers of a sample.
+        height: 1.
+        width: 1.
+        norm: as of the other networks; it has none.
+        latent: how many latent numbers there are.
+
+    Raises:
+        BecameError: if samples are no such rows, or a norm is asked for.
+    """
+    if norm != "batch":
+        raise BecameError(f"the vae network has no normalisation that could be '{norm}'; leave the norm out.")
+    if (height, width) != (1, 1) or channels <= latent:
+        raise BecameError(
+            f"the vae network needs rows of pixels and of {latent} numbers of noise, as split-mnist-vae has, and no "
+            f"images [{channels}, {height}, {width}]."
+        )
+    encoder = Linear("encoder.fc1", 200), ReLU(), Linear("encoder.fc2", 2 * latent)
+    decoder = Latent(), Linear("decoder.fc1", 200), ReLU()
+    layers = (
+        Flatten(),
+        Branches(((0, channels - latent, encoder), (channels - latent, channels, ()))),
+        Branches(((0, 3 * latent, decoder), (0, 2 * latent, ()))),
+    )
+    return Architecture(layers, (channels, height, width), beside=2 * latent, encoding="encoder.fc2")
+
+
 NETWORKS: Catalogue[Callable[..., Architecture]] = Catalogue(
     "became.networks",
     "network",
@@ -207,6 +254,7 @@ NETWORKS: Catalogue[Callable[..., Architecture]] = Catalogue(
         "gpt-medium": _gpt_medium,
         "gpt-large": _gpt_large,
         "gpt-last": _gpt_last,
+        "vae": vae,
     },
 )
 

@@ -10,9 +10,20 @@ from functools import cached_property
 from typing import Any, ClassVar, Literal, Protocol, TypeVar
 
 from adapters.networks.draws import Mask
-from adapters.networks.layers import BatchNorm, Dropout, Layer, Parameter, Residual, Shape, Step, Weighted
+from adapters.networks.layers import (
+    BatchNorm,
+    Branches,
+    Dropout,
+    Latent,
+    Layer,
+    Parameter,
+    Residual,
+    Shape,
+    Step,
+    Weighted,
+)
 from became_core import BecameError
-from became_core.arrays import Array, Params
+from became_core.arrays import Array, Params, namespace
 
 __all__ = ["CANONICAL_AXES", "Architecture", "Backbone", "Pass", "Record", "Tapped", "UserLayer"]
 
@@ -58,7 +69,8 @@ class Pass:
 
     Attributes:
         weights: by canonical name.
-        masks: what dropout keeps, True, in the order in which it runs, images with channels last; None for no dropout.
+        masks: what dropout keeps, True, in the order in which it runs, images with channels last, and what latent
+            layers have for noise; None for no dropout and the samples' own noise.
         constant_statistics: whether gradients take batch statistics for constants.
         record: told of each layer with parameters.
         products: the dtype that linear and convolutional layers multiply in, as the framework calls it, for mixed
@@ -124,12 +136,22 @@ class Pass:
         self._taken += 1
         return self.masks[self._taken - 1]
 
+    def latent(self, inputs: Array) -> tuple[Array, Array, Array]:
+        """Return means, log variances and noise, [N, d] each; in training, that is with masks, the noise is new."""
+        width = inputs.shape[-1] // 3
+        mean, log_variance, noise = (inputs[:, place * width : (place + 1) * width] for place in range(3))
+        if self.masks is not None:
+            self._taken += 1
+            noise = namespace(inputs=inputs).asarray(self.masks[self._taken - 1], dtype=inputs.dtype)
+        return mean, log_variance, noise
+
 
 class Backbone(Protocol):
     """Any value that maps images to features by layers, in whatever way it connects them.
 
     A description is one. A user's own is another: it runs described layers by ``run(layer, inputs)``, and announces
-    what else has parameters by ``run.tapped``. JAX needs it hashable.
+    what else has parameters by ``run.tapped``. It may have ``beside`` and ``encoding``, as an ``Architecture`` has.
+    JAX needs it hashable.
     """
 
     @property
@@ -142,7 +164,7 @@ class Backbone(Protocol):
 
     @property
     def masks(self) -> tuple[Mask, ...]:
-        """What masks its dropout layers need, in the order in which they run."""
+        """What masks its dropout and latent layers need, in the order in which they run."""
 
     def __call__(self, run: Any, images: Array) -> Array:
         """Return the features [N, features] of images [N, H, W, C]; each layer that has parameters runs once.
@@ -157,6 +179,13 @@ class Backbone(Protocol):
 class Architecture:
     """A description of a network: layers, one after the other, for images of a certain shape.
 
+    Attributes:
+        layers: in the order in which they run.
+        image: the shape of a sample.
+        beside: how many of the features, the last ones, no head sees: they are outputs as they are, after the head's.
+        encoding: the name of the layer without a bias that gives a latent layer its means and log variances; without
+            its weight, what the network makes of a sample is a draw from the prior. Empty if there is none.
+
     Raises:
         BecameError: if two layers have one name, a layer cannot follow the one before it, the images are too small, or
             what comes out is not [N, features].
@@ -164,6 +193,8 @@ class Architecture:
 
     layers: tuple[Layer, ...]
     image: Shape
+    beside: int = 0
+    encoding: str = ""
 
     def __post_init__(self) -> None:
         """Check that it is a network."""
@@ -205,11 +236,11 @@ class Architecture:
 
     @cached_property
     def masks(self) -> tuple[Mask, ...]:
-        """What masks its dropout layers need, in the order in which they run."""
+        """What masks its dropout and latent layers need, in the order in which they run."""
         return tuple(
-            ((*shape[1:], shape[0]), layer.threshold)
+            ((*layer.output_shape(shape)[1:], layer.output_shape(shape)[0]), getattr(layer, "threshold", None))
             for layer, shape in self.steps
-            if isinstance(layer, Dropout) and layer.threshold
+            if isinstance(layer, Latent) or (isinstance(layer, Dropout) and layer.threshold)
         )
 
     def __call__(self, run: Callable[[Step, T], T], images: T) -> T:
@@ -222,6 +253,9 @@ def _run(layers: Iterable[Layer], inputs: Any, run: Callable[[Step, Any], Any]) 
     for layer in layers:
         if isinstance(layer, Residual):
             inputs = _run(layer.body, inputs, run) + _run(layer.shortcut, inputs, run)
+        elif isinstance(layer, Branches):
+            parts = [_run(part, inputs[:, first:last], run) for first, last, part in layer.parts]
+            inputs = namespace(inputs=inputs).concat(parts, axis=1)
         else:
             inputs = run(layer, inputs)
     return inputs
@@ -239,10 +273,23 @@ def _walk(layers: Iterable[Layer], shape: Shape, steps: list[tuple[Step, Shape]]
                     f"{list(shortcut)}; only equal shapes can be added."
                 )
             shape = body
+        elif isinstance(layer, Branches):
+            shape = (sum(_branch(part, shape, steps) for part in layer.parts),)
         else:
             steps.append((layer, shape))
             shape = layer.output_shape(shape)
     return shape
+
+
+def _branch(part: tuple[int, int, tuple[Layer, ...]], shape: Shape, steps: list[tuple[Step, Shape]]) -> int:
+    """Return how many features come out of one of several branches."""
+    first, last, layers = part
+    if len(shape) != 1 or not 0 <= first < last <= shape[0]:
+        raise BecameError(f"a branch has the features {first} to {last} of {list(shape)}; give a part of a row [d].")
+    made = _walk(layers, (last - first,), steps)
+    if len(made) != 1:
+        raise BecameError(f"the branch of the features {first} to {last} makes {list(made)} of them, and no row [d].")
+    return made[0]
 
 
 def _names(layers: Iterable[Layer]) -> Iterator[str]:

@@ -9,12 +9,12 @@ Convention of masks: a mask for images is drawn with channels last, [N, H, W, C]
 at least 2^16 p keep it. A framework's own generator may fill a mask one element at a time, as PyTorch's does on the
 CPU, which costs a fifth of a training step of a small convolutional network; 16 random bits an element, drawn 64 at a
 time, cost next to nothing. A framework may be asked to draw them itself: on an accelerator that saves the host the
-draw, and the way from there.
+draw, and the way from there. The noise of a latent layer is drawn as a mask is, and is standard normal.
 """
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,8 +36,8 @@ __all__ = [
 # What draws dropout's masks: the generators that the core gives, alike for every framework, or the framework itself.
 DropoutMasks = Literal["numpy", "framework"]
 
-# The shape of one sample's mask, and 2^16 p.
-Mask = tuple[tuple[int, ...], int]
+# The shape of one sample's mask, and 2^16 p; None for standard normal noise.
+Mask = tuple[tuple[int, ...], int | None]
 
 
 def initial_values(seed: int, parameters: Mapping[str, Parameter]) -> dict[str, NDArray[np.float64]]:
@@ -71,13 +71,15 @@ def checked_masks(name: str) -> str:
     return name
 
 
-def draw_mask(shape: tuple[int, ...], threshold: int, rng: np.random.Generator) -> NDArray[np.bool_]:
-    """Return a mask of this shape, True for what is kept."""
+def draw_mask(shape: tuple[int, ...], threshold: int | None, rng: np.random.Generator) -> NDArray[Any]:
+    """Return a mask of this shape, True for what is kept; standard normal noise if there is no threshold."""
+    if threshold is None:
+        return rng.standard_normal(shape)
     count = int(np.prod(shape))
     bits = rng.integers(0, 2**64, size=(count + 3) // 4, dtype=np.uint64).view(np.uint16)[:count]
     return (bits >= threshold).reshape(shape)
 
 
-def draw_masks(masks: Iterable[Mask], samples: int, rng: np.random.Generator) -> tuple[NDArray[np.bool_], ...]:
+def draw_masks(masks: Iterable[Mask], samples: int, rng: np.random.Generator) -> tuple[NDArray[Any], ...]:
     """Return the masks of a batch, in order, each [samples, ...]."""
     return tuple(draw_mask((samples, *shape), threshold, rng) for shape, threshold in masks)

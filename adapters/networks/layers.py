@@ -17,6 +17,7 @@ __all__ = [
     "GELU",
     "AveragePool",
     "BatchNorm",
+    "Branches",
     "CausalAttention",
     "Convolution",
     "Dropout",
@@ -24,6 +25,7 @@ __all__ = [
     "Flatten",
     "GroupNorm",
     "LastPosition",
+    "Latent",
     "Layer",
     "LayerNorm",
     "Linear",
@@ -40,6 +42,14 @@ __all__ = [
 ]
 
 Shape = tuple[int, ...]
+
+
+class _KeepsShape:
+    """A layer whose output has the shape of its inputs."""
+
+    def output_shape(self, shape: Shape) -> Shape:
+        """Return the shape of the output."""
+        return shape
 
 
 class Parameter(NamedTuple):
@@ -119,7 +129,7 @@ class Convolution:
 
 
 @dataclass(frozen=True)
-class BatchNorm:
+class BatchNorm(_KeepsShape):
     """``y = w * (x - mean) / sqrt(variance + epsilon) + b`` by channel, with the batch's own statistics.
 
     The variance is biased.
@@ -144,13 +154,9 @@ class BatchNorm:
             f"{self.name}.{name}": Parameter(shape[:1], None) for name in statistics
         }
 
-    def output_shape(self, shape: Shape) -> Shape:
-        """Return the shape of the output."""
-        return shape
-
 
 @dataclass(frozen=True)
-class GroupNorm:
+class GroupNorm(_KeepsShape):
     """As batch norm, with the statistics of each image by itself, over groups of neighbouring channels (Wu & He 2018).
 
     Attributes:
@@ -173,10 +179,6 @@ class GroupNorm:
     def parameters(self, shape: Shape) -> dict[str, Parameter]:
         """Return the parameters by canonical name, for inputs of this shape."""
         return _named(self.name, shape[:1], None, bias=True)
-
-    def output_shape(self, shape: Shape) -> Shape:
-        """Return the shape of the output."""
-        return shape
 
 
 @dataclass(frozen=True)
@@ -212,7 +214,7 @@ class Embedding:
 
 
 @dataclass(frozen=True)
-class Positions:
+class Positions(_KeepsShape):
     """``y_l = x_l + w_l``: a row for each position of a text, [L, d] -> [L, d].
 
     Attributes:
@@ -230,13 +232,9 @@ class Positions:
         """Return the parameters by canonical name, for inputs of this shape."""
         return _named(self.name, (self.size, shape[-1]), shape[-1], bias=False)
 
-    def output_shape(self, shape: Shape) -> Shape:
-        """Return the shape of the output."""
-        return shape
-
 
 @dataclass(frozen=True)
-class LayerNorm:
+class LayerNorm(_KeepsShape):
     """``y = w * (x - mean) / sqrt(variance + epsilon) + b``, with the statistics of each position (Ba 2016).
 
     Attributes:
@@ -253,10 +251,6 @@ class LayerNorm:
     def parameters(self, shape: Shape) -> dict[str, Parameter]:
         """Return the parameters by canonical name, for inputs of this shape."""
         return _named(self.name, shape[-1:], None, bias=True)
-
-    def output_shape(self, shape: Shape) -> Shape:
-        """Return the shape of the output."""
-        return shape
 
 
 @dataclass(frozen=True)
@@ -283,34 +277,22 @@ class CausalAttention:
 
 
 @dataclass(frozen=True)
-class GELU:
+class GELU(_KeepsShape):
     """``x Phi(x)``, Phi being the normal distribution function (Hendrycks & Gimpel 2016)."""
 
-    def output_shape(self, shape: Shape) -> Shape:
-        """Return the shape of the output."""
-        return shape
-
 
 @dataclass(frozen=True)
-class ReLU:
+class ReLU(_KeepsShape):
     """``max(x, 0)``."""
 
-    def output_shape(self, shape: Shape) -> Shape:
-        """Return the shape of the output."""
-        return shape
-
 
 @dataclass(frozen=True)
-class Tanh:
+class Tanh(_KeepsShape):
     """The hyperbolic tangent."""
 
-    def output_shape(self, shape: Shape) -> Shape:
-        """Return the shape of the output."""
-        return shape
-
 
 @dataclass(frozen=True)
-class Dropout:
+class Dropout(_KeepsShape):
     """Zero each element with probability p in training and scale the rest by 1 / (1 - p), p in multiples of 2^-16."""
 
     p: float
@@ -324,10 +306,6 @@ class Dropout:
     def scale(self) -> float:
         """What remains is multiplied by it."""
         return 1 / (1 - self.threshold / 2**16)
-
-    def output_shape(self, shape: Shape) -> Shape:
-        """Return the shape of the output."""
-        return shape
 
 
 @dataclass(frozen=True)
@@ -385,6 +363,38 @@ class LastPosition:
 
 
 @dataclass(frozen=True)
+class Latent:
+    """A draw from the normal distribution that a sample was encoded as, ``mean + exp(log variance / 2) noise``.
+
+    By Kingma & Welling (2014). Inputs are the means, the log variances and the sample's noise in a row, [3 d]; the
+    output is [d]. In training new noise is drawn, as a dropout mask is; otherwise it is the sample's own, so that all
+    that is measured is a function of the weights.
+    """
+
+    def output_shape(self, shape: Shape) -> Shape:
+        """Return the shape of the output.
+
+        Raises:
+            BecameError: if the inputs are no such row.
+        """
+        if len(shape) != 1 or shape[0] % 3:
+            raise BecameError(f"Latent needs means, log variances and noise in a row, [3 d], but sees {list(shape)}.")
+        return (shape[0] // 3,)
+
+
+@dataclass(frozen=True)
+class Branches:
+    """Rows of layers, each on a part of the same features; what comes out of them lies in a row.
+
+    Attributes:
+        parts: for each, at which feature it begins, before which it ends, and its layers; none for the features
+            themselves.
+    """
+
+    parts: tuple[tuple[int, int, tuple["Layer", ...]], ...]
+
+
+@dataclass(frozen=True)
 class Residual:
     """The sum of what two rows of layers make of the same inputs; without a shortcut, the inputs themselves."""
 
@@ -395,8 +405,10 @@ class Residual:
 # With parameters.
 Weighted = Linear | Convolution | BatchNorm | GroupNorm | LayerNorm | Embedding | Positions
 # One step of a network.
-Step = Weighted | ReLU | Tanh | GELU | CausalAttention | Dropout | MaxPool | AveragePool | Flatten | LastPosition
-Layer = Step | Residual
+Step = (
+    Weighted | ReLU | Tanh | GELU | CausalAttention | Dropout | MaxPool | AveragePool | Flatten | LastPosition | Latent
+)
+Layer = Step | Residual | Branches
 
 
 def is_statistic(name: str) -> bool:

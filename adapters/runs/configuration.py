@@ -3,7 +3,7 @@
 The fields of ``Configuration`` are the one description. From them and from the settings of the registered methods and
 projectors are made: the options of the command (``options``), the record in ``config.json`` and ``results.json``
 (``to_json``), what ``--resume`` and ``--config`` go on from (``from_json``), and the command that repeats a run
-(``repeating_command``). Presets give values for the same names.
+(``repeating.py``). Presets give values for the same names.
 
 Convention: values are plain (text, numbers, booleans, paths, tuples of them). A value that may change the result is
 compared when a run goes on; a hint, such as the device, is not. Two runs of equal configuration (hints aside), method
@@ -11,47 +11,42 @@ and seed are the same run.
 """
 
 import math
-import shlex
-from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, dataclass, field, fields
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, Self, get_type_hints
 
 from adapters.benchmarks.catalogue import BENCHMARKS
 from adapters.networks import NETWORKS, DropoutMasks, Norm, hub_network
-from adapters.runs.results import RunResult
 from adapters.tracking import TRACKERS
 from became_core import BecameError
 from became_core.continual import (
     METHODS,
     SGD,
     Adam,
+    Adaptation,
     Annealed,
     Augmentation,
+    BayesianDetector,
     ClassOrder,
     Dataset,
+    Detector,
     Method,
     Patience,
+    PlateauDetector,
     RelativeRates,
     Schedule,
     Stepped,
     TaskStream,
     Training,
+    Watch,
     build_method,
     method_settings,
 )
 from became_core.projection import PROJECTORS
 from became_core.registry import Setting, nearest
 
-__all__ = [
-    "GROUPS",
-    "Configuration",
-    "Option",
-    "command_words",
-    "full_method_name",
-    "options",
-    "repeating_command",
-]
+__all__ = ["GROUPS", "Configuration", "Option", "full_method_name", "options"]
 
 BENCHMARK = "split-mnist"
 
@@ -97,6 +92,36 @@ class Configuration:
         "How classes are assigned to tasks: in the order of their labels, or in an order that the seed draws.",
         "learn",
         "label",
+    )
+    single_head: bool = _option(
+        "Let all tasks share one head (domain-incremental), whose classes are those of each task in their order. "
+        "text-domains and text-sentiment have one anyway.",
+        "learn",
+        False,
+        flag=True,
+    )
+    boundaries: Literal["known", "unknown"] = _option(
+        "Whether the tasks are announced, or a detector cuts the stream of their samples where it changes. Unknown "
+        "boundaries need one head for all tasks.",
+        "learn",
+        "known",
+    )
+    detector: Literal["bayesian", "plateau"] = _option(
+        "What tells unknown boundaries: Bayesian online change-point detection, or plateaus and peaks of the loss.",
+        "learn",
+        "bayesian",
+    )
+    hazard: float = _option(
+        "How probable a change is at each batch, before anything is seen, for the bayesian detector.", "learn", 0.01
+    )
+    reservoir: int = _option(
+        "How many samples of what comes between two changes are stored, where boundaries are unknown; curvature and "
+        "the projector's memory are computed from them alone.",
+        "learn",
+        200,
+    )
+    gradual: int = _option(
+        "Over how many samples one task goes over into the next, where boundaries are unknown.", "learn", 0
     )
     validation: float = _option("The fraction of each task's training samples that is held out.", "learn", 0.05)
     augment: bool = _option(
@@ -164,6 +189,22 @@ class Configuration:
         "task.",
         "training",
         1.0,
+    )
+    freeze: tuple[str, ...] = _option(
+        "Patterns, such as 'conv*', of the parameters or layers that stand still; heads always learn.", "training", ()
+    )
+    lora: int | None = _option(
+        "Learn through low-rank adapters of this rank (LoRA): W + B A in place of W, which becomes the new W when a "
+        "stage ends. Shared parameters without adapters stand still. A weight of a lower rank has adapters of that "
+        "rank.",
+        "training",
+        None,
+    )
+    lora_layers: tuple[str, ...] = _option(
+        "Patterns, such as '*.attn.*', of the weights or layers that have low-rank adapters.", "training", ("*",)
+    )
+    lora_scale: float = _option(
+        "What B A is multiplied by; lora_alpha / r in codes that divide by the rank.", "training", 1.0
     )
     optimiser: Literal["sgd", "adam"] = _option("What turns gradients into steps.", "training", "sgd")
     momentum: float = _option("The momentum of SGD.", "training", 0.0)
@@ -267,6 +308,7 @@ class Configuration:
         }
         configuration = cls(**{name: resolved[name] for name in declared if name in resolved}, settings=settings)
         configuration.training()
+        configuration.watch()
         configuration.method(method)
         return configuration
 
@@ -288,7 +330,18 @@ class Configuration:
             path_alphas=tuple(point / last for point in range(self.path_points)),
             augmentation=Augmentation() if self.augment else None,
             relative=RelativeRates(heads=self.head_rate, norms=self.norm_rate, first=self.first_rate),
+            adaptation=Adaptation(self.freeze, self.lora, self.lora_layers, self.lora_scale),
         )
+
+    def watch(self) -> Watch | None:
+        """Return how the stream is watched for changes; None if the tasks are announced.
+
+        Raises:
+            BecameError: if a value cannot be used.
+        """
+        detector: Detector = BayesianDetector(self.hazard)
+        watch = Watch(detector if self.detector == "bayesian" else PlateauDetector(), self.reservoir, self.gradual)
+        return None if self.boundaries == "known" else watch
 
     def _schedule(self, epochs: int, *, restores_best: bool) -> Schedule:
         if self.schedule == "annealed":
@@ -317,6 +370,8 @@ class Configuration:
             class_order=self.class_order,
             settings=self.data_settings,
         )
+        if self.single_head:
+            stream = replace(stream, shared_head=True)
         return stream.first(self.first) if self.first else stream
 
     def to_json(self) -> dict[str, Any]:
@@ -427,8 +482,9 @@ def options() -> dict[str, Option]:
         names, help_text = registered.get(each.name, ()), each.metadata["help"]
         if names:
             help_text = f"{help_text}: {', '.join(names)}."
-        if each.name not in of_presets and each.default not in (MISSING, None, False):
-            help_text = f"{help_text} (default: {each.default})"
+        if each.name not in of_presets and each.default not in (MISSING, None, False, ()):
+            several = isinstance(each.default, tuple)
+            help_text += f" (default: {' '.join(map(str, each.default)) if several else each.default})"
         known[each.name] = Option(
             each.name, hints[each.name], help_text, each.metadata["group"], each.metadata["flag"], names
         )
@@ -453,45 +509,3 @@ def full_method_name(method: str, projector: str | None) -> str:
     """
     takes_one = method in METHODS and not METHODS[method].alone
     return f"{method}+{projector}" if projector is not None and takes_one else method
-
-
-def command_words(configuration: Configuration, method: str, preset: str | None = None) -> list[str]:
-    """Return the words on the command line that give a configuration: its difference to a preset, hints included.
-
-    >>> command_words(Configuration.of({"lr": 0.2}, "gpm"), "gpm")
-    ['--benchmark', 'split-mnist', '--lr', '0.2']
-
-    Args:
-        configuration: of a run.
-        method: of the run, METHOD or METHOD+PROJECTOR.
-        preset: from which the difference is taken; the benchmark's usual one if None.
-
-    Raises:
-        BecameError: if no words can give it, or there is no such preset.
-    """
-    known, values = options(), {**vars(configuration), **configuration.settings}
-    # The number of tasks comes first: it may decide on the preset, and on how many tasks are learned.
-    start = {"benchmark": configuration.benchmark, "tasks": configuration.tasks}
-    usual = Configuration.of(start, method, preset)
-    before = {**vars(usual), **usual.settings, "benchmark": None, "tasks": BENCHMARKS[configuration.benchmark].tasks}
-    words = ["--preset", preset] if preset not in (None, BENCHMARKS[configuration.benchmark].usual) else []
-    for name, option in known.items():
-        if name in values and values[name] != before[name]:
-            words += option.words(values[name])
-    return words
-
-
-def repeating_command(runs: Sequence[RunResult]) -> str | None:
-    """Return the shortest command that repeats these runs, which differ in their seeds; None if no command can."""
-    run = runs[0]
-    start = ["python", "-m", f"adapters.{run.backend.rpartition('+')[2]}.run"]
-    start += ["--methods", run.method, "--seeds", *(str(run.seed) for run in runs)]
-    end = ["--data-dir", run.data_dir] if run.data_dir is not None else []
-    commands = []
-    try:
-        configuration = Configuration.from_json(run.config, run.method)
-        for preset in BENCHMARKS[configuration.benchmark].presets:
-            commands.append(shlex.join([*start, *command_words(configuration, run.method, preset), *end]))
-    except (BecameError, TypeError, ValueError):
-        return None
-    return min(commands, key=len, default=None)

@@ -12,7 +12,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from became_core.continual import EpochEnd, RunRecord
+from became_core.continual import EpochEnd, RunRecord, Segments
 from became_core.continual.metrics import Measure, average_accuracy, backward_transfer, forgetting, plasticity
 
 __all__ = ["RunResult", "Scores"]
@@ -42,7 +42,12 @@ class Scores:
 
 @dataclass(frozen=True)
 class RunResult:
-    """One finished run: what ``results.json`` holds."""
+    """One finished run: what ``results.json`` holds.
+
+    Where boundaries are unknown, ``boundaries`` has what a detector found: ``segments``, the true ``changes``, how many
+    samples each learned segment is ``tested`` on, the ``delays`` (null for a change that was missed) and the
+    ``false_alarms``. Places and delays are numbers of batches. A row of the matrices is a segment that was learned.
+    """
 
     backend: str
     benchmark: str
@@ -62,6 +67,7 @@ class RunResult:
     loss: NDArray[np.float64] = field(default_factory=lambda: np.zeros((0, 0)))
     unit: str = "%"
     samples: list[list[str]] = field(default_factory=list)
+    boundaries: dict[str, Any] | None = None
 
     @classmethod
     def of(
@@ -74,8 +80,20 @@ class RunResult:
         seed: int,
         config: dict[str, Any],
         data_dir: str | None = None,
+        segments: Segments | None = None,
     ) -> Self:
-        """Return the result of a record; ``data_dir`` is the folder of the data, if one was given."""
+        """Return the result of a record.
+
+        Args:
+            record: of the run.
+            backend: those that worked on it.
+            benchmark: its name.
+            method: its name.
+            seed: of the run.
+            config: of the run, as plain values.
+            data_dir: the folder of the data, if one was given.
+            segments: what was found in the stream, if boundaries were unknown.
+        """
         return cls(
             backend=backend,
             benchmark=benchmark,
@@ -95,6 +113,7 @@ class RunResult:
             loss=record.loss,
             unit=record.unit,
             samples=record.samples,
+            boundaries=None if segments is None else _boundaries(segments),
         )
 
     @property
@@ -140,6 +159,7 @@ class RunResult:
             "loss": _rows(self.loss),
             "unit": self.unit,
             "samples": self.samples,
+            "boundaries": self.boundaries,
         }
 
     @classmethod
@@ -150,7 +170,7 @@ class RunResult:
             ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError: if a value is missing or is none
                 that a run could have written.
         """
-        later = "memory", "curves", "data_dir", "loss", "unit", "samples"
+        later = "memory", "curves", "data_dir", "loss", "unit", "samples", "boundaries"
         fields = {name: values[name] for name in cls.__dataclass_fields__ if name in values or name not in later}
         for name in ("accuracy", "class_incremental_accuracy"):
             fields[name] = np.array(fields[name], dtype=float)  # null becomes NaN
@@ -167,6 +187,7 @@ class RunResult:
         _require(self.data_dir is None or type(self.data_dir) is str)
         _require(type(self.unit) is str)
         _require(len(self.samples) in (0, tasks) and all(type(text) is str for texts in self.samples for text in texts))
+        _require(self.boundaries is None or len(self.boundaries["tested"]) == tasks)
         _require(type(self.seed) is int and type(self.config) is dict and tasks > 0)
         for matrix in (self.accuracy, self.class_incremental_accuracy):
             _require(matrix.shape == (tasks, tasks))
@@ -193,6 +214,16 @@ class RunResult:
             _require_numbers(epoch["loss"] for epoch in curve)
             _require_numbers(epoch["validation_loss"] for epoch in curve if not math.isnan(epoch["validation_loss"]))
             _require(all(epoch["stage"] in (1, 2) for epoch in curve))
+
+
+def _boundaries(found: Segments) -> dict[str, Any]:
+    return {
+        "segments": [asdict(segment) for segment in found.segments],
+        "changes": list(found.changes),
+        "tested": [len(task.test) for task in found.stream.tasks],
+        "delays": found.delays,
+        "false_alarms": found.false_alarms,
+    }
 
 
 def _check_path(path: dict[str, Any]) -> None:

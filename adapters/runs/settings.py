@@ -26,6 +26,7 @@ def describe(stream: TaskStream, method: Method, training: Training, seed: int) 
             "train": _digest(task.train),
             "validation": _digest(task.validation),
             "test": _digest(task.test),
+            **({} if task.reservoir is None else {"reservoir": _digest(task.reservoir)}),
         }
         for task in stream.tasks
     }

@@ -20,14 +20,11 @@ from safetensors.numpy import save_file
 
 from adapters.backend.batches import Kind
 from adapters.backend.continual import ContinualModel
-from adapters.backend.memory import (
-    read_memory,
-    restored,
-)
+from adapters.backend.memory import fisher_of_moments, read_memory, restored
 from adapters.backend.own_loop import MergeReport, Uncovered
 from adapters.tensorflow.batches import Apply, Reader, Targets
 from adapters.tensorflow.data_loss import DataLoss, Loss
-from adapters.tensorflow.steps import StepGuard, observed
+from adapters.tensorflow.steps import StepGuard, moments_of, observed
 from became_core import BecameError
 from became_core.arrays import Array
 from became_core.curvature import Likelihood, likelihood_named
@@ -75,6 +72,7 @@ class Continual(ContinualModel):
         apply: Apply | None = None,
         targets: Targets | None = None,
         check: bool = True,
+        progress: bool = True,
     ) -> None:
         """Keep the model, and what is to be done with it.
 
@@ -87,7 +85,8 @@ class Continual(ContinualModel):
                 what layers read; ``GPM()`` if not given.
             uncovered: what is done with parameters that it cannot protect: they are "penalised" for leaving the old
                 tasks' posterior, "frozen" or "free".
-            penalty: the strength of that penalty; 100, as in NSCL's published runs.
+            penalty: the strength of that penalty; 100, as in NSCL's published runs. Of an Adam it acts in the metric of
+                the steps, as a penalty in the loss would.
             fisher: the Fisher information of "empirical" targets, those given; or of the model's own, as the "true"
                 expectation (a backward pass for each class or output) or "sampled".
             decay: the share of the old tasks' precision that each new task leaves, the paper's gamma.
@@ -95,6 +94,7 @@ class Continual(ContinualModel):
             apply: (model, batch) -> outputs, for batches that are no pairs of inputs and targets.
             targets: batch -> targets, likewise.
             check: whether the network is looked at once, in the first ``remember`` or ``merge``.
+            progress: whether a terminal shows how far a pass is.
 
         Raises:
             BecameError: if something of these cannot be used.
@@ -109,24 +109,43 @@ class Continual(ContinualModel):
             estimator=estimator,
         )
         known = likelihood_named(likelihood) if isinstance(likelihood, str) else likelihood
-        self._data: DataLoss = DataLoss(model, known, Reader(apply, targets), checks=check, fisher=fisher)
+        self._data: DataLoss = DataLoss(
+            model, known, Reader(apply, targets), checks=check, shows=progress, fisher=fisher
+        )
         if not self._data.trained:
             raise BecameError("no variable of the model is trainable; there is nothing to learn.")
 
-    def remember(self, batches: Iterable[Any]) -> None:
+    def remember(
+        self,
+        batches: Iterable[Any] | None = None,
+        *,
+        optimizer: keras.Optimizer | None = None,
+        samples: int | None = None,
+    ) -> None:
         """Remember the data that the model has learned, at the weights as they are.
 
         One pass over the batches, in evaluation mode, gives the memory of the spaces that they use and the exact
-        diagonal of the Fisher information.
+        diagonal of the Fisher information. Without old data there may be an optimizer: the second moments of Adam,
+        without their bias and times the samples of a step, stand for the Fisher information; then there is no memory of
+        spaces, and nothing is protected but penalised.
 
         Args:
             batches: of the old data: an iterable of pairs, a ``tf.data.Dataset`` or a ``keras.utils.PyDataset``.
+            optimizer: an Adam that has just trained the model on them, instead of batches.
+            samples: with an optimizer, how many samples (or tokens) a step had.
 
         Raises:
-            BecameError: if there is no batch, or a batch cannot be used.
+            BecameError: if there is no batch, or a batch or an optimizer cannot be used.
         """
-        fisher, finished = self._data.fisher(batches, with_memory=True)
-        self.projector = self.projector.remember(finished)
+        if (batches is None) == (optimizer is None):
+            raise BecameError("remember needs either batches or an optimizer; give one of them.")
+        if optimizer is not None:
+            moments = moments_of(optimizer, self._data.trained)
+            fisher = fisher_of_moments(moments, samples, self._data.weights(), stacklevel=2)
+        else:
+            assert batches is not None
+            fisher, finished = self._data.fisher(batches, with_memory=True)
+            self.projector = self.projector.remember(finished)
         self._remember(fisher)
 
     @contextmanager
@@ -157,17 +176,22 @@ class Continual(ContinualModel):
             self.model.train_function = compiled
             self._theta_gp = self._data.weights()
 
-    def merge(self, batches: Iterable[Any], *, trace: int = 0) -> MergeReport:
+    def merge(self, batches: Iterable[Any], *, trace: int = 0, statistics: Iterable[Any] | None = None) -> MergeReport:
         """Merge the stable and the present, plastic weights; the model then has the merged ones, theta*.
 
         Args:
             batches: of the new data; a part of them will do.
             trace: at how many alphas the true loss of the new data is measured, both ends among them; 0 for none.
+            statistics: batches that the running statistics of batch norms are estimated from, at the merged weights;
+                they stay those of the plastic model if not given.
 
         Raises:
             BecameError: if there was no stable training since the last memory.
         """
-        return self._merge(batches, trace, "other variables are trainable")
+        report = self._merge(batches, trace, "other variables are trainable")
+        if statistics is not None:
+            self._data.estimate_statistics(statistics)
+        return report
 
     def _write(self, arrays: dict[str, Array], file: str | Path, metadata: dict[str, str]) -> None:
         tensors = {name: np.asarray(tf.convert_to_tensor(value).numpy()) for name, value in arrays.items()}

@@ -8,6 +8,7 @@ changed. Parameters go by the names of ``adapters/tensorflow/parameters.py``, an
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -15,19 +16,28 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from adapters.backend.batches import Kind, cotangents_of, counted, gradient_by_outputs, mean_loss, units_of
+from adapters.backend.batches import (
+    Kind,
+    cotangents_of,
+    counted,
+    gradient_by_outputs,
+    length_of,
+    mean_loss,
+    units_of,
+    with_progress,
+)
 from adapters.backend.checking import check_network
-from adapters.backend.memory import InputGrams, by_slopes, gram_sums
+from adapters.backend.memory import InputGrams, by_slopes
 from adapters.backend.own_loop import NetworkCheck
 from adapters.tensorflow.batches import Reader, batches_of
 from adapters.tensorflow.checking import KerasView
 from adapters.tensorflow.derivatives import Derivatives
-from adapters.tensorflow.parameters import Parameter
+from adapters.tensorflow.parameters import Parameter, layers_of
 from adapters.tensorflow.tapping import Tapping
 from adapters.tensorflow.traced import KerasFunction, samples_of
 from became_core import BecameError, Quadratic
 from became_core.arrays import Array, Params
-from became_core.curvature import Bernoulli, Categorical, Likelihood, per_sample_square_sum
+from became_core.curvature import Bernoulli, Categorical, Likelihood, Taps, square_sums
 
 __all__ = ["DataLoss", "Loss"]
 
@@ -46,7 +56,14 @@ class DataLoss:
     """
 
     def __init__(
-        self, model: keras.Model, likelihood: Likelihood | Loss, reader: Reader, *, checks: bool, fisher: Kind
+        self,
+        model: keras.Model,
+        likelihood: Likelihood | Loss,
+        reader: Reader,
+        *,
+        checks: bool,
+        shows: bool,
+        fisher: Kind = "empirical",
     ) -> None:
         """Keep what is needed.
 
@@ -55,13 +72,14 @@ class DataLoss:
             likelihood: or a loss.
             reader: how batches are read.
             checks: whether the network is checked at the first look.
+            shows: whether a terminal shows how far a pass is.
             fisher: of which targets the Fisher information is: those given, or the model's own, exactly or drawn.
         """
         self.likelihood = likelihood
         self.network = KerasFunction(model, reader)
         self.checked: NetworkCheck | None = None
         self.matrices: dict[str, bool] | None = None
-        self._reader, self._checks, self._kind = reader, checks, fisher
+        self._reader, self._checks, self._shows, self._kind = reader, checks, shows, fisher
         self._tapping, self._derivatives = Tapping(self.network), Derivatives(self.network)
         self._looked = False
 
@@ -106,32 +124,45 @@ class DataLoss:
             self.checked.assert_sound()
         self._looked = True
 
-    def _read(self, theta: Params, batches: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
-        for batch in batches_of(batches):
+    def _read(self, theta: Params, batches: Iterable[Any], what: str = "") -> Iterator[tuple[Any, Any]]:
+        """Yield the parts of batches; a terminal shows how far a pass is that has a name."""
+        total = batches.num_batches if isinstance(batches, keras.utils.PyDataset) else length_of(batches)
+        for batch in with_progress(batches_of(batches), what, self._shows and bool(what), total):
             inputs, targets = self._reader.split(batch)
             self._look(theta, inputs, targets)
             yield inputs, targets
 
     def fisher(self, batches: Iterable[Any], *, with_memory: bool) -> tuple[Params, InputGrams]:
         """Return the diagonal Fisher information at the weights as they are, and what a projector remembers."""
-        theta, squares, finished = self.network.weights(), Params(), InputGrams()
+        theta, finished = self.network.weights(), InputGrams()
+        what = "remembering" if with_memory else "measuring"
         units, rng = 0.0, np.random.default_rng(0)
-        for inputs, targets in self._read(theta, batches):
-            outputs = self.network.outputs(theta, inputs)
-            units += units_of(self.likelihood, outputs, targets)
-            seeds = cotangents_of(self.likelihood, outputs, targets, _own_gradient, self._kind, rng)
-            for index, seed in enumerate(seeds):
-                taps = self._tapping.taps(theta, inputs, seed)
-                for name, square in per_sample_square_sum(taps).items():
-                    squares[name] = squares[name] + square if name in squares else square
-                if with_memory and index == 0:  # the inputs are the same for all targets
-                    finished.add(gram_sums(taps, frozenset(self.matrices or {})))
+
+        def taps_of_batches() -> Iterator[Taps]:
+            nonlocal units
+            for inputs, targets in self._read(theta, batches, what):
+                outputs = self.network.outputs(theta, inputs)
+                units += units_of(self.likelihood, outputs, targets)
+                seeds = cotangents_of(self.likelihood, outputs, targets, _own_gradient, self._kind, rng)
+                for index, seed in enumerate(seeds):
+                    taps = self._tapping.taps(theta, inputs, seed)
+                    if with_memory and index == 0:  # the inputs are the same for all targets
+                        finished.add(taps, frozenset(self.matrices or {}))
+                    yield taps
+
+        squares = square_sums(taps_of_batches())
         counted(units)
         fisher = {
             name: tf.reshape(squares[name], value.shape) / units if name in squares else tf.zeros_like(value)
             for name, value in theta.items()
         }
         return fisher, finished
+
+    def estimate_statistics(self, batches: Iterable[Any]) -> None:
+        """Estimate the running statistics of batch norms anew, at the weights as they are."""
+        with batch_statistics(self.network.model):
+            for batch in batches_of(batches):
+                self._reader.outputs(self.network.model, self._reader.split(batch)[0])
 
     def slope(self, batches: Iterable[Any], theta: Params, directions: Sequence[Params]) -> Array:
         """Return the slopes of the mean loss along directions, [directions], in float64."""
@@ -164,6 +195,43 @@ class DataLoss:
         """Return the mean loss at these weights."""
         passes = ((self.network.outputs(theta, inputs), targets) for inputs, targets in self._read(theta, batches))
         return mean_loss(self.likelihood, passes, partial(_own_loss, self.likelihood))
+
+
+@contextmanager
+def batch_statistics(model: keras.Model) -> Iterator[None]:
+    """Let each batch norm that is trained normalise by a batch's own statistics, and keep the mean over all its runs.
+
+    The rest of the model runs as it is called, and batch norms whose ``trainable`` is false keep their statistics. In
+    this context functions that the user has compiled run eagerly, so that every run is seen.
+    """
+    norms = [n for n in layers_of(model) if isinstance(n, keras.layers.BatchNormalization) and n.trainable]
+    kept = [(norm, norm.momentum, vars(norm).get("call")) for norm in norms]
+    is_eager = tf.config.functions_run_eagerly()
+
+    def observe(norm: Any) -> None:
+        runs, original = 0, norm.call
+
+        def call(inputs: Any, *arguments: Any, **options: Any) -> Any:
+            nonlocal runs
+            norm.momentum = runs / (runs + 1)  # of a running mean: each run counts alike
+            runs += 1
+            return original(inputs, *arguments, **options | {"training": True})
+
+        norm.call = call
+
+    try:
+        tf.config.run_functions_eagerly(True)
+        for norm in norms:
+            observe(norm)
+        yield
+    finally:
+        tf.config.run_functions_eagerly(is_eager)
+        for norm, momentum, own in kept:
+            norm.momentum = momentum
+            if own is None:
+                vars(norm).pop("call", None)
+            else:
+                norm.call = own
 
 
 def _double(value: Any) -> Array:

@@ -22,6 +22,7 @@ from adapters.networks import (
     Flatten,
     GroupNorm,
     LastPosition,
+    Latent,
     LayerNorm,
     Linear,
     MaxPool,
@@ -161,6 +162,11 @@ def _dropout(run: "Pass", layer: Dropout, inputs: Array) -> Array:
     return inputs if keep is None else inputs * (tf.cast(keep, inputs.dtype) * layer.scale)
 
 
+def _latent(run: "Pass", layer: Latent, inputs: Array) -> Array:  # noqa: ARG001 - a table's signature
+    mean, log_variance, noise = run.latent(inputs)
+    return mean + tf.exp(log_variance / 2) * noise
+
+
 def _flattened(inputs: Array) -> Array:
     axes = range(1, len(inputs.shape))
     channels_first = tf.transpose(inputs, (0, axes[-1], *axes[:-1]))
@@ -189,6 +195,7 @@ class Pass(networks.Pass):
         Dropout: _dropout,
         MaxPool: lambda run, layer, inputs: tf.nn.max_pool2d(inputs, layer.size, layer.size, "VALID"),
         AveragePool: lambda run, layer, inputs: tf.nn.avg_pool2d(inputs, layer.size, layer.size, "VALID"),
+        Latent: _latent,
         LastPosition: lambda run, layer, inputs: inputs[:, -1],
         Flatten: lambda run, layer, inputs: _flattened(inputs),
     }

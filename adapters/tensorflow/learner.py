@@ -287,7 +287,10 @@ class TensorFlowLearner(FunctionalLearner):
         generator = tf.random.Generator.from_seed(seed)
         masks = self.network.backbone.masks
         return lambda number, samples: tuple(
-            generator.uniform((samples, *shape)) >= threshold / 2**16 for shape, threshold in masks
+            generator.normal((samples, *shape))
+            if threshold is None
+            else generator.uniform((samples, *shape)) >= threshold / 2**16
+            for shape, threshold in masks
         )
 
     def _build(self, backbone: Backbone, stream: TaskStream, mixed_precision: bool, seed: int) -> None:

@@ -6,8 +6,9 @@ projector cannot protect is pulled back by the proximal step of a quadratic pena
 
     theta <- (theta + s mean) / (1 + s)    with s = learning rate x penalty x precision
 
-which is decoupled from the optimizer, as AdamW's weight decay is, and stable at any strength. A call that only
-accumulates gradients, or that a loss scale skips, takes no such step.
+which is decoupled from the optimizer, as AdamW's weight decay is, and stable at any strength. Of an Adam, s is divided
+by the root of its second moments, as its steps are. A call that only accumulates gradients, or that a loss scale skips,
+takes no such step.
 """
 
 from collections.abc import Iterator, Mapping
@@ -18,13 +19,33 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from adapters.backend.memory import Moments, pull_of
 from adapters.backend.own_loop import Uncovered
 from adapters.tensorflow.parameters import Parameter
 from became_core import BecameError
 from became_core.arrays import Array
 from became_core.projection import Projector, full
 
-__all__ = ["StepGuard", "observed"]
+__all__ = ["StepGuard", "moments_of", "observed"]
+
+
+def moments_of(optimizer: keras.Optimizer, parameters: Mapping[str, Parameter]) -> dict[str, Moments]:
+    """Return what an Adam knows of the parameters' gradients, in the parameters' layouts; nothing of another one."""
+    optimizer = getattr(optimizer, "inner_optimizer", optimizer)  # of one that scales losses
+    beta = getattr(optimizer, "beta_2", None)
+    if beta is None:
+        return {}
+    seconds: dict[str, list[Any]] = {}
+    for variable in optimizer.variables:
+        seconds.setdefault(variable.name, []).append(variable)
+    moments = {}
+    for name, parameter in parameters.items():
+        # Keras names them so. Where two layers have one name, theirs are in the layers' order.
+        own = seconds.get(f"{parameter.variable.path.replace('/', '_')}_velocity")
+        if own:
+            second = parameter.canonical(tf.identity(own.pop(0).value))
+            moments[name] = Moments(second, tf.cast(tf.identity(optimizer.iterations), second.dtype), float(beta))
+    return moments
 
 
 @dataclass(frozen=True)
@@ -50,12 +71,13 @@ class StepGuard:
         protected = self.projector.rank.keys()
         return {n: p.value for n, p in self.parameters.items() if n in protected or self.uncovered == "frozen"}
 
-    def correct(self, before: Mapping[str, Array], rate: Array) -> None:
+    def correct(self, before: Mapping[str, Array], rate: Array, moments: Mapping[str, Moments]) -> None:
         """Take out of a step what it must not change.
 
         Args:
             before: the weights that were noted.
             rate: the learning rate of the step that was taken; 0 if none was.
+            moments: what an Adam knows of the parameters' gradients.
         """
         standing, ranks = full(self.projector), self.projector.rank
         for name, parameter in self.parameters.items():
@@ -71,7 +93,7 @@ class StepGuard:
                 parameter.variable.assign(parameter.own(before[name]))
             elif self.uncovered == "penalised" and name in self.penalised:
                 mean, strength = self.penalised[name]
-                pull = tf.cast(rate, strength.dtype) * strength
+                pull = pull_of(tf.cast(rate, strength.dtype), strength, moments.get(name))
                 parameter.variable.assign(parameter.own((parameter.value + pull * mean) / (1 + pull)))
 
 
@@ -97,7 +119,8 @@ def observed(optimizer: keras.Optimizer, guard: StepGuard) -> Iterator[None]:
 
         def correct() -> Array:
             seen.assign_add(taken)
-            guard.correct(before, tf.cast(taken, tf.float32) * tf.cast(optimizer.learning_rate, tf.float32))
+            rate = tf.cast(taken, tf.float32) * tf.cast(optimizer.learning_rate, tf.float32)
+            guard.correct(before, rate, moments_of(optimizer, guard.parameters))
             return tf.constant(True)
 
         tf.cond(is_on, correct, lambda: tf.constant(False))

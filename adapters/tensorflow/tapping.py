@@ -102,13 +102,17 @@ class Tapping:
     def matrices(self, theta: Params, inputs: Any, seed: Array) -> dict[str, bool]:
         """Return the parameters that are used as whole matrices alone, and whether they are stored as [d_in, d_out].
 
-        A projector can protect such a parameter: all that it does to the network is to be multiplied with rows.
+        A projector can protect such a parameter: all that it does to the network is to be multiplied with rows, those
+        of an embedding being one-hot vectors.
         """
         matrices = {}
         for name, uses in self._plan(theta, inputs, seed).uses.items():
-            ways = {use.transposed for use in uses}
-            if len(ways) == 1 and all(use.kind == "matrix" and use.groups == 1 for use in uses):
-                matrices[name] = ways.pop()
+            ways = {(use.kind, use.transposed, use.groups) for use in uses}
+            kind, transposed, groups = next(iter(ways), ("", False, 0))
+            # A stack of matrices that are looked up, as those of experts are, would stand still as a whole.
+            is_embedding = kind == "embedding" and len(self._network.parameters[name].shape) == 2
+            if len(ways) == 1 and (kind == "matrix" or is_embedding) and groups == 1:
+                matrices[name] = transposed or is_embedding
         return matrices
 
     def _trace(self, weights: list[Array], batch: tuple[Any, Array]) -> dict[str, list[tuple[Array, Array]]]:

@@ -7,8 +7,7 @@ Convention: losses and Fisher information are means over samples or over tokens,
 alike, each with its mean. Parameters go by PyTorch's own names; those that need no gradient are never touched.
 """
 
-import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -22,18 +21,15 @@ from torch.optim import Optimizer
 
 from adapters.backend.batches import Kind, Reader
 from adapters.backend.continual import ContinualModel
-from adapters.backend.memory import (
-    read_memory,
-    restored,
-)
+from adapters.backend.memory import fisher_of_moments, read_memory, restored
 from adapters.backend.own_loop import MergeReport, Uncovered
 from adapters.torch.batches import Apply, Targets
 from adapters.torch.data_loss import Batches, DataLoss, Loss
 from adapters.torch.layers import estimate_statistics
 from adapters.torch.shared_model import SharedModel, own_part
-from adapters.torch.steps import StepGuard, groups_of, unwrapped
+from adapters.torch.steps import StepGuard, groups_of, moments_of, unwrapped
 from became_core import BecameError
-from became_core.arrays import Array, Params
+from became_core.arrays import Array
 from became_core.curvature import Likelihood, likelihood_named
 from became_core.laplace import Estimator
 from became_core.projection import Projector, full
@@ -99,7 +95,8 @@ class Continual(ContinualModel):
                 what layers read; ``GPM()`` if not given.
             uncovered: what is done with parameters that it cannot protect: they are "penalised" for leaving the old
                 tasks' posterior, "frozen" or "free".
-            penalty: the strength of that penalty; 100, as in NSCL's published runs.
+            penalty: the strength of that penalty; 100, as in NSCL's published runs. Of an Adam it acts in the metric of
+                the steps, as a penalty in the loss would.
             fisher: the Fisher information of "empirical" targets, those given; or of the model's own, as the "true"
                 expectation (a backward pass for each class or output) or "sampled". Where a network fits its data
                 well, the empirical one vanishes, and the others do not.
@@ -152,7 +149,13 @@ class Continual(ContinualModel):
         if (batches is None) == (optimizer is None):
             raise BecameError("remember needs either batches or an optimizer; give one of them.")
         if optimizer is not None:
-            fisher = _second_moments(optimizer, self._data.trained, samples)
+            stepper = unwrapped(optimizer)
+            of_all = {
+                name: moments_of(stepper, group, value)
+                for own, group in groups_of(stepper, self._data.trained)
+                for name, value in own.items()
+            }
+            fisher = fisher_of_moments(of_all, samples, self._data.weights(), stacklevel=2)
         else:
             assert batches is not None
             fisher, finished = self._data.fisher(batches, with_memory=True)
@@ -251,6 +254,7 @@ class Continual(ContinualModel):
 
     def _guard(self, optimizer: Optimizer) -> StepGuard:
         return StepGuard(
+            optimizer=optimizer,
             groups=groups_of(optimizer, self._data.trained),
             projector=self.projector,
             transposed=self._transposed,
@@ -260,31 +264,3 @@ class Continual(ContinualModel):
                 name: (own_part(mean), own_part(strength)) for name, (mean, strength) in self._penalised.items()
             },
         )
-
-
-def _second_moments(optimizer: Optimizer, trained: Mapping[str, nn.Parameter], samples: int | None) -> Params:
-    """Return Fisher information from an Adam's second moments, without their bias, times the samples of a step."""
-    if samples is None or samples < 1:
-        raise BecameError("remembering an optimizer needs samples=, how many samples or tokens a step had, at least 1.")
-    fisher: Params = {}
-    names = {parameter: name for name, parameter in trained.items()}
-    for group in unwrapped(optimizer).param_groups:
-        betas = group.get("betas")
-        for value in group["params"]:
-            name = names.get(value)
-            state = optimizer.state.get(value, {})
-            if name is None or "exp_avg_sq" not in state or betas is None:
-                continue
-            steps = float(state["step"])
-            fisher[name] = state["exp_avg_sq"].detach() / (1 - betas[1] ** steps) * samples
-    if not fisher:
-        raise BecameError(
-            "the optimizer has no second moments of the model's parameters; give an Adam that has stepped."
-        )
-    warnings.warn(
-        "second moments of an optimizer stand for the Fisher information of old data: they are those of batches, at "
-        "the weights of the last steps, and are unfit after clipping, a scaled loss, weight decay in the gradient "
-        "(Adam's, not AdamW's), or few steps; batches of old data are better.",
-        stacklevel=3,
-    )
-    return {name: fisher.get(name, torch.zeros_like(value.detach())) for name, value in trained.items()}

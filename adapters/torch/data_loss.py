@@ -25,21 +25,22 @@ from adapters.backend.batches import (
     cotangents_of,
     counted,
     gradient_by_outputs,
+    length_of,
     mean_loss,
     units_of,
     with_progress,
 )
 from adapters.backend.checking import check_network
-from adapters.backend.memory import InputGrams, by_slopes, gram_sums
+from adapters.backend.memory import InputGrams, by_slopes
 from adapters.backend.own_loop import NetworkCheck
 from adapters.torch.batches import Applied, in_evaluation, to_device
 from adapters.torch.checking import TorchView
 from adapters.torch.derivatives import Derivatives
-from adapters.torch.shared_model import SharedModel, own_part
+from adapters.torch.shared_model import SharedModel
 from adapters.torch.tapping import Layouts, collect_taps, matrices_of, samples_of
 from became_core import BecameError, Quadratic
 from became_core.arrays import Params
-from became_core.curvature import Likelihood, Taps, per_sample_square_sum
+from became_core.curvature import Likelihood, Taps, square_sums
 
 __all__ = ["Batches", "DataLoss", "Loss"]
 
@@ -165,7 +166,7 @@ class DataLoss:
         self.likelihood = self.likelihood if known is None else answers[0][2]
         return chain([first], batches)
 
-    def passes(self, batch: Any, rng: np.random.Generator) -> Iterator[tuple[Taps, float]]:
+    def passes(self, batch: Any, rng: np.random.Generator, *, windows: bool = False) -> Iterator[tuple[Taps, float]]:
         """Run a batch, and yield the taps of every backward pass that its Fisher information needs.
 
         The model must be in evaluation mode.
@@ -173,6 +174,7 @@ class DataLoss:
         Args:
             batch: of a kind that the reader knows.
             rng: what targets of the model's own are drawn from, one number for each output, in the samples' order.
+            windows: whether taps of convolutions have their images too.
 
         Yields:
             The taps, and the samples or tokens that they add to those of a mean: 0 after the first pass.
@@ -190,47 +192,39 @@ class DataLoss:
             units = units_of(self.likelihood, outputs, targets)
             yield from cotangents_of(self.likelihood, outputs, targets, _own_gradient, self._kind, rng)
 
-        for taps in collect_taps(self._applied, names, (inputs,), cotangents, layouts=self._layouts):
+        for taps in collect_taps(self._applied, names, (inputs,), cotangents, layouts=self._layouts, windows=windows):
             yield taps, units
             units = 0.0
 
     def fisher(self, batches: Batches, *, with_memory: bool) -> tuple[Params, InputGrams]:
         """Return the diagonal Fisher information at the weights as they are, and what a projector remembers."""
         what = "remembering" if with_memory else "measuring"
-        squares: Params = {}
         finished = InputGrams()
         units, rng = 0.0, np.random.default_rng(self.shared.rank)
-        with self.shared.whole(), in_evaluation(self._model):
-            todo = with_progress(batches, what, self._shows and self.shared.rank == 0)
+
+        def taps_of_batches() -> Iterator[Taps]:
+            nonlocal units
+            shows = self._shows and self.shared.rank == 0
+            todo = with_progress(batches, what, shows, length_of(batches))
             for batch in todo if self.shared.count == 1 else self._looked_at_by_all(todo):
-                for index, (taps, more) in enumerate(self.passes(batch, rng)):
+                for index, (taps, more) in enumerate(self.passes(batch, rng, windows=with_memory)):
                     units += more
-                    for name, square in per_sample_square_sum(taps).items():
-                        squares[name] = squares[name].add_(square) if name in squares else square
                     if with_memory and index == 0:  # the inputs are the same for all targets
-                        finished.add(gram_sums(taps, frozenset(self.matrices or ())))
+                        finished.add(taps, frozenset(self.matrices or ()))
+                    yield taps
+
+        with self.shared.whole(), in_evaluation(self._model):
+            squares = square_sums(taps_of_batches())
             sums = {
                 name: squares[name].reshape(value.shape) if name in squares else torch.zeros_like(value)
                 for name, value in ((name, value.detach()) for name, value in self.trained.items())
             }
         if self.shared.count > 1:
             units = float(self.shared.total(torch.tensor(units, dtype=torch.float64)))
-            sums, finished = self.shared.total_like(sums, self.trained), self._of_all(finished)
+            sums = self.shared.total_like(sums, self.trained)
+            finished.exchange = self.shared.exchange
         counted(units)
         return {name: value / units for name, value in sums.items()}, finished
-
-    def _of_all(self, finished: InputGrams) -> InputGrams:
-        """Return the Gram matrices of all processes' batches; one process may not have used a matrix."""
-        result, parameters = InputGrams(), self.trained
-        for name, is_transposed in sorted((self.matrices or {}).items()):
-            rows = parameters[name].shape
-            width = rows[0] if is_transposed else rows[1:].numel()
-            none = own_part(parameters[name]).new_zeros(width, width)
-            gram, count = finished.sums.get(name, (none, 0))
-            total = int(self.shared.total(torch.tensor(count)))
-            if total:
-                result.sums[name] = self.shared.total(gram), total
-        return result
 
     def slope(self, batches: Batches, theta: Params, directions: Sequence[Params]) -> Tensor:
         """Return the slopes of the mean loss along directions at these weights, [directions], in float64."""

@@ -69,10 +69,12 @@ class TorchLearner(NetworkLearner):
         module = Described(backbone, seed, self._dtype) if isinstance(backbone, Architecture) else backbone
         dataset, place = stream.dataset, {"device": self.device, "dtype": self._dtype}
         features = self._check_features(self._features_shape(module, dataset.images.shape[1:]), dataset.predicts_bytes)
+        beside = getattr(backbone, "beside", 0)
         names = (name for name, _ in [*module.named_parameters(), *module.named_buffers()])
         self.naming = Heads.beside(names, shared=stream.shared_head)
         widths = [len(task.classes) for task in stream.tasks]
-        self.network = MultiHead(module, features, widths, seed, self._dtype, self.naming).to(**place)
+        self.network = MultiHead(module, features - beside, widths, seed, self._dtype, self.naming, beside)
+        self.network.to(**place)
         # Of group norm with channels last PyTorch has no forward-mode derivative. Users choose their own layout.
         has_group_norm = any(isinstance(layer, nn.GroupNorm) for layer in module.modules())
         if is_ours and self.device.type in ("cpu", "cuda") and not has_group_norm:

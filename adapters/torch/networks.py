@@ -24,6 +24,7 @@ from adapters.networks import (
     Flatten,
     GroupNorm,
     LastPosition,
+    Latent,
     LayerNorm,
     Linear,
     MaxPool,
@@ -37,27 +38,40 @@ from adapters.networks import (
     initial_values,
 )
 
-__all__ = ["Described", "Dropout", "MultiHead", "draw_masks_from"]
+__all__ = ["Described", "Drawing", "Dropout", "MultiHead", "draw_masks_from"]
 
 
-class Dropout(nn.Module):
-    """Zero each element with probability p in training and scale the rest by 1 / (1 - p).
-
-    p is rounded to a multiple of 2^-16. Masks come from the generator ``rng``, so that every
-    backend can draw the same ones, or from PyTorch if there is none. A mask for images is drawn with channels last,
-    [N, H, W, C], the order in which they lie in memory.
+class Drawing(nn.Module):
+    """A layer that draws at random in training.
 
     Attributes:
-        rng: what masks are drawn from.
+        rng: what it draws from, so that every backend can draw the same; PyTorch if it is None.
         part: if inputs are some samples of a batch, how many it has, and which they are; the whole batch's is drawn.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rng: np.random.Generator | None = None
+        self.part: tuple[int, slice] | None = None
+
+    def drawn(self, shape: tuple[int, ...], threshold: int | None) -> Tensor:
+        """Return the mask, or the noise, of some of a batch's samples, which ``shape`` begins with."""
+        samples, own = self.part or (shape[0], slice(None))
+        assert self.rng is not None
+        return torch.from_numpy(draw_mask((samples, *shape[1:]), threshold, self.rng)[own])
+
+
+class Dropout(Drawing):
+    """Zero each element with probability p in training and scale the rest by 1 / (1 - p).
+
+    p is rounded to a multiple of 2^-16. A mask for images is drawn with channels last, [N, H, W, C], the order in which
+    they lie in memory.
     """
 
     def __init__(self, p: float) -> None:
         """Keep the probability."""
         super().__init__()
         self.threshold = round(p * 2**16)
-        self.rng: np.random.Generator | None = None
-        self.part: tuple[int, slice] | None = None
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Return the inputs, dropped out in training."""
@@ -66,16 +80,29 @@ class Dropout(nn.Module):
         p = self.threshold / 2**16
         if self.rng is None:
             return nn.functional.dropout(inputs, p)
-        samples, own = self.part or (len(inputs), slice(None))
-        mask = draw_mask((samples, *inputs.movedim(1, -1).shape[1:]), self.threshold, self.rng)[own]
-        keep = torch.from_numpy(mask).movedim(-1, 1)
+        keep = self.drawn(inputs.movedim(1, -1).shape, self.threshold).movedim(-1, 1)
         return inputs * keep.to(inputs.device, inputs.dtype).mul_(1 / (1 - p))
 
 
+class _Latent(Drawing):
+    """The mean plus the standard deviation times noise, of means, log variances and the samples' noise, [N, 3 d]."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        mean, log_variance, noise = inputs.chunk(3, dim=1)
+        if self.training:
+            noise = torch.randn_like(noise) if self.rng is None else self.drawn(noise.shape, None).to(noise)
+        return mean + (log_variance / 2).exp() * noise
+
+
 def draw_masks_from(network: nn.Module, rng: np.random.Generator | None) -> None:
-    """Let all dropout layers of a network draw from a generator, in the order in which they run; None for PyTorch's."""
+    """Let all layers of a network that draw do so from a generator, in the order in which they run; None for PyTorch's.
+
+    Args:
+        network: with layers of ours.
+        rng: the generator.
+    """
     for module in network.modules():
-        if isinstance(module, Dropout):
+        if isinstance(module, Drawing):
             module.rng = rng
 
 
@@ -136,6 +163,7 @@ _MODULES: dict[type, Callable[[Any, Shape], nn.Module]] = {
     AveragePool: lambda layer, shape: nn.AvgPool2d(layer.size),
     Flatten: lambda layer, shape: nn.Flatten(),
     LastPosition: lambda layer, shape: _LastPosition(),
+    Latent: lambda layer, shape: _Latent(),
 }
 
 
@@ -195,19 +223,22 @@ class MultiHead(nn.Module):
         seed: int = 0,
         dtype: torch.dtype = torch.float32,
         naming: Heads | None = None,
+        beside: int = 0,
     ) -> None:
         """Build the heads.
 
         Args:
             backbone: images [N, C, H, W] to features [N, features].
-            features: the backbone's output width.
+            features: how many the heads see.
             classes: the width of each head.
             seed: names the draw of the heads' weights; the backbone keeps those it has.
             dtype: of the heads' weights.
             naming: the names of the heads, by which their weights are drawn; the usual ones if not given.
+            beside: how many features follow those, which are outputs as they are, after the head's.
         """
         super().__init__()
         self.backbone = backbone
+        self._features, self._beside = features, beside
         self._shared = naming is not None and naming.shared
         classes = classes[:1] if self._shared else classes
         self.heads = nn.ModuleList(nn.Linear(features, width, bias=False, dtype=dtype) for width in classes)
@@ -223,10 +254,13 @@ class MultiHead(nn.Module):
 
         A head of fewer classes than others has -inf for those that it has not.
         """
-        features = self.backbone(images)
+        features, widest = self.backbone(images), self._widest
+        apart: list[Tensor] = []
+        if self._beside:
+            features, *apart = features.split([self._features, self._beside], dim=-1)
         if task is not None:
             logits: Tensor = self.heads[0 if self._shared else task](features)
-            return logits
+            return torch.cat([logits, *apart], dim=-1) if apart else logits
         of_all = [head(features) for head in self.heads]
-        widest = self._widest
-        return torch.stack([nn.functional.pad(it, (0, widest - it.shape[-1]), value=-math.inf) for it in of_all], dim=1)
+        of_all = [nn.functional.pad(it, (0, widest - it.shape[-1]), value=-math.inf) for it in of_all]
+        return torch.stack([torch.cat([it, *apart], dim=-1) if apart else it for it in of_all], dim=1)

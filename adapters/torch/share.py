@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from adapters.torch.layers import is_batch_norm, moments
-from adapters.torch.networks import Dropout
+from adapters.torch.networks import Drawing
 from became_core import BecameError
 from became_core.arrays import Params
 from became_core.continual import Share
@@ -96,7 +96,7 @@ def divided(network: nn.Module, share: Share, samples: int) -> Iterator[None]:
         yield
         return
     norms: list[Any] = [module for module in network.modules() if is_batch_norm(module)]
-    dropouts: list[Any] = [module for module in network.modules() if isinstance(module, Dropout)]
+    dropouts: list[Any] = [module for module in network.modules() if isinstance(module, Drawing)]
     for norm in norms:
         vars(norm)["forward"] = partial(_normalised, norm, share)  # is found before the class's own
     for dropout in dropouts:

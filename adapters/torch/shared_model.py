@@ -18,8 +18,10 @@ from typing import Any
 
 from torch import Tensor, distributed, nn
 
+from adapters.torch.share import ProcessShare
 from became_core import BecameError
 from became_core.arrays import Params
+from became_core.curvature import Exchange
 
 __all__ = ["SharedModel", "own_part"]
 
@@ -28,6 +30,15 @@ def own_part(value: Any) -> Tensor:
     """Return what this process has of a tensor: the memory of its shard, or the tensor itself if it has it whole."""
     local: Tensor = value.detach().to_local() if hasattr(value, "to_local") else value
     return local
+
+
+class _Sums(ProcessShare):
+    """Sums over processes of a loop that is not ours; PyTorch says itself, as it does of DDP, that one has ended."""
+
+    def reduce(self, numbers: Tensor) -> Tensor:
+        """Sum numbers over all processes, in place."""
+        distributed.all_reduce(numbers, group=self.group)
+        return numbers
 
 
 class SharedModel:
@@ -172,6 +183,12 @@ class SharedModel:
         result = numbers.to(next(self.model.parameters()).device).contiguous().clone()
         distributed.all_reduce(result, group=self._group)
         return result.to(numbers.device)
+
+    @property
+    def exchange(self) -> Exchange:
+        """How the processes bring together what their layers read."""
+        share = _Sums(self.rank, self.count, group=self._group)
+        return Exchange(share.total, share.joined)
 
     def total_like(self, sums: Params, parameters: Mapping[str, Any]) -> Params:
         """Return sums over all processes, each placed as the parameter of its name."""

@@ -5,12 +5,14 @@ pulled back by the proximal step of a quadratic penalty,
 
     theta <- (theta + s mean) / (1 + s)    with s = learning rate x penalty x precision
 
-which is decoupled from the optimiser, as AdamW's weight decay is, and stable at any strength.
+which is decoupled from the optimiser, as AdamW's weight decay is, and stable at any strength. Of an Adam, s is divided
+by the root of its second moments, as its steps are.
 
 Of a sharded weight every process does this to the rows that it has, and nothing is sent: G - G M M^T, like every
 projection here, acts on each row of G [d_out, d_in] by itself. So a protected weight must be sharded along d_out.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,12 +20,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from adapters.backend.memory import Moments, pull_of
 from adapters.backend.own_loop import Uncovered
 from adapters.torch.shared_model import own_part
 from became_core import BecameError
 from became_core.projection import Projector
 
-__all__ = ["StepGuard", "groups_of", "unwrapped"]
+__all__ = ["StepGuard", "groups_of", "moments_of", "unwrapped"]
 
 # The model's parameters by name, and the optimiser's group that they are in.
 Groups = list[tuple[dict[str, nn.Parameter], dict[str, Any]]]
@@ -50,11 +53,23 @@ def groups_of(optimizer: Optimizer, parameters: dict[str, nn.Parameter]) -> Grou
     return groups
 
 
+def moments_of(optimizer: Optimizer, group: Mapping[str, Any], value: nn.Parameter) -> Moments | None:
+    """Return what an Adam knows of the gradients of a parameter of one of its groups; None of another optimiser."""
+    state = optimizer.state.get(value, {})
+    if "exp_avg_sq" not in state or "betas" not in group:
+        return None
+    step = state["step"]
+    # A number has double precision, where it need not be waited for.
+    steps = step if isinstance(step, Tensor) and step.device.type != "cpu" else float(step)
+    return Moments(state["exp_avg_sq"].detach(), steps, float(group["betas"][1]))
+
+
 @dataclass
 class StepGuard:
     """Projects what an optimiser's steps change, and pulls back what the projector cannot protect.
 
     Attributes:
+        optimizer: takes the steps.
         groups: the model's parameters by name, and the optimiser's group that they are in.
         projector: the memory.
         transposed: the matrices that are stored as [d_in, d_out].
@@ -67,6 +82,7 @@ class StepGuard:
         BecameError: if a protected weight is sharded along d_in.
     """
 
+    optimizer: Optimizer
     groups: Groups
     projector: Projector
     transposed: frozenset[str]
@@ -109,16 +125,30 @@ class StepGuard:
                 if not value.numel():
                     continue  # there are fewer rows than processes
                 if name in protected and name not in self.standing:
-                    change = value - self.before[name]
-                    change = change.T if name in self.transposed else change
-                    allowed = self.projector.project({name: change})[name]
-                    torch.add(self.before[name], allowed.T if name in self.transposed else allowed, out=value)
+                    self._project(name, value)
                 elif name in self.before:
                     value.copy_(self.before[name])
                 elif self.uncovered == "penalised" and name in self.penalised:
                     mean, strength = self.penalised[name]
-                    pull = float(group["lr"]) * strength
+                    moments = moments_of(self.optimizer, group, parameter)
+                    if moments is not None:
+                        moments = moments._replace(second=own_part(moments.second))
+                    pull = pull_of(float(group["lr"]), strength, moments)
                     value.addcmul_(pull, mean).div_(1 + pull)
+
+    def _project(self, name: str, value: Tensor) -> None:
+        """Take a step's part in the protected space out of a weight, in place."""
+        before, is_transposed = self.before[name], name in self.transposed
+        factor = self.projector.removed_factor(name)
+        if factor is not None and value.dtype == factor.dtype and value.is_contiguous():
+            # Two products and no further array of the weight's size; the weights from before the step are not needed.
+            back = before.sub_(value)
+            into, rows = (array.T if is_transposed else array.view(len(array), -1) for array in (value, back))
+            into.addmm_(rows @ factor, factor.T)
+            return
+        change = value - before
+        allowed = self.projector.project({name: change.T if is_transposed else change})[name]
+        torch.add(before, allowed.T if is_transposed else allowed, out=value)
 
 
 def _placements(value: Any) -> tuple[Any, ...]:

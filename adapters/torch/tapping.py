@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from adapters.torch.graph import Graph, Unknown, Use, graph_of, pulled_back
+from adapters.torch.graph import Graph, Unknown, Use, Window, graph_of, pulled_back
 from adapters.torch.layers import Statistics, constant_statistics
 from adapters.torch.rows import Arrangement, Forward, Key, Layouts, Split, by_sample, studied
 from became_core.curvature import Tap, Taps, joined_uses
@@ -45,6 +45,7 @@ def collect_taps(
     *,
     layouts: Layouts | None = None,
     per_sample: bool = True,
+    windows: bool = False,
 ) -> Iterator[Taps]:
     """Run one forward pass and a backward pass for each cotangent; yield the taps of each.
 
@@ -56,6 +57,7 @@ def collect_taps(
         layouts: what earlier batches of the same network told; the batch at hand is added to it.
         per_sample: whether per-sample gradients exist, batch statistics being constants; otherwise taps are
             right as sums over all samples alone, and a parameter of which no layer's tap speaks has one gradient.
+        windows: whether convolutions whose kernels slide by one have their images too, for Gram matrices.
     """
     layouts = Layouts() if layouts is None else layouts
     run = _forward(network, names, arguments, layouts, per_sample=per_sample)
@@ -69,13 +71,13 @@ def collect_taps(
     edges: dict[Any, GradientEdge] = {use.node: GradientEdge(use.node, 0) for use in uses}
     edges |= {use.key: use.operand for use in uses if use.operand is not None}
     lone = [] if per_sample else [run.parameters[name] for name in plan.others]
-    inputs: dict[Key, Any] = {}
+    inputs: dict[Key, tuple[Tensor, Window | None]] = {}
     for seed in cotangents(run.logits.detach()):
         samples = len(seed)
         gradients = run.gradients([*edges.values(), *lone], seed)  # type: ignore[list-item]
         at = dict(zip(edges, gradients, strict=False))
         of_uses = {
-            name: [_tap_of(use, at, samples, arranged, inputs, run) for use in of_weight]
+            name: [_tap_of(use, at, samples, arranged, inputs, run, windows) for use in of_weight]
             for name, of_weight in plan.taps.items()
         }
         taps = {name: joined_uses([tap for tap in own if tap is not None]) for name, own in of_uses.items()}
@@ -120,6 +122,10 @@ def collect_inputs(
             if use.window is not None:
                 images, kernel = use.window()
                 tap = Tap("window", images, images[:, :0, :0], kernel=kernel, own_name=not is_layers)
+            elif use.kind == "embedding":
+                keys = use.inputs()[:, None]
+                looked_up = torch.ones((*keys.shape, 1), device=keys.device)  # in the place of gradients
+                tap = Tap("embedding", keys, looked_up, size=use.size, own_name=not is_layers)
             else:
                 rows = use.inputs()
                 tap = Tap("matrix", rows, rows[:, :, :0], own_name=not is_layers, transposed=use.transposed)
@@ -132,7 +138,8 @@ def matrices_of(
 ) -> dict[str, bool]:
     """Return the parameters that are used as whole matrices alone, and whether they are stored as [d_in, d_out].
 
-    A projector can protect such a parameter: all that it does to the network is to be multiplied with rows of inputs.
+    A projector can protect such a parameter: all that it does to the network is to be multiplied with rows of inputs,
+    those of an embedding [size, d_out] being one-hot vectors.
 
     Args:
         network: what runs, in evaluation mode.
@@ -146,9 +153,10 @@ def matrices_of(
     fewer = None
     matrices: dict[str, bool] = {}
     for name, uses in run.graph.uses.items():
-        own = [use for use in uses if isinstance(use, Use) and use.kind == "matrix" and use.groups == 1]
-        ways = {use.transposed for use in own}
-        if len(own) < len(uses) or len(ways) != 1 or any(use.key in layouts.mixed for use in own):
+        kinds = {use.kind for use in uses if isinstance(use, Use)}
+        own = [use for use in uses if isinstance(use, Use) and use.kind in ("matrix", "embedding") and use.groups == 1]
+        ways = {use.transposed or use.kind == "embedding" for use in own}
+        if len(kinds) != 1 or len(own) < len(uses) or len(ways) != 1 or any(use.key in layouts.mixed for use in own):
             continue
         # What no gradient reaches, behind a branch that begins at zero, say, has not told whether its inputs are the
         # samples' rows. They are if there are fewer rows with fewer samples.
@@ -298,8 +306,9 @@ def _tap_of(
     at: Mapping[Any, Tensor | None],
     samples: int,
     arranged: Mapping[Key, Arrangement],
-    inputs: dict[Key, Any],
+    inputs: dict[Key, tuple[Tensor, Window | None]],
     run: Forward,
+    windows: bool,
 ) -> Tap | None:
     """Return the tap of one use; None if the result does not depend on it.
 
@@ -310,6 +319,7 @@ def _tap_of(
         arranged: how the rows of uses are arranged.
         inputs: of uses whose taps have been made for other cotangents of the same pass.
         run: the forward pass.
+        windows: whether convolutions have their images too.
     """
     gradient = at[use.node]
     if gradient is None:
@@ -328,14 +338,18 @@ def _tap_of(
     g = by_sample(use.rows(gradient), arrangement, samples)
     if use.key not in inputs:
         a = by_sample(use.inputs(), arrangement, samples)
-        inputs[use.key] = a if use.kind == "embedding" else a.flatten(1, 2)
+        window = use.window() if windows and use.window is not None else None
+        inputs[use.key] = a if use.kind == "embedding" else a.flatten(1, 2), window
+    a, window = inputs[use.key]
     return Tap(
         use.kind,
-        inputs[use.key],
+        a,
         g.flatten(1, 2),
         groups=use.groups,
         size=use.size,
+        kernel=(0, 0) if window is None else window.kernel,
         transposed=use.transposed,
+        images=None if window is None else window.images,
     )
 
 

@@ -29,6 +29,7 @@ float16, bfloat16, float32, float64 = tf.float16, tf.bfloat16, tf.float32, tf.fl
 complex64, complex128 = tf.complex64, tf.complex128
 
 exp, log, log1p, sqrt, square, tanh = tf.exp, tf.math.log, tf.math.log1p, tf.sqrt, tf.square, tf.tanh
+acos, cos = tf.acos, tf.cos
 isfinite = tf.math.is_finite
 logical_and, logical_not = tf.logical_and, tf.logical_not
 reshape, expand_dims, broadcast_to = tf.reshape, tf.expand_dims, tf.broadcast_to

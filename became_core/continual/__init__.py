@@ -1,6 +1,8 @@
 """Continual learning: task streams, the base class of learners, methods, and ``learn``, the loop that runs them."""
 
+from became_core.continual.adaptation import Adaptation
 from became_core.continual.callbacks import Callback
+from became_core.continual.changes import BayesianDetector, Detector, PlateauDetector, Reservoir, standardised
 from became_core.continual.data import Augmentation, Dataset, Task, TaskStream, Views
 from became_core.continual.learner import Batch, Learner, TapMode
 from became_core.continual.methods import Method
@@ -19,6 +21,7 @@ from became_core.continual.rng import random_generator
 from became_core.continual.run import learn
 from became_core.continual.run_context import check_method
 from became_core.continual.schedule import Annealed, Patience, RelativeRates, Schedule, Stepped, Training
+from became_core.continual.segments import Segment, Segments, Watch, arrivals, check_watchable, find_segments
 from became_core.continual.share import Share
 from became_core.continual.splits import ClassOrder, permute_pixels, split_classes, split_domains
 from became_core.continual.state import Memory, RunState
@@ -29,15 +32,18 @@ __all__ = [
     "METHODS",
     "SGD",
     "Adam",
+    "Adaptation",
     "Along",
     "Annealed",
     "Augmentation",
     "Batch",
+    "BayesianDetector",
     "Best",
     "Callback",
     "ClassOrder",
     "Constraint",
     "Dataset",
+    "Detector",
     "EpochEnd",
     "Learner",
     "Memory",
@@ -48,10 +54,14 @@ __all__ = [
     "PathPoint",
     "Patience",
     "Penalty",
+    "PlateauDetector",
     "RelativeRates",
+    "Reservoir",
     "RunRecord",
     "RunState",
     "Schedule",
+    "Segment",
+    "Segments",
     "Share",
     "Stage",
     "Stepped",
@@ -62,10 +72,14 @@ __all__ = [
     "Trained",
     "Training",
     "Views",
+    "Watch",
     "alpha_estimates",
+    "arrivals",
     "build_method",
     "check_method",
     "check_settings",
+    "check_watchable",
+    "find_segments",
     "learn",
     "method_names",
     "method_settings",
@@ -74,4 +88,5 @@ __all__ = [
     "random_generator",
     "split_classes",
     "split_domains",
+    "standardised",
 ]

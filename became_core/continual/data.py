@@ -59,6 +59,7 @@ class Dataset:
         likelihood: what the network's outputs say of the labels.
         domains: integers, [N]: the domain of each row, from 0; None if rows are of no domains. ``split_domains`` makes
             a task of each.
+        pictures: if the labels are pixels from 0 to 1, the height and the width of their pictures; None otherwise.
 
     Raises:
         BecameError: if the images, labels and statistics do not fit together.
@@ -78,6 +79,7 @@ class Dataset:
     std: tuple[float, ...]
     likelihood: Likelihood = field(default_factory=Categorical)
     domains: Indices | None = None
+    pictures: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         """Check that images, labels and statistics fit together, and turn labels into int64."""
@@ -101,6 +103,8 @@ class Dataset:
             if domains.shape != (len(images),) or domains.min() < 0:
                 raise BecameError(f"{self.name} has domains {list(domains.shape)}; give one a row, from 0.")
             object.__setattr__(self, "domains", domains)
+        if self.pictures is not None and self.pictures[0] * self.pictures[1] != self.classes:
+            raise BecameError(f"{self.name} has pictures {self.pictures}, and {self.classes} pixels of each.")
 
     def _checked_labels(self, rows: int) -> NDArray[Any]:
         """Return labels as the likelihood needs them."""
@@ -203,6 +207,8 @@ class Task:
         train: the rows of the data set that are trained on.
         validation: the training rows that are held out.
         test: the rows that it is scored on.
+        reservoir: the training rows that curvature and the projector's memory are computed from, if they are only some
+            of them, as where a stream goes by; None for all training rows.
     """
 
     index: int
@@ -210,6 +216,12 @@ class Task:
     train: Indices
     validation: Indices
     test: Indices
+    reservoir: Indices | None = None
+
+    @property
+    def measured(self) -> Indices:
+        """The training rows that curvature and the projector's memory are computed from."""
+        return self.train if self.reservoir is None else self.reservoir
 
 
 @dataclass(frozen=True)
@@ -265,6 +277,10 @@ class TaskStream:
         """Return a task's rows by part as int64, if its targets are its classes; ``where`` is how messages call it."""
         size = len(self.dataset.labels)
         parts: dict[str, Any] = {part: _integers(getattr(task, part), f"the {part} rows of {where}") for part in _PARTS}
+        if task.reservoir is not None:
+            parts["reservoir"] = _integers(task.reservoir, f"the reservoir of {where}")
+            if not np.isin(parts["reservoir"], parts["train"]).all():
+                raise BecameError(f"{where} has a reservoir of other rows than its training rows.")
         for part, rows in parts.items():
             if not len(rows) and part != "validation":
                 raise BecameError(f"{where} has no {part} samples; give at least one.")

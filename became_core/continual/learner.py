@@ -67,6 +67,7 @@ class Learner(ABC):
     Attributes:
         heads: for each task, the names of the parameters that are its own; none if all tasks share a head, whose
             weight is then a shared one, and projectable.
+        shared_head: the names of the parameters of the head that all tasks share; empty if every task has its own.
         projectable: the names of the shared weights that taps describe as matrices, which a projector can protect.
         running_statistics: the names of those entries of ``parameters`` that are running statistics of normalisation
             layers and not weights. The network uses them except in training and in taps of the mode "published". Only
@@ -88,6 +89,7 @@ class Learner(ABC):
     heads: Sequence[frozenset[str]]
     projectable: frozenset[str]
     running_statistics: frozenset[str]
+    shared_head: frozenset[str] = frozenset()
     constants: frozenset[str] = frozenset()
     least_batch: int = 1
     likelihood: Likelihood = Categorical()
@@ -153,10 +155,13 @@ class Learner(ABC):
         """
 
     def written(self, task: Task, rng: np.random.Generator) -> str:
-        """Return what the network writes after the beginning of a task's first test sample; empty if it writes no text.
+        """Return what the network makes in the manner of a task: text, or the address of a picture; empty if neither.
+
+        Text goes on after the beginning of the task's first test sample. A picture is ``data:image/png;base64,...``:
+        some of the task's test samples, what the network makes of them, and what it draws from its prior.
 
         Args:
-            task: whose text it goes on with.
+            task: whose text or pictures it begins with.
             rng: the generator that each byte is drawn from.
         """
         return ""

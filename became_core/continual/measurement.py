@@ -215,6 +215,7 @@ class Measurement:
             and the purpose.
         region: the region that the task is learned in, if any; the loss is then measured as a function of the shared
             weights.
+        still: the names of shared parameters that no stage changes; projectors remember nothing of them.
         last: the task that was learned last, to whose images running statistics belong; None for the measured task.
     """
 
@@ -225,6 +226,7 @@ class Measurement:
     seed: int
     purpose: str
     region: Region | None = None
+    still: frozenset[str] = frozenset()
     last: Task | None = None
 
     def diagonal(self) -> Diagonal:
@@ -284,7 +286,7 @@ class Measurement:
             For each shared parameter, an array [samples, *parameter shape].
         """
         rows, heads = self._sample("logit-gradients", count), heads_of(self.learner)
-        shared = {name: value for name, value in weights_of(self.learner).items() if name not in heads}
+        shared = {name: it for name, it in weights_of(self.learner).items() if name not in heads | self.still}
         rng = random_generator(self.seed, "logit-gradient-taps", self.task.index)
         parts = chunks(rows, self.training.batch_size)
         for part, taps in zip(parts, self._taps(rows, "logit", rng, own=False), strict=True):
@@ -374,8 +376,8 @@ class Measurement:
 
     @property
     def projectable(self) -> frozenset[str]:
-        """Names of the shared weights that taps describe as matrices."""
-        return self.learner.projectable
+        """Names of the shared weights that taps describe as matrices and that some stage changes."""
+        return self.learner.projectable - self.still
 
     @property
     def heads(self) -> Sequence[frozenset[str]]:
@@ -388,7 +390,7 @@ class Measurement:
 
     def inputs(self, theta: Params) -> Params:
         """Return each layer's inputs for a few samples at other weights, [samples, positions, d_in], by weight."""
-        rows = self.task.train[:TRIED_SAMPLES]
+        rows = self.task.measured[:TRIED_SAMPLES]
         with self.learner.at(theta):
             batches = self.learner.taps(self.task.index, rows, len(rows), "empirical", random_generator(0, "wiring"))
             (taps,) = batches
@@ -398,13 +400,13 @@ class Measurement:
         """Return, for each weight that can be protected, the mean of a a^T over the samples of ``projector_rows``."""
         with seen_through(self.learner, self.region):
             exchange = self._exchange(self.projector_rows())
-            return input_grams(self._projector_taps("inputs"), self.learner.projectable, exchange)
+            return input_grams(self._projector_taps("inputs"), self.projectable, exchange)
 
     def gradient_grams(self) -> Params:
         """Return, for each weight that can be protected, the mean of G^T G over the batches of ``projector_rows``."""
         with seen_through(self.learner, self.region):
             exchange = self._exchange(self.projector_rows())
-            return gradient_grams(self._projector_taps("empirical"), self.learner.projectable, exchange)
+            return gradient_grams(self._projector_taps("empirical"), self.projectable, exchange)
 
     def _projector_taps(self, mode: TapMode) -> Iterator[Taps]:
         return self._taps(self.projector_rows(), mode, random_generator(self.seed, "projector-taps", self.task.index))
@@ -438,5 +440,5 @@ class Measurement:
 
     def _sample(self, purpose: str, count: int | None) -> Indices:
         if count is None:
-            return self.task.train
-        return random_generator(self.seed, purpose, self.task.index).permutation(self.task.train)[:count]
+            return self.task.measured
+        return random_generator(self.seed, purpose, self.task.index).permutation(self.task.measured)[:count]

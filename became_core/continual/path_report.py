@@ -6,6 +6,9 @@ tasks' loss is the posterior's, with diagonal or Kronecker curvature. For refere
 the old tasks' data, which a continual learner no longer has. The approximate curvature of the old tasks can be
 calibrated: it is then multiplied by kappa, the ratio of the new task's exact curvature to its approximate curvature.
 
+The true losses are also traced along the curve of ``bezier_path``, which bends towards the mode of both sides'
+diagonals, so that what it promises over the segment can be held against what it gives.
+
 Convention: losses are means over the samples of a task, and sums over tasks. ``batch`` is the published code's estimate
 of the Fisher information.
 """
@@ -22,7 +25,7 @@ from became_core.continual.methods import Method
 from became_core.continual.record import MergePath, PathPoint
 from became_core.continual.run_context import RunContext
 from became_core.continual.state import Memory, OldTasks
-from became_core.laplace import Precision, Quadratic, trace_path
+from became_core.laplace import Precision, Quadratic, bezier_path, predicted_advantage, trace_path
 
 __all__ = ["Along", "alpha_estimates", "new_sides", "old_sides", "old_tasks_with", "report_path"]
 
@@ -187,8 +190,13 @@ def report_path(context: RunContext, task: Task, theta_gp: Params, theta_hat: Pa
     new = new_sides(measurements[-1], theta_gp)
     old = old_sides(memory.old_tasks, measurements[:-1], theta_gp, theta_hat)
     alphas, truths = trace_path(truth, theta_gp, theta_hat, context.training.path_alphas)
+    fisher_new = replace(measurements[-1], kind="empirical").diagonal()
+    four = theta_gp, theta_hat, memory.old_tasks.posterior.diagonal().values, fisher_new.values
+    curve = bezier_path(*four)
     return MergePath(
         [PathPoint(alpha, *point) for alpha, point in zip(alphas, truths, strict=True)],
         new={name: (side.slope, side.curvature) for name, side in new.items()},
         old={name: (side.slope, side.curvature) for name, side in old.items()},
+        curve=[PathPoint(t, *truth(curve.at(t))) for t in alphas],
+        predicted_advantage=float(predicted_advantage(*four)),
     )

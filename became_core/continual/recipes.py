@@ -11,12 +11,14 @@ projector by itself is a method too, such as ``gpm``.
 | ewc | penalised by every old task's own quadratic, added | - | Kirkpatrick 2017 |
 | ewc-online | penalised by one quadratic, recentred at each task, decaying | - | Huszar 2018; Schwarz 2018 |
 | gpm, sgp, gpcns, nscl, ogd, trgp | under that gradient projection | - | ``became_core.projection`` |
+| inflora, olora | low-rank adapters, in spaces that old tasks leave free | - | ``became_core.projection`` |
 | packnet | in the free weights | retrained after pruning, the pruned at zero; no merge | Mallya 2018 |
 | hat | gates of units, learned with the weights between units that no task uses | - | Serra 2018 |
 | imm-mean, imm-mode | unconstrained, or L2-transfer | the tasks' models, by equal shares or precisions | Lee 2017 |
 | coma | unconstrained | the old model and the new, alpha chosen by hand | Marouf 2024 |
 | became | under gradient projection (GPM) | the full formula: true slopes, the old side calibrated | BECAME 2025 |
 | became-paper | under gradient projection (GPM) | the closed form, as published | BECAME 2025 |
+| became-curve | under gradient projection (GPM) | the same formula along a curve towards the diagonals' mode | |
 | became-0, became-half, became-1 | under gradient projection (GPM) | alpha = 0, 1/2, 1 | ablations |
 | became-grid | under gradient projection (GPM) | the best alpha by the true loss of all tasks | a bound |
 
@@ -35,6 +37,7 @@ from became_core.continual.methods import Method, Transfer
 from became_core.errors import BecameError
 from became_core.laplace import (
     Became,
+    BecameCurve,
     DiagonalFisher,
     Estimator,
     Fixed,
@@ -43,8 +46,7 @@ from became_core.laplace import (
     PaperClosedForm,
     Secant,
 )
-from became_core.laplace.expansion import Per
-from became_core.laplace.rules import ChosenAlphas, EqualShares, TrueLossGrid
+from became_core.laplace.rules import ChosenAlphas, EqualShares, PerWeight, TrueLossGrid
 from became_core.projection import PROJECTORS
 from became_core.registry import Registry, Setting, nearest, setting
 
@@ -59,6 +61,12 @@ __all__ = [
 ]
 
 Curvature = Literal["diagonal", "kronecker", "exact"]
+ESTIMATORS: Mapping[Curvature, Estimator] = {
+    "exact": Secant(),
+    "diagonal": DiagonalFisher(),
+    "kronecker": NativeExpansion(),
+}
+STRUCTURES: Mapping[Curvature, Structure] = {"exact": "diagonal", "diagonal": "diagonal", "kronecker": "kronecker"}
 
 
 class MethodRecipe(ABC):
@@ -96,26 +104,41 @@ class BecameRecipe(_WithDecay):
     """Gradient projection, then free training, merged at alpha* of the full formula (BECAME 2025).
 
     Attributes:
-        per: which parameters share a merging coefficient: those of the whole model, of a layer, or of a leaf.
+        per: which parameters share a merging coefficient: those of the whole model, of a layer, or of a leaf; or every
+            weight has its own, by the diagonals of both sides.
+        shrinkage: of a coefficient per weight: the share of the way back to the merge of the whole model, in [0, 1].
         precision: the curvatures that alpha is computed from: both sides' diagonals, both sides' Kronecker factors, or
             the new task's exact curvature along the path and the old tasks' calibrated diagonal.
     """
 
-    per: Per = setting("model")
+    per: PerWeight = setting("model")
+    shrinkage: float = setting(0.0)
     precision: Curvature = setting("exact")
 
     projector: ClassVar[str] = "gpm"
 
     def build(self) -> Method:
         """Return the method; if it merges by Kronecker factors, its posterior has them as well."""
-        estimators: dict[Curvature, Estimator] = {
-            "exact": Secant(),
-            "diagonal": DiagonalFisher(),
-            "kronecker": NativeExpansion(),
-        }
-        structure: Structure = "kronecker" if self.precision == "kronecker" else "diagonal"
-        rule = Became(estimators[self.precision], self.per)
-        return Method("became", rule=rule, precision=structure, decay=self.decay)
+        rule = Became(ESTIMATORS[self.precision], self.per, shrinkage=self.shrinkage)
+        return Method("became", rule=rule, precision=STRUCTURES[self.precision], decay=self.decay)
+
+
+@dataclass(frozen=True)
+class CurveRecipe(_WithDecay):
+    """As became, merged along a curve that bends towards the mode of both sides' diagonals.
+
+    Attributes:
+        precision: the curvatures that the place on the curve is computed from, as for became.
+    """
+
+    precision: Curvature = setting("exact")
+
+    projector: ClassVar[str] = "gpm"
+
+    def build(self) -> Method:
+        """Return the method; if it merges by Kronecker factors, its posterior has them as well."""
+        rule = BecameCurve(ESTIMATORS[self.precision])
+        return Method("became-curve", rule=rule, precision=STRUCTURES[self.precision], decay=self.decay)
 
 
 @dataclass(frozen=True)
@@ -281,6 +304,7 @@ METHODS: Registry[MethodRecipe] = Registry(
     {
         "became": BecameRecipe,
         "became-paper": PaperRecipe,
+        "became-curve": CurveRecipe,
         "became-0": StableRecipe,
         "became-half": HalfRecipe,
         "became-1": PlasticRecipe,

@@ -64,11 +64,16 @@ class MergePath:
         points: the true loss and accuracy at each traced alpha.
         new: the slope at theta_gp and the curvature of the new task's loss along delta, by the way of measuring.
         old: the slope at theta_gp and the curvature of all old tasks' loss along delta, by the way of measuring.
+        curve: the true loss and accuracy at the same places of the curve through the mode of both sides' diagonals;
+            empty if an earlier version traced the path.
+        predicted_advantage: by how much the loss of these diagonals is lower at the mode than anywhere on the segment.
     """
 
     points: list[PathPoint]
     new: dict[str, tuple[float, float]]
     old: dict[str, tuple[float, float]]
+    curve: list[PathPoint] = field(default_factory=list, metadata={"later": True})
+    predicted_advantage: float = field(default=float("nan"), metadata={"later": True})
 
 
 @dataclass(frozen=True)
@@ -82,7 +87,8 @@ class TaskEnd:
         class_incremental_accuracy: the class-incremental accuracy on each task so far.
         full: the protected spaces that became whole with this task: such a weight no longer changes in stage 1.
         loss: the loss on each task so far, in its natural unit.
-        samples: what the network writes in the manner of each task so far; empty if samples are no text.
+        samples: what the network writes or draws in the manner of each task so far, as ``Learner.written`` returns it;
+            empty if it does neither.
     """
 
     task: int
@@ -111,7 +117,8 @@ class RunRecord:
         loss: the loss [T, T], in its natural unit; [t, i] is that on task i after task t, NaN for i > t. It is empty if
             an earlier version began the run.
         unit: the unit in which the run is measured: "%" for accuracy, or that of the loss.
-        samples: after each task, what the network writes in the manner of each task so far; empty if it writes no text.
+        samples: after each task, what the network writes or draws in the manner of each task so far; empty if it does
+            neither.
     """
 
     accuracy: NDArray[np.float64]

@@ -74,6 +74,7 @@ def learn(
         print(average_accuracy(record.accuracy), record.alpha)
     """
     check_method(method, stream, training)
+    training.adaptation.check(learner)
     if training.batch_size < learner.least_batch:
         raise BecameError(
             f"the batch size is {training.batch_size}, and the network normalises by statistics over the samples of a "
@@ -133,9 +134,11 @@ class _Run(RunContext):
         if self.method.merges_stages and task.index == 0:
             schedule = schedule.extended(self.training.stage2.epochs)
         with self.stopwatch.phase("stage1"):
-            constraint = stable_constraint(self.learner, task, self.method, state.memory)
+            constraint = self.stable_constraint(task, state.memory)
             if state.stage is not None:
                 region = state.stage.region
+            elif self.adaptation.rank is not None:
+                region = self.adapters(task, 1, state.memory)
             elif state.memory.projector is not None:
                 region = state.memory.projector.begin_task(self.measurement(task, "start", state.memory))
             else:
@@ -154,15 +157,19 @@ class _Run(RunContext):
             if task.index == 0:
                 return state
             state = replace(state, theta_gp=state.theta_gp or self.learner.parameters())
-            region = self.region(task, state.memory)
-            constraint = replace(free_constraint(self.learner, task, self.method), region=region)
+            region, trains = self.region(task, state.memory), self.adaptation.rank is not None
+            if trains and not state.in_stage(2):
+                region = self.adapters(task, 2, state.memory)
+            constraint = free_constraint(self.learner, task, self.method)
+            constraint = replace(constraint, region=region, trains_scales=trains)
         else:
             assert projector is not None  # A method with two stages that it does not merge has a projector.
             if not state.in_stage(2):
-                projector, theta = projector.between_stages(self.learner.parameters(), self.learner.projectable)
+                projectable = self.learner.projectable - self.still
+                projector, theta = projector.between_stages(self.learner.parameters(), projectable)
                 self.learner.assign(theta)
                 state = replace(state, memory=replace(state.memory, projector=projector))
-            constraint = stable_constraint(self.learner, task, self.method, state.memory)
+            constraint = self.stable_constraint(task, state.memory)
             # The second stage of a projector is projected in the first task as well.
             constraint = replace(constraint, projector=projector)
             schedule = schedule.scaled(projector.retraining_rate)
@@ -179,7 +186,11 @@ class _Run(RunContext):
             schedule: the schedule with which the stage begins.
             constraint: what every step must respect.
         """
-        constraint = replace(constraint, relative=relative_rates(self.learner, task, self.training.relative))
+        relative, first = relative_rates(self.learner, task, self.training.relative), self.training.relative.first
+        if constraint.region is not None and constraint.region.absorbed and task.index == 0 and first != 1:
+            relative |= dict.fromkeys(constraint.region.scales, first)
+        trainable = constraint.trainable - self.still
+        constraint = replace(constraint, trainable=trainable, relative=relative)
         stage = state.stage
         if stage is None or stage.number != number:
             curve = () if stage is None else stage.curve
@@ -203,7 +214,14 @@ class _Run(RunContext):
         memory = state.memory
         if memory.projector is not None:
             memory = replace(memory, projector=memory.projector.end_stage(task.index, stage.region))
+        if stage.region is not None and stage.region.absorbed:
+            self.learner.assign(stage.region.effective(self.learner.parameters()))
+            stage = replace(stage, region=None, best=None)
         return replace(state, stage=stage, memory=memory)
+
+    def stable_constraint(self, task: Task, memory: Memory) -> Constraint:
+        """Return the constraint of stage 1 without its region."""
+        return stable_constraint(self.learner, task, self.method, memory, self.still)
 
     def publish(self, state: RunState) -> RunState:
         """Give the callbacks the state, with the learner's weights and the seconds so far, and return it."""

@@ -12,10 +12,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 from became_core.arrays import Params
+from became_core.continual.adaptation import Adaptation
 from became_core.continual.data import Task, TaskStream
 from became_core.continual.learner import Learner, heads_of, refresh_statistics, weights_of
 from became_core.continual.measurement import Evaluation, Measurement, accuracies
 from became_core.continual.methods import Method
+from became_core.continual.rng import random_generator
 from became_core.continual.schedule import RelativeRates, Training
 from became_core.continual.state import Memory
 from became_core.continual.step import Constraint, Penalty
@@ -40,6 +42,27 @@ class RunContext:
         """Return all tasks up to this one."""
         return self.stream.tasks[: task.index + 1]
 
+    @property
+    def adaptation(self) -> Adaptation:
+        """Which parameters learn; a projector that trains in adapters has some of its own where none are asked for."""
+        adaptation, projector = self.training.adaptation, self.method.projector
+        if adaptation.rank is None and projector is not None and projector.own_rank:
+            return replace(adaptation, rank=projector.own_rank)
+        return adaptation
+
+    @property
+    def still(self) -> frozenset[str]:
+        """The names of the shared parameters that no stage changes."""
+        return self.adaptation.still(self.learner)
+
+    def adapters(self, task: Task, stage: int, memory: Memory) -> Region | None:
+        """Return the low-rank adapters that a stage begins with; None without adapters.
+
+        In stage 1 the projector has a say in their rows.
+        """
+        start, rng = self.measurement(task, "start", memory), random_generator(self.seed, "lora", task.index, stage)
+        return self.adaptation.region(self.learner, start, rng, memory.projector if stage == 1 else None)
+
     def region(self, task: Task, memory: Memory) -> Region | None:
         """Return the region that a task was trained in; None if it has none."""
         return None if memory.projector is None else memory.projector.region(task.index)
@@ -53,8 +76,8 @@ class RunContext:
 
     def measurement(self, task: Task, purpose: str, memory: Memory) -> Measurement:
         """Return the measurement of a task at the learner's weights; its random draws depend on the purpose."""
-        region = self.region(task, memory)
-        return Measurement(self.learner, task, self.training, self.method.fisher, self.seed, purpose, region)
+        region, still = self.region(task, memory), self.still
+        return Measurement(self.learner, task, self.training, self.method.fisher, self.seed, purpose, region, still)
 
     def accuracies(self, task: Task, memory: Memory) -> Evaluation:
         """Return the accuracies on all tasks up to this one, task- and class-incremental, and the losses."""
@@ -102,14 +125,18 @@ def check_method(method: Method, stream: TaskStream, training: Training | None =
             f"{method.name} is not for {stream.dataset.name}, whose targets are no labels of samples: "
             f"{projector.needs_labels}."
         )
-    if training is not None and training.augmentation and stream.dataset.is_text:
-        raise BecameError(f"text is not cropped and flipped; leave --augment out for {stream.dataset.name}.")
+    adapts = training is not None and training.adaptation.rank is not None
+    if adapts and projector is not None and projector.no_adapters:
+        raise BecameError(f"{method.name} is not for low-rank adapters: {projector.no_adapters}; leave out --lora.")
+    if training is not None and training.augmentation and (stream.dataset.is_text or stream.dataset.pictures):
+        what = "text is" if stream.dataset.is_text else "samples that are rows of pixels and noise are"
+        raise BecameError(f"{what} not cropped and flipped; leave --augment out for {stream.dataset.name}.")
     if likelihood.has_labels:
         return
     if method.fisher == "batch" and method.keeps_posterior:
         raise BecameError(
             f"{method.name} is not for {stream.dataset.name}, whose targets are no labels: its Fisher information is "
-            "that of the model's most likely labels, and of a Gaussian's most likely target it is 0."
+            "that of the model's most likely labels, and there are none; of a Gaussian's most likely target it is 0."
         )
     if training is not None and training.path_alphas:
         raise BecameError(
@@ -128,8 +155,18 @@ def free_constraint(learner: Learner, task: Task, method: Method) -> Constraint:
     return Constraint(trainable=frozenset(weights_of(learner)) - others)
 
 
-def stable_constraint(learner: Learner, task: Task, method: Method, memory: Memory) -> Constraint:
-    """Return the constraint of stage 1, projected, penalised or free as the method says, but without a region."""
+def stable_constraint(
+    learner: Learner, task: Task, method: Method, memory: Memory, still: frozenset[str] = frozenset()
+) -> Constraint:
+    """Return the constraint of stage 1, projected, penalised or free as the method says, but without a region.
+
+    Args:
+        learner: the learner.
+        task: the task that is learned.
+        method: how it is learned.
+        memory: of the tasks before.
+        still: the names of shared parameters that stand still whatever the constraint says.
+    """
     projector = memory.projector
     constraint = free_constraint(learner, task, method)
     if method.penalty_strength > 0 and memory.posterior is not None:
@@ -139,18 +176,18 @@ def stable_constraint(learner: Learner, task: Task, method: Method, memory: Memo
     if projector is None or task.index == 0:  # In the first task there is nothing to protect.
         return constraint
     if not projector.protects_all:
-        constraint = _protecting_unprojectable(constraint, learner, task, method, memory)
+        constraint = _protecting_unprojectable(constraint, learner, task, method, memory, still)
     return replace(constraint, projector=projector)
 
 
 def _protecting_unprojectable(
-    constraint: Constraint, learner: Learner, task: Task, method: Method, memory: Memory
+    constraint: Constraint, learner: Learner, task: Task, method: Method, memory: Memory, still: frozenset[str]
 ) -> Constraint:
     """Return the constraint with the parameters that a projector cannot protect, normalisation and biases, protected.
 
     They are frozen, unless the method has a penalty for them. A penalty on all weights includes them already.
     """
-    names = _unprojectable(learner)
+    names = _unprojectable(learner) - still
     if method.norm_penalty == 0 or memory.posterior is None or not names:
         _warn_of_what_stands_still(learner, names)
         return replace(constraint, trainable=learner.projectable | learner.heads[task.index])

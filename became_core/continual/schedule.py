@@ -13,6 +13,7 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
+from became_core.continual.adaptation import Adaptation
 from became_core.continual.data import Augmentation
 from became_core.continual.step import SGD, Optimiser
 from became_core.errors import BecameError
@@ -241,6 +242,7 @@ class Training:
         path_alphas: the values of alpha at which the true loss is traced on every merging path; none if empty.
         augmentation: how training images are cropped and flipped; None for no augmentation.
         relative: the factors of the learning rate for groups of parameters.
+        adaptation: which parameters learn; all of them by default.
     """
 
     stage1: Schedule
@@ -252,3 +254,4 @@ class Training:
     path_alphas: tuple[float, ...] = ()
     augmentation: Augmentation | None = None
     relative: RelativeRates = field(default_factory=RelativeRates)
+    adaptation: Adaptation = field(default_factory=Adaptation)

@@ -79,8 +79,8 @@ def split_classes(
 def split_domains(dataset: Dataset, *, validation: float = 0.05, seed: int = 0, shared_head: bool = True) -> TaskStream:
     """Split a data set into a task for each of its domains, in the order of their numbers.
 
-    Targets that are no labels are standardised: they have the mean 0 and the standard deviation 1 over the training
-    rows of all domains.
+    Targets that are no labels are standardised, if the likelihood says so: they have the mean 0 and the standard
+    deviation 1 over the training rows of all domains.
 
     Args:
         dataset: with domains; each must have training and test rows.
@@ -102,7 +102,7 @@ def split_domains(dataset: Dataset, *, validation: float = 0.05, seed: int = 0, 
     if not 0 <= validation < 1:
         raise BecameError(f"the validation fraction is {validation}; it must be at least 0 and below 1.")
     targets, scale = dataset.labels, 1.0
-    if not dataset.likelihood.has_labels:
+    if not dataset.likelihood.has_labels and dataset.likelihood.is_standardised:
         train = dataset.labels[: dataset.train_size]
         scale = float(np.sqrt(train.var(axis=0).mean()))
         if scale == 0:

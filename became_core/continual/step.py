@@ -197,6 +197,38 @@ class Penalty:
             for name in penalised
         }
 
+    def add_beneath(
+        self,
+        gradients: Params,
+        theta: Params,
+        rate: float,
+        region: Region,
+        relative: Mapping[str, float] | None = None,
+    ) -> Params:
+        """Return the gradients by a region's scales of loss and penalty, if the penalty is on the effective weights.
+
+        As in ``add_to`` they are divided by 1 + rate x curvature. The curvature is a bound of that by each scale, so
+        that the fixed points stay those of loss plus penalty, and the steps are stable at any strength.
+
+        Args:
+            gradients: of the loss by the effective weights, by name.
+            theta: the shared weights and the scales.
+            rate: the learning rate of the step.
+            region: which is absorbed.
+            relative: the factors of the rate, for those scales that have one.
+        """
+        weights = region.effective({name: theta[name] for name in region.weights})
+        penalised = sorted(weights.keys() & gradients.keys() & self.posterior.mean.keys())
+        slopes = self.posterior.gradient({name: weights[name] for name in penalised})
+        total = gradients | {name: gradients[name] + self.strength * slopes[name] for name in penalised}
+        pulled, curvature = region.pull_back(total, theta), self.posterior.precision.diagonal()
+        bounds, relative = region.curvature_bounds({name: curvature[name] for name in penalised}), relative or {}
+        return pulled | {
+            key: pulled[key] / (1 + rate * relative.get(key, 1.0) * self.strength * bound)
+            for key, bound in bounds.items()
+            if key in pulled
+        }
+
 
 @pytree
 @dataclass(frozen=True)
@@ -209,7 +241,8 @@ class Constraint:
         penalty: the penalty whose gradient is added to that of the loss, before the optimiser; None for none.
         region: the region with whose effective weights the network works, while the shared weights are trained; None if
             the network works with the shared weights.
-        trains_scales: whether the scales of the region are trained as well; they are never projected.
+        trains_scales: whether the scales of the region are trained as well; of these the projector projects those that
+            the region's ``projected_as`` names.
         relative: the factors of the learning rate, for those parameters that have one.
     """
 
@@ -254,7 +287,11 @@ class Constraint:
             region = self.region.with_scales({key: theta[key] for key in self.region.scales})
             pulled_back = beneath | region.scales.keys()
             effective = {name: value for name, value in gradients.items() if name not in pulled_back}
-            gradients = gradients | region.pull_back(effective, theta)
+            already = {name: value for name, value in gradients.items() if name in pulled_back}
+            if self.penalty is not None and region.absorbed:
+                gradients = already | self.penalty.add_beneath(effective, theta, rate, region, self.relative)
+            else:
+                gradients = already | region.pull_back(effective, theta)
             if not self.trains_scales:
                 gradients = {name: value for name, value in gradients.items() if name not in region.scales}
         if self.penalty is not None:
@@ -265,6 +302,10 @@ class Constraint:
         if self.projector is not None:
             remaining = {name: value for name, value in directions.items() if name not in projected}
             directions = directions | self.projector.project(remaining)
+            rows = {} if self.region is None else self.region.projected_as
+            if rows:
+                by_weight = self.projector.project({rows[key]: directions[key] for key in rows if key in directions})
+                directions = directions | {key: by_weight[rows[key]] for key in rows if key in directions}
         scaled = {name: self.relative[name] * directions[name] for name in directions if name in self.relative}
         return directions | scaled, optimiser
 

@@ -124,7 +124,9 @@ def begin_stage(
         raise BecameError(f"the schedule needs a validation loss, but task {task.index + 1} holds out no samples.")
     theta, region = learner.parameters(), constraint.region
     scales = region.scales if region is not None and constraint.trains_scales else {}
-    optimiser = optimiser.initial({name: theta[name] for name in sorted(constraint.trainable)} | scales)
+    # The weights of an absorbed region have gradients, which its scales are trained by, and no steps of their own.
+    beneath = region.weights if region is not None and region.absorbed else frozenset()
+    optimiser = optimiser.initial({name: theta[name] for name in sorted(constraint.trainable - beneath)} | scales)
     return Stage(number, schedule, optimiser, region, curve=curve)
 
 

@@ -10,9 +10,10 @@ from became_core.curvature.cross_entropy import (
     log_softmax,
     logit_cotangents,
 )
+from became_core.curvature.elbo import ELBO
 from became_core.curvature.exchange import Exchange
-from became_core.curvature.fisher import TAP_MODES, FisherKind, diagonal_fisher
-from became_core.curvature.grams import gradient_grams, input_grams
+from became_core.curvature.fisher import TAP_MODES, FisherKind, diagonal_fisher, square_sums
+from became_core.curvature.grams import GramSums, gradient_grams, input_grams
 from became_core.curvature.kfac import KroneckerFactors, Sharing, kronecker_factors
 from became_core.curvature.likelihoods import (
     LIKELIHOODS,
@@ -33,6 +34,7 @@ from became_core.curvature.taps import (
 )
 
 __all__ = [
+    "ELBO",
     "LIKELIHOODS",
     "TAP_MODES",
     "Bernoulli",
@@ -40,6 +42,7 @@ __all__ = [
     "Exchange",
     "FisherKind",
     "Gaussian",
+    "GramSums",
     "KroneckerFactors",
     "Likelihood",
     "Pushforward",
@@ -59,4 +62,5 @@ __all__ = [
     "logit_cotangents",
     "per_sample_gradients",
     "per_sample_square_sum",
+    "square_sums",
 ]

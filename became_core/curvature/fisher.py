@@ -24,7 +24,7 @@ from became_core.curvature.exchange import Exchange
 from became_core.curvature.taps import Tap, Taps, batch_gradient, per_sample_square_sum
 from became_core.errors import BecameError
 
-__all__ = ["TAP_MODES", "FisherKind", "diagonal_fisher"]
+__all__ = ["TAP_MODES", "FisherKind", "diagonal_fisher", "square_sums"]
 
 # How many samples of a layer with one position are gathered before their squares are summed.
 GATHERED = 512
@@ -72,7 +72,23 @@ def diagonal_fisher(
         >>> diagonal_fisher([{"fc": tap}], {"fc.weight": np.zeros((1, 2))}, "empirical", samples=1)
         {'fc.weight': array([[36.,  9.]])}
     """
-    parts = _published(batches, sizes, first) if kind == "batch" else map(per_sample_square_sum, _gathered(batches))
+    total = _sum_of(_published(batches, sizes, first)) if kind == "batch" else square_sums(batches)
+    if samples < 1 or not total:
+        raise BecameError("the Fisher information needs at least one sample; none was given.")
+    unknown = sorted(set(total) - set(parameters))
+    if unknown:
+        raise BecameError(f"a tap belongs to '{unknown[0]}', which is no parameter of the model.")
+    if exchange is not None:
+        total = exchange.total({name: _in_shape(total.get(name), like) for name, like in parameters.items()})
+    return {name: _in_shape(total.get(name), like) / samples for name, like in parameters.items()}
+
+
+def square_sums(batches: Iterable[Taps]) -> Params:
+    """Return ``per_sample_square_sum`` over all batches; it takes their taps one by one."""
+    return _sum_of(map(per_sample_square_sum, _gathered(batches)))
+
+
+def _sum_of(parts: Iterable[Params]) -> Params:
     total: Params = {}
     for part in parts:
         for name, value in part.items():
@@ -82,14 +98,7 @@ def diagonal_fisher(
                 total[name] += value
             else:
                 total[name] = value
-    if samples < 1 or not total:
-        raise BecameError("the Fisher information needs at least one sample; none was given.")
-    unknown = sorted(set(total) - set(parameters))
-    if unknown:
-        raise BecameError(f"a tap belongs to '{unknown[0]}', which is no parameter of the model.")
-    if exchange is not None:
-        total = exchange.total({name: _in_shape(total.get(name), like) for name, like in parameters.items()})
-    return {name: _in_shape(total.get(name), like) / samples for name, like in parameters.items()}
+    return total
 
 
 def _gathered(batches: Iterable[Taps]) -> Iterator[Taps]:

@@ -14,15 +14,15 @@ Convention: Gram matrices are means, of inputs over samples and positions, and o
 computed in at least float32.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
 from became_core.arrays import Array, Params, device, namespace, reduction_dtype
 from became_core.curvature.exchange import Exchange
-from became_core.curvature.taps import Tap, Taps, batch_gradient
+from became_core.curvature.taps import Tap, Taps, batch_gradient, row_counts
 
-__all__ = ["gradient_grams", "input_grams"]
+__all__ = ["GramSums", "gradient_grams", "input_grams"]
 
 # Up to this many columns, F^T F is one product. With more columns, half of it is computed and mirrored, which saves
 # more time than the smaller products lose.
@@ -33,7 +33,8 @@ def input_grams(batches: Iterable[Taps], weights: frozenset[str], exchange: Exch
     """Return, for each weight that has a tap, the mean of a a^T over its layer's inputs a, [d_in, d_in].
 
     If a layer has only n < d_in inputs, the result is a factor F [n, d_in] instead, with F^T F the mean. It is smaller
-    than the Gram matrix, and so is its singular value decomposition.
+    than the Gram matrix, and so is its singular value decomposition. An embedding's inputs are one-hot vectors, so that
+    its Gram matrix is diagonal; that diagonal is the result, [size].
 
     Args:
         batches: the taps of each batch.
@@ -47,28 +48,76 @@ def input_grams(batches: Iterable[Taps], weights: frozenset[str], exchange: Exch
         array([[3., 3.],
                [3., 5.]])
     """
-    sums: Params = {}
-    # A product of d_in rows or more at a time is faster than many small ones, so inputs are gathered first.
-    waiting: dict[str, list[Array]] = {}
-    rows: dict[str, int] = {}
+    sums = GramSums()
     for taps in batches:
+        sums.add(taps, weights)
+    return sums.means(exchange)
+
+
+class GramSums:
+    """Sums of a a^T over what layers read, to which batches are added one by one.
+
+    Examples:
+        >>> import numpy as np
+        >>> sums = GramSums()
+        >>> for row in ([1.0, 0.0], [1.0, 2.0]):
+        ...     sums.add({"fc": Tap("matrix", np.array([[row]]), np.zeros((1, 1, 1)))}, frozenset({"fc.weight"}))
+        >>> sums.means()["fc.weight"]
+        array([[1., 1.],
+               [1., 2.]])
+    """
+
+    def __init__(self) -> None:
+        """Begin with nothing."""
+        self._sums: Params = {}
+        # A product of d_in rows or more at a time is faster than many small ones, so inputs are gathered first.
+        self._waiting: dict[str, list[Array]] = {}
+        self._rows: dict[str, int] = {}
+
+    def add(self, taps: Taps, weights: frozenset[str]) -> None:
+        """Add what the layers of these weights read in a batch."""
         for name, tap in _of(weights, taps).items():
-            rows[name] = rows.get(name, 0) + _positions(tap)
-            if tap.kind == "window":
-                _add(sums, name, _window_gram(_wide(tap.inputs), tap.kernel))
+            self._rows[name] = self._rows.get(name, 0) + _positions(tap)
+            if tap.kind == "embedding":
+                _add(self._sums, name, row_counts(tap))
+                continue
+            images = tap.inputs if tap.kind == "window" else tap.images
+            if images is not None:
+                _add(self._sums, name, _window_gram(_wide(images), tap.kernel))
                 continue
             xp = namespace(inputs=tap.inputs)
-            waiting.setdefault(name, []).append(xp.reshape(tap.inputs, (-1, tap.inputs.shape[2])))
-            if sum(int(a.shape[0]) for a in waiting[name]) >= tap.inputs.shape[2]:
+            self._add_rows(name, xp.reshape(tap.inputs, (-1, tap.inputs.shape[2])))
+
+    def _add_rows(self, name: str, rows: Array) -> None:
+        waiting = self._waiting.setdefault(name, [])
+        waiting.append(rows)
+        if sum(int(a.shape[0]) for a in waiting) >= rows.shape[1]:
+            _add(self._sums, name, _gram(_joined(self._waiting.pop(name))))
+
+    def parts(self) -> dict[str, tuple[Array, int]]:
+        """Return, of one batch, the sum of a a^T or fewer rows a than d_in by weight, and how many a there are."""
+        return {n: (self._sums[n] if n in self._sums else _joined(self._waiting[n]), c) for n, c in self._rows.items()}
+
+    def add_parts(self, parts: Mapping[str, tuple[Array, int]]) -> None:
+        """Add what ``parts`` returned."""
+        for name, (array, count) in parts.items():
+            self._rows[name] = self._rows.get(name, 0) + int(count)
+            if len(array.shape) == 1 or array.shape[0] == array.shape[1]:
+                _add(self._sums, name, array)
+            else:
+                self._add_rows(name, array)
+
+    def means(self, exchange: Exchange | None = None) -> Params:
+        """Return the means, as ``input_grams`` does; with an exchange this can be done once."""
+        sums, waiting, rows = self._sums, self._waiting, self._rows
+        if exchange is not None:
+            rows = _of_all_processes(sums, waiting, rows, exchange)
+        means: Params = {}
+        for name, count in rows.items():
+            if name in waiting and name in sums:
                 _add(sums, name, _gram(_joined(waiting.pop(name))))
-    if exchange is not None:
-        rows = _of_all_processes(sums, waiting, rows, exchange)
-    means: Params = {}
-    for name, count in rows.items():
-        if name in waiting and name in sums:
-            _add(sums, name, _gram(_joined(waiting[name])))
-        means[name] = sums[name] / count if name in sums else _wide(_joined(waiting[name])) / count**0.5
-    return means
+            means[name] = sums[name] / count if name in sums else _wide(_joined(waiting[name])) / count**0.5
+        return means
 
 
 def _of_all_processes(
@@ -158,7 +207,10 @@ def _wide(rows: Array) -> Array:
 
 
 def _add(sums: Params, name: str, gram: Array) -> None:
-    sums[name] = sums[name] + gram if name in sums else gram
+    if name in sums:
+        sums[name] += gram  # both were made here, so one may be overwritten
+    else:
+        sums[name] = gram
 
 
 def _window_gram(images: Array, kernel: tuple[int, int]) -> Array:

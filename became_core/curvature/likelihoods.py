@@ -61,6 +61,9 @@ class Likelihood(ABC):
     has_labels: ClassVar[bool] = False
     """Whether a target is a label, the number of one of the outputs."""
 
+    is_standardised: ClassVar[bool] = True
+    """Whether targets that are no labels are standardised before they are learned; not where they are probabilities."""
+
     @property
     def is_plain(self) -> bool:
         """Whether the loss is the mean cross-entropy of all labels, which frameworks compute themselves."""
@@ -356,6 +359,8 @@ class Bernoulli(Likelihood):
         >>> float(Bernoulli().loss(np.array([[0.0]]), np.array([[1.0]])).round(4))
         0.6931
     """
+
+    is_standardised: ClassVar[bool] = False
 
     def units(self, outputs: Array, targets: Array) -> float:
         """Return the number of samples."""

@@ -10,8 +10,9 @@ weight is (d_in = channels x height x width of the kernel). A layer that runs se
 of all runs, because a gradient is a sum over positions and runs alike. Everything is computed in the promoted dtype of
 a and g, and at least in float32.
 
-Per-sample gradients are squared and summed for some samples at a time, so that at most ``CHUNK`` numbers of them exist.
-They then stay in the processor's cache, and memory is bounded for any batch size.
+Per-sample gradients are squared and summed for some samples at a time, and of a large matrix for some of its rows, so
+that at most ``CHUNK`` numbers of them exist. They then stay in the processor's cache, and memory is bounded for any
+batch size.
 
 The gradient of an embedding is a sum of rows by key. The Array API has no scatter, so rows are sorted by key; then each
 row adds the row 1, 2, 4, ... positions below it, as long as that has the same key. In the end the first row of a key is
@@ -25,10 +26,21 @@ from typing import Any, Literal
 
 from became_core.arrays import Array, Params, device, namespace, pytree, reduction_dtype, static
 
-__all__ = ["Tap", "Taps", "batch_gradient", "joined_uses", "per_sample_gradients", "per_sample_square_sum"]
+__all__ = [
+    "Tap",
+    "Taps",
+    "batch_gradient",
+    "joined_uses",
+    "per_sample_gradients",
+    "per_sample_square_sum",
+    "row_counts",
+]
 
 # How many numbers of per-sample gradients exist at a time: 4 MiB of float32, which fit in a processor's cache.
 CHUNK = 2**20
+
+# How many samples' gradients of a block of a large matrix's rows exist at a time.
+TOGETHER = 8
 
 
 @pytree
@@ -53,7 +65,9 @@ class Tap:
         groups: for a matrix, the number of blocks of equal size into which inputs and outputs are cut. A block of
             outputs depends on its own block of inputs alone, and W is [d_out, d_in / groups].
         size: for an embedding, the number of rows of W.
-        kernel: for a window, its height and width.
+        kernel: for a window, or a matrix that has images, the kernel's height and width.
+        images: for a matrix whose inputs are all patches of images, one step apart, the padded images too, [samples,
+            channels, height, width], if they are given: a Gram matrix of them costs less.
         own_name: whether the tap goes by the weight's own name and not by its layer's; then it has no bias.
         transposed: for a matrix, whether W is stored as [d_in, d_out].
         others: further uses of the same weight, of other kinds, whose gradients are added to this one's: an embedding
@@ -69,12 +83,14 @@ class Tap:
     kernel: tuple[int, int] = static(default=(0, 0))
     own_name: bool = static(default=False)
     transposed: bool = static(default=False)
+    images: Array | None = None
     others: tuple["Tap", ...] = ()
 
     def __getitem__(self, samples: slice) -> "Tap":
-        """Return the tap of a slice of the samples."""
+        """Return the tap of a slice of the samples, without images."""
         return replace(
             self,
+            images=None,
             inputs=self.inputs[samples, ...],
             output_gradients=self.output_gradients[samples, ...],
             others=tuple(other[samples] for other in self.others),
@@ -119,7 +135,7 @@ def _in_a_row(taps: Sequence[Tap]) -> Tap:
     if len({tap.inputs.shape[0] for tap in taps}) > 1:  # then all are summed over samples
         sides = [[xp.reshape(array, (1, -1, *array.shape[2:])) for array in side] for side in sides]
     inputs, gradients = (xp.concat(side, axis=1) for side in sides)
-    return replace(taps[0], inputs=inputs, output_gradients=gradients)
+    return replace(taps[0], inputs=inputs, output_gradients=gradients, images=None)
 
 
 # By the name of the layer: the tap of ``conv1`` belongs to ``conv1.weight`` and ``conv1.bias``. A tap of the kind
@@ -150,10 +166,28 @@ def per_sample_square_sum(taps: Taps) -> Params:
             # With one position the square of g a^T is g^2 (a^2)^T, so the sum over samples is one matrix product.
             squares[name] = _weight_gradients(tap, squared=True)
         else:
-            squares[name] = sum(_square_sum(_weight_gradients(part)) for part in _chunks(tap))
+            xp: Any = namespace(inputs=tap.inputs)
+            blocks = [_sum_of_squares(block) for block in _blocks_of_rows(tap)]
+            squares[name] = blocks[0] if len(blocks) == 1 else xp.concat(blocks)
     for name, tap in _biases(taps):
         squares[name] = _square_sum(_bias_gradients(tap))
     return squares
+
+
+def row_counts(tap: Tap) -> Array:
+    """Return how many positions look up each row of an embedding, [size]; one without a gradient, as padding, is none.
+
+    It is the diagonal of the sum of a a^T over the embedding's inputs a, if they are seen as one-hot vectors.
+
+    Examples:
+        >>> import numpy as np
+        >>> row_counts(Tap("embedding", np.array([[2, 0, 2]]), np.ones((1, 3, 1)), size=3))
+        array([1., 0., 2.])
+    """
+    xp: Any = namespace(gradients=tap.output_gradients)
+    counted = xp.any(tap.output_gradients != 0, axis=2)
+    rows = xp.astype(counted, reduction_dtype(xp, gradients=tap.output_gradients))
+    return _sums_by_key(xp.reshape(rows, (1, -1, 1)), xp.reshape(tap.inputs, (1, -1)), tap.size)[0, :, 0]
 
 
 def per_sample_gradients(taps: Taps) -> Params:
@@ -190,12 +224,30 @@ def _biases(taps: Taps) -> Iterator[tuple[str, Tap]]:
     return ((f"{layer}.bias", tap) for layer, tap in taps.items() if tap.has_bias)
 
 
-def _chunks(tap: Tap) -> Iterator[Tap]:
-    """Yield the tap in slices of samples, each with at most ``CHUNK`` numbers of per-sample weight gradients."""
+def _blocks_of_rows(tap: Tap) -> Iterator[Tap]:
+    """Yield the taps of blocks of a matrix's rows, of which some samples' gradients fit in ``CHUNK`` numbers."""
+    size = _size(tap)
+    if tap.kind != "matrix" or tap.groups > 1 or tap.others or size <= CHUNK // TOGETHER:
+        yield tap
+        return
+    side = "inputs" if tap.transposed else "output_gradients"
+    array = getattr(tap, side)
+    rows = int(array.shape[2])
+    step = max(1, CHUNK // TOGETHER // (size // rows))
+    for start in range(0, rows, step):
+        block: dict[str, Any] = {side: array[:, :, start : min(start + step, rows)]}
+        yield replace(tap, **block)
+
+
+def _sum_of_squares(tap: Tap) -> Array:
+    """Return the sum over samples of the squared weight gradients, at most ``CHUNK`` of which exist at a time."""
     samples = tap.inputs.shape[0]
     step = max(1, CHUNK // max(1, *(_size(use) for use in (tap, *tap.others))))
-    for start in range(0, samples, step):
-        yield tap[start : min(start + step, samples)]
+    total: Array = None
+    for start in range(0, max(1, samples), step):
+        square = _square_sum(_weight_gradients(tap[start : min(start + step, samples)]))
+        total = square if total is None else total + square
+    return total
 
 
 def _size(tap: Tap) -> int:
@@ -248,8 +300,9 @@ def _bias_gradients(tap: Tap) -> Array:
 
 
 def _square_sum(per_sample: Array) -> Array:
-    xp = namespace(per_sample=per_sample)
-    return xp.sum(per_sample * per_sample, axis=0)
+    """Return the sum over samples of squares; the array was made here, so it may be overwritten."""
+    per_sample *= per_sample
+    return namespace(per_sample=per_sample).sum(per_sample, axis=0)
 
 
 def _sums_by_key(rows: Array, keys: Array, size: int) -> Array:

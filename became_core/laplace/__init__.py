@@ -1,6 +1,13 @@
 """The Laplace-posterior mathematics: quadratics, precisions, the posterior, alpha*, merging rules and paths."""
 
-from became_core.laplace.bezier import BezierPath, bezier_path, predicted_advantage, train_control
+from became_core.laplace.bezier import (
+    BecameCurve,
+    BezierPath,
+    bezier_path,
+    curve_minimiser,
+    predicted_advantage,
+    train_control,
+)
 from became_core.laplace.estimators import (
     Calibrated,
     DiagonalFisher,
@@ -21,6 +28,7 @@ from became_core.precision import Dense, Diagonal, Isotropic, Kronecker, LowRank
 
 __all__ = [
     "Became",
+    "BecameCurve",
     "BezierPath",
     "Calibrated",
     "Dense",
@@ -52,6 +60,7 @@ __all__ = [
     "bezier_path",
     "combine",
     "compare",
+    "curve_minimiser",
     "layerwise_quadratic",
     "merge",
     "optimal_alpha",

@@ -15,6 +15,7 @@ a rule that calls another one gets what that one needs.
 | ``ModeIMM`` | (sum_k m_k F_k)^-1 sum_k m_k F_k theta_k, F_k diagonal | Lee 2017, mode-based IMM |
 | ``FisherMerge`` | the same, of any K models with any weights | Matena & Raffel 2022 |
 | ``Became`` | the minimum of the losses' quadratic between the models | BECAME 2025 |
+| ``BecameCurve`` | the minimum along a curve between two models, in ``bezier`` | |
 | ``GridSearch`` | the best of a grid by a true loss | |
 
 Some rules differ from merge to merge of a continual run; ``for_task`` names the one for a task:
@@ -28,8 +29,8 @@ Some rules differ from merge to merge of a continual run; ``for_task`` names the
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, ClassVar, NamedTuple
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Literal, NamedTuple
 
 from became_core.arrays import Array, Params, Reduce, Tree, difference, namespace, reduction_dtype, shared_by_processes
 from became_core.errors import BecameError
@@ -56,6 +57,9 @@ __all__ = [
 ]
 
 TrueLoss = Callable[[Params], Any]
+
+PerWeight = Literal[Per, "weight"]
+"""What shares one coefficient of a rule: as ``Per`` has it, or nothing, so that every weight has its own."""
 
 
 class Merged(NamedTuple):
@@ -127,7 +131,7 @@ class Fixed(MergeRule):
 
     def merge(self, models: Sequence[Params], losses: Sequence[LocalLoss]) -> Merged:
         """Return (1 - alpha) theta_1 + alpha theta_2."""
-        first, second = _two(models, "a fixed coefficient")
+        first, second = two_of(models, "a fixed coefficient")
         return Merged(merge(first, second, self.alpha), _array(self.alpha, first))
 
 
@@ -162,7 +166,7 @@ class ModeIMM(MergeRule):
 
     def merge(self, models: Sequence[Params], losses: Sequence[LocalLoss]) -> Merged:
         """Return (sum_k m_k F_k)^-1 sum_k m_k F_k theta_k, F_k being the diagonal of loss k."""
-        _check_losses(models, losses)
+        check_losses(models, losses)
         precisions = [loss.diagonal().values for loss in losses]
         return Merged(precision_weighted_mean(models, precisions, _mixing(self.mixing, len(models))), None)
 
@@ -188,14 +192,26 @@ class Became(MergeRule):
 
     Attributes:
         precision: how the losses' curvatures are estimated; ``estimators`` has several.
-        per: "model" for one coefficient, "layer" or "leaf" for one each (of two models).
+        per: "model" for one coefficient, "layer" or "leaf" for one each (of two models), "weight" for one for each
+            weight, by the losses' diagonals alone: the mode of their product, as ``ModeIMM`` has it.
         reduce: how numbers are summed over all processes or devices, if the models are one's own parts of models, as
             within ``jax.shard_map``. PyTorch's ``DTensor`` needs none.
+        shrinkage: of "weight": the share of the way from there to the merge per model, in [0, 1]. A diagonal overstates
+            what it knows of single weights; the merge per model looks at their common way.
+
+    Raises:
+        BecameError: if the shrinkage is not in [0, 1].
     """
 
     precision: Estimator = field(default_factory=Secant)
-    per: Per = "model"
+    per: PerWeight = "model"
     reduce: Reduce | None = None
+    shrinkage: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Check the shrinkage."""
+        if not 0 <= self.shrinkage <= 1:
+            raise BecameError(f"the shrinkage is {self.shrinkage}; it must be in [0, 1].")
 
     def merge(self, models: Sequence[Params], losses: Sequence[LocalLoss]) -> Merged:
         """Return the best point of the segment between two models, or of the simplex that K models span.
@@ -204,11 +220,14 @@ class Became(MergeRule):
             BecameError: if there is not one loss for each model, or a coefficient for each layer or leaf is asked for
                 of more than two models.
         """
-        _check_losses(models, losses)
+        check_losses(models, losses)
+        per = self.per
+        if per == "weight":
+            return self._by_weight(models, losses)
         if len(models) == 2:
-            return self._between(models[0], models[1], losses)
-        if self.per != "model":
-            raise BecameError(f"a coefficient per {self.per} is for two models, not {len(models)}.")
+            return self._between(models[0], models[1], losses, per)
+        if per != "model":
+            raise BecameError(f"a coefficient per {per} is for two models, not {len(models)}.")
         first, *others = models
         newest = [0.0] * (len(others) - 1) + [1.0]
         quadratic = self._quadratic(
@@ -223,16 +242,23 @@ class Became(MergeRule):
             subspace, losses = restricted(subspace, losses, self.reduce)
         return self.precision.quadratic(subspace, losses)
 
-    def _between(self, theta_gp: Params, theta_hat: Params, losses: Sequence[LocalLoss]) -> Merged:
+    def _between(self, theta_gp: Params, theta_hat: Params, losses: Sequence[LocalLoss], per: Per) -> Merged:
         delta = difference(theta_hat, theta_gp)
-        if self.per == "model":
+        if per == "model":
             alpha = self._quadratic(MergeSubspace(theta_gp, [delta], [1.0]), losses).minimiser("box")[0]
             return Merged(merge(theta_gp, theta_hat, alpha), alpha)
-        groups = group_names(theta_gp, self.per)
-        frame = MergeSubspace(theta_gp, group_directions(delta, self.per), [1.0] * len(groups))
+        groups = group_names(theta_gp, per)
+        frame = MergeSubspace(theta_gp, group_directions(delta, per), [1.0] * len(groups))
         minimiser = self._quadratic(frame, losses).minimiser("box")
-        alphas = {name: minimiser[groups.index(group_of(name, self.per))] for name in theta_gp}
+        alphas = {name: minimiser[groups.index(group_of(name, per))] for name in theta_gp}
         return Merged(merge(theta_gp, theta_hat, alphas), alphas)
+
+    def _by_weight(self, models: Sequence[Params], losses: Sequence[LocalLoss]) -> Merged:
+        mode = ModeIMM().merge(models, losses).theta
+        if self.shrinkage > 0:
+            per_model = replace(self, per="model").merge(models, losses)
+            mode = merge(mode, per_model.theta, self.shrinkage)
+        return Merged(mode, None)
 
 
 @dataclass(frozen=True)
@@ -251,7 +277,7 @@ class GridSearch(MergeRule):
 
     def merge(self, models: Sequence[Params], losses: Sequence[LocalLoss]) -> Merged:
         """Return the best of the segment's grid points."""
-        first, second = _two(models, "a grid search")
+        first, second = two_of(models, "a grid search")
         if self.points < 2:
             raise BecameError(f"a grid of {self.points} points has no ends; give at least 2.")
         alphas = [index / (self.points - 1) for index in range(self.points)]
@@ -356,12 +382,12 @@ def precision_weighted_mean(models: Sequence[Params], precisions: Sequence[Param
     return merged
 
 
-def _check_losses(models: Sequence[Params], losses: Sequence[LocalLoss]) -> None:
+def check_losses(models: Sequence[Params], losses: Sequence[LocalLoss]) -> None:
     if len(losses) != len(models):
         raise BecameError(f"there are {len(models)} models and {len(losses)} losses; give each model's own loss.")
 
 
-def _two(models: Sequence[Params], what: str) -> tuple[Params, Params]:
+def two_of(models: Sequence[Params], what: str) -> tuple[Params, Params]:
     if len(models) != 2:
         raise BecameError(f"{what} is for two models, not {len(models)}.")
     return models[0], models[1]

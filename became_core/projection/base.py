@@ -12,7 +12,7 @@ input space. Names are those of the weights, such as ``conv1.weight``. Gram matr
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from typing import ClassVar, Protocol, Self, TypeVar
+from typing import Any, ClassVar, Protocol, Self, TypeVar
 
 import numpy as np
 
@@ -28,7 +28,8 @@ class FinishedTask(Protocol):
         """Return, for each weight that can be protected, the mean over samples and positions of a a^T, [d_in, d_in].
 
         a is an input of the layer. If there are only n < d_in inputs, a factor F [n, d_in] may be returned instead,
-        with F^T F the mean.
+        with F^T F the mean. Of an embedding in a loop of a user's own, whose inputs are one-hot vectors, it is the
+        diagonal alone, [size].
         """
 
     def gradient_grams(self) -> Params:
@@ -62,7 +63,7 @@ class TaskStart(Protocol):
 
     @property
     def projectable(self) -> frozenset[str]:
-        """Names of the shared weights that taps describe as matrices."""
+        """Names of the shared weights that taps describe as matrices and that some stage changes."""
 
     @property
     def heads(self) -> Sequence[frozenset[str]]:
@@ -77,12 +78,18 @@ class TaskStart(Protocol):
         There is no dropout, and batch statistics of normalisation layers are constants.
         """
 
+    def input_grams(self) -> Params:
+        """Return the Gram matrices of ``FinishedTask.input_grams``, of the new task's inputs at ``weights``."""
+
     def inputs(self, theta: Params) -> Params:
         """Return each layer's inputs for a few samples at other weights, [samples, positions, d_in], by weight."""
 
 
 class View(ABC):
-    """The effective weights that a task's network works with; they are linear in the weights that all tasks share."""
+    """The effective weights that a task's network works with.
+
+    They are linear in the weights that all tasks share, unless the view is a region that is absorbed.
+    """
 
     @property
     @abstractmethod
@@ -103,6 +110,10 @@ class Region(View):
     scales: Params
     """What is trained beside the weights; no key is the name of a parameter."""
 
+    absorbed: ClassVar[bool] = False
+    """Whether the effective weights become the shared ones when the stage ends; then the region's shared weights stand
+    still in the stage, penalties are on the effective weights, and the effective weights need not be linear."""
+
     @abstractmethod
     def with_scales(self, scales: Params) -> Self:
         """Return the region with other scales."""
@@ -115,6 +126,18 @@ class Region(View):
             gradients: by name; the gradient of a weight outside the region is returned as it is.
             theta: the shared weights, of at least the region's names.
         """
+
+    @property
+    def projected_as(self) -> Mapping[str, str]:
+        """The scales whose rows lie in a weight's input space, by key, with the weight as which they are projected."""
+        return {}
+
+    def curvature_bounds(self, curvature: Params) -> Params:
+        """Return upper bounds of the curvature by the scales, of a function with this diagonal by effective weights.
+
+        An absorbed region has one of the shape of each scale: a penalty's steps are stable by it.
+        """
+        return {}
 
     def annealed(self, progress: float) -> Self:
         """Return the region for one step of an epoch; it is called before every step if ``anneals`` is true.
@@ -152,6 +175,15 @@ class Projector(ABC):
 
     needs_labels: ClassVar[str] = ""
     """Why targets must be labels; empty if they may be numbers."""
+
+    no_adapters: ClassVar[str] = ""
+    """Why the weights cannot learn through low-rank adapters; empty if they can."""
+
+    own_rank: ClassVar[int] = 0
+    """The rank of the low-rank adapters that the projector trains in if a run names none; 0 if it needs no adapters."""
+
+    trains_rows: ClassVar[bool] = True
+    """Whether A of low-rank adapters is trained in the first stage; if not, B alone is."""
 
     stages: ClassVar[int] = 1
     """How many stages the projector trains a task in, 1 or 2; ``between_stages`` is called between two stages."""
@@ -199,6 +231,13 @@ class Projector(ABC):
         """
         return rows
 
+    def removed_factor(self, name: str) -> Array | None:
+        """Return F [d_in, k] if rows of a weight are projected to rows - rows F F^T and by nothing else; None if not.
+
+        A framework that can add a product to an array in place may then do so, without an array of the weight's size.
+        """
+        return None
+
     def unprotected_penalty(self) -> float:
         """Return the strength of the quadratic penalty on shared parameters that are no matrices; 0 freezes them."""
         return 0.0
@@ -210,6 +249,26 @@ class Projector(ABC):
     def begin_task(self, start: TaskStart) -> Region | None:
         """Return the region that a new task is trained in, with its first scales; None trains the shared weights."""
         return None
+
+    def adapter_rows(self, start: TaskStart, drawn: Params) -> Params:
+        """Return the rows A, [r, d_in] by weight, with which low-rank adapters of a new task begin.
+
+        They are the drawn rows without their part in the protected space. What is left of a row is given the row's
+        length again, so that B learns as fast as without the projector; a row that lies in the protected space is 0.
+
+        Args:
+            start: the task that begins.
+            drawn: rows that were drawn at random, by weight.
+        """
+        rows = {}
+        for name, projected in self.project(drawn).items():
+            xp: Any = namespace(rows=projected)
+            before, after = (xp.sqrt(xp.sum(it * it, axis=1, keepdims=True)) for it in (drawn[name], projected))
+            # What is so small is as much rounding as remainder, and would be made large.
+            is_zero = after <= before * float(xp.finfo(projected.dtype).eps) ** 0.5
+            ratio = before / xp.where(is_zero, xp.ones_like(after), after)
+            rows[name] = projected * xp.where(is_zero, xp.zeros_like(after), ratio)
+        return rows
 
     def between_stages(self, theta: Params, projectable: frozenset[str]) -> tuple[Self, Params]:
         """Return the memory and the parameters with which the second of two stages begins.

@@ -9,13 +9,14 @@ the threshold:
     update    G <- G - G M M^T                                                       (eqs. 6, 7)
 
 What differs: the singular vectors come from the Gram matrix R R^T / n; its scale does not matter. A direction whose
-energy is rounding is never added, not even at a threshold of 1.
+energy is rounding is never added, not even at a threshold of 1. An embedding's inputs are one-hot vectors, whose
+singular vectors are the axes: its rows that are looked up most are protected.
 """
 
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
-from became_core.arrays import Array, pytree
+from became_core.arrays import Array, namespace, pytree
 from became_core.projection.base import FinishedTask
 from became_core.projection.layerwise import ThresholdProjector
 from became_core.projection.subspace import Subspace
@@ -52,5 +53,8 @@ class GPM(ThresholdProjector):
         return self._remembering({name: self._grown(name, gram) for name, gram in task.input_grams().items()})
 
     def _grown(self, name: str, gram: Array) -> Subspace:
+        if len(gram.shape) == 1:
+            xp: Any = namespace(gram=gram)
+            return Subspace.of(xp.astype(self._axes(name, gram), gram.dtype))
         parts, count = self._residual(name, gram)
         return Subspace.of(self._extended(name, parts.directions[:, :count], gram))

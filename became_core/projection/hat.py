@@ -73,6 +73,9 @@ class HAT(Projector):
     unit_graph: UnitGraph | None = static(default=None)
     gates: Params = field(default_factory=dict)
 
+    no_adapters: ClassVar[str] = (
+        "its gates say for single weights between units which may change, and factors change all at once"
+    )
     alone: ClassVar[str] = "gates protect every unit that is in use"
     needs_own_heads: ClassVar[str] = (
         "a task works behind gates of its own, and a head that later tasks train would no longer fit what these let "

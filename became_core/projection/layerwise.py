@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Self
 from became_core.arrays import Array, Params, namespace, static
 from became_core.errors import BecameError
 from became_core.projection.base import Projector, integers
-from became_core.projection.subspace import Energies, Subspace, energies, min_directions
+from became_core.projection.subspace import Energies, Subspace, energies, leading_axes, min_directions
 from became_core.registry import setting
 
 __all__ = ["LayerwiseProjector", "ThresholdProjector"]
@@ -66,6 +66,12 @@ class LayerwiseProjector(Projector):
     def project_rows(self, name: str, rows: Array) -> Array:
         """Return rows [n, d_in] without their part in the weight's protected space, if it has one."""
         return self.spaces[name].project_rows(name, rows) if name in self.spaces else rows
+
+    def removed_factor(self, name: str) -> Array | None:
+        """Return the factor of a weight's subspace, if projecting is what this class does and the subspace has one."""
+        own, space = type(self), self.spaces.get(name)
+        is_plain = own.project is LayerwiseProjector.project and own.project_rows is LayerwiseProjector.project_rows
+        return space.factor if is_plain and space is not None and space.form == "I - F F^T" else None
 
     @property
     def rowwise(self) -> frozenset[str]:
@@ -161,3 +167,9 @@ class ThresholdProjector(LayerwiseProjector):
         parts = energies(name, gram, self.bases.get(name))
         wanted = self.epsilon * parts.total
         return parts, min_directions(parts.new, wanted, captured=parts.captured, floor=parts.floor)
+
+    def _axes(self, name: str, gram: Array) -> Array:
+        """Return the axes that a diagonal Gram matrix [d] and the memory protect, as booleans [d]."""
+        old = self.bases.get(name)
+        new = leading_axes(name, gram, old, self.epsilon)
+        return new if old is None else new | (old > 0)

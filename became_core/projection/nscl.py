@@ -78,6 +78,12 @@ class NSCL(LayerwiseProjector):
         for name, gram in task.input_grams().items():
             xp: Any = namespace(gram=gram)
             old = self.covariances.get(name)
+            if len(gram.shape) == 1:  # the eigenvectors are the axes
+                total = wide(gram) if old is None else wide(gram) + wide(old)
+                least = xp.maximum(xp.min(total), rounding(gram, xp.sum(total))) if self.floored else xp.min(total)
+                spaces[name] = Subspace.of(xp.astype(total > self.ratio * least, gram.dtype))
+                covariances[name] = xp.astype(total, gram.dtype)
+                continue
             total = checked_gram(name, gram, None if old is None else int(old.shape[0]))
             total = total if old is None else total + wide(old)
             values, vectors = spectrum(total)

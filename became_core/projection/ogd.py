@@ -69,6 +69,9 @@ class OGD(Projector):
     blocks: tuple[int, ...] = static(default=())
     directions: Params = field(default_factory=dict)
 
+    no_adapters: ClassVar[str] = (
+        "its directions are gradients by whole weights, of all layers at once, which no step of a factor can avoid"
+    )
     protects_all: ClassVar[bool] = True
     needs_labels: ClassVar[str] = "it remembers gradients of the true class's logit"
 

@@ -69,6 +69,7 @@ class PackNet(Projector):
     retrains: bool = static(default=False)
     owners: Params = field(default_factory=dict)
 
+    no_adapters: ClassVar[str] = "its masks say for single weights which may change, and factors change all at once"
     alone: ClassVar[str] = "masks protect every weight that is in use"
     needs_own_heads: ClassVar[str] = (
         "a task works with a mask of its own, and a head that later tasks train would no longer fit the weights that "

@@ -64,6 +64,12 @@ class SGP(ImportanceProjector):
 
     def _grown(self, name: str, gram: Array) -> Subspace:
         xp: Any = namespace(gram=gram)
+        if len(gram.shape) == 1:
+            sigma = xp.where(self._axes(name, gram), xp.sqrt(wide(gram)), xp.zeros_like(wide(gram)))
+            shares = importances(sigma, self.scale)
+            if name in self.spaces:
+                shares = xp.clip(shares + wide(self.spaces[name].importance), 0.0, 1.0)
+            return Subspace.of(xp.astype(shares, gram.dtype))
         parts, count = self._residual(name, gram)
         importance = importances(xp.sqrt(xp.concat([parts.old, parts.new[:count]])), self.scale)
         if name in self.spaces:

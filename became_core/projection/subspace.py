@@ -18,6 +18,9 @@ cheapest form:
 It costs 4 d min(k, d - k) operations a row, or 2 d^2 in the last form. If the subspace is the whole space, N has no
 columns, and projected rows are exactly zero.
 
+A subspace along axes, as an embedding's is, whose inputs are one-hot vectors, has the axes' importances [d] for a
+basis, and P = diag(1 - importance).
+
 Convention: energies are eigenvalues of C, which are mean squares, in descending order. Both parts compute in float64
 where the framework has it. P is prepared from the basis in the dtype in which the memory stores it, so that a memory
 that was read from a file projects to the same bits.
@@ -35,6 +38,7 @@ __all__ = [
     "checked_gram",
     "complement",
     "energies",
+    "leading_axes",
     "min_directions",
     "rounding",
     "spectrum",
@@ -222,13 +226,46 @@ def min_directions(values: Array, wanted: Array, *, captured: Array | float = 0.
     return min(short + 1, int(xp.sum(xp.astype(values > floor, xp.int32))))
 
 
+def leading_axes(name: str, energies: Array, old: Array | None, share: float) -> Array:
+    """Return which axes a subspace along axes needs beside those that it has, booleans [d].
+
+    They are the fewest whose energies, with those of the old axes, are a share of the total.
+
+    Args:
+        name: what a message calls the weight.
+        energies: the diagonal of a Gram matrix, [d].
+        old: the importances of the axes in the memory; None if there are none.
+        share: in (0, 1].
+
+    Raises:
+        BecameError: if the energies are not finite, or not as many as the axes of the memory.
+
+    Examples:
+        >>> import numpy as np
+        >>> leading_axes("words.weight", np.array([1.0, 0.0, 5.0, 4.0]), None, 0.9)
+        array([False, False,  True,  True])
+    """
+    xp: Any = namespace(energies=energies)
+    if old is not None and old.shape != energies.shape:
+        raise BecameError(f"'{name}' has {energies.shape[0]} rows; its memory is one of {old.shape[0]}.")
+    check_values(xp.all(xp.isfinite(energies)), f"the inputs of '{name}' are not finite; look for NaN in the network.")
+    values = wide(energies)
+    is_old = xp.zeros_like(values) > 0 if old is None else old > 0
+    new = xp.where(is_old, xp.zeros_like(values), values)
+    order = xp.argsort(-new, stable=True)
+    total = xp.sum(values)
+    count = min_directions(xp.take(new, order, axis=0), share * total, captured=total - xp.sum(new))
+    # The place of each axis in the order is where the order's own order has it.
+    return xp.argsort(order, stable=True) < count
+
+
 @pytree
 @dataclass(frozen=True)
 class Subspace:
     """A protected subspace of rows, and the map P that projects rows out of it; ``Subspace.of`` makes it.
 
     Attributes:
-        basis: M, orthonormal columns [d, k].
+        basis: M, orthonormal columns [d, k]; or, along axes, their importances [d].
         importance: [k], in [0, 1]: the share of each direction's part that is removed from a row.
         factor: F, in the notation of this module.
         form: how P is computed from F.
@@ -244,13 +281,18 @@ class Subspace:
     basis: Array
     importance: Array
     factor: Array
-    form: Literal["I - F F^T", "F F^T", "F"] = static()
+    form: Literal["I - F F^T", "F F^T", "F", "diag F"] = static()
     protected: int = static()
 
     @classmethod
     def of(cls, basis: Array, importance: Array | None = None) -> Self:
-        """Return the subspace of a basis [d, k], with an importance [k] of its directions; each is 1 if None."""
+        """Return the subspace of a basis [d, k], with an importance [k] of its directions; each is 1 if None.
+
+        Of importances of axes [d] in the place of a basis, it is the subspace along these axes.
+        """
         xp: Any = namespace(basis=basis)
+        if len(basis.shape) == 1:
+            return cls(basis, basis, 1 - basis, "diag F", int(float(xp.sum(wide(basis))) // 1))
         width, rank = (int(size) for size in basis.shape)
         if importance is None:
             importance = xp.ones((rank,), dtype=basis.dtype, device=device(basis))
@@ -287,6 +329,8 @@ class Subspace:
         return xp.astype(self._applied(xp, xp.astype(rows, common), xp.astype(self.factor, common)), rows.dtype)
 
     def _applied(self, xp: Any, rows: Array, factor: Array) -> Array:
+        if self.form == "diag F":
+            return rows * factor
         along = xp.matmul(rows, factor)
         if self.form == "F":
             return along

@@ -58,6 +58,7 @@ class TRGP(ThresholdProjector):
     regions: dict[int, "TrustRegion"] = field(default_factory=dict, kw_only=True)
 
     beside: ClassVar[tuple[str, ...]] = ("selections",)
+    no_adapters: ClassVar[str] = "it trains a task in a trust region of its own, of scales of the old weights"
     needs_own_heads: ClassVar[str] = "a task works with scales of its own, which a shared head would not fit"
 
     def remember(self, task: FinishedTask) -> Self:

@@ -30,6 +30,7 @@ from adapters.networks import (
 )
 from became_core.continual import (
     Adam,
+    Adaptation,
     Annealed,
     EpochEnd,
     Learner,
@@ -150,6 +151,20 @@ def test_rates_by_group_and_a_penalty_on_biases_are_the_same_on_every_framework(
     learner = FRAMEWORKS[framework].learner(BIASED, short_stream(), 0)
     learner.assign({name: FRAMEWORKS[framework].array(value) for name, value in reference.parameters().items()})
     assert_equal(penalised_run(learner), penalised_run(reference))
+
+
+def adapted_run(learner: Learner) -> Run:
+    training = replace(BY_GROUP, adaptation=Adaptation(freeze=("fc1.bias",), rank=3, scale=2.0))
+    return run(learner, short_stream(), "ewc", training)
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+def test_low_rank_adapters_learn_the_same_on_every_framework(framework: str) -> None:
+    """Under a penalty, which is on the effective weights."""
+    reference = ReferenceLearner(short_stream(), hidden=(100, 100), bias=True)
+    learner = FRAMEWORKS[framework].learner(BIASED, short_stream(), 0)
+    learner.assign({name: FRAMEWORKS[framework].array(value) for name, value in reference.parameters().items()})
+    assert_equal(adapted_run(learner), adapted_run(reference))
 
 
 @cache

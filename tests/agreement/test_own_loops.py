@@ -10,9 +10,11 @@ import pytest
 
 torch = pytest.importorskip("torch")
 keras = pytest.importorskip("keras")
+tf = pytest.importorskip("tensorflow")
 
 from adapters.tensorflow import Continual as KerasContinual  # noqa: E402
 from adapters.torch import Continual as TorchContinual  # noqa: E402
+from became_core.projection import GPM  # noqa: E402
 
 
 class _Perceptron(torch.nn.Module):  # type: ignore[misc, name-defined, unused-ignore]
@@ -22,6 +24,15 @@ class _Perceptron(torch.nn.Module):  # type: ignore[misc, name-defined, unused-i
 
     def forward(self, x: Any) -> Any:
         return self.last(torch.tanh(self.first(x)))
+
+
+class _Words(torch.nn.Module):  # type: ignore[misc, name-defined, unused-ignore]
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.last = torch.nn.Embedding(9, 2), torch.nn.Linear(8, 3)
+
+    def forward(self, x: Any) -> Any:
+        return self.last(self.words(x).flatten(1))
 
 
 @pytest.fixture(autouse=True)
@@ -91,3 +102,85 @@ def test_both_remember_merge_and_save_the_same(tmp_path: Path) -> None:
     assert reports[0].slopes == pytest.approx(reports[1].slopes, rel=1e-8)
     np.testing.assert_allclose(reports[0].trace, reports[1].trace, rtol=1e-8)
     np.testing.assert_allclose(model.get_layer("first").kernel.numpy().T, module.first.weight.detach(), rtol=1e-8)
+
+
+def test_both_remember_the_same_of_an_adams_second_moments() -> None:
+    layers = [keras.layers.Dense(8, "tanh", name="first"), keras.layers.Dense(3, name="last")]
+    model, module, data = keras.Sequential([keras.Input((6,)), *layers]), _Perceptron().double(), _data(1)
+    _set_keras(model, _weights(0.0))
+    module.load_state_dict({name: torch.from_numpy(value) for name, value in _weights(0.0).items()})
+    settings = {"learning_rate": 1e-2, "beta_2": 0.9}
+    of_keras = keras.optimizers.AdamW(**settings, weight_decay=0.0, epsilon=1e-8)
+    of_torch = torch.optim.AdamW(module.parameters(), 1e-2, betas=(0.9, 0.9), weight_decay=0.0)
+    model.compile(of_keras, keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    for x, y in data * 2:
+        model.train_on_batch(x, y)
+        of_torch.zero_grad()
+        torch.nn.functional.cross_entropy(module(torch.from_numpy(x)), torch.from_numpy(y)).backward()
+        of_torch.step()
+    by_keras, by_torch = KerasContinual(model), TorchContinual(module)
+    for learning, optimizer in ((by_keras, of_keras), (by_torch, of_torch)):
+        with pytest.warns(UserWarning, match="unfit after clipping"):
+            learning.remember(optimizer=optimizer, samples=8)
+        assert learning.coverage.share("penalised") == 1
+    assert by_keras.posterior is not None
+    assert by_torch.posterior is not None
+    for name, value in by_torch.posterior.precision.diagonal().items():
+        np.testing.assert_allclose(by_keras.posterior.precision.diagonal()[name], value, rtol=1e-5)
+        assert float(value.abs().max()) > 0
+
+
+def test_both_take_the_same_steps_of_an_adam() -> None:
+    """What is penalised is pulled back in the Adam's own metric, in compiled steps of Keras too."""
+    layers = [keras.layers.Dense(8, "tanh", name="first"), keras.layers.Dense(3, name="last")]
+    model, module, old, new = keras.Sequential([keras.Input((6,)), *layers]), _Perceptron().double(), _data(1), _data(2)
+    _set_keras(model, _weights(0.0))
+    module.load_state_dict({name: torch.from_numpy(value) for name, value in _weights(0.0).items()})
+    by_keras, by_torch = KerasContinual(model, check=False), TorchContinual(module, check=False)
+    by_keras.remember(old)
+    by_torch.remember([tuple(map(torch.from_numpy, batch)) for batch in old])
+    of_torch = torch.optim.Adam(module.parameters(), 0.05, betas=(0.9, 0.99))
+    of_keras = keras.optimizers.Adam(0.05, beta_2=0.99, epsilon=1e-8)
+    model.compile(of_keras, keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    with by_keras.stable(), by_torch.stable(of_torch):
+        for x, y in new * 2:
+            model.train_on_batch(x, y)
+            of_torch.zero_grad()
+            torch.nn.functional.cross_entropy(module(torch.from_numpy(x)), torch.from_numpy(y)).backward()
+            of_torch.step()
+    # Keras keeps the learning rate and its powers of beta in single precision.
+    for layer in ("first", "last"):
+        kernel, bias = model.get_layer(layer).get_weights()
+        np.testing.assert_allclose(kernel.T, getattr(module, layer).weight.detach(), rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(bias, getattr(module, layer).bias.detach(), rtol=1e-4, atol=1e-6)
+
+
+def test_both_protect_the_same_rows_of_an_embedding() -> None:
+    layers = [keras.layers.Embedding(9, 2, name="words"), keras.layers.Flatten(), keras.layers.Dense(3, name="last")]
+    model, module = keras.Sequential([keras.Input((4,), dtype="int32"), *layers]), _Words().double()
+    rng, old = np.random.default_rng(3), np.array([[1, 2, 1, 5], [5, 1, 7, 1]])
+    words, last, bias = rng.normal(size=(9, 2)), rng.normal(size=(3, 8)), rng.normal(size=3)
+    model.get_layer("words").set_weights([words])
+    model.get_layer("last").set_weights([last.T, bias])
+    module.load_state_dict(
+        {
+            "words.weight": torch.from_numpy(words),
+            "last.weight": torch.from_numpy(last),
+            "last.bias": torch.from_numpy(bias),
+        }
+    )
+    by_keras, by_torch = (
+        kind(net, projector=GPM(0.7)) for kind, net in ((KerasContinual, model), (TorchContinual, module))
+    )
+    by_keras.remember([(old.astype(np.int32), np.array([0, 2]))])
+    by_torch.remember([(torch.from_numpy(old), torch.tensor([0, 2]))])
+    assert str(by_keras.coverage) == str(by_torch.coverage)
+    assert by_torch.projector.rank["words.weight"] == (2, 9)
+    update = {"words.weight": np.ones((2, 9))}
+    found = by_keras.projector.project({n: tf.constant(v) for n, v in update.items()})["words.weight"]
+    np.testing.assert_array_equal(found, [[1, 0, 1, 1, 1, 0, 1, 1, 1]] * 2)
+    optimizer = keras.optimizers.SGD(0.5)
+    with by_keras.stable(optimizer):
+        optimizer.apply([tf.ones((9, 2), "float64")], [model.get_layer("words").embeddings])
+    moved = (model.get_layer("words").embeddings.numpy() != words).any(1)
+    assert moved.tolist() == [True, False, True, True, True, False, True, True, True]

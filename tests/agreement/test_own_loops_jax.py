@@ -13,7 +13,7 @@ optax = pytest.importorskip("optax")
 from adapters.jax import own_loop  # noqa: E402
 from adapters.torch import Continual  # noqa: E402
 from became_core.arrays import named_leaves  # noqa: E402
-from became_core.projection import SGP  # noqa: E402
+from became_core.projection import GPM, SGP  # noqa: E402
 from tests.backends import load  # noqa: E402
 
 RATE = 0.3
@@ -112,3 +112,83 @@ def test_both_remember_step_merge_and_save_the_same(tmp_path: Path) -> None:
     assert report.promised == expected.promised
     np.testing.assert_allclose(report.trace, expected.trace, rtol=1e-8)
     _assert_alike(report.params, module)
+
+
+def test_both_remember_the_same_of_an_adams_second_moments() -> None:
+    load("jax", "cpu")
+    torch.manual_seed(0)
+    module, data = _Perceptron().double(), _data(1)
+    params = _as_tree(module)
+    of_torch = torch.optim.Adam(module.parameters(), RATE, betas=(0.9, 0.99))
+    # Each part of the parameters has an optimiser, and another comes before it.
+    adams = {"first": optax.adam(RATE, b2=0.99), "last": optax.adam(RATE, b2=0.99)}
+    of_jax = optax.chain(optax.identity(), optax.multi_transform(adams, {"first": "first", "last": "last"}))
+    state = of_jax.init(params)
+
+    def loss(params: Any, x: Any, y: Any) -> Any:
+        return optax.softmax_cross_entropy_with_integer_labels(_apply(params, x), y).mean()
+
+    for x, y in data:
+        of_torch.zero_grad()
+        torch.nn.functional.cross_entropy(module(torch.from_numpy(x)), torch.from_numpy(y)).backward()
+        of_torch.step()
+        updates, state = of_jax.update(jax.grad(loss)(params, x, y), state, params)
+        params = optax.apply_updates(params, updates)
+    learning = Continual(module)
+    with pytest.warns(UserWarning, match="unfit after clipping"):
+        learning.remember(optimizer=of_torch, samples=8)
+    with pytest.warns(UserWarning, match="unfit after clipping"):
+        memory = own_loop.remember(_apply, params, state=state, samples=8, b2=0.99)
+    assert learning.posterior is not None
+    for name, value in learning.posterior.precision.diagonal().items():
+        np.testing.assert_allclose(memory.posterior.precision.diagonal()[name], value, rtol=1e-9)
+        assert float(value.abs().max()) > 0
+    assert own_loop.coverage(memory).share("penalised") == 1
+
+
+def test_both_take_the_same_steps_of_an_adam() -> None:
+    """What is penalised is pulled back in the Adam's own metric."""
+    load("jax", "cpu")
+    torch.manual_seed(0)
+    module, old, new = _Perceptron().double(), _data(1), _data(2)
+    params = _as_tree(module)
+    learning = Continual(module, projector=GPM(0.7), check=False)
+    learning.remember([tuple(map(torch.from_numpy, batch)) for batch in old])
+    memory = own_loop.remember(_apply, params, old, projector=GPM(0.7), check=False)
+    of_torch = torch.optim.AdamW(module.parameters(), 0.05, betas=(0.9, 0.99), weight_decay=0.01)
+    adam = optax.chain(optax.identity(), optax.adamw(0.05, b2=0.99, weight_decay=0.01))
+    of_jax = own_loop.projected(memory, 0.05, adam, b2=0.99)
+
+    def loss(params: Any, x: Any, y: Any) -> Any:
+        return optax.softmax_cross_entropy_with_integer_labels(_apply(params, x), y).mean()
+
+    state, update, gradient = of_jax.init(params), jax.jit(of_jax.update), jax.jit(jax.grad(loss))
+    with learning.stable(of_torch):
+        for x, y in new * 2:
+            of_torch.zero_grad()
+            torch.nn.functional.cross_entropy(module(torch.from_numpy(x)), torch.from_numpy(y)).backward()
+            of_torch.step()
+            updates, state = update(gradient(params, x, y), state, params)
+            params = optax.apply_updates(params, updates)
+    _assert_alike(params, module)
+
+
+def test_rows_of_an_embedding_that_old_data_look_up_stand_still() -> None:
+    load("jax", "cpu")
+    rng, old, new = np.random.default_rng(3), np.array([[1, 2, 1, 5], [5, 1, 7, 1]]), np.array([[0, 1, 2, 3]])
+    params = {"words": jax.numpy.asarray(rng.normal(size=(9, 2))), "last": jax.numpy.asarray(rng.normal(size=(8, 3)))}
+
+    def apply(params: Any, keys: Any) -> Any:
+        return jax.numpy.tanh(params["words"][keys]).reshape(len(keys), -1) @ params["last"]
+
+    def loss(params: Any) -> Any:
+        return optax.softmax_cross_entropy_with_integer_labels(apply(params, new), np.array([1])).mean()
+
+    memory = own_loop.remember(apply, params, [(old, np.array([0, 2]))], projector=GPM(1.0))
+    assert memory.projector.rank["words"] == (4, 9)
+    assert own_loop.coverage(memory).share("protected") == 1
+    optimizer = optax.chain(optax.sgd(0.5), own_loop.projected(memory, 0.5))
+    updates, _ = optimizer.update(jax.grad(loss)(params), optimizer.init(params), params)
+    moved = optax.apply_updates(params, updates)
+    np.testing.assert_allclose(apply(moved, old), apply(params, old), rtol=0, atol=1e-12)
+    assert np.asarray(moved["words"] != params["words"]).any(1).tolist() == [True, *[False] * 2, True, *[False] * 5]

@@ -125,7 +125,7 @@ def test_the_page_refers_to_nothing_outside_itself(report: Path) -> None:
     assert {target.removeprefix("#") for target in targets} <= set(ids)
     assert "@import" not in text
     policy = [a["content"] for tag, a in page.elements if a.get("http-equiv") == "Content-Security-Policy"]
-    assert policy == ["default-src 'none'; style-src 'unsafe-inline'"]
+    assert policy == ["default-src 'none'; style-src 'unsafe-inline'; img-src data:"]
 
 
 def test_a_figures_file_follows_the_readers_theme_and_stays_as_it_is_elsewhere(report: Path) -> None:
@@ -193,3 +193,17 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(BecameError, match=r"cannot write to .*file"):
         write_report([run()], tmp_path / "file")
+
+
+def test_samples_that_are_pictures_are_shown_as_pictures(tmp_path: Path) -> None:
+    """One for each task so far after each task, with what it is for those who do not see it; others stay text."""
+    address = "data:image/png;base64,iVBORw0KGgo="
+    _, page = read(write_report([run(tasks=2, samples=[[address], [address, address]])], tmp_path / "pictures"))
+    pictures = [attributes for tag, attributes in page.elements if tag == "img"]
+    assert [picture["src"] for picture in pictures] == [address] * 3
+    assert pictures[1]["alt"] == "After task 2: test samples of task 1, what is made of them, and what is drawn."
+    hostile = address + '" onerror="alert(1)'
+    _, page = read(write_report([run(tasks=2, samples=[[hostile], [address, address]])], tmp_path / "hostile"))
+    assert [sorted(attributes) for tag, attributes in page.elements if tag == "img"] == [["alt", "src"]] * 3
+    _, page = read(write_report([run(tasks=2, samples=[["text"], [address, "text"]])], tmp_path / "text"))
+    assert not [tag for tag, _ in page.elements if tag == "img"]

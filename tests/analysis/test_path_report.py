@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from adapters.analysis.bootstrap import Estimate
-from adapters.analysis.path_report import regret, regret_table
+from adapters.analysis.figures.training import plot_path
+from adapters.analysis.path_report import curve_table, path_table, regret, regret_table
 from adapters.cli.__main__ import main as became
 from adapters.cli.main import main
 from adapters.torch.run import BACKEND
@@ -68,6 +69,30 @@ def test_the_regret_of_each_merge_is_how_far_its_best_traced_point_is() -> None:
     assert by_accuracy["constant 1"].values[0] == pytest.approx(1.25)
 
 
+def test_what_the_curve_promised_is_held_against_what_it_gave() -> None:
+    """The truth at the segment's alpha by diagonals, 1/2 here, minus that at the middle of the curve."""
+    kinds = ("exact", "exact, with gradient", "secant", "batch", "diagonal", "kronecker", "diagonal, without head")
+    sides = {side: {kind: [-1.0, 1.0] for kind in kinds} for side in ("new", "old")}
+    curve = [dict(point, loss=point["loss"] - 0.25 * point["alpha"]) for point in path()["points"]]
+    traced = run(alpha=[None, 0.25], paths=[path() | sides | {"curve": curve, "predicted_advantage": 0.5}])
+    ((task, predicted, *estimates),) = curve_table(traced).rows
+    assert (task, predicted) == ("2", "0.5")
+    measured, of_segment, of_curve, *accuracies = (cell.values[0] for cell in estimates if isinstance(cell, Estimate))
+    assert measured == pytest.approx(0.125)
+    assert of_curve < of_segment
+    assert len(accuracies) == 2
+
+
+def test_a_traced_run_whose_rule_has_no_alpha_is_shown_without_one() -> None:
+    """As of imm-mode, and of became with a coefficient for each weight."""
+    kinds = ("exact", "exact, with gradient", "secant", "batch", "diagonal", "kronecker", "diagonal, without head")
+    sides = {side: {kind: [-1.0, 1.0] for kind in kinds} for side in ("new", "old")}
+    traced = run(alpha=[None, None, None], paths=[path() | sides, path() | sides])
+    assert [row[0] for row in path_table(traced).rows] == ["2", "", "3", ""]
+    assert "the run" not in {row[0] for row in regret_table(traced, "loss").rows}
+    assert [axes.get_title("left") for axes in plot_path(traced).axes] == ["into task 2", "", "into task 3", ""]
+
+
 def test_paths_of_finished_runs_are_tables_and_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--epochs", "1", "--stage2-epochs", "1", "--curvature-samples", "32", "--batch-size", "64", "--quiet"]
     arguments += ["--first", "2", "--methods", "became", "--path-points", "3", "--out", str(tmp_path / "out")]
@@ -77,6 +102,7 @@ def test_paths_of_finished_runs_are_tables_and_figures(tmp_path: Path, capsys: p
     shown = capsys.readouterr().out
     for words in ("the truth along the merging paths", "regret in points of accuracy, merge by merge", "the run"):
         assert words in shown
+    assert "the curve beside the segment" in shown
     figure = tmp_path / "out" / "paths-became-seed0.svg"
     assert str(figure) in shown
     assert b"<svg" in figure.read_bytes()[:400]

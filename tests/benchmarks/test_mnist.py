@@ -8,7 +8,10 @@ import pytest
 from numpy.typing import NDArray
 
 from adapters.benchmarks import mnist
-from adapters.benchmarks.mnist import load_mnist
+from adapters.benchmarks.catalogue import BENCHMARKS
+from adapters.benchmarks.mnist import load_mnist, load_mnist_to_draw
+from became_core.continual import Annealed, Augmentation, Training, build_method
+from became_core.continual.run_context import check_method
 from became_core.errors import BecameError
 
 
@@ -73,3 +76,41 @@ def test_a_damaged_or_missing_file_is_named(
     monkeypatch.setattr(mnist, "_FILE", file)
     with pytest.raises(BecameError, match=rf"{file}.*{message}; install the package became again\.$"):
         load_mnist()
+
+
+def test_digits_to_draw_are_pixels_and_noise_of_two_digits_a_task() -> None:
+    digits, dataset = load_mnist(), load_mnist_to_draw()
+    stream = BENCHMARKS["split-mnist-vae"].stream(dataset, 0, validation=0.0, seed=0, class_order="label")
+    assert (len(stream.tasks), stream.shared_head, stream.unit, stream.target_scale) == (5, True, "nats", 1.0)
+    np.testing.assert_array_equal(dataset.images[:, :784, 0, 0], digits.images.reshape(-1, 784) > 127)
+    np.testing.assert_array_equal(stream.targets, dataset.images[:, :784, 0, 0])  # as they are: not standardised
+    assert dataset.images[:, 784:].std() == pytest.approx(1, abs=0.01)
+    for task in stream.tasks:
+        assert set(digits.labels[task.test]) == set(digits.labels[task.train]) == {2 * task.index, 2 * task.index + 1}
+
+
+@pytest.mark.parametrize(
+    ("method", "reason"),
+    [
+        ("hat", "hat is not for split-mnist-vae, whose tasks share a head: a task works behind gates"),
+        ("packnet", "packnet is not for split-mnist-vae, whose tasks share a head: a task works with a mask"),
+        ("became+trgp", r"became\+trgp is not for split-mnist-vae, whose tasks share a head: a task works with scales"),
+        ("ogd", "ogd is not for split-mnist-vae, whose targets are no labels of samples: it remembers gradients of"),
+        ("became-paper", "became-paper is not for split-mnist-vae, .* most likely labels, and there are none"),
+    ],
+)
+def test_methods_that_make_no_sense_are_refused_with_the_reason(method: str, reason: str) -> None:
+    dataset = load_mnist_to_draw()
+    stream = BENCHMARKS["split-mnist-vae"].stream(dataset, 0, validation=0.0, seed=0, class_order="label")
+    with pytest.raises(BecameError, match=reason):
+        check_method(build_method(method), stream)
+    for name in ("became", "became-curve", "became-half", "gpm", "sgp", "gpcns", "nscl", "ewc", "imm-mode", "joint"):
+        check_method(build_method(name), stream)
+
+
+def test_rows_of_pixels_and_noise_are_not_augmented() -> None:
+    dataset = load_mnist_to_draw()
+    stream = BENCHMARKS["split-mnist-vae"].stream(dataset, 0, validation=0.0, seed=0, class_order="label")
+    training = Training(Annealed(0.1, 1), Annealed(0.1, 1), augmentation=Augmentation())
+    with pytest.raises(BecameError, match="pixels and noise are not cropped and flipped; leave --augment out"):
+        check_method(build_method("gpm"), stream, training)

@@ -19,6 +19,7 @@ from became_core import BecameError
 from tests.checkpoints.killed import plan_in
 from tests.checkpoints.models import arrays, contents, pair, saved
 from tests.checkpoints.test_lora import adapter
+from tests.processes import WAIT
 
 # Processes to kill, each at another moment; `nox -s stress` kills more.
 KILLS = int(os.environ.get("BECAME_KILLS", "2"))
@@ -59,7 +60,7 @@ def killed_after(lines: int, folder: Path, out: Path) -> int:
         if count == lines:
             process.send_signal(signal.SIGKILL)
     process.stdout.close()
-    process.wait(timeout=60)
+    process.wait(timeout=WAIT)
     return count
 
 

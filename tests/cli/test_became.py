@@ -24,6 +24,7 @@ from adapters.torch.run import BACKEND
 from became_core import BecameError
 from became_core.continual import method_names
 from became_core.projection import PROJECTORS
+from tests.processes import WAIT
 
 SHORT = ["--preset", "quick", "--epochs", "1", "--stage2-epochs", "1", "--batch-size", "64", "--first", "2"]
 SHORT += ["--curvature-samples", "64"]
@@ -342,7 +343,7 @@ def test_a_command_whose_output_nobody_reads_ends_in_silence(words: list[str]) -
     )
     assert process.stdout is not None
     process.stdout.close()
-    _, said = process.communicate(timeout=120)
+    _, said = process.communicate(timeout=WAIT)
     assert "Traceback" not in said
     assert "BrokenPipeError" not in said
     assert process.returncode == 1

@@ -1,10 +1,10 @@
 """Runs on a Dask cluster of real processes: workers, the scheduler and the command end, and nothing is lost."""
 
+import json
 import os
 import random
 import re
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -49,19 +49,14 @@ def start() -> Iterator[Start]:
 
 
 @pytest.fixture
-def scheduler(start: Start) -> tuple[str, subprocess.Popen[bytes]]:
-    """The address of a scheduler, and its process."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    process = start("distributed.cli.dask_scheduler", "--host", "127.0.0.1", "--port", str(port))
-
-    def answers() -> bool:
-        with socket.socket() as probe:
-            return probe.connect_ex(("127.0.0.1", port)) == 0
-
-    until(answers)
-    return f"tcp://127.0.0.1:{port}", process
+def scheduler(start: Start, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, subprocess.Popen[bytes]]:
+    """The address of a scheduler, and its process, which chooses a free port and writes the address to a file."""
+    file = tmp_path_factory.mktemp("scheduler") / "scheduler.json"
+    process = start(
+        *("distributed.cli.dask_scheduler", "--host", "127.0.0.1", "--port", "0", "--scheduler-file", str(file))
+    )
+    until(lambda: file.exists() and file.read_text(encoding="utf-8").endswith("}"))
+    return json.loads(file.read_text(encoding="utf-8"))["address"], process
 
 
 def add_worker(start: Start, address: str) -> None:

@@ -20,7 +20,7 @@ from adapters.networks import (
     initial_values,
 )
 from became_core import BecameError
-from tests.compilers import optimised_by_jax
+from tests.compilers import compiled
 from tests.streams import prototype_stream
 
 
@@ -84,9 +84,8 @@ def test_compiled_gradients_in_single_precision_are_those_in_double() -> None:
             features = network(Pass(weights, masks), jax.numpy.asarray(images, dtype))
             return (features * jax.numpy.asarray(along, dtype)).sum()
 
-        return jax.jit(jax.grad(along_features))({n: jax.numpy.asarray(v, dtype) for n, v in initial.items()})
+        return compiled("jax", jax.grad(along_features))({n: jax.numpy.asarray(v, dtype) for n, v in initial.items()})
 
-    with optimised_by_jax():
-        single, double = gradients("float32"), gradients("float64")
+    single, double = gradients("float32"), gradients("float64")
     for name, value in double.items():
         np.testing.assert_allclose(single[name], value, atol=1e-4 * float(abs(value).max()), err_msg=name)

@@ -415,7 +415,7 @@ def test_sequences_of_several_lengths_are_remembered_by_the_token() -> None:
     for key in params:
         expected = sum((np.asarray(row[key]) ** 2).sum(0) for row in rows) / count
         np.testing.assert_allclose(memory.posterior.precision.diagonal()[key], expected, rtol=1e-9, atol=1e-14)
-    assert {p.name: p.treatment for p in coverage(memory).parameters} == {"table": "penalised", "out": "protected"}
+    assert {p.name: p.treatment for p in coverage(memory).parameters} == {"table": "protected", "out": "protected"}
     slope = sum(float((np.asarray(row[key]).sum(0) * np.asarray(params[key])).sum()) for row in rows for key in params)
     for squares in ("sample", "token"):  # the gradient of a batch does not depend on what is squared
         known = Categorical(by="token", shift=True, squares=squares)

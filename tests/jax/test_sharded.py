@@ -4,10 +4,12 @@ import os
 import subprocess
 import sys
 
+from tests.processes import WAIT
+
 
 def test_four_devices_merge_as_one_does_and_gather_nothing() -> None:
     environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
     environment.pop("JAX_DISABLE_MOST_OPTIMIZATIONS", None)  # which would keep XLA from joining the reductions
     command = [sys.executable, "-m", "tests.jax.sharded_devices"]
-    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=WAIT, check=False)
     assert ended.returncode == 0, ended.stderr

@@ -102,3 +102,18 @@ def test_a_network_takes_the_smallest_images_it_promises(name: str) -> None:
 def test_an_unknown_network_is_named_with_those_there_are() -> None:
     with pytest.raises(BecameError, match=f"no network 'vgg'; choose from {', '.join(sorted(NETWORKS.names))}"):
         build_network("vgg", (3, 32, 32))
+
+
+def test_the_autoencoder_encodes_pixels_alone_and_draws_by_what_is_left() -> None:
+    network = build_network("vae", (800, 1, 1))
+    assert {name: parameter.shape for name, parameter in network.parameters.items()} == {
+        "encoder.fc1.weight": (200, 784),
+        "encoder.fc2.weight": (32, 200),
+        "decoder.fc1.weight": (200, 16),
+    }
+    assert (network.width, network.beside, network.encoding) == (232, 32, "encoder.fc2")
+    assert network.masks == (((16,), None),)
+    with pytest.raises(BecameError, match=r"rows of pixels and of 16 numbers of noise, .* no images \[1, 28, 28\]"):
+        build_network("vae", (1, 28, 28))
+    with pytest.raises(BecameError, match="the vae network has no normalisation that could be 'group'"):
+        build_network("vae", (800, 1, 1), "group")

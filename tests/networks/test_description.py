@@ -1,21 +1,26 @@
 """What is said of a described network: shapes, parameters, masks, the order of its layers; what is refused."""
 
 from dataclasses import replace
+from typing import Any
 
+import numpy as np
 import pytest
 
 from adapters.networks import (
     Architecture,
     AveragePool,
     BatchNorm,
+    Branches,
     Convolution,
     Dropout,
     Flatten,
+    Latent,
     Linear,
     MaxPool,
     Parameter,
     ReLU,
     Residual,
+    Step,
 )
 from became_core import BecameError
 
@@ -66,6 +71,25 @@ def test_masks_have_channels_last_and_layers_that_drop_nothing_need_none() -> No
     assert WHOLE.masks == (((4, 3, 4), 2**14), ((4, 3, 4), 2**15))
 
 
+def test_branches_see_their_parts_and_lie_in_a_row() -> None:
+    parts = (0, 5, (Linear("first", 6), Latent())), (2, 4, ()), (4, 9, (Linear("second", 1),))
+    network = Architecture((Flatten(), Branches(parts)), (9, 1, 1))
+    assert [(type(layer).__name__, shape) for layer, shape in network.steps] == [
+        ("Flatten", (9, 1, 1)),
+        ("Linear", (5,)),
+        ("Latent", (6,)),
+        ("Linear", (5,)),
+    ]
+    assert (network.width, network.masks) == (2 + 2 + 1, (((2,), None),))
+    inputs = np.arange(18.0).reshape(2, 9)
+
+    def run(layer: Step, a: Any) -> Any:
+        return {"Linear": lambda: a + 100, "Latent": lambda: a[:, :2], "Flatten": lambda: a}[type(layer).__name__]()
+
+    expected = np.concatenate([inputs[:, :2] + 100, inputs[:, 2:4], inputs[:, 4:9] + 100], axis=1)
+    np.testing.assert_array_equal(network(run, inputs), expected)
+
+
 def test_it_is_a_value() -> None:
     assert hash(replace(WHOLE)) == hash(WHOLE)
     assert replace(WHOLE) == WHOLE != replace(WHOLE, image=(2, 6, 7))
@@ -82,6 +106,12 @@ def test_it_is_a_value() -> None:
         ((Flatten(), Convolution("c", 2, 1)), r"'c' needs images \[C, H, W\], but sees \[84\]"),
         ((MaxPool(2), Convolution("c", 2, 4), Flatten()), "too small: 'c' sees 3x3 pixels, its windows are 4x4"),
         ((AveragePool(7), Flatten()), "too small: AveragePool sees 7x6 pixels, its windows are 7x7"),
+        ((Flatten(), Linear("fc", 4), Latent()), r"Latent needs means, .* in a row, \[3 d\], but sees \[4\]"),
+        (
+            (Branches(((0, 2, ()),)), Flatten()),
+            r"a branch has the features 0 to 2 of \[2, 7, 6\]; give a part",
+        ),
+        ((Flatten(), Branches(((80, 90, ()),))), r"a branch has the features 80 to 90 of \[84\]; give a part of a row"),
         (
             (Residual((ReLU(), Convolution("b.conv", 3, 1))), Flatten()),
             r"the residual of 'b.conv' has a body that gives \[3, 7, 6\] and a shortcut that gives \[2, 7, 6\]",

@@ -56,3 +56,12 @@ def test_masks_are_drawn_in_order_and_repeat_with_their_generator() -> None:
     rng = np.random.default_rng(0)
     np.testing.assert_array_equal(first[0], draw_mask((4, 3, 5), 2**15, rng))
     np.testing.assert_array_equal(first[1], draw_mask((4, 7), 2**14, rng))
+
+
+def test_noise_is_drawn_among_the_masks_and_is_standard_normal() -> None:
+    noise, keep = draw_masks([((300,), None), ((4,), 2**15)], 20, np.random.default_rng(0))
+    assert (noise.shape, keep.shape) == ((20, 300), (20, 4))
+    assert keep.dtype == np.bool_
+    assert abs(noise.mean()) < 0.05
+    assert noise.std() == pytest.approx(1, abs=0.05)
+    np.testing.assert_array_equal(noise, draw_masks([((300,), None)], 20, np.random.default_rng(0))[0])

@@ -16,6 +16,7 @@ from became_core.arrays import named_leaves
 from became_core.continual import (
     SGD,
     Adam,
+    Adaptation,
     Annealed,
     Memory,
     Patience,
@@ -101,6 +102,7 @@ def facts(record: RunRecord | None) -> dict[str, str]:
         ("gpcns", ANNEALED),
         ("sgp", PATIENT),
         ("joint", ANNEALED),
+        ("became", replace(PATIENT, adaptation=Adaptation(("fc1.bias",), rank=2))),
     ],
 )
 def test_a_run_interrupted_after_any_epoch_is_the_run(name: str, training: Training, tmp_path: Path) -> None:

@@ -1,8 +1,6 @@
 """One description of a configuration: presets, records, and the command that repeats a run all give it back."""
 
 import json
-import shlex
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
@@ -12,20 +10,17 @@ from hypothesis import strategies as st
 
 from adapters.benchmarks.catalogue import BENCHMARKS
 from adapters.cli.jobs import requested_jobs
-from adapters.cli.options import Request, parse, parse_request, request_of, request_type
+from adapters.cli.options import parse, request_of, request_type
 from adapters.runs.configuration import (
     GROUPS,
     Configuration,
-    command_words,
     full_method_name,
     options,
-    repeating_command,
 )
-from adapters.runs.results import RunResult
+from adapters.runs.repeating import command_words
 from adapters.torch.run import BACKEND
 from became_core import BecameError
-from became_core.continual import Augmentation, RelativeRates, build_method
-from tests.analysis.runs import run
+from became_core.continual import Adaptation, Augmentation, RelativeRates, build_method
 
 
 def configured(method: str = "became", preset: str | None = None, **values: Any) -> Configuration:
@@ -44,7 +39,8 @@ def test_every_option_reaches_the_parts_that_it_is_for() -> None:
         "became+nscl", benchmark="split-cifar100", tasks=20, epochs=3, stage2_epochs=2, lr=0.2, batch_size=8,
         validation=0.1, projector_samples=11, curvature_samples=0, path_points=3, network="mlp", class_order="seeded",
         augment=True, decay=0.5, per="layer", precision="kronecker", head_rate=2.0, norm_rate=0.5, first_rate=4.0,
-        norm_penalty=3.0, nscl_ratio=7.0, momentum=0.5, weight_decay=0.25,
+        norm_penalty=3.0, nscl_ratio=7.0, momentum=0.5, weight_decay=0.25, freeze=("conv1",), lora=4,
+        lora_layers=("conv*", "fc1"), lora_scale=0.5,
     )  # fmt: skip
     training, method = configuration.training(), configuration.method("became+nscl")
     assert (training.stage1.epochs, training.stage2.epochs) == (3, 2)
@@ -52,6 +48,7 @@ def test_every_option_reaches_the_parts_that_it_is_for() -> None:
     assert (training.batch_size, training.projector_samples, training.curvature_samples) == (8, 11, None)
     assert training.augmentation == Augmentation(padding=4, flips=True)
     assert training.relative == RelativeRates(heads=2.0, norms=0.5, first=4.0)
+    assert training.adaptation == Adaptation(freeze=("conv1",), rank=4, layers=("conv*", "fc1"), scale=0.5)
     assert training.path_alphas == (0.0, 0.5, 1.0)
     assert (training.optimiser.momentum, training.optimiser.weight_decay) == (0.5, 0.25)  # type: ignore[union-attr]
     assert method == build_method(
@@ -106,6 +103,8 @@ def test_the_number_of_tasks_chooses_the_preset() -> None:
         ({}, "became+gmp", None, "no projector 'gmp'; did you mean 'gpm'"),
         ({}, "joint+gpm", None, "joint training sees all tasks"),
         ({"momentum": 1.0}, "gpm", None, "momentum is 1.0"),
+        ({"lora": 0}, "gpm", None, "the rank of low-rank adapters is 0; it must be at least 1"),
+        ({"lora": 2, "lora_scale": 0.0}, "gpm", None, "the scale of low-rank adapters is 0.0; it must be above 0"),
         ({"optimiser": "adam", "momentum": 0.5}, "gpm", None, "--momentum is SGD's"),
         ({"weight_decay": -1.0}, "gpm", None, "weight decay is -1.0"),
         ({"threshold": 1.5}, "gpm", None, "threshold is 1.5"),
@@ -189,6 +188,10 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "head_rate": st.floats(0.1, 10),
     "norm_rate": st.floats(0.1, 10),
     "first_rate": st.floats(0.1, 10),
+    "freeze": st.lists(st.sampled_from(["conv1", "fc*"]), max_size=2).map(tuple),
+    "lora": st.integers(1, 9),
+    "lora_layers": st.lists(st.sampled_from(["conv2", "fc*"]), min_size=1, max_size=2).map(tuple),
+    "lora_scale": st.floats(0.1, 10),
     "weight_decay": st.floats(0, 1),
     "batch_size": st.integers(1, 99),
     "projector_samples": st.integers(0, 99),
@@ -272,45 +275,6 @@ def test_settings_of_a_benchmark_are_recorded_with_its_runs_alone() -> None:
     assert "task_column" not in configured("gpm", task_column="street").to_json()
 
 
-def test_the_shortest_command_that_repeats_runs_is_found_from_their_record() -> None:
-    configuration = configured(
-        "became", epochs=3, lr=0.02, optimiser="adam", path_points=5, projector_samples=0, first=3, norm="running",
-        head_rate=20.0, norm_penalty=2.0,
-    )  # fmt: skip
-    runs = [run(seed=seed, config=configuration.to_json()) for seed in (0, 4)]
-    command = repeating_command(runs)
-    assert command == (
-        "python -m adapters.torch.run --methods became --seeds 0 4 --benchmark split-mnist --first 3 --norm running "
-        "--lr 0.02 --epochs 3 --head-rate 20.0 --optimiser adam --projector-samples 0 --path-points 5 "
-        "--norm-penalty 2.0"
-    )
-    request: Request = parse_request("run", shlex.split(command)[3:], backend=False)
-    assert [(job.run.seed, job.configuration) for job in requested_jobs(request, lambda: BACKEND)] == [
-        (0, configuration),
-        (4, configuration),
-    ]
-
-
-def test_the_command_that_repeats_a_run_has_the_folder_of_its_data() -> None:
-    config = configured().to_json()
-    there = replace(run(config=config), data_dir="/data/a b")
-    assert RunResult.from_json(there.to_json()).data_dir == "/data/a b"
-    command = repeating_command([there])
-    assert command is not None
-    (job,) = requested_jobs(parse_request("run", shlex.split(command)[3:], backend=False), lambda: BACKEND)
-    assert job.configuration.data_dir == Path("/data/a b")
-
-
-def test_no_command_is_given_that_would_run_something_else() -> None:
-    config = configured().to_json()
-    assert repeating_command([run(config=config)])
-    assert repeating_command([run(config=config | {"unknown": 1})]) is None
-    assert repeating_command([run(config=config | {"benchmark": "unknown"})]) is None
-    assert repeating_command([run("unknown", config=config)]) is None
-    del config["lr"]
-    assert repeating_command([run(config=config)]) is None
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -319,7 +283,8 @@ def test_no_command_is_given_that_would_run_something_else() -> None:
     ],
 )
 def test_a_record_of_another_version_is_refused_in_one_sentence(changes: dict[str, Any], message: str) -> None:
-    record = {name: value for name, value in (configured().to_json() | changes).items() if value is not None}
+    gone = [name for name, value in changes.items() if value is None]
+    record = {name: value for name, value in (configured().to_json() | changes).items() if name not in gone}
     with pytest.raises(BecameError) as refused:
         Configuration.from_json(record, "became")
     assert str(refused.value) == message

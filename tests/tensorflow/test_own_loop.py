@@ -234,3 +234,85 @@ def test_what_cannot_be_done_is_said_in_a_sentence() -> None:
         pass
     with pytest.raises(BecameError, match="a merge is of two models"):
         learning.merge(_data(1, 1))
+
+
+def test_running_statistics_are_estimated_again_on_request() -> None:
+    frozen = L.BatchNormalization(trainable=False)
+    model = _row((4, 4, 2), L.Conv2D(3, 2), L.BatchNormalization(momentum=0.5), L.ReLU(), frozen, L.Dropout(0.5))
+    norm, optimizer = model.layers[1], keras.optimizers.SGD(0.1)
+    data = [(np.random.default_rng(n).normal(size=(5, 4, 4, 2)), np.arange(5) % CLASSES) for n in range(3)]
+    learning = Continual(model)
+    learning.remember(data[:1])
+    with learning.stable(optimizer):
+        pass
+    with learning.plastic():
+        norm.gamma.assign(norm.gamma * 2.0)
+    learning.merge(data, statistics=data)
+    seen = [model.layers[0](x).numpy() for x, _ in data]
+    np.testing.assert_allclose(norm.moving_mean, np.mean([x.mean((0, 1, 2)) for x in seen], axis=0), rtol=1e-10)
+    np.testing.assert_allclose(norm.moving_variance, np.mean([x.var((0, 1, 2)) for x in seen], axis=0), rtol=1e-10)
+    assert np.array_equal(frozen.moving_mean, np.zeros(3))
+    assert norm.momentum == 0.5
+    assert "call" not in vars(norm)
+    assert not tf.config.functions_run_eagerly()
+
+
+def test_second_moments_of_an_optimizer_stand_for_old_data_with_a_warning() -> None:
+    model = _perceptron()
+    model.compile(keras.optimizers.Adam(0.01, beta_2=0.9), keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    for x, y in _data(1, 3):
+        model.train_on_batch(x, y)
+    learning = Continual(model)
+    with pytest.warns(UserWarning, match="unfit after clipping"):
+        learning.remember(optimizer=model.optimizer, samples=32)
+    assert learning.posterior is not None
+    (moment,) = (v for v in model.optimizer.variables if v.name.endswith("kernel_velocity") and v.shape == (6, 8))
+    weight = next(name for name, p in learning._data.trained.items() if p.variable is model.layers[0].kernel)
+    expected = moment.numpy().T / (1 - 0.9**3) * 32
+    np.testing.assert_allclose(learning.posterior.precision.diagonal()[weight], expected, rtol=1e-6)
+    with pytest.raises(BecameError, match="needs samples="):
+        learning.remember(optimizer=model.optimizer)
+    with pytest.raises(BecameError, match="no second moments"):
+        learning.remember(optimizer=keras.optimizers.SGD(), samples=1)
+    with pytest.raises(BecameError, match="either batches or an optimizer"):
+        learning.remember()
+
+
+class _Sequence(keras.utils.PyDataset):  # type: ignore[misc, unused-ignore] # Keras is taken as untyped
+    def __len__(self) -> int:
+        return 2
+
+    def __getitem__(self, index: int) -> Any:
+        return _data(index, 1)[0]
+
+
+def test_a_terminal_shows_how_far_a_pass_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    totals: list[int | None] = []
+
+    def track(batches: Any, what: str, total: int | None, **_: Any) -> Any:
+        assert what == "remembering"
+        totals.append(total)
+        return batches
+
+    monkeypatch.setattr("rich.progress.track", track)
+    monkeypatch.setattr("rich.console.Console.is_terminal", True)
+    endless = tf.data.Dataset.from_tensors(_data(1, 1)[0]).repeat()
+    for data in (_Sequence(), endless.take(3), endless.take(3).filter(lambda x, y: True)):
+        Continual(_perceptron(), check=False).remember(data)
+    Continual(_perceptron(), check=False, progress=False).remember(_data(1, 1))
+    assert totals == [2, 3, None]
+
+
+def test_a_change_of_the_stream_is_observed() -> None:
+    model, rule = _perceptron(), np.random.default_rng(7).normal(size=(6, CLASSES))
+    inputs = np.random.default_rng(8).normal(size=(60, 16, 6))
+    labels = (inputs @ rule).argmax(-1)
+    model.compile(keras.optimizers.Adam(0.02), keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    model.fit(np.concatenate(inputs), np.concatenate(labels), batch_size=16, epochs=4, verbose=0)
+    learning = Continual(model)
+    new = np.random.default_rng(9).normal(size=(60, 16, 6))
+    stream = [(x, (x @ (rule if place < 50 else -rule)).argmax(-1)) for place, x in enumerate(new)]
+    observed = [place for place, batch in enumerate(stream[:53]) if learning.observe(batch)]
+    assert observed == [52]
+    assert len(learning.reservoir.batches) == 20
+    assert all(any(batch is earlier for earlier in stream[:50]) for batch in learning.reservoir.batches)

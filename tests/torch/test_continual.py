@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from adapters.torch import Continual
 from became_core import BecameError, Diagonal
+from became_core.continual import Reservoir
 from became_core.curvature import Bernoulli, Categorical, Gaussian
 from became_core.projection import GPM, NSCL, SGP, TRGP
 from tests.torch.oracle import autograd_gradients
@@ -58,6 +59,19 @@ class _Stored(nn.Module):
         return outputs
 
 
+class _Words(nn.Module):
+    """Looks up rows of an embedding, many of which no input of one batch does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.head = nn.Embedding(21, 3), nn.Linear(3 * WIDTH, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        keys = (5 * x).round().clamp(-10, 10).long() + 10
+        outputs: Tensor = self.head(self.words(keys).tanh().flatten(1))
+        return outputs
+
+
 def _convolutional() -> nn.Module:
     return nn.Sequential(
         nn.Unflatten(1, (1, 2, 3)),
@@ -76,6 +90,7 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "GRU": lambda: _Recurrent(nn.GRU),
     "LSTM": lambda: _Recurrent(nn.LSTM),
     "stored": _Stored,
+    "words": _Words,
     "weight norm": lambda: nn.Sequential(
         nn.utils.parametrizations.weight_norm(nn.Linear(WIDTH, 8)), nn.Tanh(), nn.Linear(8, CLASSES)
     ),
@@ -197,19 +212,23 @@ def test_steps_under_autocast_with_a_scaler_and_accumulation_are_projected() -> 
     torch.testing.assert_close(model(old[0][0]), before, rtol=0, atol=1e-5)
 
 
-def test_what_is_not_covered_takes_a_proximal_step_to_the_old_mean() -> None:
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adam])
+def test_what_is_not_covered_takes_a_proximal_step_to_the_old_mean(kind: Any) -> None:
+    """Of an Adam the step is in its own metric, the root of its second moments."""
     model, old, new = _network("perceptron"), _data(1), _data(2)
     learning = Continual(model, penalty=30.0)
     learning.remember(old)
     assert learning.posterior is not None
-    optimizer = torch.optim.SGD(model.parameters(), 0.5)
+    optimizer = kind(model.parameters(), 0.5)
     mean, precision = learning.posterior.mean["0.bias"], learning.posterior.precision.diagonal()["0.bias"]
     functional.cross_entropy(model(new[0][0]), new[0][1]).backward()  # type: ignore[no-untyped-call]
     bias: Any = model[0].bias
-    free = bias.detach() - 0.5 * bias.grad
+    # The first step of an Adam is as long everywhere, and its second moment is the gradient's square.
+    scale = 1.0 if kind is torch.optim.SGD else bias.grad.abs() + 1e-8
+    free = bias.detach() - 0.5 * bias.grad / scale
     with learning.stable(optimizer):
         optimizer.step()
-    pull = 0.5 * 30.0 * precision
+    pull = 0.5 * 30.0 * precision / scale
     torch.testing.assert_close(bias.detach(), (free + pull * mean) / (1 + pull))
     stiff = Continual(model, penalty=1e12)
     stiff.remember(old)
@@ -508,6 +527,55 @@ def test_second_moments_of_an_optimizer_stand_for_old_data_with_a_warning() -> N
         learning.remember(batches, optimizer=optimizer, samples=1)
 
 
+@pytest.mark.parametrize("share", [0.25, 0.75])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_a_step_is_projected_alike_in_place_and_not(share: float, layout: Any) -> None:
+    model: Any = nn.Sequential(nn.Conv2d(4, 3, 3), nn.Flatten(), nn.Linear(12, CLASSES)).double()
+    model.to(memory_format=layout)
+    learning = Continual(model, uncovered="free", check=False)
+    images = torch.randn(8, 4, 4, 4, dtype=torch.float64)
+    learning.remember([(images, torch.arange(8) % CLASSES)])
+    ranks, arrays = learning.projector.rank, {"tasks": torch.tensor(1)}
+    for name, (_, width) in ranks.items():
+        basis = torch.randn(width, int(share * width), dtype=torch.float64)
+        arrays[f"bases.{name}"] = torch.linalg.qr(basis)[0]
+    learning.projector = GPM().with_arrays(arrays)
+    before = {name: value.detach().clone() for name, value in model.named_parameters()}
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with learning.stable(optimizer):
+        functional.cross_entropy(model(images), torch.arange(8) % CLASSES).backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+    for name, value in model.named_parameters():
+        step = -0.1 * (torch.zeros_like(value) if value.grad is None else value.grad)
+        expected = before[name] + learning.projector.project({name: step})[name]
+        torch.testing.assert_close(value.detach(), expected, rtol=1e-12, atol=1e-14)
+
+
+def test_few_rows_of_several_batches_have_the_spaces_of_all_rows_together() -> None:
+    model, batches = nn.Linear(40, CLASSES).double(), [(torch.randn(3, 40).double(), torch.arange(3))]
+    batches += [(torch.randn(2, 40).double(), torch.arange(2))]
+    learning = Continual(model, projector=GPM(1.0))
+    learning.remember(batches)
+    assert learning.projector.rank == {"weight": (5, 40)}
+    rows = torch.cat([x for x, _ in batches])
+    assert float(learning.projector.project({"weight": rows})["weight"].abs().max()) < 1e-12
+
+
+def test_of_an_embedding_the_rows_that_are_looked_up_most_are_protected() -> None:
+    model: Any = nn.Sequential(nn.Embedding(6, 2, padding_idx=0), nn.Flatten(), nn.Linear(8, CLASSES)).double()
+    keys = torch.tensor([[1, 2, 1, 0], [1, 2, 0, 0], [3, 0, 0, 0]])  # 0 is padding, which has no gradient
+    learning = Continual(model, projector=GPM(0.8), uncovered="free")
+    learning.remember([(keys, torch.tensor([0, 1, 2]))])
+    assert learning.projector.rank["0.weight"] == (2, 6)
+    before, optimizer = model[0].weight.detach().clone(), torch.optim.SGD(model.parameters(), 0.1)
+    with learning.stable(optimizer):
+        loss = functional.cross_entropy(model(torch.tensor([[1, 2, 3, 4]])), torch.tensor([0]))
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+    moved = (model[0].weight.detach() != before).any(1)
+    assert moved.tolist() == [False, False, False, True, True, False]
+
+
 def test_a_second_task_adds_to_the_memory() -> None:
     model, first, second = _network("perceptron"), _data(1), _data(2)
     learning = Continual(model, decay=0.5)
@@ -717,6 +785,27 @@ def test_what_cannot_be_done_is_said_in_a_sentence() -> None:
         Continual(nn.Flatten())
 
 
+class _Stream(torch.utils.data.IterableDataset[tuple[Tensor, Tensor]]):
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return iter([(x, y) for batch in _data(1) for x, y in zip(*batch, strict=True)])
+
+
+def test_a_terminal_shows_how_far_a_pass_over_a_stream_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    totals: list[int | None] = []
+
+    def track(batches: Any, what: str, total: int | None, **_: Any) -> Any:
+        assert what == "remembering"
+        totals.append(total)
+        return batches
+
+    monkeypatch.setattr("rich.progress.track", track)
+    monkeypatch.setattr("rich.console.Console.is_terminal", True)
+    for loader in (torch.utils.data.DataLoader(_Stream(), batch_size=2), _data(1)):
+        Continual(_network("perceptron"), check=False).remember(loader)
+    Continual(_network("perceptron"), check=False, progress=False).remember(_data(1))
+    assert totals == [None, 2]
+
+
 def test_hooks_are_gone_after_training_whatever_happens() -> None:
     model, batches = _network("perceptron"), _data(1)
     learning, optimizer = Continual(model, uncovered="frozen"), torch.optim.SGD(model.parameters(), 0.1)
@@ -770,3 +859,63 @@ def test_a_posterior_is_a_diagonal() -> None:
     learning.remember(_data(1))
     assert learning.posterior is not None
     assert isinstance(learning.posterior.precision, Diagonal)
+
+
+def _arriving(changed_at: int, batches: int) -> Pairs:
+    """Batches whose labels are of another rule from one place on."""
+    generator, rule = torch.Generator().manual_seed(3), torch.randn(WIDTH, CLASSES, dtype=torch.float64)
+    pairs = []
+    for place in range(batches):
+        inputs = torch.randn(16, WIDTH, dtype=torch.float64, generator=generator)
+        pairs.append((inputs, (inputs @ (rule if place < changed_at else -rule)).argmax(1)))
+    return pairs
+
+
+def test_a_change_of_the_stream_is_observed_and_a_sample_of_what_came_before_is_there() -> None:
+    model = _network("perceptron")
+    learning, optimizer = Continual(model, check=False), torch.optim.Adam(model.parameters(), 0.02)
+    learning.reservoir = Reservoir(8)
+    stream, observed = _arriving(120, 200), []
+    for place, batch in enumerate(stream):
+        if learning.observe(batch):
+            observed.append(place)
+            before = learning.reservoir.batches
+        _train(model, optimizer, [batch], 1)
+    assert len(observed) == 1
+    assert 122 <= observed[0] <= 130
+    assert len(before) == 8
+    assert all(any(batch is earlier for earlier in stream[:120]) for batch in before)
+    # What is stored afterwards is of the new rule.
+    assert all(any(batch is later for later in stream[observed[0] :]) for batch in learning.reservoir.batches)
+    learning.remember(before)
+    with learning.stable(optimizer):
+        _train(model, optimizer, [stream[-1]], 1)
+
+
+def test_nothing_is_observed_in_a_stream_that_stays_as_it_is() -> None:
+    model = _network("perceptron")
+    learning, optimizer = Continual(model), torch.optim.Adam(model.parameters(), 0.02)
+    for batch in _arriving(200, 200):
+        assert not learning.observe(batch)
+        _train(model, optimizer, [batch], 1)
+    assert learning.reservoir.offered > 190
+
+
+def test_observing_changes_neither_the_model_nor_its_mode() -> None:
+    model = _network("convolutional").train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    learning = Continual(model)
+    for batch in _data(0, batches=25, size=4):
+        learning.observe(batch)
+    assert model.training
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+def test_a_loss_that_is_not_finite_is_no_observation() -> None:
+    model = _network("perceptron")
+    learning = Continual(model)
+    for batch in _data(0, batches=20):
+        learning.observe(batch)
+    model[2].weight.data[0] = math.nan
+    with pytest.raises(BecameError, match="a loss that is watched for changes is not finite"):
+        learning.observe(_data(1)[0])

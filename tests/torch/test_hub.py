@@ -13,7 +13,7 @@ from adapters.networks import HubNetwork, hub_network
 from adapters.torch.hub import hub_backbone
 from adapters.torch.learner import TorchLearner
 from became_core import BecameError
-from became_core.continual import Annealed, TaskStream, Training, build_method, learn
+from became_core.continual import Adaptation, Annealed, TaskStream, Training, build_method, learn
 from tests.streams import drifting_stream, prototype_stream, text_stream
 
 transformers: Any = pytest.importorskip("transformers", reason="transformers is not installed")
@@ -130,6 +130,21 @@ def test_what_cannot_learn_these_samples_is_refused_in_a_sentence(
     with pytest.raises(BecameError, match=message) as refused:
         hub_backbone(HubNetwork(folder(name), pretrained), stream(), seed=0)
     assert "\n" not in str(refused.value)
+
+
+def test_adapters_of_the_attention_learn_and_all_else_of_the_network_stands_still(folder: Callable[[str], str]) -> None:
+    stream = prototype_stream(channels=3, side=12, per_class=8)
+    learner = TorchLearner(hub_backbone(HubNetwork(folder("vit")), stream, seed=0), stream)
+    before = learner.parameters()
+    queries = [name for name in before if "q_proj.weight" in name or "query.weight" in name]
+    assert len(queries) == 1
+    adaptation = Adaptation(rank=2, layers=(f"*{queries[0].split('.')[-2]}",))
+    training = Training(Annealed(0.1, 1), Annealed(0.1, 1), batch_size=9, adaptation=adaptation)
+    record = learn(learner, stream, build_method("became", {"threshold": 0.7}), training)
+    after = learner.parameters()
+    changed = [name for name in before if not torch.equal(before[name], after[name])]
+    assert changed == [*queries, *(f"heads.{task}.weight" for task in range(3))]
+    assert [set(ranks) for ranks in record.ranks] == [set(queries)] * 3
 
 
 def test_a_folder_without_a_network_is_refused_in_a_sentence(tmp_path: Path) -> None:

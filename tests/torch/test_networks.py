@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from adapters.networks import NETWORKS, Architecture, BatchNorm, Flatten, Linear, build_network, initial_values
-from adapters.torch.networks import Described, Dropout, MultiHead, draw_masks_from
+from adapters.networks import NETWORKS, Architecture, BatchNorm, Flatten, Latent, Linear, build_network, initial_values
+from adapters.torch.networks import Described, Drawing, Dropout, MultiHead, draw_masks_from
 
-# The transformers take bytes; tests/agreement/test_text.py looks at them.
-OF_IMAGES = [name for name in NETWORKS.names if not name.startswith("gpt")]
+# The transformers take bytes, and the autoencoder pixels and noise; test_text.py and test_vae.py look at them.
+OF_IMAGES = [name for name in NETWORKS.names if not name.startswith(("gpt", "vae"))]
 
 
 @pytest.mark.parametrize("name", OF_IMAGES)
@@ -95,6 +95,23 @@ def test_a_mask_does_not_depend_on_how_images_lie_in_memory() -> None:
         draw_masks_from(layer, np.random.default_rng(0))
         masks.append(layer(images.contiguous(memory_format=layout)))
     assert torch.equal(*masks)
+
+
+def test_a_part_of_a_batch_has_its_part_of_the_noise() -> None:
+    """As where processes share a batch: new noise in training, the whole batch's, and the samples' own otherwise."""
+    architecture = Architecture((Flatten(), Latent()), (6, 1, 1))
+    module, inputs = Described(architecture, dtype=torch.float64), torch.randn(4, 6, 1, 1, dtype=torch.float64)
+    mean, log_variance, noise = inputs[:, :, 0, 0].chunk(3, dim=1)
+    torch.testing.assert_close(module.eval()(inputs), mean + (log_variance / 2).exp() * noise)
+    module.train()
+    draw_masks_from(module, np.random.default_rng(0))
+    whole = module(inputs)
+    drawn = torch.from_numpy(np.random.default_rng(0).standard_normal((4, 2)))
+    torch.testing.assert_close(whole, mean + (log_variance / 2).exp() * drawn)
+    draw_masks_from(module, np.random.default_rng(0))
+    (latent,) = (layer for layer in module.modules() if isinstance(layer, Drawing))
+    latent.part = 4, slice(1, 3)
+    torch.testing.assert_close(module(inputs[1:3]), whole[1:3])
 
 
 def test_evaluation_drops_nothing() -> None:

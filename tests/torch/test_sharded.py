@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.processes import WAIT
 from tests.torch.sharded_processes import work
-
-LIMIT = 120  # seconds; it takes about ten, or several times that beside busy processes
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this PyTorch has no torch.distributed")
@@ -20,10 +19,10 @@ def test_two_processes_merge_as_one_does_and_gather_nothing(tmp_path: Path) -> N
     try:
         for process in processes:
             process.start()
-        end = time.monotonic() + LIMIT
+        end = time.monotonic() + WAIT
         for process in processes:
             process.join(max(end - time.monotonic(), 0.0))
-            assert process.exitcode == 0, f"exit status {process.exitcode}, or None after {LIMIT} seconds"
+            assert process.exitcode == 0, f"exit status {process.exitcode}, or None after {WAIT} seconds"
     finally:
         for process in processes:
             process.kill()

@@ -30,7 +30,7 @@ from tests.torch.torchrun_processes import command, compare
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="this PyTorch has no torch.distributed")
 
-END = 60  # seconds after which no process may be left when one has died
+END = 120  # seconds after which no process may be left when one has died; each may wait 60 for another
 # `nox -s stress` kills twenty.
 KILLS = int(os.environ.get("BECAME_KILLS", "3"))
 EPOCHS = 6

@@ -30,7 +30,7 @@ from adapters.analysis.figures.drawing import (
     styled,
 )
 from adapters.analysis.groups import Group, Results, groups_of, have_spread
-from adapters.analysis.path_report import merged_tasks
+from adapters.analysis.path_report import merged_tasks, traced_tasks
 from adapters.runs import RunResult
 from became_core import BecameError
 
@@ -172,19 +172,18 @@ def plot_path(results: Results) -> Figure:
         raise BecameError("no merging path was traced; run with --path-points 11.")
     group, run = traced[0]
     figure, panels = new_figure(0.75 + 1.55 * len(run.paths), len(run.paths), 2, grid="y", sharex=True)
-    for task, path, row in zip(merged_tasks(run), run.paths, panels, strict=True):
+    for task, path, row in zip(traced_tasks(run), run.paths, panels, strict=True):
         alpha = run.alpha[task - 1]
-        assert alpha is not None
         _draw_truth(row[0], path, "loss", group.colour)
         _draw_truth(row[1], path, "accuracy", group.colour)
         _draw_prediction(row[0], path)
-        for axes in row:
+        for axes in row if alpha is not None else ():
             axes.axvline(alpha, color=INK, linewidth=1, linestyle=":", label="α*")
         best = min(path["points"], key=lambda point: point["loss"])
         for axes, what in zip(row, ("loss", "accuracy"), strict=True):
             look: dict[str, Any] = {"marker": "o", "linestyle": "none", "markersize": 8, "markerfacecolor": "none"}
             axes.plot(best["alpha"], best[what], **look, markeredgecolor=INK, label="least loss of the grid")
-        row[0].set_title(f"into task {task}, α* = {alpha:.2f}", pad=3)
+        row[0].set_title(f"into task {task}" + ("" if alpha is None else f", α* = {alpha:.2f}"), pad=3)
         row[0].set_ylabel("loss, nats")
         row[1].set_ylabel("accuracy, %")
     for axes in panels[-1]:

@@ -32,6 +32,7 @@ SINGLE = A.astype(numpy.float32)
 
 CASES: list[tuple[Callable[..., Any], tuple[Any, ...]]] = [
     (lambda xp, a: (xp.exp(a), xp.tanh(a), xp.log(xp.square(a)), xp.log1p(xp.square(a)), xp.sqrt(xp.abs(a))), (A,)),
+    (lambda xp, a: (xp.cos(a), xp.acos(xp.tanh(a))), (A,)),
     (lambda xp, i: (xp.abs(i), xp.square(i)), (I,)),
     (lambda xp, s: xp.isfinite(s), (SPECIAL,)),
     (lambda xp, t: (xp.logical_not(t), xp.logical_and(t, t[0, :])), (T,)),

@@ -5,7 +5,7 @@ import pytest
 
 from became_core import BecameError
 from became_core.continual import Dataset, RunRecord, TaskEnd, build_method, check_method, split_domains
-from became_core.curvature import Categorical, Gaussian
+from became_core.curvature import Bernoulli, Categorical, Gaussian
 from tests.streams import drifting_stream
 
 
@@ -35,6 +35,16 @@ def test_labels_stay_as_they_are() -> None:
     np.testing.assert_array_equal(stream.targets, labels)
     assert stream.target_scale == 1
     assert all(task.classes == (0, 1, 2) for task in stream.tasks)
+
+
+def test_targets_that_are_probabilities_stay_as_they_are() -> None:
+    """Of yes-or-no targets, too, the unit matters: standardised they would be no probabilities."""
+    answers = np.array([[0.0], [1.0], [1.0], [1.0], [0.0], [1.0]])
+    stream = split_domains(tiny(labels=answers, likelihood=Bernoulli()), validation=0.0)
+    np.testing.assert_array_equal(stream.targets, answers)
+    assert stream.target_scale == 1
+    with pytest.raises(BecameError, match=r"tiny has pictures \(1, 2\), and 1 pixels of each"):
+        tiny(labels=answers, likelihood=Bernoulli(), pictures=(1, 2))
 
 
 @pytest.mark.parametrize(

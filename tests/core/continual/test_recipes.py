@@ -5,7 +5,16 @@ import pytest
 from became_core import BecameError
 from became_core.continual import build_method, check_settings, method_names, method_settings, projector_names
 from became_core.continual.methods import Transfer
-from became_core.laplace import Became, DiagonalFisher, Fixed, ModeIMM, NativeExpansion, PaperClosedForm, Secant
+from became_core.laplace import (
+    Became,
+    BecameCurve,
+    DiagonalFisher,
+    Fixed,
+    ModeIMM,
+    NativeExpansion,
+    PaperClosedForm,
+    Secant,
+)
 from became_core.laplace.rules import ChosenAlphas, EqualShares, TrueLossGrid
 from became_core.projection import GPCNS, GPM, HAT, NSCL, OGD, SGP, TRGP, PackNet
 
@@ -45,8 +54,8 @@ def test_a_method_has_the_name_by_which_it_is_built(name: str) -> None:
 
 def test_the_methods_are_those_of_the_table() -> None:
     methods = (
-        "became became-0 became-1 became-grid became-half became-paper coma ewc ewc-online finetune gpcns gpm "
-        "hat imm-mean imm-mode joint nscl ogd packnet sgp trgp"
+        "became became-0 became-1 became-curve became-grid became-half became-paper coma ewc ewc-online finetune "
+        "gpcns gpm hat imm-mean imm-mode joint nscl ogd packnet sgp trgp"
     )
     assert tuple(methods.split()) == METHODS
     assert set(projector_names()) == set(BUILT)
@@ -70,7 +79,7 @@ def test_a_method_has_its_own_projector_by_default(name: str) -> None:
 
 def test_methods_have_the_parts_that_the_table_says() -> None:
     methods = {name: build_method(name, SETTINGS) for name in METHODS}
-    keeping = {"ewc", "ewc-online", "became", "became-paper", "imm-mode"}
+    keeping = {"ewc", "ewc-online", "became", "became-curve", "became-paper", "imm-mode"}
     assert {name for name, method in methods.items() if method.keeps_posterior} == keeping
     assert {name for name, method in methods.items() if method.joint} == {"joint"}
     assert {name for name, method in methods.items() if method.merges == "tasks"} == {"coma", "imm-mean", "imm-mode"}
@@ -79,7 +88,7 @@ def test_methods_have_the_parts_that_the_table_says() -> None:
     }
     assert methods["ewc"].penalty_strength == methods["ewc-online"].penalty_strength == 7.0
     assert (methods["ewc"].recentred, methods["ewc-online"].recentred) == (False, True)
-    decaying = {"became", "became-paper", "ewc-online"}
+    decaying = {"became", "became-curve", "became-paper", "ewc-online"}
     assert {name: method.decay for name, method in methods.items()} == {
         name: 0.9 if name in decaying else 1.0 for name in METHODS
     }
@@ -94,6 +103,7 @@ def test_methods_have_the_parts_that_the_table_says() -> None:
     assert methods["became"].fisher == "empirical"
     assert methods["became-paper"].rule == Became(PaperClosedForm())
     assert methods["became-paper"].fisher == "batch"
+    assert methods["became-curve"].rule == BecameCurve(Secant())
 
 
 def test_became_merges_by_the_chosen_curvature() -> None:
@@ -109,12 +119,17 @@ def test_became_merges_by_the_chosen_curvature() -> None:
         "diagonal": "diagonal",
         "kronecker": "kronecker",
     }
+    by_weight = build_method("became", SETTINGS | {"per": "weight", "shrinkage": 0.25})
+    assert by_weight.rule == Became(Secant(), "weight", shrinkage=0.25)
+    curve = build_method("became-curve", SETTINGS | {"precision": "kronecker"})
+    assert (curve.rule, curve.precision) == (BecameCurve(NativeExpansion()), "kronecker")
 
 
 @pytest.mark.parametrize(
     ("name", "settings", "message"),
     [
         ("became", {"decay": 1.5}, "the decay of old curvature is 1.5; it must be in [0, 1]."),
+        ("became", {"shrinkage": 1.5}, "the shrinkage is 1.5; it must be in [0, 1]."),
         ("became+sgp", {"norm_penalty": -1.0}, "the penalty on normalisation is -1.0; it must be at least 0."),
         ("became-grid", {"grid_points": 1}, "a grid of 1 points has no ends; give at least 2."),
         ("coma", {"coma_alpha": ()}, "there is no merging coefficient; give at least one alpha."),

@@ -20,6 +20,7 @@ from became_core.curvature import (
     kronecker_factors,
 )
 from became_core.curvature.fisher import FisherKind
+from tests.processes import WAIT
 
 PROCESSES, SIZES = 2, (4, 4, 3)
 WEIGHTS = frozenset({"few.weight", "many.weight"})
@@ -40,7 +41,7 @@ def batches() -> list[Taps]:
 
 def by_all(work: Callable[[int, Exchange], Any]) -> list[Any]:
     """What each process returns that does its part of the work."""
-    barrier, told = Barrier(PROCESSES, timeout=30), dict[int, Any]()
+    barrier, told = Barrier(PROCESSES, timeout=WAIT), dict[int, Any]()
 
     def tell(rank: int, mine: Any) -> list[Any]:
         told[rank] = mine

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from became_core.curvature import Tap, gradient_grams, grams, input_grams
+from became_core.curvature import GramSums, Tap, gradient_grams, grams, input_grams
 from tests.backends import to_numpy, to_xp
 from tests.strategies import eighths, few_if_compiled
 
@@ -78,6 +78,25 @@ def test_a_window_has_the_gram_matrix_of_its_patches(
         for p in range(5 - height)
         for q in range(6 - width)
     ]
-    tap = Tap("window", to_xp(xp, images), xp.zeros((0,)), kernel=(height, width))
-    result = to_numpy(input_grams([{"conv": tap}], frozenset({"conv.weight"}))["conv.weight"])
-    np.testing.assert_allclose(result, np.mean([np.outer(a, a) for a in patches], axis=0), rtol=1e-13, atol=1e-15)
+    expected = np.mean([np.outer(a, a) for a in patches], axis=0)
+    window = Tap("window", to_xp(xp, images), xp.zeros((0,)), kernel=(height, width))
+    # A matrix may have its images beside its patches.
+    rows = to_xp(xp, np.reshape(patches, (count, -1, channels * height * width)))
+    matrix = Tap("matrix", rows, rows, kernel=(height, width), images=window.inputs)
+    for tap in (window, matrix):
+        result = to_numpy(input_grams([{"conv": tap}], frozenset({"conv.weight"}))["conv.weight"])
+        np.testing.assert_allclose(result, expected, rtol=1e-13, atol=1e-15)
+
+
+@pytest.mark.parametrize("sizes", [[1, 1], [2, 2, 2], [5, 1, 4]])
+def test_sums_of_single_batches_add_up(xp: Any, sizes: list[int]) -> None:
+    rng, weights = np.random.default_rng(0), frozenset({"fc.weight"})
+    batches = [{"fc": Tap("matrix", to_xp(xp, a), to_xp(xp, a))} for a in (rng.normal(size=(n, 1, 3)) for n in sizes)]
+    together = GramSums()
+    for taps in batches:
+        alone = GramSums()
+        alone.add(taps, weights)
+        together.add_parts(alone.parts())
+    expected = to_numpy(input_grams(batches, weights)["fc.weight"])
+    for _ in range(2):  # asking changes nothing
+        np.testing.assert_allclose(to_numpy(together.means()["fc.weight"]), expected, rtol=1e-13)

@@ -149,3 +149,17 @@ def test_half_precision_is_summed_in_single(xp: Any, kind: Any) -> None:
 def test_a_layer_without_bias_has_no_bias_gradient(xp: Any) -> None:
     taps = {"fc": Tap("matrix", xp.ones((2, 1, 3)), xp.ones((2, 1, 4)))}
     assert list(per_sample_square_sum(taps)) == list(batch_gradient(taps)) == ["fc.weight"]
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("chunk", [8, 80, 200])
+def test_squares_of_a_large_matrix_are_summed_by_blocks_of_its_rows(
+    xp: Any, monkeypatch: pytest.MonkeyPatch, transposed: bool, chunk: int
+) -> None:
+    rng = np.random.default_rng(0)
+    a, g = rng.normal(size=(3, 2, 4)), rng.normal(size=(3, 2, 5))
+    tap = Tap("matrix", to_xp(xp, a), to_xp(xp, g), transposed=transposed)
+    monkeypatch.setattr(taps_module, "CHUNK", chunk)  # one row, two or three, all of them
+    squares = to_numpy(per_sample_square_sum({"fc": tap})["fc.weight"])
+    expected = (np.einsum("nlo,nli->noi", g, a) ** 2).sum(0)
+    np.testing.assert_allclose(squares, expected.T if transposed else expected, rtol=1e-13)

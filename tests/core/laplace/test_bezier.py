@@ -1,4 +1,4 @@
-"""The curved path: where it passes, when it beats the segment, and that training its control point goes downhill."""
+"""The curved path: where it passes, its minimum, when it beats the segment, and that training it goes downhill."""
 
 from typing import Any
 
@@ -7,8 +7,22 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from became_core import BecameError, optimal_alpha
-from became_core.laplace import BezierPath, bezier_path, merge, predicted_advantage, train_control
+from became_core import BecameError, Quadratic, optimal_alpha
+from became_core.laplace import (
+    Became,
+    BecameCurve,
+    BezierPath,
+    Diagonal,
+    DiagonalFisher,
+    LaplacePosterior,
+    ModeIMM,
+    bezier_path,
+    curve_minimiser,
+    merge,
+    predicted_advantage,
+    train_control,
+)
+from reference.curves import curve_point, least_along_curve, posterior_mode
 from tests.backends import to_numpy, to_xp
 from tests.strategies import Segment, segments
 
@@ -49,6 +63,88 @@ def test_the_advantage_is_that_over_the_best_of_the_segment(xp: Any, segment: Se
     found = cumulative(segment, best) - cumulative(segment, bezier_path(*trees).at(0.5))
     assert advantage == pytest.approx(found, abs=1e-10)
     assert advantage >= -1e-12
+
+
+@given(segment=segments(), t=st.sampled_from([0.0, 0.3, 0.5, 1.0]))
+def test_points_of_the_curve_are_those_of_the_formula(xp: Any, segment: Segment, t: float) -> None:
+    """Around the mode by a dense solve, with the two ends to the bit."""
+    path = bezier_path(*trees_of(xp, segment))
+    at_number, at_array = path.at(t), path.at(xp.asarray(t, dtype=xp.float64))
+    for name, gp in segment.theta_gp.items():
+        hat, old, new = (np.ravel(tree[name]) for tree in (segment.theta_hat, segment.fisher_old, segment.fisher_new))
+        curved = (old + new) > 0
+        mode = 0.5 * (np.ravel(gp) + hat)
+        diagonals = np.diag(old[curved]), np.diag(new[curved])
+        mode[curved] = posterior_mode(np.ravel(gp)[curved], hat[curved], *diagonals)
+        control = 2 * mode - 0.5 * (np.ravel(gp) + hat)
+        expected = curve_point(np.ravel(gp), control, hat, t)
+        np.testing.assert_allclose(np.ravel(to_numpy(at_number[name])), expected, atol=1e-12)
+        np.testing.assert_allclose(to_numpy(at_array[name]), to_numpy(at_number[name]), rtol=1e-15)
+        if t in (0.0, 1.0):
+            assert to_numpy(at_number[name]).tolist() == (segment.theta_hat[name] if t else gp).tolist()
+
+
+COEFFICIENTS = st.one_of(st.sampled_from([0.0, 1e-9, -1e-9]), st.floats(-4, 4).filter(lambda x: abs(x) > 1e-6))
+
+
+@given(slope=st.tuples(COEFFICIENTS, COEFFICIENTS), curvature=st.tuples(COEFFICIENTS, COEFFICIENTS, COEFFICIENTS))
+def test_the_minimum_along_a_curve_is_that_of_a_fine_grid(xp: Any, slope: Any, curvature: Any) -> None:
+    """Convex or not, with one stationary point or three, and where the curve hardly bends."""
+    b, c = np.asarray(slope), np.asarray([[curvature[0], curvature[1]], [curvature[1], curvature[2]]])
+    t = curve_minimiser(Quadratic(to_xp(xp, b), to_xp(xp, c)))
+    assert t.shape == ()
+    a = np.array([float(t), 2 * float(t) * (1 - float(t))])
+    assert 0 <= float(t) <= 1
+    assert float(b @ a + 0.5 * a @ c @ a) <= least_along_curve(b, c) + 1e-12
+
+
+@pytest.mark.parametrize("stiff", [0.0, 1e-13, 1e-9, 1e-5, 1e-2])
+def test_a_curve_that_hardly_bends_has_the_minimum_of_the_segment(xp: Any, stiff: float) -> None:
+    """However small the cubic's first coefficient is beside the others, no digit is lost."""
+    quadratic = Quadratic(to_xp(xp, np.array([-1.0, 0.0])), to_xp(xp, np.diag([4.0, stiff])))
+    t = float(curve_minimiser(quadratic))
+    slope = -1 + 4 * t + stiff * (4 * t - 12 * t**2 + 8 * t**3)
+    assert slope == pytest.approx(0, abs=1e-15)
+    assert t == pytest.approx(0.25, abs=stiff + 1e-15)
+
+
+def test_a_constant_loss_keeps_the_stable_model_and_what_is_no_loss_is_refused(xp: Any) -> None:
+    zero = Quadratic(xp.asarray([0.0, 0.0]), xp.asarray([[0.0, 0.0], [0.0, 0.0]]))
+    assert float(curve_minimiser(zero)) == 0
+    with pytest.raises(BecameError, match="a curve lies in a plane of two directions; the quadratic has 1"):
+        curve_minimiser(Quadratic(zero.slope[:1], zero.curvature[:1, :1]))
+    with pytest.raises(BecameError, match="the loss along a curve has NaN or infinite entries"):
+        curve_minimiser(Quadratic(zero.slope + xp.nan, zero.curvature))
+
+
+@given(segment=segments())
+def test_the_rule_finds_the_mode_and_weights_shrink_to_the_segment(xp: Any, segment: Segment) -> None:
+    """Of two diagonal losses, each known at its own model, by both rules; half the way back is half of both."""
+    assume(segment.curvature > 0)
+    gp, hat, old, new = trees_of(xp, segment)
+    losses = [LaplacePosterior(gp, Diagonal(old)), LaplacePosterior(hat, Diagonal(new))]
+    curved = BecameCurve(DiagonalFisher()).merge([gp, hat], losses)
+    mode = ModeIMM().merge([gp, hat], losses).theta
+    best, segment_best = cumulative(segment, mode), Became().merge([gp, hat], losses).theta
+    assert cumulative(segment, curved.theta) == pytest.approx(best, abs=1e-10)
+    by_weight = Became(per="weight").merge([gp, hat], losses)
+    halfway = Became(per="weight", shrinkage=0.5).merge([gp, hat], losses).theta
+    whole = Became(per="weight", shrinkage=1.0).merge([gp, hat], losses).theta
+    assert by_weight.alpha is None
+    for name in segment.theta_gp:
+        assert to_numpy(by_weight.theta[name]).tolist() == to_numpy(mode[name]).tolist()
+        between = 0.5 * (to_numpy(mode[name]) + to_numpy(segment_best[name]))
+        np.testing.assert_allclose(to_numpy(halfway[name]), between, atol=1e-12)
+        assert to_numpy(whole[name]).tolist() == to_numpy(segment_best[name]).tolist()
+
+
+def test_rules_refuse_what_they_are_not_for(xp: Any) -> None:
+    model = {"w": xp.asarray([1.0])}
+    loss = LaplacePosterior(model, Diagonal(model))
+    with pytest.raises(BecameError, match="a curve is for two models, not 3"):
+        BecameCurve().merge([model] * 3, [loss] * 3)
+    with pytest.raises(BecameError, match=r"the shrinkage is 1\.5; it must be in \[0, 1\]"):
+        Became(per="weight", shrinkage=1.5)
 
 
 @given(segment=segments(), share=st.sampled_from([0.0, 1.0, 3.0]))

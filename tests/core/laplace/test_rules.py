@@ -11,6 +11,7 @@ from hypothesis import assume, given
 from became_core import BecameError, Quadratic
 from became_core.laplace import (
     Became,
+    BecameCurve,
     Calibrated,
     Diagonal,
     DiagonalFisher,
@@ -176,7 +177,17 @@ def test_rules_by_hand(xp: Any, rule: MergeRule, expected: list[float]) -> None:
 
 
 @pytest.mark.parametrize(
-    "rule", [Equal(), Fixed(0.3), ModeIMM(), Became(), Became(per="layer"), Became(PaperClosedForm())]
+    "rule",
+    [
+        Equal(),
+        Fixed(0.3),
+        ModeIMM(),
+        Became(),
+        Became(per="layer"),
+        Became(per="weight", shrinkage=0.3),
+        Became(PaperClosedForm()),
+        BecameCurve(),
+    ],
 )
 def test_models_that_agree_stay_as_they_are(xp: Any, rule: MergeRule) -> None:
     model = {"a.weight": xp.asarray([0.1, 0.7]), "b.weight": xp.asarray([0.3])}
@@ -203,7 +214,7 @@ def test_what_cannot_be_merged_is_said(xp: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "rule", [Became(), Became(DiagonalFisher()), Became(PaperClosedForm()), ModeIMM(), FisherMerge()]
+    "rule", [Became(), Became(DiagonalFisher()), Became(PaperClosedForm()), ModeIMM(), FisherMerge(), BecameCurve()]
 )
 @pytest.mark.parametrize("count", [0, 1, 3])
 def test_a_wrong_number_of_losses_is_refused(xp: Any, rule: MergeRule, count: int) -> None:

@@ -13,6 +13,7 @@ from became_core import BecameError, Quadratic, merge, optimal_alpha, path_quadr
 from became_core.arrays import named_leaves
 from became_core.laplace import (
     Became,
+    BecameCurve,
     Dense,
     Diagonal,
     DiagonalFisher,
@@ -22,6 +23,7 @@ from became_core.laplace import (
     LaplacePosterior,
     bezier_path,
     combine,
+    curve_minimiser,
     predicted_advantage,
 )
 from tests.backends import to_numpy, to_xp
@@ -105,6 +107,12 @@ CASES: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
     "fisher merge": (lambda *four: FisherMerge().merge(*clients(*four)).theta, (GP, HAT, OLD, NEW)),
     "became": (lambda *four: Became(DiagonalFisher()).merge(*pair(*four)), (GP, HAT, OLD, NEW)),
     "curve": (lambda *four: bezier_path(*four).at(0.5), (GP, HAT, OLD, NEW)),
+    "minimum of a curve": (lambda b, c: curve_minimiser(Quadratic(b, c)), (SLOPE[:2], CURVATURE[:2, :2])),
+    "became, curve": (lambda *four: BecameCurve(DiagonalFisher()).merge(*pair(*four)), (GP, HAT, OLD, NEW)),
+    "became, weights": (
+        lambda *four: Became(DiagonalFisher(), "weight", shrinkage=0.3).merge(*pair(*four)).theta,
+        (GP, HAT, OLD, NEW),
+    ),
     "advantage": (lambda *four: predicted_advantage(*four), (GP, HAT, OLD, NEW)),
 }
 

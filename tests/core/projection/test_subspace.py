@@ -8,9 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from became_core import BecameError
+from became_core.projection import GPM, NSCL, SGP
 from became_core.projection.subspace import Subspace
 from reference.projection import projection
 from tests.backends import to_numpy, to_xp
+from tests.projections import Finished
 from tests.strategies import few_if_compiled
 
 
@@ -90,3 +92,27 @@ def test_half_precision_rows_are_projected_in_float32(xp: Any) -> None:
 def test_rows_of_another_width_are_refused(xp: Any) -> None:
     with pytest.raises(BecameError, match=r"^rows of 'fc\.weight' have 4 entries; its protected space is one of 3\.$"):
         Subspace.of(xp.eye(3)[:, :1]).project_rows("fc.weight", xp.ones((2, 4)))
+
+
+@pytest.mark.parametrize("kind", [GPM, SGP, NSCL])
+def test_the_diagonal_of_a_gram_matrix_is_remembered_as_that_matrix(xp: Any, kind: Any) -> None:
+    """Two tasks look up some rows of an embedding; a third is never looked up, and two rows are no multiples."""
+    tasks = [np.array([7.0, 0.0, 100.0, 0.5, 30.0, 0.0]), np.array([0.0, 60.0, 1.0, 20.0, 3.0, 0.0])]
+    along_axes, dense = kind(), kind()
+    update = np.random.default_rng(0).normal(size=(4, 6))
+    for counts in tasks:
+        along_axes = along_axes.remember(Finished({"words.weight": to_xp(xp, counts)}, {}))
+        dense = dense.remember(Finished({"words.weight": to_xp(xp, np.diag(counts))}, {}))
+        along_axes = kind().with_arrays(along_axes.to_arrays())
+        assert along_axes.rank == dense.rank
+        found, expected = (
+            to_numpy(m.project({"words.weight": to_xp(xp, update)})["words.weight"]) for m in (along_axes, dense)
+        )
+        np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-12)
+        assert np.abs(found - update).max() > 0.1
+
+
+def test_the_rows_of_another_embedding_are_refused(xp: Any) -> None:
+    memory = GPM().remember(Finished({"words.weight": to_xp(xp, np.ones(3))}, {}))
+    with pytest.raises(BecameError, match=r"'words\.weight' has 4 rows; its memory is one of 3"):
+        memory.remember(Finished({"words.weight": to_xp(xp, np.ones(4))}, {}))
