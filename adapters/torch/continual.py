@@ -244,7 +244,7 @@ class Continual(ContinualModel):
         parameters: dict[str, Any] = dict(shared.model.named_parameters())
         for key, value in arrays.items():
             part, _, name = key.partition(".")
-            owner = parameters.get(name.partition(".")[2] if part == "projector" else name, value)
+            owner: Any = parameters.get(name.partition(".")[2] if part == "projector" else name, value)
             arrays[key] = value.to(owner.device) if part == "projector" else shared.placed(value, owner)
         shapes = {name: tuple(value.shape) for name, value in parameters.items()}
         stored = restored(file, description, arrays, shapes, settings)
