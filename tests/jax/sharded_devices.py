@@ -167,7 +167,7 @@ def check_own_loop(mesh: Mesh) -> None:
         memory = own_loop.remember(apply, params, old, check=False, progress=False)
         constrained = own_loop.projected(memory, 0.1)
 
-        @jax.jit
+        @jax.jit  # type: ignore[untyped-decorator] # JAX is taken as untyped
         def step(params: Any, state: Any, batch: Any) -> Any:
             inputs, labels = batch
             gradients = jax.grad(
