@@ -110,14 +110,7 @@ class Job:
         watch = configuration.watch()
         if watch is None:
             return None
-        found = find_segments(self.learner(stream), stream, configuration.training(), watch, self.run.seed)
-        missed = sum(delay is None for delay in found.delays)
-        LOGGER.info(
-            "%s: %d segments in %d batches, %d of them learned; of %d changes %d missed, and %d false alarms",
-            *(self.run.name, len(found.segments), found.segments[-1].end, len(found.stream.tasks)),
-            *(len(found.changes), missed, found.false_alarms),
-        )
-        return found
+        return find_segments(self.learner(stream), stream, configuration.training(), watch, self.run.seed)
 
     def check_values(self, stream: TaskStream) -> None:
         """Raise a BecameError if there is no such device, the network cannot be built, or the stream not be watched.

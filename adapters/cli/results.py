@@ -7,6 +7,7 @@ columns.
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from itertools import zip_longest
 
 from adapters.analysis.bootstrap import Estimate
 from adapters.analysis.tables import Cell, Column, Table
@@ -29,6 +30,11 @@ _ALPHA = (
     "α: how far each task's merge went from stage 1's model, which is trained under gradient projection, to stage 2's, "
     "which is trained freely. At α = 0 stage 2 was thrown away; at α = 1 stage 1's constraint was given up; – is for a "
     "task that was not merged, as the first never is."
+)
+_FOUND = (
+    "A segment is what comes between two announced changes; one that is known was not learned again. A row of the "
+    "accuracies is a segment that was learned; it is tested on as large a share of a task as it has of its training "
+    "samples. The delay is the number of batches from a change until it was announced."
 )
 
 
@@ -64,7 +70,21 @@ def results_tables(results: Sequence[RunResult]) -> list[Table]:
     return [
         Table(title, score_columns, scores, [note], section=section),
         Table("What was merged, and the cost" if merged else "The cost", cost_columns, costs, [_ALPHA] * merged),
+        *_found(results),
     ]
+
+
+def _found(results: Sequence[RunResult]) -> list[Table]:
+    """Return a table of what the detector found in each seed's stream, which all methods learn; none if none was."""
+    streams = {result.seed: result.boundaries for result in results if result.boundaries is not None}
+    rows: list[list[Cell]] = []
+    for seed, found in sorted(streams.items()):
+        again = sum(segment["known"] is not None for segment in found["segments"])
+        delays = " ".join("missed" if delay is None else str(delay) for delay in found["delays"]) or "–"
+        rows.append([str(seed), f"{len(found['segments'])}", f"{again}", delays, f"{found['false_alarms']}"])
+    columns = ["seed", "segments", "known", "delay of each change", "false alarms"]
+    title = "What was found in the streams, in batches"
+    return [Table(title, [Column(name) for name in columns], rows, [_FOUND])] if rows else []
 
 
 def _estimates(scores: Sequence[Scores]) -> list[Estimate]:
@@ -74,7 +94,8 @@ def _estimates(scores: Sequence[Scores]) -> list[Estimate]:
 
 def _mean_alphas(runs: Sequence[RunResult]) -> str:
     """Each task's mean coefficient over seeds, a dash where nothing was merged; empty if nothing ever was."""
-    alphas = list(zip(*(run.alpha for run in runs), strict=True))
+    # Without announced boundaries, seeds may have different numbers of tasks.
+    alphas = list(zip_longest(*(run.alpha for run in runs)))
     if all(alpha is None for task in alphas for alpha in task):
         return ""
     means = [[alpha for alpha in task if alpha is not None] for task in alphas]

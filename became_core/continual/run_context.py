@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from became_core.arrays import Params
 from became_core.continual.adaptation import Adaptation
@@ -50,7 +51,7 @@ class RunContext:
             return replace(adaptation, rank=projector.own_rank)
         return adaptation
 
-    @property
+    @cached_property
     def still(self) -> frozenset[str]:
         """The names of the shared parameters that no stage changes."""
         return self.adaptation.still(self.learner)

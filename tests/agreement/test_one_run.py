@@ -36,10 +36,13 @@ from became_core.continual import (
     Learner,
     RelativeRates,
     RunRecord,
+    Segments,
     TaskEnd,
     TaskStream,
     Training,
+    Watch,
     build_method,
+    find_segments,
     learn,
     split_classes,
 )
@@ -125,6 +128,29 @@ def test_a_run_is_the_same_on_every_framework(method: str, framework: str) -> No
     learner = FRAMEWORKS[framework].learner(mlp(*SHAPE), stream(), 0)
     learner.assign({name: FRAMEWORKS[framework].array(value) for name, value in before.items()})
     assert_equal(run(learner, stream(), method), expected)
+
+
+@cache
+def reference_segments() -> tuple[dict[str, NDArray[Any]], TaskStream, Segments]:
+    """The watcher's weights, and what it found in a stream whose tasks share a head."""
+    tasks = replace(stream(), shared_head=True).first(2)
+    tasks = replace(tasks, tasks=tuple(replace(task, train=task.train[:320]) for task in tasks.tasks))
+    learner = FRAMEWORKS["torch"].learner(mlp(*SHAPE), tasks, 0)
+    before = {name: np.array(to_numpy(value)) for name, value in learner.parameters().items()}
+    return before, tasks, find_segments(learner, tasks, replace(TRAINING, batch_size=16), Watch(reservoir=128))
+
+
+@pytest.mark.parametrize("framework", ["jax", "tensorflow"])
+def test_a_stream_is_cut_alike_on_every_framework(framework: str) -> None:
+    before, tasks, expected = reference_segments()
+    learner = FRAMEWORKS[framework].learner(mlp(*SHAPE), tasks, 0)
+    learner.assign({name: FRAMEWORKS[framework].array(value) for name, value in before.items()})
+    found = find_segments(learner, tasks, replace(TRAINING, batch_size=16), Watch(reservoir=128))
+    assert len(expected.segments) == 2
+    assert found.segments == expected.segments
+    for ours, theirs in zip(found.stream.tasks, expected.stream.tasks, strict=True):
+        np.testing.assert_array_equal(ours.train, theirs.train)
+        np.testing.assert_array_equal(ours.measured, theirs.measured)
 
 
 BIASED = Architecture(

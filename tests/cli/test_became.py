@@ -1,6 +1,7 @@
 """``became``: one command on any framework, runs gone on with by their folder, what there is to choose from."""
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -79,6 +80,52 @@ def test_resume_finishes_all_runs_of_a_command_even_those_that_had_not_begun(
     assert f"{expected['gpm-seed0']['acc']:.2f}" in shown
     assert main(["resume", str(out)]) == 2
     assert capsys.readouterr().err == f"error: all runs in {out} are finished; there is nothing to resume.\n"
+
+
+UNKNOWN = ["--single-head", "--boundaries", "unknown", "--batch-size", "10"]
+
+
+def test_a_run_without_boundaries_is_recorded_and_resumed_to_the_same_bits(
+    tmp_path: Path, after_saves: Callable[[int], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert main(command(whole, *UNKNOWN, "--methods", "gpm")) == 0
+    shown = capsys.readouterr().out
+    assert "What was found in the streams, in batches" in shown
+    assert re.search(r"seed +segments +known +delay of each change +false alarms\n─+\n0 +2 +0 +\d +0\b", shown)
+    values = results(whole)["gpm-seed0"]
+    assert (values["config"]["boundaries"], values["config"]["hazard"]) == ("unknown", 0.01)
+    assert values["boundaries"]["changes"] == [76]
+    assert values["boundaries"]["false_alarms"] == 0
+    assert all(delay <= 10 for delay in values["boundaries"]["delays"])
+    assert sum(values["boundaries"]["tested"]) == 400
+    assert len(values["accuracy"]) == 2
+    after_saves(3)
+    assert main(command(parts, *UNKNOWN, "--methods", "gpm")) == 130
+    after_saves(0)
+    assert main(["resume", str(parts)]) == 0
+    assert results(parts)["gpm-seed0"] == values
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--boundaries", "unknown"], "mnist has a head for each task, and without boundaries nothing says which head"),
+        ([*UNKNOWN, "--hazard", "1"], "the hazard is 1.0; give a probability between 0 and 1."),
+        ([*UNKNOWN, "--reservoir", "0"], "a reservoir of 0 samples holds nothing; let it hold at least 1."),
+        ([*UNKNOWN, "--reservoir", "50"], "a reservoir of 50 samples holds 5 batches of 10; let it hold at least 80"),
+        (
+            [*UNKNOWN, "--reservoir", "5000"],
+            "the stream of mnist has 152 batches, and the first 500 fill the reservoir",
+        ),
+    ],
+)
+def test_a_stream_that_cannot_be_watched_is_refused_before_a_folder_is_made(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str
+) -> None:
+    assert main(command(tmp_path / "out", *options)) == 2
+    assert capsys.readouterr().err.startswith(f"error: {message}")
+    assert not (tmp_path / "out").exists()
 
 
 def test_resume_goes_on_with_the_backend_there_was_or_the_one_given(

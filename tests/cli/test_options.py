@@ -102,7 +102,7 @@ def became(installed: Path, *arguments: str) -> str:
     path = os.pathsep.join([str(installed), str(ROOT)])
     done = subprocess.run(
         [sys.executable, "-m", "adapters.cli", *arguments],
-        env={**os.environ, "PYTHONPATH": path, "COLUMNS": "200"},
+        env={**os.environ, "PYTHONPATH": path, "COLUMNS": "100"},
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -128,7 +128,9 @@ def test_what_another_package_registers_is_listed_explained_and_completed(instal
     assert ["tiny", "eight units"] in lines
     assert ["digits", "2 tasks, groups of the classes of 5,000 digits of MNIST; presets quick"] in lines
     assert "--caution" in became(installed, "run", "--help")
-    shown = " ".join(became(installed, "run", "--help-all").replace("│", " ").split())  # whatever the width
+    shown = " ".join(
+        became(installed, "run", "--help-all").replace("│", " ").split()
+    )  # wider, the help has two columns
     assert "--caution FLOAT By how much more. (cautious; default: 0.01)" in shown
     assert "--thrift INT How thrifty it is. (thrifty)" in shown
     script = became(installed, "--tyro-write-completion", "bash", "-")

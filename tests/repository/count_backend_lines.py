@@ -35,7 +35,7 @@ PARTS: dict[str, dict[str, tuple[str, ...]]] = {
     "torch": {
         "learner": ("learner", "linear"),
         "layers": ("layers", "networks"),
-        "own models": ("graph", "rows", "tapping", "derivatives"),
+        "own models": ("graph", "rows", "tapping", "derivatives", "hub"),
         "own loops": ("batches", "checking", "continual", "data_loss", "steps"),
         "command": ("run",),
         "processes": ("processes", "share", "shared_model"),

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adapters.benchmarks.catalogue import BENCHMARKS
+from adapters.benchmarks.mnist import load_mnist
 from adapters.cli.jobs import requested_jobs
 from adapters.cli.options import parse, request_of, request_type
 from adapters.runs.configuration import (
@@ -20,7 +21,15 @@ from adapters.runs.configuration import (
 from adapters.runs.repeating import command_words
 from adapters.torch.run import BACKEND
 from became_core import BecameError
-from became_core.continual import Adaptation, Augmentation, RelativeRates, build_method
+from became_core.continual import (
+    Adaptation,
+    Augmentation,
+    BayesianDetector,
+    PlateauDetector,
+    RelativeRates,
+    Watch,
+    build_method,
+)
 
 
 def configured(method: str = "became", preset: str | None = None, **values: Any) -> Configuration:
@@ -60,6 +69,25 @@ def test_every_option_reaches_the_parts_that_it_is_for() -> None:
         "split-cifar100", 20, 20, "seeded",
     )  # fmt: skip
     assert (record["network"], record["validation"], record["nscl_ratio"]) == ("mlp", 0.1, 7.0)
+
+
+def test_boundaries_are_watched_for_only_if_they_are_unknown() -> None:
+    assert configured("became").watch() is None
+    watch = configured("became", boundaries="unknown", hazard=0.2, reservoir=99, gradual=7).watch()
+    assert watch is not None
+    assert isinstance(watch.detector, BayesianDetector)
+    assert (watch.detector.hazard, watch.reservoir, watch.gradual) == (0.2, 99, 7)
+    plateaus = configured("became", boundaries="unknown", detector="plateau").watch()
+    assert plateaus == Watch(PlateauDetector())
+
+
+def test_a_single_head_is_one_for_all_tasks() -> None:
+    dataset = load_mnist()
+    assert not configured("became").stream(dataset, 0).shared_head
+    stream = configured("became", single_head=True).stream(dataset, 0)
+    assert stream.shared_head
+    assert [task.classes for task in stream.tasks[:2]] != [(0, 1), (0, 1)]  # of labels, in an order that is drawn
+    assert set(stream.targets[stream.tasks[3].train].tolist()) == {0, 1}
 
 
 def test_stage_1_of_a_patient_schedule_ends_on_its_best_model_and_stage_2_on_its_last() -> None:
@@ -121,6 +149,10 @@ def test_the_number_of_tasks_chooses_the_preset() -> None:
         ),
         ({"ewc_strength": float("inf")}, "ewc", None, "--ewc-strength is inf; it must be a finite number"),
         ({"increment": -0.1}, "gpm", None, "the threshold grows by -0.1 a task; the increment must be at least 0"),
+        ({"hazard": 0.0}, "gpm", None, "the hazard is 0.0; give a probability between 0 and 1"),
+        ({"hazard": 1.0}, "gpm", None, "the hazard is 1.0; give a probability between 0 and 1"),
+        ({"reservoir": 0}, "gpm", None, "a reservoir of 0 samples holds nothing; let it hold at least 1"),
+        ({"gradual": -1}, "gpm", None, "tasks change over -1 samples; give at least 0"),
         ({"momenta": 3}, "gpm", None, "no option 'momenta'; did you mean 'momentum'"),
     ],
 )
@@ -171,6 +203,12 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "tasks": st.sampled_from([2, 5, 10]),
     "first": st.integers(1, 2),
     "class_order": st.sampled_from(["label", "seeded"]),
+    "single_head": st.just(True),
+    "boundaries": st.sampled_from(["known", "unknown"]),
+    "detector": st.sampled_from(["bayesian", "plateau"]),
+    "hazard": st.floats(0.001, 0.5),
+    "reservoir": st.integers(1, 999),
+    "gradual": st.integers(0, 999),
     "validation": st.floats(0, 0.5),
     "augment": st.booleans(),
     "network": st.sampled_from(["mlp", "alexnet"]),
@@ -259,6 +297,7 @@ def test_every_option_is_drawn_by_these_properties() -> None:
     others = {"benchmark", "optimiser", "momentum", "nscl_ratio", "nscl_floored", "ogd_samples", "ogd_capacity"}
     others |= {"ewc_strength", "packnet_share", "packnet_even", "packnet_retraining", "grid_points"}
     others |= {"hat_sharpness", "hat_sparsity", "hat_clamped"}
+    others |= {"pretrained", "shrinkage"}  # of networks of the hub, and of the merge of single weights
     others |= {"task_column", "target_column", "target_kind", "head", "context"}
     assert set(options()) == set(VALUES) | others
     kinds = {get_origin(option.type) or option.type for name, option in options().items() if name in VALUES}

@@ -13,6 +13,7 @@ from adapters.torch.run import build_learner
 from became_core import BecameError, LaplacePosterior
 from became_core.continual import (
     SGD,
+    Adaptation,
     Annealed,
     Batch,
     Constraint,
@@ -29,7 +30,7 @@ from became_core.curvature import FisherKind
 from became_core.laplace import Diagonal
 from became_core.projection import GPM
 from reference.learner import ReferenceLearner
-from tests.streams import prototype_stream
+from tests.streams import drifting_stream, prototype_stream
 
 TRAINING = Training(Annealed(lr=0.05, epochs=8), Annealed(lr=0.05, epochs=4), batch_size=16, projector_samples=20)
 # HAT's published numbers are for wider networks and more steps.
@@ -56,8 +57,10 @@ def test_a_users_module_learns_under_every_method(method: str) -> None:
     stream = prototype_stream()
     record = _learn(TorchLearner(_convolutional(), stream), method)
     assert np.isfinite(record.accuracy[-1]).all()
-    # Chance is 33. NSCL divides its steps by the root of what is free, and is meant for Adam; HAT shares out few units.
-    assert record.accuracy.diagonal().mean() > (50 if method in ("nscl", "hat") else 60)
+    # Chance is 33. NSCL divides its steps by the root of what is free, and is meant for Adam; HAT shares out few units;
+    # adapters are meant for pretrained networks, and this one begins as it was drawn.
+    least = {"nscl": 50, "hat": 50, "inflora": 50, "olora": 40}
+    assert record.accuracy.diagonal().mean() > least.get(method, 60)
     merged = _merged(record)
     on_a_segment = build_method(method, SETTINGS).rule is not None and method != "imm-mode"
     assert len(merged) == (len(stream.tasks) - 1 if on_a_segment else 0)
@@ -287,3 +290,15 @@ def test_a_network_mixes_samples_if_it_normalises_by_the_batch_in_evaluation(nor
     rows = stream.dataset.images.shape[0] - 1 - np.arange(6)
     apart, together = learner.logits(rows[:3], 3), learner.logits(rows, 6)[:3]
     assert torch.allclose(apart, together, rtol=1e-4, atol=1e-5) is not mixes
+
+
+def test_a_head_that_all_tasks_share_learns_beside_adapters() -> None:
+    stream = drifting_stream()
+    learner = TorchLearner(build_network("mlp", stream.dataset.images.shape[1:]), stream)
+    before = learner.parameters()
+    training = replace(TRAINING, adaptation=Adaptation(("fc2",), rank=2))
+    learn(learner, stream, build_method("became", SETTINGS), training)
+    after = learner.parameters()
+    assert [name for name in before if not torch.equal(before[name], after[name])] == ["fc1.weight", "head.weight"]
+    with pytest.raises(BecameError, match=r"--freeze head\* matches none"):
+        Adaptation(("head*",)).check(learner)

@@ -16,7 +16,7 @@ from became_core.laplace import (
     Secant,
 )
 from became_core.laplace.rules import ChosenAlphas, EqualShares, TrueLossGrid
-from became_core.projection import GPCNS, GPM, HAT, NSCL, OGD, SGP, TRGP, PackNet
+from became_core.projection import GPCNS, GPM, HAT, NSCL, OGD, SGP, TRGP, InfLoRA, OLoRA, PackNet
 
 SETTINGS: dict[str, Any] = {
     "threshold": 0.9,
@@ -44,6 +44,8 @@ BUILT = {
     "nscl": NSCL(20.0),
     "ogd": OGD(7, 5),
     "trgp": TRGP(0.9, 0.01),
+    "inflora": InfLoRA(0.9, 0.01),
+    "olora": OLoRA(),
 }
 
 
@@ -55,7 +57,7 @@ def test_a_method_has_the_name_by_which_it_is_built(name: str) -> None:
 def test_the_methods_are_those_of_the_table() -> None:
     methods = (
         "became became-0 became-1 became-curve became-grid became-half became-paper coma ewc ewc-online finetune "
-        "gpcns gpm hat imm-mean imm-mode joint nscl ogd packnet sgp trgp"
+        "gpcns gpm hat imm-mean imm-mode inflora joint nscl ogd olora packnet sgp trgp"
     )
     assert tuple(methods.split()) == METHODS
     assert set(projector_names()) == set(BUILT)
