@@ -2,12 +2,15 @@
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 # Seconds after which a process that has not gone on counts as hanging, also beside busy processes.
 WAIT = 300.0
+LIMIT = 180.0  # what several processes take is a few seconds, or many times that beside busy processes
 
 
 def until(happened: Callable[[], object]) -> None:
@@ -27,3 +30,27 @@ def result(out: Path, name: str) -> dict[str, Any]:
     """What came out of a run, seconds aside."""
     values: dict[str, Any] = json.loads((out / name / "results.json").read_text())
     return {key: value for key, value in values.items() if key not in ("seconds", "sha256")}
+
+
+@contextmanager
+def started(work: Callable[[int], None], count: int = 2) -> Iterator[list[Any]]:
+    """Processes with PyTorch that do their work, each by its rank; none is left afterwards."""
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["tests.torch.torchrun_processes"])
+    processes = [context.Process(target=work, args=(rank,)) for rank in range(count)]
+    try:
+        for process in processes:
+            process.start()
+        yield processes
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+
+
+def ended(processes: list[Any], within: float = LIMIT) -> list[int | None]:
+    """The exit statuses of processes; None for one that is still there after so many seconds."""
+    end = time.monotonic() + within
+    for process in processes:
+        process.join(max(end - time.monotonic(), 0.0))
+    return [process.exitcode for process in processes]

@@ -139,6 +139,7 @@ def mean_loss(
     likelihood: Likelihood | Callable[..., Any],
     passes: Iterable[tuple[Array, Any]],
     own_loss: Callable[[Array, Any], Any] | None = None,
+    summed: Callable[..., Iterable[float]] | None = None,
 ) -> float:
     """Return the mean loss over batches.
 
@@ -146,6 +147,7 @@ def mean_loss(
         likelihood: or any loss.
         passes: the outputs and the targets of each batch.
         own_loss: how a loss that is no likelihood is called, if not with outputs and targets.
+        summed: from this process's sum of losses and its samples or tokens to those of all processes.
 
     Raises:
         BecameError: if there is no batch.
@@ -158,6 +160,8 @@ def mean_loss(
         else:
             total += float((own_loss or likelihood)(outputs, targets)) * size
         units += size
+    if summed is not None:
+        total, units = summed(total, units)
     return total / counted(units)
 
 

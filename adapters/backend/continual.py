@@ -191,9 +191,8 @@ class ContinualModel(ABC):
 
     # What a framework adds.
 
-    @staticmethod
     @abstractmethod
-    def _write(arrays: dict[str, Array], file: str | Path, metadata: dict[str, str]) -> None:
+    def _write(self, arrays: dict[str, Array], file: str | Path, metadata: dict[str, str]) -> None:
         """Write arrays and metadata as safetensors."""
 
     # What its methods are made of.

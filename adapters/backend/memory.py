@@ -21,7 +21,7 @@ from adapters.backend.batches import repeatable
 from adapters.backend.own_loop import Coverage, Covered, MergeReport, Uncovered, first_difference
 from became_core import BecameError, Diagonal, LaplacePosterior, Quadratic, merge
 from became_core.arrays import Array, Params, difference, namespace
-from became_core.curvature import LIKELIHOODS, GramSums, Likelihood
+from became_core.curvature import LIKELIHOODS, Exchange, GramSums, Likelihood
 from became_core.laplace import Estimator, MergeSubspace
 from became_core.projection import PROJECTORS, Projector
 
@@ -160,11 +160,20 @@ def pull_of(rate: Any, strength: Array, moments: Moments | None) -> Array:
 
 
 class InputGrams(GramSums):
-    """What a projector may ask about data that were remembered: the Gram matrices of what layers read."""
+    """What a projector may ask about data that were remembered: the Gram matrices of what layers read.
+
+    Attributes:
+        exchange: how processes bring together what each has of the data; None if this one has all.
+    """
+
+    exchange: Exchange | None = None
+    _means: Params | None = None
 
     def input_grams(self) -> Params:
         """Return the means of a a^T by weight, [d_in, d_in], or factors of those."""
-        return self.means()
+        if self._means is None:  # an exchange can be done once
+            self._means = self.means(self.exchange)
+        return self._means
 
     def gradient_grams(self) -> Params:
         """Raise a BecameError: only what layers read is gathered."""

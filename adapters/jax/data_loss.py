@@ -22,6 +22,7 @@ import jax
 import numpy as np
 import optax
 from jax import numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 
 from adapters.backend.batches import (
     Kind,
@@ -187,7 +188,10 @@ class DataLoss:
                 more, grams = measure(theta, inputs, seed, weights=weights)
                 squares = _sum(squares, more) if squares else more
                 finished.add_parts(grams)
-        return _mean(squares, theta, counted(units)), finished
+        means = _mean(squares, theta, counted(units))
+        # XLA chooses where results lie; Fisher information lies where its parameter does.
+        spread = (name for name, value in theta.items() if isinstance(value.sharding, NamedSharding))
+        return means | {name: jax.device_put(means[name], theta[name].sharding) for name in spread}, finished
 
     def slope(self, batches: Iterable[Any], theta: Params, directions: Sequence[Params]) -> Array:
         """Return the slopes of the mean loss along directions at these weights, [directions], in float64 of NumPy."""
@@ -226,8 +230,10 @@ class DataLoss:
 
     @staticmethod
     def in_dtype(numbers: Any, like: Array) -> Array:
-        """Return numbers in the dtype of an array, and in at least float32."""
-        return jnp.asarray(numbers, _wide(like).dtype)
+        """Return numbers in the dtype of an array, in at least float32, and on all devices that it is spread over."""
+        numbers = jnp.asarray(numbers, _wide(like).dtype)
+        spread = isinstance(like.sharding, NamedSharding)
+        return jax.device_put(numbers, NamedSharding(like.sharding.mesh, PartitionSpec())) if spread else numbers
 
     def _derivatives(self, theta: Params, directions: Sequence[Params], inputs: Any) -> tuple[Array, Array]:
         """Return the outputs and their derivatives along directions, [directions, *outputs]."""

@@ -193,8 +193,7 @@ class Continual(ContinualModel):
             self._data.estimate_statistics(statistics)
         return report
 
-    @staticmethod
-    def _write(arrays: dict[str, Array], file: str | Path, metadata: dict[str, str]) -> None:
+    def _write(self, arrays: dict[str, Array], file: str | Path, metadata: dict[str, str]) -> None:
         tensors = {name: np.asarray(tf.convert_to_tensor(value).numpy()) for name, value in arrays.items()}
         save_file(tensors, str(file), metadata)
 

@@ -56,7 +56,8 @@ class TorchView:
         embeddings: list[Any] = [m for m in names if isinstance(m, nn.Embedding) and m.padding_idx is not None]
         self._padding = {owners[m.weight]: m.padding_idx for m in embeddings if m.weight in owners}
         self._raw = {owners[value]: raw for raw, value in network.named_parameters() if value.requires_grad}
-        self.theta: Params = {name: value.detach() for name, value in self._trained.items()}
+        # Copies: memory that NumPy has seen cannot be freed again, and FSDP2 frees that of its parameters.
+        self.theta: Params = {name: value.detach().clone() for name, value in self._trained.items()}
         self.mixes_samples, self.agreement = mixes_samples, compared
 
     @property

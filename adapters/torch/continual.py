@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 from torch.optim import Optimizer
@@ -25,6 +26,7 @@ from adapters.backend.own_loop import MergeReport, Uncovered
 from adapters.torch.batches import Apply, Targets
 from adapters.torch.data_loss import Batches, DataLoss, Loss
 from adapters.torch.layers import estimate_statistics
+from adapters.torch.shared_model import SharedModel, own_part
 from adapters.torch.steps import StepGuard, groups_of, moments_of, unwrapped
 from became_core import BecameError
 from became_core.arrays import Array
@@ -195,6 +197,10 @@ class Continual(ContinualModel):
         Raises:
             BecameError: if there was no stable training since the last memory.
         """
+        if statistics is not None and self._data.shared.count > 1:
+            raise BecameError(
+                "statistics= estimates batch norms from one process's batches; leave it out where several train."
+            )
         report = self._merge(batches, trace, "other parameters need a gradient")
         if statistics is not None:
             estimate_statistics(self.model, (partial(self._data.run, batch) for batch in statistics))
@@ -202,10 +208,23 @@ class Continual(ContinualModel):
 
     # On disk.
 
-    @staticmethod
-    def _write(arrays: dict[str, Array], file: str | Path, metadata: dict[str, str]) -> None:
-        tensors = {name: torch.as_tensor(value).detach().contiguous().cpu() for name, value in arrays.items()}
-        save_file(tensors, str(file), metadata)
+    def _write(self, arrays: dict[str, Array], file: str | Path, metadata: dict[str, str]) -> None:
+        tensors, shared, failure = {}, self._data.shared, None
+        for name, value in arrays.items():
+            whole = shared.gathered({name: value})[name]
+            if shared.rank == 0:
+                tensors[name] = torch.as_tensor(whole).detach().contiguous().cpu()
+        if shared.rank == 0:
+            try:
+                save_file(tensors, str(file), metadata)
+            except (OSError, SafetensorError) as error:
+                if shared.count == 1:
+                    raise
+                failure = str(error)
+        # The others wait until the file is there.
+        failure = shared.of_all(failure)[0]
+        if failure is not None:
+            raise BecameError(f"process 1 could not write {file}: {failure}.")
 
     @classmethod
     def load(cls, model: nn.Module, file: str | Path, **settings: Any) -> Self:
@@ -221,12 +240,13 @@ class Continual(ContinualModel):
             BecameError: if the file is no memory, or is one of another architecture.
         """
         description, arrays = read_memory(file, "pt")
-        devices = {name: value.device for name, value in model.named_parameters()}
+        shared = SharedModel(model)
+        parameters: dict[str, Any] = dict(shared.model.named_parameters())
         for key, value in arrays.items():
             part, _, name = key.partition(".")
-            owner = name.partition(".")[2] if part == "projector" else name
-            arrays[key] = value.to(devices.get(owner, value.device))
-        shapes = {name: tuple(value.shape) for name, value in model.named_parameters()}
+            owner: Any = parameters.get(name.partition(".")[2] if part == "projector" else name, value)
+            arrays[key] = value.to(owner.device) if part == "projector" else shared.placed(value, owner)
+        shapes = {name: tuple(value.shape) for name, value in parameters.items()}
         stored = restored(file, description, arrays, shapes, settings)
         learning = cls(model, **stored.settings)
         learning.posterior, learning._data.matrices = stored.posterior, stored.matrices
@@ -240,5 +260,7 @@ class Continual(ContinualModel):
             transposed=self._transposed,
             standing=full(self.projector),
             uncovered=self.uncovered,
-            penalised=self._penalised,
+            penalised={
+                name: (own_part(mean), own_part(strength)) for name, (mean, strength) in self._penalised.items()
+            },
         )

@@ -3,12 +3,16 @@
 A likelihood gives all of it. Any other loss, (outputs, targets) -> the mean over the samples of a batch, has the
 empirical Fisher information, and curvature along a direction as the difference of slopes at its two sides.
 
+Processes that train the model together (``adapters/torch/shared_model.py``) each give their own batches: what is summed
+here over batches is then summed over processes.
+
 Convention: means over samples or over tokens, as the likelihood says; the model is in evaluation mode for the time of a
 measurement. Parameters go by PyTorch's own names, and are those that need a gradient.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -32,6 +36,7 @@ from adapters.backend.own_loop import NetworkCheck
 from adapters.torch.batches import Applied, in_evaluation, to_device
 from adapters.torch.checking import TorchView
 from adapters.torch.derivatives import Derivatives
+from adapters.torch.shared_model import SharedModel
 from adapters.torch.tapping import Layouts, collect_taps, matrices_of, samples_of
 from became_core import BecameError, Quadratic
 from became_core.arrays import Params
@@ -51,6 +56,7 @@ class DataLoss:
         checked: what the first look at the network found; None before it, or if there is none.
         matrices: the parameters that are used as matrices alone, and whether they are stored as [d_in, d_out]; None
             before the first look.
+        shared: the model, and the processes that train it together.
     """
 
     def __init__(
@@ -76,18 +82,22 @@ class DataLoss:
         self.likelihood = likelihood
         self.checked: NetworkCheck | None = None
         self.matrices: dict[str, bool] | None = None
-        self._model, self._applied, self._reader = model, Applied(model, reader), reader
+        self.shared = SharedModel(model)
+        self._model, self._reader = self.shared.model, reader
+        self._applied = Applied(self._model, reader)
         self._checks, self._shows, self._kind = checks, shows, fisher
         self._derivatives, self._layouts = Derivatives(), Layouts()
 
     @property
     def trained(self) -> dict[str, nn.Parameter]:
         """The parameters that need a gradient."""
+        self.shared.shard()
         return {name: value for name, value in self._model.named_parameters() if value.requires_grad}
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shapes of all parameters."""
+        self.shared.shard()
         return {name: tuple(value.shape) for name, value in self._model.named_parameters()}
 
     def weights(self) -> Params:
@@ -130,6 +140,32 @@ class DataLoss:
         if self.matrices is None:
             self.matrices = matrices_of(self._applied, names, few, self._layouts)
 
+    def _looked_at_by_all(self, batches: Iterator[Any]) -> Iterator[Any]:
+        """Look at the network in every process, and go on with what the first process found; return the batches.
+
+        Raises:
+            BecameError: in every process, if one has no batch, or its look failed.
+        """
+        first, failure = next(batches, None), None
+        if first is None:
+            failure = f"process {self.shared.rank + 1} has no batch; each process needs at least one"
+        else:
+            inputs, targets = self._split(first)
+            try:
+                with torch.no_grad():
+                    outputs = self._applied(inputs)
+                self._look(inputs, outputs, targets)
+            except BecameError as error:
+                failure = str(error).removesuffix(".")
+        known = self.likelihood if isinstance(self.likelihood, Likelihood) else None
+        answers = self.shared.of_all((failure, self.matrices, known))
+        for number, (reason, _, _) in enumerate(answers, 1):
+            if reason is not None:
+                raise BecameError(f"{reason}." if reason == failure else f"process {number} stopped: {reason}.")
+        self.matrices = answers[0][1]
+        self.likelihood = self.likelihood if known is None else answers[0][2]
+        return chain([first], batches)
+
     def passes(self, batch: Any, rng: np.random.Generator, *, windows: bool = False) -> Iterator[tuple[Taps, float]]:
         """Run a batch, and yield the taps of every backward pass that its Fisher information needs.
 
@@ -164,30 +200,37 @@ class DataLoss:
         """Return the diagonal Fisher information at the weights as they are, and what a projector remembers."""
         what = "remembering" if with_memory else "measuring"
         finished = InputGrams()
-        units, rng = 0.0, np.random.default_rng(0)
+        units, rng = 0.0, np.random.default_rng(self.shared.rank)
 
         def taps_of_batches() -> Iterator[Taps]:
             nonlocal units
-            for batch in with_progress(batches, what, self._shows, length_of(batches)):
+            shows = self._shows and self.shared.rank == 0
+            todo = with_progress(batches, what, shows, length_of(batches))
+            for batch in todo if self.shared.count == 1 else self._looked_at_by_all(todo):
                 for index, (taps, more) in enumerate(self.passes(batch, rng, windows=with_memory)):
                     units += more
                     if with_memory and index == 0:  # the inputs are the same for all targets
                         finished.add(taps, frozenset(self.matrices or ()))
                     yield taps
 
-        with in_evaluation(self._model):
+        with self.shared.whole(), in_evaluation(self._model):
             squares = square_sums(taps_of_batches())
+            sums = {
+                name: squares[name].reshape(value.shape) if name in squares else torch.zeros_like(value)
+                for name, value in ((name, value.detach()) for name, value in self.trained.items())
+            }
+        if self.shared.count > 1:
+            units = float(self.shared.total(torch.tensor(units, dtype=torch.float64)))
+            sums = self.shared.total_like(sums, self.trained)
+            finished.exchange = self.shared.exchange
         counted(units)
-        fisher = {
-            name: squares[name].reshape(value.shape) / units if name in squares else torch.zeros_like(value)
-            for name, value in ((name, value.detach()) for name, value in self.trained.items())
-        }
-        return fisher, finished
+        return {name: value / units for name, value in sums.items()}, finished
 
     def slope(self, batches: Batches, theta: Params, directions: Sequence[Params]) -> Tensor:
         """Return the slopes of the mean loss along directions at these weights, [directions], in float64."""
         units, total = 0.0, [0.0] * len(directions)
-        with self.at(theta), in_evaluation(self._model), torch.enable_grad():
+        moves = [self.shared.gathered(direction) for direction in directions]
+        with self.at(theta), self.shared.whole(), in_evaluation(self._model), torch.enable_grad():
             trained = self.trained
             for batch in batches:
                 outputs, targets = self.run(batch)
@@ -197,19 +240,24 @@ class DataLoss:
                     outputs, list(trained.values()), seed, allow_unused=True
                 )
                 for name, gradient in zip(trained, gradients, strict=True):
-                    for index, direction in enumerate(directions):
+                    for index, direction in enumerate(moves):
                         total[index] += 0.0 if gradient is None else float((gradient.double() * direction[name]).sum())
-        return torch.tensor(total, dtype=torch.float64) / counted(units)
+        sums = self.shared.total(torch.tensor([*total, units], dtype=torch.float64))
+        return sums[:-1] / counted(float(sums[-1]))
 
     def along(self, batches: Batches, theta: Params, directions: Sequence[Params]) -> tuple[Quadratic, str]:
         """Return the mean loss along directions from these weights, and how its curvature was measured."""
         if not isinstance(self.likelihood, Likelihood):
             slopes = by_slopes(lambda moved, along: self.slope(batches, moved, along), theta, directions)
             return slopes, "a difference of slopes"
-        slope, curvature, units = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64), 0.0
-        own = {f"model.{name}": theta[name] for name in self.trained}
-        moves = [{f"model.{name}": value for name, value in direction.items()} for direction in directions]
-        with in_evaluation(self._model):
+        count = len(directions)
+        slope, curvature = torch.zeros(count, dtype=torch.float64), torch.zeros(count, count, dtype=torch.float64)
+        units = 0.0
+        own, *moves = (
+            {f"model.{name}": value for name, value in self.shared.gathered(tree).items()}
+            for tree in ({name: theta[name] for name in self.trained}, *directions)
+        )
+        with self.shared.whole(), in_evaluation(self._model):
             for batch in batches:
                 inputs, targets = self._split(batch)
 
@@ -221,12 +269,20 @@ class DataLoss:
                 first, second = self.likelihood.derivatives(outputs, tangents, targets)
                 slope, curvature = slope + first.cpu().double(), curvature + second.cpu().double()
                 units += self.likelihood.units(outputs, targets)
-        return Quadratic(slope / counted(units), curvature / units), self._derivatives.way
+        sums = self.shared.total(torch.cat([slope, curvature.flatten(), slope.new_tensor([units])]))
+        units = counted(float(sums[-1]))
+        return (
+            Quadratic(sums[:count] / units, sums[count:-1].reshape(count, count) / units),
+            self._derivatives.way,
+        )
 
     def mean(self, batches: Batches, theta: Params) -> float:
         """Return the mean loss at these weights."""
-        with self.at(theta), in_evaluation(self._model), torch.no_grad():
-            return mean_loss(self.likelihood, map(self.run, batches))
+        with self.at(theta), self.shared.whole(), in_evaluation(self._model), torch.no_grad():
+            return mean_loss(self.likelihood, map(self.run, batches), summed=self._summed)
+
+    def _summed(self, *numbers: float) -> list[float]:
+        return [float(number) for number in self.shared.total(torch.tensor(numbers, dtype=torch.float64))]
 
     @staticmethod
     def in_dtype(numbers: Tensor, like: Tensor) -> Tensor:

@@ -7,6 +7,9 @@ pulled back by the proximal step of a quadratic penalty,
 
 which is decoupled from the optimiser, as AdamW's weight decay is, and stable at any strength. Of an Adam, s is divided
 by the root of its second moments, as its steps are.
+
+Of a sharded weight every process does this to the rows that it has, and nothing is sent: G - G M M^T, like every
+projection here, acts on each row of G [d_out, d_in] by itself. So a protected weight must be sharded along d_out.
 """
 
 from collections.abc import Mapping
@@ -19,6 +22,7 @@ from torch.optim import Optimizer
 
 from adapters.backend.memory import Moments, pull_of
 from adapters.backend.own_loop import Uncovered
+from adapters.torch.shared_model import own_part
 from became_core import BecameError
 from became_core.projection import Projector
 
@@ -71,8 +75,11 @@ class StepGuard:
         transposed: the matrices that are stored as [d_in, d_out].
         standing: those that are protected as a whole.
         uncovered: what is done with the others.
-        penalised: their mean, and penalty x precision.
-        before: the weights before the step.
+        penalised: their mean, and penalty x precision: what this process has of them.
+        before: the weights before the step, likewise.
+
+    Raises:
+        BecameError: if a protected weight is sharded along d_in.
     """
 
     optimizer: Optimizer
@@ -84,6 +91,18 @@ class StepGuard:
     penalised: dict[str, tuple[Tensor, Tensor]]
     before: dict[str, Tensor] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        """Check how the weights are sharded."""
+        protected = self.projector.rank.keys() - self.standing
+        for parameters, _group in self.groups:
+            for name in parameters.keys() & protected:
+                rows = 1 if name in self.transposed else 0
+                if not all(each.is_replicate() or each.dim == rows for each in _placements(parameters[name])):
+                    raise BecameError(
+                        f"'{name}' is sharded along its inputs, and a step of it can be projected only by whole rows; "
+                        f"give fully_shard a shard_placement_fn that returns Shard({rows}) for it."
+                    )
+
     @torch.no_grad()
     def before_step(self, *_: Any) -> None:
         """Note the weights that the step must not move as it likes."""
@@ -92,23 +111,29 @@ class StepGuard:
             for name, value in parameters.items():
                 if name in protected or self.uncovered == "frozen":
                     if name in self.before:
-                        self.before[name].copy_(value)
+                        self.before[name].copy_(own_part(value))
                     else:
-                        self.before[name] = value.detach().clone()
+                        self.before[name] = own_part(value).clone()
 
     @torch.no_grad()
     def after_step(self, *_: Any) -> None:
         """Take out of the step what it must not change."""
         protected = self.projector.rank.keys()
         for parameters, group in self.groups:
-            for name, value in parameters.items():
+            for name, parameter in parameters.items():
+                value = own_part(parameter)
+                if not value.numel():
+                    continue  # there are fewer rows than processes
                 if name in protected and name not in self.standing:
-                    self._project(name, value.data)
+                    self._project(name, value)
                 elif name in self.before:
                     value.copy_(self.before[name])
                 elif self.uncovered == "penalised" and name in self.penalised:
                     mean, strength = self.penalised[name]
-                    pull = pull_of(float(group["lr"]), strength, moments_of(self.optimizer, group, value))
+                    moments = moments_of(self.optimizer, group, parameter)
+                    if moments is not None:
+                        moments = moments._replace(second=own_part(moments.second))
+                    pull = pull_of(float(group["lr"]), strength, moments)
                     value.addcmul_(pull, mean).div_(1 + pull)
 
     def _project(self, name: str, value: Tensor) -> None:
@@ -124,3 +149,7 @@ class StepGuard:
         change = value - before
         allowed = self.projector.project({name: change.T if is_transposed else change})[name]
         torch.add(before, allowed.T if is_transposed else allowed, out=value)
+
+
+def _placements(value: Any) -> tuple[Any, ...]:
+    return tuple(getattr(value, "placements", ()))

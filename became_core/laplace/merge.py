@@ -16,6 +16,7 @@ from became_core.arrays import (
     device,
     has_values,
     is_array,
+    is_spread,
     label,
     lerp_of,
     map_leaves,
@@ -293,5 +294,6 @@ def scalar(number: Any, dtype: Any, like: Array) -> Array:
     """Return a number, or a sequence of numbers, as an array of this dtype on another one's device."""
     xp, number = namespace(like=like), _number(number, like)
     if isinstance(number, int | float | Sequence):
-        return xp.asarray(number, dtype=dtype, device=device(like))
+        # A scalar cannot be spread as an array is; without a device JAX takes it to where it is needed.
+        return xp.asarray(number, dtype=dtype, device=None if is_spread(like) else device(like))
     return xp.astype(number, dtype, copy=False)

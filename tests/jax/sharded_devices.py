@@ -10,10 +10,12 @@ from typing import Any
 
 import jax
 import numpy as np
+import optax
 from jax import numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from adapters.jax import own_loop
 from became_core import merge, optimal_alpha, path_quadratic
 from became_core.laplace import Became, LaplacePosterior
 from became_core.laplace.estimators import PaperClosedForm, Secant
@@ -120,6 +122,7 @@ def main() -> None:
     of_three = Became().merge([loss.mean for loss in of_models], of_models)
     check_close(of_three.alpha, Became().merge(models, losses).alpha)
     check_parts_by_hand(mesh, trees)
+    check_own_loop(mesh)
 
 
 def check_parts_by_hand(mesh: Mesh, trees: list[Trees]) -> None:
@@ -149,6 +152,50 @@ def check_parts_by_hand(mesh: Mesh, trees: list[Trees]) -> None:
         number, counts = collectives(by_hand(partial(function, reduce=reduce)), *parts)
         check_collectives(f"{function.__name__} in shard_map", counts, most=1)
         check_close(number, function(*parts))
+
+
+def check_own_loop(mesh: Mesh) -> None:
+    """Around a user's own loop, batches are spread over the devices, and parameters are whole on each or spread."""
+    rng = np.random.default_rng(0)
+    whole = {name: rng.normal(size=(8, 8)) / 3 for name in ("first", "last")}
+    old, new = ([(rng.normal(size=(8, 8)), rng.integers(0, 8, size=8)) for _ in range(2)] for _ in range(2))
+
+    def apply(params: Any, inputs: Any) -> Any:
+        return jnp.tanh(inputs @ params["first"]) @ params["last"].T
+
+    def learned(params: Any, old: Any, new: Any) -> tuple[Any, own_loop.Memory]:
+        memory = own_loop.remember(apply, params, old, check=False, progress=False)
+        constrained = own_loop.projected(memory, 0.1)
+
+        @jax.jit  # type: ignore[untyped-decorator] # JAX is taken as untyped
+        def step(params: Any, state: Any, batch: Any) -> Any:
+            inputs, labels = batch
+            gradients = jax.grad(
+                lambda params: optax.softmax_cross_entropy_with_integer_labels(apply(params, inputs), labels).mean()
+            )(params)
+            free = jax.tree.map(lambda gradient: -0.1 * gradient, gradients)
+            projected, state = constrained.update(free, state, params)
+            return optax.apply_updates(params, projected), optax.apply_updates(params, free), state
+
+        theta_gp, _, state = step(params, constrained.init(params), new[0])
+        _, theta_hat, _ = step(theta_gp, state, new[1])
+        report = own_loop.merge(apply, memory, theta_gp, theta_hat, new, trace=2, progress=False)
+        return report, own_loop.remember(apply, report.params, new, memory=memory, check=False, progress=False)
+
+    expected, memory = learned(jax.tree.map(jnp.asarray, whole), old, new)
+    spread_old, spread_new = jax.device_put((old, new), NamedSharding(mesh, P("data")))
+    for spec in (P(), P("data")):
+        place = NamedSharding(mesh, spec)
+        report, spread = learned(jax.device_put(whole, place), spread_old, spread_new)
+        np.testing.assert_allclose(report.alpha, expected.alpha, rtol=1e-9)
+        np.testing.assert_allclose(report.trace, expected.trace, rtol=1e-9)
+        for name in whole:
+            np.testing.assert_allclose(report.params[name], expected.params[name], rtol=1e-9, atol=1e-12)
+            fisher = spread.posterior.precision.diagonal()[name]
+            one = memory.posterior.precision.diagonal()[name]
+            np.testing.assert_allclose(np.asarray(fisher), np.asarray(one), rtol=1e-9, atol=1e-15)
+            for value in (report.params[name], spread.posterior.mean[name], fisher):
+                assert value.sharding.is_equivalent_to(place, 2), f"{name}: {value.sharding}"
 
 
 if __name__ == "__main__":

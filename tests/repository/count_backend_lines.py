@@ -38,7 +38,7 @@ PARTS: dict[str, dict[str, tuple[str, ...]]] = {
         "own models": ("graph", "rows", "tapping", "derivatives", "hub"),
         "own loops": ("batches", "checking", "continual", "data_loss", "steps"),
         "command": ("run",),
-        "processes": ("processes", "share"),
+        "processes": ("processes", "share", "shared_model"),
     },
 }
 

@@ -9,10 +9,9 @@ import random
 import re
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -25,42 +24,17 @@ from adapters.torch.processes import Processes, timeout_asked_for
 from adapters.torch.run import BACKEND
 from adapters.torch.share import ProcessShare
 from became_core import BecameError
-from tests.processes import lines, result, until
+from tests.processes import LIMIT, ended, lines, result, started, until
 from tests.streams import prototype_stream
 from tests.torch.torchrun_processes import command, compare
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="this PyTorch has no torch.distributed")
 
-LIMIT = 180  # seconds; what is waited for takes a few, or many times that beside busy processes
 END = 120  # seconds after which no process may be left when one has died; each may wait 60 for another
 # `nox -s stress` kills twenty.
 KILLS = int(os.environ.get("BECAME_KILLS", "3"))
 EPOCHS = 6
 WORDS = "--preset quick --methods became --epochs 2 --stage2-epochs 1 --batch-size 25 --first 2 --curvature-samples 100"
-
-
-@contextmanager
-def started(work: Callable[[int], None], count: int = 2) -> Iterator[list[Any]]:
-    """Processes that do their work, each by its rank; none is left afterwards."""
-    context = get_context("forkserver")
-    context.set_forkserver_preload(["tests.torch.torchrun_processes"])
-    processes = [context.Process(target=work, args=(rank,)) for rank in range(count)]
-    try:
-        for process in processes:
-            process.start()
-        yield processes
-    finally:
-        for process in processes:
-            process.kill()
-            process.join()
-
-
-def ended(processes: list[Any], within: float = LIMIT) -> list[int | None]:
-    """The exit statuses of processes; None for one that is still there after so many seconds."""
-    end = time.monotonic() + within
-    for process in processes:
-        process.join(max(end - time.monotonic(), 0.0))
-    return [process.exitcode for process in processes]
 
 
 @contextmanager
@@ -125,7 +99,7 @@ def test_the_first_process_alone_writes_and_prints(tmp_path: Path, expected: dic
     assert said(tmp_path, 1, "out") == said(tmp_path, 1, "err") == said(tmp_path, 0, "err") == ""
 
 
-@pytest.mark.timeout(300 + LIMIT * KILLS)
+@pytest.mark.timeout(300 + int(LIMIT) * KILLS)
 def test_a_process_that_dies_ends_all_and_another_number_goes_on(tmp_path: Path, expected: dict[str, Any]) -> None:
     draw, out = random.Random(KILLS), tmp_path / "out"
     for kill in range(KILLS):

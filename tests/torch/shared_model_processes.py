@@ -1,0 +1,320 @@
+"""What the processes of ``test_shared_model.py`` do: the user's own loop around a wrapped model.
+
+Convention: a process writes what it finds into a file of its rank. All is compared with one process that has all data,
+in double precision, to 1e-9.
+"""
+
+import json
+import os
+import traceback
+import warnings
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Shard
+from torch.nn.parallel import DistributedDataParallel
+
+from adapters.torch import Continual
+from became_core import BecameError
+from became_core.laplace import Calibrated, DiagonalFisher
+from became_core.projection import GPM, NSCL
+
+__all__ = ["page", "work"]
+
+WIDTH, CLASSES = 6, 3
+
+
+class Encoder(nn.Module):
+    """Attention, whose output layer is never called, and a scale that no known operation explains."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.TransformerEncoderLayer(WIDTH, 2, 8, batch_first=True, dropout=0.0)
+        self.scale = nn.Parameter(torch.ones(5))
+        self.head = nn.Linear(WIDTH, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean = self.layer(torch.stack([x, x.cos(), x * x], 1)).mean(1)
+        outputs: Tensor = self.head(mean * self.scale.cumsum(0).sum().tanh())
+        return outputs
+
+
+class Stored(nn.Module):
+    """A weight that is stored as [d_in, d_out], as GPT-2 has them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(WIDTH, 8) / 3), nn.Parameter(torch.zeros(8))
+        self.head = nn.Linear(8, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        outputs: Tensor = self.head(torch.addmm(self.bias, x, self.weight).tanh())
+        return outputs
+
+
+def perceptron() -> nn.Module:
+    """Of the second layer's one row and of the last one's three, two processes have unequal parts."""
+    return nn.Sequential(
+        nn.Linear(WIDTH, 8), nn.Tanh(), nn.Linear(8, 1), nn.Linear(1, 7), nn.Tanh(), nn.Linear(7, CLASSES)
+    )
+
+
+def convolutional() -> nn.Module:
+    layers = nn.Unflatten(1, (1, 2, 3)), nn.Conv2d(1, 4, 2, padding=1), nn.GroupNorm(2, 4), nn.ReLU()
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(48, CLASSES))
+
+
+def by_hand(outputs: Tensor, targets: Tensor) -> Tensor:
+    return nn.functional.cross_entropy(outputs, targets)
+
+
+class Case(NamedTuple):
+    """A network and how it learns."""
+
+    network: Callable[[], nn.Module]
+    settings: dict[str, Any]
+    one_stored: bool = False  # whether the first weight is stored as [d_in, d_out]
+
+
+CASES = {
+    "perceptron": Case(perceptron, {"projector": GPM(0.8)}),
+    "convolution, true Fisher": Case(convolutional, {"fisher": "true", "projector": NSCL(), "uncovered": "frozen"}),
+    "encoder": Case(Encoder, {"estimator": Calibrated(), "uncovered": "free"}),
+    "stored": Case(Stored, {"likelihood": "gaussian", "estimator": DiagonalFisher()}, True),
+    "own loss": Case(convolutional, {"likelihood": by_hand}),
+}
+
+
+def batches(seed: int, gaussian: bool) -> list[tuple[Tensor, Tensor]]:
+    """Five batches of unequal sizes: one process has three of them, and the other two."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def batch(size: int) -> tuple[Tensor, Tensor]:
+        inputs = torch.randn(size, WIDTH, generator=generator, dtype=torch.float64) + seed
+        labels = torch.randint(0, CLASSES, (size,), generator=generator)
+        return inputs, nn.functional.one_hot(labels, CLASSES).double() if gaussian else labels
+
+    return [batch(size) for size in (8, 6, 4, 10, 8)]
+
+
+def wrapped(model: Any, how: str, case: Case) -> Any:
+    if how == "DDP":
+        return DistributedDataParallel(model)
+    if how == "FSDP2":
+        first = model.weight if isinstance(model, Stored) else None
+        along: Any = (
+            {"shard_placement_fn": lambda value: Shard(1) if value is first else None} if case.one_stored else {}
+        )
+        inner = model.layer if isinstance(model, Encoder) else model[-1] if isinstance(model, nn.Sequential) else None
+        if inner is not None:
+            fully_shard(inner)
+        fully_shard(model, **along)
+    return model
+
+
+def sharded(model: nn.Module, **options: Any) -> Any:
+    """The same module, sharded; its declared type lacks what a module has."""
+    return fully_shard(model, **options)
+
+
+def plain(value: Any) -> Any:
+    value = value.full_tensor() if isinstance(value, DTensor) else value
+    return value.detach().numpy() if isinstance(value, Tensor) else np.asarray(value, dtype=float)
+
+
+def learned(case: Case, how: str, file: str) -> dict[str, Any]:
+    """What comes out of two tasks in a loop of the user's own; wrapped, each process has its own batches."""
+    torch.manual_seed(0)
+    model = wrapped(case.network().double(), how, case)
+    rank, count = (0, 1) if how == "alone" else (distributed.get_rank(), 2)
+    gaussian = case.settings.get("likelihood") == "gaussian"
+    old, new = (batches(seed, gaussian)[rank::count] for seed in (1, 2))
+    steps = [(x.chunk(count)[rank], y.chunk(count)[rank]) for x, y in batches(3, gaussian)]
+    loss = nn.functional.mse_loss if gaussian else nn.functional.cross_entropy
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+
+    def train() -> None:
+        for x, y in steps:
+            optimizer.zero_grad()
+            value: Any = loss(model(x), y)
+            value.backward()
+            optimizer.step()
+        with torch.no_grad():
+            model(x)  # leaves the outermost module's parameters whole
+
+    train()
+    learning = Continual(model, progress=False, **case.settings)
+    found: dict[str, Any] = {}
+
+    def note(when: str) -> None:
+        weights = learning._data.weights()
+        found.update({f"{when}, {name}": plain(value) for name, value in weights.items()})
+
+    learning.remember(old)
+    with learning.stable(optimizer):
+        train()
+    note("stable")
+    with learning.plastic():
+        train()
+    note("plastic")
+    report = learning.merge(new, trace=3)
+    note("merged")
+    found |= {"alpha": report.alpha, "slopes": report.slopes, "gain": report.gain, "trace": report.trace}
+    found["curvature"] = plain(report.quadratic.curvature)
+    learning.remember(new)
+    train()
+    note("trained on")
+    learning.save(file)
+    stored = load_file(file)
+    found |= {name: plain(value) for name, value in stored.items() if not name.startswith("projector.")}
+    for name, value in learning.projector.project(
+        {name: torch.ones(value.shape, dtype=torch.float64) for name, value in learning._data.weights().items()}
+        if not case.one_stored
+        else {}
+    ).items():
+        found[f"projected, {name}"] = plain(value)
+    found["coverage"] = [row.size * (row.treatment == "protected") + row.rank for row in learning.coverage.parameters]
+    if how != "alone":
+        check_loaded(case, how, file, stored)
+    return found
+
+
+def check_loaded(case: Case, how: str, file: str, stored: dict[str, Tensor]) -> None:
+    """A memory loads into a model that is wrapped, and into one that is not."""
+    settings = {name: value for name, value in case.settings.items() if name in ("likelihood", "estimator")}
+    if settings.get("likelihood") == "gaussian":
+        del settings["likelihood"]
+    for way in (how, "alone"):
+        model = wrapped(case.network().double(), way, case)
+        loaded = Continual.load(model, file, **settings)
+        assert loaded.posterior is not None
+        for part, values in (("mean", loaded.posterior.mean), ("fisher", loaded.posterior.precision.diagonal())):
+            for name, value in values.items():
+                np.testing.assert_array_equal(plain(value), stored[f"{part}.{name}"].numpy())
+                parameter = (model.module if way == "DDP" else model).get_parameter(name)
+                assert getattr(value, "placements", ()) == getattr(parameter, "placements", ())
+
+
+def check_case(name: str, how: str, expected: dict[str, Any]) -> None:
+    found = learned(CASES[name], how, f"{how}.safetensors")
+    assert found.keys() == expected.keys()
+    for what, value in expected.items():
+        np.testing.assert_allclose(found[what], value, rtol=1e-9, atol=1e-9, err_msg=what)
+    alphas: list[Any] = [None, None]
+    distributed.all_gather_object(alphas, found["alpha"])
+    assert alphas[0] == alphas[1]
+
+
+def check_refusals() -> None:
+    """One sentence says what cannot be done, in both processes, before anything is measured."""
+
+    def refuses(words: str, function: Callable[..., Any], *arguments: Any, **options: Any) -> None:
+        with pytest.raises(BecameError, match=words):
+            function(*arguments, **options)
+
+    rank, data = distributed.get_rank(), batches(1, gaussian=False)
+    refuses("inside, at '_orig_mod'", Continual, torch.compile(DistributedDataParallel(perceptron())))
+    refuses("inside, at '_orig_mod'", Continual, torch.compile(sharded(perceptron())))
+    half = sharded(perceptron().double(), mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+    refuses("computes with '0.weight' as torch.bfloat16", Continual(half).remember, data)
+    by_columns = sharded(
+        nn.Sequential(nn.Linear(WIDTH, 4)).double(), shard_placement_fn=lambda value: Shard(value.ndim - 1)
+    )
+    learning = Continual(by_columns, projector=GPM(0.5))
+    learning.remember(data)
+    optimizer = torch.optim.SGD(by_columns.parameters(), lr=0.1)
+    refuses(r"sharded along its inputs.*Shard\(0\)", learning.stable(optimizer).__enter__)
+    learning = Continual(DistributedDataParallel(perceptron().double()))
+    refuses(
+        "process 2 has no batch|process 2 stopped: process 2 has no batch", learning.remember, data if rank == 0 else []
+    )
+    learning.remember(data)
+    refuses("process 1 could not write", learning.save, "no-folder/file.safetensors")
+    with learning.stable(torch.optim.SGD(learning.model.parameters(), lr=0.1)):
+        pass
+    refuses("statistics=", learning.merge, data, statistics=data)
+
+
+def check_state() -> None:
+    """After a measurement, modules free their parameters as fully_shard has it, and a failed one changes nothing."""
+    model: Any = perceptron().double()
+    fully_shard(model[0])
+    fully_shard(model)
+    learning = Continual(model)
+    learning.remember(batches(1, gaussian=False))
+    assert all(isinstance(value, DTensor) for value in model.parameters())
+    with torch.no_grad():
+        model(torch.zeros(2, WIDTH, dtype=torch.float64))
+    kinds = {name: isinstance(value, DTensor) for name, value in model.named_parameters()}
+    assert kinds == {name: name.startswith("0.") for name in kinds}
+    before = {name: plain(value) for name, value in learning._data.weights().items()}
+    with pytest.raises(BecameError, match="label 7"):
+        learning.remember([(torch.zeros(2, WIDTH, dtype=torch.float64), torch.tensor([7, 0]))])
+    assert all(np.array_equal(before[name], plain(value)) for name, value in model.named_parameters())
+
+
+def check_mesh_of_two_axes() -> None:
+    """Replicated over one axis and sharded over the other, as for several machines."""
+    torch.manual_seed(0)
+    model, twin = (nn.Sequential(nn.Linear(WIDTH, 5), nn.Tanh(), nn.Linear(5, CLASSES)).double() for _ in range(2))
+    twin.load_state_dict(model.state_dict())
+    fully_shard(model, mesh=init_device_mesh("cpu", (2, 1), mesh_dim_names=("machine", "shard")))
+    learnings, data = (Continual(model), Continual(twin)), batches(1, gaussian=False)
+    learnings[0].remember(data[distributed.get_rank() :: 2])
+    learnings[1].remember(data)
+    of_both = [learning.posterior.precision.diagonal() for learning in learnings if learning.posterior is not None]
+    for name, value in of_both[1].items():
+        np.testing.assert_allclose(plain(of_both[0][name]), plain(value), rtol=1e-9, atol=1e-12)
+
+
+def page(code: str, port: int, rank: int) -> None:
+    """Run a page's script as one of the processes that torchrun starts."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    os.environ |= {"MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    torch.set_num_threads(1)
+    with Path(f"out.{rank}").open("w", encoding="utf-8") as out, redirect_stdout(out):
+        exec(compile(code, "docs/scale.md", "exec"), {"__name__": "__main__"})  # our own page
+
+
+def work(rank: int, folder: str) -> None:
+    """Run every check, and write what failed."""
+    os.chdir(folder)
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore", "taps do not know", UserWarning)
+    warnings.filterwarnings("ignore", ".*nested tensors is in prototype", UserWarning)
+    timeout = timedelta(seconds=60)
+    distributed.init_process_group("gloo", f"file://{folder}/store", timeout, world_size=2, rank=rank)
+    own = {
+        name: learned(case, "alone", f"alone-{rank}.safetensors")
+        for number, (name, case) in enumerate(CASES.items())
+        if number % 2 == rank
+    }
+    of_both: list[Any] = [None, None]
+    distributed.all_gather_object(of_both, own)
+    expected: dict[str, Any] = of_both[0] | of_both[1]
+    checks: dict[str, Callable[[], None]] = {
+        f"{name}, {how}": partial(check_case, name, how, of_one)
+        for name, of_one in expected.items()
+        for how in ("DDP", "FSDP2")
+    }
+    checks |= {check.__name__: check for check in (check_refusals, check_state, check_mesh_of_two_axes)}
+    failures = {}
+    for name, check in checks.items():
+        try:
+            check()
+        except (Exception, pytest.fail.Exception):
+            failures[name] = traceback.format_exc()
+            break  # the other process may be ahead, and would wait for this one
+    Path(f"{rank}.json").write_text(json.dumps([len(checks), failures]), encoding="utf-8")
+    distributed.destroy_process_group()
