@@ -27,7 +27,8 @@ def test_two_processes_learn_with_a_wrapped_model_what_one_learns(tmp_path: Path
 
 
 def test_the_script_of_the_page_runs_on_two_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (code,) = re.findall(r"^```py\n(# train.py.*?)^```", PAGE.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    script = r"^```py\n(import torch\nfrom torch import distributed.*?)^```"
+    (code,) = re.findall(script, PAGE.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
     monkeypatch.chdir(tmp_path)
     distributed: Any = torch.distributed  # whose types lack the store
     store = distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
