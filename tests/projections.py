@@ -9,7 +9,7 @@ import numpy as np
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from became_core.arrays import Params
+from became_core.arrays import Params, pytree
 from became_core.projection import GPCNS, NSCL, FinishedTask, LowRankRegion, OLoRA, Projector
 from became_core.projection import PROJECTORS as REGISTRY
 from tests.backends import to_xp
@@ -32,6 +32,8 @@ WIDTH = 8
 EPSILONS = st.sampled_from([0.5, 0.9, 0.97, 0.999])
 
 
+@pytree
+@dataclass(frozen=True)
 class OfInputs(OLoRA):
     """O-LoRA for tests of the interface: as rows of adapters it remembers combinations of a task's inputs."""
 

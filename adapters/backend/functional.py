@@ -20,6 +20,7 @@ from adapters.backend.heads import Heads
 from adapters.backend.learner import NetworkLearner
 from adapters.backend.network import Data, Network, State, Step
 from adapters.networks import (
+    Architecture,
     Backbone,
     BatchNorm,
     Linear,
@@ -104,7 +105,7 @@ class FunctionalLearner(NetworkLearner):
             return output
 
         features = self._check_features(self._features_shape(backbone, images.shape[1:], look), dataset.predicts_bytes)
-        features -= getattr(backbone, "beside", 0)
+        features -= backbone.beside if isinstance(backbone, Architecture) else 0
         self.naming = Heads.beside(backbone.parameters, shared=stream.shared_head)
         head = Linear(self.naming.one, max(len(task.classes) for task in stream.tasks))
         self.network = self._network(backbone, head, mixed_precision)

@@ -97,7 +97,8 @@ class NetworkLearner(Learner):
         self.likelihood, self.target_scale = stream.dataset.likelihood, stream.target_scale
         self.unit = stream.unit
         self._text = stream.dataset.images if stream.dataset.predicts_bytes else None
-        self._pictures, self._encoding = stream.dataset.pictures, getattr(backbone, "encoding", "")
+        self._pictures = stream.dataset.pictures
+        self._encoding = backbone.encoding if isinstance(backbone, Architecture) else ""
         self._build(backbone, stream, mixed_precision, seed)
         own = [frozenset({f"{self.naming.name(task.index)}.weight"}) for task in stream.tasks]
         self.heads = [frozenset() if stream.shared_head else head for head in own]

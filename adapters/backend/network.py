@@ -17,7 +17,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
-from adapters.networks import Backbone, Linear, Pass, Tapped
+from adapters.networks import Architecture, Backbone, Linear, Pass, Tapped
 from became_core.arrays import Array, Params, namespace
 from became_core.continual import Constraint, Optimiser, TapMode, Views
 from became_core.curvature import Categorical, Likelihood, Taps
@@ -159,7 +159,7 @@ class Network:
 
     def _seen(self, features: Array) -> tuple[Array, list[Array]]:
         """Return the features that a head sees, and those that are outputs as they are."""
-        beside = getattr(self.backbone, "beside", 0)
+        beside = self.backbone.beside if isinstance(self.backbone, Architecture) else 0
         return (features[:, :-beside], [features[:, -beside:]]) if beside else (features, [])
 
     def all_logits(self, weights: Params, heads: list[Array], data: Data, rows: Array) -> Array:

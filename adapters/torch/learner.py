@@ -69,7 +69,7 @@ class TorchLearner(NetworkLearner):
         module = Described(backbone, seed, self._dtype) if isinstance(backbone, Architecture) else backbone
         dataset, place = stream.dataset, {"device": self.device, "dtype": self._dtype}
         features = self._check_features(self._features_shape(module, dataset.images.shape[1:]), dataset.predicts_bytes)
-        beside = getattr(backbone, "beside", 0)
+        beside = backbone.beside if isinstance(backbone, Architecture) else 0  # a user's own may have that name
         names = (name for name, _ in [*module.named_parameters(), *module.named_buffers()])
         self.naming = Heads.beside(names, shared=stream.shared_head)
         widths = [len(task.classes) for task in stream.tasks]

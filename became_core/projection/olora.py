@@ -59,6 +59,11 @@ class OLoRA(LayerwiseProjector):
         factor = wide(rows)
         if rows.shape[0] >= rows.shape[1]:  # as many rows as columns are no factor of a Gram matrix
             factor = xp.matmul(xp.matrix_transpose(factor), factor)
-        parts = energies(name, factor, self.bases.get(name))
-        count = int(xp.sum(xp.astype(parts.new > parts.floor, xp.int32)))
-        return Subspace.of(self._extended(name, parts.directions[:, :count], rows))
+        basis = self.bases.get(name)
+        parts = energies(name, factor, basis)
+        directions = parts.directions[:, : int(xp.sum(xp.astype(parts.new > parts.floor, xp.int32)))]
+        # All directions are remembered, also those of little energy, which rounding has turned towards the others.
+        if basis is not None:
+            known = wide(basis)
+            directions = directions - xp.matmul(known, xp.matmul(xp.matrix_transpose(known), directions))
+        return Subspace.of(self._extended(name, xp.linalg.qr(directions)[0], rows))
