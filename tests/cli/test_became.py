@@ -331,15 +331,16 @@ def test_what_there_is_to_choose_from_is_listed_in_the_modules_own_words(capsys:
     benchmarks = lines_of(capsys, "benchmarks")
     assert (
         benchmarks["split-cifar100"]
-        == "10 tasks, groups of the classes of CIFAR-100; presets quick, paper, original, nscl"
+        == "10 tasks, groups of the classes of CIFAR-100; presets quick, paper, original, nscl, pretrained"
     )
     assert sorted(benchmarks) == sorted(BENCHMARKS.names)
     networks = lines_of(capsys, "networks")
     assert sorted(networks) == sorted(NETWORKS.names)
     assert all(networks.values())
     presets = lines_of(capsys, "presets")
-    assert sorted(presets) == ["demo", "nscl", "original", "paper", "quick"]
+    assert sorted(presets) == ["demo", "nscl", "original", "paper", "pretrained", "quick"]
     assert presets["nscl"].endswith("(for split-cifar100, split-tinyimagenet)")
+    assert not [name for name, source in presets.items() if source.startswith("(for ")]
     everything = lines_of(capsys)
     assert {*methods, *projectors, *benchmarks, *networks, *presets} < set(everything)
     with pytest.raises(SystemExit) as stopped:
