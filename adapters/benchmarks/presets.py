@@ -43,7 +43,7 @@ SOURCES = {
     "paper": "BECAME 2025, its script: one schedule for GPM and all that build on it; on TinyImageNet Wang 2021",
     "original": "the authors' own code of GPM (Saha 2021), SGP (Saha & Roy 2023) and TRGP (Lin 2022), each as it is",
     "nscl": "Wang 2021 (Adam-NSCL): Adam, 80 epochs, the rate halved at 30 and 60, crops and flips, nothing held out",
-    "pretrained": "InfLoRA's own code (Liang & Li 2024): a vision transformer with ImageNet-21k's weights, and adapters",
+    "pretrained": "InfLoRA's own code (Liang & Li 2024): a vision transformer of ImageNet-21k, and adapters",
 }
 
 

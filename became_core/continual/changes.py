@@ -38,7 +38,7 @@ def standardised(loss: float, reference: Sequence[float]) -> float:
 
     Examples:
         >>> standardised(3.0, [0.0, 2.0])
-        1.632993161855452
+        1.1547005383792517
     """
     if len(reference) < 2:
         raise BecameError(f"a loss is compared with those of {len(reference)} batches; give at least 2.")

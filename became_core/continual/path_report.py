@@ -25,7 +25,8 @@ from became_core.continual.methods import Method
 from became_core.continual.record import MergePath, PathPoint
 from became_core.continual.run_context import RunContext
 from became_core.continual.state import Memory, OldTasks
-from became_core.laplace import Precision, Quadratic, bezier_path, predicted_advantage, trace_path
+from became_core.laplace import LocalLoss, Precision, Quadratic, bezier_path, predicted_advantage, trace_path
+from became_core.laplace.rules import diagonal_of
 
 __all__ = ["Along", "alpha_estimates", "new_sides", "old_sides", "old_tasks_with", "report_path"]
 
@@ -190,8 +191,9 @@ def report_path(context: RunContext, task: Task, theta_gp: Params, theta_hat: Pa
     new = new_sides(measurements[-1], theta_gp)
     old = old_sides(memory.old_tasks, measurements[:-1], theta_gp, theta_hat)
     alphas, truths = trace_path(truth, theta_gp, theta_hat, context.training.path_alphas)
-    fisher_new = replace(measurements[-1], kind="empirical").diagonal()
-    four = theta_gp, theta_hat, memory.old_tasks.posterior.diagonal().values, fisher_new.values
+    sides: tuple[LocalLoss, ...] = memory.old_tasks.posterior, replace(measurements[-1], kind="empirical")
+    fisher_old, fisher_new = (diagonal_of(side, theta_gp) for side in sides)
+    four = theta_gp, theta_hat, fisher_old, fisher_new
     curve = bezier_path(*four)
     return MergePath(
         [PathPoint(alpha, *point) for alpha, point in zip(alphas, truths, strict=True)],

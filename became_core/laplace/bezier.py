@@ -40,7 +40,7 @@ from became_core.laplace.estimators import Estimator, LocalLoss, MergeSubspace, 
 from became_core.laplace.expansion import path_quadratic
 from became_core.laplace.merge import merge
 from became_core.laplace.quadratic import Quadratic
-from became_core.laplace.rules import Merged, MergeRule, check_losses, precision_weighted_mean, two_of
+from became_core.laplace.rules import Merged, MergeRule, check_losses, diagonal_of, precision_weighted_mean, two_of
 
 __all__ = ["BecameCurve", "BezierPath", "bezier_path", "curve_minimiser", "predicted_advantage", "train_control"]
 
@@ -238,7 +238,7 @@ class BecameCurve(MergeRule):
         """
         theta_gp, theta_hat = two_of(models, "a curve")
         check_losses(models, losses)
-        path = bezier_path(theta_gp, theta_hat, *(loss.diagonal().values for loss in losses))
+        path = bezier_path(theta_gp, theta_hat, *(diagonal_of(loss, theta_gp) for loss in losses))
         delta = map_leaves(lambda end, start: end - start, theta_hat, theta_gp)
         plane = MergeSubspace(theta_gp, [delta, path.bend], [1.0, 0.0])
         t = curve_minimiser(self.precision.quadratic(plane, losses))

@@ -167,7 +167,7 @@ class ModeIMM(MergeRule):
     def merge(self, models: Sequence[Params], losses: Sequence[LocalLoss]) -> Merged:
         """Return (sum_k m_k F_k)^-1 sum_k m_k F_k theta_k, F_k being the diagonal of loss k."""
         check_losses(models, losses)
-        precisions = [loss.diagonal().values for loss in losses]
+        precisions = [diagonal_of(loss, models[0]) for loss in losses]
         return Merged(precision_weighted_mean(models, precisions, _mixing(self.mixing, len(models))), None)
 
 
@@ -380,6 +380,15 @@ def precision_weighted_mean(models: Sequence[Params], precisions: Sequence[Param
             step = step + xp.where(known, factor / safe, xp.zeros_like(total) + weight) * (model[name] - first)
         merged[name] = xp.astype(first + step, first.dtype, copy=False)
     return merged
+
+
+def diagonal_of(loss: LocalLoss, theta: Params) -> Params:
+    """Return the diagonal of a loss's curvature by every parameter of theta: 0 by those that it does not depend on.
+
+    Kronecker factors of old tasks, say, know nothing of a new task's head.
+    """
+    known = loss.diagonal().values
+    return {name: known[name] if name in known else value * 0 for name, value in theta.items()}
 
 
 def check_losses(models: Sequence[Params], losses: Sequence[LocalLoss]) -> None:

@@ -189,3 +189,11 @@ def test_became_merges_by_other_curvatures_and_in_groups(settings: dict[str, Any
     assert record.alpha != usual.alpha
     changed = [not np.array_equal(merged[1][name], own[1][name]) for name in SHARED]
     assert any(changed)
+
+
+@pytest.mark.parametrize(("method", "per"), [("became-curve", {}), ("became", {"per": "weight", "shrinkage": 0.5})])
+def test_weights_have_coefficients_of_their_own_beside_factors_of_old_tasks(method: str, per: dict[str, Any]) -> None:
+    record, own, merged = run_models(method, precision="kronecker", **per)
+    assert len(record.accuracy) == len(STREAM.tasks)
+    changed = [not np.array_equal(merged[1][name], own[1][name]) for name in SHARED]
+    assert any(changed)

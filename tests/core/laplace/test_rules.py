@@ -222,3 +222,13 @@ def test_a_wrong_number_of_losses_is_refused(xp: Any, rule: MergeRule, count: in
     loss = LaplacePosterior(models[0], Diagonal({"w": xp.asarray([1.0, 1.0])}))
     with pytest.raises(BecameError, match=f"there are 2 models and {count} losses; give each model's own loss"):
         rule.merge(models, [loss] * count)
+
+
+def test_a_loss_that_does_not_depend_on_a_weight_leaves_it_to_the_other(xp: Any) -> None:
+    """Kronecker factors of old tasks know nothing of a new task's head."""
+    models = [{name: xp.asarray([value]) for name in ("shared", "head")} for value in (0.0, 1.0)]
+    old = LaplacePosterior({"shared": models[0]["shared"]}, Diagonal({"shared": xp.asarray([3.0])}))
+    new = LaplacePosterior(models[1], Diagonal({name: xp.asarray([1.0]) for name in models[1]}))
+    for rule in (ModeIMM(), Became(per="weight")):
+        merged = rule.merge(models, [old, new]).theta
+        assert [float(merged[name][0]) for name in ("shared", "head")] == [0.25, 1.0]
