@@ -300,9 +300,8 @@ def _bias_gradients(tap: Tap) -> Array:
 
 
 def _square_sum(per_sample: Array) -> Array:
-    """Return the sum over samples of squares; the array was made here, so it may be overwritten."""
-    per_sample *= per_sample
-    return namespace(per_sample=per_sample).sum(per_sample, axis=0)
+    # Not in place: a framework that takes gradients through this needs the array as it was.
+    return namespace(per_sample=per_sample).sum(per_sample * per_sample, axis=0)
 
 
 def _sums_by_key(rows: Array, keys: Array, size: int) -> Array:

@@ -163,3 +163,14 @@ def test_squares_of_a_large_matrix_are_summed_by_blocks_of_its_rows(
     squares = to_numpy(per_sample_square_sum({"fc": tap})["fc.weight"])
     expected = (np.einsum("nlo,nli->noi", g, a) ** 2).sum(0)
     np.testing.assert_allclose(squares, expected.T if transposed else expected, rtol=1e-13)
+
+
+@pytest.mark.parametrize("positions", [1, 3])
+def test_gradients_pass_through_the_sum_of_squares(xp: Any, backend: str, positions: int) -> None:
+    if backend != "torch":
+        pytest.skip("only PyTorch's gradients notice an array that was overwritten")
+    inputs, gradients = xp.ones((5, positions, 2)), xp.ones((5, positions, 3)).requires_grad_()
+    squares = per_sample_square_sum({"fc": Tap("matrix", inputs, gradients, True)})
+    sum(square.sum() for square in squares.values()).backward()
+    # d/dg of (p g)^2 for each of two inputs and the bias, p being the number of positions.
+    np.testing.assert_allclose(to_numpy(gradients.grad), np.full((5, positions, 3), 3 * 2 * positions))
