@@ -15,11 +15,7 @@ from adapters.backend.checking import NetworkView, check_network
 from adapters.backend.heads import Heads
 from adapters.backend.own_loop import NetworkCheck
 from adapters.backend.pictures import picture_text, side_by_side
-from adapters.networks import (
-    Architecture,
-    DropoutMasks,
-    checked_masks,
-)
+from adapters.networks import Architecture, DropoutMasks, checked_masks
 from became_core import BecameError
 from became_core.arrays import Array, Params, namespace, on_host
 from became_core.continual import Learner, TapMode, Task, TaskStream

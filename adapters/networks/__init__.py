@@ -2,6 +2,7 @@
 
 from adapters.networks.catalogue import (
     NETWORKS,
+    HubNetwork,
     Norm,
     alexnet,
     build_network,
@@ -21,7 +22,6 @@ from adapters.networks.draws import (
     initial_value,
     initial_values,
 )
-from adapters.networks.hub import HubNetwork
 from adapters.networks.layers import (
     GELU,
     AveragePool,

@@ -12,11 +12,11 @@ Normalisation layers have a weight and a bias of their own, and those of images 
 
 import inspect
 from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import chain
 from typing import Literal
 
 from adapters.networks.description import Architecture
-from adapters.networks.hub import HubNetwork
 from adapters.networks.layers import (
     GELU,
     AveragePool,
@@ -43,6 +43,7 @@ from became_core.registry import Catalogue
 
 __all__ = [
     "NETWORKS",
+    "HubNetwork",
     "Norm",
     "alexnet",
     "build_network",
@@ -55,6 +56,7 @@ __all__ = [
 ]
 
 Norm = Literal["batch", "running", "group"]
+HUB = "hf:"  # how the names of the hub's networks begin
 
 
 def mlp(channels: int, height: int, width: int, norm: Norm = "batch") -> Architecture:
@@ -259,20 +261,39 @@ NETWORKS: Catalogue[Callable[..., Architecture]] = Catalogue(
 )
 
 
+@dataclass(frozen=True)
+class HubNetwork:
+    """A network of Hugging Face's hub, or of a folder in its layout, by its configuration file; PyTorch builds it.
+
+    Attributes:
+        source: a folder with ``config.json``, or a name on the hub.
+        pretrained: whether its weights are read as well; otherwise the run's seed draws them.
+    """
+
+    source: str
+    pretrained: bool = False
+
+
 def hub_network(name: str, norm: Norm = "batch", *, pretrained: bool = False) -> HubNetwork | None:
     """Return the network of the hub that a name such as ``hf:NAME`` is of; None if the name is one of ``NETWORKS``.
+
+    >>> hub_network("hf:google/vit-base-patch16-224-in21k").source
+    'google/vit-base-patch16-224-in21k'
 
     Raises:
         BecameError: if there is no such name, or it has no such normalisation or no pretrained weights.
     """
-    hub = HubNetwork.named(name, pretrained=pretrained)
-    if hub is None:
+    if not name.startswith(HUB):
         NETWORKS[name]
         if pretrained:
             raise BecameError(f"there are no pretrained weights of '{name}'; a network of the hub, hf:NAME, has some.")
-    elif norm != "batch":
+        return None
+    source = name.removeprefix(HUB)
+    if not source:
+        raise BecameError(f"'{HUB}' is followed by no name; give a folder, or a name on the hub.")
+    if norm != "batch":
         raise BecameError(f"the network '{name}' has norms of its own, and none that could be '{norm}'.")
-    return hub
+    return HubNetwork(source, pretrained)
 
 
 def build_network(name: str, shape: tuple[int, ...], norm: Norm = "batch") -> Architecture:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from adapters.networks.hub import HubNetwork
+from adapters.networks import HubNetwork
 from became_core import BecameError
 from became_core.continual import TaskStream
 
@@ -144,7 +144,9 @@ def hub_backbone(network: HubNetwork, stream: TaskStream, seed: int) -> HubBackb
 def _check(network: HubNetwork, config: Any, *, is_text: bool) -> None:
     """Refuse what a configuration says that it cannot do, before weights are read."""
     if getattr(config, "is_encoder_decoder", False):
-        raise BecameError(f"the network '{network.source}' is an encoder with a decoder; choose one that is either.")
+        raise BecameError(
+            f"the network '{network.source}' is an encoder with a decoder; choose an encoder or a decoder alone."
+        )
     tokens = getattr(config, "vocab_size", None)
     if not is_text or tokens is None:
         return
