@@ -23,7 +23,6 @@ from became_core.curvature import Tap, Taps, per_sample_gradients
 
 __all__ = ["STEPS", "LearnerView", "NetworkView", "agreement", "check_network"]
 
-
 # Of views that can take steps of any length.
 STEPS: Sequence[float] = (1.0, 0.05, 0.002)
 

@@ -160,7 +160,7 @@ class ContinualModel(ABC):
         if self.detector.changed:
             self.detector, self.reservoir = self._beginning
             self._losses = ()
-        loss = self._data.mean([batch], self._data.weights())
+        loss = self._data.mean([batch])
         if len(self._losses) == COMPARED:
             self.detector = self.detector.observe(standardised(loss, self._losses))
             if self.detector.changed or self.detector.suspects:

@@ -100,6 +100,11 @@ class Moments(NamedTuple):
     steps: Any
     beta: float
 
+    @property
+    def unbiased(self) -> Array:
+        """The mean of the squared gradients, without the pull of its beginning at zero."""
+        return self.second / (1 - self.beta**self.steps)
+
 
 def fisher_of_moments(
     moments: Mapping[str, Moments | None], samples: int | None, theta: Params, stacklevel: int
@@ -133,10 +138,7 @@ def fisher_of_moments(
     )
     xp: Any = namespace(values=next(iter(theta.values())))
     return {
-        name: known[name].second / (1 - known[name].beta ** known[name].steps) * samples
-        if name in known
-        else xp.zeros_like(value)
-        for name, value in theta.items()
+        name: known[name].unbiased * samples if name in known else xp.zeros_like(value) for name, value in theta.items()
     }
 
 
@@ -155,8 +157,7 @@ def pull_of(rate: Any, strength: Array, moments: Moments | None) -> Array:
     if moments is None:
         return rate * strength
     xp: Any = namespace(second=moments.second)
-    scale = xp.sqrt(moments.second / (1 - moments.beta**moments.steps)) + SMALLEST_SCALE
-    return rate * strength / scale
+    return rate * strength / (xp.sqrt(moments.unbiased) + SMALLEST_SCALE)
 
 
 class InputGrams(GramSums):
@@ -227,8 +228,8 @@ class NewTaskData(Protocol):
     def slope(self, batches: Iterable[Any], theta: Params, directions: Sequence[Params]) -> Array:
         """Return the slopes of the mean loss along directions at theta, [directions]."""
 
-    def mean(self, batches: Iterable[Any], theta: Params) -> float:
-        """Return the mean loss at theta."""
+    def mean(self, batches: Iterable[Any], theta: Params | None = None) -> float:
+        """Return the mean loss at theta, or at the weights as they are."""
 
     def in_dtype(self, numbers: Any, like: Array) -> Array:
         """Return numbers where an array is, in its dtype and in at least float32."""

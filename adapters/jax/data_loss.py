@@ -223,8 +223,9 @@ class DataLoss:
             units += self.likelihood.units(outputs, targets)
         return Quadratic(slope / counted(units), curvature / units), self.way
 
-    def mean(self, batches: Iterable[Any], theta: Params) -> float:
-        """Return the mean loss at these weights."""
+    def mean(self, batches: Iterable[Any], theta: Params | None = None) -> float:
+        """Return the mean loss at these weights, or at those that were given first."""
+        theta = self.theta if theta is None else theta
         passes = ((self._outputs(theta, inputs), targets) for inputs, targets in self._read(batches))
         return mean_loss(self.likelihood, passes)
 

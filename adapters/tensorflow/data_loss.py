@@ -191,8 +191,9 @@ class DataLoss:
             units += self.likelihood.units(outputs, targets)
         return Quadratic(slope / counted(units), curvature / units), self._derivatives.way
 
-    def mean(self, batches: Iterable[Any], theta: Params) -> float:
-        """Return the mean loss at these weights."""
+    def mean(self, batches: Iterable[Any], theta: Params | None = None) -> float:
+        """Return the mean loss at these weights, or at the weights as they are."""
+        theta = self.weights() if theta is None else theta
         passes = ((self.network.outputs(theta, inputs), targets) for inputs, targets in self._read(theta, batches))
         return mean_loss(self.likelihood, passes, partial(_own_loss, self.likelihood))
 

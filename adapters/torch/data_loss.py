@@ -11,7 +11,7 @@ measurement. Parameters go by PyTorch's own names, and are those that need a gra
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import chain
 from typing import Any
 
@@ -276,9 +276,10 @@ class DataLoss:
             self._derivatives.way,
         )
 
-    def mean(self, batches: Batches, theta: Params) -> float:
-        """Return the mean loss at these weights."""
-        with self.at(theta), self.shared.whole(), in_evaluation(self._model), torch.no_grad():
+    def mean(self, batches: Batches, theta: Params | None = None) -> float:
+        """Return the mean loss at these weights, or at the weights as they are."""
+        place = nullcontext() if theta is None else self.at(theta)
+        with place, self.shared.whole(), in_evaluation(self._model), torch.no_grad():
             return mean_loss(self.likelihood, map(self.run, batches), summed=self._summed)
 
     def _summed(self, *numbers: float) -> list[float]:
