@@ -1,10 +1,13 @@
-"""A callback made of two functions, for tests that observe a run."""
+"""A callback made of two functions, for tests that observe a run; and what a terminal is shown of a pass."""
 
 from collections.abc import Callable
+from typing import Any
+
+import pytest
 
 from became_core.continual import Callback, EpochEnd, RunState, TaskEnd
 
-__all__ = ["Listening"]
+__all__ = ["Listening", "totals_shown"]
 
 
 class Listening(Callback):
@@ -25,3 +28,17 @@ class Listening(Callback):
 
     def on_state(self, state: RunState) -> None:
         self.keep(state)
+
+
+def totals_shown(monkeypatch: pytest.MonkeyPatch) -> list[int | None]:
+    """Let there be a terminal; return the totals of the progress bars of ``remember``, which are added as they show."""
+    totals: list[int | None] = []
+
+    def track(batches: Any, what: str, total: int | None, **_: Any) -> Any:
+        assert what == "remembering"
+        totals.append(total)
+        return batches
+
+    monkeypatch.setattr("rich.progress.track", track)
+    monkeypatch.setattr("rich.console.Console.is_terminal", True)
+    return totals

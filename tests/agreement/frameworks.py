@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pytest
 from numpy.typing import NDArray
 
@@ -16,9 +17,12 @@ from adapters.networks import Architecture  # noqa: E402
 from adapters.tensorflow.learner import TensorFlowLearner  # noqa: E402
 from adapters.torch.learner import TorchLearner  # noqa: E402
 from became_core.continual import Learner, TaskStream  # noqa: E402
-from tests.backends import load  # noqa: E402
+from became_core.continual.data import Indices  # noqa: E402
+from became_core.continual.measurement import accuracies  # noqa: E402
+from became_core.curvature import derivatives_along, input_grams  # noqa: E402
+from tests.backends import load, to_numpy  # noqa: E402
 
-__all__ = ["FRAMEWORKS", "Framework"]
+__all__ = ["FRAMEWORKS", "Framework", "measured_by_all", "rng"]
 
 
 @dataclass(frozen=True)
@@ -47,3 +51,22 @@ FRAMEWORKS = {
     "jax": Framework(_jax, lambda array: jax.numpy.asarray(array)),
     "tensorflow": Framework(_tensorflow, tf.constant),
 }
+
+
+def rng() -> np.random.Generator:
+    """Return a new generator, the same each time."""
+    return np.random.default_rng(11)
+
+
+def measured_by_all(learner: Learner, stream: TaskStream, rows: Indices) -> dict[str, Any]:
+    """Return what must agree whatever a network is for, by name: Gram matrices, derivatives along a way, and losses."""
+    outcome: dict[str, Any] = {}
+    grams = input_grams(learner.taps(0, rows, 5, "inputs", rng()), learner.projectable)
+    for name, gram in grams.items():
+        whole = np.asarray(to_numpy(gram))
+        outcome[f"Gram matrix of {name}"] = whole if whole.shape[0] == whole.shape[1] else whole.T @ whole
+    direction = {name: 0.1 * (value + 0.5) for name, value in learner.parameters().items()}
+    along = derivatives_along(learner.pushforward(0, rows, 3, [direction]), learner.likelihood)
+    outcome |= {f"derivative {order}": value for order, value in enumerate(along)}
+    outcome["losses"] = np.array(accuracies(learner, stream.tasks, 3).loss)
+    return outcome

@@ -15,10 +15,9 @@ from became_core.curvature import (
     batch_gradient,
     derivatives_along,
     diagonal_fisher,
-    input_grams,
     kronecker_factors,
 )
-from tests.agreement.frameworks import FRAMEWORKS
+from tests.agreement.frameworks import FRAMEWORKS, measured_by_all, rng
 from tests.backends import to_numpy
 from tests.streams import text_stream
 
@@ -26,16 +25,12 @@ STREAM = text_stream()
 NETWORK = gpt(6, width=8, blocks=2, heads=2)
 
 
-def fresh() -> np.random.Generator:
-    return np.random.default_rng(11)
-
-
 def measured(learner: Learner) -> dict[str, NDArray[Any]]:
     rows, theta = STREAM.tasks[0].train[:5], learner.parameters()
     outcome: dict[str, Any] = {"logits": learner.logits(rows, 3)}
     units = learner.likelihood.count(learner.targets(rows))
     for mode in ("empirical", "sampled"):
-        taps = list(learner.taps(0, rows, 5, mode, fresh()))
+        taps = list(learner.taps(0, rows, 5, mode, rng()))
         fisher = diagonal_fisher(taps, theta, "empirical", samples=units)
         outcome |= {f"{mode} Fisher of {name}": value for name, value in fisher.items()}
         gradient = batch_gradient(taps[0])
@@ -43,20 +38,13 @@ def measured(learner: Learner) -> dict[str, NDArray[Any]]:
             f"{mode} gradient of {name}": np.asarray(to_numpy(gradient[name])).reshape(theta[name].shape)
             for name in gradient
         }
-    factors, _ = kronecker_factors(learner.taps(0, rows, 5, "empirical", fresh()), samples=5, units=units)
+    factors, _ = kronecker_factors(learner.taps(0, rows, 5, "empirical", rng()), samples=5, units=units)
     outcome |= {f"factor {side} of {n}": pair[side] for n, pair in factors.items() for side in (0, 1)}
-    grams = input_grams(learner.taps(0, rows, 5, "inputs", fresh()), learner.projectable)
-    for name, gram in grams.items():
-        whole = np.asarray(to_numpy(gram))
-        outcome[f"Gram matrix of {name}"] = whole if whole.shape[0] == whole.shape[1] else whole.T @ whole
-    direction = {name: 0.1 * (value + 0.5) for name, value in theta.items()}
-    along = derivatives_along(learner.pushforward(0, rows, 3, [direction]), learner.likelihood)
-    outcome |= {f"derivative {order}": value for order, value in enumerate(along)}
-    outcome["losses"] = np.array(accuracies(learner, STREAM.tasks, 3).loss)
+    outcome |= measured_by_all(learner, STREAM, rows)
     constraint = Constraint(frozenset(theta))
-    outcome["loss"] = np.array(learner.train([Batch(0, rows)], np.array([0.1]), constraint, SGD(), fresh()).loss)
+    outcome["loss"] = np.array(learner.train([Batch(0, rows)], np.array([0.1]), constraint, SGD(), rng()).loss)
     outcome |= {f"{name} after a step": value for name, value in learner.parameters().items()}
-    outcome["text"] = np.frombuffer(learner.written(STREAM.tasks[0], fresh()).encode("utf-16"), np.uint8)
+    outcome["text"] = np.frombuffer(learner.written(STREAM.tasks[0], rng()).encode("utf-16"), np.uint8)
     return {name: np.array(to_numpy(value)) for name, value in outcome.items()}
 
 
@@ -123,7 +111,7 @@ def test_a_text_with_one_target_is_learned_alike() -> None:
         learner = framework.learner(network, stream, 3)
         constraint = Constraint(frozenset(learner.parameters()))
         rows = stream.tasks[0].train[:5]
-        first = learner.train([Batch(0, rows)], np.array([0.1]), constraint, SGD(), fresh()).loss
+        first = learner.train([Batch(0, rows)], np.array([0.1]), constraint, SGD(), rng()).loss
         losses[name] = np.array([first, *accuracies(learner, stream.tasks, 3).loss])
     for name in FRAMEWORKS:
         np.testing.assert_allclose(losses[name], losses["torch"], rtol=1e-12, err_msg=name)

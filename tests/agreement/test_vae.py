@@ -11,9 +11,8 @@ from numpy.typing import NDArray
 
 from adapters.networks import Architecture, Branches, Flatten, Latent, Linear, Tanh
 from became_core.continual import SGD, Batch, Constraint, Dataset, Learner, split_domains
-from became_core.continual.measurement import accuracies
-from became_core.curvature import ELBO, batch_gradient, derivatives_along, diagonal_fisher, input_grams
-from tests.agreement.frameworks import FRAMEWORKS
+from became_core.curvature import ELBO, batch_gradient, diagonal_fisher
+from tests.agreement.frameworks import FRAMEWORKS, measured_by_all, rng
 from tests.backends import to_numpy
 
 PIXELS, LATENT = 6, 2
@@ -49,10 +48,6 @@ STREAM = split_domains(
 ROWS = STREAM.tasks[0].train[:5]
 
 
-def fresh() -> np.random.Generator:
-    return np.random.default_rng(11)
-
-
 def pixels_of(address: str) -> NDArray[Any]:
     """A grey picture's pixels; the file is one that any reader takes: signature, checksums, unfiltered lines."""
     file = base64.b64decode(address.removeprefix("data:image/png;base64,"), validate=True)
@@ -74,22 +69,15 @@ def measured(learner: Learner) -> dict[str, NDArray[Any]]:
     theta = learner.parameters()
     outcome: dict[str, Any] = {"outputs": learner.logits(ROWS, 3)}
     for mode in ("empirical", "sampled"):
-        fisher = diagonal_fisher(learner.taps(0, ROWS, 5, mode, fresh()), theta, "empirical", samples=5)
+        fisher = diagonal_fisher(learner.taps(0, ROWS, 5, mode, rng()), theta, "empirical", samples=5)
         outcome |= {f"{mode} Fisher of {name}": value for name, value in fisher.items()}
-    (taps,) = learner.taps(0, ROWS, 5, "empirical", fresh())
+    (taps,) = learner.taps(0, ROWS, 5, "empirical", rng())
     gradient = batch_gradient(taps)
     outcome |= {f"gradient of {n}": np.asarray(to_numpy(gradient[n])).reshape(theta[n].shape) for n in gradient}
-    grams = input_grams(learner.taps(0, ROWS, 5, "inputs", fresh()), learner.projectable)
-    for name, gram in grams.items():
-        whole = np.asarray(to_numpy(gram))
-        outcome[f"Gram matrix of {name}"] = whole if whole.shape[0] == whole.shape[1] else whole.T @ whole
-    direction = {name: 0.1 * (value + 0.5) for name, value in theta.items()}
-    along = derivatives_along(learner.pushforward(0, ROWS, 3, [direction]), learner.likelihood)
-    outcome |= {f"derivative {order}": value for order, value in enumerate(along)}
-    outcome["losses"] = np.array(accuracies(learner, STREAM.tasks, 3).loss)
-    outcome["picture"] = pixels_of(learner.written(STREAM.tasks[0], fresh()))
+    outcome |= measured_by_all(learner, STREAM, ROWS)
+    outcome["picture"] = pixels_of(learner.written(STREAM.tasks[0], rng()))
     constraint, batches = Constraint(frozenset(theta)), [Batch(0, ROWS), Batch(0, ROWS)]
-    outcome["loss"] = np.array(learner.train(batches, np.array([0.1, 0.1]), constraint, SGD(), fresh()).loss)
+    outcome["loss"] = np.array(learner.train(batches, np.array([0.1, 0.1]), constraint, SGD(), rng()).loss)
     outcome |= {f"{name} after two steps": value for name, value in learner.parameters().items()}
     return {name: np.array(to_numpy(value)) for name, value in outcome.items()}
 

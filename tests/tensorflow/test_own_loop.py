@@ -14,6 +14,7 @@ from adapters.tensorflow import Continual
 from adapters.tensorflow.traced import samples_of
 from became_core import BecameError
 from became_core.projection import GPM
+from tests.listening import totals_shown
 
 L = keras.layers
 CLASSES = 3
@@ -287,15 +288,7 @@ class _Sequence(keras.utils.PyDataset):  # type: ignore[misc, unused-ignore] # K
 
 
 def test_a_terminal_shows_how_far_a_pass_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    totals: list[int | None] = []
-
-    def track(batches: Any, what: str, total: int | None, **_: Any) -> Any:
-        assert what == "remembering"
-        totals.append(total)
-        return batches
-
-    monkeypatch.setattr("rich.progress.track", track)
-    monkeypatch.setattr("rich.console.Console.is_terminal", True)
+    totals = totals_shown(monkeypatch)
     endless = tf.data.Dataset.from_tensors(_data(1, 1)[0]).repeat()
     for data in (_Sequence(), endless.take(3), endless.take(3).filter(lambda x, y: True)):
         Continual(_perceptron(), check=False).remember(data)

@@ -29,10 +29,9 @@ from adapters.torch import Continual
 from became_core import BecameError
 from became_core.laplace import Calibrated, DiagonalFisher
 from became_core.projection import GPM, NSCL
+from tests.torch.modules import CLASSES, WIDTH, Stored
 
 __all__ = ["page", "work"]
-
-WIDTH, CLASSES = 6, 3
 
 
 class Encoder(nn.Module):
@@ -47,19 +46,6 @@ class Encoder(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         mean = self.layer(torch.stack([x, x.cos(), x * x], 1)).mean(1)
         outputs: Tensor = self.head(mean * self.scale.cumsum(0).sum().tanh())
-        return outputs
-
-
-class Stored(nn.Module):
-    """A weight that is stored as [d_in, d_out], as GPT-2 has them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight, self.bias = nn.Parameter(torch.randn(WIDTH, 8) / 3), nn.Parameter(torch.zeros(8))
-        self.head = nn.Linear(8, CLASSES)
-
-    def forward(self, x: Tensor) -> Tensor:
-        outputs: Tensor = self.head(torch.addmm(self.bias, x, self.weight).tanh())
         return outputs
 
 

@@ -18,9 +18,9 @@ from became_core import BecameError, Diagonal
 from became_core.continual import Reservoir
 from became_core.curvature import Bernoulli, Categorical, Gaussian
 from became_core.projection import GPM, NSCL, SGP, TRGP
+from tests.listening import totals_shown
+from tests.torch.modules import CLASSES, WIDTH, Stored
 from tests.torch.oracle import autograd_gradients
-
-WIDTH, CLASSES = 6, 3
 
 
 class _Encoder(nn.Module):
@@ -43,19 +43,6 @@ class _Recurrent(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         outputs: Tensor = self.head(self.cell(torch.stack([x, x.cos(), x * x], 1))[0][:, -1])
-        return outputs
-
-
-class _Stored(nn.Module):
-    """A weight that is stored as [d_in, d_out], as GPT-2 has them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight, self.bias = nn.Parameter(torch.randn(WIDTH, 8) / 3), nn.Parameter(torch.zeros(8))
-        self.head = nn.Linear(8, CLASSES)
-
-    def forward(self, x: Tensor) -> Tensor:
-        outputs: Tensor = self.head(torch.addmm(self.bias, x, self.weight).tanh())
         return outputs
 
 
@@ -89,7 +76,7 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "encoder": _Encoder,
     "GRU": lambda: _Recurrent(nn.GRU),
     "LSTM": lambda: _Recurrent(nn.LSTM),
-    "stored": _Stored,
+    "stored": Stored,
     "words": _Words,
     "weight norm": lambda: nn.Sequential(
         nn.utils.parametrizations.weight_norm(nn.Linear(WIDTH, 8)), nn.Tanh(), nn.Linear(8, CLASSES)
@@ -618,7 +605,7 @@ def test_a_memory_comes_back_from_a_file(tmp_path: Path) -> None:
     torch.testing.assert_close(results[0][1], results[1][1])
     with pytest.raises(BecameError, match=r"the memory of another architecture: the memory has no '0\.weight'"):
         Continual.load(_network("perceptron"), file)
-    wider = _Stored().double()
+    wider = Stored().double()
     wider.head = nn.Linear(8, 4).double()
     with pytest.raises(BecameError, match=r"'head\.weight' is \[4, 8\] in the model and \[3, 8\] in the memory"):
         Continual.load(wider, file)
@@ -791,15 +778,7 @@ class _Stream(torch.utils.data.IterableDataset[tuple[Tensor, Tensor]]):
 
 
 def test_a_terminal_shows_how_far_a_pass_over_a_stream_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    totals: list[int | None] = []
-
-    def track(batches: Any, what: str, total: int | None, **_: Any) -> Any:
-        assert what == "remembering"
-        totals.append(total)
-        return batches
-
-    monkeypatch.setattr("rich.progress.track", track)
-    monkeypatch.setattr("rich.console.Console.is_terminal", True)
+    totals = totals_shown(monkeypatch)
     for loader in (torch.utils.data.DataLoader(_Stream(), batch_size=2), _data(1)):
         Continual(_network("perceptron"), check=False).remember(loader)
     Continual(_network("perceptron"), check=False, progress=False).remember(_data(1))
