@@ -150,8 +150,7 @@ class Backbone(Protocol):
     """Any value that maps images to features by layers, in whatever way it connects them.
 
     A description is one. A user's own is another: it runs described layers by ``run(layer, inputs)``, and announces
-    what else has parameters by ``run.tapped``. It may have ``beside`` and ``encoding``, as an ``Architecture`` has.
-    JAX needs it hashable.
+    what else has parameters by ``run.tapped``. JAX needs it hashable.
     """
 
     @property
