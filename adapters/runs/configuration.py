@@ -160,6 +160,13 @@ class Configuration:
         "training",
         "numpy",
     )
+    compile: bool = _option(
+        "Compile more than a pass: PyTorch captures whole steps on a GPU, and compiles the network on the CPU; JAX "
+        "makes whole epochs one program; TensorFlow compiles its steps in any case. Results are equal up to rounding.",
+        "training",
+        False,
+        flag=True,
+    )
     schedule: Literal["annealed", "stepped", "patience"] = _option(
         "How the learning rate falls in each stage: annealed, along a cosine to 0; stepped, divided after given shares "
         "of the epochs; patience, divided when the validation loss stops improving, until it is small.",
