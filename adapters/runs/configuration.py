@@ -165,6 +165,7 @@ class Configuration:
         "makes whole epochs one program; TensorFlow compiles its steps in any case. Results are equal up to rounding.",
         "training",
         False,
+        hint=True,
         flag=True,
     )
     schedule: Literal["annealed", "stepped", "patience"] = _option(
@@ -254,6 +255,13 @@ class Configuration:
         hint=True,
         flag=True,
     )
+    save_every: float = _option(
+        "Save a run after an epoch only if it was last saved so many seconds ago, for runs whose epochs are short "
+        "beside the time to save them. The end of a stage and a signal save in any case.",
+        "where",
+        0.0,
+        hint=True,
+    )
     tracker: str = _option(
         "Also write scalars for a tracker as a run goes",
         "output",
@@ -275,7 +283,7 @@ class Configuration:
                     raise BecameError(f"--{_dashed(name)} is {number}; it must be a finite number.")
         if self.batch_size < 1:
             raise BecameError(f"--batch-size is {self.batch_size}; it must be at least 1.")
-        for name in ("projector_samples", "curvature_samples"):
+        for name in ("projector_samples", "curvature_samples", "save_every"):
             if getattr(self, name) < 0:
                 raise BecameError(f"--{_dashed(name)} is {getattr(self, name)}; it must be at least 0.")
         if self.threads is not None and self.threads < 1:
