@@ -103,11 +103,13 @@ def gather(outs: Sequence[Path]) -> list[Group]:
                 raise BecameError(f"{run.method} with seed {run.seed} is there twice, again in {out}; leave one out.")
     groups = groups_of(runs)
     methods = [group.runs[0].method for group in groups]
-    labels = [
-        run.method if methods.count(run.method) == 1 else f"{run.method} ({folders[id(run)].name}, {run.backend})"
-        for run in (group.runs[0] for group in groups)
-    ]
-    return [replace(group, label=label) for group, label in zip(groups, labels, strict=True)]
+    one_backend = len({run.backend for run in runs}) == 1
+    names = []
+    for group in groups:
+        run = group.runs[0]
+        whence = folders[id(run)].name if one_backend else f"{folders[id(run)].name}, {run.backend}"
+        names.append(run.method if methods.count(run.method) == 1 else f"{run.method} ({whence})")
+    return [replace(group, label=name) for group, name in zip(groups, names, strict=True)]
 
 
 def _identity(run: RunResult) -> tuple[object, ...]:

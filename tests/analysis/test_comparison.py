@@ -70,8 +70,10 @@ def test_a_row_is_a_method_over_its_seeds_in_whatever_folders(tmp_path: Path) ->
 def test_one_method_with_two_configurations_is_two_rows(tmp_path: Path) -> None:
     save(tmp_path / "short", "gpm", 0)
     save(tmp_path / "long", "gpm", 0, config=CONFIG | {"stage1": {"epochs": 9}})
+    save(tmp_path / "twin", "gpm", 0, config=CONFIG | {"stage1": {"epochs": 6}})
     save(tmp_path / "long", "gpm", 1, backend="jax", config=CONFIG | {"stage1": {"epochs": 9}, "class_order": "label"})
     (table,) = tables(tmp_path / "short", tmp_path / "long")
+    assert list(cells(tables(tmp_path / "short", tmp_path / "twin")[0])) == ["gpm (short)", "gpm (twin)"]
     assert list(cells(table)) == ["gpm (short, torch)", "gpm (long, torch)", "gpm (long, jax)"]
 
 

@@ -98,7 +98,7 @@ def test_the_page_has_the_title_the_scores_and_the_names_of_the_comparison(tmp_p
     text, page = read(report_of(outs))
     assert f"<h1>{table.title}</h1>" in text
     assert table.title == "split-mnist, 10 tasks, the first 3"
-    assert [row[0] for row in table.texts()] == ["became (a, torch)", "gpm", "became (b, torch)"]
+    assert [row[0] for row in table.texts()] == ["became (a)", "gpm", "became (b)"]
     assert (
         "".join(column.heading for column in table.columns) + "".join("".join(row) for row in table.texts())
         in page.text

@@ -6,8 +6,11 @@ it wherever it occurs.
 """
 
 import io
+import math
 import re
 import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import matplotlib as mpl
@@ -16,6 +19,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from matplotlib.transforms import Bbox
 from numpy.typing import NDArray
 
 from adapters.analysis.groups import SERIES
@@ -32,6 +36,7 @@ __all__ = [
     "heat_map",
     "inline_svg",
     "label_bars",
+    "label_points",
     "legend",
     "new_figure",
     "number_tasks",
@@ -137,6 +142,70 @@ def label_bars(axes: Axes, values: list[float], texts: list[str], beyond: list[f
     axes.set_xlim(low - 0.03 * span * (low < base), high + span * (0.05 + 0.024 * max(map(len, texts))))
 
 
+@contextmanager
+def _with_any_letters() -> Iterator[None]:
+    """Be silent about a name in letters that the font lacks."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph")
+        yield
+
+
+@_with_any_letters()
+def label_points(axes: Axes, texts: Sequence[str], points: NDArray[np.float64], others: NDArray[np.float64]) -> None:
+    """Write a text beside each point, where it covers no mark, no other text and no edge; a line leads to one far off.
+
+    The axes must have their final limits. Where there is no room at all, a text stands beside its point all the same.
+
+    Args:
+        axes: where the points are.
+        texts: one for each point.
+        points: [n, 2], in the units of the axes.
+        others: [m, 2], smaller marks that no text may cover.
+    """
+    figure = axes.get_figure(root=True)
+    assert figure is not None
+    figure.draw_without_rendering()  # so that the axes are where they will be
+    frame, places = axes.get_window_extent(), axes.transData.transform(points)
+    taken = [Bbox([place - 5, place + 5]) for place in places]
+    small = [Bbox([place - 3, place + 3]) for place in axes.transData.transform(others)]
+    circle = [np.array([math.cos(angle), math.sin(angle)]) for angle in np.arange(0, 2 * math.pi, math.pi / 8)]
+    for text, point, place in zip(texts, points, places, strict=True):
+        label = axes.annotate(text, tuple(point), (0, 0), textcoords="offset points", fontsize=8, annotation_clip=False)
+        label.set_in_layout(False)
+        extent = label.get_window_extent()
+        half = np.array([extent.width + 4, extent.height]) / 2
+        choices = [(gap, place + towards * (half + gap)) for gap in range(6, 300, 6) for towards in circle]
+        free = [(gap, at) for gap, at in choices if _is_free(Bbox([at - half, at + half]), frame, [*taken, *small])]
+        clear = (
+            choice
+            for choice in free
+            if not _is_crossed(place, np.clip(place, choice[1] - half, choice[1] + half), taken)
+        )
+        gap, centre = next(clear, (free or choices)[0])
+        taken.append(Bbox([centre - half, centre + half]))
+        # A reader's font may be narrower: the text must keep to the side where its point is.
+        side = int(np.sign(np.round((centre - place)[0] / half[0], 1)))
+        shift = (centre - place - [side * (half[0] - 2), 0]) * 72 / figure.dpi
+        label.set(ha=("center", "left", "right")[side], va="center", position=tuple(shift))
+        if gap > 6:
+            nearest = np.clip(place, centre - half, centre + half)
+            taken += [Bbox([at - 1, at + 1]) for at in np.linspace(place, nearest, 20)]
+            ends = axes.transData.inverted().transform([place, nearest])
+            axes.plot(*ends.T, color=MUTED, linewidth=0.6, zorder=1)
+
+
+def _is_free(box: Bbox, frame: Bbox, taken: Sequence[Bbox]) -> bool:
+    """Whether a box is in the frame and overlaps no other."""
+    inside = np.all(box.min >= frame.min) and np.all(box.max <= frame.max)
+    return bool(inside) and not any(map(box.overlaps, taken))
+
+
+def _is_crossed(start: NDArray[np.float64], end: NDArray[np.float64], taken: Sequence[Bbox]) -> bool:
+    """Whether a line crosses any box but those that it starts in."""
+    ahead = [box for box in taken if not box.contains(*start)]
+    return any(box.contains(*at) for at in np.linspace(start, end, 20) for box in ahead)
+
+
 def heat_map(
     axes: Axes, values: NDArray[np.float64], texts: list[list[str]], limits: tuple[float, float], scale: str
 ) -> None:
@@ -173,8 +242,7 @@ def picture(figure: Figure, kind: str, **options: Any) -> bytes:
     """Return a figure as a file of that kind, ``png`` or ``svg``; the same figure gives the same file."""
     target = io.BytesIO()
     metadata = dict.fromkeys(("Creator", "Date", "Format", "Type")) if kind == "svg" else {"Software": None}
-    with mpl.rc_context({**_STYLE, "svg.hashsalt": "became"}), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph")  # a name in letters that the font lacks
+    with mpl.rc_context({**_STYLE, "svg.hashsalt": "became"}), _with_any_letters():
         if figure.get_layout_engine() is not None:
             # The layout takes most of the time: it is computed once, not for each kind of file.
             figure.draw_without_rendering()
