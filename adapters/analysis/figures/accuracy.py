@@ -199,7 +199,10 @@ def plot_epochs(results: Results) -> Figure:
         means = [[estimate.mean for estimate in estimates] for estimates in (epochs, scores)]
         look = min(line, key=lambda group: group.place).line
         drawn: list[Artist] = [*axes.plot(*means, **look, markersize=5, label=figure_text(method))]
-        spreads = [[estimate.deviation or 0.0 for estimate in estimates] for estimates in (scores, epochs)]
+        spreads = [
+            [math.nan if estimate.deviation is None else estimate.deviation for estimate in estimates]
+            for estimates in (scores, epochs)
+        ]
         bars: dict[str, Any] = {"fmt": "none", "ecolor": look["color"], "elinewidth": 1, "capsize": 2}
         drawn += axes.errorbar(*means, *spreads, **bars).get_children()
         # Marks of equally many epochs stand side by side, so that each bar is seen.
