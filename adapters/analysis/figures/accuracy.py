@@ -47,8 +47,7 @@ __all__ = [
 ]
 
 _MARKS = ("D", "^", "v", "s", "P")
-# What runs may differ in and still be one method at several schedules, as the presets quick and paper do. Runs of older
-# versions have tables in place of some of these.
+# What runs may differ in and still be one method at several schedules, as the presets quick and paper do.
 _SCHEDULE = {"schedule", "epochs", "stage2_epochs", "lr", "lr_factor", "lr_steps", "lr_patience", "lr_minimum"}
 _SCHEDULE |= {"curvature_samples", "path_points"}
 
@@ -163,12 +162,11 @@ def groups_by_epochs(groups: Sequence[Group]) -> dict[str, list[Group]]:
             runs = one.runs[0], other.runs[0]
             if runs[0].backend != runs[1].backend:
                 raise BecameError(f"{names} ran on {runs[0].backend} and {runs[1].backend}; draw runs of one backend.")
-            differing = [
-                name
-                for name, value in runs[0].config.items()
-                if name not in _SCHEDULE and not isinstance(value, dict | list)
-                if name in runs[1].config and runs[1].config[name] != value
-            ]
+            both = runs[0].config.keys() & runs[1].config.keys() - _SCHEDULE
+            values = {name: [run.config[name] for run in runs] for name in sorted(both)}
+            differing = [name for name, (ours, theirs) in values.items() if ours != theirs]
+            # Older versions recorded a table where there is one word now, such as the optimiser's.
+            differing = [name for name in differing if not any(isinstance(value, dict) for value in values[name])]
             if differing:
                 raise BecameError(f"{names} differ in {differing[0]}, not only in their schedule; leave one out.")
             if round(one.epochs.mean, 1) == round(other.epochs.mean, 1):
