@@ -147,7 +147,7 @@ class Report:
 
 @dataclass(frozen=True)
 class Figures:
-    """Draw all runs as SVG: accuracy against the epochs spent on a task, and plasticity against forgetting."""
+    """Draw accuracy by epochs, and plasticity against forgetting, as SVG."""
 
     outs: Outs
     into: Annotated[Path | None, described("The folder of the figures; without it the first of the given folders.")] = (

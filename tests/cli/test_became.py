@@ -301,7 +301,7 @@ def test_help_fits_80_columns_and_names_no_default_that_is_none(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("COLUMNS", "80")
-    for command in ("run", "resume", "compare", "report", "list"):
+    for command in ("run", "resume", "compare", "report", "figures", "list"):
         with pytest.raises(SystemExit):
             main([command, "--help"])
         shown = capsys.readouterr().out
