@@ -25,7 +25,7 @@ from adapters.analysis.figures import (
     plot_seconds,
 )
 from adapters.analysis.figures.accuracy import bar_base
-from adapters.analysis.figures.drawing import picture
+from adapters.analysis.figures.drawing import MUTED, picture
 from adapters.analysis.figures.training import predicted_loss
 from adapters.analysis.groups import groups_of
 from adapters.runs import RunResult
@@ -162,13 +162,13 @@ def test_plasticity_stands_against_forgetting_with_a_mark_for_each_seed() -> Non
     assert marks(file, second, "y") == pytest.approx([90.0], abs=0.01)
 
 
-@pytest.mark.parametrize("count", [1, 6, 15])
-def test_no_label_of_a_mean_covers_another_or_a_mark(count: int) -> None:
+@pytest.mark.parametrize(("count", "apart"), [(1, 1.0), (6, 1.0), (15, 1.0), (12, 0.0)])
+def test_no_label_of_a_mean_covers_another_or_a_mark(count: int, apart: float) -> None:
     generator = np.random.default_rng(count)
     runs = [
         plain(f"became+method{number}", seed, 2, accuracy=np.array([[a, np.nan], [a - f + seed, b]]))
         for number in range(count)
-        for a, b, f in (generator.normal(80, 1, 3),)
+        for a, b, f in (generator.normal(80, apart, 3),)
         for seed in (0, 1)
     ]
     figure = plot_plasticity(runs)
@@ -179,6 +179,10 @@ def test_no_label_of_a_mean_covers_another_or_a_mark(count: int) -> None:
     assert not [pair for pair in combinations(boxes, 2) if pair[0].overlaps(pair[1])]
     frame = axes.get_window_extent()
     assert all(frame.contains(*box.min) and frame.contains(*box.max) for box in boxes)
+    leaders = [line for line in axes.lines if line.get_color() == MUTED]
+    ends = [axes.transData.transform(line.get_xydata())[1] for line in leaders]
+    assert [end for end in ends if not any(box.padded(3).contains(*end) for box in boxes)] == []
+    assert bool(leaders) == (count > 6)
     centres = [
         axes.transData.transform(line.get_xydata()) for line in axes.lines if line.get_marker() not in ("", "None")
     ]

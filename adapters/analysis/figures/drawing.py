@@ -6,7 +6,6 @@ it wherever it occurs.
 """
 
 import io
-import math
 import re
 import warnings
 from collections.abc import Iterator, Sequence
@@ -19,7 +18,6 @@ from matplotlib.axes import Axes
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-from matplotlib.transforms import Bbox
 from numpy.typing import NDArray
 
 from adapters.analysis.groups import SERIES
@@ -154,56 +152,47 @@ def _with_any_letters() -> Iterator[None]:
 def label_points(axes: Axes, texts: Sequence[str], points: NDArray[np.float64], others: NDArray[np.float64]) -> None:
     """Write a text beside each point, where it covers no mark, no other text and no edge; a line leads to one far off.
 
-    The axes must have their final limits. Where there is no room at all, a text stands beside its point all the same.
+    The limits of the axes stay as they are. Where there is no such place, the text covers as little as it can.
 
     Args:
         axes: where the points are.
         texts: one for each point.
         points: [n, 2], in the units of the axes.
-        others: [m, 2], smaller marks that no text may cover.
+        others: [m, 2], smaller marks, which a text should not cover and a line may cross.
     """
     figure = axes.get_figure(root=True)
     assert figure is not None
     figure.draw_without_rendering()  # so that the axes are where they will be
+    axes.autoscale(enable=False)  # or a line would move their limits
     frame, places = axes.get_window_extent(), axes.transData.transform(points)
-    taken = [Bbox([place - 5, place + 5]) for place in places]
-    small = [Bbox([place - 3, place + 3]) for place in axes.transData.transform(others)]
-    circle = [np.array([math.cos(angle), math.sin(angle)]) for angle in np.arange(0, 2 * math.pi, math.pi / 8)]
+    small = axes.transData.transform(others)[:, None] + [[-3, -3], [3, 3]]
+    taken = places[:, None] + [[-5, -5], [5, 5]]  # [marks, texts and lines; lower and upper corner; x and y]
+    angles, gaps = (grid.ravel() for grid in np.meshgrid(np.arange(16) * np.pi / 8, np.arange(6, 206, 8)))
+    towards, steps = np.stack([np.cos(angles), np.sin(angles)], axis=1), np.linspace(0, 1, 12)[:, None]
     for text, point, place in zip(texts, points, places, strict=True):
         label = axes.annotate(text, tuple(point), (0, 0), textcoords="offset points", fontsize=8, annotation_clip=False)
         label.set_in_layout(False)
         extent = label.get_window_extent()
         half = np.array([extent.width + 4, extent.height]) / 2
-        choices = [(gap, place + towards * (half + gap)) for gap in range(6, 300, 6) for towards in circle]
-        free = [(gap, at) for gap, at in choices if _is_free(Bbox([at - half, at + half]), frame, [*taken, *small])]
-        clear = (
-            choice
-            for choice in free
-            if not _is_crossed(place, np.clip(place, choice[1] - half, choice[1] + half), taken)
-        )
-        gap, centre = next(clear, (free or choices)[0])
-        taken.append(Bbox([centre - half, centre + half]))
+        centres = place + towards * (half + gaps[:, None])  # [places where the text can be, 2]
+        low, high = centres - half, centres + half
+        lines = place + steps * (np.clip(place, low, high) - place)[:, None]  # [places, points of a line, 2]
+        ahead = taken[(place < taken[:, 0]).any(axis=1) | (place > taken[:, 1]).any(axis=1)]
+        cost = gaps + 1e6 * ((low < frame.min) | (high > frame.max)).any(axis=1)
+        for boxes, weight in ((taken, 1e5), (small, 1e4)):
+            cost += weight * ((low[:, None] < boxes[:, 1]) & (high[:, None] > boxes[:, 0])).all(axis=2).sum(axis=1)
+        crossed = ((lines[:, :, None] > ahead[:, 0]) & (lines[:, :, None] < ahead[:, 1])).all(axis=3).any(axis=1)
+        cost += 100 * crossed.sum(axis=1)
+        best = np.argmin(cost)
         # A reader's font may be narrower: the text must keep to the side where its point is.
-        side = int(np.sign(np.round((centre - place)[0] / half[0], 1)))
-        shift = (centre - place - [side * (half[0] - 2), 0]) * 72 / figure.dpi
+        side = int(np.sign(np.round(towards[best, 0], 1)))
+        shift = (centres[best] - place - [side * (half[0] - 2), 0]) * 72 / figure.dpi
         label.set(ha=("center", "left", "right")[side], va="center", position=tuple(shift))
-        if gap > 6:
-            nearest = np.clip(place, centre - half, centre + half)
-            taken += [Bbox([at - 1, at + 1]) for at in np.linspace(place, nearest, 20)]
-            ends = axes.transData.inverted().transform([place, nearest])
+        taken = np.concatenate([taken, [[low[best], high[best]]]])
+        if gaps[best] > 6:
+            taken = np.concatenate([taken, lines[best][:, None] + [[-1, -1], [1, 1]]])
+            ends = axes.transData.inverted().transform(lines[best][[0, -1]])
             axes.plot(*ends.T, color=MUTED, linewidth=0.6, zorder=1)
-
-
-def _is_free(box: Bbox, frame: Bbox, taken: Sequence[Bbox]) -> bool:
-    """Whether a box is in the frame and overlaps no other."""
-    inside = np.all(box.min >= frame.min) and np.all(box.max <= frame.max)
-    return bool(inside) and not any(map(box.overlaps, taken))
-
-
-def _is_crossed(start: NDArray[np.float64], end: NDArray[np.float64], taken: Sequence[Bbox]) -> bool:
-    """Whether a line crosses any box but those that it starts in."""
-    ahead = [box for box in taken if not box.contains(*start)]
-    return any(box.contains(*at) for at in np.linspace(start, end, 20) for box in ahead)
 
 
 def heat_map(
