@@ -199,9 +199,9 @@ def scheduled(method: str, *epochs: int, last: float = 80.0, seed: int = 0, **co
 def test_accuracy_stands_against_the_epochs_that_the_runs_took() -> None:
     runs = [
         *(scheduled("gpm", 6, 6, last=70.0 + seed, seed=seed) for seed in (0, 2)),
-        scheduled("gpm", 20, 20, last=72.0, optimiser="sgd"),
+        scheduled("gpm", 20, 20, last=72.0, optimiser="sgd", dropout_masks="numpy"),
         # A patient schedule ends when it likes. An older version recorded its optimiser so.
-        scheduled("gpm", 70, 90, last=74.0, optimiser={"kind": "sgd"}),
+        scheduled("gpm", 70, 90, last=74.0, optimiser={"kind": "sgd"}, dropout_masks="framework"),
         scheduled("ewc", 20, 20, last=60.0),  # of one schedule alone, it has no line
     ]
     figure = plot_epochs(runs)
