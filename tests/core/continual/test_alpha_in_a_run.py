@@ -168,13 +168,13 @@ def test_alpha_of_other_samples_and_of_a_tempered_posterior_is_that_of_the_oracl
     tau = 1.0
     if temper == "curvature":
         tau = temperature(
-            *(slope(outputs(theta_hat, second, it)) - slope(outputs(theta_gp, second, it)) for it in (1, 0))
+            *(slope(outputs(theta_hat, second, it)) - slope(outputs(theta_gp, second, it)) for it in (True, False))
         )
     elif temper == "rise":
         tau = temperature(
             *(
                 cross_entropy(*outputs(theta_gp, second, it)[::2]) - cross_entropy(*outputs(theta_hat, second, it)[::2])
-                for it in (1, 0)
+                for it in (True, False)
             )
         )
     assert temper not in ("curvature", "rise") or tau != 1

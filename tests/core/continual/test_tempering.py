@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from became_core import BecameError
-from became_core.continual import Annealed, Task, Training, build_method, check_method, learn
+from became_core.continual import Annealed, RunState, Task, Training, build_method, check_method, learn
 from became_core.continual.measurement import Measurement
 from became_core.continual.tempering import Tempering, calibrated, clipped_ratio, sharpness, temperature
 from became_core.curvature import Categorical
@@ -99,7 +99,7 @@ def test_a_posterior_is_tempered_task_by_task_and_the_first_task_as_the_second()
     """The last posterior is the sum of each task's diagonal times its own temperature."""
     learner = ReferenceLearner(STREAM, hidden=(6, 5), seed=1)
     method = build_method("became", {"threshold": 0.9, "temper": "rise"})
-    states = []
+    states: list[RunState] = []
     learn(learner, STREAM, method, TRAINING, callbacks=[Listening(keep=states.append)])
     (before,) = [state for state in states if state.task == 1 and state.stage is None]
     last = states[-1]
