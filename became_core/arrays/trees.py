@@ -74,10 +74,10 @@ def _open_builtin(node: Tree) -> _Node | None:
 
 
 def _open_registered_with_optree(node: Tree) -> _Node | None:
-    try:
-        children, metadata, entries, unflatten = optree.tree_flatten_one_level(node)
-    except ValueError:  # the one way to learn that a type is not registered
+    # Asked first: the error of an unregistered type would print the node, and so wait for an accelerator's values.
+    if optree.tree_is_leaf(node):
         return None
+    children, metadata, entries, unflatten = optree.tree_flatten_one_level(node)
     return _Node(entries, children, lambda children: unflatten(metadata, children))
 
 
