@@ -26,6 +26,7 @@ import numpy as np
 
 from became_core.arrays import (
     Array,
+    Factors,
     Params,
     Reduce,
     Tree,
@@ -278,7 +279,9 @@ def _terms(row: Sequence[Array], *, others: tuple[str, ...]) -> list[tuple[Array
 
 # The same function objects every time, which JAX compiles once. They are no values of a class of ours with an equality
 # of its own: PyTorch 2.11 asks for the hash of such a function before it has its attributes.
-_TERMS = {others: partial(_terms, others=others) for others in ((), ("gradient",), ("mean",), ("gradient", "mean"))}
+_TERMS: dict[tuple[str, ...], Factors] = {
+    others: partial(_terms, others=others) for others in ((), ("gradient",), ("mean",), ("gradient", "mean"))
+}
 
 
 def _check_dtypes(trees: dict[str, Tree], rows: dict[str, tuple[Array, ...]]) -> None:

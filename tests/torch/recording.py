@@ -26,11 +26,11 @@ def _tensors(tree: Any) -> list[Tensor]:
     return [leaf for leaf in tree_flatten(tree)[0] if isinstance(leaf, Tensor)]
 
 
-class _Graph(TorchDispatchMode):
+class _Graph(TorchDispatchMode):  # type: ignore[no-untyped-call] # PyTorch leaves its constructor untyped
     """A recording that can be replayed."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._operations: list[tuple[Any, Sequence[Any], Mapping[str, Any], Any]] = []
         self._before: dict[int, tuple[Tensor, Tensor]] = {}
 
