@@ -9,22 +9,25 @@ takes long to compile; products of factors are compiled for each batch size and 
 from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import jax
 import numpy as np
 from jax import lax
 from jax import numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from adapters.backend import Data, Factors, FunctionalLearner, Network, State, Step
 from adapters.jax.layers import Pass
 from adapters.networks import Backbone, Linear, Record, Tapped
 from became_core import BecameError
 from became_core.arrays import Array, Params, namespace
-from became_core.continual import Constraint, TapMode
+from became_core.continual import Constraint, TapMode, Views
 from became_core.curvature import Tap, Taps
 
 __all__ = ["JaxLearner", "JaxNetwork"]
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -58,10 +61,30 @@ def _zeros(run: Callable[[], _Recorder]) -> Params:
     return {name: jnp.zeros(output.shape, output.dtype) for name, output in outputs.items()}
 
 
+@dataclass(frozen=True)
 class JaxNetwork(Network):
-    """A network with JAX's derivatives; its masks of dropout are arrays, or a key that they are drawn from."""
+    """A network with JAX's derivatives; its masks of dropout are arrays, or a key that they are drawn from.
+
+    Attributes:
+        mesh: the devices that share each batch along the axis "data"; None for one device.
+    """
+
+    mesh: Mesh | None = None
 
     runs: ClassVar = Pass
+
+    def images(self, data: Data, rows: Array, views: Views | None = None) -> Array:
+        """Return the network's input; each device has some of the samples, or all if their number does not divide."""
+        images = super().images(data, rows, views)
+        if self.mesh is None or len(rows) % self.mesh.shape["data"]:
+            return images
+        return lax.with_sharding_constraint(images, NamedSharding(self.mesh, PartitionSpec("data")))
+
+    def _whole(self, arrays: T) -> T:
+        """Return arrays that every device has whole."""
+        if self.mesh is None:
+            return arrays
+        return lax.with_sharding_constraint(arrays, NamedSharding(self.mesh, PartitionSpec()))  # type: ignore[no-any-return]
 
     def _masks(self, masks: Any, samples: int) -> tuple[Array, ...]:
         """Return the masks of a batch, which are drawn here if a key is given."""
@@ -78,7 +101,7 @@ class JaxNetwork(Network):
     def _gradients(
         self, trained: Params, factored: Params, frozen: Params, data: Data, batch: Step
     ) -> tuple[Array, Params, Factors]:
-        images, targets = data.normalised(batch.rows, batch.views), data.targets[batch.rows]
+        images, targets = self.images(data, batch.rows, batch.views), data.targets[batch.rows]
         masks = self._masks(batch.masks, len(batch.rows))
         linear = [name.removesuffix(".weight") for name in factored]
 
@@ -102,11 +125,11 @@ class JaxNetwork(Network):
             f"{name}.weight": (by_outputs[name].reshape(-1, by_outputs[name].shape[-1]), a.reshape(-1, a.shape[-1]))
             for name, a in inputs.items()
         }
-        return value, gradients, factors
+        return *self._whole((value, gradients)), factors
 
     def _backward(self, weights: Params, data: Data, rows: Array, masks: Any) -> tuple[Array, Any, Params]:
         """Return the logits, the map from gradients by them to those by all layers' outputs, and all layers' inputs."""
-        images = data.normalised(rows)
+        images = self.images(data, rows)
         masks = None if masks is None else self._masks(masks, len(rows))
 
         def logits(perturbations: Params) -> tuple[Array, _Recorder]:
@@ -141,12 +164,12 @@ class JaxNetwork(Network):
             }
 
     def _tangents(self, weights: Params, directions: list[Params], data: Data, rows: Array) -> tuple[Array, Array]:
-        images = data.normalised(rows)
+        images = self.images(data, rows)
         logits, along = jax.linearize(lambda weights: self.logits(Pass(weights), images), weights)
-        return logits, jnp.stack([along(direction) for direction in directions])
+        return self._whole((logits, jnp.stack([along(direction) for direction in directions])))
 
     def _pulled_back(self, weights: Params, data: Data, rows: Array, seed: Array) -> Params:
-        images = data.normalised(rows)
+        images = self.images(data, rows)
         gradients: Params = jax.grad(lambda weights: jnp.sum(self.logits(Pass(weights), images) * seed))(weights)
         return gradients
 
@@ -183,20 +206,28 @@ class JaxLearner(FunctionalLearner):
         whole_epochs: whether an epoch's steps on equal batches of one task run as one program, unless NumPy draws masks
             for them. On an accelerator a program for each step leaves the device waiting for Python; on a CPU XLA's
             convolutions are slower within a loop of its own. So None, as it is at first, means on accelerators alone.
+        mesh: the devices that share each batch, if the learner was given a mesh or all devices.
     """
 
     framework: ClassVar = "JAX"
     default_device: ClassVar = "auto"
     network: JaxNetwork
     whole_epochs: bool | None = None
+    mesh: Mesh | None = None
 
     def _find_device(self, name: Any) -> jax.Device:
-        if not isinstance(name, str):
+        if isinstance(name, str):
+            platform, _, number = name.partition(":")
+            devices = jax.devices(None if platform == "auto" else platform)
+            if number != "all":
+                return devices[self._parts_of(name)[1]]
+            name = Mesh(np.asarray(devices), ("data",))
+        if not isinstance(name, Mesh):
             return name
-        if name == "auto":
-            return jax.devices()[0]
-        platform, number = self._parts_of(name)
-        return jax.devices(platform)[number]
+        if "data" not in name.axis_names:
+            raise BecameError(f"the mesh has the axes {', '.join(name.axis_names)}; one must be called data.")
+        self.mesh = name
+        return NamedSharding(name, PartitionSpec())
 
     def _find_dtype(self, name: Any) -> str:
         if jax.dtypes.canonicalize_dtype(name) != name:
@@ -205,7 +236,8 @@ class JaxLearner(FunctionalLearner):
 
     def _network(self, backbone: Backbone, head: Linear, mixed_precision: bool) -> JaxNetwork:
         namespace(images=self._data.images)  # JAX learns of the core's values
-        return JaxNetwork(backbone, head, "bfloat16" if mixed_precision else None, self.likelihood)
+        products = "bfloat16" if mixed_precision else None
+        return JaxNetwork(backbone, head, products, self.likelihood, self.mesh)
 
     def _placed(self, array: Any, dtype: Any = None) -> Array:
         return jax.device_put(array if dtype is None else jnp.array(array, dtype=dtype), self.device)
@@ -232,7 +264,7 @@ class JaxLearner(FunctionalLearner):
         self, state: State, frozen: Params, constraint: Constraint, steps: Iterator[Step], equal: int
     ) -> tuple[State, list[Array]]:
         masks_from_host = not self._masks_by_framework and len(self.network.backbone.masks) > 0
-        whole = self.device.platform != "cpu" if self.whole_epochs is None else self.whole_epochs
+        whole = next(iter(self._data.targets.devices())).platform != "cpu" if self.whole_epochs is None else self.whole_epochs
         losses: list[Array] = []
         if whole and not masks_from_host and equal > 1:
             together: Step = jax.tree.map(
