@@ -7,7 +7,7 @@ takes long to compile; products of factors are compiled for each batch size and 
 """
 
 from collections.abc import Callable, Container, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any, ClassVar, TypeVar
 
@@ -21,7 +21,7 @@ from adapters.backend import Data, Factors, FunctionalLearner, Network, State, S
 from adapters.jax.layers import Pass
 from adapters.networks import Backbone, Linear, Record, Tapped
 from became_core import BecameError
-from became_core.arrays import Array, Params, namespace
+from became_core.arrays import Array, Params, namespace, on_host
 from became_core.continual import Constraint, TapMode, Views
 from became_core.curvature import Tap, Taps
 
@@ -140,7 +140,8 @@ class JaxNetwork(Network):
             outputs, recorder = logits(perturbations)
             return outputs, recorder.inputs
 
-        return jax.vjp(logits_and_inputs, _zeros(lambda: logits({})[1]), has_aux=True)  # type: ignore[no-any-return]
+        outputs, backward, inputs = jax.vjp(logits_and_inputs, _zeros(lambda: logits({})[1]), has_aux=True)
+        return self._whole(outputs), backward, inputs
 
     def taps(
         self, weights: Params, data: Data, rows: Array, masks: Any, mode: TapMode, rng: np.random.Generator
@@ -173,6 +174,9 @@ class JaxNetwork(Network):
         gradients: Params = jax.grad(lambda weights: jnp.sum(self.logits(Pass(weights), images) * seed))(weights)
         return gradients
 
+    def _all_logits(self, weights: Params, heads: list[Array], data: Data, rows: Array) -> Array:
+        return self._whole(super().all_logits(weights, heads, data, rows))
+
     def _many_steps(
         self, state: State, frozen: Params, data: Data, steps: Step, constraint: Constraint
     ) -> tuple[State, Array]:
@@ -188,7 +192,7 @@ class JaxNetwork(Network):
     outputs = jax.jit(Network.outputs, static_argnums=0)
     pulled_back = jax.jit(_pulled_back, static_argnums=0)
     many_steps = jax.jit(_many_steps, static_argnums=0, donate_argnums=1)
-    all_logits = jax.jit(Network.all_logits, static_argnums=0)
+    all_logits = jax.jit(_all_logits, static_argnums=0)
     batch_statistics = jax.jit(Network.batch_statistics, static_argnums=0)
     multiplied = jax.jit(Network.multiplied, static_argnums=0)
     advanced = jax.jit(Network.advanced, static_argnums=0, donate_argnums=1)
@@ -218,16 +222,27 @@ class JaxLearner(FunctionalLearner):
     def _find_device(self, name: Any) -> jax.Device:
         if isinstance(name, str):
             platform, _, number = name.partition(":")
-            devices = jax.devices(None if platform == "auto" else platform)
+            backend = None if platform == "auto" else platform
             if number != "all":
-                return devices[self._parts_of(name)[1]]
-            name = Mesh(np.asarray(devices), ("data",))
+                return jax.local_devices(backend=backend)[self._parts_of(name)[1]]
+            name = Mesh(np.asarray(jax.devices(backend)), ("data",))
         if not isinstance(name, Mesh):
             return name
         if "data" not in name.axis_names:
             raise BecameError(f"the mesh has the axes {', '.join(name.axis_names)}; one must be called data.")
         self.mesh = name
         return NamedSharding(name, PartitionSpec())
+
+    def spread(self, mesh: Mesh) -> None:
+        """Share each batch among the devices of a mesh from now on; each has the weights and the data whole.
+
+        Args:
+            mesh: with an axis "data". If it is of several processes, each does the same, with equal data and weights.
+        """
+        self.device = self._find_device(mesh)
+        self.network = replace(self.network, mesh=mesh)
+        self._data = Data(*(self._placed(on_host(array)) for array in self._data))
+        self.assign({name: on_host(value) for name, value in self._theta.items()})
 
     def _find_dtype(self, name: Any) -> str:
         if jax.dtypes.canonicalize_dtype(name) != name:
@@ -264,7 +279,11 @@ class JaxLearner(FunctionalLearner):
         self, state: State, frozen: Params, constraint: Constraint, steps: Iterator[Step], equal: int
     ) -> tuple[State, list[Array]]:
         masks_from_host = not self._masks_by_framework and len(self.network.backbone.masks) > 0
-        whole = next(iter(self._data.targets.devices())).platform != "cpu" if self.whole_epochs is None else self.whole_epochs
+        whole = (
+            next(iter(self._data.targets.devices())).platform != "cpu"
+            if self.whole_epochs is None
+            else self.whole_epochs
+        )
         losses: list[Array] = []
         if whole and not masks_from_host and equal > 1:
             together: Step = jax.tree.map(
