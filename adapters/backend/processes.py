@@ -34,8 +34,8 @@ class LostProcessError(BecameError):
     def __init__(self, count: int | None, timeout: float) -> None:
         """Say so of so many processes, if it is known how many, which wait for so many seconds."""
         super().__init__(
-            f"one of the {count or 'several'} processes ended, or did not answer within {timeout:.0f} seconds; all have stopped, and "
-            "the same command goes on from what was saved."
+            f"one of the {count or 'several'} processes ended, or did not answer within {timeout:.0f} seconds; all "
+            "have stopped, and the same command goes on from what was saved."
         )
 
 

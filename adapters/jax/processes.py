@@ -74,10 +74,8 @@ class JaxProcesses(Processes):
     def built(self, network: str, stream: Any, device: str, seed: int, **options: Any) -> JaxLearner:
         """Return a fresh learner on this process's first device."""
         if ":" in device:
-            raise BecameError(
-                f"several processes cannot all have the device '{device}'; give {device.partition(':')[0]}, and each "
-                "takes its own."
-            )
+            kind = device.partition(":")[0]
+            raise BecameError(f"several processes share all devices of a kind; give {kind} in place of '{device}'.")
         learner = self.backend.learner(network, stream, device, seed, **options)
         assert isinstance(learner, JaxLearner)
         return learner
@@ -144,11 +142,9 @@ def _met(backend: Backend, watched: ExitStack, words: list[str]) -> Processes:
         backend.repeat_exactly()
     jax.config.update("jax_enable_preemption_service", False)  # it would take signals, which are the command's
     watched.enter_context(_watched(LostProcessError(count, timeout)))
-    seconds = max(1, round(timeout))
+    waits = ("initialization_timeout", "heartbeat_timeout_seconds", "shutdown_timeout_seconds")
     try:
-        jax.distributed.initialize(
-            *(None, count, rank), heartbeat_timeout_seconds=seconds, shutdown_timeout_seconds=seconds
-        )
+        jax.distributed.initialize(num_processes=count, process_id=rank, **dict.fromkeys(waits, max(1, round(timeout))))
     except (IndexError, TypeError, ValueError) as error:
         raise BecameError(
             f"JAX cannot connect the processes ({str(error).rstrip('.')}); give each the first one's "
