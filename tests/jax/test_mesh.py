@@ -1,0 +1,34 @@
+"""Learners that share each batch among devices: the numbers of one device, and which meshes can be."""
+
+import os
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+
+from adapters.jax.learner import JaxLearner
+from adapters.networks import Architecture, Flatten
+from became_core import BecameError
+from tests.processes import WAIT
+from tests.streams import prototype_stream
+
+
+def test_four_devices_learn_what_one_learns() -> None:
+    """To 1e-9 in double precision: losses, alpha, accuracies and weights of every kind of method."""
+    environment = os.environ | {
+        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4"
+    }
+    command = [sys.executable, "-m", "tests.jax.mesh_devices"]
+    ended = subprocess.run(
+        command, env=environment | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True, timeout=WAIT, check=False
+    )
+    assert ended.returncode == 0, ended.stderr
+
+
+def test_a_mesh_has_an_axis_for_data() -> None:
+    mesh = Mesh(np.asarray(jax.local_devices()[:1]), ("model",))
+    with pytest.raises(BecameError, match="has the axes model; one must be called data"):
+        JaxLearner(Architecture((Flatten(),), (1, 6, 6)), prototype_stream(), device=mesh)
