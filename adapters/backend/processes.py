@@ -137,8 +137,11 @@ class Processes(ABC):
         """Return what an error of the framework means: a LostProcessError, or the error itself."""
         return error
 
-    def is_said(self) -> bool:
-        """Whether another process, if not this one, says why all end."""
+    def tell_why(self) -> None:  # noqa: B027 - a framework may have no way
+        """Let the others know that this process says why all end."""
+
+    def is_told(self) -> bool:
+        """Whether another process says why all end."""
         return False
 
     # What is shared.
@@ -232,7 +235,7 @@ def _lead(processes: Processes, words: list[str]) -> int:
     try:
         return main(replace(processes.backend, learner=processes.learner, learn=processes.learn), words)
     finally:
-        processes.is_said()
+        processes.tell_why()
         if not processes.busy:
             with suppress(BecameError):
                 processes.send(None)
@@ -243,11 +246,11 @@ def _follow(processes: Processes) -> int:
     try:
         processes.follow()
     except LostProcessError as error:
-        if not processes.is_said():
+        if not processes.is_told():
             print(f"error: {error}", file=sys.stderr, flush=True)
         return 1
     except BecameError as error:
-        if not processes.is_said():  # the first process mostly has the same error, and says so
+        if not processes.is_told():  # the first process mostly has the same error, and says so
             print(f"error: {own}: {error}", file=sys.stderr, flush=True)
         return 2
     except Exception as error:

@@ -69,7 +69,7 @@ class JaxProcesses(Processes):
             numbers = numbers if is_source else np.zeros(length, np.uint8)
             return pickle.loads(np.asarray(broadcast_one_to_all(numbers, is_source)).tobytes())
         except (RuntimeError, ValueError) as error:
-            raise self.failed(error) from error
+            raise LostProcessError(self.count, self.timeout) from error
 
     def built(self, network: str, stream: Any, device: str, seed: int, **options: Any) -> JaxLearner:
         """Return a fresh learner on this process's first device."""
@@ -137,7 +137,8 @@ def _met(backend: Backend, watched: ExitStack, words: list[str]) -> Processes:
         BecameError: if the processes are not alike, or an environment variable is wrong.
     """
     timeout, count, rank = timeout_asked_for(), _number("JAX_NUM_PROCESSES"), _number("JAX_PROCESS_ID")
-    backend.use_threads(int(os.environ.get("OMP_NUM_THREADS", "1").partition(",")[0]))  # 1, as torchrun has it
+    threads = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]
+    backend.use_threads(int(threads) if threads.isdecimal() and int(threads) else 1)  # 1, as torchrun has it
     if "--deterministic" in words:
         backend.repeat_exactly()
     jax.config.update("jax_enable_preemption_service", False)  # it would take signals, which are the command's

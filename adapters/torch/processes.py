@@ -93,12 +93,14 @@ class TorchProcesses(Processes):
         """Return the number of threads, and whether operations are deterministic."""
         return torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
 
-    def is_said(self) -> bool:
-        """Whether the first process, or another one of those that are left, says why all end; the first one does."""
+    def tell_why(self) -> None:
+        """Let the others know, by the store."""
         with suppress(RuntimeError):  # of a store that was in the first process, and has died with it
-            if self.rank == 0:
-                self.store.set(SAID, "yes")
-                return True
+            self.store.set(SAID, "yes")
+
+    def is_told(self) -> bool:
+        """Whether the first process, or another one of those that are left, says why all end."""
+        with suppress(RuntimeError):  # likewise
             until = time.monotonic() + 3
             while time.monotonic() < until:
                 if self.store.check([SAID]):

@@ -18,12 +18,13 @@ from tests.streams import prototype_stream
 
 def test_four_devices_learn_what_one_learns() -> None:
     """To 1e-9 in double precision: losses, alpha, accuracies and weights of every kind of method."""
-    environment = os.environ | {
-        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4"
-    }
-    command = [sys.executable, "-m", "tests.jax.mesh_devices"]
     ended = subprocess.run(
-        command, env=environment | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True, timeout=WAIT, check=False
+        [sys.executable, "-m", "tests.jax.mesh_devices"],
+        env=os.environ | {"JAX_NUM_CPU_DEVICES": "4", "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        timeout=WAIT,
+        check=False,
     )
     assert ended.returncode == 0, ended.stderr
 
