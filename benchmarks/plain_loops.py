@@ -32,8 +32,10 @@ class Plain(NamedTuple):
     evaluate: Callable[[Rows], float]
 
 
-def torch_loop(images: NDArray[np.float32], targets: NDArray[np.int64], classes: int, device: str) -> Plain:
-    """Return the loop of a sequential module, eager, in the memory format in which it is fastest."""
+def torch_loop(
+    images: NDArray[np.float32], targets: NDArray[np.int64], classes: int, device: str, *, compiled: bool = False
+) -> Plain:
+    """Return the loop of a sequential module, eager or compiled, in the memory format in which it is fastest."""
     import torch
     from torch import nn
     from torch.nn import functional
@@ -55,6 +57,7 @@ def torch_loop(images: NDArray[np.float32], targets: NDArray[np.int64], classes:
     network.to(there)
     network.to(memory_format=torch.channels_last)  # type: ignore[call-overload] # PyTorch's own types lack it
     optimiser = torch.optim.SGD(network.parameters(), lr=RATE)
+    forward = torch.compile(network, mode="reduce-overhead") if compiled else network
     x = torch.from_numpy(images).to(there).contiguous(memory_format=torch.channels_last)
     y = torch.from_numpy(targets).to(there)
 
@@ -65,7 +68,7 @@ def torch_loop(images: NDArray[np.float32], targets: NDArray[np.int64], classes:
         network.train()
         for rows in map(on_device, batches):
             optimiser.zero_grad()
-            functional.cross_entropy(network(x[rows]), y[rows]).backward()  # type: ignore[no-untyped-call]
+            functional.cross_entropy(forward(x[rows]), y[rows]).backward()  # type: ignore[no-untyped-call]
             optimiser.step()
         if there.type == "cuda":
             torch.cuda.synchronize()

@@ -60,6 +60,7 @@ class Builder(Protocol[L_co]):
         pretrained: bool = False,
         mixed_precision: bool = False,
         dropout_masks: DropoutMasks = "numpy",
+        compiled: bool = False,
     ) -> L_co:
         """Return a fresh learner with a backbone known by name.
 
@@ -72,6 +73,7 @@ class Builder(Protocol[L_co]):
             pretrained: whether a network of the hub has its pretrained weights.
             mixed_precision: whether training steps multiply in bfloat16.
             dropout_masks: what draws them.
+            compiled: whether more than a pass is compiled.
 
         Raises:
             BecameError: if there is no such network or device.
@@ -122,6 +124,7 @@ def learner_builder(
         pretrained: bool = False,
         mixed_precision: bool = False,
         dropout_masks: DropoutMasks = "numpy",
+        compiled: bool = False,
     ) -> L:
         hub = hub_network(network, norm, pretrained=pretrained)
         if hub is None:
@@ -133,7 +136,13 @@ def learner_builder(
                 f"the network '{network}' is one for PyTorch; choose --backend torch, or another network."
             )
         return learner(
-            backbone, stream, device=device, mixed_precision=mixed_precision, dropout_masks=dropout_masks, seed=seed
+            backbone,
+            stream,
+            device=device,
+            mixed_precision=mixed_precision,
+            dropout_masks=dropout_masks,
+            compiled=compiled,
+            seed=seed,
         )
 
     return build_learner

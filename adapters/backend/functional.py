@@ -170,6 +170,9 @@ class FunctionalLearner(NetworkLearner):
         """Return a state whose arrays steps may overwrite, for frameworks whose steps do so."""
         return state
 
+    def _draws(self) -> bool:
+        return len(self.network.backbone.masks) > 0
+
     def _masks(self, rng: np.random.Generator) -> Callable[[int, int], Any]:
         seed = int(rng.integers(2**63))  # drawn in any case, so that the masks are the same in all adapters
         if self._masks_by_framework:

@@ -54,6 +54,7 @@ class NetworkLearner(Learner):
         dtype: Any = "float32",
         mixed_precision: bool = False,
         dropout_masks: DropoutMasks = "numpy",
+        compiled: bool = False,
         seed: int = 0,
         check: bool = True,
     ) -> None:
@@ -72,14 +73,16 @@ class NetworkLearner(Learner):
                 all that is measured stay in the dtype of the weights.
             dropout_masks: what draws them: "numpy", the same ones for every framework, or the "framework" itself, where
                 the network is; a function of the seeds either way.
+            compiled: whether more than a pass is compiled: PyTorch captures whole steps on a GPU, and compiles the
+                network on the CPU; JAX makes whole epochs one program. TensorFlow compiles its steps in any case.
             seed: names the draw of the initial weights, which a module has already, but for its heads'.
             check: whether a network of the user's own is looked at once: outputs, per-sample gradients and derivatives
                 are computed twice, in different ways, from a few samples. It takes seconds at most.
 
         Raises:
-            BecameError: if the device, the dtype or the source of masks does not exist, the backbone does not return
-                [N, features], it normalises by statistics over samples of which a task has one alone, or the check
-                finds a difference.
+            BecameError: if the device, the dtype or the source of masks does not exist, compiled steps are to draw by
+                NumPy, the backbone does not return [N, features], it normalises by statistics over samples of which a
+                task has one alone, or the check finds a difference.
         """
         device = self.default_device if device is None else device
         try:
@@ -91,6 +94,7 @@ class NetworkLearner(Learner):
                 f"{self.framework} has no device '{device}' here; try cpu, or cuda on a machine with a GPU."
             ) from None
         self._masks_by_framework = checked_masks(dropout_masks) == "framework"
+        self._compiles = compiled
         self._dtype = self._find_dtype(dtype)
         self.likelihood, self.target_scale = stream.dataset.likelihood, stream.target_scale
         self.unit = stream.unit
@@ -98,6 +102,10 @@ class NetworkLearner(Learner):
         self._pictures = stream.dataset.pictures
         self._encoding = backbone.encoding if isinstance(backbone, Architecture) else ""
         self._build(backbone, stream, mixed_precision, seed)
+        if compiled and self._draws() and not self._masks_by_framework:
+            raise BecameError(
+                "compiled steps draw masks on the device; add --dropout-masks framework, or leave --compile out."
+            )
         own = [frozenset({f"{self.naming.name(task.index)}.weight"}) for task in stream.tasks]
         self.heads = [frozenset() if stream.shared_head else head for head in own]
         self.shared_head = own[0] if stream.shared_head else frozenset()
@@ -123,6 +131,10 @@ class NetworkLearner(Learner):
 
         It sets all attributes but ``heads``.
         """
+
+    @abstractmethod
+    def _draws(self) -> bool:
+        """Whether layers of ours draw at random in training."""
 
     @abstractmethod
     def _masks(self, rng: np.random.Generator) -> Callable[[int, int], Any]:

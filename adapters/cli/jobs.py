@@ -102,6 +102,7 @@ class Job:
             pretrained=configuration.pretrained,
             mixed_precision=configuration.mixed_precision,
             dropout_masks=configuration.dropout_masks,
+            compiled=configuration.compile,
         )
 
     def segments(self, stream: TaskStream) -> Segments | None:

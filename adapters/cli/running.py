@@ -1,5 +1,7 @@
 """Runs in their folders: started or resumed, saved after every epoch, stopped by a signal only once they are saved."""
 
+import math
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -10,6 +12,7 @@ from adapters.cli.display import LOGGER, Display
 from adapters.cli.interruption import Interruption
 from adapters.cli.jobs import Job, Load, load_data
 from adapters.runs import RunResult, write_summary
+from adapters.runs.checkpoints import Checkpoints
 from adapters.runs.directory import check_writable
 from adapters.runs.events import place
 from adapters.tracking import Tracker
@@ -174,7 +177,8 @@ def _run_to_its_end(job: Job, load: Load, display: Display) -> RunResult:
             _tracked(job) as tracker,
         ):
             # The tracker comes after the checkpoints: what it writes is then saved.
-            callbacks = progress, events, checkpoints, tracker, _Stopping(interruption, run.name)
+            saving = _Saving(checkpoints, configuration.save_every, interruption)
+            callbacks = progress, events, saving, tracker, _Stopping(interruption, run.name)
             try:
                 record = backend.learn(
                     learner, stream, method, training, seed=run.seed, callbacks=callbacks, state=state
@@ -210,6 +214,23 @@ def _tracked(job: Job) -> Iterator[Callback]:
         about = {"backend": job.backend.name, "method": job.run.method, "seed": job.run.seed}
         with Tracker(writer, {**about, **job.configuration.to_json()}) as tracker:
             yield tracker
+
+
+@dataclass
+class _Saving(Callback):
+    """Saves a run at the end of each stage and task and after a signal, and else if it was last saved long ago."""
+
+    checkpoints: Checkpoints
+    every: float
+    interruption: Interruption
+    saved: float = -math.inf
+
+    def on_state(self, state: RunState) -> None:
+        """Save the state if it is time to."""
+        at_an_end = state.stage is None or state.stage.schedule.finished
+        if at_an_end or self.interruption.received is not None or time.monotonic() - self.saved >= self.every:
+            self.checkpoints.save(state)
+            self.saved = time.monotonic()
 
 
 @dataclass(frozen=True)

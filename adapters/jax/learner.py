@@ -209,7 +209,8 @@ class JaxLearner(FunctionalLearner):
     Attributes:
         whole_epochs: whether an epoch's steps on equal batches of one task run as one program, unless NumPy draws masks
             for them. On an accelerator a program for each step leaves the device waiting for Python; on a CPU XLA's
-            convolutions are slower within a loop of its own. So None, as it is at first, means on accelerators alone.
+            convolutions are slower within a loop of its own. So None, as it is at first, means on accelerators, and
+            elsewhere if more than a pass is to be compiled.
         mesh: the devices that share each batch, if the learner was given a mesh or all devices.
     """
 
@@ -279,11 +280,8 @@ class JaxLearner(FunctionalLearner):
         self, state: State, frozen: Params, constraint: Constraint, steps: Iterator[Step], equal: int
     ) -> tuple[State, list[Array]]:
         masks_from_host = not self._masks_by_framework and len(self.network.backbone.masks) > 0
-        whole = (
-            next(iter(self._data.targets.devices())).platform != "cpu"
-            if self.whole_epochs is None
-            else self.whole_epochs
-        )
+        automatic = self._compiles or any(device.platform != "cpu" for device in self._data.targets.devices())
+        whole = automatic if self.whole_epochs is None else self.whole_epochs
         losses: list[Array] = []
         if whole and not masks_from_host and equal > 1:
             together: Step = jax.tree.map(

@@ -160,6 +160,14 @@ class Configuration:
         "training",
         "numpy",
     )
+    compile: bool = _option(
+        "Compile more than a pass: PyTorch captures whole steps on a GPU, and compiles the network on the CPU; JAX "
+        "makes whole epochs one program; TensorFlow compiles its steps in any case. Results are equal up to rounding.",
+        "training",
+        False,
+        hint=True,
+        flag=True,
+    )
     schedule: Literal["annealed", "stepped", "patience"] = _option(
         "How the learning rate falls in each stage: annealed, along a cosine to 0; stepped, divided after given shares "
         "of the epochs; patience, divided when the validation loss stops improving, until it is small.",
@@ -248,6 +256,13 @@ class Configuration:
         hint=True,
         flag=True,
     )
+    save_every: float = _option(
+        "Save a run after an epoch only if it was last saved so many seconds ago, for runs whose epochs are short "
+        "beside the time to save them. The end of a stage and a signal save in any case.",
+        "where",
+        0.0,
+        hint=True,
+    )
     tracker: str = _option(
         "Also write scalars for a tracker as a run goes",
         "output",
@@ -269,7 +284,7 @@ class Configuration:
                     raise BecameError(f"--{_dashed(name)} is {number}; it must be a finite number.")
         if self.batch_size < 1:
             raise BecameError(f"--batch-size is {self.batch_size}; it must be at least 1.")
-        for name in ("projector_samples", "curvature_samples"):
+        for name in ("projector_samples", "curvature_samples", "save_every"):
             if getattr(self, name) < 0:
                 raise BecameError(f"--{_dashed(name)} is {getattr(self, name)}; it must be at least 0.")
         if self.threads is not None and self.threads < 1:

@@ -403,7 +403,9 @@ def _group_norm(node: Any, _: Tensor, chain: Chain) -> Fields:
 def _batch_norm(node: Any, _: Tensor, chain: Chain) -> Fields:
     if chain:
         return None
-    inputs, eps = node._saved_input.detach(), node._saved_eps
+    # cuDNN's and MIOpen's nodes, of a GPU, have the other name.
+    eps = node._saved_eps if hasattr(node, "_saved_eps") else node._saved_epsilon
+    inputs = node._saved_input.detach()
     if node._saved_training:
         mean, variance = torch.batch_norm_update_stats(inputs, None, None, 0.0)
     else:

@@ -24,14 +24,15 @@ from torch.nn import functional
 from adapters.backend import Heads, NetworkLearner
 from adapters.networks import Architecture
 from adapters.torch.checking import TorchView, agreement_of
+from adapters.torch.compiled import CompiledSteps, TakesStep, compiled_forward, placed
 from adapters.torch.derivatives import Derivatives
 from adapters.torch.layers import batch_statistics, is_batch_norm, is_frozen_norm, modes_kept, running_norms
-from adapters.torch.linear import constrained_inputs, plain_linear_layers
-from adapters.torch.networks import Described, MultiHead, draw_masks_from
+from adapters.torch.linear import ByInputs, constrained_inputs, plain_linear_layers
+from adapters.torch.networks import Described, Drawing, MultiHead, draw_masks_from
 from adapters.torch.share import divided
 from adapters.torch.tapping import Layouts, collect_inputs, collect_taps, matrices_of
 from became_core import BecameError
-from became_core.arrays import Params
+from became_core.arrays import Params, map_leaves
 from became_core.continual import Batch, Constraint, Optimiser, TapMode, TaskStream, Trained, Views
 from became_core.continual.data import Indices
 from became_core.curvature import Taps
@@ -106,6 +107,8 @@ class TorchLearner(NetworkLearner):
         self.constants = self._frozen | (self._stored - self.running_statistics)
         self._layouts: dict[int, Layouts] = defaultdict(Layouts)
         self.derivatives = Derivatives()
+        self._compiled: CompiledSteps | None = None
+        self._forward: Callable[[Tensor, int], Tensor] = self.network
         self._plain_layers: dict[nn.Module, str] | None = None
         with self._working(training=False):
             few = (self._batch(np.arange(min(3, len(self._images))))[0], 0)
@@ -122,6 +125,8 @@ class TorchLearner(NetworkLearner):
                 "processes share the batches of described networks alone: a module of your own may compute what "
                 "depends on the whole batch, or draw for it; train it in one process, or give a description."
             )
+        if self._compiles:
+            raise BecameError("processes exchange gradients within each step; leave out --compile, or use one process.")
         if self._masks_by_framework:
             raise BecameError(
                 "processes draw dropout masks for the whole batch by NumPy; leave out --dropout-masks framework."
@@ -129,6 +134,9 @@ class TorchLearner(NetworkLearner):
 
     def _is_shipped(self, backbone: Any) -> bool:
         return isinstance(backbone, Architecture | Described)
+
+    def _draws(self) -> bool:
+        return any(isinstance(module, Drawing) for module in self.network.modules())
 
     def _view(self, rows: Indices) -> TorchView:
         images, backbone = self._batch(rows)[0], self.network.backbone
@@ -243,31 +251,71 @@ class TorchLearner(NetworkLearner):
                 scales = {key: scale.clone().requires_grad_(trains) for key, scale in region.scales.items()}
                 region, theta = region.with_scales(scales), theta | scales
                 trained |= scales if trains else {}
-            with constrained_inputs(self._plain_layers, constraint, optimiser, region) as done:
+            compiled = self._compiled_for(constraint, optimiser)
+            forwards = None if compiled is None else compiled.forwards
+            with constrained_inputs(self._plain_layers, constraint, optimiser, region, forwards) as done:
                 remaining = None if region is None else region.without(done.beneath)
                 if remaining is not None:  # the network's own weights become the effective ones
                     theta |= {name: self._named[name].detach().clone() for name in remaining.weights}
                     self._work_with(remaining, theta)
-                for batch, rate in zip(batches, rates, strict=True):
-                    loss = self._loss(batch)
-                    for parameter in trained.values():
-                        parameter.grad = None
-                    loss.backward()  # type: ignore[no-untyped-call]
-                    gradients = {name: value.grad for name, value in trained.items() if value.grad is not None}
-                    gradients = self.share.total(gradients)
-                    with torch.no_grad():
-                        directions, optimiser = constraint.directions(gradients, theta, float(rate), optimiser, *done)
-                        for name, direction in directions.items():
-                            theta[name].sub_(direction, alpha=float(rate))
-                    if remaining is not None:
-                        self._work_with(remaining, theta)
-                    total += loss.detach() * len(batch.indices)
+                step = self._step(trained, theta, constraint, remaining, done)
+                take = step if compiled is None else compiled.steps(step)
+                dtype = self._dtype if compiled is not None and compiled.captures else None
+                for batch, rate in placed(batches, rates, self.device, dtype):
+                    loss, optimiser = take(batch, rate, optimiser)
+                    total += loss * len(batch.indices)
+                if compiled is not None:  # whose later steps overwrite the arrays of this state
+                    optimiser = map_leaves(torch.clone, optimiser)
             total = self.share.total({"loss": total})["loss"]
             samples = sum(len(batch.indices) for batch in batches)
             if region is not None:
                 self.assign({name: theta.get(name, value) for name, value in self.parameters().items()})
                 region = region.with_scales({key: theta[key].detach() for key in region.scales})
             return Trained(float(total) / samples, optimiser, region)
+
+    def _step(
+        self, trained: Params, theta: Params, constraint: Constraint, region: Region | None, done: ByInputs
+    ) -> TakesStep:
+        """Return the function that takes a step.
+
+        Args:
+            trained: what gradients are by.
+            theta: what the step changes, in place.
+            constraint: of the stage.
+            region: with whose effective weights the network works; None if it works with its own.
+            done: what of the constraint is met by the layers.
+        """
+
+        def step(batch: Batch, rate: Any, optimiser: Optimiser) -> tuple[Tensor, Optimiser]:
+            loss = self._loss(batch)
+            for parameter in trained.values():
+                parameter.grad = None
+            loss.backward()  # type: ignore[no-untyped-call]
+            gradients = {name: value.grad for name, value in trained.items() if value.grad is not None}
+            gradients = self.share.total(gradients)
+            with torch.no_grad():
+                directions, optimiser = constraint.directions(gradients, theta, rate, optimiser, *done)
+                for name, direction in directions.items():
+                    if isinstance(rate, Tensor):
+                        theta[name].addcmul_(direction, rate, value=-1)
+                    else:
+                        theta[name].sub_(direction, alpha=rate)
+            if region is not None:
+                self._work_with(region, theta)
+            return loss.detach(), optimiser
+
+        return step
+
+    def _compiled_for(self, constraint: Constraint, optimiser: Optimiser) -> CompiledSteps | None:
+        """Return the compiled steps of a stage; None if steps are not compiled, as those in a region never are."""
+        if not self._compiles or constraint.region is not None:
+            return None
+        if self._compiled is None or not self._compiled.hold_for(constraint, optimiser):
+            self._compiled = None  # frees the memory of the last ones before these take theirs
+            self._compiled = CompiledSteps(constraint, optimiser, self.device)
+            if not self._compiled.captures and self._forward is self.network:
+                self._forward = compiled_forward(self.network)
+        return self._compiled
 
     def _loss(self, batch: Batch) -> Tensor:
         """Return the mean loss of a training batch; if processes share it, this one's part: their sum is the mean."""
@@ -279,7 +327,7 @@ class TorchLearner(NetworkLearner):
             divided(self.network, self.share, samples),
             torch.autocast(self.device.type, torch.bfloat16, enabled=self._mixed_precision),
         ):
-            logits = self.network(images, batch.task)
+            logits = self._forward(images, batch.task)
         logits = logits.to(self._dtype)
         if self.share.count == 1:
             mean = functional.cross_entropy if likelihood.is_plain else likelihood.mean_loss
@@ -317,7 +365,7 @@ class TorchLearner(NetworkLearner):
 
     def targets(self, indices: Indices) -> Tensor:
         """Return the labels within the task [samples], or numbers [samples, outputs]."""
-        return self._targets[torch.from_numpy(indices).to(self.device)]
+        return self._targets[torch.as_tensor(indices, device=self.device)]
 
     @torch.no_grad()
     def _logits(self, rows: Indices) -> Tensor:
@@ -367,7 +415,7 @@ class TorchLearner(NetworkLearner):
         return batch_statistics(self.network.backbone, self._norms, self._batch(rows)[0])
 
     def _batch(self, indices: Indices, views: Views | None = None) -> tuple[Tensor, Tensor]:
-        rows = torch.from_numpy(indices).to(self.device)
+        rows = torch.as_tensor(indices, device=self.device)
         pixels = self._images[rows] if views is None else views.apply(self._images[rows], axis=2)
         if pixels.ndim == 2:
             return pixels.to(torch.int64), self._targets[rows]  # text

@@ -6,7 +6,7 @@ weight of a trust region, W (I + S), on a is W on a + S a, and differentiating t
 region's scales.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
@@ -114,7 +114,11 @@ def _leads_to(node: Any, outputs: set[Any], graph: Graph) -> bool:
 
 @contextmanager
 def constrained_inputs(
-    layers: dict[nn.Module, str], constraint: Constraint, optimiser: Optimiser, region: Region | None = None
+    layers: dict[nn.Module, str],
+    constraint: Constraint,
+    optimiser: Optimiser,
+    region: Region | None = None,
+    forwards: dict[str, Callable[[Tensor], Tensor]] | None = None,
 ) -> Iterator[ByInputs]:
     """Let linear layers project their gradients, and work in a region, for the time of this context.
 
@@ -123,14 +127,18 @@ def constrained_inputs(
         constraint: of the stage.
         optimiser: of the stage.
         region: the constraint's, with the scales that gradients reach and that steps change in place.
+        forwards: what the layers run, by their weights' names, as an earlier call with the same constraint has left it
+            here; without it new functions are made.
     """
+    forwards = {} if forwards is None else forwards
     linear = {f"{name}.weight": module for module, name in layers.items()}
     beneath = frozenset[str]() if region is None else region.rowwise & linear.keys()
     projected = projected_by_rows(constraint, optimiser, linear.keys(), beneath)
     changed: list[tuple[str, Any]] = [(name, linear[name]) for name in projected | beneath]
     for name, module in changed:
         chosen = constraint.projector if name in projected else None, region if name in beneath else None
-        vars(module)["forward"] = partial(_forward, module, name, *chosen)  # is found before the class's own
+        forward = forwards.setdefault(name, partial(_forward, module, name, *chosen))
+        vars(module)["forward"] = forward  # is found before the class's own
     try:
         yield ByInputs(projected, beneath)
     finally:

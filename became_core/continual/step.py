@@ -132,8 +132,8 @@ class Adam:
         first, second, shares, directions = dict(self.first), dict(self.second), dict(self.shares), {}
         for name, gradient in _decayed(gradients, theta, self.weight_decay).items():
             xp = namespace(gradient=gradient)
-            betas = xp.asarray([self.beta1, self.beta2], dtype=gradient.dtype, device=device(gradient))
-            share = shares[name] * betas
+            # Multiplied by numbers, not by a new array of them: a copy to a GPU cannot be part of a captured step.
+            share = xp.stack([shares[name][0] * self.beta1, shares[name][1] * self.beta2])
             first[name] = self.beta1 * first[name] + (1 - self.beta1) * gradient
             second[name] = self.beta2 * second[name] + (1 - self.beta2) * gradient * gradient
             root = xp.sqrt(second[name] / (1 - share[1])) + self.epsilon

@@ -34,7 +34,7 @@ PARTS: dict[str, dict[str, tuple[str, ...]]] = {
         "command": ("run",),
     },
     "torch": {
-        "learner": ("learner", "linear"),
+        "learner": ("learner", "linear", "compiled"),
         "layers": ("layers", "networks"),
         "own models": ("graph", "rows", "tapping", "derivatives", "hub"),
         "own loops": ("batches", "checking", "continual", "data_loss", "steps"),

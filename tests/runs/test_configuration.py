@@ -237,6 +237,8 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "path_points": st.sampled_from([0, 2, 11]),
     "device": st.sampled_from(["auto", "cpu", "cuda:1"]),
     "threads": st.integers(1, 9),
+    "save_every": st.sampled_from([0.0, 60.0]),
+    "compile": st.just(True),
     "deterministic": st.just(True),
     "tracker": st.sampled_from(["none", "tensorboard", "trackio"]),
     "data_dir": st.sampled_from([Path("/data"), Path("/data/a b")]),
