@@ -9,7 +9,7 @@ takes long to compile; products of factors are compiled for each batch size and 
 from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 import jax
 import numpy as np
@@ -19,15 +19,14 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from adapters.backend import Data, Factors, FunctionalLearner, Network, State, Step
 from adapters.jax.layers import Pass
+from adapters.jax.mesh import shared, warn_of_size, whole
 from adapters.networks import Backbone, Linear, Record, Tapped
 from became_core import BecameError
 from became_core.arrays import Array, Params, namespace, on_host
-from became_core.continual import Constraint, TapMode, Views
+from became_core.continual import Batch, Constraint, TapMode, Trained, Views
 from became_core.curvature import Tap, Taps
 
 __all__ = ["JaxLearner", "JaxNetwork"]
-
-T = TypeVar("T")
 
 
 @dataclass
@@ -75,16 +74,7 @@ class JaxNetwork(Network):
 
     def images(self, data: Data, rows: Array, views: Views | None = None) -> Array:
         """Return the network's input; each device has some of the samples, or all if their number does not divide."""
-        images = super().images(data, rows, views)
-        if self.mesh is None or len(rows) % self.mesh.shape["data"]:
-            return images
-        return lax.with_sharding_constraint(images, NamedSharding(self.mesh, PartitionSpec("data")))
-
-    def _whole(self, arrays: T) -> T:
-        """Return arrays that every device has whole."""
-        if self.mesh is None:
-            return arrays
-        return lax.with_sharding_constraint(arrays, NamedSharding(self.mesh, PartitionSpec()))  # type: ignore[no-any-return]
+        return shared(super().images(data, rows, views), self.mesh)
 
     def _masks(self, masks: Any, samples: int) -> tuple[Array, ...]:
         """Return the masks of a batch, which are drawn here if a key is given."""
@@ -125,7 +115,7 @@ class JaxNetwork(Network):
             f"{name}.weight": (by_outputs[name].reshape(-1, by_outputs[name].shape[-1]), a.reshape(-1, a.shape[-1]))
             for name, a in inputs.items()
         }
-        return *self._whole((value, gradients)), factors
+        return *whole((value, gradients), self.mesh), factors
 
     def _backward(self, weights: Params, data: Data, rows: Array, masks: Any) -> tuple[Array, Any, Params]:
         """Return the logits, the map from gradients by them to those by all layers' outputs, and all layers' inputs."""
@@ -141,7 +131,7 @@ class JaxNetwork(Network):
             return outputs, recorder.inputs
 
         outputs, backward, inputs = jax.vjp(logits_and_inputs, _zeros(lambda: logits({})[1]), has_aux=True)
-        return self._whole(outputs), backward, inputs
+        return whole(outputs, self.mesh), backward, inputs
 
     def taps(
         self, weights: Params, data: Data, rows: Array, masks: Any, mode: TapMode, rng: np.random.Generator
@@ -167,7 +157,7 @@ class JaxNetwork(Network):
     def _tangents(self, weights: Params, directions: list[Params], data: Data, rows: Array) -> tuple[Array, Array]:
         images = self.images(data, rows)
         logits, along = jax.linearize(lambda weights: self.logits(Pass(weights), images), weights)
-        return self._whole((logits, jnp.stack([along(direction) for direction in directions])))
+        return whole((logits, jnp.stack([along(direction) for direction in directions])), self.mesh)
 
     def _pulled_back(self, weights: Params, data: Data, rows: Array, seed: Array) -> Params:
         images = self.images(data, rows)
@@ -175,7 +165,7 @@ class JaxNetwork(Network):
         return gradients
 
     def _all_logits(self, weights: Params, heads: list[Array], data: Data, rows: Array) -> Array:
-        return self._whole(super().all_logits(weights, heads, data, rows))
+        return whole(super().all_logits(weights, heads, data, rows), self.mesh)
 
     def _many_steps(
         self, state: State, frozen: Params, data: Data, steps: Step, constraint: Constraint
@@ -275,6 +265,11 @@ class JaxLearner(FunctionalLearner):
 
     def _own(self, state: State) -> State:
         return jax.tree.map(jnp.copy, state)  # type: ignore[no-any-return]
+
+    def train(self, batches: Sequence[Batch], *others: Any, **named: Any) -> Trained:
+        """Take one step on each batch."""
+        warn_of_size(len(batches[0].indices), self.mesh)
+        return super().train(batches, *others, **named)
 
     def _steps(
         self, state: State, frozen: Params, constraint: Constraint, steps: Iterator[Step], equal: int

@@ -22,7 +22,7 @@ from adapters.networks import (
     MaxPool,
     ReLU,
 )
-from became_core.continual import Annealed, Augmentation, EpochEnd, Learner, Training, build_method, learn
+from became_core.continual import Annealed, Augmentation, EpochEnd, Learner, TaskStream, Training, build_method, learn
 from reference.learner import ReferenceLearner
 from tests.listening import Listening
 from tests.streams import prototype_stream
@@ -41,7 +41,7 @@ METHODS = {
 }
 
 
-def run(learner: Learner, method: str, training: Training = TRAINING) -> dict[str, Any]:
+def run(learner: Learner, method: str, training: Training = TRAINING, stream: TaskStream = STREAM) -> dict[str, Any]:
     """What comes out of a run: alpha, accuracies, losses, and the last weights."""
     losses: list[float] = []
 
@@ -50,7 +50,7 @@ def run(learner: Learner, method: str, training: Training = TRAINING) -> dict[st
             losses.append(event.loss)
 
     record = learn(
-        learner, STREAM, build_method(method, METHODS.get(method, {})), training, callbacks=[Listening(observe)]
+        learner, stream, build_method(method, METHODS.get(method, {})), training, callbacks=[Listening(observe)]
     )
     weights = {name: np.asarray(value) for name, value in learner.parameters().items()}
     alpha = [np.nan if alpha is None else alpha for alpha in record.alpha]
@@ -77,29 +77,29 @@ def check_methods() -> None:
 
 
 def check_sharing(learner: JaxLearner) -> None:
-    """Each device has a quarter of what the samples of a batch make, or all, if their number does not divide."""
-    for samples, own in ((12, 3), (7, 7)):
-        rows = STREAM.tasks[0].train[:samples]
-        (taps,) = learner.taps(0, rows, samples, "empirical", np.random.default_rng(0))
-        for array in (taps["fc1"].inputs, taps["fc1"].output_gradients, taps["heads.0"].inputs):
-            assert [len(part.data) for part in array.addressable_shards] == [own] * 4
-        assert learner.logits(rows, samples).sharding.is_fully_replicated
+    """Each device has a quarter of what the samples of a batch make."""
+    rows = STREAM.tasks[0].train[:12]
+    (taps,) = learner.taps(0, rows, 12, "empirical", np.random.default_rng(0))
+    for array in (taps["fc1"].inputs, taps["fc1"].output_gradients, taps["heads.0"].inputs):
+        assert [len(part.data) for part in array.addressable_shards] == [3] * 4
+    assert learner.logits(rows, 12).sharding.is_fully_replicated
 
 
 def check_batch_norm() -> None:
-    """Statistics are of the whole batch, masks and augmentation drawn for it; the last batch has 6 samples."""
+    """Statistics are of the whole batch, masks and augmentation drawn for it; the last batch, of 7, is not shared."""
+    stream = prototype_stream(tasks=2, classes_per_task=2, per_class=24, validation=0.14)
     layers = Convolution("conv1", 3, 3), BatchNorm("bn1", running=True), ReLU(), Dropout(0.25), MaxPool(2), Flatten()
-    training = replace(TRAINING, stage1=Annealed(lr=0.1, epochs=2), batch_size=10, augmentation=Augmentation(padding=1))
-    mesh = Mesh(np.reshape(jax.devices()[:2], (2, 1)), ("data", "model"))
+    training = replace(TRAINING, stage1=Annealed(lr=0.1, epochs=2), augmentation=Augmentation(padding=1))
+    mesh = Mesh(np.reshape(jax.devices(), (4, 1)), ("data", "model"))
 
     def learned(*, spread: bool) -> dict[str, Any]:
         learner = JaxLearner(
-            Architecture(layers, (1, 6, 6)), STREAM, device="cpu", dtype="float64", dropout_masks="framework"
+            Architecture(layers, (1, 6, 6)), stream, device="cpu", dtype="float64", dropout_masks="framework"
         )
         if spread:
             learner.spread(mesh)
             learner.whole_epochs = True
-        return run(learner, "finetune", training)
+        return run(learner, "finetune", training, stream)
 
     check_equal("batch norm", learned(spread=True), learned(spread=False))
 
