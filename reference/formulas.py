@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 __all__ = [
     "alpha_in_circulation",
     "alpha_star",
+    "best_sharpness",
     "brute_force_minimiser",
     "cross_entropy",
     "directional_derivatives",
@@ -26,6 +27,7 @@ __all__ = [
     "softmax",
     "squared_gradients",
     "squared_mean_gradient",
+    "temperature",
 ]
 
 Array = NDArray[np.float64]
@@ -111,6 +113,23 @@ def softmax(logits: Array) -> Array:
 def cross_entropy(logits: Array, labels: NDArray[np.int64]) -> float:
     """Return the mean over samples of -log softmax(logits)[label]; logits [samples, classes]."""
     return float(np.mean([-np.log(softmax(z)[label]) for z, label in zip(logits, labels, strict=True)]))
+
+
+def best_sharpness(logits: Array, labels: NDArray[np.int64], low: float = 0.25, high: float = 4.0) -> float:
+    """Return the factor of the logits, in [low, high], at which their mean cross-entropy is least.
+
+    It is found by halving at the sign of the derivative, the mean over samples of z.(softmax(factor z) - e_label).
+    """
+    for _ in range(200):
+        middle = (low + high) / 2
+        parts = [z @ (softmax(middle * z) - np.eye(len(z))[label]) for z, label in zip(logits, labels, strict=True)]
+        low, high = (low, middle) if np.mean(parts) > 0 else (middle, high)
+    return (low + high) / 2
+
+
+def temperature(held_out: float, training: float) -> float:
+    """Return held-out over training, clipped to [1/4, 4]; 1 where the training samples have no positive value."""
+    return 1.0 if training <= 0 else float(np.clip(held_out / training, 0.25, 4))
 
 
 def directional_derivatives(

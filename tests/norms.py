@@ -39,8 +39,9 @@ from became_core.continual import (
     learn,
 )
 from became_core.continual.data import Task
+from became_core.continual.evaluation import mean_loss
 from became_core.continual.learner import refresh_statistics, weights_of
-from became_core.continual.measurement import Measurement, mean_loss
+from became_core.continual.measurement import Measurement
 from tests.backends import to_numpy
 from tests.listening import Listening
 from tests.streams import prototype_stream

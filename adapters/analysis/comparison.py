@@ -1,7 +1,8 @@
 """The comparison of finished runs: methods by metrics over seeds, differences to a baseline, the published numbers.
 
 Convention: runs of one method, backend and configuration are one row, whatever folder they are in, and differ in their
-seeds; where a method has several rows, its label names the folder. Accuracies are in percent, memory in MiB.
+seeds; where a method has several rows, its label names the folder. Accuracies are in percent, memory in MiB. The tables
+are several and narrow, so that three seeds fit 100 columns.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,7 +19,7 @@ from adapters.runs.published import PublishedTable, published_tables
 from became_core import BecameError
 from became_core.continual.metrics import forward_transfer
 
-__all__ = ["comparison", "gather", "heading", "published_table", "scores_table"]
+__all__ = ["comparison", "gather", "heading", "published_table", "scores_tables"]
 
 
 @dataclass(frozen=True)
@@ -41,20 +42,16 @@ _SCORES = (
     _Metric("BWT", 2, lambda run: run.scores.bwt),
     _Metric("forgetting", 2, lambda run: run.scores.forgetting),
     _Metric("plasticity", 2, lambda run: run.scores.plasticity),
+    _Metric("last task", 2, lambda run: float(run.measured[-1, -1])),
+    _Metric("FWT", 2, lambda run: forward_transfer(run.measured)),
+    _Metric("class-inc.", 2, lambda run: run.class_incremental_scores.acc if run.measure.is_accuracy else None),
 )
-_CLASS_SCORES = (
-    _Metric("class-inc. ACC", 2, lambda run: run.class_incremental_scores.acc if run.measure.is_accuracy else None),
-    _Metric("class-inc. BWT", 2, lambda run: run.class_incremental_scores.bwt),
-    _Metric("class-inc. forgetting", 2, lambda run: run.class_incremental_scores.forgetting),
-    _Metric("class-inc. plasticity", 2, lambda run: run.class_incremental_scores.plasticity),
-)
-_TRANSFER = _Metric("FWT", 2, lambda run: forward_transfer(run.measured))
 _LOSS = _Metric("loss", 3, lambda run: float(np.mean(run.loss[-1])) if len(run.loss) else None)
 _COSTS = (
     _Metric("epochs", 0, lambda run: float(sum(run.epochs))),
     _Metric("seconds", 0, lambda run: run.seconds["total"]),
+    _Metric("memory", 1, lambda run: run.memory[-1] / 2**20 if run.memory else None),
 )
-_MEMORY = _Metric("memory", 1, lambda run: run.memory[-1] / 2**20 if run.memory else None)
 
 
 def heading(run: RunResult) -> str:
@@ -67,22 +64,32 @@ def heading(run: RunResult) -> str:
     return f"{run.benchmark}, {tasks} {'task' if tasks == 1 else 'tasks'}{part}"
 
 
-def scores_table(groups: Sequence[Group]) -> Table:
-    """Return the scores of each group, a row each; a metric that no run has is left out."""
-    metrics = [*_SCORES, _TRANSFER, _CLASS_SCORES[0], *_COSTS, _MEMORY]
-    measure = groups[0].measure
+def scores_tables(groups: Sequence[Group]) -> list[Table]:
+    """Return the scores of each group and what they cost, a row each; a metric that no run has is left out."""
+    measure, scores = groups[0].measure, [*_SCORES]
+    note = (
+        "Accuracies in percent. plasticity: on each task as it was learned; last task: on the last one alone; "
+        "class-inc.: ACC where the task is not known."
+    )
     if not measure.is_accuracy:
-        metrics[:1] = [replace(_LOSS, heading=measure.unit), replace(_SCORES[0], heading=measure.heading)]
-        metrics = [replace(metric, digits=measure.digits) if metric.digits == 2 else metric for metric in metrics]
+        scores[:1] = [replace(_LOSS, heading=measure.unit), replace(_SCORES[0], heading=measure.heading)]
+        scores = [replace(metric, digits=measure.digits) if metric.digits == 2 else metric for metric in scores]
+        note = f"Columns but {measure.unit} are of {measure.name}: up is good, and below 0 a BWT is forgetting."
+    spread = "Mean ± standard deviation over seeds. " if have_spread(groups) else ""
+    remembered = any(run.memory for group in groups for run in group.runs)
+    memory = "Memory in MiB, beside the network's own." if remembered else ""
+    return [
+        _metrics_table(heading(groups[0].runs[0]), scores, groups, spread + note),
+        _metrics_table("The cost", _COSTS, groups, memory),
+    ]
+
+
+def _metrics_table(title: str, metrics: Sequence[_Metric], groups: Sequence[Group], note: str) -> Table:
+    """Return a table of those metrics that any group has."""
     metrics = [metric for metric in metrics if any(metric.estimate(group) for group in groups)]
     rows = [[group.label, str(len(group.runs)), *(metric.estimate(group) for metric in metrics)] for group in groups]
     columns = [Column("method"), Column("seeds"), *(metric.column for metric in metrics)]
-    spread = "Mean ± standard deviation over seeds. " if have_spread(groups) else ""
-    scores = "Accuracies in percent"
-    if not measure.is_accuracy:
-        scores = f"BWT, forgetting and plasticity are of {measure.name}: up is good"
-    notes = [f"{spread}{scores}, memory in MiB, beside the network's own."]
-    return Table(heading(groups[0].runs[0]), columns, rows, notes)
+    return Table(title, columns, rows, [note] if note else [])
 
 
 def gather(outs: Sequence[Path]) -> list[Group]:
@@ -103,11 +110,13 @@ def gather(outs: Sequence[Path]) -> list[Group]:
                 raise BecameError(f"{run.method} with seed {run.seed} is there twice, again in {out}; leave one out.")
     groups = groups_of(runs)
     methods = [group.runs[0].method for group in groups]
-    labels = [
-        run.method if methods.count(run.method) == 1 else f"{run.method} ({folders[id(run)].name}, {run.backend})"
-        for run in (group.runs[0] for group in groups)
-    ]
-    return [replace(group, label=label) for group, label in zip(groups, labels, strict=True)]
+    one_backend = len({run.backend for run in runs}) == 1
+    names = []
+    for group in groups:
+        run = group.runs[0]
+        whence = folders[id(run)].name if one_backend else f"{folders[id(run)].name}, {run.backend}"
+        names.append(run.method if methods.count(run.method) == 1 else f"{run.method} ({whence})")
+    return [replace(group, label=name) for group, name in zip(groups, names, strict=True)]
 
 
 def _identity(run: RunResult) -> tuple[object, ...]:
@@ -135,7 +144,7 @@ def comparison(groups: Sequence[Group], baseline: str | None = None) -> list[Tab
         BecameError: if there is no such baseline.
     """
     run = groups[0].runs[0]
-    tables = [scores_table(groups)]
+    tables = scores_tables(groups)
     if baseline is not None:
         tables.append(_differences(groups, baseline))
     tasks = run.config["tasks"]
@@ -151,20 +160,20 @@ def _differences(groups: Sequence[Group], baseline: str) -> Table:
         labels = ", ".join(f"'{group.label}'" for group in groups)
         raise BecameError(f"there is no baseline '{baseline}'; choose from {labels}.")
     measure = groups[0].measure
-    metrics = [metric for metric in (*_SCORES, _TRANSFER, _CLASS_SCORES[0]) if metric.estimate(against)]
     rows: list[list[Cell]] = []
-    for group in groups:
-        if group is not against:
-            common = {run.seed for run in group.runs} & {run.seed for run in against.runs}
-            pairs = [paired_difference(group.values(metric.of), against.values(metric.of)) for metric in metrics]
-            rows.append([group.label, str(len(common)), *pairs])
-    headings = [measure.heading if metric is _SCORES[0] else metric.heading for metric in metrics]
-    columns = [Column("method"), Column("seeds"), *(Column(f"Δ {heading}", measure.digits) for heading in headings)]
+    for metric in _SCORES:
+        name = measure.heading if metric is _SCORES[0] else metric.heading
+        for group in groups:
+            if metric.estimate(against) and group is not against:
+                pairs = group.values(metric.of), against.values(metric.of)
+                rows.append([name, group.label, str(len(set(pairs[0]) & set(pairs[1]))), paired_difference(*pairs)])
+    columns = [Column("score"), Column("method"), Column("seeds"), Column("difference", measure.digits)]
     notes = [
         f"Differences by seed; [middle {LEVEL:.0%} of {RESAMPLES:,} bootstrap means over the seeds that both have]. "
         "Of one seed there is no interval, and of a few it is too narrow."
     ]
-    return Table(f"Difference to {baseline}", columns, rows, notes, intervals=True)
+    section = len(groups) - 1
+    return Table(f"Difference to {baseline}", columns, rows, notes, intervals=True, section=section)
 
 
 def published_table(tables: Sequence[PublishedTable], title: str) -> Table:

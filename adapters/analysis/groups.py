@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
+
 from adapters.analysis.bootstrap import Estimate
 from adapters.analysis.tables import printable
 from adapters.runs import RunResult
@@ -53,6 +55,11 @@ class Group:
             "marker": MARKERS[self.place % len(MARKERS)],
             "linestyle": ("-", "--", ":")[self.place // len(SERIES) % 3],
         }
+
+    @property
+    def epochs(self) -> Estimate:
+        """The epochs that a run spent on a task, both stages together: its mean over tasks, over the group's seeds."""
+        return Estimate(tuple(float(np.mean(run.epochs)) for run in self.runs))
 
     def score(self, name: Literal["acc", "bwt", "forgetting", "plasticity"]) -> Estimate:
         """Return a task-incremental score over the group's seeds."""

@@ -14,7 +14,7 @@ from functools import cached_property
 
 import numpy as np
 
-from adapters.analysis.comparison import heading, published_table, scores_table
+from adapters.analysis.comparison import heading, published_table, scores_tables
 from adapters.analysis.figures.drawing import THEME, Figure, inline_svg, picture
 from adapters.analysis.groups import SERIES, Group
 from adapters.analysis.tables import Column, Table, as_html, printable
@@ -92,7 +92,11 @@ def page(
         own: the figures of each group.
         published: published numbers of the benchmark.
     """
-    scores, runs = scores_table(groups), sum(len(group.runs) for group in groups)
+    tables, runs = scores_tables(groups), sum(len(group.runs) for group in groups)
+    scores = "".join(
+        as_html(table, [*map(_chip, groups)]) + "".join(f"<p>{escaped(note)}</p>" for note in table.notes)
+        for table in tables
+    )
     title = escaped(heading(groups[0].runs[0]))
     links = [("scores", "Scores"), *((f"method-{group.place}", escaped(group.label)) for group in groups)]
     parts = [
@@ -103,8 +107,7 @@ def page(
         f"<header><h1>{title}</h1>\n<p>{runs} finished {'run' if runs == 1 else 'runs'}. Written by "
         f"BECAME {escaped(versions()['became'])} on {date.today().isoformat()}.</p></header>",
         "<nav><ul>" + "".join(f'<li><a href="#{at}">{name}</a></li>' for at, name in links) + "</ul></nav>",
-        f'<main>\n<section id="scores"><h2>Scores</h2>{as_html(scores, [*map(_chip, groups)])}',
-        *(f"<p>{escaped(note)}</p>" for note in scores.notes),
+        f'<main>\n<section id="scores"><h2>Scores</h2>{scores}',
         f'<div class="grid">{"".join(map(_figure, shared))}</div>{_published(published)}</section>',
         *(_section(group, drawings) for group, drawings in zip(groups, own, strict=True)),
         "</main>\n</body>\n</html>\n",

@@ -1,15 +1,18 @@
-"""``report.html``, and its figures as PNG and SVG files in ``figures`` beside it."""
+"""``report.html``, and its figures as PNG and SVG files in ``figures`` beside it; the two figures of all runs alone."""
 
 import re
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from adapters.analysis.bootstrap import Estimate
 from adapters.analysis.comparison import gather
 from adapters.analysis.figures.accuracy import (
     accuracy_limits,
+    groups_by_epochs,
     plot_accuracy_matrix,
     plot_accuracy_over_time,
+    plot_epochs,
     plot_plasticity,
     plot_scores,
 )
@@ -29,7 +32,7 @@ from adapters.analysis.tables import printable
 from adapters.runs.published import PublishedTable, published_tables
 from became_core import BecameError
 
-__all__ = ["report", "write_report"]
+__all__ = ["report", "write_figures", "write_report"]
 
 
 def report(outs: Sequence[Path], into: Path | None = None) -> Path:
@@ -47,6 +50,46 @@ def report(outs: Sequence[Path], into: Path | None = None) -> Path:
     groups = gather(outs)
     first = groups[0].runs[0]
     return write_report(groups, into or outs[0], published_tables(first.benchmark, len(first.accuracy)))
+
+
+def write_figures(outs: Sequence[Path], into: Path | None = None, only: str | None = None) -> list[Path]:
+    """Write the figures that compare all runs, and return their files.
+
+    ``plasticity.svg`` has plasticity against forgetting, a point a seed; ``epochs.svg`` has accuracy against the epochs
+    spent on a task, a line for each method that ran for several numbers of epochs.
+
+    Args:
+        outs: folders that ``--out`` named.
+        into: the folder of the figures; the first of ``outs`` if None.
+        only: the name of the one figure that is to be drawn; ``epochs`` is left out where no method has a line if None.
+
+    Raises:
+        BecameError: if there is nothing to draw, runs cannot be shown together, or a file cannot be written.
+    """
+    if not outs:
+        raise BecameError("there is nothing to draw; give a folder that --out named.")
+    groups = gather(outs)
+    backends = {run.backend: run for group in groups for run in group.runs}
+    if len(backends) > 1:
+        raise BecameError(
+            f"these runs are on {' and '.join(sorted(map(printable, backends)))}; draw one backend's runs."
+        )
+    drawings = [] if only == "epochs" else [_plasticity(groups)]
+    if only != "plasticity":
+        drawings += _epochs(groups)
+    if not drawings:
+        plot_epochs(groups)  # it says what is missing
+    folder = into or outs[0]
+    files = [folder / f"{drawing.name}.svg" for drawing in drawings]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for file, drawing in zip(files, drawings, strict=True):
+            file.write_bytes(themed_svg(drawing.svg))
+    except OSError as error:
+        raise BecameError(
+            f"cannot write to {printable(str(folder))}: {error.strerror}; choose another --into."
+        ) from None
+    return files
 
 
 def write_report(results: Results, folder: Path, published: Sequence[PublishedTable] = ()) -> Path:
@@ -103,17 +146,9 @@ def _shared(groups: Sequence[Group], published: Sequence[PublishedTable]) -> lis
         ),
     ]
     if len(groups[0].runs[0].accuracy) > 1:
-        pairs = "; ".join(
-            f"{group.label} {group.score('forgetting').text()}, {group.score('plasticity').text()}" for group in groups
-        )
-        drawings.append(
-            Drawing(
-                "plasticity",
-                plot_plasticity(groups),
-                f"Each method's plasticity against its forgetting. Forgetting, plasticity ({measure}): {pairs}.",
-                f"Plasticity: {measure} on each task as it was learned. Forgetting: how far it fell from its best.",
-            )
-        )
+        drawings.append(_plasticity(groups))
+    with suppress(BecameError):  # if it is not clear which runs a line joins; the table has them all
+        drawings += _epochs(groups)
     merging = [group for group in groups if any(merged_tasks(run) for run in group.runs)]
     if merging:
         first = [[_shown(alpha) for alpha in group.runs[0].alpha] for group in merging]
@@ -123,6 +158,35 @@ def _shared(groups: Sequence[Group], published: Sequence[PublishedTable]) -> lis
     alt = f"Bars of the time in each phase. In all, in seconds: {seconds}."
     drawings.append(Drawing("seconds", plot_seconds(groups), alt, "Where the time went."))
     return drawings
+
+
+def _plasticity(groups: Sequence[Group]) -> Drawing:
+    """Plasticity against forgetting."""
+    measure, small = groups[0].measure, " Small marks: single seeds." if have_spread(groups) else ""
+    pairs = "; ".join(
+        f"{group.label} {group.score('forgetting').text()}, {group.score('plasticity').text()}" for group in groups
+    )
+    return Drawing(
+        "plasticity",
+        plot_plasticity(groups),
+        f"Each method's plasticity against its forgetting. Forgetting, plasticity ({measure.name}): {pairs}.",
+        f"Plasticity: {measure.name} on each task as it was learned. Forgetting: how far it fell from its best.{small}",
+    )
+
+
+def _epochs(groups: Sequence[Group]) -> list[Drawing]:
+    """Accuracy against epochs, if any method has runs of several numbers of epochs."""
+    lines = groups_by_epochs(groups)
+    if not lines:
+        return []
+    points = {
+        method: ", ".join(f"{group.score('acc').text()} at {group.epochs.mean:.4g}" for group in line)
+        for method, line in lines.items()
+    }
+    alt = "; ".join(f"{method} {text}" for method, text in points.items())
+    bars = "; bars: ± one standard deviation over seeds" if have_spread(groups) else ""
+    caption = f"The mean {groups[0].measure.name} at the end by the epochs of both stages, a mean over tasks{bars}."
+    return [Drawing("epochs", plot_epochs(groups), f"Lines of the mean accuracy by epochs a task: {alt}.", caption)]
 
 
 def _own(group: Group, limits: tuple[float, float]) -> list[Drawing]:

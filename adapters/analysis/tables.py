@@ -33,7 +33,7 @@ __all__ = [
     "printable",
 ]
 
-NOTE_WIDTH = 100  # of notes, at most
+_WIDTH = 100  # of notes, and of tables if they can be
 
 Cell = str | Estimate | None
 
@@ -85,23 +85,28 @@ class Table:
     def __rich__(self) -> RichTable:
         """Return the table as ``rich`` draws it, so that ``console.print(table)`` shows it; without title and notes.
 
-        There are no lines between columns, so that it fits a narrow terminal. Where it does not fit all the same, words
-        are broken into lines and none is cut.
+        There are no lines between columns and no spaces around ±, so that it fits a narrow terminal. Where it does not
+        fit all the same, words are broken into lines and none is cut.
         """
         drawn = RichTable(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
         for column in self.columns:
             side = "left" if column.digits is None else "right"
             drawn.add_column(Text(column.heading), justify=side, overflow="fold")  # type: ignore[arg-type]
         for number, row in enumerate(self.texts(), start=1):
-            drawn.add_row(*map(Text, row), end_section=bool(self.section) and number % self.section == 0)
+            numbers = [text.replace(" ± ", "±") for text in row]
+            drawn.add_row(*map(Text, numbers), end_section=bool(self.section) and number % self.section == 0)
         return drawn
 
 
 def as_text(tables: Sequence[Table]) -> str:
-    """Return the tables as wide as they must be, with their titles above and their notes below them."""
+    """Return the tables with their titles above and their notes below them, 100 columns wide or as they must be.
+
+    Where a table would be wider, texts are broken at spaces.
+    """
     text = io.StringIO()
-    console = Console(file=text, width=1000)
     for table in tables:
+        console = Console(file=text, width=1000)
+        console.width = max(_WIDTH, console.measure(table).minimum)
         print_table(console, table, shutil.get_terminal_size().columns)
         console.print()
     # What fills up the last column is of no use.
@@ -119,7 +124,7 @@ def print_table(console: Console, table: Table, width: int | None = None) -> Non
     console.print(table.title, highlight=False, markup=False)
     console.print(table)
     for note in table.notes:
-        console.print(note, highlight=False, markup=False, width=min(width or console.width, NOTE_WIDTH))
+        console.print(note, highlight=False, markup=False, width=min(width or console.width, _WIDTH))
 
 
 def as_markdown(tables: Sequence[Table]) -> str:

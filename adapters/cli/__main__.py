@@ -146,6 +146,31 @@ class Report:
 
 
 @dataclass(frozen=True)
+class Figures:
+    """Draw accuracy by epochs, and plasticity against forgetting, as SVG."""
+
+    outs: Outs
+    into: Annotated[Path | None, described("The folder of the figures; without it the first of the given folders.")] = (
+        None
+    )
+    only: Annotated[
+        Literal["epochs", "plasticity"] | None,
+        one_of("epochs", "plasticity"),
+        described("Draw this one alone; without it plasticity, and epochs if a method ran for two numbers of epochs."),
+    ] = None
+
+    def run(self) -> int:
+        """Write the figures, and print where they are."""
+
+        def written() -> list[Path]:
+            from adapters.analysis.report import write_figures  # needs matplotlib, which is an extra
+
+            return write_figures(self.outs, self.into, self.only)
+
+        return execute(lambda display: print(*written(), sep="\n"), Output())
+
+
+@dataclass(frozen=True)
 class Paths:
     """Compare the alpha of every estimator with the traced truth: tables, and a figure of each run as SVG."""
 
@@ -260,6 +285,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         | Annotated[Resume, tyro.conf.subcommand("resume")]
         | Annotated[Compare, tyro.conf.subcommand("compare")]
         | Annotated[Report, tyro.conf.subcommand("report")]
+        | Annotated[Figures, tyro.conf.subcommand("figures")]
         | Annotated[Paths, tyro.conf.subcommand("paths")]
         | Annotated[Reproduce, tyro.conf.subcommand("reproduce")]
         | Annotated[List, tyro.conf.subcommand("list")]

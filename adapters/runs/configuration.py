@@ -29,6 +29,7 @@ from became_core.continual import (
     Augmentation,
     BayesianDetector,
     ClassOrder,
+    CurvatureData,
     Dataset,
     Detector,
     Method,
@@ -41,6 +42,7 @@ from became_core.continual import (
     Training,
     Watch,
     build_method,
+    measured_on,
     method_settings,
 )
 from became_core.projection import PROJECTORS
@@ -224,6 +226,13 @@ class Configuration:
     curvature_samples: int = _option(
         "Training samples of each task for Fisher information and directional curvature; 0 for all.", "curvature", 0
     )
+    curvature_data: CurvatureData = _option(
+        "On which samples of each task curvature, and the slopes and losses of merging paths, are measured: training, "
+        "validation (those held out by --validation), or augmented (training images under a crop and a flip drawn "
+        "once).",
+        "curvature",
+        "training",
+    )
     path_points: int = _option(
         "Trace the true loss and accuracy at this many points of every merging path.", "curvature", 0
     )
@@ -293,6 +302,25 @@ class Configuration:
             raise BecameError("--path-points must be 0 or at least 2.")
         if self.optimiser != "sgd" and self.momentum:
             raise BecameError("--momentum is SGD's; Adam has its own.")
+        self._check_curvature_data()
+
+    def _check_curvature_data(self) -> None:
+        """Check that there are samples to measure curvature on, and for ``temper`` others to compare them with."""
+        if self.curvature_data == "validation" and not self.validation:
+            raise BecameError(
+                "--curvature-data validation measures on held-out samples, and --validation 0 holds out none; give "
+                "--validation a share above 0."
+            )
+        if self.curvature_data == "validation" and self.settings.get("temper") in ("curvature", "rise"):
+            raise BecameError(
+                f"--temper {self.settings['temper']} compares held-out samples with those of --curvature-data, and "
+                "validation makes them the same; leave out one of the two options."
+            )
+        if self.curvature_data != "training" and self.boundaries == "unknown":
+            raise BecameError(
+                f"--curvature-data {self.curvature_data} is for announced tasks; where boundaries are unknown, only "
+                "the reservoir's samples are at hand."
+            )
 
     @classmethod
     def of(cls, values: Mapping[str, Any], method: str, preset: str | None = None) -> Self:
@@ -388,7 +416,8 @@ class Configuration:
         )
         if self.single_head:
             stream = replace(stream, shared_head=True)
-        return stream.first(self.first) if self.first else stream
+        stream = stream.first(self.first) if self.first else stream
+        return measured_on(stream, self.curvature_data, seed=seed, samples=self.curvature_samples or None)
 
     def to_json(self) -> dict[str, Any]:
         """Return the values that may change the result, the settings among them, for JSON."""

@@ -26,7 +26,11 @@ def describe(stream: TaskStream, method: Method, training: Training, seed: int) 
             "train": _digest(task.train),
             "validation": _digest(task.validation),
             "test": _digest(task.test),
-            **({} if task.reservoir is None else {"reservoir": _digest(task.reservoir)}),
+            **{
+                part: _digest(getattr(task, part))
+                for part in ("reservoir", "curvature")
+                if getattr(task, part) is not None
+            },
         }
         for task in stream.tasks
     }

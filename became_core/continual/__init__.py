@@ -23,7 +23,14 @@ from became_core.continual.run_context import check_method
 from became_core.continual.schedule import Annealed, Patience, RelativeRates, Schedule, Stepped, Training
 from became_core.continual.segments import Segment, Segments, Watch, arrivals, check_watchable, find_segments
 from became_core.continual.share import Share
-from became_core.continual.splits import ClassOrder, permute_pixels, split_classes, split_domains
+from became_core.continual.splits import (
+    ClassOrder,
+    CurvatureData,
+    measured_on,
+    permute_pixels,
+    split_classes,
+    split_domains,
+)
 from became_core.continual.state import Memory, RunState
 from became_core.continual.step import SGD, Adam, Constraint, Optimiser, Penalty, Trained
 from became_core.continual.training import Best, Stage
@@ -42,6 +49,7 @@ __all__ = [
     "Callback",
     "ClassOrder",
     "Constraint",
+    "CurvatureData",
     "Dataset",
     "Detector",
     "EpochEnd",
@@ -81,6 +89,7 @@ __all__ = [
     "check_watchable",
     "find_segments",
     "learn",
+    "measured_on",
     "method_names",
     "method_settings",
     "permute_pixels",

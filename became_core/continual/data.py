@@ -209,6 +209,8 @@ class Task:
         test: the rows that it is scored on.
         reservoir: the training rows that curvature and the projector's memory are computed from, if they are only some
             of them, as where a stream goes by; None for all training rows.
+        curvature: the rows that the loss and its curvature are measured on, if they are not training rows: held-out
+            rows, or copies of training images under other views. ``measured_on`` chooses them.
     """
 
     index: int
@@ -217,6 +219,7 @@ class Task:
     validation: Indices
     test: Indices
     reservoir: Indices | None = None
+    curvature: Indices | None = None
 
     @property
     def measured(self) -> Indices:
@@ -281,6 +284,8 @@ class TaskStream:
             parts["reservoir"] = _integers(task.reservoir, f"the reservoir of {where}")
             if not np.isin(parts["reservoir"], parts["train"]).all():
                 raise BecameError(f"{where} has a reservoir of other rows than its training rows.")
+        if task.curvature is not None:
+            parts["curvature"] = _integers(task.curvature, f"the curvature rows of {where}")
         for part, rows in parts.items():
             if not len(rows) and part != "validation":
                 raise BecameError(f"{where} has no {part} samples; give at least one.")

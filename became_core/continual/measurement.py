@@ -1,20 +1,19 @@
-"""Measurements of a learner at its present weights: accuracies, losses, curvature, gradients and Gram matrices.
+"""Measurements of a task at a learner's present weights: its loss, curvature, gradients and Gram matrices.
 
-Convention: accuracies are in percent. Task-incremental accuracy predicts among the classes of the sample's task;
-class-incremental accuracy predicts among the classes of all tasks so far, by the argmax over all their heads. Losses
-and curvature are means over samples, Gram matrices of inputs are means over samples and positions, and Gram matrices of
-gradients are means over batches.
+Convention: losses and curvature are means over samples, Gram matrices of inputs are means over samples and positions,
+and Gram matrices of gradients are means over batches.
 """
 
-import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 
-from became_core.arrays import Array, Params, device, namespace
+from became_core.arrays import Array, Params, namespace
 from became_core.continual.data import Indices, Task, chunks
+from became_core.continual.evaluation import mean_loss
 from became_core.continual.learner import (
     Learner,
     heads_of,
@@ -42,160 +41,15 @@ from became_core.curvature import (
 )
 from became_core.errors import BecameError
 from became_core.laplace import Diagonal, Kronecker, Precision, Quadratic
-from became_core.projection import Region, View
+from became_core.projection import Region
 
-__all__ = ["Evaluation", "Measurement", "Structure", "accuracies", "mean_loss"]
+__all__ = ["Measurement", "Structure"]
 
 Structure = Literal["diagonal", "kronecker"]
 """The structure in which a task's curvature is measured."""
 
 # How many samples the network runs on when a projector asks for its layers' inputs.
 TRIED_SAMPLES = 8
-
-
-class Evaluation(NamedTuple):
-    """What a learner reaches on the test samples of some tasks.
-
-    Attributes:
-        accuracy: the task-incremental accuracy of each task, in percent; NaN if targets are no labels.
-        class_incremental_accuracy: the class-incremental one; that is the task-incremental one if tasks share a head.
-        loss: the loss of each task by its own head, in the natural unit of the likelihood and of the data.
-    """
-
-    accuracy: list[float]
-    class_incremental_accuracy: list[float]
-    loss: list[float]
-
-
-def accuracies(
-    learner: Learner, tasks: Sequence[Task], batch_size: int, views: Mapping[int, View] | None = None
-) -> Evaluation:
-    """Return the test accuracies of these tasks, task-incremental and class-incremental, and their losses.
-
-    There is one pass over the test samples of all tasks for the shared weights, and one for every task that has a view,
-    because the head of that task works with other weights.
-
-    For task-incremental accuracy a batch holds samples of one task, as in published code. If the network normalises by
-    the statistics of a batch, such a batch tells which task it is of, and class-incremental accuracy would profit from
-    it. For that accuracy the samples of all tasks are therefore mixed, in an order that depends on the number of tasks
-    alone, and the passes are made once more.
-
-    Args:
-        learner: the learner that is scored.
-        tasks: all tasks that have been learned, in order.
-        batch_size: how many samples a batch has.
-        views: the views of those tasks that have one, by task number.
-
-    Raises:
-        BecameError: if a task has no test samples.
-    """
-    for task in tasks:
-        if not len(task.test):
-            raise BecameError(f"task {task.index + 1} has no test samples to score it on.")
-    if learner.shares_head:
-        return _by_one_head(learner, tasks, batch_size)
-    parts = [task.test for task in tasks]
-    logits = mixed = _logits_by_head(learner, parts, len(tasks), batch_size, views or {})
-    if learner.mixes_samples and learner.likelihood.has_labels and len(tasks) > 1:
-        rows = np.concatenate(parts)
-        order = random_generator(0, "mixed-evaluation", len(tasks)).permutation(len(rows))
-        (shuffled,) = _logits_by_head(learner, [rows[order]], len(tasks), batch_size, views or {})
-        places = np.split(np.argsort(order), np.cumsum([len(part) for part in parts])[:-1])
-        mixed = [[_rows_of(by_class, place) for by_class in shuffled] for place in places]
-    result = Evaluation([], [], [])
-    for task, by_head, by_head_mixed in zip(tasks, logits, mixed, strict=True):
-        targets = learner.targets(task.test)
-        own = by_head[task.index]
-        mean, width = float(learner.likelihood.mean_loss(own, targets)), int(own.shape[1])
-        result.loss.append(learner.target_scale * learner.likelihood.natural(mean, width))
-        if not learner.likelihood.has_labels:
-            result.accuracy.append(math.nan)
-            result.class_incremental_accuracy.append(math.nan)
-            continue
-        xp = namespace(logits=own, targets=targets)
-        among_own = xp.argmax(own, axis=-1)
-        result.accuracy.append(_percent(among_own == targets))
-        among_all = xp.argmax(xp.concat(by_head_mixed, axis=1), axis=-1)
-        result.class_incremental_accuracy.append(_percent(among_all == targets + task.index * width))
-    return result
-
-
-def _by_one_head(learner: Learner, tasks: Sequence[Task], batch_size: int) -> Evaluation:
-    """Return what a learner reaches whose tasks share a head."""
-    result, likelihood = Evaluation([], [], []), learner.likelihood
-    for task in tasks:
-        total = units = correct = counted = 0.0
-        for outputs, targets in _own_batches_of_one_head(learner, task.test, batch_size):
-            total, units = total + float(likelihood.loss(outputs, targets)), units + likelihood.count(targets)
-            if likelihood.has_labels:
-                xp = namespace(outputs=outputs, targets=targets)
-                correct += int(xp.count_nonzero(xp.argmax(outputs, axis=-1) == targets))
-                counted += int(xp.count_nonzero(targets >= 0))
-        sums = _of_all_processes(learner, len(chunks(task.test, batch_size)), outputs, [total, units, correct, counted])
-        total, units, correct, counted = sums
-        width = int(outputs.shape[-1])
-        result.loss.append(learner.target_scale * likelihood.natural(total / units, width))
-        accuracy = 100 * correct / counted if counted else math.nan
-        result.accuracy.append(accuracy)
-        result.class_incremental_accuracy.append(accuracy)
-    return result
-
-
-def _own_batches_of_one_head(learner: Learner, rows: Indices, batch_size: int) -> Iterator[tuple[Array, Array]]:
-    """Yield the outputs of the shared head, and the targets, a batch at a time, because logits of text are many."""
-    for part in learner.share.own(chunks(rows, batch_size)):
-        yield learner.logits(part, batch_size)[:, 0, ...], learner.targets(part)
-
-
-def _of_all_processes(learner: Learner, parts: int, like: Array, sums: list[float]) -> list[float]:
-    """Return sums over this process's own parts as sums over all."""
-    exchange = learner.share.exchange(parts)
-    if exchange is None:
-        return sums
-    xp: Any = namespace(like=like)
-    total = exchange.total({"sums": xp.asarray(sums, dtype=xp.float64, device=device(like))})["sums"]
-    return [float(value) for value in total]
-
-
-def _logits_by_head(
-    learner: Learner, parts: Sequence[Indices], heads: int, batch_size: int, views: Mapping[int, View]
-) -> list[list[Array]]:
-    """Return, for each part of the rows and each of the first heads, the logits [samples, classes].
-
-    They are by the weights of the head's task. Batches do not cross from one part to the next.
-    """
-    logits: list[list[Array]] = []
-    for rows in parts:
-        of_all_heads = learner.logits(rows, batch_size)
-        logits.append([of_all_heads[:, head, :] for head in range(heads)])
-    for head, view in views.items():
-        with seen_through(learner, view):
-            for by_head, rows in zip(logits, parts, strict=True):
-                by_head[head] = learner.logits(rows, batch_size)[:, head, :]
-    return logits
-
-
-def _rows_of(logits: Array, places: Indices) -> Array:
-    xp: Any = namespace(logits=logits)
-    return xp.take(logits, xp.asarray(places, device=device(logits)), axis=0)
-
-
-def _percent(correct: Array) -> float:
-    xp = namespace(correct=correct)
-    return 100.0 * int(xp.count_nonzero(correct)) / int(correct.shape[0])
-
-
-def mean_loss(learner: Learner, task: int, indices: Indices, batch_size: int) -> float:
-    """Return the mean loss of a task's head on these samples, in evaluation, in nats."""
-    if not learner.shares_head:
-        logits = learner.logits(indices, batch_size)[:, task, :]
-        return float(learner.likelihood.mean_loss(logits, learner.targets(indices)))
-    total = units = 0.0
-    for outputs, targets in _own_batches_of_one_head(learner, indices, batch_size):
-        total += float(learner.likelihood.loss(outputs, targets))
-        units += learner.likelihood.count(targets)
-    total, units = _of_all_processes(learner, len(chunks(indices, batch_size)), outputs, [total, units])
-    return total / units
 
 
 @dataclass(frozen=True)
@@ -217,6 +71,8 @@ class Measurement:
             weights.
         still: the names of shared parameters that no stage changes; projectors remember nothing of them.
         last: the task that was learned last, to whose images running statistics belong; None for the measured task.
+        sharpness: what the logits are multiplied by where the loss and its curvature are measured, the inverse of a
+            softmax temperature; 1 measures the loss as it is trained on.
     """
 
     learner: Learner
@@ -228,13 +84,14 @@ class Measurement:
     region: Region | None = None
     still: frozenset[str] = frozenset()
     last: Task | None = None
+    sharpness: float = 1.0
 
     def diagonal(self) -> Diagonal:
         """Return the diagonal Fisher information of all parameters; ``kind`` says which one."""
         rows, parameters = self.curvature_rows(), weights_of(self.learner)
         parts = chunks(rows, self.training.batch_size)
         sizes = [len(part) for part in self.learner.share.own(parts)]
-        with seen_through(self.learner, self.region):
+        with self._seen():
             taps = self._fisher_taps(rows)
             samples = self._units(rows)
             fisher = diagonal_fisher(
@@ -260,7 +117,7 @@ class Measurement:
         if self.kind == "batch":
             raise BecameError("the kind 'batch' has no Kronecker factors; choose empirical, true or sampled.")
         rows, shapes = self.curvature_rows(), {n: tuple(v.shape) for n, v in self.learner.parameters().items()}
-        with seen_through(self.learner, self.region):
+        with self._seen():
             taps, units = self._fisher_taps(rows), self._units(rows)
             factors, rest = kronecker_factors(
                 taps, samples=len(rows), sharing=sharing, units=units, exchange=self._exchange(rows)
@@ -301,7 +158,8 @@ class Measurement:
 
     def _fisher_taps(self, rows: Indices) -> Iterator[Taps]:
         rng = random_generator(self.seed, f"fisher-{self.purpose}", self.task.index)
-        return self._taps(rows, TAP_MODES[self.kind], rng)
+        batches = self._taps(rows, TAP_MODES[self.kind], rng)
+        return batches if self.sharpness == 1 else map(self._of_own_head, batches)
 
     def along(self, directions: Sequence[Params], origin: Params | None = None) -> Quadratic:
         """Return the mean loss along directions, as a quadratic with the exact slopes and curvatures at its origin.
@@ -324,7 +182,8 @@ class Measurement:
             theta = self.learner.parameters()
             constant = {name: theta[name] * 0 for name in self.learner.running_statistics}
             directions = [direction | constant for direction in directions]
-        with seen_through(self.learner, self.region):
+        directions = [self._sharpened(direction) for direction in directions]
+        with self._seen():
             batches = self.learner.pushforward(self.task.index, rows, size, directions)
             return Quadratic(*derivatives_along(batches, self.learner.likelihood, self._exchange(rows)))
 
@@ -333,14 +192,15 @@ class Measurement:
         return self.along(directions, origin).slope
 
     def gradients(self) -> Params:
-        """Return the gradient of the mean loss by every projectable weight, on the samples of ``curvature_rows``.
+        """Return the gradient of the mean loss by every projectable weight, on as many training samples as curvature.
 
         Batch statistics are constants. With batch norm by batch, the result is therefore not the gradient that training
         sees: on the same samples, the two differ by 0.66 to 1.25 of its norm. Running statistics, if there are any, are
         estimated first.
         """
         self._refresh_statistics()
-        rows, parameters = self.curvature_rows(), self.learner.parameters()
+        rows = self._sample("curvature", self.training.curvature_samples)
+        parameters = self.learner.parameters()
         rng, total = random_generator(self.seed, "gradient-taps", self.task.index), dict[str, Array]()
         with seen_through(self.learner, self.region):
             for taps in self._taps(rows, "empirical", rng):
@@ -354,9 +214,17 @@ class Measurement:
             for name in projectable
         }
 
-    def loss(self) -> float:
-        """Return the mean loss in evaluation, on the samples of ``curvature_rows``."""
-        with seen_through(self.learner, self.region):
+    def loss(self, origin: Params | None = None) -> float:
+        """Return the mean loss in evaluation, on the samples of ``curvature_rows``.
+
+        Args:
+            origin: the weights at which it is measured; those of the learner if None.
+        """
+        if origin is not None:
+            with self.learner.at(origin):
+                self._refresh_statistics()
+                return self.loss()
+        with self._seen():
             return mean_loss(self.learner, self.task.index, self.curvature_rows(), self.training.batch_size)
 
     @property
@@ -416,11 +284,51 @@ class Measurement:
         return self._sample("projector", self.training.projector_samples)
 
     def curvature_rows(self) -> Indices:
-        """Return the training rows that curvature is measured on.
+        """Return the rows that the loss and its curvature are measured on: training rows, or those that the task names.
 
         They are the same for every purpose, so that the ratio of two curvatures is one of the same samples.
         """
-        return self._sample("curvature", self.training.curvature_samples)
+        return self._sample("curvature", self.training.curvature_samples, self.task.curvature)
+
+    def outputs(self, rows: Indices) -> Array:
+        """Return the outputs of the task's head in evaluation, [samples, ...], whatever the sharpness is."""
+        with seen_through(self.learner, self.region):
+            head = 0 if self.learner.shares_head else self.task.index
+            return self.learner.logits(rows, self.training.batch_size)[:, head, ...]
+
+    def held_out(self) -> "Measurement":
+        """Return the same measurement on the task's validation rows."""
+        return replace(self, task=replace(self.task, curvature=self.task.validation))
+
+    @contextmanager
+    def _seen(self) -> Iterator[None]:
+        """Set the learner to the weights of the measured loss inside the context.
+
+        Logits are linear in the head's parameters, so those of a sharper softmax are the logits of a larger head.
+        """
+        with seen_through(self.learner, self.region):
+            if self.sharpness == 1:
+                yield
+                return
+            with self.learner.at(self._sharpened(self.learner.parameters())):
+                yield
+
+    def _sharpened(self, parameters: Params) -> Params:
+        """Return parameters, or a direction among them, with the task's head multiplied by the sharpness."""
+        if self.sharpness == 1:
+            return parameters
+        head = self.learner.heads[self.task.index] or self.learner.shared_head
+        return {name: value * self.sharpness if name in head else value for name, value in parameters.items()}
+
+    def _of_own_head(self, taps: Taps) -> Taps:
+        """Return taps by the head as it is, given those by the larger head that ``_seen`` works with."""
+        head = self.learner.heads[self.task.index] or self.learner.shared_head
+        return {
+            layer: replace(tap, output_gradients=tap.output_gradients * self.sharpness)
+            if tap.weight_name(layer) in head
+            else tap
+            for layer, tap in taps.items()
+        }
 
     def _units(self, rows: Indices) -> float:
         return self.learner.likelihood.count(self.learner.targets(rows))
@@ -438,7 +346,8 @@ class Measurement:
         tasks, size = [self.last or self.task], self.training.batch_size
         refresh_statistics(self.learner, tasks, size, self.seed, self.region)
 
-    def _sample(self, purpose: str, count: int | None) -> Indices:
+    def _sample(self, purpose: str, count: int | None, rows: Indices | None = None) -> Indices:
+        rows = self.task.measured if rows is None else rows
         if count is None:
-            return self.task.measured
-        return random_generator(self.seed, purpose, self.task.index).permutation(self.task.measured)[:count]
+            return rows
+        return random_generator(self.seed, purpose, self.task.index).permutation(rows)[:count]

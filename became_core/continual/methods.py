@@ -10,6 +10,7 @@ from typing import Literal
 from became_core.arrays import Params, namespace
 from became_core.continual.measurement import Structure
 from became_core.continual.step import Penalty
+from became_core.continual.tempering import Tempering
 from became_core.curvature import FisherKind
 from became_core.errors import BecameError
 from became_core.laplace import (
@@ -88,6 +89,8 @@ class Method:
         fisher: the kind of diagonal Fisher information for the posterior and the rule.
         precision: the structure of the posterior's curvature.
         decay: the factor that old curvature is multiplied by at each task.
+        temper: how held-out samples temper the curvature of tasks whose stages are merged; ``tempering`` has the
+            formulas.
         recentred: whether the mean of the posterior is the latest weights; if not, it is the minimum of all tasks'
             quadratics.
         joint: whether the data of earlier tasks are trained on as well.
@@ -102,6 +105,7 @@ class Method:
     fisher: FisherKind = "empirical"
     precision: Structure = "diagonal"
     decay: float = 1.0
+    temper: Tempering = "none"
     recentred: bool = True
     joint: bool = False
 

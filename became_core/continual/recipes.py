@@ -34,6 +34,7 @@ from typing import Any, ClassVar, Literal
 
 from became_core.continual.measurement import Structure
 from became_core.continual.methods import Method, Transfer
+from became_core.continual.tempering import Tempering
 from became_core.errors import BecameError
 from became_core.laplace import (
     Became,
@@ -100,7 +101,20 @@ class _WithDecay(MethodRecipe):
 
 
 @dataclass(frozen=True)
-class BecameRecipe(_WithDecay):
+class _Tempered(_WithDecay):
+    """A method whose merge weighs two stages by curvature.
+
+    Attributes:
+        temper: what held-out samples say of the sharpness of a task's loss: nothing; by what factor its curvature along
+            its own path, or its rise there, is another than on training samples, by which its curvature is multiplied
+            in the posterior; or the softmax temperature with which its loss is measured.
+    """
+
+    temper: Tempering = setting("none")
+
+
+@dataclass(frozen=True)
+class BecameRecipe(_Tempered):
     """Gradient projection, then free training, merged at alpha* of the full formula (BECAME 2025).
 
     Attributes:
@@ -120,11 +134,11 @@ class BecameRecipe(_WithDecay):
     def build(self) -> Method:
         """Return the method; if it merges by Kronecker factors, its posterior has them as well."""
         rule = Became(ESTIMATORS[self.precision], self.per, shrinkage=self.shrinkage)
-        return Method("became", rule=rule, precision=STRUCTURES[self.precision], decay=self.decay)
+        return Method("became", rule=rule, precision=STRUCTURES[self.precision], decay=self.decay, temper=self.temper)
 
 
 @dataclass(frozen=True)
-class CurveRecipe(_WithDecay):
+class CurveRecipe(_Tempered):
     """As became, merged along a curve that bends towards the mode of both sides' diagonals.
 
     Attributes:
@@ -138,18 +152,21 @@ class CurveRecipe(_WithDecay):
     def build(self) -> Method:
         """Return the method; if it merges by Kronecker factors, its posterior has them as well."""
         rule = BecameCurve(ESTIMATORS[self.precision])
-        return Method("became-curve", rule=rule, precision=STRUCTURES[self.precision], decay=self.decay)
+        return Method(
+            "became-curve", rule=rule, precision=STRUCTURES[self.precision], decay=self.decay, temper=self.temper
+        )
 
 
 @dataclass(frozen=True)
-class PaperRecipe(_WithDecay):
+class PaperRecipe(_Tempered):
     """Gradient projection, then free training, merged at alpha* as published: two diagonals (BECAME 2025)."""
 
     projector: ClassVar[str] = "gpm"
 
     def build(self) -> Method:
         """Return the method, which uses the published code's estimate of the Fisher information."""
-        return Method("became-paper", rule=Became(PaperClosedForm()), fisher="batch", decay=self.decay)
+        rule = Became(PaperClosedForm())
+        return Method("became-paper", rule=rule, fisher="batch", decay=self.decay, temper=self.temper)
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,7 @@ from became_core.continual.run_context import (
 from became_core.continual.schedule import Schedule, Training
 from became_core.continual.state import Memory, RunState
 from became_core.continual.step import Constraint
+from became_core.continual.tempering import temperature
 from became_core.continual.training import Stage, begin_stage, train_stage
 from became_core.errors import BecameError
 from became_core.laplace import LaplacePosterior, LocalLoss, Merged, MergeRule, Precision
@@ -108,12 +109,13 @@ class _Run(RunContext):
             state = self.stage1(task, state)
         if self.method.stages == 2:
             state = self.stage2(task, state)
-        alpha, path, curvature = None, None, None
+        alpha, path, curvature, factor = None, None, None, 1.0
         if self.method.merges == "tasks":
             state, curvature = self.keep_own_model(task, state)
         if self.method.rule is not None and task.index > 0:
+            state, factor = self.temper(task, state)
             alpha, path = self.merge(task, state, self.method.rule, curvature)
-        memory = self.remember(task, state.memory, curvature)
+        memory = self.remember(task, state.memory, curvature, factor)
         return self.evaluate(task, replace(state, memory=memory), alpha, path, memory.full - full_before)
 
     def begin_task(self, task: Task, state: RunState) -> RunState:
@@ -249,6 +251,23 @@ class _Run(RunContext):
         old = state.before | {name: theta[name] for name in self.learner.heads[task.index]}
         return replace(state, memory=memory, theta_gp=old), curvature
 
+    def temper(self, task: Task, state: RunState) -> tuple[RunState, float]:
+        """Return the temperature of a task's curvature, and the state; the learner is at theta_hat, and is left there.
+
+        The first task has no delta from which its own could be estimated, so its curvature takes that of the second.
+        """
+        assert state.theta_gp is not None
+        memory = state.memory
+        with self.stopwatch.phase("merge"):
+            measurement = self.measurement(task, "merge", memory)
+            theta_gp = {name: state.theta_gp[name] for name in measurement.mean}
+            factor = temperature(self.method.temper, measurement, theta_gp)
+        if task.index > 1 or factor == 1 or memory.posterior is None:
+            return state, factor
+        posterior = replace(memory.posterior, precision=memory.posterior.precision * factor)
+        old_tasks = None if memory.old_tasks is None else replace(memory.old_tasks, posterior=posterior)
+        return replace(state, memory=replace(memory, posterior=posterior, old_tasks=old_tasks)), factor
+
     def merge(
         self, task: Task, state: RunState, rule: MergeRule, curvature: Precision | None
     ) -> tuple[float | None, MergePath | None]:
@@ -307,18 +326,20 @@ class _Run(RunContext):
         new: LocalLoss = measurement if curvature is None else LaplacePosterior(theta_hat, curvature)
         return rule.merge((theta_gp, theta_hat), (memory.posterior, new))
 
-    def remember(self, task: Task, memory: Memory, curvature: Precision | None) -> Memory:
+    def remember(self, task: Task, memory: Memory, curvature: Precision | None, factor: float = 1.0) -> Memory:
         """Return the memory with this task; the learner has the merged weights.
 
         Args:
             task: the task that was learned last.
             memory: the memory of the tasks before.
             curvature: the task's curvature at its own model; if it is None, it is measured at the merged weights.
+            factor: the temperature, by which its curvature is multiplied.
         """
         with self.stopwatch.phase("memory"):
             measurement, method = self.measurement(task, "posterior", memory), self.method
             if method.keeps_posterior:
                 curvature = curvature or measurement.precision(method.precision)
+                curvature = curvature if factor == 1 else curvature * factor
                 posterior = method.updated_posterior(memory.posterior, weights_of(self.learner), curvature)
                 memory = replace(memory, posterior=posterior)
             if method.rule is not None and self.training.path_alphas:

@@ -15,13 +15,15 @@ from functools import cached_property
 from became_core.arrays import Params
 from became_core.continual.adaptation import Adaptation
 from became_core.continual.data import Task, TaskStream
+from became_core.continual.evaluation import Evaluation, accuracies
 from became_core.continual.learner import Learner, heads_of, refresh_statistics, weights_of
-from became_core.continual.measurement import Evaluation, Measurement, accuracies
+from became_core.continual.measurement import Measurement
 from became_core.continual.methods import Method
 from became_core.continual.rng import random_generator
 from became_core.continual.schedule import RelativeRates, Training
 from became_core.continual.state import Memory
 from became_core.continual.step import Constraint, Penalty
+from became_core.continual.tempering import calibrated
 from became_core.errors import BecameError
 from became_core.laplace import Diagonal, LaplacePosterior
 from became_core.projection import Region, View
@@ -78,7 +80,10 @@ class RunContext:
     def measurement(self, task: Task, purpose: str, memory: Memory) -> Measurement:
         """Return the measurement of a task at the learner's weights; its random draws depend on the purpose."""
         region, still = self.region(task, memory), self.still
-        return Measurement(self.learner, task, self.training, self.method.fisher, self.seed, purpose, region, still)
+        of_task = Measurement(self.learner, task, self.training, self.method.fisher, self.seed, purpose, region, still)
+        if self.method.temper == "calibrated" and purpose in ("merge", "posterior"):
+            return calibrated(of_task)
+        return of_task
 
     def accuracies(self, task: Task, memory: Memory) -> Evaluation:
         """Return the accuracies on all tasks up to this one, task- and class-incremental, and the losses."""
@@ -132,6 +137,7 @@ def check_method(method: Method, stream: TaskStream, training: Training | None =
     if training is not None and training.augmentation and (stream.dataset.is_text or stream.dataset.pictures):
         what = "text is" if stream.dataset.is_text else "samples that are rows of pixels and noise are"
         raise BecameError(f"{what} not cropped and flipped; leave --augment out for {stream.dataset.name}.")
+    _check_tempering(method, stream)
     if likelihood.has_labels:
         return
     if method.fisher == "batch" and method.keeps_posterior:
@@ -143,6 +149,22 @@ def check_method(method: Method, stream: TaskStream, training: Training | None =
         raise BecameError(
             f"merging paths are not traced for {stream.dataset.name}, whose targets are no labels: the report compares "
             "with the published form, which needs them; leave out --path-points."
+        )
+
+
+def _check_tempering(method: Method, stream: TaskStream) -> None:
+    """Raise a BecameError if there are no held-out samples to temper by, or no labels to calibrate a softmax by."""
+    if method.temper != "none":
+        for task in stream.tasks:
+            if not len(task.validation):
+                raise BecameError(
+                    f"{method.name} is tempered by held-out samples, and task {task.index + 1} of "
+                    f"{stream.dataset.name} has none; give a larger share for validation."
+                )
+    if method.temper == "calibrated" and not stream.dataset.likelihood.has_labels:
+        raise BecameError(
+            f"{method.name} cannot be calibrated for {stream.dataset.name}, whose targets are no labels: a softmax "
+            "temperature is that of labels; temper it by curvature or rise."
         )
 
 

@@ -5,18 +5,21 @@ Convention: validation rows are drawn from each task's training rows by the seed
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from became_core.continual.data import Dataset, Task, TaskStream
+from became_core.continual.data import Augmentation, Dataset, Task, TaskStream
 from became_core.continual.rng import random_generator
 from became_core.errors import BecameError
 
-__all__ = ["ClassOrder", "permute_pixels", "split_classes", "split_domains"]
+__all__ = ["ClassOrder", "CurvatureData", "measured_on", "permute_pixels", "split_classes", "split_domains"]
 
 ClassOrder = Literal["label", "seeded"]
+
+CurvatureData = Literal["training", "validation", "augmented"]
+"""On which samples of a task its loss and curvature are measured."""
 
 
 def split_classes(
@@ -156,4 +159,64 @@ def permute_pixels(dataset: Dataset, tasks: int) -> Dataset:
         images=images.reshape(-1, *dataset.images.shape[1:]),
         labels=np.concatenate(labels),
         train_size=dataset.train_size * tasks,
+    )
+
+
+def measured_on(stream: TaskStream, data: CurvatureData, *, seed: int = 0, samples: int | None = None) -> TaskStream:
+    """Return a stream whose losses and curvature are measured on other samples than those that are trained on.
+
+    Args:
+        stream: the tasks.
+        data: "training" for the training rows, which returns the stream itself; "validation" for each task's held-out
+            rows; "augmented" for training images, each cropped and flipped at random once. These copies become further
+            rows of the data set, after all others; no task trains on them or is tested on them.
+        seed: the seed of the choice of rows, and of the views.
+        samples: how many rows of each task are measured; all if None, or if there are fewer.
+
+    Raises:
+        BecameError: if a task has no held-out rows, or the samples are no images that can be cropped and flipped.
+
+    Examples:
+        >>> images, labels = np.zeros((8, 1, 2, 2), np.uint8), [0, 1, 0, 1, 0, 1, 0, 1]
+        >>> stream = split_classes(Dataset("tiny", images, labels, 6, mean=(0.0,), std=(1.0,)), 1, validation=0.5)
+        >>> len(measured_on(stream, "validation").tasks[0].curvature)
+        3
+        >>> measured_on(stream, "augmented").tasks[0].curvature
+        array([ 8,  9, 10])
+    """
+    if data == "training":
+        return stream
+    if data == "validation":
+        for task in stream.tasks:
+            if not len(task.validation):
+                raise BecameError(
+                    f"task {task.index + 1} of {stream.dataset.name} has no held-out samples to measure curvature on; "
+                    "give a larger share for validation."
+                )
+        return replace(stream, tasks=tuple(replace(task, curvature=task.validation) for task in stream.tasks))
+    dataset = stream.dataset
+    if dataset.is_text or dataset.pictures:
+        what = "text is" if dataset.is_text else "samples that are rows of pixels and noise are"
+        raise BecameError(f"{what} not cropped and flipped, so curvature cannot be measured on augmented samples.")
+    rows = [
+        random_generator(seed, "curvature", task.index).permutation(task.measured)[:samples] for task in stream.tasks
+    ]
+    copies = [
+        Augmentation()
+        .draw(len(part), random_generator(seed, "curvature-views", task))
+        .apply(dataset.images[part], axis=2)
+        for task, part in enumerate(rows)
+    ]
+    ends = len(dataset.images) + np.cumsum([len(part) for part in rows])
+    everything = np.concatenate([np.arange(len(dataset.images)), *rows])
+    further: dict[str, Any] = {} if dataset.domains is None else {"domains": dataset.domains[everything]}
+    images = np.concatenate([dataset.images, *copies])
+    return replace(
+        stream,
+        dataset=replace(dataset, images=images, labels=dataset.labels[everything], **further),
+        targets=stream.targets[everything],
+        tasks=tuple(
+            replace(task, curvature=np.arange(end - len(part), end))
+            for task, part, end in zip(stream.tasks, rows, ends, strict=True)
+        ),
     )

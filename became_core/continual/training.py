@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from became_core.arrays import Params, namespace
 from became_core.continual.data import Augmentation, Task
+from became_core.continual.evaluation import mean_loss
 from became_core.continual.learner import Batch, Learner, refresh_statistics, seen_through
-from became_core.continual.measurement import mean_loss
 from became_core.continual.record import EpochEnd
 from became_core.continual.rng import random_generator
 from became_core.continual.schedule import Schedule

@@ -18,7 +18,7 @@ from adapters.tensorflow.learner import TensorFlowLearner  # noqa: E402
 from adapters.torch.learner import TorchLearner  # noqa: E402
 from became_core.continual import Learner, TaskStream  # noqa: E402
 from became_core.continual.data import Indices  # noqa: E402
-from became_core.continual.measurement import accuracies  # noqa: E402
+from became_core.continual.evaluation import accuracies  # noqa: E402
 from became_core.curvature import derivatives_along, input_grams  # noqa: E402
 from tests.backends import load, to_numpy  # noqa: E402
 

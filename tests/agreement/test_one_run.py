@@ -44,6 +44,7 @@ from became_core.continual import (
     build_method,
     find_segments,
     learn,
+    measured_on,
     split_classes,
 )
 from reference.learner import ReferenceLearner
@@ -177,6 +178,38 @@ def test_rates_by_group_and_a_penalty_on_biases_are_the_same_on_every_framework(
     learner = FRAMEWORKS[framework].learner(BIASED, short_stream(), 0)
     learner.assign({name: FRAMEWORKS[framework].array(value) for name, value in reference.parameters().items()})
     assert_equal(penalised_run(learner), penalised_run(reference))
+
+
+def tempered_run(learner: Learner, temper: str = "calibrated") -> Run:
+    training = Training(Annealed(lr=0.02, epochs=3), Annealed(lr=0.02, epochs=2), batch_size=25, curvature_samples=100)
+    return run(learner, augmented_stream(), "became", training, {"threshold": 0.9, "temper": temper, "per": "layer"})
+
+
+@cache
+def augmented_stream() -> TaskStream:
+    """Curvature is measured on copies of training images, and calibrated on held-out ones, some with wrong labels."""
+    tasks = tuple(replace(task, train=task.train[50:], validation=task.train[:50]) for task in short_stream().tasks)
+    targets = short_stream().targets.copy()
+    for task in tasks:
+        targets[task.validation[::5]] = 1 - targets[task.validation[::5]]
+    return measured_on(replace(short_stream(), tasks=tasks, targets=targets), "augmented", samples=100)
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+def test_a_calibrated_loss_of_augmented_samples_is_the_same_on_every_framework(framework: str) -> None:
+    reference = ReferenceLearner(augmented_stream(), hidden=(100, 100))
+    learner = FRAMEWORKS[framework].learner(mlp(*SHAPE), augmented_stream(), 0)
+    learner.assign({name: FRAMEWORKS[framework].array(value) for name, value in reference.parameters().items()})
+    assert_equal(tempered_run(learner), tempered_run(reference))
+
+
+def test_a_calibrated_loss_of_augmented_samples_changes_alpha() -> None:
+    found = tempered_run(ReferenceLearner(augmented_stream(), hidden=(100, 100)))[0].alpha[-1]
+    plain = tempered_run(ReferenceLearner(augmented_stream(), hidden=(100, 100)), "none")[0].alpha[-1]
+    assert found is not None
+    assert 0 < found < 1
+    assert plain is not None
+    assert abs(found - plain) > 0.01
 
 
 def adapted_run(learner: Learner) -> Run:

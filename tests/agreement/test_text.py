@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from adapters.networks import Architecture, Embedding, LastPosition, Positions, gpt
 from became_core.continual import SGD, Batch, Constraint, Dataset, Learner, split_domains
-from became_core.continual.measurement import accuracies
+from became_core.continual.evaluation import accuracies
 from became_core.curvature import (
     Gaussian,
     batch_gradient,

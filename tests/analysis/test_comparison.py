@@ -46,7 +46,7 @@ def test_a_row_is_a_method_over_its_seeds_in_whatever_folders(tmp_path: Path) ->
     save(tmp_path / "a", "gpm", 0, 80.0)
     save(tmp_path / "b", "gpm", 1, 84.0)
     save(tmp_path / "b", "ewc", 0)
-    (table,) = tables(tmp_path / "a", tmp_path / "b")
+    table, cost = tables(tmp_path / "a", tmp_path / "b")
     rows = cells(table)
     assert list(rows) == ["gpm", "ewc"]
     assert rows["gpm"] == {
@@ -56,31 +56,33 @@ def test_a_row_is_a_method_over_its_seeds_in_whatever_folders(tmp_path: Path) ->
         "BWT": "-8.00 ± 2.83",
         "forgetting": "8.00 ± 2.83",
         "plasticity": "92.50 ± 0.00",
-        "class-inc. ACC": "57.50 ± 0.00",
-        "epochs": "6 ± 0",
-        "seconds": "2 ± 0",
-        "memory": "3.0 ± 0.0",
+        "last task": "95.00 ± 0.00",
+        "class-inc.": "57.50 ± 0.00",
     }
+    spent = {"method": "gpm", "seeds": "2", "epochs": "6 ± 0", "seconds": "2 ± 0", "memory": "3.0 ± 0.0"}
+    assert cells(cost)["gpm"] == spent
     assert rows["ewc"]["ACC"] == "87.50"  # no deviation of one
     assert table.notes[0].startswith("Mean ± standard deviation over seeds.")
-    (table,) = tables(tmp_path / "a")
+    table, _ = tables(tmp_path / "a")
     assert "±" not in table.notes[0]
 
 
 def test_one_method_with_two_configurations_is_two_rows(tmp_path: Path) -> None:
     save(tmp_path / "short", "gpm", 0)
     save(tmp_path / "long", "gpm", 0, config=CONFIG | {"stage1": {"epochs": 9}})
+    save(tmp_path / "twin", "gpm", 0, config=CONFIG | {"stage1": {"epochs": 6}})
     save(tmp_path / "long", "gpm", 1, backend="jax", config=CONFIG | {"stage1": {"epochs": 9}, "class_order": "label"})
-    (table,) = tables(tmp_path / "short", tmp_path / "long")
+    table, _ = tables(tmp_path / "short", tmp_path / "long")
+    assert list(cells(tables(tmp_path / "short", tmp_path / "twin")[0])) == ["gpm (short)", "gpm (twin)"]
     assert list(cells(table)) == ["gpm (short, torch)", "gpm (long, torch)", "gpm (long, jax)"]
 
 
 def test_forward_transfer_is_shown_where_it_is_defined_and_memory_where_it_was_recorded(tmp_path: Path) -> None:
     save(tmp_path, "gpm", 0, accuracy=np.array([[90.0, 30.0], [80.0, 95.0]]))
     save(tmp_path, "ewc", 0, memory=[])
-    rows = cells(tables(tmp_path)[0])
+    rows, costs = map(cells, tables(tmp_path))
     assert (rows["gpm"]["FWT"], rows["ewc"]["FWT"]) == ("30.00", "–")
-    assert (rows["gpm"]["memory"], rows["ewc"]["memory"]) == ("3.0", "–")
+    assert (costs["gpm"]["memory"], costs["ewc"]["memory"]) == ("3.0", "–")
 
 
 def test_differences_are_by_seed_with_an_interval_where_there_are_several(tmp_path: Path) -> None:
@@ -88,24 +90,43 @@ def test_differences_are_by_seed_with_an_interval_where_there_are_several(tmp_pa
         save(tmp_path, "gpm", seed, start)
         save(tmp_path, "became", seed, start + 2 + 2 * (seed == 1))
     save(tmp_path, "ewc", 2, 60.0)
-    _, table = tables(tmp_path, baseline="gpm")
-    rows = cells(table)
-    assert set(rows) == {"became", "ewc"}
-    assert rows["became"]["seeds"] == "3"
-    assert rows["became"]["Δ ACC"] == "1.33 [1.00, 2.00]"
-    assert (rows["ewc"]["seeds"], rows["ewc"]["Δ ACC"]) == ("1", "-5.00")
+    *_, table = tables(tmp_path, baseline="gpm")
+    assert table.texts()[:4] == [
+        ["ACC", "became", "3", "1.33 [1.00, 2.00]"],
+        ["ACC", "ewc", "1", "-5.00"],
+        ["BWT", "became", "3", "2.67 [2.00, 4.00]"],
+        ["BWT", "ewc", "1", "-10.00"],
+    ]
+    scores = dict.fromkeys(row[0] for row in table.rows)
+    assert [*scores] == ["ACC", "BWT", "forgetting", "plasticity", "last task", "class-inc."]
     assert "10,000 bootstrap means" in table.notes[0]
 
 
 def test_published_numbers_stand_beside_those_of_the_same_tasks_alone(tmp_path: Path) -> None:
     cifar: dict[str, Any] = {"benchmark": "split-cifar100", "config": CONFIG | {"tasks": 20, "first": 20}}
     save(tmp_path / "all", "nscl", 0, **cifar)
-    _, table = tables(tmp_path / "all")
+    *_, table = tables(tmp_path / "all")
     row = cells(table)["nscl"]
     assert (row["ACC"], row["BWT"], row["forgetting"], row["source"]) == ("75.95", "-3.66", "–", "1")
     assert any("Adam-NSCL (Wang, CVPR 2021)" in note and "80 epochs" in note for note in table.notes)
     save(tmp_path / "some", "nscl", 0, **cifar | {"config": CONFIG | {"tasks": 20, "first": 5}})
-    assert [table.title for table in tables(tmp_path / "some")] == ["split-cifar100, 20 tasks, the first 5"]
+    assert [table.title for table in tables(tmp_path / "some")] == ["split-cifar100, 20 tasks, the first 5", "The cost"]
+
+
+def test_a_comparison_of_three_seeds_fits_100_columns(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One of four methods was 117 wide. A long name of a folder is broken into lines, and no number is."""
+    for seed, start in enumerate((70.0, 72.0, 74.0)):
+        for folder, epochs in (("cifar100-published", 200), ("cifar100-14-6", 14)):
+            config = CONFIG | {"stage1": {"epochs": epochs}}
+            time = {"total": 30_000.0 * (seed + 1)}
+            save(tmp_path / folder, "became-half", seed, start + epochs / 20, config=config, seconds=time)
+    words = ["compare", *map(str, tmp_path.iterdir()), "--baseline", "became-half (cifar100-14-6)"]
+    assert main(words) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 100
+    text = " ".join(" ".join(lines).split())
+    assert "became-half 3 83.85±1.00 -17.30±2.00 17.30±2.00 92.50±0.00 95.00±0.00" in text
+    assert "(cifar100-published)" in text
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,11 @@
 """Each figure shows what its runs hold, whatever they lack, and looks at nothing else."""
 
+import re
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -13,6 +16,7 @@ from adapters.analysis.figures import (
     plot_accuracy_matrix,
     plot_accuracy_over_time,
     plot_alpha,
+    plot_epochs,
     plot_learning_curves,
     plot_path,
     plot_plasticity,
@@ -21,9 +25,10 @@ from adapters.analysis.figures import (
     plot_seconds,
 )
 from adapters.analysis.figures.accuracy import bar_base
-from adapters.analysis.figures.drawing import picture
+from adapters.analysis.figures.drawing import MUTED, picture
 from adapters.analysis.figures.training import predicted_loss
 from adapters.analysis.groups import groups_of
+from adapters.runs import RunResult
 from adapters.runs.published import PublishedScores, PublishedTable
 from became_core import BecameError
 from tests.analysis.runs import CONFIG, path, plain, run
@@ -130,13 +135,107 @@ def test_bars_begin_at_zero_where_nothing_differs_or_all_shows(values: list[floa
     assert bar_base(values) == pytest.approx(base)
 
 
-def test_plasticity_stands_against_forgetting_with_its_spread() -> None:
-    runs = [run(seed=0), run(seed=1), plain("gpm")]
-    (axes,) = plot_plasticity(runs).axes
-    first, second = (container.lines for container in axes.containers)  # type: ignore[attr-defined]
-    assert [float(first[0].get_xdata()[0]), float(first[0].get_ydata()[0])] == pytest.approx([1.5, 90.5])
-    assert len(first[2]) == 2  # a line to each side in both directions
-    assert len(second[2]) == 0  # one seed has no spread
+def marks(file: bytes, colour: str, axis: str) -> list[float]:
+    """Where the marks of a colour are in an SVG file, read by the numbers at its ticks; on a log axis as logarithms."""
+    text = re.sub(r"<style>.*?</style>", "", file.decode(), flags=re.DOTALL)
+    numbers, places = [], []
+    for tick in re.findall(rf'<g id="{axis}tick_\d+">.*?</text>', text, re.DOTALL):
+        place = re.findall(rf'<use [^>]*\b{axis}="([-\d.]+)"', tick)[-1]
+        numbers.append(float(re.findall(r">([^<>]+)</text>", tick)[-1].replace("\N{MINUS SIGN}", "-")))
+        places.append(float(place))
+    if not np.allclose(np.diff(numbers), np.diff(numbers)[0]):
+        numbers = np.log(numbers).tolist()
+    slope, start = np.polyfit(places, numbers, 1)
+    drawn = re.findall(rf'<use [^>]*\b{axis}="([-\d.]+)"[^>]*style="fill: {colour}', text)
+    return [float(slope * float(place) + start) for place in drawn]
+
+
+def test_plasticity_stands_against_forgetting_with_a_mark_for_each_seed() -> None:
+    """Forgetting of these runs is 1.5 and 90 as each task was learned; a seed adds its number to all accuracies."""
+    steeper = run(seed=1, accuracy=np.array([[93.0, np.nan], [90.0, 95.0]]))
+    runs = [run(tasks=2), steeper, plain("gpm", tasks=2)]
+    file = picture(plot_plasticity(runs), "svg")
+    first, second = (group.colour for group in groups_of(runs))
+    assert marks(file, first, "x") == pytest.approx([1.0, 3.0, 2.0], abs=0.01)  # two seeds, then their mean
+    assert marks(file, first, "y") == pytest.approx([90.0, 94.0, 92.0], abs=0.01)
+    assert marks(file, second, "x") == pytest.approx([1.0], abs=0.01)  # one seed is its own mean
+    assert marks(file, second, "y") == pytest.approx([90.0], abs=0.01)
+
+
+@pytest.mark.parametrize(("count", "apart"), [(1, 1.0), (6, 1.0), (15, 1.0), (12, 0.0)])
+def test_no_label_of_a_mean_covers_another_or_a_mark(count: int, apart: float) -> None:
+    generator = np.random.default_rng(count)
+    runs = [
+        plain(f"became+method{number}", seed, 2, accuracy=np.array([[a, np.nan], [a - f + seed, b]]))
+        for number in range(count)
+        for a, b, f in (generator.normal(80, apart, 3),)
+        for seed in (0, 1)
+    ]
+    figure = plot_plasticity(runs)
+    figure.draw_without_rendering()
+    (axes,) = figure.axes
+    boxes = [label.get_window_extent() for label in axes.texts]
+    assert len(boxes) == count
+    assert not [pair for pair in combinations(boxes, 2) if pair[0].overlaps(pair[1])]
+    frame = axes.get_window_extent()
+    assert all(frame.contains(*box.min) and frame.contains(*box.max) for box in boxes)
+    leaders = [line for line in axes.lines if line.get_color() == MUTED]
+    ends = [axes.transData.transform(line.get_xydata())[1] for line in leaders]
+    assert [end for end in ends if not any(box.padded(3).contains(*end) for box in boxes)] == []
+    assert bool(leaders) == (count > 6)
+    centres = [
+        axes.transData.transform(line.get_xydata()) for line in axes.lines if line.get_marker() not in ("", "None")
+    ]
+    assert not [box for box in boxes for places in centres for place in places if box.contains(*place)]
+
+
+def scheduled(method: str, *epochs: int, last: float = 80.0, seed: int = 0, **config: Any) -> RunResult:
+    """A run with so many epochs in each of two tasks."""
+    accuracy = np.array([[90.0, np.nan], [last, last]])
+    config = CONFIG | {"epochs": max(epochs), "schedule": "annealed" if max(epochs) < 50 else "patience"} | config
+    return plain(method, seed, 2, accuracy=accuracy, epochs=list(epochs), config=config)
+
+
+def test_accuracy_stands_against_the_epochs_that_the_runs_took() -> None:
+    runs = [
+        *(scheduled("gpm", 6, 6, last=70.0 + seed, seed=seed) for seed in (0, 2)),
+        scheduled("gpm", 20, 20, last=72.0, optimiser="sgd", dropout_masks="numpy"),
+        # A patient schedule ends when it likes. An older version recorded its optimiser so.
+        scheduled("gpm", 70, 90, last=74.0, optimiser={"kind": "sgd"}, dropout_masks="framework"),
+        scheduled("ewc", 20, 20, last=60.0),  # of one schedule alone, it has no line
+    ]
+    figure = plot_epochs(runs)
+    file = picture(figure, "svg")
+    colour = groups_of(runs)[0].colour
+    assert marks(file, colour, "y")[:3] == pytest.approx([71.0, 72.0, 74.0], abs=0.01)
+    assert marks(file, colour, "x")[:3] == pytest.approx(np.log([6.0, 20.0, 80.0]).tolist(), abs=0.01)
+    (axes,) = figure.axes
+    assert axes.get_legend_handles_labels()[1] == ["gpm"]
+    ends = [np.asarray(path.vertices)[:, 1].tolist() for bars in axes.collections for path in bars.get_paths()]
+    (spread,) = [end for end in ends if np.ptp(end) > 0]  # one seed has none
+    assert spread == pytest.approx([71 - 2**0.5, 71 + 2**0.5])
+
+
+def test_lines_of_equal_epochs_stand_side_by_side() -> None:
+    runs = [scheduled(method, epochs) for method in ("gpm", "ewc") for epochs in (4, 6)]
+    file = picture(plot_epochs([replace(run, epochs=run.epochs * 2) for run in runs]), "svg")
+    first, second = (marks(file, group.colour, "x")[:2] for group in groups_of(runs)[::2])
+    assert first != second
+    assert np.mean([first, second], axis=0) == pytest.approx([4.0, 6.0], abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (scheduled("gpm", 4, 8, schedule="stepped"), r"both took 6 epochs a task; leave one out"),
+        (scheduled("gpm", 20, 20, threshold=0.9), r"differ in threshold, not only in their schedule; leave one out"),
+        (replace(scheduled("gpm", 20, 20), backend="jax"), r"ran on torch and jax; draw runs of one backend"),
+        (scheduled("ewc", 20, 20), r"no method has runs of two numbers of epochs"),
+    ],
+)
+def test_what_no_line_can_join_is_refused(other: RunResult, message: str) -> None:
+    with pytest.raises(BecameError, match=message):
+        plot_epochs([scheduled("gpm", 6, 6, threshold=0.97), other])
 
 
 def test_epochs_are_whole() -> None:

@@ -94,15 +94,14 @@ def test_the_page_has_the_title_the_scores_and_the_names_of_the_comparison(tmp_p
     for folder, method, seed, epochs in (("a", "gpm", 0, 2), ("a", "became", 0, 2), ("b", "became", 0, 9)):
         RunDirectory(tmp_path / folder, method, seed).save(run(method, seed, config=config | {"epochs": epochs}))
     outs = [tmp_path / "a", tmp_path / "b"]
-    (table,) = comparison(gather(outs))
+    table, cost = comparison(gather(outs))
     text, page = read(report_of(outs))
     assert f"<h1>{table.title}</h1>" in text
     assert table.title == "split-mnist, 10 tasks, the first 3"
-    assert [row[0] for row in table.texts()] == ["became (a, torch)", "gpm", "became (b, torch)"]
-    assert (
-        "".join(column.heading for column in table.columns) + "".join("".join(row) for row in table.texts())
-        in page.text
-    )
+    assert [row[0] for row in table.texts()] == ["became (a)", "gpm", "became (b)"]
+    for shown in (table, cost):
+        headings = "".join(column.heading for column in shown.columns)
+        assert headings + "".join("".join(row) for row in shown.texts()) in page.text
     assert [heading[:-1] for heading in re.findall(r"</span>([^<]*<)/h2>", text)] == [row[0] for row in table.texts()]
 
 

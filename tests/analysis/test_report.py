@@ -9,7 +9,7 @@ import pytest
 from adapters.cli.__main__ import main
 from adapters.runs import RunDirectory
 from adapters.runs.files import write_sealed
-from tests.analysis.runs import plain, run
+from tests.analysis.runs import CONFIG, plain, run
 
 pytestmark = pytest.mark.usefixtures("undrawn")  # test_page draws them
 
@@ -64,6 +64,63 @@ def test_a_damaged_file_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture
     saved(tmp_path).write_text(text)
     assert main(["report", str(tmp_path)]) == 2
     assert "is damaged" in capsys.readouterr().err
+
+
+def two_schedules(out: Path, **changes: Any) -> list[str]:
+    """Save gpm at 3 and at 9 epochs a task, in two folders."""
+    for folder, epochs in (("short", 3), ("long", 9)):
+        config = CONFIG | {"epochs": epochs}
+        RunDirectory(out / folder, "gpm", 0).save(plain("gpm", epochs=[epochs] * 3, config=config, **changes))
+    return [str(out / "short"), str(out / "long")]
+
+
+def test_figures_of_several_folders_go_into_the_first_or_where_they_are_asked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    outs = two_schedules(tmp_path)
+    for options, folder, names in (
+        ([], tmp_path / "short", ["plasticity", "epochs"]),
+        (["--into", str(tmp_path / "new" / "one")], tmp_path / "new" / "one", ["plasticity", "epochs"]),
+        (["--only", "epochs", "--into", str(tmp_path / "two")], tmp_path / "two", ["epochs"]),
+        (["--only", "plasticity", "--into", str(tmp_path / "three")], tmp_path / "three", ["plasticity"]),
+    ):
+        assert main(["figures", *outs, *options]) == 0
+        assert capsys.readouterr().out.split() == [str(folder / f"{name}.svg") for name in names]
+        assert sorted(file.stem for file in folder.glob("*.svg")) == sorted(names)
+    assert main(["figures", outs[0], "--into", str(tmp_path / "four")]) == 0  # one schedule makes no line
+    assert [file.name for file in (tmp_path / "four").iterdir()] == ["plasticity.svg"]
+
+
+def test_figures_of_what_cannot_be_drawn_together_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    outs = two_schedules(tmp_path)
+    (tmp_path / "file").touch()
+    RunDirectory(tmp_path / "jax", "ewc", 0).save(plain("ewc", backend="jax"))
+    RunDirectory(tmp_path / "other", "ewc", 0).save(plain("ewc", benchmark="permuted-mnist"))
+    for words, message in (
+        ([], "there is nothing to draw; give a folder that --out named."),
+        ([str(tmp_path / "none")], f"{tmp_path / 'none'} holds no finished runs; give a folder that --out named."),
+        ([*outs, str(tmp_path / "jax")], "these runs are on jax and torch; draw one backend's runs."),
+        ([*outs, str(tmp_path / "other")], "holds runs of permuted-mnist, the others are of split-mnist"),
+        ([outs[0], "--only", "epochs"], "no method has runs of two numbers of epochs"),
+        ([*outs, "--into", str(tmp_path / "file")], "cannot write to"),
+    ):
+        assert main(["figures", *words]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("error: ")
+        assert message in line
+
+
+def test_a_report_has_accuracy_by_epochs_where_the_runs_allow_it(tmp_path: Path) -> None:
+    outs = two_schedules(tmp_path)
+    assert main(["report", *outs]) == 0
+    page = (tmp_path / "short" / "report.html").read_text(encoding="utf-8")
+    assert "gpm 89.00 at 3, 89.00 at 9" in page
+    assert (tmp_path / "short" / "figures" / "epochs.svg").exists()
+    RunDirectory(tmp_path / "again", "gpm", 0).save(plain("gpm", config=CONFIG | {"lr": 0.3}))
+    assert main(["report", *outs, str(tmp_path / "again"), "--into", str(tmp_path / "unclear")]) == 0
+    assert not (tmp_path / "unclear" / "figures" / "epochs.svg").exists()
 
 
 def test_a_folder_without_runs_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -128,6 +128,41 @@ def test_a_stream_that_cannot_be_watched_is_refused_before_a_folder_is_made(
     assert not (tmp_path / "out").exists()
 
 
+HELD_OUT = ["--methods", "became", "--first", "3", "--validation", "0.1", "--temper"]
+
+
+@pytest.mark.parametrize("options", [["calibrated", "--curvature-data", "augmented"], ["curvature"]])
+def test_a_tempered_run_resumes_to_the_same_bits(
+    tmp_path: Path, after_saves: Callable[[int], None], options: list[str]
+) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert main(command(whole, *HELD_OUT, *options)) == 0
+    after_saves(6)  # within the third task
+    assert main(command(parts, *HELD_OUT, *options)) == 130
+    after_saves(0)
+    assert main(["resume", str(parts)]) == 0
+    assert results(parts) == results(whole)
+    (values,) = results(whole).values()
+    assert values["config"]["temper"] == options[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--curvature-data", "validation", "--validation", "0"], "--curvature-data validation measures on held-out"),
+        (["--temper", "rise", "--validation", "0"], "became is tempered by held-out samples, and task 1 of mnist has"),
+    ],
+)
+def test_what_needs_held_out_samples_is_refused_where_there_are_none(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str
+) -> None:
+    assert main(command(tmp_path / "out", "--methods", "became", *options)) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {message}")
+    assert len(said.splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
 def test_resume_goes_on_with_the_backend_there_was_or_the_one_given(
     interrupted: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -301,7 +336,7 @@ def test_help_fits_80_columns_and_names_no_default_that_is_none(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("COLUMNS", "80")
-    for command in ("run", "resume", "compare", "report", "list"):
+    for command in ("run", "resume", "compare", "report", "figures", "list"):
         with pytest.raises(SystemExit):
             main([command, "--help"])
         shown = capsys.readouterr().out

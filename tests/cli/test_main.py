@@ -225,7 +225,7 @@ def test_the_module_runs_as_a_command_and_shows_plain_lines_and_a_table(tmp_path
     assert done.returncode == 0, done.stderr
     line = r"gpm-seed1  task 5/5  stage 1  epoch 1/1  loss \d+\.\d{4}  lr \S+"
     assert re.search(line, done.stdout)
-    assert re.search(r"^ *gpm +task +\d+\.\d\d ± \d+\.\d\d", done.stdout, re.MULTILINE)
+    assert re.search(r"^ *gpm +task +\d+\.\d\d±\d+\.\d\d", done.stdout, re.MULTILINE)
     assert "\x1b" not in done.stdout
     assert f"{tmp_path}/summary.csv" in done.stdout
 

@@ -1,9 +1,11 @@
 """One description of a configuration: presets, records, and the command that repeats a run all give it back."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -69,6 +71,18 @@ def test_every_option_reaches_the_parts_that_it_is_for() -> None:
         "split-cifar100", 20, 20, "seeded",
     )  # fmt: skip
     assert (record["network"], record["validation"], record["nscl_ratio"]) == ("mlp", 0.1, 7.0)
+
+
+def test_curvature_data_and_tempering_reach_the_stream_and_the_method() -> None:
+    dataset = load_mnist()
+    plain = configured().stream(dataset, 0)
+    held_out = configured(curvature_data="validation", temper="calibrated")
+    assert held_out.method("became") == replace(configured().method("became"), temper="calibrated")
+    for before, after in zip(plain.tasks, held_out.stream(dataset, 0).tasks, strict=True):
+        assert before.curvature is None
+        np.testing.assert_array_equal(after.curvature, before.validation)
+    augmented = configured(curvature_data="augmented", curvature_samples=7).stream(dataset, 0)
+    assert len(augmented.dataset.images) == len(dataset.images) + 7 * len(plain.tasks)
 
 
 def test_boundaries_are_watched_for_only_if_they_are_unknown() -> None:
@@ -154,6 +168,14 @@ def test_the_number_of_tasks_chooses_the_preset() -> None:
         ({"reservoir": 0}, "gpm", None, "a reservoir of 0 samples holds nothing; let it hold at least 1"),
         ({"gradual": -1}, "gpm", None, "tasks change over -1 samples; give at least 0"),
         ({"momenta": 3}, "gpm", None, "no option 'momenta'; did you mean 'momentum'"),
+        *(
+            ({"curvature_data": "validation", **values}, "became", None, message)
+            for values, message in (
+                ({"validation": 0.0}, "^--curvature-data validation measures on held-out samples, and --validation 0 "),
+                ({"temper": "rise"}, "^--temper rise compares held-out samples with those of --curvature-data, and "),
+                ({"boundaries": "unknown"}, "^--curvature-data validation is for announced tasks; where boundaries "),
+            )
+        ),
     ],
 )
 def test_what_cannot_be_used_is_said_in_one_sentence(
@@ -245,6 +267,7 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "decay": st.floats(0, 1),
     "per": st.sampled_from(["model", "layer", "leaf"]),
     "precision": st.sampled_from(["diagonal", "kronecker", "exact"]),
+    "temper": st.sampled_from(["none", "curvature", "rise", "calibrated"]),
     "threshold": st.floats(0.5, 0.99),
     "increment": st.floats(0, 0.1),
     "scale": st.floats(1, 9),
@@ -299,6 +322,7 @@ def test_every_option_is_drawn_by_these_properties() -> None:
     others = {"benchmark", "optimiser", "momentum", "nscl_ratio", "nscl_floored", "ogd_samples", "ogd_capacity"}
     others |= {"ewc_strength", "packnet_share", "packnet_even", "packnet_retraining", "grid_points"}
     others |= {"hat_sharpness", "hat_sparsity", "hat_clamped"}
+    others |= {"curvature_data"}  # which depends on other options
     others |= {"pretrained", "shrinkage"}  # of networks of the hub, and of the merge of single weights
     others |= {"task_column", "target_column", "target_kind", "head", "context"}
     assert set(options()) == set(VALUES) | others

@@ -16,6 +16,7 @@ if find_spec("matplotlib") is None:
 from adapters.analysis.figures.accuracy import (
     plot_accuracy_matrix,
     plot_accuracy_over_time,
+    plot_epochs,
     plot_plasticity,
     plot_scores,
 )
@@ -31,6 +32,7 @@ __all__ = [
     "plot_accuracy_matrix",
     "plot_accuracy_over_time",
     "plot_alpha",
+    "plot_epochs",
     "plot_learning_curves",
     "plot_path",
     "plot_plasticity",

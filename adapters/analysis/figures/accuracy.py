@@ -1,4 +1,4 @@
-"""Figures of accuracy: the matrix, each task over time, plasticity and forgetting, and scores beside published ones.
+"""Figures of accuracy: the matrix, over time, over epochs, plasticity and forgetting, and scores beside published ones.
 
 Convention: percent, task-incremental; row t of a matrix is the state after task t. Several seeds give their mean, and
 their standard deviation where there is room for it.
@@ -9,8 +9,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
+from matplotlib.transforms import ScaledTranslation
 from numpy.typing import NDArray
 
 from adapters.analysis.figures.drawing import (
@@ -20,26 +23,34 @@ from adapters.analysis.figures.drawing import (
     figure_text,
     heat_map,
     label_bars,
+    label_points,
     legend,
     new_figure,
     number_tasks,
     styled,
 )
-from adapters.analysis.groups import Group, Results, groups_of
+from adapters.analysis.groups import MARKERS, Group, Results, groups_of, have_spread
 from adapters.analysis.tables import printable
 from adapters.runs.published import PublishedScores, PublishedTable
+from became_core import BecameError
 
 __all__ = [
     "accuracy_limits",
     "bar_base",
+    "groups_by_epochs",
     "plot_accuracy_matrix",
     "plot_accuracy_over_time",
+    "plot_epochs",
     "plot_plasticity",
     "plot_scores",
     "published_names",
 ]
 
 _MARKS = ("D", "^", "v", "s", "P")
+# What runs may differ in and still be one method at several schedules: what the presets quick and paper differ in, and
+# what draws dropout's masks, which is another on a GPU.
+_SCHEDULE = {"schedule", "epochs", "stage2_epochs", "lr", "lr_factor", "lr_steps", "lr_patience", "lr_minimum"}
+_SCHEDULE |= {"curvature_samples", "path_points", "dropout_masks"}
 
 
 def accuracy_limits(results: Results) -> tuple[float, float]:
@@ -105,23 +116,110 @@ def plot_accuracy_over_time(results: Results) -> Figure:
 
 @styled
 def plot_plasticity(results: Results) -> Figure:
-    """Return plasticity against forgetting: a mark a method, with one standard deviation over seeds to each side.
+    """Return plasticity against forgetting: a large mark for each method's mean, a small one for each of its seeds.
 
     The best corner is the upper left one, where all is learned and nothing is forgotten.
     """
     groups = groups_of(results)
-    figure, panels = new_figure(2.6 + 0.16 * math.ceil(len(groups) / 3), grid="both")
+    figure, panels = new_figure(2.8 + 0.09 * len(groups), grid="both")
     axes = panels[0, 0]
+    means, seeds = [], []
     for group in groups:
         forgetting, plasticity = group.score("forgetting"), group.score("plasticity")
-        look = group.line | {"linestyle": "none", "markersize": 7, "label": figure_text(group.label)}
-        spread = {"xerr": forgetting.deviation, "yerr": plasticity.deviation, "elinewidth": 1}
-        axes.errorbar(forgetting.mean, plasticity.mean, **look, **spread)
-    axes.margins(0.12)
+        look = group.line | {"linestyle": "none", "label": figure_text(group.label)}
+        if group.place >= len(MARKERS):  # as colours and marks repeat, these are hollow
+            look["markerfacecolor"] = PAPER
+        if len(group.runs) > 1:
+            axes.plot(forgetting.values, plasticity.values, **look | {"label": None}, markersize=3.5, alpha=0.5)
+            for seed in zip(forgetting.values, plasticity.values, strict=True):
+                ends = zip((forgetting.mean, plasticity.mean), seed, strict=True)
+                axes.plot(*ends, color=group.colour, linewidth=0.8, alpha=0.35, zorder=1)
+                seeds.append(seed)
+        axes.plot(forgetting.mean, plasticity.mean, **look, markersize=7, zorder=3)
+        means.append((forgetting.mean, plasticity.mean))
+    axes.margins(0.15)
     measure = groups[0].measure
     axes.set_xlabel("forgetting, points" if measure.is_accuracy else "forgetting")
     axes.set_ylabel(measure.name.replace("accuracy", "plasticity"))
-    axes.set_title("better: higher, and further to the left")
+    axes.set_title("better: higher, and further to the left" + ("; small: single seeds" if seeds else ""))
+    label_points(axes, [figure_text(group.label) for group in groups], np.array(means), np.array([*seeds, *means]))
+    return figure
+
+
+def groups_by_epochs(groups: Sequence[Group]) -> dict[str, list[Group]]:
+    """Return the groups of each method that ran for several numbers of epochs a task, the fewest epochs first.
+
+    Raises:
+        BecameError: if two groups of a method ran for equally many epochs, or differ in more than their schedule, so
+            that no line can join them.
+    """
+    methods: dict[str, list[Group]] = {}
+    for group in sorted(groups, key=lambda group: group.epochs.mean):
+        methods.setdefault(group.runs[0].method, []).append(group)
+    methods = {method: methods[method] for method in dict.fromkeys(group.runs[0].method for group in groups)}
+    for first, *others in methods.values():
+        for one, other in zip([first, *others], others, strict=False):
+            names = f"{printable(one.label)} and {printable(other.label)}"
+            runs = one.runs[0], other.runs[0]
+            if runs[0].backend != runs[1].backend:
+                raise BecameError(f"{names} ran on {runs[0].backend} and {runs[1].backend}; draw runs of one backend.")
+            both = runs[0].config.keys() & runs[1].config.keys() - _SCHEDULE
+            values = {name: [run.config[name] for run in runs] for name in sorted(both)}
+            differing = [name for name, (ours, theirs) in values.items() if ours != theirs]
+            # Older versions recorded a table where there is one word now, such as the optimiser's.
+            differing = [name for name in differing if not any(isinstance(value, dict) for value in values[name])]
+            if differing:
+                raise BecameError(f"{names} differ in {differing[0]}, not only in their schedule; leave one out.")
+            if round(one.epochs.mean, 1) == round(other.epochs.mean, 1):
+                raise BecameError(f"{names} both took {one.epochs.mean:.4g} epochs a task; leave one out.")
+    return {method: line for method, line in methods.items() if len(line) > 1}
+
+
+@styled
+def plot_epochs(results: Results) -> Figure:
+    """Return the mean accuracy at the end against the epochs spent on a task, those of both stages: a line a method.
+
+    Each mark is the mean over the seeds of one schedule, with one standard deviation to each side.
+
+    Raises:
+        BecameError: if no method ran for several numbers of epochs, or a line cannot be drawn for another reason, as
+            ``groups_by_epochs`` says.
+    """
+    groups = groups_of(results)
+    lines = groups_by_epochs(groups)
+    if not lines:
+        raise BecameError(
+            "no method has runs of two numbers of epochs; give folders of several schedules, as of --epochs 6 and 20."
+        )
+    figure, panels = new_figure(2.8 + 0.16 * math.ceil(len(lines) / 3), grid="both")
+    axes = panels[0, 0]
+    for number, (method, line) in enumerate(lines.items()):
+        epochs, scores = [group.epochs for group in line], [group.score("acc") for group in line]
+        means = [[estimate.mean for estimate in estimates] for estimates in (epochs, scores)]
+        look = min(line, key=lambda group: group.place).line
+        drawn: list[Artist] = [*axes.plot(*means, **look, markersize=5, label=figure_text(method))]
+        spreads = [
+            [math.nan if estimate.deviation is None else estimate.deviation for estimate in estimates]
+            for estimates in (scores, epochs)
+        ]
+        bars: dict[str, Any] = {"fmt": "none", "ecolor": look["color"], "elinewidth": 1, "capsize": 2}
+        drawn += axes.errorbar(*means, *spreads, **bars).get_children()
+        # Marks of equally many epochs stand side by side, so that each bar is seen.
+        aside = ScaledTranslation((number - (len(lines) - 1) / 2) / 20, 0, figure.dpi_scale_trans)
+        for artist in drawn:
+            artist.set_transform(axes.transData + aside)
+    least, *_, most = sorted(group.epochs.mean for line in lines.values() for group in line)
+    if most > 4 * least:
+        axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_locator(NullLocator())
+    axes.margins(0.08)
+    axes.set_xlabel("epochs a task, of both stages together")
+    measure = groups[0].measure
+    axes.set_ylabel(measure.name.replace("accuracy", "mean accuracy at the end"))
+    if have_spread([group for line in lines.values() for group in line]):
+        axes.set_title("bars: ± one standard deviation over seeds")
     legend(figure, axes)
     return figure
 

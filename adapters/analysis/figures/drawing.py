@@ -8,6 +8,8 @@ it wherever it occurs.
 import io
 import re
 import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import matplotlib as mpl
@@ -32,6 +34,7 @@ __all__ = [
     "heat_map",
     "inline_svg",
     "label_bars",
+    "label_points",
     "legend",
     "new_figure",
     "number_tasks",
@@ -137,6 +140,61 @@ def label_bars(axes: Axes, values: list[float], texts: list[str], beyond: list[f
     axes.set_xlim(low - 0.03 * span * (low < base), high + span * (0.05 + 0.024 * max(map(len, texts))))
 
 
+@contextmanager
+def _with_any_letters() -> Iterator[None]:
+    """Be silent about a name in letters that the font lacks."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph")
+        yield
+
+
+@_with_any_letters()
+def label_points(axes: Axes, texts: Sequence[str], points: NDArray[np.float64], others: NDArray[np.float64]) -> None:
+    """Write a text beside each point, where it covers no mark, no other text and no edge; a line leads to one far off.
+
+    The limits of the axes stay as they are. Where there is no such place, the text covers as little as it can.
+
+    Args:
+        axes: where the points are.
+        texts: one for each point.
+        points: [n, 2], in the units of the axes.
+        others: [m, 2], smaller marks, which a text should not cover and a line may cross.
+    """
+    figure = axes.get_figure(root=True)
+    assert figure is not None
+    figure.draw_without_rendering()  # so that the axes are where they will be
+    axes.autoscale(enable=False)  # or a line would move their limits
+    frame, places = axes.get_window_extent(), axes.transData.transform(points)
+    small = axes.transData.transform(others)[:, None] + [[-3, -3], [3, 3]]
+    taken = places[:, None] + [[-5, -5], [5, 5]]  # [marks, texts and lines; lower and upper corner; x and y]
+    angles, gaps = (grid.ravel() for grid in np.meshgrid(np.arange(16) * np.pi / 8, np.arange(6, 206, 8)))
+    towards, steps = np.stack([np.cos(angles), np.sin(angles)], axis=1), np.linspace(0, 1, 12)[:, None]
+    for text, point, place in zip(texts, points, places, strict=True):
+        label = axes.annotate(text, tuple(point), (0, 0), textcoords="offset points", fontsize=8, annotation_clip=False)
+        label.set_in_layout(False)
+        extent = label.get_window_extent()
+        half = np.array([extent.width + 4, extent.height]) / 2
+        centres = place + towards * (half + gaps[:, None])  # [places where the text can be, 2]
+        low, high = centres - half, centres + half
+        lines = place + steps * (np.clip(place, low, high) - place)[:, None]  # [places, points of a line, 2]
+        ahead = taken[(place < taken[:, 0]).any(axis=1) | (place > taken[:, 1]).any(axis=1)]
+        cost = gaps + 1e6 * ((low < frame.min) | (high > frame.max)).any(axis=1)
+        for boxes, weight in ((taken, 1e5), (small, 1e4)):
+            cost += weight * ((low[:, None] < boxes[:, 1]) & (high[:, None] > boxes[:, 0])).all(axis=2).sum(axis=1)
+        crossed = ((lines[:, :, None] > ahead[:, 0]) & (lines[:, :, None] < ahead[:, 1])).all(axis=3).any(axis=1)
+        cost += 100 * crossed.sum(axis=1)
+        best = np.argmin(cost)
+        # A reader's font may be narrower: the text must keep to the side where its point is.
+        side = int(np.sign(np.round(towards[best, 0], 1)))
+        shift = (centres[best] - place - [side * (half[0] - 2), 0]) * 72 / figure.dpi
+        label.set(ha=("center", "left", "right")[side], va="center", position=tuple(shift))
+        taken = np.concatenate([taken, [[low[best], high[best]]]])
+        if gaps[best] > 6:
+            taken = np.concatenate([taken, lines[best][:, None] + [[-1, -1], [1, 1]]])
+            ends = axes.transData.inverted().transform(lines[best][[0, -1]])
+            axes.plot(*ends.T, color=MUTED, linewidth=0.6, zorder=1)
+
+
 def heat_map(
     axes: Axes, values: NDArray[np.float64], texts: list[list[str]], limits: tuple[float, float], scale: str
 ) -> None:
@@ -173,8 +231,7 @@ def picture(figure: Figure, kind: str, **options: Any) -> bytes:
     """Return a figure as a file of that kind, ``png`` or ``svg``; the same figure gives the same file."""
     target = io.BytesIO()
     metadata = dict.fromkeys(("Creator", "Date", "Format", "Type")) if kind == "svg" else {"Software": None}
-    with mpl.rc_context({**_STYLE, "svg.hashsalt": "became"}), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph")  # a name in letters that the font lacks
+    with mpl.rc_context({**_STYLE, "svg.hashsalt": "became"}), _with_any_letters():
         if figure.get_layout_engine() is not None:
             # The layout takes most of the time: it is computed once, not for each kind of file.
             figure.draw_without_rendering()

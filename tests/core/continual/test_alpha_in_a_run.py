@@ -1,17 +1,39 @@
 """The alpha of a whole run against an oracle with explicit per-sample gradients, Jacobians and dense matrices."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from became_core.continual import Annealed, EpochEnd, Task, TaskEnd, Training, build_method, learn
-from reference.formulas import alpha_star, directional_derivatives, softmax, squared_mean_gradient
+from became_core.continual import (
+    Annealed,
+    CurvatureData,
+    EpochEnd,
+    Task,
+    TaskEnd,
+    TaskStream,
+    Training,
+    build_method,
+    learn,
+    measured_on,
+)
+from reference.formulas import (
+    alpha_star,
+    best_sharpness,
+    cross_entropy,
+    directional_derivatives,
+    softmax,
+    squared_mean_gradient,
+    temperature,
+)
 from reference.learner import ReferenceLearner
 from tests.listening import Listening
 from tests.streams import prototype_stream
 
 Array = NDArray[np.float64]
 STREAM = prototype_stream(tasks=2, per_class=12, side=4)
+HOLDING_OUT = prototype_stream(tasks=2, per_class=16, side=4, validation=0.3)
 BATCH = 8
 NAMES = ("fc1.weight", "fc2.weight", "heads.0.weight", "heads.1.weight")
 
@@ -20,29 +42,35 @@ def flat(tree: dict[str, Array]) -> Array:
     return np.concatenate([tree[name].ravel() for name in NAMES])
 
 
-def new_learner() -> ReferenceLearner:
-    return ReferenceLearner(STREAM, hidden=(6, 5), seed=1)
+def new_learner(stream: TaskStream = STREAM) -> ReferenceLearner:
+    return ReferenceLearner(stream, hidden=(6, 5), seed=1)
 
 
-def jacobians(theta: dict[str, Array], task: Task) -> tuple[Array, Array]:
+def jacobians(
+    theta: dict[str, Array], task: Task, stream: TaskStream = STREAM, rows: NDArray[np.int64] | None = None
+) -> tuple[Array, Array]:
     """The logits of a task's training rows and their derivative by each single parameter, [n, k] and [n, k, d]."""
-    learner = new_learner()
+    learner = new_learner(stream)
+    rows = task.train if rows is None else rows
     learner.assign(theta)
     columns = []
     for name in NAMES:
         for entry in range(theta[name].size):
             unit = {other: np.zeros_like(value) for other, value in theta.items()}
             unit[name].flat[entry] = 1.0
-            (batch,) = learner.pushforward(task.index, task.train, len(task.train), [unit])
+            (batch,) = learner.pushforward(task.index, rows, len(rows), [unit])
             columns.append(batch.tangents[0])
-    return learner.logits(task.train, 1000)[:, task.index], np.stack(columns, axis=2)
+    return learner.logits(rows, 1000)[:, task.index], np.stack(columns, axis=2)
 
 
 def empirical_fisher(theta: dict[str, Array], task: Task) -> Array:
+    return mean_square(*jacobians(theta, task), STREAM.targets[task.train])
+
+
+def mean_square(logits: Array, jacobian: Array, labels: NDArray[np.int64]) -> Array:
     """Return the mean over samples of squared gradients, each computed from the Jacobian and the label."""
-    logits, jacobian = jacobians(theta, task)
     total = np.zeros(jacobian.shape[2])
-    for z, j, label in zip(logits, jacobian, STREAM.targets[task.train], strict=True):
+    for z, j, label in zip(logits, jacobian, labels, strict=True):
         total += (j.T @ (softmax(z) - np.eye(3)[label])) ** 2 / len(logits)
     return total
 
@@ -66,18 +94,8 @@ def batch_fisher(theta: dict[str, Array], task: Task) -> Array:
 @pytest.mark.parametrize("name", ["became", "became-paper"])
 @pytest.mark.parametrize("rate", [0.05, 0.3])
 def test_alpha_is_that_of_the_oracle(name: str, rate: float) -> None:
-    learner = new_learner()
-    seen: dict[tuple[int, int], dict[str, Array]] = {}
-
-    def observe(event: EpochEnd | TaskEnd) -> None:
-        seen[event.task, event.stage if isinstance(event, EpochEnd) else 0] = learner.parameters()
-
-    training = Training(Annealed(rate, 4), Annealed(rate, 3, final_lr=rate / 2), batch_size=BATCH)
-    method = build_method(name, {"threshold": 0.9})
-    record = learn(learner, STREAM, method, training, seed=3, callbacks=[Listening(observe)])
-
+    alpha, mu, theta_gp, theta_hat = observed(STREAM, rate, name)
     first, second = STREAM.tasks
-    mu, theta_gp, theta_hat = seen[0, 0], seen[1, 1], seen[1, 2]
     delta = flat(theta_hat) - flat(theta_gp)
     if name == "became":
         old, new = empirical_fisher(mu, first), empirical_fisher(theta_hat, second)
@@ -93,7 +111,77 @@ def test_alpha_is_that_of_the_oracle(name: str, rate: float) -> None:
         old, new = batch_fisher(mu, first), batch_fisher(theta_hat, second)
         arguments = (np.diag(old), np.diag(new), np.zeros_like(delta), flat(theta_gp))
     expected = min(max(alpha_star(flat(theta_gp), flat(theta_hat), *arguments), 0.0), 1.0)
-    assert record.alpha[1] == pytest.approx(expected, rel=1e-9)
+    assert alpha == pytest.approx(expected, rel=1e-9)
+
+
+def observed(
+    stream: TaskStream, rate: float, name: str, **settings: Any
+) -> tuple[float | None, dict[str, Array], dict[str, Array], dict[str, Array]]:
+    """Return the alpha of a run's merge, and the weights after task 1, after stage 1 and after stage 2."""
+    learner = new_learner(stream)
+    seen: dict[tuple[int, int], dict[str, Array]] = {}
+
+    def observe(event: EpochEnd | TaskEnd) -> None:
+        seen[event.task, event.stage if isinstance(event, EpochEnd) else 0] = learner.parameters()
+
+    training = Training(Annealed(rate, 4), Annealed(rate, 3, final_lr=rate / 2), batch_size=BATCH)
+    method = build_method(name, {"threshold": 0.9, **settings})
+    record = learn(learner, stream, method, training, seed=3, callbacks=[Listening(observe)])
+    return record.alpha[1], seen[0, 0], seen[1, 1], seen[1, 2]
+
+
+@pytest.mark.parametrize("rate", [0.05, 0.1])
+@pytest.mark.parametrize(
+    ("data", "temper"),
+    [
+        *(("validation", "none"), ("augmented", "none"), ("training", "curvature"), ("training", "rise")),
+        *(("augmented", "curvature"), ("training", "calibrated"), ("validation", "calibrated")),
+    ],
+)
+def test_alpha_of_other_samples_and_of_a_tempered_posterior_is_that_of_the_oracle(
+    data: CurvatureData, temper: str, rate: float
+) -> None:
+    """The curvature of both sides, and the slopes of the new one, are of the samples asked for, and tempered."""
+    stream = measured_on(HOLDING_OUT, data, seed=3)
+    alpha, mu, theta_gp, theta_hat = observed(stream, rate, "became", temper=temper)
+    first, second = stream.tasks
+    delta = flat(theta_hat) - flat(theta_gp)
+
+    def outputs(theta: dict[str, Array], task: Task, held_out: bool = False) -> tuple[Array, Array, Any]:
+        rows = task.validation if held_out else task.train if task.curvature is None else task.curvature
+        return (*jacobians(theta, task, stream, rows), stream.targets[rows])
+
+    def sharpened(theta: dict[str, Array], task: Task, at: dict[str, Array]) -> tuple[Array, Array, Any]:
+        logits, _, labels = outputs(at, task, held_out=True)
+        factor = best_sharpness(logits, labels) if temper == "calibrated" else 1.0
+        logits, jacobian, labels = outputs(theta, task)
+        return factor * logits, factor * jacobian, labels
+
+    def slope(sample: tuple[Array, Array, Any]) -> float:
+        return float(directional_derivatives(*sample, delta[None])[0][0])
+
+    new = sharpened(theta_hat, second, theta_hat)
+    _, ((exact,),) = directional_derivatives(*new, delta[None])
+    start, end = slope(sharpened(theta_gp, second, theta_hat)), slope(new)
+    assert end > start
+    kappa = exact / (delta @ (mean_square(*new) * delta))
+    tau = 1.0
+    if temper == "curvature":
+        tau = temperature(
+            *(slope(outputs(theta_hat, second, it)) - slope(outputs(theta_gp, second, it)) for it in (True, False))
+        )
+    elif temper == "rise":
+        tau = temperature(
+            *(
+                cross_entropy(*outputs(theta_gp, second, it)[::2]) - cross_entropy(*outputs(theta_hat, second, it)[::2])
+                for it in (True, False)
+            )
+        )
+    assert temper not in ("curvature", "rise") or tau != 1
+    old = tau * kappa * np.diag(mean_square(*sharpened(mu, first, mu)))
+    gradient, secant = end * delta / (delta @ delta), (end - start) / (delta @ delta)
+    expected = alpha_star(flat(theta_gp), flat(theta_hat), old, secant * np.eye(len(delta)), gradient, flat(mu))
+    assert alpha == pytest.approx(min(max(expected, 0.0), 1.0), rel=1e-7)
 
 
 @pytest.mark.parametrize("name", ["became", "became-paper"])

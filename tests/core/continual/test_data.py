@@ -11,12 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from became_core import BecameError
-from became_core.continual import Augmentation, Views
+from became_core.continual import Augmentation, Views, random_generator
 from became_core.continual.data import Dataset, TaskStream, chunks
-from became_core.continual.splits import permute_pixels, split_classes
+from became_core.continual.splits import measured_on, permute_pixels, split_classes
 from reference.learner import cropped
 from tests.backends import to_numpy, to_xp
 from tests.strategies import few_if_compiled
+from tests.streams import prototype_stream, text_stream
 
 SHAPES = [(tasks, classes) for classes in (1, 4, 6, 10, 12) for tasks in range(1, classes + 1) if classes % tasks == 0]
 
@@ -319,3 +320,47 @@ def test_chunks_are_in_order_and_none_is_of_one(count: int, size: int) -> None:
     assert set(sizes[:-1]) <= {max(size, 2)}
     assert sizes[-1] <= max(size, 2) + 1
     assert [len(part) for part in chunks(np.arange(1), size)] == [1]
+
+
+def test_curvature_of_validation_is_measured_on_the_held_out_rows() -> None:
+    stream = prototype_stream(tasks=2, validation=0.2)
+    for before, after in zip(stream.tasks, measured_on(stream, "validation").tasks, strict=True):
+        assert after.curvature is not None
+        np.testing.assert_array_equal(after.curvature, before.validation)
+        np.testing.assert_array_equal(after.train, before.train)
+    assert measured_on(stream, "training") is stream
+
+
+@pytest.mark.parametrize("samples", [None, 5])
+def test_augmented_samples_are_copies_of_training_images_that_are_no_rows_of_any_task(samples: int | None) -> None:
+    stream = prototype_stream(tasks=2, validation=0.2)
+    wider = measured_on(stream, "augmented", seed=3, samples=samples)
+    rows, size = len(stream.dataset.images), 0
+    np.testing.assert_array_equal(wider.dataset.images[:rows], stream.dataset.images)
+    for before, after in zip(stream.tasks, wider.tasks, strict=True):
+        assert after.curvature is not None
+        assert after.curvature.min() == rows + size
+        size += len(after.curvature)
+        assert len(after.curvature) == (len(before.train) if samples is None else samples)
+        originals = random_generator(3, "curvature", before.index).permutation(before.train)[:samples]
+        views = Augmentation().draw(len(originals), random_generator(3, "curvature-views", before.index))
+        np.testing.assert_array_equal(
+            wider.dataset.images[after.curvature], cropped(stream.dataset.images[originals], views)
+        )
+        np.testing.assert_array_equal(wider.targets[after.curvature], stream.targets[originals])
+        np.testing.assert_array_equal(wider.dataset.labels[after.curvature], stream.dataset.labels[originals])
+        for part in ("train", "validation", "test"):
+            np.testing.assert_array_equal(getattr(after, part), getattr(before, part))
+    assert len(wider.dataset.images) == rows + size
+    assert wider.dataset.train_size == stream.dataset.train_size
+
+
+def test_curvature_cannot_be_measured_on_samples_that_there_are_not() -> None:
+    with pytest.raises(BecameError, match=r"^task 1 of prototypes has no held-out samples to measure curvature on; "):
+        measured_on(prototype_stream(tasks=2, validation=0.0), "validation")
+    with pytest.raises(BecameError, match=r"^text is not cropped and flipped, so curvature cannot be measured on "):
+        measured_on(text_stream(), "augmented")
+    stream = prototype_stream(tasks=2)
+    beyond = replace(stream.tasks[0], curvature=np.asarray([10**6]))
+    with pytest.raises(BecameError, match=r"^task 1 of prototypes has curvature rows beyond the \d+ images\.$"):
+        replace(stream, tasks=(beyond, stream.tasks[1]))

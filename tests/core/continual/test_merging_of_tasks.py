@@ -8,7 +8,8 @@ import pytest
 from numpy.typing import NDArray
 
 from became_core.continual import Annealed, EpochEnd, RunRecord, TaskEnd, Training, build_method, learn
-from became_core.continual.measurement import Measurement, mean_loss
+from became_core.continual.evaluation import mean_loss
+from became_core.continual.measurement import Measurement
 from became_core.continual.methods import Method, Transfer
 from became_core.laplace import Diagonal, LaplacePosterior
 from reference.learner import ReferenceLearner

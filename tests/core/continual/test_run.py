@@ -24,7 +24,7 @@ from became_core.continual import (
     method_names,
     metrics,
 )
-from became_core.continual.measurement import accuracies, mean_loss
+from became_core.continual.evaluation import accuracies, mean_loss
 from became_core.laplace import (
     Became,
     DiagonalFisher,

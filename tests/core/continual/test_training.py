@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from became_core import BecameError
 from became_core.continual import SGD, Annealed, Augmentation, Constraint, EpochEnd, Patience, Schedule, Task, Trained
-from became_core.continual.measurement import mean_loss
+from became_core.continual.evaluation import mean_loss
 from became_core.continual.training import begin_stage, epoch_batches, train_stage
 from reference.learner import ReferenceLearner
 from tests.streams import prototype_stream

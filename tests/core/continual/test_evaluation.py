@@ -6,7 +6,7 @@ from numpy.typing import NDArray
 
 from became_core import BecameError
 from became_core.continual.data import Indices, chunks
-from became_core.continual.measurement import accuracies, mean_loss
+from became_core.continual.evaluation import accuracies, mean_loss
 from became_core.continual.rng import random_generator
 from reference.formulas import cross_entropy
 from reference.learner import ReferenceLearner
