@@ -205,7 +205,9 @@ class RunResult:
             for rank, width in ranks.values():
                 _require_numbers((rank, width))
                 _require(0 <= rank <= width and width > 0)
-        _require(len(self.paths) in (0, sum(alpha is not None for alpha in self.alpha)))
+        # A merge by single weights has a path, and no alpha.
+        merges = sum(alpha is not None for alpha in self.alpha)
+        _require(not self.paths or max(merges, 1) <= len(self.paths) < tasks)
         for path in self.paths:
             _check_path(path)
         _require(len(self.curves) in (0, tasks))

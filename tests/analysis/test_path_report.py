@@ -38,9 +38,10 @@ def test_a_regret_is_how_far_the_best_point_is(alphas: tuple[float, float], poin
     assert regret(PATHS, alphas, "loss") == pytest.approx(loss)
 
 
-def test_a_traced_run_ends_with_its_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("method", ["became", "imm-mode"])  # which merges by single weights, at no alpha
+def test_a_traced_run_ends_with_its_report(method: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--epochs", "1", "--stage2-epochs", "1", "--curvature-samples", "32", "--batch-size", "64"]
-    arguments += ["--first", "2", "--methods", "became", "--path-points", "3", "--out", str(tmp_path)]
+    arguments += ["--first", "2", "--methods", method, "--path-points", "3", "--out", str(tmp_path)]
     assert main(BACKEND, arguments) == 0
     shown = capsys.readouterr().out
     assert "the truth along the merging paths" in shown
