@@ -33,7 +33,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import distributed
-from torch.distributed.tensor import DTensor, Shard, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
 
 # So that this checkout is measured, whether or not the package is installed.
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -63,8 +64,8 @@ from benchmarks.plain_loops import torch_loop
 COLUMNS, BLOCKS = 1250, 4  # of every leaf in ``alpha``; up to as many processes as blocks of rows share it
 MARGIN = 6 * 2**30  # bytes of memory that are left to other programs
 
-# Runs: five images a step are too few to be told from Python's own time, so networks and batches are not tiny.
-TASKS, WIDTHS, HIDDEN, SIDE, PER_CLASS = (5, 20, 80), (1, 2, 4), 256, 16, 160
+# In ``tasks``: images [SIDE, SIDE], of which each class has so many to train and to test on.
+TASKS, WIDTHS, HIDDEN, SIDE, TRAIN, TEST = (5, 20, 80), (1, 2, 4), 256, 16, 160, 32
 
 
 def in_processes(count: int, work: Callable[..., Any], *arguments: Any) -> list[Any]:
@@ -138,14 +139,14 @@ def costs(by_process: Sequence[dict[str, list[tuple[float, float, int]]]]) -> di
 
 def alpha_of(rank: int, count: int, weights: int, dtype: torch.dtype, rounds: int) -> Any:
     """Return alpha* of four models of so many weights, and what it cost; the numbers are those of any count."""
-    mesh = init_device_mesh("cpu", (count,))
+    mesh = DeviceMesh("cpu", list(range(count)))
     rows = weights // (LEAVES * COLUMNS * BLOCKS)  # of a block
     own = range(BLOCKS * rank // count, BLOCKS * (rank + 1) // count)
     models: list[dict[str, Any]] = [{} for _ in range(4)]
     for number, model in enumerate(models):
         for leaf in range(LEAVES):
             part = torch.empty(len(own) * rows, COLUMNS, dtype=dtype)
-            for block, values in zip(own, part.split(rows), strict=True):
+            for block, values in zip(own, torch.split(part, rows), strict=True):
                 seed = (number * LEAVES + leaf) * BLOCKS + block
                 values.uniform_(generator=torch.Generator().manual_seed(seed))
             model[f"layer{leaf}.weight"] = DTensor.from_local(part, mesh, [Shard(0)])
@@ -200,7 +201,7 @@ def epochs_of(rank: int, count: int, rounds: int) -> Any:
         batches = [Batch(1, rows) for rows in steps]
         learner.train(batches, np.full(len(batches), RATE), constraint, SGD(), np.random.default_rng(0))
 
-    runs = {
+    runs: dict[str, Callable[[], Any]] = {
         "plain DDP": partial(plain.train, [rows[share.rows(len(rows))] for rows in steps]),
         "free": partial(train, free),
         "projected by GPM": partial(train, projected),
@@ -226,12 +227,12 @@ def synthetic(tasks: int) -> TaskStream:
     """Return tasks of two classes, each of which has its images along three directions of its own."""
     rng = np.random.default_rng(0)
     directions = rng.normal(size=(tasks, 3, SIDE * SIDE))
-    labels = np.tile(np.arange(2 * tasks), 2 * PER_CLASS)  # half of them for testing
+    labels = np.tile(np.arange(2 * tasks), TRAIN + TEST)
     along = rng.normal(size=(len(labels), 3))
     along[:, 0] += np.where(labels % 2, 2, -2)
     pixels = 127 + 20 * np.einsum("nk,nkd->nd", along, directions[labels // 2]) + rng.normal(size=(len(labels), 1))
     pixels = np.clip(np.rint(pixels), 0, 255).astype(np.uint8).reshape(-1, 1, SIDE, SIDE)
-    return split_classes(Dataset("synthetic", pixels, labels, len(labels) // 2, (0.5,), (0.3,)), tasks, validation=0)
+    return split_classes(Dataset("synthetic", pixels, labels, 2 * tasks * TRAIN, (0.5,), (0.3,)), tasks, validation=0)
 
 
 def run_of(_rank: int, _count: int, tasks: int, hidden: int) -> dict[str, float]:
@@ -251,7 +252,8 @@ def run_of(_rank: int, _count: int, tasks: int, hidden: int) -> dict[str, float]
     rise = extra_resident(lambda: run(tasks))
     learner, record = records[-1]
     weights = sum(math.prod(value.shape) for value in learner.parameters().values())
-    numbers = {f"processor seconds, {phase}": seconds for phase, seconds in record.seconds.items()}
+    seconds = record.seconds | {"all but evaluation": record.seconds["total"] - record.seconds["evaluation"]}
+    numbers = {f"processor seconds, {phase}": number for phase, number in seconds.items()}
     return {"weights": weights, "bytes stored": record.memory[-1], "rise of memory, bytes": rise} | numbers
 
 
@@ -265,12 +267,12 @@ def exponent(sizes: Sequence[float], values: Sequence[float]) -> float:
 
 
 def run_lines(tasks: Sequence[int], widths: Sequence[int]) -> Iterator[str]:
-    """Yield the lines of the tables of ``tasks``."""
-    by_tasks = [in_processes(1, run_of, count, HIDDEN)[0] for count in tasks]
-    by_width = [in_processes(1, run_of, tasks[0], HIDDEN * 2 * width)[0] for width in widths]
-    weights = [run["weights"] for run in by_width]
-    for what, sizes, runs in (("tasks", tasks, by_tasks), ("weights", weights, by_width)):
-        yield f"\n| {what} | {' | '.join(f'{size:.3g}' for size in sizes)} | exponent |"
+    """Yield the lines of the tables of ``tasks``; the exponents of the second one are by weights."""
+    settings = {"tasks": [(count, HIDDEN) for count in tasks], "width": [(tasks[0], 2 * HIDDEN * w) for w in widths]}
+    for what, pairs in settings.items():
+        runs = [in_processes(1, run_of, *pair)[0] for pair in pairs]
+        sizes = [run["weights"] for run in runs] if what == "width" else tasks
+        yield f"\n| {what} | {' | '.join(str(tasks if what == 'tasks' else width) for tasks, width in pairs)} | exponent |"
         yield "| --- |" + " ---: |" * (len(sizes) + 1)
         for name in runs[0]:
             values = [run[name] for run in runs]

@@ -74,10 +74,10 @@ def _open_builtin(node: Tree) -> _Node | None:
 
 
 def _open_registered_with_optree(node: Tree) -> _Node | None:
-    try:
-        children, metadata, entries, unflatten = optree.tree_flatten_one_level(node)
-    except ValueError:  # the one way to learn that a type is not registered
+    # Asking first matters: the error for a type that is not registered has the whole node, all its arrays, as text.
+    if optree.register_pytree_node.get(type(node)) is None:
         return None
+    children, metadata, entries, unflatten = optree.tree_flatten_one_level(node)
     return _Node(entries, children, lambda children: unflatten(metadata, children))
 
 
