@@ -272,7 +272,8 @@ def run_lines(tasks: Sequence[int], widths: Sequence[int]) -> Iterator[str]:
     for what, pairs in settings.items():
         runs = [in_processes(1, run_of, *pair)[0] for pair in pairs]
         sizes = [run["weights"] for run in runs] if what == "width" else tasks
-        yield f"\n| {what} | {' | '.join(str(tasks if what == 'tasks' else width) for tasks, width in pairs)} | exponent |"
+        heads = [str(pair[what == "width"]) for pair in pairs]
+        yield f"\n| {what} | {' | '.join(heads)} | exponent |"
         yield "| --- |" + " ---: |" * (len(sizes) + 1)
         for name in runs[0]:
             values = [run[name] for run in runs]
@@ -280,7 +281,7 @@ def run_lines(tasks: Sequence[int], widths: Sequence[int]) -> Iterator[str]:
 
 
 # What ``paper`` computes with. Measured on one H100 unless said otherwise, in float32.
-GPUS, OF_NODE, GPU_MEMORY = 512, 8, 80e9
+GPUS = 64 * 8
 NETWORK = 400e9 / 8  # bytes a second into a node, and out of it: data sheet, taken as reached
 SUM = 1.42e12  # bytes a second that PyTorch's own sum reads
 EAGER, COMPILED = 0.18 * SUM, 1.3 * SUM  # alpha* by PyTorch, and by JAX under jit; data sheet of the memory: 3.35e12

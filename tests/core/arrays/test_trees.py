@@ -1,5 +1,7 @@
 import dataclasses
+import gc
 import importlib
+import weakref
 from collections import OrderedDict, defaultdict
 from typing import Any, NamedTuple
 
@@ -128,6 +130,19 @@ def test_a_tree_is_not_written_out_as_text_to_be_walked() -> None:
 
     leaf = Unprintable()
     assert named_leaves({"a": Layer(leaf, leaf), "b": leaf}) == {"a.weight": leaf, "a.bias": leaf, "b": leaf}
+
+
+def test_a_tree_that_was_walked_is_freed_at_once() -> None:
+    """And not when Python next looks for cycles: the arrays of an old posterior are as many as the model's."""
+    array = np.zeros(3)
+    watched = weakref.ref(array)
+    gc.disable()
+    try:
+        named_leaves({"a": [array]})
+        del array
+        assert watched() is None
+    finally:
+        gc.enable()
 
 
 def test_none_is_an_empty_node(xp: Any) -> None:
