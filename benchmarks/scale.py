@@ -50,6 +50,7 @@ from became_core.continual import (
     Batch,
     Constraint,
     Dataset,
+    RunRecord,
     Share,
     TaskStream,
     Training,
@@ -239,18 +240,20 @@ def run_of(_rank: int, _count: int, tasks: int, hidden: int) -> dict[str, float]
     """Return what one run costs: processor seconds by phase, bytes stored, and the rise of resident memory."""
     layers = (Flatten(), Linear("fc1", hidden), ReLU(), Linear("fc2", hidden), ReLU())
     training = Training(Annealed(0.05, 2), Annealed(0.05, 1), batch_size=32)
-    records = []
+    records: list[RunRecord] = []
 
-    def run(tasks: int) -> None:
+    def run(tasks: int) -> tuple[TorchLearner, float]:
         stream = synthetic(tasks)
         learner = TorchLearner(Architecture(layers, stream.dataset.images.shape[1:]), stream)
         # A run's own stopwatch then reads processor seconds, since other processes are busy.
         with mock.patch.object(time, "perf_counter", time.process_time):
-            records.append((learner, learn(learner, stream, build_method("became+gpm"), training)))
+            method = build_method("became+gpm")
+            rise = extra_resident(lambda: records.append(learn(learner, stream, method, training)))
+        return learner, rise
 
     run(2)  # loads what PyTorch loads late
-    rise = extra_resident(lambda: run(tasks))
-    learner, record = records[-1]
+    learner, rise = run(tasks)
+    record = records[-1]
     weights = sum(math.prod(value.shape) for value in learner.parameters().values())
     seconds = record.seconds | {"all but evaluation": record.seconds["total"] - record.seconds["evaluation"]}
     numbers = {f"processor seconds, {phase}": number for phase, number in seconds.items()}

@@ -10,6 +10,7 @@ it: a rule that stands here cannot be different in PyTorch, JAX and TensorFlow.
 | ``functional.py`` | the learner whose network is a pure function of its weights |
 | ``network.py`` | one step of training as a pure function: what is projected where, what a region changes |
 | ``heads.py`` | one head among all: the names of a task's own parameters |
+| ``processes.py`` | several processes that share a command's runs |
 | ``checking.py`` | the look at a user's network, once, in learners and around a user's own loop |
 | ``batches.py`` | around a user's own loop: how batches are read, and where passes begin |
 | ``continual.py`` | around a user's own loop: what ``Continual`` does alike in PyTorch and Keras |
@@ -37,6 +38,7 @@ from adapters.backend.functional import FunctionalLearner
 from adapters.backend.heads import Heads
 from adapters.backend.learner import NetworkLearner
 from adapters.backend.network import Data, Factors, Network, State, Step, projected_by_rows
+from adapters.backend.processes import LostProcessError, Processes, run_in_processes, timeout_asked_for
 
 __all__ = [
     "BACKENDS",
@@ -47,8 +49,10 @@ __all__ = [
     "Factors",
     "FunctionalLearner",
     "Heads",
+    "LostProcessError",
     "Network",
     "NetworkLearner",
+    "Processes",
     "State",
     "Step",
     "available_threads",
@@ -58,5 +62,7 @@ __all__ = [
     "needs_package",
     "projected_by_rows",
     "run_command",
+    "run_in_processes",
     "threads_for",
+    "timeout_asked_for",
 ]

@@ -87,6 +87,8 @@ class NetworkLearner(Learner):
         device = self.default_device if device is None else device
         try:
             self.device = self._find_device(device)
+        except BecameError:
+            raise
         except (AssertionError, IndexError, NotImplementedError, RuntimeError, ValueError):
             raise BecameError(
                 f"{self.framework} has no device '{device}' here; try cpu, or cuda on a machine with a GPU."

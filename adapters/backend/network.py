@@ -135,11 +135,15 @@ class Network:
 
     def outputs(self, weights: Params, data: Data, rows: Array) -> Array:
         """Return the logits [rows, classes], in evaluation mode."""
-        return self.logits(self.runs(weights), data.normalised(rows))
+        return self.logits(self.runs(weights), self.images(data, rows))
 
     def pulled_back(self, weights: Params, data: Data, rows: Array, seed: Array) -> Params:
         """Return the gradients of seed . logits by all weights, by the framework's own backward pass alone."""
         raise NotImplementedError
+
+    def images(self, data: Data, rows: Array, views: Views | None = None) -> Array:
+        """Return the network's input, as ``Data.normalised`` does; a framework may spread it over devices."""
+        return data.normalised(rows, views)
 
     @property
     def layers(self) -> tuple[Tapped, ...]:
@@ -164,7 +168,7 @@ class Network:
 
     def all_logits(self, weights: Params, heads: list[Array], data: Data, rows: Array) -> Array:
         """Return the logits of all heads [rows, heads, classes], -inf for the classes that a task has not."""
-        features, apart = self._seen(self.backbone(self.runs(weights), data.normalised(rows)))
+        features, apart = self._seen(self.backbone(self.runs(weights), self.images(data, rows)))
         xp: Any = namespace(features=features)
         logits = [xp.matmul(features, xp.matrix_transpose(head)) for head in heads]
         never = xp.zeros_like(logits[0][:, :1]) - math.inf
@@ -178,7 +182,7 @@ class Network:
     def batch_statistics(self, weights: Params, data: Data, rows: Array) -> Params:
         """Return a batch's own mean and variance of every layer that has running ones."""
         moments: Params = {}
-        self.backbone(self.runs(weights, moments=moments), data.normalised(rows))
+        self.backbone(self.runs(weights, moments=moments), self.images(data, rows))
         return moments
 
     def step(

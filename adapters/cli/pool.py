@@ -264,12 +264,15 @@ def engine_of(workers: int | None, scheduler: str | None) -> tuple[Engine, int]:
         scheduler: the address or the file of a Dask cluster's scheduler; None for this machine alone.
 
     Raises:
-        BecameError: if both are given, there would be no worker, Dask is missing, or torchrun has started this process.
+        BecameError: if both are given, there would be no worker, Dask is missing, or this process shares runs.
     """
     if workers is None and scheduler is None:
         return one_after_another, 1
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        raise BecameError("--workers and --scheduler carry out whole runs, and torchrun shares one; use one of them.")
+    for name, what in (("TORCHELASTIC_RUN_ID", "torchrun"), ("JAX_COORDINATOR_ADDRESS", "JAX_COORDINATOR_ADDRESS")):
+        if name in os.environ:
+            raise BecameError(
+                f"--workers and --scheduler carry out whole runs, and {what} shares one; use one of them."
+            )
     if workers is not None and scheduler is not None:
         raise BecameError("--workers are processes of this machine, and --scheduler has workers of its own; give one.")
     if scheduler is not None:

@@ -7,7 +7,7 @@ takes long to compile; products of factors are compiled for each batch size and 
 """
 
 from collections.abc import Callable, Container, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any, ClassVar
 
@@ -15,13 +15,15 @@ import jax
 import numpy as np
 from jax import lax
 from jax import numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from adapters.backend import Data, Factors, FunctionalLearner, Network, State, Step
 from adapters.jax.layers import Pass
+from adapters.jax.mesh import shared, warn_of_size, whole
 from adapters.networks import Backbone, Linear, Record, Tapped
 from became_core import BecameError
-from became_core.arrays import Array, Params, namespace
-from became_core.continual import Constraint, TapMode
+from became_core.arrays import Array, Params, namespace, on_host
+from became_core.continual import Batch, Constraint, TapMode, Trained, Views
 from became_core.curvature import Tap, Taps
 
 __all__ = ["JaxLearner", "JaxNetwork"]
@@ -58,10 +60,21 @@ def _zeros(run: Callable[[], _Recorder]) -> Params:
     return {name: jnp.zeros(output.shape, output.dtype) for name, output in outputs.items()}
 
 
+@dataclass(frozen=True)
 class JaxNetwork(Network):
-    """A network with JAX's derivatives; its masks of dropout are arrays, or a key that they are drawn from."""
+    """A network with JAX's derivatives; its masks of dropout are arrays, or a key that they are drawn from.
+
+    Attributes:
+        mesh: the devices that share each batch along the axis "data"; None for one device.
+    """
+
+    mesh: Mesh | None = None
 
     runs: ClassVar = Pass
+
+    def images(self, data: Data, rows: Array, views: Views | None = None) -> Array:
+        """Return the network's input; each device has some of the samples, or all if their number does not divide."""
+        return shared(super().images(data, rows, views), self.mesh)
 
     def _masks(self, masks: Any, samples: int) -> tuple[Array, ...]:
         """Return the masks of a batch, which are drawn here if a key is given."""
@@ -78,7 +91,7 @@ class JaxNetwork(Network):
     def _gradients(
         self, trained: Params, factored: Params, frozen: Params, data: Data, batch: Step
     ) -> tuple[Array, Params, Factors]:
-        images, targets = data.normalised(batch.rows, batch.views), data.targets[batch.rows]
+        images, targets = self.images(data, batch.rows, batch.views), data.targets[batch.rows]
         masks = self._masks(batch.masks, len(batch.rows))
         linear = [name.removesuffix(".weight") for name in factored]
 
@@ -102,11 +115,11 @@ class JaxNetwork(Network):
             f"{name}.weight": (by_outputs[name].reshape(-1, by_outputs[name].shape[-1]), a.reshape(-1, a.shape[-1]))
             for name, a in inputs.items()
         }
-        return value, gradients, factors
+        return *whole((value, gradients), self.mesh), factors
 
     def _backward(self, weights: Params, data: Data, rows: Array, masks: Any) -> tuple[Array, Any, Params]:
         """Return the logits, the map from gradients by them to those by all layers' outputs, and all layers' inputs."""
-        images = data.normalised(rows)
+        images = self.images(data, rows)
         masks = None if masks is None else self._masks(masks, len(rows))
 
         def logits(perturbations: Params) -> tuple[Array, _Recorder]:
@@ -117,7 +130,8 @@ class JaxNetwork(Network):
             outputs, recorder = logits(perturbations)
             return outputs, recorder.inputs
 
-        return jax.vjp(logits_and_inputs, _zeros(lambda: logits({})[1]), has_aux=True)  # type: ignore[no-any-return]
+        outputs, backward, inputs = jax.vjp(logits_and_inputs, _zeros(lambda: logits({})[1]), has_aux=True)
+        return whole(outputs, self.mesh), backward, inputs
 
     def taps(
         self, weights: Params, data: Data, rows: Array, masks: Any, mode: TapMode, rng: np.random.Generator
@@ -141,14 +155,17 @@ class JaxNetwork(Network):
             }
 
     def _tangents(self, weights: Params, directions: list[Params], data: Data, rows: Array) -> tuple[Array, Array]:
-        images = data.normalised(rows)
+        images = self.images(data, rows)
         logits, along = jax.linearize(lambda weights: self.logits(Pass(weights), images), weights)
-        return logits, jnp.stack([along(direction) for direction in directions])
+        return whole((logits, jnp.stack([along(direction) for direction in directions])), self.mesh)
 
     def _pulled_back(self, weights: Params, data: Data, rows: Array, seed: Array) -> Params:
-        images = data.normalised(rows)
+        images = self.images(data, rows)
         gradients: Params = jax.grad(lambda weights: jnp.sum(self.logits(Pass(weights), images) * seed))(weights)
         return gradients
+
+    def _all_logits(self, weights: Params, heads: list[Array], data: Data, rows: Array) -> Array:
+        return whole(super().all_logits(weights, heads, data, rows), self.mesh)
 
     def _many_steps(
         self, state: State, frozen: Params, data: Data, steps: Step, constraint: Constraint
@@ -165,7 +182,7 @@ class JaxNetwork(Network):
     outputs = jax.jit(Network.outputs, static_argnums=0)
     pulled_back = jax.jit(_pulled_back, static_argnums=0)
     many_steps = jax.jit(_many_steps, static_argnums=0, donate_argnums=1)
-    all_logits = jax.jit(Network.all_logits, static_argnums=0)
+    all_logits = jax.jit(_all_logits, static_argnums=0)
     batch_statistics = jax.jit(Network.batch_statistics, static_argnums=0)
     multiplied = jax.jit(Network.multiplied, static_argnums=0)
     advanced = jax.jit(Network.advanced, static_argnums=0, donate_argnums=1)
@@ -184,20 +201,39 @@ class JaxLearner(FunctionalLearner):
             for them. On an accelerator a program for each step leaves the device waiting for Python; on a CPU XLA's
             convolutions are slower within a loop of its own. So None, as it is at first, means on accelerators, and
             elsewhere if more than a pass is to be compiled.
+        mesh: the devices that share each batch, if the learner was given a mesh or all devices.
     """
 
     framework: ClassVar = "JAX"
     default_device: ClassVar = "auto"
     network: JaxNetwork
     whole_epochs: bool | None = None
+    mesh: Mesh | None = None
 
     def _find_device(self, name: Any) -> jax.Device:
-        if not isinstance(name, str):
+        if isinstance(name, str):
+            platform, _, number = name.partition(":")
+            backend = None if platform == "auto" else platform
+            if number != "all":
+                return jax.local_devices(backend=backend)[self._parts_of(name)[1]]
+            name = Mesh(np.asarray(jax.devices(backend)), ("data",))
+        if not isinstance(name, Mesh):
             return name
-        if name == "auto":
-            return jax.devices()[0]
-        platform, number = self._parts_of(name)
-        return jax.devices(platform)[number]
+        if "data" not in name.axis_names:
+            raise BecameError(f"the mesh has the axes {', '.join(name.axis_names)}; one must be called data.")
+        self.mesh = name
+        return NamedSharding(name, PartitionSpec())
+
+    def spread(self, mesh: Mesh) -> None:
+        """Share each batch among the devices of a mesh from now on; each has the weights and the data whole.
+
+        Args:
+            mesh: with an axis "data". If it is of several processes, each does the same, with equal data and weights.
+        """
+        self.device = self._find_device(mesh)
+        self.network = replace(self.network, mesh=mesh)
+        self._data = Data(*(self._placed(on_host(array)) for array in self._data))
+        self.assign({name: on_host(value) for name, value in self._theta.items()})
 
     def _find_dtype(self, name: Any) -> str:
         if jax.dtypes.canonicalize_dtype(name) != name:
@@ -206,7 +242,8 @@ class JaxLearner(FunctionalLearner):
 
     def _network(self, backbone: Backbone, head: Linear, mixed_precision: bool) -> JaxNetwork:
         namespace(images=self._data.images)  # JAX learns of the core's values
-        return JaxNetwork(backbone, head, "bfloat16" if mixed_precision else None, self.likelihood)
+        products = "bfloat16" if mixed_precision else None
+        return JaxNetwork(backbone, head, products, self.likelihood, self.mesh)
 
     def _placed(self, array: Any, dtype: Any = None) -> Array:
         return jax.device_put(array if dtype is None else jnp.array(array, dtype=dtype), self.device)
@@ -229,11 +266,16 @@ class JaxLearner(FunctionalLearner):
     def _own(self, state: State) -> State:
         return jax.tree.map(jnp.copy, state)  # type: ignore[no-any-return]
 
+    def train(self, batches: Sequence[Batch], *others: Any, **named: Any) -> Trained:
+        """Take one step on each batch."""
+        warn_of_size(len(batches[0].indices), self.mesh)
+        return super().train(batches, *others, **named)
+
     def _steps(
         self, state: State, frozen: Params, constraint: Constraint, steps: Iterator[Step], equal: int
     ) -> tuple[State, list[Array]]:
         masks_from_host = not self._masks_by_framework and len(self.network.backbone.masks) > 0
-        automatic = self._compiles or self.device.platform != "cpu"
+        automatic = self._compiles or any(device.platform != "cpu" for device in self._data.targets.devices())
         whole = automatic if self.whole_epochs is None else self.whole_epochs
         losses: list[Array] = []
         if whole and not masks_from_host and equal > 1:

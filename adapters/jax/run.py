@@ -1,4 +1,7 @@
-"""``python -m adapters.jax.run``: continual learning on JAX from the command line."""
+"""``python -m adapters.jax.run``: continual learning on JAX from the command line.
+
+Several processes share each step's batch, if the environment of each has ``JAX_COORDINATOR_ADDRESS``: ``processes.py``.
+"""
 
 import os
 
@@ -8,6 +11,7 @@ with needs_package("jax"):
     import jax
 
     from adapters.jax.learner import JaxLearner
+    from adapters.jax.processes import is_one_of_several, run_as_one_of_several
 
 __all__ = ["BACKEND", "build_learner"]
 
@@ -38,4 +42,7 @@ build_learner = learner_builder(JaxLearner)
 BACKEND = Backend("jax", build_learner, _repeat_exactly, _prepare, _use_threads)
 
 if __name__ == "__main__":
-    run_command(BACKEND)
+    if not is_one_of_several():
+        run_command(BACKEND)
+    BACKEND.prepare()
+    run_as_one_of_several(BACKEND)

@@ -243,8 +243,9 @@ class Configuration:
         hint=True,
     )
     device: str = _option(
-        "Where to compute: auto, cpu, cuda, cuda:1 and so on. Under torchrun (torchrun --nproc-per-node N -m "
-        "adapters.torch.run), of which every process computes a share of each batch, cuda is each process's own GPU.",
+        "Where to compute: auto, cpu, cuda, cuda:1 and so on; on JAX also cuda:all, auto:all or cpu:all, whose devices "
+        "share each batch. Under torchrun (torchrun --nproc-per-node N -m adapters.torch.run), of which every "
+        "process computes a share of each batch, cuda is each process's own GPU.",
         "where",
         "auto",
         hint=True,

@@ -113,10 +113,15 @@ class CompiledSteps:
         """
         self.forwards: dict[str, Callable[[Tensor], Tensor]] = {}
         self._constraint, self._kind = constraint, type(optimiser)
-        is_gpu = device.type == "cuda"
-        self._stream = torch.cuda.Stream(device) if is_gpu else None  # type: ignore[no-untyped-call]
+        captures = self.captures_on(device)
+        self._stream = torch.cuda.Stream(device) if captures else None  # type: ignore[no-untyped-call]
         self._warmed: dict[tuple[int, int], int] = {}
         self._captured: dict[tuple[int, int], _Captured] = {}
+
+    @staticmethod
+    def captures_on(device: torch.device) -> bool:
+        """Whether steps on a device can be captured."""
+        return device.type == "cuda"
 
     @property
     def captures(self) -> bool:

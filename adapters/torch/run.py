@@ -6,15 +6,16 @@
 import ctypes
 import os
 import sys
+from functools import partial
 
-from adapters.backend import Backend, learner_builder, needs_package, run_command
+from adapters.backend import Backend, learner_builder, needs_package, run_command, run_in_processes
 
 with needs_package("torch"):
     import torch
 
     from adapters.torch.hub import hub_backbone
     from adapters.torch.learner import TorchLearner
-    from adapters.torch.processes import is_one_of_several, run_in_processes
+    from adapters.torch.processes import is_one_of_several, met
 
 __all__ = ["BACKEND", "build_learner", "keep_freed_memory"]
 
@@ -66,4 +67,4 @@ if __name__ == "__main__":
     if not is_one_of_several():
         run_command(BACKEND)
     BACKEND.prepare()
-    sys.exit(run_in_processes(BACKEND))
+    sys.exit(run_in_processes(partial(met, BACKEND), os.environ["RANK"] == "0"))

@@ -17,18 +17,14 @@ import numpy as np
 import torch
 from torch import Tensor, distributed, nn
 
+from adapters.backend import LostProcessError
 from adapters.torch.layers import is_batch_norm, moments
 from adapters.torch.networks import Drawing
-from became_core import BecameError
 from became_core.arrays import Params
 from became_core.continual import Share
 from became_core.continual.data import Indices
 
-__all__ = ["LostProcessError", "ProcessShare", "divided"]
-
-
-class LostProcessError(BecameError):
-    """Another process ended, or did not answer in time."""
+__all__ = ["ProcessShare", "divided"]
 
 
 @dataclass(frozen=True)
@@ -52,10 +48,7 @@ class ProcessShare(Share):
         try:
             distributed.all_reduce(numbers, group=self.group)
         except RuntimeError as error:
-            raise LostProcessError(
-                f"one of the {self.count} processes ended, or did not answer within {self.timeout:.0f} seconds; all "
-                "have stopped, and the same command goes on from what was saved."
-            ) from error
+            raise LostProcessError(self.count, self.timeout) from error
         return numbers
 
     @torch.no_grad()

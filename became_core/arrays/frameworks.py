@@ -94,6 +94,12 @@ def _torch_have_values(torch: Any, arrays: Sequence[Any]) -> bool:
     return True
 
 
+def _jax_device(array: Any) -> Any:
+    # Of an array that is cut among devices it is all of them, each with the whole: another shape may not be so cut.
+    place, sharding = array_api_compat.device(array), sys.modules["jax"].sharding
+    return sharding.NamedSharding(place.mesh, sharding.PartitionSpec()) if hasattr(place, "mesh") else place
+
+
 def _jax_place(array: Any) -> Any:
     # What is not committed to its devices is moved to where the others are. Nothing is known of what is traced.
     if isinstance(array, sys.modules["jax"].core.Tracer) or not array.committed:
@@ -185,6 +191,7 @@ _ROWS = (
         module="jax",
         owns=lambda jax, array: isinstance(array, jax.Array),
         namespace=_jax_namespace,
+        device=_jax_device,
         have_values=lambda jax, arrays: not any(isinstance(array, jax.core.Tracer) for array in arrays),
         loop=lambda jax: _jax_loop if jax.default_backend() == "cpu" and jax.device_count() == 1 else None,
         compiles=lambda jax: jax.jit,

@@ -74,8 +74,8 @@ def _open_builtin(node: Tree) -> _Node | None:
 
 
 def _open_registered_with_optree(node: Tree) -> _Node | None:
-    # Asking first matters: the error for a type that is not registered has the whole node, all its arrays, as text.
-    if optree.register_pytree_node.get(type(node)) is None:
+    # Asked first: the error of an unregistered type would print the node, and so wait for an accelerator's values.
+    if optree.tree_is_leaf(node):
         return None
     children, metadata, entries, unflatten = optree.tree_flatten_one_level(node)
     return _Node(entries, children, lambda children: unflatten(metadata, children))

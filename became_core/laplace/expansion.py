@@ -19,13 +19,14 @@ Convention: the unit of the loss (a mean or a sum over samples) is the caller's,
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import numpy as np
 
 from became_core.arrays import (
     Array,
+    Factors,
     Params,
     Reduce,
     Tree,
@@ -247,7 +248,7 @@ def separable_terms(
     for path, row in rows.items():
         groups.setdefault(group_of(path, per), []).append(row)
     # The curvatures are third and fourth in a row.
-    totals = sums_of_products(_Terms(tuple(trees)), list(groups.values()), nonnegative=[2, 3], reduce=reduce)
+    totals = sums_of_products(_TERMS[tuple(trees)[4:]], list(groups.values()), nonnegative=[2, 3], reduce=reduce)
     old, new, *others = totals.sums
     # What overflows is noticed below, and said in a sentence; NumPy alone would warn of it before.
     with np.errstate(over="ignore", invalid="ignore") if totals.has_values else nullcontext():
@@ -260,25 +261,27 @@ def separable_terms(
     return slope, curvature
 
 
-@dataclass(frozen=True)
-class _Terms:
-    """The factors of delta^2 F_old, delta^2 F_new and, if given, of g delta and (theta_gp - mean) F_old delta.
+def _terms(row: Sequence[Array], *, others: tuple[str, ...]) -> list[tuple[Array, Array]]:
+    """Return the factors of delta^2 F_old, delta^2 F_new and, if given, of g delta and (theta_gp - mean) F_old delta.
 
-    Attributes:
-        roles: what the arrays of a row are.
+    Args:
+        row: theta_gp, theta_hat, fisher_old, fisher_new, and the others.
+        others: what these are.
     """
+    theta_gp, theta_hat, fisher_old, fisher_new, *arrays = row
+    delta = theta_hat - theta_gp
+    square = delta * delta
+    pairs = [(square, fisher_old), (square, fisher_new)]
+    for role, array in zip(others, arrays, strict=True):
+        pairs.append((array if role == "gradient" else (theta_gp - array) * fisher_old, delta))
+    return pairs
 
-    roles: tuple[str, ...]
 
-    def __call__(self, row: Sequence[Array]) -> list[tuple[Array, Array]]:
-        """Return the pairs of factors."""
-        theta_gp, theta_hat, fisher_old, fisher_new, *others = row
-        delta = theta_hat - theta_gp
-        square = delta * delta
-        pairs = [(square, fisher_old), (square, fisher_new)]
-        for role, array in zip(self.roles[4:], others, strict=True):
-            pairs.append((array if role == "gradient" else (theta_gp - array) * fisher_old, delta))
-        return pairs
+# The same function objects every time, which JAX compiles once. They are no values of a class of ours with an equality
+# of its own: PyTorch 2.11 asks for the hash of such a function before it has its attributes.
+_TERMS: dict[tuple[str, ...], Factors] = {
+    others: partial(_terms, others=others) for others in ((), ("gradient",), ("mean",), ("gradient", "mean"))
+}
 
 
 def _check_dtypes(trees: dict[str, Tree], rows: dict[str, tuple[Array, ...]]) -> None:
@@ -302,7 +305,7 @@ def _what_is_wrong(trees: dict[str, Tree], rows: dict[str, tuple[Array, ...]]) -
             (is_finite,) = hold(lambda xp, values: xp.isfinite(values), [array])
             if not is_finite:
                 return f"{name} has entries that are infinite or not a number; every entry must be a finite number."
-        sums = sums_of_products(_Terms(tuple(trees)), [[row]]).sums
+        sums = sums_of_products(_TERMS[tuple(trees)[4:]], [[row]]).sums
         xp = namespace(sums=sums[0])
         if not bool(xp.all(xp.isfinite(xp.stack(sums)))):
             return too_large.format(label("theta_gp", path))

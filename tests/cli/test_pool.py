@@ -172,10 +172,16 @@ def test_options_that_cannot_be_are_refused(
     assert not (tmp_path / "out").exists()
 
 
-def test_torchrun_and_workers_exclude_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+@pytest.mark.parametrize(
+    ("variable", "what"),
+    [("TORCHELASTIC_RUN_ID", "torchrun"), ("JAX_COORDINATOR_ADDRESS", "JAX_COORDINATOR_ADDRESS")],
+)
+def test_processes_that_share_a_run_and_workers_exclude_each_other(
+    variable: str, what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(variable, "none")
     assert engine_of(None, None)[1] == 1
-    with pytest.raises(BecameError, match="torchrun shares one; use one of them"):
+    with pytest.raises(BecameError, match=f"{what} shares one; use one of them"):
         engine_of(2, None)
 
 

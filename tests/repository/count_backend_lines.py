@@ -21,6 +21,7 @@ PARTS: dict[str, dict[str, tuple[str, ...]]] = {
         "own models": ("flax_module",),
         "own loops": ("checking", "data_loss", "graph", "own_loop", "tapping"),
         "command": ("run",),
+        "processes": ("mesh", "processes"),
     },
     "tensorflow": {
         "learner": ("learner",),

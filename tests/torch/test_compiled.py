@@ -26,6 +26,7 @@ from became_core.continual import (
 from became_core.continual.training import epoch_batches
 from became_core.projection import GPM
 from tests.streams import prototype_stream
+from tests.torch.recording import imitate_graphs
 
 # By PyTorch itself, as it first loads its compiler, and as it traces a function of autograd.
 pytestmark = [
@@ -45,36 +46,52 @@ def _forgotten() -> Iterator[None]:
     torch.compiler.reset()
 
 
-def _network(device: str) -> nn.Sequential:
+def _network(is_small: bool) -> nn.Sequential:
     torch.manual_seed(0)
     # Convolutions and batch norm take twenty seconds to compile.
-    first = (
-        [nn.Flatten(), nn.Linear(36, 64)] if device == "cpu" else [nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten()]
-    )
-    return nn.Sequential(*first, nn.ReLU(), nn.Dropout(0.2), nn.Linear(64, 8))
+    first = [nn.Linear(36, 64)] if is_small else [nn.Unflatten(1, (1, 6, 6)), nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4)]
+    return nn.Sequential(nn.Flatten(), *first, nn.Flatten(), nn.ReLU(), nn.Dropout(0.2), nn.Linear(64, 8))
 
 
-@pytest.mark.parametrize("device", ["cpu", GPU])
+@pytest.mark.parametrize("way", ["torch.compile", "imitated graphs", GPU])
 @pytest.mark.parametrize(
-    ("method", "optimiser"), [("became", SGD()), ("ewc", SGD(momentum=0.9)), ("became+nscl", Adam())]
+    ("method", "optimiser"),
+    [("became", SGD()), ("ewc", SGD(momentum=0.9)), ("became+nscl", Adam()), ("gpm", SGD(momentum=0.9))],
 )
-def test_compiled_steps_learn_what_plain_steps_learn(device: str, method: str, optimiser: Optimiser) -> None:
-    training = replace(TRAINING, optimiser=optimiser, augmentation=Augmentation(padding=1))
-    if isinstance(optimiser, Adam):
-        training = replace(training, stage1=Annealed(lr=0.005, epochs=8), stage2=Annealed(lr=0.005, epochs=4))
-    if device == "cpu" and method == "ewc":
-        pytest.skip("a compilation for each method takes long; the GPU has them all")
-    weights = []
-    for compiled in (False, True):
-        learner = TorchLearner(
-            _network(device), STREAM, device=device, dtype="float64", dropout_masks="framework", compiled=compiled
+def test_compiled_steps_learn_what_plain_steps_learn(
+    monkeypatch: pytest.MonkeyPatch, way: str, method: str, optimiser: Optimiser
+) -> None:
+    if way == "torch.compile" and method != "gpm":
+        pytest.skip("a compilation for each method takes long; the graphs have them all")
+    if way == "imitated graphs":
+        imitate_graphs(monkeypatch)
+    rate = 0.005 if isinstance(optimiser, Adam) else 0.05
+    training = replace(
+        TRAINING,
+        optimiser=optimiser,
+        augmentation=Augmentation(padding=1),
+        stage1=Annealed(lr=rate, epochs=8),
+        stage2=Annealed(lr=rate, epochs=4),
+    )
+    device = "cuda" if way == "cuda" else "cpu"
+    plain, compiled = (
+        TorchLearner(
+            _network(way == "torch.compile"),
+            STREAM,
+            device=device,
+            dtype="float64",
+            dropout_masks="framework",
+            compiled=compiles,
         )
-        record = learn(learner, STREAM, build_method(method, {"threshold": 0.8}), training)
-        weights.append((learner.parameters(), record))
-    (plain, record), (other, other_record) = weights
-    for name, value in plain.items():
-        np.testing.assert_allclose(other[name].cpu(), value.cpu(), rtol=1e-7, atol=1e-9, err_msg=name)
-    assert np.allclose(other_record.accuracy[-1], record.accuracy[-1])
+        for compiles in (False, True)
+    )
+    records = [
+        learn(learner, STREAM, build_method(method, {"threshold": 0.8}), training) for learner in (plain, compiled)
+    ]
+    expected, found = (learner.parameters() for learner in (plain, compiled))
+    for name, value in expected.items():
+        np.testing.assert_allclose(found[name].cpu(), value.cpu(), rtol=1e-7, atol=1e-9, err_msg=name)
+    assert np.allclose(records[1].accuracy[-1], records[0].accuracy[-1])
 
 
 def test_the_batches_of_an_epoch_are_placed_as_they_are() -> None:

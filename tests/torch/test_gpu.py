@@ -35,7 +35,7 @@ def _measured(network: str, norm: Norm, device: str) -> dict[str, NDArray[Any]]:
     learner.train([Batch(0, ROWS)] * 2, np.full(2, 0.1), constraint, SGD(), rng)
     found = {**fisher, **{f"gram of {name}": value for name, value in squared.items()}, **learner.parameters()}
     return {name: np.asarray(to_numpy(value)) for name, value in found.items()} | {
-        f"derivative {order}": np.asarray(value) for order, value in enumerate(along)
+        f"derivative {order}": np.asarray(to_numpy(value)) for order, value in enumerate(along)
     }
 
 

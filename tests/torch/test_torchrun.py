@@ -18,11 +18,11 @@ from typing import Any
 import pytest
 import torch
 
+from adapters.backend import timeout_asked_for
 from adapters.cli.main import main
 from adapters.torch.learner import TorchLearner
-from adapters.torch.processes import Processes, timeout_asked_for
+from adapters.torch.processes import TorchProcesses
 from adapters.torch.run import BACKEND
-from adapters.torch.share import ProcessShare
 from became_core import BecameError
 from tests.processes import LIMIT, ended, lines, result, started, until
 from tests.streams import prototype_stream
@@ -118,7 +118,7 @@ def test_a_process_that_dies_ends_all_and_another_number_goes_on(tmp_path: Path,
             continue  # it came as the run had ended
         errors = "".join(said(folder, rank) for rank in range(count) if rank != victim)
         # The others wait for a sum, or for what is to be done next.
-        sentence = r"one of the \d processes ended(, or did not answer within 60 seconds)?; all have stopped"
+        sentence = r"one of the \d processes ended, or did not answer within 60 seconds; all have stopped"
         assert len(re.findall(sentence, errors)) == 1, errors
         assert "Traceback" not in errors
     assert main(BACKEND, words_for(out)) == 0
@@ -167,7 +167,7 @@ def test_a_signal_stops_all_after_the_epoch(tmp_path: Path) -> None:
 )
 def test_what_processes_cannot_share_is_refused(device: str, masks: str, message: str) -> None:
     with pytest.raises(BecameError, match=message):
-        Processes(BACKEND, ProcessShare(0, 2), None).learner("mlp", prototype_stream(), device, 0, dropout_masks=masks)
+        TorchProcesses(BACKEND, 0, 2).learner("mlp", prototype_stream(), device, 0, dropout_masks=masks)
 
 
 def test_a_module_of_ones_own_is_refused() -> None:

@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ import numpy as np
 import torch
 from torch import distributed
 
+from adapters.backend import run_in_processes
 from adapters.networks import (
     Architecture,
     BatchNorm,
@@ -33,7 +35,7 @@ from adapters.networks import (
     Residual,
 )
 from adapters.torch.learner import TorchLearner
-from adapters.torch.processes import run_in_processes
+from adapters.torch.processes import met
 from adapters.torch.run import BACKEND
 from adapters.torch.share import ProcessShare
 from became_core.continual import (
@@ -173,7 +175,7 @@ def command(rank: int, count: int, port: int, words: list[str], log: str, timeou
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "BECAME_TIMEOUT": str(timeout)}
     os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"  # the store outlives each process
     torch.set_num_threads(1)
-    status = run_in_processes(BACKEND, words)
+    status = run_in_processes(partial(met, BACKEND), rank == 0, words)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)

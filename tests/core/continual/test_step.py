@@ -69,7 +69,8 @@ def test_optimisers_agree_with_those_of_pytorch(xp: Any, ours: Optimiser, name: 
     for gradient in gradients:
         weight.grad = torch.tensor(gradient, dtype=torch.float64)
         theirs.step()
-    np.testing.assert_allclose(run(xp, ours, gradients, theta, rate=0.1), weight.detach().numpy(), rtol=1e-9)
+    expected = weight.detach().cpu().numpy()
+    np.testing.assert_allclose(run(xp, ours, gradients, theta, rate=0.1), expected, rtol=1e-9)
 
 
 def test_a_step_does_not_change_the_optimiser(xp: Any) -> None:

@@ -417,7 +417,7 @@ def test_models_on_two_devices_are_refused(backend: str, xp: Any) -> None:
     if backend != "torch":
         pytest.skip("this backend has one device here, or computes with arrays of several")
     here, there = {"w": xp.ones((2,))}, {"w": xp.ones((2,), device="meta")}
-    message = r"^{} 'w' is on cpu but {} 'w' on meta; move both to one device\.$"
+    message = rf"^{{}} 'w' is on {here['w'].device} but {{}} 'w' on meta; move both to one device\.$"
     with pytest.raises(BecameError, match=message.format("theta_gp", "theta_hat")):
         merge(here, there, 0.5)
     with pytest.raises(BecameError, match=message.format("theta_gp", "fisher_new")):
@@ -431,7 +431,7 @@ def test_gradients_flow(backend: str) -> None:
         pytest.skip("this backend has no automatic differentiation")
     import torch
 
-    draw = torch.Generator().manual_seed(0)
+    draw = torch.Generator(torch.get_default_device()).manual_seed(0)
     inputs = [torch.rand(5, generator=draw, dtype=torch.float64, requires_grad=True) for _ in range(6)]
 
     def alpha(gp: Any, hat: Any, old: Any, new: Any, gradient: Any, mean: Any) -> Any:

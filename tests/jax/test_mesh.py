@@ -1,0 +1,45 @@
+"""Learners that share each batch among devices: the numbers of one device, and which meshes can be."""
+
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+
+from adapters.jax.learner import JaxLearner
+from adapters.jax.mesh import warn_of_size
+from adapters.networks import Architecture, Flatten
+from became_core import BecameError
+from tests.processes import WAIT
+from tests.streams import prototype_stream
+
+
+def test_four_devices_learn_what_one_learns() -> None:
+    """To 1e-9 in double precision: losses, alpha, accuracies and weights of every kind of method."""
+    ended = subprocess.run(
+        [sys.executable, "-m", "tests.jax.mesh_devices"],
+        env=os.environ | {"JAX_NUM_CPU_DEVICES": "4", "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        timeout=WAIT,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stderr
+
+
+def test_a_mesh_has_an_axis_for_data() -> None:
+    mesh = Mesh(np.asarray(jax.local_devices()[:1]), ("model",))
+    with pytest.raises(BecameError, match="has the axes model; one must be called data"):
+        JaxLearner(Architecture((Flatten(),), (1, 6, 6)), prototype_stream(), device=mesh)
+
+
+def test_a_size_of_batches_that_devices_cannot_share_is_named() -> None:
+    mesh: Any = SimpleNamespace(shape={"data": 4})
+    warn_of_size(12, mesh)
+    with pytest.warns(UserWarning, match="4 devices cannot share batches of 10 samples"):
+        warn_of_size(10, mesh)
