@@ -56,13 +56,13 @@ class Framework(NamedTuple):
 def framework(name: str, device: str) -> Framework:
     """Return the operations of a framework on the CPU or on a GPU."""
     if name == "numpy":
-        return Framework(np.asarray, lambda f: f, lambda x: x, np.sum, _extra_resident)
+        return Framework(np.asarray, lambda f: f, lambda x: x, np.sum, extra_resident)
     if name.startswith("torch"):
         return _torch(name == "torch-compiled", device)
     if name == "jax":
         import jax
 
-        extra = _extra_resident if device == "cpu" else _unknown
+        extra = extra_resident if device == "cpu" else _unknown
         there = jax.devices("cpu" if device == "cpu" else "cuda")[0]
         return Framework(lambda x: jax.device_put(x, there), jax.jit, jax.block_until_ready, jax.numpy.sum, extra)
     if name == "cupy":
@@ -74,7 +74,7 @@ def framework(name: str, device: str) -> Framework:
     def wait(result: Any) -> Any:
         return tf.nest.map_structure(lambda x: x.numpy() if x.shape.rank == 0 else x[:1].numpy(), result)
 
-    extra = _extra_resident if device == "cpu" else _unknown
+    extra = extra_resident if device == "cpu" else _unknown
     return Framework(tf.constant, lambda f: tf.function(f, jit_compile=True), wait, tf.reduce_sum, extra)
 
 
@@ -83,7 +83,7 @@ def _torch(compiles: bool, device: str) -> Framework:
 
     compiled = (lambda f: torch.compile(f, fullgraph=True)) if compiles else (lambda f: f)
     if device == "cpu":
-        return Framework(torch.from_numpy, compiled, lambda x: x, torch.sum, _extra_resident)
+        return Framework(torch.from_numpy, compiled, lambda x: x, torch.sum, extra_resident)
 
     def extra(run: Callable[[], Any]) -> float:
         torch.cuda.reset_peak_memory_stats()
@@ -195,7 +195,7 @@ def _call(function: Callable[..., Any], arguments: list[Any]) -> Callable[[], An
     return lambda: function(*arguments)
 
 
-def _extra_resident(run: Callable[[], Any]) -> float:
+def extra_resident(run: Callable[[], Any]) -> float:
     """Return the bytes by which the peak of the process's resident memory is above its level before (Linux)."""
     if not Path("/proc/self/clear_refs").exists():
         return float("nan")

@@ -33,9 +33,18 @@ class Plain(NamedTuple):
 
 
 def torch_loop(
-    images: NDArray[np.float32], targets: NDArray[np.int64], classes: int, device: str, *, compiled: bool = False
+    images: NDArray[np.float32],
+    targets: NDArray[np.int64],
+    classes: int,
+    device: str,
+    *,
+    compiled: bool = False,
+    distributed: bool = False,
 ) -> Plain:
-    """Return the loop of a sequential module, eager or compiled, in the memory format in which it is fastest."""
+    """Return the loop of a sequential module, in the memory format in which it is fastest.
+
+    The module is eager, compiled, or wrapped by ``DistributedDataParallel``; each process then gives its own rows.
+    """
     import torch
     from torch import nn
     from torch.nn import functional
@@ -57,7 +66,9 @@ def torch_loop(
     network.to(there)
     network.to(memory_format=torch.channels_last)  # type: ignore[call-overload] # PyTorch's own types lack it
     optimiser = torch.optim.SGD(network.parameters(), lr=RATE)
-    forward = torch.compile(network, mode="reduce-overhead") if compiled else network
+    forward: nn.Module | Any = torch.compile(network, mode="reduce-overhead") if compiled else network
+    if distributed:
+        forward = nn.parallel.DistributedDataParallel(network)
     x = torch.from_numpy(images).to(there).contiguous(memory_format=torch.channels_last)
     y = torch.from_numpy(targets).to(there)
 

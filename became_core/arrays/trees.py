@@ -117,32 +117,36 @@ class _Flat(NamedTuple):
 
 
 def _flatten(tree: Tree) -> _Flat:
-    flat, count, kind_of_leaf = _Flat({}, {}), 0, None
-
-    def collect(node: Tree, path: tuple[str, ...]) -> None:
-        nonlocal count, kind_of_leaf
-        opened = _open(node)
-        if opened is None:
-            count += 1
-            flat.leaves[".".join(path)] = node = _value(node)
-            kind_of_leaf = type(node) if is_array(node) else kind_of_leaf
-            return
-        # Mappings may differ in the order of their keys.
-        flat.containers[path] = Mapping if isinstance(node, Mapping) else type(node)
-        prefix = ".".join((*path, ""))
-        for entry, child in zip(opened.entries, opened.children, strict=True):
-            # Most leaves are of one type, so that a framework is asked only about the first of them. This matters:
-            # trees of 30,000 leaves are merged, and the arithmetic on a small leaf takes only about ten microseconds.
-            if type(child) is kind_of_leaf:
-                count += 1
-                flat.leaves[f"{prefix}{entry}"] = child
-            else:
-                collect(child, (*path, str(entry)))
-
-    collect(tree, ())
+    flat = _Flat({}, {})
+    count, _ = _collect(tree, (), flat, None)
     if len(flat.leaves) < count:
         raise BecameError("two leaves of a tree have the same dotted path, as in {'a.b': x, 'a': {'b': y}}.")
     return flat
+
+
+def _collect(node: Tree, path: tuple[str, ...], flat: _Flat, kind_of_leaf: type | None) -> tuple[int, type | None]:
+    """Add what is at and below a node, and return how many leaves that are, and the type of the last array.
+
+    It is no function within ``_flatten``, which would refer to itself, and so keep the arrays of every tree in memory
+    until Python looks for cycles.
+    """
+    opened = _open(node)
+    if opened is None:
+        flat.leaves[".".join(path)] = node = _value(node)
+        return 1, type(node) if is_array(node) else kind_of_leaf
+    # Mappings may differ in the order of their keys.
+    flat.containers[path] = Mapping if isinstance(node, Mapping) else type(node)
+    prefix, count = ".".join((*path, "")), 0
+    for entry, child in zip(opened.entries, opened.children, strict=True):
+        # Most leaves are of one type, so that a framework is asked only about the first of them. This matters: trees of
+        # 30,000 leaves are merged, and the arithmetic on a small leaf takes only about ten microseconds.
+        if type(child) is kind_of_leaf:
+            count += 1
+            flat.leaves[f"{prefix}{entry}"] = child
+        else:
+            more, kind_of_leaf = _collect(child, (*path, str(entry)), flat, kind_of_leaf)
+            count += more
+    return count, kind_of_leaf
 
 
 def named_leaves(tree: Tree) -> dict[str, Array]:

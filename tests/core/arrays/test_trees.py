@@ -1,5 +1,7 @@
 import dataclasses
+import gc
 import importlib
+import weakref
 from collections import OrderedDict, defaultdict
 from typing import Any, NamedTuple
 
@@ -120,6 +122,19 @@ def test_a_node_registered_with_optree_is_a_node(xp: Any) -> None:
     negated = map_leaves(lambda leaf: -leaf, tree)
     assert numbers(negated) == {"a.inner.weight": -1.0, "a.inner.bias": -2.0, "b.c": -3.0}
     assert (negated["a"].name, negated["b"].default_factory) == ("kept", list)
+
+
+def test_a_tree_that_was_walked_is_freed_at_once() -> None:
+    """And not when Python next looks for cycles: the arrays of an old posterior are as many as the model's."""
+    array = np.zeros(3)
+    watched = weakref.ref(array)
+    gc.disable()
+    try:
+        named_leaves({"a": [array]})
+        del array
+        assert watched() is None
+    finally:
+        gc.enable()
 
 
 def test_none_is_an_empty_node(xp: Any) -> None:
