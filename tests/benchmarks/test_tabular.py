@@ -126,8 +126,9 @@ def test_the_command_compares_methods_by_their_errors(tmp_path: Path, capsys: py
         events = (out / f"{run.method}-seed0" / "events.jsonl").read_text().splitlines()
         ends = [json.loads(line) for line in events if json.loads(line)["event"] == "task"]
         assert [end["loss"] for end in ends] == [run.loss[0, :1].tolist(), run.loss[1].tolist()]
-    (scores,) = comparison(gather([out]))
+    scores, costs = comparison(gather([out]))
     assert [column.heading for column in scores.columns][2:5] == ["RMSE", "−RMSE", "BWT"]
+    assert "epochs" in [column.heading for column in costs.columns]
     page = report([out]).read_text(encoding="utf-8")
     assert "<h3>RMSE</h3>" in page
     assert "Class-incremental" not in page
