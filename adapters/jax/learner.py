@@ -200,7 +200,7 @@ class JaxLearner(FunctionalLearner):
         whole_epochs: whether an epoch's steps on equal batches of one task run as one program, unless NumPy draws masks
             for them. On an accelerator a program for each step leaves the device waiting for Python; on a CPU XLA's
             convolutions are slower within a loop of its own. So None, as it is at first, means on accelerators, and
-            elsewhere if more than a pass is to be compiled.
+            elsewhere if the learner was asked to compile them.
         mesh: the devices that share each batch, if the learner was given a mesh or all devices.
     """
 
@@ -274,11 +274,11 @@ class JaxLearner(FunctionalLearner):
     def _steps(
         self, state: State, frozen: Params, constraint: Constraint, steps: Iterator[Step], equal: int
     ) -> tuple[State, list[Array]]:
-        masks_from_host = not self._masks_by_framework and len(self.network.backbone.masks) > 0
+        masks_from_host = self._draws() and not self._masks_by_framework
         automatic = self._compiles or any(device.platform != "cpu" for device in self._data.targets.devices())
-        whole = automatic if self.whole_epochs is None else self.whole_epochs
+        as_one_program = automatic if self.whole_epochs is None else self.whole_epochs
         losses: list[Array] = []
-        if whole and not masks_from_host and equal > 1:
+        if as_one_program and not masks_from_host and equal > 1:
             together: Step = jax.tree.map(
                 lambda *parts: jnp.stack(parts) if isinstance(parts[0], jax.Array) else np.stack(parts),
                 *islice(steps, equal),

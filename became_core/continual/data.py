@@ -183,6 +183,16 @@ class Dataset:
         """Whether samples are sequences of bytes."""
         return np.ndim(self.images) == 2 and len(self.mean) == 0
 
+    def check_images(self, consequence: str) -> None:
+        """Raise a BecameError if samples are no images that can be cropped and flipped.
+
+        Args:
+            consequence: how the sentence goes on, up to its full stop.
+        """
+        if self.is_text or self.pictures:
+            what = "text is" if self.is_text else "samples that are rows of pixels and noise are"
+            raise BecameError(f"{what} not cropped and flipped{consequence}.")
+
     @property
     def predicts_bytes(self) -> bool:
         """Whether each byte of a text has a label, such as the next byte."""

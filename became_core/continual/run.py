@@ -32,7 +32,7 @@ from became_core.continual.run_context import (
 from became_core.continual.schedule import Schedule, Training
 from became_core.continual.state import Memory, RunState
 from became_core.continual.step import Constraint
-from became_core.continual.tempering import temperature
+from became_core.continual.tempering import BY_FACTOR, temperature
 from became_core.continual.training import Stage, begin_stage, train_stage
 from became_core.errors import BecameError
 from became_core.laplace import LaplacePosterior, LocalLoss, Merged, MergeRule, Precision
@@ -256,6 +256,8 @@ class _Run(RunContext):
 
         The first task has no delta from which its own could be estimated, so its curvature takes that of the second.
         """
+        if self.method.temper not in BY_FACTOR:  # then nothing need be measured
+            return state, 1.0
         assert state.theta_gp is not None
         memory = state.memory
         with self.stopwatch.phase("merge"):

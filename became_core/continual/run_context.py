@@ -134,9 +134,8 @@ def check_method(method: Method, stream: TaskStream, training: Training | None =
     adapts = training is not None and training.adaptation.rank is not None
     if adapts and projector is not None and projector.no_adapters:
         raise BecameError(f"{method.name} is not for low-rank adapters: {projector.no_adapters}; leave out --lora.")
-    if training is not None and training.augmentation and (stream.dataset.is_text or stream.dataset.pictures):
-        what = "text is" if stream.dataset.is_text else "samples that are rows of pixels and noise are"
-        raise BecameError(f"{what} not cropped and flipped; leave --augment out for {stream.dataset.name}.")
+    if training is not None and training.augmentation:
+        stream.dataset.check_images(f"; leave --augment out for {stream.dataset.name}")
     _check_tempering(method, stream)
     if likelihood.has_labels:
         return

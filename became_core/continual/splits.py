@@ -195,9 +195,7 @@ def measured_on(stream: TaskStream, data: CurvatureData, *, seed: int = 0, sampl
                 )
         return replace(stream, tasks=tuple(replace(task, curvature=task.validation) for task in stream.tasks))
     dataset = stream.dataset
-    if dataset.is_text or dataset.pictures:
-        what = "text is" if dataset.is_text else "samples that are rows of pixels and noise are"
-        raise BecameError(f"{what} not cropped and flipped, so curvature cannot be measured on augmented samples.")
+    dataset.check_images(", so curvature cannot be measured on augmented samples")
     rows = [
         random_generator(seed, "curvature", task.index).permutation(task.measured)[:samples] for task in stream.tasks
     ]

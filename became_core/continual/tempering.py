@@ -30,10 +30,13 @@ from became_core.arrays import Array, Params, difference, namespace
 from became_core.continual.measurement import Measurement
 from became_core.curvature import Likelihood
 
-__all__ = ["GREATEST", "LEAST", "Tempering", "calibrated", "clipped_ratio", "sharpness", "temperature"]
+__all__ = ["BY_FACTOR", "GREATEST", "LEAST", "Tempering", "calibrated", "clipped_ratio", "sharpness", "temperature"]
 
 Tempering = Literal["none", "curvature", "rise", "calibrated"]
 """How the curvature of a task is tempered by its held-out samples."""
+
+BY_FACTOR: tuple[Tempering, ...] = ("curvature", "rise")
+"""Those that multiply a task's curvature as it enters the posterior."""
 
 LEAST, GREATEST = 0.25, 4.0
 
@@ -49,7 +52,7 @@ def temperature(tempering: Tempering, measurement: Measurement, theta_gp: Params
         measurement: of the task, whose learner is at theta_hat, and is left there.
         theta_gp: the stable weights.
     """
-    if tempering not in ("curvature", "rise"):
+    if tempering not in BY_FACTOR:
         return 1.0
     delta, parts = difference(measurement.mean, theta_gp), []
     for side in (measurement.held_out(), measurement):
