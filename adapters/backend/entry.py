@@ -73,7 +73,7 @@ class Builder(Protocol[L_co]):
             pretrained: whether a network of the hub has its pretrained weights.
             mixed_precision: whether training steps multiply in bfloat16.
             dropout_masks: what draws them.
-            compiled: whether more than a pass is compiled.
+            compiled: whether training steps are compiled as a whole, where they are not in any case.
 
         Raises:
             BecameError: if there is no such network or device.

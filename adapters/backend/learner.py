@@ -73,7 +73,7 @@ class NetworkLearner(Learner):
                 all that is measured stay in the dtype of the weights.
             dropout_masks: what draws them: "numpy", the same ones for every framework, or the "framework" itself, where
                 the network is; a function of the seeds either way.
-            compiled: whether more than a pass is compiled: PyTorch captures whole steps on a GPU, and compiles the
+            compiled: whether training steps are compiled as a whole. PyTorch captures them on a GPU, and compiles the
                 network on the CPU; JAX makes whole epochs one program. TensorFlow compiles its steps in any case.
             seed: names the draw of the initial weights, which a module has already, but for its heads'.
             check: whether a network of the user's own is looked at once: outputs, per-sample gradients and derivatives

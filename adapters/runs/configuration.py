@@ -163,7 +163,7 @@ class Configuration:
         "numpy",
     )
     compile: bool = _option(
-        "Compile more than a pass: PyTorch captures whole steps on a GPU, and compiles the network on the CPU; JAX "
+        "Compile training steps as a whole: PyTorch captures them on a GPU, and compiles the network on the CPU; JAX "
         "makes whole epochs one program; TensorFlow compiles its steps in any case. Results are equal up to rounding.",
         "training",
         False,
