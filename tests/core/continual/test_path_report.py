@@ -1,15 +1,31 @@
 """The estimators of alpha against brute force on quadratics, and measured on the reference learner."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from became_core.arrays import Params
 from became_core.continual import Along, Annealed, Training, alpha_estimates, build_method, learn
+from became_core.laplace import (
+    Became,
+    Calibrated,
+    Diagonal,
+    DiagonalFisher,
+    Estimator,
+    LaplacePosterior,
+    PaperClosedForm,
+    Quadratic,
+    Secant,
+)
 from reference.learner import ReferenceLearner
 from tests.streams import prototype_stream
 
 SLOPES, CURVATURES = st.floats(-3, 3), st.floats(0.1, 3)
+FLAT_OR_NOT = st.just(0.0) | CURVATURES
 NEW = ("batch", "diagonal", "diagonal, without head", "kronecker", "exact", "exact, with gradient", "secant")
 OLD = ("batch", "diagonal", "kronecker", "exact")
 
@@ -39,6 +55,46 @@ def test_every_estimate_is_the_minimum_of_its_two_sides(new: list[Along], old: l
 def test_alpha_is_0_if_both_sides_are_flat() -> None:
     new, old = {name: Along(0.0, 0.0) for name in NEW}, {name: Along(0.0, 0.0) for name in OLD}
     assert set(alpha_estimates(new, old).values()) == {0.0}
+
+
+class NewLoss:
+    """A task of one weight, known at 1: its slopes at 0 and at 1, and two estimates of its curvature at 1."""
+
+    def __init__(self, start: float, end: float, exact: float, diagonal: float) -> None:
+        self.start, self.end, self.exact, self.fisher = start, end, exact, diagonal
+        self.mean: Params = {"w": np.ones(1)}
+
+    def diagonal(self) -> Diagonal:
+        return Diagonal({"w": np.asarray([self.fisher])})
+
+    def along(self, directions: Sequence[Params]) -> Quadratic:
+        ways = np.concatenate([direction["w"] for direction in directions])
+        return Quadratic(self.end * ways, self.exact * np.outer(ways, ways))
+
+    def slope(self, origin: Params, directions: Sequence[Params]) -> Any:
+        return self.start * np.concatenate([direction["w"] for direction in directions])
+
+
+@given(start=SLOPES, end=SLOPES, exact=FLAT_OR_NOT, fisher=FLAT_OR_NOT, mean=SLOPES, old=CURVATURES)
+def test_estimates_are_those_of_the_estimators(
+    start: float, end: float, exact: float, fisher: float, mean: float, old: float
+) -> None:
+    """Also where the new loss bends down between the models, so that Secant leaves it out, and where it is flat."""
+    posterior = LaplacePosterior({"w": np.asarray([mean])}, Diagonal({"w": np.asarray([old])}))
+    new = {name: Along(-fisher, fisher) for name in NEW}
+    new |= {"exact": Along(-exact, exact), "exact, with gradient": Along(end - exact, exact)}
+    new |= {"secant": Along(start, end - start)}
+    found = alpha_estimates(new, {name: Along(-old * mean, old) for name in OLD})
+    estimators: dict[str, Estimator] = {
+        "secant / diagonal x kappa": Secant(),
+        "exact, with gradient / diagonal x kappa": Calibrated(),
+        "diagonal / diagonal": DiagonalFisher(),
+        "published, diagonal": PaperClosedForm(),
+    }
+    models: tuple[Params, Params] = {"w": np.zeros(1)}, {"w": np.ones(1)}
+    for name, estimator in estimators.items():
+        alpha: Any = Became(estimator).merge(models, (posterior, NewLoss(start, end, exact, fisher))).alpha
+        assert found[name] == pytest.approx(float(alpha), rel=1e-9, abs=1e-12), name
 
 
 def test_the_exact_sides_of_a_traced_run_are_derivatives_of_the_true_loss() -> None:
