@@ -25,8 +25,7 @@ from reference.learner import ReferenceLearner
 from tests.streams import prototype_stream
 
 SLOPES, CURVATURES = st.floats(-3, 3), st.floats(0.1, 3)
-FLAT_OR_NOT = st.just(0.0) | CURVATURES
-NEW = ("batch", "diagonal", "diagonal, without head", "kronecker", "exact", "exact, with gradient", "secant")
+NEW = ("batch", "diagonal", "diagonal, without head", "kronecker", "exact", "exact, with gradient", "secant", "fall")
 OLD = ("batch", "diagonal", "kronecker", "exact")
 
 
@@ -58,10 +57,10 @@ def test_alpha_is_0_if_both_sides_are_flat() -> None:
 
 
 class NewLoss:
-    """A task of one weight, known at 1: its slopes at 0 and at 1, and two estimates of its curvature at 1."""
+    """A task of one weight, known at 1: its slopes at 0 and at 1, its fall, and two estimates of its curvature at 1."""
 
-    def __init__(self, start: float, end: float, exact: float, diagonal: float) -> None:
-        self.start, self.end, self.exact, self.fisher = start, end, exact, diagonal
+    def __init__(self, start: float, end: float, fall: float, exact: float, diagonal: float) -> None:
+        self.start, self.end, self.fall, self.exact, self.fisher = start, end, fall, exact, diagonal
         self.mean: Params = {"w": np.ones(1)}
 
     def diagonal(self) -> Diagonal:
@@ -74,16 +73,20 @@ class NewLoss:
     def slope(self, origin: Params, directions: Sequence[Params]) -> Any:
         return self.start * np.concatenate([direction["w"] for direction in directions])
 
+    def loss(self, theta: Params) -> float:
+        return self.fall * (1 - float(theta["w"][0]))
 
-@given(start=SLOPES, end=SLOPES, exact=FLAT_OR_NOT, fisher=FLAT_OR_NOT, mean=SLOPES, old=CURVATURES)
+
+@given(SLOPES, SLOPES, SLOPES, CURVATURES, st.just(0.0) | CURVATURES, SLOPES, CURVATURES)
 def test_estimates_are_those_of_the_estimators(
-    start: float, end: float, exact: float, fisher: float, mean: float, old: float
+    start: float, end: float, fall: float, exact: float, fisher: float, mean: float, old: float
 ) -> None:
-    """Also where the new loss bends down between the models, so that Secant leaves it out, and where it is flat."""
+    """Also where the new loss bends down between the models, or rises, and where its diagonal is flat."""
     posterior = LaplacePosterior({"w": np.asarray([mean])}, Diagonal({"w": np.asarray([old])}))
+    by_fall = Along(-2 * max(fall, 0.0), 2 * max(fall, 0.0))
     new = {name: Along(-fisher, fisher) for name in NEW}
-    new |= {"exact": Along(-exact, exact), "exact, with gradient": Along(end - exact, exact)}
-    new |= {"secant": Along(start, end - start)}
+    new |= {"exact": Along(-exact, exact), "exact, with gradient": Along(end - exact, exact), "fall": by_fall}
+    new |= {"secant": Along(start, end - start) if end > start else by_fall}
     found = alpha_estimates(new, {name: Along(-old * mean, old) for name in OLD})
     estimators: dict[str, Estimator] = {
         "secant / diagonal x kappa": Secant(),
@@ -93,7 +96,7 @@ def test_estimates_are_those_of_the_estimators(
     }
     models: tuple[Params, Params] = {"w": np.zeros(1)}, {"w": np.ones(1)}
     for name, estimator in estimators.items():
-        alpha: Any = Became(estimator).merge(models, (posterior, NewLoss(start, end, exact, fisher))).alpha
+        alpha: Any = Became(estimator).merge(models, (posterior, NewLoss(start, end, fall, exact, fisher))).alpha
         assert found[name] == pytest.approx(float(alpha), rel=1e-9, abs=1e-12), name
 
 
@@ -104,14 +107,17 @@ def test_the_exact_sides_of_a_traced_run_are_derivatives_of_the_true_loss() -> N
     training = Training(Annealed(0.2, 6), Annealed(0.002, 1), batch_size=16, path_alphas=alphas)
     record = learn(ReferenceLearner(stream), stream, build_method("became"), training)
     assert len(record.paths) == len(stream.tasks) - 1
-    for path in record.paths:
+    for path, alpha in zip(record.paths, record.alpha[1:], strict=True):
         losses = np.array([point.loss for point in path.points])
         slope = (-25 * losses[0] + 48 * losses[1] - 36 * losses[2] + 16 * losses[3] - 3 * losses[4]) / (12 * 0.25)
         new, old = {name: Along(*side) for name, side in path.new.items()}, path.old
         assert set(new) == set(NEW)
         assert set(old) == set(OLD)
+        estimates = alpha_estimates(new, {name: Along(*side) for name, side in old.items()})
+        assert estimates["secant / diagonal x kappa"] == pytest.approx(alpha, rel=1e-9)
         assert new["secant"].slope + old["exact"][0] == pytest.approx(slope, rel=2e-3)
         assert new["exact, with gradient"].slope == pytest.approx(new["secant"].slope, rel=0.05)
         assert new["exact, with gradient"].curvature == new["exact"].curvature > 0
         assert new["diagonal, without head"].curvature < new["diagonal"].curvature
-        assert all(side.curvature >= 0 for name, side in new.items() if name != "secant")
+        assert all(side.curvature >= 0 for side in new.values())
+        assert new["fall"].slope == -new["fall"].curvature
