@@ -16,13 +16,12 @@ from adapters.backend.memory import (
     NewTask,
     NewTaskData,
     check_settings,
-    coverage_of,
     described,
     grown,
     memory_arrays,
     merge_report,
 )
-from adapters.backend.own_loop import Coverage, MergeReport, NetworkCheck, Uncovered
+from adapters.backend.own_loop import Coverage, MergeReport, NetworkCheck, Uncovered, coverage_of
 from became_core import BecameError, LaplacePosterior, Secant, merge
 from became_core.arrays import Array, Params
 from became_core.continual import BayesianDetector, Detector, Reservoir, standardised

@@ -29,7 +29,14 @@ from safetensors.flax import save_file
 
 from adapters.backend import memory as shared
 from adapters.backend.batches import Kind
-from adapters.backend.own_loop import Coverage, MergeReport, NetworkCheck, Uncovered, first_difference
+from adapters.backend.own_loop import (
+    Coverage,
+    MergeReport,
+    NetworkCheck,
+    Uncovered,
+    coverage_of,
+    first_difference,
+)
 from adapters.jax.data_loss import DataLoss, Loss, moments_of
 from adapters.jax.tapping import Apply, trained_of
 from became_core import BecameError, LaplacePosterior, Secant
@@ -211,7 +218,7 @@ def remember(
 def coverage(memory: Memory) -> Coverage:
     """Return a table of what happens to every parameter in training with ``projected``; print it."""
     sizes = {parameter.name: prod(parameter.shape) for parameter in memory.parameters}
-    return shared.coverage_of(sizes, sizes, memory.matrices, memory.projector, memory.uncovered)
+    return coverage_of(sizes, sizes, memory.matrices, memory.projector, memory.uncovered)
 
 
 # Training.
