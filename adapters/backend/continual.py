@@ -1,7 +1,8 @@
 """What ``Continual`` does alike on the frameworks whose models hold their own weights.
 
 An adapter's class adds how steps are kept out of old data's spaces, and how arrays are written and read. What it
-measures is its ``DataLoss``. In JAX, where a model is a function, ``adapters/jax/own_loop.py`` has functions instead.
+measures is its ``DataLoss``. In JAX, where a model is a function, there are functions instead:
+``adapters/jax/memory.py`` and ``own_loop.py``.
 """
 
 from abc import ABC, abstractmethod
