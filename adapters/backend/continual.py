@@ -1,7 +1,8 @@
 """What ``Continual`` does alike on the frameworks whose models hold their own weights.
 
 An adapter's class adds how steps are kept out of old data's spaces, and how arrays are written and read. What it
-measures is its ``DataLoss``. In JAX, where a model is a function, ``adapters/jax/own_loop.py`` has functions instead.
+measures is its ``DataLoss``. In JAX, where a model is a function, there are functions instead:
+``adapters/jax/memory.py`` and ``own_loop.py``.
 """
 
 from abc import ABC, abstractmethod
@@ -16,13 +17,12 @@ from adapters.backend.memory import (
     NewTask,
     NewTaskData,
     check_settings,
-    coverage_of,
     described,
     grown,
     memory_arrays,
     merge_report,
 )
-from adapters.backend.own_loop import Coverage, MergeReport, NetworkCheck, Uncovered
+from adapters.backend.own_loop import Coverage, MergeReport, NetworkCheck, Uncovered, coverage_of
 from became_core import BecameError, LaplacePosterior, Secant, merge
 from became_core.arrays import Array, Params
 from became_core.continual import BayesianDetector, Detector, Reservoir, standardised

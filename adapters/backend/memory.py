@@ -10,7 +10,7 @@ alike, each with its mean. Parameters are arrays by name. A matrix is stored as 
 
 import json
 import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, Protocol
 from safetensors import SafetensorError, safe_open
 
 from adapters.backend.batches import repeatable
-from adapters.backend.own_loop import Coverage, Covered, MergeReport, Uncovered, first_difference
+from adapters.backend.own_loop import MergeReport, first_difference
 from became_core import BecameError, Diagonal, LaplacePosterior, Quadratic, merge
 from became_core.arrays import Array, Params, difference, namespace
 from became_core.curvature import LIKELIHOODS, Exchange, GramSums, Likelihood
@@ -33,7 +33,6 @@ __all__ = [
     "Stored",
     "by_slopes",
     "check_settings",
-    "coverage_of",
     "described",
     "fisher_of_moments",
     "grown",
@@ -183,34 +182,6 @@ class InputGrams(GramSums):
     def logit_gradients(self, count: int) -> Iterator[Params]:
         """Raise a BecameError, as ``gradient_grams`` does."""
         raise BecameError(NOT_GATHERED)
-
-
-def coverage_of(
-    sizes: Mapping[str, int],
-    trained: Collection[str],
-    matrices: Mapping[str, bool],
-    projector: Projector,
-    uncovered: Uncovered,
-) -> Coverage:
-    """Return what happens to every parameter while training is stable.
-
-    Args:
-        sizes: of all parameters, in the order of the model.
-        trained: the names of those that are trained.
-        matrices: the names of those that are used as matrices alone, and whether they are stored as [d_in, d_out].
-        projector: the memory.
-        uncovered: what is done with those that it does not protect.
-    """
-    ranks, rows = projector.rank, []
-    for name, size in sizes.items():
-        use = "matrix, transposed" if matrices.get(name) else "matrix" if name in matrices else "other"
-        if name not in trained:
-            rows.append(Covered(name, use, "not trained", size))
-        elif name in ranks:
-            rows.append(Covered(name, use, "protected", size, *ranks[name]))
-        else:
-            rows.append(Covered(name, use, uncovered, size))
-    return Coverage(rows)
 
 
 # Merging.

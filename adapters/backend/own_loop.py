@@ -4,13 +4,23 @@ Convention: losses and curvatures are means over samples or over tokens, as the 
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from became_core import BecameError, Quadratic
+from became_core.projection import Projector
 
-__all__ = ["Coverage", "Covered", "Finding", "MergeReport", "NetworkCheck", "Uncovered", "first_difference"]
+__all__ = [
+    "Coverage",
+    "Covered",
+    "Finding",
+    "MergeReport",
+    "NetworkCheck",
+    "Uncovered",
+    "coverage_of",
+    "first_difference",
+]
 
 # What is done with a parameter that the projector cannot protect.
 Uncovered = Literal["penalised", "frozen", "free"]
@@ -80,6 +90,34 @@ class Coverage:
         for p in self.parameters:
             rows.append((p.name, p.use, p.treatment, f"{p.size:,}", f"{p.rank} of {p.width}" if p.width else ""))
         return f"{_table(rows)}\n{self.summary}"
+
+
+def coverage_of(
+    sizes: Mapping[str, int],
+    trained: Collection[str],
+    matrices: Mapping[str, bool],
+    projector: Projector,
+    uncovered: Uncovered,
+) -> Coverage:
+    """Return what happens to every parameter while training is stable.
+
+    Args:
+        sizes: of all parameters, in the order of the model.
+        trained: the names of those that are trained.
+        matrices: the names of those that are used as matrices alone, and whether they are stored as [d_in, d_out].
+        projector: the memory.
+        uncovered: what is done with those that it does not protect.
+    """
+    ranks, rows = projector.rank, []
+    for name, size in sizes.items():
+        use = "matrix, transposed" if matrices.get(name) else "matrix" if name in matrices else "other"
+        if name not in trained:
+            rows.append(Covered(name, use, "not trained", size))
+        elif name in ranks:
+            rows.append(Covered(name, use, "protected", size, *ranks[name]))
+        else:
+            rows.append(Covered(name, use, uncovered, size))
+    return Coverage(rows)
 
 
 @dataclass(frozen=True)

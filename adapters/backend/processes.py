@@ -24,6 +24,7 @@ from adapters.backend.entry import Backend
 from adapters.backend.learner import NetworkLearner
 from became_core import BecameError
 from became_core.continual import Learner, RunRecord, learn
+from became_core.errors import first_line
 
 __all__ = ["LostProcessError", "Processes", "run_in_processes", "timeout_asked_for"]
 
@@ -254,7 +255,6 @@ def _follow(processes: Processes) -> int:
             print(f"error: {own}: {error}", file=sys.stderr, flush=True)
         return 2
     except Exception as error:
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        print(f"error: {own} failed: {reason}", file=sys.stderr, flush=True)
+        print(f"error: {own} failed: {first_line(error)}.", file=sys.stderr, flush=True)
         return 1
     return 0

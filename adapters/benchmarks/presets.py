@@ -11,8 +11,8 @@ the methods differs, and the preset ``original`` has its values: on CIFAR-100, G
 1e-5, and SGP has s = 10; on miniImageNet, TRGP has the constant threshold 0.985 and holds out 2 %. GPM's code also
 takes another number of samples for each layer of the AlexNet-like network: 24, 100, 100, 125, 125; we take 125 for all.
 
-Convention: a preset's values have the names of options and of fields of ``Configuration``; what a preset does not give
-has the default of ``Configuration`` or of its setting. Schedules hold for stage 1 and, anew, for stage 2.
+Convention: a preset's values have the names of options; what a preset does not give has the default of ``RunOptions``
+or of its setting. Schedules hold for stage 1 and, anew, for stage 2.
 """
 
 from collections.abc import Mapping

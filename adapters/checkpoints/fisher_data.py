@@ -33,6 +33,7 @@ from adapters.checkpoints.digest import digest_of
 from adapters.checkpoints.fisher_files import FACTORS, write_fisher
 from adapters.checkpoints.folders import Checkpoint, open_checkpoint
 from became_core import BecameError
+from became_core.errors import first_line
 
 __all__ = ["FisherRequest", "Samples", "fisher_from_data", "load_model", "read_samples"]
 
@@ -197,8 +198,7 @@ def load_model(model: Path, loader: str | None) -> tuple[Any, Callable[[str], li
             return network, None
         return network, AutoTokenizer.from_pretrained(model, local_files_only=True).encode
     except (OSError, ValueError, RuntimeError, ImportError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:160].rstrip(".")
-        raise BecameError(f"transformers cannot load {model}: {reason}.") from None
+        raise BecameError(f"transformers cannot load {model}: {first_line(error)}.") from None
 
 
 def called(name: str) -> Callable[..., Any]:
@@ -213,9 +213,8 @@ def called(name: str) -> Callable[..., Any]:
     try:
         return getattr(importlib.import_module(module), function)  # type: ignore[no-any-return]
     except (ImportError, AttributeError, ValueError) as error:
-        reason = str(error).partition("\n")[0].rstrip(".")
         raise BecameError(
-            f"there is no function '{name}' ({reason}); give module:function, as Python imports it."
+            f"there is no function '{name}' ({first_line(error)}); give module:function, as Python imports it."
         ) from None
 
 
@@ -279,8 +278,9 @@ def fisher_from_data(
                         total = sums.setdefault(owner, np.zeros(shapes[owner]))
                         total += part.cpu().double().numpy().reshape(total.shape)
             except (IndexError, RuntimeError) as error:  # a token or a label beyond the last, another dtype or shape
-                reason = str(error).partition("\n")[0].rstrip(".")[:160]
-                raise BecameError(f"{model} cannot take the samples {begin} to {end - 1}: {reason}.") from error
+                raise BecameError(
+                    f"{model} cannot take the samples {begin} to {end - 1}: {first_line(error)}."
+                ) from error
             _check_finite(sums, begin, end)
             tokens += int((targets != likelihood.ignored).sum())
             if (begin // request.chunk + 1) % SAVE_EVERY == 0:

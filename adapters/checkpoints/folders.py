@@ -29,6 +29,7 @@ from adapters.checkpoints.tensors import (
 )
 from adapters.runs.files import read_file
 from became_core import BecameError
+from became_core.errors import first_line
 
 __all__ = ["Checkpoint", "load_torch", "open_checkpoint", "read_json", "tensors_of_torch"]
 
@@ -238,8 +239,7 @@ def load_torch(path: Path) -> Any:
     except OSError as error:
         raise BecameError(f"cannot read {path}: {error.strerror}.") from None
     except Exception as error:  # PyTorch raises whatever a damaged archive leads it to
-        reason = str(error).partition("\n")[0].rstrip(".")[:120] or type(error).__name__
-        raise BecameError(f"{path} is no PyTorch file of weights alone ({reason}).") from None
+        raise BecameError(f"{path} is no PyTorch file of weights alone ({first_line(error)}).") from None
 
 
 def _state_dict(loaded: Any, path: Path) -> dict[str, Any]:
@@ -298,7 +298,7 @@ def _npz(path: Path) -> dict[str, StoredTensor]:
     except BecameError:
         raise
     except Exception as error:  # a damaged archive can fail anywhere in a decompressor, with errors of all kinds
-        raise BecameError(f"{path} is no NumPy archive, or damaged ({str(error)[:80]}).") from None
+        raise BecameError(f"{path} is no NumPy archive, or damaged ({first_line(error)}).") from None
     return tensors
 
 
@@ -346,7 +346,7 @@ class _Member:
                 self._open.seek(self._begin + first)
                 content = self._open.read(last - first)
             except Exception as error:  # as above
-                raise BecameError(f"'{self._name}' of {self._path} is damaged ({str(error)[:80]}).") from None
+                raise BecameError(f"'{self._name}' of {self._path} is damaged ({first_line(error)}).") from None
         if len(content) != last - first:
             raise BecameError(f"'{self._name}' of {self._path} ends too early; the archive is damaged.")
         return np.frombuffer(content, dtype=np.uint8)

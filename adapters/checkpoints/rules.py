@@ -12,7 +12,7 @@ multiplies its model's loss, except in ``linear`` and ``task_arithmetic``, where
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
@@ -23,7 +23,6 @@ from adapters.checkpoints.tensors import widened
 from became_core import BecameError, combine, merge
 from became_core.laplace import (
     Diagonal,
-    FisherMerge,
     Kronecker,
     ModeIMM,
     Quadratic,
@@ -131,6 +130,8 @@ class Rule:
     """Whether it needs the Gram matrices of the inputs of linear layers."""
     measures: ClassVar[bool] = False
     """Whether its coefficients depend on all weights, so that they are read twice."""
+    takes_base: ClassVar[bool] = True
+    """Whether the base model takes part in the merge."""
     by_weight: ClassVar[bool] = False
     """Whether its coefficients differ from weight to weight, so that no factors of a LoRA adapter can be merged."""
 
@@ -155,7 +156,7 @@ class Rule:
         shares = self.shares(slab.name, slab.depth, slab.weights, solution)
         assert shares is not None, "a rule without shares merges by itself"
         rest = 1.0 - math.fsum(shares)
-        if slab.has_base and len(shares) < len(slab.models):
+        if self.takes_base and slab.has_base and len(shares) < len(slab.models):
             return _combined(slab.models, [rest, *shares])
         if abs(rest) < 1e-12:
             return _combined(slab.learned, shares)
@@ -165,6 +166,8 @@ class Rule:
 class LinearMean(Rule):
     """The weighted mean, or without ``normalize`` the weighted sum."""
 
+    takes_base = False
+
     def shares(self, name: str, depth: float, weights: Sequence[float], solution: Solution) -> Sequence[float]:
         """Return w_k, or w_k / sum_k w_k."""
         total = math.fsum(weights)
@@ -173,10 +176,6 @@ class LinearMean(Rule):
         if not abs(total) > 1e-12:
             raise BecameError(f"the weights of '{name}' sum to {total:g}; they cannot be normalised.")
         return [weight / total for weight in weights]
-
-    def merge(self, slab: Slab, solution: Solution) -> Array:
-        """Return sum_k w_k theta_k, without the base."""
-        return super().merge(replace(slab, models=slab.learned, has_base=False), solution)
 
 
 class TaskArithmetic(Rule):
@@ -198,6 +197,7 @@ class Slerp(Rule):
     """The arc between two models, tensor by tensor (Shoemake, 1985); a straight line where they are almost parallel."""
 
     measures = True
+    takes_base = False
 
     def __init__(self, plan: MergePlan) -> None:
         """Ask for two models."""
@@ -230,10 +230,6 @@ class Slerp(Rule):
         angle = math.acos(cosine)
         return math.sin((1.0 - t) * angle) / math.sin(angle), math.sin(t * angle) / math.sin(angle)
 
-    def merge(self, slab: Slab, solution: Solution) -> Array:
-        """Return the point of the arc, without the base."""
-        return super().merge(replace(slab, models=slab.learned, has_base=False), solution)
-
 
 class RegressionMean(Rule):
     """RegMean (Jin et al., 2023): linear layers whose outputs fit all models' outputs best, on each one's own inputs.
@@ -242,6 +238,7 @@ class RegressionMean(Rule):
     """
 
     needs_gram = True
+    takes_base = False
 
     def shares(self, name: str, depth: float, weights: Sequence[float], solution: Solution) -> Sequence[float]:
         """Return w_k / sum_k w_k."""
@@ -255,14 +252,13 @@ class RegressionMean(Rule):
 
         Written from the mean, so that inputs that no model has seen keep the mean's response.
         """
-        slab = replace(slab, models=slab.learned, has_base=False)
         mean = super().merge(slab, solution)
         if not slab.grams:
             return mean
         width = slab.grams[0].shape[0]
         centre = mean.astype(np.float64).reshape(-1, width)
         pull = np.zeros_like(centre)
-        for model, gram, weight in zip(slab.models, slab.grams, slab.weights, strict=True):
+        for model, gram, weight in zip(slab.learned, slab.grams, slab.weights, strict=True):
             pull += (model.reshape(-1, width) - centre) @ (weight * gram)
         merged = (centre + pull @ slab.gram_inverse).reshape(-1)
         return np.asarray(merged, dtype=mean.dtype)
@@ -276,27 +272,21 @@ class FisherMean(Rule):
 
     def merge(self, slab: Slab, solution: Solution) -> Array:
         """Return (sum_k w_k F_k)^-1 sum_k w_k F_k theta_k; where nothing is curved, the weighted mean."""
-        return self._mean(FisherMerge(tuple(slab.weights)), slab)
-
-    def _mean(self, rule: ModeIMM | FisherMerge, slab: Slab) -> Array:
         models = list(slab.learned)
         if any(fisher is None for fisher in slab.fishers):  # equal models, or batch statistics
             fishers = [np.zeros_like(model) for model in models]
         else:
             fishers = [_scaled(fisher, 1.0) for fisher in slab.fishers]
+        # The core's FisherMerge is this mean, with importances for mixing weights.
         losses: Any = [_Known({"": model}, Diagonal({"": f})) for model, f in zip(models, fishers, strict=True)]
-        return np.asarray(rule.merge([{"": model} for model in models], losses).theta[""])
+        return np.asarray(ModeIMM(tuple(slab.weights)).merge([{"": model} for model in models], losses).theta[""])
 
 
 class PosteriorMode(FisherMean):
     """Mode-based incremental moment matching (Lee et al., 2017): the same mean, with mixing weights."""
 
-    def merge(self, slab: Slab, solution: Solution) -> Array:
-        """Return the mode of the product of the models' Laplace posteriors."""
-        return self._mean(ModeIMM(tuple(slab.weights)), slab)
 
-
-class WeightwiseMinimum(PosteriorMode):
+class WeightwiseMinimum(FisherMean):
     """The minimum of the sum of the losses' quadratics, with a coefficient for every weight: their posteriors' mode."""
 
     def __init__(self, plan: MergePlan) -> None:

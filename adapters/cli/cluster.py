@@ -16,6 +16,7 @@ from adapters.cli.display import LOGGER
 from adapters.cli.jobs import Job
 from adapters.cli.worker import LAST, Message, WorkerProcess, order_of
 from became_core import BecameError, __version__
+from became_core.errors import first_line
 
 try:
     from dask import config
@@ -44,8 +45,7 @@ def connected(scheduler: str) -> Client:
     try:
         return Client(**where, timeout=CONNECT, set_as_default=False, name="became")
     except (OSError, ValueError) as error:
-        why = str(error).partition("\n")[0]
-        message = f"no scheduler answers at {scheduler} ({why}); start one with 'dask scheduler'."
+        message = f"no scheduler answers at {scheduler} ({first_line(error)}); start one with 'dask scheduler'."
         raise BecameError(message) from None
 
 

@@ -1,7 +1,7 @@
 """The options of a run: what a command is given, and how tyro is told of it.
 
 ``Request`` is what a command asks for. Options that belong to it have a field here; those of a configuration are
-generated from ``adapters.runs.configuration.options``, whatever is registered, and arrive in ``Request.values``.
+generated from ``adapters.runs.options``, whatever is registered, and arrive in ``Request.values``.
 
 Convention: an option that is left out is None here and takes the preset's value, or the recorded one.
 """
@@ -22,7 +22,7 @@ import tyro
 
 from adapters.backend.entry import BACKENDS, BackendName
 from adapters.benchmarks.catalogue import BENCHMARKS
-from adapters.runs.configuration import GROUPS, Option, options
+from adapters.runs.options import GROUPS, Option, options
 from became_core.continual import METHODS, method_names, projector_names
 from became_core.registry import nearest
 

@@ -7,7 +7,8 @@ import shlex
 from collections.abc import Sequence
 
 from adapters.benchmarks.catalogue import BENCHMARKS
-from adapters.runs.configuration import Configuration, options
+from adapters.runs.configuration import Configuration
+from adapters.runs.options import options
 from adapters.runs.results import RunResult
 from became_core import BecameError
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from became_core import BecameError
 from became_core.arrays import map_leaves
 from became_core.continual import Batch, Constraint, Optimiser, Views
+from became_core.errors import first_line
 
 __all__ = ["CompiledSteps", "TakesStep", "compiled_forward", "placed"]
 
@@ -69,9 +70,7 @@ def compiled_forward(network: nn.Module) -> Callable[[Tensor, int], Tensor]:
         try:
             return compiled(inputs, task)
         except RuntimeError as error:
-            raise BecameError(
-                f"this network cannot be compiled ({_first_line(error)}); leave out --compile."
-            ) from error
+            raise BecameError(f"this network cannot be compiled ({first_line(error)}); leave out --compile.") from error
 
     return forward
 
@@ -178,7 +177,7 @@ class _Captured:
                 self._loss, after = step(own, self._rate, self._optimiser)
                 map_leaves(Tensor.copy_, self._optimiser, after)
         except RuntimeError as error:
-            message = f"a step of this network cannot be captured ({_first_line(error)}); leave out --compile."
+            message = f"a step of this network cannot be captured ({first_line(error)}); leave out --compile."
             raise BecameError(message) from error
 
     def __call__(self, batch: Batch, rate: Any, optimiser: Optimiser) -> tuple[Tensor, Optimiser]:
@@ -189,7 +188,3 @@ class _Captured:
             map_leaves(Tensor.copy_, self._optimiser, optimiser)
         self._graph.replay()
         return self._loss, self._optimiser
-
-
-def _first_line(error: RuntimeError) -> str:
-    return str(error).strip().partition("\n")[0]

@@ -27,6 +27,7 @@ from torch.nn import functional
 from adapters.networks import HubNetwork
 from became_core import BecameError
 from became_core.continual import TaskStream
+from became_core.errors import first_line
 
 __all__ = ["HubBackbone", "hub_backbone"]
 
@@ -116,7 +117,7 @@ def hub_backbone(network: HubNetwork, stream: TaskStream, seed: int) -> HubBackb
             else:
                 model = transformers.AutoModel.from_config(config, dtype=torch.float32)
         except (OSError, ValueError) as error:  # no such folder or name, no network, a configuration of another kind
-            raise BecameError(f"the network '{source}' cannot be read: {_first_line(error)}.") from None
+            raise BecameError(f"the network '{source}' cannot be read: {first_line(error)}.") from None
     expected = "input_ids" if len(shape) == 1 else "pixel_values"
     if model.main_input_name != expected:
         samples = "text" if len(shape) == 1 else "images"
@@ -132,7 +133,7 @@ def hub_backbone(network: HubNetwork, stream: TaskStream, seed: int) -> HubBackb
             with torch.no_grad():
                 backbone(torch.zeros(2, *shape))
     except (AttributeError, IndexError, RuntimeError, ValueError) as error:
-        raise BecameError(f"the network '{source}' cannot take samples {list(shape)}: {_first_line(error)}.") from None
+        raise BecameError(f"the network '{source}' cannot take samples {list(shape)}: {first_line(error)}.") from None
     if backbone.per_position and not backbone.is_causal:
         raise BecameError(
             f"the network '{source}' sees the byte that it is to predict; a benchmark of next bytes needs one whose "
@@ -199,7 +200,3 @@ def _quiet(transformers: Any) -> Iterator[None]:
         transformers.logging.set_verbosity(level)
         if bars:
             transformers.logging.enable_progress_bar()
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0].rstrip(".")[:200]

@@ -23,8 +23,9 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from adapters.torch.graph import Graph, Unknown, Use, Window, graph_of, pulled_back
+from adapters.torch.graph import Graph, Unknown, Use, graph_of
 from adapters.torch.layers import Statistics, constant_statistics
+from adapters.torch.operations import Window, pulled_back
 from adapters.torch.rows import Arrangement, Forward, Key, Layouts, Split, by_sample, studied
 from became_core.curvature import Tap, Taps, joined_uses
 

@@ -136,59 +136,63 @@ def _by_slab(
     first = groups[0][0][0]
     slab = framework.slab if framework.on_cpu(first) else ACCELERATOR_SLAB
     # A method, where there is one, takes less time than array-api-compat's function, which shows in small slabs.
-    total = methodcaller("sum") if hasattr(first, "sum") else xp.sum
-    smallest = next((methodcaller(name) for name in ("amin", "min") if hasattr(first, name)), xp.min)
-    least, parts, ends, above, last_kinds, dtype = [], [], [], None, None, None
+    total, smallest = framework.reductions or [
+        methodcaller(name) if hasattr(first, name) else getattr(xp, name) for name in ("sum", "min")
+    ]
+    least, parts, ends, above, last_kinds, dtype, products = [], [], [], None, None, None, 0
     for rows in groups:
-        for kinds, pieces in _slabs(xp, rows, slab):
+        for kinds, size, pieces in _slabs(xp, rows, slab):
             if kinds != last_kinds:
                 dtype = reduction_dtype(xp, **{f"array {index}": piece for index, piece in enumerate(pieces)})
                 dtype = dtype if any(kind != dtype for kind in kinds) else None
                 last_kinds = kinds
-            size = pieces[0].shape[0]
-            pairs = factors(pieces if dtype is None else [xp.astype(piece, dtype, copy=False) for piece in pieces])
-            dot = framework.dot if size >= DOT_LENGTH else None
-            parts.append([total(left * right) if dot is None else dot(xp, left, right) for left, right in pairs])
-            # The C library returns freed memory to the kernel if nothing lies above it. To get it back for each slab
-            # costs several times what the arithmetic does. So an array that is not used stays above the first
-            # slab's.
-            if dot is None and above is None:
-                above = xp.zeros_like(pairs[0][0])
             if size:
                 least += [smallest(pieces[index]) for index in nonnegative]
-        ends.append(len(parts))
-    sums = []
-    for column in zip(*parts, strict=True):
-        values = _stacked(xp, column)
-        if len(ends) < len(parts):
-            values = xp.stack([tree_sum(values[start:end]) for start, end in zip([0, *ends], ends, strict=False)])
-        sums.append(values)
+            pairs = factors(pieces if dtype is None else [xp.astype(piece, dtype, copy=False) for piece in pieces])
+            dot = framework.dot if size >= DOT_LENGTH else None
+            parts += [total(left * right) if dot is None else dot(xp, left, right) for left, right in pairs]
+            # The C library returns freed memory to the kernel if nothing lies above it. To get it back for each slab
+            # costs several times what the arithmetic does. So an array that is not used stays above room for the next
+            # slabs, which is more than one of them needs, because the sums are put between them.
+            if dot is None and above is None:
+                room = [xp.empty_like(pairs[0][0]) for _ in range(6)]
+                above = xp.empty_like(pairs[0][0])
+                del room
+            products = len(pairs)
+            del pairs  # so that the next slab's take their memory, which is in the cache
+        ends.append(len(parts) // products)
+    values = xp.reshape(_stacked(xp, parts), (-1, products))
+    if len(ends) < values.shape[0]:
+        values = xp.stack([tree_sum(values[start:end, :]) for start, end in zip([0, *ends], ends, strict=False)])
+    sums = [values[:, index] for index in range(products)]
     return SumsOfProducts(sums, xp.min(_stacked(xp, least)) if least else None, has_values=True)
 
 
-def _slabs(xp: Any, rows: Sequence[Row], slab: int) -> Iterator[tuple[tuple[Any, ...], Row]]:
-    """Yield dtypes and flat arrays side by side of at most so many elements: large rows cut, small like ones joined."""
+def _slabs(xp: Any, rows: Sequence[Row], slab: int) -> Iterator[tuple[tuple[Any, ...], int, Row]]:
+    """Yield dtypes, a length of at most ``slab``, and flat arrays of it: large rows cut, small like ones joined."""
     joined: list[Row] = []
     size, joined_kinds = 0, ()
     for row in rows:
-        length = math.prod(row[0].shape)
+        shape = row[0].shape
+        length = math.prod(shape)
         kinds = tuple([array.dtype for array in row])
-        flat = [array if len(array.shape) == 1 else xp.reshape(array, (-1,)) for array in row]
+        flat = row if len(shape) == 1 else [xp.reshape(array, (-1,)) for array in row]
         if length > LARGEST_JOINED:
+            if length <= slab:
+                yield kinds, length, flat
+                continue
             for start in range(0, length, slab):
                 end = min(start + slab, length)  # the standard leaves open what lies beyond
-                yield kinds, flat if length <= slab else [array[start:end] for array in flat]
+                yield kinds, end - start, [array[start:end] for array in flat]
             continue
         if joined and (size + length > JOINED_SLAB or kinds != joined_kinds):
-            yield joined_kinds, [xp.concat(column) for column in zip(*joined, strict=True)]
+            yield joined_kinds, size, [xp.concat(column) for column in zip(*joined, strict=True)]
             joined, size = [], 0
         joined.append(flat)
         size, joined_kinds = size + length, kinds
     if joined:
-        yield (
-            joined_kinds,
-            joined[0] if len(joined) == 1 else [xp.concat(column) for column in zip(*joined, strict=True)],
-        )
+        alone = len(joined) == 1
+        yield joined_kinds, size, joined[0] if alone else [xp.concat(column) for column in zip(*joined, strict=True)]
 
 
 def _by_row(
@@ -277,9 +281,11 @@ def tree_sum(values: Array) -> Array:
 
 
 def _stacked(xp: Any, values: Sequence[Array]) -> Array:
-    """Return 0-d arrays, or NumPy's scalars, as one array [values] of their promoted dtype."""
+    """Return 0-d arrays, arrays [1] or NumPy's scalars as one array [values] of their promoted dtype."""
     # To stack NumPy's scalars takes a microsecond for each, which is what an operation on a small leaf takes.
-    return np.asarray(values) if isinstance(values[0], np.generic) else xp.stack(_promoted(xp, values))
+    if isinstance(values[0], np.generic):
+        return np.asarray(values)
+    return (xp.concat if values[0].ndim else xp.stack)(_promoted(xp, values))
 
 
 def _promoted(xp: Any, arrays: Sequence[Array]) -> Sequence[Array]:

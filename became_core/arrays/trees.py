@@ -204,9 +204,12 @@ def _check_places(names: Sequence[str], rows: Mapping[str, tuple[Array, ...]]) -
     first = next(iter(rows.values()))[0]
     framework, module = framework_for(names[0], first)
     looks = framework.have_values(module, [first])
+    arrays = [array for row in rows.values() for array in row]
+    if framework.are_dense(module, arrays) and looks and len(set(map(framework.place, arrays))) == 1:
+        return  # most often, and quicker than to look at each
     for path, row in rows.items():
         for name, array in zip(names, row, strict=True):
-            if not framework.is_dense(module, array):
+            if not framework.are_dense(module, [array]):
                 raise BecameError(f"{label(name, path)} is a sparse or masked array; give one with all its elements.")
         places = [framework.place(array) for array in row] if looks else []
         known = [index for index, place in enumerate(places) if place is not None]

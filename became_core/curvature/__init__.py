@@ -4,26 +4,14 @@ Taps give diagonal Fisher information, Kronecker factors, per-sample gradients a
 loss along directions come from forward-mode differentiation.
 """
 
-from became_core.curvature.cross_entropy import (
-    Pushforward,
-    TapMode,
-    log_softmax,
-    logit_cotangents,
-)
+from became_core.curvature.base import Likelihood, Pushforward, TapMode
+from became_core.curvature.categorical import Categorical, log_softmax, logit_cotangents
 from became_core.curvature.elbo import ELBO
 from became_core.curvature.exchange import Exchange
 from became_core.curvature.fisher import TAP_MODES, FisherKind, diagonal_fisher, square_sums
 from became_core.curvature.grams import GramSums, gradient_grams, input_grams
 from became_core.curvature.kfac import KroneckerFactors, Sharing, kronecker_factors
-from became_core.curvature.likelihoods import (
-    LIKELIHOODS,
-    Bernoulli,
-    Categorical,
-    Gaussian,
-    Likelihood,
-    derivatives_along,
-    likelihood_named,
-)
+from became_core.curvature.likelihoods import LIKELIHOODS, Bernoulli, Gaussian, derivatives_along, likelihood_named
 from became_core.curvature.taps import (
     Tap,
     Taps,

@@ -11,7 +11,7 @@ prior. Both are convex in the outputs, so that the curvature by the outputs is d
 a pixel, 1 for a mean, e^v / 2 for a log variance. With it a merge has the generalised Gauss-Newton matrix of the bound,
 exactly along directions. The draw's noise is the sample's own, as every other input is.
 
-Convention: as in ``likelihoods``; nats a sample.
+Convention: as in ``base.py``; nats a sample.
 """
 
 from collections.abc import Iterator
@@ -21,8 +21,8 @@ from typing import Any, ClassVar
 import numpy as np
 
 from became_core.arrays import Array, device, namespace
-from became_core.curvature.cross_entropy import TapMode
-from became_core.curvature.likelihoods import Bernoulli, Likelihood
+from became_core.curvature.base import Likelihood, TapMode
+from became_core.curvature.likelihoods import Bernoulli
 from became_core.errors import BecameError
 
 __all__ = ["ELBO"]

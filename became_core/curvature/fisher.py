@@ -19,7 +19,7 @@ from dataclasses import replace
 from typing import Any, Literal
 
 from became_core.arrays import Array, Params, namespace
-from became_core.curvature.cross_entropy import TapMode
+from became_core.curvature.base import TapMode
 from became_core.curvature.exchange import Exchange
 from became_core.curvature.taps import Tap, Taps, batch_gradient, per_sample_square_sum
 from became_core.errors import BecameError

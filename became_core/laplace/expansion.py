@@ -286,12 +286,13 @@ _TERMS: dict[tuple[str, ...], Factors] = {
 
 def _check_dtypes(trees: dict[str, Tree], rows: dict[str, tuple[Array, ...]]) -> None:
     """Raise a BecameError that names the first array which does not hold real floating-point numbers."""
-    checked: list[object] = []
+    checked: set[object] = set()
     for path, row in rows.items():
+        if checked.issuperset([array.dtype for array in row]):
+            continue
         for role, array in zip(trees, row, strict=True):
-            if array.dtype not in checked:
-                reduction_dtype(namespace(array=array), **{label(role, path): array})
-                checked.append(array.dtype)
+            reduction_dtype(namespace(array=array), **{label(role, path): array})
+            checked.add(array.dtype)
 
 
 def _what_is_wrong(trees: dict[str, Tree], rows: dict[str, tuple[Array, ...]]) -> str:

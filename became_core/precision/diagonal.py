@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from became_core.arrays import Array, Params, namespace, pytree
-from became_core.precision.base import Isotropic, Precision
+from became_core.precision.base import Precision
+from became_core.precision.sums import Isotropic
 from became_core.precision.vectors import (
     Rows,
     Shape,

@@ -11,7 +11,8 @@ from typing import Any, ClassVar
 
 from became_core.arrays import Array, Params, check_values, device, namespace, pytree, static
 from became_core.errors import BecameError
-from became_core.precision.base import Isotropic, Precision
+from became_core.precision.base import Precision
+from became_core.precision.sums import Isotropic
 from became_core.precision.vectors import (
     Rows,
     Shape,

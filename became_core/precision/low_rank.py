@@ -13,8 +13,9 @@ from typing import Any
 
 from became_core.arrays import Array, Params, check_values, device, namespace, pytree
 from became_core.errors import BecameError
-from became_core.precision.base import Isotropic, Precision
+from became_core.precision.base import Precision
 from became_core.precision.diagonal import Diagonal
+from became_core.precision.sums import Isotropic
 from became_core.precision.vectors import Rows, Shape, amount_in, check_amount, flat, identity, size, whole, wide
 
 __all__ = ["LowRank"]

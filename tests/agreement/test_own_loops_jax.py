@@ -10,6 +10,7 @@ torch = pytest.importorskip("torch")
 jax = pytest.importorskip("jax")
 optax = pytest.importorskip("optax")
 
+from adapters.jax import memory as memories  # noqa: E402
 from adapters.jax import own_loop  # noqa: E402
 from adapters.torch import Continual  # noqa: E402
 from became_core.arrays import named_leaves  # noqa: E402
@@ -61,18 +62,18 @@ def test_both_remember_step_merge_and_save_the_same(tmp_path: Path) -> None:
     params = _as_tree(module)
     learning = Continual(module, projector=SGP(0.9), penalty=30.0, check=False)
     learning.remember(old_torch)
-    memory = own_loop.remember(_apply, params, old, projector=SGP(0.9), penalty=30.0, check=False)
+    memory = memories.remember(_apply, params, old, projector=SGP(0.9), penalty=30.0, check=False)
     assert learning.posterior is not None
     for name, value in learning.posterior.precision.diagonal().items():
         np.testing.assert_allclose(memory.posterior.precision.diagonal()[name], value, rtol=1e-9, atol=1e-14)
-    assert str(own_loop.coverage(memory)) == str(learning.coverage)
+    assert str(memories.coverage(memory)) == str(learning.coverage)
     # Each goes on with the memory that the other has written.
     files = tmp_path / "jax.safetensors", tmp_path / "torch.safetensors"
-    own_loop.save(memory, files[0])
+    memories.save(memory, files[0])
     learning.save(files[1])
-    learning, memory = Continual.load(module, files[0], check=False), own_loop.load(params, files[1])
+    learning, memory = Continual.load(module, files[0], check=False), memories.load(params, files[1])
     assert (memory.penalty, learning.penalty) == (30.0, 30.0)
-    assert str(own_loop.coverage(memory)) == str(learning.coverage)
+    assert str(memories.coverage(memory)) == str(learning.coverage)
 
     def train_torch(optimizer: Any) -> None:
         for x, y in new_torch * 3:
@@ -138,12 +139,12 @@ def test_both_remember_the_same_of_an_adams_second_moments() -> None:
     with pytest.warns(UserWarning, match="unfit after clipping"):
         learning.remember(optimizer=of_torch, samples=8)
     with pytest.warns(UserWarning, match="unfit after clipping"):
-        memory = own_loop.remember(_apply, params, state=state, samples=8, b2=0.99)
+        memory = memories.remember(_apply, params, state=state, samples=8, b2=0.99)
     assert learning.posterior is not None
     for name, value in learning.posterior.precision.diagonal().items():
         np.testing.assert_allclose(memory.posterior.precision.diagonal()[name], value, rtol=1e-9)
         assert float(value.abs().max()) > 0
-    assert own_loop.coverage(memory).share("penalised") == 1
+    assert memories.coverage(memory).share("penalised") == 1
 
 
 def test_both_take_the_same_steps_of_an_adam() -> None:
@@ -154,7 +155,7 @@ def test_both_take_the_same_steps_of_an_adam() -> None:
     params = _as_tree(module)
     learning = Continual(module, projector=GPM(0.7), check=False)
     learning.remember([tuple(map(torch.from_numpy, batch)) for batch in old])
-    memory = own_loop.remember(_apply, params, old, projector=GPM(0.7), check=False)
+    memory = memories.remember(_apply, params, old, projector=GPM(0.7), check=False)
     of_torch = torch.optim.AdamW(module.parameters(), 0.05, betas=(0.9, 0.99), weight_decay=0.01)
     adam = optax.chain(optax.identity(), optax.adamw(0.05, b2=0.99, weight_decay=0.01))
     of_jax = own_loop.projected(memory, 0.05, adam, b2=0.99)
@@ -184,9 +185,9 @@ def test_rows_of_an_embedding_that_old_data_look_up_stand_still() -> None:
     def loss(params: Any) -> Any:
         return optax.softmax_cross_entropy_with_integer_labels(apply(params, new), np.array([1])).mean()
 
-    memory = own_loop.remember(apply, params, [(old, np.array([0, 2]))], projector=GPM(1.0))
+    memory = memories.remember(apply, params, [(old, np.array([0, 2]))], projector=GPM(1.0))
     assert memory.projector.rank["words"] == (4, 9)
-    assert own_loop.coverage(memory).share("protected") == 1
+    assert memories.coverage(memory).share("protected") == 1
     optimizer = optax.chain(optax.sgd(0.5), own_loop.projected(memory, 0.5))
     updates, _ = optimizer.update(jax.grad(loss)(params), optimizer.init(params), params)
     moved = optax.apply_updates(params, updates)

@@ -16,7 +16,7 @@ from adapters.benchmarks.catalogue import BENCHMARKS
 from adapters.cli.__main__ import main
 from adapters.cli.options import Request, parse_request
 from adapters.networks import NETWORKS
-from adapters.runs.configuration import GROUPS, options
+from adapters.runs.options import GROUPS, options
 from adapters.tracking import TRACKERS
 from became_core.continual import METHODS, Method, MethodRecipe, method_names, projector_names
 from became_core.projection import PROJECTORS

@@ -15,6 +15,7 @@ from jax import numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from adapters.jax import memory as memories
 from adapters.jax import own_loop
 from became_core import merge, optimal_alpha, path_quadratic
 from became_core.laplace import Became, LaplacePosterior
@@ -163,8 +164,8 @@ def check_own_loop(mesh: Mesh) -> None:
     def apply(params: Any, inputs: Any) -> Any:
         return jnp.tanh(inputs @ params["first"]) @ params["last"].T
 
-    def learned(params: Any, old: Any, new: Any) -> tuple[Any, own_loop.Memory]:
-        memory = own_loop.remember(apply, params, old, check=False, progress=False)
+    def learned(params: Any, old: Any, new: Any) -> tuple[Any, memories.Memory]:
+        memory = memories.remember(apply, params, old, check=False, progress=False)
         constrained = own_loop.projected(memory, 0.1)
 
         @jax.jit  # type: ignore[untyped-decorator] # JAX is taken as untyped
@@ -180,7 +181,7 @@ def check_own_loop(mesh: Mesh) -> None:
         theta_gp, _, state = step(params, constrained.init(params), new[0])
         _, theta_hat, _ = step(theta_gp, state, new[1])
         report = own_loop.merge(apply, memory, theta_gp, theta_hat, new, trace=2, progress=False)
-        return report, own_loop.remember(apply, report.params, new, memory=memory, check=False, progress=False)
+        return report, memories.remember(apply, report.params, new, memory=memory, check=False, progress=False)
 
     expected, memory = learned(jax.tree.map(jnp.asarray, whole), old, new)
     spread_old, spread_new = jax.device_put((old, new), NamedSharding(mesh, P("data")))

@@ -20,9 +20,11 @@ import pytest
 from jax import lax
 from jax import numpy as jnp
 
+from adapters.jax import memory as memories
 from adapters.jax import own_loop
 from adapters.jax.data_loss import DataLoss
-from adapters.jax.own_loop import coverage, load, merge, penalty, projected, remember, save
+from adapters.jax.memory import Memory, coverage, load, remember, save
+from adapters.jax.own_loop import merge, penalty, projected
 from became_core import BecameError
 from became_core.arrays import named_leaves
 from became_core.curvature import Bernoulli, Categorical, Gaussian
@@ -59,7 +61,7 @@ def _weights(seed: int = 3) -> Any:
 
 
 @cache
-def _memory() -> own_loop.Memory:
+def _memory() -> Memory:
     """What a perceptron remembers of the first data."""
     return remember(_perceptron, _weights(), _data(1), check=False)
 
@@ -562,4 +564,5 @@ def test_what_cannot_be_done_is_said_in_a_sentence() -> None:
 
 
 def test_the_examples_of_the_docstrings_run() -> None:
-    assert doctest.testmod(own_loop) == (0, 20)
+    assert doctest.testmod(memories) == (0, 4)
+    assert doctest.testmod(own_loop) == (0, 19)

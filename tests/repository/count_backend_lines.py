@@ -19,7 +19,7 @@ PARTS: dict[str, dict[str, tuple[str, ...]]] = {
         "learner": ("learner",),
         "layers": ("layers",),
         "own models": ("flax_module",),
-        "own loops": ("checking", "data_loss", "graph", "own_loop", "tapping"),
+        "own loops": ("checking", "data_loss", "graph", "memory", "own_loop", "tapping"),
         "command": ("run",),
         "processes": ("mesh", "processes"),
     },
@@ -36,7 +36,7 @@ PARTS: dict[str, dict[str, tuple[str, ...]]] = {
     "torch": {
         "learner": ("learner", "linear", "compiled"),
         "layers": ("layers", "networks"),
-        "own models": ("graph", "rows", "tapping", "derivatives", "hub"),
+        "own models": ("graph", "operations", "rows", "tapping", "derivatives", "hub"),
         "own loops": ("batches", "checking", "continual", "data_loss", "steps"),
         "command": ("run",),
         "processes": ("processes", "share", "shared_model"),

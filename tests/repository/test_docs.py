@@ -42,8 +42,7 @@ def code(page: Path) -> list[str]:
 def fields_of_commands() -> set[str]:
     """The options of all commands: of configurations, and fields of the classes that ``adapters/cli`` reads."""
     pytest.importorskip("safetensors", reason="the command's own packages are not installed")
-    configuration = importlib.import_module("adapters.runs.configuration")
-    found = set(configuration.options())
+    found = set(importlib.import_module("adapters.runs.options").options())
     for file in (ROOT / "adapters" / "cli").glob("*.py"):
         for node in ast.walk(ast.parse(text(file))):
             if isinstance(node, ast.ClassDef):

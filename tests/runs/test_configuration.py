@@ -14,12 +14,8 @@ from adapters.benchmarks.catalogue import BENCHMARKS
 from adapters.benchmarks.mnist import load_mnist
 from adapters.cli.jobs import requested_jobs
 from adapters.cli.options import parse, request_of, request_type
-from adapters.runs.configuration import (
-    GROUPS,
-    Configuration,
-    full_method_name,
-    options,
-)
+from adapters.runs.configuration import Configuration, full_method_name
+from adapters.runs.options import GROUPS, options
 from adapters.runs.repeating import command_words
 from adapters.torch.run import BACKEND
 from became_core import BecameError

@@ -9,8 +9,8 @@ import torch
 from numpy.typing import NDArray
 
 from adapters.networks import Norm, build_network
-from adapters.torch.graph import OPERATIONS
 from adapters.torch.learner import TorchLearner
+from adapters.torch.operations import OPERATIONS
 from became_core.continual import SGD, Batch, Constraint
 from became_core.curvature import derivatives_along, diagonal_fisher, input_grams
 from tests.backends import to_numpy

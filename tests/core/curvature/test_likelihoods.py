@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from became_core import BecameError
 from became_core.curvature import Bernoulli, Categorical, Gaussian, Likelihood, derivatives_along, likelihood_named
-from became_core.curvature.cross_entropy import Pushforward
+from became_core.curvature.base import Pushforward
 from reference.formulas import negative_log_likelihood, output_curvature
 from tests.backends import to_numpy, to_xp
 from tests.strategies import eighths
