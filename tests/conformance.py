@@ -202,7 +202,9 @@ def listened(learner: Any, stream: TaskStream) -> tuple[Said, Callable[[EpochEnd
     def observe(event: EpochEnd | TaskEnd) -> None:
         if isinstance(event, TaskEnd):
             seen = stream.tasks[: event.task + 1]
-            said.append([[of[t.index] for rows, of in heard if rows == t.test.tobytes() and t.index in of] for t in seen])
+            said.append(
+                [[of[t.index] for rows, of in heard if rows == t.test.tobytes() and t.index in of] for t in seen]
+            )
         heard.clear()
 
     learner.logits = logits

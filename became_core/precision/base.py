@@ -258,7 +258,7 @@ class Precision(ABC):
             for name in shapes:
                 if name in vector:
                     shape = tuple(vector[name].shape)
-                    if not self._fits(name, shape):
+                    if shape != shapes[name] and not self._fits(name, shape):
                         raise BecameError(
                             f"{label} '{name}' has shape {shape} but the precision is for {shapes[name]}; "
                             "make them equal."
@@ -495,14 +495,16 @@ class Sum(Precision):
 
 
 def _part(term: Precision, vector: Params) -> Params:
-    return {name: value for name, value in vector.items() if name in term.covered()}
+    covered = term.covered()
+    return {name: value for name, value in vector.items() if name in covered}
 
 
 def _sum_of(left: Precision, right: Precision) -> Precision:
     """Return the sum of two precisions, with as few terms as is exact."""
+    others = right.covered()
     for name, shape in left.covered().items():
-        other = right.covered().get(name, shape)
-        if not (left._fits(name, other) or right._fits(name, shape)):
+        other = others.get(name, shape)
+        if shape != other and not (left._fits(name, other) or right._fits(name, shape)):
             raise BecameError(f"two precisions of '{name}' are for shapes {shape} and {other}; make them equal.")
     terms = left._terms()
     for term in right._terms():
