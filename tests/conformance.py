@@ -250,6 +250,8 @@ def check_logits_and_targets(make: Make) -> None:
     np.testing.assert_array_equal(to_numpy(learner.logits(rows, 8)), logits)
     np.testing.assert_allclose(to_numpy(learner.logits(rows, len(rows))), logits, atol=1e-12)
     np.testing.assert_allclose(to_numpy(learner.logits(rows[::-1].copy(), 8))[::-1], logits, atol=1e-12)
+    for heads in (slice(1), slice(1, 2)):
+        np.testing.assert_array_equal(to_numpy(learner.logits(rows, 8, heads)), logits[:, heads])
 
 
 def check_a_head_is_its_tasks_own(make: Make) -> None:

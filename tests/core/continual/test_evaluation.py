@@ -79,6 +79,21 @@ def test_mean_loss_is_that_of_the_tasks_head() -> None:
     assert np.isfinite(mean_loss(learner, 0, rows, batch_size=len(rows)))
 
 
+def test_only_heads_that_count_are_asked_for() -> None:
+    """A run over many tasks would otherwise compute, for every sample it scores, the heads of tasks to come."""
+    asked: list[slice] = []
+
+    class Asked(ReferenceLearner):
+        def logits(self, indices: Indices, batch_size: int, heads: slice = slice(None)) -> NDArray[np.float64]:
+            asked.append(heads)
+            return super().logits(indices, batch_size, heads)
+
+    learner = Asked(STREAM)
+    accuracies(learner, STREAM.tasks[:2], batch_size=7)
+    mean_loss(learner, 1, STREAM.tasks[1].train, batch_size=7)
+    assert asked == [slice(2), slice(2), slice(1, 2)]
+
+
 def test_a_task_without_test_samples_is_an_error() -> None:
     empty = replace(STREAM.tasks[1], test=STREAM.tasks[1].test[:0])
     with pytest.raises(BecameError, match=r"^task 2 has no test samples to score it on\.$"):
