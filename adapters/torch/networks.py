@@ -267,7 +267,8 @@ class MultiHead(nn.Module):
             logits: Tensor = self.head(task)(features)
             return torch.cat([logits, *apart], dim=-1) if apart else logits
         # Many heads are called for every batch that is scored: their products alone, and not the modules.
-        by_head = [nn.functional.linear(features, head.weight) for head in list(self.heads)[task]]
+        heads: list[Any] = list(self.heads)[task]
+        by_head = [nn.functional.linear(features, head.weight) for head in heads]
         missing = [self._widest - logits.shape[-1] for logits in by_head]
         if any(missing):
             pad = nn.functional.pad
