@@ -1,10 +1,12 @@
 """The report of a merging path: the true losses along it, and the alpha of every estimator.
 
 Along theta_gp + alpha delta, the loss of each side is described by a slope at alpha = 0 and a curvature. The new task's
-loss is measured at theta_hat, with or without its gradient there, and by the secant of its slopes at both ends. The old
-tasks' loss is the posterior's, with diagonal or Kronecker curvature. For reference, it is also measured exactly, from
-the old tasks' data, which a continual learner no longer has. The approximate curvature of the old tasks can be
-calibrated: it is then multiplied by kappa, the ratio of the new task's exact curvature to its approximate curvature.
+loss is measured at theta_hat, with or without its gradient there; by the secant of its slopes at both ends; and by its
+fall from theta_gp to theta_hat, with its minimum there. As in the rule ``Secant``, the fall takes the place of the
+secant where the loss bends down. The old tasks' loss is the posterior's, with diagonal or Kronecker curvature. For
+reference, it is also measured exactly, from the old tasks' data, which a continual learner no longer has. The
+approximate curvature of the old tasks can be calibrated: it is then multiplied by kappa, the ratio of the new task's
+exact curvature to its approximate curvature.
 
 The true losses are also traced along the curve of ``bezier_path``, which bends towards the mode of both sides'
 diagonals, so that what it promises over the segment can be held against what it gives.
@@ -56,10 +58,13 @@ def new_sides(measurement: Measurement, theta_gp: Params) -> dict[str, Along]:
     exact = measurement.along([delta])
     gradient, curvature = float(exact.slope[0]), float(exact.curvature[0, 0])
     slope = float(measurement.slope(theta_gp, [delta])[0])
+    fall = max(measurement.loss(theta_gp) - measurement.loss(), 0.0)
+    by_fall = Along(-2 * fall, 2 * fall)
     sides = {
         "exact": Along(-curvature, curvature),
         "exact, with gradient": Along(gradient - curvature, curvature),
-        "secant": Along(slope, gradient - slope),
+        "fall": by_fall,
+        "secant": Along(slope, gradient - slope) if gradient > slope else by_fall,
     }
     empirical = replace(measurement, kind="empirical")
     approximations: dict[str, Precision] = {
@@ -120,7 +125,7 @@ def alpha_estimates(new: Mapping[str, Along], old: Mapping[str, Along]) -> dict[
         old: the old tasks' loss along delta, as ``old_sides`` returns it.
     """
     alphas = {f"published, {name}": _alpha(new[name], _flat(old[other])) for name, other in _PUBLISHED.items()}
-    for left in ("diagonal", "kronecker", "exact", "exact, with gradient", "secant"):
+    for left in (name for name in _WITH_OLD_SIDES if name in new):  # older records have no fall
         for right in ("diagonal", "kronecker", "exact"):
             side = old[right]
             kappas = {"": 1.0}
@@ -132,6 +137,8 @@ def alpha_estimates(new: Mapping[str, Along], old: Mapping[str, Along]) -> dict[
                 alphas[f"{left} / {right}{suffix}, at its minimum"] = _alpha(new[left], _flat(scaled))
     return alphas
 
+
+_WITH_OLD_SIDES = ("diagonal", "kronecker", "exact", "exact, with gradient", "secant", "fall")
 
 # For the paper's form: the way in which the new side is measured, and that of the old side.
 _PUBLISHED = {"batch": "batch", "diagonal": "diagonal", "diagonal, without head": "diagonal"}

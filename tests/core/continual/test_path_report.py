@@ -10,7 +10,7 @@ from reference.learner import ReferenceLearner
 from tests.streams import prototype_stream
 
 SLOPES, CURVATURES = st.floats(-3, 3), st.floats(0.1, 3)
-NEW = ("batch", "diagonal", "diagonal, without head", "kronecker", "exact", "exact, with gradient", "secant")
+NEW = ("batch", "diagonal", "diagonal, without head", "kronecker", "exact", "exact, with gradient", "secant", "fall")
 OLD = ("batch", "diagonal", "kronecker", "exact")
 
 
@@ -58,4 +58,5 @@ def test_the_exact_sides_of_a_traced_run_are_derivatives_of_the_true_loss() -> N
         assert new["exact, with gradient"].slope == pytest.approx(new["secant"].slope, rel=0.05)
         assert new["exact, with gradient"].curvature == new["exact"].curvature > 0
         assert new["diagonal, without head"].curvature < new["diagonal"].curvature
-        assert all(side.curvature >= 0 for name, side in new.items() if name != "secant")
+        assert all(side.curvature >= 0 for side in new.values())
+        assert new["fall"].slope == -new["fall"].curvature
