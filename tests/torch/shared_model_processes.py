@@ -188,6 +188,7 @@ def check_sharded(learning: Continual, folder: str) -> None:
     never = mock.Mock(side_effect=AssertionError("a tensor was gathered"))
     with mock.patch.object(SharedModel, "gathered", never), mock.patch.object(DTensor, "full_tensor", never):
         learning.save(folder, sharded=True)
+    assert learning.posterior is not None
     arrays, rank = memory_arrays(learning.posterior, learning.projector), distributed.get_rank()
     (own,) = Path(folder).glob(f"shards-*/shard-{rank + 1:05}-*.safetensors")
     parts = load_file(own)
