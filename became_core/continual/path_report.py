@@ -118,7 +118,9 @@ def alpha_estimates(new: Mapping[str, Along], old: Mapping[str, Along]) -> dict[
     The name of the paper's form begins with ``published``: it has two diagonals, and the old tasks' minimum at
     theta_gp. The name of any other estimator is ``NEW / OLD``, of the ways in which the two sides are measured. It ends
     with `` x kappa`` if the old side is calibrated, and with ``, at its minimum`` if the old tasks' slope at theta_gp
-    is left out.
+    is left out. So ``Secant`` is "secant / diagonal x kappa", ``Calibrated`` is "exact, with gradient / diagonal x
+    kappa", ``DiagonalFisher`` is "diagonal / diagonal" and ``PaperClosedForm`` is "published, diagonal", or "published,
+    batch" with the method's kind of Fisher information.
 
     Args:
         new: the new task's loss along delta, as ``new_sides`` returns it.
@@ -129,8 +131,9 @@ def alpha_estimates(new: Mapping[str, Along], old: Mapping[str, Along]) -> dict[
         for right in ("diagonal", "kronecker", "exact"):
             side = old[right]
             kappas = {"": 1.0}
-            if right != "exact" and new[right].curvature > 0:
-                kappas[" x kappa"] = new["exact"].curvature / new[right].curvature
+            if right != "exact":
+                known = new[right].curvature > 0
+                kappas[" x kappa"] = new["exact"].curvature / new[right].curvature if known else 1.0
             for suffix, kappa in kappas.items():
                 scaled = Along(kappa * side.slope, kappa * side.curvature)
                 alphas[f"{left} / {right}{suffix}"] = _alpha(new[left], scaled)
