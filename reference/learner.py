@@ -126,13 +126,13 @@ class ReferenceLearner(Learner):
         self.assign(theta)
         return Trained(total / samples, optimiser, region)
 
-    def logits(self, indices: Indices, batch_size: int) -> Array:
-        """Return all heads' logits, [samples, tasks, classes]."""
+    def logits(self, indices: Indices, batch_size: int, heads: slice = slice(None)) -> Array:
+        """Return the logits of all heads, or of some, [samples, heads, classes]."""
         widths = [len(self._parameters[f"{head}.weight"]) for head in self._heads]
         logits = np.full((len(indices), len(widths), max(widths)), -np.inf)
         for task, width in enumerate(widths):
             logits[:, task, :width] = self._forward(task, indices).logits
-        return logits
+        return logits[:, heads]
 
     def targets(self, indices: Indices) -> Indices:
         """Return the labels within the task, [samples]."""

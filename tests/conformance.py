@@ -190,18 +190,21 @@ def listened(learner: Any, stream: TaskStream) -> tuple[Said, Callable[[EpochEnd
     order; the last one with the task's own mask, if that is the last task.
     """
     said: Said = []
-    heard: list[tuple[bytes, NDArray[Any]]] = []
+    heard: list[tuple[bytes, dict[int, NDArray[Any]]]] = []
     speak = learner.logits
 
-    def logits(indices: NDArray[np.int64], batch_size: int) -> Any:
-        found = speak(indices, batch_size)
-        heard.append((indices.tobytes(), np.array(to_numpy(found))))
+    def logits(indices: NDArray[np.int64], batch_size: int, heads: slice = slice(None)) -> Any:
+        found = speak(indices, batch_size, heads)
+        asked_for = range(len(stream.tasks))[heads]
+        heard.append((indices.tobytes(), dict(zip(asked_for, np.moveaxis(to_numpy(found), 1, 0).copy(), strict=True))))
         return found
 
     def observe(event: EpochEnd | TaskEnd) -> None:
         if isinstance(event, TaskEnd):
             seen = stream.tasks[: event.task + 1]
-            said.append([[all_[:, t.index] for rows, all_ in heard if rows == t.test.tobytes()] for t in seen])
+            said.append(
+                [[of[t.index] for rows, of in heard if rows == t.test.tobytes() and t.index in of] for t in seen]
+            )
         heard.clear()
 
     learner.logits = logits
@@ -247,6 +250,8 @@ def check_logits_and_targets(make: Make) -> None:
     np.testing.assert_array_equal(to_numpy(learner.logits(rows, 8)), logits)
     np.testing.assert_allclose(to_numpy(learner.logits(rows, len(rows))), logits, atol=1e-12)
     np.testing.assert_allclose(to_numpy(learner.logits(rows[::-1].copy(), 8))[::-1], logits, atol=1e-12)
+    for heads in (slice(1), slice(1, 2)):
+        np.testing.assert_array_equal(to_numpy(learner.logits(rows, 8, heads)), logits[:, heads])
 
 
 def check_a_head_is_its_tasks_own(make: Make) -> None:

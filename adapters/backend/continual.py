@@ -175,6 +175,11 @@ class ContinualModel(ABC):
         Raises:
             BecameError: before anything is remembered, or if the projector has no registered name.
         """
+        arrays, metadata = self._stored()
+        self._write(arrays, file, metadata)
+
+    def _stored(self) -> tuple[dict[str, Array], dict[str, str]]:
+        """Return the arrays and the metadata of a file."""
         self._check_remembered("a file")
         assert self.posterior is not None
         metadata = described(
@@ -187,7 +192,7 @@ class ContinualModel(ABC):
             decay=self.decay,
             fisher=self.fisher,
         )
-        self._write(memory_arrays(self.posterior, self.projector), file, metadata)
+        return memory_arrays(self.posterior, self.projector), metadata
 
     # What a framework adds.
 

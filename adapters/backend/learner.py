@@ -141,8 +141,8 @@ class NetworkLearner(Learner):
         """Return what gives the dropout masks of a batch, by its number and its samples; called in order."""
 
     @abstractmethod
-    def _logits(self, rows: Indices) -> Array:
-        """Return the logits of all heads [rows, tasks, classes]."""
+    def _logits(self, rows: Indices, heads: slice) -> Array:
+        """Return the logits of some heads [rows, heads, classes]."""
 
     @abstractmethod
     def _logits_of_text(self, text: NDArray[np.uint8]) -> Array:
@@ -180,10 +180,10 @@ class NetworkLearner(Learner):
 
     # What all share.
 
-    def logits(self, indices: Indices, batch_size: int) -> Array:
-        """Return all heads' logits, [samples, tasks, classes]."""
+    def logits(self, indices: Indices, batch_size: int, heads: slice = slice(None)) -> Array:
+        """Return the logits of all heads, or of some, [samples, heads, classes]."""
         batches = chunks(indices, batch_size)
-        parts = list(self._measured(self._logits(rows) for rows in self.share.own(batches)))
+        parts = list(self._measured(self._logits(rows, heads) for rows in self.share.own(batches)))
         logits = namespace(logits=parts[0]).concat(parts, axis=0)
         if not self.share.divides(len(batches)):
             return logits

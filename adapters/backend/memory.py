@@ -32,6 +32,7 @@ __all__ = [
     "NewTaskData",
     "Stored",
     "by_slopes",
+    "check_architecture",
     "check_settings",
     "described",
     "fisher_of_moments",
@@ -374,6 +375,13 @@ class Stored(NamedTuple):
     settings: dict[str, Any]
 
 
+def check_architecture(file: str | Path, description: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]) -> None:
+    """Raise a BecameError, with the first difference, if a file says that it is the memory of another architecture."""
+    differs = first_difference(shapes, description["parameters"])
+    if differs:
+        raise BecameError(f"{file} is the memory of another architecture: {differs}.")
+
+
 def restored(
     file: str | Path,
     description: Mapping[str, Any],
@@ -393,9 +401,7 @@ def restored(
     Raises:
         BecameError: if it is the memory of another architecture, or of a loss that is not given.
     """
-    differs = first_difference(shapes, description["parameters"])
-    if differs:
-        raise BecameError(f"{file} is the memory of another architecture: {differs}.")
+    check_architecture(file, description, shapes)
     own = {key: description[key] for key in ("uncovered", "penalty", "decay", "fisher")}
     if description["likelihood"] is not None:
         name, values = description["likelihood"]

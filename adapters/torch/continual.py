@@ -26,6 +26,7 @@ from adapters.backend.own_loop import MergeReport, Uncovered
 from adapters.torch.batches import Apply, Targets
 from adapters.torch.data_loss import Batches, DataLoss, Loss
 from adapters.torch.layers import estimate_statistics
+from adapters.torch.sharded_memory import read_shards, write_shards
 from adapters.torch.shared_model import SharedModel, own_part
 from adapters.torch.steps import StepGuard, groups_of, moments_of, unwrapped
 from became_core import BecameError
@@ -208,6 +209,23 @@ class Continual(ContinualModel):
 
     # On disk.
 
+    def save(self, file: str | Path, *, sharded: bool = False) -> None:
+        """Write the memory, without the model, as safetensors with metadata in JSON; all frameworks' are alike.
+
+        Args:
+            file: the file, or the folder if it is sharded; what was saved there before is replaced at the end.
+            sharded: whether each process writes its own part into a folder, by ``torch.distributed.checkpoint``. Then
+                nothing is gathered, and any number of processes can load it, with PyTorch alone.
+
+        Raises:
+            BecameError: before anything is remembered, or if the projector has no registered name, or processes cannot
+                write what they share.
+        """
+        if sharded:
+            write_shards(Path(file), *self._stored(), self._data.shared)
+        else:
+            super().save(file)
+
     def _write(self, arrays: dict[str, Array], file: str | Path, metadata: dict[str, str]) -> None:
         tensors, shared, failure = {}, self._data.shared, None
         for name, value in arrays.items():
@@ -232,20 +250,23 @@ class Continual(ContinualModel):
 
         Args:
             model: its weights are left as they are.
-            file: the memory.
+            file: the memory; a folder if it was saved sharded.
             settings: arguments of the constructor that a file does not hold (``apply``, ``targets``, a loss), or that
                 are to be others.
 
         Raises:
             BecameError: if the file is no memory, or is one of another architecture.
         """
-        description, arrays = read_memory(file, "pt")
         shared = SharedModel(model)
         parameters: dict[str, Any] = dict(shared.model.named_parameters())
-        for key, value in arrays.items():
-            part, _, name = key.partition(".")
-            owner: Any = parameters.get(name.partition(".")[2] if part == "projector" else name, value)
-            arrays[key] = value.to(owner.device) if part == "projector" else shared.placed(value, owner)
+        if Path(file).is_dir():
+            description, arrays = read_shards(Path(file), parameters, shared)
+        else:
+            description, arrays = read_memory(file, "pt")
+            for key, value in arrays.items():
+                part, _, name = key.partition(".")
+                owner: Any = parameters.get(name.partition(".")[2] if part == "projector" else name, value)
+                arrays[key] = value.to(owner.device) if part == "projector" else shared.placed(value, owner)
         shapes = {name: tuple(value.shape) for name, value in parameters.items()}
         stored = restored(file, description, arrays, shapes, settings)
         learning = cls(model, **stored.settings)

@@ -28,9 +28,9 @@ from adapters.torch.compiled import CompiledSteps, TakesStep, compiled_forward, 
 from adapters.torch.derivatives import Derivatives
 from adapters.torch.layers import batch_statistics, is_batch_norm, is_frozen_norm, modes_kept, running_norms
 from adapters.torch.linear import ByInputs, constrained_inputs, plain_linear_layers
-from adapters.torch.networks import Described, Drawing, MultiHead, draw_masks_from
+from adapters.torch.networks import Described, Drawing, MultiHead, OneHead, draw_masks_from
 from adapters.torch.share import divided
-from adapters.torch.tapping import Layouts, collect_inputs, collect_taps, matrices_of
+from adapters.torch.tapping import Layouts, Names, collect_inputs, collect_taps, matrices_of, owners_of
 from became_core import BecameError
 from became_core.arrays import Params, map_leaves
 from became_core.continual import Batch, Constraint, Optimiser, TapMode, TaskStream, Trained, Views
@@ -102,10 +102,11 @@ class TorchLearner(NetworkLearner):
             f"{name}.{kind}" for name in self._norms.values() for kind in ("running_mean", "running_var")
         )
         counts = {f"{name}.num_batches_tracked" for name in self._norms.values()}
-        buffers = {self._canonical(name) for name, _ in self.network.named_buffers()}
+        buffers = {name for name, _ in module.named_buffers()}
         self._stored = frozenset(buffers - counts)
         self.constants = self._frozen | (self._stored - self.running_statistics)
         self._layouts: dict[int, Layouts] = defaultdict(Layouts)
+        self._by_task: dict[int, tuple[OneHead, Names]] = {}
         self.derivatives = Derivatives()
         self._compiled: CompiledSteps | None = None
         self._forward: Callable[[Tensor, int], Tensor] = self.network
@@ -152,6 +153,13 @@ class TorchLearner(NetworkLearner):
             compared=compared,
         )
 
+    def _with_head(self, task: int) -> tuple[OneHead, Names]:
+        """Return the network with a task's head alone, and the canonical names of its modules."""
+        if task not in self._by_task:
+            network = OneHead(self.network, task)
+            self._by_task[task] = network, {module: self._layers.get(module, "") for module in network.modules()}
+        return self._by_task[task]
+
     def _canonical(self, name: str) -> str:
         """Return the canonical name of a parameter, buffer or module of the network with heads."""
         if name.startswith("heads.0") and self.naming.shared:
@@ -182,8 +190,9 @@ class TorchLearner(NetworkLearner):
     @contextmanager
     def _working(self, training: bool) -> Iterator[None]:
         """Put the network into training or evaluation mode for the time of this context, except for what is frozen."""
-        with modes_kept(self.network):
-            self.network.train(training)
+        backbone = self.network.backbone  # heads have no modes, and there may be many
+        with modes_kept(backbone):
+            backbone.train(training)
             for layer in self._in_evaluation:
                 layer.eval()
             norms: list[Any] = list(self._norms) if training else []
@@ -205,8 +214,7 @@ class TorchLearner(NetworkLearner):
 
     def _buffers(self) -> dict[str, Tensor]:
         """Return what the network stores besides its parameters; a forward pass may put other tensors there."""
-        named = {self._canonical(name): value for name, value in self.network.named_buffers()}
-        return {name: value for name, value in named.items() if name in self._stored}
+        return {name: value for name, value in self.network.backbone.named_buffers() if name in self._stored}
 
     @torch.no_grad()
     def _put_buffers(self, values: Params) -> None:
@@ -324,7 +332,7 @@ class TorchLearner(NetworkLearner):
         views = None if batch.views is None else Views(batch.views.offsets[own], batch.views.flips[own])
         images, targets = self._batch(batch.indices[own], views)
         with (
-            divided(self.network, self.share, samples),
+            divided(self.network.backbone, self.share, samples),
             torch.autocast(self.device.type, torch.bfloat16, enabled=self._mixed_precision),
         ):
             logits = self._forward(images, batch.task)
@@ -350,7 +358,7 @@ class TorchLearner(NetworkLearner):
 
     def _find_plain_layers(self, batch: Batch) -> dict[nn.Module, str]:
         """Return the linear layers that compute nothing but their product; what the network stores stays as it is."""
-        draw_masks_from(self.network, None)
+        draw_masks_from(self.network.backbone, None)
         few = self._batch(batch.indices[:3])[0], batch.task
         before = {name: value.clone() for name, value in self._buffers().items()}
         plain = plain_linear_layers(self.network, self._layers, few)
@@ -368,8 +376,8 @@ class TorchLearner(NetworkLearner):
         return self._targets[torch.as_tensor(indices, device=self.device)]
 
     @torch.no_grad()
-    def _logits(self, rows: Indices) -> Tensor:
-        logits: Tensor = self.network(self._batch(rows)[0])
+    def _logits(self, rows: Indices, heads: slice) -> Tensor:
+        logits: Tensor = self.network(self._batch(rows)[0], heads)
         return logits
 
     @torch.no_grad()
@@ -380,27 +388,28 @@ class TorchLearner(NetworkLearner):
     def _taps(self, task: int, rows: Indices, mode: TapMode, rng: np.random.Generator, masks: Any) -> Iterator[Taps]:
         images, targets = self._batch(rows)
         per_sample = mode != "published"
+        network, names = self._with_head(task)
         if mode == "inputs":
-            return collect_inputs(self.network, self._layers, (images, task), sorted(self.projectable))
+            return collect_inputs(network, names, (images,), sorted(self.projectable))
         return collect_taps(
-            self.network,
-            self._layers,
-            (images, task),
+            network,
+            names,
+            (images,),
             lambda logits: self.likelihood.cotangents(logits, targets, mode, rng),
             layouts=self._layouts[task],
             per_sample=per_sample,
         )
 
     def _tangents(self, task: int, rows: Indices, directions: Sequence[Params]) -> tuple[Tensor, Tensor]:
-        named = dict(self.network.named_parameters())
-        primals = {name: value for name, value in named.items() if self._canonical(name) not in self._frozen}
-        images, _ = self._batch(rows)
+        network, names = self._with_head(task)
+        owners, images = owners_of(names), self._batch(rows)[0]
+        primals = {name: value for name, value in network.named_parameters() if owners[value] not in self._frozen}
 
         def logits(theta: Mapping[str, Tensor]) -> Tensor:
-            result: Tensor = torch.func.functional_call(self.network, dict(theta), (images, task))
+            result: Tensor = torch.func.functional_call(network, dict(theta), (images,))
             return result
 
-        along = [{name: direction[self._canonical(name)] for name in primals} for direction in directions]
+        along = [{name: direction[owners[value]] for name, value in primals.items()} for direction in directions]
         return self.derivatives.along(logits, primals, along)
 
     @torch.no_grad()
@@ -425,7 +434,7 @@ class TorchLearner(NetworkLearner):
     def _masks(self, rng: np.random.Generator) -> Callable[[int, int], Any]:
         """Let every random draw of the network, our own dropout and the framework's layers, depend on the generator."""
         torch.manual_seed(int(rng.integers(2**63)))
-        draw_masks_from(self.network, None if self._masks_by_framework else rng)
+        draw_masks_from(self.network.backbone, None if self._masks_by_framework else rng)
         return lambda number, samples: None  # the modules draw them
 
 

@@ -5,6 +5,7 @@ Convention: images are [N, C, H, W]; a backbone returns [N, features]; heads hav
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -38,7 +39,7 @@ from adapters.networks import (
     initial_values,
 )
 
-__all__ = ["Described", "Drawing", "Dropout", "MultiHead", "draw_masks_from"]
+__all__ = ["Described", "Drawing", "Dropout", "MultiHead", "OneHead", "draw_masks_from"]
 
 
 class Drawing(nn.Module):
@@ -249,18 +250,45 @@ class MultiHead(nn.Module):
                 weight: Any = head.weight
                 weight.copy_(torch.from_numpy(initial_value(seed, name, (width, features), features)))
 
-    def forward(self, images: Tensor, task: int | None = None) -> Tensor:
-        """Return one task's logits [N, classes], or, if no task is given, all heads' [N, heads, classes].
+    def head(self, task: int) -> nn.Module:
+        """Return the head of a task."""
+        return self.heads[0 if self._shared else task]
 
-        A head of fewer classes than others has -inf for those that it has not.
+    def forward(self, images: Tensor, task: int | slice = slice(None)) -> Tensor:
+        """Return one task's logits [N, classes], or those of several heads [N, heads, classes], of all by default.
+
+        Among several, a head of fewer classes than others has -inf for those that it has not.
         """
-        features, widest = self.backbone(images), self._widest
+        features = self.backbone(images)
         apart: list[Tensor] = []
         if self._beside:
             features, *apart = features.split([self._features, self._beside], dim=-1)
-        if task is not None:
-            logits: Tensor = self.heads[0 if self._shared else task](features)
+        if not isinstance(task, slice):
+            logits: Tensor = self.head(task)(features)
             return torch.cat([logits, *apart], dim=-1) if apart else logits
-        of_all = [head(features) for head in self.heads]
-        of_all = [nn.functional.pad(it, (0, widest - it.shape[-1]), value=-math.inf) for it in of_all]
-        return torch.stack([torch.cat([it, *apart], dim=-1) if apart else it for it in of_all], dim=1)
+        # Many heads are called for every batch that is scored: their products alone, and not the modules.
+        heads: list[Any] = list(self.heads)[task]
+        by_head = [nn.functional.linear(features, head.weight) for head in heads]
+        missing = [self._widest - logits.shape[-1] for logits in by_head]
+        if any(missing):
+            pad = nn.functional.pad
+            by_head = [pad(it, (0, classes), value=-math.inf) for it, classes in zip(by_head, missing, strict=True)]
+        of_heads = torch.stack(by_head, dim=1)
+        if not apart:
+            return of_heads
+        return torch.cat([of_heads, apart[0].unsqueeze(1).expand(-1, of_heads.shape[1], *apart[0].shape[1:])], dim=-1)
+
+
+class OneHead(nn.Module):
+    """A network with the head of one task, so that whoever walks through its modules meets no other head."""
+
+    def __init__(self, network: MultiHead, task: int) -> None:
+        """Share the backbone and the task's head with a network."""
+        super().__init__()
+        self.backbone, self.head = network.backbone, network.head(task)
+        self._logits = partial(network, task=task)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the task's logits [N, classes]."""
+        logits: Tensor = self._logits(images)
+        return logits

@@ -81,7 +81,7 @@ def divided(network: nn.Module, share: Share, samples: int) -> Iterator[None]:
     """Let forward passes see a process's own samples of a batch, for the time of this context.
 
     Args:
-        network: a described network with heads, in training mode.
+        network: a described network, in training mode.
         share: of this process; of one that works alone nothing is changed.
         samples: how many the batch has in all processes.
     """

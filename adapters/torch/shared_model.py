@@ -48,6 +48,7 @@ class SharedModel:
         model: the module whose parameters have the user's own names.
         count: how many processes there are.
         rank: the number of this process, from 0.
+        group: the processes; None for all, and if there is one.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -57,7 +58,7 @@ class SharedModel:
             BecameError: if it is wrapped in a way that cannot be measured.
         """
         self.model, self.count, self.rank = model, 1, 0
-        self._group: Any = None
+        self.group: Any = None
         self._sharded: list[Any] = []  # the modules that fully_shard was called on
         self._syncs_buffers = self._is_whole = False
         # Without a process group nothing is wrapped, and these modules need not be imported.
@@ -75,7 +76,7 @@ class SharedModel:
                     "itself, and compile what it wraps."
                 )
         if isinstance(model, nn.parallel.DistributedDataParallel):
-            self.model, self._group = model.module, model.process_group
+            self.model, self.group = model.module, model.process_group
             self._syncs_buffers = bool(model.broadcast_buffers)
         self._sharded = [module for module in self.model.modules() if isinstance(module, FSDPModule)]
         if self._sharded and self.model is not model:
@@ -86,9 +87,9 @@ class SharedModel:
         if not self._sharded and self.model is model:
             return
         if self._sharded and meshes and meshes[0].ndim == 1:
-            self._group = meshes[0].get_group()
-        self.count = distributed.get_world_size(self._group)
-        self.rank = distributed.get_rank(self._group)
+            self.group = meshes[0].get_group()
+        self.count = distributed.get_world_size(self.group)
+        self.rank = distributed.get_rank(self.group)
 
     def _check_placements(self) -> list[Any]:
         """Return the mesh of the distributed parameters, if there are any.
@@ -131,7 +132,7 @@ class SharedModel:
         """
         if self._syncs_buffers:  # as DDP does before each of its own forward passes
             for buffer in self.model.buffers():
-                distributed.broadcast(buffer, group_src=0, group=self._group)
+                distributed.broadcast(buffer, group_src=0, group=self.group)
         if not self._sharded:
             yield
             return
@@ -181,13 +182,13 @@ class SharedModel:
         if self.count == 1:
             return numbers
         result = numbers.to(next(self.model.parameters()).device).contiguous().clone()
-        distributed.all_reduce(result, group=self._group)
+        distributed.all_reduce(result, group=self.group)
         return result.to(numbers.device)
 
     @property
     def exchange(self) -> Exchange:
         """How the processes bring together what their layers read."""
-        share = _Sums(self.rank, self.count, group=self._group)
+        share = _Sums(self.rank, self.count, group=self.group)
         return Exchange(share.total, share.joined)
 
     def total_like(self, sums: Params, parameters: Mapping[str, Any]) -> Params:
@@ -210,5 +211,5 @@ class SharedModel:
         if self.count == 1:
             return [value]
         values: list[Any] = [None] * self.count
-        distributed.all_gather_object(values, value, group=self._group)
+        distributed.all_gather_object(values, value, group=self.group)
         return values

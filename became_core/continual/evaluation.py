@@ -63,17 +63,17 @@ def accuracies(
     if learner.shares_head:
         return _by_one_head(learner, tasks, batch_size)
     parts = [task.test for task in tasks]
-    logits = mixed = _logits_by_head(learner, parts, len(tasks), batch_size, views or {})
+    logits = mixed = _logits_of_heads(learner, parts, len(tasks), batch_size, views or {})
     if learner.mixes_samples and learner.likelihood.has_labels and len(tasks) > 1:
         rows = np.concatenate(parts)
         order = random_generator(0, "mixed-evaluation", len(tasks)).permutation(len(rows))
-        (shuffled,) = _logits_by_head(learner, [rows[order]], len(tasks), batch_size, views or {})
+        (shuffled,) = _logits_of_heads(learner, [rows[order]], len(tasks), batch_size, views or {})
         places = np.split(np.argsort(order), np.cumsum([len(part) for part in parts])[:-1])
-        mixed = [[_rows_of(by_class, place) for by_class in shuffled] for place in places]
+        mixed = [_rows_of(shuffled, place) for place in places]
     result = Evaluation([], [], [])
-    for task, by_head, by_head_mixed in zip(tasks, logits, mixed, strict=True):
+    for task, of_heads, of_heads_mixed in zip(tasks, logits, mixed, strict=True):
         targets = learner.targets(task.test)
-        own = by_head[task.index]
+        own = of_heads[:, task.index, ...]
         mean, width = float(learner.likelihood.mean_loss(own, targets)), int(own.shape[1])
         result.loss.append(learner.target_scale * learner.likelihood.natural(mean, width))
         if not learner.likelihood.has_labels:
@@ -83,7 +83,7 @@ def accuracies(
         xp = namespace(logits=own, targets=targets)
         among_own = xp.argmax(own, axis=-1)
         result.accuracy.append(_percent(among_own == targets))
-        among_all = xp.argmax(xp.concat(by_head_mixed, axis=1), axis=-1)
+        among_all = xp.argmax(xp.reshape(of_heads_mixed, (len(task.test), -1)), axis=-1)
         result.class_incremental_accuracy.append(_percent(among_all == targets + task.index * width))
     return result
 
@@ -125,22 +125,22 @@ def _of_all_processes(learner: Learner, parts: int, like: Array, sums: list[floa
     return [float(value) for value in total]
 
 
-def _logits_by_head(
+def _logits_of_heads(
     learner: Learner, parts: Sequence[Indices], heads: int, batch_size: int, views: Mapping[int, View]
-) -> list[list[Array]]:
-    """Return, for each part of the rows and each of the first heads, the logits [samples, classes].
+) -> list[Array]:
+    """Return the logits [samples, heads, classes] of each part of the rows, of so many heads.
 
     They are by the weights of the head's task. Batches do not cross from one part to the next.
     """
-    logits: list[list[Array]] = []
-    for rows in parts:
-        of_all_heads = learner.logits(rows, batch_size)
-        logits.append([of_all_heads[:, head, :] for head in range(heads)])
+    logits = [learner.logits(rows, batch_size, slice(heads)) for rows in parts]
+    if not views:
+        return logits
+    by_head = [[of_part[:, head : head + 1, :] for head in range(heads)] for of_part in logits]
     for head, view in views.items():
         with seen_through(learner, view):
-            for by_head, rows in zip(logits, parts, strict=True):
-                by_head[head] = learner.logits(rows, batch_size)[:, head, :]
-    return logits
+            for of_part, rows in zip(by_head, parts, strict=True):
+                of_part[head] = learner.logits(rows, batch_size, slice(head, head + 1))
+    return [namespace(first=of_part[0]).concat(of_part, axis=1) for of_part in by_head]
 
 
 def _rows_of(logits: Array, places: Indices) -> Array:
@@ -156,7 +156,7 @@ def _percent(correct: Array) -> float:
 def mean_loss(learner: Learner, task: int, indices: Indices, batch_size: int) -> float:
     """Return the mean loss of a task's head on these samples, in evaluation, in nats."""
     if not learner.shares_head:
-        logits = learner.logits(indices, batch_size)[:, task, :]
+        logits = learner.logits(indices, batch_size, slice(task, task + 1))[:, 0, :]
         return float(learner.likelihood.mean_loss(logits, learner.targets(indices)))
     total = units = 0.0
     for outputs, targets in _own_batches_of_one_head(learner, indices, batch_size):

@@ -145,13 +145,18 @@ class Learner(ABC):
         """
 
     @abstractmethod
-    def logits(self, indices: Indices, batch_size: int) -> Array:
-        """Return the logits of all heads, [samples, heads, classes], computed batch by batch and without dropout.
+    def logits(self, indices: Indices, batch_size: int, heads: slice = slice(None)) -> Array:
+        """Return the logits of all heads, or of some, [samples, heads, classes], batch by batch and without dropout.
 
         There is a head for each task, or one if they share it. Of text they are [samples, heads, length, classes].
 
         ``became_core.continual.data.chunks`` says which samples come together. A task with fewer classes than others
         has -inf for those that it has not.
+
+        Args:
+            indices: the rows of the data set.
+            batch_size: how many rows a batch has.
+            heads: which heads; all by default. Only of these need logits be computed.
         """
 
     def written(self, task: Task, rng: np.random.Generator) -> str:

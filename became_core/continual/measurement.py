@@ -294,7 +294,7 @@ class Measurement:
         """Return the outputs of the task's head in evaluation, [samples, ...], whatever the sharpness is."""
         with seen_through(self.learner, self.region):
             head = 0 if self.learner.shares_head else self.task.index
-            return self.learner.logits(rows, self.training.batch_size)[:, head, ...]
+            return self.learner.logits(rows, self.training.batch_size, slice(head, head + 1))[:, 0, ...]
 
     def held_out(self) -> "Measurement":
         """Return the same measurement on the task's validation rows."""

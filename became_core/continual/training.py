@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from became_core.arrays import Params, namespace
 from became_core.continual.data import Augmentation, Task
 from became_core.continual.evaluation import mean_loss
-from became_core.continual.learner import Batch, Learner, refresh_statistics, seen_through
+from became_core.continual.learner import Batch, Learner, heads_of, refresh_statistics, seen_through
 from became_core.continual.record import EpochEnd
 from became_core.continual.rng import random_generator
 from became_core.continual.schedule import Schedule
@@ -188,7 +188,7 @@ def _train_epoch(
     where = f"task {task.index + 1}, stage {stage.number}, epoch {schedule.epoch + 1}"
     if not math.isfinite(loss):
         raise BecameError(f"the training loss became {loss} in {where}; try a smaller learning rate or penalty.")
-    _check_finite(learner, where)
+    _check_finite(learner, heads_of(learner) - constraint.trainable, where)
     validation_loss = math.nan
     if schedule.needs_validation:
         refresh_statistics(learner, tasks, batch_size, seed, region)
@@ -223,9 +223,15 @@ def _pass_over(
     return Trained(total / sum(len(batch.indices) for batch in batches), optimiser, region)
 
 
-def _check_finite(learner: Learner, where: str) -> None:
-    """Raise an error if a parameter is not finite; the last step may have caused it, which no loss can show."""
+def _check_finite(learner: Learner, untrained: frozenset[str], where: str) -> None:
+    """Raise an error if a parameter is not finite; the last step may have caused it, which no loss can show.
+
+    Args:
+        learner: the learner.
+        untrained: the names of the heads that no step has changed.
+        where: in the run, for the message.
+    """
     for name, value in learner.parameters().items():
         xp = namespace(value=value)
-        if not bool(xp.all(xp.isfinite(value))):
+        if name not in untrained and not bool(xp.all(xp.isfinite(value))):
             raise BecameError(f"the parameter '{name}' is not finite after {where}; try a smaller learning rate.")

@@ -41,10 +41,10 @@ class LaplacePosterior:
         for name, shape in self.precision.covered().items():
             if name not in self.mean:
                 raise BecameError(f"the precision covers '{name}', of which the mean has no value; give it one.")
-            if not self.precision._fits(name, tuple(self.mean[name].shape)):
+            own = tuple(self.mean[name].shape)
+            if own != shape and not self.precision._fits(name, own):
                 raise BecameError(
-                    f"the mean of '{name}' has shape {tuple(self.mean[name].shape)} but its precision is for {shape}; "
-                    "make them equal."
+                    f"the mean of '{name}' has shape {own} but its precision is for {shape}; make them equal."
                 )
 
     def update(

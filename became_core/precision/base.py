@@ -228,7 +228,7 @@ class Precision(ABC):
             for name in shapes:
                 if name in vector:
                     shape = tuple(vector[name].shape)
-                    if not self._fits(name, shape):
+                    if shape != shapes[name] and not self._fits(name, shape):
                         raise BecameError(
                             f"{label} '{name}' has shape {shape} but the precision is for {shapes[name]}; "
                             "make them equal."

@@ -262,14 +262,16 @@ class Sum(Precision):
 
 
 def _part(term: Precision, vector: Params) -> Params:
-    return {name: value for name, value in vector.items() if name in term.covered()}
+    covered = term.covered()
+    return {name: value for name, value in vector.items() if name in covered}
 
 
 def sum_of(left: Precision, right: Precision) -> Precision:
     """Return the sum of two precisions, with as few terms as is exact."""
+    others = right.covered()
     for name, shape in left.covered().items():
-        other = right.covered().get(name, shape)
-        if not (left._fits(name, other) or right._fits(name, shape)):
+        other = others.get(name, shape)
+        if shape != other and not (left._fits(name, other) or right._fits(name, shape)):
             raise BecameError(f"two precisions of '{name}' are for shapes {shape} and {other}; make them equal.")
     terms = left._terms()
     for term in right._terms():

@@ -39,7 +39,7 @@ PARTS: dict[str, dict[str, tuple[str, ...]]] = {
         "own models": ("graph", "operations", "rows", "tapping", "derivatives", "hub"),
         "own loops": ("batches", "checking", "continual", "data_loss", "steps"),
         "command": ("run",),
-        "processes": ("processes", "share", "shared_model"),
+        "processes": ("processes", "share", "shared_model", "sharded_memory"),
     },
 }
 

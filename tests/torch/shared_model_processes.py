@@ -9,23 +9,27 @@ import os
 import traceback
 import warnings
 from collections.abc import Callable
-from contextlib import redirect_stdout
+from contextlib import nullcontext, redirect_stdout
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, distributed, nn
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 
+from adapters.backend.memory import memory_arrays
 from adapters.torch import Continual
+from adapters.torch.shared_model import SharedModel
 from became_core import BecameError
 from became_core.laplace import Calibrated, DiagonalFisher
 from became_core.projection import GPM, NSCL
@@ -172,12 +176,33 @@ def learned(case: Case, how: str, file: str) -> dict[str, Any]:
         found[f"projected, {name}"] = plain(value)
     found["coverage"] = [row.size * (row.treatment == "protected") + row.rank for row in learning.coverage.parameters]
     if how != "alone":
-        check_loaded(case, how, file, stored)
+        folder = file.removesuffix(".safetensors")
+        check_sharded(learning, folder)
+        for written in (file, folder):
+            check_loaded(case, how, written, stored)
     return found
 
 
+def check_sharded(learning: Continual, folder: str) -> None:
+    """A memory is saved sharded without being gathered: each process writes a part, and their parts are the whole."""
+    never = mock.Mock(side_effect=AssertionError("a tensor was gathered"))
+    with mock.patch.object(SharedModel, "gathered", never), mock.patch.object(DTensor, "full_tensor", never):
+        learning.save(folder, sharded=True)
+    assert learning.posterior is not None
+    arrays, rank = memory_arrays(learning.posterior, learning.projector), distributed.get_rank()
+    (own,) = Path(folder).glob(f"shards-*/shard-{rank + 1:05}-*.safetensors")
+    parts = load_file(own)
+    for name, value in arrays.items():
+        if isinstance(value, DTensor):
+            np.testing.assert_array_equal(parts[name].numpy(), plain(value.to_local()))
+    written: list[Any] = [None, None]
+    distributed.all_gather_object(written, sum(value.numel() for value in parts.values()))
+    assert min(written) > 0
+    assert sum(written) == sum(value.numel() for value in arrays.values())
+
+
 def check_loaded(case: Case, how: str, file: str, stored: dict[str, Tensor]) -> None:
-    """A memory loads into a model that is wrapped, and into one that is not."""
+    """A memory loads into a model that is wrapped, and into one that is not, to the bit."""
     settings = {name: value for name, value in case.settings.items() if name in ("likelihood", "estimator")}
     if settings.get("likelihood") == "gaussian":
         del settings["likelihood"]
@@ -190,6 +215,8 @@ def check_loaded(case: Case, how: str, file: str, stored: dict[str, Tensor]) -> 
                 np.testing.assert_array_equal(plain(value), stored[f"{part}.{name}"].numpy())
                 parameter = (model.module if way == "DDP" else model).get_parameter(name)
                 assert getattr(value, "placements", ()) == getattr(parameter, "placements", ())
+        for name, value in loaded.projector.to_arrays().items():
+            np.testing.assert_array_equal(plain(value), stored[f"projector.{name}"].numpy())
 
 
 def check_case(name: str, how: str, expected: dict[str, Any]) -> None:
@@ -227,9 +254,36 @@ def check_refusals() -> None:
     )
     learning.remember(data)
     refuses("process 1 could not write", learning.save, "no-folder/file.safetensors")
+    check_refused_shards(learning, refuses)
     with learning.stable(torch.optim.SGD(learning.model.parameters(), lr=0.1)):
         pass
     refuses("statistics=", learning.merge, data, statistics=data)
+
+
+def check_refused_shards(learning: Continual, refuses: Callable[..., None]) -> None:
+    """Both processes say what one cannot write or read, and the memory that was saved before is still there."""
+    rank, model = distributed.get_rank(), learning.model
+    learning.save("kept", sharded=True)
+    before = Continual.load(model, "kept")
+    learning.penalty = 1.0
+    if rank == 0:
+        Path("file").touch()
+    refuses("process 1 could not write file: Not a directory", partial(learning.save, sharded=True), "file")
+    seen = mock.patch.object(Path, "is_dir", return_value=False) if rank == 1 else nullcontext()
+    with seen:
+        refuses("process 2 does not see kept/shards-.* share", partial(learning.save, sharded=True), "kept")
+    full = mock.patch.object(HuggingFaceStorageWriter, "write_data", side_effect=OSError("No space left"))
+    with full if rank == 1 else nullcontext():
+        refuses(r"^process 2 could not write kept: No space left\.$", partial(learning.save, sharded=True), "kept")
+    again = Continual.load(model, "kept")
+    assert (again.penalty, before.penalty) == (100.0, 100.0)
+    assert len(list(Path("kept").glob("shards-*"))) == 1
+    unread = mock.patch.object(HuggingFaceStorageReader, "read_data", side_effect=OSError("Input/output error"))
+    with unread if rank == 0 else nullcontext():
+        refuses("^process 1 could not read kept: Input/output error", Continual.load, model, "kept")
+    learning.save("kept", sharded=True)
+    assert Continual.load(model, "kept").penalty == 1.0
+    assert len(list(Path("kept").glob("shards-*"))) == 1
 
 
 def check_state() -> None:

@@ -1,5 +1,6 @@
 """The PyTorch learner: any module, its parameters and buffers, its constraints, its agreement with the reference."""
 
+import cProfile
 from dataclasses import replace
 
 import numpy as np
@@ -27,6 +28,7 @@ from became_core.continual import (
 from became_core.continual.learner import refresh_statistics, weights_of
 from became_core.continual.measurement import Measurement
 from became_core.curvature import FisherKind
+from became_core.curvature.fisher import TAP_MODES
 from became_core.laplace import Diagonal
 from became_core.projection import GPM
 from reference.learner import ReferenceLearner
@@ -302,3 +304,28 @@ def test_a_head_that_all_tasks_share_learns_beside_adapters() -> None:
     assert [name for name in before if not torch.equal(before[name], after[name])] == ["fc1.weight", "head.weight"]
     with pytest.raises(BecameError, match=r"--freeze head\* matches none"):
         Adaptation(("head*",)).check(learner)
+
+
+def _calls_for_one_of(tasks: int) -> int:
+    """Return how many functions are called by all that a learner computes for one task of so many."""
+    learner = build_learner("mlp", prototype_stream(tasks=tasks), "cpu", 0)
+    theta, rng, rows = learner.parameters(), np.random.default_rng(0), np.arange(8)
+    constraint = Constraint(learner.projectable | learner.heads[1])
+
+    def work() -> None:
+        learner.train([Batch(1, rows)] * 3, np.full(3, 0.01), constraint, SGD(), rng)
+        learner.logits(rows, 4, slice(1, 2))
+        for mode in TAP_MODES.values():
+            list(learner.taps(1, rows, 4, mode, rng))
+        list(learner.taps(1, rows, 4, "inputs", rng))
+        list(learner.pushforward(1, rows, 4, [theta]))
+
+    work()  # what is found out once
+    with cProfile.Profile() as profile:
+        work()
+    return sum(entry.callcount for entry in profile.getstats())
+
+
+def test_what_is_computed_for_a_task_does_not_grow_with_the_number_of_tasks() -> None:
+    few, many = map(_calls_for_one_of, (2, 12))
+    assert many < 1.05 * few

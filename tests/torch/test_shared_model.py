@@ -35,5 +35,6 @@ def test_the_script_of_the_page_runs_on_two_processes(tmp_path: Path, monkeypatc
     with started(partial(page, code, store.port)) as processes:
         assert ended(processes) == [0, 0]
     assert (tmp_path / "memory.safetensors").exists()
+    assert (tmp_path / "memory" / "became.json").exists()
     assert "of the way from the stable to the plastic model" in (tmp_path / "out.0").read_text(encoding="utf-8")
     assert (tmp_path / "out.1").read_text(encoding="utf-8") == ""

@@ -41,13 +41,13 @@ class Telling(ReferenceLearner):
 
     mixes_samples = True
 
-    def logits(self, indices: Indices, batch_size: int) -> NDArray[np.float64]:
+    def logits(self, indices: Indices, batch_size: int, heads: slice = slice(None)) -> NDArray[np.float64]:
         """Return logits that depend on which tasks the samples of a batch are of."""
         own = super().logits(indices, batch_size)
         of_task = np.stack([np.isin(indices, task.test) for task in STREAM.tasks], axis=1)  # [samples, tasks]
         for part in chunks(np.arange(len(indices)), batch_size):
             own[part] += 1000 * of_task[part].mean(axis=0)[None, :, None]
-        return own
+        return own[:, heads]
 
 
 def test_class_incremental_accuracy_is_of_mixed_batches_where_a_batch_would_tell_the_task() -> None:
@@ -77,6 +77,21 @@ def test_mean_loss_is_that_of_the_tasks_head() -> None:
         assert mean_loss(learner, task, rows, batch_size=7) == pytest.approx(expected, rel=1e-12)
     assert isinstance(mean_loss(learner, 0, rows, batch_size=7), float)
     assert np.isfinite(mean_loss(learner, 0, rows, batch_size=len(rows)))
+
+
+def test_only_heads_that_count_are_asked_for() -> None:
+    """A run over many tasks would otherwise compute, for every sample it scores, the heads of tasks to come."""
+    asked: list[slice] = []
+
+    class Asked(ReferenceLearner):
+        def logits(self, indices: Indices, batch_size: int, heads: slice = slice(None)) -> NDArray[np.float64]:
+            asked.append(heads)
+            return super().logits(indices, batch_size, heads)
+
+    learner = Asked(STREAM)
+    accuracies(learner, STREAM.tasks[:2], batch_size=7)
+    mean_loss(learner, 1, STREAM.tasks[1].train, batch_size=7)
+    assert asked == [slice(2), slice(2), slice(1, 2)]
 
 
 def test_a_task_without_test_samples_is_an_error() -> None:

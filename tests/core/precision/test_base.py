@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from became_core import BecameError
+from became_core import BecameError, LaplacePosterior
 from became_core.laplace import Dense, Diagonal, Kronecker, LowRank, Precision, Sum
 from tests.backends import to_numpy, to_xp
 from tests.strategies import KINDS, Structured, each_structure, eighths, few_if_compiled, structured, structured_pairs
@@ -251,3 +251,23 @@ def test_a_singular_precision_has_no_inverse(xp: Any, kind: str, data: st.DataOb
     mended = precision.damped(4.0)
     for name, value in mended.solve(u).items():
         assert_close(value, np.full(u[name].shape, 0.25))
+
+
+def _lists_of_covered(count: int, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Return how often a precision of so many parameters is asked which it covers, for an update and a Gram matrix."""
+    values, calls, covered = {f"w{number}": np.ones(2) for number in range(count)}, [0], Diagonal.covered
+
+    def counted(self: Diagonal) -> Any:
+        calls[0] += 1
+        return covered(self)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Diagonal, "covered", counted)
+        posterior = LaplacePosterior(values, Diagonal(values)).update(values, Diagonal(values))
+        assert float(posterior.precision.gram([values])[0, 0]) == 4 * count
+    return calls[0]
+
+
+def test_what_a_precision_covers_is_not_listed_anew_for_each_parameter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each list is of all parameters, so that a check of many would take the square of their number."""
+    assert _lists_of_covered(2, monkeypatch) == _lists_of_covered(20, monkeypatch)
