@@ -6,8 +6,9 @@
 
 Convention: a session installs what ``constraints.txt`` pins. ``tests-core``, ``tests-jax`` and ``tests-tensorflow``
 have an environment each, with only what their subject may depend on; the sessions that may have all frameworks share
-the environment that ``everything`` makes. Two sessions run at a time: while one installs or ends with a single long
-test, the other uses the processor. The seconds that each took are printed at the end.
+the environment that ``everything`` makes. Three sessions run at a time, and each tests with a process for every two
+cores: while one installs or waits, the others use the processor, and the fewer processes a session has, the less is
+imported, read and compiled more than once. The seconds that each took are printed at the end.
 """
 
 import atexit
@@ -67,7 +68,7 @@ nox.needs_version = ">=2026.10.20"
 nox.options.default_venv_backend = "virtualenv"
 nox.options.allow_parallel = True
 if not any(argument.startswith(("-s", "--session", "-e")) for argument in sys.argv):
-    nox.options.parallel = 2  # a session that is asked for by name shows what it does as it does it
+    nox.options.parallel = 3  # a session that is asked for by name shows what it does as it does it
 # The longest first, so that nothing long is left when all else is done.
 nox.options.sessions = [
     *("tests-jax", "everything", "tests-tensorflow", "tests-torch", "types", "agreement"),
@@ -100,13 +101,15 @@ def python(session: nox.Session) -> str:
 
 
 def test(session: nox.Session, *arguments: str) -> None:
-    """Run pytest, a process a core: with one thread each, since arrays are small here, and threads would only wait.
+    """Run pytest, a process a core, or one for two cores beside other sessions; all of one thread, as arrays are small.
 
     A process that has finished its share takes over tests of another; so none is idle while one has a long module.
     """
     threads = "OMP_NUM_THREADS", "TF_NUM_INTEROP_THREADS", "TF_NUM_INTRAOP_THREADS"
     session.env.update(dict.fromkeys(threads, "1"))
-    processes = "--numprocesses", "auto", "--maxprocesses", "8", "--dist", "worksteal"
+    count = str((os.cpu_count() or 1) // 2) if os.environ["BECAME_NOX"] == "several" else "auto"
+    count = "0" if count == "1" else count  # the one process is then pytest's own
+    processes = "--numprocesses", count, "--maxprocesses", "8", "--dist", "worksteal"
     slowest = "--durations", "15", "--durations-min", "5"
     session.run(python(session), "-m", "pytest", *processes, *slowest, *arguments, *session.posargs)
 
@@ -276,9 +279,10 @@ def print_seconds(report: Path, begin: float) -> None:
         print(f"{time.time() - begin:7.0f} s  from the beginning to the end")
 
 
-# nox runs each session of several in a process of its own, which reads this file too: only the first prints.
+# nox runs each session of several in a process of its own, which reads this file too: only the first prints, and the
+# others learn from it that they are not alone.
 if "BECAME_NOX" not in os.environ:
-    os.environ["BECAME_NOX"] = "1"
+    os.environ["BECAME_NOX"] = "one" if nox.options.parallel is None else "several"
     nox.options.report = str(Path(".nox", "report.json").absolute())
     Path(".nox").mkdir(exist_ok=True)
     atexit.register(print_seconds, Path(nox.options.report), time.time())
