@@ -26,11 +26,12 @@ FRAMEWORKS = ("torch", "jax", "tensorflow")
 # Not the extra: its `tensorflow` is the build for GPUs too, and the CPU's own is half the size.
 TENSORFLOW = ("tensorflow-cpu", "keras")
 # What runs on every framework beside its own folder: the core, the documentation's examples, and runs that stop and
-# are gone on with. What else the command does is the same on all, and tested with PyTorch.
+# are gone on with: those with the largest state after pauses, others after a kill and a signal. What else the command
+# does is the same on all, and tested with PyTorch; so are the other signal, and a kill that comes after a kill.
 STOPPED = (
-    "a_run_in_parts_is_the_run_to_the_bit",
+    "a_run_in_parts_is_the_run_to_the_bit[became+trgp]",
     "a_killed_process_loses_an_epoch_at_most",
-    "a_signal_is_answered_once_the_epoch_is_saved",
+    "a_signal_is_answered_once_the_epoch_is_saved[15-143]",
 )
 ON_EACH = (
     *("tests/core", "tests/repository/test_examples.py"),
@@ -192,6 +193,7 @@ def tests_jax(session: nox.Session) -> None:
     assert_absent(session, "torch", "tensorflow")
     cache_compilations(session)
     compile_quickly(session)
+    session.env.setdefault("BECAME_KILLS", "1")
     test(session, *ON_EACH, "tests/jax", "--backend", "jax")
 
 
@@ -200,6 +202,7 @@ def tests_tensorflow(session: nox.Session) -> None:
     """The core and the adapter on TensorFlow, where no other framework is installed."""
     install(session, "test", "-e", ".[run]", *TENSORFLOW)
     assert_absent(session, "torch", "jax")
+    session.env.setdefault("BECAME_KILLS", "1")
     test(session, *ON_EACH, "tests/tensorflow", "--backend", "tensorflow")
 
 
