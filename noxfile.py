@@ -124,7 +124,7 @@ def cache_compilations(session: nox.Session) -> None:
 def compile_quickly(session: nox.Session) -> None:
     """Let XLA compile in a quarter of the time, to slower programs: thousands are compiled, and each runs for moments.
 
-    The session ``agreement`` compiles as users do, and so do the tests that ask for ``tests/compilers.py``.
+    Tests that ask for it in ``tests/compilers.py`` compile as users do, and so does all that is in ``stress``.
     """
     session.env["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
     session.env["XLA_FLAGS"] = "--xla_cpu_use_fusion_emitters=false"
@@ -193,7 +193,7 @@ def tests_jax(session: nox.Session) -> None:
     assert_absent(session, "torch", "tensorflow")
     cache_compilations(session)
     compile_quickly(session)
-    session.env.setdefault("BECAME_KILLS", "1")
+    session.env["BECAME_KILLS"] = "1"
     test(session, *ON_EACH, "tests/jax", "--backend", "jax")
 
 
@@ -202,7 +202,7 @@ def tests_tensorflow(session: nox.Session) -> None:
     """The core and the adapter on TensorFlow, where no other framework is installed."""
     install(session, "test", "-e", ".[run]", *TENSORFLOW)
     assert_absent(session, "torch", "jax")
-    session.env.setdefault("BECAME_KILLS", "1")
+    session.env["BECAME_KILLS"] = "1"
     test(session, *ON_EACH, "tests/tensorflow", "--backend", "tensorflow")
 
 
@@ -210,6 +210,7 @@ def tests_tensorflow(session: nox.Session) -> None:
 def agreement(session: nox.Session) -> None:
     """Whole runs and networks, the same on all frameworks, which live in one process here."""
     cache_compilations(session)
+    compile_quickly(session)
     test(session, "tests/agreement")
 
 
@@ -269,6 +270,7 @@ def stress(session: nox.Session) -> None:
     session.env.update(BECAME_KILLS="20")
     test(session, "tests/torch/test_torchrun.py", "--backend", "torch", "--timeout", "7200")
     test(session, "tests/jax", "--backend", "jax", "--timeout", "3600")  # with all of XLA's optimisations
+    test(session, "tests/agreement", "--timeout", "3600")  # likewise
     session.env.update(HYPOTHESIS_PROFILE="long")
     test(session, "tests/core", "tests/networks", "--timeout", "3600")
 
