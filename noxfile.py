@@ -14,6 +14,7 @@ imported, read and compiled more than once. The seconds that each took are print
 import atexit
 import json
 import os
+import shutil
 import sys
 import tempfile
 import time
@@ -66,7 +67,11 @@ os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 os.environ["PYTHONPYCACHEPREFIX"] = str(Path(".nox", "bytecode").absolute())
 
 nox.needs_version = ">=2026.10.20"
-nox.options.default_venv_backend = "virtualenv"
+# Where uv is installed, it makes environments in a fraction of the time; what is said to pip is said to it as well.
+nox.options.default_venv_backend = "uv|virtualenv"
+for for_pip, for_uv in {"INDEX_URL": "DEFAULT_INDEX", "EXTRA_INDEX_URL": "INDEX", "FIND_LINKS": "FIND_LINKS"}.items():
+    if f"PIP_{for_pip}" in os.environ:
+        os.environ.setdefault(f"UV_{for_uv}", os.environ[f"PIP_{for_pip}"])
 nox.options.allow_parallel = True
 if not any(argument.startswith(("-s", "--session", "-e")) for argument in sys.argv):
     nox.options.parallel = 3  # a session that is asked for by name shows what it does as it does it
@@ -146,11 +151,15 @@ def lint(session: nox.Session) -> None:
 @nox.session(venv_backend="none")
 def everything(session: nox.Session) -> None:
     """The environment with every framework, which several sessions share."""
-    session.run(sys.executable, "-m", "virtualenv", "--quiet", "--clear", "--no-periodic-update", str(EVERYTHING))
     groups = [*nox.project.dependency_groups(PROJECT, "test-torch"), *nox.project.dependency_groups(PROJECT, "types")]
     pinned = "--no-compile", "--quiet", "-c", "constraints.txt", *groups
     extras = "-e", ".[merge,torch,jax,report,tensorboard,dask]", *TENSORFLOW
-    session.run(python(session), "-m", "pip", "install", *pinned, *extras)
+    if shutil.which("uv"):
+        session.run("uv", "venv", "--quiet", "--clear", "--python", sys.executable, str(EVERYTHING))
+        session.run("uv", "pip", "install", "--python", python(session), *pinned, *extras)
+    else:
+        session.run(sys.executable, "-m", "virtualenv", "--quiet", "--clear", "--no-periodic-update", str(EVERYTHING))
+        session.run(python(session), "-m", "pip", "install", *pinned, *extras)
 
 
 @nox.session(venv_backend="none", requires=["everything"])
@@ -214,7 +223,7 @@ def agreement(session: nox.Session) -> None:
     test(session, "tests/agreement")
 
 
-@nox.session
+@nox.session(venv_backend="virtualenv")  # which has pip
 def wheel(session: nox.Session) -> None:
     """On request: the wheel beside AdapterHub's package ``adapters``, then each without the other."""
     check_files = str(Path("tests", "repository", "check_files.py").absolute())
