@@ -77,8 +77,8 @@ if not any(argument.startswith(("-s", "--session", "-e")) for argument in sys.ar
     nox.options.parallel = 3  # a session that is asked for by name shows what it does as it does it
 # The longest first, so that nothing long is left when all else is done.
 nox.options.sessions = [
-    *("tests-jax", "everything", "tests-tensorflow", "tests-torch", "types", "agreement"),
-    *("tests-core", "docs", "lint"),
+    *("tests-jax", "everything", "tests-tensorflow", "tests-torch", "agreement", "tests-core"),
+    *("types", "docs", "lint"),
 ]
 
 

@@ -26,7 +26,7 @@ def optimised() -> Iterator[None]:
     """Within it, JAX compiles everything anew and as for users, but for XLA's fusion emitters."""
     import jax
 
-    before = jax.config.jax_disable_most_optimizations
+    before = jax.config.read("jax_disable_most_optimizations")
     jax.clear_caches()
     jax.config.update("jax_disable_most_optimizations", False)
     try:
