@@ -51,12 +51,9 @@ def _learn(learner: Learner, stream: TaskStream, method: str, training: Training
 
 
 def _pair(stream: TaskStream) -> tuple[JaxLearner, ReferenceLearner]:
-    """A learner and the reference's, of the same network and weights.
-
-    Layers have one shape, for which the core's operations are compiled once.
-    """
-    reference = ReferenceLearner(stream, hidden=(36, 36), bias=True)
-    layers = Flatten(), Linear("fc1", 36, bias=True), ReLU(), Linear("fc2", 36, bias=True), ReLU()
+    """A learner and the reference's, of the same network and weights."""
+    reference = ReferenceLearner(stream, hidden=(12, 10), bias=True)
+    layers = Flatten(), Linear("fc1", 12, bias=True), ReLU(), Linear("fc2", 10, bias=True), ReLU()
     learner = JaxLearner(Architecture(layers, IMAGE), stream, dtype="float64")
     learner.assign(reference.parameters())
     return learner, reference
