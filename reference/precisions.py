@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 __all__ = [
     "block_diagonal",
+    "evidence_slope",
     "kronecker_matrix",
     "log_gaussian",
     "low_rank_matrix",
@@ -76,3 +77,19 @@ def regression_posterior(
 def regression_evidence(x: Array, y: Array, noise_precision: float, mean: Array, precision: Array) -> float:
     """Return log p(y | x), where y is Gaussian with mean x m and covariance x P^-1 x^T + I / beta."""
     return log_gaussian(y, x @ mean, x @ np.linalg.inv(precision) @ x.T + np.eye(len(y)) / noise_precision)
+
+
+def evidence_slope(rho: float, precision: Array, curvature: Array, offset: Array) -> float:
+    """Return the derivative by log rho of log N(offset; 0, H^-1 + (rho P)^-1), the evidence of a scale rho of a prior.
+
+    The covariance S has the derivative -(rho P)^-1, and the density's logarithm is -(log det S + o.S^-1.o) / 2.
+
+    Args:
+        rho: the scale of the prior's precision.
+        precision: P, of the prior at rho = 1, [d, d].
+        curvature: H, of a quadratic log-likelihood, [d, d].
+        offset: o, from the prior's mean to the maximum of the likelihood, [d].
+    """
+    prior = np.linalg.inv(rho * precision)
+    inverse = np.linalg.inv(np.linalg.inv(curvature) + prior)
+    return float(0.5 * np.trace(inverse @ prior) - 0.5 * offset @ inverse @ prior @ inverse @ offset)

@@ -1,10 +1,12 @@
 """The report of a merging path: the true losses along it, and the alpha of every estimator.
 
 Along theta_gp + alpha delta, the loss of each side is described by a slope at alpha = 0 and a curvature. The new task's
-loss is measured at theta_hat, with or without its gradient there, and by the secant of its slopes at both ends. The old
-tasks' loss is the posterior's, with diagonal or Kronecker curvature. For reference, it is also measured exactly, from
-the old tasks' data, which a continual learner no longer has. The approximate curvature of the old tasks can be
-calibrated: it is then multiplied by kappa, the ratio of the new task's exact curvature to its approximate curvature.
+loss is measured at theta_hat, with or without its gradient there; by the secant of its slopes at both ends; and by its
+fall from theta_gp to theta_hat, with its minimum there. As in the rule ``Secant``, the fall takes the place of the
+secant where the loss bends down. The old tasks' loss is the posterior's, with diagonal or Kronecker curvature. For
+reference, it is also measured exactly, from the old tasks' data, which a continual learner no longer has. The
+approximate curvature of the old tasks can be calibrated: it is then multiplied by kappa, the ratio of the new task's
+exact curvature to its approximate curvature.
 
 The true losses are also traced along the curve of ``bezier_path``, which bends towards the mode of both sides'
 diagonals, so that what it promises over the segment can be held against what it gives.
@@ -56,10 +58,13 @@ def new_sides(measurement: Measurement, theta_gp: Params) -> dict[str, Along]:
     exact = measurement.along([delta])
     gradient, curvature = float(exact.slope[0]), float(exact.curvature[0, 0])
     slope = float(measurement.slope(theta_gp, [delta])[0])
+    fall = max(measurement.loss(theta_gp) - measurement.loss(), 0.0)
+    by_fall = Along(-2 * fall, 2 * fall)
     sides = {
         "exact": Along(-curvature, curvature),
         "exact, with gradient": Along(gradient - curvature, curvature),
-        "secant": Along(slope, gradient - slope),
+        "fall": by_fall,
+        "secant": Along(slope, gradient - slope) if gradient > slope else by_fall,
     }
     empirical = replace(measurement, kind="empirical")
     approximations: dict[str, Precision] = {
@@ -113,25 +118,30 @@ def alpha_estimates(new: Mapping[str, Along], old: Mapping[str, Along]) -> dict[
     The name of the paper's form begins with ``published``: it has two diagonals, and the old tasks' minimum at
     theta_gp. The name of any other estimator is ``NEW / OLD``, of the ways in which the two sides are measured. It ends
     with `` x kappa`` if the old side is calibrated, and with ``, at its minimum`` if the old tasks' slope at theta_gp
-    is left out.
+    is left out. So ``Secant`` is "secant / diagonal x kappa", ``Calibrated`` is "exact, with gradient / diagonal x
+    kappa", ``DiagonalFisher`` is "diagonal / diagonal" and ``PaperClosedForm`` is "published, diagonal", or "published,
+    batch" with the method's kind of Fisher information.
 
     Args:
         new: the new task's loss along delta, as ``new_sides`` returns it.
         old: the old tasks' loss along delta, as ``old_sides`` returns it.
     """
     alphas = {f"published, {name}": _alpha(new[name], _flat(old[other])) for name, other in _PUBLISHED.items()}
-    for left in ("diagonal", "kronecker", "exact", "exact, with gradient", "secant"):
+    for left in (name for name in _WITH_OLD_SIDES if name in new):  # older records have no fall
         for right in ("diagonal", "kronecker", "exact"):
             side = old[right]
             kappas = {"": 1.0}
-            if right != "exact" and new[right].curvature > 0:
-                kappas[" x kappa"] = new["exact"].curvature / new[right].curvature
+            if right != "exact":
+                known = new[right].curvature > 0
+                kappas[" x kappa"] = new["exact"].curvature / new[right].curvature if known else 1.0
             for suffix, kappa in kappas.items():
                 scaled = Along(kappa * side.slope, kappa * side.curvature)
                 alphas[f"{left} / {right}{suffix}"] = _alpha(new[left], scaled)
                 alphas[f"{left} / {right}{suffix}, at its minimum"] = _alpha(new[left], _flat(scaled))
     return alphas
 
+
+_WITH_OLD_SIDES = ("diagonal", "kronecker", "exact", "exact, with gradient", "secant", "fall")
 
 # For the paper's form: the way in which the new side is measured, and that of the old side.
 _PUBLISHED = {"batch": "batch", "diagonal": "diagonal", "diagonal, without head": "diagonal"}

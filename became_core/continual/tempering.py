@@ -19,6 +19,8 @@ the temperature of the second. The new task's own side of a merge is left as it 
 that held-out samples bear out, as the noise of a Gaussian likelihood is estimated from residuals. It is that of the
 weights at which curvature is measured, and applies to the new task's slopes at both ends, too.
 
+The evidence of the posterior gives no temperature; docs/mathematics.md has the proof.
+
 Convention: temperatures are factors of precisions, without a unit; below 1 the posterior becomes flatter.
 """
 

@@ -44,6 +44,9 @@ class LocalLoss(Protocol):
     def slope(self, origin: Params, directions: Sequence[Params]) -> Array:
         """Return its slopes along K directions at another point, [K], as exactly as they are known."""
 
+    def loss(self, theta: Params) -> Array | float:
+        """Return its value at a point up to a constant, 0-d, as exactly as it is known."""
+
 
 class MergeSubspace(NamedTuple):
     """The affine space between models: origin + sum_k a_k d_k.
@@ -144,22 +147,31 @@ class Secant:
     The curvature at theta_hat need not be that of the way there: where theta_gp has learned the new task already, its
     loss is flat at one end whatever the curvature is at the other. So the slope at the origin is measured, and the
     curvature along the way is the difference of the slopes at its ends; in other directions it is the exact one, scaled
-    alike. A loss that bends down between the models is no parabola there and is left out, which keeps the stable model.
-    The old side is scaled by kappa, as ``Calibrated`` has it.
+    alike. The old side is scaled by kappa, as ``Calibrated`` has it.
+
+    No parabola has both slopes if the loss bends down between the models, as it does after long training: it is flat
+    around theta_gp, and still falls at theta_hat. Then the slopes do not count, but how far the loss falls from
+    theta_gp to theta_hat does: the new part is the parabola with that fall and with its minimum at theta_hat, as the
+    paper assumes of stage 2. A loss that does not fall is left out, which keeps the stable model.
     """
 
     def quadratic(self, subspace: MergeSubspace, losses: Sequence[LocalLoss]) -> Quadratic:
-        """Return new + kappa * old, the new part having slope g(theta_gp).d at the origin."""
+        """Return new + kappa * old, the new part having slope g(theta_gp).d at the origin, or the fall by its value."""
         _check(losses)
         *old, new = losses
         exact = new.along(subspace.directions)
         xp = namespace(slope=exact.slope)
         newest = xp.asarray(list(subspace.newest), dtype=exact.slope.dtype, device=device(exact.slope))
-        start = new.slope(subspace.origin, subspace.directions)
-        rise, bend = xp.sum(newest * (exact.slope - start)), xp.sum(newest * (exact.slope_at(newest) - exact.slope))
-        sound = (rise > 0) & (bend > 0)
-        ratio = xp.where(sound, rise / xp.where(sound, bend, xp.ones_like(bend)), xp.zeros_like(bend))
-        total = Quadratic(xp.where(sound, start, xp.zeros_like(start)), exact.curvature * ratio)
+        start, at_newest = new.slope(subspace.origin, subspace.directions), exact.slope_at(newest) - exact.slope
+        rise, bend = xp.sum(newest * (exact.slope - start)), xp.sum(newest * at_newest)
+        fall = xp.asarray(
+            new.loss(subspace.origin) - new.loss(new.mean), dtype=exact.slope.dtype, device=device(exact.slope)
+        )
+        convex, zero = rise > 0, xp.zeros_like(bend)
+        curvature = xp.where(convex, rise, xp.where(fall > 0, 2 * fall, zero))
+        ratio = xp.where(bend > 0, curvature / xp.where(bend > 0, bend, xp.ones_like(bend)), zero)
+        slope = xp.where(convex & (bend > 0), start, -at_newest * ratio)
+        total = Quadratic(slope, exact.curvature * ratio)
         kappa = _ratio(exact, Quadratic(exact.slope, new.diagonal().gram(subspace.directions)), newest)
         for loss in old:
             total = total + _seen_from(subspace, loss) * kappa

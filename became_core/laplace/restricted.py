@@ -43,29 +43,34 @@ class _RestrictedLoss:
 
     Attributes:
         mean: its point.
-        loss: the loss, as a function of the weights.
+        measured: the loss, as a function of the weights.
         origin: the first model.
         vectors: the M vectors.
         reduce: as for ``restricted``.
     """
 
     mean: Params
-    loss: LocalLoss
+    measured: LocalLoss
     origin: Params
     vectors: Sequence[Params]
     reduce: Reduce | None
 
     def diagonal(self) -> Dense:
-        (matrix,) = gram_matrices([GramRequest(self.loss.diagonal(), self.vectors)], self.reduce)
+        (matrix,) = gram_matrices([GramRequest(self.measured.diagonal(), self.vectors)], self.reduce)
         return _dense(matrix)
 
     def along(self, directions: Sequence[Params]) -> Quadratic:
-        return self.loss.along([self._weights(direction) for direction in directions])
+        return self.measured.along([self._weights(direction) for direction in directions])
 
     def slope(self, origin: Params, directions: Sequence[Params]) -> Array:
-        way = self._weights(origin)
-        point = {name: value + way[name] for name, value in self.origin.items()}
-        return self.loss.slope(point, [self._weights(direction) for direction in directions])
+        return self.measured.slope(self._point(origin), [self._weights(direction) for direction in directions])
+
+    def loss(self, theta: Params) -> Array | float:
+        return self.measured.loss(self._point(theta))
+
+    def _point(self, coordinates: Params) -> Params:
+        way = self._weights(coordinates)
+        return {name: value + way[name] for name, value in self.origin.items()}
 
     def _weights(self, coordinates: Params) -> Params:
         numbers = coordinates[COORDINATES]

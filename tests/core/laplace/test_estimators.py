@@ -28,12 +28,16 @@ from tests.strategies import Segment, segments
 
 @dataclass(frozen=True)
 class Measured:
-    """A new task that answers with its diagonal, and exactly: with ``kappa`` times the diagonal and a gradient."""
+    """A new task that answers with its diagonal, and exactly: with ``kappa`` times the diagonal and a gradient.
+
+    ``fall`` is how far its loss falls from theta_gp to theta_hat; if it is None, the loss is the quadratic.
+    """
 
     xp: Any
     segment: Segment
     kappa: float = 1.0
     bent: float = 1.0
+    fall: float | None = None
 
     @property
     def mean(self) -> Params:
@@ -52,6 +56,13 @@ class Measured:
         """At theta_gp, the gradient there; of a quadratic loss, unless ``bent`` says by how much it is none."""
         away = self.along([*directions, {n: origin[n] - value for n, value in self.mean.items()}])
         return away.slope[:-1] + self.bent * away.curvature[:-1, -1]
+
+    def loss(self, theta: Params) -> Any:
+        away = self.along([{n: theta[n] - value for n, value in self.mean.items()}])
+        if self.fall is None:
+            return away.slope[0] + 0.5 * away.curvature[0, 0]
+        moved = any(np.any(to_numpy(theta[n]) != self.segment.theta_hat[n]) for n in theta)
+        return self.fall if moved else 0.0
 
 
 def frame_of(xp: Any, segment: Segment) -> MergeSubspace:
@@ -148,13 +159,44 @@ def test_the_secant_is_the_formula_by_hand(xp: Any, segment: Segment, kappa: flo
     assert float(quadratic.curvature[0, 0]) == pytest.approx(bent * exact + kappa * delta @ old @ delta, rel=1e-12)
 
 
-@given(segment=segments())
-def test_a_loss_that_bends_down_is_left_out(xp: Any, segment: Segment) -> None:
+@given(segment=segments(), kappa=st.sampled_from([0.5, 2.0]), fall=st.sampled_from([0.01, 0.3, 5.0]))
+def test_a_loss_that_bends_down_counts_by_its_fall(xp: Any, segment: Segment, kappa: float, fall: float) -> None:
+    """It is the parabola that falls as far as the loss does, and is least at theta_hat."""
+    gp, hat, old, new, _, mean = segment.dense()
+    delta = hat - gp
+    assume(delta @ new @ delta > 0)
+    task = Measured(xp, segment, kappa, bent=-0.5, fall=fall)
+    quadratic = quadratic_by(Secant(), xp, segment, task)
+    past = kappa * (gp - mean) @ old @ delta, kappa * delta @ old @ delta
+    assert float(quadratic.slope[0]) == pytest.approx(-2 * fall + past[0], rel=1e-12, abs=1e-12)
+    assert float(quadratic.curvature[0, 0]) == pytest.approx(2 * fall + past[1], rel=1e-12)
+
+
+@given(segment=segments(), fall=st.sampled_from([0.01, 0.3]))
+def test_of_several_directions_the_way_to_the_last_model_has_the_fall(xp: Any, segment: Segment, fall: float) -> None:
+    gp, hat, _, new, _, _ = segment.dense()
+    assume((hat - gp) @ new @ (hat - gp) > 0)
+    delta = {name: value - segment.theta_gp[name] for name, value in segment.theta_hat.items()}
+    other = {name: 1 + value**2 for name, value in delta.items()}
+    subspace = MergeSubspace(to_xp(xp, segment.theta_gp), [to_xp(xp, other), to_xp(xp, delta)], [0.0, 1.0])
+    flat = LaplacePosterior(to_xp(xp, segment.theta_gp), Diagonal(to_xp(xp, {n: 0 * v for n, v in delta.items()})))
+    task = Measured(xp, segment, bent=-0.5, fall=fall)
+    quadratic = Secant().quadratic(subspace, [flat, task])
+    slope, curvature = to_numpy(quadratic.slope), to_numpy(quadratic.curvature)
+    newest = np.array([0.0, 1.0])
+    np.testing.assert_allclose(slope + curvature @ newest, 0, atol=1e-12 * np.abs(curvature).max())
+    assert -(slope @ newest + newest @ curvature @ newest / 2) == pytest.approx(fall, rel=1e-12)
+    exact = to_numpy(task.along(subspace.directions).curvature)
+    np.testing.assert_allclose(curvature * exact[1, 1], exact * curvature[1, 1], rtol=1e-12)
+
+
+@given(segment=segments(), fall=st.sampled_from([0.0, -0.3]))
+def test_a_loss_that_bends_down_and_does_not_fall_is_left_out(xp: Any, segment: Segment, fall: float) -> None:
     """Then the old tasks decide alone; at their minimum at theta_gp, that is to stay."""
     settled = Segment(
         segment.theta_gp, segment.theta_hat, segment.fisher_old, segment.fisher_new, segment.gradient, segment.theta_gp
     )
-    assert alpha_by(Secant(), xp, settled, Measured(xp, settled, bent=-0.5), clip=True) == 0
+    assert alpha_by(Secant(), xp, settled, Measured(xp, settled, bent=-0.5, fall=fall), clip=True) == 0
 
 
 @pytest.mark.parametrize("estimator", [PaperClosedForm(), Calibrated(), DiagonalFisher(), Secant()])

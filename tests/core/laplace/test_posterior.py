@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from became_core import BecameError
 from became_core.laplace import Dense, Diagonal, Isotropic, Kronecker, LaplacePosterior
-from reference.precisions import log_gaussian, regression_evidence, regression_posterior
+from reference.precisions import evidence_slope, log_gaussian, regression_evidence, regression_posterior
 from tests.backends import to_numpy, to_xp
 from tests.strategies import Segment, Structured, each_structure, eighths, few_if_compiled, segments, structured
 
@@ -189,6 +189,60 @@ def test_sequential_evidence_is_the_marginal_likelihood_of_all_data(xp: Any, ord
     assert float(at_once.evidence(regression.log_likelihood(at_once, everything), prior)) == pytest.approx(
         exact, rel=1e-12
     )
+
+
+def evidence_of_scale(
+    xp: Any, rho: float, precision: Any, fisher: Any, offset: Any
+) -> tuple[float, np.ndarray[Any, Any]]:
+    """Return the evidence of a task of diagonal curvature, from a prior of a scale about 0, and the share of the way.
+
+    The log-likelihood is quadratic, with its maximum, 0, at the offset.
+    """
+    prior = LaplacePosterior(to_xp(xp, {"w": 0 * offset}), Diagonal(to_xp(xp, {"w": precision})) * rho)
+    task = LaplacePosterior(to_xp(xp, {"w": offset}), Diagonal(to_xp(xp, {"w": fisher})))
+    posterior = prior.assimilate(to_xp(xp, {"w": -fisher * offset}), task.precision)
+    return float(posterior.evidence(-task.loss(posterior.mean), prior)), to_numpy(posterior.mean["w"]) / offset
+
+
+@given(seed=st.integers(0, 10**6), rho=st.floats(0.01, 100))
+def test_the_evidence_of_a_scale_of_the_prior_is_the_offsets_density_and_has_its_slope(
+    xp: Any, seed: int, rho: float
+) -> None:
+    draw = np.random.default_rng(seed)
+    precision, fisher, offset = np.exp(draw.normal(size=3)), np.exp(draw.normal(size=3)), 2 * draw.normal(size=3)
+    found, _ = evidence_of_scale(xp, rho, precision, fisher, offset)
+    density = log_gaussian(offset, np.zeros(3), np.diag(1 / fisher + 1 / (rho * precision)))
+    # The likelihood is 1 at its maximum; as a density of the offset it would be normalised.
+    assert found == pytest.approx(
+        density + 1.5 * math.log(2 * math.pi) - 0.5 * np.log(fisher).sum(), rel=1e-9, abs=1e-9
+    )
+    step = 1e-5
+    above, below = (
+        evidence_of_scale(xp, rho * math.exp(sign * step), precision, fisher, offset)[0] for sign in (1, -1)
+    )
+    expected = evidence_slope(rho, np.diag(precision), np.diag(fisher), offset)
+    assert (above - below) / (2 * step) == pytest.approx(expected, rel=1e-5, abs=1e-6)
+    # MacKay: it is half the number of weights that the task determines, less rho times the mode's squared distance.
+    _, share = evidence_of_scale(xp, rho, precision, fisher, offset)
+    assert 0.5 * float(np.sum(share) - rho * precision @ (share * offset) ** 2) == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("ratio", [0.1, 1.0, 10.0])
+def test_at_the_evidences_best_scale_a_merge_does_not_depend_on_how_sharp_the_prior_was(xp: Any, ratio: float) -> None:
+    """It is 1 - d / o.H.o (James and Stein); where that is negative, the evidence rises for ever: nothing is learned.
+
+    So no temperature of the old tasks can be had from it (docs/mathematics.md).
+    """
+    fisher, offset = np.asarray([4.0, 1.0, 9.0]), np.asarray([1.5, 3.0, 1.0])
+    length = float(fisher @ offset**2)  # 27, of 3 weights
+    best = 1 / (ratio * (length / 3 - 1))
+    assert evidence_slope(best, np.diag(ratio * fisher), np.diag(fisher), offset) == pytest.approx(0, abs=1e-12)
+    peak, share = evidence_of_scale(xp, best, ratio * fisher, fisher, offset)
+    np.testing.assert_allclose(share, 1 - 3 / length, rtol=1e-12)
+    assert all(evidence_of_scale(xp, best * factor, ratio * fisher, fisher, offset)[0] < peak for factor in (0.5, 2.0))
+    near = offset / 4  # o.H.o is below 3
+    rising = [evidence_of_scale(xp, rho, ratio * fisher, fisher, near)[0] for rho in (0.1, 1.0, 10.0, 1e3, 1e5)]
+    assert rising == sorted(rising)
 
 
 def test_assimilating_keeps_what_is_not_covered(xp: Any) -> None:
