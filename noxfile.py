@@ -6,13 +6,15 @@
 
 Convention: a session installs what ``constraints.txt`` pins. ``tests-core``, ``tests-jax`` and ``tests-tensorflow``
 have an environment each, with only what their subject may depend on; the sessions that may have all frameworks share
-the environment that ``everything`` makes. Two sessions run at a time: while one installs or ends with a single long
-test, the other uses the processor. The seconds that each took are printed at the end.
+the environment that ``everything`` makes. Three sessions run at a time, and each tests with a process for every two
+cores: while one installs or waits, the others use the processor, and the fewer processes a session has, the less is
+imported, read and compiled more than once. The seconds that each took are printed at the end.
 """
 
 import atexit
 import json
 import os
+import shutil
 import sys
 import tempfile
 import time
@@ -25,11 +27,12 @@ FRAMEWORKS = ("torch", "jax", "tensorflow")
 # Not the extra: its `tensorflow` is the build for GPUs too, and the CPU's own is half the size.
 TENSORFLOW = ("tensorflow-cpu", "keras")
 # What runs on every framework beside its own folder: the core, the documentation's examples, and runs that stop and
-# are gone on with. What else the command does is the same on all, and tested with PyTorch.
+# are gone on with: those with the largest state after pauses, others after a kill and a signal. What else the command
+# does is the same on all, and tested with PyTorch; so are the other signal, and a kill that comes after a kill.
 STOPPED = (
-    "a_run_in_parts_is_the_run_to_the_bit",
+    "a_run_in_parts_is_the_run_to_the_bit[became+trgp]",
     "a_killed_process_loses_an_epoch_at_most",
-    "a_signal_is_answered_once_the_epoch_is_saved",
+    "a_signal_is_answered_once_the_epoch_is_saved[15-143]",
 )
 ON_EACH = (
     *("tests/core", "tests/repository/test_examples.py"),
@@ -64,14 +67,18 @@ os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 os.environ["PYTHONPYCACHEPREFIX"] = str(Path(".nox", "bytecode").absolute())
 
 nox.needs_version = ">=2026.10.20"
-nox.options.default_venv_backend = "virtualenv"
+# Where uv is installed, it makes environments in a fraction of the time; what is said to pip is said to it as well.
+nox.options.default_venv_backend = "uv|virtualenv"
+for for_pip, for_uv in {"INDEX_URL": "DEFAULT_INDEX", "EXTRA_INDEX_URL": "INDEX", "FIND_LINKS": "FIND_LINKS"}.items():
+    if f"PIP_{for_pip}" in os.environ:
+        os.environ.setdefault(f"UV_{for_uv}", os.environ[f"PIP_{for_pip}"])
 nox.options.allow_parallel = True
 if not any(argument.startswith(("-s", "--session", "-e")) for argument in sys.argv):
-    nox.options.parallel = 2  # a session that is asked for by name shows what it does as it does it
+    nox.options.parallel = 3  # a session that is asked for by name shows what it does as it does it
 # The longest first, so that nothing long is left when all else is done.
 nox.options.sessions = [
-    *("tests-jax", "everything", "tests-tensorflow", "tests-torch", "types", "agreement"),
-    *("tests-core", "docs", "lint"),
+    *("tests-jax", "everything", "tests-tensorflow", "tests-torch", "agreement", "tests-core"),
+    *("types", "docs", "lint"),
 ]
 
 
@@ -100,13 +107,15 @@ def python(session: nox.Session) -> str:
 
 
 def test(session: nox.Session, *arguments: str) -> None:
-    """Run pytest, a process a core: with one thread each, since arrays are small here, and threads would only wait.
+    """Run pytest, a process a core, or one for two cores beside other sessions; all of one thread, as arrays are small.
 
     A process that has finished its share takes over tests of another; so none is idle while one has a long module.
     """
     threads = "OMP_NUM_THREADS", "TF_NUM_INTEROP_THREADS", "TF_NUM_INTRAOP_THREADS"
     session.env.update(dict.fromkeys(threads, "1"))
-    processes = "--numprocesses", "auto", "--maxprocesses", "8", "--dist", "worksteal"
+    count = str((os.cpu_count() or 1) // 2) if os.environ["BECAME_NOX"] == "several" else "auto"
+    count = "0" if count == "1" else count  # the one process is then pytest's own
+    processes = "--numprocesses", count, "--maxprocesses", "8", "--dist", "worksteal"
     slowest = "--durations", "15", "--durations-min", "5"
     session.run(python(session), "-m", "pytest", *processes, *slowest, *arguments, *session.posargs)
 
@@ -120,7 +129,7 @@ def cache_compilations(session: nox.Session) -> None:
 def compile_quickly(session: nox.Session) -> None:
     """Let XLA compile in a quarter of the time, to slower programs: thousands are compiled, and each runs for moments.
 
-    The session ``agreement`` compiles as users do, and so do the tests that ask for ``tests/compilers.py``.
+    Tests that ask for it in ``tests/compilers.py`` compile as users do, and so does all that is in ``stress``.
     """
     session.env["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
     session.env["XLA_FLAGS"] = "--xla_cpu_use_fusion_emitters=false"
@@ -142,11 +151,15 @@ def lint(session: nox.Session) -> None:
 @nox.session(venv_backend="none")
 def everything(session: nox.Session) -> None:
     """The environment with every framework, which several sessions share."""
-    session.run(sys.executable, "-m", "virtualenv", "--quiet", "--clear", "--no-periodic-update", str(EVERYTHING))
     groups = [*nox.project.dependency_groups(PROJECT, "test-torch"), *nox.project.dependency_groups(PROJECT, "types")]
     pinned = "--no-compile", "--quiet", "-c", "constraints.txt", *groups
     extras = "-e", ".[merge,torch,jax,report,tensorboard,dask]", *TENSORFLOW
-    session.run(python(session), "-m", "pip", "install", *pinned, *extras)
+    if shutil.which("uv"):
+        session.run("uv", "venv", "--quiet", "--clear", "--python", sys.executable, str(EVERYTHING))
+        session.run("uv", "pip", "install", "--python", python(session), *pinned, *extras)
+    else:
+        session.run(sys.executable, "-m", "virtualenv", "--quiet", "--clear", "--no-periodic-update", str(EVERYTHING))
+        session.run(python(session), "-m", "pip", "install", *pinned, *extras)
 
 
 @nox.session(venv_backend="none", requires=["everything"])
@@ -189,6 +202,7 @@ def tests_jax(session: nox.Session) -> None:
     assert_absent(session, "torch", "tensorflow")
     cache_compilations(session)
     compile_quickly(session)
+    session.env["BECAME_KILLS"] = "1"
     test(session, *ON_EACH, "tests/jax", "--backend", "jax")
 
 
@@ -197,6 +211,7 @@ def tests_tensorflow(session: nox.Session) -> None:
     """The core and the adapter on TensorFlow, where no other framework is installed."""
     install(session, "test", "-e", ".[run]", *TENSORFLOW)
     assert_absent(session, "torch", "jax")
+    session.env["BECAME_KILLS"] = "1"
     test(session, *ON_EACH, "tests/tensorflow", "--backend", "tensorflow")
 
 
@@ -204,10 +219,11 @@ def tests_tensorflow(session: nox.Session) -> None:
 def agreement(session: nox.Session) -> None:
     """Whole runs and networks, the same on all frameworks, which live in one process here."""
     cache_compilations(session)
+    compile_quickly(session)
     test(session, "tests/agreement")
 
 
-@nox.session
+@nox.session(venv_backend="virtualenv")  # which has pip
 def wheel(session: nox.Session) -> None:
     """On request: the wheel beside AdapterHub's package ``adapters``, then each without the other."""
     check_files = str(Path("tests", "repository", "check_files.py").absolute())
@@ -263,6 +279,7 @@ def stress(session: nox.Session) -> None:
     session.env.update(BECAME_KILLS="20")
     test(session, "tests/torch/test_torchrun.py", "--backend", "torch", "--timeout", "7200")
     test(session, "tests/jax", "--backend", "jax", "--timeout", "3600")  # with all of XLA's optimisations
+    test(session, "tests/agreement", "--timeout", "3600")  # likewise
     session.env.update(HYPOTHESIS_PROFILE="long")
     test(session, "tests/core", "tests/networks", "--timeout", "3600")
 
@@ -276,9 +293,10 @@ def print_seconds(report: Path, begin: float) -> None:
         print(f"{time.time() - begin:7.0f} s  from the beginning to the end")
 
 
-# nox runs each session of several in a process of its own, which reads this file too: only the first prints.
+# nox runs each session of several in a process of its own, which reads this file too: only the first prints, and the
+# others learn from it that they are not alone.
 if "BECAME_NOX" not in os.environ:
-    os.environ["BECAME_NOX"] = "1"
+    os.environ["BECAME_NOX"] = "one" if nox.options.parallel is None else "several"
     nox.options.report = str(Path(".nox", "report.json").absolute())
     Path(".nox").mkdir(exist_ok=True)
     atexit.register(print_seconds, Path(nox.options.report), time.time())

@@ -1,15 +1,17 @@
 """Each framework's compiler, behind one name.
 
-Nox's session on JAX turns most of XLA's optimisations off, because there compilation costs more than all else. A test
-of what the optimiser may do to our numbers turns them on again.
+Nox's sessions with JAX turn most of XLA's optimisations off, because there compilation costs more than all else. A test
+of what the optimiser may do to our numbers turns them on again: all of them for one function, or, for a whole run, all
+but those that a process turns on or off as it begins.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
 
-__all__ = ["compiled"]
+__all__ = ["compiled", "optimised"]
 
 # XLA's own defaults of what ``compile_quickly`` of ``noxfile.py`` turns off.
 XLA_DEFAULTS = {
@@ -17,6 +19,21 @@ XLA_DEFAULTS = {
     "xla_llvm_disable_expensive_passes": False,
     "xla_cpu_use_fusion_emitters": True,
 }
+
+
+@contextmanager
+def optimised() -> Iterator[None]:
+    """Within it, JAX compiles everything anew and as for users, but for XLA's fusion emitters."""
+    import jax
+
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.clear_caches()
+    jax.config.update("jax_disable_most_optimizations", False)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_disable_most_optimizations", before)
+        jax.clear_caches()
 
 
 def compiled(backend: str, function: Callable[..., Any]) -> Callable[..., Any]:

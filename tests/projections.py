@@ -142,7 +142,7 @@ def representations(draw: st.DrawFn, *, most: int = 3, columns: tuple[int, int] 
     random = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     decay = 2.0 ** -(np.arange(WIDTH)[:, None] ** draw(st.sampled_from([0.5, 1.0])))
     # Fewer columns than one batch of ``finished``, a batch and a smaller one, and whole batches.
-    number = few_if_compiled(st.integers(*columns), [max(columns[0], few) for few in (1, 5, 20)])
+    number = few_if_compiled(st.integers(*columns), [max(columns[0], few) for few in (5, 20)])
     return [
         np.linalg.qr(random.normal(size=(WIDTH, WIDTH)))[0] @ (decay * random.normal(size=(WIDTH, draw(number))))
         for _ in range(draw(st.integers(2, most)))

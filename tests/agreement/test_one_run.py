@@ -6,6 +6,7 @@ alpha, weights and the memory's ranks.
 """
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -50,6 +51,7 @@ from became_core.continual import (
 from reference.learner import ReferenceLearner
 from tests.agreement.frameworks import FRAMEWORKS
 from tests.backends import to_numpy
+from tests.compilers import optimised
 from tests.listening import Listening
 
 TRAINING = Training(Annealed(lr=0.1, epochs=3), Annealed(lr=0.1, epochs=2), batch_size=25, curvature_samples=100)
@@ -125,10 +127,12 @@ def reference_run(method: str) -> tuple[dict[str, NDArray[Any]], Run]:
 @pytest.mark.parametrize("framework", FRAMEWORKS)
 @pytest.mark.parametrize("method", METHODS)
 def test_a_run_is_the_same_on_every_framework(method: str, framework: str) -> None:
+    """One of them on JAX with what XLA's optimiser does to its programs."""
     before, expected = reference_run(method)
     learner = FRAMEWORKS[framework].learner(mlp(*SHAPE), stream(), 0)
     learner.assign({name: FRAMEWORKS[framework].array(value) for name, value in before.items()})
-    assert_equal(run(learner, stream(), method), expected)
+    with optimised() if (framework, method) == ("jax", "became") else nullcontext():
+        assert_equal(run(learner, stream(), method), expected)
 
 
 @cache

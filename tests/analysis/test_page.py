@@ -194,6 +194,7 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
         write_report([run()], tmp_path / "file")
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_samples_that_are_pictures_are_shown_as_pictures(tmp_path: Path) -> None:
     """One for each task so far after each task, with what it is for those who do not see it; others stay text."""
     address = "data:image/png;base64,iVBORw0KGgo="

@@ -116,6 +116,6 @@ def test_the_command_learns_text(tmp_path: Path, capsys: pytest.CaptureFixture[s
     page = report([tmp_path / "runs"]).read_text(encoding="utf-8")
     assert "What the network writes" in page
     assert f">{read_results(tmp_path / 'runs')[0].samples[0][0]}<" in page
-    assert "Loss, bits per byte" in report([tmp_path / "runs"]).read_text(encoding="utf-8")
+    assert "Loss, bits per byte" in page
     assert main(BACKEND, [*words, "--network", "mlp", "--methods", "gpm"]) == 2
     assert "is not for text" in capsys.readouterr().err

@@ -32,8 +32,8 @@ STREAM = prototype_stream(tasks=2, classes_per_task=2, per_class=24, seed=2)
 TRAINING = Training(
     Annealed(lr=0.3, epochs=4), Annealed(lr=0.3, epochs=2), batch_size=12, projector_samples=12, curvature_samples=12
 )
+# One of each kind; the region of TRGP is beside a memory of GPM.
 METHODS = {
-    "became+gpm": {"threshold": 0.8},
     "became+nscl": {},
     "became+trgp": {"threshold": 0.8},
     "ewc": {},

@@ -1,7 +1,7 @@
 """The TensorFlow learner keeps the promises that every framework's learner makes, on networks of each kind of layer."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import tensorflow as tf
@@ -10,7 +10,13 @@ from adapters.networks import Backbone, Linear
 from adapters.tensorflow.learner import TensorFlowLearner, TensorFlowNetwork
 from adapters.tensorflow.run import BACKEND
 from became_core.continual import Learner, TaskStream
-from tests.conformance import BACKBONES, CHECKS, Make, conforms_where_all_is_compiled
+from tests.conformance import (
+    BACKBONES,
+    CHECKS,
+    Make,
+    check_every_method_runs_and_repeats,
+    conforms_where_all_is_compiled,
+)
 from tests.dropout import check_framework_masks
 from tests.norms import CHECKS as NORM_CHECKS
 from tests.norms import MakeNormalised
@@ -33,13 +39,31 @@ class QuickLearner(TensorFlowLearner):
         return NETWORKS[key]
 
 
-@pytest.mark.parametrize("backbone", BACKBONES)
-@pytest.mark.parametrize("check", CHECKS)
+# Every method runs in a test of its own, below.
+PAIRS = [
+    (check, backbone)
+    for check in CHECKS
+    for backbone in BACKBONES
+    if (check, backbone) != (check_every_method_runs_and_repeats, "linear")
+]
+
+
+@pytest.mark.parametrize(("check", "backbone"), PAIRS)
 def test_it_conforms(check: Callable[[Make], None], backbone: str) -> None:
     def make(stream: TaskStream, seed: int) -> Learner:
         return QuickLearner(BACKBONES[backbone](stream), stream, dtype="float64", seed=seed)
 
     conforms_where_all_is_compiled(check, make, backbone)
+
+
+def test_one_network_is_traced_once_for_all_methods() -> None:
+    """Whatever the task, the stage and the memory; also the methods run, as ``conforms_where_all_is_compiled`` says."""
+    NETWORKS.clear()
+    check_every_method_runs_and_repeats(
+        lambda stream, seed: QuickLearner(BACKBONES["linear"](stream), stream, dtype="float64", seed=seed)
+    )
+    (network,) = NETWORKS.values()
+    assert cast(Any, network)._all_gradients.experimental_get_tracing_count() == 1
 
 
 @pytest.mark.timeout(1200)  # each compiles what it runs

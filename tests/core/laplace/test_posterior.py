@@ -40,7 +40,7 @@ def test_gradient_is_for_the_parameters_given(xp: Any, segment: Segment) -> None
 @each_structure
 @given(case=structured(), data=st.data())
 def test_quadratic_is_the_loss_along_the_directions(xp: Any, case: Structured, data: st.DataObject) -> None:
-    rows = data.draw(few_if_compiled(st.integers(3, 5), [3, 5]))
+    rows = data.draw(few_if_compiled(st.integers(3, 5), [4]))
     mean, origin, *directions = data.draw(eighths((rows, case.size)))
     posterior = LaplacePosterior(to_xp(xp, case.tree(mean)), case.on(xp))
     quadratic = posterior.quadratic(
