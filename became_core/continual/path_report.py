@@ -66,16 +66,21 @@ def new_sides(measurement: Measurement, theta_gp: Params) -> dict[str, Along]:
         "fall": by_fall,
         "secant": Along(slope, gradient - slope) if gradient > slope else by_fall,
     }
-    empirical = replace(measurement, kind="empirical")
+    by_samples = _by_samples(measurement)
     approximations: dict[str, Precision] = {
         "batch": replace(measurement, kind="batch").diagonal(),
-        "diagonal": empirical.diagonal(),
-        "kronecker": empirical.kronecker(),
+        "diagonal": by_samples.diagonal(),
+        "kronecker": by_samples.kronecker(),
     }
     head = measurement.learner.heads[measurement.task.index]
     shared = {name: value * 0 if name in head else value for name, value in delta.items()}
     sides |= {name: _around(precision, delta) for name, precision in approximations.items()}
     return sides | {"diagonal, without head": _around(approximations["diagonal"], shared)}
+
+
+def _by_samples(measurement: Measurement) -> Measurement:
+    """Return the measurement by single samples: of the run's kind of Fisher information, or of the empirical one."""
+    return replace(measurement, kind="empirical") if measurement.kind == "batch" else measurement
 
 
 def _around(precision: Precision, delta: Params) -> Along:
@@ -167,7 +172,7 @@ def old_tasks_with(memory: Memory, measurement: Measurement, method: Method) -> 
     """
     before = memory.old_tasks
     batch = replace(measurement, kind="batch").diagonal()
-    kronecker = replace(measurement, kind="empirical").kronecker()
+    kronecker = _by_samples(measurement).kronecker()
     if memory.posterior is not None:
         posterior = memory.posterior
     else:
@@ -201,7 +206,7 @@ def report_path(context: RunContext, task: Task, theta_gp: Params, theta_hat: Pa
     new = new_sides(measurements[-1], theta_gp)
     old = old_sides(memory.old_tasks, measurements[:-1], theta_gp, theta_hat)
     alphas, truths = trace_path(truth, theta_gp, theta_hat, context.training.path_alphas)
-    sides: tuple[LocalLoss, ...] = memory.old_tasks.posterior, replace(measurements[-1], kind="empirical")
+    sides: tuple[LocalLoss, ...] = memory.old_tasks.posterior, _by_samples(measurements[-1])
     fisher_old, fisher_new = (diagonal_of(side, theta_gp) for side in sides)
     four = theta_gp, theta_hat, fisher_old, fisher_new
     curve = bezier_path(*four)

@@ -42,6 +42,7 @@ from became_core.laplace import (
     DiagonalFisher,
     Estimator,
     Fixed,
+    MergeRule,
     ModeIMM,
     NativeExpansion,
     PaperClosedForm,
@@ -61,6 +62,7 @@ __all__ = [
     "projector_names",
 ]
 
+Labels = Literal["empirical", "true", "sampled"]
 Curvature = Literal["diagonal", "kronecker", "exact"]
 ESTIMATORS: Mapping[Curvature, Estimator] = {
     "exact": Secant(),
@@ -114,47 +116,54 @@ class _Tempered(_WithDecay):
 
 
 @dataclass(frozen=True)
-class BecameRecipe(_Tempered):
+class _ByCurvature(_Tempered):
+    """A method whose merge weighs two stages by curvature of a chosen form.
+
+    Attributes:
+        fisher: whose labels the Fisher information is of: those given, as in the published code; all, weighted by what
+            the network predicts, which takes as many passes as there are labels; or one that is drawn from it.
+        precision: the curvatures that the merge is computed from: both sides' diagonals, both sides' Kronecker factors,
+            or the new task's exact curvature along the path and the old tasks' calibrated diagonal.
+    """
+
+    fisher: Labels = setting("empirical")
+    precision: Curvature = setting("exact")
+
+    def method(self, name: str, rule: MergeRule) -> Method:
+        """Return a method with a rule; if it merges by Kronecker factors, its posterior has them as well."""
+        structure = STRUCTURES[self.precision]
+        return Method(name, rule=rule, fisher=self.fisher, precision=structure, decay=self.decay, temper=self.temper)
+
+
+@dataclass(frozen=True)
+class BecameRecipe(_ByCurvature):
     """Gradient projection, then free training, merged at alpha* of the full formula (BECAME 2025).
 
     Attributes:
         per: which parameters share a merging coefficient: those of the whole model, of a layer, or of a leaf; or every
             weight has its own, by the diagonals of both sides.
         shrinkage: of a coefficient per weight: the share of the way back to the merge of the whole model, in [0, 1].
-        precision: the curvatures that alpha is computed from: both sides' diagonals, both sides' Kronecker factors, or
-            the new task's exact curvature along the path and the old tasks' calibrated diagonal.
     """
 
     per: PerWeight = setting("model")
     shrinkage: float = setting(0.0)
-    precision: Curvature = setting("exact")
 
     projector: ClassVar[str] = "gpm"
 
     def build(self) -> Method:
-        """Return the method; if it merges by Kronecker factors, its posterior has them as well."""
-        rule = Became(ESTIMATORS[self.precision], self.per, shrinkage=self.shrinkage)
-        return Method("became", rule=rule, precision=STRUCTURES[self.precision], decay=self.decay, temper=self.temper)
+        """Return the method."""
+        return self.method("became", Became(ESTIMATORS[self.precision], self.per, shrinkage=self.shrinkage))
 
 
 @dataclass(frozen=True)
-class CurveRecipe(_Tempered):
-    """As became, merged along a curve that bends towards the mode of both sides' diagonals.
-
-    Attributes:
-        precision: the curvatures that the place on the curve is computed from, as for became.
-    """
-
-    precision: Curvature = setting("exact")
+class CurveRecipe(_ByCurvature):
+    """As became, merged along a curve that bends towards the mode of both sides' diagonals."""
 
     projector: ClassVar[str] = "gpm"
 
     def build(self) -> Method:
-        """Return the method; if it merges by Kronecker factors, its posterior has them as well."""
-        rule = BecameCurve(ESTIMATORS[self.precision])
-        return Method(
-            "became-curve", rule=rule, precision=STRUCTURES[self.precision], decay=self.decay, temper=self.temper
-        )
+        """Return the method."""
+        return self.method("became-curve", BecameCurve(ESTIMATORS[self.precision]))
 
 
 @dataclass(frozen=True)

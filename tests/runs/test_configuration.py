@@ -45,7 +45,7 @@ def test_every_option_reaches_the_parts_that_it_is_for() -> None:
     configuration = configured(
         "became+nscl", benchmark="split-cifar100", tasks=20, epochs=3, stage2_epochs=2, lr=0.2, batch_size=8,
         validation=0.1, projector_samples=11, curvature_samples=0, path_points=3, network="mlp", class_order="seeded",
-        augment=True, decay=0.5, per="layer", precision="kronecker", head_rate=2.0, norm_rate=0.5, first_rate=4.0,
+        augment=True, fisher="true", decay=0.5, per="layer", precision="kronecker", head_rate=2.0, norm_rate=0.5, first_rate=4.0,
         norm_penalty=3.0, nscl_ratio=7.0, momentum=0.5, weight_decay=0.25, freeze=("conv1",), lora=4,
         lora_layers=("conv*", "fc1"), lora_scale=0.5,
     )  # fmt: skip
@@ -60,7 +60,14 @@ def test_every_option_reaches_the_parts_that_it_is_for() -> None:
     assert (training.optimiser.momentum, training.optimiser.weight_decay) == (0.5, 0.25)  # type: ignore[union-attr]
     assert method == build_method(
         "became+nscl",
-        {"decay": 0.5, "per": "layer", "precision": "kronecker", "norm_penalty": 3.0, "nscl_ratio": 7.0},
+        {
+            "decay": 0.5,
+            "per": "layer",
+            "precision": "kronecker",
+            "fisher": "true",
+            "norm_penalty": 3.0,
+            "nscl_ratio": 7.0,
+        },
     )
     record = configuration.to_json()
     assert (record["benchmark"], record["tasks"], record["first"], record["class_order"]) == (
@@ -263,6 +270,7 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "decay": st.floats(0, 1),
     "per": st.sampled_from(["model", "layer", "leaf"]),
     "precision": st.sampled_from(["diagonal", "kronecker", "exact"]),
+    "fisher": st.sampled_from(["empirical", "true", "sampled"]),
     "temper": st.sampled_from(["none", "curvature", "rise", "calibrated"]),
     "threshold": st.floats(0.5, 0.99),
     "increment": st.floats(0, 0.1),

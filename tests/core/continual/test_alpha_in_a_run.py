@@ -75,6 +75,16 @@ def mean_square(logits: Array, jacobian: Array, labels: NDArray[np.int64]) -> Ar
     return total
 
 
+def expected_fisher(theta: dict[str, Array], task: Task) -> Array:
+    """Return the mean over samples of squared gradients by every label, weighted by its predicted probability."""
+    logits, jacobian = jacobians(theta, task)
+    total = np.zeros(jacobian.shape[2])
+    for z, j in zip(logits, jacobian, strict=True):
+        for label, probability in enumerate(softmax(z)):
+            total += probability * (j.T @ (softmax(z) - np.eye(3)[label])) ** 2 / len(logits)
+    return total
+
+
 def batch_fisher(theta: dict[str, Array], task: Task) -> Array:
     """The published estimate: the sum over batches of size x (gradient of the batch's mean loss)^2, in our unit.
 
@@ -112,6 +122,31 @@ def test_alpha_is_that_of_the_oracle(name: str, rate: float) -> None:
         arguments = (np.diag(old), np.diag(new), np.zeros_like(delta), flat(theta_gp))
     expected = min(max(alpha_star(flat(theta_gp), flat(theta_hat), *arguments), 0.0), 1.0)
     assert alpha == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("fisher", ["empirical", "true"])
+@pytest.mark.parametrize(("rate", "bends_down"), [(0.05, False), (0.4, True), (0.45, True)])
+def test_alpha_is_that_of_the_oracle_by_either_fisher_and_by_the_fall(
+    fisher: str, rate: float, bends_down: bool
+) -> None:
+    """A new loss that bends down between the models is the parabola that falls as far, and is least at theta_hat."""
+    alpha, mu, theta_gp, theta_hat = observed(STREAM, rate, "became", fisher=fisher)
+    first, second = STREAM.tasks
+    delta, targets = flat(theta_hat) - flat(theta_gp), STREAM.targets[second.train]
+    diagonal = expected_fisher if fisher == "true" else empirical_fisher
+    (end,), ((exact,),) = directional_derivatives(*jacobians(theta_hat, second), targets, delta[None])
+    (start,), _ = directional_derivatives(*jacobians(theta_gp, second), targets, delta[None])
+    before, after = (cross_entropy(jacobians(theta, second)[0], targets) for theta in (theta_gp, theta_hat))
+    assert bends_down == (start >= end)
+    if bends_down:
+        start, end = -2 * (before - after), 0.0
+        assert start < 0
+    kappa = exact / (delta @ (diagonal(theta_hat, second) * delta))
+    gradient, secant = end * delta / (delta @ delta), (end - start) / (delta @ delta)
+    arguments = kappa * np.diag(diagonal(mu, first)), secant * np.eye(len(delta)), gradient, flat(mu)
+    expected = alpha_star(flat(theta_gp), flat(theta_hat), *arguments)
+    assert not bends_down or 0 < expected < 1
+    assert alpha == pytest.approx(min(max(expected, 0.0), 1.0), rel=1e-7)
 
 
 def observed(
