@@ -45,8 +45,8 @@ def test_every_option_reaches_the_parts_that_it_is_for() -> None:
     configuration = configured(
         "became+nscl", benchmark="split-cifar100", tasks=20, epochs=3, stage2_epochs=2, lr=0.2, batch_size=8,
         validation=0.1, projector_samples=11, curvature_samples=0, path_points=3, network="mlp", class_order="seeded",
-        augment=True, fisher="true", decay=0.5, per="layer", precision="kronecker", head_rate=2.0, norm_rate=0.5, first_rate=4.0,
-        norm_penalty=3.0, nscl_ratio=7.0, momentum=0.5, weight_decay=0.25, freeze=("conv1",), lora=4,
+        augment=True, fisher="true", decay=0.5, per="layer", precision="kronecker", head_rate=2.0, norm_rate=0.5,
+        first_rate=4.0, norm_penalty=3.0, nscl_ratio=7.0, momentum=0.5, weight_decay=0.25, freeze=("conv1",), lora=4,
         lora_layers=("conv*", "fc1"), lora_scale=0.5,
     )  # fmt: skip
     training, method = configuration.training(), configuration.method("became+nscl")
