@@ -139,7 +139,7 @@ def _by_slab(
     total, smallest = framework.reductions or [
         methodcaller(name) if hasattr(first, name) else getattr(xp, name) for name in ("sum", "min")
     ]
-    least, parts, ends, above, last_kinds, dtype, products = [], [], [], None, None, None, 0
+    least, parts, ends, last_kinds, dtype, products = [], [], [], None, None, 0
     for rows in groups:
         for kinds, size, pieces in _slabs(xp, rows, slab):
             if kinds != last_kinds:
@@ -151,13 +151,6 @@ def _by_slab(
             pairs = factors(pieces if dtype is None else [xp.astype(piece, dtype, copy=False) for piece in pieces])
             dot = framework.dot if size >= DOT_LENGTH else None
             parts += [total(left * right) if dot is None else dot(xp, left, right) for left, right in pairs]
-            # The C library returns freed memory to the kernel if nothing lies above it. To get it back for each slab
-            # costs several times what the arithmetic does. So an array that is not used stays above room for the next
-            # slabs, which is more than one of them needs, because the sums are put between them.
-            if dot is None and above is None:
-                room = [xp.empty_like(pairs[0][0]) for _ in range(6)]
-                above = xp.empty_like(pairs[0][0])
-                del room
             products = len(pairs)
             del pairs  # so that the next slab's take their memory, which is in the cache
         ends.append(len(parts) // products)

@@ -149,10 +149,10 @@ class Secant:
     curvature along the way is the difference of the slopes at its ends; in other directions it is the exact one, scaled
     alike. The old side is scaled by kappa, as ``Calibrated`` has it.
 
-    No parabola has both slopes if the loss bends down between the models, as it does after long training: it is flat
-    around theta_gp, and still falls at theta_hat. Then the slopes do not count, but how far the loss falls from
-    theta_gp to theta_hat does: the new part is the parabola with that fall and with its minimum at theta_hat, as the
-    paper assumes of stage 2. A loss that does not fall is left out, which keeps the stable model.
+    No parabola has both slopes if the loss bends down between the models, as over a hill between two that have learned
+    the task. Then the slopes do not count, but how far the loss falls from theta_gp to theta_hat does: the new part is
+    the parabola with that fall and with its minimum at theta_hat, as the paper assumes of stage 2. A loss that does not
+    fall is left out, which keeps the stable model.
     """
 
     def quadratic(self, subspace: MergeSubspace, losses: Sequence[LocalLoss]) -> Quadratic:
