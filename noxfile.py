@@ -6,15 +6,13 @@
 
 Convention: a session installs what ``constraints.txt`` pins. ``tests-core``, ``tests-jax`` and ``tests-tensorflow``
 have an environment each, with only what their subject may depend on; the sessions that may have all frameworks share
-the environment that ``everything`` makes. Three sessions run at a time, and each tests with a process for every two
-cores: while one installs or waits, the others use the processor, and the fewer processes a session has, the less is
-imported, read and compiled more than once. The seconds that each took are printed at the end.
+the environment that ``everything`` makes. Two sessions run at a time: while one installs or ends with a single long
+test, the other uses the processor. The seconds that each took are printed at the end.
 """
 
 import atexit
 import json
 import os
-import shutil
 import sys
 import tempfile
 import time
@@ -67,14 +65,10 @@ os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 os.environ["PYTHONPYCACHEPREFIX"] = str(Path(".nox", "bytecode").absolute())
 
 nox.needs_version = ">=2026.10.20"
-# Where uv is installed, it makes environments in a fraction of the time; what is said to pip is said to it as well.
-nox.options.default_venv_backend = "uv|virtualenv"
-for for_pip, for_uv in {"INDEX_URL": "DEFAULT_INDEX", "EXTRA_INDEX_URL": "INDEX", "FIND_LINKS": "FIND_LINKS"}.items():
-    if f"PIP_{for_pip}" in os.environ:
-        os.environ.setdefault(f"UV_{for_uv}", os.environ[f"PIP_{for_pip}"])
+nox.options.default_venv_backend = "virtualenv"
 nox.options.allow_parallel = True
 if not any(argument.startswith(("-s", "--session", "-e")) for argument in sys.argv):
-    nox.options.parallel = 3  # a session that is asked for by name shows what it does as it does it
+    nox.options.parallel = 2  # a session that is asked for by name shows what it does as it does it
 # The longest first, so that nothing long is left when all else is done.
 nox.options.sessions = [
     *("tests-jax", "everything", "tests-tensorflow", "tests-torch", "agreement", "tests-core"),
@@ -107,15 +101,13 @@ def python(session: nox.Session) -> str:
 
 
 def test(session: nox.Session, *arguments: str) -> None:
-    """Run pytest, a process a core, or one for two cores beside other sessions; all of one thread, as arrays are small.
+    """Run pytest, a process a core: with one thread each, since arrays are small here, and threads would only wait.
 
     A process that has finished its share takes over tests of another; so none is idle while one has a long module.
     """
     threads = "OMP_NUM_THREADS", "TF_NUM_INTEROP_THREADS", "TF_NUM_INTRAOP_THREADS"
     session.env.update(dict.fromkeys(threads, "1"))
-    count = str((os.cpu_count() or 1) // 2) if os.environ["BECAME_NOX"] == "several" else "auto"
-    count = "0" if count == "1" else count  # the one process is then pytest's own
-    processes = "--numprocesses", count, "--maxprocesses", "8", "--dist", "worksteal"
+    processes = "--numprocesses", "auto", "--maxprocesses", "8", "--dist", "worksteal"
     slowest = "--durations", "15", "--durations-min", "5"
     session.run(python(session), "-m", "pytest", *processes, *slowest, *arguments, *session.posargs)
 
@@ -151,15 +143,11 @@ def lint(session: nox.Session) -> None:
 @nox.session(venv_backend="none")
 def everything(session: nox.Session) -> None:
     """The environment with every framework, which several sessions share."""
+    session.run(sys.executable, "-m", "virtualenv", "--quiet", "--clear", "--no-periodic-update", str(EVERYTHING))
     groups = [*nox.project.dependency_groups(PROJECT, "test-torch"), *nox.project.dependency_groups(PROJECT, "types")]
     pinned = "--no-compile", "--quiet", "-c", "constraints.txt", *groups
     extras = "-e", ".[merge,torch,jax,report,tensorboard,dask]", *TENSORFLOW
-    if shutil.which("uv"):
-        session.run("uv", "venv", "--quiet", "--clear", "--python", sys.executable, str(EVERYTHING))
-        session.run("uv", "pip", "install", "--python", python(session), *pinned, *extras)
-    else:
-        session.run(sys.executable, "-m", "virtualenv", "--quiet", "--clear", "--no-periodic-update", str(EVERYTHING))
-        session.run(python(session), "-m", "pip", "install", *pinned, *extras)
+    session.run(python(session), "-m", "pip", "install", *pinned, *extras)
 
 
 @nox.session(venv_backend="none", requires=["everything"])
@@ -223,7 +211,7 @@ def agreement(session: nox.Session) -> None:
     test(session, "tests/agreement")
 
 
-@nox.session(venv_backend="virtualenv")  # which has pip
+@nox.session
 def wheel(session: nox.Session) -> None:
     """On request: the wheel beside AdapterHub's package ``adapters``, then each without the other."""
     check_files = str(Path("tests", "repository", "check_files.py").absolute())
@@ -293,10 +281,9 @@ def print_seconds(report: Path, begin: float) -> None:
         print(f"{time.time() - begin:7.0f} s  from the beginning to the end")
 
 
-# nox runs each session of several in a process of its own, which reads this file too: only the first prints, and the
-# others learn from it that they are not alone.
+# nox runs each session of several in a process of its own, which reads this file too: only the first prints.
 if "BECAME_NOX" not in os.environ:
-    os.environ["BECAME_NOX"] = "one" if nox.options.parallel is None else "several"
+    os.environ["BECAME_NOX"] = "1"
     nox.options.report = str(Path(".nox", "report.json").absolute())
     Path(".nox").mkdir(exist_ok=True)
     atexit.register(print_seconds, Path(nox.options.report), time.time())

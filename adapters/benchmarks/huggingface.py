@@ -13,7 +13,7 @@ from tempfile import TemporaryDirectory
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from became_core.errors import BecameError, first_line
+from became_core.errors import BecameError
 
 if TYPE_CHECKING:
     import datasets
@@ -76,7 +76,7 @@ def _library() -> Iterator[ModuleType]:
 
 
 def _reason(error: BaseException) -> str:
-    """What the innermost cause says."""
+    """The innermost cause, on one line."""
     while error.__cause__ is not None:
         error = error.__cause__
-    return first_line(error)
+    return " ".join(str(error).split()).rstrip(".") or type(error).__name__
