@@ -43,11 +43,12 @@ def write_shards(folder: Path, arrays: Mapping[str, Any], metadata: Mapping[str,
         shared: the model.
 
     Raises:
-        BecameError: in all processes, if one of them cannot write, or does not see the folder.
+        BecameError: in all processes, if one of them cannot write, or does not see the folder, or if PyTorch is older
+            than its storage of safetensors.
     """
-    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
     from torch.distributed.checkpoint.state_dict_saver import save
 
+    writer = _safetensors_storage().HuggingFaceStorageWriter
     beside = folder / (SHARDS + shared.of_all(uuid4().hex)[0])
     try:
         _in_first(shared, folder, beside.mkdir, parents=True)
@@ -55,7 +56,7 @@ def write_shards(folder: Path, arrays: Mapping[str, Any], metadata: Mapping[str,
         _all_agree(shared, None if beside.is_dir() else unseen)
         state = {name: _contiguous(value) for name, value in arrays.items()}
         with _one_sentence(f"could not write {folder}"), _alone(shared) as where:
-            save(state, storage_writer=HuggingFaceStorageWriter(str(beside), save_distributed=True), **where)
+            save(state, storage_writer=writer(str(beside), save_distributed=True), **where)
         seen = {path.name: path.stat().st_size for path in beside.iterdir()}  # at least those of this process
         files = {name: size for of_one in shared.of_all(seen) for name, size in of_one.items()}
     except BaseException:
@@ -82,11 +83,12 @@ def read_shards(
         shared: the model.
 
     Raises:
-        BecameError: in all processes, if the folder is no memory, is damaged, or is one of another architecture.
+        BecameError: in all processes, if the folder is no memory, is damaged, or is one of another architecture, or if
+            PyTorch is older than its storage of safetensors.
     """
-    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
     from torch.distributed.checkpoint.state_dict_loader import load
 
+    reader = _safetensors_storage().HuggingFaceStorageReader
     shapes = {name: tuple(value.shape) for name, value in parameters.items()}
     state, problem = dict[str, Any](), None
     try:
@@ -103,8 +105,20 @@ def read_shards(
         problem = f"{folder} is no memory that Continual.save wrote ({error})."
     _all_agree(shared, problem)
     with _one_sentence(f"could not read {folder}"), _alone(shared) as where:
-        load(state, storage_reader=HuggingFaceStorageReader(str(folder / manifest["shards"])), **where)
+        load(state, storage_reader=reader(str(folder / manifest["shards"])), **where)
     return manifest["memory"], state
+
+
+def _safetensors_storage() -> Any:
+    """Return PyTorch's module for safetensors files that several processes write and read."""
+    try:
+        from torch.distributed.checkpoint import hf_storage
+    except ImportError:
+        raise BecameError(
+            f"PyTorch {torch.__version__} cannot write or read a memory in shards; install PyTorch 2.8 or newer, or "
+            "save it without sharded=True."
+        ) from None
+    return hf_storage
 
 
 def _manifest(folder: Path) -> dict[str, Any]:

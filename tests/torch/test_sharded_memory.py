@@ -1,6 +1,7 @@
 """A memory in a folder, of one process; ``test_shared_model.py`` has it of two."""
 
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -43,6 +44,19 @@ def learning() -> Continual:
 def _arrays(learning: Continual) -> dict[str, Any]:
     assert learning.posterior is not None
     return memory_arrays(learning.posterior, learning.projector)
+
+
+def test_an_older_pytorch_is_one_sentence(learning: Continual, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    learning.save(tmp_path / "memory", sharded=True)
+    monkeypatch.delattr(torch.distributed.checkpoint, "hf_storage")
+    monkeypatch.setitem(sys.modules, "torch.distributed.checkpoint.hf_storage", None)
+    for sharded in (
+        lambda: learning.save(tmp_path / "other", sharded=True),
+        lambda: Continual.load(Scaled(), tmp_path / "memory"),
+    ):
+        with pytest.raises(BecameError, match=r"cannot write or read a memory in shards; install PyTorch 2\.8"):
+            sharded()
+    assert not (tmp_path / "other").exists()
 
 
 def test_a_folder_has_what_a_file_has(learning: Continual, tmp_path: Path) -> None:
