@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
-from became_core.arrays import Array, Params, device, difference, namespace
+from became_core.arrays import Array, Params, device, difference, has_values, namespace
 from became_core.errors import BecameError
 from became_core.laplace.expansion import subspace_quadratic
 from became_core.laplace.quadratic import Quadratic
@@ -156,7 +156,7 @@ class Secant:
     """
 
     def quadratic(self, subspace: MergeSubspace, losses: Sequence[LocalLoss]) -> Quadratic:
-        """Return new + kappa * old, the new part having slope g(theta_gp).d at the origin, or the fall by its value."""
+        """Return new + kappa * old, the new part having slope g(theta_gp).d at the origin, or the loss's fall."""
         _check(losses)
         *old, new = losses
         exact = new.along(subspace.directions)
@@ -164,11 +164,12 @@ class Secant:
         newest = xp.asarray(list(subspace.newest), dtype=exact.slope.dtype, device=device(exact.slope))
         start, at_newest = new.slope(subspace.origin, subspace.directions), exact.slope_at(newest) - exact.slope
         rise, bend = xp.sum(newest * (exact.slope - start)), xp.sum(newest * at_newest)
-        fall = xp.asarray(
-            new.loss(subspace.origin) - new.loss(new.mean), dtype=exact.slope.dtype, device=device(exact.slope)
-        )
-        convex, zero = rise > 0, xp.zeros_like(bend)
-        curvature = xp.where(convex, rise, xp.where(fall > 0, 2 * fall, zero))
+        convex, zero, curvature = rise > 0, xp.zeros_like(bend), rise
+        if not (has_values(rise) and bool(convex)):  # to measure the loss takes two passes over the task's samples
+            fall = xp.asarray(
+                new.loss(subspace.origin) - new.loss(new.mean), dtype=exact.slope.dtype, device=device(exact.slope)
+            )
+            curvature = xp.where(convex, rise, xp.where(fall > 0, 2 * fall, zero))
         ratio = xp.where(bend > 0, curvature / xp.where(bend > 0, bend, xp.ones_like(bend)), zero)
         slope = xp.where(convex & (bend > 0), start, -at_newest * ratio)
         total = Quadratic(slope, exact.curvature * ratio)

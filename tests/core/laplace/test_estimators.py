@@ -159,6 +159,19 @@ def test_the_secant_is_the_formula_by_hand(xp: Any, segment: Segment, kappa: flo
     assert float(quadratic.curvature[0, 0]) == pytest.approx(bent * exact + kappa * delta @ old @ delta, rel=1e-12)
 
 
+@given(segment=segments())
+def test_a_loss_that_is_convex_between_the_models_is_not_measured(xp: Any, segment: Segment) -> None:
+    """It takes two passes over the new task's samples, which only a loss that bends down needs."""
+
+    class Unmeasured(Measured):
+        def loss(self, theta: Params) -> Any:
+            raise AssertionError("the loss was measured")
+
+    gp, hat, _, new, _, _ = segment.dense()
+    assume((hat - gp) @ new @ (hat - gp) > 0)
+    quadratic_by(Secant(), xp, segment, Unmeasured(xp, segment))
+
+
 @given(segment=segments(), kappa=st.sampled_from([0.5, 2.0]), fall=st.sampled_from([0.01, 0.3, 5.0]))
 def test_a_loss_that_bends_down_counts_by_its_fall(xp: Any, segment: Segment, kappa: float, fall: float) -> None:
     """It is the parabola that falls as far as the loss does, and is least at theta_hat."""
