@@ -27,6 +27,7 @@ from adapters.backend.memory import check_architecture
 from adapters.runs.files import DamagedError, read_sealed, write_sealed
 from adapters.torch.shared_model import SharedModel, own_part
 from became_core import BecameError
+from became_core.errors import first_line
 
 __all__ = ["read_shards", "write_shards"]
 
@@ -102,7 +103,7 @@ def read_shards(
     except BecameError as error:
         problem = str(error)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        problem = f"{folder} is no memory that Continual.save wrote ({error})."
+        problem = f"{folder} is no memory that Continual.save wrote ({first_line(error)})."
     _all_agree(shared, problem)
     with _one_sentence(f"could not read {folder}"), _alone(shared) as where:
         load(state, storage_reader=reader(str(folder / manifest["shards"])), **where)
@@ -196,7 +197,7 @@ def _one_sentence(what: str) -> Iterator[None]:
         yield
     except CheckpointException as error:
         rank, (cause, _) = next(iter(error.failures.items()))
-        raise BecameError(f"process {rank + 1} {what}: {cause}.") from error
+        raise BecameError(f"process {rank + 1} {what}: {first_line(cause)}.") from error
 
 
 @contextmanager
