@@ -9,16 +9,15 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import reduce
 from operator import add
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 
 from became_core import BecameError
 from became_core.arrays import Array, namespace
-from became_core.curvature import Categorical, Likelihood
+from became_core.curvature import Categorical, FisherTargets, Likelihood
 
 __all__ = [
-    "Kind",
     "Reader",
     "cotangents_of",
     "counted",
@@ -30,9 +29,6 @@ __all__ = [
     "units_of",
     "with_progress",
 ]
-
-# Of which targets Fisher information is: those given, or the model's own, exactly or drawn.
-Kind = Literal["empirical", "true", "sampled"]
 
 Model = TypeVar("Model")
 
@@ -186,7 +182,7 @@ def cotangents_of(
     outputs: Array,
     targets: Any,
     own_gradient: Callable[[Any, Array, Any], Array],
-    kind: Kind = "empirical",
+    kind: FisherTargets = "empirical",
     rng: np.random.Generator | None = None,
 ) -> Iterator[Array]:
     """Yield the gradients of each sample's own loss by the outputs, at the targets given or at the model's own.

@@ -12,7 +12,6 @@ from math import prod
 from pathlib import Path
 from typing import Any, Protocol
 
-from adapters.backend.batches import Kind
 from adapters.backend.memory import (
     NewTask,
     NewTaskData,
@@ -26,6 +25,7 @@ from adapters.backend.own_loop import Coverage, MergeReport, NetworkCheck, Uncov
 from became_core import BecameError, LaplacePosterior, Secant, merge
 from became_core.arrays import Array, Params
 from became_core.continual import BayesianDetector, Detector, Reservoir, standardised
+from became_core.curvature import FisherTargets
 from became_core.laplace import Estimator
 from became_core.projection import GPM, Projector
 
@@ -85,7 +85,7 @@ class ContinualModel(ABC):
         projector: Projector | None,
         uncovered: Uncovered,
         penalty: float,
-        fisher: Kind,
+        fisher: FisherTargets,
         decay: float,
         estimator: Estimator | None,
     ) -> None:

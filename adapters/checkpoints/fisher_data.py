@@ -33,11 +33,11 @@ from adapters.checkpoints.digest import digest_of
 from adapters.checkpoints.fisher_files import FACTORS, write_fisher
 from adapters.checkpoints.folders import Checkpoint, open_checkpoint
 from became_core import BecameError
+from became_core.curvature import Categorical, FisherTargets, Tap, kronecker_factors, per_sample_square_sum
 from became_core.errors import first_line
 
 __all__ = ["FisherRequest", "Samples", "fisher_from_data", "load_model", "read_samples"]
 
-Kind = Literal["empirical", "sampled", "true"]
 # The target of a position that does not count, as PyTorch and transformers have it.
 IGNORED = -100
 # After so many chunks the sums so far are saved.
@@ -59,7 +59,7 @@ class FisherRequest:
         factors: ``diagonal``, or ``kronecker`` for Kronecker factors of matrices.
     """
 
-    kind: Kind = "empirical"
+    kind: FisherTargets = "empirical"
     per: Literal["sample", "token"] = "sample"
     samples: int | None = None
     chunk: int = 8
@@ -248,7 +248,6 @@ def fisher_from_data(
     from adapters.backend.batches import Reader
     from adapters.torch.batches import in_evaluation
     from adapters.torch.data_loss import DataLoss
-    from became_core.curvature import Categorical
 
     _check_request(samples, out)
     checkpoint = open_checkpoint(model)
@@ -353,8 +352,6 @@ def _parts(taps: Mapping[str, Any], factors: str, *, with_inputs: bool) -> Itera
         with_inputs: whether A, which is the same for all passes over the same samples, is among it.
     """
     import torch
-
-    from became_core.curvature import Tap, kronecker_factors, per_sample_square_sum
 
     for layer, tap in taps.items():
         as_stored = replace(tap, transposed=False)

@@ -25,7 +25,6 @@ from jax import numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from adapters.backend.batches import (
-    Kind,
     cotangents_of,
     counted,
     gradient_by_outputs,
@@ -42,7 +41,7 @@ from adapters.jax.checking import FunctionView
 from adapters.jax.tapping import Apply, TappedFunction, trained_of
 from became_core import BecameError, Quadratic
 from became_core.arrays import Array, Params, named_leaves, namespace, with_leaves
-from became_core.curvature import GramSums, Likelihood, per_sample_square_sum
+from became_core.curvature import FisherTargets, GramSums, Likelihood, per_sample_square_sum
 
 __all__ = ["DataLoss", "Loss", "moments_of"]
 
@@ -63,7 +62,14 @@ class DataLoss:
     """
 
     def __init__(
-        self, apply: Apply, params: Any, likelihood: Likelihood | Loss, *, fisher: Kind, checks: bool, shows: bool
+        self,
+        apply: Apply,
+        params: Any,
+        likelihood: Likelihood | Loss,
+        *,
+        fisher: FisherTargets,
+        checks: bool,
+        shows: bool,
     ) -> None:
         """Keep what is needed.
 

@@ -19,13 +19,12 @@ from jax import numpy as jnp
 from safetensors.flax import save_file
 
 from adapters.backend import memory as shared
-from adapters.backend.batches import Kind
 from adapters.backend.own_loop import Coverage, NetworkCheck, Uncovered, coverage_of, first_difference
 from adapters.jax.data_loss import DataLoss, Loss, moments_of
 from adapters.jax.tapping import Apply, trained_of
 from became_core import BecameError, LaplacePosterior
 from became_core.arrays import Array, Params, pytree, static
-from became_core.curvature import Likelihood, likelihood_named
+from became_core.curvature import FisherTargets, Likelihood, likelihood_named
 from became_core.projection import GPM, Projector
 
 __all__ = ["Memory", "Parameter", "copied", "coverage", "load", "remember", "save"]
@@ -74,7 +73,7 @@ class Memory:
     uncovered: Uncovered = static()
     penalty: float = static()
     decay: float = static()
-    fisher: Kind = static()
+    fisher: FisherTargets = static()
     checked: NetworkCheck | None = static(default=None)
 
     @property
@@ -115,7 +114,7 @@ def remember(
     projector: Projector | None = None,
     uncovered: Uncovered | None = None,
     penalty: float | None = None,
-    fisher: Kind | None = None,
+    fisher: FisherTargets | None = None,
     decay: float | None = None,
     check: bool = True,
     progress: bool = True,
@@ -233,7 +232,7 @@ def load(
     projector: Projector | None = None,
     uncovered: Uncovered | None = None,
     penalty: float | None = None,
-    fisher: Kind | None = None,
+    fisher: FisherTargets | None = None,
     decay: float | None = None,
 ) -> Memory:
     """Return the memory that ``save`` wrote, or ``Continual.save`` of another framework.

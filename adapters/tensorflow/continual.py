@@ -18,7 +18,6 @@ import numpy as np
 import tensorflow as tf
 from safetensors.numpy import save_file
 
-from adapters.backend.batches import Kind
 from adapters.backend.continual import ContinualModel
 from adapters.backend.memory import fisher_of_moments, read_memory, restored
 from adapters.backend.own_loop import MergeReport, Uncovered
@@ -27,7 +26,7 @@ from adapters.tensorflow.data_loss import DataLoss, Loss
 from adapters.tensorflow.steps import StepGuard, moments_of, observed
 from became_core import BecameError
 from became_core.arrays import Array
-from became_core.curvature import Likelihood, likelihood_named
+from became_core.curvature import FisherTargets, Likelihood, likelihood_named
 from became_core.laplace import Estimator
 from became_core.projection import Projector
 
@@ -66,7 +65,7 @@ class Continual(ContinualModel):
         projector: Projector | None = None,
         uncovered: Uncovered = "penalised",
         penalty: float = 100.0,
-        fisher: Kind = "empirical",
+        fisher: FisherTargets = "empirical",
         decay: float = 1.0,
         estimator: Estimator | None = None,
         apply: Apply | None = None,

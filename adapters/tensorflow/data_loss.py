@@ -17,7 +17,6 @@ import numpy as np
 import tensorflow as tf
 
 from adapters.backend.batches import (
-    Kind,
     cotangents_of,
     counted,
     gradient_by_outputs,
@@ -37,7 +36,7 @@ from adapters.tensorflow.tapping import Tapping
 from adapters.tensorflow.traced import KerasFunction, samples_of
 from became_core import BecameError, Quadratic
 from became_core.arrays import Array, Params
-from became_core.curvature import Bernoulli, Categorical, Likelihood, Taps, square_sums
+from became_core.curvature import Bernoulli, Categorical, FisherTargets, Likelihood, Taps, square_sums
 
 __all__ = ["DataLoss", "Loss"]
 
@@ -63,7 +62,7 @@ class DataLoss:
         *,
         checks: bool,
         shows: bool,
-        fisher: Kind = "empirical",
+        fisher: FisherTargets = "empirical",
     ) -> None:
         """Keep what is needed.
 

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.optim import Optimizer
 
-from adapters.backend.batches import Kind, Reader
+from adapters.backend.batches import Reader
 from adapters.backend.continual import ContinualModel
 from adapters.backend.memory import fisher_of_moments, read_memory, restored
 from adapters.backend.own_loop import MergeReport, Uncovered
@@ -31,7 +31,7 @@ from adapters.torch.shared_model import SharedModel, own_part
 from adapters.torch.steps import StepGuard, groups_of, moments_of, unwrapped
 from became_core import BecameError
 from became_core.arrays import Array
-from became_core.curvature import Likelihood, likelihood_named
+from became_core.curvature import FisherTargets, Likelihood, likelihood_named
 from became_core.laplace import Estimator
 from became_core.projection import Projector, full
 
@@ -77,7 +77,7 @@ class Continual(ContinualModel):
         projector: Projector | None = None,
         uncovered: Uncovered = "penalised",
         penalty: float = 100.0,
-        fisher: Kind = "empirical",
+        fisher: FisherTargets = "empirical",
         decay: float = 1.0,
         estimator: Estimator | None = None,
         apply: Apply | None = None,

@@ -20,7 +20,6 @@ import torch
 from torch import Tensor, nn
 
 from adapters.backend.batches import (
-    Kind,
     Reader,
     cotangents_of,
     counted,
@@ -40,7 +39,7 @@ from adapters.torch.shared_model import SharedModel
 from adapters.torch.tapping import Layouts, collect_taps, matrices_of, samples_of
 from became_core import BecameError, Quadratic
 from became_core.arrays import Params
-from became_core.curvature import Likelihood, Taps, square_sums
+from became_core.curvature import FisherTargets, Likelihood, Taps, square_sums
 
 __all__ = ["Batches", "DataLoss", "Loss"]
 
@@ -67,7 +66,7 @@ class DataLoss:
         *,
         checks: bool,
         shows: bool,
-        fisher: Kind = "empirical",
+        fisher: FisherTargets = "empirical",
     ) -> None:
         """Keep what is needed.
 

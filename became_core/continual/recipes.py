@@ -35,6 +35,7 @@ from typing import Any, ClassVar, Literal
 from became_core.continual.measurement import Structure
 from became_core.continual.methods import Method, Transfer
 from became_core.continual.tempering import Tempering
+from became_core.curvature import FisherTargets
 from became_core.errors import BecameError
 from became_core.laplace import (
     Became,
@@ -62,7 +63,6 @@ __all__ = [
     "projector_names",
 ]
 
-Labels = Literal["empirical", "true", "sampled"]
 Curvature = Literal["diagonal", "kronecker", "exact"]
 ESTIMATORS: Mapping[Curvature, Estimator] = {
     "exact": Secant(),
@@ -120,13 +120,13 @@ class _ByCurvature(_Tempered):
     """A method whose merge weighs two stages by curvature of a chosen form.
 
     Attributes:
-        fisher: whose labels the Fisher information is of: those given, as in the published code; all, weighted by what
-            the network predicts, which takes as many passes as there are labels; or one that is drawn from it.
+        fisher: whose labels the Fisher information is of: those given; all, weighted by what the network predicts,
+            which takes as many passes as there are labels; or one that is drawn from what it predicts.
         precision: the curvatures that the merge is computed from: both sides' diagonals, both sides' Kronecker factors,
             or the new task's exact curvature along the path and the old tasks' calibrated diagonal.
     """
 
-    fisher: Labels = setting("empirical")
+    fisher: FisherTargets = setting("empirical")
     precision: Curvature = setting("exact")
 
     def method(self, name: str, rule: MergeRule) -> Method:

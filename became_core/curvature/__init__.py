@@ -8,7 +8,7 @@ from became_core.curvature.base import Likelihood, Pushforward, TapMode
 from became_core.curvature.categorical import Categorical, log_softmax, logit_cotangents
 from became_core.curvature.elbo import ELBO
 from became_core.curvature.exchange import Exchange
-from became_core.curvature.fisher import TAP_MODES, FisherKind, diagonal_fisher, square_sums
+from became_core.curvature.fisher import TAP_MODES, FisherKind, FisherTargets, diagonal_fisher, square_sums
 from became_core.curvature.grams import GramSums, gradient_grams, input_grams
 from became_core.curvature.kfac import KroneckerFactors, Sharing, kronecker_factors
 from became_core.curvature.likelihoods import LIKELIHOODS, Bernoulli, Gaussian, derivatives_along, likelihood_named
@@ -29,6 +29,7 @@ __all__ = [
     "Categorical",
     "Exchange",
     "FisherKind",
+    "FisherTargets",
     "Gaussian",
     "GramSums",
     "KroneckerFactors",

@@ -24,12 +24,15 @@ from became_core.curvature.exchange import Exchange
 from became_core.curvature.taps import Tap, Taps, batch_gradient, per_sample_square_sum
 from became_core.errors import BecameError
 
-__all__ = ["TAP_MODES", "FisherKind", "diagonal_fisher", "square_sums"]
+__all__ = ["TAP_MODES", "FisherKind", "FisherTargets", "diagonal_fisher", "square_sums"]
 
 # How many samples of a layer with one position are gathered before their squares are summed.
 GATHERED = 512
 
-FisherKind = Literal["empirical", "true", "sampled", "batch"]
+# Of which targets Fisher information is: those given, or the model's own, exactly or drawn.
+FisherTargets = Literal["empirical", "true", "sampled"]
+# "batch" is the published estimate, of squared gradients of batches.
+FisherKind = Literal[FisherTargets, "batch"]
 
 # The mode of the taps that each kind is computed from.
 TAP_MODES: dict[FisherKind, TapMode] = {
