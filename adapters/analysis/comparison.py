@@ -55,13 +55,13 @@ _COSTS = (
 
 
 def heading(run: RunResult) -> str:
-    """Return the benchmark of a run and its tasks: of how many, and how many of them the run learned."""
+    """Return the benchmark of a run and its tasks: of how many, how many the run learned, and on what it was scored."""
     learned = len(run.accuracy)
-    if not run.config.get("tasks", learned):  # as many as the data have domains
-        return f"{run.benchmark}, {learned} {'task' if learned == 1 else 'tasks'}"
-    tasks, first = run.config.get("tasks", learned), run.config.get("first", learned)
+    tasks = run.config.get("tasks", learned) or learned  # 0: as many as the data have domains
+    first = run.config.get("first", learned) or learned
     part = "" if first == tasks else f", the first {first}"
-    return f"{run.benchmark}, {tasks} {'task' if tasks == 1 else 'tasks'}{part}"
+    scored = "" if run.on_test_samples else ", scored on held-out training samples"
+    return f"{run.benchmark}, {tasks} {'task' if tasks == 1 else 'tasks'}{part}{scored}"
 
 
 def scores_tables(groups: Sequence[Group]) -> list[Table]:
@@ -123,10 +123,18 @@ def _identity(run: RunResult) -> tuple[object, ...]:
     return run.method, run.backend, run.config, run.seed
 
 
+_SAMPLES = {True: "test samples", False: "held-out training samples"}
+
+
 def _check_comparable(first: RunResult, run: RunResult, out: Path) -> None:
     if run.benchmark != first.benchmark:
         raise BecameError(
             f"{out} holds runs of {run.benchmark}, the others are of {first.benchmark}; compare runs of one benchmark."
+        )
+    if run.on_test_samples != first.on_test_samples:
+        raise BecameError(
+            f"{out} holds runs that were scored on {_SAMPLES[run.on_test_samples]}, the others on "
+            f"{_SAMPLES[first.on_test_samples]}; compare runs with one --score-on."
         )
     # A configuration that was recorded before class orders could be chosen has none: it used the order of the labels.
     for name, default in (("tasks", None), ("first", None), ("class_order", "label")):
@@ -148,7 +156,8 @@ def comparison(groups: Sequence[Group], baseline: str | None = None) -> list[Tab
     if baseline is not None:
         tables.append(_differences(groups, baseline))
     tasks = run.config["tasks"]
-    published = published_tables(run.benchmark, tasks) if run.config["first"] == tasks else []
+    whole = run.config["first"] == tasks and run.on_test_samples
+    published = published_tables(run.benchmark, tasks) if whole else []
     if published:
         tables.append(published_table(published, f"Published: {heading(run)}"))
     return tables

@@ -98,13 +98,15 @@ def write_report(results: Results, folder: Path, published: Sequence[PublishedTa
     Args:
         results: finished runs of one benchmark, or groups of them as ``gather`` names them.
         folder: where ``report.html`` and ``figures`` go; it is created if it does not exist.
-        published: published numbers of the benchmark; they are shown only if the runs learned all of its tasks.
+        published: published numbers of the benchmark; they are shown only if the runs learned all of its tasks and were
+            scored on test samples.
 
     Raises:
         BecameError: if there are no runs, they cannot be shown together, or a file cannot be written.
     """
     groups = groups_of(results)
-    if any(run.config.get("first") != run.config.get("tasks") for group in groups for run in group.runs):
+    runs = [run for group in groups for run in group.runs]
+    if any(run.config.get("first") != run.config.get("tasks") or not run.on_test_samples for run in runs):
         published = ()
     limits = accuracy_limits(groups)
     shared, own = _shared(groups, published), [_own(group, limits) for group in groups]

@@ -61,12 +61,13 @@ def results_tables(results: Sequence[RunResult]) -> list[Table]:
     note = _SCORES
     seeds = sorted({result.seed for result in results})
     of_seeds = f"seed {seeds[0]}" if len(seeds) == 1 else f"mean over seeds {', '.join(map(str, seeds))}"
-    title, section = f"Accuracies in percent, {of_seeds}", 2
+    scored = "" if results[0].on_test_samples else " on held-out training samples"
+    title, section = f"Accuracies{scored} in percent, {of_seeds}", 2
     if not measure.is_accuracy:  # there is no choice among classes
         del score_columns[1]
         scores = [[method, *numbers] for method, _, *numbers in scores]
         note = _LOSSES.format(unit=measure.unit)
-        title, section = f"Losses, {measure.unit}, with the sign turned, {of_seeds}", 0
+        title, section = f"Losses{scored}, {measure.unit}, with the sign turned, {of_seeds}", 0
     return [
         Table(title, score_columns, scores, [note], section=section),
         Table("What was merged, and the cost" if merged else "The cost", cost_columns, costs, [_ALPHA] * merged),

@@ -37,6 +37,7 @@ from became_core.continual import (
     build_method,
     measured_on,
     method_settings,
+    scored_on,
 )
 from became_core.projection import PROJECTORS
 from became_core.registry import Setting, nearest
@@ -79,15 +80,20 @@ class Configuration(RunOptions):
             raise BecameError("--path-points must be 0 or at least 2.")
         if self.optimiser != "sgd" and self.momentum:
             raise BecameError("--momentum is SGD's; Adam has its own.")
+        self._check_held_out()
         self._check_curvature_data()
 
+    def _check_held_out(self) -> None:
+        """Check that samples are held out if an option is about them."""
+        for name, use in {"curvature_data": "measures", "score_on": "scores models"}.items():
+            if getattr(self, name) == "validation" and not self.validation:
+                raise BecameError(
+                    f"{option_word(name)} validation {use} on held-out samples, and --validation 0 holds out none; "
+                    "give --validation a share above 0."
+                )
+
     def _check_curvature_data(self) -> None:
-        """Check that there are samples to measure curvature on, and for ``temper`` others to compare them with."""
-        if self.curvature_data == "validation" and not self.validation:
-            raise BecameError(
-                "--curvature-data validation measures on held-out samples, and --validation 0 holds out none; give "
-                "--validation a share above 0."
-            )
+        """Check that curvature is measured on samples that differ from those it is compared with, and are at hand."""
         if self.curvature_data == "validation" and self.settings.get("temper") in ("curvature", "rise"):
             raise BecameError(
                 f"--temper {self.settings['temper']} compares held-out samples with those of --curvature-data, and "
@@ -193,6 +199,7 @@ class Configuration(RunOptions):
         if self.single_head:
             stream = replace(stream, shared_head=True)
         stream = stream.first(self.first) if self.first else stream
+        stream = scored_on(stream, self.score_on)
         return measured_on(stream, self.curvature_data, seed=seed, samples=self.curvature_samples or None)
 
     def to_json(self) -> dict[str, Any]:

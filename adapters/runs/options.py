@@ -17,7 +17,7 @@ from adapters.benchmarks.catalogue import BENCHMARKS
 from adapters.networks import NETWORKS, DropoutMasks, Norm
 from adapters.tracking import TRACKERS
 from became_core import BecameError
-from became_core.continual import ClassOrder, CurvatureData, method_settings
+from became_core.continual import ClassOrder, CurvatureData, ScoredPart, method_settings
 
 __all__ = ["GROUPS", "Option", "RunOptions", "option_word", "options"]
 
@@ -91,6 +91,13 @@ class RunOptions:
         "Over how many samples one task goes over into the next, where boundaries are unknown.", "learn", 0
     )
     validation: float = _option("The fraction of each task's training samples that is held out.", "learn", 0.05)
+    score_on: ScoredPart = _option(
+        "On which samples of each task models are scored: test, or validation, those held out by --validation, which "
+        "leaves the test samples unseen while settings are chosen. The schedule patience looks at them too, so that "
+        "its scores on them are a little too high.",
+        "learn",
+        "test",
+    )
     augment: bool = _option(
         "Whether training images are cropped at random, after padding by 4 pixels, and flipped left to right.",
         "learn",

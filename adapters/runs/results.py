@@ -127,6 +127,11 @@ class RunResult:
         return self.measure.matrix(self.accuracy, self.loss)
 
     @property
+    def on_test_samples(self) -> bool:
+        """Whether models were scored on test samples, and not on held-out training samples."""
+        return self.config.get("score_on", "test") == "test"
+
+    @property
     def measure(self) -> Measure:
         """What the run is measured by: accuracy or a loss."""
         return Measure(self.unit)

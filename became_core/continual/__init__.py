@@ -26,8 +26,10 @@ from became_core.continual.share import Share
 from became_core.continual.splits import (
     ClassOrder,
     CurvatureData,
+    ScoredPart,
     measured_on,
     permute_pixels,
+    scored_on,
     split_classes,
     split_domains,
 )
@@ -68,6 +70,7 @@ __all__ = [
     "RunRecord",
     "RunState",
     "Schedule",
+    "ScoredPart",
     "Segment",
     "Segments",
     "Share",
@@ -95,6 +98,7 @@ __all__ = [
     "permute_pixels",
     "projector_names",
     "random_generator",
+    "scored_on",
     "split_classes",
     "split_domains",
     "standardised",

@@ -14,12 +14,24 @@ from became_core.continual.data import Augmentation, Dataset, Task, TaskStream
 from became_core.continual.rng import random_generator
 from became_core.errors import BecameError
 
-__all__ = ["ClassOrder", "CurvatureData", "measured_on", "permute_pixels", "split_classes", "split_domains"]
+__all__ = [
+    "ClassOrder",
+    "CurvatureData",
+    "ScoredPart",
+    "measured_on",
+    "permute_pixels",
+    "scored_on",
+    "split_classes",
+    "split_domains",
+]
 
 ClassOrder = Literal["label", "seeded"]
 
 CurvatureData = Literal["training", "validation", "augmented"]
 """On which samples of a task its loss and curvature are measured."""
+
+ScoredPart = Literal["test", "validation"]
+"""On which samples of a task models are scored."""
 
 
 def split_classes(
@@ -162,6 +174,40 @@ def permute_pixels(dataset: Dataset, tasks: int) -> Dataset:
     )
 
 
+def scored_on(stream: TaskStream, part: ScoredPart) -> TaskStream:
+    """Return a stream whose tasks are scored on other samples than the test samples.
+
+    Settings that are chosen by scores on held-out training samples leave the test samples for one last measurement.
+
+    Args:
+        stream: the tasks.
+        part: "test" for the test rows, which returns the stream itself; "validation" for each task's held-out rows,
+            which then take the place of its test rows.
+
+    Raises:
+        BecameError: if a task has no held-out rows.
+
+    Examples:
+        >>> images, labels = np.zeros((8, 1, 2, 2), np.uint8), [0, 1, 0, 1, 0, 1, 0, 1]
+        >>> stream = split_classes(Dataset("tiny", images, labels, 6, mean=(0.0,), std=(1.0,)), 1, validation=0.5)
+        >>> len(stream.tasks[0].test), len(scored_on(stream, "validation").tasks[0].test)
+        (2, 3)
+    """
+    if part == "test":
+        return stream
+    _check_held_out(stream, "score models on")
+    return replace(stream, tasks=tuple(replace(task, test=task.validation) for task in stream.tasks))
+
+
+def _check_held_out(stream: TaskStream, purpose: str) -> None:
+    for task in stream.tasks:
+        if not len(task.validation):
+            raise BecameError(
+                f"task {task.index + 1} of {stream.dataset.name} has no held-out samples to {purpose}; give a larger "
+                "share for validation."
+            )
+
+
 def measured_on(stream: TaskStream, data: CurvatureData, *, seed: int = 0, samples: int | None = None) -> TaskStream:
     """Return a stream whose losses and curvature are measured on other samples than those that are trained on.
 
@@ -187,12 +233,7 @@ def measured_on(stream: TaskStream, data: CurvatureData, *, seed: int = 0, sampl
     if data == "training":
         return stream
     if data == "validation":
-        for task in stream.tasks:
-            if not len(task.validation):
-                raise BecameError(
-                    f"task {task.index + 1} of {stream.dataset.name} has no held-out samples to measure curvature on; "
-                    "give a larger share for validation."
-                )
+        _check_held_out(stream, "measure curvature on")
         return replace(stream, tasks=tuple(replace(task, curvature=task.validation) for task in stream.tasks))
     dataset = stream.dataset
     dataset.check_images(", so curvature cannot be measured on augmented samples")

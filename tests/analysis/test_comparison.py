@@ -102,6 +102,18 @@ def test_differences_are_by_seed_with_an_interval_where_there_are_several(tmp_pa
     assert "10,000 bootstrap means" in table.notes[0]
 
 
+def test_scores_on_held_out_samples_say_so_and_stand_beside_no_others(tmp_path: Path) -> None:
+    whole: dict[str, Any] = {"benchmark": "split-cifar100", "config": CONFIG | {"tasks": 20, "first": 20}}
+    held_out = {**whole, "config": whole["config"] | {"score_on": "validation"}}
+    save(tmp_path / "validation", "nscl", 0, **held_out)
+    save(tmp_path / "test", "nscl", 0, **whole)
+    scores, costs = tables(tmp_path / "validation")  # and none of published numbers, which are of test samples
+    assert scores.title == "split-cifar100, 20 tasks, scored on held-out training samples"
+    assert costs.title == "The cost"
+    with pytest.raises(BecameError, match=r"were scored on test samples, the others on held-out training samples; "):
+        tables(tmp_path / "validation", tmp_path / "test")
+
+
 def test_published_numbers_stand_beside_those_of_the_same_tasks_alone(tmp_path: Path) -> None:
     cifar: dict[str, Any] = {"benchmark": "split-cifar100", "config": CONFIG | {"tasks": 20, "first": 20}}
     save(tmp_path / "all", "nscl", 0, **cifar)

@@ -88,6 +88,15 @@ def test_curvature_data_and_tempering_reach_the_stream_and_the_method() -> None:
     assert len(augmented.dataset.images) == len(dataset.images) + 7 * len(plain.tasks)
 
 
+def test_scores_on_validation_are_of_the_held_out_samples_and_training_is_the_same() -> None:
+    dataset = load_mnist()
+    plain, scored = (configured(score_on=part).stream(dataset, 0) for part in ("test", "validation"))
+    for before, after in zip(plain.tasks, scored.tasks, strict=True):
+        np.testing.assert_array_equal(after.test, before.validation)
+        np.testing.assert_array_equal(after.train, before.train)
+        np.testing.assert_array_equal(after.validation, before.validation)
+
+
 def test_boundaries_are_watched_for_only_if_they_are_unknown() -> None:
     assert configured("became").watch() is None
     watch = configured("became", boundaries="unknown", hazard=0.2, reservoir=99, gradual=7).watch()
@@ -171,6 +180,7 @@ def test_the_number_of_tasks_chooses_the_preset() -> None:
         ({"reservoir": 0}, "gpm", None, "a reservoir of 0 samples holds nothing; let it hold at least 1"),
         ({"gradual": -1}, "gpm", None, "tasks change over -1 samples; give at least 0"),
         ({"momenta": 3}, "gpm", None, "no option 'momenta'; did you mean 'momentum'"),
+        ({"score_on": "validation", "validation": 0.0}, "gpm", None, "^--score-on validation scores models on "),
         *(
             ({"curvature_data": "validation", **values}, "became", None, message)
             for values, message in (
@@ -326,7 +336,7 @@ def test_every_option_is_drawn_by_these_properties() -> None:
     others = {"benchmark", "optimiser", "momentum", "nscl_ratio", "nscl_floored", "ogd_samples", "ogd_capacity"}
     others |= {"ewc_strength", "packnet_share", "packnet_even", "packnet_retraining", "grid_points"}
     others |= {"hat_sharpness", "hat_sparsity", "hat_clamped"}
-    others |= {"curvature_data"}  # which depends on other options
+    others |= {"curvature_data", "score_on"}  # which depend on other options
     others |= {"pretrained", "shrinkage"}  # of networks of the hub, and of the merge of single weights
     others |= {"task_column", "target_column", "target_kind", "head", "context"}
     assert set(options()) == set(VALUES) | others

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from became_core import BecameError
 from became_core.continual import Augmentation, Views, random_generator
 from became_core.continual.data import Dataset, TaskStream, chunks
-from became_core.continual.splits import measured_on, permute_pixels, split_classes
+from became_core.continual.splits import measured_on, permute_pixels, scored_on, split_classes
 from reference.learner import cropped
 from tests.backends import to_numpy, to_xp
 from tests.strategies import few_if_compiled
@@ -358,6 +358,8 @@ def test_augmented_samples_are_copies_of_training_images_that_are_no_rows_of_any
 def test_curvature_cannot_be_measured_on_samples_that_there_are_not() -> None:
     with pytest.raises(BecameError, match=r"^task 1 of prototypes has no held-out samples to measure curvature on; "):
         measured_on(prototype_stream(tasks=2, validation=0.0), "validation")
+    with pytest.raises(BecameError, match=r"^task 1 of prototypes has no held-out samples to score models on; give a "):
+        scored_on(prototype_stream(tasks=2, validation=0.0), "validation")
     with pytest.raises(BecameError, match=r"^text is not cropped and flipped, so curvature cannot be measured on "):
         measured_on(text_stream(), "augmented")
     stream = prototype_stream(tasks=2)
