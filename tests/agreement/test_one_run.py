@@ -55,6 +55,8 @@ from tests.compilers import optimised
 from tests.listening import Listening
 
 TRAINING = Training(Annealed(lr=0.1, epochs=3), Annealed(lr=0.1, epochs=2), batch_size=25, curvature_samples=100)
+# At this rate the last merge is between the two models: at an end, it says nothing of how alpha was found.
+GENTLE = replace(TRAINING, stage1=Annealed(lr=0.05, epochs=3), stage2=Annealed(lr=0.05, epochs=2))
 METHODS = ("became", "became-paper", "became+sgp", "trgp", "ewc")
 SHAPE = (1, 28, 28)
 BLOCK = Residual(
@@ -121,7 +123,7 @@ def reference_run(method: str) -> tuple[dict[str, NDArray[Any]], Run]:
     """The weights it began with, and the run."""
     learner = ReferenceLearner(stream(), hidden=(100, 100))
     before = learner.parameters()
-    return before, run(learner, stream(), method)
+    return before, run(learner, stream(), method, GENTLE)
 
 
 @pytest.mark.parametrize("framework", FRAMEWORKS)
@@ -129,10 +131,12 @@ def reference_run(method: str) -> tuple[dict[str, NDArray[Any]], Run]:
 def test_a_run_is_the_same_on_every_framework(method: str, framework: str) -> None:
     """One of them on JAX with what XLA's optimiser does to its programs."""
     before, expected = reference_run(method)
+    last = expected[0].alpha[-1]
+    assert last is None or 0 < last < 1
     learner = FRAMEWORKS[framework].learner(mlp(*SHAPE), stream(), 0)
     learner.assign({name: FRAMEWORKS[framework].array(value) for name, value in before.items()})
     with optimised() if (framework, method) == ("jax", "became") else nullcontext():
-        assert_equal(run(learner, stream(), method), expected)
+        assert_equal(run(learner, stream(), method, GENTLE), expected)
 
 
 @cache
