@@ -129,7 +129,7 @@ class RunResult:
     @property
     def on_test_samples(self) -> bool:
         """Whether models were scored on test samples, and not on held-out training samples."""
-        return self.config.get("score_on", "test") == "test"
+        return bool(self.config.get("score_on", "test") == "test")
 
     @property
     def measure(self) -> Measure:

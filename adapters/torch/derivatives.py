@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from adapters.torch.tapping import unfused
+from adapters.torch.tapping import as_written, unfused
 
 __all__ = ["Derivatives", "Way"]
 
@@ -40,10 +40,12 @@ class Derivatives:
     Attributes:
         way: the way that is used, or tried next.
         shorter: what a difference's step is multiplied by.
+        compiled: whether there may be modules that the user has compiled.
     """
 
     way: Way = "forward mode"
     shorter: float = 1.0
+    compiled: bool = True
 
     def along(self, function: Function, theta: Parameters, directions: Sequence[Parameters]) -> tuple[Tensor, Tensor]:
         """Return the outputs at theta and their derivatives along directions, [directions, *outputs].
@@ -62,24 +64,26 @@ class Derivatives:
         theta = {name: value.detach() for name, value in theta.items()}
         if self.way == "forward mode":
             try:
-                return _forward_mode(function, theta, directions)
+                with torch.no_grad(), _differentiable(compiled=self.compiled):
+                    return _forward_mode(function, theta, directions)
             except Exception:
                 self.way = "two reverse passes"
         if self.way == "two reverse passes":
             try:
-                return _two_reverse_passes(function, theta, directions)
+                with torch.enable_grad(), _differentiable(compiled=self.compiled), unfused():
+                    return _two_reverse_passes(function, theta, directions)
             except Exception:
                 self.way = "difference"
         return _difference(function, theta, directions, self.shorter)
 
 
 @contextmanager
-def _differentiable() -> Iterator[None]:
+def _differentiable(*, compiled: bool) -> Iterator[None]:
     """Let PyTorch take those kernels of attention and of compiled modules that have all derivatives."""
     fast_path = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with torch.compiler.set_stance("force_eager"), sdpa_kernel(SDPBackend.MATH):
+        with as_written(compiled=compiled), sdpa_kernel(SDPBackend.MATH):
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
@@ -87,13 +91,12 @@ def _differentiable() -> Iterator[None]:
 
 def _forward_mode(function: Function, theta: Parameters, directions: Sequence[Parameters]) -> tuple[Tensor, Tensor]:
     tangents = []
-    with torch.no_grad(), _differentiable():
-        for direction in directions:
-            along = {name: direction[name] for name in theta if name in direction}
-            rest = {name: value for name, value in theta.items() if name not in along}
-            primals = {name: theta[name] for name in along}
-            outputs, tangent, *_ = torch.func.jvp(lambda moved, rest=rest: function(rest | moved), (primals,), (along,))
-            tangents.append(tangent)
+    for direction in directions:
+        along = {name: direction[name] for name in theta if name in direction}
+        rest = {name: value for name, value in theta.items() if name not in along}
+        primals = {name: theta[name] for name in along}
+        outputs, tangent, *_ = torch.func.jvp(lambda moved, rest=rest: function(rest | moved), (primals,), (along,))
+        tangents.append(tangent)
     return outputs, torch.stack(tangents)
 
 
@@ -101,22 +104,21 @@ def _two_reverse_passes(
     function: Function, theta: Parameters, directions: Sequence[Parameters]
 ) -> tuple[Tensor, Tensor]:
     leaves = {name: value.clone().requires_grad_() for name, value in theta.items()}
-    with torch.enable_grad(), _differentiable(), unfused():
-        outputs = function(leaves)
-        seed = torch.zeros_like(outputs, requires_grad=True)
-        gradients: tuple[Tensor | None, ...] = torch.autograd.grad(
-            outputs, list(leaves.values()), seed, create_graph=True, allow_unused=True
-        )
-        tangents = []
-        for direction in directions:
-            pairs = [
-                (gradient * direction[name]).sum()
-                for name, gradient in zip(leaves, gradients, strict=True)
-                if gradient is not None and name in direction
-            ]
-            total = torch.stack(pairs).sum() if pairs else (seed * 0).sum()
-            (tangent,) = torch.autograd.grad(total, seed, retain_graph=True)
-            tangents.append(tangent)
+    outputs = function(leaves)
+    seed = torch.zeros_like(outputs, requires_grad=True)
+    gradients: tuple[Tensor | None, ...] = torch.autograd.grad(
+        outputs, list(leaves.values()), seed, create_graph=True, allow_unused=True
+    )
+    tangents = []
+    for direction in directions:
+        pairs = [
+            (gradient * direction[name]).sum()
+            for name, gradient in zip(leaves, gradients, strict=True)
+            if gradient is not None and name in direction
+        ]
+        total = torch.stack(pairs).sum() if pairs else (seed * 0).sum()
+        (tangent,) = torch.autograd.grad(total, seed, retain_graph=True)
+        tangents.append(tangent)
     return outputs.detach(), torch.stack(tangents).detach()
 
 

@@ -105,15 +105,16 @@ class TorchLearner(NetworkLearner):
         buffers = {name for name, _ in module.named_buffers()}
         self._stored = frozenset(buffers - counts)
         self.constants = self._frozen | (self._stored - self.running_statistics)
-        self._layouts: dict[int, Layouts] = defaultdict(Layouts)
+        may_be_compiled = not is_ours
+        self._layouts: dict[int, Layouts] = defaultdict(lambda: Layouts(compiled=may_be_compiled))
         self._by_task: dict[int, tuple[OneHead, Names]] = {}
-        self.derivatives = Derivatives()
+        self.derivatives = Derivatives(compiled=may_be_compiled)
         self._compiled: CompiledSteps | None = None
         self._forward: Callable[[Tensor, int], Tensor] = self.network
         self._plain_layers: dict[nn.Module, str] | None = None
         with self._working(training=False):
             few = (self._batch(np.arange(min(3, len(self._images))))[0], 0)
-            matrices = matrices_of(self.network, self._layers, few)
+            matrices = matrices_of(self.network, self._layers, few, Layouts(compiled=may_be_compiled))
         # Stored as [d_out, d_in], as a few samples tell.
         self.projectable = frozenset(
             name for name, transposed in matrices.items() if not (transposed or self.naming.has(name))
@@ -390,7 +391,7 @@ class TorchLearner(NetworkLearner):
         per_sample = mode != "published"
         network, names = self._with_head(task)
         if mode == "inputs":
-            return collect_inputs(network, names, (images,), sorted(self.projectable))
+            return collect_inputs(network, names, (images,), sorted(self.projectable), self._layouts[task])
         return collect_taps(
             network,
             names,

@@ -49,6 +49,7 @@ class Layouts:
         mixed: uses whose rows belong to no one sample.
         selections: embeddings that select rows of their weight for all samples alike, by parameter and operation.
         unfused: whether recurrent layers must be computed step by step, for their uses to be seen.
+        compiled: whether there may be modules that the user has compiled.
         warned: the parameters that a warning has named.
     """
 
@@ -56,6 +57,7 @@ class Layouts:
     mixed: set[Key] = field(default_factory=set)
     selections: set[Key] = field(default_factory=set)
     unfused: bool = False
+    compiled: bool = True
     warned: set[str] = field(default_factory=set)
 
 

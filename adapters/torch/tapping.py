@@ -14,7 +14,7 @@ samples: a tensor, or a tree of dicts, lists and tuples, whose tensors with that
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -202,7 +202,7 @@ def _forward(
     parameters = {name: parameter for parameter, name in owners_of(names).items() if parameter.requires_grad}
     selections = frozenset(layouts.selections)
     statistics = constant_statistics(network) if per_sample else nullcontext(Statistics())
-    with torch.enable_grad(), torch.compiler.set_stance("force_eager"), statistics as used:
+    with torch.enable_grad(), as_written(compiled=layouts.compiled), statistics as used:
         with unfused() if layouts.unfused else nullcontext():
             logits = network(*arguments)
         graph = graph_of(logits, parameters, selections)
@@ -221,6 +221,15 @@ def _shapes(tree: Any) -> tuple[Any, ...]:
         return (tuple(tree.shape),)
     parts = tree.values() if isinstance(tree, Mapping) else tree if isinstance(tree, tuple | list) else ()
     return tuple(map(_shapes, parts))
+
+
+def as_written(*, compiled: bool) -> AbstractContextManager[Any]:
+    """Let compiled modules run as they are written, within it.
+
+    Args:
+        compiled: whether there may be any. PyTorch loads its compiler to be told so, which takes a second or two.
+    """
+    return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
 
 
 @contextmanager

@@ -332,6 +332,18 @@ except SystemExit:
     assert "--stage2-epochs" in done.stdout
 
 
+def test_a_described_network_learns_and_merges_without_pytorchs_compiler(tmp_path: Path) -> None:
+    """Which takes seconds to load, and is only asked where a user's own modules may be compiled."""
+    words = ["run", "--methods", "became", "--first", "2", "--epochs", "1", "--stage2-epochs", "1", "--quiet"]
+    source = f"""
+import sys
+from adapters.cli.__main__ import main
+assert main({[*words, "--backend", "torch", "--out", str(tmp_path)]}) == 0
+print(any(name.startswith("torch._dynamo") for name in sys.modules))
+"""
+    assert run_python(source).stdout.splitlines()[-1] == "False"
+
+
 def test_help_fits_80_columns_and_names_no_default_that_is_none(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
