@@ -25,6 +25,7 @@ from distributed import Client
 from adapters.checkpoints import MergePlan, cluster, executors, merge_checkpoints
 from adapters.checkpoints.job import Job
 from adapters.checkpoints.opening import open_job
+from adapters.checkpoints.write import file_states
 from adapters.cli.__main__ import main
 from adapters.runs import cluster as connecting
 from became_core import BecameError
@@ -202,7 +203,7 @@ def test_what_stops_a_merge_is_a_sentence_and_nothing_is_lost(
     fault: str, folder: Path, dask: Dask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan = plan_in(folder)
-    first, second, *others = cluster.file_states(open_job(plan))
+    first, second, *others = file_states(open_job(plan))
     files = {"missing": ("/nowhere/model", *second[1:]), "other": (second[0], second[1] + 1, second[2])}
     with ExitStack() as until_repaired:
         patch = until_repaired.enter_context(monkeypatch.context())
@@ -246,7 +247,12 @@ def test_a_scheduler_that_ends_or_is_missing_is_one_sentence(
     journal = tmp_path / ".out.merging" / "journal.jsonl"
     with scheduler(file) as process:
         address = json.loads(file.read_text(encoding="utf-8"))["address"]
-        striker = threading.Thread(target=lambda: (until(journal.exists), process.kill()))
+
+        def kill() -> None:
+            until(journal.exists)
+            process.kill()
+
+        striker = threading.Thread(target=kill)
         striker.start()
         assert main(words(folder, out, str(file))) == 2
         striker.join(WAIT)
