@@ -120,8 +120,8 @@ class Cluster:
 
     def write(self, blocks: Sequence[Block], first: int, solution: Solution) -> Iterator[Written]:
         """Yield the prints of each block that was written, in order."""
-        # From here on this process has nothing to write into these files: not even the zeros that gave them their
-        # lengths, which the system of another machine knows nothing of.
+        # Headers, and the zeros with which a system may have given the files their lengths, must be on the disk before
+        # another machine writes there: this one could write them over its bytes later.
         self._folder.sync()
         return self._shared_out(blocks, first, replace(solution, groups={}))
 
