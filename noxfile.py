@@ -251,12 +251,13 @@ def federation(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none", requires=["everything"])
 def stress(session: nox.Session) -> None:
-    """Far more of what is drawn at random: 310 killed processes, 25,000 damaged files, the long hypothesis profile."""
+    """Far more of what is drawn at random: 330 killed processes, 25,000 damaged files, the long hypothesis profile."""
     cache_compilations(session)
     session.env.update(BECAME_DAMAGES="5000")  # in each of two folders
     test(session, "tests/runs/test_damage.py", "tests/checkpoints/test_damage.py", "--timeout", "3600")
     session.env.update(BECAME_KILLS="20")
-    test(session, "tests/cli/test_pool.py", "tests/cli/test_cluster.py", "--timeout", "3600")
+    clusters = "tests/cli/test_cluster.py", "tests/checkpoints/test_cluster.py"
+    test(session, "tests/cli/test_pool.py", *clusters, "--timeout", "3600")
     session.env.update(BECAME_KILLS="50")
     test(session, "tests/checkpoints/test_resume.py", "--timeout", "3600")
     for backend, kills in {"torch": 100, "jax": 50, "tensorflow": 50}.items():

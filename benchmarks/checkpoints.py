@@ -4,9 +4,10 @@ Two synthetic Llama checkpoints in bfloat16, in five shards each, and a Fisher f
 billion weights as ``--sizes`` says; they are written once into ``--folder``, and read from the page cache if they fit
 there. Contenders, each a process of its own, in turn: ``read twice`` (the files that ``became`` reads, twice, into one
 buffer), our ``linear`` and ``became``, and mergekit's ``linear``, if ``--mergekit`` names a Python that has mergekit
-0.1.5 (``python -m venv mk && mk/bin/pip install mergekit==0.1.5``). Given are medians over rounds: seconds, seconds of
-processor time, the peak of resident memory as the system counts it (pages of mapped files included), and the bytes
-read and written.
+0.1.5 (``python -m venv mk && mk/bin/pip install mergekit==0.1.5``). ``--scheduler`` adds ``became`` with one thread,
+with two, and on a Dask cluster, whose processor time and memory are not counted. Given are medians over rounds:
+seconds, seconds of processor time, the peak of resident memory as the system counts it (pages of mapped files
+included), and the bytes read and written.
 
 Convention: ratios are of seconds, ours over the other's; lower is better. On a machine that is busy with other things
 the processor time tells more than the seconds.
@@ -168,7 +169,7 @@ def _highest(process: int) -> int:
 
 
 def contenders(
-    folder: Path, models: Sequence[Path], fishers: Sequence[Path], mergekit: str | None
+    folder: Path, models: Sequence[Path], fishers: Sequence[Path], mergekit: str | None, scheduler: str | None
 ) -> dict[str, list[str]]:
     """Return the command of each contender; what it writes is ``folder / "out"``."""
     out, two = str(folder / "out"), [str(model) for model in models]
@@ -179,6 +180,9 @@ def contenders(
         "linear": [*ours, "--rule", "linear"],
         "became": [*ours, "--rule", "became", "--fisher", *map(str, fishers)],
     }
+    if scheduler is not None:
+        for way in (["--workers", "1"], ["--workers", "2"], ["--scheduler", scheduler]):
+            commands[f"became {' '.join(way)}"] = [*commands["became"], *way]
     if mergekit is not None:
         plan = folder / "plan.yaml"
         entries = "".join(f"- model: {model}\n  parameters:\n    weight: 0.5\n" for model in two)
@@ -188,10 +192,12 @@ def contenders(
     return commands
 
 
-def measure(folder: Path, size: float, rounds: int, mergekit: str | None, *, holes: bool = False) -> dict[str, Any]:
+def measure(
+    folder: Path, size: float, rounds: int, mergekit: str | None, scheduler: str | None, *, holes: bool = False
+) -> dict[str, Any]:
     """Return seconds, memory, bytes and ratios of one size."""
     models, fishers = prepare(folder, size, holes=holes)
-    commands = contenders(folder, models, fishers, mergekit)
+    commands = contenders(folder, models, fishers, mergekit, scheduler)
     results: dict[str, list[Measured]] = {name: [] for name in commands}
     for _ in range(rounds):
         for name, command in commands.items():
@@ -210,7 +216,7 @@ def measure(folder: Path, size: float, rounds: int, mergekit: str | None, *, hol
         ratios["linear_over_mergekit_processor"] = processor["linear"] / processor["mergekit linear"]
     weights = sum(int(np.prod(shape)) for shape in shapes(size).values())
     moved = {"read twice": 24, "linear": 4 + 2, "became": 12 + 4 + 2, "mergekit linear": 4 + 2}
-    gibibytes = {name: moved[name] * weights / 2**30 for name in results}
+    gibibytes = {name: moved[name.partition(" --")[0]] * weights / 2**30 for name in results}
     return {
         "weights": weights,
         "seconds": seconds,
@@ -227,6 +233,7 @@ def main() -> None:
     parser.add_argument("--sizes", type=float, nargs="+", default=[0.1], choices=sorted(MODELS))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--mergekit", help="a Python that has mergekit 0.1.5")
+    parser.add_argument("--scheduler", help="of a Dask cluster: its address, or the absolute path of its file")
     parser.add_argument("--folder", type=Path, help="where the checkpoints are kept; a temporary folder without it")
     parser.add_argument("--holes", action="store_true", help="Fisher files that take no room on the disk")
     parser.add_argument("--json", action="store_true")
@@ -234,7 +241,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = (options.folder or Path(temporary)).absolute()
         folder.mkdir(parents=True, exist_ok=True)
-        options_of_all = (options.rounds, options.mergekit)
+        options_of_all = (options.rounds, options.mergekit, options.scheduler)
         results = {f"{size:g}": measure(folder, size, *options_of_all, holes=options.holes) for size in options.sizes}
     if options.json:
         print(json.dumps(results))

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing import get_context
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +33,17 @@ def result(out: Path, name: str) -> dict[str, Any]:
     return {key: value for key, value in values.items() if key not in ("seconds", "sha256")}
 
 
+def forking() -> ForkServerContext:
+    """What starts processes by forking one that has loaded PyTorch and Dask, where they are, once for all tests."""
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["tests.torch.torchrun_processes", "distributed", "adapters.checkpoints"])
+    return context
+
+
 @contextmanager
 def started(work: Callable[[int], None], count: int = 2) -> Iterator[list[Any]]:
     """Processes with PyTorch that do their work, each by its rank; none is left afterwards."""
-    context = get_context("forkserver")
-    context.set_forkserver_preload(["tests.torch.torchrun_processes"])
+    context = forking()
     processes = [context.Process(target=work, args=(rank,)) for rank in range(count)]
     try:
         for process in processes:

@@ -36,10 +36,12 @@ from adapters.checkpoints.tensors import (
 from became_core import BecameError
 from became_core.laplace import Quadratic
 
-__all__ = ["Block", "Extra", "Job", "Prints"]
+__all__ = ["Block", "Extra", "Job", "Measured", "Prints"]
 
 # From an input's label and a tensor's name to the prints of the slabs that were read, in their order.
 Prints = dict[tuple[str, str], list[int]]
+# What a block adds to the rule's sums, prints, and the labels of the Fisher files that are not zero there.
+Measured = tuple[Quadratic | None, Prints, set[str]]
 
 
 class Block(NamedTuple):
@@ -250,12 +252,12 @@ class Job:
         }
         return replace(slab, **wholes, factors=factors), prints
 
-    def measure(self, block: Block) -> tuple[Quadratic | None, Prints, set[str]]:
+    def measure(self, block: Block) -> Measured:
         """Return what a slab adds to the rule's sums, prints, and the labels of the Fisher files that are not zero."""
         with scratch.block():
             return self._measure(block)
 
-    def _measure(self, block: Block) -> tuple[Quadratic | None, Prints, set[str]]:
+    def _measure(self, block: Block) -> Measured:
         if block.leaf.name in self.factored:
             slab, prints = self.read_whole(block.leaf)
         else:

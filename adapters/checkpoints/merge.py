@@ -13,6 +13,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,14 +23,15 @@ import numpy as np
 from adapters.checkpoints.align import Leaf
 from adapters.checkpoints.card import FIGURE, as_json, card, figure
 from adapters.checkpoints.digest import digest_of
+from adapters.checkpoints.executors import Executor, Threads
 from adapters.checkpoints.folders import ADAPTER_CONFIG
-from adapters.checkpoints.job import Block, Job
+from adapters.checkpoints.job import Job
 from adapters.checkpoints.lora import PREFIX, adapter_config, combined, compressed
 from adapters.checkpoints.opening import open_job
 from adapters.checkpoints.plan import FLOAT_WORDS, MergePlan
-from adapters.checkpoints.resources import held_already, in_order
+from adapters.checkpoints.resources import held_already
 from adapters.checkpoints.rules import Solution
-from adapters.checkpoints.tensors import DTYPES, StoredTensor, narrowed
+from adapters.checkpoints.tensors import StoredTensor, narrowed
 from adapters.checkpoints.write import SYNC_SECONDS, Journal, Layout, OutputFolder, check_free, identity, layout_of
 from became_core import BecameError
 from became_core.laplace import Quadratic
@@ -115,6 +117,7 @@ def merge_checkpoints(
     *,
     memory: int = MEMORY,
     workers: int | None = None,
+    scheduler: str | None = None,
     command: str | None = None,
     progress: Progress | None = None,
 ) -> MergeReport:
@@ -126,12 +129,15 @@ def merge_checkpoints(
         memory: the bytes that may be held beside the page cache. What the calling program holds itself does not count,
             but for its first 128 MiB.
         workers: how many threads read, merge and write; as many as there are cores, and at most four, if None.
+        scheduler: the address or the file of a Dask cluster's scheduler, whose workers then read, merge and write, with
+            as much memory each; all must see the inputs and ``out``. It needs the extra ``dask``.
         command: what made the merge, for the model card.
         progress: is told how far it is.
 
     Raises:
         BecameError: if the inputs do not fit together, are damaged, or there is no room; nothing is overwritten, and
-            nothing is left in ``out``.
+            nothing is left in ``out``. Or if both ``workers`` and ``scheduler`` are given, there is no such scheduler,
+            it goes away, or one of its workers has another version of this package or sees other files.
 
     Example::
 
@@ -141,13 +147,16 @@ def merge_checkpoints(
     """
     begin, out = time.monotonic(), Path(out)
     check_free(out)
+    if workers is not None and scheduler is not None:
+        raise BecameError("--workers are threads of this machine, and --scheduler has workers of its own; give one.")
     job = open_job(plan)
     layout, ranks = _layout(job)
-    workers = workers or min(4, os.cpu_count() or 1)
-    ahead = job.ahead(memory, workers)
     folder = OutputFolder(out, layout)
-    passes = _Passes(job, workers, ahead, progress)
-    with folder.opened(identity(job)) as journal:
+    with (
+        _executor(job, folder, memory, workers, scheduler) as executor,
+        folder.opened(identity(job)) as journal,
+    ):
+        passes = _Passes(job, executor, progress)
         solution = passes.measure(journal)
         write = passes.write_factors if ranks else passes.write
         errors = write(journal, folder, solution)
@@ -202,6 +211,19 @@ def preview(plan: MergePlan, *, memory: int = MEMORY, workers: int | None = None
     return MergePreview(to_read, layout.nbytes, held, seconds, 1 + job.rule.measures, notes)
 
 
+def _executor(
+    job: Job, folder: OutputFolder, memory: int, workers: int | None, scheduler: str | None
+) -> AbstractContextManager[Executor]:
+    """Return who carries out the passes, for the time of a context."""
+    workers = workers or min(4, os.cpu_count() or 1)
+    ahead = job.ahead(memory, workers)
+    if scheduler is None:
+        return nullcontext(Threads(job, folder, workers, ahead))
+    from adapters.checkpoints.cluster import Cluster  # needs Dask, which is an extra
+
+    return Cluster(job, folder, scheduler, memory)
+
+
 def _layout(job: Job) -> tuple[Layout, dict[str, int]]:
     """Return where the merged tensors will lie; and of LoRA adapters the ranks of the merged modules."""
     if not job.adapters:
@@ -252,9 +274,10 @@ def _json(values: Mapping[str, Any]) -> str:
 class _Passes:
     """The two passes over the inputs of a merge."""
 
-    def __init__(self, job: Job, workers: int, ahead: int, progress: Progress | None) -> None:
-        self.job, self.workers, self.ahead = job, workers, ahead
+    def __init__(self, job: Job, executor: Executor, progress: Progress | None) -> None:
+        self.job = job
         self.bytes_read = 0
+        self._executor = executor
         self._progress = progress or (lambda *_: None)
         self._prints: dict[tuple[str, str], list[int]] = {}
         self._nonzero: set[str] = set()
@@ -270,14 +293,11 @@ class _Passes:
                 if entry["slope"] is not None:
                     sums[entry["measured"]] = Quadratic(np.asarray(entry["slope"]), np.asarray(entry["curvature"]))
                 self._remember(entry)
-        rest = [leaf for leaf in job.measured if leaf.name not in finished]
-        whole, done = (
-            sum(leaf.size for leaf in job.measured),
-            sum(leaf.size for leaf in job.measured if leaf.name in finished),
-        )
-        # Whole leaves are measured one at a time, so that memory is bounded.
-        workers = 1 if job.factored else self.workers
-        results = in_order(job.measure, job.measured_blocks(rest), workers, self.ahead)
+        # Leaves are measured in their order, so that the finished ones are the first.
+        begun, rest = job.measured[: len(finished)], job.measured[len(finished) :]
+        done, whole = (sum(leaf.size for leaf in leaves) for leaves in (begun, job.measured))
+        first = sum(1 for _ in job.measured_blocks(begun))
+        results = self._executor.measure(list(job.measured_blocks(job.measured)), first)
         for leaf in rest:
             total: Any = 0
             prints: dict[tuple[str, str], list[int]] = {}
@@ -317,19 +337,13 @@ class _Passes:
                 begin = int(entry["written"])
                 self._remember(entry)
 
-        def work(block: Block) -> tuple[Block, Any]:
-            content, prints, nonzero = job.merge(block, solution)
-            folder.write(block.leaf.name, block.start * DTYPES[block.leaf.dtype].itemsize, content)
-            return block, (prints, nonzero)
-
         whole = sum(block.stop - block.start for block in blocks)
         done = sum(block.stop - block.start for block in blocks[:begin])
         news: dict[tuple[str, str], list[int]] = {}
         nonzero: set[str] = set()
         last = time.monotonic()
-        count = begin
-        for block, (prints, known) in in_order(work, blocks[begin:], self.workers, self.ahead):
-            count += 1
+        results = self._executor.write(blocks, begin, solution)
+        for count, (block, (prints, known)) in enumerate(zip(blocks[begin:], results, strict=True), begin + 1):
             done += block.stop - block.start
             nonzero |= known
             for key, numbers in prints.items():

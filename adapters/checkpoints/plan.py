@@ -215,6 +215,16 @@ class MergePlan:
                 words[name] = getattr(self, name)
         return words
 
+    def absolute(self) -> "MergePlan":
+        """Return the plan with absolute paths, for a process that works in another folder."""
+        names = ("model", "fisher", "gradient", "mean", "gram")
+        models = []
+        for model in self.models:
+            paths = {name: getattr(model, name) for name in names if getattr(model, name) is not None}
+            models.append(replace(model, **{name: path.absolute() for name, path in paths.items()}))
+        base = None if self.base_model is None else self.base_model.absolute()
+        return replace(self, models=tuple(models), base_model=base)
+
     def replaced(self, **changes: Any) -> "MergePlan":
         """Return the plan with other values."""
         return replace(self, **changes)

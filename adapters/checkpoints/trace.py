@@ -61,6 +61,7 @@ def trace_merge(
     *,
     memory: int = MEMORY,
     workers: int | None = None,
+    scheduler: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Trace:
     """Evaluate a merge and a grid between its two models, and write ``became_trace.json`` into the merge's folder.
@@ -70,8 +71,9 @@ def trace_merge(
         out: its folder.
         points: how many, both ends among them.
         evaluate: from a folder to the loss of the model in it.
-        memory: as in ``merge_checkpoints``, like ``workers``.
+        memory: as in ``merge_checkpoints``, like the next two.
         workers: how many threads.
+        scheduler: of a Dask cluster whose workers merge.
         progress: is told how many evaluations of how many are done.
 
     Raises:
@@ -86,7 +88,7 @@ def trace_merge(
             shutil.rmtree(folder, ignore_errors=True)
             models = [PlannedModel(m.model, w) for m, w in zip(plan.models, (1.0 - alpha, alpha), strict=True)]
             point = plan.replaced(models=tuple(models), merge_method="linear", per="model", normalize=True)
-            merge_checkpoints(point, folder, memory=memory, workers=workers)
+            merge_checkpoints(point, folder, memory=memory, workers=workers, scheduler=scheduler)
             losses.append(_loss(evaluate, folder))
             if progress is not None:
                 progress(k + 1, points + 1)

@@ -23,11 +23,28 @@ from adapters.runs.files import digest
 from adapters.runs.lock import locked
 from became_core import BecameError
 
-__all__ = ["INDEX", "Journal", "Layout", "OutputFolder", "identity", "layout_of"]
+__all__ = [
+    "INDEX",
+    "FileState",
+    "Journal",
+    "Layout",
+    "OutputFolder",
+    "SuspendedError",
+    "file_states",
+    "identity",
+    "layout_of",
+]
 
 INDEX = "model.safetensors.index.json"
 # A journal is forced to the disk, with what it speaks of, after this many seconds.
 SYNC_SECONDS = 5.0
+
+# A file's absolute path, its size in bytes, and the nanosecond of its last change.
+FileState = tuple[str, int, int]
+
+
+class SuspendedError(BecameError):
+    """A merge cannot go on now, although nothing is wrong with it; what is done of it stays."""
 
 
 @dataclass(frozen=True)
@@ -100,14 +117,17 @@ def layout_of(leaves: Sequence[Leaf], shard_size: int | None, name: str = "model
     return Layout([leaf for shard in files.values() for leaf in shard], files, headers, places, sizes)
 
 
-def identity(job: Job) -> str:
-    """Return what a merge is known by: its plan, and the names, sizes and times of its files."""
-    files = []
+def file_states(job: Job) -> Iterator[FileState]:
+    """Yield the state of every file of a merge's inputs."""
     for checkpoint in job.inputs.values():
         for file in (*checkpoint.files, *checkpoint.companions):
             state = file.stat()
-            files.append([str(file.absolute()), state.st_size, state.st_mtime_ns])
-    text = json.dumps([job.plan.as_words(), files], sort_keys=True)
+            yield str(file.absolute()), state.st_size, state.st_mtime_ns
+
+
+def identity(job: Job) -> str:
+    """Return what a merge is known by: its plan, and the names, sizes and times of its files."""
+    text = json.dumps([job.plan.as_words(), list(file_states(job))], sort_keys=True)
     return digest(text.encode())
 
 
@@ -144,7 +164,7 @@ class Journal:
         self._handle = self._file.open("ab")
         self._handle.truncate(self._end)
         if not self.goes_on:
-            self.append({"merge": self._identity})
+            self.append({"merge": self._identity}, lasting=True)  # so that other machines see it
 
     def append(self, entry: dict[str, Any], *, lasting: bool = False) -> None:
         """Write one more line; a lasting one survives a crash of the machine."""
@@ -164,8 +184,7 @@ class OutputFolder:
     """The hidden folder in which a merged model is made."""
 
     def __init__(self, out: Path, layout: Layout) -> None:
-        """Refuse to begin where something is already."""
-        check_free(out)
+        """Touch nothing yet."""
         self.out, self.layout = out, layout
         self.folder = out.with_name(f".{out.name}.merging")
         self._handles: dict[str, int] = {}
@@ -178,8 +197,9 @@ class OutputFolder:
             merge: what the merge is known by; the folder of another merge is begun anew.
 
         Raises:
-            BecameError: if another process is at work in it, or the disk has no room.
+            BecameError: if another process is at work in it, the disk has no room, or the final folder exists.
         """
+        check_free(self.out)
         with locked(self.folder.with_name(f"{self.folder.name}.lock")):
             journal = Journal(self.folder / "journal.jsonl", merge)
             if not journal.goes_on:
@@ -193,15 +213,47 @@ class OutputFolder:
                 yield journal
             except OSError as error:
                 raise self._what_failed(error) from None
+            except SuspendedError:
+                raise
             except BecameError:
                 # The same plan would fail again, so that there is nothing to go on with.
                 shutil.rmtree(self.folder, ignore_errors=True)
                 raise
             finally:
                 journal.close()
-                for handle in self._handles.values():
-                    os.close(handle)
-                self._handles = {}
+                self._close()
+
+    @contextmanager
+    def joined(self, merge: str, files: Iterable[str]) -> Iterator[None]:
+        """Write into files of a folder that another process holds; at the end, what was written is on the disk.
+
+        Args:
+            merge: what the merge is known by.
+            files: their names.
+
+        Raises:
+            SuspendedError: if the folder is that of another merge.
+        """
+        try:
+            for name in files:
+                # For writing alone. NFS then sends the bytes that were written; otherwise it may send the whole page
+                # around them, of which another machine may have written a part.
+                self._handles[name] = os.open(self.folder / name, os.O_WRONLY)
+            # Whoever begins another merge here makes its journal before its files: so ours are of this one.
+            if not self.is_of(merge):
+                raise SuspendedError(f"another merge was begun in {self.folder}.")
+            yield
+            self.sync()
+        finally:
+            self._close()
+
+    def is_of(self, merge: str) -> bool:
+        """Return whether the folder is there, and that of a merge."""
+        try:
+            with (self.folder / "journal.jsonl").open("rb") as journal:
+                return bool(json.loads(journal.readline()) == {"merge": merge})
+        except (OSError, ValueError):
+            return False
 
     def write(self, name: str, offset: int, content: Any) -> None:
         """Write bytes of a leaf, from a place within it; raises an OSError as the system does."""
@@ -243,6 +295,11 @@ class OutputFolder:
         needed, free = self.layout.nbytes - taken, shutil.disk_usage(parent).free
         if needed > free:
             raise BecameError(f"{self.out} needs {size_text(needed)} and {parent} has {size_text(free)} free.")
+
+    def _close(self) -> None:
+        for handle in self._handles.values():
+            os.close(handle)
+        self._handles = {}
 
     def _open(self, name: str) -> None:
         handle = os.open(self.folder / name, os.O_RDWR | os.O_CREAT, 0o666)

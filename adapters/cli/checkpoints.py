@@ -198,6 +198,13 @@ class Merge:
     shard_size: Annotated[str, described("The most bytes of a file. (default: 5GB)")] = "5GB"
     memory: Annotated[str, described("What may be held beside the page cache. (default: 512MiB)")] = "512MiB"
     workers: Annotated[int | None, described("How many threads; without it as many as cores, at most 4.")] = None
+    scheduler: Annotated[
+        str | None,
+        described(
+            "Merge on a Dask cluster: the address of its scheduler, as tcp://10.0.0.1:8786, or its scheduler file. All "
+            "its workers must see the models and the folder to write; --memory is of each. It needs the extra dask."
+        ),
+    ] = None
     dry_run: Annotated[bool, described("Say what would be read, written and needed; write nothing.")] = False
     trace: Annotated[
         int | None, described("Measure the true loss at so many points of the path too, with --evaluate.")
@@ -216,10 +223,7 @@ class Merge:
 
         plan, out = self._plan()
         memory = size_of(self.memory, "--memory")
-        if self.workers is not None and self.workers < 1:
-            raise BecameError(f"--workers is {self.workers}; give at least 1.")
-        if (self.trace is None) != (self.evaluate is None):
-            raise BecameError("--trace and --evaluate go together.")
+        self._check()
         if self.dry_run:
             for line in _preview_lines(plan, preview(plan, memory=memory, workers=self.workers)):
                 print(line)
@@ -230,8 +234,9 @@ class Merge:
 
             check_traceable(plan, self.trace)
         command = shlex.join(["became", *sys.argv[1:]])
+        use: dict[str, Any] = {"memory": memory, "workers": self.workers, "scheduler": self.scheduler}
         with _progress(self.output) as tell:
-            report = merge_checkpoints(plan, out, memory=memory, workers=self.workers, command=command, progress=tell)
+            report = merge_checkpoints(plan, out, **use, command=command, progress=tell)
         for line in _report_lines(report):
             print(line)
         if evaluate is not None and self.trace is not None:
@@ -239,10 +244,19 @@ class Merge:
 
             with _progress(self.output) as tell:
                 told = lambda done, whole: tell("evaluations", done, whole)  # noqa: E731
-                trace = trace_merge(plan, out, self.trace, evaluate, memory=memory, workers=self.workers, progress=told)
+                trace = trace_merge(plan, out, self.trace, evaluate, **use, progress=told)
             for alpha, loss in zip(trace.alphas, trace.losses, strict=True):
                 print(f"loss at alpha {alpha:.3f}: {loss:.6g}")
             print(f"loss of the merge: {trace.merged:.6g}; regret {trace.regret:.6g} to the best, alpha {trace.best:g}")
+
+    def _check(self) -> None:
+        """Refuse options that do not go together."""
+        if self.workers is not None and self.workers < 1:
+            raise BecameError(f"--workers is {self.workers}; give at least 1.")
+        if (self.trace is None) != (self.evaluate is None):
+            raise BecameError("--trace and --evaluate go together.")
+        if self.dry_run and self.scheduler is not None:
+            raise BecameError("--dry-run measures this machine, and --scheduler merges on others; leave one out.")
 
     def _plan(self) -> tuple[Any, Path]:
         """Return the plan, from its file or from the options, and the folder to write."""

@@ -15,38 +15,23 @@ from typing import Any, Self
 from adapters.cli.display import LOGGER
 from adapters.cli.jobs import Job
 from adapters.cli.worker import LAST, Message, WorkerProcess, order_of
+from adapters.runs.cluster import (
+    CONNECT,
+    Future,
+    check_versions,
+    config,
+    connected,
+    get_worker,
+    sentence_on,
+    threads_by_host,
+)
 from became_core import BecameError, __version__
-from became_core.errors import first_line
 
-try:
-    from dask import config
-    from distributed import Client, Future, KilledWorker, get_worker
-except ModuleNotFoundError as error:
-    raise BecameError(f"the package '{error.name}' is missing; pip install 'became[dask]'.") from None
+__all__ = ["ClusterPool", "carry_out"]
 
-__all__ = ["ClusterPool", "carry_out", "connected"]
-
-CONNECT = 10.0  # seconds until a scheduler that does not answer counts as missing
 # On a worker: the processes at work for each command, by its topic; and the topics of commands that were stopped.
 _PROCESSES: dict[str, set[WorkerProcess]] = {}
 _STOPPED: set[str] = set()
-
-
-def connected(scheduler: str) -> Client:
-    """Return a client of a scheduler, as a context.
-
-    Args:
-        scheduler: its address, or the path of its scheduler file.
-
-    Raises:
-        BecameError: if there is none.
-    """
-    where: dict[str, Any] = {"scheduler_file": scheduler} if Path(scheduler).is_file() else {"address": scheduler}
-    try:
-        return Client(**where, timeout=CONNECT, set_as_default=False, name="became")
-    except (OSError, ValueError) as error:
-        message = f"no scheduler answers at {scheduler} ({first_line(error)}); start one with 'dask scheduler'."
-        raise BecameError(message) from None
 
 
 class ClusterPool:
@@ -77,32 +62,16 @@ class ClusterPool:
         """
         self._client = connected(self._scheduler)
         try:
-            self._check_workers()
+            self._slots = threads_by_host(self._client)
+            if not self._slots:
+                LOGGER.warning("the scheduler at %s has no workers yet; the runs wait for one.", self._scheduler)
+            check_versions(self._client)
             self._mark.touch()
         except BaseException:
             self._client.close()
             raise
         self._client.subscribe_topic(self._topic, self._hear)
         return self
-
-    def _check_workers(self) -> None:
-        workers = self._client.scheduler_info(n_workers=-1)["workers"]
-        if not workers:
-            LOGGER.warning("the scheduler at %s has no workers yet; the runs wait for one.", self._scheduler)
-        for about in workers.values():
-            self._slots[about["host"]] = self._slots.get(about["host"], 0) + about["nthreads"]
-
-        def version() -> str | None:  # sent as code: a worker need not have this module
-            try:
-                from became_core import __version__ as installed
-            except ModuleNotFoundError:
-                return None
-            return str(installed)
-
-        for worker, theirs in self._client.run(version, on_error="return").items():
-            if theirs != __version__:
-                has = f"has version {theirs}" if isinstance(theirs, str) else "has no version"
-                raise BecameError(f"the worker {worker} {has} of this package, not {__version__}; install the same.")
 
     def __exit__(self, *error: object) -> None:
         """Leave the cluster; what is still at work there is told to save its run."""
@@ -135,8 +104,8 @@ class ClusterPool:
             kind, text = future.result()
             self._inbox.put((name, (kind, text)))
         elif future.status == "error":
-            error = future.exception()
-            self._inbox.put((name, ("failed", _sentence(error))))
+            why = sentence_on(future.exception(), "what it had saved is there")
+            self._inbox.put((name, ("failed", why)))
         # A task that is cancelled was so by `stop`, or its scheduler is gone: `message` looks for that.
 
     def message(self, timeout: float) -> tuple[str, Message] | None:
@@ -164,14 +133,6 @@ class ClusterPool:
                 why = "its worker is gone; what it had saved is there" if name in self._begun else "it had not begun"
                 self._inbox.put((name, ("stopped", why)))
         self._client.run(_stop, self._topic, on_error="ignore")
-
-
-def _sentence(error: BaseException | None) -> str:
-    if isinstance(error, KilledWorker):
-        return "several workers died with it, one after another; what it had saved is there."
-    if isinstance(error, ModuleNotFoundError | AttributeError):
-        return f"its worker has another version of this package ({error}); install the same version on all."
-    return f"{type(error).__name__}: {error}"
 
 
 def carry_out(name: str, order: dict[str, Any]) -> Message:

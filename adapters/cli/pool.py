@@ -292,8 +292,7 @@ def slots_of(scheduler: str) -> int:
     Raises:
         BecameError: as ``ClusterPool`` does.
     """
-    from adapters.cli.cluster import connected
+    from adapters.runs.cluster import connected, threads_by_host
 
     with connected(scheduler) as client:
-        workers = client.scheduler_info(n_workers=-1)["workers"]
-        return max(1, sum(int(about["nthreads"]) for about in workers.values()))
+        return max(1, sum(threads_by_host(client).values()))

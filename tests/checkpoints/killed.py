@@ -1,7 +1,8 @@
-"""A merge as a process that tests kill: ``python -m tests.checkpoints.killed FOLDER OUT PAUSE``.
+"""A merge as a process that tests kill: ``python -m tests.checkpoints.killed FOLDER OUT PAUSE [SCHEDULER]``.
 
 It sleeps for PAUSE seconds after each block, so that there is time to kill it, and prints a line when it begins each.
-The folder has two models, or two LoRA adapters, whose every module is forced to the disk.
+The folder has two models, or two LoRA adapters. Every module of an adapter, and every block that a cluster has written,
+is noted at once.
 """
 
 import sys
@@ -21,12 +22,18 @@ def plan_in(folder: Path) -> MergePlan:
 
 
 if __name__ == "__main__":
-    folder, out, pause = Path(sys.argv[1]), Path(sys.argv[2]), float(sys.argv[3])
+    folder, out, pause, *scheduler = Path(sys.argv[1]), Path(sys.argv[2]), float(sys.argv[3]), *sys.argv[4:]
 
     def progress(what: str, done: int, whole: int) -> None:
         print(what, done, whole, flush=True)
         time.sleep(pause)
 
-    if (folder / "A").is_dir():
+    if (folder / "A").is_dir() or scheduler:
         vars(merging)["SYNC_SECONDS"] = 0.0
-    merge_checkpoints(plan_in(folder), out, workers=2, progress=progress)
+    if scheduler:
+        from adapters.checkpoints import cluster
+
+        vars(cluster)["PART"] = 100_000
+        merge_checkpoints(plan_in(folder), out, scheduler=scheduler[0], progress=progress)
+    else:
+        merge_checkpoints(plan_in(folder), out, workers=2, progress=progress)

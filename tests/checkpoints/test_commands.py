@@ -54,6 +54,8 @@ def test_a_merge_by_options_and_by_a_plan_is_the_same(tmp_path: Path, capsys: py
         (["--rule", "linear", "--memory", "lots"], "--memory is 'lots'"),
         (["--rule", "linear", "--memory", "1KiB"], "needs at least"),
         (["--rule", "linear", "--workers", "0"], "--workers is 0"),
+        (["--rule", "linear", "--workers", "2", "--scheduler", "x"], "--workers are threads of this machine, and"),
+        (["--rule", "linear", "--dry-run", "--scheduler", "x"], "--dry-run measures this machine, and --scheduler"),
         (["--rule", "linear", "--trace", "3"], "--trace and --evaluate go together"),
         (["--rule", "linear", "--out-dtype", "int8"], "no known dtype"),
     ],

@@ -49,9 +49,9 @@ def lora(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
-def killed_after(lines: int, folder: Path, out: Path) -> int:
+def killed_after(lines: int, folder: Path, out: Path, *scheduler: str) -> int:
     """Start the merge, kill it when it has printed so many lines, and return how many it printed in all."""
-    command = [sys.executable, "-m", "tests.checkpoints.killed", str(folder), str(out), "0.002"]
+    command = [sys.executable, "-m", "tests.checkpoints.killed", str(folder), str(out), "0.002", *scheduler]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     count = 0

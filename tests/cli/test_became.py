@@ -421,7 +421,8 @@ def test_bad_input_is_one_sentence_and_status_2(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delitem(sys.modules, "adapters.tracking.trackio", raising=False)
-    monkeypatch.delitem(sys.modules, "adapters.cli.cluster", raising=False)
+    for name in ("adapters.cli.cluster", "adapters.runs.cluster"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
     for name in ("trackio", "distributed"):
         monkeypatch.setitem(sys.modules, name, None)  # as if they were not there
     assert main(arguments) == 2

@@ -27,6 +27,7 @@ from tests.processes import WAIT, lines, result, until
 pytest.importorskip("distributed", reason="Dask's distributed is not installed; the extra dask has it")
 
 from adapters.cli import cluster
+from adapters.runs import cluster as connecting
 
 RUN = ["--preset", "quick", "--methods", "gpm", "--epochs", "20", "--batch-size", "50", "--first", "2"]
 KILLS = int(os.environ.get("BECAME_KILLS", "3"))
@@ -131,7 +132,10 @@ def test_ctrl_c_saves_what_has_begun_and_takes_back_the_rest(
 
 
 def test_a_scheduler_that_is_missing_or_ends_is_one_sentence(
-    scheduler: tuple[str, subprocess.Popen[bytes]], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    scheduler: tuple[str, subprocess.Popen[bytes]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     address, process = scheduler
 
@@ -147,11 +151,8 @@ def test_a_scheduler_that_is_missing_or_ends_is_one_sentence(
     assert "Traceback" not in said
     assert not list(tmp_path.glob(".became-*"))
     process.wait()
-    cluster_timeout, cluster.CONNECT = cluster.CONNECT, 0.5
-    try:
-        assert main(BACKEND, [*RUN, "--scheduler", address, "--out", str(tmp_path)]) == 2
-    finally:
-        cluster.CONNECT = cluster_timeout
+    monkeypatch.setattr(connecting, "CONNECT", 0.5)
+    assert main(BACKEND, [*RUN, "--scheduler", address, "--out", str(tmp_path)]) == 2
     said = capfd.readouterr().err
     assert f"error: no scheduler answers at {address} (" in said
     assert "Traceback" not in said
