@@ -120,8 +120,10 @@ def _mathml(match: re.Match[str]) -> str:
 
     display = "block" if match["block"] is not None else "inline"
     # A span, because Markdown would take a line that begins with <math> for the beginning of a block.
-    formula = convert(match[display].strip(), display=display)
-    return f"<span>{formula}</span>".replace("<mover>", '<mover accent="true">')
+    formula = f"<span>{convert(match[display].strip(), display=display)}</span>"
+    # A hat is an accent, and its character the combining one: browsers set "^" as high as a letter of its own.
+    formula = formula.replace("<mover>", '<mover accent="true">')
+    return formula.replace("<mo>&#x0005E;</mo></mover>", '<mo stretchy="false">&#x00302;</mo></mover>')
 
 
 def _fence_with_title(match: re.Match[str]) -> str:
