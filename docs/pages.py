@@ -123,7 +123,9 @@ def _mathml(match: re.Match[str]) -> str:
     formula = f"<span>{convert(match[display].strip(), display=display)}</span>"
     # A hat is an accent, and its character the combining one: browsers set "^" as high as a letter of its own.
     formula = formula.replace("<mover>", '<mover accent="true">')
-    return formula.replace("<mo>&#x0005E;</mo></mover>", '<mo stretchy="false">&#x00302;</mo></mover>')
+    return formula.replace(
+        "<mo>&#x0005E;</mo></mover>", '<mo stretchy="false">&#x00302;</mo></mover>'
+    )
 
 
 def _fence_with_title(match: re.Match[str]) -> str:

@@ -55,7 +55,9 @@ from adapters.runs.directory import read_record
 
 __all__ = ["main"]
 
-Outs = Annotated[tuple[Path, ...], tyro.conf.Positional, described("Folders that --out named.", metavar="OUT…")]
+Outs = Annotated[
+    tuple[Path, ...], tyro.conf.Positional, described("Folders that --out named, with runs.", metavar="OUT…")
+]
 
 DESCRIPTION = """Bayesian continual learning with adaptive model merging.
 
@@ -71,7 +73,7 @@ Completion in a shell: became --tyro-write-completion {bash,zsh,fish} FILE
 class Resume:
     """Resume every unfinished run in a folder, with the options it started with."""
 
-    out: Annotated[Path, tyro.conf.Positional, described("A folder that --out named.", metavar="OUT")]
+    out: Annotated[Path, tyro.conf.Positional, described("A folder that --out named, with runs.", metavar="OUT")]
     backend: Annotated[
         BackendName | None,
         one_of(*BACKENDS),

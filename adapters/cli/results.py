@@ -56,7 +56,8 @@ def results_tables(results: Sequence[RunResult]) -> list[Table]:
         costs = [[method, *others] for method, _, *others in costs]
     note = f"{ACCURACIES} {_AMONG}"
     seeds = sorted({result.seed for result in results})
-    of_seeds = f"seed {seeds[0]}" if len(seeds) == 1 else f"mean ± standard deviation over seeds {', '.join(map(str, seeds))}"
+    several = f"mean ± standard deviation over seeds {', '.join(map(str, seeds))}"
+    of_seeds = f"seed {seeds[0]}" if len(seeds) == 1 else several
     scored = "" if results[0].on_test_samples else " on held-out training samples"
     title, section = f"Accuracies{scored} in percent, {of_seeds}", 2
     if not measure.is_accuracy:  # there is no choice among classes
