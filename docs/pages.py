@@ -86,10 +86,10 @@ def _link_on_site(source: str) -> Callable[[re.Match[str]], str]:
 
 def made(markdown: str) -> str:
     """Return a page with its tables, its formulas, and a title on each code block that needs a framework."""
+    markdown = CODE_OR_FORMULA.sub(_mathml, markdown)
     for marker, registry in REGISTRIES.items():
         markdown = markdown.replace(f"<!-- table of {marker} -->", table(registry))
     markdown = markdown.replace("<!-- table of settings -->", settings_table())
-    markdown = CODE_OR_FORMULA.sub(_mathml, markdown)
     return re.sub(r"^( *)```python (\w+)$", _fence_with_title, markdown, flags=re.MULTILINE)
 
 
@@ -115,7 +115,8 @@ def settings_table() -> str:
 
 def _mathml(match: re.Match[str]) -> str:
     if match["code"] is not None:
-        return match[0]
+        # The style sheet keeps an option on one line, which browsers would break between its dashes.
+        return f"{match[0]}{{ .option }}" if re.fullmatch("`--[^` ]+`", match[0]) else match[0]
     from latex2mathml.converter import convert  # only who makes the site needs it
 
     display = "block" if match["block"] is not None else "inline"
