@@ -4,6 +4,7 @@ No framework is loaded before a run needs it.
 """
 
 import shlex
+import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -243,7 +244,7 @@ class Reproduce:
 
 @dataclass(frozen=True)
 class List:
-    """List what there is to choose from, a line each."""
+    """List what there is to choose from."""
 
     kind: Annotated[
         Literal["all", Kind],
@@ -254,7 +255,9 @@ class List:
 
     def run(self) -> int:
         """Print the lines."""
-        print(listed(None if self.kind == "all" else self.kind))
+        # On a terminal a long line goes on below its text; for another program it stays a line.
+        width = shutil.get_terminal_size().columns if sys.stdout.isatty() else sys.maxsize
+        print(listed(None if self.kind == "all" else self.kind, width))
         return 0
 
 

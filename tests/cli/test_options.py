@@ -126,7 +126,7 @@ def test_what_another_package_registers_is_listed_explained_and_completed(instal
     assert ["cautious", "Protects a little more than gpm"] in lines
     assert ["thrifty", "Saves a little"] in lines
     assert ["tiny", "eight units"] in lines
-    assert ["digits", "2 tasks, groups of the classes of 5,000 digits of MNIST; presets quick"] in lines
+    assert ["digits", "2 tasks, groups of the classes of 5,000 digits of MNIST; preset quick"] in lines
     assert "--caution" in became(installed, "run", "--help")
     shown = " ".join(
         became(installed, "run", "--help-all").replace("│", " ").split()
