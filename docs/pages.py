@@ -86,10 +86,10 @@ def _link_on_site(source: str) -> Callable[[re.Match[str]], str]:
 
 def made(markdown: str) -> str:
     """Return a page with its tables, its formulas, and a title on each code block that needs a framework."""
+    markdown = CODE_OR_FORMULA.sub(_mathml, markdown)
     for marker, registry in REGISTRIES.items():
         markdown = markdown.replace(f"<!-- table of {marker} -->", table(registry))
     markdown = markdown.replace("<!-- table of settings -->", settings_table())
-    markdown = CODE_OR_FORMULA.sub(_mathml, markdown)
     return re.sub(r"^( *)```python (\w+)$", _fence_with_title, markdown, flags=re.MULTILINE)
 
 
@@ -115,13 +115,18 @@ def settings_table() -> str:
 
 def _mathml(match: re.Match[str]) -> str:
     if match["code"] is not None:
-        return match[0]
+        # The style sheet keeps an option on one line, which browsers would break between its dashes.
+        return f"{match[0]}{{ .option }}" if re.fullmatch("`--[^` ]+`", match[0]) else match[0]
     from latex2mathml.converter import convert  # only who makes the site needs it
 
     display = "block" if match["block"] is not None else "inline"
     # A span, because Markdown would take a line that begins with <math> for the beginning of a block.
-    formula = convert(match[display].strip(), display=display)
-    return f"<span>{formula}</span>".replace("<mover>", '<mover accent="true">')
+    formula = f"<span>{convert(match[display].strip(), display=display)}</span>"
+    # A hat is an accent, and its character the combining one: browsers set "^" as high as a letter of its own.
+    formula = formula.replace("<mover>", '<mover accent="true">')
+    return formula.replace(
+        "<mo>&#x0005E;</mo></mover>", '<mo stretchy="false">&#x00302;</mo></mover>'
+    )
 
 
 def _fence_with_title(match: re.Match[str]) -> str:

@@ -19,7 +19,14 @@ from adapters.runs.published import PublishedTable, published_tables
 from became_core import BecameError
 from became_core.continual.metrics import forward_transfer
 
-__all__ = ["comparison", "gather", "heading", "published_table", "scores_tables"]
+__all__ = ["ACCURACIES", "comparison", "gather", "heading", "published_table", "scores_tables"]
+
+# What the scores of accuracies mean, in the words of every table.
+ACCURACIES = (
+    "ACC: the mean accuracy on all tasks after the last one. BWT: how much the accuracy has changed since a task was "
+    "learned; forgetting: how much it has fallen below its best; both are means over all tasks but the last. "
+    "plasticity: the mean accuracy on a task just after it was learned."
+)
 
 
 @dataclass(frozen=True)
@@ -68,8 +75,8 @@ def scores_tables(groups: Sequence[Group]) -> list[Table]:
     """Return the scores of each group and what they cost, a row each; a metric that no run has is left out."""
     measure, scores = groups[0].measure, [*_SCORES]
     note = (
-        "Accuracies in percent. plasticity: on each task as it was learned; last task: on the last one alone; "
-        "class-inc.: ACC where the task is not known."
+        f"Accuracies in percent. {ACCURACIES} last task: that of the last task alone; class-inc.: ACC where the model "
+        "chooses among the classes of all tasks."
     )
     if not measure.is_accuracy:
         scores[:1] = [replace(_LOSS, heading=measure.unit), replace(_SCORES[0], heading=measure.heading)]

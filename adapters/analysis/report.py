@@ -129,7 +129,7 @@ def _shared(groups: Sequence[Group], published: Sequence[PublishedTable]) -> lis
     times = [Estimate(tuple(run.seconds["total"] for run in group.runs)).text(0) for group in groups]
     scores = "; ".join(f"{group.label} {group.score('acc').text()}" for group in groups)
     seconds = "; ".join(f"{group.label} {text}" for group, text in zip(groups, times, strict=True))
-    several, measure = have_spread(groups), groups[0].measure.name
+    several, measure = have_spread(groups), groups[0].measure.word
     shaded = "; shaded: ± one standard deviation" if several else ""
     lines = "; thin lines: ± one standard deviation over seeds" if several else ""
     beside = " Open marks: published, under protocols of their own." if published else ""
@@ -155,7 +155,8 @@ def _shared(groups: Sequence[Group], published: Sequence[PublishedTable]) -> lis
     if merging:
         first = [[_shown(alpha) for alpha in group.runs[0].alpha] for group in merging]
         alphas = "; ".join(f"{group.label} {' '.join(texts)}" for group, texts in zip(merging, first, strict=True))
-        caption = "The merging coefficient of each task." + (" Open marks: single seeds." if several else "")
+        caption = "The merging coefficient of each task: at 0 stage 2 is thrown away, at 1 stage 1."
+        caption += " Open marks: single seeds." if several else ""
         drawings.append(Drawing("alpha", plot_alpha(groups), f"Lines of alpha by task: {alphas}.", caption))
     alt = f"Bars of the time in each phase. In all, in seconds: {seconds}."
     drawings.append(Drawing("seconds", plot_seconds(groups), alt, "Where the time went."))
@@ -172,7 +173,7 @@ def _plasticity(groups: Sequence[Group]) -> Drawing:
         "plasticity",
         plot_plasticity(groups),
         f"Each method's plasticity against its forgetting. Forgetting, plasticity ({measure.name}): {pairs}.",
-        f"Plasticity: {measure.name} on each task as it was learned. Forgetting: how far it fell from its best.{small}",
+        f"Plasticity: {measure.word} on each task as it was learned. Forgetting: how far it fell from its best.{small}",
     )
 
 
@@ -187,7 +188,7 @@ def _epochs(groups: Sequence[Group]) -> list[Drawing]:
     }
     alt = "; ".join(f"{method} {text}" for method, text in points.items())
     bars = "; bars: ± one standard deviation over seeds" if have_spread(groups) else ""
-    caption = f"The mean {groups[0].measure.name} at the end by the epochs of both stages, a mean over tasks{bars}."
+    caption = f"The mean {groups[0].measure.word} at the end by the epochs of both stages, a mean over tasks{bars}."
     return [Drawing("epochs", plot_epochs(groups), f"Lines of the mean accuracy by epochs a task: {alt}.", caption)]
 
 
@@ -199,7 +200,7 @@ def _own(group: Group, limits: tuple[float, float]) -> list[Drawing]:
         Drawing(
             _file_name(group, "accuracy"),
             matrix,
-            f"Heat map of each task's {measure.name} after each, {group.label}; a table below has the values.",
+            f"Heat map of each task's {measure.word} after each, {group.label}; a table below has the values.",
             f"Row: after which task; column: of which task. One scale for all methods, {scale}.",
         )
     ]

@@ -104,9 +104,9 @@ class Benchmark:
         """Return one line about it: how many tasks, of what, with which presets."""
         data = (inspect.getdoc(self.load) or "").partition("\n")[0].removeprefix("Return ").partition(":")[0]
         parts = "permutations of the pixels of" if self.permuted else "groups of the classes of"
-        if not self.tasks:
-            return f"a task for each domain of {data.removesuffix('.')}; presets {', '.join(self.presets)}"
-        return f"{self.tasks} tasks, {parts} {data.removesuffix('.')}; presets {', '.join(self.presets)}"
+        tasks = f"{self.tasks} tasks, {parts}" if self.tasks else "a task for each domain:"
+        presets = "preset" if len(self.presets) == 1 else "presets"
+        return f"{tasks} {data.removesuffix('.')}; {presets} {', '.join(self.presets)}"
 
 
 BENCHMARKS: Catalogue[Benchmark] = Catalogue(

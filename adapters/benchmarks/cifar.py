@@ -35,6 +35,8 @@ def load_cifar100(data_dir: Path | None) -> Dataset:
         return assemble("cifar100", train, test)
     folder = data_dir / _REPOSITORY / _FOLDER
     if not folder.is_dir():
-        raise BecameError(f"there is no folder {folder}: give the folder that holds {_REPOSITORY}/{_FOLDER}.")
+        raise BecameError(
+            f"there is no folder {folder}: name by --data-dir the folder that holds {_REPOSITORY}/{_FOLDER}."
+        )
     train_files, test_files = split_files(folder, "train"), split_files(folder, "test")
     return assemble("cifar100", read_images(train_files, _COLUMNS), read_images(test_files, _COLUMNS))

@@ -48,7 +48,7 @@ def rows_of_hub(repository: str, split: str) -> "datasets.Dataset":
             return library.load_dataset(repository, split=split)
         except Exception as error:  # no network, no such data set, no space, a broken cache: each an error of its own
             raise BecameError(
-                f"{repository} cannot be had from the Hugging Face hub ({_reason(error)}): "
+                f"{repository} cannot be read from the Hugging Face hub ({_reason(error)}): "
                 "check the connection, or name by --data-dir a folder that holds it (docs/runs.md has its layout)."
             ) from error
 

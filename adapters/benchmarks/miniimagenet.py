@@ -42,11 +42,12 @@ def load_miniimagenet(data_dir: Path | None) -> Dataset:
     """
     if data_dir is None:
         raise BecameError(
-            f"miniImageNet's licence asks everyone to obtain it themselves: give the data folder that holds {_FOLDER}."
+            "miniImageNet's licence asks everyone to obtain it themselves: name by --data-dir the folder that holds "
+            f"{_FOLDER}."
         )
     folder = data_dir / _FOLDER
     if not folder.is_dir():
-        raise BecameError(f"there is no folder {folder}: give the folder that holds {_FOLDER}.")
+        raise BecameError(f"there is no folder {folder}: name by --data-dir the folder that holds {_FOLDER}.")
     named = [_named_part(folder, names) for names in _PARTS]
     parts = [part for part in named if part is not None]
     if not parts:

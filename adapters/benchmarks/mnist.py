@@ -45,7 +45,7 @@ def load_mnist(data_dir: Path | None = None) -> Dataset:  # noqa: ARG001 # a loa
 
 
 def load_mnist_to_draw(data_dir: Path | None = None) -> Dataset:  # noqa: ARG001 # a loader is given it
-    """Return the same digits, to be encoded and drawn again, two by two: a domain is two digits, 0 and 1 the first.
+    """Return digits of MNIST, to be encoded and drawn again: a domain is two digits, 0 and 1 the first.
 
     A sample is 784 pixels, each 0 or 1 (1 where there is more ink than half), and 16 numbers of standard normal noise,
     [800, 1, 1]; what is to be predicted are the pixels.

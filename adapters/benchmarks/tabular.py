@@ -66,7 +66,7 @@ def load_tabular(
     target_kind: Kind = "auto",
     head: str = "shared",  # noqa: ARG001 # it is for the stream
 ) -> Dataset:
-    """Return a table with a task column: rows of numbers [N, d, 1, 1], with a target and a domain each.
+    """Return rows of a table, of which a column is predicted: numbers [N, d, 1, 1], with a target and a domain each.
 
     Args:
         data_dir: a file ``.csv`` or ``.parquet``, or a folder that holds one such file; None for the table of our own

@@ -57,7 +57,7 @@ Texts = Mapping[str, Sequence[str]]
 
 
 def load_text(data_dir: Path | None, *, context: int = 128) -> Dataset:
-    """Return text by domain: bytes [N, context], and of each the next one.
+    """Return text, whose next byte is predicted: bytes [N, context], and of each the next one.
 
     Args:
         data_dir: a folder with ``train-*.parquet`` and ``test-*.parquet``, whose columns are ``text`` and ``domain``,
@@ -106,7 +106,7 @@ def _samples(texts: Sequence[str], context: int, what: str) -> tuple[NDArray[np.
 
 
 def load_rated_text(data_dir: Path | None, *, context: int = 128) -> Dataset:
-    """Return rated text by domain: bytes [N, context], and of each text the number that it is rated with.
+    """Return texts, whose ratings are predicted: bytes [N, context], and of each text the number that it is rated with.
 
     Args:
         data_dir: a folder with ``train-*.parquet`` and ``test-*.parquet``, whose columns are ``text``, ``domain`` and

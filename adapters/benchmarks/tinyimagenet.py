@@ -47,7 +47,7 @@ def load_tinyimagenet(data_dir: Path | None) -> Dataset:
         parts = [_training(unpacked / "train", names), _validation(unpacked / "val", names)]
         return _assembled(parts, [f"{unpacked}/train", f"{unpacked}/val"])
     raise BecameError(
-        f"there is no folder {folder} and no folder {unpacked}: give the folder that holds "
+        f"there is no folder {folder} and no folder {unpacked}: name by --data-dir the folder that holds "
         f"{_REPOSITORY}/{_FOLDER} or the zip's {_ZIP}."
     )
 

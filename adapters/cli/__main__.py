@@ -4,6 +4,7 @@ No framework is loaded before a run needs it.
 """
 
 import shlex
+import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -55,7 +56,9 @@ from adapters.runs.directory import read_record
 
 __all__ = ["main"]
 
-Outs = Annotated[tuple[Path, ...], tyro.conf.Positional, described("Folders that --out named.", metavar="OUT…")]
+Outs = Annotated[
+    tuple[Path, ...], tyro.conf.Positional, described("Folders that --out named, with runs.", metavar="OUT…")
+]
 
 DESCRIPTION = """Bayesian continual learning with adaptive model merging.
 
@@ -71,7 +74,7 @@ Completion in a shell: became --tyro-write-completion {bash,zsh,fish} FILE
 class Resume:
     """Resume every unfinished run in a folder, with the options it started with."""
 
-    out: Annotated[Path, tyro.conf.Positional, described("A folder that --out named.", metavar="OUT")]
+    out: Annotated[Path, tyro.conf.Positional, described("A folder that --out named, with runs.", metavar="OUT")]
     backend: Annotated[
         BackendName | None,
         one_of(*BACKENDS),
@@ -241,7 +244,7 @@ class Reproduce:
 
 @dataclass(frozen=True)
 class List:
-    """List what there is to choose from, a line each."""
+    """List what there is to choose from."""
 
     kind: Annotated[
         Literal["all", Kind],
@@ -252,7 +255,9 @@ class List:
 
     def run(self) -> int:
         """Print the lines."""
-        print(listed(None if self.kind == "all" else self.kind))
+        # On a terminal a long line goes on below its text; for another program it stays a line.
+        width = shutil.get_terminal_size().columns if sys.stdout.isatty() else sys.maxsize
+        print(listed(None if self.kind == "all" else self.kind, width))
         return 0
 
 

@@ -35,7 +35,9 @@ class Inspect:
     models: Annotated[
         tuple[Path, ...], tyro.conf.Positional, described("Files or folders of models.", metavar="MODEL…")
     ]
-    pad_vocabulary: Annotated[bool, described("Take vocabularies of different sizes for ones to be padded.")] = False
+    pad_vocabulary: Annotated[
+        bool, described("Take vocabularies of different sizes as became merge would pad them.")
+    ] = False
     output: Output = field(default_factory=Output)
 
     def run(self) -> int:
@@ -207,7 +209,7 @@ class Merge:
     ] = None
     dry_run: Annotated[bool, described("Say what would be read, written and needed; write nothing.")] = False
     trace: Annotated[
-        int | None, described("Measure the true loss at so many points of the path too, with --evaluate.")
+        int | None, described("Measure the true loss at this many points of the path too, by --evaluate.")
     ] = None
     evaluate: Annotated[
         str | None, described("module:function, from the folder of a model to its loss; for --trace.")

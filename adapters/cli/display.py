@@ -102,12 +102,10 @@ class _Text:
             self.note(f"{run.name}  finished before: {run.results_file}")
 
     def results(self, results: Sequence[RunResult], out: Path) -> None:
-        for result in results:
-            if result.paths:
-                print_table(self._console, path_table(result))
-                print_table(self._console, estimator_table(result))
-        for table in results_tables(results):
+        traced = [table(result) for result in results if result.paths for table in (path_table, estimator_table)]
+        for table in [*traced, *results_tables(results)]:
             print_table(self._console, table)
+            self._console.print()
         where = f"results: {out}/<method>-seed<k>/results.json, {out}/summary.csv"
         self._console.print(where, soft_wrap=True, highlight=False)
 

@@ -39,13 +39,16 @@ KINDS: Mapping[Kind, Callable[[], dict[str, str]]] = {
 }
 
 
-def listed(kind: Kind | None) -> str:
-    """Return the lines of one kind, or of all kinds, each under its name."""
+def listed(kind: Kind | None, width: int) -> str:
+    """Return the lines of one kind, or of all kinds, each under its name; what is wider goes on in further lines."""
     if kind is not None:
-        return _lines(KINDS[kind]())
-    return "\n\n".join(f"{name}:\n{textwrap.indent(_lines(entries()), '  ')}" for name, entries in KINDS.items())
+        return _lines(KINDS[kind](), "", width)
+    return "\n\n".join(f"{name}:\n{_lines(entries(), '  ', width)}" for name, entries in KINDS.items())
 
 
-def _lines(entries: Mapping[str, str]) -> str:
+def _lines(entries: Mapping[str, str], indent: str, width: int) -> str:
     longest = max(map(len, entries))
-    return "\n".join(f"{name:{longest}}  {text}".rstrip() for name, text in entries.items())
+    hanging = " " * (len(indent) + longest + 2)
+    lines = (f"{indent}{name:{longest}}  {text}" for name, text in entries.items())
+    wrapper = textwrap.TextWrapper(width, subsequent_indent=hanging, break_on_hyphens=False)
+    return "\n".join(map(wrapper.fill, lines))

@@ -90,6 +90,26 @@ def one_of(*words: str) -> Any:
     return spec
 
 
+def number(kind: type[int] | type[float], *, several: bool = False) -> Any:
+    """Return what tyro is told of an option that is a number, or several: another word is answered in one sentence."""
+    what, metavar = ("whole number", "INT") if kind is int else ("number", "FLOAT")
+
+    def one(word: str) -> int | float:
+        try:
+            return kind(word)
+        except ValueError:
+            raise ValueError(f"'{word}' is not a {what}.") from None
+
+    spec: tyro.constructors.PrimitiveConstructorSpec[Any] = tyro.constructors.PrimitiveConstructorSpec(
+        nargs="*" if several else 1,
+        metavar=f"[{metavar} [{metavar} ...]]" if several else metavar,
+        instance_from_str=lambda words: tuple(map(one, words)) if several else one(words[0]),
+        is_instance=lambda value: value is None or isinstance(value, tuple if several else (int, float)),
+        str_from_instance=lambda value: [],  # of the default, which is None and not shown
+    )
+    return spec
+
+
 @dataclass(frozen=True)
 class Output:
     """What a command shows."""
@@ -120,9 +140,10 @@ class Output:
 
 Workers = Annotated[
     int | None,
+    number(int),
     described(
-        "Carry out so many runs at the same time, each in a process of this machine; they divide its cores among them. "
-        "Without it the runs follow one another in one process."
+        "Carry out this many runs at the same time, each in a process of this machine; they divide its cores among "
+        "them. Without it the runs follow one another in one process."
     ),
 ]
 Scheduler = Annotated[
@@ -157,6 +178,7 @@ class Request:
     projector: str | None = None
     seeds: Annotated[
         tuple[int, ...] | None,
+        number(int, several=True),
         described("A run for each seed; the seed determines the initial weights and all random draws. (default: 0)"),
     ] = None
     preset: str | None = None
@@ -269,6 +291,9 @@ def _member(option: Option, *, completing: bool) -> tuple[str, Any, Any]:
         markers += [tyro.conf.FlagConversionOff, one_of("True", "False")]
     elif get_origin(option.type) is Literal:
         markers.append(one_of(*get_args(option.type)))
+    else:
+        numeric = {option.type, *get_args(option.type)} & {int, float}
+        markers += [number(each, several=get_origin(option.type) is tuple) for each in numeric]
     return option.name, Annotated[kind, *markers], field(default=False if option.flag else None)
 
 
@@ -350,11 +375,26 @@ def parse(kind: Any, prog: str, arguments: Sequence[str] | None, description: st
 
     pattern = r"^COMPLETION_SPEC = (\{.*?\})(?=\n+import )"  # on one line or on many
     text = re.sub(pattern, corrected, script.getvalue(), flags=re.MULTILINE | re.DOTALL)
+    for by_tyro, by_us in _OFFERING_FILES.items():
+        text = text.replace(by_tyro, by_us)
     if words[2:] in ([], ["-"]):
         print(text, end="")
     else:
         Path(words[2]).write_text(text, encoding="utf-8")
     raise SystemExit(0)
+
+
+# What changes in a completion script, so that a shell offers files as arguments without an option too. Where the script
+# knows nothing of a word after a command's name, it answers with the word upon which a shell offers files. Bash then
+# completes the last word, which tyro would join with the words before it, and goes on into a folder.
+_OFFERING_FILES = {
+    "    return completions\n\n\ndef main": (
+        "    return completions or (['__TYRO_COMPLETE_FILES__'] if current_word_index else [])\n\n\ndef main"
+    ),
+    'COMPREPLY=($(compgen -f -- "$cur"))': (
+        'compopt -o filenames 2>/dev/null; COMPREPLY=($(compgen -f -- "${COMP_WORDS[COMP_CWORD]}"))'
+    ),
+}
 
 
 def mended(spec: dict[str, Any]) -> dict[str, Any]:

@@ -10,17 +10,13 @@ from dataclasses import asdict
 from itertools import zip_longest
 
 from adapters.analysis.bootstrap import Estimate
+from adapters.analysis.comparison import ACCURACIES
 from adapters.analysis.tables import Cell, Column, Table
 from adapters.runs import RunResult, Scores
 
 __all__ = ["results_tables"]
 
-_SCORES = (
-    "ACC: the mean accuracy on all tasks after the last one. BWT: how much the accuracy has changed since a task was "
-    "learned; forgetting: how much it has fallen below its best; both are means over all tasks but the last. "
-    "plasticity: the mean accuracy on a task just after it was learned. task, class: whether the model chooses among "
-    "the classes of the image's own task, or of all tasks."
-)
+_AMONG = "task, class: whether the model chooses among the classes of the image's own task, or of all tasks."
 _LOSSES = (
     "−{unit}: the mean {unit} on all tasks after the last one, with its sign turned so that up is good, as in all "
     "columns. BWT: how much it has changed since a task was learned; forgetting: how far it fell below its best. "
@@ -58,9 +54,10 @@ def results_tables(results: Sequence[RunResult]) -> list[Table]:
     if not merged:
         del cost_columns[1]
         costs = [[method, *others] for method, _, *others in costs]
-    note = _SCORES
+    note = f"{ACCURACIES} {_AMONG}"
     seeds = sorted({result.seed for result in results})
-    of_seeds = f"seed {seeds[0]}" if len(seeds) == 1 else f"mean over seeds {', '.join(map(str, seeds))}"
+    several = f"mean ± standard deviation over seeds {', '.join(map(str, seeds))}"
+    of_seeds = f"seed {seeds[0]}" if len(seeds) == 1 else several
     scored = "" if results[0].on_test_samples else " on held-out training samples"
     title, section = f"Accuracies{scored} in percent, {of_seeds}", 2
     if not measure.is_accuracy:  # there is no choice among classes

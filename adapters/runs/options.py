@@ -88,7 +88,7 @@ class RunOptions:
         200,
     )
     gradual: int = _option(
-        "Over how many samples one task goes over into the next, where boundaries are unknown.", "learn", 0
+        "Over how many samples one task turns into the next, where boundaries are unknown.", "learn", 0
     )
     validation: float = _option("The fraction of each task's training samples that is held out.", "learn", 0.05)
     score_on: ScoredPart = _option(
@@ -238,14 +238,14 @@ class RunOptions:
         flag=True,
     )
     save_every: float = _option(
-        "Save a run after an epoch only if it was last saved so many seconds ago, for runs whose epochs are short "
-        "beside the time to save them. The end of a stage and a signal save in any case.",
+        "Save a run after an epoch only if it was last saved at least this many seconds ago, for runs whose epochs are "
+        "short beside the time to save them. It is saved at the end of a stage and after a signal in any case.",
         "where",
         0.0,
         hint=True,
     )
     tracker: str = _option(
-        "Also write scalars for a tracker as a run goes",
+        "Also write losses, rates, accuracies and alphas for a tracker while a run learns",
         "output",
         "none",
         hint=True,

@@ -44,7 +44,7 @@ def command_words(configuration: Configuration, method: str, preset: str | None 
 def repeating_command(runs: Sequence[RunResult]) -> str | None:
     """Return the shortest command that repeats these runs, which differ in their seeds; None if no command can."""
     run = runs[0]
-    start = ["python", "-m", f"adapters.{run.backend.rpartition('+')[2]}.run"]
+    start = ["became", "run", "--backend", run.backend.rpartition("+")[2]]
     start += ["--methods", run.method, "--seeds", *(str(run.seed) for run in runs)]
     end = ["--data-dir", run.data_dir] if run.data_dir is not None else []
     commands = []

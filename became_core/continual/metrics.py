@@ -41,9 +41,14 @@ class Measure:
         return self.unit == "%"
 
     @property
+    def word(self) -> str:
+        """What the matrix holds, as a word of a sentence."""
+        return "accuracy" if self.is_accuracy else f"−{self.unit}"
+
+    @property
     def name(self) -> str:
-        """What the matrix holds, in words."""
-        return "accuracy, %" if self.is_accuracy else f"−{self.unit}"
+        """What the matrix holds, with its unit."""
+        return "accuracy, %" if self.is_accuracy else self.word
 
     @property
     def heading(self) -> str:

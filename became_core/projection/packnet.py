@@ -43,7 +43,7 @@ class PackNet(Projector):
     Attributes:
         share: the share of a layer's free weights that is pruned at each task, p in the paper; in [0, 1).
         equal_shares: whether every task keeps an equal number of weights, none being left free after the last one;
-            ``share`` is then not used.
+            ``--packnet-share`` is then not used.
         retraining_rate: what the learning rate is multiplied by after pruning; above 0. The published code has 0.1.
         tasks: how many tasks the memory has.
         expected: how many tasks there are in all; 0 until ``prepare`` is told.

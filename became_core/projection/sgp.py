@@ -31,7 +31,7 @@ class ImportanceProjector(ThresholdProjector):
     """A projector that protects each direction by its importance.
 
     Attributes:
-        scale: s in the formula of importances; the greater it is, the nearer all importances are to 1.
+        scale: the number s in the formula of importances; the greater it is, the nearer all importances are to 1.
 
     Raises:
         BecameError: if the scale is not above 0, or the threshold not in its range.

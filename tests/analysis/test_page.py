@@ -183,7 +183,7 @@ def test_published_numbers_are_shown_only_beside_all_tasks(tmp_path: Path) -> No
 def test_the_command_that_repeats_a_run_is_shown_if_there_is_one(tmp_path: Path) -> None:
     config = Configuration.of({"lr": 0.02}, "became").to_json()
     text, _ = read(write_report([run(config=config)], tmp_path))
-    assert "python -m adapters.torch.run --methods became --seeds 0 --benchmark split-mnist --lr 0.02</code>" in text
+    assert "became run --backend torch --methods became --seeds 0 --benchmark split-mnist --lr 0.02</code>" in text
     _, page = read(write_report([run(config=config | {"unknown": 1})], tmp_path))
     assert "No command of this version" in page.text
 

@@ -123,7 +123,7 @@ def test_a_damaged_image_is_named_by_row_and_file(folder: Path, position: int) -
 
 
 def test_a_missing_folder_is_named_with_what_would_be_right(tmp_path: Path) -> None:
-    with pytest.raises(BecameError, match=r"no folder .*absent.*give the folder that holds uoft-cs/cifar100/cifar100"):
+    with pytest.raises(BecameError, match=r"no folder .*absent.*by --data-dir the folder that holds uoft-cs/cifar100"):
         load_cifar100(tmp_path / "absent")
 
 

@@ -109,9 +109,9 @@ def test_greyscale_arrays_become_rgb(channels: tuple[int, ...], tmp_path: Path) 
 
 
 def test_without_a_folder_it_says_who_obtains_the_images(tmp_path: Path) -> None:
-    with pytest.raises(BecameError, match=r"licence asks everyone to obtain it themselves: give the data folder"):
+    with pytest.raises(BecameError, match=r"licence asks everyone to obtain it themselves: name by --data-dir"):
         load_miniimagenet(None)
-    with pytest.raises(BecameError, match=r"no folder .*mini-imagenet: give the folder that holds mini-imagenet"):
+    with pytest.raises(BecameError, match=r"no folder .*mini-imagenet: name by --data-dir the folder"):
         load_miniimagenet(tmp_path)
 
 

@@ -16,6 +16,7 @@ import adapters.cli.__main__ as became
 from adapters.backend.entry import first_installed
 from adapters.benchmarks.catalogue import BENCHMARKS
 from adapters.cli.__main__ import main
+from adapters.cli.listing import listed
 from adapters.networks import NETWORKS
 from adapters.runs import RunDirectory
 from adapters.runs.configuration import Configuration
@@ -390,6 +391,9 @@ def test_what_there_is_to_choose_from_is_listed_in_the_modules_own_words(capsys:
     assert not [name for name, source in presets.items() if source.startswith("(for ")]
     everything = lines_of(capsys)
     assert {*methods, *projectors, *benchmarks, *networks, *presets} < set(everything)
+    narrow = listed(None, 80).splitlines()  # as on a terminal
+    assert max(map(len, narrow)) <= 80
+    assert " ".join(" ".join(narrow).split()) == " ".join(listed(None, 1000).split())
     with pytest.raises(SystemExit) as stopped:
         main(["list", "moons"])
     assert stopped.value.code == 2

@@ -126,7 +126,7 @@ def test_what_another_package_registers_is_listed_explained_and_completed(instal
     assert ["cautious", "Protects a little more than gpm"] in lines
     assert ["thrifty", "Saves a little"] in lines
     assert ["tiny", "eight units"] in lines
-    assert ["digits", "2 tasks, groups of the classes of 5,000 digits of MNIST; presets quick"] in lines
+    assert ["digits", "2 tasks, groups of the classes of 5,000 digits of MNIST; preset quick"] in lines
     assert "--caution" in became(installed, "run", "--help")
     shown = " ".join(
         became(installed, "run", "--help-all").replace("│", " ").split()
@@ -193,7 +193,7 @@ def test_the_short_help_names_every_option_once_in_its_group_and_fits_80_columns
 
 
 @pytest.mark.parametrize(
-    ("arguments", "nearest"),
+    ("arguments", "answer"),
     [
         (["run", "--schedule", "anealed"], "did you mean 'annealed'?"),
         (["run", "--augment", "Ture"], "did you mean 'True'?"),
@@ -201,16 +201,20 @@ def test_the_short_help_names_every_option_once_in_its_group_and_fits_80_columns
         (["run", "--precision", "exakt"], "did you mean 'exact'?"),
         (["list", "netwoks"], "did you mean 'networks'?"),
         (["compare", "x", "--format", "latx"], "did you mean 'latex'?"),
+        (["run", "--epochs", "three"], "Error parsing --epochs: 'three' is not a whole number."),
+        (["run", "--lora", "1.5"], "Error parsing --lora: '1.5' is not a whole number."),
+        (["run", "--lr-steps", "0.5", "x"], "Error parsing --lr-steps: 'x' is not a number."),
+        (["run", "--seeds", "0", "x"], "Error parsing --seeds: 'x' is not a whole number."),
     ],
 )
-def test_an_unknown_word_is_answered_with_the_nearest_and_never_with_none(
-    arguments: list[str], nearest: str, capsys: pytest.CaptureFixture[str]
+def test_a_wrong_word_is_answered_with_what_would_be_right_and_never_with_none(
+    arguments: list[str], answer: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as stopped:
         main(arguments)
     assert stopped.value.code == 2
     said = " ".join(capsys.readouterr().err.replace("│", " ").split())
-    assert nearest in said
+    assert answer in said
     assert "None" not in said
 
 
@@ -281,17 +285,24 @@ def test_registered_names_are_completed(script: str) -> None:
 @pytest.mark.parametrize(
     ("typed", "offered"),
     [
-        (["--methods", "became+t"], ["became+trgp"]),
-        (["--methods", "gpm", "ewc+sg"], ["ewc+sgp"]),  # the second of several
-        (["--benchmark", "split-c"], ["split-cifar100"]),
-        (["--network", "res"], ["resnet18"]),
+        (["run", "--methods", "became+t"], ["became+trgp"]),
+        (["run", "--methods", "gpm", "ewc+sg"], ["ewc+sgp"]),  # the second of several
+        (["run", "--benchmark", "split-c"], ["split-cifar100"]),
+        (["run", "--network", "res"], ["resnet18"]),
+        (["run", "--lr", "res"], [""]),
+        (["report", "res"], ["results.json"]),
+        (["compare", "split-code", "res"], ["results.json"]),  # the second of several
+        (["rep"], ["report", "reproduce"]),
+        (["res"], ["resume"]),
     ],
 )
-def test_a_shell_offers_names_and_no_files(script: str, typed: list[str], offered: list[str], tmp_path: Path) -> None:
+def test_a_shell_offers_names_and_files_each_in_their_place(
+    script: str, typed: list[str], offered: list[str], tmp_path: Path
+) -> None:
     """Bash itself, asked for what completes the last word, in a folder with files of such names."""
     for name in ("became+test", "ewc+sgd", "split-code", "results.json"):
         (tmp_path / name).touch()
-    words = ["became", "run", *typed]
+    words = ["became", *typed]
     (tmp_path / "complete.sh").write_text(
         script + f"\nCOMP_WORDS=({' '.join(words)}); COMP_CWORD={len(words) - 1}\n"
         "_tyro_became; printf '%s\\n' \"${COMPREPLY[@]}\"\n"

@@ -53,6 +53,7 @@ def test_formulas_are_made_and_code_is_left_alone() -> None:
     formulas = re.findall(r"<math (\w+)>(.*?)</math>", made, re.DOTALL)
     assert formulas == [("inline", "\\hat\n\\theta"), ("block", "b + c")]
     assert "`$HOME`" in made
+    assert PAGES["made"]("`--lr`, `--lr 1`, `lr`") == "`--lr`{ .option }, `--lr 1`, `lr`"
     assert "echo $x $y" in made
     assert "It costs 5$ or 6$." in made
 

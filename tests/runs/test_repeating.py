@@ -20,11 +20,11 @@ def test_the_shortest_command_that_repeats_runs_is_found_from_their_record() -> 
     runs = [run(seed=seed, config=configuration.to_json()) for seed in (0, 4)]
     command = repeating_command(runs)
     assert command == (
-        "python -m adapters.torch.run --methods became --seeds 0 4 --benchmark split-mnist --first 3 --norm running "
+        "became run --backend torch --methods became --seeds 0 4 --benchmark split-mnist --first 3 --norm running "
         "--lr 0.02 --epochs 3 --head-rate 20.0 --optimiser adam --projector-samples 0 --path-points 5 "
         "--norm-penalty 2.0"
     )
-    request: Request = parse_request("run", shlex.split(command)[3:], backend=False)
+    request: Request = parse_request("run", shlex.split(command)[2:], backend=True)
     assert [(job.run.seed, job.configuration) for job in requested_jobs(request, lambda: BACKEND)] == [
         (0, configuration),
         (4, configuration),
@@ -37,7 +37,7 @@ def test_the_command_that_repeats_a_run_has_the_folder_of_its_data() -> None:
     assert RunResult.from_json(there.to_json()).data_dir == "/data/a b"
     command = repeating_command([there])
     assert command is not None
-    (job,) = requested_jobs(parse_request("run", shlex.split(command)[3:], backend=False), lambda: BACKEND)
+    (job,) = requested_jobs(parse_request("run", shlex.split(command)[2:], backend=True), lambda: BACKEND)
     assert job.configuration.data_dir == Path("/data/a b")
 
 

@@ -69,7 +69,7 @@ def plot_learning_curves(results: Results) -> Figure:
         first = next(run for run in group.runs if has_curves(run))
         starts = np.cumsum([0, *(len(curve) for curve in first.curves)])
         for start in starts[1:-1]:
-            axes.axvline(start + 0.5, color=MUTED, linewidth=0.6, linestyle=":")
+            axes.axvline(start + 0.5, color=MUTED, linewidth=0.6)
         labelled: set[str] = set()
         for run in filter(has_curves, group.runs):
             for epochs, stage, losses, validation_losses in _stretches(run):
@@ -85,8 +85,8 @@ def plot_learning_curves(results: Results) -> Figure:
         axes.set_ylabel("loss, nats")
         if len(groups) > 1:
             axes.set_title(figure_text(group.label))
-    panels[-1, 0].xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    panels[-1, 0].set_xlabel("epoch; dotted: a task begins")
+    panels[-1, 0].xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1, steps=[1, 2, 5, 10]))
+    panels[-1, 0].set_xlabel("epoch; at a vertical line a task begins")
     legend(figure, max(panels[:, 0], key=lambda axes: len(axes.get_legend_handles_labels()[0])))
     return figure
 
