@@ -5,8 +5,9 @@ is the coefficients. Pass 2 reads slabs of the models again, merges them in floa
 place. A rule whose coefficients are known beforehand needs pass 2 alone. Memory is a few slabs, whatever the model's
 size.
 
-The result depends on the plan and the inputs alone: not on the memory, the number of threads, or on how often the merge
-was killed and went on.
+The result depends on the plan and the inputs alone: not on the memory, the number of workers, who they are, or on how
+often the merge was killed and went on. With Kronecker factors, whose products are matrix products, the last digits of
+coefficients also depend on how many threads NumPy's library for linear algebra has.
 """
 
 import json
