@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from adapters.backend.network import Data, Network
 from adapters.backend.own_loop import Finding, NetworkCheck
+from became_core import BecameError
 from became_core.arrays import Array, Params, namespace, on_host
 from became_core.continual.data import Indices
 from became_core.curvature import Tap, Taps, per_sample_gradients
@@ -117,7 +118,11 @@ class LearnerView:
 
 
 def check_network(network: NetworkView) -> NetworkCheck:
-    """Return what was compared, and how far it differs."""
+    """Return what was compared, and how far it differs.
+
+    Raises:
+        BecameError: if samples do not lie on the first axis of inputs and outputs.
+    """
     theta, everything = network.theta, slice(None)
     outputs = network.outputs(theta, everything)
     again = network.outputs(theta, everything)
@@ -125,6 +130,11 @@ def check_network(network: NetworkView) -> NetworkCheck:
     findings = [*network.agreement, Finding("outputs, computed twice", _apart([again], [outputs]), tolerance)]
     if not network.mixes_samples:
         alone = network.outputs(theta, slice(1))
+        if alone.shape[0] != 1:
+            raise BecameError(
+                f"the first of {outputs.shape[0]} samples has {alone.shape[0]} rows of outputs by itself; samples must "
+                "lie on the first axis of the outputs, and of all inputs that are theirs."
+            )
         first = np.asarray(on_host(outputs))[:1]
         findings.append(Finding("outputs of a sample alone", _apart([alone], [first]), tolerance))
     if not theta:

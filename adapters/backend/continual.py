@@ -15,6 +15,7 @@ from typing import Any, Protocol
 from adapters.backend.memory import (
     NewTask,
     NewTaskData,
+    Stored,
     check_settings,
     described,
     grown,
@@ -100,6 +101,7 @@ class ContinualModel(ABC):
         self.estimator: Estimator = Secant() if estimator is None else estimator
         self.posterior: LaplacePosterior | None = None
         self._theta_gp: Params | None = None
+        self._then: dict[str, tuple[int, ...]] = {}  # the shapes of all parameters when old data were remembered
         self.detector: Detector = BayesianDetector()
         self.reservoir = Reservoir(COMPARED)
         self._beginning: tuple[Detector, Reservoir] | None = None
@@ -125,7 +127,8 @@ class ContinualModel(ABC):
         """
         self._check_remembered("coverage")
         sizes = {name: prod(shape) for name, shape in self._data.shapes.items()}
-        return coverage_of(sizes, self._data.trained, self._data.matrices or {}, self.projector, self.uncovered)
+        matrices, held = self._data.matrices or {}, self._held
+        return coverage_of(sizes, self._data.trained, matrices, self.projector, self.uncovered, held)
 
     @contextmanager
     def plastic(self) -> Iterator[None]:
@@ -205,7 +208,13 @@ class ContinualModel(ABC):
     def _remember(self, fisher: Params) -> None:
         """Add a task of this Fisher information, at the weights as they are."""
         self.posterior = grown(self.posterior, self._data.weights(), fisher, self.decay)
+        self._then = {name: tuple(shape) for name, shape in self._data.shapes.items()}
         self._theta_gp = None
+
+    def _restore(self, stored: Stored) -> None:
+        """Take the memory of a file, of a model of these shapes."""
+        self.posterior, self._data.matrices = stored.posterior, stored.matrices
+        self._then = {name: tuple(shape) for name, shape in self._data.shapes.items()}
 
     def _merge(self, batches: Iterable[Any], trace: int, others: str) -> MergeReport:
         """Merge as ``merge`` of an adapter says; ``others`` begins the message if other parameters are trained now."""
@@ -223,16 +232,44 @@ class ContinualModel(ABC):
         return report
 
     @property
+    def _held(self) -> frozenset[str]:
+        """The parameters that may be held to old data: those of which something is known, or that were there then."""
+        known = {} if self.posterior is None else self.posterior.mean
+        return frozenset(self._then if self.uncovered == "frozen" else known)
+
+    @property
     def _transposed(self) -> frozenset[str]:
         """The matrices that are stored as [d_in, d_out]."""
         return frozenset(name for name, is_transposed in (self._data.matrices or {}).items() if is_transposed)
 
     @property
     def _penalised(self) -> dict[str, tuple[Array, Array]]:
-        """The mean of every remembered parameter, and penalty x precision."""
+        """The mean of every remembered parameter that is pulled back to it, and penalty x precision."""
+        if self.uncovered != "penalised":
+            return {}
         assert self.posterior is not None
         precision, mean = self.posterior.precision.diagonal(), self.posterior.mean
         return {name: (mean[name], self.penalty * value) for name, value in precision.items()}
+
+    def _check_shapes(self) -> None:
+        """Raise a BecameError if a parameter has another shape than when old data were remembered."""
+        for name, shape in self._data.shapes.items():
+            if tuple(shape) != self._then.get(name, tuple(shape)):
+                raise BecameError(
+                    f"'{name}' is {list(shape)} now, and was {list(self._then[name])} when old data were remembered; "
+                    "leave it as it is, and give new classes a layer of their own."
+                )
+
+    def _check_as_remembered(self) -> None:
+        """Raise a BecameError if the memory says too little of the model for stable training."""
+        self._check_remembered("stable training")
+        self._check_shapes()
+        for name in self._data.trained:
+            if self.uncovered == "penalised" and name in self._then and name not in self._held:
+                raise BecameError(
+                    f"'{name}' is trained now, and was not when old data were remembered, so that nothing holds it to "
+                    "them; freeze it, remember the old batches while it is trained, or choose uncovered='frozen'."
+                )
 
     def _check_remembered(self, what: str) -> None:
         if self.posterior is None:

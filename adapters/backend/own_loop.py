@@ -98,6 +98,7 @@ def coverage_of(
     matrices: Mapping[str, bool],
     projector: Projector,
     uncovered: Uncovered,
+    held: Collection[str] | None = None,
 ) -> Coverage:
     """Return what happens to every parameter while training is stable.
 
@@ -107,6 +108,7 @@ def coverage_of(
         matrices: the names of those that are used as matrices alone, and whether they are stored as [d_in, d_out].
         projector: the memory.
         uncovered: what is done with those that it does not protect.
+        held: the names of those that this can be done with, as the others are newer than the memory; None for all.
     """
     ranks, rows = projector.rank, []
     for name, size in sizes.items():
@@ -116,7 +118,7 @@ def coverage_of(
         elif name in ranks:
             rows.append(Covered(name, use, "protected", size, *ranks[name]))
         else:
-            rows.append(Covered(name, use, uncovered, size))
+            rows.append(Covered(name, use, uncovered if held is None or name in held else "free", size))
     return Coverage(rows)
 
 

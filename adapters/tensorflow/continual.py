@@ -218,7 +218,7 @@ class Continual(ContinualModel):
         shapes = cls(model, **settings)._data.shapes
         stored = restored(file, description, tensors, shapes, settings)
         learning = cls(model, **stored.settings)
-        learning.posterior, learning._data.matrices = stored.posterior, stored.matrices
+        learning._restore(stored)
         return learning
 
     def _guard(self) -> StepGuard:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from adapters.backend.checking import STEPS, agreement
 from adapters.backend.own_loop import Finding
 from adapters.torch.derivatives import Derivatives
-from adapters.torch.layers import modes_kept
+from adapters.torch.layers import gradients_of, modes_kept
 from adapters.torch.tapping import Names, collect_taps, owners_of, samples_of
 from became_core.arrays import Params
 from became_core.curvature import Taps
@@ -99,7 +99,7 @@ class TorchView:
         with torch.enable_grad():
             outputs = self._call({}, samples)
         at_outputs = torch.from_numpy(seed).to(outputs)
-        gradients = torch.autograd.grad(outputs, list(self._trained.values()), at_outputs, allow_unused=True)
+        gradients = gradients_of(outputs, list(self._trained.values()), at_outputs)
         return dict(zip(self._trained, gradients, strict=True))
 
     def along(self, direction: Params, shorter: float) -> Tensor:

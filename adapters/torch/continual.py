@@ -28,7 +28,7 @@ from adapters.torch.data_loss import Batches, DataLoss, Loss
 from adapters.torch.layers import estimate_statistics
 from adapters.torch.sharded_memory import read_shards, write_shards
 from adapters.torch.shared_model import SharedModel, own_part
-from adapters.torch.steps import StepGuard, groups_of, moments_of, unwrapped
+from adapters.torch.steps import StepGuard, Witness, groups_of, moments_of, unwrapped
 from became_core import BecameError
 from became_core.arrays import Array
 from became_core.curvature import FisherTargets, Likelihood, likelihood_named
@@ -126,6 +126,9 @@ class Continual(ContinualModel):
         )
         if not self._data.trained:
             raise BecameError("no parameter of the model needs a gradient; there is nothing to learn.")
+        for name, value in self._data.trained.items():
+            if value.is_complex():
+                raise BecameError(f"'{name}' is complex; let torch.view_as_complex make it of a real parameter.")
 
     # What must not be lost.
 
@@ -149,6 +152,7 @@ class Continual(ContinualModel):
         """
         if (batches is None) == (optimizer is None):
             raise BecameError("remember needs either batches or an optimizer; give one of them.")
+        self._check_shapes()
         if optimizer is not None:
             stepper = unwrapped(optimizer)
             of_all = {
@@ -159,7 +163,7 @@ class Continual(ContinualModel):
             fisher = fisher_of_moments(of_all, samples, self._data.weights(), stacklevel=2)
         else:
             assert batches is not None
-            fisher, finished = self._data.fisher(batches, with_memory=True)
+            fisher, finished = self._data.fisher(batches, with_memory=True, penalised=self._known_otherwise)
             self.projector = self.projector.remember(finished)
         self._remember(fisher)
 
@@ -173,18 +177,26 @@ class Continual(ContinualModel):
             optimizers: all that step the model; those of a wrapper are found in it.
 
         Raises:
-            BecameError: before anything is remembered, or if an optimiser has no parameter of the model.
+            BecameError: before anything is remembered; if there is no optimiser, or one has no parameter of the model;
+                if a parameter has another shape than then, or was frozen then; if anything but these optimisers is seen
+                to change weights, before the second step or at the end.
         """
-        self._check_remembered("stable training")
+        self._check_as_remembered()
+        if not optimizers:
+            raise BecameError("stable training projects the steps of an optimizer; give stable() all that train.")
+        guards = [self._guard(optimizer) for optimizer in map(unwrapped, optimizers)]
+        witness = Witness(self._data.trained, guards)
         with ExitStack() as stack:
-            for optimizer in map(unwrapped, optimizers):
-                guard = self._guard(optimizer)
-                stack.callback(optimizer.register_step_pre_hook(guard.before_step).remove)
-                stack.callback(optimizer.register_step_post_hook(guard.after_step).remove)
+            for guard in guards:
+                for before in (witness.before_step, guard.before_step):
+                    stack.callback(guard.optimizer.register_step_pre_hook(before).remove)
+                for after in (guard.after_step, witness.after_step):
+                    stack.callback(guard.optimizer.register_step_post_hook(after).remove)
             try:
                 yield
             finally:
                 self._theta_gp = self._data.weights()
+            witness.at_end()
 
     def merge(self, batches: Batches, *, trace: int = 0, statistics: Batches | None = None) -> MergeReport:
         """Merge the stable and the present, plastic weights; the model then has the merged ones, theta*.
@@ -270,8 +282,15 @@ class Continual(ContinualModel):
         shapes = {name: tuple(value.shape) for name, value in parameters.items()}
         stored = restored(file, description, arrays, shapes, settings)
         learning = cls(model, **stored.settings)
-        learning.posterior, learning._data.matrices = stored.posterior, stored.matrices
+        learning._restore(stored)
         return learning
+
+    @property
+    def _known_otherwise(self) -> frozenset[str]:
+        """The parameters of which old data have curvature, and no space."""
+        of_old = {} if self.posterior is None else self.posterior.precision.diagonal()
+        spaces = self._data.matrices or {}
+        return frozenset(n for n, value in of_old.items() if n not in spaces and bool((own_part(value) != 0).any()))
 
     def _guard(self, optimizer: Optimizer) -> StepGuard:
         return StepGuard(
@@ -280,7 +299,7 @@ class Continual(ContinualModel):
             projector=self.projector,
             transposed=self._transposed,
             standing=full(self.projector),
-            uncovered=self.uncovered,
+            frozen=self._held if self.uncovered == "frozen" else frozenset(),
             penalised={
                 name: (own_part(mean), own_part(strength)) for name, (mean, strength) in self._penalised.items()
             },

@@ -35,8 +35,9 @@ from adapters.backend.own_loop import NetworkCheck
 from adapters.torch.batches import Applied, in_evaluation, to_device
 from adapters.torch.checking import TorchView
 from adapters.torch.derivatives import Derivatives
+from adapters.torch.layers import gradients_of
 from adapters.torch.shared_model import SharedModel
-from adapters.torch.tapping import Layouts, collect_taps, matrices_of, samples_of
+from adapters.torch.tapping import Layouts, collect_taps, few_samples, matrices_of
 from became_core import BecameError, Quadratic
 from became_core.arrays import Params
 from became_core.curvature import FisherTargets, Likelihood, Taps, square_sums
@@ -86,6 +87,7 @@ class DataLoss:
         self._applied = Applied(self._model, reader)
         self._checks, self._shows, self._kind = checks, shows, fisher
         self._derivatives, self._layouts = Derivatives(), Layouts()
+        self._knows_matrices, self._penalised = False, frozenset[str]()
 
     @property
     def trained(self) -> dict[str, nn.Parameter]:
@@ -132,12 +134,23 @@ class DataLoss:
         if isinstance(self.likelihood, Likelihood):
             self.likelihood = self.likelihood.fitted(outputs, targets)
         names = {module: name for name, module in self._model.named_modules()}
-        few = samples_of((inputs,), slice(3), len(outputs))
+        few = few_samples((inputs,), len(outputs))
         if self._checks and self.checked is None:
             self.checked = check_network(TorchView(self._applied, names, few, self._derivatives))
             self.checked.assert_sound()
-        if self.matrices is None:
-            self.matrices = matrices_of(self._applied, names, few, self._layouts)
+        if not self._knows_matrices:
+            self.matrices = self._with_found(matrices_of(self._applied, names, few, self._layouts))
+            self._knows_matrices = True
+
+    def _with_found(self, found: dict[str, bool]) -> dict[str, bool]:
+        """Return the known matrices and those that are found now, if old data do not hold them in another way."""
+        known = self.matrices or {}
+        for name, is_transposed in found.items():
+            if known.get(name, is_transposed) != is_transposed:
+                raise BecameError(
+                    f"'{name}' was multiplied from its other side in the memory; let the model use it alike."
+                )
+        return {name: way for name, way in found.items() if name not in self._penalised} | known
 
     def _looked_at_by_all(self, batches: Iterator[Any]) -> Iterator[Any]:
         """Look at the network in every process, and go on with what the first process found; return the batches.
@@ -180,7 +193,7 @@ class DataLoss:
         """
         names = {module: name for name, module in self._model.named_modules()}
         inputs, targets = self._split(batch)
-        if self.matrices is None or (self._checks and self.checked is None):
+        if not self._knows_matrices or (self._checks and self.checked is None):
             with torch.no_grad():
                 outputs = self._applied(inputs)
             self._look(inputs, outputs, targets)
@@ -195,8 +208,19 @@ class DataLoss:
             yield taps, units
             units = 0.0
 
-    def fisher(self, batches: Batches, *, with_memory: bool) -> tuple[Params, InputGrams]:
-        """Return the diagonal Fisher information at the weights as they are, and what a projector remembers."""
+    def fisher(
+        self, batches: Batches, *, with_memory: bool, penalised: frozenset[str] = frozenset()
+    ) -> tuple[Params, InputGrams]:
+        """Return the diagonal Fisher information at the weights as they are, and what a projector remembers.
+
+        Args:
+            batches: of the data.
+            with_memory: whether a projector shall remember them; what is a matrix is then found anew, as other data
+                may use other parts of the model.
+            penalised: the parameters that old data hold in another way than by the spaces of a projector, which stays.
+        """
+        if with_memory:
+            self._knows_matrices, self._penalised = False, penalised
         what = "remembering" if with_memory else "measuring"
         finished = InputGrams()
         units, rng = 0.0, np.random.default_rng(self.shared.rank)
@@ -235,9 +259,7 @@ class DataLoss:
                 outputs, targets = self.run(batch)
                 seed = gradient_by_outputs(self.likelihood, outputs.detach(), targets, _own_gradient)
                 units += units_of(self.likelihood, outputs, targets)
-                gradients: tuple[Tensor | None, ...] = torch.autograd.grad(
-                    outputs, list(trained.values()), seed, allow_unused=True
-                )
+                gradients = gradients_of(outputs, list(trained.values()), seed)
                 for name, gradient in zip(trained, gradients, strict=True):
                     for index, direction in enumerate(moves):
                         total[index] += 0.0 if gradient is None else float((gradient.double() * direction[name]).sum())

@@ -1,4 +1,4 @@
-"""The patches that a convolution sees, and batch norms' statistics.
+"""Gradients of a network's outputs, the patches that a convolution sees, and batch norms' statistics.
 
 A batch norm that keeps no running statistics takes each batch's own in evaluation too, and their gradients couple the
 samples: for per-sample gradients to exist they are computed beforehand, without gradient. Variances are biased, as
@@ -14,11 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from became_core import BecameError
+from became_core.errors import first_line
+
 __all__ = [
     "Statistics",
     "batch_statistics",
     "constant_statistics",
     "estimate_statistics",
+    "gradients_of",
     "is_batch_norm",
     "is_frozen_norm",
     "modes_kept",
@@ -31,6 +35,26 @@ _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 # By module, the mean and variance of each of its runs in one pass.
 Statistics = dict[nn.Module, list[tuple[Tensor, Tensor]]]
+
+
+def gradients_of(
+    outputs: Tensor, places: Sequence[Any], seed: Tensor, *, retain_graph: bool = False
+) -> list[Tensor | None]:
+    """Return the gradients of seed . outputs by tensors or places of the graph; None where there is none.
+
+    Those of an embedding that asks for sparse ones are made dense.
+
+    Raises:
+        BecameError: if PyTorch cannot take them, as where an operation checkpoints by its reentrant way, or an input
+            has been overwritten.
+    """
+    try:
+        gradients = torch.autograd.grad(outputs, places, seed, retain_graph=retain_graph, allow_unused=True)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise BecameError(f"the network's gradients cannot be taken ({first_line(error)}).") from error
+    return [value if value is None or value.layout is torch.strided else value.to_dense() for value in gradients]
 
 
 def patches(images: Tensor, kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int]) -> Tensor:

@@ -188,7 +188,7 @@ def _channels_last(array: Tensor) -> Tensor:
 
 
 def _embedding(node: Any, value: Tensor, chain: Chain) -> Fields:
-    if chain or node._saved_scale_grad_by_freq or node._saved_sparse:
+    if chain or node._saved_scale_grad_by_freq:
         return None
     keys, padding, width = node._saved_indices.detach().reshape(-1), int(node._saved_padding_idx), value.shape[1]
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
 from adapters.torch.graph import Graph, Use, graph_of
-from adapters.torch.layers import Statistics
+from adapters.torch.layers import Statistics, gradients_of
 
 __all__ = ["Arrangement", "Forward", "Key", "Layouts", "Split", "by_sample", "studied"]
 
@@ -85,9 +85,7 @@ class Forward:
 
     def gradients(self, edges: Sequence[GradientEdge], seed: Tensor) -> list[Tensor | None]:
         """Return the gradients of seed . logits at these places; None for one that the logits do not depend on."""
-        if not edges:
-            return []
-        return list(torch.autograd.grad(self.logits, edges, seed, retain_graph=True, allow_unused=True))
+        return gradients_of(self.logits, edges, seed, retain_graph=True) if edges else []
 
 
 def studied(run: Forward, layouts: Layouts) -> tuple[Forward, dict[Key, Arrangement]]:

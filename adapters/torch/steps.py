@@ -12,7 +12,7 @@ Of a sharded weight every process does this to the rows that it has, and nothing
 projection here, acts on each row of G [d_out, d_in] by itself. So a protected weight must be sharded along d_out.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,12 +21,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from adapters.backend.memory import Moments, pull_of
-from adapters.backend.own_loop import Uncovered
 from adapters.torch.shared_model import own_part
 from became_core import BecameError
 from became_core.projection import Projector
 
-__all__ = ["StepGuard", "groups_of", "moments_of", "unwrapped"]
+__all__ = ["StepGuard", "Witness", "groups_of", "moments_of", "unwrapped"]
 
 # The model's parameters by name, and the optimiser's group that they are in.
 Groups = list[tuple[dict[str, nn.Parameter], dict[str, Any]]]
@@ -74,8 +73,8 @@ class StepGuard:
         projector: the memory.
         transposed: the matrices that are stored as [d_in, d_out].
         standing: those that are protected as a whole.
-        uncovered: what is done with the others.
-        penalised: their mean, and penalty x precision: what this process has of them.
+        frozen: those that the projector does not protect, and that stand still.
+        penalised: of those that are pulled back, the mean, and penalty x precision: what this process has of them.
         before: the weights before the step, likewise.
 
     Raises:
@@ -87,7 +86,7 @@ class StepGuard:
     projector: Projector
     transposed: frozenset[str]
     standing: frozenset[str]
-    uncovered: Uncovered
+    frozen: frozenset[str]
     penalised: dict[str, tuple[Tensor, Tensor]]
     before: dict[str, Tensor] = field(default_factory=dict)
 
@@ -109,7 +108,7 @@ class StepGuard:
         protected = self.projector.rank.keys()
         for parameters, _group in self.groups:
             for name, value in parameters.items():
-                if name in protected or self.uncovered == "frozen":
+                if name in protected or name in self.frozen:
                     if name in self.before:
                         self.before[name].copy_(own_part(value))
                     else:
@@ -128,7 +127,7 @@ class StepGuard:
                     self._project(name, value)
                 elif name in self.before:
                     value.copy_(self.before[name])
-                elif self.uncovered == "penalised" and name in self.penalised:
+                elif name in self.penalised:
                     mean, strength = self.penalised[name]
                     moments = moments_of(self.optimizer, group, parameter)
                     if moments is not None:
@@ -153,3 +152,59 @@ class StepGuard:
 
 def _placements(value: Any) -> tuple[Any, ...]:
     return tuple(getattr(value, "placements", ()))
+
+
+@dataclass
+class Witness:
+    """Sees whether something else than the guarded steps changes weights, for then nothing holds them to old data.
+
+    It looks twice, since that costs a pass over the weights: between the first round of steps and the next one, and at
+    the end, when weights that no guarded optimiser has must be as they were. What is compared are sums.
+
+    Attributes:
+        weights: the model's trained parameters.
+        guards: those of all optimisers that were given.
+        steps: how many were taken.
+        sums: of the weights, when they were noted last.
+    """
+
+    weights: dict[str, nn.Parameter]
+    guards: Sequence[StepGuard]
+    steps: int = 0
+    sums: dict[str, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Note the weights as they are."""
+        self.sums = self._sums()
+
+    def before_step(self, *_: Any) -> None:
+        """Look, if all optimisers have stepped once."""
+        if self.steps == 0:
+            self.sums = self._sums()  # a checkpoint may have been loaded
+        elif self.steps == len(self.guards):
+            self._check(self.weights)
+
+    def after_step(self, *_: Any) -> None:
+        """Count the step."""
+        self.steps += 1
+        if self.steps == len(self.guards):
+            self.sums = self._sums()
+
+    def at_end(self) -> None:
+        """Look at the weights that no optimiser has, or at all if none has stepped."""
+        guarded = {name for guard in self.guards for own, _ in guard.groups for name in own} if self.steps else ()
+        self._check([name for name in self.weights if name not in guarded])
+
+    @torch.no_grad()
+    def _sums(self) -> dict[str, Tensor]:
+        return {name: own_part(value).sum(dtype=torch.float64) for name, value in self.weights.items()}
+
+    def _check(self, names: Iterable[str]) -> None:
+        now = self._sums()
+        for name in names:
+            if not torch.equal(now[name].nan_to_num(), self.sums[name].nan_to_num()):
+                raise BecameError(
+                    f"'{name}' was changed in stable training by something else than the steps of the optimizers that "
+                    "stable() was given; give it every optimizer that trains the model, and let the model change no "
+                    "parameter by itself."
+                )

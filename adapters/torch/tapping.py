@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
+from itertools import count
 from typing import Any, NamedTuple
 
 import torch
@@ -24,12 +25,22 @@ from torch.autograd.graph import GradientEdge
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from adapters.torch.graph import Graph, Unknown, Use, graph_of
-from adapters.torch.layers import Statistics, constant_statistics
+from adapters.torch.layers import Statistics, constant_statistics, gradients_of
 from adapters.torch.operations import Window, pulled_back
 from adapters.torch.rows import Arrangement, Forward, Key, Layouts, Split, by_sample, studied
 from became_core.curvature import Tap, Taps, joined_uses
 
-__all__ = ["Layouts", "Names", "collect_inputs", "collect_taps", "matrices_of", "owners_of", "samples_of", "unfused"]
+__all__ = [
+    "Layouts",
+    "Names",
+    "collect_inputs",
+    "collect_taps",
+    "few_samples",
+    "matrices_of",
+    "owners_of",
+    "samples_of",
+    "unfused",
+]
 
 # Per-sample gradients that vmap computes at a time, in numbers.
 CHUNK = 2**22
@@ -192,6 +203,15 @@ def samples_of(arguments: tuple[Any, ...], rows: slice, samples: int) -> tuple[A
     return sliced(arguments[0]), *arguments[1:]
 
 
+def few_samples(arguments: tuple[Any, ...], samples: int) -> tuple[Any, ...]:
+    """Return a network's arguments with about three of the samples.
+
+    Which tensors are samples' is told by their lengths, so there are not as many samples as another tensor is long.
+    """
+    others = {len(tensor) for tensor in _tensors(arguments[0]) if tensor.ndim and len(tensor) != samples}
+    return samples_of(arguments, slice(next(few for few in count(3) if few not in others)), samples)
+
+
 def _row_count(uses: Sequence[Use | Unknown]) -> int:
     return sum(int(use.inputs().shape[0]) for use in uses if isinstance(use, Use))
 
@@ -212,15 +232,17 @@ def _forward(
             with unfused():
                 logits = network(*arguments)
             graph = graph_of(logits, parameters, selections)
-    shapes = tuple(logits.shape[1:]), *_shapes(samples_of(arguments, slice(1), len(logits))[0])
+    first = samples_of(arguments, slice(1), len(logits))[0]
+    shapes = tuple(logits.shape[1:]), *(tuple(tensor.shape) for tensor in _tensors(first))
     return Forward(logits, graph, parameters, used, shapes)
 
 
-def _shapes(tree: Any) -> tuple[Any, ...]:
+def _tensors(tree: Any) -> Iterator[Tensor]:
     if isinstance(tree, Tensor):
-        return (tuple(tree.shape),)
-    parts = tree.values() if isinstance(tree, Mapping) else tree if isinstance(tree, tuple | list) else ()
-    return tuple(map(_shapes, parts))
+        yield tree
+    elif isinstance(tree, Mapping | tuple | list):
+        for part in tree.values() if isinstance(tree, Mapping) else tree:
+            yield from _tensors(part)
 
 
 def as_written(*, compiled: bool) -> AbstractContextManager[Any]:
@@ -422,7 +444,8 @@ def _per_sample_gradients(
     size = max(1, CHUNK // sum(value.numel() for value in theta.values()))
     try:
         # No graph of the others' parameters; and vmap knows no other kernel of attention.
-        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "There is a performance drop", UserWarning)  # ours has said so
             gradients = torch.func.vmap(torch.func.grad(one), (None, 0, 0), chunk_size=size)(theta, arguments[0], seed)
         return iter([gradients[raw[parameter]] for parameter in parameters])
     except Exception:
@@ -438,9 +461,7 @@ def _by_loop(
         alone = samples_of(arguments, slice(sample, sample + 1), len(seed))
         with torch.enable_grad(), constant_statistics(network, run.used):
             logits = network(*alone)
-        gradients: tuple[Tensor | None, ...] = torch.autograd.grad(
-            logits, parameters, seed[sample : sample + 1], allow_unused=True
-        )
+        gradients = gradients_of(logits, parameters, seed[sample : sample + 1])
         filled = (torch.zeros_like(p) if g is None else g for p, g in zip(parameters, gradients, strict=True))
         rows.append(tuple(filled))
     return (torch.stack(of_parameter) for of_parameter in zip(*rows, strict=True))

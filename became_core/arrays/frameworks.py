@@ -49,7 +49,7 @@ class Framework:
             more quickly than from 0-d arrays; None for the framework's usual ones.
         lerp: (module, start, end, weight) -> start + weight * (end - start) in one pass, computed from the nearer end,
             so that both ends are exact; None if the framework has no such function.
-        on_host: array -> its numbers in NumPy, from whatever device.
+        on_host: array -> its numbers in NumPy, from whatever device; those of a bfloat16 of PyTorch in float32.
         place: array -> where it lies, if the framework refuses to compute with arrays from other places; None if it
             does not.
         are_dense: (module, arrays) -> whether all of these have all their elements: none is sparse or masked.
@@ -96,6 +96,11 @@ def _torch_have_values(torch: Any, arrays: Sequence[Any]) -> bool:
     except RuntimeError:
         return False
     return True
+
+
+def _torch_on_host(array: Any) -> NDArray[Any]:
+    # NumPy has no bfloat16.
+    return np.asarray((array.float() if array.dtype is sys.modules["torch"].bfloat16 else array).cpu())
 
 
 def _jax_device(array: Any) -> Any:
@@ -163,7 +168,7 @@ _ROWS = (
         device=lambda array: array.device,
         on_cpu=lambda array: array.device.type == "cpu",
         lerp=lambda distributed, start, end, weight: sys.modules["torch"].lerp(start, end, weight),
-        on_host=lambda array: np.asarray(array.detach().full_tensor().cpu()),
+        on_host=lambda array: _torch_on_host(array.detach().full_tensor()),
         place=lambda array: array.device,
         shards="became_core.arrays.dtensor",
     ),
@@ -176,7 +181,7 @@ _ROWS = (
         on_cpu=lambda array: array.device.type == "cpu",
         reductions=(methodcaller("sum", 0, True), methodcaller("amin", 0, True)),
         lerp=lambda torch, start, end, weight: torch.lerp(start, end, weight),
-        on_host=lambda array: np.asarray(array.detach().cpu()),
+        on_host=lambda array: _torch_on_host(array.detach()),
         place=attrgetter("device"),
         are_dense=lambda torch, arrays: all(array.layout is torch.strided for array in arrays),
     ),

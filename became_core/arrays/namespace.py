@@ -80,7 +80,10 @@ def device(array: Array) -> Any:
 
 
 def on_host(array: Array) -> NDArray[Any]:
-    """Return an array's numbers in NumPy, of the same dtype, from whatever device; it may share memory with them."""
+    """Return an array's numbers in NumPy, of the same dtype, from whatever device; it may share memory with them.
+
+    NumPy has no bfloat16, so PyTorch's is returned as float32.
+    """
     framework, _ = framework_for("the value", array)
     return framework.on_host(array)
 
