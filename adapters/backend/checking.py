@@ -135,12 +135,12 @@ def check_network(network: NetworkView) -> NetworkCheck:
                 f"the first of {outputs.shape[0]} samples has {alone.shape[0]} rows of outputs by itself; samples must "
                 "lie on the first axis of the outputs, and of all inputs that are theirs."
             )
-        first = np.asarray(on_host(outputs))[:1]
+        first = _numbers(outputs)[:1]
         findings.append(Finding("outputs of a sample alone", _apart([alone], [first]), tolerance))
     if not theta:
         return NetworkCheck(tuple(findings))
     # The arithmetic from here on is NumPy's: JAX would compile each operation for each shape.
-    seed = np.asarray(on_host(network.seed(outputs)))
+    seed = _numbers(network.seed(outputs))
     parts = [everything] if network.mixes_samples else [slice(row, row + 1) for row in range(outputs.shape[0])]
     gradients = [_on_host(network.gradients(part, seed[part]), theta) for part in parts]
     if not network.mixes_samples:
@@ -154,7 +154,7 @@ def check_network(network: NetworkView) -> NetworkCheck:
     slopes = np.array([sum(float((part[name] * host[name]).sum()) for name in theta) for part in gradients])
     difference = math.inf
     for shorter in network.steps:
-        tangent = np.asarray(on_host(network.along(direction, shorter)), np.float64)
+        tangent = _numbers(network.along(direction, shorter)).astype(np.float64)
         products = (tangent * seed).reshape(outputs.shape[0], -1).sum(1)
         along = products.sum(keepdims=True) if network.mixes_samples else products
         difference = min(difference, _apart([along], [slopes]))
@@ -181,17 +181,23 @@ def _random_direction(theta: Params) -> Params:
     rng, xp = np.random.default_rng(0), namespace(theta=next(iter(theta.values())))
     direction = {}
     for name, value in theta.items():
-        drawn = rng.normal(size=value.shape) * max(float(np.std(np.asarray(on_host(value), np.float64))), 1e-3)
+        drawn = rng.normal(size=value.shape) * max(float(np.std(_numbers(value).astype(np.float64))), 1e-3)
         direction[name] = xp.asarray(drawn, dtype=value.dtype, device=getattr(value, "device", None))
     return direction
+
+
+def _numbers(array: Any) -> NDArray[Any]:
+    """Return an array in NumPy; a dtype that NumPy has from an extension, such as bfloat16, becomes float32."""
+    values = np.asarray(on_host(array))
+    return values if values.dtype.kind in "biufc" else values.astype(np.float32)
 
 
 def _tap_on_host(tap: Tap) -> Tap:
     """Return a tap whose arrays are NumPy's."""
     return replace(
         tap,
-        inputs=np.asarray(on_host(tap.inputs)),
-        output_gradients=np.asarray(on_host(tap.output_gradients)),
+        inputs=_numbers(tap.inputs),
+        output_gradients=_numbers(tap.output_gradients),
         others=tuple(map(_tap_on_host, tap.others)),
     )
 
@@ -199,15 +205,13 @@ def _tap_on_host(tap: Tap) -> Tap:
 def _on_host(values: Mapping[str, Array | None], theta: Params) -> dict[str, NDArray[np.float64]]:
     """Return the values of the parameters in NumPy, zeros where there is none."""
     return {
-        name: np.zeros(weight.shape) if values[name] is None else np.asarray(on_host(values[name]), np.float64)
+        name: np.zeros(weight.shape) if values[name] is None else _numbers(values[name]).astype(np.float64)
         for name, weight in theta.items()
     }
 
 
 def _apart(computed: Sequence[Any], expected: Sequence[Any]) -> float:
     """Return the largest difference of corresponding arrays, as a share of the largest value."""
-    pairs = [
-        tuple(np.asarray(on_host(side), np.float64) for side in pair) for pair in zip(computed, expected, strict=True)
-    ]
+    pairs = [tuple(_numbers(side).astype(np.float64) for side in pair) for pair in zip(computed, expected, strict=True)]
     scale = max(float(np.abs(b).max(initial=0.0)) for _, b in pairs) or 1.0
     return max(float(np.abs(a - b).max(initial=0.0)) for a, b in pairs) / scale

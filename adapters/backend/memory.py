@@ -10,7 +10,7 @@ alike, each with its mean. Parameters are arrays by name. A matrix is stored as 
 
 import json
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -37,6 +37,8 @@ __all__ = [
     "described",
     "fisher_of_moments",
     "grown",
+    "held_by_curvature",
+    "matrices_with",
     "memory_arrays",
     "merge_report",
     "pull_of",
@@ -85,6 +87,39 @@ def grown(posterior: LaplacePosterior | None, theta: Params, fisher: Params, dec
     old = {} if posterior is None else posterior.precision.diagonal()
     total = {name: value + decay * old[name] if name in old else value for name, value in fisher.items()}
     return LaplacePosterior(theta, Diagonal(total))
+
+
+def held_by_curvature(precision: Params, matrices: Mapping[str, bool]) -> frozenset[str]:
+    """Return the parameters of which old data have curvature, and no space: these stay penalised.
+
+    Args:
+        precision: the old tasks'.
+        matrices: the parameters of which spaces are known.
+    """
+    return frozenset(
+        name
+        for name, value in precision.items()
+        if name not in matrices and bool(namespace(value=value).any(value != 0))
+    )
+
+
+def matrices_with(known: Mapping[str, bool], found: Mapping[str, bool], held: Collection[str]) -> dict[str, bool]:
+    """Return the matrices that are known and those that new data have found, in which the model may use other parts.
+
+    Args:
+        known: of old data, and whether they are stored as [d_in, d_out].
+        found: of new data, likewise.
+        held: the parameters that old data hold otherwise, which become no matrices.
+
+    Raises:
+        BecameError: if a matrix was multiplied from its other side before.
+    """
+    turned = [name for name, way in found.items() if known.get(name, way) != way]
+    if turned:
+        raise BecameError(
+            f"'{turned[0]}' was multiplied from its other side in the memory; let the model use it alike."
+        )
+    return {**known, **{name: way for name, way in found.items() if name not in held}}
 
 
 class Moments(NamedTuple):

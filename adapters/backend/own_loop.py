@@ -18,6 +18,7 @@ __all__ = [
     "MergeReport",
     "NetworkCheck",
     "Uncovered",
+    "changed_otherwise",
     "coverage_of",
     "first_difference",
 ]
@@ -120,6 +121,14 @@ def coverage_of(
         else:
             rows.append(Covered(name, use, uncovered if held is None or name in held else "free", size))
     return Coverage(rows)
+
+
+def changed_otherwise(name: str) -> BecameError:
+    """Return the error of a weight that something else than the steps of stable training has changed."""
+    return BecameError(
+        f"'{name}' was changed in stable training by something else than the steps of the optimizers that stable() was "
+        "given; give it every optimizer that trains the model, and let the model change no parameter by itself."
+    )
 
 
 @dataclass(frozen=True)

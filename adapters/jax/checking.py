@@ -49,8 +49,9 @@ class FunctionView:
         self.theta, self._samples, self.way = theta, samples, ""
         self._outputs, self._taps, self._gradient, self._along = outputs, taps, gradient, along
         everything = samples(slice(None))
-        compared = agreement(outputs(theta, everything), own(everything), "evaluation")
-        self.agreement: Sequence[Finding] = [compared]
+        ours = outputs(theta, everything)
+        self._dtype = ours.dtype
+        self.agreement: Sequence[Finding] = [agreement(ours, own(everything), "evaluation")]
 
     def outputs(self, theta: Params, samples: slice) -> Array:
         """Return the outputs of some of the samples."""
@@ -62,11 +63,11 @@ class FunctionView:
 
     def taps(self, seed: NDArray[Any]) -> Taps:
         """Return the taps of the backward pass that begins with these gradients."""
-        return self._taps(self._samples(slice(None)), seed)
+        return self._taps(self._samples(slice(None)), seed.astype(self._dtype))
 
     def gradients(self, samples: slice, seed: NDArray[Any]) -> Params:
         """Return the gradients of some of the samples alone."""
-        return self._gradient(self.theta, self._samples(samples), seed)
+        return self._gradient(self.theta, self._samples(samples), seed.astype(self._dtype))
 
     def along(self, direction: Params, shorter: float) -> Array:
         """Return the derivative of the outputs along a direction; if by a difference, with a shorter step."""

@@ -39,8 +39,9 @@ from adapters.backend.memory import InputGrams, Moments, by_slopes
 from adapters.backend.own_loop import NetworkCheck
 from adapters.jax.checking import FunctionView
 from adapters.jax.tapping import Apply, TappedFunction, trained_of
+from adapters.jax.trees import leaves_of, with_leaves_of
 from became_core import BecameError, Quadratic
-from became_core.arrays import Array, Params, named_leaves, namespace, with_leaves
+from became_core.arrays import Array, Params, namespace
 from became_core.curvature import FisherTargets, GramSums, Likelihood, per_sample_square_sum
 
 __all__ = ["DataLoss", "Loss", "moments_of"]
@@ -88,6 +89,9 @@ class DataLoss:
         self.theta: Params = {name: jnp.asarray(value) for name, value in trained_of(params).items()}
         if not self.theta:
             raise BecameError("no array of the parameters holds real numbers; there is nothing to learn.")
+        for name, value in self.theta.items():
+            if jnp.iscomplexobj(value):
+                raise BecameError(f"'{name}' is complex; let apply make it of two arrays of real numbers.")
         namespace(values=next(iter(self.theta.values())))  # JAX learns of the core's values
         self.matrices: dict[str, bool] = {}
         self.checked: NetworkCheck | None = None
@@ -102,7 +106,7 @@ class DataLoss:
 
     def tree(self, theta: Params) -> Any:
         """Return the user's tree with these values of the trained parameters."""
-        return with_leaves(self._params, named_leaves(self._params) | theta)
+        return with_leaves_of(self._params, leaves_of(self._params) | theta)
 
     def _run(self, theta: Params, inputs: Any) -> Array:
         return self._apply(self.tree(theta), inputs)
@@ -176,9 +180,21 @@ class DataLoss:
         )
 
     def fisher(
-        self, batches: Iterable[Any], *, with_memory: bool, theta: Params | None = None
+        self,
+        batches: Iterable[Any],
+        *,
+        with_memory: bool,
+        theta: Params | None = None,
+        held: frozenset[str] = frozenset(),
     ) -> tuple[Params, InputGrams]:
-        """Return the diagonal Fisher information at these weights, or as given, and what a projector remembers."""
+        """Return the diagonal Fisher information at these weights, or as given, and what a projector remembers.
+
+        Args:
+            batches: of the data.
+            with_memory: whether a projector shall remember them.
+            theta: the weights.
+            held: the parameters that old data hold otherwise than by the spaces of a projector, which they go on to do.
+        """
         theta = self.theta if theta is None else theta
         what = "remembering" if with_memory else "measuring"
         squares: Params = {}
@@ -190,7 +206,7 @@ class DataLoss:
             seeds = cotangents_of(self.likelihood, outputs, targets, _own_gradient, self._kind, rng)
             for index, seed in enumerate(seeds):
                 # What is read is the same for all targets.
-                weights = frozenset(tapped.matrices) if with_memory and index == 0 else frozenset[str]()
+                weights = frozenset(tapped.matrices) - held if with_memory and index == 0 else frozenset[str]()
                 more, grams = measure(theta, inputs, seed, weights=weights)
                 squares = _sum(squares, more) if squares else more
                 finished.add_parts(grams)
@@ -294,8 +310,9 @@ def moments_of(state: Any, b2: float) -> dict[str, Moments]:
     moments: dict[str, Moments] = {}
     for adam in filter(is_adam, jax.tree.leaves(state, is_leaf=is_adam)):
         # Where several optimisers share the parameters, each has a mask in the place of the others'.
-        seconds = {name: value for name, value in named_leaves(adam.nu).items() if hasattr(value, "dtype")}
-        moments |= {name: Moments(value, adam.count, b2) for name, value in seconds.items()}
+        seconds = {name: value for name, value in leaves_of(adam.nu).items() if hasattr(value, "dtype")}
+        count = jax.tree.leaves(adam.count)[0]  # within a variable, if nnx keeps the state
+        moments |= {name: Moments(value, count, b2) for name, value in seconds.items()}
     return moments
 
 

@@ -181,15 +181,15 @@ def remember(
         memory.check(data.theta)
     if (batches is None) == (state is None):
         raise BecameError("remember needs either batches or the state of an optimiser; give one of them.")
+    known_matrices, held = {} if memory is None else memory.matrices, frozenset[str]()
     if batches is None:
         squares = shared.fisher_of_moments(moments_of(state, b2), samples, data.theta, stacklevel=2)
     else:
-        squares, finished = data.fisher(batches, with_memory=True)
+        of_old = {} if memory is None else memory.posterior.precision.diagonal()
+        held = shared.held_by_curvature(of_old, known_matrices)
+        squares, finished = data.fisher(batches, with_memory=True, held=held)
         before = before.remember(finished)
-    matrices = data.matrices if memory is None else memory.matrices | data.matrices
-    turned = [name for name, way in matrices.items() if memory is not None and memory.matrices.get(name, way) != way]
-    if turned:
-        raise BecameError(f"'{turned[0]}' was multiplied from its other side in the memory; let apply use it alike.")
+    matrices = shared.matrices_with(known_matrices, data.matrices, held)
     mean = copied(data.theta)
     return Memory(
         posterior=shared.grown(None if memory is None else memory.posterior, mean, squares, settings["decay"]),

@@ -25,9 +25,10 @@ from adapters.backend.own_loop import MergeReport
 from adapters.jax.data_loss import DataLoss, moments_of
 from adapters.jax.memory import Memory, copied
 from adapters.jax.tapping import Apply, trained_of
+from adapters.jax.trees import leaves_of, with_leaves_of
 from became_core import BecameError, Secant
 from became_core import merge as merge_trees
-from became_core.arrays import Array, named_leaves, namespace, with_leaves
+from became_core.arrays import Array, namespace
 from became_core.laplace import Estimator
 from became_core.projection import Projector, full
 
@@ -73,7 +74,8 @@ def projected(
         b2: the decay of second moments, if an Adam is in the optimiser.
 
     Raises:
-        BecameError: in ``init``, if the parameters are not those of the memory; in ``update``, if there are none.
+        BecameError: in ``init`` and ``update``, if the parameters are not those of the memory; in ``update``, if there
+            are none.
 
     Examples:
         >>> from adapters.jax.memory import remember
@@ -99,7 +101,8 @@ def projected(
         if params is None:
             raise BecameError("projected needs the parameters; call optimizer.update(gradients, state, params).")
         updates, inner = taking_steps.update(updates, state.inner, params)
-        theta, steps, moments = trained_of(params), named_leaves(updates), moments_of(inner, b2)
+        theta, steps, moments = trained_of(params), leaves_of(updates), moments_of(inner, b2)
+        memory.check(theta)
         rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
         allowed = dict(steps)
         for name, step in steps.items():
@@ -119,7 +122,7 @@ def projected(
                 pull = shared.pull_of(rate, strength, moments.get(name))
                 wide = (wide + pull * (mean - theta[name])) / (1 + pull)
             allowed[name] = wide.astype(step.dtype)
-        return with_leaves(updates, allowed), state._replace(count=state.count + 1, inner=inner)
+        return with_leaves_of(updates, allowed), state._replace(count=state.count + 1, inner=inner)
 
     return optax.GradientTransformation(init, update)
 

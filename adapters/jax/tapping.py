@@ -6,7 +6,7 @@ gradients of parameters that are used otherwise come from the same backward pass
 
 Convention: as in ``became_core.curvature.taps``. The function returns [samples, ...] for a batch; of the inputs, arrays
 whose first axis is as long as the outputs' belong to the samples. Parameters go by their dotted paths in the tree, and
-their taps by the same names. Only parameters of real or complex numbers are tapped.
+their taps by the same names. Only parameters of real numbers are tapped.
 """
 
 import warnings
@@ -17,8 +17,9 @@ import jax
 from jax import numpy as jnp
 
 from adapters.jax.graph import Run, Unknown, Use
+from adapters.jax.trees import leaves_of, with_leaves_of
 from became_core import BecameError
-from became_core.arrays import Array, Params, named_leaves, namespace, with_leaves
+from became_core.arrays import Array, Params, namespace
 from became_core.curvature import Tap, Taps, joined_uses
 
 __all__ = ["Apply", "TappedFunction", "trained_of"]
@@ -28,14 +29,29 @@ Apply = Callable[[Any, Any], Array]
 
 
 def trained_of(params: Any) -> Params:
-    """Return the arrays of a tree that have gradients, by dotted path.
+    """Return the arrays of a tree that have gradients, by dotted path; numbers of Python's are arrays, too.
+
+    Raises:
+        BecameError: if a leaf is no array and no number, as the functions in an equinox module are.
 
     Examples:
         >>> list(trained_of({"fc": {"kernel": jnp.ones((2, 3))}, "step": jnp.array(3)}))
         ['fc.kernel']
     """
-    leaves = named_leaves(params)
-    return {name: leaf for name, leaf in leaves.items() if jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)}
+    leaves = leaves_of(params)
+    for name, leaf in leaves.items():
+        if not (hasattr(leaf, "dtype") or isinstance(leaf, bool | int | float | complex)):
+            raise BecameError(
+                f"'{name}' of the parameters is a {type(leaf).__name__} and no array; give a tree of arrays alone, as "
+                "eqx.partition(model, eqx.is_inexact_array) makes it of a module."
+            )
+    dtypes = {name: jnp.result_type(leaf) for name, leaf in leaves.items()}
+    # Arrays stay as they are, since JAX would compile a conversion of each.
+    return {
+        name: leaf if hasattr(leaf, "dtype") else jnp.asarray(leaf)
+        for name, leaf in leaves.items()
+        if jnp.issubdtype(dtypes[name], jnp.inexact)
+    }
 
 
 class TappedFunction:
@@ -70,7 +86,7 @@ class TappedFunction:
         Raises:
             BecameError: if the outputs are no array with an axis of samples.
         """
-        namespace(values=next(iter(named_leaves(params).values())))  # JAX learns of the core's values
+        namespace(values=next(iter(trained_of(params).values())))  # JAX learns of the core's values
         outputs = jax.eval_shape(apply, params, inputs)
         if not hasattr(outputs, "shape") or not outputs.shape:
             raise BecameError("the function must return one array of outputs, [samples, ...]; give one that does.")
@@ -82,7 +98,7 @@ class TappedFunction:
 
         def of_leaves(trained: Params, leaves: Sequence[Array]) -> Array:
             # What is not trained is part of the function.
-            theta = with_leaves(params, named_leaves(params) | trained)
+            theta = with_leaves_of(params, leaves_of(params) | trained)
             return apply(theta, jax.tree.unflatten(self._structure, leaves))
 
         one = [leaf[:1] if own else leaf for leaf, own in zip(leaves, self._is_samples, strict=True)]

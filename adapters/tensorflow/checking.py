@@ -42,6 +42,7 @@ class KerasView:
         self._network, self._tapping, self._derivatives = network, tapping, derivatives
         self.theta, self._inputs = theta, inputs
         eagerly = network.run(network.in_order(theta), inputs)
+        self._dtype = eagerly.dtype
         self.agreement: Sequence[Finding] = [agreement(network.outputs(theta, inputs), eagerly, "evaluation")]
 
     @property
@@ -59,11 +60,11 @@ class KerasView:
 
     def taps(self, seed: NDArray[Any]) -> Taps:
         """Return the taps of the backward pass that begins with these gradients."""
-        return self._tapping.taps(self.theta, self._inputs, tf.constant(seed))
+        return self._tapping.taps(self.theta, self._inputs, tf.cast(seed, self._dtype))
 
     def gradients(self, samples: slice, seed: NDArray[Any]) -> Params:
         """Return the gradients of some of the samples alone."""
-        return self._network.gradient(self.theta, samples_of(self._inputs, samples), tf.constant(seed))
+        return self._network.gradient(self.theta, samples_of(self._inputs, samples), tf.cast(seed, self._dtype))
 
     def along(self, direction: Params, shorter: float) -> Array:
         """Return the derivative of the logits along a direction; if by a difference, with a shorter step."""

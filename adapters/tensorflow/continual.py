@@ -19,11 +19,11 @@ import tensorflow as tf
 from safetensors.numpy import save_file
 
 from adapters.backend.continual import ContinualModel
-from adapters.backend.memory import fisher_of_moments, read_memory, restored
+from adapters.backend.memory import fisher_of_moments, held_by_curvature, read_memory, restored
 from adapters.backend.own_loop import MergeReport, Uncovered
 from adapters.tensorflow.batches import Apply, Reader, Targets
 from adapters.tensorflow.data_loss import DataLoss, Loss
-from adapters.tensorflow.steps import StepGuard, moments_of, observed
+from adapters.tensorflow.steps import StepGuard, Witness, moments_of, observed
 from became_core import BecameError
 from became_core.arrays import Array
 from became_core.curvature import FisherTargets, Likelihood, likelihood_named
@@ -138,12 +138,16 @@ class Continual(ContinualModel):
         """
         if (batches is None) == (optimizer is None):
             raise BecameError("remember needs either batches or an optimizer; give one of them.")
+        self._check_shapes()
+        self._data.retrace()
         if optimizer is not None:
             moments = moments_of(optimizer, self._data.trained)
             fisher = fisher_of_moments(moments, samples, self._data.weights(), stacklevel=2)
         else:
             assert batches is not None
-            fisher, finished = self._data.fisher(batches, with_memory=True)
+            of_old = {} if self.posterior is None else self.posterior.precision.diagonal()
+            held = held_by_curvature(of_old, self._data.matrices or {})
+            fisher, finished = self._data.fisher(batches, with_memory=True, held=held)
             self.projector = self.projector.remember(finished)
         self._remember(fisher)
 
@@ -156,21 +160,25 @@ class Continual(ContinualModel):
                 none is given.
 
         Raises:
-            BecameError: before anything is remembered, if there is no optimizer, or if steps were taken by a function
-                that was compiled before.
+            BecameError: before anything is remembered; if there is no optimizer, or it overwrites the weights by their
+                running mean; if a parameter was not trained then; or, at the end, if steps were taken by a function
+                that was compiled before, or anything but these optimizers has changed weights.
         """
-        self._check_remembered("stable training")
+        self._check_as_remembered()
         own = getattr(self.model, "optimizer", None)
         used = optimizers or ((own,) if own is not None else ())
         if not used:
             raise BecameError("the model is not compiled, so it has no optimizer; compile it, or give stable() yours.")
+        guards = [self._guard() for _ in used]
+        witness = Witness(self._data.trained, guards)
         # What fit has compiled takes steps of its own; it is put back afterwards, and needs no new trace.
         compiled, self.model.train_function = self.model.train_function, None
         try:
             with ExitStack() as stack:
-                for optimizer in used:
-                    stack.enter_context(observed(optimizer, self._guard()))
+                for optimizer, guard in zip(used, guards, strict=True):
+                    stack.enter_context(observed(optimizer, guard))
                 yield
+            witness.at_end()
         finally:
             self.model.train_function = compiled
             self._theta_gp = self._data.weights()
@@ -187,6 +195,7 @@ class Continual(ContinualModel):
         Raises:
             BecameError: if there was no stable training since the last memory.
         """
+        self._data.retrace()
         report = self._merge(batches, trace, "other variables are trainable")
         if statistics is not None:
             self._data.estimate_statistics(statistics)

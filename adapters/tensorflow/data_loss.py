@@ -26,7 +26,7 @@ from adapters.backend.batches import (
     with_progress,
 )
 from adapters.backend.checking import check_network
-from adapters.backend.memory import InputGrams, by_slopes
+from adapters.backend.memory import InputGrams, by_slopes, matrices_with
 from adapters.backend.own_loop import NetworkCheck
 from adapters.tensorflow.batches import Reader, batches_of
 from adapters.tensorflow.checking import KerasView
@@ -80,7 +80,12 @@ class DataLoss:
         self.matrices: dict[str, bool] | None = None
         self._reader, self._checks, self._shows, self._kind = reader, checks, shows, fisher
         self._tapping, self._derivatives = Tapping(self.network), Derivatives(self.network)
-        self._looked = False
+        self._looked, self._held = False, frozenset[str]()
+
+    def retrace(self) -> None:
+        """Trace the model anew from here on: which of its parts it uses may depend on what Python knows now."""
+        for traced in (self.network, self._tapping, self._derivatives):
+            traced.retrace()
 
     @property
     def trained(self) -> dict[str, Parameter]:
@@ -116,12 +121,22 @@ class DataLoss:
         outputs = self.network.outputs(theta, inputs)
         if isinstance(self.likelihood, Likelihood):
             self.likelihood = self.likelihood.fitted(outputs, targets)
-        if self.matrices is None:
-            self.matrices = self._tapping.matrices(theta, inputs, outputs)
-        if self._checks:
+        found = self._tapping.matrices(theta, inputs, outputs)
+        self.matrices = matrices_with(self.matrices or {}, found, self._held)
+        if self._checks and self.checked is None:
+            self._check_training(few)
             self.checked = check_network(KerasView(self.network, self._tapping, self._derivatives, theta, few))
             self.checked.assert_sound()
         self._looked = True
+
+    def _check_training(self, inputs: Any) -> None:
+        """Raise a BecameError if the model trains parameters by itself; a function of the user's own is not asked."""
+        changed = [] if self._reader.apply is not None else self.network.changed_in_training(inputs)
+        if changed:
+            raise BecameError(
+                f"the model assigns to '{changed[0]}' when it runs in training mode, as spectral normalisation does, "
+                "and no projection of steps sees that; leave this out, or let that parameter not be trained."
+            )
 
     def _read(self, theta: Params, batches: Iterable[Any], what: str = "") -> Iterator[tuple[Any, Any]]:
         """Yield the parts of batches; a terminal shows how far a pass is that has a name."""
@@ -131,8 +146,19 @@ class DataLoss:
             self._look(theta, inputs, targets)
             yield inputs, targets
 
-    def fisher(self, batches: Iterable[Any], *, with_memory: bool) -> tuple[Params, InputGrams]:
-        """Return the diagonal Fisher information at the weights as they are, and what a projector remembers."""
+    def fisher(
+        self, batches: Iterable[Any], *, with_memory: bool, held: frozenset[str] = frozenset()
+    ) -> tuple[Params, InputGrams]:
+        """Return the diagonal Fisher information at the weights as they are, and what a projector remembers.
+
+        Args:
+            batches: of the data.
+            with_memory: whether a projector shall remember them; what is a matrix is then found anew, as other data
+                may use other parts of the model.
+            held: the parameters that old data hold otherwise than by the spaces of a projector, which they go on to do.
+        """
+        if with_memory:
+            self._looked, self._held = False, held
         theta, finished = self.network.weights(), InputGrams()
         what = "remembering" if with_memory else "measuring"
         units, rng = 0.0, np.random.default_rng(0)

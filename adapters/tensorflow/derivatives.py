@@ -51,6 +51,10 @@ class Derivatives:
     def __init__(self, network: Differentiable, way: Way = "forward mode", shorter: float = 1.0) -> None:
         """Keep the model as a function, and the way to begin with."""
         self.way, self.shorter, self._network = way, shorter, network
+        self.retrace()
+
+    def retrace(self) -> None:
+        """Trace the model anew from here on."""
         self._forward = Traced(self._forward_mode, needs_graph=True)
         self._reverse = Traced(self._two_reverse_passes, needs_graph=True)
 

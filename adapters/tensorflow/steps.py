@@ -11,22 +11,23 @@ by the root of its second moments, as its steps are. A call that only accumulate
 takes no such step.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from adapters.backend.memory import Moments, pull_of
-from adapters.backend.own_loop import Uncovered
+from adapters.backend.own_loop import Uncovered, changed_otherwise
 from adapters.tensorflow.parameters import Parameter
 from became_core import BecameError
 from became_core.arrays import Array
 from became_core.projection import Projector, full
 
-__all__ = ["StepGuard", "moments_of", "observed"]
+__all__ = ["StepGuard", "Witness", "moments_of", "observed"]
 
 
 def moments_of(optimizer: keras.Optimizer, parameters: Mapping[str, Parameter]) -> dict[str, Moments]:
@@ -58,6 +59,7 @@ class StepGuard:
         transposed: the matrices that are stored as [d_in, d_out].
         uncovered: what is done with parameters that the projector does not protect.
         penalised: their mean, and penalty x precision.
+        stepped: those that steps were taken of; it is filled while these are traced.
     """
 
     parameters: Mapping[str, Parameter]
@@ -65,6 +67,7 @@ class StepGuard:
     transposed: frozenset[str]
     uncovered: Uncovered
     penalised: Mapping[str, tuple[Array, Array]]
+    stepped: set[str] = field(default_factory=set)
 
     def noted(self) -> dict[str, Array]:
         """Return the weights that a step must not move as it likes."""
@@ -97,6 +100,25 @@ class StepGuard:
                 parameter.variable.assign(parameter.own((parameter.value + pull * mean) / (1 + pull)))
 
 
+class Witness:
+    """Sees at the end whether something else than the guarded steps has changed weights, by the weights' sums."""
+
+    def __init__(self, parameters: Mapping[str, Parameter], guards: Sequence[StepGuard]) -> None:
+        """Note the weights as they are."""
+        self._parameters, self._guards, self._sums = parameters, guards, _sums(parameters)
+
+    def at_end(self) -> None:
+        """Raise a BecameError if a weight that no guarded step was taken of has changed."""
+        stepped = {name for guard in self._guards for name in guard.stepped}
+        for name, total in _sums({n: p for n, p in self._parameters.items() if n not in stepped}).items():
+            if not np.array_equal(total, self._sums[name], equal_nan=True):
+                raise changed_otherwise(name)
+
+
+def _sums(parameters: Mapping[str, Parameter]) -> dict[str, Any]:
+    return {name: tf.reduce_sum(tf.cast(own.value, tf.float64)).numpy() for name, own in parameters.items()}
+
+
 @contextmanager
 def observed(optimizer: keras.Optimizer, guard: StepGuard) -> Iterator[None]:
     """Correct every step of an optimizer in this context, and leave no trace in it after the context.
@@ -104,15 +126,22 @@ def observed(optimizer: keras.Optimizer, guard: StepGuard) -> Iterator[None]:
     A function that is compiled inside the context corrects no step after it.
 
     Raises:
-        BecameError: at the end, if the optimizer has taken steps that were not seen, in a function that was compiled
-            before.
+        BecameError: if it keeps a running mean of the weights; at the end, if the optimizer has taken steps that were
+            not seen, in a function that was compiled before.
     """
     if not isinstance(optimizer, keras.Optimizer):
         raise BecameError(f"a {type(optimizer).__name__} is no optimizer of Keras; give the one that takes steps.")
+    if getattr(getattr(optimizer, "inner_optimizer", optimizer), "use_ema", False):
+        raise BecameError(
+            "the optimizer overwrites the weights by their running mean, which no projection of steps sees; make it "
+            "without use_ema."
+        )
     original, own = optimizer.apply, vars(optimizer).get("apply")
     is_on, seen = tf.Variable(True, trainable=False), tf.Variable(0, trainable=False, dtype=tf.int64)
 
     def apply(grads: Any, trainable_variables: Any = None) -> Any:
+        stepped = None if trainable_variables is None else {id(variable) for variable in trainable_variables}
+        guard.stepped.update(n for n, p in guard.parameters.items() if stepped is None or id(p.variable) in stepped)
         before, steps = guard.noted(), tf.cast(tf.identity(optimizer.iterations), tf.int64)
         result = original(grads, trainable_variables)
         taken = tf.cast(tf.identity(optimizer.iterations), tf.int64) - steps

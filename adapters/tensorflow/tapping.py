@@ -67,11 +67,15 @@ class Tapping:
     def __init__(self, network: TappedNetwork) -> None:
         """Keep the model as a function."""
         self._network = network
+        self._warned: set[str] = set()
+        self.retrace()
+
+    def retrace(self) -> None:
+        """Trace the model anew from here on."""
         self._traced = Traced(self._trace, needs_graph=True)
         self._uses: dict[Any, dict[str, list[Use | Unknown]]] = {}
         self._plans: dict[Any, _Plan] = {}
         self._by_sample: dict[frozenset[str], Traced] = {}
-        self._warned: set[str] = set()
 
     def taps(self, theta: Params, inputs: Any, seed: Array, *, by_sample: bool = True) -> Taps:
         """Return the taps of a forward pass and of the backward pass that begins with a seed.

@@ -96,8 +96,7 @@ class KerasFunction:
         self.model, self._reader = model, reader
         self.parameters = parameters_of(model)
         self.link: str | None = None
-        self._outputs = Traced(self.run)
-        self._gradient = Traced(self._run_gradient)
+        self.retrace()
 
     @property
     def trained(self) -> dict[str, Parameter]:
@@ -178,7 +177,17 @@ class KerasFunction:
                 "the model cannot be traced, and its outputs lie between 0 and 1, so they may be probabilities or "
                 "logits; let it return logits, or give a loss of your own."
             )
+        self.retrace()
+
+    def retrace(self) -> None:
+        """Trace the model anew from here on: a value of Python's that it reads may have changed."""
         self._outputs, self._gradient = Traced(self.run), Traced(self._run_gradient)
+
+    def changed_in_training(self, inputs: Any) -> list[str]:
+        """Return the trained parameters that the model itself assigns to when it runs in training mode."""
+        with keras.StatelessScope() as scope:
+            self.model(inputs, training=True)
+        return [name for name, own in self.trained.items() if scope.get_current_value(own.variable) is not None]
 
 
 def _last_operation(outputs: Array) -> str:

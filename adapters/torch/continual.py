@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 
 from adapters.backend.batches import Reader
 from adapters.backend.continual import ContinualModel
-from adapters.backend.memory import fisher_of_moments, read_memory, restored
+from adapters.backend.memory import fisher_of_moments, held_by_curvature, read_memory, restored
 from adapters.backend.own_loop import MergeReport, Uncovered
 from adapters.torch.batches import Apply, Targets
 from adapters.torch.data_loss import Batches, DataLoss, Loss
@@ -163,7 +163,11 @@ class Continual(ContinualModel):
             fisher = fisher_of_moments(of_all, samples, self._data.weights(), stacklevel=2)
         else:
             assert batches is not None
-            fisher, finished = self._data.fisher(batches, with_memory=True, penalised=self._known_otherwise)
+            of_old = {} if self.posterior is None else self.posterior.precision.diagonal()
+            held = held_by_curvature(
+                {name: own_part(value) for name, value in of_old.items()}, self._data.matrices or {}
+            )
+            fisher, finished = self._data.fisher(batches, with_memory=True, held=held)
             self.projector = self.projector.remember(finished)
         self._remember(fisher)
 
@@ -284,13 +288,6 @@ class Continual(ContinualModel):
         learning = cls(model, **stored.settings)
         learning._restore(stored)
         return learning
-
-    @property
-    def _known_otherwise(self) -> frozenset[str]:
-        """The parameters of which old data have curvature, and no space."""
-        of_old = {} if self.posterior is None else self.posterior.precision.diagonal()
-        spaces = self._data.matrices or {}
-        return frozenset(n for n, value in of_old.items() if n not in spaces and bool((own_part(value) != 0).any()))
 
     def _guard(self, optimizer: Optimizer) -> StepGuard:
         return StepGuard(

@@ -30,7 +30,7 @@ from adapters.backend.batches import (
     with_progress,
 )
 from adapters.backend.checking import check_network
-from adapters.backend.memory import InputGrams, by_slopes
+from adapters.backend.memory import InputGrams, by_slopes, matrices_with
 from adapters.backend.own_loop import NetworkCheck
 from adapters.torch.batches import Applied, in_evaluation, to_device
 from adapters.torch.checking import TorchView
@@ -87,7 +87,7 @@ class DataLoss:
         self._applied = Applied(self._model, reader)
         self._checks, self._shows, self._kind = checks, shows, fisher
         self._derivatives, self._layouts = Derivatives(), Layouts()
-        self._knows_matrices, self._penalised = False, frozenset[str]()
+        self._knows_matrices, self._held = False, frozenset[str]()
 
     @property
     def trained(self) -> dict[str, nn.Parameter]:
@@ -139,18 +139,9 @@ class DataLoss:
             self.checked = check_network(TorchView(self._applied, names, few, self._derivatives))
             self.checked.assert_sound()
         if not self._knows_matrices:
-            self.matrices = self._with_found(matrices_of(self._applied, names, few, self._layouts))
+            found = matrices_of(self._applied, names, few, self._layouts)
+            self.matrices = matrices_with(self.matrices or {}, found, self._held)
             self._knows_matrices = True
-
-    def _with_found(self, found: dict[str, bool]) -> dict[str, bool]:
-        """Return the known matrices and those that are found now, if old data do not hold them in another way."""
-        known = self.matrices or {}
-        for name, is_transposed in found.items():
-            if known.get(name, is_transposed) != is_transposed:
-                raise BecameError(
-                    f"'{name}' was multiplied from its other side in the memory; let the model use it alike."
-                )
-        return {name: way for name, way in found.items() if name not in self._penalised} | known
 
     def _looked_at_by_all(self, batches: Iterator[Any]) -> Iterator[Any]:
         """Look at the network in every process, and go on with what the first process found; return the batches.
@@ -209,7 +200,7 @@ class DataLoss:
             units = 0.0
 
     def fisher(
-        self, batches: Batches, *, with_memory: bool, penalised: frozenset[str] = frozenset()
+        self, batches: Batches, *, with_memory: bool, held: frozenset[str] = frozenset()
     ) -> tuple[Params, InputGrams]:
         """Return the diagonal Fisher information at the weights as they are, and what a projector remembers.
 
@@ -217,10 +208,10 @@ class DataLoss:
             batches: of the data.
             with_memory: whether a projector shall remember them; what is a matrix is then found anew, as other data
                 may use other parts of the model.
-            penalised: the parameters that old data hold in another way than by the spaces of a projector, which stays.
+            held: the parameters that old data hold otherwise than by the spaces of a projector, which they go on to do.
         """
         if with_memory:
-            self._knows_matrices, self._penalised = False, penalised
+            self._knows_matrices, self._held = False, held
         what = "remembering" if with_memory else "measuring"
         finished = InputGrams()
         units, rng = 0.0, np.random.default_rng(self.shared.rank)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from adapters.backend.memory import Moments, pull_of
+from adapters.backend.own_loop import changed_otherwise
 from adapters.torch.shared_model import own_part
 from became_core import BecameError
 from became_core.projection import Projector
@@ -203,8 +204,4 @@ class Witness:
         now = self._sums()
         for name in names:
             if not torch.equal(now[name].nan_to_num(), self.sums[name].nan_to_num()):
-                raise BecameError(
-                    f"'{name}' was changed in stable training by something else than the steps of the optimizers that "
-                    "stable() was given; give it every optimizer that trains the model, and let the model change no "
-                    "parameter by itself."
-                )
+                raise changed_otherwise(name)

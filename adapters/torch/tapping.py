@@ -444,8 +444,7 @@ def _per_sample_gradients(
     size = max(1, CHUNK // sum(value.numel() for value in theta.values()))
     try:
         # No graph of the others' parameters; and vmap knows no other kernel of attention.
-        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "There is a performance drop", UserWarning)  # ours has said so
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
             gradients = torch.func.vmap(torch.func.grad(one), (None, 0, 0), chunk_size=size)(theta, arguments[0], seed)
         return iter([gradients[raw[parameter]] for parameter in parameters])
     except Exception:
