@@ -25,21 +25,28 @@ def leaves_of(tree: Any) -> Params:
         >>> list(leaves_of(nnx.state(nnx.Linear(2, 3, rngs=nnx.Rngs(0)))))
         ['bias', 'kernel']
     """
-    return named_leaves(_without_variables(tree))
+    variables = _variables_of(tree)
+    return {_own_name(name, variables): leaf for name, leaf in named_leaves(tree).items()}
 
 
 def with_leaves_of(tree: Any, leaves: Params) -> Any:
     """Return a tree like this one, with other leaves, all of them by dotted path."""
-    return with_leaves(tree, dict(zip(named_leaves(tree), (leaves[name] for name in leaves_of(tree)), strict=True)))
+    variables = _variables_of(tree)
+    return with_leaves(tree, {name: leaves[_own_name(name, variables)] for name in named_leaves(tree)})
 
 
-def _without_variables(tree: Any) -> Any:
+def _own_name(name: str, variables: frozenset[str]) -> str:
+    """Return the name of the variable that a leaf is the array of, or the leaf's own."""
+    holder = name.rpartition(".")[0]
+    return holder if holder in variables else name
+
+
+def _variables_of(tree: Any) -> frozenset[str]:
+    """Return the dotted paths of the variables of nnx in a tree."""
     nnx = sys.modules.get("flax.nnx")
     if nnx is None:
-        return tree
-    kinds = nnx.Variable, getattr(nnx, "VariableState", nnx.Variable)  # older releases of flax have both
-    return jax.tree.map(
-        lambda node: jax.tree.leaves(node)[0] if isinstance(node, kinds) else node,
-        tree,
-        is_leaf=lambda node: isinstance(node, kinds),
-    )
+        return frozenset()
+    kinds = nnx.Variable, vars(nnx).get("VariableState", nnx.Variable)  # older releases of flax have both
+    nodes, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda node: isinstance(node, kinds))
+    paths = [path for path, node in nodes if isinstance(node, kinds)]
+    return frozenset(jax.tree_util.keystr(path, simple=True, separator=".") for path in paths)

@@ -15,8 +15,8 @@ from jax import numpy as jnp
 
 from adapters.jax import tapping
 from adapters.jax.tapping import TappedFunction
+from adapters.jax.trees import leaves_of
 from became_core import BecameError
-from became_core.arrays import named_leaves
 from became_core.curvature import per_sample_gradients
 
 INPUTS = np.random.default_rng(0).normal(size=(3, 5, 4))
@@ -189,7 +189,7 @@ def test_taps_have_the_gradients_of_single_samples(name: str) -> None:
     np.testing.assert_allclose(tapped.outputs(params, inputs), outputs, rtol=1e-12, atol=1e-12)
     seed = jnp.asarray(np.random.default_rng(1).normal(size=outputs.shape))
     found = per_sample_gradients(tapped.taps(params, inputs, seed))
-    expected = named_leaves(_gradients(apply, params, inputs, seed))
+    expected = leaves_of(_gradients(apply, params, inputs, seed))
     assert list(found) == list(expected)
     for key, value in expected.items():
         np.testing.assert_allclose(found[key].reshape(value.shape), value, rtol=1e-9, atol=1e-12, err_msg=key)

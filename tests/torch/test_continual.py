@@ -20,7 +20,7 @@ from became_core.curvature import Bernoulli, Categorical, Gaussian
 from became_core.projection import GPM, NSCL, SGP, TRGP
 from tests.listening import totals_shown
 from tests.torch.modules import CLASSES, WIDTH, Stored
-from tests.torch.oracle import autograd_gradients
+from tests.torch.oracle import autograd_gradients, secant_by_brute_force
 
 
 class _Encoder(nn.Module):
@@ -263,40 +263,6 @@ def test_coverage_says_what_happens_to_every_parameter(projector: Any) -> None:
     assert f"{100 * coverage.share('protected'):.1f} % protected" in text
 
 
-def _merged_by_brute_force(
-    model: nn.Module, theta_gp: dict[str, Tensor], theta_hat: dict[str, Tensor], learning: Continual, new: Pairs
-) -> float:
-    """The secant's alpha from dense Jacobians: new slopes at both ends, the old side scaled by exact over diagonal."""
-    inputs, targets = _whole(new)
-    assert learning.posterior is not None
-    delta = {name: theta_hat[name] - theta_gp[name] for name in theta_hat}
-
-    def logits(theta: dict[str, Tensor]) -> Tensor:
-        result: Tensor = torch.func.functional_call(model.eval(), theta, (inputs,))
-        return result
-
-    def slope(theta: dict[str, Tensor]) -> float:
-        leaves = {name: value.clone().requires_grad_() for name, value in theta.items()}
-        loss = functional.cross_entropy(logits(leaves), targets)
-        gradients = torch.autograd.grad(loss, list(leaves.values()))
-        return sum(float((g * delta[name]).sum()) for name, g in zip(leaves, gradients, strict=True))
-
-    step = 1e-5
-    moved = [{n: v + sign * step * delta[n] for n, v in theta_hat.items()} for sign in (1, -1)]
-    along = (logits(moved[0]) - logits(moved[1])) / (2 * step)
-    p = logits(theta_hat).softmax(1)
-    exact = float(((p * along.square()).sum(1) - (p * along).sum(1).square()).mean())
-    gradients = autograd_gradients(model, inputs, targets)
-    diagonal = sum(float((gradients[n].square().mean(0) * delta[n].square()).sum()) for n in delta)
-    old = learning.posterior.precision.diagonal()
-    offset = {n: theta_gp[n] - learning.posterior.mean[n] for n in delta}
-    kappa = exact / diagonal
-    start, end = slope(theta_gp), slope(theta_hat)
-    b = start + kappa * sum(float((offset[n] * old[n] * delta[n]).sum()) for n in delta)
-    c = end - start + kappa * sum(float((old[n] * delta[n].square()).sum()) for n in delta)
-    return min(max(-b / c, 0.0), 1.0)
-
-
 @pytest.mark.parametrize("name", ["perceptron", "encoder", "GRU", "stored"])
 def test_the_merge_is_the_minimum_that_brute_force_finds(name: str) -> None:
     model, old, new = _network(name), _data(1, 4, 8), _data(2, 4, 8)
@@ -310,7 +276,8 @@ def test_the_merge_is_the_minimum_that_brute_force_finds(name: str) -> None:
     with learning.plastic():
         _train(model, optimizer, new, epochs=25)
     theta_hat = {key: value.detach().clone() for key, value in model.named_parameters()}
-    expected = _merged_by_brute_force(model, theta_gp, theta_hat, learning, new)
+    b, c = secant_by_brute_force(model, theta_gp, theta_hat, learning, new)
+    expected = min(max(-b / c, 0.0), 1.0)
     report = learning.merge(iter(new), trace=3)
     assert report.alpha == pytest.approx(expected, rel=1e-4, abs=1e-6)
     assert 0 < report.alpha < 1
