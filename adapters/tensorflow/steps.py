@@ -101,22 +101,22 @@ class StepGuard:
 
 
 class Witness:
-    """Sees at the end whether something else than the guarded steps has changed weights, by the weights' sums."""
+    """Sees at the end whether something else than the guarded steps has changed weights, by the weights' lengths."""
 
     def __init__(self, parameters: Mapping[str, Parameter], guards: Sequence[StepGuard]) -> None:
         """Note the weights as they are."""
-        self._parameters, self._guards, self._sums = parameters, guards, _sums(parameters)
+        self._parameters, self._guards, self._lengths = parameters, guards, _lengths(parameters)
 
     def at_end(self) -> None:
         """Raise a BecameError if a weight that no guarded step was taken of has changed."""
         stepped = {name for guard in self._guards for name in guard.stepped}
-        for name, total in _sums({n: p for n, p in self._parameters.items() if n not in stepped}).items():
-            if not np.array_equal(total, self._sums[name], equal_nan=True):
+        for name, total in _lengths({n: p for n, p in self._parameters.items() if n not in stepped}).items():
+            if not np.array_equal(total, self._lengths[name], equal_nan=True):
                 raise changed_otherwise(name)
 
 
-def _sums(parameters: Mapping[str, Parameter]) -> dict[str, Any]:
-    return {name: tf.reduce_sum(tf.cast(own.value, tf.float64)).numpy() for name, own in parameters.items()}
+def _lengths(parameters: Mapping[str, Parameter]) -> dict[str, Any]:
+    return {name: tf.norm(tf.cast(own.value, tf.float64)).numpy() for name, own in parameters.items()}
 
 
 @contextmanager

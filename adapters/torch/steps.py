@@ -8,6 +8,8 @@ pulled back by the proximal step of a quadratic penalty,
 which is decoupled from the optimiser, as AdamW's weight decay is, and stable at any strength. Of an Adam, s is divided
 by the root of its second moments, as its steps are.
 
+A step may call a closure that computes its gradients: they are those at the weights from before the step, as always.
+
 Of a sharded weight every process does this to the rows that it has, and nothing is sent: G - G M M^T, like every
 projection here, acts on each row of G [d_out, d_in] by itself. So a protected weight must be sharded along d_out.
 """
@@ -79,7 +81,7 @@ class StepGuard:
         before: the weights before the step, likewise.
 
     Raises:
-        BecameError: if a protected weight is sharded along d_in.
+        BecameError: if a protected weight is sharded along d_in, or the optimiser is an LBFGS.
     """
 
     optimizer: Optimizer
@@ -92,7 +94,12 @@ class StepGuard:
     before: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Check how the weights are sharded."""
+        """Check how the weights are sharded, and what a step is."""
+        if isinstance(self.optimizer, torch.optim.LBFGS):
+            raise BecameError(
+                "a step of LBFGS is many steps, each to where the one before it has led, and only their sum could be "
+                "projected; choose an optimizer that takes one."
+            )
         protected = self.projector.rank.keys() - self.standing
         for parameters, _group in self.groups:
             for name in parameters.keys() & protected:
@@ -160,28 +167,29 @@ class Witness:
     """Sees whether something else than the guarded steps changes weights, for then nothing holds them to old data.
 
     It looks twice, since that costs a pass over the weights: between the first round of steps and the next one, and at
-    the end, when weights that no guarded optimiser has must be as they were. What is compared are sums.
+    the end, when weights that no guarded optimiser has must be as they were. What is compared are the weights' lengths;
+    their sums would not do, as a softmax has gradients that add up to zero.
 
     Attributes:
         weights: the model's trained parameters.
         guards: those of all optimisers that were given.
         steps: how many were taken.
-        sums: of the weights, when they were noted last.
+        lengths: of the weights, when they were noted last.
     """
 
     weights: dict[str, nn.Parameter]
     guards: Sequence[StepGuard]
     steps: int = 0
-    sums: dict[str, Tensor] = field(default_factory=dict)
+    lengths: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Note the weights as they are."""
-        self.sums = self._sums()
+        self.lengths = self._lengths()
 
     def before_step(self, *_: Any) -> None:
         """Look, if all optimisers have stepped once."""
         if self.steps == 0:
-            self.sums = self._sums()  # a checkpoint may have been loaded
+            self.lengths = self._lengths()  # a checkpoint may have been loaded
         elif self.steps == len(self.guards):
             self._check(self.weights)
 
@@ -189,7 +197,7 @@ class Witness:
         """Count the step."""
         self.steps += 1
         if self.steps == len(self.guards):
-            self.sums = self._sums()
+            self.lengths = self._lengths()
 
     def at_end(self) -> None:
         """Look at the weights that no optimiser has, or at all if none has stepped."""
@@ -197,11 +205,13 @@ class Witness:
         self._check([name for name in self.weights if name not in guarded])
 
     @torch.no_grad()
-    def _sums(self) -> dict[str, Tensor]:
-        return {name: own_part(value).sum(dtype=torch.float64) for name, value in self.weights.items()}
+    def _lengths(self) -> dict[str, Tensor]:
+        return {
+            name: torch.linalg.vector_norm(own_part(value), dtype=torch.float64) for name, value in self.weights.items()
+        }
 
     def _check(self, names: Iterable[str]) -> None:
-        now = self._sums()
+        now = self._lengths()
         for name in names:
-            if not torch.equal(now[name].nan_to_num(), self.sums[name].nan_to_num()):
+            if not torch.equal(now[name].nan_to_num(), self.lengths[name].nan_to_num()):
                 raise changed_otherwise(name)

@@ -548,6 +548,100 @@ def test_a_second_task_adds_to_the_memory() -> None:
     assert learning.projector.rank["0.weight"][0] > rank["0.weight"][0]
 
 
+class _Heads(nn.Module):
+    """A body with several heads, of which one is used."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.body, self.heads, self.used = nn.Linear(WIDTH, 8), nn.ModuleList(), 0
+        for _ in range(count):
+            self.heads.append(nn.Linear(8, CLASSES))
+
+    def forward(self, x: Tensor) -> Tensor:
+        outputs: Tensor = self.heads[self.used](self.body(x).tanh())
+        return outputs
+
+
+@pytest.mark.parametrize("is_new", [False, True])
+def test_a_head_that_a_later_task_uses_is_free_and_then_protected(is_new: bool) -> None:
+    model: Any = _Heads(1 if is_new else 2).double()
+    learning = Continual(model, uncovered="frozen")
+    learning.remember(_data(1))
+    if is_new:
+        model.heads.append(nn.Linear(8, CLASSES).double())
+    model.used = 1
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    before = {name: value.detach().clone() for name, value in model.named_parameters()}
+    treatments = {p.name: p.treatment for p in learning.coverage.parameters}
+    assert treatments["heads.1.weight"] == ("free" if is_new else "frozen")
+    with learning.stable(optimizer):
+        _train(model, optimizer, _data(2))
+    assert torch.equal(model.heads[1].weight, before["heads.1.weight"]) == (not is_new)
+    learning.remember(_data(2))
+    rank = learning.projector.rank
+    assert rank["heads.1.weight"][1] == rank["heads.0.weight"][1] == 8
+    assert learning.posterior is not None
+    expected = autograd_gradients(model.eval(), *_whole(_data(2)))["heads.1.weight"].square().mean(0)
+    torch.testing.assert_close(learning.posterior.precision.diagonal()["heads.1.weight"], expected)
+
+
+def test_a_parameter_that_old_data_hold_by_curvature_alone_goes_on_to_be_penalised() -> None:
+    """A weight that was computed with is a matrix in the second task, whose space says nothing of the first."""
+    model = nn.Linear(WIDTH, CLASSES).double()
+    is_computed = [True]
+
+    def run(net: Any, batch: Any) -> Tensor:
+        return functional.linear(batch[0], net.weight.softmax(0) if is_computed[0] else net.weight, net.bias)
+
+    learning = Continual(model, apply=run, targets=lambda batch: batch[1])
+    learning.remember(_data(1))
+    is_computed[0] = False
+    learning.remember(_data(2))
+    assert "weight" not in learning.projector.rank
+    assert {p.treatment for p in learning.coverage.parameters} == {"penalised"}
+    alone = Continual(model, apply=run, targets=lambda batch: batch[1])
+    alone.remember(_data(2))
+    assert "weight" in alone.projector.rank
+
+
+def test_a_model_of_which_the_memory_says_too_little_is_refused() -> None:
+    model = _network("perceptron")
+    model[0].requires_grad_(False)
+    learning, optimizer = Continual(model), torch.optim.SGD(model.parameters(), 0.1)
+    learning.remember(_data(1))
+    model[0].requires_grad_(True)
+    with (
+        pytest.raises(BecameError, match=r"'0\.weight' is trained now, and was not when old data were remembered"),
+        learning.stable(optimizer),
+    ):
+        pass
+    frozen = Continual(model, uncovered="frozen")
+    model[0].requires_grad_(False)
+    frozen.remember(_data(1))
+    model[0].requires_grad_(True)
+    before = model[0].weight.detach().clone()
+    with frozen.stable(optimizer):
+        _train(model, optimizer, _data(2))
+    assert torch.equal(model[0].weight, before)
+    model[2] = nn.Linear(8, CLASSES + 2).double()
+    message = r"'2\.weight' is \[5, 8\] now, and was \[3, 8\] when old data were remembered; leave it as it is"
+    with pytest.raises(BecameError, match=message), frozen.stable(torch.optim.SGD(model.parameters(), 0.1)):
+        pass
+    with pytest.raises(BecameError, match=message):
+        frozen.remember(_data(2))
+    square = nn.Linear(WIDTH, WIDTH, bias=False).double()
+    turned = [False]
+    sides = Continual(
+        square,
+        apply=lambda net, batch: batch[0] @ (net.weight if turned[0] else net.weight.T),
+        targets=lambda batch: batch[1],
+    )
+    sides.remember(_data(1))
+    turned[0] = True
+    with pytest.raises(BecameError, match="'weight' was multiplied from its other side in the memory"):
+        sides.remember(_data(2))
+
+
 def test_a_memory_comes_back_from_a_file(tmp_path: Path) -> None:
     model, old, new = _network("stored"), _data(1), _data(2)
     learning = Continual(model, Categorical(weights=(1.0, 2.0, 3.0)), projector=SGP(0.9), penalty=7.0, uncovered="free")

@@ -1,0 +1,210 @@
+"""Whose steps are projected: optimisers of every kind that ``stable`` is given; and all else that changes weights."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.optim import SGD, Adam
+
+from adapters.torch import Continual
+from became_core import BecameError
+from became_core.projection import GPM
+
+WIDTH, CLASSES = 6, 3
+CHANGED = "was changed in stable training by something else than the steps of the optimizers that stable"
+
+
+class Case:
+    """A model that remembers two samples in all their directions, and new data."""
+
+    def __init__(self, model: nn.Module | None = None) -> None:
+        torch.manual_seed(0)
+        self.model: Any = model or nn.Sequential(nn.Linear(WIDTH, 8), nn.Tanh(), nn.Linear(8, CLASSES))
+        self.model.double()
+        self.old, self.new = torch.randn(2, WIDTH).double(), torch.randn(5, WIDTH).double()
+        self.learning = Continual(self.model, projector=GPM(1.0), uncovered="frozen", check=False)
+        self.learning.remember([(self.old, torch.arange(2))])
+        self.before = self.model(self.old).detach()
+        self.first = next(self.model.parameters()).detach().clone()
+
+    def loss(self) -> Tensor:
+        return functional.cross_entropy(self.model(self.new), torch.arange(5) % CLASSES)
+
+    def closure(self) -> Any:
+        self.model.zero_grad()
+        loss = self.loss()
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss
+
+    def train(self, *optimizers: Any, steps: int = 3) -> None:
+        for _ in range(steps):
+            self.closure()
+            for optimizer in optimizers:
+                optimizer.step()
+
+    def check(self) -> None:
+        """Old outputs stand still, and the model has learned."""
+        torch.testing.assert_close(self.model(self.old).detach(), self.before, rtol=0, atol=1e-10)
+        assert not torch.equal(next(self.model.parameters()).detach(), self.first)
+
+
+def test_a_step_may_compute_its_gradients_itself() -> None:
+    weights = []
+    for by_closure in (True, False):
+        case = Case()
+        optimizer = Adam(case.model.parameters(), 0.05)
+        with case.learning.stable(optimizer):
+            for _ in range(3):
+                if by_closure:
+                    optimizer.step(case.closure)
+                else:
+                    case.train(optimizer, steps=1)
+        case.check()
+        weights.append(case.model[0].weight)
+    assert torch.equal(*weights)
+
+
+def test_a_step_that_is_many_steps_is_refused() -> None:
+    case = Case()
+    with (
+        pytest.raises(BecameError, match="a step of LBFGS is many steps"),
+        case.learning.stable(torch.optim.LBFGS(case.model.parameters())),
+    ):
+        pass
+
+
+def test_each_parameter_may_have_an_optimizer_that_steps_in_the_backward_pass() -> None:
+    case = Case()
+    own = {value: SGD([value], 0.1) for value in case.model.parameters()}
+
+    def step(value: Any) -> None:
+        own[value].step()
+        own[value].zero_grad()
+
+    handles = [value.register_post_accumulate_grad_hook(step) for value in own]
+    with case.learning.stable(*own.values()):
+        for _ in range(3):
+            case.loss().backward()  # type: ignore[no-untyped-call]
+    for handle in handles:
+        handle.remove()
+    case.check()
+
+
+def test_two_optimizers_may_step_in_turn_or_one_after_the_other() -> None:
+    case = Case()
+    body, head = Adam(case.model[0].parameters(), 0.05), SGD(case.model[2].parameters(), 0.1)
+    with case.learning.stable(body, head):
+        case.train(body, head)
+    case.check()
+    case = Case()
+    first, second = (make(case.model.parameters(), 0.05) for make in (Adam, SGD))
+    with case.learning.stable(first, second):
+        case.train(first)
+        case.train(second)
+    case.check()
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*Function'> should not be instantiated:DeprecationWarning")
+def test_a_compiled_step_is_projected() -> None:
+    case = Case()
+    optimizer = SGD(case.model.parameters(), 0.1)
+
+    @torch.compile(backend="eager")  # type: ignore[untyped-decorator, unused-ignore]
+    def step() -> None:
+        optimizer.zero_grad()
+        case.loss().backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+
+    step()  # compiled before
+    case.learning.remember([(case.old, torch.arange(2))])
+    case.before = case.model(case.old).detach()
+    with case.learning.stable(optimizer):
+        for _ in range(3):
+            step()
+    case.check()
+
+
+def test_weights_may_be_loaded_before_the_first_step() -> None:
+    case = Case()
+    optimizer = SGD(case.model.parameters(), 0.1)
+    with case.learning.stable(optimizer):
+        with torch.no_grad():
+            case.model[0].weight.add_(1.0)  # as where a run is gone on with
+        case.train(optimizer)
+
+
+class Clipped(nn.Module):
+    """A network whose forward pass clips its weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(WIDTH, CLASSES)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.fc.weight.clamp_(-0.1, 0.1)
+        outputs: Tensor = self.fc(inputs)
+        return outputs
+
+
+def by_a_forgotten_one(case: Case) -> None:
+    body, head = SGD(case.model[0].parameters(), 0.1), SGD(case.model[2].parameters(), 0.1)
+    with case.learning.stable(body):
+        case.train(body, head)
+
+
+def by_a_forgotten_one_at_the_end(case: Case) -> None:
+    body, head = SGD(case.model[0].parameters(), 0.1), SGD(case.model[2].parameters(), 0.1)
+    with case.learning.stable(body):
+        case.train(body)
+        case.train(head, steps=1)
+
+
+def by_a_new_one(case: Case) -> None:
+    """As where a trainer makes its own optimiser."""
+    with case.learning.stable(SGD(case.model.parameters(), 0.1)):
+        case.train(SGD(case.model.parameters(), 0.1))
+
+
+def by_hand(case: Case) -> None:
+    optimizer = SGD(case.model.parameters(), 0.1)
+    with case.learning.stable(optimizer):
+        for _ in range(2):
+            case.train(optimizer, steps=1)
+            with torch.no_grad():
+                case.model[0].weight.clamp_(-0.1, 0.1)
+
+
+def by_the_model(case: Case) -> None:
+    case = Case(Clipped())
+    optimizer = SGD(case.model.parameters(), 1.0)
+    with case.learning.stable(optimizer):
+        case.train(optimizer)
+
+
+@pytest.mark.parametrize(
+    "train", [by_a_forgotten_one, by_a_forgotten_one_at_the_end, by_a_new_one, by_hand, by_the_model]
+)
+def test_what_else_changes_weights_is_noticed(train: Callable[[Case], None]) -> None:
+    with pytest.raises(BecameError, match=CHANGED):
+        train(Case())
+
+
+def test_parameters_that_nothing_trains_may_be_left_out() -> None:
+    case = Case()
+    optimizer = SGD(case.model[2].parameters(), 0.1)
+    with case.learning.stable(optimizer):
+        case.train(optimizer)
+    torch.testing.assert_close(case.model(case.old).detach(), case.before, rtol=0, atol=1e-10)
+
+
+def test_stable_training_needs_an_optimizer() -> None:
+    with (
+        pytest.raises(BecameError, match="stable training projects the steps of an optimizer; give stable"),
+        Case().learning.stable(),
+    ):
+        pass
