@@ -142,7 +142,9 @@ def lint(session: nox.Session) -> None:
 def everything(session: nox.Session) -> None:
     """The environment with every framework, which several sessions share."""
     session.run(sys.executable, "-m", "virtualenv", "--quiet", "--clear", "--no-periodic-update", str(EVERYTHING))
-    groups = [*nox.project.dependency_groups(PROJECT, "test-torch"), *nox.project.dependency_groups(PROJECT, "types")]
+    groups = [
+        group for name in ("test-torch", "test-jax", "types") for group in nox.project.dependency_groups(PROJECT, name)
+    ]
     pinned = "--no-compile", "--quiet", "-c", "constraints.txt", *groups
     extras = "-e", ".[merge,torch,jax,report,tensorboard,dask]", *TENSORFLOW
     session.run(python(session), "-m", "pip", "install", *pinned, *extras)
@@ -184,7 +186,7 @@ def tests_torch(session: nox.Session) -> None:
 @nox.session(name="tests-jax")
 def tests_jax(session: nox.Session) -> None:
     """The core and the adapter on JAX, where no other framework is installed."""
-    install(session, "test", "-e", ".[jax]")
+    install(session, "test-jax", "-e", ".[jax]")
     assert_absent(session, "torch", "tensorflow")
     cache_compilations(session)
     compile_quickly(session)

@@ -35,12 +35,14 @@ class NetworkView(Protocol):
         theta: the trained parameters, by name.
         mixes_samples: whether outputs depend on a batch's other samples by design, as batch statistics make them.
         agreement: what was compared with the network as the user runs it.
+        rounding: the epsilon of the coarsest dtype that it computes in; 0 if only that of its outputs is known.
         steps: what steps of a difference are multiplied by: shorter ones meet fewer kinks, and round more.
     """
 
     theta: Params
     mixes_samples: bool
     agreement: Sequence[Finding]
+    rounding: float
     steps: Sequence[float]
 
     @property
@@ -67,6 +69,7 @@ class LearnerView:
     """A learner's network as a pure function, with the head of the first task, on a few samples."""
 
     steps: Sequence[float] = (1.0,)  # its network knows one length
+    rounding = 0.0
 
     def __init__(
         self, network: Network, weights: Params, data: Data, rows: Indices, mixes_samples: bool, fixed: frozenset[str]
@@ -126,7 +129,7 @@ def check_network(network: NetworkView) -> NetworkCheck:
     theta, everything = network.theta, slice(None)
     outputs = network.outputs(theta, everything)
     again = network.outputs(theta, everything)
-    tolerance = tolerance_of(outputs)
+    tolerance = tolerance_of(outputs, network.rounding)
     findings = [*network.agreement, Finding("outputs, computed twice", _apart([again], [outputs]), tolerance)]
     if not network.mixes_samples:
         alone = network.outputs(theta, slice(1))
@@ -165,15 +168,15 @@ def check_network(network: NetworkView) -> NetworkCheck:
     return NetworkCheck(tuple(findings))
 
 
-def agreement(ours: Array, own: Array, mode: str) -> Finding:
-    """Return how far our pass is from the user's own one in a mode."""
-    return Finding(f"outputs of the user's own pass, in {mode}", _apart([ours], [own]), tolerance_of(own))
+def agreement(ours: Array, own: Array, mode: str, rounding: float = 0.0) -> Finding:
+    """Return how far our pass is from the user's own one in a mode; the rounding as of a ``NetworkView``."""
+    return Finding(f"outputs of the user's own pass, in {mode}", _apart([ours], [own]), tolerance_of(own, rounding))
 
 
-def tolerance_of(outputs: Array) -> float:
+def tolerance_of(outputs: Array, rounding: float = 0.0) -> float:
     """Return the share up to which a difference is rounding: many layers may round in different orders."""
-    epsilon = float(namespace(outputs=outputs).finfo(outputs.dtype).eps)
-    return 10 * math.sqrt(epsilon)
+    epsilon = max(float(namespace(outputs=outputs).finfo(outputs.dtype).eps), rounding)
+    return min(10 * math.sqrt(epsilon), 0.1)
 
 
 def _random_direction(theta: Params) -> Params:

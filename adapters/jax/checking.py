@@ -33,6 +33,7 @@ class FunctionView:
         taps: Callable[[Any, Any], Taps],
         gradient: Callable[[Params, Any, Any], Params],
         along: Callable[[Params, Any, float], tuple[Array, str]],
+        rounding: float,
     ) -> None:
         """Keep what computes, and compare the outputs with those of the function as it is.
 
@@ -45,13 +46,15 @@ class FunctionView:
             gradient: of parameters, inputs and gradients by the outputs.
             along: a direction, inputs and what the step of a difference is multiplied by -> the derivative of the
                 outputs, and the way by which it was computed.
+            rounding: as of a view.
         """
         self.theta, self._samples, self.way = theta, samples, ""
         self._outputs, self._taps, self._gradient, self._along = outputs, taps, gradient, along
         everything = samples(slice(None))
         ours = outputs(theta, everything)
         self._dtype = ours.dtype
-        self.agreement: Sequence[Finding] = [agreement(ours, own(everything), "evaluation")]
+        self.rounding = rounding
+        self.agreement: Sequence[Finding] = [agreement(ours, own(everything), "evaluation", rounding)]
 
     def outputs(self, theta: Params, samples: slice) -> Array:
         """Return the outputs of some of the samples."""

@@ -176,6 +176,7 @@ class DataLoss:
                 taps=lambda inputs, seed: tapped.taps(self.tree(self.theta), inputs, seed),
                 gradient=self._gradient,
                 along=along,
+                rounding=tapped.rounding,
             )
         )
 

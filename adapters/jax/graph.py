@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 
 from became_core.arrays import Array
 
-__all__ = ["Run", "Unknown", "Use"]
+__all__ = ["Run", "Unknown", "Use", "dtypes_of"]
 
 # Operations that only move, drop or repeat entries, by what they do to an array of the entries' numbers.
 VIEWS: dict[str, Callable[[NDArray[Any], Mapping[str, Any]], NDArray[Any]]] = {
@@ -223,6 +223,17 @@ class Run:
         if not isinstance(entries, _Entries) or entries.numbers.size != entries.size:
             return None
         return OPERATIONS[name](entries, slot, params, values)
+
+
+def dtypes_of(jaxpr: Any) -> set[Any]:
+    """Return the dtypes of real numbers that are computed in a jaxpr, and in those within it."""
+    dtypes = {variable.aval.dtype for equation in jaxpr.eqns for variable in equation.outvars}
+    for equation in jaxpr.eqns:
+        for inner in jax.tree.leaves(list(equation.params.values())):
+            inner = getattr(inner, "jaxpr", inner)
+            if hasattr(inner, "eqns"):
+                dtypes |= dtypes_of(inner)
+    return {dtype for dtype in dtypes if jnp.issubdtype(dtype, jnp.floating)}
 
 
 def _computed(equation: Any, values: Sequence[Any]) -> list[Any]:

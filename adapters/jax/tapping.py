@@ -16,7 +16,7 @@ from typing import Any
 import jax
 from jax import numpy as jnp
 
-from adapters.jax.graph import Run, Unknown, Use
+from adapters.jax.graph import Run, Unknown, Use, dtypes_of
 from adapters.jax.trees import leaves_of, with_leaves_of
 from became_core import BecameError
 from became_core.arrays import Array, Params, namespace
@@ -62,6 +62,7 @@ class TappedFunction:
             [d_in, d_out] when they are flattened. An embedding is multiplied with one-hot vectors.
         others: the parameters that no tap explains, but elementwise operations do.
         slow: the parameters that are used by operations that taps do not know, and these.
+        rounding: the epsilon of the coarsest dtype that the function computes in.
 
     Examples:
         >>> def apply(params, inputs):
@@ -109,6 +110,7 @@ class TappedFunction:
         jax.eval_shape(lambda: run(self._closed, {name: trained[name] for name in self._names}, one))
         self._shapes = {n: jax.ShapeDtypeStruct(o.shape, o.dtype) for n, o in run.outputs.items()}
         self._explain(run.uses)
+        self.rounding = max((float(jnp.finfo(dtype).eps) for dtype in dtypes_of(self._closed.jaxpr)), default=0.0)
         self.taps = jax.jit(self._taps)
         self.outputs = jax.jit(self._outputs)
 

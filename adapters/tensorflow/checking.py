@@ -13,9 +13,10 @@ from numpy.typing import NDArray
 from adapters.backend.checking import STEPS, agreement
 from adapters.backend.own_loop import Finding
 from adapters.tensorflow.derivatives import Derivatives
+from adapters.tensorflow.parameters import layers_of
 from adapters.tensorflow.tapping import Tapping
 from adapters.tensorflow.traced import KerasFunction, samples_of
-from became_core.arrays import Array, Params
+from became_core.arrays import Array, Params, namespace
 from became_core.curvature import Taps
 
 __all__ = ["KerasView"]
@@ -43,7 +44,11 @@ class KerasView:
         self.theta, self._inputs = theta, inputs
         eagerly = network.run(network.in_order(theta), inputs)
         self._dtype = eagerly.dtype
-        self.agreement: Sequence[Finding] = [agreement(network.outputs(theta, inputs), eagerly, "evaluation")]
+        dtypes = {tf.as_dtype(layer.compute_dtype) for layer in layers_of(network.model)}
+        xp = namespace(outputs=eagerly)
+        self.rounding = max((float(xp.finfo(dtype).eps) for dtype in dtypes if dtype.is_floating), default=0.0)
+        ours = network.outputs(theta, inputs)
+        self.agreement: Sequence[Finding] = [agreement(ours, eagerly, "evaluation", self.rounding)]
 
     @property
     def way(self) -> str:

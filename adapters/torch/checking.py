@@ -58,12 +58,28 @@ class TorchView:
         self._raw = {owners[value]: raw for raw, value in network.named_parameters() if value.requires_grad}
         # Copies: memory that NumPy has seen cannot be freed again, and FSDP2 frees that of its parameters.
         self.theta: Params = {name: value.detach().clone() for name, value in self._trained.items()}
+        self.rounding = self._rounding()
         self.mixes_samples, self.agreement = mixes_samples, compared
 
     @property
     def way(self) -> str:
         """How derivatives along directions were computed last."""
         return self._derivatives.way
+
+    @torch.no_grad()
+    def _rounding(self) -> float:
+        """Return the epsilon of the coarsest dtype among the parameters and what modules return."""
+        dtypes = {value.dtype for value in self._network.parameters()}
+
+        def look(*passed: Any) -> None:
+            dtypes.update([passed[-1].dtype] if isinstance(passed[-1], Tensor) else [])
+
+        with ExitStack() as stack:
+            for module in self._network.modules():
+                if not isinstance(module, torch.jit.ScriptModule):  # which takes no hooks
+                    stack.callback(module.register_forward_hook(look).remove)
+            self._network(*self._arguments)
+        return max(torch.finfo(dtype).eps for dtype in dtypes if dtype.is_floating_point)
 
     def _call(self, theta: Mapping[str, Tensor], samples: slice) -> Tensor:
         arguments = self._arguments if samples == slice(None) else samples_of(self._arguments, samples, self._samples)

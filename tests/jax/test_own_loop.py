@@ -17,6 +17,7 @@ import jax
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 from jax import lax
 from jax import numpy as jnp
 
@@ -163,6 +164,51 @@ def test_old_outputs_stand_still_in_steps_that_are_projected(name: str, optimize
     assert changed <= {p.name for p in coverage(memory).parameters if p.treatment == "protected"}
     free = _train(apply, params, new, OPTIMIZERS[optimizer]())
     assert np.abs(np.asarray(outputs(free, old[0][0])) - np.asarray(before)).max() > 1e-3
+
+
+class _Perceptron(nnx.Module):  # type: ignore[misc] # flax is taken as untyped
+    def __init__(self) -> None:
+        rngs = nnx.Rngs(0)
+        self.first = nnx.Linear(WIDTH, HIDDEN, param_dtype=float, rngs=rngs)
+        self.last = nnx.Linear(HIDDEN, CLASSES, param_dtype=float, rngs=rngs)
+
+    def __call__(self, inputs: Any) -> Any:
+        return self.last(jnp.tanh(self.first(inputs)))
+
+
+def test_an_optimizer_of_nnx_takes_the_steps_that_are_projected() -> None:
+    """It gives a transformation the arrays of the model's variables, and keeps the state in variables of its own."""
+    model, old, (new, *_) = _Perceptron(), _data(1, 1, 2), _data(2)
+    definition, params = nnx.split(model)
+
+    def apply(params: Any, inputs: Any) -> Any:
+        return nnx.merge(definition, params)(inputs)
+
+    memory = remember(apply, params, old, projector=GPM(1.0), uncovered="frozen", check=False)
+    assert [p.name for p in coverage(memory).parameters if p.treatment == "protected"] == [
+        "first.kernel",
+        "last.kernel",
+    ]
+    before, kernel = np.asarray(model(old[0][0])), np.asarray(model.first.kernel[...])
+    optimizer = nnx.Optimizer(model, projected(memory, 0.1, optax.adam(0.1)), wrt=nnx.Param)
+    for _ in range(2):
+        optimizer.update(model, nnx.grad(lambda model: _cross_entropy(model(new[0]), new[1]))(model))
+    np.testing.assert_allclose(model(old[0][0]), before, rtol=0, atol=1e-9)
+    assert np.abs(np.asarray(model.first.kernel[...]) - kernel).max() > 0.01
+    with pytest.warns(UserWarning, match="unfit after clipping"):
+        of_moments = remember(apply, nnx.state(model), state=optimizer.opt_state, samples=4)
+    second = optimizer.opt_state.inner[0].nu["first"]["bias"][...]
+    found = of_moments.posterior.precision.diagonal()["first.bias"]
+    np.testing.assert_allclose(found, np.asarray(second) * 4 / (1 - 0.999**2), rtol=1e-6)
+
+
+def test_a_function_in_half_precision_is_measured_to_its_rounding() -> None:
+    params = _weights()
+    half = jax.tree.map(lambda value: np.asarray(value, jnp.bfloat16), params)
+    memory = remember(lambda params, inputs: _perceptron(params, inputs.astype(jnp.bfloat16)), half, _data(1))
+    expected = (_sample_gradients(_cross_entropy, _perceptron, params, _data(1))["last.weight"] ** 2).mean(0)
+    found = memory.posterior.precision.diagonal()["last.weight"]
+    np.testing.assert_allclose(found, expected, rtol=0.2, atol=0.02 * expected.max())
 
 
 @pytest.mark.parametrize("projector", [SGP(0.9), NSCL(), GPM(0.7)])
@@ -534,6 +580,8 @@ def test_what_cannot_be_done_is_said_in_a_sentence() -> None:
     with pytest.raises(BecameError, match=r"another architecture: the memory has no 'w'"):
         transformation.init({"w": jnp.ones(3)})
     with pytest.raises(BecameError, match=r"another architecture: the memory has no 'w'"):
+        transformation.update({"w": jnp.ones(3)}, transformation.init(params), {"w": jnp.ones(3)})
+    with pytest.raises(BecameError, match=r"another architecture: the memory has no 'w'"):
         merge(_perceptron, memory, {"w": jnp.ones(3)}, params, batches)
     with pytest.raises(BecameError, match=r"another architecture: the model has no 'last\.weight'"):
         merge(_perceptron, memory, params, {"first": params["first"]}, batches)
@@ -551,6 +599,8 @@ def test_what_cannot_be_done_is_said_in_a_sentence() -> None:
         go(batches, penalty=math.nan)
     with pytest.raises(BecameError, match="there is nothing to learn"):
         remember(_perceptron, {"count": jnp.array(3)}, batches)
+    with pytest.raises(BecameError, match="'w' is complex; let apply make it of two arrays"):
+        remember(_perceptron, {"w": jnp.ones(3, complex)}, batches)
     with pytest.raises(BecameError, match="must return one array of outputs"):
         remember(lambda params, x: _perceptron(params, x).sum(), params, batches)
     with pytest.raises(BecameError, match="the parameters are one array without a name; put it in a dict"):

@@ -22,7 +22,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 FRAMEWORKS = ("torch", "jax", "tensorflow")
 ANY_FRAMEWORK = "run"
 # Packages that examples import and that not every test environment has.
-OTHERS = ("transformers",)
+OTHERS = ("equinox", "pytorch_lightning", "transformers")
 
 
 def programs() -> dict[tuple[str, str], list[str]]:
@@ -49,6 +49,9 @@ def test_each_is_for_a_framework_there_is() -> None:
     assert {framework for _, framework in PROGRAMS} == {"", *FRAMEWORKS, ANY_FRAMEWORK}
 
 
+# Of PyTorch by Lightning, and of what Lightning would have its users do.
+@pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated:FutureWarning")
+@pytest.mark.filterwarnings("ignore:The 'train_dataloader' does not have many workers")
 @pytest.mark.parametrize(("page", "framework"), PROGRAMS)
 def test_an_example_runs(page: str, framework: str, backend: str) -> None:
     if framework not in ("", backend) and not (framework == ANY_FRAMEWORK and backend in FRAMEWORKS):

@@ -68,6 +68,30 @@ def _replaced_call() -> keras.Model:
     return model
 
 
+class Subclassed(keras.Model):  # type: ignore[misc, unused-ignore] # Keras is taken as untyped
+    """A model with a weight of its own, and layers that act in training alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = self.add_weight(shape=(), initializer="ones", name="scale")
+        self.body, self.drop, self.head = L.Dense(4, "tanh"), L.Dropout(0.5), L.Dense(CLASSES)
+
+    def call(self, inputs: Any, training: bool = False) -> Any:
+        return self.head(self.drop(self.body(inputs), training=training)) * keras.ops.exp(self.scale)
+
+
+def _subclassed() -> keras.Model:
+    model = Subclassed()
+    model(np.zeros((1, 5)))
+    return model
+
+
+def _masked() -> keras.Model:
+    """Sequences whose zeros are padding, both ways in time."""
+    words = L.Embedding(7, 2, mask_zero=True)
+    return _row((4,), words, L.Bidirectional(L.SimpleRNN(2)), dtype="int32")
+
+
 NETWORKS: dict[str, tuple[Callable[[], keras.Model], list[tuple[int, ...]]]] = {
     "dense": (lambda: _row((5,), L.Dense(4, activation="relu")), [(5,)]),
     "strided": (lambda: _row((6, 6, 2), L.Conv2D(4, 3, strides=2, padding="same", activation="tanh")), [(6, 6, 2)]),
@@ -76,6 +100,12 @@ NETWORKS: dict[str, tuple[Callable[[], keras.Model], list[tuple[int, ...]]]] = {
     "embedding": (lambda: _row((4,), L.Embedding(7, 3), L.LayerNormalization(), dtype="int32"), []),
     "attention": (_attention, [(4, 6)]),
     "LSTM": (lambda: _row((4, 3), L.LSTM(2)), [(4, 3)]),
+    "both ways in time, with a mask": (_masked, []),
+    "subclassed": (_subclassed, [(5,)]),
+    "an einsum and groups": (
+        lambda: _row((2, 3), L.EinsumDense("abc,cde->abde", (2, 2, 2), bias_axes="de"), L.GroupNormalization(2)),
+        [(2, 3)],
+    ),
     "shared": (_shared, [(5,)]),
     "two inputs": (_two_inputs, [(5,), (4,)]),
     "batch norm": (_batch_norm, [(4, 4, 2)]),
@@ -94,7 +124,9 @@ def test_it_remembers_the_mean_of_squared_gradients_of_single_samples(name: str)
     for variable in model.trainable_variables:
         variable.assign_add(0.1 * rng.normal(size=variable.shape))
     before = [variable.numpy() for variable in model.variables]
-    inputs: Any = [tf.constant(rng.normal(size=(3, *shape))) for shape in shapes] or [tf.constant([[1, 2, 2, 6]] * 3)]
+    inputs: Any = [tf.constant(rng.normal(size=(3, *shape))) for shape in shapes] or [
+        tf.constant([[1, 2, 2, 6], [1, 2, 0, 0], [3, 0, 0, 0]])
+    ]
     inputs = inputs[0] if len(inputs) == 1 else inputs
     labels = np.array([0, 2, 1])
     learning = Continual(model)
@@ -201,6 +233,97 @@ def test_a_loop_of_ones_own_is_projected_and_a_step_compiled_before_is_noticed()
     with pytest.raises(ZeroDivisionError), learning.stable(optimizer):
         raise ZeroDivisionError
     assert "apply" not in vars(optimizer)
+
+
+def _compiled(model: keras.Model, optimizer: Any = None) -> keras.Model:
+    model.compile(optimizer or keras.optimizers.SGD(0.3), keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    return model
+
+
+CHANGED = r"changed in stable training by something else than the steps of the optimizers that stable\(\) was given"
+
+
+def test_what_else_changes_weights_is_noticed() -> None:
+    """A model that is compiled anew has another optimizer; and one of two may be forgotten."""
+    model = _compiled(_perceptron())
+    learning = Continual(model, check=False)
+    learning.remember(_data(1, 1))
+    with pytest.raises(BecameError, match=CHANGED), learning.stable():
+        _fit(_compiled(model), _data(2, 1), 1)
+    body, head = keras.optimizers.SGD(0.3), keras.optimizers.SGD(0.3)
+
+    def step(inputs: Any, targets: Any) -> None:
+        with tf.GradientTape() as tape:
+            loss = model.loss(targets, model(inputs, training=True))
+        pairs = list(zip(tape.gradient(loss, model.trainable_variables), model.trainable_variables, strict=True))
+        body.apply_gradients(pairs[:2])
+        head.apply_gradients(pairs[2:])
+
+    with pytest.raises(BecameError, match=f"'last.*{CHANGED}"), learning.stable(body):
+        step(*_data(2, 1)[0])
+    averaging = keras.optimizers.SGD(0.3, use_ema=True)
+    with (
+        pytest.raises(BecameError, match="overwrites the weights by their running mean"),
+        learning.stable(averaging),
+    ):
+        pass
+
+
+def test_a_model_that_assigns_to_its_own_weights_in_training_is_refused() -> None:
+    model = _row((6,), L.SpectralNormalization(L.Dense(4)))
+    before = [variable.numpy() for variable in model.variables]
+    with pytest.raises(BecameError, match=r"assigns to 'spectral_normalization\S*' when it runs in training mode"):
+        Continual(model).remember(_data(1, 1))
+    assert all(np.array_equal(a, b.numpy()) for a, b in zip(before, model.variables, strict=True))
+
+
+def test_a_layer_that_was_frozen_when_old_data_were_remembered_is_refused() -> None:
+    model = _compiled(_perceptron())
+    model.get_layer("first").trainable = False
+    learning = Continual(model, check=False)
+    learning.remember(_data(1, 1))
+    model.get_layer("first").trainable = True
+    with (
+        pytest.raises(BecameError, match=r"'first\.weight' is trained now, and was not when old data"),
+        learning.stable(),
+    ):
+        pass
+
+
+def test_a_head_that_a_later_task_uses_is_measured_and_protected() -> None:
+    """What Python chooses is looked at anew by each remember, and not as it was traced first."""
+    inputs, used = keras.Input((6,)), [0]
+    hidden = L.Dense(4, "tanh")(inputs)
+    model = keras.Model(inputs, [L.Dense(CLASSES, name=name)(hidden) for name in ("one", "two")])
+    learning = Continual(
+        model, apply=lambda m, batch: m(batch[0])[used[0]], targets=lambda batch: batch[1], check=False
+    )
+    learning.remember(_data(1, 1))
+    used[0] = 1
+    learning.remember(_data(2, 1))
+    assert learning.posterior is not None
+    found = learning.posterior.precision.diagonal()
+    x, y = _data(2, 1)[0]
+    errors = tf.nn.softmax(model(x)[1]) - tf.one_hot(y, CLASSES, dtype=tf.float64)
+    np.testing.assert_allclose(found["two.bias"], tf.reduce_mean(errors**2, 0), rtol=1e-8)
+    assert {"one.weight", "two.weight"} <= learning.projector.rank.keys()
+
+
+def test_a_model_in_mixed_precision_is_measured_to_its_rounding() -> None:
+    model = _row((6,), L.Dense(4, "tanh", name="half", dtype="mixed_bfloat16"))
+    learning, (x, y) = Continual(model), _data(1, 1)[0]
+    learning.remember([(x, y)])
+    assert learning.posterior is not None
+    found = learning.posterior.precision.diagonal()["half.bias"]
+    model.get_layer("half").dtype_policy = "float32"
+    total = 0.0
+    for place in range(len(y)):
+        with tf.GradientTape() as tape:
+            loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)(
+                y[place : place + 1], model(x[place : place + 1])
+            )
+        total += tape.gradient(loss, model.get_layer("half").bias.value).numpy() ** 2 / len(y)
+    np.testing.assert_allclose(found, total, rtol=0.1, atol=0.01 * np.max(total))
 
 
 def test_a_memory_comes_back_from_a_file_and_another_architecture_is_refused(tmp_path: Path) -> None:
