@@ -4,6 +4,7 @@ Convention: losses and curvatures are means over samples or over tokens, as the 
 """
 
 import math
+import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -18,9 +19,9 @@ __all__ = [
     "MergeReport",
     "NetworkCheck",
     "Uncovered",
-    "changed_otherwise",
     "coverage_of",
     "first_difference",
+    "say_changed",
 ]
 
 # What is done with a parameter that the projector cannot protect.
@@ -123,9 +124,22 @@ def coverage_of(
     return Coverage(rows)
 
 
-def changed_otherwise(name: str) -> BecameError:
-    """Return the error of a weight that something else than the steps of stable training has changed."""
-    return BecameError(
+def say_changed(name: str, *, has_stepped: bool) -> None:
+    """Say that a weight was changed by something else than the steps of the optimizers that ``stable`` was given.
+
+    If these have taken no step at all, it is a warning, for then weights may have been loaded.
+
+    Raises:
+        BecameError: if they have.
+    """
+    if not has_stepped:
+        warnings.warn(
+            f"the optimizers that stable() was given have taken no step, and '{name}' has changed: unless it was "
+            "loaded, nothing held it to old data; give stable() every optimizer that trains the model.",
+            stacklevel=5,  # where the context ends
+        )
+        return
+    raise BecameError(
         f"'{name}' was changed in stable training by something else than the steps of the optimizers that stable() was "
         "given; give it every optimizer that trains the model, and let the model change no parameter by itself."
     )

@@ -21,7 +21,7 @@ import numpy as np
 import tensorflow as tf
 
 from adapters.backend.memory import Moments, pull_of
-from adapters.backend.own_loop import Uncovered, changed_otherwise
+from adapters.backend.own_loop import Uncovered, say_changed
 from adapters.tensorflow.parameters import Parameter
 from became_core import BecameError
 from became_core.arrays import Array
@@ -108,11 +108,12 @@ class Witness:
         self._parameters, self._guards, self._lengths = parameters, guards, _lengths(parameters)
 
     def at_end(self) -> None:
-        """Raise a BecameError if a weight that no guarded step was taken of has changed."""
+        """Say so, as ``say_changed`` does, if a weight that no guarded step was taken of has changed."""
         stepped = {name for guard in self._guards for name in guard.stepped}
         for name, total in _lengths({n: p for n, p in self._parameters.items() if n not in stepped}).items():
             if not np.array_equal(total, self._lengths[name], equal_nan=True):
-                raise changed_otherwise(name)
+                say_changed(name, has_stepped=bool(stepped))
+                break
 
 
 def _lengths(parameters: Mapping[str, Parameter]) -> dict[str, Any]:

@@ -182,8 +182,8 @@ class Continual(ContinualModel):
 
         Raises:
             BecameError: before anything is remembered; if there is no optimiser, or one has no parameter of the model;
-                if a parameter has another shape than then, or was frozen then; if anything but these optimisers is seen
-                to change weights, before the second step or at the end.
+                if a parameter has another shape than then, or was frozen then; if anything beside the steps of
+                these optimisers is seen to change weights, before the second step or at the end.
         """
         self._check_as_remembered()
         if not optimizers:

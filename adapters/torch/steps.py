@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from adapters.backend.memory import Moments, pull_of
-from adapters.backend.own_loop import changed_otherwise
+from adapters.backend.own_loop import say_changed
 from adapters.torch.shared_model import own_part
 from became_core import BecameError
 from became_core.projection import Projector
@@ -191,7 +191,9 @@ class Witness:
         if self.steps == 0:
             self.lengths = self._lengths()  # a checkpoint may have been loaded
         elif self.steps == len(self.guards):
-            self._check(self.weights)
+            changed = self._first_changed(self.weights)
+            if changed is not None:
+                say_changed(changed, has_stepped=True)
 
     def after_step(self, *_: Any) -> None:
         """Count the step."""
@@ -202,7 +204,9 @@ class Witness:
     def at_end(self) -> None:
         """Look at the weights that no optimiser has, or at all if none has stepped."""
         guarded = {name for guard in self.guards for own, _ in guard.groups for name in own} if self.steps else ()
-        self._check([name for name in self.weights if name not in guarded])
+        changed = self._first_changed(name for name in self.weights if name not in guarded)
+        if changed is not None:
+            say_changed(changed, has_stepped=self.steps > 0)
 
     @torch.no_grad()
     def _lengths(self) -> dict[str, Tensor]:
@@ -210,8 +214,7 @@ class Witness:
             name: torch.linalg.vector_norm(own_part(value), dtype=torch.float64) for name, value in self.weights.items()
         }
 
-    def _check(self, names: Iterable[str]) -> None:
+    def _first_changed(self, names: Iterable[str]) -> str | None:
         now = self._lengths()
-        for name in names:
-            if not torch.equal(now[name].nan_to_num(), self.lengths[name].nan_to_num()):
-                raise changed_otherwise(name)
+        changed = (n for n in names if not torch.equal(now[n].nan_to_num(), self.lengths[n].nan_to_num()))
+        return next(changed, None)
