@@ -49,7 +49,9 @@ def gradients_of(
             has been overwritten.
     """
     try:
-        gradients = torch.autograd.grad(outputs, places, seed, retain_graph=retain_graph, allow_unused=True)
+        gradients: tuple[Tensor | None, ...] = torch.autograd.grad(
+            outputs, places, seed, retain_graph=retain_graph, allow_unused=True
+        )
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:

@@ -65,7 +65,7 @@ def tied() -> nn.Module:
 
 def channels_last() -> nn.Module:
     layers = nn.Unflatten(1, (3, 1, 2)), nn.Conv2d(3, 4, (1, 2), padding=1), nn.GroupNorm(2, 4), nn.GELU()
-    return row(*layers, nn.Conv2d(4, 4, 3, groups=4), nn.Flatten(), head(4)).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return row(*layers, nn.Conv2d(4, 4, 3, groups=4), nn.Flatten(), head(4)).to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
 
 
 def transposed() -> nn.Module:
@@ -180,7 +180,7 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "spectral norm": lambda: row(nn.utils.parametrizations.spectral_norm(nn.Linear(6, 6)), nn.Tanh(), head(6)),
     "a bilinear layer": lambda: Of(lambda net, x: net.pair(x[:, :4], x[:, 2:]), pair=nn.Bilinear(4, 4, CLASSES)),
     "checkpointed": lambda: checkpointed(False),
-    "compiled": lambda: torch.compile(row(nn.Linear(6, 6), nn.Tanh(), head(6)), backend="eager"),  # type: ignore[arg-type, return-value]
+    "compiled": lambda: torch.compile(row(nn.Linear(6, 6), nn.Tanh(), head(6)), backend="eager"),  # type: ignore[dict-item, return-value]
     "masked attention with keys of its own": lambda: Of(
         attended, attention=nn.MultiheadAttention(4, 2, batch_first=True, add_bias_kv=True), head=head(4)
     ),
