@@ -148,6 +148,9 @@ def everything(session: nox.Session) -> None:
     pinned = "--no-compile", "--quiet", "-c", "constraints.txt", *groups
     extras = "-e", ".[merge,torch,jax,report,tensorboard,dask]", *TENSORFLOW
     session.run(python(session), "-m", "pip", "install", *pinned, *extras)
+    # A package for tests brings torchvision, which no test needs and which need not fit this PyTorch: Lightning, which
+    # imports it where it is installed, would fail.
+    session.run(python(session), "-m", "pip", "uninstall", "--quiet", "--yes", "torchvision")
 
 
 @nox.session(venv_backend="none", requires=["everything"])

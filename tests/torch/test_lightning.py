@@ -24,7 +24,7 @@ pytestmark = [
 @cache
 def module_class() -> Any:
     """Return a class of perceptrons; Lightning is imported by the tests that run, as that takes two seconds."""
-    lightning: Any = pytest.importorskip("pytorch_lightning", reason="pytorch-lightning is not installed")
+    lightning: Any = pytest.importorskip("pytorch_lightning", reason="pytorch-lightning cannot be imported")
 
     class Module(lightning.LightningModule):  # type: ignore[misc] # Lightning is taken as untyped
         """A perceptron that is trained automatically or by its own calls; it may make an optimizer each time."""
