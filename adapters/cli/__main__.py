@@ -6,13 +6,15 @@ No framework is loaded before a run needs it.
 import shlex
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import partial, reduce
+from operator import or_
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast, get_args
 
 from became_core import BecameError, __version__
+from became_core.registry import nearest
 
 try:
     import tyro
@@ -273,6 +275,22 @@ class Doctor:
         return 0
 
 
+# The commands beside ``run``, whose options depend on what is registered.
+COMMANDS: dict[str, Any] = {
+    "resume": Resume,
+    "compare": Compare,
+    "report": Report,
+    "figures": Figures,
+    "paths": Paths,
+    "reproduce": Reproduce,
+    "list": List,
+    "inspect": Inspect,
+    "fisher": Fisher,
+    "merge": Merge,
+    "doctor": Doctor,
+}
+
+
 @while_it_is_read
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return its exit status, as ``execute`` does."""
@@ -280,32 +298,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if words == ["--version"]:
         print(f"became {__version__}")
         return 0
+    name = next(iter(words), "")
     try:
-        run_type: Any = request_type(backend=True, completing=is_completing(words))
+        run = {} if name in COMMANDS else {"run": request_type(backend=True, completing=is_completing(words))}
     except BecameError as error:  # of what another package registers
         print(f"error: {error}", file=sys.stderr)
         return 2
-    commands: Any = (
-        Annotated[run_type, tyro.conf.subcommand("run")]
-        | Annotated[Resume, tyro.conf.subcommand("resume")]
-        | Annotated[Compare, tyro.conf.subcommand("compare")]
-        | Annotated[Report, tyro.conf.subcommand("report")]
-        | Annotated[Figures, tyro.conf.subcommand("figures")]
-        | Annotated[Paths, tyro.conf.subcommand("paths")]
-        | Annotated[Reproduce, tyro.conf.subcommand("reproduce")]
-        | Annotated[List, tyro.conf.subcommand("list")]
-        | Annotated[Inspect, tyro.conf.subcommand("inspect")]
-        | Annotated[Fisher, tyro.conf.subcommand("fisher")]
-        | Annotated[Merge, tyro.conf.subcommand("merge")]
-        | Annotated[Doctor, tyro.conf.subcommand("doctor")]
-    )
-    if words[:1] == ["run"]:
-        words = ["run", *with_short_help(run_type, "became run", words[1:])]
-    command = parse(commands, "became", words, DESCRIPTION)
-    if isinstance(command, run_type):
+    commands = run | COMMANDS
+    if name and name not in commands and not name.startswith("-"):
+        print(f"error: there is no command '{name}'{nearest(name, commands)}.", file=sys.stderr)
+        return 2
+    if name not in commands:  # a question for help or completion, or nothing at all: tyro answers and ends the program
+        parse(_one_of_commands(commands), "became", words, DESCRIPTION)
+    kind, words = commands[name], words[1:]
+    if name == "run":
+        words = with_short_help(kind, "became run", words)
+    command = parse(kind, f"became {name}", words)
+    if name == "run":
         return _run(request_of(command))
     status: int = command.run()
     return status
+
+
+def _one_of_commands(commands: dict[str, Any]) -> Any:
+    """Return the type that is one of these commands, as tyro knows it."""
+    kinds: Iterable[Any] = (Annotated[kind, tyro.conf.subcommand(name)] for name, kind in commands.items())
+    return reduce(or_, kinds)
 
 
 def _run(request: Request) -> int:

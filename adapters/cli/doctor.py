@@ -5,9 +5,9 @@ It needs no framework. What cannot be imported is a line of the report and not a
 
 import os
 import platform
+import subprocess
 import sys
 from collections.abc import Iterator
-from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -25,16 +25,38 @@ EXTRAS = {
     "report": (("matplotlib",), "became report"),
     "tensorboard": (("tensorboardX",), "--tracker tensorboard"),
     "trackio": (("trackio",), "--tracker trackio"),
+    "merge": (("ml_dtypes", "yaml"), "became merge, without a framework"),
     "transformers": (("transformers",), "--network hf:NAME"),
     "dask": (("distributed",), "--scheduler"),
     "flower": (("flwr",), "adapters.flower, federations"),
 }
 ALWAYS = ("became", "numpy", "array-api-compat", "optree", "safetensors", "tyro", "rich", "datasets")
-# By benchmark, the folder of its images within a folder of data.
+# How long a framework may take to be loaded, on a machine that does other things too.
+SECONDS = 180
+# By framework, a program that prints its version and its devices, as it calls them.
+PROGRAMS = {
+    "torch": """
+import torch
+names = ["cpu", *(f"cuda:{number}" for number in range(torch.cuda.device_count()))]
+threads = torch.get_num_threads()
+print(f"{torch.__version__}: {', '.join(names)}; {threads} thread{'' if threads == 1 else 's'} unless told otherwise")
+""",
+    "jax": """
+import jax
+print(f"{jax.__version__}: {', '.join(map(str, jax.devices()))}")
+""",
+    "tensorflow": """
+import tensorflow
+print(f"{tensorflow.__version__}: {', '.join(each.name for each in tensorflow.config.list_logical_devices())}")
+""",
+}
+# By benchmark, the folders that it can be in, within a folder of data.
 FOLDERS = {
     "split-cifar100": ("uoft-cs/cifar100",),
     "split-tinyimagenet": ("zh-plus/tiny-imagenet", "tiny-imagenet-200"),
     "split-miniimagenet": ("mini-imagenet",),
+    "text-domains": ("text/domains",),
+    "text-sentiment": ("text/sentiment",),
 }
 
 
@@ -63,33 +85,33 @@ def _packages() -> Iterator[str]:
 
 
 def _frameworks() -> Iterator[str]:
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # else TensorFlow reports on the processor
     installed = [name for name in BACKENDS if find_spec(name) is not None]
     if not installed:
         yield f"none; pip install 'became[{BACKENDS[0]}]', or with {' or '.join(BACKENDS[1:])} in its place"
     for name in installed:
-        try:
-            yield f"{name} {import_module(name).__version__}: {_devices(name)}"
-        except Exception as error:  # a broken installation may fail in any way
-            yield f"{name}: it cannot be used ({type(error).__name__}: {error})"
+        yield f"{name} {_asked(name)}"
 
 
-def _devices(framework: str) -> str:
-    """Return the devices that a framework finds, as it calls them."""
-    module = import_module(framework)
-    if framework == "torch":
-        names = ["cpu", *(f"cuda:{number}" for number in range(module.cuda.device_count()))]
-        threads = module.get_num_threads()
-        return f"{', '.join(names)}; {threads} thread{'' if threads == 1 else 's'} unless told otherwise"
-    devices = module.devices() if framework == "jax" else module.config.list_logical_devices()
-    return ", ".join(str(getattr(device, "name", device)) for device in devices)
+def _asked(framework: str) -> str:
+    """Return the version and the devices of a framework, as a process of its own finds them.
+
+    There a broken installation may fail in any way, and what a framework prints when it is loaded is not shown.
+    """
+    words = [sys.executable, "-c", PROGRAMS[framework]]
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, timeout=SECONDS, check=False)
+    except subprocess.TimeoutExpired:
+        return f"cannot be used: it is not loaded after {SECONDS} seconds"
+    said = done.stderr.strip().splitlines() or [f"its process ended with status {done.returncode}"]
+    return f"cannot be used: {said[-1]}" if done.returncode else done.stdout.strip()
 
 
 def _data() -> Iterator[str]:
-    yield "split-mnist, permuted-mnist: embedded"
+    yield "split-mnist, permuted-mnist, split-mnist-vae: embedded; text-domains: text that comes with Python"
     folder = data_directory(None)
     if folder is None:
         yield f"{VARIABLE} is not set: CIFAR-100 and TinyImageNet are read from the Hugging Face hub"
+        yield f"text-sentiment comes without data; name a folder by --data-dir or {VARIABLE}"
         return
     yield f"{VARIABLE} is {folder}{'' if folder.is_dir() else ', which is no folder'}"
     for benchmark, names in FOLDERS.items():

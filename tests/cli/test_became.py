@@ -397,11 +397,13 @@ def test_what_there_is_to_choose_from_is_listed_in_the_modules_own_words(capsys:
     with pytest.raises(SystemExit) as stopped:
         main(["list", "moons"])
     assert stopped.value.code == 2
+    assert "became list --help" in capsys.readouterr().err  # and not the help of all commands
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["runn"], "there is no command 'runn'; did you mean 'run'?"),
         (["run", "--methods", "gmp"], "there is no method 'gmp'"),
         (
             ["run", "--tracker", "trackio"],

@@ -33,12 +33,26 @@ def test_what_is_missing_has_the_command_that_installs_it(monkeypatch: pytest.Mo
     assert "  matplotlib (became report): pip install 'became[report]'" in lines
 
 
-def test_a_framework_that_is_broken_is_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(name: str) -> None:  # noqa: ARG001 # it stands in for a function of one argument
-        raise ImportError("a library is missing")
+@pytest.mark.parametrize(
+    ("program", "said"),
+    [
+        ("raise ImportError('a library is missing')", "ImportError: a library is missing"),
+        ("import os; os.abort()", "its process ended with status -6"),
+    ],
+)
+def test_a_framework_that_is_broken_is_told_of(program: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "BACKENDS", ("torch",))
+    monkeypatch.setitem(doctor.PROGRAMS, "torch", program)
+    assert f"  torch cannot be used: {said}" in doctor.diagnosis().splitlines()
 
-    monkeypatch.setattr(doctor, "import_module", broken)
-    assert "  torch: it cannot be used (ImportError: a library is missing)" in doctor.diagnosis().splitlines()
+
+def test_what_a_framework_prints_when_it_is_loaded_is_not_shown(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(doctor, "BACKENDS", ("torch",))
+    monkeypatch.setitem(doctor.PROGRAMS, "torch", "import sys; print('a warning', file=sys.stderr); print('2.0: cpu')")
+    assert "  torch 2.0: cpu" in doctor.diagnosis().splitlines()
+    assert "a warning" not in "".join(capfd.readouterr())
 
 
 def test_it_needs_no_framework() -> None:
