@@ -139,26 +139,68 @@ def _by_slab(
     total, smallest = framework.reductions or [
         methodcaller(name) if hasattr(first, name) else getattr(xp, name) for name in ("sum", "min")
     ]
-    least, parts, ends, last_kinds, dtype, products = [], [], [], None, None, 0
+    least, parts = _Numbers(xp, 2 * slab), _Numbers(xp, 2 * slab)
+    ends, last_kinds, dtype, products = [], None, None, 0
     for rows in groups:
         for kinds, size, pieces in _slabs(xp, rows, slab):
             if kinds != last_kinds:
                 dtype = reduction_dtype(xp, **{f"array {index}": piece for index, piece in enumerate(pieces)})
                 dtype = dtype if any(kind != dtype for kind in kinds) else None
                 last_kinds = kinds
-            if size:
-                least += [smallest(pieces[index]) for index in nonnegative]
+            if size and nonnegative:
+                least.keep([smallest(pieces[index]) for index in nonnegative], size)
             pairs = factors(pieces if dtype is None else [xp.astype(piece, dtype, copy=False) for piece in pieces])
             dot = framework.dot if size >= DOT_LENGTH else None
-            parts += [total(left * right) if dot is None else dot(xp, left, right) for left, right in pairs]
+            parts.keep([total(left * right) if dot is None else dot(xp, left, right) for left, right in pairs], size)
             products = len(pairs)
             del pairs  # so that the next slab's take their memory, which is in the cache
-        ends.append(len(parts) // products)
-    values = xp.reshape(_stacked(xp, parts), (-1, products))
+        ends.append(parts.count // products)
+    values = xp.reshape(parts.joined(), (-1, products))
     if len(ends) < values.shape[0]:
         values = xp.stack([tree_sum(values[start:end, :]) for start, end in zip([0, *ends], ends, strict=False)])
     sums = [values[:, index] for index in range(products)]
-    return SumsOfProducts(sums, xp.min(_stacked(xp, least)) if least else None, has_values=True)
+    return SumsOfProducts(sums, xp.min(least.joined()) if least.count else None, has_values=True)
+
+
+class _Numbers:
+    """The numbers that are kept of every slab, in their order, as few arrays at any time.
+
+    An allocator may put a small array to where a slab's intermediate results have been. What is left of that place is
+    too small for those of the next slab, which then take new memory; if each number were kept as an array of its own,
+    they would come to as much as a model (PyTorch with glibc).
+    """
+
+    def __init__(self, xp: Any, elements: int) -> None:
+        """Join what is kept of so many elements."""
+        self.count = 0
+        self._xp, self._elements = xp, elements
+        self._new: list[Array] = []
+        self._size = 0
+        self._arrays: list[tuple[int, Array]] = []
+
+    def keep(self, numbers: Sequence[Array], size: int) -> None:
+        """Keep what was computed from so many elements."""
+        self._new += numbers
+        self.count += len(numbers)
+        self._size += size
+        if self._size >= self._elements:
+            self._join()
+
+    def joined(self) -> Array:
+        """Return all numbers, flat."""
+        if self._new:
+            self._join()
+        arrays = [array for _, array in self._arrays]
+        return arrays[0] if len(arrays) == 1 else self._xp.concat(_promoted(self._xp, arrays))
+
+    def _join(self) -> None:
+        """Join the new numbers, and then arrays of as many joins: log2(n) are left of n, each copied log2(n) times."""
+        joins, array = 1, _stacked(self._xp, self._new)
+        while self._arrays and self._arrays[-1][0] == joins:
+            array = self._xp.concat(_promoted(self._xp, [self._arrays.pop()[1], array]))
+            joins *= 2
+        self._arrays.append((joins, array))
+        self._new, self._size = [], 0
 
 
 def _slabs(xp: Any, rows: Sequence[Row], slab: int) -> Iterator[tuple[tuple[Any, ...], int, Row]]:
