@@ -99,6 +99,7 @@ class DataLoss:
         self.way: Way = "forward mode"
         self._apply, self._params, self._kind, self._checks, self._shows = apply, params, fisher, checks, shows
         self._tapped: dict[Any, tuple[TappedFunction, Any]] = {}
+        self._kinds: dict[Any, tuple[set[int], set[int]]] = {}
         self._is_looked_at = False
         self._outputs = jax.jit(self._run)
         self._gradient = jax.jit(lambda theta, inputs, seed: jax.vjp(lambda t: self._run(t, inputs), theta)[1](seed)[0])
@@ -119,12 +120,34 @@ class DataLoss:
             self._look(inputs, targets)
             yield inputs, targets
 
-    def _function(self, inputs: Any) -> tuple[TappedFunction, Any]:
+    def _shared(self, inputs: Any, samples: int) -> frozenset[int]:
+        """Return which leaves of the inputs all samples share: in some batch they have another length than it.
+
+        Raises:
+            BecameError: if a leaf was taken as the samples' in an earlier batch, as long as which it was by chance.
+        """
+        leaves, structure = jax.tree.flatten(inputs)
+        shared, own = self._kinds.setdefault(structure, (set(), set()))
+        for number, leaf in enumerate(leaves):
+            if leaf.ndim == 0 or len(leaf) != samples:
+                shared.add(number)
+            elif samples > 1 and number not in shared:
+                own.add(number)
+        if shared & own:
+            shape = list(leaves[min(shared & own)].shape)
+            raise BecameError(
+                f"an input has shape {shape} in a batch of {samples} samples, and was as long as a batch before; if "
+                "all samples share it, begin with a batch of another length."
+            )
+        return frozenset(shared)
+
+    def _function(self, inputs: Any, samples: int) -> tuple[TappedFunction, Any]:
         """Return what collects taps for inputs of these shapes, and what measures squares and Gram matrices of them."""
         leaves, structure = jax.tree.flatten(inputs)
-        key = (structure, *((leaf.shape, leaf.dtype) for leaf in leaves))
+        shared = self._shared(inputs, samples)
+        key = (structure, *((leaf.shape, leaf.dtype) for leaf in leaves), shared)
         if key not in self._tapped:
-            tapped = TappedFunction(self._apply, self._params, inputs)
+            tapped = TappedFunction(self._apply, self._params, inputs, shared)
             if not self._tapped:
                 tapped.warn()
             self.matrices |= tapped.matrices
@@ -180,7 +203,7 @@ class DataLoss:
                 return self._derivatives(self.theta, [direction], inputs)[1][0], self.way
             return self._difference(self.theta, [direction], inputs, shorter)[1][0], self.way
 
-        tapped, _ = self._function(batch)
+        tapped, _ = self._function(batch, size)
         return check_network(
             FunctionView(
                 self.theta,
@@ -217,7 +240,7 @@ class DataLoss:
         for inputs, targets in self._read(with_progress(batches, what, self._shows, length_of(batches))):
             outputs = self._outputs(theta, inputs)
             units += units_of(self.likelihood, outputs, targets)
-            tapped, measure = self._function(inputs)
+            tapped, measure = self._function(inputs, len(outputs))
             seeds = cotangents_of(self.likelihood, outputs, targets, _own_gradient, self._kind, rng)
             for index, seed in enumerate(seeds):
                 # What is read is the same for all targets.

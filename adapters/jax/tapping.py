@@ -10,7 +10,7 @@ their taps by the same names. Only parameters of real numbers are tapped.
 """
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -77,13 +77,15 @@ class TappedFunction:
         {'bias': (5, 1, 3), 'kernel': (5, 1, 2)}
     """
 
-    def __init__(self, apply: Apply, params: Any, inputs: Any) -> None:
+    def __init__(self, apply: Apply, params: Any, inputs: Any, shared: Collection[int] = ()) -> None:
         """Read the function, for inputs of these shapes but for their number of samples.
 
         Args:
             apply: (params, inputs) -> outputs, [samples, ...].
             params: a tree of arrays.
             inputs: of a batch: an array, or a tree of arrays.
+            shared: which leaves of the inputs, by number, no sample has for itself though they are as long as the
+                batch; leaves of other lengths need not be named.
 
         Raises:
             BecameError: if the outputs are no array with an axis of samples.
@@ -95,7 +97,10 @@ class TappedFunction:
         self._samples = outputs.shape[0]
         self._params = params
         leaves, self._structure = jax.tree.flatten(inputs)
-        self._is_samples = [jnp.ndim(leaf) > 0 and jnp.shape(leaf)[0] == self._samples for leaf in leaves]
+        self._is_samples = [
+            jnp.ndim(leaf) > 0 and jnp.shape(leaf)[0] == self._samples and number not in shared
+            for number, leaf in enumerate(leaves)
+        ]
         trained = trained_of(params)
 
         def of_leaves(trained: Params, leaves: Sequence[Array]) -> Array:

@@ -505,3 +505,22 @@ def test_it_is_refused_in_a_sentence(name: str) -> None:
     apply, params, *rest = make()
     with pytest.raises(BecameError, match=message):
         remember(apply, params, [(rest[0] if rest else INPUTS, TARGETS)])
+
+
+def test_what_all_samples_share_may_be_as_long_as_a_later_batch() -> None:
+    def apply(params: Any, inputs: Any) -> Any:
+        return (inputs["x"] @ params["w"] * inputs["scales"]) @ params["v"]
+
+    x, targets = np.concatenate([INPUTS, 2 * INPUTS[:1]]), np.array([2, 0, 1])
+    params, scales = {"w": drawn(WIDTH, 2), "v": drawn(2, CLASSES)}, np.array([1.0, 3.0])
+    together, *pairs = (
+        ({"x": x[rows], "scales": scales}, targets[rows]) for rows in ([0, 1, 2], [0, 1], [1, 2], [0, 2])
+    )
+    expected, found = (
+        remember(apply, params, batches, check=False).posterior.precision.diagonal()
+        for batches in ([together], [together, *pairs])  # each sample once, and each thrice
+    )
+    for name, value in found.items():
+        np.testing.assert_allclose(value, expected[name], rtol=1e-12)
+    with pytest.raises(BecameError, match=r"an input has shape \[2\] in a batch of 3 samples, and was as long as"):
+        remember(apply, params, [pairs[0], together], check=False)
