@@ -177,7 +177,7 @@ def nested() -> Case:
     """Nodes of every kind, scalars, an array without entries, one that is not used, and a number of Python's."""
     params = (
         Pair({"a": [None, drawn(WIDTH, HIDDEN)], "empty": {}}, (np.array(1.3), 0.7)),
-        Held(drawn(HIDDEN, CLASSES)),
+        Held(drawn(HIDDEN, CLASSES)),  # type: ignore[call-arg] # flax is taken as untyped
         {10: drawn(CLASSES), 9: drawn(CLASSES, seed=1)},
         {"unused": drawn(3), "without": np.zeros((0, CLASSES))},
     )
