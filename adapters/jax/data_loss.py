@@ -43,6 +43,7 @@ from adapters.jax.trees import leaves_of, with_leaves_of
 from became_core import BecameError, Quadratic
 from became_core.arrays import Array, Params, namespace
 from became_core.curvature import FisherTargets, GramSums, Likelihood, per_sample_square_sum
+from became_core.errors import first_line
 
 __all__ = ["DataLoss", "Loss", "moments_of"]
 
@@ -98,6 +99,7 @@ class DataLoss:
         self.way: Way = "forward mode"
         self._apply, self._params, self._kind, self._checks, self._shows = apply, params, fisher, checks, shows
         self._tapped: dict[Any, tuple[TappedFunction, Any]] = {}
+        self._kinds: dict[Any, tuple[set[int], set[int]]] = {}
         self._is_looked_at = False
         self._outputs = jax.jit(self._run)
         self._gradient = jax.jit(lambda theta, inputs, seed: jax.vjp(lambda t: self._run(t, inputs), theta)[1](seed)[0])
@@ -114,16 +116,38 @@ class DataLoss:
     def _read(self, batches: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
         for batch in batches:
             parts = inputs_and_targets(batch, "or a generator that makes such pairs of your batches")
-            inputs, targets = (jax.tree.map(jnp.asarray, part) for part in parts)
+            inputs, targets = (_arrays(part) for part in parts)
             self._look(inputs, targets)
             yield inputs, targets
 
-    def _function(self, inputs: Any) -> tuple[TappedFunction, Any]:
+    def _shared(self, inputs: Any, samples: int) -> frozenset[int]:
+        """Return which leaves of the inputs all samples share: in some batch they have another length than it.
+
+        Raises:
+            BecameError: if a leaf was taken as the samples' in an earlier batch, as long as which it was by chance.
+        """
+        leaves, structure = jax.tree.flatten(inputs)
+        shared, own = self._kinds.setdefault(structure, (set(), set()))
+        for number, leaf in enumerate(leaves):
+            if leaf.ndim == 0 or len(leaf) != samples:
+                shared.add(number)
+            elif samples > 1 and number not in shared:
+                own.add(number)
+        if shared & own:
+            shape = list(leaves[min(shared & own)].shape)
+            raise BecameError(
+                f"an input has shape {shape} in a batch of {samples} samples, and was as long as a batch before; if "
+                "all samples share it, begin with a batch of another length."
+            )
+        return frozenset(shared)
+
+    def _function(self, inputs: Any, samples: int) -> tuple[TappedFunction, Any]:
         """Return what collects taps for inputs of these shapes, and what measures squares and Gram matrices of them."""
         leaves, structure = jax.tree.flatten(inputs)
-        key = (structure, *((leaf.shape, leaf.dtype) for leaf in leaves))
+        shared = self._shared(inputs, samples)
+        key = (structure, *((leaf.shape, leaf.dtype) for leaf in leaves), shared)
         if key not in self._tapped:
-            tapped = TappedFunction(self._apply, self._params, inputs)
+            tapped = TappedFunction(self._apply, self._params, inputs, shared)
             if not self._tapped:
                 tapped.warn()
             self.matrices |= tapped.matrices
@@ -141,9 +165,21 @@ class DataLoss:
         """Look at the function once: the noise of the data, and whether we compute what it computes."""
         if self._is_looked_at:
             return
-        outputs = self._outputs(self.theta, inputs)
+        try:
+            outputs = self._outputs(self.theta, inputs)
+        except Exception as error:
+            said = first_line(error).partition(" (http")[0]
+            raise BecameError(
+                f"the function cannot be compiled and run with parameters and inputs alone ({said}); give one that can."
+            ) from error
         if not hasattr(outputs, "shape") or not outputs.shape:
             raise BecameError("the function must return one array of outputs, [samples, ...]; give one that does.")
+        if not jnp.issubdtype(outputs.dtype, jnp.floating):
+            raise BecameError(f"the outputs have dtype {outputs.dtype}; they must be real floating-point numbers.")
+        try:
+            jax.eval_shape(self._gradient, self.theta, inputs, outputs)
+        except Exception as error:
+            raise BecameError(f"the function's gradients cannot be taken ({first_line(error)}).") from error
         if isinstance(self.likelihood, Likelihood):
             self.likelihood = self.likelihood.fitted(outputs, targets)
         if self._checks:
@@ -154,19 +190,20 @@ class DataLoss:
     def _check(self, batch: Any, size: int) -> NetworkCheck:
         """Return what was compared for a few samples of a batch of this size, and how far it differs."""
         leaves, structure = jax.tree.flatten(batch)
-        leaves = [np.asarray(leaf) for leaf in leaves]  # JAX would compile every slice
+        # JAX would compile every slice; NumPy has no keys of random numbers.
+        leaves = [leaf if jnp.issubdtype(leaf.dtype, jax.dtypes.extended) else np.asarray(leaf) for leaf in leaves]
 
         def samples(at: slice) -> Any:
             # Which arrays belong to samples is read off the whole batch, where a length is rarely theirs by chance.
             few = [leaf[:3][at] if leaf.ndim and len(leaf) == size else leaf for leaf in leaves]
-            return jax.tree.unflatten(structure, few)
+            return jax.tree.unflatten(structure, [jnp.asarray(leaf) for leaf in few])
 
         def along(direction: Params, inputs: Any, shorter: float) -> tuple[Array, str]:
             if shorter == 1:
                 return self._derivatives(self.theta, [direction], inputs)[1][0], self.way
             return self._difference(self.theta, [direction], inputs, shorter)[1][0], self.way
 
-        tapped, _ = self._function(batch)
+        tapped, _ = self._function(batch, size)
         return check_network(
             FunctionView(
                 self.theta,
@@ -203,7 +240,7 @@ class DataLoss:
         for inputs, targets in self._read(with_progress(batches, what, self._shows, length_of(batches))):
             outputs = self._outputs(theta, inputs)
             units += units_of(self.likelihood, outputs, targets)
-            tapped, measure = self._function(inputs)
+            tapped, measure = self._function(inputs, len(outputs))
             seeds = cotangents_of(self.likelihood, outputs, targets, _own_gradient, self._kind, rng)
             for index, seed in enumerate(seeds):
                 # What is read is the same for all targets.
@@ -300,6 +337,14 @@ class DataLoss:
             ahead, behind = (self._outputs(_moved(theta, direction, sign * step), inputs) for sign in (1, -1))
             tangents.append((ahead - behind) / (2 * step))
         return outputs, jnp.stack(tangents)
+
+
+def _arrays(part: Any) -> Any:
+    """Return the inputs or the targets of a batch as JAX's arrays."""
+    try:
+        return jax.tree.map(jnp.asarray, part)
+    except (TypeError, ValueError) as error:
+        raise BecameError(f"a batch holds what is no array of numbers ({first_line(error)}); leave it out.") from error
 
 
 def moments_of(state: Any, b2: float) -> dict[str, Moments]:

@@ -163,8 +163,9 @@ class Run:
     def _run(
         self, jaxpr: Any, consts: Sequence[Any], values: Sequence[Any], states: Sequence[_State]
     ) -> tuple[list[Any], list[_State]]:
+        # A constant may be NumPy's, and a backward pass of the user's own may take an entry of it by a traced number.
         known: dict[Any, tuple[Any, _State]] = {
-            variable: (const, None) for variable, const in zip(jaxpr.constvars, consts, strict=True)
+            variable: (jnp.asarray(const), None) for variable, const in zip(jaxpr.constvars, consts, strict=True)
         }
         known |= dict(zip(jaxpr.invars, zip(values, states, strict=True), strict=True))
 
@@ -188,7 +189,8 @@ class Run:
             return self._run(getattr(inner, "jaxpr", inner), getattr(inner, "consts", ()), values, states)
         results = _computed(equation, values)
         if "samples" not in states:
-            state = self._of_parameters_alone(name, params, of_parameters, len(states))
+            is_view = name in VIEWS and len(states) == 1 and jnp.issubdtype(results[0].dtype, jnp.floating)
+            state = self._of_parameters_alone(name if is_view else "", params, of_parameters)
             return results, [state] * len(results)
         if of_parameters:
             use = self._use(name, params, values, states)
@@ -204,14 +206,11 @@ class Run:
         return results, ["samples"] * len(results)
 
     @staticmethod
-    def _of_parameters_alone(
-        name: str, params: Mapping[str, Any], states: Sequence[_Entries | _Computed], operands: int
-    ) -> _State:
+    def _of_parameters_alone(view: str, params: Mapping[str, Any], states: Sequence[_Entries | _Computed]) -> _State:
         if not states:
             return None
-        if name in VIEWS and operands == 1 and isinstance(states[0], _Entries):
-            moved = VIEWS[name](states[0].numbers, params)
-            return _Entries(states[0].name, moved, states[0].size)
+        if view and isinstance(states[0], _Entries):
+            return _Entries(states[0].name, VIEWS[view](states[0].numbers, params), states[0].size)
         return _Computed(frozenset(one for state in states for one in _names(state)))
 
     @staticmethod
@@ -220,7 +219,10 @@ class Run:
             return None
         slot = next(place for place, state in enumerate(states) if isinstance(state, _Entries | _Computed))
         entries = states[slot]
-        if not isinstance(entries, _Entries) or entries.numbers.size != entries.size:
+        if not isinstance(entries, _Entries) or not entries.size or entries.numbers.size != entries.size:
+            return None
+        # Of complex products only a part is the gradient of a real parameter.
+        if any(jnp.iscomplexobj(value) for value in values):
             return None
         return OPERATIONS[name](entries, slot, params, values)
 

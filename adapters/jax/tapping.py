@@ -10,10 +10,11 @@ their taps by the same names. Only parameters of real numbers are tapped.
 """
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
+from jax import lax
 from jax import numpy as jnp
 
 from adapters.jax.graph import Run, Unknown, Use, dtypes_of
@@ -76,13 +77,15 @@ class TappedFunction:
         {'bias': (5, 1, 3), 'kernel': (5, 1, 2)}
     """
 
-    def __init__(self, apply: Apply, params: Any, inputs: Any) -> None:
+    def __init__(self, apply: Apply, params: Any, inputs: Any, shared: Collection[int] = ()) -> None:
         """Read the function, for inputs of these shapes but for their number of samples.
 
         Args:
             apply: (params, inputs) -> outputs, [samples, ...].
             params: a tree of arrays.
             inputs: of a batch: an array, or a tree of arrays.
+            shared: which leaves of the inputs, by number, no sample has for itself though they are as long as the
+                batch; leaves of other lengths need not be named.
 
         Raises:
             BecameError: if the outputs are no array with an axis of samples.
@@ -94,7 +97,10 @@ class TappedFunction:
         self._samples = outputs.shape[0]
         self._params = params
         leaves, self._structure = jax.tree.flatten(inputs)
-        self._is_samples = [jnp.ndim(leaf) > 0 and jnp.shape(leaf)[0] == self._samples for leaf in leaves]
+        self._is_samples = [
+            jnp.ndim(leaf) > 0 and jnp.shape(leaf)[0] == self._samples and number not in shared
+            for number, leaf in enumerate(leaves)
+        ]
         trained = trained_of(params)
 
         def of_leaves(trained: Params, leaves: Sequence[Array]) -> Array:
@@ -158,7 +164,7 @@ class TappedFunction:
             alone = [leaf if axis is None else leaf[None] for leaf, axis in zip(leaves, axes, strict=True)]
             return Run()(self._closed, theta, alone)[0][0]
 
-        outputs: Array = jax.vmap(one, in_axes=(axes,))(leaves)
+        outputs: Array = _of_each_sample(one, leaves, axes)
         return outputs
 
     def _taps(self, params: Any, inputs: Any, seed: Array) -> Taps:
@@ -189,7 +195,7 @@ class TappedFunction:
             by_outputs, by_others = backward(seed)
             return {n: (inputs[n], use.rows(by_outputs[n])) for n, use in self._kinds.items()}, by_others
 
-        pairs, lone = jax.vmap(one, in_axes=(axes, 0))(leaves, seed)
+        pairs, lone = _of_each_sample(lambda given: one(given[:-1], given[-1]), [*leaves, seed], [*axes, 0])
         taps = {name: self._tap([pairs[n] for n in numbers], numbers) for name, numbers in self._tapped.items()}
         for name, gradient in lone.items():
             flat = gradient.reshape(gradient.shape[0], 1, -1)
@@ -205,3 +211,25 @@ class TappedFunction:
                 for use, a, g in uses
             ]
         )
+
+
+def _of_each_sample(
+    function: Callable[[Sequence[Array]], Any], leaves: Sequence[Array], axes: Sequence[int | None]
+) -> Any:
+    """Return what a function returns for each sample, stacked; by a loop if JAX has no batched form of an operation.
+
+    Args:
+        function: of leaves.
+        leaves: of a batch.
+        axes: 0 of leaves that belong to samples, and None of those that all samples share.
+    """
+    try:
+        return jax.vmap(function, in_axes=(list(axes),))(list(leaves))
+    except NotImplementedError:
+        own = [place for place, axis in enumerate(axes) if axis == 0]
+
+        def of_one(rows: Sequence[Array]) -> Any:
+            rows_of = dict(zip(own, rows, strict=True))
+            return function([rows_of.get(place, leaf) for place, leaf in enumerate(leaves)])
+
+        return lax.map(of_one, [leaves[place] for place in own])

@@ -7,11 +7,13 @@ Convention: losses and Fisher information are means over samples or over tokens,
 alike, each with its mean. Parameters go by PyTorch's own names; those that need no gradient are never touched.
 """
 
+import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
+from weakref import ReferenceType, ref
 
 import torch
 from safetensors import SafetensorError
@@ -129,6 +131,13 @@ class Continual(ContinualModel):
         for name, value in self._data.trained.items():
             if value.is_complex():
                 raise BecameError(f"'{name}' is complex; let torch.view_as_complex make it of a real parameter.")
+        for name, layer in self._data.shared.model.named_modules():
+            if isinstance(layer, nn.Embedding | nn.EmbeddingBag) and layer.max_norm and layer.weight.requires_grad:
+                raise BecameError(
+                    f"the layer '{name}' shortens its rows whenever it runs (max_norm={layer.max_norm:g}), beside the "
+                    "steps of any optimizer; make it without max_norm, and shorten rows in a post-hook of the step."
+                )
+        self._owners: dict[str, ReferenceType[nn.Parameter]] = {}  # the parameters that were remembered last
 
     # What must not be lost.
 
@@ -170,6 +179,7 @@ class Continual(ContinualModel):
             fisher, finished = self._data.fisher(batches, with_memory=True, held=held)
             self.projector = self.projector.remember(finished)
         self._remember(fisher)
+        self._owners = {name: ref(value) for name, value in self._data.trained.items()}
 
     # Training.
 
@@ -190,6 +200,7 @@ class Continual(ContinualModel):
             raise BecameError("stable training projects the steps of an optimizer; give stable() all that train.")
         guards = [self._guard(optimizer) for optimizer in map(unwrapped, optimizers)]
         witness = Witness(self._data.trained, guards)
+        self._warn_of_replaced()
         with ExitStack() as stack:
             for guard in guards:
                 for before in (witness.before_step, guard.before_step):
@@ -288,6 +299,19 @@ class Continual(ContinualModel):
         learning = cls(model, **stored.settings)
         learning._restore(stored)
         return learning
+
+    def _warn_of_replaced(self) -> None:
+        """Warn if a parameter took the place of one that was remembered, with values of its own."""
+        assert self.posterior is not None
+        for name, value in self._data.trained.items():
+            is_other = name in self._owners and self._owners[name]() is not value
+            if is_other and not torch.equal(own_part(value), own_part(self.posterior.mean[name])):
+                warnings.warn(
+                    f"'{name}' is another parameter than when old data were remembered, with other values: unless "
+                    "these were loaded, what the model knew there is lost; put the old ones back, or remember again.",
+                    stacklevel=4,  # where the context begins
+                )
+                return
 
     def _guard(self, optimizer: Optimizer) -> StepGuard:
         return StepGuard(

@@ -19,6 +19,7 @@ from adapters.jax.tapping import TappedFunction, trained_of
 from adapters.jax.trees import leaves_of
 from became_core import BecameError
 from became_core.curvature import per_sample_gradients
+from tests.jax.drawn import drawn, of_equinox, of_linen, of_nnx
 
 INPUTS = np.random.default_rng(0).normal(size=(3, 5, 4))
 KEYS = np.array([[1, 2, 2], [0, 6, 1], [3, 3, 3]])
@@ -26,40 +27,24 @@ KEYS = np.array([[1, 2, 2], [0, 6, 1], [3, 3, 3]])
 Case = tuple[Callable[[Any, Any], Any], Any, Any]
 
 
-def _random(*shape: int) -> Any:
-    return jnp.asarray(np.random.default_rng(sum(shape)).normal(size=shape))
-
-
 def _of_linen(module: Any) -> Case:
-    return module.apply, module.init(jax.random.key(0), INPUTS), INPUTS
+    return module.apply, of_linen(module, INPUTS), INPUTS
 
 
-def _of_nnx() -> Case:
-    class Network(nnx.Module):  # type: ignore[misc] # flax is taken as untyped
-        def __init__(self, rngs: Any) -> None:
-            self.first = nnx.Linear(4, 3, param_dtype=jnp.float64, rngs=rngs)
-            self.norm = nnx.LayerNorm(3, param_dtype=jnp.float64, rngs=rngs)
+class _Normed(nnx.Module):  # type: ignore[misc] # flax is taken as untyped
+    """A layer of nnx and a norm."""
 
-        def __call__(self, inputs: Any) -> Any:
-            return self.norm(self.first(inputs))
+    def __init__(self) -> None:
+        rngs = nnx.Rngs(0)
+        self.first = nnx.Linear(4, 3, param_dtype=jnp.float64, rngs=rngs)
+        self.norm = nnx.LayerNorm(3, param_dtype=jnp.float64, rngs=rngs)
 
-    definition, state = nnx.split(Network(nnx.Rngs(0)))
-    return lambda state, inputs: nnx.merge(definition, state)(inputs), state, INPUTS
-
-
-def _of_nnx_attention() -> Case:
-    attention = nnx.MultiHeadAttention(
-        2, 4, 4, decode=False, deterministic=True, param_dtype=jnp.float64, rngs=nnx.Rngs(0)
-    )
-    definition, state, rest = nnx.split(attention, nnx.Param, ...)
-    return lambda state, inputs: nnx.merge(definition, state, rest)(inputs), state, INPUTS
+    def __call__(self, inputs: Any) -> Any:
+        return self.norm(self.first(inputs))
 
 
-def _of_equinox(module: Any, inputs: Any) -> Case:
-    """What equinox's users do: the arrays of a module are parameters, and all else in it is part of the function."""
-    doubled = jax.tree.map(lambda leaf: leaf.astype(float) if eqx.is_inexact_array(leaf) else leaf, module)
-    params, static = eqx.partition(doubled, eqx.is_inexact_array)
-    return lambda params, inputs: jax.vmap(eqx.combine(params, static))(inputs), params, inputs
+def _attention() -> Any:
+    return nnx.MultiHeadAttention(2, 4, 4, decode=False, deterministic=True, param_dtype=jnp.float64, rngs=nnx.Rngs(0))
 
 
 class _Convolved(eqx.Module):  # type: ignore[misc] # equinox is taken as untyped
@@ -145,7 +130,7 @@ CASES: dict[str, Callable[[], Case]] = {
         lambda w, x: lax.conv_general_dilated(
             x, w, (1,), [(1, 0)], rhs_dilation=(2,), dimension_numbers=("NWC", "OIW", "NWC"), feature_group_count=2
         ),
-        _random(6, 2, 2),
+        drawn(6, 2, 2),
         INPUTS,
     ),
     "transposed convolution": lambda: _of_linen(nn.ConvTranspose(2, (3,), strides=(2,), **FLOAT64)),
@@ -165,30 +150,30 @@ CASES: dict[str, Callable[[], Case]] = {
     "group norm and slopes": lambda: _of_linen(
         nn.Sequential([nn.GroupNorm(2, **FLOAT64), nn.PReLU(param_dtype=float)])
     ),
-    "experts with hard routing": lambda: (_routed, {"router": _random(4, 2), "experts": _random(2, 4, 3)}, INPUTS),
-    "equinox": lambda: _of_equinox(eqx.nn.MLP(4, 3, 8, 1, key=jax.random.key(0)), INPUTS[:, 0]),
-    "equinox with a convolution": lambda: _of_equinox(_Convolved(), INPUTS),
-    "equinox with attention": lambda: _of_equinox(_Attending(), INPUTS),
-    "nnx": _of_nnx,
-    "nnx with attention": _of_nnx_attention,
-    "embedding tied to the output": lambda: (_tied, {"table": _random(7, 4)}, KEYS),
-    "one matrix used twice": lambda: (_shared, {"w": _random(4, 4)}, INPUTS),
+    "experts with hard routing": lambda: (_routed, {"router": drawn(4, 2), "experts": drawn(2, 4, 3)}, INPUTS),
+    "equinox": lambda: (*of_equinox(lambda: eqx.nn.MLP(4, 3, 8, 1, key=jax.random.key(0))), INPUTS[:, 0]),
+    "equinox with a convolution": lambda: (*of_equinox(_Convolved), INPUTS),
+    "equinox with attention": lambda: (*of_equinox(_Attending), INPUTS),
+    "nnx": lambda: (*of_nnx(_Normed), INPUTS),
+    "nnx with attention": lambda: (*of_nnx(_attention), INPUTS),
+    "embedding tied to the output": lambda: (_tied, {"table": drawn(7, 4)}, KEYS),
+    "one matrix used twice": lambda: (_shared, {"w": drawn(4, 4)}, INPUTS),
     "matrix stored as [d_out, d_in], with a position": lambda: (
         lambda p, x: jax.vmap(lambda row: p["w"] @ row.T)(x + p["position"][:5]),
-        {"w": _random(2, 4), "position": _random(9, 4)},
+        {"w": drawn(2, 4), "position": drawn(9, 4)},
         INPUTS,
     ),
     "weight that is computed": lambda: (
         lambda p, x: x @ (p["g"] * p["v"] / jnp.linalg.norm(p["v"])),
-        {"v": _random(4, 2), "g": _random(2)},
+        {"v": drawn(4, 2), "g": drawn(2)},
         INPUTS,
     ),
     "flat weight that is reshaped and cast": lambda: (
         lambda p, x: jax.jit(lambda w: x @ w.reshape(4, 3).astype(float))(p),
-        _random(12),
+        drawn(12),
         INPUTS,
     ),
-    "derivative of the user's own": lambda: (lambda p, x: _doubled(p, x), _random(4, 3), INPUTS),
+    "derivative of the user's own": lambda: (lambda p, x: _doubled(p, x), drawn(4, 3), INPUTS),
 }
 # What is explained as a whole matrix, and whether it is stored as [d_in, d_out]; and what no operation explains.
 MATRICES = {
@@ -226,21 +211,25 @@ SLOW = {
 
 
 def _gradients(apply: Any, params: Any, inputs: Any, seed: Any) -> Any:
-    def loss(params: Any, sample: Any, seed: Any) -> Any:
-        return (apply(params, sample[None])[0] * seed).sum()
+    """Return the gradients of single samples, and the outputs of each sample."""
 
-    return jax.jit(jax.vmap(jax.grad(loss), (None, 0, 0)))(params, inputs, seed)
+    def loss(params: Any, sample: Any, seed: Any) -> Any:
+        outputs = apply(params, sample[None])[0]
+        return (outputs * seed).sum(), outputs
+
+    return jax.jit(jax.vmap(jax.grad(loss, has_aux=True), (None, 0, 0)))(params, inputs, seed)
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_taps_have_the_gradients_of_single_samples(name: str) -> None:
     apply, params, inputs = CASES[name]()
     tapped = TappedFunction(apply, params, inputs)
-    outputs = jax.jit(apply)(params, inputs)
-    np.testing.assert_allclose(tapped.outputs(params, inputs), outputs, rtol=1e-12, atol=1e-12)
-    seed = jnp.asarray(np.random.default_rng(1).normal(size=outputs.shape))
-    found = per_sample_gradients(tapped.taps(params, inputs, seed))
-    expected = leaves_of(_gradients(apply, params, inputs, seed))
+    found_outputs = tapped.outputs(params, inputs)
+    seed = np.random.default_rng(1).normal(size=found_outputs.shape)
+    expected, outputs = _gradients(apply, params, inputs, seed)
+    np.testing.assert_allclose(found_outputs, outputs, rtol=1e-12, atol=1e-12)
+    taps = jax.tree.map(np.asarray, tapped.taps(params, inputs, seed))  # JAX would compile what follows
+    found, expected = per_sample_gradients(taps), leaves_of(expected)
     assert set(found) == set(expected)
     for key, value in expected.items():
         np.testing.assert_allclose(found[key].reshape(value.shape), value, rtol=1e-9, atol=1e-12, err_msg=key)
@@ -263,7 +252,7 @@ def test_integers_have_no_taps_and_shared_inputs_are_no_samples() -> None:
     def apply(params: Any, inputs: Any) -> Any:
         return inputs["x"] @ params["w"] * inputs["scale"] + params["count"]
 
-    params = {"w": _random(4, 2), "count": jnp.array(3)}
+    params = {"w": drawn(4, 2), "count": jnp.array(3)}
     inputs = {"x": INPUTS[:, 0], "scale": jnp.array([0.5, 2.0])}
     tapped = TappedFunction(apply, params, inputs)
     assert list(tapped.taps(params, inputs, jnp.ones((3, 2)))) == ["w"]
@@ -281,7 +270,7 @@ def test_a_tree_of_parameters_has_numbers_and_arrays_alone() -> None:
 
 def test_outputs_without_an_axis_of_samples_are_refused() -> None:
     with pytest.raises(BecameError, match="must return one array of outputs"):
-        TappedFunction(lambda w, x: (x @ w).sum(), _random(4, 2), INPUTS)
+        TappedFunction(lambda w, x: (x @ w).sum(), drawn(4, 2), INPUTS)
 
 
 def test_the_examples_of_the_docstrings_run() -> None:

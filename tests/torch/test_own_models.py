@@ -309,6 +309,8 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
         lambda: looked_up(scale_grad_by_freq=True),
         "fails its first look: a derivative, by forward mode",
     ),
+    "words of bounded lengths": (lambda: looked_up(max_norm=0.5), r"'words' shortens its rows .* \(max_norm=0\.5\)"),
+    "bags of words of bounded lengths": (lambda: bagged(max_norm=2), r"'words' shortens its rows .* \(max_norm=2\)"),
     "complex parameters": (
         lambda: Of(lambda net, x: (torch.fft.rfft(x) @ net.w).real, w=torch.randn(4, 3, dtype=torch.complex128)),
         "'w' is complex; let torch.view_as_complex make it",
@@ -324,6 +326,15 @@ def test_it_is_refused_in_a_sentence(name: str) -> None:
     network = make() if name == "complex parameters" else make().double()
     with pytest.raises(BecameError, match=message):
         Continual(network).remember(data(1, 5))
+
+
+def test_words_of_bounded_lengths_may_be_frozen() -> None:
+    network: Any = looked_up(max_norm=0.5).double()
+    network.words.requires_grad_(False)
+    learning = Continual(network)
+    learning.remember(data(1, 5))
+    assert learning.posterior is not None
+    assert set(learning.posterior.mean) == {"head.weight", "head.bias"}
 
 
 def test_samples_on_another_axis_of_the_inputs_are_refused() -> None:

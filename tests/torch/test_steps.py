@@ -210,3 +210,37 @@ def test_stable_training_needs_an_optimizer() -> None:
         Case().learning.stable(),
     ):
         pass
+
+
+def test_what_a_hook_of_the_users_does_to_weights_is_part_of_the_step() -> None:
+    """As when rows of an embedding are shortened there, and not by ``max_norm``."""
+    case = Case()
+    optimizer = SGD(case.model.parameters(), 0.3)
+
+    def shorten(*_: Any) -> None:
+        with torch.no_grad():
+            case.model[0].weight.renorm_(2, 0, 0.3)
+
+    optimizer.register_step_post_hook(shorten)
+    with case.learning.stable(optimizer):
+        case.train(optimizer)
+    case.check()
+
+
+def test_there_is_a_warning_if_a_layer_took_the_place_of_one_that_was_remembered() -> None:
+    case = Case()
+    case.model.load_state_dict({name: value.clone() for name, value in case.model.state_dict().items()}, assign=True)
+    optimizer = SGD(case.model.parameters(), 0.1)
+    with case.learning.stable(optimizer):  # other parameters, and the same values
+        case.train(optimizer)
+    case.check()
+    case.model[0] = nn.Linear(WIDTH, 8).double()
+    with (
+        pytest.warns(UserWarning, match=r"'0\.weight' is another parameter than when old data were remembered") as seen,
+        case.learning.stable(optimizer := SGD(case.model.parameters(), 0.1)),
+    ):
+        case.train(optimizer)
+    assert seen[0].filename == __file__
+    case.learning.remember([(case.old, torch.arange(2))])
+    with case.learning.stable(optimizer):
+        case.train(optimizer)
