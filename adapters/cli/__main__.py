@@ -310,10 +310,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     if name not in commands:  # a question for help or completion, or nothing at all: tyro answers and ends the program
         parse(_one_of_commands(commands), "became", words, DESCRIPTION)
-    kind, words = commands[name], words[1:]
-    if name == "run":
-        words = with_short_help(kind, "became run", words)
-    command = parse(kind, f"became {name}", words)
+    kind, rest = commands[name], words[1:]
+    command = parse(kind, f"became {name}", with_short_help(kind, "became run", rest) if name == "run" else rest)
     if name == "run":
         return _run(request_of(command))
     status: int = command.run()
