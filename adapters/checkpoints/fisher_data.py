@@ -32,6 +32,7 @@ from safetensors.numpy import load_file, save_file
 from adapters.checkpoints.digest import digest_of
 from adapters.checkpoints.fisher_files import FACTORS, write_fisher
 from adapters.checkpoints.folders import Checkpoint, open_checkpoint
+from adapters.runs.files import check_free
 from became_core import BecameError
 from became_core.curvature import Categorical, FisherTargets, Tap, kronecker_factors, per_sample_square_sum
 from became_core.errors import first_line
@@ -313,8 +314,7 @@ def fisher_from_data(
 
 def _check_request(samples: Samples, out: Path) -> None:
     """Refuse what cannot be measured or written, and make the folder of the file."""
-    if out.exists():
-        raise BecameError(f"{out} exists; nothing is overwritten.")
+    check_free(out)
     if not len(samples.inputs):
         raise BecameError("there are no samples; give at least one.")
     try:
