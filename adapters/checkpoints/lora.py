@@ -40,6 +40,8 @@ HARMLESS = {
     *("layers_to_transform", "lora_dropout", "megatron_core", "peft_type", "peft_version", "revision"),
     *("target_modules", "task_type", "qalora_group_size", "runtime_config", "loftq_config", "eva_config"),
 }
+# What of it says which modules an adapter changes.
+CHOOSING = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
 UNDERSTOOD = {
     *("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "fan_in_fan_out"),
     *("bias", "lora_bias", "use_dora", "init_lora_weights"),
@@ -255,10 +257,11 @@ def adapter_config(adapters: Sequence[Adapter], ranks: Mapping[str, int]) -> dic
     """
     config = dict(adapters[0].checkpoint.adapter or {})
     usual = Counter(ranks.values()).most_common(1)[0][0]
-    others = {module: rank for module, rank in ranks.items() if rank != usual}
+    # "^", because peft looks for a pattern at the end of a name, and one module's name may be the end of another's.
+    others = {f"^{module}": rank for module, rank in ranks.items() if rank != usual}
     config |= {"r": usual, "lora_alpha": usual, "use_rslora": False}
     config |= {"rank_pattern": others, "alpha_pattern": others, "init_lora_weights": True}
-    targets = [(adapter.checkpoint.adapter or {}).get("target_modules") for adapter in adapters]
-    if any(target != targets[0] for target in targets):
-        config["target_modules"] = sorted(ranks)
+    chosen = [{word: (adapter.checkpoint.adapter or {}).get(word) for word in CHOOSING} for adapter in adapters]
+    if any(words != chosen[0] for words in chosen):
+        config |= {word: None for word in CHOOSING if word in config} | {"target_modules": sorted(ranks)}
     return config
