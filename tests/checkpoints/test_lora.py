@@ -192,7 +192,9 @@ def test_transposed_weights_have_transposed_differences(tmp_path: Path) -> None:
         ({"use_bdlora": {"blocks": 2}}, "'use_bdlora'"),
         ({"modules_to_save": ["lm_head"]}, "'modules_to_save'"),
         ({"r": 4}, "not rank 4"),
+        ({"r": 2.5}, "not rank 2.5"),
         ({"rank_pattern": {"(": 3}}, "rank_pattern"),
+        ({"rank_pattern": {"(.+)+!": 3}}, "a rank_pattern with a repeated group"),
         ({"lora_alpha": "x"}, "no number"),
     ],
 )
