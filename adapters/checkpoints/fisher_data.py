@@ -43,6 +43,8 @@ __all__ = ["FisherRequest", "Samples", "fisher_from_data", "load_model", "read_s
 IGNORED = -100
 # After so many chunks the sums so far are saved.
 SAVE_EVERY = 32
+# Random tokens are held in memory, eight bytes each.
+MOST_TOKENS = 10**8
 # The most rows of a Kronecker factor, which is a square: at 2^13 it has 512 MiB while it is summed.
 LARGEST_FACTOR = 2**13
 
@@ -101,6 +103,8 @@ def read_samples(data: str, tokenizer: Callable[[str], list[int]] | None = None,
         if len(sizes) != 3 or not all(size.isdecimal() and 0 < int(size) < 10**9 for size in sizes):
             raise BecameError(f"random tokens are random:SAMPLESxLENGTHxVOCABULARY, not '{data[:60]}'.")
         count, length, vocabulary = map(int, sizes)
+        if count * length > MOST_TOKENS:
+            raise BecameError(f"'{data[:60]}' has {count * length:,} tokens; give at most {MOST_TOKENS:,}.")
         tokens = np.random.default_rng(seed).integers(0, vocabulary, (count, length))
         note = (
             "Random tokens are no text: their curvature is that of a model that is lost, and differs from real data's."

@@ -15,6 +15,7 @@ import warnings
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -300,8 +301,7 @@ def tensors_of_torch(state: Mapping[str, Any], path: Path) -> dict[str, StoredTe
             str(value.dtype).removeprefix("torch."), f"'{name}' of {path}"
         )
         memory = None if value.numel() == 0 else (value.data_ptr(), tuple(value.shape), value.stride())
-        flat = value.detach().contiguous().reshape(-1).view(torch.uint8)
-        tensors[str(name)] = StoredTensor(str(name), word, tuple(value.shape), path, _bytes_of(flat), memory)
+        tensors[str(name)] = StoredTensor(str(name), word, tuple(value.shape), path, _bytes_of(value.detach()), memory)
     return tensors
 
 
@@ -320,8 +320,19 @@ def _numpy_word(name: str, what: str) -> str:
         raise BecameError(f"{what} has dtype '{name}', which is not known; known are {', '.join(DTYPES)}.") from None
 
 
-def _bytes_of(flat: Any) -> Callable[[int, int], NDArray[np.uint8]]:
-    return lambda first, last: np.asarray(flat[first:last].numpy())
+def _bytes_of(value: Any) -> Callable[[int, int], NDArray[np.uint8]]:
+    """Return what reads a range of a PyTorch tensor's bytes in C order; only the rows around it are in memory."""
+    import torch
+
+    width = max(prod(value.shape[1:]) * value.itemsize, 1)
+
+    def read(first: int, last: int) -> NDArray[np.uint8]:
+        top = 0 if value.is_contiguous() else first // width
+        rows = value if value.is_contiguous() else value[top : -(-last // width)]
+        part = rows.reshape(-1).view(torch.uint8)[first - top * width : last - top * width]
+        return np.asarray(part.numpy())
+
+    return read
 
 
 def _npz(path: Path) -> dict[str, StoredTensor]:

@@ -399,6 +399,7 @@ def test_random_tokens_come_with_a_warning_and_data_that_is_none_with_a_sentence
     np.savez(tmp_path / "other.npz", x=np.zeros(3))
     for name, message in (
         ("random:3x5", "SAMPLESxLENGTHxVOCABULARY"),
+        ("random:1000000x1000000x9", "1,000,000,000,000 tokens; give at most 100,000,000"),
         (str(tmp_path / "missing.npz"), "there is no file"),
         (str(tmp_path / "other.npz"), "neither 'tokens'"),
         (str(tmp_path / "text.txt"), "no data that is known"),

@@ -104,6 +104,18 @@ def test_a_pytorch_file_that_would_execute_something_is_refused(tmp_path: Path) 
     assert "weights_only" not in str(error.value)  # PyTorch's own sentence says how to execute it
 
 
+def test_a_pytorch_tensor_in_another_order_is_read_by_rows(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    images = torch.arange(2.0 * 3 * 4 * 5).reshape(2, 3, 4, 5).to(memory_format=torch.channels_last)
+    state = {"w": images, "t": torch.arange(6.0, dtype=torch.bfloat16).reshape(2, 3).T, "s": torch.tensor(2.0)}
+    torch.save(state, tmp_path / "A.pt")
+    tensors = open_checkpoint(tmp_path / "A.pt").tensors
+    assert_array_equal(tensors["w"].whole(), np.arange(120.0).reshape(2, 3, 4, 5))
+    assert_array_equal(tensors["w"].slab(50, 70), np.arange(50.0, 70.0))
+    assert_array_equal(tensors["t"].slab(1, 5).astype(float), [3.0, 1.0, 4.0, 2.0])
+    assert_array_equal(tensors["s"].whole(), 2.0)
+
+
 def test_a_pytorch_tensor_whose_numbers_are_not_all_stored_is_refused(tmp_path: Path) -> None:
     torch = pytest.importorskip("torch")
     cases = [
