@@ -95,7 +95,7 @@ def test_a_name_that_the_terminal_cannot_show_is_spelt(tmp_path: Path, monkeypat
     shown = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr(sys, "stdout", shown)
     assert main(words("inspect", saved(tmp_path, "ü", arrays(0)))) == 0
-    assert b"\\xfc.safetensors: safetensors file" in shown.buffer.getvalue()  # type: ignore[attr-defined]
+    assert b"\\xfc.safetensors: safetensors file" in shown.buffer.getvalue()
 
 
 def test_a_dry_run_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
