@@ -179,7 +179,9 @@ def _written_once(models: Sequence[Checkpoint]) -> dict[str, str]:
         pairs = []
         for model in models:
             embeddings = [other for other in model.tensors if other.endswith(EMBEDDINGS)]
-            if model.config.get("tie_word_embeddings") is False or len(embeddings) != 1:
+            said = model.config.get("tie_word_embeddings")
+            # A model that holds both and does not say that they are tied may be loaded by what expects both.
+            if said is False or (said is None and name in model.tensors) or len(embeddings) != 1:
                 break
             pairs.append((model.tensors.get(name), model.tensors[embeddings[0]]))
         else:

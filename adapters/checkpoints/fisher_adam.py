@@ -19,8 +19,9 @@ from numpy.typing import NDArray
 
 from adapters.checkpoints.digest import digest_of
 from adapters.checkpoints.fisher_files import write_fisher
-from adapters.checkpoints.folders import Checkpoint, load_torch, open_checkpoint
+from adapters.checkpoints.folders import Checkpoint, is_dense, load_torch, open_checkpoint
 from adapters.checkpoints.tensors import StoredTensor
+from adapters.runs.files import check_free
 from became_core import BecameError
 
 __all__ = ["WARNINGS", "fisher_from_optimizer"]
@@ -71,8 +72,7 @@ def fisher_from_optimizer(optimizer: Path, model: Path, out: Path, names: Sequen
     Raises:
         BecameError: if the state is none of Adam's, or its parameters are not those of the model.
     """
-    if out.exists():
-        raise BecameError(f"{out} exists; nothing is overwritten.")
+    check_free(out)
     checkpoint = open_checkpoint(model)
     groups = _groups(load_torch(optimizer), optimizer)
     moments: dict[str, Moment] = {}
@@ -90,6 +90,10 @@ def fisher_from_optimizer(optimizer: Path, model: Path, out: Path, names: Sequen
     def slabs(name: str, start: int, stop: int) -> NDArray[Any]:
         moment = moments[name]
         values = moment.second.reshape(-1)[start:stop].double().numpy()
+        if values.size and not (values.min() >= 0 and values.max() < np.inf):
+            raise BecameError(
+                f"{optimizer} has an 'exp_avg_sq' of '{name}' that is negative, infinite or not a number."
+            )
         return np.asarray(values / (1.0 - moment.beta2**moment.step))
 
     first = next(iter(moments.values()))
@@ -115,8 +119,18 @@ Group = tuple[list[str] | None, list[Moment]]
 
 def _groups(state: Any, path: Path) -> list[Group]:
     """Return for each of the optimiser's groups the parameters' names, if it says them, and what Adam knows of them."""
-    if not isinstance(state, Mapping) or not {"state", "param_groups"} <= state.keys():
-        raise BecameError(f"{path} is no optimiser's state; save optimizer.state_dict().")
+    try:
+        groups = _read_groups(state, path)
+    except BecameError:
+        raise
+    except (TypeError, KeyError, IndexError, ValueError, AttributeError, OverflowError):  # anything may be anywhere
+        raise BecameError(f"{path} is no optimiser's state; save optimizer.state_dict().") from None
+    if not any(moments for _, moments in groups):
+        raise BecameError(f"{path} has no parameters.")
+    return groups
+
+
+def _read_groups(state: Mapping[str, Any], path: Path) -> list[Group]:
     groups: list[Group] = []
     for group in state["param_groups"]:
         moments = []
@@ -126,9 +140,9 @@ def _groups(state: Any, path: Path) -> list[Group]:
                 raise BecameError(f"{path} has no state of parameter {index}, which has had no gradient.")
             moments.append(_moment(known, group, index, path))
         names = group.get("param_names")
+        if names is not None and not (len(names) == len(moments) and all(isinstance(name, str) for name in names)):
+            raise BecameError(f"{path} has 'param_names' that are not a name for each of {len(moments)} parameters.")
         groups.append((list(names) if names is not None else None, moments))
-    if not any(moments for _, moments in groups):
-        raise BecameError(f"{path} has no parameters.")
     return groups
 
 
@@ -139,10 +153,14 @@ def _moment(known: Mapping[str, Any], group: Mapping[str, Any], index: Any, path
     if "exp_avg_sq" not in known or "betas" not in group:
         raise BecameError(f"{path} has no 'exp_avg_sq' of parameter {index}; it is no state of Adam.")
     second, step, beta2 = known["exp_avg_sq"], int(known.get("step", 0)), float(group["betas"][1])
+    if not is_dense(second):
+        raise BecameError(f"{path} has an 'exp_avg_sq' of parameter {index} that is no dense tensor in memory.")
     if not second.dtype.is_floating_point:
         raise BecameError(f"{path} has 'exp_avg_sq' of parameter {index} in {second.dtype}; an 8-bit state is no use.")
-    if step < 1 or not 0 <= beta2 < 1:
-        raise BecameError(f"{path} has step {step} and beta_2 {beta2} of parameter {index}; no moment is known then.")
+    if not 1 <= step < 2**63 or not 0 <= beta2 < 1:
+        raise BecameError(
+            f"{path} has step {str(step)[:20]} and beta_2 {beta2} of parameter {index}; no moment is known then."
+        )
     return Moment(second, step, beta2)
 
 

@@ -32,6 +32,7 @@ from safetensors.numpy import load_file, save_file
 from adapters.checkpoints.digest import digest_of
 from adapters.checkpoints.fisher_files import FACTORS, write_fisher
 from adapters.checkpoints.folders import Checkpoint, open_checkpoint
+from adapters.runs.files import check_free
 from became_core import BecameError
 from became_core.curvature import Categorical, FisherTargets, Tap, kronecker_factors, per_sample_square_sum
 from became_core.errors import first_line
@@ -42,6 +43,8 @@ __all__ = ["FisherRequest", "Samples", "fisher_from_data", "load_model", "read_s
 IGNORED = -100
 # After so many chunks the sums so far are saved.
 SAVE_EVERY = 32
+# Random tokens are held in memory, eight bytes each.
+MOST_TOKENS = 10**8
 # The most rows of a Kronecker factor, which is a square: at 2^13 it has 512 MiB while it is summed.
 LARGEST_FACTOR = 2**13
 
@@ -100,6 +103,8 @@ def read_samples(data: str, tokenizer: Callable[[str], list[int]] | None = None,
         if len(sizes) != 3 or not all(size.isdecimal() and 0 < int(size) < 10**9 for size in sizes):
             raise BecameError(f"random tokens are random:SAMPLESxLENGTHxVOCABULARY, not '{data[:60]}'.")
         count, length, vocabulary = map(int, sizes)
+        if count * length > MOST_TOKENS:
+            raise BecameError(f"'{data[:60]}' has {count * length:,} tokens; give at most {MOST_TOKENS:,}.")
         tokens = np.random.default_rng(seed).integers(0, vocabulary, (count, length))
         note = (
             "Random tokens are no text: their curvature is that of a model that is lost, and differs from real data's."
@@ -313,8 +318,7 @@ def fisher_from_data(
 
 def _check_request(samples: Samples, out: Path) -> None:
     """Refuse what cannot be measured or written, and make the folder of the file."""
-    if out.exists():
-        raise BecameError(f"{out} exists; nothing is overwritten.")
+    check_free(out)
     if not len(samples.inputs):
         raise BecameError("there are no samples; give at least one.")
     try:

@@ -27,6 +27,8 @@ from numpy.typing import NDArray
 from adapters.checkpoints.align import padded, tensor_or_tied
 from adapters.checkpoints.folders import Checkpoint, open_checkpoint
 from adapters.checkpoints.tensors import StoredTensor, finite, ranges, safetensors_header, widened
+from adapters.runs.files import check_free
+from adapters.runs.lock import locked
 from became_core import BecameError
 
 __all__ = [
@@ -245,28 +247,33 @@ def write_fisher(
         remarks: more metadata.
 
     Raises:
-        BecameError: if there is something already, or it cannot be written.
+        BecameError: if there is something already, a value is not finite, another process writes it, or it cannot be
+            written.
     """
-    if out.exists():
-        raise BecameError(f"{out} exists; nothing is overwritten.")
     words = {FORMAT: "1", "kind": kind, "unit": unit, "per": per, **{n: str(count) for n, count in counts.items()}}
     words |= ({"model": model} if model else {}) | ({"factors": factors} if factors != "diagonal" else {})
     words |= dict(remarks or {})
     entries = [(name, "F32", shape) for name, shape in tensors]
     header, _ = safetensors_header(entries, words)
     temporary = out.with_name(f".{out.name}.writing")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            file.write(header)
-            for name, _, shape in entries:
-                for start, stop in ranges(int(np.prod(shape, dtype=object))):
-                    file.write(np.asarray(slabs(name, start, stop), dtype=np.float32).tobytes())
-        temporary.rename(out)
-    except OSError as error:
-        raise BecameError(f"cannot write {out}: {error.strerror}.") from None
-    finally:
-        temporary.unlink(missing_ok=True)
+    check_free(out)
+    with locked(out.with_name(f".{out.name}.lock")):
+        try:
+            with temporary.open("wb") as file:
+                file.write(header)
+                for name, _, shape in entries:
+                    for start, stop in ranges(int(np.prod(shape, dtype=object))):
+                        with np.errstate(over="ignore"):
+                            values = np.asarray(slabs(name, start, stop), dtype=np.float32)
+                        if not np.isfinite(values).all():
+                            raise BecameError(f"'{name}' of {out} would have an entry that is no finite number.")
+                        file.write(values.tobytes())
+            check_free(out)
+            temporary.rename(out)
+        except OSError as error:
+            raise BecameError(f"cannot write {out}: {error.strerror}.") from None
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def add_fisher_files(paths: Sequence[Path], out: Path) -> None:

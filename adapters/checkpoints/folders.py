@@ -9,11 +9,13 @@ Convention: names of tensors are the files' own; a checkpoint's tensors are in t
 """
 
 import ast
+import pickle
 import threading
 import warnings
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +33,7 @@ from adapters.runs.files import read_file
 from became_core import BecameError
 from became_core.errors import first_line
 
-__all__ = ["Checkpoint", "load_torch", "open_checkpoint", "read_json", "tensors_of_torch"]
+__all__ = ["Checkpoint", "is_dense", "load_torch", "open_checkpoint", "read_json", "tensors_of_torch"]
 
 ADAPTER_CONFIG = "adapter_config.json"
 # The files of weights of a folder, in the order in which they are looked for.
@@ -68,6 +70,14 @@ class Checkpoint:
     adapter: Mapping[str, Any] | None = None
     ordered: bool = False
 
+    def __post_init__(self) -> None:
+        """Refuse names and metadata that no file can hold; raises a BecameError."""
+        for text in (*self.tensors, *self.metadata, *self.metadata.values()):
+            try:
+                text.encode()
+            except UnicodeEncodeError:  # half of a pair of surrogates, which JSON and pickle can write
+                raise BecameError(f"{self.path} has a name {ascii(text)[:80]}, which is no text in UTF-8.") from None
+
     @property
     def files(self) -> tuple[Path, ...]:
         """The files that the tensors lie in."""
@@ -85,12 +95,21 @@ def open_checkpoint(path: Path) -> Checkpoint:
     Raises:
         BecameError: if it is missing, of no known format, damaged, or leads out of its folder.
     """
-    if path.is_dir():
-        return _folder(path)
-    if not path.exists():
-        raise BecameError(f"there is no {path}.")
-    tensors, kind, metadata = _file(path)
+    try:
+        if path.is_dir():
+            return _folder(path)
+        if not path.exists():
+            raise BecameError(f"there is no {path}.")
+        tensors, kind, metadata = _file(path)
+    except OSError as error:  # a folder without permission, or a name that is too long
+        raise BecameError(f"cannot read {path}: {error.strerror}.") from None
     return _without_shared(Checkpoint(path, kind, tensors, metadata=metadata, ordered=kind != "safetensors file"))
+
+
+def check_is_file(path: Path) -> None:
+    """Refuse a pipe or a device, which might never end; raises an OSError where the system does."""
+    if path.exists() and not path.is_file():
+        raise BecameError(f"{path} is no file.")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -104,6 +123,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _file(path: Path) -> tuple[dict[str, StoredTensor], str, dict[str, str]]:
+    check_is_file(path)
     if path.suffix == ".safetensors":
         tensors, metadata = read_safetensors(path)
         return tensors, "safetensors file", metadata
@@ -232,12 +252,20 @@ def load_torch(path: Path) -> Any:
     except ModuleNotFoundError:
         raise BecameError(f"{path} is a PyTorch file, which PyTorch alone reads; pip install torch.") from None
     try:
+        check_is_file(path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             mapped = zipfile.is_zipfile(path)
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except BecameError:
+        raise
     except OSError as error:
         raise BecameError(f"cannot read {path}: {error.strerror}.") from None
+    except pickle.UnpicklingError:  # PyTorch's own sentence says how to execute it after all
+        raise BecameError(
+            f"{path} is no PyTorch file of weights alone: it is damaged, or holds what would have to be executed; save "
+            "model.state_dict()."
+        ) from None
     except Exception as error:  # PyTorch raises whatever a damaged archive leads it to
         raise BecameError(f"{path} is no PyTorch file of weights alone ({first_line(error)}).") from None
 
@@ -261,17 +289,28 @@ def tensors_of_torch(state: Mapping[str, Any], path: Path) -> dict[str, StoredTe
     import torch
 
     words = {str(torch.float8_e4m3fn): "F8_E4M3", str(torch.float8_e5m2): "F8_E5M2", "torch.bfloat16": "BF16"}
-    tensors = {}
+    tensors: dict[str, StoredTensor] = {}
     for name, value in state.items():
-        if not isinstance(value, torch.Tensor) or value.layout != torch.strided or value.is_quantized:
-            raise BecameError(f"'{name}' of {path} is no dense tensor but {type(value).__name__}.")
+        if not is_dense(value):
+            raise BecameError(f"'{name}' of {path} is no dense tensor in memory but {type(value).__name__}.")
+        if str(name) in tensors:
+            raise BecameError(f"{path} has '{name}' twice, as a text and as something else.")
+        if value.numel() * value.itemsize > value.untyped_storage().nbytes():
+            raise BecameError(f"'{name}' of {path} is expanded: it has more elements than are stored; save its clone.")
         word = words.get(str(value.dtype)) or _numpy_word(
             str(value.dtype).removeprefix("torch."), f"'{name}' of {path}"
         )
         memory = None if value.numel() == 0 else (value.data_ptr(), tuple(value.shape), value.stride())
-        flat = value.detach().contiguous().reshape(-1).view(torch.uint8)
-        tensors[str(name)] = StoredTensor(str(name), word, tuple(value.shape), path, _bytes_of(flat), memory)
+        tensors[str(name)] = StoredTensor(str(name), word, tuple(value.shape), path, _bytes_of(value.detach()), memory)
     return tensors
+
+
+def is_dense(value: Any) -> bool:
+    """Return whether a value is a PyTorch tensor whose numbers are in memory, each at its own place."""
+    import torch
+
+    is_plain = isinstance(value, torch.Tensor) and value.layout == torch.strided and value.device.type == "cpu"
+    return bool(is_plain and not value.is_quantized and not value.is_nested)
 
 
 def _numpy_word(name: str, what: str) -> str:
@@ -281,8 +320,19 @@ def _numpy_word(name: str, what: str) -> str:
         raise BecameError(f"{what} has dtype '{name}', which is not known; known are {', '.join(DTYPES)}.") from None
 
 
-def _bytes_of(flat: Any) -> Callable[[int, int], NDArray[np.uint8]]:
-    return lambda first, last: np.asarray(flat[first:last].numpy())
+def _bytes_of(value: Any) -> Callable[[int, int], NDArray[np.uint8]]:
+    """Return what reads a range of a PyTorch tensor's bytes in C order; only the rows around it are in memory."""
+    import torch
+
+    width = max(prod(value.shape[1:]) * value.itemsize, 1)
+
+    def read(first: int, last: int) -> NDArray[np.uint8]:
+        top = 0 if value.is_contiguous() else first // width
+        rows = value if value.is_contiguous() else value[top : -(-last // width)]
+        part = rows.reshape(-1).view(torch.uint8)[first - top * width : last - top * width]
+        return np.asarray(part.numpy())
+
+    return read
 
 
 def _npz(path: Path) -> dict[str, StoredTensor]:

@@ -40,6 +40,10 @@ HARMLESS = {
     *("layers_to_transform", "lora_dropout", "megatron_core", "peft_type", "peft_version", "revision"),
     *("target_modules", "task_type", "qalora_group_size", "runtime_config", "loftq_config", "eva_config"),
 }
+# A group that is repeated: in a stranger's pattern the search for it may never end.
+UNBOUNDED = re.compile(r"\)[*+?{]")
+# What of it says which modules an adapter changes.
+CHOOSING = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
 UNDERSTOOD = {
     *("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "fan_in_fan_out"),
     *("bias", "lora_bias", "use_dora", "init_lora_weights"),
@@ -136,10 +140,11 @@ def adapter_of(checkpoint: Checkpoint) -> Adapter:
             (_, tensor), *_ = pair.values()
             raise BecameError(f"{tensor} has no other factor beside it.")
         (down_suffix, down), (up_suffix, up) = pair["down"], pair["up"]
-        rank = int(_of_pattern(config, "rank_pattern", module, config.get("r", 8), path))
-        if rank < 1 or down.shape[0] != rank or up.shape[1:] != (rank,) + (1,) * (len(up.shape) - 2):
+        asked = _of_pattern(config, "rank_pattern", module, config.get("r", 8), path)
+        rank = int(asked)
+        if rank < 1 or rank != asked or down.shape[0] != rank or up.shape[1:] != (rank,) + (1,) * (len(up.shape) - 2):
             shapes = f"{list(down.shape)} and {list(up.shape)}"
-            raise BecameError(f"{down} and its other factor have shapes {shapes}, which is not rank {rank}.")
+            raise BecameError(f"{down} and its other factor have shapes {shapes}, which is not rank {asked:g}.")
         alpha = _of_pattern(config, "alpha_pattern", module, config.get("lora_alpha", 8), path)
         scale = alpha / (sqrt(rank) if config.get("use_rslora") else rank)
         transposed = bool(config.get("fan_in_fan_out")) or "embedding" in down_suffix
@@ -172,10 +177,12 @@ def _of_pattern(config: Mapping[str, Any], name: str, module: str, usual: Any, p
     value = usual
     try:
         for key, number in patterns.items():
+            if UNBOUNDED.search(key):
+                raise BecameError(f"{path} has a {name} with a repeated group, which is not understood.")
             if re.match(rf"(.*\.)?({key})$", module):
                 value = number
                 break
-    except (re.error, AttributeError, RecursionError, OverflowError):
+    except (re.error, AttributeError, TypeError, RecursionError, OverflowError):
         raise BecameError(f"{path} has a {name} that is not understood.") from None
     if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) < 1e9:
         raise BecameError(f"{path} gives '{module}' a value in {name} or its usual one that is no number.")
@@ -255,10 +262,11 @@ def adapter_config(adapters: Sequence[Adapter], ranks: Mapping[str, int]) -> dic
     """
     config = dict(adapters[0].checkpoint.adapter or {})
     usual = Counter(ranks.values()).most_common(1)[0][0]
-    others = {module: rank for module, rank in ranks.items() if rank != usual}
+    # "^", because peft looks for a pattern at the end of a name, and one module's name may be the end of another's.
+    others = {f"^{module}": rank for module, rank in ranks.items() if rank != usual}
     config |= {"r": usual, "lora_alpha": usual, "use_rslora": False}
     config |= {"rank_pattern": others, "alpha_pattern": others, "init_lora_weights": True}
-    targets = [(adapter.checkpoint.adapter or {}).get("target_modules") for adapter in adapters]
-    if any(target != targets[0] for target in targets):
-        config["target_modules"] = sorted(ranks)
+    chosen = [{word: (adapter.checkpoint.adapter or {}).get(word) for word in CHOOSING} for adapter in adapters]
+    if any(words != chosen[0] for words in chosen):
+        config |= {word: None for word in CHOOSING if word in config} | {"target_modules": sorted(ranks)}
     return config

@@ -33,7 +33,8 @@ from adapters.checkpoints.plan import FLOAT_WORDS, MergePlan
 from adapters.checkpoints.resources import held_already
 from adapters.checkpoints.rules import Solution
 from adapters.checkpoints.tensors import StoredTensor, narrowed
-from adapters.checkpoints.write import SYNC_SECONDS, Journal, Layout, OutputFolder, check_free, identity, layout_of
+from adapters.checkpoints.write import SYNC_SECONDS, Journal, Layout, OutputFolder, identity, layout_of
+from adapters.runs.files import check_free
 from became_core import BecameError
 from became_core.laplace import Quadratic
 
@@ -265,7 +266,8 @@ def _others(job: Job, report: MergeReport, ranks: Mapping[str, int], command: st
         texts["config.json"] = _json({**base.config, **changes})
     if job.adapters:
         texts[ADAPTER_CONFIG] = _json(adapter_config(job.adapters, ranks))
-    return {name: text.encode() for name, text in texts.items()}
+    # A path is bytes, and need not be text in UTF-8.
+    return {name: text.encode(errors="backslashreplace") for name, text in texts.items()}
 
 
 def _json(values: Mapping[str, Any]) -> str:
@@ -429,7 +431,8 @@ class _Passes:
             if f"Fisher {k + 1}" not in self._nonzero:
                 raise BecameError(f"{fisher.path} is zero in all tensors that are merged; it says nothing.")
             label = f"model {k + 1}"
-            if fisher.model is not None and fisher.model != self.digests()[label]:
+            # A Fisher file of an adapter is measured at the base model with the adapter in it, which is not at hand.
+            if not self.job.adapters and fisher.model is not None and fisher.model != self.digests()[label]:
                 raise BecameError(
                     f"{fisher.path} was measured at another model than {self.job.inputs[label].path}: its digest is "
                     f"{fisher.model[:8]}…, the model's is {self.digests()[label][:8]}…."
@@ -446,3 +449,8 @@ def _slopes(solution: Solution) -> tuple[float, float] | None:
 def _notes(job: Job) -> Iterator[str]:
     if any(leaf.name.endswith("running_var") for leaf in job.alignment.leaves):
         yield "Batch statistics were averaged; estimate them anew by a pass over data."
+    if job.adapters and job.fishers:
+        yield "That the Fisher files were measured with these adapters could not be checked."
+    bases = {str((adapter.checkpoint.adapter or {}).get("base_model_name_or_path")) for adapter in job.adapters}
+    if len(bases) > 1:
+        yield f"The adapters name different base models: {', '.join(sorted(bases))}."

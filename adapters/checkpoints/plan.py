@@ -145,7 +145,7 @@ class MergePlan:
             the latter is the first model.
         per: of ``became``: what shares a coefficient, ``model``, ``layer``, ``leaf`` or ``weight``.
         normalize: of ``linear``: whether the weights are divided by their sum.
-        t: of ``slerp``: how far along the arc, 0 for the first model and 1 for the second.
+        t: of ``slerp``: how far along the arc, 0 for the base model, or without one the first, and 1 for the other.
         scale: of ``task_arithmetic``, mergekit's ``lambda``: a factor of all differences.
         out_dtype: the dtype of all merged tensors; without it each has that of the base.
         pad_vocabulary: whether models with fewer tokens take the missing rows from those that have them.
@@ -238,6 +238,8 @@ IN_PLAN = {"models", "merge_method", "base_model", "parameters", "dtype", "out_d
     "shard_size",
 }
 OF_MODEL = {"weight", "fisher", "gradient", "mean", "gram"}
+# The methods that make use of a parameter; all others of a plan's are for every method, or say so themselves.
+USED_BY = {"normalize": ("linear",), "t": ("slerp",), "lambda": ("task_arithmetic",)}
 IN_PARAMETERS = {"normalize", "t", "lambda", "weight", "per"}
 
 
@@ -261,6 +263,11 @@ def plan_of(words: Any, where: str) -> MergePlan:
         raise BecameError(f"{where} has no list of 'models'.")
     parameters = words.get("parameters") or {}
     _check_words(parameters, IN_PARAMETERS, f"the parameters of {where}")
+    for word, owners in USED_BY.items():
+        # mergekit's task_arithmetic does not normalise either, unless it is told to.
+        is_usual = word == "normalize" and method == "task_arithmetic" and parameters.get(word) is False
+        if word in parameters and method not in owners and not is_usual:
+            raise BecameError(f"{where} has '{word}', of which {method} makes no use; leave it out.")
     if words.get("tokenizer_source", "base") != "base":
         raise BecameError(f"{where} has a tokenizer_source other than 'base', which is not known here.")
     weight = parameters.get("weight", 1.0)
@@ -368,10 +375,14 @@ def _yaml(file: Path) -> Any:
 
 def _text_of(file: Path) -> str:
     """Return the text of a plan; raises a UnicodeDecodeError if it is none."""
-    content = read_file(file)
-    if len(content) > LONGEST_PLAN:
-        raise BecameError(f"{file} has {len(content)} bytes, too many for a plan.")
-    text = content.decode()
+    try:
+        if file.exists() and not file.is_file():  # a pipe or a device might never end
+            raise BecameError(f"{file} is no file.")
+        if file.exists() and file.stat().st_size > LONGEST_PLAN:
+            raise BecameError(f"{file} has {file.stat().st_size} bytes, too many for a plan.")
+    except OSError as error:
+        raise BecameError(f"cannot read {file}: {error.strerror}.") from None
+    text = read_file(file).decode()
     depth = np.cumsum([(letter in "[{") - (letter in "]}") for letter in text])
     if depth.size and depth.max() > DEEPEST_PLAN:
         raise BecameError(f"{file} nests brackets more than {DEEPEST_PLAN} deep.")

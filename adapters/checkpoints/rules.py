@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from adapters.checkpoints.plan import MergePlan, check_method, group_of_tensor
+from adapters.checkpoints.plan import MergePlan, Setting, check_method, group_of_tensor
 from adapters.checkpoints.tensors import widened
 from became_core import BecameError, combine, merge
 from became_core.laplace import (
@@ -200,10 +200,19 @@ class Slerp(Rule):
     takes_base = False
 
     def __init__(self, plan: MergePlan) -> None:
-        """Ask for two models."""
+        """Ask for two models, one of which is the base model if there is one: there t is 0."""
         super().__init__(plan)
         if len(plan.models) != 2:
             raise BecameError(f"slerp is between two models, not {len(plan.models)}.")
+        if any(model.weight != Setting.of(1.0, "weight") for model in plan.models):
+            raise BecameError("slerp makes no use of weights; in a plan, t says how far along the arc.")
+        places = [model.model.absolute() for model in plan.models]
+        base = places[0] if plan.base_model is None else plan.base_model.absolute()
+        if base not in places:
+            raise BecameError(
+                f"slerp goes from base_model to the other model, and {plan.base_model} is none of the two."
+            )
+        self._is_reversed = base != places[0]
 
     def measure(self, slab: Slab) -> Quadratic:
         """Return the inner products of the two models, as a curvature."""
@@ -222,6 +231,7 @@ class Slerp(Rule):
     def shares(self, name: str, depth: float, weights: Sequence[float], solution: Solution) -> Sequence[float]:
         """Return sin((1 - t) angle) / sin(angle) and sin(t angle) / sin(angle)."""
         t = self.plan.t.at(name, depth)
+        t = 1.0 - t if self._is_reversed else t
         if name not in solution.coefficients:
             return 1.0 - t, t
         cosine = solution.coefficients[name][0]

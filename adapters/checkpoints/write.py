@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 from adapters.checkpoints.align import Leaf
 from adapters.checkpoints.job import Job
 from adapters.checkpoints.tensors import DTYPES, safetensors_header, size_text
-from adapters.runs.files import digest
+from adapters.runs.files import check_free, digest
 from adapters.runs.lock import locked
 from became_core import BecameError
 
@@ -316,9 +316,3 @@ class OutputFolder:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             return BecameError(f"there is no room left for {self.out}; the same command goes on once there is.")
         return BecameError(f"cannot write {self.out}: {error.strerror}.")
-
-
-def check_free(out: Path) -> None:
-    """Refuse a place where something is already."""
-    if out.exists() or out.is_symlink():
-        raise BecameError(f"{out} exists; nothing is overwritten, so give another name.")

@@ -185,13 +185,13 @@ class Merge:
     fisher: Annotated[tuple[Path, ...], described("A Fisher file for each model.", metavar="F…")] = ()
     weight: Annotated[tuple[float, ...], described("A weight for each model. (default: 1 each)", metavar="W…")] = ()
     rule: Annotated[
-        str,
+        str | None,
         described("became, linear, fisher, imm-mode, regmean, slerp or task_arithmetic. (default: became)"),
-    ] = "became"
+    ] = None
     per: Annotated[
-        Literal["model", "layer", "leaf", "weight"],
+        Literal["model", "layer", "leaf", "weight"] | None,
         described("Of became: what has a coefficient of its own. (default: model)"),
-    ] = "model"
+    ] = None
     gram: Annotated[tuple[Path, ...], described("Of regmean: a file of Gram matrices for each.", metavar="G…")] = ()
     base_model: Annotated[Path | None, described("The model that differences are taken from.")] = None
     out_dtype: Annotated[str | None, described("The dtype of the merged tensors; without it that of the base.")] = None
@@ -270,7 +270,7 @@ class Merge:
                 out = paths.pop()
             if out is None or len(paths) != 1:
                 raise BecameError("with a plan, give it and the folder to write: became merge PLAN.yaml OUT.")
-            in_plan = ("fisher", "weight", "gram", "base_model", "out_dtype", "pad_vocabulary", "rank")
+            in_plan = ("rule", "per", "fisher", "weight", "gram", "base_model", "out_dtype", "pad_vocabulary", "rank")
             doubled = [name for name in in_plan if getattr(self, name)]
             if doubled:
                 raise BecameError(f"--{doubled[0].replace('_', '-')} belongs into the plan {paths[0]}.")
@@ -292,9 +292,9 @@ class Merge:
         )
         return MergePlan(
             models,
-            merge_method=self.rule,
+            merge_method=self.rule or "became",
             base_model=self.base_model,
-            per=self.per,
+            per=self.per or "model",
             out_dtype=self.out_dtype,
             pad_vocabulary=self.pad_vocabulary,
             rank=self.rank,

@@ -13,13 +13,32 @@ from typing import Any
 
 from became_core import BecameError
 
-__all__ = ["DamagedError", "digest", "read_file", "read_sealed", "remove_temporary_files", "write_file", "write_sealed"]
+__all__ = [
+    "DamagedError",
+    "check_free",
+    "digest",
+    "read_file",
+    "read_sealed",
+    "remove_temporary_files",
+    "write_file",
+    "write_sealed",
+]
 
 SEAL = "sha256"
 
 
 class DamagedError(BecameError):
     """A file that is not as it was written; the message is a clause about it, without a full stop."""
+
+
+def check_free(out: Path) -> None:
+    """Refuse a place where something is already, or that cannot be looked at."""
+    try:
+        is_there = out.exists() or out.is_symlink()
+    except OSError as error:  # a folder without permission, or a name that is too long
+        raise BecameError(f"cannot write {out}: {error.strerror}.") from None
+    if is_there:
+        raise BecameError(f"{out} exists; nothing is overwritten, so give another name.")
 
 
 def write_file(file: Path, content: bytes, *, lasting: bool = True) -> None:

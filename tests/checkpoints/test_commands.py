@@ -1,5 +1,6 @@
 """``became inspect``, ``became fisher`` and ``became merge`` as a user calls them."""
 
+import io
 import json
 import sys
 from pathlib import Path
@@ -77,10 +78,24 @@ def test_a_plan_needs_a_folder_and_no_other_options(tmp_path: Path, capsys: pyte
     (tmp_path / "plan.yaml").write_text("models: [A, B]\n", encoding="utf-8")
     assert main(words("merge", tmp_path / "plan.yaml")) == 2
     assert "became merge PLAN.yaml OUT" in capsys.readouterr().err
-    assert main(words("merge", tmp_path / "plan.yaml", tmp_path / "out", "--rank", 3)) == 2
-    assert "--rank belongs into the plan" in capsys.readouterr().err
+    for option, value in (("--rank", 3), ("--rule", "linear"), ("--per", "model")):
+        assert main(words("merge", tmp_path / "plan.yaml", tmp_path / "out", option, value)) == 2
+        assert f"{option} belongs into the plan" in capsys.readouterr().err
     assert main(words("merge", tmp_path / "A", tmp_path / "B")) == 2
     assert "say with --out" in capsys.readouterr().err
+
+
+def test_a_plan_that_is_no_file_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "plan.yaml").symlink_to("/dev/null")
+    assert main(words("merge", tmp_path / "plan.yaml", tmp_path / "out")) == 2
+    assert "plan.yaml is no file" in capsys.readouterr().err
+
+
+def test_a_name_that_the_terminal_cannot_show_is_spelt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", shown)
+    assert main(words("inspect", saved(tmp_path, "ü", arrays(0)))) == 0
+    assert b"\\xfc.safetensors: safetensors file" in shown.buffer.getvalue()
 
 
 def test_a_dry_run_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

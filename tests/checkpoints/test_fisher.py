@@ -11,6 +11,7 @@ from safetensors.numpy import load_file
 
 from adapters.checkpoints import MergePlan, PlannedModel, add_fisher_files, merge_checkpoints, open_checkpoint
 from adapters.checkpoints.digest import digest_of
+from adapters.runs.lock import locked
 from became_core import BecameError
 from tests.checkpoints.models import Arrays, arrays, saved
 from tests.checkpoints.networks import CLASSES, MIXING_SHAPES, SHAPES, WIDTH, load, load_mixing
@@ -239,6 +240,24 @@ def test_files_that_are_not_alike_do_not_add(tmp_path: Path, words: dict[str, st
     assert not (tmp_path / "sum.safetensors").exists()
 
 
+def test_a_sum_that_float32_cannot_hold_is_refused(tmp_path: Path) -> None:
+    large = {"w": np.full(3, 3e38, np.float32)}
+    files = [saved(tmp_path, f"F{k}", large, USUAL) for k in range(2)]
+    with pytest.raises(BecameError, match=r"'w' of .*sum.* no finite number"):
+        add_fisher_files(files, tmp_path / "sum.safetensors")
+    assert sorted(tmp_path.iterdir()) == files
+
+
+def test_neither_a_link_nor_another_process_is_overwritten(tmp_path: Path) -> None:
+    files = [saved(tmp_path, f"F{k}", arrays(k, positive=True), USUAL) for k in range(2)]
+    (tmp_path / "link.safetensors").symlink_to("nowhere")
+    with pytest.raises(BecameError, match=r"link.* exists; nothing is overwritten"):
+        add_fisher_files(files, tmp_path / "link.safetensors")
+    with locked(tmp_path / ".sum.safetensors.lock"), pytest.raises(BecameError, match="is at work in"):
+        add_fisher_files(files, tmp_path / "sum.safetensors")
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["F0.safetensors", "F1.safetensors", "link.safetensors"]
+
+
 def optimizer(tmp_path: Path, *, groups: int = 1, **options: Any) -> tuple[Path, Path, dict[str, Any]]:
     """What a training with AdamW leaves: its state, the weights in the model's order, and the true second moments."""
     import torch
@@ -334,6 +353,38 @@ def test_a_state_that_is_not_adams_is_refused_by_its_name(tmp_path: Path, change
     assert not (tmp_path / "F.safetensors").exists()
 
 
+@pytest.mark.usefixtures("model")
+def test_a_state_that_holds_anything_anywhere_is_refused(tmp_path: Path) -> None:
+    import torch
+
+    from adapters.checkpoints.fisher_adam import fisher_from_optimizer
+
+    state, end, _ = optimizer(tmp_path)
+    usual = "no optimiser's state"
+    cases: list[tuple[tuple[Any, ...], Any, str]] = [
+        (("param_groups",), 5, usual), (("param_groups",), [1], usual), (("param_groups", 0), {}, usual),
+        (("param_groups", 0, "params"), [[1]], usual), (("param_groups", 0, "betas"), (0.9,), usual),
+        (("param_groups", 0, "betas"), ("a", "b"), usual), (("param_groups", 0, "param_names"), 3, usual),
+        (("param_groups", 0, "param_names"), ["a"], "'param_names' that are not a name for each of 3"),
+        (("state",), [1], usual), (("state", 0), 3, usual), (("state", 0, "step"), "x", usual),
+        (("state", 0, "step"), torch.tensor(float("inf")), usual), (("state", 0, "step"), 10**400, "step 1000"),
+        (("state", 0, "exp_avg_sq"), [1.0], "no dense tensor"),
+        (("state", 0, "exp_avg_sq"), torch.zeros(5, WIDTH, device="meta"), "no dense tensor"),
+        (("state", 0, "exp_avg_sq"), torch.full((5, WIDTH), float("nan")), "'exp_avg_sq' of '.*' that is neg"),
+        (("state", 0, "exp_avg_sq"), -torch.ones(5, WIDTH), "'exp_avg_sq' of '.*' that is negative, infinite"),
+    ]  # fmt: skip
+    for path, value, message in cases:
+        content = place = torch.load(state, weights_only=True)
+        for word in path[:-1]:
+            place = place[word]
+        place[path[-1]] = value
+        torch.save(content, tmp_path / "other.pt")
+        with pytest.raises(BecameError, match=message) as error:
+            fisher_from_optimizer(tmp_path / "other.pt", end, tmp_path / "F.safetensors")
+        assert len(str(error.value)) < 400
+        assert not (tmp_path / "F.safetensors").exists()
+
+
 def test_random_tokens_come_with_a_warning_and_data_that_is_none_with_a_sentence(tmp_path: Path) -> None:
     from adapters.checkpoints.fisher_data import read_samples
 
@@ -348,6 +399,7 @@ def test_random_tokens_come_with_a_warning_and_data_that_is_none_with_a_sentence
     np.savez(tmp_path / "other.npz", x=np.zeros(3))
     for name, message in (
         ("random:3x5", "SAMPLESxLENGTHxVOCABULARY"),
+        ("random:1000000x1000000x9", "1,000,000,000,000 tokens; give at most 100,000,000"),
         (str(tmp_path / "missing.npz"), "there is no file"),
         (str(tmp_path / "other.npz"), "neither 'tokens'"),
         (str(tmp_path / "text.txt"), "no data that is known"),

@@ -1,6 +1,7 @@
 """Every format is read, and what does not fit together is refused in a sentence that names file and tensor."""
 
 import json
+import os
 import struct
 import zipfile
 from collections.abc import Callable
@@ -98,8 +99,34 @@ def test_a_pytorch_file_that_would_execute_something_is_refused(tmp_path: Path) 
             return (print, ("executed",))
 
     torch.save({"w": Evil()}, tmp_path / "A.pt")
-    with pytest.raises(BecameError, match=r"A\.pt is no PyTorch file of weights alone"):
+    with pytest.raises(BecameError, match=r"A\.pt is no PyTorch file of weights alone") as error:
         open_checkpoint(tmp_path / "A.pt")
+    assert "weights_only" not in str(error.value)  # PyTorch's own sentence says how to execute it
+
+
+def test_a_pytorch_tensor_in_another_order_is_read_by_rows(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    images = torch.arange(2.0 * 3 * 4 * 5).reshape(2, 3, 4, 5).to(memory_format=torch.channels_last)
+    state = {"w": images, "t": torch.arange(6.0, dtype=torch.bfloat16).reshape(2, 3).T, "s": torch.tensor(2.0)}
+    torch.save(state, tmp_path / "A.pt")
+    tensors = open_checkpoint(tmp_path / "A.pt").tensors
+    assert_array_equal(tensors["w"].whole(), np.arange(120.0).reshape(2, 3, 4, 5))
+    assert_array_equal(tensors["w"].slab(50, 70), np.arange(50.0, 70.0))
+    assert_array_equal(tensors["t"].slab(1, 5).astype(float), [3.0, 1.0, 4.0, 2.0])
+    assert_array_equal(tensors["s"].whole(), 2.0)
+
+
+def test_a_pytorch_tensor_whose_numbers_are_not_all_stored_is_refused(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    cases = [
+        ({"w": torch.empty(3, device="meta")}, "'w' of .* is no dense tensor in memory"),
+        ({"w": torch.eye(3).to_sparse()}, "'w' of .* is no dense tensor in memory"),
+        ({"w": torch.ones(1).expand(10**6, 10**6)}, "'w' of .* is expanded"),
+        ({1: torch.ones(2), "1": torch.zeros(2)}, "has '1' twice"),
+    ]
+    for content, message in cases:
+        torch.save(content, tmp_path / "A.pt")
+        refused(linear(tmp_path / "A.pt", tmp_path / "A.pt"), tmp_path / "out", message)
 
 
 def test_tensors_that_share_memory_are_written_once(tmp_path: Path) -> None:
@@ -122,6 +149,17 @@ def test_heads_that_all_models_tie_are_written_once(tmp_path: Path) -> None:  # 
     merge_checkpoints(linear(*models), tmp_path / "out")
     assert merged(tmp_path / "out").keys() == SHAPES.keys() - {HEAD}
     assert json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8")) == config
+
+
+@pytest.mark.parametrize("config", [None, {"vocab_size": 7}])
+def test_a_head_that_no_model_says_to_be_tied_stays(tmp_path: Path, config: Any) -> None:
+    # Such a model may be untied by default, as Llama is, and would be loaded without a head.
+    both = [
+        folder_of(tmp_path / n, arrays(k) | {HEAD: arrays(k)[EMBEDDING]}, config=config) for k, n in enumerate("AB")
+    ]
+    merge_checkpoints(linear(*both), tmp_path / "out")
+    out = merged(tmp_path / "out")
+    assert_array_equal(out[HEAD], out[EMBEDDING])
 
 
 def test_a_head_that_one_model_ties_is_read_from_its_embedding(tmp_path: Path) -> None:  # mergekit 464, 615
@@ -403,6 +441,33 @@ def test_what_is_no_checkpoint_is_refused(tmp_path: Path, name: str) -> None:
     refused(linear(tmp_path / "missing", tmp_path / name), tmp_path / "out", "there is no .*missing")
     (tmp_path / "empty").mkdir()
     refused(linear(tmp_path / "empty", tmp_path / name), tmp_path / "out", "has no weights")
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".npz", ".pt"])
+def test_pipes_and_devices_which_might_never_end_are_refused(tmp_path: Path, suffix: str) -> None:
+    device = tmp_path / f"A{suffix}"
+    device.symlink_to("/dev/null")  # which ends, so that this test does
+    refused(linear(device, device), tmp_path / "out", "A.* is no file")
+
+
+def test_what_the_system_does_not_let_us_look_at_is_refused(tmp_path: Path) -> None:
+    model, long = saved(tmp_path, "A", arrays(0)), tmp_path / ("x" * 300)
+    refused(linear(long, model), tmp_path / "out", "cannot read .*x: File name too long")
+    refused(linear(model, model), long, "cannot write .*x: File name too long")
+
+
+def test_a_name_that_no_file_can_hold_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "A.safetensors"
+    file.write_bytes(header({"\ud800": entry(0, 4)}, b"0000"))
+    refused(linear(file, file), tmp_path / "out", r"A.* has a name '\\ud800', which is no text in UTF-8")
+
+
+def test_a_path_need_not_be_text(tmp_path: Path) -> None:
+    model = saved(tmp_path, "A", arrays(0)).rename(tmp_path / os.fsdecode(b"\xff.safetensors"))
+    merge_checkpoints(linear(model, model), tmp_path / "out", command=f"became merge {model}")
+    assert "\\udcff.safetensors" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    report = json.loads((tmp_path / "out" / "became_merge.json").read_text(encoding="utf-8"))
+    assert report["inputs"]["model 1"]["path"] == str(model)
 
 
 def test_too_little_memory_is_refused_with_what_is_needed(tmp_path: Path) -> None:

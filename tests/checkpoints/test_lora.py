@@ -10,8 +10,9 @@ import pytest
 from numpy.testing import assert_allclose
 from safetensors.numpy import load_file, save_file
 
-from adapters.checkpoints import MergePlan, PlannedModel, merge_checkpoints
+from adapters.checkpoints import MergePlan, PlannedModel, merge_checkpoints, open_checkpoint
 from adapters.checkpoints.inspection import inspect_checkpoints
+from adapters.checkpoints.lora import adapter_of
 from became_core import BecameError, optimal_alpha
 from tests.checkpoints.models import Arrays, arrays, saved
 
@@ -41,8 +42,8 @@ def differences(folder: Path) -> Arrays:
     for name, down in tensors.items():
         if name.endswith("lora_A.weight"):
             module = name.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
-            rank = config.get("rank_pattern", {}).get(module, config["r"])
-            alpha = config.get("alpha_pattern", {}).get(module, config["lora_alpha"])
+            rank = config.get("rank_pattern", {}).get(f"^{module}", config["r"])
+            alpha = config.get("alpha_pattern", {}).get(f"^{module}", config["lora_alpha"])
             scale = alpha / (np.sqrt(rank) if config.get("use_rslora") else rank)
             up = tensors[name.replace("lora_A", "lora_B")].astype(float)
             assert down.shape[0] == rank
@@ -85,6 +86,53 @@ def test_a_module_that_one_adapter_lacks_is_not_changed_by_it(tmp_path: Path) ->
         assert_allclose(difference, expected[module], atol=1e-5)
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text(encoding="utf-8"))
     assert config["target_modules"] == sorted(SIZES)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ({"layers_to_transform": [0]}, {"layers_to_transform": [1]}),
+        ({"exclude_modules": ["v_proj"]}, {"exclude_modules": ["q_proj"]}),
+    ],
+)
+def test_the_merged_adapter_changes_the_modules_of_all(tmp_path: Path, words: Any) -> None:
+    places = [
+        adapter(tmp_path, name, k, modules={module: SIZES[module]}, **words[k])
+        for k, (name, module) in enumerate((("A", WIDE), ("B", TALL)))
+    ]
+    merge_checkpoints(MergePlan(tuple(map(PlannedModel, places)), "linear"), tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text(encoding="utf-8"))
+    assert config["target_modules"] == sorted(SIZES)
+    assert not any(config.get(word) for word in ("layers_to_transform", "exclude_modules"))
+
+
+def test_a_rank_is_that_of_one_module_although_another_name_ends_with_it(tmp_path: Path) -> None:
+    modules = {"proj": (3, 4), "decoder.proj": (3, 4), "decoder.other": (3, 4)}
+    first = adapter(tmp_path, "A", 0, modules=modules)
+    second = adapter(tmp_path, "B", 1, modules={"proj": (3, 4)})
+    merge_checkpoints(MergePlan((PlannedModel(first), PlannedModel(second)), "linear"), tmp_path / "out")
+    found = adapter_of(open_checkpoint(tmp_path / "out")).modules
+    assert {module: factors.rank for module, factors in found.items()} == {
+        "proj": 4,
+        "decoder.proj": 2,
+        "decoder.other": 2,
+    }
+    assert {factors.scale for factors in found.values()} == {1.0}
+
+
+def test_a_fisher_file_is_of_the_base_model_with_the_adapter_in_it(tmp_path: Path) -> None:
+    first, second = adapter(tmp_path, "A", 0), adapter(tmp_path, "B", 1, base_model_name_or_path="other")
+    words = {"became.fisher": "1", "kind": "empirical", "unit": "sum", "per": "sample"}
+    shapes = {f"{module}.weight": size for module, size in SIZES.items()}
+    models = tuple(
+        PlannedModel(
+            place, fisher=saved(tmp_path, f"F{k}", arrays(k, shapes, positive=True), {**words, "model": 32 * "0"})
+        )
+        for k, place in enumerate((first, second))
+    )
+    notes = " ".join(merge_checkpoints(MergePlan(models), tmp_path / "out").notes)
+    assert "could not be checked" in notes
+    assert "different base models: None, other" in notes
 
 
 def test_alpha_is_that_of_the_differences(tmp_path: Path) -> None:
@@ -144,7 +192,9 @@ def test_transposed_weights_have_transposed_differences(tmp_path: Path) -> None:
         ({"use_bdlora": {"blocks": 2}}, "'use_bdlora'"),
         ({"modules_to_save": ["lm_head"]}, "'modules_to_save'"),
         ({"r": 4}, "not rank 4"),
+        ({"r": 2.5}, "not rank 2.5"),
         ({"rank_pattern": {"(": 3}}, "rank_pattern"),
+        ({"rank_pattern": {"(.+)+!": 3}}, "a rank_pattern with a repeated group"),
         ({"lora_alpha": "x"}, "no number"),
     ],
 )

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from numpy.testing import assert_allclose
 
 from adapters.checkpoints import MergePlan, PlannedModel, merge_checkpoints, read_plan
 from adapters.checkpoints.card import yaml_lines
@@ -74,6 +75,9 @@ def test_our_words_stand_beside_each_model_or_in_its_parameters(tmp_path: Path) 
         (MERGEKIT + "slices: []\n", "'slices', which is not known"),
         (MERGEKIT + "chat_template: auto\n", "'chat_template', which is not known"),
         (MERGEKIT.replace("normalize: true", "int8_mask: true"), "parameters of .* has 'int8_mask'"),
+        (MERGEKIT.replace("normalize: true", "t: 0.5"), "'t', of which linear makes no use"),
+        (MERGEKIT.replace("normalize: true", "lambda: 0.5"), "'lambda', of which linear makes no use"),
+        (MERGEKIT.replace(": linear", ": task_arithmetic"), "'normalize', of which task_arithmetic makes no use"),
         (MERGEKIT.replace("weight: 1.0", "density: 0.5"), "'density', which is not known"),
         (MERGEKIT.replace("bfloat16", "int4"), "out_dtype is 'int4', which is no known dtype"),
         (MERGEKIT.replace("normalize: true", "normalize: 1"), "'normalize' with a value that is no bool"),
@@ -131,6 +135,8 @@ def test_a_rule_asks_for_what_it_needs(tmp_path: Path) -> None:
     cases: list[tuple[Any, str]] = [
         (MergePlan(tuple(map(PlannedModel, models))), "became needs a Fisher file for each model, and .*A"),
         (MergePlan(tuple(map(PlannedModel, models)), "slerp"), "slerp is between two models, not 3"),
+        (MergePlan((PlannedModel(models[0]), PlannedModel(models[1], 0.3)), "slerp"), "slerp makes no use of weights"),
+        (MergePlan(tuple(map(PlannedModel, models[:2])), "slerp", models[2]), "and .*C.safetensors is none of the two"),
         (MergePlan((PlannedModel(models[0], 1.0), PlannedModel(models[1], -1.0)), "linear"), "sum to 0"),
         (MergePlan((PlannedModel(models[0], [{"filter": "x", "value": 1}]), PlannedModel(models[1])), "linear"),
          "no filter fits the tensor"),
@@ -139,6 +145,21 @@ def test_a_rule_asks_for_what_it_needs(tmp_path: Path) -> None:
         with pytest.raises(BecameError, match=message):
             merge_checkpoints(plan, tmp_path / "out")
         assert not (tmp_path / "out").exists()
+
+
+def test_mergekits_slerp_begins_at_the_base_model(tmp_path: Path) -> None:
+    first, second = (PlannedModel(saved(tmp_path, name, arrays(k))) for k, name in enumerate("AB"))
+    merge_checkpoints(MergePlan((first, second), "slerp", t=0.3), tmp_path / "out")
+    merge_checkpoints(MergePlan((second, first), "slerp", first.model, t=0.3), tmp_path / "based")
+    for name, value in merged(tmp_path / "out").items():
+        assert_allclose(merged(tmp_path / "based")[name], value, rtol=1e-6, atol=1e-7)
+
+
+def test_mergekits_task_arithmetic_may_say_that_it_does_not_normalise(tmp_path: Path) -> None:
+    text = MERGEKIT.replace(": linear", ": task_arithmetic").replace("normalize: true", "normalize: false, lambda: 0.5")
+    plan = plan_from(tmp_path, text.replace("parameters:\n  normalize: false, lambda: 0.5",
+                                            "parameters: {normalize: false, lambda: 0.5}"))  # fmt: skip
+    assert plan.scale.at("w", 0.0) == 0.5
 
 
 def test_paths_are_those_of_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
