@@ -20,6 +20,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -161,7 +162,11 @@ def _memory(
     contenders: dict[str, Callable[[], Any]], wait: Callable[[Any], Any], extra: Callable[[Callable[[], Any]], float]
 ) -> dict[str, float]:
     """Return the bytes that each call needs beyond what the process has."""
-    return {name: extra(lambda run=contenders[name]: wait(run())) for name in MEMORY}
+    return {name: extra(partial(_waited, contenders[name], wait)) for name in MEMORY}
+
+
+def _waited(run: Callable[[], Any], wait: Callable[[Any], Any]) -> Any:
+    return wait(run())
 
 
 def formula(sum_of: Callable[[Any], Any], gp: Any, hat: Any, old: Any, new: Any) -> Any:
