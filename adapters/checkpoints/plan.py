@@ -358,6 +358,9 @@ def _yaml(file: Path) -> Any:
         return yaml.SafeLoader.construct_mapping(loader, node, deep=True)
 
     Strict.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, mapping)
+    # As in YAML 1.2: to PyYAML, which knows 1.1, a number such as 1e-3 is a text unless it has a point and a sign.
+    exponent = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$")
+    Strict.add_implicit_resolver("tag:yaml.org,2002:float", exponent, list("-+0123456789"))
     try:
         text = _text_of(file)
         if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):

@@ -50,6 +50,15 @@ def test_a_plan_of_mergekit_is_understood(tmp_path: Path) -> None:
     assert plan.models[0].model == Path("A.safetensors")
 
 
+def test_a_number_may_have_an_exponent_without_a_point(tmp_path: Path) -> None:
+    for number in ("1e-3", "1E-03", "0.1e-2", "1.e-3", "+10e-4"):
+        plan = plan_from(tmp_path, MERGEKIT.replace("weight: 1.0", f"weight: {number}"))
+        assert plan.models[0].weight.at("layers.0.mlp.weight", 0.0) == 0.001
+    assert plan_from(tmp_path, MERGEKIT.replace("model: A.safetensors", "model: '1e-3'")).models[0].model == Path(
+        "1e-3"
+    )
+
+
 def test_the_plan_on_the_card_is_the_plan(tmp_path: Path) -> None:
     plans = [
         plan_from(tmp_path, MERGEKIT),
