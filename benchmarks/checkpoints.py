@@ -4,7 +4,8 @@ Two synthetic Llama checkpoints in bfloat16, in five shards each, and a Fisher f
 billion weights as ``--sizes`` says; they are written once into ``--folder``, and read from the page cache if they fit
 there. Contenders, each a process of its own, in turn: ``read twice`` (the files that ``became`` reads, twice, into one
 buffer), our ``linear`` and ``became``, and mergekit's ``linear``, if ``--mergekit`` names a Python that has mergekit
-0.1.5 (``python -m venv mk && mk/bin/pip install mergekit==0.1.5``). ``--scheduler`` adds ``became`` with one thread,
+0.1.5 (``python -m venv mk && mk/bin/pip install mergekit==0.1.5``). ``--cold`` has every contender
+read its inputs from the disk first. ``--scheduler`` adds ``became`` with one thread,
 with two, and on a Dask cluster, whose processor time and memory are not counted. Given are medians over rounds:
 seconds, seconds of processor time, the peak of resident memory as the system counts it (pages of mapped files
 included), and the bytes read and written.
@@ -192,8 +193,23 @@ def contenders(
     return commands
 
 
+def forget(file: Path) -> None:
+    """Have the system drop a file from its page cache (Linux)."""
+    descriptor = os.open(file, os.O_RDONLY)
+    os.fsync(descriptor)  # what is not yet written cannot be dropped
+    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+    os.close(descriptor)
+
+
 def measure(
-    folder: Path, size: float, rounds: int, mergekit: str | None, scheduler: str | None, *, holes: bool = False
+    folder: Path,
+    size: float,
+    rounds: int,
+    mergekit: str | None,
+    scheduler: str | None,
+    *,
+    holes: bool = False,
+    cold: bool = False,
 ) -> dict[str, Any]:
     """Return seconds, memory, bytes and ratios of one size."""
     models, fishers = prepare(folder, size, holes=holes)
@@ -202,6 +218,9 @@ def measure(
     for _ in range(rounds):
         for name, command in commands.items():
             shutil.rmtree(folder / "out", ignore_errors=True)
+            if cold:
+                for file in (*fishers, *(file for model in models for file in model.iterdir())):
+                    forget(file)
             results[name].append(run(command))
     shutil.rmtree(folder / "out", ignore_errors=True)
     seconds = {name: statistics.median(each.seconds for each in runs) for name, runs in results.items()}
@@ -236,13 +255,15 @@ def main() -> None:
     parser.add_argument("--scheduler", help="of a Dask cluster: its address, or the absolute path of its file")
     parser.add_argument("--folder", type=Path, help="where the checkpoints are kept; a temporary folder without it")
     parser.add_argument("--holes", action="store_true", help="Fisher files that take no room on the disk")
+    parser.add_argument("--cold", action="store_true", help="drop the inputs from the page cache before each contender")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = (options.folder or Path(temporary)).absolute()
         folder.mkdir(parents=True, exist_ok=True)
         options_of_all = (options.rounds, options.mergekit, options.scheduler)
-        results = {f"{size:g}": measure(folder, size, *options_of_all, holes=options.holes) for size in options.sizes}
+        ways = {"holes": options.holes, "cold": options.cold}
+        results = {f"{size:g}": measure(folder, size, *options_of_all, **ways) for size in options.sizes}
     if options.json:
         print(json.dumps(results))
         return
