@@ -21,16 +21,21 @@ def main() -> int:
     """Run the command with the arguments of this process.
 
     Returns:
-        the exit status: 2 if another package named ``adapters`` is broken or shadows ours, else the command's own.
+        the exit status: 2 if another package named ``adapters`` is broken or shadows ours, 130 after Ctrl-C while
+        packages are loaded, else the command's own.
     """
     try:
         _find_adapters()
     except BecameError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    from adapters.cli.__main__ import main as run_command
+    try:
+        from adapters.cli.__main__ import main as run_command
 
-    return run_command()
+        return run_command()
+    except KeyboardInterrupt:  # a command that has begun says itself how to go on
+        print("interrupted.", file=sys.stderr)
+        return 130
 
 
 def _find_adapters() -> None:

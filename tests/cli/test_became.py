@@ -23,6 +23,7 @@ from adapters.runs.configuration import Configuration
 from adapters.runs.directory import read_record
 from adapters.runs.files import read_sealed, write_sealed
 from adapters.torch.run import BACKEND
+from became import main as entry
 from became_core import BecameError
 from became_core.continual import method_names
 from became_core.projection import PROJECTORS
@@ -355,6 +356,17 @@ def test_help_fits_80_columns_and_names_no_default_that_is_none(
         shown = capsys.readouterr().out
         assert "None" not in shown
         assert max(map(len, shown.splitlines())) <= (100 if command == "compare" else 80)  # its usage line is longer
+
+
+def test_ctrl_c_before_a_command_has_begun_is_one_word(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted() -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("adapters.cli.__main__.main", interrupted)
+    assert entry() == 130
+    assert capsys.readouterr().err == "interrupted.\n"
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
