@@ -29,7 +29,7 @@ from adapters.checkpoints.tensors import (
     parse_json,
     read_safetensors,
 )
-from adapters.runs.files import read_file
+from adapters.runs.files import check_is_file, read_file
 from became_core import BecameError
 from became_core.errors import first_line
 
@@ -106,17 +106,9 @@ def open_checkpoint(path: Path) -> Checkpoint:
     return _without_shared(Checkpoint(path, kind, tensors, metadata=metadata, ordered=kind != "safetensors file"))
 
 
-def check_is_file(path: Path) -> None:
-    """Refuse a pipe or a device, which might never end; raises an OSError where the system does."""
-    if path.exists() and not path.is_file():
-        raise BecameError(f"{path} is no file.")
-
-
 def read_json(path: Path) -> dict[str, Any]:
     """Return the object of a JSON file; raises a BecameError if it is none, or too long."""
-    if path.exists() and path.stat().st_size > LONGEST_JSON:
-        raise BecameError(f"{path} has more than {LONGEST_JSON} bytes, too many for JSON of a model.")
-    values = parse_json(read_file(path), path)
+    values = parse_json(read_file(path, LONGEST_JSON), path)
     if not isinstance(values, dict):
         raise BecameError(f"{path} holds no JSON object.")
     return values

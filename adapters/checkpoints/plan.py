@@ -378,14 +378,7 @@ def _yaml(file: Path) -> Any:
 
 def _text_of(file: Path) -> str:
     """Return the text of a plan; raises a UnicodeDecodeError if it is none."""
-    try:
-        if file.exists() and not file.is_file():  # a pipe or a device might never end
-            raise BecameError(f"{file} is no file.")
-        if file.exists() and file.stat().st_size > LONGEST_PLAN:
-            raise BecameError(f"{file} has {file.stat().st_size} bytes, too many for a plan.")
-    except OSError as error:
-        raise BecameError(f"cannot read {file}: {error.strerror}.") from None
-    text = read_file(file).decode()
+    text = read_file(file, LONGEST_PLAN).decode()
     depth = np.cumsum([(letter in "[{") - (letter in "]}") for letter in text])
     if depth.size and depth.max() > DEEPEST_PLAN:
         raise BecameError(f"{file} nests brackets more than {DEEPEST_PLAN} deep.")

@@ -16,6 +16,7 @@ from became_core import BecameError
 __all__ = [
     "DamagedError",
     "check_free",
+    "check_is_file",
     "digest",
     "read_file",
     "read_sealed",
@@ -84,13 +85,32 @@ def remove_temporary_files(folder: Path, names: str) -> None:
             _remove_quietly(file)
 
 
-def read_file(file: Path) -> bytes:
-    """Return a file's content.
+def check_is_file(file: Path) -> None:
+    """Refuse a pipe or a device, which might never end; the system itself refuses to read a folder.
 
     Raises:
-        BecameError: if it cannot be read.
+        BecameError: if it is one.
+        OSError: if the system cannot look at it.
+    """
+    if file.exists() and not (file.is_file() or file.is_dir()):
+        raise BecameError(f"{file} is no file.")
+
+
+def read_file(file: Path, most: int | None = None) -> bytes:
+    """Return a file's content.
+
+    Args:
+        file: which.
+        most: how many bytes it may have; any number if None.
+
+    Raises:
+        BecameError: if it is no file, has more bytes, or cannot be read.
     """
     try:
+        check_is_file(file)
+        size = file.stat().st_size
+        if most is not None and size > most:
+            raise BecameError(f"{file} has {size:,} bytes; a file of this kind may have {most:,}.")
         return file.read_bytes()
     except OSError as error:
         raise BecameError(f"cannot read {file}: {error.strerror}.") from None
