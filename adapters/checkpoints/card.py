@@ -11,14 +11,50 @@ from html import escape
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from adapters.checkpoints.plan import MergePlan
+from adapters.checkpoints.folders import ADAPTER_CONFIG
+from adapters.checkpoints.job import Job
+from adapters.checkpoints.lora import adapter_config
+from adapters.checkpoints.plan import FLOAT_WORDS, MergePlan
 from adapters.checkpoints.tensors import size_text
 from adapters.runs.provenance import versions
 
-__all__ = ["FIGURE", "as_json", "card", "figure", "yaml_lines"]
+__all__ = ["texts_beside", "yaml_lines"]
 
 FIGURE = "alpha.svg"
 COMPUTING = ("python", "became", "numpy", "array-api-compat", "optree", "safetensors")
+
+
+def texts_beside(job: Job, report: Any, ranks: Mapping[str, int], command: str | None) -> dict[str, bytes]:
+    """Return the files beside the weights that are not copied as they are, by name.
+
+    Args:
+        job: the merge.
+        report: its ``MergeReport``.
+        ranks: of LoRA adapters, those of the merged modules.
+        command: what made the merge; None if it was made from Python.
+    """
+    base = next(iter(job.inputs.values()))
+    texts = {"README.md": card(report, command), "became_merge.json": _json(as_json(report, command))}
+    if len(report.coefficients) > 1:
+        texts[FIGURE] = figure(report.coefficients)
+    changes: dict[str, Any] = {}
+    if job.alignment.untied:
+        changes["tie_word_embeddings"] = False
+    if job.alignment.vocabulary is not None:
+        changes["vocab_size"] = job.alignment.vocabulary
+    if job.plan.out_dtype is not None:
+        word = next(name for name, word in FLOAT_WORDS.items() if word == job.plan.out_dtype)
+        changes |= {name: word for name in ("torch_dtype", "dtype") if name in base.config}
+    if base.config and changes:
+        texts["config.json"] = _json({**base.config, **changes})
+    if job.adapters:
+        texts[ADAPTER_CONFIG] = _json(adapter_config(job.adapters, ranks))
+    # A path is bytes, and need not be text in UTF-8.
+    return {name: text.encode(errors="backslashreplace") for name, text in texts.items()}
+
+
+def _json(values: Mapping[str, Any]) -> str:
+    return json.dumps(values, indent=2) + "\n"
 
 
 def card(report: Any, command: str | None) -> str:

@@ -10,7 +10,6 @@ often the merge was killed and went on. With Kronecker factors, whose products a
 coefficients also depend on how many threads NumPy's library for linear algebra has.
 """
 
-import json
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,14 +21,13 @@ from typing import Any
 import numpy as np
 
 from adapters.checkpoints.align import Leaf
-from adapters.checkpoints.card import FIGURE, as_json, card, figure
+from adapters.checkpoints.card import texts_beside
 from adapters.checkpoints.digest import digest_of
 from adapters.checkpoints.executors import Executor, Threads
-from adapters.checkpoints.folders import ADAPTER_CONFIG
 from adapters.checkpoints.job import Job
-from adapters.checkpoints.lora import PREFIX, adapter_config, combined, compressed
+from adapters.checkpoints.lora import PREFIX, combined, compressed
 from adapters.checkpoints.opening import open_job
-from adapters.checkpoints.plan import FLOAT_WORDS, MergePlan
+from adapters.checkpoints.plan import MergePlan
 from adapters.checkpoints.resources import held_already
 from adapters.checkpoints.rules import Solution
 from adapters.checkpoints.tensors import StoredTensor, narrowed
@@ -179,7 +177,7 @@ def merge_checkpoints(
             errors=errors,
         )
         base = next(iter(job.inputs.values()))
-        folder.finish(journal, _others(job, report, ranks, command), base.companions)
+        folder.finish(journal, texts_beside(job, report, ranks, command), base.companions)
     return report
 
 
@@ -246,32 +244,6 @@ def _layout(job: Job) -> tuple[Layout, dict[str, int]]:
             stored = StoredTensor(PREFIX + module + suffix, word, shape, factors.down.file, factors.down.read_bytes)
             leaves.append(Leaf(stored.name, shape, word, (stored,), leaf.depth))
     return layout_of(leaves, None, "adapter_model"), ranks
-
-
-def _others(job: Job, report: MergeReport, ranks: Mapping[str, int], command: str | None) -> dict[str, bytes]:
-    """Return the files beside the weights that are not copied as they are, by name."""
-    base = next(iter(job.inputs.values()))
-    texts = {"README.md": card(report, command), "became_merge.json": _json(as_json(report, command))}
-    if len(report.coefficients) > 1:
-        texts[FIGURE] = figure(report.coefficients)
-    changes: dict[str, Any] = {}
-    if job.alignment.untied:
-        changes["tie_word_embeddings"] = False
-    if job.alignment.vocabulary is not None:
-        changes["vocab_size"] = job.alignment.vocabulary
-    if job.plan.out_dtype is not None:
-        word = next(name for name, word in FLOAT_WORDS.items() if word == job.plan.out_dtype)
-        changes |= {name: word for name in ("torch_dtype", "dtype") if name in base.config}
-    if base.config and changes:
-        texts["config.json"] = _json({**base.config, **changes})
-    if job.adapters:
-        texts[ADAPTER_CONFIG] = _json(adapter_config(job.adapters, ranks))
-    # A path is bytes, and need not be text in UTF-8.
-    return {name: text.encode(errors="backslashreplace") for name, text in texts.items()}
-
-
-def _json(values: Mapping[str, Any]) -> str:
-    return json.dumps(values, indent=2) + "\n"
 
 
 class _Passes:
