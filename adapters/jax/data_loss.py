@@ -121,10 +121,10 @@ class DataLoss:
             yield inputs, targets
 
     def _shared(self, inputs: Any, samples: int) -> frozenset[int]:
-        """Return which leaves of the inputs all samples share: in some batch they have another length than it.
+        """Return which leaves of the inputs all samples share: those whose length differs from some batch's.
 
         Raises:
-            BecameError: if a leaf was taken as the samples' in an earlier batch, as long as which it was by chance.
+            BecameError: if an earlier batch was as long as such a leaf by chance, and it was taken for the samples'.
         """
         leaves, structure = jax.tree.flatten(inputs)
         shared, own = self._kinds.setdefault(structure, (set(), set()))
@@ -192,10 +192,11 @@ class DataLoss:
         leaves, structure = jax.tree.flatten(batch)
         # JAX would compile every slice; NumPy has no keys of random numbers.
         leaves = [leaf if jnp.issubdtype(leaf.dtype, jax.dtypes.extended) else np.asarray(leaf) for leaf in leaves]
+        # It is read off the whole batch, as long as which an array that samples share rarely is.
+        shared = self._shared(batch, size)
 
         def samples(at: slice) -> Any:
-            # Which arrays belong to samples is read off the whole batch, where a length is rarely theirs by chance.
-            few = [leaf[:3][at] if leaf.ndim and len(leaf) == size else leaf for leaf in leaves]
+            few = [leaf if number in shared else leaf[:3][at] for number, leaf in enumerate(leaves)]
             return jax.tree.unflatten(structure, [jnp.asarray(leaf) for leaf in few])
 
         def along(direction: Params, inputs: Any, shorter: float) -> tuple[Array, str]:

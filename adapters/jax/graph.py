@@ -189,8 +189,9 @@ class Run:
             return self._run(getattr(inner, "jaxpr", inner), getattr(inner, "consts", ()), values, states)
         results = _computed(equation, values)
         if "samples" not in states:
-            is_view = name in VIEWS and len(states) == 1 and jnp.issubdtype(results[0].dtype, jnp.floating)
-            state = self._of_parameters_alone(name if is_view else "", params, of_parameters)
+            is_moved = len(states) == 1 and jnp.issubdtype(results[0].dtype, jnp.floating)
+            view = VIEWS.get(name) if is_moved else None
+            state = self._of_parameters_alone(view, params, of_parameters)
             return results, [state] * len(results)
         if of_parameters:
             use = self._use(name, params, values, states)
@@ -206,11 +207,13 @@ class Run:
         return results, ["samples"] * len(results)
 
     @staticmethod
-    def _of_parameters_alone(view: str, params: Mapping[str, Any], states: Sequence[_Entries | _Computed]) -> _State:
+    def _of_parameters_alone(
+        view: Callable[..., Any] | None, params: Mapping[str, Any], states: Sequence[_Entries | _Computed]
+    ) -> _State:
         if not states:
             return None
-        if view and isinstance(states[0], _Entries):
-            return _Entries(states[0].name, VIEWS[view](states[0].numbers, params), states[0].size)
+        if view is not None and isinstance(states[0], _Entries):
+            return _Entries(states[0].name, view(states[0].numbers, params), states[0].size)
         return _Computed(frozenset(one for state in states for one in _names(state)))
 
     @staticmethod
