@@ -165,13 +165,13 @@ def _by_slab(
 class _Numbers:
     """The numbers that are kept of every slab, in their order, as few arrays at any time.
 
-    An allocator may put a small array to where a slab's intermediate results have been. What is left of that place is
-    too small for those of the next slab, which then take new memory; if each number were kept as an array of its own,
-    they would come to as much as a model (PyTorch with glibc).
+    An allocator may place a small array where a slab's intermediate results have been. What is left of that place is
+    too small for the next slab's results, so they take new memory. If each number stayed an array of its own, this
+    would add up to several models (PyTorch with glibc).
     """
 
     def __init__(self, xp: Any, elements: int) -> None:
-        """Join what is kept of so many elements."""
+        """Begin with none; new numbers are joined once they come from so many elements."""
         self.count = 0
         self._xp, self._elements = xp, elements
         self._new: list[Array] = []
