@@ -2,8 +2,9 @@
 
 A ResNet-18 on 32x32 images, batch 64, and a GPT of 6 layers of width 384 (11 million weights) on 128 tokens, batch 8,
 are stepped by SGD with momentum and by AdamW: plainly, and in ``stable``, where every matrix has a protected space of a
-share of its width, with random bases. ``remember``'s pass over four batches is timed beside forward passes, and forward
-and backward passes, over the same samples; what a projector then makes of the sums, once a task, is timed apart.
+share of its width, with random bases. ``remember``'s pass is timed beside forward passes, and forward and backward
+passes, over the same samples: once over all of four batches, and once over the share that it measures of 512. What a
+projector then makes of the sums, once a task, is timed apart.
 
 Convention: PyTorch, float32, on the CPU, one thread. Times are the processor's, which what else runs on a machine
 changes least. Results are medians of ratios over rounds in one process.
@@ -38,6 +39,7 @@ from became_core.projection import GPM
 
 STEPS = 3
 BATCHES = 4
+MANY = 512
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "sgd": lambda parameters: torch.optim.SGD(parameters, 0.01, momentum=0.9),
     "adamw": lambda parameters: torch.optim.AdamW(parameters, 1e-3),
@@ -138,8 +140,13 @@ def measure(rounds: int, share: float) -> dict[str, float]:
 
         data = DataLoss(model, likelihood, Reader(), checks=False, shows=False)
 
-        def remember(data: DataLoss = data, batch: tuple[Tensor, Tensor] = batch) -> InputGrams:
-            return data.fisher([batch] * BATCHES, with_memory=True)[1]
+        def remember(
+            data: DataLoss = data,
+            batch: tuple[Tensor, Tensor] = batch,
+            count: int = BATCHES,
+            share: float | None = 1.0,
+        ) -> InputGrams:
+            return data.fisher([batch] * count, with_memory=True, share=share)[1]
 
         finished = remember()  # the first pass finds out which row is which sample's
         results[f"{name}_spaces_seconds"] = seconds_of(partial(GPM().remember, finished))
@@ -147,6 +154,8 @@ def measure(rounds: int, share: float) -> dict[str, float]:
         results[f"{name}_forward_seconds"] = float(np.median(times[:, 0]))
         results[f"{name}_backward_over_forward"] = float(np.median(times[:, 1] / times[:, 0]))
         results[f"{name}_remember_over_forward"] = float(np.median(times[:, 2] / times[:, 0])) / BATCHES
+        of_many = seconds_of(partial(remember, count=MANY, share=None)) / MANY
+        results[f"{name}_remember_of_many_over_forward"] = of_many / float(np.median(times[:, 0]))
         for kind, make in OPTIMIZERS.items():
             optimizer = make(model.parameters())
 

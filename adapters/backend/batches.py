@@ -21,6 +21,7 @@ __all__ = [
     "Reader",
     "cotangents_of",
     "counted",
+    "drawn",
     "gradient_by_outputs",
     "inputs_and_targets",
     "length_of",
@@ -31,6 +32,11 @@ __all__ = [
 ]
 
 Model = TypeVar("Model")
+
+# How many batches are measured if the user does not say: a quarter of many, which takes less time than three forward
+# passes over all of them (benchmarks/own_loop.py), and all of a few.
+FEW = 64
+SHARE = 0.25
 
 
 @dataclass(frozen=True)
@@ -98,6 +104,34 @@ def length_of(batches: Any) -> int | None:
         return len(batches)
     except TypeError:  # a loader of a stream has a length that raises it
         return None
+
+
+def drawn(batches: Iterable[Any], share: float | None, total: int | None) -> Iterator[Any]:
+    """Yield a random share of batches, in their order: the first one, and each other one with this probability.
+
+    What is drawn by chance has the mean of the whole, also where batches come in a pattern. The same batches are drawn
+    every time.
+
+    Args:
+        batches: all of them.
+        share: in (0, 1]; None for all of up to 64 batches, 64 of up to 256, and a quarter of more.
+        total: how many batches there are; None if that is not known, and then None is a share of 1.
+
+    Raises:
+        BecameError: if the share is outside of (0, 1].
+
+    Examples:
+        >>> [len(list(drawn(range(total), None, total))) for total in (10, 64, 1000)]
+        [10, 64, 253]
+    """
+    if share is None:
+        share = max(FEW / total, SHARE) if total else 1.0
+    elif not 0 < share <= 1:
+        raise BecameError(f"the share of the batches is {share}; it must be above 0 and at most 1.")
+    rng = np.random.default_rng(0)
+    for index, batch in enumerate(batches):
+        if rng.random() < share or index == 0:
+            yield batch
 
 
 def with_progress(batches: Iterable[Any], what: str, shows: bool, total: int | None) -> Iterator[Any]:

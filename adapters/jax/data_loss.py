@@ -27,6 +27,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from adapters.backend.batches import (
     cotangents_of,
     counted,
+    drawn,
     gradient_by_outputs,
     inputs_and_targets,
     length_of,
@@ -225,6 +226,7 @@ class DataLoss:
         with_memory: bool,
         theta: Params | None = None,
         held: frozenset[str] = frozenset(),
+        share: float | None = 1.0,
     ) -> tuple[Params, InputGrams]:
         """Return the diagonal Fisher information at these weights, or as given, and what a projector remembers.
 
@@ -233,12 +235,14 @@ class DataLoss:
             with_memory: whether a projector shall remember them.
             theta: the weights.
             held: the parameters that old data hold otherwise than by the spaces of a projector, which they go on to do.
+            share: of the batches, drawn at random, that is measured; None for one that suits their number.
         """
         theta = self.theta if theta is None else theta
         what = "remembering" if with_memory else "measuring"
         squares: Params = {}
         finished, units, rng = InputGrams(), 0.0, np.random.default_rng(0)
-        for inputs, targets in self._read(with_progress(batches, what, self._shows, length_of(batches))):
+        total = length_of(batches)
+        for inputs, targets in self._read(drawn(with_progress(batches, what, self._shows, total), share, total)):
             outputs = self._outputs(theta, inputs)
             units += units_of(self.likelihood, outputs, targets)
             tapped, measure = self._function(inputs, len(outputs))

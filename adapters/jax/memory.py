@@ -111,6 +111,7 @@ def remember(
     state: Any = None,
     samples: int | None = None,
     b2: float = 0.999,
+    share: float | None = None,
     projector: Projector | None = None,
     uncovered: Uncovered | None = None,
     penalty: float | None = None,
@@ -122,9 +123,13 @@ def remember(
     """Return the memory with the data that the parameters have learned.
 
     One pass over the batches gives the spaces that they use and the exact diagonal of the Fisher information, both at
-    these parameters. With a memory, its settings hold where no other is given. Without old data there may be the state
-    of an optimiser: the second moments of optax's Adam, without their bias and times the samples of a step, stand for
-    the Fisher information; then there is no memory of spaces, and nothing is protected but penalised.
+    these parameters. Both are means. So of many batches a random share is measured, which tells nearly the same in a
+    part of the time; but what no drawn batch uses, such as the embedding of a rare word, is then taken for unused. With
+    a memory, its settings hold where no other is given.
+
+    Without old data there may be the state of an optimiser: the second moments of optax's Adam, without their bias and
+    times the samples of a step, stand for the Fisher information; then there is no memory of spaces, and nothing is
+    protected but penalised.
 
     Args:
         apply: (params, inputs) -> outputs, [samples, ...], as in evaluation: without dropout and without statistics of
@@ -139,6 +144,8 @@ def remember(
         state: of an optax optimiser with an Adam in it that has just trained the parameters, instead of batches.
         samples: with a state, how many samples (or tokens) a step had.
         b2: with a state, the decay of that Adam's second moments, which the state does not say.
+        share: of the batches, drawn at random, that is measured: 1 for all. If not given, all of up to 64 batches, 64
+            of up to 256, and a quarter of more; all, if their number is not known.
         projector: what protects matrices: an empty ``GPM()`` (the default), ``SGP()`` or ``NSCL()``, or another that
             needs only what layers read; not with a memory, which has one.
         uncovered: what is done with parameters that it cannot protect: they are "penalised" (the default) for leaving
@@ -187,7 +194,7 @@ def remember(
     else:
         of_old = {} if memory is None else memory.posterior.precision.diagonal()
         held = shared.held_by_curvature(of_old, known_matrices)
-        squares, finished = data.fisher(batches, with_memory=True, held=held)
+        squares, finished = data.fisher(batches, with_memory=True, held=held, share=share)
         before = before.remember(finished)
     matrices = shared.matrices_with(known_matrices, data.matrices, held)
     mean = copied(data.theta)

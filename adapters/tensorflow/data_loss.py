@@ -19,6 +19,7 @@ import tensorflow as tf
 from adapters.backend.batches import (
     cotangents_of,
     counted,
+    drawn,
     gradient_by_outputs,
     length_of,
     mean_loss,
@@ -138,16 +139,24 @@ class DataLoss:
                 "and no projection of steps sees that; leave this out, or let that parameter not be trained."
             )
 
-    def _read(self, theta: Params, batches: Iterable[Any], what: str = "") -> Iterator[tuple[Any, Any]]:
-        """Yield the parts of batches; a terminal shows how far a pass is that has a name."""
+    def _read(
+        self, theta: Params, batches: Iterable[Any], what: str = "", share: float | None = 1.0
+    ) -> Iterator[tuple[Any, Any]]:
+        """Yield the parts of batches, or of a share of them; a terminal shows how far a pass is that has a name."""
         total = batches.num_batches if isinstance(batches, keras.utils.PyDataset) else length_of(batches)
-        for batch in with_progress(batches_of(batches), what, self._shows and bool(what), total):
+        shown = with_progress(batches_of(batches), what, self._shows and bool(what), total)
+        for batch in drawn(shown, share, total):
             inputs, targets = self._reader.split(batch)
             self._look(theta, inputs, targets)
             yield inputs, targets
 
     def fisher(
-        self, batches: Iterable[Any], *, with_memory: bool, held: frozenset[str] = frozenset()
+        self,
+        batches: Iterable[Any],
+        *,
+        with_memory: bool,
+        held: frozenset[str] = frozenset(),
+        share: float | None = 1.0,
     ) -> tuple[Params, InputGrams]:
         """Return the diagonal Fisher information at the weights as they are, and what a projector remembers.
 
@@ -156,6 +165,7 @@ class DataLoss:
             with_memory: whether a projector shall remember them; what is a matrix is then found anew, as other data
                 may use other parts of the model.
             held: the parameters that old data hold otherwise than by the spaces of a projector, which they go on to do.
+            share: of the batches, drawn at random, that is measured; None for one that suits their number.
         """
         if with_memory:
             self._looked, self._held = False, held
@@ -165,7 +175,7 @@ class DataLoss:
 
         def taps_of_batches() -> Iterator[Taps]:
             nonlocal units
-            for inputs, targets in self._read(theta, batches, what):
+            for inputs, targets in self._read(theta, batches, what, share):
                 outputs = self.network.outputs(theta, inputs)
                 units += units_of(self.likelihood, outputs, targets)
                 seeds = cotangents_of(self.likelihood, outputs, targets, _own_gradient, self._kind, rng)

@@ -23,6 +23,7 @@ from adapters.backend.batches import (
     Reader,
     cotangents_of,
     counted,
+    drawn,
     gradient_by_outputs,
     length_of,
     mean_loss,
@@ -200,7 +201,12 @@ class DataLoss:
             units = 0.0
 
     def fisher(
-        self, batches: Batches, *, with_memory: bool, held: frozenset[str] = frozenset()
+        self,
+        batches: Batches,
+        *,
+        with_memory: bool,
+        held: frozenset[str] = frozenset(),
+        share: float | None = 1.0,
     ) -> tuple[Params, InputGrams]:
         """Return the diagonal Fisher information at the weights as they are, and what a projector remembers.
 
@@ -209,6 +215,7 @@ class DataLoss:
             with_memory: whether a projector shall remember them; what is a matrix is then found anew, as other data
                 may use other parts of the model.
             held: the parameters that old data hold otherwise than by the spaces of a projector, which they go on to do.
+            share: of the batches, drawn at random, that is measured; None for one that suits their number.
         """
         if with_memory:
             self._knows_matrices, self._held = False, held
@@ -219,7 +226,8 @@ class DataLoss:
         def taps_of_batches() -> Iterator[Taps]:
             nonlocal units
             shows = self._shows and self.shared.rank == 0
-            todo = with_progress(batches, what, shows, length_of(batches))
+            total = length_of(batches)
+            todo = drawn(with_progress(batches, what, shows, total), share, total)
             for batch in todo if self.shared.count == 1 else self._looked_at_by_all(todo):
                 for index, (taps, more) in enumerate(self.passes(batch, rng, windows=with_memory)):
                     units += more

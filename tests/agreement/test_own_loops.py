@@ -58,9 +58,9 @@ def _set_keras(model: Any, weights: dict[str, Any]) -> None:
         model.get_layer(layer).set_weights([weights[f"{layer}.weight"].T, weights[f"{layer}.bias"]])
 
 
-def _data(seed: int) -> list[tuple[Any, Any]]:
+def _data(seed: int, batches: int = 2) -> list[tuple[Any, Any]]:
     rng = np.random.default_rng(seed)
-    return [(rng.normal(size=(8, 6)), rng.integers(0, 3, size=8)) for _ in range(2)]
+    return [(rng.normal(size=(8, 6)), rng.integers(0, 3, size=8)) for _ in range(batches)]
 
 
 def test_both_remember_merge_and_save_the_same(tmp_path: Path) -> None:
@@ -73,11 +73,11 @@ def test_both_remember_merge_and_save_the_same(tmp_path: Path) -> None:
     def set_torch(weights: dict[str, Any]) -> None:
         module.load_state_dict({name: torch.from_numpy(value) for name, value in weights.items()})
 
-    old, new, by_keras, by_torch = _data(1), _data(2), KerasContinual(model), TorchContinual(module)
+    old, new, by_keras, by_torch = _data(1, 6), _data(2), KerasContinual(model), TorchContinual(module)
     _set_keras(model, _weights(0.0))
     set_torch(_weights(0.0))
-    by_keras.remember(old)
-    by_torch.remember(in_torch(old))
+    by_keras.remember(old, share=0.5)  # all draw the same batches
+    by_torch.remember(in_torch(old), share=0.5)
     assert by_keras.posterior is not None
     assert by_torch.posterior is not None
     for name, value in by_torch.posterior.precision.diagonal().items():

@@ -35,9 +35,9 @@ def _apply(params: Any, x: Any) -> Any:
     return hidden @ last["weight"].T + last["bias"]
 
 
-def _data(seed: int) -> list[tuple[Any, Any]]:
+def _data(seed: int, batches: int = 2) -> list[tuple[Any, Any]]:
     rng = np.random.default_rng(seed)
-    return [(rng.normal(size=(8, 6)), rng.integers(0, 3, size=8)) for _ in range(2)]
+    return [(rng.normal(size=(8, 6)), rng.integers(0, 3, size=8)) for _ in range(batches)]
 
 
 def _as_tree(module: Any) -> Any:
@@ -57,12 +57,12 @@ def _assert_alike(tree: Any, module: Any) -> None:
 def test_both_remember_step_merge_and_save_the_same(tmp_path: Path) -> None:
     load("jax", "cpu")
     torch.manual_seed(0)
-    module, old, new = _Perceptron().double(), _data(1), _data(2)
+    module, old, new = _Perceptron().double(), _data(1, 6), _data(2)
     old_torch, new_torch = ([tuple(map(torch.from_numpy, batch)) for batch in data] for data in (old, new))
     params = _as_tree(module)
     learning = Continual(module, projector=SGP(0.9), penalty=30.0, check=False)
-    learning.remember(old_torch)
-    memory = memories.remember(_apply, params, old, projector=SGP(0.9), penalty=30.0, check=False)
+    learning.remember(old_torch, share=0.5)  # both draw the same batches
+    memory = memories.remember(_apply, params, old, projector=SGP(0.9), penalty=30.0, check=False, share=0.5)
     assert learning.posterior is not None
     for name, value in learning.posterior.precision.diagonal().items():
         np.testing.assert_allclose(memory.posterior.precision.diagonal()[name], value, rtol=1e-9, atol=1e-14)

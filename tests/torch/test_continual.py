@@ -817,6 +817,9 @@ def test_what_cannot_be_done_is_said_in_a_sentence() -> None:
         pass
     with pytest.raises(BecameError, match="there are no samples"):
         learning.remember([])
+    for share in (0.0, 1.5, math.nan):
+        with pytest.raises(BecameError, match=f"the share of the batches is {share}; it must be above 0 and at most 1"):
+            learning.remember(batches, share=share)
     learning.remember(batches)
     other = torch.optim.SGD(nn.Linear(1, 1).parameters(), 0.1)
     with pytest.raises(BecameError, match="steps no parameter of the model"), learning.stable(other):
@@ -831,6 +834,41 @@ def test_what_cannot_be_done_is_said_in_a_sentence() -> None:
         Continual(model, uncovered="thawed")  # type: ignore[arg-type]
     with pytest.raises(BecameError, match="nothing to learn"):
         Continual(nn.Flatten())
+
+
+@pytest.mark.parametrize(
+    ("total", "share", "expected"), [(64, None, 64), (90, None, 64), (400, None, 100), (40, 0.5, 20), (3, 0.01, 1)]
+)
+def test_of_many_batches_a_share_is_measured_and_stands_for_all(total: int, share: Any, expected: int) -> None:
+    model, (inputs, targets) = _network("perceptron"), _data(1)[0]
+    # The batches come in a pattern of two kinds, as those of a loader that takes turns.
+    batches = [(inputs * (1 + number % 2), targets, number) for number in range(total)]
+
+    def fisher(batches: Any, share: float | None) -> tuple[Any, list[int]]:
+        measured: list[int] = []
+
+        def targets_of(batch: Any) -> Tensor:
+            measured.append(batch[2])
+            return cast("Tensor", batch[1])
+
+        apply = cast("Any", lambda net, batch: net(batch[0]))
+        learning = Continual(model, apply=apply, targets=targets_of, check=False, progress=False)
+        learning.remember(batches, share=share)
+        assert learning.posterior is not None
+        return learning.posterior.precision.diagonal(), measured
+
+    (_, every), (part, measured) = fisher(batches, 1), fisher(batches, share)
+    assert every == list(range(total))
+    assert measured[0] == 0
+    assert measured == sorted(set(measured))
+    assert 0.8 * expected <= len(measured) <= 1.2 * expected
+    odd = sum(number % 2 for number in measured) / len(measured)
+    assert expected < 10 or 0.3 <= odd <= 0.7
+    kinds = [fisher(batches[kind : kind + 1], 1)[0] for kind in (0, 1)]
+    for name, value in part.items():
+        torch.testing.assert_close(value, (1 - odd) * kinds[0][name] + odd * kinds[1][name])
+    # Of a stream of unknown length all are measured, unless the user says otherwise.
+    assert fisher(iter(batches), share)[1] == (every if share is None else measured)
 
 
 class _Stream(torch.utils.data.IterableDataset[tuple[Tensor, Tensor]]):
