@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from became_core import merge, optimal_alpha
 from became_core.arrays import device as device_of
-from became_core.arrays import namespace, on_host
+from became_core.arrays import namespace
 from became_core.continual import (
     SGD,
     Annealed,
@@ -41,6 +41,7 @@ from became_core.continual import (
     Training,
     split_classes,
 )
+from became_core.continual.evaluation import accuracies
 from became_core.continual.measurement import Measurement
 from became_core.projection import GPM
 from benchmarks.plain_loops import PLAIN
@@ -94,7 +95,8 @@ def contenders(framework: str, stream: TaskStream, device: str) -> dict[str, Cal
     scaled = (dataset.images / np.float32(255) - np.float32(0.5)) / np.float32(0.25)
     plain = PLAIN[framework](scaled.astype(np.float32), stream.targets, CLASSES, device)
     steps = chunks(task.train)[:STEPS]
-    tests = chunks(task.test)
+    tests = chunks(stream.tasks[0].test)
+    scored = replace(stream.tasks[0], test=np.concatenate(tests))
     everything = Constraint(frozenset(learner.parameters()) - learner.heads[0])
     projected = Constraint(learner.projectable | learner.heads[1], half_width(learner))
     training = Training(Annealed(RATE, 1), Annealed(RATE, 1), projector_samples=125)
@@ -108,16 +110,12 @@ def contenders(framework: str, stream: TaskStream, device: str) -> dict[str, Cal
         learner.train(batches, np.full(len(batches), RATE), constraint, SGD(), np.random.default_rng(0))
         wait_for(learner.parameters())
 
-    def evaluate() -> float:
-        predictions = [on_host(learner.logits(rows, BATCH))[:, 1].argmax(1) for rows in tests]
-        return float(np.mean(np.concatenate(predictions) == stream.targets[np.concatenate(tests)]))
-
     return {
         "plain step": lambda: plain.train(steps),
         "step": lambda: train(everything),
         "projected step": lambda: train(projected),
         "plain evaluation": lambda: plain.evaluate(tests),
-        "evaluation": evaluate,
+        "evaluation": lambda: accuracies(learner, [scored], BATCH),
         "Fisher": lambda: wait_for(measured.diagonal().values),
         "GPM update": lambda: wait_for(GPM(0.97).remember(measured).bases),
         "alpha* and merge": lambda: wait_for(

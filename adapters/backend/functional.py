@@ -186,10 +186,14 @@ class FunctionalLearner(NetworkLearner):
     def _logits_of_text(self, text: NDArray[np.uint8]) -> Array:
         return self._logits_in(self._data._replace(images=self._placed(text)), np.arange(len(text)))
 
-    def _logits(self, rows: Indices, heads: slice) -> Array:
-        # All are computed: what is compiled is compiled anew for another number of heads.
-        logits = self._logits_in(self._data, rows)
+    def logits(self, indices: Indices, batch_size: int, heads: slice = slice(None)) -> Array:
+        """Return the logits of all heads, or of some, [samples, heads, classes]."""
+        # All are computed, since what is compiled is compiled anew for another number of heads.
+        logits = super().logits(indices, batch_size)
         return logits if heads == slice(None) else logits[:, heads, ...]
+
+    def _logits(self, rows: Indices, heads: slice) -> Array:
+        return self._logits_in(self._data, rows)
 
     def _logits_in(self, data: Data, rows: Indices) -> Array:
         names = [f"{self.naming.one}.weight"] if self.shares_head else [name for head in self.heads for name in head]

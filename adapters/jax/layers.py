@@ -4,6 +4,7 @@ Convention: within a network images are [N, H, W, C]; weights are canonical, [ou
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, ClassVar
 
 import jax
@@ -86,8 +87,9 @@ def _batch_norm(run: "Pass", layer: BatchNorm, inputs: Array) -> Array:
     mean, variance = run.statistics(layer, lambda: (inputs.mean(axes), inputs.var(axes)))
     if run.constant_statistics:
         mean, variance = lax.stop_gradient((mean, variance))
-    normalised = (inputs - mean) * lax.rsqrt(variance + layer.epsilon)
-    return run.tapped(layer, lambda: normalised, normalised * run.weights[f"{layer.name}.weight"])
+    inverse = lax.rsqrt(variance + layer.epsilon)
+    outputs = (inputs - mean) * (inverse * run.weights[f"{layer.name}.weight"])  # one product for each number, not two
+    return run.tapped(layer, lambda: (inputs - mean) * inverse, outputs)
 
 
 def _group_norm(run: "Pass", layer: GroupNorm, inputs: Array) -> Array:
@@ -133,12 +135,26 @@ def _latent(run: "Pass", layer: Latent, inputs: Array) -> Array:  # noqa: ARG001
     return mean + jnp.exp(log_variance / 2) * noise
 
 
+@partial(jax.custom_jvp, nondiff_argnums=(1,))
 def _greatest(inputs: Array, size: int) -> Array:
     """Return the greatest of each square; of equal ones the first has the gradient, as in other frameworks.
 
-    JAX's own maximum over axes finds it again by ``==`` in the backward pass, for which XLA may compute the numbers
-    anew and not to the same bit: in single precision gradients were off by a third.
+    Where a derivative is taken, pixels are compared one by one. JAX's own maximum over axes finds the greatest again by
+    ``==`` in the backward pass, for which XLA may compute the numbers anew and not to the same bit: in single precision
+    gradients were off by a third. Elsewhere, as in evaluation, XLA's own loop is faster.
     """
+    window = (1, size, size, 1)
+    greatest: Array = lax.reduce_window(inputs, -jnp.inf, lax.max, window, window, "VALID")
+    return greatest
+
+
+@_greatest.defjvp  # type: ignore[untyped-decorator]
+def _(size: int, inputs: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    greatest, along = jax.jvp(partial(_first_of_greatest, size=size), inputs, tangents)
+    return greatest, along
+
+
+def _first_of_greatest(inputs: Array, size: int) -> Array:
     squares = _squares(inputs, size)
     best, *others = (squares[:, :, row, :, column] for row in range(size) for column in range(size))
     for pixel in others:

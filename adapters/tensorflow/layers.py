@@ -112,10 +112,10 @@ def _batch_norm(run: "Pass", layer: BatchNorm, inputs: Array) -> Array:
     mean, variance = run.statistics(layer, lambda: tf.nn.moments(inputs, axes))
     if run.constant_statistics:
         mean, variance = tf.stop_gradient(mean), tf.stop_gradient(variance)
-    scale = tf.math.rsqrt(variance + layer.epsilon)
     # One multiplication of all inputs less than by normalising them first, which only taps ask for.
-    factor = scale * run.weights[f"{layer.name}.weight"]
-    return run.tapped(layer, lambda: (inputs - mean) * scale, inputs * factor - mean * factor)
+    weight = run.weights[f"{layer.name}.weight"]
+    outputs = tf.nn.batch_normalization(inputs, mean, variance, None, weight, layer.epsilon)
+    return run.tapped(layer, lambda: (inputs - mean) * tf.math.rsqrt(variance + layer.epsilon), outputs)
 
 
 def _group_norm(run: "Pass", layer: GroupNorm, inputs: Array) -> Array:
