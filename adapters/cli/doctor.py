@@ -27,6 +27,7 @@ EXTRAS = {
     "trackio": (("trackio",), "--tracker trackio"),
     "merge": (("ml_dtypes", "yaml"), "became merge, without a framework"),
     "transformers": (("transformers",), "--network hf:NAME"),
+    "timm": (("timm",), "--network timm:NAME"),
     "dask": (("distributed",), "--scheduler"),
     "flower": (("flwr",), "adapters.flower, federations"),
 }
