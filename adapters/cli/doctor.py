@@ -56,6 +56,7 @@ FOLDERS = {
     "split-cifar100": ("uoft-cs/cifar100",),
     "split-tinyimagenet": ("zh-plus/tiny-imagenet", "tiny-imagenet-200"),
     "split-miniimagenet": ("mini-imagenet",),
+    "split-imagenet-r": ("imagenet-r",),
     "text-domains": ("text/domains",),
     "text-sentiment": ("text/sentiment",),
 }

@@ -37,7 +37,9 @@ class Tiny(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         assert tuple(images.shape[1:]) == (3, 12, 12), "Input size doesn't match model."
         tokens = self.patch_embed(images).flatten(2).transpose(1, 2)
-        return (tokens + self.fc2(torch.relu(self.fc1(self.norm(tokens))))).mean(1)
+        added: Tensor = self.fc2(torch.relu(self.fc1(self.norm(tokens))))
+        features: Tensor = (tokens + added).mean(1)
+        return features
 
 
 def create_model(
