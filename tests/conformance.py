@@ -373,9 +373,12 @@ def check_regression_is_learned_and_protected(make: Make, names: Sequence[str] =
         outputs = to_numpy(learner.logits(test, 12))[:, 0]
         rmse = stream.target_scale * np.sqrt(((outputs - stream.targets[test]) ** 2).mean())
         np.testing.assert_allclose(records[method].loss[-1, -1], rmse, rtol=1e-9)
+        of_each = [np.corrcoef(outputs[:, j], stream.targets[test][:, j])[0, 1] for j in range(2)]
+        np.testing.assert_allclose(records[method].correlation[-1, -1], np.mean(of_each), rtol=1e-9)
     for record in records.values():
         assert record.unit == "RMSE"
         assert np.isnan(record.accuracy).all()
+        np.testing.assert_array_equal(np.isnan(record.correlation), [[False, True], [False, False]])
         assert record.curves[0][-1].loss < 0.9 * record.curves[0][0].loss
     forgotten = {method: record.loss[1, 0] - record.loss[0, 0] for method, record in records.items()}
     assert forgotten["gpm"] < max(forgotten["finetune"], 0.05 * stream.target_scale)

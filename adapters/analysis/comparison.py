@@ -19,7 +19,7 @@ from adapters.runs.published import PublishedTable, published_tables
 from became_core import BecameError
 from became_core.continual.metrics import forward_transfer
 
-__all__ = ["ACCURACIES", "comparison", "gather", "heading", "published_table", "scores_tables"]
+__all__ = ["ACCURACIES", "CORRELATION", "comparison", "gather", "heading", "published_table", "scores_tables"]
 
 # What the scores of accuracies mean, in the words of every table.
 ACCURACIES = (
@@ -27,6 +27,8 @@ ACCURACIES = (
     "learned; forgetting: how much it has fallen below its best; both are means over all tasks but the last. "
     "plasticity: the mean accuracy on a task just after it was learned."
 )
+
+CORRELATION = "Pearson's, of predictions with targets, the mean over all tasks after the last one"
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,7 @@ _SCORES = (
     _Metric("last task", 2, lambda run: float(run.measured[-1, -1])),
     _Metric("FWT", 2, lambda run: forward_transfer(run.measured)),
     _Metric("class-inc.", 2, lambda run: run.class_incremental_scores.acc if run.measure.is_accuracy else None),
+    _Metric("correlation", 3, lambda run: run.mean_correlation),
 )
 _LOSS = _Metric("loss", 3, lambda run: float(np.mean(run.loss[-1])) if len(run.loss) else None)
 _COSTS = (
@@ -81,7 +84,10 @@ def scores_tables(groups: Sequence[Group]) -> list[Table]:
     if not measure.is_accuracy:
         scores[:1] = [replace(_LOSS, heading=measure.unit), replace(_SCORES[0], heading=measure.heading)]
         scores = [replace(metric, digits=measure.digits) if metric.digits == 2 else metric for metric in scores]
-        note = f"Columns but {measure.unit} are of {measure.name}: up is good, and below 0 a BWT is forgetting."
+        correlated = any(run.mean_correlation is not None for group in groups for run in group.runs)
+        others = f"{measure.unit} and correlation" if correlated else measure.unit
+        note = f"Columns but {others} are of {measure.name}: up is good, and below 0 a BWT is forgetting."
+        note += f" correlation: {CORRELATION}." if correlated else ""
     spread = "Mean ± standard deviation over seeds. " if have_spread(groups) else ""
     remembered = any(run.memory for group in groups for run in group.runs)
     memory = "Memory in MiB, beside the network's own." if remembered else ""

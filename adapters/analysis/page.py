@@ -193,7 +193,7 @@ def _pictures(run: RunResult) -> str:
 
 
 def _matrices(group: Group) -> str:
-    """Both accuracy matrices and that of the loss, as far as they were measured, the mean over seeds, as tables."""
+    """The matrices that were measured, of accuracies, the loss and the correlation, as tables of means over seeds."""
     parts = []
     first = group.runs[0]
     loss = {"RMSE": "RMSE", "%": "Loss, nats"}.get(first.unit, f"Loss, {first.unit}")
@@ -201,6 +201,7 @@ def _matrices(group: Group) -> str:
         "accuracy": "Task-incremental accuracy, %",
         "class_incremental_accuracy": "Class-incremental accuracy, %",
         "loss": loss,
+        "correlation": "Correlation of predictions with targets",
     }
     for field, title in titles.items():
         measured = [getattr(run, field) for run in group.runs]

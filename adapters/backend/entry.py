@@ -6,7 +6,7 @@
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
@@ -65,7 +65,7 @@ class Builder(Protocol[L_co]):
         """Return a fresh learner with a backbone known by name.
 
         Args:
-            network: the backbone, one of ``adapters.networks.NETWORKS``, or of the hub, ``hf:NAME``.
+            network: the backbone, one of ``adapters.networks.NETWORKS``, or of a package, ``hf:NAME`` or ``timm:NAME``.
             stream: what it will learn.
             device: a device as the framework calls it, or "auto" for the first accelerator there is, else the CPU.
             seed: names the draw of the initial weights.
@@ -104,14 +104,14 @@ class Backend:
 
 
 def learner_builder(
-    learner: Callable[..., L], of_hub: Callable[[HubNetwork, TaskStream, int], Any] | None = None
+    learner: Callable[..., L], of_packages: Mapping[str, Callable[[HubNetwork, TaskStream, int], Any]] | None = None
 ) -> Builder[L]:
     """Return what builds learners of a class with backbones known by name.
 
     Args:
         learner: the class, whose constructor is that of ``NetworkLearner``.
-        of_hub: makes the framework's module of a network of the hub, for a stream, with weights drawn by a seed; None
-            if the framework has none.
+        of_packages: by package, what makes the framework's module of a network of it, for a stream, with weights drawn
+            by a seed; None if the framework has none.
     """
 
     def build_learner(
@@ -129,8 +129,8 @@ def learner_builder(
         hub = hub_network(network, norm, pretrained=pretrained)
         if hub is None:
             backbone: Any = build_network(network, stream.dataset.images.shape[1:], norm)
-        elif of_hub is not None:
-            backbone = of_hub(hub, stream, seed)
+        elif of_packages is not None:
+            backbone = of_packages[hub.package](hub, stream, seed)
         else:
             raise BecameError(
                 f"the network '{network}' is one for PyTorch; choose --backend torch, or another network."
@@ -167,7 +167,7 @@ def threads_for(network: str, shape: tuple[int, ...], norm: Norm = "batch") -> i
     (1, None)
 
     Args:
-        network: one of ``adapters.networks.NETWORKS``, or of the hub.
+        network: one of ``adapters.networks.NETWORKS``, or of a package.
         shape: of an image, [C, H, W], or of text, [L].
         norm: the network's kind of normalisation.
     """

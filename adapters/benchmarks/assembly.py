@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from became_core.continual.data import Dataset
 from became_core.errors import BecameError
 
-__all__ = ["Part", "assemble", "check_classes"]
+__all__ = ["Part", "assemble", "assembled", "check_classes"]
 
 Part = tuple[NDArray[np.uint8], NDArray[np.int64]]
 """Images, uint8 [N, C, H, W], and their labels, int64 [N]."""
@@ -19,15 +19,14 @@ _ROWS_AT_ONCE = 1024  # counting widens every pixel to 8 bytes, so it is done in
 
 def assemble(name: str, train: Part, test: Part) -> Dataset:
     """Return the data set of a training and a test part, whose images must have one shape."""
-    mean, std = _moments(train[0])
-    return Dataset(
-        name=name,
-        images=np.concatenate([train[0], test[0]]),
-        labels=np.concatenate([train[1], test[1]]),
-        train_size=len(train[0]),
-        mean=mean,
-        std=std,
-    )
+    images, labels = np.concatenate([train[0], test[0]]), np.concatenate([train[1], test[1]])
+    return assembled(name, images, labels, len(train[0]))
+
+
+def assembled(name: str, images: NDArray[np.uint8], labels: NDArray[np.int64], train_size: int) -> Dataset:
+    """Return the data set of images and labels, of which the first ``train_size`` are for training."""
+    mean, std = _moments(images[:train_size])
+    return Dataset(name=name, images=images, labels=labels, train_size=train_size, mean=mean, std=std)
 
 
 def check_classes(part: Part, classes: int, source: str) -> Part:

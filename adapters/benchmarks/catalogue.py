@@ -11,11 +11,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from adapters.benchmarks.cifar import load_cifar100
+from adapters.benchmarks.imagenet_r import load_imagenet_r
 from adapters.benchmarks.miniimagenet import load_miniimagenet
 from adapters.benchmarks.mnist import load_mnist, load_mnist_to_draw
 from adapters.benchmarks.presets import (
     CIFAR100,
     CIFAR100_IN_20,
+    IMAGENET_R,
     MINIIMAGENET,
     MNIST_VAE,
     PERMUTED_MNIST,
@@ -44,7 +46,7 @@ class Benchmark:
         name: as on the command line.
         load: returns the data set, given a local folder or None, and the settings by name.
         tasks: the usual number of tasks; 0 for as many as the data set has domains.
-        presets: by name, "quick" among them.
+        presets: by name.
         otherwise: the presets of other numbers of tasks, where they differ.
         permuted: whether the tasks are permutations of the pixels, rather than groups of classes.
         usual: the name of the preset that is used if none is named.
@@ -125,6 +127,7 @@ BENCHMARKS: Catalogue[Benchmark] = Catalogue(
             Benchmark("split-cifar100", load_cifar100, 10, CIFAR100, otherwise={20: CIFAR100_IN_20}),
             Benchmark("split-miniimagenet", load_miniimagenet, 20, MINIIMAGENET),
             Benchmark("split-tinyimagenet", load_tinyimagenet, 25, TINYIMAGENET),
+            Benchmark("split-imagenet-r", load_imagenet_r, 10, IMAGENET_R, usual="pretrained"),
         )
     },
 )

@@ -1,23 +1,29 @@
 """Encoded images (PNG, JPEG), checked and decoded, and images that lie one a file in a folder for each class.
 
 Convention: decoded images are RGB, whatever they were, uint8 [3, size, size]; classes are folders, in the order of
-their names, and images are in the order of theirs.
+their names, and images are in the order of theirs. An image is of that size already, or it is resized, bilinearly and
+with antialiasing, until its shorter side has some length, and the middle of that size is kept.
 """
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from io import BytesIO
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from became_core.errors import BecameError
 
-__all__ = ["decoded", "image_files", "read_files", "subfolders"]
+if TYPE_CHECKING:
+    from PIL.Image import Image as Picture
+
+__all__ = ["decoded", "image_files", "read_files", "read_resized", "subfolders"]
 
 _PNG = b"\x89PNG\r\n\x1a\n"
 _SUFFIXES = (".jpeg", ".jpg", ".png")
+_MOST_PIXELS = 2**26  # of an image that is resized
 
 
 def decoded(encoded: bytes, size: int, source: str) -> NDArray[np.uint8]:
@@ -26,6 +32,21 @@ def decoded(encoded: bytes, size: int, source: str) -> NDArray[np.uint8]:
     Raises:
         BecameError: if it is no PNG or JPEG, is corrupt or truncated, or of another size.
     """
+
+    def as_it_is(image: "Picture") -> "Picture":
+        if image.size != (size, size):
+            raise BecameError(f"{source} is {image.width}×{image.height} pixels; every image must be {size}×{size}.")
+        return image.convert("RGB")
+
+    return _pixels(encoded, as_it_is, source)
+
+
+def _pixels(encoded: bytes, convert: Callable[["Picture"], "Picture"], source: str) -> NDArray[np.uint8]:
+    """Return the pixels of an encoded image, [3, height, width], after a conversion, which may refuse its size.
+
+    Raises:
+        BecameError: if it is no PNG or JPEG, or is corrupt or truncated.
+    """
     from PIL import Image
 
     try:
@@ -33,13 +54,12 @@ def decoded(encoded: bytes, size: int, source: str) -> NDArray[np.uint8]:
             _check_png(encoded)
         # Only what these data sets hold: no other of Pillow's many decoders meets a file from elsewhere.
         image = Image.open(BytesIO(encoded), formats=("PNG", "JPEG"))
-        # Pixels are decoded later, so an image that claims to be huge takes no memory.
-        pixels = np.asarray(image.convert("RGB")).transpose(2, 0, 1) if image.size == (size, size) else None
+        # Pixels are decoded by the conversion, so an image that claims to be huge takes no memory.
+        return np.asarray(convert(image)).transpose(2, 0, 1)
+    except BecameError:
+        raise
     except Exception as error:  # a corrupt image can fail anywhere in a decoder, with errors of all kinds
         raise BecameError(f"{source} holds a corrupt image: fetch it again.") from error
-    if pixels is None:
-        raise BecameError(f"{source} is {image.width}×{image.height} pixels; every image must be {size}×{size}.")
-    return pixels
 
 
 def subfolders(folder: Path) -> list[Path]:
@@ -69,12 +89,45 @@ def read_files(files: Sequence[Path], size: int) -> NDArray[np.uint8]:
     """
     images = np.empty((len(files), 3, size, size), dtype=np.uint8)
     for row, file in enumerate(files):
-        try:
-            encoded = file.read_bytes()
-        except (OSError, ValueError) as error:  # the name, which a list may give, can be no name of a file
-            raise BecameError(f"there is no file {str(file)!r} that can be read: fetch the data set again.") from error
-        images[row] = decoded(encoded, size, str(file))
+        images[row] = decoded(_content(file), size, str(file))
     return images
+
+
+def read_resized(files: Sequence[Path], shorter: int, size: int) -> NDArray[np.uint8]:
+    """Return the middles of images of any size, one a file, [N, 3, size, size].
+
+    Args:
+        files: of the images.
+        shorter: the length to which each image's shorter side is resized, in pixels; at least the size.
+        size: the height and width of the middle that is kept.
+
+    Raises:
+        BecameError: if a file cannot be read, is no PNG or JPEG, is corrupt, or has more than 67 million pixels.
+    """
+    from PIL.Image import Resampling
+
+    def middle(image: "Picture") -> "Picture":
+        width, height = image.size
+        if width * height > _MOST_PIXELS:
+            raise BecameError(f"{source} is {width}×{height} pixels; an image has at most {_MOST_PIXELS:,} in all.")
+        by = shorter / min(width, height)
+        width, height = max(shorter, int(width * by)), max(shorter, int(height * by))
+        left, top = round((width - size) / 2), round((height - size) / 2)
+        resized = image.convert("RGB").resize((width, height), Resampling.BILINEAR)
+        return resized.crop((left, top, left + size, top + size))
+
+    images = np.empty((len(files), 3, size, size), dtype=np.uint8)
+    for row, file in enumerate(files):
+        source = str(file)
+        images[row] = _pixels(_content(file), middle, source)
+    return images
+
+
+def _content(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except (OSError, ValueError) as error:  # the name, which a list may give, can be no name of a file
+        raise BecameError(f"there is no file {str(file)!r} that can be read: fetch the data set again.") from error
 
 
 def _check_png(encoded: bytes) -> None:

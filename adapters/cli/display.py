@@ -253,6 +253,8 @@ class RunProgress(Events):
         measured = [math.isfinite(accuracy) for accuracy in event.accuracy]
         what, values = ("accuracy", event.accuracy) if all(measured) else ("loss", event.loss)
         scores = " ".join(f"{value:.{1 if what == 'accuracy' else 3}f}" for value in values)
+        if event.correlation:
+            scores += "  correlation " + " ".join(f"{value:.3f}" for value in event.correlation)
         self._bar.update(self._row, completed=event.task + 1)
         self._print(f"task {event.task + 1}/{self._tasks} learned{alpha}  {what} {scores}")
         for name in sorted(event.full):

@@ -27,6 +27,7 @@ EXTRAS = {
     "trackio": (("trackio",), "--tracker trackio"),
     "merge": (("ml_dtypes", "yaml"), "became merge, without a framework"),
     "transformers": (("transformers",), "--network hf:NAME"),
+    "timm": (("timm",), "--network timm:NAME"),
     "dask": (("distributed",), "--scheduler"),
     "flower": (("flwr",), "adapters.flower, federations"),
 }
@@ -55,6 +56,7 @@ FOLDERS = {
     "split-cifar100": ("uoft-cs/cifar100",),
     "split-tinyimagenet": ("zh-plus/tiny-imagenet", "tiny-imagenet-200"),
     "split-miniimagenet": ("mini-imagenet",),
+    "split-imagenet-r": ("imagenet-r",),
     "text-domains": ("text/domains",),
     "text-sentiment": ("text/sentiment",),
 }

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from itertools import zip_longest
 
 from adapters.analysis.bootstrap import Estimate
-from adapters.analysis.comparison import ACCURACIES
+from adapters.analysis.comparison import ACCURACIES, CORRELATION
 from adapters.analysis.tables import Cell, Column, Table
 from adapters.runs import RunResult, Scores
 
@@ -64,6 +64,11 @@ def results_tables(results: Sequence[RunResult]) -> list[Table]:
         del score_columns[1]
         scores = [[method, *numbers] for method, _, *numbers in scores]
         note = _LOSSES.format(unit=measure.unit)
+        correlations = [_correlation([run for run in results if run.method == row[0]]) for row in scores]
+        if any(correlations):
+            score_columns.append(Column("correlation", measure.digits))
+            scores = [[*row, cell] for row, cell in zip(scores, correlations, strict=True)]
+            note += f" correlation: {CORRELATION}."
         title, section = f"Losses{scored}, {measure.unit}, with the sign turned, {of_seeds}", 0
     return [
         Table(title, score_columns, scores, [note], section=section),
@@ -88,6 +93,11 @@ def _found(results: Sequence[RunResult]) -> list[Table]:
 def _estimates(scores: Sequence[Scores]) -> list[Estimate]:
     names = ("acc", "bwt", "forgetting", "plasticity")
     return [Estimate(tuple(asdict(score)[name] for score in scores)) for name in names]
+
+
+def _correlation(runs: Sequence[RunResult]) -> Estimate | None:
+    known = [run.mean_correlation for run in runs if run.mean_correlation is not None]
+    return Estimate(tuple(known)) if known else None
 
 
 def _mean_alphas(runs: Sequence[RunResult]) -> str:

@@ -56,7 +56,8 @@ __all__ = [
 ]
 
 Norm = Literal["batch", "running", "group"]
-HUB = "hf:"  # how the names of the hub's networks begin
+Package = Literal["transformers", "timm"]
+PACKAGES: dict[str, Package] = {"hf:": "transformers", "timm:": "timm"}  # by how their networks' names begin
 
 
 def mlp(channels: int, height: int, width: int, norm: Norm = "batch") -> Architecture:
@@ -263,37 +264,46 @@ NETWORKS: Catalogue[Callable[..., Architecture]] = Catalogue(
 
 @dataclass(frozen=True)
 class HubNetwork:
-    """A network of Hugging Face's hub, or of a folder in its layout, by its configuration file; PyTorch builds it.
+    """A network of a package of networks, for PyTorch.
 
     Attributes:
-        source: a folder with ``config.json``, or a name on the hub.
+        source: for ``transformers``, a folder with ``config.json`` or a name on Hugging Face's hub; for ``timm``, what
+            its ``create_model`` takes.
         pretrained: whether its weights are read as well; otherwise the run's seed draws them.
+        package: which package builds it.
     """
 
     source: str
     pretrained: bool = False
+    package: Package = "transformers"
 
 
 def hub_network(name: str, norm: Norm = "batch", *, pretrained: bool = False) -> HubNetwork | None:
-    """Return the network of the hub that a name such as ``hf:NAME`` is of; None if the name is one of ``NETWORKS``.
+    """Return the network of a package that a name such as ``hf:NAME`` is of; None if the name is one of ``NETWORKS``.
 
     >>> hub_network("hf:google/vit-base-patch16-224-in21k").source
     'google/vit-base-patch16-224-in21k'
+    >>> hub_network("timm:vit_base_patch16_224").package
+    'timm'
 
     Raises:
         BecameError: if there is no such name, or it has no such normalisation or no pretrained weights.
     """
-    if not name.startswith(HUB):
+    prefix = next((prefix for prefix in PACKAGES if name.startswith(prefix)), None)
+    if prefix is None:
         NETWORKS[name]
         if pretrained:
-            raise BecameError(f"there are no pretrained weights of '{name}'; a network of the hub, hf:NAME, has some.")
+            raise BecameError(
+                f"there are no pretrained weights of '{name}'; networks of packages, hf:NAME and timm:NAME, have some."
+            )
         return None
-    source = name.removeprefix(HUB)
+    source, package = name.removeprefix(prefix), PACKAGES[prefix]
     if not source:
-        raise BecameError(f"'{HUB}' is followed by no name; give a folder, or a name on the hub.")
+        what = "a name that timm knows" if package == "timm" else "a folder, or a name on the hub"
+        raise BecameError(f"'{prefix}' is followed by no name; give {what}.")
     if norm != "batch":
         raise BecameError(f"the network '{name}' has norms of its own, and none that could be '{norm}'.")
-    return HubNetwork(source, pretrained)
+    return HubNetwork(source, pretrained, package)
 
 
 def build_network(name: str, shape: tuple[int, ...], norm: Norm = "batch") -> Architecture:

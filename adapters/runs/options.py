@@ -104,11 +104,12 @@ class RunOptions:
         False,
     )
     network: str = _option(
-        "The backbone: hf:NAME, of Hugging Face's hub or a folder in its layout, on PyTorch alone, or one of these",
+        "The backbone: on PyTorch alone hf:NAME, of Hugging Face's hub or a folder in its layout, or timm:NAME, of the "
+        "package timm; or one of these",
         "learn",
     )
     pretrained: bool = _option(
-        "Begin with the weights that come with a network of the hub, instead of drawing them.",
+        "Begin with the weights that come with a network hf:NAME or timm:NAME, instead of drawing them.",
         "learn",
         False,
         flag=True,

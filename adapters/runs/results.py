@@ -68,6 +68,7 @@ class RunResult:
     unit: str = "%"
     samples: list[list[str]] = field(default_factory=list)
     boundaries: dict[str, Any] | None = None
+    correlation: NDArray[np.float64] = field(default_factory=lambda: np.zeros((0, 0)))
 
     @classmethod
     def of(
@@ -114,6 +115,7 @@ class RunResult:
             unit=record.unit,
             samples=record.samples,
             boundaries=None if segments is None else _boundaries(segments),
+            correlation=record.correlation,
         )
 
     @property
@@ -141,6 +143,12 @@ class RunResult:
         """The class-incremental metrics."""
         return Scores.of(self.class_incremental_accuracy)
 
+    @property
+    def mean_correlation(self) -> float | None:
+        """The mean over all tasks, after the last, of predictions' correlation with targets; None if it has none."""
+        mean = float(np.mean(self.correlation[-1])) if len(self.correlation) else math.nan
+        return None if math.isnan(mean) else mean
+
     def to_json(self) -> dict[str, Any]:
         """Return plain values that JSON can hold, the metrics among them."""
         return {
@@ -165,6 +173,7 @@ class RunResult:
             "unit": self.unit,
             "samples": self.samples,
             "boundaries": self.boundaries,
+            "correlation": _rows(self.correlation),
         }
 
     @classmethod
@@ -175,11 +184,12 @@ class RunResult:
             ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError: if a value is missing or is none
                 that a run could have written.
         """
-        later = "memory", "curves", "data_dir", "loss", "unit", "samples", "boundaries"
+        later = "memory", "curves", "data_dir", "loss", "unit", "samples", "boundaries", "correlation"
         fields = {name: values[name] for name in cls.__dataclass_fields__ if name in values or name not in later}
         for name in ("accuracy", "class_incremental_accuracy"):
             fields[name] = np.array(fields[name], dtype=float)  # null becomes NaN
-        fields["loss"] = np.array(fields["loss"], dtype=float) if fields.get("loss") else np.zeros((0, 0))
+        for name in ("loss", "correlation"):
+            fields[name] = np.array(fields[name], dtype=float) if fields.get(name) else np.zeros((0, 0))
         for name in ("paths", "curves"):
             fields[name] = _without(None, fields.get(name, []))
         result = cls(**fields)
@@ -201,6 +211,8 @@ class RunResult:
         if not self.measure.is_accuracy or len(self.loss):
             _require(self.loss.shape == (tasks, tasks))
             _require_numbers(value for task in range(tasks) for value in self.loss[task, : task + 1].tolist())
+        _require(self.correlation.shape in ((0, 0), (tasks, tasks)))
+        _require(bool(np.all(np.isnan(self.correlation) | (abs(self.correlation) <= 1))))
         _require(len(self.alpha) == len(self.epochs) == tasks and len(self.ranks) <= tasks)
         _require_numbers(alpha for alpha in self.alpha if alpha is not None)
         _require_numbers(self.epochs)

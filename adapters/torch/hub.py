@@ -16,7 +16,7 @@ bytes, which are given as the numbers of tokens. A matrix that GPT-2 stores as [
 Code that comes with a network is never run, and weights are read from safetensors files alone.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -40,23 +40,31 @@ class HubBackbone(nn.Module):
     image_factor: Tensor
     image_shift: Tensor
 
-    def __init__(self, model: nn.Module, stream: TaskStream, scale: tuple[Tensor, Tensor] | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        stream: TaskStream,
+        *,
+        channels: int = 3,
+        size: Sequence[int] | None = None,
+        known: tuple[Sequence[float], Sequence[float]] | None = None,
+    ) -> None:
         """Keep the model.
 
         Args:
             model: its outputs have a ``last_hidden_state``.
             stream: what it will learn.
-            scale: what the learner's normalised images are multiplied by, and what is then added, [C, 1, 1].
+            channels: how many an image of the model has.
+            size: the height and width of its images; None if it takes any.
+            known: the mean and the standard deviation [C] by which its weights know images to be normalised, from 0 to
+                1; None for those of the stream.
         """
         super().__init__()
-        self.model = model
-        config: Any = model.config
-        size = getattr(config, "image_size", None)
-        self.size = (size, size) if isinstance(size, int) else size
-        self.channels = getattr(config, "num_channels", 3)
+        self.model, self.channels = model, channels
+        self.size = None if size is None else (size[0], size[1])
         self.per_position = stream.dataset.predicts_bytes
         self.is_causal = False
-        factor, shift = scale or (torch.ones(()), torch.zeros(()))
+        factor, shift = (torch.ones(()), torch.zeros(())) if known is None else _rescaled(stream, *known)
         self.register_buffer("image_factor", factor, persistent=False)
         self.register_buffer("image_shift", shift, persistent=False)
 
@@ -70,8 +78,11 @@ class HubBackbone(nn.Module):
         images = samples * self.image_factor + self.image_shift
         if images.shape[1] == 1:
             images = images.expand(-1, self.channels, -1, -1)
-        if self.size is not None and tuple(images.shape[2:]) != tuple(self.size):
+        if self.size is not None and tuple(images.shape[2:]) != self.size:
             images = functional.interpolate(images, self.size, mode="bilinear", antialias=True)
+        return self._features(images)
+
+    def _features(self, images: Tensor) -> Tensor:
         hidden = self._hidden(images)
         return hidden.mean((2, 3)) if hidden.ndim == 4 else hidden[:, 0]
 
@@ -87,6 +98,23 @@ class HubBackbone(nn.Module):
         texts[1, -1] = (texts[0, -1] + 1) % BYTES
         first, second = self._hidden(texts)
         self.is_causal = bool(torch.allclose(first[:-1], second[:-1], rtol=1e-4, atol=1e-5))
+
+    def try_on(self, shape: Sequence[int], source: str) -> None:
+        """Run once on samples of a shape; of text, find out whether the network is causal.
+
+        Raises:
+            BecameError: if the network, which the message calls by its source, cannot take them.
+        """
+        try:
+            if len(shape) == 1:
+                self.find_causality(shape[0])
+            else:
+                with torch.no_grad():
+                    self(torch.zeros(2, *shape))
+        except (AssertionError, AttributeError, IndexError, RuntimeError, ValueError) as error:
+            raise BecameError(
+                f"the network '{source}' cannot take samples {list(shape)}: {first_line(error)}."
+            ) from None
 
 
 def hub_backbone(network: HubNetwork, stream: TaskStream, seed: int) -> HubBackbone:
@@ -125,15 +153,11 @@ def hub_backbone(network: HubNetwork, stream: TaskStream, seed: int) -> HubBackb
     for name, layer in list(model.named_modules()):
         if isinstance(layer, transformers.pytorch_utils.Conv1D):
             model.set_submodule(name, _linear(layer))
-    backbone = HubBackbone(model.eval(), stream, _scale_of(network, stream) if network.pretrained else None)
-    try:
-        if len(shape) == 1:
-            backbone.find_causality(shape[0])
-        else:
-            with torch.no_grad():
-                backbone(torch.zeros(2, *shape))
-    except (AttributeError, IndexError, RuntimeError, ValueError) as error:
-        raise BecameError(f"the network '{source}' cannot take samples {list(shape)}: {first_line(error)}.") from None
+    size, known = getattr(config, "image_size", None), _known_images(network) if network.pretrained else None
+    size = (size, size) if isinstance(size, int) else size
+    channels = getattr(config, "num_channels", 3)
+    backbone = HubBackbone(model.eval(), stream, channels=channels, size=size, known=known)
+    backbone.try_on(shape, source)
     if backbone.per_position and not backbone.is_causal:
         raise BecameError(
             f"the network '{source}' sees the byte that it is to predict; a benchmark of next bytes needs one whose "
@@ -170,8 +194,8 @@ def _linear(layer: Any) -> nn.Linear:
     return linear
 
 
-def _scale_of(network: HubNetwork, stream: TaskStream) -> tuple[Tensor, Tensor] | None:
-    """Return what makes the learner's normalised images those that pretrained weights know; None if nothing says so."""
+def _known_images(network: HubNetwork) -> tuple[Sequence[float], Sequence[float]] | None:
+    """Return the mean and the standard deviation of images that pretrained weights know; None if nothing says so."""
     from transformers import AutoImageProcessor
 
     try:
@@ -179,8 +203,11 @@ def _scale_of(network: HubNetwork, stream: TaskStream) -> tuple[Tensor, Tensor] 
     except (ImportError, OSError, ValueError):
         return None
     mean, std = getattr(known, "image_mean", None), getattr(known, "image_std", None)
-    if mean is None or std is None:
-        return None
+    return None if mean is None or std is None else (mean, std)
+
+
+def _rescaled(stream: TaskStream, mean: Sequence[float], std: Sequence[float]) -> tuple[Tensor, Tensor]:
+    """Return what a stream's normalised images are multiplied by, and what is then added, for other statistics."""
     own_mean, own_std, of_mean, of_std = (
         torch.tensor(values, dtype=torch.float32).view(-1, 1, 1)
         for values in (stream.dataset.mean, stream.dataset.std, mean, std)

@@ -16,6 +16,7 @@ with needs_package("torch"):
     from adapters.torch.hub import hub_backbone
     from adapters.torch.learner import TorchLearner
     from adapters.torch.processes import is_one_of_several, met
+    from adapters.torch.timm_network import timm_backbone
 
 __all__ = ["BACKEND", "build_learner", "keep_freed_memory"]
 
@@ -60,7 +61,7 @@ def _use_threads(threads: int | None) -> int:
     return torch.get_num_threads()
 
 
-build_learner = learner_builder(TorchLearner, hub_backbone)
+build_learner = learner_builder(TorchLearner, {"transformers": hub_backbone, "timm": timm_backbone})
 BACKEND = Backend("torch", build_learner, _repeat_exactly, _prepare, _use_threads)
 
 if __name__ == "__main__":

@@ -101,7 +101,11 @@ class Tracker(Callback):
     def on_task_end(self, event: TaskEnd) -> None:
         """Keep alpha and the accuracy of each task until the state is saved."""
         self._scalars = {} if event.alpha is None else {"task/alpha": event.alpha}
-        for what, values in (("accuracy", event.accuracy), ("loss", event.loss)):
+        for what, values in (
+            ("accuracy", event.accuracy),
+            ("loss", event.loss),
+            ("correlation", event.correlation),
+        ):
             finite = {task: value for task, value in enumerate(values, start=1) if math.isfinite(value)}
             self._scalars |= {f"{what}/task_{task:02d}": value for task, value in finite.items()}
 

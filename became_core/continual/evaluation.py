@@ -1,4 +1,4 @@
-"""What a learner reaches at its present weights: accuracies and losses, on the test samples of tasks or on any rows.
+"""What a learner reaches at its present weights: accuracies, losses and correlations, on test samples or on any rows.
 
 Convention: accuracies are in percent. Task-incremental accuracy predicts among the classes of the sample's task;
 class-incremental accuracy predicts among the classes of all tasks so far, by the argmax over all their heads. Losses
@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from became_core.arrays import Array, device, namespace
+from became_core.continual.correlation import correlation, correlation_sums
 from became_core.continual.data import Indices, Task, chunks
 from became_core.continual.learner import Learner, seen_through
 from became_core.continual.rng import random_generator
@@ -28,17 +29,20 @@ class Evaluation(NamedTuple):
         accuracy: the task-incremental accuracy of each task, in percent; NaN if targets are no labels.
         class_incremental_accuracy: the class-incremental one; that is the task-incremental one if tasks share a head.
         loss: the loss of each task by its own head, in the natural unit of the likelihood and of the data.
+        correlation: where outputs predict numbers, their correlation with the targets of each task, as
+            ``correlation`` defines it; empty elsewhere.
     """
 
     accuracy: list[float]
     class_incremental_accuracy: list[float]
     loss: list[float]
+    correlation: list[float]
 
 
 def accuracies(
     learner: Learner, tasks: Sequence[Task], batch_size: int, views: Mapping[int, View] | None = None
 ) -> Evaluation:
-    """Return the test accuracies of these tasks, task-incremental and class-incremental, and their losses.
+    """Return what is reached on the test samples of these tasks: accuracies, losses and correlations.
 
     There is one pass over the test samples of all tasks for the shared weights, and one for every task that has a view,
     because the head of that task works with other weights.
@@ -70,12 +74,14 @@ def accuracies(
         (shuffled,) = _logits_of_heads(learner, [rows[order]], len(tasks), batch_size, views or {})
         places = np.split(np.argsort(order), np.cumsum([len(part) for part in parts])[:-1])
         mixed = [_rows_of(shuffled, place) for place in places]
-    result = Evaluation([], [], [])
+    result = Evaluation([], [], [], [])
     for task, of_heads, of_heads_mixed in zip(tasks, logits, mixed, strict=True):
         targets = learner.targets(task.test)
         own = of_heads[:, task.index, ...]
         mean, width = float(learner.likelihood.mean_loss(own, targets)), int(own.shape[1])
         result.loss.append(learner.target_scale * learner.likelihood.natural(mean, width))
+        if learner.likelihood.predicts_numbers:
+            result.correlation.append(correlation(correlation_sums(own, targets)))
         if not learner.likelihood.has_labels:
             result.accuracy.append(math.nan)
             result.class_incremental_accuracy.append(math.nan)
@@ -90,19 +96,26 @@ def accuracies(
 
 def _by_one_head(learner: Learner, tasks: Sequence[Task], batch_size: int) -> Evaluation:
     """Return what a learner reaches whose tasks share a head."""
-    result, likelihood = Evaluation([], [], []), learner.likelihood
+    result, likelihood = Evaluation([], [], [], []), learner.likelihood
     for task in tasks:
         total = units = correct = counted = 0.0
+        moments = np.zeros((6, 0))
         for outputs, targets in _own_batches_of_one_head(learner, task.test, batch_size):
             total, units = total + float(likelihood.loss(outputs, targets)), units + likelihood.count(targets)
             if likelihood.has_labels:
                 xp = namespace(outputs=outputs, targets=targets)
                 correct += int(xp.count_nonzero(xp.argmax(outputs, axis=-1) == targets))
                 counted += int(xp.count_nonzero(targets >= 0))
-        sums = _of_all_processes(learner, len(chunks(task.test, batch_size)), outputs, [total, units, correct, counted])
-        total, units, correct, counted = sums
+            if likelihood.predicts_numbers:
+                of_batch = correlation_sums(outputs, targets)
+                moments = moments + of_batch if moments.size else of_batch
+        sums = [total, units, correct, counted, *moments.ravel().tolist()]
+        sums = _of_all_processes(learner, len(chunks(task.test, batch_size)), outputs, sums)
+        total, units, correct, counted = sums[:4]
         width = int(outputs.shape[-1])
         result.loss.append(learner.target_scale * likelihood.natural(total / units, width))
+        if likelihood.predicts_numbers:
+            result.correlation.append(correlation(np.reshape(sums[4:], (6, width))))
         accuracy = 100 * correct / counted if counted else math.nan
         result.accuracy.append(accuracy)
         result.class_incremental_accuracy.append(accuracy)

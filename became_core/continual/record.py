@@ -89,6 +89,8 @@ class TaskEnd:
         loss: the loss on each task so far, in its natural unit.
         samples: what the network writes or draws in the manner of each task so far, as ``Learner.written`` returns it;
             empty if it does neither.
+        correlation: the correlation of predictions with the targets of each task so far; empty unless outputs predict
+            numbers.
     """
 
     task: int
@@ -98,6 +100,7 @@ class TaskEnd:
     full: frozenset[str] = frozenset()
     loss: list[float] = field(default_factory=list)
     samples: list[str] = field(default_factory=list)
+    correlation: list[float] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -119,6 +122,9 @@ class RunRecord:
         unit: the unit in which the run is measured: "%" for accuracy, or that of the loss.
         samples: after each task, what the network writes or draws in the manner of each task so far; empty if it does
             neither.
+        correlation: the correlation of predictions with targets [T, T]; [t, i] is that on task i after task t, NaN for
+            i > t, where the targets are constant, and for tasks that an earlier version learned. It is empty unless
+            outputs predict numbers.
     """
 
     accuracy: NDArray[np.float64]
@@ -132,6 +138,7 @@ class RunRecord:
     loss: NDArray[np.float64] = field(default_factory=lambda: np.zeros((0, 0)), metadata={"later": True})
     unit: str = field(default="%", metadata={"later": True})
     samples: list[list[str]] = field(default_factory=list, metadata={"later": True})
+    correlation: NDArray[np.float64] = field(default_factory=lambda: np.zeros((0, 0)), metadata={"later": True})
 
     @property
     def measured(self) -> NDArray[np.float64]:
@@ -177,12 +184,17 @@ class RunRecord:
             ),
             loss=_with_row(self.loss, end.task, end.loss) if len(self.loss) else self.loss,
             samples=[*self.samples, end.samples] if end.samples else self.samples,
+            correlation=self._correlation_with(end) if end.correlation else self.correlation,
             alpha=[*self.alpha, end.alpha],
             curves=[*self.curves, curve],
             ranks=[*self.ranks, ranks],
             memory=[*self.memory, memory],
             paths=self.paths if path is None else [*self.paths, path],
         )
+
+    def _correlation_with(self, end: TaskEnd) -> NDArray[np.float64]:
+        matrix = self.correlation if len(self.correlation) else np.full_like(self.accuracy, np.nan)
+        return _with_row(matrix, end.task, end.correlation)
 
 
 def _with_row(matrix: NDArray[np.float64], row: int, values: Sequence[float]) -> NDArray[np.float64]:

@@ -378,6 +378,7 @@ class _Run(RunContext):
                 full=filled,
                 loss=reached.loss,
                 samples=samples if any(samples) else [],
+                correlation=reached.correlation,
             )
         ranks = {} if memory.projector is None else dict(memory.projector.rank)
         record = state.record.with_task(end, curve=state.stage.curve, ranks=ranks, memory=memory.size, path=path)

@@ -86,7 +86,7 @@ class RunContext:
         return of_task
 
     def accuracies(self, task: Task, memory: Memory) -> Evaluation:
-        """Return the accuracies on all tasks up to this one, task- and class-incremental, and the losses."""
+        """Return the accuracies, losses and correlations on all tasks up to this one."""
         views = self.views(task, memory)
         return accuracies(self.learner, self.tasks_until(task), self.training.batch_size, views)
 

@@ -63,6 +63,9 @@ class Likelihood(ABC):
     has_labels: ClassVar[bool] = False
     """Whether a target is a label, the number of one of the outputs."""
 
+    predicts_numbers: ClassVar[bool] = False
+    """Whether outputs are predictions of the targets, so that the two can be correlated."""
+
     is_standardised: ClassVar[bool] = True
     """Whether targets that are no labels are standardised before they are learned; not where they are probabilities."""
 

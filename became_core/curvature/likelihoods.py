@@ -42,6 +42,8 @@ class Gaussian(Likelihood):
 
     noise: float | None = None
 
+    predicts_numbers: ClassVar[bool] = True
+
     @property
     def unit(self) -> str:
         """The root of the mean squared residual, in which ``natural`` measures a mean loss."""

@@ -118,19 +118,25 @@ def test_the_command_compares_methods_by_their_errors(tmp_path: Path, capsys: py
     out = tmp_path / "runs"
     words = ["--benchmark", "tabular", "--first", "2", "--epochs", "2", "--stage2-epochs", "1", "--out", str(out)]
     assert main(BACKEND, [*words, "--methods", "became", "finetune"]) == 0
-    assert "−RMSE" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "−RMSE" in shown
     for run in read_results(out):
         assert run.unit == "RMSE"
         np.testing.assert_allclose(run.scores.acc, -run.loss[-1].mean())
+        assert f"{run.correlation[-1].mean():.3f}" in shown.split("the cost")[0]
+        assert 0 < run.correlation[1, 1] < 1
         np.testing.assert_allclose(run.scores.bwt, run.loss[0, 0] - run.loss[1, 0])
         events = (out / f"{run.method}-seed0" / "events.jsonl").read_text().splitlines()
         ends = [json.loads(line) for line in events if json.loads(line)["event"] == "task"]
         assert [end["loss"] for end in ends] == [run.loss[0, :1].tolist(), run.loss[1].tolist()]
+        assert [end["correlation"] for end in ends] == [run.correlation[0, :1].tolist(), run.correlation[1].tolist()]
     scores, costs = comparison(gather([out]))
     assert [column.heading for column in scores.columns][2:5] == ["RMSE", "−RMSE", "BWT"]
+    assert scores.columns[-1].heading == "correlation"
     assert "epochs" in [column.heading for column in costs.columns]
     page = report([out]).read_text(encoding="utf-8")
     assert "<h3>RMSE</h3>" in page
+    assert "<h3>Correlation of predictions with targets</h3>" in page
     assert "Class-incremental" not in page
     assert main(BACKEND, [*words, "--methods", "hat"]) == 2
     assert "share a head" in capsys.readouterr().err

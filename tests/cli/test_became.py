@@ -400,6 +400,7 @@ def test_what_there_is_to_choose_from_is_listed_in_the_modules_own_words(capsys:
     presets = lines_of(capsys, "presets")
     assert sorted(presets) == ["demo", "nscl", "original", "paper", "pretrained", "quick"]
     assert presets["nscl"].endswith("(for split-cifar100, split-tinyimagenet)")
+    assert presets["pretrained"].endswith("(for split-cifar100, split-imagenet-r)")
     assert not [name for name, source in presets.items() if source.startswith("(for ")]
     everything = lines_of(capsys)
     assert {*methods, *projectors, *benchmarks, *networks, *presets} < set(everything)

@@ -92,6 +92,20 @@ def test_a_run_of_an_earlier_version_is_refused_in_one_sentence(tmp_path: Path) 
         directory.finished("torch", CONFIG)
 
 
+def test_a_correlation_is_kept_and_may_be_undefined_or_absent() -> None:
+    errors: dict[str, Any] = dict.fromkeys(("accuracy", "class_incremental_accuracy"), np.full((2, 2), np.nan))
+    errors |= {"unit": "RMSE", "loss": np.array([[1.0, np.nan], [2.0, 1.0]])}
+    for correlation, mean in ((np.array([[0.5, np.nan], [0.25, -0.75]]), -0.25), (np.full((2, 2), np.nan), None)):
+        values = _result(**errors, correlation=correlation).to_json()
+        found = RunResult.from_json(json.loads(json.dumps(values, allow_nan=False)))
+        np.testing.assert_array_equal(found.correlation, correlation)
+        assert found.mean_correlation == mean
+    del values["correlation"]  # as of an earlier version
+    assert RunResult.from_json(values).mean_correlation is None
+    with pytest.raises(ValueError, match=r"^$"):
+        RunResult.from_json(values | {"correlation": [[0.5, None], [0.25, 1.5]]})
+
+
 @pytest.mark.parametrize("damage", [b"", b"{", b"[]", b'{"method": "gpm"}', b"\xff\xfe"])
 def test_a_damaged_file_is_named_and_stays(tmp_path: Path, damage: bytes) -> None:
     directory = _saved(tmp_path)

@@ -138,6 +138,7 @@ def run(case: Case, share: Share) -> dict[str, Any]:
         "alpha": [alpha for alpha in record.alpha if alpha is not None],
         "accuracy": record.accuracy,
         "class-incremental accuracy": record.class_incremental_accuracy,
+        "correlation": record.correlation,
         "losses": losses,
     }
     weights = {name: value.numpy() for name, value in learner.parameters().items()}

@@ -19,7 +19,7 @@ STREAM = prototype_stream(tasks=3)
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_accuracies_agree_with_explicit_loops(count: int) -> None:
     learner = ReferenceLearner(STREAM)
-    within, among_all, _ = accuracies(learner, STREAM.tasks[:count], batch_size=7)
+    within, among_all, *_ = accuracies(learner, STREAM.tasks[:count], batch_size=7)
     for task in STREAM.tasks[:count]:
         logits, targets = learner.logits(task.test, 1000), STREAM.targets[task.test]
         assert within[task.index] == pytest.approx(task_incremental(logits, targets, task.index))
@@ -27,12 +27,12 @@ def test_accuracies_agree_with_explicit_loops(count: int) -> None:
 
 
 def test_both_accuracies_of_a_single_task_are_equal() -> None:
-    within, among_all, _ = accuracies(ReferenceLearner(STREAM), STREAM.tasks[:1], batch_size=7)
+    within, among_all, *_ = accuracies(ReferenceLearner(STREAM), STREAM.tasks[:1], batch_size=7)
     assert within == among_all
 
 
 def test_class_incremental_accuracy_is_at_most_task_incremental_accuracy() -> None:
-    within, among_all, _ = accuracies(ReferenceLearner(STREAM), STREAM.tasks, batch_size=7)
+    within, among_all, *_ = accuracies(ReferenceLearner(STREAM), STREAM.tasks, batch_size=7)
     assert all(hard <= easy for easy, hard in zip(within, among_all, strict=True))
 
 
@@ -53,7 +53,7 @@ class Telling(ReferenceLearner):
 def test_class_incremental_accuracy_is_of_mixed_batches_where_a_batch_would_tell_the_task() -> None:
     """Once the batches are mixed, the accuracy is that of explicit loops over the logits of these batches."""
     learner, tasks = Telling(STREAM), STREAM.tasks
-    within, among_all, _ = accuracies(learner, tasks, batch_size=7)
+    within, among_all, *_ = accuracies(learner, tasks, batch_size=7)
     rows = np.concatenate([task.test for task in tasks])
     order = random_generator(0, "mixed-evaluation", len(tasks)).permutation(len(rows))
     logits = dict(zip(rows[order].tolist(), learner.logits(rows[order], 7), strict=True))
