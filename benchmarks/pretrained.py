@@ -2,8 +2,8 @@
 
 EfficientNet-Lite0 with ImageNet's weights (``real_models.py``) learns ten tasks of ten classes by ``learn``, the loop
 of ``became run``, with a head for each task. The methods have the same images and epochs, the same Adam, and their
-default settings: nothing was tuned. The weights of its batch norms are trained; their statistics are estimated once,
-from the first task's images, and stand still. Every result is written when it is there, and is not computed again.
+default settings: nothing was tuned. Batch norms use a batch's statistics in training, and those of each task's images in
+evaluation, as for any module. Every result is written when it is there, and is not computed again.
 
 Convention: accuracies in percent, among the ten classes of an image's task, and class-incremental, among all hundred.
 """
@@ -23,7 +23,6 @@ from torch.nn import functional
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from adapters.benchmarks.cifar import load_cifar100
-from adapters.torch.layers import estimate_statistics
 from adapters.torch.learner import TorchLearner
 from became_core.continual import Adam, Annealed, Dataset, TaskStream, Training, build_method, learn, split_classes
 from became_core.continual.adaptation import Adaptation
@@ -52,22 +51,11 @@ def pictures(data_dir: Path, seed: int, *, a_class: int, tests: int, side: int) 
     return split_classes(dataset, 10)
 
 
-def backbone(stream: TaskStream, seed: int) -> nn.Module:
-    """Return the network without its outputs, and with batch norms whose statistics are those of the first task."""
+def backbone() -> nn.Module:
+    """Return the network without its outputs."""
     network: nn.Module = pretrained_lite0()
-    torch.manual_seed(seed)
     network._fc, network._dropout = nn.Identity(), nn.Identity()
-    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (MEAN, STD))
-    images = torch.from_numpy(stream.dataset.images[stream.tasks[0].train])
-    network.eval()
-    with torch.no_grad():
-        parts = torch.split((images.float() / 255 - mean) / std, 50)
-        estimate_statistics(network, (partial(network, part) for part in parts))
-    network.train()
-    for layer in network.modules():
-        if isinstance(layer, nn.BatchNorm2d):
-            layer.eval()
-    return network
+    return network.train()
 
 
 def run(stream: TaskStream, method: str, rank: int | None, seed: int) -> dict[str, Any]:
@@ -83,7 +71,7 @@ def run(stream: TaskStream, method: str, rank: int | None, seed: int) -> dict[st
         adaptation=Adaptation(rank=rank),
     )
     began = time.process_time()
-    record = learn(TorchLearner(backbone(stream, seed), stream, seed=seed), stream, built, training, seed=seed)
+    record = learn(TorchLearner(backbone(), stream, seed=seed), stream, built, training, seed=seed)
     return {
         "acc": average_accuracy(record.accuracy),
         "bwt": backward_transfer(record.accuracy),
@@ -103,7 +91,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=list(METHODS))
     parser.add_argument("--ranks", nargs="+", type=int, default=[0, 8], help="of the adapters; 0 trains all weights")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument("--images", type=int, default=80, help="to train on, a class")
+    parser.add_argument("--images", type=int, default=40, help="to train on, a class")
     parser.add_argument("--tests", type=int, default=30, help="to test on, a class")
     parser.add_argument("--side", type=int, default=64, help="of an image, in pixels")
     options = parser.parse_args()
