@@ -2,8 +2,8 @@
 
 EfficientNet-Lite0 with ImageNet's weights (``real_models.py``) learns ten tasks of ten classes by ``learn``, the loop
 of ``became run``, with a head for each task. The methods have the same images and epochs, the same Adam, and their
-default settings: nothing was tuned. Batch norms use a batch's statistics in training, and those of each task's images in
-evaluation, as for any module. Every result is written when it is there, and is not computed again.
+default settings: nothing was tuned. Batch norms use a batch's statistics in training, and those of each task's images
+in evaluation, as for any module. Every result is written when it is there, and is not computed again.
 
 Convention: accuracies in percent, among the ten classes of an image's task, and class-incremental, among all hundred.
 """
