@@ -11,16 +11,53 @@ from typing import Any
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 
 from adapters.backend.checking import STEPS, agreement
 from adapters.backend.own_loop import Finding
 from adapters.torch.derivatives import Derivatives
 from adapters.torch.layers import gradients_of, modes_kept
 from adapters.torch.tapping import Names, collect_taps, owners_of, samples_of
+from became_core import BecameError
 from became_core.arrays import Params
 from became_core.curvature import Taps
 
-__all__ = ["TorchView", "agreement_of"]
+__all__ = ["RowsKept", "TorchView", "agreement_of"]
+
+
+class RowsKept(TorchFunctionMode):
+    """Refuses a forward pass, in this context, that shortens rows of a trained weight, before it does so.
+
+    An embedding with ``max_norm`` overwrites the rows that it looks up, which leaves no trace in autograd's graph, and
+    none at all in a pass whose rows are short. Of a frozen weight nothing is lost: the rows that a pass shortens are
+    those that the next one would have shortened, so that the network computes the same.
+    """
+
+    def __init__(self, trained: Mapping[str, Tensor]) -> None:
+        """Keep the trained parameters, by name."""
+        super().__init__()
+        self._trained = trained
+
+    def __torch_function__(self, function: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run a function.
+
+        Raises:
+            BecameError: if it shortens rows of a trained parameter.
+        """
+        kwargs = kwargs or {}
+        # PyTorch gives the weight as the second argument, and the bound by name, however the user wrote it.
+        max_norm = kwargs["max_norm"] if function in (functional.embedding, functional.embedding_bag) else None
+        if max_norm is not None:
+            where = args[1].untyped_storage().data_ptr()
+            for name, value in self._trained.items():
+                if value.untyped_storage().data_ptr() == where:
+                    raise BecameError(
+                        f"a lookup in '{name}' shortens its rows whenever the model runs (max_norm={max_norm:g}), "
+                        "beside the steps of any optimizer; leave max_norm out, and shorten rows in a post-hook of "
+                        "the step."
+                    )
+        return function(*args, **kwargs)
 
 
 class TorchView:

@@ -34,11 +34,11 @@ from adapters.backend.checking import check_network
 from adapters.backend.memory import InputGrams, by_slopes, matrices_with
 from adapters.backend.own_loop import NetworkCheck
 from adapters.torch.batches import Applied, in_evaluation, to_device
-from adapters.torch.checking import TorchView
+from adapters.torch.checking import RowsKept, TorchView
 from adapters.torch.derivatives import Derivatives
 from adapters.torch.layers import gradients_of
 from adapters.torch.shared_model import SharedModel
-from adapters.torch.tapping import Layouts, collect_taps, few_samples, matrices_of
+from adapters.torch.tapping import Layouts, as_written, collect_taps, few_samples, matrices_of
 from became_core import BecameError, Quadratic
 from became_core.arrays import Params
 from became_core.curvature import FisherTargets, Likelihood, Taps, square_sums
@@ -130,6 +130,12 @@ class DataLoss:
     def _split(self, batch: Any) -> tuple[Any, Any]:
         return self._reader.split(to_device(batch, next(iter(self._model.parameters())).device))
 
+    def _first_outputs(self, inputs: Any) -> Tensor:
+        """Return the outputs of a pass that is refused if it changes trained weights."""
+        with torch.no_grad(), as_written(compiled=self._layouts.compiled), RowsKept(self.trained):
+            outputs: Tensor = self._applied(inputs)
+        return outputs
+
     def _look(self, inputs: Any, outputs: Tensor, targets: Any) -> None:
         """Look at the network once: which parameters are matrices, and whether we compute what it computes."""
         if isinstance(self.likelihood, Likelihood):
@@ -156,9 +162,7 @@ class DataLoss:
         else:
             inputs, targets = self._split(first)
             try:
-                with torch.no_grad():
-                    outputs = self._applied(inputs)
-                self._look(inputs, outputs, targets)
+                self._look(inputs, self._first_outputs(inputs), targets)
             except BecameError as error:
                 failure = str(error).removesuffix(".")
         known = self.likelihood if isinstance(self.likelihood, Likelihood) else None
@@ -186,9 +190,7 @@ class DataLoss:
         names = {module: name for name, module in self._model.named_modules()}
         inputs, targets = self._split(batch)
         if not self._knows_matrices or (self._checks and self.checked is None):
-            with torch.no_grad():
-                outputs = self._applied(inputs)
-            self._look(inputs, outputs, targets)
+            self._look(inputs, self._first_outputs(inputs), targets)
         units = 0.0
 
         def cotangents(outputs: Tensor) -> Iterator[Tensor]:

@@ -33,6 +33,7 @@ from became_core.curvature import Tap, Taps, joined_uses
 __all__ = [
     "Layouts",
     "Names",
+    "as_written",
     "collect_inputs",
     "collect_taps",
     "few_samples",

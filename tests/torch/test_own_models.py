@@ -4,8 +4,9 @@ Of each, Fisher information and the slopes and curvature of a merge are held aga
 still in stable training. To add a model, add a row to ``NETWORKS`` or to ``REFUSED``. Inputs are [N, 6].
 """
 
+import copy
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -55,6 +56,15 @@ def looked_up(**options: Any) -> nn.Module:
 
 def bagged(**options: Any) -> nn.Module:
     return Of(lambda net, x: net.head(net.words(keys(x)).tanh()), words=nn.EmbeddingBag(21, 4, **options), head=head(4))
+
+
+def bounded(look_up: Any, longest: float = 100.0) -> nn.Module:
+    """Words whose rows a function shortens, at first none of them."""
+    return Of(
+        lambda net, x: net.head(look_up(keys(x), net.words, max_norm=longest).tanh().flatten(1)[:, :4]),
+        words=torch.randn(21, 4),
+        head=head(4),
+    )
 
 
 def tied() -> nn.Module:
@@ -311,6 +321,18 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     ),
     "words of bounded lengths": (lambda: looked_up(max_norm=0.5), r"'words' shortens its rows .* \(max_norm=0\.5\)"),
     "bags of words of bounded lengths": (lambda: bagged(max_norm=2), r"'words' shortens its rows .* \(max_norm=2\)"),
+    "words of bounded lengths, by a function": (
+        lambda: bounded(functional.embedding),
+        r"a lookup in '.*words' shortens its rows .* \(max_norm=100\)",
+    ),
+    "bags of words of bounded lengths, by a function": (
+        lambda: bounded(functional.embedding_bag),
+        r"a lookup in '.*words' shortens its rows .* \(max_norm=100\)",
+    ),
+    "words of bounded lengths, by a function that is compiled": (
+        lambda: cast("nn.Module", torch.compile(bounded(functional.embedding), backend="eager")),
+        r"a lookup in '.*words' shortens its rows .* \(max_norm=100\)",
+    ),
     "complex parameters": (
         lambda: Of(lambda net, x: (torch.fft.rfft(x) @ net.w).real, w=torch.randn(4, 3, dtype=torch.complex128)),
         "'w' is complex; let torch.view_as_complex make it",
@@ -328,13 +350,18 @@ def test_it_is_refused_in_a_sentence(name: str) -> None:
         Continual(network).remember(data(1, 5))
 
 
-def test_words_of_bounded_lengths_may_be_frozen() -> None:
-    network: Any = looked_up(max_norm=0.5).double()
+@pytest.mark.parametrize("make", [lambda: looked_up(max_norm=0.5), lambda: bounded(functional.embedding, 0.5)])
+def test_words_of_bounded_lengths_may_be_frozen(make: Callable[[], nn.Module]) -> None:
+    """Shortening rows that are looked up changes nothing of what the network computes."""
+    network: Any = make().double()
     network.words.requires_grad_(False)
+    before = copy.deepcopy(network)
     learning = Continual(network)
     learning.remember(data(1, 5))
     assert learning.posterior is not None
     assert set(learning.posterior.mean) == {"head.weight", "head.bias"}
+    for inputs, _ in data(1, 5):
+        assert torch.equal(network(inputs), before(inputs))
 
 
 def test_samples_on_another_axis_of_the_inputs_are_refused() -> None:
