@@ -5,12 +5,14 @@ measures is its ``DataLoss``. In JAX, where a model is a function, there are fun
 ``adapters/jax/memory.py`` and ``own_loop.py``.
 """
 
+import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from math import prod
 from pathlib import Path
 from typing import Any, Protocol
+from weakref import ReferenceType, ref
 
 from adapters.backend.memory import (
     NewTask,
@@ -102,6 +104,7 @@ class ContinualModel(ABC):
         self.posterior: LaplacePosterior | None = None
         self._theta_gp: Params | None = None
         self._then: dict[str, tuple[int, ...]] = {}  # the shapes of all parameters when old data were remembered
+        self._owners: dict[str, ReferenceType[Any]] = {}  # the framework's own parameters that were remembered last
         self.detector: Detector = BayesianDetector()
         self.reservoir = Reservoir(COMPARED)
         self._beginning: tuple[Detector, Reservoir] | None = None
@@ -205,10 +208,11 @@ class ContinualModel(ABC):
 
     # What its methods are made of.
 
-    def _remember(self, fisher: Params) -> None:
-        """Add a task of this Fisher information, at the weights as they are."""
+    def _remember(self, fisher: Params, owners: Mapping[str, Any]) -> None:
+        """Add a task of this Fisher information, at the weights as they are, of these parameters of the framework."""
         self.posterior = grown(self.posterior, self._data.weights(), fisher, self.decay)
         self._then = {name: tuple(shape) for name, shape in self._data.shapes.items()}
+        self._owners = {name: ref(owner) for name, owner in owners.items()}
         self._theta_gp = None
 
     def _restore(self, stored: Stored) -> None:
@@ -270,6 +274,18 @@ class ContinualModel(ABC):
                     f"'{name}' is trained now, and was not when old data were remembered, so that nothing holds it to "
                     "them; freeze it, remember the old batches while it is trained, or choose uncovered='frozen'."
                 )
+
+    def _warn_of_replaced(self, owners: Mapping[str, Any], is_as_remembered: Callable[[str], bool]) -> None:
+        """Warn if a parameter took the place of one that was remembered, with values of its own."""
+        for name, owner in owners.items():
+            is_other = name in self._owners and self._owners[name]() is not owner
+            if is_other and not is_as_remembered(name):
+                warnings.warn(
+                    f"'{name}' is another parameter than when old data were remembered, with other values: unless "
+                    "these were loaded, what the model knew there is lost; put the old ones back, or remember again.",
+                    stacklevel=4,  # where the context begins
+                )
+                return
 
     def _check_remembered(self, what: str) -> None:
         if self.posterior is None:

@@ -145,8 +145,9 @@ class Continual(ContinualModel):
         """
         if (batches is None) == (optimizer is None):
             raise BecameError("remember needs either batches or an optimizer; give one of them.")
-        self._check_shapes()
         self._data.retrace()
+        self._check_names()
+        self._check_shapes()
         if optimizer is not None:
             moments = moments_of(optimizer, self._data.trained)
             fisher = fisher_of_moments(moments, samples, self._data.weights(), stacklevel=2)
@@ -156,7 +157,7 @@ class Continual(ContinualModel):
             held = held_by_curvature(of_old, self._data.matrices or {})
             fisher, finished = self._data.fisher(batches, with_memory=True, held=held, share=share)
             self.projector = self.projector.remember(finished)
-        self._remember(fisher)
+        self._remember(fisher, self._variables)
 
     @contextmanager
     def stable(self, *optimizers: keras.Optimizer) -> Iterator[None]:
@@ -168,9 +169,12 @@ class Continual(ContinualModel):
 
         Raises:
             BecameError: before anything is remembered; if there is no optimizer, or it overwrites the weights by their
-                running mean; if a parameter was not trained then; or, at the end, if steps were taken by a function
-                that was compiled before, or anything but these optimizers has changed weights.
+                running mean, or steps no variable of the model; if a parameter was not trained then, or its layer has
+                another name now; or, at the end, if steps were taken by a function that was compiled before, or
+                anything but these optimizers has changed weights.
         """
+        self._data.retrace()
+        self._check_names()
         self._check_as_remembered()
         own = getattr(self.model, "optimizer", None)
         used = optimizers or ((own,) if own is not None else ())
@@ -178,6 +182,7 @@ class Continual(ContinualModel):
             raise BecameError("the model is not compiled, so it has no optimizer; compile it, or give stable() yours.")
         guards = [self._guard() for _ in used]
         witness = Witness(self._data.trained, guards)
+        self._warn_of_replaced(self._variables, self._is_as_remembered)
         # What fit has compiled takes steps of its own; it is put back afterwards, and needs no new trace.
         compiled, self.model.train_function = self.model.train_function, None
         try:
@@ -236,6 +241,24 @@ class Continual(ContinualModel):
         learning = cls(model, **stored.settings)
         learning._restore(stored)
         return learning
+
+    @property
+    def _variables(self) -> dict[str, Any]:
+        return {name: parameter.variable for name, parameter in self._data.trained.items()}
+
+    def _is_as_remembered(self, name: str) -> bool:
+        assert self.posterior is not None
+        return bool(tf.reduce_all(self._data.trained[name].value == self.posterior.mean[name]))
+
+    def _check_names(self) -> None:
+        """Raise a BecameError if a remembered parameter has another name now, as layers around it were replaced."""
+        then = {id(owner()): name for name, owner in self._owners.items() if owner() is not None}
+        for name, variable in self._variables.items():
+            if then.get(id(variable), name) != name:
+                raise BecameError(
+                    f"what was '{then[id(variable)]}' when old data were remembered is '{name}' now, as Keras numbers "
+                    "layers by itself; give them names of their own before the model is handed over."
+                )
 
     def _guard(self) -> StepGuard:
         return StepGuard(

@@ -143,6 +143,8 @@ def observed(optimizer: keras.Optimizer, guard: StepGuard) -> Iterator[None]:
     def apply(grads: Any, trainable_variables: Any = None) -> Any:
         stepped = None if trainable_variables is None else {id(variable) for variable in trainable_variables}
         guard.stepped.update(n for n, p in guard.parameters.items() if stepped is None or id(p.variable) in stepped)
+        if not guard.stepped:
+            raise BecameError("the optimizer steps no variable of the model; give stable() the one that trains it.")
         before, steps = guard.noted(), tf.cast(tf.identity(optimizer.iterations), tf.int64)
         result = original(grads, trainable_variables)
         taken = tf.cast(tf.identity(optimizer.iterations), tf.int64) - steps

@@ -94,7 +94,6 @@ class KerasFunction:
             BecameError: if it is not.
         """
         self.model, self._reader = model, reader
-        self.parameters = parameters_of(model)
         self.link: str | None = None
         self.retrace()
 
@@ -180,7 +179,8 @@ class KerasFunction:
         self.retrace()
 
     def retrace(self) -> None:
-        """Trace the model anew from here on: a value of Python's that it reads may have changed."""
+        """Trace the model anew from here on: its layers, or a value of Python's that it reads, may have changed."""
+        self.parameters = parameters_of(self.model)
         self._outputs, self._gradient = Traced(self.run), Traced(self._run_gradient)
 
     def changed_in_training(self, inputs: Any) -> list[str]:

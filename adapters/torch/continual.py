@@ -7,13 +7,11 @@ Convention: losses and Fisher information are means over samples or over tokens,
 alike, each with its mean. Parameters go by PyTorch's own names; those that need no gradient are never touched.
 """
 
-import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
-from weakref import ReferenceType, ref
 
 import torch
 from safetensors import SafetensorError
@@ -137,7 +135,6 @@ class Continual(ContinualModel):
                     f"the layer '{name}' shortens its rows whenever it runs (max_norm={layer.max_norm:g}), beside the "
                     "steps of any optimizer; make it without max_norm, and shorten rows in a post-hook of the step."
                 )
-        self._owners: dict[str, ReferenceType[nn.Parameter]] = {}  # the parameters that were remembered last
 
     # What must not be lost.
 
@@ -189,8 +186,7 @@ class Continual(ContinualModel):
             )
             fisher, finished = self._data.fisher(batches, with_memory=True, held=held, share=share)
             self.projector = self.projector.remember(finished)
-        self._remember(fisher)
-        self._owners = {name: ref(value) for name, value in self._data.trained.items()}
+        self._remember(fisher, self._data.trained)
 
     # Training.
 
@@ -211,7 +207,7 @@ class Continual(ContinualModel):
             raise BecameError("stable training projects the steps of an optimizer; give stable() all that train.")
         guards = [self._guard(optimizer) for optimizer in map(unwrapped, optimizers)]
         witness = Witness(self._data.trained, guards)
-        self._warn_of_replaced()
+        self._warn_of_replaced(self._data.trained, self._is_as_remembered)
         with ExitStack() as stack:
             for guard in guards:
                 for before in (witness.before_step, guard.before_step):
@@ -311,18 +307,9 @@ class Continual(ContinualModel):
         learning._restore(stored)
         return learning
 
-    def _warn_of_replaced(self) -> None:
-        """Warn if a parameter took the place of one that was remembered, with values of its own."""
+    def _is_as_remembered(self, name: str) -> bool:
         assert self.posterior is not None
-        for name, value in self._data.trained.items():
-            is_other = name in self._owners and self._owners[name]() is not value
-            if is_other and not torch.equal(own_part(value), own_part(self.posterior.mean[name])):
-                warnings.warn(
-                    f"'{name}' is another parameter than when old data were remembered, with other values: unless "
-                    "these were loaded, what the model knew there is lost; put the old ones back, or remember again.",
-                    stacklevel=4,  # where the context begins
-                )
-                return
+        return torch.equal(own_part(self._data.trained[name]), own_part(self.posterior.mean[name]))
 
     def _guard(self, optimizer: Optimizer) -> StepGuard:
         return StepGuard(

@@ -277,6 +277,56 @@ def test_a_model_that_assigns_to_its_own_weights_in_training_is_refused() -> Non
     assert all(np.array_equal(a, b.numpy()) for a, b in zip(before, model.variables, strict=True))
 
 
+def test_there_is_a_warning_if_a_layer_took_the_place_of_one_that_was_remembered() -> None:
+    model, old, new = _perceptron(), _data(1, 1), _data(2, 2)
+    learning = Continual(model, projector=GPM(1.0), uncovered="frozen", check=False)
+    learning.remember(old)
+    before, layer = model(old[0][0]).numpy(), model.layers[-1]
+    model.pop()
+    model.add(other := L.Dense(CLASSES, name=layer.name))
+    other.set_weights([value.copy() for value in layer.get_weights()])
+    with learning.stable(_compiled(model).optimizer):  # other variables, and the same values
+        _fit(model, new, 1)
+    np.testing.assert_allclose(model(old[0][0]), before, rtol=0, atol=1e-12)
+    assert not np.array_equal(other.kernel, layer.kernel)
+    model.pop()
+    model.add(L.Dense(CLASSES, name=layer.name))
+    message = rf"'{layer.name}\.weight' is another parameter than when old data were remembered"
+    with pytest.warns(UserWarning, match=message) as seen, learning.stable():
+        pass
+    assert seen[0].filename == __file__
+    learning.remember(old)
+    with learning.stable():
+        pass
+
+
+def test_a_layer_that_keras_has_given_another_number_is_refused() -> None:
+    model = keras.Sequential([keras.Input((6,)), *(L.Dense(6) for _ in range(3))])
+    learning = Continual(model, check=False)
+    learning.remember(_data(1, 1))
+    kept = model.layers[1:]
+    for _ in model.layers[:]:
+        model.pop()
+    for layer in (L.Dense(6), *kept):
+        model.add(layer)
+    message = "what was 'dense_1.weight' when old data were remembered is 'dense.weight' now"
+    with pytest.raises(BecameError, match=message), learning.stable(keras.optimizers.SGD(0.1)):
+        pass
+    with pytest.raises(BecameError, match=message):
+        learning.remember(_data(1, 1))
+
+
+def test_an_optimizer_of_another_model_is_refused() -> None:
+    learning = Continual(_perceptron(), check=False)
+    learning.remember(_data(1, 1))
+    other = _compiled(_perceptron())
+    with (
+        pytest.raises(BecameError, match="the optimizer steps no variable of the model"),
+        learning.stable(other.optimizer),
+    ):
+        _fit(other, _data(2, 1), 1)
+
+
 def test_a_layer_that_was_frozen_when_old_data_were_remembered_is_refused() -> None:
     model = _compiled(_perceptron())
     model.get_layer("first").trainable = False
