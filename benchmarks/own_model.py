@@ -166,8 +166,9 @@ class Experiment:
         theta_hat, new = self.weights(), self.pictures.train[1].batches(BATCH)[: MEASURED // BATCH]
         reports = {"merged": learning.merge(new)}
         learning = self.remembering("sampled")
-        with learning.stable(torch.optim.SGD(self.model.parameters(), 0.0)):
-            self.place(theta_gp)
+        self.place(theta_gp)
+        with learning.stable(torch.optim.SGD(self.model.parameters())):
+            pass  # what stable training has led to is there
         self.place(theta_hat)
         self.model.group = GROUPS[1]
         reports["merged, sampled Fisher"] = learning.merge(new)
