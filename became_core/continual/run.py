@@ -65,8 +65,8 @@ def learn(
             at the first task.
 
     Raises:
-        BecameError: if the batch size is too small for the network's normalisation, the method makes no sense on the
-            stream, or training diverges.
+        BecameError: before anything begins, if the batch size is too small for the network's normalisation, or the
+            method makes no sense on the stream or for the network; later, if training diverges.
 
     For example, with a learner, a stream and a training:
 
@@ -86,6 +86,8 @@ def learn(
     else:
         learner.assign(state.theta)
     run = _Run(learner, stream, method, training, seed, CallbackList(callbacks), Stopwatch(state.record.seconds))
+    if state.task < len(stream.tasks):  # a projector refuses the network before anything begins
+        run.prepared(stream.tasks[state.task], state.memory)
     run.callbacks.on_run_begin(state)
     while state.task < len(stream.tasks):
         state = run.learn_task(state)
@@ -118,12 +120,15 @@ class _Run(RunContext):
         memory = self.remember(task, state.memory, curvature, factor)
         return self.evaluate(task, replace(state, memory=memory), alpha, path, memory.full - full_before)
 
+    def prepared(self, task: Task, memory: Memory) -> Memory:
+        """Return the memory with a projector that knows what it must about the network."""
+        if memory.projector is None:
+            return memory
+        return replace(memory, projector=memory.projector.prepare(self.measurement(task, "start", memory)))
+
     def begin_task(self, task: Task, state: RunState) -> RunState:
         """Prepare the projector; in a method that merges tasks, set the weights with which the task's model begins."""
-        memory, before = state.memory, state.before
-        if memory.projector is not None:
-            start = self.measurement(task, "start", memory)
-            memory = replace(memory, projector=memory.projector.prepare(start))
+        memory, before = self.prepared(task, state.memory), state.before
         if self.method.merges == "tasks" and state.stage is None:
             before = self.learner.parameters()
             if self.method.transfer is not None and memory.models:

@@ -243,7 +243,11 @@ class Projector(ABC):
         return 0.0
 
     def prepare(self, start: TaskStart) -> Self:
-        """Return the projector with all that it must know about the network; it is called when any task begins."""
+        """Return the projector with all that it must know about the network.
+
+        It is called when any task begins, and once more before the run begins or goes on, so that a network that it
+        refuses is refused before anything is done.
+        """
         return self
 
     def begin_task(self, start: TaskStart) -> Region | None:

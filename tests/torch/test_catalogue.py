@@ -19,6 +19,7 @@ from torch.nn.utils import prune
 from adapters.torch.learner import TorchLearner
 from became_core import BecameError
 from became_core.continual import Annealed, Callback, RunState, Training, build_method, learn
+from became_core.continual.callbacks import CallbackList
 from became_core.continual.measurement import Measurement
 from tests.streams import prototype_stream
 
@@ -482,7 +483,7 @@ def learned(network: nn.Module, method: str = "became", **changes: Any) -> None:
     learn(TorchLearner(network, STREAM), STREAM, build_method(method), replace(TRAINING, **changes))
 
 
-# By name: what is refused, before a step is taken, and what the message says.
+# By name: what is refused, before anything begins, and what the message says.
 REFUSED: dict[str, tuple[Callable[[], object], str]] = {
     "randomness in evaluation": (lambda: learned(plain(Odd("noise"))), "outputs of the user's own pass, in evaluation"),
     "samples that see each other": (
@@ -528,16 +529,16 @@ def test_the_check_leaves_a_network_and_what_is_drawn_as_they_were() -> None:
 
 
 @pytest.fixture
-def _no_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    def train(*_: Any) -> None:
-        raise AssertionError("a step was taken")
+def _nothing_begins(monkeypatch: pytest.MonkeyPatch) -> None:
+    def on_run_begin(*_: Any) -> None:
+        raise AssertionError("the run has begun")
 
-    monkeypatch.setattr(TorchLearner, "train", train)
+    monkeypatch.setattr(CallbackList, "on_run_begin", on_run_begin)
 
 
-@pytest.mark.usefixtures("_no_steps")
+@pytest.mark.usefixtures("_nothing_begins")
 @pytest.mark.parametrize("name", REFUSED)
-def test_it_is_refused_before_a_step_is_taken(name: str) -> None:
+def test_it_is_refused_before_anything_begins(name: str) -> None:
     act, message = REFUSED[name]
     with pytest.raises(BecameError, match=message):
         act()

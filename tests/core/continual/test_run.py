@@ -383,4 +383,4 @@ def test_the_hooks_of_a_projector_are_called_in_the_order_of_a_task() -> None:
     record = learn(ReferenceLearner(STREAM), STREAM, Method("two", projector=projector), TRAINING)
     assert record.epochs == [9, 9, 9]
     expected = [[f"prepare {task}", f"end {task}", "between", f"end {task}"] for task in range(3)]
-    assert projector.asked == [call for calls in expected for call in calls]
+    assert projector.asked == ["prepare 0"] + [call for calls in expected for call in calls]
