@@ -124,7 +124,7 @@ def check_network(network: NetworkView) -> NetworkCheck:
     """Return what was compared, and how far it differs.
 
     Raises:
-        BecameError: if samples do not lie on the first axis of inputs and outputs.
+        BecameError: if samples do not lie on the first axis of inputs and outputs, or no parameter is used.
     """
     theta, everything = network.theta, slice(None)
     outputs = network.outputs(theta, everything)
@@ -147,7 +147,13 @@ def check_network(network: NetworkView) -> NetworkCheck:
     parts = [everything] if network.mixes_samples else [slice(row, row + 1) for row in range(outputs.shape[0])]
     gradients = [_on_host(network.gradients(part, seed[part]), theta) for part in parts]
     if not network.mixes_samples:
-        by_taps = per_sample_gradients({name: _tap_on_host(tap) for name, tap in network.taps(seed).items()})
+        taps = network.taps(seed)
+        if not taps:
+            raise BecameError(
+                "the outputs depend on none of the parameters that are trained; let them be those of the model that is "
+                "given, in the place of another one's."
+            )
+        by_taps = per_sample_gradients({name: _tap_on_host(tap) for name, tap in taps.items()})
         pairs = [(np.ravel(rows), np.ravel([part[name] for part in gradients])) for name, rows in by_taps.items()]
         findings.append(Finding("gradients of single samples", _apart(*zip(*pairs, strict=True)), tolerance))
     # In the gradients' terms, since a difference of outputs is no measure here: in a deep network with ReLUs there are
@@ -184,8 +190,9 @@ def _random_direction(theta: Params) -> Params:
     rng, xp = np.random.default_rng(0), namespace(theta=next(iter(theta.values())))
     direction = {}
     for name, value in theta.items():
-        drawn = rng.normal(size=value.shape) * max(float(np.std(_numbers(value).astype(np.float64))), 1e-3)
-        direction[name] = xp.asarray(drawn, dtype=value.dtype, device=getattr(value, "device", None))
+        drawn = rng.normal(size=value.shape)
+        scale = max(float(np.std(_numbers(value).astype(np.float64))), 1e-3) if drawn.size else 0.0
+        direction[name] = xp.asarray(drawn * scale, dtype=value.dtype, device=getattr(value, "device", None))
     return direction
 
 

@@ -107,9 +107,14 @@ class ContinualModel(ABC):
         self._owners: dict[str, ReferenceType[Any]] = {}  # the framework's own parameters that were remembered last
         self.detector: Detector = BayesianDetector()
         self.reservoir = Reservoir(COMPARED)
+        self._is_stable = False
         self._beginning: tuple[Detector, Reservoir] | None = None
         self._losses: tuple[float, ...] = ()
         check_settings(self.projector, uncovered, penalty, decay, fisher)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what is copied and pickled: all but references to the framework's own parameters."""
+        return vars(self) | {"_owners": {}}
 
     @property
     def likelihood(self) -> Any:
@@ -136,6 +141,7 @@ class ContinualModel(ABC):
     @contextmanager
     def plastic(self) -> Iterator[None]:
         """Mark the time in which the model is trained freely; it must come after a stable one."""
+        self._check_not_stable("plastic training")
         if self._theta_gp is None:
             raise BecameError("plastic training comes after stable training; train in learning.stable(...) first.")
         yield
@@ -222,6 +228,7 @@ class ContinualModel(ABC):
 
     def _merge(self, batches: Iterable[Any], trace: int, others: str) -> MergeReport:
         """Merge as ``merge`` of an adapter says; ``others`` begins the message if other parameters are trained now."""
+        self._check_not_stable("a merge")
         if self._theta_gp is None or self.posterior is None:
             raise BecameError(
                 "a merge is of two models; train in learning.stable(...), and then in learning.plastic()."
@@ -255,6 +262,19 @@ class ContinualModel(ABC):
         precision, mean = self.posterior.precision.diagonal(), self.posterior.mean
         return {name: (mean[name], self.penalty * value) for name, value in precision.items()}
 
+    @contextmanager
+    def _stable(self) -> Iterator[None]:
+        """Mark the time in which the steps of optimizers are projected."""
+        self._is_stable = True
+        try:
+            yield
+        finally:
+            self._is_stable = False
+
+    def _check_not_stable(self, what: str) -> None:
+        if self._is_stable:
+            raise BecameError(f"{what} was asked for within learning.stable(...), which must have ended before it.")
+
     def _check_shapes(self) -> None:
         """Raise a BecameError if a parameter has another shape than when old data were remembered."""
         for name, shape in self._data.shapes.items():
@@ -276,7 +296,15 @@ class ContinualModel(ABC):
                 )
 
     def _warn_of_replaced(self, owners: Mapping[str, Any], is_as_remembered: Callable[[str], bool]) -> None:
-        """Warn if a parameter took the place of one that was remembered, with values of its own."""
+        """Warn if a parameter took the place of one that was remembered, with values of its own, or if one is gone."""
+        gone = [name for name in self._then if name not in self._data.shapes]
+        if gone:
+            warnings.warn(
+                f"'{gone[0]}' was remembered, and is no parameter of the model now, by this name: nothing holds what "
+                "took its place; leave the model as it was, or remember the old data again.",
+                stacklevel=4,  # where the context begins
+            )
+            return
         for name, owner in owners.items():
             is_other = name in self._owners and self._owners[name]() is not owner
             if is_other and not is_as_remembered(name):

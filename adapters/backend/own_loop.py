@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from became_core import BecameError, Quadratic
+from became_core.curvature import likelihood_named
 from became_core.projection import Projector
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "Uncovered",
     "coverage_of",
     "first_difference",
+    "known_likelihood",
     "say_changed",
 ]
 
@@ -122,6 +124,17 @@ def coverage_of(
         else:
             rows.append(Covered(name, use, uncovered if held is None or name in held else "free", size))
     return Coverage(rows)
+
+
+def known_likelihood(likelihood: Any) -> Any:
+    """Return the likelihood of a name; a likelihood, or a loss of the user's own, as it is.
+
+    Raises:
+        BecameError: if there is none of this name, or a loss says of itself that it is a sum.
+    """
+    if getattr(likelihood, "reduction", None) == "sum":
+        raise BecameError("the loss is a sum over samples (reduction='sum'); give one that is the mean.")
+    return likelihood_named(likelihood) if isinstance(likelihood, str) else likelihood
 
 
 def say_changed(name: str, *, has_stepped: bool) -> None:

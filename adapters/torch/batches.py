@@ -53,6 +53,11 @@ class Applied(nn.Module):
                 f"the model returned a {type(outputs).__name__}, and no tensor; give apply= and targets=, of which "
                 "apply calls the model and returns the outputs that the loss is of."
             )
+        if not outputs.ndim or not len(outputs):
+            raise BecameError(
+                f"the model returned outputs of shape {list(outputs.shape)} for a batch; they must be [samples, ...], "
+                "of one sample or more."
+            )
         return outputs
 
 

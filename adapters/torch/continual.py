@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 from adapters.backend.batches import Reader
 from adapters.backend.continual import ContinualModel
 from adapters.backend.memory import fisher_of_moments, held_by_curvature, read_memory, restored
-from adapters.backend.own_loop import MergeReport, Uncovered
+from adapters.backend.own_loop import MergeReport, Uncovered, known_likelihood
 from adapters.torch.batches import Apply, Targets
 from adapters.torch.data_loss import Batches, DataLoss, Loss
 from adapters.torch.layers import estimate_statistics
@@ -31,7 +31,7 @@ from adapters.torch.shared_model import SharedModel, own_part
 from adapters.torch.steps import StepGuard, Witness, groups_of, moments_of, unwrapped
 from became_core import BecameError
 from became_core.arrays import Array
-from became_core.curvature import FisherTargets, Likelihood, likelihood_named
+from became_core.curvature import FisherTargets, Likelihood
 from became_core.laplace import Estimator
 from became_core.projection import Projector, full
 
@@ -120,13 +120,15 @@ class Continual(ContinualModel):
             decay=decay,
             estimator=estimator,
         )
-        known = likelihood_named(likelihood) if isinstance(likelihood, str) else likelihood
+        known = known_likelihood(likelihood)
         self._data: DataLoss = DataLoss(
             model, known, Reader(apply, targets), checks=check, shows=progress, fisher=fisher
         )
         if not self._data.trained:
             raise BecameError("no parameter of the model needs a gradient; there is nothing to learn.")
         for name, value in self._data.trained.items():
+            if isinstance(value, nn.UninitializedParameter):
+                raise BecameError(f"'{name}' has no shape yet; run the model on a batch before it is handed over.")
             if value.is_complex():
                 raise BecameError(f"'{name}' is complex; let torch.view_as_complex make it of a real parameter.")
         for name, layer in self._data.shared.model.named_modules():
@@ -169,6 +171,7 @@ class Continual(ContinualModel):
         """
         if (batches is None) == (optimizer is None):
             raise BecameError("remember needs either batches or an optimizer; give one of them.")
+        self._check_not_stable("remembering")
         self._check_shapes()
         if optimizer is not None:
             stepper = unwrapped(optimizer)
@@ -202,6 +205,7 @@ class Continual(ContinualModel):
                 if a parameter has another shape than then, or was frozen then; if anything beside the steps of
                 these optimisers is seen to change weights, before the second step or at the end.
         """
+        self._check_not_stable("stable training")
         self._check_as_remembered()
         if not optimizers:
             raise BecameError("stable training projects the steps of an optimizer; give stable() all that train.")
@@ -209,6 +213,7 @@ class Continual(ContinualModel):
         witness = Witness(self._data.trained, guards)
         self._warn_of_replaced(self._data.trained, self._is_as_remembered)
         with ExitStack() as stack:
+            stack.enter_context(self._stable())
             for guard in guards:
                 for before in (witness.before_step, guard.before_step):
                     stack.callback(guard.optimizer.register_step_pre_hook(before).remove)
@@ -314,7 +319,8 @@ class Continual(ContinualModel):
     def _guard(self, optimizer: Optimizer) -> StepGuard:
         return StepGuard(
             optimizer=optimizer,
-            groups=groups_of(optimizer, self._data.trained),
+            parameters=self._data.parameters,
+            check=self._check_as_remembered,
             projector=self.projector,
             transposed=self._transposed,
             standing=full(self.projector),

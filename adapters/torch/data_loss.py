@@ -91,16 +91,20 @@ class DataLoss:
         self._knows_matrices, self._held = False, frozenset[str]()
 
     @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """All parameters."""
+        self.shared.shard()
+        return dict(self._model.named_parameters())
+
+    @property
     def trained(self) -> dict[str, nn.Parameter]:
         """The parameters that need a gradient."""
-        self.shared.shard()
-        return {name: value for name, value in self._model.named_parameters() if value.requires_grad}
+        return {name: value for name, value in self.parameters.items() if value.requires_grad}
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shapes of all parameters."""
-        self.shared.shard()
-        return {name: tuple(value.shape) for name, value in self._model.named_parameters()}
+        return {name: tuple(value.shape) for name, value in self.parameters.items()}
 
     def weights(self) -> Params:
         """Return copies of the parameters that need a gradient."""

@@ -14,7 +14,7 @@ Of a sharded weight every process does this to the rows that it has, and nothing
 projection here, acts on each row of G [d_out, d_in] by itself. So a protected weight must be sharded along d_out.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -43,16 +43,23 @@ def unwrapped(optimizer: Any) -> Optimizer:
     return optimizer
 
 
-def groups_of(optimizer: Optimizer, parameters: dict[str, nn.Parameter]) -> Groups:
-    """Return an optimiser's groups with those of these parameters that are in them."""
-    names = {value: name for name, value in parameters.items()}
-    groups = [
-        ({names[value]: value for value in group["params"] if value in names}, group)
-        for group in optimizer.param_groups
-    ]
+def groups_of(optimizer: Optimizer, parameters: Mapping[str, nn.Parameter]) -> Groups:
+    """Return an optimiser's groups with those of these parameters that are in them and need a gradient.
+
+    Raises:
+        BecameError: if there is none.
+    """
+    groups = _groups(optimizer, {value: name for name, value in parameters.items()})
     if not any(own for own, _ in groups):
         raise BecameError("the optimizer steps no parameter of the model; give the one that trains it.")
     return groups
+
+
+def _groups(optimizer: Optimizer, names: Mapping[nn.Parameter, str]) -> Groups:
+    return [
+        ({names[value]: value for value in group["params"] if value.requires_grad and value in names}, group)
+        for group in optimizer.param_groups
+    ]
 
 
 def moments_of(optimizer: Optimizer, group: Mapping[str, Any], value: nn.Parameter) -> Moments | None:
@@ -72,29 +79,39 @@ class StepGuard:
 
     Attributes:
         optimizer: takes the steps.
-        groups: the model's parameters by name, and the optimiser's group that they are in.
+        parameters: all of the model, by name. Which of them are trained may change from one step to the next.
+        check: is called if it has changed; it raises a BecameError if the memory says too little of what is trained.
         projector: the memory.
         transposed: the matrices that are stored as [d_in, d_out].
         standing: those that are protected as a whole.
         frozen: those that the projector does not protect, and that stand still.
         penalised: of those that are pulled back, the mean, and penalty x precision: what this process has of them.
         before: the weights before the step, likewise.
+        groups: what is trained in the present step, and the optimiser's group that it is in.
+        guarded: the names of all that has been trained.
 
     Raises:
         BecameError: if a protected weight is sharded along d_in, or the optimiser is an LBFGS.
     """
 
     optimizer: Optimizer
-    groups: Groups
+    parameters: Mapping[str, nn.Parameter]
+    check: Callable[[], None]
     projector: Projector
     transposed: frozenset[str]
     standing: frozenset[str]
     frozen: frozenset[str]
     penalised: dict[str, tuple[Tensor, Tensor]]
     before: dict[str, Tensor] = field(default_factory=dict)
+    groups: Groups = field(init=False)
+    guarded: set[str] = field(init=False)
+    _names: dict[nn.Parameter, str] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         """Check how the weights are sharded, and what a step is."""
+        self.groups = groups_of(self.optimizer, self.parameters)
+        self.guarded = _names_in(self.groups)
+        self._names = {value: name for name, value in self.parameters.items()}
         if isinstance(self.optimizer, torch.optim.LBFGS):
             raise BecameError(
                 "a step of LBFGS is many steps, each to where the one before it has led, and only their sum could be "
@@ -113,6 +130,10 @@ class StepGuard:
     @torch.no_grad()
     def before_step(self, *_: Any) -> None:
         """Note the weights that the step must not move as it likes."""
+        self.groups = _groups(self.optimizer, self._names)
+        if not self.guarded.issuperset(names := _names_in(self.groups)):
+            self.guarded |= names
+            self.check()
         protected = self.projector.rank.keys()
         for parameters, _group in self.groups:
             for name, value in parameters.items():
@@ -156,6 +177,10 @@ class StepGuard:
         change = value - before
         allowed = self.projector.project({name: change.T if is_transposed else change})[name]
         torch.add(before, allowed.T if is_transposed else allowed, out=value)
+
+
+def _names_in(groups: Groups) -> set[str]:
+    return {name for own, _ in groups for name in own}
 
 
 def _placements(value: Any) -> tuple[Any, ...]:
@@ -203,7 +228,7 @@ class Witness:
 
     def at_end(self) -> None:
         """Look at the weights that no optimiser has, or at all if none has stepped."""
-        guarded = {name for guard in self.guards for own, _ in guard.groups for name in own} if self.steps else ()
+        guarded = {name for guard in self.guards for name in guard.guarded} if self.steps else ()
         changed = self._first_changed(name for name in self.weights if name not in guarded)
         if changed is not None:
             say_changed(changed, has_stepped=self.steps > 0)

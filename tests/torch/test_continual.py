@@ -820,7 +820,21 @@ def test_what_cannot_be_done_is_said_in_a_sentence() -> None:
     for share in (0.0, 1.5, math.nan):
         with pytest.raises(BecameError, match=f"the share of the batches is {share}; it must be above 0 and at most 1"):
             learning.remember(batches, share=share)
+    with pytest.raises(
+        BecameError, match=r"outputs of shape \[0, 3\] for a batch; they must be \[samples, ...\], of one"
+    ):
+        learning.remember([*batches, (batches[0][0][:0], batches[0][1][:0])])
     learning.remember(batches)
+    acts: dict[str, Callable[[], object]] = {
+        "remembering": lambda: learning.remember(batches),
+        "a merge": lambda: learning.merge(batches),
+        "plastic training": lambda: learning.plastic().__enter__(),
+        "stable training": lambda: learning.stable(optimizer).__enter__(),
+    }
+    for what, act in acts.items():
+        message = rf"{what} was asked for within learning\.stable"
+        with pytest.raises(BecameError, match=message), learning.stable(optimizer):
+            act()
     other = torch.optim.SGD(nn.Linear(1, 1).parameters(), 0.1)
     with pytest.raises(BecameError, match="steps no parameter of the model"), learning.stable(other):
         pass
@@ -834,6 +848,13 @@ def test_what_cannot_be_done_is_said_in_a_sentence() -> None:
         Continual(model, uncovered="thawed")  # type: ignore[arg-type]
     with pytest.raises(BecameError, match="nothing to learn"):
         Continual(nn.Flatten())
+    with pytest.raises(BecameError, match="the loss is a sum over samples"):
+        Continual(model, nn.CrossEntropyLoss(reduction="sum"))
+    with pytest.raises(BecameError, match=r"'0\.weight' has no shape yet; run the model on a batch"):
+        Continual(nn.Sequential(nn.LazyLinear(3)))
+    another = _network("perceptron")
+    with pytest.raises(BecameError, match="the outputs depend on none of the parameters that are trained"):
+        Continual(model, apply=lambda _, batch: another(batch[0]), targets=lambda batch: batch[1]).remember(batches)
 
 
 @pytest.mark.parametrize(

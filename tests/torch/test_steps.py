@@ -1,5 +1,6 @@
 """Whose steps are projected: optimisers of every kind that ``stable`` is given; and all else that changes weights."""
 
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -105,6 +106,54 @@ def test_two_optimizers_may_step_in_turn_or_one_after_the_other() -> None:
         case.train(first)
         case.train(second)
     case.check()
+
+
+def test_layers_that_are_thawed_or_added_in_stable_training_are_projected() -> None:
+    for adds in (False, True):
+        case = Case()
+        body = list(case.model[0].parameters())
+        optimizer = SGD(case.model[2].parameters() if adds else case.model.parameters(), 0.3)
+        case.model[0].requires_grad_(False)
+        with case.learning.stable(optimizer):
+            case.train(optimizer)
+            case.model[0].requires_grad_(True)
+            if adds:
+                optimizer.add_param_group({"params": body})
+            case.train(optimizer)
+        case.check()
+
+
+def test_a_layer_that_is_frozen_in_stable_training_stands_still() -> None:
+    case = Case()
+    learning = Continual(case.model, check=False)
+    learning.remember([(case.old, torch.arange(2))])
+    optimizer = SGD(case.model.parameters(), 0.3)
+    with learning.stable(optimizer):
+        case.train(optimizer)
+        case.model[0].requires_grad_(False)
+        case.model.zero_grad()
+        bias, head = case.model[0].bias.clone(), case.model[2].bias.clone()
+        case.train(optimizer)
+    assert torch.equal(case.model[0].bias, bias)
+    assert not torch.equal(case.model[2].bias, head)
+
+
+def test_a_layer_of_which_nothing_is_remembered_is_refused_when_it_is_thawed() -> None:
+    case = Case()
+    case.model[0].requires_grad_(False)
+    learning = Continual(case.model, check=False)
+    learning.remember([(case.old, torch.arange(2))])
+    optimizer = SGD(case.model.parameters(), 0.3)
+    message = "'0.weight' is trained now, and was not when old data were remembered"
+
+    def train() -> None:
+        with learning.stable(optimizer):
+            case.train(optimizer)
+            case.model[0].requires_grad_(True)
+            case.train(optimizer)
+
+    with pytest.raises(BecameError, match=message):
+        train()
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
@@ -244,3 +293,32 @@ def test_there_is_a_warning_if_a_layer_took_the_place_of_one_that_was_remembered
     case.learning.remember([(case.old, torch.arange(2))])
     with case.learning.stable(optimizer):
         case.train(optimizer)
+
+
+def under_another_name(model: Any) -> None:
+    model[0] = nn.Sequential(model[0])
+
+
+@pytest.mark.parametrize(
+    "change", [lambda model: nn.utils.parametrizations.weight_norm(model[0]), under_another_name], ids=["norm", "name"]
+)
+def test_there_is_a_warning_if_a_remembered_parameter_is_gone(change: Callable[[Any], object]) -> None:
+    case = Case()
+    change(case.model)
+    optimizer = SGD(case.model.parameters(), 0.1)
+    with (
+        pytest.warns(UserWarning, match=r"'0\.weight' was remembered, and is no parameter of the model now") as seen,
+        case.learning.stable(optimizer),
+    ):
+        pass
+    assert seen[0].filename == __file__
+
+
+def test_a_copy_goes_on_as_the_original_does() -> None:
+    case = Case()
+    learning = pickle.loads(pickle.dumps(case.learning))
+    case.learning, case.model = learning, learning.model
+    optimizer = SGD(case.model.parameters(), 0.1)
+    with case.learning.stable(optimizer):
+        case.train(optimizer)
+    case.check()
