@@ -20,13 +20,13 @@ from safetensors.numpy import save_file
 
 from adapters.backend.continual import ContinualModel
 from adapters.backend.memory import fisher_of_moments, held_by_curvature, read_memory, restored
-from adapters.backend.own_loop import MergeReport, Uncovered
+from adapters.backend.own_loop import MergeReport, Uncovered, known_likelihood
 from adapters.tensorflow.batches import Apply, Reader, Targets
 from adapters.tensorflow.data_loss import DataLoss, Loss
 from adapters.tensorflow.steps import StepGuard, Witness, moments_of, observed
 from became_core import BecameError
 from became_core.arrays import Array
-from became_core.curvature import FisherTargets, Likelihood, likelihood_named
+from became_core.curvature import FisherTargets, Likelihood
 from became_core.laplace import Estimator
 from became_core.projection import Projector
 
@@ -107,7 +107,7 @@ class Continual(ContinualModel):
             decay=decay,
             estimator=estimator,
         )
-        known = likelihood_named(likelihood) if isinstance(likelihood, str) else likelihood
+        known = known_likelihood(likelihood)
         self._data: DataLoss = DataLoss(
             model, known, Reader(apply, targets), checks=check, shows=progress, fisher=fisher
         )
@@ -145,6 +145,7 @@ class Continual(ContinualModel):
         """
         if (batches is None) == (optimizer is None):
             raise BecameError("remember needs either batches or an optimizer; give one of them.")
+        self._check_not_stable("remembering")
         self._data.retrace()
         self._check_names()
         self._check_shapes()
@@ -173,6 +174,7 @@ class Continual(ContinualModel):
                 another name now; or, at the end, if steps were taken by a function that was compiled before, or
                 anything but these optimizers has changed weights.
         """
+        self._check_not_stable("stable training")
         self._data.retrace()
         self._check_names()
         self._check_as_remembered()
@@ -181,12 +183,13 @@ class Continual(ContinualModel):
         if not used:
             raise BecameError("the model is not compiled, so it has no optimizer; compile it, or give stable() yours.")
         guards = [self._guard() for _ in used]
-        witness = Witness(self._data.trained, guards)
+        witness = Witness(self._data.network.parameters, guards)
         self._warn_of_replaced(self._variables, self._is_as_remembered)
         # What fit has compiled takes steps of its own; it is put back afterwards, and needs no new trace.
         compiled, self.model.train_function = self.model.train_function, None
         try:
             with ExitStack() as stack:
+                stack.enter_context(self._stable())
                 for optimizer, guard in zip(used, guards, strict=True):
                     stack.enter_context(observed(optimizer, guard))
                 yield
@@ -262,7 +265,7 @@ class Continual(ContinualModel):
 
     def _guard(self) -> StepGuard:
         return StepGuard(
-            parameters=self._data.trained,
+            parameters=self._data.network.parameters,
             projector=self.projector,
             transposed=self._transposed,
             uncovered=self.uncovered,

@@ -38,6 +38,7 @@ from adapters.tensorflow.traced import KerasFunction, samples_of
 from became_core import BecameError, Quadratic
 from became_core.arrays import Array, Params
 from became_core.curvature import Bernoulli, Categorical, FisherTargets, Likelihood, Taps, square_sums
+from became_core.errors import first_line
 
 __all__ = ["DataLoss", "Loss"]
 
@@ -276,8 +277,16 @@ def _double(value: Any) -> Array:
 
 def _own_loss(loss_of: Any, outputs: Array, targets: Any) -> Array:
     # Keras's own losses have the targets first.
-    is_keras = isinstance(loss_of, keras.losses.Loss)
-    loss: Array = tf.convert_to_tensor(loss_of(targets, outputs) if is_keras else loss_of(outputs, targets))
+    if isinstance(loss_of, keras.losses.Loss):
+        loss: Array = tf.convert_to_tensor(loss_of(targets, outputs))
+    else:
+        try:
+            loss = tf.convert_to_tensor(loss_of(outputs, targets))
+        except ValueError as error:
+            raise BecameError(
+                f"the loss cannot be taken of outputs and targets, in this order ({first_line(error)}); a function of "
+                "Keras has the targets first, so wrap it in one that has the outputs first."
+            ) from error
     if loss.shape.rank:
         raise BecameError(f"the loss has shape {list(loss.shape)}; it must return one number, the batch's mean.")
     return loss

@@ -54,7 +54,7 @@ class StepGuard:
     """Projects what an optimizer's steps change, and pulls back what the projector cannot protect.
 
     Attributes:
-        parameters: those that are trained, by name.
+        parameters: all of the model, by name. Each step says which of them it is of.
         projector: the memory.
         transposed: the matrices that are stored as [d_in, d_out].
         uncovered: what is done with parameters that the projector does not protect.
@@ -69,21 +69,37 @@ class StepGuard:
     penalised: Mapping[str, tuple[Array, Array]]
     stepped: set[str] = field(default_factory=set)
 
-    def noted(self) -> dict[str, Array]:
+    def stepped_by(self, variables: Any) -> dict[str, Parameter]:
+        """Return the parameters that a step is of, by its variables; None for all that are trained."""
+        own = {id(v): v for v in (variables or ())}
+        return {
+            n: p
+            for n, p in self.parameters.items()
+            if (p.variable.trainable if variables is None else id(p.variable) in own)
+        }
+
+    def noted(self, stepped: Mapping[str, Parameter]) -> dict[str, Array]:
         """Return the weights that a step must not move as it likes."""
         protected = self.projector.rank.keys()
-        return {n: p.value for n, p in self.parameters.items() if n in protected or self.uncovered == "frozen"}
+        return {n: p.value for n, p in stepped.items() if n in protected or self.uncovered == "frozen"}
 
-    def correct(self, before: Mapping[str, Array], rate: Array, moments: Mapping[str, Moments]) -> None:
+    def correct(
+        self,
+        stepped: Mapping[str, Parameter],
+        before: Mapping[str, Array],
+        rate: Array,
+        moments: Mapping[str, Moments],
+    ) -> None:
         """Take out of a step what it must not change.
 
         Args:
+            stepped: the parameters that the step is of.
             before: the weights that were noted.
             rate: the learning rate of the step that was taken; 0 if none was.
             moments: what an Adam knows of the parameters' gradients.
         """
         standing, ranks = full(self.projector), self.projector.rank
-        for name, parameter in self.parameters.items():
+        for name, parameter in stepped.items():
             if name in ranks and name not in standing:
                 change = parameter.value - before[name]
                 if name in self.transposed:
@@ -141,18 +157,18 @@ def observed(optimizer: keras.Optimizer, guard: StepGuard) -> Iterator[None]:
     is_on, seen = tf.Variable(True, trainable=False), tf.Variable(0, trainable=False, dtype=tf.int64)
 
     def apply(grads: Any, trainable_variables: Any = None) -> Any:
-        stepped = None if trainable_variables is None else {id(variable) for variable in trainable_variables}
-        guard.stepped.update(n for n, p in guard.parameters.items() if stepped is None or id(p.variable) in stepped)
+        stepped = guard.stepped_by(trainable_variables)
+        guard.stepped.update(stepped)
         if not guard.stepped:
             raise BecameError("the optimizer steps no variable of the model; give stable() the one that trains it.")
-        before, steps = guard.noted(), tf.cast(tf.identity(optimizer.iterations), tf.int64)
+        before, steps = guard.noted(stepped), tf.cast(tf.identity(optimizer.iterations), tf.int64)
         result = original(grads, trainable_variables)
         taken = tf.cast(tf.identity(optimizer.iterations), tf.int64) - steps
 
         def correct() -> Array:
             seen.assign_add(taken)
             rate = tf.cast(taken, tf.float32) * tf.cast(optimizer.learning_rate, tf.float32)
-            guard.correct(before, rate, moments_of(optimizer, guard.parameters))
+            guard.correct(stepped, before, rate, moments_of(optimizer, stepped))
             return tf.constant(True)
 
         tf.cond(is_on, correct, lambda: tf.constant(False))

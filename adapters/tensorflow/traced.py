@@ -91,8 +91,14 @@ class KerasFunction:
         """Keep the model, which must be built.
 
         Raises:
-            BecameError: if it is not.
+            BecameError: if it is not, or its batches have one size.
         """
+        for given in getattr(model, "inputs", None) or ():
+            if given.shape[0] is not None:
+                raise BecameError(
+                    f"the model takes batches of {given.shape[0]} samples alone, and single samples are measured; make "
+                    "its Input without batch_size, or its batch_shape with None."
+                )
         self.model, self._reader = model, reader
         self.link: str | None = None
         self.retrace()

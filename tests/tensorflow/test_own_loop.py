@@ -269,6 +269,45 @@ def test_what_else_changes_weights_is_noticed() -> None:
         pass
 
 
+def test_layers_may_be_thawed_and_frozen_in_stable_training() -> None:
+    """A layer that is thawed is projected, one that is frozen stands still, and another optimizer is noticed."""
+    model, old, new = _perceptron(), _data(1, 1, 2), _data(2, 1)
+    first, last = model.get_layer("first"), model.get_layer("last")
+    learning, optimizer = Continual(model, projector=GPM(1.0), check=False), keras.optimizers.SGD(0.5)
+    optimizer.build(model.trainable_variables)
+    learning.remember(old)
+
+    def step() -> None:
+        with tf.GradientTape() as tape:
+            loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)(new[0][1], model(new[0][0]))
+        variables = model.trainable_variables
+        optimizer.apply_gradients(zip(tape.gradient(loss, variables), variables, strict=True))
+
+    before, first.trainable = old[0][0] @ first.kernel.numpy(), False
+    with learning.stable(optimizer):
+        step()
+        kernel = first.kernel.numpy()
+        first.trainable = True
+        step()
+        assert not np.array_equal(first.kernel, kernel)
+        first.trainable = False
+        bias, other = first.bias.numpy(), last.bias.numpy()
+        step()
+    np.testing.assert_allclose(old[0][0] @ first.kernel.numpy(), before, rtol=0, atol=1e-12)
+    assert np.array_equal(first.bias, bias)
+    assert not np.array_equal(last.bias, other)
+    _compiled(model)
+
+    def thaw() -> None:
+        with learning.stable():
+            _fit(model, new, 1)
+            first.trainable = True
+            _fit(_compiled(model), new, 1)
+
+    with pytest.raises(BecameError, match=f"'first.*{CHANGED}"):
+        thaw()
+
+
 def test_a_model_that_assigns_to_its_own_weights_in_training_is_refused() -> None:
     model = _row((6,), L.SpectralNormalization(L.Dense(4)))
     before = [variable.numpy() for variable in model.variables]
@@ -399,6 +438,12 @@ def test_what_cannot_be_done_is_said_in_a_sentence() -> None:
         Continual(keras.Sequential([L.Dense(2)]))
     with pytest.raises(BecameError, match="needs a label for each row of logits"):
         learning.remember([(np.zeros((4, 6)), np.zeros((4, 2), np.int64))])
+    with pytest.raises(BecameError, match="the loss is a sum over samples"):
+        Continual(model, keras.losses.SparseCategoricalCrossentropy(reduction="sum"))
+    with pytest.raises(BecameError, match="a function of Keras has the targets first"):
+        Continual(model, keras.losses.sparse_categorical_crossentropy).remember(_data(1, 1))
+    with pytest.raises(BecameError, match="takes batches of 4 samples alone, and single samples are measured"):
+        Continual(keras.Sequential([keras.Input((6,), batch_size=4), L.Dense(CLASSES)]))
     with pytest.raises(BecameError, match="a batch has three parts"):
         learning.remember([(np.zeros((4, 6)), np.zeros(4), np.ones(4))])
     learning.remember(_data(1, 1))
