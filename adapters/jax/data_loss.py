@@ -118,6 +118,8 @@ class DataLoss:
         for batch in batches:
             parts = inputs_and_targets(batch, "or a generator that makes such pairs of your batches")
             inputs, targets = (_arrays(part) for part in parts)
+            if any(leaf.ndim and not len(leaf) for leaf in jax.tree.leaves(inputs)):
+                raise BecameError("a batch has no sample; leave empty batches out.")
             self._look(inputs, targets)
             yield inputs, targets
 
@@ -150,6 +152,11 @@ class DataLoss:
         if key not in self._tapped:
             tapped = TappedFunction(self._apply, self._params, inputs, shared)
             if not self._tapped:
+                if not tapped.uses_parameters:
+                    raise BecameError(
+                        "the outputs depend on none of the parameters; let the function compute with those that it is "
+                        "given, and not with others that it knows."
+                    )
                 tapped.warn()
             self.matrices |= tapped.matrices
 

@@ -19,12 +19,12 @@ from jax import numpy as jnp
 from safetensors.flax import save_file
 
 from adapters.backend import memory as shared
-from adapters.backend.own_loop import Coverage, NetworkCheck, Uncovered, coverage_of, first_difference
+from adapters.backend.own_loop import Coverage, NetworkCheck, Uncovered, coverage_of, first_difference, known_likelihood
 from adapters.jax.data_loss import DataLoss, Loss, moments_of
 from adapters.jax.tapping import Apply, trained_of
 from became_core import BecameError, LaplacePosterior
 from became_core.arrays import Array, Params, pytree, static
-from became_core.curvature import FisherTargets, Likelihood, likelihood_named
+from became_core.curvature import FisherTargets, Likelihood
 from became_core.projection import GPM, Projector
 
 __all__ = ["Memory", "Parameter", "copied", "coverage", "load", "remember", "save"]
@@ -180,7 +180,7 @@ def remember(
         raise BecameError("the memory has a projector of its own; leave projector= out, or begin without a memory.")
     if likelihood is None:
         likelihood = "categorical" if memory is None else memory.likelihood
-    known = likelihood_named(likelihood) if isinstance(likelihood, str) else likelihood
+    known = known_likelihood(likelihood)
     before: Projector = memory.projector if memory is not None else GPM() if projector is None else projector
     shared.check_settings(before, **settings)
     data = DataLoss(apply, params, known, fisher=settings["fisher"], checks=check, shows=progress)
@@ -274,7 +274,7 @@ def load(
         stored.posterior,
         stored.settings["projector"],
         _parameters(shapes, stored.matrices),
-        likelihood_named(known) if isinstance(known, str) else known,
+        known_likelihood(known),
         **settings,
     )
 

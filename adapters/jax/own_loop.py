@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
 
+import jax
 import optax
 from jax import numpy as jnp
 
@@ -59,12 +60,13 @@ def projected(
     optimizer: optax.GradientTransformation | None = None,
     *,
     b2: float = 0.999,
-) -> optax.GradientTransformation:
+) -> optax.GradientTransformationExtraArgs:
     """Return an optimiser whose steps stay out of the spaces that old data use.
 
     Without an optimiser it comes last in ``optax.chain``. It then cannot see an Adam's second moments, and its pull is
     weak beside an Adam's steps. Its updates need the parameters: ``optimizer.update(gradients, state, params)``. It is
-    given the whole tree of parameters, so it stands outside of ``optax.masked`` and ``optax.multi_transform``.
+    given the whole tree of parameters, so it stands outside of ``optax.masked`` and ``optax.multi_transform``;
+    ``optax.MultiSteps`` may be inside or outside. What else an update needs, such as ``value=``, is passed on.
 
     Args:
         memory: of the old data.
@@ -74,8 +76,8 @@ def projected(
         b2: the decay of second moments, if an Adam is in the optimiser.
 
     Raises:
-        BecameError: in ``init`` and ``update``, if the parameters are not those of the memory; in ``update``, if there
-            are none.
+        BecameError: in ``init`` and ``update``, if the parameters are not those of the memory; in ``init``, if the
+            optimiser keeps means of steps before they are projected; in ``update``, if there are no parameters.
 
     Examples:
         >>> from adapters.jax.memory import remember
@@ -89,21 +91,29 @@ def projected(
     """
     # Only what is no array is taken from the memory here; the arrays come from the state.
     ranks, matrices, standing = memory.projector.rank, memory.matrices, full(memory.projector)
-    taking_steps = optax.identity() if optimizer is None else optimizer
+    taking_steps = optax.with_extra_args_support(optax.identity() if optimizer is None else optimizer)
 
     def init(params: Any) -> ProjectedState:
         memory.check(trained_of(params))
         namespace(values=next(iter(memory.posterior.mean.values())))  # JAX learns of the core's values
         projector, penalised = copied((memory.projector, memory.penalised))
-        return ProjectedState(jnp.zeros((), jnp.int32), projector, penalised, taking_steps.init(params))
+        inner = taking_steps.init(params)
+        if _nodes(inner, optax.contrib.ScheduleFreeState):
+            raise BecameError(
+                "a schedule-free optimizer takes means of its steps, and must know them as they are projected; let it "
+                "come around: optax.contrib.schedule_free(projected(memory, rate, optimizer), rate)."
+            )
+        return ProjectedState(jnp.zeros((), jnp.int32), projector, penalised, inner)
 
-    def update(updates: Any, state: ProjectedState, params: Any = None) -> tuple[Any, ProjectedState]:
+    def update(updates: Any, state: ProjectedState, params: Any = None, **others: Any) -> tuple[Any, ProjectedState]:
         if params is None:
             raise BecameError("projected needs the parameters; call optimizer.update(gradients, state, params).")
-        updates, inner = taking_steps.update(updates, state.inner, params)
+        updates, inner = taking_steps.update(updates, state.inner, params, **others)
+        count = state.count + _is_taken(state.inner, inner)
         theta, steps, moments = trained_of(params), leaves_of(updates), moments_of(inner, b2)
         memory.check(theta)
         rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
+        rate = rate * (count - state.count)  # gradients that are only gathered are no step
         allowed = dict(steps)
         for name, step in steps.items():
             if name not in theta:
@@ -122,9 +132,20 @@ def projected(
                 pull = shared.pull_of(rate, strength, moments.get(name))
                 wide = (wide + pull * (mean - theta[name])) / (1 + pull)
             allowed[name] = wide.astype(step.dtype)
-        return with_leaves_of(updates, allowed), state._replace(count=state.count + 1, inner=inner)
+        return with_leaves_of(updates, allowed), state._replace(count=count, inner=inner)
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _nodes(state: Any, kind: type) -> list[Any]:
+    return [n for n in jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, kind)) if isinstance(n, kind)]
+
+
+def _is_taken(before: Any, after: Any) -> Any:
+    """Return 1 if an optimiser took a step, and 0 if it only gathered gradients, as ``MultiSteps`` does."""
+    counts = [[node.gradient_step for node in _nodes(state, optax.MultiStepsState)] for state in (before, after)]
+    steps = [now - then for then, now in zip(*counts, strict=True)]
+    return jnp.max(jnp.stack(steps)) if steps else 1
 
 
 def penalty(memory: Memory, params: Any) -> Array:

@@ -63,6 +63,7 @@ class TappedFunction:
             [d_in, d_out] when they are flattened. An embedding is multiplied with one-hot vectors.
         others: the parameters that no tap explains, but elementwise operations do.
         slow: the parameters that are used by operations that taps do not know, and these.
+        uses_parameters: whether the outputs depend on any parameter.
         rounding: the epsilon of the coarsest dtype that the function computes in.
 
     Examples:
@@ -90,8 +91,14 @@ class TappedFunction:
         Raises:
             BecameError: if the outputs are no array with an axis of samples.
         """
-        namespace(values=next(iter(trained_of(params).values())))  # JAX learns of the core's values
-        outputs = jax.eval_shape(apply, params, inputs)
+        trained = trained_of(params)
+        namespace(values=next(iter(trained.values())))  # JAX learns of the core's values
+
+        def of_trained(trained: Params, inputs: Any) -> Array:
+            # What is not trained is part of the function.
+            return apply(with_leaves_of(params, leaves_of(params) | trained), inputs)
+
+        outputs = jax.eval_shape(of_trained, trained, inputs)
         if not hasattr(outputs, "shape") or not outputs.shape:
             raise BecameError("the function must return one array of outputs, [samples, ...]; give one that does.")
         self._samples = outputs.shape[0]
@@ -101,12 +108,9 @@ class TappedFunction:
             jnp.ndim(leaf) > 0 and jnp.shape(leaf)[0] == self._samples and number not in shared
             for number, leaf in enumerate(leaves)
         ]
-        trained = trained_of(params)
 
         def of_leaves(trained: Params, leaves: Sequence[Array]) -> Array:
-            # What is not trained is part of the function.
-            theta = with_leaves_of(params, leaves_of(params) | trained)
-            return apply(theta, jax.tree.unflatten(self._structure, leaves))
+            return of_trained(trained, jax.tree.unflatten(self._structure, leaves))
 
         one = [leaf[:1] if own else leaf for leaf, own in zip(leaves, self._is_samples, strict=True)]
         self._closed = jax.make_jaxpr(of_leaves)(trained, one)
@@ -121,6 +125,7 @@ class TappedFunction:
         self.outputs = jax.jit(self._outputs)
 
     def _explain(self, uses: Sequence[Use | Unknown]) -> None:
+        self.uses_parameters = bool(uses)
         self._tapped: dict[str, list[int]] = {}
         self.matrices: dict[str, bool] = {}
         self.others: list[str] = []

@@ -576,11 +576,42 @@ def test_the_first_look_finds_what_makes_measurements_meaningless() -> None:
     assert remember(across, params, _data(1), check=False).checked is None
 
 
+def test_a_call_that_only_gathers_gradients_pulls_nothing_back() -> None:
+    """Nor does it move on the schedule of the pull."""
+    memory, params = _memory(), jax.tree.map(lambda value: value + 0.3, _weights())
+    gathering = optax.MultiSteps(optax.sgd(0.125), 2).gradient_transformation()
+    optimizer = projected(memory, lambda count: 0.125 / (count + 1), gathering)
+    gradients = jax.tree.map(np.ones_like, params)
+    update, state = jax.jit(optimizer.update), optimizer.init(params)
+    for number in range(4):
+        updates, state = update(gradients, state, params)
+        if number % 2 == 0:
+            assert all(not np.any(step) for step in jax.tree.leaves(updates))
+            continue
+        mean, strength = memory.penalised["first.bias"]
+        pull, bias = 0.125 / (number // 2 + 1) * np.asarray(strength), np.asarray(params["first"]["bias"])
+        expected = (-0.125 + pull * (mean - bias)) / (1 + pull)
+        np.testing.assert_allclose(updates["first"]["bias"], expected, rtol=1e-10)
+
+
+def test_what_an_optimizer_needs_beside_gradients_is_passed_on() -> None:
+    def update(updates: Any, state: Any, _: Any = None, *, value: float) -> Any:
+        return jax.tree.map(lambda step: value * step, updates), state
+
+    memory, params = replace(_memory(), uncovered="free"), _weights()
+    scaling = optax.GradientTransformationExtraArgs(lambda _: (), update)
+    transformation = projected(memory, 0.1, scaling)
+    updates, _ = transformation.update(params, transformation.init(params), params, value=3.0)
+    np.testing.assert_allclose(updates["first"]["bias"], 3 * params["first"]["bias"])
+
+
 def test_what_cannot_be_done_is_said_in_a_sentence() -> None:
     params, batches = _weights(), _data(1)
     go = partial(remember, _perceptron, params, check=False)
     memory = _memory()
     transformation = projected(memory, 0.1)
+    with pytest.raises(BecameError, match="a schedule-free optimizer takes means of its steps"):
+        projected(memory, 0.1, optax.contrib.schedule_free_sgd(0.1)).init(params)
     with pytest.raises(BecameError, match=r"projected needs the parameters; call optimizer\.update"):
         transformation.update(params, transformation.init(params))
     with pytest.raises(BecameError, match=r"another architecture: the memory has no 'w'"):

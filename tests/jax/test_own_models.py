@@ -482,6 +482,11 @@ REFUSED: dict[str, tuple[Callable[[], Case], str]] = {
         lambda: (lambda p, x: jax.pure_callback(np.tanh, jax.ShapeDtypeStruct((2, 3), float), x @ p), drawn(6, 3)),
         "gradients cannot be taken .Pure callbacks do not support JVP",
     ),
+    "parameters that are not used": (
+        lambda: (lambda p, x: x @ np.ones((6, 3)), drawn(6, 3)),
+        "the outputs depend on none of the parameters",
+    ),
+    "an empty batch": (lambda: (lambda p, x: x @ p, drawn(6, 3), INPUTS[:0]), "a batch has no sample"),
     "two outputs": (lambda: (lambda p, x: (x @ p, x), drawn(6, 3)), "must return one array of outputs"),
     "classes as outputs": (
         lambda: (lambda p, x: (x @ p).argmax(1)[:, None], drawn(6, 3)),

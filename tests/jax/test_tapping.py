@@ -268,6 +268,14 @@ def test_a_tree_of_parameters_has_numbers_and_arrays_alone() -> None:
         trained_of(eqx.nn.MLP(4, 3, 8, 1, key=jax.random.key(0)))
 
 
+def test_what_is_no_number_of_a_tree_is_known_while_the_function_is_read() -> None:
+    def apply(params: Any, inputs: Any) -> Any:
+        return inputs @ params["w"] if params["is_on"] else inputs
+
+    tapped = TappedFunction(apply, {"w": drawn(4, 3), "is_on": True}, INPUTS[:, 0])
+    assert tapped.matrices == {"w": True}
+
+
 def test_outputs_without_an_axis_of_samples_are_refused() -> None:
     with pytest.raises(BecameError, match="must return one array of outputs"):
         TappedFunction(lambda w, x: (x @ w).sum(), drawn(4, 2), INPUTS)
