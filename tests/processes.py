@@ -36,7 +36,8 @@ def result(out: Path, name: str) -> dict[str, Any]:
 def forking() -> ForkServerContext:
     """What starts processes by forking one that has loaded PyTorch and Dask, where they are, once for all tests."""
     context = get_context("forkserver")
-    context.set_forkserver_preload(["tests.torch.torchrun_processes", "distributed", "adapters.checkpoints"])
+    theirs = [f"tests.torch.{name}_processes" for name in ("torchrun", "sharded", "shared_model")]
+    context.set_forkserver_preload([*theirs, "distributed", "adapters.checkpoints"])
     return context
 
 
