@@ -29,8 +29,13 @@ class Reader(backend.Reader[keras.Model]):
 
     def split(self, batch: Any) -> tuple[Any, Any]:
         """Return what the model takes and the targets, as tensors; raises as the reader of all frameworks does."""
-        inputs, targets = super().split(batch)
-        return _as_tensors(inputs), _as_tensors(targets)
+        inputs, targets = map(_as_tensors, super().split(batch))
+        if self.apply is None and tf.is_tensor(targets) and targets.shape.rank == 0:
+            raise BecameError(
+                "a batch has one number for its targets, and no axis of samples; give batches, of a tf.data.Dataset "
+                "those of dataset.batch(32)."
+            )
+        return inputs, targets
 
     def known(self, batch: Any) -> tuple[Any, Any]:
         """Return the parts of a pair, as ``model.fit`` takes it.

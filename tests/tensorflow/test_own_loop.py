@@ -446,6 +446,8 @@ def test_what_cannot_be_done_is_said_in_a_sentence() -> None:
         Continual(keras.Sequential([keras.Input((6,), batch_size=4), L.Dense(CLASSES)]))
     with pytest.raises(BecameError, match="a batch has three parts"):
         learning.remember([(np.zeros((4, 6)), np.zeros(4), np.ones(4))])
+    with pytest.raises(BecameError, match="no axis of samples; give batches, of a"):
+        learning.remember(tf.data.Dataset.from_tensor_slices(_data(1, 1)[0]))
     learning.remember(_data(1, 1))
     with pytest.raises(BecameError, match="the model is not compiled"), learning.stable():
         pass
