@@ -39,8 +39,7 @@ def pictures(data_dir: Path, seed: int, *, a_class: int, tests: int, side: int) 
     data, rng = load_cifar100(data_dir), random_generator(seed, "classes and images")
     labels, split, classes = np.asarray(data.labels), data.train_size, rng.permutation(100)
     rows, targets = [], []
-    for first, count in ((0, a_class), (split, tests)):
-        part = labels[first : first + (split if first == 0 else len(labels) - split)]
+    for part, first, count in ((labels[:split], 0, a_class), (labels[split:], split, tests)):
         for number, label in enumerate(classes):
             rows.append(first + rng.permutation(np.flatnonzero(part == label))[:count])
             targets.append(np.full(count, number))

@@ -193,6 +193,7 @@ class FunctionalLearner(NetworkLearner):
         return logits if heads == slice(None) else logits[:, heads, ...]
 
     def _logits(self, rows: Indices, heads: slice) -> Array:
+        """Return those of all heads, which ``logits`` takes apart once for all batches."""
         return self._logits_in(self._data, rows)
 
     def _logits_in(self, data: Data, rows: Indices) -> Array:

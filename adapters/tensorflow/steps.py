@@ -71,12 +71,10 @@ class StepGuard:
 
     def stepped_by(self, variables: Any) -> dict[str, Parameter]:
         """Return the parameters that a step is of, by its variables; None for all that are trained."""
-        own = {id(v): v for v in (variables or ())}
-        return {
-            n: p
-            for n, p in self.parameters.items()
-            if (p.variable.trainable if variables is None else id(p.variable) in own)
-        }
+        if variables is None:
+            return {name: parameter for name, parameter in self.parameters.items() if parameter.variable.trainable}
+        own = {id(variable) for variable in variables}
+        return {name: parameter for name, parameter in self.parameters.items() if id(parameter.variable) in own}
 
     def noted(self, stepped: Mapping[str, Parameter]) -> dict[str, Array]:
         """Return the weights that a step must not move as it likes."""

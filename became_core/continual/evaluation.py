@@ -99,7 +99,7 @@ def _by_one_head(learner: Learner, tasks: Sequence[Task], batch_size: int) -> Ev
     result, likelihood = Evaluation([], [], [], []), learner.likelihood
     for task in tasks:
         total = units = correct = counted = 0.0
-        moments = np.zeros((6, 0))
+        moments: Any = 0.0
         for outputs, targets in _own_batches_of_one_head(learner, task.test, batch_size):
             total, units = total + float(likelihood.loss(outputs, targets)), units + likelihood.count(targets)
             if likelihood.has_labels:
@@ -107,9 +107,8 @@ def _by_one_head(learner: Learner, tasks: Sequence[Task], batch_size: int) -> Ev
                 correct += int(xp.count_nonzero(xp.argmax(outputs, axis=-1) == targets))
                 counted += int(xp.count_nonzero(targets >= 0))
             if likelihood.predicts_numbers:
-                of_batch = correlation_sums(outputs, targets)
-                moments = moments + of_batch if moments.size else of_batch
-        sums = [total, units, correct, counted, *moments.ravel().tolist()]
+                moments = moments + correlation_sums(outputs, targets)
+        sums = [total, units, correct, counted, *np.ravel(moments).tolist()]
         sums = _of_all_processes(learner, len(chunks(task.test, batch_size)), outputs, sums)
         total, units, correct, counted = sums[:4]
         width = int(outputs.shape[-1])
