@@ -193,6 +193,8 @@ class Processes(ABC):
             values = self.unpacked(order.state, learner)
             return learn(learner, order.builder[1], *order.arguments, callbacks=callbacks, **values)
         except Exception as error:
+            if self.rank == 0:  # now, since to say it takes a while, and the others do not wait for long
+                self.tell_why()
             meaning = self.failed(error)
             if meaning is error:
                 raise

@@ -6,6 +6,8 @@
 | a process or the network stalls | the same after ``BECAME_TIMEOUT`` seconds, 60 unless it is set |
 | a signal | the first process stops after the epoch; the others ignore it and end with the first |
 
+The first process says it, if it lives. If it needs ten seconds or more to its next sum, another one says it too.
+
 Convention: what is sent about a run goes by gloo, from CPU to CPU, and waits for as long as the first process takes to
 prepare; sums go by NCCL between GPUs.
 """
@@ -32,6 +34,9 @@ __all__ = ["TorchProcesses", "is_one_of_several", "met"]
 
 PATIENCE = timedelta(days=7)  # for the first process, which may read data or wait for a lock
 SAID = "became: the first process has ended and has said why"
+# Seconds to wait for the first process to say why. It may be writing a checkpoint; but it may also wait for a sum of
+# this process, which fails only when this process ends.
+WAIT_TO_BE_TOLD = 10
 
 
 def is_one_of_several() -> bool:
@@ -101,7 +106,7 @@ class TorchProcesses(Processes):
     def is_told(self) -> bool:
         """Whether the first process, or another one of those that are left, says why all end."""
         with suppress(RuntimeError):  # likewise
-            until = time.monotonic() + 3
+            until = time.monotonic() + WAIT_TO_BE_TOLD
             while time.monotonic() < until:
                 if self.store.check([SAID]):
                     return True
