@@ -145,6 +145,10 @@ class Processes(ABC):
         """Whether another process says why all end."""
         return False
 
+    def is_first_alive(self) -> bool:
+        """Whether it is known that the first process lives."""
+        return False
+
     # What is shared.
 
     def check_alike(self, **own: str) -> None:
@@ -193,8 +197,6 @@ class Processes(ABC):
             values = self.unpacked(order.state, learner)
             return learn(learner, order.builder[1], *order.arguments, callbacks=callbacks, **values)
         except Exception as error:
-            if self.rank == 0:  # now, since to say it takes a while, and the others do not wait for long
-                self.tell_why()
             meaning = self.failed(error)
             if meaning is error:
                 raise
@@ -249,7 +251,8 @@ def _follow(processes: Processes) -> int:
     try:
         processes.follow()
     except LostProcessError as error:
-        if not processes.is_told():
+        # If the first process lives, it says so. It may be waiting for this one, and does so once this one has ended.
+        if not processes.is_first_alive() and not processes.is_told():
             print(f"error: {error}", file=sys.stderr, flush=True)
         return 1
     except BecameError as error:

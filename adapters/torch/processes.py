@@ -2,11 +2,9 @@
 
 | what happens | what it leads to |
 | --- | --- |
-| a process dies | the others' next sum fails at once; one of them says so, and all end |
+| a process dies | the others' next sum fails at once; one of them says so, the first if it lives, and all end |
 | a process or the network stalls | the same after ``BECAME_TIMEOUT`` seconds, 60 unless it is set |
 | a signal | the first process stops after the epoch; the others ignore it and end with the first |
-
-The first process says it, if it lives. If it needs ten seconds or more to its next sum, another one says it too.
 
 Convention: what is sent about a run goes by gloo, from CPU to CPU, and waits for as long as the first process takes to
 prepare; sums go by NCCL between GPUs.
@@ -17,8 +15,9 @@ import os
 import sys
 import time
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
+from threading import Event, Thread
 from typing import Any
 
 import torch
@@ -34,9 +33,8 @@ __all__ = ["TorchProcesses", "is_one_of_several", "met"]
 
 PATIENCE = timedelta(days=7)  # for the first process, which may read data or wait for a lock
 SAID = "became: the first process has ended and has said why"
-# Seconds to wait for the first process to say why. It may be writing a checkpoint; but it may also wait for a sum of
-# this process, which fails only when this process ends.
-WAIT_TO_BE_TOLD = 10
+BEATS = "became: a number that grows for as long as the first process lives"
+BEAT = 0.5  # seconds from one beat to the next
 
 
 def is_one_of_several() -> bool:
@@ -51,10 +49,12 @@ class TorchProcesses(Processes):
     Attributes:
         orders: the group by which one process tells the others something.
         store: what all have.
+        is_over: set once the first process beats no more.
     """
 
     orders: Any = None
     store: Any = None
+    is_over: Event = field(default_factory=Event)
 
     def send(self, value: Any, source: int = 0) -> Any:
         """Return the value that one process gives."""
@@ -99,20 +99,41 @@ class TorchProcesses(Processes):
         return torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
 
     def tell_why(self) -> None:
-        """Let the others know, by the store."""
+        """Let the others know, by the store, and beat no more."""
+        self.is_over.set()
         with suppress(RuntimeError):  # of a store that was in the first process, and has died with it
             self.store.set(SAID, "yes")
 
     def is_told(self) -> bool:
         """Whether the first process, or another one of those that are left, says why all end."""
         with suppress(RuntimeError):  # likewise
-            until = time.monotonic() + WAIT_TO_BE_TOLD
+            until = time.monotonic() + 3
             while time.monotonic() < until:
                 if self.store.check([SAID]):
                     return True
                 time.sleep(0.05)
             return bool(self.store.add(f"{SAID}, or another", 1) > 1)
         return False
+
+    def is_first_alive(self) -> bool:
+        """Whether the first process lives, which it shows by the store."""
+        with suppress(RuntimeError):  # likewise
+            beats, until = self.store.add(BEATS, 0), time.monotonic() + 6 * BEAT
+            while time.monotonic() < until:
+                time.sleep(BEAT / 10)
+                if self.store.add(BEATS, 0) > beats:
+                    return True
+        return False
+
+    def beat(self) -> None:
+        """Show, by the store and in a thread of its own, that this process lives."""
+
+        def show() -> None:
+            with suppress(RuntimeError):  # of a store that has gone before this process
+                while not self.is_over.wait(BEAT):
+                    self.store.add(BEATS, 1)
+
+        Thread(target=show, daemon=True).start()
 
 
 def met(backend: Backend, words: list[str]) -> Processes:
@@ -132,4 +153,6 @@ def met(backend: Backend, words: list[str]) -> Processes:
     orders = distributed.new_group(backend="gloo", timeout=PATIENCE)
     processes = TorchProcesses(backend, rank, count, timeout, orders=orders, store=store)
     processes.check_alike(command=" ".join(words), torch=torch.__version__, Python=sys.version.split()[0])
+    if rank == 0:
+        processes.beat()
     return processes
