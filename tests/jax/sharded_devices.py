@@ -1,8 +1,11 @@
 """What one process with four processor devices checks of arrays spread over them: the work of ``test_sharded.py``.
 
+With ``JAX_PROCESS_ID`` it is one of two processes with a device each, which check the functions around a user's loop.
+
 Convention: every check compares with whole arrays of NumPy, and counts the collectives of the compiled program.
 """
 
+import os
 import re
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -12,6 +15,7 @@ import jax
 import numpy as np
 import optax
 from jax import numpy as jnp
+from jax.experimental.multihost_utils import process_allgather
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -40,6 +44,11 @@ def collectives(function: Callable[..., Any], *arguments: Any) -> tuple[Any, dic
     text = program.as_text()
     counts = {kind: len(re.findall(rf" {kind}(?:-start)?\(", text)) for kind in COLLECTIVES}
     return program(*arguments), {kind: count for kind, count in counts.items() if count}
+
+
+def gathered(array: Any) -> Any:
+    """The whole of an array that processes share."""
+    return process_allgather(array, tiled=True)
 
 
 def check_close(left: Any, right: Any) -> None:
@@ -191,13 +200,19 @@ def check_own_loop(mesh: Mesh) -> None:
         np.testing.assert_allclose(report.alpha, expected.alpha, rtol=1e-9)
         np.testing.assert_allclose(report.trace, expected.trace, rtol=1e-9)
         for name in whole:
-            np.testing.assert_allclose(report.params[name], expected.params[name], rtol=1e-9, atol=1e-12)
+            np.testing.assert_allclose(gathered(report.params[name]), expected.params[name], rtol=1e-9, atol=1e-12)
             fisher = spread.posterior.precision.diagonal()[name]
             one = memory.posterior.precision.diagonal()[name]
-            np.testing.assert_allclose(np.asarray(fisher), np.asarray(one), rtol=1e-9, atol=1e-15)
+            np.testing.assert_allclose(gathered(fisher), np.asarray(one), rtol=1e-9, atol=1e-15)
             for value in (report.params[name], spread.posterior.mean[name], fisher):
                 assert value.sharding.is_equivalent_to(place, 2), f"{name}: {value.sharding}"
 
 
 if __name__ == "__main__":
-    main()
+    if "JAX_PROCESS_ID" in os.environ:
+        jax.distributed.initialize(num_processes=2, process_id=int(os.environ["JAX_PROCESS_ID"]))
+        jax.config.update("jax_enable_x64", True)
+        assert jax.process_count() == jax.device_count() == 2
+        check_own_loop(Mesh(np.asarray(jax.devices()), ("data",)))
+    else:
+        main()

@@ -38,8 +38,8 @@ def events(out: Path) -> int:
 
 
 @contextmanager
-def commanded(folder: Path, words: list[str], **settings: str) -> Iterator[list[Any]]:
-    """Two processes that run a command; what they print goes into files beside each other. None is left afterwards."""
+def commanded(folder: Path, words: list[str], module: str = "adapters.jax.run", **settings: str) -> Iterator[list[Any]]:
+    """Two processes that run a module; what they print goes into files beside each other. None is left afterwards."""
     folder.mkdir(exist_ok=True)
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
@@ -52,7 +52,7 @@ def commanded(folder: Path, words: list[str], **settings: str) -> Iterator[list[
             out, err = (
                 stack.enter_context((folder / f"{rank}.{name}").open("w", encoding="utf-8")) for name in ("out", "err")
             )
-            command, own = [sys.executable, "-m", "adapters.jax.run", *words], {"JAX_PROCESS_ID": str(rank)}
+            command, own = [sys.executable, "-m", module, *words], {"JAX_PROCESS_ID": str(rank)}
             processes.append(subprocess.Popen(command, stdout=out, stderr=err, env=os.environ | settings | own))
         try:
             yield processes
@@ -97,6 +97,12 @@ def test_two_processes_learn_what_one_learns_and_go_on_after_a_death(tmp_path: P
     assert found["epochs"] == expected["epochs"]
     for row, wanted in zip(found["accuracy"], expected["accuracy"], strict=True):
         assert row == pytest.approx(wanted, abs=1.0)  # in single precision
+
+
+def test_the_functions_around_a_loop_give_in_two_processes_what_they_give_in_one(tmp_path: Path) -> None:
+    with commanded(tmp_path / "two", [], "tests.jax.sharded_devices") as processes:
+        statuses = [process.wait(LIMIT) for process in processes]
+    assert statuses == [0, 0], said(tmp_path / "two", 0)
 
 
 def test_processes_without_numbers_are_refused() -> None:
