@@ -50,13 +50,13 @@ BATCH, STEPS, CLASSES, RATE = 64, 6, 10, 0.01
 IMAGES = 1024  # of each task, for training and for testing
 
 
-def images() -> TaskStream:
-    """Return two tasks of random images; half of the images are for testing."""
+def images(tasks: int = 2) -> TaskStream:
+    """Return tasks of random images; half of the images are for testing."""
     rng = np.random.default_rng(0)
-    pixels = rng.integers(0, 256, (4 * IMAGES, 3, 32, 32), dtype=np.uint8)
-    labels = np.tile(np.arange(2 * CLASSES), 4 * IMAGES // (2 * CLASSES) + 1)[: len(pixels)]
+    pixels = rng.integers(0, 256, (2 * tasks * IMAGES, 3, 32, 32), dtype=np.uint8)
+    labels = np.tile(np.arange(tasks * CLASSES), len(pixels) // (tasks * CLASSES) + 1)[: len(pixels)]
     dataset = Dataset("random", pixels, labels, len(pixels) // 2, (0.5,) * 3, (0.25,) * 3)
-    return split_classes(dataset, 2)
+    return split_classes(dataset, tasks)
 
 
 def half_width(learner: Learner) -> GPM:

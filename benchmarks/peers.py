@@ -27,21 +27,17 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from adapters.torch.run import build_learner, keep_freed_memory
-from became_core.continual import SGD, Annealed, Batch, Constraint, Dataset, Training, split_classes
+from became_core.continual import SGD, Annealed, Batch, Constraint, Training
 from became_core.continual.measurement import Measurement
-from benchmarks.projection import half_width
-from benchmarks.published_gpm import BATCH, CLASSES, STEPS, TASKS
+from benchmarks.frameworks import half_width, images
+from benchmarks.published_gpm import BATCH, STEPS, TASKS
 
 THEIRS = Path(__file__).with_name("published_gpm.py")
 
 
 def ours() -> dict[str, Callable[[], Any]]:
     """Return what the published code does, done by our learner."""
-    count = STEPS * BATCH
-    rng = np.random.default_rng(0)
-    pixels = rng.integers(0, 256, (2 * TASKS * count, 3, 32, 32), dtype=np.uint8)
-    labels = np.tile(np.arange(TASKS * CLASSES), 2 * count * TASKS // (TASKS * CLASSES) + 1)[: len(pixels)]
-    stream = split_classes(Dataset("random", pixels, labels, len(pixels) // 2, (0.5,) * 3, (0.25,) * 3), TASKS)
+    stream = images(TASKS)
     learner = build_learner("alexnet", stream, "cpu", 0)
     task, memory = stream.tasks[2], half_width(learner)
     batches = [Batch(2, task.train[BATCH * step : BATCH * (step + 1)]) for step in range(STEPS)]
@@ -50,7 +46,7 @@ def ours() -> dict[str, Callable[[], Any]]:
     training = Training(Annealed(0.01, 1), Annealed(0.01, 1), projector_samples=125)
 
     def train(constraint: Constraint) -> None:
-        learner.train(batches, np.full(STEPS, 0.01), constraint, SGD(), rng)
+        learner.train(batches, np.full(STEPS, 0.01), constraint, SGD(), np.random.default_rng(0))
 
     return {
         "plain": lambda: train(free),
@@ -75,9 +71,7 @@ def main() -> None:
     own = ours()
     command = [options.python, str(THEIRS), str(options.gpm)]
     taken: dict[str, list[tuple[float, float]]] = {name: [] for name in own}
-    with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-    ) as peer:
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as peer:
         assert peer.stdin is not None
         assert peer.stdout is not None
         for _ in range(options.rounds + 1):  # the first round warms up

@@ -32,6 +32,7 @@ from became_core.continual import SGD, Annealed, Batch, Constraint, TaskStream, 
 from became_core.continual.measurement import Measurement
 from became_core.continual.training import begin_stage, train_stage
 from became_core.projection import GPM
+from benchmarks.frameworks import half_width
 
 STEPS = 8  # timed together
 
@@ -67,17 +68,6 @@ def after_two_tasks(learner: TorchLearner, stream: TaskStream, epochs: int) -> G
         train_stage(learner, [task], stage, constraint, batch_size=64, seed=0)
         memory = memory.remember(Measurement(learner, task, training, "empirical", 0, "posterior"))
     return memory
-
-
-def half_width(learner: TorchLearner) -> GPM:
-    """Return a memory of random bases with half of every layer's width as their rank."""
-    torch.manual_seed(0)
-    theta = learner.parameters()
-    arrays: Params = {"tasks": torch.tensor(1)}
-    for name in sorted(learner.projectable):
-        width = theta[name][0].numel()
-        arrays[f"bases.{name}"] = torch.linalg.qr(torch.randn(width, width // 2))[0]
-    return GPM(threshold=0.97).with_arrays(arrays)
 
 
 def seconds(learner: TorchLearner, batches: list[Batch], constraint: Constraint) -> float:

@@ -251,7 +251,7 @@ def _follow(processes: Processes) -> int:
     try:
         processes.follow()
     except LostProcessError as error:
-        # If the first process lives, it says so. It may be waiting for this one, and does so once this one has ended.
+        # If the first process lives, it says why. It may be waiting for this one, and cannot before this one has ended.
         if not processes.is_first_alive() and not processes.is_told():
             print(f"error: {error}", file=sys.stderr, flush=True)
         return 1

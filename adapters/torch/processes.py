@@ -14,6 +14,7 @@ import io
 import os
 import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -49,7 +50,7 @@ class TorchProcesses(Processes):
     Attributes:
         orders: the group by which one process tells the others something.
         store: what all have.
-        is_over: set once the first process beats no more.
+        is_over: set once the first process need no longer show that it lives.
     """
 
     orders: Any = None
@@ -99,7 +100,7 @@ class TorchProcesses(Processes):
         return torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
 
     def tell_why(self) -> None:
-        """Let the others know, by the store, and beat no more."""
+        """Let the others know, by the store, and stop showing that this process lives."""
         self.is_over.set()
         with suppress(RuntimeError):  # of a store that was in the first process, and has died with it
             self.store.set(SAID, "yes")
@@ -107,22 +108,16 @@ class TorchProcesses(Processes):
     def is_told(self) -> bool:
         """Whether the first process, or another one of those that are left, says why all end."""
         with suppress(RuntimeError):  # likewise
-            until = time.monotonic() + 3
-            while time.monotonic() < until:
-                if self.store.check([SAID]):
-                    return True
-                time.sleep(0.05)
+            if _within(3, lambda: self.store.check([SAID])):
+                return True
             return bool(self.store.add(f"{SAID}, or another", 1) > 1)
         return False
 
     def is_first_alive(self) -> bool:
         """Whether the first process lives, which it shows by the store."""
         with suppress(RuntimeError):  # likewise
-            beats, until = self.store.add(BEATS, 0), time.monotonic() + 6 * BEAT
-            while time.monotonic() < until:
-                time.sleep(BEAT / 10)
-                if self.store.add(BEATS, 0) > beats:
-                    return True
+            beats = self.store.add(BEATS, 0)
+            return _within(6 * BEAT, lambda: self.store.add(BEATS, 0) > beats)
         return False
 
     def beat(self) -> None:
@@ -134,6 +129,16 @@ class TorchProcesses(Processes):
                     self.store.add(BEATS, 1)
 
         Thread(target=show, daemon=True).start()
+
+
+def _within(seconds: float, happened: Callable[[], bool]) -> bool:
+    """Wait until something has happened; return False if it has not after so many seconds."""
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        if happened():
+            return True
+        time.sleep(0.05)
+    return False
 
 
 def met(backend: Backend, words: list[str]) -> Processes:
