@@ -49,8 +49,9 @@ class SumsOfProducts(NamedTuple):
 
     Attributes:
         sums: one array [groups] for each product.
-        least: the least element of the arrays to check, 0-d; None under a trace, or if there is none. Where several
-            processes add their sums, minus the number of those whose least element is negative or not a number.
+        least: the least element of the arrays to check, 0-d; None under a trace, or if none is to be checked. An array
+            without elements counts as 0. Where several processes add their sums, it is minus the number of those whose
+            least element is negative or not a number.
         has_values: whether the numbers can be looked at.
     """
 
@@ -139,7 +140,7 @@ def _by_slab(
     total, smallest = framework.reductions or [
         methodcaller(name) if hasattr(first, name) else getattr(xp, name) for name in ("sum", "min")
     ]
-    least, parts = _Numbers(xp, 2 * slab), _Numbers(xp, 2 * slab)
+    numbers = _Numbers(xp, 2 * slab)  # of each slab: its sums, and the least element of each array to check
     ends, last_kinds, dtype, products = [], None, None, 0
     for rows in groups:
         for kinds, size, pieces in _slabs(xp, rows, slab):
@@ -147,19 +148,22 @@ def _by_slab(
                 dtype = reduction_dtype(xp, **{f"array {index}": piece for index, piece in enumerate(pieces)})
                 dtype = dtype if any(kind != dtype for kind in kinds) else None
                 last_kinds = kinds
-            if size and nonnegative:
-                least.keep([smallest(pieces[index]) for index in nonnegative], size)
-            pairs = factors(pieces if dtype is None else [xp.astype(piece, dtype, copy=False) for piece in pieces])
+            wide = pieces if dtype is None else [xp.astype(piece, dtype, copy=False) for piece in pieces]
+            # What has no elements has no least one, and a sum of 0, which passes any check.
+            least = [(smallest if size else total)(wide[index]) for index in nonnegative]
+            pairs = factors(wide)
             dot = framework.dot if size >= DOT_LENGTH else None
-            parts.keep([total(left * right) if dot is None else dot(xp, left, right) for left, right in pairs], size)
+            sums = [total(left * right) if dot is None else dot(xp, left, right) for left, right in pairs]
+            numbers.keep(sums + least, size)
             products = len(pairs)
-            del pairs  # so that the next slab's take their memory, which is in the cache
-        ends.append(parts.count // products)
-    values = xp.reshape(parts.joined(), (-1, products))
+            del pairs, wide  # so that the next slab's take their memory, which is in the cache
+        ends.append(numbers.count // (products + len(nonnegative)))
+    table = xp.reshape(numbers.joined(), (-1, products + len(nonnegative)))
+    values, checked = table[:, :products], table[:, products:]
     if len(ends) < values.shape[0]:
         values = xp.stack([tree_sum(values[start:end, :]) for start, end in zip([0, *ends], ends, strict=False)])
     sums = [values[:, index] for index in range(products)]
-    return SumsOfProducts(sums, xp.min(least.joined()) if least.count else None, has_values=True)
+    return SumsOfProducts(sums, xp.min(checked) if nonnegative else None, has_values=True)
 
 
 class _Numbers:
