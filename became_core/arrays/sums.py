@@ -140,7 +140,8 @@ def _by_slab(
     total, smallest = framework.reductions or [
         methodcaller(name) if hasattr(first, name) else getattr(xp, name) for name in ("sum", "min")
     ]
-    numbers = _Numbers(xp, 2 * slab)  # of each slab: its sums, and the least element of each array to check
+    numbers = _Numbers(xp, slab)  # of each slab: its sums, and the least element of each array to check
+    _keep_freed_memory()
     ends, last_kinds, dtype, products = [], None, None, 0
     for rows in groups:
         for kinds, size, pieces in _slabs(xp, rows, slab):
@@ -149,9 +150,9 @@ def _by_slab(
                 dtype = dtype if any(kind != dtype for kind in kinds) else None
                 last_kinds = kinds
             wide = pieces if dtype is None else [xp.astype(piece, dtype, copy=False) for piece in pieces]
+            pairs = factors(wide)
             # What has no elements has no least one, and a sum of 0, which passes any check.
             least = [(smallest if size else total)(wide[index]) for index in nonnegative]
-            pairs = factors(wide)
             dot = framework.dot if size >= DOT_LENGTH else None
             sums = [total(left * right) if dot is None else dot(xp, left, right) for left, right in pairs]
             numbers.keep(sums + least, size)
@@ -164,6 +165,17 @@ def _by_slab(
         values = xp.stack([tree_sum(values[start:end, :]) for start, end in zip([0, *ends], ends, strict=False)])
     sums = [values[:, index] for index in range(products)]
     return SumsOfProducts(sums, xp.min(checked) if nonnegative else None, has_values=True)
+
+
+@cache
+def _keep_freed_memory() -> None:
+    """Have the C library keep the memory of a slab's results for those of the next slab, once for the whole process.
+
+    glibc returns free memory at the heap's end to the system once that is more than twice the largest block that the
+    process has freed so far. If no block was large, every slab's results would take new pages, which takes two thirds
+    of the time of alpha*. So one large block is taken and freed, without touching its pages.
+    """
+    np.empty(2**23, dtype=np.uint8)
 
 
 class _Numbers:
