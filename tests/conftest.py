@@ -49,13 +49,15 @@ def pytest_collection() -> Generator[None, object, object]:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Generator[None, object, object]:
-    """Run every test of JAX in a thread of its own, where programs are lowered faster.
+    """Run every test of JAX in a thread of its own, where programs are lowered faster, but for the command's tests.
 
     JAX keeps the MLIR contexts of the last 2,048 programs. For a new context, MLIR looks through all that are alive and
-    that the same thread has used. After many programs that takes a fifth of the time of a small one.
+    that the same thread has used. After many programs that takes a fifth of the time of a small one. The command
+    answers signals, which only the main thread receives.
     """
-    test = pyfuncitem.obj
-    if pyfuncitem.config.getoption("--backend") == "jax" or "agreement" in pyfuncitem.path.parts:
+    test, name = pyfuncitem.obj, pyfuncitem.nodeid
+    on_jax = pyfuncitem.config.getoption("--backend") == "jax" and not name.startswith("tests/cli/")
+    if on_jax or name.startswith("tests/agreement/"):
         pyfuncitem.obj = in_a_new_thread(test)
     try:
         return (yield)
