@@ -49,11 +49,11 @@ def pytest_collection() -> Generator[None, object, object]:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Generator[None, object, object]:
-    """Run every test of JAX in a thread of its own, where programs are lowered faster, but for the command's tests.
+    """Run every test of JAX, except the command's, in a thread of its own, where programs are lowered faster.
 
-    JAX keeps the MLIR contexts of the last 2,048 programs. For a new context, MLIR looks through all that are alive and
-    that the same thread has used. After many programs that takes a fifth of the time of a small one. The command
-    answers signals, which only the main thread receives.
+    JAX keeps the MLIR contexts of the last 2,048 programs. Whenever MLIR makes a context, it looks through all that are
+    alive and that the same thread has used; once there are many, that is a fifth of the time of compiling a small
+    program. The command's tests need the main thread, which alone receives signals.
     """
     test, name = pyfuncitem.obj, pyfuncitem.nodeid
     on_jax = pyfuncitem.config.getoption("--backend") == "jax" and not name.startswith("tests/cli/")

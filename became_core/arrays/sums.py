@@ -141,7 +141,7 @@ def _by_slab(
         methodcaller(name) if hasattr(first, name) else getattr(xp, name) for name in ("sum", "min")
     ]
     numbers = _Numbers(xp, slab)  # of each slab: its sums, and the least element of each array to check
-    _keep_freed_memory()
+    _raise_trim_threshold()
     ends, last_kinds, dtype, products = [], None, None, 0
     for rows in groups:
         for kinds, size, pieces in _slabs(xp, rows, slab):
@@ -151,7 +151,7 @@ def _by_slab(
                 last_kinds = kinds
             wide = pieces if dtype is None else [xp.astype(piece, dtype, copy=False) for piece in pieces]
             pairs = factors(wide)
-            # What has no elements has no least one, and a sum of 0, which passes any check.
+            # An array without elements has no least one. Its sum, which is 0, stands there: it passes any check.
             least = [(smallest if size else total)(wide[index]) for index in nonnegative]
             dot = framework.dot if size >= DOT_LENGTH else None
             sums = [total(left * right) if dot is None else dot(xp, left, right) for left, right in pairs]
@@ -168,12 +168,14 @@ def _by_slab(
 
 
 @cache
-def _keep_freed_memory() -> None:
-    """Have the C library keep the memory of a slab's results for those of the next slab, once for the whole process.
+def _raise_trim_threshold() -> None:
+    """Have glibc keep the memory of a slab's results for those of the next slab, once for the whole process.
 
     glibc returns free memory at the heap's end to the system once that is more than twice the largest block that the
-    process has freed so far. If no block was large, every slab's results would take new pages, which takes two thirds
-    of the time of alpha*. So one large block is taken and freed, without touching its pages.
+    process has freed so far. If no block was large, every slab's results take new pages, which is two thirds of the
+    time of alpha*. So a block of 8 MiB is taken and freed, without touching its pages. That is no more than any program
+    does which frees such an array, and where the user has set the allocator's thresholds, those stay. (A program that
+    trains with PyTorch asks for more at its start: ``keep_freed_memory`` in ``adapters/torch/run.py``.)
     """
     np.empty(2**23, dtype=np.uint8)
 
