@@ -17,11 +17,16 @@ from numpy.typing import NDArray
 
 from became_core.arrays.values import introduce_to_jax, introduce_to_torch
 
-__all__ = ["Framework", "framework_of", "is_array", "shards_among"]
+__all__ = ["Framework", "framework_of", "is_array", "shards_among", "times_itself"]
 
 # (module, function, arrays, starts, length) -> what ``function`` returns for pieces of flat arrays, each of so many
 # elements from one of the starts, stacked. The pieces are cut within the compiler's loop: what is cut before is copied.
 Loop = Callable[[Any, Callable[[list[Any]], Any], Sequence[Any], range, int], Any]
+
+
+def times_itself(array: Any) -> Any:
+    """Return an array's square."""
+    return array * array
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,9 @@ class Framework:
             slab should stay within the processor's cache.
         dot: (namespace, left, right) -> the inner product of two flat arrays, without their products in memory; None if
             the framework has no such function that is also accurate.
+        add_product: (total, left, right) -> total + left * right, which may use the total's memory; None if that takes
+            as long as to sum the products.
+        square: array -> its square, which may use the array's memory: a slab less in the processor's cache.
         reductions: the sum and the least element of a flat array, each as an array [1], which many can be joined from
             more quickly than from 0-d arrays; None for the framework's usual ones.
         lerp: (module, start, end, weight) -> start + weight * (end - start) in one pass, computed from the nearer end,
@@ -69,6 +77,8 @@ class Framework:
     on_cpu: Callable[[Any], bool] = lambda array: True
     slab: int = 2**18
     dot: Callable[[Any, Any, Any], Any] | None = None
+    add_product: Callable[[Any, Any, Any], Any] | None = None
+    square: Callable[[Any], Any] = times_itself
     reductions: tuple[Callable[[Any], Any], Callable[[Any], Any]] | None = None
     lerp: Callable[[Any, Any, Any, Any], Any] | None = None
     on_host: Callable[[Any], NDArray[Any]] = np.asarray
@@ -154,6 +164,11 @@ def _vecdot_of_pieces(xp: Any, left: Any, right: Any) -> Any:
     return xp.sum(xp.vecdot(*whole)) + xp.vecdot(left[count * length :], right[count * length :])
 
 
+def _add_in_place(total: Any, left: Any, right: Any) -> Any:
+    total += left * right
+    return total
+
+
 def _is_any_other_array(_: Any, value: Any) -> bool:
     # The type's attribute, where array-api-compat asks for the object's: an nnx.Param has its value's, and is a node.
     return array_api_compat.is_numpy_array(value) or hasattr(type(value), "__array_namespace__")
@@ -179,6 +194,8 @@ _ROWS = (
         device=lambda array: array.device,
         have_values=_torch_have_values,
         on_cpu=lambda array: array.device.type == "cpu",
+        add_product=lambda total, left, right: total.addcmul_(left, right),
+        square=lambda array: array.square_(),
         reductions=(methodcaller("sum", 0, True), methodcaller("amin", 0, True)),
         lerp=lambda torch, start, end, weight: torch.lerp(start, end, weight),
         on_host=lambda array: _torch_on_host(array.detach()),
@@ -226,6 +243,7 @@ _ROWS = (
         module="",
         owns=_is_any_other_array,
         dot=_vecdot_of_pieces,
+        add_product=_add_in_place,
         are_dense=lambda _, arrays: not any(isinstance(array, np.ma.MaskedArray) for array in arrays),
     ),
 )

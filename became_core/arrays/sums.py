@@ -2,7 +2,8 @@
 
 Accuracy: to add n numbers one after the other loses up to n units in the last place; past 2^24 equal ones, a float32
 sum no longer grows. So sums are taken in a binary tree (pairwise summation, Higham 1993), in which each number goes
-through log2(n) additions. Within a slab the tree is the library's own, where it has one.
+through log2(n) additions. Within a slab the tree is the library's own, where it has one. Where that takes less time, a
+few slabs are first added one after the other, element by element.
 
 Speed: arrays are cut into slabs that fit a processor's cache, and many small arrays are joined to one slab, because
 each operation costs a microsecond or more whatever its size. Memory: intermediate results are as large as a slab, and
@@ -23,7 +24,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from became_core.arrays.frameworks import Framework
+from became_core.arrays.frameworks import Framework, times_itself
 from became_core.arrays.namespace import Array, device, framework_for, namespace, reduction_dtype
 from became_core.arrays.shards import Reduce, Shared, shared_by_processes
 
@@ -36,12 +37,16 @@ JOINED_SLAB, LARGEST_JOINED = 3 * 2**13, 2**13
 ACCELERATOR_SLAB = 2**22
 # Elements of a piece in a compiler's loop: of most pieces, and of those that cut up what is left. Powers of two.
 LOOP_PIECES = 2**20, 2**16
+# How many slabs of one length are at most added element by element, where that takes less time than to sum each: so few
+# that each number still goes through few additions.
+ADDED_SLABS = 2**4
 # Elements from which on an inner product without products in memory is worth its more calls.
 DOT_LENGTH = 2**14
 
 Row = Sequence[Array]
-# From flat arrays side by side to the two factors of each product, flat and of the same length.
-Factors = Callable[[Row], Sequence[tuple[Array, Array]]]
+# From flat arrays side by side, and a function that squares an array and may use its memory, to the two factors of each
+# product, flat and of the same length.
+Factors = Callable[[Row, Callable[[Array], Array]], Sequence[tuple[Array, Array]]]
 
 
 class SumsOfProducts(NamedTuple):
@@ -80,7 +85,7 @@ def sums_of_products(
 
     Example:
         >>> rows = [(np.asarray([1.0, 2.0]), np.asarray([3.0, 4.0])), (np.asarray([1.0]), np.asarray([-1.0]))]
-        >>> [total] = sums_of_products(lambda row: [(row[0], row[1])], [rows]).sums
+        >>> [total] = sums_of_products(lambda row, square: [(row[0], row[1])], [rows]).sums
         >>> total.tolist()
         [10.0]
     """
@@ -140,7 +145,7 @@ def _by_slab(
     total, smallest = framework.reductions or [
         methodcaller(name) if hasattr(first, name) else getattr(xp, name) for name in ("sum", "min")
     ]
-    numbers = _Numbers(xp, slab)  # of each slab: its sums, and the least element of each array to check
+    sums, leasts = _SumsOfSlabs(xp, framework, total, slab), _Numbers(xp, slab)
     _raise_trim_threshold()
     ends, last_kinds, dtype, products = [], None, None, 0
     for rows in groups:
@@ -150,21 +155,19 @@ def _by_slab(
                 dtype = dtype if any(kind != dtype for kind in kinds) else None
                 last_kinds = kinds
             wide = pieces if dtype is None else [xp.astype(piece, dtype, copy=False) for piece in pieces]
-            pairs = factors(wide)
+            pairs = factors(wide, framework.square)
             # An array without elements has no least one. Its sum, which is 0, stands there: it passes any check.
-            least = [(smallest if size else total)(wide[index]) for index in nonnegative]
-            dot = framework.dot if size >= DOT_LENGTH else None
-            sums = [total(left * right) if dot is None else dot(xp, left, right) for left, right in pairs]
-            numbers.keep(sums + least, size)
+            if nonnegative:
+                leasts.keep([(smallest if size else total)(wide[index]) for index in nonnegative], size)
+            sums.keep(pairs, (kinds, size))
             products = len(pairs)
             del pairs, wide  # so that the next slab's take their memory, which is in the cache
-        ends.append(numbers.count // (products + len(nonnegative)))
-    table = xp.reshape(numbers.joined(), (-1, products + len(nonnegative)))
-    values, checked = table[:, :products], table[:, products:]
+        ends.append(sums.count() // products)
+    values = xp.reshape(sums.numbers.joined(), (-1, products))
     if len(ends) < values.shape[0]:
         values = xp.stack([tree_sum(values[start:end, :]) for start, end in zip([0, *ends], ends, strict=False)])
-    sums = [values[:, index] for index in range(products)]
-    return SumsOfProducts(sums, xp.min(checked) if nonnegative else None, has_values=True)
+    least = xp.min(leasts.joined()) if nonnegative else None
+    return SumsOfProducts([values[:, index] for index in range(products)], least, has_values=True)
 
 
 @cache
@@ -178,6 +181,45 @@ def _raise_trim_threshold() -> None:
     trains with PyTorch asks for more at its start: ``keep_freed_memory`` in ``adapters/torch/run.py``.)
     """
     np.empty(2**23, dtype=np.uint8)
+
+
+class _SumsOfSlabs:
+    """The sums of each slab's products; of several slabs together, where that takes less time.
+
+    Where it takes less time to add a slab's products to those of another slab of its length than to sum them, they are
+    added, element by element. PyTorch multiplies and adds in one pass; NumPy adds in half the time of a sum.
+    """
+
+    def __init__(self, xp: Any, framework: Framework, total: Callable[[Array], Array], slab: int) -> None:
+        """Begin with no slab; ``total`` sums a flat array."""
+        self.numbers = _Numbers(xp, slab)
+        self._xp, self._total, self._dot, self._add_product = xp, total, framework.dot, framework.add_product
+        self._added: list[Array] = []  # what is not summed yet: for each product, so many slabs of this kind
+        self._slabs = 0
+        self._kind: tuple[tuple[Any, ...], int] = (), 0
+
+    def keep(self, pairs: Sequence[tuple[Array, Array]], kind: tuple[tuple[Any, ...], int]) -> None:
+        """Keep the sums of products with these factors; the slab's kind is its dtypes and its length."""
+        if self._dot is not None and kind[1] >= DOT_LENGTH:
+            self.numbers.keep([self._dot(self._xp, left, right) for left, right in pairs], kind[1])
+            return
+        if self._add_product is None or kind != self._kind or self._slabs == ADDED_SLABS:
+            self._sum_up()
+        if self._slabs and self._add_product is not None:
+            self._added = [self._add_product(added, *pair) for added, pair in zip(self._added, pairs, strict=True)]
+        else:
+            self._added, self._kind = [left * right for left, right in pairs], kind
+        self._slabs += 1
+
+    def count(self) -> int:
+        """Return how many numbers there are of all slabs so far; those that follow are added to others."""
+        self._sum_up()
+        return self.numbers.count
+
+    def _sum_up(self) -> None:
+        if self._slabs:
+            self.numbers.keep([self._total(products) for products in self._added], self._slabs * self._kind[1])
+            self._added, self._slabs = [], 0
 
 
 class _Numbers:
@@ -291,13 +333,13 @@ def _sums_of_row(xp: Any, loop: Callable[..., Array] | None, factors: Factors, r
     """Return the sums of a row's products, [products], without a look at any value."""
     dtype = reduction_dtype(xp, **{f"array {index}": array for index, array in enumerate(row)})
     if spreads:
-        pairs = factors([xp.astype(array, dtype, copy=False) for array in row])
+        pairs = factors([xp.astype(array, dtype, copy=False) for array in row], times_itself)
         return xp.stack([xp.sum(left * right) for left, right in pairs])
     flat = [xp.reshape(array, (-1,)) for array in row]
 
     def products(pieces: Row) -> list[Array]:
         wide = [xp.astype(piece, dtype, copy=False) for piece in pieces]
-        return [left * right for left, right in factors(wide)]
+        return [left * right for left, right in factors(wide, times_itself)]
 
     def piece_sums(pieces: Row) -> Array:
         # First the sums of the slabs, element by element, which the compiler fuses with the products.

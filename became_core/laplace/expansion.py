@@ -17,7 +17,7 @@ those of the leaves that share a coefficient are added. That is the common case:
 Convention: the unit of the loss (a mean or a sum over samples) is the caller's, and is the same in every term.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
 from typing import Literal
@@ -261,17 +261,20 @@ def separable_terms(
     return slope, curvature
 
 
-def _terms(row: Sequence[Array], *, others: tuple[str, ...]) -> list[tuple[Array, Array]]:
+def _terms(
+    row: Sequence[Array], square: Callable[[Array], Array], *, others: tuple[str, ...]
+) -> list[tuple[Array, Array]]:
     """Return the factors of delta^2 F_old, delta^2 F_new and, if given, of g delta and (theta_gp - mean) F_old delta.
 
     Args:
         row: theta_gp, theta_hat, fisher_old, fisher_new, and the others.
+        square: squares an array, and may use its memory.
         others: what these are.
     """
     theta_gp, theta_hat, fisher_old, fisher_new, *arrays = row
     delta = theta_hat - theta_gp
-    square = delta * delta
-    pairs = [(square, fisher_old), (square, fisher_new)]
+    squares = delta * delta if others else square(delta)  # the others need delta as well
+    pairs = [(squares, fisher_old), (squares, fisher_new)]
     for role, array in zip(others, arrays, strict=True):
         pairs.append((array if role == "gradient" else (theta_gp - array) * fisher_old, delta))
     return pairs
@@ -328,7 +331,7 @@ def _inner_products(gradient: Tree, directions: Sequence[Tree], reduce: Reduce |
     return sums_of_products(_pair, groups, reduce=reduce).sums[0]
 
 
-def _pair(row: Sequence[Array]) -> list[tuple[Array, Array]]:
+def _pair(row: Sequence[Array], _: Callable[[Array], Array]) -> list[tuple[Array, Array]]:
     left, right = row
     return [(left, right)]
 

@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 from became_core import optimal_alpha
 from became_core.arrays import SumsOfProducts, sums_of_products, tree_sum
 from became_core.arrays.frameworks import _ROWS, framework_of
-from became_core.arrays.sums import LOOP_PIECES
+from became_core.arrays.sums import ADDED_SLABS, LARGEST_JOINED, LOOP_PIECES
+from tests.backends import to_numpy
 from tests.compilers import compiled
 from tests.strategies import few_if_compiled
 
@@ -80,11 +81,10 @@ def test_a_tree_sum_takes_every_element_once(xp: Any, backend: str, size: int) -
     assert (float(totals[0]), float(totals[1])) == (expected, -2 * expected)
 
 
-def products(row: Sequence[Any]) -> list[tuple[Any, Any]]:
+def products(row: Sequence[Any], square: Callable[[Any], Any]) -> list[tuple[Any, Any]]:
     """Left times right, and the cubes of their difference, in which a buffer is used again too early would show."""
     left, right = row
-    difference = left - right
-    return [(left, right), (difference * difference, difference)]
+    return [(left, right), (square(left - right), left - right)]
 
 
 def sums_of(*groups: Sequence[Sequence[Any]]) -> SumsOfProducts:
@@ -179,8 +179,21 @@ def test_an_accelerator_sums_larger_slabs(xp: Any, monkeypatch: pytest.MonkeyPat
         assert [float(total[0]) for total in sums_of([numbers_of(xp, shape)]).sums] == expected_of(shape)
 
 
+@pytest.mark.parametrize("count", [1, ADDED_SLABS, ADDED_SLABS + 1, 2 * ADDED_SLABS + 3])
+def test_rows_of_one_length_are_added_within_their_group_and_stay_as_they_were(xp: Any, count: int) -> None:
+    """Some frameworks add the products of such rows before they sum them, which must mix neither groups nor dtypes."""
+    shape, other = (LARGEST_JOINED + 1,), (LARGEST_JOINED + 2,)
+    row, narrow = numbers_of(xp, shape), numbers_of(xp, shape, xp.float32)
+    sums = sums_of([row] * count, [numbers_of(xp, other), *[row] * count], [narrow, row, narrow]).sums
+    once, first = np.asarray(expected_of(shape)), np.asarray(expected_of(other))
+    for group, expected in enumerate((count * once, first + count * once, 3 * once)):
+        assert [float(total[group]) for total in sums] == expected.tolist()
+    for array, expected in zip(row, numbers_of(np, shape), strict=True):
+        np.testing.assert_array_equal(to_numpy(array), expected)
+
+
 def test_derivatives_are_taken_through_the_sums(backend: str, xp: Any) -> None:
-    """Over several slabs, backwards and forwards."""
+    """Over several slabs, backwards and forwards; and of one row alone, among others of its length."""
     if backend != "torch":
         pytest.skip("the other backends take derivatives under a trace, which test_tracing.py looks at")
     import torch
@@ -194,6 +207,9 @@ def test_derivatives_are_taken_through_the_sums(backend: str, xp: Any) -> None:
         dual = forward_ad.make_dual(left.detach(), torch.ones_like(left))
         _, cubes = sums_of([(dual, right.detach())]).sums
         assert float(forward_ad.unpack_dual(cubes).tangent[0]) == float(torch.sum(gradient))
+    others = left.detach(), right.detach()
+    _, cubes = sums_of([others, (left, right), others]).sums
+    assert torch.equal(torch.autograd.grad(cubes[0], left)[0], gradient)
 
 
 # What an allocator keeps of memory depends on all that a process has done, so a new one is asked.
