@@ -55,6 +55,8 @@ class Framework:
         square: array -> its square, which may use the array's memory: a slab less in the processor's cache.
         reductions: the sum and the least element of a flat array, each as an array [1], which many can be joined from
             more quickly than from 0-d arrays; None for the framework's usual ones.
+        eigh: symmetric matrices on a processor, with values -> eigenvalues and eigenvectors, in less time than by the
+            namespace; None where that is as quick.
         lerp: (module, start, end, weight) -> start + weight * (end - start) in one pass, computed from the nearer end,
             so that both ends are exact; None if the framework has no such function.
         on_host: array -> its numbers in NumPy, from whatever device; those of a bfloat16 of PyTorch in float32.
@@ -80,6 +82,7 @@ class Framework:
     add_product: Callable[[Any, Any, Any], Any] | None = None
     square: Callable[[Any], Any] = times_itself
     reductions: tuple[Callable[[Any], Any], Callable[[Any], Any]] | None = None
+    eigh: Callable[[Any], tuple[Any, Any]] | None = None
     lerp: Callable[[Any, Any, Any, Any], Any] | None = None
     on_host: Callable[[Any], NDArray[Any]] = np.asarray
     place: Callable[[Any], Any] = lambda array: None
@@ -213,6 +216,7 @@ _ROWS = (
         ),
         loop=lambda tensorflow: None if tensorflow.config.list_physical_devices("GPU") else _tensorflow_loop,
         on_cpu=lambda array: "GPU" not in array.device,
+        eigh=lambda array: _tensorflow_namespace(array).eigh_by_numpy(array),
     ),
     Framework(
         module="jax",

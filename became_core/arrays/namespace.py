@@ -16,6 +16,7 @@ __all__ = [
     "Array",
     "check_values",
     "device",
+    "eigh",
     "framework_for",
     "has_values",
     "lerp_of",
@@ -122,6 +123,19 @@ def has_values(array: Array) -> bool:
     """Whether an array's numbers can be looked at now: it is not traced, and looking would not compute a lazy graph."""
     framework, module = framework_for("the value", array)
     return framework.have_values(module, [array])
+
+
+def eigh(array: Array) -> tuple[Array, Array]:
+    """Return the eigenvalues, ascending, and the eigenvectors of a symmetric matrix [d, d], the quickest way there is.
+
+    Through it, TensorFlow's ``ForwardAccumulator`` finds no derivative in eager mode; gradients are as usual.
+    """
+    framework, module = framework_for("the value", array)
+    if framework.eigh is not None and framework.have_values(module, [array]) and framework.on_cpu(array):
+        return framework.eigh(array)
+    xp: Any = framework.namespace(array)
+    values, vectors = xp.linalg.eigh(array)
+    return values, vectors
 
 
 def lerp_of(array: Array) -> Callable[[Array, Array, Array | float], Array] | None:

@@ -29,7 +29,7 @@ that was read from a file projects to the same bits.
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Self
 
-from became_core.arrays import Array, check_values, device, namespace, pytree, reduction_dtype, static
+from became_core.arrays import Array, check_values, device, eigh, namespace, pytree, reduction_dtype, static
 from became_core.errors import BecameError
 
 __all__ = [
@@ -140,7 +140,7 @@ def rounding(gram: Array, total: Array) -> Array:
 def spectrum(symmetric: Array) -> tuple[Array, Array]:
     """Return the eigenvalues of a positive semi-definite matrix, descending and at least 0, and its eigenvectors."""
     xp: Any = namespace(symmetric=symmetric)
-    values, vectors = xp.linalg.eigh((symmetric + xp.matrix_transpose(symmetric)) / 2)
+    values, vectors = eigh((symmetric + xp.matrix_transpose(symmetric)) / 2)
     return xp.clip(xp.flip(values), 0.0, None), xp.flip(vectors, axis=1)
 
 

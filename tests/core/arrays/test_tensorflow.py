@@ -13,7 +13,7 @@ from typing import Any
 import numpy
 import pytest
 
-from became_core.arrays import namespace
+from became_core.arrays import eigh, namespace
 
 np: Any = importlib.import_module("array_api_compat.numpy")
 
@@ -217,6 +217,25 @@ def test_decompositions_give_back_the_matrix(compiled: bool) -> None:
         q, r = run(lambda x, mode=mode: xp.linalg.qr(x, mode=mode), xp.matrix_transpose(a))
         assert (tuple(q.shape), tuple(r.shape)) == ((4, width), (width, 3))
         numpy.testing.assert_allclose(q @ r, A.T, atol=1e-12)
+
+
+def test_eigenvectors_keep_their_derivatives() -> None:
+    """Eager ones may be NumPy's: gradients of what no sign changes are TensorFlow's, of the first and second order."""
+    tf: Any = importlib.import_module("tensorflow")
+    weights = tf.constant([[0.5, -1.0, 2.0], [1.5, 0.25, -0.75], [1.0, 3.0, -2.0]], tf.float64)
+
+    def derivatives(decompose: Callable[[Any], Any]) -> list[Any]:
+        s = tf.Variable(tf.constant(SYMMETRIC, tf.float64))
+        with tf.GradientTape() as outer:
+            with tf.GradientTape() as inner:
+                values, vectors = decompose(tf.convert_to_tensor(s))
+                value = tf.reduce_sum(tf.sin(values)[..., None, :] * tf.matmul(weights, vectors) ** 2)
+            (first,) = inner.gradient(value, [s])
+            total = tf.reduce_sum(first * weights)
+        return [value, first, outer.gradient(total, s)]
+
+    for ours, theirs in zip(derivatives(eigh), derivatives(tf.linalg.eigh), strict=True):
+        numpy.testing.assert_allclose(ours, theirs, rtol=1e-9, atol=1e-12)
 
 
 def test_every_kind_of_tensor_is_an_array_of_the_namespace() -> None:
