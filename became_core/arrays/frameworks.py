@@ -52,7 +52,7 @@ class Framework:
             the framework has no such function that is also accurate.
         add_product: (total, left, right) -> total + left * right, which may use the total's memory; None if that takes
             as long as to sum the products.
-        square: array -> its square, which may use the array's memory: a slab less in the processor's cache.
+        square: array -> its square, which may use the array's memory, so that one slab less has to fit the cache.
         reductions: the sum and the least element of a flat array, each as an array [1], which many can be joined from
             more quickly than from 0-d arrays; None for the framework's usual ones.
         eigh: symmetric matrices on a processor, with values -> eigenvalues and eigenvectors, in less time than by the

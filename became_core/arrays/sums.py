@@ -2,8 +2,8 @@
 
 Accuracy: to add n numbers one after the other loses up to n units in the last place; past 2^24 equal ones, a float32
 sum no longer grows. So sums are taken in a binary tree (pairwise summation, Higham 1993), in which each number goes
-through log2(n) additions. Within a slab the tree is the library's own, where it has one. Where that takes less time, a
-few slabs are first added one after the other, element by element.
+through log2(n) additions. Within a slab the tree is the library's own, where it has one. Before that, a few slabs are
+added one after the other, element by element, in frameworks where this takes less time.
 
 Speed: arrays are cut into slabs that fit a processor's cache, and many small arrays are joined to one slab, because
 each operation costs a microsecond or more whatever its size. Memory: intermediate results are as large as a slab, and
@@ -37,8 +37,8 @@ JOINED_SLAB, LARGEST_JOINED = 3 * 2**13, 2**13
 ACCELERATOR_SLAB = 2**22
 # Elements of a piece in a compiler's loop: of most pieces, and of those that cut up what is left. Powers of two.
 LOOP_PIECES = 2**20, 2**16
-# How many slabs of one length are at most added element by element, where that takes less time than to sum each: so few
-# that each number still goes through few additions.
+# At most so many slabs of one length are added element by element, in frameworks where this takes less time than to sum
+# each slab. They are few, so that each number still goes through few additions.
 ADDED_SLABS = 2**4
 # Elements from which on an inner product without products in memory is worth its more calls.
 DOT_LENGTH = 2**14
@@ -162,7 +162,7 @@ def _by_slab(
             sums.keep(pairs, (kinds, size))
             products = len(pairs)
             del pairs, wide  # so that the next slab's take their memory, which is in the cache
-        ends.append(sums.count() // products)
+        ends.append(sums.end_group() // products)
     values = xp.reshape(sums.numbers.joined(), (-1, products))
     if len(ends) < values.shape[0]:
         values = xp.stack([tree_sum(values[start:end, :]) for start, end in zip([0, *ends], ends, strict=False)])
@@ -184,10 +184,10 @@ def _raise_trim_threshold() -> None:
 
 
 class _SumsOfSlabs:
-    """The sums of each slab's products; of several slabs together, where that takes less time.
+    """The sums of the products of slabs, of which some frameworks add a few of one length before they sum them.
 
-    Where it takes less time to add a slab's products to those of another slab of its length than to sum them, they are
-    added, element by element. PyTorch multiplies and adds in one pass; NumPy adds in half the time of a sum.
+    A framework does so if it adds products to others, element by element, in less time than it sums them: PyTorch
+    multiplies and adds in one pass, and NumPy adds in half the time of a sum.
     """
 
     def __init__(self, xp: Any, framework: Framework, total: Callable[[Array], Array], slab: int) -> None:
@@ -211,8 +211,8 @@ class _SumsOfSlabs:
             self._added, self._kind = [left * right for left, right in pairs], kind
         self._slabs += 1
 
-    def count(self) -> int:
-        """Return how many numbers there are of all slabs so far; those that follow are added to others."""
+    def end_group(self) -> int:
+        """Sum what is not summed yet, and return how many sums there are of all groups so far."""
         self._sum_up()
         return self.numbers.count
 
