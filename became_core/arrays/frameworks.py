@@ -50,8 +50,8 @@ class Framework:
             slab should stay within the processor's cache.
         dot: (namespace, left, right) -> the inner product of two flat arrays, without their products in memory; None if
             the framework has no such function that is also accurate.
-        add_product: (total, left, right) -> total + left * right, which may use the total's memory; None if that takes
-            as long as to sum the products.
+        add_product: (total, left, right) adds left * right to the total, in its memory, as the framework also does in
+            a slice; None if it does not, or if that takes as long as to sum the products.
         square: array -> its square, which may use the array's memory, so that one slab less has to fit the cache.
         reductions: the sum and the least element of a flat array, each as an array [1], which many can be joined from
             more quickly than from 0-d arrays; None for the framework's usual ones.
@@ -79,7 +79,7 @@ class Framework:
     on_cpu: Callable[[Any], bool] = lambda array: True
     slab: int = 2**18
     dot: Callable[[Any, Any, Any], Any] | None = None
-    add_product: Callable[[Any, Any, Any], Any] | None = None
+    add_product: Callable[[Any, Any, Any], None] | None = None
     square: Callable[[Any], Any] = times_itself
     reductions: tuple[Callable[[Any], Any], Callable[[Any], Any]] | None = None
     eigh: Callable[[Any], tuple[Any, Any]] | None = None
@@ -167,14 +167,8 @@ def _vecdot_of_pieces(xp: Any, left: Any, right: Any) -> Any:
     return xp.sum(xp.vecdot(*whole)) + xp.vecdot(left[count * length :], right[count * length :])
 
 
-def _add_in_place(total: Any, left: Any, right: Any) -> Any:
+def _add_in_place(total: Any, left: Any, right: Any) -> None:
     total += left * right
-    return total
-
-
-def _is_any_other_array(_: Any, value: Any) -> bool:
-    # The type's attribute, where array-api-compat asks for the object's: an nnx.Param has its value's, and is a node.
-    return array_api_compat.is_numpy_array(value) or hasattr(type(value), "__array_namespace__")
 
 
 _ROWS = (
@@ -244,11 +238,18 @@ _ROWS = (
         place=lambda array: array.device,
     ),
     Framework(
-        module="",
-        owns=_is_any_other_array,
+        module="numpy",
+        owns=lambda _, array: array_api_compat.is_numpy_array(array),
         dot=_vecdot_of_pieces,
         add_product=_add_in_place,
-        are_dense=lambda _, arrays: not any(isinstance(array, np.ma.MaskedArray) for array in arrays),
+        are_dense=lambda numpy, arrays: not any(isinstance(array, numpy.ma.MaskedArray) for array in arrays),
+    ),
+    # Any other library of the array API standard. The attribute is the type's, where array-api-compat asks for the
+    # object's: an nnx.Param has its value's, and is a node.
+    Framework(
+        module="",
+        owns=lambda _, array: hasattr(type(array), "__array_namespace__"),
+        dot=_vecdot_of_pieces,
     ),
 )
 

@@ -37,8 +37,8 @@ JOINED_SLAB, LARGEST_JOINED = 3 * 2**13, 2**13
 ACCELERATOR_SLAB = 2**22
 # Elements of a piece in a compiler's loop: of most pieces, and of those that cut up what is left. Powers of two.
 LOOP_PIECES = 2**20, 2**16
-# At most so many slabs of one length are added element by element, in frameworks where this takes less time than to sum
-# each slab. They are few, so that each number still goes through few additions.
+# At most so many slabs are added element by element, in frameworks where this takes less time than to sum each slab.
+# They are few, so that each number still goes through few additions.
 ADDED_SLABS = 2**4
 # Elements from which on an inner product without products in memory is worth its more calls.
 DOT_LENGTH = 2**14
@@ -159,7 +159,7 @@ def _by_slab(
             # An array without elements has no least one. Its sum, which is 0, stands there: it passes any check.
             if nonnegative:
                 leasts.keep([(smallest if size else total)(wide[index]) for index in nonnegative], size)
-            sums.keep(pairs, (kinds, size))
+            sums.keep(pairs, kinds, size)
             products = len(pairs)
             del pairs, wide  # so that the next slab's take their memory, which is in the cache
         ends.append(sums.end_group() // products)
@@ -184,32 +184,38 @@ def _raise_trim_threshold() -> None:
 
 
 class _SumsOfSlabs:
-    """The sums of the products of slabs, of which some frameworks add a few of one length before they sum them.
+    """The sums of the products of slabs, of which some frameworks add a few before they sum them.
 
     A framework does so if it adds products to others, element by element, in less time than it sums them: PyTorch
-    multiplies and adds in one pass, and NumPy adds in half the time of a sum.
+    multiplies and adds in one pass, and NumPy adds in half the time of a sum. A short slab is added to the beginning of
+    a long one.
     """
 
     def __init__(self, xp: Any, framework: Framework, total: Callable[[Array], Array], slab: int) -> None:
         """Begin with no slab; ``total`` sums a flat array."""
         self.numbers = _Numbers(xp, slab)
         self._xp, self._total, self._dot, self._add_product = xp, total, framework.dot, framework.add_product
-        self._added: list[Array] = []  # what is not summed yet: for each product, so many slabs of this kind
-        self._slabs = 0
-        self._kind: tuple[tuple[Any, ...], int] = (), 0
+        self._added: list[Array] = []  # what is not summed yet, for each product
+        self._kinds: tuple[Any, ...] = ()
+        self._length = self._slabs = self._size = 0  # of the longest of them; how many they are; all their elements
 
-    def keep(self, pairs: Sequence[tuple[Array, Array]], kind: tuple[tuple[Any, ...], int]) -> None:
-        """Keep the sums of products with these factors; the slab's kind is its dtypes and its length."""
-        if self._dot is not None and kind[1] >= DOT_LENGTH:
-            self.numbers.keep([self._dot(self._xp, left, right) for left, right in pairs], kind[1])
+    def keep(self, pairs: Sequence[tuple[Array, Array]], kinds: tuple[Any, ...], length: int) -> None:
+        """Keep the sums of products with these factors; the slab has arrays of these dtypes and of this length."""
+        if self._dot is not None and length >= DOT_LENGTH:
+            self.numbers.keep([self._dot(self._xp, left, right) for left, right in pairs], length)
             return
-        if self._add_product is None or kind != self._kind or self._slabs == ADDED_SLABS:
+        if self._add_product is None or kinds != self._kinds or self._slabs == ADDED_SLABS:
             self._sum_up()
-        if self._slabs and self._add_product is not None:
-            self._added = [self._add_product(added, *pair) for added, pair in zip(self._added, pairs, strict=True)]
+        if self._slabs and self._add_product is not None and length <= self._length:
+            for added, (left, right) in zip(self._added, pairs, strict=True):
+                self._add_product(added if length == self._length else added[:length], left, right)
         else:
-            self._added, self._kind = [left * right for left, right in pairs], kind
-        self._slabs += 1
+            longest = [left * right for left, right in pairs]
+            for products, added in zip(longest, self._added, strict=False):
+                beginning = products[: self._length]  # a view
+                beginning += added
+            self._added, self._kinds, self._length = longest, kinds, length
+        self._slabs, self._size = self._slabs + 1, self._size + length
 
     def end_group(self) -> int:
         """Sum what is not summed yet, and return how many sums there are of all groups so far."""
@@ -218,8 +224,8 @@ class _SumsOfSlabs:
 
     def _sum_up(self) -> None:
         if self._slabs:
-            self.numbers.keep([self._total(products) for products in self._added], self._slabs * self._kind[1])
-            self._added, self._slabs = [], 0
+            self.numbers.keep([self._total(products) for products in self._added], self._size)
+            self._added, self._length, self._slabs, self._size = [], 0, 0, 0
 
 
 class _Numbers:

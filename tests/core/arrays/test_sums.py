@@ -192,8 +192,18 @@ def test_rows_of_one_length_are_added_within_their_group_and_stay_as_they_were(x
         np.testing.assert_array_equal(to_numpy(array), expected)
 
 
+def test_rows_of_any_lengths_are_added_within_their_group(xp: Any) -> None:
+    """A short one to the beginning of a long one, whichever comes first; also if many short ones were joined."""
+    lengths = [LARGEST_JOINED + extra for extra in (5, 3, 9, 9, 1, 4, 12)] + [7, 5, LARGEST_JOINED + 3]
+    rows = {length: numbers_of(xp, (length,)) for length in lengths}
+    sums = sums_of([rows[length] for length in lengths], [rows[length] for length in reversed(lengths)]).sums
+    expected = np.sum([expected_of((length,)) for length in lengths], axis=0)
+    for group in range(2):
+        assert [float(total[group]) for total in sums] == expected.tolist()
+
+
 def test_derivatives_are_taken_through_the_sums(backend: str, xp: Any) -> None:
-    """Over several slabs, backwards and forwards; and of one row alone, among others of its length."""
+    """Over several slabs, backwards and forwards; and of one row alone, among others of its length or another."""
     if backend != "torch":
         pytest.skip("the other backends take derivatives under a trace, which test_tracing.py looks at")
     import torch
@@ -207,9 +217,14 @@ def test_derivatives_are_taken_through_the_sums(backend: str, xp: Any) -> None:
         dual = forward_ad.make_dual(left.detach(), torch.ones_like(left))
         _, cubes = sums_of([(dual, right.detach())]).sums
         assert float(forward_ad.unpack_dual(cubes).tangent[0]) == float(torch.sum(gradient))
-    others = left.detach(), right.detach()
-    _, cubes = sums_of([others, (left, right), others]).sums
-    assert torch.equal(torch.autograd.grad(cubes[0], left)[0], gradient)
+    for length in (200_000, 199_000, 201_000):
+        others = numbers_of(xp, (length,))
+        _, cubes = sums_of([others, (left, right), others]).sums
+        assert torch.equal(torch.autograd.grad(cubes[0], left)[0], gradient)
+        with torch.no_grad(), forward_ad.dual_level():
+            dual = forward_ad.make_dual(left.detach(), torch.ones_like(left))
+            _, cubes = sums_of([others, (dual, right.detach()), others]).sums
+            assert float(forward_ad.unpack_dual(cubes).tangent[0]) == float(torch.sum(gradient))
 
 
 # What an allocator keeps of memory depends on all that a process has done, so a new one is asked.
