@@ -122,7 +122,7 @@ def compile_quickly(session: nox.Session) -> None:
     Tests that ask for it in ``tests/compilers.py`` compile as users do, and so does all that is in ``stress``.
     """
     session.env["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
-    session.env["XLA_FLAGS"] = "--xla_cpu_use_fusion_emitters=false"
+    session.env["XLA_FLAGS"] = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
 
 
 def assert_absent(session: nox.Session, *frameworks: str) -> None:

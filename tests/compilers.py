@@ -13,11 +13,12 @@ import pytest
 
 __all__ = ["compiled", "optimised"]
 
-# XLA's own defaults of what ``compile_quickly`` of ``noxfile.py`` turns off.
+# XLA's own defaults of what ``compile_quickly`` of ``noxfile.py`` changes.
 XLA_DEFAULTS = {
     "xla_backend_optimization_level": 3,
     "xla_llvm_disable_expensive_passes": False,
     "xla_cpu_use_fusion_emitters": True,
+    "xla_cpu_parallel_codegen_split_count": 32,
 }
 
 
