@@ -19,7 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from adapters.backend import Data, Factors, FunctionalLearner, Network, State, Step
 from adapters.jax.layers import Pass
-from adapters.jax.mesh import shared, warn_of_size, whole
+from adapters.jax.mesh import shared, warn_of_size, warn_of_threads, whole
 from adapters.networks import Backbone, Linear, Record, Tapped
 from became_core import BecameError
 from became_core.arrays import Array, Params, namespace, on_host
@@ -221,6 +221,7 @@ class JaxLearner(FunctionalLearner):
             return name
         if "data" not in name.axis_names:
             raise BecameError(f"the mesh has the axes {', '.join(name.axis_names)}; one must be called data.")
+        warn_of_threads(name)
         self.mesh = name
         return NamedSharding(name, PartitionSpec())
 

@@ -11,6 +11,7 @@ with needs_package("jax"):
     import jax
 
     from adapters.jax.learner import JaxLearner
+    from adapters.jax.mesh import THREADS, pool_threads, waiting_threads
     from adapters.jax.processes import is_one_of_several, run_as_one_of_several
 
 __all__ = ["BACKEND", "build_learner"]
@@ -31,11 +32,15 @@ def _prepare() -> None:
 
 
 def _use_threads(threads: int | None) -> int:
-    """Tell XLA how many threads its pool may have; it looks when JAX first looks at its devices, and never again."""
-    if threads is not None:
-        for name in ("PJRT_NPROC", "NPROC"):  # what newer and what older versions read
-            os.environ.setdefault(name, str(threads))
-    return int(os.environ.get("PJRT_NPROC") or available_threads())
+    """Tell XLA how many threads its pool may have; it looks when JAX first looks at its devices, and never again.
+
+    If JAX makes several devices of the processor, there are more, for devices that wait.
+    """
+    waiting = waiting_threads()
+    if threads is not None or waiting:
+        for name in THREADS:
+            os.environ.setdefault(name, str((threads or available_threads()) + waiting))
+    return max(1, pool_threads() - waiting)
 
 
 build_learner = learner_builder(JaxLearner)

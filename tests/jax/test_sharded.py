@@ -9,7 +9,7 @@ from tests.processes import WAIT
 
 def test_four_devices_merge_as_one_does_and_gather_nothing() -> None:
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4"
-    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PJRT_NPROC": "9"}
     environment.pop("JAX_DISABLE_MOST_OPTIMIZATIONS", None)  # which would keep XLA from joining the reductions
     command = [sys.executable, "-m", "tests.jax.sharded_devices"]
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=WAIT, check=False)
