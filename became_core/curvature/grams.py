@@ -18,8 +18,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
-
 from became_core.arrays import Array, Params, device, namespace, reduction_dtype
 from became_core.curvature.exchange import Exchange
 from became_core.curvature.taps import Tap, Taps, batch_gradient, row_counts
@@ -230,37 +228,36 @@ def _window_gram(images: Array, kernel: tuple[int, int]) -> Array:
     unrolled = xp.stack([by_row[:, :, :, j : j + wide] for j in range(width)], axis=2)
     a = xp.reshape(unrolled, (rows, channels * width, samples * wide))
     across = xp.matrix_transpose(a)  # once, since TensorFlow copies what it transposes
-    sums = (_sums(a, across, d, height, tall) for d in range(1, height))
-    upper = xp.concat([_symmetric_sums(a, across, height, tall), *sums])
-    # The blocks (i, i + d) in their order, and where each stands; those below the diagonal are mirrored.
-    order = {(i, i + d): at for at, (d, i) in enumerate((d, i) for d in range(height) for i in range(height - d))}
-    places = [order[i, k] if i <= k else len(order) + order[k, i] for i in range(height) for k in range(height)]
-    blocks = xp.take(xp.concat([upper, xp.matrix_transpose(upper)]), xp.asarray(places, device=device(images)), axis=0)
-    grid = xp.reshape(blocks, (height, height, channels, width, channels, width))
-    # [i, i', c, j, c', j'] to [c, i, j, c', i', j'], the order of a weight's flattened axes.
+    blocks: list[list[Any]] = [[None] * height for _ in range(height)]
+    for d in range(height):
+        sums = _sums(a, across, d, height, tall) if d else _symmetric_sums(a, across, height, tall)
+        for i, total in enumerate(sums):
+            block = xp.reshape(total, (channels, width, channels, width))
+            blocks[i][i + d] = block
+            blocks[i + d][i] = xp.permute_dims(block, (2, 3, 0, 1))
+    # [i, c, j, i', c', j'] to [c, i, j, c', i', j'], the order of a weight's flattened axes.
+    stacked = xp.stack([xp.stack(row, axis=2) for row in blocks], axis=0)
     size = channels * height * width
-    return xp.reshape(xp.permute_dims(grid, (2, 0, 3, 4, 1, 5)), (size, size))
+    return xp.reshape(xp.permute_dims(stacked, (1, 0, 2, 4, 3, 5)), (size, size))
 
 
-def _sums(a: Array, across: Array, d: int, height: int, tall: int) -> Array:
+def _sums(a: Array, across: Array, d: int, height: int, tall: int) -> list[Array]:
     """Return, for each row i of the kernel below height - d, the sum of A_u A_{u+d}^T over u = i ... i + tall - 1.
 
-    ``across`` is A^T; of both, some channels may be left out.
-
-    The sums are a product with a matrix of zeros and ones, since TensorFlow would copy what it cuts out of Z_d.
+    ``across`` has the A_u^T; of both, some channels may be left out.
     """
     xp: Any = namespace(a=a)
     z = xp.matmul(a[: a.shape[0] - d, :, :], across[d:, :, :])
-    i, u = np.arange(height - d)[:, None], np.arange(z.shape[0])
-    is_summed = xp.asarray((i <= u) & (u < i + tall), dtype=a.dtype, device=device(a))
-    return xp.reshape(xp.matmul(is_summed, xp.reshape(z, (z.shape[0], -1))), (height - d, *z.shape[1:]))
+    return [xp.sum(z[i : i + tall, :, :], axis=0) for i in range(height - d)]
 
 
-def _symmetric_sums(a: Array, across: Array, height: int, tall: int) -> Array:
+def _symmetric_sums(a: Array, across: Array, height: int, tall: int) -> list[Array]:
     """Return ``_sums(a, across, 0, height, tall)``, with the lower left quarter mirrored instead of computed."""
     xp: Any = namespace(a=a)
     half = a.shape[1] // 2
     upper = _sums(a[:, :half, :], across, 0, height, tall)
     lower = _sums(a[:, half:, :], across[:, :, half:], 0, height, tall)
-    mirrored = xp.concat([xp.matrix_transpose(upper[:, :, half:]), lower], axis=2)
-    return xp.concat([upper, mirrored], axis=1)
+    return [
+        xp.concat([above, xp.concat([xp.matrix_transpose(above[:, half:]), below], axis=1)])
+        for above, below in zip(upper, lower, strict=True)
+    ]
