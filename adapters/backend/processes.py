@@ -88,6 +88,7 @@ class Processes(ABC):
         count: how many there are.
         timeout: for how many seconds they wait for each other.
         busy: whether the others may be in the middle of a run.
+        dismissed: whether the others were told that there is no more to do, so that they end as this process does.
         made: how each learner was built.
     """
 
@@ -96,6 +97,7 @@ class Processes(ABC):
     count: int
     timeout: float = 60.0
     busy: bool = False
+    dismissed: bool = False
     made: "WeakKeyDictionary[Learner, tuple[tuple[Any, ...], dict[str, Any]]]" = field(
         default_factory=WeakKeyDictionary
     )
@@ -244,6 +246,7 @@ def _lead(processes: Processes, words: list[str]) -> int:
         if not processes.busy:
             with suppress(BecameError):
                 processes.send(None)
+                processes.dismissed = True
 
 
 def _follow(processes: Processes) -> int:

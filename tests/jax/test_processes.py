@@ -105,6 +105,15 @@ def test_the_functions_around_a_loop_give_in_two_processes_what_they_give_in_one
     assert statuses == [0, 0], said(tmp_path / "two", 0)
 
 
+def test_what_the_first_process_refuses_ends_the_others_in_silence(tmp_path: Path) -> None:
+    """JAX aborted them, with a report of its own."""
+    folder = tmp_path / "refused"
+    with commanded(folder, [*words_for(tmp_path / "out"), "--device", "cpu:all"]) as processes:
+        assert [process.wait(LIMIT) for process in processes] == [2, 0]
+    assert said(folder, 0) == "error: several processes share all devices of a kind; give cpu in place of 'cpu:all'.\n"
+    assert said(folder, 1) == said(folder, 1, "out") == ""
+
+
 def test_processes_without_numbers_are_refused() -> None:
     environment = os.environ | {"JAX_COORDINATOR_ADDRESS": "127.0.0.1:1", "JAX_PROCESS_ID": "0", "JAX_PLATFORMS": "cpu"}
     ended = subprocess.run(
