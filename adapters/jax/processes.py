@@ -126,8 +126,8 @@ def run_as_one_of_several(backend: Backend, arguments: list[str] | None = None) 
     sys.stdout.flush()
     sys.stderr.flush()
     if status and not (met and met[0].dismissed):
-        os._exit(status)  # JAX's own end would wait for the others
-    sys.exit(status)  # it waits for the others, which JAX would otherwise abort
+        os._exit(status)  # the others may never end, and JAX's own end would wait for them
+    sys.exit(status)  # JAX's own end waits for the others, which JAX would abort if this process were gone
 
 
 def _met(backend: Backend, watched: ExitStack, words: list[str]) -> Processes:

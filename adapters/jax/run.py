@@ -34,7 +34,8 @@ def _prepare() -> None:
 def _use_threads(threads: int | None) -> int:
     """Tell XLA how many threads its pool may have; it looks when JAX first looks at its devices, and never again.
 
-    If JAX makes several devices of the processor, there are more, for devices that wait.
+    If JAX makes several devices of the processor, the pool has more threads, for devices that wait for each other.
+    The result is how many threads there are to compute with.
     """
     waiting = waiting_threads()
     if threads is not None or waiting:
