@@ -88,7 +88,6 @@ class Processes(ABC):
         count: how many there are.
         timeout: for how many seconds they wait for each other.
         busy: whether the others may be in the middle of a run.
-        dismissed: whether the others were told that there is no more to do, so that they end as this process does.
         made: how each learner was built.
     """
 
@@ -97,7 +96,6 @@ class Processes(ABC):
     count: int
     timeout: float = 60.0
     busy: bool = False
-    dismissed: bool = False
     made: "WeakKeyDictionary[Learner, tuple[tuple[Any, ...], dict[str, Any]]]" = field(
         default_factory=WeakKeyDictionary
     )
@@ -205,14 +203,19 @@ class Processes(ABC):
             raise meaning from error
 
 
-def run_in_processes(meet: Callable[[list[str]], Processes], is_first: bool, arguments: list[str] | None = None) -> int:
-    """Run the command in the first process, and follow it in the others; return the exit status.
+def run_in_processes(
+    meet: Callable[[list[str]], Processes], is_first: bool, arguments: list[str] | None = None
+) -> tuple[int, bool]:
+    """Run the command in the first process, and follow it in the others.
 
     Args:
         meet: waits for all processes, given the words of the command; it may raise a BecameError, in all of them, if
             they are not alike.
         is_first: whether this is the first one, as far as it is known before they meet.
         arguments: the words of the command; those of this process if None.
+
+    Returns:
+        the exit status, and whether all processes end now; if not, the others may wait for this one.
     """
     words = sys.argv[1:] if arguments is None else arguments
     if not is_first:
@@ -222,11 +225,12 @@ def run_in_processes(meet: Callable[[list[str]], Processes], is_first: bool, arg
     except (BecameError, RuntimeError, ValueError) as error:
         if is_first:
             print(f"error: {error}", file=sys.stderr)
-        return 2
+        return 2, False
     if processes.rank == 0:
         return _lead(processes, words)
     _leave_to_the_first()
-    return _follow(processes)
+    status = _follow(processes)
+    return status, status == 0
 
 
 def _leave_to_the_first() -> None:
@@ -236,17 +240,19 @@ def _leave_to_the_first() -> None:
     warnings.simplefilter("ignore")
 
 
-def _lead(processes: Processes, words: list[str]) -> int:
+def _lead(processes: Processes, words: list[str]) -> tuple[int, bool]:
     from adapters.cli.main import main
 
+    all_end = False
     try:
-        return main(replace(processes.backend, learner=processes.learner, learn=processes.learn), words)
+        status = main(replace(processes.backend, learner=processes.learner, learn=processes.learn), words)
     finally:
         processes.tell_why()
         if not processes.busy:
             with suppress(BecameError):
                 processes.send(None)
-                processes.dismissed = True
+                all_end = True
+    return status, all_end
 
 
 def _follow(processes: Processes) -> int:

@@ -20,6 +20,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NoReturn
 
 import jax
@@ -115,17 +116,11 @@ def run_as_one_of_several(backend: Backend, arguments: list[str] | None = None) 
         arguments: the words of the command; those of this process if None.
     """
     rank = os.environ.get("JAX_PROCESS_ID", os.environ.get("SLURM_PROCID", "0"))
-    met: list[Processes] = []
-
-    def meet(words: list[str]) -> Processes:
-        met.append(_met(backend, watched, words))
-        return met[0]
-
     with ExitStack() as watched:
-        status = run_in_processes(meet, rank == "0", arguments)
+        status, all_end = run_in_processes(partial(_met, backend, watched), rank == "0", arguments)
     sys.stdout.flush()
     sys.stderr.flush()
-    if status and not (met and met[0].dismissed):
+    if not all_end:
         os._exit(status)  # the others may never end, and JAX's own end would wait for them
     sys.exit(status)  # JAX's own end waits for the others, which JAX would abort if this process were gone
 

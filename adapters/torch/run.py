@@ -68,4 +68,5 @@ if __name__ == "__main__":
     if not is_one_of_several():
         run_command(BACKEND)
     BACKEND.prepare()
-    sys.exit(run_in_processes(partial(met, BACKEND), os.environ["RANK"] == "0"))
+    status, _ = run_in_processes(partial(met, BACKEND), os.environ["RANK"] == "0")
+    sys.exit(status)

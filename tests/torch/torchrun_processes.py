@@ -176,7 +176,7 @@ def command(rank: int, count: int, port: int, words: list[str], log: str, timeou
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "BECAME_TIMEOUT": str(timeout)}
     os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"  # the store outlives each process
     torch.set_num_threads(1)
-    status = run_in_processes(partial(met, BACKEND), rank == 0, words)
+    status, _ = run_in_processes(partial(met, BACKEND), rank == 0, words)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
