@@ -14,16 +14,8 @@ from pathlib import Path
 from typing import Any, Protocol
 from weakref import ReferenceType, ref
 
-from adapters.backend.memory import (
-    NewTask,
-    NewTaskData,
-    Stored,
-    check_settings,
-    described,
-    grown,
-    memory_arrays,
-    merge_report,
-)
+from adapters.backend.memory import NewTask, NewTaskData, check_settings, grown, merge_report
+from adapters.backend.memory_file import Stored, described, memory_arrays
 from adapters.backend.own_loop import Coverage, MergeReport, NetworkCheck, Uncovered, coverage_of
 from became_core import BecameError, LaplacePosterior, Secant, merge
 from became_core.arrays import Array, Params

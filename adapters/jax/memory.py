@@ -19,6 +19,7 @@ from jax import numpy as jnp
 from safetensors.flax import save_file
 
 from adapters.backend import memory as shared
+from adapters.backend.memory_file import described, memory_arrays, read_memory, restored
 from adapters.backend.own_loop import Coverage, NetworkCheck, Uncovered, coverage_of, first_difference, known_likelihood
 from adapters.jax.data_loss import DataLoss, Loss, moments_of
 from adapters.jax.tapping import Apply, trained_of
@@ -226,8 +227,8 @@ def save(memory: Memory, file: str | Path) -> None:
     if "" in memory.shapes:
         raise BecameError("the parameters are one array without a name; put it in a dict, so that a file can name it.")
     settings = {name: getattr(memory, name) for name in DEFAULTS}
-    metadata = shared.described(memory.shapes, memory.matrices, memory.projector, memory.likelihood, **settings)
-    arrays = shared.memory_arrays(memory.posterior, memory.projector)
+    metadata = described(memory.shapes, memory.matrices, memory.projector, memory.likelihood, **settings)
+    arrays = memory_arrays(memory.posterior, memory.projector)
     save_file({name: jnp.asarray(value) for name, value in arrays.items()}, str(file), metadata)
 
 
@@ -262,9 +263,9 @@ def load(
     """
     chosen = {"likelihood": likelihood, "projector": projector, "uncovered": uncovered, "penalty": penalty}
     chosen |= {"fisher": fisher, "decay": decay}
-    description, arrays = shared.read_memory(file, "flax")
+    description, arrays = read_memory(file, "flax")
     shapes = {name: tuple(jnp.shape(value)) for name, value in trained_of(params).items()}
-    stored = shared.restored(
+    stored = restored(
         file, description, arrays, shapes, {name: value for name, value in chosen.items() if value is not None}
     )
     settings = {name: stored.settings[name] for name in DEFAULTS}

@@ -19,7 +19,8 @@ import tensorflow as tf
 from safetensors.numpy import save_file
 
 from adapters.backend.continual import ContinualModel
-from adapters.backend.memory import fisher_of_moments, held_by_curvature, read_memory, restored
+from adapters.backend.memory import fisher_of_moments, held_by_curvature
+from adapters.backend.memory_file import read_memory, restored
 from adapters.backend.own_loop import MergeReport, Uncovered, known_likelihood
 from adapters.tensorflow.batches import Apply, Reader, Targets
 from adapters.tensorflow.data_loss import DataLoss, Loss

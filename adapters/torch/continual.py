@@ -21,7 +21,8 @@ from torch.optim import Optimizer
 
 from adapters.backend.batches import Reader
 from adapters.backend.continual import ContinualModel
-from adapters.backend.memory import fisher_of_moments, held_by_curvature, read_memory, restored
+from adapters.backend.memory import fisher_of_moments, held_by_curvature
+from adapters.backend.memory_file import read_memory, restored
 from adapters.backend.own_loop import MergeReport, Uncovered, known_likelihood
 from adapters.torch.batches import Apply, Targets
 from adapters.torch.data_loss import Batches, DataLoss, Loss

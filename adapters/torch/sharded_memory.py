@@ -23,7 +23,7 @@ from uuid import uuid4
 import torch
 from torch import Tensor
 
-from adapters.backend.memory import check_architecture
+from adapters.backend.memory_file import check_architecture
 from adapters.runs.files import DamagedError, read_sealed, write_sealed
 from adapters.torch.shared_model import SharedModel, own_part
 from became_core import BecameError

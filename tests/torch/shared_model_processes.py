@@ -27,7 +27,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 
-from adapters.backend.memory import memory_arrays
+from adapters.backend.memory_file import memory_arrays
 from adapters.torch import Continual
 from adapters.torch.shared_model import SharedModel
 from became_core import BecameError

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from adapters.backend.memory import memory_arrays
+from adapters.backend.memory_file import memory_arrays
 from adapters.torch import Continual
 from became_core import BecameError
 from became_core.projection import GPM

@@ -1,0 +1,155 @@
+"""The file in which a method around a user's own loop keeps its memory: what it says, how it is written and read.
+
+A file of safetensors holds the arrays of the posterior and of the projector; its metadata is a description in JSON.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from safetensors import SafetensorError, safe_open
+
+from adapters.backend.own_loop import first_difference
+from became_core import BecameError, Diagonal, LaplacePosterior
+from became_core.arrays import Array, Params
+from became_core.curvature import LIKELIHOODS, Likelihood
+from became_core.projection import PROJECTORS, Projector
+
+__all__ = ["Stored", "check_architecture", "described", "memory_arrays", "read_memory", "restored"]
+
+FORMAT = 1
+
+
+def memory_arrays(posterior: LaplacePosterior, projector: Projector) -> dict[str, Array]:
+    """Return the arrays of a memory by the names that they have in a file."""
+    arrays = {f"mean.{name}": value for name, value in posterior.mean.items()}
+    arrays |= {f"fisher.{name}": value for name, value in posterior.precision.diagonal().items()}
+    return arrays | {f"projector.{name}": value for name, value in projector.to_arrays().items()}
+
+
+def described(
+    shapes: Mapping[str, Sequence[int]],
+    matrices: Mapping[str, bool],
+    projector: Projector,
+    likelihood: Any,
+    **settings: Any,
+) -> dict[str, str]:
+    """Return what a memory's file says beside its arrays, as metadata of safetensors.
+
+    Args:
+        shapes: of all parameters of the model.
+        matrices: as ``coverage_of`` has them.
+        projector: the memory.
+        likelihood: of which only one of ``became_core.curvature`` is written.
+        settings: ``uncovered``, ``penalty``, ``decay`` and ``fisher``.
+
+    Raises:
+        BecameError: if the projector has no registered name.
+    """
+    names = [name for name in PROJECTORS.names if PROJECTORS[name] is type(projector)]
+    if not names:
+        raise BecameError(
+            f"the projector {type(projector).__name__} has no name in PROJECTORS; register it, so that a file can say "
+            "which one it is."
+        )
+    known = isinstance(likelihood, Likelihood)
+    description = {
+        "format": FORMAT,
+        "parameters": {name: list(shape) for name, shape in shapes.items()},
+        "matrices": dict(matrices),
+        "projector": [names[0], _plain_fields(projector)],
+        "likelihood": [type(likelihood).__name__, _plain_fields(likelihood)] if known else None,
+        **settings,
+    }
+    return {"became": json.dumps(description)}
+
+
+def read_memory(file: str | Path, framework: str) -> tuple[dict[str, Any], dict[str, Array]]:
+    """Return what a memory's file says, and its arrays.
+
+    Args:
+        file: the file.
+        framework: of the arrays, as safetensors calls it: "pt", "np" or "flax".
+
+    Raises:
+        BecameError: if it is no memory.
+    """
+    try:
+        with safe_open(str(file), framework) as opened:
+            description = json.loads((opened.metadata() or {})["became"])
+            names = list(opened.keys())
+            return description, {name: opened.get_tensor(name) for name in names}
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise BecameError(f"{file} is no memory that Continual.save wrote ({error}).") from None
+
+
+class Stored(NamedTuple):
+    """What a file holds of a memory.
+
+    Attributes:
+        posterior: the old tasks' loss.
+        matrices: as ``coverage_of`` has them.
+        settings: ``projector`` with its memory, ``likelihood``, ``uncovered``, ``penalty``, ``decay`` and ``fisher``.
+    """
+
+    posterior: LaplacePosterior
+    matrices: dict[str, bool]
+    settings: dict[str, Any]
+
+
+def check_architecture(file: str | Path, description: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]) -> None:
+    """Raise a BecameError, with the first difference, if a file says that it is the memory of another architecture."""
+    differs = first_difference(shapes, description["parameters"])
+    if differs:
+        raise BecameError(f"{file} is the memory of another architecture: {differs}.")
+
+
+def restored(
+    file: str | Path,
+    description: Mapping[str, Any],
+    arrays: Mapping[str, Array],
+    shapes: Mapping[str, Sequence[int]],
+    settings: Mapping[str, Any],
+) -> Stored:
+    """Return the memory of ``read_memory``, for a model of these shapes.
+
+    Args:
+        file: what a message calls it.
+        description: what the file says.
+        arrays: where the memory's arrays shall be.
+        shapes: of all parameters of the model.
+        settings: what shall be otherwise than in the file, or is not in it.
+
+    Raises:
+        BecameError: if it is the memory of another architecture, or of a loss that is not given.
+    """
+    check_architecture(file, description, shapes)
+    own = {key: description[key] for key in ("uncovered", "penalty", "decay", "fisher")}
+    if description["likelihood"] is not None:
+        name, values = description["likelihood"]
+        values = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+        own["likelihood"] = {kind.__name__: kind for kind in LIKELIHOODS.values()}[name](**values)
+    elif "likelihood" not in settings:
+        raise BecameError(f"{file} was made with a loss of your own; give it as likelihood=.")
+    parts: dict[str, Params] = {"mean": {}, "fisher": {}, "projector": {}}
+    for key, value in arrays.items():
+        part, _, name = key.partition(".")
+        parts[part][name] = value
+    name, values = description["projector"]
+    projector = settings.get("projector", PROJECTORS[name](**values)).with_arrays(parts["projector"])
+    posterior = LaplacePosterior(parts["mean"], Diagonal(parts["fisher"]))
+    return Stored(posterior, dict(description["matrices"]), own | dict(settings) | {"projector": projector})
+
+
+def _plain_fields(value: Any) -> dict[str, Any]:
+    """Return the settings of a dataclass: its fields that JSON can hold."""
+    if not is_dataclass(value):
+        return {}
+    values = {part.name: getattr(value, part.name) for part in fields(value) if part.init}
+    return {
+        name: part
+        for name, part in values.items()
+        if isinstance(part, int | float | str | tuple | None) and name != "tasks"
+    }
