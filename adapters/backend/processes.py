@@ -215,7 +215,8 @@ def run_in_processes(
         arguments: the words of the command; those of this process if None.
 
     Returns:
-        the exit status, and whether all processes end now; if not, the others may wait for this one.
+        the exit status, and whether all processes end now. If not, the others may never end, and nothing should wait
+        for them.
     """
     words = sys.argv[1:] if arguments is None else arguments
     if not is_first:
