@@ -6,7 +6,8 @@ file of results may come from anyone, so ``from_json`` checks that every value i
 
 import math
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import MISSING, asdict, dataclass, field
+from dataclasses import fields as dataclass_fields
 from typing import Any, Self
 
 import numpy as np
@@ -69,6 +70,7 @@ class RunResult:
     samples: list[list[str]] = field(default_factory=list)
     boundaries: dict[str, Any] | None = None
     correlation: NDArray[np.float64] = field(default_factory=lambda: np.zeros((0, 0)))
+    temperatures: list[float] = field(default_factory=list)
 
     @classmethod
     def of(
@@ -116,6 +118,7 @@ class RunResult:
             samples=record.samples,
             boundaries=None if segments is None else _boundaries(segments),
             correlation=record.correlation,
+            temperatures=record.temperatures,
         )
 
     @property
@@ -174,6 +177,7 @@ class RunResult:
             "samples": self.samples,
             "boundaries": self.boundaries,
             "correlation": _rows(self.correlation),
+            "temperatures": self.temperatures,
         }
 
     @classmethod
@@ -184,8 +188,9 @@ class RunResult:
             ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError: if a value is missing or is none
                 that a run could have written.
         """
-        later = "memory", "curves", "data_dir", "loss", "unit", "samples", "boundaries", "correlation"
-        fields = {name: values[name] for name in cls.__dataclass_fields__ if name in values or name not in later}
+        # What has no default was always recorded.
+        required = {it.name for it in dataclass_fields(cls) if it.default is it.default_factory is MISSING}
+        fields = {name: values[name] for name in cls.__dataclass_fields__ if name in values or name in required}
         for name in ("accuracy", "class_incremental_accuracy"):
             fields[name] = np.array(fields[name], dtype=float)  # null becomes NaN
         for name in ("loss", "correlation"):
@@ -216,6 +221,8 @@ class RunResult:
         _require(len(self.alpha) == len(self.epochs) == tasks and len(self.ranks) <= tasks)
         _require_numbers(alpha for alpha in self.alpha if alpha is not None)
         _require_numbers(self.epochs)
+        _require(len(self.temperatures) < tasks)  # an earlier version that began the run recorded none
+        _require_numbers(self.temperatures)
         _require_numbers(self.seconds.values())
         _require(self.seconds["total"] >= 0)
         for ranks in self.ranks:

@@ -91,6 +91,7 @@ class TaskEnd:
             empty if it does neither.
         correlation: the correlation of predictions with the targets of each task so far; empty unless outputs predict
             numbers.
+        temperature: what the task's curvature was multiplied by, as ``tempering`` says; None if nothing was.
     """
 
     task: int
@@ -101,6 +102,7 @@ class TaskEnd:
     loss: list[float] = field(default_factory=list)
     samples: list[str] = field(default_factory=list)
     correlation: list[float] = field(default_factory=list)
+    temperature: float | None = None
 
 
 @dataclass(frozen=True)
@@ -125,6 +127,8 @@ class RunRecord:
         correlation: the correlation of predictions with targets [T, T]; [t, i] is that on task i after task t, NaN for
             i > t, where the targets are constant, and for tasks that an earlier version learned. It is empty unless
             outputs predict numbers.
+        temperatures: for each task after the first, what its curvature was multiplied by, as ``tempering`` says; empty
+            if nothing was. The tasks that an earlier version learned are left out.
     """
 
     accuracy: NDArray[np.float64]
@@ -139,6 +143,7 @@ class RunRecord:
     unit: str = field(default="%", metadata={"later": True})
     samples: list[list[str]] = field(default_factory=list, metadata={"later": True})
     correlation: NDArray[np.float64] = field(default_factory=lambda: np.zeros((0, 0)), metadata={"later": True})
+    temperatures: list[float] = field(default_factory=list, metadata={"later": True})
 
     @property
     def measured(self) -> NDArray[np.float64]:
@@ -185,6 +190,7 @@ class RunRecord:
             loss=_with_row(self.loss, end.task, end.loss) if len(self.loss) else self.loss,
             samples=[*self.samples, end.samples] if end.samples else self.samples,
             correlation=self._correlation_with(end) if end.correlation else self.correlation,
+            temperatures=self.temperatures if end.temperature is None else [*self.temperatures, end.temperature],
             alpha=[*self.alpha, end.alpha],
             curves=[*self.curves, curve],
             ranks=[*self.ranks, ranks],

@@ -111,14 +111,14 @@ class _Run(RunContext):
             state = self.stage1(task, state)
         if self.method.stages == 2:
             state = self.stage2(task, state)
-        alpha, path, curvature, factor = None, None, None, 1.0
+        alpha, path, curvature, factor = None, None, None, None
         if self.method.merges == "tasks":
             state, curvature = self.keep_own_model(task, state)
         if self.method.rule is not None and task.index > 0:
             state, factor = self.temper(task, state)
             alpha, path = self.merge(task, state, self.method.rule, curvature)
         memory = self.remember(task, state.memory, curvature, factor)
-        return self.evaluate(task, replace(state, memory=memory), alpha, path, memory.full - full_before)
+        return self.evaluate(task, replace(state, memory=memory), alpha, factor, path, memory.full - full_before)
 
     def prepared(self, task: Task, memory: Memory) -> Memory:
         """Return the memory with a projector that knows what it must about the network."""
@@ -256,13 +256,14 @@ class _Run(RunContext):
         old = state.before | {name: theta[name] for name in self.learner.heads[task.index]}
         return replace(state, memory=memory, theta_gp=old), curvature
 
-    def temper(self, task: Task, state: RunState) -> tuple[RunState, float]:
-        """Return the temperature of a task's curvature, and the state; the learner is at theta_hat, and is left there.
+    def temper(self, task: Task, state: RunState) -> tuple[RunState, float | None]:
+        """Return the state, and the temperature of the task's curvature, or None if the method multiplies it by none.
 
-        The first task has no delta from which its own could be estimated, so its curvature takes that of the second.
+        The learner is at theta_hat, and is left there. The first task has no delta from which its own could be
+        estimated, so its curvature takes that of the second.
         """
         if self.method.temper not in BY_FACTOR:  # then nothing need be measured
-            return state, 1.0
+            return state, None
         assert state.theta_gp is not None
         memory = state.memory
         with self.stopwatch.phase("merge"):
@@ -333,20 +334,20 @@ class _Run(RunContext):
         new: LocalLoss = measurement if curvature is None else LaplacePosterior(theta_hat, curvature)
         return rule.merge((theta_gp, theta_hat), (memory.posterior, new))
 
-    def remember(self, task: Task, memory: Memory, curvature: Precision | None, factor: float = 1.0) -> Memory:
+    def remember(self, task: Task, memory: Memory, curvature: Precision | None, factor: float | None) -> Memory:
         """Return the memory with this task; the learner has the merged weights.
 
         Args:
             task: the task that was learned last.
             memory: the memory of the tasks before.
             curvature: the task's curvature at its own model; if it is None, it is measured at the merged weights.
-            factor: the temperature, by which its curvature is multiplied.
+            factor: the temperature, by which its curvature is multiplied; None if it is not.
         """
         with self.stopwatch.phase("memory"):
             measurement, method = self.measurement(task, "posterior", memory), self.method
             if method.keeps_posterior:
                 curvature = curvature or measurement.precision(method.precision)
-                curvature = curvature if factor == 1 else curvature * factor
+                curvature = curvature if factor is None else curvature * factor
                 posterior = method.updated_posterior(memory.posterior, weights_of(self.learner), curvature)
                 memory = replace(memory, posterior=posterior)
             if method.rule is not None and self.training.path_alphas:
@@ -356,7 +357,13 @@ class _Run(RunContext):
             return memory
 
     def evaluate(
-        self, task: Task, state: RunState, alpha: float | None, path: MergePath | None, filled: frozenset[str]
+        self,
+        task: Task,
+        state: RunState,
+        alpha: float | None,
+        factor: float | None,
+        path: MergePath | None,
+        filled: frozenset[str],
     ) -> RunState:
         """Return the state after a task, with the accuracies on all tasks so far.
 
@@ -364,6 +371,7 @@ class _Run(RunContext):
             task: the task that was learned last.
             state: the state, whose memory has this task.
             alpha: the merging coefficient; None if nothing was merged.
+            factor: the temperature, by which its curvature was multiplied; None if it was not.
             path: the report of the merging path; None if it was not traced.
             filled: the protected spaces that became whole with this task.
         """
@@ -384,6 +392,7 @@ class _Run(RunContext):
                 loss=reached.loss,
                 samples=samples if any(samples) else [],
                 correlation=reached.correlation,
+                temperature=factor,
             )
         ranks = {} if memory.projector is None else dict(memory.projector.rank)
         record = state.record.with_task(end, curve=state.stage.curve, ranks=ranks, memory=memory.size, path=path)

@@ -117,7 +117,7 @@ EVENTS: list[EpochEnd | TaskEnd] = [
     TaskEnd(0, None, [90.0], [90.0]),
     EpochEnd(1, 1, 1, 1, 0.5, 0.05, math.nan),
     EpochEnd(1, 2, 1, 1, 0.5, 0.05, math.nan),
-    TaskEnd(1, 0.625, [80.0, 95.0], [40.0, 95.0], frozenset({"fc2.weight", "conv1.weight"})),
+    TaskEnd(1, 0.625, [80.0, 95.0], [40.0, 95.0], frozenset({"fc2.weight", "conv1.weight"}), temperature=0.25),
 ]
 
 
@@ -139,7 +139,7 @@ def test_without_a_terminal_every_event_is_one_plain_line() -> None:
         "became-seed0  task 1/2 learned  accuracy 90.0",
         "became-seed0  task 2/2  stage 1  epoch 1/1  loss 0.5000  lr 0.05",
         "became-seed0  task 2/2  stage 2  epoch 1/1  loss 0.5000  lr 0.05",
-        "became-seed0  task 2/2 learned  alpha 0.625  accuracy 80.0 95.0",
+        "became-seed0  task 2/2 learned  alpha 0.625  temperature 0.250  accuracy 80.0 95.0",
         "became-seed0  the protected space of conv1.weight is full: no update is left for it in stage 1",
         "became-seed0  the protected space of fc2.weight is full: no update is left for it in stage 1",
     ]
