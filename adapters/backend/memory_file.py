@@ -17,7 +17,7 @@ from became_core.arrays import Array, Params
 from became_core.curvature import LIKELIHOODS, Likelihood
 from became_core.projection import PROJECTORS, Projector
 
-__all__ = ["Stored", "check_architecture", "described", "memory_arrays", "read_memory", "restored"]
+__all__ = ["Stored", "check_description", "described", "memory_arrays", "read_memory", "restored"]
 
 FORMAT = 1
 
@@ -99,8 +99,13 @@ class Stored(NamedTuple):
     settings: dict[str, Any]
 
 
-def check_architecture(file: str | Path, description: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]) -> None:
-    """Raise a BecameError, with the first difference, if a file says that it is the memory of another architecture."""
+def check_description(file: str | Path, description: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]) -> None:
+    """Raise a BecameError if a file has another format, or is the memory of another architecture."""
+    if description.get("format") != FORMAT:
+        raise BecameError(
+            f"{file} is a memory of format {description.get('format')}, and this version reads format {FORMAT}; load "
+            "it with the version that saved it."
+        )
     differs = first_difference(shapes, description["parameters"])
     if differs:
         raise BecameError(f"{file} is the memory of another architecture: {differs}.")
@@ -123,9 +128,9 @@ def restored(
         settings: what shall be otherwise than in the file, or is not in it.
 
     Raises:
-        BecameError: if it is the memory of another architecture, or of a loss that is not given.
+        BecameError: if it has another format, or is the memory of another architecture, or of a loss that is not given.
     """
-    check_architecture(file, description, shapes)
+    check_description(file, description, shapes)
     own = {key: description[key] for key in ("uncovered", "penalty", "decay", "fisher")}
     if description["likelihood"] is not None:
         name, values = description["likelihood"]

@@ -23,7 +23,7 @@ from uuid import uuid4
 import torch
 from torch import Tensor
 
-from adapters.backend.memory_file import check_architecture
+from adapters.backend.memory_file import check_description
 from adapters.runs.files import DamagedError, read_sealed, write_sealed
 from adapters.torch.shared_model import SharedModel, own_part
 from became_core import BecameError
@@ -94,7 +94,7 @@ def read_shards(
     state, problem = dict[str, Any](), None
     try:
         manifest = _manifest(folder)
-        check_architecture(folder, manifest["memory"], shapes)
+        check_description(folder, manifest["memory"], shapes)
         for key, (dtype, shape) in manifest["arrays"].items():
             part, _, name = key.partition(".")
             own = part == "projector"

@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.util
+import json
 import math
 import warnings
 from collections.abc import Callable, Iterator
@@ -10,6 +11,8 @@ from typing import Any, cast
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -670,6 +673,11 @@ def test_a_memory_comes_back_from_a_file(tmp_path: Path) -> None:
     wider.head = nn.Linear(8, 4).double()
     with pytest.raises(BecameError, match=r"'head\.weight' is \[4, 8\] in the model and \[3, 8\] in the memory"):
         Continual.load(wider, file)
+    with safe_open(file, "pt") as opened:
+        later = json.loads(opened.metadata()["became"]) | {"format": 2}
+    save_file(load_file(file), file, {"became": json.dumps(later)})
+    with pytest.raises(BecameError, match="a memory of format 2, and this version reads format 1; load it with the"):
+        Continual.load(model, file)
     file.write_bytes(b"no safetensors")
     with pytest.raises(BecameError, match="is no memory that"):
         Continual.load(model, file)
