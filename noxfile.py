@@ -256,7 +256,7 @@ def federation(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none", requires=["everything"])
 def stress(session: nox.Session) -> None:
-    """Far more of what is drawn at random: 330 killed processes, 25,000 damaged files, the long hypothesis profile."""
+    """Far more of what is drawn at random: 400 killed processes, 25,000 damaged files, the long hypothesis profile."""
     cache_compilations(session)
     session.env.update(BECAME_DAMAGES="5000")  # in each of two folders
     test(session, "tests/runs/test_damage.py", "tests/checkpoints/test_damage.py", "--timeout", "3600")
