@@ -247,7 +247,8 @@ def request_type(*, backend: bool, completing: bool) -> type:
         "preset": name_option(
             presets,
             f"What gives the values of all options that are left out: {', '.join(presets)}; became list presets says "
-            "where each is from. (default: demo for split-mnist, pretrained for split-imagenet-r, quick for all others)",
+            "where each is from. (default: demo for split-mnist, pretrained for split-imagenet-r, quick for all "
+            "others)",
         ),
     }
     hints = get_type_hints(Request, include_extras=True)
