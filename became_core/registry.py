@@ -105,9 +105,14 @@ class Catalogue(Generic[T]):
     def names(self) -> tuple[str, ...]:
         """The names of all values: first those of this package, then those of other packages."""
         if not self._entry_points_are_loaded:
-            self._entry_points_are_loaded = True
-            for entry in entry_points(group=self.group):
-                self.register(entry.name, entry.load())
+            self._entry_points_are_loaded = True  # since what is registered may be asked for its settings
+            try:
+                for entry in entry_points(group=self.group):
+                    if entry.name not in self._values:
+                        self.register(entry.name, entry.load())
+            except BaseException:
+                self._entry_points_are_loaded = False
+                raise
         return tuple(self._values)
 
     def __contains__(self, name: object) -> bool:
@@ -164,7 +169,7 @@ class Registry(Catalogue[type[T]]):
         Raises:
             BecameError: if it shares an option with another class and they differ in the option's type or default.
         """
-        before = dict(self._values)
+        before = {known: self._values[known] for known in self.names}
         self._values[name] = value
         try:
             self.settings()

@@ -156,10 +156,11 @@ class ReferenceLearner(Learner):
             else:
                 seeds = _at_logits(forward.logits, self._targets[rows], mode, rng)
                 passes = [self._backward(task, forward, at_logits) for at_logits in seeds]
+            inputs = [a[:, None, :] for a in forward.inputs]  # one array for all sets of taps of the batch
             for gradients in passes:
                 yield {
-                    layer: Tap("matrix", a[:, None, :], g[:, None, :], has_bias=f"{layer}.bias" in self._parameters)
-                    for layer, a, g in zip(self._layers(task), forward.inputs, gradients, strict=True)
+                    layer: Tap("matrix", a, g[:, None, :], has_bias=f"{layer}.bias" in self._parameters)
+                    for layer, a, g in zip(self._layers(task), inputs, gradients, strict=True)
                 }
 
     def pushforward(

@@ -291,8 +291,9 @@ def _rebuild(node: Tree, path: tuple[str, ...], leaves: Mapping[str, Any]) -> Tr
 
 
 def size_in_bytes(tree: Tree) -> int:
-    """Return the memory that a tree's arrays take; what is no array takes none."""
-    return sum(_bytes(leaf) for leaf in named_leaves(tree).values() if is_array(leaf))
+    """Return the memory that a tree's arrays take, each once; what is no array takes none."""
+    arrays = {id(leaf): leaf for leaf in named_leaves(tree).values() if is_array(leaf)}
+    return sum(_bytes(array) for array in arrays.values())
 
 
 def _bytes(array: Array) -> int:

@@ -102,10 +102,8 @@ def _by_one_head(learner: Learner, tasks: Sequence[Task], batch_size: int) -> Ev
         moments: Any = 0.0
         for outputs, targets in _own_batches_of_one_head(learner, task.test, batch_size):
             total, units = total + float(likelihood.loss(outputs, targets)), units + likelihood.count(targets)
-            if likelihood.has_labels:
-                xp = namespace(outputs=outputs, targets=targets)
-                correct += int(xp.count_nonzero(xp.argmax(outputs, axis=-1) == targets))
-                counted += int(xp.count_nonzero(targets >= 0))
+            hits, labels = likelihood.hits(outputs, targets)
+            correct, counted = correct + hits, counted + labels
             if likelihood.predicts_numbers:
                 moments = moments + correlation_sums(outputs, targets)
         sums = [total, units, correct, counted, *np.ravel(moments).tolist()]

@@ -201,7 +201,8 @@ class Learner(ABC):
         """Yield the taps of each batch, of all layers that the task's loss depends on.
 
         There is one set of taps for each batch, in the order of the batches. In the mode "true" a batch has as many
-        sets as the task has classes, one after the other. ``became_core.curvature.TapMode`` defines the modes.
+        sets as the task has classes, one after the other, which share the arrays of their inputs: by that, Kronecker
+        factors count these once. ``became_core.curvature.TapMode`` defines the modes.
 
         Args:
             task: the number of the task, and of its head.
@@ -254,16 +255,21 @@ def seen_through(learner: Learner, view: View | None) -> Iterator[None]:
         yield
 
 
-def taps_of_shared_weights(region: Region | None, taps: Taps) -> Taps:
-    """Return the taps of a region's shared weights, given those of its effective weights."""
-    if region is None or not region.rowwise:
-        return taps
-    return {
-        layer: replace(tap, inputs=region.inputs_beneath(tap.weight_name(layer), tap.inputs))
-        if tap.weight_name(layer) in region.rowwise
-        else tap
-        for layer, tap in taps.items()
-    }
+def taps_of_shared_weights(region: Region | None, batches: Iterable[Taps]) -> Iterator[Taps]:
+    """Yield the taps of a region's shared weights, given those of its effective weights.
+
+    Taps that share the array of their inputs, as the sets of one batch do, share that of what becomes of it, too.
+    """
+    latest: dict[str, tuple[Array, Array]] = {}
+    for taps in batches:
+        beneath = dict(taps)
+        for layer, tap in taps.items():
+            name = tap.weight_name(layer)
+            if region is not None and name in region.rowwise:
+                if layer not in latest or latest[layer][0] is not tap.inputs:
+                    latest[layer] = tap.inputs, region.inputs_beneath(name, tap.inputs)
+                beneath[layer] = replace(tap, inputs=latest[layer][1])
+        yield beneath
 
 
 def refresh_statistics(

@@ -340,7 +340,7 @@ class Measurement:
         """Yield the taps of this process's own batches, or of all."""
         batches = self.learner.taps(self.task.index, rows, self.training.batch_size, mode, rng, own=own)
         # The Gram matrices of inputs are those of what a layer really reads, so these taps are not changed.
-        return batches if mode == "inputs" else (taps_of_shared_weights(self.region, taps) for taps in batches)
+        return batches if mode == "inputs" else taps_of_shared_weights(self.region, batches)
 
     def _refresh_statistics(self) -> None:
         tasks, size = [self.last or self.task], self.training.batch_size

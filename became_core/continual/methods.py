@@ -109,6 +109,14 @@ class Method:
     recentred: bool = True
     joint: bool = False
 
+    def __post_init__(self) -> None:
+        """Raise a BecameError if the posterior's mean shall be a minimum that is computed of diagonals alone."""
+        if not self.recentred and self.precision != "diagonal":
+            raise BecameError(
+                f"{self.name} keeps the minimum of all tasks' quadratics, which is known for diagonals alone; choose "
+                "the precision 'diagonal'."
+            )
+
     @property
     def merges_stages(self) -> bool:
         """Whether a second stage is trained without constraint and then merged with the first."""
@@ -141,6 +149,6 @@ class Method:
         if old is None:
             return LaplacePosterior(theta, curvature)
         if not self.recentred:
-            precisions = (old.precision.diagonal(), curvature.diagonal())
+            precisions = ((old.precision * self.decay).diagonal(), curvature.diagonal())
             theta = precision_weighted_mean((old.mean, theta), precisions, (0.5, 0.5))
         return old.update(theta, curvature, decay=self.decay)

@@ -183,7 +183,8 @@ class Stepped:
 
     def rates(self, steps: int) -> NDArray[np.float64]:
         """Return the current rate for each step, [steps]."""
-        passed = sum(self.epoch >= share * self.epochs for share in self.milestones)
+        # 7 / 25 of 25 epochs are 7.000000000000001.
+        passed = sum(self.epoch >= (share - 1e-9) * self.epochs for share in self.milestones)
         return np.full(steps, self.lr / self.factor**passed)
 
     def advance(self, validation_loss: float) -> Self:

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple, Self
 
-from became_core.arrays import Params, device, namespace, pytree, static
+from became_core.arrays import Params, device, namespace, pytree, reduction_dtype, static
 from became_core.errors import BecameError
 from became_core.laplace import LaplacePosterior
 from became_core.projection import Projector, Region
@@ -119,7 +119,8 @@ class Adam:
         ones = {}
         for name, value in theta.items():
             xp = namespace(parameter=value)
-            ones[name] = xp.ones((2,), dtype=value.dtype, device=device(value))
+            # In bfloat16 beta2 would be 1.
+            ones[name] = xp.ones((2,), dtype=reduction_dtype(xp, parameter=value), device=device(value))
         return replace(self, first=zeros, second=dict(zeros), shares=ones)
 
     def step(self, gradients: Params, theta: Params) -> tuple[Params, Self]:
@@ -136,8 +137,9 @@ class Adam:
             share = xp.stack([shares[name][0] * self.beta1, shares[name][1] * self.beta2])
             first[name] = self.beta1 * first[name] + (1 - self.beta1) * gradient
             second[name] = self.beta2 * second[name] + (1 - self.beta2) * gradient * gradient
-            root = xp.sqrt(second[name] / (1 - share[1])) + self.epsilon
-            directions[name] = first[name] / (1 - share[0]) / root
+            missing = xp.astype(1 - share, gradient.dtype, copy=False)
+            root = xp.sqrt(second[name] / missing[1]) + self.epsilon
+            directions[name] = first[name] / missing[0] / root
             shares[name] = share
         return directions, replace(self, first=first, second=second, shares=shares)
 
@@ -186,7 +188,7 @@ class Penalty:
             rate: the learning rate of the step.
             relative: the factors of the rate, for those parameters that have one.
         """
-        penalised = [name for name in gradients if name in self.posterior.mean]
+        penalised = [name for name in gradients if name in self.posterior.precision.covered()]
         # Solving (theta' - theta) / rate = -(g + S (theta' - mean)) for the new theta' gives the denominator. S is
         # taken to be diagonal there: with the full matrix, each step would have to solve a linear system.
         slopes = self.posterior.gradient({name: theta[name] for name in penalised})
@@ -218,7 +220,7 @@ class Penalty:
             relative: the factors of the rate, for those scales that have one.
         """
         weights = region.effective({name: theta[name] for name in region.weights})
-        penalised = sorted(weights.keys() & gradients.keys() & self.posterior.mean.keys())
+        penalised = sorted(weights.keys() & gradients.keys() & self.posterior.precision.covered().keys())
         slopes = self.posterior.gradient({name: weights[name] for name in penalised})
         total = gradients | {name: gradients[name] + self.strength * slopes[name] for name in penalised}
         pulled, curvature = region.pull_back(total, theta), self.posterior.precision.diagonal()

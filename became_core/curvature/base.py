@@ -115,6 +115,14 @@ class Likelihood(ABC):
         """Return what a mean over samples with these targets divides by: ``units``, without the outputs."""
         return float(targets.shape[0])
 
+    def hits(self, outputs: Array, targets: Array) -> tuple[int, int]:
+        """Return for how many labels the largest output is that of the label, and how many there are; 0, 0 if none."""
+        if not self.has_labels:
+            return 0, 0
+        xp: Any = namespace(outputs=outputs, targets=targets)
+        right = xp.argmax(outputs, axis=-1) == targets
+        return int(xp.count_nonzero(right)), math.prod(targets.shape)
+
     def mean_loss(self, outputs: Array, targets: Array) -> Array:
         """Return the mean loss, a 0-d array; unlike ``loss / units`` it can be compiled."""
         xp: Any = namespace(outputs=outputs)

@@ -96,6 +96,14 @@ class Categorical(Likelihood):
         outputs = xp.zeros((*targets.shape, len(self.weights)), device=device(targets))
         return self.units(outputs, targets)
 
+    def hits(self, outputs: Array, targets: Array) -> tuple[int, int]:
+        """Return for how many of the labels that count the largest logit is that of the label, and how many count."""
+        outputs, targets = self._own(outputs), self._own(targets)
+        xp: Any = namespace(outputs=outputs, targets=targets)
+        counted = targets != self.ignored
+        right = xp.logical_and(counted, xp.argmax(outputs, axis=-1) == targets)
+        return int(xp.count_nonzero(right)), int(xp.count_nonzero(counted))
+
     def mean_loss(self, outputs: Array, targets: Array) -> Array:
         """Return the mean cross-entropy, a 0-d array; unlike ``loss / units`` it can be compiled."""
         _, _, weights = self._flat(self._own(outputs), self._own(targets))

@@ -76,7 +76,7 @@ def diagonal_fisher(
         {'fc.weight': array([[36.,  9.]])}
     """
     total = _sum_of(_published(batches, sizes, first)) if kind == "batch" else square_sums(batches)
-    if samples < 1 or not total:
+    if not samples > 0 or not total:
         raise BecameError("the Fisher information needs at least one sample; none was given.")
     unknown = sorted(set(total) - set(parameters))
     if unknown:

@@ -334,6 +334,8 @@ def _by_sample(rows: Array, keys: Array, size: int) -> tuple[Any, Array, Array]:
     xp = namespace(rows=rows, keys=keys)
     n, positions, d = rows.shape
     flat = xp.reshape(xp.astype(rows, reduction_dtype(xp, rows=rows), copy=False), (n * positions, d))
+    if xp.iinfo(keys.dtype).bits < 32:  # the product below would overflow
+        keys = xp.astype(keys, xp.int32)
     samples = xp.arange(n, dtype=keys.dtype, device=device(keys))
     return xp, flat, xp.reshape(keys + size * samples[:, None], (n * positions,))
 

@@ -31,6 +31,7 @@ from became_core.arrays import (
     Reduce,
     Tree,
     aligned_rows,
+    check_values,
     device,
     difference,
     hold,
@@ -142,7 +143,9 @@ def layerwise_quadratic(
         xp = namespace(slope=slope)
         identity = xp.eye(slope.shape[0], dtype=curvature.dtype, device=device(curvature))
         return Quadratic(slope, xp.expand_dims(curvature, axis=-1) * identity)
-    trees = _without_none(theta_gp=theta_gp, theta_hat=theta_hat, gradient=gradient, mean=mean)
+    curvatures = {"fisher_old": fisher_old, "fisher_new": fisher_new}
+    of_trees = {role: tree for role, tree in curvatures.items() if not isinstance(tree, Precision)}
+    trees = _without_none(theta_gp=theta_gp, theta_hat=theta_hat, gradient=gradient, mean=mean, **of_trees)
     rows = aligned_rows(trees)
     for path, row in rows.items():
         labelled = {label(role, path): array for role, array in zip(trees, row, strict=True)}
@@ -156,7 +159,13 @@ def layerwise_quadratic(
     of_old, of_new = _expansions(
         directions, [(old, None, from_mean), (new, leaves.get("gradient"), from_theta_hat)], reduce
     )
-    return of_old + of_new
+    both = of_old + of_new
+    xp = namespace(slope=both.slope)
+    finite = xp.logical_and(xp.all(xp.isfinite(both.slope)), xp.all(xp.isfinite(both.curvature)))
+    check_values(
+        finite, "models, curvatures or gradients have entries that are NaN, infinite, or too large to be summed."
+    )
+    return both
 
 
 def subspace_quadratic(

@@ -222,12 +222,13 @@ def _free_minimiser(slope: Array, curvature: Array) -> Array:
     if slope.shape[0] == 1:
         return segment_minimiser(slope, curvature[:, 0], clip=False)
     _check_finite(slope, curvature)
-    magnitude = xp.max(xp.abs(curvature), axis=1)
-    largest = xp.max(magnitude)
-    # A ridge of the size of rounding lets directions that coincide share their weight evenly rather than fail.
-    ridge = 2 * slope.shape[0] * xp.finfo(curvature.dtype).eps * largest
-    ridge = xp.where(largest > 0, ridge, xp.ones_like(largest))
-    system = curvature + ridge * xp.eye(slope.shape[0], dtype=curvature.dtype, device=device(curvature))
+    identity = xp.eye(slope.shape[0], dtype=curvature.dtype, device=device(curvature))
+    magnitude, own = xp.max(xp.abs(curvature), axis=1), xp.abs(xp.sum(curvature * identity, axis=1))
+    # A ridge of the size of rounding lets directions that coincide share their weight evenly rather than fail. It is a
+    # share of each direction's own curvature: beside that of another one a small curvature is not rounding.
+    own = xp.where(own > 0, own, xp.where(magnitude > 0, magnitude, xp.ones_like(own)))
+    ridge = xp.where(magnitude > 0, 2 * slope.shape[0] * xp.finfo(curvature.dtype).eps * own, own)
+    system = curvature + xp.expand_dims(ridge, axis=-1) * identity
     solution = xp.linalg.solve(system, xp.expand_dims(-slope, axis=-1))[:, 0]
     return xp.where(magnitude > 0, solution, xp.zeros_like(slope))
 
@@ -291,13 +292,33 @@ class _Faces:
         """What share of the largest number is taken for rounding."""
         return 16 * len(self.slope) * self.eps
 
+    @property
+    def own(self) -> Numbers:
+        """How curved the loss is along each direction, [K], beside which rounding is small; the slope where it is flat.
+
+        In the box a direction has a scale of its own: a curvature far below that of another one is no rounding. On the
+        simplex the coefficients have one common gradient, and so one scale.
+        """
+        sizes = np.abs(np.diag(self.curvature)), np.abs(self.curvature).max(axis=1), np.abs(self.slope)
+        if self.on_simplex:
+            return np.full(len(self.slope), sizes[1].max() or sizes[2].max() or 1.0)
+        return np.select([size > 0 for size in sizes], sizes, 1.0)
+
+    @property
+    def steepest(self) -> Numbers:
+        """How large the terms of each direction's slope are in the box or on the simplex, [K]; 1 where all are 0."""
+        terms = np.abs(self.curvature).max(axis=1) + np.abs(self.slope)
+        if self.on_simplex:
+            terms = np.full(len(terms), np.abs(self.curvature).max() + np.abs(self.slope).max())
+        return np.where(terms > 0, terms, 1.0)
+
     def stationary(self, free: NDArray[np.bool_], held: Numbers) -> Numbers:
         """Return the point of each face where the loss is stationary along the face, [faces, K]."""
         # A constant added to all curvatures changes nothing on the simplex. With it, systems are singular only where a
         # face has many minima; a ridge of the size of rounding then lets coinciding directions share their weight.
         curvature = self.curvature + (np.abs(self.curvature).max() if self.on_simplex else 0.0)
-        largest, identity = np.abs(curvature).max(), np.eye(len(self.slope))
-        ridged = curvature + identity * (2 * len(self.slope) * self.eps * largest if largest > 0 else 1.0)
+        identity = np.eye(len(self.slope))
+        ridged = curvature + identity * (2 * len(self.slope) * self.eps * self.own)
         systems = np.where(free[:, :, None] & free[:, None, :], ridged, identity)
         if not self.on_simplex:
             right = np.where(free, -(self.slope + held @ self.curvature), held)
@@ -332,8 +353,7 @@ class _Faces:
         outside = np.maximum(0, np.maximum(-points, points - 1)).max(axis=1)
         eigenvalues = np.linalg.eigvalsh(self.curvature)
         if eigenvalues.min() >= -self.slack * np.abs(eigenvalues).max():
-            scale = np.abs(self.curvature).max() + np.abs(self.slope).max()
-            violation = outside + np.maximum(0, self.pull(points, free)).max(axis=1) / (scale or 1.0)
+            violation = outside + (np.maximum(0, self.pull(points, free)) / self.steepest).max(axis=1)
             chosen = int(np.argmax(violation <= violation.min() + self.slack))
         else:
             height = (points * (self.slope + 0.5 * points @ self.curvature)).sum(axis=1)
@@ -351,12 +371,10 @@ class _Faces:
         if self.on_simplex:  # what only the sum of the coefficients feels is the same everywhere
             across = across - across.mean(axis=0, keepdims=True)
             across = across - across.mean(axis=1, keepdims=True)
-        largest = np.abs(self.curvature).max()
-        if np.linalg.eigvalsh(across).min() < -self.slack * largest:
+        if np.linalg.eigvalsh(across).min() < -self.slack * np.abs(self.curvature).max():
             raise BecameError(
                 f"a constrained minimum along {size} directions is found only where the loss is convex along them."
             )
-        flat = self.slack * (largest + np.abs(self.slope).max())
         highest = np.inf if self.on_simplex else 1.0
         point, free = np.zeros(size), np.zeros(size, dtype=bool)
         if self.on_simplex:
@@ -373,8 +391,8 @@ class _Faces:
                 point[blocking], free[blocking] = float(step[blocking] > 0), False
                 continue
             point = point + step
-            pull = np.where(free, -np.inf, self.pull(point[None], free[None])[0])
-            if pull.max() <= flat:
+            pull = np.where(free, -np.inf, self.pull(point[None], free[None])[0] / self.steepest)
+            if pull.max() <= self.slack:
                 return point, free
             free[np.argmax(pull)] = True
         raise BecameError(
@@ -386,7 +404,8 @@ class _Faces:
         along = np.diag(free * 1.0)
         if self.on_simplex:
             along = along - np.outer(free, free) / free.sum()
-        inverse = np.linalg.pinv(along @ self.curvature @ along, rcond=self.slack, hermitian=True)
+        scale = np.sqrt(np.outer(self.own, self.own))
+        inverse = np.linalg.pinv(along @ self.curvature @ along / scale, rcond=self.slack, hermitian=True) / scale
         return np.where(np.outer(free, free), inverse, 0.0)  # exactly, so that what is held stays where it is
 
 

@@ -94,7 +94,9 @@ def inner_products(xp: Any, left: Array, right: Array) -> Array:
 
     Arrays keep their shapes, so that each device can sum what it has of them.
     """
-    if left.ndim <= 2:
+    if left.ndim == 1:  # of a parameter without axes
+        return xp.expand_dims(left, axis=-1) * xp.expand_dims(right, axis=0)
+    if left.ndim == 2:
         return xp.matmul(left, xp.matrix_transpose(right))
     axes = tuple(range(1, left.ndim))
     return xp.tensordot(left, right, axes=(axes, axes))

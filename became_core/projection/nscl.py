@@ -21,7 +21,7 @@ from became_core.arrays import Array, Params, namespace, pytree, static
 from became_core.errors import BecameError
 from became_core.projection.base import FinishedTask
 from became_core.projection.layerwise import LayerwiseProjector
-from became_core.projection.subspace import Subspace, checked_gram, rounding, spectrum, wide
+from became_core.projection.subspace import Subspace, checked_energies, checked_gram, rounding, spectrum, wide
 from became_core.registry import setting
 
 __all__ = ["NSCL"]
@@ -79,7 +79,8 @@ class NSCL(LayerwiseProjector):
             xp: Any = namespace(gram=gram)
             old = self.covariances.get(name)
             if len(gram.shape) == 1:  # the eigenvectors are the axes
-                total = wide(gram) if old is None else wide(gram) + wide(old)
+                total = checked_energies(name, gram, old)
+                total = total if old is None else total + wide(old)
                 least = xp.maximum(xp.min(total), rounding(gram, xp.sum(total))) if self.floored else xp.min(total)
                 spaces[name] = Subspace.of(xp.astype(total > self.ratio * least, gram.dtype))
                 covariances[name] = xp.astype(total, gram.dtype)

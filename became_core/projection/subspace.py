@@ -226,6 +226,24 @@ def min_directions(values: Array, wanted: Array, *, captured: Array | float = 0.
     return min(short + 1, int(xp.sum(xp.astype(values > floor, xp.int32))))
 
 
+def checked_energies(name: str, energies: Array, old: Array | None) -> Array:
+    """Return the diagonal of a Gram matrix, [d], in at least float32.
+
+    Args:
+        name: what a message calls the weight.
+        energies: the diagonal, [d].
+        old: what the memory has of the axes, [d]; None if it has nothing.
+
+    Raises:
+        BecameError: if the energies are not finite, or not as many as the axes of the memory.
+    """
+    if old is not None and old.shape != energies.shape:
+        raise BecameError(f"'{name}' has {energies.shape[0]} rows; its memory is one of {old.shape[0]}.")
+    xp = namespace(energies=energies)
+    check_values(xp.all(xp.isfinite(energies)), f"the inputs of '{name}' are not finite; look for NaN in the network.")
+    return wide(energies)
+
+
 def leading_axes(name: str, energies: Array, old: Array | None, share: float) -> Array:
     """Return which axes a subspace along axes needs beside those that it has, booleans [d].
 
@@ -246,10 +264,7 @@ def leading_axes(name: str, energies: Array, old: Array | None, share: float) ->
         array([False, False,  True,  True])
     """
     xp: Any = namespace(energies=energies)
-    if old is not None and old.shape != energies.shape:
-        raise BecameError(f"'{name}' has {energies.shape[0]} rows; its memory is one of {old.shape[0]}.")
-    check_values(xp.all(xp.isfinite(energies)), f"the inputs of '{name}' are not finite; look for NaN in the network.")
-    values = wide(energies)
+    values = checked_energies(name, energies, old)
     is_old = xp.zeros_like(values) > 0 if old is None else old > 0
     new = xp.where(is_old, xp.zeros_like(values), values)
     order = xp.argsort(-new, stable=True)

@@ -102,3 +102,28 @@ def test_entry_points_of_other_packages_are_registered_once(monkeypatch: pytest.
     assert things.names == ("first", "second", "elsewhere")
     assert things["elsewhere"] is Second
     assert asked == ["became.tests"]
+
+
+def test_a_plug_in_that_cannot_be_loaded_is_reported_each_time_and_loses_no_other(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    entries = [
+        EntryPoint("broken", "no.module:Second", "became.tests"),
+        EntryPoint("third", "module:Second", "became.tests"),
+    ]
+    monkeypatch.setattr(module, "entry_points", lambda *, group: entries)
+    real = EntryPoint.load
+    monkeypatch.setattr(EntryPoint, "load", lambda self: real(self) if self.name == "broken" else Second)
+    things = registry()
+    for _ in range(2):
+        with pytest.raises(ModuleNotFoundError):
+            assert things.names
+    del entries[0]
+    assert things.names == ("first", "second", "third")
+    other = registry()
+    with pytest.raises(BecameError, match="share the option 'shared'"):
+        other.register("own", Clashing)
+    assert other.names == ("first", "second", "third")  # a value that is refused takes nothing else with it
+    kept = registry()
+    kept.register("third", First)
+    assert kept["third"] is First  # what the user registers is not replaced by a plug-in

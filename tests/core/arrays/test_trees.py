@@ -239,3 +239,8 @@ def test_variables_of_keras_are_leaves(backend: str) -> None:
     by_path = {variable.path: variable for variable in models[0].variables}
     ones = {path: variable.value * 0 + 1 for path, variable in by_path.items()}
     assert float(optimal_alpha(by_path, by_path, ones, ones)) == 0
+
+
+def test_an_array_in_two_places_takes_its_memory_once(xp: Any) -> None:
+    array = xp.ones((3, 2), dtype=xp.float32)
+    assert size_in_bytes({"basis": array, "factor": array}) == 24

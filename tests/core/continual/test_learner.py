@@ -1,5 +1,6 @@
 """Running statistics: how those of batches are combined, and when a learner gets new ones."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -8,9 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from became_core.continual import Annealed, TaskStream, Training, build_method
-from became_core.continual.learner import pooled, refresh_statistics, weights_of
+from became_core.continual.learner import pooled, refresh_statistics, taps_of_shared_weights, weights_of
 from became_core.continual.run_context import RunContext
 from became_core.continual.state import Memory
+from became_core.curvature import Tap, kronecker_factors
 from reference.learner import ReferenceLearner
 from tests.backends import to_numpy
 from tests.streams import prototype_stream
@@ -89,3 +91,40 @@ def test_a_learner_without_running_statistics_is_unchanged() -> None:
     before = learner.parameters()
     refresh_statistics(learner, STREAM.tasks[:1], 8, seed=3)
     assert all(np.array_equal(value, before[name]) for name, value in learner.parameters().items())
+
+
+class _Turned:
+    """A region whose inputs beneath are twice those of the network."""
+
+    rowwise = frozenset({"fc.weight"})
+
+    def inputs_beneath(self, name: str, inputs: Any) -> Any:
+        assert name == "fc.weight"
+        return inputs * 2
+
+
+def test_the_sets_of_taps_of_a_batch_share_their_inputs_beneath_a_region() -> None:
+    """By which Kronecker factors count them once, in the mode "true" as in any other."""
+    region: Any = _Turned()
+
+    def batches() -> Iterator[dict[str, Tap]]:
+        for inputs in (np.ones((2, 1, 3)), np.full((2, 1, 3), 5.0)):
+            for gradients in (np.ones((2, 1, 4)), -np.ones((2, 1, 4))):
+                yield {"fc": Tap("matrix", inputs, gradients), "out": Tap("matrix", inputs, gradients)}
+
+    taps = list(taps_of_shared_weights(region, batches()))
+    assert [float(each["fc"].inputs[0, 0, 0]) for each in taps] == [2, 2, 10, 10]
+    assert [float(each["out"].inputs[0, 0, 0]) for each in taps] == [1, 1, 5, 5]
+    once = kronecker_factors(iter(taps), samples=4).factors["fc.weight"][0]
+    np.testing.assert_array_equal(once, np.full((3, 3), (2 * 4 + 2 * 100) / 4))
+
+
+def test_the_reference_learners_inputs_count_once_for_all_classes() -> None:
+    stream = prototype_stream(tasks=2, side=4)
+    learner, rows = ReferenceLearner(stream, hidden=(6, 5), seed=1), stream.tasks[0].train[:8]
+    of_inputs = [
+        kronecker_factors(learner.taps(0, rows, 4, mode, np.random.default_rng(0)), samples=8).factors
+        for mode in ("empirical", "true")
+    ]
+    for name, (inputs, _) in of_inputs[0].items():
+        np.testing.assert_allclose(of_inputs[1][name][0], inputs, rtol=1e-12)

@@ -1,10 +1,11 @@
 from typing import Any
 
+import numpy as np
 import pytest
 
-from became_core import BecameError
+from became_core import BecameError, Diagonal, LaplacePosterior
 from became_core.continual import build_method, check_settings, method_names, method_settings, projector_names
-from became_core.continual.methods import Transfer
+from became_core.continual.methods import Method, Transfer
 from became_core.laplace import (
     Became,
     BecameCurve,
@@ -197,3 +198,16 @@ def test_a_setting_that_is_no_number_is_refused(number: float) -> None:
     for method, option in (("ewc", "ewc_strength"), ("gpm", "threshold"), ("became+gpm", "increment")):
         with pytest.raises(BecameError, match=rf"^the setting '{option}' is (nan|inf); it must be a finite number\.$"):
             build_method(method, {option: number})
+
+
+@pytest.mark.parametrize("decay", [1.0, 0.5, 0.0])
+def test_a_mean_that_is_not_recentred_is_the_minimum_of_the_decayed_quadratics(decay: float) -> None:
+    old = LaplacePosterior({"w": np.zeros(1)}, Diagonal({"w": np.array([2.0])}))
+    method = Method("own", recentred=False, decay=decay)
+    found = method.updated_posterior(old, {"w": np.ones(1)}, Diagonal({"w": np.ones(1)}))
+    assert found.mean["w"] == pytest.approx(1 / (1 + 2 * decay))
+
+
+def test_a_minimum_is_not_kept_of_other_structures_than_diagonals() -> None:
+    with pytest.raises(BecameError, match="known for diagonals alone; choose the precision 'diagonal'"):
+        Method("own", recentred=False, precision="kronecker")

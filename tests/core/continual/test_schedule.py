@@ -143,3 +143,8 @@ def test_rates_that_are_no_numbers_are_refused(number: float) -> None:
     for make in schedules:
         with pytest.raises(BecameError):
             make()
+
+
+def test_a_share_that_is_a_number_of_epochs_is_reached_at_that_epoch() -> None:
+    """7 / 25 of 25 epochs are 7.000000000000001 in floating point."""
+    assert all_rates(Stepped(1.0, 25, (7 / 25,)), 1) == [1.0] * 7 + [0.5] * 18

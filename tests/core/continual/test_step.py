@@ -150,3 +150,28 @@ def test_a_parameter_without_a_mean_is_not_penalised(xp: Any, seed: int, strengt
     assert np.all(
         penalised["norm.weight"] > free["norm.weight"]
     )  # The mean is larger, and the penalty draws the weight to it.
+
+
+def test_adam_learns_in_bfloat16(xp: Any) -> None:
+    """There beta2 is 1, so that what is missing of the second moment must be kept wider."""
+    if not hasattr(xp, "bfloat16"):
+        pytest.skip("this backend has no bfloat16")
+    theta = {"w": xp.astype(xp.ones((2,)), xp.bfloat16)}
+    adam = Adam().initial(theta)
+    for _ in range(3):
+        directions, adam = adam.step({"w": theta["w"]}, theta)
+        assert directions["w"].dtype == xp.bfloat16
+        np.testing.assert_allclose(to_numpy(xp.astype(directions["w"], xp.float32)), 1, rtol=0.02)
+
+
+@given(seed=st.integers(0, 9))
+def test_a_parameter_without_a_precision_is_not_penalised(xp: Any, seed: int) -> None:
+    theta, gradients = some(xp, seed), [some(xp, seed + 1)]
+    posterior = LaplacePosterior(theta, Diagonal({"norm.weight": theta["norm.weight"] ** 2 + 1}))
+    moved = {"norm.weight": theta["norm.weight"] + 1}
+    penalised = moves(
+        Constraint(frozenset(theta), penalty=Penalty(posterior, 3.0)), SGD(), theta | moved, gradients, 0.1
+    )
+    free = moves(Constraint(frozenset(theta)), SGD(), theta | moved, gradients, 0.1)
+    for name, move in penalised.items():
+        assert np.array_equal(move, free[name]) == (name != "norm.weight")

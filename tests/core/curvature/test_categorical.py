@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from became_core import BecameError
-from became_core.curvature import Pushforward, derivatives_along, log_softmax, logit_cotangents
+from became_core.curvature import Categorical, Pushforward, derivatives_along, log_softmax, logit_cotangents
 from reference.formulas import cross_entropy, directional_derivatives, softmax
 from tests.backends import to_numpy, to_xp
 from tests.strategies import eighths
@@ -125,3 +125,16 @@ def test_log_softmax_is_stable(xp: Any, logits: Any, shift: float) -> None:
 def test_no_batches_is_an_error() -> None:
     with pytest.raises(BecameError, match=r"^a directional derivative needs at least one sample; none was given\.$"):
         derivatives_along([])
+
+
+def test_hits_are_counted_where_labels_count_and_against_what_they_are_predicted_for(xp: Any) -> None:
+    labels = np.array([[1, 2, 0, 0], [1, 2, 0, 0]])
+    logits = np.zeros((2, 4, 3))
+    for position, predicted in enumerate([1, 2, 1, 1]):
+        logits[:, position, predicted] = 5
+    outputs, targets = to_xp(xp, logits), xp.asarray(labels)
+    assert Categorical(by="token").hits(outputs, targets) == (4, 8)
+    assert Categorical(by="token", ignored=0).hits(outputs, targets) == (4, 4)
+    # Shifted, position 0 predicts the label of position 1, and the last position predicts nothing.
+    following = to_xp(xp, np.eye(3)[np.roll(labels, -1, axis=1)])
+    assert Categorical(by="token", shift=True).hits(following, targets) == (6, 6)

@@ -95,3 +95,12 @@ def test_an_unknown_layer_is_an_error(xp: Any) -> None:
     taps = taps_of(xp, [(np.ones((1, 3, 4)), np.ones((1, 3, 2)))])
     with pytest.raises(BecameError, match=r"^a tap belongs to 'conv\.bias', which is no parameter of the model\.$"):
         diagonal_fisher(taps, {"conv.weight": xp.zeros((2, 1, 2, 2))}, "empirical", samples=1)
+
+
+def test_weights_of_samples_may_sum_to_less_than_one(xp: Any) -> None:
+    """As weights of classes, for example: what the mean divides by is then below 1."""
+    taps = list(taps_of(xp, [(np.ones((1, 3, 4)), np.ones((1, 3, 2)))]))
+    small, whole = (diagonal_fisher(taps, to_xp(xp, PARAMETERS), "empirical", samples=s) for s in (0.25, 1))
+    np.testing.assert_allclose(to_numpy(small["conv.weight"]), 4 * to_numpy(whole["conv.weight"]), rtol=1e-12)
+    with pytest.raises(BecameError, match="at least one sample; none was given"):
+        diagonal_fisher(taps, to_xp(xp, PARAMETERS), "empirical", samples=0)

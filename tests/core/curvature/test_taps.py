@@ -174,3 +174,18 @@ def test_gradients_pass_through_the_sum_of_squares(xp: Any, backend: str, positi
     sum(square.sum() for square in squares.values()).backward()
     # d/dg of (p g)^2 for each of two inputs and the bias, p being the number of positions.
     np.testing.assert_allclose(to_numpy(gradients.grad), np.full((5, positions, 3), 3 * 2 * positions))
+
+
+@pytest.mark.parametrize("dtype", [np.int16, np.uint8])
+def test_keys_of_a_narrow_dtype_are_those_of_a_wide_one(xp: Any, dtype: Any) -> None:
+    """The numbers by which samples are kept apart, size x samples, are too large for it."""
+    draw = np.random.default_rng(0)
+    size = 200
+    keys, gradients = draw.integers(0, size, (200, 3)), draw.normal(size=(200, 3, 2))
+    narrow, wide = (
+        per_sample_square_sum(
+            {"words": Tap("embedding", xp.asarray(keys.astype(kind)), to_xp(xp, gradients), size=size)}
+        )
+        for kind in (dtype, np.int32)
+    )
+    np.testing.assert_array_equal(to_numpy(narrow["words.weight"]), to_numpy(wide["words.weight"]))

@@ -174,3 +174,9 @@ def test_what_cannot_be_expanded_is_said(xp: Any) -> None:
         path_quadratic({}, {}, {}, {})
     with pytest.raises(BecameError, match=r"^theta_hat has a leaf 'v' that theta_gp lacks"):
         optimal_alpha(tree, tree | {"v": tree["w"]}, Diagonal(tree), tree)
+    with pytest.raises(BecameError, match=r"^fisher_new lacks the leaf 'v'"):
+        optimal_alpha(tree | {"v": tree["w"]}, tree | {"v": tree["w"]}, Diagonal(tree | {"v": tree["w"]}), tree)
+    wrong = {"w": xp.asarray([1.0, float("nan")])}
+    for arguments in ((tree, wrong, Diagonal(tree)), (tree, tree, Diagonal({"w": xp.asarray([1.0, float("inf")])}))):
+        with pytest.raises(BecameError, match="entries that are NaN, infinite, or too large to be summed"):
+            optimal_alpha({"w": xp.zeros((2,))}, arguments[1], Diagonal(tree), arguments[2])

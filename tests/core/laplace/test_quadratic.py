@@ -346,3 +346,19 @@ def test_what_cannot_be_used_is_said(xp: Any) -> None:
         scalar(xp, 1.0, 1.0).minimiser("ball")  # type: ignore[arg-type]
     with pytest.raises(BecameError, match=r"a point of 2 directions is an array \[2\], not a number"):
         of(xp, [1.0, 1.0], np.eye(2)).value(0.5)
+
+
+@pytest.mark.parametrize("constraint", [None, "box"])
+@pytest.mark.parametrize("size", [2, 8])  # with eight, the box's faces are walked and not all tried
+def test_a_direction_is_not_taken_for_rounding_beside_a_more_curved_one(xp: Any, size: int, constraint: Any) -> None:
+    """In single precision, curvatures that differ by many orders; without coupling each minimum is its own."""
+    curvature, least = 10.0 ** -np.linspace(0, 9, size), np.linspace(0.1, 0.9, size)
+    slope = xp.asarray((-curvature * least).astype(np.float32))
+    found = Quadratic(slope, xp.asarray(np.diag(curvature).astype(np.float32))).minimiser(constraint)
+    np.testing.assert_allclose(to_numpy(found), least, rtol=1e-5)
+
+
+def test_a_loss_without_curvature_has_its_minimum_in_a_corner(xp: Any) -> None:
+    slope = [-1.0, -0.1, -0.01, 0.3, 0.2, -2.0]
+    found = of(xp, slope, np.zeros((6, 6))).minimiser("box")
+    np.testing.assert_array_equal(to_numpy(found), [1, 1, 1, 0, 0, 1])

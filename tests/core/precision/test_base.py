@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from became_core import BecameError, LaplacePosterior
 from became_core.laplace import Dense, Diagonal, Kronecker, LowRank, Precision, Sum
+from became_core.precision.vectors import inner_products
 from tests.backends import to_numpy, to_xp
 from tests.strategies import KINDS, Structured, each_structure, eighths, few_if_compiled, structured, structured_pairs
 
@@ -271,3 +272,9 @@ def _lists_of_covered(count: int, monkeypatch: pytest.MonkeyPatch) -> int:
 def test_what_a_precision_covers_is_not_listed_anew_for_each_parameter(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each list is of all parameters, so that a check of many would take the square of their number."""
     assert _lists_of_covered(2, monkeypatch) == _lists_of_covered(20, monkeypatch)
+
+
+def test_inner_products_of_numbers_are_their_products(xp: Any) -> None:
+    """A parameter without axes, a scale of logits for example, whose shape is kept where several devices share work."""
+    left, right = xp.asarray([1.0, 2.0]), xp.asarray([3.0, 4.0, 5.0])
+    np.testing.assert_array_equal(to_numpy(inner_products(xp, left, right)), [[3, 4, 5], [6, 8, 10]])

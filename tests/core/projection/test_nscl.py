@@ -78,3 +78,8 @@ def test_bad_input_is_refused(xp: Any) -> None:
     memory = NSCL().remember(Finished({"w": xp.eye(3)}, {}))
     with pytest.raises(BecameError, match=r"^the Gram matrix of 'w' has shape \(2, 2\); it must be \[3, 3\], or "):
         memory.remember(Finished({"w": xp.eye(2)}, {}))
+    along_axes = NSCL().remember(Finished({"w": xp.asarray([1.0, 2.0, 3.0])}, {}))
+    with pytest.raises(BecameError, match=r"^'w' has 1 rows; its memory is one of 3\.$"):
+        along_axes.remember(Finished({"w": xp.asarray([1.0])}, {}))
+    with pytest.raises(BecameError, match=r"^the inputs of 'w' are not finite; look for NaN in the network\.$"):
+        NSCL().remember(Finished({"w": xp.asarray([float("nan"), 1.0])}, {}))
