@@ -37,6 +37,7 @@ class NetworkView(Protocol):
         agreement: what was compared with the network as the user runs it.
         rounding: the epsilon of the coarsest dtype that it computes in; 0 if only that of its outputs is known.
         steps: what steps of a difference are multiplied by: shorter ones meet fewer kinks, and round more.
+        padding: the row of an embedding that has no gradient from it, by the name of its weight; no direction has it.
     """
 
     theta: Params
@@ -44,6 +45,7 @@ class NetworkView(Protocol):
     agreement: Sequence[Finding]
     rounding: float
     steps: Sequence[float]
+    padding: Mapping[str, int]
 
     @property
     def way(self) -> str:
@@ -69,6 +71,7 @@ class LearnerView:
     """A learner's network as a pure function, with the head of the first task, on a few samples."""
 
     steps: Sequence[float] = (1.0,)  # its network knows one length
+    padding: Mapping[str, int] = {}
     rounding = 0.0
 
     def __init__(
@@ -158,7 +161,7 @@ def check_network(network: NetworkView) -> NetworkCheck:
         findings.append(Finding("gradients of single samples", _apart(*zip(*pairs, strict=True)), tolerance))
     # In the gradients' terms, since a difference of outputs is no measure here: in a deep network with ReLUs there are
     # kinks within any step that rounding allows. Where a difference is all there is, the best of some steps counts.
-    direction = _random_direction(theta)
+    direction = _random_direction(theta, network.padding)
     host = _on_host(direction, theta)
     slopes = np.array([sum(float((part[name] * host[name]).sum()) for name in theta) for part in gradients])
     difference = math.inf
@@ -185,12 +188,14 @@ def tolerance_of(outputs: Array, rounding: float = 0.0) -> float:
     return min(10 * math.sqrt(epsilon), 0.1)
 
 
-def _random_direction(theta: Params) -> Params:
-    """Return a direction in which each parameter moves as much as it varies."""
+def _random_direction(theta: Params, padding: Mapping[str, int]) -> Params:
+    """Return a direction in which each parameter moves as much as it varies, and the rows of padding not at all."""
     rng, xp = np.random.default_rng(0), namespace(theta=next(iter(theta.values())))
     direction = {}
     for name, value in theta.items():
         drawn = rng.normal(size=value.shape)
+        if name in padding:
+            drawn[padding[name]] = 0
         scale = max(float(np.std(_numbers(value).astype(np.float64))), 1e-3) if drawn.size else 0.0
         direction[name] = xp.asarray(drawn * scale, dtype=value.dtype, device=getattr(value, "device", None))
     return direction

@@ -3,7 +3,7 @@
 Convention: parameters go by dotted paths in the user's tree; outputs are [samples, ...].
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ class FunctionView:
     """A function on a few samples; its attributes are those of a ``NetworkView``."""
 
     steps = STEPS
+    padding: Mapping[str, int] = {}
     mixes_samples = False
 
     def __init__(

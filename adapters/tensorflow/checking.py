@@ -3,7 +3,7 @@
 Convention: parameters have the names and layouts of ``adapters/tensorflow/parameters.py``.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,7 @@ class KerasView:
     """A model on a few samples; its attributes are those of a ``NetworkView``."""
 
     steps = STEPS
+    padding: Mapping[str, int] = {}
     mixes_samples = False
 
     def __init__(

@@ -91,7 +91,7 @@ class TorchView:
         self._trained = {owners[value]: value for value in network.parameters() if value.requires_grad}
         # Padding's row has no gradient by convention, and a derivative forwards.
         embeddings: list[Any] = [m for m in names if isinstance(m, nn.Embedding) and m.padding_idx is not None]
-        self._padding = {owners[m.weight]: m.padding_idx for m in embeddings if m.weight in owners}
+        self.padding: Mapping[str, int] = {owners[m.weight]: m.padding_idx for m in embeddings if m.weight in owners}
         self._raw = {owners[value]: raw for raw, value in network.named_parameters() if value.requires_grad}
         # Copies: memory that NumPy has seen cannot be freed again, and FSDP2 frees that of its parameters.
         self.theta: Params = {name: value.detach().clone() for name, value in self._trained.items()}
@@ -157,11 +157,6 @@ class TorchView:
 
     def along(self, direction: Params, shorter: float) -> Tensor:
         """Return the derivative of the outputs along a direction; if by a difference, with a shorter step."""
-        direction = direction | {
-            name: direction[name].index_fill(0, torch.tensor(row, device=direction[name].device), 0.0)
-            for name, row in self._padding.items()
-            if name in direction
-        }
         way = self._derivatives if shorter == 1 else Derivatives("difference", shorter)
         return way.along(lambda theta: self._call(theta, slice(None)), self.theta, [direction])[1][0]
 

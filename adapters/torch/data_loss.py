@@ -88,7 +88,8 @@ class DataLoss:
         self._applied = Applied(self._model, reader)
         self._checks, self._shows, self._kind = checks, shows, fisher
         self._derivatives, self._layouts = Derivatives(), Layouts()
-        self._knows_matrices, self._held = False, frozenset[str]()
+        # Only data that are to be remembered say which matrices can be protected.
+        self._knows_matrices, self._held = True, frozenset[str]()
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:

@@ -35,6 +35,11 @@ VIEWS = frozenset(
 # Operations that compute a whole recurrent layer, which PyTorch also computes step by step if it is told to.
 FUSED = frozenset({"MkldnnRnnLayerBackward0", "CudnnRnnBackward0", "MiopenRnnBackward0"})
 
+# Operations that cut rows where their arguments say, which may be elsewhere in every batch.
+CUTS = frozenset(
+    f"{name}Backward{number}" for name in ("Slice", "Split", "SplitWithSizes", "Narrow") for number in (0, 1)
+)
+
 # Operations by which rows can move in another way for every batch.
 ROUTING = frozenset(
     f"{name}Backward{number}"
@@ -70,6 +75,7 @@ class Use:
     transposed: bool = False
     groups: int = 1
     size: int = 0
+    padding: int = -1
     window: Callable[[], Window] | None = None
     operand: GradientEdge | None = None
 
@@ -99,6 +105,7 @@ class Graph:
     uses: Mapping[str, list[Use | Unknown]]
     operations: frozenset[str]
     consumers: Mapping[Node, list[tuple[Node, int, int]]] = field(repr=False)
+    cuts: tuple[Any, ...] = ()
 
     @property
     def is_fused(self) -> bool:
@@ -125,12 +132,17 @@ def graph_of(
     consumers: dict[Node, list[tuple[Node, int, int]]] = {}
     leaves: dict[Tensor, Node] = {}
     nodes: set[Node] = set()
+    cuts: list[Any] = []
     waiting = [] if result.grad_fn is None else [result.grad_fn]
     while waiting:
         node = waiting.pop()
         if node in nodes:
             continue
         nodes.add(node)
+        if node.name() in CUTS:
+            cuts.append(
+                [getattr(node, f"_saved_{name}", None) for name in ("start", "end", "split_size", "split_sizes")]
+            )
         for slot, (before, number) in enumerate(node.next_functions):
             if before is None:
                 continue
@@ -142,7 +154,7 @@ def graph_of(
                 leaves[leaf] = before
     reader = _Reader(consumers, selections, Counter())
     uses = {name: reader.uses(name, value, leaves[value]) for name, value in parameters.items() if value in leaves}
-    return Graph(uses, frozenset(node.name() for node in nodes), consumers)
+    return Graph(uses, frozenset(node.name() for node in nodes), consumers, tuple(str(cut) for cut in cuts))
 
 
 @dataclass(frozen=True)

@@ -197,7 +197,8 @@ def _embedding(node: Any, value: Tensor, chain: Chain) -> Fields:
         # Autograd saves "no padding" as the integer -1, as it has no sign of it in some releases.
         return g if not 0 <= padding < value.shape[0] else g.masked_fill((keys == padding)[:, None, None], 0.0)
 
-    return {"kind": "embedding", "inputs": lambda: keys, "rows": rows, "size": value.shape[0]}
+    known = {"size": value.shape[0], "padding": padding if 0 <= padding < value.shape[0] else -1}
+    return {"kind": "embedding", "inputs": lambda: keys, "rows": rows, **known}
 
 
 def _layer_norm(node: Any, value: Tensor, chain: Chain) -> Fields:

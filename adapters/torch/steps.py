@@ -15,6 +15,7 @@ projection here, acts on each row of G [d_out, d_in] by itself. So a protected w
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -87,6 +88,8 @@ class StepGuard:
         frozen: those that the projector does not protect, and that stand still.
         penalised: of those that are pulled back, the mean, and penalty x precision: what this process has of them.
         before: the weights before the step, likewise.
+        still: weights that need no gradient now and have one from before, by which an optimiser would move them; each
+            with its value before the step.
         groups: what is trained in the present step, and the optimiser's group that it is in.
         guarded: the names of all that has been trained.
 
@@ -103,6 +106,7 @@ class StepGuard:
     frozen: frozenset[str]
     penalised: dict[str, tuple[Tensor, Tensor]]
     before: dict[str, Tensor] = field(default_factory=dict)
+    still: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     groups: Groups = field(init=False)
     guarded: set[str] = field(init=False)
     _names: dict[nn.Parameter, str] = field(init=False, repr=False)
@@ -131,6 +135,8 @@ class StepGuard:
     def before_step(self, *_: Any) -> None:
         """Note the weights that the step must not move as it likes."""
         self.groups = _groups(self.optimizer, self._names)
+        idle = [it for group in self.optimizer.param_groups for it in group["params"] if not it.requires_grad]
+        self.still = [(own_part(it), own_part(it).clone()) for it in idle if it in self._names and it.grad is not None]
         if not self.guarded.issuperset(names := _names_in(self.groups)):
             self.guarded |= names
             self.check()
@@ -145,7 +151,15 @@ class StepGuard:
 
     @torch.no_grad()
     def after_step(self, *_: Any) -> None:
-        """Take out of the step what it must not change."""
+        """Take out of the step what it must not change; in full precision, even within autocast."""
+        with ExitStack() as stack:
+            for device in {value.device.type for own, _ in self.groups for value in own.values()}:
+                stack.enter_context(torch.autocast(device, enabled=False))
+            self._correct()
+
+    def _correct(self) -> None:
+        for value, before in self.still:
+            value.copy_(before)
         protected = self.projector.rank.keys()
         for parameters, group in self.groups:
             for name, parameter in parameters.items():
@@ -161,8 +175,13 @@ class StepGuard:
                     moments = moments_of(self.optimizer, group, parameter)
                     if moments is not None:
                         moments = moments._replace(second=own_part(moments.second))
-                    pull = pull_of(float(group["lr"]), strength, moments)
+                    pull = self._unless_skipped(pull_of(float(group["lr"]), strength, moments))
                     value.addcmul_(pull, mean).div_(1 + pull)
+
+    def _unless_skipped(self, pull: Tensor) -> Tensor:
+        """Return no pull where a fused optimiser takes no step, since a GradScaler found gradients that overflow."""
+        overflow = getattr(self.optimizer, "found_inf", None)
+        return pull if overflow is None else torch.where(overflow.to(pull.device) > 0, torch.zeros_like(pull), pull)
 
     def _project(self, name: str, value: Tensor) -> None:
         """Take a step's part in the protected space out of a weight, in place."""

@@ -138,7 +138,7 @@ def collect_inputs(
             elif use.kind == "embedding":
                 keys = use.inputs()[:, None]
                 looked_up = torch.ones((*keys.shape, 1), device=keys.device)  # in the place of gradients
-                tap = Tap("embedding", keys, looked_up, size=use.size, own_name=not is_layers)
+                tap = Tap("embedding", keys, looked_up, size=use.size, padding=use.padding, own_name=not is_layers)
             else:
                 rows = use.inputs()
                 tap = Tap("matrix", rows, rows[:, :, :0], own_name=not is_layers, transposed=use.transposed)
@@ -234,7 +234,7 @@ def _forward(
                 logits = network(*arguments)
             graph = graph_of(logits, parameters, selections)
     first = samples_of(arguments, slice(1), len(logits))[0]
-    shapes = tuple(logits.shape[1:]), *(tuple(tensor.shape) for tensor in _tensors(first))
+    shapes = tuple(logits.shape[1:]), *(tuple(tensor.shape) for tensor in _tensors(first)), graph.cuts
     return Forward(logits, graph, parameters, used, shapes)
 
 
@@ -380,6 +380,7 @@ def _tap_of(
         g.flatten(1, 2),
         groups=use.groups,
         size=use.size,
+        padding=use.padding,
         kernel=(0, 0) if window is None else window.kernel,
         transposed=use.transposed,
         images=None if window is None else window.images,

@@ -70,6 +70,7 @@ class Tap:
             channels, height, width], if they are given: a Gram matrix of them costs less.
         own_name: whether the tap goes by the weight's own name and not by its layer's; then it has no bias.
         transposed: for a matrix, whether W is stored as [d_in, d_out].
+        padding: for an embedding, the index whose positions count for nothing; -1 if there is none.
         others: further uses of the same weight, of other kinds, whose gradients are added to this one's: an embedding
             that is also the network's last matrix, for example. All have the same samples, and none has a bias.
     """
@@ -83,6 +84,7 @@ class Tap:
     kernel: tuple[int, int] = static(default=(0, 0))
     own_name: bool = static(default=False)
     transposed: bool = static(default=False)
+    padding: int = static(default=-1)
     images: Array | None = None
     others: tuple["Tap", ...] = ()
 
@@ -175,7 +177,7 @@ def per_sample_square_sum(taps: Taps) -> Params:
 
 
 def row_counts(tap: Tap) -> Array:
-    """Return how many positions look up each row of an embedding, [size]; one without a gradient, as padding, is none.
+    """Return how many positions look up each row of an embedding, [size]; those of the padding are none.
 
     It is the diagonal of the sum of a a^T over the embedding's inputs a, if they are seen as one-hot vectors.
 
@@ -185,7 +187,7 @@ def row_counts(tap: Tap) -> Array:
         array([1., 0., 2.])
     """
     xp: Any = namespace(gradients=tap.output_gradients)
-    counted = xp.any(tap.output_gradients != 0, axis=2)
+    counted = tap.inputs != tap.padding
     rows = xp.astype(counted, reduction_dtype(xp, gradients=tap.output_gradients))
     return _sums_by_key(xp.reshape(rows, (1, -1, 1)), xp.reshape(tap.inputs, (1, -1)), tap.size)[0, :, 0]
 

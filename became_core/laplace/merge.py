@@ -153,8 +153,8 @@ def _without(paths: Set[str], tree: Tree) -> dict[str, Array]:
 def merge(theta_gp: Tree, theta_hat: Tree, alpha: Array | Tree | float) -> Tree:
     """Return ``(1 - alpha) * theta_gp + alpha * theta_hat``, leaf by leaf, each in its own dtype.
 
-    The two ends are exact: alpha = 0 gives theta_gp and alpha = 1 gives theta_hat; so is every finite weight in which the
-    two models agree (another task's head, say), at any alpha. Integers and booleans, such as a batch norm's
+    The two ends are exact: alpha = 0 gives theta_gp and alpha = 1 gives theta_hat; so is every finite weight in which
+    the two models agree (another task's head, say), at any alpha. Integers and booleans, such as a batch norm's
     ``num_batches_tracked``, are carried over from the nearer model. Statistics such as ``running_mean`` lie between
     those of the models; they are not those of the merged model, which are estimated from data.
 
@@ -199,7 +199,7 @@ def _check_alpha(alpha: Any, name: str = "alpha") -> None:
 def combine(models: Sequence[Tree], coefficients: Array | Sequence[float]) -> Tree:
     """Return ``sum_k coefficients_k * models_k``, leaf by leaf, each in its own dtype; the coefficients sum to 1.
 
-    A finite weight in which all models agree keeps its bits. Integers and booleans are carried over from the last model.
+    A finite weight in which all models agree keeps its bits. Integers and booleans are those of the last model.
 
     Args:
         models: K trees of one structure.

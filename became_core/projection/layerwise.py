@@ -92,7 +92,8 @@ class LayerwiseProjector(Projector):
         """Return the bases, the importances, the arrays named by ``beside``, and the number of tasks."""
         parts: dict[str, Params] = {
             "bases": self.bases,
-            "importance": {name: space.importance for name, space in self.spaces.items()},
+            # Along axes the basis is the importances.
+            "importance": {name: s.importance for name, s in self.spaces.items() if len(s.basis.shape) == 2},
             **{part: getattr(self, part) for part in self.beside},
         }
         arrays = {f"{part}.{name}": value for part, values in parts.items() for name, value in values.items()}

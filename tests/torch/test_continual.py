@@ -1026,3 +1026,71 @@ def test_a_loss_that_is_not_finite_is_no_observation() -> None:
     model[2].weight.data[0] = math.nan
     with pytest.raises(BecameError, match="a loss that is watched for changes is not finite"):
         learning.observe(_data(1)[0])
+
+
+class _Pooled(nn.Module):
+    """Words, of which a maximum over positions passes a gradient to few."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.mix, self.head = nn.Embedding(60, 8), nn.Conv1d(8, 4, 3, padding=1), nn.Linear(4, CLASSES)
+
+    def forward(self, words: Tensor) -> Tensor:
+        mixed: Tensor = self.mix(self.words(words).transpose(1, 2)).relu().amax(2)
+        return cast(Tensor, self.head(mixed))
+
+
+def test_words_that_are_looked_up_are_protected_whether_or_not_they_have_a_gradient() -> None:
+    torch.manual_seed(0)
+    model = _Pooled().double()
+    old, new = torch.randint(0, 30, (4, 12)), torch.randint(0, 60, (16, 12))
+    learning = Continual(model, projector=GPM(1.0), uncovered="frozen")
+    learning.remember([(old, torch.arange(4) % CLASSES)])
+    assert learning.projector.rank["words.weight"] == (len(old.unique()), 60)
+    before, optimizer = model(old).detach(), torch.optim.AdamW(model.parameters(), 0.01)
+    with learning.stable(optimizer):
+        _train(model, optimizer, [(new, torch.arange(16) % CLASSES)])
+    torch.testing.assert_close(model(old).detach(), before, rtol=0, atol=1e-10)
+
+
+def test_a_memory_with_a_protected_embedding_comes_back_from_a_file(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(6, 2), nn.Flatten(), nn.Linear(8, CLASSES))
+    learning = Continual(model)
+    learning.remember([(torch.randint(0, 6, (4, 4)), torch.arange(4) % CLASSES)])
+    learning.save(tmp_path / "memory")
+    assert Continual.load(model, tmp_path / "memory").projector.rank == learning.projector.rank
+
+
+def test_a_merge_says_nothing_of_what_the_memory_protects() -> None:
+    """A memory of second moments holds by curvature alone, after a merge as before."""
+    model, data = _network("perceptron"), _data(1)
+    optimizer = torch.optim.AdamW(model.parameters(), 0.01)
+    _train(model, optimizer, data)
+    learning = Continual(model)
+    with pytest.warns(UserWarning, match="second moments of an optimizer stand for"):
+        learning.remember(optimizer=optimizer, samples=4)
+    with learning.stable(optimizer):
+        _train(model, optimizer, _data(2))
+    with learning.plastic():
+        _train(model, optimizer, _data(2))
+    learning.merge(_data(2))
+    learning.remember(_data(2))
+    assert learning.coverage.share("protected") == 0
+
+
+def test_tied_words_with_padding_pass_the_first_look() -> None:
+    torch.manual_seed(0)
+
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words, self.head = nn.Embedding(9, 6, padding_idx=0), nn.Linear(6, 9, bias=False)
+            self.head.weight = self.words.weight
+
+        def forward(self, words: Tensor) -> Tensor:
+            return cast(Tensor, self.head(self.words(words).tanh()))
+
+    learning = Continual(Tied().double(), Categorical(by="token"))
+    learning.remember([(torch.randint(0, 9, (3, 4)), torch.randint(0, 9, (3, 4)))])
+    assert learning.checked

@@ -425,3 +425,37 @@ def test_a_network_in_half_precision_is_measured_to_its_rounding(make: Callable[
         train(network, optimizer, old * 3)
     assert 0 <= learning.merge(old).alpha <= 1
     assert [value.dtype for value in network.parameters()] == [value.dtype for value in make().parameters()]
+
+
+class _Ragged(nn.Module):
+    """Rows of each sample as many as its length says, cut apart again after a layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(5, 7), nn.Linear(7, 3)
+
+    def forward(self, rows: Tensor, lengths: Tensor) -> Tensor:
+        counts = lengths.tolist()
+        hidden = self.first(torch.cat([rows[i, :count] for i, count in enumerate(counts)])).tanh()
+        return cast(Tensor, self.second(torch.stack([part.mean(0) for part in hidden.split(counts)])))
+
+
+def test_rows_that_a_later_batch_cuts_elsewhere_are_found_anew() -> None:
+    torch.manual_seed(0)
+    model = _Ragged().double()
+    rows, targets = torch.randn(3, 3, 4, 5).double(), torch.arange(3)
+    lengths = [torch.tensor(each) for each in ([4, 4, 4], [3, 5 - 1, 4], [2, 3, 1])]
+    learning = Continual(model)
+    learning.remember([((each, length), targets) for each, length in zip(rows, lengths, strict=True)])
+    expected = {name: torch.zeros_like(value) for name, value in model.named_parameters()}
+    for each, length in zip(rows, lengths, strict=True):
+        for sample in range(3):
+            model.zero_grad()
+            one = slice(sample, sample + 1)
+            functional.cross_entropy(model(each[one], length[one]), targets[one]).backward()  # type: ignore[no-untyped-call]
+            for name, value in model.named_parameters():
+                assert value.grad is not None
+                expected[name] += value.grad**2 / 9
+    fisher = learning.posterior.precision.diagonal()
+    for name, value in expected.items():
+        torch.testing.assert_close(fisher[name], value, rtol=1e-9, atol=1e-12)

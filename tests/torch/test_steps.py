@@ -322,3 +322,56 @@ def test_a_copy_goes_on_as_the_original_does() -> None:
     with case.learning.stable(optimizer):
         case.train(optimizer)
     case.check()
+
+
+def test_a_fused_step_that_a_scaler_skips_pulls_nothing() -> None:
+    """It is skipped within the step, when an Adam's moments may not have begun."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
+    inputs, targets = 20 * torch.randn(8, 6), torch.arange(8) % 3
+    learning = Continual(model)
+    learning.remember([(inputs, targets)])
+    before = {name: value.detach().clone() for name, value in model.named_parameters()}
+    optimizer, scaler = torch.optim.AdamW(model.parameters(), 1e-3, fused=True), torch.amp.GradScaler("cpu")
+    with learning.stable(optimizer):
+        optimizer.zero_grad()
+        with torch.autocast("cpu", torch.float16):
+            loss = functional.cross_entropy(model(inputs), targets, reduction="sum") * 1e6  # overflows
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+    assert scaler.get_scale() < 65536
+    for name, value in model.named_parameters():
+        assert torch.equal(value, before[name]), name
+
+
+@pytest.mark.parametrize("samples", [2, 6])  # a space of less, and of more than half of the width
+def test_a_step_within_autocast_is_projected_in_full_precision(samples: int) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 3))
+    old, new, targets = torch.randn(samples, 8), torch.randn(5, 8), torch.arange(5) % 3
+    learning = Continual(model, projector=GPM(1.0), uncovered="frozen")
+    learning.remember([(old, torch.arange(samples) % 3)])
+    before, optimizer = model(old).detach(), Adam(model.parameters(), 0.01)
+    with learning.stable(optimizer):
+        for _ in range(20):
+            optimizer.zero_grad()
+            with torch.autocast("cpu", torch.bfloat16):
+                functional.cross_entropy(model(new), targets).backward()  # type: ignore[no-untyped-call]
+                optimizer.step()
+    torch.testing.assert_close(model(old).detach(), before, rtol=0, atol=1e-5)
+
+
+def test_a_layer_that_is_frozen_while_it_has_a_gradient_stands_still() -> None:
+    case = Case()
+    optimizer = SGD(case.model.parameters(), 0.1, momentum=0.9)
+    with case.learning.stable(optimizer):
+        case.train(optimizer)
+        case.model[0].requires_grad_(False)
+        frozen = case.model[0].weight.clone()
+        for _ in range(2):
+            optimizer.zero_grad(set_to_none=False)
+            case.loss().backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+    assert torch.equal(case.model[0].weight, frozen)
+    case.check()
