@@ -161,6 +161,10 @@ def estimate_statistics(model: nn.Module, passes: Iterable[Callable[[], Any]]) -
     Args:
         model: the model, which is otherwise in evaluation mode.
         passes: each runs the model on one batch.
+
+    Raises:
+        BecameError: if there is no batch, or one of a single sample, which has no variance; statistics are left as they
+            were then.
     """
     norms = [
         module
@@ -170,6 +174,8 @@ def estimate_statistics(model: nn.Module, passes: Iterable[Callable[[], Any]]) -
         and all(parameter.requires_grad for parameter in module.parameters())
     ]
     momenta = [module.momentum for module in norms]
+    before = [(buffer, buffer.clone()) for module in norms for buffer in module.buffers(recurse=False)]
+    batches = 0
     try:
         with modes_kept(model):
             model.eval()
@@ -179,6 +185,17 @@ def estimate_statistics(model: nn.Module, passes: Iterable[Callable[[], Any]]) -
                 module.training = True
             for run in passes:
                 run()
+                batches += 1
+        if norms and not batches:
+            raise BecameError("there is no batch to estimate running statistics from; an iterator can be read once.")
+    except BaseException as error:
+        for buffer, value in before:
+            buffer.copy_(value)
+        if isinstance(error, ValueError) and not isinstance(error, BecameError):
+            raise BecameError(
+                f"running statistics are as they were: {error}; give batches of several samples."
+            ) from error
+        raise
     finally:
         for module, momentum in zip(norms, momenta, strict=True):
             module.momentum = momentum

@@ -1,5 +1,6 @@
 """Taps of every known layer, held against autograd a sample at a time."""
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -8,7 +9,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from adapters.torch.layers import constant_statistics, moments
+from adapters.torch.layers import constant_statistics, estimate_statistics, moments
+from became_core import BecameError
 from became_core.curvature import per_sample_gradients
 from tests.torch.oracle import assert_exact, autograd_gradients, taps_of
 
@@ -191,3 +193,18 @@ def test_fisher_with_constant_batch_statistics_is_that_of_a_frozen_copy() -> Non
     expected = autograd_gradients(frozen, images, labels)
     for name, gradient in per_sample_gradients(taps).items():
         torch.testing.assert_close(gradient.reshape(expected[name].shape), expected[name], rtol=1e-9, atol=1e-14)
+
+
+def test_running_statistics_stay_where_no_batch_or_a_single_sample_cannot_give_new_ones() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    model(torch.randn(6, 3))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    batches: list[list[Tensor]] = [[], [torch.randn(5, 3), torch.randn(1, 3)]]
+    for inputs, message in zip(
+        batches, ("there is no batch to estimate", "are as they were: Expected more"), strict=True
+    ):
+        with pytest.raises(BecameError, match=message):
+            estimate_statistics(model, [partial(model, batch) for batch in inputs])
+        for name, value in model.state_dict().items():
+            assert torch.equal(value, before[name])
+        assert all(module.training for module in model.modules())
