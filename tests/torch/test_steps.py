@@ -337,7 +337,7 @@ def test_a_fused_step_that_a_scaler_skips_pulls_nothing() -> None:
         optimizer.zero_grad()
         with torch.autocast("cpu", torch.float16):
             loss = functional.cross_entropy(model(inputs), targets, reduction="sum") * 1e6  # overflows
-        scaler.scale(loss).backward()
+        scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
         scaler.step(optimizer)
         scaler.update()
     assert scaler.get_scale() < 65536
