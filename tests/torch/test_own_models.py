@@ -458,5 +458,5 @@ def test_rows_that_a_later_batch_cuts_elsewhere_are_found_anew() -> None:
                 expected[name] = expected[name] + value.grad**2 / 9
     assert learning.posterior is not None
     fisher = learning.posterior.precision.diagonal()
-    for name, value in expected.items():
-        torch.testing.assert_close(fisher[name], value, rtol=1e-9, atol=1e-12)
+    for name, mean in expected.items():
+        torch.testing.assert_close(fisher[name], mean, rtol=1e-9, atol=1e-12)
