@@ -96,6 +96,7 @@ class ContinualModel(ABC):
         self.posterior: LaplacePosterior | None = None
         self._theta_gp: Params | None = None
         self._then: dict[str, tuple[int, ...]] = {}  # the shapes of all parameters when old data were remembered
+        self._measured: frozenset[str] = frozenset()  # the parameters that were trained when data were remembered last
         self._owners: dict[str, ReferenceType[Any]] = {}  # the framework's own parameters that were remembered last
         self.detector: Detector = BayesianDetector()
         self.reservoir = Reservoir(COMPARED)
@@ -195,6 +196,7 @@ class ContinualModel(ABC):
             penalty=self.penalty,
             decay=self.decay,
             fisher=self.fisher,
+            measured=sorted(self._measured),
         )
         return memory_arrays(self.posterior, self.projector), metadata
 
@@ -211,11 +213,12 @@ class ContinualModel(ABC):
         self.posterior = grown(self.posterior, self._data.weights(), fisher, self.decay)
         self._then = {name: tuple(shape) for name, shape in self._data.shapes.items()}
         self._owners = {name: ref(owner) for name, owner in owners.items()}
+        self._measured = frozenset(fisher)
         self._theta_gp = None
 
     def _restore(self, stored: Stored) -> None:
         """Take the memory of a file, of a model of these shapes."""
-        self.posterior, self._data.matrices = stored.posterior, stored.matrices
+        self.posterior, self._data.matrices, self._measured = stored.posterior, stored.matrices, stored.measured
         self._then = {name: tuple(shape) for name, shape in self._data.shapes.items()}
 
     def _merge(self, batches: Iterable[Any], trace: int, others: str) -> MergeReport:
@@ -281,7 +284,8 @@ class ContinualModel(ABC):
         self._check_remembered("stable training")
         self._check_shapes()
         for name in self._data.trained:
-            if self.uncovered == "penalised" and name in self._then and name not in self._held:
+            is_bound = self.uncovered == "penalised" or name in self.projector.rank
+            if is_bound and name in self._then and name not in self._measured:
                 raise BecameError(
                     f"'{name}' is trained now, and was not when old data were remembered, so that nothing holds it to "
                     "them; freeze it, remember the old batches while it is trained, or choose uncovered='frozen'."

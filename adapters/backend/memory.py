@@ -69,12 +69,14 @@ def check_settings(projector: Projector, uncovered: str, penalty: float, decay: 
 def grown(posterior: LaplacePosterior | None, theta: Params, fisher: Params, decay: float) -> LaplacePosterior:
     """Return the posterior with one more task: mean theta, precision fisher + decay x that of the old tasks.
 
-    A parameter that was not trained before has the curvature of this task alone, and one that is not trained now has
-    none.
+    A parameter that was not trained before has the curvature of this task alone, and one that is not trained now keeps
+    that of the old tasks, and their mean.
     """
     old = {} if posterior is None else posterior.precision.diagonal()
+    frozen = {name: decay * value for name, value in old.items() if name not in fisher}
     total = {name: value + decay * old[name] if name in old else value for name, value in fisher.items()}
-    return LaplacePosterior(theta, Diagonal(total))
+    mean = {} if posterior is None else {name: posterior.mean[name] for name in frozen}
+    return LaplacePosterior(mean | theta, Diagonal(frozen | total))
 
 
 def held_by_curvature(precision: Params, matrices: Mapping[str, bool]) -> frozenset[str]:

@@ -43,7 +43,7 @@ def described(
         matrices: as ``coverage_of`` has them.
         projector: the memory.
         likelihood: of which only one of ``became_core.curvature`` is written.
-        settings: ``uncovered``, ``penalty``, ``decay`` and ``fisher``.
+        settings: ``uncovered``, ``penalty``, ``decay`` and ``fisher``, and which parameters were ``measured`` last.
 
     Raises:
         BecameError: if the projector has no registered name.
@@ -91,11 +91,13 @@ class Stored(NamedTuple):
     Attributes:
         posterior: the old tasks' loss.
         matrices: as ``coverage_of`` has them.
+        measured: the parameters that were trained when data were remembered last.
         settings: ``projector`` with its memory, ``likelihood``, ``uncovered``, ``penalty``, ``decay`` and ``fisher``.
     """
 
     posterior: LaplacePosterior
     matrices: dict[str, bool]
+    measured: frozenset[str]
     settings: dict[str, Any]
 
 
@@ -145,7 +147,8 @@ def restored(
     name, values = description["projector"]
     projector = settings.get("projector", PROJECTORS[name](**values)).with_arrays(parts["projector"])
     posterior = LaplacePosterior(parts["mean"], Diagonal(parts["fisher"]))
-    return Stored(posterior, dict(description["matrices"]), own | dict(settings) | {"projector": projector})
+    measured = frozenset(description.get("measured", parts["fisher"]))
+    return Stored(posterior, dict(description["matrices"]), measured, own | dict(settings) | {"projector": projector})
 
 
 def _plain_fields(value: Any) -> dict[str, Any]:

@@ -1094,3 +1094,33 @@ def test_tied_words_with_padding_pass_the_first_look() -> None:
     learning = Continual(Tied().double(), Categorical(by="token"))
     learning.remember([(torch.randint(0, 9, (3, 4)), torch.randint(0, 9, (3, 4)))])
     assert learning.checked
+
+
+@pytest.mark.parametrize("uncovered", ["frozen", "penalised"])
+@pytest.mark.parametrize("loaded", [False, True])
+def test_a_layer_that_a_task_froze_is_thawed_only_once_that_task_is_remembered_with_it(
+    tmp_path: Path, uncovered: Any, loaded: bool
+) -> None:
+    model, first, second = _network("perceptron").double(), _data(1), _data(2)
+    first, second = ([(x.double(), y) for x, y in batches] for batches in (first, second))
+    learning = Continual(model, uncovered=uncovered)
+    learning.remember(first)
+    layer = next(module for module in model.modules() if isinstance(module, nn.Linear))
+    name = next(name for name, value in model.named_parameters() if value is layer.bias)
+    assert learning.posterior is not None
+    before = learning.posterior.precision.diagonal()[name].clone()
+    layer.requires_grad_(False)
+    learning.remember(second)
+    assert torch.equal(learning.posterior.precision.diagonal()[name], before)  # what the first task knows is kept
+    if loaded:
+        learning.save(tmp_path / "memory")
+        learning = Continual.load(model, tmp_path / "memory")
+    layer.requires_grad_(True)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with pytest.raises(BecameError, match="is trained now, and was not when"), learning.stable(optimizer):
+        pass
+    learning.remember(second)
+    assert learning.posterior is not None
+    assert bool(torch.all(learning.posterior.precision.diagonal()[name] >= before))
+    with learning.stable(optimizer):
+        pass
