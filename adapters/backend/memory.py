@@ -127,8 +127,12 @@ class Moments(NamedTuple):
 
     @property
     def unbiased(self) -> Array:
-        """The mean of the squared gradients, without the pull of its beginning at zero."""
-        return self.second / (1 - self.beta**self.steps)
+        """The mean of the squared gradients, without the pull of its beginning at zero; zero before the first step."""
+        missing = 1 - self.beta**self.steps
+        if isinstance(missing, int | float):
+            return self.second / (missing or 1.0)
+        xp: Any = namespace(second=self.second)
+        return self.second / xp.where(missing > 0, missing, xp.ones_like(missing))
 
 
 def fisher_of_moments(

@@ -189,7 +189,7 @@ class Run:
             return self._run(getattr(inner, "jaxpr", inner), getattr(inner, "consts", ()), values, states)
         results = _computed(equation, values)
         if "samples" not in states:
-            is_moved = len(states) == 1 and jnp.issubdtype(results[0].dtype, jnp.floating)
+            is_moved = len(states) == 1 and len(results) > 0 and jnp.issubdtype(results[0].dtype, jnp.floating)
             view = VIEWS.get(name) if is_moved else None
             state = self._of_parameters_alone(view, params, of_parameters)
             return results, [state] * len(results)

@@ -233,6 +233,11 @@ def merge(
     memory.check(stable)
     memory.check(data.theta)
     stable = {name: stable[name] for name in data.theta}
+    if all(value is data.theta[name] for name, value in stable.items()):
+        raise BecameError(
+            "theta_gp and theta_hat are the same arrays, as those of nnx are, which its optimizer changes in place; "
+            "copy the stable ones by jax.tree.map(jnp.copy, theta_gp) before plastic training."
+        )
     new = shared.NewTask(data, new_batches, data.theta)
     report = shared.merge_report(Secant() if estimator is None else estimator, memory.posterior, stable, new, trace)
     found = {part.name: getattr(report, part.name) for part in fields(report)}

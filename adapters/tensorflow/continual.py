@@ -172,13 +172,14 @@ class Continual(ContinualModel):
         Raises:
             BecameError: before anything is remembered; if there is no optimizer, or it overwrites the weights by their
                 running mean, or steps no variable of the model; if a parameter was not trained then, or its layer has
-                another name now; or, at the end, if steps were taken by a function that was compiled before, or
-                anything but these optimizers has changed weights.
+                another name now, or has a constraint; or, at the end, if steps were taken by a function that was compiled
+                before, or anything but these optimizers has changed weights.
         """
         self._check_not_stable("stable training")
         self._data.retrace()
         self._check_names()
         self._check_as_remembered()
+        self._check_no_constraint()
         own = getattr(self.model, "optimizer", None)
         used = optimizers or ((own,) if own is not None else ())
         if not used:
@@ -198,6 +199,16 @@ class Continual(ContinualModel):
         finally:
             self.model.train_function = compiled
             self._theta_gp = self._data.weights()
+
+    def _check_no_constraint(self) -> None:
+        """Raise a BecameError if Keras holds a weight to a constraint in each step, which a correction may break."""
+        for name, parameter in self._data.network.trained.items():
+            is_corrected = name in self.projector.rank or self.uncovered == "penalised"
+            if is_corrected and parameter.variable.constraint is not None:
+                raise BecameError(
+                    f"'{name}' has a constraint, which a projected or penalised step may break; leave it out, or "
+                    "freeze the layer."
+                )
 
     def merge(self, batches: Iterable[Any], *, trace: int = 0, statistics: Iterable[Any] | None = None) -> MergeReport:
         """Merge the stable and the present, plastic weights; the model then has the merged ones, theta*.

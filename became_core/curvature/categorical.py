@@ -173,6 +173,8 @@ class Categorical(Likelihood):
                 "likelihood needs a label for each row of logits, [samples, ..., classes] and [samples, ...]."
             )
         logits, labels = xp.reshape(outputs, (-1, outputs.shape[-1])), xp.reshape(targets, (-1,))
+        if xp.isdtype(labels.dtype, "integral") and xp.iinfo(labels.dtype).bits < 32:
+            labels = xp.astype(labels, xp.int32)  # the number of classes need not fit into the labels' dtype
         counts = labels != self.ignored
         labels = xp.where(counts, labels, xp.zeros_like(labels))
         weights = xp.astype(counts, logits.dtype)

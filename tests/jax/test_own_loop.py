@@ -653,3 +653,23 @@ def test_what_cannot_be_done_is_said_in_a_sentence() -> None:
 def test_the_examples_of_the_docstrings_run() -> None:
     assert doctest.testmod(memories) == (0, 4)
     assert doctest.testmod(own_loop) == (0, 19)
+
+
+def test_a_merge_of_a_model_with_itself_is_refused() -> None:
+    """As nnx gives it, whose optimizer changes the variables that a split returned."""
+    params = _weights()
+    memory = remember(_perceptron, params, _data(1), check=False)
+    with pytest.raises(BecameError, match="are the same arrays, as those of nnx are"):
+        merge(_perceptron, memory, params, params, _data(2))
+
+
+def test_an_adam_that_has_taken_no_step_pulls_nothing_out_of_range() -> None:
+    """A wrapper that accumulates gradients lets its first call take none."""
+    params, memory = _weights(), remember(_perceptron, _weights(), _data(1), check=False)
+    inner = optax.MultiSteps(optax.adam(0.01), 2).gradient_transformation()
+    transformation = projected(memory, 0.01, inner)
+    state = transformation.init(params)
+    for _ in range(3):
+        updates, state = transformation.update(jax.tree.map(jnp.ones_like, params), state, params)
+        params = optax.apply_updates(params, updates)
+    assert all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in jax.tree.leaves(params))

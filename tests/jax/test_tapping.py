@@ -283,3 +283,11 @@ def test_outputs_without_an_axis_of_samples_are_refused() -> None:
 
 def test_the_examples_of_the_docstrings_run() -> None:
     assert doctest.testmod(tapping) == (0, 7)
+
+
+def test_an_operation_without_results_may_look_at_a_parameter() -> None:
+    def apply(params: Any, inputs: Any) -> Any:
+        jax.debug.callback(lambda norm: None, jnp.linalg.norm(params["w"]))
+        return inputs @ params["w"]
+
+    assert TappedFunction(apply, {"w": drawn(4, 3)}, INPUTS[:, 0]).matrices == {"w": True}

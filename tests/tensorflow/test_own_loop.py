@@ -529,3 +529,14 @@ def test_a_change_of_the_stream_is_observed() -> None:
     assert observed == [52]
     assert len(learning.reservoir.batches) == 20
     assert all(any(batch is earlier for earlier in stream[:50]) for batch in learning.reservoir.batches)
+
+
+def test_a_constraint_that_a_correction_would_break_is_refused() -> None:
+    model = keras.Sequential(
+        [keras.Input((5,)), L.Dense(4, kernel_constraint="non_neg", name="first"), L.Dense(CLASSES)]
+    )
+    _compiled(model)
+    learning = Continual(model)
+    learning.remember([(np.ones((2, 5)), np.array([0, 1]))])
+    with pytest.raises(BecameError, match=r"'first\.weight' has a constraint, which a projected"), learning.stable():
+        pass

@@ -138,3 +138,14 @@ def test_hits_are_counted_where_labels_count_and_against_what_they_are_predicted
     # Shifted, position 0 predicts the label of position 1, and the last position predicts nothing.
     following = to_xp(xp, np.eye(3)[np.roll(labels, -1, axis=1)])
     assert Categorical(by="token", shift=True).hits(following, targets) == (6, 6)
+
+
+def test_labels_of_a_narrow_dtype_are_those_of_a_wide_one(xp: Any) -> None:
+    """The classes are more than their dtype can count."""
+    draw = np.random.default_rng(0)
+    logits, labels = to_xp(xp, draw.normal(size=(4, 300))), np.array([5, 0, 255, 7])
+    found = [
+        next(iter(Categorical().cotangents(logits, xp.asarray(labels.astype(kind)), "empirical", draw)))
+        for kind in (np.uint8, np.int32)
+    ]
+    np.testing.assert_array_equal(to_numpy(found[0]), to_numpy(found[1]))
