@@ -172,8 +172,8 @@ class Continual(ContinualModel):
         Raises:
             BecameError: before anything is remembered; if there is no optimizer, or it overwrites the weights by their
                 running mean, or steps no variable of the model; if a parameter was not trained then, or its layer has
-                another name now, or has a constraint; or, at the end, if steps were taken by a function that was compiled
-                before, or anything but these optimizers has changed weights.
+                another name now, or has a constraint; or, at the end, if steps were taken by a function that was
+                compiled before, or anything but these optimizers has changed weights.
         """
         self._check_not_stable("stable training")
         self._data.retrace()
