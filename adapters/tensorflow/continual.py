@@ -24,7 +24,8 @@ from adapters.backend.memory_file import read_memory, restored
 from adapters.backend.own_loop import MergeReport, Uncovered, known_likelihood
 from adapters.tensorflow.batches import Apply, Reader, Targets
 from adapters.tensorflow.data_loss import DataLoss, Loss
-from adapters.tensorflow.steps import StepGuard, Witness, moments_of, observed
+from adapters.tensorflow.steps import StepGuard, Witness, moments_of, observed, parts_of
+from adapters.tensorflow.traced import as_written
 from became_core import BecameError
 from became_core.arrays import Array
 from became_core.curvature import FisherTargets, Likelihood
@@ -110,7 +111,7 @@ class Continual(ContinualModel):
         )
         known = known_likelihood(likelihood)
         self._data: DataLoss = DataLoss(
-            model, known, Reader(apply, targets), checks=check, shows=progress, fisher=fisher
+            model, known, Reader(as_written(apply), targets), checks=check, shows=progress, fisher=fisher
         )
         if not self._data.trained:
             raise BecameError("no variable of the model is trainable; there is nothing to learn.")
@@ -184,20 +185,22 @@ class Continual(ContinualModel):
         used = optimizers or ((own,) if own is not None else ())
         if not used:
             raise BecameError("the model is not compiled, so it has no optimizer; compile it, or give stable() yours.")
-        guards = [self._guard() for _ in used]
+        steppers = [part for optimizer in used for part in parts_of(optimizer, self.model.trainable_variables)]
+        guards = [self._guard() for _ in steppers]
         witness = Witness(self._data.network.parameters, guards)
         self._warn_of_replaced(self._variables, self._is_as_remembered)
-        # What fit has compiled takes steps of its own; it is put back afterwards, and needs no new trace.
-        compiled, self.model.train_function = self.model.train_function, None
+        # What fit has compiled takes steps of its own. Nor is it put back afterwards: the model may have been compiled
+        # with another optimizer within.
+        self.model.train_function = None
         try:
             with ExitStack() as stack:
                 stack.enter_context(self._stable())
-                for optimizer, guard in zip(used, guards, strict=True):
+                for optimizer, guard in zip(steppers, guards, strict=True):
                     stack.enter_context(observed(optimizer, guard))
                 yield
             witness.at_end()
         finally:
-            self.model.train_function = compiled
+            self.model.train_function = None
             self._theta_gp = self._data.weights()
 
     def _check_no_constraint(self) -> None:

@@ -33,6 +33,7 @@ from adapters.networks import CANONICAL_AXES, BatchNorm, Dropout, Linear, Mask, 
 from adapters.tensorflow import parameters as own_parameters
 from adapters.tensorflow.layers import Pass, convolved
 from adapters.tensorflow.own_layers import OwnLayers, own_parameters_of, owner_of
+from adapters.tensorflow.traced import compiled_methods, uncompiled
 from became_core import BecameError
 from became_core.arrays import Array, Params
 
@@ -132,7 +133,7 @@ class KerasBackbone:
 
         model(images, training=False)  # builds it
         before = [(variable, variable.numpy()) for variable in model.variables]
-        with _intercepted(look):
+        with _intercepted(model, look):
             model(images, training=True)
         if problems:
             raise problems[0]
@@ -161,7 +162,7 @@ class KerasBackbone:
         before = [(variable, variable.numpy()) for variable in self.model.variables]
         kept = tuple(tf.ones((len(images), *shape), tf.bool) for shape, _ in self.masks)
         for training, masks in ((False, None), (True, kept)):
-            with _intercepted(keep_all) if training else nullcontext():
+            with _intercepted(self.model, keep_all) if training else nullcontext():
                 own = self.model(images, training=training)
             for variable, value in before:  # a batch norm's statistics have moved
                 variable.assign(value)
@@ -212,7 +213,7 @@ class KerasBackbone:
             return output if activation is None else activation(output)
 
         given = [(parameter.variable, value) for parameter, value in zip(self.own.values(), own, strict=True)]
-        with _intercepted(take_over), keras.StatelessScope(state_mapping=given) if given else nullcontext():
+        with _intercepted(self.model, take_over), keras.StatelessScope(state_mapping=given) if given else nullcontext():
             return self.model(images, training=run.masks is not None)
 
     def weights(self) -> Params:
@@ -301,10 +302,13 @@ def _check_side_effects(model: Any, before: Sequence[tuple[Any, Any]]) -> None:
 
 
 @contextmanager
-def _intercepted(instead: Callable[[Callable[[Array], Array], Any, Array, bool], Array]) -> Iterator[None]:
+def _intercepted(
+    model: keras.Model, instead: Callable[[Callable[[Array], Array], Any, Array, bool], Array]
+) -> Iterator[None]:
     """Let layers of the classes that taps know, and Dropout, do something else inside this context.
 
     Args:
+        model: what the user has compiled of it by ``tf.function`` runs as it is written.
         instead: (what the layer would do with inputs, the layer, its inputs, whether it is given a mask) -> outputs. It
             must ask for the layer's class, since a subclass may inherit what is replaced here.
     """
@@ -319,7 +323,8 @@ def _intercepted(instead: Callable[[Callable[[Array], Array], Any, Array, bool],
 
         layer_class.call = call
     try:
-        yield
+        with uncompiled(compiled_methods(model)):
+            yield
     finally:
         for layer_class, original in before.items():
             if layer_class in inherited:

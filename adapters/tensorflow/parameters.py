@@ -149,6 +149,8 @@ def parameters_of(model: keras.Model) -> dict[str, Parameter]:
 
 
 def _is_parameter(variable: Any, owner: keras.Layer) -> bool:
+    if isinstance(owner, keras.layers.Normalization):  # it is adapted to data, and never trained
+        return False
     if not tf.as_dtype(variable.dtype).is_floating or any(getattr(owner, s, None) is variable for s in _STATISTICS):
         return False
     # What its layer trains, or would train if the user had not frozen it; and no statistics of other layers.
@@ -194,7 +196,11 @@ def _numbered_within(layers: list[keras.Layer]) -> dict[str, str]:
 
 def _own_number(layer: keras.Layer) -> tuple[str, int] | None:
     match = re.fullmatch(r"(.+?)(?:_(\d+))?", layer.name)
-    if match is None or match[1].replace("_", "") != type(layer).__name__.lower():
+    if match is None:
+        return None
+    # The two layers of a Bidirectional have its layer's name behind the direction.
+    own = re.sub("^(forward|backward)_", "", match[1])
+    if type(layer).__name__.lower() not in (match[1].replace("_", ""), own.replace("_", "")):
         return None
     return match[1], int(match[2] or 0)
 

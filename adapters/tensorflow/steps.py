@@ -27,11 +27,27 @@ from became_core import BecameError
 from became_core.arrays import Array
 from became_core.projection import Projector, full
 
-__all__ = ["StepGuard", "Witness", "moments_of", "observed"]
+__all__ = ["StepGuard", "Witness", "moments_of", "observed", "parts_of"]
+
+
+def parts_of(optimizer: keras.Optimizer, variables: Sequence[Any]) -> list[keras.Optimizer]:
+    """Return the optimizers that take the steps: those inside a ``MultiOptimizer``, else the one that is given.
+
+    Args:
+        optimizer: any.
+        variables: those that a ``MultiOptimizer`` is built with, as its first step would, if it is not yet.
+    """
+    if not isinstance(optimizer, keras.optimizers.MultiOptimizer):
+        return [optimizer]
+    if not optimizer.built:
+        optimizer.build(variables)
+    return list(optimizer.optimizers)
 
 
 def moments_of(optimizer: keras.Optimizer, parameters: Mapping[str, Parameter]) -> dict[str, Moments]:
     """Return what an Adam knows of the parameters' gradients, in the parameters' layouts; nothing of another one."""
+    if isinstance(optimizer, keras.optimizers.MultiOptimizer):
+        return {name: own for part in optimizer.optimizers for name, own in moments_of(part, parameters).items()}
     optimizer = getattr(optimizer, "inner_optimizer", optimizer)  # of one that scales losses
     beta = getattr(optimizer, "beta_2", None)
     if beta is None:
@@ -45,6 +61,7 @@ def moments_of(optimizer: keras.Optimizer, parameters: Mapping[str, Parameter]) 
         own = seconds.get(f"{parameter.variable.path.replace('/', '_')}_velocity")
         if own:
             second = parameter.canonical(tf.identity(own.pop(0).value))
+            second = tf.cast(second, tf.float64 if second.dtype == tf.float64 else tf.float32)
             moments[name] = Moments(second, tf.cast(tf.identity(optimizer.iterations), second.dtype), float(beta))
     return moments
 
@@ -69,10 +86,20 @@ class StepGuard:
     penalised: Mapping[str, tuple[Array, Array]]
     stepped: set[str] = field(default_factory=set)
 
-    def stepped_by(self, variables: Any) -> dict[str, Parameter]:
-        """Return the parameters that a step is of, by its variables; None for all that are trained."""
+    def stepped_by(self, gradients: Sequence[Any], variables: Sequence[Any] | None) -> dict[str, Parameter]:
+        """Return the parameters that a step is of: those of its variables, or all that are trained if it names none.
+
+        Raises:
+            BecameError: if it names none and has another number of gradients, so that they cannot be told.
+        """
         if variables is None:
-            return {name: parameter for name, parameter in self.parameters.items() if parameter.variable.trainable}
+            trained = {name: parameter for name, parameter in self.parameters.items() if parameter.variable.trainable}
+            if len(gradients) != len(trained):
+                raise BecameError(
+                    f"the optimizer was given {len(gradients)} gradients without their variables, and the model trains "
+                    f"{len(trained)}; call apply(gradients, variables)."
+                )
+            return trained
         own = {id(variable) for variable in variables}
         return {name: parameter for name, parameter in self.parameters.items() if id(parameter.variable) in own}
 
@@ -110,8 +137,10 @@ class StepGuard:
                 parameter.variable.assign(parameter.own(before[name]))
             elif self.uncovered == "penalised" and name in self.penalised:
                 mean, strength = self.penalised[name]
-                pull = pull_of(tf.cast(rate, strength.dtype), strength, moments.get(name))
-                parameter.variable.assign(parameter.own((parameter.value + pull * mean) / (1 + pull)))
+                pull = tf.cast(pull_of(tf.cast(rate, strength.dtype), strength, moments.get(name)), strength.dtype)
+                value = tf.cast(parameter.value, strength.dtype)
+                pulled = (value + pull * tf.cast(mean, strength.dtype)) / (1 + pull)
+                parameter.variable.assign(tf.cast(parameter.own(pulled), parameter.variable.dtype))
 
 
 class Witness:
@@ -155,17 +184,21 @@ def observed(optimizer: keras.Optimizer, guard: StepGuard) -> Iterator[None]:
     is_on, seen = tf.Variable(True, trainable=False), tf.Variable(0, trainable=False, dtype=tf.int64)
 
     def apply(grads: Any, trainable_variables: Any = None) -> Any:
-        stepped = guard.stepped_by(trainable_variables)
+        grads = list(grads)
+        trainable_variables = None if trainable_variables is None else list(trainable_variables)
+        stepped = guard.stepped_by(grads, trainable_variables)
         guard.stepped.update(stepped)
         if not guard.stepped:
             raise BecameError("the optimizer steps no variable of the model; give stable() the one that trains it.")
+        # A schedule's rate goes on in the step.
+        rate_before = tf.cast(tf.convert_to_tensor(optimizer.learning_rate), tf.float32)
         before, steps = guard.noted(stepped), tf.cast(tf.identity(optimizer.iterations), tf.int64)
         result = original(grads, trainable_variables)
         taken = tf.cast(tf.identity(optimizer.iterations), tf.int64) - steps
 
         def correct() -> Array:
             seen.assign_add(taken)
-            rate = tf.cast(taken, tf.float32) * tf.cast(optimizer.learning_rate, tf.float32)
+            rate = tf.cast(taken, tf.float32) * rate_before
             guard.correct(stepped, before, rate, moments_of(optimizer, stepped))
             return tf.constant(True)
 

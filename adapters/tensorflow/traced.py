@@ -3,23 +3,30 @@
 The model runs as it is, in evaluation mode, with weights that are given in the place of its own
 (``keras.StatelessScope``), so that nothing of it changes. A function is traced for each shape of a sample, and serves
 batches of any size. What cannot be traced, because the model computes with values that a graph does not have, runs
-eagerly, which is slower.
+eagerly, which is slower. What the user has compiled by ``tf.function`` runs as it is written: a function that was
+compiled before would read the model's own weights.
 
 Convention: outputs are [samples, ...] and logits; a model that ends in a softmax or a sigmoid is taken back to logits.
 """
 
-from collections.abc import Callable, Sequence
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import MethodType
 from typing import Any
 
 import keras
 import tensorflow as tf
 
 from adapters.tensorflow.batches import Reader
-from adapters.tensorflow.parameters import Parameter, parameters_of, trained_of
+from adapters.tensorflow.parameters import Parameter, layers_of, parameters_of, trained_of
 from became_core import BecameError
 from became_core.arrays import Array, Params, namespace
 
-__all__ = ["KerasFunction", "Traced", "kind_of", "samples_of"]
+__all__ = ["KerasFunction", "Traced", "as_written", "compiled_methods", "kind_of", "samples_of", "uncompiled"]
+
+_NEARLY = 1e-2  # more than half precision misses 1 by
+_OF_WEIGHTS = ("MatMul", "BatchMatMulV2", "Conv2D", "Conv3D", "Einsum")
 
 
 class Traced:
@@ -78,6 +85,42 @@ def samples_of(tree: Any, rows: slice) -> Any:
     return tf.nest.map_structure(lambda tensor: tensor[rows] if tensor.shape.rank else tensor, tree)
 
 
+Method = tuple[keras.Layer, str, Any]
+
+
+def as_written(function: Any) -> Any:
+    """Return what ``tf.function`` was given, or a function that is not compiled as it is."""
+    return function.python_function if isinstance(function, tf.types.experimental.PolymorphicFunction) else function
+
+
+def compiled_methods(model: keras.Model) -> list[Method]:
+    """Return the methods of a model's layers that the user has compiled: layer, name, and the method as written."""
+    methods: list[Method] = []
+    for layer in layers_of(model):
+        for name in {name for owner in type(layer).__mro__ for name in vars(owner)} | set(vars(layer)):
+            compiled = inspect.getattr_static(layer, name, None)
+            if isinstance(compiled, tf.types.experimental.PolymorphicFunction):
+                own = as_written(compiled)
+                methods.append((layer, name, own if name in vars(layer) else MethodType(own, layer)))
+    return methods
+
+
+@contextmanager
+def uncompiled(methods: Sequence[Method]) -> Iterator[None]:
+    """Let layers run these methods in this context, and those that they had after it."""
+    before = [vars(layer).get(name) for layer, name, _ in methods]
+    for layer, name, own in methods:
+        vars(layer)[name] = own
+    try:
+        yield
+    finally:
+        for (layer, name, _), compiled in zip(methods, before, strict=True):
+            if compiled is None:
+                del vars(layer)[name]
+            else:
+                vars(layer)[name] = compiled
+
+
 class KerasFunction:
     """A model's logits as a function of its trained parameters.
 
@@ -134,7 +177,8 @@ class KerasFunction:
             inputs: of a batch.
         """
         variables = [parameter.variable for parameter in self.trained.values()]
-        with keras.StatelessScope(state_mapping=list(zip(variables, weights, strict=True))):
+        given = keras.StatelessScope(state_mapping=list(zip(variables, weights, strict=True)))
+        with given, uncompiled(self._compiled):
             outputs = self._reader.outputs(self.model, inputs)
         return _logits(outputs, self.link)
 
@@ -171,36 +215,54 @@ class KerasFunction:
         def look(weights: list[Array], inputs: Any) -> Array:
             outputs = self.run(weights, inputs)
             if not tf.executing_eagerly():
-                last.append(_last_operation(outputs))
+                last[:] = _last_operations(outputs)
             return outputs
 
         outputs = Traced(look)(self.in_order(theta), inputs)
-        if last:
-            self.link = wanted if last[0] == wanted.title() else None
-        elif bool(tf.reduce_all((outputs >= 0) & (outputs <= 1))):
-            raise BecameError(
-                "the model cannot be traced, and its outputs lie between 0 and 1, so they may be probabilities or "
-                "logits; let it return logits, or give a loss of your own."
-            )
+        self.link = wanted if last[:1] == [wanted.title()] else None
+        if self.link is None and bool(tf.reduce_all((outputs >= 0) & (outputs <= 1))):
+            if not last:
+                raise BecameError(
+                    "the model cannot be traced, and its outputs lie between 0 and 1, so they may be probabilities or "
+                    "logits; let it return logits, or give a loss of your own."
+                )
+            # Zeros, of a head that begins with them, are logits.
+            total = tf.reduce_sum(outputs, axis=-1)
+            adds_up = wanted == "softmax" and bool(tf.reduce_all(tf.abs(total - 1) < _NEARLY))
+            if adds_up or {"Softmax", "Sigmoid"} & set(last):
+                raise BecameError(
+                    f"the model's outputs are probabilities, and a {wanted} is not its last operation, so that its "
+                    "logits cannot be had from them; let it return logits, or give a loss of your own."
+                )
         self.retrace()
 
     def retrace(self) -> None:
         """Trace the model anew from here on: its layers, or a value of Python's that it reads, may have changed."""
         self.parameters = parameters_of(self.model)
+        self._compiled = compiled_methods(self.model)
         self._outputs, self._gradient = Traced(self.run), Traced(self._run_gradient)
 
     def changed_in_training(self, inputs: Any) -> list[str]:
         """Return the trained parameters that the model itself assigns to when it runs in training mode."""
-        with keras.StatelessScope() as scope:
+        with keras.StatelessScope() as scope, uncompiled(self._compiled):
             self.model(inputs, training=True)
         return [name for name, own in self.trained.items() if scope.get_current_value(own.variable) is not None]
 
 
-def _last_operation(outputs: Array) -> str:
+def _last_operations(outputs: Array) -> list[str]:
+    """Return the kind of the last operation, then those of all before it up to where weights are used."""
     operation = outputs.op
     while operation.type in ("Identity", "Cast", "Reshape"):
         operation = operation.inputs[0].op
-    return str(operation.type)
+    kinds, seen, left = [], {operation.name}, [operation]
+    while left:
+        operation = left.pop(0)
+        kinds.append(str(operation.type))
+        if operation.type not in _OF_WEIGHTS:
+            new = [tensor.op for tensor in operation.inputs if tensor.op.name not in seen]
+            seen.update(earlier.name for earlier in new)
+            left += new
+    return kinds
 
 
 def _logits(outputs: Array, link: str | None) -> Array:

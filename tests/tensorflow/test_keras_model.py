@@ -43,8 +43,21 @@ def test_it_learns_as_its_description_does() -> None:
     check_it_learns_as_its_description(make, KerasBackbone.of(network(), IMAGE))
 
 
-def test_its_taps_are_those_of_the_description() -> None:
-    check_it_has_the_taps_of_its_description(make, KerasBackbone.of(network(), IMAGE))
+class Compiled(keras.Model):  # type: ignore[misc, unused-ignore] # Keras is taken as untyped
+    """The network, in a call that the user has compiled."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = network()
+
+    @tf.function  # type: ignore[untyped-decorator, unused-ignore]
+    def call(self, images: Any, training: bool = False) -> Any:
+        return self.network(images, training=training)
+
+
+@pytest.mark.parametrize("make_model", [network, Compiled])
+def test_its_taps_are_those_of_the_description(make_model: Any) -> None:
+    check_it_has_the_taps_of_its_description(make, KerasBackbone.of(make_model(), IMAGE))
 
 
 def in_precision(backbone: Any, stream: TaskStream, mixed: bool) -> TensorFlowLearner:

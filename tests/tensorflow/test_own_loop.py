@@ -11,6 +11,7 @@ import pytest
 import tensorflow as tf
 
 from adapters.tensorflow import Continual
+from adapters.tensorflow.parameters import parameters_of
 from adapters.tensorflow.traced import samples_of
 from became_core import BecameError
 from became_core.projection import GPM
@@ -86,6 +87,29 @@ def _subclassed() -> keras.Model:
     return model
 
 
+class Compiled(keras.Model):  # type: ignore[misc, unused-ignore]
+    """A model that compiles its call, what the call uses, and an attribute of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = L.Dense(4, "tanh"), L.Dense(CLASSES)
+        self.ending = tf.function(lambda hidden: self.head(hidden))
+
+    @tf.function  # type: ignore[untyped-decorator, unused-ignore]
+    def encoded(self, inputs: Any) -> Any:
+        return self.body(inputs)
+
+    @tf.function  # type: ignore[untyped-decorator, unused-ignore]
+    def call(self, inputs: Any) -> Any:
+        return self.ending(self.encoded(inputs))
+
+
+def _compiled_by_the_user() -> keras.Model:
+    model = Compiled()
+    model(np.zeros((1, 5)))
+    return model
+
+
 def _masked() -> keras.Model:
     """Sequences whose zeros are padding, both ways in time."""
     words = L.Embedding(7, 2, mask_zero=True)
@@ -102,6 +126,7 @@ NETWORKS: dict[str, tuple[Callable[[], keras.Model], list[tuple[int, ...]]]] = {
     "LSTM": (lambda: _row((4, 3), L.LSTM(2)), [(4, 3)]),
     "both ways in time, with a mask": (_masked, []),
     "subclassed": (_subclassed, [(5,)]),
+    "compiled by the user": (_compiled_by_the_user, [(5,)]),
     "an einsum and groups": (
         lambda: _row((2, 3), L.EinsumDense("abc,cde->abde", (2, 2, 2), bias_axes="de"), L.GroupNormalization(2)),
         [(2, 3)],
@@ -134,15 +159,18 @@ def test_it_remembers_the_mean_of_squared_gradients_of_single_samples(name: str)
     assert all(np.array_equal(a, b.numpy()) for a, b in zip(before, model.variables, strict=True))
     assert learning.posterior is not None
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    # Through what is compiled a tape has no gradient by Keras's variables.
+    tf.config.run_functions_eagerly(name == "compiled by the user")
     total: dict[str, Any] = {}
     trained = learning._data.network.trained
     for sample in range(3):
         at = slice(sample, sample + 1)
         with tf.GradientTape() as tape:
             value = loss(labels[at], model(samples_of(inputs, at), training=False))
-        variables = [parameter.variable.value for parameter in trained.values()]
+        variables = [parameter.variable for parameter in trained.values()]
         for (key, parameter), gradient in zip(trained.items(), tape.gradient(value, variables), strict=True):
             total[key] = total.get(key, 0) + parameter.canonical(tf.convert_to_tensor(gradient)).numpy() ** 2 / 3
+    tf.config.run_functions_eagerly(False)
     found = learning.posterior.precision.diagonal()
     assert set(found) == set(total)
     for key, expected in total.items():
@@ -150,6 +178,10 @@ def test_it_remembers_the_mean_of_squared_gradients_of_single_samples(name: str)
     assert learning.checked is not None
     protected = {p.name for p in learning.coverage.parameters if p.treatment == "protected"}
     assert all(p.name in protected for p in learning.coverage.parameters if p.use.startswith("matrix"))
+    if name == "compiled by the user":
+        assert "call" not in vars(model)
+        assert isinstance(model.ending, tf.types.experimental.PolymorphicFunction)
+        model(inputs)  # by what the user compiled
     if name == "replaced call":
         assert "call" in vars(model.get_layer("d"))
         assert len(protected) == 2
@@ -267,6 +299,126 @@ def test_what_else_changes_weights_is_noticed() -> None:
         learning.stable(averaging),
     ):
         pass
+
+
+def test_an_optimizer_that_is_given_gradients_alone_does_not_hide_another() -> None:
+    """Without variables they are all that are trained, or it is asked for them."""
+    model = _perceptron()
+    learning, old, new = (
+        Continual(model, projector=GPM(1.0), uncovered="frozen", check=False),
+        _data(1, 1, 2),
+        _data(2, 1),
+    )
+    learning.remember(old)
+    before, variables = model(old[0][0]).numpy(), model.trainable_variables
+    body, head = keras.optimizers.SGD(0.3), keras.optimizers.SGD(0.3)
+    body.build(variables)
+    head.build(variables[2:])
+
+    def gradients() -> list[Any]:
+        with tf.GradientTape() as tape:
+            loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)(new[0][1], model(new[0][0]))
+        return list(tape.gradient(loss, variables))
+
+    with learning.stable(body):
+        body.apply(gradients())
+    np.testing.assert_allclose(model(old[0][0]), before, rtol=0, atol=1e-12)
+    with pytest.raises(BecameError, match="2 gradients without their variables"), learning.stable(head):
+        head.apply(gradients()[2:])
+
+
+def test_several_optimizers_in_one_are_observed_each() -> None:
+    o = keras.optimizers
+    model, old, new = _perceptron(), _data(1, 1, 2), _data(2, 2)
+    several = o.MultiOptimizer(o.OptimizerMap(o.SGD(0.3), {".*first/.*": o.Adam(0.05)}))
+    _compiled(model, several)
+    learning = Continual(model, projector=GPM(1.0), uncovered="frozen", check=False)
+    learning.remember(old)
+    before = model(old[0][0]).numpy()
+    with learning.stable():
+        _fit(model, new, 2)
+    np.testing.assert_allclose(model(old[0][0]), before, rtol=0, atol=1e-9)
+    assert all("apply" not in vars(part) for part in several.optimizers)
+    with pytest.warns(UserWarning, match="unfit after clipping"):
+        learning.remember(optimizer=several, samples=4)
+
+
+def test_fit_after_a_compilation_within_stable_training_uses_the_new_optimizer() -> None:
+    model = _compiled(_perceptron())
+    _fit(model, _data(2, 1), 1)
+    learning = Continual(model, check=False)
+    learning.remember(_data(1, 1))
+    new = keras.optimizers.SGD(0.1)
+    with learning.stable(new):
+        _fit(_compiled(model, new), _data(2, 1), 1)
+    before = int(new.iterations)
+    _fit(model, _data(2, 1), 1)
+    assert int(new.iterations) > before
+
+
+@pytest.mark.parametrize("policy", ["bfloat16", "mixed_bfloat16"])
+def test_weights_of_sixteen_bits_are_penalised_under_adam(policy: str) -> None:
+    keras.config.set_floatx("float32")
+    keras.config.set_dtype_policy(policy)
+    # In this dtype the usual beta_2 is 1.
+    model = _compiled(_perceptron(), keras.optimizers.Adam(0.01, beta_2=0.9))
+    learning = Continual(model, check=False, penalty=0.1)
+    learning.remember(_data(1, 1))
+    before = model.get_layer("last").bias.numpy()
+    with learning.stable():
+        _fit(model, _data(2, 2), 2)
+    assert not np.array_equal(model.get_layer("last").bias.numpy(), before)
+    assert all(np.isfinite(variable.numpy().astype(float)).all() for variable in model.variables)
+
+
+def test_the_pull_has_the_rate_of_the_step_that_was_taken() -> None:
+    """A schedule's rate after the first step is zero here, so that a pull at that rate would be none."""
+    model = _perceptron()
+    schedule = keras.optimizers.schedules.PiecewiseConstantDecay([0], [0.5, 0.0])
+    learning, optimizer = Continual(model, check=False, penalty=1e6), keras.optimizers.SGD(schedule)
+    learning.remember(_data(1, 1))
+    bias = model.get_layer("last").bias
+    gradients = [tf.ones_like(variable) for variable in model.trainable_variables]
+    with learning.stable(optimizer):
+        optimizer.apply(gradients, model.trainable_variables)
+    assert np.abs(bias.numpy()).max() < 0.01  # without the pull it is -0.5
+
+
+def _ensemble(end: str) -> keras.Model:
+    inputs = keras.Input((6,))
+    return keras.Model(inputs, L.Average()([L.Dense(CLASSES, end)(inputs), L.Dense(CLASSES, end)(inputs)]))
+
+
+def _by_hand() -> keras.Model:
+    inputs = keras.Input((6,))
+    powers = keras.ops.exp(L.Dense(CLASSES)(inputs))
+    return keras.Model(inputs, powers / keras.ops.sum(powers, -1, keepdims=True))
+
+
+def test_probabilities_that_no_last_softmax_made_are_no_logits() -> None:
+    targets = [(x, np.eye(CLASSES)[y]) for x, y in _data(1, 1)]
+    for model, likelihood, data in (
+        (_ensemble("softmax"), "categorical", _data(1, 1)),
+        (_by_hand(), "categorical", _data(1, 1)),
+        (_ensemble("sigmoid"), "bernoulli", targets),
+    ):
+        with pytest.raises(BecameError, match=r"outputs are probabilities, and a \w+ is not its last operation"):
+            Continual(model, likelihood).remember(data)
+    zeros = keras.Sequential([keras.Input((6,)), L.Dense(4, "sigmoid"), L.Dense(CLASSES, kernel_initializer="zeros")])
+    for likelihood, data in (("categorical", _data(1, 1)), ("bernoulli", targets)):
+        Continual(zeros, likelihood, check=False).remember(data)
+
+
+def test_names_of_layers_in_two_directions_and_of_statistics_do_not_depend_on_what_was_built_before() -> None:
+    def names(frozen: bool) -> set[str]:
+        scaled = L.Normalization(mean=0.0, variance=1.0)
+        model = keras.Sequential([keras.Input((4, 3)), scaled, L.Bidirectional(L.LSTM(2)), L.Dense(CLASSES)])
+        model.trainable = not frozen
+        return set(parameters_of(model))
+
+    first = names(frozen=False)
+    assert names(frozen=True) == first
+    assert "bidirectional.forward_lstm.lstm_cell.kernel" in first
 
 
 def test_layers_may_be_thawed_and_frozen_in_stable_training() -> None:
