@@ -82,6 +82,7 @@ def check_it_was_looked_at(learner: Any) -> None:
         "outputs, computed twice",
         "outputs of a sample alone",
         "gradients of single samples",
+        *(["outputs if matrices move where the sample reads nothing"] if len(compared) == 7 else []),
         f"a derivative, by {learner.checked.findings[-1].what.removeprefix('a derivative, by ')}",
     ]
     assert all(line.endswith("as it should be") for line in str(learner.checked).splitlines()[2:])

@@ -21,6 +21,7 @@ __all__ = [
     "Reader",
     "cotangents_of",
     "counted",
+    "derivatives_of",
     "drawn",
     "gradient_by_outputs",
     "inputs_and_targets",
@@ -156,6 +157,16 @@ def units_of(likelihood: Likelihood | Callable[..., Any], outputs: Array, target
     if isinstance(likelihood, Categorical):
         _check_labels(likelihood, outputs, targets)
     return likelihood.units(outputs, targets) if isinstance(likelihood, Likelihood) else float(outputs.shape[0])
+
+
+def derivatives_of(likelihood: Likelihood, outputs: Array, tangents: Array, targets: Any) -> tuple[Array, Array, float]:
+    """Return a likelihood's ``derivatives`` along directions, and what a mean over the batch divides by.
+
+    Raises:
+        BecameError: as ``units_of`` does, before anything is computed.
+    """
+    units = units_of(likelihood, outputs, targets)
+    return *likelihood.derivatives(outputs, tangents, targets), units
 
 
 def counted(units: float) -> float:

@@ -1,14 +1,15 @@
 """One look at a user's network, when it is given: that what we compute of it is what it computes, for all frameworks.
 
 It takes a few samples and a moment: outputs are computed twice, together and alone, and held against those of the
-network as the user runs it; per-sample gradients by taps are held against a plain loop over the samples; a derivative
-along a random direction is held against the gradients of that loop.
+network as the user runs it; per-sample gradients by taps are held against a plain loop over the samples; outputs must
+stay where matrices move that a sample reads nothing of; a derivative along a random direction is held against the
+gradients of that loop.
 
 Convention: outputs are [samples, ...]; a difference is a share of the largest value.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -24,6 +25,8 @@ from became_core.curvature import Tap, Taps, per_sample_gradients
 
 __all__ = ["STEPS", "LearnerView", "NetworkView", "agreement", "check_network"]
 
+# Rows of a sample from which on a matrix is not moved where they are not.
+MANY = 1024
 # Of views that can take steps of any length.
 STEPS: Sequence[float] = (1.0, 0.05, 0.002)
 
@@ -159,6 +162,7 @@ def check_network(network: NetworkView) -> NetworkCheck:
         by_taps = per_sample_gradients({name: _tap_on_host(tap) for name, tap in taps.items()})
         pairs = [(np.ravel(rows), np.ravel([part[name] for part in gradients])) for name, rows in by_taps.items()]
         findings.append(Finding("gradients of single samples", _apart(*zip(*pairs, strict=True)), tolerance))
+        findings.extend(_unread(network, taps, outputs, tolerance))
     # In the gradients' terms, since a difference of outputs is no measure here: in a deep network with ReLUs there are
     # kinks within any step that rounding allows. Where a difference is all there is, the best of some steps counts.
     direction = _random_direction(theta, network.padding)
@@ -199,6 +203,43 @@ def _random_direction(theta: Params, padding: Mapping[str, int]) -> Params:
         scale = max(float(np.std(_numbers(value).astype(np.float64))), 1e-3) if drawn.size else 0.0
         direction[name] = xp.asarray(drawn * scale, dtype=value.dtype, device=getattr(value, "device", None))
     return direction
+
+
+def _unread(network: NetworkView, taps: Taps, outputs: Array, tolerance: float) -> Iterator[Finding]:
+    """Yield how far the first sample's outputs move if matrices move where it reads nothing of them.
+
+    A projector lets a matrix move there. Outputs would follow if the network used the matrix in a way that no gradient
+    shows, as DoRA does, which divides by the norm of a detached weight.
+    """
+    rng, xp = np.random.default_rng(0), namespace(theta=next(iter(network.theta.values())))
+    moves = {}
+    for layer, tap in taps.items():
+        name = tap.weight_name(layer)
+        if name not in network.theta or tap.kind != "matrix" or tap.groups != 1 or tap.others:
+            continue
+        width = tap.inputs.shape[2]
+        rows = _numbers(tap.inputs if tap.inputs.shape[0] != outputs.shape[0] else tap.inputs[:1]).reshape(-1, width)
+        if len(rows) >= min(width, MANY):  # it reads all of the matrix, or the decomposition would take long
+            continue
+        value, (read, _) = _numbers(network.theta[name]), np.linalg.qr(rows.T.astype(np.float64))
+        drawn = rng.normal(size=(value.size // width, width)) * max(float(np.std(value)), 1e-3)
+        unread = drawn - drawn @ read @ read.T
+        moves[name] = (unread.T if tap.transposed else unread).reshape(value.shape)
+
+    def moved(names: Collection[str]) -> float:
+        theta = {
+            name: xp.asarray(_numbers(value) + moves[name], dtype=value.dtype, device=getattr(value, "device", None))
+            if name in names
+            else value
+            for name, value in network.theta.items()
+        }
+        return _apart([network.outputs(theta, slice(1))], [_numbers(outputs)[:1]])
+
+    if moves:
+        what, difference = "matrices move", moved(moves)
+        if not difference <= tolerance:
+            what = next((f"'{name}' moves" for name in moves if not moved([name]) <= tolerance), what)
+        yield Finding(f"outputs if {what} where the sample reads nothing", difference, tolerance)
 
 
 def _numbers(array: Any) -> NDArray[Any]:

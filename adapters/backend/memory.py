@@ -93,23 +93,32 @@ def held_by_curvature(precision: Params, matrices: Mapping[str, bool]) -> frozen
     )
 
 
-def matrices_with(known: Mapping[str, bool], found: Mapping[str, bool], held: Collection[str]) -> dict[str, bool]:
+def matrices_with(
+    known: Mapping[str, bool], found: Mapping[str, bool | None], held: Collection[str]
+) -> dict[str, bool]:
     """Return the matrices that are known and those that new data have found, in which the model may use other parts.
 
     Args:
         known: of old data, and whether they are stored as [d_in, d_out].
-        found: of new data, likewise.
+        found: of new data, likewise; None of a parameter that is used otherwise than as a matrix.
         held: the parameters that old data hold otherwise, which become no matrices.
 
     Raises:
-        BecameError: if a matrix was multiplied from its other side before.
+        BecameError: if a matrix was multiplied from its other side before, or new data use it otherwise.
     """
-    turned = [name for name, way in found.items() if known.get(name, way) != way]
+    otherwise = [name for name, way in found.items() if way is None and name in known]
+    if otherwise:
+        raise BecameError(
+            f"'{otherwise[0]}' is protected as a matrix that is multiplied as a whole, and these data use it "
+            "in another way, which no projector protects; let the model use it alike, or freeze it."
+        )
+    matrices = {name: way for name, way in found.items() if way is not None}
+    turned = [name for name, way in matrices.items() if known.get(name, way) != way]
     if turned:
         raise BecameError(
             f"'{turned[0]}' was multiplied from its other side in the memory; let the model use it alike."
         )
-    return {**known, **{name: way for name, way in found.items() if name not in held}}
+    return {**known, **{name: way for name, way in matrices.items() if name not in held}}
 
 
 class Moments(NamedTuple):

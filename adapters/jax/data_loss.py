@@ -27,6 +27,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from adapters.backend.batches import (
     cotangents_of,
     counted,
+    derivatives_of,
     drawn,
     gradient_by_outputs,
     inputs_and_targets,
@@ -36,7 +37,7 @@ from adapters.backend.batches import (
     with_progress,
 )
 from adapters.backend.checking import check_network
-from adapters.backend.memory import InputGrams, Moments, by_slopes
+from adapters.backend.memory import InputGrams, Moments, by_slopes, matrices_with
 from adapters.backend.own_loop import NetworkCheck
 from adapters.jax.checking import FunctionView
 from adapters.jax.tapping import Apply, TappedFunction, trained_of
@@ -58,8 +59,8 @@ class DataLoss:
     Attributes:
         likelihood: or a loss of the user's own.
         theta: the trained parameters as they were given.
-        matrices: the parameters that are used as matrices alone, and whether they are stored as [d_in, d_out]; of all
-            inputs that were measured.
+        ways: of all inputs so far: the parameters that are used as matrices alone, and whether they are stored as
+            [d_in, d_out]; None of those that are used otherwise.
         checked: what the first look at the function found; None before it, or if there is none.
         way: how derivatives along a direction are taken, or tried next.
     """
@@ -95,7 +96,7 @@ class DataLoss:
             if jnp.iscomplexobj(value):
                 raise BecameError(f"'{name}' is complex; let apply make it of two arrays of real numbers.")
         namespace(values=next(iter(self.theta.values())))  # JAX learns of the core's values
-        self.matrices: dict[str, bool] = {}
+        self.ways: dict[str, bool | None] = {}
         self.checked: NetworkCheck | None = None
         self.way: Way = "forward mode"
         self._apply, self._params, self._kind, self._checks, self._shows = apply, params, fisher, checks, shows
@@ -158,7 +159,10 @@ class DataLoss:
                         "given, and not with others that it knows."
                     )
                 tapped.warn()
-            self.matrices |= tapped.matrices
+            known = {name: way for name, way in self.ways.items() if way is not None}
+            held = self.ways.keys() - known.keys()
+            self.ways |= matrices_with(known, tapped.ways, held)
+            self.ways |= {name: None for name, way in tapped.ways.items() if way is None}
 
             @partial(jax.jit, static_argnames="weights")
             def measure(theta: Params, inputs: Any, seed: Array, weights: frozenset[str]) -> tuple[Params, Any]:
@@ -256,7 +260,8 @@ class DataLoss:
             seeds = cotangents_of(self.likelihood, outputs, targets, _own_gradient, self._kind, rng)
             for index, seed in enumerate(seeds):
                 # What is read is the same for all targets.
-                weights = frozenset(tapped.matrices) - held if with_memory and index == 0 else frozenset[str]()
+                known = {name for name in tapped.matrices if self.ways[name] is not None}
+                weights = frozenset(known) - held if with_memory and index == 0 else frozenset[str]()
                 more, grams = measure(theta, inputs, seed, weights=weights)
                 squares = _sum(squares, more) if squares else more
                 finished.add_parts(grams)
@@ -290,9 +295,9 @@ class DataLoss:
         slope, curvature, units = np.zeros(len(directions)), np.zeros((len(directions),) * 2), 0.0
         for inputs, targets in self._read(batches):
             outputs, tangents = self._derivatives(theta, directions, inputs)
-            first, second = self.likelihood.derivatives(outputs, tangents, targets)
+            first, second, more = derivatives_of(self.likelihood, outputs, tangents, targets)
             slope, curvature = slope + np.asarray(first, np.float64), curvature + np.asarray(second, np.float64)
-            units += self.likelihood.units(outputs, targets)
+            units += more
         return Quadratic(slope / counted(units), curvature / units), self.way
 
     def mean(self, batches: Iterable[Any], theta: Params | None = None) -> float:
@@ -383,7 +388,7 @@ def _wide(array: Array) -> Array:
 
 @jax.jit  # type: ignore[untyped-decorator] # JAX is taken as untyped
 def _sum(left: Params, right: Params) -> Params:
-    return {name: value + right[name] for name, value in left.items()}
+    return {name: value + right[name].reshape(value.shape) for name, value in left.items()}
 
 
 @jax.jit  # type: ignore[untyped-decorator] # JAX is taken as untyped

@@ -137,10 +137,16 @@ class FlaxBackbone:
         In both, dropout keeps everything.
 
         Raises:
-            BecameError: if they differ.
+            BecameError: if they differ, or a layer runs where nothing of it can be recorded.
         """
 
-        def features(variables: Any, images: Array, training: bool) -> tuple[Array, Array]:
+        def features(variables: Any, images: Array, training: bool) -> tuple[Array, Array, list[Array]]:
+            seen: list[Array] = []
+
+            def record(_: Any, inputs: Any, output: Array) -> Array:  # noqa: ARG001 - a signature
+                seen.append(output)
+                return output
+
             def own(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
                 if context.method_name == "__call__" and type(context.module) is nn.Dropout:
                     return args[0] * (Dropout(context.module.rate).scale if training else 1)
@@ -153,14 +159,19 @@ class FlaxBackbone:
                 theirs, _ = self.module.apply(variables, images, mutable=["batch_stats"] if training else [])
             weights = self.weights(variables.get("params", {}), variables.get("batch_stats", {}))
             masks = tuple(jnp.ones((len(images), *shape), bool) for shape, _ in self.masks)
-            return theirs, self(Pass(weights, masks if training else None), images)
+            return theirs, self(Pass(weights, masks if training else None, record=record), images), seen
 
         findings = []
         for training in (False, True):
             try:
-                theirs, ours = jax.jit(partial(features, training=training))(dict(variables), images)
+                theirs, ours, _ = jax.jit(partial(features, training=training))(dict(variables), images)
             except FlaxError as error:
                 raise _cannot_run(error) from None
+            except jax.errors.UnexpectedTracerError:
+                raise BecameError(
+                    f"a layer of the module {type(self.module).__name__} runs inside of nn.jit, nn.remat or another "
+                    "transformation, where taps cannot follow; leave that out, as a run compiles the whole module."
+                ) from None
             findings.append(agreement(ours, theirs, "training" if training else "evaluation"))
             if not findings[-1].difference <= TOLERANCE:
                 raise BecameError(

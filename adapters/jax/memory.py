@@ -197,7 +197,7 @@ def remember(
         held = shared.held_by_curvature(of_old, known_matrices)
         squares, finished = data.fisher(batches, with_memory=True, held=held, share=share)
         before = before.remember(finished)
-    matrices = shared.matrices_with(known_matrices, data.matrices, held)
+    matrices = shared.matrices_with(known_matrices, data.ways, held)
     mean = copied(data.theta)
     return Memory(
         posterior=shared.grown(None if memory is None else memory.posterior, mean, squares, settings["decay"]),

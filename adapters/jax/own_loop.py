@@ -142,10 +142,12 @@ def _nodes(state: Any, kind: type) -> list[Any]:
 
 
 def _is_taken(before: Any, after: Any) -> Any:
-    """Return 1 if an optimiser took a step, and 0 if it only gathered gradients, as ``MultiSteps`` does."""
+    """Return 1 if an optimiser took a step; 0 if it only gathered gradients, or left out some that are not finite."""
     counts = [[node.gradient_step for node in _nodes(state, optax.MultiStepsState)] for state in (before, after)]
     steps = [now - then for then, now in zip(*counts, strict=True)]
-    return jnp.max(jnp.stack(steps)) if steps else 1
+    is_finite = [node.last_finite for node in _nodes(after, optax.ApplyIfFiniteState)]
+    taken = jnp.max(jnp.stack(steps)) if steps else 1
+    return taken * jnp.all(jnp.stack(is_finite)) if is_finite else taken
 
 
 def penalty(memory: Memory, params: Any) -> Array:

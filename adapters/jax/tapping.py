@@ -61,6 +61,7 @@ class TappedFunction:
     Attributes:
         matrices: the parameters that are used as whole matrices alone, on samples, and whether they are stored as
             [d_in, d_out] when they are flattened. An embedding is multiplied with one-hot vectors.
+        ways: the same, and None of each parameter that is used otherwise.
         others: the parameters that no tap explains, but elementwise operations do.
         slow: the parameters that are used by operations that taps do not know, and these.
         uses_parameters: whether the outputs depend on any parameter.
@@ -129,6 +130,7 @@ class TappedFunction:
         self._tapped: dict[str, list[int]] = {}
         self.matrices: dict[str, bool] = {}
         self.others: list[str] = []
+        used = {use.name for use in uses}
         self.slow: dict[str, list[str]] = {}
         for name in self._names:
             own = {number: use for number, use in enumerate(uses) if use.name == name}
@@ -145,6 +147,7 @@ class TappedFunction:
             how = {use.operation for use in own.values() if isinstance(use, Unknown) and not use.is_elementwise}
             if how:
                 self.slow[name] = sorted(how)
+        self.ways = {name: self.matrices.get(name) for name in self._names if name in used}
 
     def warn(self) -> None:
         """Warn of the parameters whose per-sample gradients cost much memory, and of what operations they meet."""

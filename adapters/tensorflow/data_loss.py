@@ -19,6 +19,7 @@ import tensorflow as tf
 from adapters.backend.batches import (
     cotangents_of,
     counted,
+    derivatives_of,
     drawn,
     gradient_by_outputs,
     length_of,
@@ -123,7 +124,7 @@ class DataLoss:
         outputs = self.network.outputs(theta, inputs)
         if isinstance(self.likelihood, Likelihood):
             self.likelihood = self.likelihood.fitted(outputs, targets)
-        found = self._tapping.matrices(theta, inputs, outputs)
+        found = self._tapping.ways(theta, inputs, outputs)
         self.matrices = matrices_with(self.matrices or {}, found, self._held)
         if self._checks and self.checked is None:
             self._check_training(few)
@@ -222,9 +223,9 @@ class DataLoss:
         slope, curvature, units = tf.zeros((), tf.float64), tf.zeros((), tf.float64), 0.0
         for inputs, targets in self._read(theta, batches):
             outputs, tangents = self._derivatives.along(theta, directions, inputs)
-            first, second = self.likelihood.derivatives(outputs, tangents, targets)
+            first, second, more = derivatives_of(self.likelihood, outputs, tangents, targets)
             slope, curvature = slope + _double(first), curvature + _double(second)
-            units += self.likelihood.units(outputs, targets)
+            units += more
         return Quadratic(slope / counted(units), curvature / units), self._derivatives.way
 
     def mean(self, batches: Iterable[Any], theta: Params | None = None) -> float:

@@ -66,8 +66,8 @@ class OwnLayers:
         if self._matrices is None:
             features = self.run(self.in_order(theta), images)
             self._no_gradient = tf.zeros_like(features[:1])
-            ways = self._tapping.matrices(theta, images, tf.zeros_like(features))
-            self._matrices = frozenset(name for name, transposed in ways.items() if not transposed)
+            ways = self._tapping.ways(theta, images, tf.zeros_like(features))
+            self._matrices = frozenset(name for name, transposed in ways.items() if transposed is False)
         return self._matrices
 
     def taps(self, theta: Params, images: Array, seed: Array) -> Taps:

@@ -103,21 +103,27 @@ class Tapping:
             taps |= {name: _lone(self._network.parameters[name].canonical_rows(rows_of[name])) for name in rows_of}
         return taps
 
-    def matrices(self, theta: Params, inputs: Any, seed: Array) -> dict[str, bool]:
+    def ways(self, theta: Params, inputs: Any, seed: Array) -> dict[str, bool | None]:
         """Return the parameters that are used as whole matrices alone, and whether they are stored as [d_in, d_out].
 
         A projector can protect such a parameter: all that it does to the network is to be multiplied with rows, those
-        of an embedding being one-hot vectors.
+        of an embedding being one-hot vectors. Of a parameter that is used otherwise there is None.
         """
-        matrices = {}
-        for name, uses in self._plan(theta, inputs, seed).uses.items():
-            ways = {(use.kind, use.transposed, use.groups) for use in uses}
-            kind, transposed, groups = next(iter(ways), ("", False, 0))
+        plan = self._plan(theta, inputs, seed)
+        every = self._uses.get(kind_of(inputs), {})
+        ways: dict[str, bool | None] = {
+            name: None for name in plan.others if any(isinstance(use, Unknown) for use in every.get(name, ()))
+        }
+        for name, uses in plan.uses.items():
+            kinds = {(use.kind, use.transposed, use.groups) for use in uses}
+            kind, transposed, groups = next(iter(kinds), ("", False, 0))
             # A stack of matrices that are looked up, as those of experts are, would stand still as a whole.
             is_embedding = kind == "embedding" and len(self._network.parameters[name].shape) == 2
-            if len(ways) == 1 and (kind == "matrix" or is_embedding) and groups == 1:
-                matrices[name] = transposed or is_embedding
-        return matrices
+            if len(kinds) == 1 and (kind == "matrix" or is_embedding) and groups == 1:
+                ways[name] = transposed or is_embedding
+            elif kinds:
+                ways[name] = None
+        return ways
 
     def _trace(self, weights: list[Array], batch: tuple[Any, Array]) -> dict[str, list[tuple[Array, Array]]]:
         """Return the rows of all uses that are known; the uses themselves are noted while the graph is traced."""

@@ -9,8 +9,10 @@
 Convention: outputs are [samples, ...]. Tensors go to the device of the model.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
+from copy import copy
 from typing import Any
 
 import torch
@@ -65,6 +67,11 @@ def to_device(tree: Any, device: torch.device) -> Any:
     """Return a batch with its tensors on a device."""
     if isinstance(tree, Tensor):
         return tree.to(device)
+    if isinstance(tree, MutableMapping) and type(tree) is not dict:
+        moved = copy(tree)  # of the class that the user's function may count on, such as a BatchEncoding
+        for key, value in tree.items():
+            moved[key] = to_device(value, device)
+        return moved
     if isinstance(tree, Mapping):
         return {key: to_device(value, device) for key, value in tree.items()}
     if isinstance(tree, tuple) and hasattr(tree, "_fields"):
@@ -74,7 +81,34 @@ def to_device(tree: Any, device: torch.device) -> Any:
 
 @contextmanager
 def in_evaluation(model: nn.Module) -> Iterator[None]:
-    """Put a model into evaluation mode, and every module back into the mode that it was in."""
+    """Put a model into evaluation mode, and every module back into the mode that it was in.
+
+    Raises:
+        BecameError: if a module changes weights when its mode changes, as adapters do that merge themselves.
+    """
+    own = [layer for layer in model.modules() if getattr(layer.train, "__func__", None) is not nn.Module.train]
     with modes_kept(model):
+        before, modes = _lengths(model, own), [layer.training for layer in own]
         model.eval()
-        yield
+        try:
+            for name, length in _lengths(model, own).items():
+                if length != before[name] and not math.isnan(length):
+                    raise BecameError(
+                        f"the model changes '{name}' when it goes into evaluation mode, as adapters do that merge "
+                        "themselves into a frozen weight; let them not do so (merge_weights=False)."
+                    )
+            yield
+        finally:
+            for layer, mode in zip(own, modes, strict=True):
+                layer.train(mode)
+
+
+@torch.no_grad()
+def _lengths(model: nn.Module, layers: Sequence[nn.Module]) -> dict[str, float]:
+    """Return the length of each of the model's parameters that lie within these layers, by name."""
+    inside = {id(value) for layer in layers for value in layer.parameters() if value.is_floating_point()}
+    return {
+        name: float(torch.linalg.vector_norm(value, dtype=torch.float64))
+        for name, value in model.named_parameters()
+        if id(value) in inside
+    }

@@ -23,6 +23,7 @@ from adapters.backend.batches import (
     Reader,
     cotangents_of,
     counted,
+    derivatives_of,
     drawn,
     gradient_by_outputs,
     length_of,
@@ -38,10 +39,11 @@ from adapters.torch.checking import RowsKept, TorchView
 from adapters.torch.derivatives import Derivatives
 from adapters.torch.layers import gradients_of
 from adapters.torch.shared_model import SharedModel
-from adapters.torch.tapping import Layouts, as_written, collect_taps, few_samples, matrices_of
+from adapters.torch.tapping import Layouts, as_written, collect_taps, few_samples, ways_of
 from became_core import BecameError, Quadratic
 from became_core.arrays import Params
 from became_core.curvature import FisherTargets, Likelihood, Taps, square_sums
+from became_core.errors import first_line
 
 __all__ = ["Batches", "DataLoss", "Loss"]
 
@@ -147,11 +149,20 @@ class DataLoss:
             self.likelihood = self.likelihood.fitted(outputs, targets)
         names = {module: name for name, module in self._model.named_modules()}
         few = few_samples((inputs,), len(outputs))
+        try:
+            self._first_outputs(*few)
+        except BecameError:
+            raise
+        except Exception as error:
+            raise BecameError(
+                f"the model takes {len(outputs)} samples and not a few of them ({first_line(error)}); if all samples "
+                "share an input that is as long as the batch, such as a mask, begin with a batch of another length."
+            ) from None
         if self._checks and self.checked is None:
             self.checked = check_network(TorchView(self._applied, names, few, self._derivatives))
             self.checked.assert_sound()
         if not self._knows_matrices:
-            found = matrices_of(self._applied, names, few, self._layouts)
+            found = ways_of(self._applied, names, few, self._layouts)
             self.matrices = matrices_with(self.matrices or {}, found, self._held)
             self._knows_matrices = True
 
@@ -293,9 +304,9 @@ class DataLoss:
                     return result
 
                 outputs, tangents = self._derivatives.along(function, own, moves)
-                first, second = self.likelihood.derivatives(outputs, tangents, targets)
+                first, second, more = derivatives_of(self.likelihood, outputs, tangents, targets)
                 slope, curvature = slope + first.cpu().double(), curvature + second.cpu().double()
-                units += self.likelihood.units(outputs, targets)
+                units += more
         sums = self.shared.total(torch.cat([slope, curvature.flatten(), slope.new_tensor([units])]))
         units = counted(float(sums[-1]))
         return (

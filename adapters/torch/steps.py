@@ -94,7 +94,7 @@ class StepGuard:
         guarded: the names of all that has been trained.
 
     Raises:
-        BecameError: if a protected weight is sharded along d_in, or the optimiser is an LBFGS.
+        BecameError: if a protected weight is sharded along d_in, or the optimiser is an LBFGS, or has no rate.
     """
 
     optimizer: Optimizer
@@ -120,6 +120,11 @@ class StepGuard:
             raise BecameError(
                 "a step of LBFGS is many steps, each to where the one before it has led, and only their sum could be "
                 "projected; choose an optimizer that takes one."
+            )
+        if self.penalised and any(group.get("lr") is None for group in self.optimizer.param_groups):
+            raise BecameError(
+                "the optimizer has no learning rate of its own (lr=None), by which parameters are pulled back; give it "
+                "one, or let uncovered be 'frozen' or 'free'."
             )
         protected = self.projector.rank.keys() - self.standing
         for parameters, _group in self.groups:

@@ -41,6 +41,7 @@ __all__ = [
     "owners_of",
     "samples_of",
     "unfused",
+    "ways_of",
 ]
 
 # Per-sample gradients that vmap computes at a time, in numbers.
@@ -149,10 +150,19 @@ def collect_inputs(
 def matrices_of(
     network: nn.Module, names: Names, arguments: tuple[Any, ...], layouts: Layouts | None = None
 ) -> dict[str, bool]:
+    """Return the parameters that ``ways_of`` has as matrices, of the same arguments."""
+    ways = ways_of(network, names, arguments, layouts)
+    return {name: way for name, way in ways.items() if way is not None}
+
+
+def ways_of(
+    network: nn.Module, names: Names, arguments: tuple[Any, ...], layouts: Layouts | None = None
+) -> dict[str, bool | None]:
     """Return the parameters that are used as whole matrices alone, and whether they are stored as [d_in, d_out].
 
     A projector can protect such a parameter: all that it does to the network is to be multiplied with rows of inputs,
-    those of an embedding [size, d_out] being one-hot vectors.
+    those of an embedding [size, d_out] being one-hot vectors. Of a parameter that is used otherwise there is None, and
+    one of which it cannot be told is left out.
 
     Args:
         network: what runs, in evaluation mode.
@@ -164,12 +174,15 @@ def matrices_of(
     run, arranged = studied(_forward(network, names, arguments, layouts, per_sample=True), layouts)
     samples = len(run.logits)
     fewer = None
-    matrices: dict[str, bool] = {}
+    found: dict[str, bool | None] = {}
     for name, uses in run.graph.uses.items():
         kinds = {use.kind for use in uses if isinstance(use, Use)}
         own = [use for use in uses if isinstance(use, Use) and use.kind in ("matrix", "embedding") and use.groups == 1]
         ways = {use.transposed or use.kind == "embedding" for use in own}
-        if len(kinds) != 1 or len(own) < len(uses) or len(ways) != 1 or any(use.key in layouts.mixed for use in own):
+        if len(kinds) != 1 or len(own) < len(uses) or len(ways) != 1:
+            found |= {name: None} if uses else {}
+            continue
+        if any(use.key in layouts.mixed for use in own):
             continue
         # What no gradient reaches, behind a branch that begins at zero, say, has not told whether its inputs are the
         # samples' rows. They are if there are fewer rows with fewer samples.
@@ -179,12 +192,12 @@ def matrices_of(
             )
             if _row_count(uses) <= _row_count(fewer.graph.uses.get(name, ())):
                 continue
-        matrices[name] = ways.pop()
-    return matrices
+        found[name] = ways.pop()
+    return found
 
 
-def samples_of(arguments: tuple[Any, ...], rows: slice, samples: int) -> tuple[Any, ...]:
-    """Return a network's arguments with a slice of the samples.
+def samples_of(arguments: tuple[Any, ...], rows: slice | list[int], samples: int) -> tuple[Any, ...]:
+    """Return a network's arguments with some of the samples.
 
     Args:
         arguments: the first is the samples; the others are left as they are.
@@ -205,10 +218,13 @@ def samples_of(arguments: tuple[Any, ...], rows: slice, samples: int) -> tuple[A
 
 
 def few_samples(arguments: tuple[Any, ...], samples: int) -> tuple[Any, ...]:
-    """Return a network's arguments with about three of the samples.
+    """Return a network's arguments with about three of the samples, or with a single one twice.
 
     Which tensors are samples' is told by their lengths, so there are not as many samples as another tensor is long.
+    What all samples share, such as positions, shows only if there are two.
     """
+    if samples == 1:
+        return samples_of(arguments, [0, 0], samples)
     others = {len(tensor) for tensor in _tensors(arguments[0]) if tensor.ndim and len(tensor) != samples}
     return samples_of(arguments, slice(next(few for few in count(3) if few not in others)), samples)
 

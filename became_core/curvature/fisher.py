@@ -98,10 +98,18 @@ def _sum_of(parts: Iterable[Params]) -> Params:
             if name in total:
                 # The array in ``total`` was made here, so it may be changed in place; this saves an array as large as
                 # the parameter in every batch.
-                total[name] += value
+                total[name] += _shaped_as(total[name], value)
             else:
                 total[name] = value
     return total
+
+
+def _shaped_as(total: Array, value: Array) -> Array:
+    """Return a value in the shape of a total: that of a single parameter, which other batches use, is flat."""
+    if value.shape == total.shape:
+        return value
+    xp: Any = namespace(value=value)
+    return xp.reshape(value, total.shape)
 
 
 def _gathered(batches: Iterable[Taps]) -> Iterator[Taps]:

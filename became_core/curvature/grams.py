@@ -21,6 +21,7 @@ from typing import Any
 from became_core.arrays import Array, Params, device, namespace, reduction_dtype
 from became_core.curvature.exchange import Exchange
 from became_core.curvature.taps import Tap, Taps, batch_gradient, row_counts
+from became_core.errors import BecameError
 
 __all__ = ["GramSums", "gradient_grams", "input_grams"]
 
@@ -75,8 +76,17 @@ class GramSums:
         self._rows: dict[str, int] = {}
 
     def add(self, taps: Taps, weights: frozenset[str]) -> None:
-        """Add what the layers of these weights read in a batch."""
+        """Add what the layers of these weights read in a batch.
+
+        Raises:
+            BecameError: if a batch uses such a weight otherwise than to be multiplied with rows.
+        """
         for name, tap in _of(weights, taps).items():
+            if tap.kind == "gradient":
+                raise BecameError(
+                    f"'{name}' is multiplied as a whole in one batch and used in another way in another batch, so that "
+                    "no projector protects it; let the network use it alike, or freeze it."
+                )
             self._rows[name] = self._rows.get(name, 0) + _positions(tap)
             if tap.kind == "embedding":
                 _add(self._sums, name, row_counts(tap))

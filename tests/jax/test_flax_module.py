@@ -116,6 +116,17 @@ def test_a_layer_that_taps_do_not_know_is_named() -> None:
         FlaxBackbone.of(Embedded(), (2, 8, 8))
 
 
+@pytest.mark.parametrize("transformed", [nn.remat, nn.jit])
+def test_a_layer_inside_of_a_transformation_is_refused(transformed: Any) -> None:
+    class Inside(nn.Module):  # type: ignore[misc, unused-ignore]
+        @nn.compact  # type: ignore[untyped-decorator, unused-ignore]
+        def __call__(self, images: Any) -> Any:
+            return transformed(nn.Dense)(5)(images.reshape(len(images), -1))
+
+    with pytest.raises(BecameError, match=r"a layer of the module Inside runs inside of nn\.jit, nn\.remat or another"):
+        FlaxBackbone.of(Inside(), (2, 8, 8))
+
+
 class Norms(nn.Module):  # type: ignore[misc] # flax is taken as untyped
     """Layer and group norm."""
 

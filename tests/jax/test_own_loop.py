@@ -132,7 +132,7 @@ def test_it_remembers_the_mean_of_squared_gradients_of_single_samples(name: str)
         np.testing.assert_allclose(found[key], (gradients**2).mean(0), rtol=1e-9, atol=1e-14, err_msg=key)
     if name == "convolution":
         assert memory.checked is not None
-        assert len(memory.checked.findings) == 5
+        assert memory.checked.findings[-2].what == "outputs if matrices move where the sample reads nothing"
     table = coverage(memory)
     assert [p.name for p in table.parameters] == list(named_leaves(params))
     protected = {p.name for p in table.parameters if p.treatment == "protected"}
@@ -594,6 +594,18 @@ def test_a_call_that_only_gathers_gradients_pulls_nothing_back() -> None:
         np.testing.assert_allclose(updates["first"]["bias"], expected, rtol=1e-10)
 
 
+def test_a_step_that_is_left_out_as_it_is_not_finite_pulls_nothing_back() -> None:
+    memory, params = _memory(), jax.tree.map(lambda value: value + 0.3, _weights())
+    optimizer = projected(memory, 0.125, optax.apply_if_finite(optax.sgd(0.125), 3))
+    update, state = jax.jit(optimizer.update), optimizer.init(params)
+    updates, state = update(jax.tree.map(lambda value: value * np.nan, params), state, params)
+    assert int(state.count) == 0
+    assert all(not np.any(step) for step in jax.tree.leaves(updates))
+    updates, state = update(jax.tree.map(np.ones_like, params), state, params)
+    assert int(state.count) == 1
+    assert all(np.any(step) for step in jax.tree.leaves(updates))
+
+
 def test_what_an_optimizer_needs_beside_gradients_is_passed_on() -> None:
     def update(updates: Any, state: Any, _: Any = None, *, value: float) -> Any:
         return jax.tree.map(lambda step: value * step, updates), state
@@ -648,6 +660,25 @@ def test_what_cannot_be_done_is_said_in_a_sentence() -> None:
     other = remember(lambda p, x: x @ p["w"], turned, [(x, y) for x, y in batches], check=False)
     with pytest.raises(BecameError, match="'w' was multiplied from its other side in the memory"):
         remember(lambda p, x: x @ p["w"].T, turned, batches, memory=other, check=False)
+
+
+def test_data_that_use_a_protected_matrix_otherwise_are_refused() -> None:
+    """No projection of steps stands for a use as anything else, so the matrix may not go on to be called protected."""
+    params = {"w": jnp.eye(WIDTH)}
+    whole = _data(1)[0]
+    part = whole[0][:, None], whole[1]
+
+    def apply(params: Any, x: Any) -> Any:
+        return x @ params["w"] if x.ndim == 2 else x[:, 0] @ params["w"] + params["w"][:1] ** 2
+
+    memory = remember(apply, params, [whole], check=False)
+    message = "'w' is protected as a matrix that is multiplied as a whole, and these data use it in another way"
+    with pytest.raises(BecameError, match=message):
+        remember(apply, params, [part], memory=memory, check=False)
+    with pytest.raises(BecameError, match=message):
+        remember(apply, params, [whole, part], check=False)
+    mixed = remember(apply, params, [part, whole], check=False)  # penalised
+    assert (dict(mixed.matrices), dict(mixed.projector.rank)) == ({}, {})
 
 
 def test_the_examples_of_the_docstrings_run() -> None:

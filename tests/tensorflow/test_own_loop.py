@@ -550,6 +550,21 @@ def test_a_head_that_a_later_task_uses_is_measured_and_protected() -> None:
     assert {"one.weight", "two.weight"} <= learning.projector.rank.keys()
 
 
+def test_data_that_use_a_protected_matrix_otherwise_are_refused() -> None:
+    """No projection of steps stands for a use as anything else, so the matrix may not go on to be called protected."""
+    model, is_part = keras.Sequential([keras.Input((6,)), L.Dense(CLASSES, use_bias=False, name="only")]), [False]
+    kernel = model.get_layer("only").kernel
+
+    def apply(model: Any, batch: Any) -> Any:
+        return model(batch[0]) + (tf.square(keras.ops.convert_to_tensor(kernel)[0]) if is_part[0] else 0)
+
+    learning = Continual(model, apply=apply, targets=lambda batch: batch[1], check=False)
+    learning.remember(_data(1, 1))
+    is_part[0] = True
+    with pytest.raises(BecameError, match=r"'only\.weight' is protected as a matrix that is multiplied as a whole"):
+        learning.remember(_data(2, 1))
+
+
 def test_a_model_in_mixed_precision_is_measured_to_its_rounding() -> None:
     model = _row((6,), L.Dense(4, "tanh", name="half", dtype="mixed_bfloat16"))
     learning, (x, y) = Continual(model), _data(1, 1)[0]

@@ -5,6 +5,7 @@ import importlib.util
 import json
 import math
 import warnings
+from collections import UserDict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from adapters.torch import Continual
+from adapters.torch.batches import to_device
 from became_core import BecameError, Diagonal
 from became_core.continual import Reservoir
 from became_core.curvature import Bernoulli, Categorical, Gaussian
@@ -144,7 +146,7 @@ def test_it_remembers_the_mean_of_squared_gradients_of_single_samples(name: str)
     for key, gradients in expected.items():
         torch.testing.assert_close(found[key], gradients.square().mean(0), rtol=1e-9, atol=1e-14)
     assert learning.checked is not None
-    assert len(learning.checked.findings) == 4
+    assert learning.checked.findings[-2].what == "outputs if matrices move where the sample reads nothing"
 
 
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
@@ -643,6 +645,157 @@ def test_a_model_of_which_the_memory_says_too_little_is_refused() -> None:
     turned[0] = True
     with pytest.raises(BecameError, match="'weight' was multiplied from its other side in the memory"):
         sides.remember(_data(2))
+
+
+class _Merging(nn.Linear):
+    """A frozen layer with a low-rank adapter that it adds to its weight in evaluation mode, as loralib's do."""
+
+    def __init__(self) -> None:
+        super().__init__(WIDTH, WIDTH)
+        self.requires_grad_(False)
+        self.down, self.up = nn.Parameter(torch.ones(2, WIDTH)), nn.Parameter(torch.zeros(WIDTH, 2))
+        self.is_merged = False
+
+    def train(self, mode: bool = True) -> Any:
+        super().train(mode)
+        if mode == self.is_merged:
+            self.weight.data += (-1 if mode else 1) * self.up @ self.down
+            self.is_merged = not mode
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if self.is_merged else super().forward(x) + x @ self.down.T @ self.up.T
+
+
+def test_a_layer_that_changes_a_weight_in_evaluation_mode_is_refused() -> None:
+    layer = _Merging().double()
+    model = nn.Sequential(layer, nn.Linear(WIDTH, CLASSES).double())
+    learning = Continual(model, check=False)
+    learning.remember(_data(1))
+    assert (layer.is_merged, layer.training) == (False, True)  # it merged nothing, as ``up`` is zero
+    nn.init.ones_(layer.up)
+    before = layer.weight.detach().clone()
+    with pytest.raises(BecameError, match=r"changes '0\.weight' when it goes into evaluation mode"):
+        learning.remember(_data(2))
+    torch.testing.assert_close(layer.weight, before)
+
+
+class _Directed(nn.Module):
+    """A layer that divides by the norm of its weight, through which no gradient goes, as DoRA does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(WIDTH, CLASSES, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        outputs: Tensor = self.inner(x) / self.inner.weight.detach().norm()
+        return outputs
+
+
+def test_a_matrix_that_acts_where_no_gradient_shows_it_is_not_called_protected() -> None:
+    with pytest.raises(BecameError, match=r"outputs if 'inner\.weight' moves where the sample reads nothing"):
+        Continual(_Directed().double()).remember(_data(1))
+
+
+class _Placed(nn.Module):
+    """Words with positions that all samples share."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.places, self.head = nn.Embedding(9, 4), nn.Embedding(6, 4), nn.Linear(4, CLASSES)
+
+    def forward(self, keys: Tensor, mask: Tensor | None = None) -> Tensor:
+        hidden = (self.words(keys) + self.places(torch.arange(keys.shape[1]))).tanh()
+        outputs: Tensor = self.head(hidden.mean(1) if mask is None else (mask.double() @ hidden + hidden).mean(1))
+        return outputs
+
+
+@pytest.mark.parametrize("sizes", [(1, 4), (4, 1), (1, 1)])
+def test_positions_are_no_samples_inputs_in_a_batch_of_one_either(sizes: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    model = _Placed().double()
+    batches = [(torch.randint(9, (n, 6)), torch.randint(CLASSES, (n,))) for n in sizes]
+    learning = Continual(model)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "taps do not know", UserWarning)
+        learning.remember(batches)
+    assert "places.weight" not in learning.projector.rank
+    gradients = [
+        torch.autograd.grad(functional.cross_entropy(model(x[at]), y[at]), model.places.weight)[0]
+        for x, y in batches
+        for at in (slice(n, n + 1) for n in range(len(x)))
+    ]
+    assert learning.posterior is not None
+    found = learning.posterior.precision.diagonal()["places.weight"]
+    torch.testing.assert_close(found, torch.stack(gradients).square().mean(0))
+
+
+def test_a_batch_as_long_as_an_input_that_all_samples_share_is_refused_in_a_sentence() -> None:
+    batch = {"keys": torch.randint(9, (6, 6)), "mask": torch.eye(6), "labels": torch.randint(CLASSES, (6,))}
+    with pytest.raises(BecameError, match=r"takes 6 samples and not a few of them .* batch of another length"):
+        Continual(_Placed().double()).remember([batch])
+
+
+def test_labels_that_are_no_integers_are_refused_at_a_merge_too() -> None:
+    model, new = _network("perceptron"), _data(2)
+    learning, optimizer = Continual(model, check=False), torch.optim.SGD(model.parameters(), 0.1)
+    learning.remember(_data(1))
+    with learning.stable(optimizer):
+        _train(model, optimizer, new)
+    with pytest.raises(BecameError, match="the categorical likelihood needs labels, which are integers"):
+        learning.merge([(x, y.double()) for x, y in new])
+
+
+def test_an_optimizer_without_a_rate_pulls_nothing_back() -> None:
+    model = _network("perceptron")
+    learning, optimizer = Continual(model, check=False), torch.optim.SGD(model.parameters(), 0.1)
+    learning.remember(_data(1))
+    optimizer.param_groups[0]["lr"] = None
+    with pytest.raises(BecameError, match="has no learning rate of its own"), learning.stable(optimizer):
+        pass
+    learning.uncovered = "frozen"
+    with learning.stable(optimizer):
+        pass
+
+
+class _Named(UserDict[str, Any]):
+    """A batch whose entries are attributes, as a BatchEncoding is."""
+
+    def __getattr__(self, name: str) -> Any:
+        return self.data[name]
+
+
+def test_a_batch_keeps_its_class() -> None:
+    moved = to_device(batch := _Named(x=torch.ones(2)), torch.device("meta"))
+    assert (type(moved), moved.x.device.type, batch.x.device.type) == (_Named, "meta", "cpu")
+
+
+def test_data_that_use_a_protected_matrix_otherwise_are_refused() -> None:
+    """No projection of steps stands for a use as anything else, so the matrix may not go on to be called protected."""
+
+    def learning() -> Continual:
+        layer = nn.Linear(WIDTH, CLASSES, bias=False).double()
+
+        def apply(_: nn.Module, batch: Any) -> Tensor:
+            x = batch[0]
+            outputs: Tensor = layer(x) if x.ndim == 2 else layer(x[:, 0]) + layer.weight[:, 0] ** 2
+            return outputs
+
+        return Continual(layer, apply=apply, targets=lambda batch: batch[1], check=False)
+
+    whole: Any = _data(1)[0]
+    part = whole[0][:, None], whole[1]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "taps do not know", UserWarning)
+        memory = learning()
+        memory.remember([whole])
+        with pytest.raises(BecameError, match="'weight' is protected as a matrix that is multiplied as a whole, and"):
+            memory.remember([part])
+        with pytest.raises(BecameError, match="'weight' is multiplied as a whole in one batch and used in another way"):
+            learning().remember([whole, part])
+        mixed = learning()
+        mixed.remember([part, whole])
+    assert dict(mixed.projector.rank) == {}
 
 
 def test_a_memory_comes_back_from_a_file(tmp_path: Path) -> None:
