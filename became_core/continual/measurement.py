@@ -232,6 +232,10 @@ class Measurement:
         """The learner's weights, without running statistics."""
         return weights_of(self.learner)
 
+    def at(self, theta: Params) -> "MeasurementAt":
+        """Return what can be measured at other weights."""
+        return MeasurementAt(self, theta)
+
     @property
     def index(self) -> int:
         """The task's number."""
@@ -351,3 +355,38 @@ class Measurement:
         if count is None:
             return rows
         return random_generator(self.seed, purpose, self.task.index).permutation(rows)[:count]
+
+
+@dataclass(frozen=True)
+class MeasurementAt:
+    """What a merging rule may ask about a task at weights that its learner does not have.
+
+    Attributes:
+        measurement: of the task.
+        mean: the other weights; running statistics are those that belong to them.
+    """
+
+    measurement: Measurement
+    mean: Params
+
+    def diagonal(self) -> Diagonal:
+        """Return the diagonal Fisher information."""
+        with self.measurement.learner.at(self.mean):
+            self.measurement._refresh_statistics()
+            return self.measurement.diagonal()
+
+    def along(self, directions: Sequence[Params]) -> Quadratic:
+        """Return the mean loss along directions from these weights, exactly."""
+        return self.measurement.along(directions, self.mean)
+
+    def slope(self, origin: Params, directions: Sequence[Params]) -> Array:
+        """Return the slopes of the mean loss at third weights."""
+        return self.measurement.slope(origin, directions)
+
+    def loss(self, theta: Params) -> float:
+        """Return the mean loss at third weights."""
+        return self.measurement.loss(theta)
+
+    def at(self, theta: Params) -> "MeasurementAt":
+        """Return what can be measured at third weights."""
+        return MeasurementAt(self.measurement, theta)

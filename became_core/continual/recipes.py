@@ -63,13 +63,19 @@ __all__ = [
     "projector_names",
 ]
 
-Curvature = Literal["diagonal", "kronecker", "exact"]
+Curvature = Literal["diagonal", "kronecker", "exact", "stable"]
 ESTIMATORS: Mapping[Curvature, Estimator] = {
     "exact": Secant(),
+    "stable": Secant(calibrated_at="origin"),
     "diagonal": DiagonalFisher(),
     "kronecker": NativeExpansion(),
 }
-STRUCTURES: Mapping[Curvature, Structure] = {"exact": "diagonal", "diagonal": "diagonal", "kronecker": "kronecker"}
+STRUCTURES: Mapping[Curvature, Structure] = {
+    "exact": "diagonal",
+    "stable": "diagonal",
+    "diagonal": "diagonal",
+    "kronecker": "kronecker",
+}
 
 
 class MethodRecipe(ABC):
@@ -123,7 +129,8 @@ class _ByCurvature(_Tempered):
         fisher: whose labels the Fisher information is of: those given; all, weighted by what the network predicts,
             which takes as many passes as there are labels; or one that is drawn from what it predicts.
         precision: the curvatures that the merge is computed from: both sides' diagonals, both sides' Kronecker factors,
-            or the new task's exact curvature along the path and the old tasks' calibrated diagonal.
+            or the new task's exact curvature along the path and the old tasks' diagonal, calibrated at theta_hat by
+            "exact" and at theta_gp by "stable".
     """
 
     fisher: FisherTargets = setting("empirical")
