@@ -6,6 +6,7 @@ is than the best traced point.
 """
 
 from collections.abc import Mapping, Sequence
+from itertools import chain, count
 from pathlib import Path
 from typing import Any, Literal
 
@@ -141,9 +142,9 @@ def write_paths(outs: Sequence[Path], into: Path | None = None) -> tuple[list[Ta
     for out, run in traced:
         tables += [path_table(run), estimator_table(run), regret_table(run, "accuracy"), regret_table(run, "loss")]
         tables += [curve_table(run)] if all(path.get("curve") for path in run.paths) else []
-        file = (into or out) / f"paths-{run.method}-seed{run.seed}.svg"
-        if file in written:
-            file = file.with_stem(f"{file.stem}-{out.name}")
+        stem = f"paths-{run.method}-seed{run.seed}"
+        ends = chain(("", f"-{out.name}"), (f"-{out.name}-{number}" for number in count(2)))
+        file = next(file for end in ends if (file := (into or out) / f"{stem}{end}.svg") not in written)
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_bytes(themed_svg(picture(plot_path([run]), "svg")))

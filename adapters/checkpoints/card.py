@@ -90,14 +90,16 @@ def _prediction(report: Any) -> list[str]:
     if report.gain is None:
         return []
     convex = "convex" if report.convex else "not convex"
+    first = "the first model" if report.plan.base_model is None else "the base model"
     lines = [
-        f"The sum of the models' losses is predicted to be {report.gain:.6g} lower than at the first model, in the "
+        f"The sum of the models' losses is predicted to be {report.gain:.6g} lower than at {first}, in the "
         f"unit of the Fisher files. Between the models it is {convex}."
     ]
     if report.slopes is not None:
         start, end = report.slopes
         inside = "so the best point lies between them" if start < 0 < end else "so one of them is the best point"
-        lines.append(f"Its slope is {start:.6g} at the first model and {end:.6g} at the second, {inside}.")
+        second = "the second" if report.plan.base_model is None else "the other one"
+        lines.append(f"Its slope is {start:.6g} at {first} and {end:.6g} at {second}, {inside}.")
     return [*lines, ""]
 
 

@@ -32,7 +32,7 @@ from safetensors.numpy import load_file, save_file
 from adapters.checkpoints.digest import digest_of
 from adapters.checkpoints.fisher_files import FACTORS, write_fisher
 from adapters.checkpoints.folders import Checkpoint, open_checkpoint
-from adapters.runs.files import check_free
+from adapters.runs.files import check_free, digest
 from became_core import BecameError
 from became_core.curvature import Categorical, FisherTargets, Tap, kronecker_factors, per_sample_square_sum
 from became_core.errors import first_line
@@ -117,7 +117,8 @@ def read_samples(data: str, tokenizer: Callable[[str], list[int]] | None = None,
         arrays = {name: tensor.whole() for name, tensor in open_checkpoint(path).tensors.items()}
         if "tokens" in arrays and arrays["tokens"].ndim == 2:
             return _next_tokens(arrays["tokens"], data)
-        if {"inputs", "targets"} <= arrays.keys() and len(arrays["inputs"]) == len(arrays["targets"]):
+        lengths = [np.shape(arrays[name])[:1] for name in ("inputs", "targets") if name in arrays]
+        if len(lengths) == 2 and lengths[0] and lengths[0] == lengths[1]:
             return Samples(arrays["inputs"], _labels(arrays["targets"], data))
         raise BecameError(f"{path} has neither 'tokens' [samples, length] nor 'inputs' and as many 'targets'.")
     if path.suffix == ".txt" and tokenizer is not None:
@@ -206,6 +207,11 @@ def load_model(model: Path, loader: str | None) -> tuple[Any, Callable[[str], li
         raise BecameError(f"transformers cannot load {model}: {first_line(error)}.") from None
 
 
+def _bytes_of(array: NDArray[Any]) -> bytes:
+    """Return an array's dtype, shape and content."""
+    return f"{array.dtype}{array.shape}".encode() + np.ascontiguousarray(array).tobytes()
+
+
 def called(name: str) -> Callable[..., Any]:
     """Return the function that ``module:function`` names, in a module that is installed or in the working directory.
 
@@ -216,11 +222,14 @@ def called(name: str) -> Callable[..., Any]:
     if str(Path.cwd()) not in sys.path:  # an installed command does not look there by itself
         sys.path.append(str(Path.cwd()))
     try:
-        return getattr(importlib.import_module(module), function)  # type: ignore[no-any-return]
-    except (ImportError, AttributeError, ValueError) as error:
+        found = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, ValueError, SyntaxError) as error:
         raise BecameError(
             f"there is no function '{name}' ({first_line(error)}); give module:function, as Python imports it."
         ) from None
+    if not callable(found):
+        raise BecameError(f"'{name}' is a {type(found).__name__} and no function; give module:function.")
+    return found  # type: ignore[no-any-return]
 
 
 def fisher_from_data(
@@ -256,12 +265,15 @@ def fisher_from_data(
 
     _check_request(samples, out)
     checkpoint = open_checkpoint(model)
-    digest = digest_of(checkpoint)
+    model_digest = digest_of(checkpoint)
     owners = _owners(network, checkpoint)
     count = min(len(samples.inputs), request.samples or len(samples.inputs))
     partial = out.with_name(f".{out.name}.partial.safetensors")
     wanted = (request.kind, request.per, count, request.seed, len(samples.inputs), request.factors)
-    about = {"model": digest, "request": repr(wanted)}
+    # What was begun with other samples, or a network that computes otherwise, is no part of this.
+    data_digest = digest(b"".join(_bytes_of(each) for each in (samples.inputs, samples.targets)))
+    network_digest = digest(repr(network).encode())
+    about = {"model": model_digest, "request": repr(wanted), "data": data_digest, "network": network_digest}
     shapes = _shapes(checkpoint, owners)
     sums, done, tokens, rng = _resumed(partial, about, set(shapes), request.seed)
     # Under the model's own labels the gradients of two tokens are uncorrelated, so that the expectation of a sequence's
@@ -305,7 +317,7 @@ def fisher_from_data(
         unit="sum",
         per=request.per,
         counts={"samples": count, "tokens": tokens},
-        model=digest,
+        model=model_digest,
         factors=request.factors,
     )
     partial.unlink(missing_ok=True)

@@ -40,7 +40,10 @@ ADAPTER_CONFIG = "adapter_config.json"
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 # What else belongs to a model is copied: files with these endings, but no weights, no state of a training, no card.
 COMPANIONS = {".json", ".txt", ".model", ".jinja", ".py", ".tiktoken", ".vocab", ".bpe"}
-NOT_COPIED = ("trainer_state.json", "training_args", "optimizer", "scheduler", "all_results.json", "became_merge.json")
+NOT_COPIED = (
+    *("trainer_state.json", "training_args", "optimizer", "scheduler", "all_results.json"),
+    *("became_merge.json", "became_trace.json"),
+)
 LONGEST_JSON = 100_000_000
 
 
@@ -171,12 +174,12 @@ def _weight_files(folder: Path) -> tuple[list[str], dict[str, str], str]:
     """Return the names of a folder's files of weights, which file its index has each tensor in, and what it is."""
     for name in WEIGHTS:
         index_file = f"{name}.index.json"
+        if (folder / name).exists():  # before shards, as transformers has it
+            return [name], {}, "one file"
         if (folder / index_file).exists():
             index = _index(_inside(folder, index_file))
             shards = list(dict.fromkeys(index.values()))
             return sorted(shards), index, f"{len(shards)} shards"
-        if (folder / name).exists():
-            return [name], {}, "one file"
     indices = sorted(folder.glob("*.safetensors.index.json"))
     if len(indices) == 1:
         index = _index(_inside(folder, indices[0].name))

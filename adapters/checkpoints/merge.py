@@ -358,7 +358,7 @@ class _Passes:
             weights = [model.weight.at(leaf.name, leaf.depth) for model in job.plan.models]
             shares = job.rule.shares(leaf.name, leaf.depth, weights, solution) or []
             coefficients = dict(zip(map(id, learned), shares, strict=True))
-            rest = 1.0 - sum(shares) if job.has_base else 0.0
+            rest = 1.0 - sum(shares) if job.has_base and job.rule.takes_base else 0.0
             down, up = combined(job.adapters, module, [coefficients.get(id(a), rest) for a in job.adapters])
             owner = next(adapter for adapter in job.adapters if module in adapter.modules)
             names = [PREFIX + module + suffix for suffix in owner.suffixes[module]]

@@ -54,6 +54,12 @@ def open_job(plan: MergePlan, open_model: Callable[[Path], Checkpoint] = open_ch
                 "a Fisher file must be diagonal; became per model, layer or leaf takes factors."
             )
     grams = {k: open_checkpoint(model.gram) for k, model in enumerate(plan.models) if model.gram is not None}
+    for gram in grams.values():
+        unknown = gram.tensors.keys() - {leaf.name for leaf in alignment.leaves if leaf.is_merged}
+        if unknown:
+            raise BecameError(
+                f"{gram.path} has a Gram matrix of '{min(unknown)}', which is no merged weight; name it as that."
+            )
     job = Job(plan, rule, checkpoints, alignment, fishers, gradients, means, grams, adapters)
     for leaf in alignment.leaves:
         _check_leaf(job, leaf)
@@ -73,6 +79,11 @@ def _adapters(checkpoints: Sequence[Checkpoint], plan: MergePlan, rule: Rule) ->
         raise BecameError(f"{path} is a LoRA adapter and other models are not.")
     if rule.by_weight:
         raise BecameError("a merge of LoRA adapters has a coefficient per model, layer or leaf, not per weight.")
+    if rule.needs_gram:
+        raise BecameError(
+            f"{plan.merge_method} solves for whole weights, and a merge of LoRA adapters has a coefficient for each; "
+            "choose another rule, or merge the models that the adapters make."
+        )
     return [adapter_of(checkpoint) for checkpoint in checkpoints]
 
 

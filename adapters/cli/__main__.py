@@ -3,7 +3,6 @@
 No framework is loaded before a run needs it.
 """
 
-import io
 import shlex
 import shutil
 import sys
@@ -296,8 +295,6 @@ COMMANDS: dict[str, Any] = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return its exit status, as ``execute`` does."""
     words = sys.argv[1:] if arguments is None else list(arguments)
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a path need not be text that the terminal can show
     if words == ["--version"]:
         print(f"became {__version__}")
         return 0

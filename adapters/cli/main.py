@@ -1,5 +1,6 @@
 """The command of one backend: options in, runs and a table out. The same for every backend."""
 
+import io
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -27,6 +28,8 @@ def while_it_is_read(main: Callable[Arguments, int]) -> Callable[Arguments, int]
 
     @wraps(main)
     def quiet(*arguments: Arguments.args, **options: Arguments.kwargs) -> int:
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="backslashreplace")  # not every terminal can show a path, or an alpha
         try:
             try:
                 return main(*arguments, **options)

@@ -8,7 +8,7 @@ Convention: a checkpoint's number counts the epochs and tasks that are done.
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -92,16 +92,29 @@ class Checkpoints(Callback):
             BecameError: if no checkpoint is whole, or the last one is of another run or another network; the message
                 names the first difference.
         """
+        damaged: list[int] = []
         for number in reversed(self.numbers()):
             try:
                 values, arrays = self._read(number)
             except DamagedError as error:
                 say(f"{error}; it is left out.")
+                damaged.append(number)
                 continue
-            return self._checked(number, values, arrays, learner)
+            state = self._checked(number, values, arrays, learner)
+            self._set_aside(damaged)
+            return state
         if self.numbers():
             raise BecameError(f"no checkpoint in {self.folder} is whole; move the folder away to begin anew.")
         return None
+
+    def _set_aside(self, damaged: Sequence[int]) -> None:
+        """Rename checkpoints that are damaged, which would seem to be further on than those that are saved next."""
+        for number in damaged:
+            file = self._file(number, "json")
+            try:
+                file.replace(file.with_suffix(".damaged"))
+            except OSError as error:
+                raise BecameError(f"{file} is damaged and cannot be renamed: {error.strerror}.") from None
 
     def numbers(self) -> list[int]:
         """Return the numbers of the checkpoints, in order."""

@@ -1,5 +1,6 @@
 """The path report: regrets by hand, and the tables of a small run."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -107,6 +108,12 @@ def test_paths_of_finished_runs_are_tables_and_figures(tmp_path: Path, capsys: p
     figure = tmp_path / "out" / "paths-became-seed0.svg"
     assert str(figure) in shown
     assert b"<svg" in figure.read_bytes()[:400]
+    folders = [tmp_path / place / "out" for place in "abc"]
+    for folder in folders:
+        shutil.copytree(tmp_path / "out", folder)
+    assert became(["paths", *map(str, folders), "--into", str(tmp_path / "all")]) == 0
+    names = {file.name for file in (tmp_path / "all").iterdir()}
+    assert names == {f"paths-became-seed0{end}.svg" for end in ("", "-out", "-out-2")}
 
 
 def test_runs_that_traced_nothing_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

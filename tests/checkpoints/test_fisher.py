@@ -129,6 +129,40 @@ def test_neither_chunks_nor_an_interruption_change_what_is_drawn(
     assert list(tmp_path.glob(".*")) == []
 
 
+def test_sums_of_other_data_are_not_gone_on_with(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from adapters.checkpoints import fisher_data
+    from adapters.checkpoints.fisher_data import FisherRequest, fisher_from_data, read_samples
+
+    monkeypatch.setattr(fisher_data, "SAVE_EVERY", 1)
+
+    def stop(*_: int) -> None:
+        raise ZeroDivisionError
+
+    data(tmp_path / "data.npz", 4)
+    out, request = tmp_path / "F.safetensors", FisherRequest(chunk=2)
+    with pytest.raises(ZeroDivisionError):
+        fisher_from_data(model, read_samples(str(tmp_path / "data.npz")), out, request, load(model), stop)
+    data(tmp_path / "data.npz", 4, seed=1)  # as many
+    found, expected = load_file(measured(tmp_path, chunk=2)), load_file(measured(tmp_path, "whole", chunk=4))
+    for name, value in expected.items():
+        assert_allclose(found[name], value, rtol=1e-6)
+
+
+def test_what_a_name_or_a_file_holds_may_be_anything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from adapters.checkpoints.fisher_data import called, read_samples
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "became_named.py").write_text("number = 3\n")
+    (tmp_path / "became_broken.py").write_text("def\n")
+    with pytest.raises(BecameError, match="'became_named:number' is a int and no function"):
+        called("became_named:number")
+    with pytest.raises(BecameError, match="there is no function 'became_broken:f'"):
+        called("became_broken:f")
+    np.savez(tmp_path / "scalar.npz", inputs=np.zeros((2, WIDTH), np.float32), targets=np.int64(1))
+    with pytest.raises(BecameError, match="has neither 'tokens'"):
+        read_samples(str(tmp_path / "scalar.npz"))
+
+
 @pytest.mark.parametrize("kind", ["empirical", "true"])
 def test_a_tokens_gradient_reaches_all_positions_and_what_taps_do_not_know_is_named(
     tmp_path: Path, model: Path, kind: str

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -74,6 +74,26 @@ def test_a_weighted_mean_is_exact_with_the_sum_of_the_ranks(tmp_path: Path) -> N
     down, up = ((halves[0][name] + halves[1][name]) / 2 for name in names)
     true = mixed({first: 0.5, tmp_path / "C": 0.5})[WIDE]
     assert np.linalg.norm(4 * up @ down - true) > 0.5 * np.linalg.norm(true)
+
+
+@pytest.mark.parametrize("rule", ["slerp", "linear"])
+def test_a_rule_that_knows_no_base_model_adds_none_of_it(tmp_path: Path, rule: Literal["slerp", "linear"]) -> None:
+    first, second = adapter(tmp_path, "A", 0), adapter(tmp_path, "B", 1)
+    weights = (0.5, 0.2) if rule == "linear" else (1.0, 1.0)
+    models = PlannedModel(first, weights[0]), PlannedModel(second, weights[1])
+    for base in (None, first):
+        plan = MergePlan(models, rule, base_model=base, normalize=rule != "linear")
+        merge_checkpoints(plan, tmp_path / f"out-{base is None}")
+    expected = mixed({first: 0.5, second: 0.2}) if rule == "linear" else differences(tmp_path / "out-True")
+    for module, difference in differences(tmp_path / "out-False").items():
+        assert_allclose(difference, expected[module], atol=1e-5)
+
+
+def test_gram_matrices_of_adapters_are_refused(tmp_path: Path) -> None:
+    gram = saved(tmp_path, "G", {f"{WIDE}.weight": np.eye(9)})
+    models = tuple(PlannedModel(adapter(tmp_path, name, k), gram=gram) for k, name in enumerate("AB"))
+    with pytest.raises(BecameError, match="regmean solves for whole weights, and a merge of LoRA adapters has"):
+        merge_checkpoints(MergePlan(models, "regmean"), tmp_path / "out")
 
 
 def test_a_module_that_one_adapter_lacks_is_not_changed_by_it(tmp_path: Path) -> None:

@@ -388,5 +388,8 @@ def test_regmean_keeps_the_mean_where_no_inputs_were_and_works_across_slabs(tmp_
     wrong = PlannedModel(models[0].model, gram=saved(tmp_path, "G", {"w.weight": np.eye(2)}))
     with pytest.raises(BecameError, match=r"should have a Gram matrix of 'w.weight', .* but has \[2, 2\]"):
         merge_checkpoints(MergePlan((models[0], wrong), "regmean"), tmp_path / "wrong")
+    unknown = PlannedModel(models[0].model, gram=saved(tmp_path, "H", {"w": np.eye(70)}))
+    with pytest.raises(BecameError, match="has a Gram matrix of 'w', which is no merged weight"):
+        merge_checkpoints(MergePlan((unknown, unknown), "regmean"), tmp_path / "wrong")
     with pytest.raises(BecameError, match="linear makes no use of a file of Gram matrices"):
         merge_checkpoints(MergePlan(tuple(models), "linear"), tmp_path / "wrong")

@@ -39,6 +39,19 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+def test_output_that_cannot_show_an_alpha_is_no_error(tmp_path: Path) -> None:
+    words = [*SHORT, "--first", "2", "--methods", "became", "--out", str(tmp_path / "out")]
+    done = subprocess.run(
+        [sys.executable, "-m", "adapters.torch.run", *words],
+        env={**os.environ, "PYTHONIOENCODING": "latin-1"},
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr
+    assert rb"\u03b1" in done.stdout
+
+
 def test_a_run_leaves_results_and_a_summary(finished: Path) -> None:
     of_a_run = {"config.json", "events.jsonl", "results.json"}
     assert {file for file in _files(finished) if "checkpoints" not in file} == {

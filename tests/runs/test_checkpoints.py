@@ -182,6 +182,23 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before_and_says_so(
     assert facts(part(kept, None)[0]) == expected
 
 
+def test_a_run_that_saves_seldom_goes_on_from_before_a_damaged_checkpoint(tmp_path: Path) -> None:
+    """The first checkpoint that is saved then has a smaller number than the damaged one."""
+    kept = checkpoints(tmp_path)
+    interrupted(kept, after=2)
+    state = kept.load(new_learner())
+    assert state is not None
+    damaged = tmp_path / "000009.json"
+    damaged.write_text("{}")
+    said: list[str] = []
+    assert kept.load(new_learner(), said.append) is not None
+    assert said == [f"{damaged} is damaged; it is left out."]
+    kept.save(state)
+    assert kept.last is not None
+    assert kept.last.name != damaged.name
+    assert damaged.with_suffix(".damaged").read_text() == "{}"
+
+
 def test_without_any_whole_checkpoint_nothing_is_begun_anew(tmp_path: Path) -> None:
     kept = checkpoints(tmp_path)
     interrupted(kept, after=4)
