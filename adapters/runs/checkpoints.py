@@ -8,8 +8,8 @@ Convention: a checkpoint's number counts the epochs and tasks that are done.
 """
 
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -57,6 +57,7 @@ class Checkpoints(Callback):
     method: Method
     training: Training
     seed: int = 0
+    _damaged: set[int] = field(default_factory=set, init=False, repr=False, compare=False)
 
     def on_state(self, state: RunState) -> None:
         """Save the state."""
@@ -69,6 +70,7 @@ class Checkpoints(Callback):
             BecameError: if it cannot be written, or the folder holds later checkpoints; those that are there stay.
         """
         number = state.epochs + state.task
+        self._set_damaged_aside()
         if self.numbers()[-1:] > [number]:
             raise BecameError(f"{self.folder} holds a run that is further on; load it or choose another folder.")
         plain, arrays = encoded(state)
@@ -92,29 +94,30 @@ class Checkpoints(Callback):
             BecameError: if no checkpoint is whole, or the last one is of another run or another network; the message
                 names the first difference.
         """
-        damaged: list[int] = []
+        self._damaged.clear()
         for number in reversed(self.numbers()):
             try:
                 values, arrays = self._read(number)
             except DamagedError as error:
                 say(f"{error}; it is left out.")
-                damaged.append(number)
+                self._damaged.add(number)
                 continue
-            state = self._checked(number, values, arrays, learner)
-            self._set_aside(damaged)
-            return state
+            return self._checked(number, values, arrays, learner)
         if self.numbers():
             raise BecameError(f"no checkpoint in {self.folder} is whole; move the folder away to begin anew.")
         return None
 
-    def _set_aside(self, damaged: Sequence[int]) -> None:
-        """Rename checkpoints that are damaged, which would seem to be further on than those that are saved next."""
-        for number in damaged:
+    def _set_damaged_aside(self) -> None:
+        """Rename checkpoints that were left out, which seem to be further on than those that are saved from now on."""
+        for number in sorted(self._damaged):
             file = self._file(number, "json")
             try:
                 file.replace(file.with_suffix(".damaged"))
+            except FileNotFoundError:
+                pass
             except OSError as error:
                 raise BecameError(f"{file} is damaged and cannot be renamed: {error.strerror}.") from None
+        self._damaged.clear()
 
     def numbers(self) -> list[int]:
         """Return the numbers of the checkpoints, in order."""

@@ -116,11 +116,11 @@ MODULES: dict[str, Callable[[], nn.Module]] = {
     "dilated": lambda: plain(nn.Conv(3, (2, 2), kernel_dilation=2, padding=[(1, 0), (0, 1)])),
     "first values": lambda: plain(nn.Conv(3, (1, 1), kernel_init=nn.initializers.ones, precision="highest")),
     "dropout": lambda: plain(nn.Dropout(0.2, deterministic=True)),
-    "checkpointed": lambda: plain(nn.remat(nn.Conv)(3, (2, 2))),
     "own variables": lambda: nn.Sequential([Offset(), plain()]),
 }
 
 REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "checkpointed": (lambda: plain(nn.remat(nn.Conv)(3, (2, 2))), "runs inside of nn.jit, nn.remat or another"),
     "norm over images": (
         lambda: plain(nn.LayerNorm(reduction_axes=(1, 2, 3))),
         r"reduction_axes=\(1, 2, 3\) of the layer",
