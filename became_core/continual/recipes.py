@@ -129,8 +129,8 @@ class _ByCurvature(_Tempered):
         fisher: whose labels the Fisher information is of: those given; all, weighted by what the network predicts,
             which takes as many passes as there are labels; or one that is drawn from what it predicts.
         precision: the curvatures that the merge is computed from: both sides' diagonals, both sides' Kronecker factors,
-            or the new task's exact curvature along the path and the old tasks' diagonal, calibrated at theta_hat by
-            "exact" and at theta_gp by "stable".
+            or the new task's exact curvature along the path and the old tasks' diagonal, which is calibrated at
+            theta_hat (exact) or at theta_gp (stable).
     """
 
     fisher: FisherTargets = setting("empirical")
