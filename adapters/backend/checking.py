@@ -25,7 +25,7 @@ from became_core.curvature import Tap, Taps, per_sample_gradients
 
 __all__ = ["STEPS", "LearnerView", "NetworkView", "agreement", "check_network"]
 
-# Rows of a sample from which on a matrix is not moved where they are not.
+# A matrix that a sample multiplies with this many rows is not moved: to find what they leave free takes long.
 MANY = 1024
 # Of views that can take steps of any length.
 STEPS: Sequence[float] = (1.0, 0.05, 0.002)
@@ -201,8 +201,13 @@ def _random_direction(theta: Params, padding: Mapping[str, int]) -> Params:
         if name in padding:
             drawn[padding[name]] = 0
         scale = max(float(np.std(_numbers(value).astype(np.float64))), 1e-3) if drawn.size else 0.0
-        direction[name] = xp.asarray(drawn * scale, dtype=value.dtype, device=getattr(value, "device", None))
+        direction[name] = _as_array_like(drawn * scale, value, xp)
     return direction
+
+
+def _as_array_like(numbers: NDArray[Any], like: Array, xp: Any) -> Array:
+    """Return numbers in the dtype and on the device of an array."""
+    return xp.asarray(numbers, dtype=like.dtype, device=getattr(like, "device", None))
 
 
 def _unread(network: NetworkView, taps: Taps, outputs: Array, tolerance: float) -> Iterator[Finding]:
@@ -219,7 +224,7 @@ def _unread(network: NetworkView, taps: Taps, outputs: Array, tolerance: float) 
             continue
         width = tap.inputs.shape[2]
         rows = _numbers(tap.inputs if tap.inputs.shape[0] != outputs.shape[0] else tap.inputs[:1]).reshape(-1, width)
-        if len(rows) >= min(width, MANY):  # it reads all of the matrix, or the decomposition would take long
+        if len(rows) >= min(width, MANY):  # the first, since nothing is left free then
             continue
         value, (read, _) = _numbers(network.theta[name]), np.linalg.qr(rows.T.astype(np.float64))
         drawn = rng.normal(size=(value.size // width, width)) * max(float(np.std(value)), 1e-3)
@@ -228,9 +233,7 @@ def _unread(network: NetworkView, taps: Taps, outputs: Array, tolerance: float) 
 
     def moved(names: Collection[str]) -> float:
         theta = {
-            name: xp.asarray(_numbers(value) + moves[name], dtype=value.dtype, device=getattr(value, "device", None))
-            if name in names
-            else value
+            name: _as_array_like(_numbers(value) + moves[name], value, xp) if name in names else value
             for name, value in network.theta.items()
         }
         return _apart([network.outputs(theta, slice(1))], [_numbers(outputs)[:1]])

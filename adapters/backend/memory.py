@@ -256,7 +256,14 @@ class NewTask:
     """
 
     def __init__(self, data: NewTaskData, batches: Iterable[Any], theta: Params, *, is_there: bool = True) -> None:
-        """Keep the data, batches, which are gone through several times, and weights; is the model there?"""
+        """Keep what is needed.
+
+        Args:
+            data: measures the loss of the model.
+            batches: of the new task, which are gone through several times.
+            theta: the weights.
+            is_there: whether the model has these weights.
+        """
         self._data, self._batches = data, repeatable(batches)
         self.mean, self._is_there = theta, is_there
         self.way = "the diagonal Fisher information"

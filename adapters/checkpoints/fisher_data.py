@@ -207,11 +207,6 @@ def load_model(model: Path, loader: str | None) -> tuple[Any, Callable[[str], li
         raise BecameError(f"transformers cannot load {model}: {first_line(error)}.") from None
 
 
-def _bytes_of(array: NDArray[Any]) -> bytes:
-    """Return an array's dtype, shape and content."""
-    return f"{array.dtype}{array.shape}".encode() + np.ascontiguousarray(array).tobytes()
-
-
 def called(name: str) -> Callable[..., Any]:
     """Return the function that ``module:function`` names, in a module that is installed or in the working directory.
 
@@ -270,10 +265,14 @@ def fisher_from_data(
     count = min(len(samples.inputs), request.samples or len(samples.inputs))
     partial = out.with_name(f".{out.name}.partial.safetensors")
     wanted = (request.kind, request.per, count, request.seed, len(samples.inputs), request.factors)
-    # What was begun with other samples, or a network that computes otherwise, is no part of this.
-    data_digest = digest(b"".join(_bytes_of(each) for each in (samples.inputs, samples.targets)))
-    network_digest = digest(repr(network).encode())
-    about = {"model": model_digest, "request": repr(wanted), "data": data_digest, "network": network_digest}
+    # What an earlier process has summed of other samples, or by a network with other layers, is not gone on with.
+    kinds = repr([(array.dtype.str, array.shape) for array in (samples.inputs, samples.targets)])
+    about = {
+        "model": model_digest,
+        "request": repr(wanted),
+        "data": digest(kinds.encode(), samples.inputs, samples.targets),
+        "network": digest(repr(network).encode()),
+    }
     shapes = _shapes(checkpoint, owners)
     sums, done, tokens, rng = _resumed(partial, about, set(shapes), request.seed)
     # Under the model's own labels the gradients of two tokens are uncorrelated, so that the expectation of a sequence's

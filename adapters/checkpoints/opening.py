@@ -58,7 +58,7 @@ def open_job(plan: MergePlan, open_model: Callable[[Path], Checkpoint] = open_ch
         unknown = gram.tensors.keys() - {leaf.name for leaf in alignment.leaves if leaf.is_merged}
         if unknown:
             raise BecameError(
-                f"{gram.path} has a Gram matrix of '{min(unknown)}', which is no merged weight; name it as that."
+                f"{gram.path} has a Gram matrix of '{min(unknown)}', which is no merged weight; give it that name."
             )
     job = Job(plan, rule, checkpoints, alignment, fishers, gradients, means, grams, adapters)
     for leaf in alignment.leaves:
@@ -81,7 +81,7 @@ def _adapters(checkpoints: Sequence[Checkpoint], plan: MergePlan, rule: Rule) ->
         raise BecameError("a merge of LoRA adapters has a coefficient per model, layer or leaf, not per weight.")
     if rule.needs_gram:
         raise BecameError(
-            f"{plan.merge_method} solves for whole weights, and a merge of LoRA adapters has a coefficient for each; "
+            f"{plan.merge_method} solves for whole weights, and a merge of LoRA adapters has one number for each; "
             "choose another rule, or merge the models that the adapters make."
         )
     return [adapter_of(checkpoint) for checkpoint in checkpoints]

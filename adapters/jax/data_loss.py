@@ -258,10 +258,10 @@ class DataLoss:
             units += units_of(self.likelihood, outputs, targets)
             tapped, measure = self._function(inputs, len(outputs))
             seeds = cotangents_of(self.likelihood, outputs, targets, _own_gradient, self._kind, rng)
+            matrices = frozenset(name for name in tapped.matrices if self.ways[name] is not None) - held
             for index, seed in enumerate(seeds):
                 # What is read is the same for all targets.
-                known = {name for name in tapped.matrices if self.ways[name] is not None}
-                weights = frozenset(known) - held if with_memory and index == 0 else frozenset[str]()
+                weights = matrices if with_memory and index == 0 else frozenset[str]()
                 more, grams = measure(theta, inputs, seed, weights=weights)
                 squares = _sum(squares, more) if squares else more
                 finished.add_parts(grams)

@@ -128,12 +128,13 @@ class TappedFunction:
     def _explain(self, uses: Sequence[Use | Unknown]) -> None:
         self.uses_parameters = bool(uses)
         self._tapped: dict[str, list[int]] = {}
-        self.matrices: dict[str, bool] = {}
+        self.ways: dict[str, bool | None] = {}
         self.others: list[str] = []
-        used = {use.name for use in uses}
         self.slow: dict[str, list[str]] = {}
         for name in self._names:
             own = {number: use for number, use in enumerate(uses) if use.name == name}
+            if own:
+                self.ways[name] = None
             if own and all(isinstance(use, Use) for use in own.values()):
                 self._tapped[name] = list(own)
                 ways = {(use.kind, use.transposed, use.groups) for use in own.values() if isinstance(use, Use)}
@@ -141,13 +142,13 @@ class TappedFunction:
                 # A stack of matrices that are looked up, as those of experts are, would stand still as a whole.
                 is_stack = kind == "embedding" and jnp.ndim(trained_of(self._params)[name]) != 2
                 if len(ways) == 1 and groups == 1 and not is_stack:
-                    self.matrices[name] = transposed or kind == "embedding"
+                    self.ways[name] = transposed or kind == "embedding"
                 continue
             self.others.append(name)
             how = {use.operation for use in own.values() if isinstance(use, Unknown) and not use.is_elementwise}
             if how:
                 self.slow[name] = sorted(how)
-        self.ways = {name: self.matrices.get(name) for name in self._names if name in used}
+        self.matrices = {name: way for name, way in self.ways.items() if way is not None}
 
     def warn(self) -> None:
         """Warn of the parameters whose per-sample gradients cost much memory, and of what operations they meet."""

@@ -11,6 +11,9 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from became_core import BecameError
 
 __all__ = [
@@ -140,9 +143,12 @@ def read_sealed(file: Path) -> dict[str, Any]:
     raise DamagedError(f"{file} is damaged")
 
 
-def digest(content: bytes) -> str:
-    """Return the SHA-256 of some bytes."""
-    return hashlib.sha256(content).hexdigest()
+def digest(*parts: bytes | NDArray[Any]) -> str:
+    """Return the SHA-256 of bytes and of what arrays hold, one after another."""
+    total = hashlib.sha256()
+    for part in parts:
+        total.update(part if isinstance(part, bytes) else np.ascontiguousarray(part).data)
+    return total.hexdigest()
 
 
 def _seal(values: dict[str, Any]) -> str:

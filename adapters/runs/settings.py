@@ -3,7 +3,6 @@
 Convention: the values are flat, by dotted names (``training.stage1.lr``).
 """
 
-import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping
@@ -11,8 +10,7 @@ from dataclasses import fields, is_dataclass
 from types import NoneType
 from typing import Any
 
-import numpy as np
-
+from adapters.runs.files import digest
 from became_core.continual import Dataset, Method, TaskStream, Training
 
 __all__ = ["describe", "difference", "fingerprint"]
@@ -55,10 +53,7 @@ def difference(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> tuple[str,
 
 
 def _digest(*parts: Any) -> str:
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(part if isinstance(part, bytes) else np.ascontiguousarray(part).data)
-    return digest.hexdigest()[:16]
+    return digest(*parts)[:16]
 
 
 def _flattened(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:

@@ -189,8 +189,8 @@ class Continual(ContinualModel):
         guards = [self._guard() for _ in steppers]
         witness = Witness(self._data.network.parameters, guards)
         self._warn_of_replaced(self._variables, self._is_as_remembered)
-        # What fit has compiled takes steps of its own. Nor is it put back afterwards: the model may have been compiled
-        # with another optimizer within.
+        # What fit has compiled before takes steps that are not observed, so it must compile anew; and once more at the
+        # end, since the model may have been given another optimizer in between.
         self.model.train_function = None
         try:
             with ExitStack() as stack:

@@ -190,7 +190,7 @@ def observed(optimizer: keras.Optimizer, guard: StepGuard) -> Iterator[None]:
         guard.stepped.update(stepped)
         if not guard.stepped:
             raise BecameError("the optimizer steps no variable of the model; give stable() the one that trains it.")
-        # A schedule's rate goes on in the step.
+        # Before the step, which moves a schedule on.
         rate_before = tf.cast(tf.convert_to_tensor(optimizer.learning_rate), tf.float32)
         before, steps = guard.noted(stepped), tf.cast(tf.identity(optimizer.iterations), tf.int64)
         result = original(grads, trainable_variables)

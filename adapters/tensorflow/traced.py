@@ -25,7 +25,9 @@ from became_core.arrays import Array, Params, namespace
 
 __all__ = ["KerasFunction", "Traced", "as_written", "compiled_methods", "kind_of", "samples_of", "uncompiled"]
 
-_NEARLY = 1e-2  # more than half precision misses 1 by
+# Probabilities in half precision add up to 1 up to this.
+_NEARLY = 1e-2
+# Operations that multiply with weights.
 _OF_WEIGHTS = ("MatMul", "BatchMatMulV2", "Conv2D", "Conv3D", "Einsum")
 
 

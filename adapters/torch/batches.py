@@ -9,10 +9,10 @@
 Convention: outputs are [samples, ...]. Tensors go to the device of the model.
 """
 
-import math
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from copy import copy
+from itertools import count
 from typing import Any
 
 import torch
@@ -20,9 +20,10 @@ from torch import Tensor, nn
 
 from adapters.backend.batches import Reader
 from adapters.torch.layers import modes_kept
+from adapters.torch.shared_model import first_changed, lengths_of
 from became_core import BecameError
 
-__all__ = ["Applied", "in_evaluation", "to_device"]
+__all__ = ["Applied", "few_samples", "in_evaluation", "samples_of", "tensors_of", "to_device"]
 
 Apply = Callable[[nn.Module, Any], Tensor]
 Targets = Callable[[Any], Any]
@@ -79,6 +80,48 @@ def to_device(tree: Any, device: torch.device) -> Any:
     return type(tree)(to_device(value, device) for value in tree) if isinstance(tree, tuple | list) else tree
 
 
+def samples_of(arguments: tuple[Any, ...], rows: slice | list[int], samples: int) -> tuple[Any, ...]:
+    """Return a network's arguments with some of the samples.
+
+    Args:
+        arguments: the first is the samples; the others are left as they are.
+        rows: which samples.
+        samples: how many there are; a tensor with another length is no samples'.
+    """
+
+    def sliced(tree: Any) -> Any:
+        if isinstance(tree, Tensor):
+            return tree[rows] if tree.ndim and len(tree) == samples else tree
+        if isinstance(tree, Mapping):
+            return {key: sliced(value) for key, value in tree.items()}
+        if isinstance(tree, tuple) and hasattr(tree, "_fields"):
+            return type(tree)(*map(sliced, tree))
+        return type(tree)(map(sliced, tree)) if isinstance(tree, tuple | list) else tree
+
+    return sliced(arguments[0]), *arguments[1:]
+
+
+def few_samples(arguments: tuple[Any, ...], samples: int) -> tuple[Any, ...]:
+    """Return a network's arguments with about three of the samples, or with a single one twice.
+
+    Which tensors are samples' is told by their lengths, so there are not as many samples as another tensor is long.
+    What all samples share, such as positions, shows only if there are two.
+    """
+    if samples == 1:
+        return samples_of(arguments, [0, 0], samples)
+    others = {len(tensor) for tensor in tensors_of(arguments[0]) if tensor.ndim and len(tensor) != samples}
+    return samples_of(arguments, slice(next(few for few in count(3) if few not in others)), samples)
+
+
+def tensors_of(tree: Any) -> Iterator[Tensor]:
+    """Yield the tensors of a tree."""
+    if isinstance(tree, Tensor):
+        yield tree
+    elif isinstance(tree, Mapping | tuple | list):
+        for part in tree.values() if isinstance(tree, Mapping) else tree:
+            yield from tensors_of(part)
+
+
 @contextmanager
 def in_evaluation(model: nn.Module) -> Iterator[None]:
     """Put a model into evaluation mode, and every module back into the mode that it was in.
@@ -86,29 +129,20 @@ def in_evaluation(model: nn.Module) -> Iterator[None]:
     Raises:
         BecameError: if a module changes weights when its mode changes, as adapters do that merge themselves.
     """
-    own = [layer for layer in model.modules() if getattr(layer.train, "__func__", None) is not nn.Module.train]
+    switching = [layer for layer in model.modules() if getattr(layer.train, "__func__", None) is not nn.Module.train]
+    inside = {id(value) for layer in switching for value in layer.parameters() if value.is_floating_point()}
+    weights = {name: value for name, value in model.named_parameters() if id(value) in inside}
     with modes_kept(model):
-        before, modes = _lengths(model, own), [layer.training for layer in own]
+        before, modes = lengths_of(weights), [layer.training for layer in switching]
         model.eval()
         try:
-            for name, length in _lengths(model, own).items():
-                if length != before[name] and not math.isnan(length):
-                    raise BecameError(
-                        f"the model changes '{name}' when it goes into evaluation mode, as adapters do that merge "
-                        "themselves into a frozen weight; let them not do so (merge_weights=False)."
-                    )
+            changed = first_changed(before, lengths_of(weights), weights)
+            if changed is not None:
+                raise BecameError(
+                    f"the model changes '{changed}' when it goes into evaluation mode, as adapters do that merge "
+                    "themselves into a frozen weight; let them not do so (merge_weights=False)."
+                )
             yield
-        finally:
-            for layer, mode in zip(own, modes, strict=True):
+        finally:  # a layer with a method ``train`` of its own may have more to put back than the mode
+            for layer, mode in zip(switching, modes, strict=True):
                 layer.train(mode)
-
-
-@torch.no_grad()
-def _lengths(model: nn.Module, layers: Sequence[nn.Module]) -> dict[str, float]:
-    """Return the length of each of the model's parameters that lie within these layers, by name."""
-    inside = {id(value) for layer in layers for value in layer.parameters() if value.is_floating_point()}
-    return {
-        name: float(torch.linalg.vector_norm(value, dtype=torch.float64))
-        for name, value in model.named_parameters()
-        if id(value) in inside
-    }

@@ -16,9 +16,10 @@ from torch.overrides import TorchFunctionMode
 
 from adapters.backend.checking import STEPS, agreement
 from adapters.backend.own_loop import Finding
+from adapters.torch.batches import samples_of
 from adapters.torch.derivatives import Derivatives
 from adapters.torch.layers import gradients_of, modes_kept
-from adapters.torch.tapping import Names, collect_taps, owners_of, samples_of
+from adapters.torch.tapping import Names, collect_taps, owners_of
 from became_core import BecameError
 from became_core.arrays import Params
 from became_core.curvature import Taps

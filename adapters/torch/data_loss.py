@@ -34,12 +34,12 @@ from adapters.backend.batches import (
 from adapters.backend.checking import check_network
 from adapters.backend.memory import InputGrams, by_slopes, matrices_with
 from adapters.backend.own_loop import NetworkCheck
-from adapters.torch.batches import Applied, in_evaluation, to_device
+from adapters.torch.batches import Applied, few_samples, in_evaluation, to_device
 from adapters.torch.checking import RowsKept, TorchView
 from adapters.torch.derivatives import Derivatives
 from adapters.torch.layers import gradients_of
 from adapters.torch.shared_model import SharedModel
-from adapters.torch.tapping import Layouts, as_written, collect_taps, few_samples, ways_of
+from adapters.torch.tapping import Layouts, as_written, collect_taps, ways_of
 from became_core import BecameError, Quadratic
 from became_core.arrays import Params
 from became_core.curvature import FisherTargets, Likelihood, Taps, square_sums

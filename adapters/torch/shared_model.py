@@ -12,10 +12,11 @@ many batches. A sum that belongs to a sharded parameter is sharded as that is, b
 Convention: every process must call these functions, as for all that communicates. Processes count from 1 in messages.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, distributed, nn
 
 from adapters.torch.share import ProcessShare
@@ -30,6 +31,18 @@ def own_part(value: Any) -> Tensor:
     """Return what this process has of a tensor: the memory of its shard, or the tensor itself if it has it whole."""
     local: Tensor = value.detach().to_local() if hasattr(value, "to_local") else value
     return local
+
+
+@torch.no_grad()
+def lengths_of(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the length of each weight, of what this process has of it, by which a change of it is noticed."""
+    return {name: torch.linalg.vector_norm(own_part(value), dtype=torch.float64) for name, value in weights.items()}
+
+
+def first_changed(before: Mapping[str, Tensor], now: Mapping[str, Tensor], names: Iterable[str]) -> str | None:
+    """Return the first of these names whose length is another one than before; None if there is none."""
+    changed = (name for name in names if not torch.equal(now[name].nan_to_num(), before[name].nan_to_num()))
+    return next(changed, None)
 
 
 class _Sums(ProcessShare):

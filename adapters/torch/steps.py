@@ -25,7 +25,7 @@ from torch.optim import Optimizer
 
 from adapters.backend.memory import Moments, pull_of
 from adapters.backend.own_loop import say_changed
-from adapters.torch.shared_model import own_part
+from adapters.torch.shared_model import first_changed, lengths_of, own_part
 from became_core import BecameError
 from became_core.projection import Projector
 
@@ -233,12 +233,12 @@ class Witness:
 
     def __post_init__(self) -> None:
         """Note the weights as they are."""
-        self.lengths = self._lengths()
+        self.lengths = lengths_of(self.weights)
 
     def before_step(self, *_: Any) -> None:
         """Look, if all optimisers have stepped once."""
         if self.steps == 0:
-            self.lengths = self._lengths()  # a checkpoint may have been loaded
+            self.lengths = lengths_of(self.weights)  # a checkpoint may have been loaded
         elif self.steps == len(self.guards):
             changed = self._first_changed(self.weights)
             if changed is not None:
@@ -248,7 +248,7 @@ class Witness:
         """Count the step."""
         self.steps += 1
         if self.steps == len(self.guards):
-            self.lengths = self._lengths()
+            self.lengths = lengths_of(self.weights)
 
     def at_end(self) -> None:
         """Look at the weights that no optimiser has, or at all if none has stepped."""
@@ -257,13 +257,5 @@ class Witness:
         if changed is not None:
             say_changed(changed, has_stepped=self.steps > 0)
 
-    @torch.no_grad()
-    def _lengths(self) -> dict[str, Tensor]:
-        return {
-            name: torch.linalg.vector_norm(own_part(value), dtype=torch.float64) for name, value in self.weights.items()
-        }
-
     def _first_changed(self, names: Iterable[str]) -> str | None:
-        now = self._lengths()
-        changed = (n for n in names if not torch.equal(now[n].nan_to_num(), self.lengths[n].nan_to_num()))
-        return next(changed, None)
+        return first_changed(self.lengths, lengths_of(self.weights), names)

@@ -16,7 +16,6 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
-from itertools import count
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from adapters.torch.batches import samples_of, tensors_of
 from adapters.torch.graph import Graph, Unknown, Use, graph_of
 from adapters.torch.layers import Statistics, constant_statistics, gradients_of
 from adapters.torch.operations import Window, pulled_back
@@ -36,10 +36,8 @@ __all__ = [
     "as_written",
     "collect_inputs",
     "collect_taps",
-    "few_samples",
     "matrices_of",
     "owners_of",
-    "samples_of",
     "unfused",
     "ways_of",
 ]
@@ -180,7 +178,7 @@ def ways_of(
         own = [use for use in uses if isinstance(use, Use) and use.kind in ("matrix", "embedding") and use.groups == 1]
         ways = {use.transposed or use.kind == "embedding" for use in own}
         if len(kinds) != 1 or len(own) < len(uses) or len(ways) != 1:
-            found |= {name: None} if uses else {}
+            found[name] = None
             continue
         if any(use.key in layouts.mixed for use in own):
             continue
@@ -194,39 +192,6 @@ def ways_of(
                 continue
         found[name] = ways.pop()
     return found
-
-
-def samples_of(arguments: tuple[Any, ...], rows: slice | list[int], samples: int) -> tuple[Any, ...]:
-    """Return a network's arguments with some of the samples.
-
-    Args:
-        arguments: the first is the samples; the others are left as they are.
-        rows: which samples.
-        samples: how many there are; a tensor with another length is no samples'.
-    """
-
-    def sliced(tree: Any) -> Any:
-        if isinstance(tree, Tensor):
-            return tree[rows] if tree.ndim and len(tree) == samples else tree
-        if isinstance(tree, Mapping):
-            return {key: sliced(value) for key, value in tree.items()}
-        if isinstance(tree, tuple) and hasattr(tree, "_fields"):
-            return type(tree)(*map(sliced, tree))
-        return type(tree)(map(sliced, tree)) if isinstance(tree, tuple | list) else tree
-
-    return sliced(arguments[0]), *arguments[1:]
-
-
-def few_samples(arguments: tuple[Any, ...], samples: int) -> tuple[Any, ...]:
-    """Return a network's arguments with about three of the samples, or with a single one twice.
-
-    Which tensors are samples' is told by their lengths, so there are not as many samples as another tensor is long.
-    What all samples share, such as positions, shows only if there are two.
-    """
-    if samples == 1:
-        return samples_of(arguments, [0, 0], samples)
-    others = {len(tensor) for tensor in _tensors(arguments[0]) if tensor.ndim and len(tensor) != samples}
-    return samples_of(arguments, slice(next(few for few in count(3) if few not in others)), samples)
 
 
 def _row_count(uses: Sequence[Use | Unknown]) -> int:
@@ -250,16 +215,8 @@ def _forward(
                 logits = network(*arguments)
             graph = graph_of(logits, parameters, selections)
     first = samples_of(arguments, slice(1), len(logits))[0]
-    shapes = tuple(logits.shape[1:]), *(tuple(tensor.shape) for tensor in _tensors(first)), graph.cuts
+    shapes = tuple(logits.shape[1:]), *(tuple(tensor.shape) for tensor in tensors_of(first)), graph.cuts
     return Forward(logits, graph, parameters, used, shapes)
-
-
-def _tensors(tree: Any) -> Iterator[Tensor]:
-    if isinstance(tree, Tensor):
-        yield tree
-    elif isinstance(tree, Mapping | tuple | list):
-        for part in tree.values() if isinstance(tree, Mapping) else tree:
-            yield from _tensors(part)
 
 
 def as_written(*, compiled: bool) -> AbstractContextManager[Any]:

@@ -86,8 +86,15 @@ class Measurement:
     last: Task | None = None
     sharpness: float = 1.0
 
-    def diagonal(self) -> Diagonal:
-        """Return the diagonal Fisher information of all parameters; ``kind`` says which one."""
+    def diagonal(self, origin: Params | None = None) -> Diagonal:
+        """Return the diagonal Fisher information of all parameters; ``kind`` says which one.
+
+        Args:
+            origin: the weights at which it is measured; those of the learner if None.
+        """
+        if origin is not None:
+            with self._moved_to(origin):
+                return self.diagonal()
         rows, parameters = self.curvature_rows(), weights_of(self.learner)
         parts = chunks(rows, self.training.batch_size)
         sizes = [len(part) for part in self.learner.share.own(parts)]
@@ -172,8 +179,7 @@ class Measurement:
             origin: the weights at which derivatives are taken; those of the learner if None.
         """
         if origin is not None:
-            with self.learner.at(origin):
-                self._refresh_statistics()
+            with self._moved_to(origin):
                 return self.along(directions)
         rows, size = self.curvature_rows(), self.training.batch_size
         if self.region is not None:  # Effective weights are linear in the shared weights, and so are directions.
@@ -221,8 +227,7 @@ class Measurement:
             origin: the weights at which it is measured; those of the learner if None.
         """
         if origin is not None:
-            with self.learner.at(origin):
-                self._refresh_statistics()
+            with self._moved_to(origin):
                 return self.loss()
         with self._seen():
             return mean_loss(self.learner, self.task.index, self.curvature_rows(), self.training.batch_size)
@@ -305,6 +310,13 @@ class Measurement:
         return replace(self, task=replace(self.task, curvature=self.task.validation))
 
     @contextmanager
+    def _moved_to(self, origin: Params) -> Iterator[None]:
+        """Set the learner to other weights inside the context, with the running statistics that belong to them."""
+        with self.learner.at(origin):
+            self._refresh_statistics()
+            yield
+
+    @contextmanager
     def _seen(self) -> Iterator[None]:
         """Set the learner to the weights of the measured loss inside the context.
 
@@ -371,9 +383,7 @@ class MeasurementAt:
 
     def diagonal(self) -> Diagonal:
         """Return the diagonal Fisher information."""
-        with self.measurement.learner.at(self.mean):
-            self.measurement._refresh_statistics()
-            return self.measurement.diagonal()
+        return self.measurement.diagonal(self.mean)
 
     def along(self, directions: Sequence[Params]) -> Quadratic:
         """Return the mean loss along directions from these weights, exactly."""
