@@ -229,10 +229,8 @@ class InputGrams(GramSums):
 class NewTaskData(Protocol):
     """What an adapter measures on a user's batches."""
 
-    def fisher(
-        self, batches: Iterable[Any], *, with_memory: bool, theta: Params | None = None
-    ) -> tuple[Params, "InputGrams"]:
-        """Return the diagonal Fisher information at theta, or at the present weights, and what is to be remembered."""
+    def fisher(self, batches: Iterable[Any], *, with_memory: bool) -> tuple[Params, "InputGrams"]:
+        """Return the diagonal Fisher information at the weights as they are, and what a projector remembers."""
 
     def along(self, batches: Iterable[Any], theta: Params, directions: Sequence[Params]) -> tuple[Quadratic, str]:
         """Return the mean loss along directions from theta, and how its curvature was measured."""
@@ -248,33 +246,25 @@ class NewTaskData(Protocol):
 
 
 class NewTask:
-    """The new task's loss near some weights, the plastic ones at first; it measures what an estimator asks for.
+    """The new task's loss at the plastic weights, at which the model is; it measures what an estimator asks for.
 
     Attributes:
-        mean: these weights.
+        mean: the plastic weights.
         way: how the curvature along a direction was measured.
     """
 
-    def __init__(self, data: NewTaskData, batches: Iterable[Any], theta: Params, *, is_there: bool = True) -> None:
-        """Keep what is needed.
-
-        Args:
-            data: measures the loss of the model.
-            batches: of the new task, which are gone through several times.
-            theta: the weights.
-            is_there: whether the model has these weights.
-        """
+    def __init__(self, data: NewTaskData, batches: Iterable[Any], theta_hat: Params) -> None:
+        """Keep the data, batches, which are gone through several times, and the plastic weights."""
         self._data, self._batches = data, repeatable(batches)
-        self.mean, self._is_there = theta, is_there
+        self.mean = theta_hat
         self.way = "the diagonal Fisher information"
 
     def diagonal(self) -> Diagonal:
-        """Return the diagonal Fisher information at these weights."""
-        theta = None if self._is_there else self.mean
-        return Diagonal(self._data.fisher(self._batches, with_memory=False, theta=theta)[0])
+        """Return the diagonal Fisher information at the plastic weights."""
+        return Diagonal(self._data.fisher(self._batches, with_memory=False)[0])
 
     def along(self, directions: Sequence[Params]) -> Quadratic:
-        """Return the mean loss along directions from these weights."""
+        """Return the mean loss along directions from the plastic weights."""
         quadratic, self.way = self._data.along(self._batches, self.mean, directions)
         return Quadratic(self._in_dtype(quadratic.slope), self._in_dtype(quadratic.curvature))
 
@@ -285,10 +275,6 @@ class NewTask:
     def loss(self, theta: Params) -> float:
         """Return the true mean loss at other weights."""
         return self._data.mean(self._batches, theta)
-
-    def at(self, theta: Params) -> "NewTask":
-        """Return the new task's loss as it is known at other weights."""
-        return NewTask(self._data, self._batches, theta, is_there=False)
 
     def _in_dtype(self, numbers: Any) -> Array:
         return self._data.in_dtype(numbers, next(iter(self.mean.values())))

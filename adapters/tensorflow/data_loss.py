@@ -157,23 +157,21 @@ class DataLoss:
         batches: Iterable[Any],
         *,
         with_memory: bool,
-        theta: Params | None = None,
         held: frozenset[str] = frozenset(),
         share: float | None = 1.0,
     ) -> tuple[Params, InputGrams]:
-        """Return the diagonal Fisher information, and what a projector remembers.
+        """Return the diagonal Fisher information at the weights as they are, and what a projector remembers.
 
         Args:
             batches: of the data.
             with_memory: whether a projector shall remember them; what is a matrix is then found anew, as other data
                 may use other parts of the model.
-            theta: the weights; as they are if not given.
             held: the parameters that old data hold otherwise than by the spaces of a projector, which they go on to do.
             share: of the batches, drawn at random, that is measured; None for one that suits their number.
         """
         if with_memory:
             self._looked, self._held = False, held
-        theta, finished = self.network.weights() if theta is None else theta, InputGrams()
+        theta, finished = self.network.weights(), InputGrams()
         what = "remembering" if with_memory else "measuring"
         units, rng = 0.0, np.random.default_rng(0)
 

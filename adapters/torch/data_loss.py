@@ -223,17 +223,15 @@ class DataLoss:
         batches: Batches,
         *,
         with_memory: bool,
-        theta: Params | None = None,
         held: frozenset[str] = frozenset(),
         share: float | None = 1.0,
     ) -> tuple[Params, InputGrams]:
-        """Return the diagonal Fisher information, and what a projector remembers.
+        """Return the diagonal Fisher information at the weights as they are, and what a projector remembers.
 
         Args:
             batches: of the data.
             with_memory: whether a projector shall remember them; what is a matrix is then found anew, as other data
                 may use other parts of the model.
-            theta: the weights; as they are if not given.
             held: the parameters that old data hold otherwise than by the spaces of a projector, which they go on to do.
             share: of the batches, drawn at random, that is measured; None for one that suits their number.
         """
@@ -255,8 +253,7 @@ class DataLoss:
                         finished.add(taps, frozenset(self.matrices or ()))
                     yield taps
 
-        there = nullcontext() if theta is None else self.at(theta)
-        with there, self.shared.whole(), in_evaluation(self._model):
+        with self.shared.whole(), in_evaluation(self._model):
             squares = square_sums(taps_of_batches())
             sums = {
                 name: squares[name].reshape(value.shape) if name in squares else torch.zeros_like(value)

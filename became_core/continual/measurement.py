@@ -86,15 +86,8 @@ class Measurement:
     last: Task | None = None
     sharpness: float = 1.0
 
-    def diagonal(self, origin: Params | None = None) -> Diagonal:
-        """Return the diagonal Fisher information of all parameters; ``kind`` says which one.
-
-        Args:
-            origin: the weights at which it is measured; those of the learner if None.
-        """
-        if origin is not None:
-            with self._moved_to(origin):
-                return self.diagonal()
+    def diagonal(self) -> Diagonal:
+        """Return the diagonal Fisher information of all parameters; ``kind`` says which one."""
         rows, parameters = self.curvature_rows(), weights_of(self.learner)
         parts = chunks(rows, self.training.batch_size)
         sizes = [len(part) for part in self.learner.share.own(parts)]
@@ -237,10 +230,6 @@ class Measurement:
         """The learner's weights, without running statistics."""
         return weights_of(self.learner)
 
-    def at(self, theta: Params) -> "MeasurementAt":
-        """Return what can be measured at other weights."""
-        return MeasurementAt(self, theta)
-
     @property
     def index(self) -> int:
         """The task's number."""
@@ -367,36 +356,3 @@ class Measurement:
         if count is None:
             return rows
         return random_generator(self.seed, purpose, self.task.index).permutation(rows)[:count]
-
-
-@dataclass(frozen=True)
-class MeasurementAt:
-    """What a merging rule may ask about a task at weights that its learner does not have.
-
-    Attributes:
-        measurement: of the task.
-        mean: the other weights; running statistics are those that belong to them.
-    """
-
-    measurement: Measurement
-    mean: Params
-
-    def diagonal(self) -> Diagonal:
-        """Return the diagonal Fisher information."""
-        return self.measurement.diagonal(self.mean)
-
-    def along(self, directions: Sequence[Params]) -> Quadratic:
-        """Return the mean loss along directions from these weights, exactly."""
-        return self.measurement.along(directions, self.mean)
-
-    def slope(self, origin: Params, directions: Sequence[Params]) -> Array:
-        """Return the slopes of the mean loss at third weights."""
-        return self.measurement.slope(origin, directions)
-
-    def loss(self, theta: Params) -> float:
-        """Return the mean loss at third weights."""
-        return self.measurement.loss(theta)
-
-    def at(self, theta: Params) -> "MeasurementAt":
-        """Return what can be measured at third weights."""
-        return MeasurementAt(self.measurement, theta)

@@ -89,6 +89,8 @@ class Method:
         fisher: the kind of diagonal Fisher information for the posterior and the rule.
         precision: the structure of the posterior's curvature.
         decay: the factor that old curvature is multiplied by at each task.
+        calibrates: whether a task's curvature is calibrated along the movement of the task before when it is
+            remembered; ``calibration`` has the formula.
         temper: how held-out samples temper the curvature of tasks whose stages are merged; ``tempering`` has the
             formulas.
         recentred: whether the mean of the posterior is the latest weights; if not, it is the minimum of all tasks'
@@ -105,6 +107,7 @@ class Method:
     fisher: FisherKind = "empirical"
     precision: Structure = "diagonal"
     decay: float = 1.0
+    calibrates: bool = False
     temper: Tempering = "none"
     recentred: bool = True
     joint: bool = False

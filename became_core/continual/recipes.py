@@ -32,7 +32,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
-from became_core.continual.measurement import Structure
 from became_core.continual.methods import Method, Transfer
 from became_core.continual.tempering import Tempering
 from became_core.curvature import FisherTargets
@@ -63,18 +62,12 @@ __all__ = [
     "projector_names",
 ]
 
-Curvature = Literal["diagonal", "kronecker", "exact", "stable"]
+Curvature = Literal["diagonal", "kronecker", "exact", "across"]
 ESTIMATORS: Mapping[Curvature, Estimator] = {
     "exact": Secant(),
-    "stable": Secant(calibrated_at="origin"),
+    "across": Secant(calibrates=False),
     "diagonal": DiagonalFisher(),
     "kronecker": NativeExpansion(),
-}
-STRUCTURES: Mapping[Curvature, Structure] = {
-    "exact": "diagonal",
-    "stable": "diagonal",
-    "diagonal": "diagonal",
-    "kronecker": "kronecker",
 }
 
 
@@ -129,8 +122,9 @@ class _ByCurvature(_Tempered):
         fisher: whose labels the Fisher information is of: those given; all, weighted by what the network predicts,
             which takes as many passes as there are labels; or one that is drawn from what it predicts.
         precision: the curvatures that the merge is computed from: both sides' diagonals, both sides' Kronecker factors,
-            or the new task's exact curvature along the path and the old tasks' diagonal, which is calibrated at
-            theta_hat (exact) or at theta_gp (stable).
+            or the new task's exact curvature along the path and the old tasks' diagonal. That is calibrated at each
+            merge, along the path of the task that is merged (exact), or once for each task when it is remembered, along
+            the path of the task before (across).
     """
 
     fisher: FisherTargets = setting("empirical")
@@ -138,8 +132,15 @@ class _ByCurvature(_Tempered):
 
     def method(self, name: str, rule: MergeRule) -> Method:
         """Return a method with a rule; if it merges by Kronecker factors, its posterior has them as well."""
-        structure = STRUCTURES[self.precision]
-        return Method(name, rule=rule, fisher=self.fisher, precision=structure, decay=self.decay, temper=self.temper)
+        return Method(
+            name,
+            rule=rule,
+            fisher=self.fisher,
+            precision="kronecker" if self.precision == "kronecker" else "diagonal",
+            decay=self.decay,
+            calibrates=self.precision == "across",
+            temper=self.temper,
+        )
 
 
 @dataclass(frozen=True)

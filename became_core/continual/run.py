@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from became_core.arrays import Params, named_leaves
+from became_core.arrays import Params, difference, named_leaves
+from became_core.continual.calibration import calibration
 from became_core.continual.callbacks import Callback, CallbackList
 from became_core.continual.data import Task, TaskStream
 from became_core.continual.learner import Learner, heads_of, weights_of
@@ -114,10 +115,12 @@ class _Run(RunContext):
         alpha, path, curvature, factor = None, None, None, None
         if self.method.merges == "tasks":
             state, curvature = self.keep_own_model(task, state)
+        movement = self.movement(state)
         if self.method.rule is not None and task.index > 0:
-            state, factor = self.temper(task, state)
+            state, factor = self.weigh(task, state)
             alpha, path = self.merge(task, state, self.method.rule, curvature)
-        memory = self.remember(task, state.memory, curvature, factor)
+        memory, factor = self.remember(task, state.memory, curvature, factor)
+        memory = replace(memory, movement=movement)
         return self.evaluate(task, replace(state, memory=memory), alpha, factor, path, memory.full - full_before)
 
     def prepared(self, task: Task, memory: Memory) -> Memory:
@@ -129,6 +132,8 @@ class _Run(RunContext):
     def begin_task(self, task: Task, state: RunState) -> RunState:
         """Prepare the projector; in a method that merges tasks, set the weights with which the task's model begins."""
         memory, before = self.prepared(task, state.memory), state.before
+        if self.method.calibrates and task.index == 0 and state.stage is None:
+            before = self.learner.parameters()
         if self.method.merges == "tasks" and state.stage is None:
             before = self.learner.parameters()
             if self.method.transfer is not None and memory.models:
@@ -256,23 +261,38 @@ class _Run(RunContext):
         old = state.before | {name: theta[name] for name in self.learner.heads[task.index]}
         return replace(state, memory=memory, theta_gp=old), curvature
 
-    def temper(self, task: Task, state: RunState) -> tuple[RunState, float | None]:
+    def movement(self, state: RunState) -> Params | None:
+        """Return by how much the last stage moved the weights, if the method calibrates curvature by it.
+
+        The learner has the weights with which that stage ended. The first task's stage began at the initial weights.
+        """
+        if not self.method.calibrates:
+            return None
+        begin, end = state.theta_gp or state.before, weights_of(self.learner)
+        assert begin is not None
+        return difference(end, {name: begin[name] for name in end})
+
+    def weigh(self, task: Task, state: RunState) -> tuple[RunState, float | None]:
         """Return the state, and the temperature of the task's curvature, or None if the method multiplies it by none.
 
-        The learner is at theta_hat, and is left there. The first task has no delta from which its own could be
-        estimated, so its curvature takes that of the second.
+        The learner is at theta_hat, and is left there. The first task has no delta from which a temperature could be
+        estimated, and no task before it. So before the first merge its curvature takes the temperature of the second
+        task, and the calibration that the second has at theta_gp.
         """
-        if self.method.temper not in BY_FACTOR:  # then nothing need be measured
-            return state, None
+        method, memory, factor, of_first = self.method, state.memory, None, 1.0
         assert state.theta_gp is not None
-        memory = state.memory
         with self.stopwatch.phase("merge"):
-            measurement = self.measurement(task, "merge", memory)
-            theta_gp = {name: state.theta_gp[name] for name in measurement.mean}
-            factor = temperature(self.method.temper, measurement, theta_gp)
-        if task.index > 1 or factor == 1 or memory.posterior is None:
+            if method.temper in BY_FACTOR:
+                measurement = self.measurement(task, "merge", memory)
+                theta_gp = {name: state.theta_gp[name] for name in measurement.mean}
+                factor = of_first = temperature(method.temper, measurement, theta_gp)
+            if memory.movement is not None and task.index == 1:
+                with self.at(task, state.theta_gp, memory):
+                    there = self.measurement(task, "posterior", memory)
+                    of_first *= calibration(there, there.precision(method.precision), memory.movement)
+        if task.index > 1 or of_first == 1 or memory.posterior is None:
             return state, factor
-        posterior = replace(memory.posterior, precision=memory.posterior.precision * factor)
+        posterior = replace(memory.posterior, precision=memory.posterior.precision * of_first)
         old_tasks = None if memory.old_tasks is None else replace(memory.old_tasks, posterior=posterior)
         return replace(state, memory=replace(memory, posterior=posterior, old_tasks=old_tasks)), factor
 
@@ -334,19 +354,27 @@ class _Run(RunContext):
         new: LocalLoss = measurement if curvature is None else LaplacePosterior(theta_hat, curvature)
         return rule.merge((theta_gp, theta_hat), (memory.posterior, new))
 
-    def remember(self, task: Task, memory: Memory, curvature: Precision | None, factor: float | None) -> Memory:
-        """Return the memory with this task; the learner has the merged weights.
+    def remember(
+        self, task: Task, memory: Memory, curvature: Precision | None, factor: float | None
+    ) -> tuple[Memory, float | None]:
+        """Return the memory with this task, and what its curvature was multiplied by; the learner is at merged weights.
 
         Args:
             task: the task that was learned last.
             memory: the memory of the tasks before.
             curvature: the task's curvature at its own model; if it is None, it is measured at the merged weights.
             factor: the temperature, by which its curvature is multiplied; None if it is not.
+
+        Returns:
+            The memory, and the temperature times the calibration; None if there is neither.
         """
         with self.stopwatch.phase("memory"):
             measurement, method = self.measurement(task, "posterior", memory), self.method
             if method.keeps_posterior:
                 curvature = curvature or measurement.precision(method.precision)
+                if memory.movement is not None:
+                    kappa = calibration(measurement, curvature, memory.movement)
+                    factor = kappa if factor is None else kappa * factor
                 curvature = curvature if factor is None else curvature * factor
                 posterior = method.updated_posterior(memory.posterior, weights_of(self.learner), curvature)
                 memory = replace(memory, posterior=posterior)
@@ -354,7 +382,7 @@ class _Run(RunContext):
                 memory = replace(memory, old_tasks=old_tasks_with(memory, measurement, method))
             if memory.projector is not None:
                 memory = replace(memory, projector=compact(memory.projector.remember(measurement)))
-            return memory
+            return memory, factor
 
     def evaluate(
         self,
@@ -371,7 +399,7 @@ class _Run(RunContext):
             task: the task that was learned last.
             state: the state, whose memory has this task.
             alpha: the merging coefficient; None if nothing was merged.
-            factor: the temperature, by which its curvature was multiplied; None if it was not.
+            factor: what its curvature was multiplied by; None if nothing was.
             path: the report of the merging path; None if it was not traced.
             filled: the protected spaces that became whole with this task.
         """

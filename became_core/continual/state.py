@@ -44,18 +44,21 @@ class Memory:
         posterior: the Laplace posterior of the weights; None if the method needs none.
         models: the models that later tasks begin with or are drawn to, by the names "initial" and "previous"; empty if
             the method needs none.
+        movement: by how much the last stage of the task before moved the weights, in a method that calibrates curvature
+            by it; else None.
         old_tasks: what path reports need; None if paths are not traced.
     """
 
     projector: Projector | None = None
     posterior: LaplacePosterior | None = None
     models: Mapping[str, Params] = field(default_factory=dict)
+    movement: Params | None = None
     old_tasks: OldTasks | None = None
 
     @property
     def size(self) -> int:
         """The bytes of all that the method stores, without what path reports need."""
-        return size_in_bytes([self.projector, self.posterior, dict(self.models)])
+        return size_in_bytes([self.projector, self.posterior, dict(self.models), self.movement])
 
     @property
     def full(self) -> frozenset[str]:
@@ -74,7 +77,8 @@ class RunState:
         task: the number of the task that is being learned, or that comes next.
         stage: the stage of that task that is being trained; None before its first epoch.
         theta_gp: in stage 2, the weights with which stage 1 ended; when tasks are merged, the old model; else None.
-        before: the weights with which the task began, in a method that merges tasks; else None.
+        before: the weights with which the task began, in a method that merges tasks or needs the first task's movement;
+            else None.
     """
 
     theta: Params

@@ -8,7 +8,7 @@ Convention: curvatures are means over samples, like those summed in the posterio
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 from became_core.arrays import Array, Params, device, difference, has_values, namespace
 from became_core.errors import BecameError
@@ -19,7 +19,6 @@ from became_core.precision import Diagonal
 __all__ = [
     "Calibrated",
     "DiagonalFisher",
-    "Elsewhere",
     "Estimator",
     "LocalLoss",
     "MergeSubspace",
@@ -47,43 +46,6 @@ class LocalLoss(Protocol):
 
     def loss(self, theta: Params) -> Array | float:
         """Return its value at a point up to a constant, 0-d, as exactly as it is known."""
-
-    def at(self, theta: Params) -> "LocalLoss":
-        """Return the same loss as it is known near another point."""
-
-
-@dataclass(frozen=True)
-class Elsewhere:
-    """A loss that is a quadratic, such as a posterior, as it is known near another point.
-
-    Attributes:
-        quadratic: the loss.
-        mean: the other point.
-    """
-
-    quadratic: LocalLoss
-    mean: Params
-
-    def diagonal(self) -> Diagonal:
-        """Return the diagonal of its curvature, which is the same everywhere."""
-        return self.quadratic.diagonal()
-
-    def along(self, directions: Sequence[Params]) -> Quadratic:
-        """Return it along directions from this point."""
-        known = self.quadratic.along([*directions, difference(self.mean, self.quadratic.mean)])
-        return Quadratic(known.slope[:-1] + known.curvature[:-1, -1], known.curvature[:-1, :-1])
-
-    def slope(self, origin: Params, directions: Sequence[Params]) -> Array:
-        """Return its slopes at a third point."""
-        return self.quadratic.slope(origin, directions)
-
-    def loss(self, theta: Params) -> Array | float:
-        """Return its value at a third point, up to the same constant."""
-        return self.quadratic.loss(theta)
-
-    def at(self, theta: Params) -> "Elsewhere":
-        """Return it as it is known near a third point."""
-        return Elsewhere(self.quadratic, theta)
 
 
 class MergeSubspace(NamedTuple):
@@ -193,13 +155,11 @@ class Secant:
     fall is left out, which keeps the stable model.
 
     Attributes:
-        calibrated_at: where kappa is measured: at the last model, "newest", or at the first, "origin". Fisher
-            information of the labels given vanishes where samples are fitted, as they are at theta_hat after long
-            training, and faster than the exact curvature does; the old tasks' was measured at merged weights, which
-            theta_gp is nearer to. It takes one more measurement of the new task's curvature.
+        calibrates: whether kappa is measured here. If not, the old side counts as it is given: its curvature is exact,
+            or was calibrated when it was measured.
     """
 
-    calibrated_at: Literal["newest", "origin"] = "newest"
+    calibrates: bool = True
 
     def quadratic(self, subspace: MergeSubspace, losses: Sequence[LocalLoss]) -> Quadratic:
         """Return new + kappa * old, the new part having slope g(theta_gp).d at the origin, or the loss's fall."""
@@ -219,9 +179,9 @@ class Secant:
         ratio = xp.where(bend > 0, curvature / xp.where(bend > 0, bend, xp.ones_like(bend)), zero)
         slope = xp.where(convex & (bend > 0), start, -at_newest * ratio)
         total = Quadratic(slope, exact.curvature * ratio)
-        where = new if self.calibrated_at == "newest" else new.at(subspace.origin)
-        there = exact if where is new else where.along(subspace.directions)
-        kappa = _ratio(there, Quadratic(there.slope, where.diagonal().gram(subspace.directions)), newest)
+        kappa: Array | float = 1.0
+        if self.calibrates:
+            kappa = _ratio(exact, Quadratic(exact.slope, new.diagonal().gram(subspace.directions)), newest)
         for loss in old:
             total = total + _seen_from(subspace, loss) * kappa
         return total
@@ -244,4 +204,5 @@ def _ratio(exact: Quadratic, diagonal: Quadratic, point: Array) -> Array:
 
 def _seen_from(subspace: MergeSubspace, loss: LocalLoss) -> Quadratic:
     """A loss in the subspace's coefficients: its slope at the origin is that at its own point, plus curvature x way."""
-    return Elsewhere(loss, subspace.origin).along(subspace.directions)
+    known = loss.along([*subspace.directions, difference(subspace.origin, loss.mean)])
+    return Quadratic(known.slope[:-1] + known.curvature[:-1, -1], known.curvature[:-1, :-1])

@@ -14,7 +14,6 @@ import numpy as np
 
 from became_core.arrays import Array, Params, device, namespace, pytree
 from became_core.errors import BecameError
-from became_core.laplace.estimators import Elsewhere
 from became_core.laplace.quadratic import Quadratic
 from became_core.precision import Diagonal, GramRequest, Precision, gram_matrices
 
@@ -109,10 +108,6 @@ class LaplacePosterior:
     def slope(self, origin: Params, directions: Sequence[Params]) -> Array:
         """Return the old tasks' slopes along K directions at a point, [K]."""
         return self.quadratic(origin, directions).slope
-
-    def at(self, theta: Params) -> Elsewhere:
-        """Return the old tasks' loss as it is known near another point."""
-        return Elsewhere(self, theta)
 
     def diagonal(self) -> Diagonal:
         """Return the diagonal of the precision, as a precision."""

@@ -9,7 +9,7 @@ Convention: the coordinates of a point or direction are the ``Params`` {COORDINA
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from became_core.arrays import Array, Params, Reduce, device, difference, namespace
@@ -67,9 +67,6 @@ class _RestrictedLoss:
 
     def loss(self, theta: Params) -> Array | float:
         return self.measured.loss(self._point(theta))
-
-    def at(self, theta: Params) -> "_RestrictedLoss":
-        return replace(self, mean=theta, measured=self.measured.at(self._point(theta)))
 
     def _point(self, coordinates: Params) -> Params:
         way = self._weights(coordinates)

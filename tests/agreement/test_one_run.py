@@ -268,3 +268,19 @@ def test_a_convolutional_networks_run_is_the_same_from_the_same_seed(framework: 
     assert expected[0].accuracy.diagonal().mean() > 75  # chance is 50: it learns
     assert any(0 < alpha < 1 for alpha in expected[0].alpha if alpha is not None)
     assert_equal(convolutional_run(framework), expected)
+
+
+def run_across_tasks(learner: Learner) -> Run:
+    training = Training(Annealed(lr=0.02, epochs=2), Annealed(lr=0.02, epochs=2), batch_size=25, curvature_samples=100)
+    return run(learner, short_stream(), "became", training, {"threshold": 0.9, "precision": "across"})
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+def test_calibration_across_tasks_is_the_same_on_every_framework(framework: str) -> None:
+    reference = ReferenceLearner(short_stream(), hidden=(100, 100))
+    learner = FRAMEWORKS[framework].learner(mlp(*SHAPE), short_stream(), 0)
+    learner.assign({name: FRAMEWORKS[framework].array(value) for name, value in reference.parameters().items()})
+    found, expected = run_across_tasks(learner), run_across_tasks(reference)
+    assert_equal(found, expected)
+    assert found[0].temperatures == pytest.approx(expected[0].temperatures, rel=1e-5)
+    assert len(found[0].temperatures) == len(short_stream().tasks) - 1

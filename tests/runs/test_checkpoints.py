@@ -129,6 +129,16 @@ def test_a_run_interrupted_after_any_epoch_is_the_run(name: str, training: Train
     assert facts(part(kept, None)[0]) == facts(expected)
 
 
+def test_a_run_that_calibrates_across_tasks_goes_on_with_the_movement_of_the_last_one(tmp_path: Path) -> None:
+    method = build_method("became", SETTINGS | {"precision": "across"})
+    expected = learn(new_learner(), STREAM, method, ANNEALED)
+    kept = Checkpoints(tmp_path, STREAM, method, ANNEALED, 0)
+    while (found := part(kept, 1)[0]) is None:
+        assert kept.load(new_learner()) is not None
+    assert facts(found) == facts(expected)
+    assert len(expected.temperatures) == len(STREAM.tasks) - 1
+
+
 def test_a_state_is_the_same_after_the_disk() -> None:
     """Every leaf of every state, its dtype and its order, and every number, infinities among them."""
     for name, training in (("became+trgp", ANNEALED), ("became+ogd", PATIENT), ("nscl", ADAM)):

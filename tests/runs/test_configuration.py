@@ -279,7 +279,7 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "data_dir": st.sampled_from([Path("/data"), Path("/data/a b")]),
     "decay": st.floats(0, 1),
     "per": st.sampled_from(["model", "layer", "leaf"]),
-    "precision": st.sampled_from(["diagonal", "kronecker", "exact", "stable"]),
+    "precision": st.sampled_from(["diagonal", "kronecker", "exact", "across"]),
     "fisher": st.sampled_from(["empirical", "true", "sampled"]),
     "temper": st.sampled_from(["none", "curvature", "rise", "calibrated"]),
     "threshold": st.floats(0.5, 0.99),

@@ -624,18 +624,6 @@ def test_what_cannot_be_done_is_said_in_a_sentence() -> None:
         learning.merge(_data(1, 1))
 
 
-def test_fisher_information_at_other_weights_is_that_of_a_model_that_has_them() -> None:
-    model, data = _perceptron(), _data(1, 2)
-    learning = Continual(model, check=False)
-    before = [variable.numpy() for variable in model.variables]
-    moved = {name: 1.5 * value for name, value in learning._data.weights().items()}
-    there, _ = learning._data.fisher(data, with_memory=False, theta=moved)
-    assert all(np.array_equal(a, b.numpy()) for a, b in zip(before, model.variables, strict=True))
-    learning._data.assign(moved)
-    for name, value in learning._data.fisher(data, with_memory=False)[0].items():
-        np.testing.assert_allclose(there[name], value, rtol=1e-12)
-
-
 def test_running_statistics_are_estimated_again_on_request() -> None:
     frozen = L.BatchNormalization(trainable=False)
     model = _row((4, 4, 2), L.Conv2D(3, 2), L.BatchNormalization(momentum=0.5), L.ReLU(), frozen, L.Dropout(0.5))

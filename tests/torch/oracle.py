@@ -1,7 +1,6 @@
 """Oracles: per-sample gradients by autograd, one sample at a time, and a merge's slopes; and a network's own taps."""
 
 from collections.abc import Mapping, Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -54,12 +53,10 @@ def secant_by_brute_force(
     theta_hat: Mapping[str, Tensor],
     learning: Continual,
     new: Sequence[tuple[Tensor, Tensor]],
-    calibrated_at: Literal["newest", "origin"] = "newest",
 ) -> tuple[float, float]:
     """The secant's slope b at theta_gp and curvature c; the model is left at theta_hat.
 
-    New slopes are taken at both ends, and the old side is scaled by the exact curvature over the diagonal one, at
-    either end.
+    New slopes are taken at both ends, and the old side is scaled by the exact curvature over the diagonal one.
     """
     inputs, targets = (torch.cat(side) for side in zip(*new, strict=True))
     assert learning.posterior is not None
@@ -81,10 +78,10 @@ def secant_by_brute_force(
         pairs = zip(weights, gradients, strict=True)
         return sum(float((g.to_dense() * delta[name]).sum()) for name, g in pairs if g is not None)
 
-    step, there = 1e-5, theta_hat if calibrated_at == "newest" else theta_gp
+    step = 1e-5
     with torch.no_grad():
-        moved = [at({n: v + sign * step * delta[n] for n, v in there.items()}) for sign in (1, -1)]
-        along, p = (moved[0] - moved[1]) / (2 * step), at(there).softmax(1)
+        moved = [at({n: v + sign * step * delta[n] for n, v in theta_hat.items()}) for sign in (1, -1)]
+        along, p = (moved[0] - moved[1]) / (2 * step), at(theta_hat).softmax(1)
     exact = float(((p * along.square()).sum(1) - (p * along).sum(1).square()).mean())
     gradients = autograd_gradients(model, inputs, targets)
     diagonal = sum(float((gradients[n].square().mean(0) * delta[n].square()).sum()) for n in delta)

@@ -8,7 +8,7 @@ import warnings
 from collections import UserDict
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import pytest
 import torch
@@ -22,7 +22,6 @@ from adapters.torch.batches import to_device
 from became_core import BecameError, Diagonal
 from became_core.continual import Reservoir
 from became_core.curvature import Bernoulli, Categorical, Gaussian
-from became_core.laplace import Secant
 from became_core.projection import GPM, NSCL, SGP, TRGP
 from tests.listening import totals_shown
 from tests.torch.modules import CLASSES, WIDTH, Stored
@@ -269,15 +268,12 @@ def test_coverage_says_what_happens_to_every_parameter(projector: Any) -> None:
     assert f"{100 * coverage.share('protected'):.1f} % protected" in text
 
 
-@pytest.mark.parametrize(
-    ("name", "calibrated_at"),
-    [*((name, "newest") for name in ("perceptron", "encoder", "GRU", "stored")), ("perceptron", "origin")],
-)
-def test_the_merge_is_the_minimum_that_brute_force_finds(name: str, calibrated_at: Literal["newest", "origin"]) -> None:
+@pytest.mark.parametrize("name", ["perceptron", "encoder", "GRU", "stored"])
+def test_the_merge_is_the_minimum_that_brute_force_finds(name: str) -> None:
     model, old, new = _network(name), _data(1, 4, 8), _data(2, 4, 8)
     optimizer = torch.optim.AdamW(model.parameters(), 0.02)
     _train(model, optimizer, old, epochs=10)
-    learning = Continual(model, estimator=Secant(calibrated_at))
+    learning = Continual(model)
     learning.remember(iter(old))
     with learning.stable(optimizer):
         _train(model, optimizer, new)
@@ -285,7 +281,7 @@ def test_the_merge_is_the_minimum_that_brute_force_finds(name: str, calibrated_a
     with learning.plastic():
         _train(model, optimizer, new, epochs=25)
     theta_hat = {key: value.detach().clone() for key, value in model.named_parameters()}
-    b, c = secant_by_brute_force(model, theta_gp, theta_hat, learning, new, calibrated_at)
+    b, c = secant_by_brute_force(model, theta_gp, theta_hat, learning, new)
     expected = min(max(-b / c, 0.0), 1.0)
     report = learning.merge(iter(new), trace=3)
     assert report.alpha == pytest.approx(expected, rel=1e-4, abs=1e-6)

@@ -76,9 +76,6 @@ class NewLoss:
     def loss(self, theta: Params) -> float:
         return self.fall * (1 - float(theta["w"][0]))
 
-    def at(self, theta: Params) -> "NewLoss":
-        raise NotImplementedError
-
 
 @given(SLOPES, SLOPES, SLOPES, CURVATURES, st.just(0.0) | CURVATURES, SLOPES, CURVATURES)
 def test_estimates_are_those_of_the_estimators(

@@ -112,15 +112,16 @@ def test_methods_have_the_parts_that_the_table_says() -> None:
 def test_became_merges_by_the_chosen_curvature() -> None:
     rules = {
         precision: build_method("became", SETTINGS | {"precision": precision, "per": "layer"})
-        for precision in ("exact", "stable", "diagonal", "kronecker")
+        for precision in ("exact", "across", "diagonal", "kronecker")
     }
     assert rules["exact"].rule == Became(Secant(), "layer")
-    assert rules["stable"].rule == Became(Secant("origin"), "layer")
+    assert rules["across"].rule == Became(Secant(calibrates=False), "layer")
+    assert {name for name, method in rules.items() if method.calibrates} == {"across"}
     assert rules["diagonal"].rule == Became(DiagonalFisher(), "layer")
     assert rules["kronecker"].rule == Became(NativeExpansion(), "layer")
     assert {name: method.precision for name, method in rules.items()} == {
         "exact": "diagonal",
-        "stable": "diagonal",
+        "across": "diagonal",
         "diagonal": "diagonal",
         "kronecker": "kronecker",
     }

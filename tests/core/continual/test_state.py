@@ -70,6 +70,16 @@ def test_a_run_resumed_from_any_state_is_the_same_run(name: str, training: Train
         assert_equal_runs(record, learner, expected, expected_learner)
 
 
+@pytest.mark.parametrize("training", [ANNEALED, PATIENT], ids=["annealed", "patient"])
+def test_a_run_that_calibrates_across_tasks_is_the_same_from_any_state(training: Training) -> None:
+    method = build_method("became", SETTINGS | {"precision": "across"})
+    expected, expected_learner, states = whole(method, training)
+    for state in states:
+        learner = new_learner(seed=1)
+        record = learn(learner, STREAM, method, training, state=state)
+        assert_equal_runs(record, learner, expected, expected_learner)
+
+
 def test_there_is_one_state_for_each_epoch_and_task() -> None:
     record, _, states = whole(build_method("became", SETTINGS), ANNEALED)
     places = [(s.task, s.stage and s.stage.number, s.stage and s.stage.schedule.epoch) for s in states]
