@@ -75,6 +75,12 @@ class Job:
         """Return the result if the run has finished before."""
         return self.run.finished(self.backend.name, self.configuration.to_json())
 
+    def check_data(self, result: RunResult, load: Load) -> None:
+        """Raise a BecameError if the run has finished on other data than those of the folder that is given now."""
+        folder = self.configuration.data_dir
+        if folder is not None and str(folder) != result.data_dir:
+            self.run.check_data(self.stream(load))
+
     def check_unfinished(self) -> str:
         """Return the backends that will have worked on the run; raise a BecameError if it cannot be resumed."""
         return self.run.check_unfinished(self.backend.name, self.configuration.to_json(), resume=self.resume)

@@ -111,12 +111,18 @@ def run_jobs(jobs: Sequence[Job], display: Display, engine: Engine = one_after_a
 
 
 def _results_before(jobs: Sequence[Job], load: Load) -> list[RunResult | None]:
-    """Return the results of the runs that have finished before; raise a BecameError if one cannot be resumed."""
+    """Return the results of the runs that have finished before.
+
+    Raises:
+        BecameError: if one was of other data, or one that is not finished cannot be resumed.
+    """
     try:
         results = [job.finished() for job in jobs]
         for job, result in zip(jobs, results, strict=True):
             if result is None:
                 job.check_unfinished()
+            else:
+                job.check_data(result, load)
     except BecameError:
         _check_values(jobs, load)  # a value that no run can have is reported before a folder that holds another run
         raise

@@ -136,6 +136,17 @@ class RunDirectory:
         _check_equal(self.results_file, theirs, {"backend": backend, **config})
         return result
 
+    def check_data(self, stream: TaskStream) -> None:
+        """Raise a BecameError if the configuration says that the run was of other data than those of these tasks."""
+        try:
+            theirs = read_sealed(self.config_file)["data"]
+        except (BecameError, DamagedError, KeyError, TypeError):
+            return  # the results are whole, and there is nothing to compare
+        if theirs != fingerprint(stream.dataset):
+            raise BecameError(
+                f"{self.results_file} is a run on other data than --data-dir names; choose another --out."
+            )
+
     def check_unfinished(self, backend: str, config: dict[str, Any], *, resume: bool) -> str:
         """Return the backends that will have worked on this run, in order: "torch", or "torch+jax".
 

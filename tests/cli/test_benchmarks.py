@@ -43,3 +43,23 @@ def test_a_benchmark_runs_and_says_what_it_was(
     assert (found["benchmark"], found["config"]["tasks"], found["config"]["network"]) == (arguments[1], tasks, "mlp")
     assert found["config"]["class_order"] == ("seeded" if "seeded" in arguments else "label")
     assert np.shape(found["accuracy"]) == (2, 2)
+
+
+def test_a_finished_run_is_not_taken_for_one_of_other_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("here", "copy", "other"):
+        (tmp_path / name).mkdir()
+        write_mini(tmp_path / name)
+    file = tmp_path / "other" / "mini-imagenet" / "train.npz"
+    arrays = dict(np.load(file))
+    arrays["images"][0] = 255 - arrays["images"][0]
+    np.savez(file, **arrays)
+    run = ["--benchmark", "split-miniimagenet", *SHORT, "--out", str(tmp_path / "out"), "--data-dir"]
+    assert main(BACKEND, [*run, str(tmp_path / "here")]) == 0
+    before = {it: it.read_bytes() for it in tmp_path.glob("out/*/*.json")}
+    capsys.readouterr()
+    assert main(BACKEND, [*run, str(tmp_path / "copy")]) == 0
+    assert main(BACKEND, [*run, str(tmp_path / "other")]) == 2
+    (results,) = tmp_path.glob("out/*/results.json")
+    message = f"error: {results} is a run on other data than --data-dir names; choose another --out.\n"
+    assert capsys.readouterr().err.endswith(message)
+    assert {it: it.read_bytes() for it in before} == before
