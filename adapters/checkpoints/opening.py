@@ -5,6 +5,10 @@ Nothing has been written then.
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from adapters.checkpoints.align import Leaf, align, is_statistic, tensor_or_tied
 from adapters.checkpoints.fisher_files import check_comparable, open_fisher
@@ -13,10 +17,13 @@ from adapters.checkpoints.job import Extra, Job
 from adapters.checkpoints.lora import Adapter, adapter_of, dense
 from adapters.checkpoints.plan import MergePlan, PlannedModel
 from adapters.checkpoints.rules import Rule, rule_of
-from adapters.checkpoints.tensors import finite
+from adapters.checkpoints.tensors import StoredTensor, finite
 from became_core import BecameError
 
 __all__ = ["open_job"]
+
+# How many rows of a Gram matrix are compared with its columns at a time.
+ROWS = 1024
 
 
 def open_job(plan: MergePlan, open_model: Callable[[Path], Checkpoint] = open_checkpoint) -> Job:
@@ -28,6 +35,8 @@ def open_job(plan: MergePlan, open_model: Callable[[Path], Checkpoint] = open_ch
     rule = rule_of(plan)
     for model in plan.models:
         _check_needed(model, rule, plan)
+    if (rule.needs_fisher or rule.needs_gram) and all(model.weight.is_zero for model in plan.models):
+        raise BecameError("all models have the weight 0, so that none counts; give one of them a weight above 0.")
     base = [] if plan.base_model is None else [open_model(plan.base_model)]
     checkpoints = [*base, *(open_model(model.model) for model in plan.models)]
     adapters = _adapters(checkpoints, plan, rule)
@@ -107,7 +116,16 @@ def _check_leaf(job: Job, leaf: Leaf) -> None:
                 f"{grams.path} should have a Gram matrix of '{leaf.name}', whose weight has shape {list(leaf.shape)}, "
                 f"but has {shape}."
             )
-        finite(gram.whole(), gram)
+        _check_symmetric(finite(gram.whole(), gram), gram)
+
+
+def _check_symmetric(values: NDArray[Any], gram: StoredTensor) -> None:
+    """Refuse a square matrix that is not symmetric within the rounding of half precision."""
+    allowed = 0.01 * float(np.max(np.abs(values), initial=0.0))
+    for start in range(0, len(values), ROWS):  # a part at a time, so that little memory is needed beside the matrix
+        part = values[start : start + ROWS] - values[:, start : start + ROWS].T
+        if np.max(np.abs(part)) > allowed:
+            raise BecameError(f"{gram} is not symmetric, as the Gram matrix of inputs, X^T X, is; save that.")
 
 
 def _check_needed(model: PlannedModel, rule: Rule, plan: MergePlan) -> None:

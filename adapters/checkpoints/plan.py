@@ -96,6 +96,11 @@ class Setting:
         """The smallest of the numbers."""
         return min(number for _, numbers in self.choices for number in numbers)
 
+    @property
+    def is_zero(self) -> bool:
+        """Whether it is 0 for every tensor."""
+        return not any(number for _, numbers in self.choices for number in numbers)
+
     def __str__(self) -> str:
         """Return it as a plan writes it."""
         texts = [
@@ -262,12 +267,7 @@ def plan_of(words: Any, where: str) -> MergePlan:
     if not isinstance(listed, list) or not listed:
         raise BecameError(f"{where} has no list of 'models'.")
     parameters = words.get("parameters") or {}
-    _check_words(parameters, IN_PARAMETERS, f"the parameters of {where}")
-    for word, owners in USED_BY.items():
-        # mergekit's task_arithmetic does not normalise either, unless it is told to.
-        is_usual = word == "normalize" and method == "task_arithmetic" and parameters.get(word) is False
-        if word in parameters and method not in owners and not is_usual:
-            raise BecameError(f"{where} has '{word}', of which {method} makes no use; leave it out.")
+    _check_parameters(parameters, words, method, where)
     if words.get("tokenizer_source", "base") != "base":
         raise BecameError(f"{where} has a tokenizer_source other than 'base', which is not known here.")
     weight = parameters.get("weight", 1.0)
@@ -288,6 +288,18 @@ def plan_of(words: Any, where: str) -> MergePlan:
     return MergePlan(**given)
 
 
+def _check_parameters(parameters: Any, words: Mapping[str, Any], method: str, where: str) -> None:
+    """Refuse parameters of a plan that are not known, are of no use to its method, or are given beside them, too."""
+    _check_words(parameters, IN_PARAMETERS, f"the parameters of {where}")
+    for word, owners in USED_BY.items():
+        # mergekit's task_arithmetic does not normalise either, unless it is told to.
+        is_usual = word == "normalize" and method == "task_arithmetic" and parameters.get(word) is False
+        if word in parameters and method not in owners and not is_usual:
+            raise BecameError(f"{where} has '{word}', of which {method} makes no use; leave it out.")
+    if "per" in words and "per" in parameters:
+        raise BecameError(f"{where} has 'per' twice, also among its parameters; leave one out.")
+
+
 def _planned(entry: Any, weight: Any, where: str) -> PlannedModel:
     if isinstance(entry, str):
         return PlannedModel(Path(entry), weight)
@@ -296,6 +308,9 @@ def _planned(entry: Any, weight: Any, where: str) -> PlannedModel:
         raise BecameError(f"a model of {where} has no 'model', the path of a checkpoint.")
     parameters = entry.get("parameters") or {}
     _check_words(parameters, OF_MODEL, f"the parameters of {_path(entry['model'], 'model')} in {where}")
+    twice = sorted(OF_MODEL & set(entry) & set(parameters))
+    if twice:
+        raise BecameError(f"{_path(entry['model'], 'model')} in {where} has '{twice[0]}' twice; leave one out.")
     merged = {"weight": weight} | {name: value for name, value in entry.items() if name in OF_MODEL} | parameters
     return PlannedModel(Path(entry["model"]), **merged)
 

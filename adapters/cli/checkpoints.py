@@ -8,7 +8,7 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -121,15 +121,28 @@ class Fisher:
             chosen = [name for name, value in ways.items() if value is not None]
             if len(chosen) != 1:
                 raise BecameError(f"give one of --data, --from and --add, not {' and '.join(chosen) or 'none'}.")
+            self._check_used(chosen[0])
             {"--data": self._measure, "--from": self._convert, "--add": self._add}[chosen[0]](display, self.out)
             display.note(f"written: {self.out}")
 
         return _executed(command, self.output)
 
+    def _check_used(self, way: str) -> None:
+        """Refuse an option that the way to make the file has no use for."""
+        used = {
+            "--data": ("models", "data", "load", "kind", "per", "factors", "samples", "chunk", "seed"),
+            "--from": ("from_", "model", "names"),
+            "--add": ("add",),
+        }
+        for part in fields(self):
+            if part.name not in ("out", "output", *used[way]) and getattr(self, part.name) != part.default:
+                name = "a model before the options" if part.name == "models" else f"--{part.name}"
+                raise BecameError(f"{way} makes no use of {name}; leave it out.")
+
     def _measure(self, display: Display, out: Path) -> None:
         from adapters.checkpoints.fisher_data import IGNORED, FisherRequest, fisher_from_data, load_model, read_samples
 
-        if len(self.models) != 1 or self.model is not None:
+        if len(self.models) != 1:
             raise BecameError(f"--data measures one model, and {len(self.models)} were given before the options.")
         if self.chunk < 1 or (self.samples is not None and self.samples < 1):
             raise BecameError("--chunk and --samples are at least 1.")
@@ -197,7 +210,7 @@ class Merge:
     out_dtype: Annotated[str | None, described("The dtype of the merged tensors; without it that of the base.")] = None
     pad_vocabulary: Annotated[bool, described("Take missing rows of embeddings from models that have them.")] = False
     rank: Annotated[int | None, described("Of LoRA adapters: the rank to compress to; exact without it.")] = None
-    shard_size: Annotated[str, described("The most bytes of a file. (default: 5GB)")] = "5GB"
+    shard_size: Annotated[str | None, described("The most bytes of a file. (default: 5GB, or the plan's)")] = None
     memory: Annotated[str, described("What may be held beside the page cache. (default: 512MiB)")] = "512MiB"
     workers: Annotated[int | None, described("How many threads; without it as many as cores, at most 4.")] = None
     scheduler: Annotated[
@@ -271,11 +284,12 @@ class Merge:
             if out is None or len(paths) != 1:
                 raise BecameError("with a plan, give it and the folder to write: became merge PLAN.yaml OUT.")
             in_plan = ("rule", "per", "fisher", "weight", "gram", "base_model", "out_dtype", "pad_vocabulary", "rank")
-            doubled = [name for name in in_plan if getattr(self, name)]
+            usual = {part.name: part.default for part in fields(self)}
+            doubled = [name for name in in_plan if getattr(self, name) != usual[name]]
             if doubled:
                 raise BecameError(f"--{doubled[0].replace('_', '-')} belongs into the plan {paths[0]}.")
             plan = read_plan(paths[0])
-            return (plan if self.shard_size == "5GB" else plan.replaced(shard_size=self._shard())), out
+            return plan.replaced(**self._shards()), out
         if out is None:
             raise BecameError("say with --out which folder to write, or give a plan: became merge PLAN.yaml OUT.")
         for name, values in (("fisher", self.fisher), ("weight", self.weight), ("gram", self.gram)):
@@ -298,11 +312,11 @@ class Merge:
             out_dtype=self.out_dtype,
             pad_vocabulary=self.pad_vocabulary,
             rank=self.rank,
-            shard_size=self._shard(),
-        ), out
+        ).replaced(**self._shards()), out
 
-    def _shard(self) -> int:
-        return size_of(self.shard_size, "--shard-size")
+    def _shards(self) -> dict[str, int]:
+        """The size of shards if it is given, as a value of a plan."""
+        return {} if self.shard_size is None else {"shard_size": size_of(self.shard_size, "--shard-size")}
 
 
 def size_of(text: str, option: str) -> int:

@@ -78,11 +78,21 @@ def test_a_plan_needs_a_folder_and_no_other_options(tmp_path: Path, capsys: pyte
     (tmp_path / "plan.yaml").write_text("models: [A, B]\n", encoding="utf-8")
     assert main(words("merge", tmp_path / "plan.yaml")) == 2
     assert "became merge PLAN.yaml OUT" in capsys.readouterr().err
-    for option, value in (("--rank", 3), ("--rule", "linear"), ("--per", "model")):
+    for option, value in (("--rank", 3), ("--rank", 0), ("--rule", "linear"), ("--per", "model")):
         assert main(words("merge", tmp_path / "plan.yaml", tmp_path / "out", option, value)) == 2
         assert f"{option} belongs into the plan" in capsys.readouterr().err
     assert main(words("merge", tmp_path / "A", tmp_path / "B")) == 2
     assert "say with --out" in capsys.readouterr().err
+
+
+def test_the_size_of_shards_is_the_plans_unless_the_command_has_one(tmp_path: Path) -> None:
+    pair(tmp_path)
+    first, second, *_ = files(tmp_path)
+    plan = tmp_path / "plan.yaml"
+    plan.write_text(f"models: ['{first}', '{second}']\nmerge_method: linear\nshard_size: 100\n", encoding="utf-8")
+    for name, options, shards in (("one", [], False), ("two", ["--shard-size", "5GB"], True)):
+        assert main(words("merge", plan, tmp_path / name, *options)) == 0
+        assert (len(list((tmp_path / name).glob("*.safetensors"))) == 1) == shards
 
 
 def test_a_plan_that_is_no_file_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -213,6 +223,9 @@ def test_fisher_measures_adds_and_converts(tmp_path: Path, capsys: pytest.Captur
         (["--add", "F", "--out", "F.safetensors"], "give at least two"),
         (["--data", "x.npz", "--out", "F.safetensors"], "--data measures one model, and 0 were given"),
         (["M", "--data", "x.npz", "--out", "F.safetensors", "--chunk", "0"], "at least 1"),
+        (["M", "--data", "x.npz", "--out", "F.safetensors", "--model", "N"], "--data makes no use of --model; leave"),
+        (["--add", "F", "G", "--out", "F.safetensors", "--kind", "true"], "--add makes no use of --kind; leave it out"),
+        (["M", "--from", "o.pt", "--model", "N", "--out", "F.safetensors"], "--from makes no use of a model before"),
     ],
 )
 def test_what_fisher_cannot_do_is_a_sentence(

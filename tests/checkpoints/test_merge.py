@@ -393,3 +393,9 @@ def test_regmean_keeps_the_mean_where_no_inputs_were_and_works_across_slabs(tmp_
         merge_checkpoints(MergePlan((unknown, unknown), "regmean"), tmp_path / "wrong")
     with pytest.raises(BecameError, match="linear makes no use of a file of Gram matrices"):
         merge_checkpoints(MergePlan(tuple(models), "linear"), tmp_path / "wrong")
+    triangle = PlannedModel(models[0].model, gram=saved(tmp_path, "T", {"w.weight": np.triu(np.ones((70, 70)))}))
+    with pytest.raises(BecameError, match=r"'w.weight' of .*T.safetensors is not symmetric, as the Gram matrix"):
+        merge_checkpoints(MergePlan((models[0], triangle), "regmean"), tmp_path / "wrong")
+    nothing = tuple(PlannedModel(model.model, weight=0.0, gram=model.gram) for model in models)
+    with pytest.raises(BecameError, match="all models have the weight 0, so that none counts"):
+        merge_checkpoints(MergePlan(nothing, "regmean"), tmp_path / "wrong")

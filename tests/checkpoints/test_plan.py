@@ -115,6 +115,8 @@ def test_our_words_stand_beside_each_model_or_in_its_parameters(tmp_path: Path) 
         ('models: ["A", "B\\0"]\n', "is the path of a file"),
         (MERGEKIT.replace("linear", "3"), "'merge_method' with a value that is no str"),
         ("models: [A, B]\nper: row\n", "no coefficient per 'row'"),
+        ("models: [A, B]\nper: leaf\nparameters: {per: layer}\n", "has 'per' twice, also among its parameters"),
+        ("models: [{model: A, weight: 1, parameters: {weight: 2}}, B]\n", "^A in .* has 'weight' twice; leave one out"),
         ("models: [A, B]\nrank: 0\n", "the rank is 0"),
         ("models: [A, B]\nshard_size: 5GB\n", "'shard_size' with a value that is no int"),
     ],
