@@ -8,7 +8,7 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -27,6 +27,13 @@ SIZES = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12} | {
     unit: 2 ** (10 * (k + 1)) for k, unit in enumerate(("KIB", "MIB", "GIB", "TIB"))
 }
 
+# Which extra brings a package that these commands import; what a function of the user's own imports is the user's.
+EXTRAS = dict.fromkeys(("filelock", "ml_dtypes", "safetensors", "yaml"), "merge") | {
+    "distributed": "dask",
+    "torch": "torch",
+    "transformers": "transformers",
+}
+
 
 @dataclass(frozen=True)
 class Inspect:
@@ -43,12 +50,13 @@ class Inspect:
     def run(self) -> int:
         """Print the lines."""
 
-        def command(_: Display) -> None:
+        def command(display: Display) -> None:
             from adapters.checkpoints.inspection import inspect_checkpoints
 
             if not self.models:
                 raise BecameError("there is nothing to inspect; give at least one file or folder of a model.")
-            print("\n".join(inspect_checkpoints(self.models, pad_vocabulary=self.pad_vocabulary)))
+            lines = inspect_checkpoints(self.models, pad_vocabulary=self.pad_vocabulary)
+            display.outcome("inspection", lines, lines=lines)
 
         return _executed(command, self.output)
 
@@ -123,7 +131,7 @@ class Fisher:
                 raise BecameError(f"give one of --data, --from and --add, not {' and '.join(chosen) or 'none'}.")
             self._check_used(chosen[0])
             {"--data": self._measure, "--from": self._convert, "--add": self._add}[chosen[0]](display, self.out)
-            display.note(f"written: {self.out}")
+            display.outcome("fisher", [] if self.output.quiet else [f"written: {self.out}"], out=str(self.out))
 
         return _executed(command, self.output)
 
@@ -240,8 +248,8 @@ class Merge:
         memory = size_of(self.memory, "--memory")
         self._check()
         if self.dry_run:
-            for line in _preview_lines(plan, preview(plan, memory=memory, workers=self.workers)):
-                print(line)
+            found = preview(plan, memory=memory, workers=self.workers)
+            display.outcome("preview", _preview_lines(plan, found), plan=plan.as_words(), **asdict(found))
             return
         evaluate = _function(self.evaluate) if self.evaluate else None
         if self.trace is not None:
@@ -252,17 +260,20 @@ class Merge:
         use: dict[str, Any] = {"memory": memory, "workers": self.workers, "scheduler": self.scheduler}
         with _progress(self.output) as tell:
             report = merge_checkpoints(plan, out, **use, command=command, progress=tell)
-        for line in _report_lines(report):
-            print(line)
+        shown = ("files", "coefficients", "gain", "slopes", "convex", "errors", "notes", "seconds")
+        values = {name: getattr(report, name) for name in shown}
+        display.outcome("merge", _report_lines(report), out=str(report.out), plan=plan.as_words(), **values)
         if evaluate is not None and self.trace is not None:
             from adapters.checkpoints.trace import trace_merge
 
             with _progress(self.output) as tell:
                 told = lambda done, whole: tell("evaluations", done, whole)  # noqa: E731
                 trace = trace_merge(plan, out, self.trace, evaluate, **use, progress=told)
-            for alpha, loss in zip(trace.alphas, trace.losses, strict=True):
-                print(f"loss at alpha {alpha:.3f}: {loss:.6g}")
-            print(f"loss of the merge: {trace.merged:.6g}; regret {trace.regret:.6g} to the best, alpha {trace.best:g}")
+            pairs = zip(trace.alphas, trace.losses, strict=True)
+            lines = [f"loss at alpha {alpha:.3f}: {loss:.6g}" for alpha, loss in pairs]
+            of_merge = f"loss of the merge: {trace.merged:.6g}"
+            lines.append(f"{of_merge}; regret {trace.regret:.6g} to the best, alpha {trace.best:g}")
+            display.outcome("trace", lines, **asdict(trace), regret=trace.regret, best=trace.best)
 
     def _check(self) -> None:
         """Refuse options that do not go together."""
@@ -349,7 +360,10 @@ def _executed(command: Callable[[Display], None], output: Output) -> int:
         try:
             command(display)
         except ModuleNotFoundError as error:
-            raise BecameError(f"the package '{error.name}' is missing; pip install 'became[merge]'.") from None
+            package = (error.name or "").partition(".")[0]
+            extra = EXTRAS.get(package)
+            what = f"pip install 'became[{extra}]'" if extra else "install it"
+            raise BecameError(f"the package '{package}' is missing; {what}.") from None
 
     return execute(complete, output)
 

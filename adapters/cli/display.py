@@ -1,8 +1,9 @@
 """What a command shows: text for people or lines of JSON for programs on standard output, the log on standard error.
 
 Convention: a line of JSON is an object with ``event``; those of a run have ``run``, its name, and are the run's events
-as its ``events.jsonl`` has them, and then ``result``, what its ``results.json`` has. Nothing else is on standard output
-then. On a terminal a run shows a live bar, elsewhere a plain line for each epoch.
+as its ``events.jsonl`` has them, and then ``result``, what its ``results.json`` has. Of a merge and the like there is
+one line, with what came of it. Nothing else is on standard output then. On a terminal a run shows a live bar, elsewhere
+a plain line for each epoch.
 """
 
 import logging
@@ -10,7 +11,7 @@ import math
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +40,9 @@ class Display(Protocol):
 
     def note(self, text: str) -> None:
         """Show a remark."""
+
+    def outcome(self, event: str, lines: Iterable[str], /, **values: Any) -> None:
+        """Show what came of a command that is no run: lines for people, values for programs."""
 
     def several(self, count: int) -> AbstractContextManager[None]:
         """Return a context in which so many runs are shown, and some of them at the same time."""
@@ -71,6 +75,10 @@ class _Text:
     def note(self, text: str) -> None:
         if not self._quiet:
             self._console.print(text, highlight=False, soft_wrap=True, markup=False)
+
+    def outcome(self, event: str, lines: Iterable[str], /, **values: Any) -> None:
+        for line in lines:
+            print(line)
 
     @contextmanager
     def several(self, count: int) -> Iterator[None]:
@@ -135,6 +143,9 @@ class _Silent(Events):
 class _Json:
     def note(self, text: str) -> None:
         LOGGER.info("%s", text)
+
+    def outcome(self, event: str, lines: Iterable[str], /, **values: Any) -> None:
+        _print_line(event, **values)
 
     @contextmanager
     def several(self, count: int) -> Iterator[None]:

@@ -261,3 +261,42 @@ def test_quiet_merges_say_only_the_result(tmp_path: Path, capsys: pytest.Capture
     assert main(words("merge", *files(tmp_path)[:2], "--rule", "linear", "--out", tmp_path / "out", "--quiet")) == 0
     assert capsys.readouterr().out.startswith("written: ")
     assert merged(tmp_path / "out").keys() == arrays(0).keys()
+
+
+def test_for_programs_each_command_is_a_line_of_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pair(tmp_path)
+    first, second, *fishers = files(tmp_path)
+    both = ("--fisher", *fishers, "--out")
+    counted = {"became.fisher": "1", "kind": "empirical", "unit": "sum", "per": "sample", "samples": "4"}
+    parts = [saved(tmp_path, f"F{k}", arrays(k, positive=True), counted) for k in range(2)]
+    commands = {
+        "inspection": words("inspect", first, second),
+        "preview": words("merge", first, second, *both, tmp_path / "out", "--dry-run"),
+        "merge": words("merge", first, second, *both, tmp_path / "out"),
+        "fisher": words("fisher", "--add", *parts, "--out", tmp_path / "sum.safetensors"),
+    }
+    found = {}
+    for event, command in commands.items():
+        assert main([*command, "--log", "json"]) == 0, event
+        (line,) = capsys.readouterr().out.splitlines()
+        found[event] = json.loads(line)
+        assert found[event]["event"] == event
+    assert any(line.startswith("They can be merged: 6 tensors") for line in found["inspection"]["lines"])
+    assert found["preview"]["bytes_to_read"] > 0
+    (coefficients,) = found["merge"]["coefficients"].values()
+    assert sum(coefficients) == pytest.approx(1)
+    assert (found["merge"]["out"], found["merge"]["files"]) == (str(tmp_path / "out"), ["model.safetensors"])
+    assert [model["model"] for model in found["merge"]["plan"]["models"]] == [str(first), str(second)]
+    assert found["fisher"]["out"] == str(tmp_path / "sum.safetensors")
+
+
+def test_a_package_that_a_users_function_misses_is_no_extra_of_ours(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pair(tmp_path)
+    (tmp_path / "scoring_of_mine.py").write_text("def loss(path):\n    import no_such_package.part\n", encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    first, second, *fishers = files(tmp_path)
+    trace = ("--trace", "3", "--evaluate", "scoring_of_mine:loss")
+    assert main(words("merge", first, second, "--fisher", *fishers, "--out", tmp_path / "out", *trace)) == 2
+    assert "the package 'no_such_package' is missing; install it." in capsys.readouterr().err
