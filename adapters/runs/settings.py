@@ -60,7 +60,12 @@ def _flattened(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
     """Yield nested mappings and dataclasses as dotted names with plain values; a dataclass's own value is its class."""
     if is_dataclass(value) and not isinstance(value, type):
         yield name, type(value).__name__
-        value = {field.name: getattr(value, field.name) for field in fields(value)}
+        # What earlier versions did not have is left out where it is as usual, so that their runs go on.
+        value = {
+            field.name: getattr(value, field.name)
+            for field in fields(value)
+            if not (field.metadata.get("later") and getattr(value, field.name) == field.default)
+        }
     if isinstance(value, Mapping):
         for key, part in value.items():
             yield from _flattened(part, f"{name}.{key}" if name else str(key))

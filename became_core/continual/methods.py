@@ -4,7 +4,7 @@ Nothing here knows a method by name; ``recipes`` has the methods that are built 
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from became_core.arrays import Params, namespace
@@ -107,7 +107,7 @@ class Method:
     fisher: FisherKind = "empirical"
     precision: Structure = "diagonal"
     decay: float = 1.0
-    calibrates: bool = False
+    calibrates: bool = field(default=False, metadata={"later": True})
     temper: Tempering = "none"
     recentred: bool = True
     joint: bool = False

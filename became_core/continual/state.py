@@ -52,7 +52,7 @@ class Memory:
     projector: Projector | None = None
     posterior: LaplacePosterior | None = None
     models: Mapping[str, Params] = field(default_factory=dict)
-    movement: Params | None = None
+    movement: Params | None = field(default=None, metadata={"later": True})
     old_tasks: OldTasks | None = None
 
     @property

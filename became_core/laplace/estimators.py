@@ -7,7 +7,7 @@ Convention: curvatures are means over samples, like those summed in the posterio
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 from became_core.arrays import Array, Params, device, difference, has_values, namespace
@@ -159,7 +159,7 @@ class Secant:
             or was calibrated when it was measured.
     """
 
-    calibrates: bool = True
+    calibrates: bool = field(default=True, metadata={"later": True})  # for runs that an earlier version began
 
     def quadratic(self, subspace: MergeSubspace, losses: Sequence[LocalLoss]) -> Quadratic:
         """Return new + kappa * old, the new part having slope g(theta_gp).d at the origin, or the loss's fall."""

@@ -11,6 +11,7 @@ from safetensors.numpy import load_file
 
 from adapters.runs import Checkpoints
 from adapters.runs.encoding import MisfitError, concrete_classes, decoded, encoded
+from adapters.runs.settings import describe
 from became_core import BecameError, precision
 from became_core.arrays import named_leaves
 from became_core.continual import (
@@ -307,6 +308,21 @@ def test_what_is_no_state_is_said_with_its_place(path: tuple[str, ...], value: A
     place[path[-1]] = value
     with pytest.raises(MisfitError, match=".".join(path).removesuffix(".kind")):
         decoded(plain, arrays, method.projector, lambda array: array)
+
+
+def test_what_an_earlier_version_did_not_save_has_its_default() -> None:
+    method, states = build_method("became", SETTINGS), list[RunState]()
+    learn(new_learner(), STREAM, method, ANNEALED, callbacks=[Listening(keep=states.append)])
+    plain, arrays = encoded(states[6])
+    del plain["memory"]["movement"]
+    assert decoded(plain, arrays, method.projector, lambda array: array).memory.movement is None
+
+
+def test_an_option_that_is_as_it_always_was_does_not_part_runs_from_those_of_an_earlier_version() -> None:
+    usual = describe(STREAM, build_method("became", SETTINGS), ANNEALED, 0)
+    assert not [name for name in usual if "calibrates" in name]
+    across = describe(STREAM, build_method("became", SETTINGS | {"precision": "across"}), ANNEALED, 0)
+    assert across.keys() - usual.keys() == {"method.calibrates", "method.rule.precision.calibrates"}
 
 
 def test_a_posterior_of_any_precision_can_be_saved() -> None:
