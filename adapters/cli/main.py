@@ -1,11 +1,13 @@
 """The command of one backend: options in, runs and a table out. The same for every backend."""
 
+import errno
 import io
 import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import wraps
+from pathlib import Path
 from typing import ParamSpec
 
 from adapters.backend.entry import Backend
@@ -24,10 +26,16 @@ Arguments = ParamSpec("Arguments")
 
 
 def while_it_is_read(main: Callable[Arguments, int]) -> Callable[Arguments, int]:
-    """Have a command end in silence once nobody reads its output, as that of ``became list | head -1``."""
+    """Have a command end in silence once nobody reads its output, as that of ``became list | head -1``.
+
+    If the output cannot be written, as on a full disk, the command ends with a sentence and the status 2. Where there
+    is no output at all, as after ``>&-``, nothing is shown.
+    """
 
     @wraps(main)
     def quiet(*arguments: Arguments.args, **options: Arguments.kwargs) -> int:
+        if sys.stdout is None:
+            sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115 # for as long as the program runs
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(errors="backslashreplace")  # not every terminal can show a path, or an alpha
         try:
@@ -35,10 +43,16 @@ def while_it_is_read(main: Callable[Arguments, int]) -> Callable[Arguments, int]
                 return main(*arguments, **options)
             finally:
                 sys.stdout.flush()
-        except BrokenPipeError:
+        except OSError as error:
+            is_broken = isinstance(error, BrokenPipeError)
+            if not is_broken and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
+                raise
             # Python flushes once more at its end, which must not fail again.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 1  # as rich does where it prints
+            if is_broken:
+                return 1  # as rich does where it prints
+            print(f"error: cannot write {error.filename or 'the output'}: {error.strerror}.", file=sys.stderr)
+            return 2
 
     return quiet
 

@@ -9,7 +9,7 @@ from functools import cache
 from typing import Protocol
 
 from adapters.cli.display import LOGGER, Display
-from adapters.cli.interruption import Interruption
+from adapters.cli.interruption import InterruptedRun, Interruption
 from adapters.cli.jobs import Job, Load, load_data
 from adapters.runs import RunResult, write_summary
 from adapters.runs.checkpoints import Checkpoints
@@ -155,7 +155,12 @@ def run_job(job: Job, load: Load, display: Display) -> RunResult:
         BecameError: if it cannot start or be resumed, or fails.
         InterruptedRun: if it was stopped by a signal.
     """
-    result = _run_to_its_end(job, load, display)
+    try:
+        result = _run_to_its_end(job, load, display)
+    except InterruptedRun:
+        if job.run.results_file.exists():  # the signal came as the run ended
+            write_summary(job.run.out)
+        raise
     write_summary(job.run.out)
     return result
 

@@ -463,3 +463,25 @@ def test_a_command_whose_output_nobody_reads_ends_in_silence(words: list[str]) -
     assert "Traceback" not in said
     assert "BrokenPipeError" not in said
     assert process.returncode == 1
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no device that is always full here")
+@pytest.mark.parametrize("words", [["list"], ["--version"]])
+def test_output_that_cannot_be_written_is_an_error_in_a_sentence(words: list[str]) -> None:
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "became", *words],
+            cwd=ROOT,
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=WAIT,
+        )
+    assert (done.returncode, done.stderr) == (2, "error: cannot write the output: No space left on device.\n")
+
+
+def test_a_command_without_an_output_does_its_work() -> None:
+    process = subprocess.run(
+        ["sh", "-c", f"'{sys.executable}' -m became list >&-"], cwd=ROOT, capture_output=True, text=True, timeout=WAIT
+    )
+    assert (process.returncode, process.stderr) == (0, "")

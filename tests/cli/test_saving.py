@@ -10,7 +10,7 @@ from adapters.cli.main import main
 from adapters.runs.checkpoints import Checkpoints
 from adapters.runs.events import Events
 from adapters.torch.run import BACKEND
-from became_core.continual import EpochEnd, RunState
+from became_core.continual import EpochEnd, RunRecord, RunState
 
 OPTIONS = ["--first", "2", "--methods", "finetune", "--epochs", "3", "--batch-size", "64", "--quiet"]
 
@@ -51,3 +51,20 @@ def test_a_signal_saves_it_in_any_case(saved: list[int], monkeypatch: pytest.Mon
     monkeypatch.setattr(Events, "on_epoch_end", interrupted)
     assert main(BACKEND, [*OPTIONS, "--save-every", "1000", "--out", str(tmp_path)]) == 128 + signal.SIGTERM
     assert saved == [1, 2]
+
+
+def test_a_signal_as_the_last_run_ends_leaves_it_in_the_summary(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    on_run_end, sent = Events.on_run_end, list[RunRecord]()
+
+    def interrupted(self: Events, record: RunRecord) -> None:
+        on_run_end(self, record)
+        if not sent:
+            sent.append(record)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Events, "on_run_end", interrupted)
+    assert main(BACKEND, [*OPTIONS, "--out", str(tmp_path)]) == 128 + signal.SIGTERM
+    assert (tmp_path / "finetune-seed0" / "results.json").exists()
+    assert len((tmp_path / "summary.csv").read_text().splitlines()) == 2
