@@ -124,12 +124,26 @@ def gather(outs: Sequence[Path]) -> list[Group]:
     groups = groups_of(runs)
     methods = [group.runs[0].method for group in groups]
     one_backend = len({run.backend for run in runs}) == 1
-    names = []
+    short, names = _told_apart(list(dict.fromkeys(folders.values()))), list[str]()
     for group in groups:
         run = group.runs[0]
-        whence = folders[id(run)].name if one_backend else f"{folders[id(run)].name}, {run.backend}"
-        names.append(run.method if methods.count(run.method) == 1 else f"{run.method} ({whence})")
+        folder = short[folders[id(run)]]
+        whence = folder if one_backend else f"{folder}, {run.backend}"
+        name = run.method if methods.count(run.method) == 1 else f"{run.method} ({whence})"
+        # One folder can have several configurations of a method, of different seeds.
+        again = sum(other == name or other.startswith(f"{name} #") for other in names)
+        names.append(f"{name} #{again + 1}" if again else name)
     return [replace(group, label=name) for group, name in zip(groups, names, strict=True)]
+
+
+def _told_apart(folders: Sequence[Path]) -> dict[Path, str]:
+    """Return the last parts of each folder's path, as many as tell all of them apart."""
+    parts = {folder: folder.absolute().parts for folder in folders}
+    for count in range(1, max(map(len, parts.values())) + 1):
+        names = {folder: "/".join(each[-count:]) for folder, each in parts.items()}
+        if len(set(names.values())) == len(names):
+            break
+    return names
 
 
 def _identity(run: RunResult) -> tuple[object, ...]:

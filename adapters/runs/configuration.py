@@ -133,6 +133,8 @@ class Configuration(RunOptions):
             name: resolved.get(name, each.default) for name, each in _settings_of(method, benchmark.name).items()
         }
         configuration = cls(**{name: resolved[name] for name in declared if name in resolved}, settings=settings)
+        if "first" in values and configuration.first < 1:
+            raise BecameError(f"the first {configuration.first} tasks are asked for; give at least 1.")
         configuration.training()
         configuration.watch()
         configuration.method(method)

@@ -77,6 +77,18 @@ def test_one_method_with_two_configurations_is_two_rows(tmp_path: Path) -> None:
     assert list(cells(table)) == ["gpm (short, torch)", "gpm (long, torch)", "gpm (long, jax)"]
 
 
+def test_folders_of_one_name_and_configurations_in_one_folder_are_told_apart(tmp_path: Path) -> None:
+    longer = CONFIG | {"stage1": {"epochs": 9}}
+    save(tmp_path / "a" / "runs", "gpm", 0)
+    save(tmp_path / "b" / "runs", "gpm", 0, config=longer)
+    table, *_ = tables(tmp_path / "a" / "runs", tmp_path / "b" / "runs")
+    assert list(cells(table)) == ["gpm (a/runs)", "gpm (b/runs)"]
+    save(tmp_path / "c", "gpm", 0)
+    save(tmp_path / "c", "gpm", 1, config=longer)
+    table, *_ = tables(tmp_path / "c")
+    assert list(cells(table)) == ["gpm (c)", "gpm (c) #2"]
+
+
 def test_forward_transfer_is_shown_where_it_is_defined_and_memory_where_it_was_recorded(tmp_path: Path) -> None:
     save(tmp_path, "gpm", 0, accuracy=np.array([[90.0, 30.0], [80.0, 95.0]]))
     save(tmp_path, "ewc", 0, memory=[])

@@ -178,6 +178,7 @@ def test_the_number_of_tasks_chooses_the_preset() -> None:
         ({"hazard": 0.0}, "gpm", None, "the hazard is 0.0; give a probability between 0 and 1"),
         ({"hazard": 1.0}, "gpm", None, "the hazard is 1.0; give a probability between 0 and 1"),
         ({"reservoir": 0}, "gpm", None, "a reservoir of 0 samples holds nothing; let it hold at least 1"),
+        ({"first": 0}, "gpm", None, "the first 0 tasks are asked for; give at least 1"),
         ({"gradual": -1}, "gpm", None, "tasks change over -1 samples; give at least 0"),
         ({"momenta": 3}, "gpm", None, "no option 'momenta'; did you mean 'momentum'"),
         ({"score_on": "validation", "validation": 0.0}, "gpm", None, "^--score-on validation scores models on "),
