@@ -7,7 +7,8 @@ PyTorch's own files, and to measure curvature from data.
 from adapters.checkpoints.fisher_files import FisherFile, add_fisher_files
 from adapters.checkpoints.folders import Checkpoint, open_checkpoint
 from adapters.checkpoints.merge import MergePreview, MergeReport, merge_checkpoints, preview
-from adapters.checkpoints.plan import MergePlan, PlannedModel, Setting, read_plan
+from adapters.checkpoints.plan import MergePlan, PlannedModel, Setting
+from adapters.checkpoints.plan_file import read_plan
 
 __all__ = [
     "Checkpoint",

@@ -20,7 +20,7 @@ from adapters.checkpoints.executors import Written, written
 from adapters.checkpoints.job import Block, Job, Measured
 from adapters.checkpoints.opening import open_job
 from adapters.checkpoints.plan import MergePlan
-from adapters.checkpoints.rules import Solution
+from adapters.checkpoints.rule import Solution
 from adapters.checkpoints.tensors import SLAB
 from adapters.checkpoints.write import (
     FileState,

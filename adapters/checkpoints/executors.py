@@ -10,7 +10,7 @@ from typing import Protocol
 
 from adapters.checkpoints.job import Block, Job, Measured, Prints
 from adapters.checkpoints.resources import in_order
-from adapters.checkpoints.rules import Solution
+from adapters.checkpoints.rule import Solution
 from adapters.checkpoints.tensors import DTYPES
 from adapters.checkpoints.write import OutputFolder
 

@@ -21,7 +21,7 @@ from adapters.checkpoints.folders import Checkpoint
 from adapters.checkpoints.lora import Adapter
 from adapters.checkpoints.plan import MergePlan
 from adapters.checkpoints.resources import held_already
-from adapters.checkpoints.rules import Rule, Slab, Solution
+from adapters.checkpoints.rule import Rule, Slab, Solution
 from adapters.checkpoints.tensors import (
     DTYPES,
     SLAB,

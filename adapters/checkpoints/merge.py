@@ -29,7 +29,7 @@ from adapters.checkpoints.lora import PREFIX, combined, compressed
 from adapters.checkpoints.opening import open_job
 from adapters.checkpoints.plan import MergePlan
 from adapters.checkpoints.resources import held_already
-from adapters.checkpoints.rules import Solution
+from adapters.checkpoints.rule import Solution
 from adapters.checkpoints.tensors import StoredTensor, narrowed
 from adapters.checkpoints.write import SYNC_SECONDS, Journal, Layout, OutputFolder, identity, layout_of
 from adapters.runs.files import check_free

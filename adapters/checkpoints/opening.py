@@ -16,7 +16,8 @@ from adapters.checkpoints.folders import Checkpoint, open_checkpoint
 from adapters.checkpoints.job import Extra, Job
 from adapters.checkpoints.lora import Adapter, adapter_of, dense
 from adapters.checkpoints.plan import MergePlan, PlannedModel
-from adapters.checkpoints.rules import Rule, rule_of
+from adapters.checkpoints.rule import Rule
+from adapters.checkpoints.rules import rule_of
 from adapters.checkpoints.tensors import StoredTensor, finite
 from became_core import BecameError
 

@@ -16,13 +16,22 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from adapters.checkpoints.tensors import FLOATS
-from adapters.runs.files import read_file
 from became_core import BecameError
 
-__all__ = ["FLOAT_WORDS", "MergePlan", "PlannedModel", "Setting", "group_of_tensor", "layer_number", "read_plan"]
+__all__ = [
+    "FLOAT_WORDS",
+    "MergePlan",
+    "PlannedModel",
+    "Setting",
+    "check_method",
+    "check_words",
+    "float_word",
+    "group_of_tensor",
+    "layer_number",
+    "path_of",
+    "text_of",
+]
 
 # The names that PyTorch and mergekit give the floating-point dtypes, and short ones.
 FLOAT_WORDS = {
@@ -37,9 +46,6 @@ FLOAT_WORDS = {
     "bf16": "BF16",
 }
 PERS = ("model", "layer", "leaf", "weight")
-LONGEST_PLAN = 250_000
-# The time that a YAML reader takes grows with the square of the depth.
-DEEPEST_PLAN = 20
 
 
 @dataclass(frozen=True)
@@ -71,7 +77,7 @@ class Setting:
 
     @staticmethod
     def _choice(choice: Mapping[str, Any], what: str) -> tuple[str | None, tuple[float, ...]]:
-        _check_words(choice, {"filter", "value"}, f"an entry of {what}")
+        check_words(choice, {"filter", "value"}, f"an entry of {what}")
         part = choice.get("filter")
         if "value" not in choice or not (part is None or isinstance(part, str)):
             raise BecameError(f"an entry of {what} needs a 'value', and a 'filter' that is a part of a tensor's name.")
@@ -136,7 +142,7 @@ class PlannedModel:
         for name in ("model", "fisher", "gradient", "mean", "gram"):
             value = getattr(self, name)
             if value is not None:
-                object.__setattr__(self, name, _path(value, name))
+                object.__setattr__(self, name, path_of(value, name))
 
 
 @dataclass(frozen=True)
@@ -183,7 +189,7 @@ class MergePlan:
         object.__setattr__(self, "t", Setting.of(self.t, "t"))
         object.__setattr__(self, "scale", Setting.of(self.scale, "lambda"))
         if self.base_model is not None:
-            object.__setattr__(self, "base_model", _path(self.base_model, "base_model"))
+            object.__setattr__(self, "base_model", path_of(self.base_model, "base_model"))
         if self.out_dtype is not None:
             object.__setattr__(self, "out_dtype", float_word(self.out_dtype, "out_dtype"))
         if len(models) + (self.base_model is not None) < 2:
@@ -236,89 +242,12 @@ class MergePlan:
 
 
 METHODS = ("became", "linear", "fisher", "imm-mode", "regmean", "slerp", "task_arithmetic")
-# The words of a plan file, by the place where they stand.
-IN_PLAN = {"models", "merge_method", "base_model", "parameters", "dtype", "out_dtype", "per", "tokenizer_source"} | {
-    "pad_vocabulary",
-    "rank",
-    "shard_size",
-}
-OF_MODEL = {"weight", "fisher", "gradient", "mean", "gram"}
-# The methods that make use of a parameter; all others of a plan's are for every method, or say so themselves.
-USED_BY = {"normalize": ("linear",), "t": ("slerp",), "lambda": ("task_arithmetic",)}
-IN_PARAMETERS = {"normalize", "t", "lambda", "weight", "per"}
-
-
-def read_plan(file: Path) -> MergePlan:
-    """Return the plan of a YAML file.
-
-    Raises:
-        BecameError: if it cannot be read, is no plan, or has a word that is not known; the message names the word.
-    """
-    return plan_of(_yaml(file), str(file))
-
-
-def plan_of(words: Any, where: str) -> MergePlan:
-    """Return the plan that a mapping of words describes; raises as ``read_plan`` does."""
-    _check_words(words, IN_PLAN, where)
-    # Before the words that only a method of mergekit's knows.
-    method = _typed(words.get("merge_method", METHODS[0]), str, "merge_method", where)
-    check_method(method)
-    listed = words.get("models")
-    if not isinstance(listed, list) or not listed:
-        raise BecameError(f"{where} has no list of 'models'.")
-    parameters = words.get("parameters") or {}
-    _check_parameters(parameters, words, method, where)
-    if words.get("tokenizer_source", "base") != "base":
-        raise BecameError(f"{where} has a tokenizer_source other than 'base', which is not known here.")
-    weight = parameters.get("weight", 1.0)
-    given: dict[str, Any] = {
-        "models": tuple(_planned(entry, weight, where) for entry in listed),
-        "merge_method": method,
-        "base_model": words.get("base_model"),
-        "out_dtype": words.get("out_dtype", words.get("dtype")),
-    }
-    for name, key in (("normalize", "normalize"), ("t", "t"), ("lambda", "scale"), ("per", "per")):
-        if name in parameters:
-            given[key] = parameters[name]
-    for name, kind in (("per", str), ("pad_vocabulary", bool), ("rank", int), ("shard_size", int)):
-        if name in words:
-            given[name] = _typed(words[name], kind, name, where)
-    if "normalize" in given:
-        _typed(given["normalize"], bool, "normalize", where)
-    return MergePlan(**given)
-
-
-def _check_parameters(parameters: Any, words: Mapping[str, Any], method: str, where: str) -> None:
-    """Refuse parameters of a plan that are not known, are of no use to its method, or are given beside them, too."""
-    _check_words(parameters, IN_PARAMETERS, f"the parameters of {where}")
-    for word, owners in USED_BY.items():
-        # mergekit's task_arithmetic does not normalise either, unless it is told to.
-        is_usual = word == "normalize" and method == "task_arithmetic" and parameters.get(word) is False
-        if word in parameters and method not in owners and not is_usual:
-            raise BecameError(f"{where} has '{word}', of which {method} makes no use; leave it out.")
-    if "per" in words and "per" in parameters:
-        raise BecameError(f"{where} has 'per' twice, also among its parameters; leave one out.")
-
-
-def _planned(entry: Any, weight: Any, where: str) -> PlannedModel:
-    if isinstance(entry, str):
-        return PlannedModel(Path(entry), weight)
-    _check_words(entry, OF_MODEL | {"model", "parameters"}, f"a model of {where}")
-    if not isinstance(entry.get("model"), str):
-        raise BecameError(f"a model of {where} has no 'model', the path of a checkpoint.")
-    parameters = entry.get("parameters") or {}
-    _check_words(parameters, OF_MODEL, f"the parameters of {_path(entry['model'], 'model')} in {where}")
-    twice = sorted(OF_MODEL & set(entry) & set(parameters))
-    if twice:
-        raise BecameError(f"{_path(entry['model'], 'model')} in {where} has '{twice[0]}' twice; leave one out.")
-    merged = {"weight": weight} | {name: value for name, value in entry.items() if name in OF_MODEL} | parameters
-    return PlannedModel(Path(entry["model"]), **merged)
 
 
 def check_method(name: str) -> None:
     """Refuse a method that is not known."""
     if name not in METHODS:
-        raise BecameError(f"the merge_method '{_text(name)}' is not known; known are {', '.join(METHODS)}.")
+        raise BecameError(f"the merge_method '{text_of(name)}' is not known; known are {', '.join(METHODS)}.")
 
 
 def float_word(name: Any, what: str) -> str:
@@ -326,7 +255,9 @@ def float_word(name: Any, what: str) -> str:
     if isinstance(name, str) and name in FLOATS:
         return name
     if not isinstance(name, str) or name not in FLOAT_WORDS:
-        raise BecameError(f"{what} is '{_text(name)}', which is no known dtype; choose from {', '.join(FLOAT_WORDS)}.")
+        raise BecameError(
+            f"{what} is '{text_of(name)}', which is no known dtype; choose from {', '.join(FLOAT_WORDS)}."
+        )
     return FLOAT_WORDS[name]
 
 
@@ -356,56 +287,15 @@ def group_of_tensor(name: str, per: str) -> str:
     return name if per == "leaf" else ""
 
 
-def _yaml(file: Path) -> Any:
-    try:
-        import yaml
-    except ModuleNotFoundError:
-        raise BecameError("plans are YAML; pip install 'became[merge]', which has PyYAML.") from None
-
-    class Strict(yaml.SafeLoader):  # type: ignore[misc,unused-ignore] # it may carry no types
-        """A loader that refuses a key that stands twice."""
-
-    def mapping(loader: Any, node: Any) -> Any:
-        keys = [loader.construct_object(key, deep=True) for key, _ in node.value]
-        for index, key in enumerate(keys):
-            if key in keys[:index]:
-                raise BecameError(f"{file} has '{_text(key)}' twice in one place.")
-        return yaml.SafeLoader.construct_mapping(loader, node, deep=True)
-
-    Strict.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, mapping)
-    # As in YAML 1.2: to PyYAML, which knows 1.1, a number such as 1e-3 is a text unless it has a point and a sign.
-    exponent = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$")
-    Strict.add_implicit_resolver("tag:yaml.org,2002:float", exponent, list("-+0123456789"))
-    try:
-        text = _text_of(file)
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):
-            raise BecameError(f"{file} refers to a part of itself by '*'; write it out.")
-        return yaml.load(text, Loader=Strict)  # a SafeLoader
-    except BecameError:
-        raise
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f" in line {mark.line + 1}" if mark else ""
-        raise BecameError(f"{file} is no valid YAML{line}.") from None
-    except (ValueError, TypeError, RecursionError):  # no text, a date that is none, a key that is a list
-        raise BecameError(f"{file} is no valid YAML.") from None
-
-
-def _text_of(file: Path) -> str:
-    """Return the text of a plan; raises a UnicodeDecodeError if it is none."""
-    text = read_file(file, LONGEST_PLAN).decode()
-    depth = np.cumsum([(letter in "[{") - (letter in "]}") for letter in text])
-    if depth.size and depth.max() > DEEPEST_PLAN:
-        raise BecameError(f"{file} nests brackets more than {DEEPEST_PLAN} deep.")
-    return text
-
-
-def _check_words(words: Any, known: set[str], where: str) -> None:
+def check_words(words: Any, known: set[str], where: str) -> None:
+    """Refuse what is no mapping, and a word in it that is not known."""
     if not isinstance(words, Mapping):
         raise BecameError(f"{where} is not a mapping of words to values.")
     for word in words:
         if word not in known:
-            raise BecameError(f"{where} has '{_text(word)}', which is not known; known are {', '.join(sorted(known))}.")
+            raise BecameError(
+                f"{where} has '{text_of(word)}', which is not known; known are {', '.join(sorted(known))}."
+            )
 
 
 def _numbers(value: Any, what: str) -> tuple[float, ...]:
@@ -421,19 +311,14 @@ def _numbers(value: Any, what: str) -> tuple[float, ...]:
     return floats
 
 
-def _typed(value: Any, kind: type, name: str, where: str) -> Any:
-    if type(value) is not kind:
-        raise BecameError(f"{where} has '{name}' with a value that is no {kind.__name__}.")
-    return value
-
-
-def _path(value: Any, name: str) -> Path:
+def path_of(value: Any, name: str) -> Path:
+    """Return a value of a plan as the path that it must be."""
     if not isinstance(value, str | Path) or "\0" in str(value):
-        raise BecameError(f"'{name}' is the path of a file or a folder, not {_text(value)!r}.")
+        raise BecameError(f"'{name}' is the path of a file or a folder, not {text_of(value)!r}.")
     return Path(value)
 
 
-def _text(value: Any) -> str:
+def text_of(value: Any) -> str:
     """A value of a plan, fit for one line."""
     return str(value)[:60] if isinstance(value, str | int | float | bool) else type(value).__name__
 

@@ -1,166 +1,32 @@
-"""The merging rules of checkpoints: what each must know of the whole model first, and how it merges one slab.
+"""The merging rules of checkpoints, by the names that plans have for them.
 
-A rule reads a model in slabs, flat ranges of one tensor's elements, the same range of every model. Rules with
-``measures`` see every slab twice: first to be measured, which gives numbers that add up over slabs and tensors; then,
-when the coefficients are known, to be merged. The formulas are the core's: quadratics, their minimisers, combinations
-and precision-weighted means.
-
-Convention: the first model of a slab is the origin: the base model if the plan has one, else the plan's first. A weight
-multiplies its model's loss, except in ``linear`` and ``task_arithmetic``, where it is the coefficient itself.
+The formulas are the core's: quadratics, their minimisers, combinations and precision-weighted means.
 """
 
 import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from adapters.checkpoints.plan import MergePlan, Setting, check_method, group_of_tensor
+from adapters.checkpoints.rule import Array, Rule, Slab, Solution, scaled, times
 from adapters.checkpoints.tensors import widened
-from became_core import BecameError, combine, merge
+from became_core import BecameError
 from became_core.laplace import (
     Diagonal,
-    Kronecker,
     ModeIMM,
     Quadratic,
     path_quadratic,
     subspace_quadratic,
 )
 
-__all__ = ["RULES", "Rule", "Slab", "Solution", "rule_of"]
-
-Array = NDArray[Any]
+__all__ = ["RULES", "rule_of"]
 
 # A curvature over a slab that float32 is not trusted with.
 TINY = 1e-30
-
-
-@dataclass(frozen=True)
-class Slab:
-    """The same elements of one tensor in every model.
-
-    Attributes:
-        name: the tensor.
-        models: its elements in each, flat, in float32 or wider; the base model first if there is one.
-        weights: each model's, except the base's.
-        fishers: the diagonal curvature of each model's loss; None where it is not known.
-        factors: the Kronecker factors of the curvature of each model's loss, A [d_in, d_in] and G [d_out, d_out]; None
-            where it has none, and empty where no model has any. Otherwise the slab is a whole tensor, and not flat.
-        gradients: of each model's loss; None for zero.
-        means: where each model's loss is expanded; None for the model itself.
-        depth: how deep in the model the tensor lies, 0 to 1.
-        has_base: whether the first of the models is a base model, which has no weight and no loss.
-        grams: of the inputs of each model's linear layer, [d_in, d_in]; the slab then has whole rows.
-        gram_inverse: the pseudo-inverse of their weighted sum.
-    """
-
-    name: str
-    models: Sequence[Array]
-    weights: Sequence[float]
-    fishers: Sequence[Array | None] = ()
-    gradients: Sequence[Array | None] = ()
-    means: Sequence[Array | None] = ()
-    depth: float = 0.0
-    has_base: bool = False
-    grams: Sequence[Array] = ()
-    gram_inverse: Any = None
-    factors: Sequence[tuple[Array, Array] | None] = ()
-
-    @property
-    def learned(self) -> Sequence[Array]:
-        """The models without the base."""
-        return self.models[int(self.has_base) :]
-
-    @property
-    def agrees(self) -> bool:
-        """Whether all models have the same numbers here."""
-        return all(np.array_equal(self.models[0], model) for model in self.models[1:])
-
-    def precision(self, k: int) -> Diagonal | Kronecker:
-        """Return the curvature of a model's loss times its weight, in float64."""
-        factors = self.factors[k] if self.factors else None
-        if factors is None:
-            return Diagonal({self.name: widened(_scaled(self.fishers[k], self.weights[k]), np.float64)})
-        return Kronecker({self.name: factors}) * self.weights[k]
-
-
-@dataclass(frozen=True)
-class Solution:
-    """The coefficients of a merge, and what the quadratic says about them.
-
-    Attributes:
-        coefficients: by group, one number for each model, the origin included.
-        groups: the quadratic of each group, from which the coefficients are.
-        constraint: where the minimum was looked for.
-    """
-
-    coefficients: Mapping[str, tuple[float, ...]]
-    groups: Mapping[str, Quadratic]
-    constraint: str = "box"
-
-    @property
-    def total(self) -> Quadratic | None:
-        """The quadratic of the whole model in common coefficients; None where nothing was measured."""
-        return sum(self.groups.values()) if self.groups else None  # type: ignore[return-value] # 0 + Quadratic
-
-    @property
-    def gain(self) -> float | None:
-        """How much smaller than at the origin the losses are predicted to be, in the unit of the Fisher files."""
-        if not self.groups:
-            return None
-        values = [quadratic.value(np.asarray(self.coefficients[group][1:])) for group, quadratic in self.groups.items()]
-        return 0.0 - math.fsum(map(float, values))  # and never -0
-
-
-class Rule:
-    """How to merge checkpoints.
-
-    Attributes:
-        plan: what the user asks for.
-    """
-
-    needs_fisher: ClassVar[bool] = False
-    """Whether it needs the diagonal curvature of every model's loss."""
-    takes_factors: ClassVar[bool] = False
-    """Whether a Fisher file may have Kronecker factors: the curvature along a direction, and not of each weight."""
-    needs_gram: ClassVar[bool] = False
-    """Whether it needs the Gram matrices of the inputs of linear layers."""
-    measures: ClassVar[bool] = False
-    """Whether its coefficients depend on all weights, so that they are read twice."""
-    takes_base: ClassVar[bool] = True
-    """Whether the base model takes part in the merge."""
-    by_weight: ClassVar[bool] = False
-    """Whether its coefficients differ from weight to weight, so that no factors of a LoRA adapter can be merged."""
-
-    def __init__(self, plan: MergePlan) -> None:
-        """Keep the plan; raises a BecameError if the rule cannot follow it."""
-        self.plan = plan
-
-    def measure(self, slab: Slab) -> Quadratic:
-        """Return what adds up over slabs."""
-        raise NotImplementedError
-
-    def solve(self, sums: Mapping[str, Quadratic]) -> Solution:
-        """Return the coefficients, given the sums by tensor."""
-        return Solution({}, {})
-
-    def shares(self, name: str, depth: float, weights: Sequence[float], solution: Solution) -> Sequence[float] | None:
-        """Return what each model, without the base, is multiplied by in a tensor; None where that differs by weight."""
-        return None
-
-    def merge(self, slab: Slab, solution: Solution) -> Array:
-        """Return the merged elements, flat, as wide as the models'."""
-        shares = self.shares(slab.name, slab.depth, slab.weights, solution)
-        assert shares is not None, "a rule without shares merges by itself"
-        rest = 1.0 - math.fsum(shares)
-        if self.takes_base and slab.has_base and len(shares) < len(slab.models):
-            return _combined(slab.models, [rest, *shares])
-        if abs(rest) < 1e-12:
-            return _combined(slab.learned, shares)
-        return _combined([np.zeros_like(slab.models[0]), *slab.learned], [rest, *shares])
 
 
 class LinearMean(Rule):
@@ -286,7 +152,7 @@ class FisherMean(Rule):
         if any(fisher is None for fisher in slab.fishers):  # equal models, or batch statistics
             fishers = [np.zeros_like(model) for model in models]
         else:
-            fishers = [_scaled(fisher, 1.0) for fisher in slab.fishers]
+            fishers = [scaled(fisher, 1.0) for fisher in slab.fishers]
         # The core's FisherMerge is this mean, with importances for mixing weights.
         losses: Any = [_Known({"": model}, Diagonal({"": f})) for model, f in zip(models, fishers, strict=True)]
         return np.asarray(ModeIMM(tuple(slab.weights)).merge([{"": model} for model in models], losses).theta[""])
@@ -327,7 +193,7 @@ class GroupwiseMinimum(Rule):
         """Return the quadratic of all losses along the ways from the origin to the other models."""
         is_segment = len(slab.models) == 2 and not slab.has_base and slab.gradients[0] is None and slab.means[1] is None
         if is_segment and not slab.factors:
-            fishers = [_scaled(fisher, weight) for fisher, weight in zip(slab.fishers, slab.weights, strict=True)]
+            fishers = [scaled(fisher, weight) for fisher, weight in zip(slab.fishers, slab.weights, strict=True)]
             quadratic = self._between(slab, fishers, np.float32)
             # Squares of small differences times small curvatures leave float32's range before float64's. What is lost
             # below it, 2^18 times 1e-45 at most, is nothing beside such a curvature. A curvature that is 0 because no
@@ -346,7 +212,7 @@ class GroupwiseMinimum(Rule):
                     directions,
                     slab.precision(k),
                     offset={slab.name: origin - (model if mean is None else mean)},
-                    gradient=None if gradient is None else {slab.name: _times(gradient, slab.weights[k])},
+                    gradient=None if gradient is None else {slab.name: times(gradient, slab.weights[k])},
                 )
             )
         return sum(quadratics)  # type: ignore[return-value] # 0 + Quadratic
@@ -360,7 +226,7 @@ class GroupwiseMinimum(Rule):
             {slab.name: second},
             {slab.name: fishers[0]},
             {slab.name: fishers[1]},
-            gradient=None if gradient is None else {slab.name: _times(gradient, slab.weights[1])},
+            gradient=None if gradient is None else {slab.name: times(gradient, slab.weights[1])},
             mean=None if mean is None else {slab.name: mean},
         )
 
@@ -426,13 +292,6 @@ def rule_of(plan: MergePlan) -> Rule:
     return RULES[plan.merge_method](plan)
 
 
-def _combined(models: Sequence[Array], coefficients: Sequence[float]) -> Array:
-    """Return the models' combination, exact at the ends of a segment and wherever all agree."""
-    if len(models) == 2:
-        return np.asarray(merge({"": models[0]}, {"": models[1]}, float(coefficients[1]))[""])
-    return np.asarray(combine([{"": model} for model in models], list(coefficients))[""])
-
-
 def _natural(name: str) -> list[tuple[int, str]]:
     """Order names as people do: layer 10 after layer 9."""
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d{1,9})", name)]
@@ -443,13 +302,3 @@ def _mean_coefficients(solution: Solution, count: int) -> tuple[float, ...]:
     if not solution.coefficients:
         return (1.0 / count,) * count
     return tuple(np.mean(list(solution.coefficients.values()), axis=0).tolist())
-
-
-def _scaled(fisher: Array | None, weight: float) -> Array:
-    if fisher is None:
-        raise AssertionError("a rule was given no Fisher where the models differ")
-    return _times(widened(fisher), weight)
-
-
-def _times(values: Array, weight: float) -> Array:
-    return values if weight == 1 else values * values.dtype.type(weight)

@@ -286,7 +286,8 @@ class Merge:
 
     def _plan(self) -> tuple[Any, Path]:
         """Return the plan, from its file or from the options, and the folder to write."""
-        from adapters.checkpoints.plan import MergePlan, PlannedModel, read_plan
+        from adapters.checkpoints.plan import MergePlan, PlannedModel
+        from adapters.checkpoints.plan_file import read_plan
 
         paths, out = list(self.paths), self.out
         if paths and paths[0].suffix in {".yaml", ".yml"}:
