@@ -47,8 +47,8 @@ def while_it_is_read(main: Callable[Arguments, int]) -> Callable[Arguments, int]
             is_broken = isinstance(error, BrokenPipeError)
             if not is_broken and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
                 raise
-            # Python flushes once more at its end, which must not fail again.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            if error.filename is None:  # Python flushes once more at its end, which must not fail again
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             if is_broken:
                 return 1  # as rich does where it prints
             print(f"error: cannot write {error.filename or 'the output'}: {error.strerror}.", file=sys.stderr)
