@@ -124,7 +124,7 @@ def _check_symmetric(values: NDArray[Any], gram: StoredTensor) -> None:
     """Refuse a square matrix that is not symmetric within the rounding of half precision."""
     allowed = 0.01 * float(np.max(np.abs(values), initial=0.0))
     for start in range(0, len(values), ROWS):  # a part at a time, so that little memory is needed beside the matrix
-        part = values[start : start + ROWS] - values[:, start : start + ROWS].T
+        part = values[start : start + ROWS, start:] - values[start:, start : start + ROWS].T
         if np.max(np.abs(part)) > allowed:
             raise BecameError(f"{gram} is not symmetric, as the Gram matrix of inputs, X^T X, is; save that.")
 

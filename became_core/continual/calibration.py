@@ -22,7 +22,7 @@ __all__ = ["calibration"]
 
 
 def calibration(measurement: Measurement, curvature: Precision, movement: Params) -> float:
-    """Return a task's exact curvature along another task's movement over that by its precision; 1 if that is none.
+    """Return a task's exact curvature along another task's movement over that of its precision; 1 if that is 0.
 
     Args:
         measurement: of the task, at the learner's weights.

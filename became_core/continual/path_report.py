@@ -6,7 +6,8 @@ fall from theta_gp to theta_hat, with its minimum there. As in the rule ``Secant
 secant where the loss bends down. The old tasks' loss is the posterior's, with diagonal or Kronecker curvature. For
 reference, it is also measured exactly, from the old tasks' data, which a continual learner no longer has. The
 approximate curvature of the old tasks can be calibrated: it is then multiplied by kappa, the ratio of the new task's
-exact curvature to its approximate curvature.
+exact curvature to its approximate curvature. The posterior is that of the method: if it was tempered, or calibrated
+across tasks, so is "diagonal", and ``Secant(calibrates=False)`` is "secant / diagonal".
 
 The true losses are also traced along the curve of ``bezier_path``, which bends towards the mode of both sides'
 diagonals, so that what it promises over the segment can be held against what it gives.

@@ -8,7 +8,7 @@ from became_core.arrays import Params, difference
 from became_core.continual import Annealed, RunState, Task, Training, build_method, learn
 from became_core.continual.calibration import calibration
 from became_core.continual.measurement import Measurement
-from reference.formulas import directional_derivatives
+from reference.formulas import directional_derivatives, softmax
 from reference.learner import ReferenceLearner
 from tests.listening import Listening
 from tests.streams import prototype_stream
@@ -32,8 +32,7 @@ def by_jacobian(theta: Params, task: Task, movement: Params) -> float:
     logits = learner.logits(task.train, 1000)[:, task.index]
     columns, squares = 0.0, 0.0
     labels = STREAM.targets[task.train]
-    probabilities = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
-    residuals = probabilities - np.eye(logits.shape[1])[labels]
+    residuals = softmax(logits) - np.eye(logits.shape[1])[labels]
     for name, value in movement.items():
         for entry in range(value.size):
             unit = {other: np.zeros_like(it) for other, it in theta.items()}
