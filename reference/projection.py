@@ -170,26 +170,44 @@ def clamped_gate_derivative(embedding: float, steepness: float, sharpness: float
     return float(derivative * sharpness / steepness * (np.cosh(inner) + 1) / (np.cosh(embedding) + 1))
 
 
-def ogd_directions(gradients: Sequence[Array], capacity: int) -> Array:
+def ogd_directions(gradients: Sequence[Array], capacity: int, floor: float = 2.0**-26) -> Array:
     """Return OGD's directions as rows; every task has an equal share of the capacity.
 
-    A task's directions are the leading singular directions of its gradients after their part in the older directions
-    was removed.
+    A task keeps the gradient with the longest part outside the span so far, again and again; a gradient whose energy is
+    outside by no more than a share is in the span. The directions are those of Gram and Schmidt, in this order.
 
     Args:
         gradients: one array for each task, with its samples' gradients as rows, [samples, d].
         capacity: the largest number of directions in all.
+        floor: that share.
     """
-    blocks: list[Array] = []
+    kept: list[list[Array]] = []
     for index, rows in enumerate(gradients):
         shares = [capacity // (index + 1) + (task < capacity % (index + 1)) for task in range(index + 1)]
-        blocks = [block[:share] for block, share in zip(blocks, shares, strict=False)]
-        old = np.vstack([np.zeros((0, rows.shape[1])), *blocks])
-        residual = rows - rows @ old.T @ old
-        _, sigma, vh = np.linalg.svd(residual, full_matrices=False)
-        rank = int(np.sum(sigma > 1e-7 * np.linalg.norm(rows)))
-        blocks.append(vh[: min(rank, shares[-1])])
-    return np.vstack(blocks)
+        kept = [block[:share] for block, share in zip(kept, shares, strict=False)]
+        directions = _gram_schmidt([row for block in kept for row in block], rows.shape[1])
+        chosen: list[Array] = []
+        for _ in range(min(shares[-1], len(rows))):
+            outside = rows - rows @ directions.T @ directions
+            energies = np.sum(outside**2, axis=1)
+            energies[energies <= floor * np.sum(rows**2, axis=1)] = 0.0
+            best = int(np.argmax(energies))
+            if energies[best] == 0.0:
+                break
+            chosen.append(rows[best])
+            directions = np.vstack([directions, outside[best] / np.linalg.norm(outside[best])])
+        kept.append(chosen)
+    return _gram_schmidt([row for block in kept for row in block], gradients[0].shape[1])
+
+
+def _gram_schmidt(rows: Sequence[Array], width: int) -> Array:
+    directions = np.zeros((0, width))
+    for row in rows:
+        outside = row
+        for _ in range(2):  # the second pass removes the first one's rounding
+            outside = outside - directions.T @ (directions @ outside)
+        directions = np.vstack([directions, outside / np.linalg.norm(outside)])
+    return directions
 
 
 def low_rank_gradients(gradient: Array, a: Array, b: Array, scale: float) -> tuple[Array, Array]:

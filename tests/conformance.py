@@ -59,7 +59,7 @@ from became_core.curvature import (
     per_sample_square_sum,
 )
 from became_core.laplace import Diagonal, LaplacePosterior
-from became_core.projection import GPM, TRGP, LowRankRegion, UnitGraph
+from became_core.projection import GPM, TRGP, LowRankRegion, Products, UnitGraph
 from became_core.projection.unit_graph import find_unit_graph
 from reference.formulas import cross_entropy, softmax
 from reference.learner import cropped
@@ -446,15 +446,22 @@ def check_measured_logit_gradients_are_of_shared_parameters(make: Make) -> None:
     learner = make(STREAM, 0)
     training = Training(Annealed(0.05, 1), Annealed(0.05, 1), batch_size=8)
     measurement = Measurement(learner, STREAM.tasks[1], training, "empirical", 0, "posterior")
-    batches = list(measurement.logit_gradients(12))
     shapes = {name: value.shape for name, value in numbers(learner.parameters()).items()}
     shared = set(shapes) - learner.heads[0] - learner.heads[1]
+    measured = list(measurement.logit_gradients(12))
+    assert any(isinstance(leaf, Products) for leaf in measured[0].values())
+    batches, again = (
+        [
+            numbers({n: it.stacked(shapes[n]).values if isinstance(it, Products) else it for n, it in batch.items()})
+            for batch in drawn
+        ]
+        for drawn in (measured, measurement.logit_gradients(12))
+    )
     for size, batch in zip((8, 4), batches, strict=True):
-        assert {name: value.shape for name, value in numbers(batch).items()} == {n: (size, *shapes[n]) for n in shared}
-    assert all(np.any(value != 0) for value in numbers(batches[0]).values())
-    again = list(measurement.logit_gradients(12))
-    for name, value in numbers(batches[1]).items():
-        np.testing.assert_array_equal(value, to_numpy(again[1][name]))
+        assert {name: value.shape for name, value in batch.items()} == {n: (size, *shapes[n]) for n in shared}
+    assert all(np.any(value != 0) for value in batches[0].values())
+    for name, value in batches[1].items():
+        np.testing.assert_array_equal(value, again[1][name])
 
 
 def check_kronecker_factors_are_a_precision(make: Make) -> None:

@@ -1,6 +1,6 @@
 """Tasks for tests of projectors, and the projectors that the tests of the base class use."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Self
@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from became_core.arrays import Params, pytree
-from became_core.projection import GPCNS, NSCL, FinishedTask, LowRankRegion, OLoRA, Projector
+from became_core.projection import GPCNS, NSCL, OGD, FinishedTask, LowRankRegion, OLoRA, Products, Projector
 from became_core.projection import PROJECTORS as REGISTRY
-from tests.backends import to_xp
+from tests.backends import to_numpy, to_xp
 from tests.strategies import few_if_compiled
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "Started",
     "finished",
     "largest_angle",
+    "orthonormal",
     "representations",
     "updates_for",
 ]
@@ -65,7 +66,7 @@ class Finished:
 
     inputs: Params
     gradients: Params
-    logits: tuple[Params, ...] = ()
+    logits: tuple[dict[str, Any], ...] = ()
 
     def input_grams(self) -> Params:
         return self.inputs
@@ -73,11 +74,14 @@ class Finished:
     def gradient_grams(self) -> Params:
         return self.gradients
 
-    def logit_gradients(self, count: int) -> Iterator[Params]:
+    def logit_gradients(self, count: int) -> Iterator[dict[str, Any]]:
         for batch in self.logits:
-            size = min(count, next(iter(batch.values())).shape[0])
+            size = min(count, min(getattr(leaf, "left", leaf).shape[0] for leaf in batch.values()))
             if size:
-                yield {name: leaf[:size, ...] for name, leaf in batch.items()}
+                yield {
+                    name: leaf[:size] if isinstance(leaf, Products) else leaf[:size, ...]
+                    for name, leaf in batch.items()
+                }
             count -= size
 
 
@@ -147,6 +151,13 @@ def representations(draw: st.DrawFn, *, most: int = 3, columns: tuple[int, int] 
         np.linalg.qr(random.normal(size=(WIDTH, WIDTH)))[0] @ (decay * random.normal(size=(WIDTH, draw(number))))
         for _ in range(draw(st.integers(2, most)))
     ]
+
+
+def orthonormal(memory: OGD, names: Sequence[str]) -> Array:
+    """Return the directions of OGD as orthonormal rows, over the parameters of these names in a row."""
+    rows = [to_numpy(memory.gradients[name].values) for name in names]
+    together = np.concatenate([part.reshape(len(part), -1) for part in rows], axis=1)
+    return np.asarray(to_numpy(memory.whitening) @ together)
 
 
 def largest_angle(first: Array, second: Array) -> float:

@@ -18,7 +18,7 @@ from became_core import BecameError, Diagonal, LaplacePosterior, Quadratic, merg
 from became_core.arrays import Array, Params, difference, namespace
 from became_core.curvature import Exchange, GramSums
 from became_core.laplace import Estimator, MergeSubspace
-from became_core.projection import Projector
+from became_core.projection import Products, Projector
 
 __all__ = [
     "InputGrams",
@@ -218,7 +218,7 @@ class InputGrams(GramSums):
         """Raise a BecameError: only what layers read is gathered."""
         raise BecameError(NOT_GATHERED)
 
-    def logit_gradients(self, count: int) -> Iterator[Params]:
+    def logit_gradients(self, count: int) -> Iterator[Mapping[str, Array | Products]]:
         """Raise a BecameError, as ``gradient_grams`` does."""
         raise BecameError(NOT_GATHERED)
 

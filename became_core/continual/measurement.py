@@ -37,11 +37,12 @@ from became_core.curvature import (
     gradient_grams,
     input_grams,
     kronecker_factors,
+    per_sample_factors,
     per_sample_gradients,
 )
 from became_core.errors import BecameError
 from became_core.laplace import Diagonal, Kronecker, Precision, Quadratic
-from became_core.projection import Region
+from became_core.projection import Products, Region
 
 __all__ = ["Measurement", "Structure"]
 
@@ -133,23 +134,27 @@ class Measurement:
         """Return the curvature in a structure, by ``diagonal`` or by ``kronecker``."""
         return self.diagonal() if structure == "diagonal" else self.kronecker()
 
-    def logit_gradients(self, count: int) -> Iterator[Params]:
+    def logit_gradients(self, count: int) -> Iterator[dict[str, Array | Products]]:
         """Yield the gradients of the true class's logit at single training samples, batch by batch.
 
         Args:
             count: how many samples there are in all; all training samples if there are fewer.
 
         Yields:
-            For each shared parameter, an array [samples, *parameter shape].
+            For each shared parameter, an array [samples, *parameter shape], or its factors.
         """
         rows, heads = self._sample("logit-gradients", count), heads_of(self.learner)
         shared = {name: it for name, it in weights_of(self.learner).items() if name not in heads | self.still}
         rng = random_generator(self.seed, "logit-gradient-taps", self.task.index)
         parts = chunks(rows, self.training.batch_size)
         for part, taps in zip(parts, self._taps(rows, "logit", rng, own=False), strict=True):
-            by_layer, samples = per_sample_gradients(taps), len(part)
-            gradients: Params = {}
+            factors, samples = per_sample_factors(taps), len(part)
+            by_layer = per_sample_gradients(taps, without=factors)
+            gradients: dict[str, Array | Products] = {}
             for name, like in shared.items():
+                if name in factors:
+                    gradients[name] = Products(*factors[name])
+                    continue
                 xp = namespace(parameter=like)
                 # The logit does not depend on a parameter that has no tap.
                 value = by_layer[name] if name in by_layer else xp.stack([xp.zeros_like(like)] * samples)

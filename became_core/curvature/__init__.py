@@ -17,6 +17,7 @@ from became_core.curvature.taps import (
     Taps,
     batch_gradient,
     joined_uses,
+    per_sample_factors,
     per_sample_gradients,
     per_sample_square_sum,
 )
@@ -49,6 +50,7 @@ __all__ = [
     "likelihood_named",
     "log_softmax",
     "logit_cotangents",
+    "per_sample_factors",
     "per_sample_gradients",
     "per_sample_square_sum",
     "square_sums",

@@ -20,7 +20,7 @@ the sum of all its rows. All shapes are known beforehand, so this can be compile
 accurate.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -31,6 +31,7 @@ __all__ = [
     "Taps",
     "batch_gradient",
     "joined_uses",
+    "per_sample_factors",
     "per_sample_gradients",
     "per_sample_square_sum",
     "row_counts",
@@ -192,13 +193,42 @@ def row_counts(tap: Tap) -> Array:
     return _sums_by_key(xp.reshape(rows, (1, -1, 1)), xp.reshape(tap.inputs, (1, -1)), tap.size)[0, :, 0]
 
 
-def per_sample_gradients(taps: Taps) -> Params:
+def per_sample_gradients(taps: Taps, *, without: Container[str] = ()) -> Params:
     """Return, for each parameter, the gradient of every sample's own loss.
 
     Its shape is [samples, *shape], with the shape that ``per_sample_square_sum`` returns.
+
+    Args:
+        taps: of one batch.
+        without: names of weights to leave out.
     """
-    gradients = {name: _weight_gradients(tap) for name, tap in _weights(taps)}
+    gradients = {name: _weight_gradients(tap) for name, tap in _weights(taps) if name not in without}
     return gradients | {name: _bias_gradients(tap) for name, tap in _biases(taps)}
+
+
+def per_sample_factors(taps: Taps) -> dict[str, tuple[Array, Array]]:
+    """Return G [samples, d_out] and A [samples, d_in] of the weights whose gradient of every sample is g a^T.
+
+    They are the matrices of layers with one position, and only those that have more entries than the two factors. Of a
+    matrix that is stored as [d_in, d_out] it is A that comes first.
+
+    Examples:
+        >>> import numpy as np
+        >>> taps = {"fc": Tap("matrix", np.ones((1, 1, 3)), np.ones((1, 1, 4)))}
+        >>> [factor.shape for factor in per_sample_factors(taps)["fc.weight"]]
+        [(1, 4), (1, 3)]
+    """
+    factors = {}
+    for name, tap in _weights(taps):
+        if tap.kind != "matrix" or tap.groups > 1 or tap.others or tap.inputs.shape[1] != 1:
+            continue
+        xp: Any = namespace(inputs=tap.inputs, output_gradients=tap.output_gradients)
+        dtype = reduction_dtype(xp, inputs=tap.inputs, output_gradients=tap.output_gradients)
+        sides = (tap.inputs, tap.output_gradients) if tap.transposed else (tap.output_gradients, tap.inputs)
+        left, right = (xp.astype(side[:, 0, :], dtype, copy=False) for side in sides)
+        if left.shape[1] + right.shape[1] < left.shape[1] * right.shape[1]:
+            factors[name] = (left, right)
+    return factors
 
 
 def batch_gradient(taps: Taps) -> Params:

@@ -16,6 +16,7 @@ from became_core.projection.nscl import NSCL
 from became_core.projection.ogd import OGD
 from became_core.projection.olora import OLoRA
 from became_core.projection.packnet import PackNet
+from became_core.projection.sample_gradients import Products
 from became_core.projection.sgp import SGP
 from became_core.projection.trgp import TRGP, TrustRegion
 from became_core.projection.unit_graph import UnitGraph
@@ -36,6 +37,7 @@ __all__ = [
     "LowRankRegion",
     "OLoRA",
     "PackNet",
+    "Products",
     "Projector",
     "Region",
     "TaskStart",

@@ -17,6 +17,7 @@ from typing import Any, ClassVar, Protocol, Self, TypeVar
 import numpy as np
 
 from became_core.arrays import Array, Params, device, namespace
+from became_core.projection.sample_gradients import Products
 
 __all__ = ["FinishedTask", "Projector", "Region", "TaskStart", "View", "compact", "full", "integers"]
 
@@ -39,14 +40,14 @@ class FinishedTask(Protocol):
         normalisation layers as constants. It is the mean of the samples' own gradients, which do not exist otherwise.
         """
 
-    def logit_gradients(self, count: int) -> Iterator[Params]:
+    def logit_gradients(self, count: int) -> Iterator[Mapping[str, Array | Products]]:
         """Yield the gradients of the true class's logit at single samples, batch by batch.
 
         Args:
             count: how many samples there are in all, at most.
 
         Yields:
-            For each shared parameter, an array [samples, *parameter shape].
+            For each shared parameter, an array [samples, *parameter shape], or the factors of such gradients.
         """
 
 

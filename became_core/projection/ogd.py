@@ -2,28 +2,32 @@
 
 With grad f_y(x; theta) the gradient of the true class's logit at a stored sample x, by all shared parameters at once:
 
-    memory  S = the gradients of all tasks' samples, orthonormalised, [parameters, k]
-    update  g <- g - S S^T g
+    memory  R = the gradients of all tasks' samples, [k, parameters]
+    update  g <- g - S^T S g,    S = T R orthonormal, T the inverse of the Cholesky factor of R R^T
 
-What differs: the memory is bounded. Of a task's gradients, less their part in S, the leading singular directions are
-kept. They are found from a Gram matrix, batch by batch. Every task has an equal share of ``capacity``: when a task is
-added, each earlier task gives up its last directions, in which its gradients have the least energy. If the capacity is
-large enough for all samples, S spans the same space as in the paper.
+What differs: the memory is bounded. Every task has an equal share of ``capacity``. If a task has more samples than its
+share, it keeps the gradients that are farthest from the span of those kept already: one after another, each the one
+with the longest part outside (a Cholesky factorisation with pivots). When a task is added, each earlier task gives up
+those that it chose last. If the capacity is large enough for all samples, S spans the same space as in the paper.
 
-Convention: S is stored leaf by leaf with the directions first, [k, *parameter shape], in the order of the tasks. While
-directions are found, a leaf is flat, [n, p]. Inner products run over all leaves and are summed in float64; everything
-else is computed in the dtype of the leaves.
+The paper stores S; here R is stored, and T, which is small. Gradients by the weight of a layer with one position, such
+as a fully connected one, are products of two vectors and are stored as those, which no combination of them would be.
+
+Convention: R is stored parameter by parameter, in the order of the tasks and of the choice. T and what it is computed
+from are float64; everything else is computed in the dtype of the gradients.
 """
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Self
 
-from became_core.arrays import Array, Params, namespace, pytree, reduction_dtype, static
+import numpy as np
+from numpy.typing import NDArray
+
+from became_core.arrays import Array, Params, device, namespace, on_host, pytree, reduction_dtype, static
 from became_core.errors import BecameError
 from became_core.projection.base import FinishedTask, Projector, TaskStart, integers
-from became_core.projection.subspace import spectrum, wide
+from became_core.projection.sample_gradients import Products, SampleGradients, Stacked
 from became_core.registry import setting
 
 __all__ = ["OGD", "SHARED"]
@@ -31,8 +35,10 @@ __all__ = ["OGD", "SHARED"]
 # The name, in ``rank`` and in messages, of the space of all shared parameters.
 SHARED = "shared parameters"
 
-# How many columns of a leaf are converted to float64 at once, so that no float64 copy of a whole leaf exists.
-SLAB = 2**13
+# The arrays of a memory, by what their names begin with.
+STACKED, LEFT, RIGHT = "gradients.", "left.", "right."
+
+Gradients = dict[str, Any]  # of SampleGradients by parameter, all of the same samples
 
 
 @pytree
@@ -40,13 +46,14 @@ SLAB = 2**13
 class OGD(Projector):
     """Orthogonal gradient descent: updates leave the span of old samples' logit gradients (Farajtabar 2020).
 
-    The memory is orthonormal directions in the space of all shared parameters.
+    The memory is gradients by all shared parameters, and what makes them orthonormal.
 
     Attributes:
         samples: how many training samples of each task give a gradient.
-        capacity: how many directions are kept in all, at most.
-        blocks: how many of the directions belong to each task, in the order of tasks.
-        directions: for each shared parameter, its part of the directions, [k, *shape].
+        capacity: how many gradients are kept in all, at most.
+        blocks: how many of the gradients belong to each task, in the order of tasks.
+        gradients: for each shared parameter, its part of the k gradients, ``Stacked`` or ``Products``.
+        whitening: T [k, k], lower triangular.
 
     Raises:
         BecameError: if samples or capacity are below 1.
@@ -67,7 +74,8 @@ class OGD(Projector):
     samples: int = setting(200, option="ogd_samples")
     capacity: int = setting(200, option="ogd_capacity")
     blocks: tuple[int, ...] = static(default=())
-    directions: Params = field(default_factory=dict)
+    gradients: Gradients = field(default_factory=dict)
+    whitening: Array | None = None
 
     no_adapters: ClassVar[str] = (
         "its directions are gradients by whole weights, of all layers at once, which no step of a factor can avoid"
@@ -82,27 +90,32 @@ class OGD(Projector):
                 raise BecameError(f"the OGD {name} is {number}; it must be at least 1.")
 
     def project(self, updates: Params) -> Params:
-        """Return g - S S^T g.
+        """Return g - S^T S g = g - R^T T^T T R g.
 
         Args:
-            updates: by name; a parameter without directions is returned as it is, and a parameter that has directions
+            updates: by name; a parameter without gradients is returned as it is, and a parameter that has gradients
                 but no update counts as zero.
         """
-        names = [name for name in updates if name in self.directions]
+        names = [name for name in updates if name in self.gradients]
         if not names:
             return dict(updates)
         rank, width = self.rank[SHARED]
         if rank >= width:
             return dict(updates) | {name: namespace(update=updates[name]).zeros_like(updates[name]) for name in names}
-        rows = {name: _row(updates[name], self.directions[name]) for name in names}
-        within = _part_within(rows, _flat({name: self.directions[name] for name in names}))
-        return dict(updates) | {name: _less(updates[name], within[name]) for name in names}
+        t: Any = self.whitening
+        xp: Any = namespace(whitening=t)
+        along: Any = 0.0
+        for name in names:
+            along = xp.astype(self.gradients[name].along(updates[name]), t.dtype, copy=False) + along
+        coefficients = xp.matmul(xp.matrix_transpose(t), xp.matmul(t, along))
+        within = {name: self.gradients[name].combined(coefficients, updates[name]) for name in names}
+        return dict(updates) | {name: updates[name] - within[name] for name in names}
 
     @property
     def rank(self) -> dict[str, tuple[int, int]]:
         """The number of directions, and the number of entries of all shared parameters."""
-        width = sum(_size(leaf) for leaf in self.directions.values())
-        return {SHARED: (sum(self.blocks), width)} if self.directions else {}
+        width = sum(leaf.size for leaf in self.gradients.values())
+        return {SHARED: (sum(self.blocks), width)} if self.gradients else {}
 
     def prepare(self, start: TaskStart) -> Self:
         """Return the projector as it is.
@@ -115,7 +128,7 @@ class OGD(Projector):
         return self
 
     def remember(self, task: FinishedTask) -> Self:
-        """Return the memory with one more task's directions.
+        """Return the memory with one more task's gradients.
 
         Raises:
             BecameError: if there is no gradient, or gradients are not of the parameters that the memory knows.
@@ -123,21 +136,23 @@ class OGD(Projector):
         tasks = len(self.blocks) + 1
         shares = [self.capacity // tasks + (number < self.capacity % tasks) for number in range(tasks)]
         blocks = [min(block, share) for block, share in zip(self.blocks, shares, strict=False)]
-        old = self._leading(blocks)
-        if not shares[-1]:
-            return replace(self, blocks=(*blocks, 0), directions=old)
-        gradients = (self._checked(batch) for batch in task.logit_gradients(self.samples))
-        added, shapes = _orthonormal(gradients, _flat(old), shares[-1])
-        directions = {}
-        for name, rows in added.items():
-            xp: Any = namespace(rows=rows)
-            leaf = xp.reshape(rows, (rows.shape[0], *shapes[name]))
-            directions[name] = xp.concat([old[name], leaf], axis=0) if old else leaf
-        return replace(self, blocks=(*blocks, int(next(iter(added.values())).shape[0])), directions=directions)
+        gradients = self._first_of_each_task(blocks)
+        if shares[-1]:
+            gradients = _extended(gradients, task.logit_gradients(self.samples), shares[-1])
+        array = next(leaf.arrays[0] for leaf in gradients.values())
+        xp: Any = namespace(gradients=array)
+        t = xp.asarray(_whitening(_gram(gradients)), dtype=xp.result_type(xp.float64), device=device(array))
+        blocks.append(_count(gradients) - sum(blocks))
+        return replace(self, blocks=tuple(blocks), gradients=gradients, whitening=t)
 
     def to_arrays(self) -> dict[str, Array]:
-        """Return the directions by parameter, and the number of directions of each task."""
-        arrays = {f"directions.{name}": leaf for name, leaf in self.directions.items()}
+        """Return the gradients by parameter, T, and the number of gradients of each task."""
+        arrays: dict[str, Array] = {}
+        for name, leaf in self.gradients.items():
+            for prefix, array in zip(_prefixes(leaf), leaf.arrays, strict=True):
+                arrays[prefix + name] = array
+        if self.whitening is not None:
+            arrays["whitening"] = self.whitening
         return arrays | {"blocks": integers(self.blocks, arrays)}
 
     def with_arrays(self, arrays: Mapping[str, Array]) -> Self:
@@ -146,165 +161,145 @@ class OGD(Projector):
         Raises:
             BecameError: if an array is no part of such a memory, or the blocks are missing.
         """
-        for key in arrays:
-            if key != "blocks" and not key.startswith("directions."):
+        gradients: Gradients = {}
+        for key, array in arrays.items():
+            if key.startswith(STACKED):
+                gradients[key.removeprefix(STACKED)] = Stacked(array)
+            elif key.startswith(LEFT) and RIGHT + key.removeprefix(LEFT) in arrays:
+                name = key.removeprefix(LEFT)
+                gradients[name] = Products(array, arrays[RIGHT + name])
+            elif key not in ("blocks", "whitening") and LEFT + key.removeprefix(RIGHT) not in arrays:
                 raise BecameError(f"the array '{key}' is no part of a memory of OGD.")
         if "blocks" not in arrays:
-            raise BecameError("the memory of OGD lacks 'blocks', the number of directions of each task.")
-        blocks = arrays["blocks"]
-        directions = {key.removeprefix("directions."): leaf for key, leaf in arrays.items() if key != "blocks"}
-        return replace(self, blocks=tuple(int(blocks[i]) for i in range(blocks.shape[0])), directions=directions)
+            raise BecameError("the memory of OGD lacks 'blocks', the number of gradients of each task.")
+        blocks = tuple(int(arrays["blocks"][i]) for i in range(arrays["blocks"].shape[0]))
+        return replace(self, blocks=blocks, gradients=gradients, whitening=arrays.get("whitening"))
 
-    def _leading(self, blocks: Sequence[int]) -> Params:
-        """The directions, with only the first ``blocks[t]`` of those of each task t."""
+    def _first_of_each_task(self, blocks: Sequence[int]) -> Gradients:
+        """The gradients, with only the first ``blocks[t]`` of those of each task t."""
         if list(self.blocks) == list(blocks):
-            return self.directions
+            return self.gradients
         starts = [sum(self.blocks[:task]) for task in range(len(blocks))]
-        pieces = [slice(start, start + block) for start, block in zip(starts, blocks, strict=True)]
-        return {
-            name: namespace(leaf=leaf).concat([leaf[piece, ...] for piece in pieces], axis=0)
-            for name, leaf in self.directions.items()
-        }
-
-    def _checked(self, batch: Params) -> Params:
-        for name in self.directions | batch:
-            if self.directions and (name not in batch or name not in self.directions):
-                where = "gradients" if name in self.directions else "memory"
-                raise BecameError(f"the {where} of OGD lack '{name}'; give the same shared parameters for every task.")
-            if self.directions and tuple(batch[name].shape[1:]) != tuple(self.directions[name].shape[1:]):
-                raise BecameError(
-                    f"gradients of '{name}' have shape {tuple(batch[name].shape[1:])}; the memory's directions have "
-                    f"{tuple(self.directions[name].shape[1:])}."
-                )
-        return batch
+        first, *others = (slice(start, start + block) for start, block in zip(starts, blocks, strict=True))
+        return {name: leaf[first].joined([leaf[other] for other in others]) for name, leaf in self.gradients.items()}
 
 
-def _orthonormal(gradients: Iterable[Params], old: Params, share: int) -> tuple[Params, dict[str, tuple[int, ...]]]:
-    """Return the leading directions of gradients, orthonormal among themselves and to old ones; and the leaves' shapes.
+def _extended(known: Gradients, batches: Iterable[Mapping[str, Array | Products]], share: int) -> Gradients:
+    """Return what is known, and after it at most ``share`` gradients of batches.
 
-    Args:
-        gradients: batches of gradients, each leaf [samples, *shape].
-        old: the flat directions that the memory has already, each leaf [k, p].
-        share: how many new directions there may be.
+    Gradients are chosen whenever there are more than twice the share, which bounds the memory by that and one batch.
     """
-    waiting: list[Params] = []
-    shapes: dict[str, tuple[int, ...]] = {}
-    energy = 0.0
-    for batch in gradients:
-        shapes = {name: tuple(leaf.shape[1:]) for name, leaf in batch.items()}
-        rows = _flat(batch)
-        energy += sum(float(namespace(leaf=leaf).sum(leaf * leaf)) for leaf in rows.values())
-        waiting.append(_part_outside(rows, old))
-        # Rows are compressed to the share whenever they are more than twice as many, which bounds the memory by twice
-        # the share and one batch.
-        if sum(_count(part) for part in waiting) > 2 * share:
-            waiting = [_compressed(_joined(waiting), share, energy)]
-    if not waiting:
+    old, gradients, given = _count(known), known, False
+    for batch in batches:
+        given, gradients = True, _joined(gradients, batch)
+        if _count(gradients) - old > 2 * share:
+            gradients = _chosen(gradients, old, share)
+    if not given:
         raise BecameError("OGD remembers a task by its samples' gradients; none was given.")
-    width = sum(leaf.shape[1] for leaf in waiting[0].values())
-    rows = _compressed(_joined(waiting), min(share, width - _count(old)), energy)
-    if _count(rows):
-        # Rounding of the first pass leaves rows that are not quite orthogonal; the second pass removes that.
-        for _ in range(2):
-            rows = _gram_schmidt(_part_outside(rows, old))
-    return rows, shapes
+    return _chosen(gradients, old, share)
 
 
-def _compressed(rows: Params, most: int, energy: float) -> Params:
-    """Return at most so many leading singular directions of rows [m, p], each as long as its singular value.
+def _joined(known: Gradients, batch: Mapping[str, Array | Products]) -> Gradients:
+    """Return a batch's gradients after those that are known.
+
+    Raises:
+        BecameError: if they are of other parameters, or of other shapes.
+    """
+    gradients: Gradients = {name: it if isinstance(it, Products) else Stacked(it) for name, it in batch.items()}
+    for name in known | gradients if known else ():
+        if name not in gradients or name not in known:
+            where = "gradients" if name in known else "memory"
+            raise BecameError(f"the {where} of OGD lack '{name}'; give the same shared parameters for every task.")
+        gradients[name] = _after(name, known[name], gradients[name])
+    return gradients
+
+
+def _after(name: str, known: SampleGradients, new: SampleGradients) -> SampleGradients:
+    # A layer has one position in one task and more in another only if its inputs' sizes differ.
+    if isinstance(known, Products) and isinstance(new, Stacked):
+        known = known.stacked(new.values.shape[1:])
+    if isinstance(new, Products) and isinstance(known, Stacked):
+        new = new.stacked(known.values.shape[1:])
+    ours, theirs = ([tuple(array.shape[1:]) for array in leaf.arrays] for leaf in (known, new))
+    if ours != theirs:
+        raise BecameError(
+            f"gradients of '{name}' have shape {', '.join(map(str, theirs))}; the memory's have "
+            f"{', '.join(map(str, ours))}."
+        )
+    return known.joined([new])
+
+
+def _chosen(gradients: Gradients, old: int, most: int) -> Gradients:
+    """Return the first ``old`` gradients, and at most so many of the others: those farthest from the span so far."""
+    epsilon = max(_epsilon(array) for leaf in gradients.values() for array in leaf.arrays)
+    # A gradient is a direction of its own if more than this share of its energy is outside the span. Rounding of an
+    # inner product is ``epsilon``, and T magnifies it by the inverse root of the share.
+    chosen = _farthest(_gram(gradients), old, most, floor=epsilon**0.5)
+    if chosen == list(range(old, _count(gradients))):
+        return gradients
+    taken = {}
+    for name, leaf in gradients.items():
+        xp: Any = namespace(gradients=leaf.arrays[0])
+        taken[name] = leaf.take(xp.asarray([*range(old), *chosen], dtype=xp.int64, device=device(leaf.arrays[0])))
+    return taken
+
+
+def _farthest(gram: NDArray[np.float64], old: int, most: int, floor: float) -> list[int]:
+    """Return the numbers of at most so many rows, each with the longest part outside the span of those before it.
 
     Args:
-        rows: each leaf [m, p].
-        most: how many directions there may be.
-        energy: the sum of squares of all gradients before their part in old directions was removed.
+        gram: inner products of rows, [m, m]; the first ``old`` are in the span from the beginning.
+        old: how many these are; they are independent.
+        most: how many rows to choose.
+        floor: the share of a row's energy that must be outside.
     """
-    gram = _gram(rows)
-    xp: Any = namespace(gram=gram)
-    values, vectors = spectrum(gram)
-    unit_of_gram, unit = (16 * float(xp.finfo(array.dtype).eps) for array in (gram, next(iter(rows.values()))))
-    # Two floors. A Gram matrix cannot tell an eigenvalue below its own rounding from zero. And removing old directions
-    # in the rows' dtype leaves a part as long as that dtype's rounding of the original gradient, which is no direction
-    # of the task.
-    floor = max(unit_of_gram * float(values[0]), unit**2 * energy)
-    count = min(most, int(xp.sum(xp.astype(values > floor, xp.int32))))
-    return _times(xp.matrix_transpose(vectors[:, :count]), rows)
+    energy = np.diag(gram)[old:]
+    gram = gram * np.outer(*[_inverse_lengths(gram)] * 2)
+    inside = np.linalg.solve(np.linalg.cholesky(gram[:old, :old]), gram[:old, old:])
+    products = gram[old:, old:] - inside.T @ inside
+    share = np.diag(products).copy()
+    factor = np.zeros((len(share), min(most, len(share))))
+    chosen: list[int] = []
+    for column in range(factor.shape[1]):
+        best = int(np.argmax(np.where(share > floor, share * energy, -1.0)))
+        if share[best] <= floor:
+            break
+        chosen.append(best)
+        factor[:, column] = (products[:, best] - factor @ factor[best]) / np.sqrt(share[best])
+        share = share - factor[:, column] ** 2
+        share[best] = 0.0
+    return [old + number for number in chosen]
 
 
-def _gram_schmidt(rows: Params) -> Params:
-    """Return rows made orthonormal in their order: L^-1 rows, with rows rows^T = L L^T."""
-    gram = _gram(rows)
-    xp: Any = namespace(gram=gram)
+def _whitening(gram: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return T with T gram T^T = I, lower triangular, so that the directions are orthonormal in their order."""
     # The Cholesky factor is taken of rows of length 1, since lengths differ by many orders of magnitude.
-    norms = xp.sqrt(xp.linalg.diagonal(gram))
-    lower = xp.linalg.cholesky(gram / (norms[:, None] * norms[None, :]))
-    return _times(xp.linalg.inv(lower) / norms[None, :], rows)
+    inverse = _inverse_lengths(gram)
+    return np.linalg.inv(np.linalg.cholesky(gram * np.outer(inverse, inverse))) * inverse
 
 
-def _gram(rows: Params) -> Array:
-    """Return the inner products [m, m] of rows over all leaves, in float64."""
-    total: Any = 0.0
-    for leaf in rows.values():
-        xp: Any = namespace(leaf=leaf)
-        for start in range(0, leaf.shape[1], SLAB):
-            piece = wide(leaf[:, start : min(start + SLAB, leaf.shape[1])])
-            total = xp.matmul(piece, xp.matrix_transpose(piece)) + total
+def _inverse_lengths(gram: NDArray[np.float64]) -> NDArray[np.float64]:
+    lengths = np.sqrt(np.diag(gram))
+    return np.divide(1.0, lengths, out=np.zeros_like(lengths), where=lengths > 0)
+
+
+def _gram(gradients: Gradients) -> NDArray[np.float64]:
+    """Return the inner products [k, k] of gradients over all parameters."""
+    count = _count(gradients)
+    total: NDArray[np.float64] = np.zeros((count, count))
+    for leaf in gradients.values():
+        total = total + on_host(leaf.inner())
     return total
 
 
-def _times(matrix: Array, rows: Params) -> Params:
-    xp: Any = namespace(matrix=matrix)
-    return {name: xp.matmul(xp.astype(matrix, leaf.dtype), leaf) for name, leaf in rows.items()}
+def _count(gradients: Gradients) -> int:
+    return next((int(leaf.arrays[0].shape[0]) for leaf in gradients.values()), 0)
 
 
-def _part_within(rows: Params, directions: Params) -> Params:
-    """Return the part of rows [n, p] in the span of orthonormal directions [k, p] over the same leaves."""
-    along: Any = 0.0
-    for name, leaf in rows.items():
-        xp: Any = namespace(rows=leaf, directions=directions[name])
-        along = xp.matmul(leaf, xp.matrix_transpose(directions[name])) + along
-    return _times(along, directions)
+def _epsilon(array: Array) -> float:
+    xp: Any = namespace(gradients=array)
+    return float(xp.finfo(reduction_dtype(xp, gradients=array)).eps)
 
 
-def _part_outside(rows: Params, directions: Params) -> Params:
-    if not directions:
-        return rows
-    within = _part_within(rows, directions)
-    return {name: leaf - within[name] for name, leaf in rows.items()}
-
-
-def _flat(leaves: Params) -> Params:
-    """Return leaves [n, *shape] as rows [n, p], in at least float32."""
-    rows = {}
-    for name, leaf in leaves.items():
-        xp: Any = namespace(leaf=leaf)
-        dtype = reduction_dtype(xp, leaf=leaf)
-        rows[name] = xp.reshape(xp.astype(leaf, dtype, copy=False), (leaf.shape[0], _size(leaf)))
-    return rows
-
-
-def _joined(batches: Sequence[Params]) -> Params:
-    if len(batches) == 1:
-        return batches[0]
-    return {
-        name: namespace(leaf=leaf).concat([batch[name] for batch in batches], axis=0)
-        for name, leaf in batches[0].items()
-    }
-
-
-def _size(leaf: Array) -> int:
-    """Return the number of entries of each row of a leaf."""
-    return math.prod(leaf.shape[1:])
-
-
-def _count(rows: Params) -> int:
-    return next((int(leaf.shape[0]) for leaf in rows.values()), 0)
-
-
-def _row(update: Array, direction: Array) -> Array:
-    xp: Any = namespace(update=update, direction=direction)
-    return xp.reshape(xp.astype(update, direction.dtype, copy=False), (1, _size(direction)))
-
-
-def _less(update: Array, row: Array) -> Array:
-    xp: Any = namespace(update=update)
-    return update - xp.reshape(xp.astype(row, update.dtype, copy=False), update.shape)
+def _prefixes(leaf: SampleGradients) -> tuple[str, ...]:
+    return (LEFT, RIGHT) if isinstance(leaf, Products) else (STACKED,)

@@ -8,7 +8,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from became_core.curvature import Tap, batch_gradient, per_sample_gradients, per_sample_square_sum
+from became_core.curvature import (
+    Tap,
+    batch_gradient,
+    per_sample_factors,
+    per_sample_gradients,
+    per_sample_square_sum,
+)
 from became_core.curvature import taps as taps_module
 from reference.formulas import embedding_gradients, grouped_gradients, squared_gradients
 from tests.backends import to_numpy, to_xp
@@ -125,6 +131,33 @@ def test_per_sample_gradients_of_a_matrix(xp: Any, positions: int, data: st.Data
     gradients = per_sample_gradients(tap_of(xp, (a, g)))
     np.testing.assert_array_equal(to_numpy(gradients["fc.weight"]), np.einsum("nlo,nli->noi", g, a))
     np.testing.assert_array_equal(to_numpy(gradients["fc.bias"]), g.sum(axis=1))
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_the_factors_of_per_sample_gradients(xp: Any, transposed: bool) -> None:
+    draw = np.random.default_rng(0)
+    a, g = draw.normal(size=(5, 1, 4)), draw.normal(size=(5, 1, 3))
+    tap = Tap("matrix", to_xp(xp, a), to_xp(xp, g), has_bias=True, transposed=transposed)
+    (left, right) = per_sample_factors({"fc": tap})["fc.weight"]
+    whole = to_numpy(per_sample_gradients({"fc": tap})["fc.weight"])
+    np.testing.assert_allclose(to_numpy(left)[:, :, None] * to_numpy(right)[:, None, :], whole, atol=1e-15)
+    assert set(per_sample_gradients({"fc": tap}, without=["fc.weight"])) == {"fc.bias"}
+
+
+def test_only_large_matrices_with_one_position_have_factors(xp: Any) -> None:
+    def tap(positions: int, d_in: int, d_out: int, kind: Any = "matrix", **others: Any) -> Tap:
+        return Tap(kind, xp.ones((2, positions, d_in)), xp.ones((2, positions, d_out)), **others)
+
+    large = tap(1, 4, 4)
+    taps = {
+        "large": large,
+        "convolution": tap(2, 4, 4),
+        "small": tap(1, 2, 2),
+        "grouped": tap(1, 4, 4, groups=2),
+        "scale": tap(1, 4, 4, kind="scale"),
+        "shared": tap(1, 4, 4, others=(large,)),
+    }
+    assert list(per_sample_factors(taps)) == ["large.weight"]
 
 
 def test_an_index_that_repeats_in_a_sample_is_squared_once(xp: Any) -> None:
