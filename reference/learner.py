@@ -172,6 +172,17 @@ class ReferenceLearner(Learner):
             tangents = np.stack([self._tangent(task, forward, direction) for direction in directions])
             yield Pushforward(forward.logits, tangents, self._targets[rows])
 
+    def jacobian(self, task: int, indices: Indices, names: Sequence[str]) -> Array:
+        """Return the derivative of a task's logits by every single entry of these parameters, [samples, classes, d]."""
+        theta, columns = self.parameters(), []
+        for name in names:
+            for entry in range(theta[name].size):
+                unit = {other: np.zeros_like(value) for other, value in theta.items()}
+                unit[name].flat[entry] = 1.0
+                (batch,) = self.pushforward(task, indices, len(indices), [unit])
+                columns.append(batch.tangents[0])
+        return np.stack(columns, axis=2)
+
     def _tangent(self, task: int, forward: _Pass, direction: Params) -> Array:
         """Return the derivative of the logits along a direction, [samples, classes]."""
         tangent = np.zeros_like(forward.inputs[0])
