@@ -22,6 +22,7 @@ from adapters.jax.trees import leaves_of, with_leaves_of
 from became_core import BecameError
 from became_core.arrays import Array, Params, namespace
 from became_core.curvature import Tap, Taps, joined_uses
+from became_core.errors import first_line
 
 __all__ = ["Apply", "TappedFunction", "trained_of"]
 
@@ -90,7 +91,7 @@ class TappedFunction:
                 batch; leaves of other lengths need not be named.
 
         Raises:
-            BecameError: if the outputs are no array with an axis of samples.
+            BecameError: if the outputs are no array with an axis of samples, or there must be so many samples.
         """
         trained = trained_of(params)
         namespace(values=jnp.zeros(()))  # JAX learns of the core's values, also where parameters are NumPy's
@@ -114,7 +115,13 @@ class TappedFunction:
             return of_trained(trained, jax.tree.unflatten(self._structure, leaves))
 
         one = [leaf[:1] if own else leaf for leaf, own in zip(leaves, self._is_samples, strict=True)]
-        self._closed = jax.make_jaxpr(of_leaves)(trained, one)
+        try:
+            self._closed = jax.make_jaxpr(of_leaves)(trained, one)
+        except (TypeError, ValueError) as error:  # the whole batch went through the function above
+            raise BecameError(
+                f"the function takes the whole batch, but not one sample of it ({first_line(error)}); give one that "
+                "takes any number of samples."
+            ) from error
         # A dict's leaves are sorted in a jaxpr.
         self._names = sorted(trained)
         run = Run()

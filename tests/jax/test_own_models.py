@@ -486,6 +486,10 @@ REFUSED: dict[str, tuple[Callable[[], Case], str]] = {
         lambda: (lambda p, x: x @ np.ones((6, 3)), drawn(6, 3)),
         "the outputs depend on none of the parameters",
     ),
+    "one size of a batch": (
+        lambda: (lambda p, x: x.reshape(2, 6) @ p, drawn(6, 3)),
+        r"the function takes the whole batch, but not one sample of it \(",
+    ),
     "an empty batch": (lambda: (lambda p, x: x @ p, drawn(6, 3), INPUTS[:0]), "a batch has no sample"),
     "two outputs": (lambda: (lambda p, x: (x @ p, x), drawn(6, 3)), "must return one array of outputs"),
     "classes as outputs": (
