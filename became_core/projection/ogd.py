@@ -159,19 +159,25 @@ class OGD(Projector):
         """Return this projector with the memory that ``to_arrays`` returned.
 
         Raises:
-            BecameError: if an array is no part of such a memory, or the blocks are missing.
+            BecameError: if an array is no part of such a memory, or one is missing.
         """
         gradients: Gradients = {}
+        missing = [] if "blocks" in arrays else ["'blocks', the number of gradients of each task"]
         for key, array in arrays.items():
-            if key.startswith(STACKED):
-                gradients[key.removeprefix(STACKED)] = Stacked(array)
-            elif key.startswith(LEFT) and RIGHT + key.removeprefix(LEFT) in arrays:
-                name = key.removeprefix(LEFT)
+            prefix, name = key[: key.find(".") + 1], key[key.find(".") + 1 :]
+            if prefix == STACKED:
+                gradients[name] = Stacked(array)
+            elif prefix == LEFT and RIGHT + name in arrays:
                 gradients[name] = Products(array, arrays[RIGHT + name])
-            elif key not in ("blocks", "whitening") and LEFT + key.removeprefix(RIGHT) not in arrays:
+            elif prefix in (LEFT, RIGHT):
+                other = (RIGHT if prefix == LEFT else LEFT) + name
+                missing += [] if other in arrays else [f"'{other}', the other factor of '{key}'"]
+            elif key not in ("blocks", "whitening"):
                 raise BecameError(f"the array '{key}' is no part of a memory of OGD.")
-        if "blocks" not in arrays:
-            raise BecameError("the memory of OGD lacks 'blocks', the number of gradients of each task.")
+        if gradients and "whitening" not in arrays:
+            missing.append("'whitening', which makes the gradients orthonormal")
+        if missing:
+            raise BecameError(f"the memory of OGD lacks {missing[0]}.")
         blocks = tuple(int(arrays["blocks"][i]) for i in range(arrays["blocks"].shape[0]))
         return replace(self, blocks=blocks, gradients=gradients, whitening=arrays.get("whitening"))
 
@@ -254,7 +260,8 @@ def _farthest(gram: NDArray[np.float64], old: int, most: int, floor: float) -> l
         floor: the share of a row's energy that must be outside.
     """
     energy = np.diag(gram)[old:]
-    gram = gram * np.outer(*[_inverse_lengths(gram)] * 2)
+    inverse = _inverse_lengths(gram)
+    gram = gram * np.outer(inverse, inverse)
     inside = np.linalg.solve(np.linalg.cholesky(gram[:old, :old]), gram[:old, old:])
     products = gram[old:, old:] - inside.T @ inside
     share = np.diag(products).copy()

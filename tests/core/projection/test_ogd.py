@@ -218,6 +218,14 @@ def test_products_are_restored_from_arrays_and_compiled(xp: Any, backend: str) -
         np.testing.assert_allclose(to_numpy(jitted[name]), to_numpy(expected), atol=1e-12)
 
 
+@pytest.mark.parametrize("missing", ["blocks", "whitening", "left.fc.weight", "right.fc.weight"])
+def test_a_memory_of_which_a_part_is_missing_is_refused(xp: Any, missing: str) -> None:
+    arrays = OGD().remember(of_layer(xp, linear_layer(np.random.default_rng(0), 5), whole=False)).to_arrays()
+    del arrays[missing]
+    with pytest.raises(BecameError, match=rf"^the memory of OGD lacks '{missing}', .*\.$"):
+        OGD().with_arrays(arrays)
+
+
 def test_a_gradient_of_zeros_is_no_direction(xp: Any) -> None:
     draw = np.random.default_rng(0)
     rows = gradients(draw, 3)
