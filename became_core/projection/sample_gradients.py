@@ -54,9 +54,31 @@ class SampleGradients(Protocol):
         """Return the sum of the gradients times coefficients [n], in the shape and dtype of an update."""
 
 
+class _Stored:
+    """Gradients that are stored as arrays whose first axis is that of the samples."""
+
+    @property
+    def arrays(self) -> tuple[Array, ...]:
+        """The arrays, in the order of the fields."""
+        raise NotImplementedError
+
+    def __getitem__(self, samples: slice) -> Self:
+        """Return the gradients of some of the samples."""
+        return type(self)(*(array[samples, ...] for array in self.arrays))
+
+    def take(self, samples: Array) -> Self:
+        """Return the gradients of the samples with these numbers."""
+        return type(self)(*(namespace(array=array).take(array, samples, axis=0) for array in self.arrays))
+
+    def joined(self, others: Sequence[Self]) -> Self:
+        """Return these gradients and others after them."""
+        sides = zip(self.arrays, *(other.arrays for other in others), strict=True)
+        return type(self)(*(namespace(array=side[0]).concat(list(side), axis=0) for side in sides))
+
+
 @pytree
 @dataclass(frozen=True)
-class Stacked:
+class Stacked(_Stored):
     """Gradients as they are.
 
     Attributes:
@@ -74,18 +96,6 @@ class Stacked:
     def size(self) -> int:
         """The number of entries of one gradient."""
         return math.prod(self.values.shape[1:])
-
-    def __getitem__(self, samples: slice) -> "Stacked":
-        """Return the gradients of some of the samples."""
-        return Stacked(self.values[samples, ...])
-
-    def take(self, samples: Array) -> "Stacked":
-        """Return the gradients of the samples with these numbers."""
-        return Stacked(namespace(values=self.values).take(self.values, samples, axis=0))
-
-    def joined(self, others: Sequence["Stacked"]) -> "Stacked":
-        """Return these gradients and others after them."""
-        return Stacked(_joined([self.values, *(other.values for other in others)]))
 
     def inner(self) -> Array:
         """Return the inner products of all pairs, piece by piece."""
@@ -111,7 +121,7 @@ class Stacked:
 
 @pytree
 @dataclass(frozen=True)
-class Products:
+class Products(_Stored):
     """Gradients g a^T of a matrix.
 
     Attributes:
@@ -141,20 +151,6 @@ class Products:
         """The number of entries of one gradient."""
         return int(self.left.shape[1]) * int(self.right.shape[1])
 
-    def __getitem__(self, samples: slice) -> "Products":
-        """Return the gradients of some of the samples."""
-        return Products(self.left[samples, :], self.right[samples, :])
-
-    def take(self, samples: Array) -> "Products":
-        """Return the gradients of the samples with these numbers."""
-        xp: Any = namespace(left=self.left)
-        return Products(xp.take(self.left, samples, axis=0), xp.take(self.right, samples, axis=0))
-
-    def joined(self, others: Sequence["Products"]) -> "Products":
-        """Return these gradients and others after them."""
-        left, right = (_joined(side) for side in zip(self.arrays, *(other.arrays for other in others), strict=True))
-        return Products(left, right)
-
     def inner(self) -> Array:
         """Return the inner products of all pairs, (G G^T) * (A A^T)."""
         return _inner(self.left) * _inner(self.right)
@@ -175,10 +171,6 @@ class Products:
         """Return the gradients as they are, for a parameter of this shape."""
         xp: Any = namespace(left=self.left)
         return Stacked(xp.reshape(self.left[:, :, None] * self.right[:, None, :], (self.left.shape[0], *shape)))
-
-
-def _joined(arrays: Sequence[Array]) -> Array:
-    return arrays[0] if len(arrays) == 1 else namespace(array=arrays[0]).concat(list(arrays), axis=0)
 
 
 def _inner(rows: Array) -> Array:
