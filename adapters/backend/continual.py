@@ -9,19 +9,16 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from math import prod
 from pathlib import Path
 from typing import Any, Protocol
 from weakref import ReferenceType, ref
 
-from adapters.backend.batches import repeatable
-from adapters.backend.calibrated import Calibration, movement
 from adapters.backend.memory import NewTask, NewTaskData, check_settings, grown, merge_report
 from adapters.backend.memory_file import Stored, described, memory_arrays
 from adapters.backend.own_loop import Coverage, MergeReport, NetworkCheck, Uncovered, coverage_of
 from became_core import BecameError, LaplacePosterior, Secant, merge
-from became_core.arrays import Array, Params, difference
+from became_core.arrays import Array, Params
 from became_core.continual import BayesianDetector, Detector, Reservoir, standardised
 from became_core.curvature import FisherTargets
 from became_core.laplace import Estimator
@@ -69,8 +66,6 @@ class ContinualModel(ABC):
         model: the user's own; between calls nothing of ours is left in it.
         posterior: the old tasks' loss, to second order; None before anything is remembered.
         projector: the memory of the spaces that old tasks use.
-        calibration: what is known of how the old tasks' curvature is to be calibrated; None with an estimator of the
-            user's own.
         detector: what decides, in ``observe``, that the data have changed; another may be set before the first batch.
         reservoir: batches that ``observe`` was given since the last change, each with the same chance; one of another
             capacity may be set before the first batch. After a change they are those before it, until the next batch.
@@ -98,8 +93,6 @@ class ContinualModel(ABC):
         self.projector: Projector = GPM() if projector is None else projector
         self.uncovered, self.penalty, self.decay, self.fisher = uncovered, penalty, decay, fisher
         self.estimator: Estimator = Secant() if estimator is None else estimator
-        self.calibration = Calibration() if estimator is None else None
-        self._initial: Params | None = None  # until something is remembered; adapters set it
         self.posterior: LaplacePosterior | None = None
         self._theta_gp: Params | None = None
         self._then: dict[str, tuple[int, ...]] = {}  # the shapes of all parameters when old data were remembered
@@ -203,10 +196,9 @@ class ContinualModel(ABC):
             penalty=self.penalty,
             decay=self.decay,
             fisher=self.fisher,
-            calibrated=self.calibration is not None and self.calibration.is_done,
             measured=sorted(self._measured),
         )
-        return memory_arrays(self.posterior, self.projector, self.calibration), metadata
+        return memory_arrays(self.posterior, self.projector), metadata
 
     # What a framework adds.
 
@@ -216,25 +208,9 @@ class ContinualModel(ABC):
 
     # What its methods are made of.
 
-    def _remember(
-        self, fisher: Params, owners: Mapping[str, Any], batches: Iterable[Any] | None, share: float | None
-    ) -> None:
-        """Add a task at the weights as they are.
-
-        Args:
-            fisher: its Fisher information.
-            owners: the framework's own parameters.
-            batches: of the task, which can be gone through again; None if there are none.
-            share: of the batches that is measured.
-        """
-        theta = self._data.weights()
-        if self.calibration is not None:
-            if self.posterior is None:
-                self.calibration = Calibration(movement(self._initial_weights(), theta))
-            elif batches is not None:
-                fisher = self.calibration.fisher(fisher, NewTask(self._data, batches, theta, share=share))
-            self.calibration, self._initial = self.calibration.remembered(), None
-        self.posterior = grown(self.posterior, theta, fisher, self.decay)
+    def _remember(self, fisher: Params, owners: Mapping[str, Any]) -> None:
+        """Add a task of this Fisher information, at the weights as they are, of these parameters of the framework."""
+        self.posterior = grown(self.posterior, self._data.weights(), fisher, self.decay)
         self._then = {name: tuple(shape) for name, shape in self._data.shapes.items()}
         self._owners = {name: ref(owner) for name, owner in owners.items()}
         self._measured = frozenset(fisher)
@@ -243,7 +219,6 @@ class ContinualModel(ABC):
     def _restore(self, stored: Stored) -> None:
         """Take the memory of a file, of a model of these shapes."""
         self.posterior, self._data.matrices, self._measured = stored.posterior, stored.matrices, stored.measured
-        self._initial, self.calibration = None, None if self.calibration is None else stored.calibration
         self._then = {name: tuple(shape) for name, shape in self._data.shapes.items()}
 
     def _merge(self, batches: Iterable[Any], trace: int, others: str) -> MergeReport:
@@ -256,26 +231,11 @@ class ContinualModel(ABC):
         theta_hat = self._data.weights()
         if self._theta_gp.keys() != theta_hat.keys():
             raise BecameError(f"{others} than in stable training; let the same ones be trained.")
-        batches, posterior, calibration = repeatable(batches), self.posterior, self.calibration
-        if calibration is not None:
-            there = NewTask(self._data, batches, self._theta_gp)
-            calibration, posterior = calibration.begun(posterior, there)
-            calibration = replace(calibration, since=difference(theta_hat, self._theta_gp))
-        estimator = self.estimator if calibration is None else calibration.estimator
         new = NewTask(self._data, batches, theta_hat)
-        report = merge_report(estimator, posterior, self._theta_gp, new, trace)
+        report = merge_report(self.estimator, self.posterior, self._theta_gp, new, trace)
         self._data.assign(merge(self._theta_gp, theta_hat, report.alpha))
-        self._theta_gp, self.posterior, self.calibration = None, posterior, calibration
+        self._theta_gp = None
         return report
-
-    def _repeatable(self, batches: Iterable[Any]) -> Iterable[Any]:
-        """Return batches to remember, which are gone through once more if their curvature is to be calibrated."""
-        is_measured_twice = self.calibration is not None and self.calibration.is_done
-        return repeatable(batches) if is_measured_twice else batches
-
-    def _initial_weights(self) -> Params:
-        """Return the weights with which this object was made; they are kept until something is remembered."""
-        return self._initial or {}
 
     @property
     def _held(self) -> frozenset[str]:

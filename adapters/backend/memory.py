@@ -229,20 +229,14 @@ class InputGrams(GramSums):
 class NewTaskData(Protocol):
     """What an adapter measures on a user's batches."""
 
-    def fisher(
-        self, batches: Iterable[Any], *, with_memory: bool, theta: Params | None = None
-    ) -> tuple[Params, "InputGrams"]:
-        """Return the Fisher information at theta, or at the weights as they are, and what a projector remembers."""
+    def fisher(self, batches: Iterable[Any], *, with_memory: bool) -> tuple[Params, "InputGrams"]:
+        """Return the diagonal Fisher information at the weights as they are, and what a projector remembers."""
 
-    def along(
-        self, batches: Iterable[Any], theta: Params, directions: Sequence[Params], share: float | None = 1.0
-    ) -> tuple[Quadratic, str]:
-        """Return the mean loss of a share of batches along directions, and how its curvature was measured."""
+    def along(self, batches: Iterable[Any], theta: Params, directions: Sequence[Params]) -> tuple[Quadratic, str]:
+        """Return the mean loss along directions from theta, and how its curvature was measured."""
 
-    def slope(
-        self, batches: Iterable[Any], theta: Params, directions: Sequence[Params], share: float | None = 1.0
-    ) -> Array:
-        """Return the slopes of the mean loss of a share of batches along directions at theta, [directions]."""
+    def slope(self, batches: Iterable[Any], theta: Params, directions: Sequence[Params]) -> Array:
+        """Return the slopes of the mean loss along directions at theta, [directions]."""
 
     def mean(self, batches: Iterable[Any], theta: Params | None = None) -> float:
         """Return the mean loss at theta, or at the weights as they are."""
@@ -252,33 +246,26 @@ class NewTaskData(Protocol):
 
 
 class NewTask:
-    """The new task's loss at some weights; it measures what an estimator asks for.
+    """The new task's loss at the plastic weights, at which the model is; it measures what an estimator asks for.
 
     Attributes:
-        mean: the weights.
+        mean: the plastic weights.
         way: how the curvature along a direction was measured.
     """
 
-    def __init__(self, data: NewTaskData, batches: Iterable[Any], theta: Params, *, share: float | None = 1.0) -> None:
-        """Keep what is needed.
-
-        Args:
-            data: what measures.
-            batches: of the new task; they are gone through several times.
-            theta: the weights.
-            share: of the batches, drawn at random, that derivatives along directions are measured on.
-        """
-        self._data, self._batches, self._share = data, repeatable(batches), share
-        self.mean = theta
+    def __init__(self, data: NewTaskData, batches: Iterable[Any], theta_hat: Params) -> None:
+        """Keep the data, batches, which are gone through several times, and the plastic weights."""
+        self._data, self._batches = data, repeatable(batches)
+        self.mean = theta_hat
         self.way = "the diagonal Fisher information"
 
     def diagonal(self) -> Diagonal:
-        """Return the diagonal Fisher information at the weights."""
-        return Diagonal(self._data.fisher(self._batches, with_memory=False, theta=self.mean)[0])
+        """Return the diagonal Fisher information at the plastic weights."""
+        return Diagonal(self._data.fisher(self._batches, with_memory=False)[0])
 
     def along(self, directions: Sequence[Params]) -> Quadratic:
-        """Return the mean loss along directions from the weights."""
-        quadratic, self.way = self._data.along(self._batches, self.mean, directions, self._share)
+        """Return the mean loss along directions from the plastic weights."""
+        quadratic, self.way = self._data.along(self._batches, self.mean, directions)
         return Quadratic(self._in_dtype(quadratic.slope), self._in_dtype(quadratic.curvature))
 
     def slope(self, origin: Params, directions: Sequence[Params]) -> Array:

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 from safetensors import SafetensorError, safe_open
 
-from adapters.backend.calibrated import Calibration
 from adapters.backend.own_loop import first_difference
 from became_core import BecameError, Diagonal, LaplacePosterior
 from became_core.arrays import Array, Params
@@ -20,17 +19,12 @@ from became_core.projection import PROJECTORS, Projector
 
 __all__ = ["Stored", "check_description", "described", "memory_arrays", "read_memory", "restored"]
 
-FORMAT, READ = 2, (1, 2)
+FORMAT = 1
 
 
-def memory_arrays(
-    posterior: LaplacePosterior, projector: Projector, calibration: Calibration | None
-) -> dict[str, Array]:
+def memory_arrays(posterior: LaplacePosterior, projector: Projector) -> dict[str, Array]:
     """Return the arrays of a memory by the names that they have in a file."""
     arrays = {f"mean.{name}": value for name, value in posterior.mean.items()}
-    if calibration is not None:
-        for part in ("before", "since"):
-            arrays |= {f"{part}.{name}": value for name, value in (getattr(calibration, part) or {}).items()}
     arrays |= {f"fisher.{name}": value for name, value in posterior.precision.diagonal().items()}
     return arrays | {f"projector.{name}": value for name, value in projector.to_arrays().items()}
 
@@ -49,8 +43,7 @@ def described(
         matrices: as ``coverage_of`` has them.
         projector: the memory.
         likelihood: of which only one of ``became_core.curvature`` is written.
-        settings: ``uncovered``, ``penalty``, ``decay`` and ``fisher``, whether curvature is ``calibrated``, and which
-            parameters were ``measured`` last.
+        settings: ``uncovered``, ``penalty``, ``decay`` and ``fisher``, and which parameters were ``measured`` last.
 
     Raises:
         BecameError: if the projector has no registered name.
@@ -99,23 +92,21 @@ class Stored(NamedTuple):
         posterior: the old tasks' loss.
         matrices: as ``coverage_of`` has them.
         measured: the parameters that were trained when data were remembered last.
-        calibration: what is known of how the old curvature is to be calibrated.
         settings: ``projector`` with its memory, ``likelihood``, ``uncovered``, ``penalty``, ``decay`` and ``fisher``.
     """
 
     posterior: LaplacePosterior
     matrices: dict[str, bool]
     measured: frozenset[str]
-    calibration: Calibration
     settings: dict[str, Any]
 
 
 def check_description(file: str | Path, description: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]) -> None:
     """Raise a BecameError if a file has another format, or is the memory of another architecture."""
-    if description.get("format") not in READ:
+    if description.get("format") != FORMAT:
         raise BecameError(
-            f"{file} is a memory of format {description.get('format')}, and this version reads formats up to {FORMAT}; "
-            "load it with the version that saved it."
+            f"{file} is a memory of format {description.get('format')}, and this version reads format {FORMAT}; load "
+            "it with the version that saved it."
         )
     differs = first_difference(shapes, description["parameters"])
     if differs:
@@ -149,7 +140,7 @@ def restored(
         own["likelihood"] = {kind.__name__: kind for kind in LIKELIHOODS.values()}[name](**values)
     elif "likelihood" not in settings:
         raise BecameError(f"{file} was made with a loss of your own; give it as likelihood=.")
-    parts: dict[str, Params] = {"mean": {}, "fisher": {}, "projector": {}, "before": {}, "since": {}}
+    parts: dict[str, Params] = {"mean": {}, "fisher": {}, "projector": {}}
     for key, value in arrays.items():
         part, _, name = key.partition(".")
         parts[part][name] = value
@@ -157,10 +148,7 @@ def restored(
     projector = settings.get("projector", PROJECTORS[name](**values)).with_arrays(parts["projector"])
     posterior = LaplacePosterior(parts["mean"], Diagonal(parts["fisher"]))
     measured = frozenset(description.get("measured", parts["fisher"]))
-    calibrated = bool(description.get("calibrated"))  # which files of format 1 do not say
-    calibration = Calibration(parts["before"] or None, parts["since"] or None, calibrated)
-    others = own | dict(settings) | {"projector": projector}
-    return Stored(posterior, dict(description["matrices"]), measured, calibration, others)
+    return Stored(posterior, dict(description["matrices"]), measured, own | dict(settings) | {"projector": projector})
 
 
 def _plain_fields(value: Any) -> dict[str, Any]:

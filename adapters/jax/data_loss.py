@@ -270,12 +270,10 @@ class DataLoss:
         spread = (name for name, value in theta.items() if isinstance(value.sharding, NamedSharding))
         return means | {name: jax.device_put(means[name], theta[name].sharding) for name in spread}, finished
 
-    def slope(
-        self, batches: Iterable[Any], theta: Params, directions: Sequence[Params], share: float | None = 1.0
-    ) -> Array:
+    def slope(self, batches: Iterable[Any], theta: Params, directions: Sequence[Params]) -> Array:
         """Return the slopes of the mean loss along directions at these weights, [directions], in float64 of NumPy."""
         units, total = 0.0, np.zeros(len(directions))
-        for inputs, targets in self._read(drawn(batches, share, length_of(batches))):
+        for inputs, targets in self._read(batches):
             outputs = self._outputs(theta, inputs)
             seed = gradient_by_outputs(self.likelihood, outputs, targets, _own_gradient)
             units += units_of(self.likelihood, outputs, targets)
@@ -289,15 +287,13 @@ class DataLoss:
             [jnp.stack([jnp.vdot(_wide(gradient[n]), _wide(value)) for n, value in d.items()]) for d in directions]
         )
 
-    def along(
-        self, batches: Iterable[Any], theta: Params, directions: Sequence[Params], share: float | None = 1.0
-    ) -> tuple[Quadratic, str]:
+    def along(self, batches: Iterable[Any], theta: Params, directions: Sequence[Params]) -> tuple[Quadratic, str]:
         """Return the mean loss along directions from these weights, and how its curvature was measured."""
         if not isinstance(self.likelihood, Likelihood):
-            quadratic = by_slopes(lambda moved, along: self.slope(batches, moved, along, share), theta, directions)
+            quadratic = by_slopes(lambda moved, along: self.slope(batches, moved, along), theta, directions)
             return quadratic, "a difference of slopes"
         slope, curvature, units = np.zeros(len(directions)), np.zeros((len(directions),) * 2), 0.0
-        for inputs, targets in self._read(drawn(batches, share, length_of(batches))):
+        for inputs, targets in self._read(batches):
             outputs, tangents = self._derivatives(theta, directions, inputs)
             first, second, more = derivatives_of(self.likelihood, outputs, tangents, targets)
             slope, curvature = slope + np.asarray(first, np.float64), curvature + np.asarray(second, np.float64)

@@ -9,7 +9,7 @@ what is not trained, such as running statistics, must not be in that tree but in
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,8 +19,6 @@ from jax import numpy as jnp
 from safetensors.flax import save_file
 
 from adapters.backend import memory as shared
-from adapters.backend.batches import repeatable
-from adapters.backend.calibrated import Calibration, movement
 from adapters.backend.memory_file import described, memory_arrays, read_memory, restored
 from adapters.backend.own_loop import Coverage, NetworkCheck, Uncovered, coverage_of, first_difference, known_likelihood
 from adapters.jax.data_loss import DataLoss, Loss, moments_of
@@ -66,7 +64,6 @@ class Memory:
         penalty: the strength of the penalty on them.
         decay: the share of the old tasks' precision that each new task leaves.
         fisher: of which targets the Fisher information is.
-        calibration: what is known of how the old tasks' curvature is to be calibrated.
         checked: what the look at the function found; None if there was none.
     """
 
@@ -78,7 +75,6 @@ class Memory:
     penalty: float = static()
     decay: float = static()
     fisher: FisherTargets = static()
-    calibration: Calibration = field(default_factory=Calibration)
     checked: NetworkCheck | None = static(default=None)
 
     @property
@@ -113,7 +109,6 @@ def remember(
     likelihood: str | Likelihood | Loss | None = None,
     memory: Memory | None = None,
     *,
-    initial: Any = None,
     state: Any = None,
     samples: int | None = None,
     b2: float = 0.999,
@@ -146,9 +141,7 @@ def remember(
         likelihood: "categorical" (the default), "gaussian" or "bernoulli", a value of ``became_core.curvature``, or any
             loss: (outputs, targets) -> the mean over the samples of the batch, of which Fisher information is the
             empirical one, and curvature along a direction a difference of slopes.
-        memory: of the tasks before, as ``Merged.memory`` has it after a merge; None for none.
-        initial: of the first data, the tree with which training on them began; with it the old tasks' curvature is
-            calibrated from the first merge on, and without it from the second one on.
+        memory: of the tasks before; None for none.
         state: of an optax optimiser with an Adam in it that has just trained the parameters, instead of batches.
         samples: with a state, how many samples (or tokens) a step had.
         b2: with a state, the decay of that Adam's second moments, which the state does not say.
@@ -186,8 +179,6 @@ def remember(
     settings = settings | {name: value for name, value in chosen.items() if value is not None}
     if memory is not None and projector is not None:
         raise BecameError("the memory has a projector of its own; leave projector= out, or begin without a memory.")
-    if memory is not None and initial is not None:
-        raise BecameError("the parameters in initial= are those before the first data; leave them out with a memory.")
     if likelihood is None:
         likelihood = "categorical" if memory is None else memory.likelihood
     known = known_likelihood(likelihood)
@@ -198,30 +189,21 @@ def remember(
         memory.check(data.theta)
     if (batches is None) == (state is None):
         raise BecameError("remember needs either batches or the state of an optimiser; give one of them.")
-    theta, calibration = copied(data.theta), Calibration() if memory is None else memory.calibration
-    if initial is not None:
-        begin = {name: jnp.asarray(value) for name, value in trained_of(initial).items()}
-        differs = first_difference(_shapes(begin), _shapes(theta))
-        if differs:
-            raise BecameError(f"the initial parameters are of another architecture: {differs}.")
-        calibration = Calibration(movement(begin, theta))
     known_matrices, held = {} if memory is None else memory.matrices, frozenset[str]()
     if batches is None:
         squares = shared.fisher_of_moments(moments_of(state, b2), samples, data.theta, stacklevel=2)
     else:
         of_old = {} if memory is None else memory.posterior.precision.diagonal()
         held = shared.held_by_curvature(of_old, known_matrices)
-        batches = repeatable(batches) if calibration.is_done else batches
         squares, finished = data.fisher(batches, with_memory=True, held=held, share=share)
         before = before.remember(finished)
-        squares = calibration.fisher(squares, shared.NewTask(data, batches, theta, share=share))
     matrices = shared.matrices_with(known_matrices, data.ways, held)
+    mean = copied(data.theta)
     return Memory(
-        posterior=shared.grown(None if memory is None else memory.posterior, theta, squares, settings["decay"]),
+        posterior=shared.grown(None if memory is None else memory.posterior, mean, squares, settings["decay"]),
         projector=before,
-        parameters=_parameters(_shapes(data.theta), matrices),
+        parameters=_parameters({name: value.shape for name, value in data.theta.items()}, matrices),
         likelihood=data.likelihood,
-        calibration=calibration.remembered(),
         checked=data.checked,
         **settings,
     )
@@ -245,11 +227,8 @@ def save(memory: Memory, file: str | Path) -> None:
     if "" in memory.shapes:
         raise BecameError("the parameters are one array without a name; put it in a dict, so that a file can name it.")
     settings = {name: getattr(memory, name) for name in DEFAULTS}
-    calibrated = memory.calibration.is_done
-    metadata = described(
-        memory.shapes, memory.matrices, memory.projector, memory.likelihood, calibrated=calibrated, **settings
-    )
-    arrays = memory_arrays(memory.posterior, memory.projector, memory.calibration)
+    metadata = described(memory.shapes, memory.matrices, memory.projector, memory.likelihood, **settings)
+    arrays = memory_arrays(memory.posterior, memory.projector)
     save_file({name: jnp.asarray(value) for name, value in arrays.items()}, str(file), metadata)
 
 
@@ -297,7 +276,6 @@ def load(
         stored.settings["projector"],
         _parameters(shapes, stored.matrices),
         known_likelihood(known),
-        calibration=stored.calibration,
         **settings,
     )
 
@@ -306,10 +284,6 @@ def load(
 def copied(tree: Any) -> Any:
     """Return a tree of copies, because a compiled step may take its arguments' memory away."""
     return jax.tree.map(jnp.copy, tree)
-
-
-def _shapes(theta: Params) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(value.shape) for name, value in theta.items()}
 
 
 def _parameters(shapes: dict[str, tuple[int, ...]], matrices: dict[str, bool]) -> tuple[Parameter, ...]:

@@ -14,7 +14,7 @@ it does for models that hold their own.
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
 
 import jax
@@ -22,15 +22,14 @@ import optax
 from jax import numpy as jnp
 
 from adapters.backend import memory as shared
-from adapters.backend.batches import repeatable
 from adapters.backend.own_loop import MergeReport
 from adapters.jax.data_loss import DataLoss, moments_of
 from adapters.jax.memory import Memory, copied
 from adapters.jax.tapping import Apply, trained_of
 from adapters.jax.trees import leaves_of, with_leaves_of
-from became_core import BecameError
+from became_core import BecameError, Secant
 from became_core import merge as merge_trees
-from became_core.arrays import Array, difference, namespace
+from became_core.arrays import Array, namespace
 from became_core.laplace import Estimator
 from became_core.projection import Projector, full
 
@@ -186,12 +185,9 @@ class Merged(MergeReport):
 
     Attributes:
         params: the merged parameters, theta*; what is no real number is the plastic tree's.
-        memory: the memory of the old data, with what this merge tells of how their curvature is to be calibrated; give
-            this one to ``remember``, with the new data.
     """
 
     params: Any = field(repr=False)
-    memory: Memory = field(repr=False)
 
 
 def merge(
@@ -214,8 +210,7 @@ def merge(
         theta_gp: the stable tree, at the end of training with ``projected``.
         theta_hat: the plastic tree, at the end of free training from there.
         new_batches: of the new data; a part of them will do.
-        estimator: how losses along the way between the two are estimated; ``Secant`` if not given, with the old tasks'
-            curvature calibrated along another movement than the new one, once such a movement is known.
+        estimator: how losses along the way between the two are estimated; ``Secant()`` if not given.
         trace: at how many alphas the true loss of the new data is measured, both ends among them; 0 for none.
         check: whether the function is looked at first, as in ``remember``.
         progress: whether a terminal shows how far a pass is.
@@ -245,15 +240,7 @@ def merge(
             "theta_gp and theta_hat are the same arrays, as those of nnx are, which its optimizer changes in place; "
             "copy the stable ones by jax.tree.map(jnp.copy, theta_gp) before plastic training."
         )
-    new_batches, posterior, calibration = repeatable(new_batches), memory.posterior, memory.calibration
-    if estimator is None:
-        calibration, posterior = calibration.begun(posterior, shared.NewTask(data, new_batches, stable))
-        estimator = calibration.estimator
-    report = shared.merge_report(estimator, posterior, stable, shared.NewTask(data, new_batches, data.theta), trace)
-    calibration = replace(calibration, since=difference(data.theta, stable))
+    new = shared.NewTask(data, new_batches, data.theta)
+    report = shared.merge_report(Secant() if estimator is None else estimator, memory.posterior, stable, new, trace)
     found = {part.name: getattr(report, part.name) for part in fields(report)}
-    return Merged(
-        **found,
-        params=data.tree(merge_trees(stable, data.theta, report.alpha)),
-        memory=replace(memory, posterior=posterior, calibration=calibration),
-    )
+    return Merged(**found, params=data.tree(merge_trees(stable, data.theta, report.alpha)))

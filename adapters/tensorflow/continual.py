@@ -91,10 +91,7 @@ class Continual(ContinualModel):
             fisher: the Fisher information of "empirical" targets, those given; or of the model's own, as the "true"
                 expectation (a backward pass for each class or output) or "sampled".
             decay: the share of the old tasks' precision that each new task leaves, the paper's gamma.
-            estimator: how losses along the way between two models are estimated. If not given, by ``Secant``, with the
-                old curvature calibrated along another movement than the new one (``adapters/backend/calibrated.py``).
-                For that the first data's movement is known if this object is made where their training begins; it
-                keeps a copy of the weights until then, and later the last movement.
+            estimator: how losses along the way between two models are estimated; ``Secant()`` if not given.
             apply: (model, batch) -> outputs, for batches that are no pairs of inputs and targets.
             targets: batch -> targets, likewise.
             check: whether the network is looked at once, in the first ``remember`` or ``merge``.
@@ -118,8 +115,6 @@ class Continual(ContinualModel):
         )
         if not self._data.trained:
             raise BecameError("no variable of the model is trainable; there is nothing to learn.")
-        if estimator is None:
-            self._initial = self._data.weights()
 
     def remember(
         self,
@@ -161,12 +156,11 @@ class Continual(ContinualModel):
             fisher = fisher_of_moments(moments, samples, self._data.weights(), stacklevel=2)
         else:
             assert batches is not None
-            batches = self._repeatable(batches)
             of_old = {} if self.posterior is None else self.posterior.precision.diagonal()
             held = held_by_curvature(of_old, self._data.matrices or {})
             fisher, finished = self._data.fisher(batches, with_memory=True, held=held, share=share)
             self.projector = self.projector.remember(finished)
-        self._remember(fisher, self._variables, batches, share)
+        self._remember(fisher, self._variables)
 
     @contextmanager
     def stable(self, *optimizers: keras.Optimizer) -> Iterator[None]:

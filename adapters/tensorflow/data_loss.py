@@ -157,23 +157,21 @@ class DataLoss:
         batches: Iterable[Any],
         *,
         with_memory: bool,
-        theta: Params | None = None,
         held: frozenset[str] = frozenset(),
         share: float | None = 1.0,
     ) -> tuple[Params, InputGrams]:
-        """Return the diagonal Fisher information at these weights, or as they are, and what a projector remembers.
+        """Return the diagonal Fisher information at the weights as they are, and what a projector remembers.
 
         Args:
             batches: of the data.
             with_memory: whether a projector shall remember them; what is a matrix is then found anew, as other data
                 may use other parts of the model.
-            theta: the weights; those that the model has if it is None.
             held: the parameters that old data hold otherwise than by the spaces of a projector, which they go on to do.
             share: of the batches, drawn at random, that is measured; None for one that suits their number.
         """
         if with_memory:
             self._looked, self._held = False, held
-        theta, finished = self.network.weights() if theta is None else theta, InputGrams()
+        theta, finished = self.network.weights(), InputGrams()
         what = "remembering" if with_memory else "measuring"
         units, rng = 0.0, np.random.default_rng(0)
 
@@ -203,12 +201,10 @@ class DataLoss:
             for batch in batches_of(batches):
                 self._reader.outputs(self.network.model, self._reader.split(batch)[0])
 
-    def slope(
-        self, batches: Iterable[Any], theta: Params, directions: Sequence[Params], share: float | None = 1.0
-    ) -> Array:
+    def slope(self, batches: Iterable[Any], theta: Params, directions: Sequence[Params]) -> Array:
         """Return the slopes of the mean loss along directions, [directions], in float64."""
         units, total = 0.0, [0.0] * len(directions)
-        for inputs, targets in self._read(theta, batches, share=share):
+        for inputs, targets in self._read(theta, batches):
             outputs = self.network.outputs(theta, inputs)
             seed = gradient_by_outputs(self.likelihood, outputs, targets, _own_gradient)
             units += units_of(self.likelihood, outputs, targets)
@@ -219,15 +215,13 @@ class DataLoss:
                 )
         return tf.constant(total, tf.float64) / counted(units)
 
-    def along(
-        self, batches: Iterable[Any], theta: Params, directions: Sequence[Params], share: float | None = 1.0
-    ) -> tuple[Quadratic, str]:
+    def along(self, batches: Iterable[Any], theta: Params, directions: Sequence[Params]) -> tuple[Quadratic, str]:
         """Return the mean loss along directions from these weights, and how its curvature was measured."""
         if not isinstance(self.likelihood, Likelihood):
-            slopes = by_slopes(lambda moved, along: self.slope(batches, moved, along, share), theta, directions)
+            slopes = by_slopes(lambda moved, along: self.slope(batches, moved, along), theta, directions)
             return slopes, "a difference of slopes"
         slope, curvature, units = tf.zeros((), tf.float64), tf.zeros((), tf.float64), 0.0
-        for inputs, targets in self._read(theta, batches, share=share):
+        for inputs, targets in self._read(theta, batches):
             outputs, tangents = self._derivatives.along(theta, directions, inputs)
             first, second, more = derivatives_of(self.likelihood, outputs, tangents, targets)
             slope, curvature = slope + _double(first), curvature + _double(second)

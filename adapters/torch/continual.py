@@ -31,7 +31,7 @@ from adapters.torch.sharded_memory import read_shards, write_shards
 from adapters.torch.shared_model import SharedModel, own_part
 from adapters.torch.steps import StepGuard, Witness, groups_of, moments_of, unwrapped
 from became_core import BecameError
-from became_core.arrays import Array, Params
+from became_core.arrays import Array
 from became_core.curvature import FisherTargets, Likelihood
 from became_core.laplace import Estimator
 from became_core.projection import Projector, full
@@ -103,10 +103,7 @@ class Continual(ContinualModel):
                 expectation (a backward pass for each class or output) or "sampled". Where a network fits its data
                 well, the empirical one vanishes, and the others do not.
             decay: the share of the old tasks' precision that each new task leaves, the paper's gamma.
-            estimator: how losses along the way between two models are estimated. If not given, by ``Secant``, with the
-                old curvature calibrated along another movement than the new one (``adapters/backend/calibrated.py``).
-                For that the first data's movement is known if this object is made where their training begins; it
-                keeps a copy of the weights until then, and later the last movement.
+            estimator: how losses along the way between two models are estimated; ``Secant()`` if not given.
             apply: (model, batch) -> outputs, for batches of a kind that ``adapters/torch/batches.py`` does not know.
             targets: batch -> targets, likewise.
             check: whether the network is looked at once, in the first ``remember`` or ``merge``.
@@ -141,8 +138,6 @@ class Continual(ContinualModel):
                     f"the layer '{name}' shortens its rows whenever it runs (max_norm={layer.max_norm:g}), beside the "
                     "steps of any optimizer; make it without max_norm, and shorten rows in a post-hook of the step."
                 )
-        if estimator is None:
-            self._initial = self._data.weights()
 
     # What must not be lost.
 
@@ -189,14 +184,13 @@ class Continual(ContinualModel):
             fisher = fisher_of_moments(of_all, samples, self._data.weights(), stacklevel=2)
         else:
             assert batches is not None
-            batches = self._repeatable(batches)
             of_old = {} if self.posterior is None else self.posterior.precision.diagonal()
             held = held_by_curvature(
                 {name: own_part(value) for name, value in of_old.items()}, self._data.matrices or {}
             )
             fisher, finished = self._data.fisher(batches, with_memory=True, held=held, share=share)
             self.projector = self.projector.remember(finished)
-        self._remember(fisher, self._data.trained, batches, share)
+        self._remember(fisher, self._data.trained)
 
     # Training.
 
@@ -318,12 +312,6 @@ class Continual(ContinualModel):
         learning = cls(model, **stored.settings)
         learning._restore(stored)
         return learning
-
-    def _initial_weights(self) -> Params:
-        now, initial = self._data.trained, super()._initial_weights()
-        # A model may have been moved to another device since, or have had no values then.
-        known = {name: value for name, value in initial.items() if name in now and not value.is_meta}
-        return {name: value.to(now[name].device) for name, value in known.items()}
 
     def _is_as_remembered(self, name: str) -> bool:
         assert self.posterior is not None

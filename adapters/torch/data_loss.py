@@ -223,17 +223,15 @@ class DataLoss:
         batches: Batches,
         *,
         with_memory: bool,
-        theta: Params | None = None,
         held: frozenset[str] = frozenset(),
         share: float | None = 1.0,
     ) -> tuple[Params, InputGrams]:
-        """Return the diagonal Fisher information at these weights, or as they are, and what a projector remembers.
+        """Return the diagonal Fisher information at the weights as they are, and what a projector remembers.
 
         Args:
             batches: of the data.
             with_memory: whether a projector shall remember them; what is a matrix is then found anew, as other data
                 may use other parts of the model.
-            theta: the weights; those that the model has if it is None.
             held: the parameters that old data hold otherwise than by the spaces of a projector, which they go on to do.
             share: of the batches, drawn at random, that is measured; None for one that suits their number.
         """
@@ -255,8 +253,7 @@ class DataLoss:
                         finished.add(taps, frozenset(self.matrices or ()))
                     yield taps
 
-        there = nullcontext() if theta is None else self.at(theta)
-        with there, self.shared.whole(), in_evaluation(self._model):
+        with self.shared.whole(), in_evaluation(self._model):
             squares = square_sums(taps_of_batches())
             sums = {
                 name: squares[name].reshape(value.shape) if name in squares else torch.zeros_like(value)
@@ -269,13 +266,13 @@ class DataLoss:
         counted(units)
         return {name: value / units for name, value in sums.items()}, finished
 
-    def slope(self, batches: Batches, theta: Params, directions: Sequence[Params], share: float | None = 1.0) -> Tensor:
+    def slope(self, batches: Batches, theta: Params, directions: Sequence[Params]) -> Tensor:
         """Return the slopes of the mean loss along directions at these weights, [directions], in float64."""
         units, total = 0.0, [0.0] * len(directions)
         moves = [self.shared.gathered(direction) for direction in directions]
         with self.at(theta), self.shared.whole(), in_evaluation(self._model), torch.enable_grad():
             trained = self.trained
-            for batch in drawn(batches, share, length_of(batches)):
+            for batch in batches:
                 outputs, targets = self.run(batch)
                 seed = gradient_by_outputs(self.likelihood, outputs.detach(), targets, _own_gradient)
                 units += units_of(self.likelihood, outputs, targets)
@@ -286,12 +283,10 @@ class DataLoss:
         sums = self.shared.total(torch.tensor([*total, units], dtype=torch.float64))
         return sums[:-1] / counted(float(sums[-1]))
 
-    def along(
-        self, batches: Batches, theta: Params, directions: Sequence[Params], share: float | None = 1.0
-    ) -> tuple[Quadratic, str]:
+    def along(self, batches: Batches, theta: Params, directions: Sequence[Params]) -> tuple[Quadratic, str]:
         """Return the mean loss along directions from these weights, and how its curvature was measured."""
         if not isinstance(self.likelihood, Likelihood):
-            slopes = by_slopes(lambda moved, along: self.slope(batches, moved, along, share), theta, directions)
+            slopes = by_slopes(lambda moved, along: self.slope(batches, moved, along), theta, directions)
             return slopes, "a difference of slopes"
         count = len(directions)
         slope, curvature = torch.zeros(count, dtype=torch.float64), torch.zeros(count, count, dtype=torch.float64)
@@ -301,7 +296,7 @@ class DataLoss:
             for tree in ({name: theta[name] for name in self.trained}, *directions)
         )
         with self.shared.whole(), in_evaluation(self._model):
-            for batch in drawn(batches, share, length_of(batches)):
+            for batch in batches:
                 inputs, targets = self._split(batch)
 
                 def function(moved: Mapping[str, Tensor], inputs: Any = inputs) -> Tensor:

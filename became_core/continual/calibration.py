@@ -15,18 +15,19 @@ Convention: kappa is a factor of precisions, without a unit. It is invariant to 
 """
 
 from became_core.arrays import Params
-from became_core.laplace import LocalLoss, Precision
+from became_core.continual.measurement import Measurement
+from became_core.laplace import Precision
 
 __all__ = ["calibration"]
 
 
-def calibration(task: LocalLoss, curvature: Precision, movement: Params) -> float:
+def calibration(measurement: Measurement, curvature: Precision, movement: Params) -> float:
     """Return a task's exact curvature along another task's movement over that of its precision; 1 if that is 0.
 
     Args:
-        task: its loss at the weights at which its curvature is measured.
+        measurement: of the task, at the learner's weights.
         curvature: the task's curvature there.
         movement: of the other task, by parameter; of any length.
     """
     known = float(curvature.gram([movement])[0, 0])
-    return float(task.along([movement]).curvature[0, 0]) / known if known > 0 else 1.0
+    return float(measurement.along([movement]).curvature[0, 0]) / known if known > 0 else 1.0

@@ -13,7 +13,6 @@ optax = pytest.importorskip("optax")
 from adapters.jax import memory as memories  # noqa: E402
 from adapters.jax import own_loop  # noqa: E402
 from adapters.torch import Continual  # noqa: E402
-from became_core import BecameError  # noqa: E402
 from became_core.arrays import named_leaves  # noqa: E402
 from became_core.projection import GPM, SGP  # noqa: E402
 from tests.backends import load  # noqa: E402
@@ -114,48 +113,6 @@ def test_both_remember_step_merge_and_save_the_same(tmp_path: Path) -> None:
     assert report.promised == expected.promised
     np.testing.assert_allclose(report.trace, expected.trace, rtol=1e-8)
     _assert_alike(report.params, module)
-
-
-def test_both_calibrate_the_same() -> None:
-    """Three data sets, and weights that are placed by hand where training would have led."""
-    load("jax", "cpu")
-    torch.manual_seed(0)
-    module = _Perceptron().double()
-    for parameter in module.parameters():
-        parameter.data *= 0.5
-    learning = Continual(module, check=False)
-    memory, initial, optimizer = None, _as_tree(module), torch.optim.SGD(module.parameters(), RATE)
-
-    def place(seed: int) -> Any:
-        rng = np.random.default_rng(seed)
-        for parameter in module.parameters():
-            parameter.data += torch.from_numpy(0.3 * rng.normal(size=parameter.shape))
-        return _as_tree(module)
-
-    params, precisions = place(7), list[Any]()
-    for number in (1, 2, 3):
-        data = _data(number, 3)
-        of_torch = [tuple(map(torch.from_numpy, batch)) for batch in data]
-        if memory is not None:
-            with pytest.warns(UserWarning, match="have taken no step"), learning.stable(optimizer):
-                theta_gp = place(10 * number)
-            with learning.plastic():
-                theta_hat = place(10 * number + 1)
-            report = own_loop.merge(_apply, memory, theta_gp, theta_hat, data)
-            assert learning.merge(of_torch).alpha == pytest.approx(report.alpha, rel=1e-8)
-            params, memory = report.params, report.memory
-        learning.remember(of_torch)
-        begin = {"initial": initial} if memory is None else {"memory": memory}
-        memory = memories.remember(_apply, params, data, check=False, **begin)
-        assert learning.posterior is not None
-        assert memory.calibration.is_done == (number > 1)
-        precisions.append(memory.posterior.precision.diagonal())
-        for name, value in learning.posterior.precision.diagonal().items():
-            np.testing.assert_allclose(precisions[-1][name], value, rtol=1e-8, atol=1e-14)
-    with pytest.raises(BecameError, match="are those before the first data; leave them out with a memory"):
-        memories.remember(_apply, params, data, memory=memory, initial=initial)
-    with pytest.raises(BecameError, match=r"the initial parameters are of another architecture: .*'last\.bias'"):
-        memories.remember(_apply, params, data, initial={"first": initial["first"]})
 
 
 def test_both_remember_the_same_of_an_adams_second_moments() -> None:

@@ -11,7 +11,7 @@ from adapters.torch.tapping import collect_taps
 from became_core.curvature import TapMode, Taps, diagonal_fisher, logit_cotangents
 from tests.conformance import fresh_rng
 
-__all__ = ["assert_exact", "autograd_gradients", "kappa_by_brute_force", "secant_by_brute_force", "taps_of"]
+__all__ = ["assert_exact", "autograd_gradients", "secant_by_brute_force", "taps_of"]
 
 
 def autograd_gradients(network: nn.Module, samples: Tensor, labels: Tensor) -> dict[str, Tensor]:
@@ -47,42 +47,16 @@ def assert_exact(network: nn.Module, samples: Tensor, labels: Tensor) -> None:
         torch.testing.assert_close(found[name], expected[name].square().mean(0), rtol=1e-9, atol=1e-14)
 
 
-def _logits_at(model: nn.Module, theta: Mapping[str, Tensor], inputs: Tensor) -> Tensor:
-    """The logits of a model that is given these weights."""
-    with torch.no_grad():
-        for name, value in model.named_parameters():
-            value.copy_(theta[name])
-    outputs: Tensor = model.eval()(inputs)
-    return outputs
-
-
-def kappa_by_brute_force(
-    model: nn.Module, theta: Mapping[str, Tensor], along: Mapping[str, Tensor], data: Sequence[tuple[Tensor, Tensor]]
-) -> float:
-    """The exact curvature along a direction at theta over that of the diagonal; the model is left at theta."""
-    inputs, targets = (torch.cat(side) for side in zip(*data, strict=True))
-    step = 1e-5
-    with torch.no_grad():
-        ends = [{n: v + sign * step * along[n] for n, v in theta.items()} for sign in (1, -1)]
-        ahead, behind = (_logits_at(model, end, inputs) for end in ends)
-        moved, p = (ahead - behind) / (2 * step), _logits_at(model, theta, inputs).softmax(1)
-    exact = float(((p * moved.square()).sum(1) - (p * moved).sum(1).square()).mean())
-    gradients = autograd_gradients(model, inputs, targets)
-    return exact / sum(float((gradients[n].square().mean(0) * along[n].square()).sum()) for n in along)
-
-
 def secant_by_brute_force(
     model: nn.Module,
     theta_gp: Mapping[str, Tensor],
     theta_hat: Mapping[str, Tensor],
     learning: Continual,
     new: Sequence[tuple[Tensor, Tensor]],
-    kappa: float | None = None,
 ) -> tuple[float, float]:
     """The secant's slope b at theta_gp and curvature c; the model is left at theta_hat.
 
-    New slopes are taken at both ends, and the old side is scaled by kappa, or by the new task's exact curvature along
-    the way over the diagonal one.
+    New slopes are taken at both ends, and the old side is scaled by the exact curvature over the diagonal one.
     """
     inputs, targets = (torch.cat(side) for side in zip(*new, strict=True))
     assert learning.posterior is not None
@@ -91,7 +65,12 @@ def secant_by_brute_force(
     weights = dict(model.named_parameters())
 
     def at(theta: Mapping[str, Tensor]) -> Tensor:
-        return _logits_at(model, theta, inputs)
+        """The logits of a model that has these weights."""
+        with torch.no_grad():
+            for name, value in theta.items():
+                weights[name].copy_(value)
+        outputs: Tensor = model.eval()(inputs)
+        return outputs
 
     def slope(theta: Mapping[str, Tensor]) -> float:
         loss = functional.cross_entropy(at(theta), targets)
@@ -99,9 +78,16 @@ def secant_by_brute_force(
         pairs = zip(weights, gradients, strict=True)
         return sum(float((g.to_dense() * delta[name]).sum()) for name, g in pairs if g is not None)
 
+    step = 1e-5
+    with torch.no_grad():
+        moved = [at({n: v + sign * step * delta[n] for n, v in theta_hat.items()}) for sign in (1, -1)]
+        along, p = (moved[0] - moved[1]) / (2 * step), at(theta_hat).softmax(1)
+    exact = float(((p * along.square()).sum(1) - (p * along).sum(1).square()).mean())
+    gradients = autograd_gradients(model, inputs, targets)
+    diagonal = sum(float((gradients[n].square().mean(0) * delta[n].square()).sum()) for n in delta)
     old = learning.posterior.precision.diagonal()
     offset = {n: theta_gp[n] - learning.posterior.mean[n] for n in delta}
-    kappa = kappa_by_brute_force(model, theta_hat, delta, new) if kappa is None else kappa
+    kappa = exact / diagonal
     start, bend = slope(theta_gp), slope(theta_hat) - slope(theta_gp)
     if bend < 0:  # no parabola has both slopes; that with the loss's fall has its minimum at theta_hat
         losses = [float(functional.cross_entropy(at(theta).detach(), targets)) for theta in (theta_gp, theta_hat)]

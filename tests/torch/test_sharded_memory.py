@@ -43,7 +43,7 @@ def learning() -> Continual:
 
 def _arrays(learning: Continual) -> dict[str, Any]:
     assert learning.posterior is not None
-    return memory_arrays(learning.posterior, learning.projector, learning.calibration)
+    return memory_arrays(learning.posterior, learning.projector)
 
 
 def test_an_older_pytorch_is_one_sentence(learning: Continual, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
