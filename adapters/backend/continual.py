@@ -29,6 +29,9 @@ __all__ = ["ContinualModel", "ModelData"]
 # How many batches a loss is compared with.
 COMPARED = 20
 
+# The identities of parameters whose steps are projected now.
+_IN_STABLE_TRAINING: set[int] = set()
+
 
 class ModelData(NewTaskData, Protocol):
     """A model's loss on batches, and the model's parameters.
@@ -258,13 +261,29 @@ class ContinualModel(ABC):
         return {name: (mean[name], self.penalty * value) for name, value in precision.items()}
 
     @contextmanager
-    def _stable(self) -> Iterator[None]:
-        """Mark the time in which the steps of optimizers are projected."""
+    def _stable(self, owners: Mapping[str, Any]) -> Iterator[None]:
+        """Mark the time in which the steps of optimizers are projected.
+
+        Args:
+            owners: the framework's own parameters.
+
+        Raises:
+            BecameError: if another object projects the steps of one of them: the second projection of a step may lead
+                back into what the first one keeps it out of.
+        """
+        for name, owner in owners.items():
+            if id(owner) in _IN_STABLE_TRAINING:
+                raise BecameError(
+                    f"'{name}' is in stable training of another Continual; let one of them remember all old data."
+                )
+        here = {id(owner) for owner in owners.values()}
+        _IN_STABLE_TRAINING.update(here)
         self._is_stable = True
         try:
             yield
         finally:
             self._is_stable = False
+            _IN_STABLE_TRAINING.difference_update(here)
 
     def _check_not_stable(self, what: str) -> None:
         if self._is_stable:

@@ -173,8 +173,9 @@ class Continual(ContinualModel):
         Raises:
             BecameError: before anything is remembered; if there is no optimizer, or it overwrites the weights by their
                 running mean, or steps no variable of the model; if a parameter was not trained then, or its layer has
-                another name now, or has a constraint; or, at the end, if steps were taken by a function that was
-                compiled before, or anything but these optimizers has changed weights.
+                another name now, or has a constraint, or is in stable training of another object; or, at the end, if
+                steps were taken by a function that was compiled before, or anything but these optimizers has changed
+                weights.
         """
         self._check_not_stable("stable training")
         self._data.retrace()
@@ -191,17 +192,17 @@ class Continual(ContinualModel):
         self._warn_of_replaced(self._variables, self._is_as_remembered)
         # What fit has compiled before takes steps that are not observed, so it must compile anew; and once more at the
         # end, since the model may have been given another optimizer in between.
-        self.model.train_function = None
-        try:
-            with ExitStack() as stack:
-                stack.enter_context(self._stable())
-                for optimizer, guard in zip(steppers, guards, strict=True):
-                    stack.enter_context(observed(optimizer, guard))
-                yield
-            witness.at_end()
-        finally:
+        with self._stable(self._variables):
             self.model.train_function = None
-            self._theta_gp = self._data.weights()
+            try:
+                with ExitStack() as stack:
+                    for optimizer, guard in zip(steppers, guards, strict=True):
+                        stack.enter_context(observed(optimizer, guard))
+                    yield
+                witness.at_end()
+            finally:
+                self.model.train_function = None
+                self._theta_gp = self._data.weights()
 
     def _check_no_constraint(self) -> None:
         """Raise a BecameError if Keras holds a weight to a constraint in each step, which a correction may break."""

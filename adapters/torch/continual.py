@@ -203,8 +203,9 @@ class Continual(ContinualModel):
 
         Raises:
             BecameError: before anything is remembered; if there is no optimiser, or one has no parameter of the model;
-                if a parameter has another shape than then, or was frozen then; if anything beside the steps of
-                these optimisers is seen to change weights, before the second step or at the end.
+                if a parameter has another shape than then, or was frozen then, or is in stable training of another
+                object; if anything beside the steps of these optimisers is seen to change weights, before the second
+                step or at the end.
         """
         self._check_not_stable("stable training")
         self._check_as_remembered()
@@ -214,7 +215,7 @@ class Continual(ContinualModel):
         witness = Witness(self._data.trained, guards)
         self._warn_of_replaced(self._data.trained, self._is_as_remembered)
         with ExitStack() as stack:
-            stack.enter_context(self._stable())
+            stack.enter_context(self._stable(self._data.trained))
             for guard in guards:
                 for before in (witness.before_step, guard.before_step):
                     stack.callback(guard.optimizer.register_step_pre_hook(before).remove)

@@ -293,6 +293,12 @@ def test_what_else_changes_weights_is_noticed() -> None:
 
     with pytest.raises(BecameError, match=f"'last.*{CHANGED}"), learning.stable(body):
         step(*_data(2, 1)[0])
+    other = Continual(model, check=False)
+    other.remember(_data(1, 1))
+    with learning.stable(body), pytest.raises(BecameError, match="is in stable training of another Continual"):
+        other.stable(body).__enter__()
+    with pytest.raises(BecameError, match="plastic training comes after stable training"), other.plastic():
+        pass
     averaging = keras.optimizers.SGD(0.3, use_ema=True)
     with (
         pytest.raises(BecameError, match="overwrites the weights by their running mean"),

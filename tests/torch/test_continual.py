@@ -964,6 +964,24 @@ def test_the_first_look_refuses_a_derivative_that_is_wrong_forwards() -> None:
         Continual(_WrongForwards().double()).remember(_data(1))
 
 
+def test_no_two_memories_project_the_steps_of_one_parameter() -> None:
+    """The second projection of a step could lead back into what the first one keeps it out of."""
+    model, batches = _network("perceptron"), _data(1)
+    optimizer, both = torch.optim.SGD(model.parameters(), 0.1), [Continual(model) for _ in range(2)]
+    for learning in both:
+        learning.remember(batches)
+    with (
+        both[0].stable(optimizer),
+        pytest.raises(BecameError, match=r"'0\.weight' is in stable training of another Continual; let one of them"),
+    ):
+        both[1].stable(optimizer).__enter__()
+    with pytest.raises(BecameError, match="plastic training comes after stable"), both[1].plastic():
+        pass
+    for learning in both:  # one after the other
+        with learning.stable(optimizer):
+            _train(model, optimizer, batches)
+
+
 def test_what_cannot_be_done_is_said_in_a_sentence() -> None:
     model, batches = _network("perceptron"), _data(1)
     learning, optimizer = Continual(model), torch.optim.SGD(model.parameters(), 0.1)
