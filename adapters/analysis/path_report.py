@@ -20,6 +20,7 @@ from became_core import BecameError
 from became_core.continual import Along, alpha_estimates
 
 __all__ = [
+    "calibration_table",
     "curve_table",
     "estimated_alphas",
     "estimator_table",
@@ -95,6 +96,33 @@ def regret_table(result: RunResult, what: Literal["accuracy", "loss"]) -> Table:
     return Table(title, [*columns, Column("mean", digits)], rows)
 
 
+def calibration_table(result: RunResult) -> Table:
+    """Return by how much the old tasks' true slope and curvature exceed those of their diagonals, at each merge.
+
+    The curvature's ratio is what kappa stands for. Beside it is kappa as ``Secant`` measures it on the new task, along
+    the task's own movement. A ratio to a slope that is zero is not shown.
+
+    Args:
+        result: a run whose paths were traced.
+    """
+    columns = [Column("into task", 0), Column("κ, of the new task", 2)]
+    columns += [
+        Column(f"true {what} / that of {side}", 2) for side in _KNOWN.values() for what in ("curvature", "slope")
+    ]
+    rows: list[list[Cell]] = []
+    for task, path in zip(traced_tasks(result), result.paths, strict=True):
+        new, old = ({name: Along(*along) for name, along in path[side].items()} for side in ("new", "old"))
+        pairs = [(new["exact"].curvature, new["diagonal"].curvature)]
+        for side in _KNOWN:
+            pairs += [(old["exact"].curvature, old[side].curvature), (old["exact"].slope, old[side].slope)]
+        rows.append([str(task), *(Estimate((true / known,)) if known else None for true, known in pairs)])
+    return Table(f"{result.method}-seed{result.seed}: what the old tasks' approximations miss", columns, rows)
+
+
+# The approximations of the old tasks' loss that a continual learner can keep, and what a table calls them.
+_KNOWN = {"diagonal": "the diagonal", "kronecker": "Kronecker factors"}
+
+
 def curve_table(result: RunResult) -> Table:
     """Return what the curve beside the segment promised at each merge and what it gave.
 
@@ -141,6 +169,7 @@ def write_paths(outs: Sequence[Path], into: Path | None = None) -> tuple[list[Ta
     written: list[Path] = []
     for out, run in traced:
         tables += [path_table(run), estimator_table(run), regret_table(run, "accuracy"), regret_table(run, "loss")]
+        tables.append(calibration_table(run))
         tables += [curve_table(run)] if all(path.get("curve") for path in run.paths) else []
         stem = f"paths-{run.method}-seed{run.seed}"
         ends = chain(("", f"-{out.name}"), (f"-{out.name}-{number}" for number in count(2)))

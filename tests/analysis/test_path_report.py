@@ -7,7 +7,7 @@ import pytest
 
 from adapters.analysis.bootstrap import Estimate
 from adapters.analysis.figures.training import plot_path
-from adapters.analysis.path_report import curve_table, path_table, regret, regret_table
+from adapters.analysis.path_report import calibration_table, curve_table, path_table, regret, regret_table
 from adapters.cli.__main__ import main as became
 from adapters.cli.main import main
 from adapters.torch.run import BACKEND
@@ -71,6 +71,24 @@ def test_the_regret_of_each_merge_is_how_far_its_best_traced_point_is() -> None:
     assert by_accuracy["constant 1"].values[0] == pytest.approx(1.25)
 
 
+def test_what_approximations_miss_is_the_truth_over_them() -> None:
+    """A slope of an approximation that is zero has no ratio."""
+    new = {"exact": [0.0, 6.0], "diagonal": [0.0, 4.0]}
+    old = {"exact": [0.5, 8.0], "diagonal": [0.25, 2.0], "kronecker": [0.0, 16.0]}
+    traced = run(alpha=[None, 0.25], paths=[path() | {"new": new, "old": old}])
+    table = calibration_table(traced)
+    assert [column.heading for column in table.columns[1:]] == [
+        "κ, of the new task",
+        "true curvature / that of the diagonal",
+        "true slope / that of the diagonal",
+        "true curvature / that of Kronecker factors",
+        "true slope / that of Kronecker factors",
+    ]
+    ((task, *ratios),) = table.rows
+    assert task == "2"
+    assert [cell.values[0] if isinstance(cell, Estimate) else cell for cell in ratios] == [1.5, 4.0, 2.0, 0.5, None]
+
+
 def test_what_the_curve_promised_is_held_against_what_it_gave() -> None:
     """The truth at the segment's alpha by diagonals, 1/2 here, minus that at the middle of the curve."""
     kinds = ("exact", "exact, with gradient", "secant", "batch", "diagonal", "kronecker", "diagonal, without head")
@@ -105,6 +123,7 @@ def test_paths_of_finished_runs_are_tables_and_figures(tmp_path: Path, capsys: p
     for words in ("the truth along the merging paths", "regret in points of accuracy, merge by merge", "the run"):
         assert words in shown
     assert "the curve beside the segment" in shown
+    assert "what the old tasks' approximations miss" in shown
     figure = tmp_path / "out" / "paths-became-seed0.svg"
     assert str(figure) in shown
     assert b"<svg" in figure.read_bytes()[:400]
