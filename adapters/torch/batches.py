@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from adapters.backend.batches import Reader
-from adapters.torch.layers import modes_kept
+from adapters.torch.layers import buffers_kept, modes_kept
 from adapters.torch.shared_model import first_changed, lengths_of
 from became_core import BecameError
 
@@ -126,13 +126,15 @@ def tensors_of(tree: Any) -> Iterator[Tensor]:
 def in_evaluation(model: nn.Module) -> Iterator[None]:
     """Put a model into evaluation mode, and every module back into the mode that it was in.
 
+    Buffers get the values back that they had: a model may count its calls, or keep what it has seen.
+
     Raises:
         BecameError: if a module changes weights when its mode changes, as adapters do that merge themselves.
     """
     switching = [layer for layer in model.modules() if getattr(layer.train, "__func__", None) is not nn.Module.train]
     inside = {id(value) for layer in switching for value in layer.parameters() if value.is_floating_point()}
     weights = {name: value for name, value in model.named_parameters() if id(value) in inside}
-    with modes_kept(model):
+    with buffers_kept(model), modes_kept(model):
         before, modes = lengths_of(weights), [layer.training for layer in switching]
         model.eval()
         try:

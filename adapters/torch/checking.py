@@ -4,8 +4,8 @@ Convention: parameters go by the names that the network's own ``named_parameters
 """
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from adapters.backend.checking import STEPS, agreement
 from adapters.backend.own_loop import Finding
 from adapters.torch.batches import samples_of
 from adapters.torch.derivatives import Derivatives
-from adapters.torch.layers import gradients_of, modes_kept
+from adapters.torch.layers import buffers_kept, gradients_of, modes_kept
 from adapters.torch.tapping import Names, collect_taps, owners_of
 from became_core import BecameError
 from became_core.arrays import Params
@@ -187,19 +187,3 @@ def agreement_of(
                 passes.append(module(images))
         findings.append(agreement(passes[0], passes[1], "training" if training else "evaluation"))
     return findings
-
-
-@contextmanager
-def buffers_kept(module: nn.Module) -> Iterator[None]:
-    """Give a module's buffers the values back that they had, and those tensors that it had."""
-    with ExitStack() as stack:
-        for layer in module.modules():
-            for name, buffer in layer.named_buffers(recurse=False):
-                stack.callback(_restore, layer, name, buffer, buffer.clone())
-        yield
-
-
-@torch.no_grad()
-def _restore(layer: nn.Module, name: str, buffer: Tensor, value: Tensor) -> None:
-    buffer.copy_(value)
-    setattr(layer, name, buffer)

@@ -7,7 +7,7 @@ batch norm has them.
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from math import prod
 from typing import Any
 
@@ -20,6 +20,7 @@ from became_core.errors import first_line
 __all__ = [
     "Statistics",
     "batch_statistics",
+    "buffers_kept",
     "constant_statistics",
     "estimate_statistics",
     "gradients_of",
@@ -150,6 +151,22 @@ def modes_kept(module: nn.Module) -> Iterator[None]:
     finally:
         for layer, mode in modes:
             layer.training = mode
+
+
+@contextmanager
+def buffers_kept(module: nn.Module) -> Iterator[None]:
+    """Give a module's buffers the values back that they had, and those tensors that it had."""
+    with ExitStack() as stack:
+        for layer in module.modules():
+            for name, buffer in layer.named_buffers(recurse=False):
+                stack.callback(_restore, layer, name, buffer, buffer.clone())
+        yield
+
+
+@torch.no_grad()
+def _restore(layer: nn.Module, name: str, buffer: Tensor, value: Tensor) -> None:
+    buffer.copy_(value)
+    setattr(layer, name, buffer)
 
 
 @torch.no_grad()

@@ -964,6 +964,40 @@ def test_the_first_look_refuses_a_derivative_that_is_wrong_forwards() -> None:
         Continual(_WrongForwards().double()).remember(_data(1))
 
 
+def test_measurements_leave_buffers_as_they_were() -> None:
+    """A model may change buffers in evaluation, in place or by another tensor."""
+
+    class Counting(nn.Module):
+        calls: Tensor
+        last: Tensor
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(WIDTH, CLASSES)
+            self.register_buffer("calls", torch.zeros((), dtype=torch.long))
+            self.register_buffer("last", torch.zeros(WIDTH), persistent=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            self.last = x.detach().mean(0)
+            outputs: Tensor = self.fc(x)
+            return outputs
+
+    model, batches = Counting().double(), _data(1)
+    learning, optimizer, last = Continual(model), torch.optim.SGD(model.parameters(), 0.1), model.last
+    learning.remember(batches)
+    assert model.last is last
+    assert (int(model.calls), float(last.abs().max())) == (0, 0)
+    with learning.stable(optimizer):
+        _train(model, optimizer, batches)
+    with learning.plastic():
+        _train(model, optimizer, batches)
+    calls, last = int(model.calls), model.last.clone()
+    learning.merge(batches, trace=3)
+    assert int(model.calls) == calls > 0
+    torch.testing.assert_close(model.last, last, rtol=0, atol=0)
+
+
 def test_no_two_memories_project_the_steps_of_one_parameter() -> None:
     """The second projection of a step could lead back into what the first one keeps it out of."""
     model, batches = _network("perceptron"), _data(1)
