@@ -109,8 +109,11 @@ class ContinualModel(ABC):
         check_settings(self.projector, uncovered, penalty, decay, fisher)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return what is copied and pickled: all but references to the framework's own parameters."""
-        return vars(self) | {"_owners": {}}
+        """Return what is copied and pickled: all but references to the framework's own parameters.
+
+        A copy that is made in stable training is in none: nobody projects the steps of its model.
+        """
+        return vars(self) | {"_owners": {}, "_is_stable": False}
 
     @property
     def likelihood(self) -> Any:

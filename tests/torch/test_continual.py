@@ -1,9 +1,11 @@
 """``Continual`` against brute force in double precision: what it remembers, what it projects, how it merges."""
 
+import copy
 import importlib
 import importlib.util
 import json
 import math
+import pickle
 import warnings
 from collections import UserDict
 from collections.abc import Callable, Iterator
@@ -962,6 +964,19 @@ class _WrongForwards(nn.Module):
 def test_the_first_look_refuses_a_derivative_that_is_wrong_forwards() -> None:
     with pytest.raises(BecameError, match="fails its first look: a derivative, by forward mode"):
         Continual(_WrongForwards().double()).remember(_data(1))
+
+
+def test_a_copy_that_is_made_in_stable_training_is_in_none() -> None:
+    model, batches = _network("perceptron"), _data(1)
+    learning, optimizer = Continual(model), torch.optim.SGD(model.parameters(), 0.1)
+    learning.remember(batches)
+    with learning.stable(optimizer):
+        copies = [pickle.loads(pickle.dumps(learning)), copy.deepcopy(learning)]
+    for again in copies:
+        again.remember(batches)
+        optimizer = torch.optim.SGD(again.model.parameters(), 0.1)
+        with again.stable(optimizer):
+            _train(again.model, optimizer, batches)
 
 
 def test_measurements_leave_buffers_as_they_were() -> None:
