@@ -111,7 +111,7 @@ def calibration_table(result: RunResult) -> Table:
     ]
     rows: list[list[Cell]] = []
     for task, path in zip(traced_tasks(result), result.paths, strict=True):
-        new, old = ({name: Along(*along) for name, along in path[side].items()} for side in ("new", "old"))
+        new, old = _sides(path)
         pairs = [(new["exact"].curvature, new["diagonal"].curvature)]
         for side in _KNOWN:
             pairs += [(old["exact"].curvature, old[side].curvature), (old["exact"].slope, old[side].slope)]
@@ -185,13 +185,16 @@ def write_paths(outs: Sequence[Path], into: Path | None = None) -> tuple[list[Ta
 
 def estimated_alphas(paths: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
     """Return each estimator's alpha at each merge, the best traced alpha by loss among them."""
-    estimates = []
-    for path in paths:
-        new, old = ({name: Along(*along) for name, along in path[side].items()} for side in ("new", "old"))
-        estimates.append(alpha_estimates(new, old))
+    estimates = [alpha_estimates(*_sides(path)) for path in paths]
     alphas = {name: [estimate[name] for estimate in estimates] for name in estimates[0]}
     best = [min(path["points"], key=lambda point: point["loss"])["alpha"] for path in paths]
     return alphas | {"grid, by loss": best}
+
+
+def _sides(path: Mapping[str, Any]) -> tuple[dict[str, Along], dict[str, Along]]:
+    """Return the loss of the new task and of the old ones along a path, by each way to measure it."""
+    new, old = ({name: Along(*along) for name, along in path[side].items()} for side in ("new", "old"))
+    return new, old
 
 
 def regret(paths: Sequence[Mapping[str, Any]], alphas: Sequence[float], what: str) -> float:

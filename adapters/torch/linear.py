@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from adapters.backend import projected_by_rows
 from adapters.torch.graph import Graph, Use, graph_of
+from adapters.torch.layers import buffers_kept
 from became_core.continual import Constraint, Optimiser
 from became_core.projection import Projector, Region
 
@@ -81,19 +82,14 @@ def plain_linear_layers(network: nn.Module, names: dict[nn.Module, str], argumen
         own[module].add(output.grad_fn)
         return output
 
-    buffers = {name: value.clone() for name, value in network.named_buffers()}
     try:
         for module in layers:
             vars(module)["forward"] = partial(forward, module)
-        with torch.random.fork_rng(devices=[]), torch.enable_grad():
+        with buffers_kept(network), torch.random.fork_rng(devices=[]), torch.enable_grad():
             graph = graph_of(network(*arguments), {name: module.weight for module, name in layers.items()})
     finally:
         for module in layers:
             del vars(module)["forward"]
-        with torch.no_grad():
-            for name, value in network.named_buffers():
-                if name in buffers and value.shape == buffers[name].shape:
-                    value.copy_(buffers[name])
     plain: set[nn.Module] = set()
     for module, name in layers.items():
         nodes = {use.node for use in graph.uses.get(name, ()) if isinstance(use, Use) and use.kind == "matrix"}

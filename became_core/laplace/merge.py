@@ -157,7 +157,7 @@ def merge(theta_gp: Tree, theta_hat: Tree, alpha: Array | Tree | float) -> Tree:
     the two models agree (another task's head, say), at any alpha. Integers and booleans, such as a batch norm's
     ``num_batches_tracked``, are carried over from the nearer model. Statistics such as ``running_mean`` lie between
     those of the models; they are not those of the merged model, which are estimated from data. A weight that is
-    infinite in one of the models is not a number afterwards.
+    infinite in one of the models becomes infinite or not a number.
 
     Args:
         theta_gp: the stable weights, an array or a tree of arrays.
