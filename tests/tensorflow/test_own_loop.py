@@ -276,7 +276,7 @@ CHANGED = r"changed in stable training by something else than the steps of the o
 
 
 def test_what_else_changes_weights_is_noticed() -> None:
-    """A model that is compiled anew has another optimizer; and one of two may be forgotten."""
+    """A model that is compiled anew has another optimizer; and one of two optimizers may be forgotten."""
     model = _compiled(_perceptron())
     learning = Continual(model, check=False)
     learning.remember(_data(1, 1))
@@ -293,17 +293,23 @@ def test_what_else_changes_weights_is_noticed() -> None:
 
     with pytest.raises(BecameError, match=f"'last.*{CHANGED}"), learning.stable(body):
         step(*_data(2, 1)[0])
-    other = Continual(model, check=False)
-    other.remember(_data(1, 1))
-    with learning.stable(body), pytest.raises(BecameError, match="is in stable training of another Continual"):
-        other.stable(body).__enter__()
-    with pytest.raises(BecameError, match="plastic training comes after stable training"), other.plastic():
-        pass
     averaging = keras.optimizers.SGD(0.3, use_ema=True)
     with (
         pytest.raises(BecameError, match="overwrites the weights by their running mean"),
         learning.stable(averaging),
     ):
+        pass
+
+
+def test_one_model_is_in_stable_training_of_one_memory_at_a_time() -> None:
+    """The second projection would undo what the first has projected out."""
+    model = _compiled(_perceptron())
+    one, other = Continual(model, check=False), Continual(model, check=False)
+    for learning in (one, other):
+        learning.remember(_data(1, 1))
+    with one.stable(), pytest.raises(BecameError, match="is in stable training of another Continual"):
+        other.stable().__enter__()
+    with pytest.raises(BecameError, match="plastic training comes after stable training"), other.plastic():
         pass
 
 
