@@ -138,10 +138,12 @@ class OGD(Projector):
         blocks = [min(block, share) for block, share in zip(self.blocks, shares, strict=False)]
         gradients = self._first_of_each_task(blocks)
         if shares[-1]:
-            gradients = _extended(gradients, task.logit_gradients(self.samples), shares[-1])
+            gradients, gram = _extended(gradients, task.logit_gradients(self.samples), shares[-1])
+        else:
+            gram = _gram(gradients)
         array = next(leaf.arrays[0] for leaf in gradients.values())
         xp: Any = namespace(gradients=array)
-        t = xp.asarray(_whitening(_gram(gradients)), dtype=xp.result_type(xp.float64), device=device(array))
+        t = xp.asarray(_whitening(gram), dtype=xp.result_type(xp.float64), device=device(array))
         blocks.append(_count(gradients) - sum(blocks))
         return replace(self, blocks=tuple(blocks), gradients=gradients, whitening=t)
 
@@ -190,8 +192,10 @@ class OGD(Projector):
         return {name: leaf[first].joined([leaf[other] for other in others]) for name, leaf in self.gradients.items()}
 
 
-def _extended(known: Gradients, batches: Iterable[Mapping[str, Array | Products]], share: int) -> Gradients:
-    """Return what is known, and after it at most ``share`` gradients of batches.
+def _extended(
+    known: Gradients, batches: Iterable[Mapping[str, Array | Products]], share: int
+) -> tuple[Gradients, NDArray[np.float64]]:
+    """Return what is known, and after it at most ``share`` gradients of batches; and the inner products of all.
 
     Gradients are chosen whenever there are more than twice the share, which bounds the memory by that and one batch.
     """
@@ -199,7 +203,7 @@ def _extended(known: Gradients, batches: Iterable[Mapping[str, Array | Products]
     for batch in batches:
         given, gradients = True, _joined(gradients, batch)
         if _count(gradients) - old > 2 * share:
-            gradients = _chosen(gradients, old, share)
+            gradients, _ = _chosen(gradients, old, share)
     if not given:
         raise BecameError("OGD remembers a task by its samples' gradients; none was given.")
     return _chosen(gradients, old, share)
@@ -235,19 +239,23 @@ def _after(name: str, known: SampleGradients, new: SampleGradients) -> SampleGra
     return known.joined([new])
 
 
-def _chosen(gradients: Gradients, old: int, most: int) -> Gradients:
-    """Return the first ``old`` gradients, and at most so many of the others: those farthest from the span so far."""
+def _chosen(gradients: Gradients, old: int, most: int) -> tuple[Gradients, NDArray[np.float64]]:
+    """Return the first ``old`` gradients and at most so many others, those farthest from the span; and inner products.
+
+    The inner products are of the gradients that are returned.
+    """
     epsilon = max(_epsilon(array) for leaf in gradients.values() for array in leaf.arrays)
     # A gradient is a direction of its own if more than this share of its energy is outside the span. Rounding of an
     # inner product is ``epsilon``, and T magnifies it by the inverse root of the share.
-    chosen = _farthest(_gram(gradients), old, most, floor=epsilon**0.5)
-    if chosen == list(range(old, _count(gradients))):
-        return gradients
+    gram = _gram(gradients)
+    chosen = [*range(old), *_farthest(gram, old, most, floor=epsilon**0.5)]
+    if chosen == list(range(_count(gradients))):
+        return gradients, gram
     taken = {}
     for name, leaf in gradients.items():
         xp: Any = namespace(gradients=leaf.arrays[0])
-        taken[name] = leaf.take(xp.asarray([*range(old), *chosen], dtype=xp.int64, device=device(leaf.arrays[0])))
-    return taken
+        taken[name] = leaf.take(xp.asarray(chosen, dtype=xp.int64, device=device(leaf.arrays[0])))
+    return taken, gram[np.ix_(chosen, chosen)]
 
 
 def _farthest(gram: NDArray[np.float64], old: int, most: int, floor: float) -> list[int]:
