@@ -68,7 +68,7 @@ def test_memory_holds_at_most_twice_the_share_and_one_batch(xp: Any, monkeypatch
     counts = []
     chosen = ogd._chosen
 
-    def observed(gradients: dict[str, Any], old: int, most: int) -> dict[str, Any]:
+    def observed(gradients: dict[str, Any], old: int, most: int) -> tuple[dict[str, Any], Any]:
         counts.append(ogd._count(gradients))
         return chosen(gradients, old, most)
 
