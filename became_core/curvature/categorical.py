@@ -86,8 +86,6 @@ class Categorical(Likelihood):
 
     def count(self, targets: Array) -> float:
         """Return the number of samples or of positions that count; weighed, if classes have weights."""
-        if self.is_plain:
-            return float(targets.shape[0])
         counted = self._own(targets) != self.ignored
         xp: Any = namespace(targets=targets)
         if self.weights is None:

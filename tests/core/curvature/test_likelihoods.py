@@ -155,6 +155,7 @@ def test_units_are_samples_or_weights(xp: Any) -> None:
     assert Categorical(weights=WEIGHTS).units(outputs, labels) == 0.5 + 1 + 2 + 1
     tokens, ignored = to_xp(xp, np.zeros((2, 3, 3))), to_xp(xp, np.asarray([[0, -100, 1], [-100] * 3]))
     assert Categorical().units(tokens, ignored) == 1
+    assert Categorical().count(ignored) == 1
     assert Gaussian(1.0).units(outputs, outputs) == Bernoulli().units(outputs, outputs) == 4
 
 
