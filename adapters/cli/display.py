@@ -262,7 +262,7 @@ class RunProgress(Events):
     def _show_task(self, event: TaskEnd) -> None:
         alpha = "" if event.alpha is None else f"  alpha {event.alpha:.3f}"
         if event.temperature is not None:
-            alpha += f"  temperature {event.temperature:.3f}"
+            alpha += f"  curvature x {event.temperature:.3f}"
         measured = [math.isfinite(accuracy) for accuracy in event.accuracy]
         what, values = ("accuracy", event.accuracy) if all(measured) else ("loss", event.loss)
         scores = " ".join(f"{value:.{1 if what == 'accuracy' else 3}f}" for value in values)

@@ -91,7 +91,8 @@ class TaskEnd:
             empty if it does neither.
         correlation: the correlation of predictions with the targets of each task so far; empty unless outputs predict
             numbers.
-        temperature: what the task's curvature was multiplied by, as ``tempering`` says; None if nothing was.
+        temperature: what the task's curvature was multiplied by: its kappa (``calibration``), its temperature
+            (``tempering``), or both; None if it was by neither.
     """
 
     task: int
@@ -127,8 +128,8 @@ class RunRecord:
         correlation: the correlation of predictions with targets [T, T]; [t, i] is that on task i after task t, NaN for
             i > t, where the targets are constant, and for tasks that an earlier version learned. It is empty unless
             outputs predict numbers.
-        temperatures: for each task after the first, what its curvature was multiplied by, as ``tempering`` says; empty
-            if nothing was. The tasks that an earlier version learned are left out.
+        temperatures: for each task after the first, what its curvature was multiplied by, as ``TaskEnd`` says; empty if
+            nothing was. The tasks that an earlier version learned are left out.
     """
 
     accuracy: NDArray[np.float64]

@@ -139,7 +139,7 @@ def test_without_a_terminal_every_event_is_one_plain_line() -> None:
         "became-seed0  task 1/2 learned  accuracy 90.0",
         "became-seed0  task 2/2  stage 1  epoch 1/1  loss 0.5000  lr 0.05",
         "became-seed0  task 2/2  stage 2  epoch 1/1  loss 0.5000  lr 0.05",
-        "became-seed0  task 2/2 learned  alpha 0.625  temperature 0.250  accuracy 80.0 95.0",
+        "became-seed0  task 2/2 learned  alpha 0.625  curvature x 0.250  accuracy 80.0 95.0",
         "became-seed0  the protected space of conv1.weight is full: no update is left for it in stage 1",
         "became-seed0  the protected space of fc2.weight is full: no update is left for it in stage 1",
     ]
