@@ -124,7 +124,7 @@ class _ByCurvature(_Tempered):
         precision: the curvatures that the merge is computed from: both sides' diagonals, both sides' Kronecker factors,
             or the new task's exact curvature along the path and the old tasks' diagonal. That is calibrated at each
             merge, along the path of the task that is merged (exact), or once for each task when it is remembered, along
-            the path of the task before (across).
+            the path of the task before (across, which is for long training).
     """
 
     fisher: FisherTargets = setting("empirical")
