@@ -158,6 +158,12 @@ def say_changed(name: str, *, has_stepped: bool) -> None:
     )
 
 
+_STABLE_KEPT = (
+    " This keeps the stable model. After long training the default estimator weighs old data too much; the paper's "
+    "form, estimator=PaperClosedForm(), weighs them less."
+)
+
+
 @dataclass(frozen=True)
 class MergeReport:
     """What a merge found, and expects.
@@ -206,13 +212,13 @@ class MergeReport:
         return figure
 
     def __str__(self) -> str:
-        """Return the report in one line."""
+        """Return the report in one line; if the stable model was kept, with what to try after long training."""
         ends = "lower than at both ends" if self.promised else "not lower than at both ends"
         return (
             f"α* = {self.alpha:.3f} of the way from the stable to the plastic model. If the loss of all tasks is "
             f"quadratic on this way, as estimated, it is {self.gain:.3g} lower there than at the stable model, and "
             f"{ends}; its slopes at the ends are {self.slopes[0]:.3g} and {self.slopes[1]:.3g}. The new task's "
-            f"curvature is by {self.curvature}."
+            f"curvature is by {self.curvature}." + (_STABLE_KEPT if self.alpha == 0 else "")
         )
 
 

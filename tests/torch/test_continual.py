@@ -9,6 +9,7 @@ import pickle
 import warnings
 from collections import UserDict
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -301,6 +302,8 @@ def test_the_merge_is_the_minimum_that_brute_force_finds(name: str) -> None:
         outputs = torch.func.functional_call(model.eval(), theta, (inputs,))
         assert loss == pytest.approx(float(functional.cross_entropy(outputs, targets)))
     assert f"α* = {report.alpha:.3f}" in str(report)
+    assert "keeps the stable model" in str(replace(report, alpha=0.0))
+    assert "keeps the stable model" not in str(report)
     learning.remember(new)
     with pytest.raises(BecameError, match="a merge is of two models"):
         learning.merge(new)
