@@ -159,7 +159,7 @@ def say_changed(name: str, *, has_stepped: bool) -> None:
 
 
 _STABLE_KEPT = (
-    " This keeps the stable model. After long training the default estimator weighs old data too much; the paper's "
+    " This keeps the stable model. After long training the default estimator may weigh old data too much; the paper's "
     "form, estimator=PaperClosedForm(), weighs them less."
 )
 

@@ -79,7 +79,7 @@ def _annealed(lr: float, epochs: int, stage2_epochs: int) -> dict[str, Any]:
 
 
 def _patient(lr: float, factor: float, patience: int, minimum: float) -> dict[str, Any]:
-    """Long training: after it ``became`` weighs old tasks too much if it calibrates them by the new task's movement."""
+    # This is long training, after which a calibration along the new task's own movement weighs old tasks too much.
     values = {"schedule": "patience", "lr": lr, "epochs": 200, "stage2_epochs": 200, "precision": "across"}
     return {**values, "lr_factor": factor, "lr_patience": patience, "lr_minimum": minimum}
 
