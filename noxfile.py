@@ -111,7 +111,13 @@ def test(session: nox.Session, *arguments: str) -> None:
 
 
 def cache_compilations(session: nox.Session) -> None:
-    """Let JAX keep what it has compiled: another test, process or session then need not compile it again."""
+    """Let JAX keep what it has compiled: another test, process or session then need not compile it again.
+
+    A machine that stopped as JAX wrote can have left an empty file there, which JAX can neither read nor replace.
+    """
+    for entry in (CACHE / "jax").glob("*-cache"):
+        if not entry.stat().st_size:
+            entry.unlink(missing_ok=True)
     session.env["JAX_COMPILATION_CACHE_DIR"] = str(CACHE / "jax")
     session.env["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
