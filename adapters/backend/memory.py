@@ -8,6 +8,7 @@ alike, each with its mean. Parameters are arrays by name. A matrix is stored as 
 [d_in, d_out]; further axes are flattened.
 """
 
+import math
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -15,7 +16,7 @@ from typing import Any, NamedTuple, Protocol
 from adapters.backend.batches import repeatable
 from adapters.backend.own_loop import MergeReport
 from became_core import BecameError, Diagonal, LaplacePosterior, Quadratic, merge
-from became_core.arrays import Array, Params, difference, namespace
+from became_core.arrays import Array, Params, difference, hold, namespace
 from became_core.curvature import Exchange, GramSums
 from became_core.laplace import Estimator, MergeSubspace
 from became_core.projection import Products, Projector
@@ -36,6 +37,7 @@ __all__ = [
 ]
 
 NOT_GATHERED = "this projector remembers gradients, which one pass does not gather; choose GPM, SGP or NSCL."
+NOT_FINITE = "the Fisher information of '{}' is not finite; look for NaN in the batches, and for very large outputs."
 
 # What Adams add to the root of a second moment, so that nothing is divided by zero.
 SMALLEST_SCALE = 1e-8
@@ -71,12 +73,24 @@ def grown(posterior: LaplacePosterior | None, theta: Params, fisher: Params, dec
 
     A parameter that was not trained before has the curvature of this task alone, and one that is not trained now keeps
     that of the old tasks, and their mean.
+
+    Raises:
+        BecameError: if Fisher information is not finite.
     """
+    _check_finite(fisher, NOT_FINITE)
     old = {} if posterior is None else posterior.precision.diagonal()
     frozen = {name: decay * value for name, value in old.items() if name not in fisher}
     total = {name: value + decay * old[name] if name in old else value for name, value in fisher.items()}
     mean = {} if posterior is None else {name: posterior.mean[name] for name in frozen}
     return LaplacePosterior(mean | theta, Diagonal(frozen | total))
+
+
+def _check_finite(arrays: Params, message: str) -> None:
+    """Raise a BecameError with the name of the first array that has an infinite entry, or one that is no number."""
+    is_finite = hold(lambda xp, values: xp.isfinite(values), list(arrays.values())) if arrays else []
+    for name, holds in zip(arrays, is_finite, strict=True):
+        if not holds:
+            raise BecameError(message.format(name))
 
 
 def held_by_curvature(precision: Params, matrices: Mapping[str, bool]) -> frozenset[str]:
@@ -260,8 +274,14 @@ class NewTask:
         self.way = "the diagonal Fisher information"
 
     def diagonal(self) -> Diagonal:
-        """Return the diagonal Fisher information at the plastic weights."""
-        return Diagonal(self._data.fisher(self._batches, with_memory=False)[0])
+        """Return the diagonal Fisher information at the plastic weights.
+
+        Raises:
+            BecameError: if it is not finite.
+        """
+        fisher = self._data.fisher(self._batches, with_memory=False)[0]
+        _check_finite(fisher, NOT_FINITE)
+        return Diagonal(fisher)
 
     def along(self, directions: Sequence[Params]) -> Quadratic:
         """Return the mean loss along directions from the plastic weights."""
@@ -313,13 +333,23 @@ def merge_report(
         theta_gp: the stable weights.
         new: the new task's loss at the plastic weights, of the same names.
         trace: at how many alphas the true loss of the new data is measured, both ends among them; 0 for none.
+
+    Raises:
+        BecameError: if weights, or what is measured of the new data, are not finite.
     """
-    theta_hat = new.mean
-    subspace = MergeSubspace(theta_gp, [difference(theta_hat, theta_gp)], [1.0])
+    theta_hat, way = new.mean, difference(new.mean, theta_gp)
+    _check_finite(
+        way,
+        "'{}' is not finite in the stable or in the plastic model: training has diverged there; load weights from "
+        "before, and train with a smaller learning rate.",
+    )
+    subspace = MergeSubspace(theta_gp, [way], [1.0])
     precision = {name: value for name, value in posterior.precision.diagonal().items() if name in theta_hat}
     mean = {name: posterior.mean.get(name, value) for name, value in theta_gp.items()}
     quadratic = estimator.quadratic(subspace, (LaplacePosterior(mean, Diagonal(precision)), new))
     alpha = float(quadratic.minimiser("box")[0])
+    if not math.isfinite(alpha):
+        raise BecameError("the loss of the new data is not finite along the way; look for NaN in the batches.")
     points = [index / (trace - 1) for index in range(trace)] if trace > 1 else [alpha] * trace
     return MergeReport(
         alpha=alpha,

@@ -416,7 +416,7 @@ def _per_sample_gradients(
             logits: Tensor = torch.func.functional_call(network, theta, (sample[None], *arguments[1:]))
         return (logits[0] * at_logits).sum()
 
-    size = max(1, CHUNK // sum(value.numel() for value in theta.values()))
+    size = max(1, CHUNK // max(1, sum(value.numel() for value in theta.values())))
     try:
         # No graph of the others' parameters; and vmap knows no other kernel of attention.
         with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):

@@ -662,6 +662,17 @@ def test_what_cannot_be_done_is_said_in_a_sentence() -> None:
         remember(lambda p, x: x @ p["w"].T, turned, batches, memory=other, check=False)
 
 
+def test_what_is_not_finite_is_named_and_not_merged() -> None:
+    params, batches, memory = _weights(), _data(2), _memory()
+    plastic = jax.tree.map(lambda value: value + 0.1, params)
+    broken = [batches[1], (batches[0][0] * math.nan, batches[0][1])]
+    with pytest.raises(BecameError, match=r"the Fisher information of 'first\.bias' is not finite; look for NaN"):
+        merge(_perceptron, memory, params, plastic, broken, check=False)
+    plastic["last"]["bias"] = plastic["last"]["bias"].at[0].set(math.inf)
+    with pytest.raises(BecameError, match=r"'last\.bias' is not finite in the stable or in the plastic model"):
+        merge(_perceptron, memory, params, plastic, batches, check=False)
+
+
 def test_data_that_use_a_protected_matrix_otherwise_are_refused() -> None:
     """No projection of steps stands for a use as anything else, so the matrix may not go on to be called protected."""
     params = {"w": jnp.eye(WIDTH)}

@@ -380,6 +380,10 @@ NETWORKS: dict[str, Callable[[], Case]] = {
         lambda p, x: jnp.tanh(x.at[:, 0].set(1.0) @ p["w"]) @ p["v"],
         weights(),
     ),
+    "an empty parameter": lambda: (
+        lambda p, x: jnp.tanh(x @ p["w"]) @ p["v"] + p["none"].sum(),
+        weights() | {"none": jnp.zeros((0, 4))},
+    ),
 }
 # Those whose first look is a test of the look.
 LOOKED_AT = {"two inputs, and one that all share", "sparse weights", "keys among the inputs"} | {
@@ -409,6 +413,7 @@ MATRICES: dict[str, set[str]] = {
     "functions within functions": {"w", "v"},
     "keys among the inputs": {"w", "v"},
     "inputs that are changed in part": {"w", "v"},
+    "an empty parameter": {"w", "v"},
 }
 
 

@@ -636,6 +636,23 @@ def test_what_cannot_be_done_is_said_in_a_sentence() -> None:
         learning.merge(_data(1, 1))
 
 
+def test_what_is_not_finite_is_named_and_not_merged() -> None:
+    model, data = _perceptron(), _data(1, 1)
+    learning = Continual(model)
+    learning.remember(data)
+    with learning.stable(keras.optimizers.SGD(0.1)):
+        pass
+    weight = model.trainable_variables[0]
+    weight.assign(weight + 0.1)
+    plastic = weight.numpy()
+    with pytest.raises(BecameError, match=r"the Fisher information of 'first\.weight' is not finite; look for NaN"):
+        learning.merge([(inputs * np.nan, targets) for inputs, targets in data])
+    np.testing.assert_array_equal(weight.numpy(), plastic)
+    weight.assign(weight * np.inf)
+    with pytest.raises(BecameError, match=r"'first\.weight' is not finite in the stable or in the plastic model"):
+        learning.merge(data)
+
+
 def test_running_statistics_are_estimated_again_on_request() -> None:
     frozen = L.BatchNormalization(trainable=False)
     model = _row((4, 4, 2), L.Conv2D(3, 2), L.BatchNormalization(momentum=0.5), L.ReLU(), frozen, L.Dropout(0.5))

@@ -1088,6 +1088,27 @@ def test_what_cannot_be_done_is_said_in_a_sentence() -> None:
         Continual(model, apply=lambda _, batch: another(batch[0]), targets=lambda batch: batch[1]).remember(batches)
 
 
+def test_what_is_not_finite_is_named_and_not_merged() -> None:
+    model, batches = _network("perceptron"), _data(2)
+    learning = Continual(model)
+    learning.remember(batches)
+    with learning.stable(torch.optim.SGD(model.parameters(), 0.1)):
+        pass
+    name, weight = next(iter(model.named_parameters()))
+    weight.data += 0.1
+    plastic = weight.detach().clone()
+    broken = batches[0][0].clone()
+    broken[-1, 0] = math.nan
+    with pytest.raises(BecameError, match=f"the Fisher information of '{name}' is not finite; look for NaN in the bat"):
+        learning.merge([batches[1], (broken, batches[0][1])])
+    assert torch.equal(weight, plastic)
+    weight.data[0, 0] = math.inf
+    with pytest.raises(BecameError, match=f"'{name}' is not finite in the stable or in the plastic model: training"):
+        learning.merge(batches)
+    weight.data[0, 0] = plastic[0, 0]
+    assert 0 <= learning.merge(batches).alpha <= 1
+
+
 @pytest.mark.parametrize(
     ("total", "share", "expected"), [(64, None, 64), (90, None, 64), (400, None, 100), (40, 0.5, 20), (3, 0.01, 1)]
 )
