@@ -265,23 +265,26 @@ def fisher_from_data(
     count = min(len(samples.inputs), request.samples or len(samples.inputs))
     partial = out.with_name(f".{out.name}.partial.safetensors")
     wanted = (request.kind, request.per, count, request.seed, len(samples.inputs), request.factors)
-    # What an earlier process has summed of other samples, or by a network with other layers, is not gone on with.
-    kinds = repr([(array.dtype.str, array.shape) for array in (samples.inputs, samples.targets)])
-    about = {
-        "model": model_digest,
-        "request": repr(wanted),
-        "data": digest(kinds.encode(), samples.inputs, samples.targets),
-        "network": digest(repr(network).encode()),
-    }
     shapes = _shapes(checkpoint, owners)
-    sums, done, tokens, rng = _resumed(partial, about, set(shapes), request.seed)
     # Under the model's own labels the gradients of two tokens are uncorrelated, so that the expectation of a sequence's
     # square over its labels is the sum of those over each token's.
     apart = request.per == "token" or request.kind == "true"
     likelihood = Categorical(squares="token" if apart else "sample")
     data = DataLoss(network, likelihood, Reader(), checks=False, shows=False, fisher=request.kind)
     with in_evaluation(network):
-        _check_labels(lambda one: data.run(one)[0].shape[-1], samples, str(model))
+        logits = _logits_of_first(lambda one: data.run(one)[0], samples)
+        _check_labels(logits, samples, str(model))
+        # What an earlier process has summed of other samples, or by another network, is not gone on with. The last of
+        # four digits may differ on another machine, where the measurement begins anew.
+        kinds = repr([(array.dtype.str, array.shape) for array in (samples.inputs, samples.targets)])
+        computed = "" if logits is None else f"{logits.shape} {np.abs(logits).sum():.3e} {logits.clip(0).sum():.3e}"
+        about = {
+            "model": model_digest,
+            "request": repr(wanted),
+            "data": digest(kinds.encode(), samples.inputs, samples.targets),
+            "network": digest(f"{network!r} {computed}".encode()),
+        }
+        sums, done, tokens, rng = _resumed(partial, about, set(shapes), request.seed)
         for begin in range(done, count, request.chunk):
             end = min(begin + request.chunk, count)
             inputs, targets = samples.inputs[begin:end], samples.targets[begin:end]
@@ -338,18 +341,23 @@ def _check_request(samples: Samples, out: Path) -> None:
         raise BecameError(f"cannot write {out}: {error.strerror}.") from None
 
 
-def _check_labels(classes_of: Callable[[Any], int], samples: Samples, model: str) -> None:
-    """Refuse a label beyond the last class of the logits, which would count as no class at all."""
+def _logits_of_first(run: Callable[[Any], Any], samples: Samples) -> NDArray[Any] | None:
+    """Return the logits of the first sample; None if the network cannot take it, which is said of the first chunk."""
     import torch
 
     try:
         with torch.no_grad():
-            classes = classes_of((torch.from_numpy(samples.inputs[:1].copy()), torch.from_numpy(samples.targets[:1])))
+            logits = run((torch.from_numpy(samples.inputs[:1].copy()), torch.from_numpy(samples.targets[:1])))
     except (IndexError, RuntimeError):
-        return  # what is wrong with the samples is said of the first chunk
+        return None
+    return logits.cpu().double().numpy()  # type: ignore[no-any-return]
+
+
+def _check_labels(logits: NDArray[Any] | None, samples: Samples, model: str) -> None:
+    """Refuse a label beyond the last class of the logits, which would count as no class at all."""
     largest = int(samples.targets.max())
-    if largest >= classes:
-        raise BecameError(f"the data have a label {largest}, and {model} has the classes 0 to {classes - 1}.")
+    if logits is not None and largest >= logits.shape[-1]:
+        raise BecameError(f"the data have a label {largest}, and {model} has the classes 0 to {logits.shape[-1] - 1}.")
 
 
 def _check_finite(sums: Mapping[str, NDArray[Any]], begin: int, end: int) -> None:

@@ -148,6 +148,30 @@ def test_sums_of_other_data_are_not_gone_on_with(tmp_path: Path, model: Path, mo
         assert_allclose(found[name], value, rtol=1e-6)
 
 
+def test_sums_by_another_network_of_the_same_text_are_not_gone_on_with(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of a loader that was mended after an interruption: the layers are printed alike, and compute otherwise."""
+    from adapters.checkpoints import fisher_data
+    from adapters.checkpoints.fisher_data import FisherRequest, fisher_from_data, read_samples
+
+    monkeypatch.setattr(fisher_data, "SAVE_EVERY", 1)
+    data(tmp_path / "data.npz", 4)
+    samples, out, request = read_samples(str(tmp_path / "data.npz")), tmp_path / "F.safetensors", FisherRequest(chunk=2)
+
+    def stop(*_: int) -> None:
+        raise ZeroDivisionError
+
+    wrong = load(model)
+    wrong.forward = lambda inputs: type(wrong).forward(wrong, 2 * inputs)
+    assert repr(wrong) == repr(load(model))
+    with pytest.raises(ZeroDivisionError):
+        fisher_from_data(model, samples, out, request, wrong, stop)
+    found, expected = load_file(measured(tmp_path, chunk=2)), load_file(measured(tmp_path, "whole", chunk=4))
+    for name, value in expected.items():
+        assert_allclose(found[name], value, rtol=1e-6)
+
+
 def test_what_a_name_or_a_file_holds_may_be_anything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from adapters.checkpoints.fisher_data import called, read_samples
 
