@@ -218,7 +218,8 @@ def measure_files(rounds: int, chunk: int = 8) -> dict[str, float]:
     """Return the ratios of making a Fisher file, and the times in seconds."""
     from safetensors.torch import save_file
 
-    from adapters.checkpoints.fisher_data import FisherRequest, Samples, fisher_from_data
+    from adapters.checkpoints.fisher_data import FisherRequest, fisher_from_data
+    from adapters.checkpoints.fisher_inputs import Samples
 
     torch.manual_seed(0)
     network = Bytes().eval()

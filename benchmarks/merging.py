@@ -34,7 +34,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from adapters.benchmarks.text import load_text
 from adapters.checkpoints import MergePlan, PlannedModel, merge_checkpoints
 from adapters.checkpoints.fisher_adam import fisher_from_optimizer
-from adapters.checkpoints.fisher_data import FisherRequest, Samples, fisher_from_data
+from adapters.checkpoints.fisher_data import FisherRequest, fisher_from_data
+from adapters.checkpoints.fisher_inputs import Samples
 from adapters.networks import gpt
 from became_core.continual.rng import random_generator
 from benchmarks.real_models import (

@@ -14,10 +14,8 @@ What is written are sums and counts. So files of disjoint data add, and a measur
 been summed lies beside the file until it is whole.
 """
 
-import importlib
 import json
 import os
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from math import prod
@@ -31,20 +29,17 @@ from safetensors.numpy import load_file, save_file
 
 from adapters.checkpoints.digest import digest_of
 from adapters.checkpoints.fisher_files import FACTORS, write_fisher
+from adapters.checkpoints.fisher_inputs import Samples
 from adapters.checkpoints.folders import Checkpoint, open_checkpoint
 from adapters.runs.files import check_free, digest
 from became_core import BecameError
 from became_core.curvature import Categorical, FisherTargets, Tap, kronecker_factors, per_sample_square_sum
 from became_core.errors import first_line
 
-__all__ = ["FisherRequest", "Samples", "fisher_from_data", "load_model", "read_samples"]
+__all__ = ["FisherRequest", "fisher_from_data"]
 
-# The target of a position that does not count, as PyTorch and transformers have it.
-IGNORED = -100
 # After so many chunks the sums so far are saved.
 SAVE_EVERY = 32
-# Random tokens are held in memory, eight bytes each.
-MOST_TOKENS = 10**8
 # The most rows of a Kronecker factor, which is a square: at 2^13 it has 512 MiB while it is summed.
 LARGEST_FACTOR = 2**13
 
@@ -68,163 +63,6 @@ class FisherRequest:
     chunk: int = 8
     seed: int = 0
     factors: Literal["diagonal", "kronecker"] = "diagonal"
-
-
-@dataclass(frozen=True)
-class Samples:
-    """Data in memory.
-
-    Attributes:
-        inputs: [samples, ...].
-        targets: class numbers, [samples], or [samples, positions]; of a language model the next tokens.
-        notes: sentences.
-    """
-
-    inputs: NDArray[Any]
-    targets: NDArray[np.int64]
-    notes: tuple[str, ...] = ()
-
-
-def read_samples(data: str, tokenizer: Callable[[str], list[int]] | None = None, seed: int = 0) -> Samples:
-    """Return the samples of a file.
-
-    Args:
-        data: a NumPy archive with ``inputs`` and ``targets``, or with ``tokens`` [samples, length]; a text file, a
-            sample a line, for which there must be a tokenizer; or ``random:SAMPLESxLENGTHxVOCABULARY`` for random
-            tokens.
-        tokenizer: from a text to token numbers.
-        seed: of random tokens.
-
-    Raises:
-        BecameError: if it is none of these.
-    """
-    if data.startswith("random:"):
-        sizes = data.removeprefix("random:").split("x")
-        if len(sizes) != 3 or not all(size.isdecimal() and 0 < int(size) < 10**9 for size in sizes):
-            raise BecameError(f"random tokens are random:SAMPLESxLENGTHxVOCABULARY, not '{data[:60]}'.")
-        count, length, vocabulary = map(int, sizes)
-        if count * length > MOST_TOKENS:
-            raise BecameError(f"'{data[:60]}' has {count * length:,} tokens; give at most {MOST_TOKENS:,}.")
-        tokens = np.random.default_rng(seed).integers(0, vocabulary, (count, length))
-        note = (
-            "Random tokens are no text: their curvature is that of a model that is lost, and differs from real data's."
-        )
-        return replace(_next_tokens(tokens, data), notes=(note,))
-    path = Path(data)
-    if not path.is_file():
-        raise BecameError(f"there is no file {path}.")
-    if path.suffix == ".npz":
-        arrays = {name: tensor.whole() for name, tensor in open_checkpoint(path).tensors.items()}
-        if "tokens" in arrays and arrays["tokens"].ndim == 2:
-            return _next_tokens(arrays["tokens"], data)
-        lengths = [np.shape(arrays[name])[:1] for name in ("inputs", "targets") if name in arrays]
-        if len(lengths) == 2 and lengths[0] and lengths[0] == lengths[1]:
-            return Samples(arrays["inputs"], _labels(arrays["targets"], data))
-        raise BecameError(f"{path} has neither 'tokens' [samples, length] nor 'inputs' and as many 'targets'.")
-    if path.suffix == ".txt" and tokenizer is not None:
-        return _read_text(path, tokenizer)
-    raise BecameError(f"{path} is no data that is known; give .npz, or .txt for a model with a tokenizer.")
-
-
-def _read_text(path: Path, tokenizer: Callable[[str], list[int]]) -> Samples:
-    """Return the samples of a text, a line each, padded to the longest."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
-        raise BecameError(f"cannot read {path} as text in UTF-8.") from None
-    rows = [tokenizer(line) for line in text.splitlines() if line.strip()]
-    rows = [row for row in rows if len(row) > 1]
-    if not rows:
-        raise BecameError(f"{path} has no line of two tokens or more.")
-    length = max(map(len, rows))
-    inputs, targets = np.zeros((len(rows), length - 1), np.int64), np.full((len(rows), length - 1), IGNORED)
-    for k, row in enumerate(rows):
-        inputs[k, : len(row) - 1], targets[k, : len(row) - 1] = row[:-1], row[1:]
-    return Samples(inputs, targets)
-
-
-def _next_tokens(tokens: NDArray[Any], where: str) -> Samples:
-    """Return samples whose targets are the tokens after their inputs."""
-    if tokens.shape[1] < 2:
-        raise BecameError(
-            f"{where} has sequences of {tokens.shape[1]} tokens; give at least two, an input and a target."
-        )
-    labels = _labels(tokens, where)
-    return Samples(labels[:, :-1], labels[:, 1:])
-
-
-def _labels(targets: NDArray[Any], where: str) -> NDArray[np.int64]:
-    """Return class numbers as integers.
-
-    Raises:
-        BecameError: if there are none, or they are no class numbers.
-    """
-    if len(targets) == 0:
-        raise BecameError(f"{where} has no samples.")
-    if targets.dtype.kind not in "iu" or ((targets < 0) & (targets != IGNORED)).any():
-        raise BecameError(
-            f"{where} has targets that are no class numbers: integers from 0, and {IGNORED} for a position that does "
-            "not count."
-        )
-    return targets.astype(np.int64)
-
-
-def load_model(model: Path, loader: str | None) -> tuple[Any, Callable[[str], list[int]] | None]:
-    """Return a PyTorch module with a model's weights in float32, and its tokenizer if it has one.
-
-    Args:
-        model: the checkpoint.
-        loader: ``module:function``, called with the path and returning the module; without it ``transformers`` loads
-            the model.
-
-    Raises:
-        BecameError: if a package or the function is missing, or it returns no module.
-    """
-    try:
-        from torch.nn import Module
-    except ModuleNotFoundError:
-        raise BecameError("a Fisher file from data needs PyTorch; pip install torch.") from None
-    if loader is not None:
-        module = called(loader)(model)
-        if not isinstance(module, Module):
-            raise BecameError(f"{loader} returned {type(module).__name__}, not a torch.nn.Module.")
-        return module.float().requires_grad_(True), None
-    if not (model / "config.json").is_file():  # otherwise transformers would look for it on the internet
-        raise BecameError(
-            f"transformers loads a folder with a config.json, which {model} is not; give --load module:function."
-        )
-    try:
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-    except ModuleNotFoundError:
-        raise BecameError("without --load, transformers loads the model; pip install transformers.") from None
-    try:
-        network = AutoModelForCausalLM.from_pretrained(model, local_files_only=True).float()
-        names = {file.name for file in model.iterdir()}
-        if not names & {"tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json"}:
-            return network, None
-        return network, AutoTokenizer.from_pretrained(model, local_files_only=True).encode
-    except (OSError, ValueError, RuntimeError, ImportError) as error:
-        raise BecameError(f"transformers cannot load {model}: {first_line(error)}.") from None
-
-
-def called(name: str) -> Callable[..., Any]:
-    """Return the function that ``module:function`` names, in a module that is installed or in the working directory.
-
-    Raises:
-        BecameError: if there is none, or its module cannot be imported.
-    """
-    module, _, function = name.partition(":")
-    if str(Path.cwd()) not in sys.path:  # an installed command does not look there by itself
-        sys.path.append(str(Path.cwd()))
-    try:
-        found = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, ValueError, SyntaxError) as error:
-        raise BecameError(
-            f"there is no function '{name}' ({first_line(error)}); give module:function, as Python imports it."
-        ) from None
-    if not callable(found):
-        raise BecameError(f"'{name}' is a {type(found).__name__} and no function; give module:function.")
-    return found  # type: ignore[no-any-return]
 
 
 def fisher_from_data(

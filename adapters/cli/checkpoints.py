@@ -148,7 +148,8 @@ class Fisher:
                 raise BecameError(f"{way} makes no use of {name}; leave it out.")
 
     def _measure(self, display: Display, out: Path) -> None:
-        from adapters.checkpoints.fisher_data import IGNORED, FisherRequest, fisher_from_data, load_model, read_samples
+        from adapters.checkpoints.fisher_data import FisherRequest, fisher_from_data
+        from adapters.checkpoints.fisher_inputs import IGNORED, load_model, read_samples
 
         if len(self.models) != 1:
             raise BecameError(f"--data measures one model, and {len(self.models)} were given before the options.")
@@ -349,7 +350,7 @@ def size_of(text: str, option: str) -> int:
 
 
 def _function(name: str) -> Callable[[Path], float]:
-    from adapters.checkpoints.fisher_data import called
+    from adapters.checkpoints.fisher_inputs import called
 
     return called(name)
 

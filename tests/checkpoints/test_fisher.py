@@ -45,7 +45,8 @@ def gradient(network: Any, inputs: Any, target: Any, position: Any = slice(None)
 
 
 def measured(tmp_path: Path, name: str = "F", **options: Any) -> Path:
-    from adapters.checkpoints.fisher_data import FisherRequest, fisher_from_data, read_samples
+    from adapters.checkpoints.fisher_data import FisherRequest, fisher_from_data
+    from adapters.checkpoints.fisher_inputs import read_samples
 
     model, out = tmp_path / "M.safetensors", tmp_path / f"{name}.safetensors"
     samples = read_samples(str(tmp_path / f"{options.pop('data', 'data')}.npz"))
@@ -103,7 +104,8 @@ def test_neither_chunks_nor_an_interruption_change_what_is_drawn(
     tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from adapters.checkpoints import fisher_data
-    from adapters.checkpoints.fisher_data import FisherRequest, fisher_from_data, read_samples
+    from adapters.checkpoints.fisher_data import FisherRequest, fisher_from_data
+    from adapters.checkpoints.fisher_inputs import read_samples
 
     data(tmp_path / "data.npz", 9)
     whole = load_file(measured(tmp_path, kind="sampled", chunk=9))
@@ -131,7 +133,8 @@ def test_neither_chunks_nor_an_interruption_change_what_is_drawn(
 
 def test_sums_of_other_data_are_not_gone_on_with(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from adapters.checkpoints import fisher_data
-    from adapters.checkpoints.fisher_data import FisherRequest, fisher_from_data, read_samples
+    from adapters.checkpoints.fisher_data import FisherRequest, fisher_from_data
+    from adapters.checkpoints.fisher_inputs import read_samples
 
     monkeypatch.setattr(fisher_data, "SAVE_EVERY", 1)
 
@@ -153,7 +156,8 @@ def test_sums_by_another_network_of_the_same_text_are_not_gone_on_with(
 ) -> None:
     """As of a loader that was mended after an interruption: the layers are printed alike, and compute otherwise."""
     from adapters.checkpoints import fisher_data
-    from adapters.checkpoints.fisher_data import FisherRequest, fisher_from_data, read_samples
+    from adapters.checkpoints.fisher_data import FisherRequest, fisher_from_data
+    from adapters.checkpoints.fisher_inputs import read_samples
 
     monkeypatch.setattr(fisher_data, "SAVE_EVERY", 1)
     data(tmp_path / "data.npz", 4)
@@ -173,7 +177,7 @@ def test_sums_by_another_network_of_the_same_text_are_not_gone_on_with(
 
 
 def test_what_a_name_or_a_file_holds_may_be_anything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from adapters.checkpoints.fisher_data import called, read_samples
+    from adapters.checkpoints.fisher_inputs import called, read_samples
 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "became_named.py").write_text("number = 3\n")
@@ -193,7 +197,8 @@ def test_a_tokens_gradient_reaches_all_positions_and_what_taps_do_not_know_is_na
 ) -> None:
     import torch
 
-    from adapters.checkpoints.fisher_data import FisherRequest, fisher_from_data, read_samples
+    from adapters.checkpoints.fisher_data import FisherRequest, fisher_from_data
+    from adapters.checkpoints.fisher_inputs import read_samples
 
     mixing, out = saved(tmp_path, "X", arrays(3, SHAPES) | arrays(4, {"rate": (5,)})), tmp_path / "F.safetensors"
     assert model.exists()
@@ -232,7 +237,8 @@ def test_it_is_the_fisher_information_of_continual(tmp_path: Path, model: Path) 
 def test_a_tied_parameter_has_the_name_of_its_file_and_one_that_is_untied_is_refused(tmp_path: Path) -> None:
     torch = pytest.importorskip("torch")
 
-    from adapters.checkpoints.fisher_data import FisherRequest, fisher_from_data, read_samples
+    from adapters.checkpoints.fisher_data import FisherRequest, fisher_from_data
+    from adapters.checkpoints.fisher_inputs import read_samples
 
     class Tied(torch.nn.Module):  # type: ignore[misc,name-defined]
         def __init__(self, *, tied: bool) -> None:
@@ -444,7 +450,7 @@ def test_a_state_that_holds_anything_anywhere_is_refused(tmp_path: Path) -> None
 
 
 def test_random_tokens_come_with_a_warning_and_data_that_is_none_with_a_sentence(tmp_path: Path) -> None:
-    from adapters.checkpoints.fisher_data import read_samples
+    from adapters.checkpoints.fisher_inputs import read_samples
 
     samples = read_samples("random:3x5x7", seed=1)
     assert samples.inputs.shape == samples.targets.shape == (3, 4)
@@ -478,7 +484,7 @@ def test_random_tokens_come_with_a_warning_and_data_that_is_none_with_a_sentence
     ],
 )
 def test_data_that_no_model_takes_is_refused(tmp_path: Path, arrays_of_data: Any, message: str) -> None:
-    from adapters.checkpoints.fisher_data import read_samples
+    from adapters.checkpoints.fisher_inputs import read_samples
 
     np.savez(tmp_path / "data.npz", **arrays_of_data)
     with pytest.raises(BecameError, match=message):
@@ -511,7 +517,7 @@ def test_the_folder_of_a_fisher_file_is_made(tmp_path: Path, monkeypatch: pytest
 
 
 def test_a_model_that_transformers_cannot_find_is_not_looked_for_elsewhere(tmp_path: Path, model: Path) -> None:
-    from adapters.checkpoints.fisher_data import load_model
+    from adapters.checkpoints.fisher_inputs import load_model
 
     for path in (model, tmp_path / "someone"):
         with pytest.raises(BecameError, match=r"a folder with a config.json, which .* is not; give --load"):

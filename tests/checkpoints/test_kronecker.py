@@ -205,7 +205,8 @@ def test_what_is_measured_whole_stays_within_the_memory_that_is_named(tmp_path: 
 
 
 def measured(folder: Path, name: str, model: Path, network: Any, **options: Any) -> Path:
-    from adapters.checkpoints.fisher_data import FisherRequest, fisher_from_data, read_samples
+    from adapters.checkpoints.fisher_data import FisherRequest, fisher_from_data
+    from adapters.checkpoints.fisher_inputs import read_samples
 
     out = folder / f"{name}.safetensors"
     data = read_samples(str(folder / f"{options.pop('data', 'data')}.npz"))
@@ -346,6 +347,7 @@ def test_a_weight_stored_the_other_way_round_has_its_factors_in_the_order_of_its
 
 def test_a_measurement_of_factors_goes_on(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import adapters.checkpoints.fisher_data as module
+    from adapters.checkpoints.fisher_inputs import read_samples
 
     generator = np.random.default_rng(4)
     np.savez(
@@ -361,7 +363,7 @@ def test_a_measurement_of_factors_goes_on(tmp_path: Path, model: Path, monkeypat
             raise KeyboardInterrupt
 
     request = module.FisherRequest(factors="kronecker", chunk=2)
-    data = module.read_samples(str(tmp_path / "data.npz"))
+    data = read_samples(str(tmp_path / "data.npz"))
     with pytest.raises(KeyboardInterrupt):
         module.fisher_from_data(model, data, tmp_path / "F.safetensors", request, load(model), stop)
     states = list[int]()

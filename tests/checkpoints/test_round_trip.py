@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 
 from adapters.checkpoints import MergePlan, PlannedModel, merge_checkpoints
-from adapters.checkpoints.fisher_data import FisherRequest, fisher_from_data, load_model, read_samples
+from adapters.checkpoints.fisher_data import FisherRequest, fisher_from_data
+from adapters.checkpoints.fisher_inputs import load_model, read_samples
 
 torch: Any = pytest.importorskip("torch")
 transformers: Any = pytest.importorskip("transformers", reason="transformers is not installed")
