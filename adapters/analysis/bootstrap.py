@@ -32,12 +32,14 @@ class Estimate:
 
     Attributes:
         values: the number in each run.
+        digits: how many after the point a table shows; None for as many as its column has.
 
     Raises:
         BecameError: if there are no runs.
     """
 
     values: tuple[float, ...]
+    digits: int | None = None
 
     def __post_init__(self) -> None:
         """Check that there is at least one run."""

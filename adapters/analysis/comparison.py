@@ -17,7 +17,7 @@ from adapters.analysis.tables import Cell, Column, Table
 from adapters.runs import RunResult, finished_runs
 from adapters.runs.published import PublishedTable, published_tables
 from became_core import BecameError
-from became_core.continual.metrics import forward_transfer
+from became_core.continual.metrics import backward_transfer, forward_transfer
 
 __all__ = ["ACCURACIES", "CORRELATION", "comparison", "gather", "heading", "published_table", "scores_tables"]
 
@@ -28,6 +28,10 @@ ACCURACIES = (
     "plasticity: the mean accuracy on a task just after it was learned."
 )
 
+_LOSS_NOTE = (
+    "Of the same samples, in nats, the mean over all tasks: loss: after the last one; as learned: just after each one; "
+    "rise: by how much it has risen since, without the last task."
+)
 CORRELATION = "Pearson's, of predictions with targets, the mean over all tasks after the last one"
 
 
@@ -57,6 +61,12 @@ _SCORES = (
     _Metric("correlation", 3, lambda run: run.mean_correlation),
 )
 _LOSS = _Metric("loss", 3, lambda run: float(np.mean(run.loss[-1])) if len(run.loss) else None)
+# It is what a merge minimises.
+_LOSSES = (
+    _LOSS,
+    _Metric("as learned", 3, lambda run: float(np.mean(np.diagonal(run.loss))) if len(run.loss) else None),
+    _Metric("rise", 3, lambda run: backward_transfer(run.loss) if len(run.loss) > 1 else None),
+)
 _COSTS = (
     _Metric("epochs", 0, lambda run: float(sum(run.epochs))),
     _Metric("seconds", 0, lambda run: run.seconds["total"]),
@@ -91,10 +101,10 @@ def scores_tables(groups: Sequence[Group]) -> list[Table]:
     spread = "Mean ± standard deviation over seeds. " if have_spread(groups) else ""
     remembered = any(run.memory for group in groups for run in group.runs)
     memory = "Memory in MiB, beside the network's own." if remembered else ""
-    return [
-        _metrics_table(heading(groups[0].runs[0]), scores, groups, spread + note),
-        _metrics_table("The cost", _COSTS, groups, memory),
-    ]
+    tables = [_metrics_table(heading(groups[0].runs[0]), scores, groups, spread + note)]
+    if measure.is_accuracy and any(len(run.loss) for group in groups for run in group.runs):
+        tables.append(_metrics_table("The loss", _LOSSES, groups, _LOSS_NOTE))
+    return [*tables, _metrics_table("The cost", _COSTS, groups, memory)]
 
 
 def _metrics_table(title: str, metrics: Sequence[_Metric], groups: Sequence[Group], note: str) -> Table:
@@ -197,12 +207,15 @@ def _differences(groups: Sequence[Group], baseline: str) -> Table:
         raise BecameError(f"there is no baseline '{baseline}'; choose from {labels}.")
     measure = groups[0].measure
     rows: list[list[Cell]] = []
-    for metric in _SCORES:
+    for metric in (*_SCORES, _LOSS) if measure.is_accuracy else _SCORES:
         name = measure.heading if metric is _SCORES[0] else metric.heading
         for group in groups:
             if metric.estimate(against) and group is not against:
                 pairs = group.values(metric.of), against.values(metric.of)
-                rows.append([name, group.label, str(len(set(pairs[0]) & set(pairs[1]))), paired_difference(*pairs)])
+                difference = paired_difference(*pairs)
+                if difference is not None and metric is _LOSS:
+                    difference = replace(difference, digits=_LOSS.digits)
+                rows.append([name, group.label, str(len(set(pairs[0]) & set(pairs[1]))), difference])
     columns = [Column("score"), Column("method"), Column("seeds"), Column("difference", measure.digits)]
     notes = [
         f"Differences by seed; [middle {LEVEL:.0%} of {RESAMPLES:,} bootstrap means over the seeds that both have]. "

@@ -79,7 +79,8 @@ class Table:
 
     def _text(self, cell: Cell, column: Column) -> str:
         if isinstance(cell, Estimate):
-            return cell.text(column.digits or 0, interval=self.intervals)
+            digits = column.digits or 0 if cell.digits is None else cell.digits
+            return cell.text(digits, interval=self.intervals)
         return "–" if cell is None else cell
 
     def __rich__(self) -> RichTable:
