@@ -5,8 +5,8 @@ two that it lies between. So the final models of finished runs are scored on the
 with the outputs of each task's head divided by the softmax temperature that is best on its held-out samples (Guo et
 al., ICML 2017, arXiv 1706.04599). What is left of a difference between two methods is not due to that.
 
-The runs are those of PyTorch, with a head for each task. Convention: losses are means over tasks of means over samples,
-in nats.
+The runs are those of PyTorch, with a head for each task and no masks. Convention: losses are means over tasks of means
+over samples, in nats.
 """
 
 import argparse
@@ -40,6 +40,10 @@ def losses(out: Path, run: RunResult, dataset: Dataset) -> tuple[float, float, f
     if state is None:
         raise BecameError(f"{directory.folder} has no checkpoint; give folders of runs with theirs.")
     learner.assign(state.theta)
+    projector = state.memory.projector
+    has_views = projector is not None and any(projector.view(task.index) is not None for task in stream.tasks)
+    if learner.shares_head or has_views:
+        raise BecameError(f"{directory.folder} has one head, or masks for each task; give runs of other methods.")
 
     def mean_loss(task: Task, factor: float) -> float:
         outputs = learner.logits(task.test, configuration.batch_size, slice(task.index, task.index + 1))[:, 0]
