@@ -24,6 +24,7 @@ from adapters.runs import RunDirectory, RunResult, finished_runs
 from adapters.runs.configuration import Configuration
 from adapters.torch.run import build_learner
 from became_core import BecameError
+from became_core.arrays import Array
 from became_core.continual import scored_on
 from became_core.continual.data import Dataset, Task
 from became_core.continual.tempering import sharpness
@@ -38,22 +39,23 @@ def losses(out: Path, run: RunResult, dataset: Dataset) -> tuple[float, float, f
     checkpoints = directory.checkpoints(stream, configuration.method(run.method), configuration.training())
     state = checkpoints.load(learner)
     if state is None:
-        raise BecameError(f"{directory.folder} has no checkpoint; give folders of runs with theirs.")
+        raise BecameError(f"{directory.folder} has no checkpoint; give folders of runs that have theirs.")
     learner.assign(state.theta)
     projector = state.memory.projector
     has_views = projector is not None and any(projector.view(task.index) is not None for task in stream.tasks)
     if learner.shares_head or has_views:
         raise BecameError(f"{directory.folder} has one head, or masks for each task; give runs of other methods.")
 
-    def mean_loss(task: Task, factor: float) -> float:
-        outputs = learner.logits(task.test, configuration.batch_size, slice(task.index, task.index + 1))[:, 0]
-        return float(learner.likelihood.mean_loss(outputs * factor, learner.targets(task.test)))
+    def scored(task: Task) -> tuple[Array, Array]:
+        head = slice(task.index, task.index + 1)
+        return learner.logits(task.test, configuration.batch_size, head)[:, 0], learner.targets(task.test)
 
-    found = []
+    found, likelihood = [], learner.likelihood
     for task, held_out in zip(stream.tasks, scored_on(stream, "validation").tasks, strict=True):
-        outputs = learner.logits(held_out.test, configuration.batch_size, slice(task.index, task.index + 1))[:, 0]
-        factor = sharpness(learner.likelihood, outputs, learner.targets(held_out.test))
-        found.append((mean_loss(task, 1.0), mean_loss(task, factor), 1 / factor))
+        factor = sharpness(likelihood, *scored(held_out))
+        outputs, targets = scored(task)
+        pair = (float(likelihood.mean_loss(outputs * each, targets)) for each in (1.0, factor))
+        found.append((*pair, 1 / factor))
     return tuple(np.mean(found, axis=0).tolist())
 
 

@@ -9,15 +9,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-import numpy as np
-
 from adapters.analysis.bootstrap import LEVEL, RESAMPLES, Estimate, paired_difference
 from adapters.analysis.groups import Group, groups_of, have_spread
 from adapters.analysis.tables import Cell, Column, Table
 from adapters.runs import RunResult, finished_runs
 from adapters.runs.published import PublishedTable, published_tables
 from became_core import BecameError
-from became_core.continual.metrics import backward_transfer, forward_transfer
+from became_core.continual.metrics import average_accuracy, backward_transfer, forward_transfer, plasticity
 
 __all__ = ["ACCURACIES", "CORRELATION", "comparison", "gather", "heading", "published_table", "scores_tables"]
 
@@ -29,8 +27,8 @@ ACCURACIES = (
 )
 
 _LOSS_NOTE = (
-    "Of the same samples, in nats, the mean over all tasks: loss: after the last one; as learned: just after each one; "
-    "rise: by how much it has risen since, without the last task."
+    "Means over all tasks, of the same samples, in nats. loss: after the last task; as learned: just after each was "
+    "learned; rise: by how much the loss has risen since then, without the last task."
 )
 CORRELATION = "Pearson's, of predictions with targets, the mean over all tasks after the last one"
 
@@ -60,11 +58,11 @@ _SCORES = (
     _Metric("class-inc.", 2, lambda run: run.class_incremental_scores.acc if run.measure.is_accuracy else None),
     _Metric("correlation", 3, lambda run: run.mean_correlation),
 )
-_LOSS = _Metric("loss", 3, lambda run: float(np.mean(run.loss[-1])) if len(run.loss) else None)
-# It is what a merge minimises.
+_LOSS = _Metric("loss", 3, lambda run: average_accuracy(run.loss) if len(run.loss) else None)
+# A merge minimises the loss. The same means are taken of it as of accuracies.
 _LOSSES = (
     _LOSS,
-    _Metric("as learned", 3, lambda run: float(np.mean(np.diagonal(run.loss))) if len(run.loss) else None),
+    _Metric("as learned", 3, lambda run: plasticity(run.loss) if len(run.loss) else None),
     _Metric("rise", 3, lambda run: backward_transfer(run.loss) if len(run.loss) > 1 else None),
 )
 _COSTS = (

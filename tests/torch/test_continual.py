@@ -22,7 +22,7 @@ from torch.nn import functional
 
 from adapters.torch import Continual
 from adapters.torch.batches import to_device
-from became_core import BecameError, Diagonal
+from became_core import BecameError, Diagonal, Quadratic
 from became_core.continual import Reservoir
 from became_core.curvature import Bernoulli, Categorical, Gaussian
 from became_core.projection import GPM, NSCL, SGP, TRGP
@@ -1088,6 +1088,14 @@ def test_what_cannot_be_done_is_said_in_a_sentence() -> None:
         Continual(model, apply=lambda _, batch: another(batch[0]), targets=lambda batch: batch[1]).remember(batches)
 
 
+class Unknown:
+    """An estimator that finds no number."""
+
+    def quadratic(self, subspace: object, losses: object) -> Quadratic:
+        """Return a loss that is no number anywhere."""
+        return Quadratic(torch.full((1,), math.nan), torch.full((1, 1), math.nan))
+
+
 def test_what_is_not_finite_is_named_and_not_merged() -> None:
     model, batches = _network("perceptron"), _data(2)
     learning = Continual(model)
@@ -1106,6 +1114,11 @@ def test_what_is_not_finite_is_named_and_not_merged() -> None:
     with pytest.raises(BecameError, match=f"'{name}' is not finite in the stable or in the plastic model: training"):
         learning.merge(batches)
     weight.data[0, 0] = plastic[0, 0]
+    learning.estimator, estimator = Unknown(), learning.estimator
+    with pytest.raises(BecameError, match="the loss of the new data is not finite along the way; look for NaN"):
+        learning.merge(batches)
+    assert torch.equal(weight, plastic)
+    learning.estimator = estimator
     assert 0 <= learning.merge(batches).alpha <= 1
 
 
