@@ -9,7 +9,7 @@ task's curvature F_t enters the posterior as kappa_t F_t,
     kappa_t = d.GGN_t.d / d.F_t.d,    d = theta_hat_{t-1} - theta_gp_{t-1},
 
 both at the weights at which F_t is measured. The first task is trained once, and moves from the initial weights. It has
-no task before it, and is calibrated along this movement of its own.
+no task before it; when the second one is merged, its curvature takes the kappa that the second has at theta_gp.
 
 Convention: kappa is a factor of precisions, without a unit. It is invariant to the length of d.
 """

@@ -119,7 +119,8 @@ class _Run(RunContext):
         if self.method.rule is not None and task.index > 0:
             state, factor = self.weigh(task, state)
             alpha, path = self.merge(task, state, self.method.rule, curvature)
-        memory, factor = self.remember(task, state.memory, curvature, factor, movement)
+        memory, factor = self.remember(task, state.memory, curvature, factor)
+        memory = replace(memory, movement=movement)
         return self.evaluate(task, replace(state, memory=memory), alpha, factor, path, memory.full - full_before)
 
     def prepared(self, task: Task, memory: Memory) -> Memory:
@@ -275,19 +276,23 @@ class _Run(RunContext):
         """Return the state, and the temperature of the task's curvature, or None if the method multiplies it by none.
 
         The learner is at theta_hat, and is left there. The first task has no delta from which a temperature could be
-        estimated, so before the first merge its curvature takes the temperature of the second task.
+        estimated, and no task before it. So before the first merge its curvature takes the temperature of the second
+        task, and the calibration that the second has at theta_gp.
         """
-        memory, temper = state.memory, self.method.temper
+        method, memory, factor, of_first = self.method, state.memory, None, 1.0
         assert state.theta_gp is not None
-        if temper not in BY_FACTOR:
-            return state, None
         with self.stopwatch.phase("merge"):
-            measurement = self.measurement(task, "merge", memory)
-            theta_gp = {name: state.theta_gp[name] for name in measurement.mean}
-            factor = temperature(temper, measurement, theta_gp)
-        if task.index > 1 or memory.posterior is None:
+            if method.temper in BY_FACTOR:
+                measurement = self.measurement(task, "merge", memory)
+                theta_gp = {name: state.theta_gp[name] for name in measurement.mean}
+                factor = of_first = temperature(method.temper, measurement, theta_gp)
+            if memory.movement is not None and task.index == 1:
+                with self.at(task, state.theta_gp, memory):
+                    there = self.measurement(task, "posterior", memory)
+                    of_first *= calibration(there, there.precision(method.precision), memory.movement)
+        if task.index > 1 or of_first == 1 or memory.posterior is None:
             return state, factor
-        posterior = replace(memory.posterior, precision=memory.posterior.precision * factor)
+        posterior = replace(memory.posterior, precision=memory.posterior.precision * of_first)
         old_tasks = None if memory.old_tasks is None else replace(memory.old_tasks, posterior=posterior)
         return replace(state, memory=replace(memory, posterior=posterior, old_tasks=old_tasks)), factor
 
@@ -350,7 +355,7 @@ class _Run(RunContext):
         return rule.merge((theta_gp, theta_hat), (memory.posterior, new))
 
     def remember(
-        self, task: Task, memory: Memory, curvature: Precision | None, factor: float | None, movement: Params | None
+        self, task: Task, memory: Memory, curvature: Precision | None, factor: float | None
     ) -> tuple[Memory, float | None]:
         """Return the memory with this task, and what its curvature was multiplied by; the learner is at merged weights.
 
@@ -359,18 +364,16 @@ class _Run(RunContext):
             memory: the memory of the tasks before.
             curvature: the task's curvature at its own model; if it is None, it is measured at the merged weights.
             factor: the temperature, by which its curvature is multiplied; None if it is not.
-            movement: by how much the last stage moved the weights, in a method that calibrates curvature; else None.
 
         Returns:
-            The memory, and the temperature times the calibration; None if there is neither, and of the first task,
-            which has no task before it, and is calibrated along its own movement.
+            The memory, and the temperature times the calibration; None if there is neither.
         """
         with self.stopwatch.phase("memory"):
             measurement, method = self.measurement(task, "posterior", memory), self.method
             if method.keeps_posterior:
                 curvature = curvature or measurement.precision(method.precision)
-                if movement is not None:
-                    kappa = calibration(measurement, curvature, memory.movement or movement)
+                if memory.movement is not None:
+                    kappa = calibration(measurement, curvature, memory.movement)
                     factor = kappa if factor is None else kappa * factor
                 curvature = curvature if factor is None else curvature * factor
                 posterior = method.updated_posterior(memory.posterior, weights_of(self.learner), curvature)
@@ -379,7 +382,7 @@ class _Run(RunContext):
                 memory = replace(memory, old_tasks=old_tasks_with(memory, measurement, method))
             if memory.projector is not None:
                 memory = replace(memory, projector=compact(memory.projector.remember(measurement)))
-            return replace(memory, movement=movement), factor if task.index > 0 else None
+            return memory, factor
 
     def evaluate(
         self,

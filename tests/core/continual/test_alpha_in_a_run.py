@@ -119,11 +119,12 @@ def test_alpha_is_that_of_the_oracle(fisher: str, precision: str, rate: float, b
     if bends_down:
         start, end = -2 * (before - after), 0.0
         assert start < 0
-    # The first task's curvature is calibrated on that task, along its own movement, or at the merge along delta.
-    initial = new_learner().parameters()
-    task, there, way = (first, mu, flat(mu) - flat(initial)) if precision == "across" else (second, theta_hat, delta)
-    _, ((exact,),) = directional_derivatives(*jacobians(there, task), STREAM.targets[task.train], way[None])
-    kappa = exact / (way @ (diagonal(there, task) * way))
+    # Before the first merge, the first task's curvature is calibrated at theta_gp along that task's own movement.
+    there, way = (
+        (theta_gp, flat(mu) - flat(new_learner().parameters())) if precision == "across" else (theta_hat, delta)
+    )
+    _, ((exact,),) = directional_derivatives(*jacobians(there, second), targets, way[None])
+    kappa = exact / (way @ (diagonal(there, second) * way))
     # Any gradient of that slope and any curvature of that form will do: only their values along delta count.
     gradient, secant = end * delta / (delta @ delta), (end - start) / (delta @ delta)
     arguments = kappa * np.diag(diagonal(mu, first)), secant * np.eye(len(delta)), gradient, flat(mu)

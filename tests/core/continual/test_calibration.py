@@ -56,7 +56,7 @@ def test_along_a_movement_of_no_curvature_nothing_is_calibrated() -> None:
 
 
 def test_each_task_is_calibrated_along_the_movement_of_the_task_before() -> None:
-    """The last posterior is the sum of each task's diagonal times its kappa; the first has that of its own movement."""
+    """The last posterior is the sum of each task's diagonal times its kappa; the first has that of the second."""
     learner, states = new_learner(), list[RunState]()
     initial = learner.parameters()
     method = build_method("became", {"threshold": 0.9, "precision": "across"})
@@ -67,9 +67,9 @@ def test_each_task_is_calibrated_along_the_movement_of_the_task_before() -> None
         if state.theta_gp is not None:
             theta_gp[state.task], theta_hat[state.task] = state.theta_gp, state.theta
     movements = [difference(merged[0], initial), difference(theta_hat[1], theta_gp[1])]
-    first, second, third = STREAM.tasks
+    _, second, third = STREAM.tasks
     kappas = [
-        by_jacobian(merged[0], first, movements[0]),
+        by_jacobian(theta_gp[1], second, movements[0]),
         by_jacobian(merged[1], second, movements[0]),
         by_jacobian(merged[2], third, movements[1]),
     ]
