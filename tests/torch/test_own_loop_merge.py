@@ -1,0 +1,242 @@
+"""Merges of ``Continual`` against brute force in double precision, by likelihoods and losses of all kinds."""
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from adapters.torch import Continual
+from became_core import BecameError, Quadratic
+from became_core.curvature import Bernoulli, Categorical, Gaussian
+from tests.torch.modules import CLASSES
+from tests.torch.oracle import secant_by_brute_force
+from tests.torch.own_loop import new_data, new_network, train, whole
+
+
+@pytest.mark.parametrize("name", ["perceptron", "encoder", "GRU", "stored"])
+def test_the_merge_is_the_minimum_that_brute_force_finds(name: str) -> None:
+    model, old, new = new_network(name), new_data(1, 4, 8), new_data(2, 4, 8)
+    optimizer = torch.optim.AdamW(model.parameters(), 0.02)
+    train(model, optimizer, old, epochs=10)
+    learning = Continual(model)
+    learning.remember(iter(old))
+    with learning.stable(optimizer):
+        train(model, optimizer, new)
+    theta_gp = {key: value.detach().clone() for key, value in model.named_parameters()}
+    with learning.plastic():
+        train(model, optimizer, new, epochs=25)
+    theta_hat = {key: value.detach().clone() for key, value in model.named_parameters()}
+    b, c = secant_by_brute_force(model, theta_gp, theta_hat, learning, new)
+    expected = min(max(-b / c, 0.0), 1.0)
+    report = learning.merge(iter(new), trace=3)
+    assert report.alpha == pytest.approx(expected, rel=1e-4, abs=1e-6)
+    assert 0 < report.alpha < 1
+    assert report.promised
+    assert report.is_convex
+    assert report.slopes[0] < 0 < report.slopes[1]
+    assert report.gain > 0
+    assert report.curvature == "forward mode"
+    for key, value in model.named_parameters():
+        torch.testing.assert_close(value.detach(), theta_gp[key] + report.alpha * (theta_hat[key] - theta_gp[key]))
+    inputs, targets = whole(new)
+    for alpha, loss in report.trace:
+        theta = {key: theta_gp[key] + alpha * (theta_hat[key] - theta_gp[key]) for key in theta_gp}
+        outputs = torch.func.functional_call(model.eval(), theta, (inputs,))
+        assert loss == pytest.approx(float(functional.cross_entropy(outputs, targets)))
+    assert f"α* = {report.alpha:.3f}" in str(report)
+    assert "keeps the stable model" in str(replace(report, alpha=0.0))
+    assert "keeps the stable model" not in str(report)
+    learning.remember(new)
+    with pytest.raises(BecameError, match="a merge is of two models"):
+        learning.merge(new)
+
+
+def test_a_loss_of_ones_own_is_merged_by_slopes() -> None:
+    """The cross-entropy, given as a callable, against the likelihood that it is of."""
+    alphas = []
+    for likelihood in ("categorical", functional.cross_entropy):
+        model, old, new = new_network("perceptron"), new_data(1, 4, 8), new_data(2, 4, 8)
+        optimizer = torch.optim.AdamW(model.parameters(), 0.02)
+        train(model, optimizer, old, epochs=10)
+        learning = Continual(model, likelihood)
+        learning.remember(old)
+        with learning.stable(optimizer):
+            train(model, optimizer, new)
+        with learning.plastic():
+            train(model, optimizer, new, epochs=20)
+        report = learning.merge(new, trace=2)
+        alphas.append(report.alpha)
+    assert report.curvature == "a difference of slopes"
+    assert 0 < alphas[0] < 1
+    # A difference of slopes sees all curvature, and not only the Gauss-Newton part that calibrates the old side.
+    assert alphas[1] == pytest.approx(alphas[0], abs=0.1)
+    with pytest.raises(BecameError, match=r"the loss has shape \[8\]; it must return one number"):
+        Continual(model, lambda z, y: functional.cross_entropy(z, y, reduction="none")).remember(old)
+
+
+@pytest.mark.parametrize("likelihood", [Gaussian(), Gaussian(0.5), Bernoulli()])
+def test_regression_and_several_labels_are_remembered_and_merged(likelihood: Any) -> None:
+    model, inputs = new_network("perceptron"), [x for x, _ in new_data(1, 3, 8)]
+    kind = type(likelihood)
+    old, new = (
+        [(x, x[:, :3].sin() + s if kind is Gaussian else (x[:, :3] > s).double()) for x in inputs] for s in (0, 1)
+    )
+    learning = Continual(model, likelihood)
+    learning.remember(old)
+    assert learning.posterior is not None
+    rows = []
+    for x, y in old:
+        for sample, target in zip(x, y, strict=True):
+            z = model(sample[None])[0]
+            if kind is Gaussian:
+                assert isinstance(learning.likelihood, Gaussian)
+                noise = learning.likelihood.noise
+                assert noise is not None
+                loss = (z - target).square().sum() / (2 * noise**2)
+            else:
+                loss = functional.binary_cross_entropy_with_logits(z, target, reduction="sum")
+            rows.append(torch.autograd.grad(loss, model[0].weight)[0])
+    expected = torch.stack(rows).square().mean(0)
+    torch.testing.assert_close(learning.posterior.precision.diagonal()["0.weight"], expected)
+    if likelihood == Gaussian():
+        first = (model(old[0][0]) - old[0][1]).detach().square().mean().sqrt()
+        assert isinstance(learning.likelihood, Gaussian)
+        assert learning.likelihood.noise == pytest.approx(float(first))
+    optimizer = torch.optim.Adam(model.parameters(), 0.02)
+
+    def train() -> None:
+        for x, y in new * 10:
+            optimizer.zero_grad()
+            (model(x) - y).square().mean().backward()
+            optimizer.step()
+
+    with learning.stable(optimizer):
+        train()
+    with learning.plastic():
+        train()
+    assert 0 <= learning.merge(new).alpha <= 1
+
+
+def test_second_moments_of_an_optimizer_stand_for_old_data_with_a_warning() -> None:
+    model, batches = new_network("perceptron"), new_data(1)
+    optimizer = torch.optim.AdamW(model.parameters(), 0.01, betas=(0.9, 0.99))
+    train(model, optimizer, batches, epochs=4)
+    learning = Continual(model)
+    with pytest.warns(UserWarning, match="unfit after clipping"):
+        learning.remember(optimizer=optimizer, samples=32)
+    assert learning.posterior is not None
+    moment = optimizer.state[model[0].weight]["exp_avg_sq"]
+    found = learning.posterior.precision.diagonal()["0.weight"]
+    torch.testing.assert_close(found, moment / (1 - 0.99**8) * 32)
+    assert learning.coverage.share("penalised") == 1
+    with learning.stable(optimizer):
+        train(model, optimizer, new_data(2))
+    with learning.plastic():
+        train(model, optimizer, new_data(2))
+    assert 0 <= learning.merge(new_data(2)).alpha <= 1
+    with pytest.raises(BecameError, match="needs samples="):
+        learning.remember(optimizer=optimizer)
+    with pytest.raises(BecameError, match="no second moments"):
+        learning.remember(optimizer=torch.optim.SGD(model.parameters(), 0.1), samples=1)
+    with pytest.raises(BecameError, match="either batches or an optimizer"):
+        learning.remember(batches, optimizer=optimizer, samples=1)
+
+
+def test_labels_that_are_no_integers_are_refused_at_a_merge_too() -> None:
+    model, new = new_network("perceptron"), new_data(2)
+    learning, optimizer = Continual(model, check=False), torch.optim.SGD(model.parameters(), 0.1)
+    learning.remember(new_data(1))
+    with learning.stable(optimizer):
+        train(model, optimizer, new)
+    with pytest.raises(BecameError, match="the categorical likelihood needs labels, which are integers"):
+        learning.merge([(x, y.double()) for x, y in new])
+
+
+def test_running_statistics_are_estimated_again_on_request() -> None:
+    model, old, new = new_network("convolutional"), new_data(1, 2, 8), new_data(2, 3, 8)
+    norm: Any = model[2]
+    learning = Continual(model)
+    learning.remember(old)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with learning.stable(optimizer):
+        train(model, optimizer, new)
+    with learning.plastic():
+        train(model, optimizer, new)
+    learning.merge(new, statistics=new)
+    with torch.no_grad():
+        seen = [model[1](model[0](x)) for x, _ in new]
+    means = torch.stack([x.mean((0, 2, 3)) for x in seen]).mean(0)
+    torch.testing.assert_close(norm.running_mean, means)
+    assert norm.momentum == 0.1
+    assert all(module.training for module in model.modules())
+
+
+def test_a_merge_takes_tokens_whose_gradients_are_squared_apart() -> None:
+    batches = [(torch.randn(6, 5, 3), torch.randint(0, CLASSES, (6, 5)))]
+    slopes = []
+    for squares in ("sample", "token"):
+        torch.manual_seed(0)
+        model = nn.Linear(3, CLASSES)
+        learning = Continual(model, Categorical(by="token", squares=squares))
+        learning.remember(batches)
+        with learning.stable(torch.optim.SGD(model.parameters(), 0.1)):
+            pass
+        with learning.plastic(), torch.no_grad():
+            model.weight += 0.1
+        slopes.append(learning.merge(batches).slopes[0])
+    assert slopes[0] == pytest.approx(slopes[1], rel=1e-5)
+
+
+class Unknown:
+    """An estimator that finds no number."""
+
+    def quadratic(self, subspace: object, losses: object) -> Quadratic:
+        """Return a loss that is no number anywhere."""
+        return Quadratic(torch.full((1,), math.nan), torch.full((1, 1), math.nan))
+
+
+def test_what_is_not_finite_is_named_and_not_merged() -> None:
+    model, batches = new_network("perceptron"), new_data(2)
+    learning = Continual(model)
+    learning.remember(batches)
+    with learning.stable(torch.optim.SGD(model.parameters(), 0.1)):
+        pass
+    name, weight = next(iter(model.named_parameters()))
+    weight.data += 0.1
+    plastic = weight.detach().clone()
+    broken = batches[0][0].clone()
+    broken[-1, 0] = math.nan
+    with pytest.raises(BecameError, match=f"the Fisher information of '{name}' is not finite; look for NaN in the bat"):
+        learning.merge([batches[1], (broken, batches[0][1])])
+    assert torch.equal(weight, plastic)
+    weight.data[0, 0] = math.inf
+    with pytest.raises(BecameError, match=f"'{name}' is not finite in the stable or in the plastic model: training"):
+        learning.merge(batches)
+    weight.data[0, 0] = plastic[0, 0]
+    learning.estimator, estimator = Unknown(), learning.estimator
+    with pytest.raises(BecameError, match="the loss of the new data is not finite along the way; look for NaN"):
+        learning.merge(batches)
+    assert torch.equal(weight, plastic)
+    learning.estimator = estimator
+    assert 0 <= learning.merge(batches).alpha <= 1
+
+
+def test_a_merge_says_nothing_of_what_the_memory_protects() -> None:
+    """A memory of second moments holds by curvature alone, after a merge as before."""
+    model, data = new_network("perceptron"), new_data(1)
+    optimizer = torch.optim.AdamW(model.parameters(), 0.01)
+    train(model, optimizer, data)
+    learning = Continual(model)
+    with pytest.warns(UserWarning, match="second moments of an optimizer stand for"):
+        learning.remember(optimizer=optimizer, samples=4)
+    with learning.stable(optimizer):
+        train(model, optimizer, new_data(2))
+    with learning.plastic():
+        train(model, optimizer, new_data(2))
+    learning.merge(new_data(2))
+    learning.remember(new_data(2))
+    assert learning.coverage.share("protected") == 0
