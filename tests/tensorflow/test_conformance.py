@@ -10,13 +10,8 @@ from adapters.networks import Backbone, Linear
 from adapters.tensorflow.learner import TensorFlowLearner, TensorFlowNetwork
 from adapters.tensorflow.run import BACKEND
 from became_core.continual import Learner, TaskStream
-from tests.conformance import (
-    BACKBONES,
-    CHECKS,
-    Make,
-    check_every_method_runs_and_repeats,
-    conforms_where_all_is_compiled,
-)
+from tests.conformance import BACKBONES, CHECKS, Make, conforms_where_all_is_compiled
+from tests.conformance.running import check_every_method_runs_and_repeats
 from tests.dropout import check_framework_masks
 from tests.norms import CHECKS as NORM_CHECKS
 from tests.norms import MakeNormalised
