@@ -1,0 +1,96 @@
+"""Merges of Keras models by ``Continual``, in double precision."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from adapters.tensorflow import Continual
+from became_core import BecameError
+from tests.tensorflow.own_loop import CLASSES, L, new_data, perceptron, row
+
+pytestmark = pytest.mark.usefixtures("in_double_precision")
+
+
+def _ensemble(end: str) -> keras.Model:
+    inputs = keras.Input((6,))
+    return keras.Model(inputs, L.Average()([L.Dense(CLASSES, end)(inputs), L.Dense(CLASSES, end)(inputs)]))
+
+
+def _by_hand() -> keras.Model:
+    inputs = keras.Input((6,))
+    powers = keras.ops.exp(L.Dense(CLASSES)(inputs))
+    return keras.Model(inputs, powers / keras.ops.sum(powers, -1, keepdims=True))
+
+
+def test_probabilities_that_no_last_softmax_made_are_no_logits() -> None:
+    targets = [(x, np.eye(CLASSES)[y]) for x, y in new_data(1, 1)]
+    for model, likelihood, data in (
+        (_ensemble("softmax"), "categorical", new_data(1, 1)),
+        (_by_hand(), "categorical", new_data(1, 1)),
+        (_ensemble("sigmoid"), "bernoulli", targets),
+    ):
+        with pytest.raises(BecameError, match=r"outputs are probabilities, and a \w+ is not its last operation"):
+            Continual(model, likelihood).remember(data)
+    zeros = keras.Sequential([keras.Input((6,)), L.Dense(4, "sigmoid"), L.Dense(CLASSES, kernel_initializer="zeros")])
+    for likelihood, data in (("categorical", new_data(1, 1)), ("bernoulli", targets)):
+        Continual(zeros, likelihood, check=False).remember(data)
+
+
+def test_what_is_not_finite_is_named_and_not_merged() -> None:
+    model, data = perceptron(), new_data(1, 1)
+    learning = Continual(model)
+    learning.remember(data)
+    with learning.stable(keras.optimizers.SGD(0.1)):
+        pass
+    weight = model.trainable_variables[0]
+    weight.assign(weight + 0.1)
+    plastic = weight.numpy()
+    with pytest.raises(BecameError, match=r"the Fisher information of 'first\.weight' is not finite; look for NaN"):
+        learning.merge([(inputs * np.nan, targets) for inputs, targets in data])
+    np.testing.assert_array_equal(weight.numpy(), plastic)
+    weight.assign(weight * np.inf)
+    with pytest.raises(BecameError, match=r"'first\.weight' is not finite in the stable or in the plastic model"):
+        learning.merge(data)
+
+
+def test_running_statistics_are_estimated_again_on_request() -> None:
+    frozen = L.BatchNormalization(trainable=False)
+    model = row((4, 4, 2), L.Conv2D(3, 2), L.BatchNormalization(momentum=0.5), L.ReLU(), frozen, L.Dropout(0.5))
+    norm, optimizer = model.layers[1], keras.optimizers.SGD(0.1)
+    data = [(np.random.default_rng(n).normal(size=(5, 4, 4, 2)), np.arange(5) % CLASSES) for n in range(3)]
+    learning = Continual(model)
+    learning.remember(data[:1])
+    with learning.stable(optimizer):
+        pass
+    with learning.plastic():
+        norm.gamma.assign(norm.gamma * 2.0)
+    learning.merge(data, statistics=data)
+    seen = [model.layers[0](x).numpy() for x, _ in data]
+    np.testing.assert_allclose(norm.moving_mean, np.mean([x.mean((0, 1, 2)) for x in seen], axis=0), rtol=1e-10)
+    np.testing.assert_allclose(norm.moving_variance, np.mean([x.var((0, 1, 2)) for x in seen], axis=0), rtol=1e-10)
+    assert np.array_equal(frozen.moving_mean, np.zeros(3))
+    assert norm.momentum == 0.5
+    assert "call" not in vars(norm)
+    assert not tf.config.functions_run_eagerly()
+
+
+def test_second_moments_of_an_optimizer_stand_for_old_data_with_a_warning() -> None:
+    model = perceptron()
+    model.compile(keras.optimizers.Adam(0.01, beta_2=0.9), keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    for x, y in new_data(1, 3):
+        model.train_on_batch(x, y)
+    learning = Continual(model)
+    with pytest.warns(UserWarning, match="unfit after clipping"):
+        learning.remember(optimizer=model.optimizer, samples=32)
+    assert learning.posterior is not None
+    (moment,) = (v for v in model.optimizer.variables if v.name.endswith("kernel_velocity") and v.shape == (6, 8))
+    weight = next(name for name, p in learning._data.trained.items() if p.variable is model.layers[0].kernel)
+    expected = moment.numpy().T / (1 - 0.9**3) * 32
+    np.testing.assert_allclose(learning.posterior.precision.diagonal()[weight], expected, rtol=1e-6)
+    with pytest.raises(BecameError, match="needs samples="):
+        learning.remember(optimizer=model.optimizer)
+    with pytest.raises(BecameError, match="no second moments"):
+        learning.remember(optimizer=keras.optimizers.SGD(), samples=1)
+    with pytest.raises(BecameError, match="either batches or an optimizer"):
+        learning.remember()
