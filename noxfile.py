@@ -16,9 +16,11 @@ import os
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import nox
+from nox.command import CommandFailed
 
 PROJECT = nox.project.load_toml("pyproject.toml")
 FRAMEWORKS = ("torch", "jax", "tensorflow")
@@ -74,13 +76,18 @@ nox.options.sessions = [
 ]
 
 
-def install(session: nox.Session, group: str, *requirements: str) -> None:
-    """Install a dependency group of ``pyproject.toml``, and more, as pinned.
+def install(session: nox.Session, groups: Sequence[str], *requirements: str) -> None:
+    """Install dependency groups of ``pyproject.toml``, and more, as pinned.
 
-    Nothing is compiled to bytecode in advance: of what is installed, a session imports a small part.
+    Nothing is compiled to bytecode in advance: of what is installed, a session imports a small part. A package whose
+    page an index does not answer for once is missing to pip, so it has a second try.
     """
-    pinned = "--no-compile", "-c", "constraints.txt", *nox.project.dependency_groups(PROJECT, group)
-    session.install(*pinned, *requirements)
+    wanted = *(each for group in groups for each in nox.project.dependency_groups(PROJECT, group)), *requirements
+    command = python(session), "-m", "pip", "install", "--quiet", "--no-compile", "-c", "constraints.txt", *wanted
+    try:
+        session.run(*command)
+    except CommandFailed:
+        session.run(*command)
 
 
 def pinned_with(folder: Path, other: dict[str, str]) -> tuple[str, str, str]:
@@ -139,7 +146,7 @@ def assert_absent(session: nox.Session, *frameworks: str) -> None:
 @nox.session
 def lint(session: nox.Session) -> None:
     """Style and format."""
-    install(session, "lint")
+    install(session, ["lint"])
     session.run("ruff", "check")
     session.run("ruff", "format", "--check")
 
@@ -148,12 +155,8 @@ def lint(session: nox.Session) -> None:
 def everything(session: nox.Session) -> None:
     """The environment with every framework, which several sessions share."""
     session.run(sys.executable, "-m", "virtualenv", "--quiet", "--clear", "--no-periodic-update", str(EVERYTHING))
-    groups = [
-        group for name in ("test-torch", "test-jax", "types") for group in nox.project.dependency_groups(PROJECT, name)
-    ]
-    pinned = "--no-compile", "--quiet", "-c", "constraints.txt", *groups
     extras = "-e", ".[merge,torch,jax,report,tensorboard,dask]", *TENSORFLOW
-    session.run(python(session), "-m", "pip", "install", *pinned, *extras)
+    install(session, ["test-torch", "test-jax", "types"], *extras)
     # A package for tests brings torchvision, which no test needs and which need not fit this PyTorch: Lightning, which
     # imports it where it is installed, would fail.
     session.run(python(session), "-m", "pip", "uninstall", "--quiet", "--yes", "torchvision")
@@ -168,7 +171,7 @@ def types(session: nox.Session) -> None:
 @nox.session
 def docs(session: nox.Session) -> None:
     """The documentation site, built into ``site/``; a warning is an error, and so is a page that needs a network."""
-    install(session, "docs", "-e", ".")
+    install(session, ["docs"], "-e", ".")
     session.env["NO_MKDOCS_2_WARNING"] = "1"  # on the theme's end of life, which is none of a page's mistakes
     session.env["BECAME_REPOSITORY"] = PROJECT["project"].get("urls", {}).get("Repository", "")
     session.run("python", "docs/pages.py")
@@ -179,7 +182,7 @@ def docs(session: nox.Session) -> None:
 @nox.session(name="tests-core")
 def tests_core(session: nox.Session) -> None:
     """The core where no framework is installed, on NumPy and on the strictest reading of the array API standard."""
-    install(session, "test", "-e", ".")
+    install(session, ["test"], "-e", ".")
     assert_absent(session, *FRAMEWORKS)
     test(session, "tests/networks", "tests/core", "tests/repository")
     test(session, "tests/core", "--backend", "strictest")
@@ -195,7 +198,7 @@ def tests_torch(session: nox.Session) -> None:
 @nox.session(name="tests-jax")
 def tests_jax(session: nox.Session) -> None:
     """The core and the adapter on JAX, where no other framework is installed."""
-    install(session, "test-jax", "-e", ".[jax]")
+    install(session, ["test-jax"], "-e", ".[jax]")
     assert_absent(session, "torch", "tensorflow")
     cache_compilations(session)
     compile_quickly(session)
@@ -207,7 +210,7 @@ def tests_jax(session: nox.Session) -> None:
 @nox.session(name="tests-tensorflow")
 def tests_tensorflow(session: nox.Session) -> None:
     """The core and the adapter on TensorFlow, where no other framework is installed."""
-    install(session, "test", "-e", ".[run]", *TENSORFLOW)
+    install(session, ["test"], "-e", ".[run]", *TENSORFLOW)
     assert_absent(session, "torch", "jax")
     session.env["BECAME_KILLS"] = "1"
     test(session, *ON_EACH, f"{IN_PARTS}[became+trgp]", "tests/tensorflow", "--backend", "tensorflow")
