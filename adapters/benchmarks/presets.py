@@ -167,6 +167,8 @@ MNIST_VAE = {
             "batch_size": 50,
             "threshold": 0.95,
             "increment": 0.003,
+            # Chosen on held-out digits and confirmed with new seeds: docs/results/alpha.md.
+            "precision": "across",
         }
     )
 }
