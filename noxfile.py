@@ -79,8 +79,8 @@ nox.options.sessions = [
 def install(session: nox.Session, groups: Sequence[str], *requirements: str) -> None:
     """Install dependency groups of ``pyproject.toml``, and more, as pinned.
 
-    Nothing is compiled to bytecode in advance: of what is installed, a session imports a small part. A package whose
-    page an index does not answer for once is missing to pip, so it has a second try.
+    Nothing is compiled to bytecode in advance: of what is installed, a session imports a small part. If an index
+    fails to answer for a moment, pip takes a package for missing; so a failed installation is tried once more.
     """
     wanted = *(each for group in groups for each in nox.project.dependency_groups(PROJECT, group)), *requirements
     command = python(session), "-m", "pip", "install", "--quiet", "--no-compile", "-c", "constraints.txt", *wanted

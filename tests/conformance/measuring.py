@@ -6,12 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from became_core.arrays import Params
-from became_core.continual import (
-    SGD,
-    Annealed,
-    Batch,
-    Training,
-)
+from became_core.continual import SGD, Annealed, Batch, Training
 from became_core.continual.measurement import Measurement
 from became_core.curvature import (
     batch_gradient,

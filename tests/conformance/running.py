@@ -6,16 +6,7 @@ from dataclasses import replace
 import numpy as np
 
 from became_core import BecameError
-from became_core.continual import (
-    Annealed,
-    Learner,
-    Task,
-    TaskStream,
-    Training,
-    build_method,
-    learn,
-    method_names,
-)
+from became_core.continual import Annealed, Learner, Task, TaskStream, Training, build_method, learn, method_names
 from tests.backends import to_numpy
 from tests.conformance.learners import STREAM, Make, fresh_rng, listened, numbers, unit_graph_of
 from tests.listening import Listening

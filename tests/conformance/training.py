@@ -20,9 +20,7 @@ from became_core.continual import (
     learn,
 )
 from became_core.continual.learner import heads_of
-from became_core.curvature import (
-    batch_gradient,
-)
+from became_core.curvature import batch_gradient
 from became_core.laplace import Diagonal, LaplacePosterior
 from became_core.projection import GPM, TRGP, LowRankRegion
 from reference.learner import cropped

@@ -25,7 +25,6 @@ def in_double_precision() -> Iterator[None]:
     before, policy = keras.config.floatx(), keras.config.dtype_policy()
     keras.config.set_floatx("float64")
     keras.config.set_dtype_policy("float64")  # a model of another test may have fixed it
-    keras.utils.set_random_seed(0)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "taps do not know", UserWarning)
         yield

@@ -11,8 +11,7 @@ from adapters.torch.learner import TorchLearner
 from became_core import BecameError
 from became_core.continual import Annealed, Training, build_method, learn
 from became_core.projection import UnitGraph
-from tests.conformance import listened
-from tests.conformance.learners import unit_graph_of
+from tests.conformance.learners import listened, unit_graph_of
 from tests.listening import Listening
 from tests.streams import prototype_stream
 
