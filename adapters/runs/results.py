@@ -221,7 +221,7 @@ class RunResult:
         _require(len(self.alpha) == len(self.epochs) == tasks and len(self.ranks) <= tasks)
         _require_numbers(alpha for alpha in self.alpha if alpha is not None)
         _require_numbers(self.epochs)
-        _require(len(self.temperatures) < tasks)  # an earlier version that began the run recorded none
+        _require(len(self.temperatures) <= tasks)  # an earlier version that began the run recorded fewer
         _require_numbers(self.temperatures)
         _require_numbers(self.seconds.values())
         _require(self.seconds["total"] >= 0)

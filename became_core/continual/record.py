@@ -128,8 +128,8 @@ class RunRecord:
         correlation: the correlation of predictions with targets [T, T]; [t, i] is that on task i after task t, NaN for
             i > t, where the targets are constant, and for tasks that an earlier version learned. It is empty unless
             outputs predict numbers.
-        temperatures: for each task after the first, what its curvature was multiplied by, as ``TaskEnd`` says; empty if
-            nothing was. The tasks that an earlier version learned are left out.
+        temperatures: for each task, what its curvature was multiplied by, as ``TaskEnd`` says, that of the first task
+            before the first merge; empty if nothing was. What an earlier version did not record is left out.
     """
 
     accuracy: NDArray[np.float64]

@@ -277,7 +277,7 @@ class _Run(RunContext):
 
         The learner is at theta_hat, and is left there. The first task has no delta from which a temperature could be
         estimated, and no task before it. So before the first merge its curvature takes the temperature of the second
-        task, and the calibration that the second has at theta_gp.
+        task, and the calibration that the second has at theta_gp. The record has their product as the first task's.
         """
         method, memory, factor, of_first = self.method, state.memory, None, 1.0
         assert state.theta_gp is not None
@@ -290,11 +290,12 @@ class _Run(RunContext):
                 with self.at(task, state.theta_gp, memory):
                     there = self.measurement(task, "posterior", memory)
                     of_first *= calibration(there, there.precision(method.precision), memory.movement)
-        if task.index > 1 or of_first == 1 or memory.posterior is None:
+        if task.index > 1 or (factor is None and memory.movement is None) or memory.posterior is None:
             return state, factor
         posterior = replace(memory.posterior, precision=memory.posterior.precision * of_first)
         old_tasks = None if memory.old_tasks is None else replace(memory.old_tasks, posterior=posterior)
-        return replace(state, memory=replace(memory, posterior=posterior, old_tasks=old_tasks)), factor
+        memory = replace(memory, posterior=posterior, old_tasks=old_tasks)
+        return replace(state, memory=memory, record=replace(state.record, temperatures=[of_first])), factor
 
     def merge(
         self, task: Task, state: RunState, rule: MergeRule, curvature: Precision | None

@@ -74,7 +74,7 @@ def test_each_task_is_calibrated_along_the_movement_of_the_task_before() -> None
         by_jacobian(merged[2], third, movements[1]),
     ]
     assert len({round(kappa, 3) for kappa in [1.0, *kappas]}) == 4
-    assert record.temperatures == pytest.approx(kappas[1:], rel=1e-9)
+    assert record.temperatures == pytest.approx(kappas, rel=1e-9)
     total: Params = dict.fromkeys(initial, 0.0)
     for theta, task, kappa in zip(merged, STREAM.tasks, kappas, strict=True):
         learner.assign(theta)

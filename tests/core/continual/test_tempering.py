@@ -112,7 +112,7 @@ def test_a_posterior_is_tempered_task_by_task_and_the_first_task_as_the_second()
     learner.assign(theta_hat)
     factor = temperature("rise", measurement(learner, STREAM.tasks[1]), theta_gp)
     assert factor != 1
-    assert last.record.temperatures == [factor]
+    assert last.record.temperatures == [factor, factor]
     learner.assign(last.theta)
     own = replace(measurement(learner, STREAM.tasks[1]), purpose="posterior").diagonal()
     old, new = before.memory.posterior.precision.diagonal(), last.memory.posterior.precision.diagonal()
