@@ -1,0 +1,81 @@
+"""The tables whose runs' results are kept in ``benchmarks/results`` are these results, to the last digit."""
+
+from pathlib import Path
+
+import pytest
+
+from adapters.analysis.bootstrap import Estimate
+from adapters.runs import RunResult, read_results
+from became_core import BecameError
+from benchmarks.keep import keep
+
+ROOT = Path(__file__).parents[2]
+KEPT = ROOT / "benchmarks" / "results"
+IMAGES, ALPHA = ((ROOT / "docs" / "results" / name).read_text(encoding="utf-8") for name in ("images.md", "alpha.md"))
+
+# How the rows of runs with ten tasks and 20 epochs a task begin, by the folder and the method.
+ROWS = {
+    "cifar100-20/gpm": "`gpm`, with other masks than above",
+    "cifar100-14-6/became-grid": "`became-grid`",
+}
+
+
+def by_method(folder: Path) -> dict[str, list[RunResult]]:
+    found: dict[str, list[RunResult]] = {}
+    for run in read_results(folder):
+        found.setdefault(run.method, []).append(run)
+    return found
+
+
+def scores_row(begin: str, runs: list[RunResult]) -> str:
+    scores = [run.scores for run in runs]
+    columns = [[score.acc for score in scores], [score.bwt for score in scores]]
+    columns += [[score.forgetting for score in scores], [score.plasticity for score in scores]]
+    columns += [[run.class_incremental_scores.acc for run in runs]]
+    return f"| {' | '.join([begin, str(len(runs)), *(Estimate(tuple(column)).text() for column in columns)])} |"
+
+
+def test_results_say_nothing_of_a_machine() -> None:
+    runs = [run for folder in KEPT.iterdir() for run in read_results(folder)]
+    assert runs
+    assert all(run.data_dir is None for run in runs)
+
+
+def test_a_result_is_kept_once_and_another_run_does_not_replace_it(tmp_path: Path) -> None:
+    files = keep([KEPT / "new-text-across"], tmp_path)
+    before = [file.read_bytes() for file in files]
+    assert files == keep([KEPT / "new-text-across"], tmp_path)
+    with pytest.raises(BecameError, match="another run of became with seed 10"):
+        keep([KEPT / "new-text-exact"], tmp_path)
+    assert [file.read_bytes() for file in files] == before
+
+
+def test_each_method_at_20_epochs_has_its_row() -> None:
+    folders = [folder for folder in KEPT.iterdir() if folder.name.startswith("cifar100-")]
+    groups = {f"{folder.name}/{method}": runs for folder in folders for method, runs in by_method(folder).items()}
+    assert {name: scores_row(ROWS[name], runs) in IMAGES for name, runs in groups.items()} == dict.fromkeys(ROWS, True)
+
+
+def test_new_class_orders_of_became_across_tasks() -> None:
+    row = next(line for line in ALPHA.splitlines() if line.startswith("| `became --precision across` |"))
+    cells = [cell.strip() for cell in row.strip("|").split("|")[1:]]
+    for run in read_results(KEPT / "new-cifar100-across"):
+        assert cells[run.seed - 10] == f"{run.scores.acc:.2f}"
+
+
+@pytest.mark.parametrize(
+    ("name", "begin", "sign", "digits"),
+    [
+        ("encoded", "digits encoded and drawn", 1, (2, 1)),
+        ("regression", "regression", -1, (3, 3)),
+        ("text", "text", -1, (3, 3)),
+    ],
+)
+def test_new_seeds_beyond_classification(name: str, begin: str, sign: int, digits: tuple[int, int]) -> None:
+    """The page has RMSE and bits per byte as they are, which are scores with their signs turned."""
+    folders = (KEPT / f"new-{name}-across", KEPT / f"new-{name}-exact")
+    across, exact = ({run.seed: run.scores.acc for run in read_results(folder)} for folder in folders)
+    means = [Estimate(tuple(sign * acc for acc in side.values())).text(digits[0]) for side in (across, exact)]
+    differences = " ".join(f"{across[seed] - exact[seed]:z.{digits[1]}f}" for seed in across)
+    (row,) = [line for line in ALPHA.split("### New seeds beyond")[1].splitlines() if line.startswith(f"| {begin}")]
+    assert row.split(" | ")[1:] == [*means, f"{differences} |"]
