@@ -1,17 +1,21 @@
 """Small checkpoints, as files of every format, and what the core makes of the same arrays in memory."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
+import pytest
 from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
-from adapters.checkpoints import MergePlan, PlannedModel
+from adapters.checkpoints import MergePlan, PlannedModel, merge_checkpoints
+from became_core import BecameError
 
 Arrays = dict[str, NDArray[Any]]
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 SHAPES: dict[str, tuple[int, ...]] = {
     "model.embed_tokens.weight": (7, 6),
     "model.layers.0.mlp.weight": (6, 5),
@@ -54,3 +58,33 @@ def bf16(values: Mapping[str, NDArray[Any]]) -> Arrays:
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in folder.iterdir() if file.name != "README.md"}
+
+
+def folder_of(place: Path, values: Arrays, *, shards: int = 1, config: Any = None) -> Path:
+    """A folder as Hugging Face models have it."""
+    place.mkdir()
+    names = list(values)
+    if shards == 1:
+        save_file(values, place / "model.safetensors")
+    else:
+        weight_map = {name: f"model-{k % shards + 1:05d}-of-{shards:05d}.safetensors" for k, name in enumerate(names)}
+        for shard in set(weight_map.values()):
+            save_file({name: values[name] for name in names if weight_map[name] == shard}, place / shard)
+        index = {"metadata": {}, "weight_map": weight_map}
+        (place / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+    if config is not None:
+        (place / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    return place
+
+
+def refused(plan: MergePlan, out: Path, message: str) -> None:
+    """The merge is refused with a sentence, and leaves nothing."""
+    before = sorted(out.parent.rglob("*"))
+    with pytest.raises(BecameError, match=message) as error:
+        merge_checkpoints(plan, out)
+    assert "\n" not in str(error.value)
+    assert sorted(out.parent.rglob("*")) == before
+
+
+def linear(*models: Path, **options: Any) -> MergePlan:
+    return MergePlan(tuple(map(PlannedModel, models)), "linear", **options)

@@ -16,8 +16,7 @@ from adapters.checkpoints import merge_checkpoints
 from adapters.cli.__main__ import main
 from adapters.cli.checkpoints import size_of
 from became_core import BecameError
-from tests.checkpoints.models import arrays, contents, merged, pair, saved
-from tests.checkpoints.test_inputs import folder_of
+from tests.checkpoints.models import arrays, contents, folder_of, merged, pair, saved
 
 
 def words(*parts: Any) -> list[str]:

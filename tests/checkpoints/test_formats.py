@@ -1,0 +1,207 @@
+"""Every format is read, and what models have in common is written once."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from numpy.testing import assert_allclose, assert_array_equal
+
+from adapters.checkpoints import MergePlan, PlannedModel, merge_checkpoints, open_checkpoint
+from adapters.checkpoints.digest import digest_of
+from became_core import BecameError
+from tests.checkpoints.models import EMBEDDING, HEAD, SHAPES, Arrays, arrays, folder_of, linear, merged, refused, saved
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "folder", "shards", "npz", "npz-compressed"])
+def test_every_format_of_numpy_gives_the_same_tensors(tmp_path: Path, kind: str) -> None:
+    values = arrays(0)
+    makers: dict[str, Callable[[], Path]] = {
+        "safetensors": lambda: saved(tmp_path, "A", values),
+        "folder": lambda: folder_of(tmp_path / "A", values, config={}),
+        "shards": lambda: folder_of(tmp_path / "A", values, shards=3),
+        "npz": lambda: (np.savez(tmp_path / "A.npz", **values), tmp_path / "A.npz")[1],  # type: ignore[func-returns-value, arg-type]
+        "npz-compressed": lambda: (np.savez_compressed(tmp_path / "A.npz", **values), tmp_path / "A.npz")[1],  # type: ignore[func-returns-value, arg-type]
+    }
+    checkpoint = open_checkpoint(makers[kind]())
+    assert checkpoint.tensors.keys() == values.keys()
+    for name, tensor in checkpoint.tensors.items():
+        assert_array_equal(tensor.whole(), values[name])
+        if tensor.size > 3:
+            assert_array_equal(tensor.slab(1, 3), values[name].reshape(-1)[1:3])
+    assert digest_of(checkpoint) == digest_of(open_checkpoint(saved(tmp_path, "same", values)))
+    assert digest_of(checkpoint) != digest_of(open_checkpoint(saved(tmp_path, "other", arrays(1))))
+
+
+def test_a_digest_is_the_same_in_every_version(tmp_path: Path) -> None:
+    # Fisher files name their model by it, so that it must never change.
+    assert digest_of(open_checkpoint(saved(tmp_path, "A", arrays(0)))) == "b0a99dcaebd6f6de2579c948918c0de6"
+
+
+@pytest.mark.parametrize("save", ["state_dict", "nested", "old"])
+def test_a_pytorch_file_is_read_as_weights_alone(tmp_path: Path, save: str) -> None:
+    torch = pytest.importorskip("torch")
+    values = {name: torch.from_numpy(value.copy()).to(torch.bfloat16) for name, value in arrays(0).items()}
+    file = tmp_path / "A.pt"
+    torch.save({"state_dict": values, "epoch": 3} if save == "nested" else values, file,
+               _use_new_zipfile_serialization=save != "old")  # fmt: skip
+    checkpoint = open_checkpoint(file)
+    for name, value in arrays(0).items():
+        assert_array_equal(checkpoint.tensors[name].whole(), value.astype(ml_dtypes.bfloat16))
+    same = saved(tmp_path, "same", {name: value.astype(ml_dtypes.bfloat16) for name, value in arrays(0).items()})
+    assert digest_of(checkpoint) == digest_of(open_checkpoint(same))
+
+
+def test_a_pytorch_file_that_would_execute_something_is_refused(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+
+    class Evil:
+        def __reduce__(self) -> Any:
+            return (print, ("executed",))
+
+    torch.save({"w": Evil()}, tmp_path / "A.pt")
+    with pytest.raises(BecameError, match=r"A\.pt is no PyTorch file of weights alone") as error:
+        open_checkpoint(tmp_path / "A.pt")
+    assert "weights_only" not in str(error.value)  # PyTorch's own sentence says how to execute it
+
+
+def test_a_pytorch_tensor_in_another_order_is_read_by_rows(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    images = torch.arange(2.0 * 3 * 4 * 5).reshape(2, 3, 4, 5).to(memory_format=torch.channels_last)
+    state = {"w": images, "t": torch.arange(6.0, dtype=torch.bfloat16).reshape(2, 3).T, "s": torch.tensor(2.0)}
+    torch.save(state, tmp_path / "A.pt")
+    tensors = open_checkpoint(tmp_path / "A.pt").tensors
+    assert_array_equal(tensors["w"].whole(), np.arange(120.0).reshape(2, 3, 4, 5))
+    assert_array_equal(tensors["w"].slab(50, 70), np.arange(50.0, 70.0))
+    assert_array_equal(tensors["t"].slab(1, 5).astype(float), [3.0, 1.0, 4.0, 2.0])
+    assert_array_equal(tensors["s"].whole(), 2.0)
+
+
+def test_a_pytorch_tensor_whose_numbers_are_not_all_stored_is_refused(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    cases = [
+        ({"w": torch.empty(3, device="meta")}, "'w' of .* is no dense tensor in memory"),
+        ({"w": torch.eye(3).to_sparse()}, "'w' of .* is no dense tensor in memory"),
+        ({"w": torch.ones(1).expand(10**6, 10**6)}, "'w' of .* is expanded"),
+        ({1: torch.ones(2), "1": torch.zeros(2)}, "has '1' twice"),
+    ]
+    for content, message in cases:
+        torch.save(content, tmp_path / "A.pt")
+        refused(linear(tmp_path / "A.pt", tmp_path / "A.pt"), tmp_path / "out", message)
+
+
+def test_tensors_that_share_memory_are_written_once(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    files = []
+    for k in range(2):
+        values = {name: torch.from_numpy(value.copy()) for name, value in arrays(k).items()}
+        values[HEAD] = values[EMBEDDING]
+        torch.save(values, tmp_path / f"{k}.bin")
+        files.append(tmp_path / f"{k}.bin")
+    merge_checkpoints(linear(*files), tmp_path / "out")
+    assert merged(tmp_path / "out").keys() == SHAPES.keys() - {HEAD}
+
+
+def test_heads_that_all_models_tie_are_written_once(tmp_path: Path) -> None:  # mergekit 385, 390
+    config = {"tie_word_embeddings": True}
+    both = arrays(0) | {HEAD: arrays(0)[EMBEDDING]}
+    one = {name: value for name, value in arrays(1).items() if name != HEAD}
+    models = folder_of(tmp_path / "A", both, config=config), folder_of(tmp_path / "B", one, config=config)
+    merge_checkpoints(linear(*models), tmp_path / "out")
+    assert merged(tmp_path / "out").keys() == SHAPES.keys() - {HEAD}
+    assert json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8")) == config
+
+
+@pytest.mark.parametrize("config", [None, {"vocab_size": 7}])
+def test_a_head_that_no_model_says_to_be_tied_stays(tmp_path: Path, config: Any) -> None:
+    # Such a model may be untied by default, as Llama is, and would be loaded without a head.
+    both = [
+        folder_of(tmp_path / n, arrays(k) | {HEAD: arrays(k)[EMBEDDING]}, config=config) for k, n in enumerate("AB")
+    ]
+    merge_checkpoints(linear(*both), tmp_path / "out")
+    out = merged(tmp_path / "out")
+    assert_array_equal(out[HEAD], out[EMBEDDING])
+
+
+def test_a_head_that_one_model_ties_is_read_from_its_embedding(tmp_path: Path) -> None:  # mergekit 464, 615
+    tied = {name: value for name, value in arrays(0).items() if name != HEAD}
+    models = (
+        folder_of(tmp_path / "A", tied, config={"tie_word_embeddings": True}),
+        folder_of(tmp_path / "B", arrays(1), config={"tie_word_embeddings": False}),
+    )
+    merge_checkpoints(linear(*models), tmp_path / "out")
+    out = merged(tmp_path / "out")
+    assert_allclose(out[HEAD], (arrays(0)[EMBEDDING] + arrays(1)[HEAD]) / 2, atol=1e-6)
+    assert_allclose(out[EMBEDDING], (arrays(0)[EMBEDDING] + arrays(1)[EMBEDDING]) / 2, atol=1e-6)
+    written = json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8"))
+    assert written == {"tie_word_embeddings": False}
+
+
+def test_vocabularies_of_two_sizes_are_refused_with_the_sizes(tmp_path: Path) -> None:  # mergekit 47, 139, 342, 425
+    longer = arrays(1) | {name: np.ones((9, 6), np.float32) for name in (EMBEDDING, HEAD)}
+    models = saved(tmp_path, "A", arrays(0)), saved(tmp_path, "B", longer)
+    refused(
+        linear(*models), tmp_path / "out", r"vocabularies differ: '.*' of .*B.* has 9 rows, that of .*A.* has 7; --pad"
+    )
+
+
+def test_padding_takes_missing_rows_from_the_models_that_have_them(tmp_path: Path) -> None:
+    longer = arrays(1) | {name: np.full((9, 6), 2.0, np.float32) for name in (EMBEDDING, HEAD)}
+    models = (
+        folder_of(tmp_path / "A", arrays(0), config={"vocab_size": 7, "tie_word_embeddings": False}),
+        folder_of(tmp_path / "B", longer, config={"vocab_size": 9, "tie_word_embeddings": False}),
+    )
+    merge_checkpoints(linear(*models, pad_vocabulary=True), tmp_path / "out")
+    out = merged(tmp_path / "out")[EMBEDDING]
+    assert_allclose(out[:7], (arrays(0)[EMBEDDING] + 2.0) / 2, atol=1e-6)
+    assert_array_equal(out[7:], 2.0)
+    assert json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8"))["vocab_size"] == 9
+    fishers = [
+        saved(tmp_path, "FA", arrays(10, positive=True)),
+        saved(tmp_path, "FB", {n: np.ones(v.shape, np.float32) for n, v in longer.items()}),
+    ]
+    planned = tuple(PlannedModel(model, fisher=fisher) for model, fisher in zip(models, fishers, strict=True))
+    report = merge_checkpoints(MergePlan(planned, pad_vocabulary=True, per="leaf"), tmp_path / "became")
+    assert isinstance(report.alpha, dict)
+    alpha = report.alpha[EMBEDDING]
+    delta, old = 2.0 - arrays(0)[EMBEDDING].astype(float), arrays(10, positive=True)[EMBEDDING]
+    assert alpha == pytest.approx((delta**2).sum() / ((old + 1) * delta**2).sum(), rel=1e-5)
+
+
+def test_models_that_are_no_language_models_merge_too(tmp_path: Path) -> None:  # mergekit 159, 423, 461
+    def convnet(seed: int) -> Arrays:
+        values = arrays(seed, {"features.0.weight": (4, 3, 3, 3), "features.1.weight": (4,), "classifier.bias": (2,)})
+        values["features.1.running_mean"] = np.full(4, float(seed), np.float32)
+        values["features.1.running_var"] = np.full(4, 1.0 + seed, np.float32)
+        values["features.1.num_batches_tracked"] = np.asarray(100 + seed)
+        return values
+
+    models = []
+    for k in range(2):
+        fisher = {n: v**2 + 0.1 for n, v in convnet(k).items() if "running" not in n and "num_batches" not in n}
+        models.append(PlannedModel(saved(tmp_path, f"M{k}", convnet(k)), fisher=saved(tmp_path, f"F{k}", fisher)))
+    report = merge_checkpoints(MergePlan(tuple(models)), tmp_path / "out")
+    out = merged(tmp_path / "out")
+    assert out["features.1.num_batches_tracked"] == 100
+    assert isinstance(report.alpha, float)
+    np.testing.assert_allclose(out["features.1.running_mean"], report.alpha, rtol=1e-6)
+    assert any("num_batches_tracked" in note for note in report.notes)
+    assert any("estimate them anew" in note for note in report.notes)
+
+
+def test_companions_are_copied_from_the_base(tmp_path: Path) -> None:
+    models = [folder_of(tmp_path / name, arrays(k), config={"name": name}) for k, name in enumerate("AB")]
+    for name in ("tokenizer.json", "generation_config.json", "merges.txt"):
+        for model in models:
+            (model / name).write_text(f"{model.name} {name}", encoding="utf-8")
+    (models[1] / "README.md").write_text("not this", encoding="utf-8")
+    (models[1] / "trainer_state.json").write_text("{}", encoding="utf-8")
+    merge_checkpoints(linear(models[0], base_model=models[1]), tmp_path / "out")
+    assert (tmp_path / "out" / "tokenizer.json").read_text(encoding="utf-8") == "B tokenizer.json"
+    assert (tmp_path / "out" / "generation_config.json").exists()
+    assert (tmp_path / "out" / "merges.txt").exists()
+    assert "not this" not in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert not (tmp_path / "out" / "trainer_state.json").exists()
