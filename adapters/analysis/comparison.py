@@ -15,7 +15,7 @@ from adapters.analysis.tables import Cell, Column, Table
 from adapters.runs import RunResult, finished_runs
 from adapters.runs.published import PublishedTable, published_tables
 from became_core import BecameError
-from became_core.continual.metrics import average_accuracy, backward_transfer, forward_transfer, plasticity
+from became_core.continual.metrics import backward_transfer, forward_transfer, plasticity
 
 __all__ = ["ACCURACIES", "CORRELATION", "comparison", "gather", "heading", "published_table", "scores_tables"]
 
@@ -58,7 +58,7 @@ _SCORES = (
     _Metric("class-inc.", 2, lambda run: run.class_incremental_scores.acc if run.measure.is_accuracy else None),
     _Metric("correlation", 3, lambda run: run.mean_correlation),
 )
-_LOSS = _Metric("loss", 3, lambda run: average_accuracy(run.loss) if len(run.loss) else None)
+_LOSS = _Metric("loss", 3, lambda run: run.mean_loss)
 # A merge minimises the loss. The same means are taken of it as of accuracies.
 _LOSSES = (
     _LOSS,

@@ -293,6 +293,7 @@ def _summary(results: Sequence[RunResult]) -> str:
                     f"class_incremental_{name}": value
                     for name, value in asdict(result.class_incremental_scores).items()
                 },
+                "loss": result.mean_loss,
                 "correlation": result.mean_correlation,
                 "epochs": sum(result.epochs),
                 "seconds": result.seconds["total"],

@@ -147,6 +147,11 @@ class RunResult:
         return Scores.of(self.class_incremental_accuracy)
 
     @property
+    def mean_loss(self) -> float | None:
+        """The mean over all tasks, after the last, of the loss in its natural unit; None if an earlier version ran."""
+        return average_accuracy(self.loss) if len(self.loss) else None
+
+    @property
     def mean_correlation(self) -> float | None:
         """The mean over all tasks, after the last, of predictions' correlation with targets; None if it has none."""
         mean = float(np.mean(self.correlation[-1])) if len(self.correlation) else math.nan
