@@ -19,6 +19,7 @@ from adapters.backend import Data, Factors, FunctionalLearner, Network, State, S
 from adapters.networks import Backbone, Linear, Record, Tapped, is_statistic
 from adapters.tensorflow.derivatives import Derivatives
 from adapters.tensorflow.layers import Pass, Patches, with_positions
+from adapters.tensorflow.traced import compiled_function
 from became_core import BecameError
 from became_core.arrays import Array, Params
 from became_core.continual import Constraint, TapMode, TaskStream, Views
@@ -49,7 +50,7 @@ class _Compiled:
     def _for(self, weights: Params) -> Any:
         width = weights[self._head].shape[0] if self._head in weights else None
         if width not in self._of_width:
-            self._of_width[width] = tf.function(self._function, reduce_retracing=True, autograph=False)
+            self._of_width[width] = compiled_function(self._function, reduce_retracing=True)
         return self._of_width[width]
 
     def __call__(self, weights: Params, *arguments: Any) -> Any:
@@ -88,8 +89,7 @@ class TensorFlowNetwork(Network):
 
     def __post_init__(self) -> None:
         """Compile what is worth compiling."""
-        compiled: Any = tf.function(super().updated, autograph=False)
-        object.__setattr__(self, "_updated", compiled)
+        object.__setattr__(self, "_updated", compiled_function(super().updated))
         for name in ("_all_gradients", "_one_backward_pass", "_inputs", "_tangent", "all_logits", "batch_statistics"):
             object.__setattr__(self, name, _Compiled(getattr(self, name), f"{self.head.name}.weight"))
 

@@ -12,6 +12,7 @@ Convention: outputs are [samples, ...] and logits; a model that ends in a softma
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from types import MethodType
 from typing import Any
 
@@ -23,12 +24,34 @@ from adapters.tensorflow.parameters import Parameter, layers_of, parameters_of, 
 from became_core import BecameError
 from became_core.arrays import Array, Params, namespace
 
-__all__ = ["KerasFunction", "Traced", "as_written", "compiled_methods", "kind_of", "samples_of", "uncompiled"]
+__all__ = [
+    "KerasFunction",
+    "Traced",
+    "as_written",
+    "compiled_function",
+    "compiled_methods",
+    "kind_of",
+    "samples_of",
+    "uncompiled",
+]
 
 # Probabilities in half precision add up to 1 up to this.
 _NEARLY = 1e-2
 # Operations that multiply with weights.
 _OF_WEIGHTS = ("MatMul", "BatchMatMulV2", "Conv2D", "Conv3D", "Einsum")
+
+
+def compiled_function(function: Callable[..., Any], **options: Any) -> Any:
+    """Return a function that is compiled as Keras compiles its own training: autograph rewrites nothing.
+
+    TensorFlow warns of many traces, and counts those of all functions that have the same code. Here each model has a
+    function of its own, which is traced once; the traces of a ``partial`` are counted for it alone.
+
+    Args:
+        function: what is compiled, by the first call.
+        options: those of ``tf.function``.
+    """
+    return tf.function(partial(function), autograph=False, **options)
 
 
 class Traced:
@@ -56,8 +79,7 @@ class Traced:
         kind = kind_of(batch)
         if kind not in self._of_kind:
             signature = [tf.nest.map_structure(_whole, tensors), tf.nest.map_structure(_any_number, batch)]
-            # As Keras's own training does: nothing is rewritten by autograph.
-            self._of_kind[kind] = tf.function(self._function, input_signature=signature, autograph=False)
+            self._of_kind[kind] = compiled_function(self._function, input_signature=signature)
         try:
             return self._of_kind[kind](tensors, batch)
         except BecameError:

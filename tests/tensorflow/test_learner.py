@@ -15,6 +15,7 @@ from adapters.networks import (
 )
 from adapters.tensorflow.learner import TensorFlowLearner
 from adapters.tensorflow.run import build_learner
+from adapters.tensorflow.traced import compiled_function
 from became_core import BecameError
 from became_core.continual import (
     Adam,
@@ -134,3 +135,23 @@ def test_what_cannot_be_used_is_said_in_one_sentence() -> None:
         build_learner("mlp", stream, "cpu:7", 0)
     with pytest.raises(BecameError, match=r"to features \[N, features\]; of 2 images it made \[2, 6, 6, 1\]"):
         TensorFlowLearner(_Images((Flatten(),), (1, 6, 6)), stream)
+
+
+class _Doubling:
+    """Stands for a model with a function that is compiled."""
+
+    def twice(self, values: Any) -> Any:
+        return 2 * values
+
+
+def test_traces_of_many_models_bring_no_warning(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TensorFlow warns of the fifth trace of five calls, and takes functions with the same code for one."""
+    monkeypatch.setattr(tf.get_logger(), "propagate", True)
+    for _ in range(6):
+        assert compiled_function(_Doubling().twice)(tf.constant(1.5)) == 3
+    assert not caplog.records
+    for _ in range(6):
+        tf.function(_Doubling().twice)(tf.constant(1.5))
+    assert "triggered tf.function retracing" in caplog.text
