@@ -17,6 +17,7 @@ IMAGES, ALPHA = ((ROOT / "docs" / "results" / name).read_text(encoding="utf-8") 
 ROWS = {
     "cifar100-20/gpm": "`gpm`, with other masks than above",
     "cifar100-14-6/became-grid": "`became-grid`",
+    "cifar100-14-6/became-half": "`became-half`, with other masks than above",
 }
 
 
