@@ -16,6 +16,7 @@ IMAGES, ALPHA = ((ROOT / "docs" / "results" / name).read_text(encoding="utf-8") 
 # How the rows of runs with ten tasks and 20 epochs a task begin, by the folder and the method.
 ROWS = {
     "cifar100-20/gpm": "`gpm`",
+    "cifar100-20-ogd/ogd": "`ogd`, 100 gradients a task",
     "cifar100-14-6/became-grid": "`became-grid`",
     "cifar100-14-6/became-half": "`became-half`",
 }
