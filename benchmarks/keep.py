@@ -13,8 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from adapters.runs import finished_runs, read_results
-from adapters.runs.files import write_sealed
+from adapters.runs import RunDirectory, finished_runs, read_results
 from became_core import BecameError
 
 
@@ -30,10 +29,10 @@ def keep(outs: Sequence[Path], into: Path) -> list[Path]:
         if kept.setdefault((run.method, run.seed), result).to_json() != result.to_json():
             raise BecameError(f"{into} has another run of {run.method} with seed {run.seed}; choose another --into.")
         added.append(result)
-    files = [into / f"{run.method}-seed{run.seed}" / "results.json" for run in added]
-    for file, run in zip(files, added, strict=True):
-        write_sealed(file, run.to_json())
-    return files
+    directories = [RunDirectory(into, run.method, run.seed) for run in added]
+    for directory, run in zip(directories, added, strict=True):
+        directory.save(run)
+    return [directory.results_file for directory in directories]
 
 
 def main() -> None:
