@@ -23,12 +23,11 @@ def keep(outs: Sequence[Path], into: Path) -> list[Path]:
     Raises:
         BecameError: before anything is written, if a folder has no finished run, or another result would be lost.
     """
-    kept, added = {(run.method, run.seed): run for run in read_results(into)}, []
-    for run in finished_runs(outs):
-        result = replace(run, data_dir=None, samples=[])
-        if kept.setdefault((run.method, run.seed), result).to_json() != result.to_json():
+    added = [replace(run, data_dir=None, samples=[]) for run in finished_runs(outs)]
+    kept = {(run.method, run.seed): run for run in read_results(into)}
+    for run in added:
+        if kept.setdefault((run.method, run.seed), run).to_json() != run.to_json():
             raise BecameError(f"{into} has another run of {run.method} with seed {run.seed}; choose another --into.")
-        added.append(result)
     directories = [RunDirectory(into, run.method, run.seed) for run in added]
     for directory, run in zip(directories, added, strict=True):
         directory.save(run)

@@ -148,7 +148,7 @@ class RunResult:
 
     @property
     def mean_loss(self) -> float | None:
-        """The mean over all tasks, after the last, of the loss in its natural unit; None if an earlier version ran."""
+        """The mean over all tasks, after the last, of the loss in its natural unit; None if none was recorded."""
         return average_accuracy(self.loss) if len(self.loss) else None
 
     @property

@@ -44,8 +44,8 @@ _OF_WEIGHTS = ("MatMul", "BatchMatMulV2", "Conv2D", "Conv3D", "Einsum")
 def compiled_function(function: Callable[..., Any], **options: Any) -> Any:
     """Return a function that is compiled as Keras compiles its own training: autograph rewrites nothing.
 
-    TensorFlow warns of many traces, and counts those of all functions that have the same code. Here each model has a
-    function of its own, which is traced once; the traces of a ``partial`` are counted for it alone.
+    TensorFlow warns of a function that is traced often, and takes all functions with the same code for one, such as a
+    method of several models. The traces of a ``partial`` are counted apart, so that several models bring no warning.
 
     Args:
         function: what is compiled, by the first call.

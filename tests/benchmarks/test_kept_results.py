@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from adapters.analysis.bootstrap import Estimate
-from adapters.runs import RunResult, read_results
+from adapters.analysis.groups import Group, groups_of
+from adapters.runs import finished_runs
 from became_core import BecameError
 from benchmarks.keep import keep
 
@@ -22,23 +23,14 @@ ROWS = {
 }
 
 
-def by_method(folder: Path) -> dict[str, list[RunResult]]:
-    found: dict[str, list[RunResult]] = {}
-    for run in read_results(folder):
-        found.setdefault(run.method, []).append(run)
-    return found
-
-
-def scores_row(begin: str, runs: list[RunResult]) -> str:
-    scores = [run.scores for run in runs]
-    columns = [[score.acc for score in scores], [score.bwt for score in scores]]
-    columns += [[score.forgetting for score in scores], [score.plasticity for score in scores]]
-    columns += [[run.class_incremental_scores.acc for run in runs]]
-    return f"| {' | '.join([begin, str(len(runs)), *(Estimate(tuple(column)).text() for column in columns)])} |"
+def scores_row(begin: str, group: Group) -> str:
+    columns = [group.score("acc"), group.score("bwt"), group.score("forgetting"), group.score("plasticity")]
+    columns.append(Estimate(tuple(run.class_incremental_scores.acc for run in group.runs)))
+    return f"| {' | '.join([begin, str(len(group.runs)), *(column.text() for column in columns)])} |"
 
 
 def test_results_say_nothing_of_a_machine() -> None:
-    runs = [run for folder in KEPT.iterdir() for run in read_results(folder)]
+    runs = [run for folder in KEPT.iterdir() for run in finished_runs([folder])]
     assert runs
     assert all(run.data_dir is None for run in runs)
 
@@ -54,14 +46,20 @@ def test_a_result_is_kept_once_and_another_run_does_not_replace_it(tmp_path: Pat
 
 def test_each_method_at_20_epochs_has_its_row() -> None:
     folders = [folder for folder in KEPT.iterdir() if folder.name.startswith("cifar100-")]
-    groups = {f"{folder.name}/{method}": runs for folder in folders for method, runs in by_method(folder).items()}
-    assert {name: scores_row(ROWS[name], runs) in IMAGES for name, runs in groups.items()} == dict.fromkeys(ROWS, True)
+    groups = {
+        f"{folder.name}/{group.runs[0].method}": group
+        for folder in folders
+        for group in groups_of(finished_runs([folder]))
+    }
+    assert {name: scores_row(ROWS[name], group) in IMAGES for name, group in groups.items()} == dict.fromkeys(
+        ROWS, True
+    )
 
 
 def test_new_class_orders_of_became_across_tasks() -> None:
     row = next(line for line in ALPHA.splitlines() if line.startswith("| `became --precision across` |"))
     cells = [cell.strip() for cell in row.strip("|").split("|")[1:]]
-    for run in read_results(KEPT / "new-cifar100-across"):
+    for run in finished_runs([KEPT / "new-cifar100-across"]):
         assert cells[run.seed - 10] == f"{run.scores.acc:.2f}"
 
 
@@ -76,7 +74,7 @@ def test_new_class_orders_of_became_across_tasks() -> None:
 def test_new_seeds_beyond_classification(name: str, begin: str, sign: int, digits: tuple[int, int]) -> None:
     """The page has RMSE and bits per byte as they are, which are scores with their signs turned."""
     folders = (KEPT / f"new-{name}-across", KEPT / f"new-{name}-exact")
-    across, exact = ({run.seed: run.scores.acc for run in read_results(folder)} for folder in folders)
+    across, exact = ({run.seed: run.scores.acc for run in finished_runs([folder])} for folder in folders)
     means = [Estimate(tuple(sign * acc for acc in side.values())).text(digits[0]) for side in (across, exact)]
     differences = " ".join(f"{across[seed] - exact[seed]:z.{digits[1]}f}" for seed in across)
     (row,) = [line for line in ALPHA.split("### New seeds beyond")[1].splitlines() if line.startswith(f"| {begin}")]
