@@ -1,9 +1,10 @@
-"""What ``--compile`` gains: ``python benchmarks/compiled.py [--frameworks torch jax] [--device gpu] [--json]``.
+"""What ``--compile`` gains: ``python benchmarks/compiled.py [--network resnet18] [--frameworks torch] [--device gpu]``.
 
-The benchmark trains epochs of the AlexNet-like network on batches of 64 images of CIFAR-100's size, all of them without
-a constraint and then under GPM with bases of half of every layer's width, with the adapter as it is and with
-``--compile``. Beside it stands a plain loop of the same framework, eager, and on PyTorch one that is compiled, by
-``torch.compile`` with ``mode="reduce-overhead"``. All are in one process, in turn with each other.
+The benchmark trains epochs of a network on batches of 64 images, all of them without a constraint and then under GPM
+with bases of half of every layer's width, with the adapter as it is and with ``--compile``. The network is the
+AlexNet-like one, on images of CIFAR-100's size, or the small ResNet-18, on images of TinyImageNet's. Beside the first
+stands a plain loop of the same framework, eager, and on PyTorch one that is compiled, by ``torch.compile`` with
+``mode="reduce-overhead"``. All are in one process, in turn with each other.
 
 Convention: float32; steps a second, the median over rounds of epochs, after one that compiles. Masks of dropout are
 drawn by the framework.
@@ -26,16 +27,21 @@ from became_core.continual import SGD, Batch, Constraint, Learner, TaskStream
 from benchmarks.frameworks import CLASSES, RATE, chunks, half_width, images, prepare, timed, wait_for
 from benchmarks.plain_loops import PLAIN, torch_loop
 
+# The networks, and the height and width of their images.
+SIDES = {"alexnet": 32, "resnet18": 64}
 
-def contenders(framework: str, stream: TaskStream, device: str) -> dict[str, Callable[[], None]]:
+
+def contenders(framework: str, network: str, stream: TaskStream, device: str) -> dict[str, Callable[[], None]]:
     """Return the functions that each train an epoch, by name."""
     build = importlib.import_module(f"adapters.{framework}.run").build_learner
     dataset, steps = stream.dataset, chunks(stream.tasks[1].train)
-    scaled = ((dataset.images / np.float32(255) - np.float32(0.5)) / np.float32(0.25)).astype(np.float32)
-    arguments = scaled, stream.targets, CLASSES, device
-    plain = {"plain loop": PLAIN[framework](*arguments)}
-    if framework == "torch":
-        plain["plain loop, compiled"] = torch_loop(*arguments, compiled=True)
+    plain = {}
+    if network == "alexnet":
+        scaled = ((dataset.images / np.float32(255) - np.float32(0.5)) / np.float32(0.25)).astype(np.float32)
+        arguments = scaled, stream.targets, CLASSES, device
+        plain["plain loop"] = PLAIN[framework](*arguments)
+        if framework == "torch":
+            plain["plain loop, compiled"] = torch_loop(*arguments, compiled=True)
 
     def train(learner: Learner, constraint: Constraint) -> None:
         batches = [Batch(1, rows) for rows in steps]
@@ -47,7 +53,7 @@ def contenders(framework: str, stream: TaskStream, device: str) -> dict[str, Cal
         for projects in (False, True):
             # Each has a learner of its own, since compiled steps hold for one constraint.
             learner: Learner = build(
-                "alexnet",
+                network,
                 stream,
                 "cpu" if device == "cpu" else "cuda",
                 0,
@@ -63,11 +69,11 @@ def contenders(framework: str, stream: TaskStream, device: str) -> dict[str, Cal
     return runs
 
 
-def measure(framework: str, device: str, rounds: int) -> dict[str, float]:
+def measure(framework: str, network: str, device: str, rounds: int) -> dict[str, float]:
     """Return one framework's steps a second by contender."""
     prepare(framework)
-    stream = images()
-    runs, count = contenders(framework, stream, device), len(chunks(stream.tasks[1].train))
+    stream = images(side=SIDES[network])
+    runs, count = contenders(framework, network, stream, device), len(chunks(stream.tasks[1].train))
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for run in runs.values():
         run()
@@ -81,11 +87,15 @@ def main() -> None:
     """Measure, and print a table or JSON."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
     parser.add_argument("--frameworks", nargs="+", choices=("torch", "jax"), default=["torch", "jax"])
+    parser.add_argument("--network", choices=tuple(SIDES), default="alexnet")
     parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--json", action="store_true", help="print one object of named numbers for each framework")
     options = parser.parse_args()
-    results = {framework: measure(framework, options.device, options.rounds) for framework in options.frameworks}
+    results = {
+        framework: measure(framework, options.network, options.device, options.rounds)
+        for framework in options.frameworks
+    }
     if options.json:
         print(json.dumps(results, indent=2))
         return

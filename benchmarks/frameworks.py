@@ -50,10 +50,10 @@ BATCH, STEPS, CLASSES, RATE = 64, 6, 10, 0.01
 IMAGES = 1024  # of each task, for training and for testing
 
 
-def images(tasks: int = 2) -> TaskStream:
-    """Return tasks of random images; half of the images are for testing."""
+def images(tasks: int = 2, side: int = 32) -> TaskStream:
+    """Return tasks of random images of a height and width; half of the images are for testing."""
     rng = np.random.default_rng(0)
-    pixels = rng.integers(0, 256, (2 * tasks * IMAGES, 3, 32, 32), dtype=np.uint8)
+    pixels = rng.integers(0, 256, (2 * tasks * IMAGES, 3, side, side), dtype=np.uint8)
     labels = np.tile(np.arange(tasks * CLASSES), len(pixels) // (tasks * CLASSES) + 1)[: len(pixels)]
     dataset = Dataset("random", pixels, labels, len(pixels) // 2, (0.5,) * 3, (0.25,) * 3)
     return split_classes(dataset, tasks)
