@@ -16,7 +16,9 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from adapters.benchmarks.location import data_directory
 from adapters.benchmarks.tinyimagenet import load_tinyimagenet
+from became_core import BecameError
 
 SIZE, CLASSES = 84, 100
 
@@ -29,10 +31,10 @@ def enlarged(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
 def main() -> None:
     """Write ``mini-imagenet/train.npz`` and ``test.npz``."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--data-dir", type=Path, help="the folder that has TinyImageNet; without it, the hub is read")
+    parser.add_argument("--data-dir", type=Path, help="the folder that has TinyImageNet, as became run takes it")
     parser.add_argument("--out", type=Path, required=True, help="the folder that shall hold mini-imagenet")
     options = parser.parse_args()
-    data = load_tinyimagenet(options.data_dir)
+    data = load_tinyimagenet(data_directory(options.data_dir))
     images, labels = np.asarray(data.images), np.asarray(data.labels)
     folder = options.out / "mini-imagenet"
     folder.mkdir(parents=True, exist_ok=True)
@@ -43,4 +45,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except BecameError as error:
+        sys.exit(f"error: {error}")

@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from adapters.analysis.bootstrap import Estimate
 from adapters.analysis.tables import Cell, Column, Table, as_text
 from adapters.benchmarks.catalogue import BENCHMARKS
+from adapters.benchmarks.location import data_directory
 from adapters.runs import RunDirectory, RunResult, finished_runs
 from adapters.runs.configuration import Configuration
 from adapters.torch.run import build_learner
@@ -65,12 +66,13 @@ def main() -> None:
     parser.add_argument("outs", nargs="+", type=Path, metavar="OUT", help="folders that --out named")
     parser.add_argument("--data-dir", type=Path, help="the folder of the data, as the runs had it")
     options = parser.parse_args()
+    data_dir = data_directory(options.data_dir)
     datasets: dict[str, Dataset] = {}
     rows: list[list[Cell]] = []
     for out in options.outs:
         for run in finished_runs([out]):
             if run.benchmark not in datasets:
-                datasets[run.benchmark] = BENCHMARKS[run.benchmark].load(options.data_dir)
+                datasets[run.benchmark] = BENCHMARKS[run.benchmark].load(data_dir)
             numbers = [Estimate((value,)) for value in losses(out, run, datasets[run.benchmark])]
             rows.append([str(out), run.method, str(run.seed), *numbers])
     columns = [Column("folder"), Column("method"), Column("seed")]
