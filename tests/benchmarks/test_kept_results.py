@@ -58,11 +58,17 @@ def test_each_method_at_20_epochs_has_its_row() -> None:
     )
 
 
-def test_new_class_orders_of_became_across_tasks() -> None:
-    row = next(line for line in ALPHA.splitlines() if line.startswith("| `became --precision across` |"))
-    cells = [cell.strip() for cell in row.strip("|").split("|")[1:]]
-    for run in finished_runs([KEPT / "new-cifar100-across"]):
-        assert cells[run.seed - 10] == f"{run.scores.acc:.2f}"
+@pytest.mark.parametrize(("name", "begin"), [("across", "became --precision across"), ("half", "became-half")])
+def test_new_class_orders(name: str, begin: str) -> None:
+    section = ALPHA.split("## New seeds and class orders")[1].split("### One of them")[0]
+    accuracies, losses = (
+        [cell.strip() for cell in line.strip("|").split("|")[1:]]
+        for line in section.splitlines()
+        if line.startswith(f"| `{begin}` |")
+    )
+    for run in finished_runs([KEPT / f"new-cifar100-{name}"]):
+        assert accuracies[run.seed - 10] == f"{run.scores.acc:.2f}"
+        assert losses[run.seed - 10] == f"{run.mean_loss:.3f}"
 
 
 @pytest.mark.parametrize(
