@@ -71,6 +71,24 @@ def test_new_class_orders(name: str, begin: str) -> None:
         assert losses[run.seed - 10] == f"{run.mean_loss:.3f}"
 
 
+def test_the_paths_with_20_tasks() -> None:
+    (run,) = finished_runs([KEPT / "path-cifar100-of-20-tasks-across"])
+    rows = []
+    for task, path in enumerate(run.paths, start=2):
+        points = [point for point in path["points"] if point["alpha"] in (0, 0.1, 0.2, 0.3, 0.5, 1)]
+        rows.append(" | ".join([f"| {task} | loss", *(f"{point['loss']:.3f}" for point in points)]))
+        rows.append(" | ".join(["| | accuracy", *(f"{point['accuracy']:.2f}" for point in points)]))
+    assert " |\n".join(rows) in IMAGES
+
+
+def test_a_longer_stage_2() -> None:
+    (run,) = finished_runs([KEPT / "trial-cifar100-10-10-across"])
+    alphas = " ".join(f"{alpha:.2f}".removeprefix("0") for alpha in run.alpha[1:])
+    paragraph = " ".join(IMAGES.split("A longer stage 2 was tried")[1].split("##")[0].split())
+    assert f"10 + 10 epochs have {run.scores.acc:.2f}" in paragraph
+    assert f"Its alphas are {alphas}, larger" in paragraph
+
+
 @pytest.mark.parametrize(
     ("name", "begin", "sign", "digits"),
     [
