@@ -86,18 +86,22 @@ class Factors:
         return down, widened(self.up.whole()).reshape(-1, self.rank)
 
     def difference(self, name: str) -> StoredTensor:
-        """Return s B A as a tensor that is computed where it is read."""
+        """Return s B A as a tensor that is computed where it is read.
+
+        Each read takes the factors from the file anew. That costs little beside their product, and memory does not grow
+        with the adapter.
+        """
         shape, width = self.shape, prod(self.shape[1:])
-        cache: list[tuple[NDArray[Any], NDArray[Any]]] = []
 
         def read(first: int, last: int) -> NDArray[np.uint8]:
-            if not cache:
-                down, up = self.matrices()
-                cache.append((down.T, up.T) if self.transposed else (up, down))
-            rows, columns = cache[0]
             start, stop = first // 4, last // 4
             top, bottom = start // width, -(-stop // width)
-            product = (self.scale * (rows[top:bottom] @ columns)).astype(np.float32).reshape(-1)
+            down = self.down.whole().reshape(self.rank, -1)
+            if self.transposed:
+                rows, columns = down[:, top:bottom].T, self.up.whole().reshape(-1, self.rank).T
+            else:
+                rows, columns = self.up.slab(top * self.rank, bottom * self.rank).reshape(-1, self.rank), down
+            product = (self.scale * (widened(rows) @ widened(columns))).astype(np.float32).reshape(-1)
             part: NDArray[np.uint8] = product[start - top * width : stop - top * width].view(np.uint8)
             return part
 

@@ -172,6 +172,30 @@ def test_alpha_is_that_of_the_differences(tmp_path: Path) -> None:
         assert_allclose(difference, expected[module], atol=1e-5)
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_differences_that_are_read_in_several_blocks_are_the_same(
+    tmp_path: Path, workers: int, transposed: bool
+) -> None:
+    modules = {WIDE: (900, 1000), TALL: (1000, 900)}  # four blocks each
+    first, second = (
+        adapter(tmp_path, name, k, modules=modules, fan_in_fan_out=transposed) for k, name in enumerate("AB")
+    )
+    shapes = {f"{module}.weight": size[::-1] if transposed else size for module, size in modules.items()}
+    fishers = [arrays(k, shapes, positive=True) for k in range(2)]
+    fishers[0][f"{WIDE}.weight"][500:] *= 20  # so that it matters which curvature a difference meets
+    models = tuple(
+        PlannedModel(model, fisher=saved(tmp_path, f"F{k}", fishers[k])) for k, model in enumerate((first, second))
+    )
+    whole = [
+        {f"{module}.weight": d.T.copy() if transposed else d for module, d in differences(folder).items()}
+        for folder in (first, second)
+    ]
+    report = merge_checkpoints(MergePlan(models), tmp_path / "out", workers=workers)
+    curvatures = [{name: value.astype(float) for name, value in fisher.items()} for fisher in fishers]
+    assert report.alpha == pytest.approx(float(optimal_alpha(*whole, *curvatures)), rel=1e-5)
+
+
 def test_a_smaller_rank_is_the_best_one_and_its_error_is_reported(tmp_path: Path) -> None:
     first, second = adapter(tmp_path, "A", 0), adapter(tmp_path, "B", 1)
     plan = MergePlan((PlannedModel(first), PlannedModel(second)), "linear", rank=3)
