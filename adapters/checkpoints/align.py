@@ -3,8 +3,7 @@
 Tied tensors stand once: a head that shares its memory with the embedding, or that a configuration ties to it, is not
 merged a second time; where one model has tied its head and another has not, the head is merged as its own tensor, and
 read from the embedding where it is tied. Tensors of integers must be equal in all models. Vocabularies of different
-sizes are refused, unless they are to be padded: then a model that lacks rows is given those of the first model that has
-them.
+sizes are refused, unless they are to be padded: then a model that lacks rows is given those of the model that has most.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,7 +18,7 @@ from adapters.checkpoints.plan import layer_number
 from adapters.checkpoints.tensors import FLOATS, StoredTensor, ranges
 from became_core import BecameError
 
-__all__ = ["Alignment", "Leaf", "align", "is_statistic", "padded", "tensor_or_tied"]
+__all__ = ["Alignment", "Leaf", "align", "is_statistic", "padded", "tensor_or_tied", "with_vocabulary"]
 
 HEADS = ("lm_head.weight", "embed_out.weight", "output.weight", "predictions.decoder.weight", "lm_head.decoder.weight")
 EMBEDDINGS = (
@@ -30,6 +29,8 @@ EMBEDDINGS = (
     "tok_embeddings.weight",
     "shared.weight",
 )
+# Where the configuration of a model of several kinds of data has that of its language model.
+LANGUAGE = ("text_config", "llm_config", "language_config")
 # Counters of batch norm, which no forward pass reads, may differ: the base's are taken.
 COUNTERS = ("num_batches_tracked",)
 # Batch statistics are no parameters, so that no Fisher file has them: they are averaged as their layer is.
@@ -120,7 +121,7 @@ def align(models: Sequence[Checkpoint], *, out_dtype: str | None = None, pad_voc
         leaves.append(Leaf(name, first.shape, word, aligned, _depth(name, max(layers, default=0))))
     if not leaves:
         raise BecameError(f"{base.path} has no tensors.")
-    untied = any(leaf.name.endswith(HEADS) for leaf in leaves) and any(
+    untied = any(_is_head(leaf.name) for leaf in leaves) and any(
         leaf.name not in model.tensors for leaf in leaves for model in models
     )
     tied = {**base.tied, **{name: owner for name, owner in once.items() if name in base.tensors}}
@@ -134,11 +135,16 @@ def tensor_or_tied(model: Checkpoint, name: str) -> StoredTensor | None:
     name = model.tied.get(name, name)
     if name in model.tensors:
         return model.tensors[name]
-    if name.endswith(HEADS) and model.config.get("tie_word_embeddings") is not False:
+    if _is_head(name) and model.config.get("tie_word_embeddings") is not False:
         embeddings = [other for other in model.tensors if other.endswith(EMBEDDINGS)]
         if len(embeddings) == 1:
             return model.tensors[embeddings[0]]
     return None
+
+
+def _is_head(name: str) -> bool:
+    """Whether a tensor is a head: within a layer, such a name is that of another matrix."""
+    return name.endswith(HEADS) and layer_number(name) is None
 
 
 def is_statistic(name: str) -> bool:
@@ -175,7 +181,7 @@ def _depth(name: str, last: int) -> float:
 def _written_once(models: Sequence[Checkpoint]) -> dict[str, str]:
     """Return the heads that all models tie to their embedding although some files hold both, and the embeddings."""
     once = {}
-    for name in dict.fromkeys(name for model in models for name in model.tensors if name.endswith(HEADS)):
+    for name in dict.fromkeys(name for model in models for name in model.tensors if _is_head(name)):
         pairs = []
         for model in models:
             embeddings = [other for other in model.tensors if other.endswith(EMBEDDINGS)]
@@ -226,11 +232,28 @@ def _is_vocabulary(models: Sequence[Checkpoint], tensors: Sequence[StoredTensor]
         return False
     sizes = [_vocabulary_size(model.config) for model in models]
     rows = [tensor.shape[0] for tensor in tensors]
-    return tensors[0].name.endswith(HEADS + EMBEDDINGS) or (None not in sizes and sizes == rows)
+    return _is_head(tensors[0].name) or tensors[0].name.endswith(EMBEDDINGS) or (None not in sizes and sizes == rows)
 
 
 def _vocabulary_size(config: Mapping[str, Any]) -> Any:
-    return config.get("vocab_size")
+    parts = (config, *(config.get(name) for name in LANGUAGE))
+    return next((part["vocab_size"] for part in parts if isinstance(part, dict) and "vocab_size" in part), None)
+
+
+def with_vocabulary(config: Mapping[str, Any], rows: int) -> dict[str, Any]:
+    """Return a model's configuration with another size of the vocabulary, wherever it has one.
+
+    Example:
+        >>> with_vocabulary({"text_config": {"vocab_size": 4, "hidden_size": 8}}, 6)
+        {'text_config': {'vocab_size': 6, 'hidden_size': 8}}
+    """
+    changed = dict(config)
+    if "vocab_size" in changed:
+        changed["vocab_size"] = rows
+    for name in LANGUAGE:
+        if isinstance(changed.get(name), dict):
+            changed[name] = with_vocabulary(changed[name], rows)
+    return changed
 
 
 def _check_same_kind(tensors: Sequence[StoredTensor]) -> None:

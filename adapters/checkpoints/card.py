@@ -11,6 +11,7 @@ from html import escape
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from adapters.checkpoints.align import with_vocabulary
 from adapters.checkpoints.folders import ADAPTER_CONFIG
 from adapters.checkpoints.job import Job
 from adapters.checkpoints.lora import adapter_config
@@ -37,16 +38,16 @@ def texts_beside(job: Job, report: Any, ranks: Mapping[str, int], command: str |
     texts = {"README.md": card(report, command), "became_merge.json": _json(as_json(report, command))}
     if len(report.coefficients) > 1:
         texts[FIGURE] = figure(report.coefficients)
-    changes: dict[str, Any] = {}
+    config, changes = base.config, dict[str, Any]()
     if job.alignment.untied:
         changes["tie_word_embeddings"] = False
     if job.alignment.vocabulary is not None:
-        changes["vocab_size"] = job.alignment.vocabulary
+        config = with_vocabulary(config, job.alignment.vocabulary)
     if job.plan.out_dtype is not None:
         word = next(name for name, word in FLOAT_WORDS.items() if word == job.plan.out_dtype)
         changes |= {name: word for name in ("torch_dtype", "dtype") if name in base.config}
-    if base.config and changes:
-        texts["config.json"] = _json({**base.config, **changes})
+    if {**config, **changes} != base.config and base.config:
+        texts["config.json"] = _json({**config, **changes})
     if job.adapters:
         texts[ADAPTER_CONFIG] = _json(adapter_config(job.adapters, ranks))
     # A path is bytes, and need not be text in UTF-8.

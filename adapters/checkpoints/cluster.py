@@ -21,12 +21,11 @@ from adapters.checkpoints.job import Block, Job, Measured
 from adapters.checkpoints.opening import open_job
 from adapters.checkpoints.plan import MergePlan
 from adapters.checkpoints.rule import Solution
-from adapters.checkpoints.tensors import SLAB
+from adapters.checkpoints.tensors import SLAB, SuspendedError
 from adapters.checkpoints.write import (
     FileState,
     Layout,
     OutputFolder,
-    SuspendedError,
     file_states,
     identity,
     layout_of,

@@ -245,13 +245,20 @@ def _shapes(checkpoint: Checkpoint, owners: Mapping[str, str]) -> dict[str, tupl
 
 
 def _owners(network: Any, checkpoint: Checkpoint) -> dict[str, str]:
-    """Return the checkpoint's name of each of the network's parameters."""
+    """Return the checkpoint's name of each of the network's parameters.
+
+    A file of transformers may be that of the model without its head, as GPT-2's is: its names then lack what the names
+    of the network's body begin with, or have it where the network is the body alone.
+    """
     owners: dict[str, str] = {}
+    body = f"{getattr(network, 'base_model_prefix', '')}."
     for name, parameter in network.named_parameters():
-        owner = checkpoint.tied.get(name, name)
+        spellings = (checkpoint.tied.get(each, each) for each in (name, name.removeprefix(body), body + name))
+        owner = next((each for each in spellings if each in checkpoint.tensors), name)
         if owner not in checkpoint.tensors or checkpoint.tensors[owner].shape != tuple(parameter.shape):
             raise BecameError(
-                f"the network has '{name}' {list(parameter.shape)}, which {checkpoint.path} does not have."
+                f"the network has '{name}' {list(parameter.shape)}, which {checkpoint.path} does not have; if it was "
+                "renamed or joined with others as it was loaded, give a function that keeps it as it is (--load)."
             )
         if owner in owners.values():
             raise BecameError(f"'{name}' is a parameter of its own in the network, but tied in {checkpoint.path}.")

@@ -8,9 +8,7 @@ Face cache into the cache's own ``blobs``.
 Convention: names of tensors are the files' own; a checkpoint's tensors are in the order of its files.
 """
 
-import ast
 import pickle
-import threading
 import warnings
 import zipfile
 from collections.abc import Callable, Mapping
@@ -22,10 +20,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from adapters.checkpoints.npz import numpy_word, read_npz
 from adapters.checkpoints.tensors import (
-    DTYPES,
     StoredTensor,
-    dtype_word,
     parse_json,
     read_safetensors,
 )
@@ -40,6 +37,7 @@ ADAPTER_CONFIG = "adapter_config.json"
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 # What else belongs to a model is copied: files with these endings, but no weights, no state of a training, no card.
 COMPANIONS = {".json", ".txt", ".model", ".jinja", ".py", ".tiktoken", ".vocab", ".bpe"}
+WEIGHT_ENDINGS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".onnx", ".h5", ".msgpack", ".gguf", ".npz"}
 NOT_COPIED = (
     *("trainer_state.json", "training_args", "optimizer", "scheduler", "all_results.json"),
     *("became_merge.json", "became_trace.json"),
@@ -75,11 +73,19 @@ class Checkpoint:
 
     def __post_init__(self) -> None:
         """Refuse names and metadata that no file can hold; raises a BecameError."""
+        if "__metadata__" in self.tensors:
+            raise BecameError(f"{self.path} has a tensor '__metadata__', which means something else in safetensors.")
         for text in (*self.tensors, *self.metadata, *self.metadata.values()):
             try:
                 text.encode()
             except UnicodeEncodeError:  # half of a pair of surrogates, which JSON and pickle can write
                 raise BecameError(f"{self.path} has a name {ascii(text)[:80]}, which is no text in UTF-8.") from None
+
+    @property
+    def left_out(self) -> list[str]:
+        """The folders in it that have weights of their own, which are neither read nor copied."""
+        inner = _folders_in(self.path) if self.path.is_dir() else []
+        return [place.name for place in inner if _has_weights(place)]
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -123,7 +129,7 @@ def _file(path: Path) -> tuple[dict[str, StoredTensor], str, dict[str, str]]:
         tensors, metadata = read_safetensors(path)
         return tensors, "safetensors file", metadata
     if path.suffix == ".npz":
-        return _npz(path), "NumPy archive", {}
+        return read_npz(path), "NumPy archive", {}
     if path.suffix in {".pt", ".pth", ".bin"}:
         return tensors_of_torch(_state_dict(load_torch(path), path), path), "PyTorch file", {}
     raise BecameError(
@@ -213,9 +219,9 @@ def _inside(folder: Path, name: str) -> Path:
         target = file.resolve(strict=True)
     except (OSError, RuntimeError):
         raise BecameError(f"{file} is a link that leads nowhere, or there is no such file.") from None
-    allowed = [folder.resolve()]
-    if folder.resolve().parent.name == "snapshots":  # the Hugging Face cache
-        allowed.append(folder.resolve().parent.parent / "blobs")
+    home = folder.resolve()
+    caches = (place.parent / "blobs" for place in home.parents if place.name == "snapshots")  # of Hugging Face
+    allowed = [home, *caches]
     if not any(target.is_relative_to(place) for place in allowed):
         raise BecameError(f"{file} is a link that leads out of its folder; copy the file there, or give its folder.")
     if not target.is_file():
@@ -224,9 +230,21 @@ def _inside(folder: Path, name: str) -> Path:
 
 
 def _companions(folder: Path, weights: set[str]) -> tuple[Path, ...]:
-    names = sorted(file.name for file in folder.iterdir() if file.suffix in COMPANIONS and not file.is_dir())
-    names = [name for name in names if name not in weights and not name.endswith(".index.json")]
-    return tuple(_inside(folder, name) for name in names if not name.startswith((*NOT_COPIED, "README", ".")))
+    """Return what else belongs to a model: files of its folder, and of folders in it that have no weights."""
+    inner = [place for place in _folders_in(folder) if not _has_weights(place)]
+    files = [file for place in (folder, *inner) for file in sorted(place.iterdir())]
+    files = [file for file in files if file.suffix in COMPANIONS and not file.is_dir()]
+    files = [file for file in files if file.name not in weights and not file.name.endswith(".index.json")]
+    files = [file for file in files if not file.name.startswith((*NOT_COPIED, "README", "."))]
+    return tuple(_inside(folder, str(file.relative_to(folder))) for file in files)
+
+
+def _folders_in(folder: Path) -> list[Path]:
+    return sorted(place for place in folder.iterdir() if place.is_dir() and not place.name.startswith("."))
+
+
+def _has_weights(folder: Path) -> bool:
+    return any(file.suffix in WEIGHT_ENDINGS for file in folder.rglob("*"))
 
 
 def _without_shared(checkpoint: Checkpoint) -> Checkpoint:
@@ -292,9 +310,7 @@ def tensors_of_torch(state: Mapping[str, Any], path: Path) -> dict[str, StoredTe
             raise BecameError(f"{path} has '{name}' twice, as a text and as something else.")
         if value.numel() * value.itemsize > value.untyped_storage().nbytes():
             raise BecameError(f"'{name}' of {path} is expanded: it has more elements than are stored; save its clone.")
-        word = words.get(str(value.dtype)) or _numpy_word(
-            str(value.dtype).removeprefix("torch."), f"'{name}' of {path}"
-        )
+        word = words.get(str(value.dtype)) or numpy_word(str(value.dtype).removeprefix("torch."), f"'{name}' of {path}")
         memory = None if value.numel() == 0 else (value.data_ptr(), tuple(value.shape), value.stride())
         tensors[str(name)] = StoredTensor(str(name), word, tuple(value.shape), path, _bytes_of(value.detach()), memory)
     return tensors
@@ -306,13 +322,6 @@ def is_dense(value: Any) -> bool:
 
     is_plain = isinstance(value, torch.Tensor) and value.layout == torch.strided and value.device.type == "cpu"
     return bool(is_plain and not value.is_quantized and not value.is_nested)
-
-
-def _numpy_word(name: str, what: str) -> str:
-    try:
-        return dtype_word(np.dtype(name), what)
-    except TypeError:
-        raise BecameError(f"{what} has dtype '{name}', which is not known; known are {', '.join(DTYPES)}.") from None
 
 
 def _bytes_of(value: Any) -> Callable[[int, int], NDArray[np.uint8]]:
@@ -328,70 +337,3 @@ def _bytes_of(value: Any) -> Callable[[int, int], NDArray[np.uint8]]:
         return np.asarray(part.numpy())
 
     return read
-
-
-def _npz(path: Path) -> dict[str, StoredTensor]:
-    """Return the arrays of a NumPy archive."""
-    tensors = {}
-    try:
-        with zipfile.ZipFile(path) as archive:
-            for member in archive.infolist():
-                name = member.filename.removesuffix(".npy")
-                if name == member.filename or name in tensors:
-                    raise BecameError(f"{path} holds '{member.filename}', which is no array or there twice.")
-                tensors[name] = _npy(path, archive, member, name)
-    except BecameError:
-        raise
-    except Exception as error:  # a damaged archive can fail anywhere in a decompressor, with errors of all kinds
-        raise BecameError(f"{path} is no NumPy archive, or damaged ({first_line(error)}).") from None
-    return tensors
-
-
-def _npy(path: Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo, name: str) -> StoredTensor:
-    what = f"'{name}' of {path}"
-    with archive.open(member) as content:
-        magic = content.read(8)
-        if magic[:6] != b"\x93NUMPY" or magic[6] not in (1, 2, 3):
-            raise BecameError(f"{what} is no NumPy array.")
-        length = int.from_bytes(content.read(2 if magic[6] == 1 else 4), "little")
-        if length > LONGEST_JSON // 1000:
-            raise BecameError(f"{what} has a header of {length} bytes, too many for an array.")
-        text = content.read(length)
-        begin = content.tell()
-    try:
-        header = ast.literal_eval(text.decode("latin1"))
-        descr, fortran, shape = header["descr"], header["fortran_order"], header["shape"]
-        if not isinstance(shape, tuple) or not all(type(size) is int and 0 <= size < 2**63 for size in shape):
-            raise ValueError
-    except (ValueError, SyntaxError, TypeError, KeyError, RecursionError, MemoryError):
-        raise BecameError(f"{what} has a header that is not understood; it is damaged.") from None
-    word = _numpy_word(descr if isinstance(descr, str) else "object", what)
-    if fortran and len(shape) > 1:
-        raise BecameError(f"{what} is stored column by column; save numpy.ascontiguousarray of it.")
-    reader = _Member(path, member.filename, begin)
-    tensor = StoredTensor(name, word, shape, path, reader.read)
-    if begin + tensor.nbytes != member.file_size:
-        raise BecameError(f"{what} has a shape that does not fit its {member.file_size - begin} bytes.")
-    return tensor
-
-
-class _Member:
-    """An array in an archive, whose content is read from the front to the back."""
-
-    def __init__(self, path: Path, name: str, begin: int) -> None:
-        self._path, self._name, self._begin = path, name, begin
-        self._open: Any = None
-        self._lock = threading.Lock()
-
-    def read(self, first: int, last: int) -> NDArray[np.uint8]:
-        with self._lock:
-            try:
-                if self._open is None:
-                    self._open = zipfile.ZipFile(self._path).open(self._name)  # noqa: SIM115 # for all slabs
-                self._open.seek(self._begin + first)
-                content = self._open.read(last - first)
-            except Exception as error:  # as above
-                raise BecameError(f"'{self._name}' of {self._path} is damaged ({first_line(error)}).") from None
-        if len(content) != last - first:
-            raise BecameError(f"'{self._name}' of {self._path} ends too early; the archive is damaged.")
-        return np.frombuffer(content, dtype=np.uint8)

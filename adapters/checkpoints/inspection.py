@@ -1,4 +1,7 @@
-"""What checkpoints are, and whether and how they can be merged, without reading weights."""
+"""What checkpoints are, and whether and how they can be merged.
+
+Names and shapes are read, and of the tensors those that must be equal: integers, and heads beside their embeddings.
+"""
 
 from collections import Counter
 from collections.abc import Sequence

@@ -109,10 +109,15 @@ class Job:
         """Whether the first checkpoint is a base model."""
         return self.plan.base_model is not None
 
+    @property
+    def stored(self) -> Sequence[Checkpoint]:
+        """The models as they lie on the disk."""
+        return [adapter.checkpoint for adapter in self.adapters] or self.checkpoints
+
     @cached_property
     def inputs(self) -> Mapping[str, Checkpoint]:
         """All that is read, by a label."""
-        models = [adapter.checkpoint for adapter in self.adapters] or list(self.checkpoints)
+        models = self.stored
         inputs = {"base model": models[0]} if self.has_base else {}
         inputs |= {f"model {k + 1}": model for k, model in enumerate(models[int(self.has_base) :])}
         inputs |= {f"Fisher {k + 1}": fisher.checkpoint for k, fisher in self.fishers.items()}
@@ -157,7 +162,10 @@ class Job:
     def block_bytes(self) -> int:
         """An upper bound of the memory that one block needs while it is merged."""
         inputs = len(self.checkpoints) + len(self.fishers) + len(self.gradients) + len(self.means)
-        return SLAB * (inputs * (8 + 4 + 8) + 6 * 8)
+        # For a block of an adapter's difference both of its factors may be read whole, and widened.
+        adapters = self.adapters if self.rule.measures else ()
+        factors = sum(max(each.nbytes + 8 * each.size for each in a.modules.values()) for a in adapters)
+        return SLAB * (inputs * (8 + 4 + 8) + 6 * 8) + factors
 
     def read(self, block: Block, *, losses: bool, printed: bool = True) -> tuple[Slab, Prints]:
         """Return a slab of every model, and the prints of the bytes that were read.
@@ -322,8 +330,14 @@ class Job:
             return self._last_grams["grams"], self._last_grams["inverse"]
 
     @cached_property
-    def whole_bytes(self) -> int:
-        """An upper bound of the memory that is needed to measure the largest leaf with Kronecker factors."""
+    def bytes_beside(self) -> int:
+        """An upper bound of the memory that is needed beside the blocks, by what is held whole."""
+        widest = max((leaf.shape[1] for leaf in self.alignment.leaves if self.has_grams(leaf)), default=0)
+        grams = widest**2 * 8 * (len(self.grams) + 4)
+        return max(grams, self._factored_bytes(), self._adapter_bytes())
+
+    def _factored_bytes(self) -> int:
+        """What it takes to measure the largest leaf with Kronecker factors."""
         extras = len(self.gradients) + len(self.means)
         most = 0
         for leaf in self.measured:
@@ -337,14 +351,23 @@ class Job:
                 most = max(most, 8 * (leaf.size * arrays + kept * 2 + largest * 3))
         return most
 
+    def _adapter_bytes(self) -> int:
+        """What it takes to combine, and to compress, the factors of the largest module."""
+        modules = {module for adapter in self.adapters for module in adapter.modules}
+        sizes = (
+            sum(adapter.modules[module].size for adapter in self.adapters if module in adapter.modules)
+            for module in modules
+        )
+        # As they are read, widened, and put together; then in double precision, with their bases and LAPACK's copies.
+        return max(sizes, default=0) * (16 if self.plan.rank is None else 48)
+
     def ahead(self, memory: int, workers: int) -> int:
         """Return how many blocks may be in memory at a time.
 
         Raises:
             BecameError: if not even one fits.
         """
-        widest = max((leaf.shape[1] for leaf in self.alignment.leaves if self.has_grams(leaf)), default=0)
-        room = memory - held_already() - widest**2 * 8 * (len(self.grams) + 4) - self.whole_bytes
+        room = memory - held_already() - self.bytes_beside
         if room < self.block_bytes:
             least = size_text(memory - room + self.block_bytes)
             raise BecameError(f"this merge needs at least {least} of memory; give --memory more than that.")

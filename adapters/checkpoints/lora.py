@@ -80,6 +80,16 @@ class Factors:
             return (self.down.shape[1], self.up.shape[0])
         return (self.up.shape[0], *self.down.shape[1:])
 
+    @property
+    def size(self) -> int:
+        """The number of elements of both."""
+        return self.down.size + self.up.size
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of both."""
+        return self.down.nbytes + self.up.nbytes
+
     def matrices(self) -> tuple[NDArray[Any], NDArray[Any]]:
         """Return A [r, d_in] and B [d_out, r] in float32 or wider."""
         down = widened(self.down.whole()).reshape(self.rank, -1)

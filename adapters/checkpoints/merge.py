@@ -12,7 +12,7 @@ coefficients also depend on how many threads NumPy's library for linear algebra 
 
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,12 +20,12 @@ from typing import Any
 
 import numpy as np
 
-from adapters.checkpoints.align import Leaf
+from adapters.checkpoints.align import Leaf, is_statistic
 from adapters.checkpoints.card import texts_beside
 from adapters.checkpoints.digest import digest_of
 from adapters.checkpoints.executors import Executor, Threads
 from adapters.checkpoints.job import Job
-from adapters.checkpoints.lora import PREFIX, combined, compressed
+from adapters.checkpoints.lora import PREFIX, Factors, combined, compressed
 from adapters.checkpoints.opening import open_job
 from adapters.checkpoints.plan import MergePlan
 from adapters.checkpoints.resources import held_already
@@ -177,7 +177,8 @@ def merge_checkpoints(
             errors=errors,
         )
         base = next(iter(job.inputs.values()))
-        folder.finish(journal, texts_beside(job, report, ranks, command), base.companions)
+        copies = {file.relative_to(base.path).as_posix(): file for file in base.companions}
+        folder.finish(journal, texts_beside(job, report, ranks, command), copies)
     return report
 
 
@@ -191,7 +192,7 @@ def preview(plan: MergePlan, *, memory: int = MEMORY, workers: int | None = None
     layout, _ = _layout(job)
     workers = workers or min(4, os.cpu_count() or 1)
     ahead = job.ahead(memory, workers)
-    models = sum(checkpoint.nbytes for checkpoint in job.checkpoints)
+    models = sum(checkpoint.nbytes for checkpoint in job.stored)
     everything = sum(checkpoint.nbytes for checkpoint in job.inputs.values())
     to_read = everything + models if job.rule.measures else everything
     blocks = list(job.measured_blocks(leaf for leaf in job.alignment.leaves if leaf.is_merged))
@@ -207,7 +208,7 @@ def preview(plan: MergePlan, *, memory: int = MEMORY, workers: int | None = None
     whole = sum(leaf.size for leaf in job.alignment.leaves) * (1 + job.rule.measures)
     seconds = (time.monotonic() - begin) * whole / max(elements, 1) / workers
     notes = [*job.alignment.notes, *_notes(job)]
-    held = held_already() + ahead * job.block_bytes + job.whole_bytes
+    held = held_already() + ahead * job.block_bytes + job.bytes_beside
     return MergePreview(to_read, layout.nbytes, held, seconds, 1 + job.rule.measures, notes)
 
 
@@ -334,9 +335,11 @@ class _Passes:
                 self._remember(entry)
                 news, last = {}, time.monotonic()
             self._progress("writing", done, whole)
-        self.bytes_read += sum(
-            tensor.nbytes for leaf in folder.layout.leaves for tensor in leaf.tensors[: None if leaf.is_merged else 1]
-        )
+        once = job.rule.needs_fisher and not job.rule.measures  # else pass 1 has read the Fisher files
+        for leaf in folder.layout.leaves:
+            models = leaf.tensors[: None if leaf.is_merged else 1]
+            fishers = self._fishers_of(leaf) if once and leaf.is_merged and not is_statistic(leaf.name) else []
+            self.bytes_read += sum(tensor.nbytes for tensor in (*models, *fishers))
         if not job.measured:
             self._check_fishers()
         return {}
@@ -393,9 +396,17 @@ class _Passes:
         self._nonzero |= set(entry["nonzero"])
 
     def _bytes_of(self, leaf: Leaf) -> int:
-        fishers = [fisher.checkpoint.tensors.get(leaf.name) for fisher in self.job.fishers.values()]
+        """The bytes of a leaf that pass 1 reads: of an adapter, its factors."""
+        module = leaf.name.removesuffix(".weight")
+        models: Iterable[StoredTensor | Factors] = leaf.tensors
+        if self.job.adapters:
+            models = [adapter.modules[module] for adapter in self.job.adapters if module in adapter.modules]
         factors = [tensor for pair in self.job.factored.get(leaf.name, ()) if pair is not None for tensor in pair]
-        return sum(tensor.nbytes for tensor in (*leaf.tensors, *fishers, *factors) if tensor is not None)
+        return sum(part.nbytes for part in (*models, *self._fishers_of(leaf), *factors))
+
+    def _fishers_of(self, leaf: Leaf) -> list[StoredTensor]:
+        found = (fisher.checkpoint.tensors.get(leaf.name) for fisher in self.job.fishers.values())
+        return [tensor for tensor in found if tensor is not None]
 
     def _check_fishers(self) -> None:
         """Refuse Fisher files that are zero throughout, or that were measured at other weights."""
@@ -421,6 +432,9 @@ def _slopes(solution: Solution) -> tuple[float, float] | None:
 def _notes(job: Job) -> Iterator[str]:
     if any(leaf.name.endswith("running_var") for leaf in job.alignment.leaves):
         yield "Batch statistics were averaged; estimate them anew by a pass over data."
+    base = next(iter(job.inputs.values()))
+    if base.left_out:
+        yield f"Folders of {base.path} with weights of their own were not copied: {', '.join(base.left_out)}."
     if job.adapters and job.fishers:
         yield "That the Fisher files were measured with these adapters could not be checked."
     bases = {str((adapter.checkpoint.adapter or {}).get("base_model_name_or_path")) for adapter in job.adapters}

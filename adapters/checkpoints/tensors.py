@@ -30,6 +30,7 @@ __all__ = [
     "SLAB",
     "InputFile",
     "StoredTensor",
+    "SuspendedError",
     "dtype_word",
     "finite",
     "narrowed",
@@ -64,6 +65,10 @@ DTYPES: Mapping[str, np.dtype[Any]] = {
 LONGEST_HEADER = 100_000_000
 # More axes than any array library knows.
 MOST_AXES = 32
+
+
+class SuspendedError(BecameError):
+    """A merge cannot go on now, although nothing is wrong with it; what is done of it stays."""
 
 
 class _Scratch(threading.local):
@@ -120,7 +125,8 @@ class InputFile:
         """Return the bytes of a range.
 
         Raises:
-            BecameError: if the file is shorter, or cannot be read.
+            BecameError: if the file is shorter.
+            SuspendedError: if it cannot be read, as when a disk of the network is gone for a while.
         """
         content = scratch.empty(end - begin, np.uint8)
         view, done = memoryview(content), 0  # type: ignore[arg-type]
@@ -138,8 +144,12 @@ class InputFile:
                     raise BecameError(f"{self.path} ends at byte {begin + done}, before {end}; it is not whole.")
                 done += count
         except OSError as error:
-            raise BecameError(f"cannot read {self.path}: {error.strerror}.") from None
+            raise SuspendedError(f"cannot read {self.path}: {error.strerror}.") from None
         return content
+
+    def part(self, begin: int) -> Callable[[int, int], NDArray[np.uint8]]:
+        """Return what reads a range that is counted from a byte of the file."""
+        return lambda first, last: self.read(begin + first, begin + last)
 
 
 @dataclass(frozen=True)
@@ -320,14 +330,10 @@ def read_safetensors(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str
             problem = "overlaps the tensor before it" if first < end else "leaves a hole before it"
             raise BecameError(f"'{_short(name)}' in {path} {problem}; the file is damaged.")
         end = last
-        tensors[name] = StoredTensor(name, word, shape, path, _part_of(file, begin + first))
+        tensors[name] = StoredTensor(name, word, shape, path, file.part(begin + first))
     if end != room:
         raise BecameError(f"{path} has {room} bytes of tensors but names {end} of them; it is cut off or damaged.")
     return tensors, metadata
-
-
-def _part_of(file: InputFile, begin: int) -> Callable[[int, int], NDArray[np.uint8]]:
-    return lambda first, last: file.read(begin + first, begin + last)
 
 
 def _entry(name: str, entry: Any, path: Path, room: int) -> tuple[str, tuple[int, ...], tuple[int, int]]:

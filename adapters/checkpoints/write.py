@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from adapters.checkpoints.align import Leaf
+from adapters.checkpoints.folders import ADAPTER_CONFIG
 from adapters.checkpoints.job import Job
-from adapters.checkpoints.tensors import DTYPES, safetensors_header, size_text
+from adapters.checkpoints.tensors import DTYPES, SuspendedError, safetensors_header, size_text
 from adapters.runs.files import check_free, digest
 from adapters.runs.lock import locked
 from became_core import BecameError
@@ -29,7 +30,6 @@ __all__ = [
     "Journal",
     "Layout",
     "OutputFolder",
-    "SuspendedError",
     "file_states",
     "identity",
     "layout_of",
@@ -41,10 +41,6 @@ SYNC_SECONDS = 5.0
 
 # A file's absolute path, its size in bytes, and the nanosecond of its last change.
 FileState = tuple[str, int, int]
-
-
-class SuspendedError(BecameError):
-    """A merge cannot go on now, although nothing is wrong with it; what is done of it stays."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +116,8 @@ def layout_of(leaves: Sequence[Leaf], shard_size: int | None, name: str = "model
 def file_states(job: Job) -> Iterator[FileState]:
     """Yield the state of every file of a merge's inputs."""
     for checkpoint in job.inputs.values():
-        for file in (*checkpoint.files, *checkpoint.companions):
+        adapter = [checkpoint.path / ADAPTER_CONFIG] if checkpoint.adapter is not None else []
+        for file in (*checkpoint.files, *checkpoint.companions, *adapter):
             state = file.stat()
             yield str(file.absolute()), state.st_size, state.st_mtime_ns
 
@@ -267,19 +264,20 @@ class OutputFolder:
         for handle in self._handles.values():
             os.fsync(handle)
 
-    def finish(self, journal: Journal, others: Mapping[str, bytes], copies: Iterable[Path]) -> None:
+    def finish(self, journal: Journal, others: Mapping[str, bytes], copies: Mapping[str, Path]) -> None:
         """Add the other files of the model, and give the folder its name.
 
         Args:
             journal: of this merge, which ends.
             others: the content of files by name.
-            copies: files to copy, unless they are among the others.
+            copies: files to copy by their names in the folder, unless they are among the others.
         """
         index = self.layout.index()
         contents = dict(others) | ({INDEX: index} if index is not None else {})
-        for file in copies:
-            if file.name not in contents:
-                shutil.copyfile(file, self.folder / file.name)
+        for name, file in copies.items():
+            if name not in contents:
+                (self.folder / name).parent.mkdir(exist_ok=True)
+                shutil.copyfile(file, self.folder / name)
         for name, content in contents.items():
             (self.folder / name).write_bytes(content)
         self.sync()

@@ -37,7 +37,7 @@ EXTRAS = dict.fromkeys(("filelock", "ml_dtypes", "safetensors", "yaml"), "merge"
 
 @dataclass(frozen=True)
 class Inspect:
-    """Show what checkpoints are, and whether and how they can be merged; no weights are read."""
+    """Show what checkpoints are, and whether and how they can be merged; weights are only read to compare tied ones."""
 
     models: Annotated[
         tuple[Path, ...], tyro.conf.Positional, described("Files or folders of models.", metavar="MODEL…")

@@ -42,6 +42,23 @@ def load_mixing(path: Path) -> Any:
     return Mixing()
 
 
+def load_with_body(path: Path) -> Any:
+    """The same network as a model of transformers has it: a body, whose name begins the names of its parameters."""
+    from torch import nn
+
+    class WithBody(nn.Module):
+        base_model_prefix = "body"
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = load(path)
+
+        def forward(self, inputs: Any) -> Any:
+            return self.body(inputs)
+
+    return WithBody()
+
+
 def load_sequence(path: Path) -> Any:
     """The same network at every position of a sequence, [samples, positions, WIDTH]."""
     return load(path)

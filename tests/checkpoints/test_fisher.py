@@ -13,7 +13,7 @@ from adapters.checkpoints.digest import digest_of
 from became_core import BecameError
 from tests.checkpoints.fisher_files import data, gradient, measured, metadata
 from tests.checkpoints.models import arrays, saved
-from tests.checkpoints.networks import CLASSES, MIXING_SHAPES, SHAPES, WIDTH, load, load_mixing
+from tests.checkpoints.networks import CLASSES, MIXING_SHAPES, SHAPES, WIDTH, load, load_mixing, load_with_body
 
 
 def test_it_is_the_sum_of_every_samples_squared_gradient(tmp_path: Path, model: Path) -> None:
@@ -25,6 +25,22 @@ def test_it_is_the_sum_of_every_samples_squared_gradient(tmp_path: Path, model: 
     words = metadata(tmp_path / "F.safetensors")
     assert (words["kind"], words["unit"], words["per"], words["samples"]) == ("empirical", "sum", "sample", "7")
     assert words["model"] == digest_of(open_checkpoint(model))
+
+
+def test_a_file_of_the_body_alone_is_measured_within_the_whole_model(tmp_path: Path, model: Path) -> None:
+    from adapters.checkpoints.fisher_data import FisherRequest, fisher_from_data
+    from adapters.checkpoints.fisher_inputs import read_samples
+
+    data(tmp_path / "data.npz", 5)
+    expected, samples = load_file(measured(tmp_path)), read_samples(str(tmp_path / "data.npz"))
+    fisher_from_data(model, samples, tmp_path / "B.safetensors", FisherRequest(), load_with_body(model))
+    whole = load_file(tmp_path / "B.safetensors")
+    assert whole.keys() == expected.keys()
+    for name, value in expected.items():
+        assert_allclose(whole[name], value, rtol=1e-6)
+    other = saved(tmp_path, "other", {f"other.{name}": value for name, value in load_file(model).items()})
+    with pytest.raises(BecameError, match=r"network has 'body\.0\.weight' .*other.* does not have; if it was renamed"):
+        fisher_from_data(other, samples, tmp_path / "C.safetensors", FisherRequest(), load_with_body(model))
 
 
 def test_a_token_has_a_gradient_of_its_own_and_a_sample_the_sum(tmp_path: Path, model: Path) -> None:

@@ -1,6 +1,8 @@
 """Every format is read, and what models have in common is written once."""
 
+import io
 import json
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 from adapters.checkpoints import MergePlan, PlannedModel, merge_checkpoints, open_checkpoint
 from adapters.checkpoints.digest import digest_of
+from adapters.checkpoints.tensors import SLAB, ranges
 from became_core import BecameError
 from tests.checkpoints.models import EMBEDDING, HEAD, SHAPES, Arrays, arrays, folder_of, linear, merged, refused, saved
 
@@ -34,6 +37,52 @@ def test_every_format_of_numpy_gives_the_same_tensors(tmp_path: Path, kind: str)
             assert_array_equal(tensor.slab(1, 3), values[name].reshape(-1)[1:3])
     assert digest_of(checkpoint) == digest_of(open_checkpoint(saved(tmp_path, "same", values)))
     assert digest_of(checkpoint) != digest_of(open_checkpoint(saved(tmp_path, "other", arrays(1))))
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="open files are counted in /proc")
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_an_archive_is_one_open_file_however_many_arrays_it_has(tmp_path: Path, save: Any) -> None:
+    values = {f"layers.{k}.weight": np.full((3, 2), k, np.float32) for k in range(40)}
+    save(tmp_path / "A.npz", **values)
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    checkpoint = open_checkpoint(tmp_path / "A.npz")
+    for name, tensor in checkpoint.tensors.items():
+        assert_array_equal(tensor.slab(0, 4), values[name].reshape(-1)[:4])
+    assert len(list(Path("/proc/self/fd").iterdir())) <= before + 2
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (1, 0, 3, 2), (3, 1, 2, 0), (2, 2, 0, 1)])
+def test_slabs_of_a_compressed_array_come_in_any_order_and_neighbours_from_one_pass(
+    tmp_path: Path, order: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = np.arange(3 * SLAB + 5, dtype=np.float32)
+    np.savez_compressed(tmp_path / "A.npz", w=values)
+    tensor = open_checkpoint(tmp_path / "A.npz").tensors["w"]
+    opened, usual = list[str](), zipfile.ZipFile.open
+
+    def counted(self: zipfile.ZipFile, name: Any, *more: Any) -> Any:
+        opened.append(str(name))
+        return usual(self, name, *more)
+
+    monkeypatch.setattr(zipfile.ZipFile, "open", counted)
+    slabs = list(ranges(tensor.size))
+    for number in order:
+        assert_array_equal(tensor.slab(*slabs[number]), values[slice(*slabs[number])])
+    if order == (1, 0, 3, 2):  # as two threads ask for them
+        assert len(opened) == 1
+
+
+def test_an_array_that_is_stored_as_it_is_is_read_at_its_place(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "A.npz", "w") as archive:
+        for k, name in enumerate(("short", "a name that is longer")):
+            content = io.BytesIO()
+            np.save(content, np.full((2, 3), k, np.float64))
+            member = zipfile.ZipInfo(f"{name}.npy")
+            member.extra = b"\xfe\xca\x04\x00abcd"  # what another program adds between the name and the content
+            archive.writestr(member, content.getvalue())
+    tensors = open_checkpoint(tmp_path / "A.npz").tensors
+    assert_array_equal(tensors["short"].whole(), np.zeros((2, 3)))
+    assert_array_equal(tensors["a name that is longer"].slab(1, 6), np.ones(5))
 
 
 def test_a_digest_is_the_same_in_every_version(tmp_path: Path) -> None:
@@ -171,6 +220,31 @@ def test_padding_takes_missing_rows_from_the_models_that_have_them(tmp_path: Pat
     assert alpha == pytest.approx((delta**2).sum() / ((old + 1) * delta**2).sum(), rel=1e-5)
 
 
+@pytest.mark.parametrize("config", [{"text_config": {"vocab_size": 7, "x": 1}}, {"vocab_size": 7}, {"x": 1}])
+def test_padding_changes_the_size_of_the_vocabulary_where_the_configuration_has_it(tmp_path: Path, config: Any) -> None:
+    untied = {"tie_word_embeddings": False}
+    longer = arrays(1) | {name: np.ones((9, 6), np.float32) for name in (EMBEDDING, HEAD)}
+    models = [
+        folder_of(tmp_path / name, v, config=config | untied) for name, v in {"A": arrays(0), "B": longer}.items()
+    ]
+    merge_checkpoints(linear(*models, pad_vocabulary=True), tmp_path / "out")
+    expected = json.loads(json.dumps(config).replace("7", "9"))
+    assert json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8")) == expected | untied
+
+
+def test_rows_that_are_missing_are_those_of_the_longest(tmp_path: Path) -> None:
+    models = [saved(tmp_path, name, {EMBEDDING: np.full((2 * k, 3), k, np.float32)}) for k, name in enumerate("ABC", 1)]
+    merge_checkpoints(linear(*models, pad_vocabulary=True), tmp_path / "out")
+    rows = merged(tmp_path / "out")[EMBEDDING][:, 0]
+    assert_allclose(rows, [2, 2, (3 + 2 + 3) / 3, (3 + 2 + 3) / 3, 3, 3], rtol=1e-6)
+
+
+def test_a_matrix_within_a_layer_is_no_head_that_may_be_tied(tmp_path: Path) -> None:
+    name = "layers.0.attention.output.weight"
+    models = saved(tmp_path, "A", {EMBEDDING: np.eye(3), name: np.eye(3)}), saved(tmp_path, "B", {EMBEDDING: np.eye(3)})
+    refused(linear(*models), tmp_path / "out", f"'{name}' is in .*A.* but not in .*B")
+
+
 def test_models_that_are_no_language_models_merge_too(tmp_path: Path) -> None:  # mergekit 159, 423, 461
     def convnet(seed: int) -> Arrays:
         values = arrays(seed, {"features.0.weight": (4, 3, 3, 3), "features.1.weight": (4,), "classifier.bias": (2,)})
@@ -205,3 +279,32 @@ def test_companions_are_copied_from_the_base(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "merges.txt").exists()
     assert "not this" not in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     assert not (tmp_path / "out" / "trainer_state.json").exists()
+
+
+def test_what_belongs_to_the_base_in_inner_folders_is_copied_but_no_other_weights(tmp_path: Path) -> None:
+    first, second = (folder_of(tmp_path / name, arrays(k), config={}) for k, name in enumerate("AB"))
+    for place, file in {"1_Pooling": "config.json", "2_Dense": "config.json", ".cache": "a.json"}.items():
+        (first / place).mkdir()
+        (first / place / file).write_text("{}", encoding="utf-8")
+    saved(first / "2_Dense", "model", {"w": np.ones(2)})
+    report = merge_checkpoints(linear(first, second), tmp_path / "out")
+    assert (tmp_path / "out" / "1_Pooling" / "config.json").read_text(encoding="utf-8") == "{}"
+    assert sorted(file.name for file in (tmp_path / "out").iterdir() if file.is_dir()) == ["1_Pooling"]
+    assert f"Folders of {first} with weights of their own were not copied: 2_Dense." in report.notes
+
+
+def test_a_folder_within_a_snapshot_of_the_hubs_cache_is_read_through_its_links(tmp_path: Path) -> None:
+    blobs, inner = tmp_path / "blobs", tmp_path / "snapshots" / "abc" / "unet"
+    blobs.mkdir()
+    inner.mkdir(parents=True)
+    (inner / "model.safetensors").symlink_to(saved(blobs, "x", arrays(0)))
+    assert open_checkpoint(inner).tensors.keys() == arrays(0).keys()
+    (inner / "config.json").symlink_to(saved(tmp_path, "outside", {}))
+    with pytest.raises(BecameError, match="is a link that leads out of its folder"):
+        open_checkpoint(inner)
+
+
+def test_a_name_that_means_something_else_in_safetensors_is_refused(tmp_path: Path) -> None:
+    np.savez(tmp_path / "A.npz", __metadata__=np.ones(2))
+    with pytest.raises(BecameError, match="has a tensor '__metadata__'"):
+        open_checkpoint(tmp_path / "A.npz")

@@ -194,11 +194,11 @@ def test_what_is_measured_whole_stays_within_the_memory_that_is_named(tmp_path: 
     job.measure(block)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < job.whole_bytes + job.block_bytes
-    assert job.whole_bytes < 3 * peak
+    assert peak < job.bytes_beside + job.block_bytes
+    assert job.bytes_beside < 3 * peak
     with pytest.raises(BecameError, match=r"this merge needs at least .* of memory"):
-        merge_checkpoints(plan, tmp_path / "out", memory=job.whole_bytes)
-    assert preview(plan).memory > job.whole_bytes
+        merge_checkpoints(plan, tmp_path / "out", memory=job.bytes_beside)
+    assert preview(plan).memory > job.bytes_beside
 
 
 # From data.

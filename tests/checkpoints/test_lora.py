@@ -1,6 +1,7 @@
 """A merge of LoRA adapters is a merge of the differences that they make, never of their factors."""
 
 import json
+import tracemalloc
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -10,9 +11,10 @@ import pytest
 from numpy.testing import assert_allclose
 from safetensors.numpy import load_file, save_file
 
-from adapters.checkpoints import MergePlan, PlannedModel, merge_checkpoints, open_checkpoint
+from adapters.checkpoints import MergePlan, PlannedModel, merge_checkpoints, open_checkpoint, preview
 from adapters.checkpoints.inspection import inspect_checkpoints
-from adapters.checkpoints.lora import adapter_of
+from adapters.checkpoints.lora import adapter_of, combined, compressed
+from adapters.checkpoints.opening import open_job
 from became_core import BecameError, optimal_alpha
 from tests.checkpoints.models import Arrays, arrays, saved
 
@@ -194,6 +196,27 @@ def test_differences_that_are_read_in_several_blocks_are_the_same(
     report = merge_checkpoints(MergePlan(models), tmp_path / "out", workers=workers)
     curvatures = [{name: value.astype(float) for name, value in fisher.items()} for fisher in fishers]
     assert report.alpha == pytest.approx(float(optimal_alpha(*whole, *curvatures)), rel=1e-5)
+
+
+def test_a_preview_says_what_is_read_of_adapters_and_memory_in_which_they_are_compressed(tmp_path: Path) -> None:
+    modules = {WIDE: (4096, 64), TALL: (64, 64)}
+    places = [adapter(tmp_path, name, k, rank=32, modules=modules) for k, name in enumerate("AB")]
+    shapes = {f"{module}.weight": size for module, size in modules.items()}
+    models = tuple(
+        PlannedModel(place, fisher=saved(tmp_path, f"F{k}", arrays(k, shapes, positive=True)))
+        for k, place in enumerate(places)
+    )
+    plan = MergePlan(models, rank=32)
+    shown = preview(plan)
+    report = merge_checkpoints(plan, tmp_path / "out")
+    assert shown.bytes_to_read == report.bytes_read
+    job = open_job(plan)
+    tracemalloc.start()
+    compressed(*combined(job.adapters, WIDE, (0.5, 0.5)), 32)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < job.bytes_beside < 3 * peak
+    assert shown.memory > job.bytes_beside
 
 
 def test_a_smaller_rank_is_the_best_one_and_its_error_is_reported(tmp_path: Path) -> None:

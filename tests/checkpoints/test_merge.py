@@ -4,7 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import ml_dtypes
 import numpy as np
@@ -323,14 +323,26 @@ def test_the_card_has_the_plan_the_prediction_and_the_digests(tmp_path: Path) ->
     assert values["predicted_gain"] == report.gain
 
 
-def test_a_preview_says_what_will_be_read_and_written(tmp_path: Path) -> None:
-    plan = pair(tmp_path)
+@pytest.mark.parametrize(("rule", "passes"), [("became", 2), ("fisher", 1)])
+def test_a_preview_says_what_will_be_read_and_written(
+    tmp_path: Path, rule: Literal["became", "fisher"], passes: int
+) -> None:
+    plan = pair(tmp_path, merge_method=rule)
     shown = preview(plan)
     assert sorted(file.name for file in tmp_path.iterdir()) == [f"{n}.safetensors" for n in ("A", "B", "FA", "FB")]
     report = merge_checkpoints(plan, tmp_path / "out")
     assert (shown.bytes_to_read, shown.bytes_to_write) == (report.bytes_read, report.bytes_written)
-    assert shown.passes == 2
+    assert shown.passes == passes
     assert shown.seconds > 0
+
+
+def test_a_preview_names_memory_in_which_regmean_can_be_done(tmp_path: Path) -> None:
+    models = []
+    for k, name in enumerate("AB"):
+        model = saved(tmp_path, name, arrays(k, {"w": (4, 1500)}))
+        models.append(PlannedModel(model, gram=saved(tmp_path, f"G{name}", {"w": np.eye(1500, dtype=np.float32)})))
+    plan = MergePlan(tuple(models), "regmean")
+    merge_checkpoints(plan, tmp_path / "out", memory=preview(plan).memory)
 
 
 def test_a_merge_loads_no_framework_and_needs_none(tmp_path: Path) -> None:

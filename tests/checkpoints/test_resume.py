@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -183,3 +184,46 @@ def test_a_disk_that_fills_up_in_between_is_a_sentence(tmp_path: Path, monkeypat
     monkeypatch.undo()
     merge_checkpoints(plan, tmp_path / "out")
     assert not list(tmp_path.glob(".*"))
+
+
+def test_a_disk_that_cannot_be_read_for_a_while_loses_nothing(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, count = os.preadv, 0
+
+    def failing(*arguments: Any) -> int:
+        nonlocal count
+        count += 1
+        if count > 80:  # while it measures
+            raise OSError(5, "Input/output error")
+        return read(*arguments)
+
+    monkeypatch.setattr(os, "preadv", failing)
+    with pytest.raises(BecameError, match=r"cannot read .*: Input/output error"):
+        merge_checkpoints(plan_in(folder), tmp_path / "out", workers=1)
+    monkeypatch.undo()
+    states = list[tuple[str, int]]()
+    merge_checkpoints(plan_in(folder), tmp_path / "out", workers=1, progress=lambda *state: states.append(state[:2]))
+    assert states[0][1] > min(values.size for values in arrays(0, SHAPES).values())  # the first tensors were done
+    assert contents(tmp_path / "out") == contents(folder / "whole")
+
+
+def test_an_adapter_whose_configuration_changed_is_merged_anew(
+    lora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(merging, "SYNC_SECONDS", 0.0)
+    place = shutil.copytree(lora, tmp_path / "adapters", ignore=shutil.ignore_patterns("whole"))
+
+    def stop(what: str, done: int, _: int) -> None:
+        if (what, done) == ("writing", 7):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        merge_checkpoints(plan_in(place), tmp_path / "out", progress=stop)
+    config = place / "A" / "adapter_config.json"
+    config.write_text(
+        config.read_text(encoding="utf-8").replace('"lora_alpha": 8', '"lora_alpha": 80'), encoding="utf-8"
+    )
+    merge_checkpoints(plan_in(place), tmp_path / "out")
+    merge_checkpoints(plan_in(place), tmp_path / "fresh")
+    assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
