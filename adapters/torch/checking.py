@@ -18,7 +18,7 @@ from adapters.backend.checking import STEPS, agreement
 from adapters.backend.own_loop import Finding
 from adapters.torch.batches import samples_of
 from adapters.torch.derivatives import Derivatives
-from adapters.torch.layers import buffers_kept, gradients_of, modes_kept
+from adapters.torch.layers import buffers_kept, gradients_of, modes_kept, outputs_at
 from adapters.torch.tapping import Names, collect_taps, owners_of
 from became_core import BecameError
 from became_core.arrays import Params
@@ -121,9 +121,7 @@ class TorchView:
 
     def _call(self, theta: Mapping[str, Tensor], samples: slice) -> Tensor:
         arguments = self._arguments if samples == slice(None) else samples_of(self._arguments, samples, self._samples)
-        named = {self._raw[name]: value for name, value in theta.items()}
-        outputs: Tensor = torch.func.functional_call(self._network, named, arguments)
-        return outputs
+        return outputs_at(self._network, {self._raw[name]: value for name, value in theta.items()}, arguments)
 
     @torch.no_grad()
     def outputs(self, theta: Params, samples: slice) -> Tensor:

@@ -37,7 +37,7 @@ from adapters.backend.own_loop import NetworkCheck
 from adapters.torch.batches import Applied, few_samples, in_evaluation, to_device
 from adapters.torch.checking import RowsKept, TorchView
 from adapters.torch.derivatives import Derivatives
-from adapters.torch.layers import gradients_of
+from adapters.torch.layers import gradients_of, outputs_at
 from adapters.torch.shared_model import SharedModel
 from adapters.torch.tapping import Layouts, as_written, collect_taps, ways_of
 from became_core import BecameError, Quadratic
@@ -300,8 +300,7 @@ class DataLoss:
                 inputs, targets = self._split(batch)
 
                 def function(moved: Mapping[str, Tensor], inputs: Any = inputs) -> Tensor:
-                    result: Tensor = torch.func.functional_call(self._applied, dict(moved), (inputs,))
-                    return result
+                    return outputs_at(self._applied, moved, (inputs,))
 
                 outputs, tangents = self._derivatives.along(function, own, moves)
                 first, second, more = derivatives_of(self.likelihood, outputs, tangents, targets)

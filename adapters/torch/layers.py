@@ -1,4 +1,4 @@
-"""Gradients of a network's outputs, the patches that a convolution sees, and batch norms' statistics.
+"""A network's outputs at other weights and their gradients, a convolution's patches, and batch norms' statistics.
 
 A batch norm that keeps no running statistics takes each batch's own in evaluation too, and their gradients couple the
 samples: for per-sample gradients to exist they are computed beforehand, without gradient. Variances are biased, as
@@ -28,6 +28,7 @@ __all__ = [
     "is_frozen_norm",
     "modes_kept",
     "moments",
+    "outputs_at",
     "patches",
     "running_norms",
 ]
@@ -36,6 +37,29 @@ _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 # By module, the mean and variance of each of its runs in one pass.
 Statistics = dict[nn.Module, list[tuple[Tensor, Tensor]]]
+
+
+def outputs_at(network: nn.Module, theta: Mapping[str, Tensor], arguments: tuple[Any, ...]) -> Tensor:
+    """Return a network's outputs at other weights, which it then no longer has.
+
+    Each place in which a parameter stands gets the value once. PyTorch's own way to tied weights would set a layer that
+    has two names twice, and put the first value back in the place of the parameter.
+
+    Args:
+        network: what runs.
+        theta: by the names of its ``named_parameters``; a parameter without a value keeps its own.
+        arguments: of the network.
+    """
+    named = dict(network.named_parameters())
+    values = {named[name]: value for name, value in theta.items()}
+    places = {
+        f"{layer}.{name}" if layer else name: values[parameter]
+        for layer, module in network.named_modules()
+        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False)
+        if parameter in values
+    }
+    outputs: Tensor = torch.func.functional_call(network, places, arguments, tie_weights=False)
+    return outputs
 
 
 def gradients_of(

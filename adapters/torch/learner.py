@@ -26,7 +26,14 @@ from adapters.networks import Architecture
 from adapters.torch.checking import TorchView, agreement_of
 from adapters.torch.compiled import CompiledSteps, TakesStep, compiled_forward, placed
 from adapters.torch.derivatives import Derivatives
-from adapters.torch.layers import batch_statistics, is_batch_norm, is_frozen_norm, modes_kept, running_norms
+from adapters.torch.layers import (
+    batch_statistics,
+    is_batch_norm,
+    is_frozen_norm,
+    modes_kept,
+    outputs_at,
+    running_norms,
+)
 from adapters.torch.linear import ByInputs, constrained_inputs, plain_linear_layers
 from adapters.torch.networks import Described, Drawing, MultiHead, OneHead, draw_masks_from
 from adapters.torch.share import divided
@@ -407,8 +414,7 @@ class TorchLearner(NetworkLearner):
         primals = {name: value for name, value in network.named_parameters() if owners[value] not in self._frozen}
 
         def logits(theta: Mapping[str, Tensor]) -> Tensor:
-            result: Tensor = torch.func.functional_call(network, dict(theta), (images,))
-            return result
+            return outputs_at(network, theta, (images,))
 
         along = [{name: direction[owners[value]] for name, value in primals.items()} for direction in directions]
         return self.derivatives.along(logits, primals, along)

@@ -25,7 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from adapters.torch.batches import samples_of, tensors_of
 from adapters.torch.graph import Graph, Unknown, Use, graph_of
-from adapters.torch.layers import Statistics, constant_statistics, gradients_of
+from adapters.torch.layers import Statistics, constant_statistics, gradients_of, outputs_at
 from adapters.torch.operations import Window, pulled_back
 from adapters.torch.rows import Arrangement, Forward, Key, Layouts, Split, by_sample, studied
 from became_core.curvature import Tap, Taps, joined_uses
@@ -413,7 +413,7 @@ def _per_sample_gradients(
 
     def one(theta: dict[str, Tensor], sample: Tensor, at_logits: Tensor) -> Tensor:
         with constant_statistics(network, run.used):
-            logits: Tensor = torch.func.functional_call(network, theta, (sample[None], *arguments[1:]))
+            logits = outputs_at(network, theta, (sample[None], *arguments[1:]))
         return (logits[0] * at_logits).sum()
 
     size = max(1, CHUNK // max(1, sum(value.numel() for value in theta.values())))

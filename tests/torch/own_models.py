@@ -63,6 +63,25 @@ def tied() -> nn.Module:
     return network  # type: ignore[no-any-return]
 
 
+def named_twice(last: nn.Module) -> nn.Module:
+    network: Any = Of(lambda net, x: net.body(x), body=row(nn.Linear(6, 5), nn.Tanh(), last))
+    network.head = network.body[2]
+    return network  # type: ignore[no-any-return]
+
+
+def repeated() -> nn.Module:
+    layer = nn.Linear(6, 6)
+    return row(layer, nn.Tanh(), layer, nn.Tanh(), head(6))
+
+
+def listed() -> nn.Module:
+    last = head(6)
+    return Of(
+        lambda net, x: sum(each(x.roll(index, 1)) for index, each in enumerate(net.heads)),
+        heads=nn.ModuleList([last] * 3),
+    )
+
+
 def channels_last() -> nn.Module:
     layers = nn.Unflatten(1, (3, 1, 2)), nn.Conv2d(3, 4, (1, 2), padding=1), nn.GroupNorm(2, 4), nn.GELU()
     return row(*layers, nn.Conv2d(4, 4, 3, groups=4), nn.Flatten(), head(4)).to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
@@ -123,6 +142,12 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "words with sparse gradients": lambda: looked_up(sparse=True),
     "bags of words": lambda: bagged(mode="mean", padding_idx=10),
     "tied layers": tied,
+    "a layer of two names": lambda: named_twice(head(5)),
+    "a layer of two names that computes its weight": lambda: named_twice(
+        Of(lambda net, x: functional.linear(x, net.w.softmax(0)), w=random(CLASSES, 5))
+    ),
+    "a layer that comes twice": repeated,
+    "a layer three times in a list": listed,
     "a list of parameters": lambda: Of(
         lambda net, x: net.head(sum((x @ weight).tanh() for weight in net.weights)),
         weights=nn.ParameterList([random(6, 5) / 3 for _ in range(3)]),

@@ -2,6 +2,7 @@
 
 import cProfile
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -261,6 +262,21 @@ class _Attending(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         features: Tensor = self.cell(self.encoder(images[:, 0]))[0][:, -1]
         return features
+
+
+def test_a_layer_of_two_names_stays_the_users_and_learns() -> None:
+    stream = prototype_stream(tasks=2)
+    torch.manual_seed(0)
+    module: Any = nn.Sequential(nn.Flatten(), nn.Linear(36, 8), nn.Tanh(), nn.Linear(8, 8))
+    module.add_module("last", module[3])
+    module.forward = lambda x: module[:4](x).tanh()
+    parameters = dict(module.named_parameters())
+    before = {name: value.detach().clone() for name, value in parameters.items()}
+    learn(TorchLearner(module, stream), stream, build_method("became", {}), TRAINING)
+    after = dict(module.named_parameters())
+    assert after.keys() == parameters.keys()
+    assert all(after[name] is value for name, value in parameters.items())
+    assert not any(torch.equal(after[name], value) for name, value in before.items())
 
 
 def test_attention_and_a_recurrent_layer_learn_under_the_default_method() -> None:

@@ -85,6 +85,29 @@ def test_it_is_measured_exactly_and_old_outputs_stand_still(name: str) -> None:
     assert report.slopes == pytest.approx((b, b + c), rel=1e-5, abs=1e-8)
 
 
+SEVERAL = ["tied layers", "a layer of two names", "a layer of two names that computes its weight"]
+
+
+@pytest.mark.parametrize("name", [*SEVERAL, "a layer that comes twice", "a layer three times in a list"])
+def test_parameters_that_stand_in_several_places_stay_those_of_the_model(name: str) -> None:
+    network = built(NETWORKS[name])
+    parameters = dict(network.named_parameters())
+    optimizer = torch.optim.SGD(network.parameters(), 0.1)
+    learning = Continual(network, uncovered="free")
+    learning.remember(data(1, 5, 3))
+    with learning.stable(optimizer):
+        train(network, optimizer, data(2, 4))
+    with learning.plastic():
+        train(network, optimizer, data(2, 4))
+    learning.merge(data(2, 4))
+    after = dict(network.named_parameters())
+    assert after.keys() == parameters.keys()
+    assert all(after[key] is value for key, value in parameters.items())
+    before = {key: value.detach().clone() for key, value in parameters.items()}
+    train(network, optimizer, data(3, 4))
+    assert not any(torch.equal(after[key], value) for key, value in before.items())
+
+
 # What is refused, and what the message says.
 REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "checkpointed by reentrant passes": (
