@@ -190,17 +190,21 @@ class StepGuard:
 
     def _project(self, name: str, value: Tensor) -> None:
         """Take a step's part in the protected space out of a weight, in place."""
-        before, is_transposed = self.before[name], name in self.transposed
+        before, width = self.before[name], self.projector.rank[name][1]
+
+        def rows(array: Tensor) -> Tensor:
+            """Return the matrix [d_out, d_in] of a weight with any number of axes; a view if it is contiguous."""
+            return array.reshape(width, -1).T if name in self.transposed else array.reshape(-1, width)
+
         factor = self.projector.removed_factor(name)
         if factor is not None and value.dtype == factor.dtype and value.is_contiguous():
             # Two products and no further array of the weight's size; the weights from before the step are not needed.
             back = before.sub_(value)
-            into, rows = (array.T if is_transposed else array.view(len(array), -1) for array in (value, back))
-            into.addmm_(rows @ factor, factor.T)
+            rows(value).addmm_(rows(back) @ factor, factor.T)
             return
-        change = value - before
-        allowed = self.projector.project({name: change.T if is_transposed else change})[name]
-        torch.add(before, allowed.T if is_transposed else allowed, out=value)
+        allowed = self.projector.project({name: rows(value - before)})[name]
+        allowed = (allowed.T if name in self.transposed else allowed).reshape(value.shape)
+        torch.add(before, allowed, out=value)
 
 
 def _names_in(groups: Groups) -> set[str]:

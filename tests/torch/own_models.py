@@ -184,6 +184,22 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
         w=random(2, 3, CLASSES),
         v=random(CLASSES, 6),
     ),
+    "heads by einsum": lambda: Of(
+        lambda net, x: net.head(torch.einsum("bi,ihk->bhk", x, net.w).flatten(1).tanh()),
+        w=random(6, 2, 4),
+        head=head(8),
+    ),
+    "heads by tensordot, of two axes": lambda: Of(
+        lambda net, x: net.head(torch.tensordot(x, net.w, dims=1).flatten(1).tanh()), w=random(6, 2, 2, 2), head=head(8)
+    ),
+    "heads by a view": lambda: Of(
+        lambda net, x: net.head((x @ net.w.view(6, 8)).tanh()), w=random(6, 2, 4), head=head(8)
+    ),
+    "heads that are as wide as the inputs": lambda: Of(
+        lambda net, x: net.head(torch.einsum("bi,ihk->bhk", x, net.w).flatten(1).tanh()),
+        w=random(6, 1, 6),
+        head=head(6),
+    ),
     "a weight that is computed": lambda: Of(
         lambda net, x: functional.linear((x @ net.w.softmax(0)).tanh(), net.fc.weight / net.fc.weight.norm()),
         w=random(6, 5),

@@ -12,7 +12,8 @@ from torch.optim import SGD, Adam
 
 from adapters.torch import Continual
 from became_core import BecameError
-from became_core.projection import GPM
+from became_core.projection import GPM, NSCL, SGP
+from tests.torch.own_models import Of
 
 WIDTH, CLASSES = 6, 3
 CHANGED = "was changed in stable training by something else than the steps of the optimizers that stable"
@@ -66,6 +67,29 @@ def test_a_step_may_compute_its_gradients_itself() -> None:
         case.check()
         weights.append(case.model[0].weight)
     assert torch.equal(*weights)
+
+
+@pytest.mark.parametrize("projector", [GPM(1.0), SGP(1.0, scale=1e12), NSCL()])
+def test_a_weight_of_three_axes_stands_still_for_what_old_data_read(projector: Any) -> None:
+    equation = "bi,ihk->bhk"
+    torch.manual_seed(0)
+    model: Any = Of(
+        lambda net, x: net.head(torch.einsum(equation, x, net.weight).flatten(1).tanh()),
+        weight=torch.randn(WIDTH, 2, 4),
+        head=nn.Linear(8, CLASSES),
+    ).double()
+    read = torch.randn(5, 3).double() @ torch.randn(3, WIDTH).double()
+    learning = Continual(model, projector=projector, uncovered="frozen")
+    learning.remember([(read, torch.arange(5) % CLASSES)])
+    assert learning.coverage.parameters[0].treatment == "protected"
+    before, optimizer = model.weight.detach().clone(), SGD(model.parameters(), 0.1)
+    with learning.stable(optimizer):
+        loss = functional.cross_entropy(model(torch.randn(5, WIDTH).double()), torch.arange(5) % CLASSES)
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+    step = model.weight.detach() - before
+    assert float(step.abs().max()) > 1e-4
+    assert float(torch.einsum(equation, read, step).abs().max()) < 1e-9
 
 
 def test_a_step_that_is_many_steps_is_refused() -> None:
