@@ -8,7 +8,7 @@ measures is its ``DataLoss``. In JAX, where a model is a function, there are fun
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from math import prod
 from pathlib import Path
 from typing import Any, Protocol
@@ -60,6 +60,9 @@ class ModelData(NewTaskData, Protocol):
 
     def assign(self, theta: Params) -> None:
         """Set the trained parameters."""
+
+    def kept_on_error(self) -> AbstractContextManager[None]:
+        """Return a context that gives back what was known of the data before it, if it ends in an error."""
 
 
 class ContinualModel(ABC):
@@ -214,9 +217,16 @@ class ContinualModel(ABC):
 
     # What its methods are made of.
 
-    def _remember(self, fisher: Params, owners: Mapping[str, Any]) -> None:
-        """Add a task of this Fisher information, at the weights as they are, of these parameters of the framework."""
+    def _remember(self, fisher: Params, projector: Projector, owners: Mapping[str, Any]) -> None:
+        """Add a task, at the weights as they are; nothing is changed if that fails.
+
+        Args:
+            fisher: its Fisher information.
+            projector: that has remembered it.
+            owners: the parameters of the framework that were trained.
+        """
         self.posterior = grown(self.posterior, self._data.weights(), fisher, self.decay)
+        self.projector = projector
         self._then = {name: tuple(shape) for name, shape in self._data.shapes.items()}
         self._owners = {name: ref(owner) for name, owner in owners.items()}
         self._measured = frozenset(fisher)

@@ -27,7 +27,7 @@ from adapters.tensorflow.data_loss import DataLoss, Loss
 from adapters.tensorflow.steps import StepGuard, Witness, moments_of, observed, parts_of
 from adapters.tensorflow.traced import as_written
 from became_core import BecameError
-from became_core.arrays import Array
+from became_core.arrays import Array, Params
 from became_core.curvature import FisherTargets, Likelihood
 from became_core.laplace import Estimator
 from became_core.projection import Projector
@@ -151,16 +151,22 @@ class Continual(ContinualModel):
         self._data.retrace()
         self._check_names()
         self._check_shapes()
+        with self._data.kept_on_error():
+            fisher, projector = self._measured_by(optimizer, batches, samples, share)
+            self._remember(fisher, projector, self._variables)
+
+    def _measured_by(
+        self, optimizer: keras.Optimizer | None, batches: Iterable[Any] | None, samples: int | None, share: float | None
+    ) -> tuple[Params, Projector]:
+        """Return the Fisher information of what is to be remembered, and the projector that has remembered it."""
         if optimizer is not None:
             moments = moments_of(optimizer, self._data.trained)
-            fisher = fisher_of_moments(moments, samples, self._data.weights(), stacklevel=2)
-        else:
-            assert batches is not None
-            of_old = {} if self.posterior is None else self.posterior.precision.diagonal()
-            held = held_by_curvature(of_old, self._data.matrices or {})
-            fisher, finished = self._data.fisher(batches, with_memory=True, held=held, share=share)
-            self.projector = self.projector.remember(finished)
-        self._remember(fisher, self._variables)
+            return fisher_of_moments(moments, samples, self._data.weights(), stacklevel=3), self.projector
+        assert batches is not None
+        of_old = {} if self.posterior is None else self.posterior.precision.diagonal()
+        held = held_by_curvature(of_old, self._data.matrices or {})
+        fisher, finished = self._data.fisher(batches, with_memory=True, held=held, share=share)
+        return fisher, self.projector.remember(finished)
 
     @contextmanager
     def stable(self, *optimizers: keras.Optimizer) -> Iterator[None]:

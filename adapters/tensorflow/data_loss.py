@@ -108,6 +108,16 @@ class DataLoss:
         """Set the parameters that are trained."""
         self.network.assign(theta)
 
+    @contextmanager
+    def kept_on_error(self) -> Iterator[None]:
+        """Give back what was known of the data before this context, if it ends in an error."""
+        before = self.likelihood, self.matrices, self._looked
+        try:
+            yield
+        except BaseException:
+            self.likelihood, self.matrices, self._looked = before
+            raise
+
     @staticmethod
     def in_dtype(numbers: Array, like: Array) -> Array:
         """Return numbers in the dtype of an array, and in at least float32."""

@@ -31,7 +31,7 @@ from adapters.torch.sharded_memory import read_shards, write_shards
 from adapters.torch.shared_model import SharedModel, own_part
 from adapters.torch.steps import StepGuard, Witness, groups_of, moments_of, unwrapped
 from became_core import BecameError
-from became_core.arrays import Array
+from became_core.arrays import Array, Params
 from became_core.curvature import FisherTargets, Likelihood
 from became_core.laplace import Estimator
 from became_core.projection import Projector, full
@@ -174,6 +174,14 @@ class Continual(ContinualModel):
             raise BecameError("remember needs either batches or an optimizer; give one of them.")
         self._check_not_stable("remembering")
         self._check_shapes()
+        with self._data.kept_on_error():
+            fisher, projector = self._measured_by(optimizer, batches, samples, share)
+            self._remember(fisher, projector, self._data.trained)
+
+    def _measured_by(
+        self, optimizer: Optimizer | None, batches: Batches | None, samples: int | None, share: float | None
+    ) -> tuple[Params, Projector]:
+        """Return the Fisher information of what is to be remembered, and the projector that has remembered it."""
         if optimizer is not None:
             stepper = unwrapped(optimizer)
             of_all = {
@@ -181,16 +189,12 @@ class Continual(ContinualModel):
                 for own, group in groups_of(stepper, self._data.trained)
                 for name, value in own.items()
             }
-            fisher = fisher_of_moments(of_all, samples, self._data.weights(), stacklevel=2)
-        else:
-            assert batches is not None
-            of_old = {} if self.posterior is None else self.posterior.precision.diagonal()
-            held = held_by_curvature(
-                {name: own_part(value) for name, value in of_old.items()}, self._data.matrices or {}
-            )
-            fisher, finished = self._data.fisher(batches, with_memory=True, held=held, share=share)
-            self.projector = self.projector.remember(finished)
-        self._remember(fisher, self._data.trained)
+            return fisher_of_moments(of_all, samples, self._data.weights(), stacklevel=3), self.projector
+        assert batches is not None
+        of_old = {} if self.posterior is None else self.posterior.precision.diagonal()
+        held = held_by_curvature({name: own_part(value) for name, value in of_old.items()}, self._data.matrices or {})
+        fisher, finished = self._data.fisher(batches, with_memory=True, held=held, share=share)
+        return fisher, self.projector.remember(finished)
 
     # Training.
 

@@ -120,6 +120,16 @@ class DataLoss:
             value.copy_(theta[name])
 
     @contextmanager
+    def kept_on_error(self) -> Iterator[None]:
+        """Give back what was known of the data before this context, if it ends in an error."""
+        before = self.likelihood, self.matrices, self._knows_matrices
+        try:
+            yield
+        except BaseException:
+            self.likelihood, self.matrices, self._knows_matrices = before
+            raise
+
+    @contextmanager
     def at(self, theta: Params) -> Iterator[None]:
         """Set the weights inside the context, and restore the own ones after it."""
         before = self.weights()

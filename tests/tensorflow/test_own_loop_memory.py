@@ -13,6 +13,8 @@ from adapters.tensorflow import Continual
 from adapters.tensorflow.parameters import parameters_of
 from adapters.tensorflow.traced import samples_of
 from became_core import BecameError
+from became_core.curvature import Gaussian
+from became_core.projection import SGP
 from tests.listening import totals_shown
 from tests.tensorflow.own_loop import CLASSES, L, new_data, perceptron, row
 
@@ -227,6 +229,25 @@ def test_a_model_in_mixed_precision_is_measured_to_its_rounding() -> None:
             )
         total += tape.gradient(loss, model.get_layer("half").bias.value).numpy() ** 2 / len(y)
     np.testing.assert_allclose(found, total, rtol=0.1, atol=0.01 * np.max(total))
+
+
+def test_a_failed_remembering_leaves_no_trace() -> None:
+    model, rng, projector = perceptron(), np.random.default_rng(0), SGP()
+    data = [(rng.normal(size=(4, 6)), rng.normal(size=(4, CLASSES))) for _ in range(4)]
+    damaged = [*data[:2], (data[2][0], data[2][1] * np.nan), data[3]]
+    learning, twin = (Continual(model, "gaussian", projector=projector) for _ in range(2))
+    learning.remember(data)
+    with pytest.raises(BecameError, match="is not finite; look for NaN in the batches"):
+        twin.remember(damaged)
+    assert twin.posterior is None
+    assert twin.projector is projector
+    assert twin.likelihood == Gaussian()
+    twin.remember(data)
+    assert twin.projector.rank == learning.projector.rank
+    assert twin.likelihood == learning.likelihood
+    update = {"first.weight": tf.constant(rng.normal(size=(8, 6)))}
+    ours, theirs = (each.projector.project(update)["first.weight"] for each in (twin, learning))
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-12)
 
 
 def test_a_memory_comes_back_from_a_file_and_another_architecture_is_refused(tmp_path: Path) -> None:

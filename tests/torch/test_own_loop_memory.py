@@ -1,6 +1,7 @@
 """What ``Continual`` remembers, against gradients of single samples in double precision; and of which batches."""
 
 import json
+import math
 from collections import UserDict
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,8 +17,8 @@ from torch.nn import functional
 from adapters.torch import Continual
 from adapters.torch.batches import to_device
 from became_core import BecameError, Diagonal
-from became_core.curvature import Categorical
-from became_core.projection import GPM, SGP
+from became_core.curvature import Categorical, Gaussian
+from became_core.projection import GPM, NSCL, SGP
 from tests.listening import totals_shown
 from tests.torch.modules import CLASSES, WIDTH, Stored
 from tests.torch.oracle import autograd_gradients
@@ -153,6 +154,33 @@ def test_a_second_task_adds_to_the_memory() -> None:
         torch.testing.assert_close(learning.posterior.precision.diagonal()[name], value + 0.5 * before[name])
     torch.testing.assert_close(learning.posterior.mean["0.bias"], model[0].bias.detach())
     assert learning.projector.rank["0.weight"][0] > rank["0.weight"][0]
+
+
+@pytest.mark.parametrize("projector", [GPM(), SGP(), NSCL()])
+@pytest.mark.parametrize("broken", [0, 2])
+def test_a_failed_remembering_leaves_no_trace(projector: Any, broken: int) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(WIDTH, 8), nn.Tanh(), nn.Linear(8, CLASSES)).double()
+    regression = [(inputs, torch.randn(len(inputs), CLASSES).double()) for inputs, _ in new_data(1, batches=4)]
+    learning, twin = (Continual(model, "gaussian", projector=projector) for _ in range(2))
+    learning.remember(regression)
+    damaged = [(inputs, targets.clone()) for inputs, targets in regression]
+    damaged[broken][1][0] = math.nan
+    with pytest.raises(BecameError, match=r"is not finite; look for NaN|the noise of a Gaussian likelihood is nan"):
+        twin.remember(damaged)
+    assert twin.posterior is None
+    assert twin.projector is projector
+    assert twin.likelihood == Gaussian()
+    twin.remember(regression)
+    assert twin.projector.rank == learning.projector.rank
+    assert twin.likelihood == learning.likelihood
+    update = {"0.weight": torch.randn(8, WIDTH).double()}
+    torch.testing.assert_close(twin.projector.project(update), learning.projector.project(update), rtol=0, atol=1e-12)
+    before, rank = twin.posterior, dict(twin.projector.rank)
+    with pytest.raises(BecameError, match="is not finite; look for NaN in the batches"):
+        twin.remember(damaged)
+    assert twin.posterior is before
+    assert twin.projector.rank == rank
 
 
 class _Named(UserDict[str, Any]):
