@@ -16,6 +16,7 @@ real numbers; the function is ``apply(params, inputs)``, and it returns [samples
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
+from itertools import chain, islice
 from typing import Any, Literal
 
 import jax
@@ -304,7 +305,8 @@ class DataLoss:
         """Return the mean loss at these weights, or at those that were given first."""
         theta = self.theta if theta is None else theta
         passes = ((self._outputs(theta, inputs), targets) for inputs, targets in self._read(batches))
-        return mean_loss(self.likelihood, passes)
+        first = list(islice(passes, 1))  # to which the likelihood is fitted, if it was not yet
+        return mean_loss(self.likelihood, chain(first, passes))
 
     @staticmethod
     def in_dtype(numbers: Any, like: Array) -> Array:

@@ -10,6 +10,7 @@ changed. Parameters go by the names of ``adapters/tensorflow/parameters.py``, an
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from itertools import chain, islice
 from typing import Any
 
 import keras
@@ -242,7 +243,8 @@ class DataLoss:
         """Return the mean loss at these weights, or at the weights as they are."""
         theta = self.weights() if theta is None else theta
         passes = ((self.network.outputs(theta, inputs), targets) for inputs, targets in self._read(theta, batches))
-        return mean_loss(self.likelihood, passes, partial(_own_loss, self.likelihood))
+        first = list(islice(passes, 1))  # to which the likelihood is fitted, if it was not yet
+        return mean_loss(self.likelihood, chain(first, passes), partial(_own_loss, self.likelihood))
 
 
 @contextmanager

@@ -12,7 +12,7 @@ measurement. Parameters go by PyTorch's own names, and are those that need a gra
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from itertools import chain
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
@@ -92,6 +92,7 @@ class DataLoss:
         self._derivatives, self._layouts = Derivatives(), Layouts()
         # Only data that are to be remembered say which matrices can be protected.
         self._knows_matrices, self._held = True, frozenset[str]()
+        self._is_fitted = not isinstance(likelihood, Likelihood)
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -122,11 +123,11 @@ class DataLoss:
     @contextmanager
     def kept_on_error(self) -> Iterator[None]:
         """Give back what was known of the data before this context, if it ends in an error."""
-        before = self.likelihood, self.matrices, self._knows_matrices
+        before = self.likelihood, self.matrices, self._knows_matrices, self._is_fitted
         try:
             yield
         except BaseException:
-            self.likelihood, self.matrices, self._knows_matrices = before
+            self.likelihood, self.matrices, self._knows_matrices, self._is_fitted = before
             raise
 
     @contextmanager
@@ -155,8 +156,7 @@ class DataLoss:
 
     def _look(self, inputs: Any, outputs: Tensor, targets: Any) -> None:
         """Look at the network once: which parameters are matrices, and whether we compute what it computes."""
-        if isinstance(self.likelihood, Likelihood):
-            self.likelihood = self.likelihood.fitted(outputs, targets)
+        self._fit(outputs, targets)
         names = {module: name for name, module in self._model.named_modules()}
         few = few_samples((inputs,), len(outputs))
         try:
@@ -175,6 +175,30 @@ class DataLoss:
             found = ways_of(self._applied, names, few, self._layouts)
             self.matrices = matrices_with(self.matrices or {}, found, self._held)
             self._knows_matrices = True
+
+    def _fit(self, outputs: Tensor, targets: Any) -> None:
+        """Let the likelihood know what it must of the data's noise."""
+        if isinstance(self.likelihood, Likelihood):
+            self.likelihood = self.likelihood.fitted(outputs, targets)
+        self._is_fitted = True
+
+    def _fitted_by_all(self, batches: Batches) -> Iterator[Any]:
+        """Return batches, to the first of which the likelihood is fitted, at the weights as they are, unless it was.
+
+        All processes go on with what the first one that has a batch found.
+        """
+        if self._is_fitted:
+            return iter(batches)
+        batches, found = iter(batches), None
+        first = list(islice(batches, 1))
+        with self.shared.whole(), in_evaluation(self._model), torch.no_grad():
+            for outputs, targets in map(self.run, first):
+                self._fit(outputs, targets)
+                found = self.likelihood
+        known = [each for each in self.shared.of_all(found) if each is not None]
+        if known:
+            self.likelihood, self._is_fitted = known[0], True
+        return chain(first, batches)
 
     def _looked_at_by_all(self, batches: Iterator[Any]) -> Iterator[Any]:
         """Look at the network in every process, and go on with what the first process found; return the batches.
@@ -215,7 +239,7 @@ class DataLoss:
         """
         names = {module: name for name, module in self._model.named_modules()}
         inputs, targets = self._split(batch)
-        if not self._knows_matrices or (self._checks and self.checked is None):
+        if not (self._knows_matrices and self._is_fitted) or (self._checks and self.checked is None):
             self._look(inputs, self._first_outputs(inputs), targets)
         units = 0.0
 
@@ -278,6 +302,7 @@ class DataLoss:
 
     def slope(self, batches: Batches, theta: Params, directions: Sequence[Params]) -> Tensor:
         """Return the slopes of the mean loss along directions at these weights, [directions], in float64."""
+        batches = self._fitted_by_all(batches)
         units, total = 0.0, [0.0] * len(directions)
         moves = [self.shared.gathered(direction) for direction in directions]
         with self.at(theta), self.shared.whole(), in_evaluation(self._model), torch.enable_grad():
@@ -300,7 +325,7 @@ class DataLoss:
             return slopes, "a difference of slopes"
         count = len(directions)
         slope, curvature = torch.zeros(count, dtype=torch.float64), torch.zeros(count, count, dtype=torch.float64)
-        units = 0.0
+        batches, units = self._fitted_by_all(batches), 0.0
         own, *moves = (
             {f"model.{name}": value for name, value in self.shared.gathered(tree).items()}
             for tree in ({name: theta[name] for name in self.trained}, *directions)
@@ -325,6 +350,7 @@ class DataLoss:
 
     def mean(self, batches: Batches, theta: Params | None = None) -> float:
         """Return the mean loss at these weights, or at the weights as they are."""
+        batches = self._fitted_by_all(batches)
         place = nullcontext() if theta is None else self.at(theta)
         with place, self.shared.whole(), in_evaluation(self._model), torch.no_grad():
             return mean_loss(self.likelihood, map(self.run, batches), summed=self._summed)

@@ -17,6 +17,7 @@ from became_core.arrays import named_leaves
 from became_core.curvature import Bernoulli, Categorical, Gaussian
 from became_core.laplace import NativeExpansion
 from tests.jax.own_loop import (
+    CLASSES,
     Batches,
     cross_entropy,
     new_data,
@@ -180,6 +181,16 @@ def test_regression_and_several_labels_are_remembered_and_merged(likelihood: Any
         residual, bend = p - targets, p * (1 - p)
     expected = float((residual * v).sum() / len(z)), float((bend * v**2).sum() / len(z))
     assert _expanded(report, memory, params, far) == pytest.approx(expected, rel=1e-9)
+
+
+def test_the_noise_of_a_regression_is_fitted_where_a_loss_is_the_first_to_need_it() -> None:
+    weights, data = new_weights(), [(x, x[:, :CLASSES]) for x, _ in new_data(1)]
+    loss = DataLoss(perceptron, weights, Gaussian(), fisher="empirical", checks=False, shows=False)
+    inputs, targets = data[0]
+    noise = float(np.sqrt(np.mean((perceptron(weights, inputs) - targets) ** 2)))
+    assert loss.mean(data[:1]) == pytest.approx(CLASSES / 2)  # of residuals whose mean square is the noise's
+    assert isinstance(loss.likelihood, Gaussian)
+    assert loss.likelihood.noise == pytest.approx(noise)
 
 
 def test_what_is_not_finite_is_named_and_not_merged() -> None:

@@ -16,7 +16,7 @@ from became_core import BecameError
 from became_core.curvature import Gaussian
 from became_core.projection import SGP
 from tests.listening import totals_shown
-from tests.tensorflow.own_loop import CLASSES, L, new_data, perceptron, row
+from tests.tensorflow.own_loop import CLASSES, L, fit, new_data, perceptron, row
 
 pytestmark = pytest.mark.usefixtures("in_double_precision")
 
@@ -277,6 +277,31 @@ def test_a_terminal_shows_how_far_a_pass_is(monkeypatch: pytest.MonkeyPatch) -> 
         Continual(perceptron(), check=False).remember(data)
     Continual(perceptron(), check=False, progress=False).remember(new_data(1, 1))
     assert totals == [2, 3, None]
+
+
+@pytest.mark.filterwarnings("ignore:second moments of an optimizer:UserWarning")
+def test_the_noise_of_a_regression_is_fitted_where_it_is_first_needed() -> None:
+    model, rng = perceptron(), np.random.default_rng(0)
+    data = [(rng.normal(size=(4, 6)), rng.normal(size=(4, CLASSES))) for _ in range(3)]
+
+    def residual() -> Any:
+        return pytest.approx(float(np.sqrt(np.mean((model(data[0][0]) - data[0][1]) ** 2))))
+
+    learning = Continual(model, "gaussian", check=False)
+    assert not learning.observe(data[0])
+    assert learning.likelihood.noise == residual()
+    model.compile(keras.optimizers.Adam(0.01), "mse")
+    fit(model, data, 2)
+    learning = Continual(model, "gaussian", check=False)
+    learning.remember(optimizer=model.optimizer, samples=4)
+    assert learning.likelihood == Gaussian()
+    with learning.stable():
+        fit(model, data, 2)
+    with learning.plastic():
+        fit(model, data, 2)
+    expected = residual()
+    assert 0 <= learning.merge(data).alpha <= 1
+    assert learning.likelihood.noise == expected
 
 
 def test_a_change_of_the_stream_is_observed() -> None:

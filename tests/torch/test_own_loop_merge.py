@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional
 
 from adapters.torch import Continual
-from became_core import BecameError, Quadratic
+from became_core import BecameError, PaperClosedForm, Quadratic, Secant
 from became_core.curvature import Bernoulli, Categorical, Gaussian
 from tests.torch.modules import CLASSES
 from tests.torch.oracle import secant_by_brute_force
@@ -119,6 +119,39 @@ def test_regression_and_several_labels_are_remembered_and_merged(likelihood: Any
     with learning.plastic():
         train()
     assert 0 <= learning.merge(new).alpha <= 1
+
+
+@pytest.mark.filterwarnings("ignore:second moments of an optimizer:UserWarning")
+@pytest.mark.parametrize("check", [True, False])
+@pytest.mark.parametrize("estimator", [Secant(), PaperClosedForm()])
+def test_the_noise_of_a_regression_is_fitted_where_it_is_first_needed(check: bool, estimator: Any) -> None:
+    model = new_network("perceptron")
+    data = [(x, x[:, :3].sin()) for x, _ in new_data(1, 3, 8)]
+    optimizer = torch.optim.Adam(model.parameters(), 0.02)
+
+    def train() -> None:
+        for x, y in data * 2:
+            optimizer.zero_grad()
+            (model(x) - y).square().mean().backward()
+            optimizer.step()
+
+    def residual() -> Any:
+        return pytest.approx(float((model(data[0][0]) - data[0][1]).detach().square().mean().sqrt()))
+
+    learning = Continual(model, "gaussian", check=check, estimator=estimator)
+    assert not learning.observe(data[0])
+    assert learning.likelihood.noise == residual()
+    train()
+    learning = Continual(model, "gaussian", check=check, estimator=estimator)
+    learning.remember(optimizer=optimizer, samples=8)
+    assert learning.likelihood == Gaussian()
+    with learning.stable(optimizer):
+        train()
+    with learning.plastic():
+        train()
+    expected = residual()
+    assert 0 <= learning.merge(data).alpha <= 1
+    assert learning.likelihood.noise == expected
 
 
 def test_second_moments_of_an_optimizer_stand_for_old_data_with_a_warning() -> None:
