@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 from weakref import ReferenceType, ref
 
+from adapters.backend.batches import repeatable
 from adapters.backend.memory import NewTask, NewTaskData, check_settings, grown, merge_report
 from adapters.backend.memory_file import Stored, described, memory_arrays
 from adapters.backend.own_loop import Coverage, MergeReport, NetworkCheck, Uncovered, coverage_of
@@ -60,6 +61,9 @@ class ModelData(NewTaskData, Protocol):
 
     def assign(self, theta: Params) -> None:
         """Set the trained parameters."""
+
+    def estimate_statistics(self, batches: Iterable[Any]) -> None:
+        """Estimate the running statistics of batch norms anew, at the weights as they are; an error leaves them."""
 
     def kept_on_error(self) -> AbstractContextManager[None]:
         """Return a context that gives back what was known of the data before it, if it ends in an error."""
@@ -237,8 +241,15 @@ class ContinualModel(ABC):
         self.posterior, self._data.matrices, self._measured = stored.posterior, stored.matrices, stored.measured
         self._then = {name: tuple(shape) for name, shape in self._data.shapes.items()}
 
-    def _merge(self, batches: Iterable[Any], trace: int, others: str) -> MergeReport:
-        """Merge as ``merge`` of an adapter says; ``others`` begins the message if other parameters are trained now."""
+    def _merge(self, batches: Iterable[Any], trace: int, statistics: Iterable[Any] | None, others: str) -> MergeReport:
+        """Merge as ``merge`` of an adapter says; if that fails, the model is as it was, and can be merged again.
+
+        Args:
+            batches: of ``merge``.
+            trace: of ``merge``.
+            statistics: of ``merge``; they may be the very iterator that the batches are.
+            others: begins the message if other parameters are trained now.
+        """
         self._check_not_stable("a merge")
         if self._theta_gp is None or self.posterior is None:
             raise BecameError(
@@ -247,9 +258,17 @@ class ContinualModel(ABC):
         theta_hat = self._data.weights()
         if self._theta_gp.keys() != theta_hat.keys():
             raise BecameError(f"{others} than in stable training; let the same ones be trained.")
-        new = NewTask(self._data, batches, theta_hat)
-        report = merge_report(self.estimator, self.posterior, self._theta_gp, new, trace)
-        self._data.assign(merge(self._theta_gp, theta_hat, report.alpha))
+        kept = repeatable(batches)
+        report = merge_report(
+            self.estimator, self.posterior, self._theta_gp, NewTask(self._data, kept, theta_hat), trace
+        )
+        try:
+            self._data.assign(merge(self._theta_gp, theta_hat, report.alpha))
+            if statistics is not None:
+                self._data.estimate_statistics(kept if statistics is batches else statistics)
+        except BaseException:
+            self._data.assign(theta_hat)
+            raise
         self._theta_gp = None
         return report
 

@@ -230,13 +230,11 @@ class Continual(ContinualModel):
                 they stay those of the plastic model if not given.
 
         Raises:
-            BecameError: if there was no stable training since the last memory.
+            BecameError: if there was no stable training since the last memory, or batches cannot be used; the model is
+                as it was then, and can be merged again.
         """
         self._data.retrace()
-        report = self._merge(batches, trace, "other variables are trainable")
-        if statistics is not None:
-            self._data.estimate_statistics(statistics)
-        return report
+        return self._merge(batches, trace, statistics, "other variables are trainable")
 
     def _write(self, arrays: dict[str, Array], file: str | Path, metadata: dict[str, str]) -> None:
         tensors = {name: np.asarray(tf.convert_to_tensor(value).numpy()) for name, value in arrays.items()}

@@ -207,7 +207,7 @@ class DataLoss:
         return fisher, finished
 
     def estimate_statistics(self, batches: Iterable[Any]) -> None:
-        """Estimate the running statistics of batch norms anew, at the weights as they are."""
+        """Estimate the running statistics of batch norms anew, at the weights as they are; an error leaves them."""
         with batch_statistics(self.network.model):
             for batch in batches_of(batches):
                 self._reader.outputs(self.network.model, self._reader.split(batch)[0])
@@ -252,10 +252,12 @@ def batch_statistics(model: keras.Model) -> Iterator[None]:
     """Let each batch norm that is trained normalise by a batch's own statistics, and keep the mean over all its runs.
 
     The rest of the model runs as it is called, and batch norms whose ``trainable`` is false keep their statistics. In
-    this context functions that the user has compiled run eagerly, so that every run is seen.
+    this context functions that the user has compiled run eagerly, so that every run is seen. If it ends in an error,
+    statistics are as they were.
     """
     norms = [n for n in layers_of(model) if isinstance(n, keras.layers.BatchNormalization) and n.trainable]
     kept = [(norm, norm.momentum, vars(norm).get("call")) for norm in norms]
+    before = [(value, tf.identity(value)) for n in norms for value in n.non_trainable_variables]
     is_eager = tf.config.functions_run_eagerly()
 
     def observe(norm: Any) -> None:
@@ -274,6 +276,10 @@ def batch_statistics(model: keras.Model) -> Iterator[None]:
         for norm in norms:
             observe(norm)
         yield
+    except BaseException:
+        for value, number in before:
+            value.assign(number)
+        raise
     finally:
         tf.config.run_functions_eagerly(is_eager)
         for norm, momentum, own in kept:

@@ -9,7 +9,6 @@ alike, each with its mean. Parameters go by PyTorch's own names; those that need
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -26,7 +25,6 @@ from adapters.backend.memory_file import read_memory, restored
 from adapters.backend.own_loop import MergeReport, Uncovered, known_likelihood
 from adapters.torch.batches import Apply, Targets
 from adapters.torch.data_loss import Batches, DataLoss, Loss
-from adapters.torch.layers import estimate_statistics
 from adapters.torch.sharded_memory import read_shards, write_shards
 from adapters.torch.shared_model import SharedModel, own_part
 from adapters.torch.steps import StepGuard, Witness, groups_of, moments_of, unwrapped
@@ -241,16 +239,14 @@ class Continual(ContinualModel):
                 they stay those of the plastic model if not given.
 
         Raises:
-            BecameError: if there was no stable training since the last memory.
+            BecameError: if there was no stable training since the last memory, or batches cannot be used; the model is
+                as it was then, and can be merged again.
         """
         if statistics is not None and self._data.shared.count > 1:
             raise BecameError(
                 "statistics= estimates batch norms from one process's batches; leave it out where several train."
             )
-        report = self._merge(batches, trace, "other parameters need a gradient")
-        if statistics is not None:
-            estimate_statistics(self.model, (partial(self._data.run, batch) for batch in statistics))
-        return report
+        return self._merge(batches, trace, statistics, "other parameters need a gradient")
 
     # On disk.
 

@@ -12,6 +12,7 @@ measurement. Parameters go by PyTorch's own names, and are those that need a gra
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from itertools import chain, islice
 from typing import Any
 
@@ -37,7 +38,7 @@ from adapters.backend.own_loop import NetworkCheck
 from adapters.torch.batches import Applied, few_samples, in_evaluation, to_device
 from adapters.torch.checking import RowsKept, TorchView
 from adapters.torch.derivatives import Derivatives
-from adapters.torch.layers import gradients_of, outputs_at
+from adapters.torch.layers import estimate_statistics, gradients_of, outputs_at
 from adapters.torch.shared_model import SharedModel
 from adapters.torch.tapping import Layouts, as_written, collect_taps, ways_of
 from became_core import BecameError, Quadratic
@@ -354,6 +355,10 @@ class DataLoss:
         place = nullcontext() if theta is None else self.at(theta)
         with place, self.shared.whole(), in_evaluation(self._model), torch.no_grad():
             return mean_loss(self.likelihood, map(self.run, batches), summed=self._summed)
+
+    def estimate_statistics(self, batches: Batches) -> None:
+        """Estimate the running statistics of batch norms anew, at the weights as they are; an error leaves them."""
+        estimate_statistics(self._model, (partial(self.run, batch) for batch in batches))
 
     def _summed(self, *numbers: float) -> list[float]:
         return [float(number) for number in self.shared.total(torch.tensor(numbers, dtype=torch.float64))]

@@ -65,7 +65,12 @@ def test_running_statistics_are_estimated_again_on_request() -> None:
         pass
     with learning.plastic():
         norm.gamma.assign(norm.gamma * 2.0)
-    learning.merge(data, statistics=data)
+    before = [value.numpy() for value in model.variables]
+    with pytest.raises(BecameError, match="a batch is a str"):
+        learning.merge(data, statistics=[data[0], "no batch"])
+    assert all(np.array_equal(value, number) for value, number in zip(model.variables, before, strict=True))
+    batches = iter(data)  # one iterator serves both
+    learning.merge(batches, statistics=batches)
     seen = [model.layers[0](x).numpy() for x, _ in data]
     np.testing.assert_allclose(norm.moving_mean, np.mean([x.mean((0, 1, 2)) for x in seen], axis=0), rtol=1e-10)
     np.testing.assert_allclose(norm.moving_variance, np.mean([x.var((0, 1, 2)) for x in seen], axis=0), rtol=1e-10)
