@@ -26,7 +26,7 @@ from adapters.backend.own_loop import MergeReport, Uncovered, known_likelihood
 from adapters.torch.batches import Apply, Targets
 from adapters.torch.data_loss import Batches, DataLoss, Loss
 from adapters.torch.sharded_memory import read_shards, write_shards
-from adapters.torch.shared_model import SharedModel, own_part
+from adapters.torch.shared_model import SharedModel, beside, own_part
 from adapters.torch.steps import StepGuard, Witness, groups_of, moments_of, unwrapped
 from became_core import BecameError
 from became_core.arrays import Array, Params
@@ -172,6 +172,7 @@ class Continual(ContinualModel):
             raise BecameError("remember needs either batches or an optimizer; give one of them.")
         self._check_not_stable("remembering")
         self._check_shapes()
+        self._follow()
         with self._data.kept_on_error():
             fisher, projector = self._measured_by(optimizer, batches, samples, share)
             self._remember(fisher, projector, self._data.trained)
@@ -246,6 +247,7 @@ class Continual(ContinualModel):
             raise BecameError(
                 "statistics= estimates batch norms from one process's batches; leave it out where several train."
             )
+        self._follow()
         return self._merge(batches, trace, statistics, "other parameters need a gradient")
 
     # On disk.
@@ -314,9 +316,17 @@ class Continual(ContinualModel):
         learning._restore(stored)
         return learning
 
+    def _follow(self) -> None:
+        """Let the memory be where the model is, which may have been moved since data were remembered."""
+        owners = self._data.parameters
+        self.projector = beside(self.projector, owners)
+        self.posterior = beside(self.posterior, owners)
+        self._theta_gp = beside(self._theta_gp, owners)
+
     def _is_as_remembered(self, name: str) -> bool:
         assert self.posterior is not None
-        return torch.equal(own_part(self._data.trained[name]), own_part(self.posterior.mean[name]))
+        now, then = own_part(self._data.trained[name]), own_part(self.posterior.mean[name])
+        return torch.equal(now, then.to(now.device))
 
     def _guard(self, optimizer: Optimizer) -> StepGuard:
         return StepGuard(

@@ -12,19 +12,24 @@ many batches. A sum that belongs to a sharded parameter is sharded as that is, b
 Convention: every process must call these functions, as for all that communicates. Processes count from 1 in messages.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, distributed, nn
 
 from adapters.torch.share import ProcessShare
 from became_core import BecameError
-from became_core.arrays import Params
+from became_core.arrays import Params, named_leaves, with_leaves
 from became_core.curvature import Exchange
 
-__all__ = ["SharedModel", "own_part"]
+__all__ = ["SharedModel", "beside", "first_changed", "lengths_of", "own_part"]
+
+T = TypeVar("T")
+
+# The share by which lengths of equal weights may differ on two devices.
+MOVED = 1e-12
 
 
 def own_part(value: Any) -> Tensor:
@@ -41,8 +46,33 @@ def lengths_of(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def first_changed(before: Mapping[str, Tensor], now: Mapping[str, Tensor], names: Iterable[str]) -> str | None:
     """Return the first of these names whose length is another one than before; None if there is none."""
-    changed = (name for name in names if not torch.equal(now[name].nan_to_num(), before[name].nan_to_num()))
-    return next(changed, None)
+    return next((name for name in names if _differs(before[name].nan_to_num(), now[name].nan_to_num())), None)
+
+
+def _differs(before: Tensor, now: Tensor) -> bool:
+    if before.device == now.device:
+        return not torch.equal(before, now)
+    return not torch.allclose(before.to(now.device), now, rtol=MOVED, atol=0)  # devices sum in other orders
+
+
+def beside(tree: T, owners: Mapping[str, Tensor]) -> T:
+    """Return a tree, such as a projector, whose tensors are where the parameters are that their paths name."""
+    leaves, moved = named_leaves(tree), dict[str, Any]()
+    for path, value in leaves.items():
+        name = _name_within(path, owners)
+        if name is not None and isinstance(value, Tensor):
+            moved[path] = value.to(owners[name].device)
+    if all(value is leaves[path] for path, value in moved.items()):
+        return tree
+    result: T = with_leaves(tree, leaves | moved)
+    return result
+
+
+def _name_within(path: str, names: Collection[str]) -> str | None:
+    """Return the longest name that is a part of a dotted path; None if there is none."""
+    parts = path.split(".")
+    within = (parts[first:last] for first in range(len(parts)) for last in range(first + 1, len(parts) + 1))
+    return max((name for name in map(".".join, within) if name in names), key=len, default=None)
 
 
 class _Sums(ProcessShare):

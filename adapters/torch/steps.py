@@ -25,7 +25,7 @@ from torch.optim import Optimizer
 
 from adapters.backend.memory import Moments, pull_of
 from adapters.backend.own_loop import say_changed
-from adapters.torch.shared_model import first_changed, lengths_of, own_part
+from adapters.torch.shared_model import beside, first_changed, lengths_of, own_part
 from became_core import BecameError
 from became_core.projection import Projector
 
@@ -110,6 +110,7 @@ class StepGuard:
     groups: Groups = field(init=False)
     guarded: set[str] = field(init=False)
     _names: dict[nn.Parameter, str] = field(init=False, repr=False)
+    _devices: dict[str, torch.device] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         """Check how the weights are sharded, and what a step is."""
@@ -135,6 +136,7 @@ class StepGuard:
                         f"'{name}' is sharded along its inputs, and a step of it can be projected only by whole rows; "
                         f"give fully_shard a shard_placement_fn that returns Shard({rows}) for it."
                     )
+        self._follow()
 
     @torch.no_grad()
     def before_step(self, *_: Any) -> None:
@@ -145,6 +147,7 @@ class StepGuard:
         if not self.guarded.issuperset(names := _names_in(self.groups)):
             self.guarded |= names
             self.check()
+        self._follow()
         protected = self.projector.rank.keys()
         for parameters, _group in self.groups:
             for name, value in parameters.items():
@@ -153,6 +156,15 @@ class StepGuard:
                         self.before[name].copy_(own_part(value))
                     else:
                         self.before[name] = own_part(value).clone()
+
+    def _follow(self) -> None:
+        """Let the memory be where the weights are, which the user's loop may have moved, as Lightning's does."""
+        stepped = {name: value for own, _ in self.groups for name, value in own.items()}
+        if all(self._devices.get(name) == value.device for name, value in stepped.items()):
+            return
+        self._devices |= {name: value.device for name, value in stepped.items()}
+        self.before = {name: value for name, value in self.before.items() if value.device == self._devices.get(name)}
+        self.projector, self.penalised = beside(self.projector, stepped), beside(self.penalised, stepped)
 
     @torch.no_grad()
     def after_step(self, *_: Any) -> None:

@@ -11,7 +11,9 @@ from torch.nn import functional
 from torch.optim import SGD, Adam
 
 from adapters.torch import Continual
+from adapters.torch.shared_model import beside
 from became_core import BecameError
+from became_core.arrays import named_leaves
 from became_core.projection import GPM, NSCL, SGP
 from tests.torch.own_models import Of
 
@@ -399,3 +401,39 @@ def test_a_layer_that_is_frozen_while_it_has_a_gradient_stands_still() -> None:
             optimizer.step()
     assert torch.equal(case.model[0].weight, frozen)
     case.check()
+
+
+@pytest.mark.parametrize("uncovered", ["penalised", "frozen"])
+@pytest.mark.parametrize("projector", [GPM(0.5), GPM(1.0), SGP(), NSCL()])
+def test_the_memory_follows_a_model_to_another_device(projector: Any, uncovered: Any) -> None:
+    torch.manual_seed(0)
+    model: Any = nn.Sequential(nn.Linear(WIDTH, 8), nn.LayerNorm(8), nn.Tanh(), nn.Linear(8, CLASSES))
+    learning = Continual(model, projector=projector, uncovered=uncovered)
+    learning.remember([(torch.randn(4, 2) @ torch.randn(2, WIDTH), torch.arange(4) % CLASSES)])
+    optimizer = SGD(model.parameters(), 0.1)
+    guard = learning._guard(optimizer)
+    guard.before_step()
+    guard.after_step()
+    # As a trainer moves it that begins to fit. On this device parameters are new ones; on a GPU they stay the same.
+    model.to("meta")
+    guard._names |= {value: name for name, value in model.named_parameters()}
+    optimizer.param_groups[0]["params"] = list(model.parameters())
+    guard.before_step()
+    with torch.no_grad():
+        guard._correct()
+    for tree in (guard.projector, guard.penalised, guard.before):
+        assert {str(value.device) for value in named_leaves(tree).values()} <= {"meta"}
+    learning.posterior = None  # whose numbers are looked at wherever it is made
+    learning._follow()
+    assert {str(value.device) for value in named_leaves(learning.projector).values()} == {"meta"}
+
+
+def test_the_memory_of_a_model_on_two_devices_is_where_each_weight_is() -> None:
+    case = Case()
+    owners = {name: value.to("meta" if name == "2.weight" else "cpu") for name, value in case.model.named_parameters()}
+    posterior, here = case.learning.posterior, dict(case.model.named_parameters())
+    assert posterior is not None
+    for path, value in named_leaves(beside(case.learning.projector, owners)).items():
+        assert value.device.type == ("meta" if "2.weight" in path else "cpu")
+    assert beside(case.learning.projector, here) is case.learning.projector
+    assert beside(posterior, here) is posterior
