@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from adapters.backend.own_loop import first_difference
 from became_core import BecameError, Diagonal, LaplacePosterior
 from became_core.arrays import Array, Params
-from became_core.curvature import LIKELIHOODS, Likelihood
+from became_core.curvature import LIKELIHOODS
 from became_core.projection import PROJECTORS, Projector
 
 __all__ = ["Stored", "check_description", "described", "memory_arrays", "read_memory", "restored"]
@@ -42,7 +42,8 @@ def described(
         shapes: of all parameters of the model.
         matrices: as ``coverage_of`` has them.
         projector: the memory.
-        likelihood: of which only one of ``became_core.curvature`` is written.
+        likelihood: of which only one of ``LIKELIHOODS`` is written; one of another class counts as a loss of the
+            user's own.
         settings: ``uncovered``, ``penalty``, ``decay`` and ``fisher``, and which parameters were ``measured`` last.
 
     Raises:
@@ -54,7 +55,7 @@ def described(
             f"the projector {type(projector).__name__} has no name in PROJECTORS; register it, so that a file can say "
             "which one it is."
         )
-    known = isinstance(likelihood, Likelihood)
+    known = type(likelihood) in LIKELIHOODS.values()
     description = {
         "format": FORMAT,
         "parameters": {name: list(shape) for name, shape in shapes.items()},
@@ -134,10 +135,11 @@ def restored(
     """
     check_description(file, description, shapes)
     own = {key: description[key] for key in ("uncovered", "penalty", "decay", "fisher")}
-    if description["likelihood"] is not None:
-        name, values = description["likelihood"]
+    named = {kind.__name__: kind for kind in LIKELIHOODS.values()}
+    name, values = description["likelihood"] or ("", {})
+    if name in named:
         values = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
-        own["likelihood"] = {kind.__name__: kind for kind in LIKELIHOODS.values()}[name](**values)
+        own["likelihood"] = named[name](**values)
     elif "likelihood" not in settings:
         raise BecameError(f"{file} was made with a loss of your own; give it as likelihood=.")
     parts: dict[str, Params] = {"mean": {}, "fisher": {}, "projector": {}}

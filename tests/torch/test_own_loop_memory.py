@@ -4,6 +4,7 @@ import json
 import math
 from collections import UserDict
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -237,6 +238,29 @@ def test_a_memory_comes_back_from_a_file(tmp_path: Path) -> None:
     with pytest.raises(BecameError, match="made with a loss of your own; give it as likelihood="):
         Continual.load(model, file)
     assert Continual.load(model, file, likelihood=functional.cross_entropy).coverage.share("protected") > 0
+
+
+@dataclass(frozen=True)
+class _Softened(Categorical):
+    """A likelihood of a user's own, with a setting of its own."""
+
+    temperature: float = 2.0
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        result: Tensor = super().loss(outputs / self.temperature, targets)
+        return result
+
+
+def test_a_memory_with_a_likelihood_of_ones_own_is_loaded_with_it(tmp_path: Path) -> None:
+    model, file, own = new_network("perceptron"), tmp_path / "memory.safetensors", _Softened()
+    learning = Continual(model, own)
+    learning.remember(new_data(1))
+    learning.save(file)
+    with pytest.raises(BecameError, match="made with a loss of your own; give it as likelihood="):
+        Continual.load(model, file)
+    loaded = Continual.load(model, file, likelihood=own)
+    assert loaded.likelihood == own
+    assert str(loaded.coverage) == str(learning.coverage)
 
 
 def test_measurements_leave_buffers_as_they_were() -> None:
