@@ -8,7 +8,7 @@ constraint's part is a few operations, whose structure is the memory's, so it is
 user's model that run as they are have taps by operation, from a pass of their own.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
@@ -24,7 +24,7 @@ from became_core import BecameError
 from became_core.arrays import Array, Params
 from became_core.continual import Constraint, TapMode, TaskStream, Views
 from became_core.continual.data import Indices
-from became_core.curvature import Tap, Taps
+from became_core.curvature import Tap, Taps, inputs_of_uses
 
 __all__ = ["TensorFlowLearner", "TensorFlowNetwork"]
 
@@ -148,6 +148,7 @@ class TensorFlowNetwork(Network):
             return
         images, head = data.normalised(rows), self.head.name
         shared = {name: value for name, value in weights.items() if name in self.backbone.parameters}
+        joined: Mapping[str, Sequence[Array]] = {}
         for taps in self._taps_of_layers(weights, data, rows, masks, mode, rng):
             if mode == "inputs":
                 yield taps | own.inputs(shared, images)
@@ -156,7 +157,9 @@ class TensorFlowNetwork(Network):
             if mode == "published":
                 yield taps | own.of_the_batch(shared, images, masks, by_features)
             else:
-                yield taps | own.taps(shared, images, by_features)
+                taps_of_own = own.taps(shared, images, by_features, joined)
+                joined = joined or inputs_of_uses(taps_of_own)
+                yield taps | taps_of_own
 
     def _taps_of_layers(
         self, weights: Params, data: Data, rows: Array, masks: Any, mode: TapMode, rng: np.random.Generator

@@ -70,9 +70,16 @@ class OwnLayers:
             self._matrices = frozenset(name for name, transposed in ways.items() if transposed is False)
         return self._matrices
 
-    def taps(self, theta: Params, images: Array, seed: Array) -> Taps:
-        """Return their taps; the seed is the gradient of each sample's loss by its features [N, features]."""
-        return self._tapping.taps(theta, images, seed)
+    def taps(self, theta: Params, images: Array, seed: Array, joined: Mapping[str, Sequence[Array]]) -> Taps:
+        """Return their taps, which share inputs with those of other seeds of the batch.
+
+        Args:
+            theta: weights, by name.
+            images: of a batch.
+            seed: the gradient of each sample's loss by its features, [N, features].
+            joined: what ``inputs_of_uses`` returned of another seed's taps; empty for the first of them.
+        """
+        return self._tapping.taps(theta, images, seed, joined=joined)
 
     def inputs(self, theta: Params, images: Array) -> Taps:
         """Return the taps of the inputs of their matrices alone."""

@@ -77,7 +77,15 @@ class Tapping:
         self._plans: dict[Any, _Plan] = {}
         self._by_sample: dict[frozenset[str], Traced] = {}
 
-    def taps(self, theta: Params, inputs: Any, seed: Array, *, by_sample: bool = True) -> Taps:
+    def taps(
+        self,
+        theta: Params,
+        inputs: Any,
+        seed: Array,
+        *,
+        by_sample: bool = True,
+        joined: Mapping[str, Sequence[Array]] | None = None,
+    ) -> Taps:
         """Return the taps of a forward pass and of the backward pass that begins with a seed.
 
         Args:
@@ -85,6 +93,7 @@ class Tapping:
             inputs: of a batch.
             seed: the gradients of each sample's own loss by the logits.
             by_sample: whether the parameters that no known operation explains are among them, by a pass a sample.
+            joined: what ``inputs_of_uses`` returned of another seed's taps of the same batch, which these share.
         """
         plan, weights = self._plan(theta, inputs, seed), self._network.in_order(theta)
         samples = int(seed.shape[0])
@@ -94,7 +103,8 @@ class Tapping:
             shapes = {name: self._network.parameters[name].shape for name, uses in plan.uses.items() if uses}
             taps |= {
                 name: joined_uses(
-                    [_of_use(use, pair, samples, shape) for use, pair in zip(plan.uses[name], rows[name], strict=True)]
+                    [_of_use(use, pair, samples, shape) for use, pair in zip(plan.uses[name], rows[name], strict=True)],
+                    None if joined is None else joined.get(name),
                 )
                 for name, shape in shapes.items()
             }

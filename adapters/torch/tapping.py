@@ -28,7 +28,7 @@ from adapters.torch.graph import Graph, Unknown, Use, graph_of
 from adapters.torch.layers import Statistics, constant_statistics, gradients_of, outputs_at
 from adapters.torch.operations import Window, pulled_back
 from adapters.torch.rows import Arrangement, Forward, Key, Layouts, Split, by_sample, studied
-from became_core.curvature import Tap, Taps, joined_uses
+from became_core.curvature import Tap, Taps, inputs_of_uses, joined_uses
 
 __all__ = [
     "Layouts",
@@ -84,6 +84,7 @@ def collect_taps(
     edges |= {use.key: use.operand for use in uses if use.operand is not None}
     lone = [] if per_sample else [run.parameters[name] for name in plan.others]
     inputs: dict[Key, tuple[Tensor, Window | None]] = {}
+    joined: dict[str, tuple[Tensor, ...]] = {}
     for seed in cotangents(run.logits.detach()):
         samples = len(seed)
         gradients = run.gradients([*edges.values(), *lone], seed)  # type: ignore[list-item]
@@ -92,7 +93,11 @@ def collect_taps(
             name: [_tap_of(use, at, samples, arranged, inputs, run, windows) for use in of_weight]
             for name, of_weight in plan.taps.items()
         }
-        taps = {name: joined_uses([tap for tap in own if tap is not None]) for name, own in of_uses.items()}
+        taps = {
+            name: joined_uses([tap for tap in own if tap is not None], joined.get(name))
+            for name, own in of_uses.items()
+        }
+        joined = joined or inputs_of_uses(taps)
         taps = {
             name: replace(tap, has_bias=name in plan.biased, own_name=name in run.parameters)
             for name, tap in taps.items()

@@ -30,6 +30,7 @@ __all__ = [
     "Tap",
     "Taps",
     "batch_gradient",
+    "inputs_of_uses",
     "joined_uses",
     "per_sample_factors",
     "per_sample_gradients",
@@ -109,11 +110,13 @@ class Tap:
         return name if self.own_name or self.kind == "gradient" else f"{name}.weight"
 
 
-def joined_uses(uses: Sequence[Tap]) -> Tap:
+def joined_uses(uses: Sequence[Tap], inputs: Sequence[Array] | None = None) -> Tap:
     """Return all uses of one weight as one tap: those of one kind have their positions in a row.
 
     Args:
         uses: at least one, all of the same samples; or some of them are sums over all samples, with one sample.
+        inputs: what ``inputs_of_uses`` returned of these uses for another backward pass of the same batch. The tap has
+            these arrays, so that the passes share them.
 
     Examples:
         >>> import numpy as np
@@ -124,26 +127,46 @@ def joined_uses(uses: Sequence[Tap]) -> Tap:
     alike: dict[tuple[Any, ...], list[Tap]] = {}
     for use in uses:
         alike.setdefault((use.kind, use.transposed, use.groups), []).append(use)
-    first, *others = (_in_a_row(of_kind) for of_kind in alike.values())
+    known: Sequence[Array | None] = [None] * len(alike) if inputs is None else inputs
+    first, *others = (_in_a_row(of_kind, own) for of_kind, own in zip(alike.values(), known, strict=True))
     return replace(first, others=tuple(others))
 
 
-def _in_a_row(taps: Sequence[Tap]) -> Tap:
+def _in_a_row(taps: Sequence[Tap], inputs: Array | None) -> Tap:
     if len(taps) == 1:
-        return taps[0]
+        return taps[0] if inputs is None else replace(taps[0], inputs=inputs)
     xp: Any = namespace(inputs=taps[0].inputs)
     if taps[0].kind == "gradient":
         return replace(taps[0], inputs=xp.sum(xp.stack([tap.inputs for tap in taps]), axis=0))
-    sides = [[tap.inputs for tap in taps], [tap.output_gradients for tap in taps]]
-    if len({tap.inputs.shape[0] for tap in taps}) > 1:  # then all are summed over samples
-        sides = [[xp.reshape(array, (1, -1, *array.shape[2:])) for array in side] for side in sides]
-    inputs, gradients = (xp.concat(side, axis=1) for side in sides)
+    # If some have one sample and others have more, all are summed over samples.
+    is_mixed = len({tap.inputs.shape[0] for tap in taps}) > 1
+
+    def joined(side: Sequence[Array]) -> Array:
+        rows = [xp.reshape(array, (1, -1, *array.shape[2:])) for array in side] if is_mixed else side
+        return xp.concat(rows, axis=1)
+
+    inputs = joined([tap.inputs for tap in taps]) if inputs is None else inputs
+    gradients = joined([tap.output_gradients for tap in taps])
     return replace(taps[0], inputs=inputs, output_gradients=gradients, images=None)
 
 
 # By the name of the layer: the tap of ``conv1`` belongs to ``conv1.weight`` and ``conv1.bias``. A tap of the kind
 # "gradient", or one that says so, goes by the name of its parameter.
 Taps = Mapping[str, Tap]
+
+
+def inputs_of_uses(taps: Taps) -> dict[str, tuple[Array, ...]]:
+    """Return the inputs of each tap's uses, one array for each kind; of a gradient, which has none, nothing.
+
+    Examples:
+        >>> import numpy as np
+        >>> use = Tap("matrix", np.ones((2, 1, 3)), np.ones((2, 1, 4)))
+        >>> [array.shape for array in inputs_of_uses({"fc": joined_uses([use, use])})["fc"]]
+        [(2, 2, 3)]
+    """
+    return {
+        name: tuple(use.inputs for use in (tap, *tap.others)) for name, tap in taps.items() if tap.kind != "gradient"
+    }
 
 
 def per_sample_square_sum(taps: Taps) -> Params:

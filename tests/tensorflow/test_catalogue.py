@@ -18,7 +18,7 @@ from adapters.tensorflow.layers import Pass
 from adapters.tensorflow.learner import TensorFlowLearner
 from became_core import BecameError
 from became_core.continual import Annealed, Training
-from became_core.curvature import diagonal_fisher
+from became_core.curvature import diagonal_fisher, inputs_of_uses, kronecker_factors
 from tests.own_models import check_it_learns_from
 from tests.streams import prototype_stream
 
@@ -225,6 +225,23 @@ def test_its_fisher_information_is_that_of_a_loop_over_the_samples(name: str) ->
             atol=1e-12,
             err_msg=entry,
         )
+
+
+@pytest.mark.parametrize("name", ["a replaced call", "attention"])
+def test_passes_of_one_batch_share_the_inputs_of_layers_that_run_as_they_are(name: str) -> None:
+    """So Kronecker factors count a batch's inputs once, as those of a batch's only pass are counted."""
+    learner: Any = TensorFlowLearner(KerasBackbone.of(MODELS[name](), IMAGE), STREAM)
+    rows = STREAM.tasks[0].train[:4]
+    every, once = (list(learner.taps(0, rows, 4, mode, np.random.default_rng(0))) for mode in ("true", "empirical"))
+    assert (len(every), len(once)) == (2, 1)
+    shared = inputs_of_uses(every[0])
+    assert any(each.own_name and each.is_plain_matrix for each in every[0].values()) or name != "a replaced call"
+    for layer, inputs in inputs_of_uses(every[1]).items():
+        assert all(first is second for first, second in zip(inputs, shared[layer], strict=True)), layer
+    found, expected = (kronecker_factors(batches, samples=4).factors for batches in (every, once))
+    assert found.keys() == expected.keys()
+    for weight, (a, _) in found.items():
+        np.testing.assert_allclose(a, expected[weight][0], rtol=1e-6)
 
 
 @pytest.mark.parametrize("name", REFUSED)

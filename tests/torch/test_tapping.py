@@ -16,7 +16,7 @@ from adapters.torch import tapping
 from adapters.torch.layers import constant_statistics
 from adapters.torch.tapping import Layouts, collect_inputs, collect_taps, matrices_of
 from became_core import BecameError
-from became_core.curvature import batch_gradient, diagonal_fisher, input_grams, per_sample_gradients
+from became_core.curvature import batch_gradient, diagonal_fisher, input_grams, kronecker_factors, per_sample_gradients
 from tests.torch.oracle import assert_exact, autograd_gradients, taps_of
 
 WIDTH = 4
@@ -373,6 +373,20 @@ def test_the_expectation_over_labels_is_the_diagonal_ggn(case: str) -> None:
         torch.testing.assert_close(
             value.flatten(), torch.einsum("nci,ncd,ndi->i", j, hessian, j) / 4, rtol=1e-9, atol=1e-14
         )
+
+
+@pytest.mark.parametrize("case", ["a layer that runs twice", "a linear layer"])
+def test_kronecker_factors_count_the_inputs_of_a_batch_once_for_all_labels(case: str) -> None:
+    torch.manual_seed(0)
+    network: Any = NETWORKS[case][0]() if case in NETWORKS else nn.Sequential(_fc()).double()
+    samples, labels = torch.randn(4, WIDTH, dtype=torch.float64), torch.randint(0, WIDTH, (4,))
+    taps = taps_of(network, samples, labels, "true")
+    assert len(taps) == WIDTH
+    (name,) = taps[0]
+    runs = [samples] if case == "a linear layer" else [samples, network.fc(samples).tanh().detach()]
+    factor, _ = kronecker_factors(taps, samples=4).factors[f"{name}.weight"]
+    expected = sum(run.T @ run for run in runs) / (4 * len(runs))
+    torch.testing.assert_close(factor, expected, rtol=1e-12, atol=1e-14)
 
 
 def test_without_per_sample_gradients_there_is_the_batchs() -> None:

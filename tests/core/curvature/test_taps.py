@@ -11,12 +11,15 @@ from numpy.typing import NDArray
 from became_core.curvature import (
     Tap,
     batch_gradient,
+    inputs_of_uses,
+    joined_uses,
+    kronecker_factors,
     per_sample_factors,
     per_sample_gradients,
     per_sample_square_sum,
 )
 from became_core.curvature import taps as taps_module
-from reference.formulas import embedding_gradients, grouped_gradients, squared_gradients
+from reference.formulas import embedding_gradients, grouped_gradients, kfac_factors, squared_gradients
 from tests.backends import to_numpy, to_xp
 from tests.strategies import eighths, few_if_compiled
 
@@ -222,3 +225,18 @@ def test_keys_of_a_narrow_dtype_are_those_of_a_wide_one(xp: Any, dtype: Any) -> 
         for kind in (dtype, np.int32)
     )
     np.testing.assert_array_equal(to_numpy(narrow["words.weight"]), to_numpy(wide["words.weight"]))
+
+
+@given(uses=st.tuples(*[st.tuples(eighths((4, 1, 3)), eighths((4, 1, 2)), eighths((4, 1, 2)))] * 2))
+def test_uses_of_one_weight_share_their_inputs_with_other_passes_of_the_batch(xp: Any, uses: Any) -> None:
+    """By that, Kronecker factors count them once, and add up the gradients of all passes."""
+    passes = [[Tap("matrix", to_xp(xp, use[0]), to_xp(xp, use[side])) for use in uses] for side in (1, 2)]
+    first = joined_uses(passes[0])
+    second = joined_uses(passes[1], inputs_of_uses({"fc": first})["fc"])
+    assert second.inputs is first.inputs
+    a, g, h = (np.concatenate([use[side] for use in uses], axis=1) for side in range(3))
+    np.testing.assert_array_equal(to_numpy(second.output_gradients), h)
+    factors, _ = kronecker_factors([{"fc": first}, {"fc": second}], samples=4)
+    expected = kfac_factors(a, g, "expand")
+    np.testing.assert_array_equal(to_numpy(factors["fc.weight"][0]), expected[0])
+    np.testing.assert_array_equal(to_numpy(factors["fc.weight"][1]), expected[1] + kfac_factors(a, h, "expand")[1])
