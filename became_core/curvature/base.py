@@ -7,8 +7,9 @@ matrix (GGN). Both are exact: the outputs' derivatives come from forward-mode di
 A sample is what the first axis of the outputs counts. With a target for each of its positions (tokens), its loss is
 their sum.
 
-Convention: gradients are of each sample's own loss, not divided by anything. Sums are sums, and the caller divides them
-by the units, of which ``units`` says how many there are.
+Convention: gradients are of each sample's own loss, not divided by anything, in the dtype of the outputs. Sums are
+sums, and the caller divides them by the units, of which ``units`` says how many there are. They are computed and
+returned in at least float32, whatever the dtype of the outputs.
 """
 
 import math
@@ -18,9 +19,9 @@ from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 import numpy as np
 
-from became_core.arrays import Array, namespace
+from became_core.arrays import Array, namespace, reduction_dtype
 
-__all__ = ["Likelihood", "Pushforward", "TapMode"]
+__all__ = ["Likelihood", "Pushforward", "TapMode", "in_single"]
 
 # Which gradient a backward pass begins with:
 #
@@ -127,7 +128,7 @@ class Likelihood(ABC):
         """Return the mean loss, a 0-d array; unlike ``loss / units`` it can be compiled."""
         xp: Any = namespace(outputs=outputs)
         # Where a function is compiled for batches of any size, the shape does not say how many samples there are.
-        first = xp.reshape(outputs, (-1, math.prod(outputs.shape[1:])))[:, 0]
+        first = in_single(xp.reshape(outputs, (-1, math.prod(outputs.shape[1:])))[:, 0])
         return self.loss(outputs, targets) / xp.sum(xp.ones_like(first))
 
     def natural(self, mean_loss: float, outputs: int) -> float:
@@ -138,3 +139,9 @@ class Likelihood(ABC):
             outputs: how many outputs a sample or a position has.
         """
         return mean_loss
+
+
+def in_single(array: Array) -> Array:
+    """Return an array in at least float32: half precision counts to no more than 65,504, and bfloat16 in steps."""
+    xp: Any = namespace(array=array)
+    return xp.astype(array, reduction_dtype(xp, array=array), copy=False)

@@ -22,7 +22,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 
 from became_core.arrays import Array, device, namespace
-from became_core.curvature.base import Likelihood, TapMode
+from became_core.curvature.base import Likelihood, TapMode, in_single
 from became_core.errors import BecameError
 
 __all__ = ["Categorical", "derivative_sums", "log_softmax", "logit_cotangents"]
@@ -130,7 +130,7 @@ class Categorical(Likelihood):
         for gradient in logit_cotangents(logits, labels, mode, rng):
             # Squares of labels that are the model's own add up to the curvature, w (diag p - p p^T).
             factor = xp.sqrt(weights) if mode in ("true", "sampled") else weights
-            whole = xp.reshape(gradient * factor[:, None], (-1, *own.shape[1:]))
+            whole = xp.astype(xp.reshape(gradient * factor[:, None], (-1, *own.shape[1:])), outputs.dtype, copy=False)
             for scaled in self._squared_apart(xp, whole):
                 if self.shift:
                     scaled = xp.concat([scaled, xp.zeros_like(outputs[:, :1, ...])], axis=1)
@@ -163,14 +163,17 @@ class Categorical(Likelihood):
         return array[:, :-1, ...] if len(array.shape) > 2 else array[:, 1:]
 
     def _flat(self, outputs: Array, targets: Array) -> tuple[Array, Array, Array]:
-        """Return logits [M, C], labels [M] and weights [M]; the weight of a position that does not count is 0."""
+        """Return logits [M, C], labels [M] and weights [M]; the weight of a position that does not count is 0.
+
+        Logits and weights are in at least float32.
+        """
         xp: Any = namespace(outputs=outputs, targets=targets)
         if tuple(outputs.shape[:-1]) != tuple(targets.shape):
             raise BecameError(
                 f"outputs have shape {tuple(outputs.shape)} and targets {tuple(targets.shape)}; a categorical "
                 "likelihood needs a label for each row of logits, [samples, ..., classes] and [samples, ...]."
             )
-        logits, labels = xp.reshape(outputs, (-1, outputs.shape[-1])), xp.reshape(targets, (-1,))
+        logits, labels = in_single(xp.reshape(outputs, (-1, outputs.shape[-1]))), xp.reshape(targets, (-1,))
         if xp.isdtype(labels.dtype, "integral") and xp.iinfo(labels.dtype).bits < 32:
             labels = xp.astype(labels, xp.int32)  # the number of classes need not fit into the labels' dtype
         counts = labels != self.ignored
@@ -183,15 +186,15 @@ class Categorical(Likelihood):
 
 
 def log_softmax(logits: Array) -> Array:
-    """Return the logarithm of the softmax over the last axis."""
-    xp = namespace(logits=logits)
+    """Return the logarithm of the softmax over the last axis, in at least float32."""
+    xp, logits = namespace(logits=logits), in_single(logits)
     # The largest logit is subtracted so that no exponential overflows; it cancels in the result.
     shifted = logits - xp.max(logits, axis=-1, keepdims=True)
     return shifted - xp.log(xp.sum(xp.exp(shifted), axis=-1, keepdims=True))
 
 
 def logit_cotangents(logits: Array, labels: Array, mode: TapMode, rng: np.random.Generator) -> Iterator[Array]:
-    """Yield the gradients by the logits, [samples, classes], with which backward passes begin.
+    """Yield the gradients by the logits, [samples, classes], with which backward passes begin, in the logits' dtype.
 
     Args:
         logits: [samples, classes], of the task's head.
@@ -213,10 +216,10 @@ def logit_cotangents(logits: Array, labels: Array, mode: TapMode, rng: np.random
     if mode == "true":
         for label in range(logits.shape[1]):
             root = xp.exp(0.5 * log_p[:, label : label + 1])
-            yield root * (p - _one_hot(xp, xp.full_like(labels, label), p))
+            yield xp.astype(root * (p - _one_hot(xp, xp.full_like(labels, label), p)), logits.dtype, copy=False)
         return
     if mode == "logit":
-        yield _one_hot(xp, labels, p)
+        yield _one_hot(xp, labels, logits)
         return
     if mode == "sampled":
         # The index of the largest of log p + Gumbel noise is a draw from p.
@@ -224,7 +227,7 @@ def logit_cotangents(logits: Array, labels: Array, mode: TapMode, rng: np.random
         labels = xp.argmax(log_p + noise, axis=1)
     elif mode == "published":
         labels = xp.argmax(logits, axis=1)
-    yield p - _one_hot(xp, labels, p)
+    yield xp.astype(p - _one_hot(xp, labels, p), logits.dtype, copy=False)
 
 
 def _one_hot(xp: Any, labels: Array, like: Array) -> Array:
@@ -235,6 +238,8 @@ def _one_hot(xp: Any, labels: Array, like: Array) -> Array:
 def derivative_sums(logits: Array, tangents: Array, labels: Array, weights: Array | None = None) -> tuple[Array, Array]:
     """Return the sums over rows of the slopes, [K], and of the curvatures, [K, K], along K directions.
 
+    They are in at least float32.
+
     Args:
         logits: [rows, classes].
         tangents: the derivatives of the logits, [K, rows, classes].
@@ -242,7 +247,7 @@ def derivative_sums(logits: Array, tangents: Array, labels: Array, weights: Arra
         weights: how much each row counts, [rows]; 1 each if not given.
     """
     xp = namespace(logits=logits, tangents=tangents, labels=labels)
-    p = xp.exp(log_softmax(logits))
+    p, tangents = xp.exp(log_softmax(logits)), in_single(tangents)
     expected = xp.sum(p * tangents, axis=-1, keepdims=True)
     at_label = xp.take_along_axis(tangents, xp.broadcast_to(labels[None, :, None], expected.shape), axis=-1)
     # The covariance is computed from centred values; E[v v] - E[v] E[v] would cancel where the variance is small.

@@ -21,7 +21,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from became_core.arrays import Array, device, namespace
-from became_core.curvature.base import Likelihood, TapMode
+from became_core.curvature.base import Likelihood, TapMode, in_single
 from became_core.curvature.likelihoods import Bernoulli
 from became_core.errors import BecameError
 
@@ -46,13 +46,19 @@ class ELBO(Likelihood):
 
     def loss(self, outputs: Array, targets: Array) -> Array:
         """Return the sum of the negative bounds."""
-        logits, mean, log_variance = _parts(outputs, targets)
+        logits, mean, log_variance = _parts(in_single(outputs), targets)
         xp = namespace(outputs=outputs)
         divergence = 0.5 * xp.sum(mean * mean + xp.exp(log_variance) - 1 - log_variance)
         return Bernoulli().loss(logits, targets) + divergence
 
     def cotangents(self, outputs: Array, targets: Array, mode: TapMode, rng: np.random.Generator) -> Iterator[Array]:
         """Yield (p - y, m, (e^v - 1) / 2); or the root of the curvature for each output, or times noise for all."""
+        xp: Any = namespace(outputs=outputs)
+        for gradient in self._in_single(in_single(outputs), targets, mode, rng):
+            yield xp.astype(gradient, outputs.dtype, copy=False)
+
+    def _in_single(self, outputs: Array, targets: Array, mode: TapMode, rng: np.random.Generator) -> Iterator[Array]:
+        """Yield the same in at least float32, as the outputs are."""
         logits, mean, log_variance = _parts(outputs, targets)
         xp: Any = namespace(outputs=outputs)
         root = xp.concat([xp.ones_like(mean), xp.exp(log_variance / 2) * 0.5**0.5], axis=1)
@@ -72,9 +78,9 @@ class ELBO(Likelihood):
 
     def derivatives(self, outputs: Array, tangents: Array, targets: Array) -> tuple[Array, Array]:
         """Return the sums of g . v_k and of v_k . H v_l, H being the diagonal above."""
-        logits, mean, log_variance = _parts(outputs, targets)
+        logits, mean, log_variance = _parts(in_single(outputs), targets)
         xp: Any = namespace(outputs=outputs)
-        pixels = logits.shape[1]
+        pixels, tangents = logits.shape[1], in_single(tangents)
         slope, curvature = Bernoulli().derivatives(logits, tangents[:, :, :pixels], targets)
         variance = xp.exp(log_variance)
         gradient = xp.reshape(xp.concat([mean, 0.5 * (variance - 1)], axis=1), (1, -1))

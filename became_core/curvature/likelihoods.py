@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Self
 import numpy as np
 
 from became_core.arrays import Array, device, namespace
-from became_core.curvature.base import Likelihood, Pushforward, TapMode
+from became_core.curvature.base import Likelihood, Pushforward, TapMode, in_single
 from became_core.curvature.categorical import Categorical
 from became_core.curvature.exchange import Exchange
 from became_core.errors import BecameError
@@ -80,7 +80,7 @@ class Gaussian(Likelihood):
         """Yield (z - y) / s^2; or e_j / s for each output j; or noise / s."""
         xp: Any = namespace(outputs=outputs)
         if mode == "empirical":
-            yield self._residual(outputs, targets) * self._precision
+            yield xp.astype(self._residual(outputs, targets) * self._precision, outputs.dtype, copy=False)
         elif mode == "true":
             yield from (unit * self._precision**0.5 for unit in _units(xp, outputs))
         elif mode == "sampled":
@@ -93,7 +93,7 @@ class Gaussian(Likelihood):
         """Return the sums of (z - y) . v_k / s^2 and of v_k . v_l / s^2."""
         residual = self._residual(outputs, targets)
         xp: Any = namespace(residual=residual, tangents=tangents)
-        rows = xp.reshape(tangents, (tangents.shape[0], -1))
+        rows = in_single(xp.reshape(tangents, (tangents.shape[0], -1)))
         slope = xp.sum(rows * xp.reshape(residual, (1, -1)), axis=1)
         return slope * self._precision, _gram(xp, rows, None) * self._precision
 
@@ -104,6 +104,7 @@ class Gaussian(Likelihood):
         return self.noise**-2
 
     def _residual(self, outputs: Array, targets: Array) -> Array:
+        outputs = in_single(outputs)
         return outputs - _alike(outputs, targets)
 
 
@@ -124,7 +125,7 @@ class Bernoulli(Likelihood):
 
     def loss(self, outputs: Array, targets: Array) -> Array:
         """Return the sum of binary cross-entropies."""
-        xp = namespace(outputs=outputs)
+        xp, outputs = namespace(outputs=outputs), in_single(outputs)
         # log(1 + e^z), without an exponential that could overflow.
         softplus = xp.clip(outputs, 0.0, None) + xp.log1p(xp.exp(-xp.abs(outputs)))
         return xp.sum(softplus - _alike(outputs, targets) * outputs)
@@ -132,23 +133,24 @@ class Bernoulli(Likelihood):
     def cotangents(self, outputs: Array, targets: Array, mode: TapMode, rng: np.random.Generator) -> Iterator[Array]:
         """Yield p - y, y being given or drawn; or sqrt(p (1 - p)) e_j for each output j."""
         xp: Any = namespace(outputs=outputs)
-        p = _logistic(xp, outputs)
+        p = _logistic(xp, in_single(outputs))
         if mode == "empirical":
-            yield p - _alike(outputs, targets)
+            yield xp.astype(p - _alike(p, targets), outputs.dtype, copy=False)
         elif mode == "true":
-            yield from (unit * xp.sqrt(p * (1 - p)) for unit in _units(xp, outputs))
+            root = xp.astype(xp.sqrt(p * (1 - p)), outputs.dtype, copy=False)
+            yield from (unit * root for unit in _units(xp, outputs))
         elif mode == "sampled":
             draw = xp.asarray(rng.uniform(size=tuple(outputs.shape)), dtype=p.dtype, device=device(p))
-            yield p - xp.astype(draw < p, p.dtype)
+            yield xp.astype(p - xp.astype(draw < p, p.dtype), outputs.dtype, copy=False)
         else:
             raise _no_mode("Bernoulli", mode)
 
     def derivatives(self, outputs: Array, tangents: Array, targets: Array) -> tuple[Array, Array]:
         """Return the sums of (p - y) . v_k and of sum_j p_j (1 - p_j) v_kj v_lj."""
         xp: Any = namespace(outputs=outputs, tangents=tangents)
-        p = _logistic(xp, outputs)
-        rows = xp.reshape(tangents, (tangents.shape[0], -1))
-        slope = xp.sum(rows * xp.reshape(p - _alike(outputs, targets), (1, -1)), axis=1)
+        p = _logistic(xp, in_single(outputs))
+        rows = in_single(xp.reshape(tangents, (tangents.shape[0], -1)))
+        slope = xp.sum(rows * xp.reshape(p - _alike(p, targets), (1, -1)), axis=1)
         return slope, _gram(xp, rows, xp.reshape(p * (1 - p), (-1,)))
 
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from became_core import BecameError
-from became_core.curvature import Categorical, Pushforward, derivatives_along, log_softmax, logit_cotangents
+from became_core.curvature import Categorical, Pushforward, TapMode, derivatives_along, log_softmax, logit_cotangents
 from reference.formulas import cross_entropy, directional_derivatives, softmax
 from tests.backends import to_numpy, to_xp
 from tests.strategies import eighths
@@ -67,6 +67,20 @@ def test_gradients_by_logits_keep_the_dtype(xp: Any, mode: Any) -> None:
     logits = xp.asarray(to_xp(xp, np.zeros((4, 3), dtype=np.float32)))
     (result,) = logit_cotangents(logits, to_xp(xp, LABELS), mode, np.random.default_rng(0))
     assert result.dtype == xp.float32
+
+
+@pytest.mark.parametrize("name", ["float16", "bfloat16"])
+def test_half_precision_is_summed_in_single_and_its_gradients_are_of_its_dtype(xp: Any, name: str) -> None:
+    if not hasattr(xp, name):
+        pytest.skip(f"this backend has no {name}")
+    logits = xp.zeros((1, 70_000), dtype=getattr(xp, name))
+    found = log_softmax(logits)
+    assert found.dtype == xp.float32
+    np.testing.assert_allclose(to_numpy(found), -np.log(70_000), rtol=1e-6)
+    modes: list[TapMode] = ["empirical", "true", "sampled", "logit", "published"]
+    for mode in modes:
+        gradient = next(logit_cotangents(logits, xp.asarray([1]), mode, np.random.default_rng(0)))
+        assert gradient.dtype == logits.dtype
 
 
 SAMPLES, CLASSES, WIDTH = 5, 3, 4

@@ -8,8 +8,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from became_core import BecameError
-from became_core.curvature import Bernoulli, Categorical, Gaussian, Likelihood, derivatives_along, likelihood_named
-from became_core.curvature.base import Pushforward
+from became_core.curvature import (
+    ELBO,
+    Bernoulli,
+    Categorical,
+    Gaussian,
+    Likelihood,
+    derivatives_along,
+    likelihood_named,
+)
+from became_core.curvature.base import Pushforward, TapMode
 from reference.formulas import negative_log_likelihood, output_curvature
 from tests.backends import to_numpy, to_xp
 from tests.strategies import eighths
@@ -184,3 +192,46 @@ def test_what_makes_no_sense_is_refused(xp: Any) -> None:
     for likelihood in (Gaussian(1.0), Bernoulli()):
         with pytest.raises(BecameError, match="has no gradients of the mode 'logit'"):
             next(likelihood.cotangents(outputs, outputs, "logit", rng))
+
+
+@pytest.mark.parametrize("name", ["float16", "bfloat16"])
+@pytest.mark.parametrize(
+    "likelihood", [Categorical(), Categorical(by="token"), Gaussian(noise=0.5), Bernoulli(), ELBO()], ids=repr
+)
+def test_sums_of_half_precision_are_taken_in_single(xp: Any, likelihood: Likelihood, name: str) -> None:
+    """float16 ends at 65,504, and bfloat16 counts up to 256 one by one."""
+    if not hasattr(xp, name):
+        pytest.skip(f"this backend has no {name}")
+    half, draw = getattr(xp, name), np.random.default_rng(0)
+    shape = (90, 100, 10) if likelihood == Categorical(by="token") else (9000, 10)
+    targets: Any
+    outputs, tangents = draw.integers(-16, 16, shape) / 8, draw.integers(0, 16, (2, *shape)) / 8
+    if isinstance(likelihood, Categorical):
+        targets = draw.integers(0, 10, shape[:-1])
+    else:
+        targets = draw.integers(0, 2, (9000, 4 if isinstance(likelihood, ELBO) else 10)) * 1.0
+    wide = to_xp(xp, outputs), to_xp(xp, tangents), to_xp(xp, targets)
+    narrow = xp.astype(wide[0], half), xp.astype(wide[1], half), wide[2]
+    expected, found = (
+        (
+            likelihood.loss(outputs, targets),
+            likelihood.mean_loss(outputs, targets),
+            *likelihood.derivatives(outputs, tangents, targets),
+        )
+        for outputs, tangents, targets in (wide, narrow)
+    )
+    for ours, correct in zip(found, expected, strict=True):
+        assert ours.dtype == xp.float32
+        np.testing.assert_allclose(to_numpy(ours), to_numpy(correct), rtol=1e-4)
+    assert likelihood.units(narrow[0], narrow[2]) == 9000
+    modes: list[TapMode] = ["empirical", "sampled", "true"]
+    for mode in modes[: len(modes) if len(shape) == 2 else 2]:  # the exact expectation is for one label a sample
+        assert next(likelihood.cotangents(narrow[0], narrow[2], mode, draw)).dtype == half
+
+
+@pytest.mark.parametrize("name", ["float16", "bfloat16"])
+def test_residuals_of_half_precision_are_fitted_in_single(xp: Any, name: str) -> None:
+    if not hasattr(xp, name):
+        pytest.skip(f"this backend has no {name}")
+    outputs = xp.full((10, 10), 300.0, dtype=getattr(xp, name))  # its square is more than float16 can represent
+    assert Gaussian().fitted(outputs, xp.zeros((10, 10))).noise == 300
