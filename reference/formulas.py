@@ -167,8 +167,8 @@ def negative_log_likelihood(kind: str, outputs: Array, targets: Array, scale: fl
         return float(-np.broadcast_to(scale, outputs.shape)[label] * np.log(softmax(outputs)[label]))
     if kind == "gaussian":
         return float(((outputs - targets) ** 2).sum() / (2 * float(scale) ** 2))
-    p = 1 / (1 + np.exp(-outputs))
-    return float(-(targets * np.log(p) + (1 - targets) * np.log(1 - p)).sum())
+    p, q = 1 / (1 + np.exp(-outputs)), 1 / (1 + np.exp(outputs))
+    return float(-(targets * np.log(p) + (1 - targets) * np.log(q)).sum())
 
 
 def output_curvature(kind: str, outputs: Array, targets: Array, scale: float | Array = 1.0) -> Array:
@@ -179,8 +179,8 @@ def output_curvature(kind: str, outputs: Array, targets: Array, scale: float | A
         return np.asarray(weight * (np.diag(p) - np.outer(p, p)))
     if kind == "gaussian":
         return np.eye(outputs.size) / float(scale) ** 2
-    p = 1 / (1 + np.exp(-outputs))
-    return np.diag(p * (1 - p))
+    p, q = 1 / (1 + np.exp(-outputs)), 1 / (1 + np.exp(outputs))
+    return np.diag(p * q)
 
 
 def squared_gradients(inputs: Array, output_gradients: Array) -> tuple[Array, Array]:

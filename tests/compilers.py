@@ -1,4 +1,4 @@
-"""Each framework's compiler, behind one name.
+"""Each framework's compiler, and its gradients, behind one name.
 
 Nox's sessions with JAX turn most of XLA's optimisations off, because there compilation costs more than all else. A test
 of what the optimiser may do to our numbers turns them on again: all of them for one function, or, for a whole run, all
@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-__all__ = ["compiled", "optimised"]
+__all__ = ["compiled", "gradient_of", "optimised"]
 
 # XLA's own defaults of what ``compile_quickly`` of ``noxfile.py`` changes.
 XLA_DEFAULTS = {
@@ -52,3 +52,26 @@ def compiled(backend: str, function: Callable[..., Any]) -> Callable[..., Any]:
 
         return tensorflow.function(function, jit_compile=True)  # type: ignore[no-any-return]
     pytest.skip("this backend has no compiler")
+
+
+def gradient_of(backend: str, function: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Return the gradient of a function of one array that returns a 0-d array."""
+    if backend == "jax":
+        import jax
+
+        return jax.grad(function)  # type: ignore[no-any-return]
+    if backend == "torch":
+        import torch
+
+        return torch.func.grad(function)
+    if backend == "tensorflow":
+        import tensorflow
+
+        def gradient(value: Any) -> Any:
+            with tensorflow.GradientTape() as tape:
+                tape.watch(value)
+                result = function(value)
+            return tape.gradient(result, value)
+
+        return gradient
+    pytest.skip("this backend has no automatic differentiation")

@@ -6,6 +6,9 @@
 | ``Gaussian`` | sum_j (z_j - y_j)^2 / 2 s^2 | (z - y) / s^2 | 1 / s^2 |
 | ``Bernoulli`` | sum_j log(1 + e^z_j) - y_j z_j | p - y, p the logistic of z | p (1 - p) |
 
+Of a Bernoulli likelihood all is computed from e^-|z|. So what is left of a loss, a gradient or a curvature at a large
+logit of the right sign is as accurate as anywhere, and for both signs alike; p itself would be rounded to 1.
+
 The categorical one is in ``categorical.py``, and what all offer in ``base.py``, with the convention.
 """
 
@@ -126,32 +129,38 @@ class Bernoulli(Likelihood):
     def loss(self, outputs: Array, targets: Array) -> Array:
         """Return the sum of binary cross-entropies."""
         xp, outputs = namespace(outputs=outputs), in_single(outputs)
-        # log(1 + e^z), without an exponential that could overflow.
-        softplus = xp.clip(outputs, 0.0, None) + xp.log1p(xp.exp(-xp.abs(outputs)))
-        return xp.sum(softplus - _alike(outputs, targets) * outputs)
+        # Where z is not negative, log(1 + e^z) is log(1 + e^-z) + z. One condition decides of both terms, so that at 0,
+        # where |z| has no derivative, the loss has its own.
+        is_positive = outputs >= 0
+        slope = xp.astype(is_positive, outputs.dtype) - _alike(outputs, targets)
+        return xp.sum(slope * outputs + xp.log1p(xp.exp(xp.where(is_positive, -outputs, outputs))))
 
     def cotangents(self, outputs: Array, targets: Array, mode: TapMode, rng: np.random.Generator) -> Iterator[Array]:
         """Yield p - y, y being given or drawn; or sqrt(p (1 - p)) e_j for each output j."""
         xp: Any = namespace(outputs=outputs)
-        p = _logistic(xp, in_single(outputs))
+        z = in_single(outputs)
         if mode == "empirical":
-            yield xp.astype(p - _alike(p, targets), outputs.dtype, copy=False)
+            yield xp.astype(_residual(xp, z, _alike(z, targets)), outputs.dtype, copy=False)
         elif mode == "true":
-            root = xp.astype(xp.sqrt(p * (1 - p)), outputs.dtype, copy=False)
-            yield from (unit * root for unit in _units(xp, outputs))
+            root = xp.exp(-0.5 * xp.abs(z)) / (1 + xp.exp(-xp.abs(z)))
+            yield from (unit * xp.astype(root, outputs.dtype, copy=False) for unit in _units(xp, outputs))
         elif mode == "sampled":
-            draw = xp.asarray(rng.uniform(size=tuple(outputs.shape)), dtype=p.dtype, device=device(p))
-            yield xp.astype(p - xp.astype(draw < p, p.dtype), outputs.dtype, copy=False)
+            drawn = rng.uniform(size=tuple(outputs.shape))
+            below, above = (xp.asarray(each, dtype=z.dtype, device=device(z)) for each in (drawn, 1 - drawn))
+            # p is rounded to 1 where 1 - p is not rounded to 0.
+            y = xp.where(z >= 0, above > _logistic(xp, -z), below < _logistic(xp, z))
+            yield xp.astype(_residual(xp, z, xp.astype(y, z.dtype)), outputs.dtype, copy=False)
         else:
             raise _no_mode("Bernoulli", mode)
 
     def derivatives(self, outputs: Array, tangents: Array, targets: Array) -> tuple[Array, Array]:
         """Return the sums of (p - y) . v_k and of sum_j p_j (1 - p_j) v_kj v_lj."""
         xp: Any = namespace(outputs=outputs, tangents=tangents)
-        p = _logistic(xp, in_single(outputs))
+        z = in_single(outputs)
         rows = in_single(xp.reshape(tangents, (tangents.shape[0], -1)))
-        slope = xp.sum(rows * xp.reshape(p - _alike(p, targets), (1, -1)), axis=1)
-        return slope, _gram(xp, rows, xp.reshape(p * (1 - p), (-1,)))
+        slope = xp.sum(rows * xp.reshape(_residual(xp, z, _alike(z, targets)), (1, -1)), axis=1)
+        decayed = xp.exp(-xp.abs(z))
+        return slope, _gram(xp, rows, xp.reshape(decayed / xp.square(1 + decayed), (-1,)))
 
 
 LIKELIHOODS: dict[str, type[Likelihood]] = {
@@ -228,6 +237,11 @@ def _alike(outputs: Array, targets: Array) -> Array:
             f"outputs have shape {tuple(outputs.shape)} and targets {tuple(targets.shape)}; make them equal."
         )
     return xp.astype(targets, outputs.dtype, copy=False)
+
+
+def _residual(xp: Any, logits: Array, targets: Array) -> Array:
+    """Return p - y, in which nothing cancels where y is 0 or 1."""
+    return (1 - targets) * _logistic(xp, logits) - targets * _logistic(xp, -logits)
 
 
 def _logistic(xp: Any, outputs: Array) -> Array:

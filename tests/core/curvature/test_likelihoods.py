@@ -20,6 +20,7 @@ from became_core.curvature import (
 from became_core.curvature.base import Pushforward, TapMode
 from reference.formulas import negative_log_likelihood, output_curvature
 from tests.backends import to_numpy, to_xp
+from tests.compilers import gradient_of
 from tests.strategies import eighths
 
 SAMPLES, WIDTH = 4, 3
@@ -93,6 +94,49 @@ def test_targets_that_are_drawn_have_the_models_curvature_on_average(xp: Any, ca
         total += np.einsum("ni,nj->ij", to_numpy(gradient), to_numpy(gradient))
     expected = np.mean([output_curvature(kind, z, y, scale) for z, y in zip(outputs, targets, strict=True)], axis=0)
     np.testing.assert_allclose(total / draws, expected, atol=6 * expected.max() / draws**0.5)
+
+
+@given(eights=eighths((SAMPLES, WIDTH)), scale=st.sampled_from([1.0, 8.0, 20.0]), targets=st.booleans())
+def test_bernoulli_is_as_accurate_for_ones_as_for_zeros(xp: Any, eights: Any, scale: float, targets: bool) -> None:
+    """In float32, where p is 1 from a logit of 17 on: against the oracle, and the mirror image of the other label's."""
+    z = scale * eights
+    y = BITS if targets else np.ones_like(BITS)
+    found = []
+    for sign in (1, -1):
+        arrays = [to_xp(xp, each.astype(np.float32)) for each in (sign * z, y if sign > 0 else 1 - y)]
+        tangents = to_xp(xp, np.ones((1, *z.shape), np.float32))
+        (gradient,) = Bernoulli().cotangents(arrays[0], arrays[1], "empirical", np.random.default_rng(0))
+        roots = map(to_numpy, Bernoulli().cotangents(arrays[0], arrays[1], "true", np.random.default_rng(0)))
+        curvature = Bernoulli().derivatives(arrays[0], tangents, arrays[1])[1]
+        loss = Bernoulli().loss(*arrays)
+        found.append([sign * to_numpy(gradient), sum(roots), to_numpy(curvature), to_numpy(loss)])
+    for ours, mirrored in zip(*found, strict=True):
+        np.testing.assert_array_equal(ours, mirrored)
+    p, q = 1 / (1 + np.exp(-z)), 1 / (1 + np.exp(z))
+    variances = [np.diag(output_curvature("bernoulli", *pair)) for pair in zip(z, y, strict=True)]
+    losses = [negative_log_likelihood("bernoulli", *pair) for pair in zip(z, y, strict=True)]
+    expected = [(1 - y) * p - y * q, np.sqrt(variances), np.sum(variances), np.sum(losses)]
+    for ours, correct in zip(found[0], expected, strict=True):
+        np.testing.assert_allclose(np.squeeze(ours), correct, rtol=2e-5)
+
+
+@pytest.mark.parametrize("logit", [0.0, 20.0, -20.0])
+def test_a_bernoulli_loss_has_its_own_derivative(xp: Any, backend: str, logit: float) -> None:
+    """Also where a maximum of 0 and the logit has none, and where the logistic function is rounded to 1."""
+    z, y = to_xp(xp, np.full((1, 1), logit, np.float32)), xp.ones((1, 1), dtype=xp.float32)
+    found = gradient_of(backend, lambda logits: Bernoulli().loss(logits, y))(z)
+    np.testing.assert_allclose(to_numpy(found), [[-1 / (1 + np.exp(logit))]], rtol=1e-6)
+
+
+def test_bernoulli_targets_that_are_drawn_are_ones_as_often_as_zeros(xp: Any) -> None:
+    """At a logit of 12 and at -12, one draw in 160,000 is the rare one, and none is the other's."""
+    draws = 1_000_000
+    for sign in (1, -1):
+        z = to_xp(xp, np.full((draws, 1), sign * 12.0, np.float32))
+        (gradient,) = Bernoulli().cotangents(z, z, "sampled", np.random.default_rng(0))
+        rare = int(np.sum(sign * to_numpy(gradient) > 0.5))
+        assert abs(rare - draws / (1 + np.exp(12.0))) <= 3 * (draws / np.exp(12.0)) ** 0.5
+        assert np.all(sign * to_numpy(gradient)[np.abs(to_numpy(gradient)) < 0.5] < 0)
 
 
 @given(logits=eighths((SAMPLES, WIDTH)), tangents=eighths((2, SAMPLES, WIDTH)))

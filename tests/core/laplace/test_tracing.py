@@ -27,7 +27,7 @@ from became_core.laplace import (
     predicted_advantage,
 )
 from tests.backends import to_numpy, to_xp
-from tests.compilers import compiled
+from tests.compilers import compiled, gradient_of
 from tests.quadratics import crossed
 
 DRAW = np.random.default_rng(0)
@@ -222,28 +222,6 @@ def eager_gradient(backend: str, function: Callable[[Any], Any], value: Any) -> 
         value.requires_grad_()
         return torch.autograd.grad(function(value), value)[0]
     return gradient_of(backend, function)(value)
-
-
-def gradient_of(backend: str, function: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    if backend == "jax":
-        import jax
-
-        return jax.grad(function)  # type: ignore[no-any-return]
-    if backend == "torch":
-        import torch
-
-        return torch.func.grad(function)
-    if backend == "tensorflow":
-        import tensorflow
-
-        def gradient(value: Any) -> Any:
-            with tensorflow.GradientTape() as tape:
-                tape.watch(value)
-                result = function(value)
-            return tape.gradient(result, value)
-
-        return gradient
-    pytest.skip("this backend has no automatic differentiation")
 
 
 def test_alphas_of_many_models_at_once(backend: str, xp: Any) -> None:
