@@ -78,7 +78,7 @@ def accuracies(
     for task, of_heads, of_heads_mixed in zip(tasks, logits, mixed, strict=True):
         targets = learner.targets(task.test)
         own = of_heads[:, task.index, ...]
-        mean, width = float(learner.likelihood.mean_loss(own, targets)), int(own.shape[1])
+        mean, width = float(learner.likelihood.mean_loss(own, targets)), int(own.shape[-1])
         result.loss.append(learner.target_scale * learner.likelihood.natural(mean, width))
         if learner.likelihood.predicts_numbers:
             result.correlation.append(correlation(correlation_sums(own, targets)))
@@ -86,12 +86,17 @@ def accuracies(
             result.accuracy.append(math.nan)
             result.class_incremental_accuracy.append(math.nan)
             continue
-        xp = namespace(logits=own, targets=targets)
-        among_own = xp.argmax(own, axis=-1)
-        result.accuracy.append(_percent(among_own == targets))
-        among_all = xp.argmax(xp.reshape(of_heads_mixed, (len(task.test), -1)), axis=-1)
-        result.class_incremental_accuracy.append(_percent(among_all == targets + task.index * width))
+        result.accuracy.append(_percent(learner.likelihood.hits(own, targets)))
+        hits = learner.likelihood.hits(_in_a_row(of_heads_mixed), targets, first=task.index * width)
+        result.class_incremental_accuracy.append(_percent(hits))
     return result
+
+
+def _in_a_row(of_heads: Array) -> Array:
+    """Return logits [samples, heads, ..., classes] with the classes of all heads in a row, [samples, ..., all]."""
+    xp, axes = namespace(logits=of_heads), len(of_heads.shape)
+    beside = xp.permute_dims(of_heads, (0, *range(2, axes - 1), 1, axes - 1))
+    return xp.reshape(beside, (*beside.shape[:-2], of_heads.shape[1] * of_heads.shape[-1]))
 
 
 def _by_one_head(learner: Learner, tasks: Sequence[Task], batch_size: int) -> Evaluation:
@@ -113,7 +118,7 @@ def _by_one_head(learner: Learner, tasks: Sequence[Task], batch_size: int) -> Ev
         result.loss.append(learner.target_scale * likelihood.natural(total / units, width))
         if likelihood.predicts_numbers:
             result.correlation.append(correlation(np.reshape(sums[4:], (6, width))))
-        accuracy = 100 * correct / counted if counted else math.nan
+        accuracy = _percent((correct, counted))
         result.accuracy.append(accuracy)
         result.class_incremental_accuracy.append(accuracy)
     return result
@@ -138,14 +143,14 @@ def _of_all_processes(learner: Learner, parts: int, like: Array, sums: list[floa
 def _logits_of_heads(
     learner: Learner, parts: Sequence[Indices], heads: int, batch_size: int, views: Mapping[int, View]
 ) -> list[Array]:
-    """Return the logits [samples, heads, classes] of each part of the rows, of so many heads.
+    """Return the logits [samples, heads, ..., classes] of each part of the rows, of so many heads.
 
     They are by the weights of the head's task. Batches do not cross from one part to the next.
     """
     logits = [learner.logits(rows, batch_size, slice(heads)) for rows in parts]
     if not views:
         return logits
-    by_head = [[of_part[:, head : head + 1, :] for head in range(heads)] for of_part in logits]
+    by_head = [[of_part[:, head : head + 1, ...] for head in range(heads)] for of_part in logits]
     for head, view in views.items():
         with seen_through(learner, view):
             for of_part, rows in zip(by_head, parts, strict=True):
@@ -158,15 +163,16 @@ def _rows_of(logits: Array, places: Indices) -> Array:
     return xp.take(logits, xp.asarray(places, device=device(logits)), axis=0)
 
 
-def _percent(correct: Array) -> float:
-    xp = namespace(correct=correct)
-    return 100.0 * int(xp.count_nonzero(correct)) / int(correct.shape[0])
+def _percent(hits: tuple[float, float]) -> float:
+    """Return the percentage of the labels that are hit; NaN if none counts."""
+    right, counted = hits
+    return 100 * right / counted if counted else math.nan
 
 
 def mean_loss(learner: Learner, task: int, indices: Indices, batch_size: int) -> float:
     """Return the mean loss of a task's head on these samples, in evaluation, in nats."""
     if not learner.shares_head:
-        logits = learner.logits(indices, batch_size, slice(task, task + 1))[:, 0, :]
+        logits = learner.logits(indices, batch_size, slice(task, task + 1))[:, 0, ...]
         return float(learner.likelihood.mean_loss(logits, learner.targets(indices)))
     total = units = 0.0
     for outputs, targets in _own_batches_of_one_head(learner, indices, batch_size):

@@ -116,12 +116,18 @@ class Likelihood(ABC):
         """Return what a mean over samples with these targets divides by: ``units``, without the outputs."""
         return float(targets.shape[0])
 
-    def hits(self, outputs: Array, targets: Array) -> tuple[int, int]:
-        """Return for how many labels the largest output is that of the label, and how many there are; 0, 0 if none."""
+    def hits(self, outputs: Array, targets: Array, first: int = 0) -> tuple[int, int]:
+        """Return for how many labels the largest output is that of the label, and how many there are; 0, 0 if none.
+
+        Args:
+            outputs: [samples, ...], with an output for each label along the last axis.
+            targets: what is given of the samples.
+            first: the place of the label 0 among the outputs, if they are those of several heads.
+        """
         if not self.has_labels:
             return 0, 0
         xp: Any = namespace(outputs=outputs, targets=targets)
-        right = xp.argmax(outputs, axis=-1) == targets
+        right = xp.argmax(outputs, axis=-1) == targets + first
         return int(xp.count_nonzero(right)), math.prod(targets.shape)
 
     def mean_loss(self, outputs: Array, targets: Array) -> Array:

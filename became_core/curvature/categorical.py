@@ -94,12 +94,12 @@ class Categorical(Likelihood):
         outputs = xp.zeros((*targets.shape, len(self.weights)), device=device(targets))
         return self.units(outputs, targets)
 
-    def hits(self, outputs: Array, targets: Array) -> tuple[int, int]:
+    def hits(self, outputs: Array, targets: Array, first: int = 0) -> tuple[int, int]:
         """Return for how many of the labels that count the largest logit is that of the label, and how many count."""
         outputs, targets = self._own(outputs), self._own(targets)
         xp: Any = namespace(outputs=outputs, targets=targets)
         counted = targets != self.ignored
-        right = xp.logical_and(counted, xp.argmax(outputs, axis=-1) == targets)
+        right = xp.logical_and(counted, xp.argmax(outputs, axis=-1) == targets + first)
         return int(xp.count_nonzero(right)), int(xp.count_nonzero(counted))
 
     def mean_loss(self, outputs: Array, targets: Array) -> Array:

@@ -8,6 +8,7 @@ from became_core import BecameError
 from became_core.continual.data import Indices, chunks
 from became_core.continual.evaluation import accuracies, mean_loss
 from became_core.continual.rng import random_generator
+from became_core.curvature import Categorical
 from reference.formulas import cross_entropy
 from reference.learner import ReferenceLearner
 from reference.metrics import class_incremental, task_incremental
@@ -98,3 +99,38 @@ def test_a_task_without_test_samples_is_an_error() -> None:
     empty = replace(STREAM.tasks[1], test=STREAM.tasks[1].test[:0])
     with pytest.raises(BecameError, match=r"^task 2 has no test samples to score it on\.$"):
         accuracies(ReferenceLearner(STREAM), [STREAM.tasks[0], empty], batch_size=7)
+
+
+class Positions(ReferenceLearner):
+    """A learner with logits and a label for every one of six positions; six samples of each task are test samples."""
+
+    likelihood = Categorical(by="token", ignored=0)
+
+    def logits(self, indices: Indices, batch_size: int, heads: slice = slice(None)) -> NDArray[np.float64]:
+        """Return [samples, heads, positions, classes]."""
+        draw = np.random.default_rng(0).normal(size=(len(STREAM.targets), 3, 6, 4))
+        return draw[indices][:, heads]
+
+    def targets(self, indices: Indices) -> Indices:
+        """Return [samples, positions]."""
+        return np.random.default_rng(1).integers(0, 4, (len(STREAM.targets), 6))[indices]
+
+
+def test_labels_of_positions_are_counted_one_by_one_where_every_task_has_a_head_of_its_own() -> None:
+    """As many samples as positions, or more; a label that does not count is left out."""
+    for samples in (6, 8):
+        tasks = [replace(task, test=task.test[:samples]) for task in STREAM.tasks]
+        learner = Positions(STREAM)
+        within, among_all, loss, _ = accuracies(learner, tasks, batch_size=7)
+        for task in tasks:
+            rows, own, every = task.test, [], []
+            logits, targets, losses = learner.logits(rows, 1000), learner.targets(rows), []
+            for sample, place in np.argwhere(targets != 0):
+                of_heads, label = logits[sample, :, place], targets[sample, place]
+                own.append(of_heads[task.index].argmax() == label)
+                every.append(of_heads.ravel().argmax() == task.index * 4 + label)
+                losses.append(cross_entropy(of_heads[task.index][None], np.array([label])))
+            assert within[task.index] == pytest.approx(100 * np.mean(own))
+            assert among_all[task.index] == pytest.approx(100 * np.mean(every))
+            assert loss[task.index] == pytest.approx(learner.likelihood.natural(float(np.mean(losses)), 4))
+            assert mean_loss(learner, task.index, rows, batch_size=7) == pytest.approx(np.mean(losses))
