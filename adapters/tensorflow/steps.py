@@ -9,6 +9,9 @@ projector cannot protect is pulled back by the proximal step of a quadratic pena
 which is decoupled from the optimizer, as AdamW's weight decay is, and stable at any strength. Of an Adam, s is divided
 by the root of its second moments, as its steps are. A call that only accumulates gradients, or that a loss scale skips,
 takes no such step.
+
+Steps that are not observed are noticed by the optimizer's count of its iterations. Nothing else moves it on but loading
+its state and, under ``fit``, the end of the data: there Keras begins a step that gets no batch, and may count it.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -163,6 +166,42 @@ def _lengths(parameters: Mapping[str, Parameter]) -> dict[str, Any]:
     return {name: tf.norm(tf.cast(own.value, tf.float64)).numpy() for name, own in parameters.items()}
 
 
+class Tally:
+    """Tells by an optimizer's iterations whether it has taken steps that were not observed.
+
+    It is kept in variables, since steps are counted in graphs. A step is announced before it and closed after it. One
+    that gets no batch may be counted and not closed, so that one iteration more is right while a step is open.
+    """
+
+    def __init__(self, optimizer: keras.Optimizer) -> None:
+        """Begin with the iterations as they are."""
+        self._optimizer = optimizer
+        self._closed = tf.Variable(self.iterations, trainable=False)
+        self._is_open, self._is_missed = tf.Variable(False, trainable=False), tf.Variable(False, trainable=False)
+
+    @property
+    def iterations(self) -> Array:
+        """The optimizer's count now; of one that accumulates gradients, that of its updates."""
+        return tf.cast(tf.identity(self._optimizer.iterations), tf.int64)
+
+    @property
+    def is_missed(self) -> Array:
+        """Whether steps were taken that were not observed."""
+        more = self.iterations - self._closed
+        return tf.logical_or(self._is_missed, more > tf.cast(self._is_open, tf.int64))
+
+    def announce(self) -> list[Any]:
+        """Note that a step begins; return operations that must be done before it, lest it is counted unannounced."""
+        is_missed, iterations = self._is_missed.assign(self.is_missed), self.iterations
+        with tf.control_dependencies([is_missed]):
+            return [is_missed, self._closed.assign(iterations), self._is_open.assign(True)]
+
+    def close(self) -> None:
+        """Note that the step is over, or that the iterations are what they are for another good reason."""
+        with tf.control_dependencies([self._closed.assign(self.iterations)]):
+            self._is_open.assign(False)
+
+
 @contextmanager
 def observed(optimizer: keras.Optimizer, guard: StepGuard) -> Iterator[None]:
     """Correct every step of an optimizer in this context, and leave no trace in it after the context.
@@ -180,8 +219,9 @@ def observed(optimizer: keras.Optimizer, guard: StepGuard) -> Iterator[None]:
             "the optimizer overwrites the weights by their running mean, which no projection of steps sees; make it "
             "without use_ema."
         )
-    original, own = optimizer.apply, vars(optimizer).get("apply")
-    is_on, seen = tf.Variable(True, trainable=False), tf.Variable(0, trainable=False, dtype=tf.int64)
+    original, loading = optimizer.apply, optimizer.load_own_variables
+    own = {name: vars(optimizer)[name] for name in ("apply", "load_own_variables") if name in vars(optimizer)}
+    is_on, tally = tf.Variable(True, trainable=False), Tally(optimizer)
 
     def apply(grads: Any, trainable_variables: Any = None) -> Any:
         grads = list(grads)
@@ -192,12 +232,13 @@ def observed(optimizer: keras.Optimizer, guard: StepGuard) -> Iterator[None]:
             raise BecameError("the optimizer steps no variable of the model; give stable() the one that trains it.")
         # Before the step, which moves a schedule on.
         rate_before = tf.cast(tf.convert_to_tensor(optimizer.learning_rate), tf.float32)
-        before, steps = guard.noted(stepped), tf.cast(tf.identity(optimizer.iterations), tf.int64)
-        result = original(grads, trainable_variables)
-        taken = tf.cast(tf.identity(optimizer.iterations), tf.int64) - steps
+        before, steps = guard.noted(stepped), tally.iterations
+        with tf.control_dependencies(tally.announce()):
+            result = original(grads, trainable_variables)
+        taken = tally.iterations - steps
+        tally.close()
 
         def correct() -> Array:
-            seen.assign_add(taken)
             rate = tf.cast(taken, tf.float32) * rate_before
             guard.correct(stepped, before, rate, moments_of(optimizer, stepped))
             return tf.constant(True)
@@ -205,20 +246,22 @@ def observed(optimizer: keras.Optimizer, guard: StepGuard) -> Iterator[None]:
         tf.cond(is_on, correct, lambda: tf.constant(False))
         return result
 
-    begun = int(optimizer.iterations)
-    optimizer.apply = apply
+    def load_own_variables(store: Any) -> None:
+        tally.announce()
+        loading(store)
+        tally.close()
+
+    optimizer.apply, optimizer.load_own_variables = apply, load_own_variables
     try:
         yield
-        # Not a difference: a fit counts the end of its data as an iteration.
-        is_missed = int(optimizer.iterations) > begun and not int(seen)
+        is_missed = bool(tally.is_missed)
     finally:
         is_on.assign(False)
-        if own is None:
-            del optimizer.apply
-        else:
-            optimizer.apply = own
+        for name in ("apply", "load_own_variables"):
+            delattr(optimizer, name)
+        vars(optimizer).update(own)
     if is_missed:
         raise BecameError(
-            "the steps of the optimizer were not seen, so they were not projected: they were taken by a function "
-            "that tf.function had compiled before stable training began; compile it inside of learning.stable()."
+            "steps of the optimizer were not seen, so they were not projected: they were taken by a function that "
+            "tf.function had compiled before stable training began; compile it inside of learning.stable()."
         )

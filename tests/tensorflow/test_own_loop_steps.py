@@ -66,6 +66,66 @@ def test_a_loop_of_ones_own_is_projected_and_a_step_compiled_before_is_noticed()
     assert "apply" not in vars(optimizer)
 
 
+@pytest.mark.parametrize("unseen_first", [False, True])
+def test_a_step_compiled_before_is_noticed_among_others_that_are_seen(unseen_first: bool) -> None:
+    """As when the last batch of an epoch has another shape, for which the step is compiled anew."""
+    model, new = perceptron(), new_data(2, 1)[0]
+    learning, optimizer = Continual(model, check=False), keras.optimizers.SGD(0.1)
+    learning.remember(new_data(1, 1))
+
+    def step(inputs: Any, targets: Any) -> None:
+        with tf.GradientTape() as tape:
+            value = keras.losses.SparseCategoricalCrossentropy(from_logits=True)(targets, model(inputs, training=True))
+        gradients = tape.gradient(value, model.trainable_variables)
+        optimizer.apply_gradients(zip(gradients, model.trainable_variables, strict=True))
+
+    traced = tf.function(step)
+
+    def steps(*sizes: int) -> None:
+        for size in sizes:
+            traced(*(tf.constant(part[:size]) for part in new))
+
+    steps(4)
+    with pytest.raises(BecameError, match="had compiled before stable training began"), learning.stable(optimizer):
+        steps(*((4, 2) if unseen_first else (2, 4)))
+    with learning.stable(optimizer):
+        steps(3)
+
+
+@pytest.mark.filterwarnings("ignore:Your input ran out of data:UserWarning")  # as it does where its length is unknown
+@pytest.mark.parametrize("kind", ["plain", "several at a time", "eager", "accumulating", "scaled"])
+def test_the_ends_of_data_and_skipped_steps_are_not_taken_for_steps_that_were_not_seen(kind: str) -> None:
+    """Where Keras does not know how long the data are, it begins a step that gets no batch at their end."""
+    model, new = perceptron(), new_data(2, 5)
+    optimizer: Any = keras.optimizers.Adam(0.01, gradient_accumulation_steps=2 if kind == "accumulating" else None)
+    if kind == "scaled":  # its first step is skipped
+        optimizer, new[0] = keras.optimizers.LossScaleOptimizer(optimizer), (new[0][0] * np.inf, new[0][1])
+    compiled(model, optimizer).run_eagerly = kind == "eager"
+    model.steps_per_execution = 2 if kind == "several at a time" else 1
+    learning = Continual(model, check=False)
+    learning.remember(new_data(1, 1))
+    signature = tf.TensorSpec((None, 6), tf.float64), tf.TensorSpec((None,), tf.int64)
+    with learning.stable():
+        for _ in range(2):
+            data = tf.data.Dataset.from_generator(lambda: iter(new), output_signature=signature)
+            model.fit(data, epochs=2, verbose=0, shuffle=False)
+    assert 0 < int(optimizer.iterations) <= 24
+
+
+def test_a_state_that_is_loaded_in_stable_training_is_not_taken_for_steps() -> None:
+    """As training that was killed goes on from a backup, which Keras loads when ``fit`` begins."""
+    model = compiled(perceptron(), keras.optimizers.Adam(0.01))
+    learning, optimizer = Continual(model, check=False), model.optimizer
+    learning.remember(new_data(1, 1))
+    optimizer.build(model.trainable_variables)
+    state = {str(index): variable.numpy() for index, variable in enumerate(optimizer.variables)}
+    with learning.stable():
+        optimizer.load_own_variables(state | {"0": np.array(6)})
+        fit(model, new_data(2, 3), 1)
+    assert int(optimizer.iterations) == 9
+    assert not {"apply", "load_own_variables"} & set(vars(optimizer))
+
+
 def test_what_else_changes_weights_is_noticed() -> None:
     """A model that is compiled anew has another optimizer; and one of two optimizers may be forgotten."""
     model = compiled(perceptron())
