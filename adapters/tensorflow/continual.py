@@ -288,6 +288,6 @@ class Continual(ContinualModel):
             parameters=self._data.network.parameters,
             projector=self.projector,
             transposed=self._transposed,
-            uncovered=self.uncovered,
+            frozen=self._held if self.uncovered == "frozen" else frozenset(),
             penalised=self._penalised,
         )

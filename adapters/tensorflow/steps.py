@@ -24,7 +24,7 @@ import numpy as np
 import tensorflow as tf
 
 from adapters.backend.memory import Moments, pull_of
-from adapters.backend.own_loop import Uncovered, say_changed
+from adapters.backend.own_loop import say_changed
 from adapters.tensorflow.parameters import Parameter
 from became_core import BecameError
 from became_core.arrays import Array
@@ -77,7 +77,7 @@ class StepGuard:
         parameters: all of the model, by name. Each step says which of them it is of.
         projector: the memory.
         transposed: the matrices that are stored as [d_in, d_out].
-        uncovered: what is done with parameters that the projector does not protect.
+        frozen: those that the projector does not protect, and that stand still.
         penalised: their mean, and penalty x precision.
         stepped: those that steps were taken of; it is filled while these are traced.
     """
@@ -85,7 +85,7 @@ class StepGuard:
     parameters: Mapping[str, Parameter]
     projector: Projector
     transposed: frozenset[str]
-    uncovered: Uncovered
+    frozen: frozenset[str]
     penalised: Mapping[str, tuple[Array, Array]]
     stepped: set[str] = field(default_factory=set)
 
@@ -109,7 +109,7 @@ class StepGuard:
     def noted(self, stepped: Mapping[str, Parameter]) -> dict[str, Array]:
         """Return the weights that a step must not move as it likes."""
         protected = self.projector.rank.keys()
-        return {n: p.value for n, p in stepped.items() if n in protected or self.uncovered == "frozen"}
+        return {n: p.value for n, p in stepped.items() if n in protected or n in self.frozen}
 
     def correct(
         self,
@@ -138,7 +138,7 @@ class StepGuard:
                 parameter.variable.assign(parameter.own(before[name] + allowed))
             elif name in before:
                 parameter.variable.assign(parameter.own(before[name]))
-            elif self.uncovered == "penalised" and name in self.penalised:
+            elif name in self.penalised:
                 mean, strength = self.penalised[name]
                 pull = tf.cast(pull_of(tf.cast(rate, strength.dtype), strength, moments.get(name)), strength.dtype)
                 value = tf.cast(parameter.value, strength.dtype)

@@ -5,7 +5,7 @@ from typing import Any
 import keras
 import numpy as np
 
-__all__ = ["CHANGED", "CLASSES", "Batches", "L", "compiled", "fit", "new_data", "perceptron", "row"]
+__all__ = ["CHANGED", "CLASSES", "Batches", "L", "TwoHeads", "compiled", "fit", "new_data", "perceptron", "row"]
 
 L = keras.layers
 CLASSES = 3
@@ -15,6 +15,30 @@ CHANGED = r"changed in stable training by something else than the steps of the o
 
 def row(shape: tuple[int, ...], *layers: Any, dtype: str | None = None) -> keras.Model:
     return keras.Sequential([keras.Input(shape, dtype=dtype), *layers, L.Flatten(), L.Dense(CLASSES)])
+
+
+class TwoHeads(keras.Model):
+    """A model that has the head of one task at a time, which is built when it is first called."""
+
+    def __init__(self, *ends: str | None) -> None:
+        """Begin with the first task.
+
+        Args:
+            ends: what each head makes of its logits; nothing if not given.
+        """
+        super().__init__()
+        self.body = L.Dense(5, "tanh", name="body")
+        self.heads = [L.Dense(CLASSES, end, name=f"head{task}") for task, end in enumerate(ends or (None, None))]
+        self.task = 0
+
+    def build(self, shape: Any) -> None:
+        """Build what the first call uses."""
+        self.body.build(shape)
+        self.heads[self.task].build((None, 5))
+
+    def call(self, inputs: Any) -> Any:
+        """Return what the present task's head makes of the body's outputs."""
+        return self.heads[self.task](self.body(inputs))
 
 
 def perceptron(end: str | None = None) -> keras.Model:

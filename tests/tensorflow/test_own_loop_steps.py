@@ -10,7 +10,7 @@ import tensorflow as tf
 from adapters.tensorflow import Continual
 from became_core import BecameError
 from became_core.projection import GPM
-from tests.tensorflow.own_loop import CHANGED, L, compiled, fit, new_data, perceptron, row
+from tests.tensorflow.own_loop import CHANGED, L, TwoHeads, compiled, fit, new_data, perceptron, row
 
 pytestmark = pytest.mark.usefixtures("in_double_precision")
 
@@ -284,6 +284,24 @@ def test_layers_may_be_thawed_and_frozen_in_stable_training() -> None:
 
     with pytest.raises(BecameError, match=f"'first.*{CHANGED}"):
         thaw()
+
+
+@pytest.mark.parametrize("uncovered", ["frozen", "penalised"])
+def test_a_head_that_is_newer_than_the_memory_is_free_as_coverage_says(uncovered: Any) -> None:
+    model, (inputs, _) = TwoHeads(), new_data(1, 1)[0]
+    model(inputs)
+    learning = Continual(model, uncovered=uncovered, check=False)
+    learning.remember(new_data(1, 1))
+    model.task, model.heads[0].trainable = 1, False
+    model(inputs)
+    before = {variable.path: variable.numpy() for variable in model.variables}
+    compiled(model)
+    with learning.stable():
+        fit(model, new_data(2, 2), 1)
+    treatments = [covered.treatment for covered in learning.coverage.parameters]
+    assert treatments == ["protected", uncovered, "not trained", "not trained", "free", "free"]
+    assert all(not np.array_equal(head, before[head.path]) for head in model.heads[1].variables)
+    assert np.array_equal(model.body.bias, before[model.body.bias.path]) == (uncovered == "frozen")
 
 
 def test_a_model_that_assigns_to_its_own_weights_in_training_is_refused() -> None:
