@@ -21,8 +21,9 @@ status=0
 for table in "$@"; do
     where=(--backend torch --device "${DEVICE:-cuda}" --workers "${WORKERS:-12}")
     commands=$("${became[@]}" reproduce "$table" --out "$out" --seeds "${seeds[@]}" "${where[@]}" --dry-run) || exit
-    while read -ra words; do
-        [ "${words[0]-} ${words[1]-}" = "became run" ] || continue
+    while read -r line; do
+        [ "${line#became run }" != "$line" ] || continue
+        eval "words=($line)" # the command prints its words as a shell reads them
         "${became[@]}" "${words[@]:1}" "${options[@]}" --quiet < /dev/null || status=1
     done <<< "$commands"
 done

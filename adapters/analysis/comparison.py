@@ -12,6 +12,7 @@ from pathlib import Path
 from adapters.analysis.bootstrap import LEVEL, RESAMPLES, Estimate, paired_difference
 from adapters.analysis.groups import Group, groups_of, have_spread
 from adapters.analysis.tables import Cell, Column, Table
+from adapters.benchmarks.catalogue import BENCHMARKS
 from adapters.runs import RunResult, finished_runs
 from adapters.runs.published import PublishedTable, published_tables
 from became_core import BecameError
@@ -74,12 +75,17 @@ _COSTS = (
 
 def heading(run: RunResult) -> str:
     """Return the benchmark of a run and its tasks: of how many, how many the run learned, and on what it was scored."""
-    learned = len(run.accuracy)
-    tasks = run.config.get("tasks", learned) or learned  # 0: as many as the data have domains
-    first = run.config.get("first", learned) or learned
+    tasks, first = _tasks_of(run)
     part = "" if first == tasks else f", the first {first}"
     scored = "" if run.on_test_samples else ", scored on held-out training samples"
     return f"{run.benchmark}, {tasks} {'task' if tasks == 1 else 'tasks'}{part}{scored}"
+
+
+def _tasks_of(run: RunResult) -> tuple[int, int]:
+    """Return into how many tasks the data were cut, and how many of them the run learned."""
+    learned = len(run.accuracy)
+    # 0 stands for as many as the data have domains.
+    return run.config.get("tasks", learned) or learned, run.config.get("first", learned) or learned
 
 
 def scores_tables(groups: Sequence[Group]) -> list[Table]:
@@ -178,6 +184,11 @@ def _check_comparable(first: RunResult, run: RunResult, out: Path) -> None:
             raise BecameError(
                 f"{out} holds runs with {name} = {theirs}, the others have {ours}; compare runs of one class split."
             )
+    # An earlier version did not record the data. What a user chooses of them makes others of the same table or text.
+    chosen = BENCHMARKS[run.benchmark].settings if run.benchmark in BENCHMARKS else ()
+    ours, theirs = ([one.config.get(name) for name in chosen] for one in (first, run))
+    if None not in (first.data, run.data) and first.data != run.data and ours == theirs:
+        raise BecameError(f"{out} holds runs on other data than the others; compare runs on the same data.")
 
 
 def comparison(groups: Sequence[Group], baseline: str | None = None) -> list[Table]:
@@ -190,8 +201,8 @@ def comparison(groups: Sequence[Group], baseline: str | None = None) -> list[Tab
     tables = scores_tables(groups)
     if baseline is not None:
         tables.append(_differences(groups, baseline))
-    tasks = run.config["tasks"]
-    whole = run.config["first"] == tasks and run.on_test_samples
+    tasks, first = _tasks_of(run)
+    whole = first == tasks and run.on_test_samples
     published = published_tables(run.benchmark, tasks) if whole else []
     if published:
         tables.append(published_table(published, f"Published: {heading(run)}"))

@@ -16,7 +16,7 @@ from adapters.runs import RunResult
 from became_core import BecameError
 from became_core.continual.metrics import Measure
 
-__all__ = ["MARKERS", "SERIES", "Group", "Results", "groups_of", "have_spread"]
+__all__ = ["MARKERS", "SERIES", "Group", "Results", "groups_of", "have_spread", "labelled"]
 
 # After Okabe and Ito, the light ones darkened for white paper; with the markers, any two differ in more than hue.
 SERIES = ("#0072b2", "#d55e00", "#009e73", "#b8538f", "#b37400", "#4a9fd8", "#5b4b8a")
@@ -25,7 +25,7 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 
 @dataclass(frozen=True)
 class Group:
-    """The runs of one method, backend and configuration.
+    """The runs of one method, backend, configuration and data.
 
     Attributes:
         label: the method, and what distinguishes this group from others of the method; text from files as it is.
@@ -83,15 +83,18 @@ def groups_of(results: Results) -> list[Group]:
     """
     entries = [results] if isinstance(results, RunResult | Group) else list(results)
     groups = [entry for entry in entries if isinstance(entry, Group)]
-    alike: dict[str, list[RunResult]] = {}
-    for run in entries:
-        if isinstance(run, RunResult):
-            alike.setdefault(json.dumps([run.method, run.backend, run.config], sort_keys=True), []).append(run)
-    labels = _labels([runs[0] for runs in alike.values()])
-    for label, runs in zip(labels, alike.values(), strict=True):
+    for label, runs in labelled([entry for entry in entries if isinstance(entry, RunResult)]):
         groups.append(Group(label, tuple(runs), len(groups)))
     _check(groups)
     return groups
+
+
+def labelled(results: Sequence[RunResult]) -> list[tuple[str, list[RunResult]]]:
+    """Return the runs of each method, backend, configuration and data, which differ in their seeds, with a label."""
+    alike: dict[str, list[RunResult]] = {}
+    for run in results:
+        alike.setdefault(json.dumps([run.method, run.backend, run.config, run.data], sort_keys=True), []).append(run)
+    return list(zip(_labels([runs[0] for runs in alike.values()]), alike.values(), strict=True))
 
 
 def have_spread(groups: Sequence[Group]) -> bool:

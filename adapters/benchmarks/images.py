@@ -30,7 +30,7 @@ def decoded(encoded: bytes, size: int, source: str) -> NDArray[np.uint8]:
     """Return the pixels of one encoded image, [3, size, size]; ``source`` is what messages call it.
 
     Raises:
-        BecameError: if it is no PNG or JPEG, is corrupt or truncated, or of another size.
+        BecameError: if it is no PNG or JPEG, is corrupt or truncated, of another size, or grey with 16 bits.
     """
 
     def as_it_is(image: "Picture") -> "Picture":
@@ -45,7 +45,7 @@ def _pixels(encoded: bytes, convert: Callable[["Picture"], "Picture"], source: s
     """Return the pixels of an encoded image, [3, height, width], after a conversion, which may refuse its size.
 
     Raises:
-        BecameError: if it is no PNG or JPEG, or is corrupt or truncated.
+        BecameError: if it is no PNG or JPEG, is corrupt or truncated, or grey with 16 bits a pixel.
     """
     from PIL import Image
 
@@ -54,6 +54,8 @@ def _pixels(encoded: bytes, convert: Callable[["Picture"], "Picture"], source: s
             _check_png(encoded)
         # Only what these data sets hold: no other of Pillow's many decoders meets a file from elsewhere.
         image = Image.open(BytesIO(encoded), formats=("PNG", "JPEG"))
+        if image.mode.startswith(("I", "F")):  # Pillow would cut what is above 255
+            raise BecameError(f"{source} has 16 bits a pixel, which would become white; save it with 8.")
         # Pixels are decoded by the conversion, so an image that claims to be huge takes no memory.
         return np.asarray(convert(image)).transpose(2, 0, 1)
     except BecameError:

@@ -53,6 +53,7 @@ TABULAR_SETTINGS = {
 
 _TEST_FRACTION = 0.2
 _MOST_CLASSES = 20
+_MOST_VALUES = 1000  # of a column of text
 
 Table = dict[str, list[Any]]
 Numbers = NDArray[np.float64]
@@ -106,14 +107,15 @@ def load_tabular(
         test[drawn[: max(1, round(_TEST_FRACTION * len(rows)))]] = True
     order = np.concatenate([np.flatnonzero(~test), np.flatnonzero(test)])
     train = features[~test]
-    deviations = train.std(axis=0)
+    # Sums round, so a constant column is told by its values: nothing is left of it.
+    constant = train.min(axis=0) == train.max(axis=0)
     return Dataset(
         name=name,
         images=features[order][:, :, None, None].astype(np.float32),
         labels=labels[order],
         train_size=int((~test).sum()),
-        mean=tuple(train.mean(axis=0).tolist()),
-        std=tuple(np.where(deviations > 0, deviations, 1.0).tolist()),  # of a constant column nothing is left
+        mean=tuple(np.where(constant, train[0], train.mean(axis=0)).tolist()),
+        std=tuple(np.where(constant, 1.0, train.std(axis=0)).tolist()),
         likelihood=likelihood,
         domains=domains[order],
     )
@@ -137,7 +139,7 @@ def _read(file: Path) -> Table:
         rows = rows_of_file(file)
         return {column: list(rows[column]) for column in rows.column_names}
     try:
-        with file.open(newline="", encoding="utf-8") as text:
+        with file.open(newline="", encoding="utf-8-sig") as text:  # some programs write a mark before the first name
             lines = list(csv.reader(text))
     except UnicodeDecodeError as error:
         raise BecameError(
@@ -149,6 +151,9 @@ def _read(file: Path) -> Table:
     if len(lines) < 2:
         raise BecameError(f"{file} holds no rows; give a line of names and then a line a row.")
     heads, *rows = lines
+    for head in heads:
+        if heads.count(head) > 1:
+            raise BecameError(f"{file} has {heads.count(head)} columns of the name '{head}'; give each its own.")
     for number, row in enumerate(rows, start=2):
         if len(row) != len(heads):
             raise BecameError(f"line {number} of {file} has {len(row)} cells, and the first line {len(heads)} names.")
@@ -160,9 +165,29 @@ def _features(name: str, column: str, cells: Sequence[Any]) -> Numbers:
     numbers = _numbers(name, column, cells)
     if numbers is not None:
         return numbers[:, None]
+    others = [row for row, cell in enumerate(cells, start=1) if not _is_number(cell)]
+    if 2 * len(others) < len(cells):
+        raise BecameError(
+            f"row {others[0]} of {name} has '{cells[others[0] - 1]}' in the column '{column}', whose other cells are "
+            "mostly numbers; give a number, with a point and no other mark in it, or leave the row out."
+        )
     texts = np.array([str(cell).strip() for cell in cells])
-    ones: Numbers = (texts[:, None] == np.unique(texts)[None, :]).astype(np.float64)
+    values = np.unique(texts)
+    if len(values) > _MOST_VALUES:
+        raise BecameError(
+            f"the column '{column}' of {name} has {len(values):,} different texts, and each would be an input; leave "
+            f"the column out, give numbers, or at most {_MOST_VALUES:,} texts."
+        )
+    ones: Numbers = (texts[:, None] == values[None, :]).astype(np.float64)
     return ones
+
+
+def _is_number(cell: Any) -> bool:
+    try:
+        float(cell)
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 def _numbers(name: str, column: str, cells: Sequence[Any]) -> Numbers | None:

@@ -115,7 +115,7 @@ class _Text:
             print_table(self._console, table)
             self._console.print()
         where = f"results: {out}/<method>-seed<k>/results.json, {out}/summary.csv"
-        self._console.print(where, soft_wrap=True, highlight=False)
+        self._console.print(where, soft_wrap=True, highlight=False, markup=False)
 
     def plan(self, plan: Plan) -> None:
         plan.show(self._console, quiet=self._quiet)

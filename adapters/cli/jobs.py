@@ -15,6 +15,7 @@ from adapters.cli.options import METHODS_BY_DEFAULT, Request
 from adapters.runs import RunDirectory, RunResult
 from adapters.runs.configuration import Configuration, full_method_name
 from adapters.runs.directory import read_record
+from adapters.runs.settings import fingerprint
 from adapters.tracking import Writer, open_writer
 from became_core import BecameError
 from became_core.continual import (
@@ -62,6 +63,7 @@ class Job:
         preset: the preset that the configuration was made from.
         resume: whether it may resume a run of another backend.
         share: among how many runs the machine's cores are divided.
+        data: the digest that its data have, by its record; None if any data may be learned.
     """
 
     run: RunDirectory
@@ -70,15 +72,20 @@ class Job:
     preset: str | None = None
     resume: bool = False
     share: int = 1
+    data: str | None = None
 
     def finished(self) -> RunResult | None:
         """Return the result if the run has finished before."""
         return self.run.finished(self.backend.name, self.configuration.to_json())
 
     def check_data(self, result: RunResult, load: Load) -> None:
-        """Raise a BecameError if the run has finished on other data than those of the folder that is given now."""
-        folder = self.configuration.data_dir
-        if folder is not None and str(folder) != result.data_dir:
+        """Raise a BecameError if the run has finished on other data than those that are there now.
+
+        Published data sets take long to read, and are looked at only if the folder is another one. A user's own tables
+        and texts, each domain of which is a task, may have changed in their place.
+        """
+        folder = self.configuration.hints()["data_dir"]
+        if folder not in (None, result.data_dir) or BENCHMARKS[self.configuration.benchmark].tasks == 0:
             self.run.check_data(self.stream(load))
 
     def check_unfinished(self) -> str:
@@ -90,11 +97,20 @@ class Job:
 
         Args:
             load: returns the data set; by default it is read.
+
+        Raises:
+            BecameError: if it cannot be read, or cut as asked for, or is not what the run began with.
         """
         configuration, load = self.configuration, load or load_data
         settings = tuple(configuration.data_settings.items())
         dataset = load(configuration.benchmark, configuration.data_dir, settings)
-        return configuration.stream(dataset, self.run.seed)
+        stream = configuration.stream(dataset, self.run.seed)
+        if self.data not in (None, fingerprint(stream.dataset)):
+            raise BecameError(
+                f"{self.run.config_file} is of a run on other data than {dataset.name} as it is now; name the folder "
+                "or the file of its data by --data-dir."
+            )
+        return stream
 
     def learner(self, stream: TaskStream) -> Learner:
         """Return a fresh learner of these tasks."""
@@ -186,8 +202,11 @@ def requested_jobs(request: Request, load: Callable[[], Backend]) -> list[Job]:
         if preset is not None:
             raise BecameError("--config and --preset both give the values of all options; give one of them.")
         configuration = record.configuration
-        values = {**vars(configuration), **configuration.settings, **values}
-        del values["settings"]
+        recorded = {**vars(configuration), **configuration.settings}
+        del recorded["settings"]
+        if configuration.first == configuration.tasks:  # all of them, and so it is with another number of tasks
+            del recorded["first"]
+        values = {**recorded, **values}
         preset = record.preset
         methods = (record.method,) if methods is None else methods
         seeds = (record.seed,) if seeds is None else seeds
@@ -236,7 +255,7 @@ def unfinished_jobs(
         device: where to compute; if None, where it was or, on another backend, "auto".
 
     Raises:
-        BecameError: if there are none, or a file does not hold a run's configuration.
+        BecameError: if there are none, a file does not hold a run's configuration, or a run's folder was renamed.
     """
     files = sorted(out.glob("*/config.json"))
     if not files:
@@ -254,7 +273,9 @@ def unfinished_jobs(
         usual = before.device if name == record.backend else "auto"
         configuration = replace(before, data_dir=data_dir or before.data_dir, device=device or usual)
         run = RunDirectory(out, record.method, record.seed)
-        jobs.append(Job(run, load(name), configuration, record.preset, resume=True))
+        if file.parent.name != run.name:
+            raise BecameError(f"{file.parent} holds the run {run.name}; give the folder that name again.")
+        jobs.append(Job(run, load(name), configuration, record.preset, resume=True, data=record.data))
     if not jobs:
         raise BecameError(f"all runs in {out} are finished; there is nothing to resume.")
     return jobs

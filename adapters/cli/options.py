@@ -380,8 +380,12 @@ def parse(kind: Any, prog: str, arguments: Sequence[str] | None, description: st
         text = text.replace(by_tyro, by_us)
     if words[2:] in ([], ["-"]):
         print(text, end="")
-    else:
+        raise SystemExit(0)
+    try:
         Path(words[2]).write_text(text, encoding="utf-8")
+    except OSError as error:
+        print(f"error: cannot write {words[2]}: {error.strerror}.", file=sys.stderr)
+        raise SystemExit(2) from None
     raise SystemExit(0)
 
 

@@ -6,11 +6,12 @@ columns.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import zip_longest
 
 from adapters.analysis.bootstrap import Estimate
 from adapters.analysis.comparison import ACCURACIES, CORRELATION
+from adapters.analysis.groups import labelled
 from adapters.analysis.tables import Cell, Column, Table
 from adapters.runs import RunResult, Scores
 
@@ -35,41 +36,63 @@ _FOUND = (
 
 
 def results_tables(results: Sequence[RunResult]) -> list[Table]:
-    """Return the scores, two rows a method (one of losses), and what the methods did and cost, in the order given."""
-    measure = results[0].measure
+    """Return the scores, two rows a method (one of losses), and what the methods did and cost, in the order given.
+
+    Runs of several benchmarks have tables of their own.
+    """
+    alike: dict[tuple[str, str], list[RunResult]] = {}
+    for run in results:
+        alike.setdefault((run.benchmark, _scored_on(run)), []).append(run)
+    return [
+        replace(table, title=f"{benchmark}: {table.title}") if len(alike) > 1 else table
+        for (benchmark, _), runs in alike.items()
+        for table in _tables_of_one(runs)
+    ]
+
+
+def _scored_on(run: RunResult) -> str:
+    """Return what a title adds if a run was not scored on test samples."""
+    return "" if run.on_test_samples else " on held-out training samples"
+
+
+def _tables_of_one(results: Sequence[RunResult]) -> list[Table]:
+    measure, groups = results[0].measure, labelled(results)
+    seeds = sorted({result.seed for result in results})
+    # If rows have different seeds, as after a run that failed, each says how many it has.
+    are_alike = all(sorted(run.seed for run in runs) == seeds for _, runs in groups)
     scores: list[list[Cell]] = []
     costs: list[list[Cell]] = []
-    for method in dict.fromkeys(result.method for result in results):
-        runs = [result for result in results if result.method == method]
-        scores.append([method, "task", *_estimates([run.scores for run in runs])])
+    for label, runs in groups:
+        counted: list[Cell] = [] if are_alike else [str(len(runs))]
+        scores.append([label, *counted, "task", *_estimates([run.scores for run in runs])])
         if measure.is_accuracy:
-            scores.append(["", "class", *_estimates([run.class_incremental_scores for run in runs])])
+            empty = ["" for _ in counted]
+            scores.append(["", *empty, "class", *_estimates([run.class_incremental_scores for run in runs])])
+        else:  # there is no choice among classes
+            del scores[-1][1 + len(counted)]
         epochs = Estimate(tuple(float(sum(run.epochs)) for run in runs))
         seconds = Estimate(tuple(run.seconds["total"] for run in runs))
-        costs.append([method, _mean_alphas(runs), epochs, seconds])
+        costs.append([label, _mean_alphas(runs), epochs, seconds])
     merged = any(alpha is not None for run in results for alpha in run.alpha)
     headings = (measure.heading, "BWT", "forgetting", "plasticity")
-    score_columns = [Column("method"), Column("among"), *(Column(heading, measure.digits) for heading in headings)]
+    names = ["method", *([] if are_alike else ["seeds"]), *(["among"] if measure.is_accuracy else [])]
+    score_columns = [*map(Column, names), *(Column(heading, measure.digits) for heading in headings)]
     cost_columns = [Column("method"), Column("α of each task", prose=True), Column("epochs", 0), Column("seconds", 1)]
     if not merged:
         del cost_columns[1]
         costs = [[method, *others] for method, _, *others in costs]
     note = f"{ACCURACIES} {_AMONG}"
-    seeds = sorted({result.seed for result in results})
-    several = f"mean ± standard deviation over seeds {', '.join(map(str, seeds))}"
-    of_seeds = f"seed {seeds[0]}" if len(seeds) == 1 else several
-    scored = "" if results[0].on_test_samples else " on held-out training samples"
-    title, section = f"Accuracies{scored} in percent, {of_seeds}", 2
-    if not measure.is_accuracy:  # there is no choice among classes
-        del score_columns[1]
-        scores = [[method, *numbers] for method, _, *numbers in scores]
+    several = f" over seeds {', '.join(map(str, seeds))}" if are_alike else " over the seeds of each row"
+    of_seeds = f"seed {seeds[0]}" if len(seeds) == 1 else f"mean ± standard deviation{several}"
+    title, section = f"Accuracies{_scored_on(results[0])} in percent, {of_seeds}", 2
+    if not measure.is_accuracy:
         note = _LOSSES.format(unit=measure.unit)
-        correlations = [_correlation([run for run in results if run.method == row[0]]) for row in scores]
+        correlations = [_correlation(runs) for _, runs in groups]
         if any(correlations):
             score_columns.append(Column("correlation", measure.digits))
             scores = [[*row, cell] for row, cell in zip(scores, correlations, strict=True)]
             note += f" correlation: {CORRELATION}."
-        title, section = f"Losses{scored}, {measure.unit}, with the sign turned, {of_seeds}", 0
+        title, section = f"Losses{_scored_on(results[0])}, {measure.unit}, with the sign turned, {of_seeds}", 0
     return [
         Table(title, score_columns, scores, [note], section=section),
         Table("What was merged, and the cost" if merged else "The cost", cost_columns, costs, [_ALPHA] * merged),

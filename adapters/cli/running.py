@@ -13,8 +13,9 @@ from adapters.cli.interruption import InterruptedRun, Interruption
 from adapters.cli.jobs import Job, Load, load_data
 from adapters.runs import RunResult, write_summary
 from adapters.runs.checkpoints import Checkpoints
-from adapters.runs.directory import check_writable
+from adapters.runs.directory import check_writable, read_results
 from adapters.runs.events import place
+from adapters.runs.settings import fingerprint
 from adapters.tracking import Tracker
 from became_core import BecameError
 from became_core.continual import Callback, RunState, check_method
@@ -88,6 +89,8 @@ def run_jobs(jobs: Sequence[Job], display: Display, engine: Engine = one_after_a
         # A folder that cannot be written to, or that another process is at work in, is shown as it is.
         with suppress(BecameError), run.locked():
             write_summary(run.out)
+    for out in {job.run.out for job in to_do}:
+        read_results(out)  # the summary has them all, so one that is damaged is said before anything is computed
     for job in to_do:
         job.writer()
     _check_values(to_do, load)  # before a folder is made: a command that fails leaves none
@@ -208,6 +211,7 @@ def _run_to_its_end(job: Job, load: Load, display: Display) -> RunResult:
                 seed=run.seed,
                 config=config,
                 data_dir=configuration.hints()["data_dir"],
+                data=fingerprint(stream.dataset),
                 segments=segments,
             )
             run.save(result)

@@ -19,10 +19,11 @@ import json
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from adapters.benchmarks.location import data_directory
 from adapters.runs.checkpoints import Checkpoints, tidy
 from adapters.runs.configuration import Configuration
 from adapters.runs.events import EventLog
@@ -144,7 +145,8 @@ class RunDirectory:
             return  # the results are whole, and there is nothing to compare
         if theirs != fingerprint(stream.dataset):
             raise BecameError(
-                f"{self.results_file} is a run on other data than --data-dir names; choose another --out."
+                f"{self.results_file} is a run on other data than {stream.dataset.name} as it is now; choose another "
+                "--out."
             )
 
     def check_unfinished(self, backend: str, config: dict[str, Any], *, resume: bool) -> str:
@@ -223,7 +225,8 @@ class Record:
         method: its method, METHOD or METHOD+PROJECTOR.
         seed: its seed.
         preset: the preset that its configuration was made from; None if that is not known.
-        configuration: its configuration, with the hints that still hold.
+        configuration: its configuration, with its hints.
+        data: the digest of its data; None if that is not known.
     """
 
     backend: str
@@ -231,10 +234,14 @@ class Record:
     seed: int
     preset: str | None
     configuration: Configuration
+    data: str | None
 
 
 def read_record(file: Path) -> Record:
-    """Return what a ``config.json`` says of a run; a folder of data that no longer exists is left out.
+    """Return what a ``config.json`` says of a run.
+
+    A folder of data that no longer exists is left out if BECAME_DATA_DIR names another one; else a loader says that it
+    is missing, and takes no other data in its place.
 
     Raises:
         BecameError: if the file is damaged, holds no configuration, or one of another version.
@@ -247,11 +254,16 @@ def read_record(file: Path) -> Record:
         method, seed, config = str(values["method"]), int(values["seed"]), dict(values["config"])
         hints, backend, preset = dict(values.get("hints") or {}), _last(str(values["backend"])), values.get("preset")
         data_dir = None if hints.get("data_dir") is None else Path(hints["data_dir"])
+        data = values.get("data")
     except (KeyError, TypeError, ValueError):
         raise BecameError(f"{file} holds no run's configuration; give the command that started the run.") from None
-    hints["data_dir"] = data_dir if data_dir is not None and data_dir.exists() else None
+    is_elsewhere = data_dir is not None and not data_dir.exists() and data_directory(None) is not None
+    known = {each.name for each in fields(Configuration)}  # a later version may have written others
+    hints = {name: value for name, value in hints.items() if name in known} | {
+        "data_dir": None if is_elsewhere else data_dir
+    }
     configuration = replace(Configuration.from_json(config, method, file=str(file)), **hints)
-    return Record(backend, method, seed, preset, configuration)
+    return Record(backend, method, seed, preset, configuration, data if isinstance(data, str) else None)
 
 
 def check_writable(out: Path) -> None:

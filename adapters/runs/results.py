@@ -71,6 +71,7 @@ class RunResult:
     boundaries: dict[str, Any] | None = None
     correlation: NDArray[np.float64] = field(default_factory=lambda: np.zeros((0, 0)))
     temperatures: list[float] = field(default_factory=list)
+    data: str | None = None
 
     @classmethod
     def of(
@@ -83,6 +84,7 @@ class RunResult:
         seed: int,
         config: dict[str, Any],
         data_dir: str | None = None,
+        data: str | None = None,
         segments: Segments | None = None,
     ) -> Self:
         """Return the result of a record.
@@ -95,6 +97,7 @@ class RunResult:
             seed: of the run.
             config: of the run, as plain values.
             data_dir: the folder of the data, if one was given.
+            data: the digest of the data, as ``fingerprint`` gives it.
             segments: what was found in the stream, if boundaries were unknown.
         """
         return cls(
@@ -119,6 +122,7 @@ class RunResult:
             boundaries=None if segments is None else _boundaries(segments),
             correlation=record.correlation,
             temperatures=record.temperatures,
+            data=data,
         )
 
     @property
@@ -183,6 +187,7 @@ class RunResult:
             "boundaries": self.boundaries,
             "correlation": _rows(self.correlation),
             "temperatures": self.temperatures,
+            "data": self.data,
         }
 
     @classmethod
@@ -209,7 +214,7 @@ class RunResult:
     def _check(self) -> None:
         tasks = len(self.accuracy)
         _require(all(type(text) is str for text in (self.backend, self.benchmark, self.method)))
-        _require(self.data_dir is None or type(self.data_dir) is str)
+        _require(all(text is None or type(text) is str for text in (self.data_dir, self.data)))
         _require(type(self.unit) is str)
         _require(len(self.samples) in (0, tasks) and all(type(text) is str for texts in self.samples for text in texts))
         _require(self.boundaries is None or len(self.boundaries["tested"]) == tasks)

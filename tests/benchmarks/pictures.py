@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -29,7 +30,7 @@ def shades(count: int, size: int) -> NDArray[np.uint8]:
     return np.broadcast_to(colours[:, None, None, :], (count, size, size, 3))
 
 
-def encoded(pixels: NDArray[np.uint8], kind: str = "PNG") -> bytes:
+def encoded(pixels: NDArray[Any], kind: str = "PNG") -> bytes:
     stream = BytesIO()
     Image.fromarray(pixels).save(stream, kind)
     return stream.getvalue()

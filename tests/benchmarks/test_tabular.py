@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from adapters.analysis.comparison import comparison, gather
 from adapters.analysis.report import report
@@ -79,6 +81,14 @@ def test_text_and_few_whole_numbers_are_classes(tmp_path: Path) -> None:
         ("task,x,target\n", {}, "holds no rows"),
         (b"task,x,target\na,1,\xff\n", {}, "no UTF-8, the first at 18"),
         ("task,x,target\na,1,red\na,1,red\n", {}, "one value alone"),
+        ("task,x,x,target\na,1,2,3\na,1,2,3\n", {}, "has 2 columns of the name 'x'"),
+        ("task,x,target\na,1,2\na,NA,3\na,2,3\n", {}, "row 2 of houses has 'NA' in the column 'x', whose other cells"),
+        ('task,x,target\na,1,2\na,"1,234",3\na,2,3\n', {}, "row 2 of houses has '1,234' in the column 'x'"),
+        (
+            "task,x,target\n" + "".join(f"a,t{row},{row}\n" for row in range(1001)),
+            {},
+            "'x' of houses has 1,001 different texts",
+        ),
     ],
 )
 def test_a_table_that_cannot_be_learned_is_refused_in_a_sentence(
@@ -86,6 +96,22 @@ def test_a_table_that_cannot_be_learned_is_refused_in_a_sentence(
 ) -> None:
     with pytest.raises(BecameError, match=message):
         load_tabular(table(tmp_path, text), **settings)
+
+
+def test_a_mark_before_the_first_name_is_no_part_of_it(tmp_path: Path) -> None:
+    plain = load_tabular(table(tmp_path))
+    marked = load_tabular(table(tmp_path, b"\xef\xbb\xbf" + table(tmp_path).read_bytes()))
+    np.testing.assert_array_equal(marked.images, plain.images)
+
+
+@given(value=st.floats(-1e6, 1e6), rows=st.integers(5, 300))
+def test_of_a_constant_column_nothing_is_left(
+    tmp_path_factory: pytest.TempPathFactory, value: float, rows: int
+) -> None:
+    lines = "".join(f"a,{value!r},{row},{row / 7}\n" for row in range(rows))
+    dataset = load_tabular(table(tmp_path_factory.mktemp("constant"), f"task,same,x,target\n{lines}"))
+    assert (dataset.mean[0], dataset.std[0]) == (value, 1.0)
+    np.testing.assert_allclose(dataset.std[1], np.std(dataset.images[: dataset.train_size, 1, 0, 0]), rtol=1e-5)
 
 
 def test_a_missing_file_and_several_are_refused(tmp_path: Path) -> None:

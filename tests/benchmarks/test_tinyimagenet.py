@@ -62,6 +62,13 @@ def test_greyscale_files_become_rgb(tmp_path: Path) -> None:
     np.testing.assert_array_equal(load_tinyimagenet(tmp_path).images[400], np.broadcast_to(grey, (3, 64, 64)))
 
 
+def test_a_greyscale_file_of_16_bits_is_refused(tmp_path: Path) -> None:
+    image = write_tiny_zip(tmp_path) / "val" / "images" / "val_0.JPEG"
+    image.write_bytes(encoded(np.arange(64 * 64, dtype=np.uint16).reshape(64, 64)))
+    with pytest.raises(BecameError, match=f"{image.name} has 16 bits a pixel, which would become white"):
+        load_tinyimagenet(tmp_path)
+
+
 def test_a_hub_folder_that_lacks_a_class_is_refused(tmp_path: Path) -> None:
     folder = write_tiny_hub(tmp_path)
     images = [encoded(image) for image in TINY_VALID]

@@ -39,6 +39,14 @@ def test_quiet_shows_the_table_and_where_the_results_are(tmp_path: Path, capsys:
     assert capsys.readouterr().err.startswith("error: ")
 
 
+def test_a_folder_with_brackets_in_its_name_is_shown_as_it_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "o[lr=1] [b]"
+    assert main(BACKEND, [*RUN, "--out", str(out), "--quiet"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].endswith(f"{out}/summary.csv")
+
+
 def test_json_is_the_events_and_results_and_nothing_else(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     seeds = ["--seeds", "0", "1"]
     assert main(BACKEND, [*RUN, *seeds, "--out", str(tmp_path), "--log", "json"]) == 0

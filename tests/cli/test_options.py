@@ -260,6 +260,14 @@ def test_a_script_is_written_to_a_file_with_the_same_corrections(shell: str, tmp
     assert not [choices for choices in re.findall(r"'choices': \[.*?\]", written) if "'None'" in choices]
 
 
+def test_a_script_that_cannot_be_written_is_a_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "nowhere" / "script"
+    with pytest.raises(SystemExit) as stopped:
+        main(["--tyro-write-completion", "bash", str(file)])
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err == f"error: cannot write {file}: No such file or directory.\n"
+
+
 @pytest.mark.parametrize("shell", ["zsh", "fish"])
 def test_other_shells_can_complete(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:

@@ -13,7 +13,7 @@ import adapters.cli.__main__ as became
 from adapters.cli.__main__ import main
 from adapters.runs import RunDirectory
 from adapters.runs.configuration import Configuration
-from adapters.runs.directory import read_record
+from adapters.runs.directory import read_record, read_results
 from adapters.runs.files import read_sealed, write_sealed
 from adapters.torch.run import BACKEND
 
@@ -201,9 +201,10 @@ def test_resume_refuses_what_it_cannot_go_on_with(
     assert results(out) == {}
 
 
-def test_a_recorded_run_comes_back_with_the_hints_that_still_hold(
-    interrupted: Callable[..., Path], tmp_path: Path
+def test_a_recorded_run_comes_back_with_its_hints_and_data_that_are_gone_are_where_the_variable_says(
+    interrupted: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.delenv("BECAME_DATA_DIR", raising=False)
     file = interrupted("--lr", "0.5", "--device", "cpu", "--data-dir", str(tmp_path)) / "gpm-seed0" / "config.json"
     record = read_record(file)
     assert (record.backend, record.method, record.seed, record.preset) == ("torch", "gpm", 0, "quick")
@@ -211,8 +212,58 @@ def test_a_recorded_run_comes_back_with_the_hints_that_still_hold(
     expected = {**short, "lr": 0.5, "device": "cpu", "data_dir": tmp_path, "threads": 1}
     assert record.configuration == Configuration.of(expected, "gpm", "quick")
     values = read_sealed(file)
-    write_sealed(file, values | {"hints": values["hints"] | {"data_dir": str(tmp_path / "gone")}})
+    gone = {"data_dir": str(tmp_path / "gone"), "of a later version": 1}
+    write_sealed(file, values | {"hints": values["hints"] | gone})
+    assert read_record(file).configuration == replace(record.configuration, data_dir=tmp_path / "gone")
+    monkeypatch.setenv("BECAME_DATA_DIR", str(tmp_path))
     assert read_record(file).configuration == replace(record.configuration, data_dir=None)
+
+
+def test_with_another_number_of_tasks_a_recorded_configuration_learns_all_of_them(tmp_path: Path) -> None:
+    assert main([*command(tmp_path / "first"), "--first", "5", "--methods", "finetune"]) == 0
+    file = tmp_path / "first" / "finetune-seed0" / "config.json"
+    assert main(["run", "--config", str(file), "--tasks", "2", "--out", str(tmp_path / "other")]) == 0
+    (result,) = read_results(tmp_path / "other")
+    assert (result.config["tasks"], result.config["first"], len(result.accuracy)) == (2, 2, 2)
+
+
+def test_rows_at_the_end_are_of_one_configuration_each_and_say_of_how_many_seeds(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one = ["--methods", "finetune"]
+    assert main([*command(tmp_path), *one, "--seeds", "0", "1"]) == 0
+    assert main([*command(tmp_path), *one, "--seeds", "2", "--lr", "0.01"]) == 0
+    config = tmp_path / "finetune-seed1" / "config.json"
+    (config.parent / "results.json").unlink()
+    capsys.readouterr()
+    assert main(["resume", str(tmp_path)]) == 0
+    shown = capsys.readouterr().out
+    rows = [line.split() for line in shown.splitlines() if line.startswith("finetune (lr")]
+    assert [row[:4] for row in rows[:2]] == [["finetune", "(lr", "0.1)", "2"], ["finetune", "(lr", "0.01)", "1"]]
+    assert "mean ± standard deviation over the seeds of each row" in shown
+
+
+def test_a_run_whose_folder_was_renamed_is_not_begun_anew(
+    interrupted: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = interrupted()
+    renamed = (out / "gpm-seed0").rename(out / "old")
+    assert main(["resume", str(out)]) == 2
+    assert capsys.readouterr().err.endswith(
+        f"error: {renamed} holds the run gpm-seed0; give the folder that name again.\n"
+    )
+    assert not (out / "gpm-seed0").exists()
+
+
+def test_a_broken_result_of_another_run_is_said_before_anything_is_computed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "gpm-seed7").mkdir()
+    broken = tmp_path / "gpm-seed7" / "results.json"
+    broken.write_text("{", encoding="utf-8")
+    assert main([*command(tmp_path), "--methods", "finetune"]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {broken} is damaged or no run's results")
+    assert not (tmp_path / "finetune-seed0").exists()
 
 
 def test_config_takes_a_recorded_configuration_and_options_change_it(
