@@ -22,6 +22,8 @@ ROWS = {
     "cifar100-14-6/became-half": "`became-half`",
     "cifar100-of-20-tasks-20/gpm": "`gpm`",
     "cifar100-of-20-tasks-14-6-across/became": "`became --precision across`",
+    "tinyimagenet-20/gpm": "`gpm`",
+    "tinyimagenet-14-6-across/became": "`became --precision across`",
 }
 
 
@@ -47,7 +49,7 @@ def test_a_result_is_kept_once_and_another_run_does_not_replace_it(tmp_path: Pat
 
 
 def test_each_method_at_20_epochs_has_its_row() -> None:
-    folders = [folder for folder in KEPT.iterdir() if folder.name.startswith("cifar100-")]
+    folders = [folder for folder in KEPT.iterdir() if folder.name.startswith(("cifar100-", "tinyimagenet-"))]
     groups = {
         f"{folder.name}/{group.runs[0].method}": group
         for folder in folders
