@@ -4,7 +4,8 @@ A file of safetensors holds the arrays of the posterior and of the projector; it
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,12 +13,14 @@ from typing import Any, NamedTuple
 from safetensors import SafetensorError, safe_open
 
 from adapters.backend.own_loop import first_difference
+from adapters.runs.files import replaced
 from became_core import BecameError, Diagonal, LaplacePosterior
-from became_core.arrays import Array, Params
+from became_core.arrays import Array, Params, namespace
 from became_core.curvature import LIKELIHOODS
+from became_core.errors import first_line
 from became_core.projection import PROJECTORS, Projector
 
-__all__ = ["Stored", "check_description", "described", "memory_arrays", "read_memory", "restored"]
+__all__ = ["Stored", "check_description", "described", "memory_arrays", "read_memory", "restored", "written"]
 
 FORMAT = 1
 
@@ -67,8 +70,22 @@ def described(
     return {"became": json.dumps(description)}
 
 
+@contextmanager
+def written(file: str | Path) -> Iterator[Path]:
+    """Yield the name of a file to write, which takes this one's place once it is whole.
+
+    Raises:
+        BecameError: if it cannot be written; what was saved there before is still there.
+    """
+    try:
+        with replaced(Path(file)) as temporary:
+            yield temporary
+    except (OSError, SafetensorError) as error:
+        raise BecameError(f"could not write {file}: {getattr(error, 'strerror', None) or first_line(error)}.") from None
+
+
 def read_memory(file: str | Path, framework: str) -> tuple[dict[str, Any], dict[str, Array]]:
-    """Return what a memory's file says, and its arrays.
+    """Return what a memory's file says, and its arrays, which stay as they are if the file is written again.
 
     Args:
         file: the file.
@@ -81,9 +98,15 @@ def read_memory(file: str | Path, framework: str) -> tuple[dict[str, Any], dict[
         with safe_open(str(file), framework) as opened:
             description = json.loads((opened.metadata() or {})["became"])
             names = list(opened.keys())
-            return description, {name: opened.get_tensor(name) for name in names}
+            # Of some versions of safetensors what is read is the file itself, as the system has mapped it.
+            return description, {name: _copied(opened.get_tensor(name)) for name in names}
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise BecameError(f"{file} is no memory that Continual.save wrote ({error}).") from None
+
+
+def _copied(array: Array) -> Array:
+    xp: Any = namespace(array=array)
+    return xp.asarray(array, copy=True)
 
 
 class Stored(NamedTuple):

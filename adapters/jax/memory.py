@@ -19,7 +19,7 @@ from jax import numpy as jnp
 from safetensors.flax import save_file
 
 from adapters.backend import memory as shared
-from adapters.backend.memory_file import described, memory_arrays, read_memory, restored
+from adapters.backend.memory_file import described, memory_arrays, read_memory, restored, written
 from adapters.backend.own_loop import Coverage, NetworkCheck, Uncovered, coverage_of, first_difference, known_likelihood
 from adapters.jax.data_loss import DataLoss, Loss, moments_of
 from adapters.jax.tapping import Apply, trained_of
@@ -229,7 +229,8 @@ def save(memory: Memory, file: str | Path) -> None:
     settings = {name: getattr(memory, name) for name in DEFAULTS}
     metadata = described(memory.shapes, memory.matrices, memory.projector, memory.likelihood, **settings)
     arrays = memory_arrays(memory.posterior, memory.projector)
-    save_file({name: jnp.asarray(value) for name, value in arrays.items()}, str(file), metadata)
+    with written(file) as temporary:
+        save_file({name: jnp.asarray(value) for name, value in arrays.items()}, temporary, metadata)
 
 
 def load(

@@ -8,6 +8,8 @@ import hashlib
 import json
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ __all__ = [
     "read_file",
     "read_sealed",
     "remove_temporary_files",
+    "replaced",
     "write_file",
     "write_sealed",
 ]
@@ -56,19 +59,33 @@ def write_file(file: Path, content: bytes, *, lasting: bool = True) -> None:
     Raises:
         BecameError: if it cannot be written; what was there before is still there.
     """
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as handle:
-            handle.write(content)
-            handle.flush()
-            os.fsync(handle.fileno())
+        with replaced(file, lasting=lasting) as temporary:
+            temporary.write_bytes(content)
+    except OSError as error:
+        raise BecameError(f"cannot write {file}: {error.strerror}.") from None
+
+
+@contextmanager
+def replaced(file: Path, *, lasting: bool = True) -> Iterator[Path]:
+    """Yield the name of a file to write, which takes this one's place after the context; not if it ends in an error.
+
+    Args:
+        file: in a folder that exists.
+        lasting: as of ``write_file``.
+
+    Raises:
+        OSError: if that cannot be done.
+    """
+    temporary = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        yield temporary
+        with temporary.open("rb+") as handle:
+            os.fsync(handle)
         temporary.replace(file)
         if lasting:
             _sync_folder(file.parent)
-    except OSError as error:
-        _remove_quietly(temporary)
-        raise BecameError(f"cannot write {file}: {error.strerror}.") from None
     except BaseException:
         _remove_quietly(temporary)
         raise

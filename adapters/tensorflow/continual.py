@@ -20,7 +20,7 @@ from safetensors.numpy import save_file
 
 from adapters.backend.continual import ContinualModel
 from adapters.backend.memory import fisher_of_moments, held_by_curvature
-from adapters.backend.memory_file import read_memory, restored
+from adapters.backend.memory_file import read_memory, restored, written
 from adapters.backend.own_loop import MergeReport, Uncovered, known_likelihood
 from adapters.tensorflow.batches import Apply, Reader, Targets
 from adapters.tensorflow.data_loss import DataLoss, Loss
@@ -238,7 +238,8 @@ class Continual(ContinualModel):
 
     def _write(self, arrays: dict[str, Array], file: str | Path, metadata: dict[str, str]) -> None:
         tensors = {name: np.asarray(tf.convert_to_tensor(value).numpy()) for name, value in arrays.items()}
-        save_file(tensors, str(file), metadata)
+        with written(file) as temporary:
+            save_file(tensors, temporary, metadata)
 
     @classmethod
     def load(cls, model: keras.Model, file: str | Path, **settings: Any) -> Self:

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 from torch.optim import Optimizer
@@ -21,7 +20,7 @@ from torch.optim import Optimizer
 from adapters.backend.batches import Reader
 from adapters.backend.continual import ContinualModel
 from adapters.backend.memory import fisher_of_moments, held_by_curvature
-from adapters.backend.memory_file import read_memory, restored
+from adapters.backend.memory_file import read_memory, restored, written
 from adapters.backend.own_loop import MergeReport, Uncovered, known_likelihood
 from adapters.torch.batches import Apply, Targets
 from adapters.torch.data_loss import Batches, DataLoss, Loss
@@ -277,15 +276,14 @@ class Continual(ContinualModel):
                 tensors[name] = torch.as_tensor(whole).detach().contiguous().cpu()
         if shared.rank == 0:
             try:
-                save_file(tensors, str(file), metadata)
-            except (OSError, SafetensorError) as error:
-                if shared.count == 1:
-                    raise
+                with written(file) as temporary:
+                    save_file(tensors, temporary, metadata)
+            except BecameError as error:
                 failure = str(error)
         # The others wait until the file is there.
         failure = shared.of_all(failure)[0]
         if failure is not None:
-            raise BecameError(f"process 1 could not write {file}: {failure}.")
+            raise BecameError(failure if shared.count == 1 else f"process 1 {failure}")
 
     @classmethod
     def load(cls, model: nn.Module, file: str | Path, **settings: Any) -> Self:

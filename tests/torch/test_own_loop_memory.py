@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import pytest
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
@@ -238,6 +238,64 @@ def test_a_memory_comes_back_from_a_file(tmp_path: Path) -> None:
     with pytest.raises(BecameError, match="made with a loss of your own; give it as likelihood="):
         Continual.load(model, file)
     assert Continual.load(model, file, likelihood=functional.cross_entropy).coverage.share("protected") > 0
+
+
+@pytest.mark.parametrize("error", [SafetensorError("I/O error: no space is left"), OSError(28, "No space left")])
+def test_a_save_that_fails_leaves_the_memory_that_was_saved_before(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, file = new_network("perceptron"), tmp_path / "memory.safetensors"
+    learning = Continual(model)
+    learning.remember(new_data(1))
+    learning.save(file)
+    before = file.read_bytes()
+    learning.remember(new_data(2))
+
+    def stop(_: Any, name: Any, __: Any) -> None:
+        Path(name).write_bytes(before[:99])
+        raise error
+
+    monkeypatch.setattr("adapters.torch.continual.save_file", stop)
+    with pytest.raises(BecameError, match=r"^could not write .*memory\.safetensors: .*[Nn]o space.* left\.$"):
+        learning.save(file)
+    assert file.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_a_loaded_memory_is_no_view_of_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, file = new_network("perceptron"), tmp_path / "memory.safetensors"
+    learning = Continual(model)
+    learning.remember(new_data(1))
+    learning.save(file)
+    views: list[Tensor] = []
+
+    class View:
+        """A file whose arrays are it, as some versions of safetensors have them."""
+
+        def __init__(self, *named: Any) -> None:
+            self._opened: Any = safe_open(*named)
+
+        def __enter__(self) -> Any:
+            self._opened.__enter__()
+            return self
+
+        def __exit__(self, *how: Any) -> None:
+            self._opened.__exit__(*how)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._opened, name)
+
+        def get_tensor(self, name: str) -> Tensor:
+            views.append(self._opened.get_tensor(name))
+            return views[-1]
+
+    monkeypatch.setattr("adapters.backend.memory_file.safe_open", View)
+    loaded = Continual.load(model, file)
+    assert loaded.posterior is not None
+    for view in views:
+        view.zero_()  # the file is written again
+    for name, value in model.named_parameters():
+        assert torch.equal(loaded.posterior.mean[name], value.detach())
 
 
 @dataclass(frozen=True)
