@@ -90,11 +90,13 @@ class StepGuard:
         before: the weights before the step, likewise.
         still: weights that need no gradient now and have one from before, by which an optimiser would move them; each
             with its value before the step.
+        inside: of weights that have a ``removed_factor``, what lay in the protected space before the first step.
         groups: what is trained in the present step, and the optimiser's group that it is in.
         guarded: the names of all that has been trained.
 
     Raises:
-        BecameError: if a protected weight is sharded along d_in, or the optimiser is an LBFGS, or has no rate.
+        BecameError: if a protected weight is sharded along d_in, or the optimiser is an LBFGS, changes weights outside
+            of its steps, or has no rate.
     """
 
     optimizer: Optimizer
@@ -107,6 +109,7 @@ class StepGuard:
     penalised: dict[str, tuple[Tensor, Tensor]]
     before: dict[str, Tensor] = field(default_factory=dict)
     still: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    inside: dict[str, Tensor] = field(default_factory=dict)
     groups: Groups = field(init=False)
     guarded: set[str] = field(init=False)
     _names: dict[nn.Parameter, str] = field(init=False, repr=False)
@@ -121,6 +124,12 @@ class StepGuard:
             raise BecameError(
                 "a step of LBFGS is many steps, each to where the one before it has led, and only their sum could be "
                 "projected; choose an optimizer that takes one."
+            )
+        # Those without a schedule average weights, and exchange them for the averages, by these methods.
+        if all(callable(getattr(self.optimizer, method, None)) for method in ("train", "eval")):
+            raise BecameError(
+                f"{type(self.optimizer).__name__} exchanges the weights outside of its steps, by its train() and "
+                "eval(), and only steps are projected; choose an optimizer that changes weights in its steps alone."
             )
         if self.penalised and any(group.get("lr") is None for group in self.optimizer.param_groups):
             raise BecameError(
@@ -156,6 +165,9 @@ class StepGuard:
                         self.before[name].copy_(own_part(value))
                     else:
                         self.before[name] = own_part(value).clone()
+                    factor = self.projector.removed_factor(name)
+                    if factor is not None and name not in self.inside:
+                        self.inside[name] = self._inside(name, own_part(value), factor)
 
     def _follow(self) -> None:
         """Let the memory be where the weights are, which the user's loop may have moved, as Lightning's does."""
@@ -202,21 +214,50 @@ class StepGuard:
 
     def _project(self, name: str, value: Tensor) -> None:
         """Take a step's part in the protected space out of a weight, in place."""
-        before, width = self.before[name], self.projector.rank[name][1]
-
-        def rows(array: Tensor) -> Tensor:
-            """Return the matrix [d_out, d_in] of a weight with any number of axes; a view if it is contiguous."""
-            return array.reshape(width, -1).T if name in self.transposed else array.reshape(-1, width)
-
-        factor = self.projector.removed_factor(name)
+        before, factor = self.before[name], self.projector.removed_factor(name)
         if factor is not None and value.dtype == factor.dtype and value.is_contiguous():
             # Two products and no further array of the weight's size; the weights from before the step are not needed.
             back = before.sub_(value)
-            rows(value).addmm_(rows(back) @ factor, factor.T)
+            self._rows(name, value).addmm_(self._rows(name, back) @ factor, factor.T)
             return
-        allowed = self.projector.project({name: rows(value - before)})[name]
+        allowed = self.projector.project({name: self._rows(name, value - before)})[name]
         allowed = (allowed.T if name in self.transposed else allowed).reshape(value.shape)
         torch.add(before, allowed, out=value)
+
+    def _rows(self, name: str, value: Tensor) -> Tensor:
+        """Return the matrix [d_out, d_in] of a weight with any number of axes; a view if it is contiguous."""
+        width = self.projector.rank[name][1]
+        return value.reshape(width, -1).T if name in self.transposed else value.reshape(-1, width)
+
+    def _inside(self, name: str, value: Tensor, factor: Tensor) -> Tensor:
+        """Return a weight's part in its protected space, [d_out, k]."""
+        return (self._rows(name, value).double() @ factor.double()).to(factor.dtype)
+
+    @property
+    def held(self) -> set[str]:
+        """The names of all that no step has moved."""
+        protected = self.projector.rank.keys()
+        return {
+            name for name in self.guarded if name in self.standing or (name in self.frozen and name not in protected)
+        }
+
+    @torch.no_grad()
+    def first_moved(self, steps: int) -> str | None:
+        """Return the first weight that has moved within its protected space, by more than these steps' rounding."""
+        for name, before in self.inside.items():
+            value, factor = own_part(self.parameters[name]), self.projector.removed_factor(name)
+            if factor is None or not value.numel():
+                continue
+            epsilon = max(torch.finfo(value.dtype).eps, torch.finfo(factor.dtype).eps)
+            wide = factor.double()
+            if float(torch.linalg.vector_norm(wide.T @ wide - torch.eye(len(wide.T)).to(wide))) > 1e-4:
+                continue  # directions of less importance may move in part
+            now = self._inside(name, value.to(factor.device), factor)
+            moved = torch.linalg.vector_norm(now.double() - before.to(now.device).double())
+            # Each step rounds every entry of the weight once; 16 times as much is no rounding of any kernel.
+            if float(moved) > 16 * steps * epsilon * float(torch.linalg.vector_norm(value.double())):
+                return name
+        return None
 
 
 def _names_in(groups: Groups) -> set[str]:
@@ -232,8 +273,9 @@ class Witness:
     """Sees whether something else than the guarded steps changes weights, for then nothing holds them to old data.
 
     It looks twice, since that costs a pass over the weights: between the first round of steps and the next one, and at
-    the end, when weights that no guarded optimiser has must be as they were. What is compared are the weights' lengths;
-    their sums would not do, as a softmax has gradients that add up to zero.
+    the end. Then weights that no guarded optimiser has, or that stand still, must be as they were, and so must be what
+    GPM protects of the others, where that is no more than half of a weight's space. What is compared otherwise are the
+    weights' lengths; their sums would not do, as a softmax has gradients that add up to zero.
 
     Attributes:
         weights: the model's trained parameters.
@@ -267,9 +309,11 @@ class Witness:
             self.lengths = lengths_of(self.weights)
 
     def at_end(self) -> None:
-        """Look at the weights that no optimiser has, or at all if none has stepped."""
-        guarded = {name for guard in self.guards for name in guard.guarded} if self.steps else ()
-        changed = self._first_changed(name for name in self.weights if name not in guarded)
+        """Look at what no step has moved, or at all weights if none was taken; and at what lies in protected spaces."""
+        moving = {name for guard in self.guards for name in guard.guarded - guard.held} if self.steps else ()
+        changed = self._first_changed(name for name in self.weights if name not in moving)
+        for guard in self.guards if changed is None else ():
+            changed = changed or guard.first_moved(self.steps)
         if changed is not None:
             say_changed(changed, has_stepped=self.steps > 0)
 

@@ -103,6 +103,29 @@ def test_a_step_that_is_many_steps_is_refused() -> None:
         pass
 
 
+class Averaging(SGD):
+    """A schedule-free optimizer, as facebook's are."""
+
+    def train(self) -> None:
+        """Let the model have the weights that are trained."""
+
+    def eval(self) -> None:
+        """Let the model have their averages."""
+
+
+def test_an_optimizer_that_exchanges_weights_outside_of_its_steps_is_refused() -> None:
+    case = Case()
+    with (
+        pytest.raises(
+            BecameError, match=r"Averaging exchanges the weights outside of its steps, by its train\(\) and eval"
+        ),
+        case.learning.stable(Averaging(case.model.parameters(), 0.1)),
+    ):
+        pass
+    with case.learning.stable(SGD(case.model.parameters(), 0.1)):  # nothing was left behind
+        pass
+
+
 def test_each_parameter_may_have_an_optimizer_that_steps_in_the_backward_pass() -> None:
     case = Case()
     own = {value: SGD([value], 0.1) for value in case.model.parameters()}
@@ -255,10 +278,49 @@ def by_the_model(case: Case) -> None:
         case.train(optimizer)
 
 
-@pytest.mark.parametrize("train", [by_a_forgotten_one, by_a_forgotten_one_at_the_end, by_hand, by_the_model])
+def late(case: Case, name: str) -> None:
+    optimizer = SGD(case.model.parameters(), 0.1)
+    with case.learning.stable(optimizer):
+        case.train(optimizer)
+        with torch.no_grad():
+            case.model.get_parameter(name).mul_(1.001)
+        case.train(optimizer)
+
+
+def by_hand_and_late(case: Case) -> None:
+    late(case, "0.weight")
+
+
+def by_hand_and_late_what_stands_still(case: Case) -> None:
+    late(case, "0.bias")
+
+
+LATE = [by_hand_and_late, by_hand_and_late_what_stands_still]
+
+
+@pytest.mark.parametrize("train", [by_a_forgotten_one, by_a_forgotten_one_at_the_end, by_hand, by_the_model, *LATE])
 def test_what_else_changes_weights_is_noticed(train: Callable[[Case], None]) -> None:
     with pytest.raises(BecameError, match=CHANGED):
         train(Case())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("projector", [GPM(1.0), SGP(1.0), NSCL()])
+def test_many_steps_with_weight_decay_are_no_other_change(projector: Any, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model: Any = nn.Sequential(nn.Linear(WIDTH, 8), nn.Tanh(), nn.Linear(8, CLASSES)).to(dtype)
+    learning = Continual(model, projector=projector, uncovered="frozen", check=False)
+    learning.remember([(torch.randn(2, WIDTH).to(dtype), torch.arange(2))])
+    first, new = model[0].weight.detach().clone(), torch.randn(5, WIDTH).to(dtype)
+    body = torch.optim.AdamW(model[0].parameters(), 0.1, weight_decay=0.1)
+    head = SGD(model[2].parameters(), 0.5, momentum=0.9, nesterov=True, weight_decay=0.01)
+    with learning.stable(body, head):
+        for _ in range(100):
+            model.zero_grad()
+            functional.cross_entropy(model(new), torch.arange(5) % CLASSES).backward()  # type: ignore[no-untyped-call]
+            body.step()
+            head.step()
+    assert float((model[0].weight - first).detach().norm()) > 0.3 * float(first.norm())
 
 
 def test_there_is_a_warning_if_weights_change_and_no_step_is_taken() -> None:
