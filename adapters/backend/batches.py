@@ -27,6 +27,7 @@ __all__ = [
     "inputs_and_targets",
     "length_of",
     "mean_loss",
+    "one_number",
     "repeatable",
     "units_of",
     "with_progress",
@@ -191,7 +192,7 @@ def mean_loss(
         summed: from this process's sum of losses and its samples or tokens to those of all processes.
 
     Raises:
-        BecameError: if there is no batch.
+        BecameError: if there is no batch, or a loss of the user's own is no single number.
     """
     total = units = 0.0
     for outputs, targets in passes:
@@ -199,11 +200,19 @@ def mean_loss(
         if isinstance(likelihood, Likelihood):
             total += float(likelihood.loss(outputs, targets))
         else:
-            total += float((own_loss or likelihood)(outputs, targets)) * size
+            total += float(one_number((own_loss or likelihood)(outputs, targets))) * size
         units += size
     if summed is not None:
         total, units = summed(total, units)
     return total / counted(units)
+
+
+def one_number(loss: Array) -> Array:
+    """Return the value of a loss of the user's own; raise a BecameError if it is no single number."""
+    shape = list(getattr(loss, "shape", ()))
+    if shape:
+        raise BecameError(f"the loss has shape {shape}; it must return one number, the batch's mean.")
+    return loss
 
 
 def _check_labels(likelihood: Categorical, outputs: Array, targets: Any) -> None:

@@ -34,6 +34,7 @@ from adapters.backend.batches import (
     inputs_and_targets,
     length_of,
     mean_loss,
+    one_number,
     units_of,
     with_progress,
 )
@@ -411,7 +412,6 @@ def _norm(values: Params) -> Array:
 
 def _own_gradient(loss_of: Loss, outputs: Array, targets: Any) -> Array:
     loss, backward = jax.vjp(lambda outputs: loss_of(outputs, targets), outputs)
-    if loss.ndim:
-        raise BecameError(f"the loss has shape {list(loss.shape)}; it must return one number, the batch's mean.")
+    one_number(loss)
     gradient: Array = backward(jnp.ones_like(loss))[0] * len(outputs)
     return gradient

@@ -25,6 +25,7 @@ from adapters.backend.batches import (
     gradient_by_outputs,
     length_of,
     mean_loss,
+    one_number,
     units_of,
     with_progress,
 )
@@ -306,9 +307,7 @@ def _own_loss(loss_of: Any, outputs: Array, targets: Any) -> Array:
                 f"the loss cannot be taken of outputs and targets, in this order ({first_line(error)}); a function of "
                 "Keras has the targets first, so wrap it in one that has the outputs first."
             ) from error
-    if loss.shape.rank:
-        raise BecameError(f"the loss has shape {list(loss.shape)}; it must return one number, the batch's mean.")
-    return loss
+    return one_number(loss)
 
 
 def _own_gradient(loss_of: Loss, outputs: Array, targets: Any) -> Array:

@@ -9,7 +9,7 @@
 Convention: outputs are [samples, ...]. Tensors go to the device of the model.
 """
 
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from copy import copy
 from itertools import count
@@ -22,8 +22,9 @@ from adapters.backend.batches import Reader
 from adapters.torch.layers import buffers_kept, modes_kept
 from adapters.torch.shared_model import first_changed, lengths_of
 from became_core import BecameError
+from became_core.errors import first_line
 
-__all__ = ["Applied", "few_samples", "in_evaluation", "samples_of", "tensors_of", "to_device"]
+__all__ = ["Applied", "few_samples", "in_evaluation", "not_a_few", "samples_of", "tensors_of", "to_device"]
 
 Apply = Callable[[nn.Module, Any], Tensor]
 Targets = Callable[[Any], Any]
@@ -83,22 +84,51 @@ def to_device(tree: Any, device: torch.device) -> Any:
 def samples_of(arguments: tuple[Any, ...], rows: slice | list[int], samples: int) -> tuple[Any, ...]:
     """Return a network's arguments with some of the samples.
 
+    A list or tuple within the first argument that has an entry for each sample, texts or images of several sizes, say,
+    is cut itself.
+
     Args:
         arguments: the first is the samples; the others are left as they are.
         rows: which samples.
         samples: how many there are; a tensor with another length is no samples'.
     """
 
-    def sliced(tree: Any) -> Any:
+    def sliced(tree: Any, *, is_within: bool = True) -> Any:
         if isinstance(tree, Tensor):
             return tree[rows] if tree.ndim and len(tree) == samples else tree
         if isinstance(tree, Mapping):
             return {key: sliced(value) for key, value in tree.items()}
         if isinstance(tree, tuple) and hasattr(tree, "_fields"):
             return type(tree)(*map(sliced, tree))
-        return type(tree)(map(sliced, tree)) if isinstance(tree, tuple | list) else tree
+        if not isinstance(tree, tuple | list):
+            return tree
+        if _has_one_for_each(tree, samples, is_within):
+            return type(tree)(tree[rows] if isinstance(rows, slice) else [tree[row] for row in rows])
+        return type(tree)(map(sliced, tree))
 
-    return sliced(arguments[0]), *arguments[1:]
+    return sliced(arguments[0], is_within=False), *arguments[1:]
+
+
+def _has_one_for_each(parts: Sequence[Any], samples: int, is_within: bool) -> bool:
+    """Whether a list has a text for each sample, or a tensor that has no axis of samples.
+
+    Tensors that are a model's arguments are not within a list, and of a single sample nothing tells one from another.
+    """
+    if len(parts) != samples:
+        return False
+    if all(isinstance(part, str) for part in parts):
+        return True
+    are_tensors = is_within and samples > 1 and all(isinstance(part, Tensor) for part in parts)
+    return are_tensors and not any(part.ndim and len(part) == samples for part in parts)
+
+
+def not_a_few(samples: int, error: Exception) -> BecameError:
+    """Return what is said if a model does not run with some of a batch's samples."""
+    return BecameError(
+        f"the model takes {samples} samples and not a few of them ({first_line(error)}); samples are on the first axis "
+        "of a tensor, or entries of a list of texts or of tensors within the batch. If all samples share an input that "
+        "is as long as the batch, such as a mask, or tensors in a list are, begin with a batch of another length."
+    )
 
 
 def few_samples(arguments: tuple[Any, ...], samples: int) -> tuple[Any, ...]:

@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from adapters.backend.checking import STEPS, agreement
 from adapters.backend.own_loop import Finding
-from adapters.torch.batches import samples_of
+from adapters.torch.batches import not_a_few, samples_of
 from adapters.torch.derivatives import Derivatives
 from adapters.torch.layers import buffers_kept, gradients_of, modes_kept, outputs_at
 from adapters.torch.tapping import Names, collect_taps, owners_of
@@ -121,7 +121,13 @@ class TorchView:
 
     def _call(self, theta: Mapping[str, Tensor], samples: slice) -> Tensor:
         arguments = self._arguments if samples == slice(None) else samples_of(self._arguments, samples, self._samples)
-        return outputs_at(self._network, {self._raw[name]: value for name, value in theta.items()}, arguments)
+        named = {self._raw[name]: value for name, value in theta.items()}
+        try:
+            return outputs_at(self._network, named, arguments)
+        except Exception as error:
+            if arguments is self._arguments or isinstance(error, BecameError):
+                raise
+            raise not_a_few(self._samples, error) from None
 
     @torch.no_grad()
     def outputs(self, theta: Params, samples: slice) -> Tensor:

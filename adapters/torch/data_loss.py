@@ -29,13 +29,14 @@ from adapters.backend.batches import (
     gradient_by_outputs,
     length_of,
     mean_loss,
+    one_number,
     units_of,
     with_progress,
 )
 from adapters.backend.checking import check_network
 from adapters.backend.memory import InputGrams, by_slopes, matrices_with
 from adapters.backend.own_loop import NetworkCheck
-from adapters.torch.batches import Applied, few_samples, in_evaluation, to_device
+from adapters.torch.batches import Applied, few_samples, in_evaluation, not_a_few, to_device
 from adapters.torch.checking import RowsKept, TorchView
 from adapters.torch.derivatives import Derivatives
 from adapters.torch.layers import estimate_statistics, gradients_of, outputs_at
@@ -44,7 +45,6 @@ from adapters.torch.tapping import Layouts, as_written, collect_taps, ways_of
 from became_core import BecameError, Quadratic
 from became_core.arrays import Params
 from became_core.curvature import FisherTargets, Likelihood, Taps, square_sums
-from became_core.errors import first_line
 
 __all__ = ["Batches", "DataLoss", "Loss"]
 
@@ -165,10 +165,7 @@ class DataLoss:
         except BecameError:
             raise
         except Exception as error:
-            raise BecameError(
-                f"the model takes {len(outputs)} samples and not a few of them ({first_line(error)}); if all samples "
-                "share an input that is as long as the batch, such as a mask, begin with a batch of another length."
-            ) from None
+            raise not_a_few(len(outputs), error) from None
         if self._checks and self.checked is None:
             self.checked = check_network(TorchView(self._applied, names, few, self._derivatives))
             self.checked.assert_sound()
@@ -372,8 +369,6 @@ class DataLoss:
 def _own_gradient(loss_of: Loss, outputs: Tensor, targets: Any) -> Tensor:
     with torch.enable_grad():
         leaf = outputs.detach().requires_grad_()
-        loss = loss_of(leaf, targets)
-        if loss.ndim:
-            raise BecameError(f"the loss has shape {list(loss.shape)}; it must return one number, the batch's mean.")
+        loss = one_number(loss_of(leaf, targets))
         (gradient,) = torch.autograd.grad(loss * len(outputs), leaf)
     return gradient

@@ -16,6 +16,7 @@ from became_core.curvature import Categorical
 from became_core.projection import TRGP
 from tests.torch.modules import CLASSES, WIDTH
 from tests.torch.own_loop import new_data, new_network, train
+from tests.torch.own_models import Of
 
 
 def test_a_model_of_which_the_memory_says_too_little_is_refused() -> None:
@@ -143,6 +144,70 @@ def test_a_batch_as_long_as_an_input_that_all_samples_share_is_refused_in_a_sent
     batch = {"keys": torch.randint(9, (6, 6)), "mask": torch.eye(6), "labels": torch.randint(CLASSES, (6,))}
     with pytest.raises(BecameError, match=r"takes 6 samples and not a few of them .* batch of another length"):
         Continual(_Placed().double()).remember([batch])
+
+
+def _read_texts(net: Any, texts: Any) -> Tensor:
+    rows = [net.words(torch.tensor([ord(letter) % 21 for letter in text])) for text in texts]
+    outputs: Tensor = net.head(torch.stack([net.body(row).tanh().mean(0) for row in rows]))
+    return outputs
+
+
+def _read_images(net: Any, images: Any) -> Tensor:
+    outputs: Tensor = net.head(torch.cat([net.body(image[None]).tanh().mean((2, 3)) for image in images]))
+    return outputs
+
+
+def _texts(size: int) -> Any:
+    return ["hello", "big world", "abc", "de", "fghij"][:size], torch.arange(size) % CLASSES
+
+
+def _images(size: int) -> Any:
+    drawn = torch.Generator().manual_seed(size)
+    images = [torch.randn(3, 5 + index, 6, dtype=torch.float64, generator=drawn) for index in range(size)]
+    return images, torch.arange(size) % CLASSES
+
+
+@pytest.mark.parametrize("sizes", [(4, 5), (2, 4), (5, 3)])
+@pytest.mark.parametrize("kind", ["texts", "images"])
+def test_a_list_with_an_entry_for_each_sample_is_cut(kind: str, sizes: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    if kind == "texts":
+        make, network = (
+            _texts,
+            Of(_read_texts, words=nn.Embedding(21, 4), body=nn.Linear(4, 4), head=nn.Linear(4, CLASSES)),
+        )
+    else:
+        make, network = _images, Of(_read_images, body=nn.Conv2d(3, 4, 2), head=nn.Linear(4, CLASSES))
+    network.double()
+    batches = [make(size) for size in sizes]
+    learning = Continual(network, apply=lambda net, batch: net(batch[0]), targets=lambda batch: batch[1])
+    learning.remember(batches)
+    assert learning.checked is not None
+    assert learning.posterior is not None
+    squares: dict[str, Any] = {name: 0.0 for name, _ in network.named_parameters()}
+    for samples, targets in batches:
+        for sample, target in zip(samples, targets, strict=True):
+            network.zero_grad()
+            functional.cross_entropy(network([sample]), target[None]).backward()  # type: ignore[no-untyped-call]
+            for name, value in network.named_parameters():
+                assert value.grad is not None
+                squares[name] = squares[name] + value.grad.square() / sum(sizes)
+    for name, found in learning.posterior.precision.diagonal().items():
+        torch.testing.assert_close(found, squares[name], rtol=1e-9, atol=1e-20)
+
+
+def test_images_in_a_list_as_long_as_their_channels_are_refused_in_a_sentence() -> None:
+    network = Of(_read_images, body=nn.Conv2d(3, 4, 2), head=nn.Linear(4, CLASSES)).double()
+    learning = Continual(network, apply=lambda net, batch: net(batch[0]), targets=lambda batch: batch[1])
+    with pytest.raises(BecameError, match=r"takes 3 samples and not a few of them .* in a list are, begin with"):
+        learning.remember([_images(3)])
+    learning.remember([_images(4)])
+
+
+def test_a_loss_that_is_no_single_number_is_refused_in_a_sentence_in_a_stream_too() -> None:
+    learning = Continual(new_network("perceptron"), nn.CrossEntropyLoss(reduction="none"))
+    with pytest.raises(BecameError, match=r"the loss has shape \[2\]; it must return one number, the batch's mean"):
+        learning.observe(new_data(1)[0])
 
 
 def test_data_that_use_a_protected_matrix_otherwise_are_refused() -> None:
