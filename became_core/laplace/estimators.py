@@ -147,7 +147,8 @@ class Secant:
     The curvature at theta_hat need not be that of the way there: where theta_gp has learned the new task already, its
     loss is flat at one end whatever the curvature is at the other. So the slope at the origin is measured, and the
     curvature along the way is the difference of the slopes at its ends; in other directions it is the exact one, scaled
-    alike. The old side is scaled by kappa, as ``Calibrated`` has it.
+    alike, or none if the exact one along the way is 0 to within rounding, as where the new task has been learned to the
+    last digit. The old side is scaled by kappa, as ``Calibrated`` has it.
 
     No parabola has both slopes if the loss bends down between the models, as over a hill between two that have learned
     the task. Then the slopes do not count, but how far the loss falls from theta_gp to theta_hat does: the new part is
@@ -176,9 +177,16 @@ class Secant:
                 new.loss(subspace.origin) - new.loss(new.mean), dtype=exact.slope.dtype, device=device(exact.slope)
             )
             curvature = xp.where(convex, rise, xp.where(fall > 0, 2 * fall, zero))
-        ratio = xp.where(bend > 0, curvature / xp.where(bend > 0, bend, xp.ones_like(bend)), zero)
-        slope = xp.where(convex & (bend > 0), start, -at_newest * ratio)
-        total = Quadratic(slope, exact.curvature * ratio)
+        # The exact curvature scales to the one along the way unless it is lost in the rounding of slopes, or so small
+        # beside that one that the other directions' would overflow.
+        limits = xp.finfo(bend.dtype)
+        rounding = 64 * limits.eps * xp.sum(xp.abs(newest * exact.slope)) + limits.smallest_normal / limits.eps
+        has_scale = bend > rounding + limits.eps**2 * curvature
+        ratio = xp.where(has_scale, curvature / xp.where(has_scale, bend, xp.ones_like(bend)), zero)
+        way = newest / xp.sum(newest * newest)
+        slope = xp.where(convex, start, xp.where(has_scale, -at_newest * ratio, -way * curvature))
+        along_the_way = (way[:, None] * way[None, :]) * curvature
+        total = Quadratic(slope, xp.where(has_scale, exact.curvature * ratio, along_the_way))
         kappa: Array | float = 1.0
         if self.calibrates:
             kappa = _ratio(exact, Quadratic(exact.slope, new.diagonal().gram(subspace.directions)), newest)

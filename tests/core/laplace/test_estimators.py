@@ -207,6 +207,60 @@ def test_of_several_directions_the_way_to_the_last_model_has_the_fall(xp: Any, s
     np.testing.assert_allclose(curvature * exact[1, 1], exact * curvature[1, 1], rtol=1e-12)
 
 
+@dataclass(frozen=True)
+class FlatAtItsEnd(Measured):
+    """A new task whose curvature at theta_hat is ``left`` of what its slopes say of the way there."""
+
+    left: float = 0.0
+
+    def along(self, directions: Sequence[Params]) -> Quadratic:
+        known = super().along(directions)
+        return Quadratic(known.slope, known.curvature * self.left)
+
+    def slope(self, origin: Params, directions: Sequence[Params]) -> Any:
+        away = super().along([*directions, {n: origin[n] - value for n, value in self.mean.items()}])
+        return away.slope[:-1] + self.bent * away.curvature[:-1, -1]
+
+
+@given(segment=segments(), left=st.sampled_from([0.0, 1e-322, 1e-300, 1e-40, 1e-12, 1e-3]))
+def test_the_slopes_count_where_the_loss_is_flat_at_theta_hat(xp: Any, segment: Segment, left: float) -> None:
+    gp, hat, old, new, gradient, mean = segment.dense()
+    delta = hat - gp
+    bend = delta @ new @ delta
+    assume(bend > 0)
+    quadratic = quadratic_by(Secant(calibrates=False), xp, segment, FlatAtItsEnd(xp, segment, left=left))
+    start = gradient @ delta - bend
+    assert float(quadratic.slope[0]) == pytest.approx(start + (gp - mean) @ old @ delta, rel=1e-12, abs=1e-12)
+    # Where slopes are almost all that the exact curvature is read from, it is known to a hundredth.
+    tolerance = 1e-12 if left < 1e-20 else 0.01
+    assert float(quadratic.curvature[0, 0]) == pytest.approx(bend + delta @ old @ delta, rel=tolerance)
+
+
+@pytest.mark.parametrize("bent", [1.0, -0.5])
+@given(segment=segments(), left=st.sampled_from([0.0, 1e-322, 1e-300, 1e-40]))
+def test_of_several_directions_the_way_alone_is_curved_where_the_loss_is_flat(
+    xp: Any, segment: Segment, left: float, bent: float
+) -> None:
+    gp, hat, _, new, *_ = segment.dense()
+    delta = hat - gp
+    assume(delta @ new @ delta > 0)
+    newest, mixed = np.array([0.5, 2.0]), {n: segment.theta_hat[n] - v for n, v in segment.theta_gp.items()}
+    other = {name: 1 + value**2 for name, value in mixed.items()}
+    directions = [to_xp(xp, other), to_xp(xp, {n: (value - 0.5 * other[n]) / 2 for n, value in mixed.items()})]
+    flat = LaplacePosterior(to_xp(xp, segment.theta_gp), Diagonal(to_xp(xp, {n: 0 * v for n, v in mixed.items()})))
+    task = FlatAtItsEnd(xp, segment, bent=bent, left=left, fall=0.25)
+    origin = to_xp(xp, segment.theta_gp)
+    quadratic = Secant(calibrates=False).quadratic(MergeSubspace(origin, directions, newest.tolist()), [flat, task])
+    slope, curvature = to_numpy(quadratic.slope), to_numpy(quadratic.curvature)
+    rise = bent * delta @ new @ delta if bent > 0 else 2 * task.fall  # type: ignore[operator]
+    assert newest @ curvature @ newest == pytest.approx(rise, rel=1e-10)
+    np.testing.assert_allclose(curvature @ np.array([2.0, -0.5]), 0, atol=1e-12 * rise)
+    if bent > 0:
+        np.testing.assert_array_equal(slope, to_numpy(task.slope(origin, directions)))
+    else:
+        np.testing.assert_allclose(slope + curvature @ newest, 0, atol=1e-12)
+
+
 @given(segment=segments(), fall=st.sampled_from([0.0, -0.3]))
 def test_a_loss_that_bends_down_and_does_not_fall_is_left_out(xp: Any, segment: Segment, fall: float) -> None:
     """Then the old tasks decide alone; at their minimum at theta_gp, that is to stay."""
