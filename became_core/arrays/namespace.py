@@ -19,6 +19,7 @@ __all__ = [
     "eigh",
     "framework_for",
     "has_values",
+    "in_single",
     "lerp_of",
     "namespace",
     "on_host",
@@ -107,6 +108,18 @@ def reduction_dtype(xp: Any, **arrays: Array) -> Any:
     # Half precisions give way to float32 here, and not in result_type: torch.compile cannot trace it for them.
     wide = [dtype for dtype in dtypes if xp.finfo(dtype).bits >= 32]
     return xp.result_type(xp.float32, *wide)
+
+
+def in_single(array: Array) -> Array:
+    """Return an array in at least float32: sums in float16 end at 65,504, and in bfloat16 they soon stop growing.
+
+    Example:
+        >>> import numpy as np
+        >>> in_single(np.ones(1, np.float16)).dtype.name, in_single(np.ones(1)).dtype.name
+        ('float32', 'float64')
+    """
+    xp = namespace(array=array)
+    return xp.astype(array, reduction_dtype(xp, array=array), copy=False)
 
 
 def check_values(condition: Array, message: str) -> None:

@@ -19,9 +19,9 @@ from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 import numpy as np
 
-from became_core.arrays import Array, namespace, reduction_dtype
+from became_core.arrays import Array, in_single, namespace
 
-__all__ = ["Likelihood", "Pushforward", "TapMode", "in_single"]
+__all__ = ["Likelihood", "Pushforward", "TapMode"]
 
 # Which gradient a backward pass begins with:
 #
@@ -145,9 +145,3 @@ class Likelihood(ABC):
             outputs: how many outputs a sample or a position has.
         """
         return mean_loss
-
-
-def in_single(array: Array) -> Array:
-    """Return an array in at least float32: half precision counts to no more than 65,504, and bfloat16 in steps."""
-    xp: Any = namespace(array=array)
-    return xp.astype(array, reduction_dtype(xp, array=array), copy=False)

@@ -20,8 +20,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from became_core.arrays import Array, device, namespace
-from became_core.curvature.base import Likelihood, TapMode, in_single
+from became_core.arrays import Array, device, in_single, namespace
+from became_core.curvature.base import Likelihood, TapMode
 from became_core.curvature.likelihoods import Bernoulli
 from became_core.errors import BecameError
 

@@ -19,8 +19,8 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 
-from became_core.arrays import Array, device, namespace
-from became_core.curvature.base import Likelihood, Pushforward, TapMode, in_single
+from became_core.arrays import Array, device, in_single, namespace
+from became_core.curvature.base import Likelihood, Pushforward, TapMode
 from became_core.curvature.categorical import Categorical
 from became_core.curvature.exchange import Exchange
 from became_core.errors import BecameError

@@ -29,6 +29,7 @@ from became_core.arrays import (
     Params,
     Tree,
     check_values,
+    in_single,
     map_leaves,
     named_leaves,
     namespace,
@@ -121,8 +122,8 @@ def predicted_advantage(theta_gp: Tree, theta_hat: Tree, fisher_old: Tree, fishe
         0.25
     """
     on_segment = path_quadratic(theta_gp, theta_hat, fisher_old, fisher_new).predicted_gain("box")
-    best = _mode(theta_gp, theta_hat, fisher_old, fisher_new)
-    gains = named_leaves(map_leaves(_gain, theta_gp, theta_hat, best, fisher_new)).values()
+    wide = [map_leaves(in_single, tree) for tree in (theta_gp, theta_hat, fisher_old, fisher_new)]
+    gains = named_leaves(map_leaves(_gain, *wide, _mode(*wide))).values()
     return sum(gains, -on_segment)
 
 
@@ -280,7 +281,7 @@ def _mode(theta_gp: Tree, theta_hat: Tree, fisher_old: Tree, fisher_new: Tree) -
     return with_leaves(theta_gp, mode)
 
 
-def _gain(theta_gp: Array, theta_hat: Array, best: Array, fisher_new: Array) -> Array:
+def _gain(theta_gp: Array, theta_hat: Array, _: Array, fisher_new: Array, best: Array) -> Array:
     """A leaf's gain over theta_gp at the mode of diagonals: 1/2 sum (best - theta_gp) F_new delta."""
     xp = namespace(theta_gp=theta_gp)
     return 0.5 * xp.sum((best - theta_gp) * fisher_new * (theta_hat - theta_gp))

@@ -84,6 +84,18 @@ def test_points_of_the_curve_are_those_of_the_formula(xp: Any, segment: Segment,
             assert to_numpy(at_number[name]).tolist() == (segment.theta_hat[name] if t else gp).tolist()
 
 
+@pytest.mark.parametrize("name", ["float16", "bfloat16"])
+def test_the_advantage_of_half_precision_is_summed_in_single(xp: Any, name: str) -> None:
+    if not hasattr(xp, name):
+        pytest.skip(f"this backend has no {name}")
+    half = getattr(xp, name)
+    stable, pair = xp.zeros((200_000,), dtype=half), np.tile([1.0, 3.0], 100_000)
+    fishers = (xp.astype(to_xp(xp, each), half) for each in (pair, pair[::-1]))
+    found = predicted_advantage(stable, xp.ones_like(stable), *fishers)
+    assert found.dtype == xp.float32
+    assert float(found) == 25_000  # each weight has 1/8
+
+
 COEFFICIENTS = st.one_of(st.sampled_from([0.0, 1e-9, -1e-9]), st.floats(-4, 4).filter(lambda x: abs(x) > 1e-6))
 
 
