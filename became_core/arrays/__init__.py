@@ -11,6 +11,7 @@ from became_core.arrays.namespace import (
     lerp_of,
     namespace,
     on_host,
+    promoted,
     reduction_dtype,
 )
 from became_core.arrays.shards import Reduce, Shared, hold, is_spread, shared_by_processes
@@ -54,6 +55,7 @@ __all__ = [
     "named_leaves",
     "namespace",
     "on_host",
+    "promoted",
     "pytree",
     "reduction_dtype",
     "shared_by_processes",

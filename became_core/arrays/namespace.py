@@ -23,6 +23,7 @@ __all__ = [
     "lerp_of",
     "namespace",
     "on_host",
+    "promoted",
     "reduction_dtype",
 ]
 
@@ -120,6 +121,24 @@ def in_single(array: Array) -> Array:
     """
     xp = namespace(array=array)
     return xp.astype(array, reduction_dtype(xp, array=array), copy=False)
+
+
+def promoted(*arrays: Array) -> tuple[Array, ...]:
+    """Return arrays in one dtype: the one that all have, or else their promoted one, which is at least float32.
+
+    TensorFlow's operators promote nothing.
+
+    Example:
+        >>> import numpy as np
+        >>> [array.dtype.name for array in promoted(np.ones(1, np.float16), np.ones(1, np.float32))]
+        ['float32', 'float32']
+    """
+    if all(array.dtype == arrays[0].dtype for array in arrays):
+        return arrays
+    named = {f"array {index}": array for index, array in enumerate(arrays)}
+    xp = namespace(**named)
+    dtype = reduction_dtype(xp, **named)
+    return tuple(xp.astype(array, dtype, copy=False) for array in arrays)
 
 
 def check_values(condition: Array, message: str) -> None:

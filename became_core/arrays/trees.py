@@ -19,7 +19,7 @@ import numpy as np
 import optree
 
 from became_core.arrays.frameworks import is_array
-from became_core.arrays.namespace import Array, framework_for, namespace
+from became_core.arrays.namespace import Array, framework_for, namespace, promoted
 from became_core.errors import BecameError
 
 __all__ = [
@@ -308,5 +308,6 @@ def _bytes(array: Array) -> int:
 
 
 def difference(left: Params, right: Params) -> Params:
-    """Return left - right, name by name."""
-    return {name: value - right[name] for name, value in left.items()}
+    """Return left - right, name by name; of two dtypes the promoted one."""
+    pairs = {name: promoted(value, right[name]) for name, value in left.items()}
+    return {name: value - other for name, (value, other) in pairs.items()}

@@ -29,17 +29,19 @@ from became_core.arrays import (
     Params,
     Tree,
     check_values,
+    difference,
     in_single,
     map_leaves,
     named_leaves,
     namespace,
+    promoted,
     pytree,
     with_leaves,
 )
 from became_core.errors import BecameError
 from became_core.laplace.estimators import Estimator, LocalLoss, MergeSubspace, Secant
 from became_core.laplace.expansion import path_quadratic
-from became_core.laplace.merge import merge
+from became_core.laplace.merge import merge, scalar
 from became_core.laplace.quadratic import Quadratic
 from became_core.laplace.rules import Merged, MergeRule, check_losses, diagonal_of, precision_weighted_mean, two_of
 
@@ -60,6 +62,7 @@ class BezierPath:
         """How far the control point is from the middle of the segment, a tree; zero for the segment itself."""
 
         def offset(start: Array, control: Array, end: Array) -> Array:
+            start, control, end = promoted(start, control, end)
             return control - 0.5 * (start + end)
 
         return map_leaves(offset, self.theta_gp, self.control, self.theta_hat)
@@ -70,9 +73,12 @@ class BezierPath:
         Args:
             t: a number, or a 0-d array of the models' framework.
         """
+        weight = 2 * t * (1 - t)
 
         def bent(between: Array, bend: Array) -> Array:
-            return namespace(model=between).astype(between + 2 * t * (1 - t) * bend, between.dtype, copy=False)
+            segment, bend = promoted(in_single(between), in_single(bend))
+            curve = segment + scalar(weight, bend.dtype, bend) * bend
+            return namespace(model=between).astype(curve, between.dtype, copy=False)
 
         return map_leaves(bent, merge(self.theta_gp, self.theta_hat, t), self.bend)
 
@@ -100,7 +106,12 @@ def bezier_path(theta_gp: Tree, theta_hat: Tree, fisher_old: Tree, fisher_new: T
     """
     path_quadratic(theta_gp, theta_hat, fisher_old, fisher_new)  # for its checks
     best = _mode(theta_gp, theta_hat, fisher_old, fisher_new)
-    control = map_leaves(lambda centre, start, end: 2 * centre - 0.5 * (start + end), best, theta_gp, theta_hat)
+
+    def beyond(centre: Array, start: Array, end: Array) -> Array:
+        centre, start, end = promoted(centre, start, end)
+        return 2 * centre - 0.5 * (start + end)
+
+    control = map_leaves(beyond, best, theta_gp, theta_hat)
     return BezierPath(theta_gp, control, theta_hat)
 
 
@@ -124,7 +135,8 @@ def predicted_advantage(theta_gp: Tree, theta_hat: Tree, fisher_old: Tree, fishe
     on_segment = path_quadratic(theta_gp, theta_hat, fisher_old, fisher_new).predicted_gain("box")
     wide = [map_leaves(in_single, tree) for tree in (theta_gp, theta_hat, fisher_old, fisher_new)]
     gains = named_leaves(map_leaves(_gain, *wide, _mode(*wide))).values()
-    return sum(gains, -on_segment)
+    xp = namespace(gain=on_segment)
+    return sum((xp.astype(gain, on_segment.dtype, copy=False) for gain in gains), -on_segment)
 
 
 def curve_minimiser(quadratic: Quadratic) -> Array:
@@ -240,7 +252,7 @@ class BecameCurve(MergeRule):
         theta_gp, theta_hat = two_of(models, "a curve")
         check_losses(models, losses)
         path = bezier_path(theta_gp, theta_hat, *(diagonal_of(loss, theta_gp) for loss in losses))
-        delta = map_leaves(lambda end, start: end - start, theta_hat, theta_gp)
+        delta = difference(theta_hat, theta_gp)
         plane = MergeSubspace(theta_gp, [delta, path.bend], [1.0, 0.0])
         t = curve_minimiser(self.precision.quadratic(plane, losses))
         return Merged(path.at(t), t)
@@ -283,5 +295,6 @@ def _mode(theta_gp: Tree, theta_hat: Tree, fisher_old: Tree, fisher_new: Tree) -
 
 def _gain(theta_gp: Array, theta_hat: Array, _: Array, fisher_new: Array, best: Array) -> Array:
     """A leaf's gain over theta_gp at the mode of diagonals: 1/2 sum (best - theta_gp) F_new delta."""
+    theta_gp, theta_hat, fisher_new, best = promoted(theta_gp, theta_hat, fisher_new, best)
     xp = namespace(theta_gp=theta_gp)
     return 0.5 * xp.sum((best - theta_gp) * fisher_new * (theta_hat - theta_gp))

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from became_core.arrays import Array, Params, device, namespace, pytree
+from became_core.arrays import Array, Params, device, difference, namespace, pytree
 from became_core.errors import BecameError
 from became_core.laplace.quadratic import Quadratic
 from became_core.precision import Diagonal, GramRequest, Precision, gram_matrices
@@ -75,8 +75,8 @@ class LaplacePosterior:
         """
         precision = self.precision + curvature
         step = precision.solve(gradient)
-        mean = {name: value - step[name] if name in step else value for name, value in self.mean.items()}
-        return LaplacePosterior(mean, precision)
+        known = {name: value for name, value in self.mean.items() if name in step}
+        return LaplacePosterior({**self.mean, **difference(known, step)}, precision)
 
     def loss(self, theta: Params) -> Array:
         """Return 1/2 (theta - mean).P.(theta - mean), a 0-d array."""
@@ -175,7 +175,8 @@ class LaplacePosterior:
 
     def _offset(self, theta: Params) -> Params:
         """Theta - mean; zero for parameters without a mean, which then have no curvature either."""
+        known = difference({name: value for name, value in theta.items() if name in self.mean}, self.mean)
         return {
-            name: value - self.mean[name] if name in self.mean else namespace(theta=value).zeros_like(value)
+            name: known[name] if name in known else namespace(theta=value).zeros_like(value)
             for name, value in theta.items()
         }

@@ -32,7 +32,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, NamedTuple
 
-from became_core.arrays import Array, Params, Reduce, Tree, difference, namespace, reduction_dtype, shared_by_processes
+from became_core.arrays import (
+    Array,
+    Params,
+    Reduce,
+    Tree,
+    difference,
+    in_single,
+    namespace,
+    promoted,
+    reduction_dtype,
+    shared_by_processes,
+)
 from became_core.errors import BecameError
 from became_core.laplace.estimators import Estimator, LocalLoss, MergeSubspace, Secant
 from became_core.laplace.expansion import Per, group_directions, group_names, group_of
@@ -366,19 +377,24 @@ class TrueLossGrid(MergeRule):
 
 
 def precision_weighted_mean(models: Sequence[Params], precisions: Sequence[Params], weights: Sequence[float]) -> Params:
-    """Return (sum_k w_k F_k)^-1 sum_k w_k F_k theta_k; the weighted mean of the models where every F_k is zero."""
+    """Return (sum_k w_k F_k)^-1 sum_k w_k F_k theta_k; the weighted mean of the models where every F_k is zero.
+
+    It has the dtypes of the first model, and is computed in the promoted one of all, which is at least float32.
+    """
     merged = {}
-    for name, first in models[0].items():
-        xp = namespace(model=first)
-        factors = [weight * precision[name] for weight, precision in zip(weights, precisions, strict=True)]
+    for name, own in models[0].items():
+        values = promoted(*(in_single(tree[name]) for tree in (*models, *precisions)))
+        thetas, curvatures = values[: len(models)], values[len(models) :]
+        first, xp = thetas[0], namespace(model=own)
+        factors = [weight * curvature for weight, curvature in zip(weights, curvatures, strict=True)]
         total = sum(factors[1:], factors[0])
         known = total > 0
         safe = xp.where(known, total, xp.ones_like(total))
         # From the first model: where all agree, so does the result, to the bit.
         step = xp.zeros_like(first)
-        for model, factor, weight in zip(models, factors, weights, strict=True):
-            step = step + xp.where(known, factor / safe, xp.zeros_like(total) + weight) * (model[name] - first)
-        merged[name] = xp.astype(first + step, first.dtype, copy=False)
+        for theta, factor, weight in zip(thetas, factors, weights, strict=True):
+            step = step + xp.where(known, factor / safe, xp.zeros_like(total) + weight) * (theta - first)
+        merged[name] = xp.astype(first + step, own.dtype, copy=False)
     return merged
 
 

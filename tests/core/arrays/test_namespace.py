@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from became_core import BecameError
-from became_core.arrays import check_values, device, namespace, reduction_dtype
+from became_core.arrays import check_values, device, difference, namespace, promoted, reduction_dtype
 
 
 def test_namespace_is_the_arrays_own(xp: Any) -> None:
@@ -64,3 +64,15 @@ def test_device_is_the_arrays_own(xp: Any) -> None:
 
 def test_numpy_scalars_are_arrays() -> None:
     assert namespace(scalar=np.float64(1.0), array=np.ones(2)) is array_api_compat.numpy
+
+
+@pytest.mark.parametrize("pair", [("float16", "float32"), ("float16", "bfloat16"), ("float32", "float64")], ids=str)
+def test_arrays_of_two_dtypes_are_promoted_and_those_of_one_stay(xp: Any, pair: tuple[str, str]) -> None:
+    if not all(hasattr(xp, name) for name in pair):
+        pytest.skip(f"this backend has not both {' and '.join(pair)}")
+    left, right = (xp.ones((2,), dtype=getattr(xp, name)) for name in pair)
+    expected = xp.float64 if "float64" in pair else xp.float32
+    assert [array.dtype for array in promoted(left, right)] == [expected] * 2
+    assert promoted(left, left)[0] is left
+    assert difference({"w": left}, {"w": right})["w"].dtype == expected
+    assert difference({"w": left}, {"w": left})["w"].dtype == left.dtype

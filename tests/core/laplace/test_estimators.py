@@ -252,7 +252,7 @@ def test_of_several_directions_the_way_alone_is_curved_where_the_loss_is_flat(
     origin = to_xp(xp, segment.theta_gp)
     quadratic = Secant(calibrates=False).quadratic(MergeSubspace(origin, directions, newest.tolist()), [flat, task])
     slope, curvature = to_numpy(quadratic.slope), to_numpy(quadratic.curvature)
-    rise = bent * delta @ new @ delta if bent > 0 else 2 * task.fall  # type: ignore[operator]
+    rise = float(bent * delta @ new @ delta) if bent > 0 else 2 * 0.25
     assert newest @ curvature @ newest == pytest.approx(rise, rel=1e-10)
     np.testing.assert_allclose(curvature @ np.array([2.0, -0.5]), 0, atol=1e-12 * rise)
     if bent > 0:

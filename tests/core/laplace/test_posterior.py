@@ -289,3 +289,16 @@ def test_a_precision_must_fit_the_mean(xp: Any) -> None:
         LaplacePosterior(mean, Diagonal(to_xp(xp, {"v": np.ones(2)})))
     with pytest.raises(BecameError, match=r"^the mean of 'w' has shape \(2,\) but its precision is for \(3,\); make"):
         LaplacePosterior(mean, Diagonal(to_xp(xp, {"w": np.ones(3)})))
+
+
+@pytest.mark.parametrize("dtypes", [("float16", "float32"), ("bfloat16", "float32"), ("float32", "float64")], ids=str)
+def test_a_mean_and_a_precision_may_have_two_dtypes(xp: Any, dtypes: tuple[str, str]) -> None:
+    if not all(hasattr(xp, name) for name in dtypes):
+        pytest.skip(f"this backend has not both {' and '.join(dtypes)}")
+    narrow, wide = (getattr(xp, name) for name in dtypes)
+    mean, theta = xp.ones((3,), dtype=narrow), 2 * xp.ones((3,), dtype=wide)
+    posterior = LaplacePosterior({"w": mean}, Diagonal({"w": xp.ones((3,), dtype=wide)}))
+    assert float(posterior.loss({"w": theta})) == 1.5
+    after = posterior.assimilate({"w": theta}, posterior.precision).mean["w"]
+    assert after.dtype == wide
+    np.testing.assert_array_equal(to_numpy(after), 0)

@@ -232,3 +232,38 @@ def test_a_loss_that_does_not_depend_on_a_weight_leaves_it_to_the_other(xp: Any)
     for rule in (ModeIMM(), Became(per="weight")):
         merged = rule.merge(models, [old, new]).theta
         assert [float(merged[name][0]) for name in ("shared", "head")] == [0.25, 1.0]
+
+
+DTYPES = [("float16", "float32"), ("bfloat16", "float32"), ("float32", "float16"), ("float32", "float64")]
+RULES: list[MergeRule] = [
+    Became(),
+    Became(per="leaf"),
+    Became(per="weight", shrinkage=0.5),
+    BecameCurve(),
+    FisherMerge(),
+    ModeIMM(),
+    Became(PaperClosedForm()),
+]
+
+
+@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
+@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_weights_and_fishers_of_two_dtypes_are_merged_in_the_wider(
+    xp: Any, dtypes: tuple[str, str], rule: MergeRule
+) -> None:
+    """The merged weights have the first model's dtype; TensorFlow's operators promote nothing by themselves."""
+    if not all(hasattr(xp, name) for name in dtypes):
+        pytest.skip(f"this backend has not both {' and '.join(dtypes)}")
+    arrays = [np.array(each) for each in ([0.0, 0.0, 1.0], [1.0, 2.0, 1.0], [1.0, 3.0, 2.0], [2.0, 1.0, 2.0])]
+
+    def merged(of_weights: Any, of_fishers: Any) -> Any:
+        kinds = [of_weights, of_weights, of_fishers, of_fishers]
+        gp, hat, old, new = ({"w": xp.astype(to_xp(xp, each), kind)} for each, kind in zip(arrays, kinds, strict=True))
+        losses = [LaplacePosterior(gp, Diagonal(old)), LaplacePosterior(hat, Diagonal(new))]
+        return rule.merge([gp, hat], losses).theta["w"]
+
+    weights, fishers = (getattr(xp, name) for name in dtypes)
+    found, exact = merged(weights, fishers), merged(xp.float64, xp.float64)
+    assert found.dtype == weights
+    rounding = float(xp.finfo(weights).eps)
+    np.testing.assert_allclose(to_numpy(xp.astype(found, xp.float64)), to_numpy(exact), rtol=4 * rounding)
