@@ -104,10 +104,11 @@ class Categorical(Likelihood):
 
     def mean_loss(self, outputs: Array, targets: Array) -> Array:
         """Return the mean cross-entropy, a 0-d array; unlike ``loss / units`` it can be compiled."""
-        _, _, weights = self._flat(self._own(outputs), self._own(targets))
+        own = self._own(targets)
+        _, _, weights = self._flat(self._own(outputs), own)
         xp: Any = namespace(weights=weights)
         if self.by == "sample" and len(targets.shape) > 1:
-            weights = xp.max(xp.reshape(weights, (-1, *self._own(targets).shape[1:])), axis=1)
+            weights = xp.max(xp.reshape(weights, (-1, math.prod(own.shape[1:]))), axis=1)
         return self.loss(outputs, targets) / xp.sum(weights)
 
     def loss(self, outputs: Array, targets: Array) -> Array:

@@ -163,3 +163,18 @@ def test_labels_of_a_narrow_dtype_are_those_of_a_wide_one(xp: Any) -> None:
         for kind in (np.uint8, np.int32)
     ]
     np.testing.assert_array_equal(to_numpy(found[0]), to_numpy(found[1]))
+
+
+@pytest.mark.parametrize("shape", [(3,), (3, 2), (3, 2, 4), (2, 2, 2, 2)])
+@pytest.mark.parametrize("by", ["sample", "token"])
+def test_the_mean_loss_is_the_sum_over_its_units(xp: Any, by: Any, shape: tuple[int, ...]) -> None:
+    """However many axes of positions a sample has."""
+    draw, likelihood = np.random.default_rng(0), Categorical(by=by, weights=(1.0, 0.5, 2.0), ignored=2)
+    labels = draw.integers(0, 3, shape)
+    outputs, targets = to_xp(xp, draw.normal(size=(*shape, 3))), xp.asarray(labels)
+    expected = float(likelihood.loss(outputs, targets)) / likelihood.units(outputs, targets)
+    assert float(likelihood.mean_loss(outputs, targets)) == pytest.approx(expected, rel=1e-12)
+    if by == "sample":
+        plain = Categorical()
+        mean = float(plain.loss(outputs, targets)) / shape[0]
+        assert float(plain.mean_loss(outputs, targets)) == pytest.approx(mean, rel=1e-12)
