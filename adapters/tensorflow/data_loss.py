@@ -56,7 +56,7 @@ class DataLoss:
         network: the model as a function of its trained parameters.
         checked: what the first look at the network found; None before it, or if there is none.
         matrices: the parameters that are used as matrices alone, and whether they are stored as [d_in, d_out]; None
-            before the first look.
+            before any data are remembered.
     """
 
     def __init__(
@@ -85,7 +85,9 @@ class DataLoss:
         self.matrices: dict[str, bool] | None = None
         self._reader, self._checks, self._shows, self._kind = reader, checks, shows, fisher
         self._tapping, self._derivatives = Tapping(self.network), Derivatives(self.network)
-        self._looked, self._held = False, frozenset[str]()
+        self._looked = False
+        # Only data that are to be remembered say which matrices can be protected.
+        self._knows_matrices, self._held = True, frozenset[str]()
 
     def retrace(self) -> None:
         """Trace the model anew from here on: which of its parts it uses may depend on what Python knows now."""
@@ -127,7 +129,7 @@ class DataLoss:
 
     def _look(self, theta: Params, inputs: Any, targets: Any) -> None:
         """Look at the network once: which parameters are matrices, and whether we compute what it computes."""
-        if self._looked:
+        if self._looked and self._knows_matrices:
             return
         few = samples_of(inputs, slice(3))
         if isinstance(self.likelihood, Categorical | Bernoulli):
@@ -136,8 +138,10 @@ class DataLoss:
         outputs = self.network.outputs(theta, inputs)
         if isinstance(self.likelihood, Likelihood):
             self.likelihood = self.likelihood.fitted(outputs, targets)
-        found = self._tapping.ways(theta, inputs, outputs)
-        self.matrices = matrices_with(self.matrices or {}, found, self._held)
+        if not self._knows_matrices:
+            found = self._tapping.ways(theta, inputs, outputs)
+            self.matrices = matrices_with(self.matrices or {}, found, self._held)
+            self._knows_matrices = True
         if self._checks and self.checked is None:
             self._check_training(few)
             self.checked = check_network(KerasView(self.network, self._tapping, self._derivatives, theta, few))
@@ -182,7 +186,7 @@ class DataLoss:
             share: of the batches, drawn at random, that is measured; None for one that suits their number.
         """
         if with_memory:
-            self._looked, self._held = False, held
+            self._knows_matrices, self._held = False, held
         theta, finished = self.network.weights(), InputGrams()
         what = "remembering" if with_memory else "measuring"
         units, rng = 0.0, np.random.default_rng(0)

@@ -7,7 +7,7 @@ import tensorflow as tf
 
 from adapters.tensorflow import Continual
 from became_core import BecameError
-from tests.tensorflow.own_loop import CLASSES, L, new_data, perceptron, row
+from tests.tensorflow.own_loop import CLASSES, L, fit, new_data, perceptron, row
 
 pytestmark = pytest.mark.usefixtures("in_double_precision")
 
@@ -99,3 +99,21 @@ def test_second_moments_of_an_optimizer_stand_for_old_data_with_a_warning() -> N
         learning.remember(optimizer=keras.optimizers.SGD(), samples=1)
     with pytest.raises(BecameError, match="either batches or an optimizer"):
         learning.remember()
+
+
+def test_what_old_data_hold_by_curvature_stays_penalised_after_new_data_were_merged_or_observed() -> None:
+    """Only data that are to be remembered say what can be protected: the old data's spaces are not known."""
+    model = perceptron()
+    model.compile(keras.optimizers.Adam(0.01, beta_2=0.9), keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    fit(model, new_data(1, 3), 1)
+    learning, new = Continual(model), new_data(2, 2)
+    with pytest.warns(UserWarning, match="unfit after clipping"):
+        learning.remember(optimizer=model.optimizer, samples=4)
+    learning.observe(new[0])
+    with learning.stable():
+        fit(model, new, 1)
+    with learning.plastic():
+        fit(model, new, 1)
+    learning.merge(new)
+    learning.remember(new)
+    assert {covered.treatment for covered in learning.coverage.parameters} == {"penalised"}
