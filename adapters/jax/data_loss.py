@@ -42,6 +42,7 @@ from adapters.backend.checking import check_network
 from adapters.backend.memory import InputGrams, Moments, by_slopes, matrices_with
 from adapters.backend.own_loop import NetworkCheck
 from adapters.jax.checking import FunctionView
+from adapters.jax.mesh import is_explicit
 from adapters.jax.tapping import Apply, TappedFunction, trained_of
 from adapters.jax.trees import leaves_of, with_leaves_of
 from became_core import BecameError, Quadratic
@@ -97,6 +98,7 @@ class DataLoss:
         for name, value in self.theta.items():
             if jnp.iscomplexobj(value):
                 raise BecameError(f"'{name}' is complex; let apply make it of two arrays of real numbers.")
+            _check_mesh(value, f"'{name}'")
         namespace(values=next(iter(self.theta.values())))  # JAX learns of the core's values
         self.ways: dict[str, bool | None] = {}
         self.checked: NetworkCheck | None = None
@@ -123,6 +125,8 @@ class DataLoss:
             inputs, targets = (_arrays(part) for part in parts)
             if any(leaf.ndim and not len(leaf) for leaf in jax.tree.leaves(inputs)):
                 raise BecameError("a batch has no sample; leave empty batches out.")
+            for leaf in jax.tree.leaves(parts):
+                _check_mesh(leaf, "a batch")
             self._look(inputs, targets)
             yield inputs, targets
 
@@ -365,6 +369,16 @@ def _arrays(part: Any) -> Any:
         return jax.tree.map(jnp.asarray, part)
     except (TypeError, ValueError) as error:
         raise BecameError(f"a batch holds what is no array of numbers ({first_line(error)}); leave it out.") from error
+
+
+def _check_mesh(array: Any, what: str) -> None:
+    """Raise a BecameError if an array's sharding is a part of its type: a function cannot be traced for one sample."""
+    sharding = getattr(array, "sharding", None)
+    if isinstance(sharding, NamedSharding) and is_explicit(sharding.mesh):
+        raise BecameError(
+            f"{what} lies on a mesh with Explicit axes, which jax.make_mesh makes unless it is told otherwise; make it "
+            f"with axis_types=(jax.sharding.AxisType.Auto,) * {len(sharding.mesh.axis_names)}."
+        )
 
 
 def moments_of(state: Any, b2: float) -> dict[str, Moments]:

@@ -19,7 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from adapters.backend import Data, Factors, FunctionalLearner, Network, State, Step
 from adapters.jax.layers import Pass
-from adapters.jax.mesh import shared, warn_of_size, warn_of_threads, whole
+from adapters.jax.mesh import shared, warn_of_size, warn_of_threads, whole, with_automatic_axes
 from adapters.networks import Backbone, Linear, Record, Tapped
 from became_core import BecameError
 from became_core.arrays import Array, Params, namespace, on_host
@@ -222,8 +222,8 @@ class JaxLearner(FunctionalLearner):
         if "data" not in name.axis_names:
             raise BecameError(f"the mesh has the axes {', '.join(name.axis_names)}; one must be called data.")
         warn_of_threads(name)
-        self.mesh = name
-        return NamedSharding(name, PartitionSpec())
+        self.mesh = with_automatic_axes(name)
+        return NamedSharding(self.mesh, PartitionSpec())
 
     def spread(self, mesh: Mesh) -> None:
         """Share each batch among the devices of a mesh from now on; each has the weights and the data whole.
@@ -232,7 +232,7 @@ class JaxLearner(FunctionalLearner):
             mesh: with an axis "data". If it is of several processes, each does the same, with equal data and weights.
         """
         self.device = self._find_device(mesh)
-        self.network = replace(self.network, mesh=mesh)
+        self.network = replace(self.network, mesh=self.mesh)
         self._data = Data(*(self._placed(on_host(array)) for array in self._data))
         self.assign({name: on_host(value) for name, value in self._theta.items()})
 

@@ -20,7 +20,17 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from adapters.backend import available_threads
 from became_core.arrays import Array
 
-__all__ = ["THREADS", "pool_threads", "shared", "waiting_threads", "warn_of_size", "warn_of_threads", "whole"]
+__all__ = [
+    "THREADS",
+    "is_explicit",
+    "pool_threads",
+    "shared",
+    "waiting_threads",
+    "warn_of_size",
+    "warn_of_threads",
+    "whole",
+    "with_automatic_axes",
+]
 
 T = TypeVar("T")
 
@@ -28,6 +38,16 @@ T = TypeVar("T")
 THREADS = "PJRT_NPROC", "NPROC"
 # How many threads of the pool a device of the processor keeps while it waits for others.
 THREADS_OF_DEVICE = 2
+
+
+def is_explicit(mesh: Mesh) -> bool:
+    """Whether shardings along an axis of a mesh are parts of types, as along those that ``jax.make_mesh`` makes."""
+    return any(kind.name != "Auto" for kind in mesh.axis_types or ())
+
+
+def with_automatic_axes(mesh: Mesh) -> Mesh:
+    """Return a mesh of the same devices and axes, along all of which XLA chooses how arrays are cut."""
+    return Mesh(mesh.devices, mesh.axis_names)
 
 
 def shared(samples: Array, mesh: Mesh | None) -> Array:

@@ -9,7 +9,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 
 from adapters.jax.learner import JaxLearner
 from adapters.networks import (
@@ -90,7 +89,7 @@ def check_batch_norm() -> None:
     stream = prototype_stream(tasks=2, classes_per_task=2, per_class=24, validation=0.14)
     layers = Convolution("conv1", 3, 3), BatchNorm("bn1", running=True), ReLU(), Dropout(0.25), MaxPool(2), Flatten()
     training = replace(TRAINING, stage1=Annealed(lr=0.1, epochs=2), augmentation=Augmentation(padding=1))
-    mesh = Mesh(np.reshape(jax.devices(), (4, 1)), ("data", "model"))
+    mesh = jax.make_mesh((4, 1), ("data", "model"))  # its axes may be explicit, and then are taken for automatic ones
 
     def learned(*, spread: bool) -> dict[str, Any]:
         learner = JaxLearner(

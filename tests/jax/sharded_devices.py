@@ -14,14 +14,15 @@ from typing import Any
 import jax
 import numpy as np
 import optax
+import pytest
 from jax import numpy as jnp
 from jax.experimental.multihost_utils import process_allgather
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from adapters.jax import memory as memories
 from adapters.jax import own_loop
-from became_core import merge, optimal_alpha, path_quadratic
+from became_core import BecameError, merge, optimal_alpha, path_quadratic
 from became_core.laplace import Became, LaplacePosterior
 from became_core.laplace.estimators import PaperClosedForm, Secant
 from became_core.precision import Dense, Diagonal, Isotropic, Kronecker, LowRank, Precision
@@ -133,6 +134,7 @@ def main() -> None:
     check_close(of_three.alpha, Became().merge(models, losses).alpha)
     check_parts_by_hand(mesh, trees)
     check_own_loop(mesh)
+    check_explicit_axes()
 
 
 def check_parts_by_hand(mesh: Mesh, trees: list[Trees]) -> None:
@@ -206,6 +208,19 @@ def check_own_loop(mesh: Mesh) -> None:
             np.testing.assert_allclose(gathered(fisher), np.asarray(one), rtol=1e-9, atol=1e-15)
             for value in (report.params[name], spread.posterior.mean[name], fisher):
                 assert value.sharding.is_equivalent_to(place, 2), f"{name}: {value.sharding}"
+
+
+def check_explicit_axes() -> None:
+    """Around a user's own loop, arrays whose shardings are parts of their types are refused, with what would do."""
+    explicit = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Explicit,))
+    automatic = Mesh(np.asarray(jax.devices()), ("data",))
+    inputs, labels = np.ones((4, 3)), np.arange(4)
+    for place, of_params, what in ((explicit, explicit, "'w'"), (explicit, automatic, "a batch")):
+        params = {"w": jax.device_put(np.ones((3, 4)), NamedSharding(of_params, P()))}
+        batch = jax.device_put((inputs, labels), NamedSharding(place, P("data")))
+        refused = rf"{what} lies on a mesh with Explicit axes.*axis_types=\(jax.sharding.AxisType.Auto,\) \* 1"
+        with pytest.raises(BecameError, match=refused):
+            memories.remember(lambda params, inputs: inputs @ params["w"], params, [batch], progress=False)
 
 
 if __name__ == "__main__":
