@@ -127,8 +127,18 @@ class DataLoss:
                 raise BecameError("a batch has no sample; leave empty batches out.")
             for leaf in jax.tree.leaves(parts):
                 _check_mesh(leaf, "a batch")
+            targets = self._beside(inputs, targets)
             self._look(inputs, targets)
             yield inputs, targets
+
+    def _beside(self, inputs: Any, targets: Any) -> Any:
+        """Return targets on all devices that outputs are spread over: only inputs are placed there by JAX."""
+        leaves = (*self.theta.values(), *jax.tree.leaves(inputs))
+        places = [leaf.sharding.mesh for leaf in leaves if isinstance(leaf.sharding, NamedSharding)]
+        if not places:
+            return targets
+        whole = NamedSharding(places[0], PartitionSpec())
+        return jax.tree.map(lambda leaf: jax.device_put(leaf, whole) if _is_on_one_device(leaf) else leaf, targets)
 
     def _shared(self, inputs: Any, samples: int) -> frozenset[int]:
         """Return which leaves of the inputs all samples share: those whose length differs from some batch's.
@@ -369,6 +379,10 @@ def _arrays(part: Any) -> Any:
         return jax.tree.map(jnp.asarray, part)
     except (TypeError, ValueError) as error:
         raise BecameError(f"a batch holds what is no array of numbers ({first_line(error)}); leave it out.") from error
+
+
+def _is_on_one_device(array: Array) -> bool:
+    return len(array.sharding.device_set) == 1
 
 
 def _check_mesh(array: Any, what: str) -> None:

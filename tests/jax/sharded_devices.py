@@ -167,7 +167,7 @@ def check_parts_by_hand(mesh: Mesh, trees: list[Trees]) -> None:
 
 
 def check_own_loop(mesh: Mesh) -> None:
-    """Around a user's own loop, batches are spread over the devices, and parameters are whole on each or spread."""
+    """Around a user's own loop, parameters are whole on each device or spread, and so are batches, or NumPy's."""
     rng = np.random.default_rng(0)
     whole = {name: rng.normal(size=(8, 8)) / 3 for name in ("first", "last")}
     old, new = ([(rng.normal(size=(8, 8)), rng.integers(0, 8, size=8)) for _ in range(2)] for _ in range(2))
@@ -196,9 +196,9 @@ def check_own_loop(mesh: Mesh) -> None:
 
     expected, memory = learned(jax.tree.map(jnp.asarray, whole), old, new)
     spread_old, spread_new = jax.device_put((old, new), NamedSharding(mesh, P("data")))
-    for spec in (P(), P("data")):
+    for spec, batches in ((P(), (spread_old, spread_new)), (P("data"), (spread_old, spread_new)), (P(), (old, new))):
         place = NamedSharding(mesh, spec)
-        report, spread = learned(jax.device_put(whole, place), spread_old, spread_new)
+        report, spread = learned(jax.device_put(whole, place), *batches)
         np.testing.assert_allclose(report.alpha, expected.alpha, rtol=1e-9)
         np.testing.assert_allclose(report.trace, expected.trace, rtol=1e-9)
         for name in whole:
