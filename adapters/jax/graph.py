@@ -353,13 +353,15 @@ def _convolution(entries: _Entries, slot: int, params: Mapping[str, Any], values
 
 def _gather(entries: _Entries, slot: int, params: Mapping[str, Any], values: list[Any]) -> Use | None:
     dimensions, sizes, numbers = params["dimension_numbers"], params["slice_sizes"], entries.numbers
-    whole_rows = tuple(sizes) == (1, *numbers.shape[1:]) and tuple(dimensions.collapsed_slice_dims) == (0,)
+    whole_rows = tuple(sizes) == (1, *numbers.shape[1:]) and tuple(dimensions.collapsed_slice_dims) in {(), (0,)}
     in_order = np.array_equal(numbers.reshape(-1), np.arange(numbers.size))
-    if slot != 0 or not whole_rows or not in_order or tuple(dimensions.start_index_map) != (0,):
+    axes, clips = tuple(dimensions.start_index_map), "CLIP" in str(params["mode"]).upper()
+    # A row may have a start along its other axes as well, as under vmap, which is clipped to the only one there is.
+    by_row = axes == (0,) or (clips and 0 in axes)
+    if slot != 0 or not whole_rows or not in_order or not by_row:
         return None
-    keys, count = values[1].reshape(-1), numbers.shape[0]
+    keys, count = values[1][..., axes.index(0)].reshape(-1), numbers.shape[0]
     is_inside = (keys >= 0) & (keys < count)
-    clips = "CLIP" in str(params["mode"]).upper()
 
     def rows(gradient: Array) -> Array:
         offset = list(dimensions.offset_dims)

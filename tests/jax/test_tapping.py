@@ -18,7 +18,7 @@ from adapters.jax import tapping
 from adapters.jax.tapping import TappedFunction, trained_of
 from adapters.jax.trees import leaves_of
 from became_core import BecameError
-from became_core.curvature import per_sample_gradients
+from became_core.curvature import per_sample_gradients, per_sample_square_sum
 from tests.jax.drawn import drawn, of_equinox, of_linen, of_nnx
 
 INPUTS = np.random.default_rng(0).normal(size=(3, 5, 4))
@@ -45,6 +45,20 @@ class _Normed(nnx.Module):  # type: ignore[misc] # flax is taken as untyped
 
 def _attention() -> Any:
     return nnx.MultiHeadAttention(2, 4, 4, decode=False, deterministic=True, param_dtype=jnp.float64, rngs=nnx.Rngs(0))
+
+
+class _Words(eqx.Module):  # type: ignore[misc] # equinox is taken as untyped
+    """A module for one sample, which looks up one word at a time."""
+
+    words: Any
+    last: Any
+
+    def __init__(self) -> None:
+        one, two = jax.random.split(jax.random.key(0))
+        self.words, self.last = eqx.nn.Embedding(7, 4, key=one), eqx.nn.Linear(4, 3, key=two)
+
+    def __call__(self, keys: Any) -> Any:
+        return self.last(jnp.tanh(jax.vmap(self.words)(keys)).mean(0))
 
 
 class _Convolved(eqx.Module):  # type: ignore[misc] # equinox is taken as untyped
@@ -157,6 +171,12 @@ CASES: dict[str, Callable[[], Case]] = {
     "nnx": lambda: (*of_nnx(_Normed), INPUTS),
     "nnx with attention": lambda: (*of_nnx(_attention), INPUTS),
     "embedding tied to the output": lambda: (_tied, {"table": drawn(7, 4)}, KEYS),
+    "equinox with words": lambda: (*of_equinox(_Words), KEYS),
+    "rows that are looked up one by one": lambda: (
+        lambda p, keys: jax.vmap(jax.vmap(lambda key: jnp.tanh(p["rows"][key]).sum(1)))(keys),
+        {"rows": drawn(7, 4, 2)},
+        KEYS,
+    ),
     "one matrix used twice": lambda: (_shared, {"w": drawn(4, 4)}, INPUTS),
     "matrix stored as [d_out, d_in], with a position": lambda: (
         lambda p, x: jax.vmap(lambda row: p["w"] @ row.T)(x + p["position"][:5]),
@@ -188,6 +208,7 @@ MATRICES = {
     "experts with hard routing": {"router": True},
     "equinox": {"layers.0.weight": False, "layers.1.weight": False},
     "equinox with a convolution": {"conv.weight": False, "last.weight": False},
+    "equinox with words": {"words.weight": True, "last.weight": False},
     "equinox with attention": {f"attention.{name}_proj.weight": False for name in ("query", "key", "value", "output")},
 }
 _GATES = (
@@ -236,6 +257,16 @@ def test_taps_have_the_gradients_of_single_samples(name: str) -> None:
     if not name.startswith("nnx"):
         assert tapped.matrices == MATRICES.get(name, {})
         assert tapped.slow == SLOW.get(name, {})
+
+
+def test_squares_of_words_that_are_looked_up_one_by_one_are_those_of_single_samples() -> None:
+    """Some samples have a word several times, so that the square is of a sum."""
+    apply, params, keys = CASES["equinox with words"]()
+    seed = np.random.default_rng(1).normal(size=(3, 3))
+    found = per_sample_square_sum(TappedFunction(apply, params, keys).taps(params, keys, seed))
+    gradients, _ = _gradients(apply, params, keys, seed)
+    for name, gradient in leaves_of(gradients).items():
+        np.testing.assert_allclose(np.reshape(found[name], gradient.shape[1:]), (gradient**2).sum(0), rtol=1e-9)
 
 
 def test_what_no_operation_explains_is_named_once() -> None:

@@ -17,7 +17,7 @@ def row(shape: tuple[int, ...], *layers: Any, dtype: str | None = None) -> keras
     return keras.Sequential([keras.Input(shape, dtype=dtype), *layers, L.Flatten(), L.Dense(CLASSES)])
 
 
-class TwoHeads(keras.Model):
+class TwoHeads(keras.Model):  # type: ignore[misc] # Keras is taken as untyped
     """A model that has the head of one task at a time, which is built when it is first called."""
 
     def __init__(self, *ends: str | None) -> None:
