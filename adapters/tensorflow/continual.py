@@ -38,6 +38,9 @@ __all__ = ["Continual"]
 class Continual(ContinualModel):
     """A Keras model that learns tasks one after the other, by ``model.fit`` or in a loop of the user's own.
 
+    What Python chooses as the model runs, such as one of several heads, is found anew by ``remember``, ``stable`` and
+    ``merge``, and stays so in ``observe`` and ``save``.
+
     Attributes:
         model: the user's own; between calls nothing of ours is left in it.
         posterior: the old tasks' loss, to second order; None before anything is remembered.

@@ -93,6 +93,7 @@ class DataLoss:
         """Trace the model anew from here on: which of its parts it uses may depend on what Python knows now."""
         for traced in (self.network, self._tapping, self._derivatives):
             traced.retrace()
+        self._looked = False
 
     @property
     def trained(self) -> dict[str, Parameter]:
@@ -128,7 +129,7 @@ class DataLoss:
         return tf.cast(numbers, like.dtype if like.dtype == tf.float64 else tf.float32)
 
     def _look(self, theta: Params, inputs: Any, targets: Any) -> None:
-        """Look at the network once: which parameters are matrices, and whether we compute what it computes."""
+        """Look at the network once for each trace: its logits and matrices, and whether we compute what it computes."""
         if self._looked and self._knows_matrices:
             return
         few = samples_of(inputs, slice(3))

@@ -234,7 +234,7 @@ class KerasFunction:
         Raises:
             BecameError: if that cannot be found out.
         """
-        last: list[str] = []
+        self.link, last = None, list[str]()
 
         def look(weights: list[Array], inputs: Any) -> Array:
             outputs = self.run(weights, inputs)

@@ -7,7 +7,7 @@ import tensorflow as tf
 
 from adapters.tensorflow import Continual
 from became_core import BecameError
-from tests.tensorflow.own_loop import CLASSES, L, fit, new_data, perceptron, row
+from tests.tensorflow.own_loop import CLASSES, L, TwoHeads, fit, new_data, perceptron, row
 
 pytestmark = pytest.mark.usefixtures("in_double_precision")
 
@@ -117,3 +117,23 @@ def test_what_old_data_hold_by_curvature_stays_penalised_after_new_data_were_mer
     learning.merge(new)
     learning.remember(new)
     assert {covered.treatment for covered in learning.coverage.parameters} == {"penalised"}
+
+
+@pytest.mark.parametrize("ends", [("softmax", None), (None, "softmax"), ("softmax", "softmax")])
+def test_each_head_is_taken_back_to_logits_as_it_ends_itself(ends: tuple[str | None, str | None]) -> None:
+    model, old, new = TwoHeads(*ends), new_data(1, 1), new_data(2, 1)
+    for model.task in (1, 0):
+        model(old[0][0])
+    learning = Continual(model, check=False)
+    learning.remember(old)
+    model.heads[0].trainable, model.task = False, 1
+    model.compile(keras.optimizers.SGD(0.1), keras.losses.SparseCategoricalCrossentropy(from_logits=ends[1] is None))
+    with learning.stable():
+        fit(model, new, 1)
+    with learning.plastic():
+        fit(model, new, 1)
+    expected = float(model.loss(new[0][1], model(new[0][0])))
+    report = learning.merge(new, trace=2)
+    np.testing.assert_allclose(report.trace[1][1], expected, rtol=1e-6)
+    learning.remember(new)
+    np.testing.assert_allclose(learning._data.mean(new), float(model.loss(new[0][1], model(new[0][0]))), rtol=1e-6)
