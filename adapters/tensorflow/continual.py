@@ -211,6 +211,7 @@ class Continual(ContinualModel):
                 witness.at_end()
             finally:
                 self.model.train_function = None
+                self._data.retrace()  # with layers that were built inside of the context
                 self._theta_gp = self._data.weights()
 
     def _check_no_constraint(self) -> None:

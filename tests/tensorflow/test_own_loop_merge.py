@@ -7,7 +7,7 @@ import tensorflow as tf
 
 from adapters.tensorflow import Continual
 from became_core import BecameError
-from tests.tensorflow.own_loop import CLASSES, L, TwoHeads, fit, new_data, perceptron, row
+from tests.tensorflow.own_loop import CLASSES, L, TwoHeads, compiled, fit, new_data, perceptron, row
 
 pytestmark = pytest.mark.usefixtures("in_double_precision")
 
@@ -137,3 +137,20 @@ def test_each_head_is_taken_back_to_logits_as_it_ends_itself(ends: tuple[str | N
     np.testing.assert_allclose(report.trace[1][1], expected, rtol=1e-6)
     learning.remember(new)
     np.testing.assert_allclose(learning._data.mean(new), float(model.loss(new[0][1], model(new[0][0]))), rtol=1e-6)
+
+
+def test_a_head_that_is_built_in_stable_training_is_merged() -> None:
+    model, old, new = TwoHeads(), new_data(1, 1), new_data(2, 1)
+    model(old[0][0])
+    learning = Continual(model, check=False)
+    learning.remember(old)
+    model.heads[0].trainable, model.task = False, 1
+    compiled(model)
+    with learning.stable():
+        fit(model, new, 1)
+    stable = model.heads[1].kernel.numpy()
+    with learning.plastic():
+        fit(model, new, 1)
+    plastic, alpha = model.heads[1].kernel.numpy(), learning.merge(new).alpha
+    assert 0 <= alpha <= 1
+    np.testing.assert_allclose(model.heads[1].kernel, stable + alpha * (plastic - stable), rtol=1e-6)
