@@ -130,7 +130,7 @@ def remember(
 
     Without old data there may be the state of an optimiser: the second moments of optax's Adam, without their bias and
     times the samples of a step, stand for the Fisher information; then there is no memory of spaces, and nothing is
-    protected but penalised.
+    protected but penalised. The state of an Adamax looks like an Adam's, and has no squares in it: do not give one.
 
     Args:
         apply: (params, inputs) -> outputs, [samples, ...], as in evaluation: without dropout and without statistics of

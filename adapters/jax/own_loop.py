@@ -68,6 +68,9 @@ def projected(
     given the whole tree of parameters, so it stands outside of ``optax.masked`` and ``optax.multi_transform``;
     ``optax.MultiSteps`` may be inside or outside. What else an update needs, such as ``value=``, is passed on.
 
+    The state of an Adamax looks like an Adam's, so that the pull would be divided by numbers that are no second
+    moments: let ``projected`` come last in a chain after it, or leave the pull to ``penalty``.
+
     Args:
         memory: of the old data.
         learning_rate: a number, or a schedule of the steps' count, as the optimiser has it; it scales the pull on
