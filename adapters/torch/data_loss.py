@@ -40,7 +40,7 @@ from adapters.torch.batches import Applied, few_samples, in_evaluation, not_a_fe
 from adapters.torch.checking import RowsKept, TorchView
 from adapters.torch.derivatives import Derivatives
 from adapters.torch.layers import estimate_statistics, gradients_of, outputs_at
-from adapters.torch.shared_model import SharedModel
+from adapters.torch.shared_model import SharedModel, own_part
 from adapters.torch.tapping import Layouts, as_written, collect_taps, ways_of
 from became_core import BecameError, Quadratic
 from became_core.arrays import Params
@@ -294,6 +294,9 @@ class DataLoss:
         if self.shared.count > 1:
             units = float(self.shared.total(torch.tensor(units, dtype=torch.float64)))
             sums = self.shared.total_like(sums, self.trained)
+            if with_memory:
+                here = {name: own_part(value) for name, value in self.trained.items()}
+                finished.agree(self.shared.of_all(finished.layouts()), here)
             finished.exchange = self.shared.exchange
         counted(units)
         return {name: value / units for name, value in sums.items()}, finished

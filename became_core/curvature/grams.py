@@ -14,7 +14,7 @@ Convention: Gram matrices are means, of inputs over samples and positions, and o
 computed in at least float32.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -28,6 +28,9 @@ __all__ = ["GramSums", "gradient_grams", "input_grams"]
 # Up to this many columns, F^T F is one product. With more columns, half of it is computed and mirrored, which saves
 # more time than the smaller products lose.
 SYMMETRIC = 512
+
+# The shape and the dtype of what is kept of a weight: of a sum, or [0, d_in] of rows that wait to be summed.
+Layout = tuple[tuple[int, ...], Any]
 
 
 def input_grams(batches: Iterable[Taps], weights: frozenset[str], exchange: Exchange | None = None) -> Params:
@@ -117,8 +120,41 @@ class GramSums:
             else:
                 self._add_rows(name, array)
 
+    def layouts(self) -> dict[str, Layout]:
+        """Return, by weight, the shape and dtype of the zeros that change nothing if they are added."""
+        waiting = {name: ((0, int(parts[0].shape[1])), parts[0].dtype) for name, parts in self._waiting.items()}
+        return waiting | {name: (tuple(map(int, gram.shape)), gram.dtype) for name, gram in self._sums.items()}
+
+    def agree(self, layouts: Sequence[Mapping[str, Layout]], parameters: Params) -> None:
+        """Have sums of the same weights as all other processes, whose batches may use others: of those, zeros.
+
+        Args:
+            layouts: what ``layouts`` returned in each process.
+            parameters: arrays that lie where sums shall, by weight.
+        """
+        names = dict.fromkeys(name for of_one in layouts for name in of_one)
+        self._rows = {name: self._rows.get(name, 0) for name in names}
+        for name in names:
+            known = [of_one[name] for of_one in layouts if name in of_one]
+            # If one process has summed its rows, none has rows that wait.
+            shape, dtype = next((layout for layout in known if layout[0][0]), known[0])
+            rows = self._waiting.pop(name) if shape[0] and name in self._waiting else None
+            if rows is not None:
+                _add(self._sums, name, _gram(_joined(rows)))
+            elif name not in (self._sums if shape[0] else self._waiting):
+                xp: Any = namespace(parameter=parameters[name])
+                nothing = xp.zeros(shape, dtype=dtype, device=device(parameters[name]))
+                if shape[0]:
+                    self._sums[name] = nothing
+                else:
+                    self._waiting[name] = [nothing]
+
     def means(self, exchange: Exchange | None = None) -> Params:
-        """Return the means, as ``input_grams`` does; with an exchange this can be done once."""
+        """Return the means, as ``input_grams`` does; with an exchange this can be done once.
+
+        Args:
+            exchange: of processes that have sums of the same weights, as after ``agree``.
+        """
         sums, waiting, rows = self._sums, self._waiting, self._rows
         if exchange is not None:
             rows = _of_all_processes(sums, waiting, rows, exchange)
@@ -137,7 +173,7 @@ def _of_all_processes(
 
     Where all have fewer rows than columns, a factor of the Gram matrix is kept, as in one process.
     """
-    if not rows:  # no weight has a tap, in any process
+    if not rows:  # and so it is in all processes
         return rows
     rows = _total_counts(rows, [*sums.values(), *(parts[0] for parts in waiting.values())][0], exchange)
     for name in sorted(waiting):

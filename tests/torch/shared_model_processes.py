@@ -53,6 +53,25 @@ class Encoder(nn.Module):
         return outputs
 
 
+class Experts(nn.Module):
+    """Each sample goes through one of two layers, and looks a word up in one of two embeddings."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(WIDTH, 4) for _ in range(2))
+        self.words = nn.ModuleList(nn.Embedding(WIDTH, 4) for _ in range(2))
+        self.head = nn.Linear(4, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = x.new_zeros(len(x), 4)
+        for layer, words, chosen in zip(self.layers, self.words, (x[:, 0] > 0, x[:, 0] <= 0), strict=True):
+            if chosen.any():
+                own = x[chosen]
+                hidden = hidden.index_copy(0, chosen.nonzero()[:, 0], layer(own) + words(own.argmax(1)))
+        outputs: Tensor = self.head(hidden.tanh())
+        return outputs
+
+
 def perceptron() -> nn.Module:
     """Of the second layer's one row and of the last one's three, two processes have unequal parts."""
     return nn.Sequential(
@@ -318,6 +337,38 @@ def check_mesh_of_two_axes() -> None:
         np.testing.assert_allclose(plain(of_both[0][name]), plain(value), rtol=1e-9, atol=1e-12)
 
 
+def check_unlike_layers() -> None:
+    """The batches of each process use an expert that those of the other one do not."""
+    rank, samples = distributed.get_rank(), batches(1, gaussian=False)
+    of_both = [(x - 1, y) for x, y in samples[:2]]
+    # Of three samples rows are kept, and of eight a sum.
+    of_one, of_other = (samples[0][0].abs()[:3], samples[0][1][:3]), (-samples[4][0].abs(), samples[4][1])
+
+    def remembered(how: str) -> dict[str, Any]:
+        torch.manual_seed(0)
+        model: Any = Experts().double()
+        if how == "DDP":
+            model = DistributedDataParallel(model, find_unused_parameters=True)
+        elif how == "FSDP2":
+            fully_shard(model)
+        learning = Continual(model, progress=False)
+        learning.remember(of_both if how == "alone" else of_both[rank : rank + 1])
+        learning.remember([of_one, of_other] if how == "alone" else [(of_one, of_other)[rank]])
+        assert learning.posterior is not None
+        protected, turned = learning.projector.rank, learning._transposed
+        shapes = {name: learning._data.shapes[name] for name in protected}
+        ones = {name: torch.ones(shape[::-1] if name in turned else shape).double() for name, shape in shapes.items()}
+        found = {f"projected, {name}": plain(value) for name, value in learning.projector.project(ones).items()}
+        return found | {name: plain(value) for name, value in learning.posterior.precision.diagonal().items()}
+
+    expected = remembered("alone")
+    for how in ("DDP", "FSDP2"):
+        found = remembered(how)
+        assert found.keys() == expected.keys()
+        for name, value in expected.items():
+            np.testing.assert_allclose(found[name], value, rtol=1e-9, atol=1e-12, err_msg=name)
+
+
 def page(code: str, port: int, rank: int) -> None:
     """Run a page's script as one of the processes that torchrun starts."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
@@ -325,6 +376,9 @@ def page(code: str, port: int, rank: int) -> None:
     torch.set_num_threads(1)
     with Path(f"out.{rank}").open("w", encoding="utf-8") as out, redirect_stdout(out):
         exec(compile(code, "docs/scale.md", "exec"), {"__name__": "__main__"})  # our own page
+
+
+CHECKS = (check_refusals, check_state, check_mesh_of_two_axes, check_unlike_layers)
 
 
 def work(rank: int, folder: str) -> None:
@@ -348,7 +402,7 @@ def work(rank: int, folder: str) -> None:
         for name, of_one in expected.items()
         for how in ("DDP", "FSDP2")
     }
-    checks |= {check.__name__: check for check in (check_refusals, check_state, check_mesh_of_two_axes)}
+    checks |= {check.__name__: check for check in CHECKS}
     failures = {}
     for name, check in checks.items():
         try:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.processes import ended, started
-from tests.torch.shared_model_processes import page, work
+from tests.torch.shared_model_processes import CHECKS, page, work
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="this PyTorch has no torch.distributed")
 PAGE = Path(__file__).parents[2] / "docs" / "scale.md"
@@ -23,7 +23,7 @@ def test_two_processes_learn_with_a_wrapped_model_what_one_learns(tmp_path: Path
     for rank in (0, 1):
         count, failures = json.loads((tmp_path / f"{rank}.json").read_text(encoding="utf-8"))
         assert failures == {}, "\n".join(f"{name}:\n{text}" for name, text in failures.items())
-        assert count == 13
+        assert count == 10 + len(CHECKS)
 
 
 def test_the_script_of_the_page_runs_on_two_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

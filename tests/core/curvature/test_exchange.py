@@ -10,6 +10,7 @@ import pytest
 
 from became_core.curvature import (
     Exchange,
+    GramSums,
     Pushforward,
     Tap,
     Taps,
@@ -77,6 +78,27 @@ def test_gram_matrices_and_factors_of_few_inputs_are_those_of_all_batches() -> N
         assert result["few.weight"].shape == (sum(SIZES), 30)  # in another order: F^T F is the same
         result["few.weight"] = result["few.weight"].T @ result["few.weight"]
     assert_alike(results, whole)
+
+
+def test_gram_matrices_are_those_of_all_batches_where_processes_use_other_layers() -> None:
+    """In one process a layer has summed its rows, few of another wait, and an embedding is looked up."""
+    few, many = ({name: batches()[0][name]} for name in ("few", "many"))
+    words = {"words": Tap("embedding", np.asarray([[2, 0, 2]]), np.ones((1, 3, 2)), size=3)}
+    parts = [[few], [many, {"many": batches()[1]["many"][:1]}, words]]
+    weights = WEIGHTS | {"words.weight"}
+
+    def work(rank: int, exchange: Exchange) -> Any:
+        sums = GramSums()
+        for taps in parts[rank]:
+            sums.add(taps, weights)
+        layouts[rank] = sums.layouts()
+        barrier.wait()
+        sums.agree(layouts, dict.fromkeys(weights, np.zeros(1)))
+        return sums.means(exchange)
+
+    layouts: list[Any] = [None] * PROCESSES
+    barrier = Barrier(PROCESSES, timeout=WAIT)
+    assert_alike(by_all(work), input_grams([*parts[0], *parts[1]], weights))
 
 
 def test_gradient_grams_are_means_over_all_batches() -> None:
