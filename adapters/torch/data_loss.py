@@ -288,7 +288,9 @@ class DataLoss:
         with self.shared.whole(), in_evaluation(self._model):
             squares = square_sums(taps_of_batches())
             sums = {
-                name: squares[name].reshape(value.shape) if name in squares else torch.zeros_like(value)
+                name: self.in_dtype(
+                    squares[name].reshape(value.shape) if name in squares else torch.zeros_like(value), value
+                )
                 for name, value in ((name, value.detach()) for name, value in self.trained.items())
             }
         if self.shared.count > 1:

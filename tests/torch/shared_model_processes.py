@@ -369,6 +369,25 @@ def check_unlike_layers() -> None:
             np.testing.assert_allclose(found[name], value, rtol=1e-9, atol=1e-12, err_msg=name)
 
 
+def check_half_precision() -> None:
+    """Where a process uses no expert of a kind, its zeros have the precision of the other one's sums."""
+    rank, samples = distributed.get_rank(), batches(1, gaussian=False)
+    parts = [[(sign * x.abs().bfloat16(), y)] for sign, (x, y) in zip((1, -1), samples[:2], strict=True)]
+    for used in (parts[0] + parts[1], parts[1] * 2):  # of the latter no process uses the first expert
+        found = []
+        for shared in (False, True):
+            torch.manual_seed(0)
+            model: Any = Experts().bfloat16()
+            model = DistributedDataParallel(model, find_unused_parameters=True) if shared else model
+            learning = Continual(model, progress=False, check=False)
+            learning.remember(used[rank : rank + 1] if shared else used)
+            assert learning.posterior is not None
+            found.append(learning.posterior.precision.diagonal())
+        for name, value in found[0].items():
+            assert value.dtype == torch.float32
+            torch.testing.assert_close(found[1][name], value, rtol=1e-5, atol=1e-9)
+
+
 def page(code: str, port: int, rank: int) -> None:
     """Run a page's script as one of the processes that torchrun starts."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
@@ -378,7 +397,7 @@ def page(code: str, port: int, rank: int) -> None:
         exec(compile(code, "docs/scale.md", "exec"), {"__name__": "__main__"})  # our own page
 
 
-CHECKS = (check_refusals, check_state, check_mesh_of_two_axes, check_unlike_layers)
+CHECKS = (check_refusals, check_state, check_mesh_of_two_axes, check_unlike_layers, check_half_precision)
 
 
 def work(rank: int, folder: str) -> None:
