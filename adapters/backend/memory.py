@@ -97,14 +97,12 @@ def held_by_curvature(precision: Params, matrices: Mapping[str, bool]) -> frozen
     """Return the parameters of which old data have curvature, and no space: these stay penalised.
 
     Args:
-        precision: the old tasks'.
+        precision: the old tasks'; of what processes share, each gives its part.
         matrices: the parameters of which spaces are known.
     """
-    return frozenset(
-        name
-        for name, value in precision.items()
-        if name not in matrices and bool(namespace(value=value).any(value != 0))
-    )
+    others = {name: value for name, value in precision.items() if name not in matrices}
+    are_zero = hold(lambda xp, value: value == 0, list(others.values())) if others else []
+    return frozenset(name for name, is_zero in zip(others, are_zero, strict=True) if not is_zero)
 
 
 def matrices_with(

@@ -190,7 +190,7 @@ class Continual(ContinualModel):
             return fisher_of_moments(of_all, samples, self._data.weights(), stacklevel=3), self.projector
         assert batches is not None
         of_old = {} if self.posterior is None else self.posterior.precision.diagonal()
-        held = held_by_curvature({name: own_part(value) for name, value in of_old.items()}, self._data.matrices or {})
+        held = held_by_curvature(of_old, self._data.matrices or {})
         fisher, finished = self._data.fisher(batches, with_memory=True, held=held, share=share)
         return fisher, self.projector.remember(finished)
 

@@ -388,6 +388,35 @@ def check_half_precision() -> None:
             torch.testing.assert_close(found[1][name], value, rtol=1e-5, atol=1e-9)
 
 
+class Words(nn.Module):
+    """Words, of which FSDP2 gives the first half to the first process."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(10, 4)
+        self.head = nn.Linear(4, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        outputs: Tensor = self.head(self.embedding(x))
+        return outputs
+
+
+def check_held_rows() -> None:
+    """A parameter that old data hold by curvature is held, too, if only the second process has rows that they used."""
+    torch.manual_seed(0)
+    model = sharded(Words().double())
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    words = torch.arange(5, 10)
+    nn.functional.cross_entropy(model(words), words % CLASSES).backward()
+    optimizer.step()
+    learning = Continual(model, progress=False)
+    with pytest.warns(UserWarning, match="second moments"):
+        learning.remember(optimizer=optimizer, samples=5)
+    learning.remember([(torch.arange(10), torch.arange(10) % CLASSES)])
+    treatments = {row.name: row.treatment for row in learning.coverage.parameters}
+    assert treatments["embedding.weight"] == treatments["head.weight"] == "penalised"
+
+
 def page(code: str, port: int, rank: int) -> None:
     """Run a page's script as one of the processes that torchrun starts."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
@@ -397,7 +426,10 @@ def page(code: str, port: int, rank: int) -> None:
         exec(compile(code, "docs/scale.md", "exec"), {"__name__": "__main__"})  # our own page
 
 
-CHECKS = (check_refusals, check_state, check_mesh_of_two_axes, check_unlike_layers, check_half_precision)
+CHECKS = (
+    *(check_refusals, check_state, check_mesh_of_two_axes, check_unlike_layers, check_half_precision),
+    *(check_held_rows,),
+)
 
 
 def work(rank: int, folder: str) -> None:
