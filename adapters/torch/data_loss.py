@@ -293,12 +293,11 @@ class DataLoss:
                 )
                 for name, value in ((name, value.detach()) for name, value in self.trained.items())
             }
-        if self.shared.count > 1:
-            units = float(self.shared.total(torch.tensor(units, dtype=torch.float64)))
-            sums = self.shared.total_like(sums, self.trained)
-            if with_memory:
-                here = {name: own_part(value) for name, value in self.trained.items()}
-                finished.agree(self.shared.of_all(finished.layouts()), here)
+        units = float(self.shared.total(torch.tensor(units, dtype=torch.float64)))
+        sums = self.shared.total_like(sums, self.trained)
+        if with_memory and self.shared.count > 1:
+            here = {name: own_part(value) for name, value in self.trained.items()}
+            finished.agree(self.shared.of_all(finished.layouts()), here)
             finished.exchange = self.shared.exchange
         counted(units)
         return {name: value / units for name, value in sums.items()}, finished

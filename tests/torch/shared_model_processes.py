@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, distributed, nn
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
@@ -417,6 +417,27 @@ def check_held_rows() -> None:
     assert treatments["embedding.weight"] == treatments["head.weight"] == "penalised"
 
 
+def check_one_process_of_fsdp2() -> None:
+    """A model that is sharded over one process learns on with a memory from a disk."""
+    groups: list[Any] = [distributed.new_group([rank]) for rank in (0, 1)]
+    mesh = DeviceMesh.from_group(groups[distributed.get_rank()], "cpu")
+    torch.manual_seed(0)
+    model, data = sharded(perceptron().double(), mesh=mesh), batches(1, gaussian=False)
+    learning = Continual(model, progress=False)
+    learning.remember(data)
+    learning.save(f"one-{distributed.get_rank()}.safetensors")
+    loaded = Continual.load(model, f"one-{distributed.get_rank()}.safetensors", progress=False)
+    for each in (learning, loaded):
+        each.remember(data)
+    assert learning.posterior is not None
+    assert loaded.posterior is not None
+    again = loaded.posterior.precision.diagonal()
+    for name, value in learning.posterior.precision.diagonal().items():
+        parameter = model.get_parameter(name)
+        assert value.placements == again[name].placements == parameter.placements
+        np.testing.assert_array_equal(plain(again[name]), plain(value))
+
+
 def page(code: str, port: int, rank: int) -> None:
     """Run a page's script as one of the processes that torchrun starts."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
@@ -428,7 +449,7 @@ def page(code: str, port: int, rank: int) -> None:
 
 CHECKS = (
     *(check_refusals, check_state, check_mesh_of_two_axes, check_unlike_layers, check_half_precision),
-    *(check_held_rows,),
+    *(check_held_rows, check_one_process_of_fsdp2),
 )
 
 
