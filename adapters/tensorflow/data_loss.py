@@ -116,11 +116,11 @@ class DataLoss:
     @contextmanager
     def kept_on_error(self) -> Iterator[None]:
         """Give back what was known of the data before this context, if it ends in an error."""
-        before = self.likelihood, self.matrices, self._looked
+        before = self.likelihood, self.matrices, self._looked, self._knows_matrices
         try:
             yield
         except BaseException:
-            self.likelihood, self.matrices, self._looked = before
+            self.likelihood, self.matrices, self._looked, self._knows_matrices = before
             raise
 
     @staticmethod
