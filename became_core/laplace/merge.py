@@ -166,7 +166,7 @@ def merge(theta_gp: Tree, theta_hat: Tree, alpha: Array | Tree | float) -> Tree:
 
     Raises:
         BecameError: if structures, shapes, frameworks or devices differ, an array is sparse or masked, or alpha is not
-            finite.
+            finite or has axes.
     """
     holds_integers = _integer_test()
     for leaf in aligned_leaves(theta_gp=theta_gp, theta_hat=theta_hat):
@@ -188,12 +188,17 @@ def merge(theta_gp: Tree, theta_hat: Tree, alpha: Array | Tree | float) -> Tree:
 
 
 def _check_alpha(alpha: Any, name: str = "alpha") -> None:
-    """Raise an error if a coefficient is not finite; under a trace nothing is known of it."""
+    """Raise an error if a coefficient has axes or is not finite, which is not known under a trace."""
     if isinstance(alpha, int | float):
         if not math.isfinite(alpha):
             raise BecameError(f"{name} is {alpha}; it must be a finite number.")
         return
     xp = namespace(alpha=alpha)
+    if len(alpha.shape):
+        raise BecameError(
+            f"{name} has shape {tuple(alpha.shape)}; give a number or a 0-d array, or a tree of them, one for each "
+            "leaf."
+        )
     check_values(xp.all(xp.isfinite(alpha)), f"{name} is infinite or not a number; it must be finite.")
 
 
