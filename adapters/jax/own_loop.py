@@ -29,9 +29,9 @@ from adapters.jax.tapping import Apply, trained_of
 from adapters.jax.trees import leaves_of, with_leaves_of
 from became_core import BecameError, Secant
 from became_core import merge as merge_trees
-from became_core.arrays import Array, namespace
+from became_core.arrays import Array, Params, named_leaves, namespace, with_leaves
 from became_core.laplace import Estimator
-from became_core.projection import Projector, full
+from became_core.projection import full
 
 __all__ = ["Merged", "merge", "penalty", "projected"]
 
@@ -41,15 +41,17 @@ __all__ = ["Merged", "merge", "penalty", "projected"]
 class ProjectedState(NamedTuple):
     """The state of ``projected``; its arrays are arguments of a compiled step, and no constants in it.
 
+    It is of tuples, dicts and arrays that are not empty, as libraries that write states to disk want it.
+
     Attributes:
         count: how many steps were taken.
-        projector: the memory.
+        spaces: the projector's arrays by their paths; empty ones, and what is no array, stay in the memory.
         penalised: the mean of every parameter that is pulled back to it, and penalty x precision.
         inner: the state of the optimiser that was given.
     """
 
     count: Array
-    projector: Projector
+    spaces: Params
     penalised: dict[str, tuple[Array, Array]]
     inner: Any
 
@@ -99,14 +101,15 @@ def projected(
     def init(params: Any) -> ProjectedState:
         memory.check(trained_of(params))
         namespace(values=next(iter(memory.posterior.mean.values())))  # JAX learns of the core's values
-        projector, penalised = copied((memory.projector, memory.penalised))
+        arrays = {name: value for name, value in named_leaves(memory.projector).items() if value.size}
+        spaces, penalised = copied((arrays, memory.penalised))
         inner = taking_steps.init(params)
         if _nodes(inner, optax.contrib.ScheduleFreeState):
             raise BecameError(
                 "a schedule-free optimizer takes means of its steps, and must know them as they are projected; let it "
                 "come around: optax.contrib.schedule_free(projected(memory, rate, optimizer), rate)."
             )
-        return ProjectedState(jnp.zeros((), jnp.int32), projector, penalised, inner)
+        return ProjectedState(jnp.zeros((), jnp.int32), spaces, penalised, inner)
 
     def update(updates: Any, state: ProjectedState, params: Any = None, **others: Any) -> tuple[Any, ProjectedState]:
         if params is None:
@@ -117,6 +120,7 @@ def projected(
         memory.check(theta)
         rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
         rate = rate * (count - state.count)  # gradients that are only gathered are no step
+        projector = with_leaves(memory.projector, named_leaves(memory.projector) | state.spaces)
         allowed = dict(steps)
         for name, step in steps.items():
             if name not in theta:
@@ -128,7 +132,7 @@ def projected(
             if name in ranks:
                 width = ranks[name][1]
                 matrix = wide.reshape(width, -1).T if matrices.get(name) else wide.reshape(-1, width)
-                rows = state.projector.project({name: matrix})[name]
+                rows = projector.project({name: matrix})[name]
                 wide = (rows.T if matrices.get(name) else rows).reshape(step.shape)
             elif name in state.penalised:
                 mean, strength = state.penalised[name]

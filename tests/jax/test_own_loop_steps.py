@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import optax
 import pytest
-from flax import nnx
+from flax import nnx, serialization
 from jax import numpy as jnp
 
 from adapters.jax.memory import coverage, remember
@@ -154,6 +154,21 @@ def test_a_compiled_step_has_the_memory_among_its_arguments() -> None:
     jaxpr = jax.make_jaxpr(transformation.update)(params, state, params)
     assert max((np.size(const) for const in jaxpr.consts), default=0) <= 1
     assert any(np.shape(leaf) == (WIDTH, memory.projector.rank["first.kernel"][0]) for leaf in jax.tree.leaves(state))
+
+
+def test_the_state_of_steps_goes_to_bytes_and_back() -> None:
+    """Libraries that write states take tuples, dicts and arrays; some refuse arrays without entries."""
+    params, old = new_weights(), new_data(1)
+    memory = remember(perceptron, params, old, projector=GPM(1.0), check=False)
+    assert not all(value.size for value in named_leaves(memory.projector).values())
+    optimizer = projected(memory, 0.05, optax.adam(0.05))
+    gradients = jax.tree.map(jnp.ones_like, params)
+    _, state = optimizer.update(gradients, optimizer.init(params), params)
+    assert all(leaf.size for leaf in jax.tree.leaves(state))
+    again = serialization.from_bytes(optimizer.init(params), serialization.to_bytes(state))
+    expected, found = (optimizer.update(gradients, own, params)[0] for own in (state, again))
+    for one, other in zip(jax.tree.leaves(expected), jax.tree.leaves(found), strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 def test_steps_keep_the_dtype_of_the_parameters() -> None:
