@@ -7,6 +7,7 @@ Convention: losses and Fisher information are means over samples or over tokens,
 alike, each with its mean. Parameters go by PyTorch's own names; those that need no gradient are never touched.
 """
 
+import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -300,7 +301,8 @@ class Continual(ContinualModel):
         """
         shared = SharedModel(model)
         parameters: dict[str, Any] = dict(shared.model.named_parameters())
-        if Path(file).is_dir():
+        # A disk may not be shared; then all say so.
+        if any(shared.of_all(os.path.isdir(file))):  # noqa: PTH112 - that of Path may raise
             description, arrays = read_shards(Path(file), parameters, shared)
         else:
             description, arrays = read_memory(file, "pt")

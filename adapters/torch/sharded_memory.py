@@ -91,8 +91,10 @@ def read_shards(
 
     reader = _safetensors_storage().HuggingFaceStorageReader
     shapes = {name: tuple(value.shape) for name, value in parameters.items()}
-    state, problem = dict[str, Any](), None
+    state, problem, here = dict[str, Any](), None, f"process {shared.rank + 1}"
     try:
+        if not folder.is_dir():
+            raise BecameError(f"{here} does not see {folder}; give a folder on a disk that all processes share.")
         manifest = _manifest(folder)
         check_description(folder, manifest["memory"], shapes)
         for key, (dtype, shape) in manifest["arrays"].items():
@@ -102,6 +104,8 @@ def read_shards(
             state[key] = _empty(shape, getattr(torch, dtype), like, whole=own)
     except BecameError as error:
         problem = str(error)
+    except OSError as error:
+        problem = f"{here} could not read {folder}: {error.strerror}."
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         problem = f"{folder} is no memory that Continual.save wrote ({first_line(error)})."
     _all_agree(shared, problem)

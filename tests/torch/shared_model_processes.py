@@ -300,6 +300,11 @@ def check_refused_shards(learning: Continual, refuses: Callable[..., None]) -> N
     unread = mock.patch.object(HuggingFaceStorageReader, "read_data", side_effect=OSError("Input/output error"))
     with unread if rank == 0 else nullcontext():
         refuses("^process 1 could not read kept: Input/output error", Continual.load, model, "kept")
+    absent = "process 2 does not see absent; give a folder on a disk that all processes share"
+    refuses(absent, Continual.load, model, "absent" if rank == 1 else "kept")
+    closed = mock.patch.object(Path, "is_file", side_effect=PermissionError(13, "Permission denied"))
+    with closed if rank == 1 else nullcontext():
+        refuses(r"^process 2 could not read kept: Permission denied\.$", Continual.load, model, "kept")
     learning.save("kept", sharded=True)
     assert Continual.load(model, "kept").penalty == 1.0
     assert len(list(Path("kept").glob("shards-*"))) == 1
