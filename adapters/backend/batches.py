@@ -117,7 +117,7 @@ def drawn(batches: Iterable[Any], share: float | None, total: int | None) -> Ite
     Args:
         batches: all of them.
         share: in (0, 1]; None for all of up to 64 batches, 64 of up to 256, and a quarter of more.
-        total: how many batches there are; None if that is not known, and then None is a share of 1.
+        total: how many batches there are in all processes; None if that is not known, and then None is a share of 1.
 
     Raises:
         BecameError: if the share is outside of (0, 1].

@@ -163,7 +163,8 @@ class Continual(ContinualModel):
             optimizer: an Adam that has just trained the model on them, instead of batches.
             samples: with an optimiser, how many samples (or tokens) a step had.
             share: of the batches, drawn at random, that is measured: 1 for all. If not given, all of up to 64 batches,
-                64 of up to 256, and a quarter of more; all, if their number is not known.
+                64 of up to 256, and a quarter of more; all, if their number is not known. It is the number of all
+                processes' batches, of which each draws this share of its own.
 
         Raises:
             BecameError: if there is no batch, or a batch or an optimiser cannot be used.

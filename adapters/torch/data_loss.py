@@ -265,19 +265,22 @@ class DataLoss:
             with_memory: whether a projector shall remember them; what is a matrix is then found anew, as other data
                 may use other parts of the model.
             held: the parameters that old data hold otherwise than by the spaces of a projector, which they go on to do.
-            share: of the batches, drawn at random, that is measured; None for one that suits their number.
+            share: of the batches, drawn at random, that is measured; None for one that suits their number in all
+                processes.
         """
         if with_memory:
             self._knows_matrices, self._held = False, held
         what = "remembering" if with_memory else "measuring"
         finished = InputGrams()
         units, rng = 0.0, np.random.default_rng(self.shared.rank)
+        own = length_of(batches)
+        lengths = [length for length in self.shared.of_all(own) if length is not None]
+        total = sum(lengths) if len(lengths) == self.shared.count else None
 
         def taps_of_batches() -> Iterator[Taps]:
             nonlocal units
             shows = self._shows and self.shared.rank == 0
-            total = length_of(batches)
-            todo = drawn(with_progress(batches, what, shows, total), share, total)
+            todo = drawn(with_progress(batches, what, shows, own), share, total)
             for batch in todo if self.shared.count == 1 else self._looked_at_by_all(todo):
                 for index, (taps, more) in enumerate(self.passes(batch, rng, windows=with_memory)):
                     units += more

@@ -8,7 +8,7 @@ import json
 import os
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext, redirect_stdout
 from datetime import timedelta
 from functools import partial
@@ -27,6 +27,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 
+from adapters.backend.batches import drawn
 from adapters.backend.memory_file import memory_arrays
 from adapters.torch import Continual
 from adapters.torch.shared_model import SharedModel
@@ -444,6 +445,31 @@ def check_one_process_of_fsdp2() -> None:
         np.testing.assert_array_equal(plain(again[name]), plain(value))
 
 
+def check_share_of_many_batches() -> None:
+    """What is drawn of many batches is the same share of each process's, whose numbers differ."""
+    rank, generator = distributed.get_rank(), torch.Generator().manual_seed(4)
+    of_both = [
+        [(number + torch.randn(2, WIDTH, generator=generator), torch.tensor([0, 1])) for _ in range(count)]
+        for number, count in enumerate((30, 60))
+    ]
+
+    def diagonal(shared: bool, own: Iterable[Any], share: float | None) -> dict[str, Any]:
+        torch.manual_seed(0)
+        model: Any = nn.Linear(WIDTH, CLASSES)
+        learning = Continual(DistributedDataParallel(model) if shared else model, progress=False, check=False)
+        learning.remember(own, share=share)
+        assert learning.posterior is not None
+        return learning.posterior.precision.diagonal()
+
+    of_90 = [batch for own in of_both for batch in drawn(own, None, 90)]
+    assert 48 < len(of_90) < 80
+    all_known, one_unknown = of_both[rank], iter(of_both[rank]) if rank == 1 else of_both[rank]
+    for own, measured in ((all_known, of_90), (one_unknown, of_both[0] + of_both[1])):
+        expected = diagonal(False, measured, 1.0)
+        for name, value in diagonal(True, own, None).items():
+            torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-8)
+
+
 def page(code: str, port: int, rank: int) -> None:
     """Run a page's script as one of the processes that torchrun starts."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
@@ -455,7 +481,7 @@ def page(code: str, port: int, rank: int) -> None:
 
 CHECKS = (
     *(check_refusals, check_state, check_mesh_of_two_axes, check_unlike_layers, check_half_precision),
-    *(check_held_rows, check_one_process_of_fsdp2),
+    *(check_held_rows, check_one_process_of_fsdp2, check_share_of_many_batches),
 )
 
 
