@@ -187,7 +187,10 @@ def curve_minimiser(quadratic: Quadratic) -> Array:
 
 
 def _stationary_points(derivative: Array) -> Array:
-    """Return what may be real roots of d0 + d1 t + d2 t^2 + d3 t^3, [5], finite all; others may be among them."""
+    """Return what may be real roots of d0 + d1 t + d2 t^2 + d3 t^3, [5], finite all; others may be among them.
+
+    Derivatives are finite, too: JAX goes through branches that are not taken, where an infinite one times 0 is NaN.
+    """
     xp = namespace(derivative=derivative)
     zero, one = xp.zeros_like(derivative[0]), xp.ones_like(derivative[0])
     largest = xp.max(xp.abs(derivative))
@@ -198,8 +201,14 @@ def _stationary_points(derivative: Array) -> Array:
         usable = xp.abs(below) > least
         return xp.where(usable, above / xp.where(usable, below, one), zero)
 
+    def power(base: Array, exponent: float) -> Array:
+        """The power of a number above 0, or else 0."""
+        is_positive = base > 0
+        safe = xp.where(is_positive, base, one)
+        return xp.where(is_positive, xp.sqrt(safe) if exponent == 0.5 else safe**exponent, zero)
+
     # Without the cubic term. The sum whose terms have equal signs loses no digits; the other root is by their product.
-    root = xp.sqrt(xp.clip(d1 * d1 - 4 * d2 * d0, 0.0, None))
+    root = power(d1 * d1 - 4 * d2 * d0, 0.5)
     sum_of_both = -0.5 * (d1 + xp.where(d1 < 0, -root, root))
     few = [quotient(sum_of_both, d2), quotient(d0, sum_of_both)]
 
@@ -210,12 +219,14 @@ def _stationary_points(derivative: Array) -> Array:
     q = quotient(d0, d3, least) - shift * quotient(d1, d3, least) + 2 * shift * shift * shift
     discriminant = q * q / 4 + p * p * p / 27
     # One real root where it is positive: the cube root of a sum of equal signs, and its partner.
-    large = (xp.abs(q) / 2 + xp.sqrt(xp.clip(discriminant, 0.0, None))) ** (1 / 3)
+    large = power(xp.abs(q) / 2 + power(discriminant, 0.5), 1 / 3)
     large = xp.where(q > 0, -large, large)
     single = large - quotient(p, 3 * large)
     # Three where it is not: 2 r cos(angle), with r^2 = -p / 3 and cos(3 angle) = -q / (2 r^3).
-    r = xp.sqrt(xp.clip(-p / 3, 0.0, None))
-    angle = xp.acos(xp.clip(quotient(-q, 2 * r * r * r), -1.0, 1.0)) / 3
+    r = power(-p / 3, 0.5)
+    cosine = quotient(-q, 2 * r * r * r)
+    inside = xp.abs(cosine) < 1
+    angle = xp.where(inside, xp.acos(xp.where(inside, cosine, zero)), xp.where(cosine > 0, zero, math.pi * one)) / 3
     triple = [2 * r * xp.cos(angle - 2 * math.pi * k / 3) for k in range(3)]
     return xp.stack(few + [xp.where(discriminant > 0, single, other) - shift for other in triple])
 

@@ -24,6 +24,7 @@ from became_core.laplace import (
 )
 from reference.curves import curve_point, least_along_curve, posterior_mode
 from tests.backends import to_numpy, to_xp
+from tests.compilers import gradient_of
 from tests.strategies import Segment, segments
 
 
@@ -118,6 +119,24 @@ def test_a_curve_that_hardly_bends_has_the_minimum_of_the_segment(xp: Any, stiff
     slope = -1 + 4 * t + stiff * (4 * t - 12 * t**2 + 8 * t**3)
     assert slope == pytest.approx(0, abs=1e-15)
     assert t == pytest.approx(0.25, abs=stiff + 1e-15)
+
+
+def test_the_derivative_of_the_minimum_along_a_curve_is_that_by_differences(xp: Any, backend: str) -> None:
+    """With one root or three, on a curve that does not bend, and at an end, where it is 0."""
+    problems = [([-1.0, 0.0], np.diag([4.0, 0.0])), ([1.0, 0.0], np.diag([1.0, 1.0])), ([-1.0, 0.0], np.zeros((2, 2)))]
+    draw = np.random.default_rng(0)
+    for _ in range(8):
+        factor = draw.normal(size=(2, 2))
+        problems.append((draw.normal(size=2).tolist(), factor @ factor.T))
+    for slope, curvature in problems:
+
+        def minimiser(b: Any, curvature: Any = curvature) -> Any:
+            return curve_minimiser(Quadratic(b, to_xp(xp, curvature)))
+
+        found = to_numpy(gradient_of(backend, minimiser)(to_xp(xp, np.array(slope))))
+        steps = [to_xp(xp, np.array(slope) + sign * unit) for unit in 1e-6 * np.eye(2) for sign in (1, -1)]
+        ahead, behind, above, below = (float(minimiser(step)) for step in steps)
+        np.testing.assert_allclose(found, [(ahead - behind) / 2e-6, (above - below) / 2e-6], rtol=1e-4, atol=1e-6)
 
 
 def test_a_constant_loss_keeps_the_stable_model_and_what_is_no_loss_is_refused(xp: Any) -> None:
