@@ -6,6 +6,7 @@
 | anything else | as ``apply`` does | what ``apply`` returns | what ``targets`` returns |
 
 Convention: outputs are [samples, ...]; inputs may be a tensor, or a list, tuple or dict of tensors with samples first.
+Targets have the shape that the likelihood or the loss takes: labels are [samples], and no [samples, 1] as in ``fit``.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -75,7 +76,13 @@ def _as_tensors(tree: Any) -> Any:
 
 
 def batches_of(batches: Iterable[Any]) -> Iterator[Any]:
-    """Yield batches of any iterable, of a ``tf.data.Dataset`` or of a ``keras.utils.PyDataset``."""
+    """Yield batches of any iterable, of a ``tf.data.Dataset`` or of a ``keras.utils.PyDataset``.
+
+    Raises:
+        BecameError: if a data set has no end.
+    """
+    if isinstance(batches, tf.data.Dataset) and int(batches.cardinality()) == tf.data.INFINITE_CARDINALITY:
+        raise BecameError("the data set has no end, as after repeat(); give one that ends, as dataset.take(100) does.")
     if isinstance(batches, keras.utils.PyDataset):
         yield from (batches[index] for index in range(batches.num_batches or 0))
     else:

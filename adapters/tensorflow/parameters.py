@@ -122,7 +122,8 @@ def parameters_of(model: keras.Model) -> dict[str, Parameter]:
     Raises:
         BecameError: if the model is not built yet, so that it has no variables.
     """
-    if not model.variables:
+    # A model that is not built may have the states of its random layers.
+    if not (model.built and model.variables) and not any(variable.trainable for variable in model.variables):
         raise BecameError(
             f"the model '{model.name}' has no variables yet; call it on a batch, or give it a keras.Input, before "
             "it is handed over."

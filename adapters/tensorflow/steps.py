@@ -152,11 +152,16 @@ class Witness:
     def __init__(self, parameters: Mapping[str, Parameter], guards: Sequence[StepGuard]) -> None:
         """Note the weights as they are."""
         self._parameters, self._guards, self._lengths = parameters, guards, _lengths(parameters)
+        self._trained = {name for name, parameter in parameters.items() if parameter.variable.trainable}
 
     def at_end(self) -> None:
-        """Say so, as ``say_changed`` does, if a weight that no guarded step was taken of has changed."""
+        """Say so, as ``say_changed`` does, if a weight that no guarded step was taken of has changed.
+
+        What is frozen at both ends is not asked: a running mean of a frozen layer looks like its weights.
+        """
         stepped = {name for guard in self._guards for name in guard.stepped}
-        for name, total in _lengths({n: p for n, p in self._parameters.items() if n not in stepped}).items():
+        trained = {n: p for n, p in self._parameters.items() if n in self._trained or p.variable.trainable}
+        for name, total in _lengths({n: p for n, p in trained.items() if n not in stepped}).items():
             if not np.array_equal(total, self._lengths[name], equal_nan=True):
                 say_changed(name, has_stepped=bool(stepped))
                 break

@@ -123,6 +123,33 @@ def test_what_cannot_be_done_is_said_in_a_sentence() -> None:
         learning.merge(new_data(1, 1))
 
 
+class Random(keras.Model):  # type: ignore[misc] # Keras is taken as untyped
+    """A model that has the state of a random layer before it is built."""
+
+    def __init__(self) -> None:
+        """Make the layers."""
+        super().__init__()
+        self.drop, self.last = L.Dropout(0.5), L.Dense(CLASSES)
+
+    def call(self, inputs: Any) -> Any:
+        """Return logits."""
+        return self.last(self.drop(inputs))
+
+
+def test_a_model_with_random_layers_that_is_not_built_is_refused_as_such() -> None:
+    with pytest.raises(BecameError, match="has no variables yet; call it on a batch"):
+        Continual(Random())
+
+
+def test_data_without_an_end_are_refused() -> None:
+    inputs, targets = new_data(1, 1)[0]
+    data = tf.data.Dataset.from_tensors((inputs, targets))
+    learning = Continual(perceptron(), check=False)
+    with pytest.raises(BecameError, match=r"the data set has no end, as after repeat\(\)"):
+        learning.remember(data.repeat())
+    learning.remember(data.repeat(2))
+
+
 def test_a_constraint_that_a_correction_would_break_is_refused() -> None:
     model = keras.Sequential(
         [keras.Input((5,)), L.Dense(4, kernel_constraint="non_neg", name="first"), L.Dense(CLASSES)]

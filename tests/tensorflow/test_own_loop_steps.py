@@ -152,6 +152,32 @@ def test_what_else_changes_weights_is_noticed() -> None:
         pass
 
 
+class Centred(L.Layer):  # type: ignore[misc] # Keras is taken as untyped
+    """A layer that takes a running mean of its own away."""
+
+    def build(self, shape: Any) -> None:
+        """Begin the mean at zero."""
+        self.mean = self.add_weight(shape=shape[-1:], initializer="zeros", trainable=False, name="mean")
+
+    def call(self, inputs: Any, training: bool = False) -> Any:
+        """Return the differences."""
+        if training:
+            self.mean.assign(0.9 * self.mean + 0.1 * tf.reduce_mean(inputs, 0))
+        return inputs - self.mean
+
+
+def test_a_running_mean_of_a_frozen_layer_is_taken_for_no_weight_that_was_changed() -> None:
+    centred = Centred()
+    model = compiled(row((6,), centred))
+    centred.trainable = False
+    learning = Continual(model, check=False)
+    learning.remember(new_data(1, 1))
+    compiled(model)
+    with learning.stable():
+        fit(model, new_data(2, 1), 1)
+    assert np.any(centred.mean)
+
+
 def test_one_model_is_in_stable_training_of_one_memory_at_a_time() -> None:
     """The second projection would undo what the first has projected out."""
     model = compiled(perceptron())
