@@ -328,6 +328,11 @@ class _Faces:
         share = (1 + by_slope.sum(axis=1, keepdims=True)) / by_one.sum(axis=1, keepdims=True)
         return np.asarray(share * by_one - by_slope)
 
+    def stationary_along(self, free: NDArray[np.bool_]) -> Numbers:
+        """Return the point of one face of the simplex, [K], where the loss is stationary, whatever its curvature."""
+        middle = free / free.sum()
+        return np.asarray(middle - self.inverse(free) @ (self.slope + self.curvature @ middle))
+
     def pull(self, points: Numbers, free: NDArray[np.bool_]) -> Numbers:
         """Return how strongly the loss pulls each coefficient off its bound, [faces, K]; off zero slope, where free."""
         gradient = self.slope + points @ self.curvature
@@ -349,10 +354,14 @@ class _Faces:
         bounds = (None, 0.0) if self.on_simplex else (0.0, 1.0, None)
         faces = sorted(product(bounds, repeat=len(self.slope)), key=_simplest_first)[int(self.on_simplex) :]
         free = np.array([[bound is None for bound in face] for face in faces])
-        points = self.stationary(free, np.array([[bound or 0.0 for bound in face] for face in faces]))
-        outside = np.maximum(0, np.maximum(-points, points - 1)).max(axis=1)
         eigenvalues = np.linalg.eigvalsh(self.curvature)
-        if eigenvalues.min() >= -self.slack * np.abs(eigenvalues).max():
+        is_convex = eigenvalues.min() >= -self.slack * np.abs(eigenvalues).max()
+        if is_convex or not self.on_simplex:
+            points = self.stationary(free, np.array([[bound or 0.0 for bound in face] for face in faces]))
+        else:  # the constant of ``stationary`` can make the system of a face singular that has one minimum
+            points = np.array([self.stationary_along(face) for face in free])
+        outside = np.maximum(0, np.maximum(-points, points - 1)).max(axis=1)
+        if is_convex:
             violation = outside + (np.maximum(0, self.pull(points, free)) / self.steepest).max(axis=1)
             chosen = int(np.argmax(violation <= violation.min() + self.slack))
         else:

@@ -448,12 +448,12 @@ def test_gradients_flow(backend: str) -> None:
 
 @pytest.mark.parametrize("alpha", [[0.5], [0.0, 0.5, 1.0]])
 def test_an_alpha_with_axes_is_refused_and_not_broadcast(xp: Any, alpha: list[float]) -> None:
-    models = [{"w": xp.zeros((2, 3)), "s": xp.asarray(0.0)}, {"w": xp.ones((2, 3)), "s": xp.asarray(1.0)}]
+    stable, plastic = ({"w": xp.full((2, 3), value), "s": xp.asarray(value)} for value in (0.0, 1.0))
     number = xp.asarray(alpha)
     expected = re.escape(f"alpha has shape ({len(alpha)},); give a number or a 0-d array, or a tree of them, one for")
     with pytest.raises(BecameError, match=f"^{expected}"):
-        merge(*models, number)
+        merge(stable, plastic, number)
     with pytest.raises(BecameError, match=r"^alpha 'w' has shape \(\d,\); give a number"):
-        merge(*models, {"w": number, "s": number[0]})
-    merged = merge(*models, {"w": number[0], "s": number[0]})
+        merge(stable, plastic, {"w": number, "s": number[0]})
+    merged = merge(stable, plastic, {"w": number[0], "s": number[0]})
     assert [tuple(merged[name].shape) for name in ("w", "s")] == [(2, 3), ()]

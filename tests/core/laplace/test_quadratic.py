@@ -96,6 +96,26 @@ def test_the_box_minimiser_is_that_of_brute_force(xp: Any, problem: tuple[Array,
     assert height(slope, curvature, found) <= best + 1e-9 * (1 + abs(best))
 
 
+@pytest.mark.parametrize("kind", ["float32", "float64"])
+@given(problem=problems(low=2, indefinite=True), deep=st.booleans())
+def test_the_simplex_minimiser_is_global_where_the_loss_is_not_convex(
+    xp: Any, kind: str, problem: tuple[Array, Array], deep: bool
+) -> None:
+    """Also where the largest curvature of all is a negative one, along one direction."""
+    slope, curvature = problem
+    if deep:
+        curvature[-1, -1] = -np.abs(curvature).max()
+    arrays = (to_xp(xp, each.astype(kind)) for each in (slope / 10, curvature))
+    found = to_numpy(Quadratic(*arrays).minimiser("simplex")).astype(float)
+    slope = np.asarray((slope / 10).astype(kind), dtype=float)
+    assert found.min() >= 0
+    assert found.sum() == pytest.approx(1, abs=1e-6)
+    best = minimum_on_simplex(slope, curvature)
+    assert height(slope, curvature, found) <= best + (1e-5 if kind == "float32" else 1e-9) * (
+        1 + np.abs(curvature).max()
+    )
+
+
 @given(problem=problems(), lift=st.sampled_from([0.0, 1024.0]))
 def test_the_simplex_minimiser_is_that_of_brute_force(xp: Any, problem: tuple[Array, Array], lift: float) -> None:
     """Whatever is added to all slopes, which is no more than a constant there."""
