@@ -1,16 +1,19 @@
 """A user's function of JAX in a loop of the user's own, as the check of ``adapters/backend/checking.py`` sees it.
 
-Convention: parameters go by dotted paths in the user's tree; outputs are [samples, ...].
+Convention: parameters go by dotted paths in the user's tree; outputs are [samples, ...]. What is computed of parameters
+that processes share is whole in each of them.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 from numpy.typing import NDArray
 
 from adapters.backend.checking import STEPS, agreement
 from adapters.backend.own_loop import Finding
+from adapters.jax.trees import here
 from became_core.arrays import Array, Params
 from became_core.curvature import Taps
 
@@ -49,17 +52,18 @@ class FunctionView:
                 outputs, and the way by which it was computed.
             rounding: as of a view.
         """
-        self.theta, self._samples, self.way = theta, samples, ""
+        self.theta = {name: here(value) for name, value in theta.items()}  # in their order
+        self._given, self._samples, self.way = theta, samples, ""
         self._outputs, self._taps, self._gradient, self._along = outputs, taps, gradient, along
         everything = samples(slice(None))
-        ours = outputs(theta, everything)
+        ours = here(outputs(theta, everything))
         self._dtype = ours.dtype
         self.rounding = rounding
-        self.agreement: Sequence[Finding] = [agreement(ours, own(everything), "evaluation", rounding)]
+        self.agreement: Sequence[Finding] = [agreement(ours, here(own(everything)), "evaluation", rounding)]
 
     def outputs(self, theta: Params, samples: slice) -> Array:
         """Return the outputs of some of the samples."""
-        return self._outputs(theta, self._samples(samples))
+        return here(self._outputs(self._placed(theta), self._samples(samples)))
 
     def seed(self, outputs: Array) -> Array:
         """Return random gradients by the outputs."""
@@ -67,13 +71,22 @@ class FunctionView:
 
     def taps(self, seed: NDArray[Any]) -> Taps:
         """Return the taps of the backward pass that begins with these gradients."""
-        return self._taps(self._samples(slice(None)), seed.astype(self._dtype))
+        taps: Taps = here(self._taps(self._samples(slice(None)), seed.astype(self._dtype)))
+        return taps
 
     def gradients(self, samples: slice, seed: NDArray[Any]) -> Params:
         """Return the gradients of some of the samples alone."""
-        return self._gradient(self.theta, self._samples(samples), seed.astype(self._dtype))
+        gradients: Params = here(self._gradient(self._given, self._samples(samples), seed.astype(self._dtype)))
+        return gradients
 
     def along(self, direction: Params, shorter: float) -> Array:
         """Return the derivative of the outputs along a direction; if by a difference, with a shorter step."""
-        tangent, self.way = self._along(direction, self._samples(slice(None)), shorter)
-        return tangent
+        tangent, self.way = self._along(self._placed(direction), self._samples(slice(None)), shorter)
+        return here(tangent)
+
+    def _placed(self, values: Params) -> Params:
+        """Return values that lie as the parameters of their names do."""
+        return {
+            name: value if like.is_fully_addressable else jax.device_put(np.asarray(value), like.sharding)
+            for name, value, like in ((name, value, self._given[name]) for name, value in values.items())
+        }

@@ -44,7 +44,7 @@ from adapters.backend.own_loop import NetworkCheck
 from adapters.jax.checking import FunctionView
 from adapters.jax.mesh import is_explicit
 from adapters.jax.tapping import Apply, TappedFunction, trained_of
-from adapters.jax.trees import leaves_of, with_leaves_of
+from adapters.jax.trees import here, leaves_of, with_leaves_of
 from became_core import BecameError, Quadratic
 from became_core.arrays import Array, Params, namespace
 from became_core.curvature import FisherTargets, GramSums, Likelihood, per_sample_square_sum
@@ -219,7 +219,9 @@ class DataLoss:
         """Return what was compared for a few samples of a batch of this size, and how far it differs."""
         leaves, structure = jax.tree.flatten(batch)
         # JAX would compile every slice; NumPy has no keys of random numbers.
-        leaves = [leaf if jnp.issubdtype(leaf.dtype, jax.dtypes.extended) else np.asarray(leaf) for leaf in leaves]
+        leaves = [
+            leaf if jnp.issubdtype(leaf.dtype, jax.dtypes.extended) else np.asarray(here(leaf)) for leaf in leaves
+        ]
         # It is read off the whole batch, as long as which an array that samples share rarely is.
         shared = self._shared(batch, size)
 

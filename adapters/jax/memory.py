@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from jax import numpy as jnp
+from jax.experimental.multihost_utils import broadcast_one_to_all
 from safetensors.flax import save_file
 
 from adapters.backend import memory as shared
@@ -23,6 +25,7 @@ from adapters.backend.memory_file import described, memory_arrays, read_memory, 
 from adapters.backend.own_loop import Coverage, NetworkCheck, Uncovered, coverage_of, first_difference, known_likelihood
 from adapters.jax.data_loss import DataLoss, Loss, moments_of
 from adapters.jax.tapping import Apply, trained_of
+from adapters.jax.trees import here
 from became_core import BecameError, LaplacePosterior
 from became_core.arrays import Array, Params, pytree, static
 from became_core.curvature import FisherTargets, Likelihood
@@ -221,16 +224,32 @@ def coverage(memory: Memory) -> Coverage:
 def save(memory: Memory, file: str | Path) -> None:
     """Write a memory as safetensors with metadata in JSON, in the format of PyTorch's ``Continual``.
 
+    Of several processes all must call this. The first one writes the file, and the others wait until it is there.
+
     Raises:
-        BecameError: if the projector has no registered name, or the parameters are one array without a name.
+        BecameError: if the projector has no registered name, or the parameters are one array without a name; in all
+            processes, if the first of several cannot write.
     """
     if "" in memory.shapes:
         raise BecameError("the parameters are one array without a name; put it in a dict, so that a file can name it.")
     settings = {name: getattr(memory, name) for name in DEFAULTS}
     metadata = described(memory.shapes, memory.matrices, memory.projector, memory.likelihood, **settings)
-    arrays = memory_arrays(memory.posterior, memory.projector)
-    with written(file) as temporary:
-        save_file({name: jnp.asarray(value) for name, value in arrays.items()}, temporary, metadata)
+    arrays, is_first, failure = {}, jax.process_index() == 0, None
+    for name, value in memory_arrays(memory.posterior, memory.projector).items():
+        whole = here(value)
+        if is_first:
+            arrays[name] = jnp.asarray(whole)
+    if is_first:
+        try:
+            with written(file) as temporary:
+                save_file(arrays, temporary, metadata)
+        except BecameError as error:
+            if jax.process_count() == 1:
+                raise
+            failure = error
+    # The others wait until the file is there.
+    if jax.process_count() > 1 and broadcast_one_to_all(np.asarray(failure is not None)):
+        raise BecameError(f"process 1 could not write {file}; give a path that it can write.") from failure
 
 
 def load(

@@ -8,10 +8,22 @@ import sys
 from typing import Any
 
 import jax
+from jax import numpy as jnp
+from jax.experimental.multihost_utils import process_allgather
 
 from became_core.arrays import Params, named_leaves, with_leaves
 
-__all__ = ["leaves_of", "with_leaves_of"]
+__all__ = ["here", "leaves_of", "with_leaves_of"]
+
+
+def here(tree: Any) -> Any:
+    """Return a tree whose arrays this process has whole; if processes share some, all of them must call this."""
+    return jax.tree.map(_here, tree)
+
+
+def _here(leaf: Any) -> Any:
+    is_shared = isinstance(leaf, jax.Array) and not leaf.is_fully_addressable
+    return jnp.asarray(process_allgather(leaf, tiled=True)) if is_shared else leaf
 
 
 def leaves_of(tree: Any) -> Params:

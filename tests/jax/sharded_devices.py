@@ -1,14 +1,17 @@
 """What one process with four processor devices checks of arrays spread over them: the work of ``test_sharded.py``.
 
-With ``JAX_PROCESS_ID`` it is one of two processes with a device each, which check the functions around a user's loop.
+Its argument is a folder for what it writes. With ``JAX_PROCESS_ID`` it is one of two processes with a device each,
+which check the functions around a user's loop.
 
 Convention: every check compares with whole arrays of NumPy, and counts the collectives of the compiled program.
 """
 
 import os
 import re
+import sys
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -22,6 +25,7 @@ from jax.sharding import PartitionSpec as P
 
 from adapters.jax import memory as memories
 from adapters.jax import own_loop
+from adapters.jax.trees import here
 from became_core import BecameError, merge, optimal_alpha, path_quadratic
 from became_core.laplace import Became, LaplacePosterior
 from became_core.laplace.estimators import PaperClosedForm, Secant
@@ -176,7 +180,7 @@ def check_own_loop(mesh: Mesh) -> None:
         return jnp.tanh(inputs @ params["first"]) @ params["last"].T
 
     def learned(params: Any, old: Any, new: Any) -> tuple[Any, memories.Memory]:
-        memory = memories.remember(apply, params, old, check=False, progress=False)
+        memory = memories.remember(apply, params, old, progress=False)
         constrained = own_loop.projected(memory, 0.1)
 
         @jax.jit  # type: ignore[untyped-decorator] # JAX is taken as untyped
@@ -208,6 +212,19 @@ def check_own_loop(mesh: Mesh) -> None:
             np.testing.assert_allclose(gathered(fisher), np.asarray(one), rtol=1e-9, atol=1e-15)
             for value in (report.params[name], spread.posterior.mean[name], fisher):
                 assert value.sharding.is_equivalent_to(place, 2), f"{name}: {value.sharding}"
+        check_saved(spread, whole)
+
+
+def check_saved(memory: memories.Memory, params: Any) -> None:
+    """One process writes the whole memory, and all read it; what it cannot write, all say in a sentence."""
+    folder = Path(sys.argv[1])
+    memories.save(memory, folder / "memory.safetensors")
+    loaded = memories.load(params, folder / "memory.safetensors")
+    for before, after in zip(jax.tree.leaves(memory), jax.tree.leaves(loaded), strict=True):
+        np.testing.assert_array_equal(here(before), after)
+    if jax.process_count() > 1:
+        with pytest.raises(BecameError, match=r"process 1 could not write .*absent"):
+            memories.save(memory, folder / "absent" / "memory.safetensors")
 
 
 def check_explicit_axes() -> None:

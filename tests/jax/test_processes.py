@@ -100,7 +100,7 @@ def test_two_processes_learn_what_one_learns_and_go_on_after_a_death(tmp_path: P
 
 
 def test_the_functions_around_a_loop_give_in_two_processes_what_they_give_in_one(tmp_path: Path) -> None:
-    with commanded(tmp_path / "two", [], "tests.jax.sharded_devices") as processes:
+    with commanded(tmp_path / "two", [str(tmp_path)], "tests.jax.sharded_devices") as processes:
         statuses = [process.wait(LIMIT) for process in processes]
     assert statuses == [0, 0], said(tmp_path / "two", 0)
 
