@@ -28,7 +28,7 @@ HEADER = 1024  # bytes, more than the header of any array of ours
 
 def record_of(arrays: Mapping[str, Any]) -> ArrayRecord:
     """Return arrays of any framework, by name, as a record."""
-    return ArrayRecord({name: Array(np.ascontiguousarray(on_host(value))) for name, value in arrays.items()})
+    return ArrayRecord({name: Array(np.asarray(on_host(value), order="C")) for name, value in arrays.items()})
 
 
 def weights_of(message: Message) -> dict[str, NDArray[Any]]:

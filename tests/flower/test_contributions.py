@@ -1,6 +1,8 @@
 """What clients send: every lie is found, and the merge is the formula's."""
 
+import re
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,6 +12,7 @@ from adapters.flower.contributions import Contribution, limited, merged, why_not
 from became_core import Became, FisherMerge, ModeIMM
 from became_core.laplace import NativeExpansion
 
+PAGE = Path(__file__).parents[2] / "docs" / "scale.md"
 SENT = {"w": np.zeros((2, 3), np.float32), "b": np.zeros(3, np.float32)}
 
 
@@ -57,6 +60,14 @@ GOOD = contribution(1)
 )
 def test_what_cannot_be_is_told(changed: dict[str, Any], reason: str | None) -> None:
     assert why_not(replace(GOOD, **changed), SENT) == reason
+
+
+def test_the_example_of_the_page_takes_a_client_with_a_batch_norm_of_pytorch() -> None:
+    (names,) = re.findall(r"without_fisher=\[(.*?)\]", PAGE.read_text(encoding="utf-8"))
+    learned = {name: np.zeros(3, np.float32) for name in ("bn1.weight", "bn1.bias")}
+    counted = {"bn1.running_mean": np.zeros(3, np.float32), "bn1.running_var": np.ones(3, np.float32)}
+    sent: dict[str, Any] = learned | counted | {"bn1.num_batches_tracked": np.asarray(4)}
+    assert why_not(Contribution(1, sent, learned, 10), sent, re.findall(r'"(.*?)"', names)) is None
 
 
 def test_running_statistics_need_no_fisher_and_are_averaged_by_samples() -> None:

@@ -50,6 +50,15 @@ class Shuffled(LocalGrid):
         return answers
 
 
+def test_a_record_keeps_the_shapes_of_arrays() -> None:
+    """A count of batches has no axis, and an array that was transposed lies in the order of its axes."""
+    arrays = {"steps": np.asarray(4), "turned": np.arange(6.0).reshape(2, 3).T}
+    record = record_of(arrays)
+    for name, value in arrays.items():
+        assert record[name].numpy().shape == tuple(record[name].shape) == value.shape
+        np.testing.assert_array_equal(record[name].numpy(), value)
+
+
 def test_rounds_repeat_to_the_bit_in_whatever_order_answers_come() -> None:
     final = []
     for _ in range(3):
