@@ -25,7 +25,7 @@ from adapters.backend.memory_file import read_memory, restored, written
 from adapters.backend.own_loop import MergeReport, Uncovered, known_likelihood
 from adapters.torch.batches import Apply, Targets
 from adapters.torch.data_loss import Batches, DataLoss, Loss
-from adapters.torch.sharded_memory import read_shards, write_shards
+from adapters.torch.sharded_memory import all_agree, read_shards, write_shards
 from adapters.torch.shared_model import SharedModel, beside, own_part
 from adapters.torch.steps import StepGuard, Witness, groups_of, moments_of, unwrapped
 from became_core import BecameError
@@ -298,7 +298,8 @@ class Continual(ContinualModel):
                 are to be others.
 
         Raises:
-            BecameError: if the file is no memory, or is one of another architecture.
+            BecameError: if the file is no memory, or is one of another architecture; in all processes, if one of
+                several cannot read it.
         """
         shared = SharedModel(model)
         parameters: dict[str, Any] = dict(shared.model.named_parameters())
@@ -306,7 +307,12 @@ class Continual(ContinualModel):
         if any(shared.of_all(os.path.isdir(file))):  # noqa: PTH112 - that of Path may raise
             description, arrays = read_shards(Path(file), parameters, shared)
         else:
-            description, arrays = read_memory(file, "pt")
+            problem = None
+            try:
+                description, arrays = read_memory(file, "pt")
+            except BecameError as error:
+                problem = str(error)
+            all_agree(shared, problem)
             for key, value in arrays.items():
                 part, _, name = key.partition(".")
                 owner: Any = parameters.get(name.partition(".")[2] if part == "projector" else name, value)

@@ -29,7 +29,7 @@ from adapters.torch.shared_model import SharedModel, own_part
 from became_core import BecameError
 from became_core.errors import first_line
 
-__all__ = ["read_shards", "write_shards"]
+__all__ = ["all_agree", "read_shards", "write_shards"]
 
 MANIFEST, SHARDS = "became.json", "shards-"
 
@@ -54,7 +54,7 @@ def write_shards(folder: Path, arrays: Mapping[str, Any], metadata: Mapping[str,
     try:
         _in_first(shared, folder, beside.mkdir, parents=True)
         unseen = f"process {shared.rank + 1} does not see {beside}; give a folder on a disk that all processes share."
-        _all_agree(shared, None if beside.is_dir() else unseen)
+        all_agree(shared, None if beside.is_dir() else unseen)
         state = {name: _contiguous(value) for name, value in arrays.items()}
         with _one_sentence(f"could not write {folder}"), _alone(shared) as where:
             save(state, storage_writer=writer(str(beside), save_distributed=True), **where)
@@ -108,7 +108,7 @@ def read_shards(
         problem = f"{here} could not read {folder}: {error.strerror}."
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         problem = f"{folder} is no memory that Continual.save wrote ({first_line(error)})."
-    _all_agree(shared, problem)
+    all_agree(shared, problem)
     with _one_sentence(f"could not read {folder}"), _alone(shared) as where:
         load(state, storage_reader=reader(str(folder / manifest["shards"])), **where)
     return manifest["memory"], state
@@ -182,10 +182,10 @@ def _in_first(shared: SharedModel, folder: Path, action: Any, *arguments: Any, *
             failure = f"process 1 could not write {folder}: {error.strerror}."
         except BecameError as error:
             failure = str(error)
-    _all_agree(shared, failure)
+    all_agree(shared, failure)
 
 
-def _all_agree(shared: SharedModel, problem: str | None) -> None:
+def all_agree(shared: SharedModel, problem: str | None) -> None:
     """Raise a BecameError in all processes if one of them has a problem, which a sentence says."""
     problems = [each for each in shared.of_all(problem) if each is not None]
     if problems:

@@ -60,6 +60,6 @@ def test_a_finished_run_is_not_taken_for_one_of_other_data(tmp_path: Path, capsy
     assert main(BACKEND, [*run, str(tmp_path / "copy")]) == 0
     assert main(BACKEND, [*run, str(tmp_path / "other")]) == 2
     (results,) = tmp_path.glob("out/*/results.json")
-    message = f"error: {results} is a run on other data than --data-dir names; choose another --out.\n"
+    message = f"error: {results} is a run on other data than miniimagenet as it is now; choose another --out.\n"
     assert capsys.readouterr().err.endswith(message)
     assert {it: it.read_bytes() for it in before} == before

@@ -274,6 +274,8 @@ def check_refusals() -> None:
     )
     learning.remember(data)
     refuses("process 1 could not write", learning.save, "no-folder/file.safetensors")
+    learning.save("own.safetensors")
+    refuses("absent.safetensors is no memory", Continual.load, learning.model, ("own", "absent")[rank] + ".safetensors")
     check_refused_shards(learning, refuses)
     with learning.stable(torch.optim.SGD(learning.model.parameters(), lr=0.1)):
         pass
