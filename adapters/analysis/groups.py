@@ -90,11 +90,19 @@ def groups_of(results: Results) -> list[Group]:
 
 
 def labelled(results: Sequence[RunResult]) -> list[tuple[str, list[RunResult]]]:
-    """Return the runs of each method, backend, configuration and data, which differ in their seeds, with a label."""
+    """Return the runs of each method, backend, configuration and data, which differ in their seeds, with a label.
+
+    A run of an earlier version does not say what its data were: they count as those of the others, if these agree.
+    """
     alike: dict[str, list[RunResult]] = {}
     for run in results:
-        alike.setdefault(json.dumps([run.method, run.backend, run.config, run.data], sort_keys=True), []).append(run)
-    return list(zip(_labels([runs[0] for runs in alike.values()]), alike.values(), strict=True))
+        alike.setdefault(json.dumps([run.method, run.backend, run.config], sort_keys=True), []).append(run)
+    groups: list[list[RunResult]] = []
+    for runs in alike.values():
+        data = dict.fromkeys(run.data for run in runs)
+        several = len(data.keys() - {None}) > 1
+        groups += [[run for run in runs if run.data == each] for each in data] if several else [runs]
+    return list(zip(_labels([runs[0] for runs in groups]), groups, strict=True))
 
 
 def have_spread(groups: Sequence[Group]) -> bool:

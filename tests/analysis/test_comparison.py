@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 from adapters.analysis.comparison import comparison, gather
+from adapters.analysis.groups import labelled
 from adapters.analysis.tables import FORMATS, Table
 from adapters.cli.__main__ import main
-from adapters.runs import RunDirectory, RunResult
+from adapters.runs import RunDirectory, RunResult, read_results
 from became_core import BecameError
 
 CONFIG = {"tasks": 2, "first": 2, "stage1": {"epochs": 3}}
@@ -199,3 +200,14 @@ def test_the_command_prints_every_format_and_says_what_is_wrong(
     ):
         assert main(["compare", *arguments]) == 2
         assert capsys.readouterr().err.endswith(f"{message}\n")
+
+
+def test_a_run_that_does_not_say_its_data_is_a_seed_of_those_that_agree_on_theirs(tmp_path: Path) -> None:
+    for seed, data in enumerate((None, "a", "a")):
+        save(tmp_path / "alike", "gpm", seed, data=data)
+    (group,) = gather([tmp_path / "alike"])
+    assert [run.seed for run in group.runs] == [0, 1, 2]
+    for seed, data in enumerate((None, "a", "b", "a")):
+        save(tmp_path / "unlike", "gpm", seed, data=data)
+    found = labelled(read_results(tmp_path / "unlike"))
+    assert [[run.seed for run in runs] for _, runs in found] == [[0], [1, 3], [2]]
