@@ -15,7 +15,15 @@ from typing import Any, Protocol
 from weakref import ReferenceType, ref
 
 from adapters.backend.batches import repeatable
-from adapters.backend.memory import NewTask, NewTaskData, check_settings, grown, merge_report
+from adapters.backend.memory import (
+    InputGrams,
+    NewTask,
+    NewTaskData,
+    check_settings,
+    grown,
+    held_by_curvature,
+    merge_report,
+)
 from adapters.backend.memory_file import Stored, described, memory_arrays
 from adapters.backend.own_loop import Coverage, MergeReport, NetworkCheck, Uncovered, coverage_of
 from became_core import BecameError, LaplacePosterior, Secant, merge
@@ -61,6 +69,19 @@ class ModelData(NewTaskData, Protocol):
 
     def assign(self, theta: Params) -> None:
         """Set the trained parameters."""
+
+    def fisher(
+        self,
+        batches: Iterable[Any],
+        *,
+        with_memory: bool,
+        held: frozenset[str] = frozenset(),
+        share: float | None = 1.0,
+    ) -> tuple[Params, InputGrams]:
+        """Return the Fisher information of a share of the batches, and what a projector remembers of them.
+
+        ``held`` are the parameters that old data hold otherwise than by the spaces of a projector.
+        """
 
     def estimate_statistics(self, batches: Iterable[Any]) -> None:
         """Estimate the running statistics of batch norms anew, at the weights as they are; an error leaves them."""
@@ -220,6 +241,13 @@ class ContinualModel(ABC):
         """Write arrays and metadata as safetensors."""
 
     # What its methods are made of.
+
+    def _measured_on(self, batches: Iterable[Any], share: float | None) -> tuple[Params, Projector]:
+        """Return the Fisher information of a share of these batches, and the projector that has remembered them."""
+        of_old = {} if self.posterior is None else self.posterior.precision.diagonal()
+        held = held_by_curvature(of_old, self._data.matrices or {})
+        fisher, finished = self._data.fisher(batches, with_memory=True, held=held, share=share)
+        return fisher, self.projector.remember(finished)
 
     def _remember(self, fisher: Params, projector: Projector, owners: Mapping[str, Any]) -> None:
         """Add a task, at the weights as they are; nothing is changed if that fails.

@@ -46,8 +46,9 @@ def texts_beside(job: Job, report: Any, ranks: Mapping[str, int], command: str |
     if job.plan.out_dtype is not None:
         word = next(name for name, word in FLOAT_WORDS.items() if word == job.plan.out_dtype)
         changes |= {name: word for name in ("torch_dtype", "dtype") if name in base.config}
-    if {**config, **changes} != base.config and base.config:
-        texts["config.json"] = _json({**config, **changes})
+    config = {**config, **changes}
+    if base.config and config != base.config:
+        texts["config.json"] = _json(config)
     if job.adapters:
         texts[ADAPTER_CONFIG] = _json(adapter_config(job.adapters, ranks))
     # A path is bytes, and need not be text in UTF-8.

@@ -21,11 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adapters.checkpoints.npz import numpy_word, read_npz
-from adapters.checkpoints.tensors import (
-    StoredTensor,
-    parse_json,
-    read_safetensors,
-)
+from adapters.checkpoints.tensors import StoredTensor, parse_json, read_safetensors
 from adapters.runs.files import check_is_file, read_file
 from became_core import BecameError
 from became_core.errors import first_line
@@ -37,11 +33,12 @@ ADAPTER_CONFIG = "adapter_config.json"
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 # What else belongs to a model is copied: files with these endings, but no weights, no state of a training, no card.
 COMPANIONS = {".json", ".txt", ".model", ".jinja", ".py", ".tiktoken", ".vocab", ".bpe"}
-WEIGHT_ENDINGS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".onnx", ".h5", ".msgpack", ".gguf", ".npz"}
 NOT_COPIED = (
     *("trainer_state.json", "training_args", "optimizer", "scheduler", "all_results.json"),
     *("became_merge.json", "became_trace.json"),
 )
+# By which a folder within a model's own is told to have weights of another one.
+WEIGHT_ENDINGS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".onnx", ".h5", ".msgpack", ".gguf", ".npz"}
 LONGEST_JSON = 100_000_000
 
 

@@ -18,7 +18,7 @@ from adapters.checkpoints.align import Alignment, Leaf, is_statistic, tensor_or_
 from adapters.checkpoints.digest import print_of
 from adapters.checkpoints.fisher_files import FisherFile, factor_values, fisher_values
 from adapters.checkpoints.folders import Checkpoint
-from adapters.checkpoints.lora import Adapter
+from adapters.checkpoints.lora import Adapter, Factors
 from adapters.checkpoints.plan import MergePlan
 from adapters.checkpoints.resources import held_already
 from adapters.checkpoints.rule import Rule, Slab, Solution
@@ -113,6 +113,11 @@ class Job:
     def stored(self) -> Sequence[Checkpoint]:
         """The models as they lie on the disk."""
         return [adapter.checkpoint for adapter in self.adapters] or self.checkpoints
+
+    def factors_of(self, leaf: Leaf) -> list[Factors]:
+        """Return the factors of a leaf's module in each LoRA adapter that has it; none of whole models."""
+        module = leaf.name.removesuffix(".weight")
+        return [adapter.modules[module] for adapter in self.adapters if module in adapter.modules]
 
     @cached_property
     def inputs(self) -> Mapping[str, Checkpoint]:
@@ -353,11 +358,7 @@ class Job:
 
     def _adapter_bytes(self) -> int:
         """What it takes to combine, and to compress, the factors of the largest module."""
-        modules = {module for adapter in self.adapters for module in adapter.modules}
-        sizes = (
-            sum(adapter.modules[module].size for adapter in self.adapters if module in adapter.modules)
-            for module in modules
-        )
+        sizes = (sum(each.size for each in self.factors_of(leaf)) for leaf in self.alignment.leaves)
         # As they are read, widened, and put together; then in double precision, with their bases and LAPACK's copies.
         return max(sizes, default=0) * (16 if self.plan.rank is None else 48)
 

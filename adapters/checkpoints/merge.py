@@ -12,7 +12,7 @@ coefficients also depend on how many threads NumPy's library for linear algebra 
 
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,7 +25,7 @@ from adapters.checkpoints.card import texts_beside
 from adapters.checkpoints.digest import digest_of
 from adapters.checkpoints.executors import Executor, Threads
 from adapters.checkpoints.job import Job
-from adapters.checkpoints.lora import PREFIX, Factors, combined, compressed
+from adapters.checkpoints.lora import PREFIX, combined, compressed
 from adapters.checkpoints.opening import open_job
 from adapters.checkpoints.plan import MergePlan
 from adapters.checkpoints.resources import held_already
@@ -397,10 +397,7 @@ class _Passes:
 
     def _bytes_of(self, leaf: Leaf) -> int:
         """The bytes of a leaf that pass 1 reads: of an adapter, its factors."""
-        module = leaf.name.removesuffix(".weight")
-        models: Iterable[StoredTensor | Factors] = leaf.tensors
-        if self.job.adapters:
-            models = [adapter.modules[module] for adapter in self.job.adapters if module in adapter.modules]
+        models = self.job.factors_of(leaf) or leaf.tensors
         factors = [tensor for pair in self.job.factored.get(leaf.name, ()) if pair is not None for tensor in pair]
         return sum(part.nbytes for part in (*models, *self._fishers_of(leaf), *factors))
 

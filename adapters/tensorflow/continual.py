@@ -19,7 +19,7 @@ import tensorflow as tf
 from safetensors.numpy import save_file
 
 from adapters.backend.continual import ContinualModel
-from adapters.backend.memory import fisher_of_moments, held_by_curvature
+from adapters.backend.memory import fisher_of_moments
 from adapters.backend.memory_file import read_memory, restored, written
 from adapters.backend.own_loop import MergeReport, Uncovered, known_likelihood
 from adapters.tensorflow.batches import Apply, Reader, Targets
@@ -166,10 +166,7 @@ class Continual(ContinualModel):
             moments = moments_of(optimizer, self._data.trained)
             return fisher_of_moments(moments, samples, self._data.weights(), stacklevel=3), self.projector
         assert batches is not None
-        of_old = {} if self.posterior is None else self.posterior.precision.diagonal()
-        held = held_by_curvature(of_old, self._data.matrices or {})
-        fisher, finished = self._data.fisher(batches, with_memory=True, held=held, share=share)
-        return fisher, self.projector.remember(finished)
+        return self._measured_on(batches, share)
 
     @contextmanager
     def stable(self, *optimizers: keras.Optimizer) -> Iterator[None]:

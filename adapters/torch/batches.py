@@ -126,8 +126,8 @@ def not_a_few(samples: int, error: Exception) -> BecameError:
     """Return what is said if a model does not run with some of a batch's samples."""
     return BecameError(
         f"the model takes {samples} samples and not a few of them ({first_line(error)}); samples are on the first axis "
-        "of a tensor, or entries of a list of texts or of tensors within the batch. If all samples share an input that "
-        "is as long as the batch, such as a mask, or tensors in a list are, begin with a batch of another length."
+        "of a tensor, or entries of a list of texts or of tensors within the batch. If an input that all samples "
+        "share, such as a mask, is as long as the batch, or a list of tensors is, begin with a batch of another length."
     )
 
 

@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 
 from adapters.backend.batches import Reader
 from adapters.backend.continual import ContinualModel
-from adapters.backend.memory import fisher_of_moments, held_by_curvature
+from adapters.backend.memory import fisher_of_moments
 from adapters.backend.memory_file import read_memory, restored, written
 from adapters.backend.own_loop import MergeReport, Uncovered, known_likelihood
 from adapters.torch.batches import Apply, Targets
@@ -191,10 +191,7 @@ class Continual(ContinualModel):
             }
             return fisher_of_moments(of_all, samples, self._data.weights(), stacklevel=3), self.projector
         assert batches is not None
-        of_old = {} if self.posterior is None else self.posterior.precision.diagonal()
-        held = held_by_curvature(of_old, self._data.matrices or {})
-        fisher, finished = self._data.fisher(batches, with_memory=True, held=held, share=share)
-        return fisher, self.projector.remember(finished)
+        return self._measured_on(batches, share)
 
     # Training.
 

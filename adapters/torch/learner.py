@@ -11,7 +11,7 @@ module in training mode stay in it, and a batch norm whose weights are frozen is
 
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, ClassVar, TypeVar
 
@@ -412,12 +412,8 @@ class TorchLearner(NetworkLearner):
         network, names = self._with_head(task)
         owners, images = owners_of(names), self._batch(rows)[0]
         primals = {name: value for name, value in network.named_parameters() if owners[value] not in self._frozen}
-
-        def logits(theta: Mapping[str, Tensor]) -> Tensor:
-            return outputs_at(network, theta, (images,))
-
         along = [{name: direction[owners[value]] for name, value in primals.items()} for direction in directions]
-        return self.derivatives.along(logits, primals, along)
+        return self.derivatives.along(lambda theta: outputs_at(network, theta, (images,)), primals, along)
 
     @torch.no_grad()
     def _draw_for_taps(self, task: int, rows: Indices, mode: TapMode, rng: np.random.Generator) -> None:

@@ -133,8 +133,8 @@ def predicted_advantage(theta_gp: Tree, theta_hat: Tree, fisher_old: Tree, fishe
         0.25
     """
     on_segment = path_quadratic(theta_gp, theta_hat, fisher_old, fisher_new).predicted_gain("box")
-    wide = [map_leaves(in_single, tree) for tree in (theta_gp, theta_hat, fisher_old, fisher_new)]
-    gains = named_leaves(map_leaves(_gain, *wide, _mode(*wide))).values()
+    start, end, old, new = (map_leaves(in_single, tree) for tree in (theta_gp, theta_hat, fisher_old, fisher_new))
+    gains = named_leaves(map_leaves(_gain, start, end, _mode(start, end, old, new), new)).values()
     xp = namespace(gain=on_segment)
     return sum((xp.astype(gain, on_segment.dtype, copy=False) for gain in gains), -on_segment)
 
@@ -304,7 +304,7 @@ def _mode(theta_gp: Tree, theta_hat: Tree, fisher_old: Tree, fisher_new: Tree) -
     return with_leaves(theta_gp, mode)
 
 
-def _gain(theta_gp: Array, theta_hat: Array, _: Array, fisher_new: Array, best: Array) -> Array:
+def _gain(theta_gp: Array, theta_hat: Array, best: Array, fisher_new: Array) -> Array:
     """A leaf's gain over theta_gp at the mode of diagonals: 1/2 sum (best - theta_gp) F_new delta."""
     theta_gp, theta_hat, fisher_new, best = promoted(theta_gp, theta_hat, fisher_new, best)
     xp = namespace(theta_gp=theta_gp)

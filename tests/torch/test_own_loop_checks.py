@@ -199,7 +199,7 @@ def test_a_list_with_an_entry_for_each_sample_is_cut(kind: str, sizes: tuple[int
 def test_images_in_a_list_as_long_as_their_channels_are_refused_in_a_sentence() -> None:
     network = Of(_read_images, body=nn.Conv2d(3, 4, 2), head=nn.Linear(4, CLASSES)).double()
     learning = Continual(network, apply=lambda net, batch: net(batch[0]), targets=lambda batch: batch[1])
-    with pytest.raises(BecameError, match=r"takes 3 samples and not a few of them .* in a list are, begin with"):
+    with pytest.raises(BecameError, match=r"takes 3 samples and not a few of them .* a list of tensors is, begin with"):
         learning.remember([_images(3)])
     learning.remember([_images(4)])
 
