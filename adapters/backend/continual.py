@@ -7,87 +7,44 @@ measures is its ``DataLoss``. In JAX, where a model is a function, there are fun
 
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from math import prod
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 from weakref import ReferenceType, ref
 
 from adapters.backend.batches import repeatable
+from adapters.backend.calibration import NO_BATCHES, AcrossTasks, Calibration, estimator_for
 from adapters.backend.memory import (
-    InputGrams,
-    NewTask,
-    NewTaskData,
+    Moments,
     check_settings,
+    fisher_of_moments,
     grown,
     held_by_curvature,
-    merge_report,
 )
 from adapters.backend.memory_file import Stored, described, memory_arrays
+from adapters.backend.merging import ModelData, TaskLoss, merge_report
 from adapters.backend.own_loop import Coverage, MergeReport, NetworkCheck, Uncovered, coverage_of
-from became_core import BecameError, LaplacePosterior, Secant, merge
+from became_core import BecameError, LaplacePosterior, merge
 from became_core.arrays import Array, Params
 from became_core.continual import BayesianDetector, Detector, Reservoir, standardised
 from became_core.curvature import FisherTargets
 from became_core.laplace import Estimator
 from became_core.projection import GPM, Projector
 
-__all__ = ["ContinualModel", "ModelData"]
+__all__ = ["ContinualModel"]
 
 # How many batches a loss is compared with.
 COMPARED = 20
 
+UNMOVED = (
+    "make Continual before the model is trained on the old data, when it has the weights that this training begins "
+    "from, which may be loaded into it for that."
+)
+
 # The identities of parameters whose steps are projected now.
 _IN_STABLE_TRAINING: set[int] = set()
-
-
-class ModelData(NewTaskData, Protocol):
-    """A model's loss on batches, and the model's parameters.
-
-    Attributes:
-        likelihood: or a loss of the user's own.
-        checked: what the first look at the network found; None before it, or if there is none.
-        matrices: the parameters that are used as matrices alone, and whether they are stored as [d_in, d_out]; None
-            before the first look.
-    """
-
-    likelihood: Any
-    checked: NetworkCheck | None
-    matrices: dict[str, bool] | None
-
-    @property
-    def trained(self) -> Mapping[str, Any]:
-        """The parameters that are trained."""
-
-    @property
-    def shapes(self) -> Mapping[str, Sequence[int]]:
-        """The shapes of all parameters, in the model's order."""
-
-    def weights(self) -> Params:
-        """Return copies of the trained parameters."""
-
-    def assign(self, theta: Params) -> None:
-        """Set the trained parameters."""
-
-    def fisher(
-        self,
-        batches: Iterable[Any],
-        *,
-        with_memory: bool,
-        held: frozenset[str] = frozenset(),
-        share: float | None = 1.0,
-    ) -> tuple[Params, InputGrams]:
-        """Return the Fisher information of a share of the batches, and what a projector remembers of them.
-
-        ``held`` are the parameters that old data hold otherwise than by the spaces of a projector.
-        """
-
-    def estimate_statistics(self, batches: Iterable[Any]) -> None:
-        """Estimate the running statistics of batch norms anew, at the weights as they are; an error leaves them."""
-
-    def kept_on_error(self) -> AbstractContextManager[None]:
-        """Return a context that gives back what was known of the data before it, if it ends in an error."""
 
 
 class ContinualModel(ABC):
@@ -114,6 +71,7 @@ class ContinualModel(ABC):
         fisher: FisherTargets,
         decay: float,
         estimator: Estimator | None,
+        calibration: Calibration,
     ) -> None:
         """Keep the model and the settings, which are those of the adapter's constructor; it adds ``_data``.
 
@@ -123,8 +81,10 @@ class ContinualModel(ABC):
         self.model = model
         self.projector: Projector = GPM() if projector is None else projector
         self.uncovered, self.penalty, self.decay, self.fisher = uncovered, penalty, decay, fisher
-        self.estimator: Estimator = Secant() if estimator is None else estimator
+        self.estimator, self.calibration = estimator_for(calibration, estimator), calibration
         self.posterior: LaplacePosterior | None = None
+        self._across: AcrossTasks | None = None  # what calibrates the next task
+        self._begin: Params | None = None  # the weights before the first task, if it is to be calibrated
         self._theta_gp: Params | None = None
         self._then: dict[str, tuple[int, ...]] = {}  # the shapes of all parameters when old data were remembered
         self._measured: frozenset[str] = frozenset()  # the parameters that were trained when data were remembered last
@@ -231,8 +191,9 @@ class ContinualModel(ABC):
             decay=self.decay,
             fisher=self.fisher,
             measured=sorted(self._measured),
+            across=self._across,
         )
-        return memory_arrays(self.posterior, self.projector), metadata
+        return memory_arrays(self.posterior, self.projector, self._across), metadata
 
     # What a framework adds.
 
@@ -242,31 +203,63 @@ class ContinualModel(ABC):
 
     # What its methods are made of.
 
-    def _measured_on(self, batches: Iterable[Any], share: float | None) -> tuple[Params, Projector]:
-        """Return the Fisher information of a share of these batches, and the projector that has remembered them."""
-        of_old = {} if self.posterior is None else self.posterior.precision.diagonal()
-        held = held_by_curvature(of_old, self._data.matrices or {})
-        fisher, finished = self._data.fisher(batches, with_memory=True, held=held, share=share)
-        return fisher, self.projector.remember(finished)
+    def _begin_calibration(self) -> None:
+        """Keep the weights as they are, from which the first task begins, if tasks are calibrated across each other."""
+        if self.calibration == "across":
+            self._begin = self._data.weights()
 
-    def _remember(self, fisher: Params, projector: Projector, owners: Mapping[str, Any]) -> None:
+    def _remember(
+        self,
+        batches: Iterable[Any] | None,
+        share: float | None,
+        moments: Mapping[str, Moments | None] | None,
+        samples: int | None,
+        owners: Mapping[str, Any],
+    ) -> None:
         """Add a task, at the weights as they are; nothing is changed if that fails.
 
         Args:
-            fisher: its Fisher information.
-            projector: that has remembered it.
+            batches: of ``remember``.
+            share: of ``remember``.
+            moments: of the optimizer that ``remember`` was given instead of batches.
+            samples: of ``remember``.
             owners: the parameters of the framework that were trained.
         """
-        self.posterior = grown(self.posterior, self._data.weights(), fisher, self.decay)
-        self.projector = projector
+        theta, posterior, across, projector = self._data.weights(), self.posterior, self._across, self.projector
+        if moments is not None and self.calibration == "across":
+            raise BecameError(NO_BATCHES)
+        if self._begin is not None:
+            across = AcrossTasks.since(self._begin, theta, UNMOVED)
+        with self._data.kept_on_error():
+            if moments is not None:
+                fisher = fisher_of_moments(moments, samples, theta, stacklevel=3)
+            else:
+                assert batches is not None
+                of_old = {} if posterior is None else posterior.precision.diagonal()
+                held = held_by_curvature(of_old, self._data.matrices or {})
+                kept = batches if across is None else repeatable(batches)
+                fisher, finished = self._data.fisher(kept, with_memory=True, held=held, share=share)
+                projector = projector.remember(finished)
+                if across is not None and posterior is not None:
+                    task = TaskLoss(self._data, kept, theta, share=share)
+                    across, posterior, fisher = across.remembered(posterior, fisher, task)
+            self.posterior = grown(posterior, theta, fisher, self.decay)
+        self.projector, self._across, self._begin = projector, across, None
         self._then = {name: tuple(shape) for name, shape in self._data.shapes.items()}
         self._owners = {name: ref(owner) for name, owner in owners.items()}
         self._measured = frozenset(fisher)
         self._theta_gp = None
 
+    def _end_stable(self) -> None:
+        """Keep the weights as they are, the stable ones."""
+        self._theta_gp = self._data.weights()
+        if self._across is not None and self.posterior is not None:
+            self._across = self._across.after_stage(self.posterior.mean, self._theta_gp)
+
     def _restore(self, stored: Stored) -> None:
         """Take the memory of a file, of a model of these shapes."""
         self.posterior, self._data.matrices, self._measured = stored.posterior, stored.matrices, stored.measured
+        self._across, self._begin = stored.across, None
         self._then = {name: tuple(shape) for name, shape in self._data.shapes.items()}
 
     def _merge(self, batches: Iterable[Any], trace: int, statistics: Iterable[Any] | None, others: str) -> MergeReport:
@@ -283,22 +276,33 @@ class ContinualModel(ABC):
             raise BecameError(
                 "a merge is of two models; train in learning.stable(...), and then in learning.plastic()."
             )
-        theta_hat = self._data.weights()
-        if self._theta_gp.keys() != theta_hat.keys():
+        theta_gp, theta_hat = self._theta_gp, self._data.weights()
+        if theta_gp.keys() != theta_hat.keys():
             raise BecameError(f"{others} than in stable training; let the same ones be trained.")
         kept = repeatable(batches)
-        report = merge_report(
-            self.estimator, self.posterior, self._theta_gp, NewTask(self._data, kept, theta_hat), trace
-        )
+        posterior, across = self.posterior, self._across
+        if across is not None:
+            across, posterior = across.merged(posterior, theta_gp, theta_hat, lambda: self._measured_at(theta_gp, kept))
+        report = merge_report(self.estimator, posterior, theta_gp, TaskLoss(self._data, kept, theta_hat), trace)
         try:
-            self._data.assign(merge(self._theta_gp, theta_hat, report.alpha))
+            self._data.assign(merge(theta_gp, theta_hat, report.alpha))
             if statistics is not None:
                 self._data.estimate_statistics(kept if statistics is batches else statistics)
         except BaseException:
             self._data.assign(theta_hat)
             raise
-        self._theta_gp = None
+        self.posterior, self._across, self._theta_gp = posterior, across, None
         return report
+
+    def _measured_at(self, theta: Params, batches: Iterable[Any]) -> tuple[TaskLoss, Params]:
+        """Return a task at other weights than those of the model, and its diagonal Fisher information there."""
+        before = self._data.weights()
+        self._data.assign(theta)
+        try:
+            fisher, _ = self._data.fisher(batches, with_memory=False)
+        finally:
+            self._data.assign(before)
+        return TaskLoss(self._data, batches, theta), fisher
 
     @property
     def _held(self) -> frozenset[str]:

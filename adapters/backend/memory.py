@@ -1,38 +1,32 @@
-"""What a method around a user's own loop does alike in every framework: it remembers, covers and merges.
+"""What a method around a user's own loop remembers, alike in every framework.
 
 A framework's adapter measures: Fisher information, slopes, curvature, and what layers read. What is made of the
-measurements stands here, so that it cannot be different in PyTorch, JAX and Keras.
+measurements stands here and in ``merging.py``, so that it cannot be different in PyTorch, JAX and Keras.
 
 Convention: losses and Fisher information are means over samples or over tokens, as the likelihood says, and tasks count
 alike, each with its mean. Parameters are arrays by name. A matrix is stored as [d_out, d_in] or, transposed, as
 [d_in, d_out]; further axes are flattened.
 """
 
-import math
 import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any, NamedTuple
 
-from adapters.backend.batches import repeatable
-from adapters.backend.own_loop import MergeReport
-from became_core import BecameError, Diagonal, LaplacePosterior, Quadratic, merge
-from became_core.arrays import Array, Params, difference, hold, namespace
+from became_core import BecameError, Diagonal, LaplacePosterior
+from became_core.arrays import Array, Params, hold, namespace
 from became_core.curvature import Exchange, GramSums
-from became_core.laplace import Estimator, MergeSubspace
 from became_core.projection import Products, Projector
 
 __all__ = [
+    "NOT_FINITE",
     "InputGrams",
     "Moments",
-    "NewTask",
-    "NewTaskData",
-    "by_slopes",
+    "check_finite",
     "check_settings",
     "fisher_of_moments",
     "grown",
     "held_by_curvature",
     "matrices_with",
-    "merge_report",
     "pull_of",
 ]
 
@@ -41,9 +35,6 @@ NOT_FINITE = "the Fisher information of '{}' is not finite; look for NaN in the 
 
 # What Adams add to the root of a second moment, so that nothing is divided by zero.
 SMALLEST_SCALE = 1e-8
-
-# The part of the way along a direction at whose two sides slopes are taken.
-STEP = 0.01
 
 
 def check_settings(projector: Projector, uncovered: str, penalty: float, decay: float, fisher: str) -> None:
@@ -77,7 +68,7 @@ def grown(posterior: LaplacePosterior | None, theta: Params, fisher: Params, dec
     Raises:
         BecameError: if Fisher information is not finite.
     """
-    _check_finite(fisher, NOT_FINITE)
+    check_finite(fisher, NOT_FINITE)
     old = {} if posterior is None else posterior.precision.diagonal()
     frozen = {name: decay * value for name, value in old.items() if name not in fisher}
     total = {name: value + decay * old[name] if name in old else value for name, value in fisher.items()}
@@ -85,7 +76,7 @@ def grown(posterior: LaplacePosterior | None, theta: Params, fisher: Params, dec
     return LaplacePosterior(mean | theta, Diagonal(frozen | total))
 
 
-def _check_finite(arrays: Params, message: str) -> None:
+def check_finite(arrays: Params, message: str) -> None:
     """Raise a BecameError with the name of the first array that has an infinite entry, or one that is no number."""
     is_finite = hold(lambda xp, values: xp.isfinite(values), list(arrays.values())) if arrays else []
     for name, holds in zip(arrays, is_finite, strict=True):
@@ -233,129 +224,3 @@ class InputGrams(GramSums):
     def logit_gradients(self, count: int) -> Iterator[Mapping[str, Array | Products]]:
         """Raise a BecameError, as ``gradient_grams`` does."""
         raise BecameError(NOT_GATHERED)
-
-
-# Merging.
-
-
-class NewTaskData(Protocol):
-    """What an adapter measures on a user's batches."""
-
-    def fisher(self, batches: Iterable[Any], *, with_memory: bool) -> tuple[Params, "InputGrams"]:
-        """Return the diagonal Fisher information at the weights as they are, and what a projector remembers."""
-
-    def along(self, batches: Iterable[Any], theta: Params, directions: Sequence[Params]) -> tuple[Quadratic, str]:
-        """Return the mean loss along directions from theta, and how its curvature was measured."""
-
-    def slope(self, batches: Iterable[Any], theta: Params, directions: Sequence[Params]) -> Array:
-        """Return the slopes of the mean loss along directions at theta, [directions]."""
-
-    def mean(self, batches: Iterable[Any], theta: Params | None = None) -> float:
-        """Return the mean loss at theta, or at the weights as they are."""
-
-    def in_dtype(self, numbers: Any, like: Array) -> Array:
-        """Return numbers where an array is, in its dtype and in at least float32."""
-
-
-class NewTask:
-    """The new task's loss at the plastic weights, at which the model is; it measures what an estimator asks for.
-
-    Attributes:
-        mean: the plastic weights.
-        way: how the curvature along a direction was measured.
-    """
-
-    def __init__(self, data: NewTaskData, batches: Iterable[Any], theta_hat: Params) -> None:
-        """Keep the data, batches, which are gone through several times, and the plastic weights."""
-        self._data, self._batches = data, repeatable(batches)
-        self.mean = theta_hat
-        self.way = "the diagonal Fisher information"
-
-    def diagonal(self) -> Diagonal:
-        """Return the diagonal Fisher information at the plastic weights.
-
-        Raises:
-            BecameError: if it is not finite.
-        """
-        fisher = self._data.fisher(self._batches, with_memory=False)[0]
-        _check_finite(fisher, NOT_FINITE)
-        return Diagonal(fisher)
-
-    def along(self, directions: Sequence[Params]) -> Quadratic:
-        """Return the mean loss along directions from the plastic weights."""
-        quadratic, self.way = self._data.along(self._batches, self.mean, directions)
-        return Quadratic(self._in_dtype(quadratic.slope), self._in_dtype(quadratic.curvature))
-
-    def slope(self, origin: Params, directions: Sequence[Params]) -> Array:
-        """Return the slopes of the mean loss at other weights."""
-        return self._in_dtype(self._data.slope(self._batches, origin, directions))
-
-    def loss(self, theta: Params) -> float:
-        """Return the true mean loss at other weights."""
-        return self._data.mean(self._batches, theta)
-
-    def _in_dtype(self, numbers: Any) -> Array:
-        return self._data.in_dtype(numbers, next(iter(self.mean.values())))
-
-
-def by_slopes(
-    slope: Callable[[Params, Sequence[Params]], Array], theta: Params, directions: Sequence[Params]
-) -> Quadratic:
-    """Return a loss along K directions from theta, with the curvature as the difference of slopes at both sides.
-
-    Args:
-        slope: from weights and directions to the loss's slopes there, [K].
-        theta: where to measure.
-        directions: K of them.
-    """
-    rows = []
-    for direction in directions:
-        ahead, behind = (
-            slope({name: value + sign * STEP * direction[name] for name, value in theta.items()}, directions)
-            for sign in (1, -1)
-        )
-        rows.append((ahead - behind) / (2 * STEP))
-    xp: Any = namespace(row=rows[0])
-    curvature = xp.stack(rows)
-    return Quadratic(slope(theta, directions), (curvature + xp.matrix_transpose(curvature)) / 2)
-
-
-def merge_report(
-    estimator: Estimator, posterior: LaplacePosterior, theta_gp: Params, new: NewTask, trace: int
-) -> MergeReport:
-    """Return the best coefficient between the stable weights and the plastic ones, ``new.mean``, and what tells of it.
-
-    Args:
-        estimator: how losses along the way are estimated.
-        posterior: the old tasks' loss; of parameters that it does not know it says nothing.
-        theta_gp: the stable weights.
-        new: the new task's loss at the plastic weights, of the same names.
-        trace: at how many alphas the true loss of the new data is measured, both ends among them; 0 for none.
-
-    Raises:
-        BecameError: if weights, or what is measured of the new data, are not finite.
-    """
-    theta_hat, way = new.mean, difference(new.mean, theta_gp)
-    _check_finite(
-        way,
-        "'{}' is not finite in the stable or in the plastic model: training has diverged there; load weights from "
-        "before, and train with a smaller learning rate.",
-    )
-    subspace = MergeSubspace(theta_gp, [way], [1.0])
-    precision = {name: value for name, value in posterior.precision.diagonal().items() if name in theta_hat}
-    mean = {name: posterior.mean.get(name, value) for name, value in theta_gp.items()}
-    quadratic = estimator.quadratic(subspace, (LaplacePosterior(mean, Diagonal(precision)), new))
-    alpha = float(quadratic.minimiser("box")[0])
-    if not math.isfinite(alpha):
-        raise BecameError("the loss of the new data is not finite along the way; look for NaN in the batches.")
-    points = [index / (trace - 1) for index in range(trace)] if trace > 1 else [alpha] * trace
-    return MergeReport(
-        alpha=alpha,
-        slopes=(float(quadratic.slope_at(0.0)[0]), float(quadratic.slope_at(1.0)[0])),
-        gain=float(quadratic.predicted_gain("box")),
-        is_convex=bool(quadratic.is_convex),
-        promised=bool(quadratic.has_interior_optimum),
-        curvature=new.way,
-        quadratic=quadratic,
-        trace=[(point, new.loss(merge(theta_gp, theta_hat, point))) for point in points],
-    )

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from safetensors import SafetensorError, safe_open
 
+from adapters.backend.calibration import AcrossTasks
 from adapters.backend.own_loop import first_difference
 from adapters.runs.files import replaced
 from became_core import BecameError, Diagonal, LaplacePosterior
@@ -22,14 +23,22 @@ from became_core.projection import PROJECTORS, Projector
 
 __all__ = ["Stored", "check_description", "described", "memory_arrays", "read_memory", "restored", "written"]
 
-FORMAT = 1
+# The format of a memory, and that of one which is calibrated across tasks, which earlier versions do not know.
+FORMAT, ACROSS = 1, 2
 
 
-def memory_arrays(posterior: LaplacePosterior, projector: Projector) -> dict[str, Array]:
+def memory_arrays(
+    posterior: LaplacePosterior, projector: Projector, across: AcrossTasks | None = None
+) -> dict[str, Array]:
     """Return the arrays of a memory by the names that they have in a file."""
-    arrays = {f"mean.{name}": value for name, value in posterior.mean.items()}
-    arrays |= {f"fisher.{name}": value for name, value in posterior.precision.diagonal().items()}
-    return arrays | {f"projector.{name}": value for name, value in projector.to_arrays().items()}
+    parts = {
+        "mean": posterior.mean,
+        "fisher": posterior.precision.diagonal(),
+        "projector": projector.to_arrays(),
+        "movement": {} if across is None else across.movement,
+        "following": {} if across is None else across.following or {},
+    }
+    return {f"{part}.{name}": value for part, arrays in parts.items() for name, value in arrays.items()}
 
 
 def described(
@@ -37,6 +46,7 @@ def described(
     matrices: Mapping[str, bool],
     projector: Projector,
     likelihood: Any,
+    across: AcrossTasks | None = None,
     **settings: Any,
 ) -> dict[str, str]:
     """Return what a memory's file says beside its arrays, as metadata of safetensors.
@@ -47,6 +57,7 @@ def described(
         projector: the memory.
         likelihood: of which only one of ``LIKELIHOODS`` is written; one of another class counts as a loss of the
             user's own.
+        across: what calibrates the next task; None if merges calibrate.
         settings: ``uncovered``, ``penalty``, ``decay`` and ``fisher``, and which parameters were ``measured`` last.
 
     Raises:
@@ -60,13 +71,15 @@ def described(
         )
     known = type(likelihood) in LIKELIHOODS.values()
     description = {
-        "format": FORMAT,
+        "format": FORMAT if across is None else ACROSS,
         "parameters": {name: list(shape) for name, shape in shapes.items()},
         "matrices": dict(matrices),
         "projector": [names[0], _plain_fields(projector)],
         "likelihood": [type(likelihood).__name__, _plain_fields(likelihood)] if known else None,
         **settings,
     }
+    if across is not None:
+        description["kappa"] = across.kappa
     return {"became": json.dumps(description)}
 
 
@@ -116,21 +129,24 @@ class Stored(NamedTuple):
         posterior: the old tasks' loss.
         matrices: as ``coverage_of`` has them.
         measured: the parameters that were trained when data were remembered last.
-        settings: ``projector`` with its memory, ``likelihood``, ``uncovered``, ``penalty``, ``decay`` and ``fisher``.
+        across: what calibrates the next task; None if merges calibrate.
+        settings: ``projector`` with its memory, ``likelihood``, ``uncovered``, ``penalty``, ``decay``, ``fisher`` and
+            ``calibration``.
     """
 
     posterior: LaplacePosterior
     matrices: dict[str, bool]
     measured: frozenset[str]
+    across: AcrossTasks | None
     settings: dict[str, Any]
 
 
 def check_description(file: str | Path, description: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]) -> None:
     """Raise a BecameError if a file has another format, or is the memory of another architecture."""
-    if description.get("format") != FORMAT:
+    if description.get("format") not in (FORMAT, ACROSS):
         raise BecameError(
-            f"{file} is a memory of format {description.get('format')}, and this version reads format {FORMAT}; load "
-            "it with the version that saved it."
+            f"{file} is a memory of format {description.get('format')}, and this version reads formats {FORMAT} and "
+            f"{ACROSS}; load it with the version that saved it."
         )
     differs = first_difference(shapes, description["parameters"])
     if differs:
@@ -154,10 +170,17 @@ def restored(
         settings: what shall be otherwise than in the file, or is not in it.
 
     Raises:
-        BecameError: if it has another format, or is the memory of another architecture, or of a loss that is not given.
+        BecameError: if it has another format, or is the memory of another architecture, or of a loss that is not given,
+            or is calibrated otherwise than a setting says.
     """
     check_description(file, description, shapes)
     own = {key: description[key] for key in ("uncovered", "penalty", "decay", "fisher")}
+    own["calibration"] = "across" if description["format"] == ACROSS else "merge"
+    if settings.get("calibration", own["calibration"]) != own["calibration"]:
+        raise BecameError(
+            f"{file} is a memory with calibration='{own['calibration']}', in which its curvature was measured; leave "
+            "calibration= out, or remember the old data anew."
+        )
     named = {kind.__name__: kind for kind in LIKELIHOODS.values()}
     name, values = description["likelihood"] or ("", {})
     if name in named:
@@ -165,15 +188,19 @@ def restored(
         own["likelihood"] = named[name](**values)
     elif "likelihood" not in settings:
         raise BecameError(f"{file} was made with a loss of your own; give it as likelihood=.")
-    parts: dict[str, Params] = {"mean": {}, "fisher": {}, "projector": {}}
+    parts: dict[str, Params] = {"mean": {}, "fisher": {}, "projector": {}, "movement": {}, "following": {}}
     for key, value in arrays.items():
         part, _, name = key.partition(".")
         parts[part][name] = value
+    across = None
+    if description["format"] == ACROSS:
+        across = AcrossTasks(parts["movement"], parts["following"] or None, description["kappa"])
     name, values = description["projector"]
     projector = settings.get("projector", PROJECTORS[name](**values)).with_arrays(parts["projector"])
     posterior = LaplacePosterior(parts["mean"], Diagonal(parts["fisher"]))
     measured = frozenset(description.get("measured", parts["fisher"]))
-    return Stored(posterior, dict(description["matrices"]), measured, own | dict(settings) | {"projector": projector})
+    settings = own | dict(settings) | {"projector": projector}
+    return Stored(posterior, dict(description["matrices"]), measured, across, settings)
 
 
 def _plain_fields(value: Any) -> dict[str, Any]:

@@ -159,8 +159,8 @@ def say_changed(name: str, *, has_stepped: bool) -> None:
 
 
 _STABLE_KEPT = (
-    " This keeps the stable model. After long training the default estimator may weigh old data too much; the paper's "
-    "form, estimator=PaperClosedForm(), weighs them less."
+    " This keeps the stable model. After long training, calibration at the merge may weigh old data too much; "
+    "calibration='across', from the first task on, and the paper's form, estimator=PaperClosedForm(), weigh them less."
 )
 
 

@@ -39,7 +39,8 @@ from adapters.backend.batches import (
     with_progress,
 )
 from adapters.backend.checking import check_network
-from adapters.backend.memory import InputGrams, Moments, by_slopes, matrices_with
+from adapters.backend.memory import InputGrams, Moments, matrices_with
+from adapters.backend.merging import by_slopes
 from adapters.backend.own_loop import NetworkCheck
 from adapters.jax.checking import FunctionView
 from adapters.jax.mesh import is_explicit
@@ -288,10 +289,12 @@ class DataLoss:
         spread = (name for name, value in theta.items() if isinstance(value.sharding, NamedSharding))
         return means | {name: jax.device_put(means[name], theta[name].sharding) for name in spread}, finished
 
-    def slope(self, batches: Iterable[Any], theta: Params, directions: Sequence[Params]) -> Array:
+    def slope(
+        self, batches: Iterable[Any], theta: Params, directions: Sequence[Params], share: float | None = 1.0
+    ) -> Array:
         """Return the slopes of the mean loss along directions at these weights, [directions], in float64 of NumPy."""
         units, total = 0.0, np.zeros(len(directions))
-        for inputs, targets in self._read(batches):
+        for inputs, targets in self._read(drawn(batches, share, length_of(batches))):
             outputs = self._outputs(theta, inputs)
             seed = gradient_by_outputs(self.likelihood, outputs, targets, _own_gradient)
             units += units_of(self.likelihood, outputs, targets)
@@ -305,13 +308,22 @@ class DataLoss:
             [jnp.stack([jnp.vdot(_wide(gradient[n]), _wide(value)) for n, value in d.items()]) for d in directions]
         )
 
-    def along(self, batches: Iterable[Any], theta: Params, directions: Sequence[Params]) -> tuple[Quadratic, str]:
-        """Return the mean loss along directions from these weights, and how its curvature was measured."""
+    def along(
+        self, batches: Iterable[Any], theta: Params, directions: Sequence[Params], share: float | None = 1.0
+    ) -> tuple[Quadratic, str]:
+        """Return the mean loss along directions from these weights, and how its curvature was measured.
+
+        Args:
+            batches: of the data.
+            theta: the weights.
+            directions: from there.
+            share: of the batches, as ``fisher`` draws them.
+        """
         if not isinstance(self.likelihood, Likelihood):
-            quadratic = by_slopes(lambda moved, along: self.slope(batches, moved, along), theta, directions)
+            quadratic = by_slopes(lambda moved, along: self.slope(batches, moved, along, share), theta, directions)
             return quadratic, "a difference of slopes"
         slope, curvature, units = np.zeros(len(directions)), np.zeros((len(directions),) * 2), 0.0
-        for inputs, targets in self._read(batches):
+        for inputs, targets in self._read(drawn(batches, share, length_of(batches))):
             outputs, tangents = self._derivatives(theta, directions, inputs)
             first, second, more = derivatives_of(self.likelihood, outputs, tangents, targets)
             slope, curvature = slope + np.asarray(first, np.float64), curvature + np.asarray(second, np.float64)

@@ -21,7 +21,10 @@ from jax.experimental.multihost_utils import broadcast_one_to_all
 from safetensors.flax import save_file
 
 from adapters.backend import memory as shared
+from adapters.backend.batches import repeatable
+from adapters.backend.calibration import NO_BATCHES, AcrossTasks, Calibration, has_moved
 from adapters.backend.memory_file import described, memory_arrays, read_memory, restored, written
+from adapters.backend.merging import TaskLoss
 from adapters.backend.own_loop import Coverage, NetworkCheck, Uncovered, coverage_of, first_difference, known_likelihood
 from adapters.jax.data_loss import DataLoss, Loss, moments_of
 from adapters.jax.tapping import Apply, trained_of
@@ -67,11 +70,13 @@ class Memory:
         penalty: the strength of the penalty on them.
         decay: the share of the old tasks' precision that each new task leaves.
         fisher: of which targets the Fisher information is.
+        across: what calibrates the next task; None if merges calibrate.
         checked: what the look at the function found; None if there was none.
     """
 
     posterior: LaplacePosterior
     projector: Projector
+    across: AcrossTasks | None
     parameters: tuple[Parameter, ...] = static()
     likelihood: Likelihood | Loss = static()
     uncovered: Uncovered = static()
@@ -121,6 +126,8 @@ def remember(
     penalty: float | None = None,
     fisher: FisherTargets | None = None,
     decay: float | None = None,
+    calibration: Calibration | None = None,
+    begin: Any = None,
     check: bool = True,
     progress: bool = True,
 ) -> Memory:
@@ -144,7 +151,7 @@ def remember(
         likelihood: "categorical" (the default), "gaussian" or "bernoulli", a value of ``became_core.curvature``, or any
             loss: (outputs, targets) -> the mean over the samples of the batch, of which Fisher information is the
             empirical one, and curvature along a direction a difference of slopes.
-        memory: of the tasks before; None for none.
+        memory: of the tasks before, and after a merge that of its result; None for none.
         state: of an optax optimiser with an Adam in it that has just trained the parameters, instead of batches.
         samples: with a state, how many samples (or tokens) a step had.
         b2: with a state, the decay of that Adam's second moments, which the state does not say.
@@ -158,12 +165,17 @@ def remember(
         fisher: the Fisher information of "empirical" targets, those given (the default); or of the model's own, as the
             "true" expectation (a backward pass for each class or output) or "sampled".
         decay: the share of the old tasks' precision that each new task leaves, the paper's gamma; 1 by default.
+        calibration: where the curvature of old tasks is calibrated: at each "merge" (the default), along the new task's
+            own movement; or "across" tasks, when each is remembered, along the movement of the task before, which is
+            for long training. A memory keeps it; the paper has no calibration.
+        begin: with calibration across tasks, the parameters before the last stage of this task's training: of the first
+            task the initial ones. After a merge, its memory knows them.
         check: whether the function is looked at first: per-sample gradients are held against a loop, for example.
         progress: whether a terminal shows how far the pass is.
 
     Raises:
-        BecameError: if there is no batch, if something of these cannot be used, or if the memory is that of another
-            architecture.
+        BecameError: if there is no batch, if something of these cannot be used, if the memory is that of another
+            architecture, or if it is not known by how much a task has moved the parameters that is to be calibrated.
 
     Examples:
         >>> def apply(params, inputs):
@@ -192,24 +204,63 @@ def remember(
         memory.check(data.theta)
     if (batches is None) == (state is None):
         raise BecameError("remember needs either batches or the state of an optimiser; give one of them.")
+    posterior = None if memory is None else memory.posterior
+    across = _across_of(memory, calibration, begin, data.theta)
     known_matrices, held = {} if memory is None else memory.matrices, frozenset[str]()
     if batches is None:
+        if across is not None:
+            raise BecameError(NO_BATCHES)
         squares = shared.fisher_of_moments(moments_of(state, b2), samples, data.theta, stacklevel=2)
     else:
-        of_old = {} if memory is None else memory.posterior.precision.diagonal()
+        of_old = {} if posterior is None else posterior.precision.diagonal()
         held = shared.held_by_curvature(of_old, known_matrices)
-        squares, finished = data.fisher(batches, with_memory=True, held=held, share=share)
+        kept = batches if across is None else repeatable(batches)
+        squares, finished = data.fisher(kept, with_memory=True, held=held, share=share)
         before = before.remember(finished)
+        if across is not None and posterior is not None:
+            task = TaskLoss(data, kept, data.theta, share=share)
+            across, posterior, squares = across.remembered(posterior, squares, task)
     matrices = shared.matrices_with(known_matrices, data.ways, held)
     mean = copied(data.theta)
     return Memory(
-        posterior=shared.grown(None if memory is None else memory.posterior, mean, squares, settings["decay"]),
+        posterior=shared.grown(posterior, mean, squares, settings["decay"]),
         projector=before,
+        across=copied(across),
         parameters=_parameters({name: value.shape for name, value in data.theta.items()}, matrices),
         likelihood=data.likelihood,
         checked=data.checked,
         **settings,
     )
+
+
+def _across_of(memory: Memory | None, calibration: Calibration | None, begin: Any, theta: Params) -> AcrossTasks | None:
+    """Return what calibrates a task that is to be remembered, or what is known of the first one; None if nothing does.
+
+    Raises:
+        BecameError: if the memory is calibrated otherwise, or the movement of the task is not known.
+    """
+    of_memory = calibration if memory is None else "merge" if memory.across is None else "across"
+    if calibration not in (None, of_memory):
+        raise BecameError(
+            f"the memory has calibration='{of_memory}'; leave calibration= out, or begin without a memory."
+        )
+    if of_memory not in (None, "merge", "across"):
+        raise BecameError(f"the calibration is '{of_memory}'; choose merge or across.")
+    if of_memory != "across":
+        if begin is not None:
+            raise BecameError("begin= is for calibration across tasks; leave it out, or choose calibration='across'.")
+        return None
+    first = None if begin is None else {name: jnp.asarray(value) for name, value in trained_of(begin).items()}
+    if memory is None or memory.across is None:
+        return AcrossTasks.since(theta if first is None else first, theta, "give begin=, the parameters before it.")
+    if first is not None:
+        return memory.across.after_stage(first, theta)
+    if memory.across.following is None and has_moved(memory.posterior.mean, theta):
+        raise BecameError(
+            "the memory does not know by how much the parameters were moved by the task that is to be remembered; give "
+            "the memory of the merge's result, or begin=, the parameters before the task's last stage."
+        )
+    return memory.across
 
 
 def coverage(memory: Memory) -> Coverage:
@@ -233,9 +284,9 @@ def save(memory: Memory, file: str | Path) -> None:
     if "" in memory.shapes:
         raise BecameError("the parameters are one array without a name; put it in a dict, so that a file can name it.")
     settings = {name: getattr(memory, name) for name in DEFAULTS}
-    metadata = described(memory.shapes, memory.matrices, memory.projector, memory.likelihood, **settings)
+    metadata = described(memory.shapes, memory.matrices, memory.projector, memory.likelihood, memory.across, **settings)
     arrays, is_first, failure = {}, jax.process_index() == 0, None
-    for name, value in memory_arrays(memory.posterior, memory.projector).items():
+    for name, value in memory_arrays(memory.posterior, memory.projector, memory.across).items():
         whole = here(value)
         if is_first:
             arrays[name] = jnp.asarray(whole)
@@ -294,6 +345,7 @@ def load(
     return Memory(
         stored.posterior,
         stored.settings["projector"],
+        stored.across,
         _parameters(shapes, stored.matrices),
         known_likelihood(known),
         **settings,

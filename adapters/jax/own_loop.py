@@ -14,7 +14,7 @@ it does for models that hold their own.
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple
 
 import jax
@@ -22,12 +22,15 @@ import optax
 from jax import numpy as jnp
 
 from adapters.backend import memory as shared
+from adapters.backend.batches import repeatable
+from adapters.backend.calibration import estimator_for
+from adapters.backend.merging import TaskLoss, merge_report
 from adapters.backend.own_loop import MergeReport
 from adapters.jax.data_loss import DataLoss, moments_of
 from adapters.jax.memory import Memory, copied
 from adapters.jax.tapping import Apply, trained_of
 from adapters.jax.trees import leaves_of, with_leaves_of
-from became_core import BecameError, Secant
+from became_core import BecameError
 from became_core import merge as merge_trees
 from became_core.arrays import Array, Params, named_leaves, namespace, with_leaves
 from became_core.laplace import Estimator
@@ -192,9 +195,11 @@ class Merged(MergeReport):
 
     Attributes:
         params: the merged parameters, theta*; what is no real number is the plastic tree's.
+        memory: the memory with which to remember the new data; of calibration across tasks it knows of the merge.
     """
 
     params: Any = field(repr=False)
+    memory: Memory = field(repr=False)
 
 
 def merge(
@@ -217,7 +222,8 @@ def merge(
         theta_gp: the stable tree, at the end of training with ``projected``.
         theta_hat: the plastic tree, at the end of free training from there.
         new_batches: of the new data; a part of them will do.
-        estimator: how losses along the way between the two are estimated; ``Secant()`` if not given.
+        estimator: how losses along the way between the two are estimated; ``Secant()`` if not given. A memory that is
+            calibrated across tasks has its own.
         trace: at how many alphas the true loss of the new data is measured, both ends among them; 0 for none.
         check: whether the function is looked at first, as in ``remember``.
         progress: whether a terminal shows how far a pass is.
@@ -247,7 +253,16 @@ def merge(
             "theta_gp and theta_hat are the same arrays, as those of nnx are, which its optimizer changes in place; "
             "copy the stable ones by jax.tree.map(jnp.copy, theta_gp) before plastic training."
         )
-    new = shared.NewTask(data, new_batches, data.theta)
-    report = shared.merge_report(Secant() if estimator is None else estimator, memory.posterior, stable, new, trace)
+    kept, across, posterior = repeatable(new_batches), memory.across, memory.posterior
+    chosen = estimator_for("merge" if across is None else "across", estimator)
+    if across is not None:
+
+        def at_stable() -> tuple[TaskLoss, Params]:
+            fisher, _ = data.fisher(kept, with_memory=False, theta=stable)
+            return TaskLoss(data, kept, stable), fisher
+
+        across, posterior = across.merged(posterior, stable, data.theta, at_stable)
+    report = merge_report(chosen, posterior, stable, TaskLoss(data, kept, data.theta), trace)
     found = {part.name: getattr(report, part.name) for part in fields(report)}
-    return Merged(**found, params=data.tree(merge_trees(stable, data.theta, report.alpha)))
+    theta = data.tree(merge_trees(stable, data.theta, report.alpha))
+    return Merged(**found, params=theta, memory=replace(memory, posterior=posterior, across=across))

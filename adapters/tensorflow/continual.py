@@ -18,8 +18,8 @@ import numpy as np
 import tensorflow as tf
 from safetensors.numpy import save_file
 
+from adapters.backend.calibration import Calibration
 from adapters.backend.continual import ContinualModel
-from adapters.backend.memory import fisher_of_moments
 from adapters.backend.memory_file import read_memory, restored, written
 from adapters.backend.own_loop import MergeReport, Uncovered, known_likelihood
 from adapters.tensorflow.batches import Apply, Reader, Targets
@@ -27,7 +27,7 @@ from adapters.tensorflow.data_loss import DataLoss, Loss
 from adapters.tensorflow.steps import StepGuard, Witness, moments_of, observed, parts_of
 from adapters.tensorflow.traced import as_written
 from became_core import BecameError
-from became_core.arrays import Array, Params
+from became_core.arrays import Array
 from became_core.curvature import FisherTargets, Likelihood
 from became_core.laplace import Estimator
 from became_core.projection import Projector
@@ -73,6 +73,7 @@ class Continual(ContinualModel):
         fisher: FisherTargets = "empirical",
         decay: float = 1.0,
         estimator: Estimator | None = None,
+        calibration: Calibration = "merge",
         apply: Apply | None = None,
         targets: Targets | None = None,
         check: bool = True,
@@ -95,6 +96,10 @@ class Continual(ContinualModel):
                 expectation (a backward pass for each class or output) or "sampled".
             decay: the share of the old tasks' precision that each new task leaves, the paper's gamma.
             estimator: how losses along the way between two models are estimated; ``Secant()`` if not given.
+            calibration: where the curvature of old tasks is calibrated: at each "merge", along the new task's own
+                movement; or "across" tasks, when each is remembered, along the movement of the task before, which is
+                for long training. Then this object must be made before the first task is trained; the paper has no
+                calibration.
             apply: (model, batch) -> outputs, for batches that are no pairs of inputs and targets.
             targets: batch -> targets, likewise.
             check: whether the network is looked at once, in the first ``remember`` or ``merge``.
@@ -111,6 +116,7 @@ class Continual(ContinualModel):
             fisher=fisher,
             decay=decay,
             estimator=estimator,
+            calibration=calibration,
         )
         known = known_likelihood(likelihood)
         self._data: DataLoss = DataLoss(
@@ -118,6 +124,7 @@ class Continual(ContinualModel):
         )
         if not self._data.trained:
             raise BecameError("no variable of the model is trainable; there is nothing to learn.")
+        self._begin_calibration()
 
     def remember(
         self,
@@ -154,19 +161,8 @@ class Continual(ContinualModel):
         self._data.retrace()
         self._check_names()
         self._check_shapes()
-        with self._data.kept_on_error():
-            fisher, projector = self._measured_by(optimizer, batches, samples, share)
-            self._remember(fisher, projector, self._variables)
-
-    def _measured_by(
-        self, optimizer: keras.Optimizer | None, batches: Iterable[Any] | None, samples: int | None, share: float | None
-    ) -> tuple[Params, Projector]:
-        """Return the Fisher information of what is to be remembered, and the projector that has remembered it."""
-        if optimizer is not None:
-            moments = moments_of(optimizer, self._data.trained)
-            return fisher_of_moments(moments, samples, self._data.weights(), stacklevel=3), self.projector
-        assert batches is not None
-        return self._measured_on(batches, share)
+        moments = None if optimizer is None else moments_of(optimizer, self._data.trained)
+        self._remember(batches, share, moments, samples, self._variables)
 
     @contextmanager
     def stable(self, *optimizers: keras.Optimizer) -> Iterator[None]:
@@ -209,7 +205,7 @@ class Continual(ContinualModel):
             finally:
                 self.model.train_function = None
                 self._data.retrace()  # with layers that were built inside of the context
-                self._theta_gp = self._data.weights()
+                self._end_stable()
 
     def _check_no_constraint(self) -> None:
         """Raise a BecameError if Keras holds a weight to a constraint in each step, which a correction may break."""

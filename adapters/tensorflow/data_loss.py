@@ -30,7 +30,8 @@ from adapters.backend.batches import (
     with_progress,
 )
 from adapters.backend.checking import check_network
-from adapters.backend.memory import InputGrams, by_slopes, matrices_with
+from adapters.backend.memory import InputGrams, matrices_with
+from adapters.backend.merging import by_slopes
 from adapters.backend.own_loop import NetworkCheck
 from adapters.tensorflow.batches import Reader, batches_of
 from adapters.tensorflow.checking import KerasView
@@ -218,10 +219,12 @@ class DataLoss:
             for batch in batches_of(batches):
                 self._reader.outputs(self.network.model, self._reader.split(batch)[0])
 
-    def slope(self, batches: Iterable[Any], theta: Params, directions: Sequence[Params]) -> Array:
+    def slope(
+        self, batches: Iterable[Any], theta: Params, directions: Sequence[Params], share: float | None = 1.0
+    ) -> Array:
         """Return the slopes of the mean loss along directions, [directions], in float64."""
         units, total = 0.0, [0.0] * len(directions)
-        for inputs, targets in self._read(theta, batches):
+        for inputs, targets in self._read(theta, batches, share=share):
             outputs = self.network.outputs(theta, inputs)
             seed = gradient_by_outputs(self.likelihood, outputs, targets, _own_gradient)
             units += units_of(self.likelihood, outputs, targets)
@@ -232,13 +235,22 @@ class DataLoss:
                 )
         return tf.constant(total, tf.float64) / counted(units)
 
-    def along(self, batches: Iterable[Any], theta: Params, directions: Sequence[Params]) -> tuple[Quadratic, str]:
-        """Return the mean loss along directions from these weights, and how its curvature was measured."""
+    def along(
+        self, batches: Iterable[Any], theta: Params, directions: Sequence[Params], share: float | None = 1.0
+    ) -> tuple[Quadratic, str]:
+        """Return the mean loss along directions from these weights, and how its curvature was measured.
+
+        Args:
+            batches: of the data.
+            theta: the weights.
+            directions: from there.
+            share: of the batches, as ``fisher`` draws them.
+        """
         if not isinstance(self.likelihood, Likelihood):
-            slopes = by_slopes(lambda moved, along: self.slope(batches, moved, along), theta, directions)
+            slopes = by_slopes(lambda moved, along: self.slope(batches, moved, along, share), theta, directions)
             return slopes, "a difference of slopes"
         slope, curvature, units = tf.zeros((), tf.float64), tf.zeros((), tf.float64), 0.0
-        for inputs, targets in self._read(theta, batches):
+        for inputs, targets in self._read(theta, batches, share=share):
             outputs, tangents = self._derivatives.along(theta, directions, inputs)
             first, second, more = derivatives_of(self.likelihood, outputs, tangents, targets)
             slope, curvature = slope + _double(first), curvature + _double(second)

@@ -19,8 +19,9 @@ from torch import nn
 from torch.optim import Optimizer
 
 from adapters.backend.batches import Reader
+from adapters.backend.calibration import Calibration
 from adapters.backend.continual import ContinualModel
-from adapters.backend.memory import fisher_of_moments
+from adapters.backend.memory import Moments
 from adapters.backend.memory_file import read_memory, restored, written
 from adapters.backend.own_loop import MergeReport, Uncovered, known_likelihood
 from adapters.torch.batches import Apply, Targets
@@ -29,7 +30,7 @@ from adapters.torch.sharded_memory import all_agree, read_shards, write_shards
 from adapters.torch.shared_model import SharedModel, beside, own_part
 from adapters.torch.steps import StepGuard, Witness, groups_of, moments_of, unwrapped
 from became_core import BecameError
-from became_core.arrays import Array, Params
+from became_core.arrays import Array
 from became_core.curvature import FisherTargets, Likelihood
 from became_core.laplace import Estimator
 from became_core.projection import Projector, full
@@ -79,6 +80,7 @@ class Continual(ContinualModel):
         fisher: FisherTargets = "empirical",
         decay: float = 1.0,
         estimator: Estimator | None = None,
+        calibration: Calibration = "merge",
         apply: Apply | None = None,
         targets: Targets | None = None,
         check: bool = True,
@@ -102,6 +104,10 @@ class Continual(ContinualModel):
                 well, the empirical one vanishes, and the others do not.
             decay: the share of the old tasks' precision that each new task leaves, the paper's gamma.
             estimator: how losses along the way between two models are estimated; ``Secant()`` if not given.
+            calibration: where the curvature of old tasks is calibrated: at each "merge", along the new task's own
+                movement; or "across" tasks, when each is remembered, along the movement of the task before, which is
+                for long training. Then this object must be made before the first task is trained; the paper has no
+                calibration.
             apply: (model, batch) -> outputs, for batches of a kind that ``adapters/torch/batches.py`` does not know.
             targets: batch -> targets, likewise.
             check: whether the network is looked at once, in the first ``remember`` or ``merge``.
@@ -118,6 +124,7 @@ class Continual(ContinualModel):
             fisher=fisher,
             decay=decay,
             estimator=estimator,
+            calibration=calibration,
         )
         known = known_likelihood(likelihood)
         self._data: DataLoss = DataLoss(
@@ -136,6 +143,7 @@ class Continual(ContinualModel):
                     f"the layer '{name}' shortens its rows whenever it runs (max_norm={layer.max_norm:g}), beside the "
                     "steps of any optimizer; make it without max_norm, and shorten rows in a post-hook of the step."
                 )
+        self._begin_calibration()
 
     # What must not be lost.
 
@@ -174,24 +182,17 @@ class Continual(ContinualModel):
         self._check_not_stable("remembering")
         self._check_shapes()
         self._follow()
-        with self._data.kept_on_error():
-            fisher, projector = self._measured_by(optimizer, batches, samples, share)
-            self._remember(fisher, projector, self._data.trained)
+        moments = None if optimizer is None else self._moments_of(optimizer)
+        self._remember(batches, share, moments, samples, self._data.trained)
 
-    def _measured_by(
-        self, optimizer: Optimizer | None, batches: Batches | None, samples: int | None, share: float | None
-    ) -> tuple[Params, Projector]:
-        """Return the Fisher information of what is to be remembered, and the projector that has remembered it."""
-        if optimizer is not None:
-            stepper = unwrapped(optimizer)
-            of_all = {
-                name: moments_of(stepper, group, value)
-                for own, group in groups_of(stepper, self._data.trained)
-                for name, value in own.items()
-            }
-            return fisher_of_moments(of_all, samples, self._data.weights(), stacklevel=3), self.projector
-        assert batches is not None
-        return self._measured_on(batches, share)
+    def _moments_of(self, optimizer: Optimizer) -> dict[str, Moments | None]:
+        """Return what an Adam knows of the parameters' gradients."""
+        stepper = unwrapped(optimizer)
+        return {
+            name: moments_of(stepper, group, value)
+            for own, group in groups_of(stepper, self._data.trained)
+            for name, value in own.items()
+        }
 
     # Training.
 
@@ -225,7 +226,7 @@ class Continual(ContinualModel):
             try:
                 yield
             finally:
-                self._theta_gp = self._data.weights()
+                self._end_stable()
             witness.at_end()
 
     def merge(self, batches: Batches, *, trace: int = 0, statistics: Batches | None = None) -> MergeReport:
@@ -326,6 +327,10 @@ class Continual(ContinualModel):
         self.projector = beside(self.projector, owners)
         self.posterior = beside(self.posterior, owners)
         self._theta_gp = beside(self._theta_gp, owners)
+        self._across = beside(self._across, owners)
+        if self._begin is not None:  # the model may have been sharded since
+            placed = self._data.shared.placed
+            self._begin = {name: placed(value, owners[name]) for name, value in self._begin.items() if name in owners}
 
     def _is_as_remembered(self, name: str) -> bool:
         assert self.posterior is not None

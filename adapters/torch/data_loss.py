@@ -34,7 +34,8 @@ from adapters.backend.batches import (
     with_progress,
 )
 from adapters.backend.checking import check_network
-from adapters.backend.memory import InputGrams, by_slopes, matrices_with
+from adapters.backend.memory import InputGrams, matrices_with
+from adapters.backend.merging import by_slopes
 from adapters.backend.own_loop import NetworkCheck
 from adapters.torch.batches import Applied, few_samples, in_evaluation, not_a_few, to_device
 from adapters.torch.checking import RowsKept, TorchView
@@ -273,14 +274,12 @@ class DataLoss:
         what = "remembering" if with_memory else "measuring"
         finished = InputGrams()
         units, rng = 0.0, np.random.default_rng(self.shared.rank)
-        own = length_of(batches)
-        lengths = [length for length in self.shared.of_all(own) if length is not None]
-        total = sum(lengths) if len(lengths) == self.shared.count else None
+        total = self._length(batches)
 
         def taps_of_batches() -> Iterator[Taps]:
             nonlocal units
             shows = self._shows and self.shared.rank == 0
-            todo = drawn(with_progress(batches, what, shows, own), share, total)
+            todo = drawn(with_progress(batches, what, shows, length_of(batches)), share, total)
             for batch in todo if self.shared.count == 1 else self._looked_at_by_all(todo):
                 for index, (taps, more) in enumerate(self.passes(batch, rng, windows=with_memory)):
                     units += more
@@ -305,9 +304,14 @@ class DataLoss:
         counted(units)
         return {name: value / units for name, value in sums.items()}, finished
 
-    def slope(self, batches: Batches, theta: Params, directions: Sequence[Params]) -> Tensor:
+    def _length(self, batches: Batches) -> int | None:
+        """Return how many batches all processes have; None if one does not know its own number."""
+        lengths = [length for length in self.shared.of_all(length_of(batches)) if length is not None]
+        return sum(lengths) if len(lengths) == self.shared.count else None
+
+    def slope(self, batches: Batches, theta: Params, directions: Sequence[Params], share: float | None = 1.0) -> Tensor:
         """Return the slopes of the mean loss along directions at these weights, [directions], in float64."""
-        batches = self._fitted_by_all(batches)
+        batches = self._fitted_by_all(drawn(batches, share, self._length(batches)))
         units, total = 0.0, [0.0] * len(directions)
         moves = [self.shared.gathered(direction) for direction in directions]
         with self.at(theta), self.shared.whole(), in_evaluation(self._model), torch.enable_grad():
@@ -323,14 +327,23 @@ class DataLoss:
         sums = self.shared.total(torch.tensor([*total, units], dtype=torch.float64))
         return sums[:-1] / counted(float(sums[-1]))
 
-    def along(self, batches: Batches, theta: Params, directions: Sequence[Params]) -> tuple[Quadratic, str]:
-        """Return the mean loss along directions from these weights, and how its curvature was measured."""
+    def along(
+        self, batches: Batches, theta: Params, directions: Sequence[Params], share: float | None = 1.0
+    ) -> tuple[Quadratic, str]:
+        """Return the mean loss along directions from these weights, and how its curvature was measured.
+
+        Args:
+            batches: of the data.
+            theta: the weights.
+            directions: from there.
+            share: of the batches, as ``fisher`` draws them.
+        """
         if not isinstance(self.likelihood, Likelihood):
-            slopes = by_slopes(lambda moved, along: self.slope(batches, moved, along), theta, directions)
+            slopes = by_slopes(lambda moved, along: self.slope(batches, moved, along, share), theta, directions)
             return slopes, "a difference of slopes"
         count = len(directions)
         slope, curvature = torch.zeros(count, dtype=torch.float64), torch.zeros(count, count, dtype=torch.float64)
-        batches, units = self._fitted_by_all(batches), 0.0
+        batches, units = self._fitted_by_all(drawn(batches, share, self._length(batches))), 0.0
         own, *moves = (
             {f"model.{name}": value for name, value in self.shared.gathered(tree).items()}
             for tree in ({name: theta[name] for name in self.trained}, *directions)

@@ -211,7 +211,7 @@ class SharedModel:
     def placed(value: Tensor, like: Any) -> Tensor:
         """Return a tensor that every process has whole as a parameter is: on its device, and sharded as it is."""
         value = value.to(like.device)
-        if not hasattr(like, "placements"):
+        if not hasattr(like, "placements") or hasattr(value, "placements"):
             return value
         from torch.distributed.tensor import distribute_tensor
 

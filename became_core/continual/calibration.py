@@ -14,15 +14,27 @@ no task before it; when the second one is merged, its curvature takes the kappa 
 Convention: kappa is a factor of precisions, without a unit. It is invariant to the length of d.
 """
 
+from collections.abc import Sequence
+from typing import Protocol
+
 from became_core.arrays import Params
-from became_core.continual.measurement import Measurement
-from became_core.laplace import Precision
+from became_core.laplace import Precision, Quadratic
 
-__all__ = ["calibration"]
+__all__ = ["Measured", "calibration"]
 
 
-def calibration(measurement: Measurement, curvature: Precision, movement: Params) -> float:
-    """Return a task's exact curvature along another task's movement over that of its precision; 1 if that is 0.
+class Measured(Protocol):
+    """A task that is measured at the present weights."""
+
+    def along(self, directions: Sequence[Params]) -> Quadratic:
+        """Return its mean loss along directions from there."""
+
+
+def calibration(measurement: Measured, curvature: Precision, movement: Params) -> float:
+    """Return a task's exact curvature along another task's movement over that of its precision.
+
+    It is 1 if one of the two is not positive: then they say nothing of each other. The exact one is negative only of a
+    loss that is no likelihood, whose curvature is a difference of slopes.
 
     Args:
         measurement: of the task, at the learner's weights.
@@ -30,4 +42,5 @@ def calibration(measurement: Measurement, curvature: Precision, movement: Params
         movement: of the other task, by parameter; of any length.
     """
     known = float(curvature.gram([movement])[0, 0])
-    return float(measurement.along([movement]).curvature[0, 0]) / known if known > 0 else 1.0
+    exact = float(measurement.along([movement]).curvature[0, 0]) if known > 0 else 0.0
+    return exact / known if exact > 0 else 1.0

@@ -111,6 +111,51 @@ def test_both_remember_merge_and_save_the_same(tmp_path: Path) -> None:
     np.testing.assert_allclose(model.get_layer("first").kernel.numpy().T, module.first.weight.detach(), rtol=1e-8)
 
 
+def test_both_calibrate_across_tasks_alike(tmp_path: Path) -> None:
+    """Three tasks, whose weights are set; after the first merge each goes on with the other's file."""
+    layers = [keras.layers.Dense(8, "tanh", name="first"), keras.layers.Dense(3, name="last")]
+    model, module = keras.Sequential([keras.Input((6,)), *layers]), _Perceptron().double()
+
+    def place(scale: float) -> None:
+        _set_keras(model, _weights(scale))
+        module.load_state_dict({name: torch.from_numpy(value) for name, value in _weights(scale).items()})
+
+    def in_torch(batches: list[tuple[Any, Any]]) -> list[tuple[Any, Any]]:
+        return [tuple(map(torch.from_numpy, batch)) for batch in batches]
+
+    place(0.0)
+    by_keras = KerasContinual(model, calibration="across", check=False)
+    by_torch = TorchContinual(module, calibration="across", check=False)
+    place(0.1)
+    by_keras.remember(_data(1))
+    by_torch.remember(in_torch(_data(1)))
+    for task, scale in ((2, 0.2), (3, 0.5)):
+        new = _data(task, 4)
+        optimizer = torch.optim.SGD(module.parameters(), 0.1)
+        with (
+            pytest.warns(UserWarning, match="have taken no step"),
+            by_keras.stable(keras.optimizers.SGD(0.1)),
+            by_torch.stable(optimizer),
+        ):
+            place(scale)
+        with by_keras.plastic(), by_torch.plastic():
+            place(scale + 0.2)
+        reports = by_keras.merge(new), by_torch.merge(in_torch(new))
+        assert reports[0].alpha == pytest.approx(reports[1].alpha, rel=1e-8)
+        assert reports[0].slopes == pytest.approx(reports[1].slopes, rel=1e-8)
+        files = tmp_path / "keras.safetensors", tmp_path / "torch.safetensors"
+        by_keras.save(files[0])
+        by_torch.save(files[1])
+        by_torch = TorchContinual.load(module, files[0], check=False)
+        by_keras = KerasContinual.load(model, files[1], check=False)
+        by_keras.remember(new, share=0.1)
+        by_torch.remember(in_torch(new), share=0.1)
+        assert by_keras.posterior is not None
+        assert by_torch.posterior is not None
+        for name, value in by_torch.posterior.precision.diagonal().items():
+            np.testing.assert_allclose(by_keras.posterior.precision.diagonal()[name], value, rtol=1e-8)
+
+
 def test_both_remember_the_same_of_an_adams_second_moments() -> None:
     layers = [keras.layers.Dense(8, "tanh", name="first"), keras.layers.Dense(3, name="last")]
     model, module, data = keras.Sequential([keras.Input((6,)), *layers]), _Perceptron().double(), _data(1)

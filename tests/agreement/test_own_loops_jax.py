@@ -193,3 +193,42 @@ def test_rows_of_an_embedding_that_old_data_look_up_stand_still() -> None:
     moved = optax.apply_updates(params, updates)
     np.testing.assert_allclose(apply(moved, old), apply(params, old), rtol=0, atol=1e-12)
     assert np.asarray(moved["words"] != params["words"]).any(1).tolist() == [True, *[False] * 2, True, *[False] * 5]
+
+
+def test_both_calibrate_across_tasks_alike(tmp_path: Path) -> None:
+    """Three tasks, whose weights are set; after each merge each goes on with the other's file."""
+    load("jax", "cpu")
+    torch.manual_seed(0)
+    module = _Perceptron().double()
+    base = {name: value.detach().clone() for name, value in module.named_parameters()}
+
+    def place(seed: int) -> Any:
+        generator = torch.Generator().manual_seed(seed)
+        moved = {n: v + 0.2 * torch.randn(v.shape, generator=generator, dtype=v.dtype) for n, v in base.items()}
+        module.load_state_dict(moved if seed else base)
+        return _as_tree(module)
+
+    begin, learning = place(0), Continual(module, calibration="across", check=False)
+    params, old = place(1), _data(1)
+    memory = memories.remember(_apply, params, old, calibration="across", begin=begin, check=False)
+    learning.remember([tuple(map(torch.from_numpy, batch)) for batch in old])
+    for task in (2, 3):
+        new = _data(task, 4)
+        of_torch = [tuple(map(torch.from_numpy, batch)) for batch in new]
+        optimizer = torch.optim.SGD(module.parameters(), 0.1)
+        with pytest.warns(UserWarning, match="have taken no step"), learning.stable(optimizer):
+            theta_gp = place(2 * task)
+        with learning.plastic():
+            theta_hat = place(2 * task + 1)
+        merged, report = own_loop.merge(_apply, memory, theta_gp, theta_hat, new), learning.merge(of_torch)
+        assert merged.alpha == pytest.approx(report.alpha, rel=1e-8)
+        assert merged.slopes == pytest.approx(report.slopes, rel=1e-8)
+        files = tmp_path / "jax.safetensors", tmp_path / "torch.safetensors"
+        memories.save(merged.memory, files[0])
+        learning.save(files[1])
+        learning, memory = Continual.load(module, files[0], check=False), memories.load(params, files[1])
+        memory = memories.remember(_apply, merged.params, new, memory=memory, share=0.1, check=False)
+        learning.remember(of_torch, share=0.1)
+        assert learning.posterior is not None
+        for name, value in learning.posterior.precision.diagonal().items():
+            np.testing.assert_allclose(memory.posterior.precision.diagonal()[name], value, rtol=1e-8, atol=1e-14)

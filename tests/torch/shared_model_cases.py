@@ -87,7 +87,7 @@ class Case(NamedTuple):
 
 
 CASES = {
-    "perceptron": Case(perceptron, {"projector": GPM(0.8)}),
+    "perceptron": Case(perceptron, {"projector": GPM(0.8), "calibration": "across"}),
     "convolution, true Fisher": Case(convolutional, {"fisher": "true", "projector": NSCL(), "uncovered": "frozen"}),
     "encoder": Case(Encoder, {"estimator": Calibrated(), "uncovered": "free"}),
     "stored": Case(Stored, {"likelihood": "gaussian", "estimator": DiagonalFisher()}, True),

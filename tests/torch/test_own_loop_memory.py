@@ -225,9 +225,9 @@ def test_a_memory_comes_back_from_a_file(tmp_path: Path) -> None:
     with pytest.raises(BecameError, match=r"'head\.weight' is \[4, 8\] in the model and \[3, 8\] in the memory"):
         Continual.load(wider, file)
     with safe_open(file, "pt") as opened:
-        later = json.loads(opened.metadata()["became"]) | {"format": 2}
+        later = json.loads(opened.metadata()["became"]) | {"format": 3}
     save_file(load_file(file), file, {"became": json.dumps(later)})
-    with pytest.raises(BecameError, match="a memory of format 2, and this version reads format 1; load it with the"):
+    with pytest.raises(BecameError, match="a memory of format 3, and this version reads formats 1 and 2; load"):
         Continual.load(model, file)
     file.write_bytes(b"no safetensors")
     with pytest.raises(BecameError, match="is no memory that"):

@@ -1,5 +1,7 @@
 """Calibration of remembered curvatures against explicit Jacobians."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 
@@ -7,6 +9,7 @@ from became_core.arrays import Params, difference
 from became_core.continual import Annealed, RunState, Task, Training, build_method, learn
 from became_core.continual.calibration import calibration
 from became_core.continual.measurement import Measurement
+from became_core.laplace import Diagonal, Quadratic
 from reference.formulas import directional_derivatives, softmax
 from reference.learner import ReferenceLearner
 from tests.listening import Listening
@@ -53,6 +56,17 @@ def test_along_a_movement_of_no_curvature_nothing_is_calibrated() -> None:
     of_task = measurement(learner, STREAM.tasks[1])
     other_head = {n: np.ones_like(v) * (n in learner.heads[0]) for n, v in learner.parameters().items()}
     assert calibration(of_task, of_task.diagonal(), other_head) == 1
+
+
+def test_a_loss_that_bends_down_along_a_movement_calibrates_nothing() -> None:
+    """As the curvature of a loss that is no likelihood may: a precision may not be negative."""
+
+    class Concave:
+        def along(self, directions: Sequence[Params]) -> Quadratic:
+            return Quadratic(np.zeros(1), -np.ones((1, 1)))
+
+    movement = {"w": np.ones(3)}
+    assert calibration(Concave(), Diagonal({"w": np.ones(3)}), movement) == 1
 
 
 def test_each_task_is_calibrated_along_the_movement_of_the_task_before() -> None:
