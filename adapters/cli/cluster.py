@@ -45,7 +45,6 @@ class ClusterPool:
             out: the folder of all runs.
         """
         self._scheduler = scheduler
-        self._out = out
         self._topic = f"became-{uuid.uuid4().hex}"
         # A file that a worker sees if it sees our folder. Its name does not come from a clock: hosts may share those.
         self._mark = out.absolute() / f".{self._topic}"

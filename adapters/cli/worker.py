@@ -100,11 +100,6 @@ class WorkerProcess:
         self._stopped = False
 
     @property
-    def process_id(self) -> int:
-        """The number of the process."""
-        return self._process.pid
-
-    @property
     def usable(self) -> bool:
         """Whether it can be given another order."""
         return self._process.poll() is None and not self._stopped

@@ -1,0 +1,125 @@
+"""Where old tasks' curvature is calibrated around a loop of one's own: at the merge, across tasks, or nowhere.
+
+A perceptron learns 4,000 digits of MNIST by AdamW, and then the same digits in three other views, one after the other.
+The first task has all epochs; each later one has two thirds of them in ``stable`` and the others in ``plastic``, and is
+merged. "GPM" has all epochs in ``stable``, and "1/2" the mean of both models. Nothing was tuned. What is printed are
+the mean test accuracies on all four views at the end, in percent, and the alphas:
+
+    python benchmarks/own_loop_calibration.py --epochs 6 60 --seeds 0 1 2
+"""
+
+import argparse
+import statistics
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from adapters.benchmarks.mnist import load_mnist
+from adapters.torch import Continual
+from became_core.laplace import PaperClosedForm
+
+Pairs = list[tuple[Tensor, Tensor]]
+BATCH, RATE = 50, 1e-3
+
+VIEWS: tuple[Callable[[Any], Any], ...] = (
+    lambda images: images,
+    lambda images: np.roll(images, 6, axis=2),
+    lambda images: np.rot90(images, axes=(1, 2)),
+    lambda images: 1 - images,
+)
+WAYS: dict[str, dict[str, Any]] = {
+    "GPM": {},
+    "1/2": {},
+    "calibration='merge'": {},
+    "calibration='across'": {"calibration": "across"},
+    "PaperClosedForm()": {"estimator": PaperClosedForm()},
+}
+
+
+def tasks_of_digits() -> list[tuple[Pairs, Pairs]]:
+    """Return the training and test batches of each view."""
+    digits = load_mnist()
+    images, labels = digits.images[:, 0].astype(np.float32) / 255, torch.from_numpy(digits.labels.astype(np.int64))
+
+    def batches(view: Callable[[Any], Any], part: slice) -> Pairs:
+        pixels = torch.from_numpy(np.ascontiguousarray(view(images[part])).reshape(-1, 784))
+        return list(zip(pixels.split(BATCH), labels[part].split(BATCH), strict=True))
+
+    train, test = slice(None, digits.train_size), slice(digits.train_size, None)
+    return [(batches(view, train), batches(view, test)) for view in VIEWS]
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, batches: Pairs, epochs: int) -> None:
+    """Train, in an order that is drawn anew in each epoch."""
+    model.train()
+    for _ in range(epochs):
+        for index in torch.randperm(len(batches)).tolist():
+            inputs, targets = batches[index]
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(inputs), targets).backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, batches: Pairs) -> float:
+    """Return the share of right answers, in percent."""
+    model.eval()
+    return 100 * statistics.fmean(float((model(x).argmax(1) == y).float().mean()) for x, y in batches)
+
+
+def learned(tasks: list[tuple[Pairs, Pairs]], way: str, epochs: int, seed: int) -> tuple[float, list[float]]:
+    """Return the mean test accuracy at the end, and the alphas."""
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(784, 100), nn.ReLU(), nn.Linear(100, 100), nn.ReLU(), nn.Linear(100, 10))
+    learning, alphas = Continual(model, progress=False, **WAYS[way]), list[float]()
+    plastic = 0 if way == "GPM" else epochs // 3
+    for index, (batches, _) in enumerate(tasks):
+        optimizer = torch.optim.AdamW(model.parameters(), RATE)
+        if index == 0:
+            train(model, optimizer, batches, epochs)
+        else:
+            with learning.stable(optimizer):
+                train(model, optimizer, batches, epochs - plastic)
+            theta_gp = {name: value.clone() for name, value in model.state_dict().items()}
+            if plastic:
+                with learning.plastic():
+                    train(model, optimizer, batches, plastic)
+            if way == "1/2":
+                model.load_state_dict({n: (theta_gp[n] + v) / 2 for n, v in model.state_dict().items()})
+            elif plastic:
+                alphas.append(learning.merge(batches).alpha)
+        learning.remember(batches, share=1)
+    return statistics.fmean(accuracy(model, test) for _, test in tasks), alphas
+
+
+def main() -> None:
+    """Print a row for each number of epochs and each way."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--epochs", type=int, nargs="+", default=[6, 60], help="epochs a task, multiples of three")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    tasks = tasks_of_digits()
+    print("| epochs a task | | mean accuracy at the end | by seed | α, tasks 2 to 4, first seed |")
+    print("| ---: | --- | ---: | --- | --- |")
+    for epochs in options.epochs:
+        for way in WAYS:
+            results = [learned(tasks, way, epochs, seed) for seed in options.seeds]
+            found, alphas = [accuracy for accuracy, _ in results], results[0][1]
+            spread = f" ± {statistics.stdev(found):.2f}" if len(found) > 1 else ""
+            each, path = (
+                ", ".join(f"{a:.2f}" for a in found),
+                " ".join(f"{a:.2f}"[1:] if a < 1 else "1" for a in alphas),
+            )
+            print(f"| {epochs} | {way} | {statistics.fmean(found):.2f}{spread} | {each} | {path} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
