@@ -82,6 +82,8 @@ def fisher_from_optimizer(optimizer: Path, model: Path, out: Path, names: Sequen
         tensor = checkpoint.tensors.get(checkpoint.tied.get(name, name))
         if tensor is None:
             raise BecameError(f"{optimizer} has a parameter '{name}', which {model} does not have.")
+        if moment is None:  # it has had no gradient, so that no step has moved it
+            continue
         if tuple(moment.second.shape) != tensor.shape:
             shape = list(moment.second.shape)
             raise BecameError(f"{optimizer} has '{name}' with shape {shape}, but {tensor} has {list(tensor.shape)}.")
@@ -109,16 +111,19 @@ def fisher_from_optimizer(optimizer: Path, model: Path, out: Path, names: Sequen
         model=digest_of(checkpoint),
         remarks={"beta2": repr(first.beta2)},
     )
-    frozen = [t.name for t in checkpoint.tensors.values() if t.is_float and t.name not in moments]
-    missing = [f"The optimiser has no state of {len(frozen)} tensors, '{frozen[0]}' among them."] if frozen else []
-    return [*WARNINGS, *missing]
+    missing = [t.name for t in checkpoint.tensors.values() if t.is_float and t.name not in moments]
+    others = f" and {len(missing) - 1} other tensors" if len(missing) > 1 else ""
+    return [*WARNINGS, *([f"The optimiser has no state of '{missing[0]}'{others}."] if missing else [])]
 
 
-Group = tuple[list[str] | None, list[Moment]]
+Group = tuple[list[str] | None, list[Moment | None]]
 
 
 def _groups(state: Any, path: Path) -> list[Group]:
-    """Return for each of the optimiser's groups the parameters' names, if it says them, and what Adam knows of them."""
+    """Return for each of the optimiser's groups the parameters' names, if it says them, and what Adam knows of them.
+
+    Of a parameter that has had no gradient it knows nothing: None.
+    """
     try:
         groups = _read_groups(state, path)
     except BecameError:
@@ -127,18 +132,18 @@ def _groups(state: Any, path: Path) -> list[Group]:
         raise BecameError(f"{path} is no optimiser's state; save optimizer.state_dict().") from None
     if not any(moments for _, moments in groups):
         raise BecameError(f"{path} has no parameters.")
+    if all(moment is None for _, moments in groups for moment in moments):
+        raise BecameError(f"{path} has no state of any parameter; save it after a step.")
     return groups
 
 
 def _read_groups(state: Mapping[str, Any], path: Path) -> list[Group]:
     groups: list[Group] = []
     for group in state["param_groups"]:
-        moments = []
+        moments: list[Moment | None] = []
         for index in group["params"]:
             known = state["state"].get(index)
-            if known is None:
-                raise BecameError(f"{path} has no state of parameter {index}, which has had no gradient.")
-            moments.append(_moment(known, group, index, path))
+            moments.append(None if known is None else _moment(known, group, index, path))
         names = group.get("param_names")
         if names is not None and not (len(names) == len(moments) and all(isinstance(name, str) for name in names)):
             raise BecameError(f"{path} has 'param_names' that are not a name for each of {len(moments)} parameters.")
@@ -181,10 +186,15 @@ def _names(groups: Sequence[Group], model: Checkpoint, path: Path, names: Sequen
     vectors = [tensor for tensor in parameters if len(tensor.shape) < 2]
     matrices = [tensor for tensor in parameters if len(tensor.shape) >= 2]
     for order in ([parameters], [matrices, vectors]):
-        if [_shapes(part) for part in order] == [[tuple(m.second.shape) for m in moments] for _, moments in groups]:
+        pairs = zip(order, groups, strict=False)
+        if len(order) == len(groups) and all(_are_alike(part, moments) for part, (_, moments) in pairs):
             return [tensor.name for part in order for tensor in part]
     raise BecameError(f"{path} does not name its parameters, and their shapes are not those of {model.path}; {ask}.")
 
 
-def _shapes(tensors: Sequence[StoredTensor]) -> list[tuple[int, ...]]:
-    return [tensor.shape for tensor in tensors]
+def _are_alike(tensors: Sequence[StoredTensor], moments: Sequence[Moment | None]) -> bool:
+    """Return whether moments have the shapes of these tensors, one by one, as far as they are known."""
+    return len(tensors) == len(moments) and all(
+        moment is None or tuple(moment.second.shape) == tensor.shape
+        for tensor, moment in zip(tensors, moments, strict=True)
+    )

@@ -55,6 +55,30 @@ def test_adams_second_moments_are_corrected_for_their_start(tmp_path: Path, grou
 
 
 @pytest.mark.usefixtures("model")
+@pytest.mark.parametrize("groups", [1, 2])
+def test_a_parameter_that_has_had_no_gradient_is_left_out(tmp_path: Path, groups: int) -> None:
+    """As the pooling layer of a language model that is not asked for; no step has moved it."""
+    import torch
+
+    from adapters.checkpoints.fisher_adam import fisher_from_optimizer
+
+    state, end, expected = optimizer(tmp_path, groups=groups)
+    content = torch.load(state, weights_only=True)
+    del content["state"][0]
+    torch.save(content, state)
+    remarks = fisher_from_optimizer(state, end, tmp_path / "F.safetensors")
+    unused = next(name for name, shape in SHAPES.items() if len(shape) > 1)
+    assert remarks[-1] == f"The optimiser has no state of '{unused}'."
+    found = load_file(tmp_path / "F.safetensors")
+    assert found.keys() == expected.keys() - {unused}
+    for name, value in found.items():
+        assert_allclose(value, expected[name], rtol=1e-5)
+    torch.save(content | {"state": {}}, state)
+    with pytest.raises(BecameError, match="has no state of any parameter; save it after a step"):
+        fisher_from_optimizer(state, end, tmp_path / "G.safetensors")
+
+
+@pytest.mark.usefixtures("model")
 def test_names_in_the_state_or_in_a_file_say_which_parameter_is_which(tmp_path: Path) -> None:
     import torch
 
