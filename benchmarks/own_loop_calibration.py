@@ -6,6 +6,7 @@ merged. "GPM" has all epochs in ``stable``, and "1/2" the mean of both models. N
 the mean test accuracies on all four views at the end, in percent, and the alphas:
 
     python benchmarks/own_loop_calibration.py --epochs 6 60 --seeds 0 1 2
+    python benchmarks/own_loop_calibration.py --epochs 60 --smoothing 0.1
 """
 
 import argparse
@@ -50,20 +51,21 @@ def tasks_of_digits() -> list[tuple[Pairs, Pairs]]:
 
     def batches(view: Callable[[Any], Any], part: slice) -> Pairs:
         pixels = torch.from_numpy(np.ascontiguousarray(view(images[part])).reshape(-1, 784))
-        return list(zip(pixels.split(BATCH), labels[part].split(BATCH), strict=True))
+        return list(zip(torch.split(pixels, BATCH), torch.split(labels[part], BATCH), strict=True))
 
     train, test = slice(None, digits.train_size), slice(digits.train_size, None)
     return [(batches(view, train), batches(view, test)) for view in VIEWS]
 
 
-def train(model: nn.Module, optimizer: torch.optim.Optimizer, batches: Pairs, epochs: int) -> None:
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, batches: Pairs, epochs: int, smoothing: float) -> None:
     """Train, in an order that is drawn anew in each epoch."""
     model.train()
     for _ in range(epochs):
         for index in torch.randperm(len(batches)).tolist():
             inputs, targets = batches[index]
             optimizer.zero_grad()
-            nn.functional.cross_entropy(model(inputs), targets).backward()  # type: ignore[no-untyped-call]
+            loss: Any = nn.functional.cross_entropy(model(inputs), targets, label_smoothing=smoothing)
+            loss.backward()
             optimizer.step()
 
 
@@ -74,7 +76,9 @@ def accuracy(model: nn.Module, batches: Pairs) -> float:
     return 100 * statistics.fmean(float((model(x).argmax(1) == y).float().mean()) for x, y in batches)
 
 
-def learned(tasks: list[tuple[Pairs, Pairs]], way: str, epochs: int, seed: int) -> tuple[float, list[float]]:
+def learned(
+    tasks: list[tuple[Pairs, Pairs]], way: str, epochs: int, seed: int, smoothing: float
+) -> tuple[float, list[float]]:
     """Return the mean test accuracy at the end, and the alphas."""
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(784, 100), nn.ReLU(), nn.Linear(100, 100), nn.ReLU(), nn.Linear(100, 10))
@@ -83,14 +87,14 @@ def learned(tasks: list[tuple[Pairs, Pairs]], way: str, epochs: int, seed: int) 
     for index, (batches, _) in enumerate(tasks):
         optimizer = torch.optim.AdamW(model.parameters(), RATE)
         if index == 0:
-            train(model, optimizer, batches, epochs)
+            train(model, optimizer, batches, epochs, smoothing)
         else:
             with learning.stable(optimizer):
-                train(model, optimizer, batches, epochs - plastic)
+                train(model, optimizer, batches, epochs - plastic, smoothing)
             theta_gp = {name: value.clone() for name, value in model.state_dict().items()}
             if plastic:
                 with learning.plastic():
-                    train(model, optimizer, batches, plastic)
+                    train(model, optimizer, batches, plastic, smoothing)
             if way == "1/2":
                 model.load_state_dict({n: (theta_gp[n] + v) / 2 for n, v in model.state_dict().items()})
             elif plastic:
@@ -104,6 +108,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--epochs", type=int, nargs="+", default=[6, 60], help="epochs a task, multiples of three")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--smoothing", type=float, default=0.0, help="of the labels in training")
     options = parser.parse_args()
     torch.set_num_threads(1)
     tasks = tasks_of_digits()
@@ -111,7 +116,7 @@ def main() -> None:
     print("| ---: | --- | ---: | --- | --- |")
     for epochs in options.epochs:
         for way in WAYS:
-            results = [learned(tasks, way, epochs, seed) for seed in options.seeds]
+            results = [learned(tasks, way, epochs, seed, options.smoothing) for seed in options.seeds]
             found, alphas = [accuracy for accuracy, _ in results], results[0][1]
             spread = f" ± {statistics.stdev(found):.2f}" if len(found) > 1 else ""
             each, path = (
