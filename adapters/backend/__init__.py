@@ -14,7 +14,8 @@ it: a rule that stands here cannot be different in PyTorch, JAX and TensorFlow.
 | ``checking.py`` | the look at a user's network, once, in learners and around a user's own loop |
 | ``batches.py`` | around a user's own loop: how batches are read, and where passes begin |
 | ``continual.py`` | around a user's own loop: what ``Continual`` does alike in PyTorch and Keras |
-| ``memory.py`` | around a user's own loop: what is remembered, merged, saved and loaded |
+| ``memory.py``, ``memory_file.py`` | around a user's own loop: what is remembered, and the file that keeps it |
+| ``merging.py``, ``calibration.py`` | around a user's own loop: a task's measured loss, the merge, what calibrates it |
 | ``own_loop.py`` | around a user's own loop: what is reported of coverage, merges and checks |
 
 A framework whose networks are pure functions of their weights (JAX, TensorFlow) adds the derivatives: gradients, taps
