@@ -11,12 +11,15 @@ from jax import numpy as jnp
 from adapters.jax.memory import load, remember, save
 from adapters.jax.own_loop import merge, penalty
 from became_core import BecameError, PaperClosedForm
-from tests.jax.own_loop import new_data, new_weights, perceptron, remembered
+from tests.jax.own_loop import CLASSES, WIDTH, new_data
 
 
-def _moved(seed: int, scale: float = 0.1) -> Any:
-    rng = np.random.default_rng(seed)
-    return jax.tree.map(lambda value: value + scale * rng.normal(size=value.shape), new_weights())
+def _linear(params: Any, inputs: Any) -> Any:
+    return inputs @ params["w"]
+
+
+def _weights(seed: int) -> Any:
+    return {"w": jnp.asarray(np.random.default_rng(seed).normal(size=(WIDTH, CLASSES)))}
 
 
 def _no_batch(index: int) -> Any:
@@ -25,34 +28,35 @@ def _no_batch(index: int) -> Any:
 
 def test_the_movement_of_a_merge_comes_with_its_memory() -> None:
     """It is theta_hat - theta_gp, which ``begin`` can say as well; the memory before the merge does not know it."""
-    theta_gp, theta_hat, new = _moved(1), _moved(2), new_data(2)
+    theta_gp, theta_hat, new = _weights(1), _weights(2), new_data(2)
     settings: dict[str, Any] = {"calibration": "across", "check": False}
-    memory = remember(perceptron, new_weights(), new_data(1), begin=_moved(3), **settings)
-    merged = merge(perceptron, memory, theta_gp, theta_hat, new)
+    memory = remember(_linear, _weights(0), new_data(1), begin=_weights(3), **settings)
+    merged = merge(_linear, memory, theta_gp, theta_hat, new)
     assert merged.memory.across is not None
     assert merged.memory.across.following is not None
-    for name, value in merged.memory.across.following.items():
-        layer, part = name.split(".")
-        np.testing.assert_allclose(value, theta_hat[layer][part] - theta_gp[layer][part])
-    after = remember(perceptron, merged.params, new, memory=merged.memory, check=False)
+    np.testing.assert_allclose(merged.memory.across.following["w"], theta_hat["w"] - theta_gp["w"])
+    after = remember(_linear, merged.params, new, memory=merged.memory, check=False)
     assert after.across is not None
     assert after.across.following is None
     assert after.across.kappa not in (None, 1.0)
     # More of the same task, at the same weights.
-    again = remember(perceptron, merged.params, new, memory=after, check=False)
+    again = remember(_linear, merged.params, new, memory=after, check=False)
     assert again.across is not None
     assert again.across.kappa == after.across.kappa
     begin = jax.tree.map(lambda p, a, b: p - (b - a), merged.params, theta_gp, theta_hat)
-    said = remember(perceptron, merged.params, new, memory=merged.memory, begin=begin, check=False)
-    for name, value in said.posterior.precision.diagonal().items():
-        np.testing.assert_allclose(value, after.posterior.precision.diagonal()[name], rtol=1e-9)
-    assert float(jax.jit(penalty)(after, _moved(4))) > 0  # the memory is a tree for JAX
+    said = remember(_linear, merged.params, new, memory=merged.memory, begin=begin, check=False)
+    precisions = (each.posterior.precision.diagonal()["w"] for each in (said, after))
+    np.testing.assert_allclose(*precisions, rtol=1e-9)
+    assert float(jax.jit(penalty)(after, _weights(4))) == 0  # the memory is a tree for JAX; all is protected
 
 
 def test_a_merge_without_calibration_across_tasks_returns_the_memory_that_it_was_given() -> None:
-    merged = merge(perceptron, remembered(), _moved(1), _moved(2), new_data(2))
+    memory = remember(_linear, _weights(0), new_data(1), check=False)
+    merged = merge(_linear, memory, _weights(1), _weights(2), new_data(2))
     assert merged.memory.across is None
-    assert merged.memory.posterior is remembered().posterior
+    assert merged.memory.posterior is memory.posterior
+    with pytest.raises(BecameError, match="the memory has calibration='merge'"):
+        remember(_linear, merged.params, map(_no_batch, [0]), memory=merged.memory, calibration="across")
 
 
 def test_what_cannot_be_calibrated_is_refused_before_any_work(tmp_path: Path) -> None:
@@ -60,22 +64,21 @@ def test_what_cannot_be_calibrated_is_refused_before_any_work(tmp_path: Path) ->
 
     def refused(message: str, params: Any, **arguments: Any) -> None:
         with pytest.raises(BecameError, match=message):
-            remember(perceptron, params, map(_no_batch, [0]), **arguments)
+            remember(_linear, params, map(_no_batch, [0]), **arguments)
 
-    params = new_weights()
+    params = _weights(0)
     refused("none has moved; give begin=, the parameters before it", params, **across)
     refused("none has moved", params, begin=params, **across)
-    refused("begin= is for calibration across tasks", params, begin=_moved(1))
+    refused("begin= is for calibration across tasks", params, begin=_weights(1))
     refused("the calibration is 'always'; choose merge or across", params, calibration="always")
-    refused("the memory has calibration='merge'", params, memory=remembered(), calibration="across")
-    memory = remember(perceptron, params, new_data(1), begin=_moved(3), **across)
+    memory = remember(_linear, params, new_data(1), begin=_weights(3), **across)
     refused("the memory has calibration='across'", params, memory=memory, calibration="merge")
-    refused("give the memory of the merge's result, or begin=", _moved(1), memory=memory)
+    refused("give the memory of the merge's result, or begin=", _weights(1), memory=memory)
     state = {"count": jnp.array(1)}
     with pytest.raises(BecameError, match="measures old batches; give them, and no second moments"):
-        remember(perceptron, params, memory=memory, state=state, samples=4)
+        remember(_linear, params, memory=memory, state=state, samples=4)
     with pytest.raises(BecameError, match="leave estimator= out"):
-        merge(perceptron, memory, _moved(1), _moved(2), new_data(2), estimator=PaperClosedForm())
+        merge(_linear, memory, _weights(1), _weights(2), new_data(2), estimator=PaperClosedForm())
     save(memory, tmp_path / "memory.safetensors")
     loaded = load(params, tmp_path / "memory.safetensors")
     assert loaded.across is not None
