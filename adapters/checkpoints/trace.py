@@ -17,7 +17,7 @@ from adapters.checkpoints.plan import MergePlan, PlannedModel
 from adapters.runs.files import write_file
 from became_core import BecameError
 
-__all__ = ["Trace", "check_traceable", "trace_merge"]
+__all__ = ["Trace", "check_traceable", "is_merged", "trace_merge"]
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,20 @@ def check_traceable(plan: MergePlan, points: int) -> None:
         raise BecameError(f"a path of {points} points has no ends; give at least 2.")
 
 
+def is_merged(plan: MergePlan, out: Path) -> bool:
+    """Return whether a folder has the merge of this plan already, which can then be traced without another merge."""
+    return _recorded(out).get("plan") == json.loads(json.dumps(plan.as_words()))
+
+
+def _recorded(out: Path) -> dict[str, Any]:
+    """Return what a merge has written of itself; nothing if there is none."""
+    try:
+        values = json.loads((out / "became_merge.json").read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
 def trace_merge(
     plan: MergePlan,
     out: Path,
@@ -77,9 +91,11 @@ def trace_merge(
         progress: is told how many evaluations of how many are done.
 
     Raises:
-        BecameError: if there are not two models, fewer than two points, or a loss is no finite number.
+        BecameError: if there are not two models, fewer than two points, or a loss is no finite number; or if a model
+            is not the one that was merged.
     """
     check_traceable(plan, points)
+    inputs = _recorded(out)["inputs"]
     folder = out.with_name(f".{out.name}.trace")
     alphas = [k / (points - 1) for k in range(points)]
     losses = []
@@ -88,7 +104,11 @@ def trace_merge(
             shutil.rmtree(folder, ignore_errors=True)
             models = [PlannedModel(m.model, w) for m, w in zip(plan.models, (1.0 - alpha, alpha), strict=True)]
             point = plan.replaced(models=tuple(models), merge_method="linear", per="model", normalize=True)
-            merge_checkpoints(point, folder, memory=memory, workers=workers, scheduler=scheduler)
+            report = merge_checkpoints(point, folder, memory=memory, workers=workers, scheduler=scheduler)
+            for label, known in report.digests.items():
+                if known != inputs[label]["digest"]:
+                    path = inputs[label]["path"]
+                    raise BecameError(f"{path} has changed since {out} was merged; merge it into another folder.")
             losses.append(_loss(evaluate, folder))
             if progress is not None:
                 progress(k + 1, points + 1)

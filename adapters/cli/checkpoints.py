@@ -244,6 +244,7 @@ class Merge:
 
     def _merge(self, display: Display) -> None:
         from adapters.checkpoints.merge import merge_checkpoints, preview
+        from adapters.checkpoints.trace import check_traceable, is_merged, trace_merge
 
         plan, out = self._plan()
         memory = size_of(self.memory, "--memory")
@@ -254,19 +255,19 @@ class Merge:
             return
         evaluate = _function(self.evaluate) if self.evaluate else None
         if self.trace is not None:
-            from adapters.checkpoints.trace import check_traceable
-
             check_traceable(plan, self.trace)
         command = shlex.join(["became", *sys.argv[1:]])
         use: dict[str, Any] = {"memory": memory, "workers": self.workers, "scheduler": self.scheduler}
-        with _progress(self.output) as tell:
-            report = merge_checkpoints(plan, out, **use, command=command, progress=tell)
-        shown = ("files", "coefficients", "gain", "slopes", "convex", "errors", "notes", "seconds")
-        values = {name: getattr(report, name) for name in shown}
-        display.outcome("merge", _report_lines(report), out=str(report.out), plan=plan.as_words(), **values)
+        if self.trace is not None and is_merged(plan, out):
+            text = f"{out} has this merge already; it is traced."
+            display.outcome("note", [text], text=text)
+        else:
+            with _progress(self.output) as tell:
+                report = merge_checkpoints(plan, out, **use, command=command, progress=tell)
+            shown = ("files", "coefficients", "gain", "slopes", "convex", "errors", "notes", "seconds")
+            values = {name: getattr(report, name) for name in shown}
+            display.outcome("merge", _report_lines(report), out=str(report.out), plan=plan.as_words(), **values)
         if evaluate is not None and self.trace is not None:
-            from adapters.checkpoints.trace import trace_merge
-
             with _progress(self.output) as tell:
                 told = lambda done, whole: tell("evaluations", done, whole)  # noqa: E731
                 trace = trace_merge(plan, out, self.trace, evaluate, **use, progress=told)

@@ -131,6 +131,31 @@ def test_a_trace_finds_the_best_of_a_grid_and_the_regret(tmp_path: Path, capsys:
     assert list(tmp_path.glob(".*")) == []
 
 
+def test_a_merge_that_is_there_is_traced_without_another_merge(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As one whose evaluation failed, after the function is mended; not if an input or the plan is another one."""
+    pair(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    (tmp_path / "evaluations.py").write_text("def loss(folder):\n    return 'none'\n", encoding="utf-8")
+    command = words("merge", *files(tmp_path)[:2], "--rule", "linear", "--out", "out", "--trace", 3)
+    assert main([*command, "--evaluate", "evaluations:loss"]) == 2
+    assert "returned none, not a finite number" in capsys.readouterr().err
+    merged = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    assert main([*command, "--evaluate", "tests.checkpoints.networks:distance"]) == 0
+    assert "out has this merge already; it is traced" in capsys.readouterr().out
+    after = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    assert after.pop("became_trace.json")
+    assert after == merged
+    other = words("merge", *files(tmp_path)[:2], "--rule", "linear", "--weight", 1, 3, "--out", "out", "--trace", 3)
+    assert main([*other, "--evaluate", "tests.checkpoints.networks:distance"]) == 2
+    assert "out exists; nothing is overwritten" in capsys.readouterr().err
+    saved(tmp_path, "A", arrays(5))
+    assert main([*command, "--evaluate", "tests.checkpoints.networks:distance"]) == 2
+    assert "A.safetensors has changed since out was merged; merge it into another folder" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("models", "options", "message"),
     [("AB", ["--trace", "1"], "a path of 1 points has no ends"), ("ABA", ["--trace", "3"], "between two models")],
