@@ -55,7 +55,7 @@ def check_traceable(plan: MergePlan, points: int) -> None:
 
 def is_merged(plan: MergePlan, out: Path) -> bool:
     """Return whether a folder has the merge of this plan already, which can then be traced without another merge."""
-    return _recorded(out).get("plan") == json.loads(json.dumps(plan.as_words()))
+    return bool(_recorded(out).get("plan") == json.loads(json.dumps(plan.as_words())))
 
 
 def _recorded(out: Path) -> dict[str, Any]:
