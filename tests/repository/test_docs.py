@@ -22,7 +22,7 @@ NAMES = [page.relative_to(ROOT).as_posix() for page in PAGES]
 # Pages of the site that docs/pages.py takes from elsewhere.
 ELSEWHERE = {"results.md", "benchmarks.md", "contributing.md", "changelog.md"}
 # Commands of others, whose options are theirs.
-OTHERS = ("torchrun ", "pip ", "nox", "mkdocs ", "dask ")
+OTHERS = ("torchrun ", "pip ", "nox", "mkdocs ", "dask ", "python benchmarks/")
 
 
 def text(page: Path) -> str:
