@@ -30,7 +30,10 @@ class TaskData(Protocol):
     def along(
         self, batches: Iterable[Any], theta: Params, directions: Sequence[Params], share: float | None = 1.0
     ) -> tuple[Quadratic, str]:
-        """Return the mean loss along directions from theta, and how its curvature was measured."""
+        """Return the mean loss along directions from theta, and how its curvature was measured.
+
+        It is that of a share of the batches, the same that ``fisher`` draws.
+        """
 
     def slope(self, batches: Iterable[Any], theta: Params, directions: Sequence[Params]) -> Array:
         """Return the slopes of the mean loss along directions at theta, [directions]."""

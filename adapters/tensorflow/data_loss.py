@@ -238,14 +238,7 @@ class DataLoss:
     def along(
         self, batches: Iterable[Any], theta: Params, directions: Sequence[Params], share: float | None = 1.0
     ) -> tuple[Quadratic, str]:
-        """Return the mean loss along directions from these weights, and how its curvature was measured.
-
-        Args:
-            batches: of the data.
-            theta: the weights.
-            directions: from there.
-            share: of the batches, as ``fisher`` draws them.
-        """
+        """Return the mean loss along directions from theta, and how its curvature was measured."""
         if not isinstance(self.likelihood, Likelihood):
             slopes = by_slopes(lambda moved, along: self.slope(batches, moved, along, share), theta, directions)
             return slopes, "a difference of slopes"

@@ -309,9 +309,13 @@ class DataLoss:
         lengths = [length for length in self.shared.of_all(length_of(batches)) if length is not None]
         return sum(lengths) if len(lengths) == self.shared.count else None
 
+    def _drawn(self, batches: Batches, share: float | None) -> Batches:
+        """Return a share of batches; the processes need not ask each other for their numbers where it is all."""
+        return batches if share == 1 else drawn(batches, share, self._length(batches))
+
     def slope(self, batches: Batches, theta: Params, directions: Sequence[Params], share: float | None = 1.0) -> Tensor:
         """Return the slopes of the mean loss along directions at these weights, [directions], in float64."""
-        batches = self._fitted_by_all(drawn(batches, share, self._length(batches)))
+        batches = self._fitted_by_all(self._drawn(batches, share))
         units, total = 0.0, [0.0] * len(directions)
         moves = [self.shared.gathered(direction) for direction in directions]
         with self.at(theta), self.shared.whole(), in_evaluation(self._model), torch.enable_grad():
@@ -330,20 +334,13 @@ class DataLoss:
     def along(
         self, batches: Batches, theta: Params, directions: Sequence[Params], share: float | None = 1.0
     ) -> tuple[Quadratic, str]:
-        """Return the mean loss along directions from these weights, and how its curvature was measured.
-
-        Args:
-            batches: of the data.
-            theta: the weights.
-            directions: from there.
-            share: of the batches, as ``fisher`` draws them.
-        """
+        """Return the mean loss along directions from theta, and how its curvature was measured."""
         if not isinstance(self.likelihood, Likelihood):
             slopes = by_slopes(lambda moved, along: self.slope(batches, moved, along, share), theta, directions)
             return slopes, "a difference of slopes"
         count = len(directions)
         slope, curvature = torch.zeros(count, dtype=torch.float64), torch.zeros(count, count, dtype=torch.float64)
-        batches, units = self._fitted_by_all(drawn(batches, share, self._length(batches))), 0.0
+        batches, units = self._fitted_by_all(self._drawn(batches, share)), 0.0
         own, *moves = (
             {f"model.{name}": value for name, value in self.shared.gathered(tree).items()}
             for tree in ({name: theta[name] for name in self.trained}, *directions)
