@@ -91,10 +91,12 @@ def trace_merge(
         progress: is told how many evaluations of how many are done.
 
     Raises:
-        BecameError: if there are not two models, fewer than two points, or a loss is no finite number; or if a model
-            is not the one that was merged.
+        BecameError: if there are not two models, fewer than two points, or a loss is no finite number; if the folder
+            has no merge of this plan; or if a model is not the one that was merged.
     """
     check_traceable(plan, points)
+    if not is_merged(plan, out):
+        raise BecameError(f"{out} has no merge of this plan; write it there by merge_checkpoints first.")
     inputs = _recorded(out)["inputs"]
     folder = out.with_name(f".{out.name}.trace")
     alphas = [k / (points - 1) for k in range(points)]

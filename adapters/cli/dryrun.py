@@ -5,10 +5,10 @@ that a run has is measured there, checkpoints included, and is carried over to a
 
 | phase | what it grows with |
 | --- | --- |
-| training | steps, and epochs, each of which ends with a checkpoint |
+| training | steps, and epochs, each of which ends with a checkpoint; what precedes the first one, with the samples |
 | memory | the samples that curvature, and perhaps the projector, are measured on |
 | merging | the samples that curvature is measured on; the path's report also with the number of tasks so far |
-| evaluation | the test samples of all tasks so far |
+| evaluation | the test samples of all tasks so far, and the tasks so far that are seen through a view of their own |
 
 Convention: a step is one batch. The first tasks stand for themselves, the last of them for all later ones. Times are
 those of this machine as busy as it is now; where several times are measured, the median counts.
@@ -236,7 +236,8 @@ class _ShortRun(Callback):
         epochs: how many epochs each stage has, at most.
         total: its seconds.
         phases: for each task, the seconds by phase.
-        by_epoch: for each task and stage, the seconds of each epoch.
+        by_epoch: for each task and stage, the seconds of each epoch; the first has those from the stage's beginning.
+        views: for each task, how many tasks up to it are evaluated by a view of their own.
     """
 
     stream: TaskStream
@@ -244,6 +245,7 @@ class _ShortRun(Callback):
     total: float = 0.0
     phases: list[dict[str, float]] = field(default_factory=list)
     by_epoch: dict[tuple[int, int], list[float]] = field(default_factory=dict)
+    views: list[int] = field(default_factory=list)
     _last: dict[str, float] = field(default_factory=dict)
     _before_task: dict[str, float] = field(default_factory=dict)
 
@@ -260,6 +262,8 @@ class _ShortRun(Callback):
         self.phases.append({name: spent - self._before_task.get(name, 0.0) for name, spent in seconds.items()})
         self._last = self._before_task = dict(seconds)
         self.total = seconds["total"]
+        projector, tasks = state.memory.projector, range(len(self.phases))
+        self.views.append(0 if projector is None else sum(projector.view(task) is not None for task in tasks))
 
 
 def _short_run(
@@ -290,14 +294,16 @@ def _carried_over(
     for task in stream.tasks:
         like = min(task.index, len(many.phases) - 1)
         rows_tested += len(task.test)
+        samples = [len(run.stream.tasks[like].train) for run in (few, many)]
         for stage, epochs in enumerate(_epochs(method, training, task), start=1):
             an_epoch = _line(
                 [_steps_of_an_epoch(method, run.stream, training, run.stream.tasks[like]) for run in (few, many)],
                 [statistics.median(run.by_epoch[like, stage]) for run in (few, many)],
                 _steps_of_an_epoch(method, stream, training, task),
             )
-            seconds["training"] += epochs * an_epoch
-        samples = [len(run.stream.tasks[like].train) for run in (few, many)]
+            of_stages = [run.by_epoch[like, stage] for run in (few, many)]
+            before = [of_epochs[0] - statistics.median(of_epochs) for of_epochs in of_stages]
+            seconds["training"] += epochs * an_epoch + _line(samples, before, len(task.train))
         for phase, parts in (("memory", ("memory",)), ("merging", ("merge", "path"))):
             for part in parts:
                 of_runs = [run.phases[like].get(part, 0.0) for run in (few, many)]
@@ -305,7 +311,10 @@ def _carried_over(
                 growth = (task.index + 1) / (like + 1) if part == "path" else 1
                 seconds[phase] += growth * _line(curved[:2], of_runs, curved[2])
         tested = sum(len(learned.test) for learned in many.stream.tasks[: like + 1])
-        seconds["evaluation"] += many.phases[like].get("evaluation", 0.0) * rows_tested / tested
+        seen = many.views[like]
+        later = task.index - like if seen else 0  # of later tasks, all have a view, or none has
+        passes = (1 + seen + later) / (1 + seen)
+        seconds["evaluation"] += passes * many.phases[like].get("evaluation", 0.0) * rows_tested / tested
     return seconds
 
 

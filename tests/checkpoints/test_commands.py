@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from safetensors.numpy import load_file
 pytest.importorskip("tyro")
 
 from adapters.checkpoints import merge_checkpoints
+from adapters.checkpoints.trace import trace_merge
 from adapters.cli.__main__ import main
 from adapters.cli.checkpoints import size_of
 from became_core import BecameError
@@ -169,6 +171,16 @@ def test_a_path_without_two_ends_is_refused_before_anything_is_written(
     assert main([*command, "--evaluate", "tests.checkpoints.networks:distance"]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_what_is_no_merge_of_the_plan_is_not_traced(tmp_path: Path) -> None:
+    plan, out = pair(tmp_path), tmp_path / "out"
+    message = rf"^{re.escape(str(out))} has no merge of this plan; write it there by merge_checkpoints first\.$"
+    with pytest.raises(BecameError, match=message):
+        trace_merge(plan, out, 3, lambda folder: 0.0)
+    merge_checkpoints(plan.replaced(per="layer"), out)
+    with pytest.raises(BecameError, match=message):
+        trace_merge(plan, out, 3, lambda folder: 0.0)
 
 
 def test_a_function_is_found_in_the_working_directory(
