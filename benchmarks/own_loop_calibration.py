@@ -7,12 +7,18 @@ the mean test accuracies on all four views at the end, in percent, and the alpha
 
     python benchmarks/own_loop_calibration.py --epochs 6 60 --seeds 0 1 2
     python benchmarks/own_loop_calibration.py --epochs 60 --smoothing 0.1
+
+With ``--held-out``, a part of the digits is not trained on. ``remember`` and ``merge`` are then given the digits that
+were trained on in one row, and those that were not in the next:
+
+    python benchmarks/own_loop_calibration.py --epochs 60 --held-out 800
 """
 
 import argparse
 import statistics
 import sys
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -77,14 +83,22 @@ def accuracy(model: nn.Module, batches: Pairs) -> float:
 
 
 def learned(
-    tasks: list[tuple[Pairs, Pairs]], way: str, epochs: int, seed: int, smoothing: float
+    tasks: list[tuple[Pairs, Pairs, Pairs]], way: str, epochs: int, seed: int, smoothing: float
 ) -> tuple[float, list[float]]:
-    """Return the mean test accuracy at the end, and the alphas."""
+    """Return the mean test accuracy at the end, and the alphas.
+
+    Args:
+        tasks: of each view, the batches to train on, those for ``remember`` and ``merge``, and those to test on.
+        way: a name in ``WAYS``.
+        epochs: of each task.
+        seed: of weights and orders.
+        smoothing: of the labels in training.
+    """
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(784, 100), nn.ReLU(), nn.Linear(100, 100), nn.ReLU(), nn.Linear(100, 10))
     learning, alphas = Continual(model, progress=False, **WAYS[way]), list[float]()
     plastic = 0 if way == "GPM" else epochs // 3
-    for index, (batches, _) in enumerate(tasks):
+    for index, (batches, measured, _) in enumerate(tasks):
         optimizer = torch.optim.AdamW(model.parameters(), RATE)
         if index == 0:
             train(model, optimizer, batches, epochs, smoothing)
@@ -98,9 +112,9 @@ def learned(
             if way == "1/2":
                 model.load_state_dict({n: (theta_gp[n] + v) / 2 for n, v in model.state_dict().items()})
             elif plastic:
-                alphas.append(learning.merge(batches).alpha)
-        learning.remember(batches, share=1)
-    return statistics.fmean(accuracy(model, test) for _, test in tasks), alphas
+                alphas.append(learning.merge(measured).alpha)
+        learning.remember(measured, share=1)
+    return statistics.fmean(accuracy(model, test) for *_, test in tasks), alphas
 
 
 def main() -> None:
@@ -109,21 +123,23 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, nargs="+", default=[6, 60], help="epochs a task, multiples of three")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--smoothing", type=float, default=0.0, help="of the labels in training")
+    parser.add_argument("--held-out", type=int, default=0, help="how many digits are not trained on, a multiple of 50")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    tasks = tasks_of_digits()
-    print("| epochs a task | | mean accuracy at the end | by seed | α, tasks 2 to 4, first seed |")
-    print("| ---: | --- | ---: | --- | --- |")
-    for epochs in options.epochs:
-        for way in WAYS:
-            results = [learned(tasks, way, epochs, seed, options.smoothing) for seed in options.seeds]
-            found, alphas = [accuracy for accuracy, _ in results], results[0][1]
-            spread = f" ± {statistics.stdev(found):.2f}" if len(found) > 1 else ""
-            each, path = (
-                ", ".join(f"{a:.2f}" for a in found),
-                " ".join(f"{a:.2f}"[1:] if a < 1 else "1" for a in alphas),
-            )
-            print(f"| {epochs} | {way} | {statistics.fmean(found):.2f}{spread} | {each} | {path} |", flush=True)
+    views, fitted = tasks_of_digits(), slice(None, -(options.held_out // BATCH) or None)
+    measured = {"training": fitted}
+    if options.held_out:
+        measured["held out"] = slice(fitted.stop, None)
+    print("| epochs a task | | measured on | mean accuracy at the end | by seed | α, tasks 2 to 4, first seed |")
+    print("| ---: | --- | --- | ---: | --- | --- |")
+    for epochs, way, on in product(options.epochs, WAYS, measured):
+        tasks = [(batches[fitted], batches[measured[on]], test) for batches, test in views]
+        results = [learned(tasks, way, epochs, seed, options.smoothing) for seed in options.seeds]
+        found, alphas = [accuracy for accuracy, _ in results], results[0][1]
+        spread = f" ± {statistics.stdev(found):.2f}" if len(found) > 1 else ""
+        each = ", ".join(f"{a:.2f}" for a in found)
+        path = " ".join(f"{a:.2f}"[1:] if a < 1 else "1" for a in alphas)
+        print(f"| {epochs} | {way} | {on} | {statistics.fmean(found):.2f}{spread} | {each} | {path} |", flush=True)
 
 
 if __name__ == "__main__":
