@@ -102,16 +102,13 @@ def projected(
     taking_steps = optax.with_extra_args_support(optax.identity() if optimizer is None else optimizer)
 
     def init(params: Any) -> ProjectedState:
-        memory.check(trained_of(params))
+        if not _is_placeholder(params):
+            memory.check(trained_of(params))
         namespace(values=next(iter(memory.posterior.mean.values())))  # JAX learns of the core's values
         arrays = {name: value for name, value in named_leaves(memory.projector).items() if value.size}
         spaces, penalised = copied((arrays, memory.penalised))
         inner = taking_steps.init(params)
-        if _nodes(inner, optax.contrib.ScheduleFreeState):
-            raise BecameError(
-                "a schedule-free optimizer takes means of its steps, and must know them as they are projected; let it "
-                "come around: optax.contrib.schedule_free(projected(memory, rate, optimizer), rate)."
-            )
+        _check_no_means_of_steps(inner)
         return ProjectedState(jnp.zeros((), jnp.int32), spaces, penalised, inner)
 
     def update(updates: Any, state: ProjectedState, params: Any = None, **others: Any) -> tuple[Any, ProjectedState]:
@@ -145,6 +142,20 @@ def projected(
         return with_leaves_of(updates, allowed), state._replace(count=count, inner=inner)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _is_placeholder(params: Any) -> bool:
+    """Return whether this node without children is no tree of parameters, as optax asks where a state has some."""
+    structure = jax.tree.structure(params)
+    return bool(structure.num_nodes == 1 and structure.num_leaves == 0)
+
+
+def _check_no_means_of_steps(state: Any) -> None:
+    if _nodes(state, optax.contrib.ScheduleFreeState):
+        raise BecameError(
+            "a schedule-free optimizer takes means of its steps, and must know them as they are projected; let it "
+            "come around: optax.contrib.schedule_free(projected(memory, rate, optimizer), rate)."
+        )
 
 
 def _nodes(state: Any, kind: type) -> list[Any]:

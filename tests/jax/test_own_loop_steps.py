@@ -178,6 +178,23 @@ def test_steps_keep_the_dtype_of_the_parameters() -> None:
     assert {str(leaf.dtype) for leaf in jax.tree.leaves(updates)} == {"bfloat16"}
 
 
+def test_a_state_says_which_of_its_trees_are_those_of_parameters() -> None:
+    """So that optax places an optimizer's state beside the parameters, on whatever devices these are."""
+    params = new_weights()
+    optimizer = projected(remembered(), 0.1, optax.adamw(0.05))
+    state, names = optimizer.init(params), {path: {kind: kind for kind in leaf} for path, leaf in params.items()}
+    told = optax.tree_utils.tree_map_params(
+        optimizer, lambda _, name: name, state, names, transform_non_params=lambda _: None
+    )
+    (adam,) = (part for part in jax.tree.leaves(told.inner, is_leaf=is_adam) if is_adam(part))
+    assert adam.mu == adam.nu == names
+    assert jax.tree.leaves(told.spaces) == jax.tree.leaves(told.penalised) == []
+
+
+def is_adam(value: Any) -> bool:
+    return isinstance(value, optax.ScaleByAdamState)
+
+
 def test_a_call_that_only_gathers_gradients_pulls_nothing_back() -> None:
     """Nor does it move on the schedule of the pull."""
     memory, params = remembered(), jax.tree.map(lambda value: value + 0.3, new_weights())
