@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from adapters.backend.checking import STEPS, agreement
 from adapters.backend.own_loop import Finding
+from adapters.jax.derivatives import Derivatives
 from adapters.jax.trees import here
 from became_core.arrays import Array, Params
 from became_core.curvature import Taps
@@ -36,7 +37,7 @@ class FunctionView:
         own: Callable[[Any], Array],
         taps: Callable[[Any, Any], Taps],
         gradient: Callable[[Params, Any, Any], Params],
-        along: Callable[[Params, Any, float], tuple[Array, str]],
+        derivatives: Derivatives,
         rounding: float,
     ) -> None:
         """Keep what computes, and compare the outputs with those of the function as it is.
@@ -48,18 +49,22 @@ class FunctionView:
             own: the user's own function, of inputs.
             taps: of inputs and of gradients by the outputs.
             gradient: of parameters, inputs and gradients by the outputs.
-            along: a direction, inputs and what the step of a difference is multiplied by -> the derivative of the
-                outputs, and the way by which it was computed.
+            derivatives: what differentiates the outputs along directions.
             rounding: as of a view.
         """
         self.theta = {name: here(value) for name, value in theta.items()}  # in their order
-        self._given, self._samples, self.way = theta, samples, ""
-        self._outputs, self._taps, self._gradient, self._along = outputs, taps, gradient, along
+        self._given, self._samples = theta, samples
+        self._outputs, self._taps, self._gradient, self._derivatives = outputs, taps, gradient, derivatives
         everything = samples(slice(None))
         ours = here(outputs(theta, everything))
         self._dtype = ours.dtype
         self.rounding = rounding
         self.agreement: Sequence[Finding] = [agreement(ours, here(own(everything)), "evaluation", rounding)]
+
+    @property
+    def way(self) -> str:
+        """How derivatives along directions were computed last."""
+        return self._derivatives.way
 
     def outputs(self, theta: Params, samples: slice) -> Array:
         """Return the outputs of some of the samples."""
@@ -81,8 +86,9 @@ class FunctionView:
 
     def along(self, direction: Params, shorter: float) -> Array:
         """Return the derivative of the outputs along a direction; if by a difference, with a shorter step."""
-        tangent, self.way = self._along(self._placed(direction), self._samples(slice(None)), shorter)
-        return here(tangent)
+        of_all = self._given, [self._placed(direction)], self._samples(slice(None))
+        tangents = self._derivatives.along(*of_all) if shorter == 1 else self._derivatives.difference(*of_all, shorter)
+        return here(tangents[1][0])
 
     def _placed(self, values: Params) -> Params:
         """Return values that lie as the parameters of their names do."""

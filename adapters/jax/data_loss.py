@@ -1,14 +1,7 @@
 """The loss of a JAX function on a user's batches: its Fisher information, slopes and curvature, and what it reads.
 
 A likelihood gives all of it. Any other loss, (outputs, targets) -> the mean over the samples of a batch, has the
-empirical Fisher information, and curvature along a direction as the difference of slopes at its two sides. Derivatives
-along a direction, J d, are taken by the first way that the function allows:
-
-| way | what it needs |
-| --- | --- |
-| forward mode | ``jax.jvp`` |
-| two reverse passes | ``jax.vjp`` alone, as with ``jax.custom_vjp``: J d is the derivative of u . (J d) by u |
-| difference | outputs alone: (z(theta + h d) - z(theta - h d)) / 2h, with h = cbrt(epsilon) |theta| / |d| |
+empirical Fisher information, and curvature along a direction as the difference of slopes at its two sides.
 
 Convention: means over samples or over tokens, as the likelihood says. Parameters go by dotted path, and are those of
 real numbers; the function is ``apply(params, inputs)``, and it returns [samples, ...].
@@ -17,7 +10,7 @@ real numbers; the function is ``apply(params, inputs)``, and it returns [samples
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import chain, islice
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import numpy as np
@@ -43,6 +36,7 @@ from adapters.backend.memory import InputGrams, Moments, matrices_with
 from adapters.backend.merging import by_slopes
 from adapters.backend.own_loop import NetworkCheck
 from adapters.jax.checking import FunctionView
+from adapters.jax.derivatives import Derivatives
 from adapters.jax.mesh import is_explicit
 from adapters.jax.tapping import Apply, TappedFunction, trained_of
 from adapters.jax.trees import here, leaves_of, with_leaves_of
@@ -54,7 +48,6 @@ from became_core.errors import first_line
 __all__ = ["DataLoss", "Loss", "moments_of"]
 
 Loss = Callable[[Array, Any], Array]
-Way = Literal["forward mode", "two reverse passes", "difference"]
 
 
 class DataLoss:
@@ -66,7 +59,7 @@ class DataLoss:
         ways: of all inputs so far: the parameters that are used as matrices alone, and whether they are stored as
             [d_in, d_out]; None of those that are used otherwise.
         checked: what the first look at the function found; None before it, or if there is none.
-        way: how derivatives along a direction are taken, or tried next.
+        derivatives: of the outputs, along directions.
     """
 
     def __init__(
@@ -103,7 +96,6 @@ class DataLoss:
         namespace(values=next(iter(self.theta.values())))  # JAX learns of the core's values
         self.ways: dict[str, bool | None] = {}
         self.checked: NetworkCheck | None = None
-        self.way: Way = "forward mode"
         self._apply, self._params, self._kind, self._checks, self._shows = apply, params, fisher, checks, shows
         self._tapped: dict[Any, tuple[TappedFunction, Any]] = {}
         self._kinds: dict[Any, tuple[set[int], set[int]]] = {}
@@ -111,7 +103,7 @@ class DataLoss:
         self._outputs = jax.jit(self._run)
         self._gradient = jax.jit(lambda theta, inputs, seed: jax.vjp(lambda t: self._run(t, inputs), theta)[1](seed)[0])
         self._slopes = jax.jit(self._slopes_of_batch)
-        self._taken_along: Callable[..., tuple[Array, Array]] = jax.jit(self._along_of_batch, static_argnames="way")
+        self.derivatives = Derivatives(self._run, self._outputs)
 
     def tree(self, theta: Params) -> Any:
         """Return the user's tree with these values of the trained parameters."""
@@ -230,11 +222,6 @@ class DataLoss:
             few = [leaf if number in shared else leaf[:3][at] for number, leaf in enumerate(leaves)]
             return jax.tree.unflatten(structure, [jnp.asarray(leaf) for leaf in few])
 
-        def along(direction: Params, inputs: Any, shorter: float) -> tuple[Array, str]:
-            if shorter == 1:
-                return self._derivatives(self.theta, [direction], inputs)[1][0], self.way
-            return self._difference(self.theta, [direction], inputs, shorter)[1][0], self.way
-
         tapped, _ = self._function(batch, size)
         return check_network(
             FunctionView(
@@ -244,7 +231,7 @@ class DataLoss:
                 own=lambda inputs: self._apply(self.tree(self.theta), inputs),  # not compiled
                 taps=lambda inputs, seed: tapped.taps(self.tree(self.theta), inputs, seed),
                 gradient=self._gradient,
-                along=along,
+                derivatives=self.derivatives,
                 rounding=tapped.rounding,
             )
         )
@@ -317,11 +304,11 @@ class DataLoss:
             return quadratic, "a difference of slopes"
         slope, curvature, units = np.zeros(len(directions)), np.zeros((len(directions),) * 2), 0.0
         for inputs, targets in self._read(drawn(batches, share, length_of(batches))):
-            outputs, tangents = self._derivatives(theta, directions, inputs)
+            outputs, tangents = self.derivatives.along(theta, directions, inputs)
             first, second, more = derivatives_of(self.likelihood, outputs, tangents, targets)
             slope, curvature = slope + np.asarray(first, np.float64), curvature + np.asarray(second, np.float64)
             units += more
-        return Quadratic(slope / counted(units), curvature / units), self.way
+        return Quadratic(slope / counted(units), curvature / units), self.derivatives.way
 
     def mean(self, batches: Iterable[Any], theta: Params | None = None) -> float:
         """Return the mean loss at these weights, or at those that were given first."""
@@ -336,48 +323,6 @@ class DataLoss:
         numbers = jnp.asarray(numbers, _wide(like).dtype)
         spread = isinstance(like.sharding, NamedSharding)
         return jax.device_put(numbers, NamedSharding(like.sharding.mesh, PartitionSpec())) if spread else numbers
-
-    def _derivatives(self, theta: Params, directions: Sequence[Params], inputs: Any) -> tuple[Array, Array]:
-        """Return the outputs and their derivatives along directions, [directions, *outputs]."""
-        if self.way == "forward mode":
-            try:
-                return self._taken_along(theta, list(directions), inputs, way=self.way)
-            except Exception:
-                self.way = "two reverse passes"
-        if self.way == "two reverse passes":
-            try:
-                return self._taken_along(theta, list(directions), inputs, way=self.way)
-            except Exception:
-                self.way = "difference"
-        return self._difference(theta, directions, inputs)
-
-    def _along_of_batch(self, theta: Params, directions: list[Params], inputs: Any, way: Way) -> tuple[Array, Array]:
-        def function(theta: Params) -> Array:
-            return self._run(theta, inputs)
-
-        if way == "forward mode":
-            pairs = [jax.jvp(function, (theta,), (direction,)) for direction in directions]
-            return pairs[0][0], jnp.stack([tangent for _, tangent in pairs])
-        outputs, backward = jax.vjp(function, theta)
-
-        def dot(seed: Array, direction: Params) -> Array:
-            (gradient,) = backward(seed)
-            return sum(jnp.vdot(gradient[name], value) for name, value in direction.items())
-
-        zeros = jnp.zeros_like(outputs)
-        return outputs, jnp.stack([jax.grad(dot)(zeros, direction) for direction in directions])
-
-    def _difference(
-        self, theta: Params, directions: Sequence[Params], inputs: Any, shorter: float = 1.0
-    ) -> tuple[Array, Array]:
-        outputs, size, tangents = self._outputs(theta, inputs), float(_norm(theta)), []
-        epsilon = max(float(jnp.finfo(value.dtype).eps) for value in (*theta.values(), outputs))
-        for direction in directions:
-            length = float(_norm(direction))
-            step = shorter * epsilon ** (1 / 3) * (size or 1.0) / (length or 1.0)
-            ahead, behind = (self._outputs(_moved(theta, direction, sign * step), inputs) for sign in (1, -1))
-            tangents.append((ahead - behind) / (2 * step))
-        return outputs, jnp.stack(tangents)
 
 
 def _arrays(part: Any) -> Any:
@@ -433,16 +378,6 @@ def _sum(left: Params, right: Params) -> Params:
 def _mean(sums: Params, theta: Params, units: float) -> Params:
     """Return sums in the shapes of these parameters, divided by the units."""
     return {name: sums[name].reshape(value.shape) / units for name, value in theta.items()}
-
-
-@jax.jit  # type: ignore[untyped-decorator] # JAX is taken as untyped
-def _moved(theta: Params, direction: Params, step: float) -> Params:
-    return {name: value + (step * direction[name]).astype(value.dtype) for name, value in theta.items()}
-
-
-@jax.jit  # type: ignore[untyped-decorator] # JAX is taken as untyped
-def _norm(values: Params) -> Array:
-    return jnp.sqrt(sum(jnp.vdot(_wide(value), _wide(value)).real for value in values.values()))
 
 
 def _own_gradient(loss_of: Loss, outputs: Array, targets: Any) -> Array:

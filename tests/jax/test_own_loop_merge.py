@@ -109,7 +109,8 @@ def test_a_derivative_is_taken_by_the_first_way_that_there_is() -> None:
         (perceptron, "difference"),
     ):
         data = DataLoss(apply, new_weights(), Categorical(), fisher="empirical", checks=False, shows=False)
-        data.way = "difference" if way == "difference" else data.way
+        if way == "difference":
+            data.derivatives.way = "difference"
         quadratic, used = data.along(batches, data.theta, [direction])
         assert used == way
         found.append([float(quadratic.slope[0]), float(quadratic.curvature[0, 0])])
