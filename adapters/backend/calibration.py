@@ -15,11 +15,11 @@ from adapters.backend.merging import TaskLoss
 from became_core import BecameError, Diagonal, LaplacePosterior, Secant
 from became_core.arrays import Params, difference, hold, pytree, static
 from became_core.continual.calibration import calibration
-from became_core.laplace import Estimator
+from became_core.laplace import Estimator, PaperClosedForm
 
-__all__ = ["NO_BATCHES", "AcrossTasks", "Calibration", "estimator_for", "has_moved"]
+__all__ = ["NO_BATCHES", "AcrossTasks", "Calibration", "check_calibration", "estimator_for", "has_moved"]
 
-Calibration = Literal["merge", "across"]
+Calibration = Literal["across"]
 
 NO_BATCHES = "calibration across tasks measures old batches; give them, and no second moments of an optimizer."
 
@@ -106,19 +106,24 @@ class AcrossTasks:
         return posterior if self.kappa is not None else replace(posterior, precision=posterior.precision * kappa)
 
 
-def estimator_for(calibration: Calibration, estimator: Estimator | None) -> Estimator:
-    """Return the estimator of merges.
+def estimator_for(calibration: Calibration | None, estimator: Estimator | None) -> Estimator:
+    """Return the estimator of merges: the one that was asked for, or the paper's closed form.
 
     Raises:
         BecameError: if there is no calibration of this name, or one across tasks with an estimator of its own.
     """
-    if calibration == "merge":
-        return Secant() if estimator is None else estimator
-    if calibration != "across":
-        raise BecameError(f"the calibration is '{calibration}'; choose merge or across.")
+    check_calibration(calibration)
+    if calibration is None:
+        return PaperClosedForm() if estimator is None else estimator
     if estimator is not None:
         raise BecameError("calibration across tasks has an estimator, Secant(calibrates=False); leave estimator= out.")
     return Secant(calibrates=False)
+
+
+def check_calibration(calibration: str | None) -> None:
+    """Raise a BecameError if there is no calibration of this name."""
+    if calibration not in (None, "across"):
+        raise BecameError(f"the calibration is '{calibration}'; choose across, or leave it out.")
 
 
 def has_moved(begin: Params, end: Params) -> bool:

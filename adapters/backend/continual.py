@@ -71,7 +71,7 @@ class ContinualModel(ABC):
         fisher: FisherTargets,
         decay: float,
         estimator: Estimator | None,
-        calibration: Calibration,
+        calibration: Calibration | None,
     ) -> None:
         """Keep the model and the settings, which are those of the adapter's constructor; it adds ``_data``.
 

@@ -57,7 +57,7 @@ def described(
         projector: the memory.
         likelihood: of which only one of ``LIKELIHOODS`` is written; one of another class counts as a loss of the
             user's own.
-        across: what calibrates the next task; None if merges calibrate.
+        across: what calibrates the next task; None without calibration across tasks.
         settings: ``uncovered``, ``penalty``, ``decay`` and ``fisher``, and which parameters were ``measured`` last.
 
     Raises:
@@ -129,7 +129,7 @@ class Stored(NamedTuple):
         posterior: the old tasks' loss.
         matrices: as ``coverage_of`` has them.
         measured: the parameters that were trained when data were remembered last.
-        across: what calibrates the next task; None if merges calibrate.
+        across: what calibrates the next task; None without calibration across tasks.
         settings: ``projector`` with its memory, ``likelihood``, ``uncovered``, ``penalty``, ``decay``, ``fisher`` and
             ``calibration``.
     """
@@ -175,11 +175,11 @@ def restored(
     """
     check_description(file, description, shapes)
     own = {key: description[key] for key in ("uncovered", "penalty", "decay", "fisher")}
-    own["calibration"] = "across" if description["format"] == ACROSS else "merge"
+    own["calibration"] = "across" if description["format"] == ACROSS else None
     if settings.get("calibration", own["calibration"]) != own["calibration"]:
+        how = "calibrated" if own["calibration"] else "not calibrated"
         raise BecameError(
-            f"{file} is a memory with calibration='{own['calibration']}', in which its curvature was measured; leave "
-            "calibration= out, or remember the old data anew."
+            f"the memory in {file} is {how} across tasks; leave calibration= out, or remember the old data anew."
         )
     named = {kind.__name__: kind for kind in LIKELIHOODS.values()}
     name, values = description["likelihood"] or ("", {})

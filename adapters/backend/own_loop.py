@@ -158,12 +158,6 @@ def say_changed(name: str, *, has_stepped: bool) -> None:
     )
 
 
-_STABLE_KEPT = (
-    " This keeps the stable model. After long training, calibration at the merge may weigh old data too much; "
-    "calibration='across', from the first task on, and the paper's form, estimator=PaperClosedForm(), weigh them less."
-)
-
-
 @dataclass(frozen=True)
 class MergeReport:
     """What a merge found, and expects.
@@ -212,13 +206,13 @@ class MergeReport:
         return figure
 
     def __str__(self) -> str:
-        """Return the report in one line; if the stable model was kept, with what to try after long training."""
+        """Return the report in one line."""
         ends = "lower than at both ends" if self.promised else "not lower than at both ends"
         return (
             f"α* = {self.alpha:.3f} of the way from the stable to the plastic model. If the loss of all tasks is "
             f"quadratic on this way, as estimated, it is {self.gain:.3g} lower there than at the stable model, and "
             f"{ends}; its slopes at the ends are {self.slopes[0]:.3g} and {self.slopes[1]:.3g}. The new task's "
-            f"curvature is by {self.curvature}." + (_STABLE_KEPT if self.alpha == 0 else "")
+            f"curvature is by {self.curvature}." + (" This keeps the stable model." if self.alpha == 0 else "")
         )
 
 

@@ -22,7 +22,7 @@ from safetensors.flax import save_file
 
 from adapters.backend import memory as shared
 from adapters.backend.batches import repeatable
-from adapters.backend.calibration import NO_BATCHES, AcrossTasks, Calibration, has_moved
+from adapters.backend.calibration import NO_BATCHES, AcrossTasks, Calibration, check_calibration, has_moved
 from adapters.backend.memory_file import described, memory_arrays, read_memory, restored, written
 from adapters.backend.merging import TaskLoss
 from adapters.backend.own_loop import Coverage, NetworkCheck, Uncovered, coverage_of, first_difference, known_likelihood
@@ -70,7 +70,7 @@ class Memory:
         penalty: the strength of the penalty on them.
         decay: the share of the old tasks' precision that each new task leaves.
         fisher: of which targets the Fisher information is.
-        across: what calibrates the next task; None if merges calibrate.
+        across: what calibrates the next task; None without calibration across tasks.
         checked: what the look at the function found; None if there was none.
     """
 
@@ -165,9 +165,9 @@ def remember(
         fisher: the Fisher information of "empirical" targets, those given (the default); or of the model's own, as the
             "true" expectation (a backward pass for each class or output) or "sampled".
         decay: the share of the old tasks' precision that each new task leaves, the paper's gamma; 1 by default.
-        calibration: where the curvature of old tasks is calibrated: at each "merge" (the default), along the new task's
-            own movement; or "across" tasks, when each is remembered, along the movement of the task before, which is
-            for long training. A memory keeps it; the paper has no calibration.
+        calibration: "across" tasks: the curvature of each is calibrated when it is remembered, along the movement of
+            the task before, and a merge has an estimator of its own. A memory keeps it. None, as in the paper, if
+            neither has it.
         begin: with calibration across tasks, the parameters before the last stage of this task's training: of the first
             task the initial ones. After a merge, its memory knows them.
         check: whether the function is looked at first: per-sample gradients are held against a loop, for example.
@@ -239,14 +239,12 @@ def _across_of(memory: Memory | None, calibration: Calibration | None, begin: An
     Raises:
         BecameError: if the memory is calibrated otherwise, or the movement of the task is not known.
     """
-    of_memory = calibration if memory is None else "merge" if memory.across is None else "across"
-    if calibration not in (None, of_memory):
+    check_calibration(calibration)
+    if calibration is not None and memory is not None and memory.across is None:
         raise BecameError(
-            f"the memory has calibration='{of_memory}'; leave calibration= out, or begin without a memory."
+            "the memory is not calibrated across tasks; leave calibration= out, or begin without a memory."
         )
-    if of_memory not in (None, "merge", "across"):
-        raise BecameError(f"the calibration is '{of_memory}'; choose merge or across.")
-    if of_memory != "across":
+    if calibration is None and (memory is None or memory.across is None):
         if begin is not None:
             raise BecameError("begin= is for calibration across tasks; leave it out, or choose calibration='across'.")
         return None

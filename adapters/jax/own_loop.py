@@ -233,8 +233,8 @@ def merge(
         theta_gp: the stable tree, at the end of training with ``projected``.
         theta_hat: the plastic tree, at the end of free training from there.
         new_batches: of the new data; a part of them will do.
-        estimator: how losses along the way between the two are estimated; ``Secant()`` if not given. A memory that is
-            calibrated across tasks has its own.
+        estimator: how losses along the way between the two are estimated; the paper's closed form,
+            ``PaperClosedForm()``, if not given. A memory that is calibrated across tasks has its own.
         trace: at how many alphas the true loss of the new data is measured, both ends among them; 0 for none.
         check: whether the function is looked at first, as in ``remember``.
         progress: whether a terminal shows how far a pass is.
@@ -252,7 +252,7 @@ def merge(
         >>> 0 < report.alpha < 1
         True
         >>> report.curvature
-        'forward mode'
+        'the diagonal Fisher information'
     """
     data = DataLoss(apply, theta_hat, memory.likelihood, fisher=memory.fisher, checks=check, shows=progress)
     stable = {name: jnp.asarray(value) for name, value in trained_of(theta_gp).items()}
@@ -265,7 +265,7 @@ def merge(
             "copy the stable ones by jax.tree.map(jnp.copy, theta_gp) before plastic training."
         )
     kept, across, posterior = repeatable(new_batches), memory.across, memory.posterior
-    chosen = estimator_for("merge" if across is None else "across", estimator)
+    chosen = estimator_for(None if across is None else "across", estimator)
     if across is not None:
 
         def at_stable() -> tuple[TaskLoss, Params]:

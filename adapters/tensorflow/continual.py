@@ -73,7 +73,7 @@ class Continual(ContinualModel):
         fisher: FisherTargets = "empirical",
         decay: float = 1.0,
         estimator: Estimator | None = None,
-        calibration: Calibration = "merge",
+        calibration: Calibration | None = None,
         apply: Apply | None = None,
         targets: Targets | None = None,
         check: bool = True,
@@ -95,11 +95,11 @@ class Continual(ContinualModel):
             fisher: the Fisher information of "empirical" targets, those given; or of the model's own, as the "true"
                 expectation (a backward pass for each class or output) or "sampled".
             decay: the share of the old tasks' precision that each new task leaves, the paper's gamma.
-            estimator: how losses along the way between two models are estimated; ``Secant()`` if not given.
-            calibration: where the curvature of old tasks is calibrated: at each "merge", along the new task's own
-                movement; or "across" tasks, when each is remembered, along the movement of the task before, which is
-                for long training. Then this object must be made before the first task is trained; the paper has no
-                calibration.
+            estimator: how losses along the way between two models are estimated; the paper's closed form,
+                ``PaperClosedForm()``, if not given. ``Secant()`` is what ``became run --precision exact`` has.
+            calibration: "across" tasks: the curvature of each is calibrated when it is remembered, along the movement
+                of the task before, and a merge has an estimator of its own. Then this object must be made before the
+                first task is trained. None, as in the paper, if not given.
             apply: (model, batch) -> outputs, for batches that are no pairs of inputs and targets.
             targets: batch -> targets, likewise.
             check: whether the network is looked at once, in the first ``remember`` or ``merge``.

@@ -14,6 +14,7 @@ tf = pytest.importorskip("tensorflow")
 
 from adapters.tensorflow import Continual as KerasContinual  # noqa: E402
 from adapters.torch import Continual as TorchContinual  # noqa: E402
+from became_core import Secant  # noqa: E402
 from became_core.projection import GPM  # noqa: E402
 
 
@@ -63,7 +64,8 @@ def _data(seed: int, batches: int = 2) -> list[tuple[Any, Any]]:
     return [(rng.normal(size=(8, 6)), rng.integers(0, 3, size=8)) for _ in range(batches)]
 
 
-def test_both_remember_merge_and_save_the_same(tmp_path: Path) -> None:
+@pytest.mark.parametrize("estimator", [None, Secant()], ids=["paper", "secant"])
+def test_both_remember_merge_and_save_the_same(tmp_path: Path, estimator: Any) -> None:
     layers = [keras.layers.Dense(8, "tanh", name="first"), keras.layers.Dense(3, name="last")]
     model, module = keras.Sequential([keras.Input((6,)), *layers]), _Perceptron().double()
 
@@ -87,7 +89,8 @@ def test_both_remember_merge_and_save_the_same(tmp_path: Path) -> None:
     files = tmp_path / "keras.safetensors", tmp_path / "torch.safetensors"
     by_keras.save(files[0])
     by_torch.save(files[1])
-    by_torch, by_keras = TorchContinual.load(module, files[0]), KerasContinual.load(model, files[1])
+    by_torch = TorchContinual.load(module, files[0], estimator=estimator)
+    by_keras = KerasContinual.load(model, files[1], estimator=estimator)
     assert str(by_keras.coverage) == str(by_torch.coverage)
 
     # Both have the same stable and plastic weights; how they were trained does not matter to a merge.

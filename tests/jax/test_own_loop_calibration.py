@@ -55,7 +55,7 @@ def test_a_merge_without_calibration_across_tasks_returns_the_memory_that_it_was
     merged = merge(_linear, memory, _weights(1), _weights(2), new_data(2))
     assert merged.memory.across is None
     assert merged.memory.posterior is memory.posterior
-    with pytest.raises(BecameError, match="the memory has calibration='merge'"):
+    with pytest.raises(BecameError, match="the memory is not calibrated across tasks"):
         remember(_linear, merged.params, map(_no_batch, [0]), memory=merged.memory, calibration="across")
 
 
@@ -70,9 +70,8 @@ def test_what_cannot_be_calibrated_is_refused_before_any_work(tmp_path: Path) ->
     refused("none has moved; give begin=, the parameters before it", params, **across)
     refused("none has moved", params, begin=params, **across)
     refused("begin= is for calibration across tasks", params, begin=_weights(1))
-    refused("the calibration is 'always'; choose merge or across", params, calibration="always")
+    refused("the calibration is 'always'; choose across, or leave it out", params, calibration="always")
     memory = remember(_linear, params, new_data(1), begin=_weights(3), **across)
-    refused("the memory has calibration='across'", params, memory=memory, calibration="merge")
     refused("give the memory of the merge's result, or begin=", _weights(1), memory=memory)
     state = {"count": jnp.array(1)}
     with pytest.raises(BecameError, match="measures old batches; give them, and no second moments"):

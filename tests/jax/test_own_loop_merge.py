@@ -12,7 +12,7 @@ from jax import numpy as jnp
 from adapters.jax.data_loss import DataLoss
 from adapters.jax.memory import remember
 from adapters.jax.own_loop import merge, projected
-from became_core import BecameError
+from became_core import BecameError, Secant, optimal_alpha
 from became_core.arrays import named_leaves
 from became_core.curvature import Bernoulli, Categorical, Gaussian
 from became_core.laplace import NativeExpansion
@@ -63,7 +63,7 @@ def test_the_merge_is_the_minimum_that_brute_force_finds() -> None:
     memory = remember(apply, params, old, check=False)
     theta_gp = train(apply, params, new, optax.chain(optax.adam(0.02), projected(memory, 0.02)))
     theta_hat = train(apply, theta_gp, new, optax.adam(0.02), 20)
-    report = merge(apply, memory, theta_gp, theta_hat, iter(new), trace=3)
+    report = merge(apply, memory, theta_gp, theta_hat, iter(new), estimator=Secant(), trace=3)
     expected = _alpha_by_brute_force(apply, memory, theta_gp, theta_hat, new)
     assert report.alpha == pytest.approx(expected, rel=1e-4)
     assert 0 < report.alpha < 1
@@ -85,6 +85,23 @@ def test_the_merge_is_the_minimum_that_brute_force_finds() -> None:
 
     for alpha, loss in report.trace:
         assert loss == pytest.approx(float(loss_at(alpha)))
+
+
+def test_it_merges_by_the_papers_form_unless_told_otherwise() -> None:
+    apply, first, new = perceptron, new_data(1), new_data(2)
+    params = train(apply, new_weights(), first, optax.adam(0.02), 10)
+    memory = remember(apply, params, first, check=False)
+    theta_gp = train(apply, params, new, optax.chain(optax.adam(0.02), projected(memory, 0.02)))
+    theta_hat = train(apply, theta_gp, new, optax.adam(0.02), 20)
+    squares = sample_gradients(cross_entropy, apply, theta_hat, new)
+    fisher = {name: (gradients**2).mean(0) for name, gradients in squares.items()}
+    precision = memory.posterior.precision.diagonal()
+    gp, hat, old = (jax.tree.map(np.asarray, named_leaves(tree)) for tree in (theta_gp, theta_hat, precision))
+    expected = float(optimal_alpha(gp, hat, old, fisher))
+    assert 0 < expected < 1
+    report = merge(apply, memory, theta_gp, theta_hat, new)
+    assert report.alpha == pytest.approx(expected, rel=1e-9)
+    assert report.curvature == "the diagonal Fisher information"
 
 
 @jax.custom_vjp  # type: ignore[untyped-decorator] # JAX is taken as untyped

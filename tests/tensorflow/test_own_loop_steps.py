@@ -38,7 +38,7 @@ def test_old_outputs_stand_still_in_stable_training_under_fit(optimizer: str, ea
     assert np.abs(model(old[0][0]).numpy() - before).max() > 1e-4
     report = learning.merge(new, trace=2)
     assert 0 <= report.alpha <= 1
-    assert report.curvature == "forward mode"
+    assert report.curvature == "the diagonal Fisher information"
 
 
 def test_a_loop_of_ones_own_is_projected_and_a_step_compiled_before_is_noticed() -> None:

@@ -222,7 +222,7 @@ def test_what_cannot_be_calibrated_is_refused_before_any_work(tmp_path: Path) ->
     model = new_network("perceptron")
     with pytest.raises(BecameError, match=r"has an estimator, Secant\(calibrates=False\); leave estimator= out"):
         Continual(model, calibration="across", estimator=PaperClosedForm())
-    with pytest.raises(BecameError, match="the calibration is 'always'; choose merge or across"):
+    with pytest.raises(BecameError, match="the calibration is 'always'; choose across, or leave it out"):
         Continual(model, calibration="always")  # type: ignore[arg-type] # it must be refused
     learning = Continual(model, calibration="across", check=False)
     with pytest.raises(BecameError, match="none has moved; make Continual before the model is trained"):
@@ -234,12 +234,12 @@ def test_what_cannot_be_calibrated_is_refused_before_any_work(tmp_path: Path) ->
     learning.remember(TASKS[0])
     file = tmp_path / "memory.safetensors"
     learning.save(file)
-    with pytest.raises(BecameError, match=r"is a memory with calibration='across'.* leave calibration= out"):
-        Continual.load(model, file, calibration="merge")
+    with pytest.raises(BecameError, match=r"the memory in .* is calibrated across tasks; leave calibration= out"):
+        Continual.load(model, file, calibration=None)
     merging = Continual(model, check=False)
     merging.remember(TASKS[0])
     merging.save(file)
-    with pytest.raises(BecameError, match="is a memory with calibration='merge'"):
+    with pytest.raises(BecameError, match="is not calibrated across tasks; leave calibration= out"):
         Continual.load(model, file, calibration="across")
 
 

@@ -11,10 +11,10 @@ from torch import nn
 from torch.nn import functional
 
 from adapters.torch import Continual
-from became_core import BecameError, PaperClosedForm, Quadratic, Secant
+from became_core import BecameError, PaperClosedForm, Quadratic, Secant, optimal_alpha
 from became_core.curvature import Bernoulli, Categorical, Gaussian
 from tests.torch.modules import CLASSES, WIDTH
-from tests.torch.oracle import secant_by_brute_force
+from tests.torch.oracle import autograd_gradients, secant_by_brute_force
 from tests.torch.own_loop import new_data, new_network, train, whole
 
 
@@ -23,7 +23,7 @@ def test_the_merge_is_the_minimum_that_brute_force_finds(name: str) -> None:
     model, old, new = new_network(name), new_data(1, 4, 8), new_data(2, 4, 8)
     optimizer = torch.optim.AdamW(model.parameters(), 0.02)
     train(model, optimizer, old, epochs=10)
-    learning = Continual(model)
+    learning = Continual(model, estimator=Secant())
     learning.remember(iter(old))
     with learning.stable(optimizer):
         train(model, optimizer, new)
@@ -56,6 +56,27 @@ def test_the_merge_is_the_minimum_that_brute_force_finds(name: str) -> None:
         learning.merge(new)
 
 
+def test_it_merges_by_the_papers_form_unless_told_otherwise() -> None:
+    model, old, new = new_network("perceptron"), new_data(1, 4, 8), new_data(2, 4, 8)
+    optimizer = torch.optim.AdamW(model.parameters(), 0.02)
+    train(model, optimizer, old, epochs=10)
+    learning = Continual(model)
+    learning.remember(old)
+    with learning.stable(optimizer):
+        train(model, optimizer, new)
+    theta_gp = {key: value.detach().clone() for key, value in model.named_parameters()}
+    with learning.plastic():
+        train(model, optimizer, new, epochs=25)
+    theta_hat = {key: value.detach().clone() for key, value in model.named_parameters()}
+    assert learning.posterior is not None
+    fisher = {name: gradients.square().mean(0) for name, gradients in autograd_gradients(model, *whole(new)).items()}
+    expected = float(optimal_alpha(theta_gp, theta_hat, learning.posterior.precision.diagonal(), fisher))
+    assert 0 < expected < 1
+    report = learning.merge(new)
+    assert report.alpha == pytest.approx(expected, rel=1e-9)
+    assert report.curvature == "the diagonal Fisher information"
+
+
 def test_a_loss_of_ones_own_is_merged_by_slopes() -> None:
     """The cross-entropy, given as a callable, against the likelihood that it is of."""
     alphas = []
@@ -63,7 +84,7 @@ def test_a_loss_of_ones_own_is_merged_by_slopes() -> None:
         model, old, new = new_network("perceptron"), new_data(1, 4, 8), new_data(2, 4, 8)
         optimizer = torch.optim.AdamW(model.parameters(), 0.02)
         train(model, optimizer, old, epochs=10)
-        learning = Continual(model, likelihood)
+        learning = Continual(model, likelihood, estimator=Secant())
         learning.remember(old)
         with learning.stable(optimizer):
             train(model, optimizer, new)
@@ -239,7 +260,7 @@ def test_a_merge_takes_tokens_whose_gradients_are_squared_apart() -> None:
     for squares in ("sample", "token"):
         torch.manual_seed(0)
         model = nn.Linear(3, CLASSES)
-        learning = Continual(model, Categorical(by="token", squares=squares))
+        learning = Continual(model, Categorical(by="token", squares=squares), estimator=Secant())
         learning.remember(batches)
         with learning.stable(torch.optim.SGD(model.parameters(), 0.1)):
             pass

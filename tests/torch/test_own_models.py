@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from adapters.torch import Continual
-from became_core import BecameError
+from became_core import BecameError, Secant
 from became_core.projection import GPM
 from tests.torch.modules import CLASSES, WIDTH
 from tests.torch.oracle import autograd_gradients, secant_by_brute_force
@@ -57,7 +57,7 @@ pytestmark = [
 @pytest.mark.parametrize("name", NETWORKS)
 def test_it_is_measured_exactly_and_old_outputs_stand_still(name: str) -> None:
     network, old, new = built(NETWORKS[name]), data(1, 5, 3, 1), data(2, 4, 4)
-    learning = Continual(network)
+    learning = Continual(network, estimator=Secant())
     learning.remember(old)
     assert learning.posterior is not None
     found = learning.posterior.precision.diagonal()
