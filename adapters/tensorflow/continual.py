@@ -248,8 +248,8 @@ class Continual(ContinualModel):
         Args:
             model: its weights are left as they are.
             file: the memory.
-            settings: arguments of the constructor that a file does not hold (``apply``, ``targets``, a loss), or that
-                are to be others.
+            settings: arguments of the constructor that a file does not hold (``estimator``, ``apply``, ``targets``,
+                ``check``, ``progress``, a loss), or that are to be others.
 
         Raises:
             BecameError: if the file is no memory, or is one of another architecture.

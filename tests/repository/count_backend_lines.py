@@ -19,7 +19,7 @@ PARTS: dict[str, dict[str, tuple[str, ...]]] = {
         "learner": ("learner",),
         "layers": ("layers",),
         "own models": ("flax_module",),
-        "own loops": ("checking", "data_loss", "graph", "memory", "own_loop", "tapping", "trees"),
+        "own loops": ("checking", "data_loss", "derivatives", "graph", "memory", "own_loop", "tapping", "trees"),
         "command": ("run",),
         "processes": ("mesh", "processes"),
     },
