@@ -10,7 +10,8 @@ exact curvature to its approximate curvature. The posterior is that of the metho
 across tasks, so is "diagonal", and ``Secant(calibrates=False)`` is "secant / diagonal".
 
 The true losses are also traced along the curve of ``bezier_path``, which bends towards the mode of both sides'
-diagonals, so that what it promises over the segment can be held against what it gives.
+diagonals, so that what it promises over the segment can be held against what it gives. A posterior that is calibrated
+across tasks has another unit than the new task's diagonal, so its report has no curve.
 
 Convention: losses are means over the samples of a task, and sums over tasks. ``batch`` is the published code's estimate
 of the Fisher information.
@@ -207,14 +208,19 @@ def report_path(context: RunContext, task: Task, theta_gp: Params, theta_hat: Pa
     new = new_sides(measurements[-1], theta_gp)
     old = old_sides(memory.old_tasks, measurements[:-1], theta_gp, theta_hat)
     alphas, truths = trace_path(truth, theta_gp, theta_hat, context.training.path_alphas)
+    path = MergePath(
+        [PathPoint(alpha, *point) for alpha, point in zip(alphas, truths, strict=True)],
+        new={name: (side.slope, side.curvature) for name, side in new.items()},
+        old={name: (side.slope, side.curvature) for name, side in old.items()},
+    )
+    if context.method.calibrates:
+        return path
     sides: tuple[LocalLoss, ...] = memory.old_tasks.posterior, _by_samples(measurements[-1])
     fisher_old, fisher_new = (diagonal_of(side, theta_gp) for side in sides)
     four = theta_gp, theta_hat, fisher_old, fisher_new
     curve = bezier_path(*four)
-    return MergePath(
-        [PathPoint(alpha, *point) for alpha, point in zip(alphas, truths, strict=True)],
-        new={name: (side.slope, side.curvature) for name, side in new.items()},
-        old={name: (side.slope, side.curvature) for name, side in old.items()},
+    return replace(
+        path,
         curve=[PathPoint(t, *truth(curve.at(t))) for t in alphas],
         predicted_advantage=float(predicted_advantage(*four)),
     )

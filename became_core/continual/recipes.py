@@ -80,6 +80,11 @@ class MethodRecipe(ABC):
     alone: ClassVar[str] = ""
     """Why the method takes no projector; empty if it takes any."""
 
+    @property
+    def contradiction(self) -> str:
+        """Why the settings cannot be used together, though each of them can be; empty if they can."""
+        return ""
+
     @abstractmethod
     def build(self) -> Method:
         """Return the method without its projector; ``build_method`` adds that, and the full name."""
@@ -142,6 +147,15 @@ class _ByCurvature(_Tempered):
             temper=self.temper,
         )
 
+    def unlike_diagonals(self, what: str) -> str:
+        """Return why something cannot compare both sides' diagonals; empty if the two have one unit."""
+        if self.precision != "across":
+            return ""
+        return (
+            f"{what} compares the diagonals of both sides, and --precision across, which some presets have, calibrates "
+            "that of the old side alone; give --precision exact"
+        )
+
 
 @dataclass(frozen=True)
 class BecameRecipe(_ByCurvature):
@@ -158,6 +172,11 @@ class BecameRecipe(_ByCurvature):
 
     projector: ClassVar[str] = "gpm"
 
+    @property
+    def contradiction(self) -> str:
+        """Why the settings cannot be used together; a coefficient per weight is a ratio of two diagonals."""
+        return self.unlike_diagonals("--per weight") if self.per == "weight" else ""
+
     def build(self) -> Method:
         """Return the method."""
         return self.method("became", Became(ESTIMATORS[self.precision], self.per, shrinkage=self.shrinkage))
@@ -168,6 +187,11 @@ class CurveRecipe(_ByCurvature):
     """As became, merged along a curve that bends towards the mode of both sides' diagonals."""
 
     projector: ClassVar[str] = "gpm"
+
+    @property
+    def contradiction(self) -> str:
+        """Why the settings cannot be used together; the mode of two diagonals is their ratio."""
+        return self.unlike_diagonals("the curve")
 
     def build(self) -> Method:
         """Return the method."""
@@ -413,7 +437,7 @@ def build_method(name: str, settings: Mapping[str, Any] | None = None) -> Method
 
     Raises:
         BecameError: if there is no such method, projector or setting; if method and projector cannot be combined; or if
-            the value of a setting cannot be used.
+            the value of a setting cannot be used, or not together with another one.
 
     Examples:
         >>> build_method("became+sgp", {"threshold": 0.9, "scale": 3.0}).projector.scale
@@ -424,6 +448,8 @@ def build_method(name: str, settings: Mapping[str, Any] | None = None) -> Method
     base, plus, chosen = name.partition("+")
     if base in METHODS:
         recipe = METHODS.build(base, settings)
+        if recipe.contradiction:
+            raise BecameError(f"'{name}': {recipe.contradiction}.")
         method, projector, alone = recipe.build(), chosen if plus else recipe.projector, recipe.alone
     elif base in PROJECTORS:
         # A projector by itself needs a posterior only for the penalty on what it cannot protect. It is the one of

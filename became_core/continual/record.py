@@ -65,8 +65,9 @@ class MergePath:
         new: the slope at theta_gp and the curvature of the new task's loss along delta, by the way of measuring.
         old: the slope at theta_gp and the curvature of all old tasks' loss along delta, by the way of measuring.
         curve: the true loss and accuracy at the same places of the curve through the mode of both sides' diagonals;
-            empty if an earlier version traced the path.
-        predicted_advantage: by how much the loss of these diagonals is lower at the mode than anywhere on the segment.
+            empty if the old side's is calibrated across tasks, or an earlier version traced the path.
+        predicted_advantage: by how much the loss of these diagonals is lower at the mode than anywhere on the segment;
+            NaN if there is no curve.
     """
 
     points: list[PathPoint]

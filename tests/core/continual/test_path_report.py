@@ -121,3 +121,12 @@ def test_the_exact_sides_of_a_traced_run_are_derivatives_of_the_true_loss() -> N
         assert new["diagonal, without head"].curvature < new["diagonal"].curvature
         assert all(side.curvature >= 0 for side in new.values())
         assert new["fall"].slope == -new["fall"].curvature
+
+
+def test_a_posterior_of_another_unit_than_the_new_diagonal_has_no_curve_to_report() -> None:
+    stream, training = prototype_stream(), Training(Annealed(0.2, 2), Annealed(0.2, 1), path_alphas=(0.0, 1.0))
+    for precision, points in (("exact", 2), ("across", 0)):
+        method = build_method("became", {"precision": precision})
+        for path in learn(ReferenceLearner(stream), stream, method, training).paths:
+            assert (len(path.points), len(path.curve)) == (2, points)
+            assert np.isnan(path.predicted_advantage) == (points == 0)

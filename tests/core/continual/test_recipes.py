@@ -37,6 +37,10 @@ SETTINGS: dict[str, Any] = {
     "hat_sparsity": 0.25,
 }
 METHODS = tuple(sorted(method_names()))
+UNLIKE_DIAGONALS = (
+    "compares the diagonals of both sides, and --precision across, which some presets have, calibrates that of the old "
+    "side alone; give --precision exact."
+)
 BUILT = {
     "none": None,
     "gpm": GPM(0.9, 0.01),
@@ -141,6 +145,8 @@ def test_became_merges_by_the_chosen_curvature() -> None:
         ("coma", {"coma_alpha": ()}, "there is no merging coefficient; give at least one alpha."),
         ("coma", {"coma_alpha": (0.5, 1.5)}, "the merging coefficient is 1.5; it must be in [0, 1]."),
         ("imm-mean", {"imm_pull": -1.0}, "the strength of L2-transfer is -1.0; it must be at least 0."),
+        ("became+sgp", {"precision": "across", "per": "weight"}, f"'became+sgp': --per weight {UNLIKE_DIAGONALS}"),
+        ("became-curve", {"precision": "across"}, f"'became-curve': the curve {UNLIKE_DIAGONALS}"),
     ],
 )
 def test_settings_out_of_range_are_refused(name: str, settings: dict[str, Any], message: str) -> None:
@@ -188,6 +194,10 @@ def test_settings_of_other_methods_have_no_effect_and_defaults_are_those_of_the_
 def test_a_value_that_cannot_be_used_is_refused_whichever_method_it_is_for(settings: dict[str, Any]) -> None:
     with pytest.raises(BecameError, match="must be"):
         check_settings(SETTINGS | settings)
+
+
+def test_values_that_some_method_can_use_are_not_refused_for_another() -> None:
+    check_settings({"precision": "across", "per": "weight"})
 
 
 def test_defaults_and_unknown_settings_are_checked_as_well() -> None:
