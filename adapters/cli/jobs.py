@@ -19,6 +19,7 @@ from adapters.runs.settings import fingerprint
 from adapters.tracking import Writer, open_writer
 from became_core import BecameError
 from became_core.continual import (
+    Adaptation,
     Dataset,
     Learner,
     Segments,
@@ -29,6 +30,7 @@ from became_core.continual import (
     method_settings,
     projector_names,
 )
+from became_core.projection import Projector
 from became_core.registry import nearest
 
 __all__ = ["Job", "Load", "load_data", "requested_jobs", "unfinished_jobs"]
@@ -127,6 +129,16 @@ class Job:
             compiled=configuration.compile,
         )
 
+    @property
+    def projector(self) -> Projector | None:
+        """The projector of the method; None if it has none."""
+        return self.configuration.method(self.run.method).projector
+
+    @property
+    def adaptation(self) -> Adaptation:
+        """Which parameters learn, by the configuration and by the projector."""
+        return self.configuration.training().adaptation.with_own_rank(self.projector)
+
     def segments(self, stream: TaskStream) -> Segments | None:
         """Return what a detector finds in the stream of these tasks' samples; None if the tasks are announced."""
         configuration = self.configuration
@@ -138,11 +150,12 @@ class Job:
     def check_values(self, stream: TaskStream) -> None:
         """Raise a BecameError if there is no such device, the network cannot be built, or the stream not be watched.
 
-        So it does if a pattern of what is frozen or adapted matches nothing of the network.
+        So it does if a pattern of what is frozen or adapted matches nothing of the network, or a rank that is asked for
+        is above that of every weight.
         """
         self.backend.use_threads(self.threads(stream))
         learner, training, watch = self.learner(stream), self.configuration.training(), self.configuration.watch()
-        training.adaptation.check(learner)
+        training.adaptation.check(learner, self.projector)
         if watch is not None:
             check_watchable(learner, stream, training, watch)
 

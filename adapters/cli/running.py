@@ -135,10 +135,10 @@ def _results_before(jobs: Sequence[Job], load: Load) -> list[RunResult | None]:
 def _check_values(jobs: Sequence[Job], load: Load) -> None:
     """Raise a BecameError if the data cannot be read, or cut as asked for, or the network cannot be built for them.
 
-    Of the runs of one command, which differ in what the methods need, the first on each backend stands for all. Of the
-    runs of one method, which differ in their seeds, the first does.
+    Of the runs of one command, which differ in what the methods need, the first on each backend stands for all that
+    adapt the network alike. Of the runs of one method, which differ in their seeds, the first does.
     """
-    for job in {id(job.backend): job for job in reversed(jobs)}.values():
+    for job in {(id(job.backend), job.adaptation): job for job in reversed(jobs)}.values():
         job.check_values(job.stream(load))
     for job in {(id(job.configuration), job.run.method): job for job in reversed(jobs)}.values():
         configuration = job.configuration

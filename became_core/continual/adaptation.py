@@ -11,7 +11,7 @@ learn, whatever the patterns.
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -58,6 +58,16 @@ class Adaptation:
         if not 0 < self.scale < math.inf:
             raise BecameError(f"the scale of low-rank adapters is {self.scale}; it must be above 0 and finite.")
 
+    def with_own_rank(self, projector: Projector | None) -> "Adaptation":
+        """Return it with the rank of a projector that trains in adapters; as it is if it has a rank, or there is none.
+
+        Args:
+            projector: that of the method; None if it has none.
+        """
+        if self.rank is not None or projector is None or not projector.own_rank:
+            return self
+        return replace(self, rank=projector.own_rank)
+
     def frozen(self, names: Iterable[str]) -> frozenset[str]:
         """Return those of these names that a pattern freezes."""
         return _matching(self.freeze, names)
@@ -76,21 +86,29 @@ class Adaptation:
         shared = _shared(learner)
         return self.frozen(shared) if self.rank is None else shared - self.adapted(learner)
 
-    def check(self, learner: Learner) -> None:
+    def check(self, learner: Learner, projector: Projector | None = None) -> None:
         """Raise a BecameError if a pattern matches nothing, nothing is left to adapt, or the rank is above all others.
 
-        The message names some parameters that there are.
+        The message names some parameters that there are. A projector's own rank, which nobody has asked for, may be
+        above all others: every weight then has adapters of its own rank.
+
+        Args:
+            learner: the network.
+            projector: that of the method; None if it has none.
         """
         shared = _shared(learner)
         for pattern in self.freeze:
             _check_matches("--freeze", pattern, shared)
-        if self.rank is None:
+        resolved = self.with_own_rank(projector)
+        if resolved.rank is None:
             return
         for pattern in self.layers:
             _check_matches("--lora-layers", pattern, learner.projectable & shared)
-        adapted, theta = self.adapted(learner), learner.parameters()
+        adapted, theta = resolved.adapted(learner), learner.parameters()
         if not adapted:
             raise BecameError("no layer is left for low-rank adapters: --freeze has all that --lora-layers names.")
+        if self.rank is None:
+            return
         most = max(_own_rank(theta[name].shape) for name in adapted)
         if self.rank > most:
             raise BecameError(

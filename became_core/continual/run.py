@@ -55,7 +55,8 @@ def learn(
     """Learn a stream of tasks with a method, and return the record; afterwards the learner has the final weights.
 
     Args:
-        learner: a network with a head for each task. It must be new if no state is given.
+        learner: a network with a head for each task, or with one that they share, as the stream has it. It must be new
+            if no state is given.
         stream: the tasks.
         method: how each task is learned.
         training: the schedules and sizes.
@@ -66,8 +67,9 @@ def learn(
             at the first task.
 
     Raises:
-        BecameError: before anything begins, if the batch size is too small for the network's normalisation, or the
-            method makes no sense on the stream or for the network; later, if training diverges.
+        BecameError: before anything begins, if the batch size is too small for the network's normalisation, a pattern
+            of the adaptation matches nothing, its rank is above that of every weight that it adapts, or the method
+            makes no sense on the stream or for the network; later, if training diverges.
 
     For example, with a learner, a stream and a training:
 
@@ -76,7 +78,7 @@ def learn(
         print(average_accuracy(record.accuracy), record.alpha)
     """
     check_method(method, stream, training)
-    training.adaptation.check(learner)
+    training.adaptation.check(learner, method.projector)
     if training.batch_size < learner.least_batch:
         raise BecameError(
             f"the batch size is {training.batch_size}, and the network normalises by statistics over the samples of a "

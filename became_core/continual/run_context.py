@@ -48,10 +48,7 @@ class RunContext:
     @property
     def adaptation(self) -> Adaptation:
         """Which parameters learn; a projector that trains in adapters has some of its own where none are asked for."""
-        adaptation, projector = self.training.adaptation, self.method.projector
-        if adaptation.rank is None and projector is not None and projector.own_rank:
-            return replace(adaptation, rank=projector.own_rank)
-        return adaptation
+        return self.training.adaptation.with_own_rank(self.method.projector)
 
     @cached_property
     def still(self) -> frozenset[str]:

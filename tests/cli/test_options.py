@@ -366,3 +366,13 @@ def test_a_value_that_cannot_be_used_is_refused_even_if_no_method_uses_it(
     assert main(arguments) == 2
     assert "the EWC strength is -1.0; it must be at least 0." in capsys.readouterr().err
     assert not (tmp_path / "x").exists()
+
+
+def test_what_a_later_method_adapts_by_its_own_rank_is_checked_before_any_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = ["--out", str(tmp_path / "x")]
+    options = ["--backend", "torch", "--lora-layers", "nothing*", *out]
+    assert main(["run", "--methods", "finetune", "inflora", *options]) == 2
+    assert capsys.readouterr().err.startswith("error: --lora-layers nothing* matches none of the network's names")
+    assert not (tmp_path / "x").exists()

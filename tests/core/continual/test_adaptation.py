@@ -248,6 +248,27 @@ def test_what_does_not_fit_the_network_is_refused_in_a_sentence(adaptation: Adap
         learn(new_learner(), STREAM, build_method("gpm"), replace(TRAINING, adaptation=adaptation))
 
 
+@pytest.mark.parametrize(
+    ("name", "adaptation", "message"),
+    [
+        ("inflora", Adaptation(layers=("nothing*",)), r"--lora-layers nothing\* matches none"),
+        ("became+inflora", Adaptation(("fc?.weight",)), "no layer is left for low-rank adapters"),
+    ],
+)
+def test_what_a_projector_of_adapters_adapts_is_checked_as_well(
+    name: str, adaptation: Adaptation, message: str
+) -> None:
+    with pytest.raises(BecameError, match=message):
+        learn(new_learner(), STREAM, build_method(name), replace(TRAINING, adaptation=adaptation))
+
+
+def test_a_rank_that_is_a_projectors_own_may_be_above_all_others() -> None:
+    learner, olora = ReferenceLearner(STREAM, hidden=(6, 5)), build_method("olora")
+    learn(learner, STREAM, olora, replace(TRAINING, adaptation=Adaptation()))
+    with pytest.raises(BecameError, match=r"is 8, .* above 6; take at most 6\."):
+        learn(learner, STREAM, olora, replace(TRAINING, adaptation=Adaptation(rank=8)))
+
+
 def test_a_weight_of_a_lower_rank_has_adapters_of_that_rank() -> None:
     training = replace(TRAINING, adaptation=Adaptation(rank=20))  # fc2 is 16 by 24
     region = next(s.stage.region for s in states_of("finetune", training)[2] if s.stage is not None)
