@@ -163,7 +163,9 @@ class RunOptions:
     lr_minimum: float = _option(
         "The schedule patience ends a stage when its rate would fall below this.", "training", 5e-5
     )
-    head_rate: float = _option("What the learning rate of heads is multiplied by.", "training", 1.0)
+    head_rate: float = _option(
+        "What the learning rate of heads, also of one that all tasks share, is multiplied by.", "training", 1.0
+    )
     norm_rate: float = _option(
         "What the learning rate of normalisation and of biases is multiplied by.", "training", 1.0
     )

@@ -235,7 +235,7 @@ def relative_rates(learner: Learner, task: Task, rates: RelativeRates) -> dict[s
     """Return the factors of the learning rate, by parameter, of those parameters whose factor is not 1."""
     first = rates.first if task.index == 0 else 1.0
     by_name = dict.fromkeys(learner.projectable, first) | dict.fromkeys(_unprojectable(learner), rates.norms)
-    by_name |= dict.fromkeys(heads_of(learner), rates.heads)
+    by_name |= dict.fromkeys(heads_of(learner) | learner.shared_head, rates.heads)
     return {name: by_name[name] for name in sorted(by_name) if by_name[name] != 1}
 
 

@@ -208,7 +208,7 @@ class RelativeRates:
     """Factors of the schedule's learning rate for groups of parameters, in both stages (Wang 2021).
 
     Attributes:
-        heads: the factor of heads.
+        heads: the factor of heads, also of one that all tasks share.
         norms: the factor of the shared parameters that taps do not describe as matrices, which are those of
             normalisation layers, and biases.
         first: the factor of all other parameters in the first task; in later tasks it is 1.

@@ -97,6 +97,15 @@ def test_relative_rates_depend_on_the_group_and_the_task() -> None:
     assert relative_rates(learner, STREAM.tasks[0], RelativeRates()) == {}
 
 
+def test_a_head_that_all_tasks_share_has_the_rate_of_heads() -> None:
+    learner, rates = ReferenceLearner(STREAM, bias=True), RelativeRates(heads=20.0, norms=10.0, first=2.0)
+    hidden, (head, *_) = learner.projectable, learner.heads
+    learner.projectable, learner.shared_head = hidden | head, head
+    learner.heads = [frozenset[str]() for _ in STREAM.tasks]
+    found = relative_rates(learner, STREAM.tasks[0], rates)
+    assert {name: found[name] for name in hidden | head} == dict.fromkeys(hidden, 2.0) | dict.fromkeys(head, 20.0)
+
+
 def test_equal_relative_rates_act_like_another_learning_rate() -> None:
     """Relative rates of 2 at half the learning rate give the same run."""
     halved = Training(Annealed(0.1, 3), Annealed(0.1, 2), batch_size=16, relative=RelativeRates(2.0, 2.0, 2.0))
