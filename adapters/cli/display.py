@@ -2,8 +2,8 @@
 
 Convention: a line of JSON is an object with ``event``; those of a run have ``run``, its name, and are the run's events
 as its ``events.jsonl`` has them, and then ``result``, what its ``results.json`` has. Of a merge and the like there is
-one line, with what came of it. Nothing else is on standard output then. On a terminal a run shows a live bar, elsewhere
-a plain line for each epoch.
+one line, with what came of it, and after it one of the traced path, if that was asked for. Nothing else is on standard
+output then. On a terminal a run shows a live bar, elsewhere a plain line for each epoch.
 """
 
 import logging
