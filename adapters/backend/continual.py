@@ -138,7 +138,7 @@ class ContinualModel(ABC):
 
         The batch's loss by the model as it is, in evaluation mode, is compared with those of the last 20 batches, each
         as it arrived, in standard deviations; ``detector`` decides. So nothing is announced among the first 20 batches
-        after a change. A batch that looks new is not stored until that is known.
+        after a change. A batch that looks new is neither stored nor compared with later.
 
         Args:
             batch: of a stream, before the model is trained on it.
