@@ -162,7 +162,7 @@ class Request:
     Attributes:
         methods: the methods to run; None for those of the recorded configuration, or the usual ones.
         projector: the projector of all methods that name none.
-        preset: the name of a preset; None for "quick", or for the recorded configuration.
+        preset: the name of a preset; None for the benchmark's usual one, or for that of the recorded configuration.
         values: the options of the configuration that were given, by name.
     """
 
