@@ -47,7 +47,9 @@ class PathPoint:
 
     Attributes:
         alpha: the coefficient of theta_hat.
-        loss: the sum over all tasks so far of the mean training loss.
+        loss: the sum over all tasks so far of the mean loss on the samples that curvature is measured on, which are not
+            all training samples if ``Training.curvature_samples`` or ``measured_on`` says so; at the calibrated softmax
+            if the method's ``temper`` is "calibrated".
         accuracy: the mean over all tasks so far of the task-incremental test accuracy, in percent.
     """
 

@@ -95,7 +95,11 @@ class RunContext:
             yield
 
     def true_loss(self, task: Task, theta: Params, memory: Memory) -> float:
-        """Return the sum over all tasks so far of the mean loss on their own data, at these weights."""
+        """Return the sum over all tasks so far of the mean loss on their own data, at these weights.
+
+        Their own data are the samples that curvature is measured on. The loss is at the calibrated softmax if the
+        method's ``temper`` is "calibrated".
+        """
         with self.at(task, theta, memory):
             return sum(self.measurement(learned, "merge", memory).loss() for learned in self.tasks_until(task))
 
