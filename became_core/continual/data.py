@@ -245,7 +245,8 @@ class TaskStream:
         dataset: the images, and their labels among all classes.
         tasks: the tasks, in the order in which they are learned.
         targets: integers, [N]: the label of each row within its own task, from 0 to the task's classes - 1; they are
-            kept as int64. Targets that are no labels are numbers [N, outputs], standardised.
+            kept as int64. Of text by token they are integers [N, L]. Targets that are no labels are numbers
+            [N, outputs], standardised.
         shared_head: whether all tasks have one head, as where only the inputs change (domain-incremental learning); if
             not, each has a head of its own.
         target_scale: what 1 in targets that are no labels is in the unit of the data set's; 1 for labels.

@@ -184,7 +184,8 @@ class Learner(ABC):
     def targets(self, indices: Indices) -> Array:
         """Return the targets of these rows, on the device of the logits.
 
-        They are labels within the task, integers [samples], or numbers [samples, outputs].
+        They are labels within the task, integers [samples], or of text by token [samples, L]; or, if they are no
+        labels, numbers [samples, outputs].
         """
 
     @abstractmethod

@@ -43,9 +43,10 @@ class Pushforward(NamedTuple):
     """A batch's logits and their derivatives along K directions.
 
     Attributes:
-        logits: [samples, classes].
-        tangents: the derivatives of the logits, [K, samples, classes].
-        labels: integers [samples].
+        logits: [samples, classes]; of text by token [samples, L, classes].
+        tangents: the derivatives of the logits, [K, samples, classes], or [K, samples, L, classes].
+        labels: the targets: integers [samples]; of text by token integers [samples, L]; of targets that are no labels
+            numbers [samples, outputs].
     """
 
     logits: Array
