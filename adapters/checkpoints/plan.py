@@ -122,7 +122,8 @@ class PlannedModel:
 
     Attributes:
         model: the checkpoint, of any format.
-        weight: its share for ``linear``, its importance for the others; scalar, gradient or filters.
+        weight: its coefficient for ``task_arithmetic``, its share for ``linear``, its importance for the others, of
+            which ``slerp`` takes none; scalar, gradient or filters.
         fisher: a Fisher file, or any checkpoint of the same names and shapes: the diagonal curvature of its loss.
         gradient: of its loss at its weights, likewise; zero if not given.
         mean: where its loss is expanded, likewise; at its own weights if not given.
