@@ -141,7 +141,11 @@ class Fixed(MergeRule):
             raise BecameError(f"the merging coefficient is {self.alpha}; it must be in [0, 1].")
 
     def merge(self, models: Sequence[Params], losses: Sequence[LocalLoss]) -> Merged:
-        """Return (1 - alpha) theta_1 + alpha theta_2."""
+        """Return (1 - alpha) theta_1 + alpha theta_2.
+
+        Raises:
+            BecameError: if there are not two models.
+        """
         first, second = two_of(models, "a fixed coefficient")
         return Merged(merge(first, second, self.alpha), _array(self.alpha, first))
 
@@ -159,7 +163,11 @@ class MeanIMM(MergeRule):
     needs_losses: ClassVar[bool] = False
 
     def merge(self, models: Sequence[Params], losses: Sequence[LocalLoss]) -> Merged:
-        """Return sum_k m_k theta_k."""
+        """Return sum_k m_k theta_k.
+
+        Raises:
+            BecameError: if the mixing has not one non-negative number for each model, or is 0 for all.
+        """
         mixing = _mixing(self.mixing, len(models))
         alpha = mixing[1] if len(models) == 2 else mixing
         return Merged(combine(models, mixing), _array(alpha, models[0]))
@@ -176,7 +184,12 @@ class ModeIMM(MergeRule):
     mixing: tuple[float, ...] | None = None
 
     def merge(self, models: Sequence[Params], losses: Sequence[LocalLoss]) -> Merged:
-        """Return (sum_k m_k F_k)^-1 sum_k m_k F_k theta_k, F_k being the diagonal of loss k."""
+        """Return (sum_k m_k F_k)^-1 sum_k m_k F_k theta_k, F_k being the diagonal of loss k.
+
+        Raises:
+            BecameError: if there is not one loss for each model; or if the mixing has not one non-negative number for
+                each, or is 0 for all.
+        """
         check_losses(models, losses)
         precisions = [diagonal_of(loss, models[0]) for loss in losses]
         return Merged(precision_weighted_mean(models, precisions, _mixing(self.mixing, len(models))), None)
@@ -193,7 +206,12 @@ class FisherMerge(MergeRule):
     weights: tuple[float, ...] | None = None
 
     def merge(self, models: Sequence[Params], losses: Sequence[LocalLoss]) -> Merged:
-        """Return (sum_k lambda_k F_k)^-1 sum_k lambda_k F_k theta_k."""
+        """Return (sum_k lambda_k F_k)^-1 sum_k lambda_k F_k theta_k.
+
+        Raises:
+            BecameError: if there is not one loss for each model; or if the weights, which the message calls the mixing
+                of ``ModeIMM``, are not one non-negative number for each, or are all 0.
+        """
         return ModeIMM(self.weights).merge(models, losses)
 
 
@@ -287,7 +305,11 @@ class GridSearch(MergeRule):
     needs_losses: ClassVar[bool] = False
 
     def merge(self, models: Sequence[Params], losses: Sequence[LocalLoss]) -> Merged:
-        """Return the best of the segment's grid points."""
+        """Return the best of the segment's grid points.
+
+        Raises:
+            BecameError: if there are not two models, or fewer than two points.
+        """
         first, second = two_of(models, "a grid search")
         if self.points < 2:
             raise BecameError(f"a grid of {self.points} points has no ends; give at least 2.")
