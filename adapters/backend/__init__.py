@@ -11,6 +11,7 @@ it: a rule that stands here cannot be different in PyTorch, JAX and TensorFlow.
 | ``network.py`` | one step of training as a pure function: what is projected where, what a region changes |
 | ``heads.py`` | one head among all: the names of a task's own parameters |
 | ``processes.py`` | several processes that share a command's runs |
+| ``pictures.py`` | pictures that a run records, as PNG files in a text |
 | ``checking.py`` | the look at a user's network, once, in learners and around a user's own loop |
 | ``batches.py`` | around a user's own loop: how batches are read, and where passes begin |
 | ``continual.py`` | around a user's own loop: what ``Continual`` does alike in PyTorch and Keras |
