@@ -171,7 +171,7 @@ def restored(
 
     Raises:
         BecameError: if it has another format, or is the memory of another architecture, or of a loss that is not given,
-            or is calibrated otherwise than a setting says.
+            or has a projector of another class or another calibration than a setting says.
     """
     check_description(file, description, shapes)
     own = {key: description[key] for key in ("uncovered", "penalty", "decay", "fisher")}
@@ -195,12 +195,29 @@ def restored(
     across = None
     if description["format"] == ACROSS:
         across = AcrossTasks(parts["movement"], parts["following"] or None, description["kappa"])
-    name, values = description["projector"]
-    projector = settings.get("projector", PROJECTORS[name](**values)).with_arrays(parts["projector"])
+    projector = _projector(file, description, settings.get("projector")).with_arrays(parts["projector"])
     posterior = LaplacePosterior(parts["mean"], Diagonal(parts["fisher"]))
     measured = frozenset(description.get("measured", parts["fisher"]))
     settings = own | dict(settings) | {"projector": projector}
     return Stored(posterior, dict(description["matrices"]), measured, across, settings)
+
+
+def _projector(file: str | Path, description: Mapping[str, Any], given: Projector | None) -> Projector:
+    """Return the projector of a memory, without its arrays; with the settings of one that is given.
+
+    Raises:
+        BecameError: if the one that is given is of another class, which would not know what the arrays mean.
+    """
+    name, values = description["projector"]
+    known = PROJECTORS[name]
+    if given is None:
+        return known(**values)
+    if type(given) is not known:
+        raise BecameError(
+            f"the projector of the memory in {file} is {known.__name__}, not {type(given).__name__}; give "
+            f"projector={known.__name__}(...) with other settings, or leave it out."
+        )
+    return given
 
 
 def _plain_fields(value: Any) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from adapters.jax.own_loop import merge, projected
 from became_core import BecameError
 from became_core.arrays import named_leaves
 from became_core.curvature import Bernoulli, Categorical
-from became_core.projection import SGP, TRGP
+from became_core.projection import NSCL, SGP, TRGP
 from tests.jax.own_loop import (
     CLASSES,
     HIDDEN,
@@ -150,6 +150,10 @@ def test_a_memory_comes_back_from_a_file(tmp_path: Path) -> None:
     assert (other.uncovered, other.penalty, other.decay) == ("frozen", 2.0, 1.0)
     assert (other.likelihood, type(other.projector)) == (Bernoulli(), SGP)
     assert other.projector.rank == memory.projector.rank
+    with pytest.raises(
+        BecameError, match=r"the projector of the memory in .*memory\.safetensors is SGP, not NSCL; give"
+    ):
+        load(params, file, projector=NSCL())
     with pytest.raises(BecameError, match=r"the memory of another architecture: the memory has no 'w'"):
         load({"w": jnp.ones(3)}, file)
     wider = params | {"last": {"weight": jnp.ones((4, 8)), "bias": jnp.ones(4)}}

@@ -260,6 +260,10 @@ def test_a_memory_comes_back_from_a_file_and_another_architecture_is_refused(tmp
     assert (again.penalty, again.likelihood) == (7.0, learning.likelihood)
     with pytest.raises(BecameError, match=r"another architecture: the memory has no 'dense"):
         Continual.load(row((6,), L.Dense(4)), file)
+    with pytest.raises(
+        BecameError, match=r"the projector of the memory in .*memory\.safetensors is GPM, not SGP; give"
+    ):
+        Continual.load(perceptron(), file, projector=SGP())
 
 
 class _Sequence(keras.utils.PyDataset):  # type: ignore[misc, unused-ignore] # Keras is taken as untyped

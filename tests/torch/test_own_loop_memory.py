@@ -240,6 +240,21 @@ def test_a_memory_comes_back_from_a_file(tmp_path: Path) -> None:
     assert Continual.load(model, file, likelihood=functional.cross_entropy).coverage.share("protected") > 0
 
 
+def test_a_projector_of_another_class_than_the_memorys_is_refused(tmp_path: Path) -> None:
+    model, file = new_network("perceptron"), tmp_path / "memory.safetensors"
+    learning = Continual(model, projector=GPM())
+    learning.remember(new_data(1))
+    learning.save(file)
+    with pytest.raises(
+        BecameError, match=r"the projector of the memory in .*memory\.safetensors is GPM, not NSCL; give"
+    ):
+        Continual.load(model, file, projector=NSCL())
+    loaded = Continual.load(model, file, projector=GPM(0.5))
+    assert loaded.projector.rank == learning.projector.rank
+    assert isinstance(loaded.projector, GPM)
+    assert loaded.projector.threshold == 0.5
+
+
 @pytest.mark.parametrize("error", [SafetensorError("I/O error: no space is left"), OSError(28, "No space left")])
 def test_a_save_that_fails_leaves_the_memory_that_was_saved_before(
     error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
