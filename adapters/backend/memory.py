@@ -48,8 +48,8 @@ def check_settings(projector: Projector, uncovered: str, penalty: float, decay: 
     if not 0 <= decay <= 1:
         raise BecameError(f"the decay is {decay}; it must be in [0, 1].")
     own = type(projector)
-    steps_alone = own.begin_task is Projector.begin_task and own.stages == 1 and not own.protects_all
-    if not steps_alone:
+    steps_alone = own.begin_task is Projector.begin_task and own.stages == 1
+    if not steps_alone or own.protects_all or own.own_rank:
         raise BecameError(
             f"{own.__name__} does more than to project steps, which a loop of your own cannot do for it; choose GPM, "
             "SGP or NSCL."

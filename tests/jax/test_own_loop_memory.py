@@ -20,7 +20,7 @@ from adapters.jax.own_loop import merge, projected
 from became_core import BecameError
 from became_core.arrays import named_leaves
 from became_core.curvature import Bernoulli, Categorical
-from became_core.projection import NSCL, SGP, TRGP
+from became_core.projection import NSCL, SGP, TRGP, InfLoRA, OLoRA
 from tests.jax.own_loop import (
     CLASSES,
     HIDDEN,
@@ -229,8 +229,9 @@ def test_what_cannot_be_done_is_said_in_a_sentence() -> None:
         go([{"x": batches[0][0]}])
     with pytest.raises(BecameError, match="a batch is a ndarray; give pairs"):
         go([batches[0][0]])
-    with pytest.raises(BecameError, match="TRGP does more than to project steps"):
-        go(batches, projector=TRGP())
+    for projector in (TRGP(), OLoRA(), InfLoRA()):
+        with pytest.raises(BecameError, match=f"{type(projector).__name__} does more than to project steps"):
+            go(batches, projector=projector)
     with pytest.raises(BecameError, match="there is no likelihood 'poisson'"):
         go(batches, "poisson")
     with pytest.raises(BecameError, match="the penalty is nan"):

@@ -9,7 +9,7 @@ import tensorflow as tf
 
 from adapters.tensorflow import Continual
 from became_core import BecameError
-from became_core.projection import GPM
+from became_core.projection import GPM, TRGP, InfLoRA, OLoRA
 from tests.tensorflow.own_loop import CLASSES, L, compiled, fit, new_data, perceptron
 
 pytestmark = pytest.mark.usefixtures("in_double_precision")
@@ -104,6 +104,9 @@ def test_what_cannot_be_done_is_said_in_a_sentence() -> None:
         Continual(keras.Sequential([L.Dense(2)]))
     with pytest.raises(BecameError, match="needs a label for each row of logits"):
         learning.remember([(np.zeros((4, 6)), np.zeros((4, 2), np.int64))])
+    for projector in (TRGP(), OLoRA(), InfLoRA()):
+        with pytest.raises(BecameError, match=f"{type(projector).__name__} does more than to project steps"):
+            Continual(perceptron(), projector=projector)
     with pytest.raises(BecameError, match="the loss is a sum over samples"):
         Continual(model, keras.losses.SparseCategoricalCrossentropy(reduction="sum"))
     with pytest.raises(BecameError, match="a function of Keras has the targets first"):

@@ -13,7 +13,7 @@ from torch.nn import functional
 from adapters.torch import Continual
 from became_core import BecameError
 from became_core.curvature import Categorical
-from became_core.projection import TRGP
+from became_core.projection import TRGP, InfLoRA, OLoRA
 from tests.torch.modules import CLASSES, WIDTH
 from tests.torch.own_loop import new_data, new_network, train
 from tests.torch.own_models import Of
@@ -361,8 +361,9 @@ def test_what_cannot_be_done_is_said_in_a_sentence() -> None:
     other = torch.optim.SGD(nn.Linear(1, 1).parameters(), 0.1)
     with pytest.raises(BecameError, match="steps no parameter of the model"), learning.stable(other):
         pass
-    with pytest.raises(BecameError, match="TRGP does more than to project steps"):
-        Continual(model, projector=TRGP())
+    for projector in (TRGP(), OLoRA(), InfLoRA()):
+        with pytest.raises(BecameError, match=f"{type(projector).__name__} does more than to project steps"):
+            Continual(model, projector=projector)
     with pytest.raises(BecameError, match="there is no likelihood 'poisson'"):
         Continual(model, "poisson")
     with pytest.raises(BecameError, match="the penalty is nan"):
