@@ -21,7 +21,16 @@ from became_core.curvature import LIKELIHOODS
 from became_core.errors import first_line
 from became_core.projection import PROJECTORS, Projector
 
-__all__ = ["Stored", "check_description", "described", "memory_arrays", "read_memory", "restored", "written"]
+__all__ = [
+    "Stored",
+    "check_description",
+    "described",
+    "memory_arrays",
+    "read_memory",
+    "restored",
+    "understood",
+    "written",
+]
 
 # The format of a memory, and that of one which is calibrated across tasks, which earlier versions do not know.
 FORMAT, ACROSS = 1, 2
@@ -97,6 +106,25 @@ def written(file: str | Path) -> Iterator[Path]:
         raise BecameError(f"could not write {file}: {getattr(error, 'strerror', None) or first_line(error)}.") from None
 
 
+@contextmanager
+def understood(file: str | Path) -> Iterator[None]:
+    """Say in one sentence what a memory's file lacks, or has in another form, where that is found while it is read.
+
+    Args:
+        file: what the message calls it.
+
+    Raises:
+        BecameError: in place of the error that what is missing or malformed has caused.
+    """
+    try:
+        yield
+    except BecameError:
+        raise
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        what = f"it has no {error}" if isinstance(error, KeyError) else first_line(error)
+        raise BecameError(f"{file} is no memory that Continual.save wrote ({what}).") from None
+
+
 def read_memory(file: str | Path, framework: str) -> tuple[dict[str, Any], dict[str, Array]]:
     """Return what a memory's file says, and its arrays, which stay as they are if the file is written again.
 
@@ -108,13 +136,13 @@ def read_memory(file: str | Path, framework: str) -> tuple[dict[str, Any], dict[
         BecameError: if it is no memory.
     """
     try:
-        with safe_open(str(file), framework) as opened:
+        with understood(file), safe_open(str(file), framework) as opened:
             description = json.loads((opened.metadata() or {})["became"])
             names = list(opened.keys())
             # Of some versions of safetensors what is read is the file itself, as the system has mapped it.
             return description, {name: _copied(opened.get_tensor(name)) for name in names}
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
-        raise BecameError(f"{file} is no memory that Continual.save wrote ({error}).") from None
+    except (OSError, SafetensorError) as error:
+        raise BecameError(f"{file} is no memory that Continual.save wrote ({first_line(error)}).") from None
 
 
 def _copied(array: Array) -> Array:
@@ -143,12 +171,13 @@ class Stored(NamedTuple):
 
 def check_description(file: str | Path, description: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]) -> None:
     """Raise a BecameError if a file has another format, or is the memory of another architecture."""
-    if description.get("format") not in (FORMAT, ACROSS):
-        raise BecameError(
-            f"{file} is a memory of format {description.get('format')}, and this version reads formats {FORMAT} and "
-            f"{ACROSS}; load it with the version that saved it."
-        )
-    differs = first_difference(shapes, description["parameters"])
+    with understood(file):
+        if description.get("format") not in (FORMAT, ACROSS):
+            raise BecameError(
+                f"{file} is a memory of format {description.get('format')}, and this version reads formats {FORMAT} "
+                f"and {ACROSS}; load it with the version that saved it."
+            )
+        differs = first_difference(shapes, description["parameters"])
     if differs:
         raise BecameError(f"{file} is the memory of another architecture: {differs}.")
 
@@ -170,13 +199,33 @@ def restored(
         settings: what shall be otherwise than in the file, or is not in it.
 
     Raises:
-        BecameError: if it has another format, or is the memory of another architecture, or of a loss that is not given,
-            or has a projector of another class or another calibration than a setting says.
+        BecameError: if something is missing or malformed, if it has another format, or is the memory of another
+            architecture, or of a loss that is not given, or has a projector of another class or another calibration
+            than a setting says.
     """
     check_description(file, description, shapes)
-    own = {key: description[key] for key in ("uncovered", "penalty", "decay", "fisher")}
+    with understood(file):
+        own = _settings(file, description, settings)
+        parts = _parts(arrays)
+        across = None
+        if description["format"] == ACROSS:
+            across = AcrossTasks(parts["movement"], parts["following"] or None, description["kappa"])
+        projector = _projector(file, description, settings.get("projector")).with_arrays(parts["projector"])
+        posterior = LaplacePosterior(parts["mean"], Diagonal(parts["fisher"]))
+        measured = frozenset(description.get("measured", parts["fisher"]))
+        return Stored(posterior, dict(description["matrices"]), measured, across, own | {"projector": projector})
+
+
+def _settings(file: str | Path, description: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of a memory but for its projector; those that are given in place of the file's.
+
+    Raises:
+        BecameError: if the memory is of a loss that is not given, or has another calibration than a setting says.
+    """
+    own = {key: description[key] for key in ("uncovered", "fisher")}
+    own |= {key: float(description[key]) for key in ("penalty", "decay")}
     own["calibration"] = "across" if description["format"] == ACROSS else None
-    if settings.get("calibration", own["calibration"]) != own["calibration"]:
+    if given.get("calibration", own["calibration"]) != own["calibration"]:
         how = "calibrated" if own["calibration"] else "not calibrated"
         raise BecameError(
             f"the memory in {file} is {how} across tasks; leave calibration= out, or remember the old data anew."
@@ -186,20 +235,20 @@ def restored(
     if name in named:
         values = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
         own["likelihood"] = named[name](**values)
-    elif "likelihood" not in settings:
+    elif "likelihood" not in given:
         raise BecameError(f"{file} was made with a loss of your own; give it as likelihood=.")
+    return own | dict(given)
+
+
+def _parts(arrays: Mapping[str, Array]) -> dict[str, Params]:
+    """Return the arrays of a file by their part of the memory, and by name; raises a ValueError for another part."""
     parts: dict[str, Params] = {"mean": {}, "fisher": {}, "projector": {}, "movement": {}, "following": {}}
     for key, value in arrays.items():
         part, _, name = key.partition(".")
+        if part not in parts:
+            raise ValueError(f"it has an array '{key}'")
         parts[part][name] = value
-    across = None
-    if description["format"] == ACROSS:
-        across = AcrossTasks(parts["movement"], parts["following"] or None, description["kappa"])
-    projector = _projector(file, description, settings.get("projector")).with_arrays(parts["projector"])
-    posterior = LaplacePosterior(parts["mean"], Diagonal(parts["fisher"]))
-    measured = frozenset(description.get("measured", parts["fisher"]))
-    settings = own | dict(settings) | {"projector": projector}
-    return Stored(posterior, dict(description["matrices"]), measured, across, settings)
+    return parts
 
 
 def _projector(file: str | Path, description: Mapping[str, Any], given: Projector | None) -> Projector:

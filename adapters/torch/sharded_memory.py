@@ -23,7 +23,7 @@ from uuid import uuid4
 import torch
 from torch import Tensor
 
-from adapters.backend.memory_file import check_description
+from adapters.backend.memory_file import check_description, understood
 from adapters.runs.files import DamagedError, read_sealed, write_sealed
 from adapters.torch.shared_model import SharedModel, own_part
 from became_core import BecameError
@@ -95,19 +95,18 @@ def read_shards(
     try:
         if not folder.is_dir():
             raise BecameError(f"{here} does not see {folder}; give a folder on a disk that all processes share.")
-        manifest = _manifest(folder)
-        check_description(folder, manifest["memory"], shapes)
-        for key, (dtype, shape) in manifest["arrays"].items():
-            part, _, name = key.partition(".")
-            own = part == "projector"
-            like = parameters.get(name.partition(".")[2] if own else name)
-            state[key] = _empty(shape, getattr(torch, dtype), like, whole=own)
+        with understood(folder):
+            manifest = _manifest(folder)
+            check_description(folder, manifest["memory"], shapes)
+            for key, (dtype, shape) in manifest["arrays"].items():
+                part, _, name = key.partition(".")
+                own = part == "projector"
+                like = parameters.get(name.partition(".")[2] if own else name)
+                state[key] = _empty(shape, getattr(torch, dtype), like, whole=own)
     except BecameError as error:
         problem = str(error)
     except OSError as error:
         problem = f"{here} could not read {folder}: {error.strerror}."
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        problem = f"{folder} is no memory that Continual.save wrote ({first_line(error)})."
     all_agree(shared, problem)
     with _one_sentence(f"could not read {folder}"), _alone(shared) as where:
         load(state, storage_reader=reader(str(folder / manifest["shards"])), **where)

@@ -3,7 +3,7 @@
 import json
 import math
 from collections import UserDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -253,6 +253,60 @@ def test_a_projector_of_another_class_than_the_memorys_is_refused(tmp_path: Path
     assert loaded.projector.rank == learning.projector.rank
     assert isinstance(loaded.projector, GPM)
     assert loaded.projector.threshold == 0.5
+
+
+MALFORMED: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
+    "no object": (lambda _: [], "'list' object has no attribute 'get'"),
+    "no parameters": (lambda memory: {**memory, "parameters": 5}, "'int' is not"),
+    "no matrices": (lambda memory: {key: memory[key] for key in memory if key != "matrices"}, "it has no 'matrices'"),
+    "no penalty": (lambda memory: {**memory, "penalty": None}, "not 'NoneType'"),
+    "no decay": (lambda memory: {key: memory[key] for key in memory if key != "decay"}, "it has no 'decay'"),
+    "a likelihood with another field": (
+        lambda memory: {**memory, "likelihood": ["Categorical", {"heat": 1.0}]},
+        "unexpected keyword argument 'heat'",
+    ),
+    "a likelihood in another form": (lambda memory: {**memory, "likelihood": 3}, "cannot unpack"),
+    "a projector with another field": (
+        lambda memory: {**memory, "projector": ["gpm", {"heat": 1.0}]},
+        "unexpected keyword argument 'heat'",
+    ),
+    "a projector without settings": (lambda memory: {**memory, "projector": ["gpm"]}, "not enough values"),
+    "a calibration without a number": (lambda memory: {**memory, "format": 2}, "it has no 'kappa'"),
+}
+
+
+@pytest.mark.parametrize("name", MALFORMED)
+def test_a_file_that_says_too_little_or_something_else_is_refused_by_its_name(name: str, tmp_path: Path) -> None:
+    changed, message = MALFORMED[name]
+    model, file = new_network("perceptron"), tmp_path / "memory.safetensors"
+    learning = Continual(model, check=False)
+    learning.remember(new_data(1))
+    learning.save(file)
+    with safe_open(file, "pt") as opened:
+        memory = json.loads(opened.metadata()["became"])
+    save_file(load_file(file), file, {"became": json.dumps(changed(memory))})
+    with pytest.raises(
+        BecameError, match=rf"memory\.safetensors is no memory that Continual\.save wrote \(.*{message}"
+    ):
+        Continual.load(model, file)
+
+
+def test_a_file_without_a_description_or_with_other_arrays_is_refused_by_its_name(tmp_path: Path) -> None:
+    model, file = new_network("perceptron"), tmp_path / "memory.safetensors"
+    learning = Continual(model, check=False)
+    learning.remember(new_data(1))
+    learning.save(file)
+    with safe_open(file, "pt") as opened:
+        metadata = opened.metadata()
+    arrays = load_file(file)
+    for content, description, message in (
+        (arrays, {}, "it has no 'became'"),
+        (arrays, {"became": "{"}, "Expecting property name"),
+        (arrays | {"other.weight": torch.ones(1)}, metadata, r"it has an array 'other\.weight'"),
+    ):
+        save_file(content, file, description)
+        with pytest.raises(BecameError, match=rf"memory\.safetensors is no memory that .* \({message}"):
+            Continual.load(model, file)
 
 
 @pytest.mark.parametrize("error", [SafetensorError("I/O error: no space is left"), OSError(28, "No space left")])
