@@ -24,7 +24,7 @@ from adapters.backend.memory import (
     held_by_curvature,
 )
 from adapters.backend.memory_file import Stored, described, memory_arrays
-from adapters.backend.merging import ModelData, TaskLoss, merge_report
+from adapters.backend.merging import ModelData, TaskLoss, check_trace, merge_report
 from adapters.backend.own_loop import Coverage, MergeReport, NetworkCheck, Uncovered, coverage_of
 from became_core import BecameError, LaplacePosterior, merge
 from became_core.arrays import Array, Params
@@ -272,6 +272,7 @@ class ContinualModel(ABC):
             others: begins the message if other parameters are trained now.
         """
         self._check_not_stable("a merge")
+        check_trace(trace)
         if self._theta_gp is None or self.posterior is None:
             raise BecameError(
                 "a merge is of two models; train in learning.stable(...), and then in learning.plastic()."

@@ -15,7 +15,7 @@ from became_core import BecameError, Diagonal, LaplacePosterior, Quadratic, merg
 from became_core.arrays import Array, Params, difference, namespace
 from became_core.laplace import Estimator, MergeSubspace
 
-__all__ = ["ModelData", "TaskData", "TaskLoss", "by_slopes", "merge_report"]
+__all__ = ["ModelData", "TaskData", "TaskLoss", "by_slopes", "check_trace", "merge_report"]
 
 # The part of the way along a direction at whose two sides slopes are taken.
 STEP = 0.01
@@ -163,6 +163,12 @@ def by_slopes(
     return Quadratic(slope(theta, directions), (curvature + xp.matrix_transpose(curvature)) / 2)
 
 
+def check_trace(trace: int) -> None:
+    """Raise a BecameError if a path of so many points has not both ends."""
+    if trace < 0 or trace == 1:
+        raise BecameError(f"trace is {trace}; give at least 2 points, both ends among them, or 0 for none.")
+
+
 def merge_report(
     estimator: Estimator, posterior: LaplacePosterior, theta_gp: Params, new: TaskLoss, trace: int
 ) -> MergeReport:
@@ -173,7 +179,8 @@ def merge_report(
         posterior: the old tasks' loss; of parameters that it does not know it says nothing.
         theta_gp: the stable weights.
         new: the new task's loss at the plastic weights, of the same names.
-        trace: at how many alphas the true loss of the new data is measured, both ends among them; 0 for none.
+        trace: at how many alphas the true loss of the new data is measured, both ends among them; 0 for none. It has
+            passed ``check_trace``, before anything is measured.
 
     Raises:
         BecameError: if weights, or what is measured of the new data, are not finite.
@@ -191,7 +198,7 @@ def merge_report(
     alpha = float(quadratic.minimiser("box")[0])
     if not math.isfinite(alpha):
         raise BecameError("the loss of the new data is not finite along the way; look for NaN in the batches.")
-    points = [index / (trace - 1) for index in range(trace)] if trace > 1 else [alpha] * trace
+    points = [index / (trace - 1) for index in range(trace)] if trace else []
     return MergeReport(
         alpha=alpha,
         slopes=(float(quadratic.slope_at(0.0)[0]), float(quadratic.slope_at(1.0)[0])),

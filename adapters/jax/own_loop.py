@@ -24,7 +24,7 @@ from jax import numpy as jnp
 from adapters.backend import memory as shared
 from adapters.backend.batches import repeatable
 from adapters.backend.calibration import estimator_for
-from adapters.backend.merging import TaskLoss, merge_report
+from adapters.backend.merging import TaskLoss, check_trace, merge_report
 from adapters.backend.own_loop import MergeReport
 from adapters.jax.data_loss import DataLoss, moments_of
 from adapters.jax.memory import Memory, copied
@@ -240,7 +240,8 @@ def merge(
         progress: whether a terminal shows how far a pass is.
 
     Raises:
-        BecameError: if a tree is not of the memory's architecture, or a batch cannot be used.
+        BecameError: if a tree is not of the memory's architecture, one point alone is to be traced, or a batch
+            cannot be used.
 
     Examples:
         >>> from adapters.jax.memory import remember
@@ -254,6 +255,7 @@ def merge(
         >>> report.curvature
         'the diagonal Fisher information'
     """
+    check_trace(trace)
     data = DataLoss(apply, theta_hat, memory.likelihood, fisher=memory.fisher, checks=check, shows=progress)
     stable = {name: jnp.asarray(value) for name, value in trained_of(theta_gp).items()}
     memory.check(stable)

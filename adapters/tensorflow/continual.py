@@ -227,8 +227,8 @@ class Continual(ContinualModel):
                 they stay those of the plastic model if not given.
 
         Raises:
-            BecameError: if there was no stable training since the last memory, or batches cannot be used; the model is
-                as it was then, and can be merged again.
+            BecameError: if there was no stable training since the last memory, one point alone is to be traced, or
+                batches cannot be used; the model is as it was then, and can be merged again.
         """
         self._data.retrace()
         return self._merge(batches, trace, statistics, "other variables are trainable")

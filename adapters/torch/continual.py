@@ -239,8 +239,8 @@ class Continual(ContinualModel):
                 they stay those of the plastic model if not given.
 
         Raises:
-            BecameError: if there was no stable training since the last memory, or batches cannot be used; the model is
-                as it was then, and can be merged again.
+            BecameError: if there was no stable training since the last memory, one point alone is to be traced, or
+                batches cannot be used; the model is as it was then, and can be merged again.
         """
         if statistics is not None and self._data.shared.count > 1:
             raise BecameError(

@@ -222,6 +222,15 @@ def test_what_is_not_finite_is_named_and_not_merged() -> None:
         merge(perceptron, memory, params, plastic, batches, check=False)
 
 
+@pytest.mark.parametrize("trace", [1, -1])
+def test_a_trace_without_both_ends_is_refused_before_a_batch_is_read(trace: int) -> None:
+    params, batches, memory = new_weights(), iter(new_data(2)), remembered()
+    plastic = jax.tree.map(lambda value: value + 0.1, params)
+    with pytest.raises(BecameError, match=f"trace is {trace}; give at least 2 points, both ends among them, or 0"):
+        merge(perceptron, memory, params, plastic, batches, trace=trace)
+    assert len(list(batches)) == len(new_data(2))
+
+
 def test_a_merge_of_a_model_with_itself_is_refused() -> None:
     """As nnx gives it, whose optimizer changes the variables that a split returned."""
     params = new_weights()

@@ -56,6 +56,20 @@ def test_the_merge_is_the_minimum_that_brute_force_finds(name: str) -> None:
         learning.merge(new)
 
 
+@pytest.mark.parametrize("trace", [1, -1])
+def test_a_trace_without_both_ends_is_refused_before_a_batch_is_read(trace: int) -> None:
+    model, batches = new_network("perceptron"), iter(new_data(2))
+    learning = Continual(model, check=False)
+    learning.remember(new_data(1))
+    with learning.stable(torch.optim.SGD(model.parameters(), 0.1)):
+        pass
+    with learning.plastic():
+        pass
+    with pytest.raises(BecameError, match=f"trace is {trace}; give at least 2 points, both ends among them, or 0"):
+        learning.merge(batches, trace=trace)
+    assert len(list(batches)) == len(new_data(2))
+
+
 def test_it_merges_by_the_papers_form_unless_told_otherwise() -> None:
     model, old, new = new_network("perceptron"), new_data(1, 4, 8), new_data(2, 4, 8)
     optimizer = torch.optim.AdamW(model.parameters(), 0.02)
