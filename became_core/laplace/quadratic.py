@@ -170,7 +170,10 @@ class Quadratic:
 
     def predicted_gain(self, constraint: Constrained = "box") -> Array:
         """Return how much smaller the loss is at the minimiser than at a = 0, a 0-d array, at least 0 in the box."""
-        return -self.value(self.minimiser(constraint))
+        value = self.value(self.minimiser(constraint))
+        xp = namespace(value=value)
+        # The negative of 0.0 is -0.0, and TensorFlow takes 0 - value for the negative.
+        return xp.where(value == 0, xp.zeros_like(value), -value)
 
     def _point(self, a: Any) -> Array:
         if not isinstance(a, int | float):

@@ -155,6 +155,11 @@ def test_values_go_in_and_come_out(backend: str, xp: Any) -> None:
     assert float(again.loss(to_xp(xp, HAT))) > 0
 
 
+def test_a_gain_of_nothing_is_no_negative_zero_when_compiled(backend: str, xp: Any) -> None:
+    function = compiled(backend, lambda b, c: Quadratic(b, c).predicted_gain("box"))
+    assert str(float(function(xp.asarray([1.0]), xp.asarray([[4.0]])))) == "0.0"
+
+
 def test_nothing_is_checked_under_a_trace_but_structure(backend: str, xp: Any) -> None:
     bad = to_xp(xp, {name: -value - 1 for name, value in OLD.items()})
     arguments = [*given(xp, (GP, HAT)), bad, to_xp(xp, NEW)]
