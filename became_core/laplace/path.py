@@ -3,6 +3,7 @@
 Convention: losses are those of whatever callable traced them; a quadratic is compared up to a constant, at alpha = 0.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -15,7 +16,7 @@ from became_core.errors import BecameError
 from became_core.laplace.merge import merge
 from became_core.laplace.quadratic import Quadratic
 
-__all__ = ["PathReport", "TracedPath", "compare", "trace_path"]
+__all__ = ["PathReport", "TracedPath", "compare", "finite_losses", "trace_path"]
 
 
 class TracedPath(NamedTuple):
@@ -35,6 +36,25 @@ def trace_path(loss: Callable[[Tree], Any], theta_gp: Tree, theta_hat: Tree, alp
         alphas: where to look; a grid over [0, 1], or beyond.
     """
     return TracedPath(alphas, [loss(merge(theta_gp, theta_hat, alpha)) for alpha in alphas])
+
+
+def finite_losses(traced: TracedPath) -> list[float]:
+    """Return the losses along a path as numbers.
+
+    Args:
+        traced: numbers, or 0-d arrays.
+
+    Raises:
+        BecameError: if one of them is infinite or not a number, which has no place among others.
+    """
+    losses = [float(value) for value in traced.values]
+    for alpha, loss in zip(traced.alphas, losses, strict=True):
+        if not math.isfinite(loss):
+            raise BecameError(
+                f"the loss at alpha = {float(alpha):g} is {loss}; it must be finite, so look for NaN in the data and "
+                "the weights."
+            )
+    return losses
 
 
 @dataclass(frozen=True)
@@ -75,12 +95,13 @@ def compare(quadratic: Quadratic, traced: TracedPath) -> PathReport:
         traced: numbers, or 0-d arrays, at three or more ascending points.
 
     Raises:
-        BecameError: if the quadratic has several directions, or there are too few points or not in order.
+        BecameError: if the quadratic has several directions, there are too few points or not in order, or a loss is not
+            finite.
     """
     if quadratic.directions != 1:
         raise BecameError(f"a path has one direction; the quadratic has {quadratic.directions}.")
     alphas = np.asarray(traced.alphas, dtype=float)
-    losses = np.array([float(value) for value in traced.values])
+    losses = np.array(finite_losses(traced))
     if len(alphas) < 3 or np.any(np.diff(alphas) <= 0):
         raise BecameError("a path is compared at three or more points in ascending order.")
     slope, curvature = float(quadratic.slope[0]), float(quadratic.curvature[0, 0])

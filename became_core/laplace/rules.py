@@ -48,7 +48,7 @@ from became_core.errors import BecameError
 from became_core.laplace.estimators import Estimator, LocalLoss, MergeSubspace, Secant
 from became_core.laplace.expansion import Per, group_directions, group_names, group_of
 from became_core.laplace.merge import combine, merge, scalar
-from became_core.laplace.path import trace_path
+from became_core.laplace.path import finite_losses, trace_path
 from became_core.laplace.quadratic import Quadratic
 from became_core.laplace.restricted import restricted
 
@@ -308,13 +308,13 @@ class GridSearch(MergeRule):
         """Return the best of the segment's grid points.
 
         Raises:
-            BecameError: if there are not two models, or fewer than two points.
+            BecameError: if there are not two models, the grid has no two ends, or a loss is not finite.
         """
         first, second = two_of(models, "a grid search")
         if self.points < 2:
             raise BecameError(f"a grid of {self.points} points has no ends; give at least 2.")
         alphas = [index / (self.points - 1) for index in range(self.points)]
-        values = [float(value) for value in trace_path(self.loss, first, second, alphas).values]
+        values = finite_losses(trace_path(self.loss, first, second, alphas))
         best = alphas[values.index(min(values))]
         return Merged(merge(first, second, best), _array(best, first))
 

@@ -103,3 +103,5 @@ def test_paths_that_cannot_be_compared(xp: Any) -> None:
         compare(quadratic, TracedPath([0.0, 1.0, 0.5], [1.0, 2.0, 2.0]))
     with pytest.raises(BecameError, match="a path has one direction; the quadratic has 2"):
         compare(Quadratic(xp.zeros((2,)), xp.zeros((2, 2))), TracedPath([0.0, 0.5, 1.0], [1.0] * 3))
+    with pytest.raises(BecameError, match=r"the loss at alpha = 0\.5 is nan; it must be finite"):
+        compare(quadratic, TracedPath([0.0, 0.5, 1.0], [1.0, xp.asarray(float("nan")), 1.0]))

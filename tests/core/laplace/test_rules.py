@@ -213,6 +213,15 @@ def test_what_cannot_be_merged_is_said(xp: Any) -> None:
         GridSearch(lambda theta: 0.0, points=1).merge([model] * 2, [])
 
 
+@pytest.mark.parametrize(("broken", "value"), [(0.0, float("nan")), (0.5, float("inf"))])
+def test_a_loss_that_is_not_finite_is_named_by_its_alpha(xp: Any, broken: float, value: float) -> None:
+    def loss(theta: Any) -> float:
+        return value if float(theta["w"]) == broken else 1.0
+
+    with pytest.raises(BecameError, match=f"the loss at alpha = {broken:g} is {value}; it must be finite"):
+        GridSearch(loss, points=3).merge([{"w": xp.asarray(0.0)}, {"w": xp.asarray(1.0)}], [])
+
+
 @pytest.mark.parametrize(
     "rule", [Became(), Became(DiagonalFisher()), Became(PaperClosedForm()), ModeIMM(), FisherMerge(), BecameCurve()]
 )
