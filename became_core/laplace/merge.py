@@ -93,7 +93,7 @@ def optimal_alpha(
     if left_out:
         map_leaves(lambda *leaves: leaves[0], theta_gp, theta_hat)  # whose structures must be equal all the same
         theta_gp, theta_hat, fisher_old, fisher_new, gradient, mean = (
-            tree if tree is None or isinstance(tree, Precision) else _without(left_out, tree)
+            None if tree is None else _without(left_out, tree)
             for tree in (theta_gp, theta_hat, fisher_old, fisher_new, gradient, mean)
         )
     arguments: dict[str, Any] = {
@@ -146,7 +146,9 @@ def _integer_test() -> Callable[[Any], bool]:
     return holds_integers
 
 
-def _without(paths: Set[str], tree: Tree) -> dict[str, Array]:
+def _without(paths: Set[str], tree: Fisher) -> Fisher:
+    if isinstance(tree, Precision):
+        return tree.restricted(tree.covered().keys() - paths)
     return {path: leaf for path, leaf in named_leaves(tree).items() if path not in paths}
 
 

@@ -87,6 +87,24 @@ class Precision(ABC):
         """
         return self._mapped(noise, self._coloured, "noise")
 
+    def restricted(self, names: Collection[str]) -> "Precision":
+        """Return P for directions along some parameters alone: its rows and columns of these, among those it covers.
+
+        Args:
+            names: of the parameters that are kept; those that it does not cover have no effect.
+
+        Raises:
+            BecameError: if it covers none of them.
+        """
+        covered = self.covered()
+        kept = [name for name in covered if name in names]
+        if not kept:
+            raise BecameError(
+                f"the precision covers {', '.join(covered) or 'no parameter'} alone, and none of the parameters that "
+                "are kept; give one that covers some of them."
+            )
+        return self if len(kept) == len(covered) else self._restricted(kept)
+
     @abstractmethod
     def diagonal(self) -> Params:
         """Return the diagonal of P, for the parameters that are covered."""
@@ -193,6 +211,15 @@ class Precision(ABC):
     def _split(self, names: Collection[str]) -> "tuple[Precision, Precision] | None":
         """The parts for these parameters and for the others, if P is block-diagonal by parameter."""
         return None
+
+    def _restricted(self, names: Collection[str]) -> "Precision":
+        """As ``restricted``, for some of the parameters that it covers, and not all."""
+        split = self._split(names)
+        if split is not None:
+            return split[0]
+        from became_core.precision.dense import Dense  # here, because it is itself a precision
+
+        return Dense.of(self)._restricted(names)
 
     def _joint(self) -> Iterable[str]:
         """Parameters that P couples with others, which a vector may therefore not lack."""

@@ -3,7 +3,7 @@
 Convention: rows and columns are the parameters sorted by name, each flattened row by row.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, ClassVar
@@ -160,6 +160,12 @@ class Dense(Precision):
         dtype = xp.result_type(*(array.dtype for array in arrays))
         left, right = (embedded(xp, one._matrix(xp, dtype), one.covered(), total) for one in (self, other))
         return Dense(left + right, total)
+
+    def _restricted(self, names: Collection[str]) -> "Dense":
+        xp, _ = self._common([], ())
+        own = self.covered()
+        kept = {name: own[name] for name in own if name in names}
+        return Dense(embedded(xp, self.matrix, own, kept), kept)
 
     def _joint(self) -> Iterable[str]:
         return self.shapes

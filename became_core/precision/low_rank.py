@@ -7,7 +7,7 @@ and C = I + W^T D^-1 W [r, r], all that needs an inverse is exact (Woodbury; the
     log det = log det D + log det C
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,18 @@ from became_core.errors import BecameError
 from became_core.precision.base import Precision
 from became_core.precision.diagonal import Diagonal
 from became_core.precision.sums import Isotropic
-from became_core.precision.vectors import Rows, Shape, amount_in, check_amount, flat, identity, size, whole, wide
+from became_core.precision.vectors import (
+    Rows,
+    Shape,
+    amount_in,
+    check_amount,
+    flat,
+    identity,
+    parted,
+    size,
+    whole,
+    wide,
+)
 
 __all__ = ["LowRank"]
 
@@ -191,6 +202,10 @@ class LowRank(Precision):
             factors[name] = xp.concat(columns, axis=-1)
         scales = xp.concat([wide(xp, one.scales, dtype) for one in (self, other)], axis=0)
         return LowRank(factors, scales, diagonal)  # type: ignore[arg-type]
+
+    def _restricted(self, names: Collection[str]) -> "LowRank":
+        factors, values = (parted(tree, names)[0] for tree in (self.factors, self.diagonal_part.values))
+        return LowRank(factors, self.scales, Diagonal(values))
 
     def _joint(self) -> Iterable[str]:
         return self.covered()

@@ -234,6 +234,10 @@ class Sum(Precision):
         total = self.covered()
         return sum(embedded(xp, term._matrix(xp, dtype), term.covered(), total) for term in self.terms)
 
+    def _restricted(self, names: Collection[str]) -> Precision:
+        terms = tuple(term.restricted(names) for term in self.terms if not term.covered().keys().isdisjoint(names))
+        return terms[0] if len(terms) == 1 else Sum(terms)
+
     def _joint(self) -> Iterable[str]:
         return [name for term in self.terms for name in term._joint()]
 

@@ -152,7 +152,7 @@ def diagonal_matrix(xp: Any, values: Array) -> Array:
 
 
 def embedded(xp: Any, matrix: Array, own: Mapping[str, Shape], total: Mapping[str, Shape]) -> Array:
-    """Return a matrix over parameters as one over more of them, with zeros for those it lacks; both sorted by name."""
+    """Return a matrix over parameters as one over others, sorted by name as it is; zero for those that it lacks."""
     starts = dict(zip(sorted(own), accumulate((size(own[name]) for name in sorted(own)), initial=0), strict=False))
     nothing = matrix.shape[0]  # the index of the row and column of zeros that are put behind the others
     places = [starts[name] + k if name in own else nothing for name in sorted(total) for k in range(size(total[name]))]

@@ -1,6 +1,6 @@
 import re
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import array_api_strict
@@ -10,6 +10,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from became_core import BecameError, combine, merge, optimal_alpha
+from became_core.laplace import Dense, Diagonal, Isotropic, LowRank, Precision, Sum
 from reference.formulas import alpha_in_circulation, alpha_star, brute_force_minimiser, laplace_loss
 from tests.backends import to_numpy, to_xp
 from tests.strategies import Segment, few_if_compiled, segments
@@ -398,6 +399,45 @@ def test_what_no_optimiser_moves_has_no_part_in_alpha(xp: Any, whole: bool) -> N
     by_layer = optimal_alpha(*models, old, new, per="layer")
     assert {name: float(alpha) for name, alpha in by_layer.items()} == {n: 0.75 * n.startswith("bn") for n in models[0]}
     assert int(merge(*models, by_layer)["bn.num_batches_tracked"]) == 7
+
+
+class _Whole(Diagonal):
+    """A diagonal that does not know how to be parted, as a precision of a user's own may not."""
+
+    def _split(self, names: Collection[str]) -> Any:
+        return None
+
+
+@pytest.mark.parametrize("kind", ["diagonal", "whole", "isotropic", "low rank", "dense", "sum"])
+def test_what_no_optimiser_moves_has_no_part_in_alpha_by_a_precision_that_covers_it(xp: Any, kind: str) -> None:
+    models = _state_dict(xp, 1.0, 3), _state_dict(xp, 2.0, 7)
+    named = {"bn.weight": xp.asarray([2.0, 4.0]), "bn.running_var": xp.asarray([5.0, 7.0])}
+    ones = {name: xp.ones((2,)) for name in named}
+    low_rank = LowRank({name: xp.ones((2, 1)) for name in named}, xp.asarray([2.0]), Diagonal(ones))
+    precisions: dict[str, Precision] = {
+        "diagonal": Diagonal(named),
+        "whole": _Whole(named),
+        "isotropic": Isotropic.over(named, 3.0),
+        "low rank": low_rank,
+        "dense": Dense.of(low_rank),
+        "sum": Sum((low_rank, Diagonal({"bn.running_var": named["bn.running_var"]}))),
+    }
+    # delta.P_old.delta, of the weights alone: the sum of a diagonal, or of all entries of 2 [[1, 1], [1, 1]] + I.
+    old = 6.0 if kind in ("diagonal", "whole", "isotropic") else 10.0
+    new = {"bn.weight": xp.asarray([1.0, 1.0])}
+    assert float(optimal_alpha(*models, precisions[kind], new)) == pytest.approx(2 / (old + 2))
+    by_leaf = optimal_alpha(*models, precisions[kind], new, per="leaf")
+    assert {name: float(alpha) for name, alpha in by_leaf.items()} == {
+        name: pytest.approx(2 / (old + 2) * (name == "bn.weight")) for name in models[0]
+    }
+    assert float(optimal_alpha(*models, new, precisions[kind])) == pytest.approx(old / (old + 2))
+
+
+def test_a_precision_of_nothing_that_an_optimiser_moves_is_refused(xp: Any) -> None:
+    models = _state_dict(xp, 1.0, 3), _state_dict(xp, 2.0, 7)
+    statistics = Diagonal({"bn.running_var": xp.ones((2,))})
+    with pytest.raises(BecameError, match=r"the precision covers bn\.running_var alone, and none of the parameters"):
+        optimal_alpha(*models, statistics, {"bn.weight": xp.ones((2,))})
 
 
 def test_sparse_and_masked_arrays_are_refused(backend: str, xp: Any) -> None:
