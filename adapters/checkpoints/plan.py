@@ -162,7 +162,7 @@ class MergePlan:
         out_dtype: the dtype of all merged tensors; without it each has that of the base.
         pad_vocabulary: whether models with fewer tokens take the missing rows from those that have them.
         rank: of LoRA adapters: the rank to compress to; without it the merge is exact and has the sum of the ranks.
-        shard_size: the most bytes of a file.
+        shard_size: the most bytes of a file; of LoRA adapters it has no effect, as a merged adapter is one file.
 
     Example:
         >>> plan = MergePlan((PlannedModel("A.safetensors"), PlannedModel("B.safetensors")), "linear")
