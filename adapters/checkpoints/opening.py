@@ -3,8 +3,7 @@
 Nothing has been written then.
 """
 
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -27,7 +26,7 @@ __all__ = ["open_job"]
 ROWS = 1024
 
 
-def open_job(plan: MergePlan, open_model: Callable[[Path], Checkpoint] = open_checkpoint) -> Job:
+def open_job(plan: MergePlan) -> Job:
     """Return the merge of a plan, with its inputs open.
 
     Raises:
@@ -38,8 +37,8 @@ def open_job(plan: MergePlan, open_model: Callable[[Path], Checkpoint] = open_ch
         _check_needed(model, rule, plan)
     if (rule.needs_fisher or rule.needs_gram) and all(model.weight.is_zero for model in plan.models):
         raise BecameError("all models have the weight 0, so that none counts; give one of them a weight above 0.")
-    base = [] if plan.base_model is None else [open_model(plan.base_model)]
-    checkpoints = [*base, *(open_model(model.model) for model in plan.models)]
+    base = [] if plan.base_model is None else [open_checkpoint(plan.base_model)]
+    checkpoints = [*base, *(open_checkpoint(model.model) for model in plan.models)]
     adapters = _adapters(checkpoints, plan, rule)
     checkpoints = dense(adapters) if adapters else checkpoints
     alignment = align(checkpoints, out_dtype=plan.out_dtype, pad_vocabulary=plan.pad_vocabulary)

@@ -108,16 +108,15 @@ class JaxProcesses(Processes):
         return LostProcessError(self.count, self.timeout) if is_lost else error
 
 
-def run_as_one_of_several(backend: Backend, arguments: list[str] | None = None) -> NoReturn:
+def run_as_one_of_several(backend: Backend) -> NoReturn:
     """Run the command in the first process, and follow it in the others; then end the process.
 
     Args:
         backend: JAX, for one process.
-        arguments: the words of the command; those of this process if None.
     """
     rank = os.environ.get("JAX_PROCESS_ID", os.environ.get("SLURM_PROCID", "0"))
     with ExitStack() as watched:
-        status, all_end = run_in_processes(partial(_met, backend, watched), rank == "0", arguments)
+        status, all_end = run_in_processes(partial(_met, backend, watched), rank == "0")
     sys.stdout.flush()
     sys.stderr.flush()
     if not all_end:
