@@ -60,11 +60,30 @@ def write_pages(into: Path = MADE) -> None:
     shutil.rmtree(into, ignore_errors=True)
     tools = shutil.ignore_patterns("*.py", "*.toml", "__pycache__")
     shutil.copytree(ROOT / "docs", into, ignore=tools)
+    for file in sorted(into.rglob("*.md")):
+        link = _link_from_docs(file.relative_to(into))
+        file.write_text(LINK.sub(link, file.read_text(encoding="utf-8")), encoding="utf-8")
     for page, source in ELSEWHERE.items():
         content = (ROOT / source).read_text(encoding="utf-8")
         (into / page).write_text(LINK.sub(_link_on_site(source), content), encoding="utf-8")
     for file in sorted(into.rglob("*.md")):
         file.write_text(made(file.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+def _link_from_docs(page: Path) -> Callable[[re.Match[str]], str]:
+    """Return the function that rewrites a link of a page of ``docs`` to a file outside, if that file has a page."""
+
+    def link(match: re.Match[str]) -> str:
+        name, target, anchor = match.groups(default="")
+        path = (ROOT / "docs" / page).parent.joinpath(target).resolve()
+        other = (
+            PAGES.get(path.relative_to(ROOT).as_posix()) if path.is_relative_to(ROOT) else None
+        )
+        if other is None:
+            return match[0]
+        return f"[{name}]({'../' * (len(page.parts) - 1)}{other}{anchor})"
+
+    return link
 
 
 def _link_on_site(source: str) -> Callable[[re.Match[str]], str]:
