@@ -145,7 +145,7 @@ def projected(
 
 
 def _is_placeholder(params: Any) -> bool:
-    """Return whether this node without children is no tree of parameters, as optax asks where a state has some."""
+    """Return whether this is a node without children, which optax gives to ask where in a state parameters stand."""
     structure = jax.tree.structure(params)
     return bool(structure.num_nodes == 1 and structure.num_leaves == 0)
 

@@ -57,12 +57,18 @@ def _alpha_by_brute_force(apply: Any, memory: Any, theta_gp: Any, theta_hat: Any
     return min(max(-b / c, 0.0), 1.0)
 
 
+def _two_models() -> tuple[Any, Any, Any]:
+    """Return the memory of old data, and the stable and the plastic weights of a perceptron."""
+    old, new = new_data(1), new_data(2)
+    params = train(perceptron, new_weights(), old, optax.adam(0.02), 10)
+    memory = remember(perceptron, params, old, check=False)
+    theta_gp = train(perceptron, params, new, optax.chain(optax.adam(0.02), projected(memory, 0.02)))
+    return memory, theta_gp, train(perceptron, theta_gp, new, optax.adam(0.02), 20)
+
+
 def test_the_merge_is_the_minimum_that_brute_force_finds() -> None:
-    apply, old, new = perceptron, new_data(1), new_data(2)
-    params = train(apply, new_weights(), old, optax.adam(0.02), 10)
-    memory = remember(apply, params, old, check=False)
-    theta_gp = train(apply, params, new, optax.chain(optax.adam(0.02), projected(memory, 0.02)))
-    theta_hat = train(apply, theta_gp, new, optax.adam(0.02), 20)
+    apply, new = perceptron, new_data(2)
+    memory, theta_gp, theta_hat = _two_models()
     report = merge(apply, memory, theta_gp, theta_hat, iter(new), estimator=Secant(), trace=3)
     expected = _alpha_by_brute_force(apply, memory, theta_gp, theta_hat, new)
     assert report.alpha == pytest.approx(expected, rel=1e-4)
@@ -88,11 +94,8 @@ def test_the_merge_is_the_minimum_that_brute_force_finds() -> None:
 
 
 def test_it_merges_by_the_papers_form_unless_told_otherwise() -> None:
-    apply, first, new = perceptron, new_data(1), new_data(2)
-    params = train(apply, new_weights(), first, optax.adam(0.02), 10)
-    memory = remember(apply, params, first, check=False)
-    theta_gp = train(apply, params, new, optax.chain(optax.adam(0.02), projected(memory, 0.02)))
-    theta_hat = train(apply, theta_gp, new, optax.adam(0.02), 20)
+    apply, new = perceptron, new_data(2)
+    memory, theta_gp, theta_hat = _two_models()
     squares = sample_gradients(cross_entropy, apply, theta_hat, new)
     fisher = {name: (gradients**2).mean(0) for name, gradients in squares.items()}
     precision = memory.posterior.precision.diagonal()

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional
 
 from adapters.torch import Continual
@@ -18,19 +18,25 @@ from tests.torch.oracle import autograd_gradients, secant_by_brute_force
 from tests.torch.own_loop import new_data, new_network, train, whole
 
 
-@pytest.mark.parametrize("name", ["perceptron", "encoder", "GRU", "stored"])
-def test_the_merge_is_the_minimum_that_brute_force_finds(name: str) -> None:
+def two_models(name: str, **settings: Any) -> tuple[nn.Module, Continual, dict[str, Tensor], dict[str, Tensor]]:
+    """Return a network with the plastic weights, what is ready to merge it, and the stable and the plastic weights."""
     model, old, new = new_network(name), new_data(1, 4, 8), new_data(2, 4, 8)
     optimizer = torch.optim.AdamW(model.parameters(), 0.02)
     train(model, optimizer, old, epochs=10)
-    learning = Continual(model, estimator=Secant())
+    learning = Continual(model, **settings)
     learning.remember(iter(old))
     with learning.stable(optimizer):
         train(model, optimizer, new)
     theta_gp = {key: value.detach().clone() for key, value in model.named_parameters()}
     with learning.plastic():
         train(model, optimizer, new, epochs=25)
-    theta_hat = {key: value.detach().clone() for key, value in model.named_parameters()}
+    return model, learning, theta_gp, {key: value.detach().clone() for key, value in model.named_parameters()}
+
+
+@pytest.mark.parametrize("name", ["perceptron", "encoder", "GRU", "stored"])
+def test_the_merge_is_the_minimum_that_brute_force_finds(name: str) -> None:
+    model, learning, theta_gp, theta_hat = two_models(name, estimator=Secant())
+    new = new_data(2, 4, 8)
     b, c = secant_by_brute_force(model, theta_gp, theta_hat, learning, new)
     expected = min(max(-b / c, 0.0), 1.0)
     report = learning.merge(iter(new), trace=3)
@@ -71,17 +77,8 @@ def test_a_trace_without_both_ends_is_refused_before_a_batch_is_read(trace: int)
 
 
 def test_it_merges_by_the_papers_form_unless_told_otherwise() -> None:
-    model, old, new = new_network("perceptron"), new_data(1, 4, 8), new_data(2, 4, 8)
-    optimizer = torch.optim.AdamW(model.parameters(), 0.02)
-    train(model, optimizer, old, epochs=10)
-    learning = Continual(model)
-    learning.remember(old)
-    with learning.stable(optimizer):
-        train(model, optimizer, new)
-    theta_gp = {key: value.detach().clone() for key, value in model.named_parameters()}
-    with learning.plastic():
-        train(model, optimizer, new, epochs=25)
-    theta_hat = {key: value.detach().clone() for key, value in model.named_parameters()}
+    model, learning, theta_gp, theta_hat = two_models("perceptron")
+    new = new_data(2, 4, 8)
     assert learning.posterior is not None
     fisher = {name: gradients.square().mean(0) for name, gradients in autograd_gradients(model, *whole(new)).items()}
     expected = float(optimal_alpha(theta_gp, theta_hat, learning.posterior.precision.diagonal(), fisher))
