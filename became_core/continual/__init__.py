@@ -1,21 +1,20 @@
 """Continual learning: task streams, the base class of learners, methods, and ``learn``, the loop that runs them."""
 
 from became_core.continual.adaptation import Adaptation
-from became_core.continual.callbacks import Callback
-from became_core.continual.changes import BayesianDetector, Detector, PlateauDetector, Reservoir, standardised
-from became_core.continual.data import Augmentation, Dataset, Task, TaskStream, Views
-from became_core.continual.learner import Batch, Learner, TapMode
-from became_core.continual.methods import Method
-from became_core.continual.path_report import Along, alpha_estimates
-from became_core.continual.recipes import (
-    METHODS,
-    MethodRecipe,
+from became_core.continual.building import (
     build_method,
     check_settings,
     method_names,
     method_settings,
     projector_names,
 )
+from became_core.continual.callbacks import Callback
+from became_core.continual.changes import BayesianDetector, Detector, PlateauDetector, Reservoir, standardised
+from became_core.continual.data import Augmentation, Dataset, Task, TaskStream, Views
+from became_core.continual.learner import Batch, Learner, TapMode
+from became_core.continual.methods import Method
+from became_core.continual.path_report import Along, alpha_estimates
+from became_core.continual.recipes import METHODS, MethodRecipe
 from became_core.continual.record import EpochEnd, MergePath, PathPoint, RunRecord, TaskEnd
 from became_core.continual.rng import random_generator
 from became_core.continual.run import learn

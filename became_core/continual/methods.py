@@ -1,6 +1,6 @@
 """What a method is: a value composed of a projector, a penalty and a merging rule, which ``learn`` carries out.
 
-Nothing here knows a method by name; ``recipes`` has the methods that are built by name.
+Nothing here knows a method by name; ``recipes`` has what methods are built from, and ``building`` builds them by name.
 """
 
 from collections.abc import Mapping
