@@ -29,6 +29,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from became_core.continual.methods import Method, Transfer
+from became_core.continual.task_rules import ChosenAlphas, EqualShares, TrueLossGrid
 from became_core.continual.tempering import Tempering
 from became_core.curvature import FisherTargets
 from became_core.errors import BecameError
@@ -44,7 +45,7 @@ from became_core.laplace import (
     PaperClosedForm,
     Secant,
 )
-from became_core.laplace.rules import ChosenAlphas, EqualShares, PerWeight, TrueLossGrid
+from became_core.laplace.rules import PerWeight
 from became_core.registry import Registry, setting
 
 __all__ = [

@@ -18,13 +18,7 @@ a rule that calls another one gets what that one needs.
 | ``BecameCurve`` | the minimum along a curve between two models, in ``bezier`` | |
 | ``GridSearch`` | the best of a grid by a true loss | |
 
-Some rules differ from merge to merge of a continual run; ``for_task`` names the one for a task:
-
-| rule | the merge after task t, counted from 0 | source |
-| --- | --- | --- |
-| ``EqualShares`` | the mean of all t + 1 tasks' models: t / (t + 1) old + 1 / (t + 1) new | Lee 2017, mean-based IMM |
-| ``ChosenAlphas`` | (1 - alpha_t) old + alpha_t new, each alpha_t chosen by hand | CoMA, Marouf 2024 |
-| ``TrueLossGrid`` | the best of an even grid by the true loss of all tasks so far | a bound |
+Rules that differ from merge to merge of a continual run are in ``became_core.continual.task_rules``.
 """
 
 from abc import ABC, abstractmethod
@@ -54,9 +48,7 @@ from became_core.laplace.restricted import restricted
 
 __all__ = [
     "Became",
-    "ChosenAlphas",
     "Equal",
-    "EqualShares",
     "FisherMerge",
     "Fixed",
     "GridSearch",
@@ -64,7 +56,6 @@ __all__ = [
     "MergeRule",
     "Merged",
     "ModeIMM",
-    "TrueLossGrid",
 ]
 
 TrueLoss = Callable[[Params], Any]
@@ -168,7 +159,7 @@ class MeanIMM(MergeRule):
         Raises:
             BecameError: if the mixing has not one non-negative number for each model, or is 0 for all.
         """
-        mixing = _mixing(self.mixing, len(models))
+        mixing = _shares(self.mixing, len(models), "mixing is")
         alpha = mixing[1] if len(models) == 2 else mixing
         return Merged(combine(models, mixing), _array(alpha, models[0]))
 
@@ -190,9 +181,7 @@ class ModeIMM(MergeRule):
             BecameError: if there is not one loss for each model; or if the mixing has not one non-negative number for
                 each, or is 0 for all.
         """
-        check_losses(models, losses)
-        precisions = [diagonal_of(loss, models[0]) for loss in losses]
-        return Merged(precision_weighted_mean(models, precisions, _mixing(self.mixing, len(models))), None)
+        return _mode(models, losses, self.mixing, "mixing is")
 
 
 @dataclass(frozen=True)
@@ -209,10 +198,10 @@ class FisherMerge(MergeRule):
         """Return (sum_k lambda_k F_k)^-1 sum_k lambda_k F_k theta_k.
 
         Raises:
-            BecameError: if there is not one loss for each model; or if the weights, which the message calls the mixing
-                of ``ModeIMM``, are not one non-negative number for each, or are all 0.
+            BecameError: if there is not one loss for each model; or if the weights are not one non-negative number for
+                each, or are all 0.
         """
-        return ModeIMM(self.weights).merge(models, losses)
+        return _mode(models, losses, self.weights, "weights are")
 
 
 @dataclass(frozen=True)
@@ -319,85 +308,6 @@ class GridSearch(MergeRule):
         return Merged(merge(first, second, best), _array(best, first))
 
 
-@dataclass(frozen=True)
-class EqualShares(MergeRule):
-    """Every task's model counts alike in the end: mean-based IMM, one task at a time.
-
-    Lee et al. (NeurIPS 2017, arXiv 1703.08475) merge all tasks' models at once. One task at a time comes to the same:
-    the mean of t + 1 models is that of the first t models' mean, with t shares, and of the last model, with one.
-    """
-
-    needs_losses: ClassVar[bool] = False
-
-    def merge(self, models: Sequence[Params], losses: Sequence[LocalLoss]) -> Merged:
-        """Return the mean, as after the first merge."""
-        return MeanIMM().merge(models, losses)
-
-    def for_task(self, task: int, true_loss: TrueLoss) -> MergeRule:
-        """Return the mean with t shares for the old model and one for the new."""
-        return MeanIMM((float(task), 1.0))
-
-
-@dataclass(frozen=True)
-class ChosenAlphas(MergeRule):
-    """Coefficients chosen by hand, one for each merge.
-
-    Attributes:
-        alphas: the new model's coefficient at the first merge, at the second, and so on; the last one stays.
-
-    Raises:
-        BecameError: if there is none, or one is not in [0, 1].
-    """
-
-    alphas: tuple[float, ...]
-
-    needs_losses: ClassVar[bool] = False
-
-    def __post_init__(self) -> None:
-        """Check the coefficients."""
-        if not self.alphas:
-            raise BecameError("there is no merging coefficient; give at least one alpha.")
-        for alpha in self.alphas:
-            Fixed(alpha)
-
-    def merge(self, models: Sequence[Params], losses: Sequence[LocalLoss]) -> Merged:
-        """Merge at the first coefficient."""
-        return Fixed(self.alphas[0]).merge(models, losses)
-
-    def for_task(self, task: int, true_loss: TrueLoss) -> MergeRule:
-        """Return the rule with the coefficient of the merge after a task."""
-        return Fixed(self.alphas[min(task, len(self.alphas)) - 1])
-
-
-@dataclass(frozen=True)
-class TrueLossGrid(MergeRule):
-    """The best of an even grid by the true loss of all tasks so far: a bound to compare other rules with.
-
-    Attributes:
-        points: how many, both ends among them.
-
-    Raises:
-        BecameError: if there are fewer than two.
-    """
-
-    points: int = 21
-
-    needs_losses: ClassVar[bool] = False
-
-    def __post_init__(self) -> None:
-        """Check the number of points."""
-        if self.points < 2:
-            raise BecameError(f"a grid of {self.points} points has no ends; give at least 2.")
-
-    def merge(self, models: Sequence[Params], losses: Sequence[LocalLoss]) -> Merged:
-        """Refuse to merge: the true loss is known to ``for_task`` alone."""
-        raise BecameError("a grid by the true loss needs that loss; call for_task, or use GridSearch.")
-
-    def for_task(self, task: int, true_loss: TrueLoss) -> MergeRule:
-        """Return a grid search by the true loss."""
-        return GridSearch(true_loss, self.points)
-
-
 def precision_weighted_mean(models: Sequence[Params], precisions: Sequence[Params], weights: Sequence[float]) -> Params:
     """Return (sum_k w_k F_k)^-1 sum_k w_k F_k theta_k; the weighted mean of the models where every F_k is zero.
 
@@ -440,11 +350,17 @@ def two_of(models: Sequence[Params], what: str) -> tuple[Params, Params]:
     return models[0], models[1]
 
 
-def _mixing(mixing: Sequence[float] | None, count: int) -> list[float]:
-    """Return non-negative shares of sum 1."""
-    shares = [1.0] * count if mixing is None else list(mixing)
+def _mode(models: Sequence[Params], losses: Sequence[LocalLoss], weights: Sequence[float] | None, what: str) -> Merged:
+    check_losses(models, losses)
+    precisions = [diagonal_of(loss, models[0]) for loss in losses]
+    return Merged(precision_weighted_mean(models, precisions, _shares(weights, len(models), what)), None)
+
+
+def _shares(weights: Sequence[float] | None, count: int, what: str) -> list[float]:
+    """Return non-negative shares of sum 1; a refusal begins with what these numbers are: "mixing is"."""
+    shares = [1.0] * count if weights is None else list(weights)
     if len(shares) != count or min(shares) < 0 or sum(shares) <= 0:
-        raise BecameError(f"the mixing is {shares} for {count} models; give one non-negative number each, not all 0.")
+        raise BecameError(f"the {what} {shares} for {count} models; give one non-negative number each, not all 0.")
     return [share / sum(shares) for share in shares]
 
 

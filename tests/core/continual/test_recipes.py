@@ -6,6 +6,7 @@ import pytest
 from became_core import BecameError, Diagonal, LaplacePosterior
 from became_core.continual import build_method, check_settings, method_names, method_settings, projector_names
 from became_core.continual.methods import Method, Transfer
+from became_core.continual.task_rules import ChosenAlphas, EqualShares, TrueLossGrid
 from became_core.laplace import (
     Became,
     BecameCurve,
@@ -16,7 +17,6 @@ from became_core.laplace import (
     PaperClosedForm,
     Secant,
 )
-from became_core.laplace.rules import ChosenAlphas, EqualShares, TrueLossGrid
 from became_core.projection import GPCNS, GPM, HAT, NSCL, OGD, SGP, TRGP, InfLoRA, OLoRA, PackNet
 
 SETTINGS: dict[str, Any] = {
