@@ -9,7 +9,6 @@ compiled before would read the model's own weights.
 Convention: outputs are [samples, ...] and logits; a model that ends in a softmax or a sigmoid is taken back to logits.
 """
 
-import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -121,8 +120,12 @@ def compiled_methods(model: keras.Model) -> list[Method]:
     """Return the methods of a model's layers that the user has compiled: layer, name, and the method as written."""
     methods: list[Method] = []
     for layer in layers_of(model):
-        for name in {name for owner in type(layer).__mro__ for name in vars(owner)} | set(vars(layer)):
-            compiled = inspect.getattr_static(layer, name, None)
+        # By hand: a forward pass asks, and ``inspect.getattr_static`` takes a tenth of a millisecond for each name.
+        attributes: dict[str, Any] = {}
+        for owner in reversed(type(layer).__mro__):
+            attributes |= vars(owner)
+        attributes |= vars(layer)
+        for name, compiled in attributes.items():
             if isinstance(compiled, tf.types.experimental.PolymorphicFunction):
                 own = as_written(compiled)
                 methods.append((layer, name, own if name in vars(layer) else MethodType(own, layer)))
