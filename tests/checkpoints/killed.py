@@ -9,8 +9,7 @@ import sys
 import time
 from pathlib import Path
 
-from adapters.checkpoints import MergePlan, PlannedModel, merge_checkpoints
-from adapters.checkpoints import merge as merging
+from adapters.checkpoints import MergePlan, PlannedModel, merge_checkpoints, passes
 
 
 def plan_in(folder: Path) -> MergePlan:
@@ -29,7 +28,7 @@ if __name__ == "__main__":
         time.sleep(pause)
 
     if (folder / "A").is_dir() or scheduler:
-        vars(merging)["SYNC_SECONDS"] = 0.0
+        vars(passes)["SYNC_SECONDS"] = 0.0
     if scheduler:
         from adapters.checkpoints import cluster
 

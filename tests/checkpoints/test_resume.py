@@ -13,8 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from adapters.checkpoints import merge as merging
-from adapters.checkpoints import merge_checkpoints
+from adapters.checkpoints import merge_checkpoints, passes
 from adapters.checkpoints.tensors import SLAB
 from became_core import BecameError
 from tests.checkpoints.killed import plan_in
@@ -95,7 +94,7 @@ def test_a_killed_merge_of_adapters_goes_on_and_ends_with_the_same_bytes(lora: P
 def test_modules_that_are_written_are_not_written_again(
     lora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(merging, "SYNC_SECONDS", 0.0)
+    monkeypatch.setattr(passes, "SYNC_SECONDS", 0.0)
 
     class Stop(Exception):  # noqa: N818 # it is no error
         pass
@@ -114,7 +113,7 @@ def test_modules_that_are_written_are_not_written_again(
 
 
 def test_what_is_done_is_not_done_again(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(merging, "SYNC_SECONDS", 0.0)
+    monkeypatch.setattr(passes, "SYNC_SECONDS", 0.0)
     seen: list[tuple[str, int]] = []
 
     class Stop(Exception):  # noqa: N818 # it is no error
@@ -211,7 +210,7 @@ def test_a_disk_that_cannot_be_read_for_a_while_loses_nothing(
 def test_an_adapter_whose_configuration_changed_is_merged_anew(
     lora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(merging, "SYNC_SECONDS", 0.0)
+    monkeypatch.setattr(passes, "SYNC_SECONDS", 0.0)
     place = shutil.copytree(lora, tmp_path / "adapters", ignore=shutil.ignore_patterns("whole"))
 
     def stop(what: str, done: int, _: int) -> None:
