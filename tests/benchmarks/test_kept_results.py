@@ -18,6 +18,7 @@ IMAGES, ALPHA = ((ROOT / "docs" / "results" / name).read_text(encoding="utf-8") 
 ROWS = {
     "cifar100-20/gpm": "`gpm`",
     "cifar100-20-ogd/ogd": "`ogd`, 100 gradients a task",
+    "cifar100-14-6/became-0": "`became-0`, the stable model: GPM of 14 epochs",
     "cifar100-14-6/became-grid": "`became-grid`",
     "cifar100-14-6/became-half": "`became-half`",
     "cifar100-of-20-tasks-20/gpm": "`gpm`",
