@@ -14,6 +14,7 @@ from became_core.arrays.namespace import (
     promoted,
     reduction_dtype,
 )
+from became_core.arrays.products import row_products
 from became_core.arrays.shards import Reduce, Shared, hold, is_spread, shared_by_processes
 from became_core.arrays.sums import Factors, SumsOfProducts, sums_of_products, tree_sum
 from became_core.arrays.trees import (
@@ -58,6 +59,7 @@ __all__ = [
     "promoted",
     "pytree",
     "reduction_dtype",
+    "row_products",
     "shared_by_processes",
     "size_in_bytes",
     "static",

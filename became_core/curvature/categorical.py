@@ -21,7 +21,7 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 
-from became_core.arrays import Array, device, in_single, namespace
+from became_core.arrays import Array, device, in_single, namespace, row_products
 from became_core.curvature.base import Likelihood, TapMode
 from became_core.errors import BecameError
 
@@ -256,8 +256,7 @@ def derivative_sums(logits: Array, tangents: Array, labels: Array, weights: Arra
     if weights is not None:
         p, slopes = p * weights[:, None], slopes * weights[:, None]
     rows = (tangents.shape[0], -1)
-    weighted = xp.reshape(p * centred, rows)
-    curvature = xp.matmul(weighted, xp.matrix_transpose(xp.reshape(centred, rows)))
+    curvature = row_products(xp.reshape(p * centred, rows), xp.reshape(centred, rows))
     # The product is symmetric up to rounding; the mean with its transpose is symmetric to the bit.
     symmetric = (curvature + xp.matrix_transpose(curvature)) / 2
     return xp.sum(slopes, axis=(1, 2)), symmetric

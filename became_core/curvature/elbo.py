@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from became_core.arrays import Array, device, in_single, namespace
+from became_core.arrays import Array, device, in_single, namespace, row_products
 from became_core.curvature.base import Likelihood, TapMode
 from became_core.curvature.likelihoods import Bernoulli
 from became_core.errors import BecameError
@@ -86,7 +86,7 @@ class ELBO(Likelihood):
         gradient = xp.reshape(xp.concat([mean, 0.5 * (variance - 1)], axis=1), (1, -1))
         stiffness = xp.reshape(xp.concat([xp.ones_like(mean), 0.5 * variance], axis=1), (1, -1))
         along = xp.reshape(tangents[:, :, pixels:], (tangents.shape[0], -1))
-        gram = xp.matmul(along * stiffness, xp.matrix_transpose(along))
+        gram = row_products(along * stiffness, along)
         return slope + xp.sum(along * gradient, axis=1), curvature + (gram + xp.matrix_transpose(gram)) / 2
 
 

@@ -19,7 +19,7 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 
-from became_core.arrays import Array, device, in_single, namespace
+from became_core.arrays import Array, device, in_single, namespace, row_products
 from became_core.curvature.base import Likelihood, Pushforward, TapMode
 from became_core.curvature.categorical import Categorical
 from became_core.curvature.exchange import Exchange
@@ -263,5 +263,5 @@ def _gram(xp: Any, tangents: Array, weights: Array | None) -> Array:
     """Return the sum of w v_k v_l, [K, K], symmetric to the bit."""
     rows = xp.reshape(tangents, (tangents.shape[0], -1))
     weighted = rows if weights is None else rows * xp.reshape(weights, (1, -1))
-    gram = xp.matmul(weighted, xp.matrix_transpose(rows))
+    gram = row_products(weighted, rows)
     return (gram + xp.matrix_transpose(gram)) / 2

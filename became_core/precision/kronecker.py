@@ -9,7 +9,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from became_core.arrays import Array, Params, check_values, device, namespace, pytree, static
+from became_core.arrays import Array, Params, check_values, device, namespace, pytree, row_products, static
 from became_core.errors import BecameError
 from became_core.precision.base import Precision
 from became_core.precision.sums import Isotropic
@@ -139,7 +139,7 @@ class Kronecker(Precision):
     def _block_gram(self, name: str, left: Rows, right: Rows) -> Array:
         xp, u, v = left.xp, left.of(name), right.of(name)
         if left.flattens:
-            return xp.matmul(u, xp.matrix_transpose(self._block_times(name, v)))
+            return row_products(u, self._block_times(name, v))
         u, v = (xp.reshape(rows, (rows.shape[0], *self._matrix_shape(name))) for rows in (u, v))
         return inner_products(xp, u, self._matrix_times(name, v))
 

@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from became_core.arrays import Array, Params, check_values, device, namespace, pytree
+from became_core.arrays import Array, Params, check_values, device, namespace, pytree, row_products
 from became_core.errors import BecameError
 from became_core.precision.base import Precision
 from became_core.precision.diagonal import Diagonal
@@ -131,7 +131,8 @@ class LowRank(Precision):
         """The directions' coefficients along U's columns, [K, r]."""
         if rows.flattens:
             return sum(
-                rows.xp.matmul(rows.of(name), self._columns(name, rows.xp, rows.dtype)) for name in self.covered()
+                row_products(rows.of(name), rows.xp.matrix_transpose(self._columns(name, rows.xp, rows.dtype)))
+                for name in self.covered()
             )
         total = rows.xp.zeros((len(rows.directions), self.scales.shape[0]), dtype=rows.dtype)
         for name, factor in self.factors.items():

@@ -18,6 +18,7 @@ from became_core.arrays import (
     hold,
     namespace,
     reduction_dtype,
+    row_products,
     shared_by_processes,
 )
 from became_core.errors import BecameError
@@ -97,7 +98,7 @@ def inner_products(xp: Any, left: Array, right: Array) -> Array:
     if left.ndim == 1:  # of a parameter without axes
         return xp.expand_dims(left, axis=-1) * xp.expand_dims(right, axis=0)
     if left.ndim == 2:
-        return xp.matmul(left, xp.matrix_transpose(right))
+        return row_products(left, right)
     axes = tuple(range(1, left.ndim))
     return xp.tensordot(left, right, axes=(axes, axes))
 
