@@ -24,9 +24,13 @@ def backward_transfer(accuracy: Matrix) -> float:
 
 
 def forgetting(accuracy: Matrix) -> float:
-    """Return the mean, over all tasks except the last, of the best accuracy minus the final accuracy."""
+    """Return the mean, over all tasks except the last, of the best accuracy minus the final accuracy.
+
+    The best may be from before the task was learned, where that was scored: it is NaN where it was not.
+    """
     last = len(accuracy) - 1
-    lost = [max(float(accuracy[t][i]) for t in range(i, last + 1)) - float(accuracy[last][i]) for i in range(last)]
+    scored = [[float(row[i]) for row in accuracy if not np.isnan(row[i])] for i in range(last)]
+    lost = [max(scores) - float(accuracy[last][i]) for i, scores in enumerate(scored)]
     return sum(lost) / last
 
 

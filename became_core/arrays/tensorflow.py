@@ -304,6 +304,11 @@ def _qr(x: Any, /, *, mode: str = "reduced") -> Any:
     return tf.linalg.qr(x, full_matrices=mode == "complete")
 
 
+def _svd(x: Any, /, *, full_matrices: Any = True) -> Any:
+    values, left, right = tf.linalg.svd(x, full_matrices=full_matrices)
+    return left, values, tf.linalg.matrix_transpose(right)
+
+
 def _diagonal(x: Any, /) -> Any:
     return tf.linalg.diag_part(x)
 
@@ -324,6 +329,7 @@ linalg = SimpleNamespace(
     inv=tf.linalg.inv,
     qr=_qr,
     solve=_solve,
+    svd=_svd,
     trace=_trace,
     vector_norm=_vector_norm,
 )

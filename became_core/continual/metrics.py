@@ -95,7 +95,8 @@ def backward_transfer(accuracy: Matrix) -> float:
 def forgetting(accuracy: Matrix) -> float:
     """Return forgetting: the mean over all tasks but the last of (best accuracy so far - accuracy at the end).
 
-    It is 0 for a single task. The best accuracy may be the one at the end, so that no task counts as less than 0.
+    It is 0 for a single task. The best accuracy may be the one at the end, so that no task counts as less than 0. Where
+    tasks ahead were scored, it may also be from before the task was learned.
     Chaudhry et al. (2018) leave the last row out of the best, so that a task that has improved counts as negative.
     """
     if len(accuracy) < 2:

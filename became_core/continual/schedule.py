@@ -95,7 +95,7 @@ class Patience:
 
     Raises:
         BecameError: if there is no epoch, the learning rate is not above 0, the factor is not above 1, the patience is
-            below 1, or a number is not finite.
+            below 1, a number is not finite, or the learning rate begins below the minimum.
     """
 
     lr: float
@@ -116,6 +116,11 @@ class Patience:
         if self.patience < 1 or not 0 <= self.minimum < math.inf:
             raise BecameError(
                 f"the patience is {self.patience} epochs and the least lr {self.minimum}; give at least 1 and 0."
+            )
+        if self.epoch == 0 and self.lr < self.minimum:
+            raise BecameError(
+                f"the learning rate {self.lr:g} is below the least one, {self.minimum:g}, so that no epoch would be "
+                "trained; give a larger lr, or a smaller minimum."
             )
 
     @property

@@ -214,10 +214,11 @@ def _pass_over(
     region = constraint.region
     if region is None or not region.anneals:
         return learner.train(batches, rates, constraint, optimiser, rng)
-    total, last = 0.0, max(len(batches) - 1, 1)
+    total, last = 0.0, len(batches) - 1
     for step, batch in enumerate(batches):
         assert region is not None
-        constraint = replace(constraint, region=region.annealed(step / last))
+        # A single batch is trained in the region that the task ends with.
+        constraint = replace(constraint, region=region.annealed(step / last if last else 1.0))
         loss, optimiser, region = learner.train([batch], rates[step : step + 1], constraint, optimiser, rng)
         total += loss * len(batch.indices)
     return Trained(total / sum(len(batch.indices) for batch in batches), optimiser, region)

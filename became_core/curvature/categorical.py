@@ -63,7 +63,7 @@ class Categorical(Likelihood):
 
     def units(self, outputs: Array, targets: Array) -> float:
         """Return the weights' sum over samples, or over positions; a sample has its largest one's."""
-        targets = self._own(targets)
+        targets = self._labels(targets)
         _, _, weights = self._flat(self._own(outputs), targets)
         xp = namespace(weights=weights)
         if self.by == "token" or len(targets.shape) == 1:
@@ -86,7 +86,7 @@ class Categorical(Likelihood):
 
     def count(self, targets: Array) -> float:
         """Return the number of samples or of positions that count; weighed, if classes have weights."""
-        counted = self._own(targets) != self.ignored
+        counted = self._labels(targets) != self.ignored
         xp: Any = namespace(targets=targets)
         if self.weights is None:
             counted = counted if self.by == "token" else xp.any(xp.reshape(counted, (targets.shape[0], -1)), axis=1)
@@ -96,7 +96,7 @@ class Categorical(Likelihood):
 
     def hits(self, outputs: Array, targets: Array, first: int = 0) -> tuple[int, int]:
         """Return for how many of the labels that count the largest logit is that of the label, and how many count."""
-        outputs, targets = self._own(outputs), self._own(targets)
+        outputs, targets = self._own(outputs), self._labels(targets)
         xp: Any = namespace(outputs=outputs, targets=targets)
         counted = targets != self.ignored
         right = xp.logical_and(counted, xp.argmax(outputs, axis=-1) == targets + first)
@@ -104,7 +104,7 @@ class Categorical(Likelihood):
 
     def mean_loss(self, outputs: Array, targets: Array) -> Array:
         """Return the mean cross-entropy, a 0-d array; unlike ``loss / units`` it can be compiled."""
-        own = self._own(targets)
+        own = self._labels(targets)
         _, _, weights = self._flat(self._own(outputs), own)
         xp: Any = namespace(weights=weights)
         if self.by == "sample" and len(targets.shape) > 1:
@@ -113,7 +113,7 @@ class Categorical(Likelihood):
 
     def loss(self, outputs: Array, targets: Array) -> Array:
         """Return the sum of all positions' cross-entropies."""
-        logits, labels, weights = self._flat(self._own(outputs), self._own(targets))
+        logits, labels, weights = self._flat(self._own(outputs), self._labels(targets))
         xp = namespace(logits=logits)
         at_label = xp.take_along_axis(log_softmax(logits), labels[:, None], axis=-1)[:, 0]
         return -xp.sum(weights * at_label)
@@ -121,7 +121,7 @@ class Categorical(Likelihood):
     def cotangents(self, outputs: Array, targets: Array, mode: TapMode, rng: np.random.Generator) -> Iterator[Array]:
         """Yield w (p - y), y being the labels given, drawn, or each class in turn."""
         own = self._own(outputs)
-        logits, labels, weights = self._flat(own, self._own(targets))
+        logits, labels, weights = self._flat(own, self._labels(targets))
         if mode == "true" and self.squares == "sample" and logits.shape[0] != outputs.shape[0]:
             raise BecameError(
                 "the exact expectation over labels is for one label a sample; with one for each position, choose "
@@ -141,7 +141,7 @@ class Categorical(Likelihood):
         """Return the sums of w (p - y) . v_k and of w Cov_{c ~ p}(v_kc, v_lc)."""
         if self.shift:
             tangents = tangents[:, :, :-1, ...]
-        logits, labels, weights = self._flat(self._own(outputs), self._own(targets))
+        logits, labels, weights = self._flat(self._own(outputs), self._labels(targets))
         tangents = namespace(tangents=tangents).reshape(tangents, (tangents.shape[0], *logits.shape))
         return derivative_sums(logits, tangents, labels, weights)
 
@@ -163,6 +163,15 @@ class Categorical(Likelihood):
             return array
         return array[:, :-1, ...] if len(array.shape) > 2 else array[:, 1:]
 
+    def _labels(self, targets: Array) -> Array:
+        """Return the targets that count, as ``_own`` does; integers in the dtype of indices.
+
+        In a narrower one -100 can be a label's number, the number of classes need not fit, and PyTorch takes no index.
+        """
+        own = self._own(targets)
+        xp: Any = namespace(targets=own)
+        return xp.astype(own, xp.result_type(xp.int64), copy=False) if xp.isdtype(own.dtype, "integral") else own
+
     def _flat(self, outputs: Array, targets: Array) -> tuple[Array, Array, Array]:
         """Return logits [M, C], labels [M] and weights [M]; the weight of a position that does not count is 0.
 
@@ -175,8 +184,6 @@ class Categorical(Likelihood):
                 "likelihood needs a label for each row of logits, [samples, ..., classes] and [samples, ...]."
             )
         logits, labels = in_single(xp.reshape(outputs, (-1, outputs.shape[-1]))), xp.reshape(targets, (-1,))
-        if xp.isdtype(labels.dtype, "integral") and xp.iinfo(labels.dtype).bits < 32:
-            labels = xp.astype(labels, xp.int32)  # the number of classes need not fit into the labels' dtype
         counts = labels != self.ignored
         labels = xp.where(counts, labels, xp.zeros_like(labels))
         weights = xp.astype(counts, logits.dtype)

@@ -10,9 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
-from became_core.arrays import Array, Params, device, difference, has_values, namespace
+from became_core.arrays import Array, Params, device, has_values, namespace
 from became_core.errors import BecameError
 from became_core.laplace.expansion import subspace_quadratic
+from became_core.laplace.posterior import offset
 from became_core.laplace.quadratic import Quadratic
 from became_core.precision import Diagonal
 
@@ -85,7 +86,7 @@ class DiagonalFisher:
         """Return the sum of the losses' diagonal expansions."""
         _check(losses)
         first, *others = (
-            subspace_quadratic(subspace.directions, loss.diagonal(), offset=difference(subspace.origin, loss.mean))
+            subspace_quadratic(subspace.directions, loss.diagonal(), offset=offset(subspace.origin, loss.mean))
             for loss in losses
         )
         return sum(others, first)
@@ -110,7 +111,7 @@ class PaperClosedForm:
         """Return slope -delta.F_new.delta and curvature delta.(F_old + F_new).delta."""
         _check(losses)
         *old, new = losses
-        total = subspace_quadratic(subspace.directions, new.diagonal(), offset=difference(subspace.origin, new.mean))
+        total = subspace_quadratic(subspace.directions, new.diagonal(), offset=offset(subspace.origin, new.mean))
         for loss in old:
             total = total + subspace_quadratic(subspace.directions, loss.diagonal())
         return total
@@ -169,7 +170,7 @@ class Secant:
         exact = new.along(subspace.directions)
         xp = namespace(slope=exact.slope)
         newest = xp.asarray(list(subspace.newest), dtype=exact.slope.dtype, device=device(exact.slope))
-        start, at_newest = new.slope(subspace.origin, subspace.directions), exact.slope_at(newest) - exact.slope
+        start, at_newest = new.slope(subspace.origin, subspace.directions), exact.bend(newest)
         rise, bend = xp.sum(newest * (exact.slope - start)), xp.sum(newest * at_newest)
         convex, zero, curvature = rise > 0, xp.zeros_like(bend), rise
         if not (has_values(rise) and bool(convex)):  # to measure the loss takes two passes over the task's samples
@@ -206,11 +207,11 @@ def _check(losses: Sequence[LocalLoss]) -> None:
 def _ratio(exact: Quadratic, diagonal: Quadratic, point: Array) -> Array:
     """The ratio of two curvatures along the way to a point, 0-d; 1 where the second has none."""
     xp = namespace(point=point)
-    above, below = (xp.sum(point * (each.slope_at(point) - each.slope)) for each in (exact, diagonal))
+    above, below = (xp.sum(point * each.bend(point)) for each in (exact, diagonal))
     return xp.where(below > 0, above / xp.where(below > 0, below, xp.ones_like(below)), xp.ones_like(below))
 
 
 def _seen_from(subspace: MergeSubspace, loss: LocalLoss) -> Quadratic:
     """A loss in the subspace's coefficients: its slope at the origin is that at its own point, plus curvature x way."""
-    known = loss.along([*subspace.directions, difference(subspace.origin, loss.mean)])
+    known = loss.along([*subspace.directions, offset(subspace.origin, loss.mean)])
     return Quadratic(known.slope[:-1] + known.curvature[:-1, -1], known.curvature[:-1, :-1])

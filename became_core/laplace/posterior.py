@@ -17,7 +17,7 @@ from became_core.errors import BecameError
 from became_core.laplace.quadratic import Quadratic
 from became_core.precision import Diagonal, GramRequest, Precision, gram_matrices
 
-__all__ = ["LaplacePosterior"]
+__all__ = ["LaplacePosterior", "offset"]
 
 
 @pytree
@@ -80,12 +80,12 @@ class LaplacePosterior:
 
     def loss(self, theta: Params) -> Array:
         """Return 1/2 (theta - mean).P.(theta - mean), a 0-d array."""
-        offset = self._offset(theta)
-        return 0.5 * self.precision.inner(offset, offset)
+        way = offset(theta, self.mean)
+        return 0.5 * self.precision.inner(way, way)
 
     def gradient(self, theta: Params) -> Params:
         """Return P (theta - mean), for the parameters given: all, or a part that P does not couple with the others."""
-        return self.precision.apply(self._offset(theta))
+        return self.precision.apply(offset(theta, self.mean))
 
     def quadratic(self, origin: Params, directions: Sequence[Params]) -> Quadratic:
         """Return the old tasks' loss at origin + sum_k a_k d_k, up to a constant.
@@ -97,7 +97,7 @@ class LaplacePosterior:
         Returns:
             slope_k = (origin - mean).P.d_k, [K], and curvature_kl = d_k.P.d_l, [K, K].
         """
-        from_mean = GramRequest(self.precision, [self._offset(origin)], directions)
+        from_mean = GramRequest(self.precision, [offset(origin, self.mean)], directions)
         slope, curvature = gram_matrices([from_mean, GramRequest(self.precision, directions)])
         return Quadratic(slope=slope[0, :], curvature=curvature)
 
@@ -173,10 +173,11 @@ class LaplacePosterior:
                     f"the precision does not cover '{name}', so that there is no density; add a precision that does."
                 )
 
-    def _offset(self, theta: Params) -> Params:
-        """Theta - mean; zero for parameters without a mean, which then have no curvature either."""
-        known = difference({name: value for name, value in theta.items() if name in self.mean}, self.mean)
-        return {
-            name: known[name] if name in known else namespace(theta=value).zeros_like(value)
-            for name, value in theta.items()
-        }
+
+def offset(theta: Params, mean: Params) -> Params:
+    """Return theta - mean: zero for parameters without a mean, such as a new task's head, which have no curvature."""
+    known = difference({name: value for name, value in theta.items() if name in mean}, mean)
+    return {
+        name: known[name] if name in known else namespace(theta=value).zeros_like(value)
+        for name, value in theta.items()
+    }

@@ -104,11 +104,11 @@ class Quadratic:
         """Return the change of the loss from a = 0 to this point [K] (or to each of [..., K]; a number means [1])."""
         point = self._point(a)
         xp = namespace(a=point)
-        return xp.sum(point * (self.slope + 0.5 * self._bend(point)), axis=-1)
+        return xp.sum(point * (self.slope + 0.5 * self.bend(point)), axis=-1)
 
     def slope_at(self, a: Array | float) -> Array:
         """Return the gradient b + C a at this point, [K] (or at each of [..., K]; a number means [1])."""
-        return self.slope + self._bend(self._point(a))
+        return self.slope + self.bend(self._point(a))
 
     @property
     def is_convex(self) -> Array:
@@ -183,8 +183,8 @@ class Quadratic:
         xp = namespace(slope=self.slope)
         return xp.full((1,), float(a), dtype=self.slope.dtype, device=device(self.slope))
 
-    def _bend(self, point: Array) -> Array:
-        """C a, for each point."""
+    def bend(self, point: Array) -> Array:
+        """Return C a at points [..., K], of the same shape: by how much the slopes differ from those at the origin."""
         xp = namespace(point=point, curvature=self.curvature)
         return xp.sum(self.curvature * xp.expand_dims(point, axis=-2), axis=-1)
 
@@ -211,8 +211,10 @@ def segment_minimiser(slope: Array, curvature: Array, *, clip: bool) -> Array:
     curvature = xp.where(xp.abs(curvature) < tiny, zero, curvature)
     # `not (c <= 0)` rather than `c > 0`: what is not a number must not pass for "no curvature".
     curved = xp.logical_not(curvature <= 0) if clip else curvature != 0
-    # The inner `where` keeps the branch not taken finite: its infinite gradient would poison the one that is.
-    stationary = -slope / xp.where(curved, curvature, one)
+    # The inner `where` keeps the branch not taken finite: its infinite gradient would poison the one that is. And the
+    # gradient by a small curvature has its square, which would overflow: both are multiplied by a power of two.
+    scale = xp.where(xp.abs(curvature) < 2.0**-60, one * 2.0**60, one)
+    stationary = -(slope * scale) / xp.where(curved, curvature * scale, one)
     if not clip:
         return xp.where(curved, stationary, zero)
     better_end = xp.where(slope + 0.5 * curvature < 0, one, zero)

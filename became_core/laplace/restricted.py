@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from became_core.arrays import Array, Params, Reduce, device, difference, namespace
+from became_core.arrays import Array, Params, Reduce, device, namespace
 from became_core.laplace.estimators import LocalLoss, MergeSubspace
-from became_core.laplace.posterior import LaplacePosterior
+from became_core.laplace.posterior import LaplacePosterior, offset
 from became_core.laplace.quadratic import Quadratic
 from became_core.precision import Dense, GramRequest, gram_matrices
 
@@ -92,7 +92,7 @@ def restricted(
         losses: posteriors, or whatever measures a loss.
         reduce: as for ``gram_matrices``.
     """
-    ways = [difference(subspace.origin, loss.mean) for loss in losses]
+    ways = [offset(subspace.origin, loss.mean) for loss in losses]
     vectors = [*subspace.directions, *ways]
     requests = []
     for loss in losses:

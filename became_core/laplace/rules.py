@@ -21,6 +21,7 @@ a rule that calls another one gets what that one needs.
 Rules that differ from merge to merge of a continual run are in ``became_core.continual.task_rules``.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -359,7 +360,7 @@ def _mode(models: Sequence[Params], losses: Sequence[LocalLoss], weights: Sequen
 def _shares(weights: Sequence[float] | None, count: int, what: str) -> list[float]:
     """Return non-negative shares of sum 1; a refusal begins with what these numbers are: "mixing is"."""
     shares = [1.0] * count if weights is None else list(weights)
-    if len(shares) != count or min(shares) < 0 or sum(shares) <= 0:
+    if len(shares) != count or not all(0 <= share < math.inf for share in shares) or sum(shares) <= 0:
         raise BecameError(f"the {what} {shares} for {count} models; give one non-negative number each, not all 0.")
     return [share / sum(shares) for share in shares]
 

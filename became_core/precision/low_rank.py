@@ -5,9 +5,12 @@ and C = I + W^T D^-1 W [r, r], all that needs an inverse is exact (Woodbury; the
 
     P^-1    = D^-1 - D^-1 W C^-1 W^T D^-1
     log det = log det D + log det C
+
+Both terms of P^-1 are C times as large as their difference. So what needs an inverse is computed in float64, and it is
+refused where JAX has none, or where float64 is not enough either.
 """
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +33,9 @@ from became_core.precision.vectors import (
 )
 
 __all__ = ["LowRank"]
+
+# The share of an entry of the inverse that rounding may be.
+LOST = 1e-2
 
 
 @pytree
@@ -87,20 +93,23 @@ class LowRank(Precision):
 
     def inverse_diagonal(self) -> Params:
         """Return the marginal variances."""
-        xp, dtype = self._common([], ())
+        xp, own = self._common([], ())
+        dtype = xp.result_type(xp.float64)
         lower = xp.linalg.cholesky(self._capacitance(xp, dtype))
         variances = {}
         for name, value in self.diagonal_part.values.items():
             d = flat(xp, value, dtype)
             explained = xp.linalg.solve(lower, xp.matrix_transpose(self._root(name, xp, dtype) / d[:, None]))
-            variances[name] = xp.reshape(1.0 / d - xp.sum(explained * explained, axis=0), value.shape)
+            variance = 1.0 / d - xp.sum(explained * explained, axis=0)
+            variances[name] = wide(xp, xp.reshape(variance, value.shape), own)
         return variances
 
     def log_determinant(self) -> Array:
         """Return log det D + log det C."""
-        xp, dtype = self._common([], ())
-        lower = xp.linalg.cholesky(self._capacitance(xp, dtype))
-        return wide(xp, self.diagonal_part.log_determinant(), dtype) + 2.0 * xp.sum(xp.log(xp.linalg.diagonal(lower)))
+        xp, own = self._common([], ())
+        lower = xp.linalg.cholesky(self._capacitance(xp, xp.result_type(xp.float64)))
+        of_capacitance = 2.0 * xp.sum(xp.log(xp.linalg.diagonal(lower)))
+        return wide(xp, self.diagonal_part.log_determinant(), own) + wide(xp, of_capacitance, own)
 
     def damped(self, amount: Array | float) -> "LowRank":
         """Return the precision with the amount added to its diagonal part."""
@@ -156,6 +165,12 @@ class LowRank(Precision):
         return {name: value + xp.matmul(self._columns(name, xp, dtype), inner) for name, value in product.items()}
 
     def _solved(self, vector: Params) -> Params:
+        return _in_double(self._solved_in_double, vector)
+
+    def _coloured(self, noise: Params) -> Params:
+        return _in_double(self._coloured_in_double, noise)
+
+    def _solved_in_double(self, vector: Params) -> Params:
         xp, dtype = _kind(vector)
         capacitance = self._capacitance(xp, dtype)
         inner = self._projected(self.diagonal_part._solved(vector), xp, dtype)
@@ -164,7 +179,7 @@ class LowRank(Precision):
             {name: value - xp.matmul(self._root(name, xp, dtype), inner) for name, value in vector.items()}
         )
 
-    def _coloured(self, noise: Params) -> Params:
+    def _coloured_in_double(self, noise: Params) -> Params:
         # With V = D^-1/2 W and C = I + V^T V = L L^T, the map T = I - V L^-T (I + L)^-1 V^T has
         # T T^T = I - V C^-1 V^T = (I + V V^T)^-1, and S = D^-1/2 T.
         xp, dtype = _kind(noise)
@@ -227,14 +242,31 @@ class LowRank(Precision):
         return sum(xp.matmul(xp.matrix_transpose(self._root(name, xp, dtype)), vector[name]) for name in vector)
 
     def _capacitance(self, xp: Any, dtype: Any) -> Array:
-        """C, [r, r]; at least the identity, so that its Cholesky decomposition exists whatever the scales."""
+        """C, [r, r]; at least the identity, so that its Cholesky decomposition exists whatever the scales.
+
+        Raises:
+            BecameError: if the diagonal has a zero, or is so small beside the rest that digits of P^-1 would be lost.
+        """
         self.diagonal_part._check_positive(self.covered())
         total = identity(xp, wide(xp, self.scales, dtype))
         for name in self.factors:
             root = self._root(name, xp, dtype)
             d = flat(xp, self.diagonal_part.values[name], dtype)
             total = total + xp.matmul(xp.matrix_transpose(root), root / d[:, None])
+        check_values(
+            xp.max(xp.linalg.diagonal(total)) * float(xp.finfo(total.dtype).eps) <= LOST,
+            "the diagonal of a low-rank precision is so small beside its factors that its inverse would be rounding; "
+            "add a multiple of the identity with `damped`, or compute in float64.",
+        )
         return total
+
+
+def _in_double(function: Callable[[Params], Params], vector: Params) -> Params:
+    """Return what a function makes of a vector in float64 (float32, where JAX has no other), in the vector's dtype."""
+    xp, dtype = _kind(vector)
+    double = xp.result_type(xp.float64)
+    result = function({name: wide(xp, value, double) for name, value in vector.items()})
+    return {name: wide(xp, value, dtype) for name, value in result.items()}
 
 
 def _kind(vector: Params) -> tuple[Any, Any]:

@@ -87,10 +87,12 @@ class NSCL(LayerwiseProjector):
                 continue
             total = checked_gram(name, gram, None if old is None else int(old.shape[0]))
             total = total if old is None else total + wide(old)
-            values, vectors = spectrum(total)
-            least = xp.abs(values[-1])  # a singular value in the published code; rounding may make it negative here
             if self.floored:
+                values, vectors = spectrum(total)
                 least = xp.maximum(values[-1], rounding(gram, xp.linalg.trace(total)))
+            else:  # rounding leaves an eigenvalue of 0 on either side of it, but a singular value, as published, above
+                vectors, values, _ = xp.linalg.svd(total)
+                least = values[-1]
             occupied = values > self.ratio * least
             count = int(xp.sum(xp.astype(occupied, xp.int32)))
             spaces[name] = Subspace.of(xp.astype(vectors[:, :count], gram.dtype))

@@ -131,7 +131,8 @@ class OGD(Projector):
         """Return the memory with one more task's gradients.
 
         Raises:
-            BecameError: if there is no gradient, or gradients are not of the parameters that the memory knows.
+            BecameError: if there is no gradient, one is not finite, or they are not of the parameters that the memory
+                knows.
         """
         tasks = len(self.blocks) + 1
         shares = [self.capacity // tasks + (number < self.capacity % tasks) for number in range(tasks)]
@@ -248,6 +249,8 @@ def _chosen(gradients: Gradients, old: int, most: int) -> tuple[Gradients, NDArr
     # A gradient is a direction of its own if more than this share of its energy is outside the span. Rounding of an
     # inner product is ``epsilon``, and T magnifies it by the inverse root of the share.
     gram = _gram(gradients)
+    if not np.isfinite(np.diag(gram)).all():
+        raise BecameError("the gradients of the logits are not finite; look for NaN in the network.")
     chosen = [*range(old), *_farthest(gram, old, most, floor=epsilon**0.5)]
     if chosen == list(range(_count(gradients))):
         return gradients, gram

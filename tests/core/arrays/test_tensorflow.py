@@ -78,6 +78,7 @@ CASES: list[tuple[Callable[..., Any], tuple[Any, ...]]] = [
     (lambda xp, a: (xp.astype(a, xp.float32), xp.astype(a, xp.int64), xp.astype(a, xp.bool)), (A,)),
     (lambda xp, s: (xp.linalg.trace(s), xp.linalg.diagonal(s), xp.linalg.diagonal(s[0, :2, :])), (S,)),
     (lambda xp, s: (xp.linalg.eigvalsh(s), xp.linalg.eigh(s)[0]), (SYMMETRIC,)),
+    (lambda xp, a: xp.linalg.svd(a)[1], (A,)),
     (lambda xp, s: (xp.linalg.cholesky(s), xp.linalg.cholesky(s, upper=True), xp.linalg.inv(s)), (SYMMETRIC,)),
     (lambda xp, s, b, a: (xp.linalg.solve(s, b), xp.linalg.solve(s[0, ...], a)), (SYMMETRIC, S, A)),
     (lambda xp, s, v: xp.linalg.solve(s[0, ...], v), (SYMMETRIC, SINGLE[:, 0])),

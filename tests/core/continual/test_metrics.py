@@ -56,3 +56,11 @@ def test_forward_transfer_is_the_mean_accuracy_on_tasks_not_yet_learned() -> Non
     accuracy[0, 2] = np.nan
     assert metrics.forward_transfer(accuracy) is None
     assert metrics.forward_transfer(accuracy[:1, :1]) is None
+
+
+@given(accuracy=matrices())
+def test_forgetting_counts_what_was_known_before_a_task(accuracy: Matrix) -> None:
+    """Where tasks ahead were scored, too, as with one head for all tasks."""
+    scored = np.where(np.isnan(accuracy), 50.0, accuracy)
+    assert metrics.forgetting(scored) == pytest.approx(reference.forgetting(scored), rel=1e-12, abs=1e-12)
+    assert metrics.forgetting(scored) >= metrics.forgetting(accuracy)

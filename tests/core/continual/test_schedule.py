@@ -148,3 +148,10 @@ def test_rates_that_are_no_numbers_are_refused(number: float) -> None:
 def test_a_share_that_is_a_number_of_epochs_is_reached_at_that_epoch() -> None:
     """7 / 25 of 25 epochs are 7.000000000000001 in floating point."""
     assert all_rates(Stepped(1.0, 25, (7 / 25,)), 1) == [1.0] * 7 + [0.5] * 18
+
+
+def test_a_rate_that_begins_below_the_least_one_is_refused() -> None:
+    """It would end before its first epoch; below the least rate a schedule gets by ``advance`` alone."""
+    with pytest.raises(BecameError, match=r"the learning rate 1e-05 is below the least one, 5e-05, .* a larger lr"):
+        Patience(lr=1e-5)
+    assert Patience(lr=5e-5, patience=1).advance(1.0).advance(1.0).finished

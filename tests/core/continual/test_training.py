@@ -1,5 +1,6 @@
 import math
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -8,9 +9,24 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from became_core import BecameError
-from became_core.continual import SGD, Annealed, Augmentation, Constraint, EpochEnd, Patience, Schedule, Task, Trained
+from became_core.continual import (
+    SGD,
+    Annealed,
+    Augmentation,
+    Batch,
+    Constraint,
+    EpochEnd,
+    Patience,
+    Schedule,
+    Task,
+    Trained,
+    Training,
+    build_method,
+    learn,
+)
 from became_core.continual.evaluation import mean_loss
 from became_core.continual.training import begin_stage, epoch_batches, train_stage
+from became_core.projection.gates import GatedRegion
 from reference.learner import ReferenceLearner
 from tests.streams import prototype_stream
 
@@ -147,3 +163,21 @@ def test_a_weight_that_is_not_finite_is_named() -> None:
         BecameError, match=r"^the parameter 'fc2\.weight' is not finite after task 1, stage 1, epoch 1; "
     ):
         stage(ThrownOut(STREAM), Annealed(0.1, 1))
+
+
+class Steepness(ReferenceLearner):
+    """A learner that keeps how steep its gates were at each step."""
+
+    def train(self, batches: Sequence[Batch], rates: Any, constraint: Constraint, *others: Any) -> Trained:
+        assert isinstance(constraint.region, GatedRegion)
+        vars(self).setdefault("seen", []).append(float(constraint.region.steepness))
+        return super().train(batches, rates, constraint, *others)
+
+
+@pytest.mark.parametrize(("batch_size", "expected"), [(100, [400.0]), (32, [1 / 400, 200.00125, 400.0])])
+def test_the_gates_of_hat_are_steepest_at_an_epochs_end(batch_size: int, expected: list[float]) -> None:
+    """Also if its first batch is its last, which would else be trained with gates that are all half open."""
+    learner = Steepness(STREAM)
+    training = Training(Annealed(0.1, 1), Annealed(0.1, 1), batch_size=batch_size)
+    learn(learner, STREAM, build_method("hat", {"hat_sharpness": 400.0}), training, seed=0)
+    np.testing.assert_allclose(vars(learner)["seen"], expected * len(STREAM.tasks))

@@ -178,3 +178,20 @@ def test_the_mean_loss_is_the_sum_over_its_units(xp: Any, by: Any, shape: tuple[
         plain = Categorical()
         mean = float(plain.loss(outputs, targets)) / shape[0]
         assert float(plain.mean_loss(outputs, targets)) == pytest.approx(mean, rel=1e-12)
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "int8", "int16", "int32", "int64"])
+def test_labels_may_have_any_integral_dtype(xp: Any, dtype: str) -> None:
+    """A byte of 156 is no -100, a sum with a head's first class does not wrap, and PyTorch's indices are int64."""
+    logits, first = np.random.default_rng(0).normal(size=(3, 300)), 200
+    numbers = np.asarray([7, 100, 99] if dtype == "int8" else [156, 1, 99])
+    labels, wide = xp.asarray(numbers.astype(dtype)), xp.asarray(numbers)
+    ours = Categorical()
+    assert ours.count(labels) == 3
+    outputs, tangents = to_xp(xp, logits), to_xp(xp, logits[None])
+    np.testing.assert_array_equal(to_numpy(ours.loss(outputs, labels)), to_numpy(ours.loss(outputs, wide)))
+    for found, expected in zip(*(ours.derivatives(outputs, tangents, each) for each in (labels, wide)), strict=True):
+        np.testing.assert_array_equal(to_numpy(found), to_numpy(expected))
+    best = np.zeros((3, 400))
+    best[np.arange(3), numbers + first] = 1.0
+    assert ours.hits(to_xp(xp, best), labels, first) == (3, 3)

@@ -8,8 +8,9 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from became_core import BecameError, Quadratic
-from became_core.arrays import Params
+from became_core.arrays import Params, Reduce
 from became_core.laplace import (
+    Became,
     Calibrated,
     Diagonal,
     DiagonalFisher,
@@ -21,6 +22,7 @@ from became_core.laplace import (
     PaperClosedForm,
     Secant,
 )
+from became_core.laplace.estimators import _ratio
 from reference.formulas import alpha_star
 from tests.backends import to_numpy, to_xp
 from tests.strategies import Segment, segments
@@ -299,3 +301,29 @@ def test_an_estimator_refuses_a_loss_alone(xp: Any, estimator: Estimator) -> Non
     loss = LaplacePosterior(theta, Diagonal({"w": xp.asarray([1.0, 1.0])}))
     with pytest.raises(BecameError, match="was given 1 of its losses; give those of the old tasks"):
         estimator.quadratic(MergeSubspace(theta, [theta], [1.0]), [loss])
+
+
+ESTIMATORS = [DiagonalFisher(), NativeExpansion(), PaperClosedForm(), Calibrated(), Secant()]
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS, ids=repr)
+@pytest.mark.parametrize("reduce", [None, lambda numbers: numbers])
+def test_a_new_tasks_head_is_unknown_to_the_old_tasks(xp: Any, estimator: Estimator, reduce: Reduce | None) -> None:
+    """A posterior that lacks a parameter has neither a mean nor curvature there: as with any mean and none."""
+    gp, hat = to_xp(xp, {"fc": np.zeros(2), "head": np.zeros(1)}), to_xp(xp, {"fc": np.ones(2), "head": np.ones(1)})
+    new = LaplacePosterior(hat, Diagonal(to_xp(xp, {"fc": np.ones(2), "head": np.ones(1)})))
+    lacking = LaplacePosterior({"fc": gp["fc"]}, Diagonal({"fc": hat["fc"]}))
+    knowing = LaplacePosterior(gp, Diagonal({"fc": hat["fc"], "head": gp["head"]}))
+    rule = Became(estimator, reduce=reduce)
+    first, second = (float(rule.merge((gp, hat), (old, new)).alpha) for old in (lacking, knowing))  # type: ignore[arg-type]
+    assert first == pytest.approx(second, rel=1e-12)
+    assert 0 < first < 1
+
+
+def test_kappa_does_not_depend_on_slopes(xp: Any) -> None:
+    """A slope far above the curvatures would take all their digits if it were added and subtracted again."""
+    exact, diagonal = (
+        Quadratic(xp.asarray([-0.3], dtype=xp.float32), xp.asarray([[curvature]], dtype=xp.float32))
+        for curvature in (4e-9, 1e-9)
+    )
+    assert float(_ratio(exact, diagonal, xp.ones((1,), dtype=xp.float32))) == pytest.approx(4.0, rel=1e-6)

@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from became_core import BecameError, Quadratic
-from became_core.laplace.quadratic import _Faces
+from became_core.laplace.quadratic import _Faces, segment_minimiser
 from reference.quadratics import height, minimum_in_box, minimum_on_simplex
 from tests.backends import to_numpy, to_xp
+from tests.compilers import gradient_of
 from tests.quadratics import crossed
 from tests.strategies import few_if_compiled
 
@@ -382,3 +383,11 @@ def test_a_loss_without_curvature_has_its_minimum_in_a_corner(xp: Any) -> None:
     slope = [-1.0, -0.1, -0.01, 0.3, 0.2, -2.0]
     found = of(xp, slope, np.zeros((6, 6))).minimiser("box")
     np.testing.assert_array_equal(to_numpy(found), [1, 1, 1, 0, 0, 1])
+
+
+def test_a_small_curvature_has_a_finite_gradient(xp: Any, backend: str) -> None:
+    """Its square, by which a quotient's derivative is divided, is below the least number of float32."""
+    slope = xp.asarray([-1e-20], dtype=xp.float32)
+    gradient = gradient_of(backend, lambda curvature: segment_minimiser(slope, curvature, clip=True)[0])
+    found = gradient(xp.asarray([4e-20], dtype=xp.float32))
+    assert float(found[0]) == pytest.approx(-6.25e18, rel=1e-5)

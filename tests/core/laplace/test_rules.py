@@ -211,6 +211,9 @@ def test_what_cannot_be_merged_is_said(xp: Any) -> None:
         ModeIMM((0.0, 0.0)).merge([model] * 2, [loss] * 2)
     with pytest.raises(BecameError, match=r"the weights are \[1\.0, -1\.0\] for 2 models"):
         FisherMerge((1.0, -1.0)).merge([model] * 2, [loss] * 2)
+    for share in (float("nan"), float("inf")):
+        with pytest.raises(BecameError, match=rf"the weights are \[{share}, 1\.0\] for 2 models"):
+            FisherMerge((share, 1.0)).merge([model] * 2, [loss] * 2)
     with pytest.raises(BecameError, match="a coefficient per layer is for two models, not 3"):
         Became(per="layer").merge([model] * 3, [loss] * 3)
     with pytest.raises(BecameError, match="a grid of 1 points has no ends"):

@@ -70,3 +70,28 @@ def test_what_is_no_low_rank_precision_is_refused(xp: Any) -> None:
         LowRank({"v": xp.ones((2, 1))}, xp.ones((1,)), ground)
     with pytest.raises(BecameError, match=r"^the factor of 'w' has shape \(2, 1\); it must be \(2, 3\)\.$"):
         LowRank({"w": xp.ones((2, 1))}, xp.ones((3,)), ground)
+
+
+@pytest.mark.parametrize(("columns", "scale", "ground"), [(1000, 10.0, 1e-3), (1000, 10.0, 1e-4), (2, 1e6, 1e-2)])
+def test_what_has_an_inverse_keeps_its_digits_in_float32(xp: Any, columns: int, scale: float, ground: float) -> None:
+    """Both terms of the inverse are far larger than their difference, and float32 has seven digits."""
+    draw = np.random.default_rng(0)
+    factor = draw.normal(size=(3, columns)).astype(np.float32)
+    scales, diagonal = np.full(columns, scale, np.float32), np.full(3, ground, np.float32)
+    matrix = low_rank_matrix(factor.astype(float), scales.astype(float), diagonal.astype(float))
+    precision = LowRank(to_xp(xp, {"w": factor}), to_xp(xp, scales), Diagonal(to_xp(xp, {"w": diagonal})))
+    one = to_xp(xp, {"w": np.ones(3, np.float32)})
+
+    np.testing.assert_allclose(to_numpy(precision.inverse_diagonal()["w"]), np.diag(np.linalg.inv(matrix)), rtol=1e-5)
+    np.testing.assert_allclose(to_numpy(precision.solve(one)["w"]), np.linalg.solve(matrix, np.ones(3)), rtol=1e-4)
+    assert float(precision.log_determinant()) == pytest.approx(np.linalg.slogdet(matrix)[1], rel=1e-5)
+    axes = [to_xp(xp, {"w": row}) for row in np.eye(3, dtype=np.float32)]
+    root = np.stack([to_numpy(precision.sample(axis)["w"]) for axis in axes])
+    np.testing.assert_allclose(root.T @ root, np.linalg.inv(matrix), rtol=1e-3, atol=1e-4 * np.linalg.inv(matrix).max())
+
+
+def test_an_inverse_that_would_be_rounding_is_refused(xp: Any) -> None:
+    precision = low_rank(xp, 1e15)
+    for ask in (precision.inverse_diagonal, precision.log_determinant):
+        with pytest.raises(BecameError, match="its inverse would be rounding; add a multiple of the identity"):
+            ask()

@@ -249,3 +249,11 @@ def test_bad_gradients_are_refused(xp: Any) -> None:
         memory.remember(Finished({}, {}, ({"a": xp.ones((1, 3)), "b": xp.ones((1, 3))},)))
     with pytest.raises(BecameError, match=r"^OGD remembers a task by its samples' gradients; none was given\.$"):
         OGD().remember(Finished({}, {}))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_gradients_that_are_not_finite_are_refused(xp: Any, value: float) -> None:
+    representation = np.random.default_rng(0).normal(size=(WIDTH, 3))
+    representation[0, 1] = value
+    with pytest.raises(BecameError, match="the gradients of the logits are not finite; look for NaN in the network"):
+        OGD().remember(finished(xp, representation))
