@@ -28,6 +28,7 @@ from adapters.backend.batches import (
     length_of,
     mean_loss,
     one_number,
+    same_in_all_passes,
     units_of,
     with_progress,
 )
@@ -300,7 +301,8 @@ class DataLoss:
     ) -> tuple[Quadratic, str]:
         """Return the mean loss along directions from theta, and how its curvature was measured."""
         if not isinstance(self.likelihood, Likelihood):
-            quadratic = by_slopes(lambda moved, along: self.slope(batches, moved, along, share), theta, directions)
+            same = same_in_all_passes(batches, share, length_of(batches))
+            quadratic = by_slopes(lambda moved, along: self.slope(same, moved, along), theta, directions)
             return quadratic, "a difference of slopes"
         slope, curvature, units = np.zeros(len(directions)), np.zeros((len(directions),) * 2), 0.0
         for inputs, targets in self._read(drawn(batches, share, length_of(batches))):

@@ -26,6 +26,7 @@ from adapters.backend.batches import (
     length_of,
     mean_loss,
     one_number,
+    same_in_all_passes,
     units_of,
     with_progress,
 )
@@ -163,12 +164,16 @@ class DataLoss:
         self, theta: Params, batches: Iterable[Any], what: str = "", share: float | None = 1.0
     ) -> Iterator[tuple[Any, Any]]:
         """Yield the parts of batches, or of a share of them; a terminal shows how far a pass is that has a name."""
-        total = batches.num_batches if isinstance(batches, keras.utils.PyDataset) else length_of(batches)
+        total = self._length(batches)
         shown = with_progress(batches_of(batches), what, self._shows and bool(what), total)
         for batch in drawn(shown, share, total):
             inputs, targets = self._reader.split(batch)
             self._look(theta, inputs, targets)
             yield inputs, targets
+
+    @staticmethod
+    def _length(batches: Iterable[Any]) -> int | None:
+        return batches.num_batches if isinstance(batches, keras.utils.PyDataset) else length_of(batches)
 
     def fisher(
         self,
@@ -240,7 +245,9 @@ class DataLoss:
     ) -> tuple[Quadratic, str]:
         """Return the mean loss along directions from theta, and how its curvature was measured."""
         if not isinstance(self.likelihood, Likelihood):
-            slopes = by_slopes(lambda moved, along: self.slope(batches, moved, along, share), theta, directions)
+            own = batches if share == 1 else batches_of(batches)
+            same = same_in_all_passes(own, share, self._length(batches))
+            slopes = by_slopes(lambda moved, along: self.slope(same, moved, along), theta, directions)
             return slopes, "a difference of slopes"
         slope, curvature, units = tf.zeros((), tf.float64), tf.zeros((), tf.float64), 0.0
         for inputs, targets in self._read(theta, batches, share=share):

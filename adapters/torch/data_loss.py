@@ -30,6 +30,7 @@ from adapters.backend.batches import (
     length_of,
     mean_loss,
     one_number,
+    same_in_all_passes,
     units_of,
     with_progress,
 )
@@ -336,7 +337,8 @@ class DataLoss:
     ) -> tuple[Quadratic, str]:
         """Return the mean loss along directions from theta, and how its curvature was measured."""
         if not isinstance(self.likelihood, Likelihood):
-            slopes = by_slopes(lambda moved, along: self.slope(batches, moved, along, share), theta, directions)
+            same = same_in_all_passes(batches, share, None if share == 1 else self._length(batches))
+            slopes = by_slopes(lambda moved, along: self.slope(same, moved, along), theta, directions)
             return slopes, "a difference of slopes"
         count = len(directions)
         slope, curvature = torch.zeros(count, dtype=torch.float64), torch.zeros(count, count, dtype=torch.float64)

@@ -2,14 +2,17 @@
 
 import copy
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from adapters.backend.batches import same_in_all_passes
 from adapters.torch import Continual
 from became_core import BecameError, PaperClosedForm, Quadratic, Secant, optimal_alpha
 from became_core.curvature import Bernoulli, Categorical, Gaussian
@@ -109,6 +112,40 @@ def test_a_loss_of_ones_own_is_merged_by_slopes() -> None:
     assert alphas[1] == pytest.approx(alphas[0], abs=0.1)
     with pytest.raises(BecameError, match=r"the loss has shape \[8\]; it must return one number"):
         Continual(model, lambda z, y: functional.cross_entropy(z, y, reduction="none")).remember(old)
+
+
+class Shuffled(list[Any]):
+    """A loader with its batches in another order in each pass."""
+
+    passes = 0
+
+    def __iter__(self) -> Iterator[Any]:
+        self.passes += 1
+        order = np.random.default_rng(self.passes).permutation(len(self))
+        return iter([self[index] for index in order])
+
+
+def test_slopes_that_are_subtracted_are_of_the_same_batches() -> None:
+    """Of many batches a share is drawn, which would be others in each pass over a loader that shuffles."""
+    passes, loader, new = [], Shuffled(new_data(2, 70, 4)), new_data(2, 4, 8)
+    for likelihood in ("categorical", functional.cross_entropy):
+        model, old = new_network("perceptron"), new_data(1, 4, 8)
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        learning = Continual(model, likelihood, calibration="across")
+        train(model, optimizer, old)
+        learning.remember(old)
+        with learning.stable(optimizer):
+            train(model, optimizer, new)
+        with learning.plastic():
+            train(model, optimizer, new)
+        learning.merge(new)
+        loader.passes = 0
+        learning.remember(loader)  # measures the new diagonal's kappa on a share
+        passes.append(loader.passes)
+    assert passes[0] == passes[1]
+    drawn = same_in_all_passes(loader, None, len(loader))
+    assert all(one is other for one, other in zip(drawn, drawn, strict=True))
+    assert same_in_all_passes(loader, 1.0, len(loader)) is loader  # it has the same samples in any order
 
 
 @pytest.mark.parametrize("likelihood", [Gaussian(), Gaussian(0.5), Bernoulli()])
