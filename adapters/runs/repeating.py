@@ -47,11 +47,16 @@ def repeating_command(runs: Sequence[RunResult]) -> str | None:
     start = ["became", "run", "--backend", run.backend.rpartition("+")[2]]
     start += ["--methods", run.method, "--seeds", *(str(run.seed) for run in runs)]
     end = ["--data-dir", run.data_dir] if run.data_dir is not None else []
-    commands = []
     try:
         configuration = Configuration.from_json(run.config, run.method)
-        for preset in BENCHMARKS[configuration.benchmark].presets:
-            commands.append(shlex.join([*start, *command_words(configuration, run.method, preset), *end]))
+        benchmark = BENCHMARKS[configuration.benchmark]
     except (BecameError, TypeError, ValueError):
         return None
+    commands = []
+    for preset in benchmark.presets:
+        try:
+            words = command_words(configuration, run.method, preset)
+        except (BecameError, TypeError, ValueError):
+            continue  # not every preset can be turned into this configuration, and another one may
+        commands.append(shlex.join([*start, *words, *end]))
     return min(commands, key=len, default=None)

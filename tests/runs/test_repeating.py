@@ -3,6 +3,9 @@
 import shlex
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 from adapters.cli.jobs import requested_jobs
 from adapters.cli.options import Request, parse_request
@@ -29,6 +32,26 @@ def test_the_shortest_command_that_repeats_runs_is_found_from_their_record() -> 
         (0, configuration),
         (4, configuration),
     ]
+
+
+@pytest.mark.parametrize(
+    ("values", "method", "words"),
+    [
+        # --preset pretrained turns --pretrained on, which no word turns off.
+        ({"benchmark": "split-cifar100"}, "became", "--benchmark split-cifar100"),
+        ({"benchmark": "split-cifar100", "tasks": 20}, "gpm", "--benchmark split-cifar100 --tasks 20"),
+        # --preset paper has a precision that the method refuses.
+        ({"benchmark": "split-mnist"}, "became-curve", "--benchmark split-mnist"),
+    ],
+)
+def test_a_preset_that_cannot_express_a_run_leaves_the_command_of_another(
+    values: dict[str, Any], method: str, words: str
+) -> None:
+    configuration = Configuration.of(values, method)
+    command = repeating_command([run(method, config=configuration.to_json())])
+    assert command == f"became run --backend torch --methods {method} --seeds 0 {words}"
+    (job,) = requested_jobs(parse_request("run", shlex.split(command)[2:], backend=True), lambda: BACKEND)
+    assert job.configuration == configuration
 
 
 def test_the_command_that_repeats_a_run_has_the_folder_of_its_data() -> None:
