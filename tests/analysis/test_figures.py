@@ -24,11 +24,12 @@ from adapters.analysis.figures import (
     plot_scores,
     plot_seconds,
 )
-from adapters.analysis.figures.accuracy import bar_base
+from adapters.analysis.figures.accuracy import bar_base, groups_by_epochs
 from adapters.analysis.figures.drawing import MUTED, picture
 from adapters.analysis.figures.training import predicted_loss
 from adapters.analysis.groups import groups_of
 from adapters.runs import RunResult
+from adapters.runs.configuration import Configuration
 from adapters.runs.published import PublishedScores, PublishedTable
 from became_core import BecameError
 from tests.analysis.runs import CONFIG, path, plain, run
@@ -214,6 +215,15 @@ def test_accuracy_stands_against_the_epochs_that_the_runs_took() -> None:
     ends = [np.asarray(path.vertices)[:, 1].tolist() for bars in axes.collections for path in bars.get_paths()]
     (spread,) = [end for end in ends if np.ptp(end) > 0]  # one seed has none
     assert spread == pytest.approx([71 - 2**0.5, 71 + 2**0.5])
+
+
+def test_a_line_joins_what_the_presets_of_two_schedules_give() -> None:
+    """The preset paper has a precision of its own, with which no line could be drawn to the runs of quick."""
+    values = {"benchmark": "split-cifar100"}
+    configs = [Configuration.of(values, "became", preset).to_json() for preset in ("quick", "paper")]
+    assert configs[0]["precision"] != configs[1]["precision"]
+    lines = groups_by_epochs(groups_of([scheduled("became", config["epochs"], **config) for config in configs]))
+    assert [[group.epochs.mean for group in line] for line in lines.values()] == [[12.0, 200.0]]
 
 
 def test_lines_of_equal_epochs_stand_side_by_side() -> None:

@@ -47,10 +47,11 @@ __all__ = [
 ]
 
 _MARKS = ("D", "^", "v", "s", "P")
-# What runs may differ in and still be one method at several schedules: what the presets quick and paper differ in, and
-# what draws dropout's masks, which is another on a GPU.
+# What runs may differ in and still be one method at several schedules: what the presets quick and paper of CIFAR-100
+# differ in, the precision among it, which after long training is calibrated across; and what draws dropout's masks,
+# which is another on a GPU.
 _SCHEDULE = {"schedule", "epochs", "stage2_epochs", "lr", "lr_factor", "lr_steps", "lr_patience", "lr_minimum"}
-_SCHEDULE |= {"curvature_samples", "path_points", "dropout_masks"}
+_SCHEDULE |= {"precision", "curvature_samples", "path_points", "dropout_masks"}
 
 
 def accuracy_limits(results: Results) -> tuple[float, float]:
