@@ -1,6 +1,7 @@
 """``report.html``, and its figures as PNG and SVG files in ``figures`` beside it; the two figures of all runs alone."""
 
 import re
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -61,7 +62,8 @@ def write_figures(outs: Sequence[Path], into: Path | None = None, only: str | No
     Args:
         outs: folders that ``--out`` named.
         into: the folder of the figures; the first of ``outs`` if None.
-        only: the name of the one figure that is to be drawn; ``epochs`` is left out where no method has a line if None.
+        only: the name of the one figure that is to be drawn. If None, ``epochs`` is left out where no method has a
+            line, and with a warning where no line can join the runs of a method.
 
     Raises:
         BecameError: if there is nothing to draw, runs cannot be shown together, or a file cannot be written.
@@ -76,7 +78,7 @@ def write_figures(outs: Sequence[Path], into: Path | None = None, only: str | No
         )
     drawings = [] if only == "epochs" else [_plasticity(groups)]
     if only != "plasticity":
-        drawings += _epochs(groups)
+        drawings += _epochs(groups) if only else _epochs_or_warning(groups)
     if not drawings:
         plot_epochs(groups)  # it says what is missing
     folder = into or outs[0]
@@ -190,6 +192,15 @@ def _epochs(groups: Sequence[Group]) -> list[Drawing]:
     bars = "; bars: ± one standard deviation over seeds" if have_spread(groups) else ""
     caption = f"The mean {groups[0].measure.word} at the end by the epochs of both stages, a mean over tasks{bars}."
     return [Drawing("epochs", plot_epochs(groups), f"Lines of the mean accuracy by epochs a task: {alt}.", caption)]
+
+
+def _epochs_or_warning(groups: Sequence[Group]) -> list[Drawing]:
+    """What ``_epochs`` returns; where no line can join the runs of a method, nothing, and a warning says why."""
+    try:
+        return _epochs(groups)
+    except BecameError as error:
+        warnings.warn(f"epochs.svg is left out: {error}", stacklevel=3)
+        return []
 
 
 def _own(group: Group, limits: tuple[float, float]) -> list[Drawing]:

@@ -91,6 +91,23 @@ def test_figures_of_several_folders_go_into_the_first_or_where_they_are_asked_fo
     assert [file.name for file in (tmp_path / "four").iterdir()] == ["plasticity.svg"]
 
 
+@pytest.mark.filterwarnings("default:epochs.svg is left out")
+def test_plasticity_is_drawn_where_no_line_can_join_the_runs_of_a_method(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    outs = two_schedules(tmp_path)
+    RunDirectory(tmp_path / "short", "ewc", 0).save(plain("ewc", config=CONFIG | {"threshold": 0.5}))
+    RunDirectory(tmp_path / "other", "ewc", 0).save(plain("ewc", epochs=[9] * 3, config=CONFIG | {"threshold": 0.7}))
+    words = ["figures", *outs, str(tmp_path / "other"), "--into", str(tmp_path / "both")]
+    assert main(words) == 0
+    out, err = capsys.readouterr()
+    assert out == f"{tmp_path / 'both' / 'plasticity.svg'}\n"
+    why = "ewc (short) and ewc (other) differ in threshold, not only in their schedule; leave one out."
+    assert err == f"warning: epochs.svg is left out: {why}\n"
+    assert main([*words, "--only", "epochs"]) == 2
+    assert capsys.readouterr().err == f"error: {why}\n"
+
+
 def test_figures_of_what_cannot_be_drawn_together_are_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
