@@ -166,29 +166,44 @@ def _identity(run: RunResult) -> tuple[object, ...]:
 
 _SAMPLES = {True: "test samples", False: "held-out training samples"}
 
+# What all runs of a table must agree in, what a configuration has that was recorded before it could be chosen, and the
+# end of the sentence that refuses other runs.
+_ALIKE = (
+    ("tasks", None, "of one class split"),
+    ("first", None, "of one class split"),
+    ("class_order", "label", "of one class split"),
+    ("single_head", False, "that all have one head, or all a head for each task"),
+    ("boundaries", "known", "whose boundaries are all known, or all unknown"),
+)
+
 
 def _check_comparable(first: RunResult, run: RunResult, out: Path) -> None:
     if run.benchmark != first.benchmark:
         raise BecameError(
             f"{out} holds runs of {run.benchmark}, the others are of {first.benchmark}; compare runs of one benchmark."
         )
+    if run.unit != first.unit:
+        raise BecameError(
+            f"{out} holds runs that are measured in {run.unit}, the others in {first.unit}; compare runs of one unit."
+        )
     if run.on_test_samples != first.on_test_samples:
         raise BecameError(
             f"{out} holds runs that were scored on {_SAMPLES[run.on_test_samples]}, the others on "
             f"{_SAMPLES[first.on_test_samples]}; compare runs with one --score-on."
         )
-    # A configuration that was recorded before class orders could be chosen has none: it used the order of the labels.
-    for name, default in (("tasks", None), ("first", None), ("class_order", "label")):
+    for name, default, whose in _ALIKE:
         ours, theirs = first.config.get(name, default), run.config.get(name, default)
         if ours != theirs:
-            raise BecameError(
-                f"{out} holds runs with {name} = {theirs}, the others have {ours}; compare runs of one class split."
-            )
-    # An earlier version did not record the data. What a user chooses of them makes others of the same table or text.
-    chosen = BENCHMARKS[run.benchmark].settings if run.benchmark in BENCHMARKS else ()
-    ours, theirs = ([one.config.get(name) for name in chosen] for one in (first, run))
-    if None not in (first.data, run.data) and first.data != run.data and ours == theirs:
+            raise BecameError(f"{out} holds runs with {name} = {theirs}, the others have {ours}; compare runs {whose}.")
+    # An earlier version did not record the data.
+    if None not in (first.data, run.data) and first.data != run.data and not _are_views(first, run):
         raise BecameError(f"{out} holds runs on other data than the others; compare runs on the same data.")
+
+
+def _are_views(first: RunResult, run: RunResult) -> bool:
+    """Whether the data of two runs may be of one source though they differ, because a user chose other views of it."""
+    views = BENCHMARKS[run.benchmark].views if run.benchmark in BENCHMARKS else ()
+    return any(first.config.get(name) != run.config.get(name) for name in views)
 
 
 def comparison(groups: Sequence[Group], baseline: str | None = None) -> list[Table]:

@@ -51,6 +51,7 @@ class Benchmark:
         permuted: whether the tasks are permutations of the pixels, rather than groups of classes.
         usual: the name of the preset that is used if none is named.
         settings: what a user may choose of the data, by the name of its option.
+        views: those settings of which other values show the same data in another way, and whose runs may be compared.
     """
 
     name: str
@@ -61,6 +62,7 @@ class Benchmark:
     permuted: bool = False
     usual: str = "quick"
     settings: Mapping[str, Setting] = field(default_factory=dict)
+    views: tuple[str, ...] = ()
 
     def preset(self, name: str, tasks: int) -> Preset:
         """Return the preset of that name for so many tasks.
@@ -121,8 +123,8 @@ BENCHMARKS: Catalogue[Benchmark] = Catalogue(
             Benchmark("split-mnist", load_mnist, 5, SPLIT_MNIST, usual="demo"),
             Benchmark("permuted-mnist", load_mnist, 10, PERMUTED_MNIST, permuted=True),
             Benchmark("split-mnist-vae", load_mnist_to_draw, 0, MNIST_VAE),
-            Benchmark("text-domains", load_text, 0, TEXT, settings=TEXT_SETTINGS),
-            Benchmark("text-sentiment", load_rated_text, 0, RATED_TEXT, settings=TEXT_SETTINGS),
+            Benchmark("text-domains", load_text, 0, TEXT, settings=TEXT_SETTINGS, views=("context",)),
+            Benchmark("text-sentiment", load_rated_text, 0, RATED_TEXT, settings=TEXT_SETTINGS, views=("context",)),
             Benchmark("tabular", load_tabular, 0, TABULAR, settings=TABULAR_SETTINGS),
             Benchmark("split-cifar100", load_cifar100, 10, CIFAR100, otherwise={20: CIFAR100_IN_20}),
             Benchmark("split-miniimagenet", load_miniimagenet, 20, MINIIMAGENET),

@@ -176,6 +176,12 @@ def test_a_comparison_of_three_seeds_fits_100_columns(tmp_path: Path, capsys: py
         ({"config": CONFIG | {"tasks": 5}}, "holds runs with tasks = 5, the others have 2; compare runs of one class"),
         ({"config": CONFIG | {"first": 1}}, "holds runs with first = 1, the others have 2"),
         ({"config": CONFIG | {"class_order": "random"}}, "with class_order = random, the others have label"),
+        ({"config": CONFIG | {"single_head": True}}, "single_head = True, the others have False; .* one head, or"),
+        ({"config": CONFIG | {"boundaries": "unknown"}}, "boundaries = unknown, the others have known; .* known, or"),
+        (
+            {"unit": "RMSE", "loss": np.eye(2)},
+            "holds runs that are measured in RMSE, the others in %; compare runs of one unit.",
+        ),
         ({}, "gpm with seed 0 is there twice, again in .*b; leave one out."),
     ],
 )
@@ -211,3 +217,19 @@ def test_a_run_that_does_not_say_its_data_is_a_seed_of_those_that_agree_on_their
         save(tmp_path / "unlike", "gpm", seed, data=data)
     found = labelled(read_results(tmp_path / "unlike"))
     assert [[run.seed for run in runs] for _, runs in found] == [[0], [1, 3], [2]]
+
+
+@pytest.mark.parametrize(
+    ("benchmark", "setting", "is_view"), [("tabular", "target_column", False), ("text-domains", "context", True)]
+)
+def test_other_data_are_another_view_of_the_same_ones_or_are_refused(
+    tmp_path: Path, benchmark: str, setting: str, is_view: bool
+) -> None:
+    for data, value in (("a", "1"), ("b", "2")):
+        save(tmp_path / data, "gpm", 0, benchmark=benchmark, data=data, config=CONFIG | {setting: value})
+    outs = [tmp_path / "a", tmp_path / "b"]
+    if is_view:
+        assert [group.label for group in gather(outs)] == ["gpm (a)", "gpm (b)"]
+    else:
+        with pytest.raises(BecameError, match=r"b holds runs on other data than the others; compare runs on the same"):
+            gather(outs)

@@ -70,10 +70,16 @@ def test_a_result_of_another_table_is_neither_shown_nor_averaged(
     assert run(table(tmp_path / "b.csv", 2.5), out, "--seeds", "1") == 0
     with pytest.raises(BecameError, match="out holds runs on other data than the others"):
         gather([out])
-    # What a user chooses of one table makes other data of it, too, which may be compared.
+    # What a user chooses of one table may be compared if the data are the same.
     assert run(data, tmp_path / "chosen", "--target-kind", "numbers") == 0
     assert run(data, tmp_path / "own", "--head", "own") == 0
     assert len(comparison(gather([tmp_path / "chosen", tmp_path / "own"]))[0].rows) == 2
+    assert run(data, tmp_path / "column", "--target-column", "x", "--target-kind", "numbers") == 0
+    with pytest.raises(BecameError, match="column holds runs on other data than the others"):
+        gather([tmp_path / "chosen", tmp_path / "column"])
+    assert run(data, tmp_path / "classes", "--target-kind", "classes") == 0
+    with pytest.raises(BecameError, match="classes holds runs that are measured in %, the others in RMSE"):
+        gather([tmp_path / "chosen", tmp_path / "classes"])
     capsys.readouterr()
     table(data, 3.5)
     assert run(data, out) == 2
