@@ -76,16 +76,20 @@ _COSTS = (
 def heading(run: RunResult) -> str:
     """Return the benchmark of a run and its tasks: of how many, how many the run learned, and on what it was scored."""
     tasks, first = _tasks_of(run)
-    part = "" if first == tasks else f", the first {first}"
-    scored = "" if run.on_test_samples else ", scored on held-out training samples"
-    return f"{run.benchmark}, {tasks} {'task' if tasks == 1 else 'tasks'}{part}{scored}"
+    counted = f"{tasks or first} {'task' if (tasks or first) == 1 else 'tasks'}"
+    if tasks is None:
+        counted = "the first task" if first == 1 else f"the first {counted}"
+    elif first != tasks:
+        counted += f", the first {first}"
+    return f"{run.benchmark}, {counted}" + ("" if run.on_test_samples else ", scored on held-out training samples")
 
 
-def _tasks_of(run: RunResult) -> tuple[int, int]:
-    """Return into how many tasks the data were cut, and how many of them the run learned."""
+def _tasks_of(run: RunResult) -> tuple[int | None, int]:
+    """Return into how many tasks the data were cut, None if that is not known, and how many of them the run learned."""
     learned = len(run.accuracy)
-    # 0 stands for as many as the data have domains.
-    return run.config.get("tasks", learned) or learned, run.config.get("first", learned) or learned
+    tasks, first = run.config.get("tasks", learned), run.config.get("first", learned)
+    # 0 stands for as many tasks as the data have domains, and for all of them.
+    return tasks or (None if first else learned), first or learned
 
 
 def scores_tables(groups: Sequence[Group]) -> list[Table]:
@@ -169,8 +173,6 @@ _SAMPLES = {True: "test samples", False: "held-out training samples"}
 # What all runs of a table must agree in, what a configuration has that was recorded before it could be chosen, and the
 # end of the sentence that refuses other runs.
 _ALIKE = (
-    ("tasks", None, "of one class split"),
-    ("first", None, "of one class split"),
     ("class_order", "label", "of one class split"),
     ("single_head", False, "that all have one head, or all a head for each task"),
     ("boundaries", "known", "whose boundaries are all known, or all unknown"),
@@ -191,6 +193,7 @@ def _check_comparable(first: RunResult, run: RunResult, out: Path) -> None:
             f"{out} holds runs that were scored on {_SAMPLES[run.on_test_samples]}, the others on "
             f"{_SAMPLES[first.on_test_samples]}; compare runs with one --score-on."
         )
+    _check_tasks(first, run, out)
     for name, default, whose in _ALIKE:
         ours, theirs = first.config.get(name, default), run.config.get(name, default)
         if ours != theirs:
@@ -198,6 +201,16 @@ def _check_comparable(first: RunResult, run: RunResult, out: Path) -> None:
     # An earlier version did not record the data.
     if None not in (first.data, run.data) and first.data != run.data and not _are_views(first, run):
         raise BecameError(f"{out} holds runs on other data than the others; compare runs on the same data.")
+
+
+def _check_tasks(first: RunResult, run: RunResult, out: Path) -> None:
+    """Check that two runs learned equally many tasks of equally many, as far as their configurations say it."""
+    for name, ours, theirs in zip(("tasks", "first"), _tasks_of(first), _tasks_of(run), strict=True):
+        chosen = first.config.get(name) != run.config.get(name)
+        if chosen and None not in (ours, theirs) and ours != theirs:
+            raise BecameError(
+                f"{out} holds runs with {name} = {theirs}, the others have {ours}; compare runs of one class split."
+            )
 
 
 def _are_views(first: RunResult, run: RunResult) -> bool:
@@ -217,8 +230,7 @@ def comparison(groups: Sequence[Group], baseline: str | None = None) -> list[Tab
     if baseline is not None:
         tables.append(_differences(groups, baseline))
     tasks, first = _tasks_of(run)
-    whole = first == tasks and run.on_test_samples
-    published = published_tables(run.benchmark, tasks) if whole else []
+    published = published_tables(run.benchmark, first) if first == tasks and run.on_test_samples else []
     if published:
         tables.append(published_table(published, f"Published: {heading(run)}"))
     return tables

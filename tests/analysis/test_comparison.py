@@ -233,3 +233,34 @@ def test_other_data_are_another_view_of_the_same_ones_or_are_refused(
     else:
         with pytest.raises(BecameError, match=r"b holds runs on other data than the others; compare runs on the same"):
             gather(outs)
+
+
+@pytest.mark.parametrize(
+    ("config", "title"),
+    [
+        ({"tasks": 0, "first": 0}, "tabular, 2 tasks"),
+        ({"tasks": 2, "first": 2}, "tabular, 2 tasks"),
+        ({"tasks": 0, "first": 2}, "tabular, the first 2 tasks"),
+        ({"tasks": 3, "first": 2}, "tabular, 3 tasks, the first 2"),
+    ],
+)
+def test_the_title_says_of_how_many_tasks_if_the_run_knows_it(
+    tmp_path: Path, config: dict[str, int], title: str
+) -> None:
+    save(tmp_path, "gpm", 0, benchmark="tabular", config=config)
+    assert tables(tmp_path)[0].title == title
+
+
+def test_runs_of_the_same_tasks_are_compared_however_these_were_chosen(tmp_path: Path) -> None:
+    """Where the data have domains, 0 stands for all of them."""
+    for name, first in (("whole", 0), ("counted", 2)):
+        save(tmp_path / name, "gpm", 0, benchmark="tabular", config={"tasks": 0, "first": first})
+    save(tmp_path / "named", "gpm", 0, benchmark="tabular", config={"tasks": 2, "first": 2})
+    assert len(gather([tmp_path / name for name in ("whole", "counted", "named")])) == 3
+    matrix = np.array([[90.0]])
+    part: dict[str, Any] = {"accuracy": matrix, "class_incremental_accuracy": matrix, "alpha": [None], "epochs": [3]}
+    part |= {"ranks": [{}], "memory": []}
+    save(tmp_path / "part", "gpm", 0, benchmark="tabular", config={"tasks": 0, "first": 1}, **part)
+    assert tables(tmp_path / "part")[0].title == "tabular, the first task"
+    with pytest.raises(BecameError, match="part holds runs with first = 1, the others have 2; compare runs of one"):
+        gather([tmp_path / "whole", tmp_path / "part"])
