@@ -300,6 +300,7 @@ def _summary(results: Sequence[RunResult]) -> str:
                 "method": result.method,
                 "seed": result.seed,
                 "unit": result.unit,
+                "score_on": result.config.get("score_on", "test"),
                 **asdict(result.scores),
                 **{
                     f"class_incremental_{name}": value

@@ -118,7 +118,8 @@ def test_a_damaged_file_is_named_and_stays(tmp_path: Path, damage: bytes) -> Non
 def test_the_summary_has_a_row_for_each_run(tmp_path: Path) -> None:
     for method, seed in (("gpm", 0), ("gpm", 1), ("became", 0)):
         loss = np.array([[0.5, np.nan], [1.0, 0.25]]) if method == "became" else np.zeros((0, 0))
-        _saved(tmp_path, method=method, seed=seed, loss=loss)
+        config = CONFIG | {"score_on": "validation"} if seed else CONFIG
+        _saved(tmp_path, method=method, seed=seed, loss=loss, config=config)
     write_summary(tmp_path)
     with (tmp_path / "summary.csv").open() as handle:
         rows = list(csv.DictReader(handle))
@@ -126,6 +127,7 @@ def test_the_summary_has_a_row_for_each_run(tmp_path: Path) -> None:
     assert float(rows[0]["acc"]) == 87.5
     assert float(rows[0]["class_incremental_acc"]) == 57.5
     assert rows[0]["epochs"] == "6"
+    assert [row["score_on"] for row in rows] == ["test", "test", "validation"]
     assert [row["loss"] for row in rows] == ["0.625", "", ""]  # an earlier version recorded none
 
 
