@@ -60,9 +60,9 @@ class Plan:
     Attributes:
         configuration: what the runs of all methods have in common, as it is recorded.
         own: by method, what is its own.
-        shared: the number of parameters outside heads.
-        of_heads: the number of parameters in heads.
-        heads: the number of heads.
+        shared: the number of parameters that all tasks have, in the one head of all tasks too.
+        of_heads: the number of parameters in heads of single tasks.
+        heads: the number of heads of single tasks; 0 where all tasks share one.
         steps: the steps of all seeds together, by method.
         seconds: the estimated time of all seeds together, by method and then by phase.
         bounded: whether a schedule may end earlier, so that steps and times are upper bounds.
@@ -132,9 +132,13 @@ class Plan:
                 highlight=False,
             )
         if not quiet:
-            total = self.shared + self.of_heads
-            out.print(f"{total:,} parameters: {self.shared:,} shared, {self.of_heads:,} in {self.heads} heads")
+            out.print(self._parameters())
             out.print("--print-config shows the configuration.")
+
+    def _parameters(self) -> str:
+        """Return in words how many parameters there are; heads are left out where the tasks share one."""
+        heads = f", {self.of_heads:,} in {self.heads} head{'s' if self.heads != 1 else ''}" if self.heads else ""
+        return f"{self.shared + self.of_heads:,} parameters: {self.shared:,} shared{heads}"
 
 
 def plan(
@@ -164,7 +168,7 @@ def plan(
         own=own,
         shared=sum(sizes.values()) - of_heads,
         of_heads=of_heads,
-        heads=len(fresh.heads),
+        heads=sum(bool(head) for head in fresh.heads),
         steps={name: seeds * steps(method, stream, trainings[name]) for name, method in methods.items()},
         seconds=times,
         bounded=training.stage1.needs_validation,

@@ -78,6 +78,18 @@ def test_it_says_what_would_be_and_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        (["--single-head"], "88,600 parameters: 88,600 shared\n"),  # 784 · 100 + 100 · 100 + 2 · 100
+        (["--first", "1"], "88,600 parameters: 88,400 shared, 200 in 1 head\n"),
+    ],
+)
+def test_it_counts_the_heads_that_there_are(option: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(BACKEND, ["--preset", "quick", "--methods", "finetune", "--epochs", "1", *option, "--dry-run"]) == 0
+    assert said in capsys.readouterr().out
+
+
 def test_a_published_schedule_is_an_upper_bound(capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--benchmark", "split-mnist", "--preset", "paper", "--methods", "gpm"]
     assert main(BACKEND, ["--dry-run", *arguments]) == 0
