@@ -9,6 +9,9 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import numpy as np
+from numpy.typing import NDArray
+
 from became_core import BecameError, Quadratic
 from became_core.curvature import likelihood_named
 from became_core.projection import Projector
@@ -156,6 +159,17 @@ def say_changed(name: str, *, has_stepped: bool) -> None:
         f"'{name}' was changed in stable training by something else than the steps of the optimizers that stable() was "
         "given; give it every optimizer that trains the model, and let the model change no parameter by itself."
     )
+
+
+def warn_of_statistics(before: Mapping[str, NDArray[Any]], after: Mapping[str, NDArray[Any]]) -> None:
+    """Warn if stable training has changed the running mean of a batch norm, given those of all of them, by layer."""
+    moved = [name for name, mean in after.items() if name in before and not np.array_equal(before[name], mean)]
+    if moved:
+        warnings.warn(
+            f"the running statistics of the batch norm '{moved[0]}' have changed in stable training, and with them the "
+            "outputs of old data, though protected weights stand still; keep such layers in evaluation mode.",
+            stacklevel=4,  # where the context ends
+        )
 
 
 @dataclass(frozen=True)

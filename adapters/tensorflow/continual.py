@@ -21,9 +21,9 @@ from safetensors.numpy import save_file
 from adapters.backend.calibration import Calibration
 from adapters.backend.continual import ContinualModel
 from adapters.backend.memory_file import read_memory, restored, written
-from adapters.backend.own_loop import MergeReport, Uncovered, known_likelihood
+from adapters.backend.own_loop import MergeReport, Uncovered, known_likelihood, warn_of_statistics
 from adapters.tensorflow.batches import Apply, Reader, Targets
-from adapters.tensorflow.data_loss import DataLoss, Loss
+from adapters.tensorflow.data_loss import DataLoss, Loss, moving_means
 from adapters.tensorflow.steps import StepGuard, Witness, moments_of, observed, parts_of
 from adapters.tensorflow.traced import as_written
 from became_core import BecameError
@@ -190,7 +190,7 @@ class Continual(ContinualModel):
             raise BecameError("the model is not compiled, so it has no optimizer; compile it, or give stable() yours.")
         steppers = [part for optimizer in used for part in parts_of(optimizer, self.model.trainable_variables)]
         guards = [self._guard() for _ in steppers]
-        witness = Witness(self._data.network.parameters, guards)
+        witness, means = Witness(self._data.network.parameters, guards), moving_means(self.model)
         self._warn_of_replaced(self._variables, self._is_as_remembered)
         # What fit has compiled before takes steps that are not observed, so it must compile anew; and once more at the
         # end, since the model may have been given another optimizer in between.
@@ -202,6 +202,7 @@ class Continual(ContinualModel):
                         stack.enter_context(observed(optimizer, guard))
                     yield
                 witness.at_end()
+                warn_of_statistics(means, moving_means(self.model))
             finally:
                 self.model.train_function = None
                 self._data.retrace()  # with layers that were built inside of the context

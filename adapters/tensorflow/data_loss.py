@@ -16,6 +16,7 @@ from typing import Any
 import keras
 import numpy as np
 import tensorflow as tf
+from numpy.typing import NDArray
 
 from adapters.backend.batches import (
     cotangents_of,
@@ -263,6 +264,12 @@ class DataLoss:
         passes = ((self.network.outputs(theta, inputs), targets) for inputs, targets in self._read(theta, batches))
         first = list(islice(passes, 1))  # to which the likelihood is fitted, if it was not yet
         return mean_loss(self.likelihood, chain(first, passes), partial(_own_loss, self.likelihood))
+
+
+def moving_means(model: keras.Model) -> dict[str, NDArray[Any]]:
+    """Return the moving means of all batch norms as they are, by the layer's name."""
+    norms = (layer for layer in layers_of(model) if isinstance(layer, keras.layers.BatchNormalization) and layer.built)
+    return {norm.name: np.asarray(norm.moving_mean) for norm in norms}
 
 
 @contextmanager

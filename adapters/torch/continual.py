@@ -23,9 +23,10 @@ from adapters.backend.calibration import Calibration
 from adapters.backend.continual import ContinualModel
 from adapters.backend.memory import Moments
 from adapters.backend.memory_file import read_memory, restored, written
-from adapters.backend.own_loop import MergeReport, Uncovered, known_likelihood
+from adapters.backend.own_loop import MergeReport, Uncovered, known_likelihood, warn_of_statistics
 from adapters.torch.batches import Apply, Targets
 from adapters.torch.data_loss import Batches, DataLoss, Loss
+from adapters.torch.layers import running_means
 from adapters.torch.sharded_memory import all_agree, read_shards, write_shards
 from adapters.torch.shared_model import SharedModel, beside, own_part
 from adapters.torch.steps import StepGuard, Witness, groups_of, moments_of, unwrapped
@@ -214,7 +215,7 @@ class Continual(ContinualModel):
         if not optimizers:
             raise BecameError("stable training projects the steps of an optimizer; give stable() all that train.")
         guards = [self._guard(optimizer) for optimizer in map(unwrapped, optimizers)]
-        witness = Witness(self._data.trained, guards)
+        witness, means = Witness(self._data.trained, guards), running_means(self.model)
         self._warn_of_replaced(self._data.trained, self._is_as_remembered)
         with ExitStack() as stack:
             stack.enter_context(self._stable(self._data.trained))
@@ -228,6 +229,7 @@ class Continual(ContinualModel):
             finally:
                 self._end_stable()
             witness.at_end()
+            warn_of_statistics(means, running_means(self.model))
 
     def merge(self, batches: Batches, *, trace: int = 0, statistics: Batches | None = None) -> MergeReport:
         """Merge the stable and the present, plastic weights; the model then has the merged ones, theta*.

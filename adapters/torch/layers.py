@@ -12,6 +12,7 @@ from math import prod
 from typing import Any
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from became_core import BecameError
@@ -30,6 +31,7 @@ __all__ = [
     "moments",
     "outputs_at",
     "patches",
+    "running_means",
     "running_norms",
 ]
 
@@ -132,6 +134,16 @@ def running_norms(names: Mapping[nn.Module, str]) -> dict[nn.Module, str]:
         if isinstance(module, _BATCH_NORMS) and module.running_mean is not None and module.training:
             norms[module] = name
     return norms
+
+
+def running_means(network: nn.Module) -> dict[str, NDArray[Any]]:
+    """Return the running means of all batch norms as they are, by the layer's own name."""
+    norms = {name: module for name, module in network.named_modules() if is_batch_norm(module)}
+    return {
+        name: norm.running_mean.detach().cpu().double().numpy().copy()
+        for name, norm in norms.items()
+        if isinstance(norm.running_mean, Tensor)
+    }
 
 
 @torch.no_grad()

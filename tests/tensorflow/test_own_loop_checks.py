@@ -162,3 +162,21 @@ def test_a_constraint_that_a_correction_would_break_is_refused() -> None:
     learning.remember([(np.ones((2, 5)), np.array([0, 1]))])
     with pytest.raises(BecameError, match=r"'first\.weight' has a constraint, which a projected"), learning.stable():
         pass
+
+
+def test_batch_norms_that_follow_the_new_data_are_named() -> None:
+    """No weight needs to move for old outputs to change with them; if they are not trained they stay."""
+    norm = L.BatchNormalization()
+    model = keras.Sequential([keras.Input((8,)), L.Dense(8), norm, L.ReLU(), L.Dense(CLASSES)])
+    inputs, labels = np.random.default_rng(0).normal(size=(16, 8)), np.arange(16) % CLASSES
+    learning = Continual(model, uncovered="frozen", check=False)
+    learning.remember([(inputs, labels)])
+    compiled(model)
+    with pytest.warns(UserWarning, match=f"statistics of the batch norm '{norm.name}' have changed") as seen:  # noqa: SIM117
+        with learning.stable():
+            model(inputs + 1, training=True)
+    assert seen[0].filename == __file__
+    norm.trainable = False
+    learning.remember([(inputs, labels)])
+    with learning.stable():
+        model(inputs + 1, training=True)

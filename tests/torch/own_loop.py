@@ -3,13 +3,17 @@
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from tests.torch.modules import CLASSES, WIDTH, Stored
 
-__all__ = ["NETWORKS", "Pairs", "new_data", "new_network", "train", "whole"]
+__all__ = ["NETWORKS", "Pairs", "follows_new_data", "new_data", "new_network", "train", "whole"]
+
+# A test whose batch norms follow the new data in stable training, as it knows.
+follows_new_data = pytest.mark.filterwarnings("ignore:the running statistics of the batch norm:UserWarning")
 
 
 class _Encoder(nn.Module):

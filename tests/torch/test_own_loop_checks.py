@@ -396,3 +396,20 @@ def test_tied_words_with_padding_pass_the_first_look() -> None:
     learning = Continual(Tied().double(), Categorical(by="token"))
     learning.remember([(torch.randint(0, 9, (3, 4)), torch.randint(0, 9, (3, 4)))])
     assert learning.checked
+
+
+def test_batch_norms_that_follow_the_new_data_are_named() -> None:
+    """No weight needs to move for old outputs to change with them; in evaluation mode they stay."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, CLASSES))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    learning = Continual(model, uncovered="frozen")
+    inputs = torch.randn(16, 8)
+    learning.remember([(inputs, torch.arange(16) % CLASSES)])
+    with pytest.warns(UserWarning, match="statistics of the batch norm '1' have changed in stable") as seen:  # noqa: SIM117
+        with learning.stable(optimizer):
+            model.train()(inputs + 1)
+    assert seen[0].filename == __file__
+    with learning.stable(optimizer):
+        model.train()[1].eval()
+        model(inputs + 1)

@@ -18,7 +18,7 @@ from became_core import BecameError, PaperClosedForm, Quadratic, Secant, optimal
 from became_core.curvature import Bernoulli, Categorical, Gaussian
 from tests.torch.modules import CLASSES, WIDTH
 from tests.torch.oracle import autograd_gradients, secant_by_brute_force
-from tests.torch.own_loop import new_data, new_network, train, whole
+from tests.torch.own_loop import follows_new_data, new_data, new_network, train, whole
 
 
 def two_models(name: str, **settings: Any) -> tuple[nn.Module, Continual, dict[str, Tensor], dict[str, Tensor]]:
@@ -259,6 +259,7 @@ def test_labels_that_are_no_integers_are_refused_at_a_merge_too() -> None:
         learning.merge([(x, y.double()) for x, y in new])
 
 
+@follows_new_data
 def test_running_statistics_are_estimated_again_on_request() -> None:
     model, old, new = new_network("convolutional"), new_data(1, 2, 8), new_data(2, 3, 8)
     norm: Any = model[2]
@@ -278,6 +279,7 @@ def test_running_statistics_are_estimated_again_on_request() -> None:
     assert all(module.training for module in model.modules())
 
 
+@follows_new_data
 def test_a_merge_whose_statistics_fail_can_be_repeated() -> None:
     model, old, new = new_network("convolutional"), new_data(1, 2, 8), new_data(2, 3, 8)
     learning, optimizer = Continual(model), torch.optim.SGD(model.parameters(), 0.1)

@@ -19,7 +19,7 @@ from became_core.curvature import Categorical
 from became_core.projection import GPM, NSCL, SGP
 from tests.torch.modules import CLASSES, WIDTH
 from tests.torch.oracle import autograd_gradients
-from tests.torch.own_loop import NETWORKS, new_data, new_network, train, whole
+from tests.torch.own_loop import NETWORKS, follows_new_data, new_data, new_network, train, whole
 
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "SGD": lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, weight_decay=0.01, nesterov=True),
@@ -29,6 +29,7 @@ OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
 }
 
 
+@follows_new_data
 @pytest.mark.filterwarnings("ignore:taps do not know:UserWarning")
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("name", NETWORKS)
@@ -103,6 +104,7 @@ def test_what_is_not_covered_takes_a_proximal_step_to_the_old_mean(kind: Any) ->
     torch.testing.assert_close(bias.detach(), at, rtol=0, atol=1e-6)
 
 
+@follows_new_data
 def test_what_the_user_froze_is_never_touched() -> None:
     model = new_network("convolutional")
     model[1].requires_grad_(False)
