@@ -3,8 +3,8 @@
 All that is used of Dask, whose extra is ``dask``, is imported from here: so one sentence says what to install.
 """
 
+import json
 from pathlib import Path
-from typing import Any
 
 from became_core import BecameError, __version__
 from became_core.errors import first_line
@@ -39,14 +39,27 @@ def connected(scheduler: str) -> Client:
         scheduler: its address, or the path of its scheduler file.
 
     Raises:
-        BecameError: if there is none.
+        BecameError: if there is none, or the file is no scheduler's.
     """
-    where: dict[str, Any] = {"scheduler_file": scheduler} if Path(scheduler).is_file() else {"address": scheduler}
+    address = _address_in(Path(scheduler)) if Path(scheduler).is_file() else scheduler
     try:
-        return Client(**where, timeout=CONNECT, set_as_default=False, name="became")
+        return Client(address, timeout=CONNECT, set_as_default=False, name="became")
     except (OSError, ValueError) as error:
         message = f"no scheduler answers at {scheduler} ({first_line(error)}); start one with 'dask scheduler'."
         raise BecameError(message) from None
+
+
+def _address_in(file: Path) -> str:
+    """Return the address that a scheduler file has."""
+    try:
+        address = json.loads(file.read_bytes())["address"]
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        address = None
+    if not isinstance(address, str) or not address:
+        raise BecameError(
+            f"{file} is no scheduler's file; give the one that 'dask scheduler --scheduler-file FILE' has written."
+        )
+    return address
 
 
 def threads_by_host(client: Client) -> dict[str, int]:

@@ -159,6 +159,29 @@ def test_a_scheduler_that_is_missing_or_ends_is_one_sentence(
 
 
 @pytest.mark.parametrize(
+    "content", ["", '{"type":', "task,x\na,1\n", "[1]", "{}", '{"address": 1}', '{"address": ""}', "\xff"]
+)
+def test_a_file_that_is_no_schedulers_is_one_sentence(
+    content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "scheduler.json"
+    file.write_bytes(content.encode("latin-1"))
+    assert main(BACKEND, [*RUN, "--scheduler", str(file), "--out", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err
+    assert said == (
+        f"error: {file} is no scheduler's file; give the one that 'dask scheduler --scheduler-file FILE' has written.\n"
+    )
+
+
+def test_the_address_is_found_in_a_schedulers_file(scheduler: tuple[str, Any], tmp_path: Path) -> None:
+    address, _ = scheduler
+    file = tmp_path / "scheduler.json"
+    file.write_text(json.dumps({"address": address}), encoding="utf-8")
+    with connecting.connected(str(file)) as client:
+        assert client.scheduler.address == address
+
+
+@pytest.mark.parametrize(
     ("changed", "message"),
     [
         ({"version": "0.0.1"}, "the worker tcp://host:1 has version .* of this package, not 0.0.1; install the same."),
