@@ -155,6 +155,8 @@ class Fisher:
             raise BecameError(f"--data measures one model, and {len(self.models)} were given before the options.")
         if self.chunk < 1 or (self.samples is not None and self.samples < 1):
             raise BecameError("--chunk and --samples are at least 1.")
+        if self.seed < 0:
+            raise BecameError(f"--seed is {self.seed}; it must be at least 0.")
         request = FisherRequest(self.kind, self.per, self.samples, self.chunk, self.seed, self.factors)
         network, tokenizer = load_model(self.models[0], self.load)
         samples = read_samples(str(self.data), tokenizer, self.seed)

@@ -259,6 +259,7 @@ def test_fisher_measures_adds_and_converts(tmp_path: Path, capsys: pytest.Captur
         (["--add", "F", "--out", "F.safetensors"], "give at least two"),
         (["--data", "x.npz", "--out", "F.safetensors"], "--data measures one model, and 0 were given"),
         (["M", "--data", "x.npz", "--out", "F.safetensors", "--chunk", "0"], "at least 1"),
+        (["M", "--data", "x.npz", "--out", "F.safetensors", "--seed", "-1"], "--seed is -1; it must be at least 0."),
         (["M", "--data", "x.npz", "--out", "F.safetensors", "--model", "N"], "--data makes no use of --model; leave"),
         (["--add", "F", "G", "--out", "F.safetensors", "--kind", "true"], "--add makes no use of --kind; leave it out"),
         (["M", "--from", "o.pt", "--model", "N", "--out", "F.safetensors"], "--from makes no use of a model before"),
