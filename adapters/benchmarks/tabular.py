@@ -9,7 +9,8 @@ runs, are the test part. All numbers are normalised by the training rows of all 
 """
 
 import csv
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -91,7 +92,8 @@ def load_tabular(
         raise BecameError(f"{name} has no column besides '{task_column}' and '{target_column}' to predict from.")
     features = np.concatenate([_features(name, column, columns[column]) for column in inputs], axis=1)
     labels, likelihood = _targets(name, target_column, columns[target_column], target_kind)
-    tasks = [str(value).strip() for value in columns[task_column]]
+    named = columns[task_column]
+    tasks = ["" if isinstance(value, float) and math.isnan(value) else str(value).strip() for value in named]
     if "" in tasks or "None" in tasks:
         raise BecameError(f"{name} has a row without a task; fill the column '{task_column}' or leave the row out.")
     names = list(dict.fromkeys(tasks))
@@ -140,24 +142,33 @@ def _read(file: Path) -> Table:
         return {column: list(rows[column]) for column in rows.column_names}
     try:
         with file.open(newline="", encoding="utf-8-sig") as text:  # some programs write a mark before the first name
-            lines = list(csv.reader(text))
+            rows = _numbered(text)
     except UnicodeDecodeError as error:
         raise BecameError(
             f"{file} holds bytes that are no UTF-8, the first at {error.start}; save it as UTF-8."
         ) from None
     except (OSError, csv.Error) as error:
         raise BecameError(f"{file} cannot be read as CSV ({error}).") from None
-    lines = [line for line in lines if line]
-    if len(lines) < 2:
+    if len(rows) < 2:
         raise BecameError(f"{file} holds no rows; give a line of names and then a line a row.")
-    heads, *rows = lines
+    (_, heads), *rows = rows
     for head in heads:
         if heads.count(head) > 1:
             raise BecameError(f"{file} has {heads.count(head)} columns of the name '{head}'; give each its own.")
-    for number, row in enumerate(rows, start=2):
+    for number, row in rows:
         if len(row) != len(heads):
             raise BecameError(f"line {number} of {file} has {len(row)} cells, and the first line {len(heads)} names.")
-    return {head: [row[place] for row in rows] for place, head in enumerate(heads)}
+    return {head: [row[place] for _, row in rows] for place, head in enumerate(heads)}
+
+
+def _numbered(text: Iterable[str]) -> list[tuple[int, list[str]]]:
+    """Return the rows of CSV that are not blank, each with the number of the line that it begins on."""
+    reader, rows, begins = csv.reader(text), [], 1
+    for row in reader:
+        if row:
+            rows.append((begins, row))
+        begins = reader.line_num + 1
+    return rows
 
 
 def _features(name: str, column: str, cells: Sequence[Any]) -> Numbers:

@@ -56,6 +56,14 @@ def test_parquet_is_read_alike(tmp_path: Path) -> None:
     np.testing.assert_array_equal(ours.labels, theirs.labels)
 
 
+def test_a_row_of_parquet_whose_task_is_no_number_has_no_task(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    columns = {"task": [0.0, float("nan")] * 15, "x": list(range(30)), "target": list(range(30))}
+    datasets.Dataset.from_dict(columns).to_parquet(str(tmp_path / "houses.parquet"))
+    with pytest.raises(BecameError, match="houses has a row without a task; fill the column 'task'"):
+        load_tabular(tmp_path)
+
+
 def test_text_and_few_whole_numbers_are_classes(tmp_path: Path) -> None:
     file = table(tmp_path)
     dataset = load_tabular(file, target_column="colour")
@@ -78,6 +86,9 @@ def test_text_and_few_whole_numbers_are_classes(tmp_path: Path) -> None:
         ("task,x,target\na,1,2\n,1,3\n", {}, "a row without a task"),
         ("task,x,target\na,1,2.5\na,1,3\nb,1,3\n", {}, "the task 'b' of houses has a single row"),
         ("task,x,target\na,1\n", {}, "line 2 of .* has 2 cells"),
+        ("task,x,target\n\n\na,2,3\n\na,1\n", {}, "line 6 of .* has 2 cells"),
+        ('task,x,target\n"a\n\nb",2,3\na,1\n', {}, "line 5 of .* has 2 cells"),
+        ('task,x,target\na,2,3\n"a\n\nb",2\n', {}, "line 3 of .* has 2 cells"),
         ("task,x,target\n", {}, "holds no rows"),
         (b"task,x,target\na,1,\xff\n", {}, "no UTF-8, the first at 18"),
         ("task,x,target\na,1,red\na,1,red\n", {}, "one value alone"),
