@@ -32,6 +32,9 @@ SYMMETRIC = 512
 # The shape and the dtype of what is kept of a weight: of a sum, or [0, d_in] of rows that wait to be summed.
 Layout = tuple[tuple[int, ...], Any]
 
+# How a weight is used: whether its rows are looked up, whether it is stored as [d_in, d_out], and d_in.
+Use = tuple[bool, bool, int]
+
 
 def input_grams(batches: Iterable[Taps], weights: frozenset[str], exchange: Exchange | None = None) -> Params:
     """Return, for each weight that has a tap, the mean of a a^T over its layer's inputs a, [d_in, d_in].
@@ -77,15 +80,18 @@ class GramSums:
         # A product of d_in rows or more at a time is faster than many small ones, so inputs are gathered first.
         self._waiting: dict[str, list[Array]] = {}
         self._rows: dict[str, int] = {}
+        self._uses: dict[str, Use] = {}
 
     def add(self, taps: Taps, weights: frozenset[str]) -> None:
         """Add what the layers of these weights read in a batch.
 
         Raises:
-            BecameError: if a batch uses such a weight otherwise than to be multiplied with rows.
+            BecameError: if a batch uses such a weight otherwise than to be multiplied with rows, or otherwise than an
+                earlier batch: from its other side, or to look up rows that were multiplied.
         """
         for name, tap in _of(weights, taps).items():
-            if tap.kind == "gradient":
+            use = _use_of(tap)
+            if use is None or self._uses.setdefault(name, use) != use:
                 raise BecameError(
                     f"'{name}' is multiplied as a whole in one batch and used in another way in another batch, so that "
                     "no projector protects it; let the network use it alike, or freeze it."
@@ -199,6 +205,17 @@ def _positions(tap: Tap) -> int:
         return int(tap.inputs.shape[0]) * int(tap.inputs.shape[1])
     samples, _, height, width = tap.inputs.shape
     return int(samples) * int(height - tap.kernel[0] + 1) * int(width - tap.kernel[1] + 1)
+
+
+def _use_of(tap: Tap) -> Use | None:
+    """Return how a batch uses a weight; None if not as a whole matrix alone, in one way."""
+    if tap.others or tap.kind not in ("matrix", "window", "embedding"):
+        return None
+    if tap.kind == "embedding":
+        return True, tap.transposed, tap.size
+    height, width = tap.kernel
+    d_in = tap.inputs.shape[1] * height * width if tap.kind == "window" else tap.inputs.shape[2]
+    return False, tap.transposed, int(d_in)
 
 
 def _joined(parts: list[Array]) -> Array:

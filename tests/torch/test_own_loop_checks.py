@@ -238,6 +238,19 @@ def test_data_that_use_a_protected_matrix_otherwise_are_refused() -> None:
     assert dict(mixed.projector.rank) == {}
 
 
+def test_a_matrix_that_a_later_batch_multiplies_from_its_other_side_is_refused() -> None:
+    square = nn.Linear(WIDTH, WIDTH, bias=False).double()
+    learning = Continual(
+        square,
+        apply=lambda net, batch: batch[0] @ (net.weight if batch[2] else net.weight.T),
+        targets=lambda batch: batch[1],
+    )
+    ahead, back = ((*pair, turned) for pair, turned in zip(new_data(1), (False, True), strict=True))
+    with pytest.raises(BecameError, match="'weight' is multiplied as a whole in one batch and used in another way"):
+        learning.remember([ahead, back])
+    assert learning.posterior is None
+
+
 class _Random(nn.Module):
     def __init__(self, across: bool) -> None:
         super().__init__()

@@ -1,5 +1,6 @@
 """Gram matrices of layer inputs and of gradients, against explicit loops."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from became_core import BecameError
 from became_core.curvature import GramSums, Tap, gradient_grams, grams, input_grams
 from tests.backends import to_numpy, to_xp
 from tests.strategies import eighths, few_if_compiled
@@ -100,3 +102,34 @@ def test_sums_of_single_batches_add_up(xp: Any, sizes: list[int]) -> None:
     expected = to_numpy(input_grams(batches, weights)["fc.weight"])
     for _ in range(2):  # asking changes nothing
         np.testing.assert_allclose(to_numpy(together.means()["fc.weight"]), expected, rtol=1e-13)
+
+
+def _uses(xp: Any) -> dict[str, Tap]:
+    """Return taps of a weight [3, 3] that is used in several ways."""
+    rows = xp.ones((2, 1, 3))
+    looked_up = Tap("embedding", xp.asarray([[0], [2]]), rows, size=3, own_name=True)
+    product = Tap("matrix", rows, rows, own_name=True)
+    return {
+        "as it is": product,
+        "turned": replace(product, transposed=True),
+        "wider": Tap("matrix", xp.ones((2, 1, 4)), rows, own_name=True),
+        "looked up": looked_up,
+        "tied": replace(looked_up, others=(product,)),
+        "scaled": replace(product, kind="scale"),
+    }
+
+
+@pytest.mark.parametrize("later", ["turned", "wider", "looked up", "scaled"])
+def test_a_weight_that_a_later_batch_uses_in_another_way_is_refused(xp: Any, later: str) -> None:
+    uses = _uses(xp)
+    message = "'w' is multiplied as a whole in one batch and used in another way in another batch"
+    for ways in (["as it is", later], [later, "as it is"]):
+        with pytest.raises(BecameError, match=message):
+            input_grams([{"w": uses[way]} for way in ways], frozenset({"w"}))
+    if later != "scaled":
+        input_grams([{"w": uses[later]}, {"w": uses[later]}], frozenset({"w"}))
+
+
+def test_a_lookup_that_is_a_product_too_has_no_gram_matrix(xp: Any) -> None:
+    with pytest.raises(BecameError, match="'w' is multiplied as a whole in one batch and used in another way"):
+        input_grams([{"w": _uses(xp)["tied"]}], frozenset({"w"}))
