@@ -202,7 +202,8 @@ class Continual(ContinualModel):
         """Keep every ``step()`` of these optimisers out of the spaces that old data use, for the time of this context.
 
         Args:
-            optimizers: all that step the model; those of a wrapper are found in it.
+            optimizers: all that step the model; those of a wrapper are found in it, and one that is named twice counts
+                once.
 
         Raises:
             BecameError: before anything is remembered; if there is no optimiser, or one has no parameter of the model;
@@ -214,7 +215,7 @@ class Continual(ContinualModel):
         self._check_as_remembered()
         if not optimizers:
             raise BecameError("stable training projects the steps of an optimizer; give stable() all that train.")
-        guards = [self._guard(optimizer) for optimizer in map(unwrapped, optimizers)]
+        guards = [self._guard(optimizer) for optimizer in dict.fromkeys(map(unwrapped, optimizers))]
         witness, means = Witness(self._data.trained, guards), running_means(self.model)
         self._warn_of_replaced(self._data.trained, self._is_as_remembered)
         with ExitStack() as stack:

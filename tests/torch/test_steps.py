@@ -1,6 +1,7 @@
 """Whose steps are projected: optimisers of every kind that ``stable`` is given, and where the weights are."""
 
 import pickle
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -118,6 +119,19 @@ def test_two_optimizers_may_step_in_turn_or_one_after_the_other() -> None:
         case.train(first)
         case.train(second)
     case.check()
+
+
+def test_an_optimizer_that_is_named_twice_pulls_back_once() -> None:
+    weights = []
+    for wrappers in (0, 1):
+        case = Case()
+        learning, optimizer = Continual(case.model, check=False), SGD(case.model.parameters(), 0.1)
+        learning.remember([(case.old, torch.arange(2))])
+        wrapped: Any = [SimpleNamespace(optimizer=optimizer)] * wrappers
+        with learning.stable(optimizer, *wrapped):
+            case.train(optimizer)
+        weights.append(case.model[0].bias)
+    assert torch.equal(*weights)
 
 
 def test_layers_that_are_thawed_or_added_in_stable_training_are_projected() -> None:
