@@ -64,11 +64,14 @@ def _groups(optimizer: Optimizer, names: Mapping[nn.Parameter, str]) -> Groups:
 
 
 def moments_of(optimizer: Optimizer, group: Mapping[str, Any], value: nn.Parameter) -> Moments | None:
-    """Return what an Adam knows of the gradients of a parameter of one of its groups; None of another optimiser."""
+    """Return what an Adam knows of the gradients of a parameter of one of its groups; None of another optimiser.
+
+    Some count the steps of a parameter, and others, such as apex's, those of a group.
+    """
     state = optimizer.state.get(value, {})
-    if "exp_avg_sq" not in state or "betas" not in group:
+    step = state.get("step", group.get("step"))
+    if "exp_avg_sq" not in state or "betas" not in group or step is None:
         return None
-    step = state["step"]
     # A number has double precision, where it need not be waited for.
     steps = step if isinstance(step, Tensor) and step.device.type != "cpu" else float(step)
     return Moments(state["exp_avg_sq"].detach(), steps, float(group["betas"][1]))

@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from tests.torch.modules import CLASSES, WIDTH, Stored
 
-__all__ = ["NETWORKS", "Pairs", "follows_new_data", "new_data", "new_network", "train", "whole"]
+__all__ = ["NETWORKS", "GroupedAdam", "Pairs", "follows_new_data", "new_data", "new_network", "train", "whole"]
 
 # A test whose batch norms follow the new data in stable training, as it knows.
 follows_new_data = pytest.mark.filterwarnings("ignore:the running statistics of the batch norm:UserWarning")
@@ -109,3 +109,20 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, batches: Pairs, ep
 def whole(batches: Pairs) -> tuple[Tensor, Tensor]:
     inputs, targets = zip(*batches, strict=True)
     return torch.cat(inputs), torch.cat(targets)
+
+
+class GroupedAdam(torch.optim.Optimizer):
+    """Steps by gradients over the root of their second moments, and counts steps by the group, as apex's Adam does."""
+
+    def __init__(self, parameters: Any, rate: float) -> None:
+        super().__init__(parameters, {"lr": rate, "betas": (0.9, 0.99)})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        assert closure is None
+        for group in self.param_groups:
+            beta, group["step"] = group["betas"][1], group.get("step", 0) + 1
+            for value in group["params"]:
+                second = self.state[value].setdefault("exp_avg_sq", torch.zeros_like(value))
+                second.lerp_(value.grad**2, 1 - beta)
+                value.addcdiv_(value.grad, (second / (1 - beta ** group["step"])).sqrt() + 1e-8, value=-group["lr"])

@@ -18,7 +18,7 @@ from became_core import BecameError, PaperClosedForm, Quadratic, Secant, optimal
 from became_core.curvature import Bernoulli, Categorical, Gaussian
 from tests.torch.modules import CLASSES, WIDTH
 from tests.torch.oracle import autograd_gradients, secant_by_brute_force
-from tests.torch.own_loop import follows_new_data, new_data, new_network, train, whole
+from tests.torch.own_loop import GroupedAdam, follows_new_data, new_data, new_network, train, whole
 
 
 def two_models(name: str, **settings: Any) -> tuple[nn.Module, Continual, dict[str, Tensor], dict[str, Tensor]]:
@@ -247,6 +247,21 @@ def test_second_moments_of_an_optimizer_stand_for_old_data_with_a_warning() -> N
         learning.remember(optimizer=torch.optim.SGD(model.parameters(), 0.1), samples=1)
     with pytest.raises(BecameError, match="either batches or an optimizer"):
         learning.remember(batches, optimizer=optimizer, samples=1)
+
+
+@pytest.mark.filterwarnings("ignore:second moments of an optimizer:UserWarning")
+def test_an_adam_may_count_the_steps_of_a_group_and_is_none_if_it_counts_no_steps() -> None:
+    model, batches = new_network("perceptron"), new_data(1)
+    optimizer, learning = GroupedAdam(model.parameters(), 0.01), Continual(model)
+    train(model, optimizer, batches, epochs=4)
+    learning.remember(optimizer=optimizer, samples=32)
+    assert learning.posterior is not None
+    found = learning.posterior.precision.diagonal()["0.weight"]
+    moment = optimizer.state[model[0].weight]["exp_avg_sq"]
+    torch.testing.assert_close(found, moment / (1 - 0.99**8) * 32)
+    del optimizer.param_groups[0]["step"]
+    with pytest.raises(BecameError, match="no second moments"):
+        learning.remember(optimizer=optimizer, samples=32)
 
 
 def test_labels_that_are_no_integers_are_refused_at_a_merge_too() -> None:

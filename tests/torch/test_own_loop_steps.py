@@ -19,7 +19,7 @@ from became_core.curvature import Categorical
 from became_core.projection import GPM, NSCL, SGP
 from tests.torch.modules import CLASSES, WIDTH
 from tests.torch.oracle import autograd_gradients
-from tests.torch.own_loop import NETWORKS, follows_new_data, new_data, new_network, train, whole
+from tests.torch.own_loop import NETWORKS, GroupedAdam, follows_new_data, new_data, new_network, train, whole
 
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "SGD": lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, weight_decay=0.01, nesterov=True),
@@ -78,7 +78,7 @@ def test_steps_under_autocast_with_a_scaler_and_accumulation_are_projected() -> 
     torch.testing.assert_close(model(old[0][0]), before, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adam])
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adam, GroupedAdam])
 def test_what_is_not_covered_takes_a_proximal_step_to_the_old_mean(kind: Any) -> None:
     """Of an Adam the step is in its own metric, the root of its second moments."""
     model, old, new = new_network("perceptron"), new_data(1), new_data(2)
