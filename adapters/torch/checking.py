@@ -139,7 +139,8 @@ class TorchView:
 
     def seed(self, outputs: Tensor) -> Tensor:
         """Return random gradients by the outputs."""
-        return torch.randn(outputs.shape, generator=torch.Generator().manual_seed(0)).to(outputs)
+        generator = torch.Generator("cpu").manual_seed(0)
+        return torch.randn(outputs.shape, generator=generator, device="cpu").to(outputs)
 
     def taps(self, seed: NDArray[Any]) -> Taps:
         """Return the taps of the backward pass that begins with these gradients."""

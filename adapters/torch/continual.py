@@ -276,7 +276,7 @@ class Continual(ContinualModel):
         for name, value in arrays.items():
             whole = shared.gathered({name: value})[name]
             if shared.rank == 0:
-                tensors[name] = torch.as_tensor(whole).detach().contiguous().cpu()
+                tensors[name] = torch.as_tensor(whole, device="cpu").detach().contiguous()
         if shared.rank == 0:
             try:
                 with written(file) as temporary:

@@ -296,7 +296,7 @@ class DataLoss:
                 )
                 for name, value in ((name, value.detach()) for name, value in self.trained.items())
             }
-        units = float(self.shared.total(torch.tensor(units, dtype=torch.float64)))
+        units = float(self.shared.total(_numbers(units)))
         sums = self.shared.total_like(sums, self.trained)
         if with_memory and self.shared.count > 1:
             here = {name: own_part(value) for name, value in self.trained.items()}
@@ -329,7 +329,7 @@ class DataLoss:
                 for name, gradient in zip(trained, gradients, strict=True):
                     for index, direction in enumerate(moves):
                         total[index] += 0.0 if gradient is None else float((gradient.double() * direction[name]).sum())
-        sums = self.shared.total(torch.tensor([*total, units], dtype=torch.float64))
+        sums = self.shared.total(_numbers([*total, units]))
         return sums[:-1] / counted(float(sums[-1]))
 
     def along(
@@ -341,7 +341,7 @@ class DataLoss:
             slopes = by_slopes(lambda moved, along: self.slope(same, moved, along), theta, directions)
             return slopes, "a difference of slopes"
         count = len(directions)
-        slope, curvature = torch.zeros(count, dtype=torch.float64), torch.zeros(count, count, dtype=torch.float64)
+        slope, curvature = _numbers([0.0] * count), _numbers([[0.0] * count] * count)
         batches, units = self._fitted_by_all(self._drawn(batches, share)), 0.0
         own, *moves = (
             {f"model.{name}": value for name, value in self.shared.gathered(tree).items()}
@@ -377,12 +377,17 @@ class DataLoss:
         estimate_statistics(self._model, (partial(self.run, batch) for batch in batches))
 
     def _summed(self, *numbers: float) -> list[float]:
-        return [float(number) for number in self.shared.total(torch.tensor(numbers, dtype=torch.float64))]
+        return [float(number) for number in self.shared.total(_numbers(numbers))]
 
     @staticmethod
     def in_dtype(numbers: Tensor, like: Tensor) -> Tensor:
         """Return numbers where an array is, in its dtype and in at least float32."""
         return numbers.to(like.device, torch.promote_types(like.dtype, torch.float32))
+
+
+def _numbers(values: Any) -> Tensor:
+    """Return a number, or several, in float64 on the CPU, whatever the user's default device is."""
+    return torch.tensor(values, dtype=torch.float64, device="cpu")
 
 
 def _own_gradient(loss_of: Loss, outputs: Tensor, targets: Any) -> Tensor:

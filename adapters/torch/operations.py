@@ -102,8 +102,8 @@ def _place_of_matrix(
     place: dict[str, Tensor] = {}
     d_out, d_in = (shape[out_axis], shape[-3 - out_axis])
     for side, axis, size in (("out", out_axis, d_out), ("in", -3 - out_axis, d_in), ("covered", -1, 0)):
-        counts = torch.arange(1, size + 1) if size else torch.ones(shape[-1])
-        positions = (counts if axis == -1 else counts[:, None]).expand(shape).to(value)
+        counts = _counted(size, value) if size else value.new_ones(shape[-1])
+        positions = (counts if axis == -1 else counts[:, None]).expand(shape)
         mapped = pulled_back(chain[-1], value, positions) if chain else positions.reshape(value.shape)
         place[side] = mapped.reshape(value.shape[0], -1)
     covered = place["covered"] != 0
@@ -112,13 +112,17 @@ def _place_of_matrix(
     rows, columns = covered.any(1).nonzero()[:, 0], covered.any(0).nonzero()[:, 0]
     first, second = place["out"][covered].reshape(len(rows), -1), place["in"][covered].reshape(len(rows), -1)
     for transposed, down, across in ((False, first, second), (True, second, first)):
-        is_grid = bool((down == torch.arange(1, len(rows) + 1).to(down)[:, None]).all()) and bool(
-            (across == torch.arange(1, len(columns) + 1).to(down)).all()
-        )
+        counts_rows = bool((down == _counted(len(rows), down)[:, None]).all())
+        is_grid = counts_rows and bool((across == _counted(len(columns), down)).all())
         if is_grid and _is_run(rows) and _is_run(columns):
             offset = int(rows[0]), int(columns[0])
             return (offset[::-1] if transposed else offset), transposed
     return None
+
+
+def _counted(count: int, like: Tensor) -> Tensor:
+    """Return 1, 2, 3 ... where another tensor is, in its dtype."""
+    return torch.arange(1, count + 1, device=like.device).to(like.dtype)
 
 
 def _is_run(indices: Tensor) -> bool:

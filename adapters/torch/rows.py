@@ -111,14 +111,14 @@ def _arranged_uses(run: Forward, uses: Sequence[Use], layouts: Layouts) -> dict[
         return {key: next(iter(ways)) for key, ways in known.items()}
     nodes = list(dict.fromkeys(use.node for use in uses))
     edges = [GradientEdge(node, 0) for node in nodes]
-    generator = torch.Generator().manual_seed(0)
-    seed = torch.randn(run.logits.shape, generator=generator).add_(3).to(run.logits)
+    generator = torch.Generator("cpu").manual_seed(0)
+    seed = torch.randn(run.logits.shape, generator=generator, device="cpu").add_(3).to(run.logits)
     plain = dict(zip(nodes, run.gradients(edges, seed), strict=True))
     coded: list[Mapping[Any, Tensor | None]] = []
     for place in range(10):
         if CODES**place >= samples:
             break
-        exponents = torch.arange(samples) // CODES**place % CODES
+        exponents = torch.arange(samples, device=seed.device) // CODES**place % CODES
         factors = torch.pow(2.0, exponents).to(seed).reshape(-1, *[1] * (seed.ndim - 1))
         coded.append(dict(zip(nodes, run.gradients(edges, seed * factors), strict=True)))
     arranged: dict[Key, Arrangement] = {}
@@ -147,7 +147,7 @@ def _samples_of_rows(use: Use, plain: Tensor | None, coded: Sequence[Tensor | No
         coded: those with the gradients of sample n multiplied by 2^digit, a digit of n to the base ``CODES`` each.
     """
     if plain is None:
-        return torch.zeros(0, dtype=torch.int64)
+        return torch.zeros(0, dtype=torch.int64, device="cpu")
     first = _flat_rows(use, plain)
     energy = first.square().sum(1)
     told = energy > 0

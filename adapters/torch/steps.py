@@ -253,7 +253,8 @@ class StepGuard:
                 continue
             epsilon = max(torch.finfo(value.dtype).eps, torch.finfo(factor.dtype).eps)
             wide = factor.double()
-            if float(torch.linalg.vector_norm(wide.T @ wide - torch.eye(len(wide.T)).to(wide))) > 1e-4:
+            identity = torch.eye(len(wide.T), dtype=wide.dtype, device=wide.device)
+            if float(torch.linalg.vector_norm(wide.T @ wide - identity)) > 1e-4:
                 continue  # directions of less importance may move in part
             now = self._inside(name, value.to(factor.device), factor)
             moved = torch.linalg.vector_norm(now.double() - before.to(now.device).double())

@@ -4,6 +4,7 @@ import copy
 import math
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from became_core.curvature import Bernoulli, Categorical, Gaussian
 from tests.torch.modules import CLASSES, WIDTH
 from tests.torch.oracle import autograd_gradients, secant_by_brute_force
 from tests.torch.own_loop import GroupedAdam, follows_new_data, new_data, new_network, train, whole
+from tests.torch.own_models import Of
 
 
 def two_models(name: str, **settings: Any) -> tuple[nn.Module, Continual, dict[str, Tensor], dict[str, Tensor]]:
@@ -384,3 +386,23 @@ def test_a_merge_says_nothing_of_what_the_memory_protects() -> None:
     learning.merge(new_data(2))
     learning.remember(new_data(2))
     assert learning.coverage.share("protected") == 0
+
+
+def test_a_model_need_not_be_on_the_users_default_device(tmp_path: Path) -> None:
+    """A tensor of ours that followed the default would have no numbers here."""
+    body, weight = new_network("encoder"), torch.randn(WIDTH, CLASSES, 2)
+    model: Any = Of(lambda net, x: net.body(x) + (x @ net.weight.flatten(1))[:, :CLASSES], body=body, weight=weight)
+    old, new = new_data(1), new_data(2)
+    optimizer = torch.optim.AdamW(model.double().parameters(), 0.01)
+    with torch.device("meta"):
+        learning = Continual(model)
+        learning.observe(old[0])
+        learning.remember(old)
+        with learning.stable(optimizer):
+            train(model, optimizer, new)
+        with learning.plastic():
+            train(model, optimizer, new)
+        assert 0 < learning.merge(new, trace=2).alpha < 1
+        learning.save(tmp_path / "memory.safetensors")
+        again = Continual.load(model, tmp_path / "memory.safetensors")
+    assert str(again.coverage) == str(learning.coverage)
