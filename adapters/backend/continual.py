@@ -172,7 +172,8 @@ class ContinualModel(ABC):
         """Write the memory, without the model, as safetensors with metadata in JSON; all frameworks' are alike.
 
         Raises:
-            BecameError: before anything is remembered, or if the projector has no registered name.
+            BecameError: before anything is remembered, or if the projector has no registered name, or a setting is
+                neither a number, nor a word, nor a list of them.
         """
         arrays, metadata = self._stored()
         self._write(arrays, file, metadata)

@@ -10,6 +10,7 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from adapters.backend.calibration import AcrossTasks
@@ -34,6 +35,9 @@ __all__ = [
 
 # The format of a memory, and that of one which is calibrated across tasks, which earlier versions do not know.
 FORMAT, ACROSS = 1, 2
+
+# What a setting is if nothing says that it is one.
+PLAIN = (int, float, str, tuple, type(None), np.generic)
 
 
 def memory_arrays(
@@ -70,7 +74,8 @@ def described(
         settings: ``uncovered``, ``penalty``, ``decay`` and ``fisher``, and which parameters were ``measured`` last.
 
     Raises:
-        BecameError: if the projector has no registered name.
+        BecameError: if the projector has no registered name, or a setting of it or of the likelihood is neither a
+            number, nor a word, nor a list of them.
     """
     names = [name for name in PROJECTORS.names if PROJECTORS[name] is type(projector)]
     if not names:
@@ -79,6 +84,7 @@ def described(
             "which one it is."
         )
     known = type(likelihood) in LIKELIHOODS.values()
+    settings |= {key: float(settings[key]) for key in ("penalty", "decay") if key in settings}
     description = {
         "format": FORMAT if across is None else ACROSS,
         "parameters": {name: list(shape) for name, shape in shapes.items()},
@@ -233,8 +239,7 @@ def _settings(file: str | Path, description: Mapping[str, Any], given: Mapping[s
     named = {kind.__name__: kind for kind in LIKELIHOODS.values()}
     name, values = description["likelihood"] or ("", {})
     if name in named:
-        values = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
-        own["likelihood"] = named[name](**values)
+        own["likelihood"] = named[name](**_as_given(values))
     elif "likelihood" not in given:
         raise BecameError(f"{file} was made with a loss of your own; give it as likelihood=.")
     return own | dict(given)
@@ -260,7 +265,7 @@ def _projector(file: str | Path, description: Mapping[str, Any], given: Projecto
     name, values = description["projector"]
     known = PROJECTORS[name]
     if given is None:
-        return known(**values)
+        return known(**_as_given(values))
     if type(given) is not known:
         raise BecameError(
             f"the projector of the memory in {file} is {known.__name__}, not {type(given).__name__}; give "
@@ -269,13 +274,41 @@ def _projector(file: str | Path, description: Mapping[str, Any], given: Projecto
     return given
 
 
+def _as_given(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of a dataclass as they were before JSON made lists of tuples."""
+
+    def given(value: Any) -> Any:
+        return tuple(map(given, value)) if isinstance(value, list) else value
+
+    return {name: given(value) for name, value in values.items()}
+
+
 def _plain_fields(value: Any) -> dict[str, Any]:
-    """Return the settings of a dataclass: its fields that JSON can hold."""
+    """Return the settings of a dataclass as JSON can hold them; what a projector remembers is not among them.
+
+    Raises:
+        BecameError: if JSON cannot hold one.
+    """
+    remembers, written = isinstance(value, Projector), {}
     if not is_dataclass(value):
         return {}
-    values = {part.name: getattr(value, part.name) for part in fields(value) if part.init}
-    return {
-        name: part
-        for name, part in values.items()
-        if isinstance(part, int | float | str | tuple | None) and name != "tasks"
-    }
+    for part in fields(value):
+        own = getattr(value, part.name)
+        # A projector's arrays are written as such, and the number of its tasks is one of them.
+        is_memory = remembers and not (part.metadata.get("static") or isinstance(own, PLAIN))
+        if part.init and not is_memory and part.name != "tasks":
+            written[part.name] = _plain(own, f"'{part.name}' of {type(value).__name__}")
+    return written
+
+
+def _plain(value: Any, name: str) -> Any:
+    """Return a setting as JSON can hold it: lists and arrays become tuples, and numbers of a framework Python's."""
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    elif hasattr(value, "__array__"):  # TensorFlow's
+        value = np.asarray(value).tolist()
+    if isinstance(value, list | tuple):
+        return tuple(_plain(each, name) for each in value)
+    if isinstance(value, int | float | str | None):
+        return value
+    raise BecameError(f"{name} is a {type(value).__name__}, which a file cannot hold; give a number or a tuple.")

@@ -276,8 +276,9 @@ def save(memory: Memory, file: str | Path) -> None:
     Of several processes all must call this. The first one writes the file, and the others wait until it is there.
 
     Raises:
-        BecameError: if the projector has no registered name, or the parameters are one array without a name; in all
-            processes, if the first of several cannot write.
+        BecameError: if the projector has no registered name, a setting is neither a number, nor a word, nor a list of
+            them, or the parameters are one array without a name; in all processes, if the first of several cannot
+            write.
     """
     if "" in memory.shapes:
         raise BecameError("the parameters are one array without a name; put it in a dict, so that a file can name it.")

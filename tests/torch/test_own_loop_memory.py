@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import pytest
 import torch
 from safetensors import SafetensorError, safe_open
@@ -238,6 +239,37 @@ def test_a_memory_comes_back_from_a_file(tmp_path: Path) -> None:
     with pytest.raises(BecameError, match="made with a loss of your own; give it as likelihood="):
         Continual.load(model, file)
     assert Continual.load(model, file, likelihood=functional.cross_entropy).coverage.share("protected") > 0
+
+
+WEIGHTS: dict[str, Callable[[list[float]], Any]] = {
+    "a list": list,
+    "an array": np.asarray,
+    "a tensor": torch.tensor,
+    "numbers of NumPy": lambda weights: tuple(map(np.float32, weights)),
+}
+
+
+@pytest.mark.parametrize("weights", WEIGHTS.values(), ids=WEIGHTS.keys())
+def test_settings_of_any_type_come_back_from_a_file(weights: Any, tmp_path: Path) -> None:
+    model, file = new_network("perceptron"), tmp_path / "memory.safetensors"
+    likelihood = Categorical(weights=weights([1.0, 5.0, 0.25]), ignored=cast(int, np.int64(-1)))
+    projector = GPM(threshold=cast(float, np.float32(0.875)))
+    learning = Continual(
+        model, likelihood, projector=projector, penalty=cast(float, np.float32(7)), decay=cast(float, np.float32(0.5))
+    )
+    learning.remember(new_data(1))
+    learning.save(file)
+    again = Continual.load(model, file)
+    assert again.likelihood == Categorical(weights=(1.0, 5.0, 0.25), ignored=-1)
+    assert isinstance(again.projector, GPM)
+    assert (again.projector.threshold, again.penalty, again.decay) == (0.875, 7.0, 0.5)
+
+
+def test_a_setting_that_a_file_cannot_hold_is_refused_by_its_name(tmp_path: Path) -> None:
+    learning = Continual(new_network("perceptron"), Categorical(weights=cast(Any, range(1, 4))))
+    learning.remember(new_data(1))
+    with pytest.raises(BecameError, match="'weights' of Categorical is a range, which a file cannot hold; give a"):
+        learning.save(tmp_path / "memory.safetensors")
 
 
 def test_a_projector_of_another_class_than_the_memorys_is_refused(tmp_path: Path) -> None:
