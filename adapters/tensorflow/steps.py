@@ -235,6 +235,9 @@ def observed(optimizer: keras.Optimizer, guard: StepGuard) -> Iterator[None]:
         guard.stepped.update(stepped)
         if not guard.stepped:
             raise BecameError("the optimizer steps no variable of the model; give stable() the one that trains it.")
+        if trainable_variables is not None and not optimizer.built:
+            with tf.init_scope():  # XLA makes no variables, and cannot lift those of a step that waits for others
+                optimizer.build(trainable_variables)
         # Before the step, which moves a schedule on.
         rate_before = tf.cast(tf.convert_to_tensor(optimizer.learning_rate), tf.float32)
         before, steps = guard.noted(stepped), tally.iterations

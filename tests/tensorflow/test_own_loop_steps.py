@@ -41,6 +41,23 @@ def test_old_outputs_stand_still_in_stable_training_under_fit(optimizer: str, ea
     assert report.curvature == "the diagonal Fisher information"
 
 
+@pytest.mark.parametrize("is_scaled", [False, True])
+def test_steps_that_xla_compiles_are_projected_by_an_optimizer_that_has_taken_none(is_scaled: bool) -> None:
+    """Keras chooses XLA by itself on a GPU; it makes no variables, such as an optimizer's first step needs."""
+    model, old = perceptron(), new_data(1, 1, 2)
+    optimizer: Any = keras.optimizers.AdamW(0.05)
+    if is_scaled:
+        optimizer = keras.optimizers.LossScaleOptimizer(optimizer)
+    compiled(model, optimizer).jit_compile = True
+    learning = Continual(model, projector=GPM(1.0), uncovered="frozen", check=False)
+    learning.remember(old)
+    before, kernel = model(old[0][0]).numpy(), model.get_layer("first").kernel.numpy()
+    with learning.stable():
+        fit(model, new_data(2, 2), 2)
+    np.testing.assert_allclose(model(old[0][0]), before, rtol=0, atol=1e-9)
+    assert not np.array_equal(model.get_layer("first").kernel, kernel)
+
+
 def test_a_loop_of_ones_own_is_projected_and_a_step_compiled_before_is_noticed() -> None:
     model, old, new = perceptron(), new_data(1, 1, 2), new_data(2, 2)
     learning, optimizer = Continual(model, projector=GPM(1.0), uncovered="frozen"), keras.optimizers.SGD(0.5)
