@@ -353,7 +353,8 @@ def moments_of(state: Any, b2: float) -> dict[str, Moments]:
     """Return what the Adams in an optimiser's state know of the parameters' gradients."""
 
     def is_adam(node: Any) -> bool:
-        return isinstance(node, optax.ScaleByAdamState)
+        # Of an AMSGrad, nu is what the other frameworks' have too; the largest it has had only grows.
+        return isinstance(node, optax.ScaleByAdamState | optax.ScaleByAmsgradState)
 
     moments: dict[str, Moments] = {}
     for adam in filter(is_adam, jax.tree.leaves(state, is_leaf=is_adam)):

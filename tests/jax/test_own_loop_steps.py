@@ -246,3 +246,19 @@ def test_an_adam_that_has_taken_no_step_pulls_nothing_out_of_range() -> None:
         updates, state = transformation.update(jax.tree.map(jnp.ones_like, params), state, params)
         params = optax.apply_updates(params, updates)
     assert all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in jax.tree.leaves(params))
+
+
+@pytest.mark.filterwarnings("ignore:second moments of an optimizer stand for:UserWarning")
+def test_an_amsgrad_pulls_as_an_adam_does_and_has_its_second_moments() -> None:
+    """In the first step both divide by the same."""
+    params, memory = new_weights(4), remember(perceptron, new_weights(), new_data(1), check=False)
+    stepped, squares = [], []
+    for optimizer in (optax.adam(0.01), optax.amsgrad(0.01)):
+        transformation = projected(memory, 0.01, optimizer)
+        gradients = jax.tree.map(jnp.cos, params)
+        updates, state = transformation.update(gradients, transformation.init(params), params)
+        stepped.append(updates["first"]["bias"])
+        found = remember(perceptron, params, state=state, samples=4, check=False)
+        squares.append(found.posterior.precision.diagonal()["first.bias"])
+    np.testing.assert_allclose(stepped[1], stepped[0], rtol=1e-12)
+    np.testing.assert_allclose(squares[1], squares[0], rtol=1e-12)
