@@ -39,13 +39,18 @@ class Derivatives:
 
     def along(self, theta: Params, directions: Sequence[Params], inputs: Any) -> tuple[Array, Array]:
         """Return the outputs and their derivatives along directions, [directions, *outputs]."""
-        if self.way == "difference":
+        before = self.way
+        if before == "difference":
             return self.difference(theta, directions, inputs)
         try:
-            return self._compiled(theta, list(directions), inputs, way=self.way)
+            return self._compiled(theta, list(directions), inputs, way=before)
         except Exception:
-            self.way = "two reverse passes" if self.way == "forward mode" else "difference"
+            self.way = "two reverse passes" if before == "forward mode" else "difference"
+        try:
             return self.along(theta, directions, inputs)
+        except BaseException:
+            self.way = before  # an error of every way is one of the inputs, and tells nothing of the function
+            raise
 
     def difference(
         self, theta: Params, directions: Sequence[Params], inputs: Any, shorter: float = 1.0

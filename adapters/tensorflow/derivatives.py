@@ -60,18 +60,23 @@ class Derivatives:
 
     def along(self, theta: Params, directions: Sequence[Params], inputs: Any) -> tuple[Array, Array]:
         """Return the logits and their derivatives along directions, [directions, *logits]."""
-        if self.way != "difference":
-            try:
-                function = self._forward if self.way == "forward mode" else self._reverse
-                weights = self._network.in_order(theta)
-                pairs = [function([weights, self._network.in_order(direction)], inputs) for direction in directions]
-                return pairs[0][0], tf.stack([tangent for _, tangent in pairs])
-            except BecameError:
-                raise
-            except Exception:
-                self.way = "two reverse passes" if self.way == "forward mode" else "difference"
-                return self.along(theta, directions, inputs)
-        return self._difference(theta, directions, inputs)
+        before = self.way
+        if before == "difference":
+            return self._difference(theta, directions, inputs)
+        try:
+            function = self._forward if before == "forward mode" else self._reverse
+            weights = self._network.in_order(theta)
+            pairs = [function([weights, self._network.in_order(direction)], inputs) for direction in directions]
+            return pairs[0][0], tf.stack([tangent for _, tangent in pairs])
+        except BecameError:
+            raise
+        except Exception:
+            self.way = "two reverse passes" if before == "forward mode" else "difference"
+        try:
+            return self.along(theta, directions, inputs)
+        except BaseException:
+            self.way = before  # an error of every way is one of the inputs, and tells nothing of the model
+            raise
 
     def _forward_mode(self, tensors: list[Any], inputs: Any) -> tuple[Array, Array]:
         weights, direction = tensors

@@ -61,7 +61,16 @@ class Derivatives:
             >>> Derivatives().along(square, theta, [ones])
             (tensor([9.]), tensor([[6.]]))
         """
-        theta = {name: value.detach() for name, value in theta.items()}
+        theta, before = {name: value.detach() for name, value in theta.items()}, self.way
+        try:
+            return self._by_first_way(function, theta, directions)
+        except BaseException:
+            self.way = before  # an error of every way is one of the inputs, and tells nothing of the network
+            raise
+
+    def _by_first_way(
+        self, function: Function, theta: Parameters, directions: Sequence[Parameters]
+    ) -> tuple[Tensor, Tensor]:
         if self.way == "forward mode":
             try:
                 with torch.no_grad(), _differentiable(compiled=self.compiled):

@@ -148,6 +148,14 @@ def _expanded(report: Any, memory: Any, theta_gp: Any, theta_hat: Any) -> tuple[
     return report.slopes[1] - old, report.slopes[1] - report.slopes[0] - old
 
 
+def test_a_batch_that_fails_tells_nothing_of_the_derivatives_that_there_are() -> None:
+    params, (inputs, targets) = new_weights(), new_data(1)[0]
+    data = DataLoss(perceptron, params, Categorical(), fisher="empirical", checks=False, shows=False)
+    with pytest.raises(TypeError):
+        data.along([(inputs, targets), (inputs[:, :2], targets)], data.theta, [data.theta])
+    assert data.along([(inputs, targets)], data.theta, [data.theta])[1] == "forward mode"
+
+
 def test_a_loss_of_ones_own_is_merged_by_slopes() -> None:
     """The cross-entropy, given as a callable: its own second derivative, and not only the Gauss-Newton part."""
     params, far, (new,) = new_weights(3), new_weights(4), new_data(2, 1)

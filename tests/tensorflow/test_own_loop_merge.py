@@ -6,7 +6,7 @@ import pytest
 import tensorflow as tf
 
 from adapters.tensorflow import Continual
-from became_core import BecameError
+from became_core import BecameError, Secant
 from tests.tensorflow.own_loop import CLASSES, L, TwoHeads, compiled, fit, new_data, perceptron, row
 
 pytestmark = pytest.mark.usefixtures("in_double_precision")
@@ -52,6 +52,18 @@ def test_what_is_not_finite_is_named_and_not_merged() -> None:
     weight.assign(weight * np.inf)
     with pytest.raises(BecameError, match=r"'first\.weight' is not finite in the stable or in the plastic model"):
         learning.merge(data)
+
+
+def test_a_batch_that_fails_tells_nothing_of_the_derivatives_that_there_are() -> None:
+    model, ((inputs, targets),) = perceptron(), new_data(1, 1)
+    learning = Continual(model, estimator=Secant(), check=False)
+    learning.remember([(inputs, targets)])
+    with learning.stable(keras.optimizers.SGD(0.1)):
+        pass
+    model.trainable_variables[0].assign_add(model.trainable_variables[0] * 0.1)
+    with pytest.raises(ValueError, match="expected axis -1 of input shape to have value 6"):
+        learning.merge([(inputs, targets), (inputs[:, :2], targets)])
+    assert learning.merge([(inputs, targets)]).curvature == "forward mode"
 
 
 def test_running_statistics_are_estimated_again_on_request() -> None:

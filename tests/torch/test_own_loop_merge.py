@@ -67,6 +67,14 @@ def test_the_merge_is_the_minimum_that_brute_force_finds(name: str) -> None:
         learning.merge(new)
 
 
+def test_a_batch_that_fails_tells_nothing_of_the_derivatives_that_there_are() -> None:
+    _, learning, *_ = two_models("perceptron", estimator=Secant())
+    new = new_data(2, 4, 8)
+    with pytest.raises(RuntimeError, match="cannot be multiplied"):
+        learning.merge([*new, (new[0][0][:, :2], new[0][1])])
+    assert learning.merge(new).curvature == "forward mode"
+
+
 @pytest.mark.parametrize("trace", [1, -1])
 def test_a_trace_without_both_ends_is_refused_before_a_batch_is_read(trace: int) -> None:
     model, batches = new_network("perceptron"), iter(new_data(2))
