@@ -36,6 +36,8 @@ class Reader(backend.Reader[keras.Model]):
                 "a batch has one number for its targets, and no axis of samples; give batches, of a tf.data.Dataset "
                 "those of dataset.batch(32)."
             )
+        if any(leaf.shape.rank and not leaf.shape[0] for leaf in tf.nest.flatten(targets if self.apply else inputs)):
+            raise BecameError("a batch has no sample; leave empty batches out.")
         return inputs, targets
 
     def known(self, batch: Any) -> tuple[Any, Any]:

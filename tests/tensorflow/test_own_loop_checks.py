@@ -117,6 +117,11 @@ def test_what_cannot_be_done_is_said_in_a_sentence() -> None:
         learning.remember([(np.zeros((4, 6)), np.zeros(4), np.ones(4))])
     with pytest.raises(BecameError, match="no axis of samples; give batches, of a"):
         learning.remember(tf.data.Dataset.from_tensor_slices(new_data(1, 1)[0]))
+    own: dict[str, Any] = {"apply": lambda model, batch: model(batch[0]), "targets": lambda batch: batch[1]}
+    for reader in ({}, own):
+        for batches in (new_data(1, 1, 0), [*new_data(1, 1), *new_data(2, 1, 0)]):
+            with pytest.raises(BecameError, match="a batch has no sample; leave empty batches out"):
+                Continual(model, **reader).remember(batches)
     learning.remember(new_data(1, 1))
     with pytest.raises(BecameError, match="the model is not compiled"), learning.stable():
         pass
