@@ -134,10 +134,7 @@ class Continual(ContinualModel):
         if not self._data.trained:
             raise BecameError("no parameter of the model needs a gradient; there is nothing to learn.")
         for name, value in self._data.trained.items():
-            if isinstance(value, nn.UninitializedParameter):
-                raise BecameError(f"'{name}' has no shape yet; run the model on a batch before it is handed over.")
-            if value.is_complex():
-                raise BecameError(f"'{name}' is complex; let torch.view_as_complex make it of a real parameter.")
+            _check_parameter(name, value)
         for name, layer in self._data.shared.model.named_modules():
             if isinstance(layer, nn.Embedding | nn.EmbeddingBag) and layer.max_norm and layer.weight.requires_grad:
                 raise BecameError(
@@ -352,4 +349,16 @@ class Continual(ContinualModel):
             penalised={
                 name: (own_part(mean), own_part(strength)) for name, (mean, strength) in self._penalised.items()
             },
+        )
+
+
+def _check_parameter(name: str, value: nn.Parameter) -> None:
+    """Raise a BecameError if a parameter is not of real numbers that are there."""
+    if isinstance(value, nn.UninitializedParameter):
+        raise BecameError(f"'{name}' has no shape yet; run the model on a batch before it is handed over.")
+    if value.is_complex():
+        raise BecameError(f"'{name}' is complex; let torch.view_as_complex make it of a real parameter.")
+    if value.is_meta:
+        raise BecameError(
+            f"'{name}' is on the device meta and has no numbers; load the model's weights before it is handed over."
         )

@@ -389,6 +389,8 @@ def test_what_cannot_be_done_is_said_in_a_sentence() -> None:
         Continual(model, nn.CrossEntropyLoss(reduction="sum"))
     with pytest.raises(BecameError, match=r"'0\.weight' has no shape yet; run the model on a batch"):
         Continual(nn.Sequential(nn.LazyLinear(3)))
+    with pytest.raises(BecameError, match=r"'0\.weight' is on the device meta and has no numbers; load the model's"):
+        Continual(nn.Sequential(nn.Linear(3, 3, device="meta")))
     another = new_network("perceptron")
     with pytest.raises(BecameError, match="the outputs depend on none of the parameters that are trained"):
         Continual(model, apply=lambda _, batch: another(batch[0]), targets=lambda batch: batch[1]).remember(batches)
