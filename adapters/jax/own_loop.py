@@ -84,8 +84,9 @@ def projected(
         b2: the decay of second moments, if an Adam is in the optimiser.
 
     Raises:
-        BecameError: in ``init`` and ``update``, if the parameters are not those of the memory; in ``init``, if the
-            optimiser keeps means of steps before they are projected; in ``update``, if there are no parameters.
+        BecameError: if the learning rate is an optimiser; in ``init`` and ``update``, if the parameters are not those
+            of the memory; in ``init``, if the optimiser keeps means of steps before they are projected; in ``update``,
+            if there are no parameters.
 
     Examples:
         >>> from adapters.jax.memory import remember
@@ -97,6 +98,7 @@ def projected(
         >>> bool(jnp.allclose(updates["w"], jnp.array([[0.0, 0], [0, 0], [-0.5, -0.5]]), atol=1e-6))
         True
     """
+    _check_rate(learning_rate)
     # Only what is no array is taken from the memory here; the arrays come from the state.
     ranks, matrices, standing = memory.projector.rank, memory.matrices, full(memory.projector)
     taking_steps = optax.with_extra_args_support(optax.identity() if optimizer is None else optimizer)
@@ -148,6 +150,13 @@ def _is_placeholder(params: Any) -> bool:
     """Return whether this is a node without children, which optax gives to ask where in a state parameters stand."""
     structure = jax.tree.structure(params)
     return bool(structure.num_nodes == 1 and structure.num_leaves == 0)
+
+
+def _check_rate(learning_rate: Any) -> None:
+    if hasattr(learning_rate, "update"):
+        raise BecameError(
+            "projected was given an optimizer for its learning rate; call projected(memory, learning_rate, optimizer)."
+        )
 
 
 def _check_no_means_of_steps(state: Any) -> None:

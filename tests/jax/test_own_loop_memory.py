@@ -213,6 +213,8 @@ def test_what_cannot_be_done_is_said_in_a_sentence() -> None:
     transformation = projected(memory, 0.1)
     with pytest.raises(BecameError, match="a schedule-free optimizer takes means of its steps"):
         projected(memory, 0.1, optax.contrib.schedule_free_sgd(0.1)).init(params)
+    with pytest.raises(BecameError, match=r"an optimizer for its learning rate; call projected\(memory, learning"):
+        projected(memory, optax.sgd(0.1))  # type: ignore[arg-type, unused-ignore]
     with pytest.raises(BecameError, match=r"projected needs the parameters; call optimizer\.update"):
         transformation.update(params, transformation.init(params))
     with pytest.raises(BecameError, match=r"another architecture: the memory has no 'w'"):
