@@ -125,7 +125,7 @@ def graph_of(
 
     Args:
         result: what the network returned.
-        parameters: by name; one that needs no gradient, or that was not used, has no uses.
+        parameters: by name; one that needs no gradient, was not used or has no entry has no uses.
         selections: keys of embeddings whose indices are no samples' (positions, for one): each selects rows of its
             weight, as a view does.
     """
@@ -153,7 +153,8 @@ def graph_of(
             else:
                 leaves[leaf] = before
     reader = _Reader(consumers, selections, Counter())
-    uses = {name: reader.uses(name, value, leaves[value]) for name, value in parameters.items() if value in leaves}
+    used = {name: value for name, value in parameters.items() if value in leaves and value.numel()}
+    uses = {name: reader.uses(name, value, leaves[value]) for name, value in used.items()}
     return Graph(uses, frozenset(node.name() for node in nodes), consumers, tuple(str(cut) for cut in cuts))
 
 

@@ -269,5 +269,12 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
         lambda net, x: net.head(net.body(x).detach()), body=nn.Linear(6, 4), head=head(4)
     ),
     "a part that is not used": lambda: Of(lambda net, x: net.head(x), body=nn.Linear(6, 4), head=head(6)),
+    "a matrix of no inputs": lambda: Of(
+        lambda net, x: net.head(x) + x[:, :0] @ net.right + functional.linear(x[:, :0], net.left, net.bias),
+        right=random(0, CLASSES),
+        left=random(CLASSES, 0),
+        bias=random(CLASSES),
+        head=head(6),
+    ),
     "an empty parameter": lambda: Of(lambda net, x: net.head(x) + net.none.sum(), none=random(0, 4), head=head(6)),
 }
