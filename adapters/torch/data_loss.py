@@ -95,6 +95,8 @@ class DataLoss:
         self._derivatives, self._layouts = Derivatives(), Layouts()
         # Only data that are to be remembered say which matrices can be protected.
         self._knows_matrices, self._held = True, frozenset[str]()
+        # What a batch of the present pass has used, so that its inputs were summed or were not.
+        self._judged: set[str] = set()
         self._is_fitted = not isinstance(likelihood, Likelihood)
 
     @property
@@ -174,7 +176,24 @@ class DataLoss:
         if not self._knows_matrices:
             found = ways_of(self._applied, names, few, self._layouts)
             self.matrices = matrices_with(self.matrices or {}, found, self._held)
-            self._knows_matrices = True
+            self._knows_matrices, self._judged = True, set(found)
+
+    def _look_at_new(self, batch: Any, taps: Taps) -> None:
+        """Find the matrices that a batch uses and none before it in this pass, such as a head that has been idle.
+
+        All of their inputs are still to be summed. Processes know only the matrices that they have agreed upon.
+        """
+        used = {tap.weight_name(layer): tap for layer, tap in taps.items()}
+        new = used.keys() - self._judged
+        if not new or self.shared.count > 1:
+            return
+        self._judged |= new
+        names = {module: name for name, module in self._model.named_modules()}
+        inputs, samples = self._split(batch)[0], len(next(iter(used.values())).inputs)
+        arguments = (inputs,) if samples > 1 else few_samples((inputs,), samples)
+        found = ways_of(self._applied, names, arguments, self._layouts)
+        of_new = {name: way for name, way in found.items() if name in new}
+        self.matrices = matrices_with(self.matrices or {}, of_new, self._held)
 
     def _fit(self, outputs: Tensor, targets: Any) -> None:
         """Let the likelihood know what it must of the data's noise."""
@@ -285,6 +304,7 @@ class DataLoss:
                 for index, (taps, more) in enumerate(self.passes(batch, rng, windows=with_memory)):
                     units += more
                     if with_memory and index == 0:  # the inputs are the same for all targets
+                        self._look_at_new(batch, taps)
                         finished.add(taps, frozenset(self.matrices or ()))
                     yield taps
 

@@ -229,6 +229,62 @@ def test_a_head_that_a_later_task_uses_is_free_and_then_protected(is_new: bool) 
     torch.testing.assert_close(learning.posterior.precision.diagonal()["heads.1.weight"], expected)
 
 
+def _with_head(model: Any, batch: Any) -> Tensor:
+    """Run the head whose number a batch has beside its samples; -1 - n stands for a function of the head n."""
+    model.used = max(batch[2], -1 - batch[2])
+    if batch[2] >= 0:
+        return cast(Tensor, model(batch[0]))
+    hidden, head = model.body(batch[0]).tanh(), model.heads[model.used]
+    return functional.linear(hidden, head.weight.softmax(0), head.bias)
+
+
+def test_a_matrix_that_only_later_batches_use_is_protected() -> None:
+    torch.manual_seed(0)
+    model: Any = _Heads(2).double()
+    learning = Continual(
+        model, projector=GPM(1.0), uncovered="frozen", apply=_with_head, targets=lambda batch: batch[1]
+    )
+    *old, new = [(*pair, head) for pair, head in zip(new_data(1, 4), (0, 1, 1, 1), strict=True)]
+    learning.remember(old)
+    treatments = {p.name: p.treatment for p in learning.coverage.parameters}
+    assert treatments["heads.0.weight"] == treatments["heads.1.weight"] == "protected"
+    # All that the batches read, which is two samples each.
+    assert [learning.projector.rank[f"heads.{number}.weight"][0] for number in (0, 1)] == [2, 4]
+    before = [_with_head(model, batch).detach() for batch in old]
+    weight, optimizer = model.heads[1].weight.detach().clone(), torch.optim.SGD(model.parameters(), 0.1)
+    with learning.stable(optimizer):
+        for _ in range(3):
+            optimizer.zero_grad()
+            functional.cross_entropy(_with_head(model, new), new[1]).backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+    assert not torch.equal(model.heads[1].weight, weight)
+    for batch, outputs in zip(old, before, strict=True):
+        torch.testing.assert_close(_with_head(model, batch).detach(), outputs, rtol=0, atol=1e-10)
+
+
+@pytest.mark.filterwarnings("ignore:taps do not know:UserWarning")
+def test_a_matrix_that_an_earlier_batch_uses_otherwise_is_none() -> None:
+    model: Any = _Heads(2).double()
+
+    def batches(*heads: int) -> list[Any]:
+        return [(*pair, head) for pair, head in zip(new_data(1, len(heads)), heads, strict=True)]
+
+    def learning() -> Continual:
+        return Continual(model, apply=_with_head, targets=lambda batch: batch[1])
+
+    memory = learning()
+    memory.remember(batches(0, -2, 1))
+    assert {"heads.0.weight"} == {name for name in memory.projector.rank if name.startswith("heads")}
+    with pytest.raises(
+        BecameError, match=r"'heads\.1\.weight' is multiplied as a whole in one batch and used in another"
+    ):
+        learning().remember(batches(0, 1, -2))
+    memory = learning()
+    memory.remember(batches(0, 1))
+    with pytest.raises(BecameError, match=r"'heads\.1\.weight' is protected as a matrix that is multiplied as a whole"):
+        memory.remember(batches(0, -2))
+
+
 @pytest.mark.filterwarnings("ignore:taps do not know:UserWarning")
 def test_a_parameter_that_old_data_hold_by_curvature_alone_goes_on_to_be_penalised() -> None:
     """A weight that was computed with is a matrix in the second task, whose space says nothing of the first."""
