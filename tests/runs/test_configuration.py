@@ -258,7 +258,7 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "lr_factor": st.floats(1.5, 10),
     "lr_steps": st.lists(st.floats(0.01, 0.99), max_size=3).map(tuple),
     "lr_patience": st.integers(1, 9),
-    "lr_minimum": st.floats(0, 1),
+    "lr_minimum": st.floats(0, 1e-6),  # at most the smallest lr
     "head_rate": st.floats(0.1, 10),
     "norm_rate": st.floats(0.1, 10),
     "first_rate": st.floats(0.1, 10),
