@@ -1,7 +1,7 @@
 """Which runs a command is to carry out: those that it asks for, or those of a folder that are not finished."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -15,6 +15,7 @@ from adapters.cli.options import METHODS_BY_DEFAULT, Request
 from adapters.runs import RunDirectory, RunResult
 from adapters.runs.configuration import Configuration, full_method_name
 from adapters.runs.directory import read_record
+from adapters.runs.options import option_word, options
 from adapters.runs.settings import fingerprint
 from adapters.tracking import Writer, open_writer
 from became_core import BecameError
@@ -217,6 +218,8 @@ def requested_jobs(request: Request, load: Callable[[], Backend]) -> list[Job]:
         configuration = record.configuration
         recorded = {**vars(configuration), **configuration.settings}
         del recorded["settings"]
+        if request.workers is not None or "OMP_NUM_THREADS" in os.environ:
+            del recorded["threads"]  # those with which it happened to run, and others are asked for
         if configuration.first == configuration.tasks:  # all of them, and so it is with another number of tasks
             del recorded["first"]
         values = {**recorded, **values}
@@ -245,9 +248,29 @@ def requested_jobs(request: Request, load: Callable[[], Backend]) -> list[Job]:
         for seed in seeds
         for name in names
     ]
+    _warn_of_idle(request.values, jobs)
     if request.resume and not any(job.run.started for job in jobs):
         raise BecameError(f"{out} holds nothing to resume; leave out --resume to start.")
     return jobs
+
+
+def _warn_of_idle(given: Iterable[str], jobs: Sequence[Job]) -> None:
+    """Warn of options that a user gave and that change nothing in any of the runs."""
+    known = options()
+    for name in given:
+        option, word = known[name], option_word(name)
+        if option.owners:
+            if not any(name in job.configuration.settings for job in jobs):
+                LOGGER.warning("%s changes nothing here; it is a setting of %s.", word, ", ".join(option.owners))
+        elif option.idle is not None:
+            other, values = option.idle
+            # A projector may bring adapters of its own rank.
+            found = [job.adaptation.rank if other == "lora" else getattr(job.configuration, other) for job in jobs]
+            if all(value in values for value in found):
+                reason = (
+                    f"without {option_word(other)}" if found[0] is None else f"with {option_word(other)} {found[0]}"
+                )
+                LOGGER.warning("%s changes nothing here, %s.", word, reason)
 
 
 def unfinished_jobs(

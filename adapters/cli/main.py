@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import ParamSpec
 
 from adapters.backend.entry import Backend
-from adapters.cli.display import Display, display_of, logged
+from adapters.cli.display import LOGGER, Display, display_of, logged
 from adapters.cli.dryrun import plan, shared_values
 from adapters.cli.interruption import InterruptedRun
 from adapters.cli.jobs import Job, requested_jobs
@@ -94,6 +94,8 @@ def execute(command: Callable[[Display], None], output: Output) -> int:
 def run_request(load: Callable[[], Backend], request: Request, *remarks: str) -> int:
     """Do what a command asks for, after showing some remarks; return the exit status.
 
+    Where the configuration is printed, remarks are for the log alone: standard output is then JSON that programs read.
+
     Args:
         load: returns the framework.
         request: what the command asks for.
@@ -102,7 +104,10 @@ def run_request(load: Callable[[], Backend], request: Request, *remarks: str) ->
 
     def command(display: Display) -> None:
         for remark in remarks:
-            display.note(remark)
+            if request.print_config:
+                LOGGER.info("%s", remark)
+            else:
+                display.note(remark)
         engine, share = engine_of(request.workers, request.scheduler)
         jobs = [replace(job, share=share) for job in requested_jobs(request, load)]
         if request.dry_run:
@@ -139,4 +144,4 @@ def _show_plan(jobs: Sequence[Job], display: Display, workers: int, scheduler: s
 
 def _show_configuration(jobs: Sequence[Job], display: Display) -> None:
     common, own = shared_values({job.run.method: job.configuration for job in jobs})
-    display.configuration(common | own)
+    display.configuration(common | jobs[0].configuration.hints() | own)

@@ -189,7 +189,9 @@ class Request:
     dry_run: Annotated[
         bool, described("Show how many steps each method takes, and an estimate of its time by phase; learn nothing.")
     ] = False
-    print_config: Annotated[bool, described("Print the value of every option as JSON; learn nothing.")] = False
+    print_config: Annotated[
+        bool, described("Print the configuration as JSON, the value of every option in it; learn nothing.")
+    ] = False
     resume: Annotated[
         bool,
         described(

@@ -32,7 +32,20 @@ GROUPS = {
 }
 
 
-def _option(help: str, group: str, default: Any = MISSING, *, hint: bool = False, flag: bool = False) -> Any:
+# With which values of other options some have nothing to do.
+_ANNOUNCED = ("boundaries", ("known",))
+_WITHOUT_ADAPTERS = ("lora", (None,))
+
+
+def _option(
+    help: str,
+    group: str,
+    default: Any = MISSING,
+    *,
+    hint: bool = False,
+    flag: bool = False,
+    idle: tuple[str, tuple[Any, ...]] | None = None,
+) -> Any:
     """Return a field that is an option.
 
     Args:
@@ -41,8 +54,9 @@ def _option(help: str, group: str, default: Any = MISSING, *, hint: bool = False
         default: its value where neither the user nor a preset gives one; without a default a preset must give one.
         hint: whether the result does not depend on it.
         flag: whether it is given without a value, to turn it on.
+        idle: another option, and the values of it with which this one changes nothing.
     """
-    return field(default=default, metadata={"help": help, "group": group, "hint": hint, "flag": flag})
+    return field(default=default, metadata={"help": help, "group": group, "hint": hint, "flag": flag, "idle": idle})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,18 +91,26 @@ class RunOptions:
         "What tells unknown boundaries: Bayesian online change-point detection, or plateaus and peaks of the loss.",
         "learn",
         "bayesian",
+        idle=_ANNOUNCED,
     )
     hazard: float = _option(
-        "How probable a change is at each batch, before anything is seen, for the bayesian detector.", "learn", 0.01
+        "How probable a change is at each batch, before anything is seen, for the bayesian detector.",
+        "learn",
+        0.01,
+        idle=_ANNOUNCED,
     )
     reservoir: int = _option(
         "How many samples of what comes between two changes are stored, where boundaries are unknown; curvature and "
         "the projector's memory are computed from them alone.",
         "learn",
         200,
+        idle=_ANNOUNCED,
     )
     gradual: int = _option(
-        "Over how many samples one task turns into the next, where boundaries are unknown.", "learn", 0
+        "Over how many samples one task turns into the next, where boundaries are unknown.",
+        "learn",
+        0,
+        idle=_ANNOUNCED,
     )
     validation: float = _option("The fraction of each task's training samples that is held out.", "learn", 0.05)
     score_on: ScoredPart = _option(
@@ -151,17 +173,29 @@ class RunOptions:
     lr: float = _option("The learning rate at the beginning of both stages.", "training")
     epochs: int = _option("Epochs of stage 1; at most this many if the schedule is patience.", "training")
     stage2_epochs: int = _option("Epochs of stage 2; at most this many if the schedule is patience.", "training")
-    lr_factor: float = _option("What the schedules stepped and patience divide the rate by.", "training", 2.0)
+    lr_factor: float = _option(
+        "What the schedules stepped and patience divide the rate by.",
+        "training",
+        2.0,
+        idle=("schedule", ("annealed",)),
+    )
     lr_steps: tuple[float, ...] = _option(
         "The shares of all epochs after which the schedule stepped divides the rate, each between 0 and 1.",
         "training",
         (0.375, 0.75),
+        idle=("schedule", ("annealed", "patience")),
     )
     lr_patience: int = _option(
-        "After how many epochs without a better validation loss the schedule patience divides the rate.", "training", 6
+        "After how many epochs without a better validation loss the schedule patience divides the rate.",
+        "training",
+        6,
+        idle=("schedule", ("annealed", "stepped")),
     )
     lr_minimum: float = _option(
-        "The schedule patience ends a stage when its rate would fall below this.", "training", 5e-5
+        "The schedule patience ends a stage when its rate would fall below this.",
+        "training",
+        5e-5,
+        idle=("schedule", ("annealed", "stepped")),
     )
     head_rate: float = _option(
         "What the learning rate of heads, also of one that all tasks share, is multiplied by.", "training", 1.0
@@ -186,10 +220,16 @@ class RunOptions:
         None,
     )
     lora_layers: tuple[str, ...] = _option(
-        "Patterns, such as '*.attn.*', of the weights or layers that have low-rank adapters.", "training", ("*",)
+        "Patterns, such as '*.attn.*', of the weights or layers that have low-rank adapters.",
+        "training",
+        ("*",),
+        idle=_WITHOUT_ADAPTERS,
     )
     lora_scale: float = _option(
-        "What B A is multiplied by; lora_alpha / r in codes that divide by the rank.", "training", 1.0
+        "What B A is multiplied by; lora_alpha / r in codes that divide by the rank.",
+        "training",
+        1.0,
+        idle=_WITHOUT_ADAPTERS,
     )
     optimiser: Literal["sgd", "adam"] = _option("What turns gradients into steps.", "training", "sgd")
     momentum: float = _option("The momentum of SGD.", "training", 0.0)
@@ -275,6 +315,8 @@ class Option:
         group: where it stands in the help, a key of ``GROUPS``.
         flag: whether it is given without a value, to turn it on.
         names: the registered names that it chooses from; empty if it is no such choice.
+        idle: another option, and the values of it with which this one changes nothing; None if there is none.
+        owners: the methods and projectors, or the benchmarks, whose setting it is; empty if every run has it.
     """
 
     name: str
@@ -283,6 +325,8 @@ class Option:
     group: str
     flag: bool = False
     names: tuple[str, ...] = ()
+    idle: tuple[str, tuple[Any, ...]] | None = None
+    owners: tuple[str, ...] = ()
 
     def words(self, value: Any) -> list[str]:
         """Return the words on the command line that give the option this value.
@@ -316,7 +360,13 @@ def options() -> dict[str, Option]:
             several = isinstance(each.default, tuple)
             help_text += f" (default: {' '.join(map(str, each.default)) if several else each.default})"
         known[each.name] = Option(
-            each.name, hints[each.name], help_text, each.metadata["group"], each.metadata["flag"], names
+            each.name,
+            hints[each.name],
+            help_text,
+            each.metadata["group"],
+            each.metadata["flag"],
+            names,
+            each.metadata["idle"],
         )
     of_data = {name: each for benchmark in BENCHMARKS for name, each in BENCHMARKS[benchmark].settings.items()}
     for name, setting in {**method_settings(), **of_data}.items():
@@ -327,5 +377,7 @@ def options() -> dict[str, Option]:
             default = " ".join(map(str, setting.default)) if isinstance(setting.default, tuple) else setting.default
             help_text += f"; default: {default}"
         help_text += ")"
-        known[name] = Option(name, setting.type, help_text, "learn" if name in of_data else "methods")
+        known[name] = Option(
+            name, setting.type, help_text, "learn" if name in of_data else "methods", owners=setting.owners
+        )
     return known

@@ -1,8 +1,11 @@
 """``became``: one command on any framework, what there is to choose from, and how it answers what it cannot do."""
 
+import json
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,6 +15,7 @@ from adapters.benchmarks.catalogue import BENCHMARKS
 from adapters.cli.__main__ import main
 from adapters.cli.listing import listed
 from adapters.networks import NETWORKS
+from adapters.runs.options import RunOptions
 from became import main as entry
 from became_core import BecameError
 from became_core.continual import method_names
@@ -122,6 +126,20 @@ def test_help_fits_80_columns_and_names_no_default_that_is_none(
         shown = capsys.readouterr().out
         assert "None" not in shown
         assert max(map(len, shown.splitlines())) <= (100 if command == "compare" else 80)  # its usage line is longer
+
+
+@pytest.mark.parametrize("methods", [["gpm"], ["became", "gpm"]])
+def test_the_configuration_is_printed_as_json_alone_with_the_value_of_every_option(
+    methods: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    hints = ["--threads", "3", "--save-every", "7.5", "--device", "cpu", "--tracker", "tensorboard"]
+    assert main(["run", *SHORT, "--methods", *methods, *hints, "--print-config", "--log-level", "info"]) == 0
+    said = capsys.readouterr()
+    values: dict[str, Any] = json.loads(said.out)
+    assert {each.name for each in fields(RunOptions)} <= set(values)
+    given = {name: values[name] for name in ("threads", "save_every", "device", "tracker", "epochs")}
+    assert given == {"threads": 3, "save_every": 7.5, "device": "cpu", "tracker": "tensorboard", "epochs": 1}
+    assert said.err.startswith("info: backend: torch, the first that is installed\n")
 
 
 def test_ctrl_c_before_a_command_has_begun_is_one_word(

@@ -173,6 +173,18 @@ def test_a_run_records_its_threads_and_keeps_them(
     assert main(backend, run) == 0
     assert set(asked_for) == {2}  # those with which it began
     assert capsys.readouterr().err == ""
+
+    def of_the_record(*more: str) -> int | None:
+        record = str(RunDirectory(tmp_path, "finetune", 0).folder / "config.json")
+        request = parse_request("run", ["--config", record, "--out", str(tmp_path / "again"), *more], backend=False)
+        return requested_jobs(request, lambda: backend)[0].threads(STREAM)
+
+    assert of_the_record() == 2
+    assert of_the_record("--threads", "4", "--workers", "2") == 4
+    assert of_the_record("--workers", "2") == 1  # of a small network; runs beside each other share the cores
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert of_the_record() == 3
+    monkeypatch.delenv("OMP_NUM_THREADS")
     assert threads_for("mlp", (1, 28, 28)) == 1
     assert threads_for("alexnet", (3, 32, 32)) is None
 
@@ -247,3 +259,27 @@ def test_an_unknown_option_is_status_2() -> None:
     with pytest.raises(SystemExit) as stopped:
         main(BACKEND, ["--epoch-count", "3"])
     assert stopped.value.code == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "warned"),
+    [
+        ("--methods became --gradual 20", "--gradual changes nothing here, with --boundaries known."),
+        ("--methods became --single-head --boundaries unknown --gradual 20", None),
+        ("--methods gpm --lora-layers fc*", "--lora-layers changes nothing here, without --lora."),
+        ("--methods gpm --lora 2 --lora-layers fc*", None),
+        ("--methods gpm became+inflora --lora-layers fc*", None),  # a projector with adapters of its own
+        ("--methods gpm --lr-steps 0.2 --schedule patience", "--lr-steps changes nothing here, with --schedule pat"),
+        ("--methods gpm ewc --precision exact", "--precision changes nothing here; it is a setting of became"),
+        ("--methods gpm became --precision exact", None),
+        ("--methods became --context 9", "--context changes nothing here; it is a setting of text-domains"),
+        ("--methods became", None),
+    ],
+)
+def test_options_that_change_nothing_are_told(
+    words: str, warned: str | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(BACKEND, [*words.split(), "--preset", "quick", "--print-config"]) == 0
+    said = capsys.readouterr()
+    assert said.err.startswith(f"warning: {warned}") if warned else said.err == ""
+    assert json.loads(said.out)
