@@ -27,12 +27,12 @@ from adapters.networks import (
     Record,
     draw_masks,
     initial_values,
-    is_statistic,
 )
 from became_core.arrays import Array, Params, namespace, on_host
 from became_core.continual import Batch, Constraint, Optimiser, TapMode, TaskStream, Trained
 from became_core.continual.data import Indices
 from became_core.curvature import Taps
+from became_core.laplace import is_statistic
 
 __all__ = ["FunctionalLearner"]
 

@@ -18,7 +18,7 @@ from adapters.checkpoints.plan import layer_number
 from adapters.checkpoints.tensors import FLOATS, StoredTensor, ranges
 from became_core import BecameError
 
-__all__ = ["Alignment", "Leaf", "align", "is_statistic", "padded", "tensor_or_tied", "with_vocabulary"]
+__all__ = ["Alignment", "Leaf", "align", "padded", "tensor_or_tied", "with_vocabulary"]
 
 HEADS = ("lm_head.weight", "embed_out.weight", "output.weight", "predictions.decoder.weight", "lm_head.decoder.weight")
 EMBEDDINGS = (
@@ -33,8 +33,6 @@ EMBEDDINGS = (
 LANGUAGE = ("text_config", "llm_config", "language_config")
 # Counters of batch norm, which no forward pass reads, may differ: the base's are taken.
 COUNTERS = ("num_batches_tracked",)
-# Batch statistics are no parameters, so that no Fisher file has them: they are averaged as their layer is.
-STATISTICS = ("running_mean", "running_var")
 
 
 @dataclass(frozen=True)
@@ -145,11 +143,6 @@ def tensor_or_tied(model: Checkpoint, name: str) -> StoredTensor | None:
 def _is_head(name: str) -> bool:
     """Whether a tensor is a head: within a layer, such a name is that of another matrix."""
     return name.endswith(HEADS) and layer_number(name) is None
-
-
-def is_statistic(name: str) -> bool:
-    """Whether a tensor is a batch statistic, which is no parameter."""
-    return name.endswith(STATISTICS)
 
 
 def padded(tensor: StoredTensor, longer: StoredTensor | None, shape: tuple[int, ...]) -> StoredTensor:

@@ -7,12 +7,13 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from adapters.checkpoints.align import align, is_statistic
+from adapters.checkpoints.align import align
 from adapters.checkpoints.folders import Checkpoint, open_checkpoint
 from adapters.checkpoints.lora import adapter_of, dense
 from adapters.checkpoints.plan import layer_number
 from adapters.checkpoints.tensors import size_text
 from became_core import BecameError
+from became_core.laplace import is_statistic
 
 __all__ = ["describe", "inspect_checkpoints"]
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from adapters.checkpoints.align import Alignment, Leaf, is_statistic, tensor_or_tied
+from adapters.checkpoints.align import Alignment, Leaf, tensor_or_tied
 from adapters.checkpoints.digest import print_of
 from adapters.checkpoints.fisher_files import FisherFile, factor_values, fisher_values
 from adapters.checkpoints.folders import Checkpoint
@@ -34,7 +34,7 @@ from adapters.checkpoints.tensors import (
     widened,
 )
 from became_core import BecameError
-from became_core.laplace import Quadratic
+from became_core.laplace import Quadratic, is_statistic
 
 __all__ = ["Block", "Extra", "Job", "Measured", "Prints"]
 
@@ -136,7 +136,7 @@ class Job:
 
     @cached_property
     def measured(self) -> list[Leaf]:
-        """The leaves that a rule measures: all parameters."""
+        """The leaves that a rule measures: all parameters. Statistics are none, so that no Fisher file has them."""
         if not self.rule.measures:
             return []
         return [leaf for leaf in self.alignment.leaves if leaf.is_merged and not is_statistic(leaf.name)]

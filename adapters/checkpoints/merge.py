@@ -31,6 +31,7 @@ from adapters.checkpoints.tensors import StoredTensor
 from adapters.checkpoints.write import Layout, OutputFolder, identity, layout_of
 from adapters.runs.files import check_free
 from became_core import BecameError
+from became_core.laplace import is_statistic
 
 __all__ = ["MEMORY", "MergePreview", "MergeReport", "merge_checkpoints", "preview"]
 
@@ -248,7 +249,7 @@ def _slopes(solution: Solution) -> tuple[float, float] | None:
 
 
 def _notes(job: Job) -> Iterator[str]:
-    if any(leaf.name.endswith("running_var") for leaf in job.alignment.leaves):
+    if any(is_statistic(leaf.name) for leaf in job.alignment.leaves):
         yield "Batch statistics were averaged; estimate them anew by a pass over data."
     base = next(iter(job.inputs.values()))
     if base.left_out:

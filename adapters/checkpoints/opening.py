@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from adapters.checkpoints.align import Leaf, align, is_statistic, tensor_or_tied
+from adapters.checkpoints.align import Leaf, align, tensor_or_tied
 from adapters.checkpoints.fisher_files import check_comparable, open_fisher
 from adapters.checkpoints.folders import Checkpoint, open_checkpoint
 from adapters.checkpoints.job import Extra, Job
@@ -19,6 +19,7 @@ from adapters.checkpoints.rule import Rule
 from adapters.checkpoints.rules import rule_of
 from adapters.checkpoints.tensors import StoredTensor, finite
 from became_core import BecameError
+from became_core.laplace import is_statistic
 
 __all__ = ["open_job"]
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from adapters.checkpoints.align import Leaf, is_statistic
+from adapters.checkpoints.align import Leaf
 from adapters.checkpoints.digest import digest_of
 from adapters.checkpoints.executors import Executor
 from adapters.checkpoints.job import Job
@@ -19,7 +19,7 @@ from adapters.checkpoints.rule import Solution
 from adapters.checkpoints.tensors import StoredTensor, narrowed
 from adapters.checkpoints.write import SYNC_SECONDS, Journal, OutputFolder
 from became_core import BecameError
-from became_core.laplace import Quadratic
+from became_core.laplace import Quadratic, is_statistic
 
 __all__ = ["Passes", "Progress"]
 

@@ -28,9 +28,10 @@ from jax import numpy as jnp
 from adapters.backend.checking import agreement
 from adapters.backend.own_loop import Finding
 from adapters.jax.layers import Pass, convolved
-from adapters.networks import CANONICAL_AXES, BatchNorm, Dropout, Linear, Mask, Parameter, UserLayer, is_statistic
+from adapters.networks import CANONICAL_AXES, BatchNorm, Dropout, Linear, Mask, Parameter, UserLayer
 from became_core import BecameError
 from became_core.arrays import Array, Params
+from became_core.laplace import is_statistic
 
 __all__ = ["FlaxBackbone"]
 

@@ -47,7 +47,6 @@ from adapters.networks.layers import (
     Step,
     Tanh,
     Weighted,
-    is_statistic,
 )
 
 __all__ = [
@@ -96,7 +95,6 @@ __all__ = [
     "hub_network",
     "initial_value",
     "initial_values",
-    "is_statistic",
     "mlp",
     "preact_resnet18",
     "resnet18",

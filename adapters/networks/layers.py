@@ -38,7 +38,6 @@ __all__ = [
     "Step",
     "Tanh",
     "Weighted",
-    "is_statistic",
 ]
 
 Shape = tuple[int, ...]
@@ -409,11 +408,6 @@ Step = (
     Weighted | ReLU | Tanh | GELU | CausalAttention | Dropout | MaxPool | AveragePool | Flatten | LastPosition | Latent
 )
 Layer = Step | Residual | Branches
-
-
-def is_statistic(name: str) -> bool:
-    """Whether a name is that of a statistic, which no gradient moves."""
-    return name.endswith((".running_mean", ".running_var"))
 
 
 def _named(name: str, weight: Shape, fan_in: int | None, *, bias: bool) -> dict[str, Parameter]:

@@ -16,7 +16,7 @@ import numpy as np
 import tensorflow as tf
 
 from adapters.backend import Data, Factors, FunctionalLearner, Network, State, Step
-from adapters.networks import Backbone, Linear, Record, Tapped, is_statistic
+from adapters.networks import Backbone, Linear, Record, Tapped
 from adapters.tensorflow.derivatives import Derivatives
 from adapters.tensorflow.layers import Pass, Patches, with_positions
 from adapters.tensorflow.traced import compiled_function
@@ -25,6 +25,7 @@ from became_core.arrays import Array, Params
 from became_core.continual import Constraint, TapMode, TaskStream, Views
 from became_core.continual.data import Indices
 from became_core.curvature import Tap, Taps, inputs_of_uses
+from became_core.laplace import is_statistic
 
 __all__ = ["TensorFlowLearner", "TensorFlowNetwork"]
 

@@ -19,7 +19,7 @@ from became_core.laplace.estimators import (
     Secant,
 )
 from became_core.laplace.expansion import layerwise_quadratic, path_quadratic, subspace_quadratic
-from became_core.laplace.merge import combine, merge, optimal_alpha
+from became_core.laplace.merge import combine, is_statistic, merge, optimal_alpha
 from became_core.laplace.path import PathReport, TracedPath, compare, trace_path
 from became_core.laplace.posterior import LaplacePosterior
 from became_core.laplace.quadratic import Quadratic
@@ -61,6 +61,7 @@ __all__ = [
     "combine",
     "compare",
     "curve_minimiser",
+    "is_statistic",
     "layerwise_quadratic",
     "merge",
     "optimal_alpha",

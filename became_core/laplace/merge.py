@@ -30,7 +30,7 @@ from became_core.laplace.expansion import Fisher, Per, group_names, group_of, la
 from became_core.laplace.quadratic import segment_minimiser
 from became_core.precision import Precision
 
-__all__ = ["combine", "merge", "optimal_alpha", "scalar"]
+__all__ = ["combine", "is_statistic", "merge", "optimal_alpha", "scalar"]
 
 # The last parts of the names of what normalisation layers store, in PyTorch and Keras.
 STATISTICS = frozenset({"running_mean", "running_var", "moving_mean", "moving_variance"})
@@ -118,14 +118,23 @@ def optimal_alpha(
     return with_leaves(whole, {path: zero if index is None else alphas[index] for path, index in groups.items()})
 
 
+def is_statistic(path: str) -> bool:
+    """Whether a leaf is a statistic of a normalisation layer, by the last part of its name: no gradient moves it.
+
+    Example:
+        >>> [is_statistic(path) for path in ("bn1.running_var", "norm.moving_mean", "bn1.weight")]
+        [True, True, False]
+    """
+    return path.rpartition(".")[2] in STATISTICS
+
+
 def _no_weights(theta_gp: Params, theta_hat: Params) -> set[str]:
     """Return the leaves that are statistics of normalisation layers by their names, or hold no real numbers in both."""
     holds_integers = _integer_test()
     return {
         path
         for path, leaf in theta_gp.items()
-        if path in theta_hat
-        and (path.rpartition(".")[2] in STATISTICS or (holds_integers(leaf) and holds_integers(theta_hat[path])))
+        if path in theta_hat and (is_statistic(path) or (holds_integers(leaf) and holds_integers(theta_hat[path])))
     }
 
 

@@ -245,23 +245,28 @@ def test_a_matrix_within_a_layer_is_no_head_that_may_be_tied(tmp_path: Path) -> 
     refused(linear(*models), tmp_path / "out", f"'{name}' is in .*A.* but not in .*B")
 
 
-def test_models_that_are_no_language_models_merge_too(tmp_path: Path) -> None:  # mergekit 159, 423, 461
+@pytest.mark.parametrize(("mean", "variance"), [("running_mean", "running_var"), ("moving_mean", "moving_variance")])
+def test_models_that_are_no_language_models_merge_too(  # mergekit 159, 423, 461
+    mean: str, variance: str, tmp_path: Path
+) -> None:
     def convnet(seed: int) -> Arrays:
         values = arrays(seed, {"features.0.weight": (4, 3, 3, 3), "features.1.weight": (4,), "classifier.bias": (2,)})
-        values["features.1.running_mean"] = np.full(4, float(seed), np.float32)
-        values["features.1.running_var"] = np.full(4, 1.0 + seed, np.float32)
+        values[f"features.1.{mean}"] = np.full(4, float(seed), np.float32)
+        values[f"features.1.{variance}"] = np.full(4, 1.0 + seed, np.float32)
         values["features.1.num_batches_tracked"] = np.asarray(100 + seed)
         return values
 
     models = []
     for k in range(2):
-        fisher = {n: v**2 + 0.1 for n, v in convnet(k).items() if "running" not in n and "num_batches" not in n}
+        fisher = {
+            n: v**2 + 0.1 for n, v in convnet(k).items() if not n.endswith((mean, variance, "num_batches_tracked"))
+        }
         models.append(PlannedModel(saved(tmp_path, f"M{k}", convnet(k)), fisher=saved(tmp_path, f"F{k}", fisher)))
     report = merge_checkpoints(MergePlan(tuple(models)), tmp_path / "out")
     out = merged(tmp_path / "out")
     assert out["features.1.num_batches_tracked"] == 100
     assert isinstance(report.alpha, float)
-    np.testing.assert_allclose(out["features.1.running_mean"], report.alpha, rtol=1e-6)
+    np.testing.assert_allclose(out[f"features.1.{mean}"], report.alpha, rtol=1e-6)
     assert any("num_batches_tracked" in note for note in report.notes)
     assert any("estimate them anew" in note for note in report.notes)
 

@@ -4,8 +4,9 @@ from math import prod
 
 import pytest
 
-from adapters.networks import NETWORKS, BatchNorm, Convolution, GroupNorm, build_network, is_statistic
+from adapters.networks import NETWORKS, BatchNorm, Convolution, GroupNorm, build_network
 from became_core import BecameError
+from became_core.laplace import is_statistic
 
 # The networks of images, and the side of the smallest image of each.
 SMALLEST = {"alexnet": 22, "mlp": 1, "preact_resnet18": 1, "resnet18": 17}
