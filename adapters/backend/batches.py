@@ -1,4 +1,4 @@
-"""Batches of a user's own loop: how they are read, and the gradients by a model's outputs that passes begin with.
+"""Batches of a user's own loop: how they are read and drawn, and means over them.
 
 Convention: outputs are [samples, ...]. Gradients by the outputs are those of each sample's own loss, not divided by
 anything; ``units_of`` says what a mean divides by.
@@ -15,19 +15,16 @@ import numpy as np
 
 from became_core import BecameError
 from became_core.arrays import Array, namespace
-from became_core.curvature import Categorical, FisherTargets, Likelihood
+from became_core.curvature import Categorical, Likelihood
 
 __all__ = [
     "Reader",
-    "cotangents_of",
     "counted",
-    "derivatives_of",
     "drawn",
     "gradient_by_outputs",
     "inputs_and_targets",
     "length_of",
     "mean_loss",
-    "one_number",
     "repeatable",
     "same_in_all_passes",
     "units_of",
@@ -168,25 +165,15 @@ def with_progress(batches: Iterable[Any], what: str, shows: bool, total: int | N
     yield from batches
 
 
-def units_of(likelihood: Likelihood | Callable[..., Any], outputs: Array, targets: Any) -> float:
-    """Return what a mean over a batch divides by: samples or tokens, as a likelihood says, and samples for any loss.
+def units_of(loss: Likelihood, outputs: Array, targets: Any) -> float:
+    """Return what a mean over a batch divides by: samples or tokens, as the likelihood says.
 
     Raises:
         BecameError: if the targets are no labels of these outputs, where the likelihood has labels.
     """
-    if isinstance(likelihood, Categorical):
-        _check_labels(likelihood, outputs, targets)
-    return likelihood.units(outputs, targets) if isinstance(likelihood, Likelihood) else float(outputs.shape[0])
-
-
-def derivatives_of(likelihood: Likelihood, outputs: Array, tangents: Array, targets: Any) -> tuple[Array, Array, float]:
-    """Return a likelihood's ``derivatives`` along directions, and what a mean over the batch divides by.
-
-    Raises:
-        BecameError: as ``units_of`` does, before anything is computed.
-    """
-    units = units_of(likelihood, outputs, targets)
-    return *likelihood.derivatives(outputs, tangents, targets), units
+    if isinstance(loss, Categorical):
+        _check_labels(loss, outputs, targets)
+    return loss.units(outputs, targets)
 
 
 def counted(units: float) -> float:
@@ -197,17 +184,15 @@ def counted(units: float) -> float:
 
 
 def mean_loss(
-    likelihood: Likelihood | Callable[..., Any],
+    loss: Likelihood,
     passes: Iterable[tuple[Array, Any]],
-    own_loss: Callable[[Array, Any], Any] | None = None,
     summed: Callable[..., Iterable[float]] | None = None,
 ) -> float:
     """Return the mean loss over batches.
 
     Args:
-        likelihood: or any loss.
+        loss: a likelihood.
         passes: the outputs and the targets of each batch.
-        own_loss: how a loss that is no likelihood is called, if not with outputs and targets.
         summed: from this process's sum of losses and its samples or tokens to those of all processes.
 
     Raises:
@@ -215,23 +200,11 @@ def mean_loss(
     """
     total = units = 0.0
     for outputs, targets in passes:
-        size = units_of(likelihood, outputs, targets)
-        if isinstance(likelihood, Likelihood):
-            total += float(likelihood.loss(outputs, targets))
-        else:
-            total += float(one_number((own_loss or likelihood)(outputs, targets))) * size
-        units += size
+        units += units_of(loss, outputs, targets)
+        total += float(loss.loss(outputs, targets))
     if summed is not None:
         total, units = summed(total, units)
     return total / counted(units)
-
-
-def one_number(loss: Array) -> Array:
-    """Return the value of a loss of the user's own; raise a BecameError if it is no single number."""
-    shape = list(getattr(loss, "shape", ()))
-    if shape:
-        raise BecameError(f"the loss has shape {shape}; it must return one number, the batch's mean.")
-    return loss
 
 
 def _check_labels(likelihood: Categorical, outputs: Array, targets: Any) -> None:
@@ -250,42 +223,7 @@ def _check_labels(likelihood: Categorical, outputs: Array, targets: Any) -> None
             )
 
 
-def cotangents_of(
-    likelihood: Likelihood | Callable[..., Any],
-    outputs: Array,
-    targets: Any,
-    own_gradient: Callable[[Any, Array, Any], Array],
-    kind: FisherTargets = "empirical",
-    rng: np.random.Generator | None = None,
-) -> Iterator[Array]:
-    """Yield the gradients of each sample's own loss by the outputs, at the targets given or at the model's own.
-
-    Args:
-        likelihood: or any loss.
-        outputs: of a batch.
-        targets: of the batch.
-        own_gradient: (loss, outputs, targets) -> the gradient of a loss that is no likelihood, a mean over the batch,
-            times the number of samples.
-        kind: of which targets.
-        rng: what targets are drawn from.
-
-    Raises:
-        BecameError: if targets of the model's own are asked for, and the loss is no likelihood.
-    """
-    if isinstance(likelihood, Likelihood):
-        yield from likelihood.cotangents(outputs, targets, kind, rng or np.random.default_rng(0))
-        return
-    if kind != "empirical":
-        raise BecameError(f"a loss of your own has no targets of the model's own; '{kind}' needs a likelihood.")
-    yield own_gradient(likelihood, outputs, targets)
-
-
-def gradient_by_outputs(
-    likelihood: Likelihood | Callable[..., Any],
-    outputs: Array,
-    targets: Any,
-    own_gradient: Callable[[Any, Array, Any], Array],
-) -> Array:
-    """Return the gradient of the sum of all samples' losses by the outputs; arguments as of ``cotangents_of``."""
+def gradient_by_outputs(loss: Likelihood, outputs: Array, targets: Any) -> Array:
+    """Return the gradient of the sum of all samples' losses by the outputs."""
     # Where gradients of single tokens are squared, they come one by one.
-    return reduce(add, cotangents_of(likelihood, outputs, targets, own_gradient))
+    return reduce(add, loss.cotangents(outputs, targets, "empirical", np.random.default_rng(0)))

@@ -26,6 +26,7 @@ from adapters.backend.memory import (
 from adapters.backend.memory_file import Stored, described, memory_arrays
 from adapters.backend.merging import ModelData, TaskLoss, check_trace, merge_report
 from adapters.backend.own_loop import Coverage, MergeReport, NetworkCheck, Uncovered, coverage_of
+from adapters.backend.own_loss import as_given
 from became_core import BecameError, LaplacePosterior, merge
 from became_core.arrays import Array, Params
 from became_core.continual import BayesianDetector, Detector, Reservoir, standardised
@@ -106,7 +107,7 @@ class ContinualModel(ABC):
     @property
     def likelihood(self) -> Any:
         """How probable targets are, or the loss that was given; a Gaussian one's noise is fitted to the first data."""
-        return self._data.likelihood
+        return as_given(self._data.loss)
 
     @property
     def checked(self) -> NetworkCheck | None:
@@ -186,7 +187,7 @@ class ContinualModel(ABC):
             self._data.shapes,
             self._data.matrices or {},
             self.projector,
-            self._data.likelihood,
+            self.likelihood,
             uncovered=self.uncovered,
             penalty=self.penalty,
             decay=self.decay,

@@ -13,6 +13,7 @@ from adapters.backend.memory import NOT_FINITE, InputGrams, check_finite
 from adapters.backend.own_loop import MergeReport, NetworkCheck
 from became_core import BecameError, Diagonal, LaplacePosterior, Quadratic, merge
 from became_core.arrays import Array, Params, difference, namespace
+from became_core.curvature import Likelihood
 from became_core.laplace import Estimator, MergeSubspace
 
 __all__ = ["ModelData", "TaskData", "TaskLoss", "by_slopes", "check_trace", "merge_report"]
@@ -49,13 +50,13 @@ class ModelData(TaskData, Protocol):
     """A model's loss on batches, and the model's parameters.
 
     Attributes:
-        likelihood: or a loss of the user's own.
+        loss: a likelihood, or a loss of the user's own as one.
         checked: what the first look at the network found; None before it, or if there is none.
         matrices: the parameters that are used as matrices alone, and whether they are stored as [d_in, d_out]; None
             before the first look.
     """
 
-    likelihood: Any
+    loss: Likelihood
     checked: NetworkCheck | None
     matrices: dict[str, bool] | None
 

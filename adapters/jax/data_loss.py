@@ -19,15 +19,12 @@ from jax import numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from adapters.backend.batches import (
-    cotangents_of,
     counted,
-    derivatives_of,
     drawn,
     gradient_by_outputs,
     inputs_and_targets,
     length_of,
     mean_loss,
-    one_number,
     same_in_all_passes,
     units_of,
     with_progress,
@@ -36,6 +33,7 @@ from adapters.backend.checking import check_network
 from adapters.backend.memory import InputGrams, Moments, matrices_with
 from adapters.backend.merging import by_slopes
 from adapters.backend.own_loop import NetworkCheck
+from adapters.backend.own_loss import OwnLoss
 from adapters.jax.checking import FunctionView
 from adapters.jax.derivatives import Derivatives
 from adapters.jax.mesh import is_explicit
@@ -51,11 +49,20 @@ __all__ = ["DataLoss", "Loss", "moments_of"]
 Loss = Callable[[Array, Any], Array]
 
 
+class JaxLoss(OwnLoss):
+    """A loss of the user's own, of JAX's arrays."""
+
+    def gradient(self, outputs: Array, targets: Any) -> Array:
+        """Return the gradient of the sum of all samples' losses by the outputs."""
+        gradient: Array = jax.grad(lambda outputs: self.value(outputs, targets) * len(outputs))(outputs)
+        return gradient
+
+
 class DataLoss:
     """A function's loss on batches, as a function of its trained parameters.
 
     Attributes:
-        likelihood: or a loss of the user's own.
+        loss: a likelihood, or a loss of the user's own as one.
         theta: the trained parameters as they were given.
         ways: of all inputs so far: the parameters that are used as matrices alone, and whether they are stored as
             [d_in, d_out]; None of those that are used otherwise.
@@ -86,7 +93,7 @@ class DataLoss:
         Raises:
             BecameError: if nothing can be trained.
         """
-        self.likelihood = likelihood
+        self.loss = likelihood if isinstance(likelihood, Likelihood) else JaxLoss(likelihood)
         self.theta: Params = {name: jnp.asarray(value) for name, value in trained_of(params).items()}
         if not self.theta:
             raise BecameError("no array of the parameters holds real numbers; there is nothing to learn.")
@@ -202,8 +209,7 @@ class DataLoss:
             jax.eval_shape(self._gradient, self.theta, inputs, outputs)
         except Exception as error:
             raise BecameError(f"the function's gradients cannot be taken ({first_line(error)}).") from error
-        if isinstance(self.likelihood, Likelihood):
-            self.likelihood = self.likelihood.fitted(outputs, targets)
+        self.loss = self.loss.fitted(outputs, targets)
         if self._checks:
             self.checked = self._check(inputs, len(outputs))
             self.checked.assert_sound()
@@ -262,9 +268,9 @@ class DataLoss:
         total = length_of(batches)
         for inputs, targets in self._read(drawn(with_progress(batches, what, self._shows, total), share, total)):
             outputs = self._outputs(theta, inputs)
-            units += units_of(self.likelihood, outputs, targets)
+            units += units_of(self.loss, outputs, targets)
             tapped, measure = self._function(inputs, len(outputs))
-            seeds = cotangents_of(self.likelihood, outputs, targets, _own_gradient, self._kind, rng)
+            seeds = self.loss.cotangents(outputs, targets, self._kind, rng)
             matrices = frozenset(name for name in tapped.matrices if self.ways[name] is not None) - held
             for index, seed in enumerate(seeds):
                 # What is read is the same for all targets.
@@ -284,8 +290,8 @@ class DataLoss:
         units, total = 0.0, np.zeros(len(directions))
         for inputs, targets in self._read(drawn(batches, share, length_of(batches))):
             outputs = self._outputs(theta, inputs)
-            seed = gradient_by_outputs(self.likelihood, outputs, targets, _own_gradient)
-            units += units_of(self.likelihood, outputs, targets)
+            seed = gradient_by_outputs(self.loss, outputs, targets)
+            units += units_of(self.loss, outputs, targets)
             total += np.asarray(self._slopes(theta, list(directions), inputs, seed), np.float64).sum(1)
         return total / counted(units)
 
@@ -300,16 +306,16 @@ class DataLoss:
         self, batches: Iterable[Any], theta: Params, directions: Sequence[Params], share: float | None = 1.0
     ) -> tuple[Quadratic, str]:
         """Return the mean loss along directions from theta, and how its curvature was measured."""
-        if not isinstance(self.likelihood, Likelihood):
+        if isinstance(self.loss, OwnLoss):
             same = same_in_all_passes(batches, share, length_of(batches))
             quadratic = by_slopes(lambda moved, along: self.slope(same, moved, along), theta, directions)
             return quadratic, "a difference of slopes"
         slope, curvature, units = np.zeros(len(directions)), np.zeros((len(directions),) * 2), 0.0
         for inputs, targets in self._read(drawn(batches, share, length_of(batches))):
             outputs, tangents = self.derivatives.along(theta, directions, inputs)
-            first, second, more = derivatives_of(self.likelihood, outputs, tangents, targets)
+            units += units_of(self.loss, outputs, targets)
+            first, second = self.loss.derivatives(outputs, tangents, targets)
             slope, curvature = slope + np.asarray(first, np.float64), curvature + np.asarray(second, np.float64)
-            units += more
         return Quadratic(slope / counted(units), curvature / units), self.derivatives.way
 
     def mean(self, batches: Iterable[Any], theta: Params | None = None) -> float:
@@ -317,7 +323,7 @@ class DataLoss:
         theta = self.theta if theta is None else theta
         passes = ((self._outputs(theta, inputs), targets) for inputs, targets in self._read(batches))
         first = list(islice(passes, 1))  # to which the likelihood is fitted, if it was not yet
-        return mean_loss(self.likelihood, chain(first, passes))
+        return mean_loss(self.loss, chain(first, passes))
 
     @staticmethod
     def in_dtype(numbers: Any, like: Array) -> Array:
@@ -381,10 +387,3 @@ def _sum(left: Params, right: Params) -> Params:
 def _mean(sums: Params, theta: Params, units: float) -> Params:
     """Return sums in the shapes of these parameters, divided by the units."""
     return {name: sums[name].reshape(value.shape) / units for name, value in theta.items()}
-
-
-def _own_gradient(loss_of: Loss, outputs: Array, targets: Any) -> Array:
-    loss, backward = jax.vjp(lambda outputs: loss_of(outputs, targets), outputs)
-    one_number(loss)
-    gradient: Array = backward(jnp.ones_like(loss))[0] * len(outputs)
-    return gradient

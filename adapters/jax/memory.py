@@ -26,6 +26,7 @@ from adapters.backend.calibration import NO_BATCHES, AcrossTasks, Calibration, c
 from adapters.backend.memory_file import described, memory_arrays, read_memory, restored, written
 from adapters.backend.merging import TaskLoss
 from adapters.backend.own_loop import Coverage, NetworkCheck, Uncovered, coverage_of, first_difference, known_likelihood
+from adapters.backend.own_loss import as_given
 from adapters.jax.data_loss import DataLoss, Loss, moments_of
 from adapters.jax.tapping import Apply, trained_of
 from adapters.jax.trees import here
@@ -227,7 +228,7 @@ def remember(
         projector=before,
         across=copied(across),
         parameters=_parameters({name: value.shape for name, value in data.theta.items()}, matrices),
-        likelihood=data.likelihood,
+        likelihood=as_given(data.loss),
         checked=data.checked,
         **settings,
     )

@@ -9,7 +9,6 @@ changed. Parameters go by the names of ``adapters/tensorflow/parameters.py``, an
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from itertools import chain, islice
 from typing import Any
 
@@ -19,14 +18,11 @@ import tensorflow as tf
 from numpy.typing import NDArray
 
 from adapters.backend.batches import (
-    cotangents_of,
     counted,
-    derivatives_of,
     drawn,
     gradient_by_outputs,
     length_of,
     mean_loss,
-    one_number,
     same_in_all_passes,
     units_of,
     with_progress,
@@ -35,6 +31,7 @@ from adapters.backend.checking import check_network
 from adapters.backend.memory import InputGrams, matrices_with
 from adapters.backend.merging import by_slopes
 from adapters.backend.own_loop import NetworkCheck
+from adapters.backend.own_loss import OwnLoss
 from adapters.tensorflow.batches import Reader, batches_of
 from adapters.tensorflow.checking import KerasView
 from adapters.tensorflow.derivatives import Derivatives
@@ -51,11 +48,38 @@ __all__ = ["DataLoss", "Loss"]
 Loss = Callable[[Array, Any], Array]
 
 
+class KerasLoss(OwnLoss):
+    """A loss of the user's own, or one of Keras's."""
+
+    def called(self, outputs: Array, targets: Any) -> Array:
+        """Return the loss of a batch; Keras's own losses have the targets first.
+
+        Raises:
+            BecameError: if a function cannot be called with outputs and targets, in this order.
+        """
+        if isinstance(self.function, keras.losses.Loss):
+            return tf.convert_to_tensor(self.function(targets, outputs))
+        try:
+            return tf.convert_to_tensor(self.function(outputs, targets))
+        except ValueError as error:
+            raise BecameError(
+                f"the loss cannot be taken of outputs and targets, in this order ({first_line(error)}); a function of "
+                "Keras has the targets first, so wrap it in one that has the outputs first."
+            ) from error
+
+    def gradient(self, outputs: Array, targets: Any) -> Array:
+        """Return the gradient of the sum of all samples' losses by the outputs."""
+        with tf.GradientTape() as tape:
+            tape.watch(outputs)
+            loss = self.value(outputs, targets) * outputs.shape[0]
+        return tape.gradient(loss, outputs)
+
+
 class DataLoss:
     """A model's loss on batches, as a function of its weights.
 
     Attributes:
-        likelihood: or a loss of the user's own.
+        loss: a likelihood, or a loss of the user's own as one.
         network: the model as a function of its trained parameters.
         checked: what the first look at the network found; None before it, or if there is none.
         matrices: the parameters that are used as matrices alone, and whether they are stored as [d_in, d_out]; None
@@ -82,7 +106,7 @@ class DataLoss:
             shows: whether a terminal shows how far a pass is.
             fisher: of which targets the Fisher information is: those given, or the model's own, exactly or drawn.
         """
-        self.likelihood = likelihood
+        self.loss = likelihood if isinstance(likelihood, Likelihood) else KerasLoss(likelihood)
         self.network = KerasFunction(model, reader)
         self.checked: NetworkCheck | None = None
         self.matrices: dict[str, bool] | None = None
@@ -119,11 +143,11 @@ class DataLoss:
     @contextmanager
     def kept_on_error(self) -> Iterator[None]:
         """Give back what was known of the data before this context, if it ends in an error."""
-        before = self.likelihood, self.matrices, self._looked, self._knows_matrices
+        before = self.loss, self.matrices, self._looked, self._knows_matrices
         try:
             yield
         except BaseException:
-            self.likelihood, self.matrices, self._looked, self._knows_matrices = before
+            self.loss, self.matrices, self._looked, self._knows_matrices = before
             raise
 
     @staticmethod
@@ -136,12 +160,11 @@ class DataLoss:
         if self._looked and self._knows_matrices:
             return
         few = samples_of(inputs, slice(3))
-        if isinstance(self.likelihood, Categorical | Bernoulli):
-            wanted = "softmax" if isinstance(self.likelihood, Categorical) else "sigmoid"
+        if isinstance(self.loss, Categorical | Bernoulli):
+            wanted = "softmax" if isinstance(self.loss, Categorical) else "sigmoid"
             self.network.find_link(theta, few, wanted)
         outputs = self.network.outputs(theta, inputs)
-        if isinstance(self.likelihood, Likelihood):
-            self.likelihood = self.likelihood.fitted(outputs, targets)
+        self.loss = self.loss.fitted(outputs, targets)
         if not self._knows_matrices:
             found = self._tapping.ways(theta, inputs, outputs)
             self.matrices = matrices_with(self.matrices or {}, found, self._held)
@@ -203,8 +226,8 @@ class DataLoss:
             nonlocal units
             for inputs, targets in self._read(theta, batches, what, share):
                 outputs = self.network.outputs(theta, inputs)
-                units += units_of(self.likelihood, outputs, targets)
-                seeds = cotangents_of(self.likelihood, outputs, targets, _own_gradient, self._kind, rng)
+                units += units_of(self.loss, outputs, targets)
+                seeds = self.loss.cotangents(outputs, targets, self._kind, rng)
                 for index, seed in enumerate(seeds):
                     taps = self._tapping.taps(theta, inputs, seed)
                     if with_memory and index == 0:  # the inputs are the same for all targets
@@ -232,8 +255,8 @@ class DataLoss:
         units, total = 0.0, [0.0] * len(directions)
         for inputs, targets in self._read(theta, batches, share=share):
             outputs = self.network.outputs(theta, inputs)
-            seed = gradient_by_outputs(self.likelihood, outputs, targets, _own_gradient)
-            units += units_of(self.likelihood, outputs, targets)
+            seed = gradient_by_outputs(self.loss, outputs, targets)
+            units += units_of(self.loss, outputs, targets)
             gradient = self.network.gradient(theta, inputs, seed)
             for index, direction in enumerate(directions):
                 total[index] += sum(
@@ -245,7 +268,7 @@ class DataLoss:
         self, batches: Iterable[Any], theta: Params, directions: Sequence[Params], share: float | None = 1.0
     ) -> tuple[Quadratic, str]:
         """Return the mean loss along directions from theta, and how its curvature was measured."""
-        if not isinstance(self.likelihood, Likelihood):
+        if isinstance(self.loss, OwnLoss):
             own = batches if share == 1 else batches_of(batches)
             same = same_in_all_passes(own, share, self._length(batches))
             slopes = by_slopes(lambda moved, along: self.slope(same, moved, along), theta, directions)
@@ -253,9 +276,9 @@ class DataLoss:
         slope, curvature, units = tf.zeros((), tf.float64), tf.zeros((), tf.float64), 0.0
         for inputs, targets in self._read(theta, batches, share=share):
             outputs, tangents = self._derivatives.along(theta, directions, inputs)
-            first, second, more = derivatives_of(self.likelihood, outputs, tangents, targets)
+            units += units_of(self.loss, outputs, targets)
+            first, second = self.loss.derivatives(outputs, tangents, targets)
             slope, curvature = slope + _double(first), curvature + _double(second)
-            units += more
         return Quadratic(slope / counted(units), curvature / units), self._derivatives.way
 
     def mean(self, batches: Iterable[Any], theta: Params | None = None) -> float:
@@ -263,7 +286,7 @@ class DataLoss:
         theta = self.weights() if theta is None else theta
         passes = ((self.network.outputs(theta, inputs), targets) for inputs, targets in self._read(theta, batches))
         first = list(islice(passes, 1))  # to which the likelihood is fitted, if it was not yet
-        return mean_loss(self.likelihood, chain(first, passes), partial(_own_loss, self.likelihood))
+        return mean_loss(self.loss, chain(first, passes))
 
 
 def moving_means(model: keras.Model) -> dict[str, NDArray[Any]]:
@@ -317,25 +340,3 @@ def batch_statistics(model: keras.Model) -> Iterator[None]:
 
 def _double(value: Any) -> Array:
     return tf.cast(value, tf.float64)
-
-
-def _own_loss(loss_of: Any, outputs: Array, targets: Any) -> Array:
-    # Keras's own losses have the targets first.
-    if isinstance(loss_of, keras.losses.Loss):
-        loss: Array = tf.convert_to_tensor(loss_of(targets, outputs))
-    else:
-        try:
-            loss = tf.convert_to_tensor(loss_of(outputs, targets))
-        except ValueError as error:
-            raise BecameError(
-                f"the loss cannot be taken of outputs and targets, in this order ({first_line(error)}); a function of "
-                "Keras has the targets first, so wrap it in one that has the outputs first."
-            ) from error
-    return one_number(loss)
-
-
-def _own_gradient(loss_of: Loss, outputs: Array, targets: Any) -> Array:
-    with tf.GradientTape() as tape:
-        tape.watch(outputs)
-        loss = _own_loss(loss_of, outputs, targets)
-    return tape.gradient(loss, outputs) * tf.cast(outputs.shape[0], outputs.dtype)

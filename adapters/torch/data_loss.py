@@ -22,14 +22,11 @@ from torch import Tensor, nn
 
 from adapters.backend.batches import (
     Reader,
-    cotangents_of,
     counted,
-    derivatives_of,
     drawn,
     gradient_by_outputs,
     length_of,
     mean_loss,
-    one_number,
     same_in_all_passes,
     units_of,
     with_progress,
@@ -38,6 +35,7 @@ from adapters.backend.checking import check_network
 from adapters.backend.memory import InputGrams, matrices_with
 from adapters.backend.merging import by_slopes
 from adapters.backend.own_loop import NetworkCheck
+from adapters.backend.own_loss import OwnLoss
 from adapters.torch.batches import Applied, few_samples, in_evaluation, not_a_few, to_device
 from adapters.torch.checking import RowsKept, TorchView
 from adapters.torch.derivatives import Derivatives
@@ -54,11 +52,22 @@ Loss = Callable[[Tensor, Any], Tensor]
 Batches = Iterable[Any]
 
 
+class TorchLoss(OwnLoss):
+    """A loss of the user's own, of PyTorch's tensors."""
+
+    def gradient(self, outputs: Tensor, targets: Any) -> Tensor:
+        """Return the gradient of the sum of all samples' losses by the outputs."""
+        with torch.enable_grad():
+            leaf = outputs.detach().requires_grad_()
+            (gradient,) = torch.autograd.grad(self.value(leaf, targets) * len(outputs), leaf)
+        return gradient
+
+
 class DataLoss:
     """A model's loss on batches, as a function of its weights.
 
     Attributes:
-        likelihood: or a loss of the user's own.
+        loss: a likelihood, or a loss of the user's own as one.
         checked: what the first look at the network found; None before it, or if there is none.
         matrices: the parameters that are used as matrices alone, and whether they are stored as [d_in, d_out]; None
             before the first look.
@@ -85,7 +94,7 @@ class DataLoss:
             shows: whether a terminal shows how far a pass is.
             fisher: of which targets the Fisher information is: those given, or the model's own, exactly or drawn.
         """
-        self.likelihood = likelihood
+        self.loss = likelihood if isinstance(likelihood, Likelihood) else TorchLoss(likelihood)
         self.checked: NetworkCheck | None = None
         self.matrices: dict[str, bool] | None = None
         self.shared = SharedModel(model)
@@ -97,7 +106,7 @@ class DataLoss:
         self._knows_matrices, self._held = True, frozenset[str]()
         # What a batch of the present pass has used, so that its inputs were summed or were not.
         self._judged: set[str] = set()
-        self._is_fitted = not isinstance(likelihood, Likelihood)
+        self._is_fitted = isinstance(self.loss, OwnLoss)
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -128,11 +137,11 @@ class DataLoss:
     @contextmanager
     def kept_on_error(self) -> Iterator[None]:
         """Give back what was known of the data before this context, if it ends in an error."""
-        before = self.likelihood, self.matrices, self._knows_matrices, self._is_fitted
+        before = self.loss, self.matrices, self._knows_matrices, self._is_fitted
         try:
             yield
         except BaseException:
-            self.likelihood, self.matrices, self._knows_matrices, self._is_fitted = before
+            self.loss, self.matrices, self._knows_matrices, self._is_fitted = before
             raise
 
     @contextmanager
@@ -197,8 +206,7 @@ class DataLoss:
 
     def _fit(self, outputs: Tensor, targets: Any) -> None:
         """Let the likelihood know what it must of the data's noise."""
-        if isinstance(self.likelihood, Likelihood):
-            self.likelihood = self.likelihood.fitted(outputs, targets)
+        self.loss = self.loss.fitted(outputs, targets)
         self._is_fitted = True
 
     def _fitted_by_all(self, batches: Batches) -> Iterator[Any]:
@@ -213,10 +221,10 @@ class DataLoss:
         with self.shared.whole(), in_evaluation(self._model), torch.no_grad():
             for outputs, targets in map(self.run, first):
                 self._fit(outputs, targets)
-                found = self.likelihood
+                found = self.loss
         known = [each for each in self.shared.of_all(found) if each is not None]
         if known:
-            self.likelihood, self._is_fitted = known[0], True
+            self.loss, self._is_fitted = known[0], True
         return chain(first, batches)
 
     def _looked_at_by_all(self, batches: Iterator[Any]) -> Iterator[Any]:
@@ -234,13 +242,13 @@ class DataLoss:
                 self._look(inputs, self._first_outputs(inputs), targets)
             except BecameError as error:
                 failure = str(error).removesuffix(".")
-        known = self.likelihood if isinstance(self.likelihood, Likelihood) else None
+        known = None if isinstance(self.loss, OwnLoss) else self.loss  # a function may not travel
         answers = self.shared.of_all((failure, self.matrices, known))
         for number, (reason, _, _) in enumerate(answers, 1):
             if reason is not None:
                 raise BecameError(f"{reason}." if reason == failure else f"process {number} stopped: {reason}.")
         self.matrices = answers[0][1]
-        self.likelihood = self.likelihood if known is None else answers[0][2]
+        self.loss = self.loss if known is None else answers[0][2]
         return chain([first], batches)
 
     def passes(self, batch: Any, rng: np.random.Generator, *, windows: bool = False) -> Iterator[tuple[Taps, float]]:
@@ -264,8 +272,8 @@ class DataLoss:
 
         def cotangents(outputs: Tensor) -> Iterator[Tensor]:
             nonlocal units
-            units = units_of(self.likelihood, outputs, targets)
-            yield from cotangents_of(self.likelihood, outputs, targets, _own_gradient, self._kind, rng)
+            units = units_of(self.loss, outputs, targets)
+            yield from self.loss.cotangents(outputs, targets, self._kind, rng)
 
         for taps in collect_taps(self._applied, names, (inputs,), cotangents, layouts=self._layouts, windows=windows):
             yield taps, units
@@ -343,8 +351,8 @@ class DataLoss:
             trained = self.trained
             for batch in batches:
                 outputs, targets = self.run(batch)
-                seed = gradient_by_outputs(self.likelihood, outputs.detach(), targets, _own_gradient)
-                units += units_of(self.likelihood, outputs, targets)
+                seed = gradient_by_outputs(self.loss, outputs.detach(), targets)
+                units += units_of(self.loss, outputs, targets)
                 gradients = gradients_of(outputs, list(trained.values()), seed)
                 for name, gradient in zip(trained, gradients, strict=True):
                     for index, direction in enumerate(moves):
@@ -356,7 +364,7 @@ class DataLoss:
         self, batches: Batches, theta: Params, directions: Sequence[Params], share: float | None = 1.0
     ) -> tuple[Quadratic, str]:
         """Return the mean loss along directions from theta, and how its curvature was measured."""
-        if not isinstance(self.likelihood, Likelihood):
+        if isinstance(self.loss, OwnLoss):
             same = same_in_all_passes(batches, share, None if share == 1 else self._length(batches))
             slopes = by_slopes(lambda moved, along: self.slope(same, moved, along), theta, directions)
             return slopes, "a difference of slopes"
@@ -375,9 +383,9 @@ class DataLoss:
                     return outputs_at(self._applied, moved, (inputs,))
 
                 outputs, tangents = self._derivatives.along(function, own, moves)
-                first, second, more = derivatives_of(self.likelihood, outputs, tangents, targets)
+                units += units_of(self.loss, outputs, targets)
+                first, second = self.loss.derivatives(outputs, tangents, targets)
                 slope, curvature = slope + first.cpu().double(), curvature + second.cpu().double()
-                units += more
         sums = self.shared.total(torch.cat([slope, curvature.flatten(), slope.new_tensor([units])]))
         units = counted(float(sums[-1]))
         return (
@@ -390,7 +398,7 @@ class DataLoss:
         batches = self._fitted_by_all(batches)
         place = nullcontext() if theta is None else self.at(theta)
         with place, self.shared.whole(), in_evaluation(self._model), torch.no_grad():
-            return mean_loss(self.likelihood, map(self.run, batches), summed=self._summed)
+            return mean_loss(self.loss, map(self.run, batches), summed=self._summed)
 
     def estimate_statistics(self, batches: Batches) -> None:
         """Estimate the running statistics of batch norms anew, at the weights as they are; an error leaves them."""
@@ -408,11 +416,3 @@ class DataLoss:
 def _numbers(values: Any) -> Tensor:
     """Return a number, or several, in float64 on the CPU, whatever the user's default device is."""
     return torch.tensor(values, dtype=torch.float64, device="cpu")
-
-
-def _own_gradient(loss_of: Loss, outputs: Tensor, targets: Any) -> Tensor:
-    with torch.enable_grad():
-        leaf = outputs.detach().requires_grad_()
-        loss = one_number(loss_of(leaf, targets))
-        (gradient,) = torch.autograd.grad(loss * len(outputs), leaf)
-    return gradient

@@ -218,8 +218,8 @@ def test_the_noise_of_a_regression_is_fitted_where_a_loss_is_the_first_to_need_i
     inputs, targets = data[0]
     noise = float(np.sqrt(np.mean((perceptron(weights, inputs) - targets) ** 2)))
     assert loss.mean(data[:1]) == pytest.approx(CLASSES / 2)  # of residuals whose mean square is the noise's
-    assert isinstance(loss.likelihood, Gaussian)
-    assert loss.likelihood.noise == pytest.approx(noise)
+    assert isinstance(loss.loss, Gaussian)
+    assert loss.loss.noise == pytest.approx(noise)
 
 
 def test_what_is_not_finite_is_named_and_not_merged() -> None:
