@@ -9,7 +9,7 @@ import optax
 import pytest
 from jax import numpy as jnp
 
-from adapters.jax.data_loss import DataLoss
+from adapters.jax.data_loss import DataLoss, JaxLoss
 from adapters.jax.memory import remember
 from adapters.jax.own_loop import merge, projected
 from became_core import BecameError, Secant, optimal_alpha
@@ -248,3 +248,9 @@ def test_a_merge_of_a_model_with_itself_is_refused() -> None:
     memory = remember(perceptron, params, new_data(1), check=False)
     with pytest.raises(BecameError, match="are the same arrays, as those of nnx are"):
         merge(perceptron, memory, params, params, new_data(2))
+
+
+def test_gradients_of_a_loss_of_ones_own_are_as_exact_in_float16_as_a_single_samples() -> None:
+    outputs = jnp.asarray(np.linspace(1e-4, 2e-4, 512, dtype=np.float16)[:, None])
+    gradient = JaxLoss(lambda z, y: jnp.mean((z - y) ** 2) / 2).gradient(outputs, 0 * outputs)
+    np.testing.assert_array_equal(gradient, outputs)

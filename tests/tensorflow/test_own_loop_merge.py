@@ -6,6 +6,7 @@ import pytest
 import tensorflow as tf
 
 from adapters.tensorflow import Continual
+from adapters.tensorflow.data_loss import KerasLoss
 from became_core import BecameError, Secant
 from tests.tensorflow.own_loop import CLASSES, L, TwoHeads, compiled, fit, new_data, perceptron, row
 
@@ -166,3 +167,9 @@ def test_a_head_that_is_built_in_stable_training_is_merged() -> None:
     plastic, alpha = model.heads[1].kernel.numpy(), learning.merge(new).alpha
     assert 0 <= alpha <= 1
     np.testing.assert_allclose(model.heads[1].kernel, stable + alpha * (plastic - stable), rtol=1e-6)
+
+
+def test_gradients_of_a_loss_of_ones_own_are_as_exact_in_float16_as_a_single_samples() -> None:
+    outputs = tf.constant(np.linspace(1e-4, 2e-4, 512, dtype=np.float16)[:, None])
+    gradient = KerasLoss(lambda z, y: tf.reduce_mean((z - y) ** 2) / 2).gradient(outputs, 0 * outputs)
+    np.testing.assert_array_equal(gradient, outputs)

@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from adapters.backend.batches import same_in_all_passes
 from adapters.torch import Continual
+from adapters.torch.data_loss import TorchLoss
 from became_core import BecameError, PaperClosedForm, Quadratic, Secant, optimal_alpha
 from became_core.curvature import Bernoulli, Categorical, Gaussian
 from tests.torch.modules import CLASSES, WIDTH
@@ -414,3 +415,9 @@ def test_a_model_need_not_be_on_the_users_default_device(tmp_path: Path) -> None
         learning.save(tmp_path / "memory.safetensors")
         again = Continual.load(model, tmp_path / "memory.safetensors")
     assert str(again.coverage) == str(learning.coverage)
+
+
+def test_gradients_of_a_loss_of_ones_own_are_as_exact_in_float16_as_a_single_samples() -> None:
+    outputs = torch.as_tensor(np.linspace(1e-4, 2e-4, 512, dtype=np.float16)[:, None])
+    gradient = TorchLoss(lambda z, y: torch.mean((z - y) ** 2) / 2).gradient(outputs, 0 * outputs)
+    np.testing.assert_array_equal(gradient, outputs)
