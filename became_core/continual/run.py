@@ -13,14 +13,14 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from became_core.arrays import Params, difference, named_leaves
-from became_core.continual.calibration import calibration
+from became_core.arrays import Params, named_leaves
 from became_core.continual.callbacks import Callback, CallbackList
 from became_core.continual.data import Task, TaskStream
 from became_core.continual.learner import Learner, heads_of, weights_of
 from became_core.continual.methods import Method
-from became_core.continual.path_report import old_tasks_with, report_path
+from became_core.continual.path_report import report_path
 from became_core.continual.record import EpochEnd, MergePath, RunRecord, TaskEnd
+from became_core.continual.remembering import last_movement, remembered, weighed, with_own_model
 from became_core.continual.rng import random_generator
 from became_core.continual.run_context import (
     RunContext,
@@ -33,11 +33,9 @@ from became_core.continual.run_context import (
 from became_core.continual.schedule import Schedule, Training
 from became_core.continual.state import Memory, RunState
 from became_core.continual.step import Constraint
-from became_core.continual.tempering import BY_FACTOR, temperature
 from became_core.continual.training import Stage, begin_stage, train_stage
 from became_core.errors import BecameError
 from became_core.laplace import LaplacePosterior, LocalLoss, Merged, MergeRule, Precision
-from became_core.projection import compact
 
 __all__ = ["learn"]
 
@@ -116,12 +114,15 @@ class _Run(RunContext):
             state = self.stage2(task, state)
         alpha, path, curvature, factor = None, None, None, None
         if self.method.merges == "tasks":
-            state, curvature = self.keep_own_model(task, state)
-        movement = self.movement(state)
+            with self.stopwatch.phase("memory"):
+                state, curvature = with_own_model(self, task, state)
+        movement = last_movement(self, state)
         if self.method.rule is not None and task.index > 0:
-            state, factor = self.weigh(task, state)
+            with self.stopwatch.phase("merge"):
+                state, factor = weighed(self, task, state)
             alpha, path = self.merge(task, state, self.method.rule, curvature)
-        memory, factor = self.remember(task, state.memory, curvature, factor)
+        with self.stopwatch.phase("memory"):
+            memory, factor = remembered(self, task, state.memory, curvature, factor)
         memory = replace(memory, movement=movement)
         return self.evaluate(task, replace(state, memory=memory), alpha, factor, path, memory.full - full_before)
 
@@ -244,61 +245,6 @@ class _Run(RunContext):
         self.callbacks.on_state(state)
         return state
 
-    def keep_own_model(self, task: Task, state: RunState) -> tuple[RunState, Precision | None]:
-        """Return the state with what later tasks need of the task's own model, in a method that merges tasks.
-
-        The model that it will be merged with, ``theta_gp``, is the old model with the new task's head.
-
-        Returns:
-            The state, and the task's curvature at its own model, which is None if the method does not need it.
-        """
-        assert state.before is not None
-        theta, memory = self.learner.parameters(), state.memory
-        curvature: Precision | None = None
-        if self.method.keeps_posterior:
-            with self.stopwatch.phase("memory"):
-                curvature = self.measurement(task, "posterior", memory).precision(self.method.precision)
-        if self.method.transfer is not None:
-            memory = replace(memory, models=self.method.transfer.models_after(memory.models, state.before, theta))
-        old = state.before | {name: theta[name] for name in self.learner.heads[task.index]}
-        return replace(state, memory=memory, theta_gp=old), curvature
-
-    def movement(self, state: RunState) -> Params | None:
-        """Return by how much the last stage moved the weights, if the method calibrates curvature by it.
-
-        The learner has the weights with which that stage ended. The first task's stage began at the initial weights.
-        """
-        if not self.method.calibrates:
-            return None
-        begin, end = state.theta_gp or state.before, weights_of(self.learner)
-        assert begin is not None
-        return difference(end, {name: begin[name] for name in end})
-
-    def weigh(self, task: Task, state: RunState) -> tuple[RunState, float | None]:
-        """Return the state, and the temperature of the task's curvature, or None if the method multiplies it by none.
-
-        The learner is at theta_hat, and is left there. The first task has no delta from which a temperature could be
-        estimated, and no task before it. So before the first merge its curvature takes the temperature of the second
-        task, and the calibration that the second has at theta_gp. The record has their product as the first task's.
-        """
-        method, memory, factor, of_first = self.method, state.memory, None, 1.0
-        assert state.theta_gp is not None
-        with self.stopwatch.phase("merge"):
-            if method.temper in BY_FACTOR:
-                measurement = self.measurement(task, "merge", memory)
-                theta_gp = {name: state.theta_gp[name] for name in measurement.mean}
-                factor = of_first = temperature(method.temper, measurement, theta_gp)
-            if memory.movement is not None and task.index == 1:
-                with self.at(task, state.theta_gp, memory):
-                    there = self.measurement(task, "posterior", memory)
-                    of_first *= calibration(there, there.precision(method.precision), memory.movement)
-        if task.index > 1 or (factor is None and memory.movement is None) or memory.posterior is None:
-            return state, factor
-        posterior = replace(memory.posterior, precision=memory.posterior.precision * of_first)
-        old_tasks = None if memory.old_tasks is None else replace(memory.old_tasks, posterior=posterior)
-        memory = replace(memory, posterior=posterior, old_tasks=old_tasks)
-        return replace(state, memory=memory, record=replace(state.record, temperatures=[of_first])), factor
-
     def merge(
         self, task: Task, state: RunState, rule: MergeRule, curvature: Precision | None
     ) -> tuple[float | None, MergePath | None]:
@@ -356,36 +302,6 @@ class _Run(RunContext):
             curvature = measurement.precision(self.method.precision)
         new: LocalLoss = measurement if curvature is None else LaplacePosterior(theta_hat, curvature)
         return rule.merge((theta_gp, theta_hat), (memory.posterior, new))
-
-    def remember(
-        self, task: Task, memory: Memory, curvature: Precision | None, factor: float | None
-    ) -> tuple[Memory, float | None]:
-        """Return the memory with this task, and what its curvature was multiplied by; the learner is at merged weights.
-
-        Args:
-            task: the task that was learned last.
-            memory: the memory of the tasks before.
-            curvature: the task's curvature at its own model; if it is None, it is measured at the merged weights.
-            factor: the temperature, by which its curvature is multiplied; None if it is not.
-
-        Returns:
-            The memory, and the temperature times the calibration; None if there is neither.
-        """
-        with self.stopwatch.phase("memory"):
-            measurement, method = self.measurement(task, "posterior", memory), self.method
-            if method.keeps_posterior:
-                curvature = curvature or measurement.precision(method.precision)
-                if memory.movement is not None:
-                    kappa = calibration(measurement, curvature, memory.movement)
-                    factor = kappa if factor is None else kappa * factor
-                curvature = curvature if factor is None else curvature * factor
-                posterior = method.updated_posterior(memory.posterior, weights_of(self.learner), curvature)
-                memory = replace(memory, posterior=posterior)
-            if method.rule is not None and self.training.path_alphas:
-                memory = replace(memory, old_tasks=old_tasks_with(memory, measurement, method))
-            if memory.projector is not None:
-                memory = replace(memory, projector=compact(memory.projector.remember(measurement)))
-            return memory, factor
 
     def evaluate(
         self,
