@@ -184,7 +184,7 @@ class ContinualModel(ABC):
         self._check_remembered("a file")
         assert self.posterior is not None
         metadata = described(
-            self._data.shapes,
+            self._then,
             self._data.matrices or {},
             self.projector,
             self.likelihood,
@@ -259,10 +259,9 @@ class ContinualModel(ABC):
             self._across = self._across.after_stage(self.posterior.mean, self._theta_gp)
 
     def _restore(self, stored: Stored) -> None:
-        """Take the memory of a file, of a model of these shapes."""
+        """Take the memory of a file."""
         self.posterior, self._data.matrices, self._measured = stored.posterior, stored.matrices, stored.measured
-        self._across, self._begin = stored.across, None
-        self._then = {name: tuple(shape) for name, shape in self._data.shapes.items()}
+        self._across, self._begin, self._then = stored.across, None, stored.shapes
 
     def _merge(self, batches: Iterable[Any], trace: int, statistics: Iterable[Any] | None, others: str) -> MergeReport:
         """Merge as ``merge`` of an adapter says; if that fails, the model is as it was, and can be merged again.

@@ -65,7 +65,7 @@ def described(
     """Return what a memory's file says beside its arrays, as metadata of safetensors.
 
     Args:
-        shapes: of all parameters of the model.
+        shapes: of all parameters of the model when old data were remembered.
         matrices: as ``coverage_of`` has them.
         projector: the memory.
         likelihood: of which only one of ``LIKELIHOODS`` is written; one of another class counts as a loss of the
@@ -161,6 +161,7 @@ class Stored(NamedTuple):
 
     Attributes:
         posterior: the old tasks' loss.
+        shapes: of all parameters that the model had when old data were remembered.
         matrices: as ``coverage_of`` has them.
         measured: the parameters that were trained when data were remembered last.
         across: what calibrates the next task; None without calibration across tasks.
@@ -169,21 +170,33 @@ class Stored(NamedTuple):
     """
 
     posterior: LaplacePosterior
+    shapes: dict[str, tuple[int, ...]]
     matrices: dict[str, bool]
     measured: frozenset[str]
     across: AcrossTasks | None
     settings: dict[str, Any]
 
 
-def check_description(file: str | Path, description: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]) -> None:
-    """Raise a BecameError if a file has another format, or is the memory of another architecture."""
+def check_description(
+    file: str | Path, description: Mapping[str, Any], shapes: Mapping[str, Sequence[int]], *, may_have_grown: bool
+) -> None:
+    """Raise a BecameError if a file has another format, or is the memory of another architecture.
+
+    Args:
+        file: what a message calls it.
+        description: what the file says.
+        shapes: of all parameters of the model.
+        may_have_grown: whether the model may have parameters that the memory does not know, such as a new head.
+    """
     with understood(file):
         if description.get("format") not in (FORMAT, ACROSS):
             raise BecameError(
                 f"{file} is a memory of format {description.get('format')}, and this version reads formats {FORMAT} "
                 f"and {ACROSS}; load it with the version that saved it."
             )
-        differs = first_difference(shapes, description["parameters"])
+        then = description["parameters"]
+        now = {name: shape for name, shape in shapes.items() if name in then} if may_have_grown else shapes
+        differs = first_difference(now, then)
     if differs:
         raise BecameError(f"{file} is the memory of another architecture: {differs}.")
 
@@ -194,6 +207,8 @@ def restored(
     arrays: Mapping[str, Array],
     shapes: Mapping[str, Sequence[int]],
     settings: Mapping[str, Any],
+    *,
+    may_have_grown: bool = False,
 ) -> Stored:
     """Return the memory of ``read_memory``, for a model of these shapes.
 
@@ -203,13 +218,14 @@ def restored(
         arrays: where the memory's arrays shall be.
         shapes: of all parameters of the model.
         settings: what shall be otherwise than in the file, or is not in it.
+        may_have_grown: as ``check_description`` has it.
 
     Raises:
         BecameError: if something is missing or malformed, if it has another format, or is the memory of another
             architecture, or of a loss that is not given, or has a projector of another class or another calibration
             than a setting says.
     """
-    check_description(file, description, shapes)
+    check_description(file, description, shapes, may_have_grown=may_have_grown)
     with understood(file):
         own = _settings(file, description, settings)
         parts = _parts(arrays)
@@ -219,7 +235,10 @@ def restored(
         projector = _projector(file, description, settings.get("projector")).with_arrays(parts["projector"])
         posterior = LaplacePosterior(parts["mean"], Diagonal(parts["fisher"]))
         measured = frozenset(description.get("measured", parts["fisher"]))
-        return Stored(posterior, dict(description["matrices"]), measured, across, own | {"projector": projector})
+        shapes = {name: tuple(shape) for name, shape in description["parameters"].items()}
+        return Stored(
+            posterior, shapes, dict(description["matrices"]), measured, across, own | {"projector": projector}
+        )
 
 
 def _settings(file: str | Path, description: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:

@@ -241,7 +241,7 @@ class Continual(ContinualModel):
 
     @classmethod
     def load(cls, model: keras.Model, file: str | Path, **settings: Any) -> Self:
-        """Return what ``save`` wrote, around a model of the same architecture.
+        """Return what ``save`` wrote, around a model of the same architecture, or one that has new heads beside it.
 
         A memory of PyTorch's is taken as well, if names and shapes agree: ``Dense(..., name="fc1")`` is ``self.fc1``.
         A matrix that reads flattened images has its columns in another order there, which no shape tells.
@@ -259,7 +259,7 @@ class Continual(ContinualModel):
         tensors = {name: tf.constant(value) for name, value in arrays.items()}
         # The names of the model's parameters are known when it is wrapped.
         shapes = cls(model, **settings)._data.shapes
-        stored = restored(file, description, tensors, shapes, settings)
+        stored = restored(file, description, tensors, shapes, settings, may_have_grown=True)
         learning = cls(model, **stored.settings)
         learning._restore(stored)
         return learning

@@ -287,7 +287,7 @@ class Continual(ContinualModel):
 
     @classmethod
     def load(cls, model: nn.Module, file: str | Path, **settings: Any) -> Self:
-        """Return what ``save`` wrote, around a model of the same architecture.
+        """Return what ``save`` wrote, around a model of the same architecture, or one that has new heads beside it.
 
         Args:
             model: its weights are left as they are.
@@ -316,7 +316,7 @@ class Continual(ContinualModel):
                 owner: Any = parameters.get(name.partition(".")[2] if part == "projector" else name, value)
                 arrays[key] = value.to(owner.device) if part == "projector" else shared.placed(value, owner)
         shapes = {name: tuple(value.shape) for name, value in parameters.items()}
-        stored = restored(file, description, arrays, shapes, settings)
+        stored = restored(file, description, arrays, shapes, settings, may_have_grown=True)
         learning = cls(model, **stored.settings)
         learning._restore(stored)
         return learning

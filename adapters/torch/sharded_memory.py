@@ -97,7 +97,7 @@ def read_shards(
             raise BecameError(f"{here} does not see {folder}; give a folder on a disk that all processes share.")
         with understood(folder):
             manifest = _manifest(folder)
-            check_description(folder, manifest["memory"], shapes)
+            check_description(folder, manifest["memory"], shapes, may_have_grown=True)
             for key, (dtype, shape) in manifest["arrays"].items():
                 part, _, name = key.partition(".")
                 own = part == "projector"

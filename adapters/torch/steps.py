@@ -208,7 +208,7 @@ class StepGuard:
                     if moments is not None:
                         moments = moments._replace(second=own_part(moments.second))
                     pull = self._unless_skipped(pull_of(float(group["lr"]), strength, moments))
-                    value.addcmul_(pull, mean).div_(1 + pull)
+                    value.add_((mean - value) * (pull / (1 + pull)))  # exactly nothing at the mean
 
     def _unless_skipped(self, pull: Tensor) -> Tensor:
         """Return no pull where a fused optimiser takes no step, since a GradScaler found gradients that overflow."""

@@ -16,7 +16,7 @@ from became_core import BecameError
 from became_core.curvature import Gaussian
 from became_core.projection import SGP
 from tests.listening import totals_shown
-from tests.tensorflow.own_loop import CLASSES, L, fit, new_data, perceptron, row
+from tests.tensorflow.own_loop import CLASSES, L, TwoHeads, compiled, fit, new_data, perceptron, row
 
 pytestmark = pytest.mark.usefixtures("in_double_precision")
 
@@ -258,7 +258,7 @@ def test_a_memory_comes_back_from_a_file_and_another_architecture_is_refused(tmp
     again = Continual.load(perceptron(), file)
     assert str(again.coverage) == str(learning.coverage)
     assert (again.penalty, again.likelihood) == (7.0, learning.likelihood)
-    with pytest.raises(BecameError, match=r"another architecture: the memory has no 'dense"):
+    with pytest.raises(BecameError, match=r"another architecture: the model has no 'first"):
         Continual.load(row((6,), L.Dense(4)), file)
     with pytest.raises(
         BecameError, match=r"the projector of the memory in .*memory\.safetensors is GPM, not SGP; give"
@@ -321,3 +321,24 @@ def test_a_change_of_the_stream_is_observed() -> None:
     assert observed == [52]
     assert len(learning.reservoir.batches) == 20
     assert all(any(batch is earlier for earlier in stream[:50]) for batch in learning.reservoir.batches)
+
+
+@pytest.mark.parametrize("uncovered", ["penalised", "frozen"])
+def test_a_head_that_data_have_not_seen_is_as_free_after_a_load_as_before(uncovered: Any, tmp_path: Path) -> None:
+    model, (old,), file = TwoHeads(), new_data(1, 1), tmp_path / "memory.safetensors"
+    model(old[0])
+    learning = Continual(model, uncovered=uncovered, check=False)
+    learning.remember([old])
+    model.task = 1
+    model(old[0])
+    learning.save(file)
+    again = Continual.load(model, file, check=False)
+    treatments = {parameter.name: parameter.treatment for parameter in again.coverage.parameters}
+    assert (treatments["head0.bias"], treatments["head1.bias"]) == (uncovered, "free")
+    head, bias = model.heads[1].kernel.numpy(), model.heads[0].bias.numpy()
+    model.heads[0].trainable = False
+    compiled(model)
+    with again.stable():
+        fit(model, new_data(2, 1), 1)
+    assert np.any(model.heads[1].kernel.numpy() != head)
+    np.testing.assert_array_equal(model.heads[0].bias, bias)

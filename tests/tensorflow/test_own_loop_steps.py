@@ -10,7 +10,7 @@ import tensorflow as tf
 from adapters.tensorflow import Continual
 from became_core import BecameError
 from became_core.projection import GPM
-from tests.tensorflow.own_loop import CHANGED, L, TwoHeads, compiled, fit, new_data, perceptron, row
+from tests.tensorflow.own_loop import CHANGED, CLASSES, L, TwoHeads, compiled, fit, new_data, perceptron, row
 
 pytestmark = pytest.mark.usefixtures("in_double_precision")
 
@@ -275,6 +275,19 @@ def test_weights_of_sixteen_bits_are_penalised_under_adam(policy: str) -> None:
         fit(model, new_data(2, 2), 2)
     assert not np.array_equal(model.get_layer("last").bias.numpy(), before)
     assert all(np.isfinite(variable.numpy().astype(float)).all() for variable in model.variables)
+
+
+def test_a_penalised_parameter_whose_gradient_is_zero_stays_exactly_at_its_mean() -> None:
+    model = row((6,), L.Dense(200, bias_initializer="random_normal", name="wide"))
+    learning, optimizer = Continual(model, check=False), keras.optimizers.SGD(0.1)
+    learning.remember([(np.ones((4, 6), np.float32), np.arange(4) % CLASSES)])
+    before = model.get_layer("wide").bias.numpy()
+    with learning.stable(optimizer):
+        for _ in range(3):
+            optimizer.apply(
+                [tf.zeros_like(variable) for variable in model.trainable_variables], model.trainable_variables
+            )
+    np.testing.assert_array_equal(model.get_layer("wide").bias.numpy(), before)
 
 
 def test_the_pull_has_the_rate_of_the_step_that_was_taken() -> None:

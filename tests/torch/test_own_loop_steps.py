@@ -305,6 +305,18 @@ def test_a_parameter_that_old_data_hold_by_curvature_alone_goes_on_to_be_penalis
     assert "weight" in alone.projector.rank
 
 
+def test_a_penalised_parameter_that_gets_no_gradient_stays_exactly_at_its_mean() -> None:
+    model = nn.Linear(WIDTH, 200)
+    learning, optimizer = Continual(model, check=False), torch.optim.SGD(model.parameters(), 0.1)
+    learning.remember([(torch.randn(8, WIDTH), torch.randint(0, 200, (8,)))])
+    before = model.bias.detach().clone()
+    with learning.stable(optimizer):
+        for _ in range(3):
+            model.weight.grad = torch.ones_like(model.weight)
+            optimizer.step()
+    assert torch.equal(model.bias.detach(), before)
+
+
 def test_an_optimizer_without_a_rate_pulls_nothing_back() -> None:
     model = new_network("perceptron")
     learning, optimizer = Continual(model, check=False), torch.optim.SGD(model.parameters(), 0.1)
