@@ -177,7 +177,7 @@ def merge_report(
 
     Args:
         estimator: how losses along the way are estimated.
-        posterior: the old tasks' loss; of parameters that it does not know it says nothing.
+        posterior: the old tasks' loss; along parameters that it does not know it is level.
         theta_gp: the stable weights.
         new: the new task's loss at the plastic weights, of the same names.
         trace: at how many alphas the true loss of the new data is measured, both ends among them; 0 for none. It has
@@ -193,7 +193,8 @@ def merge_report(
         "before, and train with a smaller learning rate.",
     )
     subspace = MergeSubspace(theta_gp, [way], [1.0])
-    precision = {name: value for name, value in posterior.precision.diagonal().items() if name in theta_hat}
+    known, xp = posterior.precision.diagonal(), namespace(values=next(iter(theta_hat.values())))
+    precision = {name: known[name] if name in known else xp.zeros_like(value) for name, value in theta_hat.items()}
     mean = {name: posterior.mean.get(name, value) for name, value in theta_gp.items()}
     quadratic = estimator.quadratic(subspace, (LaplacePosterior(mean, Diagonal(precision)), new))
     alpha = float(quadratic.minimiser("box")[0])

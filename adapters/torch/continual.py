@@ -29,7 +29,7 @@ from adapters.torch.data_loss import Batches, DataLoss, Loss
 from adapters.torch.layers import running_means
 from adapters.torch.sharded_memory import all_agree, read_shards, write_shards
 from adapters.torch.shared_model import SharedModel, beside, own_part
-from adapters.torch.steps import StepGuard, Witness, groups_of, moments_of, unwrapped
+from adapters.torch.steps import StepGuard, Witness, groups_of, moments_of, not_compiled, unwrapped
 from became_core import BecameError
 from became_core.arrays import Array
 from became_core.curvature import FisherTargets, Likelihood
@@ -219,9 +219,9 @@ class Continual(ContinualModel):
             stack.enter_context(self._stable(self._data.trained))
             for guard in guards:
                 for before in (witness.before_step, guard.before_step):
-                    stack.callback(guard.optimizer.register_step_pre_hook(before).remove)
+                    stack.callback(guard.optimizer.register_step_pre_hook(not_compiled(before)).remove)
                 for after in (guard.after_step, witness.after_step):
-                    stack.callback(guard.optimizer.register_step_post_hook(after).remove)
+                    stack.callback(guard.optimizer.register_step_post_hook(not_compiled(after)).remove)
             try:
                 yield
             finally:

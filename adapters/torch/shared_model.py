@@ -3,6 +3,7 @@
 | model | its parameters | how it is measured |
 | --- | --- | --- |
 | not wrapped | this process's own | as it is |
+| compiled | those of the module that was compiled | this module, so that names have no ``_orig_mod.`` |
 | DDP | the same in all processes | the module that is wrapped, so that names have no ``module.`` |
 | FSDP2 | distributed tensors | with its parameters whole in every process, for the time of a measurement |
 
@@ -84,6 +85,12 @@ class _Sums(ProcessShare):
         return numbers
 
 
+def _as_written(model: nn.Module) -> nn.Module:
+    """Return the module that ``torch.compile`` was given, if it made this one."""
+    within = getattr(model, "_orig_mod", None)
+    return within if isinstance(within, nn.Module) else model
+
+
 class SharedModel:
     """A user's model, and the processes that train it together: this one alone if it is not wrapped.
 
@@ -100,7 +107,7 @@ class SharedModel:
         Raises:
             BecameError: if it is wrapped in a way that cannot be measured.
         """
-        self.model, self.count, self.rank = model, 1, 0
+        self.model, self.count, self.rank = _as_written(model), 1, 0
         self.group: Any = None
         self._sharded: list[Any] = []  # the modules that fully_shard was called on
         self._syncs_buffers = self._is_whole = False
@@ -118,16 +125,19 @@ class SharedModel:
                     f"the model has its wrapper for several processes inside, at '{name}'; give the wrapped model "
                     "itself, and compile what it wraps."
                 )
-        if isinstance(model, nn.parallel.DistributedDataParallel):
-            self.model, self.group = model.module, model.process_group
+        is_copied = isinstance(model, nn.parallel.DistributedDataParallel)
+        if is_copied:
+            self.model, self.group = _as_written(model.module), model.process_group
             self._syncs_buffers = bool(model.broadcast_buffers)
+        elif isinstance(model, FSDPModule):
+            self.model = model
         self._sharded = [module for module in self.model.modules() if isinstance(module, FSDPModule)]
-        if self._sharded and self.model is not model:
+        if self._sharded and is_copied:
             raise BecameError(
                 "the model is sharded within DistributedDataParallel; give fully_shard a mesh of two axes."
             )
         meshes = self._check_placements()
-        if not self._sharded and self.model is model:
+        if not self._sharded and not is_copied:
             return
         if self._sharded and meshes and meshes[0].ndim == 1:
             self.group = meshes[0].get_group()

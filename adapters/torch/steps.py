@@ -29,7 +29,7 @@ from adapters.torch.shared_model import beside, first_changed, lengths_of, own_p
 from became_core import BecameError
 from became_core.projection import Projector
 
-__all__ = ["StepGuard", "Witness", "groups_of", "moments_of", "unwrapped"]
+__all__ = ["StepGuard", "Witness", "groups_of", "moments_of", "not_compiled", "unwrapped"]
 
 # The model's parameters by name, and the optimiser's group that they are in.
 Groups = list[tuple[dict[str, nn.Parameter], dict[str, Any]]]
@@ -42,6 +42,20 @@ def unwrapped(optimizer: Any) -> Optimizer:
     if not isinstance(optimizer, Optimizer):
         raise BecameError(f"a {type(optimizer).__name__} is no optimizer of PyTorch; give the one that takes steps.")
     return optimizer
+
+
+def not_compiled(hook: Callable[..., None]) -> Callable[..., None]:
+    """Return a hook that runs as it is written, also in a step that the user has compiled.
+
+    What a hook remembers between steps are Python's objects, which a compiled step cannot follow.
+    """
+
+    def runs(*arguments: Any) -> None:
+        # PyTorch loads its compiler, which takes seconds, to be told so; here it has been loaded.
+        run = torch.compiler.disable(hook) if torch.compiler.is_compiling() else hook
+        run(*arguments)
+
+    return runs
 
 
 def groups_of(optimizer: Optimizer, parameters: Mapping[str, nn.Parameter]) -> Groups:

@@ -195,14 +195,27 @@ def _energies_of_factor(factor: Array, m: Array, gram: Array) -> Energies:
     floor = DECOMPOSED * rounding(gram, total)
     # A direction without energy is never used: dividing by 1 there only keeps it finite.
     sigma = xp.sqrt(xp.where(new > floor, new, xp.ones_like(new)))
+    directions = xp.matmul(xp.matrix_transpose(residual), vectors) / sigma
     return Energies(
         total=total,
         floor=floor,
         old=xp.sum(xp.square(xp.matmul(factor, m)), axis=0),
         new=new,
-        directions=xp.matmul(xp.matrix_transpose(residual), vectors) / sigma,
+        directions=_orthonormal(directions - xp.matmul(m, xp.matmul(xp.matrix_transpose(m), directions))),
         captured=total - xp.sum(new),
     )
+
+
+def _orthonormal(columns: Array) -> Array:
+    """Return nearly orthonormal columns, in descending order of energy, as orthonormal ones.
+
+    They are products of the residual that were divided by sigma, and with it the rounding of the largest energy: those
+    of an energy near the floor would have a tenth of their length in common.
+    """
+    xp: Any = namespace(columns=columns)
+    q, r = xp.linalg.qr(columns)
+    turned = xp.linalg.diagonal(r) < 0
+    return xp.where(turned, -q, q)
 
 
 def min_directions(values: Array, wanted: Array, *, captured: Array | float = 0.0, floor: Array | float = 0.0) -> int:

@@ -421,3 +421,23 @@ def test_gradients_of_a_loss_of_ones_own_are_as_exact_in_float16_as_a_single_sam
     outputs = torch.as_tensor(np.linspace(1e-4, 2e-4, 512, dtype=np.float16)[:, None])
     gradient = TorchLoss(lambda z, y: torch.mean((z - y) ** 2) / 2).gradient(outputs, 0 * outputs)
     np.testing.assert_array_equal(gradient, outputs)
+
+
+@pytest.mark.parametrize("estimator", [PaperClosedForm(), Secant()])
+def test_where_only_a_new_head_is_trained_old_data_keep_nothing_back(estimator: Any) -> None:
+    model, old, new = nn.Sequential(nn.Linear(WIDTH, CLASSES)).double(), new_data(1), new_data(2)
+    learning = Continual(model, estimator=estimator, check=False)
+    learning.remember(old)
+    model[0].requires_grad_(False)
+    model.append(nn.Linear(CLASSES, CLASSES).double())
+    optimizer = torch.optim.SGD(model[1].parameters(), 0.05)
+    with learning.stable(optimizer):
+        train(model, optimizer, new)
+    with learning.plastic():
+        train(model, optimizer, new)
+    plastic = model[1].weight.detach().clone()
+    report = learning.merge(new)
+    if isinstance(estimator, PaperClosedForm):
+        assert report.alpha == 1
+        assert torch.equal(model[1].weight.detach(), plastic)
+    assert 0 < report.alpha <= 1

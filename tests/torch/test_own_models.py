@@ -59,6 +59,7 @@ def test_it_is_measured_exactly_and_old_outputs_stand_still(name: str) -> None:
     network, old, new = built(NETWORKS[name]), data(1, 5, 3, 1), data(2, 4, 4)
     learning = Continual(network, estimator=Secant())
     learning.remember(old)
+    network = getattr(network, "_orig_mod", network)  # names are those of what was compiled
     assert learning.posterior is not None
     found = learning.posterior.precision.diagonal()
     expected = autograd_gradients(network, *(torch.cat(side) for side in zip(*old, strict=True)))

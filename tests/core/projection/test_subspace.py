@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from became_core import BecameError
 from became_core.projection import GPM, NSCL, SGP
-from became_core.projection.subspace import Subspace
+from became_core.projection.subspace import Subspace, energies
 from reference.projection import projection
 from tests.backends import to_numpy, to_xp
 from tests.projections import Finished
@@ -34,6 +34,18 @@ def test_every_form_is_the_projection(xp: Any, sizes: tuple[int, int], scaled: b
     expected = rows @ projection(basis, importance if scaled else None)
     np.testing.assert_allclose(to_numpy(space.project_rows("w", to_xp(xp, rows))), expected, atol=1e-13)
     assert space.protected == (int(importance.sum()) if scaled else rank)
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_directions_of_a_factor_are_orthonormal_down_to_the_floor(xp: Any, rank: int) -> None:
+    draw, width, lengths = np.random.default_rng(0), 12, 10.0 ** -np.arange(6)
+    factor = (orthonormal(draw, 6, 6) * lengths) @ orthonormal(draw, width, 6).T
+    basis = orthonormal(draw, width, rank)
+    parts = energies("w", to_xp(xp, factor), to_xp(xp, basis))
+    count = int(np.sum(to_numpy(parts.new) > to_numpy(parts.floor)))
+    assert count >= 5
+    found = np.concatenate([basis, to_numpy(parts.directions)[:, :count]], axis=1)
+    np.testing.assert_allclose(found.T @ found, np.eye(rank + count), atol=1e-14)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,42 @@
+"""``Continual`` around what the user has compiled: a model, and the step of an optimiser."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional
+
+from adapters.torch import Continual
+from tests.torch.own_loop import new_data, new_network
+
+# Of PyTorch's own compiler.
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+
+
+def test_a_model_that_is_compiled_is_remembered_by_its_own_names(tmp_path: Path) -> None:
+    model, batches = new_network("perceptron"), new_data(1)
+    plain, compiled = Continual(model, check=False), Continual(torch.compile(model, backend="eager"), check=False)
+    for each in (plain, compiled):
+        each.remember(batches)
+    assert str(plain.coverage) == str(compiled.coverage)
+    compiled.save(tmp_path / "memory.safetensors")
+    assert str(Continual.load(model, tmp_path / "memory.safetensors").coverage) == str(plain.coverage)
+    assert str(Continual.load(torch.compile(model), tmp_path / "memory.safetensors").coverage) == str(plain.coverage)
+
+
+def test_a_step_that_is_compiled_is_projected_as_others_are() -> None:
+    results = []
+    for compiles in (False, True):
+        torch.manual_seed(0)
+        model = new_network("perceptron")
+        learning, optimizer = Continual(model, check=False), torch.optim.Adam(model.parameters(), 0.01)
+        learning.remember(new_data(1))
+        step = torch.compile(optimizer.step, backend="eager") if compiles else optimizer.step
+        with learning.stable(optimizer):
+            for inputs, targets in new_data(2):
+                optimizer.zero_grad()
+                functional.cross_entropy(model(inputs), targets).backward()
+                step()
+        results.append([value.detach() for value in model.parameters()])
+    # Steps of 0.01; a compiled Adam corrects its bias in float32.
+    torch.testing.assert_close(results[0], results[1], rtol=0, atol=1e-6)
