@@ -261,7 +261,8 @@ class ContinualModel(ABC):
     def _restore(self, stored: Stored) -> None:
         """Take the memory of a file."""
         self.posterior, self._data.matrices, self._measured = stored.posterior, stored.matrices, stored.measured
-        self._across, self._begin, self._then = stored.across, None, stored.shapes
+        self._across, self._begin = stored.across, None
+        self._then = {name: tuple(shape) for name, shape in stored.shapes.items()}
 
     def _merge(self, batches: Iterable[Any], trace: int, statistics: Iterable[Any] | None, others: str) -> MergeReport:
         """Merge as ``merge`` of an adapter says; if that fails, the model is as it was, and can be merged again.

@@ -170,7 +170,7 @@ class Stored(NamedTuple):
     """
 
     posterior: LaplacePosterior
-    shapes: dict[str, tuple[int, ...]]
+    shapes: dict[str, Sequence[int]]
     matrices: dict[str, bool]
     measured: frozenset[str]
     across: AcrossTasks | None
@@ -235,10 +235,8 @@ def restored(
         projector = _projector(file, description, settings.get("projector")).with_arrays(parts["projector"])
         posterior = LaplacePosterior(parts["mean"], Diagonal(parts["fisher"]))
         measured = frozenset(description.get("measured", parts["fisher"]))
-        shapes = {name: tuple(shape) for name, shape in description["parameters"].items()}
-        return Stored(
-            posterior, shapes, dict(description["matrices"]), measured, across, own | {"projector": projector}
-        )
+        then = dict(description["parameters"])
+        return Stored(posterior, then, dict(description["matrices"]), measured, across, own | {"projector": projector})
 
 
 def _settings(file: str | Path, description: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:

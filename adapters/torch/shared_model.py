@@ -127,7 +127,8 @@ class SharedModel:
                 )
         is_copied = isinstance(model, nn.parallel.DistributedDataParallel)
         if is_copied:
-            self.model, self.group = _as_written(model.module), model.process_group
+            wrapped: Any = model.module
+            self.model, self.group = _as_written(wrapped), model.process_group
             self._syncs_buffers = bool(model.broadcast_buffers)
         elif isinstance(model, FSDPModule):
             self.model = model

@@ -52,7 +52,8 @@ def not_compiled(hook: Callable[..., None]) -> Callable[..., None]:
 
     def runs(*arguments: Any) -> None:
         # PyTorch loads its compiler, which takes seconds, to be told so; here it has been loaded.
-        run = torch.compiler.disable(hook) if torch.compiler.is_compiling() else hook
+        compiler: Any = torch.compiler
+        run = compiler.disable(hook) if compiler.is_compiling() else hook
         run(*arguments)
 
     return runs

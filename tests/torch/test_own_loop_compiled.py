@@ -1,6 +1,7 @@
 """``Continual`` around what the user has compiled: a model, and the step of an optimiser."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,13 +16,14 @@ pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is dep
 
 def test_a_model_that_is_compiled_is_remembered_by_its_own_names(tmp_path: Path) -> None:
     model, batches = new_network("perceptron"), new_data(1)
-    plain, compiled = Continual(model, check=False), Continual(torch.compile(model, backend="eager"), check=False)
+    fast: Any = torch.compile(model, backend="eager")
+    plain, compiled = Continual(model, check=False), Continual(fast, check=False)
     for each in (plain, compiled):
         each.remember(batches)
     assert str(plain.coverage) == str(compiled.coverage)
     compiled.save(tmp_path / "memory.safetensors")
     assert str(Continual.load(model, tmp_path / "memory.safetensors").coverage) == str(plain.coverage)
-    assert str(Continual.load(torch.compile(model), tmp_path / "memory.safetensors").coverage) == str(plain.coverage)
+    assert str(Continual.load(fast, tmp_path / "memory.safetensors").coverage) == str(plain.coverage)
 
 
 def test_a_step_that_is_compiled_is_projected_as_others_are() -> None:
@@ -35,7 +37,7 @@ def test_a_step_that_is_compiled_is_projected_as_others_are() -> None:
         with learning.stable(optimizer):
             for inputs, targets in new_data(2):
                 optimizer.zero_grad()
-                functional.cross_entropy(model(inputs), targets).backward()
+                functional.cross_entropy(model(inputs), targets).backward()  # type: ignore[no-untyped-call]
                 step()
         results.append([value.detach() for value in model.parameters()])
     # Steps of 0.01; a compiled Adam corrects its bias in float32.

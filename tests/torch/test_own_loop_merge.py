@@ -425,7 +425,8 @@ def test_gradients_of_a_loss_of_ones_own_are_as_exact_in_float16_as_a_single_sam
 
 @pytest.mark.parametrize("estimator", [PaperClosedForm(), Secant()])
 def test_where_only_a_new_head_is_trained_old_data_keep_nothing_back(estimator: Any) -> None:
-    model, old, new = nn.Sequential(nn.Linear(WIDTH, CLASSES)).double(), new_data(1), new_data(2)
+    model: Any = nn.Sequential(nn.Linear(WIDTH, CLASSES)).double()
+    old, new = new_data(1), new_data(2)
     learning = Continual(model, estimator=estimator, check=False)
     learning.remember(old)
     model[0].requires_grad_(False)
