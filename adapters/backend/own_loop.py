@@ -166,7 +166,7 @@ def warn_of_statistics(before: Mapping[str, NDArray[Any]], after: Mapping[str, N
     moved = [name for name, mean in after.items() if name in before and not np.array_equal(before[name], mean)]
     if moved:
         warnings.warn(
-            f"the running statistics of the batch norm '{moved[0]}' have changed in stable training, and with them the "
+            f"the running statistics of '{moved[0]}' have changed in stable training, and with them the "
             "outputs of old data, though protected weights stand still; keep such layers in evaluation mode.",
             stacklevel=4,  # where the context ends
         )

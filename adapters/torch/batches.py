@@ -2,7 +2,8 @@
 
 | batch | the model is called as | outputs | targets |
 | --- | --- | --- | --- |
-| a pair ``(inputs, targets)`` | ``model(inputs)``, or ``model(*inputs)`` of a tuple | a tensor | the second |
+| a pair ``(inputs, targets)`` | ``model(inputs)`` | a tensor | the second |
+| a pair whose inputs are a tuple or a list, and no texts | ``model(*inputs)`` | a tensor | the second |
 | a mapping with ``labels`` | ``model(**the others)``, as ``transformers`` has it | its ``logits`` | ``labels`` |
 | anything else | as ``apply`` does | what ``apply`` returns | what ``targets`` returns |
 
@@ -49,8 +50,10 @@ class Applied(nn.Module):
             outputs: Any = self.reader.apply(self.model, inputs)
         elif isinstance(inputs, Mapping):
             outputs = self.model(**inputs)
+        elif isinstance(inputs, tuple | list) and not all(isinstance(part, str) for part in inputs):
+            outputs = self.model(*inputs)  # a DataLoader makes a list of a sample's several inputs
         else:
-            outputs = self.model(*inputs) if isinstance(inputs, tuple | list) else self.model(inputs)
+            outputs = self.model(inputs)
         outputs = getattr(outputs, "logits", outputs)
         if not isinstance(outputs, Tensor):
             raise BecameError(

@@ -45,6 +45,7 @@ from adapters.torch.tapping import Layouts, as_written, collect_taps, ways_of
 from became_core import BecameError, Quadratic
 from became_core.arrays import Params
 from became_core.curvature import FisherTargets, Likelihood, Taps, square_sums
+from became_core.errors import first_line
 
 __all__ = ["Batches", "DataLoss", "Loss"]
 
@@ -163,6 +164,20 @@ class DataLoss:
         return self._reader.split(to_device(batch, next(iter(self._model.parameters())).device))
 
     def _first_outputs(self, inputs: Any) -> Tensor:
+        """Return the outputs of a whole batch, as ``_watched`` does; a pass that fails is refused in one sentence."""
+        try:
+            return self._watched(inputs)
+        except BecameError:
+            raise
+        except Exception as error:
+            if self._reader.apply is not None:
+                raise
+            raise BecameError(
+                f"the model cannot be called with the inputs of a batch ({first_line(error)}); give apply= and "
+                "targets=, of which apply calls the model with what a batch has and returns the outputs."
+            ) from error
+
+    def _watched(self, inputs: Any) -> Tensor:
         """Return the outputs of a pass that is refused if it changes trained weights."""
         with torch.no_grad(), as_written(compiled=self._layouts.compiled), RowsKept(self.trained):
             outputs: Tensor = self._applied(inputs)
@@ -174,7 +189,7 @@ class DataLoss:
         names = {module: name for name, module in self._model.named_modules()}
         few = few_samples((inputs,), len(outputs))
         try:
-            self._first_outputs(*few)
+            self._watched(*few)
         except BecameError:
             raise
         except Exception as error:

@@ -36,6 +36,8 @@ __all__ = [
 ]
 
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+# All layers that may have running statistics.
+_WITH_STATISTICS = (*_BATCH_NORMS, nn.SyncBatchNorm, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 
 # By module, the mean and variance of each of its runs in one pass.
 Statistics = dict[nn.Module, list[tuple[Tensor, Tensor]]]
@@ -137,8 +139,8 @@ def running_norms(names: Mapping[nn.Module, str]) -> dict[nn.Module, str]:
 
 
 def running_means(network: nn.Module) -> dict[str, NDArray[Any]]:
-    """Return the running means of all batch norms as they are, by the layer's own name."""
-    norms = {name: module for name, module in network.named_modules() if is_batch_norm(module)}
+    """Return the running means of all layers that have some, as they are, by the layer's own name."""
+    norms = {name: module for name, module in network.named_modules() if isinstance(module, _WITH_STATISTICS)}
     return {
         name: norm.running_mean.detach().cpu().double().numpy().copy()
         for name, norm in norms.items()
@@ -207,9 +209,9 @@ def _restore(layer: nn.Module, name: str, buffer: Tensor, value: Tensor) -> None
 
 @torch.no_grad()
 def estimate_statistics(model: nn.Module, passes: Iterable[Callable[[], Any]]) -> None:
-    """Estimate the running statistics of a model's batch norms anew, as the mean over batches of each batch's own.
+    """Estimate the running statistics of a model's norms anew, as the mean over batches of each batch's own.
 
-    Batch norms whose weights the user has frozen keep theirs, and every module keeps its mode.
+    Norms whose weights the user has frozen keep theirs, and every module keeps its mode.
 
     Args:
         model: the model, which is otherwise in evaluation mode.
@@ -222,19 +224,24 @@ def estimate_statistics(model: nn.Module, passes: Iterable[Callable[[], Any]]) -
     norms = [
         module
         for module in model.modules()
-        if isinstance(module, _BATCH_NORMS)
+        if isinstance(module, _WITH_STATISTICS)
         and module.running_mean is not None
         and all(parameter.requires_grad for parameter in module.parameters())
     ]
     momenta = [module.momentum for module in norms]
     before = [(buffer, buffer.clone()) for module in norms for buffer in module.buffers(recurse=False)]
-    batches = 0
+    batches, runs = 0, dict.fromkeys(norms, 0)
+
+    def weigh(module: Any, _: Any) -> None:
+        runs[module] += 1
+        module.momentum = 1 / runs[module]  # of a plain mean over all runs
+
+    handles = [module.register_forward_pre_hook(weigh) for module in norms]
     try:
         with modes_kept(model):
             model.eval()
             for module in norms:
                 module.reset_running_stats()
-                module.momentum = None  # the plain mean over batches
                 module.training = True
             for run in passes:
                 run()
@@ -246,10 +253,13 @@ def estimate_statistics(model: nn.Module, passes: Iterable[Callable[[], Any]]) -
             buffer.copy_(value)
         if isinstance(error, ValueError) and not isinstance(error, BecameError):
             raise BecameError(
-                f"running statistics are as they were: {error}; give batches of several samples."
+                f"running statistics are as they were: {error}; give batches of several samples, where the model can "
+                "be trained."
             ) from error
         raise
     finally:
+        for handle in handles:
+            handle.remove()
         for module, momentum in zip(norms, momenta, strict=True):
             module.momentum = momentum
 

@@ -177,7 +177,7 @@ def test_batch_norms_that_follow_the_new_data_are_named() -> None:
     learning = Continual(model, uncovered="frozen", check=False)
     learning.remember([(inputs, labels)])
     compiled(model)
-    with pytest.warns(UserWarning, match=f"statistics of the batch norm '{norm.name}' have changed") as seen:  # noqa: SIM117
+    with pytest.warns(UserWarning, match=f"statistics of '{norm.name}' have changed") as seen:  # noqa: SIM117
         with learning.stable():
             model(inputs + 1, training=True)
     assert seen[0].filename == __file__

@@ -13,7 +13,7 @@ from tests.torch.modules import CLASSES, WIDTH, Stored
 __all__ = ["NETWORKS", "GroupedAdam", "Pairs", "follows_new_data", "new_data", "new_network", "train", "whole"]
 
 # A test whose batch norms follow the new data in stable training, as it knows.
-follows_new_data = pytest.mark.filterwarnings("ignore:the running statistics of the batch norm:UserWarning")
+follows_new_data = pytest.mark.filterwarnings("ignore:the running statistics of:UserWarning")
 
 
 class _Encoder(nn.Module):

@@ -413,18 +413,26 @@ def test_tied_words_with_padding_pass_the_first_look() -> None:
     assert learning.checked
 
 
-def test_batch_norms_that_follow_the_new_data_are_named() -> None:
-    """No weight needs to move for old outputs to change with them; in evaluation mode they stay."""
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, CLASSES))
-    optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    learning = Continual(model, uncovered="frozen")
-    inputs = torch.randn(16, 8)
-    learning.remember([(inputs, torch.arange(16) % CLASSES)])
-    with pytest.warns(UserWarning, match="statistics of the batch norm '1' have changed in stable") as seen:  # noqa: SIM117
-        with learning.stable(optimizer):
-            model.train()(inputs + 1)
-    assert seen[0].filename == __file__
-    with learning.stable(optimizer):
-        model.train()[1].eval()
-        model(inputs + 1)
+class _Bag(nn.Module):
+    """A network that reads texts of any length."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.letters, self.head = nn.Embedding(128, 4), nn.Linear(4, CLASSES)
+
+    def forward(self, texts: Any) -> Tensor:
+        rows = [self.letters(torch.tensor([ord(letter) for letter in text])).mean(0) for text in texts]
+        outputs: Tensor = self.head(torch.stack(rows))
+        return outputs
+
+
+@pytest.mark.filterwarnings("ignore:taps do not know:UserWarning")
+@pytest.mark.parametrize("kind", [list, tuple])
+def test_texts_are_one_input_and_tensors_of_other_sizes_are_refused_in_a_sentence(kind: Any) -> None:
+    learning = Continual(_Bag().double())
+    learning.remember([(kind(["ab", "cde", "f"]), torch.tensor([0, 1, 2]))])
+    assert learning.posterior is not None
+    assert float(learning.posterior.precision.diagonal()["letters.weight"][ord("e")].sum()) > 0
+    images = kind([torch.randn(1, 4), torch.randn(1, 5)])
+    with pytest.raises(BecameError, match=r"the model cannot be called with the inputs of a batch \(.*\); give apply="):
+        Continual(_Bag().double()).remember([(images, torch.tensor([0, 1]))])

@@ -1,6 +1,5 @@
 """Merges of ``Continual`` against brute force in double precision, by likelihoods and losses of all kinds."""
 
-import copy
 import math
 from collections.abc import Iterator
 from dataclasses import replace
@@ -20,7 +19,7 @@ from became_core import BecameError, PaperClosedForm, Quadratic, Secant, optimal
 from became_core.curvature import Bernoulli, Categorical, Gaussian
 from tests.torch.modules import CLASSES, WIDTH
 from tests.torch.oracle import autograd_gradients, secant_by_brute_force
-from tests.torch.own_loop import GroupedAdam, follows_new_data, new_data, new_network, train, whole
+from tests.torch.own_loop import GroupedAdam, new_data, new_network, train, whole
 from tests.torch.own_models import Of
 
 
@@ -283,51 +282,6 @@ def test_labels_that_are_no_integers_are_refused_at_a_merge_too() -> None:
         train(model, optimizer, new)
     with pytest.raises(BecameError, match="the categorical likelihood needs labels, which are integers"):
         learning.merge([(x, y.double()) for x, y in new])
-
-
-@follows_new_data
-def test_running_statistics_are_estimated_again_on_request() -> None:
-    model, old, new = new_network("convolutional"), new_data(1, 2, 8), new_data(2, 3, 8)
-    norm: Any = model[2]
-    learning = Continual(model)
-    learning.remember(old)
-    optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    with learning.stable(optimizer):
-        train(model, optimizer, new)
-    with learning.plastic():
-        train(model, optimizer, new)
-    learning.merge(new, statistics=new)
-    with torch.no_grad():
-        seen = [model[1](model[0](x)) for x, _ in new]
-    means = torch.stack([x.mean((0, 2, 3)) for x in seen]).mean(0)
-    torch.testing.assert_close(norm.running_mean, means)
-    assert norm.momentum == 0.1
-    assert all(module.training for module in model.modules())
-
-
-@follows_new_data
-def test_a_merge_whose_statistics_fail_can_be_repeated() -> None:
-    model, old, new = new_network("convolutional"), new_data(1, 2, 8), new_data(2, 3, 8)
-    learning, optimizer = Continual(model), torch.optim.SGD(model.parameters(), 0.1)
-    learning.remember(old)
-    with learning.stable(optimizer):
-        train(model, optimizer, new)
-    with learning.plastic():
-        train(model, optimizer, new)
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    twin = copy.deepcopy(learning)
-    broken = [(torch.full((8, WIDTH), math.nan).double(), new[0][1]), "no batch"]
-    for statistics, message in (([], "no batch to estimate"), (broken, "a batch is a str")):
-        with pytest.raises(BecameError, match=message):
-            learning.merge(new, statistics=statistics)
-        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    batches = iter(new)  # one iterator serves both
-    report, expected = learning.merge(batches, statistics=batches), twin.merge(new, statistics=new)
-    assert report.alpha == expected.alpha
-    for name, value in twin.model.state_dict().items():
-        assert torch.equal(model.state_dict()[name], value)
-    with pytest.raises(BecameError, match="a merge is of two models"):
-        learning.merge(new)
 
 
 def test_a_merge_takes_tokens_whose_gradients_are_squared_apart() -> None:
