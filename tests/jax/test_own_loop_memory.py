@@ -67,6 +67,14 @@ def test_a_function_in_half_precision_is_measured_to_its_rounding() -> None:
     np.testing.assert_allclose(found, expected, rtol=0.2, atol=0.02 * expected.max())
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_parameters_in_half_precision_pass_the_first_look_with_inputs_in_single_precision(seed: int) -> None:
+    params = {"w": jax.random.normal(jax.random.key(seed), (6, 3), jnp.bfloat16)}
+    batches = [(np.asarray(x, np.float32), y) for x, y in new_data(1)]
+    memory = remember(lambda params, inputs: inputs @ params["w"], params, batches, "categorical")
+    assert memory.checked is not None
+
+
 def test_sequences_of_several_lengths_are_remembered_by_the_token() -> None:
     """A mapping with labels, as transformers has it; one length is compiled after another."""
     rng = np.random.default_rng(0)
