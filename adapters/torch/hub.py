@@ -8,7 +8,7 @@ bytes, which are given as the numbers of tokens. A matrix that GPT-2 stores as [
 
 | the network's last hidden state | features |
 | --- | --- |
-| [N, tokens, d] of images | the class token's, the first |
+| [N, tokens, d] of images | the class token's, the first; the mean if there is none |
 | [N, d, H, W] of images | the mean over places |
 | [N, L, d] of text, a label for each byte | all positions'; no position may depend on a later byte |
 | [N, L, d] of text, a label for each text | the last position's if the network is causal, else the mean |
@@ -16,7 +16,7 @@ bytes, which are given as the numbers of tokens. A matrix that GPT-2 stores as [
 Code that comes with a network is never run, and weights are read from safetensors files alone.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -32,6 +32,9 @@ from became_core.errors import first_line
 __all__ = ["HubBackbone", "hub_backbone"]
 
 BYTES = 256
+
+# What networks of images call the parameter of their class token.
+CLASS_TOKENS = frozenset({"cls_token", "class_token", "class_embedding"})
 
 
 class HubBackbone(nn.Module):
@@ -64,6 +67,8 @@ class HubBackbone(nn.Module):
         self.size = None if size is None else (size[0], size[1])
         self.per_position = stream.dataset.predicts_bytes
         self.is_causal = False
+        names = (name.rpartition(".")[2] for name, _ in model.named_parameters())
+        self.has_class_token = not CLASS_TOKENS.isdisjoint(names)
         factor, shift = (torch.ones(()), torch.zeros(())) if known is None else _rescaled(stream, *known)
         self.register_buffer("image_factor", factor, persistent=False)
         self.register_buffer("image_shift", shift, persistent=False)
@@ -84,7 +89,9 @@ class HubBackbone(nn.Module):
 
     def _features(self, images: Tensor) -> Tensor:
         hidden = self._hidden(images)
-        return hidden.mean((2, 3)) if hidden.ndim == 4 else hidden[:, 0]
+        if hidden.ndim == 4:
+            return hidden.mean((2, 3))
+        return hidden[:, 0] if self.has_class_token else hidden.mean(1)
 
     def _hidden(self, inputs: Tensor) -> Tensor:
         hidden: Tensor = self.model(inputs).last_hidden_state
@@ -140,11 +147,15 @@ def hub_backbone(network: HubNetwork, stream: TaskStream, seed: int) -> HubBackb
             config = transformers.AutoConfig.from_pretrained(source)
             _check(network, config, is_text=len(shape) == 1)
             if network.pretrained:
-                words = {"use_safetensors": True, "dtype": torch.float32}
-                model = transformers.AutoModel.from_pretrained(source, **words)
+                words = {"use_safetensors": True, "dtype": torch.float32, "output_loading_info": True}
+                model, found = transformers.AutoModel.from_pretrained(source, **words)
+                _check_weights(source, found)
             else:
                 model = transformers.AutoModel.from_config(config, dtype=torch.float32)
-        except (OSError, ValueError) as error:  # no such folder or name, no network, a configuration of another kind
+        except (BecameError, MemoryError):
+            raise
+        # No such folder or name, no network, a configuration of another kind, or a damaged one: many classes of errors.
+        except Exception as error:
             raise BecameError(f"the network '{source}' cannot be read: {first_line(error)}.") from None
     expected = "input_ids" if len(shape) == 1 else "pixel_values"
     if model.main_input_name != expected:
@@ -181,6 +192,21 @@ def _check(network: HubNetwork, config: Any, *, is_text: bool) -> None:
         raise BecameError(
             f"the weights of '{network.source}' know {tokens:,} tokens of a tokenizer, and text is bytes here; leave "
             "--pretrained out."
+        )
+
+
+def _check_weights(source: str, found: Mapping[str, Any]) -> None:
+    """Refuse a file that lacks weights of the network, which would be random; that of a pooler is never used.
+
+    Args:
+        source: what a message calls the network.
+        found: what ``from_pretrained`` says of the file.
+    """
+    missing = sorted(name for name in found["missing_keys"] if "pooler" not in name.split("."))
+    if missing:
+        raise BecameError(
+            f"the weights of '{source}' lack '{missing[0]}' ({len(missing)} in all); give weights of this "
+            "architecture, or leave --pretrained out."
         )
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from adapters.networks import HubNetwork, hub_network
 from adapters.torch.hub import hub_backbone
@@ -24,6 +25,7 @@ CONFIGS: dict[str, Callable[[], Any]] = {
     "convnext": lambda: transformers.ConvNextConfig(
         num_stages=2, hidden_sizes=[4, 8], depths=[1, 1], patch_size=2, image_size=8
     ),
+    "siglip": lambda: transformers.SiglipVisionConfig(image_size=12, patch_size=4, **SMALL),
     "gpt2": lambda: transformers.GPT2Config(vocab_size=256, n_positions=16, n_embd=8, n_layer=1, n_head=2),
     "bert": lambda: transformers.BertConfig(vocab_size=256, max_position_embeddings=16, **SMALL),
     "words": lambda: transformers.GPT2Config(vocab_size=500, n_positions=16, n_embd=8, n_layer=1, n_head=2),
@@ -77,6 +79,31 @@ def test_weights_that_are_not_pretrained_are_the_seeds_own(folder: Callable[[str
     drawn = [name for name in first if not torch.equal(first[name], other[name])]
     assert drawn
     assert all(torch.equal(first[name], same[name]) for name in first)
+
+
+def test_features_of_a_network_without_a_class_token_are_means_over_places(folder: Callable[[str], str]) -> None:
+    stream = prototype_stream(channels=3, side=12)
+    backbone = hub_backbone(HubNetwork(folder("siglip")), stream, seed=0).eval()
+    hidden = backbone.model(images(stream)).last_hidden_state
+    torch.testing.assert_close(backbone(images(stream)), hidden.mean(1))
+
+
+def test_weights_that_a_file_lacks_are_refused_and_not_drawn(folder: Callable[[str], str], tmp_path: Path) -> None:
+    weights = load_file(Path(folder("vit")) / "model.safetensors")
+    (tmp_path / "config.json").write_text((Path(folder("vit")) / "config.json").read_text())
+    target = tmp_path / "model.safetensors"
+    save_file(
+        {name: value for name, value in weights.items() if not name.startswith("pooler")}, target, {"format": "pt"}
+    )
+    hub_backbone(HubNetwork(str(tmp_path), pretrained=True), prototype_stream(channels=3, side=12), seed=0)
+    first = next(name for name in sorted(weights) if name.startswith("encoder"))
+    save_file({name: value for name, value in weights.items() if name != first}, target, {"format": "pt"})
+    with pytest.raises(BecameError, match=r"lack '.*' \(1 in all\); give weights of this"):
+        hub_backbone(HubNetwork(str(tmp_path), pretrained=True), prototype_stream(channels=3, side=12), seed=0)
+    target.write_bytes(b"no weights")
+    with pytest.raises(BecameError, match="cannot be read") as refused:
+        hub_backbone(HubNetwork(str(tmp_path), pretrained=True), prototype_stream(channels=3, side=12), seed=0)
+    assert "\n" not in str(refused.value)
 
 
 def test_features_of_a_convolutional_network_are_means_over_places(folder: Callable[[str], str]) -> None:
