@@ -53,6 +53,8 @@ TABULAR_SETTINGS = {
 }
 
 _TEST_FRACTION = 0.2
+# How many standard deviations from 0 the mean of a column is at most that is stored in float32 as it is.
+_FAR = 1000.0
 _MOST_CLASSES = 20
 _MOST_VALUES = 1000  # of a column of text
 
@@ -111,13 +113,16 @@ def load_tabular(
     train = features[~test]
     # Sums round, so a constant column is told by its values: nothing is left of it.
     constant = train.min(axis=0) == train.max(axis=0)
+    mean, std = np.where(constant, train[0], train.mean(axis=0)), np.where(constant, 1.0, train.std(axis=0))
+    # Dates, for example, are so far from 0 that float32 has few digits left for how they differ.
+    shift = np.where(~constant & (np.abs(mean) > _FAR * std), mean, 0.0)
     return Dataset(
         name=name,
-        images=features[order][:, :, None, None].astype(np.float32),
+        images=(features - shift)[order][:, :, None, None].astype(np.float32),
         labels=labels[order],
         train_size=int((~test).sum()),
-        mean=tuple(np.where(constant, train[0], train.mean(axis=0)).tolist()),
-        std=tuple(np.where(constant, 1.0, train.std(axis=0)).tolist()),
+        mean=tuple((mean - shift).tolist()),
+        std=tuple(std.tolist()),
         likelihood=likelihood,
         domains=domains[order],
     )

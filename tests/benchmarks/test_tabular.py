@@ -125,6 +125,17 @@ def test_of_a_constant_column_nothing_is_left(
     np.testing.assert_allclose(dataset.std[1], np.std(dataset.images[: dataset.train_size, 1, 0, 0]), rtol=1e-5)
 
 
+def test_a_column_far_from_zero_keeps_how_its_values_differ(tmp_path: Path) -> None:
+    """Seconds since 1970, a day long: float32 would round them to multiples of two minutes."""
+    seconds = 1.7e9 + np.arange(60) * 7.0
+    lines = "".join(f"a,{second!r},{row / 7}\n" for row, second in enumerate(map(float, seconds)))
+    dataset = load_tabular(table(tmp_path, f"task,time,target\n{lines}"))
+    times = dataset.images[:, 0, 0, 0].astype(np.float64)
+    np.testing.assert_allclose(np.diff(np.sort(times)), 7.0, rtol=1e-5)
+    assert abs(dataset.mean[0]) < 1e-6
+    np.testing.assert_allclose(dataset.std[0], np.std(times[: dataset.train_size]), rtol=1e-5)
+
+
 def test_a_missing_file_and_several_are_refused(tmp_path: Path) -> None:
     with pytest.raises(BecameError, match="there is no file"):
         load_tabular(tmp_path / "houses.csv")
