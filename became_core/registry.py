@@ -18,15 +18,18 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import MISSING, dataclass, field, fields, replace
 from functools import cache
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Generic, TypeVar, get_type_hints
 
-from became_core.errors import BecameError
+from became_core.errors import BecameError, first_line
 
 __all__ = ["Catalogue", "Registry", "Setting", "nearest", "setting"]
 
 T = TypeVar("T")
 OPTION = "option"
+
+# A name is a part of folders' names, and a plus joins those of a method and a projector.
+NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 
 
 def setting(default: Any, *, option: str | None = None) -> Any:
@@ -109,7 +112,7 @@ class Catalogue(Generic[T]):
             try:
                 for entry in entry_points(group=self.group):
                     if entry.name not in self._values:
-                        self.register(entry.name, entry.load())
+                        self.register(entry.name, self._loaded(entry))
             except BaseException:
                 self._entry_points_are_loaded = False
                 raise
@@ -133,7 +136,12 @@ class Catalogue(Generic[T]):
         return self._values[name]
 
     def register(self, name: str, value: T) -> None:
-        """Add a value, or replace the value of that name."""
+        """Add a value, or replace the value of that name.
+
+        Raises:
+            BecameError: if the name cannot be that of a folder, or has a plus, which joins names.
+        """
+        self._check_name(name)
         self._values[name] = value
 
     def remove(self, name: str) -> None:
@@ -144,6 +152,28 @@ class Catalogue(Generic[T]):
         """
         self._check_known(name)
         del self._values[name]
+
+    def _loaded(self, entry: EntryPoint) -> T:
+        """Return the value of an entry point.
+
+        Raises:
+            BecameError: if its package cannot be loaded, or has no such value.
+        """
+        try:
+            value: T = entry.load()
+        except Exception as error:
+            raise BecameError(
+                f"the {self.kind} '{entry.name}' of another package, {entry.value}, cannot be loaded "
+                f"({first_line(error)}); mend that package, or uninstall it."
+            ) from error
+        return value
+
+    def _check_name(self, name: str) -> None:
+        if not re.fullmatch(NAME, name):
+            raise BecameError(
+                f"the name '{name}' cannot be that of a {self.kind}; give letters, digits, points, hyphens and "
+                "underscores, and begin with a letter or a digit."
+            )
 
     def _check_known(self, name: str) -> None:
         if name not in self:
@@ -167,8 +197,10 @@ class Registry(Catalogue[type[T]]):
         """Add a class, or replace the class of that name.
 
         Raises:
-            BecameError: if it shares an option with another class and they differ in the option's type or default.
+            BecameError: if it shares an option with another class and they differ in the option's type or default, or
+                as ``Catalogue.register`` does.
         """
+        self._check_name(name)
         before = {known: self._values[known] for known in self.names}
         self._values[name] = value
         try:

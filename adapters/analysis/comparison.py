@@ -133,12 +133,13 @@ def gather(outs: Sequence[Path]) -> list[Group]:
     runs: list[RunResult] = []
     for out in outs:
         for run in finished_runs([out]):
-            runs.append(run)
-            folders[id(run)] = out
-            _check_comparable(runs[0], run, out)
-            twin = next((other for other in runs[:-1] if _identity(other) == _identity(run)), None)
+            for other in runs:
+                _check_comparable(other, run, out)
+            twin = next((other for other in runs if _identity(other) == _identity(run)), None)
             if twin is not None:
                 raise BecameError(f"{run.method} with seed {run.seed} is there twice, again in {out}; leave one out.")
+            runs.append(run)
+            folders[id(run)] = out
     groups = groups_of(runs)
     methods = [group.runs[0].method for group in groups]
     one_backend = len({run.backend for run in runs}) == 1

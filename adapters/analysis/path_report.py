@@ -5,6 +5,7 @@ estimator's alpha would have given is interpolated linearly between the traced p
 is than the best traced point.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from itertools import chain, count
 from pathlib import Path
@@ -171,7 +172,8 @@ def write_paths(outs: Sequence[Path], into: Path | None = None) -> tuple[list[Ta
         tables += [path_table(run), estimator_table(run), regret_table(run, "accuracy"), regret_table(run, "loss")]
         tables.append(calibration_table(run))
         tables += [curve_table(run)] if all(path.get("curve") for path in run.paths) else []
-        stem = f"paths-{run.method}-seed{run.seed}"
+        # No method's name can lead out of the folder.
+        stem = f"paths-{re.sub(r'[^A-Za-z0-9.+_-]+', '-', run.method)}-seed{run.seed}"
         ends = chain(("", f"-{out.name}"), (f"-{out.name}-{number}" for number in count(2)))
         file = next(file for end in ends if (file := (into or out) / f"{stem}{end}.svg") not in written)
         try:

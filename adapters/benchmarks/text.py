@@ -193,6 +193,8 @@ def _is_finite(value: Any) -> bool:
 def _decoded(text: Any, where: str) -> str:
     if isinstance(text, str):
         return text
+    if not isinstance(text, bytes | bytearray | memoryview):
+        raise BecameError(f"{where} has the type {type(text).__name__} in the column 'text'; save it as text.")
     try:
         return bytes(text).decode()
     except (TypeError, UnicodeDecodeError):

@@ -14,9 +14,9 @@ from adapters.cli.display import LOGGER
 from adapters.cli.options import METHODS_BY_DEFAULT, Request
 from adapters.runs import RunDirectory, RunResult
 from adapters.runs.configuration import Configuration, full_method_name
-from adapters.runs.directory import read_record
+from adapters.runs.directory import read_record, read_result
 from adapters.runs.options import option_word, options
-from adapters.runs.settings import fingerprint
+from adapters.runs.settings import is_of
 from adapters.tracking import Writer, open_writer
 from became_core import BecameError
 from became_core.continual import (
@@ -108,7 +108,7 @@ class Job:
         settings = tuple(configuration.data_settings.items())
         dataset = load(configuration.benchmark, configuration.data_dir, settings)
         stream = configuration.stream(dataset, self.run.seed)
-        if self.data not in (None, fingerprint(stream.dataset)):
+        if self.data is not None and not is_of(self.data, stream.dataset):
             raise BecameError(
                 f"{self.run.config_file} is of a run on other data than {dataset.name} as it is now; name the folder "
                 "or the file of its data by --data-dir."
@@ -300,6 +300,7 @@ def unfinished_jobs(
     jobs = []
     for file in files:
         if (file.parent / "results.json").exists():
+            read_result(file.parent / "results.json")  # one that is damaged is said to be so
             continue
         record = read_record(file)
         name = backend or record.backend

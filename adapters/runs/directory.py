@@ -31,7 +31,7 @@ from adapters.runs.files import DamagedError, read_sealed, remove_temporary_file
 from adapters.runs.lock import locked
 from adapters.runs.provenance import revision, versions
 from adapters.runs.results import RunResult
-from adapters.runs.settings import difference, fingerprint
+from adapters.runs.settings import difference, fingerprint, is_of
 from became_core import BecameError
 from became_core.continual import Method, TaskStream, Training
 
@@ -143,7 +143,7 @@ class RunDirectory:
             theirs = read_sealed(self.config_file)["data"]
         except (BecameError, DamagedError, KeyError, TypeError):
             return  # the results are whole, and there is nothing to compare
-        if theirs != fingerprint(stream.dataset):
+        if not is_of(theirs, stream.dataset):
             raise BecameError(
                 f"{self.results_file} is a run on other data than {stream.dataset.name} as it is now; choose another "
                 "--out."

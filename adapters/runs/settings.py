@@ -13,7 +13,7 @@ from typing import Any
 from adapters.runs.files import digest
 from became_core.continual import Dataset, Method, TaskStream, Training
 
-__all__ = ["describe", "difference", "fingerprint"]
+__all__ = ["describe", "difference", "fingerprint", "is_of"]
 
 
 def describe(stream: TaskStream, method: Method, training: Training, seed: int) -> dict[str, Any]:
@@ -32,16 +32,26 @@ def describe(stream: TaskStream, method: Method, training: Training, seed: int) 
         }
         for task in stream.tasks
     }
-    parts = {"seed": seed, "data": fingerprint(stream.dataset), "method": method, "training": training, "task": tasks}
+    parts = {"seed": seed, "data": _fingerprint(stream.dataset), "method": method, "training": training, "task": tasks}
     flat = dict(_flattened(parts)) | ({"shared_head": True} if stream.shared_head else {})
     return dict(json.loads(json.dumps(flat)))  # as a file gives it back: tuples are lists
 
 
 def fingerprint(dataset: Dataset) -> str:
-    """Return a digest of all that a learner sees of a data set."""
-    sizes = repr((dataset.images.shape, dataset.train_size, dataset.mean, dataset.std)).encode()
-    domains = () if dataset.domains is None else (repr(dataset.likelihood).encode(), dataset.domains)
-    return _digest(sizes, dataset.images, dataset.labels, *domains)
+    """Return a digest of all that a learner sees of a data set, but for the views that a seed has drawn of its rows."""
+    return _fingerprint(dataset, len(dataset.images) - dataset.copies)
+
+
+def is_of(recorded: str, dataset: Dataset) -> bool:
+    """Whether a run's record has the digest of a data set; an earlier version's is of the views, too."""
+    return recorded in (fingerprint(dataset), _fingerprint(dataset))
+
+
+def _fingerprint(dataset: Dataset, rows: int | None = None) -> str:
+    images, labels = dataset.images[:rows], dataset.labels[:rows]
+    sizes = repr((images.shape, dataset.train_size, dataset.mean, dataset.std)).encode()
+    domains = () if dataset.domains is None else (repr(dataset.likelihood).encode(), dataset.domains[:rows])
+    return _digest(sizes, images, labels, *domains)
 
 
 def difference(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> tuple[str, Any, Any] | None:

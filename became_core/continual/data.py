@@ -60,6 +60,7 @@ class Dataset:
         domains: integers, [N]: the domain of each row, from 0; None if rows are of no domains. ``split_domains`` makes
             a task of each.
         pictures: if the labels are pixels from 0 to 1, the height and the width of their pictures; None otherwise.
+        copies: how many rows at the end are views of others, which ``measured_on`` adds.
 
     Raises:
         BecameError: if the images, labels and statistics do not fit together.
@@ -80,6 +81,7 @@ class Dataset:
     likelihood: Likelihood = field(default_factory=Categorical)
     domains: Indices | None = None
     pictures: tuple[int, int] | None = None
+    copies: int = 0
 
     def __post_init__(self) -> None:
         """Check that images, labels and statistics fit together, and turn labels into int64."""
@@ -87,16 +89,16 @@ class Dataset:
         if not images.dtype.isnative:  # as some file formats have numbers, and no framework takes them
             images = images.astype(images.dtype.newbyteorder("="))
         object.__setattr__(self, "images", images)
+        if not 1 <= self.train_size <= len(images):
+            raise BecameError(
+                f"{self.name} has {self.train_size} training samples among {len(images)}; give at least 1 of them."
+            )
         if not self.is_text:
             self._check_images(images)
             self._check_statistics(images)
         elif images.dtype != np.uint8:
             raise BecameError(f"the text of {self.name} is {images.dtype}; give bytes as uint8 [N, L].")
         labels = self._checked_labels(len(images))
-        if not 1 <= self.train_size <= len(images):
-            raise BecameError(
-                f"{self.name} has {self.train_size} training images among {len(images)}; give at least 1 of them."
-            )
         object.__setattr__(self, "labels", labels)
         if self.domains is not None:
             domains = _integers(self.domains, f"the domains of {self.name}")
@@ -125,7 +127,7 @@ class Dataset:
             return labels
         if labels.shape != (rows,):
             raise BecameError(
-                f"{self.name} has {rows} images and labels {list(labels.shape)}; give one label an image."
+                f"{self.name} has {rows} samples and labels {list(labels.shape)}; give one label a sample."
             )
         if len(labels) and labels.min() < 0:
             raise BecameError(f"{self.name} has the label {labels.min()}; labels go from 0 to the classes - 1.")
@@ -161,16 +163,17 @@ class Dataset:
                     "uint8 images are of pixels scaled to [0, 1], so divide them by 255."
                 )
             return
-        # Without an array of squares, which would be as large as the images, or larger.
+        # Without an array of squares, which would be as large as the samples, or larger.
+        if not np.isfinite(np.einsum("nchw,nchw->", images, images, dtype=np.float64)):
+            raise BecameError(f"the samples of {self.name} have a number that is not finite.")
+        images = images[: self.train_size]  # a statistic is of these; a test row may be far from all of them
         per_channel = np.einsum("nchw,nchw->c", images, images, dtype=np.float64) / (images.size / images.shape[1])
-        if not np.isfinite(per_channel).all():
-            raise BecameError(f"the images of {self.name} have a number that is not finite.")
         first = np.mean(images, axis=(0, 2, 3), dtype=np.float64)
         square = (per_channel - 2 * mean * first + mean**2) / std**2  # of the normalised numbers
         if (square > LARGEST_MEAN_SQUARE).any():
             raise BecameError(
-                f"the images of {self.name} have the mean {first.tolist()}, and are normalised by the means "
-                f"{self.mean} and standard deviations {self.std}; give those of the images as they are."
+                f"the samples of {self.name} have the mean {first.tolist()}, and are normalised by the means "
+                f"{self.mean} and standard deviations {self.std}; give those of the samples as they are."
             )
 
     @property

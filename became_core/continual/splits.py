@@ -69,7 +69,7 @@ def split_classes(
     counts = np.bincount(dataset.labels[: dataset.train_size], minlength=dataset.classes)
     if not counts.all():
         raise BecameError(
-            f"{dataset.name} has no training images of class {int(np.argmin(counts))}; labels must go from 0 to the "
+            f"{dataset.name} has no training samples of class {int(np.argmin(counts))}; labels must go from 0 to the "
             "classes - 1 without a gap."
         )
     if class_order == "seeded":
@@ -252,7 +252,9 @@ def measured_on(stream: TaskStream, data: CurvatureData, *, seed: int = 0, sampl
     images = np.concatenate([dataset.images, *copies])
     return replace(
         stream,
-        dataset=replace(dataset, images=images, labels=dataset.labels[everything], **further),
+        dataset=replace(
+            dataset, images=images, labels=dataset.labels[everything], copies=sum(map(len, copies)), **further
+        ),
         targets=stream.targets[everything],
         tasks=tuple(
             replace(task, curvature=np.arange(end - len(part), end))

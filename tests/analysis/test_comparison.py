@@ -219,6 +219,14 @@ def test_a_run_that_does_not_say_its_data_is_a_seed_of_those_that_agree_on_their
     assert [[run.seed for run in runs] for _, runs in found] == [[0], [1, 3], [2]]
 
 
+def test_every_two_runs_must_be_on_the_same_data(tmp_path: Path) -> None:
+    """The first run is of another view than the two that differ in their data alone."""
+    for out, data, context in (("a", "1", "1"), ("b", "2", "2"), ("c", "3", "2")):
+        save(tmp_path / out, "gpm", 0, benchmark="text-domains", data=data, config=CONFIG | {"context": context})
+    with pytest.raises(BecameError, match="c holds runs on other data than the others"):
+        gather([tmp_path / out for out in "abc"])
+
+
 @pytest.mark.parametrize(
     ("benchmark", "setting", "is_view"), [("tabular", "target_column", False), ("text-domains", "context", True)]
 )

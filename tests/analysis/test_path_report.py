@@ -1,15 +1,18 @@
 """The path report: regrets by hand, and the tables of a small run."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from adapters.analysis import path_report
 from adapters.analysis.bootstrap import Estimate
 from adapters.analysis.figures.training import plot_path
-from adapters.analysis.path_report import calibration_table, curve_table, path_table, regret, regret_table
+from adapters.analysis.path_report import calibration_table, curve_table, path_table, regret, regret_table, write_paths
 from adapters.cli.__main__ import main as became
 from adapters.cli.main import main
+from adapters.runs import read_results
 from adapters.torch.run import BACKEND
 from tests.analysis.runs import path, run
 
@@ -113,7 +116,9 @@ def test_a_traced_run_whose_rule_has_no_alpha_is_shown_without_one() -> None:
     assert [axes.get_title("left") for axes in plot_path(traced).axes] == ["into task 2", "", "into task 3", ""]
 
 
-def test_paths_of_finished_runs_are_tables_and_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_paths_of_finished_runs_are_tables_and_figures(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     arguments = ["--epochs", "1", "--stage2-epochs", "1", "--curvature-samples", "32", "--batch-size", "64", "--quiet"]
     arguments += ["--first", "2", "--methods", "became", "--path-points", "3", "--out", str(tmp_path / "out")]
     assert main(BACKEND, arguments) == 0
@@ -133,6 +138,10 @@ def test_paths_of_finished_runs_are_tables_and_figures(tmp_path: Path, capsys: p
     assert became(["paths", *map(str, folders), "--into", str(tmp_path / "all")]) == 0
     names = {file.name for file in (tmp_path / "all").iterdir()}
     assert names == {f"paths-became-seed0{end}.svg" for end in ("", "-out", "-out-2")}
+    foreign = [replace(run, method="../../outside") for run in read_results(tmp_path / "out")]
+    monkeypatch.setattr(path_report, "finished_runs", lambda _: foreign)
+    _, written = write_paths([tmp_path / "out"])
+    assert [file.parent for file in written] == [tmp_path / "out"]
 
 
 def test_runs_that_traced_nothing_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -49,6 +49,7 @@ def test_samples_are_bytes_and_labels_the_next_ones(tmp_path: Path, within: str)
         ({"text": ["abcdefghi", "abc"], "domain": ["low", None]}, None, "row 1 of .* has no domain"),
         ({"text": ["abcdef", "ABCDEFGH"], "domain": ["low", "high"]}, None, "has 6 bytes, and a sample needs 7"),
         (None, {"text": ["abcdefghi"], "domain": ["low"]}, "'high' .* is not in both"),
+        ({"text": [70, 80], "domain": ["low", "high"]}, None, "row 0 of .* has the type int in the column 'text'"),
         ({"text": [b"abcdefgh\xff", b"ABCDEFGH"], "domain": ["low", "high"]}, None, "row 0 of .* no UTF-8"),
     ],
 )

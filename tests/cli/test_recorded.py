@@ -69,6 +69,10 @@ def test_resume_finishes_all_runs_of_a_command_even_those_that_had_not_begun(
     assert f"{expected['gpm-seed0']['acc']:.2f}" in shown
     assert main(["resume", str(out)]) == 2
     assert capsys.readouterr().err == f"error: all runs in {out} are finished; there is nothing to resume.\n"
+    file = out / "gpm-seed0" / "results.json"
+    file.write_text(file.read_text()[:100])
+    assert main(["resume", str(out)]) == 2
+    assert f"{file}" in capsys.readouterr().err
 
 
 UNKNOWN = ["--single-head", "--boundaries", "unknown", "--batch-size", "10"]

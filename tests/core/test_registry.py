@@ -116,7 +116,7 @@ def test_a_plug_in_that_cannot_be_loaded_is_reported_each_time_and_loses_no_othe
     monkeypatch.setattr(EntryPoint, "load", lambda self: real(self) if self.name == "broken" else Second)
     things = registry()
     for _ in range(2):
-        with pytest.raises(ModuleNotFoundError):
+        with pytest.raises(BecameError, match=r"the thing 'broken' of another package, no\.module:Second, cannot be"):
             assert things.names
     del entries[0]
     assert things.names == ("first", "second", "third")
@@ -127,3 +127,11 @@ def test_a_plug_in_that_cannot_be_loaded_is_reported_each_time_and_loses_no_othe
     kept = registry()
     kept.register("third", First)
     assert kept["third"] is First  # what the user registers is not replaced by a plug-in
+
+
+@pytest.mark.parametrize("name", ["", "a/b", "..", "one+two", "with space", "-begins"])
+def test_a_name_that_cannot_be_that_of_a_folder_is_refused(name: str) -> None:
+    things = registry()
+    with pytest.raises(BecameError, match="cannot be that of a thing; give letters"):
+        things.register(name, Second)
+    assert things.names == ("first", "second")

@@ -239,17 +239,17 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "no deviation": ({"std": (0.3, 0.0)}, r"deviations above 0"),
     "a mean that is no number": ({"mean": (0.5, np.nan)}, r"give a finite number of each"),
     "one deviation": ({"std": (0.3,)}, r"give a finite number of each for every channel"),
-    "pixels as floats": ({"images": PIXELS.astype(np.float32)}, r"give those of the images as they are"),
+    "pixels as floats": ({"images": PIXELS.astype(np.float32)}, r"give those of the samples as they are"),
     "a float that is none": ({"images": np.full((8, 2, 3, 4), np.nan)}, r"have a number that is not finite"),
-    "more labels": ({"labels": [0, 1, 2, 3] * 3}, r"has 8 images and labels \[12\]; give one label an image"),
-    "fewer labels": ({"labels": [0, 1, 2, 3]}, r"has 8 images and labels \[4\]"),
-    "one-hot labels": ({"labels": np.eye(8, dtype=np.int64)}, r"has 8 images and labels \[8, 8\]"),
+    "more labels": ({"labels": [0, 1, 2, 3] * 3}, r"has 8 samples and labels \[12\]; give one label a sample"),
+    "fewer labels": ({"labels": [0, 1, 2, 3]}, r"has 8 samples and labels \[4\]"),
+    "one-hot labels": ({"labels": np.eye(8, dtype=np.int64)}, r"has 8 samples and labels \[8, 8\]"),
     "labels as floats": ({"labels": np.arange(8.0)}, r"the labels of small are float64; they must be integers"),
     "a negative label": ({"labels": [-1, 1, 2, 3] * 2}, r"has the label -1; labels go from 0"),
-    "no training images": ({"train_size": 0}, r"has 0 training images among 8"),
-    "too many of them": ({"train_size": 9}, r"has 9 training images among 8"),
-    "a gap": ({"labels": [0, 1, 3, 3] * 2}, r"has no training images of class 2; labels must go from 0"),
-    "a class in the test part alone": ({"labels": [0, 1, 2, 2, 0, 1, 2, 3]}, r"no training images of class 3"),
+    "no training images": ({"train_size": 0}, r"has 0 training samples among 8"),
+    "too many of them": ({"train_size": 9}, r"has 9 training samples among 8"),
+    "a gap": ({"labels": [0, 1, 3, 3] * 2}, r"has no training samples of class 2; labels must go from 0"),
+    "a class in the test part alone": ({"labels": [0, 1, 2, 2, 0, 1, 2, 3]}, r"no training samples of class 3"),
 }
 
 
@@ -307,8 +307,17 @@ def test_images_may_be_numbers_in_their_own_unit(dtype: type) -> None:
     dataset = small(images=images, mean=(1000.0, 1000.0), std=(5.0, 5.0))
     assert dataset.unit == 1
     assert dataset.images.dtype == dtype
-    with pytest.raises(BecameError, match="give those of the images as they are"):
+    with pytest.raises(BecameError, match="give those of the samples as they are"):
         small(images=images, mean=(0.5, 0.5), std=(0.25, 0.25))
+
+
+def test_a_test_row_far_from_all_others_is_no_wrong_statistic() -> None:
+    images: Any = np.random.default_rng(0).normal(size=(8, 2, 3, 4)).astype(np.float32)
+    images[-1] = 1e6
+    assert small(images=images, mean=(0.0, 0.0), std=(1.0, 1.0)).unit == 1
+    images[0] = 1e6
+    with pytest.raises(BecameError, match="give those of the samples as they are"):
+        small(images=images, mean=(0.0, 0.0), std=(1.0, 1.0))
 
 
 @given(st.integers(2, 60), st.integers(1, 20))
