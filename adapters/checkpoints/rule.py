@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from adapters.checkpoints.plan import MergePlan
 from adapters.checkpoints.tensors import widened
 from became_core import combine, merge
-from became_core.laplace import Diagonal, Kronecker, Quadratic
+from became_core.laplace import Diagonal, Kronecker, Quadratic, is_statistic
 
 __all__ = ["Array", "Rule", "Slab", "Solution", "combined", "scaled", "times"]
 
@@ -140,15 +140,28 @@ class Rule:
         return None
 
     def merge(self, slab: Slab, solution: Solution) -> Array:
-        """Return the merged elements, flat, as wide as the models'."""
+        """Return the merged elements, flat, as wide as the models'; statistics are averaged, whatever the rule."""
         shares = self.shares(slab.name, slab.depth, slab.weights, solution)
         assert shares is not None, "a rule without shares merges by itself"
         rest = 1.0 - math.fsum(shares)
-        if self.takes_base and slab.has_base and len(shares) < len(slab.models):
-            return combined(slab.models, [rest, *shares])
-        if abs(rest) < 1e-12:
-            return combined(slab.learned, shares)
-        return combined([np.zeros_like(slab.models[0]), *slab.learned], [rest, *shares])
+        models, coefficients = slab.learned, shares
+        if self.takes_base and slab.has_base:
+            models, coefficients = slab.models, [rest, *shares]
+        elif not abs(rest) < 1e-12 and not is_statistic(slab.name):
+            models, coefficients = [np.zeros_like(slab.models[0]), *slab.learned], [rest, *shares]
+        return combined(models, averaging(coefficients) if is_statistic(slab.name) else coefficients)
+
+
+def averaging(coefficients: Sequence[float]) -> Sequence[float]:
+    """Return coefficients of a mean: none below 0, with the sum 1; outside of it, a variance could be negative.
+
+    Example:
+        >>> averaging([-1.0, 1.0, 3.0]), averaging([0.0, -2.0])
+        ([0.0, 0.25, 0.75], [0.5, 0.5])
+    """
+    positive = [max(0.0, coefficient) for coefficient in coefficients]
+    total = math.fsum(positive)
+    return [each / total for each in positive] if total else [1.0 / len(positive)] * len(positive)
 
 
 def combined(models: Sequence[Array], coefficients: Sequence[float]) -> Array:

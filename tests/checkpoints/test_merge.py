@@ -218,6 +218,27 @@ def test_task_arithmetic_adds_scaled_differences(tmp_path: Path) -> None:
     alike(merged(tmp_path / "out"), expected, 1e-5)
 
 
+@pytest.mark.parametrize("rule", ["task_arithmetic", "linear", "slerp", "became"])
+def test_a_variance_is_averaged_where_weights_leave_the_models_behind(tmp_path: Path, rule: str) -> None:
+    name, other = "bn.running_var", "w"
+    values = {"base": (8.0, [0.0, 0.0]), "A": (1.0, [1.0, 0.0]), "B": (3.0, [0.0, 1.0])}
+    files = {
+        key: saved(tmp_path, key, {name: np.full(3, variance), other: np.asarray(weights)})
+        for key, (variance, weights) in values.items()
+    }
+    # Each loss knows the weight alone that its model moved: became takes both differences whole, the base -1 times.
+    fishers = [saved(tmp_path, f"F{k}", {other: np.eye(2)[k]}) for k in range(2)] if rule == "became" else [None, None]
+    weights = {"task_arithmetic": (1.0, 3.0), "linear": (-1.0, 0.5)}.get(rule, (1.0, 1.0))
+    models = tuple(PlannedModel(files["AB"[k]], weights[k], fisher=fishers[k]) for k in range(2))
+    options: dict[str, Any] = {"linear": {"normalize": False}, "slerp": {"t": 1.5}}.get(
+        rule, {"base_model": files["base"]}
+    )
+    merge_checkpoints(MergePlan(models, rule, **options), tmp_path / "out")
+    # By hand: shares below 0 count as 0, and the others are divided by their sum.
+    expected = {"task_arithmetic": (1 + 3 * 3) / 4, "linear": 3.0, "slerp": 3.0, "became": 2.0}[rule]
+    assert_allclose(merged(tmp_path / "out")[name], expected, rtol=1e-12)
+
+
 def test_slerp_follows_the_arc_tensor_by_tensor(tmp_path: Path) -> None:
     models = (PlannedModel(saved(tmp_path, "A", arrays(0))), PlannedModel(saved(tmp_path, "B", arrays(1))))
     merge_checkpoints(MergePlan(models, "slerp", t=0.3), tmp_path / "out")
