@@ -120,6 +120,8 @@ class Rule:
     """Whether its coefficients depend on all weights, so that they are read twice."""
     takes_base: ClassVar[bool] = True
     """Whether the base model takes part in the merge."""
+    copies_base: ClassVar[bool] = False
+    """Whether a base model that takes no part may be given for its tokenizer, as in mergekit's plans of the rule."""
     by_weight: ClassVar[bool] = False
     """Whether its coefficients differ from weight to weight, so that no factors of a LoRA adapter can be merged."""
 

@@ -33,6 +33,7 @@ class LinearMean(Rule):
     """The weighted mean, or without ``normalize`` the weighted sum."""
 
     takes_base = False
+    copies_base = True
 
     def shares(self, name: str, depth: float, weights: Sequence[float], solution: Solution) -> Sequence[float]:
         """Return w_k, or w_k / sum_k w_k."""
@@ -64,6 +65,7 @@ class Slerp(Rule):
 
     measures = True
     takes_base = False
+    copies_base = True
 
     def __init__(self, plan: MergePlan) -> None:
         """Ask for two models, one of which is the base model if there is one: there t is 0."""
@@ -144,6 +146,7 @@ class FisherMean(Rule):
     """The precision-weighted mean, weight by weight (Matena & Raffel, 2022)."""
 
     needs_fisher = True
+    takes_base = False
     by_weight = True
 
     def merge(self, slab: Slab, solution: Solution) -> Array:
@@ -287,9 +290,17 @@ def rule_of(plan: MergePlan) -> Rule:
     check_method(plan.merge_method)
     if plan.merge_method != "became" and plan.per != "model":
         raise BecameError(f"'per: {plan.per}' is for became; {plan.merge_method} has no such coefficient.")
-    if plan.merge_method == "became" and plan.per == "weight":
-        return WeightwiseMinimum(plan)
-    return RULES[plan.merge_method](plan)
+    by_weight = plan.merge_method == "became" and plan.per == "weight"
+    rule = WeightwiseMinimum(plan) if by_weight else RULES[plan.merge_method](plan)
+    if plan.base_model is not None and not rule.takes_base:
+        name = "became per weight" if by_weight else plan.merge_method
+        if not rule.copies_base:
+            raise BecameError(f"{name} makes no use of the base_model {plan.base_model}; leave it out.")
+        if len(plan.models) < 2:
+            raise BecameError(
+                f"{name} takes the tokenizer alone from the base_model {plan.base_model}; give it among the models too."
+            )
+    return rule
 
 
 def _natural(name: str) -> list[tuple[int, str]]:

@@ -278,7 +278,7 @@ def test_companions_are_copied_from_the_base(tmp_path: Path) -> None:
             (model / name).write_text(f"{model.name} {name}", encoding="utf-8")
     (models[1] / "README.md").write_text("not this", encoding="utf-8")
     (models[1] / "trainer_state.json").write_text("{}", encoding="utf-8")
-    merge_checkpoints(linear(models[0], base_model=models[1]), tmp_path / "out")
+    merge_checkpoints(linear(*models, base_model=models[1]), tmp_path / "out")
     assert (tmp_path / "out" / "tokenizer.json").read_text(encoding="utf-8") == "B tokenizer.json"
     assert (tmp_path / "out" / "generation_config.json").exists()
     assert (tmp_path / "out" / "merges.txt").exists()

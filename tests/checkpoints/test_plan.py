@@ -4,14 +4,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from numpy.testing import assert_allclose
+from numpy.testing import assert_allclose, assert_array_equal
 
 from adapters.checkpoints import MergePlan, PlannedModel, merge_checkpoints, read_plan
 from adapters.checkpoints.card import yaml_lines
 from adapters.checkpoints.plan import METHODS
 from adapters.checkpoints.rules import RULES
 from became_core import BecameError
-from tests.checkpoints.models import arrays, merged, pair, saved
+from tests.checkpoints.models import arrays, merged, pair, refused, saved
 
 pytest.importorskip("yaml")
 
@@ -156,6 +156,29 @@ def test_a_rule_asks_for_what_it_needs(tmp_path: Path) -> None:
         with pytest.raises(BecameError, match=message):
             merge_checkpoints(plan, tmp_path / "out")
         assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"merge_method": "fisher"}, "^fisher makes no use of the base_model .*C.safetensors; leave it out"),
+        ({"merge_method": "imm-mode"}, "^imm-mode makes no use of the base_model"),
+        ({"merge_method": "regmean"}, "^regmean makes no use of the base_model"),
+        ({"per": "weight"}, "^became per weight makes no use of the base_model"),
+    ],
+)
+def test_a_base_model_that_would_do_nothing_is_refused(tmp_path: Path, options: Any, message: str) -> None:
+    plan = pair(tmp_path, base_model=saved(tmp_path, "C", arrays(2)), **options)
+    for models in (plan.models, plan.models[:1]):
+        refused(plan.replaced(models=models), tmp_path / "out", message)
+
+
+def test_a_base_model_that_gives_the_tokenizer_alone_is_no_second_model(tmp_path: Path) -> None:
+    first, second = (saved(tmp_path, name, arrays(k)) for k, name in enumerate("AB"))
+    refused(MergePlan((PlannedModel(first),), "linear", second), tmp_path / "out", "the tokenizer alone from the base")
+    merge_checkpoints(MergePlan((PlannedModel(first), PlannedModel(first)), "linear", second), tmp_path / "out")
+    for name, value in merged(tmp_path / "out").items():
+        assert_array_equal(value, arrays(0)[name])
 
 
 def test_mergekits_slerp_begins_at_the_base_model(tmp_path: Path) -> None:
