@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 
 from adapters.checkpoints.folders import Checkpoint
 from adapters.checkpoints.plan import layer_number
-from adapters.checkpoints.tensors import FLOATS, StoredTensor, ranges
+from adapters.checkpoints.tensors import FLOATS, StoredTensor, equal
 from became_core import BecameError
 
-__all__ = ["Alignment", "Leaf", "align", "padded", "tensor_or_tied", "with_vocabulary"]
+__all__ = ["EMBEDDINGS", "HEADS", "Alignment", "Leaf", "align", "padded", "tensor_or_tied", "with_vocabulary"]
 
 HEADS = ("lm_head.weight", "embed_out.weight", "output.weight", "predictions.decoder.weight", "lm_head.decoder.weight")
 EMBEDDINGS = (
@@ -184,18 +184,9 @@ def _written_once(models: Sequence[Checkpoint]) -> dict[str, str]:
                 break
             pairs.append((model.tensors.get(name), model.tensors[embeddings[0]]))
         else:
-            if all(head is None or _equal(head, embedding) for head, embedding in pairs):
+            if all(head is None or equal(head, embedding) for head, embedding in pairs):
                 once[name] = pairs[0][1].name
     return once
-
-
-def _equal(left: StoredTensor, right: StoredTensor) -> bool:
-    if (left.dtype, left.shape) != (right.dtype, right.shape):
-        return False
-    size = left.nbytes
-    return all(
-        np.array_equal(left.read_bytes(start, stop), right.read_bytes(start, stop)) for start, stop in ranges(size)
-    )
 
 
 def _same_shape(
@@ -263,7 +254,7 @@ def _agreement(tensors: Sequence[StoredTensor]) -> list[str]:
     """
     first = tensors[0]
     for tensor in tensors[1:]:
-        if not _equal(tensor, first):
+        if not equal(tensor, first):
             if first.name.endswith(COUNTERS):
                 return [f"The counter '{first.name}' differs; that of {first.file} is kept."]
             raise BecameError(

@@ -14,18 +14,19 @@ Convention: a *down* factor A is [r, d_in ...], an *up* factor B is [d_out, r ..
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod, sqrt
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from adapters.checkpoints.align import EMBEDDINGS, HEADS
 from adapters.checkpoints.folders import Checkpoint
-from adapters.checkpoints.tensors import StoredTensor, widened
+from adapters.checkpoints.tensors import StoredTensor, equal, widened
 from became_core import BecameError
 
-__all__ = ["Adapter", "Factors", "adapter_config", "adapter_of", "combined", "compressed", "dense"]
+__all__ = ["Adapter", "Factors", "adapter_config", "adapter_of", "combined", "compressed", "dense", "frozen_of"]
 
 PREFIX = "base_model.model."
 FACTORS = {
@@ -34,6 +35,8 @@ FACTORS = {
     ".lora_embedding_A": "down",
     ".lora_embedding_B": "up",
 }
+# Weights of the base model that peft saves beside the factors, as it does of embeddings that are changed or resized.
+FROZEN = (".base_layer.weight", *EMBEDDINGS, *HEADS)
 # What peft's configuration says that does not change which difference an adapter is.
 HARMLESS = {
     *("auto_mapping", "base_model_name_or_path", "exclude_modules", "inference_mode", "layers_pattern"),
@@ -126,11 +129,13 @@ class Adapter:
         checkpoint: its files.
         modules: the factors by the module's name in the base model.
         suffixes: of each module's two factors, as peft names them.
+        frozen: weights of the base model that stand beside the factors, by their names in the file.
     """
 
     checkpoint: Checkpoint
     modules: Mapping[str, Factors]
     suffixes: Mapping[str, tuple[str, str]]
+    frozen: Mapping[str, StoredTensor] = field(default_factory=dict)
 
 
 def adapter_of(checkpoint: Checkpoint) -> Adapter:
@@ -142,8 +147,12 @@ def adapter_of(checkpoint: Checkpoint) -> Adapter:
     _check_understood(checkpoint)
     config, path = checkpoint.adapter or {}, checkpoint.path
     halves: dict[str, dict[str, tuple[str, StoredTensor]]] = {}
+    frozen = {}
     for name, tensor in checkpoint.tensors.items():
         suffix = next((suffix for suffix in FACTORS if name.endswith(suffix)), None)
+        if suffix is None and name.startswith(PREFIX) and name.endswith(FROZEN):
+            frozen[name] = tensor
+            continue
         if suffix is None or not name.startswith(PREFIX) or not tensor.is_float or len(tensor.shape) < 2:
             raise BecameError(f"{tensor} is no factor of a LoRA adapter, and is not understood.")
         module = name.removeprefix(PREFIX).removesuffix(suffix)
@@ -165,7 +174,7 @@ def adapter_of(checkpoint: Checkpoint) -> Adapter:
         modules[module], suffixes[module] = Factors(down, up, scale, transposed), (down_suffix, up_suffix)
     if not modules:
         raise BecameError(f"{path} has no factors.")
-    return Adapter(checkpoint, modules, suffixes)
+    return Adapter(checkpoint, modules, suffixes, frozen)
 
 
 def _check_understood(checkpoint: Checkpoint) -> None:
@@ -207,8 +216,16 @@ def dense(adapters: Sequence[Adapter]) -> list[Checkpoint]:
     """Return the adapters' differences as models of one structure; a module that one lacks is zero there.
 
     Raises:
-        BecameError: if two have a module in different shapes.
+        BecameError: if two have a module in different shapes, or different weights of the base model.
     """
+    frozen = frozen_of(adapters)
+    for adapter in adapters:
+        for name, tensor in adapter.frozen.items():
+            if tensor is not frozen[name] and not equal(tensor, frozen[name]):
+                raise BecameError(
+                    f"{tensor} is a weight of the base model and differs from that of {frozen[name].file}; merge "
+                    "adapters of one base model that left it as it was."
+                )
     shapes: dict[str, tuple[tuple[int, ...], Adapter]] = {}
     for adapter in adapters:
         for module, factors in adapter.modules.items():
@@ -232,6 +249,11 @@ def dense(adapters: Sequence[Adapter]) -> list[Checkpoint]:
 def _zero(name: str, shape: tuple[int, ...], adapter: Adapter) -> StoredTensor:
     file = adapter.checkpoint.files[0]
     return StoredTensor(name, "F32", shape, file, lambda first, last: np.zeros(last - first, dtype=np.uint8))
+
+
+def frozen_of(adapters: Sequence[Adapter]) -> dict[str, StoredTensor]:
+    """Return the base model's weights that the adapters hold, of each the first one's; the merged adapter has them."""
+    return {name: tensor for adapter in reversed(adapters) for name, tensor in adapter.frozen.items()}
 
 
 def combined(

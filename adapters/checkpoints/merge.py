@@ -21,7 +21,7 @@ from adapters.checkpoints.align import Leaf
 from adapters.checkpoints.card import texts_beside
 from adapters.checkpoints.executors import Executor, Threads
 from adapters.checkpoints.job import Job
-from adapters.checkpoints.lora import PREFIX
+from adapters.checkpoints.lora import PREFIX, frozen_of
 from adapters.checkpoints.opening import open_job
 from adapters.checkpoints.passes import Passes, Progress
 from adapters.checkpoints.plan import MergePlan
@@ -238,6 +238,8 @@ def _layout(job: Job) -> tuple[Layout, dict[str, int]]:
         for suffix, shape in zip(owners[0].suffixes[module], (down, up), strict=True):
             stored = StoredTensor(PREFIX + module + suffix, word, shape, factors.down.file, factors.down.read_bytes)
             leaves.append(Leaf(stored.name, shape, word, (stored,), leaf.depth))
+    for name, tensor in frozen_of(job.adapters).items():
+        leaves.append(Leaf(name, tensor.shape, tensor.dtype, (tensor,), 0.0))
     return layout_of(leaves, None, "adapter_model"), ranks
 
 

@@ -14,9 +14,9 @@ from adapters.checkpoints.align import Leaf
 from adapters.checkpoints.digest import digest_of
 from adapters.checkpoints.executors import Executor
 from adapters.checkpoints.job import Job
-from adapters.checkpoints.lora import PREFIX, combined, compressed
+from adapters.checkpoints.lora import PREFIX, combined, compressed, frozen_of
 from adapters.checkpoints.rule import Solution
-from adapters.checkpoints.tensors import StoredTensor, narrowed
+from adapters.checkpoints.tensors import StoredTensor, narrowed, ranges
 from adapters.checkpoints.write import SYNC_SECONDS, Journal, OutputFolder
 from became_core import BecameError
 from became_core.laplace import Quadratic, is_statistic
@@ -135,6 +135,9 @@ class Passes:
                 errors |= entry["errors"]
         learned = job.adapters[int(job.has_base) :]
         leaves = {leaf.name: leaf for leaf in folder.layout.leaves}
+        for name, tensor in frozen_of(job.adapters).items():
+            for start, stop in ranges(tensor.nbytes):
+                folder.write(name, start, tensor.read_bytes(start, stop))
         last = time.monotonic()
         for count, leaf in enumerate(job.alignment.leaves[begin:], begin + 1):
             module = leaf.name.removesuffix(".weight")

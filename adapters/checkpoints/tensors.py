@@ -32,6 +32,7 @@ __all__ = [
     "StoredTensor",
     "SuspendedError",
     "dtype_word",
+    "equal",
     "finite",
     "narrowed",
     "parse_json",
@@ -209,6 +210,16 @@ def ranges(size: int) -> Iterable[tuple[int, int]]:
         [(0, 262144), (262144, 262145)]
     """
     return ((start, min(start + SLAB, size)) for start in range(0, size, SLAB))
+
+
+def equal(left: StoredTensor, right: StoredTensor) -> bool:
+    """Return whether two tensors have the same dtype, shape and bytes, read slab by slab."""
+    if (left.dtype, left.shape) != (right.dtype, right.shape):
+        return False
+    return all(
+        np.array_equal(left.read_bytes(start, stop), right.read_bytes(start, stop))
+        for start, stop in ranges(left.nbytes)
+    )
 
 
 def widened(values: NDArray[Any], least: Any = np.float32) -> NDArray[Any]:

@@ -289,6 +289,40 @@ def test_a_tensor_that_is_no_factor_is_refused_by_name(tmp_path: Path) -> None:
         merge_checkpoints(MergePlan((PlannedModel(first), PlannedModel(second)), "linear"), tmp_path / "out")
 
 
+@pytest.mark.parametrize("name", [f"{WIDE}.base_layer.weight", "model.embed_tokens.weight", "lm_head.weight"])
+@pytest.mark.parametrize("both", [False, True])
+def test_weights_of_the_base_that_peft_saves_too_are_kept_where_they_agree(
+    tmp_path: Path, name: str, both: bool
+) -> None:
+    first, second = adapter(tmp_path, "A", 0), adapter(tmp_path, "B", 1)
+    plan = MergePlan((PlannedModel(first), PlannedModel(second)), "linear")
+    merge_checkpoints(plan, tmp_path / "plain")
+    full, frozen = f"base_model.model.{name}", np.random.default_rng(2).normal(size=(600, 500)).astype(np.float32)
+    for place in (first, second) if both else (second,):
+        file = place / "adapter_model.safetensors"
+        save_file(load_file(file) | {full: frozen}, file)
+    merge_checkpoints(plan, tmp_path / "out")
+    found, plain = (load_file(tmp_path / out / "adapter_model.safetensors") for out in ("out", "plain"))
+    assert np.array_equal(found.pop(full), frozen)
+    assert found.keys() == plain.keys()
+    assert all(np.array_equal(value, plain[key]) for key, value in found.items())
+
+
+def test_weights_of_the_base_that_differ_are_refused(tmp_path: Path) -> None:
+    places = [adapter(tmp_path, name, k) for k, name in enumerate("AB")]
+    name = f"base_model.model.{WIDE}.base_layer.weight"
+    for k, place in enumerate(places):
+        file = place / "adapter_model.safetensors"
+        save_file(load_file(file) | {name: np.full((5, 9), k, np.float32)}, file)
+    plan = MergePlan(tuple(map(PlannedModel, places)), "linear")
+    message = (
+        f"^'{name}' of .*B.* is a weight of the base model and differs from that of .*A.*; merge adapters of one base"
+    )
+    with pytest.raises(BecameError, match=message):
+        merge_checkpoints(plan, tmp_path / "out")
+    assert message[1:20] in inspect_checkpoints(places)[-1]
+
+
 def test_inspect_says_what_adapters_are_and_how_they_merge(tmp_path: Path) -> None:
     first, second = adapter(tmp_path, "A", 0), adapter(tmp_path, "B", 1, rank=3)
     lines = inspect_checkpoints([first, second])
