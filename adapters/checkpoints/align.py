@@ -18,7 +18,17 @@ from adapters.checkpoints.plan import layer_number
 from adapters.checkpoints.tensors import FLOATS, StoredTensor, equal
 from became_core import BecameError
 
-__all__ = ["EMBEDDINGS", "HEADS", "Alignment", "Leaf", "align", "padded", "tensor_or_tied", "with_vocabulary"]
+__all__ = [
+    "EMBEDDINGS",
+    "HEADS",
+    "Alignment",
+    "Leaf",
+    "align",
+    "padded",
+    "tensor_or_tied",
+    "with_vocabulary",
+    "without_tie",
+]
 
 HEADS = ("lm_head.weight", "embed_out.weight", "output.weight", "predictions.decoder.weight", "lm_head.decoder.weight")
 EMBEDDINGS = (
@@ -70,14 +80,12 @@ class Alignment:
 
     Attributes:
         leaves: the tensors.
-        tied: the names that stand once under another name.
         notes: sentences.
         untied: whether the head is written although the base's configuration may tie it.
         vocabulary: the number of rows that embeddings were padded to; None where nothing was.
     """
 
     leaves: tuple[Leaf, ...]
-    tied: Mapping[str, str]
     notes: tuple[str, ...] = ()
     untied: bool = False
     vocabulary: int | None = None
@@ -119,13 +127,18 @@ def align(models: Sequence[Checkpoint], *, out_dtype: str | None = None, pad_voc
         leaves.append(Leaf(name, first.shape, word, aligned, _depth(name, max(layers, default=0))))
     if not leaves:
         raise BecameError(f"{base.path} has no tensors.")
-    untied = any(_is_head(leaf.name) for leaf in leaves) and any(
-        leaf.name not in model.tensors for leaf in leaves for model in models
-    )
-    tied = {**base.tied, **{name: owner for name, owner in once.items() if name in base.tensors}}
+    written = {leaf.name for leaf in leaves}
+    tied = {name: owner for name, owner in {**base.tied, **once}.items() if name not in written}
+    notes += [f"'{name}' is tied to '{owner}', and written once, under that name." for name, owner in tied.items()]
+    untied = [leaf.name for leaf in leaves if any(leaf.name not in model.tensors for model in models)]
+    notes += [
+        f"'{name}' is tied to another tensor in some of the models, and a tensor of its own in the merged one; load it "
+        "as a model that does not tie the two."
+        for name in untied
+    ]
     if len(rows) > 1:
         raise BecameError(f"embeddings would be padded to {' and '.join(map(str, sorted(rows)))} rows; pad them alike.")
-    return Alignment(tuple(leaves), tied, tuple(notes), untied, max(rows, default=None))
+    return Alignment(tuple(leaves), tuple(notes), any(map(_is_head, untied)), max(rows, default=None))
 
 
 def tensor_or_tied(model: Checkpoint, name: str) -> StoredTensor | None:
@@ -133,7 +146,7 @@ def tensor_or_tied(model: Checkpoint, name: str) -> StoredTensor | None:
     name = model.tied.get(name, name)
     if name in model.tensors:
         return model.tensors[name]
-    if _is_head(name) and model.config.get("tie_word_embeddings") is not False:
+    if _is_head(name) and _says_tied(model.config) is not False:
         embeddings = [other for other in model.tensors if other.endswith(EMBEDDINGS)]
         if len(embeddings) == 1:
             return model.tensors[embeddings[0]]
@@ -178,7 +191,7 @@ def _written_once(models: Sequence[Checkpoint]) -> dict[str, str]:
         pairs = []
         for model in models:
             embeddings = [other for other in model.tensors if other.endswith(EMBEDDINGS)]
-            said = model.config.get("tie_word_embeddings")
+            said = _says_tied(model.config)
             # A model that holds both and does not say that they are tied may be loaded by what expects both.
             if said is False or (said is None and name in model.tensors) or len(embeddings) != 1:
                 break
@@ -219,9 +232,30 @@ def _is_vocabulary(models: Sequence[Checkpoint], tensors: Sequence[StoredTensor]
     return _is_head(tensors[0].name) or tensors[0].name.endswith(EMBEDDINGS) or (None not in sizes and sizes == rows)
 
 
+def _parts(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Return a configuration, and those of the language models in it."""
+    return [config, *(config[name] for name in LANGUAGE if isinstance(config.get(name), dict))]
+
+
 def _vocabulary_size(config: Mapping[str, Any]) -> Any:
-    parts = (config, *(config.get(name) for name in LANGUAGE))
-    return next((part["vocab_size"] for part in parts if isinstance(part, dict) and "vocab_size" in part), None)
+    return next((part["vocab_size"] for part in _parts(config) if "vocab_size" in part), None)
+
+
+def _says_tied(config: Mapping[str, Any]) -> bool | None:
+    """Whether a configuration ties the head to the embedding; None if it does not say, or contradicts itself."""
+    said = {part["tie_word_embeddings"] for part in _parts(config) if part.get("tie_word_embeddings") in (True, False)}
+    return said.pop() if len(said) == 1 else None
+
+
+def without_tie(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a model's configuration whose head is not tied, which it says in every part, as any of them may be asked.
+
+    Example:
+        >>> without_tie({"text_config": {"hidden_size": 8}})
+        {'text_config': {'hidden_size': 8, 'tie_word_embeddings': False}, 'tie_word_embeddings': False}
+    """
+    inner = {name: without_tie(config[name]) for name in LANGUAGE if isinstance(config.get(name), dict)}
+    return {**config, **inner, "tie_word_embeddings": False}
 
 
 def with_vocabulary(config: Mapping[str, Any], rows: int) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from html import escape
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from adapters.checkpoints.align import with_vocabulary
+from adapters.checkpoints.align import with_vocabulary, without_tie
 from adapters.checkpoints.folders import ADAPTER_CONFIG
 from adapters.checkpoints.job import Job
 from adapters.checkpoints.lora import adapter_config
@@ -40,7 +40,7 @@ def texts_beside(job: Job, report: Any, ranks: Mapping[str, int], command: str |
         texts[FIGURE] = figure(report.coefficients)
     config, changes = base.config, dict[str, Any]()
     if job.alignment.untied:
-        changes["tie_word_embeddings"] = False
+        config = without_tie(config)
     if job.alignment.vocabulary is not None:
         config = with_vocabulary(config, job.alignment.vocabulary)
     if job.plan.out_dtype is not None:

@@ -70,11 +70,6 @@ def _together(checkpoints: Sequence[Checkpoint], pad_vocabulary: bool) -> list[s
     statistics = sum(is_statistic(leaf.name) for leaf in alignment.leaves)
     lines = [f"They can be merged: {merged} tensors, and {len(alignment.leaves) - merged} that are equal or copied."]
     lines += [f"  {statistics} of them are batch statistics, which are averaged."] if statistics else []
-    lines += [f"  {name} is written once, as {owner}." for name, owner in alignment.tied.items()]
-    if alignment.untied:
-        lines.append(
-            "  The head is tied to the embedding in some of them, and a tensor of its own in the merged model."
-        )
     lines += [f"  {note}" for note in alignment.notes]
     lines.append("  By themselves: linear, slerp (two models), task_arithmetic (with a base model).")
     by_weight = "" if all(adapters) else ", fisher, imm-mode"

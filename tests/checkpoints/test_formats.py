@@ -150,21 +150,27 @@ def test_tensors_that_share_memory_are_written_once(tmp_path: Path) -> None:
         values[HEAD] = values[EMBEDDING]
         torch.save(values, tmp_path / f"{k}.bin")
         files.append(tmp_path / f"{k}.bin")
-    merge_checkpoints(linear(*files), tmp_path / "out")
+    report = merge_checkpoints(linear(*files), tmp_path / "out")
     assert merged(tmp_path / "out").keys() == SHAPES.keys() - {HEAD}
+    note = f"'{HEAD}' is tied to '{EMBEDDING}', and written once, under that name."
+    assert note in report.notes
+    assert note in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
 
 
-def test_heads_that_all_models_tie_are_written_once(tmp_path: Path) -> None:  # mergekit 385, 390
-    config = {"tie_word_embeddings": True}
+@pytest.mark.parametrize("config", [{"tie_word_embeddings": True}, {"text_config": {"tie_word_embeddings": True}}])
+def test_heads_that_all_models_tie_are_written_once(tmp_path: Path, config: Any) -> None:  # mergekit 385, 390
     both = arrays(0) | {HEAD: arrays(0)[EMBEDDING]}
     one = {name: value for name, value in arrays(1).items() if name != HEAD}
     models = folder_of(tmp_path / "A", both, config=config), folder_of(tmp_path / "B", one, config=config)
-    merge_checkpoints(linear(*models), tmp_path / "out")
+    report = merge_checkpoints(linear(*models), tmp_path / "out")
     assert merged(tmp_path / "out").keys() == SHAPES.keys() - {HEAD}
     assert json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8")) == config
+    assert f"'{HEAD}' is tied to '{EMBEDDING}', and written once, under that name." in report.notes
 
 
-@pytest.mark.parametrize("config", [None, {"vocab_size": 7}])
+@pytest.mark.parametrize(
+    "config", [None, {"vocab_size": 7}, {"tie_word_embeddings": True, "text_config": {"tie_word_embeddings": False}}]
+)
 def test_a_head_that_no_model_says_to_be_tied_stays(tmp_path: Path, config: Any) -> None:
     # Such a model may be untied by default, as Llama is, and would be loaded without a head.
     both = [
@@ -175,18 +181,26 @@ def test_a_head_that_no_model_says_to_be_tied_stays(tmp_path: Path, config: Any)
     assert_array_equal(out[HEAD], out[EMBEDDING])
 
 
-def test_a_head_that_one_model_ties_is_read_from_its_embedding(tmp_path: Path) -> None:  # mergekit 464, 615
+@pytest.mark.parametrize("inner", [False, True])
+def test_a_head_that_one_model_ties_is_read_from_its_embedding(
+    tmp_path: Path, inner: bool
+) -> None:  # mergekit 464, 615
     tied = {name: value for name, value in arrays(0).items() if name != HEAD}
+    wrapped = [
+        {"text_config": {"tie_word_embeddings": value}} if inner else {"tie_word_embeddings": value}
+        for value in (True, False)
+    ]
     models = (
-        folder_of(tmp_path / "A", tied, config={"tie_word_embeddings": True}),
-        folder_of(tmp_path / "B", arrays(1), config={"tie_word_embeddings": False}),
+        folder_of(tmp_path / "A", tied, config=wrapped[0]),
+        folder_of(tmp_path / "B", arrays(1), config=wrapped[1]),
     )
-    merge_checkpoints(linear(*models), tmp_path / "out")
+    report = merge_checkpoints(linear(*models), tmp_path / "out")
+    assert any(f"'{HEAD}' is tied to another tensor in some of the models, and a tensor" in n for n in report.notes)
     out = merged(tmp_path / "out")
     assert_allclose(out[HEAD], (arrays(0)[EMBEDDING] + arrays(1)[HEAD]) / 2, atol=1e-6)
     assert_allclose(out[EMBEDDING], (arrays(0)[EMBEDDING] + arrays(1)[EMBEDDING]) / 2, atol=1e-6)
     written = json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8"))
-    assert written == {"tie_word_embeddings": False}
+    assert written == {"tie_word_embeddings": False} | wrapped[1]
 
 
 def test_vocabularies_of_two_sizes_are_refused_with_the_sizes(tmp_path: Path) -> None:  # mergekit 47, 139, 342, 425
