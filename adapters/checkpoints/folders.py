@@ -11,7 +11,7 @@ Convention: names of tensors are the files' own; a checkpoint's tensors are in t
 import pickle
 import warnings
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from adapters.checkpoints.companions import beside
 from adapters.checkpoints.npz import numpy_word, read_npz
 from adapters.checkpoints.tensors import StoredTensor, parse_json, read_safetensors
 from adapters.runs.files import check_is_file, read_file
@@ -31,14 +32,6 @@ __all__ = ["Checkpoint", "is_dense", "load_torch", "open_checkpoint", "read_json
 ADAPTER_CONFIG = "adapter_config.json"
 # The files of weights of a folder, in the order in which they are looked for.
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
-# What else belongs to a model is copied: files with these endings, but no weights, no state of a training, no card.
-COMPANIONS = {".json", ".txt", ".model", ".jinja", ".py", ".tiktoken", ".vocab", ".bpe"}
-NOT_COPIED = (
-    *("trainer_state.json", "training_args", "optimizer", "scheduler", "all_results.json"),
-    *("became_merge.json", "became_trace.json"),
-)
-# By which a folder within a model's own is told to have weights of another one.
-WEIGHT_ENDINGS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".onnx", ".h5", ".msgpack", ".gguf", ".npz"}
 LONGEST_JSON = 100_000_000
 
 
@@ -53,6 +46,8 @@ class Checkpoint:
         tied: the name of each tensor that shares the memory of another one, and that one's name.
         config: the content of ``config.json``, empty without one.
         companions: the tokenizer's, the configuration's and the other files that belong to the model.
+        strangers: the names of files and folders beside them that do not, and are not copied.
+        left_out: the folders in it that have weights of their own, which are neither read nor copied.
         metadata: text by name, of a safetensors file.
         adapter: the content of ``adapter_config.json`` if it is a LoRA adapter.
         ordered: whether tensors are in the order in which the model defines them.
@@ -64,6 +59,8 @@ class Checkpoint:
     tied: Mapping[str, str] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)
     companions: tuple[Path, ...] = ()
+    strangers: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
     metadata: Mapping[str, str] = field(default_factory=dict)
     adapter: Mapping[str, Any] | None = None
     ordered: bool = False
@@ -77,12 +74,6 @@ class Checkpoint:
                 text.encode()
             except UnicodeEncodeError:  # half of a pair of surrogates, which JSON and pickle can write
                 raise BecameError(f"{self.path} has a name {ascii(text)[:80]}, which is no text in UTF-8.") from None
-
-    @property
-    def left_out(self) -> list[str]:
-        """The folders in it that have weights of their own, which are neither read nor copied."""
-        inner = _folders_in(self.path) if self.path.is_dir() else []
-        return [place.name for place in inner if _has_weights(place)]
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -149,9 +140,7 @@ def _folder(folder: Path) -> Checkpoint:
         _check_index(folder, index, tensors)
     kind = f"Hugging Face model, {kind}" if config else kind
     ordered = not files[0].endswith(".safetensors")
-    return _without_shared(
-        Checkpoint(folder, kind, tensors, config=config, companions=_companions(folder, set(files)), ordered=ordered)
-    )
+    return _without_shared(Checkpoint(folder, kind, tensors, config=config, ordered=ordered, **_beside(folder, files)))
 
 
 def _adapter_folder(folder: Path) -> Checkpoint:
@@ -160,8 +149,8 @@ def _adapter_folder(folder: Path) -> Checkpoint:
     if not names:
         raise BecameError(f"{folder} has {ADAPTER_CONFIG} but no adapter_model.safetensors.")
     tensors, _, metadata = _file(_inside(folder, names[0]))
-    companions = _companions(folder, {ADAPTER_CONFIG})
-    return Checkpoint(folder, "LoRA adapter", tensors, adapter=adapter, companions=companions, metadata=metadata)
+    others = _beside(folder, [ADAPTER_CONFIG, names[0]])
+    return Checkpoint(folder, "LoRA adapter", tensors, adapter=adapter, metadata=metadata, **others)
 
 
 def _check_index(folder: Path, index: Mapping[str, str], tensors: Mapping[str, StoredTensor]) -> None:
@@ -226,22 +215,11 @@ def _inside(folder: Path, name: str) -> Path:
     return file
 
 
-def _companions(folder: Path, weights: set[str]) -> tuple[Path, ...]:
-    """Return what else belongs to a model: files of its folder, and of folders in it that have no weights."""
-    inner = [place for place in _folders_in(folder) if not _has_weights(place)]
-    files = [file for place in (folder, *inner) for file in sorted(place.iterdir())]
-    files = [file for file in files if file.suffix in COMPANIONS and not file.is_dir()]
-    files = [file for file in files if file.name not in weights and not file.name.endswith(".index.json")]
-    files = [file for file in files if not file.name.startswith((*NOT_COPIED, "README", "."))]
-    return tuple(_inside(folder, str(file.relative_to(folder))) for file in files)
-
-
-def _folders_in(folder: Path) -> list[Path]:
-    return sorted(place for place in folder.iterdir() if place.is_dir() and not place.name.startswith("."))
-
-
-def _has_weights(folder: Path) -> bool:
-    return any(file.suffix in WEIGHT_ENDINGS for file in folder.rglob("*"))
+def _beside(folder: Path, own: Iterable[str]) -> dict[str, tuple[Any, ...]]:
+    """Return what stands beside the weights of a model, as values of its ``Checkpoint``."""
+    found = beside(folder, own)
+    companions = tuple(_inside(folder, name) for name in found.belonging)
+    return {"companions": companions, "strangers": found.others, "left_out": found.folders}
 
 
 def _without_shared(checkpoint: Checkpoint) -> Checkpoint:

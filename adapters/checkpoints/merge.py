@@ -36,6 +36,8 @@ from became_core.laplace import is_statistic
 __all__ = ["MEMORY", "MergePreview", "MergeReport", "merge_checkpoints", "preview"]
 
 MEMORY = 512 * 2**20
+# How many files a note names.
+MOST_NAMED = 12
 
 
 @dataclass(frozen=True)
@@ -256,6 +258,10 @@ def _notes(job: Job) -> Iterator[str]:
     base = next(iter(job.inputs.values()))
     if base.left_out:
         yield f"Folders of {base.path} with weights of their own were not copied: {', '.join(base.left_out)}."
+    if base.strangers:
+        named, more = base.strangers[:MOST_NAMED], len(base.strangers[MOST_NAMED:])
+        rest = f" and {more} more" if more else ""
+        yield f"What stands beside the weights of {base.path} and was not copied: {', '.join(named)}{rest}."
     if job.adapters and job.fishers:
         yield "That the Fisher files were measured with these adapters could not be checked."
     bases = {str((adapter.checkpoint.adapter or {}).get("base_model_name_or_path")) for adapter in job.adapters}

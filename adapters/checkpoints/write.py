@@ -276,7 +276,7 @@ class OutputFolder:
         contents = dict(others) | ({INDEX: index} if index is not None else {})
         for name, file in copies.items():
             if name not in contents:
-                (self.folder / name).parent.mkdir(exist_ok=True)
+                (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(file, self.folder / name)
         for name, content in contents.items():
             (self.folder / name).write_bytes(content)
