@@ -136,9 +136,25 @@ def align(models: Sequence[Checkpoint], *, out_dtype: str | None = None, pad_voc
         "as a model that does not tie the two."
         for name in untied
     ]
+    notes += _padded_notes(models, leaves)
     if len(rows) > 1:
         raise BecameError(f"embeddings would be padded to {' and '.join(map(str, sorted(rows)))} rows; pad them alike.")
     return Alignment(tuple(leaves), tuple(notes), any(map(_is_head, untied)), max(rows, default=None))
+
+
+def _padded_notes(models: Sequence[Checkpoint], leaves: Sequence[Leaf]) -> list[str]:
+    """Return a note if the base, whose tokenizer is copied, has fewer tokens than the merged model."""
+    for leaf in leaves:
+        own = tensor_or_tied(models[0], leaf.name)
+        if own is not None and own.shape != leaf.shape:
+            longest = next(
+                m for m in models if (t := tensor_or_tied(m, leaf.name)) is not None and t.shape == leaf.shape
+            )
+            return [
+                f"The merged model has {leaf.shape[0]} tokens, and {models[0].path}, from which a tokenizer is copied, "
+                f"{own.shape[0]}; copy that of {longest.path} in its place."
+            ]
+    return []
 
 
 def tensor_or_tied(model: Checkpoint, name: str) -> StoredTensor | None:

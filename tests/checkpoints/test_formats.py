@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -217,7 +218,12 @@ def test_padding_takes_missing_rows_from_the_models_that_have_them(tmp_path: Pat
         folder_of(tmp_path / "A", arrays(0), config={"vocab_size": 7, "tie_word_embeddings": False}),
         folder_of(tmp_path / "B", longer, config={"vocab_size": 9, "tie_word_embeddings": False}),
     )
-    merge_checkpoints(linear(*models, pad_vocabulary=True), tmp_path / "out")
+    report = merge_checkpoints(linear(*models, pad_vocabulary=True), tmp_path / "out")
+    (note,) = report.notes
+    assert re.fullmatch(
+        r"The merged model has 9 tokens, and .*A, from .* copied, 7; copy that of .*B in its place\.", note
+    )
+    assert not merge_checkpoints(linear(*models[::-1], pad_vocabulary=True), tmp_path / "other").notes
     out = merged(tmp_path / "out")[EMBEDDING]
     assert_allclose(out[:7], (arrays(0)[EMBEDDING] + 2.0) / 2, atol=1e-6)
     assert_array_equal(out[7:], 2.0)
