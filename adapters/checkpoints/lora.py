@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from adapters.checkpoints.align import EMBEDDINGS, HEADS
 from adapters.checkpoints.folders import Checkpoint
-from adapters.checkpoints.tensors import StoredTensor, equal, widened
+from adapters.checkpoints.tensors import StoredTensor, equal, finite
 from became_core import BecameError
 
 __all__ = ["Adapter", "Factors", "adapter_config", "adapter_of", "combined", "compressed", "dense", "frozen_of"]
@@ -94,9 +94,9 @@ class Factors:
         return self.down.nbytes + self.up.nbytes
 
     def matrices(self) -> tuple[NDArray[Any], NDArray[Any]]:
-        """Return A [r, d_in] and B [d_out, r] in float32 or wider."""
-        down = widened(self.down.whole()).reshape(self.rank, -1)
-        return down, widened(self.up.whole()).reshape(-1, self.rank)
+        """Return A [r, d_in] and B [d_out, r] in float32 or wider; raise a BecameError if an entry is not finite."""
+        down = finite(self.down.whole(), self.down).reshape(self.rank, -1)
+        return down, finite(self.up.whole(), self.up).reshape(-1, self.rank)
 
     def difference(self, name: str) -> StoredTensor:
         """Return s B A as a tensor that is computed where it is read.
@@ -109,14 +109,15 @@ class Factors:
         def read(first: int, last: int) -> NDArray[np.uint8]:
             start, stop = first // 4, last // 4
             top, bottom = start // width, -(-stop // width)
-            down = self.down.whole().reshape(self.rank, -1)
+            down = finite(self.down.whole(), self.down).reshape(self.rank, -1)
             if self.transposed:
-                rows, columns = down[:, top:bottom].T, self.up.whole().reshape(-1, self.rank).T
+                rows, columns = down[:, top:bottom].T, finite(self.up.whole(), self.up).reshape(-1, self.rank).T
             else:
-                rows, columns = self.up.slab(top * self.rank, bottom * self.rank).reshape(-1, self.rank), down
-            product = (self.scale * (widened(rows) @ widened(columns))).astype(np.float32).reshape(-1)
-            part: NDArray[np.uint8] = product[start - top * width : stop - top * width].view(np.uint8)
-            return part
+                part = self.up.slab(top * self.rank, bottom * self.rank)
+                rows, columns = finite(part, self.up).reshape(-1, self.rank), down
+            product = (self.scale * (rows @ columns)).astype(np.float32).reshape(-1)
+            content: NDArray[np.uint8] = product[start - top * width : stop - top * width].view(np.uint8)
+            return content
 
         return StoredTensor(name, "F32", shape, self.down.file, read)
 

@@ -323,6 +323,22 @@ def test_weights_of_the_base_that_differ_are_refused(tmp_path: Path) -> None:
     assert message[1:20] in inspect_checkpoints(places)[-1]
 
 
+@pytest.mark.parametrize("suffix", ["A", "B"])
+@pytest.mark.parametrize("way", ["exact", "rank", "became"])
+def test_a_factor_that_is_not_finite_is_refused_by_its_name(tmp_path: Path, suffix: str, way: str) -> None:
+    places = [adapter(tmp_path, name, k) for k, name in enumerate("AB")]
+    file, name = places[1] / "adapter_model.safetensors", f"base_model.model.{TALL}.lora_{suffix}.weight"
+    tensors = load_file(file)
+    tensors[name][1, 1] = np.nan
+    save_file(tensors, file)
+    fisher = saved(tmp_path, "F", {f"{module}.weight": np.ones(size) for module, size in SIZES.items()})
+    given = {"fisher": fisher} if way == "became" else {}
+    models = tuple(PlannedModel(place, **given) for place in places)
+    plan = MergePlan(models, "became" if way == "became" else "linear", rank=1 if way == "rank" else None)
+    with pytest.raises(BecameError, match=f"^'{name}' of .*B.* has an entry that is infinite or not a number"):
+        merge_checkpoints(plan, tmp_path / "out")
+
+
 def test_inspect_says_what_adapters_are_and_how_they_merge(tmp_path: Path) -> None:
     first, second = adapter(tmp_path, "A", 0), adapter(tmp_path, "B", 1, rank=3)
     lines = inspect_checkpoints([first, second])
