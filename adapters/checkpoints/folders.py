@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from adapters.checkpoints.companions import beside
 from adapters.checkpoints.npz import numpy_word, read_npz
+from adapters.checkpoints.resources import allow_files
 from adapters.checkpoints.tensors import StoredTensor, parse_json, read_safetensors
 from adapters.runs.files import check_is_file, read_file
 from became_core import BecameError
@@ -92,6 +93,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     Raises:
         BecameError: if it is missing, of no known format, damaged, or leads out of its folder.
     """
+    allow_files()
     try:
         if path.is_dir():
             return _folder(path)

@@ -1,12 +1,22 @@
-"""What a merge may use of the machine: threads that work beside each other, and memory."""
+"""What a merge may use of the machine: threads that work beside each other, memory, and open files."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
-__all__ = ["held_already", "in_order", "resident"]
+try:
+    import resource
+except ModuleNotFoundError:  # pragma: no cover # Windows, which has no such limit
+    resource = None  # type: ignore[assignment]
+
+__all__ = ["TOO_MANY_FILES", "allow_files", "held_already", "in_order", "resident"]
+
+TOO_MANY_FILES = "more files are open than the system allows this process; allow more by ulimit -n"
+# What macOS allows at most where it says that there is no limit.
+UNLIMITED = 10240
 
 # What a process of the command holds before it reads anything is below this, in bytes.
 COMMAND = 128 * 2**20
@@ -57,3 +67,14 @@ def resident() -> int:
         return 0
     lines = [line.split() for line in status.splitlines() if line.startswith("RssAnon:")]
     return int(lines[0][1]) * 1024 if lines else 0
+
+
+def allow_files() -> None:
+    """Let this process open as many files as it may allow itself: a model of many shards has them all open."""
+    if resource is None:  # pragma: no cover # Windows
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = UNLIMITED if hard == resource.RLIM_INFINITY else hard
+    if soft != resource.RLIM_INFINITY and soft < most:
+        with suppress(OSError, ValueError):  # where it is not allowed after all, the next file that is opened says so
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))

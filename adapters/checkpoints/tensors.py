@@ -7,6 +7,7 @@ believed before it is checked: a file that a stranger sent is refused in one sen
 Convention: a dtype is named as in safetensors (``BF16``, ``F32``, ``I64``); ranges count elements, not bytes.
 """
 
+import errno
 import json
 import os
 import threading
@@ -22,6 +23,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+from adapters.checkpoints.resources import TOO_MANY_FILES
 from became_core import BecameError
 
 __all__ = [
@@ -117,7 +119,8 @@ class InputFile:
         try:
             self._handle = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
         except OSError as error:
-            raise BecameError(f"cannot read {path}: {error.strerror}.") from None
+            reason = TOO_MANY_FILES if error.errno == errno.EMFILE else error.strerror
+            raise BecameError(f"cannot read {path}: {reason}.") from None
         weakref.finalize(self, os.close, self._handle)
         self.size = os.fstat(self._handle).st_size
         self._lock = threading.Lock()

@@ -19,6 +19,7 @@ from typing import Any, BinaryIO
 from adapters.checkpoints.align import Leaf
 from adapters.checkpoints.folders import ADAPTER_CONFIG
 from adapters.checkpoints.job import Job
+from adapters.checkpoints.resources import TOO_MANY_FILES
 from adapters.checkpoints.tensors import DTYPES, SuspendedError, safetensors_header, size_text
 from adapters.runs.files import check_free, digest
 from adapters.runs.lock import locked
@@ -313,4 +314,6 @@ class OutputFolder:
     def _what_failed(self, error: OSError) -> BecameError:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             return BecameError(f"there is no room left for {self.out}; the same command goes on once there is.")
+        if error.errno == errno.EMFILE:
+            return BecameError(f"cannot write {self.out}: {TOO_MANY_FILES}; the same command then goes on.")
         return BecameError(f"cannot write {self.out}: {error.strerror}.")

@@ -2,7 +2,10 @@
 
 import json
 import os
+import re
 import struct
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -249,6 +252,33 @@ def test_too_little_memory_is_refused_with_what_is_needed(tmp_path: Path) -> Non
     with pytest.raises(BecameError, match=r"needs at least .* MiB of memory; give --memory more"):
         merge_checkpoints(pair(tmp_path), tmp_path / "out", memory=1000)
     assert load_file(tmp_path / "A.safetensors").keys() == SHAPES.keys()
+
+
+def limited(soft: int, hard: int, code: str) -> str:
+    """What a process prints that may open so many files."""
+    pytest.importorskip("resource")
+    limit = f"import resource\nresource.setrlimit(resource.RLIMIT_NOFILE, ({soft}, {hard}))\n"
+    imports = "from tests.checkpoints.models import *\n"
+    command = [sys.executable, "-c", imports + limit + code]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+
+
+def test_more_shards_than_a_process_may_open_are_merged_or_refused_in_a_sentence(tmp_path: Path) -> None:
+    values = [{f"layers.{k}.weight": np.full(4, seed, np.float32) for k in range(60)} for seed in (1, 3)]
+    first, second = (folder_of(tmp_path / name, v, shards=60) for name, v in zip("AB", values, strict=True))
+    plan = f"linear(Path({str(first)!r}), Path({str(second)!r}), shard_size=10)"
+    code = f"""
+try:
+    print(len(merge_checkpoints({plan}, Path({str(tmp_path)!r}) / "out").files))
+except BecameError as error:
+    print(error)
+"""
+    assert re.search(
+        r"cannot read .*B.*: more files are open than .* allow more by ulimit -n\.$", limited(100, 100, code)
+    )
+    assert re.search(r"cannot write .*out: more files are open than .* by ulimit -n; the same", limited(160, 160, code))
+    assert limited(100, 1000, code) == "60\n"
+    assert_array_equal(merged(tmp_path / "out")["layers.59.weight"], 2.0)
 
 
 def test_what_the_calling_program_holds_is_no_part_of_the_memory(
