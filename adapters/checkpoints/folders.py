@@ -305,12 +305,14 @@ def _bytes_of(value: Any) -> Callable[[int, int], NDArray[np.uint8]]:
     """Return what reads a range of a PyTorch tensor's bytes in C order; only the rows around it are in memory."""
     import torch
 
+    while value.ndim > 1 and value.shape[0] == 1:  # one row would be the whole tensor
+        value = value[0]
     width = max(prod(value.shape[1:]) * value.itemsize, 1)
 
     def read(first: int, last: int) -> NDArray[np.uint8]:
         top = 0 if value.is_contiguous() else first // width
         rows = value if value.is_contiguous() else value[top : -(-last // width)]
-        part = rows.reshape(-1).view(torch.uint8)[first - top * width : last - top * width]
+        part = rows.contiguous().reshape(-1).view(torch.uint8)[first - top * width : last - top * width]
         return np.asarray(part.numpy())
 
     return read

@@ -130,6 +130,30 @@ def test_a_pytorch_tensor_in_another_order_is_read_by_rows(tmp_path: Path) -> No
     assert_array_equal(tensors["s"].whole(), 2.0)
 
 
+def test_leading_axes_of_one_entry_do_not_have_all_of_a_tensor_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch = pytest.importorskip("torch")
+    values = torch.arange(12.0).reshape(3, 4)
+    torch.save({"w": values.T[None, None]}, tmp_path / "A.pt")
+    tensor = open_checkpoint(tmp_path / "A.pt").tensors["w"]
+    assert tensor.shape == (1, 1, 4, 3)
+    assert_array_equal(tensor.whole(), values.numpy().T[None, None])
+    sizes, reshape = list[int](), torch.Tensor.reshape
+    monkeypatch.setattr(torch.Tensor, "reshape", lambda own, *to: sizes.append(own.numel()) or reshape(own, *to))
+    assert_array_equal(tensor.slab(4, 6), [5.0, 9.0])
+    assert_array_equal(tensor.slab(5, 7), [9.0, 2.0])
+    assert sizes == [3, 6]
+
+
+def test_a_pytorch_vector_whose_numbers_lie_apart_is_read(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    torch.save({"w": torch.arange(12.0).reshape(3, 4)[:, 1], "v": torch.arange(3.0).expand(1, 3).T}, tmp_path / "A.pt")
+    tensors = open_checkpoint(tmp_path / "A.pt").tensors
+    assert_array_equal(tensors["w"].slab(1, 3), [5.0, 9.0])
+    assert_array_equal(tensors["v"].slab(1, 3), [1.0, 2.0])
+
+
 def test_a_pytorch_tensor_whose_numbers_are_not_all_stored_is_refused(tmp_path: Path) -> None:
     torch = pytest.importorskip("torch")
     cases = [
