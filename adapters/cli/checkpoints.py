@@ -247,20 +247,24 @@ class Merge:
     def _merge(self, display: Display) -> None:
         from adapters.checkpoints.merge import merge_checkpoints, preview
         from adapters.checkpoints.trace import check_traceable, is_merged, trace_merge
+        from adapters.runs.files import check_free
 
         plan, out = self._plan()
         memory = size_of(self.memory, "--memory")
         self._check()
+        evaluate = _function(self.evaluate) if self.evaluate else None
+        if self.trace is not None:
+            check_traceable(plan, self.trace)
+        has_merge = self.trace is not None and is_merged(plan, out)
+        if not has_merge:
+            check_free(out)
         if self.dry_run:
             found = preview(plan, memory=memory, workers=self.workers)
             display.outcome("preview", _preview_lines(plan, found), plan=plan.as_words(), **asdict(found))
             return
-        evaluate = _function(self.evaluate) if self.evaluate else None
-        if self.trace is not None:
-            check_traceable(plan, self.trace)
         command = shlex.join(["became", *sys.argv[1:]])
         use: dict[str, Any] = {"memory": memory, "workers": self.workers, "scheduler": self.scheduler}
-        if self.trace is not None and is_merged(plan, out):
+        if has_merge:
             text = f"{out} has this merge already; it is traced."
             display.outcome("note", [text], text=text)
         else:

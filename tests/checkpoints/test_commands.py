@@ -120,6 +120,26 @@ def test_a_dry_run_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "out exists; nothing is overwritten"),
+        (["--trace", 1, "--evaluate", "tests.checkpoints.networks:distance"], "a path of 1 points has no ends"),
+        (["--trace", 3, "--evaluate", "tests.nowhere:loss"], "there is no function 'tests.nowhere:loss'"),
+    ],
+)
+def test_a_dry_run_refuses_what_the_merge_refuses(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[Any], message: str
+) -> None:
+    pair(tmp_path)
+    if not options:
+        (tmp_path / "out").mkdir()
+    command = words("merge", *files(tmp_path)[:2], "--rule", "linear", "--out", tmp_path / "out", *options)
+    for dry in ([], ["--dry-run"]):
+        assert main([*command, *dry]) == 2
+        assert message in capsys.readouterr().err
+
+
 def test_a_trace_finds_the_best_of_a_grid_and_the_regret(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pair(tmp_path)
     command = words("merge", *files(tmp_path)[:2], "--rule", "linear", "--out", tmp_path / "out")
