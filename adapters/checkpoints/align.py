@@ -315,7 +315,7 @@ def _agreement(tensors: Sequence[StoredTensor]) -> list[str]:
 
 
 def _check_not_quantised(model: Checkpoint) -> None:
-    if "quantization_config" in model.config:
+    if model.config.get("quantization_config") is not None:
         raise BecameError(f"{model.path} is quantised (quantization_config); merge the models before quantising.")
     small = [tensor for tensor in model.tensors.values() if tensor.dtype.startswith("F8")]
     scales = [name for name in model.tensors if name.endswith(("_scale", "_scale_inv", ".scale", ".scales"))]

@@ -98,9 +98,10 @@ def _adapters(checkpoints: Sequence[Checkpoint], plan: MergePlan, rule: Rule) ->
 
 
 def _check_leaf(job: Job, leaf: Leaf) -> None:
-    """Refuse weights without a value for a leaf, and Fisher files and others that do not fit it."""
-    for model in job.plan.models:
-        model.weight.at(leaf.name, leaf.depth)
+    """Refuse weights by which a leaf cannot be merged, and Fisher files and others that do not fit it."""
+    weights = [model.weight.at(leaf.name, leaf.depth) for model in job.plan.models]
+    if leaf.is_merged:
+        job.rule.check_weights(leaf.name, weights)
     if leaf.is_merged and not is_statistic(leaf.name):
         for k, fisher in job.fishers.items():
             own = tensor_or_tied(job.checkpoints[k + int(job.has_base)], leaf.name)

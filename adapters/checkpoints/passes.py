@@ -52,6 +52,7 @@ class Passes:
         # Leaves are measured in their order, so that the finished ones are the first.
         begun, rest = job.measured[: len(finished)], job.measured[len(finished) :]
         done, whole = (sum(leaf.size for leaf in leaves) for leaves in (begun, job.measured))
+        self.bytes_read += sum(map(self._bytes_of, begun))  # by the process that was killed, in the same merge
         first = sum(1 for _ in job.measured_blocks(begun))
         results = self._executor.measure(list(job.measured_blocks(job.measured)), first)
         for leaf in rest:

@@ -59,7 +59,7 @@ def plan_of(words: Any, where: str) -> MergePlan:
         "models": tuple(_planned(entry, weight, where) for entry in listed),
         "merge_method": method,
         "base_model": words.get("base_model"),
-        "out_dtype": words.get("out_dtype", words.get("dtype")),
+        "out_dtype": words.get("dtype") if words.get("out_dtype") is None else words["out_dtype"],
     }
     for name, key in (("normalize", "normalize"), ("t", "t"), ("lambda", "scale"), ("per", "per")):
         if name in parameters:

@@ -129,6 +129,9 @@ class Rule:
         """Keep the plan; raises a BecameError if the rule cannot follow it."""
         self.plan = plan
 
+    def check_weights(self, name: str, weights: Sequence[float]) -> None:
+        """Refuse weights by which a tensor cannot be merged; raises a BecameError."""
+
     def measure(self, slab: Slab) -> Quadratic:
         """Return what adds up over slabs."""
         raise NotImplementedError

@@ -35,14 +35,14 @@ class LinearMean(Rule):
     takes_base = False
     copies_base = True
 
+    def check_weights(self, name: str, weights: Sequence[float]) -> None:
+        """Refuse weights that cannot be normalised."""
+        if self.plan.normalize and not abs(math.fsum(weights)) > 1e-12:
+            raise BecameError(f"the weights of '{name}' sum to {math.fsum(weights):g}; they cannot be normalised.")
+
     def shares(self, name: str, depth: float, weights: Sequence[float], solution: Solution) -> Sequence[float]:
         """Return w_k, or w_k / sum_k w_k."""
-        total = math.fsum(weights)
-        if not self.plan.normalize:
-            return weights
-        if not abs(total) > 1e-12:
-            raise BecameError(f"the weights of '{name}' sum to {total:g}; they cannot be normalised.")
-        return [weight / total for weight in weights]
+        return [weight / math.fsum(weights) for weight in weights] if self.plan.normalize else weights
 
 
 class TaskArithmetic(Rule):
@@ -118,12 +118,13 @@ class RegressionMean(Rule):
     needs_gram = True
     takes_base = False
 
+    def check_weights(self, name: str, weights: Sequence[float]) -> None:
+        """Refuse weights of which none counts."""
+        _check_counts(name, weights)
+
     def shares(self, name: str, depth: float, weights: Sequence[float], solution: Solution) -> Sequence[float]:
         """Return w_k / sum_k w_k."""
-        total = math.fsum(weights)
-        if not total > 0:
-            raise BecameError(f"the weights of '{name}' sum to {total:g}; regmean needs more than 0.")
-        return [weight / total for weight in weights]
+        return [weight / math.fsum(weights) for weight in weights]
 
     def merge(self, slab: Slab, solution: Solution) -> Array:
         """Return the rows of (sum_k w_k W_k G_k) (sum_k w_k G_k)^-1, W_k [rows, d_in], and G_k [d_in, d_in].
@@ -148,6 +149,10 @@ class FisherMean(Rule):
     needs_fisher = True
     takes_base = False
     by_weight = True
+
+    def check_weights(self, name: str, weights: Sequence[float]) -> None:
+        """Refuse weights of which none counts."""
+        _check_counts(name, weights)
 
     def merge(self, slab: Slab, solution: Solution) -> Array:
         """Return (sum_k w_k F_k)^-1 sum_k w_k F_k theta_k; where nothing is curved, the weighted mean."""
@@ -301,6 +306,11 @@ def rule_of(plan: MergePlan) -> Rule:
                 f"{name} takes the tokenizer alone from the base_model {plan.base_model}; give it among the models too."
             )
     return rule
+
+
+def _check_counts(name: str, weights: Sequence[float]) -> None:
+    if not any(weights):
+        raise BecameError(f"the weight of '{name}' is 0 for all models, so that none counts; give one of them more.")
 
 
 def _natural(name: str) -> list[tuple[int, str]]:

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
-from adapters.checkpoints import MergePlan, PlannedModel, merge_checkpoints, read_plan
+from adapters.checkpoints import MergePlan, PlannedModel, merge_checkpoints, preview, read_plan
 from adapters.checkpoints.card import yaml_lines
 from adapters.checkpoints.plan import METHODS
 from adapters.checkpoints.rules import RULES
@@ -48,6 +48,11 @@ def test_a_plan_of_mergekit_is_understood(tmp_path: Path) -> None:
     assert [weight.at("layers.0.mlp.weight", depth) for depth in (0.0, 0.25, 0.5, 1.0)] == [0.0, 0.25, 0.5, 1.0]
     assert weight.at("layers.0.attn.weight", 1.0) == 0.5
     assert plan.models[0].model == Path("A.safetensors")
+
+
+def test_a_word_without_a_value_is_not_given(tmp_path: Path) -> None:
+    assert plan_from(tmp_path, f"{MERGEKIT}out_dtype:\n").out_dtype == "BF16"
+    assert plan_from(tmp_path, MERGEKIT.replace("bfloat16", "\nout_dtype: float16")).out_dtype == "F16"
 
 
 def test_a_number_may_have_an_exponent_without_a_point(tmp_path: Path) -> None:
@@ -156,6 +161,26 @@ def test_a_rule_asks_for_what_it_needs(tmp_path: Path) -> None:
         with pytest.raises(BecameError, match=message):
             merge_checkpoints(plan, tmp_path / "out")
         assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"merge_method": "fisher"}, "weight of 'model.layers.0.mlp.weight' is 0 for all models, so that none counts"),
+        ({"merge_method": "imm-mode"}, "weight of 'model.layers.0.mlp.weight' is 0 for all models"),
+        ({"per": "weight"}, "weight of 'model.layers.0.mlp.weight' is 0 for all models"),
+        ({"merge_method": "linear"}, "the weights of 'model.layers.0.mlp.weight' sum to 0; they cannot be normalised"),
+    ],
+)
+def test_weights_that_are_0_for_one_tensor_are_refused_before_any_work(
+    tmp_path: Path, options: Any, message: str
+) -> None:
+    plan, weight = pair(tmp_path, **options), [{"filter": "layers.0", "value": 0.0}, {"value": 1.0}]
+    fishers = [None if options.get("merge_method") == "linear" else model.fisher for model in plan.models]
+    models = tuple(PlannedModel(m.model, weight, fisher=f) for m, f in zip(plan.models, fishers, strict=True))
+    with pytest.raises(BecameError, match=message):
+        preview(plan.replaced(models=models))
+    refused(plan.replaced(models=models), tmp_path / "out", message)
 
 
 @pytest.mark.parametrize(

@@ -53,6 +53,13 @@ def test_integers_that_differ_are_refused_by_name(tmp_path: Path) -> None:
     assert_array_equal(merged(tmp_path / "out")["ids"], np.arange(5))
 
 
+def test_a_model_whose_configuration_says_that_it_is_quantised_is_refused(tmp_path: Path) -> None:
+    place = folder_of(tmp_path / "A", arrays(0), config={"quantization_config": {"bits": 4}})
+    refused(linear(place, place), tmp_path / "out", r"A is quantised \(quantization_config\)")
+    (place / "config.json").write_text('{"quantization_config": null}', encoding="utf-8")
+    merge_checkpoints(linear(place, place), tmp_path / "out")
+
+
 def test_a_quantised_model_is_refused(tmp_path: Path) -> None:
     values = {"w": np.ones(4, ml_dtypes.float8_e4m3fn), "w_scale": np.ones((), np.float32)}
     file = tmp_path / "A.safetensors"

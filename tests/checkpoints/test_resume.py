@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from adapters.checkpoints import merge_checkpoints, passes
+from adapters.checkpoints import merge_checkpoints, passes, preview
 from adapters.checkpoints.tensors import SLAB
 from became_core import BecameError
 from tests.checkpoints.killed import plan_in
@@ -134,6 +134,9 @@ def test_what_is_done_is_not_done_again(folder: Path, tmp_path: Path, monkeypatc
     assert contents(tmp_path / "out") == contents(folder / "whole")
     whole = json.loads((folder / "whole" / "became_merge.json").read_text(encoding="utf-8"))
     assert {label: entry["digest"] for label, entry in whole["inputs"].items()} == report.digests
+    assert report.bytes_read == preview(plan_in(folder)).bytes_to_read
+    card = (folder / "whole" / "README.md").read_text(encoding="utf-8")
+    assert (tmp_path / "out" / "README.md").read_text(encoding="utf-8") == card
 
 
 def test_a_torn_journal_is_read_up_to_the_tear(folder: Path, tmp_path: Path) -> None:
