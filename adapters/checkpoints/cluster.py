@@ -28,7 +28,7 @@ from adapters.checkpoints.write import (
     OutputFolder,
     file_states,
     identity,
-    layout_of,
+    layout_of_models,
 )
 from adapters.runs.cluster import (
     CONNECT,
@@ -239,7 +239,7 @@ def _open(order: Order) -> _Opened:
         ahead = job.ahead(order.memory, worker.state.nthreads)
     except BecameError as error:  # the command could
         raise SuspendedError(f"the worker {worker.address} cannot take part: {error}") from None
-    layout = layout_of(job.alignment.leaves, job.plan.shard_size)
+    layout = layout_of_models(job)
     folder = OutputFolder(order.out, layout)
     if not folder.is_of(order.merge):
         raise SuspendedError(f"the worker {worker.address} does not see {folder.folder}; {share}.")

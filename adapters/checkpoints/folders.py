@@ -133,8 +133,10 @@ def _folder(folder: Path) -> Checkpoint:
     config = read_json(_inside(folder, "config.json")) if (folder / "config.json").exists() else {}
     files, index, kind = _weight_files(folder)
     tensors: dict[str, StoredTensor] = {}
+    metadata: dict[str, str] = {}
     for name in files:
-        part = _file(_inside(folder, name))[0]
+        part, _, words = _file(_inside(folder, name))
+        metadata = words | metadata
         for double in part.keys() & tensors.keys():
             raise BecameError(f"{part[double]} is in {tensors[double].file} too; the folder is damaged.")
         tensors |= part
@@ -142,7 +144,9 @@ def _folder(folder: Path) -> Checkpoint:
         _check_index(folder, index, tensors)
     kind = f"Hugging Face model, {kind}" if config else kind
     ordered = not files[0].endswith(".safetensors")
-    return _without_shared(Checkpoint(folder, kind, tensors, config=config, ordered=ordered, **_beside(folder, files)))
+    return _without_shared(
+        Checkpoint(folder, kind, tensors, config=config, metadata=metadata, ordered=ordered, **_beside(folder, files))
+    )
 
 
 def _adapter_folder(folder: Path) -> Checkpoint:

@@ -28,7 +28,7 @@ from adapters.checkpoints.plan import MergePlan
 from adapters.checkpoints.resources import held_already
 from adapters.checkpoints.rule import Solution
 from adapters.checkpoints.tensors import StoredTensor
-from adapters.checkpoints.write import Layout, OutputFolder, identity, layout_of
+from adapters.checkpoints.write import Layout, OutputFolder, identity, layout_of, layout_of_models
 from adapters.runs.files import check_free
 from became_core import BecameError
 from became_core.laplace import is_statistic
@@ -224,7 +224,7 @@ def _executor(
 def _layout(job: Job) -> tuple[Layout, dict[str, int]]:
     """Return where the merged tensors will lie; and of LoRA adapters the ranks of the merged modules."""
     if not job.adapters:
-        return layout_of(job.alignment.leaves, job.plan.shard_size), {}
+        return layout_of_models(job), {}
     leaves, ranks = [], {}
     for leaf in job.alignment.leaves:
         module = leaf.name.removesuffix(".weight")

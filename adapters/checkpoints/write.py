@@ -26,7 +26,6 @@ from adapters.runs.lock import locked
 from became_core import BecameError
 
 __all__ = [
-    "INDEX",
     "FileState",
     "Journal",
     "Layout",
@@ -34,9 +33,11 @@ __all__ = [
     "file_states",
     "identity",
     "layout_of",
+    "layout_of_models",
 ]
 
-INDEX = "model.safetensors.index.json"
+# What the names of the weights of a part of a pipeline of diffusers begin with.
+DIFFUSERS = "diffusion_pytorch_model"
 # A journal is forced to the disk, with what it speaks of, after this many seconds.
 SYNC_SECONDS = 5.0
 
@@ -54,6 +55,7 @@ class Layout:
         headers: what each file begins with.
         places: the file of each leaf, and the byte at which it begins.
         sizes: of the files.
+        index_file: the name of the index of the files, if there are several.
     """
 
     leaves: Sequence[Leaf]
@@ -61,6 +63,7 @@ class Layout:
     headers: Mapping[str, bytes]
     places: Mapping[str, tuple[str, int]]
     sizes: Mapping[str, int]
+    index_file: str
 
     @property
     def nbytes(self) -> int:
@@ -76,7 +79,7 @@ class Layout:
         return json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2).encode() + b"\n"
 
 
-def layout_of(leaves: Sequence[Leaf], shard_size: int | None, name: str = "model") -> Layout:
+def layout_of(leaves: Sequence[Leaf], shard_size: int | None, name: str = "model", framework: str = "pt") -> Layout:
     """Return the layout of a merged model: leaves in their order, in files of at most so many bytes.
 
     A leaf that is larger than a file has one of its own.
@@ -85,6 +88,7 @@ def layout_of(leaves: Sequence[Leaf], shard_size: int | None, name: str = "model
         leaves: all of them.
         shard_size: the most bytes of a file; None for one file.
         name: what the files' names begin with.
+        framework: whose layout weights have, as the files' metadata says it to the libraries that load them.
     """
     shards: list[list[Leaf]] = [[]]
     used = 0
@@ -107,11 +111,26 @@ def layout_of(leaves: Sequence[Leaf], shard_size: int | None, name: str = "model
     places: dict[str, tuple[str, int]] = {}
     for file, shard in files.items():
         entries = [(leaf.name, leaf.dtype, leaf.shape) for leaf in shard]
-        headers[file], offsets = safetensors_header(entries, {"format": "pt"})
+        headers[file], offsets = safetensors_header(entries, {"format": framework})
         places |= {leaf: (file, offset) for leaf, offset in offsets.items()}
         content = sum(leaf.size * DTYPES[leaf.dtype].itemsize for leaf in shard)
         sizes[file] = len(headers[file]) + content
-    return Layout([leaf for shard in files.values() for leaf in shard], files, headers, places, sizes)
+    return Layout(
+        [leaf for shard in files.values() for leaf in shard],
+        files,
+        headers,
+        places,
+        sizes,
+        f"{name}.safetensors.index.json",
+    )
+
+
+def layout_of_models(job: Job) -> Layout:
+    """Return the layout of a merge of whole models, whose files are named as the base's library looks for them."""
+    base = next(iter(job.inputs.values()))
+    is_of_diffusers = base.path.is_dir() and all(file.name.startswith(DIFFUSERS) for file in base.files)
+    name = DIFFUSERS if is_of_diffusers else "model"
+    return layout_of(job.alignment.leaves, job.plan.shard_size, name, base.metadata.get("format", "pt"))
 
 
 def file_states(job: Job) -> Iterator[FileState]:
@@ -274,7 +293,7 @@ class OutputFolder:
             copies: files to copy by their names in the folder, unless they are among the others.
         """
         index = self.layout.index()
-        contents = dict(others) | ({INDEX: index} if index is not None else {})
+        contents = dict(others) | ({self.layout.index_file: index} if index is not None else {})
         for name, file in copies.items():
             if name not in contents:
                 (self.folder / name).parent.mkdir(parents=True, exist_ok=True)

@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -60,3 +61,31 @@ def test_a_folder_that_cannot_be_listed_is_refused(tmp_path: Path) -> None:  # p
     (folder / "one").mkdir(mode=0)
     with pytest.raises(BecameError, match="cannot read"):
         open_checkpoint(folder)
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_a_part_of_a_pipeline_of_diffusers_keeps_the_names_of_its_files(tmp_path: Path, shards: int) -> None:
+    folders = [folder_of(tmp_path / name, arrays(k), shards=shards) for k, name in enumerate("AB")]
+    stem = "diffusion_pytorch_model"
+    for file in [file for folder in folders for file in folder.iterdir()]:
+        if file.suffix == ".json":
+            file.write_text(file.read_text(encoding="utf-8").replace('"model-', f'"{stem}-'), encoding="utf-8")
+        file.rename(file.with_name(file.name.replace("model", stem, 1)))
+    report = merge_checkpoints(linear(*folders, shard_size=5 * 10**9 if shards == 1 else 400), tmp_path / "out")
+    assert all(name.startswith(stem) for name in report.files)
+    assert (tmp_path / "out" / f"{stem}.safetensors.index.json").exists() == (len(report.files) > 1) == (shards > 1)
+    assert open_checkpoint(tmp_path / "out").tensors.keys() == arrays(0).keys()
+
+
+@pytest.mark.parametrize(("words", "framework"), [(None, "pt"), ({"format": "flax", "x": "y"}, "flax")])
+@pytest.mark.parametrize("is_folder", [False, True])
+def test_the_merged_file_says_whose_layout_its_weights_have(
+    tmp_path: Path, words: Any, framework: str, is_folder: bool
+) -> None:
+    places = [tmp_path / name for name in "AB"]
+    for k, place in enumerate(places):
+        place.mkdir()
+        saved(place, "model", arrays(k), words)
+    models = [place if is_folder else place / "model.safetensors" for place in places]
+    merge_checkpoints(linear(*models), tmp_path / "out")
+    assert open_checkpoint(tmp_path / "out" / "model.safetensors").metadata == {"format": framework}
