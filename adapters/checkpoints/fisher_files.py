@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 
 from adapters.checkpoints.align import padded, tensor_or_tied
 from adapters.checkpoints.folders import Checkpoint, open_checkpoint
+from adapters.checkpoints.plan import path_of
 from adapters.checkpoints.tensors import StoredTensor, finite, ranges, safetensors_header, widened
 from adapters.runs.files import check_free
 from adapters.runs.lock import locked
@@ -276,13 +277,16 @@ def write_fisher(
             temporary.unlink(missing_ok=True)
 
 
-def add_fisher_files(paths: Sequence[Path], out: Path) -> None:
+def add_fisher_files(paths: Sequence[Path | str], out: Path | str) -> None:
     """Write the Fisher file of the union of disjoint data: sums add, means are weighted by their counts.
 
     Raises:
         BecameError: if the files are of different models, kinds or units, a mean has no count, or ``out`` exists.
     """
-    fishers = _addable(paths)
+    if not isinstance(paths, list | tuple):
+        raise BecameError(f"to add Fisher files, give a list of their paths, not one {type(paths).__name__}.")
+    out = path_of(out, "out")
+    fishers = _addable([path_of(path, "paths") for path in paths])
     first = fishers[0]
     names = {name: tensor.shape for name, tensor in first.checkpoint.tensors.items()}
     counts = [(fisher.counts or {}).get(COUNTS[first.per]) for fisher in fishers]

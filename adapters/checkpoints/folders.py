@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from adapters.checkpoints.companions import beside
 from adapters.checkpoints.npz import numpy_word, read_npz
+from adapters.checkpoints.plan import path_of
 from adapters.checkpoints.resources import allow_files
 from adapters.checkpoints.tensors import StoredTensor, parse_json, read_safetensors
 from adapters.runs.files import check_is_file, read_file
@@ -87,12 +88,13 @@ class Checkpoint:
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
 
-def open_checkpoint(path: Path) -> Checkpoint:
+def open_checkpoint(path: Path | str) -> Checkpoint:
     """Return what a file or a folder of a model holds; only headers are read.
 
     Raises:
         BecameError: if it is missing, of no known format, damaged, or leads out of its folder.
     """
+    path = path_of(path, "path")
     allow_files()
     try:
         if path.is_dir():
@@ -221,7 +223,7 @@ def _inside(folder: Path, name: str) -> Path:
     return file
 
 
-def _beside(folder: Path, own: Iterable[str]) -> dict[str, tuple[Any, ...]]:
+def _beside(folder: Path, own: Iterable[str]) -> dict[str, Any]:
     """Return what stands beside the weights of a model, as values of its ``Checkpoint``."""
     found = beside(folder, own)
     companions = tuple(_inside(folder, name) for name in found.belonging)

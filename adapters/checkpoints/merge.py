@@ -15,7 +15,9 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from numbers import Real
 from pathlib import Path
+from typing import Any
 
 from adapters.checkpoints.align import Leaf
 from adapters.checkpoints.card import texts_beside
@@ -24,7 +26,7 @@ from adapters.checkpoints.job import Job
 from adapters.checkpoints.lora import PREFIX, frozen_of
 from adapters.checkpoints.opening import open_job
 from adapters.checkpoints.passes import Passes, Progress
-from adapters.checkpoints.plan import MergePlan
+from adapters.checkpoints.plan import MergePlan, check_count, path_of
 from adapters.checkpoints.resources import held_already
 from adapters.checkpoints.rule import Solution
 from adapters.checkpoints.tensors import StoredTensor
@@ -141,7 +143,9 @@ def merge_checkpoints(
         report = merge_checkpoints(plan, "merged")
         print(report.alpha, report.gain)
     """
-    begin, out = time.monotonic(), Path(out)
+    _check_arguments(plan, memory, workers)
+    _check_helpers(scheduler, progress)
+    begin, out = time.monotonic(), path_of(out, "out")
     check_free(out)
     if workers is not None and scheduler is not None:
         raise BecameError("--workers are threads of this machine, and --scheduler has workers of its own; give one.")
@@ -184,6 +188,7 @@ def preview(plan: MergePlan, *, memory: int = MEMORY, workers: int | None = None
     Raises:
         BecameError: as ``merge_checkpoints`` does, for what can be known beforehand.
     """
+    _check_arguments(plan, memory, workers)
     job = open_job(plan)
     layout, _ = _layout(job)
     workers = workers or min(4, os.cpu_count() or 1)
@@ -206,6 +211,20 @@ def preview(plan: MergePlan, *, memory: int = MEMORY, workers: int | None = None
     notes = [*job.alignment.notes, *_notes(job)]
     held = held_already() + ahead * job.block_bytes + job.bytes_beside
     return MergePreview(to_read, layout.nbytes, held, seconds, 1 + job.rule.measures, notes)
+
+
+def _check_arguments(plan: Any, memory: Any, workers: Any) -> None:
+    if not isinstance(plan, MergePlan):
+        raise BecameError(f"the plan is of type {type(plan).__name__}; give a MergePlan, as read_plan returns one.")
+    if isinstance(memory, bool) or not isinstance(memory, Real):
+        raise BecameError(f"memory is of type {type(memory).__name__}; give a number of bytes.")
+    if workers is not None:
+        check_count(workers, "the number of workers")
+
+
+def _check_helpers(scheduler: Any, progress: Any) -> None:
+    if not (scheduler is None or isinstance(scheduler, str)) or not (progress is None or callable(progress)):
+        raise BecameError("scheduler is the address of a Dask scheduler as a text, and progress a function.")
 
 
 def _executor(

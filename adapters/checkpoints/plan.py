@@ -16,6 +16,8 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from adapters.checkpoints.tensors import FLOATS
 from became_core import BecameError
 
@@ -24,6 +26,7 @@ __all__ = [
     "MergePlan",
     "PlannedModel",
     "Setting",
+    "check_count",
     "check_method",
     "check_words",
     "float_word",
@@ -142,7 +145,7 @@ class PlannedModel:
         object.__setattr__(self, "weight", Setting.of(self.weight, f"the weight of {self.model}"))
         for name in ("model", "fisher", "gradient", "mean", "gram"):
             value = getattr(self, name)
-            if value is not None:
+            if value is not None or name == "model":
                 object.__setattr__(self, name, path_of(value, name))
 
 
@@ -185,7 +188,9 @@ class MergePlan:
 
     def __post_init__(self) -> None:
         """Bring the values into their types, and check what needs no file."""
-        listed: tuple[Any, ...] = self.models  # paths alone, too
+        listed: Any = self.models  # paths alone, too
+        if not isinstance(listed, list | tuple):
+            raise BecameError(f"models is {_shown(listed)}; give a tuple of them, each a PlannedModel or a path.")
         models = tuple(model if isinstance(model, PlannedModel) else PlannedModel(model) for model in listed)
         object.__setattr__(self, "models", models)
         object.__setattr__(self, "t", Setting.of(self.t, "t"))
@@ -198,10 +203,12 @@ class MergePlan:
             raise BecameError(f"the plan has {len(models)} models; give at least two, or one beside a base_model.")
         if self.per not in PERS:
             raise BecameError(f"there is no coefficient per '{self.per}'; choose from {', '.join(PERS)}.")
-        if self.rank is not None and self.rank < 1:
-            raise BecameError(f"the rank is {self.rank}; give at least 1.")
-        if self.shard_size < 1:
-            raise BecameError(f"the shard size is {self.shard_size} bytes; give at least 1.")
+        for name in ("normalize", "pad_vocabulary"):
+            if not isinstance(getattr(self, name), bool):
+                raise BecameError(f"{name} is {_shown(getattr(self, name))}; give True or False.")
+        if self.rank is not None:
+            check_count(self.rank, "the rank")
+        check_count(self.shard_size, "the shard size in bytes")
 
     def as_words(self) -> dict[str, Any]:
         """Return the plan in the words of a plan file, without what is as usual."""
@@ -250,6 +257,12 @@ def check_method(name: str) -> None:
     """Refuse a method that is not known."""
     if name not in METHODS:
         raise BecameError(f"the merge_method '{text_of(name)}' is not known; known are {', '.join(METHODS)}.")
+
+
+def check_count(value: Any, what: str) -> None:
+    """Refuse what is no whole number of at least 1; raises a BecameError."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
+        raise BecameError(f"{what} is {_shown(value)}; give a whole number of at least 1.")
 
 
 def float_word(name: Any, what: str) -> str:
@@ -323,6 +336,10 @@ def path_of(value: Any, name: str) -> Path:
 def text_of(value: Any) -> str:
     """A value of a plan, fit for one line."""
     return str(value)[:60] if isinstance(value, str | int | float | bool) else type(value).__name__
+
+
+def _shown(value: Any) -> str:
+    return f"'{text_of(value)}'" if isinstance(value, str) else text_of(value)
 
 
 def _words_of(model: PlannedModel) -> dict[str, Any]:

@@ -32,13 +32,13 @@ USED_BY = {"normalize": ("linear",), "t": ("slerp",), "lambda": ("task_arithmeti
 IN_PARAMETERS = {"normalize", "t", "lambda", "weight", "per"}
 
 
-def read_plan(file: Path) -> MergePlan:
+def read_plan(file: Path | str) -> MergePlan:
     """Return the plan of a YAML file.
 
     Raises:
         BecameError: if it cannot be read, is no plan, or has a word that is not known; the message names the word.
     """
-    return plan_of(_yaml(file), str(file))
+    return plan_of(_yaml(path_of(file, "file")), str(file))
 
 
 def plan_of(words: Any, where: str) -> MergePlan:

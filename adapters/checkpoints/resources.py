@@ -1,5 +1,6 @@
 """What a merge may use of the machine: threads that work beside each other, memory, and open files."""
 
+import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -7,10 +8,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
-try:
+if sys.platform != "win32":
     import resource
-except ModuleNotFoundError:  # pragma: no cover # Windows, which has no such limit
-    resource = None  # type: ignore[assignment]
 
 __all__ = ["TOO_MANY_FILES", "allow_files", "held_already", "in_order", "resident"]
 
@@ -71,7 +70,7 @@ def resident() -> int:
 
 def allow_files() -> None:
     """Let this process open as many files as it may allow itself: a model of many shards has them all open."""
-    if resource is None:  # pragma: no cover # Windows
+    if sys.platform == "win32":  # where there is no such limit
         return
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     most = UNLIMITED if hard == resource.RLIM_INFINITY else hard

@@ -140,7 +140,12 @@ def test_leading_axes_of_one_entry_do_not_have_all_of_a_tensor_read(
     assert tensor.shape == (1, 1, 4, 3)
     assert_array_equal(tensor.whole(), values.numpy().T[None, None])
     sizes, reshape = list[int](), torch.Tensor.reshape
-    monkeypatch.setattr(torch.Tensor, "reshape", lambda own, *to: sizes.append(own.numel()) or reshape(own, *to))
+
+    def counted(own: Any, *shape: int) -> Any:
+        sizes.append(own.numel())
+        return reshape(own, *shape)
+
+    monkeypatch.setattr(torch.Tensor, "reshape", counted)
     assert_array_equal(tensor.slab(4, 6), [5.0, 9.0])
     assert_array_equal(tensor.slab(5, 7), [9.0, 2.0])
     assert sizes == [3, 6]

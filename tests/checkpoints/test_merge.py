@@ -230,9 +230,8 @@ def test_a_variance_is_averaged_where_weights_leave_the_models_behind(tmp_path: 
     fishers = [saved(tmp_path, f"F{k}", {other: np.eye(2)[k]}) for k in range(2)] if rule == "became" else [None, None]
     weights = {"task_arithmetic": (1.0, 3.0), "linear": (-1.0, 0.5)}.get(rule, (1.0, 1.0))
     models = tuple(PlannedModel(files["AB"[k]], weights[k], fisher=fishers[k]) for k in range(2))
-    options: dict[str, Any] = {"linear": {"normalize": False}, "slerp": {"t": 1.5}}.get(
-        rule, {"base_model": files["base"]}
-    )
+    by_rule: dict[str, Any] = {"linear": {"normalize": False}, "slerp": {"t": 1.5}}
+    options = by_rule.get(rule, {"base_model": files["base"]})
     merge_checkpoints(MergePlan(models, rule, **options), tmp_path / "out")
     # By hand: shares below 0 count as 0, and the others are divided by their sum.
     expected = {"task_arithmetic": (1 + 3 * 3) / 4, "linear": 3.0, "slerp": 3.0, "became": 2.0}[rule]

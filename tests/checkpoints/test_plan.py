@@ -6,7 +6,15 @@ from typing import Any
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
-from adapters.checkpoints import MergePlan, PlannedModel, merge_checkpoints, preview, read_plan
+from adapters.checkpoints import (
+    MergePlan,
+    PlannedModel,
+    add_fisher_files,
+    merge_checkpoints,
+    open_checkpoint,
+    preview,
+    read_plan,
+)
 from adapters.checkpoints.card import yaml_lines
 from adapters.checkpoints.plan import METHODS
 from adapters.checkpoints.rules import RULES
@@ -230,3 +238,58 @@ def test_paths_are_those_of_the_working_directory(tmp_path: Path, monkeypatch: p
 
 def test_the_methods_of_plans_are_the_rules() -> None:
     assert set(METHODS) == set(RULES)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"models": "AB"}, "^models is 'AB'; give a tuple of them, each a PlannedModel or a path"),
+        ({"models": None}, "^models is NoneType; give a tuple"),
+        ({"models": ("A", None)}, "'model' is the path of a file or a folder, not 'NoneType'"),
+        ({"normalize": "no"}, "^normalize is 'no'; give True or False"),
+        ({"pad_vocabulary": 1}, "^pad_vocabulary is 1; give True or False"),
+        ({"rank": 2.5}, "^the rank is 2.5; give a whole number of at least 1"),
+        ({"rank": True}, "^the rank is True; give a whole number"),
+        ({"shard_size": "5GB"}, "^the shard size in bytes is '5GB'; give a whole number"),
+    ],
+)
+def test_a_plan_with_a_value_of_another_type_is_refused_in_a_sentence(options: Any, message: str) -> None:
+    with pytest.raises(BecameError, match=message):
+        MergePlan(**{"models": ("A", "B"), **options})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"plan": "plan.yaml"}, "^the plan is of type str; give a MergePlan, as read_plan returns one"),
+        ({"memory": "1GB"}, "^memory is of type str; give a number of bytes"),
+        ({"memory": None}, "^memory is of type NoneType"),
+        ({"workers": 0}, "^the number of workers is 0; give a whole number of at least 1"),
+        ({"workers": "2"}, "^the number of workers is '2'"),
+        ({"scheduler": 3}, "^scheduler is the address of a Dask scheduler as a text"),
+        ({"progress": 3}, "and progress a function"),
+        ({"out": None}, "^'out' is the path of a file or a folder"),
+    ],
+)
+def test_an_argument_of_another_type_is_refused_in_a_sentence(tmp_path: Path, arguments: Any, message: str) -> None:
+    given = {"plan": pair(tmp_path), "out": tmp_path / "out", **arguments}
+    with pytest.raises(BecameError, match=message):
+        merge_checkpoints(**given)
+    if not {"scheduler", "progress", "out"} & arguments.keys():
+        del given["out"]
+        with pytest.raises(BecameError, match=message):
+            preview(**given)
+
+
+def test_a_path_may_be_a_text(tmp_path: Path) -> None:
+    (tmp_path / "plan.yaml").write_text(MERGEKIT, encoding="utf-8")
+    assert read_plan(str(tmp_path / "plan.yaml")).merge_method == "linear"
+    words = {"became.fisher": "1", "kind": "empirical", "unit": "sum", "per": "sample", "samples": "4"}
+    parts = [str(saved(tmp_path, name, arrays(k, positive=True), words)) for k, name in enumerate("XY")]
+    assert open_checkpoint(parts[0]).tensors.keys() == arrays(0).keys()
+    add_fisher_files(parts, str(tmp_path / "sum.safetensors"))
+    with pytest.raises(BecameError, match="give a list of their paths, not one str"):
+        add_fisher_files(parts[0], tmp_path / "other.safetensors")
+    for function in (open_checkpoint, read_plan):
+        with pytest.raises(BecameError, match="is the path of a file or a folder, not '3'"):
+            function(3)  # type: ignore[arg-type]
