@@ -19,6 +19,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from math import prod
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, Literal
 
@@ -108,7 +109,9 @@ def fisher_from_data(
     # square over its labels is the sum of those over each token's.
     apart = request.per == "token" or request.kind == "true"
     likelihood = Categorical(squares="token" if apart else "sample")
-    data = DataLoss(network, likelihood, Reader(), checks=False, shows=False, fisher=request.kind)
+    # Errors of the network are told of samples by their numbers, below.
+    reader: Reader[Any] = Reader(apply=lambda network, batch: network(batch[0]), targets=itemgetter(1))
+    data = DataLoss(network, likelihood, reader, checks=False, shows=False, fisher=request.kind)
     with in_evaluation(network):
         logits = _logits_of_first(lambda one: data.run(one)[0], samples)
         _check_labels(logits, samples, str(model))
@@ -146,8 +149,8 @@ def fisher_from_data(
     twice = next((name for name in sums if any(name + suffix in sums for suffix in FACTORS)), None)
     if twice is not None:
         raise BecameError(
-            f"'{twice}' is used in other ways by some of the samples, so that it has no Kronecker factors of them all; "
-            "leave --factors kronecker out."
+            f"some samples use '{twice}' in another way than others, so it has no Kronecker factors that hold for all "
+            "samples; leave --factors kronecker out."
         )
     write_fisher(
         out,

@@ -1,9 +1,9 @@
 """What a command shows: text for people or lines of JSON for programs on standard output, the log on standard error.
 
-Convention: a line of JSON is an object with ``event``; those of a run have ``run``, its name, and are the run's events
-as its ``events.jsonl`` has them, and then ``result``, what its ``results.json`` has. Of a merge and the like there is
-one line, with what came of it, and after it one of the traced path, if that was asked for. Nothing else is on standard
-output then. On a terminal a run shows a live bar, elsewhere a plain line for each epoch.
+Convention: a line of JSON is an object with ``event``. Those of a run also have ``run``, the run's name. They are the
+events that ``events.jsonl`` has, and at the end ``result``, which is what ``results.json`` has. A command such as a
+merge writes one line with its result, and one with the traced path, if that was asked for. Then nothing else is on
+standard output. On a terminal a run shows a live bar, elsewhere a plain line for each epoch.
 """
 
 import logging

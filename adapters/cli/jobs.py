@@ -149,10 +149,12 @@ class Job:
         return find_segments(self.learner(stream), stream, configuration.training(), watch, self.run.seed)
 
     def check_values(self, stream: TaskStream) -> None:
-        """Raise a BecameError if there is no such device, the network cannot be built, or the stream not be watched.
+        """Build what the run would need, without training.
 
-        So it does if a pattern of what is frozen or adapted matches nothing of the network, or a rank that is asked for
-        is above that of every weight.
+        Raises:
+            BecameError: if there is no such device, the network cannot be built, the stream cannot be watched for
+                changes, a pattern of what is frozen or adapted matches nothing of the network, or the rank of adapters
+                is above that of every weight.
         """
         self.backend.use_threads(self.threads(stream))
         learner, training, watch = self.learner(stream), self.configuration.training(), self.configuration.watch()
@@ -219,8 +221,8 @@ def requested_jobs(request: Request, load: Callable[[], Backend]) -> list[Job]:
         recorded = {**vars(configuration), **configuration.settings}
         del recorded["settings"]
         if request.workers is not None or "OMP_NUM_THREADS" in os.environ:
-            del recorded["threads"]  # those with which it happened to run, and others are asked for
-        if configuration.first == configuration.tasks:  # all of them, and so it is with another number of tasks
+            del recorded["threads"]  # the recorded number was that of the other run's machine
+        if configuration.first == configuration.tasks:  # it learned all tasks, however many
             del recorded["first"]
         values = {**recorded, **values}
         preset = record.preset

@@ -59,7 +59,7 @@ class Adaptation:
             raise BecameError(f"the scale of low-rank adapters is {self.scale}; it must be above 0 and finite.")
 
     def with_own_rank(self, projector: Projector | None) -> "Adaptation":
-        """Return it with the rank of a projector that trains in adapters; as it is if it has a rank, or there is none.
+        """Return the adaptation with the rank of a projector that trains in adapters, unless it has a rank already.
 
         Args:
             projector: that of the method; None if it has none.

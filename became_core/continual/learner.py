@@ -148,10 +148,11 @@ class Learner(ABC):
     def logits(self, indices: Indices, batch_size: int, heads: slice = slice(None)) -> Array:
         """Return the logits of all heads, or of some, [samples, heads, classes], batch by batch and without dropout.
 
-        There is a head for each task, or one if they share it. Of text they are [samples, heads, length, classes].
+        There is a head for each task, or one if the tasks share it. The logits of text are [samples, heads, length,
+        classes].
 
         ``became_core.continual.data.chunks`` says which samples come together. A task with fewer classes than others
-        has -inf for those that it has not.
+        has -inf for the classes that it lacks.
 
         Args:
             indices: the rows of the data set.
@@ -259,7 +260,7 @@ def seen_through(learner: Learner, view: View | None) -> Iterator[None]:
 def taps_of_shared_weights(region: Region | None, batches: Iterable[Taps]) -> Iterator[Taps]:
     """Yield the taps of a region's shared weights, given those of its effective weights.
 
-    Taps that share the array of their inputs, as the sets of one batch do, share that of what becomes of it, too.
+    The sets of taps of one batch share the array of their inputs; they then share the array that it is turned into.
     """
     latest: dict[str, tuple[Array, Array]] = {}
     for taps in batches:

@@ -102,9 +102,10 @@ class _Tempered(_WithDecay):
     """A method whose merge weighs two stages by curvature.
 
     Attributes:
-        temper: what held-out samples say of the sharpness of a task's loss: nothing; by what factor its curvature along
-            its own path, or its rise there, is another than on training samples, by which its curvature is multiplied
-            in the posterior; or the softmax temperature with which its loss is measured.
+        temper: how held-out samples correct the curvature that a task has in the posterior. none: not at all.
+            curvature: it is multiplied by the curvature of held-out samples along the path of the merge, divided by
+            that of training samples. rise: likewise, with the rise of the loss along the path in place of curvature.
+            calibrated: losses are measured with the softmax temperature that fits the held-out samples best.
     """
 
     temper: Tempering = setting("none")
@@ -115,12 +116,13 @@ class _ByCurvature(_Tempered):
     """A method whose merge weighs two stages by curvature of a chosen form.
 
     Attributes:
-        fisher: whose labels the Fisher information is of: those given; all, weighted by what the network predicts,
-            which takes as many passes as there are labels; or one that is drawn from what it predicts.
-        precision: the curvatures that the merge is computed from: both sides' diagonals, both sides' Kronecker factors,
-            or the new task's exact curvature along the path and the old tasks' diagonal. That is calibrated at each
-            merge, along the path of the task that is merged (exact), or once for each task when it is remembered, along
-            the path of the task before (across, which is for long training).
+        fisher: the labels that the Fisher information is computed with. empirical: those given. true: all labels, each
+            weighted by its predicted probability, which takes a backward pass for each label. sampled: one label for
+            each sample, drawn from the predicted probabilities.
+        precision: the curvatures that the merge is computed from. diagonal and kronecker: those of both sides, in this
+            form. exact and across: the exact curvature of the new task along the path, and the diagonal of the old
+            tasks, multiplied by what a diagonal misses. exact measures this factor at each merge, of the new task.
+            across measures it once for each old task, when it is remembered, and is meant for long training.
     """
 
     fisher: FisherTargets = setting("empirical")
@@ -153,9 +155,10 @@ class BecameRecipe(_ByCurvature):
     """Gradient projection, then free training, merged at alpha* of the full formula (BECAME 2025).
 
     Attributes:
-        per: which parameters share a merging coefficient: those of the whole model, of a layer, or of a leaf; or every
-            weight has its own, by the diagonals of both sides.
-        shrinkage: of a coefficient per weight: the share of the way back to the merge of the whole model, in [0, 1].
+        per: which parameters share a merging coefficient. model: all. layer and leaf: those of a layer, or of one
+            array. weight: none; each weight has a coefficient of its own, computed from the diagonals of both sides.
+        shrinkage: with a coefficient for each weight, how far the result is moved back towards the merge with one
+            coefficient for the whole model: 0 for not at all, 1 for all the way.
     """
 
     per: PerWeight = setting("model")

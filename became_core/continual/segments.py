@@ -9,11 +9,11 @@ where the change began.
 The watcher soon forgets. A second set of its weights, the keeper, takes a step on a batch of an earlier segment's
 reservoir after each of its own, so that it keeps knowing what came before. A segment is known if the keeper's loss on
 its first batches is that on batches of an earlier segment that it was not trained on; then it is not learned again.
-``learn`` gets the others as tasks. It trains on their batches, and computes curvature, merges and the projector's
-memory from their reservoirs alone.
+``learn`` gets the other segments as tasks. It trains on their batches, and computes curvature, merges and the
+projector's memory from their reservoirs alone.
 
-Convention: places in the stream are numbers of batches, from 0. Test and validation rows do not arrive; of each task, a
-segment is tested on as large a share as it has of the task's training rows. That is for the scores alone.
+Convention: places in the stream are numbers of batches, from 0. Test and validation rows do not arrive. A segment that
+has a share of a task's training rows is tested on the same share of the task's test rows; only the scores use them.
 """
 
 import math
@@ -222,7 +222,10 @@ class _Watcher:
         theta = self.learner.parameters()
         self.optimiser: Optimiser = self.training.optimiser.initial({n: theta[n] for n in sorted(self.trainable)})
         self.keeper: tuple[Params, Optimiser] | None = None
-        self.left, self.arrival = -1, math.inf  # of the last learned segment its number, of the present one its loss
+        self.left, self.arrival = (
+            -1,
+            math.inf,
+        )  # the last learned segment, and the present one's loss
         self.detector, self.reservoir = self.watch.detector, Reservoir(self.capacity, self.seed)
         self.present = Segment(0, 0)
 

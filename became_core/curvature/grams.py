@@ -132,7 +132,7 @@ class GramSums:
         return waiting | {name: (tuple(map(int, gram.shape)), gram.dtype) for name, gram in self._sums.items()}
 
     def agree(self, layouts: Sequence[Mapping[str, Layout]], parameters: Params) -> None:
-        """Have sums of the same weights as all other processes, whose batches may use others: of those, zeros.
+        """Have sums of the same weights in all processes; a weight that no batch of this process used has zeros.
 
         Args:
             layouts: what ``layouts`` returned in each process.

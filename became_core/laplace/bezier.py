@@ -86,7 +86,7 @@ class BezierPath:
 def bezier_path(theta_gp: Tree, theta_hat: Tree, fisher_old: Tree, fisher_new: Tree) -> BezierPath:
     """Return the curve that passes at t = 1/2 through the minimum of the Laplace cumulative loss.
 
-    It does not bend in weights that neither curvature knows of.
+    It is straight in weights whose curvature is zero on both sides.
 
     Args:
         theta_gp: the stable weights, an array or a tree of arrays.

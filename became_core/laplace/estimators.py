@@ -157,7 +157,7 @@ class Secant:
     fall is left out, which keeps the stable model.
 
     Attributes:
-        calibrates: whether kappa is measured here. If not, the old side counts as it is given: its curvature is exact,
+        calibrates: whether kappa is measured here. If not, the old side is used as it is given: its curvature is exact,
             or was calibrated when it was measured.
     """
 

@@ -62,7 +62,7 @@ __all__ = [
 TrueLoss = Callable[[Params], Any]
 
 PerWeight = Literal[Per, "weight"]
-"""What shares one coefficient of a rule: as ``Per`` has it, or nothing, so that every weight has its own."""
+"""Which weights share one coefficient of a rule: those that ``Per`` says; with "weight", each has its own."""
 
 
 class Merged(NamedTuple):
@@ -211,12 +211,12 @@ class Became(MergeRule):
 
     Attributes:
         precision: how the losses' curvatures are estimated; ``estimators`` has several.
-        per: "model" for one coefficient, "layer" or "leaf" for one each (of two models), "weight" for one for each
-            weight, by the losses' diagonals alone: the mode of their product, as ``ModeIMM`` has it.
+        per: "model" for one coefficient; "layer" or "leaf" for one for each, of two models; "weight" for one for each
+            weight. The last is computed from the losses' diagonals alone, as ``ModeIMM`` does it.
         reduce: how numbers are summed over all processes or devices, if the models are one's own parts of models, as
             within ``jax.shard_map``. PyTorch's ``DTensor`` needs none.
-        shrinkage: of "weight": the share of the way from there to the merge per model, in [0, 1]. A diagonal overstates
-            what it knows of single weights; the merge per model looks at their common way.
+        shrinkage: with "weight", how far the result is moved towards the merge per model: 0 for not at all, 1 for all
+            the way. A diagonal says too much of single weights; the merge per model uses what is known of all together.
 
     Raises:
         BecameError: if the shrinkage is not in [0, 1].

@@ -83,7 +83,7 @@ class GPCNS(ImportanceProjector):
 def _leading(symmetric: Array, share: float, like: Array) -> tuple[Array, Array]:
     """Return the leading left singular vectors [d, k] and singular values [k] of a matrix A.
 
-    They are as many as have singular values that sum to at most a share of the sum of all.
+    k is the largest number whose singular values together are at most a share of the sum of all singular values.
 
     Args:
         symmetric: A A^T, [d, d].
