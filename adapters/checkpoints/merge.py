@@ -182,15 +182,28 @@ def merge_checkpoints(
     return report
 
 
-def preview(plan: MergePlan, *, memory: int = MEMORY, workers: int | None = None) -> MergePreview:
+def preview(
+    plan: MergePlan, out: Path | str | None = None, *, memory: int = MEMORY, workers: int | None = None
+) -> MergePreview:
     """Return what a merge would do; nothing is written, and a few slabs or one leaf with factors are read.
+
+    Args:
+        plan: what would be merged, and how.
+        out: the folder that would be written, if it is to be checked that it does not exist and that there is room.
+        memory: as in ``merge_checkpoints``, like the next one.
+        workers: how many threads.
 
     Raises:
         BecameError: as ``merge_checkpoints`` does, for what can be known beforehand.
     """
     _check_arguments(plan, memory, workers)
+    folder = None if out is None else path_of(out, "out")
+    if folder is not None:
+        check_free(folder)
     job = open_job(plan)
     layout, _ = _layout(job)
+    if folder is not None:
+        OutputFolder(folder, layout).check_room()
     workers = workers or min(4, os.cpu_count() or 1)
     ahead = job.ahead(memory, workers)
     models = sum(checkpoint.nbytes for checkpoint in job.stored)

@@ -221,7 +221,7 @@ class OutputFolder:
             journal = Journal(self.folder / "journal.jsonl", merge)
             if not journal.goes_on:
                 shutil.rmtree(self.folder, ignore_errors=True)
-            self._check_room()
+            self.check_room()
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 journal.begin()
@@ -306,7 +306,8 @@ class OutputFolder:
         check_free(self.out)
         self.folder.rename(self.out)
 
-    def _check_room(self) -> None:
+    def check_room(self) -> None:
+        """Refuse a disk that has no room for the files; raises a BecameError."""
         parent = next(folder for folder in self.out.absolute().parents if folder.exists())
         there = [self.folder / name for name in self.layout.files]
         taken = sum(file.stat().st_blocks * 512 for file in there if file.exists())

@@ -247,7 +247,6 @@ class Merge:
     def _merge(self, display: Display) -> None:
         from adapters.checkpoints.merge import merge_checkpoints, preview
         from adapters.checkpoints.trace import check_traceable, is_merged, trace_merge
-        from adapters.runs.files import check_free
 
         plan, out = self._plan()
         memory = size_of(self.memory, "--memory")
@@ -256,10 +255,8 @@ class Merge:
         if self.trace is not None:
             check_traceable(plan, self.trace)
         has_merge = self.trace is not None and is_merged(plan, out)
-        if not has_merge:
-            check_free(out)
         if self.dry_run:
-            found = preview(plan, memory=memory, workers=self.workers)
+            found = preview(plan, None if has_merge else out, memory=memory, workers=self.workers)
             display.outcome("preview", _preview_lines(plan, found), plan=plan.as_words(), **asdict(found))
             return
         command = shlex.join(["became", *sys.argv[1:]])

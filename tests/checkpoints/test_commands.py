@@ -5,6 +5,7 @@ import json
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -138,6 +139,16 @@ def test_a_dry_run_refuses_what_the_merge_refuses(
     for dry in ([], ["--dry-run"]):
         assert main([*command, *dry]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_a_dry_run_refuses_a_disk_without_room(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pair(tmp_path)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=100))
+    command = words("merge", *files(tmp_path)[:2], "--rule", "linear", "--out", tmp_path / "out", "--dry-run")
+    assert main(command) == 2
+    assert re.search(r"out needs .* and .* has 100 bytes free", capsys.readouterr().err)
 
 
 def test_a_trace_finds_the_best_of_a_grid_and_the_regret(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
