@@ -169,9 +169,7 @@ def write_paths(outs: Sequence[Path], into: Path | None = None) -> tuple[list[Ta
     tables: list[Table] = []
     written: list[Path] = []
     for out, run in traced:
-        tables += [path_table(run), estimator_table(run), regret_table(run, "accuracy"), regret_table(run, "loss")]
-        tables.append(calibration_table(run))
-        tables += [curve_table(run)] if all(path.get("curve") for path in run.paths) else []
+        tables += _tables(out, run)
         # No method's name can lead out of the folder.
         stem = f"paths-{re.sub(r'[^A-Za-z0-9.+_-]+', '-', run.method)}-seed{run.seed}"
         ends = chain(("", f"-{out.name}"), (f"-{out.name}-{number}" for number in count(2)))
@@ -183,6 +181,22 @@ def write_paths(outs: Sequence[Path], into: Path | None = None) -> tuple[list[Ta
             raise BecameError(f"{file} cannot be written: {error.strerror}.") from None
         written.append(file)
     return tables, written
+
+
+def _tables(out: Path, run: RunResult) -> list[Table]:
+    """Return the tables of a run's paths.
+
+    Raises:
+        BecameError: if a path was not measured in a way that a table compares.
+    """
+    try:
+        tables = [path_table(run), estimator_table(run), regret_table(run, "accuracy"), regret_table(run, "loss")]
+        tables.append(calibration_table(run))
+        return tables + ([curve_table(run)] if all(path.get("curve") for path in run.paths) else [])
+    except KeyError as error:
+        raise BecameError(
+            f"the paths of {run.method} with seed {run.seed} in {out} lack {error}; trace them with this version."
+        ) from None
 
 
 def estimated_alphas(paths: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:

@@ -268,10 +268,12 @@ def _check_path(path: dict[str, Any]) -> None:
         _require_numbers(point[name] for name in ("alpha", "loss", "accuracy"))
     alphas = [point["alpha"] for point in path["points"]]
     _require(all(0 <= alpha <= 1 for alpha in alphas) and sorted(set(alphas)) == alphas)
-    for side, names in (("new", ("secant", "exact", "diagonal")), ("old", ("diagonal",))):
-        for name in names:
-            slope, curvature = path[side][name]
+    for side, names in (("new", {"secant", "exact", "diagonal"}), ("old", {"diagonal"})):
+        _require(names <= path[side].keys())
+        for slope, curvature in path[side].values():
             _require_numbers((slope, curvature))
+    for point in path.get("curve") or ():
+        _require_numbers(point[name] for name in ("loss", "accuracy"))
 
 
 def _require_numbers(values: Iterable[Any]) -> None:

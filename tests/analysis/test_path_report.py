@@ -14,6 +14,7 @@ from adapters.cli.__main__ import main as became
 from adapters.cli.main import main
 from adapters.runs import read_results
 from adapters.torch.run import BACKEND
+from became_core import BecameError
 from tests.analysis.runs import path, run
 
 PATHS = [
@@ -148,3 +149,11 @@ def test_runs_that_traced_nothing_are_named(tmp_path: Path, capsys: pytest.Captu
     assert main(BACKEND, ["--epochs", "1", "--first", "2", "--methods", "finetune", "--out", str(tmp_path)]) == 0
     assert became(["paths", str(tmp_path)]) == 2
     assert "no run in these folders has traced its merging paths; run with --path-points 11" in capsys.readouterr().err
+
+
+def test_paths_that_lack_a_way_to_measure_a_side_are_refused_in_a_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(path_report, "finished_runs", lambda _: [run()])
+    with pytest.raises(BecameError, match=r"the paths of became with seed 0 in .* lack '.*'; trace them with"):
+        write_paths([tmp_path])
