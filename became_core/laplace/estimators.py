@@ -80,7 +80,19 @@ class Estimator(Protocol):
 
 @dataclass(frozen=True)
 class DiagonalFisher:
-    """Every loss by its diagonal, from where it is known; no gradient."""
+    """Every loss by its diagonal, from where it is known; no gradient.
+
+    Examples:
+        >>> import numpy as np
+        >>> from became_core import Diagonal, LaplacePosterior
+        >>> subspace = MergeSubspace({"w": np.zeros(1)}, [{"w": np.ones(1)}], newest=[1.0])
+        >>> old, new = (
+        ...     LaplacePosterior({"w": np.array([mean])}, Diagonal({"w": np.array([curvature])}))
+        ...     for mean, curvature in ((0.0, 3.0), (1.0, 1.0))
+        ... )
+        >>> DiagonalFisher().quadratic(subspace, (old, new)).minimiser()
+        array([0.25])
+    """
 
     def quadratic(self, subspace: MergeSubspace, losses: Sequence[LocalLoss]) -> Quadratic:
         """Return the sum of the losses' diagonal expansions."""
@@ -105,7 +117,19 @@ class NativeExpansion:
 
 @dataclass(frozen=True)
 class PaperClosedForm:
-    """The paper's closed form: diagonals, stage 2 converged (g = 0), and the old posterior's mean at theta_gp."""
+    """The paper's closed form: diagonals, stage 2 converged (g = 0), and the old posterior's mean at theta_gp.
+
+    Examples:
+        >>> import numpy as np
+        >>> from became_core import Diagonal, LaplacePosterior
+        >>> subspace = MergeSubspace({"w": np.zeros(1)}, [{"w": np.ones(1)}], newest=[1.0])
+        >>> old, new = (
+        ...     LaplacePosterior({"w": np.array([mean])}, Diagonal({"w": np.array([curvature])}))
+        ...     for mean, curvature in ((0.0, 3.0), (1.0, 1.0))
+        ... )
+        >>> PaperClosedForm().quadratic(subspace, (old, new)).minimiser()
+        array([0.25])
+    """
 
     def quadratic(self, subspace: MergeSubspace, losses: Sequence[LocalLoss]) -> Quadratic:
         """Return slope -delta.F_new.delta and curvature delta.(F_old + F_new).delta."""
@@ -159,6 +183,17 @@ class Secant:
     Attributes:
         calibrates: whether kappa is measured here. If not, the old side is used as it is given: its curvature is exact,
             or was calibrated when it was measured.
+
+    Examples:
+        >>> import numpy as np
+        >>> from became_core import Diagonal, LaplacePosterior
+        >>> subspace = MergeSubspace({"w": np.zeros(1)}, [{"w": np.ones(1)}], newest=[1.0])
+        >>> old, new = (
+        ...     LaplacePosterior({"w": np.array([mean])}, Diagonal({"w": np.array([curvature])}))
+        ...     for mean, curvature in ((0.0, 3.0), (1.0, 1.0))
+        ... )
+        >>> Secant().quadratic(subspace, (old, new)).minimiser()
+        array([0.25])
     """
 
     calibrates: bool = field(default=True, metadata={"later": True})  # for runs that an earlier version began

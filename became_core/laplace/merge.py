@@ -86,6 +86,13 @@ def optimal_alpha(
     Raises:
         BecameError: if structures, shapes, frameworks or devices differ, a Fisher value is negative, an array is sparse
             or masked, or an entry is not finite.
+
+    Examples:
+        >>> import numpy as np
+        >>> theta_gp, theta_hat = {"w": np.zeros(2)}, {"w": np.ones(2)}
+        >>> fisher_old, fisher_new = {"w": np.full(2, 3.0)}, {"w": np.full(2, 1.0)}
+        >>> float(optimal_alpha(theta_gp, theta_hat, fisher_old, fisher_new))
+        0.25
     """
     theta, others = named_leaves(theta_gp), named_leaves(theta_hat)
     left_out = _no_weights(theta, others)
@@ -178,6 +185,11 @@ def merge(theta_gp: Tree, theta_hat: Tree, alpha: Array | Tree | float) -> Tree:
     Raises:
         BecameError: if structures, shapes, frameworks or devices differ, an array is sparse or masked, or alpha is not
             finite or has axes.
+
+    Examples:
+        >>> import numpy as np
+        >>> merge({"w": np.array([0.0, 2.0])}, {"w": np.array([1.0, 2.0])}, 0.25)
+        {'w': array([0.25, 2.  ])}
     """
     holds_integers = _integer_test()
     for leaf in aligned_leaves(theta_gp=theta_gp, theta_hat=theta_hat):
@@ -226,6 +238,11 @@ def combine(models: Sequence[Tree], coefficients: Array | Sequence[float]) -> Tr
     Raises:
         BecameError: if their numbers differ, the coefficients do not sum to 1, or structures, shapes, frameworks or
             devices differ.
+
+    Examples:
+        >>> import numpy as np
+        >>> combine([{"w": np.array([value])} for value in (0.0, 1.0, 4.0)], [0.5, 0.25, 0.25])
+        {'w': array([1.25])}
     """
     count = len(coefficients) if isinstance(coefficients, Sequence) else int(coefficients.shape[0])
     if not models or count != len(models):

@@ -31,6 +31,13 @@ class LaplacePosterior:
 
     Raises:
         BecameError: if the precision covers a parameter that has no mean, or has it in another shape.
+
+    Examples:
+        >>> import numpy as np
+        >>> from became_core import Diagonal
+        >>> posterior = LaplacePosterior({"w": np.zeros(1)}, Diagonal({"w": np.array([3.0])}))
+        >>> posterior.update({"w": np.ones(1)}, Diagonal({"w": np.array([1.0])}), decay=0.5).precision.diagonal()
+        {'w': array([2.5])}
     """
 
     mean: Params

@@ -51,6 +51,12 @@ class Quadratic:
 
     Raises:
         BecameError: if the shapes are not [K] and [K, K] with K at least 1.
+
+    Examples:
+        >>> import numpy as np
+        >>> loss = Quadratic(slope=np.array([-4.0]), curvature=np.array([[2.0]]))
+        >>> loss.minimiser(), loss.minimiser("box")
+        (array([2.]), array([1.]))
     """
 
     slope: Array

@@ -106,7 +106,14 @@ class MergeRule(ABC):
 
 @dataclass(frozen=True)
 class Equal(MergeRule):
-    """The plain mean of all models."""
+    """The plain mean of all models.
+
+    Examples:
+        >>> import numpy as np
+        >>> models = [{"w": np.array([0.0])}, {"w": np.array([1.0])}]
+        >>> Equal().merge(models, ()).theta
+        {'w': array([0.5])}
+    """
 
     needs_losses: ClassVar[bool] = False
 
@@ -121,6 +128,12 @@ class Fixed(MergeRule):
 
     Raises:
         BecameError: if it is not in [0, 1].
+
+    Examples:
+        >>> import numpy as np
+        >>> models = [{"w": np.array([0.0])}, {"w": np.array([1.0])}]
+        >>> Fixed(0.25).merge(models, ()).theta
+        {'w': array([0.25])}
     """
 
     alpha: float
@@ -148,6 +161,12 @@ class MeanIMM(MergeRule):
 
     Attributes:
         mixing: m_k, non-negative, scaled to sum 1; equal if not given.
+
+    Examples:
+        >>> import numpy as np
+        >>> models = [{"w": np.array([0.0])}, {"w": np.array([1.0])}]
+        >>> MeanIMM(mixing=(3.0, 1.0)).merge(models, ()).theta
+        {'w': array([0.25])}
     """
 
     mixing: tuple[float, ...] | None = None
@@ -171,6 +190,14 @@ class ModeIMM(MergeRule):
 
     Attributes:
         mixing: m_k, non-negative, scaled to sum 1; equal if not given.
+
+    Examples:
+        >>> import numpy as np
+        >>> from became_core import Diagonal, LaplacePosterior
+        >>> models = [{"w": np.array([0.0])}, {"w": np.array([1.0])}]
+        >>> losses = [LaplacePosterior(model, Diagonal({"w": np.array([f])})) for model, f in zip(models, (3.0, 1.0))]
+        >>> ModeIMM().merge(models, losses).theta
+        {'w': array([0.25])}
     """
 
     mixing: tuple[float, ...] | None = None
@@ -191,6 +218,14 @@ class FisherMerge(MergeRule):
 
     Attributes:
         weights: lambda_k, each model's importance, non-negative; equal if not given.
+
+    Examples:
+        >>> import numpy as np
+        >>> from became_core import Diagonal, LaplacePosterior
+        >>> models = [{"w": np.array([0.0])}, {"w": np.array([1.0])}]
+        >>> losses = [LaplacePosterior(model, Diagonal({"w": np.array([f])})) for model, f in zip(models, (3.0, 1.0))]
+        >>> FisherMerge(weights=(1.0, 3.0)).merge(models, losses).theta
+        {'w': array([0.5])}
     """
 
     weights: tuple[float, ...] | None = None
@@ -220,6 +255,14 @@ class Became(MergeRule):
 
     Raises:
         BecameError: if the shrinkage is not in [0, 1].
+
+    Examples:
+        >>> import numpy as np
+        >>> from became_core import Diagonal, LaplacePosterior, PaperClosedForm
+        >>> models = [{"w": np.array([0.0])}, {"w": np.array([1.0])}]
+        >>> losses = [LaplacePosterior(model, Diagonal({"w": np.array([f])})) for model, f in zip(models, (3.0, 1.0))]
+        >>> float(Became(PaperClosedForm()).merge(models, losses).alpha)
+        0.25
     """
 
     precision: Estimator = field(default_factory=Secant)
@@ -287,6 +330,13 @@ class GridSearch(MergeRule):
     Attributes:
         loss: of a model; a number, or a 0-d array.
         points: how many, both ends among them.
+
+    Examples:
+        >>> import numpy as np
+        >>> models = [{"w": np.array([0.0])}, {"w": np.array([1.0])}]
+        >>> rule = GridSearch(lambda theta: float((theta["w"][0] - 0.32) ** 2), points=11)
+        >>> float(rule.merge(models, ()).alpha)
+        0.3
     """
 
     loss: TrueLoss

@@ -46,6 +46,15 @@ class GPCNS(ImportanceProjector):
     Attributes:
         gradients: for each weight, the sum over tasks of the mean of G^T G, [d_in, d_in].
         stacks: for each weight, the sum over tasks of V V^T, [d_in, d_in].
+
+    Examples:
+        >>> import numpy as np
+        >>> class Task:
+        ...     def gradient_grams(self):
+        ...         return {"fc.weight": np.diag([4.0, 1.0, 0.0])}
+        >>> memory = GPCNS().remember(Task())
+        >>> memory.project({"fc.weight": np.ones((1, 3))})["fc.weight"].round(3)
+        array([[0., 1., 1.]])
     """
 
     gradients: Params = field(default_factory=dict, kw_only=True)

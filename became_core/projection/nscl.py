@@ -43,6 +43,15 @@ class NSCL(LayerwiseProjector):
 
     Raises:
         BecameError: if the ratio is below 1.
+
+    Examples:
+        >>> import numpy as np
+        >>> class Task:
+        ...     def input_grams(self):
+        ...         return {"fc.weight": np.diag([4.0, 1.0, 0.0])}
+        >>> memory = NSCL(normalised=False).remember(Task())
+        >>> memory.project({"fc.weight": np.ones((1, 3))})
+        {'fc.weight': array([[0., 0., 1.]])}
     """
 
     ratio: float = setting(10.0, option="nscl_ratio")

@@ -52,6 +52,15 @@ class SGP(ImportanceProjector):
     """Scaled gradient projection: as gpm, with each direction protected by its importance (Saha & Roy 2023).
 
     The settings are those of ``ThresholdProjector`` and ``ImportanceProjector``.
+
+    Examples:
+        >>> import numpy as np
+        >>> class Task:
+        ...     def input_grams(self):
+        ...         return {"fc.weight": np.diag([4.0, 1.0, 0.0])}
+        >>> memory = SGP(threshold=0.9).remember(Task())
+        >>> memory.project({"fc.weight": np.ones((1, 3))})["fc.weight"].round(3)
+        array([[0.   , 0.143, 1.   ]])
     """
 
     def remember(self, task: FinishedTask) -> Self:
