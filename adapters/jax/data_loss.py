@@ -283,12 +283,10 @@ class DataLoss:
         spread = (name for name, value in theta.items() if isinstance(value.sharding, NamedSharding))
         return means | {name: jax.device_put(means[name], theta[name].sharding) for name in spread}, finished
 
-    def slope(
-        self, batches: Iterable[Any], theta: Params, directions: Sequence[Params], share: float | None = 1.0
-    ) -> Array:
+    def slope(self, batches: Iterable[Any], theta: Params, directions: Sequence[Params]) -> Array:
         """Return the slopes of the mean loss along directions at these weights, [directions], in float64 of NumPy."""
         units, total = 0.0, np.zeros(len(directions))
-        for inputs, targets in self._read(drawn(batches, share, length_of(batches))):
+        for inputs, targets in self._read(batches):
             outputs = self._outputs(theta, inputs)
             seed = gradient_by_outputs(self.loss, outputs, targets)
             units += units_of(self.loss, outputs, targets)

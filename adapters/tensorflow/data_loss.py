@@ -248,19 +248,18 @@ class DataLoss:
             for batch in batches_of(batches):
                 self._reader.outputs(self.network.model, self._reader.split(batch)[0])
 
-    def slope(
-        self, batches: Iterable[Any], theta: Params, directions: Sequence[Params], share: float | None = 1.0
-    ) -> Array:
+    def slope(self, batches: Iterable[Any], theta: Params, directions: Sequence[Params]) -> Array:
         """Return the slopes of the mean loss along directions, [directions], in float64."""
         units, total = 0.0, [0.0] * len(directions)
-        for inputs, targets in self._read(theta, batches, share=share):
+        for inputs, targets in self._read(theta, batches):
             outputs = self.network.outputs(theta, inputs)
             seed = gradient_by_outputs(self.loss, outputs, targets)
             units += units_of(self.loss, outputs, targets)
             gradient = self.network.gradient(theta, inputs, seed)
             for index, direction in enumerate(directions):
-                total[index] += sum(
-                    float(tf.reduce_sum(_double(gradient[n]) * _double(d))) for n, d in direction.items()
+                # A device is waited for once a batch, and not for each parameter.
+                total[index] += float(
+                    tf.add_n([tf.reduce_sum(_double(gradient[n]) * _double(d)) for n, d in direction.items()])
                 )
         return tf.constant(total, tf.float64) / counted(units)
 

@@ -357,9 +357,9 @@ class DataLoss:
         """Return a share of batches; the processes need not ask each other for their numbers where it is all."""
         return batches if share == 1 else drawn(batches, share, self._length(batches))
 
-    def slope(self, batches: Batches, theta: Params, directions: Sequence[Params], share: float | None = 1.0) -> Tensor:
+    def slope(self, batches: Batches, theta: Params, directions: Sequence[Params]) -> Tensor:
         """Return the slopes of the mean loss along directions at these weights, [directions], in float64."""
-        batches = self._fitted_by_all(self._drawn(batches, share))
+        batches = self._fitted_by_all(batches)
         units, total = 0.0, [0.0] * len(directions)
         moves = [self.shared.gathered(direction) for direction in directions]
         with self.at(theta), self.shared.whole(), in_evaluation(self._model), torch.enable_grad():
@@ -369,9 +369,11 @@ class DataLoss:
                 seed = gradient_by_outputs(self.loss, outputs.detach(), targets)
                 units += units_of(self.loss, outputs, targets)
                 gradients = gradients_of(outputs, list(trained.values()), seed)
-                for name, gradient in zip(trained, gradients, strict=True):
-                    for index, direction in enumerate(moves):
-                        total[index] += 0.0 if gradient is None else float((gradient.double() * direction[name]).sum())
+                known = [(name, it) for name, it in zip(trained, gradients, strict=True) if it is not None]
+                for index, direction in enumerate(moves if known else ()):
+                    parts = [(gradient.double() * direction[name]).sum() for name, gradient in known]
+                    # A device is waited for once a batch, and not for each parameter.
+                    total[index] += float(torch.stack([part.to(parts[0].device) for part in parts]).sum())
         sums = self.shared.total(_numbers([*total, units]))
         return sums[:-1] / counted(float(sums[-1]))
 
