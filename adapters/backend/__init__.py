@@ -13,7 +13,8 @@ it: a rule that stands here cannot be different in PyTorch, JAX and TensorFlow.
 | ``processes.py`` | several processes that share a command's runs |
 | ``pictures.py`` | pictures that a run records, as PNG files in a text |
 | ``checking.py`` | the look at a user's network, once, in learners and around a user's own loop |
-| ``batches.py`` | around a user's own loop: how batches are read, and where passes begin |
+| ``batches.py`` | around a user's own loop: how batches are read and drawn, and means over them |
+| ``own_loss.py`` | around a user's own loop: a loss of the user's own, as a likelihood |
 | ``continual.py`` | around a user's own loop: what ``Continual`` does alike in PyTorch and Keras |
 | ``memory.py``, ``memory_file.py`` | around a user's own loop: what is remembered, and the file that keeps it |
 | ``merging.py``, ``calibration.py`` | around a user's own loop: a task's measured loss, the merge, what calibrates it |
