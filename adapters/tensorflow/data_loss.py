@@ -257,7 +257,7 @@ class DataLoss:
             units += units_of(self.loss, outputs, targets)
             gradient = self.network.gradient(theta, inputs, seed)
             for index, direction in enumerate(directions):
-                # A device is waited for once a batch, and not for each parameter.
+                # A device is waited for once for each direction, and not for each parameter.
                 total[index] += float(
                     tf.add_n([tf.reduce_sum(_double(gradient[n]) * _double(d)) for n, d in direction.items()])
                 )

@@ -372,7 +372,7 @@ class DataLoss:
                 known = [(name, it) for name, it in zip(trained, gradients, strict=True) if it is not None]
                 for index, direction in enumerate(moves if known else ()):
                     parts = [(gradient.double() * direction[name]).sum() for name, gradient in known]
-                    # A device is waited for once a batch, and not for each parameter.
+                    # A device is waited for once for each direction, and not for each parameter.
                     total[index] += float(torch.stack([part.to(parts[0].device) for part in parts]).sum())
         sums = self.shared.total(_numbers([*total, units]))
         return sums[:-1] / counted(float(sums[-1]))

@@ -86,9 +86,9 @@ class _Sums(ProcessShare):
 
 
 def _as_written(model: nn.Module) -> nn.Module:
-    """Return the module that ``torch.compile`` was given, if it made this one."""
-    within = getattr(model, "_orig_mod", None)
-    return within if isinstance(within, nn.Module) else model
+    """Return the module that ``torch.compile`` was given, if it made this one; a state dict shows by what name."""
+    inner = dict(model.named_children())
+    return inner["_orig_mod"] if list(inner) == ["_orig_mod"] else model
 
 
 class SharedModel:
