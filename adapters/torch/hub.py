@@ -118,7 +118,7 @@ class HubBackbone(nn.Module):
             else:
                 with torch.no_grad():
                     self(torch.zeros(2, *shape))
-        except (AssertionError, AttributeError, IndexError, RuntimeError, ValueError) as error:
+        except (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
             raise BecameError(
                 f"the network '{source}' cannot take samples {list(shape)}: {first_line(error)}."
             ) from None

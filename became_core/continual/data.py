@@ -273,7 +273,7 @@ class TaskStream:
         if labelled:
             targets = _integers(self.targets, f"the targets of {name}")
         if targets.shape != self.dataset.labels.shape:
-            raise BecameError(f"{name} has {size} images and targets {list(targets.shape)}; give one target an image.")
+            raise BecameError(f"{name} has {size} samples and targets {list(targets.shape)}; give one target a sample.")
         if not self.tasks:
             raise BecameError(f"{name} is split into no tasks; give at least one.")
         tasks = []
@@ -304,7 +304,7 @@ class TaskStream:
             if not len(rows) and part != "validation":
                 raise BecameError(f"{where} has no {part} samples; give at least one.")
             if len(rows) and not (rows.min() >= 0 and rows.max() < size):
-                raise BecameError(f"{where} has {part} rows beyond the {size} images.")
+                raise BecameError(f"{where} has {part} rows beyond the {size} samples.")
             if self.dataset.predicts_bytes or not self.dataset.likelihood.has_labels:
                 continue
             beyond = targets[rows][(targets[rows] < 0) | (targets[rows] >= len(task.classes))]

@@ -159,6 +159,18 @@ def test_what_cannot_learn_these_samples_is_refused_in_a_sentence(
     assert "\n" not in str(refused.value)
 
 
+@pytest.mark.parametrize("error", [KeyError("pixels"), TypeError("no such argument")])
+def test_whatever_a_network_raises_on_its_first_samples_is_one_sentence(
+    folder: Callable[[str], str], monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def fails(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(transformers.ViTModel, "forward", fails)
+    with pytest.raises(BecameError, match=r"cannot take samples \[3, 12, 12\]"):
+        hub_backbone(HubNetwork(folder("vit")), prototype_stream(channels=3, side=12), seed=0)
+
+
 def test_adapters_of_the_attention_learn_and_all_else_of_the_network_stands_still(folder: Callable[[str], str]) -> None:
     stream = prototype_stream(channels=3, side=12, per_class=8)
     learner = TorchLearner(hub_backbone(HubNetwork(folder("vit")), stream, seed=0), stream)

@@ -265,11 +265,11 @@ STREAMS: dict[str, tuple[Callable[[TaskStream], TaskStream], str]] = {
     "no tasks": (lambda stream: replace(stream, tasks=()), "is split into no tasks"),
     "no training rows": (lambda stream: part_of(stream, train=[]), "task 2 of small has no train samples"),
     "no test rows": (lambda stream: part_of(stream, test=np.zeros(0)), "task 2 of small has no test samples"),
-    "rows beyond": (lambda stream: part_of(stream, train=[2, 8]), "has train rows beyond the 8 images"),
-    "negative rows": (lambda stream: part_of(stream, test=[-1]), "has test rows beyond the 8 images"),
+    "rows beyond": (lambda stream: part_of(stream, train=[2, 8]), "has train rows beyond the 8 samples"),
+    "negative rows": (lambda stream: part_of(stream, test=[-1]), "has test rows beyond the 8 samples"),
     "masks for rows": (lambda stream: part_of(stream, train=np.ones(8, bool)), "the train rows .* are bool"),
     "a wrong order": (lambda stream: replace(stream, tasks=stream.tasks[::-1]), "has the index 1; it must be 0"),
-    "fewer targets": (lambda stream: replace(stream, targets=stream.targets[:4]), r"has 8 images and targets \[4\]"),
+    "fewer targets": (lambda stream: replace(stream, targets=stream.targets[:4]), r"has 8 samples and targets \[4\]"),
     "targets as floats": (lambda stream: replace(stream, targets=np.asarray(stream.targets / 1)), "are float64"),
     "targets of all classes": (
         lambda stream: replace(stream, targets=stream.dataset.labels),
@@ -373,5 +373,5 @@ def test_curvature_cannot_be_measured_on_samples_that_there_are_not() -> None:
         measured_on(text_stream(), "augmented")
     stream = prototype_stream(tasks=2)
     beyond = replace(stream.tasks[0], curvature=np.asarray([10**6]))
-    with pytest.raises(BecameError, match=r"^task 1 of prototypes has curvature rows beyond the \d+ images\.$"):
+    with pytest.raises(BecameError, match=r"^task 1 of prototypes has curvature rows beyond the \d+ samples\.$"):
         replace(stream, tasks=(beyond, stream.tasks[1]))
