@@ -43,8 +43,8 @@ def fingerprint(dataset: Dataset) -> str:
 
 
 def is_of(recorded: str, dataset: Dataset) -> bool:
-    """Whether a run's record has the digest of a data set; an earlier version's is of the views, too."""
-    return recorded in (fingerprint(dataset), _fingerprint(dataset))
+    """Whether a run's record has the digest of a data set; the digest of an earlier version includes the views."""
+    return recorded == fingerprint(dataset) or (dataset.copies > 0 and recorded == _fingerprint(dataset))
 
 
 def _fingerprint(dataset: Dataset, rows: int | None = None) -> str:

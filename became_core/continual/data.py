@@ -163,11 +163,12 @@ class Dataset:
                     "uint8 images are of pixels scaled to [0, 1], so divide them by 255."
                 )
             return
-        # Without an array of squares, which would be as large as the samples, or larger.
-        if not np.isfinite(np.einsum("nchw,nchw->", images, images, dtype=np.float64)):
-            raise BecameError(f"the samples of {self.name} have a number that is not finite.")
-        images = images[: self.train_size]  # a statistic is of these; a test row may be far from all of them
+        # Without an array of squares, which would be as large as the samples, or larger. A statistic is one of the
+        # training rows, as a test row may be far from all of them.
+        images, test = images[: self.train_size], images[self.train_size :]
         per_channel = np.einsum("nchw,nchw->c", images, images, dtype=np.float64) / (images.size / images.shape[1])
+        if not np.isfinite([*per_channel, np.einsum("nchw,nchw->", test, test, dtype=np.float64)]).all():
+            raise BecameError(f"the samples of {self.name} have a number that is not finite.")
         first = np.mean(images, axis=(0, 2, 3), dtype=np.float64)
         square = (per_channel - 2 * mean * first + mean**2) / std**2  # of the normalised numbers
         if (square > LARGEST_MEAN_SQUARE).any():
