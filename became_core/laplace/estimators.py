@@ -64,7 +64,22 @@ class MergeSubspace(NamedTuple):
 
 
 class Estimator(Protocol):
-    """How to estimate the sum of the losses between models."""
+    """How to estimate the sum of the losses between models.
+
+    Examples:
+        >>> import numpy as np
+        >>> from became_core import Diagonal, LaplacePosterior
+        >>> subspace = MergeSubspace({"w": np.zeros(1)}, [{"w": np.ones(1)}], newest=[1.0])
+        >>> old, new = (
+        ...     LaplacePosterior({"w": np.array([mean])}, Diagonal({"w": np.array([curvature])}))
+        ...     for mean, curvature in ((0.0, 3.0), (1.0, 1.0))
+        ... )
+        >>> for estimator in (DiagonalFisher(), PaperClosedForm(), Secant()):
+        ...     print(estimator.quadratic(subspace, (old, new)).minimiser())
+        [0.25]
+        [0.25]
+        [0.25]
+    """
 
     def quadratic(self, subspace: MergeSubspace, losses: Sequence[LocalLoss]) -> Quadratic:
         """Return the quadratic of the losses' sum in the subspace's coefficients.
@@ -80,19 +95,7 @@ class Estimator(Protocol):
 
 @dataclass(frozen=True)
 class DiagonalFisher:
-    """Every loss by its diagonal, from where it is known; no gradient.
-
-    Examples:
-        >>> import numpy as np
-        >>> from became_core import Diagonal, LaplacePosterior
-        >>> subspace = MergeSubspace({"w": np.zeros(1)}, [{"w": np.ones(1)}], newest=[1.0])
-        >>> old, new = (
-        ...     LaplacePosterior({"w": np.array([mean])}, Diagonal({"w": np.array([curvature])}))
-        ...     for mean, curvature in ((0.0, 3.0), (1.0, 1.0))
-        ... )
-        >>> DiagonalFisher().quadratic(subspace, (old, new)).minimiser()
-        array([0.25])
-    """
+    """Every loss by its diagonal, from where it is known; no gradient."""
 
     def quadratic(self, subspace: MergeSubspace, losses: Sequence[LocalLoss]) -> Quadratic:
         """Return the sum of the losses' diagonal expansions."""
@@ -117,19 +120,7 @@ class NativeExpansion:
 
 @dataclass(frozen=True)
 class PaperClosedForm:
-    """The paper's closed form: diagonals, stage 2 converged (g = 0), and the old posterior's mean at theta_gp.
-
-    Examples:
-        >>> import numpy as np
-        >>> from became_core import Diagonal, LaplacePosterior
-        >>> subspace = MergeSubspace({"w": np.zeros(1)}, [{"w": np.ones(1)}], newest=[1.0])
-        >>> old, new = (
-        ...     LaplacePosterior({"w": np.array([mean])}, Diagonal({"w": np.array([curvature])}))
-        ...     for mean, curvature in ((0.0, 3.0), (1.0, 1.0))
-        ... )
-        >>> PaperClosedForm().quadratic(subspace, (old, new)).minimiser()
-        array([0.25])
-    """
+    """The paper's closed form: diagonals, stage 2 converged (g = 0), and the old posterior's mean at theta_gp."""
 
     def quadratic(self, subspace: MergeSubspace, losses: Sequence[LocalLoss]) -> Quadratic:
         """Return slope -delta.F_new.delta and curvature delta.(F_old + F_new).delta."""
@@ -183,17 +174,6 @@ class Secant:
     Attributes:
         calibrates: whether kappa is measured here. If not, the old side is used as it is given: its curvature is exact,
             or was calibrated when it was measured.
-
-    Examples:
-        >>> import numpy as np
-        >>> from became_core import Diagonal, LaplacePosterior
-        >>> subspace = MergeSubspace({"w": np.zeros(1)}, [{"w": np.ones(1)}], newest=[1.0])
-        >>> old, new = (
-        ...     LaplacePosterior({"w": np.array([mean])}, Diagonal({"w": np.array([curvature])}))
-        ...     for mean, curvature in ((0.0, 3.0), (1.0, 1.0))
-        ... )
-        >>> Secant().quadratic(subspace, (old, new)).minimiser()
-        array([0.25])
     """
 
     calibrates: bool = field(default=True, metadata={"later": True})  # for runs that an earlier version began
