@@ -177,7 +177,7 @@ def merge_report(
 
     Args:
         estimator: how losses along the way are estimated.
-        posterior: the old tasks' loss; along parameters that it does not know it is level.
+        posterior: the old tasks' loss; it is flat along parameters that it does not know.
         theta_gp: the stable weights.
         new: the new task's loss at the plastic weights, of the same names.
         trace: at how many alphas the true loss of the new data is measured, both ends among them; 0 for none. It has

@@ -22,11 +22,11 @@ __all__ = ["OwnLoss", "as_given"]
 class OwnLoss(Likelihood):
     """A loss of the user's own; a framework says how its gradient by the outputs is taken.
 
-    It has the empirical Fisher information and a gradient, but no targets of the model's own and no curvature by the
-    outputs: that of a way is the difference of slopes at its two sides.
+    It has the empirical Fisher information and a gradient. It has no targets of the model's own, and no curvature by
+    the outputs; curvature along a direction is taken as a difference of slopes.
 
     Attributes:
-        function: the user's.
+        function: the user's loss.
     """
 
     function: Callable[..., Any]
@@ -40,7 +40,7 @@ class OwnLoss(Likelihood):
         """
 
     def called(self, outputs: Array, targets: Any) -> Array:
-        """Return what the function does."""
+        """Return what the function returns."""
         loss: Array = self.function(outputs, targets)
         return loss
 

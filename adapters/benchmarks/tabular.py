@@ -53,7 +53,7 @@ TABULAR_SETTINGS = {
 }
 
 _TEST_FRACTION = 0.2
-# How many standard deviations from 0 the mean of a column is at most that is stored in float32 as it is.
+# A column is shifted before it is stored in float32 if its mean is more than so many standard deviations from 0.
 _FAR = 1000.0
 _MOST_CLASSES = 20
 _MOST_VALUES = 1000  # of a column of text

@@ -264,7 +264,7 @@ def _says_tied(config: Mapping[str, Any]) -> bool | None:
 
 
 def without_tie(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a model's configuration whose head is not tied, which it says in every part, as any of them may be asked.
+    """Return a configuration that says in every part that the head is not tied, because a library may read any part.
 
     Example:
         >>> without_tie({"text_config": {"hidden_size": 8}})

@@ -1,8 +1,8 @@
-"""What stands beside the weights in a model's folder: what belongs to the model, and what is of something else.
+"""What stands beside the weights in a model's folder: what belongs to the model, and what does not.
 
-What belongs to a model, such as its tokenizer, its configuration and its licence, is copied beside a merged one. What
-is not is the state and the results of a training, which describe the model that was trained, weights in other formats,
-and whatever is not known; a merge names it.
+What belongs to a model, such as its tokenizer, its configuration and its licence, is copied beside a merged one. The
+state and the results of a training are not copied, because they describe the model that was trained. Weights in other
+formats and unknown files are not copied either. A merge names what it does not copy.
 
 Convention: names are relative to the model's folder. Hidden files, and those that a merge writes anew, are left out.
 """
@@ -39,7 +39,7 @@ class Beside:
 
     Attributes:
         belonging: the files that belong to the model.
-        others: files that do not, and folders of a training.
+        others: files that do not belong to it, and folders of a training.
         folders: folders with weights of their own.
     """
 

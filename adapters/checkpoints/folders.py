@@ -48,7 +48,7 @@ class Checkpoint:
         tied: the name of each tensor that shares the memory of another one, and that one's name.
         config: the content of ``config.json``, empty without one.
         companions: the tokenizer's, the configuration's and the other files that belong to the model.
-        strangers: the names of files and folders beside them that do not, and are not copied.
+        strangers: the names of the files and folders that do not belong to it, and are not copied.
         left_out: the folders in it that have weights of their own, which are neither read nor copied.
         metadata: text by name, of a safetensors file.
         adapter: the content of ``adapter_config.json`` if it is a LoRA adapter.

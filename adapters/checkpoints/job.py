@@ -136,7 +136,7 @@ class Job:
 
     @cached_property
     def measured(self) -> list[Leaf]:
-        """The leaves that a rule measures: all parameters. Statistics are none, so that no Fisher file has them."""
+        """The leaves that a rule measures: all parameters. Statistics are no parameters, so no Fisher file has them."""
         if not self.rule.measures:
             return []
         return [leaf for leaf in self.alignment.leaves if leaf.is_merged and not is_statistic(leaf.name)]

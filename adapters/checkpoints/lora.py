@@ -253,7 +253,7 @@ def _zero(name: str, shape: tuple[int, ...], adapter: Adapter) -> StoredTensor:
 
 
 def frozen_of(adapters: Sequence[Adapter]) -> dict[str, StoredTensor]:
-    """Return the base model's weights that the adapters hold, of each the first one's; the merged adapter has them."""
+    """Return the base model's weights that adapters hold, which the merged one keeps; the first adapter's of each."""
     return {name: tensor for adapter in reversed(adapters) for name, tensor in adapter.frozen.items()}
 
 

@@ -157,8 +157,8 @@ class MergePlan:
         models: at least two, or one beside a base model; a path stands for a model with weight 1.
         merge_method: ``became``, ``linear``, ``fisher``, ``imm-mode``, ``regmean``, ``slerp`` or ``task_arithmetic``.
         base_model: what differences are taken from, and what tokenizer and configuration are copied from; without it
-            the latter is the first model. To ``linear`` and ``slerp`` it is the latter alone, beside two models, and
-            rules that merge weight by weight, and ``regmean``, refuse it.
+            the latter is the first model. ``linear`` and ``slerp`` only copy from it and need two models beside it;
+            ``regmean`` and the rules that merge weight by weight refuse it.
         per: of ``became``: what shares a coefficient, ``model``, ``layer``, ``leaf`` or ``weight``.
         normalize: of ``linear``: whether the weights are divided by their sum.
         t: of ``slerp``: how far along the arc, 0 for the base model, or without one the first, and 1 for the other.

@@ -302,7 +302,7 @@ def unfinished_jobs(
     jobs = []
     for file in files:
         if (file.parent / "results.json").exists():
-            read_result(file.parent / "results.json")  # one that is damaged is said to be so
+            read_result(file.parent / "results.json")  # which refuses one that is damaged
             continue
         record = read_record(file)
         name = backend or record.backend

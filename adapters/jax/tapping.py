@@ -128,7 +128,7 @@ class TappedFunction:
         jax.eval_shape(lambda: run(self._closed, {name: trained[name] for name in self._names}, one))
         self._shapes = {n: jax.ShapeDtypeStruct(o.shape, o.dtype) for n, o in run.outputs.items()}
         self._explain(run.uses)
-        # A parameter's gradient, and what moves it, is rounded to its own dtype, which no operation may compute in.
+        # Gradients and movements of a parameter are rounded to its dtype, even if no operation computes in that.
         dtypes = dtypes_of(self._closed.jaxpr) | {jnp.result_type(value) for value in trained.values()}
         self.rounding = max((float(jnp.finfo(dtype).eps) for dtype in dtypes), default=0.0)
         self.taps = jax.jit(self._taps)

@@ -142,7 +142,7 @@ class StepGuard:
                 mean, strength = self.penalised[name]
                 pull = tf.cast(pull_of(tf.cast(rate, strength.dtype), strength, moments.get(name)), strength.dtype)
                 value = tf.cast(parameter.value, strength.dtype)
-                pulled = value + (tf.cast(mean, strength.dtype) - value) * (pull / (1 + pull))  # nothing at the mean
+                pulled = value + (tf.cast(mean, strength.dtype) - value) * (pull / (1 + pull))  # exact at the mean
                 parameter.variable.assign(tf.cast(parameter.own(pulled), parameter.variable.dtype))
 
 

@@ -234,7 +234,7 @@ def estimate_statistics(model: nn.Module, passes: Iterable[Callable[[], Any]]) -
 
     def weigh(module: Any, _: Any) -> None:
         runs[module] += 1
-        module.momentum = 1 / runs[module]  # of a plain mean over all runs
+        module.momentum = 1 / runs[module]  # which makes a plain mean over all runs
 
     handles = [module.register_forward_pre_hook(weigh) for module in norms]
     try:

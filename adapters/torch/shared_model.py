@@ -85,8 +85,8 @@ class _Sums(ProcessShare):
         return numbers
 
 
-def _as_written(model: nn.Module) -> nn.Module:
-    """Return the module that ``torch.compile`` was given, if it made this one; a state dict shows by what name."""
+def _uncompiled(model: nn.Module) -> nn.Module:
+    """Return the module that ``torch.compile`` was given, if it made this one, which its child's name tells."""
     inner = dict(model.named_children())
     return inner["_orig_mod"] if list(inner) == ["_orig_mod"] else model
 
@@ -107,7 +107,7 @@ class SharedModel:
         Raises:
             BecameError: if it is wrapped in a way that cannot be measured.
         """
-        self.model, self.count, self.rank = _as_written(model), 1, 0
+        self.model, self.count, self.rank = _uncompiled(model), 1, 0
         self.group: Any = None
         self._sharded: list[Any] = []  # the modules that fully_shard was called on
         self._syncs_buffers = self._is_whole = False
@@ -128,7 +128,7 @@ class SharedModel:
         is_copied = isinstance(model, nn.parallel.DistributedDataParallel)
         if is_copied:
             wrapped: Any = model.module
-            self.model, self.group = _as_written(wrapped), model.process_group
+            self.model, self.group = _uncompiled(wrapped), model.process_group
             self._syncs_buffers = bool(model.broadcast_buffers)
         elif isinstance(model, FSDPModule):
             self.model = model

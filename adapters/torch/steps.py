@@ -51,7 +51,7 @@ def not_compiled(hook: Callable[..., None]) -> Callable[..., None]:
     """
 
     def runs(*arguments: Any) -> None:
-        # PyTorch loads its compiler, which takes seconds, to be told so; here it has been loaded.
+        # ``disable`` loads PyTorch's compiler, which takes seconds; while a step is compiled, it is loaded already.
         compiler: Any = torch.compiler
         run = compiler.disable(hook) if compiler.is_compiling() else hook
         run(*arguments)
@@ -223,7 +223,7 @@ class StepGuard:
                     if moments is not None:
                         moments = moments._replace(second=own_part(moments.second))
                     pull = self._unless_skipped(pull_of(float(group["lr"]), strength, moments))
-                    value.add_((mean - value) * (pull / (1 + pull)))  # exactly nothing at the mean
+                    value.add_((mean - value) * (pull / (1 + pull)))  # at the mean it adds exactly 0
 
     def _unless_skipped(self, pull: Tensor) -> Tensor:
         """Return no pull where a fused optimiser takes no step, since a GradScaler found gradients that overflow."""

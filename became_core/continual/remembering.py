@@ -4,7 +4,7 @@ A task's curvature enters the posterior as it is measured, unless the method mul
 held-out samples give (``tempering``), by a calibration along the movement of the task before (``calibration``), or by
 both.
 
-Convention: a factor is one of curvature, without a unit; None says that the method has none, which the record shows.
+Convention: a factor multiplies curvature and has no unit. It is None if the method multiplies curvature by nothing.
 The functions measure at the learner's weights and leave them as they are.
 """
 

@@ -222,10 +222,8 @@ class _Watcher:
         theta = self.learner.parameters()
         self.optimiser: Optimiser = self.training.optimiser.initial({n: theta[n] for n in sorted(self.trainable)})
         self.keeper: tuple[Params, Optimiser] | None = None
-        self.left, self.arrival = (
-            -1,
-            math.inf,
-        )  # the last learned segment, and the present one's loss
+        self.left = -1  # the number of the last learned segment
+        self.arrival = math.inf  # the loss of the present one
         self.detector, self.reservoir = self.watch.detector, Reservoir(self.capacity, self.seed)
         self.present = Segment(0, 0)
 
