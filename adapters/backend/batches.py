@@ -26,7 +26,6 @@ __all__ = [
     "length_of",
     "mean_loss",
     "repeatable",
-    "same_in_all_passes",
     "units_of",
     "with_progress",
 ]
@@ -132,24 +131,6 @@ def drawn(batches: Iterable[Any], share: float | None, total: int | None) -> Ite
     for index, batch in enumerate(batches):
         if rng.random() < share or index == 0:
             yield batch
-
-
-def same_in_all_passes(batches: Iterable[Any], share: float | None, total: int | None) -> Iterable[Any]:
-    """Return a share of batches that is the same in each pass over them, for numbers that passes are subtracted of.
-
-    A loader that shuffles has other batches in each pass; so those that are drawn are kept, some 64 of them if the
-    share is None. All batches have the same samples in any order, and are not kept.
-
-    Args:
-        batches: all of them.
-        share: as ``drawn`` has it.
-        total: likewise.
-    """
-    if share == 1:
-        return batches
-    if share is None and total:
-        share = min(1.0, FEW / total)
-    return list(drawn(batches, share, total))
 
 
 def with_progress(batches: Iterable[Any], what: str, shows: bool, total: int | None) -> Iterator[Any]:

@@ -18,7 +18,7 @@ from became_core.laplace import Estimator, MergeSubspace
 
 __all__ = ["ModelData", "TaskData", "TaskLoss", "by_slopes", "check_trace", "merge_report"]
 
-# The part of the way along a direction at whose two sides slopes are taken.
+# The part of the way along a direction at whose two sides slopes are taken, unless weights are in half precision.
 STEP = 0.01
 
 
@@ -36,8 +36,14 @@ class TaskData(Protocol):
         It is that of a share of the batches, the same that ``fisher`` draws.
         """
 
-    def slope(self, batches: Iterable[Any], theta: Params, directions: Sequence[Params]) -> Array:
-        """Return the slopes of the mean loss along directions at theta, [directions]."""
+    def slopes(
+        self, batches: Iterable[Any], theta: Params, directions: Sequence[Params], places: Sequence[Sequence[float]]
+    ) -> Array:
+        """Return the slopes of the mean loss along K directions at M places, [M, K], in one pass over the batches.
+
+        A place is theta plus the directions times its K coefficients. Every batch is read once and is used at all
+        places, so that differences between places tell nothing of random augmentation or of a shuffled order.
+        """
 
     def mean(self, batches: Iterable[Any], theta: Params | None = None) -> float:
         """Return the mean loss at theta, or at the weights as they are."""
@@ -132,7 +138,8 @@ class TaskLoss:
 
     def slope(self, origin: Params, directions: Sequence[Params]) -> Array:
         """Return the slopes of the mean loss at other weights."""
-        return self._in_dtype(self._data.slope(self._batches, origin, directions))
+        at_origin = [[0.0] * len(directions)]
+        return self._in_dtype(self._data.slopes(self._batches, origin, directions, at_origin)[0])
 
     def loss(self, theta: Params) -> float:
         """Return the true mean loss at other weights."""
@@ -142,26 +149,21 @@ class TaskLoss:
         return self._data.in_dtype(numbers, next(iter(self.mean.values())))
 
 
-def by_slopes(
-    slope: Callable[[Params, Sequence[Params]], Array], theta: Params, directions: Sequence[Params]
-) -> Quadratic:
+def by_slopes(slopes: Callable[[Sequence[Sequence[float]]], Array], theta: Params, count: int) -> Quadratic:
     """Return a loss along K directions from theta, with the curvature as the difference of slopes at both sides.
 
     Args:
-        slope: from weights and directions to the loss's slopes there, [K].
-        theta: where to measure.
-        directions: K of them.
+        slopes: from M places, each the K coefficients of the directions from theta, to the loss's slopes there, [M, K].
+        theta: where to measure, for its dtypes: the coarser they are, the longer a step must be to be told from
+            rounding, by the cube root of the unit, at which a central difference loses least.
+        count: the number of directions, K.
     """
-    rows = []
-    for direction in directions:
-        ahead, behind = (
-            slope({name: value + sign * STEP * direction[name] for name, value in theta.items()}, directions)
-            for sign in (1, -1)
-        )
-        rows.append((ahead - behind) / (2 * STEP))
-    xp: Any = namespace(row=rows[0])
-    curvature = xp.stack(rows)
-    return Quadratic(slope(theta, directions), (curvature + xp.matrix_transpose(curvature)) / 2)
+    xp: Any = namespace(values=next(iter(theta.values())))
+    step = max(STEP, *(float(xp.finfo(value.dtype).eps) ** (1 / 3) for value in theta.values()))
+    sides = [[sign * step * (other == own) for other in range(count)] for own in range(count) for sign in (1, -1)]
+    found = slopes([[0.0] * count, *sides])
+    curvature = (found[1::2] - found[2::2]) / (2 * step)
+    return Quadratic(found[0], (curvature + namespace(values=curvature).matrix_transpose(curvature)) / 2)
 
 
 def check_trace(trace: int) -> None:

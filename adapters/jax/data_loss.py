@@ -25,7 +25,6 @@ from adapters.backend.batches import (
     inputs_and_targets,
     length_of,
     mean_loss,
-    same_in_all_passes,
     units_of,
     with_progress,
 )
@@ -283,14 +282,18 @@ class DataLoss:
         spread = (name for name, value in theta.items() if isinstance(value.sharding, NamedSharding))
         return means | {name: jax.device_put(means[name], theta[name].sharding) for name in spread}, finished
 
-    def slope(self, batches: Iterable[Any], theta: Params, directions: Sequence[Params]) -> Array:
-        """Return the slopes of the mean loss along directions at these weights, [directions], in float64 of NumPy."""
-        units, total = 0.0, np.zeros(len(directions))
+    def slopes(
+        self, batches: Iterable[Any], theta: Params, directions: Sequence[Params], places: Sequence[Sequence[float]]
+    ) -> Array:
+        """Return the slopes of the mean loss along K directions at M places, [M, K], in float64 of NumPy."""
+        units, total = 0.0, np.zeros((len(places), len(directions)))
         for inputs, targets in self._read(batches):
-            outputs = self._outputs(theta, inputs)
-            seed = gradient_by_outputs(self.loss, outputs, targets)
+            for row, place in zip(total, places, strict=True):
+                moved = _moved(theta, list(directions), list(place))
+                outputs = self._outputs(moved, inputs)
+                seed = gradient_by_outputs(self.loss, outputs, targets)
+                row += np.asarray(self._slopes(moved, list(directions), inputs, seed), np.float64).sum(1)
             units += units_of(self.loss, outputs, targets)
-            total += np.asarray(self._slopes(theta, list(directions), inputs, seed), np.float64).sum(1)
         return total / counted(units)
 
     def _slopes_of_batch(self, theta: Params, directions: list[Params], inputs: Any, seed: Array) -> Array:
@@ -304,12 +307,11 @@ class DataLoss:
         self, batches: Iterable[Any], theta: Params, directions: Sequence[Params], share: float | None = 1.0
     ) -> tuple[Quadratic, str]:
         """Return the mean loss along directions from theta, and how its curvature was measured."""
+        batches, count = drawn(batches, share, length_of(batches)), len(directions)
         if isinstance(self.loss, OwnLoss):
-            same = same_in_all_passes(batches, share, length_of(batches))
-            quadratic = by_slopes(lambda moved, along: self.slope(same, moved, along), theta, directions)
-            return quadratic, "a difference of slopes"
-        slope, curvature, units = np.zeros(len(directions)), np.zeros((len(directions),) * 2), 0.0
-        for inputs, targets in self._read(drawn(batches, share, length_of(batches))):
+            return by_slopes(partial(self.slopes, batches, theta, directions), theta, count), "a difference of slopes"
+        slope, curvature, units = np.zeros(count), np.zeros((count, count)), 0.0
+        for inputs, targets in self._read(batches):
             outputs, tangents = self.derivatives.along(theta, directions, inputs)
             units += units_of(self.loss, outputs, targets)
             first, second = self.loss.derivatives(outputs, tangents, targets)
@@ -374,6 +376,16 @@ def _wide(array: Array) -> Array:
 
 
 # Whole trees in one program: JAX would compile every operation for every shape.
+
+
+@jax.jit  # type: ignore[untyped-decorator] # JAX is taken as untyped
+def _moved(theta: Params, directions: list[Params], coefficients: list[float]) -> Params:
+    """Return weights plus directions times coefficients, in the weights' dtypes."""
+    ways = list(zip(coefficients, directions, strict=True))
+    return {
+        name: sum((way * direction[name] for way, direction in ways), value).astype(value.dtype)
+        for name, value in theta.items()
+    }
 
 
 @jax.jit  # type: ignore[untyped-decorator] # JAX is taken as untyped

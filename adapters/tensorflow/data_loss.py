@@ -9,6 +9,7 @@ changed. Parameters go by the names of ``adapters/tensorflow/parameters.py``, an
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import chain, islice
 from typing import Any
 
@@ -23,7 +24,6 @@ from adapters.backend.batches import (
     gradient_by_outputs,
     length_of,
     mean_loss,
-    same_in_all_passes,
     units_of,
     with_progress,
 )
@@ -248,30 +248,36 @@ class DataLoss:
             for batch in batches_of(batches):
                 self._reader.outputs(self.network.model, self._reader.split(batch)[0])
 
-    def slope(self, batches: Iterable[Any], theta: Params, directions: Sequence[Params]) -> Array:
-        """Return the slopes of the mean loss along directions, [directions], in float64."""
-        units, total = 0.0, [0.0] * len(directions)
-        for inputs, targets in self._read(theta, batches):
-            outputs = self.network.outputs(theta, inputs)
-            seed = gradient_by_outputs(self.loss, outputs, targets)
+    def slopes(
+        self,
+        batches: Iterable[Any],
+        theta: Params,
+        directions: Sequence[Params],
+        places: Sequence[Sequence[float]],
+        *,
+        share: float | None = 1.0,
+    ) -> Array:
+        """Return the slopes of the mean loss along K directions at M places, [M, K], in float64."""
+        units, total = 0.0, tf.zeros((len(places), len(directions)), tf.float64)
+        for inputs, targets in self._read(theta, batches, share=share):
+            rows = []
+            for place in places:
+                moved = _moved(theta, directions, place)
+                outputs = self.network.outputs(moved, inputs)
+                seed = gradient_by_outputs(self.loss, outputs, targets)
+                gradient = self.network.gradient(moved, inputs, seed)
+                rows.append([_product(gradient, direction) for direction in directions])
+            total += tf.stack(rows)
             units += units_of(self.loss, outputs, targets)
-            gradient = self.network.gradient(theta, inputs, seed)
-            for index, direction in enumerate(directions):
-                # A device is waited for once for each direction, and not for each parameter.
-                total[index] += float(
-                    tf.add_n([tf.reduce_sum(_double(gradient[n]) * _double(d)) for n, d in direction.items()])
-                )
-        return tf.constant(total, tf.float64) / counted(units)
+        return total / counted(units)
 
     def along(
         self, batches: Iterable[Any], theta: Params, directions: Sequence[Params], share: float | None = 1.0
     ) -> tuple[Quadratic, str]:
         """Return the mean loss along directions from theta, and how its curvature was measured."""
         if isinstance(self.loss, OwnLoss):
-            own = batches if share == 1 else batches_of(batches)
-            same = same_in_all_passes(own, share, self._length(batches))
-            slopes = by_slopes(lambda moved, along: self.slope(same, moved, along), theta, directions)
-            return slopes, "a difference of slopes"
+            slopes = partial(self.slopes, batches, theta, directions, share=share)
+            return by_slopes(slopes, theta, len(directions)), "a difference of slopes"
         slope, curvature, units = tf.zeros((), tf.float64), tf.zeros((), tf.float64), 0.0
         for inputs, targets in self._read(theta, batches, share=share):
             outputs, tangents = self._derivatives.along(theta, directions, inputs)
@@ -339,3 +345,17 @@ def batch_statistics(model: keras.Model) -> Iterator[None]:
 
 def _double(value: Any) -> Array:
     return tf.cast(value, tf.float64)
+
+
+def _moved(theta: Params, directions: Sequence[Params], coefficients: Sequence[float]) -> Params:
+    """Return weights plus directions times coefficients."""
+    moved = dict(theta)
+    for direction, coefficient in zip(directions, coefficients, strict=True):
+        if coefficient:
+            moved = {name: value + coefficient * direction[name] for name, value in moved.items()}
+    return moved
+
+
+def _product(gradient: Params, direction: Params) -> Array:
+    """Return the inner product of a gradient with a direction, in float64."""
+    return tf.add_n([tf.reduce_sum(_double(gradient[name]) * _double(value)) for name, value in direction.items()])

@@ -27,7 +27,6 @@ from adapters.backend.batches import (
     gradient_by_outputs,
     length_of,
     mean_loss,
-    same_in_all_passes,
     units_of,
     with_progress,
 )
@@ -357,37 +356,37 @@ class DataLoss:
         """Return a share of batches; the processes need not ask each other for their numbers where it is all."""
         return batches if share == 1 else drawn(batches, share, self._length(batches))
 
-    def slope(self, batches: Batches, theta: Params, directions: Sequence[Params]) -> Tensor:
-        """Return the slopes of the mean loss along directions at these weights, [directions], in float64."""
+    def slopes(
+        self, batches: Batches, theta: Params, directions: Sequence[Params], places: Sequence[Sequence[float]]
+    ) -> Tensor:
+        """Return the slopes of the mean loss along K directions at M places, [M, K], in float64."""
         batches = self._fitted_by_all(batches)
-        units, total = 0.0, [0.0] * len(directions)
-        moves = [self.shared.gathered(direction) for direction in directions]
+        units, total = 0.0, _numbers([[0.0] * len(directions)] * len(places))
+        origin, *moves = (self.shared.gathered(tree) for tree in (theta, *directions))
         with self.at(theta), self.shared.whole(), in_evaluation(self._model), torch.enable_grad():
             trained = self.trained
             for batch in batches:
-                outputs, targets = self.run(batch)
-                seed = gradient_by_outputs(self.loss, outputs.detach(), targets)
+                for index, place in enumerate(places):
+                    _move(trained, origin, moves, place)
+                    outputs, targets = self.run(batch)
+                    seed = gradient_by_outputs(self.loss, outputs.detach(), targets)
+                    gradients = gradients_of(outputs, list(trained.values()), seed)
+                    known = {name: it for name, it in zip(trained, gradients, strict=True) if it is not None}
+                    if known:
+                        total[index] += torch.stack([_product(known, direction) for direction in moves]).cpu()
                 units += units_of(self.loss, outputs, targets)
-                gradients = gradients_of(outputs, list(trained.values()), seed)
-                known = [(name, it) for name, it in zip(trained, gradients, strict=True) if it is not None]
-                for index, direction in enumerate(moves if known else ()):
-                    parts = [(gradient.double() * direction[name]).sum() for name, gradient in known]
-                    # A device is waited for once for each direction, and not for each parameter.
-                    total[index] += float(torch.stack([part.to(parts[0].device) for part in parts]).sum())
-        sums = self.shared.total(_numbers([*total, units]))
-        return sums[:-1] / counted(float(sums[-1]))
+        sums = self.shared.total(torch.cat([total.flatten(), total.new_tensor([units])]))
+        return sums[:-1].reshape(total.shape) / counted(float(sums[-1]))
 
     def along(
         self, batches: Batches, theta: Params, directions: Sequence[Params], share: float | None = 1.0
     ) -> tuple[Quadratic, str]:
         """Return the mean loss along directions from theta, and how its curvature was measured."""
+        batches, count = self._drawn(batches, share), len(directions)
         if isinstance(self.loss, OwnLoss):
-            same = same_in_all_passes(batches, share, None if share == 1 else self._length(batches))
-            slopes = by_slopes(lambda moved, along: self.slope(same, moved, along), theta, directions)
-            return slopes, "a difference of slopes"
-        count = len(directions)
+            return by_slopes(partial(self.slopes, batches, theta, directions), theta, count), "a difference of slopes"
         slope, curvature = _numbers([0.0] * count), _numbers([[0.0] * count] * count)
-        batches, units = self._fitted_by_all(self._drawn(batches, share)), 0.0
+        batches, units = self._fitted_by_all(batches), 0.0
         own, *moves = (
             {f"model.{name}": value for name, value in self.shared.gathered(tree).items()}
             for tree in ({name: theta[name] for name in self.trained}, *directions)
@@ -433,3 +432,22 @@ class DataLoss:
 def _numbers(values: Any) -> Tensor:
     """Return a number, or several, in float64 on the CPU, whatever the user's default device is."""
     return torch.tensor(values, dtype=torch.float64, device="cpu")
+
+
+@torch.no_grad()
+def _move(
+    weights: Mapping[str, Tensor], origin: Params, directions: Sequence[Params], coefficients: Sequence[float]
+) -> None:
+    """Set weights to an origin plus directions times coefficients."""
+    for name, value in weights.items():
+        value.copy_(origin[name])
+        for direction, coefficient in zip(directions, coefficients, strict=True):
+            if coefficient:
+                value.add_(direction[name].to(value.device), alpha=coefficient)
+
+
+def _product(gradients: Mapping[str, Tensor], direction: Params) -> Tensor:
+    """Return the inner product of gradients with a direction, in float64."""
+    parts = [(gradient.double() * direction[name]).sum() for name, gradient in gradients.items()]
+    # A device is waited for once for each direction, and not for each parameter.
+    return torch.stack([part.to(parts[0].device) for part in parts]).sum()

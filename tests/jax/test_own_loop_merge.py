@@ -16,6 +16,7 @@ from became_core import BecameError, Secant, optimal_alpha
 from became_core.arrays import named_leaves
 from became_core.curvature import Bernoulli, Categorical, Gaussian
 from became_core.laplace import NativeExpansion
+from tests.augmented import Augmented
 from tests.jax.own_loop import (
     CLASSES,
     Batches,
@@ -175,6 +176,18 @@ def test_a_loss_of_ones_own_is_merged_by_slopes() -> None:
         remember(perceptron, params, new_data(1), optax.softmax_cross_entropy_with_integer_labels, check=False)
     with pytest.raises(BecameError, match="a loss of your own has no targets of the model's own"):
         remember(perceptron, params, new_data(1), cross_entropy, fisher="true", check=False)
+
+
+def test_slopes_that_are_subtracted_are_of_the_same_samples() -> None:
+    """Slopes of two passes over a loader that augments at random differ by more than a small step tells."""
+    loader = Augmented(new_data(2, 8))
+    data = DataLoss(perceptron, new_weights(), cross_entropy, fisher="empirical", checks=False, shows=False)
+    directions = [named_leaves(new_weights(seed)) for seed in (1, 2)]
+    found, _ = data.along(loader, data.theta, directions)
+    assert loader.passes == 1
+    expected, _ = data.along(loader.given, data.theta, directions)
+    np.testing.assert_allclose(found.slope, expected.slope, rtol=1e-12)
+    np.testing.assert_allclose(found.curvature, expected.curvature, rtol=1e-12)
 
 
 @pytest.mark.parametrize("likelihood", [Gaussian(), Bernoulli()])

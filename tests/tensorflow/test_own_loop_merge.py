@@ -6,8 +6,10 @@ import pytest
 import tensorflow as tf
 
 from adapters.tensorflow import Continual
-from adapters.tensorflow.data_loss import KerasLoss
+from adapters.tensorflow.batches import Reader
+from adapters.tensorflow.data_loss import DataLoss, KerasLoss
 from became_core import BecameError, Secant
+from tests.augmented import Augmented
 from tests.tensorflow.own_loop import CLASSES, L, TwoHeads, compiled, fit, new_data, perceptron, row
 
 pytestmark = pytest.mark.usefixtures("in_double_precision")
@@ -173,3 +175,18 @@ def test_gradients_of_a_loss_of_ones_own_are_as_exact_in_float16_as_a_single_sam
     outputs = tf.constant(np.linspace(1e-4, 2e-4, 512, dtype=np.float16)[:, None])
     gradient = KerasLoss(lambda z, y: tf.reduce_mean((z - y) ** 2) / 2).gradient(outputs, 0 * outputs)
     np.testing.assert_array_equal(gradient, outputs)
+
+
+def test_slopes_that_are_subtracted_are_of_the_same_samples() -> None:
+    """Slopes of two passes over a loader that augments at random differ by more than a small step tells."""
+    loader, loss = Augmented(new_data(2, 8)), keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    data = DataLoss(perceptron(), loss, Reader(None, None), checks=False, shows=False)
+    theta, rng = data.weights(), np.random.default_rng(0)
+    directions = [{name: rng.normal(size=value.shape) for name, value in theta.items()} for _ in range(2)]
+    found, _ = data.along(loader, theta, directions)
+    assert loader.passes == 1
+    expected, _ = data.along(loader.given, theta, directions)
+    np.testing.assert_allclose(found.slope, expected.slope, rtol=1e-12)
+    np.testing.assert_allclose(found.curvature, expected.curvature, rtol=1e-12)
+    bent, _ = data.along(loader.given, theta, directions[::-1])
+    np.testing.assert_allclose(bent.curvature, found.curvature.numpy()[::-1, ::-1], rtol=1e-6)

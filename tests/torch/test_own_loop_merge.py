@@ -1,7 +1,6 @@
 """Merges of ``Continual`` against brute force in double precision, by likelihoods and losses of all kinds."""
 
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,11 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from adapters.backend.batches import same_in_all_passes
+from adapters.backend.batches import Reader
 from adapters.torch import Continual
-from adapters.torch.data_loss import TorchLoss
+from adapters.torch.data_loss import DataLoss, TorchLoss
 from became_core import BecameError, PaperClosedForm, Quadratic, Secant, optimal_alpha
 from became_core.curvature import Bernoulli, Categorical, Gaussian
+from tests.augmented import Augmented
 from tests.torch.modules import CLASSES, WIDTH
 from tests.torch.oracle import autograd_gradients, secant_by_brute_force
 from tests.torch.own_loop import GroupedAdam, new_data, new_network, train, whole
@@ -124,38 +124,39 @@ def test_a_loss_of_ones_own_is_merged_by_slopes() -> None:
         Continual(model, lambda z, y: functional.cross_entropy(z, y, reduction="none")).remember(old)
 
 
-class Shuffled(list[Any]):
-    """A loader with its batches in another order in each pass."""
-
-    passes = 0
-
-    def __iter__(self) -> Iterator[Any]:
-        self.passes += 1
-        order = np.random.default_rng(self.passes).permutation(len(self))
-        return iter([self[index] for index in order])
+def drawn_direction(data: DataLoss, seed: int) -> dict[str, Tensor]:
+    """Return a direction from the weights, a tenth as long as standard normal numbers."""
+    rng = np.random.default_rng(seed)
+    weights = data.weights().items()
+    return {name: torch.as_tensor(0.1 * rng.normal(size=value.shape)).to(value.dtype) for name, value in weights}
 
 
-def test_slopes_that_are_subtracted_are_of_the_same_batches() -> None:
-    """Of many batches a share is drawn, which would be others in each pass over a loader that shuffles."""
-    passes, loader, new = [], Shuffled(new_data(2, 70, 4)), new_data(2, 4, 8)
-    for likelihood in ("categorical", functional.cross_entropy):
-        model, old = new_network("perceptron"), new_data(1, 4, 8)
-        optimizer = torch.optim.SGD(model.parameters(), 0.1)
-        learning = Continual(model, likelihood, calibration="across")
-        train(model, optimizer, old)
-        learning.remember(old)
-        with learning.stable(optimizer):
-            train(model, optimizer, new)
-        with learning.plastic():
-            train(model, optimizer, new)
-        learning.merge(new)
-        loader.passes = 0
-        learning.remember(loader)  # measures the new diagonal's kappa on a share
-        passes.append(loader.passes)
-    assert passes[0] == passes[1]
-    drawn = same_in_all_passes(loader, None, len(loader))
-    assert all(one is other for one, other in zip(drawn, drawn, strict=True))
-    assert same_in_all_passes(loader, 1.0, len(loader)) is loader  # it has the same samples in any order
+@pytest.mark.parametrize("share", [1.0, None])
+def test_slopes_that_are_subtracted_are_of_the_same_samples(share: float | None) -> None:
+    """Slopes of two passes over a loader that augments at random differ by more than a small step tells."""
+    loader = Augmented(new_data(2, 70, 4))
+    data = DataLoss(new_network("perceptron"), functional.cross_entropy, Reader(None, None), checks=False, shows=False)
+    theta, directions = data.weights(), [drawn_direction(data, seed) for seed in (1, 2)]
+    found, _ = data.along(loader, theta, directions, share)
+    assert loader.passes == 1
+    expected, _ = data.along(loader.given, theta, directions, share)
+    np.testing.assert_allclose(found.slope, expected.slope, rtol=1e-12)
+    np.testing.assert_allclose(found.curvature, expected.curvature, rtol=1e-12)
+    assert all(torch.equal(value, theta[name]) for name, value in data.weights().items())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_difference_of_slopes_sees_curvature_in_half_precision(dtype: torch.dtype) -> None:
+    """A step that is too short for the weights' digits would be lost in their rounding."""
+    loss, network, batches = nn.functional.mse_loss, new_network("perceptron"), new_data(2, 4, 32)
+    pairs = [(inputs, inputs[:, :CLASSES]) for inputs, _ in batches]
+    curvatures = []
+    for kind in (torch.float64, dtype):
+        data = DataLoss(network.to(kind), loss, Reader(None, None), checks=False, shows=False)
+        samples = [(inputs.to(kind), targets.to(kind)) for inputs, targets in pairs]
+        quadratic, _ = data.along(samples, data.weights(), [drawn_direction(data, 1)])
+        curvatures.append(float(quadratic.curvature[0, 0]))
+    assert curvatures[1] == pytest.approx(curvatures[0], rel=0.1)
 
 
 @pytest.mark.parametrize("likelihood", [Gaussian(), Gaussian(0.5), Bernoulli()])
