@@ -31,7 +31,7 @@ from adapters.backend.batches import (
     with_progress,
 )
 from adapters.backend.checking import check_network
-from adapters.backend.memory import InputGrams, matrices_with
+from adapters.backend.memory import InputGrams
 from adapters.backend.merging import by_slopes
 from adapters.backend.own_loop import NetworkCheck
 from adapters.backend.own_loss import OwnLoss
@@ -39,8 +39,9 @@ from adapters.torch.batches import Applied, few_samples, in_evaluation, not_a_fe
 from adapters.torch.checking import RowsKept, TorchView
 from adapters.torch.derivatives import Derivatives
 from adapters.torch.layers import estimate_statistics, gradients_of, outputs_at
+from adapters.torch.matrices import Matrices
 from adapters.torch.shared_model import SharedModel, own_part
-from adapters.torch.tapping import Layouts, as_written, collect_taps, ways_of
+from adapters.torch.tapping import Layouts, as_written, collect_taps
 from became_core import BecameError, Quadratic
 from became_core.arrays import Params
 from became_core.curvature import FisherTargets, Likelihood, Taps, square_sums
@@ -102,10 +103,7 @@ class DataLoss:
         self._applied = Applied(self._model, reader)
         self._checks, self._shows, self._kind = checks, shows, fisher
         self._derivatives, self._layouts = Derivatives(), Layouts()
-        # Only data that are to be remembered say which matrices can be protected.
-        self._knows_matrices, self._held = True, frozenset[str]()
-        # What a batch of the present pass has used, so that its inputs were summed or were not.
-        self._judged: set[str] = set()
+        self._finding: Matrices | None = None  # in a pass over data that are to be remembered
         self._is_fitted = isinstance(self.loss, OwnLoss)
 
     @property
@@ -137,11 +135,11 @@ class DataLoss:
     @contextmanager
     def kept_on_error(self) -> Iterator[None]:
         """Give back what was known of the data before this context, if it ends in an error."""
-        before = self.loss, self.matrices, self._knows_matrices, self._is_fitted
+        before = self.loss, self.matrices, self._is_fitted
         try:
             yield
         except BaseException:
-            self.loss, self.matrices, self._knows_matrices, self._is_fitted = before
+            self.loss, self.matrices, self._is_fitted = before
             raise
 
     @contextmanager
@@ -161,6 +159,9 @@ class DataLoss:
 
     def _split(self, batch: Any) -> tuple[Any, Any]:
         return self._reader.split(to_device(batch, next(iter(self._model.parameters())).device))
+
+    def _inputs_of(self, batch: Any) -> Any:
+        return self._split(batch)[0]
 
     def _first_outputs(self, inputs: Any) -> Tensor:
         """Return the outputs of a whole batch, as ``_watched`` does; a pass that fails is refused in one sentence."""
@@ -182,10 +183,14 @@ class DataLoss:
             outputs: Tensor = self._applied(inputs)
         return outputs
 
+    @property
+    def _names(self) -> dict[nn.Module, str]:
+        return {module: name for name, module in self._model.named_modules()}
+
     def _look(self, inputs: Any, outputs: Tensor, targets: Any) -> None:
         """Look at the network once: which parameters are matrices, and whether we compute what it computes."""
         self._fit(outputs, targets)
-        names = {module: name for name, module in self._model.named_modules()}
+        names = self._names
         few = few_samples((inputs,), len(outputs))
         try:
             self._watched(*few)
@@ -196,27 +201,8 @@ class DataLoss:
         if self._checks and self.checked is None:
             self.checked = check_network(TorchView(self._applied, names, few, self._derivatives))
             self.checked.assert_sound()
-        if not self._knows_matrices:
-            found = ways_of(self._applied, names, few, self._layouts)
-            self.matrices = matrices_with(self.matrices or {}, found, self._held)
-            self._knows_matrices, self._judged = True, set(found)
-
-    def _look_at_new(self, batch: Any, taps: Taps) -> None:
-        """Find the matrices that a batch uses and none before it in this pass, such as a head that has been idle.
-
-        All of their inputs are still to be summed. Processes know only the matrices that they have agreed upon.
-        """
-        used = {tap.weight_name(layer): tap for layer, tap in taps.items()}
-        new = used.keys() - self._judged
-        if not new or self.shared.count > 1:
-            return
-        self._judged |= new
-        names = {module: name for name, module in self._model.named_modules()}
-        inputs, samples = self._split(batch)[0], len(next(iter(used.values())).inputs)
-        arguments = (inputs,) if samples > 1 else few_samples((inputs,), samples)
-        found = ways_of(self._applied, names, arguments, self._layouts)
-        of_new = {name: way for name, way in found.items() if name in new}
-        self.matrices = matrices_with(self.matrices or {}, of_new, self._held)
+        if self._finding is not None:
+            self._finding.look(self._applied, names, few)
 
     def _fit(self, outputs: Tensor, targets: Any) -> None:
         """Let the likelihood know what it must of the data's noise."""
@@ -242,7 +228,7 @@ class DataLoss:
         return chain(first, batches)
 
     def _looked_at_by_all(self, batches: Iterator[Any]) -> Iterator[Any]:
-        """Look at the network in every process, and go on with what the first process found; return the batches.
+        """Look at the network in every process, go on with the noise that the first one found; return the batches.
 
         Raises:
             BecameError: in every process, if one has no batch, or its look failed.
@@ -257,12 +243,11 @@ class DataLoss:
             except BecameError as error:
                 failure = str(error).removesuffix(".")
         known = None if isinstance(self.loss, OwnLoss) else self.loss  # a function may not travel
-        answers = self.shared.of_all((failure, self.matrices, known))
-        for number, (reason, _, _) in enumerate(answers, 1):
+        answers = self.shared.of_all((failure, known))
+        for number, (reason, _) in enumerate(answers, 1):
             if reason is not None:
                 raise BecameError(f"{reason}." if reason == failure else f"process {number} stopped: {reason}.")
-        self.matrices = answers[0][1]
-        self.loss = self.loss if known is None else answers[0][2]
+        self.loss = self.loss if known is None else answers[0][1]
         return chain([first], batches)
 
     def passes(self, batch: Any, rng: np.random.Generator, *, windows: bool = False) -> Iterator[tuple[Taps, float]]:
@@ -278,9 +263,9 @@ class DataLoss:
         Yields:
             The taps, and the samples or tokens that they add to those of a mean: 0 after the first pass.
         """
-        names = {module: name for name, module in self._model.named_modules()}
         inputs, targets = self._split(batch)
-        if not (self._knows_matrices and self._is_fitted) or (self._checks and self.checked is None):
+        names, finds = self._names, self._finding is not None and not self._finding.is_begun
+        if finds or not self._is_fitted or (self._checks and self.checked is None):
             self._look(inputs, self._first_outputs(inputs), targets)
         units = 0.0
 
@@ -311,12 +296,12 @@ class DataLoss:
             share: of the batches, drawn at random, that is measured; None for one that suits their number in all
                 processes.
         """
-        if with_memory:
-            self._knows_matrices, self._held = False, held
+        # What is not to be remembered need not say which matrices can be protected.
+        finding = self._finding = Matrices(self.matrices or {}, held, self._layouts) if with_memory else None
         what = "remembering" if with_memory else "measuring"
         finished = InputGrams()
         units, rng = 0.0, np.random.default_rng(self.shared.rank)
-        total = self._length(batches)
+        total, names = self._length(batches), self._names
 
         def taps_of_batches() -> Iterator[Taps]:
             nonlocal units
@@ -325,9 +310,9 @@ class DataLoss:
             for batch in todo if self.shared.count == 1 else self._looked_at_by_all(todo):
                 for index, (taps, more) in enumerate(self.passes(batch, rng, windows=with_memory)):
                     units += more
-                    if with_memory and index == 0:  # the inputs are the same for all targets
-                        self._look_at_new(batch, taps)
-                        finished.add(taps, frozenset(self.matrices or ()))
+                    if finding is not None and index == 0:  # the inputs are the same for all targets
+                        finding.look_at_new(self._applied, names, partial(self._inputs_of, batch), taps)
+                        finished.add(taps, frozenset(finding.ways))
                     yield taps
 
         with self.shared.whole(), in_evaluation(self._model):
@@ -340,11 +325,14 @@ class DataLoss:
             }
         units = float(self.shared.total(_numbers(units)))
         sums = self.shared.total_like(sums, self.trained)
-        if with_memory and self.shared.count > 1:
+        if finding is not None and self.shared.count > 1:
+            finding.agree(self.shared.of_all(finding.verdicts))
+            finished.keep(finding.ways)
             here = {name: own_part(value) for name, value in self.trained.items()}
             finished.agree(self.shared.of_all(finished.layouts()), here)
             finished.exchange = self.shared.exchange
         counted(units)
+        self.matrices = self.matrices if finding is None else finding.ways
         return {name: value / units for name, value in sums.items()}, finished
 
     def _length(self, batches: Batches) -> int | None:

@@ -14,7 +14,7 @@ Convention: Gram matrices are means, of inputs over samples and positions, and o
 computed in at least float32.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -130,6 +130,12 @@ class GramSums:
         """Return, by weight, the shape and dtype of the zeros that change nothing if they are added."""
         waiting = {name: ((0, int(parts[0].shape[1])), parts[0].dtype) for name, parts in self._waiting.items()}
         return waiting | {name: (tuple(map(int, gram.shape)), gram.dtype) for name, gram in self._sums.items()}
+
+    def keep(self, weights: Collection[str]) -> None:
+        """Forget the sums of all other weights than these."""
+        for known in (self._sums, self._waiting, self._rows, self._uses):
+            for name in known.keys() - set(weights):
+                del known[name]
 
     def agree(self, layouts: Sequence[Mapping[str, Layout]], parameters: Params) -> None:
         """Have sums of the same weights in all processes; a weight that no batch of this process used has zeros.

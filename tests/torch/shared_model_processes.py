@@ -279,6 +279,33 @@ def check_unlike_layers() -> None:
             np.testing.assert_allclose(found[name], value, rtol=1e-9, atol=1e-12, err_msg=name)
 
 
+def check_late_layers() -> None:
+    """The first batch of each process uses one expert, another one in each; a later batch uses the other expert."""
+    rank, (first, second, *_) = distributed.get_rank(), batches(1, gaussian=False)
+    signs = ((1, -1, -1), (-1, -1, 1))  # of what chooses an expert, by process and batch
+    of_both = [[(sign * x.abs(), y) for sign, (x, y) in zip(row, (first, second, first), strict=True)] for row in signs]
+
+    def remembered(model: Any, data: list[Any]) -> tuple[dict[str, Any], set[str], dict[str, Any]]:
+        learning = Continual(model, progress=False)
+        learning.remember(data)
+        ones = {name: torch.ones(learning._data.shapes[name]).double() for name in learning.projector.rank}
+        ones = {name: value.T if name in learning._transposed else value for name, value in ones.items()}
+        projected = {name: plain(value) for name, value in learning.projector.project(ones).items()}
+        protected = {row.name for row in learning.coverage.parameters if row.treatment == "protected"}
+        return dict(learning.projector.rank), protected, projected
+
+    found = []
+    for shared in (False, True):
+        torch.manual_seed(0)
+        model: Any = Experts().double()
+        model = DistributedDataParallel(model, find_unused_parameters=True) if shared else model
+        found.append(remembered(model, of_both[rank] if shared else of_both[0] + of_both[1]))
+    assert {f"layers.{k}.weight" for k in (0, 1)} < found[0][1]
+    assert found[0][:2] == found[1][:2]
+    for name, value in found[0][2].items():
+        np.testing.assert_allclose(found[1][2][name], value, rtol=1e-9, atol=1e-12, err_msg=name)
+
+
 def check_half_precision() -> None:
     """Where a process uses no expert of a kind, its zeros have the precision of the other one's sums."""
     rank, samples = distributed.get_rank(), batches(1, gaussian=False)
@@ -384,8 +411,8 @@ def page(code: str, port: int, rank: int) -> None:
 
 
 CHECKS = (
-    *(check_refusals, check_state, check_mesh_of_two_axes, check_unlike_layers, check_half_precision),
-    *(check_held_rows, check_one_process_of_fsdp2, check_share_of_many_batches),
+    *(check_refusals, check_state, check_mesh_of_two_axes, check_unlike_layers, check_late_layers),
+    *(check_half_precision, check_held_rows, check_one_process_of_fsdp2, check_share_of_many_batches),
 )
 
 

@@ -80,7 +80,8 @@ def test_gram_matrices_and_factors_of_few_inputs_are_those_of_all_batches() -> N
     assert_alike(results, whole)
 
 
-def test_gram_matrices_are_those_of_all_batches_where_processes_use_other_layers() -> None:
+@pytest.mark.parametrize("forgotten", [None, "few.weight", "many.weight", "words.weight"])
+def test_gram_matrices_are_those_of_all_batches_where_processes_use_other_layers(forgotten: str | None) -> None:
     """In one process a layer has summed its rows, few of another wait, and an embedding is looked up."""
     few, many = ({name: batches()[0][name]} for name in ("few", "many"))
     words = {"words": Tap("embedding", np.asarray([[2, 0, 2]]), np.ones((1, 3, 2)), size=3)}
@@ -91,6 +92,7 @@ def test_gram_matrices_are_those_of_all_batches_where_processes_use_other_layers
         sums = GramSums()
         for taps in parts[rank]:
             sums.add(taps, weights)
+        sums.keep(weights - {forgotten})
         layouts[rank] = sums.layouts()
         barrier.wait()
         sums.agree(layouts, dict.fromkeys(weights, np.zeros(1)))
@@ -98,7 +100,7 @@ def test_gram_matrices_are_those_of_all_batches_where_processes_use_other_layers
 
     layouts: list[Any] = [None] * PROCESSES
     barrier = Barrier(PROCESSES, timeout=WAIT)
-    assert_alike(by_all(work), input_grams([*parts[0], *parts[1]], weights))
+    assert_alike(by_all(work), input_grams([*parts[0], *parts[1]], weights - {forgotten}))
 
 
 def test_gradient_grams_are_means_over_all_batches() -> None:
