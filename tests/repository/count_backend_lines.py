@@ -37,7 +37,7 @@ PARTS: dict[str, dict[str, tuple[str, ...]]] = {
         "learner": ("learner", "linear", "compiled"),
         "layers": ("layers", "networks"),
         "own models": ("graph", "operations", "rows", "tapping", "derivatives", "hub", "timm_network"),
-        "own loops": ("batches", "checking", "continual", "data_loss", "steps"),
+        "own loops": ("batches", "checking", "continual", "data_loss", "matrices", "steps"),
         "command": ("run",),
         "processes": ("processes", "share", "shared_model", "sharded_memory"),
     },
