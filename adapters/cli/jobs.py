@@ -293,8 +293,15 @@ def unfinished_jobs(
         device: where to compute; if None, where it was or, on another backend, "auto".
 
     Raises:
-        BecameError: if there are none, a file does not hold a run's configuration, or a run's folder was renamed.
+        BecameError: if there are none, a file does not hold a run's configuration or is missing, or a run's folder was
+            renamed.
     """
+    for folder in sorted(checkpoints.parent for checkpoints in out.glob("*/checkpoints")):
+        if not (folder / "config.json").exists() and not (folder / "results.json").exists():
+            raise BecameError(
+                f"{folder} holds checkpoints of a run and no config.json, without which they cannot be resumed; put "
+                "the file back, or move the folder away."
+            )
     files = sorted(out.glob("*/config.json"))
     if not files:
         raise BecameError(f"{out} holds no runs; give a folder that --out named.")

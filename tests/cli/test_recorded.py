@@ -259,6 +259,19 @@ def test_a_run_whose_folder_was_renamed_is_not_begun_anew(
     assert not (out / "gpm-seed0").exists()
 
 
+def test_a_run_that_has_lost_its_configuration_is_named(
+    interrupted: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = interrupted()
+    (out / "gpm-seed1").mkdir()
+    (out / "gpm-seed0" / "config.json").rename(out / "gpm-seed1" / "config.json")
+    assert main(["resume", str(out)]) == 2
+    assert capsys.readouterr().err.endswith(
+        f"error: {out / 'gpm-seed0'} holds checkpoints of a run and no config.json, without which they cannot be "
+        "resumed; put the file back, or move the folder away.\n"
+    )
+
+
 def test_a_broken_result_of_another_run_is_said_before_anything_is_computed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
