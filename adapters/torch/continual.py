@@ -300,7 +300,7 @@ class Continual(ContinualModel):
                 several cannot read it.
         """
         shared = SharedModel(model)
-        parameters: dict[str, Any] = dict(shared.model.named_parameters())
+        parameters: dict[str, Any] = dict(shared.parameters)
         # A disk may not be shared; then all say so.
         if any(shared.of_all(os.path.isdir(file))):  # noqa: PTH112 - that of Path may raise
             description, arrays = read_shards(Path(file), parameters, shared)

@@ -110,7 +110,7 @@ class DataLoss:
     def parameters(self) -> dict[str, nn.Parameter]:
         """All parameters."""
         self.shared.shard()
-        return dict(self._model.named_parameters())
+        return self.shared.parameters
 
     @property
     def trained(self) -> dict[str, nn.Parameter]:
@@ -183,14 +183,10 @@ class DataLoss:
             outputs: Tensor = self._applied(inputs)
         return outputs
 
-    @property
-    def _names(self) -> dict[nn.Module, str]:
-        return {module: name for name, module in self._model.named_modules()}
-
     def _look(self, inputs: Any, outputs: Tensor, targets: Any) -> None:
         """Look at the network once: which parameters are matrices, and whether we compute what it computes."""
         self._fit(outputs, targets)
-        names = self._names
+        names = self.shared.names
         few = few_samples((inputs,), len(outputs))
         try:
             self._watched(*few)
@@ -264,7 +260,7 @@ class DataLoss:
             The taps, and the samples or tokens that they add to those of a mean: 0 after the first pass.
         """
         inputs, targets = self._split(batch)
-        names, finds = self._names, self._finding is not None and not self._finding.is_begun
+        names, finds = self.shared.names, self._finding is not None and not self._finding.is_begun
         if finds or not self._is_fitted or (self._checks and self.checked is None):
             self._look(inputs, self._first_outputs(inputs), targets)
         units = 0.0
@@ -301,7 +297,7 @@ class DataLoss:
         what = "remembering" if with_memory else "measuring"
         finished = InputGrams()
         units, rng = 0.0, np.random.default_rng(self.shared.rank)
-        total, names = self._length(batches), self._names
+        total, names = self._length(batches), self.shared.names
 
         def taps_of_batches() -> Iterator[Taps]:
             nonlocal units
@@ -375,8 +371,9 @@ class DataLoss:
             return by_slopes(partial(self.slopes, batches, theta, directions), theta, count), "a difference of slopes"
         slope, curvature = _numbers([0.0] * count), _numbers([[0.0] * count] * count)
         batches, units = self._fitted_by_all(batches), 0.0
+        raw = self.shared.raw_names
         own, *moves = (
-            {f"model.{name}": value for name, value in self.shared.gathered(tree).items()}
+            {f"model.{raw[name]}": value for name, value in self.shared.gathered(tree).items()}
             for tree in ({name: theta[name] for name in self.trained}, *directions)
         )
         with self.shared.whole(), in_evaluation(self._model):

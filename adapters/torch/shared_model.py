@@ -3,9 +3,12 @@
 | model | its parameters | how it is measured |
 | --- | --- | --- |
 | not wrapped | this process's own | as it is |
-| compiled | those of the module that was compiled | this module, so that names have no ``_orig_mod.`` |
+| compiled | those of the module that was compiled | this module |
 | DDP | the same in all processes | the module that is wrapped, so that names have no ``module.`` |
 | FSDP2 | distributed tensors | with its parameters whole in every process, for the time of a measurement |
+
+Parameters go by the user's own names: they have no ``_orig_mod``, of the model or of a part of it that is compiled by
+itself.
 
 Every process measures its own batches, and sums and counts are added over all processes; they need not have equally
 many batches. A sum that belongs to a sharded parameter is sharded as that is, by a reduce-scatter.
@@ -28,6 +31,9 @@ from became_core.curvature import Exchange
 __all__ = ["SharedModel", "beside", "first_changed", "lengths_of", "own_part"]
 
 T = TypeVar("T")
+
+# What a module that ``torch.compile`` returns calls the one that it was given, as state dicts show.
+COMPILED = "_orig_mod"
 
 # The share by which lengths of equal weights may differ on two devices.
 MOVED = 1e-12
@@ -88,7 +94,12 @@ class _Sums(ProcessShare):
 def _uncompiled(model: nn.Module) -> nn.Module:
     """Return the module that ``torch.compile`` was given, if it made this one, which its child's name tells."""
     inner = dict(model.named_children())
-    return inner["_orig_mod"] if list(inner) == ["_orig_mod"] else model
+    return inner[COMPILED] if list(inner) == [COMPILED] else model
+
+
+def _own_name(name: str) -> str:
+    """Return the name that a parameter or a module has where nothing is compiled."""
+    return ".".join(part for part in name.split(".") if part != COMPILED)
 
 
 class SharedModel:
@@ -120,7 +131,7 @@ class SharedModel:
             if isinstance(module, FullyShardedDataParallel):
                 raise BecameError("the model is wrapped by FullyShardedDataParallel; wrap it by fully_shard instead.")
             is_wrapper = isinstance(module, nn.parallel.DistributedDataParallel)
-            if (is_wrapper and name) or (isinstance(module, FSDPModule) and "_orig_mod" in name.split(".")):
+            if (is_wrapper and name) or (isinstance(module, FSDPModule) and COMPILED in name.split(".")):
                 raise BecameError(
                     f"the model has its wrapper for several processes inside, at '{name}'; give the wrapped model "
                     "itself, and compile what it wraps."
@@ -145,6 +156,21 @@ class SharedModel:
         self.count = distributed.get_world_size(self.group)
         self.rank = distributed.get_rank(self.group)
 
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """All parameters."""
+        return {_own_name(name): value for name, value in self.model.named_parameters()}
+
+    @property
+    def raw_names(self) -> dict[str, str]:
+        """What the model itself calls each parameter."""
+        return {_own_name(name): name for name, _ in self.model.named_parameters()}
+
+    @property
+    def names(self) -> dict[nn.Module, str]:
+        """All modules and their names."""
+        return {module: _own_name(name) for name, module in self.model.named_modules()}
+
     def _check_placements(self) -> list[Any]:
         """Return the mesh of the distributed parameters, if there are any.
 
@@ -153,7 +179,7 @@ class SharedModel:
         """
         self.shard()
         meshes: list[Any] = []
-        parameters: dict[str, Any] = dict(self.model.named_parameters())
+        parameters: dict[str, Any] = dict(self.parameters)
         for name, value in parameters.items():
             placements = getattr(value, "placements", ())
             if placements and (not self._sharded or sum(not each.is_replicate() for each in placements) > 1):
@@ -191,14 +217,14 @@ class SharedModel:
             yield
             return
         self.shard()
-        stored = {name: value.dtype for name, value in self.model.named_parameters()}
+        stored = {name: value.dtype for name, value in self.parameters.items()}
         try:
             for module in self._sharded:
                 module.set_reshard_after_forward(False, recurse=False)
                 module.set_reshard_after_backward(False, recurse=False)
                 module.unshard()
             self._is_whole = True
-            for name, value in self.model.named_parameters():
+            for name, value in self.parameters.items():
                 if value.dtype != stored[name]:
                     raise BecameError(
                         f"fully_shard computes with '{name}' as {value.dtype} and stores it as {stored[name]}; leave "
